@@ -1,0 +1,755 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""From the monitor's text to the RAM of a guest: where it is, what backs it, what to leave alone.
+
+No QMP command returns the guest-physical map, so it is put together from four answers,
+each of which knows one thing the others do not:
+
+==========================  ==================================================================
+``info mtree -f``           what the guest sees at each address *now* (PAM, holes, ROM on top),
+                            and which ranges are KVM memslots
+``info ramblock``           the page size of the backing, and (QEMU >= 8.1) its host address
+``query-memdev``            which of the blocks are guest RAM, and how they are backed
+``query-memory-devices``    which of those are DIMMs, NVDIMMs, virtio-mem or virtio-pmem
+==========================  ==================================================================
+
+The host address of every range comes from ``gpa2hva``. :func:`build_sections` joins all of
+it into :class:`Section`: one contiguous piece of guest-physical memory, one piece of QEMU's
+address space. What is not RAM is kept as a section with a reason in ``skipped``, so that a
+user can see the whole map and why the tool keeps its hands off a part of it.
+
+This module is pure: text and decoded JSON in, frozen dataclasses out. It trusts nothing it
+reads, because the peer may be any program that listens on a socket: the only exception that
+leaves it is :class:`LayoutError`, and its time is linear in the size of the input.
+
+Addresses and sizes are in bytes throughout.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final, Literal, cast
+
+from .errors import FailedError
+
+RangeKind = Literal["ram", "rom", "romd", "ramd", "i/o"]
+
+#: The architectural limit of x86 physical addresses (MAXPHYADDR, Intel SDM vol. 3, 4.1.4).
+MAX_GPA: Final = 1 << 52
+#: User space of a 5-level x86-64 host ends below this.
+MAX_HVA: Final = 1 << 56
+PAGE: Final = 4096
+#: Longer lines are refused unread, which keeps every pattern below linear. A RAM block's name
+#: is at most 256 characters (include/exec/ramblock.h).
+MAX_LINE: Final = 1024
+
+#: QEMU's default names for the RAM that machines create without an explicit backend.
+MAIN_RAM_NAMES: Final = frozenset({"pc.ram", "microvm.ram"})
+
+#: Where SeaBIOS lives below 1 MiB; the last PAM area it write-protects (see firmware_ahead).
+BIOS_AREA: Final = 0xF0000
+
+
+class LayoutError(FailedError):
+    """The monitor's description of guest memory could not be understood, or contradicts itself."""
+
+    code = "layout"
+
+
+# --- JSON, checked by hand ---
+
+
+def expect_object(value: object, what: str) -> Mapping[str, object]:
+    """Return `value` if it is a JSON object.
+
+    :raises LayoutError: if it is not.
+    """
+    if not isinstance(value, dict):
+        raise _wrong(value, what, "an object")
+    return cast("dict[str, object]", value)
+
+
+def expect_array(value: object, what: str) -> Sequence[object]:
+    """Return `value` if it is a JSON array.
+
+    :raises LayoutError: if it is not.
+    """
+    if not isinstance(value, list):
+        raise _wrong(value, what, "an array")
+    return cast("list[object]", value)
+
+
+def expect_str(value: object, what: str) -> str:
+    """Return `value` if it is a JSON string.
+
+    :raises LayoutError: if it is not.
+    """
+    if not isinstance(value, str):
+        raise _wrong(value, what, "a string")
+    return value
+
+
+def expect_bool(value: object, what: str) -> bool:
+    """Return `value` if it is a JSON boolean.
+
+    :raises LayoutError: if it is not.
+    """
+    if not isinstance(value, bool):
+        raise _wrong(value, what, "a boolean")
+    return value
+
+
+def expect_int(value: object, what: str, low: int = 0, high: int = (1 << 64) - 1) -> int:
+    """Return `value` if it is a JSON integer within ``low..high`` (inclusive).
+
+    :raises LayoutError: if it is not; ``true`` and ``1.0`` are not integers.
+    """
+    if type(value) is not int:
+        raise _wrong(value, what, "an integer")
+    if not low <= value <= high:
+        raise _wrong(value, what, f"within {low}..{high}")
+    return value
+
+
+def _wrong(value: object, what: str, wanted: str) -> LayoutError:
+    # Containers and long strings are named, not shown: repr() of a nest recurses.
+    if isinstance(value, (dict, list)):
+        shown = "an object" if isinstance(value, dict) else "an array"
+    elif isinstance(value, int) and value.bit_length() > 64:
+        shown = f"a number of {value.bit_length()} bits"  # str() refuses very long ones
+    else:
+        shown = _quote(value if isinstance(value, str) else str(value)[:80])
+    return LayoutError(f"{what} should be {wanted}, but is {shown}", _REMEDY_PEER)
+
+
+def _quote(text: str) -> str:
+    return repr(text if len(text) <= 120 else text[:117] + "...")
+
+
+def _lines(text: str, what: str) -> Iterator[str]:
+    """Split an answer into lines without their LF or CRLF; the longest QEMU prints is short."""
+    for line in text.split("\n"):
+        if len(line) > MAX_LINE:
+            raise LayoutError(f'"{what}" has a line of {len(line)} characters', _REMEDY_PEER)
+        yield line.rstrip("\r")
+
+
+_REMEDY_PEER: Final = "check that the socket is QEMU's own QMP monitor, then report this answer"
+
+
+# --- info mtree -f ---
+
+
+@dataclass(frozen=True, slots=True)
+class FlatRange:
+    """One line of a FlatView: what answers at ``start..start+size-1`` of guest-physical memory.
+
+    `offset` counts from the start of the memory region `name`, which for RAM is the offset
+    in its RAM block. `kvm` tells that KVM has a memslot of exactly this range
+    (``kvm_accel_has_memory()``, accel/kvm/kvm-all.c).
+    """
+
+    start: int
+    size: int
+    kind: RangeKind
+    nonvolatile: bool
+    name: str
+    offset: int
+    kvm: bool
+
+    @property
+    def end(self) -> int:
+        """First address behind the range."""
+        return self.start + self.size
+
+
+# mtree_print_flatview() in system/memory.c. Names may hold spaces, '@' and parentheses.
+_RANGE: Final = re.compile(
+    r"  ([0-9a-f]{16})-([0-9a-f]{16}) \(prio (-?[0-9]{1,10}), (nv-)?(ramd|romd|rom|ram|i/o)\): "
+    r"(.*?)(?: @([0-9a-f]{16}))?((?: KVM)*)"
+)
+_SYSTEM_VIEW: Final = re.compile(r' AS "memory", root: system(?:, alias .*)?')
+
+
+def parse_mtree(text: str) -> tuple[FlatRange, ...]:
+    """Return the ranges of guest-physical memory in ``info mtree -f``, ascending.
+
+    A dump holds one FlatView per distinct address space, in hash order; the one wanted is
+    that of the address space ``memory`` with root ``system``. Others look alike and must not
+    be taken: ``device-memory`` has relative addresses, ``cpu-smm-0`` is SMM's.
+
+    :param text: the answer of the HMP command; lines end in LF or CRLF.
+    :raises LayoutError: if the view is missing, or a line of it cannot be true.
+    """
+    lines = list(_lines(text, "info mtree -f"))
+    index = 0
+    while index < len(lines) and not _SYSTEM_VIEW.fullmatch(lines[index]):
+        index += 1
+    if index == len(lines):
+        raise LayoutError(
+            'the monitor\'s "info mtree -f" has no view of the address space "memory"',
+            _REMEDY_PEER,
+        )
+    ranges: list[FlatRange] = []
+    for line in lines[index + 1 :]:
+        if not line.strip() or line.startswith("FlatView"):
+            break
+        if line.startswith((" AS ", " Root memory region:")):
+            continue
+        found = _parse_range(line)
+        if ranges and found.start < ranges[-1].end:
+            raise _bad_line(line, "overlaps the range before it")
+        ranges.append(found)
+    if not ranges:
+        raise LayoutError(
+            'the monitor\'s "info mtree -f" shows an empty address space "memory"', _REMEDY_PEER
+        )
+    return tuple(ranges)
+
+
+def _parse_range(line: str) -> FlatRange:
+    match = _RANGE.fullmatch(line)
+    if match is None:
+        raise _bad_line(line, "is not a memory range")
+    first, last = int(match[1], 16), int(match[2], 16)  # QEMU prints the last address
+    if last < first:
+        raise _bad_line(line, "ends before it starts")
+    if last >= MAX_GPA:
+        raise _bad_line(line, "is beyond 52-bit physical addresses")
+    offset = int(match[7], 16) if match[7] else 0
+    if offset + (last - first) >= MAX_GPA:
+        raise _bad_line(line, "has an impossible offset")
+    return FlatRange(
+        start=first,
+        size=last - first + 1,
+        kind=cast(RangeKind, match[5]),
+        nonvolatile=match[4] is not None,
+        name=match[6],
+        offset=offset,
+        # The word is printed once per address space of the view that KVM listens to.
+        kvm=bool(match[8]),
+    )
+
+
+def _bad_line(line: str, why: str) -> LayoutError:
+    return LayoutError(f'in "info mtree -f" the line {_quote(line)} {why}', _REMEDY_PEER)
+
+
+# --- info ramblock ---
+
+
+@dataclass(frozen=True, slots=True)
+class RamBlock:
+    """One RAM block of QEMU: a contiguous mapping in its address space.
+
+    `hva` is None where QEMU does not print it (before 8.1).
+    """
+
+    name: str
+    page_size: int
+    used: int
+    total: int
+    hva: int | None
+
+
+_SIZE: Final = re.compile(r"(.*?)\s+([0-9]{1,4})\s(B|[KMGTPE]iB)")
+_UNITS: Final = {"B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40, "PiB": 50, "EiB": 60}
+_HEX: Final = re.compile(r"0x[0-9a-f]{1,16}")
+
+
+def parse_ramblocks(text: str) -> tuple[RamBlock, ...]:
+    """Return the RAM blocks of ``info ramblock`` (or ``x-query-ramblock``).
+
+    Columns are found by the heading: QEMU 7.2 prints no host address, 10.0 does
+    (``ram_block_format()``, system/physmem.c).
+
+    :raises LayoutError: if the heading or a line is not understood.
+    """
+    lines = list(_lines(text, "info ramblock"))
+    heading = 0
+    while heading < len(lines) and not lines[heading].lstrip().startswith("Block Name"):
+        heading += 1
+    if heading == len(lines):
+        raise LayoutError('the monitor\'s "info ramblock" has no heading', _REMEDY_PEER)
+    columns = re.split(r"\s{2,}", lines[heading].strip())
+    if columns[:2] != ["Block Name", "PSize"] or not {"Used", "Total"} <= set(columns):
+        raise LayoutError(
+            f'"info ramblock" has unknown columns {_quote(lines[heading])}', _REMEDY_PEER
+        )
+    tail = columns[2:]
+    blocks = []
+    for line in lines[heading + 1 :]:
+        if line.strip():
+            blocks.append(_parse_ramblock(line, tail))
+    return tuple(blocks)
+
+
+def _parse_ramblock(line: str, columns: Sequence[str]) -> RamBlock:
+    cells = line.rsplit(maxsplit=len(columns))
+    values = dict(zip(columns, cells[1:], strict=False))
+    match = _SIZE.fullmatch(" " + cells[0])
+    hexes = {key: values.get(key, "") for key in ("Used", "Total")}
+    if "HVA" in columns:
+        hexes["HVA"] = values.get("HVA", "")
+    if match is None or not all(_HEX.fullmatch(cell) for cell in hexes.values()):
+        raise LayoutError(f'"info ramblock" has a line {_quote(line)} of unknown form')
+    page_size = int(match[2]) << _UNITS[match[3]]
+    used, total = int(hexes["Used"], 16), int(hexes["Total"], 16)
+    hva = int(hexes["HVA"], 16) if "HVA" in hexes else None
+    if not PAGE <= page_size <= 1 << 30 or page_size & (page_size - 1):
+        raise LayoutError(f'"info ramblock" has an impossible page size in {_quote(line)}')
+    if used > total or total >= MAX_GPA or (hva is not None and hva + total >= MAX_HVA):
+        raise LayoutError(f'"info ramblock" has an impossible size in {_quote(line)}')
+    return RamBlock(match[1].strip(), page_size, used, total, hva)
+
+
+# --- gpa2hva, info numa ---
+
+_GPA2HVA: Final = re.compile(
+    r"Host virtual address for (0x[0-9a-f]{1,16}) \((.*)\) is (0x[0-9a-f]{1,16})"
+)
+
+
+def parse_gpa2hva(text: str) -> tuple[str, int]:
+    """Return (memory region name, host virtual address) from the answer of HMP ``gpa2hva``.
+
+    :raises LayoutError: if nothing is mapped there, or it is not RAM
+        (``gpa2hva()``, monitor/hmp-cmds-target.c).
+    """
+    text = text.strip()
+    match = _GPA2HVA.fullmatch(text) if len(text) <= MAX_LINE else None
+    if match is None:
+        raise LayoutError(f"gpa2hva answered {_quote(text)}")
+    hva = int(match[3], 16)
+    if not 0 < hva < MAX_HVA:
+        raise LayoutError(f"gpa2hva answered an impossible address {_quote(text)}")
+    return match[2], hva
+
+
+@dataclass(frozen=True, slots=True)
+class NumaNode:
+    """One guest NUMA node: its RAM from boot and from memory devices, whole MiB in bytes."""
+
+    node: int
+    base: int
+    plugged: int
+
+
+_NUMA_SIZE: Final = re.compile(r"node ([0-9]{1,4}) (size|plugged): ([0-9]{1,12}) MB")
+
+
+def parse_numa(text: str) -> tuple[NumaNode, ...]:
+    """Return the guest's NUMA nodes from HMP ``info numa``; empty without NUMA.
+
+    :raises LayoutError: if a node has more plugged memory than memory.
+    """
+    sizes: dict[int, dict[str, int]] = {}
+    for line in _lines(text, "info numa"):
+        match = _NUMA_SIZE.fullmatch(line.strip())
+        if match is not None:
+            sizes.setdefault(int(match[1]), {})[match[2]] = int(match[3]) << 20
+    nodes = []
+    for node, found in sorted(sizes.items()):
+        # "size" includes "plugged" (query_numa_node_mem(), hw/core/numa.c).
+        base = found.get("size", 0) - found.get("plugged", 0)
+        if base < 0:
+            raise LayoutError(f'"info numa" gives node {node} less memory than it plugged')
+        nodes.append(NumaNode(node, base, found.get("plugged", 0)))
+    return tuple(nodes)
+
+
+# --- query-memdev, query-memory-devices ---
+
+
+@dataclass(frozen=True, slots=True)
+class Memdev:
+    """A memory backend (``query-memdev``). None where this QEMU does not say."""
+
+    id: str
+    size: int
+    share: bool | None
+    reserve: bool | None
+    prealloc: bool | None
+    host_nodes: tuple[int, ...]
+    policy: str | None
+
+
+def parse_memdevs(value: object) -> tuple[Memdev, ...]:
+    """Return the memory backends of a decoded ``query-memdev`` answer.
+
+    :raises LayoutError: if the JSON has another shape (qapi/machine.json, ``Memdev``).
+    """
+    memdevs = []
+    for item in expect_array(value, "query-memdev"):
+        entry = expect_object(item, "an entry of query-memdev")
+        if "id" not in entry:  # anonymous backends cannot be told apart, nor named in mtree
+            continue
+        name = expect_str(entry["id"], "the id of a memdev")
+        what = f"of memdev {_quote(name)}"
+        nodes = expect_array(entry.get("host-nodes", []), f"host-nodes {what}")
+        memdevs.append(
+            Memdev(
+                id=name,
+                size=expect_int(entry.get("size"), f"size {what}", 1, MAX_GPA),
+                share=_flag(entry, "share", what),
+                reserve=_flag(entry, "reserve", what),
+                prealloc=_flag(entry, "prealloc", what),
+                host_nodes=tuple(expect_int(n, f"host-nodes {what}", 0, 1023) for n in nodes),
+                policy=expect_str(entry["policy"], f"policy {what}") if "policy" in entry else None,
+            )
+        )
+    _no_duplicates([memdev.id for memdev in memdevs], "query-memdev")
+    return tuple(memdevs)
+
+
+def _flag(entry: Mapping[str, object], key: str, what: str) -> bool | None:
+    return expect_bool(entry[key], f"{key} {what}") if key in entry else None
+
+
+def _no_duplicates(names: Sequence[str], what: str) -> None:
+    if len(set(names)) != len(names):
+        raise LayoutError(f"{what} lists the same name twice", _REMEDY_PEER)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryDevice:
+    """A DIMM, NVDIMM, virtio-mem, virtio-pmem … (``query-memory-devices``).
+
+    `size` is what the device occupies in guest-physical memory; for virtio-mem that is its
+    maximum, of which only `plugged` bytes exist for the guest, in blocks of `block_size`.
+    """
+
+    kind: str
+    id: str | None
+    memdev: str | None
+    gpa: int | None
+    size: int
+    node: int | None
+    plugged: int | None = None
+    block_size: int | None = None
+    requested: int | None = None
+
+
+def parse_memory_devices(value: object) -> tuple[MemoryDevice, ...]:
+    """Return the memory devices of a decoded ``query-memory-devices`` answer.
+
+    :raises LayoutError: if the JSON has another shape (qapi/machine.json, ``MemoryDeviceInfo``).
+    """
+    devices = []
+    for item in expect_array(value, "query-memory-devices"):
+        entry = expect_object(item, "an entry of query-memory-devices")
+        kind = expect_str(entry.get("type"), "the type of a memory device")
+        data = expect_object(entry.get("data"), f"the data of a memory device {_quote(kind)}")
+        what = f"of a memory device {_quote(kind)}"
+        absent = "max-size" in data  # virtio-mem and hv-balloon: size is only what is plugged
+        gpa = data.get("addr", data.get("memaddr"))
+        memdev = data.get("memdev")
+        devices.append(
+            MemoryDevice(
+                kind=kind,
+                id=expect_str(data["id"], f"id {what}") if "id" in data else None,
+                memdev=None if memdev is None else _base(expect_str(memdev, f"memdev {what}")),
+                gpa=None if gpa is None else expect_int(gpa, f"addr {what}", 0, MAX_GPA - 1),
+                size=expect_int(data.get("max-size" if absent else "size"), f"size {what}"),
+                node=_count(data, "node", what),
+                plugged=expect_int(data.get("size"), f"size {what}") if absent else None,
+                block_size=_count(data, "block-size", what),
+                requested=_count(data, "requested-size", what),
+            )
+        )
+    return tuple(devices)
+
+
+def _count(data: Mapping[str, object], key: str, what: str) -> int | None:
+    return expect_int(data[key], f"{key} {what}") if key in data else None
+
+
+def _base(path: str) -> str:
+    """Return the last element of a QOM path: ``/objects/m0`` is ``m0``."""
+    return path.rsplit("/", 1)[-1]
+
+
+def memdev_nodes(
+    ranges: Sequence[FlatRange],
+    memdevs: Sequence[Memdev],
+    devices: Sequence[MemoryDevice],
+    nodes: Sequence[NumaNode],
+) -> dict[str, int]:
+    """Return the guest NUMA node of each backend, as far as it can be known.
+
+    Memory devices name their node. For ``-numa node,memdev=`` no monitor command does, but
+    boot memory is laid out in node order (``numa_init_memdev_container()``, hw/core/numa.c):
+    so the backends in address order are those of the nodes in number order. The sizes must
+    agree, or nothing is said about any of them.
+    """
+    found = {d.memdev: d.node for d in devices if d.memdev is not None and d.node is not None}
+    plugged = {device.memdev for device in devices}
+    by_id = {memdev.id: memdev for memdev in memdevs}
+    boot: dict[str, None] = {}  # insertion-ordered set
+    for item in ranges:
+        name = _memdev_of(item.name, by_id)
+        if name is not None and name not in plugged:
+            boot.setdefault(name)
+    with_memory = [node for node in nodes if node.base]
+    sizes = [by_id[name].size >> 20 << 20 for name in boot]
+    if sizes == [node.base for node in with_memory]:
+        found.update(zip(boot, (node.node for node in with_memory), strict=True))
+    return found
+
+
+# --- sections ---
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A contiguous piece of guest memory: guest-physical `gpa`, in QEMU at `hva`.
+
+    :ivar name: the memory region's name in the monitor.
+    :ivar gpa: guest-physical address, bytes.
+    :ivar size: bytes.
+    :ivar hva: address in QEMU; 0 if unknown, which only a skipped section can be.
+    :ivar offset: offset in the RAM block, bytes.
+    :ivar page_size: page size of the backing in bytes (4096 also under THP).
+    :ivar memdev: id of the memory backend, None if the section has none.
+    :ivar device: ``dimm``, ``nvdimm``, ``virtio-mem``, ``virtio-pmem`` … or None for boot RAM.
+    :ivar share: whether the backend is mapped shared; None if unknown.
+    :ivar reserve: False tells of deliberate overcommit; None if unknown.
+    :ivar node: guest NUMA node; None if unknown.
+    :ivar skipped: why the tool must leave this section alone, in words; None if it need not.
+    :ivar skip_code: the same as a stable name: ``rom``, ``read-only``, ``device-memory``,
+        ``rom-device``, ``vfio-bar``, ``no-memslot``, ``unaligned``, ``no-ram-block``,
+        ``no-host-address``, ``enclave``.
+    """
+
+    name: str
+    gpa: int
+    size: int
+    hva: int
+    offset: int
+    page_size: int
+    memdev: str | None
+    device: str | None
+    share: bool | None
+    reserve: bool | None
+    node: int | None
+    skipped: str | None
+    skip_code: str | None
+
+    @property
+    def end(self) -> int:
+        """First guest-physical address behind the section."""
+        return self.gpa + self.size
+
+
+_SKIP_TEXT: Final = {
+    "rom": "ROM",
+    "read-only": "RAM the chipset has made read-only (PAM)",
+    "device-memory": "memory of a device, not guest RAM",
+    "rom-device": "flash or another ROM device",
+    "vfio-bar": "a BAR of an assigned device",
+    "no-memslot": "not a KVM memslot of its own",
+    "unaligned": "not a whole number of 4 KiB pages",
+    "no-ram-block": "QEMU lists no RAM block for it",
+    "no-host-address": "its address in QEMU is unknown",
+    "enclave": "SGX enclave memory",
+}
+
+
+def build_sections(
+    ranges: Sequence[FlatRange],
+    ramblocks: Sequence[RamBlock],
+    memdevs: Sequence[Memdev],
+    memory_devices: Sequence[MemoryDevice],
+    hva_of: Mapping[int, int],
+    *,
+    kvm: bool | None = None,
+    node_of: Mapping[str, int] | None = None,
+) -> tuple[Section, ...]:
+    """Join what the monitor said into the sections of guest memory, ascending by address.
+
+    Everything except plain I/O becomes a section; what must not be touched has `skipped` set.
+
+    :param hva_of: host address of the first byte of a range, by guest-physical address.
+        Where missing, the RAM block's address is used if QEMU tells it.
+    :param kvm: whether the guest runs under KVM (``query-kvm``); then RAM that is not a
+        memslot is skipped. None: decided by whether any range is a memslot.
+    :param node_of: guest NUMA node by backend id (:func:`memdev_nodes`).
+    :raises LayoutError: if the answers contradict each other: a range beyond its block, an
+        address that differs between ``gpa2hva`` and the block, RAM ranges that share host memory.
+    """
+    if kvm is None:
+        kvm = any(item.kvm for item in ranges)
+    join = _Join(ramblocks, memdevs, memory_devices, hva_of, node_of or {})
+    sections = tuple(join.section(item, kvm) for item in ranges if item.kind != "i/o")
+    _check_disjoint([section for section in sections if section.skipped is None])
+    return sections
+
+
+class _Join:
+    """Lookup tables for build_sections: everything by name, so that the join is linear."""
+
+    def __init__(
+        self,
+        ramblocks: Sequence[RamBlock],
+        memdevs: Sequence[Memdev],
+        devices: Sequence[MemoryDevice],
+        hva_of: Mapping[int, int],
+        node_of: Mapping[str, int],
+    ) -> None:
+        self.memdevs = {memdev.id: memdev for memdev in memdevs}
+        self.devices = {d.memdev: d for d in devices if d.memdev is not None}
+        self.hva_of = hva_of
+        self.node_of = node_of
+        self.blocks: dict[str, RamBlock] = {}
+        self.nameless: dict[int, RamBlock] = {}
+        for block in ramblocks:
+            if not block.name:
+                self.nameless[block.total] = block
+            self.blocks.setdefault(block.name, block)
+            # qemu_ram_set_idstr() puts the device's path in front: 0000:00:01.0/vm0
+            self.blocks.setdefault(_base(block.name), block)
+
+    def section(self, item: FlatRange, kvm: bool) -> Section:
+        memdev_id = _memdev_of(item.name, self.memdevs)
+        memdev = self.memdevs.get(memdev_id) if memdev_id is not None else None
+        device = self.devices.get(memdev_id) if memdev_id is not None else None
+        block = self._block(item, memdev)
+        is_ram = memdev is not None or (not self.memdevs and item.name in MAIN_RAM_NAMES)
+        hva = self._hva(item, block, is_ram)
+        code = _skip_code(item, is_ram, kvm, device)
+        if code is None and block is None:
+            code = "no-ram-block"
+        if code is None and not hva:
+            code = "no-host-address"
+        return Section(
+            name=item.name,
+            gpa=item.start,
+            size=item.size,
+            hva=hva,
+            offset=item.offset,
+            page_size=block.page_size if block else PAGE,
+            memdev=memdev_id,
+            device=device.kind if device else None,
+            share=memdev.share if memdev else None,
+            reserve=memdev.reserve if memdev else None,
+            node=self.node_of.get(memdev_id or "", device.node if device else None),
+            skipped=_SKIP_TEXT[code] if code else None,
+            skip_code=code,
+        )
+
+    def _block(self, item: FlatRange, memdev: Memdev | None) -> RamBlock | None:
+        block = self.blocks.get(item.name) if item.name else None
+        if block is None and memdev is not None:
+            # QEMU 7.2 gives the block of virtio-pmem no name at all.
+            block = self.blocks.get(memdev.id) or self.nameless.get(memdev.size)
+        if block is not None and memdev is not None and item.offset + item.size > block.total:
+            raise LayoutError(
+                f"{_quote(item.name)} at {item.start:#x} reaches beyond its RAM block",
+                _REMEDY_PEER,
+            )
+        return block
+
+    def _hva(self, item: FlatRange, block: RamBlock | None, is_ram: bool) -> int:
+        told = self.hva_of.get(item.start, 0)
+        if block is None or block.hva is None:
+            return told
+        computed = block.hva + item.offset
+        if is_ram and told and told != computed:
+            raise LayoutError(
+                f"{_quote(item.name)} at {item.start:#x} is at {told:#x} in QEMU by gpa2hva, "
+                f"but at {computed:#x} by its RAM block",
+                "the memory layout may have changed meanwhile: try again",
+            )
+        return told or computed
+
+
+def _memdev_of(name: str, memdevs: Mapping[str, Memdev]) -> str | None:
+    """Return the id of the backend behind the region `name`, if it is one.
+
+    memfd and file backends of machine types before 4.0 are named by their full QOM path,
+    ``/objects/m0`` (``x-use-canonical-path-for-ramblock-id``, hw/core/machine.c).
+    """
+    if name in memdevs:
+        return name
+    if name.startswith("/objects/") and _base(name) in memdevs:
+        return _base(name)
+    return None
+
+
+def _skip_code(item: FlatRange, is_ram: bool, kvm: bool, device: MemoryDevice | None) -> str | None:
+    if item.kind == "romd":
+        return "rom-device"
+    if item.kind == "ramd":
+        return "vfio-bar"
+    if item.kind == "rom":
+        return "read-only" if is_ram else "rom"
+    if not is_ram:
+        return "device-memory"
+    if device is not None and device.kind == "sgx-epc":
+        return "enclave"
+    if (item.start | item.size | item.offset) % PAGE:
+        return "unaligned"
+    if kvm and not item.kvm:
+        return "no-memslot"
+    return None
+
+
+def _check_disjoint(sections: Sequence[Section]) -> None:
+    """Refuse two pieces of guest RAM in the same host memory: then one of the answers lies."""
+    by_hva = sorted(sections, key=lambda section: section.hva)
+    for before, after in pairwise(by_hva):
+        if before.hva + before.size > after.hva:
+            raise LayoutError(
+                f"guest RAM at {before.gpa:#x} and at {after.gpa:#x} shares memory in QEMU",
+                _REMEDY_PEER,
+            )
+    for section in sections:
+        if section.hva % PAGE or section.hva + section.size >= MAX_HVA:
+            raise LayoutError(
+                f"guest RAM at {section.gpa:#x} has the impossible host address {section.hva:#x}",
+                _REMEDY_PEER,
+            )
+
+
+# --- what follows from the layout ---
+
+
+def firmware_ahead(ranges: Sequence[FlatRange]) -> bool | None:
+    """Tell whether the firmware has yet to rewrite the memslots of low RAM.
+
+    On pc and q35 SeaBIOS deletes and re-creates the slot of low RAM three times; what was
+    prefaulted before is lost. Its last act is to write-protect the area at 0xf0000
+    (``make_bios_readonly()``, src/fw/shadow.c), which is then ``rom`` with the name of main RAM.
+
+    :returns: True before that; False after it, and for microvm, whose slots firmware leaves
+        alone; None where this says nothing, as with OVMF in flash.
+    """
+    low = _range_at(ranges, 0)
+    area = _range_at(ranges, BIOS_AREA)
+    if low is None or low.kind != "ram" or area is None:
+        return None
+    if area.name == low.name and area.kind == "rom":
+        return False
+    if any(item.name.startswith("system.flash") for item in ranges):
+        return None
+    if area.name == low.name:  # all of PAM is RAM: SeaBIOS is at work
+        return True if area.kind == "ram" else None
+    if area.kind == "rom":  # still the ROM itself: nothing has run
+        return True
+    # microvm maps its firmware as plain RAM over main RAM and has no PAM.
+    return False if area.kind == "ram" else None
+
+
+def _range_at(ranges: Sequence[FlatRange], gpa: int) -> FlatRange | None:
+    return next((item for item in ranges if item.start <= gpa < item.end), None)
+
+
+def huge_alignment(section: Section, huge_size: int) -> bool:
+    """Tell whether KVM can ever map this section with pages of `huge_size` bytes.
+
+    Guest-physical and host address must agree modulo the page size, or KVM forbids such
+    leaves for the whole slot (``kvm_alloc_memslot_metadata()``, arch/x86/kvm/x86.c).
+    """
+    return (section.gpa - section.hva) % huge_size == 0
