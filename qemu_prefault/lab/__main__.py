@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``python -m qemu_prefault.lab``: build the lab, run something in it, prove that it boots."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from qemu_prefault.errors import FailedError, QemuPrefaultError
+
+from . import Machine, open_machine
+from .errors import CommandError, LabLostError
+from .image import VARIANTS, build, files_disk, variant_named
+from .nested import Lab
+
+_VARIANT = click.option(
+    "--variant", type=click.Choice(list(VARIANTS)), default="trixie", show_default=True,
+    help="Which Debian runs as L1.",
+)  # fmt: skip
+_NPT = click.option(
+    "--npt/--no-npt", default=True, help="Nested paging, or shadow paging (no prefault)."
+)
+_NESTED = click.option(
+    "--nested", is_flag=True, help="Use the lab even if this host's own KVM can prefault."
+)
+_COMMAND = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+class _Group(click.Group):
+    def invoke(self, context: click.Context) -> object:
+        try:
+            return super().invoke(context)
+        except QemuPrefaultError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_status)
+
+
+@click.group(cls=_Group)
+@click.option("-v", "--verbose", is_flag=True, help="Say more.")
+def main(verbose: bool) -> None:
+    """The nested lab: the real prefault ioctl on a machine without virtualization."""
+    level = logging.DEBUG if verbose else logging.INFO
+    logging.basicConfig(level=level, format="lab: %(message)s", stream=sys.stderr)
+
+
+@main.command("build")
+@click.argument("variants", nargs=-1, type=click.Choice(list(VARIANTS)))
+def build_command(variants: tuple[str, ...]) -> None:
+    """Build what VARIANTS (default: trixie) boot from, unless it is cached."""
+    files_disk()
+    for name in variants or ("trixie",):
+        started = time.monotonic()
+        image = build(variant_named(name))
+        seconds = time.monotonic() - started
+        click.echo(f"{name}: {image.suite}, kernel {image.kernel_release}, {seconds:.1f} s")
+
+
+def _pass_on(fd: int, data: bytes) -> None:
+    stream = sys.stdout.buffer if fd == 1 else sys.stderr.buffer
+    stream.write(data)
+    stream.flush()
+
+
+@main.command("run", context_settings=_COMMAND)
+@_VARIANT
+@_NPT
+@_NESTED
+@click.option("--timeout", default=3600.0, show_default=True, help="Seconds.")
+@click.option("--wheel", "wheels", multiple=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--source", is_flag=True, help="Install this source tree, if no wheel is given.")
+@click.argument("command", nargs=-1, required=True)
+def run_command(
+    variant: str,
+    npt: bool,
+    nested: bool,
+    timeout: float,
+    wheels: tuple[Path, ...],
+    source: bool,
+    command: tuple[str, ...],
+) -> None:
+    """Run COMMAND in the lab; its output and exit status become this command's."""
+    with open_machine(variant, nested=nested, npt=npt) as machine:
+        if wheels or source:
+            _install(machine, wheels)
+        result = machine.run(command, timeout=timeout, check=False, on_output=_pass_on)
+    sys.exit(result.returncode if result.returncode >= 0 else 128 - result.returncode)
+
+
+def _install(machine: Machine, wheels: Sequence[Path]) -> None:
+    if wheels:
+        machine.install(wheels)
+    else:
+        machine.install_source()
+
+
+@main.command("boots")
+@_VARIANT
+@_NPT
+@click.option("--restore", is_flag=True, help="Restore the snapshot instead of booting.")
+@click.argument("count", type=click.IntRange(min=1))
+def boots_command(variant: str, npt: bool, restore: bool, count: int) -> None:
+    """Boot the lab COUNT times in a row; each time run a command and power off."""
+    failures = 0
+    times: list[float] = []
+    click.echo("boot    ready s  command s    off s  kernel")
+    for number in range(1, count + 1):
+        started = time.monotonic()
+        try:
+            with Lab.start(variant, npt=npt, snapshot=restore) as lab:
+                ready = time.monotonic()
+                kernel = lab.run(["uname", "-r"], timeout=60).text.strip()
+                done = time.monotonic()
+                lab.power_off()
+                off = time.monotonic()
+        except (FailedError, CommandError, LabLostError) as error:
+            failures += 1
+            click.echo(f"{number:4}  FAILED: {error}")
+            continue
+        times.append(ready - started)
+        click.echo(
+            f"{number:4} {ready - started:10.2f} {done - ready:10.2f} {off - done:8.2f}  {kernel}"
+        )
+    if times:
+        click.echo(f"ready: {min(times):.2f} to {max(times):.2f} s, "
+                   f"median {statistics.median(times):.2f} s")  # fmt: skip
+    click.echo(f"{count - failures} of {count} boots succeeded")
+    sys.exit(1 if failures else 0)
+
+
+@main.command("pytest", context_settings=_COMMAND)
+@_VARIANT
+@_NPT
+@_NESTED
+@click.option("--wheel", "wheels", multiple=True, type=click.Path(path_type=Path, exists=True),
+              help="A wheel to install first; without any, this source tree is.")  # fmt: skip
+@click.option("--junit", type=click.Path(path_type=Path), help="Where the JUnit XML goes.")
+@click.option("--timeout", default=3600.0, show_default=True, help="Seconds for all tests.")
+@click.argument("arguments", nargs=-1, required=True)
+def pytest_command(
+    variant: str,
+    npt: bool,
+    nested: bool,
+    wheels: tuple[Path, ...],
+    junit: Path | None,
+    timeout: float,
+    arguments: tuple[str, ...],
+) -> None:
+    """Copy the paths among ARGUMENTS into the lab and run pytest there with ARGUMENTS."""
+    with open_machine(variant, nested=nested, npt=npt) as machine:
+        _install(machine, wheels)
+        words = []
+        for argument in arguments:
+            path, separator, test = argument.partition("::")
+            if not argument.startswith("-") and Path(path).exists():
+                target = f"/root/tests/{Path(path).name}"
+                machine.put(Path(path), target)
+                argument = target + separator + test
+            words.append(argument)
+        report = "/root/tests/junit.xml"
+        argv = ["python3", "-m", "pytest", "-p", "no:cacheprovider", "--rootdir=/root/tests",
+                f"--junit-xml={report}", *words]  # fmt: skip
+        env = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        result = machine.run(argv, timeout=timeout, check=False, env=env, on_output=_pass_on)
+        if junit is not None:
+            machine.get(report, junit)
+    sys.exit(result.returncode if result.returncode >= 0 else 1)
+
+
+if __name__ == "__main__":
+    main()

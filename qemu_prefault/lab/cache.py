@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Things that are slow to make and never change once made.
+
+An entry is a directory ``<name>-<key>`` where the key is a hash of everything that goes
+in, so a changed recipe is a new entry and never an entry to repair. It appears by one
+rename: whoever is killed half-way leaves only a ``tmp-`` directory, which the next
+builder of the same name removes. A file lock per name makes two builders one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qemu_prefault.errors import InputError
+
+
+def cache_dir() -> Path:
+    """Where the lab keeps its images: ``$QEMU_PREFAULT_CACHE`` or the XDG cache."""
+    if configured := os.environ.get("QEMU_PREFAULT_CACHE"):
+        path = Path(configured)
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        path = Path(base) / "qemu-prefault"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot create the cache directory {path}: {error.strerror}",
+            "set QEMU_PREFAULT_CACHE to a directory with about 3 GB to spare",
+        ) from error
+    return path.resolve()
+
+
+def key_of(*parts: str | bytes) -> str:
+    """Hash what goes into an entry; the lengths keep two neighbours from blending."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(b"%d:" % len(data))
+        digest.update(data)
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def entry(name: str, key: str, build: Callable[[Path], None]) -> Path:
+    """Return the directory of an entry; call ``build`` with an empty one if it is missing.
+
+    :param build: fills the directory it is given. Raising leaves nothing behind.
+    """
+    root = cache_dir()
+    final = root / f"{name}-{key}"
+    if final.is_dir():
+        return final
+    with _locked(root / "locks" / name):
+        if final.is_dir():
+            return final
+        for stale in root.glob(f"tmp-{name}-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"tmp-{name}-", dir=root))
+        try:
+            scratch.chmod(0o755)
+            build(scratch)
+            scratch.rename(final)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return final
+
+
+def discard(path: Path) -> None:
+    """Remove an entry found to be bad, so that it is built again.
+
+    Renamed first: a half-removed directory must not be taken for an entry.
+    """
+    doomed = path.with_name(f"tmp-{path.name}")
+    try:
+        path.rename(doomed)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(doomed, ignore_errors=True)

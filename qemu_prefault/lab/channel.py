@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""L0's side of a running L1: one thread that owns QEMU, its console and the agent's port.
+
+The thread starts QEMU itself, because the parent-death signal that keeps a dead test run
+from leaving QEMU behind is tied to the thread that forked. It never waits for anything
+without also watching for the three ways L1 is lost: QEMU ends, the console shows a dying
+kernel, or the agent's beats stop. Then every request ends at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import secrets
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import agent
+from .errors import LabLostError
+
+_FATAL = re.compile(
+    rb"Kernel panic|\bBUG: |\bOops: |soft lockup|stack-protector|corrupted stack"
+    rb"|general protection fault|lab-init: fatal"
+)
+_CONSOLE_BYTES = 1 << 20
+_OUTGOING_LIMIT = 1 << 21
+_TICK_SECONDS = 1.0
+# A kernel that has begun to die says why in the lines that follow.
+_LAST_WORDS_SECONDS = 3.0
+
+
+class Request:
+    """One command in L1: its number, and what has come back and is not taken yet."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.frames: queue.SimpleQueue[tuple[int, bytes] | None] = queue.SimpleQueue()
+
+
+class Channel:
+    """A QEMU process and the conversation with the agent in it.
+
+    :param argv: QEMU's command line; ``stdio`` is the console, and the two sockets are
+        given to it as the file descriptors ``{port}`` and ``{monitor}``.
+    :param heartbeat_limit: seconds of silence after which L1 counts as lost.
+    """
+
+    def __init__(
+        self, argv: Sequence[str], heartbeat_limit: float, console_log: Path | None = None
+    ) -> None:
+        self.heartbeat_limit = heartbeat_limit
+        self.console = bytearray()
+        self._console_log = console_log
+        self._port, port = socket.socketpair()
+        self.monitor, monitor = socket.socketpair()
+        self._wake_read, self._wake_write = socket.socketpair()
+        for end in (self._port, self._wake_read, self._wake_write):
+            end.setblocking(False)
+        self._condition = threading.Condition()
+        self._outgoing = bytearray()
+        self._requests: dict[int, Request] = {}
+        self._next_number = 1
+        self._nonce: bytes | None = None
+        self._hello = bytearray()
+        self._frames = agent.Frames()
+        self._silent = 0.0
+        self._doomed: float | None = None
+        self._verdict = ""
+        self.lost: LabLostError | None = None
+        self.closing = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._failure: BaseException | None = None
+        started = threading.Event()
+        arguments = [a.format(port=port.fileno(), monitor=monitor.fileno()) for a in argv]
+
+        def run() -> None:
+            try:
+                self._process = subprocess.Popen(
+                    ["setpriv", "--pdeathsig", "KILL", "--", *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=(port.fileno(), monitor.fileno()),
+                    start_new_session=True,
+                )
+            except BaseException as error:
+                self._failure = error
+                return
+            finally:
+                port.close()
+                monitor.close()
+                started.set()
+            self._pump(self._process)
+
+        self._thread = threading.Thread(target=run, name="lab", daemon=True)
+        self._thread.start()
+        started.wait()
+        if self._failure is not None:
+            raise self._failure
+        assert self._process is not None
+        self.pid = self._process.pid
+
+    # What callers use; any thread.
+
+    def hello(self, timeout: float) -> None:
+        """Make the agent start afresh, set L1's clock, and wait for its answer."""
+        deadline = time.monotonic() + timeout
+        nonce = secrets.token_bytes(agent.NONCE_LENGTH)
+        with self._condition:
+            self._nonce = nonce
+            self._hello.clear()
+        self.send(agent.HELLO, 0, nonce + struct.pack("!d", time.time()))
+        with self._condition:
+            while self._nonce is not None:
+                self._check()
+                if not self._condition.wait(deadline - time.monotonic()):
+                    self._check()
+                    raise LabLostError(f"L1 was not up within {timeout:.0f} s", self.text())
+
+    def open(self) -> Request:
+        """Begin a request."""
+        with self._condition:
+            self._check()
+            request = Request(self._next_number)
+            self._next_number += 1
+            self._requests[request.number] = request
+            return request
+
+    def forget(self, request: Request) -> None:
+        """End a request; what still comes for it is dropped."""
+        with self._condition:
+            self._requests.pop(request.number, None)
+
+    def send(self, kind: int, number: int, payload: bytes = b"") -> None:
+        """Queue a frame. Waits while L1 is far behind, and no longer than L1 lives."""
+        with self._condition:
+            while len(self._outgoing) > _OUTGOING_LIMIT:
+                self._check()
+                self._condition.wait()
+            self._check()
+            self._outgoing += agent.frame(kind, number, payload)
+        self._wake()
+
+    def take(self, request: Request, timeout: float) -> tuple[int, bytes] | None:
+        """Give the next frame of a request, or None if none came in time.
+
+        :raise LabLostError: there will be no more.
+        """
+        try:
+            item = request.frames.get(timeout=max(0.0, timeout))
+        except queue.Empty:
+            return None
+        if item is None:
+            assert self.lost is not None
+            raise self.lost
+        return item
+
+    def text(self) -> str:
+        """Give the console's output so far."""
+        return self.console.decode(errors="replace").replace("\r", "")
+
+    def give_up(self, reason: str) -> LabLostError:
+        """Declare L1 lost, for a reason only the caller can see."""
+        with self._condition:
+            self._verdict = self._verdict or reason
+            self._doomed = time.monotonic()
+        self._wake()
+        self._thread.join()
+        assert self.lost is not None
+        return self.lost
+
+    def wait_end(self, timeout: float) -> bool:
+        """Wait until QEMU has ended by itself; tell whether it has."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def close(self) -> None:
+        """Kill QEMU. Nothing in L1 outlives a lab, so there is nothing to shut down."""
+        self.closing = True
+        self._wake()
+        self._thread.join()
+        for end in (self._port, self.monitor, self._wake_read, self._wake_write):
+            end.close()
+
+    def _wake(self) -> None:
+        try:
+            self._wake_write.send(b"\0")
+        except (BlockingIOError, OSError):
+            pass  # it is awake, or gone
+
+    def _check(self) -> None:
+        if self.lost is not None:
+            raise self.lost
+
+    # The thread.
+
+    def _pump(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        console = process.stdout.fileno()
+        os.set_blocking(console, False)
+        pidfd = os.pidfd_open(process.pid)
+        log = self._console_log.open("ab", buffering=0) if self._console_log else None
+        line = bytearray()
+        selector = selectors.DefaultSelector()
+        selector.register(console, selectors.EVENT_READ)
+        selector.register(pidfd, selectors.EVENT_READ)
+        selector.register(self._wake_read, selectors.EVENT_READ)
+        selector.register(self._port, selectors.EVENT_READ)
+
+        def read_console() -> bool:
+            nonlocal line
+            try:
+                data = os.read(console, 1 << 16)
+            except BlockingIOError:
+                return False
+            if log:
+                log.write(data)
+            self.console += data
+            del self.console[:-_CONSOLE_BYTES]
+            *lines, line = (line + data).split(b"\n")
+            for complete in lines:
+                if self._doomed is None and _FATAL.search(complete):
+                    self._doomed = time.monotonic() + _LAST_WORDS_SECONDS
+                    said = complete.decode(errors="replace").strip()
+                    self._verdict = f"L1's kernel failed: {said}"
+            return bool(data)
+
+        try:
+            before = time.monotonic()
+            while not self.closing:
+                with self._condition:
+                    wanted = selectors.EVENT_READ
+                    if self._outgoing:
+                        wanted |= selectors.EVENT_WRITE
+                if selector.get_key(self._port).events != wanted:
+                    selector.modify(self._port, wanted)
+                ready = {key.fd: mask for key, mask in selector.select(_TICK_SECONDS)}
+                now = time.monotonic()
+                # A host that was itself suspended has heard nothing either, for one tick.
+                self._silent += min(now - before, 2 * _TICK_SECONDS)
+                before = now
+                if self._wake_read.fileno() in ready:
+                    self._wake_read.recv(4096)
+                if console in ready and not read_console():
+                    selector.unregister(console)
+                if self._port.fileno() in ready:
+                    self._exchange(ready[self._port.fileno()])
+                if pidfd in ready:
+                    while read_console():
+                        pass
+                    status = process.wait()
+                    self._verdict = self._verdict or f"L1's QEMU ended with status {status}"
+                    break
+                if self._doomed is not None and now >= self._doomed:
+                    break
+                if self._nonce is None and self._silent > self.heartbeat_limit:
+                    self._verdict = f"nothing heard from L1's agent for {self._silent:.0f} s"
+                    break
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            selector.close()
+            os.close(pidfd)
+            process.stdout.close()
+            if log:
+                log.close()
+            with self._condition:
+                self.lost = LabLostError(self._verdict or "the lab was closed", self.text())
+                for request in self._requests.values():
+                    request.frames.put(None)
+                self._condition.notify_all()
+
+    def _exchange(self, mask: int) -> None:
+        if mask & selectors.EVENT_WRITE:
+            with self._condition:
+                try:
+                    sent = self._port.send(self._outgoing[: 1 << 18])
+                    del self._outgoing[:sent]
+                except (BlockingIOError, ConnectionError):
+                    pass
+                self._condition.notify_all()
+        try:
+            data = self._port.recv(1 << 18)
+        except (BlockingIOError, ConnectionError):
+            return
+        if data:
+            self._silent = 0.0
+            self._receive(data)
+
+    def _receive(self, data: bytes) -> None:
+        with self._condition:
+            if self._nonce is not None:
+                # Before the answer there may be the rest of an earlier conversation.
+                self._hello += data
+                mark = agent.MAGIC + self._nonce
+                found = self._hello.find(mark)
+                if found < 0:
+                    return
+                data = bytes(self._hello[found + len(mark) :])
+                self._nonce = None
+                self._frames = agent.Frames()
+                self._condition.notify_all()
+            for kind, number, payload in self._frames.feed(data):
+                if request := self._requests.get(number):
+                    request.frames.put((kind, payload))
+
+
+def exit_status(payload: bytes) -> dict[str, Any]:
+    """Unpack an EXIT frame."""
+    status: dict[str, Any] = json.loads(payload)
+    return status

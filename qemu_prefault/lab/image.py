@@ -1,0 +1,482 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the lab boots: Debian root file systems, kernels, initramfs, and the TCG host's QEMU.
+
+Nothing here needs loop mounts or a second machine: mmdebstrap makes a tar, ``mke2fs -d``
+an ext4 image of it. As an ordinary user both work in a user namespace.
+
+Kernels are booted as the ELF file inside their bzImage (PVH entry): the decompressor is
+code like any other, and running it under TCG costs seconds of every cold boot.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import lzma
+import os
+import shutil
+import struct
+import subprocess
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qemu_prefault.errors import InputError, UnsupportedError
+
+from . import cache
+from .errors import ImageError
+
+log = logging.getLogger(__name__)
+
+_HERE = Path(__file__).parent
+_SNAPSHOT_SAFE_APT = (
+    # Mirrors of the development suites are at times older than their own expiry date.
+    'Acquire::Check-Valid-Until "false"',
+    'Acquire::Retries "3"',
+    'APT::Install-Recommends "false"',
+)
+_WITHOUT = (
+    "/usr/share/doc/*",
+    "/usr/share/info/*",
+    "/usr/share/locale/*",
+    "/usr/share/man/*",
+    "/usr/share/lintian/*",
+    "/usr/share/qemu/hppa-firmware*",
+    "/usr/share/qemu/openbios-*",
+    "/usr/share/qemu/skiboot.lid",
+    "/usr/bin/qemu-system-i386",
+)
+_L1_PACKAGES = (
+    "iproute2",
+    "kmod",
+    "procps",
+    "python3",
+    "python3-cffi-backend",
+    "python3-click",
+    "python3-pytest",
+    "qemu-system-x86",
+    "seabios",
+)
+# Needed before the root file system is there; what the kernel has built in is skipped.
+_BOOT_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4", "overlay")
+_BOOT_MODULES_IF_THERE = ("crc32c_generic", "crc32c_intel", "crc32c")
+# Everything a lab may want to load; the rest of a kernel package is drivers.
+_KEPT_MODULES = ("arch/", "crypto/", "fs/", "lib/", "virt/", "drivers/virtio/", "drivers/crypto/")
+_KEPT_DRIVERS = ("block/", "char/", "net/tun", "net/tap", "vhost/", "nvdimm/", "dax/", "vfio/")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A Debian release to run as L1. Later suites are tried if the earlier do not build."""
+
+    name: str
+    suites: tuple[str, ...]
+    packages: tuple[str, ...] = _L1_PACKAGES
+    kernel: str = "linux-image-cloud-amd64"
+
+
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant("bookworm", ("bookworm",)),  # kernel 6.1, QEMU 7.2: has no ioctl
+        Variant("trixie", ("trixie",)),  # kernel 6.12, QEMU 10.0
+        # The index of unstable is at times ahead of its pool, and packages are missing.
+        Variant("sid", ("sid", "sid", "testing")),
+    )
+}
+
+
+def variant_named(name: str) -> Variant:
+    """Look a variant up by name."""
+    try:
+        return VARIANTS[name]
+    except KeyError:
+        raise InputError(f"no lab variant {name!r}", f"choose from {', '.join(VARIANTS)}") from None
+
+
+@dataclass(frozen=True)
+class TcgHost:
+    """QEMU 7.2 and a few tools of Debian 12, run with their own loader and libraries.
+
+    The QEMU that emulates L1 is part of the lab, not of the machine: from 9.1 on QEMU's
+    TCG never intercepts reads of CR2, CR3 and CR4 in SVM guests (target/i386/tcg/
+    decode-new.c.inc, X86_TYPE_C tests ``intercept`` for non-zero, and
+    SVM_EXIT_READ_CR0 is 0), so a shadow-paged L2 triple-faults.
+    """
+
+    directory: Path
+
+    def command(self, tool: str, *arguments: str) -> list[str]:
+        """Give the argument list that runs a tool of this tree."""
+        libraries = self.directory / "usr/lib/x86_64-linux-gnu"
+        search = (self.directory / "lib/x86_64-linux-gnu", libraries, libraries / "pulseaudio")
+        modules = libraries / "qemu"
+        loader = self.directory / "lib64/ld-linux-x86-64.so.2"
+        path = ":".join(str(directory) for directory in search)
+        return [
+            "env",
+            f"QEMU_MODULE_DIR={modules}",
+            str(loader),
+            "--library-path",
+            path,
+            str(self.directory / "usr/bin" / tool),
+            *arguments,
+        ]
+
+    def qemu(self, *arguments: str) -> list[str]:
+        """Give the argument list that runs QEMU with this tree's firmware."""
+        share = self.directory / "usr/share"
+        return self.command(
+            "qemu-system-x86_64", "-L", f"{share}/qemu", "-L", f"{share}/seabios", *arguments
+        )
+
+
+@dataclass(frozen=True)
+class Image:
+    """A built variant."""
+
+    directory: Path
+    suite: str
+    kernel_release: str
+
+    @property
+    def rootfs(self) -> Path:
+        """Raw ext4, never written to."""
+        return self.directory / "rootfs.ext4"
+
+    @property
+    def kernel(self) -> Path:
+        """The kernel as an ELF file with a PVH entry."""
+        return self.directory / "vmlinux"
+
+    @property
+    def initramfs(self) -> Path:
+        """Only what it takes to reach the root file system."""
+        return self.directory / "initramfs.cpio"
+
+
+def _run(argv: Sequence[str], what: str) -> None:
+    result = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True)
+    if result.returncode:
+        lines = (result.stdout + result.stderr).decode(errors="replace").splitlines()
+        raise ImageError(
+            f"{what} failed: {argv[0]} exited with {result.returncode}",
+            "\n".join(f"    {line}" for line in lines[-25:]),
+        )
+
+
+def _need(program: str, package: str) -> str:
+    path = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if path is None:
+        raise UnsupportedError(
+            f"the lab needs {program}, which is not installed",
+            f"apt-get install {package}\n(or the package of that name of your distribution)",
+        )
+    return path
+
+
+def _mmdebstrap(target: Path, suite: str, *options: str) -> None:
+    argv = [_need("mmdebstrap", "mmdebstrap"), "--quiet", "--architectures=amd64"]
+    argv += [f"--aptopt={option}" for option in _SNAPSHOT_SAFE_APT]
+    argv += [f"--dpkgopt=path-exclude={pattern}" for pattern in _WITHOUT]
+    _run([*argv, *options, suite, str(target)], f"mmdebstrap of Debian {suite}")
+
+
+def _in_user_namespace(argv: Sequence[str]) -> list[str]:
+    if os.geteuid() == 0:
+        return list(argv)
+    return [_need("unshare", "util-linux"), "--map-root-user", "--map-auto", "--", *argv]
+
+
+def ext4_of_tree(tree: Path, image: Path) -> None:
+    """Pack a directory as a raw ext4 image without a journal."""
+    size = sum(max(p.lstat().st_size, 4096) for p in tree.rglob("*")) // (1 << 20)
+    mke2fs = _need("mke2fs", "e2fsprogs")
+    _run(
+        [mke2fs, "-q", "-t", "ext4", "-O", "^has_journal", "-E", "root_owner=0:0", "-m", "0",
+         "-d", str(tree), str(image), f"{size * 11 // 10 + 32}M"],
+        f"packing {tree}",
+    )  # fmt: skip
+
+
+def _ext4_of_tar(tar: Path, image: Path) -> None:
+    mke2fs = _need("mke2fs", "e2fsprogs")
+    size = tar.stat().st_size // (1 << 20) * 12 // 10 + 64
+    script = (
+        'set -e; mkdir "$3"; trap \'rm -rf "$3"\' EXIT; '
+        'tar -xpf "$1" --numeric-owner --exclude="./dev/*" -C "$3"; '
+        f'{mke2fs} -q -t ext4 -O ^has_journal -m 0 -d "$3" "$2" {size}M'
+    )
+    scratch = image.with_name("tree")
+    _run(
+        _in_user_namespace(["sh", "-c", script, "sh", str(tar), str(image), str(scratch)]),
+        f"packing {tar.name}",
+    )
+
+
+def compile_static(source: Path) -> Path:
+    """Compile one C file into a static program; cached by its text."""
+    text = source.read_bytes()
+    flags = ["-static", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
+
+    def build(directory: Path) -> None:
+        compiler = _need("cc", "gcc libc6-dev")
+        _run(
+            [compiler, *flags, "-o", str(directory / source.stem), str(source)],
+            f"compiling {source.name}",
+        )
+
+    directory = cache.entry(f"bin-{source.stem}", cache.key_of(text, *flags), build)
+    return directory / source.stem
+
+
+def cpio_newc(entries: Sequence[tuple[str, int, bytes]]) -> bytes:
+    """Make an initramfs of ``(name, mode, content)``; the mode includes the file type."""
+    archive = bytearray()
+    trailer = ("TRAILER!!!", 0, b"")
+    for inode, (name, mode, content) in enumerate([*entries, trailer], start=1):
+        encoded = name.encode() + b"\0"
+        fields = (inode, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(encoded), 0)
+        archive += b"070701" + b"".join(b"%08x" % field for field in fields)
+        archive += encoded
+        archive += bytes(-len(archive) % 4)
+        archive += content
+        archive += bytes(-len(archive) % 4)
+    return bytes(archive)
+
+
+def extract_vmlinux(bzimage: bytes, tools: TcgHost) -> bytes:
+    """Take the ELF kernel out of a bzImage (Documentation/arch/x86/boot.rst, payload_offset)."""
+    setup_sectors = bzimage[0x1F1] or 4
+    offset, length = struct.unpack_from("<II", bzimage, 0x248)
+    start = (setup_sectors + 1) * 512 + offset
+    # The last four bytes are the size of the result, appended by the kernel's makefile.
+    payload = bzimage[start : start + length - 4]
+    if payload.startswith(b"\xfd7zXZ\0"):
+        elf = lzma.decompress(payload)
+    else:
+        tool = {b"\x02\x21\x4c\x18": "lz4", b"\x28\xb5\x2f\xfd": "zstd"}.get(payload[:4])
+        if tool is None:
+            raise ImageError(f"the kernel is compressed in an unknown way ({payload[:6].hex()})")
+        result = subprocess.run(
+            tools.command(tool, "-d", "-c"), input=payload, capture_output=True, check=False
+        )
+        if result.returncode:
+            raise ImageError(f"{tool} cannot unpack the kernel", result.stderr.decode())
+        elf = result.stdout
+    if not elf.startswith(b"\x7fELF"):
+        raise ImageError("what the kernel unpacks to is not an ELF file")
+    return elf
+
+
+class _Modules:
+    """The modules of one kernel, read from the root file system's tar."""
+
+    def __init__(self, tar: tarfile.TarFile, release: str) -> None:
+        self.tar = tar
+        self.root = f"./usr/lib/modules/{release}"
+        self.needs: dict[str, tuple[str, list[str]]] = {}
+        for line in self._text("modules.dep").splitlines():
+            path, _, needed = line.partition(":")
+            self.needs[self._name(path)] = (path, [self._name(n) for n in needed.split()])
+        self.builtin = {self._name(path) for path in self._text("modules.builtin").split()}
+
+    def _text(self, name: str) -> str:
+        return read_member(self.tar, f"{self.root}/{name}").decode()
+
+    @staticmethod
+    def _name(path: str) -> str:
+        return path.rsplit("/", 1)[-1].partition(".ko")[0].replace("-", "_")
+
+    def load_order(self, wanted: Sequence[str], optional: Sequence[str]) -> list[str]:
+        """Give names in an order in which each finds what it needs already loaded."""
+        order: list[str] = []
+
+        def visit(name: str) -> None:
+            if name in order or name in self.builtin:
+                return
+            for needed in reversed(self.needs[name][1]):
+                visit(needed)
+            order.append(name)
+
+        for name in [n for n in optional if n in self.needs] + list(wanted):
+            if name not in self.needs and name not in self.builtin:
+                raise ImageError(f"the kernel has no module {name}")
+            visit(name)
+        return order
+
+    def content(self, name: str) -> bytes:
+        path = self.needs[name][0]
+        data = read_member(self.tar, f"{self.root}/{path}")
+        return lzma.decompress(data) if path.endswith(".xz") else data
+
+
+def read_member(tar: tarfile.TarFile, name: str) -> bytes:
+    """Read one file of a tar."""
+    file = tar.extractfile(name)
+    if file is None:
+        raise ImageError(f"{name} in the root file system is not a file")
+    with file:
+        return file.read()
+
+
+def _l1_initramfs(tar: tarfile.TarFile, release: str, init: Path) -> bytes:
+    modules = _Modules(tar, release)
+    order = modules.load_order(_BOOT_MODULES, _BOOT_MODULES_IF_THERE)
+    entries = [
+        ("dev", 0o040755, b""),
+        ("modules", 0o040755, b""),
+        ("init", 0o100755, init.read_bytes()),
+        ("modules/order", 0o100644, "".join(f"{name}\n" for name in order).encode()),
+    ]
+    entries += [(f"modules/{name}", 0o100644, modules.content(name)) for name in order]
+    return cpio_newc(entries)
+
+
+def _kernel_hook(package: str) -> str:
+    # The kernel is unpacked, not installed: installing it brings in initramfs-tools and
+    # spends most of the build on an initramfs nobody boots.
+    kept = [f"usr/lib/modules/*/kernel/{path}" for path in _KEPT_MODULES]
+    kept += [f"usr/lib/modules/*/kernel/drivers/{path}" for path in _KEPT_DRIVERS]
+    return f"""set -e
+root=$1; dir=$(mktemp -d); trap 'rm -rf "$dir"' EXIT; cd "$dir"
+export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
+name=$(apt-cache depends {package} | sed -n 's/^ *Depends: \\(linux-image-[0-9].*\\)/\\1/p' | head -n 1)
+apt-get -q -o APT::Sandbox::User=root download "$name"
+dpkg-deb -x ./*.deb tree
+release=$(basename tree/boot/vmlinuz-*); release=${{release#vmlinuz-}}
+[ -d tree/usr/lib/modules ] || {{ mkdir -p tree/usr/lib; mv tree/lib/modules tree/usr/lib/; }}
+modules=usr/lib/modules/$release
+find "tree/$modules/kernel/drivers" \\( {_find_except(_KEPT_DRIVERS)} \\) -type f -delete
+mkdir -p "$root/boot" "$root/usr/lib/modules"
+cp "tree/boot/vmlinuz-$release" "$root/boot/"
+cp -r "tree/$modules" "$root/usr/lib/modules/"
+chroot "$root" depmod "$release"
+"""
+
+
+def _find_except(kept: Sequence[str]) -> str:
+    always = ("virtio/", "crypto/")
+    return " ".join(f"! -path '*/kernel/drivers/{path}*'" for path in (*kept, *always))
+
+
+def tcg_host() -> TcgHost:
+    """Build or find the tree QEMU runs from; it also holds the L2 guests' kernel."""
+    packages = ("linux-image-cloud-amd64", "lz4", "qemu-system-x86", "seabios", "zstd")
+    key = cache.key_of("bookworm", *packages, *_WITHOUT, *_SNAPSHOT_SAFE_APT, "2")
+
+    def build(directory: Path) -> None:
+        log.info("building the TCG host (QEMU 7.2 of Debian 12), once")
+        tar = directory / "tree.tar"
+        _mmdebstrap(tar, "bookworm", "--variant=extract", "--include=" + ",".join(packages))
+        unwanted = ["./dev", "./var", "./lib/modules", "./usr/lib/modules"]
+        _run(
+            [
+                "tar",
+                "-xf",
+                str(tar),
+                "-C",
+                str(directory),
+                "--no-same-owner",
+                *(f"--exclude={path}" for path in unwanted),
+            ],
+            "unpacking the TCG host",
+        )
+        tar.unlink()
+        # Debian builds TCG as a module: an empty machine shows that it loads.
+        _run(
+            [
+                "sh",
+                "-c",
+                'echo quit | "$@"',
+                "sh",
+                *TcgHost(directory).qemu(
+                    "-machine", "none", "-accel", "tcg", "-display", "none", "-monitor", "stdio"
+                ),
+            ],
+            "trying the TCG host's QEMU",
+        )
+
+    return TcgHost(cache.entry("tcg-host", key, build))
+
+
+def l2_kernel(host: TcgHost) -> Path:
+    """The distribution kernel of L2 guests (Debian 12's, as a bzImage)."""
+    return next((host.directory / "boot").glob("vmlinuz-*"))
+
+
+def build(variant: Variant) -> Image:
+    """Build or find the root file system, kernel and initramfs of a variant."""
+    host = tcg_host()
+    init = compile_static(_HERE / "init.c")
+    hook = _kernel_hook(variant.kernel)
+    key = cache.key_of(*variant.suites, *variant.packages, hook, *_WITHOUT, *_SNAPSHOT_SAFE_APT,
+                       *_BOOT_MODULES, *_BOOT_MODULES_IF_THERE, init.read_bytes(), "1")  # fmt: skip
+
+    def fill(directory: Path) -> None:
+        log.info("building the %s image, once", variant.name)
+        tar_path = directory / "rootfs.tar"
+        options = ["--variant=minbase", "--include=" + ",".join(variant.packages),
+                   f"--customize-hook={hook}"]  # fmt: skip
+        for attempt, suite in enumerate(variant.suites):
+            try:
+                _mmdebstrap(tar_path, suite, *options)
+                break
+            except ImageError as error:
+                if attempt == len(variant.suites) - 1:
+                    raise
+                log.warning("%s\ntrying again with %s", error, variant.suites[attempt + 1])
+        with tarfile.open(tar_path) as tar:
+            kernel = next(n for n in tar.getnames() if n.startswith("./boot/vmlinuz-"))
+            release = kernel.removeprefix("./boot/vmlinuz-")
+            elf = extract_vmlinux(read_member(tar, kernel), host)
+            (directory / "vmlinux").write_bytes(elf)
+            (directory / "initramfs.cpio").write_bytes(_l1_initramfs(tar, release, init))
+        _ext4_of_tar(tar_path, directory / "rootfs.ext4")
+        tar_path.unlink()
+        manifest = {"suite": suite, "kernel_release": release}
+        (directory / "manifest.json").write_text(json.dumps(manifest))
+
+    directory = cache.entry(f"image-{variant.name}", key, fill)
+    return Image(directory, **json.loads((directory / "manifest.json").read_text()))
+
+
+def l2_initramfs() -> bytes:
+    """The whole user space of an L2 guest: the workload, as init."""
+    workload = compile_static(_HERE / "workload.c")
+    return cpio_newc([("dev", 0o040755, b""), ("init", 0o100755, workload.read_bytes())])
+
+
+def l2_files() -> Path:
+    """Build or find the directory of what L2 guests boot: kernel and initramfs."""
+    host = tcg_host()
+    bzimage = l2_kernel(host)
+    initramfs = l2_initramfs()
+
+    def fill(directory: Path) -> None:
+        shutil.copy(bzimage, directory / "vmlinuz")
+        (directory / "vmlinux").write_bytes(extract_vmlinux(bzimage.read_bytes(), host))
+        (directory / "initramfs").write_bytes(initramfs)
+
+    return cache.entry("l2", cache.key_of(str(bzimage), initramfs), fill)
+
+
+def files_disk() -> Path:
+    """Build or find the disk that is laid over every root file system as ``/lab``.
+
+    Separate from the images, so that a change of the agent does not rebuild them.
+    """
+    l2 = l2_files()
+    own = [_HERE / "agent.py", _HERE / "start.sh"]
+
+    def fill(directory: Path) -> None:
+        tree = directory / "tree"
+        shutil.copytree(l2, tree / "lab/l2")
+        for path in own:
+            shutil.copy(path, tree / "lab" / path.name)
+        ext4_of_tree(tree, directory / "files.ext4")
+        shutil.rmtree(tree)
+
+    key = cache.key_of(*(path.read_bytes() for path in own), str(l2))
+    return cache.entry("files", key, fill) / "files.ext4"

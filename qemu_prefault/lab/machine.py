@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A machine with a KVM that can prefault: the nested lab's L1, or this very host.
+
+Both run commands, take and give files, and install wheels through the same methods, so
+the demo, the benchmark and the tests do not know which they got.
+"""
+
+from __future__ import annotations
+
+import abc
+import fcntl
+import io
+import os
+import shutil
+import signal
+import subprocess
+import tarfile
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from configparser import ConfigParser
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from qemu_prefault.errors import UnsupportedError
+
+from . import image
+from .errors import CommandError, CommandTimeoutError
+
+OnOutput = Callable[[int, bytes], None]
+"""Called with 1 (stdout) or 2 (stderr) and bytes, while a command runs."""
+
+GRACE_SECONDS = 5.0
+"""Between the polite signal and the other one, when a command runs out of time."""
+
+L2_VARIABLE = "QEMU_PREFAULT_L2"
+"""Environment variable that tells :mod:`qemu_prefault.lab.guest` where the L2 files are."""
+
+_KVM_CHECK_EXTENSION = 0xAE03
+_KVM_CAP_PRE_FAULT_MEMORY = 236
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A command that has ended. ``returncode`` is negative for a signal, as in subprocess."""
+
+    argv: tuple[str, ...]
+    returncode: int
+    stdout: bytes
+    stderr: bytes
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        """Standard output as text."""
+        return self.stdout.decode(errors="replace")
+
+    @property
+    def error_text(self) -> str:
+        """Standard error as text."""
+        return self.stderr.decode(errors="replace")
+
+
+class Machine(abc.ABC):
+    """Runs commands as root somewhere that has the KVM to be tested."""
+
+    l2_directory: str
+    """Where the L2 guests' kernel and initramfs are, in that machine."""
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Give the machine up."""
+
+    @abc.abstractmethod
+    def _execute(
+        self,
+        argv: Sequence[str],
+        timeout: float,
+        env: Mapping[str, str],
+        cwd: str | None,
+        stdin: BinaryIO,
+        sink: Callable[[int, bytes], None],
+    ) -> tuple[int, bool]:
+        """Run; give the return code, and whether the time limit struck."""
+
+    def run(
+        self,
+        argv: Sequence[str | Path],
+        *,
+        timeout: float = 600.0,
+        check: bool = True,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        stdin: bytes | BinaryIO | None = None,
+        stdout: BinaryIO | None = None,
+        on_output: OnOutput | None = None,
+    ) -> Completed:
+        """Run a command to its end. May be called from several threads at once.
+
+        :param timeout: seconds after which it is killed, with its process group.
+        :param env: added to the machine's environment.
+        :param stdin: what it reads; without, the end of file.
+        :param stdout: receives standard output instead of ``Completed.stdout``.
+        :param on_output: sees output as it comes.
+        :raise CommandError: it could not be started or, with ``check``, failed.
+        :raise CommandTimeoutError: it ran out of time.
+        :raise LabLostError: the machine is gone.
+        """
+        words = [str(word) for word in argv]
+        captured = {1: stdout or io.BytesIO(), 2: io.BytesIO()}
+
+        def sink(fd: int, data: bytes) -> None:
+            captured[fd].write(data)
+            if on_output:
+                on_output(fd, data)
+
+        def kept(fd: int) -> bytes:
+            buffer = captured[fd]
+            return buffer.getvalue() if isinstance(buffer, io.BytesIO) else b""
+
+        source = io.BytesIO(stdin or b"") if not hasattr(stdin, "read") else stdin
+        started = time.monotonic()
+        try:
+            returncode, timed_out = self._execute(words, timeout, env or {}, cwd, source, sink)
+        except OSError as error:
+            raise CommandError(f"cannot start {words[0]}: {error}", b"", b"") from error
+        result = Completed(tuple(words), returncode, kept(1), kept(2), time.monotonic() - started)
+        if timed_out:
+            raise CommandTimeoutError(
+                f"{words[0]} was killed after {timeout:g} s", result.stdout, result.stderr
+            )
+        if check and returncode:
+            raise CommandError(f"{words[0]} exited with {returncode}", result.stdout, result.stderr)
+        return result
+
+    def put(self, source: Path, destination: str) -> None:
+        """Copy a file to a file, or a directory's content into a directory."""
+        with tempfile.TemporaryFile() as packed:
+            if source.is_dir():
+                with tarfile.open(fileobj=packed, mode="w") as tar:
+                    tar.add(source, ".", filter=_as_root)
+                script = 'mkdir -p "$1" && tar -xf - -C "$1"'
+            else:
+                with source.open("rb") as file:
+                    shutil.copyfileobj(file, packed)
+                script = 'mkdir -p "$(dirname "$1")" && cat >"$1" && chmod "$2" "$1"'
+            packed.seek(0)
+            mode = f"{source.stat().st_mode & 0o7777:o}"
+            self.run(["sh", "-c", script, "sh", destination, mode], stdin=packed)
+
+    def get(self, source: str, destination: Path) -> None:
+        """Copy a file to a file, or a directory's content into a directory."""
+        is_directory = self.run(["test", "-d", source], check=False).returncode == 0
+        if not is_directory:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            with destination.open("wb") as file:
+                self.run(["cat", source], stdout=file)
+            return
+        destination.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile() as packed:
+            self.run(["tar", "-C", source, "-cf", "-", "."], stdout=packed)
+            packed.seek(0)
+            with tarfile.open(fileobj=packed) as tar:
+                tar.extractall(destination, filter="data")
+
+    def install(self, wheels: Sequence[Path]) -> None:
+        """Make wheels importable, and their console scripts commands.
+
+        They are unpacked here and not by pip there: pip takes a minute under TCG.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            for wheel in wheels:
+                _unpack_wheel(wheel, Path(scratch))
+            self._install_tree(Path(scratch))
+
+    def install_source(self) -> None:
+        """Make the package this very code belongs to importable, as it lies here."""
+        package = Path(__file__).parent.parent
+        with tempfile.TemporaryDirectory() as scratch:
+            shutil.copytree(package, Path(scratch) / "site" / package.name,
+                            ignore=shutil.ignore_patterns("__pycache__"))  # fmt: skip
+            _write_script(Path(scratch), "qemu-prefault", "qemu_prefault.cli", "main")
+            self._install_tree(Path(scratch))
+
+    @abc.abstractmethod
+    def _install_tree(self, tree: Path) -> None:
+        """Take over ``tree/site`` (modules) and ``tree/bin`` (scripts)."""
+
+
+def _as_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    member.uid = member.gid = 0
+    member.uname = member.gname = ""
+    return member
+
+
+def _write_script(tree: Path, name: str, module: str, function: str) -> None:
+    script = tree / "bin" / name
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(
+        f"#!/usr/bin/python3\nimport sys\n\nfrom {module} import {function}\n\n"
+        f"sys.exit({function}())\n"
+    )
+    script.chmod(0o755)
+
+
+def _unpack_wheel(wheel: Path, tree: Path) -> None:
+    site = tree / "site"
+    site.mkdir(exist_ok=True)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    for scheme in site.glob("*.data/*"):
+        # PEP 427: what belongs elsewhere lies in NAME.data/SCHEME.
+        target = {"scripts": tree / "bin", "data": tree}.get(scheme.name, site)
+        shutil.copytree(scheme, target, dirs_exist_ok=True)
+        shutil.rmtree(scheme)
+    for path in site.glob("*.dist-info/entry_points.txt"):
+        entries = ConfigParser(delimiters=("=",))
+        entries.optionxform = str  # type: ignore[assignment, method-assign]
+        entries.read(path)
+        if entries.has_section("console_scripts"):
+            for name, target_name in entries.items("console_scripts"):
+                module, _, function = target_name.partition(":")
+                _write_script(tree, name, module.strip(), function.strip())
+
+
+def kvm_can_prefault() -> bool:
+    """Ask this host's KVM for KVM_CAP_PRE_FAULT_MEMORY (include/uapi/linux/kvm.h)."""
+    try:
+        with open("/dev/kvm", "rb+", buffering=0) as kvm:
+            return fcntl.ioctl(kvm, _KVM_CHECK_EXTENSION, _KVM_CAP_PRE_FAULT_MEMORY) == 1
+    except OSError:
+        return False
+
+
+class LocalMachine(Machine):
+    """This very host, whose own KVM can prefault. Nothing is emulated."""
+
+    def __init__(self) -> None:
+        if not kvm_can_prefault():
+            raise UnsupportedError(
+                "this host's KVM cannot prefault",
+                "use the nested lab (--nested), which needs no KVM",
+            )
+        self.l2_directory = str(image.l2_files())
+        self._scratch = tempfile.TemporaryDirectory(prefix="qemu-prefault-")
+        self._environment = {L2_VARIABLE: self.l2_directory}
+
+    def close(self) -> None:
+        self._scratch.cleanup()
+
+    def __enter__(self) -> LocalMachine:
+        return self
+
+    def _execute(
+        self,
+        argv: Sequence[str],
+        timeout: float,
+        env: Mapping[str, str],
+        cwd: str | None,
+        stdin: BinaryIO,
+        sink: Callable[[int, bytes], None],
+    ) -> tuple[int, bool]:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=cwd,
+            env={**os.environ, **self._environment, **env},
+            start_new_session=True,
+        )
+        assert process.stdin and process.stdout and process.stderr
+
+        def feed(pipe: IO[bytes]) -> None:
+            try:
+                shutil.copyfileobj(stdin, pipe)
+                pipe.close()
+            except BrokenPipeError:
+                pass
+
+        def drain(fd: int, pipe: IO[bytes]) -> None:
+            while data := os.read(pipe.fileno(), 1 << 16):
+                sink(fd, data)
+
+        threads = [
+            threading.Thread(target=feed, args=(process.stdin,), daemon=True),
+            threading.Thread(target=drain, args=(1, process.stdout), daemon=True),
+            threading.Thread(target=drain, args=(2, process.stderr), daemon=True),
+        ]
+        for thread in threads:
+            thread.start()
+        timed_out = False
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        finally:
+            returncode = process.wait()
+            for thread in threads:
+                # A daemon left behind may hold the pipes; what it says is not the command's.
+                thread.join(0.5)
+        return returncode, timed_out
+
+    def _install_tree(self, tree: Path) -> None:
+        target = Path(self._scratch.name)
+        shutil.copytree(tree, target, dirs_exist_ok=True)
+        self._environment["PYTHONPATH"] = str(target / "site")
+        self._environment["PATH"] = f"{target / 'bin'}:{os.environ.get('PATH', os.defpath)}"

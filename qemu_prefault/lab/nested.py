@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The nested lab: L1 under TCG, booted or restored, and spoken to through its agent.
+
+The first start of a kind of L1 boots it, saves its memory and throws it away; every start
+(that one included) then restores the memory within a second or two. The memory file is
+mapped privately, so any number of labs may share one snapshot, and nothing is copied.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from qemu_prefault.errors import FailedError
+
+from . import agent, cache, image
+from .channel import Channel, exit_status
+from .errors import LabLostError
+from .machine import GRACE_SECONDS, Machine
+from .qmp import Qmp, QmpError
+
+log = logging.getLogger(__name__)
+
+_INSTALLED = "/opt/qemu-prefault"
+_STDIN_BYTES = 1 << 16
+# What TCG need not emulate: CPU bug mitigations, calibrations, self-tests. The watchdog is
+# slow because a host with little CPU to spare stalls all of L1, which is no lockup.
+_KERNEL_ARGS = (
+    "console=ttyS0 panic=-1 oops=panic watchdog_thresh=60 mitigations=off nokaslr "
+    "tsc=reliable no_timer_check audit=0 cryptomgr.notests random.trust_cpu=on "
+    "rcupdate.rcu_expedited=1 loglevel=5"
+)
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """Everything that decides what L1 is; equal recipes share a snapshot."""
+
+    host: image.TcgHost
+    image: image.Image
+    files: Path
+    memory_mib: int
+    kernel_args: str
+
+    def argv(self, memory_file: Path | None, shared: bool) -> list[str]:
+        """QEMU's command line. One vCPU: L1 with two of them oopses now and then."""
+        machine = "pc"
+        memory: list[str] = []
+        if memory_file is not None:
+            share = "on" if shared else "off"
+            memory = ["-object", f"memory-backend-file,id=ram,size={self.memory_mib}M,"
+                      f"mem-path={memory_file},share={share}"]  # fmt: skip
+            machine += ",memory-backend=ram"
+        disks = []
+        for disk in (self.image.rootfs, self.files):
+            disks += ["-drive", f"file={disk},format=raw,if=virtio,readonly=on"]
+        return self.host.qemu(
+            *memory,
+            *("-machine", machine, "-accel", "tcg,tb-size=512", "-cpu", "max,-la57", "-smp", "1"),
+            *("-m", f"{self.memory_mib}M", "-nodefaults", "-no-user-config", "-display", "none"),
+            *("-no-reboot", "-serial", "stdio", *disks),
+            *("-device", "virtio-serial-pci", "-chardev", "socket,id=port,fd={port}"),
+            *("-device", "virtserialport,chardev=port,name=lab"),
+            *("-chardev", "socket,id=monitor,fd={monitor}", "-mon", "monitor,mode=control"),
+            *("-kernel", str(self.image.kernel), "-initrd", str(self.image.initramfs)),
+            *("-append", self.kernel_args),
+        )
+
+    def key(self) -> str:
+        """Hash of the recipe."""
+        return cache.key_of(*self.argv(Path("ram"), shared=True))
+
+
+class Lab(Machine):
+    """A booted L1. Use :meth:`start`, as a context manager.
+
+    :ivar qemu_pid: the pid of the emulating QEMU.
+    """
+
+    l2_directory = "/lab/l2"
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self.qemu_pid = channel.pid
+
+    @classmethod
+    def start(
+        cls,
+        variant: str = "trixie",
+        *,
+        npt: bool = True,
+        tdp_mmu: bool | None = None,
+        memory_mib: int = 8192,
+        kernel_args: Sequence[str] = (),
+        snapshot: bool = True,
+        boot_timeout: float = 300.0,
+        heartbeat_limit: float = 60.0,
+        console_log: Path | None = None,
+    ) -> Lab:
+        """Boot L1, or restore it from the snapshot of an earlier boot.
+
+        :param variant: which Debian; see :data:`qemu_prefault.lab.image.VARIANTS`.
+        :param npt: nested paging for L2; without, KVM in L1 shadows page tables.
+        :param tdp_mmu: kvm's parameter of that name; the kernel's default if None.
+        :param kernel_args: added to L1's kernel command line.
+        :param snapshot: False boots from power-on and leaves no snapshot.
+        :param boot_timeout: seconds after which a boot that goes nowhere is given up.
+        :param heartbeat_limit: seconds of the agent's silence that make L1 lost.
+        :param console_log: a file that receives the console, as it is written.
+        :raise LabLostError: L1 died on the way; its message ends with the console.
+        """
+        parameters = [_KERNEL_ARGS, f"kvm_amd.npt={int(npt)}"]
+        if tdp_mmu is not None:
+            parameters.append(f"kvm.tdp_mmu={'Y' if tdp_mmu else 'N'}")
+        recipe = _Recipe(
+            image.tcg_host(),
+            image.build(image.variant_named(variant)),
+            image.files_disk(),
+            memory_mib,
+            " ".join([*parameters, *kernel_args]),
+        )
+
+        def cold(argv: Sequence[str], timeout: float = boot_timeout) -> Channel:
+            channel = Channel(argv, heartbeat_limit, console_log)
+            try:
+                channel.hello(timeout)
+            except BaseException:
+                channel.close()
+                raise
+            return channel
+
+        if snapshot:
+            name = f"snapshot-{variant}"
+            saved = cache.entry(name, recipe.key(), lambda path: _save(recipe, path, cold))
+            try:
+                return cls(_restore(recipe, saved, heartbeat_limit, console_log))
+            except FailedError as error:
+                log.warning("the snapshot does not restore, booting instead: %s", error)
+                cache.discard(saved)
+        return cls(cold(recipe.argv(None, shared=False)))
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Lab:
+        return self
+
+    @property
+    def console(self) -> str:
+        """What L1's console has shown since this QEMU started."""
+        return self._channel.text()
+
+    def power_off(self, timeout: float = 60.0) -> None:
+        """Power L1 off and wait for QEMU's end; only a test of booting needs this."""
+        script = "echo o >/proc/sysrq-trigger; sleep 60"
+        try:
+            self.run(["sh", "-c", script], timeout=timeout, check=False)
+        except LabLostError as lost:
+            if "QEMU ended with status 0" in lost.cause:
+                return
+            raise
+        raise self._channel.give_up("L1 did not power off")
+
+    def _execute(
+        self,
+        argv: Sequence[str],
+        timeout: float,
+        env: Mapping[str, str],
+        cwd: str | None,
+        stdin: BinaryIO,
+        sink: Callable[[int, bytes], None],
+    ) -> tuple[int, bool]:
+        channel = self._channel
+        request = channel.open()
+        message = {"argv": list(argv), "env": dict(env), "cwd": cwd, "timeout": timeout,
+                   "grace": GRACE_SECONDS}  # fmt: skip
+        # The agent keeps the time; this limit is for an agent that does not.
+        deadline = time.monotonic() + timeout + 3 * GRACE_SECONDS + channel.heartbeat_limit
+        kinds = {agent.STDOUT: 1, agent.STDERR: 2}
+        try:
+            channel.send(agent.RUN, request.number, json.dumps(message).encode())
+            while chunk := stdin.read(_STDIN_BYTES):
+                channel.send(agent.STDIN, request.number, chunk)
+            channel.send(agent.STDIN, request.number)
+            while True:
+                item = channel.take(request, deadline - time.monotonic())
+                if item is None:
+                    raise channel.give_up(f"L1's agent lost track of {argv[0]}")
+                kind, payload = item
+                if kind in kinds:
+                    sink(kinds[kind], payload)
+                elif kind == agent.EXIT:
+                    status = exit_status(payload)
+                    if "error" in status:
+                        raise OSError(status["strerror"])
+                    return status["returncode"], status["timed_out"]
+        except BaseException:
+            # The caller stops listening (an error, Ctrl-C): nobody wants its result.
+            if channel.lost is None:
+                channel.send(agent.KILL, request.number, bytes([signal.SIGKILL]))
+            raise
+        finally:
+            channel.forget(request)
+
+    def _install_tree(self, tree: Path) -> None:
+        self.put(tree, _INSTALLED)
+        script = (
+            f'for f in {_INSTALLED}/bin/*; do [ -e "$f" ] && ln -sf "$f" /usr/local/bin/; done; '
+            "python3 -c 'import sys; "
+            'd = f"/usr/local/lib/python3.{sys.version_info[1]}/dist-packages"; '
+            "import os; os.makedirs(d, exist_ok=True); "
+            f'open(d + "/qemu-prefault-lab.pth", "w").write("{_INSTALLED}/site\\n")\''
+        )
+        self.run(["sh", "-c", script])
+
+
+def _save(recipe: _Recipe, directory: Path, boot: Callable[[list[str]], Channel]) -> None:
+    """Boot once, with the memory in a file, and save the rest of the state beside it."""
+    log.info("booting the lab once to take its snapshot")
+    memory = directory / "ram"
+    started = time.monotonic()
+    channel = boot(recipe.argv(memory, shared=True))
+    try:
+        log.info("booted in %.1f s", time.monotonic() - started)
+        request = channel.open()
+        channel.send(agent.BYE, request.number)
+        if channel.take(request, channel.heartbeat_limit) is None:
+            raise channel.give_up("L1's agent did not come to rest")
+        qmp = Qmp(channel.monitor)
+        qmp.execute("stop")
+        _ignore_shared(qmp)
+        qmp.execute("migrate", uri=f"exec:cat >'{directory}/state'")
+        _wait_migrated(qmp, "completed")
+        qmp.execute("quit")
+        channel.wait_end(30.0)
+    finally:
+        channel.close()
+    (directory / "recipe.json").write_text(json.dumps({"kernel_args": recipe.kernel_args}))
+
+
+def _restore(
+    recipe: _Recipe, directory: Path, heartbeat_limit: float, console_log: Path | None
+) -> Channel:
+    argv = [*recipe.argv(directory / "ram", shared=False), "-incoming", "defer"]
+    channel = Channel(argv, heartbeat_limit, console_log)
+    try:
+        qmp = Qmp(channel.monitor)
+        _ignore_shared(qmp)
+        qmp.execute("migrate-incoming", uri=f"exec:cat '{directory}/state'")
+        _wait_migrated(qmp, "completed")
+        qmp.execute("cont")
+        channel.hello(60.0)
+    except BaseException:
+        channel.close()
+        raise
+    return channel
+
+
+def _ignore_shared(qmp: Qmp) -> None:
+    # The memory is a file already; only devices and CPU go through the stream.
+    capabilities = [
+        {"capability": "x-ignore-shared", "state": True},
+        {"capability": "events", "state": True},
+    ]
+    qmp.execute("migrate-set-capabilities", capabilities=capabilities)
+
+
+def _wait_migrated(qmp: Qmp, wanted: str) -> None:
+    while True:
+        event = qmp.wait_event("MIGRATION", timeout=120.0)
+        status = event["data"]["status"]
+        if status == wanted:
+            return
+        if status in ("failed", "cancelled"):
+            raise QmpError(f"migration {status}")
