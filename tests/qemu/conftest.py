@@ -63,10 +63,10 @@ def _await_listening(process: subprocess.Popen[bytes], ready: socket.socket) -> 
     """Return once QEMU has connected to our socket, which it does after all it listens on."""
     pidfd = os.pidfd_open(process.pid)
     try:
-        readable, _, _ = select.select([ready, pidfd], [], [], 30)
+        readable, _, _ = select.select([ready.fileno(), pidfd], [], [], 30)
     finally:
         os.close(pidfd)
-    if ready in readable:
+    if ready.fileno() in readable:
         ready.accept()[0].close()
         return
     process.kill()
