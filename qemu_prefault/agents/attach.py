@@ -1,0 +1,570 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The attach agent: helper threads started inside a running QEMU by ptrace.
+
+A vCPU thread is held for the moment it takes to send it through four system calls, which
+leave it as it was and a helper thread beside it (native/inject.c). From then on the helper
+and this process share one control page, which we reach through ``/proc/PID/mem``. A helper
+whose heartbeat stops finishes its chunk, unmaps itself and exits, so nothing of us is left
+when we are killed. A helper starts from its vCPU's thread and so inherits that thread's CPU
+affinity and memory policy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from signal import SIGUSR1
+from typing import Any
+
+from .. import process as procfs
+from .._native import ffi, lib
+from ..errors import AgentError, FailedError, RefusedError, UnsupportedError
+from . import BatchResult, Kind, Outcome, Range, Worker
+
+PAGE = 4096
+HELPER_NAME = "qemu-prefault"
+"""The helper threads' name, as ``ps -L`` and ``/proc/PID/task/TID/comm`` show it."""
+
+STACK_BYTES = 32 << 10  # a signal frame with AMX state is 11 KiB
+AREAS_FROM, AREAS_TO = 0x1000_0000_0000, 0x5000_0000_0000
+# Low enough that the kernel's own top-down search never picks an address there.
+
+RETURN_FROM_SYSCALL = b"\x0f\x05\xc3"  # syscall; ret
+SIGRETURNS = (
+    b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05",  # glibc: mov $15,%rax; syscall
+    b"\xb8\x0f\x00\x00\x00\x0f\x05",  # musl: mov $15,%eax; syscall
+)
+EXIT_THREAD = b"\xb8\x3c\x00\x00\x00\x0f\x05"  # mov $60,%eax; syscall
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of every step; times in seconds."""
+
+    chunk_bytes: int = 32 << 20
+    stuck: float = 2.0
+    dead_man: float = 3.0
+    tick: float = 0.1
+    kick: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class VcpuThread:
+    """Where a helper starts, and what it acts on.
+
+    ``fd`` is QEMU's file descriptor of the vCPU, or -1 where there is nothing to prefault
+    (populate only); ``vcpu_id`` is KVM's, the x86 APIC id.
+    """
+
+    thread_id: int
+    fd: int
+    vcpu_id: int | None
+    node: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gadgets:
+    """Addresses in QEMU's own text of the few instructions the helpers borrow."""
+
+    syscall_ret: int
+    sigreturn: int
+    exit_thread: int
+
+
+class _Helper:
+    """One helper thread's control page, seen from outside."""
+
+    def __init__(self, memory: int, area: int, code_size: int) -> None:
+        self._memory = memory
+        self.area = area
+        self.control = area + code_size
+        self.batch = 0
+
+    def read_header(self) -> Any:
+        header = ffi.new("struct prefault_control *")
+        data = os.pread(self._memory, _offset("ranges"), self.control)
+        ffi.memmove(header, data, len(data))
+        if header.magic != lib.PREFAULT_CONTROL_MAGIC:
+            raise OSError(errno.EIO, "not a control page any more")
+        return header
+
+    def write_word(self, field: str, value: int) -> None:
+        size = 8 if field == "heartbeat" else 4
+        os.pwrite(self._memory, value.to_bytes(size, "little"), self.control + _offset(field))
+
+    def submit(self, ranges: Sequence[Range]) -> None:
+        array = ffi.new("struct prefault_range[]", max(len(ranges), 1))
+        for slot, item in zip(array, ranges, strict=False):
+            slot.kind, slot.start, slot.size = item.kind, item.start, item.size
+        data = ffi.buffer(array, len(ranges) * ffi.sizeof("struct prefault_range"))
+        os.pwrite(self._memory, data, self.control + _offset("ranges"))
+        self.write_word("range_count", len(ranges))
+        self.batch += 1
+        self.write_word("batch", self.batch)
+
+    def outcomes(self, ranges: Sequence[Range]) -> tuple[Outcome, ...]:
+        size = ffi.sizeof("struct prefault_range")
+        array = ffi.new("struct prefault_range[]", max(len(ranges), 1))
+        data = os.pread(self._memory, len(ranges) * size, self.control + _offset("ranges"))
+        ffi.memmove(array, data, len(data))
+        return tuple(
+            Outcome(item, min(slot.done, item.size), slot.error)
+            for slot, item in zip(array, ranges, strict=False)
+        )
+
+
+def _offset(field: str) -> int:
+    return int(ffi.offsetof("struct prefault_control", field))
+
+
+def _pages(size: int) -> int:
+    return -(-size // PAGE) * PAGE
+
+
+CODE_SIZE = _pages(len(ffi.buffer(lib.helper_blob)))
+CONTROL_SIZE = _pages(ffi.sizeof("struct prefault_control"))
+AREA_SIZE = CODE_SIZE + CONTROL_SIZE + STACK_BYTES
+
+
+class AttachAgent:
+    """Helpers by ptrace; see the module. Raises on :meth:`start`:
+
+    :raise UnsupportedError: no permission to trace, a libc we do not know, an LSM that
+        forbids executable memory, hardware shadow stacks.
+    :raise RefusedError: another qemu-prefault is at work in this QEMU.
+    :raise AgentError: a thread could not be held or a helper did not come up.
+    """
+
+    name = "attach"
+    ranges_per_batch = int(lib.PREFAULT_RANGES_MAX)
+
+    def __init__(
+        self, process: procfs.Process, threads: Sequence[VcpuThread], limits: Limits | None = None
+    ) -> None:
+        self.process = process
+        self.limits = limits or Limits()
+        self.held_seconds = 0.0
+        self.workers = tuple(
+            Worker(index, thread.vcpu_id, thread.node) for index, thread in enumerate(threads)
+        )
+        self._threads = tuple(threads)
+        self._helpers: dict[int, _Helper] = {}
+        self._memory = -1
+        self._heart: threading.Thread | None = None
+        self._heart_stop = threading.Event()
+        self._aborted = False
+
+    # -- starting ----------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start one helper per vCPU thread. The threads are held well under a millisecond each."""
+        await self._wait_until_alone()
+        # ptrace knows its tracer by thread, and a tracer's end frees what it still holds:
+        # so all of it happens in one thread that ends with the work.
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ptrace") as executor:
+            await asyncio.get_running_loop().run_in_executor(executor, self._inject_all)
+        try:
+            await self._wait_ready()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _wait_until_alone(self) -> None:
+        """Outlast the helpers of a killed predecessor; refuse beside a live one."""
+        deadline = time.monotonic() + self.limits.dead_man + self.limits.stuck + 1
+        while helper_threads(self.process.pid):
+            if time.monotonic() > deadline:
+                raise RefusedError(
+                    f"another qemu-prefault is at work in QEMU (pid {self.process.pid})",
+                    "wait until it is done, then run this again",
+                    code="busy-agent",
+                )
+            await asyncio.sleep(0.05)
+
+    def _inject_all(self) -> None:
+        self._memory = open_memory(self.process)
+        maps = self.process.maps()
+        gadgets = find_gadgets(self._memory, maps)
+        exit_slot = prepare_exit_slot(self._memory, maps, gadgets)
+        status = self.process.status()
+        if "shstk" in status.x86_thread_features:
+            raise UnsupportedError(
+                f"QEMU (pid {self.process.pid}) runs with a hardware shadow stack",
+                "start QEMU with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off, or use the plugin agent",
+                code="shadow-stack",
+            )
+        own_pid = status.nspid[-1]
+        areas = free_areas(maps, len(self._threads), AREA_SIZE)
+        native = ffi.new(
+            "struct inject_gadgets *",
+            {"syscall_ret": gadgets.syscall_ret, "sigreturn": gadgets.sigreturn},
+        )
+        self._probe(native, areas[0])
+        for worker, thread, area in zip(self.workers, self._threads, areas, strict=True):
+            image = self._image(area, gadgets, exit_slot, thread)
+            result = ffi.new("struct inject_result *")
+            lib.inject_helper(
+                self.process.pid,
+                thread.thread_id,
+                own_pid,
+                self._memory,
+                native,
+                area,
+                AREA_SIZE,
+                ffi.from_buffer(image),
+                len(image),
+                CODE_SIZE,
+                result,
+            )
+            self.held_seconds += result.held_ns / 1e9
+            self._check(result, thread.thread_id)
+            self._helpers[worker.index] = _Helper(self._memory, area, CODE_SIZE)
+            self._start_heart()
+
+    def _probe(self, native: Any, area: int) -> None:
+        result = ffi.new("struct inject_result *")
+        thread_id = self._threads[0].thread_id
+        lib.inject_probe(self.process.pid, thread_id, self._memory, native, area, result)
+        self.held_seconds += result.held_ns / 1e9
+        self._check(result, thread_id)
+
+    def _image(self, area: int, gadgets: Gadgets, exit_slot: int, thread: VcpuThread) -> bytes:
+        """The helper's code page followed by the beginning of its control page."""
+        kickable = thread.fd >= 0
+        control = ffi.new(
+            "struct prefault_control *",
+            {
+                "entry": area,
+                "stack_top": area + AREA_SIZE - 16,
+                "magic": lib.PREFAULT_CONTROL_MAGIC,
+                "area_start": area,
+                "area_size": AREA_SIZE,
+                "syscall_ret": gadgets.syscall_ret,
+                "sigreturn": gadgets.sigreturn,
+                "exit_slot": exit_slot,
+                "dead_man_ns": int(self.limits.dead_man * 1e9),
+                "tick_ns": int(self.limits.tick * 1e9),
+                "kick_ns": int(self.limits.kick * 1e9),
+                "limits": {
+                    "chunk_bytes": self.limits.chunk_bytes,
+                    "stuck_ns": int(self.limits.stuck * 1e9),
+                },
+                "vcpu_fd": thread.fd,
+                "vcpu_tid": self.process.tid_in_namespace(thread.thread_id) if kickable else 0,
+                "kick_signal": int(SIGUSR1),
+            },
+        )
+        code = bytes(ffi.buffer(lib.helper_blob)).ljust(CODE_SIZE, b"\xcc")
+        return code + bytes(ffi.buffer(control, _offset("ranges")))
+
+    def _check(self, result: Any, thread_id: int) -> None:
+        """Turn the end of an injection into a named error."""
+        if result.stage == lib.INJECT_OK:
+            return
+        what = f"thread {thread_id} of QEMU (pid {self.process.pid})"
+        reason = os.strerror(result.error)
+        if result.stage == lib.INJECT_SEIZE and result.error == errno.EPERM:
+            raise ptrace_denied(self.process)
+        if result.error == errno.ESRCH:
+            raise FailedError(
+                f"{what} is gone", "QEMU exited, or unplugged that vCPU", code="qemu-gone"
+            )
+        if result.stage in (lib.INJECT_MMAP, lib.INJECT_PROTECT) and result.error in (
+            errno.EACCES,
+            errno.EPERM,
+        ):
+            raise UnsupportedError(
+                f"QEMU (pid {self.process.pid}) may not have executable anonymous memory: {reason}",
+                "a security module forbids it (SELinux: execmem). Allow it for this domain, "
+                "or use the plugin agent",
+                code="execmem",
+            )
+        stage = {
+            lib.INJECT_SEIZE: "it could not be seized",
+            lib.INJECT_STOP: "it did not stop in time",
+            lib.INJECT_INSPECT: "its registers or its stack are not usable",
+            lib.INJECT_WRITE: "its stack could not be written",
+            lib.INJECT_RESUME: "it could not be watched to the end",
+            lib.INJECT_MMAP: "mmap failed in it",
+            lib.INJECT_COPY: "process_vm_readv failed in it",
+            lib.INJECT_PROTECT: "mprotect failed in it",
+            lib.INJECT_CLONE: "clone failed in it",
+        }[result.stage]
+        raise AgentError(
+            f"no helper could be started from {what}: {stage} ({reason})",
+            "QEMU is unharmed; run this again, or use the plugin agent",
+        )
+
+    async def _wait_ready(self) -> None:
+        deadline = time.monotonic() + 5
+        for helper in self._helpers.values():
+            while not (ready := self._header(helper).ready):
+                if time.monotonic() > deadline:
+                    raise AgentError(
+                        "a helper thread did not come up within 5 s",
+                        "QEMU is unharmed; is the host overloaded? Run this again",
+                    )
+                await asyncio.sleep(0.001)
+            if ready != 1:
+                error = (1 << 32) - ready
+                raise AgentError(
+                    f"a helper thread could not set its timer: {os.strerror(error)}",
+                    "QEMU is unharmed; see ulimit -i (pending signals) of QEMU",
+                )
+
+    # -- heartbeat ---------------------------------------------------------------------
+
+    def _start_heart(self) -> None:
+        if self._heart is None:
+            self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+            self._heart.start()
+
+    def _beat(self) -> None:
+        """Tell every helper that we are alive, from a thread of its own: nothing delays it."""
+        beat = 0
+        while True:
+            beat += 1
+            for helper in list(self._helpers.values()):
+                # A helper, or all of QEMU, may be gone; whoever waits for it notices.
+                with contextlib.suppress(OSError):
+                    helper.write_word("heartbeat", beat)
+            if self._heart_stop.wait(self.limits.dead_man / 10):
+                return
+
+    # -- working -----------------------------------------------------------------------
+
+    async def run(
+        self, batch: dict[int, Sequence[Range]], on_progress: Callable[[int], None]
+    ) -> BatchResult:
+        """See :class:`qemu_prefault.agents.Agent`.
+
+        :raise FailedError: QEMU, or a helper, is gone (code ``qemu-gone``, ``agent``).
+        """
+        for index, ranges in batch.items():
+            self._guarded(self._helpers[index].submit, ranges)
+        waiting = set(batch)
+        finished: dict[int, tuple[Outcome, ...]] = {}
+        started, ended = [], []
+        pause, reported = 0.0002, time.monotonic()
+        while waiting:
+            for index in tuple(waiting):
+                helper = self._helpers[index]
+                header = self._header(helper)
+                if header.batch_done != helper.batch:
+                    continue
+                finished[index] = self._guarded(helper.outcomes, batch[index])
+                started.append(header.batch_started_ns)
+                ended.append(header.batch_finished_ns)
+                waiting.discard(index)
+            if not waiting:
+                break
+            if time.monotonic() - reported > 0.1:
+                reported = time.monotonic()
+                on_progress(self._done(batch, finished))
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 0.01)
+        on_progress(self._done(batch, finished))
+        seconds = (max(ended) - min(started)) / 1e9 if ended else 0.0
+        return BatchResult(finished, seconds)
+
+    def _done(
+        self, batch: dict[int, Sequence[Range]], finished: dict[int, tuple[Outcome, ...]]
+    ) -> int:
+        return sum(
+            outcome.done
+            for index, ranges in batch.items()
+            for outcome in finished.get(index)
+            or self._guarded(self._helpers[index].outcomes, ranges)
+        )
+
+    def _header(self, helper: _Helper) -> Any:
+        return self._guarded(helper.read_header)
+
+    def _guarded(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Reach into QEMU's memory; say which of the two is gone when that fails."""
+        try:
+            return function(*args)
+        except (OSError, ValueError) as error:
+            if self.process.alive():
+                raise AgentError(
+                    "a helper thread left QEMU before its work was done",
+                    f"this process made no progress for {self.limits.dead_man:g} s "
+                    "(suspended, or an overloaded host); run it again",
+                    code="agent-left",
+                ) from error
+            raise FailedError(
+                f"QEMU (pid {self.process.pid}) exited during the prefault", code="qemu-gone"
+            ) from error
+
+    # -- ending ------------------------------------------------------------------------
+
+    def abort(self) -> None:
+        """Helpers end their batch after the current chunk, and leave."""
+        self._aborted = True
+        self._tell_all("abort")
+
+    def _tell_all(self, field: str) -> None:
+        for helper in self._helpers.values():
+            with contextlib.suppress(OSError):
+                helper.write_word(field, 1)
+
+    @property
+    def leave_orders(self) -> tuple[int, tuple[int, ...]]:
+        """For a guard process: the memory fd, and where to write a 1 to send helpers away."""
+        where = tuple(helper.control + _offset("abort") for helper in self._helpers.values())
+        return self._memory, where
+
+    async def close(self) -> None:
+        """Release the helpers, and wait until none is left.
+
+        :raise AgentError: one does not leave (it is blocked in the kernel); it still does
+            once it can.
+        """
+        self._tell_all("release")
+        try:
+            await self._wait_gone()
+        finally:
+            self._heart_stop.set()
+            if self._heart is not None:
+                self._heart.join()
+                self._heart = None
+            self._helpers.clear()
+            if self._memory >= 0:
+                os.close(self._memory)
+                self._memory = -1
+
+    async def _wait_gone(self) -> None:
+        deadline = time.monotonic() + self.limits.stuck + self.limits.dead_man + 2
+        pause = 0.0005
+        while self._helpers and helper_threads(self.process.pid):
+            if time.monotonic() > deadline:
+                raise AgentError(
+                    f"a helper thread is still in QEMU (pid {self.process.pid}), held by the kernel",
+                    "it leaves by itself as soon as its system call returns",
+                )
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 0.02)
+
+
+# -- what is where in QEMU ---------------------------------------------------------------
+
+
+def helper_threads(pid: int) -> tuple[int, ...]:
+    """Thread ids of helpers (ours or another run's) inside process ``pid``."""
+    found = []
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{name}/comm") as comm:
+                if comm.read().strip() == HELPER_NAME:
+                    found.append(int(name))
+    return tuple(found)
+
+
+def ptrace_denied(process: procfs.Process) -> UnsupportedError:
+    """The error for a refused trace, with the culprit named."""
+    cause, remedy = procfs.diagnose_ptrace(process)
+    return UnsupportedError(cause, remedy, code="ptrace-denied")
+
+
+def open_memory(process: procfs.Process) -> int:
+    """``/proc/PID/mem``, read and write. It asks for the same right as ptrace.
+
+    :raise UnsupportedError: no permission. :raise FailedError: QEMU is gone.
+    """
+    try:
+        return os.open(f"/proc/{process.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:
+        raise ptrace_denied(process) from None
+    except (FileNotFoundError, ProcessLookupError):
+        raise FailedError(f"QEMU (pid {process.pid}) is gone", code="qemu-gone") from None
+
+
+def find_gadgets(memory: int, maps: Sequence[procfs.Mapping]) -> Gadgets:
+    """Find the instructions the helpers borrow, in libc if it has them.
+
+    :raise UnsupportedError: QEMU's text has none (an unknown libc).
+    """
+    text = [m for m in maps if m.perms.startswith("r-x") and m.path.startswith("/")]
+    text.sort(key=lambda mapping: "libc" not in mapping.path)
+    syscall_ret = sigreturn = exit_thread = 0
+    for mapping in text:
+        try:
+            code = os.pread(memory, mapping.end - mapping.start, mapping.start)
+        except OSError:
+            continue
+
+        def locate(*patterns: bytes, base: int = mapping.start, code: bytes = code) -> int:
+            found = [at for pattern in patterns if (at := code.find(pattern)) >= 0]
+            return base + found[0] if found else 0
+
+        syscall_ret = syscall_ret or locate(RETURN_FROM_SYSCALL)
+        sigreturn = sigreturn or locate(*SIGRETURNS)
+        exit_thread = exit_thread or locate(EXIT_THREAD)
+        if syscall_ret and sigreturn and exit_thread:
+            return Gadgets(syscall_ret, sigreturn, exit_thread)
+    raise UnsupportedError(
+        "QEMU's libc is not one the attach agent knows (no signal restorer found in its text)",
+        "use the plugin agent",
+        code="unknown-libc",
+    )
+
+
+def prepare_exit_slot(memory: int, maps: Sequence[procfs.Mapping], gadgets: Gadgets) -> int:
+    """Put the address of an exit where a helper finds it after unmapping its own stack.
+
+    That is the last word of the main stack: a null pointer by which the kernel ends it
+    (fs/exec.c, ``__bprm_mm_init()``) and that no program reads.
+
+    :raise UnsupportedError: something else is there.
+    """
+    stack = next((m for m in maps if m.path == "[stack]"), None)
+    if stack is None:
+        raise UnsupportedError("QEMU has no main stack in /proc/PID/maps", code="unknown-layout")
+    slot = stack.end - 8
+    wanted = gadgets.exit_thread.to_bytes(8, "little")
+    found = os.pread(memory, 8, slot)
+    if found not in (bytes(8), wanted):
+        raise UnsupportedError(
+            "the last word of QEMU's main stack is in use",
+            "use the plugin agent, and report this",
+            code="unknown-layout",
+        )
+    if found != wanted:
+        os.pwrite(memory, wanted, slot)
+    return slot
+
+
+def free_areas(maps: Sequence[procfs.Mapping], count: int, size: int) -> tuple[int, ...]:
+    """Addresses for ``count`` mappings of ``size`` bytes, where nothing is mapped.
+
+    Random, so that two runs do not meet; MAP_FIXED_NOREPLACE settles what this cannot.
+    """
+    stride = _pages(size) + 16 * PAGE
+    for _ in range(64):
+        base = AREAS_FROM + secrets.randbelow((AREAS_TO - AREAS_FROM) // PAGE) * PAGE
+        end = base + stride * count
+        if not any(m.start < end and base < m.end for m in maps):
+            return tuple(base + stride * index for index in range(count))
+    raise AgentError("no free addresses found in QEMU", "report this with its /proc/PID/maps")
+
+
+__all__ = [
+    "HELPER_NAME",
+    "AttachAgent",
+    "Kind",
+    "Limits",
+    "VcpuThread",
+    "find_gadgets",
+    "free_areas",
+    "helper_threads",
+    "open_memory",
+    "prepare_exit_slot",
+]

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Builds ``qemu_prefault._native``: the C parts, and the helper's code as bytes in it.
+
+The helper is linked by itself at address 0 with ``helper.lds``, which refuses anything
+that would need relocation or writable data, and lands in the extension as an array.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+
+# The helper has no libc, must not touch FPU state, and must not be given calls to
+# memset() by an optimizer that recognises loops.
+HELPER_FLAGS = [
+    *("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror"),
+    *("-ffreestanding", "-fno-builtin", "-fPIE", "-fno-stack-protector"),
+    *("-fcf-protection=none", "-fno-asynchronous-unwind-tables", "-fno-jump-tables"),
+    *("-mgeneral-regs-only", "-fno-tree-loop-distribute-patterns", "-U_FORTIFY_SOURCE"),
+]
+
+
+def compile_helper() -> bytes:
+    """The helper's machine code: position independent, entry at byte 0."""
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[:1]
+    with tempfile.TemporaryDirectory() as scratch:
+        obj, elf, image = (Path(scratch) / name for name in ("helper.o", "helper.elf", "image"))
+        for command in (
+            [*compiler, *HELPER_FLAGS, "-c", HERE / "helper.c", "-o", obj],
+            ["ld", "-T", HERE / "helper.lds", "--build-id=none", "-o", elf, obj],
+            ["objcopy", "-O", "binary", "-j", ".image", elf, image],
+        ):
+            subprocess.run(command, check=True)
+        return image.read_bytes()
+
+
+def write_helper_header() -> None:
+    code = compile_helper()
+    lines = (", ".join(f"0x{byte:02x}" for byte in code[at : at + 16]) for at in range(0, len(code), 16))
+    (HERE / "helper_blob.h").write_text(
+        f"static const unsigned char helper_blob[{len(code)}] = {{\n"
+        + "".join(f"\t{line},\n" for line in lines)
+        + "};\n"
+    )
+
+
+CDEF = """
+enum prefault_kind { PREFAULT_POPULATE, PREFAULT_STAGE2 };
+struct prefault_range { uint64_t start, size, done; int32_t error; uint32_t kind; };
+struct prefault_limits { uint64_t chunk_bytes, stuck_ns; };
+struct prefault_control {
+    uint64_t entry, stack_top, magic, area_start, area_size;
+    uint64_t syscall_ret, sigreturn, exit_slot, dead_man_ns, tick_ns, kick_ns;
+    struct prefault_limits limits;
+    int32_t vcpu_fd, vcpu_tid, kick_signal, unused;
+    uint64_t heartbeat;
+    uint32_t batch, abort, release, range_count;
+    uint32_t tid, ready, batch_done, leaving;
+    uint64_t batch_started_ns, batch_finished_ns;
+    struct prefault_range ranges[...];
+    ...;
+};
+#define PREFAULT_CONTROL_MAGIC ...
+#define PREFAULT_RANGES_MAX ...
+#define PREFAULT_STUCK ...
+#define PREFAULT_ABORTED ...
+static const unsigned char helper_blob[...];
+
+enum inject_stage { INJECT_OK, INJECT_SEIZE, INJECT_STOP, INJECT_INSPECT, INJECT_WRITE,
+    INJECT_RESUME, INJECT_MMAP, INJECT_COPY, INJECT_PROTECT, INJECT_CLONE, ... };
+struct inject_gadgets { uint64_t syscall_ret, sigreturn; };
+struct inject_result { int32_t stage, error; uint64_t held_ns; };
+int inject_probe(int32_t pid, int32_t tid, int32_t mem_fd, const struct inject_gadgets *gadgets,
+    uint64_t area, struct inject_result *result);
+int inject_helper(int32_t pid, int32_t tid, int32_t own_pid, int32_t mem_fd,
+    const struct inject_gadgets *gadgets, uint64_t area, uint64_t area_size, const void *image,
+    uint64_t image_size, uint64_t code_size, struct inject_result *result);
+
+struct pagemap_region { uint64_t start, size; };
+long pagemap_writable(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
+    struct pagemap_region *regions, size_t count, uint64_t *next);
+long pagemap_sum(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
+    uint64_t *present, uint64_t *writable);
+int pagemap_sees_zero_page(int32_t fd);
+
+int kvm_check_extension(int32_t kvm_fd, int32_t extension);
+"""
+
+SOURCE = """
+#include <sys/ioctl.h>
+#include <errno.h>
+#include <linux/kvm.h>
+#include "control.h"
+#include "inject.h"
+#include "pagemap.h"
+#include "helper_blob.h"
+
+/* KVM_CHECK_EXTENSION: a non-negative answer, or a negative errno. */
+static int kvm_check_extension(int32_t kvm_fd, int32_t extension)
+{
+	int answer = ioctl(kvm_fd, KVM_CHECK_EXTENSION, extension);
+
+	return answer < 0 ? -errno : answer;
+}
+"""
+
+write_helper_header()
+ffibuilder = FFI()
+ffibuilder.cdef(CDEF)
+ffibuilder.set_source(
+    "qemu_prefault._native",
+    SOURCE,
+    sources=[os.path.relpath(HERE / name, ROOT) for name in ("inject.c", "pagemap.c")],
+    include_dirs=[os.path.relpath(HERE, ROOT)],
+    depends=[os.path.relpath(path, ROOT) for path in HERE.glob("*.[hc]")],
+    extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
+)
