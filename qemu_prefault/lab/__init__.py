@@ -19,9 +19,13 @@ Where the host itself has a KVM with the capability, :func:`open_machine` hands 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from .errors import CommandError, CommandTimeoutError, LabLostError
-from .machine import Completed, LocalMachine, Machine, kvm_can_prefault
-from .nested import Lab
+
+if TYPE_CHECKING:
+    from .machine import Completed, LocalMachine, Machine
+    from .nested import Lab, open_machine
 
 __all__ = [
     "CommandError",
@@ -31,16 +35,22 @@ __all__ = [
     "LabLostError",
     "LocalMachine",
     "Machine",
-    "kvm_can_prefault",
     "open_machine",
 ]
 
+_HOMES = {
+    "Completed": "machine",
+    "Lab": "nested",
+    "LocalMachine": "machine",
+    "Machine": "machine",
+    "open_machine": "nested",
+}
 
-def open_machine(variant: str = "trixie", *, nested: bool = False, npt: bool = True) -> Machine:
-    """Give a machine that can prefault: this host if it can, else a booted lab.
 
-    :param nested: take the lab even so; implied by ``npt=False``.
-    """
-    if kvm_can_prefault() and npt and not nested:
-        return LocalMachine()
-    return Lab.start(variant, npt=npt)
+def __getattr__(name: str) -> Any:
+    # In L1 only the guests are wanted, and every import costs ten times what it costs here.
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

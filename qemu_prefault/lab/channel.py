@@ -80,6 +80,7 @@ class Channel:
         self.closing = False
         self._process: subprocess.Popen[bytes] | None = None
         self._failure: BaseException | None = None
+        self.pid = 0
         started = threading.Event()
         arguments = [a.format(port=port.fileno(), monitor=monitor.fileno()) for a in argv]
 

@@ -29,15 +29,13 @@ from qemu_prefault.errors import UnsupportedError
 
 from . import image
 from .errors import CommandError, CommandTimeoutError
+from .guest import L2_VARIABLE
 
 OnOutput = Callable[[int, bytes], None]
 """Called with 1 (stdout) or 2 (stderr) and bytes, while a command runs."""
 
 GRACE_SECONDS = 5.0
 """Between the polite signal and the other one, when a command runs out of time."""
-
-L2_VARIABLE = "QEMU_PREFAULT_L2"
-"""Environment variable that tells :mod:`qemu_prefault.lab.guest` where the L2 files are."""
 
 _KVM_CHECK_EXTENSION = 0xAE03
 _KVM_CAP_PRE_FAULT_MEMORY = 236
@@ -127,7 +125,11 @@ class Machine(abc.ABC):
             buffer = captured[fd]
             return buffer.getvalue() if isinstance(buffer, io.BytesIO) else b""
 
-        source = io.BytesIO(stdin or b"") if not hasattr(stdin, "read") else stdin
+        source: BinaryIO
+        if stdin is None or isinstance(stdin, bytes):
+            source = io.BytesIO(stdin or b"")
+        else:
+            source = stdin
         started = time.monotonic()
         try:
             returncode, timed_out = self._execute(words, timeout, env or {}, cwd, source, sink)

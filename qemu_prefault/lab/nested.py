@@ -22,7 +22,7 @@ from qemu_prefault.errors import FailedError
 from . import agent, cache, image
 from .channel import Channel, exit_status
 from .errors import LabLostError
-from .machine import GRACE_SECONDS, Machine
+from .machine import GRACE_SECONDS, LocalMachine, Machine, kvm_can_prefault
 from .qmp import Qmp, QmpError
 
 log = logging.getLogger(__name__)
@@ -279,3 +279,13 @@ def _wait_migrated(qmp: Qmp, wanted: str) -> None:
             return
         if status in ("failed", "cancelled"):
             raise QmpError(f"migration {status}")
+
+
+def open_machine(variant: str = "trixie", *, nested: bool = False, npt: bool = True) -> Machine:
+    """Give a machine that can prefault: this host if it can, else a booted lab.
+
+    :param nested: take the lab even so; implied by ``npt=False``.
+    """
+    if kvm_can_prefault() and npt and not nested:
+        return LocalMachine()
+    return Lab.start(variant, npt=npt)

@@ -1,7 +1,239 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * The whole user space of an L2 guest: touches memory on command, and knows whether the
+ * memory is still what it left there.
+ *
+ * Line protocol on ttyS0; an answer begins with the word of its command:
+ *
+ *   (start)             ready uptime=SECONDS mib=N seconds=S
+ *   alloc MIB [huge]    alloc pages=N seconds=S        map and write a new buffer
+ *   pass                pass pages=N seconds=S bad=N   write a word of every page
+ *   checksum            checksum sum=HEX seconds=S     of every byte
+ *   run                 run ok=1                       passes in the background
+ *   status              status passes=N bad=N running=0|1
+ *   stop                stop passes=N bad=N
+ *   echo WORD           echo word=WORD
+ *   poweroff            poweroff ok=1
+ *   (anything wrong)    error TEXT
+ *
+ * With workload.mib=N on the kernel's command line, N MiB are allocated before "ready".
+ * bad counts the pages that did not hold what the pass before had written; it never goes
+ * back. Each word carries its page's number, so exchanged pages are noticed as well.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <termios.h>
+#include <time.h>
 #include <unistd.h>
+
+enum { PAGE_BYTES = 4096, PAGE_WORDS = PAGE_BYTES / 8 };
+
+static int serial;
+static uint64_t *buffer;
+static size_t pages;
+static uint64_t generation;
+static _Atomic uint64_t passes, bad;
+static atomic_bool running;
+static pthread_t runner;
+
+static double now(clockid_t clock)
+{
+	struct timespec ts;
+	clock_gettime(clock, &ts);
+	return ts.tv_sec + ts.tv_nsec / 1e9;
+}
+
+__attribute__((format(printf, 1, 2))) static void say(const char *format, ...)
+{
+	char line[256];
+	va_list args;
+	va_start(args, format);
+	int length = vsnprintf(line, sizeof(line) - 1, format, args);
+	va_end(args);
+	line[length++] = '\n';
+	for (int done = 0; done < length;) {
+		ssize_t n = write(serial, line + done, length - done);
+		if (n > 0)
+			done += n;
+	}
+}
+
+// The word of a page moves about in it, so that passes do not share one cache set.
+static _Atomic uint64_t *word_of(size_t page)
+{
+	return (_Atomic uint64_t *)&buffer[page * PAGE_WORDS + page % PAGE_WORDS];
+}
+
+static uint64_t value_of(size_t page, uint64_t which)
+{
+	return (which << 40 | page) * 0x9e3779b97f4a7c15u | 1;
+}
+
+/*
+ * An exchange, not a load and a store: the first access to a page is a write, as it is for
+ * a guest that puts its memory to use, and costs one fault, not two.
+ */
+static void pass(void)
+{
+	for (size_t page = 0; page < pages; page++) {
+		uint64_t old = atomic_exchange_explicit(
+			word_of(page), value_of(page, generation + 1), memory_order_relaxed);
+		if (old != value_of(page, generation))
+			bad++;
+	}
+	generation++;
+	passes++;
+}
+
+static const char *allocate(size_t mib, bool huge)
+{
+	if (buffer)
+		munmap(buffer, pages * PAGE_BYTES);
+	buffer = NULL;
+	pages = 0;
+	void *map = mmap(NULL, mib << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (map == MAP_FAILED)
+		return strerror(errno);
+	if (madvise(map, mib << 20, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE))
+		return strerror(errno);
+	buffer = map;
+	pages = mib << (20 - 12);
+	generation = 0;
+	for (size_t page = 0; page < pages; page++)
+		atomic_store_explicit(word_of(page), value_of(page, 0), memory_order_relaxed);
+	return NULL;
+}
+
+static void *run(void *unused)
+{
+	(void)unused;
+	// The commands stay responsive on a single vCPU.
+	setpriority(PRIO_PROCESS, 0, 10);
+	while (atomic_load(&running))
+		pass();
+	return NULL;
+}
+
+static void stop(void)
+{
+	if (atomic_exchange(&running, false))
+		pthread_join(runner, NULL);
+}
+
+static void command(char *line)
+{
+	char *word = strtok(line, " ");
+	char *first = strtok(NULL, " "), *second = strtok(NULL, " ");
+	if (!word)
+		return;
+	double start = now(CLOCK_MONOTONIC);
+	bool idle = !atomic_load(&running);
+
+	if (!strcmp(word, "status")) {
+		say("status passes=%" PRIu64 " bad=%" PRIu64 " running=%d", passes, bad, !idle);
+	} else if (!strcmp(word, "stop")) {
+		stop();
+		say("stop passes=%" PRIu64 " bad=%" PRIu64, passes, bad);
+	} else if (!strcmp(word, "echo") && first) {
+		say("echo word=%s", first);
+	} else if (!strcmp(word, "poweroff")) {
+		say("poweroff ok=1");
+		tcdrain(serial);
+		reboot(RB_POWER_OFF);
+	} else if (!idle) {
+		say("error %s: stop the background passes first", word);
+	} else if (!strcmp(word, "alloc") && first && atol(first) > 0) {
+		const char *error = allocate(atol(first), second && !strcmp(second, "huge"));
+		if (error)
+			say("error alloc: %s", error);
+		else
+			say("alloc pages=%zu seconds=%.6f", pages, now(CLOCK_MONOTONIC) - start);
+	} else if (!buffer) {
+		say("error %s: nothing is allocated, or no such command", word);
+	} else if (!strcmp(word, "pass")) {
+		uint64_t before = bad;
+		pass();
+		double seconds = now(CLOCK_MONOTONIC) - start;
+		say("pass pages=%zu seconds=%.6f bad=%" PRIu64, pages, seconds, bad - before);
+	} else if (!strcmp(word, "checksum")) {
+		uint64_t sum = 0xcbf29ce484222325u;
+		for (size_t i = 0; i < pages * PAGE_WORDS; i++)
+			sum = (sum ^ buffer[i]) * 0x100000001b3u;
+		say("checksum sum=%016" PRIx64 " seconds=%.6f", sum, now(CLOCK_MONOTONIC) - start);
+	} else if (!strcmp(word, "run")) {
+		atomic_store(&running, true);
+		errno = pthread_create(&runner, NULL, run, NULL);
+		if (errno) {
+			atomic_store(&running, false);
+			say("error run: %s", strerror(errno));
+		} else {
+			say("run ok=1");
+		}
+	} else {
+		say("error no such command: %s", word);
+	}
+}
+
+static size_t wanted_mib(void)
+{
+	char text[4096] = "";
+	int fd = open("/proc/cmdline", O_RDONLY);
+	if (fd < 0 || read(fd, text, sizeof(text) - 1) < 0)
+		return 0;
+	close(fd);
+	const char *found = strstr(text, "workload.mib=");
+	return found ? strtoul(found + strlen("workload.mib="), NULL, 10) : 0;
+}
+
 int main(void)
 {
-	for (;;)
-		pause();
+	mkdir("/dev", 0755);
+	mkdir("/proc", 0755);
+	mount("dev", "/dev", "devtmpfs", 0, NULL);
+	mount("proc", "/proc", "proc", 0, NULL);
+	serial = open("/dev/ttyS0", O_RDWR | O_NOCTTY);
+	if (serial < 0)
+		return 1; // the kernel panics, and the harness sees it
+	struct termios tty;
+	tcgetattr(serial, &tty);
+	cfmakeraw(&tty);
+	tcsetattr(serial, TCSANOW, &tty);
+
+	size_t mib = wanted_mib();
+	double start = now(CLOCK_MONOTONIC);
+	const char *error = mib ? allocate(mib, false) : NULL;
+	if (error)
+		say("error alloc: %s", error);
+	say("ready uptime=%.6f mib=%zu seconds=%.6f", now(CLOCK_BOOTTIME), mib,
+	    now(CLOCK_MONOTONIC) - start);
+
+	char line[256];
+	size_t length = 0;
+	for (;;) {
+		char c;
+		if (read(serial, &c, 1) != 1)
+			continue;
+		if (c == '\n' || c == '\r') {
+			line[length] = '\0';
+			length = 0;
+			command(line);
+		} else if (length < sizeof(line) - 1) {
+			line[length++] = c;
+		}
+	}
 }

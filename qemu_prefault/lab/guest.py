@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""L2 guests: the stock QEMUs the tool is tried on. Runs where the KVM is, usually in L1.
+
+A guest boots a distribution kernel whose only process is ``workload.c``, spoken to over
+its serial line. Its QEMU has two monitors: ``qmp_path`` is for the tool under test, the
+other belongs to this class, so that each can be watched while the other is in use.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qemu_prefault.errors import FailedError
+
+from .qmp import Qmp, QmpError
+
+L2_VARIABLE = "QEMU_PREFAULT_L2"
+"""Environment variable naming the directory of the L2 kernel and initramfs."""
+
+# No calibration, no mitigations, no address randomization: less to emulate.
+_KERNEL_ARGS = (
+    "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check "
+    "audit=0 cryptomgr.notests random.trust_cpu=on nowatchdog"
+)
+_BACKINGS = {
+    "ram": "memory-backend-ram",
+    "memfd": "memory-backend-memfd",
+    "file": "memory-backend-file,share=on,mem-path={directory}",
+    "file-private": "memory-backend-file,share=off,mem-path={directory}",
+    "hugetlb": "memory-backend-memfd,hugetlb=on,hugetlbsize=2M",
+}
+_THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_HUGEPAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+
+
+class GuestError(FailedError):
+    """QEMU ended, or its guest does not answer, or answered with an error."""
+
+    code = "lab-guest"
+
+
+def l2_directory() -> Path:
+    """Where the L2 kernel and initramfs are on this machine."""
+    return Path(os.environ.get(L2_VARIABLE, "/lab/l2"))
+
+
+def thp(mode: str) -> str:
+    """Set transparent huge pages to ``always``, ``madvise`` or ``never``; give the old mode."""
+    before = _THP.read_text().partition("[")[2].partition("]")[0]
+    _THP.write_text(mode)
+    return before
+
+
+def reserve_hugepages(count: int) -> int:
+    """Set the number of 2 MiB hugetlb pages; give the number the kernel could reserve."""
+    _HUGEPAGES.write_text(str(count))
+    return int(_HUGEPAGES.read_text())
+
+
+class Guest:
+    """A QEMU with one L2 guest. A context manager; leaving it kills QEMU.
+
+    :param machine: ``pc``, ``q35`` or ``microvm``, and further properties after a comma.
+    :param accel: ``kvm`` or ``tcg``.
+    :param backing: a key of ``ram``, ``memfd``, ``file``, ``file-private``, ``hugetlb``,
+        and further properties after a comma (``ram,prealloc=on``); None is a plain ``-m``.
+    :param memory: the ``-m`` argument's further parts (``slots=2,maxmem=2G``).
+    :param paused: start with ``-S``: status is ``prelaunch``, nothing has run.
+    :param incoming: a URI, ``defer``, or the path of a file written by :meth:`save`.
+    :param workload_mib: MiB the guest allocates and writes before it is ready.
+    :param args: further arguments for QEMU.
+    :param wrapper: a command QEMU is run under, such as ``["env", "LD_PRELOAD=…"]``.
+    :ivar pid: QEMU's process id.
+    :ivar qmp_path: the monitor nobody uses, for the tool under test.
+    """
+
+    def __init__(
+        self,
+        *,
+        machine: str = "pc",
+        accel: str = "kvm",
+        memory_mib: int = 384,
+        memory: str = "",
+        smp: int = 1,
+        cpu: str | None = None,
+        backing: str | None = "ram",
+        paused: bool = False,
+        incoming: str | Path | None = None,
+        workload_mib: int = 0,
+        kernel: str = "vmlinux",
+        kernel_args: str = "",
+        args: Sequence[str] = (),
+        qemu: str = "qemu-system-x86_64",
+        wrapper: Sequence[str] = (),
+    ) -> None:
+        self._scratch = tempfile.TemporaryDirectory(prefix="l2-")
+        self.directory = Path(self._scratch.name)
+        self.qmp_path = self.directory / "qmp"
+        self._stderr_path = self.directory / "stderr"
+        self._serial_buffer = b""
+        self.serial_log = b""
+        self.incoming = incoming is not None
+
+        machine_argument = machine
+        memory_argument = f"{memory_mib}M" + (f",{memory}" if memory else "")
+        argv = [*wrapper, qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+        if backing is not None:
+            kind, _, properties = backing.partition(",")
+            text = _BACKINGS[kind].format(directory=self.directory / "memory")
+            text += f",id=ram,size={memory_mib}M" + (f",{properties}" if properties else "")
+            argv += ["-object", text]
+            machine_argument += ",memory-backend=ram"
+        argv += ["-machine", machine_argument, "-accel", accel, "-m", memory_argument]
+        argv += ["-smp", str(smp)]
+        if cpu or accel == "kvm":
+            argv += ["-cpu", cpu or "host"]
+        files = l2_directory()
+        append = _KERNEL_ARGS + (f" workload.mib={workload_mib}" if workload_mib else "")
+        argv += ["-kernel", str(files / kernel), "-initrd", str(files / "initramfs")]
+        argv += ["-append", f"{append} {kernel_args}".strip()]
+        if paused:
+            argv.append("-S")
+        if isinstance(incoming, Path):
+            argv += ["-incoming", f"exec:cat '{incoming}'"]
+        elif incoming is not None:
+            argv += ["-incoming", incoming]
+
+        # The harness's ends are socket pairs: nothing to wait for. The tool's monitor is
+        # bound by QEMU itself, because its peer credentials are part of what is tested.
+        serial, serial_far = socket.socketpair()
+        monitor, monitor_far = socket.socketpair()
+        argv += [
+            *("-chardev", f"socket,id=serial,fd={serial_far.fileno()}", "-serial"),
+            *("chardev:serial", "-chardev", f"socket,id=harness,fd={monitor_far.fileno()}"),
+            *("-mon", "harness,mode=control"),
+            *("-qmp", f"unix:{self.qmp_path},server=on,wait=off", *args),
+        ]
+        self.argv = argv
+        try:
+            with self._stderr_path.open("wb") as stderr:
+                self.process = subprocess.Popen(
+                    ["setpriv", "--pdeathsig", "KILL", "--", *argv],
+                    stdin=subprocess.DEVNULL,
+                    stdout=stderr,
+                    stderr=stderr,
+                    pass_fds=(serial_far.fileno(), monitor_far.fileno()),
+                )
+        except BaseException:
+            self._scratch.cleanup()
+            raise
+        finally:
+            serial_far.close()
+            monitor_far.close()
+        self.pid = self.process.pid
+        self._pidfd = os.pidfd_open(self.pid)
+        self._serial = serial
+        self._serial.setblocking(False)
+        try:
+            self.monitor = Qmp(monitor, timeout=60.0)
+            # Failed migrations and restores are told by events, not found by asking again.
+            self.qmp(
+                "migrate-set-capabilities",
+                capabilities=[{"capability": "events", "state": True}],
+            )
+        except QmpError as error:
+            problem = self._problem(f"QEMU did not start: {error.cause}")
+            self.kill()
+            raise problem from error
+
+    def __enter__(self) -> Guest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    # The process.
+
+    @property
+    def stderr(self) -> str:
+        """What QEMU has said on stdout and stderr."""
+        return self._stderr_path.read_text(errors="replace")
+
+    @property
+    def alive(self) -> bool:
+        """Whether QEMU is running."""
+        return self.process.poll() is None
+
+    def check_alive(self) -> None:
+        """Raise unless QEMU is running."""
+        if not self.alive:
+            raise self._problem("QEMU ended")
+
+    def kill(self) -> None:
+        """Kill QEMU and remove its files; harmless when repeated."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+            self._serial.close()
+            if hasattr(self, "monitor"):
+                self.monitor.close()
+            self._scratch.cleanup()
+
+    def wait_exit(self, timeout: float = 60.0) -> int:
+        """Wait for QEMU to end by itself; give its return code."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise self._problem(f"QEMU did not end within {timeout:g} s") from None
+
+    def _problem(self, what: str) -> GuestError:
+        code = self.process.poll()
+        state = "is still running" if code is None else f"ended with {code}"
+        serial = self.serial_log.decode(errors="replace").replace("\r", "")[-2000:]
+        stderr = self.stderr if self._stderr_path.exists() else ""
+        return GuestError(what, f"QEMU {state}; stderr: {stderr.strip()!r}\nserial: {serial!r}")
+
+    # The monitor.
+
+    def qmp(self, command: str, timeout: float = 60.0, **arguments: Any) -> Any:
+        """Run a QMP command on the harness's own monitor."""
+        try:
+            return self.monitor.execute(command, timeout, **arguments)
+        except QmpError as error:
+            if not self.alive:
+                raise self._problem(f"QEMU ended: {error.cause}") from error
+            raise
+
+    def hmp(self, line: str) -> str:
+        """Run a human monitor command."""
+        text: str = self.qmp("human-monitor-command", command_line=line)
+        return text
+
+    def status(self) -> str:
+        """Give the run state: ``running``, ``paused``, ``prelaunch``, ``inmigrate``…"""
+        text: str = self.qmp("query-status")["status"]
+        return text
+
+    def wait_event(self, *names: str, timeout: float = 60.0) -> dict[str, Any]:
+        """Take the first event of one of these names."""
+        return self.monitor.wait_event(*names, timeout=timeout)
+
+    def save(self, path: Path, timeout: float = 120.0) -> None:
+        """Stop the guest and write its state to a file, for ``Guest(incoming=path)``.
+
+        ``exec:`` and not ``file:``, which QEMU 7.2 does not have. The default bandwidth
+        limit of a migration is that of a network.
+        """
+        self.qmp("stop")
+        self.qmp("migrate-set-parameters", max_bandwidth=1 << 40)
+        self.qmp("migrate", uri=f"exec:cat >'{path}'")
+        self._wait_migration(timeout, "save")
+
+    def wait_restored(self, timeout: float = 120.0) -> None:
+        """Wait until an incoming state is loaded. The guest then is ``paused`` if it was
+        started with ``paused=True``, or goes on as it was when saved."""
+        self._wait_migration(timeout, "restore")
+
+    def _wait_migration(self, timeout: float, what: str) -> None:
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                event = self.wait_event("MIGRATION", timeout=deadline - time.monotonic())
+            except QmpError as error:
+                raise self._problem(f"{what} failed: {error.cause}") from error
+            status = event["data"]["status"]
+            if status == "completed":
+                return
+            if status in ("failed", "cancelled"):
+                raise self._problem(f"{what} {status}")
+
+    def stats(self) -> dict[str, int]:
+        """Give KVM's counters: those of the VM, and those of the vCPUs summed up.
+
+        ``pages_4k``, ``pages_2m``, ``pages_1g`` are entries now in the stage-2 tables;
+        ``pf_taken`` and its like count since the guest was started.
+        """
+        totals: dict[str, int] = {}
+        for target in ("vm", "vcpu"):
+            for provider in self.qmp("query-stats", target=target):
+                for stat in provider["stats"]:
+                    if isinstance(stat["value"], int):
+                        name = stat["name"].replace("-", "_")
+                        totals[name] = totals.get(name, 0) + int(stat["value"])
+        return totals
+
+    # The guest.
+
+    def wait_ready(self, timeout: float = 240.0) -> dict[str, float | str]:
+        """Wait for a booting guest's ``ready``; ``uptime`` is its age in seconds then."""
+        return self._answer("ready", timeout)
+
+    def command(self, line: str, timeout: float = 120.0) -> dict[str, float | str]:
+        """Send a command of ``workload.c`` and give the values of its answer."""
+        self._serial.setblocking(True)
+        self._serial.sendall(line.encode() + b"\n")
+        self._serial.setblocking(False)
+        return self._answer(line.split()[0], timeout)
+
+    def _answer(self, word: str, timeout: float) -> dict[str, float | str]:
+        deadline = time.monotonic() + timeout
+        while True:
+            text = self._line(deadline, word)
+            first, _, rest = text.partition(" ")
+            if first == "error":
+                raise self._problem(f"the guest says: {rest}")
+            if first == word:
+                pairs = (item.partition("=") for item in rest.split())
+                return {key: _number(value) for key, _, value in pairs}
+
+    def _line(self, deadline: float, word: str) -> str:
+        poll = select.poll()
+        poll.register(self._serial, select.POLLIN)
+        poll.register(self._pidfd, select.POLLIN)
+        while b"\n" not in self._serial_buffer:
+            left = deadline - time.monotonic()
+            ready = dict(poll.poll(left * 1000)) if left > 0 else {}
+            if not ready:
+                raise self._problem(f"the guest did not answer {word!r} in time")
+            data = b""
+            if self._serial.fileno() in ready:
+                data = self._serial.recv(1 << 16)
+            if not data:
+                raise self._problem(f"QEMU ended while {word!r} was awaited")
+            self._serial_buffer += data
+            self.serial_log += data
+        line, _, self._serial_buffer = self._serial_buffer.partition(b"\n")
+        return line.decode(errors="replace").strip()
+
+
+def _number(text: str) -> float | str:
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return text
