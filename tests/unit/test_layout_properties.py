@@ -113,8 +113,10 @@ def test_arbitrary_text_raises_only_layout_errors(text: str) -> None:
 
 
 keys = st.sampled_from(
-    "id,size,share,reserve,prealloc,host-nodes,policy,type,data".split(",")
-    + "memdev,addr,memaddr,max-size,node,block-size,requested-size".split(",")
+    [
+        *("id", "size", "share", "reserve", "prealloc", "host-nodes", "policy", "type", "data"),
+        *("memdev", "addr", "memaddr", "max-size", "node", "block-size", "requested-size"),
+    ]
 )
 json_values = st.recursive(
     st.none()
