@@ -380,9 +380,16 @@ class Monitor:
 async def _connect(address: str, deadline: float) -> socket.socket:
     """Return a connected, non-blocking socket."""
     target = parse_address(address)
-    if isinstance(target, str):
-        return _connect_unix(target)
     loop = asyncio.get_running_loop()
+    if isinstance(target, str):
+        # Clients that gave up fill the backlog until QEMU accepts and discards them, which it
+        # does as soon as nobody is served: so a full one is worth a second look.
+        retry_until = min(deadline, loop.time() + 2 * BUSY_GRACE)
+        while (sock := _connect_unix(target)) is None:
+            if loop.time() >= retry_until:
+                raise _busy(target, "with more clients waiting")
+            await asyncio.sleep(0.02)
+        return sock
     try:
         return await asyncio.wait_for(_connect_tcp(target), deadline - loop.time())
     except socket.gaierror as error:
@@ -426,7 +433,8 @@ def _checked_path(path: str, address: str) -> str:
     return path
 
 
-def _connect_unix(path: str) -> socket.socket:
+def _connect_unix(path: str) -> socket.socket | None:
+    """Return a connected socket; None if the listener's backlog is full."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.setblocking(False)
     try:
@@ -444,8 +452,9 @@ def _connect_unix(path: str) -> socket.socket:
             _fail(sock, InputError(f"{path} is not a socket", _REMEDY_ADDRESS), error)
         cause = f"nobody listens on {path}: left over from a QEMU that is gone"
         _fail(sock, MonitorError(cause, "start QEMU, or give the socket of a running one"), error)
-    except BlockingIOError as error:
-        _fail(sock, _busy(path, "with more clients waiting"), error)
+    except BlockingIOError:
+        sock.close()
+        return None
     except OSError as error:
         cause = f"cannot connect to {path}: {error.strerror or error}"
         _fail(sock, MonitorError(cause, _REMEDY_ADDRESS), error)

@@ -103,7 +103,7 @@ def test_a_full_backlog_is_told_at_once(start_qemu: StartQemu) -> None:
             with pytest.raises(MonitorBusyError, match="more clients waiting"):
                 async with Monitor.connect(qemu.qmp):
                     pass
-            assert time.monotonic() - start < 0.5
+            assert time.monotonic() - start < 1
         for sock in waiting:
             sock.close()
 
@@ -187,6 +187,15 @@ def test_a_stopped_qemu_is_not_waited_for(start_qemu: StartQemu) -> None:
             qemu.resume()
             # The late answer is dropped; the next question gets its own.
             assert await monitor.execute("query-name", timeout=10) == {}
+
+    run(main())
+
+
+def test_a_stopped_qemu_is_not_connected_to(start_qemu: StartQemu) -> None:
+    """Nobody is served, nobody accepts: that is not the same as a busy socket."""
+    qemu = start_qemu("-m", "64M")
+
+    async def main() -> None:
         qemu.pause()
         start = time.monotonic()
         with pytest.raises(MonitorError, match="stopped or blocked"):
