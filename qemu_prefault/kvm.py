@@ -22,6 +22,8 @@ KVM_CAP_PRE_FAULT_MEMORY = 236
 STUCK = errno.ETIME
 ABORTED = errno.ECANCELED
 
+EHWPOISON = 133  # not in every Python's errno module
+
 
 @dataclass(frozen=True, slots=True)
 class Capability:
@@ -106,6 +108,6 @@ _OUTCOMES = {
     errno.ENOMEM: "out of memory",
     errno.ENOTTY: "that file descriptor is not a vCPU, or the kernel has no such ioctl",
     errno.EINVAL: "the kernel does not know the request, or refuses it for this mapping",
-    errno.EHWPOISON: "the memory has an uncorrected hardware error",
+    EHWPOISON: "the memory has an uncorrected hardware error",
     errno.ENOSPC: "KVM's limit of MMU pages is reached",
 }

@@ -10,7 +10,7 @@ where is decided outside, in :mod:`qemu_prefault.plan` and :mod:`qemu_prefault.e
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,7 +76,7 @@ class Agent(Protocol):
     async def start(self) -> None: ...
 
     async def run(
-        self, batch: dict[int, Sequence[Range]], on_progress: Callable[[int], None]
+        self, batch: Mapping[int, Sequence[Range]], on_progress: Callable[[int], None]
     ) -> BatchResult:
         """Run one batch: ranges by worker index. ``on_progress`` gets bytes done so far."""
         ...

@@ -18,7 +18,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from signal import SIGUSR1
@@ -160,7 +160,6 @@ class AttachAgent:
         self._memory = -1
         self._heart: threading.Thread | None = None
         self._heart_stop = threading.Event()
-        self._aborted = False
 
     # -- starting ----------------------------------------------------------------------
 
@@ -195,13 +194,13 @@ class AttachAgent:
         gadgets = find_gadgets(self._memory, maps)
         exit_slot = prepare_exit_slot(self._memory, maps, gadgets)
         status = self.process.status()
-        if "shstk" in status.x86_thread_features:
+        if "shstk" in status.thread_features:
             raise UnsupportedError(
                 f"QEMU (pid {self.process.pid}) runs with a hardware shadow stack",
                 "start QEMU with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off, or use the plugin agent",
                 code="shadow-stack",
             )
-        own_pid = status.nspid[-1]
+        own_pid = status.ns_pids[-1]
         areas = free_areas(maps, len(self._threads), AREA_SIZE)
         native = ffi.new(
             "struct inject_gadgets *",
@@ -238,7 +237,8 @@ class AttachAgent:
 
     def _image(self, area: int, gadgets: Gadgets, exit_slot: int, thread: VcpuThread) -> bytes:
         """The helper's code page followed by the beginning of its control page."""
-        kickable = thread.fd >= 0
+        # A timer names its thread as QEMU's own pid namespace does.
+        own_tid = self.process.status(thread.thread_id).ns_pids[-1]
         control = ffi.new(
             "struct prefault_control *",
             {
@@ -258,7 +258,7 @@ class AttachAgent:
                     "stuck_ns": int(self.limits.stuck * 1e9),
                 },
                 "vcpu_fd": thread.fd,
-                "vcpu_tid": self.process.tid_in_namespace(thread.thread_id) if kickable else 0,
+                "vcpu_tid": own_tid if thread.fd >= 0 else 0,
                 "kick_signal": int(SIGUSR1),
             },
         )
@@ -342,7 +342,7 @@ class AttachAgent:
     # -- working -----------------------------------------------------------------------
 
     async def run(
-        self, batch: dict[int, Sequence[Range]], on_progress: Callable[[int], None]
+        self, batch: Mapping[int, Sequence[Range]], on_progress: Callable[[int], None]
     ) -> BatchResult:
         """See :class:`qemu_prefault.agents.Agent`.
 
@@ -376,7 +376,7 @@ class AttachAgent:
         return BatchResult(finished, seconds)
 
     def _done(
-        self, batch: dict[int, Sequence[Range]], finished: dict[int, tuple[Outcome, ...]]
+        self, batch: Mapping[int, Sequence[Range]], finished: dict[int, tuple[Outcome, ...]]
     ) -> int:
         return sum(
             outcome.done
@@ -393,7 +393,7 @@ class AttachAgent:
         try:
             return function(*args)
         except (OSError, ValueError) as error:
-            if self.process.alive():
+            if alive(self.process):
                 raise AgentError(
                     "a helper thread left QEMU before its work was done",
                     f"this process made no progress for {self.limits.dead_man:g} s "
@@ -407,8 +407,7 @@ class AttachAgent:
     # -- ending ------------------------------------------------------------------------
 
     def abort(self) -> None:
-        """Helpers end their batch after the current chunk, and leave."""
-        self._aborted = True
+        """See :class:`qemu_prefault.agents.Agent`; batches that come later end at once, too."""
         self._tell_all("abort")
 
     def _tell_all(self, field: str) -> None:
@@ -418,8 +417,12 @@ class AttachAgent:
 
     @property
     def leave_orders(self) -> tuple[int, tuple[int, ...]]:
-        """For a guard process: the memory fd, and where to write a 1 to send helpers away."""
-        where = tuple(helper.control + _offset("abort") for helper in self._helpers.values())
+        """For a guard process: the memory fd, and where to write 32-bit ones to send all away."""
+        where = tuple(
+            helper.control + _offset(field)
+            for helper in self._helpers.values()
+            for field in ("abort", "release")
+        )
         return self._memory, where
 
     async def close(self) -> None:
@@ -447,11 +450,20 @@ class AttachAgent:
         while self._helpers and helper_threads(self.process.pid):
             if time.monotonic() > deadline:
                 raise AgentError(
-                    f"a helper thread is still in QEMU (pid {self.process.pid}), held by the kernel",
+                    f"a helper thread is held by the kernel in QEMU (pid {self.process.pid})",
                     "it leaves by itself as soon as its system call returns",
                 )
             await asyncio.sleep(pause)
             pause = min(pause * 2, 0.02)
+
+
+def alive(process: procfs.Process) -> bool:
+    """Whether the process still runs (a zombie does not)."""
+    try:
+        process.check()
+    except FailedError:
+        return False
+    return True
 
 
 # -- what is where in QEMU ---------------------------------------------------------------

@@ -34,18 +34,20 @@ def compile_helper() -> bytes:
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[:1]
     with tempfile.TemporaryDirectory() as scratch:
         obj, elf, image = (Path(scratch) / name for name in ("helper.o", "helper.elf", "image"))
-        for command in (
+        commands: list[list[str | Path]] = [
             [*compiler, *HELPER_FLAGS, "-c", HERE / "helper.c", "-o", obj],
             ["ld", "-T", HERE / "helper.lds", "--build-id=none", "-o", elf, obj],
             ["objcopy", "-O", "binary", "-j", ".image", elf, image],
-        ):
+        ]
+        for command in commands:
             subprocess.run(command, check=True)
         return image.read_bytes()
 
 
 def write_helper_header() -> None:
     code = compile_helper()
-    lines = (", ".join(f"0x{byte:02x}" for byte in code[at : at + 16]) for at in range(0, len(code), 16))
+    rows = (code[at : at + 16] for at in range(0, len(code), 16))
+    lines = (", ".join(f"0x{byte:02x}" for byte in row) for row in rows)
     (HERE / "helper_blob.h").write_text(
         f"static const unsigned char helper_blob[{len(code)}] = {{\n"
         + "".join(f"\t{line},\n" for line in lines)

@@ -39,7 +39,7 @@ struct prefault_control {
 	/* Written by the tool. */
 	uint64_t heartbeat;
 	uint32_t batch;		 /* incremented when ranges[] holds new work */
-	uint32_t abort;		 /* end the batch after the current chunk, and leave */
+	uint32_t abort;		 /* end every batch after the current chunk */
 	uint32_t release;	 /* leave when idle */
 	uint32_t range_count;
 

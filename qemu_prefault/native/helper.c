@@ -82,21 +82,25 @@ static long timer_make(int32_t signal, int32_t thread, int32_t *timer)
 				 (long)timer);
 }
 
-/* Is the tool still there, and does it still want this? */
-static int tool_goes_on(void *context)
+/* Is the tool still there? */
+static int tool_lives(struct helper *helper)
 {
-	struct helper *helper = context;
 	struct prefault_control *control = helper->control;
 	uint64_t heartbeat = __atomic_load_n(&control->heartbeat, __ATOMIC_ACQUIRE);
 	uint64_t now = prefault_now_ns();
 
-	if (load(&control->abort))
-		return 0;
 	if (heartbeat != helper->heartbeat) {
 		helper->heartbeat = heartbeat;
 		helper->heartbeat_at = now;
 	}
 	return now - helper->heartbeat_at < control->dead_man_ns;
+}
+
+static int batch_goes_on(void *context)
+{
+	struct helper *helper = context;
+
+	return !load(&helper->control->abort) && tool_lives(helper);
 }
 
 static void arm_kick(void *context)
@@ -115,7 +119,7 @@ static void arm_kick(void *context)
 static void run_batch(struct helper *helper)
 {
 	struct prefault_control *control = helper->control;
-	const struct prefault_hooks hooks = { tool_goes_on, arm_kick, helper };
+	const struct prefault_hooks hooks = { batch_goes_on, arm_kick, helper };
 	uint32_t batch = load(&control->batch);
 	uint32_t count = control->range_count;
 
@@ -225,7 +229,7 @@ __attribute__((noreturn, used)) void helper_main(struct prefault_control *contro
 	long result = prepare(&helper);
 
 	__atomic_store_n(&control->ready, result ? (uint32_t)result : 1, __ATOMIC_RELEASE);
-	while (!result && tool_goes_on(&helper)) {
+	while (!result && tool_lives(&helper)) {
 		if (load(&control->batch) != control->batch_done)
 			run_batch(&helper);
 		else if (load(&control->release))

@@ -1,0 +1,415 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command line: a thin user of the public API, and the only room that prints.
+
+What heavier commands need is imported when they run, so that ``--help`` and completion are
+quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Coroutine, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from . import __version__
+from .errors import ExitStatus, QemuPrefaultError
+
+if TYPE_CHECKING:
+    from .plan import Policy
+
+UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
+
+EPILOG = """\b
+Examples:
+  qemu-prefault --qmp /run/vm.qmp                prefault all RAM of a running guest
+  qemu-prefault --qmp /run/vm.qmp --cont         ... of a restored one, and start it
+  qemu-prefault --qmp /run/vm.qmp --dry-run      what would be done
+  qemu-prefault probe --qmp /run/vm.qmp          what works here, what does not, and why
+
+\b
+Exit status:
+  0 every requested byte verified    3 partial
+  1 failed                           4 this host or kernel cannot
+  2 usage                            5 refused, to protect the guest
+
+Shell completion: eval "$(_QEMU_PREFAULT_COMPLETE=bash_source qemu-prefault)"
+(zsh_source and fish_source likewise).
+"""
+
+
+# -- reading the command line --------------------------------------------------------------
+
+
+def parse_size(text: str) -> int:
+    """``0x100000``, ``4096``, ``512M``, ``2GiB`` -> bytes. Raises ValueError."""
+    match = re.fullmatch(r"(0x[0-9a-f]+|\d+)([kmgt]?)(?:i?b)?", text.strip().lower())
+    if not match:
+        raise ValueError(text)
+    return int(match[1], 0) << UNITS[match[2]]
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes, with an optional binary suffix."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(value)
+        except ValueError:
+            self.fail(f"{value!r} is no size; write e.g. 65536, 0x10000, 512M or 2G", param, ctx)
+
+
+class GpaRange(click.ParamType[tuple[int, int]]):
+    """``GPA+SIZE``."""
+
+    name = "gpa+size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        start, plus, length = value.partition("+")
+        try:
+            result = parse_size(start), parse_size(length)
+        except ValueError:
+            plus = ""
+        if not plus or result[1] == 0 or sum(result) > 1 << 52:
+            self.fail(f"{value!r} is no GPA+SIZE; write e.g. 0x100000000+512M or 4G+1G", param, ctx)
+        return result
+
+
+class IndexList(click.ParamType[tuple[int, ...]]):
+    """``0,2-3`` -> (0, 2, 3)."""
+
+    name = "list"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        found: dict[int, None] = {}
+        for item in value.split(","):
+            match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", item.strip())
+            if not match or int(match[2] or match[1]) < int(match[1]):
+                self.fail(f"{value!r} is no list of vCPUs; write e.g. 0,2-3", param, ctx)
+            found.update(dict.fromkeys(range(int(match[1]), int(match[2] or match[1]) + 1)))
+        return tuple(found)
+
+
+# -- printing ------------------------------------------------------------------------------
+
+
+class Printer:
+    """Results to stdout, everything else to stderr."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self._started = time.monotonic()
+        self._shown = 0.0
+        self._live = sys.stderr.isatty()
+
+    def result(self, data: dict[str, Any], text: Iterator[str]) -> None:
+        if self.as_json:
+            click.echo(json.dumps(data))
+        else:
+            for line in text:
+                click.echo(line)
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """Bytes, GiB/s and time to go; once a second where stderr is no terminal."""
+        from .report import size  # noqa: PLC0415
+
+        now = time.monotonic()
+        if now - self._shown < (0.1 if self._live else 1.0):
+            return
+        self._shown = now
+        rate = done / max(now - self._started, 1e-9)
+        eta = f", {(total - done) / rate:.0f} s to go" if rate and total > done else ""
+        line = f"{phase}: {size(done)} of {size(total)}, {rate / (1 << 30):.2f} GiB/s{eta}"
+        click.echo(f"\r\x1b[K{line}" if self._live else line, err=True, nl=not self._live)
+
+    def end_progress(self) -> None:
+        if self._live and self._shown:
+            click.echo("\r\x1b[K", err=True, nl=False)
+
+
+def fail(error: QemuPrefaultError, as_json: bool) -> NoReturn:
+    """Say what happened and what to do; end with the error's exit status."""
+    from .report import error_json  # noqa: PLC0415
+
+    if as_json:
+        click.echo(json.dumps(error_json(error)))
+    click.echo(f"qemu-prefault: {error.cause}", err=True)
+    for line in error.remedy.splitlines():
+        click.echo(f"  {line}", err=True)
+    sys.exit(int(error.exit_status))
+
+
+@contextlib.contextmanager
+def reporting(as_json: bool, debug: bool) -> Iterator[None]:
+    """No traceback reaches a user, unless asked for with --debug."""
+    try:
+        yield
+    except QemuPrefaultError as error:
+        if debug:
+            raise
+        fail(error, as_json)
+    except (click.exceptions.Exit, click.ClickException, click.Abort):
+        raise
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(int(ExitStatus.FAILED))
+    except Exception as error:
+        if debug:
+            raise
+        fail(
+            QemuPrefaultError(
+                f"internal error: {type(error).__name__}: {error}",
+                "this is a bug; please report it with the output of --debug",
+                code="bug",
+            ),
+            as_json,
+        )
+
+
+def run_async(main: Coroutine[Any, Any, None]) -> None:
+    """Run to the end; SIGTERM and SIGHUP end it as cleanly as Ctrl-C does."""
+    import asyncio  # noqa: PLC0415
+    import signal  # noqa: PLC0415
+
+    async def guarded() -> None:
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, task.cancel)
+        await main
+
+    try:
+        asyncio.run(guarded())
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        raise QemuPrefaultError(
+            "interrupted", "the guest's run state is as it was found", code="interrupted"
+        ) from None
+
+
+# -- the commands --------------------------------------------------------------------------
+
+qmp_option = click.option(
+    "--qmp", metavar="SOCK", help="QEMU's QMP socket: a path, or HOST:PORT. One client at a time."
+)
+pid_option = click.option("--pid", type=click.IntRange(1), help="QEMU's process id.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+debug_option = click.option("--debug", is_flag=True, help="Show tracebacks.")
+
+
+def required_qmp(qmp: str | None) -> str:
+    if not qmp:
+        raise click.UsageError("give QEMU's QMP socket with --qmp SOCK")
+    return qmp
+
+
+@click.group(
+    invoke_without_command=True,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 96},
+)
+@click.version_option(__version__, prog_name="qemu-prefault")
+@qmp_option
+@pid_option
+@click.option(
+    "--agent",
+    type=click.Choice(["auto", "attach"]),
+    default="auto",
+    show_default=True,
+    help="Who acts inside QEMU. attach: helper threads, started by ptrace.",
+)
+@click.option(
+    "--populate",
+    type=click.Choice(["auto", "all", "resident"]),
+    default="auto",
+    show_default=True,
+    help="What may be touched: auto: all RAM but what is absent on purpose (virtio-mem, balloon, "
+    "reserve=off); all: everything; resident: nothing new.",
+)
+@click.option(
+    "--populate-only",
+    is_flag=True,
+    help="Fill QEMU's own page tables, not stage-2. Works on any kernel, also without KVM.",
+)
+@click.option(
+    "--range",
+    "ranges",
+    type=GpaRange(),
+    multiple=True,
+    help="Only this guest-physical range, e.g. 4G+512M. May be repeated.",
+)
+@click.option("--max-bytes", type=Size(), help="Stop after so much, lowest addresses first.")
+@click.option("--vcpus", type=IndexList(), default=(), help="Only these vCPUs, e.g. 0,2-3.")
+@click.option(
+    "--chunk",
+    type=Size(),
+    help="Most that one system call is asked for; default 32M. Slot changes wait that long.",
+)
+@click.option("--force", is_flag=True, help="Populate even if memory looks too short for it.")
+@click.option("--cont", is_flag=True, help="Resume the guest afterwards, also if it was paused.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done; touch nothing.")
+@json_option
+@debug_option
+@click.pass_context
+def cli(  # noqa: PLR0917
+    ctx: click.Context,
+    qmp: str | None,
+    pid: int | None,
+    agent: str,
+    populate: str,
+    populate_only: bool,
+    ranges: tuple[tuple[int, int], ...],
+    max_bytes: int | None,
+    vcpus: tuple[int, ...],
+    chunk: int | None,
+    force: bool,
+    cont: bool,
+    dry_run: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Fill the stage-2 page tables of a running QEMU/KVM guest before the guest needs them.
+
+    Finds QEMU's vCPUs and RAM over QMP, populates the RAM, has KVM map it
+    (KVM_PRE_FAULT_MEMORY, Linux 6.11), and checks KVM's counters that it did. A running guest
+    is paused for the second step and resumed; a paused one stays paused.
+    """
+    del agent  # one so far
+    if ctx.invoked_subcommand is not None:
+        if qmp or pid:
+            raise click.UsageError(
+                f"write options behind the command: qemu-prefault {ctx.invoked_subcommand} --qmp …"
+            )
+        return
+    if not qmp and not pid and not any((populate_only, ranges, cont, dry_run, as_json)):
+        click.echo(ctx.get_help())
+        ctx.exit(int(ExitStatus.USAGE))
+    qmp = required_qmp(qmp)
+    if chunk is not None and (chunk < 4096 or chunk % 4096):
+        raise click.UsageError("--chunk is a multiple of 4096 bytes")
+    from .plan import Policy, Populate  # noqa: PLC0415
+
+    policy = Policy(Populate(populate), ranges, max_bytes, vcpus, populate_only, force, chunk)
+    with reporting(as_json, debug):
+        run_async(_prefault(qmp, pid, policy, cont, dry_run, as_json))
+
+
+async def _prefault(  # noqa: PLR0917
+    qmp: str, pid: int | None, policy: Policy, cont: bool, dry_run: bool, as_json: bool
+) -> None:
+    from .engine import Engine, Session  # noqa: PLC0415
+    from .report import lines  # noqa: PLC0415
+
+    printer = Printer(as_json)
+    async with Session.open(qmp, pid) as session:
+        engine = Engine(session, policy, cont=cont, on_progress=printer.progress)
+        try:
+            report = await engine.run(dry_run)
+        finally:
+            printer.end_progress()
+    printer.result(report.to_json(), lines(report))
+    if report.exit_status:
+        sys.exit(int(report.exit_status))
+
+
+@cli.command()
+@qmp_option
+@pid_option
+@json_option
+@debug_option
+def probe(qmp: str | None, pid: int | None, as_json: bool, debug: bool) -> None:
+    """Tell what would work here, what would not, why, and the command that fixes it."""
+    if not qmp and not pid:
+        raise click.UsageError("give --qmp SOCK or --pid PID")
+
+    async def main() -> None:
+        from .probe import probe as examine  # noqa: PLC0415
+
+        findings = await examine(qmp, pid)
+        Printer(as_json).result(findings.to_json(), findings.lines())
+        if findings.exit_status:
+            sys.exit(int(findings.exit_status))
+
+    with reporting(as_json, debug):
+        run_async(main())
+
+
+@cli.command("map")
+@qmp_option
+@pid_option
+@json_option
+@debug_option
+def map_(qmp: str | None, pid: int | None, as_json: bool, debug: bool) -> None:
+    """Show the guest's RAM: where it is, what backs it, how much is there."""
+    qmp = required_qmp(qmp)
+
+    async def main() -> None:
+        from .survey import ram_map  # noqa: PLC0415
+
+        found = await ram_map(qmp, pid)
+        Printer(as_json).result(found.to_json(), found.lines())
+
+    with reporting(as_json, debug):
+        run_async(main())
+
+
+@cli.command()
+@qmp_option
+@click.option("--watch", is_flag=True, help="Go on until Ctrl-C, a line per interval.")
+@click.option(
+    "--interval", type=click.FloatRange(0.05), default=1.0, show_default=True, help="Seconds."
+)
+@json_option
+@debug_option
+def stats(qmp: str | None, watch: bool, interval: float, as_json: bool, debug: bool) -> None:
+    """Show KVM's counters: stage-2 leaves by size, and the guest's faults."""
+    qmp = required_qmp(qmp)
+
+    async def main() -> None:
+        import asyncio  # noqa: PLC0415
+
+        from .monitor import Monitor  # noqa: PLC0415
+        from .survey import counters, counters_header  # noqa: PLC0415
+
+        async with Monitor.connect(qmp) as monitor:
+            if not as_json:
+                click.echo(counters_header())
+            while True:
+                now = await counters(monitor)
+                Printer(as_json).result(now.to_json(), now.lines())
+                if not watch:
+                    return
+                await asyncio.sleep(interval)
+
+    with reporting(as_json, debug), contextlib.suppress(KeyboardInterrupt):
+        run_async(main())
+
+
+@cli.command()
+@json_option
+@debug_option
+def demo(as_json: bool, debug: bool) -> None:
+    """Show the whole story on any x86-64 Linux: a restored guest, and a booting one."""
+    with reporting(as_json, debug):
+        from .lab.demo import run_demo  # noqa: PLC0415
+
+        run_demo(as_json)
+
+
+def main() -> None:
+    """Entry point."""
+    cli(prog_name="qemu-prefault")

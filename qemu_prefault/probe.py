@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What would work here, what would not, why, and the command that fixes it.
+
+Every check is made in the way the real run makes it; nothing is changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from . import kvm
+from .agents.attach import find_gadgets, open_memory
+from .engine import Engine, Session
+from .errors import ExitStatus, QemuPrefaultError
+from .plan import Policy, Populate
+from .process import Process
+from .report import SCHEMA
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One check: ``verdict`` is ``ok``, ``no`` or ``note``; ``remedy`` what to do about it."""
+
+    check: str
+    verdict: str
+    text: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    pid: int
+    findings: tuple[Finding, ...]
+    exit_status: ExitStatus
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "pid": self.pid,
+            "findings": [asdict(finding) for finding in self.findings],
+            "exit": int(self.exit_status),
+        }
+
+    def lines(self) -> Iterator[str]:
+        for finding in self.findings:
+            yield f"{finding.verdict:<5} {finding.check:<10} {finding.text}"
+            for line in finding.remedy.splitlines():
+                yield f"{'':17}-> {line}"
+
+
+async def probe(qmp: str | None, pid: int | None) -> Findings:
+    """Examine this host and the given QEMU.
+
+    :raise QemuPrefaultError: QEMU could not be reached at all.
+    """
+    if qmp is None:
+        assert pid is not None
+        process = Process.find(pid)
+        findings, status = _host(process)
+        findings.append(
+            Finding("qmp", "note", "not asked", "give --qmp SOCK to examine the guest as well")
+        )
+        return Findings(process.pid, tuple(findings), status)
+    async with Session.open(qmp, pid) as session:
+        findings, status = _host(session.process)
+        machine = session.machine
+        findings.append(
+            Finding(
+                "qemu",
+                "ok",
+                f"pid {session.process.pid}, version {machine.version}, {machine.machine_type}, "
+                f"{machine.status}, {len(machine.vcpus)} vCPUs",
+            )
+        )
+        for populate_only in (False, True):
+            name = "populate" if populate_only else "prefault"
+            policy = Policy(Populate.AUTO, populate_only=populate_only)
+            try:
+                report = await Engine(session, policy).run(dry_run=True)
+            except QemuPrefaultError as error:
+                findings.append(Finding(name, "no", error.cause, error.remedy))
+                if not populate_only:
+                    status = status or error.exit_status
+                continue
+            findings.append(
+                Finding(name, "ok", f"{report.bytes.requested >> 20} MiB could be done now")
+            )
+            if not populate_only:
+                findings += [Finding(w.code, "note", w.text) for w in report.warnings]
+        return Findings(session.process.pid, tuple(findings), status)
+
+
+def _host(process: Process) -> tuple[list[Finding], ExitStatus]:
+    """Kernel, KVM, and the right to trace QEMU."""
+    status = ExitStatus.VERIFIED
+    findings = [Finding("kernel", "ok", os.uname().release)]
+    capability = kvm.pre_fault_capability(process)
+    if capability.available:
+        findings.append(Finding("kvm", "ok", "KVM_PRE_FAULT_MEMORY is there"))
+    else:
+        verdict = "note" if capability.available is None else "no"
+        findings.append(Finding("kvm", verdict, capability.reason, capability.remedy))
+        if capability.available is False:
+            status = ExitStatus.UNSUPPORTED
+    try:
+        memory = open_memory(process)
+        try:
+            find_gadgets(memory, process.maps())
+        finally:
+            os.close(memory)
+    except QemuPrefaultError as error:
+        findings.append(Finding("attach", "no", error.cause, error.remedy))
+        status = status or error.exit_status
+    else:
+        findings.append(Finding("attach", "ok", "QEMU can be traced from here"))
+    return findings, status
