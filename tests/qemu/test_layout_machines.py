@@ -238,6 +238,17 @@ def test_migration_status(start_qemu: StartQemu, tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_a_halted_vcpu_thread_waits_in_a_futex(start_qemu: StartQemu) -> None:
+    qemu = start_qemu("-m", "64M", accel="kvm")
+    (vcpu,) = read(qemu).vcpus
+    process = Process.find(qemu.pid)
+    syscall = process.thread_syscall(vcpu.thread_id)
+    assert syscall is not None and syscall.startswith("202 ")  # futex: qemu_wait_io_event()
+    assert process.exe is not None and "qemu-system" in process.exe
+    # QEMU's vCPU threads block all but a few signals; SIGUSR1 is what kicks them.
+    assert not process.status(vcpu.thread_id).sig_blocked >> 9 & 1
+
+
 def test_two_hundred_vcpus_are_read_fast(start_qemu: StartQemu) -> None:
     qemu = start_qemu("-M", "q35", "-m", "64M", "-smp", "200", accel="kvm")
     machine = read(qemu)

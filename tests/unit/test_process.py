@@ -275,6 +275,34 @@ def test_own_maps_know_our_mappings() -> None:
     process.check()
 
 
+@needs_root
+def test_a_real_memory_cgroup_limits_the_headroom() -> None:
+    mine = Path("/proc/self/cgroup").read_text()
+    mounts = parse_mountinfo(Path("/proc/self/mountinfo").read_text())
+    directories = cgroup_directories(parse_cgroups(mine), mounts, "memory")
+    if not directories:
+        pytest.skip("no memory cgroup is visible here")
+    root, unified = directories[-1]
+    group = Path(root) / f"qemu-prefault-test-{os.getpid()}"
+    limit = group / ("memory.max" if unified else "memory.limit_in_bytes")
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("cgroups cannot be made here")
+    try:
+        if not limit.exists():
+            pytest.skip("the memory controller is not enabled for the root's children")
+        limit.write_text(str(64 << 20))
+        with child() as victim:
+            (group / "cgroup.procs").write_text(str(victim.pid))
+            limits = {found.name: found for found in Process.find(victim.pid).memory_headroom()}
+            found = limits[f"cgroup {group}"]
+            assert 60 << 20 <= found.available <= 64 << 20
+            assert str(64 << 20) in found.detail
+    finally:
+        group.rmdir()
+
+
 def test_a_process_that_ends_is_gone_in_every_respect() -> None:
     with child() as victim:
         process = Process.find(victim.pid)
