@@ -29,7 +29,9 @@ L2_VARIABLE = "QEMU_PREFAULT_L2"
 # No calibration, no mitigations, no address randomization: less to emulate.
 _KERNEL_ARGS = (
     "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check "
-    "audit=0 cryptomgr.notests random.trust_cpu=on nowatchdog"
+    "audit=0 cryptomgr.notests random.trust_cpu=on nowatchdog "
+    # Drivers that wait for hardware microvm does not have: a clock (4 s), a keyboard.
+    "initcall_blacklist=cmos_init,i8042_init"
 )
 _BACKINGS = {
     "ram": "memory-backend-ram",
@@ -129,8 +131,10 @@ class Guest:
         argv += ["-append", f"{append} {kernel_args}".strip()]
         if paused:
             argv.append("-S")
+        state = None
         if isinstance(incoming, Path):
-            argv += ["-incoming", f"exec:cat '{incoming}'"]
+            state = incoming.open("rb")
+            argv += ["-incoming", f"fd:{state.fileno()}"]
         elif incoming is not None:
             argv += ["-incoming", incoming]
 
@@ -152,7 +156,9 @@ class Guest:
                     stdin=subprocess.DEVNULL,
                     stdout=stderr,
                     stderr=stderr,
-                    pass_fds=(serial_far.fileno(), monitor_far.fileno()),
+                    pass_fds=[
+                        end.fileno() for end in (serial_far, monitor_far, state) if end is not None
+                    ],
                 )
         except BaseException:
             self._scratch.cleanup()
@@ -160,6 +166,8 @@ class Guest:
         finally:
             serial_far.close()
             monitor_far.close()
+            if state is not None:
+                state.close()
         self.pid = self.process.pid
         self._pidfd = os.pidfd_open(self.pid)
         self._serial = serial
@@ -220,7 +228,11 @@ class Guest:
             raise self._problem(f"QEMU did not end within {timeout:g} s") from None
 
     def _problem(self, what: str) -> GuestError:
-        code = self.process.poll()
+        try:
+            # A QEMU that is about to end closes its sockets first.
+            code: int | None = self.process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            code = None
         state = "is still running" if code is None else f"ended with {code}"
         serial = self.serial_log.decode(errors="replace").replace("\r", "")[-2000:]
         stderr = self.stderr if self._stderr_path.exists() else ""
@@ -254,12 +266,14 @@ class Guest:
     def save(self, path: Path, timeout: float = 120.0) -> None:
         """Stop the guest and write its state to a file, for ``Guest(incoming=path)``.
 
-        ``exec:`` and not ``file:``, which QEMU 7.2 does not have. The default bandwidth
-        limit of a migration is that of a network.
+        A file descriptor and not ``file:``, which QEMU 7.2 does not have. The default
+        bandwidth limit of a migration is that of a network.
         """
         self.qmp("stop")
         self.qmp("migrate-set-parameters", max_bandwidth=1 << 40)
-        self.qmp("migrate", uri=f"exec:cat >'{path}'")
+        with path.open("wb") as state:
+            self.monitor.send_fd("state", state.fileno())
+        self.qmp("migrate", uri="fd:state")
         self._wait_migration(timeout, "save")
 
     def wait_restored(self, timeout: float = 120.0) -> None:

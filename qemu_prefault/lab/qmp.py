@@ -55,6 +55,9 @@ class Qmp:
             message["arguments"] = {k.replace("_", "-"): v for k, v in arguments.items()}
         deadline = time.monotonic() + timeout
         self._send(json.dumps(message).encode() + b"\n", deadline, command)
+        return self._answer(command, deadline)
+
+    def _answer(self, command: str, deadline: float) -> Any:
         while True:
             answer = self._receive(deadline, command)
             if "event" in answer:
@@ -63,6 +66,13 @@ class Qmp:
                 if "error" in answer:
                     raise QmpError(f"QMP {command}: {answer['error']['desc']}")
                 return answer["return"]
+
+    def send_fd(self, name: str, fd: int) -> None:
+        """Hand QEMU a file descriptor under a name (``getfd``), for ``fd:NAME`` addresses."""
+        self._number += 1
+        message = {"execute": "getfd", "id": self._number, "arguments": {"fdname": name}}
+        socket.send_fds(self.connection, [json.dumps(message).encode() + b"\n"], [fd])
+        self._answer("getfd", time.monotonic() + 60.0)
 
     def wait_event(self, *names: str, timeout: float = 60.0) -> dict[str, Any]:
         """Take the first event of one of these names, waiting for it if need be."""
