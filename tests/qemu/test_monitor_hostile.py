@@ -347,6 +347,30 @@ def test_lies(case: str, tmp_path: Path) -> None:
     assert len(str(caught.value)) < 1000
 
 
+@pytest.mark.parametrize(
+    ("case", "cause"),
+    [
+        ("garbage", "during query-kvm it sent Failed to deserialize"),
+        ("8 MB reply", "during query-kvm it sent a message of more than 4 MiB"),
+        ("error without id", "during query-kvm it sent Server sent an error"),
+    ],
+)
+def test_a_broken_conversation_is_not_taken_for_a_dead_qemu(
+    case: str, cause: str, tmp_path: Path
+) -> None:
+    async def main(path: str) -> None:
+        async with Monitor.connect(path) as monitor:
+            await monitor.execute("query-kvm")
+
+    with (
+        serve(tmp_path / "s", qmp_server(LIES[case])) as path,
+        pytest.raises(MonitorError) as caught,
+    ):
+        asyncio.run(main(path))
+    assert cause in caught.value.cause
+    assert caught.value.code == "monitor-not-qmp"
+
+
 def test_replies_given_twice_do_no_harm(tmp_path: Path) -> None:
     reply = b'{"return": {"enabled": false, "present": false}, "id": $ID}\n'
     assert ask(tmp_path, {"query-kvm": reply * 3}).sections

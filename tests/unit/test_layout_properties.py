@@ -217,6 +217,7 @@ def test_mutated_captures_raise_only_layout_errors() -> None:
 
 
 BIG = 1_000_000
+LINE = ' AS "memory", root: system\n  0000000000000000-0000000000000fff (prio 0, ram): '
 CASES: dict[str, tuple[Callable[[str], object], Callable[[int], str]]] = {
     "many ranges": (
         parse_mtree,
@@ -228,11 +229,9 @@ CASES: dict[str, tuple[Callable[[str], object], Callable[[int], str]]] = {
         ),
     ),
     "many views": (parse_mtree, lambda n: 'FlatView #0\n AS "x", root: y\n\n' * (n // 30)),
-    "suffixes": (
-        parse_mtree,
-        lambda n: render(()) + ("  0-0 (prio 0, ram): " + " KVM" * 200 + "x\n") * (n // 900),
-    ),
-    "one line": (parse_mtree, lambda n: ' AS "memory", root: system\n' + " KVM" * (n // 4)),
+    # The suffix " KVM" may repeat; followed by something else it makes the pattern start over.
+    "many suffixes": (parse_mtree, lambda n: LINE + " KVM" * (n // 40) + "x\n"),
+    "many lines of suffixes": (parse_mtree, lambda n: (LINE + " KVM" * 200 + "x\n") * (n // 900)),
     "many blocks": (
         parse_ramblocks,
         lambda n: (
