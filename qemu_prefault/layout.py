@@ -679,21 +679,19 @@ def _memdev_of(name: str, memdevs: Mapping[str, Memdev]) -> str | None:
 
 
 def _skip_code(item: FlatRange, is_ram: bool, kvm: bool, device: MemoryDevice | None) -> str | None:
-    if item.kind == "romd":
-        return "rom-device"
-    if item.kind == "ramd":
-        return "vfio-bar"
-    if item.kind == "rom":
-        return "read-only" if is_ram else "rom"
-    if not is_ram:
-        return "device-memory"
-    if device is not None and device.kind == "sgx-epc":
-        return "enclave"
-    if (item.start | item.size | item.offset) % PAGE:
-        return "unaligned"
-    if kvm and not item.kvm:
-        return "no-memslot"
-    return None
+    code = None
+    if item.kind != "ram":
+        by_kind = {"romd": "rom-device", "ramd": "vfio-bar", "rom": "rom"}
+        code = "read-only" if item.kind == "rom" and is_ram else by_kind[item.kind]
+    elif not is_ram:
+        code = "device-memory"
+    elif device is not None and device.kind == "sgx-epc":
+        code = "enclave"
+    elif (item.start | item.size | item.offset) % PAGE:
+        code = "unaligned"
+    elif kvm and not item.kvm:
+        code = "no-memslot"
+    return code
 
 
 def _check_disjoint(sections: Sequence[Section]) -> None:

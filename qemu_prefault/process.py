@@ -721,21 +721,22 @@ def explain_ptrace(facts: PtraceFacts) -> tuple[str, str]:
         )
     if not facts.own_capability:
         return _without_capability(facts, who, as_root)
+    return _with_capability(facts, who)
+
+
+def _with_capability(facts: PtraceFacts, who: str) -> tuple[str, str]:
     if facts.same_user_ns is False or not facts.own_initial_user_ns:
         return (
             f"CAP_SYS_PTRACE is held in another user namespace than that of {who}",
             "run as root of the host, outside the container or rootless session",
         )
-    confined = _confinement(facts)
-    if confined is not None:
-        return confined
-    if facts.own_seccomp:
+    if facts.own_seccomp and _confinement(facts) is None:
         return (
             "a seccomp filter of this container probably forbids ptrace",
             "run on the host, or: docker run --cap-add SYS_PTRACE --security-opt "
             "seccomp=unconfined --pid host …",
         )
-    return (
+    return _confinement(facts) or (
         f"the kernel forbids tracing {who} for a reason that is not visible from here",
         "look into the kernel log and the audit log: dmesg | tail; ausearch -m avc -ts recent",
     )

@@ -101,7 +101,7 @@ MAPS = """\
 7f43fe000000-7f43ff000000 rw-s 00000000 00:1c 80 /dev/shm/a file
 7f43ff000000-7f43ff001000 rw-s 00000000 00:05 81 /dev/vfio/1
 7ffc0a0f0000-7ffc0a111000 rw-p 00000000 00:00 0 [stack]
-"""  # noqa: W291 - the kernel pads like this
+"""
 
 
 def test_maps_and_what_backs_them() -> None:
