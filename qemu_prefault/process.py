@@ -725,7 +725,9 @@ def explain_ptrace(facts: PtraceFacts) -> tuple[str, str]:
 
 
 def _with_capability(facts: PtraceFacts, who: str) -> tuple[str, str]:
-    if facts.same_user_ns is False or not facts.own_initial_user_ns:
+    # Without permission to see QEMU's namespace, being in one ourselves is reason enough.
+    same = facts.own_initial_user_ns if facts.same_user_ns is None else facts.same_user_ns
+    if not same:
         return (
             f"CAP_SYS_PTRACE is held in another user namespace than that of {who}",
             "run as root of the host, outside the container or rootless session",
