@@ -19,6 +19,7 @@ Where the host itself has a KVM with the capability, :func:`open_machine` hands 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .errors import CommandError, CommandTimeoutError, LabLostError
@@ -50,7 +51,5 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     # In L1 only the guests are wanted, and every import costs ten times what it costs here.
     if name in _HOMES:
-        from importlib import import_module
-
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

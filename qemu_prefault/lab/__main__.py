@@ -76,6 +76,7 @@ def _pass_on(fd: int, data: bytes) -> None:
 @click.option("--source", is_flag=True, help="Install this source tree, if no wheel is given.")
 @click.argument("command", nargs=-1, required=True)
 def run_command(
+    *,
     variant: str,
     npt: bool,
     nested: bool,
@@ -143,6 +144,7 @@ def boots_command(variant: str, npt: bool, restore: bool, count: int) -> None:
 @click.option("--timeout", default=3600.0, show_default=True, help="Seconds for all tests.")
 @click.argument("arguments", nargs=-1, required=True)
 def pytest_command(
+    *,
     variant: str,
     npt: bool,
     nested: bool,
@@ -160,8 +162,9 @@ def pytest_command(
             if not argument.startswith("-") and Path(path).exists():
                 target = f"/root/tests/{Path(path).name}"
                 machine.put(Path(path), target)
-                argument = target + separator + test
-            words.append(argument)
+                words.append(target + separator + test)
+            else:
+                words.append(argument)
         report = "/root/tests/junit.xml"
         argv = ["python3", "-m", "pytest", "-p", "no:cacheprovider", "--rootdir=/root/tests",
                 f"--junit-xml={report}", *words]  # fmt: skip

@@ -15,6 +15,7 @@ that L1 itself is stuck.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import glob
@@ -101,7 +102,7 @@ class Command:
             cwd=request.get("cwd") or "/root",
             env=environment,
             start_new_session=True,
-            preexec_fn=_become_ordinary,
+            preexec_fn=_become_ordinary,  # noqa: PLW1509 (there are no threads)
         )
         assert self.process.stdin and self.process.stdout and self.process.stderr
         self.stdin = self.process.stdin.fileno()
@@ -191,10 +192,8 @@ class Command:
         self.finish_if_done()
 
     def signal(self, number: int) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            pass
 
     def on_time(self, now: float) -> None:
         """Enforce the time limit, then the grace; give up on pipes others hold open."""
@@ -344,7 +343,8 @@ class Agent:
                     self.send(BEAT, 0)
             pause = 0.1 if self.commands else BEAT_SECONDS / 2
             for key, mask in self.selector.select(pause if self.beating else None):
-                if key.fd in self.selector.get_map():
+                # An earlier one of this round may have closed it, or reused its number.
+                if self.selector.get_map().get(key.fd) == key:
                     key.data(key.fd, mask)
 
 

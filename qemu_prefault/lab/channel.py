@@ -9,6 +9,7 @@ kernel, or the agent's beats stop. Then every request ends at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -194,10 +195,8 @@ class Channel:
             end.close()
 
     def _wake(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # it is awake, or gone
             self._wake_write.send(b"\0")
-        except (BlockingIOError, OSError):
-            pass  # it is awake, or gone
 
     def _check(self) -> None:
         if self.lost is not None:

@@ -157,7 +157,7 @@ class Image:
 
 
 def _run(argv: Sequence[str], what: str) -> None:
-    result = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True)
+    result = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     if result.returncode:
         lines = (result.stdout + result.stderr).decode(errors="replace").splitlines()
         raise ImageError(

@@ -82,6 +82,7 @@ class Machine(abc.ABC):
     def _execute(
         self,
         argv: Sequence[str],
+        *,
         timeout: float,
         env: Mapping[str, str],
         cwd: str | None,
@@ -125,14 +126,12 @@ class Machine(abc.ABC):
             buffer = captured[fd]
             return buffer.getvalue() if isinstance(buffer, io.BytesIO) else b""
 
-        source: BinaryIO
-        if stdin is None or isinstance(stdin, bytes):
-            source = io.BytesIO(stdin or b"")
-        else:
-            source = stdin
+        source = io.BytesIO(stdin or b"") if stdin is None or isinstance(stdin, bytes) else stdin
         started = time.monotonic()
         try:
-            returncode, timed_out = self._execute(words, timeout, env or {}, cwd, source, sink)
+            returncode, timed_out = self._execute(
+                words, timeout=timeout, env=env or {}, cwd=cwd, stdin=source, sink=sink
+            )
         except OSError as error:
             raise CommandError(f"cannot start {words[0]}: {error}", b"", b"") from error
         result = Completed(tuple(words), returncode, kept(1), kept(2), time.monotonic() - started)
@@ -190,7 +189,7 @@ class Machine(abc.ABC):
         with tempfile.TemporaryDirectory() as scratch:
             shutil.copytree(package, Path(scratch) / "site" / package.name,
                             ignore=shutil.ignore_patterns("__pycache__"))  # fmt: skip
-            _write_script(Path(scratch), "qemu-prefault", "qemu_prefault.cli", "main")
+            _write_script(Path(scratch), "qemu-prefault", "qemu_prefault.__main__", "main")
             self._install_tree(Path(scratch))
 
     @abc.abstractmethod
@@ -265,6 +264,7 @@ class LocalMachine(Machine):
     def _execute(
         self,
         argv: Sequence[str],
+        *,
         timeout: float,
         env: Mapping[str, str],
         cwd: str | None,

@@ -170,6 +170,7 @@ class Lab(Machine):
     def _execute(
         self,
         argv: Sequence[str],
+        *,
         timeout: float,
         env: Mapping[str, str],
         cwd: str | None,

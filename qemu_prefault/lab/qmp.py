@@ -57,16 +57,6 @@ class Qmp:
         self._send(json.dumps(message).encode() + b"\n", deadline, command)
         return self._answer(command, deadline)
 
-    def _answer(self, command: str, deadline: float) -> Any:
-        while True:
-            answer = self._receive(deadline, command)
-            if "event" in answer:
-                self.events.append(answer)
-            elif answer.get("id") == self._number:
-                if "error" in answer:
-                    raise QmpError(f"QMP {command}: {answer['error']['desc']}")
-                return answer["return"]
-
     def send_fd(self, name: str, fd: int) -> None:
         """Hand QEMU a file descriptor under a name (``getfd``), for ``fd:NAME`` addresses."""
         self._number += 1
@@ -84,6 +74,16 @@ class Qmp:
             answer = self._receive(deadline, " or ".join(names))
             if "event" in answer:
                 self.events.append(answer)
+
+    def _answer(self, command: str, deadline: float) -> Any:
+        while True:
+            answer = self._receive(deadline, command)
+            if "event" in answer:
+                self.events.append(answer)
+            elif answer.get("id") == self._number:
+                if "error" in answer:
+                    raise QmpError(f"QMP {command}: {answer['error']['desc']}")
+                return answer["return"]
 
     def _send(self, data: bytes, deadline: float, what: str) -> None:
         while data:

@@ -14,6 +14,8 @@ mount -t tracefs tracefs /sys/kernel/tracing || true
 ln -sfn /proc/self/fd /dev/fd
 mkdir -p /run/lock
 hostname lab
+# Made when first read: before the snapshot, so that all who restore it have the same.
+cat /proc/sys/kernel/random/boot_id >/run/boot_id
 ip link set lo up
 # What a test needs to hold QEMU in a cgroup of its own.
 echo '+memory +cpu +pids' >/sys/fs/cgroup/cgroup.subtree_control
