@@ -47,61 +47,37 @@ Shell completion: eval "$(_QEMU_PREFAULT_COMPLETE=bash_source qemu-prefault)"
 # -- reading the command line --------------------------------------------------------------
 
 
-def parse_size(text: str) -> int:
-    """``0x100000``, ``4096``, ``512M``, ``2GiB`` -> bytes. Raises ValueError."""
+def _bytes(text: str) -> int | None:
     match = re.fullmatch(r"(0x[0-9a-f]+|\d+)([kmgt]?)(?:i?b)?", text.strip().lower())
-    if not match:
-        raise ValueError(text)
-    return int(match[1], 0) << UNITS[match[2]]
+    return int(match[1], 0) << UNITS[match[2]] if match else None
 
 
-class Size(click.ParamType[int]):
-    """A number of bytes, with an optional binary suffix."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        if isinstance(value, int):
-            return value
-        try:
-            return parse_size(value)
-        except ValueError:
-            self.fail(f"{value!r} is no size; write e.g. 65536, 0x10000, 512M or 2G", param, ctx)
+def size_type(text: str) -> int:
+    """``0x100000``, ``4096``, ``512M``, ``2GiB`` -> bytes."""
+    number = _bytes(text)
+    if number is None:
+        raise click.BadParameter(f"{text!r} is no size; write e.g. 65536, 0x10000, 512M or 2G")
+    return number
 
 
-class GpaRange(click.ParamType[tuple[int, int]]):
-    """``GPA+SIZE``."""
-
-    name = "gpa+size"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        start, plus, length = value.partition("+")
-        try:
-            result = parse_size(start), parse_size(length)
-        except ValueError:
-            plus = ""
-        if not plus or result[1] == 0 or sum(result) > 1 << 52:
-            self.fail(f"{value!r} is no GPA+SIZE; write e.g. 0x100000000+512M or 4G+1G", param, ctx)
-        return result
+def range_type(text: str) -> tuple[int, int]:
+    """``GPA+SIZE`` -> (start, size) in bytes."""
+    start, _, length = text.partition("+")
+    first, count = _bytes(start), _bytes(length)
+    if first is None or not count or first + count > 1 << 52:
+        raise click.BadParameter(f"{text!r} is no GPA+SIZE; write e.g. 0x100000000+512M or 4G+1G")
+    return first, count
 
 
-class IndexList(click.ParamType[tuple[int, ...]]):
+def index_list_type(text: str) -> tuple[int, ...]:
     """``0,2-3`` -> (0, 2, 3)."""
-
-    name = "list"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        found: dict[int, None] = {}
-        for item in value.split(","):
-            match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", item.strip())
-            if not match or int(match[2] or match[1]) < int(match[1]):
-                self.fail(f"{value!r} is no list of vCPUs; write e.g. 0,2-3", param, ctx)
-            found.update(dict.fromkeys(range(int(match[1]), int(match[2] or match[1]) + 1)))
-        return tuple(found)
+    found: dict[int, None] = {}
+    for item in text.split(","):
+        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", item.strip())
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise click.BadParameter(f"{text!r} is no list of vCPUs; write e.g. 0,2-3")
+        found.update(dict.fromkeys(range(int(match[1]), int(match[2] or match[1]) + 1)))
+    return tuple(found)
 
 
 # -- printing ------------------------------------------------------------------------------
@@ -112,8 +88,9 @@ class Printer:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
-        self._started = time.monotonic()
-        self._shown = 0.0
+        self._phase = ""
+        self._started = self._shown = 0.0
+        self._base = 0
         self._live = sys.stderr.isatty()
 
     def result(self, data: dict[str, Any], text: Iterator[str]) -> None:
@@ -128,10 +105,12 @@ class Printer:
         from .report import size  # noqa: PLC0415
 
         now = time.monotonic()
+        if phase != self._phase:
+            self._phase, self._started, self._base = phase, now, done
         if now - self._shown < (0.1 if self._live else 1.0):
             return
         self._shown = now
-        rate = done / max(now - self._started, 1e-9)
+        rate = (done - self._base) / max(now - self._started, 1e-9)
         eta = f", {(total - done) / rate:.0f} s to go" if rate and total > done else ""
         line = f"{phase}: {size(done)} of {size(total)}, {rate / (1 << 30):.2f} GiB/s{eta}"
         click.echo(f"\r\x1b[K{line}" if self._live else line, err=True, nl=not self._live)
@@ -248,15 +227,22 @@ def required_qmp(qmp: str | None) -> str:
 @click.option(
     "--range",
     "ranges",
-    type=GpaRange(),
+    type=range_type,
+    metavar="GPA+SIZE",
     multiple=True,
     help="Only this guest-physical range, e.g. 4G+512M. May be repeated.",
 )
-@click.option("--max-bytes", type=Size(), help="Stop after so much, lowest addresses first.")
-@click.option("--vcpus", type=IndexList(), default=(), help="Only these vCPUs, e.g. 0,2-3.")
+@click.option(
+    "--max-bytes",
+    type=size_type,
+    metavar="SIZE",
+    help="Stop after so much, lowest addresses first.",
+)
+@click.option("--vcpus", type=index_list_type, metavar="LIST", help="Only these vCPUs, e.g. 0,2-3.")
 @click.option(
     "--chunk",
-    type=Size(),
+    type=size_type,
+    metavar="SIZE",
     help="Most that one system call is asked for; default 32M. Slot changes wait that long.",
 )
 @click.option("--force", is_flag=True, help="Populate even if memory looks too short for it.")
@@ -274,7 +260,7 @@ def cli(  # noqa: PLR0917
     populate_only: bool,
     ranges: tuple[tuple[int, int], ...],
     max_bytes: int | None,
-    vcpus: tuple[int, ...],
+    vcpus: tuple[int, ...] | None,
     chunk: int | None,
     force: bool,
     cont: bool,
@@ -303,7 +289,7 @@ def cli(  # noqa: PLR0917
         raise click.UsageError("--chunk is a multiple of 4096 bytes")
     from .plan import Policy, Populate  # noqa: PLC0415
 
-    policy = Policy(Populate(populate), ranges, max_bytes, vcpus, populate_only, force, chunk)
+    policy = Policy(Populate(populate), ranges, max_bytes, vcpus or (), populate_only, force, chunk)
     with reporting(as_json, debug):
         run_async(_prefault(qmp, pid, policy, cont, dry_run, as_json))
 

@@ -21,7 +21,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -378,8 +378,12 @@ class Engine:
             backing = self.session.backing(target.section)
             sums = pagemap.sums(target.hva, target.size, backing.private)
             present_before[target] = sums.present
-            if sums.writable < target.size or backing.kind == "hugetlb":
-                work.append((target.section.node, Range(Kind.POPULATE, target.hva, target.size)))
+            if backing.kind == "hugetlb":  # pagemap does not tell writable from read-only there
+                gaps: Iterable[tuple[int, int]] = [(target.hva, target.size)]
+            else:
+                gaps = pagemap.unwritable(target.hva, target.size, backing.private)
+            for start, length in gaps:
+                work.append((target.section.node, Range(Kind.POPULATE, start, length)))
         total = sum(item.size for _, item in work)
         outcomes = await self._run_all(agent, work, "populate", total)
         for target, before in present_before.items():
@@ -468,23 +472,23 @@ class Engine:
 
             result = await agent.run(batch, on_progress)
             self._count_seconds(phase, result)
+            node_of = {worker.index: worker.node for worker in workers}
             todo = [
-                (None, item)
-                for i, share in shares.items()
-                for item in share[len(batch.get(i, ())) :]
+                (node_of[index], item)
+                for index, share in shares.items()
+                for item in share[agent.ranges_per_batch :]
             ]
             for index, items in result.outcomes.items():
                 for outcome in items:
-                    outcomes.append(outcome)
-                    if outcome.error in VCPU_ERRORS and outcome.range.kind is Kind.STAGE2:
-                        self._unusable[index] = outcome.error
-                    # Untouched behind a stuck one, or left by an unusable vCPU.
-                    unfinished = outcome.left is not None and (
-                        outcome.error == 0
-                        or (outcome.error in VCPU_ERRORS and outcome.range.kind is Kind.STAGE2)
+                    vcpu_failed = (
+                        outcome.range.kind is Kind.STAGE2 and outcome.error in VCPU_ERRORS
                     )
-                    if unfinished and outcome.left is not None:
-                        todo.append((None, outcome.left))
+                    if vcpu_failed:
+                        self._unusable[index] = outcome.error
+                    outcomes.append(outcome)
+                    # What this vCPU left, or did not come to, another one takes.
+                    if outcome.left is not None and (vcpu_failed or not outcome.error):
+                        todo.append((node_of[index], outcome.left))
         return outcomes
 
     def _usable(self, workers: Sequence[Worker]) -> list[Worker]:

@@ -7,6 +7,7 @@ not grow with the guest.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from .errors import FailedError
 from .process import Process
 
 REGIONS_AT_ONCE = 256
+MERGE_DISTANCE = 2 << 20
+"""Populating a page twice is cheap; a system call for each gap of a fragmented map is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,22 @@ class Pagemap:
             self._check(count, start)
             for index in range(count):
                 yield regions[index].start, regions[index].size
+
+    def unwritable(self, start: int, size: int, private: bool) -> Iterator[tuple[int, int]]:
+        """The rest: regions that have to be populated. Small islands between are included."""
+        reached = pending_end = start
+        pending_start: int | None = None
+        ends = itertools.chain(self.writable(start, size, private), [(start + size, 0)])
+        for island, length in ends:
+            if island > reached:  # a gap lies before this island
+                if pending_start is None or reached - pending_end > MERGE_DISTANCE:
+                    if pending_start is not None:
+                        yield pending_start, pending_end - pending_start
+                    pending_start = reached
+                pending_end = island
+            reached = island + length
+        if pending_start is not None:
+            yield pending_start, pending_end - pending_start
 
     def _check(self, result: int, start: int) -> None:
         if result < 0:

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Fixtures for tests that run where the real ioctl is: in the lab, or on a host with TDP."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qemu_prefault.agents.attach import AREAS_FROM, AREAS_TO, helper_threads
+from qemu_prefault.lab.guest import Guest, thp
+
+OTHER_MIB = 96
+"""What a guest has beside its workload's memory: its kernel, and memory it never touches."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run of the command line came to; ``report`` is its JSON."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return json.loads(self.stdout)
+
+    @property
+    def warnings(self) -> set[str]:
+        return {warning["code"] for warning in self.report["warnings"]}
+
+    @property
+    def error(self) -> dict[str, str]:
+        return self.report["error"]
+
+
+def start_tool(guest: Guest, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        ["qemu-prefault", "--qmp", str(guest.qmp_path), "--json", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 120) -> Result:
+    stdout, stderr = process.communicate(timeout=timeout)
+    assert "Traceback" not in stderr, stderr
+    return Result(process.returncode, stdout, stderr)
+
+
+def prefault(guest: Guest, *arguments: str) -> Result:
+    """Run ``qemu-prefault --qmp … --json`` on a guest."""
+    return finish(start_tool(guest, *arguments))
+
+
+def faults(guest: Guest) -> int:
+    return guest.stats()["pf_taken"]
+
+
+def leftovers(guest: Guest) -> list[str]:
+    """Helper threads and helper mappings in a guest's QEMU."""
+    found = [f"thread {tid}" for tid in helper_threads(guest.pid)]
+    for line in Path(f"/proc/{guest.pid}/maps").read_text().splitlines():
+        start = int(line.split("-")[0], 16)
+        if AREAS_FROM <= start < AREAS_TO:
+            found.append(line)
+    return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def four_kilobyte_pages() -> Iterator[None]:
+    """With 2 MiB pages there is little to win, and so little to see."""
+    before = thp("never")
+    yield
+    thp(before)
+
+
+@pytest.fixture(scope="session")
+def saved_state(
+    four_kilobyte_pages: None, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int, int], Path]:
+    """States of guests that have written so many MiB; each kind is booted once."""
+    states: dict[tuple[int, int], Path] = {}
+
+    def state(smp: int, workload_mib: int) -> Path:
+        key = (smp, workload_mib)
+        if key not in states:
+            path = tmp_path_factory.mktemp("state") / "saved"
+            memory = workload_mib + OTHER_MIB
+            with Guest(smp=smp, workload_mib=workload_mib, memory_mib=memory) as guest:
+                guest.wait_ready()
+                assert guest.command("pass")["bad"] == 0
+                guest.save(path)
+            states[key] = path
+        return states[key]
+
+    return state
+
+
+@pytest.fixture
+def restored(saved_state: Callable[[int, int], Path]) -> Iterator[Callable[..., Guest]]:
+    """Makes guests with their memory loaded, paused, and nothing in stage 2."""
+    guests: list[Guest] = []
+
+    def restore(smp: int = 1, workload_mib: int = 32, **options: Any) -> Guest:
+        guest = Guest(
+            smp=smp,
+            workload_mib=workload_mib,
+            memory_mib=workload_mib + OTHER_MIB,
+            incoming=saved_state(smp, workload_mib),
+            paused=True,
+            **options,
+        )
+        guests.append(guest)
+        guest.wait_restored()
+        return guest
+
+    yield restore
+    for guest in guests:
+        guest.kill()
+
+
+def ram_checksum(guest: Guest, backend: str = "ram") -> int:
+    """CRC of the guest's RAM, read from QEMU's memory behind its back."""
+    import zlib
+
+    size = next(m["size"] for m in guest.qmp("query-memdev") if m["id"] == backend)
+    hva = int(guest.hmp("gpa2hva 0").split()[-1], 16)
+    value = 0
+    fd = os.open(f"/proc/{guest.pid}/mem", os.O_RDONLY)
+    try:
+        for at in range(0, size, 8 << 20):
+            value = zlib.crc32(os.pread(fd, min(8 << 20, size - at), hva + at), value)
+    finally:
+        os.close(fd)
+    return value

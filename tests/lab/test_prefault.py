@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the tool is for: a guest that takes no stage-2 faults, proven by KVM's counters."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+from conftest import OTHER_MIB, faults, leftovers, prefault, ram_checksum
+
+from qemu_prefault.lab.guest import Guest
+
+ALL = (32 + OTHER_MIB - 1) << 20  # all RAM of a default guest but what firmware took
+
+
+def first_pass(guest: Guest) -> tuple[int, float, float]:
+    """Resume; faults and seconds of the first pass, median seconds of five later ones."""
+    guest.qmp("cont")
+    before = faults(guest)
+    first = guest.command("pass")
+    taken = faults(guest) - before
+    steady = statistics.median(guest.command("pass")["seconds"] for _ in range(5))
+    assert first["bad"] == 0
+    return taken, first["seconds"], steady
+
+
+def test_a_restored_guest_takes_no_faults(restored):
+    control, _, _ = first_pass(restored(workload_mib=256))
+    assert control >= 256 << 8  # one per page: there is something to win
+
+    guest = restored(workload_mib=256)
+    result = prefault(guest)
+    assert result.status == 0, result.stderr
+    assert guest.status() == "paused"  # as it was found
+    assert result.report["seconds"]["paused"] == 0  # not by our doing
+    taken, _, _ = first_pass(guest)
+    assert taken <= control / 1000
+    assert leftovers(guest) == []
+
+
+def test_the_first_pass_is_as_fast_as_later_ones(restored):
+    ratios = []
+    for _ in range(5):
+        guest = restored()
+        assert prefault(guest).status == 0
+        _, first, steady = first_pass(guest)
+        ratios.append(first / steady)
+        guest.kill()
+    assert statistics.median(ratios) <= 1.5, ratios
+
+
+def test_every_requested_byte_is_in_the_counters(restored):
+    guest = restored()
+    result = prefault(guest)
+    report = result.report
+    assert report["stage2"]["before"] == {"4k": 0, "2m": 0, "1g": 0}
+    assert report["stage2"]["after"]["4k"] * 4096 >= report["bytes"]["requested"]
+    assert report["bytes"]["remaining"] == 0
+    assert report["bytes"]["prefaulted"] == report["bytes"]["requested"] >= ALL
+    assert report["stage2"]["after"]["4k"] == guest.stats()["pages_4k"]
+    assert report["kernel"]["pre_fault_memory"] is True
+    assert report["agent"] == "attach"
+
+
+def test_a_second_run_finds_it_done(restored):
+    guest = restored()
+    first = prefault(guest).report
+    second = prefault(guest)
+    assert second.status == 0
+    assert second.report["bytes"]["populated"] == 0
+    assert second.report["stage2"]["before"] == first["stage2"]["after"]
+    assert second.report["stage2"]["after"] == first["stage2"]["after"]
+
+
+def test_a_dry_run_touches_nothing(restored):
+    guest = restored()
+    result = prefault(guest, "--dry-run")
+    assert result.status == 0
+    assert result.report["bytes"]["requested"] >= ALL
+    assert guest.stats()["pages_4k"] == 0
+
+
+def test_memory_of_a_paused_guest_is_not_changed(restored):
+    guest = restored()
+    before = ram_checksum(guest)
+    assert prefault(guest, "--populate", "all").status == 0
+    assert ram_checksum(guest) == before
+
+
+def test_a_running_guest_is_paused_and_resumed(restored):
+    guest = restored()
+    guest.qmp("cont")
+    guest.command("run")
+    result = prefault(guest)
+    assert result.status == 0, result.stderr
+    assert guest.status() == "running"
+    assert result.report["seconds"]["paused"] >= result.report["seconds"]["prefault"] > 0
+    assert guest.command("stop")["bad"] == 0
+    assert leftovers(guest) == []
+
+
+def test_cont_resumes_a_guest_found_paused(restored):
+    guest = restored()
+    assert prefault(guest, "--cont").status == 0
+    assert guest.status() == "running"
+
+
+def test_vcpus_share_the_work(restored):
+    guest = restored(smp=2)
+    result = prefault(guest)
+    assert result.status == 0, result.stderr
+    taken, _, _ = first_pass(guest)
+    assert taken <= (32 << 8) / 1000
+
+
+def test_one_vcpu_can_do_it_for_all(restored):
+    guest = restored(smp=2)
+    assert prefault(guest, "--vcpus", "1").status == 0
+    taken, _, _ = first_pass(guest)
+    assert taken <= (32 << 8) / 1000
+
+
+def test_only_the_range_asked_for(restored):
+    guest = restored()
+    result = prefault(guest, "--range", "64M+16M", "--range", "96M+4096")
+    assert result.status == 0
+    assert result.report["bytes"]["requested"] == (16 << 20) + 4096
+    assert guest.stats()["pages_4k"] == (16 << 20) // 4096 + 1
+
+
+def test_max_bytes_is_a_budget(restored):
+    guest = restored()
+    result = prefault(guest, "--max-bytes", "10M")
+    assert result.status == 0
+    assert guest.stats()["pages_4k"] == (10 << 20) // 4096
+
+
+@pytest.mark.parametrize("chunk", ["4096", "128K", "64M"])
+def test_chunks_of_any_size_come_to_the_same(restored, chunk):
+    guest = restored()
+    assert prefault(guest, "--chunk", chunk, "--range", "64M+24M").status == 0
+    assert guest.stats()["pages_4k"] == (24 << 20) // 4096
+
+
+def test_untouched_memory_is_populated_first():
+    """The zero-page trap: without populating, every write of the guest would fault again."""
+    with Guest(machine="microvm", memory_mib=128, workload_mib=64, paused=True) as guest:
+        result = prefault(guest, "--cont")
+        assert result.status == 0, result.stderr
+        assert result.report["bytes"]["populated"] >= 90 << 20
+        guest.wait_ready()
+        # One for each of the 16,384 pages otherwise; what is left is mostly MMIO.
+        assert faults(guest) < 1000
+
+
+def test_resident_leaves_untouched_memory_alone():
+    with Guest(machine="microvm", paused=True) as guest:
+        result = prefault(guest, "--populate", "resident")
+        assert result.status == 0, result.stderr
+        assert result.report["bytes"]["populated"] == 0
+        # The kernel image and the initramfs were loaded by QEMU; nothing else is there.
+        requested = result.report["bytes"]["requested"]
+        assert 0 < requested < 100 << 20
+        assert guest.stats()["pages_4k"] * 4096 == requested
+
+
+def test_a_guest_before_its_firmware_is_warned_about():
+    with Guest(machine="q35", paused=True) as guest:
+        result = prefault(guest)
+        assert result.status == 0
+        assert "firmware-ahead" in result.warnings
+        assert guest.status() == "prelaunch"
+
+
+def test_populate_only_fills_no_stage2():
+    with Guest(machine="microvm", paused=True) as guest:
+        result = prefault(guest, "--populate-only")
+        assert result.status == 0, result.stderr
+        assert result.report["bytes"]["populated"] >= 300 << 20
+        assert result.report["bytes"]["remaining"] == 0
+        assert guest.stats()["pages_4k"] == 0
