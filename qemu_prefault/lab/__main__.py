@@ -162,6 +162,9 @@ def pytest_command(
             if not argument.startswith("-") and Path(path).exists():
                 target = f"/root/tests/{Path(path).name}"
                 machine.put(Path(path), target)
+                fixtures = Path(path).with_name("conftest.py")
+                if Path(path).is_file() and fixtures.exists():
+                    machine.put(fixtures, "/root/tests/conftest.py")
                 words.append(target + separator + test)
             else:
                 words.append(argument)

@@ -61,7 +61,8 @@ class Channel:
     ) -> None:
         self.heartbeat_limit = heartbeat_limit
         self.console = bytearray()
-        self._console_log = console_log
+        self._line = b""
+        self._log = console_log.open("ab", buffering=0) if console_log else None
         self._port, port = socket.socketpair()
         self.monitor, monitor = socket.socketpair()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -209,76 +210,81 @@ class Channel:
         console = process.stdout.fileno()
         os.set_blocking(console, False)
         pidfd = os.pidfd_open(process.pid)
-        log = self._console_log.open("ab", buffering=0) if self._console_log else None
-        line = bytearray()
         selector = selectors.DefaultSelector()
-        selector.register(console, selectors.EVENT_READ)
-        selector.register(pidfd, selectors.EVENT_READ)
-        selector.register(self._wake_read, selectors.EVENT_READ)
-        selector.register(self._port, selectors.EVENT_READ)
-
-        def read_console() -> bool:
-            nonlocal line
-            try:
-                data = os.read(console, 1 << 16)
-            except BlockingIOError:
-                return False
-            if log:
-                log.write(data)
-            self.console += data
-            del self.console[:-_CONSOLE_BYTES]
-            *lines, line = (line + data).split(b"\n")
-            for complete in lines:
-                if self._doomed is None and _FATAL.search(complete):
-                    self._doomed = time.monotonic() + _LAST_WORDS_SECONDS
-                    said = complete.decode(errors="replace").strip()
-                    self._verdict = f"L1's kernel failed: {said}"
-            return bool(data)
+        for readable in (console, pidfd, self._wake_read, self._port):
+            selector.register(readable, selectors.EVENT_READ)
 
         try:
-            before = time.monotonic()
-            while not self.closing:
-                with self._condition:
-                    wanted = selectors.EVENT_READ
-                    if self._outgoing:
-                        wanted |= selectors.EVENT_WRITE
-                if selector.get_key(self._port).events != wanted:
-                    selector.modify(self._port, wanted)
-                ready = {key.fd: mask for key, mask in selector.select(_TICK_SECONDS)}
-                now = time.monotonic()
-                # A host that was itself suspended has heard nothing either, for one tick.
-                self._silent += min(now - before, 2 * _TICK_SECONDS)
-                before = now
-                if self._wake_read.fileno() in ready:
-                    self._wake_read.recv(4096)
-                if console in ready and not read_console():
-                    selector.unregister(console)
-                if self._port.fileno() in ready:
-                    self._exchange(ready[self._port.fileno()])
-                if pidfd in ready:
-                    while read_console():
-                        pass
-                    status = process.wait()
-                    self._verdict = self._verdict or f"L1's QEMU ended with status {status}"
-                    break
-                if self._doomed is not None and now >= self._doomed:
-                    break
-                if self._nonce is None and self._silent > self.heartbeat_limit:
-                    self._verdict = f"nothing heard from L1's agent for {self._silent:.0f} s"
-                    break
+            self._watch(selector, process, console, pidfd)
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()
             selector.close()
             os.close(pidfd)
             process.stdout.close()
-            if log:
-                log.close()
+            if self._log:
+                self._log.close()
             with self._condition:
                 self.lost = LabLostError(self._verdict or "the lab was closed", self.text())
                 for request in self._requests.values():
                     request.frames.put(None)
                 self._condition.notify_all()
+
+    def _watch(
+        self,
+        selector: selectors.BaseSelector,
+        process: subprocess.Popen[bytes],
+        console: int,
+        pidfd: int,
+    ) -> None:
+        """Serve everybody until L1 is lost or closed."""
+        before = time.monotonic()
+        while not self.closing:
+            with self._condition:
+                wanted = selectors.EVENT_READ
+                if self._outgoing:
+                    wanted |= selectors.EVENT_WRITE
+            if selector.get_key(self._port).events != wanted:
+                selector.modify(self._port, wanted)
+            ready = {key.fd: mask for key, mask in selector.select(_TICK_SECONDS)}
+            now = time.monotonic()
+            # A host that was itself suspended has heard nothing either, for one tick.
+            self._silent += min(now - before, 2 * _TICK_SECONDS)
+            before = now
+            if self._wake_read.fileno() in ready:
+                self._wake_read.recv(4096)
+            if console in ready and not self._read_console(console):
+                selector.unregister(console)
+            if self._port.fileno() in ready:
+                self._exchange(ready[self._port.fileno()])
+            if pidfd in ready:
+                while self._read_console(console):
+                    pass
+                status = process.wait()
+                self._verdict = self._verdict or f"L1's QEMU ended with status {status}"
+            if self._nonce is None and self._silent > self.heartbeat_limit:
+                self._verdict = f"nothing heard from L1's agent for {self._silent:.0f} s"
+                self._doomed = now
+            if pidfd in ready or (self._doomed is not None and now >= self._doomed):
+                break
+
+    def _read_console(self, console: int) -> bool:
+        """Take what the console has, and look for a dying kernel; False at its end."""
+        try:
+            data = os.read(console, 1 << 16)
+        except BlockingIOError:
+            return False
+        if self._log:
+            self._log.write(data)
+        self.console += data
+        del self.console[:-_CONSOLE_BYTES]
+        *lines, self._line = (self._line + data).split(b"\n")
+        for line in lines:
+            if self._doomed is None and _FATAL.search(line):
+                self._doomed = time.monotonic() + _LAST_WORDS_SECONDS
+                said = line.decode(errors="replace").strip()
+                self._verdict = f"L1's kernel failed: {said}"
+        return bool(data)
 
     def _exchange(self, mask: int) -> None:
         if mask & selectors.EVENT_WRITE:

@@ -8,6 +8,7 @@ other belongs to this class, so that each can be watched while the other is in u
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -110,7 +111,6 @@ class Guest:
         self._stderr_path = self.directory / "stderr"
         self._serial_buffer = b""
         self.serial_log = b""
-        self.incoming = incoming is not None
 
         machine_argument = machine
         memory_argument = f"{memory_mib}M" + (f",{memory}" if memory else "")
@@ -134,15 +134,30 @@ class Guest:
         if incoming is not None:
             argv += ["-incoming", "defer" if isinstance(incoming, Path) else incoming]
 
+        self._start([*argv, *args])
+        try:
+            # Failed migrations and restores are told by events, not found by asking again.
+            self.qmp(
+                "migrate-set-capabilities",
+                capabilities=[{"capability": "events", "state": True}],
+            )
+            if isinstance(incoming, Path):
+                self._migrate("migrate-incoming", incoming)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _start(self, argv: list[str]) -> None:
         # The harness's ends are socket pairs: nothing to wait for. The tool's monitor is
         # bound by QEMU itself, because its peer credentials are part of what is tested.
         serial, serial_far = socket.socketpair()
         monitor, monitor_far = socket.socketpair()
-        argv += [
+        argv = [
+            *argv,
             *("-chardev", f"socket,id=serial,fd={serial_far.fileno()}", "-serial"),
             *("chardev:serial", "-chardev", f"socket,id=harness,fd={monitor_far.fileno()}"),
             *("-mon", "harness,mode=control"),
-            *("-qmp", f"unix:{self.qmp_path},server=on,wait=off", *args),
+            *("-qmp", f"unix:{self.qmp_path},server=on,wait=off"),
         ]
         self.argv = argv
         try:
@@ -166,13 +181,6 @@ class Guest:
         self._serial.setblocking(False)
         try:
             self.monitor = Qmp(monitor, timeout=60.0)
-            # Failed migrations and restores are told by events, not found by asking again.
-            self.qmp(
-                "migrate-set-capabilities",
-                capabilities=[{"capability": "events", "state": True}],
-            )
-            if isinstance(incoming, Path):
-                self._migrate("migrate-incoming", incoming)
         except QmpError as error:
             problem = self._problem(f"QEMU did not start: {error.cause}")
             self.kill()
@@ -320,7 +328,8 @@ class Guest:
     def command(self, line: str, timeout: float = 120.0) -> dict[str, float | str]:
         """Send a command of ``workload.c`` and give the values of its answer."""
         self._serial.setblocking(True)
-        self._serial.sendall(line.encode() + b"\n")
+        with contextlib.suppress(ConnectionError):  # reading the answer tells why
+            self._serial.sendall(line.encode() + b"\n")
         self._serial.setblocking(False)
         return self._answer(line.partition(" ")[0], timeout)
 
@@ -346,7 +355,8 @@ class Guest:
                 raise self._problem(f"the guest did not answer {word!r} in time")
             data = b""
             if self._serial.fileno() in ready:
-                data = self._serial.recv(1 << 16)
+                with contextlib.suppress(ConnectionError):  # a killed QEMU: as at its end
+                    data = self._serial.recv(1 << 16)
             if not data:
                 raise self._problem(f"QEMU ended while {word!r} was awaited")
             self._serial_buffer += data

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import fcntl
+import importlib.util
 import io
 import os
 import shutil
