@@ -142,6 +142,7 @@ def boots_command(variant: str, npt: bool, restore: bool, count: int) -> None:
               help="A wheel to install first; without any, this source tree is.")  # fmt: skip
 @click.option("--junit", type=click.Path(path_type=Path), help="Where the JUnit XML goes.")
 @click.option("--timeout", default=3600.0, show_default=True, help="Seconds for all tests.")
+@click.option("--env", "variables", metavar="NAME=VALUE", multiple=True, help="For the tests.")
 @click.argument("arguments", nargs=-1, required=True)
 def pytest_command(
     *,
@@ -151,6 +152,7 @@ def pytest_command(
     wheels: tuple[Path, ...],
     junit: Path | None,
     timeout: float,
+    variables: tuple[str, ...],
     arguments: tuple[str, ...],
 ) -> None:
     """Copy the paths among ARGUMENTS into the lab and run pytest there with ARGUMENTS."""
@@ -172,6 +174,8 @@ def pytest_command(
         argv = ["python3", "-m", "pytest", "-p", "no:cacheprovider", "--rootdir=/root/tests",
                 f"--junit-xml={report}", *words]  # fmt: skip
         env = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        for item in variables:
+            name, _, env[name] = item.partition("=")
         result = machine.run(argv, timeout=timeout, check=False, env=env, on_output=_pass_on)
         if junit is not None:
             machine.get(report, junit)

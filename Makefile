@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# A fresh Debian 12 with make and gcc is enough: what is missing is installed with apt (as
+# root, or by sudo), Python packages go into a virtual environment in the cache, and no file
+# is written into the checkout. Run again without a change, nothing is downloaded.
+
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+
+BUILD = gcc libc6-dev binutils python3-venv python3-dev
+LAB   = mmdebstrap e2fsprogs util-linux $(if $(filter-out 0,$(shell id -u)),uidmap)
+HOST  = qemu-system-x86
+
+demo:      ## a restored and a booting guest, resumed three ways (no virtualization needed)
+	@scripts/with-env "$(BUILD) $(LAB)" qemu-prefault demo $(DEMO_ARGS)
+
+test:      ## linters, unit tests, real QEMUs, and the real ioctl in the nested lab
+	@scripts/with-env "$(BUILD) $(LAB) $(HOST)" python tests/run.py
+
+test-full: ## test, but everything on every kernel, 1,000 kills and 30 boots (hours)
+	@scripts/with-env "$(BUILD) $(LAB) $(HOST)" python tests/run.py --full
+
+bench:     ## the measurements of docs/benchmarks.md
+	@scripts/with-env "$(BUILD) $(LAB) $(HOST)" python tests/bench/run.py $(BENCH_ARGS)
+
+lint:      ## ruff and mypy
+	@scripts/with-env "$(BUILD)" python tests/run.py lint
+
+man:       ## write man/qemu-prefault.1 anew from the --help texts
+	@scripts/with-env "$(BUILD)" python scripts/make-man.py
+
+clean:     ## remove build products from the checkout
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f qemu_prefault/native/helper_blob.h qemu_prefault/*.so qemu_prefault/*.o
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+clean-cache: ## remove the images and virtual environments from the cache
+	rm -rf "$${QEMU_PREFAULT_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/qemu-prefault}"
+
+help:      ## this text
+	@sed -n 's/^\([a-z-]*\): *## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
+
+.PHONY: demo test test-full bench lint man clean clean-cache help

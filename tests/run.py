@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Runs every suite, two at a time, and sums up. Called by ``make``, inside ``scripts/with-env``.
+
+    python tests/run.py [--full] [NAME...]
+
+Every line of output is prefixed with its suite. The last line is ``N passed, N failed, N
+skipped``, over all suites; the exit status is 0 only if nothing failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTEST = ("pytest", "-ra", "-q", "--color=no")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One command. ``junit``: it is pytest, and writes its results where told.
+
+    ``needs``: names of suites that have to succeed first.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    junit: bool = False
+    needs: tuple[str, ...] = ()
+    minutes: float = 10
+
+
+def images(variant: str) -> Suite:
+    """Builds what the lab boots from, unless it is cached."""
+    command = ("python", "-m", "qemu_prefault.lab", "build", variant)
+    return Suite(f"image-{variant}", command, minutes=20)
+
+
+def host(name: str, *arguments: str, needs: tuple[str, ...] = (), minutes: float = 10) -> Suite:
+    """Tests that run on this machine."""
+    return Suite(name, (*PYTEST, *arguments), True, needs, minutes)
+
+
+def lab(
+    name: str,
+    variant: str,
+    *arguments: str,
+    npt: bool = True,
+    env: Sequence[str] = (),
+    minutes: float = 20,
+) -> Suite:
+    """Tests that run in the lab, on a freshly restored L1."""
+    command = ["python", "-m", "qemu_prefault.lab", "pytest", "--variant", variant]
+    command += [] if npt else ["--no-npt"]
+    for wheel in os.environ.get("QEMU_PREFAULT_WHEELS", "").split():
+        command += ["--wheel", wheel]
+    for item in env:
+        command += ["--env", item]
+    command += ["--timeout", str(int(minutes * 60))]
+    command += ["--", *PYTEST[1:], "tests/lab", *arguments]
+    return Suite(name, tuple(command), True, (f"image-{variant}",), minutes + 5)
+
+
+LINT = (
+    Suite("ruff", ("ruff", "check", ".")),
+    Suite("format", ("ruff", "format", "--check", ".")),
+    Suite("mypy", ("python", "-m", "mypy")),
+)
+HOST = (
+    host("unit", "tests/unit"),
+    host("qemu", "tests/qemu"),
+)
+IMAGES = tuple(images(variant) for variant in ("trixie", "bookworm", "sid"))
+LAB_ITSELF = host("host", "tests/host", needs=tuple(suite.name for suite in IMAGES))
+THIRTY_BOOTS = Suite(
+    "boots",
+    ("python", "-m", "qemu_prefault.lab", "boots", "30"),
+    needs=("image-trixie",),
+    minutes=60,
+)
+# In this order; two at a time.
+TEST = (
+    IMAGES[0],
+    *LINT,
+    *HOST,
+    lab("trixie", "trixie"),
+    *IMAGES[1:],
+    LAB_ITSELF,
+    lab("sid", "sid", "-k", "test_prefault"),
+    lab("bookworm", "bookworm", "-k", "test_unsupported"),
+    lab("shadow", "trixie", "-k", "test_unsupported", npt=False),
+)
+FULL = (
+    IMAGES[0],
+    *LINT,
+    *HOST,
+    lab("trixie", "trixie", env=("QEMU_PREFAULT_KILLS=1000",), minutes=120),
+    *IMAGES[1:],
+    LAB_ITSELF,
+    lab("sid", "sid", env=("QEMU_PREFAULT_KILLS=1000",), minutes=120),
+    lab("bookworm", "bookworm"),
+    lab("shadow", "trixie", "-k", "test_unsupported", npt=False),
+    THIRTY_BOOTS,
+)
+
+
+@dataclass
+class Result:
+    """What a suite came to. A suite that is no pytest counts as one test."""
+
+    suite: Suite
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    note: str = ""
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def judge(self, status: int, junit: Path) -> None:
+        if self.suite.junit and junit.exists():
+            for suite in ElementTree.parse(junit).getroot().iter("testsuite"):
+                tests, failures, errors, skipped = (
+                    int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")
+                )
+                self.failed += failures + errors
+                self.skipped += skipped
+                self.passed += tests - failures - errors - skipped
+            if status and not self.failed:
+                self.failed, self.note = 1, f"ended with status {status}"
+        elif status:
+            self.failed, self.note = 1, self.note or f"ended with status {status}"
+        elif self.suite.junit:
+            self.failed, self.note = 1, "left no results"
+        else:
+            self.passed = 1
+
+
+_printing = threading.Lock()
+
+
+def say(name: str, line: str) -> None:
+    with _printing:
+        print(f"{name:>14} | {line}", flush=True)
+
+
+def run(result: Result, results: dict[str, Result], directory: Path) -> None:
+    """Run one suite, after those it needs."""
+    suite = result.suite
+    missing = []
+    for name in suite.needs:
+        if name in results:
+            results[name].ended.wait()
+            missing += [name] if results[name].failed else []
+    started = time.monotonic()
+    junit = directory / f"{suite.name}.xml"
+    if missing:
+        result.note = f"not run, because {', '.join(missing)} failed"
+        result.judge(1, junit)
+    else:
+        say(suite.name, "starts")
+        result.judge(execute(suite, junit, result), junit)
+    result.seconds = time.monotonic() - started
+    counts = f"{result.passed} passed, {result.failed} failed, {result.skipped} skipped"
+    say(suite.name, f"ends after {result.seconds:.1f} s: {counts} {result.note}".rstrip())
+    result.ended.set()
+
+
+def execute(suite: Suite, junit: Path, result: Result) -> int:
+    command = list(suite.command)
+    if suite.junit:
+        at = command.index("--") if "--" in command else len(command)
+        command[at:at] = ["--junit" if "--" in command else "--junit-xml", str(junit)]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+
+    def give_up() -> None:
+        result.note = f"given up after {suite.minutes:g} minutes"
+        process.kill()
+
+    timer = threading.Timer(suite.minutes * 60, give_up)
+    timer.start()
+    try:
+        assert process.stdout
+        for line in process.stdout:
+            say(suite.name, line.rstrip())
+        return process.wait()
+    finally:
+        timer.cancel()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run the test suites.")
+    parser.add_argument("--full", action="store_true", help="everything on every kernel")
+    parser.add_argument("--jobs", type=int, default=2, help="suites at a time (default 2)")
+    parser.add_argument("names", nargs="*", help="only these suites, or: lint")
+    options = parser.parse_args()
+    suites = FULL if options.full else TEST
+    if names := set(options.names):
+        if "lint" in names:
+            names |= {suite.name for suite in LINT}
+        names |= {need for suite in suites if suite.name in names for need in suite.needs}
+        suites = tuple(suite for suite in suites if suite.name in names)
+        if unknown := names - {suite.name for suite in suites} - {"lint"}:
+            parser.error(f"no such suite: {', '.join(sorted(unknown))}")
+
+    started = time.monotonic()
+    results = {suite.name: Result(suite) for suite in suites}
+    with (
+        tempfile.TemporaryDirectory(prefix="qemu-prefault-tests-") as scratch,
+        concurrent.futures.ThreadPoolExecutor(options.jobs) as executor,
+    ):
+        jobs = [executor.submit(run, r, results, Path(scratch)) for r in results.values()]
+        for job in jobs:
+            job.result()
+
+    print(f"\n{'suite':14} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>9}")
+    for result in results.values():
+        print(
+            f"{result.suite.name:14} {result.passed:7} {result.failed:7} {result.skipped:8} "
+            f"{result.seconds:9.1f}  {result.note}".rstrip()
+        )
+    passed, failed, skipped = (
+        sum(getattr(result, key) for result in results.values())
+        for key in ("passed", "failed", "skipped")
+    )
+    print(f"{time.monotonic() - started:.0f} s in all\n")
+    print(f"{passed} passed, {failed} failed, {skipped} skipped")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
