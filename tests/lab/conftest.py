@@ -5,15 +5,24 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-from collections.abc import Callable, Iterator
+import select
+import signal
+import sys
+import tempfile
+import traceback
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import qemu_prefault.engine
+import qemu_prefault.probe
+import qemu_prefault.survey  # noqa: F401
 from qemu_prefault.agents.attach import AREAS_FROM, AREAS_TO, helper_threads
+from qemu_prefault.cli import main
 from qemu_prefault.lab.guest import Guest, thp
 
 OTHER_MIB = 96
@@ -41,24 +50,72 @@ class Result:
         return self.report["error"]
 
 
-def start_tool(guest: Guest, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        ["qemu-prefault", "--qmp", str(guest.qmp_path), "--json", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+class Tool:
+    """A run of the command line in a process of its own.
+
+    It is forked, not executed: under emulation Python's start would take most of the time.
+    The imports below are done once, for all runs.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        self.status: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                os.setpgid(0, 0)
+                for number, file in zip((1, 2), self._files, strict=True):
+                    os.dup2(file.fileno(), number)
+                sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+                sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+                sys.argv = ["qemu-prefault", *arguments]
+                main()
+                code = 0
+            except SystemExit as exit_:
+                code = exit_.code if isinstance(exit_.code, int) else bool(exit_.code)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        self._pidfd = os.pidfd_open(self.pid)
+
+    def running(self, timeout: float = 0) -> bool:
+        """Whether it still runs ``timeout`` seconds from now."""
+        if self.status is None and select.select([self._pidfd], [], [], timeout)[0]:
+            self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            os.close(self._pidfd)
+        return self.status is None
+
+    def send_signal(self, number: int) -> None:
+        if self.running():
+            os.kill(self.pid, number)
+
+    def finish(self, timeout: float = 120) -> Result:
+        """Wait for its end."""
+        if self.running(timeout):
+            self.send_signal(signal.SIGKILL)
+            assert not self.running(10)
+            pytest.fail(f"the tool did not end within {timeout} s: {self._read(1)}")
+        assert self.status is not None
+        stdout, stderr = self._read(0), self._read(1)
+        assert "Traceback" not in stderr, stderr
+        return Result(self.status, stdout, stderr)
+
+    def _read(self, index: int) -> str:
+        self._files[index].seek(0)
+        return self._files[index].read().decode()
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 120) -> Result:
-    stdout, stderr = process.communicate(timeout=timeout)
-    assert "Traceback" not in stderr, stderr
-    return Result(process.returncode, stdout, stderr)
+def start_tool(guest: Guest, *arguments: str) -> Tool:
+    return Tool(["--qmp", str(guest.qmp_path), "--json", *arguments])
 
 
 def prefault(guest: Guest, *arguments: str) -> Result:
     """Run ``qemu-prefault --qmp … --json`` on a guest."""
-    return finish(start_tool(guest, *arguments))
+    return start_tool(guest, *arguments).finish()
 
 
 def faults(guest: Guest) -> int:
@@ -130,8 +187,6 @@ def restored(saved_state: Callable[[int, int], Path]) -> Iterator[Callable[..., 
 
 def ram_checksum(guest: Guest, backend: str = "ram") -> int:
     """CRC of the guest's RAM, read from QEMU's memory behind its back."""
-    import zlib
-
     size = next(m["size"] for m in guest.qmp("query-memdev") if m["id"] == backend)
     hva = int(guest.hmp("gpa2hva 0").split()[-1], 16)
     value = 0

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Result, finish, leftovers, prefault, start_tool
+from conftest import Result, Tool, leftovers, prefault, start_tool
 
 from qemu_prefault.agents.attach import helper_threads
 from qemu_prefault.lab.guest import Guest
@@ -17,12 +17,12 @@ from qemu_prefault.lab.guest import Guest
 SLOWLY = ("--chunk", "4096")
 
 
-def start_and_meet(guest: Guest, pages: int = 2000):
+def start_and_meet(guest: Guest, pages: int = 2000) -> Tool:
     """Start a slow run; return when it has prefaulted some pages and goes on."""
     process = start_tool(guest, *SLOWLY)
     deadline = time.monotonic() + 60
     while guest.stats()["pages_4k"] < pages:
-        assert process.poll() is None, finish(process)
+        assert process.running(), process.finish()
         assert time.monotonic() < deadline, "the run made no progress"
     return process
 
@@ -50,7 +50,7 @@ def test_cont_from_another_monitor(restored):
     guest = restored()
     process = start_and_meet(guest)
     guest.qmp("cont")
-    result = finish(process)
+    result = process.finish()
     check_clear_end(result, 1)
     assert result.error["code"] == "resumed"
     assert guest.status() == "running"
@@ -59,10 +59,10 @@ def test_cont_from_another_monitor(restored):
 
 
 def test_system_reset(restored):
-    guest = restored()
+    guest = restored(args=["-action", "reboot=reset"])
     process = start_and_meet(guest)
     guest.qmp("system_reset")
-    check_clear_end(finish(process), 0, 3)
+    check_clear_end(process.finish(), 0, 3)
     check_usable(guest)
 
 
@@ -71,14 +71,14 @@ def test_quit(restored):
     process = start_and_meet(guest)
     guest.monitor.execute("quit")
     guest.wait_exit(20)
-    check_clear_end(finish(process), 1)
+    check_clear_end(process.finish(), 1)
 
 
 def test_qemu_killed(restored):
     guest = restored()
     process = start_and_meet(guest)
     guest.process.send_signal(signal.SIGKILL)
-    result = finish(process)
+    result = process.finish()
     check_clear_end(result, 1)
     assert result.error["code"] in ("qemu-gone", "monitor-closed")
 
@@ -88,7 +88,7 @@ def test_migration_started(restored, tmp_path):
     process = start_and_meet(guest)
     guest.qmp("migrate-set-parameters", max_bandwidth=1 << 16)
     guest.qmp("migrate", uri=f"exec:cat >'{tmp_path / 'out'}'")
-    result = finish(process)
+    result = process.finish()
     check_clear_end(result, 5)
     assert result.error["code"] == "migration"
     guest.qmp("migrate_cancel")
@@ -100,7 +100,7 @@ def test_dimm_plugged():
         process = start_and_meet(guest)
         guest.qmp("object-add", **{"qom_type": "memory-backend-ram", "id": "d0", "size": 64 << 20})
         guest.qmp("device_add", driver="pc-dimm", id="dimm0", memdev="d0")
-        result = finish(process)
+        result = process.finish()
         check_clear_end(result, 0)
         assert "layout-changed" in result.warnings
         dimm = next(s for s in result.report["sections"] if s["name"] == "d0")
@@ -114,7 +114,7 @@ def test_a_stopped_tool_loses_its_helpers_not_the_guest(restored):
     process.send_signal(signal.SIGSTOP)
     wait_clean(guest, limit=20)
     process.send_signal(signal.SIGCONT)
-    result = finish(process)
+    result = process.finish()
     check_clear_end(result, 1)
     assert result.error["code"] == "agent-left"
     check_usable(guest)
@@ -126,22 +126,12 @@ def test_an_interrupted_tool_resumes_the_guest(restored, number):
     guest.qmp("cont")
     process = start_and_meet(guest)
     process.send_signal(number)
-    result = finish(process)
+    result = process.finish()
     check_clear_end(result, 1)
     assert result.error["code"] == "interrupted"
     assert guest.status() == "running"
     assert guest.command("pass")["bad"] == 0
     assert leftovers(guest) == []
-
-
-def test_a_second_tool_is_told_at_once(restored):
-    guest = restored()
-    process = start_and_meet(guest)
-    second = prefault(guest)
-    assert second.status == 5
-    assert second.error["code"] == "monitor-busy"
-    process.terminate()
-    finish(process)
 
 
 def stale_root(guest: Guest) -> Result:
@@ -186,4 +176,4 @@ def test_a_qemu_that_exits_while_a_helper_waits(restored, tmp_path: Path):
     process = start_and_meet(guest)
     guest.monitor.execute("quit")
     guest.wait_exit(20)
-    check_clear_end(finish(process), 1)
+    check_clear_end(process.finish(), 1)

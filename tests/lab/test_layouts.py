@@ -57,10 +57,10 @@ def test_hugetlb():
 
 
 def test_a_hugetlb_pool_that_is_too_small_is_refused():
-    reserve_hugepages(8)
+    reserve_hugepages(80)  # enough for the kernel that QEMU loads, not for all of RAM
     try:
         options = "hugetlb,reserve=off"
-        with Guest(machine="microvm", backing=options, memory_mib=128, paused=True) as guest:
+        with Guest(machine="microvm", backing=options, memory_mib=256, paused=True) as guest:
             result = prefault(guest, "--populate", "all")
             assert result.status == 5
             assert result.error["code"] == "no-memory"

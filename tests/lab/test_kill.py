@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``kill -9`` of the tool at random moments: the guest lives, and nothing is left behind.
+
+QEMU_PREFAULT_KILLS sets how many (default 100; ``make test-full`` makes it 1,000).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import leftovers, prefault, start_tool
+
+from qemu_prefault.lab.guest import Guest
+
+KILLS = int(os.environ.get("QEMU_PREFAULT_KILLS", "100"))
+SPARE = 32 << 20
+FALLOC_FL_PUNCH_HOLE = 0x02 | 0x01  # with KEEP_SIZE
+DEAD_MAN = 3.0
+GRACE = 12.0  # the dead man's time, one chunk, and an emulated machine's scheduling
+
+
+def punch_spare_memory(guest: Guest) -> None:
+    """Free the memory of a device the guest does not use, so that there is some to populate."""
+    for link in Path(f"/proc/{guest.pid}/fd").iterdir():
+        if os.readlink(link).startswith("/memfd:memory-backend-memfd"):
+            fd = os.open(link, os.O_RDWR)
+            try:
+                if os.fstat(fd).st_size == SPARE:
+                    fallocate(fd, FALLOC_FL_PUNCH_HOLE, 0, SPARE)
+                    return
+            finally:
+                os.close(fd)
+    raise AssertionError("the spare memory was not found")
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    import ctypes  # noqa: PLC0415
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = (ctypes.c_int(fd), ctypes.c_int(mode), ctypes.c_long(offset), ctypes.c_long(length))
+    if libc.fallocate(*arguments):
+        raise OSError(ctypes.get_errno(), "fallocate")
+
+
+def wait_for(condition: Callable[[], bool], what: str, limit: float = GRACE) -> float:
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < limit, f"{what} after {limit} s"
+        time.sleep(0.01)  # a state of another process, which offers no event to wait for
+    return time.monotonic() - started
+
+
+def test_kill_at_random_moments():
+    args = ["-object", f"memory-backend-memfd,id=spare,size={SPARE}"]
+    args += ["-device", "nvdimm,memdev=spare"]
+    run = ("--populate", "all")
+    seed = int(os.environ.get("QEMU_PREFAULT_SEED", "0")) or random.SystemRandom().getrandbits(32)
+    print(f"\nQEMU_PREFAULT_SEED={seed}")
+    moments = random.Random(seed)
+    # A machine that may grow above 4 GiB sets 64 MiB aside for DMA bounce buffers.
+    options = {"memory_mib": 192, "memory": "slots=2,maxmem=1G", "workload_mib": 32}
+    with Guest(machine="pc,nvdimm=on", args=args, **options) as guest:
+        guest.wait_ready()
+        guest.command("run")
+        started = time.monotonic()
+        assert prefault(guest, *run).status == 0
+        duration = time.monotonic() - started
+        passes, killed, resumed_by_guard = 0, 0, 0
+        for number in range(KILLS):
+            punch_spare_memory(guest)
+            tool = start_tool(guest, *run)
+            if tool.running(moments.uniform(0, duration)):
+                killed += 1
+            tool.send_signal(signal.SIGKILL)
+            assert not tool.running(10)
+            resumed_by_guard += guest.status() != "running"
+            wait_for(lambda: guest.status() == "running", f"kill {number}: not resumed")
+            wait_for(lambda: not leftovers(guest), f"kill {number}: {leftovers(guest)} left")
+            status = guest.command("status")
+            assert status["bad"] == 0, f"kill {number}: {status}"
+            assert status["passes"] >= passes
+            passes = status["passes"]
+            if number % 20 == 19:
+                assert prefault(guest, *run).status == 0
+                assert guest.command("status")["bad"] == 0
+        final = guest.command("stop")
+        print(f"{killed} of {KILLS} killed in mid-run, {resumed_by_guard} met paused; {final}")
+        assert final["bad"] == 0 and final["passes"] > 0
+        assert killed >= KILLS // 2
+        assert prefault(guest, *run).status == 0
+        assert leftovers(guest) == []
