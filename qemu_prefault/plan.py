@@ -153,7 +153,7 @@ def select(machine: Machine, policy: Policy) -> tuple[Target, ...]:
     :raises InputError: a range touches no RAM.
     """
     targets = []
-    left = policy.max_bytes
+    left = None if policy.max_bytes is None else policy.max_bytes // PAGE * PAGE
     for section in sorted(machine.sections, key=lambda section: section.gpa):
         if section.skipped is not None:
             continue
@@ -164,7 +164,7 @@ def select(machine: Machine, policy: Policy) -> tuple[Target, ...]:
                 left -= size
             if size:
                 targets.append(Target(section, gpa, size, why_not is None, why_not))
-    if policy.ranges and policy.max_bytes != 0 and not targets:
+    if policy.ranges and left != 0 and not targets:
         raise InputError(
             "no guest RAM lies in the ranges asked for",
             "`qemu-prefault map` shows where it is",
@@ -211,20 +211,18 @@ def stripe(ranges: Sequence[Range], workers: Sequence[Worker]) -> dict[int, list
     """
     total = sum(item.size for item in ranges)
     shares: dict[int, list[Range]] = {worker.index: [] for worker in workers}
-    if not total:
-        return shares
-    share = max(-(-total // len(workers)), HUGE)
-    position, room = 0, share
+    position = done = 0
     for item in ranges:
         start, end = item.start, item.start + item.size
         while start < end:
-            last = position == len(workers) - 1
-            cut = end if last else min(end, -(-(start + room) // HUGE) * HUGE)
+            # Shares end at multiples of total/len(workers), so that what one cut adds to a
+            # share is not missing from the last one.
+            while (due := total * (position + 1) // len(workers) - done) <= 0:
+                position += 1
+            cut = min(end, -(-(start + due) // HUGE) * HUGE)
             shares[workers[position].index].append(type(item)(item.kind, start, cut - start))
-            room -= cut - start
+            done += cut - start
             start = cut
-            if room <= 0 and not last:
-                position, room = position + 1, share
     return shares
 
 
