@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What may be done now, to which memory, by which worker: the whole policy, without a guest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise, product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qemu_prefault.agents import Kind, Range, Worker
+from qemu_prefault.errors import ExitStatus, InputError, RefusedError
+from qemu_prefault.layout import Section
+from qemu_prefault.monitor import Balloon, Machine
+from qemu_prefault.plan import (
+    HUGE,
+    PAGE,
+    Policy,
+    Populate,
+    Target,
+    refuse_unfit,
+    select,
+    stripe,
+    stripe_by_node,
+)
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+HVA = 0x7F00_0000_0000
+
+
+def section(gpa: int, size: int, **changes: object) -> Section:
+    plain = Section(
+        name="pc.ram",
+        gpa=gpa,
+        size=size,
+        hva=HVA + gpa,
+        offset=gpa,
+        page_size=PAGE,
+        memdev="pc.ram",
+        device=None,
+        share=False,
+        reserve=True,
+        node=None,
+        skipped=None,
+        skip_code=None,
+    )
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def machine(*sections: Section, **changes: object) -> Machine:
+    plain = Machine(
+        version="10.0.13",
+        package="",
+        machine_type="pc-q35-10.0-machine",
+        status="paused",
+        running=False,
+        kvm=True,
+        vcpus=(),
+        ranges=(),
+        ramblocks=(),
+        sections=sections,
+        memdevs=(),
+        memory_devices=(),
+        numa=(),
+        balloon=None,
+        migration=None,
+        dirty_rate=None,
+    )
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+# --- may we? ---
+
+# All of RunState and MigrationStatus (qapi/run-state.json, qapi/migration.json of QEMU 11.1).
+FIT_STATUS = ["running", "paused", "prelaunch", "suspended", "watchdog", "io-error", "debug"]
+UNFIT_STATUS = {
+    "inmigrate": "incoming",
+    "restore-vm": "incoming",
+    "postmigrate": "migration",
+    "finish-migrate": "migration",
+    "save-vm": "migration",
+    "colo": "dirty-logging",
+    "internal-error": "guest-state",
+    "shutdown": "guest-state",
+    "guest-panicked": "guest-state",
+}
+OVER = [None, "none", "completed", "failed", "cancelled"]
+UNDER_WAY = [
+    *("setup", "cancelling", "active", "colo", "pre-switchover", "device", "wait-unplug"),
+    *("failing", "some-status-of-a-future-qemu"),
+]
+POSTCOPY = [
+    *("postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup"),
+    "postcopy-device",
+]
+NOT_MEASURING = [None, "unstarted", "measured"]
+
+
+def expected_refusal(status: str, migration: str | None, rate: str | None, limit: bool) -> str:
+    """The code of the refusal, "" for none: the state that explains most comes first."""
+    if migration in POSTCOPY:
+        return "postcopy"
+    if status in UNFIT_STATUS:
+        return UNFIT_STATUS[status]
+    if migration in UNDER_WAY:
+        return "migration"
+    return "dirty-logging" if rate == "measuring" or limit else ""
+
+
+@pytest.mark.parametrize("status", [*FIT_STATUS, *UNFIT_STATUS])
+def test_every_combination_of_states_is_accepted_or_refused_by_name(status: str) -> None:
+    rates = [*NOT_MEASURING, "measuring"]
+    for migration, rate, limit in product([*OVER, *UNDER_WAY, *POSTCOPY], rates, [False, True]):
+        vm = machine(status=status, migration=migration, dirty_rate=rate)
+        code = expected_refusal(status, migration, rate, limit)
+        if not code:
+            refuse_unfit(vm, limit)
+            continue
+        with pytest.raises(RefusedError) as caught:
+            refuse_unfit(vm, limit)
+        assert caught.value.code == code, (status, migration, rate, limit)
+        assert caught.value.exit_status == ExitStatus.REFUSED
+        assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"status": "inmigrate"}, ["not loaded", "query-status: inmigrate", "-S"]),
+        ({"migration": "active"}, ["query-migrate: active", "destination"]),
+        ({"migration": "postcopy-paused"}, ["postcopy", "source"]),
+        ({"dirty_rate": "measuring"}, ["measured", "query-dirty-rate"]),
+        ({"status": "postmigrate"}, ["destination"]),
+    ],
+)
+def test_a_refusal_names_what_qemu_said_and_what_to_do(
+    changes: dict[str, str], words: list[str]
+) -> None:
+    with pytest.raises(RefusedError) as caught:
+        refuse_unfit(machine(**changes))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_dirty_limit_is_told_from_a_measurement() -> None:
+    with pytest.raises(RefusedError, match="being limited"):
+        refuse_unfit(machine(), dirty_limit=True)
+
+
+# --- what? ---
+
+LOW = section(0, 640 * KIB)
+MAIN = section(MIB, 255 * MIB)
+HIGH = section(4 * GIB, GIB)
+ROM = section(0xC0000, 128 * KIB, name="pc.rom", skipped="ROM", skip_code="rom")
+
+
+def pieces(targets: Sequence[Target]) -> list[tuple[int, int]]:
+    return [(target.gpa, target.size) for target in targets]
+
+
+def ranges(*wanted: tuple[int, int], **changes: object) -> Policy:
+    return replace(Policy(ranges=wanted), **changes)  # type: ignore[arg-type]
+
+
+def test_without_ranges_all_ram_is_taken_in_order_of_address() -> None:
+    targets = select(machine(HIGH, ROM, MAIN, LOW), Policy())
+    assert [target.section for target in targets] == [LOW, MAIN, HIGH]
+    assert pieces(targets) == [(s.gpa, s.size) for s in (LOW, MAIN, HIGH)]
+    assert all(target.touch and target.why_not is None for target in targets)
+
+
+def test_a_target_knows_where_it_is_in_qemu() -> None:
+    (target,) = select(machine(MAIN), ranges((16 * MIB, MIB)))
+    assert target.hva == HVA + 16 * MIB
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        pytest.param([(2 * MIB, MIB)], [(2 * MIB, MIB)], id="inside"),
+        pytest.param([(2 * MIB + 1, 1)], [(2 * MIB, PAGE)], id="one byte is its page"),
+        pytest.param([(2 * MIB + PAGE - 1, 2)], [(2 * MIB, 2 * PAGE)], id="two bytes across pages"),
+        pytest.param(
+            [(4 * MIB, MIB), (2 * MIB, MIB)],
+            [(2 * MIB, MIB), (4 * MIB, MIB)],
+            id="any order comes out ascending",
+        ),
+        pytest.param(
+            [(2 * MIB, 2 * MIB), (3 * MIB, 2 * MIB)],
+            [(2 * MIB, 2 * MIB), (4 * MIB, MIB)],
+            id="what overlaps is done once",
+        ),
+        pytest.param(
+            [(2 * MIB, 4 * MIB), (3 * MIB, MIB)], [(2 * MIB, 4 * MIB)], id="one in another"
+        ),
+        pytest.param(
+            [(2 * MIB + 1, 10), (2 * MIB + 20, 10)], [(2 * MIB, PAGE)], id="two in one page"
+        ),
+        pytest.param([(0, 2 * MIB)], [(0, 640 * KIB), (MIB, MIB)], id="across the VGA hole"),
+        pytest.param(
+            [(255 * MIB, 4 * GIB)],
+            [(255 * MIB, MIB), (4 * GIB, 255 * MIB)],
+            id="across the PCI hole",
+        ),
+        pytest.param([(0, 1 << 51)], [(0, 640 * KIB), (MIB, 255 * MIB), (4 * GIB, GIB)], id="all"),
+        pytest.param([(GIB, MIB), (4 * GIB, MIB)], [(4 * GIB, MIB)], id="one of two in a hole"),
+    ],
+)
+def test_ranges(wanted: list[tuple[int, int]], expected: list[tuple[int, int]]) -> None:
+    assert pieces(select(machine(LOW, ROM, MAIN, HIGH), ranges(*wanted))) == expected
+
+
+@pytest.mark.parametrize(
+    "wanted", [(GIB, MIB), (8 * GIB, 1), (0xC0000, 128 * KIB)], ids=["hole", "beyond", "ROM"]
+)
+def test_a_range_without_ram_is_the_users_mistake(wanted: tuple[int, int]) -> None:
+    with pytest.raises(InputError, match="qemu-prefault map") as caught:
+        select(machine(LOW, ROM, MAIN, HIGH), ranges(wanted))
+    assert caught.value.exit_status == ExitStatus.USAGE
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (0, []),
+        (PAGE, [(0, PAGE)]),
+        (PAGE - 1, []),
+        (10_000, [(0, 2 * PAGE)]),
+        (640 * KIB, [(0, 640 * KIB)]),
+        (MIB, [(0, 640 * KIB), (MIB, 384 * KIB)]),
+        (1 << 50, [(0, 640 * KIB), (MIB, 255 * MIB), (4 * GIB, GIB)]),
+    ],
+)
+def test_max_bytes_is_never_exceeded_and_whole_pages(
+    budget: int, expected: list[tuple[int, int]]
+) -> None:
+    vm = machine(HIGH, MAIN, LOW)
+    assert pieces(select(vm, Policy(max_bytes=budget))) == expected
+
+
+def test_max_bytes_counts_within_the_ranges() -> None:
+    policy = ranges((2 * MIB, MIB), (4 * MIB, MIB), max_bytes=MIB + PAGE)
+    assert pieces(select(machine(MAIN), policy)) == [(2 * MIB, MIB), (4 * MIB, PAGE)]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 6 * GIB), st.integers(1, GIB)), min_size=1, max_size=6),
+    st.none() | st.integers(0, 2 * GIB),
+)
+def test_a_selection_is_whole_pages_of_ram_once_and_in_order(
+    wanted: list[tuple[int, int]], budget: int | None
+) -> None:
+    vm = machine(HIGH, ROM, MAIN, LOW)
+    try:
+        targets = select(vm, ranges(*wanted, max_bytes=budget))
+    except InputError:
+        ram = [(s.gpa, s.end) for s in (LOW, MAIN, HIGH)]
+        assert not any(a < end and start < a + n for a, n in wanted for start, end in ram)
+        return
+    for target in targets:
+        assert target.gpa % PAGE == target.size % PAGE == 0 < target.size
+        assert target.section.gpa <= target.gpa
+        assert target.gpa + target.size <= target.section.end
+    for before, after in pairwise(targets):
+        assert before.gpa + before.size <= after.gpa
+    if budget is not None:
+        assert sum(target.size for target in targets) <= budget
+
+
+# --- may it be touched? ---
+
+ABSENT_ON_PURPOSE = {
+    "virtio-mem": (section(4 * GIB, GIB, device="virtio-mem"), None),
+    "reserve=off": (section(MIB, GIB, reserve=False), None),
+    "shared nvdimm": (section(4 * GIB, GIB, device="nvdimm", share=True), None),
+    "nvdimm, sharing unknown": (section(4 * GIB, GIB, device="nvdimm", share=None), None),
+    "shared virtio-pmem": (section(4 * GIB, GIB, device="virtio-pmem", share=True), None),
+    "inflated balloon": (section(MIB, GIB), Balloon(actual=GIB - PAGE, total=GIB)),
+}
+PRESENT = {
+    "boot RAM": (section(MIB, GIB), None),
+    "shared boot RAM": (section(MIB, GIB, share=True), None),
+    "a DIMM": (section(4 * GIB, GIB, device="dimm"), None),
+    "private nvdimm": (section(4 * GIB, GIB, device="nvdimm", share=False), None),
+    "reserve unknown": (section(MIB, GIB, reserve=None), None),
+    "deflated balloon": (section(MIB, GIB), Balloon(actual=GIB, total=GIB)),
+}
+
+
+@pytest.mark.parametrize("name", ABSENT_ON_PURPOSE)
+def test_auto_does_not_touch_what_is_absent_on_purpose(name: str) -> None:
+    ram, balloon = ABSENT_ON_PURPOSE[name]
+    (target,) = select(machine(ram, balloon=balloon), Policy(Populate.AUTO))
+    assert not target.touch
+    assert target.why_not
+
+
+@pytest.mark.parametrize("name", PRESENT)
+def test_auto_touches_ordinary_memory(name: str) -> None:
+    ram, balloon = PRESENT[name]
+    (target,) = select(machine(ram, balloon=balloon), Policy(Populate.AUTO))
+    assert target.touch
+
+
+@pytest.mark.parametrize("name", [*ABSENT_ON_PURPOSE, *PRESENT])
+def test_all_touches_everything_and_resident_nothing(name: str) -> None:
+    ram, balloon = (ABSENT_ON_PURPOSE | PRESENT)[name]
+    vm = machine(ram, balloon=balloon)
+    (target,) = select(vm, Policy(Populate.ALL))
+    assert target.touch and target.why_not is None
+    (target,) = select(vm, Policy(Populate.RESIDENT))
+    assert not target.touch and target.why_not
+
+
+def test_one_section_that_is_absent_on_purpose_does_not_speak_for_others() -> None:
+    vm = machine(MAIN, section(4 * GIB, GIB, device="virtio-mem"))
+    assert [target.touch for target in select(vm, Policy())] == [True, False]
+
+
+# --- who? ---
+
+
+@st.composite
+def work(draw: st.DrawFn) -> list[Range]:
+    """Disjoint page-aligned ranges, ascending, from single pages to gigabytes."""
+    found = []
+    page = draw(st.integers(0, 1 << 20))
+    for _ in range(draw(st.integers(0, 12))):
+        page += draw(st.integers(0, 2000))
+        count = draw(st.integers(1, 4) | st.integers(500, 1100) | st.integers(1, 1 << 18))
+        found.append(Range(Kind.STAGE2, page * PAGE, count * PAGE))
+        page += count
+    return found
+
+
+def worker_list(nodes: Sequence[int | None]) -> list[Worker]:
+    return [Worker(3 * number + 1, None, node) for number, node in enumerate(nodes)]
+
+
+def flat(shares: dict[int, list[Range]]) -> list[Range]:
+    return sorted((item for share in shares.values() for item in share), key=lambda r: r.start)
+
+
+def check_exactly_once(shares: dict[int, list[Range]], ranges: Sequence[Range]) -> None:
+    """Joining the pieces that touch gives the ranges that touch, joined: nothing else."""
+
+    def joined(items: Sequence[Range]) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+        for item in items:
+            if found and found[-1][1] == item.start:
+                found[-1] = (found[-1][0], item.start + item.size)
+            else:
+                found.append((item.start, item.start + item.size))
+        return found
+
+    pieces = flat(shares)
+    assert all(piece.size > 0 for piece in pieces)
+    assert all(a.start + a.size <= b.start for a, b in pairwise(pieces))
+    assert joined(pieces) == joined(sorted(ranges, key=lambda r: r.start))
+
+
+@given(work(), st.integers(1, 9))
+def test_stripes_are_every_byte_once_and_in_order(ranges: list[Range], count: int) -> None:
+    workers = worker_list([None] * count)
+    shares = stripe(ranges, workers)
+    assert list(shares) == [worker.index for worker in workers]
+    check_exactly_once(shares, ranges)
+    in_worker_order = [item for worker in workers for item in shares[worker.index]]
+    assert in_worker_order == flat(shares)
+    assert {item.kind for item in in_worker_order} <= {Kind.STAGE2}
+
+
+@given(work(), st.integers(1, 9))
+def test_no_huge_page_is_cut(ranges: list[Range], count: int) -> None:
+    ends = {item.start + item.size for item in ranges}
+    for item in flat(stripe(ranges, worker_list([None] * count))):
+        assert (item.start + item.size) in ends or (item.start + item.size) % HUGE == 0
+
+
+@given(work(), st.integers(1, 9))
+def test_shares_differ_from_equal_by_less_than_a_huge_page(ranges: list[Range], count: int) -> None:
+    equal = sum(item.size for item in ranges) / count
+    for share in stripe(ranges, worker_list([None] * count)).values():
+        assert abs(sum(item.size for item in share) - equal) < HUGE + PAGE
+
+
+def test_many_workers_share_unaligned_memory_fairly() -> None:
+    """What each is cut too much, for 2 MiB, must not be taken from the last one's share."""
+    ranges = [Range(Kind.POPULATE, HVA + PAGE, 64 * MIB)]
+    sizes = [sum(r.size for r in s) for s in stripe(ranges, worker_list([None] * 24)).values()]
+    assert max(sizes) <= 64 * MIB / 24 + HUGE
+    assert sizes[-1] > 0
+
+
+def test_nothing_to_do_is_nothing_for_each() -> None:
+    assert stripe([], worker_list([None, None])) == {1: [], 4: []}
+
+
+nodes = st.none() | st.integers(0, 3)
+
+
+@given(work(), st.data())
+def test_by_node_every_byte_goes_once_to_a_local_vcpu_if_there_is_one(
+    ranges: list[Range], data: st.DataObject
+) -> None:
+    workers = worker_list(data.draw(st.lists(nodes, min_size=1, max_size=8)))
+    home = [data.draw(nodes) for _ in ranges]
+    shares = stripe_by_node(list(zip(home, ranges, strict=True)), workers)
+    assert list(shares) == [worker.index for worker in workers]
+    check_exactly_once(shares, ranges)
+    have = {worker.node for worker in workers} - {None}
+    for worker in workers:
+        for piece in shares[worker.index]:
+            (node,) = (
+                n
+                for n, r in zip(home, ranges, strict=True)
+                if r.start <= piece.start < r.start + r.size
+            )
+            assert node == worker.node or node not in have
+
+
+def test_memory_of_a_node_without_vcpus_is_shared_by_all() -> None:
+    shares = stripe_by_node([(2, Range(Kind.POPULATE, HVA, 8 * MIB))], worker_list([0, 1]))
+    assert [sum(r.size for r in share) for share in shares.values()] == [4 * MIB, 4 * MIB]
