@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The JSON that scripts depend on, the table that people read, the exit status of both."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qemu_prefault import errors
+from qemu_prefault.errors import ExitStatus, QemuPrefaultError
+from qemu_prefault.report import (
+    Bytes,
+    Caveat,
+    Leaves,
+    Report,
+    Seconds,
+    SectionReport,
+    error_json,
+    lines,
+    size,
+    table,
+)
+
+MIB, GIB = 1 << 20, 1 << 30
+
+RAM = SectionReport("pc.ram", MIB, 383 * MIB, 0x7F00_0010_0000, "anonymous", 0, 383 * MIB, None)
+PLUGGED = SectionReport(
+    "vm0", 4 * GIB, GIB, 0x7E00_0000_0000, "memfd, shared", 0, 0, "virtio-mem: absent on purpose"
+)
+DONE = Report(
+    agent="attach",
+    pid=4711,
+    qemu_version="10.0.13",
+    qemu_status="prelaunch",
+    kernel_release="6.12.107",
+    pre_fault_memory=True,
+    sections=(RAM, PLUGGED),
+    bytes=Bytes(383 * MIB, 10 * MIB, 383 * MIB, 0),
+    before=Leaves(0, 0, 0),
+    after=Leaves(512, 1, 0),
+    seconds=Seconds(0.1, 0.25, 0.2500004, 1 / 3),
+    warnings=(Caveat("firmware-ahead", "the guest's firmware has yet to run"),),
+)
+PARTIAL = replace(DONE, bytes=replace(DONE.bytes, remaining=4096))
+
+# The contract of the README, with the types of the values. Names are only ever added.
+COUNT = {"4k": int, "2m": int, "1g": int}
+CONTRACT: dict[str, Any] = {
+    "schema": int,
+    "agent": str,
+    "qemu": {"pid": int, "version": str, "status": str},
+    "kernel": {"release": str, "pre_fault_memory": bool},
+    "sections": [
+        {
+            "name": str,
+            "gpa": int,
+            "size": int,
+            "hva": int,
+            "backing": str,
+            "populated": int,
+            "prefaulted": int,
+            "skipped": (str, type(None)),
+        }
+    ],
+    "bytes": {"requested": int, "populated": int, "prefaulted": int, "remaining": int},
+    "stage2": {"before": COUNT, "after": COUNT},
+    "seconds": {"populate": float, "prefault": float, "paused": float, "total": float},
+    "warnings": [{"code": str, "text": str}],
+    "dry_run": bool,
+    "exit": int,
+}
+
+
+def check_shape(value: object, shape: Any, where: str = "") -> None:
+    """The same names, and the types that are said to be there."""
+    if isinstance(shape, dict):
+        assert isinstance(value, dict) and set(value) == set(shape), where
+        for key, inner in shape.items():
+            check_shape(value[key], inner, f"{where}.{key}")
+    elif isinstance(shape, list):
+        assert isinstance(value, list), where
+        for item in value:
+            check_shape(item, shape[0], f"{where}[]")
+    else:
+        allowed = shape if isinstance(shape, tuple) else (shape,)
+        assert type(value) in allowed, (where, value)
+
+
+def printed(report: Report) -> Any:
+    """What a reader of --json gets."""
+    return json.loads(json.dumps(report.to_json()))
+
+
+@pytest.mark.parametrize("report", [DONE, PARTIAL, replace(DONE, dry_run=True)])
+def test_the_json_contract(report: Report) -> None:
+    check_shape(printed(report), CONTRACT)
+    assert printed(report)["schema"] == 1
+
+
+def test_values_are_where_their_names_say() -> None:
+    report = printed(DONE)
+    assert report["qemu"] == {"pid": 4711, "version": "10.0.13", "status": "prelaunch"}
+    assert report["kernel"] == {"release": "6.12.107", "pre_fault_memory": True}
+    assert report["bytes"] == {
+        "requested": 383 * MIB,
+        "populated": 10 * MIB,
+        "prefaulted": 383 * MIB,
+        "remaining": 0,
+    }
+    assert report["stage2"] == {
+        "before": {"4k": 0, "2m": 0, "1g": 0},
+        "after": {"4k": 512, "2m": 1, "1g": 0},
+    }
+    assert report["sections"][1]["skipped"] == "virtio-mem: absent on purpose"
+    assert report["warnings"][0]["code"] == "firmware-ahead"
+
+
+def test_what_is_not_known_is_null_and_not_a_number() -> None:
+    report = printed(replace(DONE, before=None, after=None, pre_fault_memory=None))
+    assert report["stage2"] == {"before": None, "after": None}
+    assert report["kernel"]["pre_fault_memory"] is None
+
+
+def test_seconds_have_microseconds_and_no_more() -> None:
+    assert printed(DONE)["seconds"] == {
+        "populate": 0.1,
+        "prefault": 0.25,
+        "paused": 0.25,
+        "total": 0.333333,
+    }
+
+
+@pytest.mark.parametrize(
+    ("report", "status"),
+    [
+        (DONE, ExitStatus.VERIFIED),
+        (PARTIAL, ExitStatus.PARTIAL),
+        (replace(PARTIAL, dry_run=True), ExitStatus.VERIFIED),
+        (replace(DONE, bytes=Bytes(0, 0, 0, 0)), ExitStatus.VERIFIED),
+    ],
+)
+def test_verified_only_if_every_requested_byte_is_accounted_for(
+    report: Report, status: ExitStatus
+) -> None:
+    assert report.exit_status == status
+    assert printed(report)["exit"] == status
+
+
+# --- errors ---
+
+STATUS = {
+    "FailedError": 1,
+    "MonitorError": 1,
+    "AgentError": 1,
+    "InputError": 2,
+    "PartialError": 3,
+    "UnsupportedError": 4,
+    "RefusedError": 5,
+}
+
+
+@pytest.mark.parametrize("name", STATUS)
+def test_each_kind_of_error_has_its_exit_status(name: str) -> None:
+    error = getattr(errors, name)("it broke", "mend it")
+    assert isinstance(error, QemuPrefaultError)
+    assert json.loads(json.dumps(error_json(error))) == {
+        "schema": 1,
+        "error": {"code": type(error).code, "cause": "it broke", "remedy": "mend it"},
+        "exit": STATUS[name],
+    }
+    assert str(error) == "it broke\nmend it"
+
+
+def test_an_errors_code_can_be_named_where_it_is_raised() -> None:
+    assert error_json(errors.RefusedError("no", code="monitor-busy"))["error"] == {
+        "code": "monitor-busy",
+        "cause": "no",
+        "remedy": "",
+    }
+    assert errors.RefusedError.code == "refused"  # the class is not changed by it
+
+
+# --- for people ---
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (4096, "4.0 KiB"),
+        (384 * MIB, "384.0 MiB"),
+        (1536 * MIB, "1.5 GiB"),
+        (1 << 40, "1.0 TiB"),
+        (5 << 50, "5120.0 TiB"),
+    ],
+)
+def test_sizes_read_as_people_write_them(number: int, text: str) -> None:
+    assert size(number) == text
+
+
+@given(st.integers(0, 1 << 60))
+def test_a_size_is_never_off_by_more_than_rounding(number: int) -> None:
+    value, unit = size(number).split()
+    factor = 1 << (10 * ["B", "KiB", "MiB", "GiB", "TiB"].index(unit))
+    assert abs(float(value) * factor - number) <= factor * 0.0501
+    assert float(value) <= 1024 or unit == "TiB"
+
+
+def test_a_table_lines_up() -> None:
+    rows = [["pc.ram", "384.0 MiB", ""], ["a longer name", "1 B", "ROM"]]
+    assert list(table(["section", "size", "note"], rows)) == [
+        "section             size  note",
+        "pc.ram         384.0 MiB",
+        "a longer name        1 B  ROM",
+    ]
+
+
+def test_a_table_without_rows_is_its_heading() -> None:
+    assert list(table(["section", "size"], [])) == ["section  size"]
+
+
+def test_the_last_line_says_what_it_came_to() -> None:
+    assert list(lines(DONE))[-1] == "verified: all 383.0 MiB requested"
+    partial = list(lines(PARTIAL))[-1]
+    assert partial == "PARTIAL: 4.0 KiB of 383.0 MiB are not accounted for"
+    dry = list(lines(replace(DONE, dry_run=True)))[-1]
+    assert dry == "dry run: 383.0 MiB requested, 10.0 MiB of it to populate"
+
+
+def test_the_text_shows_sections_counters_times_and_warnings() -> None:
+    text = "\n".join(lines(DONE))
+    for words in (
+        "pc.ram",
+        "0x100000",
+        "virtio-mem: absent on purpose",
+        "0 x 4K + 0 x 2M + 0 x 1G -> 512 x 4K + 1 x 2M + 0 x 1G  (0 B -> 4.0 MiB)",
+        "guest paused 0.250",
+        "warning (firmware-ahead): the guest's firmware has yet to run",
+    ):
+        assert words in text, words
+
+
+def test_without_counters_the_text_says_nothing_of_them() -> None:
+    assert "stage-2" not in "\n".join(lines(replace(DONE, before=None, after=None)))
+
+
+def test_leaves_are_counted_by_their_size() -> None:
+    assert Leaves(1, 2, 3).bytes == 4096 + 2 * 2 * MIB + 3 * GIB
