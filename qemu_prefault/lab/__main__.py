@@ -14,10 +14,11 @@ import click
 
 from qemu_prefault.errors import FailedError, QemuPrefaultError
 
-from . import Machine, open_machine
+from . import cache
 from .errors import CommandError, LabLostError
 from .image import VARIANTS, build, files_disk, variant_named
-from .nested import Lab
+from .machine import Machine
+from .nested import Lab, open_machine
 
 _VARIANT = click.option(
     "--variant", type=click.Choice(list(VARIANTS)), default="trixie", show_default=True,
@@ -59,6 +60,14 @@ def build_command(variants: tuple[str, ...]) -> None:
         image = build(variant_named(name))
         seconds = time.monotonic() - started
         click.echo(f"{name}: {image.suite}, kernel {image.kernel_release}, {seconds:.1f} s")
+
+
+@main.command("prune")
+@click.option("--days", default=7.0, show_default=True, help="Keep what was used since then.")
+def prune_command(days: float) -> None:
+    """Remove images and snapshots that have not been used lately."""
+    for path in cache.prune(days):
+        click.echo(path)
 
 
 def _pass_on(fd: int, data: bytes) -> None:

@@ -9,16 +9,19 @@ builder of the same name removes. A file lock per name makes two builders one.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from qemu_prefault.errors import InputError
+
+_KEY_LENGTH = 16
 
 
 def cache_dir() -> Path:
@@ -45,10 +48,10 @@ def key_of(*parts: str | bytes) -> str:
         data = part.encode() if isinstance(part, str) else part
         digest.update(b"%d:" % len(data))
         digest.update(data)
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:_KEY_LENGTH]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
@@ -64,6 +67,7 @@ def entry(name: str, key: str, build: Callable[[Path], None]) -> Path:
     root = cache_dir()
     final = root / f"{name}-{key}"
     if final.is_dir():
+        os.utime(final)  # what is in use is not pruned
         return final
     with _locked(root / "locks" / name):
         if final.is_dir():
@@ -91,3 +95,19 @@ def discard(path: Path) -> None:
     except FileNotFoundError:
         return
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def prune(days: float) -> list[Path]:
+    """Remove what nobody has used for so long; give what is gone.
+
+    A running lab is not harmed: it has its files open.
+    """
+    oldest = time.time() - days * 86400
+    gone = []
+    # Others keep things in the same directory; an entry's name ends with its key.
+    for path in sorted(cache_dir().glob("*-" + "[0-9a-f]" * _KEY_LENGTH)):
+        with contextlib.suppress(FileNotFoundError):  # another pruner
+            if path.is_dir() and path.stat().st_mtime < oldest:
+                discard(path)
+                gone.append(path)
+    return gone

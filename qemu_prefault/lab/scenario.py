@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The demo's part that runs where the KVM is: ``python -m qemu_prefault.lab.scenario``.
+
+A guest writes 256 MiB for the first time, three ways: with nothing done for it; after the
+bare ioctl over all of its RAM; after qemu-prefault. Once at boot (the memory is untouched),
+once restored from a file (QEMU has just written it). What happens is told on stdout, one
+JSON object a line; :mod:`qemu_prefault.lab.demo` shows it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from qemu_prefault.agents import Kind, Range
+from qemu_prefault.agents.attach import AttachAgent
+from qemu_prefault.engine import Session
+from qemu_prefault.errors import FailedError
+
+from .guest import Guest
+
+WORKLOAD_MIB: Final = 256
+MEMORY_MIB: Final = 384
+# No firmware that deletes and re-creates memory slots: what is filled before the first
+# instruction is still there afterwards.
+MACHINE: Final = "microvm"
+STEADY_PASSES: Final = 5
+
+NOTHING, BARE, TOOL = WAYS = ("nothing", "bare ioctl", "qemu-prefault")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the demo. ``backing``: the page size that QEMU's memory may have."""
+
+    moment: str
+    backing: str
+    way: str
+
+
+CASES: Final = tuple(
+    Case(moment, backing, way)
+    for moment, backing in (("boot", "4K"), ("boot", "2M"), ("restore", "4K"))
+    for way in WAYS
+)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds a way cost. ``populate`` and ``prefault`` as the helpers inside QEMU timed them."""
+
+    populate: float = 0.0
+    prefault: float = 0.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a case came to; times in seconds.
+
+    ``faults``: stage-2 faults (pf_taken) from power-on or ``cont`` to the end of the first
+    pass. ``first_pass``: the guest's first write to each of its 256 MiB. ``steady_pass``:
+    median of those after it.
+    """
+
+    faults: int
+    first_pass: float
+    steady_pass: float
+    spent: Spent
+
+
+def tell(event: str, **values: Any) -> None:
+    print(json.dumps({"event": event, **values}), flush=True)
+
+
+@contextlib.contextmanager
+def page_size(backing: str) -> Iterator[None]:
+    """Processes started in the block have 4K pages only; the machine's setting stays.
+
+    prctl(PR_SET_THP_DISABLE) is inherited, and kept across execve().
+    """
+    prctl = ctypes.CDLL(None).prctl
+    prctl(41, ctypes.c_ulong(backing == "4K"), *map(ctypes.c_ulong, (0, 0, 0)))
+    try:
+        yield
+    finally:
+        prctl(41, *map(ctypes.c_ulong, (0, 0, 0, 0)))
+
+
+async def bare_ioctl(guest: Guest) -> Spent:
+    """KVM_PRE_FAULT_MEMORY over all RAM as it is: what one would write first."""
+    async with Session.open(str(guest.qmp_path)) as session:
+        agent = AttachAgent(session.process, await session.vcpu_threads((), True))
+        await agent.start()
+        try:
+            sections = [s for s in session.machine.sections if s.skipped is None]
+            ranges = [Range(Kind.STAGE2, section.gpa, section.size) for section in sections]
+            result = await agent.run({0: ranges}, lambda done: None)
+        finally:
+            await agent.close()
+    return Spent(prefault=result.seconds)
+
+
+def run_tool(guest: Guest) -> Spent:
+    """The command line, as a user types it."""
+    argv = [sys.executable, "-m", "qemu_prefault", "--qmp", str(guest.qmp_path), "--json"]
+    result = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise FailedError(
+            f"qemu-prefault ended with {result.returncode}", result.stderr or result.stdout
+        )
+    seconds = json.loads(result.stdout)["seconds"]
+    return Spent(seconds["populate"], seconds["prefault"])
+
+
+def prepare(guest: Guest, way: str) -> Spent:
+    if way == BARE:
+        return asyncio.run(bare_ioctl(guest))
+    return run_tool(guest) if way == TOOL else Spent()
+
+
+@contextlib.contextmanager
+def counting(guest: Guest, row: int) -> Iterator[None]:
+    """Tell the fault counter now and then, while the guest is at work."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            tell("faults", row=row, faults=guest.stats()["pf_taken"])
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def measure(case: Case, row: int, state: Path) -> Measured:
+    """Run one case. ``state``: written by the first boot, read by the restores."""
+    restored = case.moment == "restore"
+    tell("step", row=row, text="restoring" if restored else "starting")
+    with page_size(case.backing):
+        guest = Guest(
+            machine=MACHINE,
+            memory_mib=MEMORY_MIB,
+            workload_mib=0 if restored else WORKLOAD_MIB,
+            paused=True,
+            incoming=state if restored else None,
+        )
+    with guest:
+        if restored:
+            guest.wait_restored()
+        if case.way != NOTHING:
+            tell("step", row=row, text="prefaulting")
+        spent = prepare(guest, case.way)
+        tell("step", row=row, text="first pass" if restored else "booting")
+        before = guest.stats()["pf_taken"]
+        guest.qmp("cont")
+        with counting(guest, row):
+            first = guest.command("pass") if restored else guest.wait_ready()
+        faults = guest.stats()["pf_taken"] - before
+        tell("step", row=row, text="steady passes")
+        passes = [guest.command("pass") for _ in range(STEADY_PASSES)]
+        if any(answer["bad"] for answer in (*([first] if restored else []), *passes)):
+            raise FailedError("the guest's memory is not what it wrote", "please report this")
+        if not restored and not state.exists():
+            tell("step", row=row, text="saving the guest")
+            guest.save(state)
+    steady = statistics.median(float(answer["seconds"]) for answer in passes)
+    return Measured(faults, float(first["seconds"]), steady, spent)
+
+
+def main() -> None:
+    qemu = subprocess.run(
+        ["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True
+    )
+    tell("machine", kernel=os.uname().release, qemu=qemu.stdout.split()[3])
+    with tempfile.TemporaryDirectory(prefix="qemu-prefault-demo-") as scratch:
+        for row, case in enumerate(CASES):
+            started = time.monotonic()
+            measured = measure(case, row, Path(scratch) / "state")
+            seconds = time.monotonic() - started
+            tell("row", row=row, **asdict(case), **asdict(measured), seconds=round(seconds, 1))
+
+
+if __name__ == "__main__":
+    main()
