@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from . import __version__
-from .errors import ExitStatus, QemuPrefaultError
+from .errors import ExitStatus, FailedError, InputError, QemuPrefaultError
 
 if TYPE_CHECKING:
     from .plan import Policy
@@ -39,8 +39,9 @@ Exit status:
   1 failed                           4 this host or kernel cannot
   2 usage                            5 refused, to protect the guest
 
-Shell completion: eval "$(_QEMU_PREFAULT_COMPLETE=bash_source qemu-prefault)"
-(zsh_source and fish_source likewise).
+\b
+Shell completion (zsh_source and fish_source likewise):
+  eval "$(_QEMU_PREFAULT_COMPLETE=bash_source qemu-prefault)"
 """
 
 
@@ -48,8 +49,10 @@ Shell completion: eval "$(_QEMU_PREFAULT_COMPLETE=bash_source qemu-prefault)"
 
 
 def _bytes(text: str) -> int | None:
-    match = re.fullmatch(r"(0x[0-9a-f]+|\d+)([kmgt]?)(?:i?b)?", text.strip().lower())
-    return int(match[1], 0) << UNITS[match[2]] if match else None
+    match = re.fullmatch(r"(0x[0-9a-f]{1,16}|[0-9]{1,20})([kmgt]?)(?:i?b)?", text.strip().lower())
+    if match is None:
+        return None
+    return int(match[1], 16 if match[1].startswith("0x") else 10) << UNITS[match[2]]
 
 
 def size_type(text: str) -> int:
@@ -73,7 +76,7 @@ def index_list_type(text: str) -> tuple[int, ...]:
     """``0,2-3`` -> (0, 2, 3)."""
     found: dict[int, None] = {}
     for item in text.split(","):
-        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", item.strip())
+        match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", item.strip())
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise click.BadParameter(f"{text!r} is no list of vCPUs; write e.g. 0,2-3")
         found.update(dict.fromkeys(range(int(match[1]), int(match[2] or match[1]) + 1)))
@@ -81,6 +84,23 @@ def index_list_type(text: str) -> tuple[int, ...]:
 
 
 # -- printing ------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    """A line to stderr; that nobody reads it changes nothing."""
+    with contextlib.suppress(OSError):
+        click.echo(printable(text), err=True)
+
+
+def printable(text: str) -> str:
+    """What a peer said must not steer the terminal it is shown on."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def drop_stdout() -> None:
+    """Nobody reads it, or its disk is full: the interpreter need not try again at its end."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Printer:
@@ -91,14 +111,21 @@ class Printer:
         self._phase = ""
         self._started = self._shown = 0.0
         self._base = 0
-        self._live = sys.stderr.isatty()
+        self._live = sys.stderr is not None and sys.stderr.isatty()
 
     def result(self, data: dict[str, Any], text: Iterator[str]) -> None:
-        if self.as_json:
-            click.echo(json.dumps(data))
-        else:
-            for line in text:
+        try:
+            for line in [json.dumps(data)] if self.as_json else map(printable, text):
                 click.echo(line)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            drop_stdout()
+            raise FailedError(
+                f"the result could not be written: {error.strerror}",
+                "what was to be done is done; `qemu-prefault stats` shows it",
+                code="output",
+            ) from error
 
     def progress(self, phase: str, done: int, total: int) -> None:
         """Bytes, GiB/s and time to go; once a second where stderr is no terminal."""
@@ -113,7 +140,8 @@ class Printer:
         rate = (done - self._base) / max(now - self._started, 1e-9)
         eta = f", {(total - done) / rate:.0f} s to go" if rate and total > done else ""
         line = f"{phase}: {size(done)} of {size(total)}, {rate / (1 << 30):.2f} GiB/s{eta}"
-        click.echo(f"\r\x1b[K{line}" if self._live else line, err=True, nl=not self._live)
+        with contextlib.suppress(OSError):
+            click.echo(f"\r\x1b[K{line}" if self._live else line, err=True, nl=not self._live)
 
     def end_progress(self) -> None:
         if self._live and self._shown:
@@ -125,10 +153,13 @@ def fail(error: QemuPrefaultError, as_json: bool) -> NoReturn:
     from .report import error_json  # noqa: PLC0415
 
     if as_json:
-        click.echo(json.dumps(error_json(error)))
-    click.echo(f"qemu-prefault: {error.cause}", err=True)
+        try:
+            click.echo(json.dumps(error_json(error)))
+        except OSError:
+            drop_stdout()
+    say(f"qemu-prefault: {error.cause}")
     for line in error.remedy.splitlines():
-        click.echo(f"  {line}", err=True)
+        say(f"  {line}")
     sys.exit(int(error.exit_status))
 
 
@@ -144,7 +175,7 @@ def reporting(as_json: bool, debug: bool) -> Iterator[None]:
     except (click.exceptions.Exit, click.ClickException, click.Abort):
         raise
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()
         sys.exit(int(ExitStatus.FAILED))
     except Exception as error:
         if debug:
@@ -397,5 +428,21 @@ def demo(as_json: bool, debug: bool) -> None:
 
 
 def main() -> None:
-    """Entry point."""
-    cli(prog_name="qemu-prefault")
+    """Entry point; click's own, but for --json and for a stdout that cannot be written."""
+    as_json = "--json" in sys.argv[1:]
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        status = cli.main(prog_name="qemu-prefault", standalone_mode=False)
+    except click.ClickException as error:
+        if not as_json:
+            error.show()
+            sys.exit(error.exit_code)
+        fail(InputError(error.format_message(), "see: qemu-prefault --help"), as_json)
+    except click.Abort:
+        sys.exit(int(ExitStatus.FAILED))
+    except OSError as error:
+        drop_stdout()
+        say(f"qemu-prefault: the result could not be written: {error.strerror}")
+        sys.exit(int(ExitStatus.FAILED))
+    sys.exit(int(status or 0))
