@@ -22,6 +22,7 @@ from pathlib import Path
 from qemu_prefault.errors import InputError
 
 _KEY_LENGTH = 16
+_ENTRIES = ("bin-", "files-", "image-", "l2-", "snapshot-", "tcg-host-", "tmp-")
 
 
 def cache_dir() -> Path:
@@ -104,8 +105,10 @@ def prune(days: float) -> list[Path]:
     """
     oldest = time.time() - days * 86400
     gone = []
-    # Others keep things in the same directory; an entry's name ends with its key.
-    for path in sorted(cache_dir().glob("*-" + "[0-9a-f]" * _KEY_LENGTH)):
+    for path in sorted(cache_dir().iterdir()):
+        # Others keep things in the same directory, and do not mark what they use.
+        if not path.name.startswith(_ENTRIES):
+            continue
         with contextlib.suppress(FileNotFoundError):  # another pruner
             if path.is_dir() and path.stat().st_mtime < oldest:
                 discard(path)
