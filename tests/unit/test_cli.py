@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command line as users and scripts meet it: as a process, with real streams."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from qemu_prefault import __version__
+from qemu_prefault.cli import index_list_type, printable, range_type, size_type
+
+TOOL = [sys.executable, "-m", "qemu_prefault"]
+MIB, GIB = 1 << 20, 1 << 30
+DEMOTE = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+
+
+def spawn(command: Sequence[str | Path], **options: Any) -> subprocess.CompletedProcess[str]:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.run(command, text=True, timeout=60, check=False, **options)
+
+
+def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the tool; nothing it does may show a user a traceback."""
+    done = spawn([*TOOL, *arguments], **options)
+    if "--debug" not in arguments:
+        assert "Traceback" not in (done.stderr or ""), done.stderr
+        assert "internal error" not in (done.stderr or ""), done.stderr
+    return done
+
+
+def shell(script: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell script in which ``$tool`` is the tool."""
+    return spawn(["bash", "-c", script], env=os.environ | {"tool": " ".join(TOOL)})
+
+
+# --- quick ---
+
+
+def test_help_loads_nothing_heavy() -> None:
+    program = (
+        "import sys; sys.argv = ['qemu-prefault', '--help']\n"
+        "from qemu_prefault.cli import main\n"
+        "try: main()\n"
+        "finally: print(*sys.modules, file=sys.stderr)"
+    )
+    done = spawn([sys.executable, "-c", program])
+    assert done.returncode == 0
+    heavy = {"asyncio", "cffi", "_cffi_backend", "qemu.qmp", "ctypes", "multiprocessing"}
+    assert heavy & set(done.stderr.split()) == set()
+    ours = {name for name in done.stderr.split() if name.startswith("qemu_prefault.")}
+    assert ours <= {"qemu_prefault.cli", "qemu_prefault.errors"}
+
+
+# --- help, version, completion ---
+
+
+def test_it_runs_as_a_module_and_as_a_command() -> None:
+    as_module = run("--version")
+    command = Path(sys.executable).with_name("qemu-prefault")
+    if not command.exists():
+        pytest.skip("the package is not installed in this environment")
+    as_command = spawn([command, "--version"])
+    assert as_module.stdout == as_command.stdout == f"qemu-prefault, version {__version__}\n"
+
+
+def test_help_teaches_the_contract() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    contract = ["--qmp", "--pid", "--agent", "--populate", "--range", "--json", "--dry-run"]
+    for word in [*contract, "--cont", "--max-bytes", "--vcpus", "--chunk", "--debug"]:
+        assert word in done.stdout, word
+    for number, meaning in enumerate(["verified", "failed", "usage", "partial", "cannot"]):
+        assert re.search(rf"\b{number} .*{meaning}", done.stdout), meaning
+    for command in ("probe", "map", "stats", "demo"):
+        assert re.search(rf"^  {command} ", done.stdout, re.MULTILINE), command
+
+
+def test_called_bare_it_shows_its_help_and_says_that_this_was_not_a_run() -> None:
+    done = run()
+    assert done.returncode == 2
+    assert done.stdout.startswith("Usage:")
+
+
+def test_the_completion_line_of_the_help_works_when_copied() -> None:
+    (line,) = [line for line in run("--help").stdout.splitlines() if "bash_source" in line]
+    assert line.strip().startswith("eval ") and line.strip().endswith('"')
+    command = Path(sys.executable).parent
+    script = f"PATH={command}:$PATH; {line.strip()}; complete -p qemu-prefault"
+    done = shell(script)
+    assert done.returncode == 0, done.stderr
+    assert "_qemu_prefault_completion" in done.stdout
+
+
+# --- reading values ---
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0", 0),
+        ("4096", 4096),
+        ("010", 10),
+        ("0x1000", 4096),
+        ("0XFF", 255),
+        ("64k", 64 << 10),
+        ("64K", 64 << 10),
+        ("512M", 512 * MIB),
+        ("512MB", 512 * MIB),
+        ("2GiB", 2 * GIB),
+        (" 2g ", 2 * GIB),
+        ("1T", 1 << 40),
+        ("0x10M", 16 * MIB),
+    ],
+)
+def test_sizes(text: str, value: int) -> None:
+    assert size_type(text) == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "x", "-1", "1.5G", "1P", "0x", "1e9", "M", "1 000", "\u0663", "1" * 5000, "0x" + "f" * 99],
+)
+def test_what_is_no_size_is_told_so_with_an_example(text: str) -> None:
+    with pytest.raises(click.BadParameter, match=r"write e\.g\. .*512M"):
+        size_type(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0x100000+4096", (MIB, 4096)),
+        ("4G+1G", (4 * GIB, GIB)),
+        ("0+1", (0, 1)),
+        ("1M + 1M", (MIB, MIB)),
+    ],
+)
+def test_ranges(text: str, value: tuple[int, int]) -> None:
+    assert range_type(text) == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "1M", "1M+", "+1M", "1M+0", "1M-2M", "1M+1M+1M", "4096T+1", "0+4097T", "a+b", "-1+2"],
+)
+def test_what_is_no_range_is_told_so_with_an_example(text: str) -> None:
+    with pytest.raises(click.BadParameter, match=r"write e\.g\. .*4G\+1G"):
+        range_type(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0", (0,)),
+        ("0,2-3", (0, 2, 3)),
+        ("3,1", (3, 1)),
+        ("1,1-2,2", (1, 2)),
+        ("0-0", (0,)),
+        (" 1 , 2 ", (1, 2)),
+    ],
+)
+def test_lists_of_vcpus(text: str, value: tuple[int, ...]) -> None:
+    assert index_list_type(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "3-1", "1,,2", "1-2-3", "1000000", "\u0663"])
+def test_what_is_no_list_is_told_so_with_an_example(text: str) -> None:
+    with pytest.raises(click.BadParameter, match=r"write e\.g\. 0,2-3"):
+        index_list_type(text)
+
+
+USAGE = {
+    "a bad size": (["--max-bytes", "much"], "512M"),
+    "a bad range": (["--range", "1M"], "4G+1G"),
+    "bad vCPUs": (["--vcpus", "3-1"], "0,2-3"),
+    "a chunk that is no page": (["--chunk", "5000"], "multiple of 4096"),
+    "a chunk of nothing": (["--chunk", "0"], "multiple of 4096"),
+    "an unknown policy": (["--populate", "some"], "resident"),
+    "an agent there is not": (["--agent", "telepathy"], "attach"),
+    "a pid of zero": (["--pid", "0"], "x>=1"),
+    "an unknown option": (["--fast"], "--fast"),
+}
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_a_wrong_command_line_exits_2_and_says_what_would_be_right(name: str) -> None:
+    arguments, words = USAGE[name]
+    done = run("--qmp", "/nowhere", *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert words in done.stderr
+
+
+def test_options_before_a_command_are_not_silently_dropped() -> None:
+    done = run("--qmp", "/nowhere", "map")
+    assert done.returncode == 2
+    assert "qemu-prefault map --qmp" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["--dry-run"], ["map"], ["stats"], ["probe"]])
+def test_without_a_socket_each_command_asks_for_one(command: list[str]) -> None:
+    done = run(*command)
+    assert done.returncode == 2
+    assert "--qmp SOCK" in done.stderr
+
+
+# --- failing ---
+
+
+@pytest.fixture
+def foreign_socket(tmp_path: Path) -> Path:
+    """A listening socket that only root may connect to."""
+    path = tmp_path / "private"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    path.chmod(0o600)
+    for directory in (tmp_path, *tmp_path.parents):
+        if directory.owner() == path.owner() and directory != Path("/"):
+            directory.chmod(directory.stat().st_mode | 0o011)
+    return path
+
+
+@pytest.mark.parametrize("command", [[], ["map"], ["stats"], ["probe"]])
+def test_a_socket_that_is_not_there(command: list[str]) -> None:
+    done = run(*command, "--qmp", "/nowhere/qmp")
+    assert done.returncode == 2
+    assert "there is no socket /nowhere/qmp" in done.stderr
+    assert "-qmp unix:PATH" in done.stderr
+
+
+def test_a_directory_and_a_file_are_no_sockets(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file", Path("/dev/null")):
+        done = run("--qmp", str(path))
+        assert done.returncode in (1, 2)
+        assert "not a socket" in done.stderr
+
+
+def test_a_socket_nobody_listens_on(tmp_path: Path) -> None:
+    path = tmp_path / "dead"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    done = run("--qmp", str(path))
+    assert done.returncode in (1, 2)
+    assert str(path) in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to become somebody else")
+def test_a_socket_one_may_not_open(foreign_socket: Path) -> None:
+    readable = spawn([*DEMOTE, *TOOL, "--version"])
+    if readable.returncode != 0:
+        pytest.skip("an unprivileged user cannot run this Python")
+    done = spawn([*DEMOTE, *TOOL, "--json", "--qmp", str(foreign_socket)])
+    assert "Traceback" not in done.stderr
+    error = json.loads(done.stdout)["error"]
+    assert "ermission" in error["cause"]
+    assert error["remedy"]
+
+
+@pytest.mark.parametrize("number", [999_999_999, 4_000_000])
+def test_a_pid_nobody_has(number: int) -> None:
+    done = run("probe", "--pid", str(number))
+    assert done.returncode == 1
+    assert f"process {number} is gone" in done.stderr
+
+
+def test_paths_of_any_bytes_are_shown_harmlessly(tmp_path: Path) -> None:
+    for name in ("\x1b[31mred\n", "\udcff", "x" * 300):
+        done = run("--qmp", f"{tmp_path}/{name}")
+        assert done.returncode in (1, 2)
+        assert "\x1b" not in done.stderr
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = run("--qmp", "/nowhere", "--debug")
+    assert done.returncode == 1
+    assert "Traceback (most recent call last)" in done.stderr
+    assert "InputError: there is no socket /nowhere" in done.stderr
+
+
+def test_what_a_peer_says_does_not_steer_the_terminal() -> None:
+    assert printable("a\x1b[2Jb\r\x9b\u202e") == r"a\x1b[2Jb\r\x9b\u202e"
+    assert printable("größer … 2 MiB → gut") == "größer … 2 MiB → gut"
+
+
+# --- JSON ---
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--qmp", "/nowhere"],
+        ["probe", "--pid", "999999999"],
+        ["--qmp", "127.0.0.1:1"],
+        [],
+        ["--qmp", "/nowhere", "--range", "x"],
+        ["map"],
+        ["--frobnicate"],
+        ["frobnicate"],
+    ],
+    ids=" ".join,
+)
+def test_json_is_one_object_for_errors_too(arguments: list[str]) -> None:
+    done = run(*arguments, "--json")
+    answer = json.loads(done.stdout)
+    assert answer["schema"] == 1
+    assert answer["exit"] == done.returncode > 0
+    assert set(answer["error"]) == {"code", "cause", "remedy"}
+    assert all(answer["error"].values())
+    assert answer["error"]["cause"] in done.stderr  # people see it as well
+
+
+def test_probe_of_a_process_answers_in_json() -> None:
+    done = run("probe", "--pid", str(os.getpid()), "--json")
+    answer = json.loads(done.stdout)
+    assert answer["pid"] == os.getpid()
+    assert answer["exit"] == done.returncode
+    assert {"kernel", "kvm", "attach"} <= {finding["check"] for finding in answer["findings"]}
+    for finding in answer["findings"]:
+        assert finding["verdict"] in ("ok", "no", "note")
+        assert finding["verdict"] == "ok" or finding["remedy"] or finding["check"] == "kvm"
+
+
+# --- streams that break ---
+
+PROBE = f"$tool probe --pid {os.getpid()}"
+FAILING = "$tool --qmp /nowhere"
+
+
+@pytest.mark.parametrize("command", [PROBE, f"{FAILING} --json", "$tool --help"])
+@pytest.mark.parametrize("stream", ["| head -0", "<&- >&- 2>&-", "2>/dev/full"])
+def test_closed_streams_show_no_traceback(command: str, stream: str) -> None:
+    done = shell(f"{command} {stream}")
+    for words in ("Traceback", "Exception ignored", "internal error"):
+        assert words not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("stream", [">&-", "2>&-", "2>/dev/full"])
+def test_closed_streams_do_not_change_the_exit_status(stream: str) -> None:
+    assert shell(f"{FAILING} {stream}").returncode == 2
+
+
+@pytest.mark.parametrize("command", [PROBE, f"{PROBE} --json", "$tool --help"])
+def test_a_result_that_cannot_be_written_is_a_failure(command: str) -> None:
+    done = shell(f"{command} >/dev/full")
+    assert done.returncode == 1
+    assert "could not be written: No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_locale_without_the_characters_is_no_error() -> None:
+    done = run("probe", "--pid", str(os.getpid()), env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.stdout
+
+
+def test_stdout_on_a_terminal() -> None:
+    ours, theirs = pty.openpty()
+    try:
+        done = run("--qmp", "/nowhere", stdout=theirs, stderr=theirs)
+    finally:
+        os.close(theirs)
+    shown = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert done.returncode == 2
+    assert "there is no socket" in shown
+    assert "Traceback" not in shown
