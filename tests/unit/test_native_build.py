@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the C parts are made of: a helper that stands alone, a library that drags nothing in."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from qemu_prefault._native import __file__ as extension
+from qemu_prefault._native import ffi, lib
+
+import qemu_prefault
+from qemu_prefault import kvm
+from qemu_prefault.agents import Kind
+from qemu_prefault.agents.attach import CODE_SIZE, CONTROL_SIZE, AttachAgent, Limits
+
+NATIVE = Path(qemu_prefault.__file__).parent / "native"
+BLOB = bytes(ffi.buffer(lib.helper_blob))
+
+HELPER_FLAGS = re.findall(
+    r'"(-[^"]+)"', (NATIVE / "build.py").read_text().split("HELPER_FLAGS = [")[1].split("]")[0]
+)
+
+
+def tool(name: str, *arguments: str | Path) -> str:
+    """What a program of binutils or the compiler prints."""
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed")
+    done = subprocess.run([name, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# --- the helper ---
+
+
+def test_the_helper_fits_in_its_page() -> None:
+    assert 0 < len(BLOB) <= 4096 == CODE_SIZE
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The helper as build.py compiles and links it."""
+    directory = tmp_path_factory.mktemp("helper")
+    tool("cc", *HELPER_FLAGS, "-c", NATIVE / "helper.c", "-o", directory / "helper.o")
+    script = ("-T", NATIVE / "helper.lds", "--build-id=none")
+    tool("ld", *script, "-o", directory / "helper.elf", directory / "helper.o")
+    yield directory
+
+
+def test_the_helper_needs_nothing_but_itself(compiled: Path) -> None:
+    undefined = [
+        line
+        for line in tool("readelf", "-sW", compiled / "helper.elf").splitlines()
+        if " UND " in line and not line.rstrip().endswith("UND")
+    ]
+    assert undefined == []
+    assert "no relocations" in tool("readelf", "-rW", compiled / "helper.elf")
+    sections = tool("readelf", "-SW", compiled / "helper.elf")
+    for writable in (".data", ".bss", ".got"):
+        assert f" {writable} " not in sections
+
+
+def test_the_helper_leaves_the_fpu_and_the_thread_pointer_alone(compiled: Path) -> None:
+    """It runs with another thread's FPU state beside it, and without a TLS block of its own."""
+    code = tool("objdump", "-d", "--no-show-raw-insn", compiled / "helper.elf")
+    assert "syscall" in code
+    assert re.findall(r"%[xyz]mm\d+|%st\b|%[fg]s:|\bf(?:ld|st|xsave)\w*\b", code) == []
+
+
+def test_the_helper_begins_with_its_entry(compiled: Path) -> None:
+    header = tool("readelf", "-hW", compiled / "helper.elf")
+    assert re.search(r"Entry point address:\s+0x0$", header, re.MULTILINE)
+
+
+# --- structures that two sides agree on ---
+
+# The kernel's struct kvm_pre_fault_memory has its own test in the lab: the ioctl itself.
+STRUCTS = {
+    "struct prefault_range": (
+        32,
+        {"start": 0, "size": 8, "done": 16, "error": 24, "kind": 28},
+    ),
+    "struct prefault_control": (
+        None,
+        {
+            # clone()'s child finds these two by number, in assembly
+            "entry": 0,
+            "stack_top": 8,
+            "magic": 16,
+        },
+    ),
+    "struct pagemap_region": (16, {"start": 0, "size": 8}),
+    "struct inject_gadgets": (16, {"syscall_ret": 0, "sigreturn": 8}),
+    "struct inject_result": (16, {"stage": 0, "error": 4, "held_ns": 8}),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTS)
+def test_layouts_are_those_the_other_side_knows(name: str) -> None:
+    size, offsets = STRUCTS[name]
+    assert size in (None, ffi.sizeof(name))
+    for field, offset in offsets.items():
+        assert ffi.offsetof(name, field) == offset, field
+
+
+def test_fields_with_one_writer_each_are_aligned_so_that_no_lock_is_needed() -> None:
+    control = ffi.typeof("struct prefault_control")
+    for name, field in control.fields:
+        assert field.offset % ffi.alignof(field.type) == 0, name
+    assert ffi.offsetof("struct prefault_control", "ranges") % 8 == 0
+
+
+def test_the_control_page_holds_a_full_batch() -> None:
+    ranges = ffi.offsetof("struct prefault_control", "ranges")
+    full = ranges + lib.PREFAULT_RANGES_MAX * ffi.sizeof("struct prefault_range")
+    assert full <= ffi.sizeof("struct prefault_control") <= CONTROL_SIZE
+    assert AttachAgent.ranges_per_batch == lib.PREFAULT_RANGES_MAX
+
+
+def test_python_and_c_name_things_by_the_same_numbers() -> None:
+    assert (Kind.POPULATE, Kind.STAGE2) == (lib.PREFAULT_POPULATE, lib.PREFAULT_STAGE2)
+    assert (kvm.STUCK, kvm.ABORTED) == (lib.PREFAULT_STUCK, lib.PREFAULT_ABORTED)
+    header = (NATIVE / "prefault_loop.h").read_text()
+    assert "#define PREFAULT_IOCTL 0xC040AED5ul" in header
+    # _IOWR(KVMIO, 0xd5, struct kvm_pre_fault_memory), 64 bytes: include/uapi/linux/kvm.h
+    assert 3 << 30 | 64 << 16 | 0xAE << 8 | 0xD5 == 0xC040AED5
+
+
+def test_a_dead_tool_is_noticed_before_a_stuck_ioctl_is_waited_for_twice() -> None:
+    limits = Limits()
+    assert limits.tick < limits.kick < limits.stuck
+    assert limits.tick * 5 <= limits.dead_man  # a late tick is no death
+    assert limits.chunk_bytes % (2 << 20) == 0
+
+
+# --- the library ---
+
+
+def test_the_extension_needs_only_libc() -> None:
+    dynamic = tool("readelf", "-dW", extension)
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
+    assert needed <= {"libc.so.6", "ld-linux-x86-64.so.2", "libpthread.so.0"}
+    assert "TEXTREL" not in dynamic
+
+
+def test_the_extension_is_of_the_stable_abi_and_shows_only_its_entry() -> None:
+    assert extension.endswith(".abi3.so")
+    symbols = tool("readelf", "-W", "--dyn-syms", extension).splitlines()
+    exported = {line.split()[-1] for line in symbols if re.search(r"GLOBAL DEFAULT +\d", line)}
+    assert {name for name in exported if "init" not in name.lower()} == set()
+
+
+def test_the_extension_has_no_executable_stack() -> None:
+    stack = [s for s in tool("readelf", "-lW", extension).splitlines() if "GNU_STACK" in s]
+    assert stack and "RWE" not in stack[0]
+
+
+@pytest.mark.parametrize("name", ["inject.c", "pagemap.c", "helper.c"])
+def test_the_c_parts_compile_without_a_warning(name: str, tmp_path: Path) -> None:
+    include = sysconfig.get_paths()["include"]
+    flags = HELPER_FLAGS if name == "helper.c" else ["-std=gnu11", "-O2", f"-I{include}"]
+    strict = ["-Wall", "-Wextra", "-Wshadow", "-Wstrict-prototypes", "-Werror"]
+    tool("cc", *flags, *strict, "-c", NATIVE / name, "-o", tmp_path / "object")

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the page map says of memory whose history is known: our own, and a child's."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from qemu_prefault._native import ffi, lib
+
+from qemu_prefault.errors import FailedError
+from qemu_prefault.pagemap import MERGE_DISTANCE, Pagemap
+from qemu_prefault.process import Process
+
+PAGE = 4096
+MIB = 1 << 20
+DEMOTE = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+
+Regions = list[tuple[int, int]]
+"""(first page, number of pages), relative to the start of the mapping."""
+
+
+class Area:
+    """A mapping of this process: its address, its memory."""
+
+    def __init__(
+        self, pages: int, flags: int = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, fd: int = -1
+    ) -> None:
+        self.pages = pages
+        self.memory = mmap.mmap(fd, pages * PAGE, flags)
+        self.start = int(ffi.cast("uintptr_t", ffi.from_buffer(self.memory)))
+        if flags & mmap.MAP_ANONYMOUS:
+            self.memory.madvise(mmap.MADV_NOHUGEPAGE)
+
+    def write(self, *pages: int) -> None:
+        for page in pages:
+            self.memory[page * PAGE] = 1
+
+    def read(self, *pages: int) -> None:
+        for page in pages:
+            assert self.memory[page * PAGE] is not None
+
+
+class Scanner:
+    """The two C functions on a page map: a real one, or a file made to look like one."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def sums(self, area: Area, private: bool = True) -> tuple[int, int]:
+        """Pages (present, writable)."""
+        present, writable = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        end = area.start + area.pages * PAGE
+        assert lib.pagemap_sum(self.fd, area.start, end, private, present, writable) == 0
+        return present[0] // PAGE, writable[0] // PAGE
+
+    def writable(self, area: Area, private: bool = True, at_once: int = 64) -> Regions:
+        regions = ffi.new("struct pagemap_region[]", at_once)
+        reached, end = ffi.new("uint64_t *", area.start), area.start + area.pages * PAGE
+        found: Regions = []
+        while reached[0] < end:
+            before = reached[0]
+            count = lib.pagemap_writable(self.fd, before, end, private, regions, at_once, reached)
+            assert 0 <= count <= at_once
+            assert reached[0] > before
+            found += [
+                ((regions[i].start - area.start) // PAGE, regions[i].size // PAGE)
+                for i in range(count)
+            ]
+        return found
+
+
+@pytest.fixture
+def real() -> Iterator[Scanner]:
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY)
+    yield Scanner(fd)
+    os.close(fd)
+
+
+@pytest.fixture
+def entries_only(real: Scanner) -> Iterator[Callable[[Area], Scanner]]:
+    """A copy of the page map's entries in a sparse file: it has no PAGEMAP_SCAN, as before 6.7."""
+    fd = os.memfd_create("pagemap")
+
+    def copy(area: Area) -> Scanner:
+        offset = area.start // PAGE * 8
+        os.pwrite(fd, os.pread(real.fd, area.pages * 8, offset), offset)
+        return Scanner(fd)
+
+    yield copy
+    os.close(fd)
+
+
+@pytest.fixture(params=["PAGEMAP_SCAN", "entries"])
+def scanner_of(
+    request: pytest.FixtureRequest, real: Scanner, entries_only: Callable[[Area], Scanner]
+) -> Callable[[Area], Scanner]:
+    """Both ways to the same answer; each test's expectation holds for both."""
+    if request.param == "entries":
+        return entries_only
+    if not lib.pagemap_sees_zero_page(real.fd):
+        pytest.skip("this kernel has no PAGEMAP_SCAN (Linux 6.7)")
+    return lambda area: real
+
+
+ScannerOf = Callable[[Area], Scanner]
+
+
+def test_which_way_is_taken_is_told(real: Scanner, entries_only: ScannerOf) -> None:
+    area = Area(1)
+    assert lib.pagemap_sees_zero_page(entries_only(area).fd) == 0
+    release = tuple(int(part) for part in os.uname().release.split(".")[:2])
+    if release >= (6, 7):
+        assert lib.pagemap_sees_zero_page(real.fd) == 1
+
+
+def test_untouched_memory_is_absent(scanner_of: ScannerOf) -> None:
+    area = Area(100)
+    scanner = scanner_of(area)
+    assert scanner.sums(area) == (0, 0)
+    assert scanner.writable(area) == []
+
+
+def test_written_memory_is_writable(scanner_of: ScannerOf) -> None:
+    area = Area(100)
+    area.write(0, 10, 11, 12, 99)
+    scanner = scanner_of(area)
+    assert scanner.sums(area) == (5, 5)
+    assert scanner.writable(area) == [(0, 1), (10, 3), (99, 1)]
+
+
+def test_the_zero_page_is_present_but_not_writable(real: Scanner) -> None:
+    """The trap: KVM's read fault would map it read-only, at 4 KiB, and call that done."""
+    if not lib.pagemap_sees_zero_page(real.fd):
+        pytest.skip("this kernel has no PAGEMAP_SCAN (Linux 6.7)")
+    area = Area(16)
+    area.read(*range(8))
+    area.write(3)
+    assert real.sums(area) == (8, 1)
+    assert real.writable(area) == [(3, 1)]
+
+
+def test_a_private_file_is_writable_only_where_it_was_copied(
+    scanner_of: ScannerOf, tmp_path: Path
+) -> None:
+    with (tmp_path / "file").open("w+b") as file:
+        file.write(b"x" * (16 * PAGE))
+        file.flush()
+        area = Area(16, mmap.MAP_PRIVATE, file.fileno())
+    area.read(*range(16))
+    area.write(4, 5)
+    scanner = scanner_of(area)
+    assert scanner.sums(area) == (16, 2)
+    assert scanner.writable(area) == [(4, 2)]
+
+
+def test_shared_memory_is_writable_where_it_is_mapped(scanner_of: ScannerOf) -> None:
+    fd = os.memfd_create("ram")
+    os.ftruncate(fd, 16 * PAGE)
+    area = Area(16, mmap.MAP_SHARED, fd)
+    os.pwrite(fd, b"x" * PAGE, 8 * PAGE)  # allocated, but not mapped here
+    area.write(1, 2)
+    scanner = scanner_of(area)
+    assert scanner.sums(area, private=False) == (2, 2)
+    assert scanner.writable(area, private=False) == [(1, 2)]
+    os.close(fd)
+
+
+def test_memory_given_back_is_absent(scanner_of: ScannerOf) -> None:
+    area = Area(16)
+    area.write(*range(16))
+    area.memory.madvise(mmap.MADV_DONTNEED, 4 * PAGE, 8 * PAGE)
+    assert scanner_of(area).writable(area) == [(0, 4), (12, 4)]
+
+
+def test_huge_pages_count_in_full(scanner_of: ScannerOf) -> None:
+    area = Area(4 * MIB // PAGE)
+    area.memory.madvise(mmap.MADV_HUGEPAGE)
+    first = -area.start % (2 * MIB) // PAGE
+    area.write(first)
+    scanner = scanner_of(area)
+    present, writable = scanner.sums(area)
+    if present == 1:
+        pytest.skip("no transparent huge page was to be had")
+    assert (present, writable) == (512, 512)
+    assert scanner.writable(area) == [(first, 512)]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 7, 64, 2000])
+def test_a_fragmented_map_is_read_in_pieces_of_any_size(
+    scanner_of: ScannerOf, at_once: int
+) -> None:
+    """More islands than fit in one call, and than one ioctl returns: none lost, none twice."""
+    area = Area(3000)
+    area.write(*range(1, 3000, 2))
+    scanner = scanner_of(area)
+    assert scanner.writable(area, at_once=at_once) == [(page, 1) for page in range(1, 3000, 2)]
+    assert scanner.sums(area) == (1500, 1500)
+
+
+def test_more_entries_than_one_read_takes(scanner_of: ScannerOf) -> None:
+    area = Area(20_000)
+    area.write(0, 8191, 8192, 8193, 16383, 16384, 19_999)
+    expected = [(0, 1), (8191, 3), (16383, 2), (19_999, 1)]
+    found: Regions = []
+    for start, count in scanner_of(area).writable(area):  # cut where one read ended
+        if found and sum(found[-1]) == start:
+            found[-1] = (found[-1][0], found[-1][1] + count)
+        else:
+            found.append((start, count))
+    assert found == expected
+
+
+def test_an_address_without_mapping_is_absent_and_not_an_error(real: Scanner) -> None:
+    area = Area(1)
+    area.start, area.pages = 0x1000_0000_0000, 1000
+    assert real.sums(area) == (0, 0)
+    assert real.writable(area) == []
+
+
+# --- the Python side, on another process ---
+
+VICTIM = """
+import mmap, sys, ctypes
+memory = mmap.mmap(-1, 64 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(mmap.MADV_NOHUGEPAGE)
+for page in range(0, 1024):
+    memory[page << 12] = 1
+memory[32 << 20] = 1
+memory[48 << 20] = 1
+print(ctypes.addressof(ctypes.c_char.from_buffer(memory)), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def child() -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A process with 4 MiB, and a page each at 32 and at 48 MiB, written; and where."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", VICTIM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    yield process, int(process.stdout.readline())
+    process.kill()
+    process.communicate()
+
+
+def test_another_process_is_seen(child: tuple[subprocess.Popen[str], int]) -> None:
+    process, start = child
+    with Pagemap(Process.find(process.pid)) as pagemap:
+        sums = pagemap.sums(start, 64 * MIB, True)
+        assert (sums.present, sums.writable) == (4 * MIB + 2 * PAGE,) * 2
+        assert list(pagemap.writable(start, 64 * MIB, True)) == [
+            (start, 4 * MIB),
+            (start + 32 * MIB, PAGE),
+            (start + 48 * MIB, PAGE),
+        ]
+
+
+def test_the_gaps_are_the_rest(child: tuple[subprocess.Popen[str], int]) -> None:
+    process, start = child
+    with Pagemap(Process.find(process.pid)) as pagemap:
+        assert list(pagemap.unwritable(start, 4 * MIB, True)) == []
+        assert list(pagemap.unwritable(start, 64 * MIB, True)) == [
+            # A single page between is populated again rather than asked for separately.
+            (start + 4 * MIB, 60 * MIB)
+        ]
+        assert list(pagemap.unwritable(start + 4 * MIB, 28 * MIB, True)) == [
+            (start + 4 * MIB, 28 * MIB)
+        ]
+
+
+def test_gaps_far_apart_stay_apart() -> None:
+    """A large island between two gaps must not be populated again."""
+    island = MERGE_DISTANCE + 4 * PAGE
+    area = Area((island + 2 * MIB) // PAGE)
+    area.write(*range(256, 256 + island // PAGE))
+    with Pagemap(Process.find(os.getpid())) as pagemap:
+        assert list(pagemap.unwritable(area.start, area.pages * PAGE, True)) == [
+            (area.start, MIB),
+            (area.start + MIB + island, MIB),
+        ]
+
+
+def test_memory_use_does_not_grow_with_the_map() -> None:
+    """25,000 islands are handed out one by one."""
+    area = Area(50_000)
+    area.write(*range(0, 50_000, 2))
+    with Pagemap(Process.find(os.getpid())) as pagemap:
+        tracemalloc.start()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert sum(1 for _ in pagemap.writable(area.start, area.pages * PAGE, True)) == 25_000
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < MIB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096
+
+
+def test_a_process_that_has_exited_is_named(child: tuple[subprocess.Popen[str], int]) -> None:
+    process, start = child
+    with Pagemap(Process.find(process.pid)) as pagemap:
+        process.kill()
+        process.wait()
+        with pytest.raises(FailedError, match=f"{process.pid} is gone"):
+            pagemap.sums(start, 64 * MIB, True)
+        with pytest.raises(FailedError, match=f"{process.pid} is gone"):
+            list(pagemap.writable(start, 64 * MIB, True))
+    with pytest.raises(FailedError, match=f"{process.pid} is gone"):
+        Pagemap(Process.find(process.pid))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to become somebody else")
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is not installed")
+def test_a_page_map_one_may_not_read_names_the_reason(
+    child: tuple[subprocess.Popen[str], int],
+) -> None:
+    program = (
+        "import sys; from qemu_prefault.pagemap import Pagemap\n"
+        "from qemu_prefault.process import Process\n"
+        "from qemu_prefault.errors import UnsupportedError\n"
+        "try: Pagemap(Process.find(int(sys.argv[1])))\n"
+        "except UnsupportedError as error: print(error.code, error.cause, error.remedy)"
+    )
+    done = subprocess.run(
+        [*DEMOTE, sys.executable, "-c", program, str(child[0].pid)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "No module named" in done.stderr or "ermission denied" in done.stderr:
+        pytest.skip("an unprivileged user cannot run this Python")
+    assert done.stdout.startswith("ptrace-denied ")
+    assert "uid 0" in done.stdout and "sudo" in done.stdout
