@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``qemu-prefault demo``: the whole story, on any x86-64 Linux.
+
+Runs :mod:`qemu_prefault.lab.scenario` on a machine whose KVM can prefault -- this host if it
+can, else the nested lab -- and shows what it tells: live while it runs, as a table at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qemu_prefault.errors import FailedError
+from qemu_prefault.report import SCHEMA, table
+
+from . import LocalMachine, Machine, open_machine
+from .scenario import CASES, WORKLOAD_MIB
+
+LIMIT_SECONDS = 1800.0
+HEADERS = ["guest", "way", "stage-2 faults", "first pass s", "steady pass s", "prefaulting s"]
+
+
+class Board:
+    """The table as it grows: redrawn in place on a terminal, else a line per change."""
+
+    def __init__(self) -> None:
+        self.machine: dict[str, str] = {}
+        self.rows: dict[int, dict[str, Any]] = {}
+        self.error: dict[str, str] = {}
+        self._steps = [""] * len(CASES)
+        self._faults = [0] * len(CASES)
+        self._live = sys.stderr.isatty()
+        self._drawn = 0
+        self._said = 0.0
+        self._rest = b""
+
+    def feed(self, fd: int, data: bytes) -> None:
+        """Take output of the scenario."""
+        if fd != 1:
+            return
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._take(json.loads(line))
+
+    def _take(self, event: dict[str, Any]) -> None:
+        kind = event.pop("event")
+        row = event.pop("row", 0)
+        if kind == "machine":
+            self.machine = event
+        elif kind == "error":
+            self.error = event
+        elif kind == "step":
+            self._steps[row], self._faults[row] = event["text"], 0
+        elif kind == "faults":
+            self._faults[row] = event["faults"]
+        elif kind == "row":
+            self.rows[row] = event
+        if self._live:
+            self._draw()
+        elif kind == "row" or time.monotonic() - self._said > 5:
+            self._said = time.monotonic()
+            click.echo("  ".join(cell for cell in self._cells(row) if cell), err=True)
+
+    def _cells(self, row: int) -> list[str]:
+        case = CASES[row]
+        name = [case.moment, case.way]
+        if row in self.rows:
+            done = self.rows[row]
+            spent = done["spent"]["populate"] + done["spent"]["prefault"]
+            return [
+                *name,
+                f"{done['faults']:,}",
+                f"{done['first_pass']:.3f}",
+                f"{done['steady_pass']:.3f}",
+                f"{spent:.3f}" if spent else "-",
+            ]
+        count = f"{self._faults[row]:,}" if self._faults[row] else ""
+        return [*name, count, self._steps[row], "", ""]
+
+    def lines(self) -> Iterator[str]:
+        """The table."""
+        yield from table(HEADERS, [self._cells(row) for row in range(len(CASES))])
+
+    def _draw(self) -> None:
+        self.wipe()
+        for line in self.lines():
+            click.echo(line, err=True)
+            self._drawn += 1
+
+    def wipe(self) -> None:
+        """Take what was drawn off the terminal."""
+        if self._drawn:
+            click.echo(f"\x1b[{self._drawn}A\x1b[J", err=True, nl=False)
+            self._drawn = 0
+
+
+def _install(machine: Machine) -> None:
+    """Put this package into the machine: the wheels we were built as, or what runs here."""
+    wheels = os.environ.get("QEMU_PREFAULT_WHEELS", "").split()
+    if wheels:
+        machine.install([Path(wheel) for wheel in wheels])
+    else:
+        machine.install_source()
+
+
+def run_demo(as_json: bool) -> None:
+    """Run the demo; print its table, or its JSON.
+
+    :raise QemuPrefaultError: with what is missing, or what went wrong.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    board = Board()
+    with open_machine() as machine:
+        nested = not isinstance(machine, LocalMachine)
+        python = "python3" if nested else sys.executable
+        _install(machine)
+        result = machine.run(
+            [python, "-m", "qemu_prefault.lab.scenario"],
+            timeout=LIMIT_SECONDS,
+            check=False,
+            on_output=board.feed,
+        )
+    board.wipe()
+    if result.returncode or len(board.rows) != len(CASES):
+        raise FailedError(
+            board.error.get("cause", f"the demo's scenario ended with {result.returncode}"),
+            board.error.get("remedy") or result.error_text[-2000:],
+            code="demo",
+        )
+    if as_json:
+        rows = [board.rows[row] for row in range(len(CASES))]
+        click.echo(
+            json.dumps({"schema": SCHEMA, "machine": {"nested": nested, **board.machine},
+                        "backing": "4K", "mib": WORKLOAD_MIB, "rows": rows, "exit": 0})
+        )  # fmt: skip
+        return
+    click.echo(
+        f"A guest writes {WORKLOAD_MIB} MiB for the first time, on 4K pages. "
+        f"Kernel {board.machine['kernel']}, QEMU {board.machine['qemu']}."
+    )
+    if nested:
+        click.echo("KVM itself is emulated here: counts are exact, seconds only compare.")
+    click.echo()
+    for line in board.lines():
+        click.echo(line)
