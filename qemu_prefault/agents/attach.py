@@ -401,7 +401,9 @@ class AttachAgent:
                     code="agent-left",
                 ) from error
             raise FailedError(
-                f"QEMU (pid {self.process.pid}) exited during the prefault", code="qemu-gone"
+                f"QEMU (pid {self.process.pid}) exited during the prefault",
+                "see QEMU's own log for why",
+                code="qemu-gone",
             ) from error
 
     # -- ending ------------------------------------------------------------------------
@@ -496,7 +498,9 @@ def open_memory(process: procfs.Process) -> int:
     except PermissionError:
         raise ptrace_denied(process) from None
     except (FileNotFoundError, ProcessLookupError):
-        raise FailedError(f"QEMU (pid {process.pid}) is gone", code="qemu-gone") from None
+        raise FailedError(
+            f"QEMU (pid {process.pid}) is gone", "see QEMU's own log for why", code="qemu-gone"
+        ) from None
 
 
 def find_gadgets(memory: int, maps: Sequence[procfs.Mapping]) -> Gadgets:
