@@ -260,6 +260,7 @@ class AttachAgent:
                 "vcpu_fd": thread.fd,
                 "vcpu_tid": own_tid if thread.fd >= 0 else 0,
                 "kick_signal": int(SIGUSR1),
+                "tool_pid": os.getpid() if same_pid_namespace(self.process.pid) else 0,
             },
         )
         code = bytes(ffi.buffer(lib.helper_blob)).ljust(CODE_SIZE, b"\xcc")
@@ -457,6 +458,14 @@ class AttachAgent:
                 )
             await asyncio.sleep(pause)
             pause = min(pause * 2, 0.02)
+
+
+def same_pid_namespace(pid: int) -> bool:
+    """Whether process ``pid`` and we see each other under the same numbers."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/pid") == os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return False
 
 
 def alive(process: procfs.Process) -> bool:

@@ -63,7 +63,7 @@ struct prefault_control {
     uint64_t entry, stack_top, magic, area_start, area_size;
     uint64_t syscall_ret, sigreturn, exit_slot, dead_man_ns, tick_ns, kick_ns;
     struct prefault_limits limits;
-    int32_t vcpu_fd, vcpu_tid, kick_signal, unused;
+    int32_t vcpu_fd, vcpu_tid, kick_signal, tool_pid;
     uint64_t heartbeat;
     uint32_t batch, abort, release, range_count;
     uint32_t tid, ready, batch_done, leaving;

@@ -34,7 +34,7 @@ struct prefault_control {
 	int32_t vcpu_fd;
 	int32_t vcpu_tid;	 /* 0: nobody to kick */
 	int32_t kick_signal;	 /* QEMU's SIG_IPI */
-	int32_t unused;
+	int32_t tool_pid;	 /* as QEMU sees it; 0: not visible from there */
 
 	/* Written by the tool. */
 	uint64_t heartbeat;

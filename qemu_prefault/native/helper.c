@@ -16,6 +16,7 @@
 #define SYS_RT_SIGACTION 13
 #define SYS_RT_SIGPROCMASK 14
 #define SYS_NANOSLEEP 35
+#define SYS_KILL 62
 #define SYS_PRCTL 157
 #define SYS_GETTID 186
 #define SYS_SET_TID_ADDRESS 218
@@ -42,6 +43,7 @@ struct helper {
 	uint64_t heartbeat_at;
 	int32_t tick_timer;
 	int32_t kick_timer; /* -1: none */
+	int32_t tool_pid;   /* 0: nobody to ask for */
 };
 
 static inline long syscall4(long number, long a, long b, long c, long d)
@@ -82,10 +84,23 @@ static long timer_make(int32_t signal, int32_t thread, int32_t *timer)
 				 (long)timer);
 }
 
-/* Is the tool still there? */
+/*
+ * Is the tool still there? Its process id tells at once when it was killed; the
+ * heartbeat also when it hangs, is stopped, or cannot be seen from QEMU.
+ */
 static int tool_lives(struct helper *helper)
 {
 	struct prefault_control *control = helper->control;
+
+	if (helper->tool_pid) {
+		long result = prefault_syscall3(SYS_KILL, helper->tool_pid, 0, 0);
+
+		if (result == -ESRCH)
+			return 0;
+		if (result) /* a security module denies it, and may log that: ask once */
+			helper->tool_pid = 0;
+	}
+
 	uint64_t heartbeat = __atomic_load_n(&control->heartbeat, __ATOMIC_ACQUIRE);
 	uint64_t now = prefault_now_ns();
 
@@ -225,7 +240,8 @@ __attribute__((noreturn, used)) void helper_main(struct prefault_control *contro
 	struct helper helper = { .control = control,
 				 .heartbeat_at = prefault_now_ns(),
 				 .tick_timer = -1,
-				 .kick_timer = -1 };
+				 .kick_timer = -1,
+				 .tool_pid = control->tool_pid };
 	long result = prepare(&helper);
 
 	__atomic_store_n(&control->ready, result ? (uint32_t)result : 1, __ATOMIC_RELEASE);

@@ -29,6 +29,11 @@ OTHER_MIB = 96
 """What a guest has beside its workload's memory: its kernel, and memory it never touches."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=100, help="how often to kill the tool")
+    parser.addoption("--seed", type=int, default=0, help="of random moments; 0: a new one")
+
+
 @dataclass(frozen=True)
 class Result:
     """What a run of the command line came to; ``report`` is its JSON."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """``kill -9`` of the tool at random moments: the guest lives, and nothing is left behind.
 
-QEMU_PREFAULT_KILLS sets how many (default 100; ``make test-full`` makes it 1,000).
+``--kills`` sets how many (default 100; ``make test-full`` makes it 1,000), ``--seed`` repeats.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from conftest import leftovers, prefault, start_tool
 
 from qemu_prefault.lab.guest import Guest
 
-KILLS = int(os.environ.get("QEMU_PREFAULT_KILLS", "100"))
 SPARE = 32 << 20
 FALLOC_FL_PUNCH_HOLE = 0x02 | 0x01  # with KEEP_SIZE
-DEAD_MAN = 3.0
 GRACE = 12.0  # the dead man's time, one chunk, and an emulated machine's scheduling
 
 
@@ -55,12 +53,13 @@ def wait_for(condition: Callable[[], bool], what: str, limit: float = GRACE) -> 
     return time.monotonic() - started
 
 
-def test_kill_at_random_moments():
+def test_kill_at_random_moments(request):
+    kills = request.config.getoption("--kills")
+    seed = request.config.getoption("--seed") or random.SystemRandom().getrandbits(32)
     args = ["-object", f"memory-backend-memfd,id=spare,size={SPARE}"]
     args += ["-device", "nvdimm,memdev=spare"]
     run = ("--populate", "all")
-    seed = int(os.environ.get("QEMU_PREFAULT_SEED", "0")) or random.SystemRandom().getrandbits(32)
-    print(f"\nQEMU_PREFAULT_SEED={seed}")
+    print(f"\n--seed {seed}")
     moments = random.Random(seed)
     # A machine that may grow above 4 GiB sets 64 MiB aside for DMA bounce buffers.
     options = {"memory_mib": 192, "memory": "slots=2,maxmem=1G", "workload_mib": 32}
@@ -71,7 +70,8 @@ def test_kill_at_random_moments():
         assert prefault(guest, *run).status == 0
         duration = time.monotonic() - started
         passes, killed, resumed_by_guard = 0, 0, 0
-        for number in range(KILLS):
+        resuming = leaving = 0.0
+        for number in range(kills):
             punch_spare_memory(guest)
             tool = start_tool(guest, *run)
             if tool.running(moments.uniform(0, duration)):
@@ -79,8 +79,8 @@ def test_kill_at_random_moments():
             tool.send_signal(signal.SIGKILL)
             assert not tool.running(10)
             resumed_by_guard += guest.status() != "running"
-            wait_for(lambda: guest.status() == "running", f"kill {number}: not resumed")
-            wait_for(lambda: not leftovers(guest), f"kill {number}: {leftovers(guest)} left")
+            resuming += wait_for(lambda: guest.status() == "running", f"kill {number}: paused")
+            leaving += wait_for(lambda: not leftovers(guest), f"kill {number}: leftovers")
             status = guest.command("status")
             assert status["bad"] == 0, f"kill {number}: {status}"
             assert status["passes"] >= passes
@@ -89,8 +89,10 @@ def test_kill_at_random_moments():
                 assert prefault(guest, *run).status == 0
                 assert guest.command("status")["bad"] == 0
         final = guest.command("stop")
-        print(f"{killed} of {KILLS} killed in mid-run, {resumed_by_guard} met paused; {final}")
+        print(f"{killed} of {kills} killed in mid-run, {resumed_by_guard} met paused; {final}")
+        print(f"mean seconds: run {duration:.2f}, until resumed {resuming / kills:.2f}, ", end="")
+        print(f"until nothing was left {leaving / kills:.2f}")
         assert final["bad"] == 0 and final["passes"] > 0
-        assert killed >= KILLS // 2
+        assert killed >= kills // 2
         assert prefault(guest, *run).status == 0
         assert leftovers(guest) == []
