@@ -23,7 +23,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTEST = ("pytest", "-ra", "-q", "--color=no")
+REPORTING = ("-ra", "-q", "--color=no")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def images(variant: str) -> Suite:
 
 def host(name: str, *arguments: str, needs: tuple[str, ...] = (), minutes: float = 10) -> Suite:
     """Tests that run on this machine."""
-    return Suite(name, (*PYTEST, *arguments), True, needs, minutes)
+    return Suite(name, ("python", "-m", "pytest", *REPORTING, *arguments), True, needs, minutes)
 
 
 def lab(
@@ -67,7 +67,7 @@ def lab(
     for item in env:
         command += ["--env", item]
     command += ["--timeout", str(int(minutes * 60))]
-    command += ["--", *PYTEST[1:], "tests/lab", *arguments]
+    command += ["--", *REPORTING, "tests/lab", *arguments]
     return Suite(name, tuple(command), True, (f"image-{variant}",), minutes + 5)
 
 

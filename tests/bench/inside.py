@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The benchmarks' part that runs where the KVM is: ``inside.py LOOP``, JSON on the last line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from qemu_prefault.lab.guest import Guest
+from qemu_prefault.lab.scenario import NOTHING, TOOL, Case, measure, small_pages
+
+ROUNDS = 5
+LOOP_MIB, CHUNK_MIB = 1024, 32
+
+
+def tool(guest: Guest, *arguments: str) -> dict[str, Any]:
+    argv = [sys.executable, "-m", "qemu_prefault", "--qmp", str(guest.qmp_path), "--json"]
+    result = subprocess.run([*argv, *arguments], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(result.stderr)
+    return json.loads(result.stdout)
+
+
+def after_restore(state: Path) -> dict[str, list[dict[str, Any]]]:
+    """Faults and times of the first pass after a restore, without and with the tool."""
+    measure(Case("boot", TOOL), 0, state)  # writes the state
+    found: dict[str, list[dict[str, Any]]] = {NOTHING: [], TOOL: []}
+    for _ in range(ROUNDS):
+        for way, rows in found.items():
+            result = measure(Case("restore", way), 0, state)
+            rows.append(
+                {
+                    "faults": result.faults,
+                    "first": result.first_pass,
+                    "steady": result.steady_pass,
+                    "populate": result.spent.populate,
+                    "prefault": result.spent.prefault,
+                }
+            )
+    return found
+
+
+def against_the_loop(program: str) -> list[dict[str, float]]:
+    """seconds.prefault per GiB against the reference program's, in pairs."""
+    pairs = []
+    with small_pages():
+        loop = subprocess.Popen(
+            [program, str(LOOP_MIB), str(CHUNK_MIB)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    assert loop.stdin and loop.stdout
+    for number in range(ROUNDS):
+        with small_pages():
+            guest = Guest(machine="microvm", memory_mib=LOOP_MIB, paused=True)
+        with guest:
+            # Populated beforehand, so that both find the machine in the same state.
+            tool(guest, "--populate-only")
+            order = ("loop", "tool") if number % 2 else ("tool", "loop")
+            pair = {}
+            for who in order:
+                if who == "tool":
+                    report = tool(guest)
+                    gib = report["bytes"]["prefaulted"] / (1 << 30)
+                    pair[who] = report["seconds"]["prefault"] / gib
+                else:
+                    loop.stdin.write("\n")
+                    loop.stdin.flush()
+                    pair[who] = float(loop.stdout.readline()) / (LOOP_MIB / 1024)
+            pairs.append(pair)
+    loop.stdin.close()
+    loop.wait()
+    return pairs
+
+
+def repeated(state: Path) -> dict[str, dict[str, float]]:
+    """A first and a second run on the same guest, and a dry one: what all but the work costs."""
+    with small_pages():
+        guest = Guest(machine="microvm", memory_mib=352, incoming=state, paused=True)
+    with guest:
+        guest.wait_restored()
+        return {
+            name: tool(guest, *arguments)["seconds"]
+            for name, arguments in (("dry", ["--dry-run"]), ("first", []), ("second", []))
+        }
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        state = Path(scratch) / "state"
+        results = {
+            "kernel": os.uname().release,
+            "loop": against_the_loop(sys.argv[1]),
+            "restore": after_restore(state),
+            "repeated": repeated(state),
+        }
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The manual page is what the command line says of itself."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from qemu_prefault.cli import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "man" / "qemu-prefault.1"
+
+
+def test_is_up_to_date():
+    page = runpy.run_path(str(ROOT / "scripts" / "make-man.py"))["page"]
+    assert PAGE.read_text() == page(), "run `make man`"
+
+
+@pytest.mark.parametrize("name", ["", *cli.commands])
+def test_has_every_option(name):
+    text = PAGE.read_text().replace("\\-", "-")
+    command = cli.commands[name] if name else cli
+    for option in command.params:
+        for spelling in (*option.opts, *option.secondary_opts):
+            assert spelling in text
+
+
+@pytest.mark.skipif(shutil.which("man") is None, reason="man is not installed")
+def test_man_has_nothing_to_complain_about():
+    argv = ["man", "--warnings", "-E", "UTF-8", "-l", "-Tutf8", "-Z", str(PAGE)]
+    result = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
