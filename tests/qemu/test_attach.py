@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Helpers in a real QEMU: they do their work, and QEMU is the same afterwards, come what may.
+
+The guest's own memory and the ioctl are tested in the lab; here it is --populate-only, which
+starts the same helpers and works on any host.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import StartQemu
+from tool import (
+    MIB,
+    Tool,
+    Vm,
+    anonymous_bytes,
+    leftovers,
+    resident_bytes,
+    run_tool,
+    start_tool,
+    start_vm,
+    tracers,
+    wait_clean,
+    wait_for,
+)
+
+from qemu_prefault.engine import Engine, Session
+from qemu_prefault.plan import Policy
+
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+KILLS = int(os.environ.get("QEMU_PREFAULT_KILLS", "100"))
+DEMOTE = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+
+StartVm = Callable[..., Vm]
+
+
+@pytest.fixture
+def vm_of(start_qemu: StartQemu, tmp_path: Path) -> StartVm:
+    def start(*arguments: str, accel: str = "tcg", paused: bool = True) -> Vm:
+        return start_vm(start_qemu, tmp_path, *arguments, accel=accel, paused=paused)
+
+    return start
+
+
+# --- it works ---
+
+SHAPES = {
+    "stopped": (("-m", "128M"), True),
+    "running": (("-m", "128M"), False),
+    "two vCPUs": (("-m", "128M", "-smp", "2"), True),
+    "two vCPUs, running": (("-m", "128M", "-smp", "2"), False),
+    "q35": (("-M", "q35", "-m", "128M"), True),
+    "microvm": (("-M", "microvm", "-m", "128M"), True),
+    "libvirt's sandbox": (("-m", "128M", "-smp", "2", "-sandbox", SANDBOX), True),
+    "libvirt's sandbox, running": (("-m", "128M", "-sandbox", SANDBOX), False),
+    "locked memory": (("-m", "128M", "-overcommit", "mem-lock=off", "-mem-prealloc"), True),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_memory_is_filled_and_nothing_of_us_is_left(vm_of: StartVm, accel: str, shape: str) -> None:
+    arguments, paused = SHAPES[shape]
+    vm = vm_of(*arguments, accel=accel, paused=paused)
+    before = vm.qmp.status()
+    result = vm.prefault("--populate-only")
+    assert result.status == 0, result.stderr
+    assert anonymous_bytes(vm.pid) >= 128 * MIB
+    assert result.report["bytes"]["requested"] >= 127 * MIB
+    assert result.report["bytes"]["remaining"] == 0
+    assert leftovers(vm.pid) == []
+    assert tracers(vm.pid) == set()
+    assert vm.qmp.status() == before
+    if paused:
+        vm.qmp.execute("cont")
+    assert vm.qmp.status() == "running"
+
+
+def test_what_is_there_already_is_not_populated_again(vm_of: StartVm) -> None:
+    vm = vm_of("-m", "128M")
+    assert vm.prefault("--populate-only").report["bytes"]["populated"] >= 120 * MIB
+    assert vm.prefault("--populate-only").report["bytes"]["populated"] == 0
+
+
+def test_only_the_range_asked_for_is_populated(vm_of: StartVm) -> None:
+    vm = vm_of("-m", "256M", "-smp", "2")
+    ram = next(s for s in vm.prefault("--dry-run", "--populate-only").report["sections"])
+    before = resident_bytes(vm.pid, ram["hva"])
+    result = vm.prefault("--populate-only", "--range", "64M+32M", "--range", "128M+5000")
+    assert result.status == 0
+    assert result.report["bytes"]["requested"] == 32 * MIB + 8192
+    # Transparent huge pages may bring the rest of a 2 MiB page.
+    assert 32 * MIB <= resident_bytes(vm.pid, ram["hva"]) - before <= 36 * MIB
+
+
+def test_a_dry_run_touches_nothing(vm_of: StartVm) -> None:
+    vm = vm_of("-m", "256M")
+    before = anonymous_bytes(vm.pid)
+    result = vm.prefault("--populate-only", "--dry-run")
+    assert result.status == 0
+    assert result.report["bytes"]["populated"] >= 200 * MIB
+    assert anonymous_bytes(vm.pid) - before < 2 * MIB
+    assert vm.qmp.events == []
+
+
+def test_cont_starts_the_guest_afterwards(vm_of: StartVm) -> None:
+    vm = vm_of("-m", "64M")
+    assert vm.prefault("--populate-only", "--cont").status == 0
+    assert vm.qmp.status() == "running"
+
+
+@pytest.mark.parametrize("vcpus", ["1", "0,2", "0-2"])
+def test_only_the_vcpus_asked_for_work(vm_of: StartVm, vcpus: str) -> None:
+    vm = vm_of("-m", "64M", "-smp", "3")
+    assert vm.prefault("--populate-only", "--vcpus", vcpus).status == 0
+
+
+def test_a_vcpu_that_is_not_there_is_the_users_mistake(vm_of: StartVm) -> None:
+    result = vm_of("-m", "64M", "-smp", "2").prefault("--populate-only", "--vcpus", "7")
+    assert result.status == 2
+    assert result.error["cause"] == "there is no vCPU 7"
+    assert result.error["remedy"] == "there are: 0, 1"
+
+
+@pytest.mark.parametrize("paused", [True, False], ids=["stopped", "running"])
+def test_thirty_runs_in_a_row(vm_of: StartVm, accel: str, paused: bool) -> None:
+    vm = vm_of("-m", "64M", "-smp", "2", accel=accel, paused=paused)
+
+    async def once() -> None:
+        async with Session.open(vm.qemu.qmp) as session:
+            report = await Engine(session, Policy(populate_only=True)).run()
+        assert report.exit_status == 0
+        assert leftovers(vm.pid) == []
+
+    threads = len(os.listdir(f"/proc/{vm.pid}/task"))
+    for _ in range(30):
+        asyncio.run(once())
+        assert vm.qmp.status() == ("prelaunch" if paused else "running")
+    # QEMU ends its own idle workers meanwhile, so there may be fewer.
+    assert len(os.listdir(f"/proc/{vm.pid}/task")) <= threads
+
+
+# --- it survives us ---
+
+
+def spare_memory_of(vm: Vm, size: int) -> int:
+    """A descriptor of the memfd of this size that QEMU has, to empty it again."""
+    for link in Path(f"/proc/{vm.pid}/fd").iterdir():
+        if "memfd:memory-backend" in os.readlink(link):
+            fd = os.open(link, os.O_RDWR)
+            if os.fstat(fd).st_size == size:
+                return fd
+            os.close(fd)
+    raise AssertionError("the spare memory was not found")
+
+
+def punch(fd: int, size: int) -> None:
+    """Give all of a memfd's memory back."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    keep_size, punch_hole = 1, 2
+    if libc.fallocate(fd, keep_size | punch_hole, ctypes.c_long(0), ctypes.c_long(size)):
+        raise OSError(ctypes.get_errno(), "fallocate")
+
+
+def test_killed_at_random_moments_the_tool_leaves_running_guests_alone(
+    vm_of: StartVm, accel: str
+) -> None:
+    """Several guests in turn, so that the dead man's time of one is used for the others.
+
+    Half of the moments lie anywhere in a run, half in the time when helpers are there.
+    """
+    spare, several = 64 * MIB, 8
+    arguments = ["-M", "pc", "-m", "32M,slots=1,maxmem=1G", "-smp", "2"]
+    arguments += ["-object", f"memory-backend-memfd,id=spare,size={spare},share=on"]
+    arguments += ["-device", "pc-dimm,memdev=spare"]
+    guests = [vm_of(*arguments, accel=accel, paused=False) for _ in range(several)]
+    memories = [spare_memory_of(vm, spare) for vm in guests]
+    run = ("--populate-only", "--chunk", "4096")
+
+    def timed() -> float:
+        punch(memories[0], spare)
+        started = time.monotonic()
+        result = run_tool(guests[0].qemu, *run)
+        assert result.status == 0 and result.report["bytes"]["populated"] >= spare
+        return time.monotonic() - started
+
+    duration = min(timed() for _ in range(3))
+    moments = random.Random(20)
+    killed = 0
+    for number in range(KILLS // 2):
+        vm, memory = guests[number % several], memories[number % several]
+        wait_clean(vm.pid)  # of the kill before this one
+        punch(memory, spare)
+        tool = start_tool(vm.qemu, *run)
+        if number % 2:
+            wait_for(lambda vm=vm: bool(leftovers(vm.pid)), "the helpers have come")
+            killed += tool.running(moments.uniform(0, 0.05))
+        else:
+            killed += tool.running(moments.uniform(0, duration))
+        tool.send_signal(signal.SIGKILL)
+        assert not tool.running(10)
+        assert vm.qmp.status() == "running", f"kill {number}"
+        assert tracers(vm.pid) == set()
+    for vm, memory in zip(guests, memories, strict=True):
+        wait_clean(vm.pid)
+        punch(memory, spare)
+        result = vm.prefault("--populate-only")
+        assert result.status == 0, result.stderr
+        assert result.report["bytes"]["populated"] >= spare
+        assert leftovers(vm.pid) == []
+        os.close(memory)
+    assert killed >= KILLS // 4, "most runs ended before they were killed"
+
+
+def test_a_run_right_after_a_kill_outlasts_the_helpers_of_its_predecessor(vm_of: StartVm) -> None:
+    vm = vm_of("-m", "64M", paused=False)
+    tool = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")
+    wait_for(lambda: bool(leftovers(vm.pid)), "the helpers have come")
+    tool.send_signal(signal.SIGKILL)
+    assert not tool.running(10)
+    assert vm.prefault("--populate-only").status == 0
+    assert leftovers(vm.pid) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_tool_takes_its_helpers_with_it(vm_of: StartVm, number: int) -> None:
+    vm = vm_of("-m", "2G", paused=False)
+    tool = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")
+    wait_for(lambda: bool(leftovers(vm.pid)), "the helpers have come")
+    tool.send_signal(number)
+    result = tool.finish()
+    assert result.status == 1
+    assert result.error["code"] == "interrupted"
+    assert leftovers(vm.pid) == []
+    assert vm.qmp.status() == "running"
+
+
+def test_the_end_of_qemu_in_mid_run_is_said(vm_of: StartVm) -> None:
+    vm = vm_of("-m", "2G", paused=False)
+    tool = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")
+    wait_for(lambda: bool(leftovers(vm.pid)), "the helpers have come")
+    vm.qemu.kill()
+    result = tool.finish(timeout=10)
+    assert result.status == 1
+    assert result.error["code"] in ("qemu-gone", "monitor-closed")
+
+
+# --- it is not let ---
+
+
+@pytest.fixture
+def tracer_of() -> Iterator[Callable[[int], int]]:
+    """Seizes threads as strace does, from a process of its own; returns its pid."""
+    program = (
+        "import ctypes, sys\n"
+        "libc = ctypes.CDLL(None, use_errno=True)\n"
+        "assert libc.ptrace(0x4206, int(sys.argv[1]), None, None) == 0  # PTRACE_SEIZE\n"
+        "print('seized', flush=True); sys.stdin.read()"
+    )
+    tracing: list[subprocess.Popen[str]] = []
+
+    def trace(tid: int) -> int:
+        command = [sys.executable, "-c", program, str(tid)]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        tracing.append(process)
+        assert process.stdout is not None and process.stdout.readline() == "seized\n"
+        return process.pid
+
+    yield trace
+    for process in tracing:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("traced", ["the vCPU", "the main thread"])
+def test_another_tracer_is_named(
+    vm_of: StartVm, tracer_of: Callable[[int], int], traced: str
+) -> None:
+    vm = vm_of("-m", "64M", paused=False)
+    vcpu = vm.qmp.execute("query-cpus-fast")[0]["thread-id"]
+    tracer = tracer_of(vcpu if traced == "the vCPU" else vm.pid)
+    result = vm.prefault("--populate-only")
+    assert vm.qmp.status() == "running"
+    assert leftovers(vm.pid) == []
+    if traced != "the vCPU":
+        assert result.status == 0  # only the threads of vCPUs are asked
+        return
+    assert result.status == 4
+    assert result.error["code"] == "ptrace-denied"
+    assert f"traced by process {tracer} (python" in result.error["cause"]
+    assert f"kill {tracer}" in result.error["remedy"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to become somebody else")
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is not installed")
+@pytest.mark.parametrize("command", ["run", "probe", "map"])
+def test_an_unprivileged_user_is_told_which_right_is_missing(vm_of: StartVm, command: str) -> None:
+    vm = vm_of("-m", "64M", paused=False)
+    socket = Path(vm.qemu.qmp)
+    socket.chmod(0o666)
+    for directory in list(socket.parents)[:-1]:
+        directory.chmod(directory.stat().st_mode | 0o011)
+    tool = [*DEMOTE, sys.executable, "-m", "qemu_prefault"]
+    arguments = ["--populate-only"] if command == "run" else [command]
+    done = subprocess.run(
+        [*tool, *arguments, "--json", "--qmp", str(socket)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "No module named" in done.stderr or "ermission denied: '" in done.stderr:
+        pytest.skip("an unprivileged user cannot run this Python")
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 4, done.stderr
+    if command == "probe":
+        findings = {f["check"]: f for f in json.loads(done.stdout)["findings"]}
+        assert findings["attach"]["verdict"] == "no"
+        assert "sudo" in findings["attach"]["remedy"]
+    else:
+        error = json.loads(done.stdout)["error"]
+        assert error["code"] == "ptrace-denied"
+        assert "uid 0" in error["cause"] and "uid 65534" in error["cause"]
+        assert "sudo" in error["remedy"]
+    assert vm.qmp.status() == "running"
+    assert leftovers(vm.pid) == []
+
+
+def test_a_qemu_that_somebody_has_stopped_is_not_waited_for(vm_of: StartVm) -> None:
+    """SIGSTOP: neither its monitor nor its threads answer."""
+    vm = vm_of("-m", "64M", paused=False)
+    vm.qemu.pause()
+    try:
+        started = time.monotonic()
+        result = vm.prefault("--populate-only")
+        assert time.monotonic() - started < 10
+    finally:
+        vm.qemu.resume()
+    assert result.status == 1
+    assert result.error["code"] == "monitor-silent"
+    assert "stopped" in result.error["cause"] + result.error["remedy"]
+    assert vm.qmp.status() == "running"
+
+
+def test_a_qemu_that_is_stopped_in_mid_run(vm_of: StartVm) -> None:
+    vm = vm_of("-m", "512M", paused=False)
+    tool = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")
+    wait_for(lambda: bool(leftovers(vm.pid)), "the helpers have come")
+    vm.qemu.pause()
+    assert tool.running(1)  # it waits, for the operator may let it go on
+    vm.qemu.resume()
+    assert tool.finish().status == 0
+    assert leftovers(vm.pid) == []
+    assert vm.qmp.status() == "running"
+
+
+def test_two_tools_at_once_on_two_monitors(start_qemu: StartQemu, tmp_path: Path) -> None:
+    """The second waits for the first, or is refused; never do both work."""
+    other = tmp_path / "other"
+    vm = start_vm(
+        start_qemu, tmp_path, "-m", "1G", "-qmp", f"unix:{other},server=on,wait=off", paused=False
+    )
+    first = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")
+    wait_for(lambda: bool(leftovers(vm.pid)), "the helpers have come")
+    second = Tool(["--qmp", str(other), "--json", "--populate-only"]).finish()
+    assert first.finish().status == 0
+    if second.status == 5:
+        assert second.error["code"] == "busy-agent"
+    else:
+        assert second.status == 0
+    assert leftovers(vm.pid) == []
