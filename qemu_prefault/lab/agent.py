@@ -40,6 +40,7 @@ RUN = 2  # JSON: argv, env, cwd, timeout, grace
 STDIN = 3  # bytes; empty is the end of file
 KILL = 4  # one byte: the signal number
 BYE = 5  # no more beats, nothing runs: a snapshot is about to be taken
+POKE = 6  # nothing to do; its interrupt is what L1 may need (see Channel)
 # Agent to host. HELLO is answered by MAGIC + nonce, which is no frame (see Channel).
 STDOUT = 16
 STDERR = 17

@@ -229,10 +229,7 @@ def _save(recipe: _Recipe, directory: Path, boot: Callable[[list[str]], Channel]
     channel = boot(recipe.argv(memory, shared=True))
     try:
         log.info("booted in %.1f s", time.monotonic() - started)
-        request = channel.open()
-        channel.send(agent.BYE, request.number)
-        if channel.take(request, channel.heartbeat_limit) is None:
-            raise channel.give_up("L1's agent did not come to rest")
+        channel.rest()
         qmp = Qmp(channel.monitor)
         qmp.execute("stop")
         _ignore_shared(qmp)
