@@ -157,7 +157,8 @@ class EventStream:
         """
         if not self._events and not self._ended:
             self._changed.clear()
-            await asyncio.wait_for(self._changed.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._changed.wait()
         return self._events.popleft() if self._events else None
 
     def __aiter__(self) -> AsyncIterator[Event]:
@@ -321,9 +322,10 @@ class Monitor:
         """Like :meth:`execute`, with the arguments as QMP spells them."""
         limit = self.command_timeout if timeout is None else timeout
         try:
-            return await asyncio.wait_for(
-                self._client.execute(command, dict(arguments) or None), limit
-            )
+            # Not wait_for(): before Python 3.12 it loses a cancellation that comes together
+            # with the answer, and the caller goes on as if nobody wanted it to end.
+            async with asyncio.timeout(limit):
+                return await self._client.execute(command, dict(arguments) or None)
         except TimeoutError as error:
             raise MonitorError(
                 f"QEMU did not answer {command} within {limit:g} s",
@@ -391,7 +393,8 @@ async def _connect(address: str, deadline: float) -> socket.socket:
             await asyncio.sleep(0.02)
         return sock
     try:
-        return await asyncio.wait_for(_connect_tcp(target), deadline - loop.time())
+        async with asyncio.timeout_at(deadline):
+            return await _connect_tcp(target)
     except socket.gaierror as error:
         raise InputError(
             f"unknown host in {address!r}: {error.strerror}", code="monitor"
@@ -561,7 +564,8 @@ async def _readable(sock: socket.socket, until: float) -> bool:
 
     loop.add_reader(sock.fileno(), wake)
     try:
-        await asyncio.wait_for(ready, max(0.0, until - loop.time()))
+        async with asyncio.timeout_at(until):
+            await ready
         return True
     except TimeoutError:
         return False
@@ -619,7 +623,8 @@ def _silent(address: str, place: _Place) -> QemuPrefaultError:
 async def _negotiate(client: _Client, sock: socket.socket, address: str, deadline: float) -> None:
     loop = asyncio.get_running_loop()
     try:
-        await asyncio.wait_for(client.connect(sock), max(0.1, deadline - loop.time()))
+        async with asyncio.timeout_at(max(loop.time() + 0.1, deadline)):
+            await client.connect(sock)
     except TimeoutError as error:
         raise MonitorError(
             f"{address} did not finish the QMP greeting", _REMEDY_SILENT, code="monitor-silent"
@@ -635,7 +640,8 @@ async def _hang_up(client: _Client, sock: socket.socket) -> None:
     # disconnect() re-raises whatever ended the connection (EOFError, OSError, …), and it first
     # flushes to a peer that may not read. Neither matters any more.
     with contextlib.suppress(Exception):
-        await asyncio.wait_for(client.disconnect(), 1.0)
+        async with asyncio.timeout(1.0):
+            await client.disconnect()
     sock.close()
 
 

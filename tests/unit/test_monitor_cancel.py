@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Cancelling a command that waits for QEMU's answer ends it, also if the answer is just there.
+
+asyncio.wait_for() of Python 3.11 lost such a cancellation: a run that was done went on
+asking QEMU for its migration status for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from qemu_prefault.monitor import EventStream, Monitor
+
+
+class Client:
+    """Answers when told to."""
+
+    def __init__(self) -> None:
+        self.answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+
+    async def execute(self, command: str, arguments: object) -> object:
+        return await self.answer
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_cancelled_while_the_answer_arrives(answered):
+    async def main() -> None:
+        monitor = Monitor.__new__(Monitor)
+        monitor._client = client = Client()
+        monitor.command_timeout = 5
+        task = asyncio.create_task(monitor.execute("query-migrate"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        if answered:
+            client.answer.set_result({})
+            await asyncio.sleep(0)  # enough for wait_for() to have its answer, and not return it
+        task.cancel()
+        if not task.done():
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(main())
+
+
+def test_cancelled_while_an_event_arrives():
+    async def main() -> None:
+        stream = EventStream(["STOP"])
+        task = asyncio.create_task(stream.get(5))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        stream._changed.set()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
