@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import statistics
-
 import pytest
 from conftest import OTHER_MIB, faults, leftovers, prefault, ram_checksum
 
@@ -13,19 +11,16 @@ from qemu_prefault.lab.guest import Guest
 ALL = (32 + OTHER_MIB - 1) << 20  # all RAM of a default guest but what firmware took
 
 
-def first_pass(guest: Guest) -> tuple[int, float, float]:
-    """Resume; faults and seconds of the first pass, median seconds of five later ones."""
+def faults_of_first_pass(guest: Guest) -> int:
+    """Resume it; stage-2 faults it takes while it writes all its memory."""
     guest.qmp("cont")
     before = faults(guest)
-    first = guest.command("pass")
-    taken = faults(guest) - before
-    steady = statistics.median(guest.command("pass")["seconds"] for _ in range(5))
-    assert first["bad"] == 0
-    return taken, first["seconds"], steady
+    assert guest.command("pass")["bad"] == 0
+    return faults(guest) - before
 
 
 def test_a_restored_guest_takes_no_faults(restored):
-    control, _, _ = first_pass(restored(workload_mib=256))
+    control = faults_of_first_pass(restored(workload_mib=256))
     assert control >= 256 << 8  # one per page: there is something to win
 
     guest = restored(workload_mib=256)
@@ -33,20 +28,8 @@ def test_a_restored_guest_takes_no_faults(restored):
     assert result.status == 0, result.stderr
     assert guest.status() == "paused"  # as it was found
     assert result.report["seconds"]["paused"] == 0  # not by our doing
-    taken, _, _ = first_pass(guest)
-    assert taken <= control / 1000
+    assert faults_of_first_pass(guest) <= control / 1000
     assert leftovers(guest) == []
-
-
-def test_the_first_pass_is_as_fast_as_later_ones(restored):
-    ratios = []
-    for _ in range(5):
-        guest = restored()
-        assert prefault(guest).status == 0
-        _, first, steady = first_pass(guest)
-        ratios.append(first / steady)
-        guest.kill()
-    assert statistics.median(ratios) <= 1.5, ratios
 
 
 def test_every_requested_byte_is_in_the_counters(restored):
@@ -109,15 +92,13 @@ def test_vcpus_share_the_work(restored):
     guest = restored(smp=2)
     result = prefault(guest)
     assert result.status == 0, result.stderr
-    taken, _, _ = first_pass(guest)
-    assert taken <= (32 << 8) / 1000
+    assert faults_of_first_pass(guest) <= (32 << 8) / 1000
 
 
 def test_one_vcpu_can_do_it_for_all(restored):
     guest = restored(smp=2)
     assert prefault(guest, "--vcpus", "1").status == 0
-    taken, _, _ = first_pass(guest)
-    assert taken <= (32 << 8) / 1000
+    assert faults_of_first_pass(guest) <= (32 << 8) / 1000
 
 
 def test_only_the_range_asked_for(restored):
@@ -147,7 +128,7 @@ def test_untouched_memory_is_populated_first():
     with Guest(machine="microvm", memory_mib=128, workload_mib=64, paused=True) as guest:
         result = prefault(guest, "--cont")
         assert result.status == 0, result.stderr
-        assert result.report["bytes"]["populated"] >= 90 << 20
+        assert result.report["bytes"]["populated"] >= 80 << 20
         guest.wait_ready()
         # One for each of the 16,384 pages otherwise; what is left is mostly MMIO.
         assert faults(guest) < 1000
