@@ -38,6 +38,7 @@ from .monitor import (
     Monitor,
     Stage2,
     read_machine,
+    read_running,
     read_stage2,
 )
 from .pagemap import Pagemap
@@ -498,7 +499,9 @@ class Engine:
                 f"vCPU {index} ({kvm.describe_errno(error)})"
                 for index, error in sorted(self._unusable.items())
             )
-            self._caveats["vcpu-unusable"] = f"not used: {names}"
+            self._caveats["vcpu-unusable"] = f"not used: {names}" + (
+                "" if usable else "; let the guest run for a moment (cont), then run this again"
+            )
         return usable
 
     def _count_seconds(self, phase: str, result: BatchResult) -> None:
@@ -517,7 +520,8 @@ class Engine:
         Yields a coroutine function that resumes it as early as possible.
         """
         monitor = self.session.monitor
-        was_running = self.session.machine.running
+        # Asked anew: populating takes its time, and the operator may have paused the guest.
+        was_running = await read_running(monitor)
         stopped_at = 0.0
 
         async def resume() -> None:

@@ -749,6 +749,12 @@ async def read_machine(monitor: Monitor) -> Machine:
     )
 
 
+async def read_running(monitor: Monitor) -> bool:
+    """Return whether the guest's vCPUs run at this moment."""
+    run = expect_object(await monitor.execute("query-status"), "query-status")
+    return expect_bool(run.get("running"), "running of query-status")
+
+
 async def _read_once(monitor: Monitor) -> Machine | None:
     """Return the machine, or None if its memory map changed meanwhile."""
     (
