@@ -481,9 +481,7 @@ class Engine:
             ]
             for index, items in result.outcomes.items():
                 for outcome in items:
-                    vcpu_failed = (
-                        outcome.range.kind is Kind.STAGE2 and outcome.error in VCPU_ERRORS
-                    )
+                    vcpu_failed = outcome.range.kind is Kind.STAGE2 and outcome.error in VCPU_ERRORS
                     if vcpu_failed:
                         self._unusable[index] = outcome.error
                     outcomes.append(outcome)
