@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Result, Tool, leftovers, prefault, start_tool
+from conftest import prefault, start_tool
 
 from qemu_prefault.agents.attach import helper_threads
 from qemu_prefault.lab.guest import Guest
+from qemu_prefault.lab.tool import Result, Tool, leftovers, wait_clean
 
 # One page per system call makes a run long enough to be met in the middle.
 SLOWLY = ("--chunk", "4096")
@@ -27,15 +28,9 @@ def start_and_meet(guest: Guest, pages: int = 2000) -> Tool:
     return process
 
 
-def wait_clean(guest: Guest, limit: float = 10) -> None:
-    deadline = time.monotonic() + limit
-    while found := leftovers(guest):
-        assert time.monotonic() < deadline, found
-
-
 def check_usable(guest: Guest) -> None:
     """QEMU answers, nothing of us is left, and a new run completes."""
-    wait_clean(guest)
+    wait_clean(guest.pid)
     again = prefault(guest)
     assert again.status == 0, again.stderr
 
@@ -112,7 +107,7 @@ def test_a_stopped_tool_loses_its_helpers_not_the_guest(restored):
     guest = restored()
     process = start_and_meet(guest)
     process.send_signal(signal.SIGSTOP)
-    wait_clean(guest, limit=20)
+    wait_clean(guest.pid)
     process.send_signal(signal.SIGCONT)
     result = process.finish()
     check_clear_end(result, 1)
@@ -131,7 +126,7 @@ def test_an_interrupted_tool_resumes_the_guest(restored, number):
     assert result.error["code"] == "interrupted"
     assert guest.status() == "running"
     assert guest.command("pass")["bad"] == 0
-    assert leftovers(guest) == []
+    assert leftovers(guest.pid) == []
 
 
 def stale_root(guest: Guest) -> Result:
@@ -163,7 +158,7 @@ def test_a_stale_root_is_named_not_waited_for():
         assert "vcpu-unusable" in result.warnings
         assert "no progress" in result.stdout
         assert guest.status() == "prelaunch"
-        wait_clean(guest)
+        wait_clean(guest.pid)
         assert not helper_threads(guest.pid)
         guest.qmp("cont")  # going through the guest once cures it
         guest.wait_ready()

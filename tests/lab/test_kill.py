@@ -10,16 +10,15 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-from conftest import leftovers, prefault, start_tool
+from conftest import prefault, start_tool
 
 from qemu_prefault.lab.guest import Guest
+from qemu_prefault.lab.tool import leftovers, wait_clean, wait_for
 
 SPARE = 32 << 20
 FALLOC_FL_PUNCH_HOLE = 0x02 | 0x01  # with KEEP_SIZE
-GRACE = 12.0  # the dead man's time, one chunk, and an emulated machine's scheduling
 
 
 def punch_spare_memory(guest: Guest) -> None:
@@ -43,14 +42,6 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     arguments = (ctypes.c_int(fd), ctypes.c_int(mode), ctypes.c_long(offset), ctypes.c_long(length))
     if libc.fallocate(*arguments):
         raise OSError(ctypes.get_errno(), "fallocate")
-
-
-def wait_for(condition: Callable[[], bool], what: str, limit: float = GRACE) -> float:
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < limit, f"{what} after {limit} s"
-        time.sleep(0.01)  # a state of another process, which offers no event to wait for
-    return time.monotonic() - started
 
 
 def test_kill_at_random_moments(request):
@@ -80,7 +71,7 @@ def test_kill_at_random_moments(request):
             assert not tool.running(10)
             resumed_by_guard += guest.status() != "running"
             resuming += wait_for(lambda: guest.status() == "running", f"kill {number}: paused")
-            leaving += wait_for(lambda: not leftovers(guest), f"kill {number}: leftovers")
+            leaving += wait_clean(guest.pid)
             status = guest.command("status")
             assert status["bad"] == 0, f"kill {number}: {status}"
             assert status["passes"] >= passes
@@ -95,4 +86,4 @@ def test_kill_at_random_moments(request):
         assert final["bad"] == 0 and final["passes"] > 0
         assert killed >= kills // 2
         assert prefault(guest, *run).status == 0
-        assert leftovers(guest) == []
+        assert leftovers(guest.pid) == []

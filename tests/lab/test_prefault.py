@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import pytest
-from conftest import OTHER_MIB, faults, leftovers, prefault, ram_checksum
+from conftest import OTHER_MIB, faults, prefault, ram_checksum
 
 from qemu_prefault.lab.guest import Guest
+from qemu_prefault.lab.tool import leftovers
 
 ALL = (32 + OTHER_MIB - 1) << 20  # all RAM of a default guest but what firmware took
 
@@ -29,7 +30,7 @@ def test_a_restored_guest_takes_no_faults(restored):
     assert guest.status() == "paused"  # as it was found
     assert result.report["seconds"]["paused"] == 0  # not by our doing
     assert faults_of_first_pass(guest) <= control / 1000
-    assert leftovers(guest) == []
+    assert leftovers(guest.pid) == []
 
 
 def test_every_requested_byte_is_in_the_counters(restored):
@@ -79,7 +80,7 @@ def test_a_running_guest_is_paused_and_resumed(restored):
     assert guest.status() == "running"
     assert result.report["seconds"]["paused"] >= result.report["seconds"]["prefault"] > 0
     assert guest.command("stop")["bad"] == 0
-    assert leftovers(guest) == []
+    assert leftovers(guest.pid) == []
 
 
 def test_cont_resumes_a_guest_found_paused(restored):

@@ -9,10 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Tool, leftovers, prefault
+from conftest import prefault
 
 from qemu_prefault.kvm import pre_fault_capability
 from qemu_prefault.lab.guest import Guest
+from qemu_prefault.lab.tool import Tool, leftovers
 
 pytestmark = pytest.mark.skipif(
     pre_fault_capability().available is True, reason="KVM_PRE_FAULT_MEMORY works here"
@@ -38,7 +39,7 @@ def test_prefault_is_refused_with_the_reason():
             assert "KVM_CAP_PRE_FAULT_MEMORY" in result.error["cause"]
         assert abs(resident_kib(guest) - before) < 1024
         assert guest.status() == "prelaunch"
-        assert leftovers(guest) == []
+        assert leftovers(guest.pid) == []
 
 
 def test_populate_only_still_helps_a_live_guest():
@@ -52,7 +53,7 @@ def test_populate_only_still_helps_a_live_guest():
         assert resident_kib(guest) > 190 << 10
         assert guest.status() == "running"
         assert guest.command("stop")["bad"] == 0
-        assert leftovers(guest) == []
+        assert leftovers(guest.pid) == []
 
 
 def test_probe_names_it():
