@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
@@ -21,7 +19,7 @@ import click
 from qemu_prefault.errors import FailedError
 from qemu_prefault.report import SCHEMA, table
 
-from . import LocalMachine, Machine, open_machine
+from . import LocalMachine, open_machine
 from .scenario import CASES, WORKLOAD_MIB
 
 LIMIT_SECONDS = 1800.0
@@ -102,15 +100,6 @@ class Board:
             self._drawn = 0
 
 
-def _install(machine: Machine) -> None:
-    """Put this package into the machine: the wheels we were built as, or what runs here."""
-    wheels = os.environ.get("QEMU_PREFAULT_WHEELS", "").split()
-    if wheels:
-        machine.install([Path(wheel) for wheel in wheels])
-    else:
-        machine.install_source()
-
-
 def run_demo(as_json: bool) -> None:
     """Run the demo; print its table, or its JSON.
 
@@ -121,7 +110,7 @@ def run_demo(as_json: bool) -> None:
     with open_machine() as machine:
         nested = not isinstance(machine, LocalMachine)
         python = "python3" if nested else sys.executable
-        _install(machine)
+        machine.install_source()
         result = machine.run(
             [python, "-m", "qemu_prefault.lab.scenario"],
             timeout=LIMIT_SECONDS,
