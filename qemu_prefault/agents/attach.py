@@ -168,9 +168,9 @@ class AttachAgent:
         await self._wait_until_alone()
         # ptrace knows its tracer by thread, and a tracer's end frees what it still holds:
         # so all of it happens in one thread that ends with the work.
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ptrace") as executor:
-            await asyncio.get_running_loop().run_in_executor(executor, self._inject_all)
         try:
+            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ptrace") as executor:
+                await asyncio.get_running_loop().run_in_executor(executor, self._inject_all)
             await self._wait_ready()
         except BaseException:
             await self.close()
