@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A program that watches all of its threads' state, with helpers started in it again and again."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tool import leftovers, tracers, wait_clean
+
+from qemu_prefault.agents.attach import AttachAgent, Limits, VcpuThread
+from qemu_prefault.errors import AgentError, FailedError
+from qemu_prefault.process import Process
+
+SOURCE = Path(__file__).with_name("victim.c")
+ROUNDS = int(os.environ.get("QEMU_PREFAULT_INJECTIONS", "150"))
+PTRACE_POKEUSER, PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT = 6, 17, 0x4206, 0x4207
+WALL = 0x40000000
+R14 = 8  # its offset in struct user_regs_struct
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler is installed")
+    path = tmp_path_factory.mktemp("victim") / "victim"
+    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    subprocess.run(["cc", *flags, SOURCE, "-o", path], check=True)
+    return path
+
+
+@dataclass
+class Victim:
+    process: subprocess.Popen[str]
+    threads: list[int]
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def agent(self) -> AttachAgent:
+        threads = [VcpuThread(tid, -1, None) for tid in self.threads]
+        return AttachAgent(Process.find(self.pid), threads, Limits())
+
+    def verdict(self) -> str:
+        """What it saw, once it has been told to end."""
+        return self.process.communicate(timeout=30)[0].strip()
+
+
+@pytest.fixture
+def victim(program: Path) -> Iterator[Victim]:
+    process = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    yield Victim(process, [int(tid) for tid in process.stdout.readline().split()])
+    process.kill()
+    process.communicate()
+
+
+def test_no_thread_ever_sees_a_change(victim: Victim) -> None:
+    """Registers, vectors, flags, red zone, errno, signal mask, alternate stack, signals.
+
+    The threads compute, sleep, wait for futexes, read from a pipe, and are sent signals.
+    """
+    started = time.monotonic()
+
+    async def rounds() -> int:
+        done = 0
+        while done < ROUNDS and time.monotonic() - started < 60:
+            agent = victim.agent()
+            await agent.start()
+            await agent.close()
+            assert victim.process.poll() is None, victim.verdict()
+            done += 1
+        return done
+
+    assert asyncio.run(rounds()) == ROUNDS
+    assert leftovers(victim.pid) == []
+    assert tracers(victim.pid) == set()
+    verdict = victim.verdict()
+    assert verdict.startswith("unchanged "), verdict
+    assert victim.process.returncode == 0
+    assert all(int(count) > ROUNDS / 5 for count in verdict.split()[1:6]), verdict
+
+
+def test_nor_when_the_injecting_process_is_killed(victim: Victim) -> None:
+    """At any instant: in the middle of the injected system calls, too."""
+    for number in range(ROUNDS // 3):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                while True:
+                    asyncio.run(victim.agent().start())
+            finally:
+                os._exit(1)
+        time.sleep(number * 0.0005)  # the moment is what is varied, nothing is waited for
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert victim.process.poll() is None, victim.verdict()
+        wait_clean(victim.pid)
+    verdict = victim.verdict()
+    assert verdict.startswith("unchanged "), verdict
+    assert victim.process.returncode == 0
+
+
+def test_the_victim_does_notice(victim: Victim) -> None:
+    """Else the tests above would mean nothing: one register of one thread, changed once."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+    tid = victim.threads[0]
+    for _ in range(20):
+        assert libc.ptrace(PTRACE_SEIZE, tid, None, None) == 0
+        assert libc.ptrace(PTRACE_INTERRUPT, tid, None, None) == 0
+        os.waitpid(tid, WALL)
+        assert libc.ptrace(PTRACE_POKEUSER, tid, R14, 0xBAD) == 0
+        libc.ptrace(PTRACE_DETACH, tid, None, None)
+        try:
+            victim.process.wait(0.5)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    assert victim.process.returncode != 0
+    assert "0xbad" in victim.verdict() or victim.process.returncode < 0
+
+
+def test_helpers_already_started_leave_when_a_later_thread_is_gone(victim: Victim) -> None:
+    victim.threads.append(4_000_000)
+    with pytest.raises(FailedError, match="gone"):
+        asyncio.run(victim.agent().start())
+    assert leftovers(victim.pid) == []
+    assert victim.verdict().startswith("unchanged ")
+
+
+def test_a_stopped_thread_is_given_up_and_stays_stopped(victim: Victim) -> None:
+    """SIGSTOP by an operator or a debugger: an error at once, and the stop is not undone."""
+    os.kill(victim.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, victim.pid, os.WSTOPPED | os.WNOWAIT)
+    with pytest.raises(AgentError, match="did not stop in time") as caught:
+        asyncio.run(victim.agent().start())
+    assert caught.value.remedy
+    assert "T (stopped)" in Path(f"/proc/{victim.pid}/status").read_text()
+    os.kill(victim.pid, signal.SIGCONT)
+    assert leftovers(victim.pid) == []
+    assert victim.verdict().startswith("unchanged ")
