@@ -187,6 +187,10 @@ class Vm:
     def prefault(self, *arguments: str) -> Result:
         return run_tool(self.qemu, *arguments)
 
+    def command(self, name: str, *arguments: str) -> Result:
+        """Another command than the main one: probe, map, stats."""
+        return Tool([name, "--qmp", self.qemu.qmp, "--json", *arguments]).finish()
+
 
 def start_vm(
     start_qemu: StartQemu, tmp_path: Path, *arguments: str, accel: str = "tcg", paused: bool = True

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Moments and hosts at which the tool must keep its hands off: which status, which reason."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import StartQemu
+from tool import MIB, Vm, anonymous_bytes, leftovers, start_vm, wait_for
+
+from qemu_prefault import kvm
+
+StartVm = Callable[..., Vm]
+
+COMMANDS = [("--populate-only",), ("--populate-only", "--dry-run")]
+
+
+@pytest.fixture
+def vm_of(start_qemu: StartQemu, tmp_path: Path) -> StartVm:
+    def start(*arguments: str, accel: str = "tcg", paused: bool = True) -> Vm:
+        return start_vm(start_qemu, tmp_path, *arguments, accel=accel, paused=paused)
+
+    return start
+
+
+@contextmanager
+def untouched(vm: Vm) -> Iterator[None]:
+    """Nothing was done to the guest, and nothing is left in QEMU."""
+    status, memory = vm.qmp.status(), anonymous_bytes(vm.pid)
+    vm.qmp.events.clear()
+    yield
+    assert vm.qmp.status() == status
+    assert anonymous_bytes(vm.pid) < memory + 8 * MIB
+    assert {event["event"] for event in vm.qmp.events} & {"STOP", "RESUME"} == set()
+    assert leftovers(vm.pid) == []
+
+
+def check_refused(vm: Vm, code: str, *words: str) -> None:
+    for command in COMMANDS:
+        with untouched(vm):
+            result = vm.prefault(*command)
+        assert result.status == 5, result.stderr
+        assert result.error["code"] == code
+        for word in words:
+            assert word in result.error["cause"] + result.error["remedy"]
+
+
+# --- what cannot be ---
+
+
+def test_a_tcg_guest_has_no_stage2(vm_of: StartVm) -> None:
+    vm = vm_of("-m", "64M")
+    with untouched(vm):
+        result = vm.prefault()
+    assert result.status == 4
+    assert result.error["code"] == "not-kvm"
+    assert "--populate-only" in result.error["remedy"]
+
+
+def test_a_kernel_that_cannot_offers_what_still_helps(vm_of: StartVm) -> None:
+    vm = vm_of("-m", "64M", accel="kvm", paused=False)
+    if kvm.pre_fault_capability().available is not False:
+        pytest.skip("this kernel's KVM has KVM_PRE_FAULT_MEMORY")
+    with untouched(vm):
+        result = vm.prefault()
+    assert result.status == 4
+    assert result.error["code"] == "no-capability"
+    assert "--populate-only" in result.error["remedy"]
+
+
+@pytest.mark.parametrize("accel", ["tcg", "kvm"])
+def test_probe_says_the_same_and_what_would_work(vm_of: StartVm, accel: str) -> None:
+    vm = vm_of("-m", "64M", accel=accel)
+    if accel == "kvm" and kvm.pre_fault_capability().available is not False:
+        pytest.skip("this kernel's KVM has KVM_PRE_FAULT_MEMORY")
+    with untouched(vm):
+        result = vm.command("probe")
+    assert result.status == result.report["exit"] == 4
+    findings = {finding["check"]: finding for finding in result.report["findings"]}
+    assert findings["attach"]["verdict"] == "ok"
+    assert findings["prefault"]["verdict"] == "no" and findings["prefault"]["remedy"]
+    assert findings["populate"]["verdict"] == "ok"
+
+
+# --- moments ---
+
+
+def test_a_precopy_source(vm_of: StartVm) -> None:
+    vm = vm_of("-m", "64M", paused=False)
+    vm.qmp.execute("migrate-set-parameters", **{"max-bandwidth": 4096})
+    vm.qmp.execute("migrate", uri="exec:cat >/dev/null")
+    check_refused(vm, "migration", "query-migrate", "destination")
+    vm.qmp.execute("migrate_cancel")
+
+
+def test_a_migration_that_is_over_is_no_reason(vm_of: StartVm) -> None:
+    vm = vm_of("-m", "64M", paused=False)
+    vm.qmp.execute(
+        "migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}]
+    )
+    vm.qmp.execute("migrate-set-parameters", **{"max-bandwidth": 4096})
+    vm.qmp.execute("migrate", uri="exec:cat >/dev/null")
+    vm.qmp.execute("migrate_cancel")
+    vm.qmp.wait_event("MIGRATION", status="cancelled")
+    assert vm.prefault("--populate-only").status == 0
+
+
+def test_a_guest_that_has_migrated_away(vm_of: StartVm, tmp_path: Path) -> None:
+    vm = vm_of("-m", "64M", paused=False)
+    vm.qmp.execute(
+        "migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}]
+    )
+    vm.qmp.execute("migrate", uri=f"exec:cat >{tmp_path}/state")
+    vm.qmp.wait_event("MIGRATION", status="completed")
+    wait_for(
+        lambda: vm.qmp.status() == "postmigrate", "QEMU tells of the end first, then gets there"
+    )
+    check_refused(vm, "migration", "query-status: postmigrate", "destination")
+
+
+def test_incoming_ram_that_is_not_loaded(vm_of: StartVm) -> None:
+    check_refused(vm_of("-m", "64M", "-incoming", "defer"), "incoming", "inmigrate", "-S")
+
+
+def test_incoming_ram_that_is_being_loaded(vm_of: StartVm, tmp_path: Path) -> None:
+    """A source that sends at a crawl."""
+    source = vm_of("-m", "64M", paused=False)
+    target = vm_of("-m", "64M", "-incoming", f"unix:{tmp_path}/migration")
+    source.qmp.execute("migrate-set-parameters", **{"max-bandwidth": 4096})
+    source.qmp.execute("migrate", uri=f"unix:{tmp_path}/migration")
+    check_refused(target, "incoming", "not loaded")
+    check_refused(source, "migration")
+
+
+def test_postcopy(vm_of: StartVm, tmp_path: Path) -> None:
+    """On the destination, missing pages have to come from the source first."""
+    source = vm_of("-m", "64M", paused=False)
+    target = vm_of("-m", "64M", "-incoming", "defer")
+    capabilities = [{"capability": name, "state": True} for name in ("postcopy-ram", "events")]
+    for vm in (target, source):
+        vm.qmp.execute("migrate-set-capabilities", capabilities=capabilities)
+    target.qmp.execute("migrate-incoming", uri=f"unix:{tmp_path}/migration")
+    source.qmp.execute("migrate-set-parameters", **{"max-bandwidth": 4096})
+    source.qmp.execute("migrate-set-parameters", **{"max-postcopy-bandwidth": 4096})
+    source.qmp.execute("migrate", uri=f"unix:{tmp_path}/migration")
+    source.qmp.wait_event("MIGRATION", status="active")
+    source.qmp.execute("migrate-start-postcopy")
+    source.qmp.wait_event("MIGRATION", status="postcopy-active")
+    target.qmp.wait_event("MIGRATION", status="postcopy-active")
+    for vm in (target, source):
+        result = vm.prefault("--populate-only")
+        assert result.status == 5, result.stderr
+        assert result.error["code"] == "postcopy"
+
+
+def test_dirty_rate_measuring(vm_of: StartVm) -> None:
+    vm = vm_of("-m", "64M", paused=False)
+    vm.qmp.execute("calc-dirty-rate", **{"calc-time": 60})
+    check_refused(vm, "dirty-logging", "measured", "query-dirty-rate")
+
+
+def test_a_guest_that_has_shut_down(vm_of: StartVm) -> None:
+    vm = vm_of("-m", "64M", "-no-reboot", "-no-shutdown", paused=False)
+    vm.qmp.execute("system_reset")
+    vm.qmp.wait_event("STOP")
+    check_refused(vm, "guest-state", "query-status: shutdown")
+
+
+def test_a_guest_that_has_panicked(vm_of: StartVm) -> None:
+    vm = vm_of("-m", "64M", "-device", "pvpanic", "-action", "panic=pause", paused=False)
+    vm.qmp.execute("human-monitor-command", **{"command-line": "o /b 0x505 1"})
+    assert vm.qmp.status() == "guest-panicked"
+    check_refused(vm, "guest-state", "query-status: guest-panicked")
+
+
+# --- who else is there ---
+
+
+def test_a_busy_monitor_is_told_at_once(vm_of: StartVm) -> None:
+    vm = vm_of("-m", "64M", paused=False)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(vm.qemu.qmp)
+        assert b"QMP" in client.recv(4096)
+        started = time.monotonic()
+        result = vm.prefault("--populate-only")
+        assert time.monotonic() - started < 3
+    assert result.status == 5
+    assert result.error["code"] == "monitor-busy"
+    assert "second -qmp" in result.error["remedy"].replace("\n", " ")
+
+
+# --- memory ---
+
+
+@pytest.fixture
+def memory_cgroup() -> Iterator[Callable[[int], Path]]:
+    """Makes memory cgroups with a limit in bytes below our own, v1 or v2."""
+    made: list[Path] = []
+
+    def ours() -> tuple[Path, bool]:
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if "memory" in controllers.split(","):
+                base = Path("/sys/fs/cgroup/memory")
+                inside = base / path.lstrip("/")
+                return (inside if inside.is_dir() else base), False
+        unified = Path("/sys/fs/cgroup")
+        if "memory" not in (unified / "cgroup.subtree_control").read_text().split():
+            pytest.skip("no memory controller can be used here")
+        return unified, True
+
+    def make(limit: int) -> Path:
+        if os.geteuid() != 0:
+            pytest.skip("it takes root to make a cgroup")
+        parent, v2 = ours()
+        group = parent / f"qemu-prefault-test-{os.getpid()}-{len(made)}"
+        try:
+            group.mkdir()
+            (group / ("memory.max" if v2 else "memory.limit_in_bytes")).write_text(str(limit))
+        except OSError as error:
+            pytest.skip(f"a memory cgroup cannot be made here: {error}")
+        made.append(group)
+        return group
+
+    yield make
+    for group in made:
+        for pid in (group / "cgroup.procs").read_text().split():
+            (group.parent / "cgroup.procs").write_text(pid)
+        group.rmdir()
+
+
+def out_of_memory_kills(group: Path) -> int:
+    for name in ("memory.events", "memory.oom_control"):
+        if (group / name).exists():
+            for line in (group / name).read_text().splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    raise AssertionError("this cgroup does not count")
+
+
+def test_a_cgroup_too_small_is_respected(
+    vm_of: StartVm, memory_cgroup: Callable[[int], Path]
+) -> None:
+    """512 MiB of guest in 200 MiB of cgroup: populating would have QEMU killed."""
+    group = memory_cgroup(200 * MIB)
+    vm = vm_of("-m", "512M")
+    (group / "cgroup.procs").write_text(str(vm.pid))
+    check_refused(vm, "no-memory", group.name, "needs 511.", "--force", "--max-bytes")
+    assert out_of_memory_kills(group) == 0
+    # What fits is done.
+    assert vm.prefault("--populate-only", "--max-bytes", "64M").status == 0
+    assert vm.prefault("--populate-only", "--populate", "resident").status == 0
+    assert out_of_memory_kills(group) == 0
+    assert vm.qmp.status() == "prelaunch"
+
+
+def test_a_cgroup_of_an_ancestor_counts_too(
+    vm_of: StartVm, memory_cgroup: Callable[[int], Path]
+) -> None:
+    group = memory_cgroup(200 * MIB)
+    inner = group / "inner"
+    try:
+        inner.mkdir()
+        vm = vm_of("-m", "512M")
+        (inner / "cgroup.procs").write_text(str(vm.pid))
+    except OSError as error:
+        pytest.skip(f"no cgroup in a cgroup: {error}")
+    check_refused(vm, "no-memory", group.name)
+    vm.qemu.kill()
+    inner.rmdir()
+
+
+def test_force_goes_ahead(vm_of: StartVm, memory_cgroup: Callable[[int], Path]) -> None:
+    """The operator knows better; here, that the limit is about to be raised."""
+    group = memory_cgroup(200 * MIB)
+    vm = vm_of("-m", "256M")
+    (group / "cgroup.procs").write_text(str(vm.pid))
+    assert vm.prefault("--populate-only").error["code"] == "no-memory"
+    assert vm.prefault("--populate-only", "--force", "--dry-run").status == 0
+    (limit,) = [p for p in group.iterdir() if p.name in ("memory.max", "memory.limit_in_bytes")]
+    limit.write_text(str(350 * MIB))
+    assert vm.prefault("--populate-only", "--force").status == 0
+    assert out_of_memory_kills(group) == 0
+
+
+def test_a_guest_larger_than_the_host(vm_of: StartVm) -> None:
+    """Overcommitted on purpose: left alone, unless the user says `all`, and then refused."""
+    total = int(Path("/proc/meminfo").read_text().split()[1]) >> 10  # MiB
+    size = f"{total + 1024}M"
+    backend = f"memory-backend-ram,id=ram,size={size},reserve=off"
+    vm = vm_of("-m", size, "-object", backend, "-machine", "memory-backend=ram")
+    with untouched(vm):
+        result = vm.prefault("--populate-only", "--populate", "all")
+    assert result.status == 5
+    assert result.error["code"] == "no-memory"
+    assert "host" in result.error["cause"] and "MemAvailable" in result.error["cause"]
+    with untouched(vm):
+        assert vm.prefault("--populate-only").report["bytes"]["populated"] == 0
+    part = vm.prefault("--populate-only", "--populate", "all", "--range", "16M+16M")
+    assert part.report["bytes"]["populated"] == 16 * MIB
