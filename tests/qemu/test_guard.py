@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The guard of a paused guest: whoever paused it may die, the guest goes on.
+
+Here the guard itself meets a real QEMU; the lab kills whole runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import StartQemu
+from tool import Vm, start_vm, wait_for
+
+from qemu_prefault.guard import ResumeGuard
+from qemu_prefault.monitor import Monitor
+
+Body = Callable[[socket.socket], None]
+
+
+@pytest.fixture
+def vm(start_qemu: StartQemu, tmp_path: Path, accel: str) -> Vm:
+    return start_vm(start_qemu, tmp_path, "-m", "64M", accel=accel, paused=False)
+
+
+class Holder:
+    """A process that pauses a guest under a guard, and then only waits to be killed."""
+
+    def __init__(
+        self,
+        vm: Vm,
+        before_waiting: bytes = b"",
+        *,
+        leave_orders: tuple[int, tuple[int, ...]] = (-1, ()),
+        helpers_left: Callable[[], bool] = lambda: True,
+        patience: float = 20.0,
+    ) -> None:
+        read_end, write_end = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setpgid(0, 0)
+
+            async def hold() -> None:
+                async with Monitor.connect(vm.qemu.qmp) as monitor:
+                    guard = ResumeGuard(monitor.fileno(), leave_orders, helpers_left, patience)
+                    with guard:
+                        await monitor.execute("stop")
+                        if before_waiting:
+                            os.write(monitor.fileno(), before_waiting)
+                        os.write(write_end, b"x")
+                        signal.pause()
+
+            try:
+                asyncio.run(hold())
+            finally:
+                os._exit(1)
+        os.close(write_end)
+        assert os.read(read_end, 1) == b"x", "the holder has failed"
+        os.close(read_end)
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        (self.guard,) = (int(child) for child in children)
+        self._guard_fd = os.pidfd_open(self.guard)
+
+    def kill(self, number: int = signal.SIGKILL, group: bool = False) -> None:
+        (os.killpg if group else os.kill)(self.pid, number)
+        if number == signal.SIGKILL:
+            os.waitpid(self.pid, 0)
+
+    def guard_gone(self, timeout: float) -> bool:
+        return bool(select.select([self._guard_fd], [], [], timeout)[0])
+
+    def close(self) -> None:
+        for pid in (self.pid, self.guard):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+        os.close(self._guard_fd)
+
+
+@pytest.fixture
+def hold(vm: Vm) -> Iterator[Callable[..., Holder]]:
+    holders: list[Holder] = []
+
+    def make(*arguments: bytes, **options: object) -> Holder:
+        holders.append(Holder(vm, *arguments, **options))  # type: ignore[arg-type]
+        assert vm.qmp.status() == "paused"
+        return holders[-1]
+
+    yield make
+    for holder in holders:
+        holder.close()
+
+
+def check_resumed(vm: Vm, holder: Holder) -> None:
+    vm.qmp.wait_event("RESUME")
+    assert vm.qmp.status() == "running"
+    assert holder.guard_gone(10), "the guard does not leave"
+
+
+def test_a_guest_is_resumed_when_its_holder_is_killed(vm: Vm, hold: Callable[..., Holder]) -> None:
+    holder = hold()
+    holder.kill()
+    check_resumed(vm, holder)
+    # And the monitor is free again for the next client.
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(10)
+        client.connect(vm.qemu.qmp)
+        assert b"QMP" in client.recv(4096)
+
+
+HALVES = {
+    "half a command": b'{"execute": "query-sta',
+    "half a string with a brace": b'{"execute": "a}{',
+    "an escape": b'{"execute": "\\',
+    "deep in an object": b'{"execute": "query-status", "arguments": {"a": [[{"b": [1, 2',
+    "a whole command": b'{"execute": "query-status"}\n',
+    "a second stop": b'{"execute": "stop"}\n',
+    "many commands, no answer read": b'{"execute": "query-qmp-schema"}\n' * 20,
+    "commands and a half": b'{"execute": "query-version"}\n' * 7 + b'{"execute": "human-mon',
+}
+
+
+@pytest.mark.parametrize("accel", ["tcg"])
+@pytest.mark.parametrize("name", HALVES)
+def test_whatever_the_holder_was_about_to_say(
+    vm: Vm, hold: Callable[..., Holder], name: str
+) -> None:
+    holder = hold(HALVES[name])
+    holder.kill()
+    check_resumed(vm, holder)
+
+
+@pytest.mark.parametrize("accel", ["tcg"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_the_job_does_not_end_the_guard(
+    vm: Vm, hold: Callable[..., Holder], number: int
+) -> None:
+    """Ctrl-C in a terminal, a closing session: the whole process group gets it."""
+    holder = hold()
+    os.kill(holder.guard, number)
+    assert not holder.guard_gone(0.2)
+    holder.kill(signal.SIGKILL, group=True)
+    check_resumed(vm, holder)
+
+
+@pytest.mark.parametrize("accel", ["tcg"])
+def test_helpers_are_sent_away_and_waited_for_before_the_guest_runs(
+    vm: Vm, hold: Callable[..., Holder], tmp_path: Path
+) -> None:
+    memory = os.open(tmp_path / "memory", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(memory, 4096)
+    gone = tmp_path / "gone"
+    holder = hold(leave_orders=(memory, (16, 1000)), helpers_left=gone.exists)
+    holder.kill()
+    wait_for(lambda: os.pread(memory, 4, 1000) == b"\1\0\0\0", "the orders are given")
+    assert os.pread(memory, 4, 16) == b"\1\0\0\0"
+    assert not holder.guard_gone(0.3)
+    assert vm.qmp.status() == "paused"
+    gone.touch()
+    check_resumed(vm, holder)
+    os.close(memory)
+
+
+@pytest.mark.parametrize("accel", ["tcg"])
+def test_helpers_that_never_leave_do_not_keep_the_guest(
+    vm: Vm, hold: Callable[..., Holder]
+) -> None:
+    holder = hold(helpers_left=lambda: False, patience=0.5)
+    started = time.monotonic()
+    holder.kill()
+    check_resumed(vm, holder)
+    assert time.monotonic() - started >= 0.4
+
+
+@pytest.mark.parametrize("accel", ["tcg"])
+def test_a_qemu_that_dies_too_takes_the_guard_with_it(vm: Vm, hold: Callable[..., Holder]) -> None:
+    holder = hold()
+    vm.qemu.kill()
+    holder.kill()
+    assert holder.guard_gone(10)
+
+
+@pytest.mark.parametrize("accel", ["tcg"])
+def test_a_stopped_qemu_is_resumed_once_it_goes_on(vm: Vm, hold: Callable[..., Holder]) -> None:
+    holder = hold()
+    vm.qemu.pause()
+    holder.kill()
+    assert not holder.guard_gone(0.3)
+    vm.qemu.resume()
+    check_resumed(vm, holder)
+
+
+@pytest.mark.parametrize("accel", ["tcg"])
+def test_when_all_goes_well_the_guard_does_nothing_and_leaves(vm: Vm) -> None:
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    before = children.read_text().split()
+
+    async def pause() -> None:
+        async with Monitor.connect(vm.qemu.qmp) as monitor:
+            with ResumeGuard(monitor.fileno(), (-1, ()), lambda: True, 5):
+                await monitor.execute("stop")
+                assert len(children.read_text().split()) == len(before) + 1
+            assert children.read_text().split() == before  # no zombie either
+            assert await monitor.execute("query-version")
+
+    fds = set(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        asyncio.run(pause())
+        # That it stays paused is the holder's will; the guard is for accidents.
+        assert vm.qmp.status() == "paused"
+    assert {event["event"] for event in vm.qmp.events} <= {"STOP"}
+    assert set(os.listdir("/proc/self/fd")) == fds
+
+
+@pytest.mark.parametrize("accel", ["tcg"])
+def test_an_exception_in_the_block_is_no_accident(vm: Vm) -> None:
+    """The engine resumes by itself then; two of them would be one too many."""
+
+    async def fail() -> None:
+        async with Monitor.connect(vm.qemu.qmp) as monitor:
+            with ResumeGuard(monitor.fileno(), (-1, ()), lambda: True, 5):
+                await monitor.execute("stop")
+                raise LookupError
+
+    with pytest.raises(LookupError):
+        asyncio.run(fail())
+    assert vm.qmp.status() == "paused"
