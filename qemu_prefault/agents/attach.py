@@ -33,6 +33,7 @@ PAGE = 4096
 HELPER_NAME = "qemu-prefault"
 """The helper threads' name, as ``ps -L`` and ``/proc/PID/task/TID/comm`` show it."""
 
+POLL_SHORTEST, POLL_LONGEST, REPORT_INTERVAL = 0.0002, 0.05, 0.25  # seconds
 STACK_BYTES = 32 << 10  # a signal frame with AMX state is 11 KiB
 AREAS_FROM, AREAS_TO = 0x1000_0000_0000, 0x5000_0000_0000
 # Low enough that the kernel's own top-down search never picks an address there.
@@ -354,7 +355,7 @@ class AttachAgent:
         waiting = set(batch)
         finished: dict[int, tuple[Outcome, ...]] = {}
         started, ended = [], []
-        pause, reported = 0.0002, time.monotonic()
+        begun = reported = time.monotonic()
         while waiting:
             for index in tuple(waiting):
                 helper = self._helpers[index]
@@ -367,11 +368,13 @@ class AttachAgent:
                 waiting.discard(index)
             if not waiting:
                 break
-            if time.monotonic() - reported > 0.1:
-                reported = time.monotonic()
+            now = time.monotonic()
+            if now - reported > REPORT_INTERVAL:
+                reported = now
                 on_progress(self._done(batch, finished))
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, 0.01)
+            # We may share a CPU with the helpers: look often at first, then ever less, so
+            # that neither the looking nor the last wait is more than an eighth of the work.
+            await asyncio.sleep(min(max((now - begun) / 8, POLL_SHORTEST), POLL_LONGEST))
         on_progress(self._done(batch, finished))
         seconds = (max(ended) - min(started)) / 1e9 if ended else 0.0
         return BatchResult(finished, seconds)
