@@ -328,8 +328,9 @@ def cli(  # noqa: PLR0917
 async def _prefault(  # noqa: PLR0917
     qmp: str, pid: int | None, policy: Policy, cont: bool, dry_run: bool, as_json: bool
 ) -> None:
-    from .engine import Engine, Session  # noqa: PLC0415
+    from .engine import Engine  # noqa: PLC0415
     from .report import lines  # noqa: PLC0415
+    from .session import Session  # noqa: PLC0415
 
     printer = Printer(as_json)
     async with Session.open(qmp, pid) as session:

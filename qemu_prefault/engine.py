@@ -27,31 +27,15 @@ from typing import Final
 
 from . import kvm
 from .agents import Agent, BatchResult, Kind, Outcome, Range, Worker
-from .agents.attach import AttachAgent, Limits, VcpuThread, helper_threads
-from .errors import FailedError, InputError, QemuPrefaultError, RefusedError, UnsupportedError
+from .agents.attach import AttachAgent, Limits, helper_threads
+from .errors import FailedError, QemuPrefaultError, RefusedError, UnsupportedError
 from .guard import ResumeGuard
 from .layout import Section, firmware_ahead, huge_alignment
-from .monitor import (
-    CommandError,
-    EventStream,
-    Machine,
-    Monitor,
-    Stage2,
-    read_machine,
-    read_running,
-    read_stage2,
-)
+from .monitor import EventStream, read_running, read_stage2
 from .pagemap import Pagemap
 from .plan import HUGE, PAGE, Policy, Populate, Target, refuse_unfit, select, stripe_by_node
-from .process import (
-    Mapping,
-    Process,
-    backing_of,
-    identify,
-    mappings_of,
-    thread_map,
-)
-from .report import Bytes, Caveat, Leaves, Report, Seconds, SectionReport, size
+from .report import Bytes, Caveat, Report, Seconds, SectionReport, Stage2, size
+from .session import Session
 
 Progress = Callable[[str, int, int], None]
 """Called with the phase ("populate", "prefault"), bytes done and bytes in all."""
@@ -59,19 +43,6 @@ Progress = Callable[[str, int, int], None]
 LAYOUT_ROUNDS: Final = 4
 #: Errors that are the vCPU's, not the range's: another vCPU may succeed.
 VCPU_ERRORS: Final = (kvm.STUCK, errno.EOPNOTSUPP)
-
-
-@dataclass(frozen=True, slots=True)
-class Backing:
-    """What a section is made of in QEMU: kind, and whether the mapping is private."""
-
-    kind: str
-    private: bool
-
-    def __str__(self) -> str:
-        if self.kind == "anonymous":
-            return self.kind
-        return f"{self.kind}, {'private' if self.private else 'shared'}"
 
 
 @dataclass(slots=True)
@@ -83,105 +54,6 @@ class _Tally:
     prefaulted: int = 0
     accounted: int = 0
     note: str | None = None
-
-
-class Session:
-    """One QEMU, found and identified. Use :meth:`open`.
-
-    :ivar monitor: the QMP connection. :ivar process: QEMU. :ivar machine: what it said last.
-    :ivar capability: what KVM on this host can do.
-    """
-
-    def __init__(self, monitor: Monitor, process: Process, machine: Machine) -> None:
-        self.monitor = monitor
-        self.process = process
-        self.machine = machine
-        self.capability = kvm.pre_fault_capability(process)
-        self._maps: tuple[Mapping, ...] | None = None
-
-    @classmethod
-    @contextlib.asynccontextmanager
-    async def open(cls, qmp: str, pid: int | None = None) -> AsyncIterator[Session]:
-        """Connect to a QMP socket and identify the process behind it.
-
-        :param pid: QEMU's process id where the socket cannot tell it.
-        :raise QemuPrefaultError: see :mod:`qemu_prefault.monitor`, :mod:`qemu_prefault.process`.
-        """
-        async with Monitor.connect(qmp) as monitor:
-            machine = await read_machine(monitor)
-            threads = [vcpu.thread_id for vcpu in machine.vcpus]
-            yield cls(monitor, identify(monitor.peer_pid, pid, threads), machine)
-
-    async def refresh(self) -> Machine:
-        """Ask QEMU again what it looks like; returns :attr:`machine`."""
-        self.machine = await read_machine(self.monitor)
-        self._maps = None
-        return self.machine
-
-    async def dirty_limit(self) -> bool:
-        """Whether a vCPU dirty-rate limit is in force; it logs dirty pages."""
-        try:
-            return bool(await self.monitor.execute("query-vcpu-dirty-limit"))
-        except CommandError:  # no such command, or no dirty ring
-            return False
-
-    def backing(self, section: Section) -> Backing:
-        """What the section is made of; the mapping of its first byte speaks for all."""
-        mapping = self._mapping(section)
-        return Backing(backing_of(mapping, section.page_size), not mapping.shared)
-
-    def allocated(self, section: Section) -> int:
-        """Bytes that a shared backing has allocated already, mapped or not; 0 if unknown."""
-        mapping = self._mapping(section)
-        if not mapping.shared:
-            return 0
-        name = f"{mapping.start:x}-{mapping.end:x}"
-        try:
-            return os.stat(f"/proc/{self.process.pid}/map_files/{name}").st_blocks * 512
-        except OSError:  # needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE
-            return 0
-
-    def _mapping(self, section: Section) -> Mapping:
-        if self._maps is None:
-            self._maps = self.process.maps()
-        return mappings_of(self._maps, section.hva, section.size)[0]
-
-    async def vcpu_threads(self, wanted: Sequence[int], needs_fds: bool) -> list[VcpuThread]:
-        """The vCPUs to work with, each with its thread and KVM's file descriptor for it.
-
-        KVM numbers vCPUs by APIC id, QEMU by index; the CPU object knows both.
-
-        :param wanted: indexes; empty: all of them.
-        :raise InputError: an index names no vCPU. :raise FailedError: a vCPU has no descriptor.
-        """
-        known = {vcpu.index: vcpu for vcpu in self.machine.vcpus}
-        if missing := [index for index in wanted if index not in known]:
-            raise InputError(
-                f"there is no vCPU {missing[0]}", f"there are: {', '.join(map(str, sorted(known)))}"
-            )
-        chosen = [known[index] for index in (wanted or sorted(known))]
-        tids = thread_map(self.process)
-        if not needs_fds:
-            return [VcpuThread(tids[v.thread_id], -1, None, v.node) for v in chosen]
-        fds = self.process.kvm_fds().vcpus
-        if not fds:
-            raise UnsupportedError(
-                f"QEMU (pid {self.process.pid}) has no KVM vCPUs",
-                "start it with -accel kvm",
-                code="not-kvm",
-            )
-        ids = await asyncio.gather(
-            *(self.monitor.execute("qom-get", path=v.qom_path, property="apic-id") for v in chosen)
-        )
-        threads = []
-        for vcpu, vcpu_id in zip(chosen, ids, strict=True):
-            if not isinstance(vcpu_id, int) or vcpu_id not in fds:
-                raise FailedError(
-                    f"QEMU (pid {self.process.pid}) has no KVM descriptor for vCPU {vcpu.index}",
-                    "it may just be plugged or unplugged: try again",
-                )
-            threads.append(VcpuThread(tids[vcpu.thread_id], fds[vcpu_id], vcpu_id, vcpu.node))
-        return threads
 
 
 class Engine:
@@ -690,8 +562,8 @@ class Engine:
                 sum(t.prefaulted for t in tallies),
                 max(0, requested - sum(t.accounted for t in tallies)),
             ),
-            before=_leaves(self._before),
-            after=_leaves(self._after),
+            before=self._before,
+            after=self._after,
             seconds=Seconds(
                 self._populate_seconds,
                 self._prefault_seconds,
@@ -704,9 +576,3 @@ class Engine:
 
 def _overlaps(item: Range, target: Target) -> bool:
     return item.start < target.hva + target.size and target.hva < item.start + item.size
-
-
-def _leaves(stage2: Stage2 | None) -> Leaves | None:
-    if stage2 is None:
-        return None
-    return Leaves(stage2.pages_4k, stage2.pages_2m, stage2.pages_1g)

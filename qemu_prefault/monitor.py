@@ -67,6 +67,7 @@ from .layout import (
     parse_numa,
     parse_ramblocks,
 )
+from .report import Stage2
 
 #: A reply longer than this ends the connection. ``info mtree -f`` of a guest with hundreds of
 #: vCPUs and devices stays below 1 MiB; asyncio buffers at most twice the limit.
@@ -925,20 +926,6 @@ def _member(answer: object | None, key: str, what: str) -> str | None:
 
 def _str_or_none(value: object) -> str | None:
     return value if isinstance(value, str) else None
-
-
-@dataclass(frozen=True, slots=True)
-class Stage2:
-    """Leaf entries in the guest's stage-2 tables, by page size: counts, not bytes."""
-
-    pages_4k: int
-    pages_2m: int
-    pages_1g: int
-
-    @property
-    def bytes(self) -> int:
-        """Guest memory these leaves map."""
-        return (self.pages_4k << 12) + (self.pages_2m << 21) + (self.pages_1g << 30)
 
 
 async def read_stage2(monitor: Monitor) -> Stage2 | None:

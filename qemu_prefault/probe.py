@@ -13,11 +13,11 @@ from typing import Any
 
 from . import kvm
 from .agents.attach import find_gadgets, open_memory
-from .engine import Engine, Session
 from .errors import ExitStatus, QemuPrefaultError
 from .plan import Policy, Populate
 from .process import Process
 from .report import SCHEMA
+from .session import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ async def probe(qmp: str | None, pid: int | None) -> Findings:
             name = "populate" if populate_only else "prefault"
             policy = Policy(Populate.AUTO, populate_only=populate_only)
             try:
-                report = await Engine(session, policy).run(dry_run=True)
+                report = await session.prefault(policy, dry_run=True)
             except QemuPrefaultError as error:
                 findings.append(Finding(name, "no", error.cause, error.remedy))
                 if not populate_only:

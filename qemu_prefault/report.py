@@ -41,8 +41,8 @@ class Bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Leaves:
-    """Leaf entries of the stage-2 tables, by page size."""
+class Stage2:
+    """Leaf entries in the guest's stage-2 tables, by page size: counts, not bytes."""
 
     pages_4k: int
     pages_2m: int
@@ -50,7 +50,18 @@ class Leaves:
 
     @property
     def bytes(self) -> int:
+        """Guest memory these leaves map."""
         return (self.pages_4k << 12) + (self.pages_2m << 21) + (self.pages_1g << 30)
+
+    def __str__(self) -> str:
+        return f"{self.pages_4k} x 4K + {self.pages_2m} x 2M + {self.pages_1g} x 1G"
+
+
+def stage2_json(stage2: Stage2 | None) -> dict[str, int] | None:
+    """``{"4k": …, "2m": …, "1g": …}``, or None where there are no counters."""
+    if stage2 is None:
+        return None
+    return {"4k": stage2.pages_4k, "2m": stage2.pages_2m, "1g": stage2.pages_1g}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +92,8 @@ class Report:
     pre_fault_memory: bool | None
     sections: tuple[SectionReport, ...]
     bytes: Bytes
-    before: Leaves | None
-    after: Leaves | None
+    before: Stage2 | None
+    after: Stage2 | None
     seconds: Seconds
     warnings: tuple[Caveat, ...] = field(default=())
     dry_run: bool = False
@@ -105,18 +116,12 @@ class Report:
             },
             "sections": [asdict(section) for section in self.sections],
             "bytes": asdict(self.bytes),
-            "stage2": {"before": _leaves(self.before), "after": _leaves(self.after)},
+            "stage2": {"before": stage2_json(self.before), "after": stage2_json(self.after)},
             "seconds": {name: round(value, 6) for name, value in asdict(self.seconds).items()},
             "warnings": [asdict(warning) for warning in self.warnings],
             "dry_run": self.dry_run,
             "exit": int(self.exit_status),
         }
-
-
-def _leaves(leaves: Leaves | None) -> dict[str, int] | None:
-    if leaves is None:
-        return None
-    return {"4k": leaves.pages_4k, "2m": leaves.pages_2m, "1g": leaves.pages_1g}
 
 
 def error_json(error: QemuPrefaultError) -> dict[str, Any]:
@@ -171,7 +176,7 @@ def lines(report: Report) -> Iterator[str]:
     yield from table(["section", "gpa", "size", "backing", "populated", "prefaulted", "note"], rows)
     if report.before is not None and report.after is not None:
         yield (
-            f"stage-2 leaves: {_mix(report.before)} -> {_mix(report.after)}"
+            f"stage-2 leaves: {report.before} -> {report.after}"
             f"  ({size(report.before.bytes)} -> {size(report.after.bytes)})"
         )
     seconds = report.seconds
@@ -188,7 +193,3 @@ def lines(report: Report) -> Iterator[str]:
         yield f"PARTIAL: {size(done.remaining)} of {size(done.requested)} are not accounted for"
     else:
         yield f"verified: all {size(done.requested)} requested"
-
-
-def _mix(leaves: Leaves) -> str:
-    return f"{leaves.pages_4k} x 4K + {leaves.pages_2m} x 2M + {leaves.pages_1g} x 1G"

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .engine import Session
 from .layout import huge_alignment
-from .monitor import Monitor, Stage2, read_stage2, read_vcpu_stats
+from .monitor import Monitor, read_stage2, read_vcpu_stats
 from .pagemap import Pagemap
 from .plan import HUGE
-from .report import SCHEMA, size, table
+from .report import SCHEMA, Stage2, size, stage2_json, table
+from .session import Session
 
 VCPU_COUNTERS = ("pf_taken", "pf_fixed", "pf_spurious", "exits")
 
@@ -52,7 +52,7 @@ class RamMap:
             "schema": SCHEMA,
             "qemu": {"pid": self.pid, "version": self.version, "status": self.status},
             "sections": [asdict(section) for section in self.sections],
-            "stage2": _leaves(self.stage2),
+            "stage2": stage2_json(self.stage2),
         }
 
     def lines(self) -> Iterator[str]:
@@ -74,11 +74,7 @@ class RamMap:
         headers = ["section", "gpa", "size", "hva", "backing", "node", "resident", "writable"]
         yield from table([*headers, "leaf", "skipped"], rows)
         if self.stage2 is not None:
-            stage2 = self.stage2
-            yield (
-                f"mapped in stage 2: {size(stage2.bytes)} ({stage2.pages_4k} x 4K + "
-                f"{stage2.pages_2m} x 2M + {stage2.pages_1g} x 1G)"
-            )
+            yield f"mapped in stage 2: {size(self.stage2.bytes)} ({self.stage2})"
 
 
 async def ram_map(qmp: str, pid: int | None = None) -> RamMap:
@@ -126,7 +122,7 @@ class Counters:
     vcpus: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, "stage2": _leaves(self.stage2), "vcpus": self.vcpus}
+        return {"schema": SCHEMA, "stage2": stage2_json(self.stage2), "vcpus": self.vcpus}
 
     def lines(self) -> Iterator[str]:
         stage2 = self.stage2
@@ -148,9 +144,3 @@ async def counters(monitor: Monitor) -> Counters:
         for name, value in stats.items():
             sums[name] = sums.get(name, 0) + value
     return Counters(await read_stage2(monitor), sums)
-
-
-def _leaves(stage2: Stage2 | None) -> dict[str, int] | None:
-    if stage2 is None:
-        return None
-    return {"4k": stage2.pages_4k, "2m": stage2.pages_2m, "1g": stage2.pages_1g}

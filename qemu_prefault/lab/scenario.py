@@ -28,8 +28,8 @@ from typing import Any, Final
 
 from qemu_prefault.agents import Kind, Range
 from qemu_prefault.agents.attach import AttachAgent
-from qemu_prefault.engine import Session
 from qemu_prefault.errors import FailedError, QemuPrefaultError, UnsupportedError
+from qemu_prefault.session import Session
 
 from .guest import Guest
 

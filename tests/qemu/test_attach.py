@@ -37,8 +37,9 @@ from tool import (
     wait_for,
 )
 
-from qemu_prefault.engine import Engine, Session
+from qemu_prefault.engine import Engine
 from qemu_prefault.plan import Policy
+from qemu_prefault.session import Session
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 KILLS = int(os.environ.get("QEMU_PREFAULT_KILLS", "100"))

@@ -16,10 +16,10 @@ from qemu_prefault.errors import ExitStatus, QemuPrefaultError
 from qemu_prefault.report import (
     Bytes,
     Caveat,
-    Leaves,
     Report,
     Seconds,
     SectionReport,
+    Stage2,
     error_json,
     lines,
     size,
@@ -41,8 +41,8 @@ DONE = Report(
     pre_fault_memory=True,
     sections=(RAM, PLUGGED),
     bytes=Bytes(383 * MIB, 10 * MIB, 383 * MIB, 0),
-    before=Leaves(0, 0, 0),
-    after=Leaves(512, 1, 0),
+    before=Stage2(0, 0, 0),
+    after=Stage2(512, 1, 0),
     seconds=Seconds(0.1, 0.25, 0.2500004, 1 / 3),
     warnings=(Caveat("firmware-ahead", "the guest's firmware has yet to run"),),
 )
@@ -252,4 +252,4 @@ def test_without_counters_the_text_says_nothing_of_them() -> None:
 
 
 def test_leaves_are_counted_by_their_size() -> None:
-    assert Leaves(1, 2, 3).bytes == 4096 + 2 * 2 * MIB + 3 * GIB
+    assert Stage2(1, 2, 3).bytes == 4096 + 2 * 2 * MIB + 3 * GIB
