@@ -52,10 +52,16 @@ MAIN_RAM_NAMES: Final = frozenset({"pc.ram", "microvm.ram"})
 BIOS_AREA: Final = 0xF0000
 
 
+_REMEDY_PEER: Final = "check that the socket is QEMU's own QMP monitor, then report this answer"
+
+
 class LayoutError(FailedError):
     """The monitor's description of guest memory could not be understood, or contradicts itself."""
 
     code = "layout"
+
+    def __init__(self, cause: str, remedy: str = _REMEDY_PEER) -> None:
+        super().__init__(cause, remedy)
 
 
 # --- JSON, checked by hand ---
@@ -121,7 +127,7 @@ def _wrong(value: object, what: str, wanted: str) -> LayoutError:
         shown = f"a number of {value.bit_length()} bits"  # str() refuses very long ones
     else:
         shown = _quote(value if isinstance(value, str) else str(value)[:80])
-    return LayoutError(f"{what} should be {wanted}, but is {shown}", _REMEDY_PEER)
+    return LayoutError(f"{what} should be {wanted}, but is {shown}")
 
 
 def _quote(text: str) -> str:
@@ -132,11 +138,8 @@ def _lines(text: str, what: str) -> Iterator[str]:
     """Split an answer into lines without their LF or CRLF; the longest QEMU prints is short."""
     for line in text.split("\n"):
         if len(line) > MAX_LINE:
-            raise LayoutError(f'"{what}" has a line of {len(line)} characters', _REMEDY_PEER)
+            raise LayoutError(f'"{what}" has a line of {len(line)} characters')
         yield line.rstrip("\r")
-
-
-_REMEDY_PEER: Final = "check that the socket is QEMU's own QMP monitor, then report this answer"
 
 
 # --- info mtree -f ---
@@ -189,8 +192,7 @@ def parse_mtree(text: str) -> tuple[FlatRange, ...]:
         index += 1
     if index == len(lines):
         raise LayoutError(
-            'the monitor\'s "info mtree -f" has no view of the address space "memory"',
-            _REMEDY_PEER,
+            'the monitor\'s "info mtree -f" has no view of the address space "memory"'
         )
     ranges: list[FlatRange] = []
     for line in lines[index + 1 :]:
@@ -203,9 +205,7 @@ def parse_mtree(text: str) -> tuple[FlatRange, ...]:
             raise _bad_line(line, "overlaps the range before it")
         ranges.append(found)
     if not ranges:
-        raise LayoutError(
-            'the monitor\'s "info mtree -f" shows an empty address space "memory"', _REMEDY_PEER
-        )
+        raise LayoutError('the monitor\'s "info mtree -f" shows an empty address space "memory"')
     return tuple(ranges)
 
 
@@ -234,7 +234,7 @@ def _parse_range(line: str) -> FlatRange:
 
 
 def _bad_line(line: str, why: str) -> LayoutError:
-    return LayoutError(f'in "info mtree -f" the line {_quote(line)} {why}', _REMEDY_PEER)
+    return LayoutError(f'in "info mtree -f" the line {_quote(line)} {why}')
 
 
 # --- info ramblock ---
@@ -272,12 +272,10 @@ def parse_ramblocks(text: str) -> tuple[RamBlock, ...]:
     while heading < len(lines) and not lines[heading].lstrip().startswith("Block Name"):
         heading += 1
     if heading == len(lines):
-        raise LayoutError('the monitor\'s "info ramblock" has no heading', _REMEDY_PEER)
+        raise LayoutError('the monitor\'s "info ramblock" has no heading')
     columns = re.split(r"\s{2,}", lines[heading].strip())
     if columns[:2] != ["Block Name", "PSize"] or not {"Used", "Total"} <= set(columns):
-        raise LayoutError(
-            f'"info ramblock" has unknown columns {_quote(lines[heading])}', _REMEDY_PEER
-        )
+        raise LayoutError(f'"info ramblock" has unknown columns {_quote(lines[heading])}')
     tail = columns[2:]
     blocks = []
     for line in lines[heading + 1 :]:
@@ -410,7 +408,7 @@ def _flag(entry: Mapping[str, object], key: str, what: str) -> bool | None:
 
 def _no_duplicates(names: Sequence[str], what: str) -> None:
     if len(set(names)) != len(names):
-        raise LayoutError(f"{what} lists the same name twice", _REMEDY_PEER)
+        raise LayoutError(f"{what} lists the same name twice")
 
 
 @dataclass(frozen=True, slots=True)
@@ -646,8 +644,7 @@ class _Join:
             block = self.blocks.get(memdev.id) or self.nameless.get(memdev.size)
         if block is not None and memdev is not None and item.offset + item.size > block.total:
             raise LayoutError(
-                f"{_quote(item.name)} at {item.start:#x} reaches beyond its RAM block",
-                _REMEDY_PEER,
+                f"{_quote(item.name)} at {item.start:#x} reaches beyond its RAM block"
             )
         return block
 
@@ -700,14 +697,12 @@ def _check_disjoint(sections: Sequence[Section]) -> None:
     for before, after in pairwise(by_hva):
         if before.hva + before.size > after.hva:
             raise LayoutError(
-                f"guest RAM at {before.gpa:#x} and at {after.gpa:#x} shares memory in QEMU",
-                _REMEDY_PEER,
+                f"guest RAM at {before.gpa:#x} and at {after.gpa:#x} shares memory in QEMU"
             )
     for section in sections:
         if section.hva % PAGE or section.hva + section.size >= MAX_HVA:
             raise LayoutError(
-                f"guest RAM at {section.gpa:#x} has the impossible host address {section.hva:#x}",
-                _REMEDY_PEER,
+                f"guest RAM at {section.gpa:#x} has the impossible host address {section.hva:#x}"
             )
 
 

@@ -398,7 +398,9 @@ async def _connect(address: str, deadline: float) -> socket.socket:
             return await _connect_tcp(target)
     except socket.gaierror as error:
         raise InputError(
-            f"unknown host in {address!r}: {error.strerror}", code="monitor"
+            f"unknown host in {address!r}: {error.strerror}",
+            "give PATH, unix:PATH or tcp:HOST:PORT",
+            code="monitor",
         ) from error
     except TimeoutError as error:
         raise MonitorError(f"{address} does not answer", "check host, port and firewall") from error

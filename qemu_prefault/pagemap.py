@@ -98,5 +98,6 @@ class Pagemap:
         if result < 0:
             self._process.check()
             raise FailedError(
-                f"QEMU's page map at {start:#x} could not be read: {os.strerror(-result)}"
+                f"QEMU's page map at {start:#x} could not be read: {os.strerror(-result)}",
+                "the memory layout may have changed meanwhile: try again",
             )

@@ -66,7 +66,9 @@ def _read(path: str, pid: int) -> str:
     except PermissionError as error:
         raise _denied(path) from error
     except OSError as error:
-        raise FailedError(f"cannot read {path}: {error.strerror}", code="proc") from error
+        raise FailedError(
+            f"cannot read {path}: {error.strerror}", "see whether /proc is mounted", code="proc"
+        ) from error
 
 
 def _read_optional(path: str) -> str | None:
@@ -79,7 +81,11 @@ def _read_optional(path: str) -> str | None:
 
 
 def _malformed(what: str, text: str) -> FailedError:
-    return FailedError(f"{what} has an unknown form: {text[:120]!r}", code="proc")
+    return FailedError(
+        f"{what} has an unknown form: {text[:120]!r}",
+        "report this with the kernel's version (uname -r)",
+        code="proc",
+    )
 
 
 # --- /proc/PID/status, stat, maps, cgroup ---
@@ -343,7 +349,10 @@ def parse_kvm_fds(links: Iterable[tuple[int, str]]) -> KvmFds:
             vcpus.setdefault(int(match[1]), number)
         elif target == "anon_inode:kvm-vm":
             if vm is not None:
-                raise UnsupportedError("the process runs more than one KVM guest")
+                raise UnsupportedError(
+                    "the process runs more than one KVM guest",
+                    "only a QEMU with one guest can be prefaulted from outside",
+                )
             vm = number
         elif target == "/dev/kvm" and kvm is None:
             kvm = number
@@ -590,7 +599,11 @@ def identify(peer_pid: int | None, given_pid: int | None, thread_ids: Sequence[i
                 code="pid-namespace",
             )
     if pid == os.getpid():
-        raise RefusedError("the QMP server claims to be this very process", code="proxy")
+        raise RefusedError(
+            "the QMP server claims to be this very process",
+            "use QEMU's own QMP socket, or give QEMU's --pid",
+            code="proxy",
+        )
     process = Process.find(pid)
     if thread_ids and set(thread_ids) <= thread_map(process).keys():
         return process

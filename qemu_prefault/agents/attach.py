@@ -555,7 +555,11 @@ def prepare_exit_slot(memory: int, maps: Sequence[procfs.Mapping], gadgets: Gadg
     """
     stack = next((m for m in maps if m.path == "[stack]"), None)
     if stack is None:
-        raise UnsupportedError("QEMU has no main stack in /proc/PID/maps", code="unknown-layout")
+        raise UnsupportedError(
+            "QEMU has no main stack in /proc/PID/maps",
+            "use the plugin agent, and report this",
+            code="unknown-layout",
+        )
     slot = stack.end - 8
     wanted = gadgets.exit_thread.to_bytes(8, "little")
     found = os.pread(memory, 8, slot)
