@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -183,6 +185,28 @@ def test_an_errors_code_can_be_named_where_it_is_raised() -> None:
         "remedy": "",
     }
     assert errors.RefusedError.code == "refused"  # the class is not changed by it
+
+
+def errors_without_remedy(path: Path) -> list[str]:
+    """Calls of the tree's classes that give a cause alone."""
+    ours = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, QemuPrefaultError)
+    } | {"MonitorBusyError", "GoneError"}
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ours:
+            given = len(node.args) + sum(keyword.arg == "remedy" for keyword in node.keywords)
+            if given < 2:
+                found.append(f"{path.name}:{node.lineno}")
+    return found
+
+
+def test_every_error_says_what_to_do_now() -> None:
+    package = Path(errors.__file__).parent
+    rooms = [*package.glob("*.py"), *(package / "agents").glob("*.py")]
+    assert [place for path in rooms for place in errors_without_remedy(path)] == []
 
 
 # --- for people ---

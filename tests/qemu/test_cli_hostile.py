@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Servers that are no QEMU, and a real QEMU behind a liar: what the command line makes of them.
+
+Always an exit status, a cause and a remedy, soon; never a traceback, never harm to a process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import StartQemu
+from tool import MIB, Result, Tool, Vm, leftovers, start_vm
+
+GREETING = (
+    b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 10}, "package": ""}, '
+    b'"capabilities": []}}\r\n'
+)
+Talk = Callable[[socket.socket], None]
+Lie = Callable[[str, dict[str, Any], Any], Any]
+"""(command, its arguments, the true answer) -> what is said instead."""
+
+
+@contextlib.contextmanager
+def serve(path: Path, talk: Talk) -> Iterator[str]:
+    """Hand one client after the other to `talk`, in a thread."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen(4)
+
+    def main() -> None:
+        with contextlib.suppress(OSError):  # the listener has been shut down
+            while True:
+                client = listener.accept()[0]
+                with client, contextlib.suppress(OSError):  # the client has left, as it should
+                    client.settimeout(20)
+                    talk(client)
+
+    thread = threading.Thread(target=main, daemon=True)
+    thread.start()
+    try:
+        yield str(path)
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def tool(*arguments: str) -> Result:
+    """Run it; tool.py asserts that no traceback and no internal error are shown."""
+    return Tool([*arguments, "--json"]).finish(20)
+
+
+# --- servers that are none ---
+
+
+def say(data: bytes, wait: bool = True) -> Talk:
+    def talk(client: socket.socket) -> None:
+        client.sendall(data)
+        while wait and client.recv(4096):
+            pass
+
+    return talk
+
+
+def never_greet(client: socket.socket) -> None:
+    assert client.recv(1) == b"", "something was sent before the greeting"
+
+
+def greet_for_ever(client: socket.socket) -> None:
+    client.sendall(b'{"QMP": "')
+    for _ in range(100):
+        client.sendall(b"x" * MIB)
+
+
+def answer_nothing_but_the_handshake(client: socket.socket) -> None:
+    client.sendall(GREETING)
+    request = json.loads(client.recv(65536).split(b"\n")[0])
+    client.sendall(json.dumps({"return": {}, "id": request.get("id")}).encode() + b"\n")
+    client.recv(65536)  # the first query: hang up on it
+
+
+SERVERS: dict[str, tuple[Talk, float]] = {
+    "never greets": (never_greet, 4),
+    "closes at once": (lambda client: None, 2),
+    "garbage": (say(bytes(range(256)) * 16), 2),
+    "a web server": (say(b"HTTP/1.1 400 Bad Request\r\n\r\n", wait=False), 2),
+    "a human monitor": (say(b"QEMU 10.0.0 monitor - type 'help'\r\n(qemu) "), 2),
+    "a greeting without end": (greet_for_ever, 10),
+    "JSON that is no greeting": (say(b'{"return": {}}\n'), 2),
+    "hangs up at the first query": (answer_nothing_but_the_handshake, 2),
+}
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_a_server_that_is_no_qemu_is_an_error_soon(tmp_path: Path, name: str) -> None:
+    talk, seconds = SERVERS[name]
+    with serve(tmp_path / "socket", talk) as path:
+        started = time.monotonic()
+        result = tool("--qmp", path)
+        took = time.monotonic() - started
+    assert result.status == 1, result.stderr
+    assert result.error["code"].startswith("monitor")
+    assert took < seconds + 1
+
+
+@pytest.mark.parametrize("command", ["map", "stats", "probe"])
+def test_the_other_commands_say_so_too(tmp_path: Path, command: str) -> None:
+    with serve(tmp_path / "socket", say(b"hello\n")) as path:
+        result = tool(command, "--qmp", path)
+    assert result.status == 1
+    assert result.error["code"].startswith("monitor")
+
+
+# --- a real QEMU behind a liar ---
+
+
+def requests_of(client: socket.socket) -> Iterator[dict[str, Any]]:
+    """QMP wants no line ends between requests, and qemu.qmp sends none."""
+    text = ""
+    while data := client.recv(65536):
+        text += data.decode()
+        while text.strip():
+            try:
+                request, end = json.JSONDecoder().raw_decode(text.lstrip())
+            except ValueError:
+                break
+            text = text.lstrip()[end:]
+            yield request
+
+
+def liar(real: str, lie: Lie) -> Talk:
+    """Pass everything on, but answers are what `lie` makes of them."""
+
+    def talk(client: socket.socket) -> None:
+        with socket.socket(socket.AF_UNIX) as upstream:
+            upstream.connect(real)
+            requests: dict[str, dict[str, Any]] = {}
+
+            def downwards() -> None:
+                with contextlib.suppress(OSError):
+                    for line in upstream.makefile("rb"):
+                        message = json.loads(line)
+                        request = requests.get(message.get("id", ""))
+                        if request is not None and "return" in message:
+                            told = lie(
+                                request["execute"], request.get("arguments", {}), message["return"]
+                            )
+                            if isinstance(told, Error):
+                                error = {"class": "GenericError", "desc": str(told)}
+                                message = {"error": error, "id": message["id"]}
+                            else:
+                                message["return"] = told
+                        client.sendall(json.dumps(message).encode() + b"\n")
+
+            reader = threading.Thread(target=downwards, daemon=True)
+            reader.start()
+            with contextlib.suppress(OSError):
+                for request in requests_of(client):
+                    requests[request.get("id", "")] = request
+                    upstream.sendall(json.dumps(request).encode() + b"\n")
+            upstream.shutdown(socket.SHUT_RDWR)
+            reader.join(20)
+
+    return talk
+
+
+class Error(str):
+    """An answer that is QEMU's refusal, with these words."""
+
+
+@pytest.fixture
+def vm(start_qemu: StartQemu, tmp_path: Path) -> Vm:
+    return start_vm(start_qemu, tmp_path, "-m", "64M", "-smp", "2")
+
+
+@pytest.fixture
+def through(vm: Vm, tmp_path: Path) -> Callable[..., Result]:
+    """Runs the tool on the QEMU as the liar presents it; the QEMU must not mind."""
+
+    def run(lie: Lie, *arguments: str, pid: bool = True) -> Result:
+        with serve(tmp_path / "liar", liar(vm.qemu.qmp, lie)) as path:
+            known = ["--pid", str(vm.pid)] if pid else []
+            command = [arguments[0]] if arguments[:1] in (("map",), ("probe",)) else []
+            rest = arguments[len(command) :] or (() if command else ("--populate-only",))
+            result = tool(*command, "--qmp", path, *known, *rest)
+        (tmp_path / "liar").unlink()
+        assert "did not finish the QMP greeting" not in result.stderr, "the liar is broken"
+        assert vm.qmp.status() == "prelaunch"
+        assert leftovers(vm.pid) == []
+        return result
+
+    return run
+
+
+Through = Callable[..., Result]
+
+
+def honest(command: str, arguments: dict[str, Any], answer: Any) -> Any:
+    return answer
+
+
+def instead(wanted: str, change: Callable[[Any], Any]) -> Lie:
+    """Lie about one command only; the human monitor's are named by their line."""
+
+    def lie(command: str, arguments: dict[str, Any], answer: Any) -> Any:
+        name = arguments.get("command-line", command)
+        return change(answer) if name.startswith(wanted) else answer
+
+    return lie
+
+
+def test_a_proxy_is_refused_unless_the_pid_is_given(through: Through, vm: Vm) -> None:
+    result = through(honest, pid=False)
+    assert result.status == 5
+    assert result.error["code"] == "proxy"
+    assert "--pid" in result.error["remedy"]
+    assert through(honest).status == 0
+
+
+def threads_of(pid: int) -> list[int]:
+    return sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
+
+
+def with_threads(threads: list[int]) -> Lie:
+    def change(cpus: Any) -> Any:
+        return [cpu | {"thread-id": tid} for cpu, tid in zip(cpus, threads * 2, strict=False)]
+
+    return instead("query-cpus-fast", change)
+
+
+FOREIGN: dict[str, Callable[[], list[int]]] = {
+    "of init": lambda: [1],
+    "of ours": lambda: [os.getpid()],
+    "of the kernel": lambda: [2],
+    "of nobody": lambda: [4_000_000],
+}
+
+
+@pytest.mark.parametrize(
+    ("whose", "pid"),
+    [
+        *((whose, True) for whose in FOREIGN),
+        # Naming its own, a server would be taken at its word, and harm nobody but itself.
+        *((whose, False) for whose in FOREIGN if whose != "of ours"),
+    ],
+)
+def test_threads_that_are_not_qemus_are_never_touched(
+    through: Through, whose: str, pid: bool
+) -> None:
+    """A server could have root inject into any process, if its word were taken."""
+    foreign = FOREIGN[whose]()
+    result = through(with_threads(foreign), pid=pid)
+    assert result.status in (4, 5), result.stderr
+    assert result.error["code"] in ("proxy", "pid-namespace")
+    assert leftovers(os.getpid()) == []
+
+
+def test_a_pid_that_is_not_qemus_is_refused(vm: Vm) -> None:
+    for pid in (1, os.getpid()):
+        result = tool("--qmp", vm.qemu.qmp, "--pid", str(pid), "--populate-only")
+        assert result.status in (4, 5)
+        assert result.error["code"] == "proxy"
+
+
+def test_the_main_thread_named_as_a_vcpu_survives_it(through: Through, vm: Vm) -> None:
+    """It sits in ppoll() rather than in a futex; it is one of QEMU's own all the same."""
+    through(with_threads([vm.pid]))
+    assert vm.qmp.execute("query-version")
+
+
+@pytest.mark.parametrize("names", [[], [{}], "x", None, {"a": 1}, [{"cpu-index": -1}]])
+def test_vcpus_that_make_no_sense(through: Through, names: Any) -> None:
+    result = through(instead("query-cpus-fast", lambda cpus: names))
+    assert result.status == 1, result.stderr
+
+
+def move_ram(target: int) -> Lie:
+    """All of guest RAM is said to be at another address in QEMU."""
+
+    def lie(command: str, arguments: dict[str, Any], answer: Any) -> Any:
+        line = arguments.get("command-line", "")
+        if line.startswith("gpa2hva"):
+            where = target + int(line.split()[1], 16)
+            return re.sub(r"is 0x[0-9a-f]+", f"is {where:#x}", answer)
+        if line == "info ramblock":  # QEMU 8.1 and later tell the address here as well
+            return "\n".join(
+                re.sub(r"0x[0-9a-f]{12,}\s+(?=r[wo])", f"{target:#018x} ", row)
+                if " pc.ram " in f" {row.strip()} "
+                else row
+                for row in answer.split("\n")
+            )
+        return answer
+
+    return lie
+
+
+def mapping(pid: int, pattern: str) -> int:
+    """Start of the first mapping of the process whose line in maps matches."""
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        if re.search(pattern, line):
+            return int(line.split("-")[0], 16)
+    raise AssertionError(f"nothing mapped matches {pattern}")
+
+
+ELSEWHERE: dict[str, Callable[[int], int]] = {
+    "nowhere": lambda pid: 0x1234_5000,
+    "the heap": lambda pid: mapping(pid, r"\[heap\]"),
+    "QEMU's text": lambda pid: mapping(pid, r"r-xp .*qemu-system"),
+    "read-only data of libc": lambda pid: mapping(pid, r"r--p .*libc\.so"),
+    "the main stack": lambda pid: mapping(pid, r"\[stack\]"),
+    "the vDSO": lambda pid: mapping(pid, r"\[vdso\]"),
+    "the end of user space": lambda pid: 0x7FFF_FFFF_F000 - 64 * MIB,
+    "beyond user space": lambda pid: 0xFFFF_8000_0000_0000,
+    "an odd address": lambda pid: 0x7000_0000_0001,
+}
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
+@pytest.mark.parametrize("command", ["run", "map"])
+def test_ram_that_is_said_to_be_elsewhere(
+    through: Through, vm: Vm, where: str, command: str
+) -> None:
+    lie = move_ram(ELSEWHERE[where](vm.pid))
+    result = through(lie, *([] if command == "run" else ["map"]))
+    assert result.status == 1, (result.stdout, result.stderr)
+    assert vm.qmp.execute("query-version")
+    vm.qmp.execute("cont")
+    assert vm.qmp.status() == "running"
+    vm.qmp.execute("stop")
+    vm.qmp.execute("system_reset")  # back to where `through` left it
+    assert "paused" in vm.qmp.status() or vm.qmp.status() == "prelaunch"
+
+
+@pytest.mark.parametrize("where", ["the heap", "QEMU's text"])
+def test_a_little_ram_that_is_said_to_be_elsewhere(through: Through, vm: Vm, where: str) -> None:
+    """So little that something is mapped for all of it: populating changes no byte of that."""
+    target = ELSEWHERE[where](vm.pid)
+
+    def lie(command: str, arguments: dict[str, Any], answer: Any) -> Any:
+        line = arguments.get("command-line", "")
+        if line.startswith("gpa2hva") and int(line.split()[1], 16) < MIB:
+            return move_ram(target)(command, arguments, answer)
+        return answer
+
+    result = through(lie)
+    assert result.status in (0, 1, 3), result.stderr
+    vm.qmp.execute("cont")
+    assert vm.qmp.status() == "running"
+    assert vm.qmp.execute("query-memory-size-summary")["base-memory"] == 64 * MIB
+
+
+def test_ram_larger_than_it_is(through: Through) -> None:
+    """A range that goes on behind the mapping."""
+    result = through(
+        instead("info mtree", lambda text: text.replace("0000000003ffffff", "0000000043ffffff"))
+    )
+    assert result.status == 1, result.stderr
+    assert result.error["cause"]
+
+
+STRANGE: dict[str, tuple[str, Any]] = {
+    "a state that is a number": ("query-status", {"status": 7, "running": True}),
+    "no state": ("query-status", {}),
+    "no answer": ("query-kvm", None),
+    "a memory map that is empty": ("info mtree", ""),
+    "a memory map of noise": ("info mtree", "\x00\x1b[2J" * 1000),
+    "no RAM blocks": ("info ramblock", ""),
+    "backends of another type": ("query-memdev", 7),
+    "a device nobody knows": ("query-memory-devices", [{"type": "wormhole", "data": {}}]),
+    "a balloon larger than the world": ("query-balloon", {"actual": 1 << 80}),
+    "a migration that is a list": ("query-migrate", []),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_answers_of_another_shape(through: Through, name: str) -> None:
+    command, answer = STRANGE[name]
+
+    def lie(asked: str, arguments: dict[str, Any], truth: Any) -> Any:
+        return answer if arguments.get("command-line", asked).startswith(command) else truth
+
+    result = through(lie)
+    assert result.status == 1 or name == "a balloon larger than the world", result.stdout
+
+
+@pytest.mark.parametrize("command", ["query-status", "query-cpus-fast", "human-monitor-command"])
+def test_a_refusal_of_qemu_is_passed_on_without_its_escape_sequences(
+    through: Through, command: str
+) -> None:
+    words = Error("\x1b]0;owned\x07\x1b[2Jno\nnever")
+    result = through(lambda asked, arguments, truth: words if asked == command else truth)
+    assert result.status == 1
+    assert "\x1b" not in result.stderr + result.stdout
+    assert "never" in result.stderr
+
+
+def test_names_with_escape_sequences_do_not_reach_the_terminal(vm: Vm, tmp_path: Path) -> None:
+    def lie(command: str, arguments: dict[str, Any], answer: Any) -> Any:
+        text = json.dumps(answer).replace("pc.ram", "p\\u001b[7mm")
+        return json.loads(text)
+
+    with serve(tmp_path / "liar", liar(vm.qemu.qmp, lie)) as path:
+        result = Tool(["map", "--qmp", path, "--pid", str(vm.pid)]).finish(20)
+    assert result.status == 0, result.stderr
+    assert "\x1b" not in result.stdout
+    assert r"p\x1b[7mm" in result.stdout
