@@ -134,6 +134,7 @@ class Printer:
         now = time.monotonic()
         if phase != self._phase:
             self._phase, self._started, self._base = phase, now, done
+            self._shown = now  # there is no rate yet
         if now - self._shown < (0.1 if self._live else 1.0):
             return
         self._shown = now
