@@ -178,12 +178,12 @@ def punch(fd: int, size: int) -> None:
 def test_killed_at_random_moments_the_tool_leaves_running_guests_alone(
     vm_of: StartVm, accel: str
 ) -> None:
-    """Several guests in turn, so that one is cleaned up while the others are used.
+    """Two guests in turn, so that one is cleaned up while the other is used.
 
     Half of the moments lie anywhere in a run, half in the time when helpers are there.
     """
-    spare, several = 32 * MIB, 3
-    arguments = ["-M", "pc", "-m", "32M,slots=1,maxmem=1G", "-smp", "2"]
+    spare, several = 16 * MIB, 2
+    arguments = ["-M", "pc", "-m", "16M,slots=1,maxmem=1G", "-smp", "2"]
     arguments += ["-object", f"memory-backend-memfd,id=spare,size={spare},share=on"]
     arguments += ["-device", "pc-dimm,memdev=spare"]
     guests = [vm_of(*arguments, accel=accel, paused=False) for _ in range(several)]
