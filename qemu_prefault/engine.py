@@ -465,7 +465,7 @@ class Engine:
         """MIGRATION events come only if the capability is set, so ask."""
         monitor = self.session.monitor
         while True:
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(1)
             answer = await monitor.execute("query-migrate")
             status = answer.get("status") if isinstance(answer, dict) else None
             if status is not None and status not in ("none", "completed", "failed", "cancelled"):

@@ -33,7 +33,7 @@ PAGE = 4096
 HELPER_NAME = "qemu-prefault"
 """The helper threads' name, as ``ps -L`` and ``/proc/PID/task/TID/comm`` show it."""
 
-POLL_SHORTEST, POLL_LONGEST, REPORT_INTERVAL = 0.0002, 0.05, 0.25  # seconds
+POLL_SHORTEST, POLL_LONGEST = 0.001, 0.25  # seconds
 STACK_BYTES = 32 << 10  # a signal frame with AMX state is 11 KiB
 AREAS_FROM, AREAS_TO = 0x1000_0000_0000, 0x5000_0000_0000
 # Low enough that the kernel's own top-down search never picks an address there.
@@ -355,7 +355,8 @@ class AttachAgent:
         waiting = set(batch)
         finished: dict[int, tuple[Outcome, ...]] = {}
         started, ended = [], []
-        begun = reported = time.monotonic()
+        total = sum(item.size for ranges in batch.values() for item in ranges)
+        begun = time.monotonic()
         while waiting:
             for index in tuple(waiting):
                 helper = self._helpers[index]
@@ -366,16 +367,13 @@ class AttachAgent:
                 started.append(header.batch_started_ns)
                 ended.append(header.batch_finished_ns)
                 waiting.discard(index)
-            if not waiting:
-                break
-            now = time.monotonic()
-            if now - reported > REPORT_INTERVAL:
-                reported = now
-                on_progress(self._done(batch, finished))
-            # We may share a CPU with the helpers: look often at first, then ever less, so
-            # that neither the looking nor the last wait is more than an eighth of the work.
-            await asyncio.sleep(min(max((now - begun) / 8, POLL_SHORTEST), POLL_LONGEST))
-        on_progress(self._done(batch, finished))
+            done = self._done(batch, finished)
+            on_progress(done)
+            if waiting:
+                # We may share a CPU with the helpers: look again when they are about done.
+                elapsed = time.monotonic() - begun
+                left = elapsed * (total - done) / done if done else elapsed / 2
+                await asyncio.sleep(min(max(left * 0.9, POLL_SHORTEST), POLL_LONGEST))
         seconds = (max(ended) - min(started)) / 1e9 if ended else 0.0
         return BatchResult(finished, seconds)
 
