@@ -14,7 +14,7 @@ from typing import Any
 from qemu_prefault.lab.guest import Guest
 from qemu_prefault.lab.scenario import NOTHING, TOOL, Case, measure, small_pages
 
-ROUNDS = 5
+ROUNDS, PAIRS = 5, 9
 LOOP_MIB, CHUNK_MIB = 1024, 32
 
 
@@ -56,7 +56,7 @@ def against_the_loop(program: str) -> list[dict[str, float]]:
             text=True,
         )
     assert loop.stdin and loop.stdout
-    for number in range(ROUNDS):
+    for number in range(PAIRS):
         with small_pages():
             guest = Guest(machine="microvm", memory_mib=LOOP_MIB, paused=True)
         with guest:
