@@ -319,6 +319,8 @@ def cli(  # noqa: PLR0917
     qmp = required_qmp(qmp)
     if chunk is not None and (chunk < 4096 or chunk % 4096):
         raise click.UsageError("--chunk is a multiple of 4096 bytes")
+    if max_bytes is not None and max_bytes < 4096:
+        raise click.UsageError("--max-bytes is at least one page, 4096 bytes")
     from .plan import Policy, Populate  # noqa: PLC0415
 
     policy = Policy(Populate(populate), ranges, max_bytes, vcpus or (), populate_only, force, chunk)

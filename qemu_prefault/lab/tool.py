@@ -76,6 +76,8 @@ class Tool:
             sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
             sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
             sys.argv = ["qemu-prefault", *arguments]
+            # Whoever started us in the background made us, and all we fork, ignore it.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             faulthandler.register(signal.SIGUSR2, file=2)
             main()
         except SystemExit as exit_:

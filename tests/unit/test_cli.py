@@ -185,6 +185,7 @@ USAGE = {
     "bad vCPUs": (["--vcpus", "3-1"], "0,2-3"),
     "a chunk that is no page": (["--chunk", "5000"], "multiple of 4096"),
     "a chunk of nothing": (["--chunk", "0"], "multiple of 4096"),
+    "a budget below a page": (["--max-bytes", "1K"], "at least one page"),
     "an unknown policy": (["--populate", "some"], "resident"),
     "an agent there is not": (["--agent", "telepathy"], "attach"),
     "a pid of zero": (["--pid", "0"], "x>=1"),
