@@ -59,7 +59,9 @@ class Tool:
     time under emulation.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], uid: int | None = None) -> None:
+        """``uid``: become this user first, who need not be able to read our Python."""
+        self._uid = uid
         self._files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         self.status: int | None = None
         self.pid = os.fork()
@@ -76,6 +78,10 @@ class Tool:
             sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
             sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
             sys.argv = ["qemu-prefault", *arguments]
+            if self._uid is not None:
+                os.setgroups([])
+                os.setresgid(self._uid, self._uid, self._uid)
+                os.setresuid(self._uid, self._uid, self._uid)
             # Whoever started us in the background made us, and all we fork, ignore it.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             faulthandler.register(signal.SIGUSR2, file=2)
