@@ -121,6 +121,7 @@ class Result:
     skipped: int = 0
     seconds: float = 0.0
     note: str = ""
+    failures: list[str] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
 
     def judge(self, status: int, junit: Path) -> None:
@@ -132,6 +133,7 @@ class Result:
                 self.failed += failures + errors
                 self.skipped += skipped
                 self.passed += tests - failures - errors - skipped
+                self.failures += failed_cases(suite)
             if status and not self.failed:
                 self.failed, self.note = 1, f"ended with status {status}"
         elif status:
@@ -140,6 +142,16 @@ class Result:
             self.failed, self.note = 1, "left no results"
         else:
             self.passed = 1
+
+
+def failed_cases(suite: ElementTree.Element) -> list[str]:
+    """Name and first line of the reason of each test that failed."""
+    found = []
+    for case in suite.iter("testcase"):
+        for problem in (*case.iter("failure"), *case.iter("error")):
+            reason = problem.get("message", "").partition("\n")[0]
+            found.append(f"{case.get('classname')}::{case.get('name')}: {reason}")
+    return found
 
 
 _printing = threading.Lock()
@@ -233,6 +245,9 @@ def main() -> int:
             f"{result.suite.name:14} {result.passed:7} {result.failed:7} {result.skipped:8} "
             f"{result.seconds:9.1f}  {result.note}".rstrip()
         )
+    for result in results.values():
+        for failure in result.failures:
+            print(f"FAILED {result.suite.name}: {failure}")
     passed, failed, skipped = (
         sum(getattr(result, key) for result in results.values())
         for key in ("passed", "failed", "skipped")
