@@ -127,10 +127,10 @@ class Engine:
                 agent.abort()
                 await agent.close()
         if self.policy.populate_only:
-            if self.cont:
+            if self.cont and self._interrupted is None:
                 await session.monitor.execute("cont")
         elif self._interrupted is None:
-            await self._verify()
+            self._verify()
 
     async def _prefault_until_stable(
         self, agent: Agent, targets: tuple[Target, ...], pagemap: Pagemap
@@ -396,7 +396,8 @@ class Engine:
 
         async def resume() -> None:
             nonlocal stopped_at
-            if was_running or self.cont:
+            # An interrupted run leaves the guest to whoever interrupted it.
+            if was_running or (self.cont and self._interrupted is None):
                 await monitor.execute("cont")
             if stopped_at:
                 self._paused_seconds += time.monotonic() - stopped_at
@@ -487,7 +488,7 @@ class Engine:
 
     # -- what it came to ---------------------------------------------------------------
 
-    async def _verify(self) -> None:
+    def _verify(self) -> None:
         """Believe counters: the tables must hold what the ioctl said it mapped."""
         if self._after is None:
             self._caveats["no-counters"] = (

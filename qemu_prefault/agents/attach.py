@@ -27,7 +27,7 @@ from typing import Any
 from .. import process as procfs
 from .._native import ffi, lib
 from ..errors import AgentError, FailedError, RefusedError, UnsupportedError
-from . import BatchResult, Kind, Outcome, Range, Worker
+from . import BatchResult, Outcome, Range, Worker
 
 PAGE = 4096
 HELPER_NAME = "qemu-prefault"
@@ -589,7 +589,6 @@ def free_areas(maps: Sequence[procfs.Mapping], count: int, size: int) -> tuple[i
 __all__ = [
     "HELPER_NAME",
     "AttachAgent",
-    "Kind",
     "Limits",
     "VcpuThread",
     "find_gadgets",

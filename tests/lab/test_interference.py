@@ -18,9 +18,9 @@ from qemu_prefault.lab.tool import Result, Tool, leftovers, wait_clean
 SLOWLY = ("--chunk", "4096")
 
 
-def start_and_meet(guest: Guest, pages: int = 2000) -> Tool:
+def start_and_meet(guest: Guest, *options: str, pages: int = 2000) -> Tool:
     """Start a slow run; return when it has prefaulted some pages and goes on."""
-    process = start_tool(guest, *SLOWLY)
+    process = start_tool(guest, *SLOWLY, *options)
     deadline = time.monotonic() + 60
     while guest.stats()["pages_4k"] < pages:
         assert process.running(), process.finish()
@@ -78,14 +78,17 @@ def test_qemu_killed(restored):
     assert result.error["code"] in ("qemu-gone", "monitor-closed")
 
 
-def test_migration_started(restored, tmp_path):
+@pytest.mark.parametrize("options", [(), ("--cont",)], ids=["plain", "cont"])
+def test_migration_started(restored, tmp_path, options):
+    """A guest that was found paused stays so: it is not ours to start under a migration."""
     guest = restored()
-    process = start_and_meet(guest)
+    process = start_and_meet(guest, *options)
     guest.qmp("migrate-set-parameters", max_bandwidth=1 << 16)
     guest.qmp("migrate", uri=f"exec:cat >'{tmp_path / 'out'}'")
     result = process.finish()
     check_clear_end(result, 5)
     assert result.error["code"] == "migration"
+    assert not guest.qmp("query-status")["running"]
     guest.qmp("migrate_cancel")
     guest.wait_event("MIGRATION")
 
