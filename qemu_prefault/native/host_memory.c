@@ -27,7 +27,7 @@ struct intervals {
 };
 
 static struct intervals mappings; /* with something to know about them */
-static struct intervals populated;
+static struct intervals marks[2];
 
 enum { CGROUP_LEVELS = 16 };
 
@@ -78,7 +78,8 @@ void memory_mapped(uint64_t start, uint64_t size, int fd, int flags)
 	struct statfs filesystem;
 
 	intervals_cut(&mappings, item.start, item.end);
-	intervals_cut(&populated, item.start, item.end);
+	intervals_cut(&marks[MEMORY_POPULATED], item.start, item.end);
+	intervals_cut(&marks[MEMORY_PREFAULTED], item.start, item.end);
 	if (flags & MAP_NORESERVE)
 		item.facts |= MEMORY_OVERCOMMIT;
 	if (fd >= 0 && !fstat(fd, &status) && !fstatfs(fd, &filesystem)) {
@@ -128,30 +129,33 @@ unsigned int memory_facts(uint64_t start, uint64_t size)
 	return facts;
 }
 
-void memory_set_populated(uint64_t start, uint64_t size)
+void memory_set_mark(enum memory_mark mark, uint64_t start, uint64_t size)
 {
+	struct intervals *marked = &marks[mark];
 	uint64_t end = start + size;
 
-	for (size_t i = 0; i < populated.count; i++) {
-		struct interval *item = &populated.items[i];
+	for (size_t i = 0; i < marked->count; i++) {
+		struct interval *item = &marked->items[i];
 
 		if (item->start <= end && start <= item->end) {
 			start = start < item->start ? start : item->start;
 			end = end > item->end ? end : item->end;
 		}
 	}
-	intervals_cut(&populated, start, end);
-	intervals_add(&populated, (struct interval){ .start = start, .end = end });
+	intervals_cut(marked, start, end);
+	intervals_add(marked, (struct interval){ .start = start, .end = end });
 }
 
-bool memory_unpopulated(uint64_t start, uint64_t size, uint64_t *from, uint64_t *length)
+bool memory_unmarked(enum memory_mark mark, uint64_t start, uint64_t size, uint64_t *from,
+		     uint64_t *length)
 {
+	const struct intervals *marked = &marks[mark];
 	uint64_t end = start + size;
 
 	for (bool moved = true; moved;) { /* past everything that covers start */
 		moved = false;
-		for (size_t i = 0; i < populated.count; i++) {
-			struct interval *item = &populated.items[i];
+		for (size_t i = 0; i < marked->count; i++) {
+			const struct interval *item = &marked->items[i];
 
 			if (item->start <= start && start < item->end) {
 				start = item->end;
@@ -161,9 +165,9 @@ bool memory_unpopulated(uint64_t start, uint64_t size, uint64_t *from, uint64_t 
 	}
 	if (start >= end)
 		return false;
-	for (size_t i = 0; i < populated.count; i++)
-		if (start < populated.items[i].start && populated.items[i].start < end)
-			end = populated.items[i].start;
+	for (size_t i = 0; i < marked->count; i++)
+		if (start < marked->items[i].start && marked->items[i].start < end)
+			end = marked->items[i].start;
 	*from = start;
 	*length = end - start;
 	return true;

@@ -36,9 +36,12 @@ bool memory_file_discarded(int fd);
 /* Facts that hold for any part of [start, start + size). */
 unsigned int memory_facts(uint64_t start, uint64_t size);
 
-void memory_set_populated(uint64_t start, uint64_t size);
-/* The first part of [start, start + size) that is not populated yet; false: all of it is. */
-bool memory_unpopulated(uint64_t start, uint64_t size, uint64_t *from, uint64_t *length);
+/* What was done to a range of it at least once. */
+enum memory_mark { MEMORY_POPULATED, MEMORY_PREFAULTED };
+void memory_set_mark(enum memory_mark mark, uint64_t start, uint64_t size);
+/* The first part of [start, start + size) that has no such mark; false: all of it has. */
+bool memory_unmarked(enum memory_mark mark, uint64_t start, uint64_t size, uint64_t *from,
+		     uint64_t *length);
 
 /* Bytes of [start, start + size) that are present. */
 uint64_t memory_present(uint64_t start, uint64_t size);

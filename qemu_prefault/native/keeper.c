@@ -36,11 +36,16 @@ enum {
 #define GIB(n) ((uint64_t)(n) << 30)
 #define MS(n) ((uint64_t)(n) * 1000000)
 #define CHUNK MIB(8) /* between two looks at whether somebody wants the vCPU */
-#define ENDS MIB(2)  /* of low RAM: what firmware lives in */
+/*
+ * What firmware touches of low RAM: the beginning, and as SeaBIOS does (src/malloc.c) the
+ * last 16 MiB and what is just below.
+ */
+#define HEAD MIB(2)
+#define TAIL MIB(18)
 #define QUIET MS(1000) /* no slot changed for so long: firmware is not at it */
 #define SLICE MS(2)  /* work at one go when the guest has waited long enough */
 #define SLICE_EVERY MS(10)
-#define STUCK MS(2000)
+#define STUCK MS(500) /* in the ioctl without mapping a page */
 
 enum slot_state { SLOT_SKIPPED, SLOT_HELD, SLOT_KEPT };
 
@@ -61,7 +66,6 @@ struct piece {
 	bool populate, stage2;
 	bool resident; /* only pages that are there */
 	bool deferred; /* until firmware is done with its slots */
-	bool again;    /* was prefaulted before */
 };
 
 struct vcpu {
@@ -71,7 +75,7 @@ struct vcpu {
 	struct kvm_run *run;
 	atomic_bool in_guest;
 	bool fresh;	    /* has no root yet: nothing that could be stale */
-	bool first_run_done;
+	bool started; /* was let into the guest */
 	uint64_t zaps_seen; /* when it last came back from the guest */
 	atomic_uint_least64_t busy_since; /* its thread is in a system call for us; 0: not */
 	bool stuck;
@@ -112,7 +116,8 @@ static size_t piece_count, piece_room;
 static atomic_bool work;	/* some piece is ready to be taken: see before_run() */
 static atomic_int changing;	/* a slot is being changed: stay out of the ioctl */
 static int in_flight;		/* vCPUs in a system call for us */
-static bool guest_started;
+static bool guest_started; /* it was let run; some vCPU may still be on its way: */
+static bool guest_entered;
 static atomic_uint_least64_t zaps; /* of everything, by KVM */
 static uint64_t held_since;	/* the guest waits for us */
 static uint64_t slot_changed_at;
@@ -272,16 +277,6 @@ static const char *held_reason(void)
 	return userfaults > 0 ? "postcopy" : NULL;
 }
 
-/* Whether anything can be taken now. The lock is held; vCPUs look at it without. */
-static void update_work(void)
-{
-	bool found = false;
-
-	for (size_t i = 0; i < piece_count && !found; i++)
-		found = !pieces[i].deferred;
-	atomic_store(&work, found && capable && !held_reason());
-}
-
 /*
  * How far pc's and q35's firmware is with low RAM. It copies itself below 1 MiB, for which
  * QEMU deletes and re-creates the slot of low RAM three times (PAM, hw/pci-host/pam.c).
@@ -303,10 +298,23 @@ static bool firmware_at_work(void)
 	return bios->gpa + bios->size > MIB(1);
 }
 
-/* Low RAM's slot goes again while firmware is at work; with the quirk, all tables do. */
+/* Whether anything can be taken now. The lock is held; vCPUs look at it without. */
+static void update_work(void)
+{
+	bool found = false;
+
+	for (size_t i = 0; i < piece_count && !found; i++)
+		found = !pieces[i].deferred || !firmware_at_work();
+	atomic_store(&work, found && capable && !held_reason());
+}
+
+/*
+ * Low RAM's slot goes again while firmware is at work; with the quirk, all tables do.
+ * Whether it is, shows when QEMU has made all its changes: see before_run().
+ */
 static bool to_be_deferred(const struct slot *slot)
 {
-	return (quirk != QUIRK_DISABLED || slot->gpa < GIB(4)) && firmware_at_work();
+	return quirk != QUIRK_DISABLED || slot->gpa < GIB(4);
 }
 
 static bool may_populate(uint64_t hva, uint64_t size)
@@ -318,12 +326,12 @@ static bool may_populate(uint64_t hva, uint64_t size)
 }
 
 /* Queue the whole slot: its ends first, that is where firmware lives. */
-static void queue_slot(struct slot *slot, bool again)
+static void queue_slot(struct slot *slot)
 {
-	bool touch = may_populate(slot->hva, slot->size);
+	bool touch = !(slot->flags & KVM_MEM_READONLY) && may_populate(slot->hva, slot->size);
 	bool deferred = to_be_deferred(slot);
-	uint64_t low = slot->size < ENDS ? slot->size : ENDS;
-	uint64_t high = slot->size - low < ENDS ? slot->size - low : ENDS;
+	uint64_t low = slot->size < HEAD ? slot->size : HEAD;
+	uint64_t high = slot->size - low < TAIL ? slot->size - low : TAIL;
 	const uint64_t cuts[3][2] = { { 0, low },
 				      { slot->size - high, slot->size },
 				      { low, slot->size - high } };
@@ -334,9 +342,9 @@ static void queue_slot(struct slot *slot, bool again)
 	for (int i = 0; i < 3; i++) {
 		uint64_t at = cuts[i][0], end = cuts[i][1], from, length;
 		struct piece piece = { .slot = slot->id, .stage2 = true, .resident = !touch,
-				       .again = again, .deferred = deferred && i == 2 };
+				       .deferred = deferred && i == 2 };
 
-		while (touch && memory_unpopulated(slot->hva + at, end - at, &from, &length)) {
+		while (touch && memory_unmarked(MEMORY_POPULATED, slot->hva + at, end - at, &from, &length)) {
 			from -= slot->hva;
 			piece.gpa = slot->gpa + at, piece.hva = slot->hva + at;
 			piece.size = from - at;
@@ -368,8 +376,6 @@ static void classify(struct slot *slot)
 		slot->why = "this KVM cannot";
 	else if (slot->id >> 16)
 		slot->why = "SMM's address space";
-	else if (slot->flags & KVM_MEM_READONLY)
-		slot->why = "read-only";
 	else if (slot->flags & MEM_GUEST_MEMFD)
 		slot->why = "guest_memfd";
 	else if (slot->flags & KVM_MEM_LOG_DIRTY_PAGES) {
@@ -393,6 +399,7 @@ static void undefer(const char *why)
 	if (bytes) {
 		event("due", why, ",\"bytes\":%llu", (unsigned long long)bytes);
 		held_since = 0;
+		update_work();
 	}
 }
 
@@ -402,7 +409,7 @@ static void tables_dropped(void)
 	atomic_fetch_add(&zaps, 1);
 	for (size_t i = 0; i < slot_count; i++)
 		if (slots[i].state == SLOT_KEPT)
-			queue_slot(&slots[i], true);
+			queue_slot(&slots[i]);
 }
 
 static void slot_deleted(struct slot *slot)
@@ -432,7 +439,7 @@ static void slot_created(const struct kvm_userspace_memory_region *region)
 	event("slot-created", slot->why, ",\"gpa\":%llu,\"size\":%llu",
 	      (unsigned long long)slot->gpa, (unsigned long long)slot->size);
 	if (slot->state == SLOT_KEPT)
-		queue_slot(slot, guest_started);
+		queue_slot(slot);
 }
 
 static void slot_flags_changed(struct slot *slot, uint32_t flags)
@@ -450,7 +457,7 @@ static void slot_flags_changed(struct slot *slot, uint32_t flags)
 	if (slot->state == SLOT_KEPT) {
 		event("released", "dirty logging ended", ",\"gpa\":%llu,\"size\":%llu",
 		      (unsigned long long)slot->gpa, (unsigned long long)slot->size);
-		queue_slot(slot, true);
+		queue_slot(slot);
 	}
 }
 
@@ -496,7 +503,6 @@ long keeper_change_slot(int fd, unsigned long request, void *argument)
 	pthread_mutex_lock(&lock);
 	atomic_fetch_sub(&changing, 1);
 	if (!result && fd == vm_fd) {
-		bool was_at_work = firmware_at_work();
 		struct slot *slot = find_slot(region->slot);
 
 		slot_changed_at = prefault_now_ns();
@@ -511,8 +517,6 @@ long keeper_change_slot(int fd, unsigned long request, void *argument)
 			if (region->memory_size)
 				slot_created(region);
 		}
-		if (was_at_work && !firmware_at_work())
-			undefer("firmware has left low memory alone");
 		update_work();
 	}
 	pthread_cond_broadcast(&changed);
@@ -528,7 +532,7 @@ struct turn {
 	struct vcpu *vcpu;
 	uint64_t deadline; /* 0: none */
 	uint64_t populated, prefaulted; /* bytes */
-	bool again;
+	bool in_ioctl, again;
 };
 
 static int turn_goes_on(void *context)
@@ -540,11 +544,12 @@ static int turn_goes_on(void *context)
 	return !turn->deadline || prefault_now_ns() < turn->deadline;
 }
 
+/* Only the ioctl can fail to come back. */
 static void note_start(void *context)
 {
 	const struct turn *turn = context;
 
-	atomic_store(&turn->vcpu->busy_since, prefault_now_ns());
+	atomic_store(&turn->vcpu->busy_since, turn->in_ioctl ? prefault_now_ns() : 0);
 }
 
 /* Take up to a chunk of the first piece that may be done now. The lock is held. */
@@ -585,12 +590,13 @@ static void put_back(struct piece piece, uint64_t done)
 	update_work();
 }
 
-static void run_range(struct prefault_range *range, const struct turn *turn)
+static void run_range(struct prefault_range *range, struct turn *turn)
 {
 	const struct prefault_limits limits = { .chunk_bytes = CHUNK, .stuck_ns = STUCK };
-	const struct prefault_hooks hooks = { turn_goes_on, note_start, (void *)turn };
+	const struct prefault_hooks hooks = { turn_goes_on, note_start, turn };
 
-	if (turn_goes_on((void *)turn))
+	turn->in_ioctl = range->kind == PREFAULT_STAGE2;
+	if (turn_goes_on(turn))
 		prefault_run_range(range, turn->vcpu->fd, &limits, &hooks);
 	else
 		range->error = PREFAULT_ABORTED;
@@ -598,7 +604,7 @@ static void run_range(struct prefault_range *range, const struct turn *turn)
 
 /* Bytes of the piece that were mapped, *error as the ioctl's. Of a resident-only piece
  * what is absent counts as done. */
-static uint64_t run_stage2(const struct piece *piece, const struct turn *turn,
+static uint64_t run_stage2(const struct piece *piece, struct turn *turn,
 			   uint64_t *mapped, int *error)
 {
 	uint64_t at = 0;
@@ -652,15 +658,18 @@ static void run_chunk(struct piece piece, struct turn *turn)
 	in_flight--;
 
 	struct slot *slot = find_slot(piece.slot);
+	uint64_t from, length;
+	bool again = mapped && !memory_unmarked(MEMORY_PREFAULTED, piece.hva, done, &from, &length);
 
+	memory_set_mark(MEMORY_PREFAULTED, piece.hva, done);
 	turn->populated += populate.done;
 	turn->prefaulted += mapped;
-	turn->again |= piece.again;
+	turn->again |= again;
 	counters.populated += populate.done;
 	counters.populate_ns += populated_at - started;
 	counters.prefaulted += mapped;
 	counters.prefault_ns += ended - populated_at;
-	if (piece.again) {
+	if (again) {
 		counters.again += mapped;
 		counters.again_ns += ended - populated_at;
 	}
@@ -669,7 +678,7 @@ static void run_chunk(struct piece piece, struct turn *turn)
 	if (piece.populate) {
 		struct piece rest = piece;
 
-		memory_set_populated(piece.hva, populate.done);
+		memory_set_mark(MEMORY_POPULATED, piece.hva, populate.done);
 		rest.size = populate.size;
 		if (populate.error == PREFAULT_ABORTED) {
 			put_back(rest, populate.done);
@@ -685,7 +694,7 @@ static void run_chunk(struct piece piece, struct turn *turn)
 		return;
 	if (error == PREFAULT_ABORTED || error == PREFAULT_STUCK || error == EOPNOTSUPP) {
 		put_back(piece, done);
-		if (error == PREFAULT_ABORTED && !self->stuck)
+		if (error == PREFAULT_ABORTED && (done || ended - populated_at < STUCK))
 			return;
 		/* The vCPU is the matter: let it go through the guest, or let others do it. */
 		self->stuck = true;
@@ -765,7 +774,7 @@ static void check_headroom(void)
 	options.populate = POPULATE_RESIDENT;
 	for (size_t i = 0; i < slot_count; i++)
 		if (slots[i].state == SLOT_KEPT)
-			queue_slot(&slots[i], false);
+			queue_slot(&slots[i]);
 }
 
 static void start_guest(void)
@@ -775,12 +784,33 @@ static void start_guest(void)
 		decide_quirk();
 	for (size_t i = 0; i < slot_count; i++) /* facts may have come after the slots */
 		if (slots[i].state == SLOT_KEPT)
-			queue_slot(&slots[i], false);
+			queue_slot(&slots[i]);
 	if (options.keep && capable)
 		check_headroom();
 	slot_changed_at = prefault_now_ns();
 	update_work();
 	event("first-run", NULL, ",\"bytes\":%llu", (unsigned long long)pending_bytes());
+}
+
+/* What was done since the guest last ran, in one event; QEMU's kicks may have cut it in parts. */
+static struct {
+	uint64_t populated, prefaulted;
+	double seconds; /* of vCPU threads */
+	bool again;
+} episode;
+
+static void tell_episode(bool started)
+{
+	if (episode.populated || episode.prefaulted)
+		event("prefaulted",
+		      !started	    ? "before the first instruction" :
+		      episode.again ? "tables had been dropped" :
+				      "new memory",
+		      ",\"bytes\":%llu,\"populated\":%llu,\"seconds\":%.6f,\"pending\":%llu",
+		      (unsigned long long)episode.prefaulted,
+		      (unsigned long long)episode.populated, episode.seconds,
+		      (unsigned long long)pending_bytes());
+	memset(&episode, 0, sizeof(episode));
 }
 
 /*
@@ -792,11 +822,13 @@ static void before_run(struct vcpu *self)
 	pthread_mutex_lock(&lock);
 	if (!guest_started)
 		start_guest();
+	if (!firmware_at_work())
+		undefer("firmware has left low memory alone");
 
 	uint64_t now = prefault_now_ns();
 	struct turn turn = { .vcpu = self };
 	struct piece piece;
-	bool first = !self->first_run_done && !incoming;
+	bool first = !self->started && !incoming;
 
 	if (!held_since)
 		held_since = now;
@@ -824,17 +856,19 @@ static void before_run(struct vcpu *self)
 
 		pthread_cond_timedwait(&changed, &lock, &soon);
 	}
+	bool starting = !self->started;
+
 	self->slice_ended = prefault_now_ns();
-	if (turn.prefaulted || turn.populated)
-		event("prefaulted",
-		      first	   ? "before the first instruction" :
-		      turn.again ? "tables had been dropped" :
-				   "new memory",
-		      ",\"vcpu\":%lu,\"bytes\":%llu,\"populated\":%llu,\"seconds\":%.6f,"
-		      "\"pending\":%llu",
-		      self->id, (unsigned long long)turn.prefaulted,
-		      (unsigned long long)turn.populated, (double)(self->slice_ended - now) / 1e9,
-		      (unsigned long long)pending_bytes());
+	if (starting && turn_goes_on(&turn)) {
+		self->started = guest_entered = true;
+		slot_changed_at = prefault_now_ns();
+	}
+	episode.seconds += (double)(self->slice_ended - now) / 1e9;
+	episode.prefaulted += turn.prefaulted;
+	episode.populated += turn.populated;
+	episode.again |= turn.again;
+	if (!atomic_load(&work) || self->started)
+		tell_episode(!starting);
 	pthread_cond_broadcast(&changed);
 	pthread_mutex_unlock(&lock);
 }
@@ -860,9 +894,8 @@ long keeper_run_vcpu(int fd)
 		return raw_ioctl(fd, KVM_RUN, NULL);
 	/* QEMU also calls KVM_RUN to complete an exit, and to have a signal eaten. */
 	if (!self->run->immediate_exit) {
-		if (!self->first_run_done || atomic_load(&work))
+		if (!self->started || atomic_load(&work))
 			before_run(self);
-		self->first_run_done = true;
 	}
 
 	uint64_t zaps_now = atomic_load(&zaps);
@@ -872,6 +905,7 @@ long keeper_run_vcpu(int fd)
 
 	atomic_store(&self->in_guest, false);
 	if (!result) { /* it was in the guest, and so through what KVM had asked of it */
+		self->started = true;
 		self->fresh = false;
 		self->zaps_seen = zaps_now;
 		self->stuck = false;
@@ -1007,7 +1041,7 @@ void keeper_pause(bool wanted)
 			decide_quirk();
 		for (size_t i = 0; i < slot_count; i++)
 			if (slots[i].state == SLOT_KEPT)
-				queue_slot(&slots[i], slots[i].prefaulted);
+				queue_slot(&slots[i]);
 		held_since = 0;
 	}
 	event(wanted ? "held" : "released", "asked for", "%s", "");
@@ -1029,7 +1063,7 @@ uint64_t keeper_prefault_all(void)
 	pthread_mutex_lock(&lock);
 	for (size_t i = 0; i < slot_count; i++)
 		if (slots[i].state == SLOT_KEPT)
-			queue_slot(&slots[i], slots[i].prefaulted);
+			queue_slot(&slots[i]);
 	bytes = pending_bytes();
 	held_since = 0;
 	update_work();
@@ -1168,7 +1202,7 @@ static void *run_share(void *context)
 		*(range->kind == PREFAULT_STAGE2 ? &mapped : &populated) += range->done;
 		if (range->kind == PREFAULT_POPULATE) {
 			pthread_mutex_lock(&lock);
-			memory_set_populated(range->start, range->done);
+			memory_set_mark(MEMORY_POPULATED, range->start, range->done);
 			pthread_mutex_unlock(&lock);
 		}
 	}
@@ -1287,7 +1321,7 @@ static void *keep_watch(void *unused)
 
 		for (size_t i = 0; i < piece_count; i++)
 			deferred |= pieces[i].deferred;
-		if (!(atomic_load(&work) || (deferred && guest_started) || in_flight ||
+		if (!(atomic_load(&work) || (deferred && guest_entered) || in_flight ||
 		      batch.running)) {
 			pthread_cond_wait(&changed, &lock);
 			continue;
@@ -1295,10 +1329,8 @@ static void *keep_watch(void *unused)
 		for (size_t i = 0; i < vcpu_count; i++) {
 			uint64_t since = atomic_load(&vcpus[i].busy_since);
 
-			if (since && now > since + MS(500)) {
-				vcpus[i].stuck = true;
+			if (since && now > since + STUCK)
 				kick(&vcpus[i]);
-			}
 		}
 		/* A batch waits for a vCPU that was resumed, or in an ioctl that does not end. */
 		for (size_t i = 0; batch.running && i < batch.count; i++) {
@@ -1307,10 +1339,8 @@ static void *keep_watch(void *unused)
 			if (atomic_load(&batch.workers[i].vcpu->in_guest))
 				kick(batch.workers[i].vcpu);
 		}
-		if (deferred && guest_started && !held_reason() && now > slot_changed_at + QUIET) {
+		if (deferred && guest_entered && !held_reason() && now > slot_changed_at + QUIET)
 			undefer("slots have been quiet");
-			update_work();
-		}
 		if (atomic_load(&work) && !in_flight && !atomic_load(&changing) &&
 		    now > kicked_at + SLICE_EVERY) {
 			for (size_t i = 0; i < vcpu_count; i++)
