@@ -78,7 +78,8 @@ struct vcpu {
 	bool started; /* was let into the guest */
 	uint64_t zaps_seen; /* when it last came back from the guest */
 	atomic_uint_least64_t busy_since; /* its thread is in a system call for us; 0: not */
-	bool stuck;
+	bool stuck; /* until it has been in the guest, and some time has passed: */
+	uint64_t retry_at;
 	uint64_t slice_ended;
 };
 
@@ -101,7 +102,7 @@ static int vm_fd = -1;
 static bool capable; /* the kernel has the ioctl, and nested paging */
 static enum { QUIRK_UNDECIDED, QUIRK_ABSENT, QUIRK_KEPT, QUIRK_VFIO, QUIRK_DISABLED } quirk;
 static const char *const quirk_names[] = { "undecided", "absent", "kept", "vfio", "disabled" };
-static bool vfio, paused, incoming, low_memory;
+static bool vfio, paused, incoming;
 static int userfaults;
 
 static struct vcpu vcpus[MAX_VCPUS];
@@ -119,7 +120,7 @@ static int in_flight;		/* vCPUs in a system call for us */
 static bool guest_started; /* it was let run; some vCPU may still be on its way: */
 static bool guest_entered;
 static atomic_uint_least64_t zaps; /* of everything, by KVM */
-static uint64_t held_since;	/* the guest waits for us */
+static uint64_t held_since;	/* when the guest began to wait for us; 0: it has not */
 static uint64_t slot_changed_at;
 
 static struct {
@@ -325,9 +326,14 @@ static bool may_populate(uint64_t hva, uint64_t size)
 		 (MEMORY_OVERCOMMIT | MEMORY_HOLES | MEMORY_DISK_FILE));
 }
 
-/* Queue the whole slot: its ends first, that is where firmware lives. */
+/*
+ * Queue the whole slot: its ends first, that is where firmware lives. What has to be
+ * populated first is memory that came while the guest runs: it need not wait for that.
+ */
 static void queue_slot(struct slot *slot)
 {
+	uint64_t new_bytes = 0;
+
 	bool touch = !(slot->flags & KVM_MEM_READONLY) && may_populate(slot->hva, slot->size);
 	bool deferred = to_be_deferred(slot);
 	uint64_t low = slot->size < HEAD ? slot->size : HEAD;
@@ -352,6 +358,7 @@ static void queue_slot(struct slot *slot)
 			piece.gpa = slot->gpa + from, piece.hva = slot->hva + from;
 			piece.size = length;
 			piece.populate = true;
+			new_bytes += length;
 			if (piece.deferred) { /* the host's part lasts: only stage 2 has to wait */
 				struct piece now = piece;
 
@@ -367,6 +374,10 @@ static void queue_slot(struct slot *slot)
 		piece.size = end - at;
 		add_piece(piece);
 	}
+	if (!guest_entered || new_bytes < HEAD)
+		held_since = 0;
+	else if (!held_since)
+		held_since = 1; /* long ago: do it in slices */
 }
 
 static void classify(struct slot *slot)
@@ -461,21 +472,21 @@ static void slot_flags_changed(struct slot *slot, uint32_t flags)
 	}
 }
 
-static void kick(const struct vcpu *vcpu)
+/* By QEMU's own SIG_IPI; in a program that does not handle it, it would be the end. */
+static void interrupt(pid_t tid)
 {
 	struct sigaction action;
 
-	/* QEMU's own SIG_IPI; in a program that does not handle it, it would be the end. */
-	if (vcpu->tid && !sigaction(SIGUSR1, NULL, &action) && action.sa_handler != SIG_DFL &&
+	if (tid && !sigaction(SIGUSR1, NULL, &action) && action.sa_handler != SIG_DFL &&
 	    action.sa_handler != SIG_IGN)
-		syscall(SYS_tgkill, getpid(), vcpu->tid, SIGUSR1);
+		syscall(SYS_tgkill, getpid(), tid, SIGUSR1);
 }
 
 static void kick_busy(void)
 {
 	for (size_t i = 0; i < vcpu_count; i++)
 		if (atomic_load(&vcpus[i].busy_since))
-			kick(&vcpus[i]);
+			interrupt(vcpus[i].tid);
 }
 
 /*
@@ -506,7 +517,6 @@ long keeper_change_slot(int fd, unsigned long request, void *argument)
 		struct slot *slot = find_slot(region->slot);
 
 		slot_changed_at = prefault_now_ns();
-		held_since = 0;
 		if (slot && region->memory_size == slot->size &&
 		    region->guest_phys_addr == slot->gpa &&
 		    region->userspace_addr == slot->hva) {
@@ -634,6 +644,26 @@ static uint64_t run_stage2(const struct piece *piece, struct turn *turn,
 	return at;
 }
 
+/* From now on only what is resident, for all of the slot. The lock is held. */
+static void make_resident_only(struct slot *slot)
+{
+	slot->resident_only = true;
+	for (size_t i = 0; i < piece_count;) {
+		struct piece *piece = &pieces[i];
+
+		if (piece->slot == slot->id) {
+			piece->resident = true;
+			piece->populate = false;
+			if (!piece->stage2) {
+				memmove(piece, piece + 1, (--piece_count - i) * sizeof(*piece));
+				continue;
+			}
+		}
+		i++;
+	}
+	update_work();
+}
+
 /* One chunk: populate, then prefault. The lock is held, but not while it works. */
 static void run_chunk(struct piece piece, struct turn *turn)
 {
@@ -642,11 +672,17 @@ static void run_chunk(struct piece piece, struct turn *turn)
 					   .kind = PREFAULT_POPULATE };
 	uint64_t started = prefault_now_ns(), populated_at, ended, mapped = 0, done = 0;
 	int error = 0;
+	bool no_memory = piece.populate && guest_entered &&
+			 !(memory_facts(piece.hva, piece.size) & MEMORY_HUGETLB) &&
+			 memory_headroom() < 4 * CHUNK;
 
 	in_flight++;
 	pthread_mutex_unlock(&lock);
 	if (piece.populate) {
-		run_range(&populate, turn);
+		if (no_memory)
+			populate.error = ENOMEM;
+		else
+			run_range(&populate, turn);
 		piece.size = populate.done; /* the rest is put back as it was */
 	}
 	populated_at = prefault_now_ns();
@@ -687,6 +723,8 @@ static void run_chunk(struct piece piece, struct turn *turn)
 			event("error", "populate", ",\"errno\":%d,\"gpa\":%llu,\"size\":%llu",
 			      populate.error, (unsigned long long)(piece.gpa + populate.done),
 			      (unsigned long long)(rest.size - populate.done));
+			if (slot) /* what is there is prefaulted all the same */
+				make_resident_only(slot);
 		}
 		piece.populate = false;
 	}
@@ -698,6 +736,7 @@ static void run_chunk(struct piece piece, struct turn *turn)
 			return;
 		/* The vCPU is the matter: let it go through the guest, or let others do it. */
 		self->stuck = true;
+		self->retry_at = ended + QUIET;
 		counters.stuck++;
 		event("stuck", error == EOPNOTSUPP ? "guest mode" : "no progress",
 		      ",\"vcpu\":%lu", self->id);
@@ -721,7 +760,8 @@ static void run_chunk(struct piece piece, struct turn *turn)
  */
 static bool usable(const struct vcpu *self)
 {
-	return !self->stuck && (self->fresh || self->zaps_seen == atomic_load(&zaps)) &&
+	return !self->stuck && prefault_now_ns() >= self->retry_at &&
+	       (self->fresh || self->zaps_seen == atomic_load(&zaps)) &&
 	       !(self->run->flags & (RUN_SMM | RUN_GUEST_MODE));
 }
 
@@ -763,8 +803,7 @@ static void check_headroom(void)
 			continue;
 		wanted += piece->size - memory_present(piece->hva, piece->size);
 	}
-	low_memory = wanted > left;
-	if (!low_memory)
+	if (wanted <= left)
 		return;
 	fprintf(stderr,
 		"qemu-prefault: populating needs %llu MiB, the host or the cgroup has %llu MiB: "
@@ -841,25 +880,29 @@ static void before_run(struct vcpu *self)
 		}
 		turn.deadline = now + SLICE;
 	}
-	while (atomic_load(&work) && usable(self) && turn_goes_on(&turn) && take(&piece)) {
+	while (usable(self) && !self->run->immediate_exit &&
+	       (!turn.deadline || prefault_now_ns() < turn.deadline)) {
 		bool was_fresh = self->fresh;
 
-		run_chunk(piece, &turn);
-		if (was_fresh) {
-			self->fresh = false;
-			self->zaps_seen = atomic_load(&zaps);
-		}
-	}
-	/* Nobody runs ahead of what the others still have in hand. */
-	while (first && in_flight && turn_goes_on(&turn)) {
-		struct timespec soon = in_future(MS(2));
+		if (!atomic_load(&changing) && atomic_load(&work) && take(&piece)) {
+			run_chunk(piece, &turn);
+			if (was_fresh) {
+				self->fresh = false;
+				self->zaps_seen = atomic_load(&zaps);
+			}
+		} else if (first && (in_flight || atomic_load(&changing))) {
+			/* Nobody runs ahead of what others still have in hand. */
+			struct timespec soon = in_future(MS(2));
 
-		pthread_cond_timedwait(&changed, &lock, &soon);
+			pthread_cond_timedwait(&changed, &lock, &soon);
+		} else {
+			break;
+		}
 	}
 	bool starting = !self->started;
 
 	self->slice_ended = prefault_now_ns();
-	if (starting && turn_goes_on(&turn)) {
+	if (starting && !self->run->immediate_exit) {
 		self->started = guest_entered = true;
 		slot_changed_at = prefault_now_ns();
 	}
@@ -963,26 +1006,6 @@ void keeper_mapped(uint64_t start, uint64_t size, int fd, int flags)
 	pthread_mutex_unlock(&lock);
 }
 
-/* From now on only what is resident, for all of the slot. The lock is held. */
-static void make_resident_only(struct slot *slot)
-{
-	slot->resident_only = true;
-	for (size_t i = 0; i < piece_count;) {
-		struct piece *piece = &pieces[i];
-
-		if (piece->slot == slot->id) {
-			piece->resident = true;
-			piece->populate = false;
-			if (!piece->stage2) {
-				memmove(piece, piece + 1, (--piece_count - i) * sizeof(*piece));
-				continue;
-			}
-		}
-		i++;
-	}
-	update_work();
-}
-
 void keeper_discarded(uint64_t start, uint64_t size)
 {
 	pthread_mutex_lock(&lock);
@@ -1042,7 +1065,6 @@ void keeper_pause(bool wanted)
 		for (size_t i = 0; i < slot_count; i++)
 			if (slots[i].state == SLOT_KEPT)
 				queue_slot(&slots[i]);
-		held_since = 0;
 	}
 	event(wanted ? "held" : "released", "asked for", "%s", "");
 	update_work();
@@ -1065,7 +1087,6 @@ uint64_t keeper_prefault_all(void)
 		if (slots[i].state == SLOT_KEPT)
 			queue_slot(&slots[i]);
 	bytes = pending_bytes();
-	held_since = 0;
 	update_work();
 	pthread_cond_broadcast(&changed);
 	pthread_mutex_unlock(&lock);
@@ -1233,7 +1254,7 @@ const char *keeper_start_batch(struct share *shares, size_t count, uint64_t chun
 	sigset_t mask, before;
 
 	sigfillset(&mask);
-	sigdelset(&mask, SIGUSR1); /* what kick() sends; QEMU's handler knows no vCPU here */
+	sigdelset(&mask, SIGUSR1); /* see interrupt(); QEMU's handler finds no vCPU in this thread */
 	pthread_mutex_lock(&lock);
 	if (batch.workers) {
 		pthread_mutex_unlock(&lock);
@@ -1330,25 +1351,28 @@ static void *keep_watch(void *unused)
 			uint64_t since = atomic_load(&vcpus[i].busy_since);
 
 			if (since && now > since + STUCK)
-				kick(&vcpus[i]);
+				interrupt(vcpus[i].tid);
 		}
 		/* A batch waits for a vCPU that was resumed, or in an ioctl that does not end. */
 		for (size_t i = 0; batch.running && i < batch.count; i++) {
-			if (batch.workers[i].tid)
-				syscall(SYS_tgkill, getpid(), batch.workers[i].tid, SIGUSR1);
+			interrupt(batch.workers[i].tid);
 			if (atomic_load(&batch.workers[i].vcpu->in_guest))
-				kick(batch.workers[i].vcpu);
+				interrupt(batch.workers[i].vcpu->tid);
 		}
 		if (deferred && guest_entered && !held_reason() && now > slot_changed_at + QUIET)
 			undefer("slots have been quiet");
+		bool kicked = false;
+
 		if (atomic_load(&work) && !in_flight && !atomic_load(&changing) &&
 		    now > kicked_at + SLICE_EVERY) {
 			for (size_t i = 0; i < vcpu_count; i++)
-				if (atomic_load(&vcpus[i].in_guest) && usable(&vcpus[i]))
-					kick(&vcpus[i]);
+				if (atomic_load(&vcpus[i].in_guest) && usable(&vcpus[i])) {
+					interrupt(vcpus[i].tid);
+					kicked = true;
+				}
 			kicked_at = now;
 		}
-		struct timespec soon = in_future(atomic_load(&work) ? SLICE_EVERY : MS(100));
+		struct timespec soon = in_future(kicked || in_flight ? SLICE_EVERY : MS(100));
 
 		pthread_cond_timedwait(&changed, &lock, &soon);
 	}
