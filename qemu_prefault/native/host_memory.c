@@ -9,6 +9,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
@@ -71,6 +72,61 @@ static void intervals_cut(struct intervals *list, uint64_t start, uint64_t end)
 	}
 }
 
+/* Shared files of these live in memory only. */
+static unsigned int file_facts(unsigned long filesystem, bool shared)
+{
+	unsigned int facts = shared ? 0 : MEMORY_PRIVATE;
+
+	if (filesystem == HUGETLBFS_MAGIC)
+		return facts | MEMORY_HUGETLB;
+	return facts | (filesystem != TMPFS_MAGIC && shared ? MEMORY_DISK_FILE : 0);
+}
+
+static bool has_flag(const char *line, const char *flag)
+{
+	const char *found = strstr(line, flag);
+
+	return found && found[-1] == ' ' && (found[2] == ' ' || found[2] == '\n');
+}
+
+void memory_learn(void)
+{
+	struct interval item = { 0 };
+	unsigned long long start, end, offset, inode;
+	unsigned int major, minor;
+	FILE *file = fopen("/proc/self/smaps", "re");
+	char *line = NULL, permissions[5];
+	size_t room = 0;
+	int path;
+
+	while (file && getline(&line, &room, file) > 0) {
+		if (sscanf(line, "%llx-%llx %4s %llx %x:%x %llu %n", &start, &end, permissions,
+			   &offset, &major, &minor, &inode, &path) == 7) {
+			struct statfs filesystem = { .f_type = TMPFS_MAGIC };
+
+			item = (struct interval){ .start = start, .end = end, .inode = inode,
+						  .device = makedev(major, minor) };
+			line[strcspn(line, "\n")] = '\0';
+			/* A memfd has no path that could be asked; its flags tell of hugetlb. */
+			if (inode && strncmp(line + path, "/memfd:", 7))
+				statfs(line + path, &filesystem);
+			if (inode)
+				item.facts = file_facts((unsigned long)filesystem.f_type,
+							permissions[3] == 's');
+		} else if (!strncmp(line, "VmFlags:", 8) && permissions[1] == 'w') {
+			if (has_flag(line, "nr"))
+				item.facts |= MEMORY_OVERCOMMIT;
+			if (has_flag(line, "ht"))
+				item.facts |= MEMORY_HUGETLB;
+			if (item.facts || item.inode)
+				intervals_add(&mappings, item);
+		}
+	}
+	free(line);
+	if (file)
+		fclose(file);
+}
+
 void memory_mapped(uint64_t start, uint64_t size, int fd, int flags)
 {
 	struct interval item = { .start = start, .end = start + size };
@@ -85,12 +141,7 @@ void memory_mapped(uint64_t start, uint64_t size, int fd, int flags)
 	if (fd >= 0 && !fstat(fd, &status) && !fstatfs(fd, &filesystem)) {
 		item.device = status.st_dev;
 		item.inode = status.st_ino;
-		if (filesystem.f_type == HUGETLBFS_MAGIC)
-			item.facts |= MEMORY_HUGETLB;
-		else if (filesystem.f_type != TMPFS_MAGIC && (flags & MAP_SHARED))
-			item.facts |= MEMORY_DISK_FILE;
-		if (!(flags & MAP_SHARED))
-			item.facts |= MEMORY_PRIVATE;
+		item.facts |= file_facts((unsigned long)filesystem.f_type, flags & MAP_SHARED);
 	}
 	if (item.facts || item.inode)
 		intervals_add(&mappings, item);

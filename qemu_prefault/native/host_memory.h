@@ -26,6 +26,9 @@ enum memory_fact {
 /* Opens what may be out of reach later (chroot, another user). Safe to call again after fork. */
 void memory_open(void);
 
+/* Learn from /proc/self/smaps what was mapped before we were told. */
+void memory_learn(void);
+
 /* QEMU mapped [start, start + size): whatever was known of it is void. fd < 0: anonymous. */
 void memory_mapped(uint64_t start, uint64_t size, int fd, int flags);
 /* QEMU discarded [start, start + size). */

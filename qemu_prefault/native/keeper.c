@@ -999,6 +999,13 @@ void keeper_userfault(bool registered)
 	pthread_mutex_unlock(&lock);
 }
 
+void keeper_learn_memory(void)
+{
+	pthread_mutex_lock(&lock);
+	memory_learn();
+	pthread_mutex_unlock(&lock);
+}
+
 void keeper_mapped(uint64_t start, uint64_t size, int fd, int flags)
 {
 	pthread_mutex_lock(&lock);

@@ -46,6 +46,7 @@ void keeper_vfio_seen(void);
 void keeper_userfault(bool registered);
 long keeper_change_slot(int vm_fd, unsigned long request, void *region);
 long keeper_run_vcpu(int vcpu_fd);
+void keeper_learn_memory(void);
 void keeper_mapped(uint64_t start, uint64_t size, int fd, int flags);
 void keeper_discarded(uint64_t start, uint64_t size);
 void keeper_file_discarded(int fd);

@@ -396,6 +396,7 @@ EXPORT int qemu_plugin_install(uint64_t id, const void *info, int argc, char **a
 					"known; use LD_PRELOAD (qemu-prefault run)\n");
 			return -1;
 		}
+		keeper_learn_memory(); /* backends are made before plugins are loaded */
 		adopt_vm();
 	}
 	/* The callback's arguments differ between versions; it takes none. */
