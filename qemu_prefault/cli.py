@@ -32,6 +32,7 @@ Examples:
   qemu-prefault --qmp /run/vm.qmp --cont         ... of a restored one, and start it
   qemu-prefault --qmp /run/vm.qmp --dry-run      what would be done
   qemu-prefault probe --qmp /run/vm.qmp          what works here, what does not, and why
+  qemu-prefault run -- qemu-system-x86_64 …      start QEMU with the plugin, always prefaulted
 
 \b
 Exit status:
@@ -238,10 +239,11 @@ def required_qmp(qmp: str | None) -> str:
 @pid_option
 @click.option(
     "--agent",
-    type=click.Choice(["auto", "attach"]),
+    type=click.Choice(["auto", "attach", "plugin"]),
     default="auto",
     show_default=True,
-    help="Who acts inside QEMU. attach: helper threads, started by ptrace.",
+    help="Who acts inside QEMU. attach: helper threads, started by ptrace; plugin: "
+    "qemu-prefault-plugin.so, if QEMU was started with it; auto: the plugin if it is there.",
 )
 @click.option(
     "--populate",
@@ -280,6 +282,12 @@ def required_qmp(qmp: str | None) -> str:
 @click.option("--force", is_flag=True, help="Populate even if memory looks too short for it.")
 @click.option("--cont", is_flag=True, help="Resume the guest afterwards, also if it was paused.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done; touch nothing.")
+@click.option(
+    "--follow",
+    is_flag=True,
+    help="Stay until QEMU ends or Ctrl-C; tell what is prefaulted again, and why. Without the "
+    "plugin, do it: run now, and whenever tables were dropped or memory was added.",
+)
 @json_option
 @debug_option
 @click.pass_context
@@ -297,6 +305,7 @@ def cli(  # noqa: PLR0917
     force: bool,
     cont: bool,
     dry_run: bool,
+    follow: bool,
     as_json: bool,
     debug: bool,
 ) -> None:
@@ -306,14 +315,13 @@ def cli(  # noqa: PLR0917
     (KVM_PRE_FAULT_MEMORY, Linux 6.11), and checks KVM's counters that it did. A running guest
     is paused for the second step and resumed; a paused one stays paused.
     """
-    del agent  # one so far
     if ctx.invoked_subcommand is not None:
         if qmp or pid:
             raise click.UsageError(
                 f"write options behind the command: qemu-prefault {ctx.invoked_subcommand} --qmp …"
             )
         return
-    if not qmp and not pid and not any((populate_only, ranges, cont, dry_run, as_json)):
+    if not qmp and not pid and not any((populate_only, ranges, cont, dry_run, follow, as_json)):
         click.echo(ctx.get_help())
         ctx.exit(int(ExitStatus.USAGE))
     qmp = required_qmp(qmp)
@@ -321,15 +329,27 @@ def cli(  # noqa: PLR0917
         raise click.UsageError("--chunk is a multiple of 4096 bytes")
     if max_bytes is not None and max_bytes < 4096:
         raise click.UsageError("--max-bytes is at least one page, 4096 bytes")
+    if follow and (dry_run or cont or populate_only):
+        raise click.UsageError("--follow goes with neither --dry-run, --cont nor --populate-only")
     from .plan import Policy, Populate  # noqa: PLC0415
 
     policy = Policy(Populate(populate), ranges, max_bytes, vcpus or (), populate_only, force, chunk)
+    if follow:
+        with reporting(as_json, debug), contextlib.suppress(KeyboardInterrupt):
+            run_async(_follow(qmp, pid, policy, agent, as_json))
+        return
     with reporting(as_json, debug):
-        run_async(_prefault(qmp, pid, policy, cont, dry_run, as_json))
+        run_async(_prefault(qmp, pid, policy, agent, cont, dry_run, as_json))
 
 
 async def _prefault(  # noqa: PLR0917
-    qmp: str, pid: int | None, policy: Policy, cont: bool, dry_run: bool, as_json: bool
+    qmp: str,
+    pid: int | None,
+    policy: Policy,
+    agent: str,
+    cont: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     from .engine import Engine  # noqa: PLC0415
     from .report import lines  # noqa: PLC0415
@@ -337,7 +357,7 @@ async def _prefault(  # noqa: PLR0917
 
     printer = Printer(as_json)
     async with Session.open(qmp, pid) as session:
-        engine = Engine(session, policy, cont=cont, on_progress=printer.progress)
+        engine = Engine(session, policy, cont=cont, agent=agent, on_progress=printer.progress)
         try:
             report = await engine.run(dry_run)
         finally:
@@ -345,6 +365,58 @@ async def _prefault(  # noqa: PLR0917
     printer.result(report.to_json(), lines(report))
     if report.exit_status:
         sys.exit(int(report.exit_status))
+
+
+async def _follow(qmp: str, pid: int | None, policy: Policy, agent: str, as_json: bool) -> None:
+    from .agents.plugin import find_control_socket  # noqa: PLC0415
+    from .follow import follow_from_outside, follow_plugin  # noqa: PLC0415
+    from .report import event_line  # noqa: PLC0415
+    from .session import Session  # noqa: PLC0415
+
+    printer = Printer(as_json)
+    async with Session.open(qmp, pid) as session:
+        socket = None if agent == "attach" else find_control_socket(session.process)
+        events = (
+            follow_plugin(session.process, socket)
+            if socket
+            else follow_from_outside(session, policy, agent)
+        )
+        async for event in events:
+            printer.result(event, iter([event_line(event)]))
+
+
+@cli.command("plugin-path")
+@debug_option
+def plugin_path(debug: bool) -> None:
+    """Print where qemu-prefault-plugin.so is, for QEMU's -plugin."""
+    with reporting(False, debug):
+        from .agents.plugin import plugin_path as find  # noqa: PLC0415
+
+        click.echo(find())
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.option(
+    "-o",
+    "--option",
+    "options",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="An option of the plugin: populate=auto|all|resident, quirk=disable|keep, "
+    "hold=SECONDS, socket=/PATH|off, keep=on|off, log=on|off. May be repeated.",
+)
+@debug_option
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(options: tuple[str, ...], command: tuple[str, ...], debug: bool) -> None:
+    """Start QEMU with the plugin: prefaulted before the first instruction, and kept so.
+
+    COMMAND is QEMU's command line, which stays as it is: the plugin is loaded by LD_PRELOAD,
+    and QEMU takes this process's place, so signals and exit status are its own.
+    """
+    with reporting(False, debug):
+        from .launch import replace_by  # noqa: PLC0415
+
+        replace_by(command, options)
 
 
 @cli.command()

@@ -26,8 +26,9 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from . import kvm
-from .agents import Agent, BatchResult, Kind, Outcome, Range, Worker
-from .agents.attach import AttachAgent, Limits, helper_threads
+from .agents import Agent, BatchResult, Kind, Limits, Outcome, Range, VcpuThread, Worker
+from .agents.attach import AttachAgent
+from .agents.plugin import PluginAgent, find_control_socket
 from .errors import FailedError, QemuPrefaultError, RefusedError, UnsupportedError
 from .guard import ResumeGuard
 from .layout import Section, firmware_ahead, huge_alignment
@@ -65,11 +66,14 @@ class Engine:
         policy: Policy,
         *,
         cont: bool = False,
+        agent: str = "auto",
         on_progress: Progress = lambda phase, done, total: None,
     ) -> None:
         self.session = session
         self.policy = policy
         self.cont = cont
+        self._agent_wanted = agent
+        self._socket = None if agent == "attach" else find_control_socket(session.process)
         self._on_progress = on_progress
         self._tallies: dict[str, _Tally] = {}
         self._caveats: dict[str, str] = {}
@@ -107,10 +111,7 @@ class Engine:
     async def _act(self, targets: tuple[Target, ...], pagemap: Pagemap) -> None:
         session = self.session
         threads = await session.vcpu_threads(self.policy.vcpus, not self.policy.populate_only)
-        limits = Limits()
-        if self.policy.chunk_bytes:
-            limits = replace(limits, chunk_bytes=self.policy.chunk_bytes)
-        agent = AttachAgent(session.process, threads, limits)
+        agent = self._make_agent(threads)
         await agent.start()
         async with self._watch(agent):
             try:
@@ -131,6 +132,20 @@ class Engine:
                 await session.monitor.execute("cont")
         elif self._interrupted is None:
             self._verify()
+
+    @property
+    def agent_name(self) -> str:
+        """Who acts inside QEMU: the plugin if it is there and not unwanted."""
+        return "attach" if self._socket is None else "plugin"
+
+    def _make_agent(self, threads: Sequence[VcpuThread]) -> Agent:
+        limits = Limits()
+        if self.policy.chunk_bytes:
+            limits = replace(limits, chunk_bytes=self.policy.chunk_bytes)
+        process = self.session.process
+        if self._socket is None:
+            return AttachAgent(process, threads, limits)
+        return PluginAgent(process, self._socket, threads, limits)
 
     async def _prefault_until_stable(
         self, agent: Agent, targets: tuple[Target, ...], pagemap: Pagemap
@@ -154,6 +169,13 @@ class Engine:
     # -- may we, can we ----------------------------------------------------------------
 
     def _refuse_unsupported(self) -> None:
+        if self._agent_wanted == "plugin" and self._socket is None:
+            raise UnsupportedError(
+                f"QEMU (pid {self.session.process.pid}) has no qemu-prefault plugin",
+                "start it by `qemu-prefault run -- qemu-system-x86_64 …`, or with "
+                '-plugin "$(qemu-prefault plugin-path)"; --agent attach needs none',
+                code="no-plugin",
+            )
         if self.policy.populate_only:
             return
         if not self.session.machine.kvm:
@@ -383,7 +405,7 @@ class Engine:
     # -- pause and watch ---------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def _pause(self, agent: AttachAgent) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+    async def _pause(self, agent: Agent) -> AsyncIterator[Callable[[], Awaitable[None]]]:
         """Hold the guest for the block, leave its run state as it was found.
 
         vCPU ioctls wait for KVM_RUN to return (vcpu->mutex), so the guest has to be stopped.
@@ -406,13 +428,7 @@ class Engine:
         if not was_running:
             yield resume
             return
-        pid = self.session.process.pid
-        guard = ResumeGuard(
-            monitor.fileno(),
-            agent.leave_orders,
-            lambda: not helper_threads(pid),
-            agent.limits.stuck + agent.limits.dead_man,
-        )
+        guard = ResumeGuard(monitor.fileno(), agent.death_orders())
         with guard:
             stopped_at = time.monotonic()
             try:
@@ -550,7 +566,7 @@ class Engine:
         tallies = self._tallies.values()
         requested = sum(t.requested for t in tallies)
         return Report(
-            agent="attach",
+            agent=self.agent_name,
             pid=session.process.pid,
             qemu_version=session.machine.version,
             qemu_status=session.machine.status,

@@ -16,7 +16,8 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+
+from .agents import DeathOrders
 
 RESET_PARSER = b"\xff"  # QEMU's JSON parser starts afresh after this byte, whatever we had sent
 REPLY_ID = "qemu-prefault-guard"
@@ -25,23 +26,14 @@ REPLY_ID = "qemu-prefault-guard"
 class ResumeGuard:
     """Context manager around the time in which the guest is paused by our doing."""
 
-    def __init__(
-        self,
-        qmp_fd: int,
-        leave_orders: tuple[int, Sequence[int]],
-        helpers_left: Callable[[], bool],
-        patience: float,
-    ) -> None:
+    def __init__(self, qmp_fd: int, orders: DeathOrders) -> None:
         """
         :param qmp_fd: our negotiated QMP connection.
-        :param leave_orders: fd of QEMU's memory, addresses of the helpers' abort words.
-        :param helpers_left: whether no helper is in QEMU any more.
-        :param patience: seconds to wait for that before resuming all the same.
+        :param orders: how the agent's work is ended; the guest is resumed when it has, or when
+            the patience is over.
         """
         self._qmp_fd = qmp_fd
-        self._leave_orders = leave_orders
-        self._helpers_left = helpers_left
-        self._patience = patience
+        self._orders = orders
         self._pipe = -1
         self._child = 0
 
@@ -73,12 +65,10 @@ class ResumeGuard:
             signal.signal(number, signal.SIG_IGN)
         if os.read(read_end, 8):
             return
-        memory, addresses = self._leave_orders
-        for address in addresses:
-            with contextlib.suppress(OSError):
-                os.pwrite(memory, (1).to_bytes(4, "little"), address)
-        deadline = time.monotonic() + self._patience
-        while not self._helpers_left() and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            self._orders.send_away()
+        deadline = time.monotonic() + self._orders.patience
+        while not self._orders.gone() and time.monotonic() < deadline:
             time.sleep(0.005)
         self._resume()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from . import kvm
 from .agents.attach import find_gadgets, open_memory
+from .agents.plugin import Control, find_control_socket
 from .errors import ExitStatus, QemuPrefaultError
 from .plan import Policy, Populate
 from .process import Process
@@ -60,12 +61,14 @@ async def probe(qmp: str | None, pid: int | None) -> Findings:
         assert pid is not None
         process = Process.find(pid)
         findings, status = _host(process)
+        findings.append(await _plugin(process))
         findings.append(
             Finding("qmp", "note", "not asked", "give --qmp SOCK to examine the guest as well")
         )
         return Findings(process.pid, tuple(findings), status)
     async with Session.open(qmp, pid) as session:
         findings, status = _host(session.process)
+        findings.append(await _plugin(session.process))
         machine = session.machine
         findings.append(
             Finding(
@@ -91,6 +94,34 @@ async def probe(qmp: str | None, pid: int | None) -> Findings:
             if not populate_only:
                 findings += [Finding(w.code, "note", w.text) for w in report.warnings]
         return Findings(session.process.pid, tuple(findings), status)
+
+
+async def _plugin(process: Process) -> Finding:
+    """Whether the plugin is in that QEMU, and how it does."""
+    socket = find_control_socket(process)
+    if socket is None:
+        return Finding(
+            "plugin",
+            "note",
+            "not loaded: what firmware, a reset or a migration drops is not prefaulted again",
+            "start QEMU by `qemu-prefault run -- …`, or with "
+            '-plugin "$(qemu-prefault plugin-path)"',
+        )
+    try:
+        async with Control.open(socket, process.pid) as control:
+            status = await control.ask("status")
+    except QemuPrefaultError as error:
+        return Finding("plugin", "no", error.cause, error.remedy)
+    state = "keeps the guest prefaulted" if status["keeping"] else "is loaded and pauses"
+    if status["held"]:
+        state = f"holds back: {status['held']}"
+    return Finding(
+        "plugin",
+        "ok" if status["pre_fault_memory"] else "no",
+        f"{state}; {status['pending'] >> 20} MiB to do, slot-zap-all quirk {status['quirk']}, "
+        f"control socket {socket}",
+        "" if status["pre_fault_memory"] else "this KVM cannot: see the line on kvm",
+    )
 
 
 def _host(process: Process) -> tuple[list[Finding], ExitStatus]:

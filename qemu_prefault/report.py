@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from typing import Any
 
 from .errors import ExitStatus, QemuPrefaultError
@@ -193,3 +194,19 @@ def lines(report: Report) -> Iterator[str]:
         yield f"PARTIAL: {size(done.remaining)} of {size(done.requested)} are not accounted for"
     else:
         yield f"verified: all {size(done.requested)} requested"
+
+
+def event_line(event: dict[str, Any]) -> str:
+    """An event of ``--follow`` as a line: local time, what, why, and the figures."""
+    stamp = datetime.fromtimestamp(float(event.get("time", 0))).strftime("%H:%M:%S")
+    parts = [f"{stamp} {event.get('event', ''):<13}"]
+    if "gpa" in event:
+        parts.append(f"{event['gpa']:#x}+{size(int(event.get('size', 0)))}")
+    for key in ("bytes", "populated", "pending", "remaining"):
+        if event.get(key):
+            parts.append(size(int(event[key])) if key == "bytes" else f"{key} {size(event[key])}")
+    if "seconds" in event:
+        parts.append(f"in {event['seconds']:.3f} s")
+    if event.get("why"):
+        parts.append(f"({event['why']})")
+    return " ".join(parts)

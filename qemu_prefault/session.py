@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from . import kvm
-from .agents.attach import VcpuThread
+from .agents import VcpuThread
 from .errors import FailedError, InputError, UnsupportedError
 from .layout import Section
 from .monitor import CommandError, Machine, Monitor, read_machine
@@ -141,9 +141,14 @@ class Session:
         return threads
 
     async def prefault(
-        self, policy: Policy | None = None, *, cont: bool = False, dry_run: bool = False
+        self,
+        policy: Policy | None = None,
+        *,
+        cont: bool = False,
+        dry_run: bool = False,
+        agent: str = "auto",
     ) -> Report:
         """Prefault this guest; see :class:`qemu_prefault.engine.Engine` for what is raised."""
         from .engine import Engine  # noqa: PLC0415  (it builds on this module)
 
-        return await Engine(self, policy or Policy(), cont=cont).run(dry_run)
+        return await Engine(self, policy or Policy(), cont=cont, agent=agent).run(dry_run)

@@ -26,6 +26,7 @@ EXAMPLES = (
     ("Prefault all RAM of a running guest:", "qemu-prefault --qmp /run/vm.qmp"),
     ("Prefault a restored guest, and start it:", "qemu-prefault --qmp /run/vm.qmp --cont"),
     ("Only a DIMM that was plugged at 4 GiB:", "qemu-prefault --qmp /run/vm.qmp --range 4G+1G"),
+    ("Start QEMU with the plugin:", "qemu-prefault run -- qemu-system-x86_64 -accel kvm -m 4G …"),
     ("What works here, and what fixes the rest:", "qemu-prefault probe --qmp /run/vm.qmp"),
 )
 

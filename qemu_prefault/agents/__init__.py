@@ -59,6 +59,44 @@ class Worker:
 
 
 @dataclass(frozen=True, slots=True)
+class VcpuThread:
+    """A vCPU as an agent sees it.
+
+    ``fd`` is QEMU's file descriptor of the vCPU, or -1 where there is nothing to prefault
+    (populate only); ``vcpu_id`` is KVM's, the x86 APIC id.
+    """
+
+    thread_id: int
+    fd: int
+    vcpu_id: int | None
+    node: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of every step; times in seconds."""
+
+    chunk_bytes: int = 32 << 20
+    stuck: float = 2.0
+    dead_man: float = 3.0
+    tick: float = 0.1
+    kick: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class DeathOrders:
+    """What a guard process does when we have died: see :mod:`qemu_prefault.guard`.
+
+    ``send_away`` ends the work under way, ``gone`` tells whether it has ended, and
+    ``patience`` how many seconds that may take.
+    """
+
+    send_away: Callable[[], None]
+    gone: Callable[[], bool]
+    patience: float
+
+
+@dataclass(frozen=True, slots=True)
 class BatchResult:
     """Outcomes per worker, and the seconds from the first start to the last finish."""
 
@@ -83,6 +121,14 @@ class Agent(Protocol):
 
     def abort(self) -> None:
         """End the batch under way after its current chunks; safe to call at any time."""
+        ...
+
+    def interrupt(self) -> None:
+        """Like :meth:`abort`, but for the batch under way only."""
+        ...
+
+    def death_orders(self) -> DeathOrders:
+        """What is to be done if we die while the guest is paused by us."""
         ...
 
     async def close(self) -> None:

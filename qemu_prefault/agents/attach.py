@@ -27,7 +27,7 @@ from typing import Any
 from .. import process as procfs
 from .._native import ffi, lib
 from ..errors import AgentError, FailedError, RefusedError, UnsupportedError
-from . import BatchResult, Outcome, Range, Worker
+from . import BatchResult, DeathOrders, Limits, Outcome, Range, VcpuThread, Worker
 
 PAGE = 4096
 HELPER_NAME = "qemu-prefault"
@@ -44,31 +44,6 @@ SIGRETURNS = (
     b"\xb8\x0f\x00\x00\x00\x0f\x05",  # musl: mov $15,%eax; syscall
 )
 EXIT_THREAD = b"\xb8\x3c\x00\x00\x00\x0f\x05"  # mov $60,%eax; syscall
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Bounds of every step; times in seconds."""
-
-    chunk_bytes: int = 32 << 20
-    stuck: float = 2.0
-    dead_man: float = 3.0
-    tick: float = 0.1
-    kick: float = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class VcpuThread:
-    """Where a helper starts, and what it acts on.
-
-    ``fd`` is QEMU's file descriptor of the vCPU, or -1 where there is nothing to prefault
-    (populate only); ``vcpu_id`` is KVM's, the x86 APIC id.
-    """
-
-    thread_id: int
-    fd: int
-    vcpu_id: int | None
-    node: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +134,7 @@ class AttachAgent:
         self._threads = tuple(threads)
         self._helpers: dict[int, _Helper] = {}
         self._memory = -1
+        self._aborted = False
         self._heart: threading.Thread | None = None
         self._heart_stop = threading.Event()
 
@@ -350,6 +326,8 @@ class AttachAgent:
 
         :raise FailedError: QEMU, or a helper, is gone (code ``qemu-gone``, ``agent``).
         """
+        if not self._aborted:
+            self._tell_all("abort", 0)
         for index, ranges in batch.items():
             self._guarded(self._helpers[index].submit, ranges)
         waiting = set(batch)
@@ -412,22 +390,35 @@ class AttachAgent:
 
     def abort(self) -> None:
         """See :class:`qemu_prefault.agents.Agent`; batches that come later end at once, too."""
+        self._aborted = True
         self._tell_all("abort")
 
-    def _tell_all(self, field: str) -> None:
+    def interrupt(self) -> None:
+        """See :class:`qemu_prefault.agents.Agent`."""
+        self._tell_all("abort")
+
+    def _tell_all(self, field: str, value: int = 1) -> None:
         for helper in self._helpers.values():
             with contextlib.suppress(OSError):
-                helper.write_word(field, 1)
+                helper.write_word(field, value)
 
-    @property
-    def leave_orders(self) -> tuple[int, tuple[int, ...]]:
-        """For a guard process: the memory fd, and where to write 32-bit ones to send all away."""
+    def death_orders(self) -> DeathOrders:
+        """See :class:`qemu_prefault.agents.Agent`."""
+        memory, pid = self._memory, self.process.pid
         where = tuple(
             helper.control + _offset(field)
             for helper in self._helpers.values()
             for field in ("abort", "release")
         )
-        return self._memory, where
+
+        def send_away() -> None:
+            for address in where:
+                with contextlib.suppress(OSError):
+                    os.pwrite(memory, (1).to_bytes(4, "little"), address)
+
+        return DeathOrders(
+            send_away, lambda: not helper_threads(pid), self.limits.stuck + self.limits.dead_man
+        )
 
     async def close(self) -> None:
         """Release the helpers, and wait until none is left.
@@ -589,8 +580,6 @@ def free_areas(maps: Sequence[procfs.Mapping], count: int, size: int) -> tuple[i
 __all__ = [
     "HELPER_NAME",
     "AttachAgent",
-    "Limits",
-    "VcpuThread",
     "find_gadgets",
     "free_areas",
     "helper_threads",

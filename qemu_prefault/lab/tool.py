@@ -21,7 +21,8 @@ from typing import Any, NoReturn
 import qemu_prefault.engine
 import qemu_prefault.probe
 import qemu_prefault.survey  # noqa: F401
-from qemu_prefault.agents.attach import AREAS_FROM, AREAS_TO, Limits, helper_threads
+from qemu_prefault.agents import Limits
+from qemu_prefault.agents.attach import AREAS_FROM, AREAS_TO, helper_threads
 from qemu_prefault.cli import main
 
 GRACE = Limits().dead_man + 9

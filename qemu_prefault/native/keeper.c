@@ -89,7 +89,7 @@ struct batch_worker {
 	struct share share;
 	pthread_t thread;
 	pid_t tid;
-	bool in_flight;
+	bool in_flight, in_stage2;
 };
 
 struct keeper_options options = { .keep = true, .quirk_disable = true, .hold_ns = MS(1000) };
@@ -1189,7 +1189,9 @@ static int batch_goes_on(void *context)
 	}
 	while (atomic_load(&changing))
 		pthread_cond_wait(&changed, &lock);
-	go_on = !atomic_load(&batch.abort) && !atomic_load(&worker->vcpu->in_guest);
+	/* The ioctl would wait for a vCPU in the guest; populating need not. */
+	go_on = !atomic_load(&batch.abort) &&
+		!(worker->in_stage2 && atomic_load(&worker->vcpu->in_guest));
 	if (go_on) {
 		worker->in_flight = true;
 		in_flight++;
@@ -1224,6 +1226,7 @@ static void *run_share(void *context)
 			range->error = PREFAULT_STUCK; /* see usable() */
 			continue;
 		}
+		worker->in_stage2 = range->kind == PREFAULT_STAGE2;
 		prefault_run_range(range, vcpu->fd, &limits, &hooks);
 		if (range->error == PREFAULT_ABORTED && !atomic_load(&batch.abort))
 			range->error = EBUSY;
@@ -1363,7 +1366,8 @@ static void *keep_watch(void *unused)
 		/* A batch waits for a vCPU that was resumed, or in an ioctl that does not end. */
 		for (size_t i = 0; batch.running && i < batch.count; i++) {
 			interrupt(batch.workers[i].tid);
-			if (atomic_load(&batch.workers[i].vcpu->in_guest))
+			if (batch.workers[i].in_stage2 &&
+			    atomic_load(&batch.workers[i].vcpu->in_guest))
 				interrupt(batch.workers[i].vcpu->tid);
 		}
 		if (deferred && guest_entered && !held_reason() && now > slot_changed_at + QUIET)

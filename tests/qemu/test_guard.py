@@ -20,10 +20,12 @@ import pytest
 from conftest import StartQemu
 from tool import Vm, start_vm, wait_for
 
+from qemu_prefault.agents import DeathOrders
 from qemu_prefault.guard import ResumeGuard
 from qemu_prefault.monitor import Monitor
 
 Body = Callable[[socket.socket], None]
+NOTHING_LEFT = DeathOrders(lambda: None, lambda: True, 20.0)
 
 
 @pytest.fixture
@@ -39,9 +41,7 @@ class Holder:
         vm: Vm,
         before_waiting: bytes = b"",
         *,
-        leave_orders: tuple[int, tuple[int, ...]] = (-1, ()),
-        helpers_left: Callable[[], bool] = lambda: True,
-        patience: float = 20.0,
+        orders: DeathOrders = NOTHING_LEFT,
     ) -> None:
         read_end, write_end = os.pipe()
         self.pid = os.fork()
@@ -50,7 +50,7 @@ class Holder:
 
             async def hold() -> None:
                 async with Monitor.connect(vm.qemu.qmp) as monitor:
-                    guard = ResumeGuard(monitor.fileno(), leave_orders, helpers_left, patience)
+                    guard = ResumeGuard(monitor.fileno(), orders)
                     with guard:
                         await monitor.execute("stop")
                         if before_waiting:
@@ -156,25 +156,21 @@ def test_what_ends_the_job_does_not_end_the_guard(
 def test_helpers_are_sent_away_and_waited_for_before_the_guest_runs(
     vm: Vm, hold: Callable[..., Holder], tmp_path: Path
 ) -> None:
-    memory = os.open(tmp_path / "memory", os.O_RDWR | os.O_CREAT)
-    os.ftruncate(memory, 4096)
-    gone = tmp_path / "gone"
-    holder = hold(leave_orders=(memory, (16, 1000)), helpers_left=gone.exists)
+    told, gone = tmp_path / "told", tmp_path / "gone"
+    holder = hold(orders=DeathOrders(told.touch, gone.exists, 20.0))
     holder.kill()
-    wait_for(lambda: os.pread(memory, 4, 1000) == b"\1\0\0\0", "the orders are given")
-    assert os.pread(memory, 4, 16) == b"\1\0\0\0"
+    wait_for(told.exists, "the orders are given")
     assert not holder.guard_gone(0.3)
     assert vm.qmp.status() == "paused"
     gone.touch()
     check_resumed(vm, holder)
-    os.close(memory)
 
 
 @pytest.mark.parametrize("accel", ["tcg"])
 def test_helpers_that_never_leave_do_not_keep_the_guest(
     vm: Vm, hold: Callable[..., Holder]
 ) -> None:
-    holder = hold(helpers_left=lambda: False, patience=0.5)
+    holder = hold(orders=DeathOrders(lambda: None, lambda: False, 0.5))
     started = time.monotonic()
     holder.kill()
     check_resumed(vm, holder)
@@ -206,7 +202,7 @@ def test_when_all_goes_well_the_guard_does_nothing_and_leaves(vm: Vm) -> None:
 
     async def pause() -> None:
         async with Monitor.connect(vm.qemu.qmp) as monitor:
-            with ResumeGuard(monitor.fileno(), (-1, ()), lambda: True, 5):
+            with ResumeGuard(monitor.fileno(), NOTHING_LEFT):
                 await monitor.execute("stop")
                 assert len(children.read_text().split()) == len(before) + 1
             assert children.read_text().split() == before  # no zombie either
@@ -227,7 +223,7 @@ def test_an_exception_in_the_block_is_no_accident(vm: Vm) -> None:
 
     async def fail() -> None:
         async with Monitor.connect(vm.qemu.qmp) as monitor:
-            with ResumeGuard(monitor.fileno(), (-1, ()), lambda: True, 5):
+            with ResumeGuard(monitor.fileno(), NOTHING_LEFT):
                 await monitor.execute("stop")
                 raise LookupError
 

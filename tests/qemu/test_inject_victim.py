@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from tool import leftovers, tracers, wait_clean
 
-from qemu_prefault.agents.attach import AttachAgent, Limits, VcpuThread
+from qemu_prefault.agents import Limits, VcpuThread
+from qemu_prefault.agents.attach import AttachAgent
 from qemu_prefault.errors import AgentError, FailedError
 from qemu_prefault.process import Process
 

@@ -16,8 +16,8 @@ from qemu_prefault._native import ffi, lib
 
 import qemu_prefault
 from qemu_prefault import kvm
-from qemu_prefault.agents import Kind
-from qemu_prefault.agents.attach import CODE_SIZE, CONTROL_SIZE, AttachAgent, Limits
+from qemu_prefault.agents import Kind, Limits
+from qemu_prefault.agents.attach import CODE_SIZE, CONTROL_SIZE, AttachAgent
 
 NATIVE = Path(qemu_prefault.__file__).parent / "native"
 BLOB = bytes(ffi.buffer(lib.helper_blob))

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The plugin in a real QEMU, where there is nothing it could keep: TCG, or a KVM that cannot.
+
+What it does where KVM can is in tests/lab/test_plugin.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import QEMU, Qemu, StartQemu, kvm_usable
+from tool import Qmp, run_tool
+
+from qemu_prefault.agents.plugin import find_control_socket, plugin_path
+from qemu_prefault.process import Process
+
+needs_kvm = pytest.mark.skipif(not kvm_usable(), reason="/dev/kvm cannot be opened")
+MIB = 1 << 20
+
+
+def plugin(*options: str) -> list[str]:
+    return ["-plugin", ",".join([str(plugin_path()), *options])]
+
+
+def start(start_qemu: StartQemu, *options: str) -> Qemu:
+    """A QEMU under KVM with the plugin, when its machine is there: QMP answers only then."""
+    qemu = start_qemu("-m", "64M", *plugin(*options), accel="kvm")
+    Qmp(qemu.qmp).close()
+    return qemu
+
+
+class Control:
+    """A plain client of the control socket."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(20)
+        self.socket.connect(str(path))
+        self._file = self.socket.makefile("rw")
+
+    def send(self, *lines: str) -> None:
+        self._file.write("".join(f"{line}\n" for line in lines))
+        self._file.flush()
+
+    def receive(self) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(self._file.readline())
+        return answer
+
+    def ask(self, *lines: str) -> dict[str, Any]:
+        self.send(*lines)
+        return self.receive()
+
+
+@pytest.fixture
+def control(start_qemu: StartQemu, tmp_path: Path) -> Iterator[Callable[..., Control]]:
+    clients: list[Control] = []
+
+    def connect() -> Control:
+        clients.append(Control(tmp_path / "control"))
+        return clients[-1]
+
+    start(start_qemu, f"socket={tmp_path}/control")
+    yield connect
+    for client in clients:
+        client.socket.close()
+
+
+def run_qemu(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A QEMU that is told to quit at once."""
+    assert QEMU
+    return subprocess.run(
+        [QEMU, "-nodefaults", "-display", "none", "-S", "-qmp", "stdio", *arguments],
+        input='{"execute": "qmp_capabilities"}{"execute": "quit"}',
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("way", ["plugin", "preload"])
+def test_without_kvm_it_says_so_and_does_nothing(way: str) -> None:
+    if way == "plugin":
+        result = run_qemu("-accel", "tcg", *plugin())
+    else:
+        result = run_qemu("-accel", "tcg", LD_PRELOAD=str(plugin_path()))
+    assert result.returncode == 0
+    assert "does not use KVM" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "option", ["colour=red", "keep=maybe", "populate=some", "hold=-1", "hold=soon", "socket=x"]
+)
+def test_an_option_it_does_not_know_ends_qemu(option: str) -> None:
+    result = run_qemu("-accel", "tcg", *plugin(option))
+    assert result.returncode != 0
+    assert option in result.stderr and "populate=auto|all|resident" in result.stderr
+
+
+@needs_kvm
+def test_a_kvm_that_cannot_is_named(control: Callable[..., Control]) -> None:
+    status = control().ask("status")
+    if status["pre_fault_memory"]:
+        pytest.skip("this KVM can; see tests/lab/test_plugin.py")
+    assert status["kvm"] and status["pending"] == 0
+    assert {slot["why"] for slot in status["slots"]} == {"this KVM cannot"}
+
+
+@needs_kvm
+def test_the_slots_are_those_of_the_monitor(start_qemu: StartQemu, tmp_path: Path) -> None:
+    path = tmp_path / "control"
+    qemu = start(start_qemu, f"socket={path}")
+    monitor = Qmp(qemu.qmp)
+    mtree = monitor.execute("human-monitor-command", **{"command-line": "info mtree -f"})
+    view = next(part for part in mtree.split("FlatView") if 'AS "memory"' in part)
+    shown = set()
+    for line in view.splitlines():
+        if line.rstrip().endswith("KVM"):
+            first, last = (int(part, 16) for part in line.split()[0].split("-"))
+            shown.add((first, last + 1 - first))
+    slots = Control(path).ask("status")["slots"]
+    assert {(slot["gpa"], slot["size"]) for slot in slots if slot["as"] == 0} == shown
+
+
+@needs_kvm
+def test_the_socket_is_private_and_goes_with_qemu(start_qemu: StartQemu, tmp_path: Path) -> None:
+    path = tmp_path / "control"
+    qemu = start(start_qemu, f"socket={path}")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    Qmp(qemu.qmp).execute("quit")
+    assert qemu.process.wait(20) == 0
+    assert not path.exists()
+
+
+@needs_kvm
+def test_a_socket_left_by_a_killed_qemu_is_taken_over(
+    start_qemu: StartQemu, tmp_path: Path
+) -> None:
+    path = tmp_path / "control"
+    for _ in range(2):
+        qemu = start(start_qemu, f"socket={path}")
+        assert Control(path).ask("status")["pid"] == qemu.pid
+        qemu.kill()
+        assert path.exists()
+
+
+@needs_kvm
+def test_a_stranger_is_shown_out(control: Callable[..., Control], tmp_path: Path) -> None:
+    """Even where the file's mode would let one in."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become somebody else")
+    control()
+    for directory in (tmp_path, *tmp_path.parents):
+        if directory.stat().st_uid == 0 and str(directory).startswith("/tmp/"):
+            directory.chmod(0o755)
+    (tmp_path / "control").chmod(0o666)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setuid(65534)
+            client = socket.socket(socket.AF_UNIX)
+            client.settimeout(20)
+            client.connect(str(tmp_path / "control"))
+            client.sendall(b"status\n")
+            status = 0 if client.recv(1) == b"" else 2
+        except ConnectionError:
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@needs_kvm
+@pytest.mark.parametrize("request_line", ["", "hello", "populate some", "work x", "status please"])
+def test_what_it_does_not_understand(control: Callable[..., Control], request_line: str) -> None:
+    client = control()
+    assert "the requests are" in client.ask(request_line)["error"]
+    assert client.ask("status")["plugin"] == 1
+
+
+@needs_kvm
+def test_policy_and_pause_are_remembered(control: Callable[..., Control]) -> None:
+    client = control()
+    assert client.ask("populate resident")["ok"] and client.ask("pause")["ok"]
+    status = control().ask("status")
+    assert (status["populate"], status["held"], status["keeping"]) == ("resident", "paused", False)
+    assert client.ask("resume")["ok"]
+    assert control().ask("status")["keeping"] is True
+
+
+@needs_kvm
+def test_a_batch_populates_and_tells_each_range(control: Callable[..., Control]) -> None:
+    client = control()
+    ram = max(client.ask("status")["slots"], key=lambda slot: slot["size"])
+    hva, page = ram["hva"], 4096
+    client.send("work 3 65536", f"0 0 {hva} {MIB}", f"0 0 {page} {page}", f"0 0 {hva} {2 * MIB}")
+    assert client.receive()["ok"]
+    while "done" not in (answer := client.receive()):
+        assert answer["progress"] <= 3 * MIB
+    assert answer["done"][0] == [MIB, 0] and answer["done"][2] == [2 * MIB, 0]
+    assert answer["done"][1][0] == 0 and answer["done"][1][1]  # nothing is mapped there
+    assert client.ask("status")["counters"]["populated"] == 3 * MIB
+
+
+@needs_kvm
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("work 1 65536", "0 0 1 4096"),
+        ("work 1 65536", "9 0 4096 4096"),
+        ("work 1 65536", "0 7 4096 4096"),
+        ("work 2 65536", "nonsense", "0 0 4096 4096"),
+        ("work 1 100", "0 0 4096 4096"),
+    ],
+)
+def test_a_bad_batch_is_refused_whole(
+    control: Callable[..., Control], lines: tuple[str, ...]
+) -> None:
+    client = control()
+    assert "error" in client.ask(*lines)
+    assert client.ask("status")["counters"]["populated"] == 0
+
+
+@needs_kvm
+def test_a_client_that_goes_takes_its_batch_along(control: Callable[..., Control]) -> None:
+    client = control()
+    slot = max(client.ask("status")["slots"], key=lambda slot: slot["size"])
+    many = [f"0 0 {slot['hva']} {slot['size']}"] * 20000
+    client.send(f"work {len(many)} 4096", *many)
+    assert client.receive()["ok"]
+    assert "another batch" in control().ask("work 0 4096")["error"]
+    client.socket.shutdown(socket.SHUT_RDWR)
+    other = control()
+    while "error" in (answer := other.ask("work 0 4096")):
+        assert "another batch" in answer["error"]
+    assert answer["ok"]
+
+
+@needs_kvm
+def test_the_tool_finds_it_and_uses_it(start_qemu: StartQemu) -> None:
+    """No right to trace is needed: what acts is in there already."""
+    qemu = start(start_qemu)
+    found = find_control_socket(Process.find(qemu.pid))
+    assert found and found.exists()
+    result = run_tool(qemu, "--populate-only")
+    assert result.status == 0, result.stderr
+    assert result.report["agent"] == "plugin"
+    assert result.report["bytes"]["remaining"] == 0
+    assert result.report["bytes"]["populated"] > 60 * MIB
+
+
+def test_without_it_the_tool_says_how_to_get_it(start_qemu: StartQemu) -> None:
+    result = run_tool(start_qemu("-m", "64M"), "--populate-only", "--agent", "plugin")
+    assert result.status == 4
+    assert result.error["code"] == "no-plugin"
+    assert "plugin-path" in result.error["remedy"]
+
+
+@needs_kvm
+def test_events_are_told_to_who_follows(control: Callable[..., Control]) -> None:
+    follower, client = control(), control()
+    assert follower.ask("follow")["ok"]
+    client.ask("pause")
+    assert follower.receive()["event"] == "held"
+    client.ask("resume")
+    assert follower.receive()["event"] == "released"
+    assert select.select([follower.socket], [], [], 0)[0] == []
