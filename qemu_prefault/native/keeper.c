@@ -345,6 +345,10 @@ static void queue_slot(struct slot *slot)
 	drop_pieces(slot->id);
 	slot->resident_only = !touch;
 	slot->prefaulted = 0;
+	/* Somebody waits for a guest that comes from elsewhere: first what it brought along. */
+	if (incoming && !guest_entered && touch)
+		add_piece((struct piece){ .gpa = slot->gpa, .hva = slot->hva, .size = slot->size,
+					  .slot = slot->id, .stage2 = true, .resident = true });
 	for (int i = 0; i < 3; i++) {
 		uint64_t at = cuts[i][0], end = cuts[i][1], from, length;
 		struct piece piece = { .slot = slot->id, .stage2 = true, .resident = !touch,
