@@ -9,8 +9,10 @@ other belongs to this class, so that each can be watched while the other is in u
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qemu_prefault.agents.plugin import plugin_path
 from qemu_prefault.errors import FailedError
 
 from .qmp import Qmp, QmpError
@@ -41,6 +44,9 @@ _BACKINGS = {
     "file-private": "memory-backend-file,share=off,mem-path={directory}",
     "hugetlb": "memory-backend-memfd,hugetlb=on,hugetlbsize=2M",
 }
+_OVMF = Path("/usr/share/OVMF")
+# OVMF keeps its variables in flash; the secure boot build does so from SMM only.
+_OVMF_CODE = {"ovmf": "OVMF_CODE_4M.fd", "ovmf-smm": "OVMF_CODE_4M.secboot.fd"}
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _HUGEPAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 
@@ -81,9 +87,14 @@ class Guest:
     :param incoming: a URI, ``defer``, or the path of a file written by :meth:`save`.
     :param workload_mib: MiB the guest allocates and writes before it is ready.
     :param args: further arguments for QEMU.
+    :param firmware: None is the machine's own; ``ovmf`` and ``ovmf-smm`` are for ``q35`` and
+        the kernel ``vmlinuz``, the one kind that UEFI can start.
+    :param plugin: options of our plugin (``["keep=off"]``), to have it loaded.
+    :param preload: load it by ``LD_PRELOAD`` and not by ``-plugin``.
     :param wrapper: a command QEMU is run under, such as ``["env", "LD_PRELOAD=…"]``.
     :ivar pid: QEMU's process id.
     :ivar qmp_path: the monitor nobody uses, for the tool under test.
+    :ivar control_path: the plugin's control socket.
     """
 
     def __init__(
@@ -103,24 +114,40 @@ class Guest:
         kernel_args: str = "",
         args: Sequence[str] = (),
         qemu: str = "qemu-system-x86_64",
+        firmware: str | None = None,
+        plugin: Sequence[str] | None = None,
+        preload: bool = False,
         wrapper: Sequence[str] = (),
     ) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="l2-")
         self.directory = Path(self._scratch.name)
         self.qmp_path = self.directory / "qmp"
+        self.control_path = self.directory / "control"
         self._stderr_path = self.directory / "stderr"
         self._serial_buffer = b""
         self.serial_log = b""
 
+        load: list[str] = []
+        if plugin is not None:
+            options = ",".join([f"socket={self.control_path}", *plugin])
+            if preload:
+                wrapper = [*wrapper, "env", f"LD_PRELOAD={plugin_path()}"]
+                wrapper += [f"QEMU_PREFAULT_OPTIONS={options}"]
+            else:
+                load = ["-plugin", f"{plugin_path()},{options}"]
         machine_argument = machine
         memory_argument = f"{memory_mib}M" + (f",{memory}" if memory else "")
         argv = [*wrapper, qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+        argv += load
         if backing is not None:
             kind, _, properties = backing.partition(",")
             text = _BACKINGS[kind].format(directory=self.directory / "memory")
             text += f",id=ram,size={memory_mib}M" + (f",{properties}" if properties else "")
             argv += ["-object", text]
             machine_argument += ",memory-backend=ram"
+        if firmware is not None:
+            machine_argument += f",smm={'on' if firmware == 'ovmf-smm' else 'off'}"
+            argv += self._flash(firmware)
         argv += ["-machine", machine_argument, "-accel", accel, "-m", memory_argument]
         argv += ["-smp", str(smp)]
         if cpu or accel == "kvm":
@@ -146,6 +173,15 @@ class Guest:
         except BaseException:
             self.kill()
             raise
+
+    def _flash(self, firmware: str) -> list[str]:
+        variables = self.directory / "variables"
+        shutil.copy(_OVMF / "OVMF_VARS_4M.fd", variables)
+        code = f"if=pflash,unit=0,format=raw,readonly=on,file={_OVMF / _OVMF_CODE[firmware]}"
+        argv = ["-drive", code, "-drive", f"if=pflash,unit=1,format=raw,file={variables}"]
+        if firmware == "ovmf-smm":
+            argv += ["-global", "driver=cfi.pflash01,property=secure,value=on"]
+        return argv
 
     def _start(self, argv: list[str]) -> None:
         # The harness's ends are socket pairs: nothing to wait for. The tool's monitor is
@@ -319,7 +355,41 @@ class Guest:
                         totals[name] = totals.get(name, 0) + int(stat["value"])
         return totals
 
+    # The plugin.
+
+    def control(self, request: str, timeout: float = 30.0) -> dict[str, Any]:
+        """Send one request to the plugin's control socket, on a connection of its own."""
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(timeout)
+            client.connect(str(self.control_path))
+            client.sendall(request.encode() + b"\n")
+            answer: dict[str, Any] = json.loads(client.makefile().readline())
+        return answer
+
+    def wait_kept(self, timeout: float = 60.0) -> dict[str, Any]:
+        """Wait until the plugin has nothing left to do in a running guest; give its status."""
+        deadline = time.monotonic() + timeout
+        while (status := self.control("status"))["pending"]:
+            if time.monotonic() > deadline:
+                raise self._problem(f"the plugin is not done within {timeout:g} s: {status}")
+            self.command("echo idle")
+        return status
+
     # The guest.
+
+    def reset(self) -> None:
+        """Press the reset button; what the guest has said before is forgotten.
+
+        For guests started with ``-action reboot=reset``.
+        """
+        self.qmp("system_reset")
+        while self.wait_event("RESET")["data"]["reason"] != "host-qmp-system-reset":
+            pass
+        # No vCPU ran when that was sent, so all of the last boot's output is here.
+        with contextlib.suppress(BlockingIOError):
+            while self._serial.recv(1 << 16):
+                pass
+        self._serial_buffer = b""
 
     def wait_ready(self, timeout: float = 240.0) -> dict[str, float | str]:
         """Wait for a booting guest's ``ready``; ``uptime`` is its age in seconds then."""

@@ -50,6 +50,7 @@ _WITHOUT = (
 _L1_PACKAGES = (
     "iproute2",
     "kmod",
+    "ovmf",
     "procps",
     "python3",
     "python3-cffi-backend",
