@@ -20,7 +20,12 @@ OTHER_MIB = 96
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=100, help="how often to kill the tool")
+    parser.addoption("--boots", type=int, default=6, help="guests of the plugin campaign")
     parser.addoption("--seed", type=int, default=0, help="of random moments; 0: a new one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: only in make test-full")
 
 
 def start_tool(guest: Guest, *arguments: str) -> Tool:

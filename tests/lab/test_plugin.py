@@ -79,17 +79,9 @@ def kept(tmp_path: Path) -> Iterator[Callable[..., Kept]]:
         yield start
 
 
-_baseline: dict[tuple[str, str], int] = {}
-
-
-def baseline(machine: str, mode: str) -> int:
-    """Faults of the same boot without the plugin."""
-    key = (machine, mode)
-    if key not in _baseline:
-        with Guest(machine=machine, workload_mib=WORKLOAD_MIB) as guest:
-            guest.wait_ready()
-            _baseline[key] = guest.stats()["pf_taken"]
-    return _baseline[key]
+# What a guest that writes so much takes at the very least without the plugin, on 4K pages.
+WITHOUT = WORKLOAD_MIB * 256
+full = pytest.mark.full  # only in make test-full
 
 
 def check_memory(guest: Guest) -> None:
@@ -104,103 +96,109 @@ def ram_slots(status: dict[str, Any]) -> list[dict[str, Any]]:
 # -- a boot --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("machine", ["pc", "q35", "microvm"])
-@pytest.mark.parametrize("mode, share", [("never", 0.0005), ("always", 0.03)])
-def test_a_boot_takes_next_to_no_faults(kept, pages, machine, mode, share):
-    pages(mode)
-    without = baseline(machine, mode)
-    found = kept(machine=machine)
-    found.guest.wait_ready()
-    faults = found.guest.stats()["pf_taken"]
-    print(f"{machine}, THP {mode}: {faults} of {without} faults")
-    assert faults <= share * without
+def check_kept(found: Kept) -> dict[str, Any]:
     status = found.settled()
     assert status["quirk"] == "disabled"
-    assert status["counters"]["errors"] == 0
+    assert (status["counters"]["errors"], status["counters"]["stuck"]) == (0, 0)
     assert all(slot["state"] == "done" for slot in ram_slots(status))
     check_memory(found.guest)
+    return status
+
+
+@pytest.mark.parametrize("machine", ["pc", pytest.param("q35", marks=full), "microvm"])
+def test_a_boot_takes_next_to_no_faults(kept, pages, machine):
+    found = kept(machine=machine)
+    found.guest.wait_ready()
+    assert found.guest.stats()["pf_taken"] <= 0.0005 * WITHOUT
+    check_kept(found)
+
+
+@full
+@pytest.mark.parametrize("machine", ["pc", "q35", "microvm"])
+def test_a_boot_on_huge_pages(kept, pages, machine):
+    pages("always")
+    with Guest(machine=machine, workload_mib=WORKLOAD_MIB) as guest:
+        guest.wait_ready()
+        without = guest.stats()["pf_taken"]
+    found = kept(machine=machine)
+    found.guest.wait_ready()
+    assert found.guest.stats()["pf_taken"] <= 0.03 * without
+    check_kept(found)
 
 
 def test_the_second_boot_too(kept, pages):
     """Firmware runs again after a reset, and drops low RAM's tables again."""
-    without = baseline("pc", "never")
-    found = kept(machine="pc", args=["-action", "reboot=reset"])
+    found = kept(machine="q35", args=["-action", "reboot=reset"])
     found.guest.wait_ready()
     before = found.guest.stats()["pf_taken"]
     found.guest.qmp("system_reset")
     found.guest.wait_ready()
-    assert found.guest.stats()["pf_taken"] - before <= 0.0005 * without
-    check_memory(found.guest)
+    assert found.guest.stats()["pf_taken"] - before <= 0.0005 * WITHOUT
+    status = check_kept(found)
+    # What firmware threw away again was not much.
+    assert status["counters"]["again"] <= 2.5 * sum(slot["size"] for slot in ram_slots(status))
 
 
 def test_with_the_quirk_it_does_not_hang(kept, pages):
     """Each slot's end drops every table then, and 6.12's livelock is near (stale roots)."""
-    without = baseline("pc", "never")
     found = kept("quirk=keep", machine="pc", args=["-action", "reboot=reset"])
     found.guest.wait_ready()
     found.guest.qmp("system_reset")
     found.guest.wait_ready()
-    faults = found.guest.stats()["pf_taken"]
-    print(f"quirk kept, two boots: {faults} of {without} faults of one")
-    assert faults <= 0.02 * without
+    assert found.guest.stats()["pf_taken"] <= 0.02 * WITHOUT
     status = found.settled()
     assert status["quirk"] == "kept" and status["counters"]["stuck"] == 0
     check_memory(found.guest)
 
 
-@pytest.mark.parametrize("machine", ["q35", "microvm"])
+@pytest.mark.parametrize("machine", [pytest.param("q35", marks=full), "microvm"])
 def test_several_vcpus_share_the_work(kept, pages, machine):
     found = kept(machine=machine, smp=3)
     found.guest.wait_ready()
-    assert found.guest.stats()["pf_taken"] <= 0.001 * baseline(machine, "never")
-    assert len(found.settled()["vcpus"]) == 3
-    check_memory(found.guest)
+    assert found.guest.stats()["pf_taken"] <= 0.001 * WITHOUT
+    assert len(check_kept(found)["vcpus"]) == 3
 
 
-@pytest.mark.parametrize("backing", ["memfd", "file", "file-private"])
+@full
+@pytest.mark.parametrize("backing", ["memfd", "file-private"])
 def test_other_backings(kept, pages, backing):
     found = kept(machine="microvm", backing=backing)
     found.guest.wait_ready()
-    status = found.settled()
-    if backing == "file":  # on L1's root, a disk: populating would write it
-        assert all(slot["resident_only"] for slot in ram_slots(status)) or (
-            found.guest.stats()["pf_taken"] < 100
-        )
-    else:
-        assert found.guest.stats()["pf_taken"] < 100
-    check_memory(found.guest)
+    assert found.guest.stats()["pf_taken"] <= 0.0005 * WITHOUT
+    check_kept(found)
 
 
 def test_loaded_by_ld_preload(tmp_path, pages):
     wrapper = ["env", f"LD_PRELOAD={plugin_path()}"]
-    with Guest(machine="pc", workload_mib=WORKLOAD_MIB, wrapper=wrapper, paused=True) as guest:
+    with Guest(machine="microvm", workload_mib=64, wrapper=wrapper, paused=True) as guest:
         guest.qmp("cont")
         guest.wait_ready()
-        assert guest.stats()["pf_taken"] <= 0.0005 * baseline("pc", "never")
+        assert guest.stats()["pf_taken"] <= 0.0005 * WITHOUT
         check_memory(guest)
 
 
+@full
 def test_off_it_changes_nothing(kept, pages):
-    without = baseline("microvm", "never")
+    with Guest(machine="microvm", workload_mib=WORKLOAD_MIB) as guest:
+        guest.wait_ready()
+        without = guest.stats()["pf_taken"]
     found = kept("keep=off", machine="microvm")
     found.guest.wait_ready()
-    stats = found.guest.stats()
-    assert abs(stats["pf_taken"] - without) <= 0.01 * without
+    assert abs(found.guest.stats()["pf_taken"] - without) <= 0.01 * without
     status = found.status()
     assert status["quirk"] == "undecided" and status["counters"]["populated"] == 0
 
 
 def test_after_a_restore(kept, pages, tmp_path):
-    with Guest(workload_mib=WORKLOAD_MIB) as guest:
+    with Guest(workload_mib=64, memory_mib=160) as guest:
         guest.wait_ready()
         guest.save(tmp_path / "state")
-    found = kept(incoming=tmp_path / "state", workload_mib=0)
+    found = kept(incoming=tmp_path / "state", workload_mib=0, memory_mib=160)
     found.guest.wait_restored()
     before = found.guest.stats()["pf_taken"]
     found.guest.qmp("cont")
     assert found.guest.command("pass")["bad"] == 0
-    faults = found.guest.stats()["pf_taken"] - before
-    assert faults <= 0.001 * WORKLOAD_MIB * 256, faults
+    assert found.guest.stats()["pf_taken"] - before <= 0.001 * 64 * 256
 
 
 # -- memory that comes, and memory that is absent on purpose ----------------------------------
@@ -219,6 +217,7 @@ def test_a_plugged_dimm(kept, pages):
     assert found.guest.stats()["pages_4k"] - before[1] >= 64 * 256
 
 
+@full
 def test_virtio_mem_that_is_not_plugged_stays_absent(kept, pages):
     device = ["-object", "memory-backend-ram,id=vm0,size=512M",
               "-device", "virtio-mem-pci,id=vmem,memdev=vm0,requested-size=0"]  # fmt: skip
@@ -229,14 +228,14 @@ def test_virtio_mem_that_is_not_plugged_stays_absent(kept, pages):
 
 
 def test_overcommitted_memory_is_not_touched(kept, pages):
-    found = kept(machine="microvm", backing="ram,reserve=off", workload_mib=32)
+    found = kept(machine="microvm", backing="ram,reserve=off", workload_mib=32, memory_mib=160)
     found.guest.wait_ready()
     status = found.settled()
     assert status["counters"]["populated"] < 2 * MIB
     assert all(slot["resident_only"] for slot in ram_slots(status) if slot["size"] > MIB)
     found.ask("populate all")
     found.ask("prefault")
-    assert found.settled()["counters"]["populated"] > 300 * MIB
+    assert found.settled()["counters"]["populated"] > 150 * MIB
     check_memory(found.guest)
 
 
@@ -280,22 +279,24 @@ def test_qemu_answers_and_ends_while_it_populates(kept, pages):
 
 
 def test_paused_by_the_operator(kept, pages):
-    found = kept(machine="pc", paused=True)
+    found = kept(machine="pc", paused=True, workload_mib=64, memory_mib=192)
     found.ask("pause")
     found.guest.qmp("cont")
     found.guest.wait_ready()
     assert found.status()["held"] == "paused"
-    assert found.guest.stats()["pf_taken"] > 0.9 * baseline("pc", "never")
+    assert found.guest.stats()["pf_taken"] > 64 * 256
     found.ask("resume")
     status = found.settled()
-    assert status["counters"]["prefaulted"] >= 380 * MIB
+    assert status["counters"]["prefaulted"] >= 190 * MIB
     check_memory(found.guest)
 
 
 # -- how QEMU may be run ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["sandbox", "user", "chroot"])
+@pytest.mark.parametrize(
+    "way", ["sandbox", pytest.param("user", marks=full), pytest.param("chroot", marks=full)]
+)
 def test_confined_qemus(kept, pages, way, tmp_path):
     os.chmod(tmp_path, 0o755)
     new = (
@@ -346,12 +347,12 @@ def test_daemonized(tmp_path, pages):
 def test_the_tool_works_through_it(kept, pages):
     from qemu_prefault.lab.tool import Tool  # noqa: PLC0415
 
-    found = kept("keep=off", machine="pc", workload_mib=64)
+    found = kept("keep=off", machine="pc", workload_mib=64, memory_mib=192)
     found.guest.wait_ready()
     result = Tool(["--qmp", str(found.guest.qmp_path), "--json"]).finish()
     assert result.status == 0, result.stderr
     assert result.report["agent"] == "plugin"
     assert result.report["bytes"]["remaining"] == 0
-    assert found.guest.stats()["pages_4k"] >= 380 * 256
+    assert found.guest.stats()["pages_4k"] >= 190 * 256
     assert found.guest.status() == "running"
     check_memory(found.guest)
