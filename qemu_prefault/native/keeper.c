@@ -541,6 +541,13 @@ long keeper_change_slot(int fd, unsigned long request, void *argument)
 
 // -- doing it ------------------------------------------------------------------------------
 
+/* Whoever changes a slot waits for this. The lock is held. */
+static void leave_ioctl(void)
+{
+	in_flight--;
+	pthread_cond_broadcast(&changed);
+}
+
 /* A vCPU thread at work, from coming until it enters the guest. */
 struct turn {
 	struct vcpu *vcpu;
@@ -695,7 +702,7 @@ static void run_chunk(struct piece piece, struct turn *turn)
 	ended = prefault_now_ns();
 	atomic_store(&self->busy_since, 0);
 	pthread_mutex_lock(&lock);
-	in_flight--;
+	leave_ioctl();
 
 	struct slot *slot = find_slot(piece.slot);
 	uint64_t from, length;
@@ -1188,8 +1195,7 @@ static int batch_goes_on(void *context)
 	pthread_mutex_lock(&lock);
 	if (worker->in_flight) {
 		worker->in_flight = false;
-		in_flight--;
-		pthread_cond_broadcast(&changed);
+		leave_ioctl();
 	}
 	while (atomic_load(&changing))
 		pthread_cond_wait(&changed, &lock);
@@ -1243,7 +1249,7 @@ static void *run_share(void *context)
 	}
 	pthread_mutex_lock(&lock);
 	if (worker->in_flight)
-		in_flight--;
+		leave_ioctl();
 	if (mapped && vcpu->fresh) {
 		vcpu->fresh = false;
 		vcpu->zaps_seen = atomic_load(&zaps);
