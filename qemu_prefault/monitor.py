@@ -341,6 +341,15 @@ class Monitor:
             # BadReplyError and its like; KeyError comes from qemu.qmp when a reply is sent twice
             raise _not_qmp(self.address, f"its answer to {command} is malformed") from error
 
+    @contextlib.contextmanager
+    def patience(self, seconds: float) -> Iterator[None]:
+        """Let every command within the block take so long, unless the call says otherwise."""
+        before, self.command_timeout = self.command_timeout, seconds
+        try:
+            yield
+        finally:
+            self.command_timeout = before
+
     async def hmp(self, line: str, *, timeout: float | None = None) -> str:
         """Execute a command of the human monitor and return its text.
 
@@ -758,6 +767,18 @@ async def read_running(monitor: Monitor) -> bool:
     return expect_bool(run.get("running"), "running of query-status")
 
 
+async def read_status(monitor: Monitor) -> str:
+    """Return the run state as ``query-status`` spells it at this moment."""
+    run = expect_object(await monitor.execute("query-status"), "query-status")
+    return expect_str(run.get("status"), "status of query-status")
+
+
+async def read_migration(monitor: Monitor) -> str:
+    """Return the ``status`` of ``query-migrate``; ``none`` if there was no migration."""
+    migrate = expect_object(await monitor.execute("query-migrate"), "query-migrate")
+    return expect_str(migrate.get("status", "none"), "status of query-migrate")
+
+
 async def _read_once(monitor: Monitor) -> Machine | None:
     """Return the machine, or None if its memory map changed meanwhile."""
     (
@@ -981,6 +1002,8 @@ def _stats(item: object) -> dict[str, int]:
     for stat in expect_array(entry.get("stats"), "stats of query-stats"):
         pair = expect_object(stat, "a value of query-stats")
         name, value = expect_str(pair.get("name"), "a name of query-stats"), pair.get("value")
-        if type(value) is int:  # others are booleans and histograms
+        if isinstance(value, bool):
+            values[name] = int(value)
+        elif isinstance(value, int):  # others are histograms
             values[name] = expect_int(value, f"{name[:40]} of query-stats")
     return values
