@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from .errors import InputError, RefusedError
@@ -43,6 +43,8 @@ class Policy:
 
     ``ranges``: guest-physical (start, size) in bytes; empty: all. ``max_bytes``: stop there,
     lowest addresses first. ``vcpus``: indexes of ``query-cpus-fast``; empty: all.
+    ``max_downtime``: seconds a guest may be kept from running at one go; None: as long as it
+    takes.
     """
 
     populate: Populate = Populate.AUTO
@@ -52,6 +54,7 @@ class Policy:
     populate_only: bool = False
     force: bool = False
     chunk_bytes: int | None = None
+    max_downtime: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +80,8 @@ class Target:
 _UNFIT_STATUS: Final = {
     "inmigrate": (
         "the incoming guest's RAM is not loaded yet",
-        "wait until the migration has completed: start QEMU with -S (or send `stop` now), "
-        "and run this when query-status says paused",
+        "run this with --incoming: it waits until it is; or start QEMU with -S (or send `stop` "
+        "now), and run this when query-status says paused",
         "incoming",
     ),
     "postmigrate": (
@@ -106,7 +109,32 @@ _UNFIT_STATUS: Final = {
     "shutdown": ("this guest has shut down", "start it first", "guest-state"),
     "guest-panicked": ("this guest has panicked", "reset it first", "guest-state"),
 }
-_MIGRATION_OVER: Final = frozenset({"none", "completed", "failed", "cancelled"})
+MIGRATION_OVER: Final = frozenset({"none", "completed", "failed", "cancelled"})
+MIGRATED_AWAY: Final = frozenset({"finish-migrate", "postmigrate"})
+
+
+def refuse_status(status: str) -> None:
+    """Raise if a guest of this ``query-status`` cannot run.
+
+    :raises RefusedError: with the reason and what to wait for.
+    """
+    if status in _UNFIT_STATUS:
+        cause, remedy, code = _UNFIT_STATUS[status]
+        raise RefusedError(f"{cause} (query-status: {status})", remedy, code=code)
+
+
+def refuse_unless_incoming(machine: Machine) -> None:
+    """Raise if no RAM is about to be loaded.
+
+    :raises RefusedError: with what the guest is doing.
+    """
+    if machine.status != "inmigrate":
+        raise RefusedError(
+            f"no migration or restore is awaited here (query-status: {machine.status})",
+            "start QEMU with -incoming, and this before the migration; for a guest that is there "
+            "already leave --incoming out",
+            code="not-incoming",
+        )
 
 
 def refuse_unfit(machine: Machine, dirty_limit: bool = False) -> None:
@@ -125,11 +153,8 @@ def refuse_unfit(machine: Machine, dirty_limit: bool = False) -> None:
             "wait until it has completed: missing pages must come from the source first",
             code="postcopy",
         )
-    unfit = _UNFIT_STATUS.get(machine.status)
-    if unfit:
-        cause, remedy, code = unfit
-        raise RefusedError(f"{cause} (query-status: {machine.status})", remedy, code=code)
-    if migration not in _MIGRATION_OVER:
+    refuse_status(machine.status)
+    if migration not in MIGRATION_OVER:
         raise RefusedError(
             f"a migration is under way (query-migrate: {migration}): dirty pages are logged",
             "prefault at the destination, after it has completed",
@@ -170,6 +195,19 @@ def select(machine: Machine, policy: Policy) -> tuple[Target, ...]:
             "`qemu-prefault map` shows where it is",
         )
     return tuple(targets)
+
+
+def without(targets: Iterable[Target], done: Iterable[Target]) -> tuple[Target, ...]:
+    """What of the targets lies in none of those that are done."""
+    left = []
+    spans = sorted((target.gpa, target.gpa + target.size) for target in done)
+    for target in targets:
+        reached, end = target.gpa, target.gpa + target.size
+        for low, high in [*spans, (end, end)]:
+            if reached < min(low, end):
+                left.append(replace(target, gpa=reached, size=min(low, end) - reached))
+            reached = max(reached, high)
+    return tuple(left)
 
 
 def _within(section: Section, ranges: Sequence[tuple[int, int]]) -> Iterable[tuple[int, int]]:

@@ -25,6 +25,7 @@ from qemu_prefault.plan import (
     select,
     stripe,
     stripe_by_node,
+    without,
 )
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -314,6 +315,29 @@ def test_all_touches_everything_and_resident_nothing(name: str) -> None:
     assert target.touch and target.why_not is None
     (target,) = select(vm, Policy(Populate.RESIDENT))
     assert not target.touch and target.why_not
+
+
+spans = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 10)), max_size=6)
+
+
+@given(spans, spans)
+def test_what_is_not_done_yet_is_every_page_once(
+    wanted: list[tuple[int, int]], done: list[tuple[int, int]]
+) -> None:
+    def targets(spans: list[tuple[int, int]]) -> list[Target]:
+        return [
+            Target(section(start * PAGE, size * PAGE), start * PAGE, size * PAGE, True)
+            for start, size in spans
+        ]
+
+    def pages(targets: Sequence[Target]) -> list[int]:
+        return [page for t in targets for page in range(t.gpa, t.gpa + t.size, PAGE)]
+
+    gone = set(pages(targets(done)))
+    for target in targets(wanted):
+        left = without([target], targets(done))
+        assert pages(left) == [page for page in pages([target]) if page not in gone]
+        assert all(piece.section is target.section for piece in left)
 
 
 def test_one_section_that_is_absent_on_purpose_does_not_speak_for_others() -> None:
