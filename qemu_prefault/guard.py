@@ -4,7 +4,7 @@
 Before ``stop`` goes out, a child process is forked. It holds the read end of a pipe whose
 write end only we have, and our own QMP connection (QEMU would let nobody else in before we
 are gone). When the pipe breaks without a word, we have died: it sends the helpers away,
-waits until they have left, and sends ``cont`` on that connection.
+waits until they have left, and sends ``cont`` on that connection, if the guest is still here.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ import socket
 import time
 
 from .agents import DeathOrders
+from .errors import FailedError
+from .plan import MIGRATED_AWAY
 
 RESET_PARSER = b"\xff"  # QEMU's JSON parser starts afresh after this byte, whatever we had sent
 REPLY_ID = "qemu-prefault-guard"
+LONGEST_ANSWER = 4096  # bytes, of query-status and cont
 
 
 class ResumeGuard:
@@ -38,15 +41,30 @@ class ResumeGuard:
         self._child = 0
 
     def __enter__(self) -> ResumeGuard:
+        """
+        :raises FailedError: if the guard died before it stood; nothing has been paused then.
+        """
         read_end, self._pipe = os.pipe2(os.O_CLOEXEC)
+        ready, stands = os.pipe2(os.O_CLOEXEC)
         self._child = os.fork()
         if self._child == 0:
             try:
                 os.close(self._pipe)
-                self._watch(read_end)
+                self._watch(read_end, stands)
             finally:
                 os._exit(0)
         os.close(read_end)
+        os.close(stands)
+        try:
+            if not os.read(ready, 1):
+                self.__exit__()
+                raise FailedError(
+                    "the process that was to guard the paused guest died at once",
+                    "see dmesg for who killed it; the guest was not paused",
+                    code="guard",
+                )
+        finally:
+            os.close(ready)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -59,10 +77,12 @@ class ResumeGuard:
 
     # -- in the child ------------------------------------------------------------------
 
-    def _watch(self, read_end: int) -> None:
+    def _watch(self, read_end: int, stands: int) -> None:
         os.setsid()  # what ends our terminal or its job does not end the guard
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
+        os.write(stands, b"s")
+        os.close(stands)
         if os.read(read_end, 8):
             return
         with contextlib.suppress(OSError):
@@ -75,13 +95,23 @@ class ResumeGuard:
     def _resume(self) -> None:
         connection = socket.socket(fileno=self._qmp_fd)
         connection.settimeout(30)
-        command = json.dumps({"execute": "cont", "id": REPLY_ID}).encode()
         with contextlib.suppress(OSError):
-            connection.sendall(RESET_PARSER + command + b"\n")
-            received = b""
-            while REPLY_ID.encode() not in received:
-                select.select([connection], [], [], 30)
-                data = connection.recv(65536)
-                if not data:
-                    break
-                received = received[-len(REPLY_ID) :] + data
+            status = _ask(connection, RESET_PARSER, "query-status")
+            # A guest that has migrated away meanwhile runs elsewhere.
+            if not any(f'"{away}"'.encode() in status for away in MIGRATED_AWAY):
+                _ask(connection, b"", "cont")
+
+
+def _ask(connection: socket.socket, before: bytes, command: str) -> bytes:
+    """Send a command, wait for its answer; the end of all that came until then."""
+    identity = f"{REPLY_ID}-{command}"
+    message = json.dumps({"execute": command, "id": identity}).encode()
+    connection.sendall(before + message + b"\n")
+    received = b""
+    while identity.encode() not in received:
+        select.select([connection], [], [], 30)
+        data = connection.recv(65536)
+        if not data:
+            raise ConnectionResetError
+        received = received[-LONGEST_ANSWER:] + data
+    return received

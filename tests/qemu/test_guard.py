@@ -153,6 +153,17 @@ def test_what_ends_the_job_does_not_end_the_guard(
 
 
 @pytest.mark.parametrize("accel", ["tcg"])
+def test_a_guest_that_has_migrated_away_is_not_resumed(vm: Vm, hold: Callable[..., Holder]) -> None:
+    """It runs at the destination: two of it would write to one disk."""
+    holder = hold()
+    vm.qmp.execute("migrate", uri="exec:cat >/dev/null")
+    wait_for(lambda: vm.qmp.status() == "postmigrate", "the guest is away")
+    holder.kill()
+    assert holder.guard_gone(10), "the guard does not leave"
+    assert vm.qmp.status() == "postmigrate"
+
+
+@pytest.mark.parametrize("accel", ["tcg"])
 def test_helpers_are_sent_away_and_waited_for_before_the_guest_runs(
     vm: Vm, hold: Callable[..., Holder], tmp_path: Path
 ) -> None:
