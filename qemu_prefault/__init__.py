@@ -2,7 +2,8 @@
 """Fill the stage-2 page tables of a running QEMU's guest before the guest needs them.
 
 The public API: :class:`Session` (``async with Session.open(qmp)``), :class:`Policy`,
-:class:`Populate`, :class:`Report`, and the errors of :mod:`qemu_prefault.errors`.
+:class:`Populate`, :class:`Report`, and the errors of :mod:`qemu_prefault.errors`; to look only,
+:mod:`qemu_prefault.survey`; for small scripts, :mod:`qemu_prefault.scripting`.
 """
 
 from importlib import import_module

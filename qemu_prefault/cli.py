@@ -24,6 +24,7 @@ from .errors import ExitStatus, FailedError, InputError, QemuPrefaultError
 if TYPE_CHECKING:
     from .plan import Policy
 
+PROGRAM = "qemu-prefault"
 UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 
 EPILOG = """\b
@@ -145,12 +146,15 @@ class Printer:
         with contextlib.suppress(OSError):
             click.echo(f"\r\x1b[K{line}" if self._live else line, err=True, nl=not self._live)
 
+    async def ready(self) -> None:
+        say("qemu-prefault: ready: the guest may come")
+
     def end_progress(self) -> None:
         if self._live and self._shown:
             click.echo("\r\x1b[K", err=True, nl=False)
 
 
-def fail(error: QemuPrefaultError, as_json: bool) -> NoReturn:
+def fail(error: QemuPrefaultError, as_json: bool, program: str = PROGRAM) -> NoReturn:
     """Say what happened and what to do; end with the error's exit status."""
     from .report import error_json  # noqa: PLC0415
 
@@ -159,21 +163,21 @@ def fail(error: QemuPrefaultError, as_json: bool) -> NoReturn:
             click.echo(json.dumps(error_json(error)))
         except OSError:
             drop_stdout()
-    say(f"qemu-prefault: {error.cause}")
+    say(f"{program}: {error.cause}")
     for line in error.remedy.splitlines():
         say(f"  {line}")
     sys.exit(int(error.exit_status))
 
 
 @contextlib.contextmanager
-def reporting(as_json: bool, debug: bool) -> Iterator[None]:
+def reporting(as_json: bool, debug: bool, program: str = PROGRAM) -> Iterator[None]:
     """No traceback reaches a user, unless asked for with --debug."""
     try:
         yield
     except QemuPrefaultError as error:
         if debug:
             raise
-        fail(error, as_json)
+        fail(error, as_json, program)
     except (click.exceptions.Exit, click.ClickException, click.Abort):
         raise
     except BrokenPipeError:
@@ -189,6 +193,7 @@ def reporting(as_json: bool, debug: bool) -> Iterator[None]:
                 code="bug",
             ),
             as_json,
+            program,
         )
 
 
@@ -281,6 +286,19 @@ def required_qmp(qmp: str | None) -> str:
 )
 @click.option("--force", is_flag=True, help="Populate even if memory looks too short for it.")
 @click.option("--cont", is_flag=True, help="Resume the guest afterwards, also if it was paused.")
+@click.option(
+    "--incoming",
+    is_flag=True,
+    help="Wait for the guest of a QEMU started with -incoming; populate while its RAM is loaded, "
+    "prefault when it is, and let it start as it would have (with -S: only with --cont).",
+)
+@click.option(
+    "--max-downtime",
+    type=click.FloatRange(0.001),
+    metavar="SECONDS",
+    help="Keep the guest from running for no longer than this at one go; what is left is done "
+    "in further pauses.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done; touch nothing.")
 @click.option(
     "--follow",
@@ -304,6 +322,8 @@ def cli(  # noqa: PLR0917
     chunk: int | None,
     force: bool,
     cont: bool,
+    incoming: bool,
+    max_downtime: float | None,
     dry_run: bool,
     follow: bool,
     as_json: bool,
@@ -321,7 +341,11 @@ def cli(  # noqa: PLR0917
                 f"write options behind the command: qemu-prefault {ctx.invoked_subcommand} --qmp …"
             )
         return
-    if not qmp and not pid and not any((populate_only, ranges, cont, dry_run, follow, as_json)):
+    if (
+        not qmp
+        and not pid
+        and not any((populate_only, ranges, cont, incoming, dry_run, follow, as_json))
+    ):
         click.echo(ctx.get_help())
         ctx.exit(int(ExitStatus.USAGE))
     qmp = required_qmp(qmp)
@@ -329,17 +353,28 @@ def cli(  # noqa: PLR0917
         raise click.UsageError("--chunk is a multiple of 4096 bytes")
     if max_bytes is not None and max_bytes < 4096:
         raise click.UsageError("--max-bytes is at least one page, 4096 bytes")
-    if follow and (dry_run or cont or populate_only):
-        raise click.UsageError("--follow goes with neither --dry-run, --cont nor --populate-only")
+    if follow and (dry_run or cont or populate_only or incoming):
+        raise click.UsageError(
+            "--follow goes with neither --dry-run, --cont, --incoming nor --populate-only"
+        )
     from .plan import Policy, Populate  # noqa: PLC0415
 
-    policy = Policy(Populate(populate), ranges, max_bytes, vcpus or (), populate_only, force, chunk)
+    policy = Policy(
+        Populate(populate),
+        ranges,
+        max_bytes,
+        vcpus or (),
+        populate_only,
+        force,
+        chunk,
+        max_downtime,
+    )
     if follow:
         with reporting(as_json, debug), contextlib.suppress(KeyboardInterrupt):
             run_async(_follow(qmp, pid, policy, agent, as_json))
         return
     with reporting(as_json, debug):
-        run_async(_prefault(qmp, pid, policy, agent, cont, dry_run, as_json))
+        run_async(_prefault(qmp, pid, policy, agent, cont, incoming, dry_run, as_json))
 
 
 async def _prefault(  # noqa: PLR0917
@@ -348,6 +383,7 @@ async def _prefault(  # noqa: PLR0917
     policy: Policy,
     agent: str,
     cont: bool,
+    incoming: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -357,7 +393,15 @@ async def _prefault(  # noqa: PLR0917
 
     printer = Printer(as_json)
     async with Session.open(qmp, pid) as session:
-        engine = Engine(session, policy, cont=cont, agent=agent, on_progress=printer.progress)
+        engine = Engine(
+            session,
+            policy,
+            cont=cont,
+            incoming=incoming,
+            agent=agent,
+            on_ready=printer.ready,
+            on_progress=printer.progress,
+        )
         try:
             report = await engine.run(dry_run)
         finally:

@@ -67,11 +67,16 @@ def stage2_json(stage2: Stage2 | None) -> dict[str, int] | None:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """``populate`` and ``prefault`` by the helpers' own clocks; ``paused`` by our doing."""
+    """``populate`` and ``prefault`` by the helpers' own clocks; ``paused`` by our doing.
+
+    ``paused`` is what all pauses come to, ``longest_pause`` the longest one. Of an incoming
+    guest it is the time from its RAM being found loaded until it was resumed.
+    """
 
     populate: float
     prefault: float
     paused: float
+    longest_pause: float
     total: float
 
 
@@ -183,7 +188,13 @@ def lines(report: Report) -> Iterator[str]:
     seconds = report.seconds
     yield (
         f"seconds: populate {seconds.populate:.3f}, prefault {seconds.prefault:.3f}, "
-        f"guest paused {seconds.paused:.3f}, total {seconds.total:.3f}"
+        f"guest paused {seconds.paused:.3f}"
+        + (
+            f" (at most {seconds.longest_pause:.3f} at one go)"
+            if seconds.paused > seconds.longest_pause
+            else ""
+        )
+        + f", total {seconds.total:.3f}"
     )
     for warning in report.warnings:
         yield f"warning ({warning.code}): {warning.text}"

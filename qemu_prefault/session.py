@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -137,7 +137,8 @@ class Session:
                     f"QEMU (pid {self.process.pid}) has no KVM descriptor for vCPU {vcpu.index}",
                     "it may just be plugged or unplugged: try again",
                 )
-            threads.append(VcpuThread(tids[vcpu.thread_id], fds[vcpu_id], vcpu_id, vcpu.node))
+            tid, fd = tids[vcpu.thread_id], fds[vcpu_id]
+            threads.append(VcpuThread(tid, fd, vcpu_id, vcpu.node, vcpu.qom_path))
         return threads
 
     async def prefault(
@@ -145,10 +146,24 @@ class Session:
         policy: Policy | None = None,
         *,
         cont: bool = False,
+        incoming: bool = False,
+        on_ready: Callable[[], Awaitable[None]] | None = None,
         dry_run: bool = False,
         agent: str = "auto",
     ) -> Report:
-        """Prefault this guest; see :class:`qemu_prefault.engine.Engine` for what is raised."""
+        """Prefault this guest; see :class:`qemu_prefault.engine.Engine` for what is raised.
+
+        :param incoming: it is yet to arrive (``-incoming``): wait for it, and prefault it
+            before it starts.
+        :param on_ready: awaited as soon as an incoming guest may come.
+        """
         from .engine import Engine  # noqa: PLC0415  (it builds on this module)
 
-        return await Engine(self, policy or Policy(), cont=cont, agent=agent).run(dry_run)
+        return await Engine(
+            self,
+            policy or Policy(),
+            cont=cont,
+            incoming=incoming,
+            agent=agent,
+            on_ready=on_ready,
+        ).run(dry_run)

@@ -63,13 +63,14 @@ class VcpuThread:
     """A vCPU as an agent sees it.
 
     ``fd`` is QEMU's file descriptor of the vCPU, or -1 where there is nothing to prefault
-    (populate only); ``vcpu_id`` is KVM's, the x86 APIC id.
+    (populate only); ``vcpu_id`` is KVM's, the x86 APIC id; ``qom_path`` is QEMU's name of it.
     """
 
     thread_id: int
     fd: int
     vcpu_id: int | None
     node: int | None = None
+    qom_path: str = ""
 
 
 @dataclass(frozen=True, slots=True)

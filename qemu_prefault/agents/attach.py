@@ -34,6 +34,7 @@ HELPER_NAME = "qemu-prefault"
 """The helper threads' name, as ``ps -L`` and ``/proc/PID/task/TID/comm`` show it."""
 
 POLL_SHORTEST, POLL_LONGEST = 0.001, 0.25  # seconds
+FASTEST = 32 << 30  # bytes a second; no host is done sooner
 STACK_BYTES = 32 << 10  # a signal frame with AMX state is 11 KiB
 AREAS_FROM, AREAS_TO = 0x1000_0000_0000, 0x5000_0000_0000
 # Low enough that the kernel's own top-down search never picks an address there.
@@ -350,7 +351,11 @@ class AttachAgent:
             if waiting:
                 # We may share a CPU with the helpers: look again when they are about done.
                 elapsed = time.monotonic() - begun
-                left = elapsed * (total - done) / done if done else elapsed / 2
+                left = (
+                    elapsed * (total - done) / done
+                    if done
+                    else max(total / FASTEST - elapsed, elapsed / 2)
+                )
                 await asyncio.sleep(min(max(left * 0.9, POLL_SHORTEST), POLL_LONGEST))
         seconds = (max(ended) - min(started)) / 1e9 if ended else 0.0
         return BatchResult(finished, seconds)

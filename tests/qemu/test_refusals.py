@@ -159,6 +159,23 @@ def test_postcopy(vm_of: StartVm, tmp_path: Path) -> None:
         assert result.error["code"] == "postcopy"
 
 
+def test_incoming_where_nothing_is_to_come(vm_of: StartVm) -> None:
+    result = vm_of("-m", "64M").prefault("--populate-only", "--incoming")
+    assert result.status == 5, result.stderr
+    assert result.error["code"] == "not-incoming"
+    assert "-incoming" in result.error["remedy"]
+
+
+def test_incoming_that_may_become_postcopy(vm_of: StartVm) -> None:
+    vm = vm_of("-m", "64M", "-incoming", "defer")
+    vm.qmp.execute(
+        "migrate-set-capabilities", capabilities=[{"capability": "postcopy-ram", "state": True}]
+    )
+    result = vm.prefault("--populate-only", "--incoming")
+    assert result.status == 5, result.stderr
+    assert result.error["code"] == "postcopy"
+
+
 def test_dirty_rate_measuring(vm_of: StartVm) -> None:
     vm = vm_of("-m", "64M", paused=False)
     vm.qmp.execute("calc-dirty-rate", **{"calc-time": 60})

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The window between an incoming guest's RAM being loaded and its next instruction.
+
+A QEMU that waits for a migration or a restore starts the guest by itself when all is loaded,
+unless it was started with ``-S``. ``stop`` makes it stay paused instead, and ``cont`` before
+that makes it start by itself again (qmp_stop() and qmp_cont(), monitor/qmp-cmds.c: in
+``inmigrate`` they only set ``autostart``). So the window can be had without the guest ever
+being stopped, and can be given back at any time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
+
+from .agents import DeathOrders
+from .errors import FailedError, MonitorError, QemuPrefaultError, RefusedError
+from .guard import ResumeGuard
+from .monitor import CommandError, EventStream, Monitor, read_migration, read_status
+from .process import Process
+
+T = TypeVar("T")
+
+LOAD_SECONDS = 7 * 24 * 3600.0
+"""A QEMU that loads from a file may not answer until it is done."""
+EVENT_SECONDS = 1.0
+POLL_SECONDS = 0.01
+"""Between two questions where this QEMU's migrations tell no events."""
+
+
+class Arrival:
+    """A guest whose RAM is being loaded. Obtained from :func:`take_window`.
+
+    :ivar starts_by_itself: whether QEMU was to start it, and we owe it that.
+    :ivar loaded_at: ``time.monotonic()`` when its RAM was found loaded.
+    :ivar status: of ``query-status``, when that was last asked.
+    """
+
+    def __init__(self, monitor: Monitor, starts_by_itself: bool, events: EventStream) -> None:
+        self.starts_by_itself = starts_by_itself
+        self.loaded_at = 0.0
+        self.status = "inmigrate"
+        self._monitor = monitor
+        self._events = events
+        self._told = False
+
+    async def loaded(self, also: Callable[[], Awaitable[T]]) -> T:
+        """Wait until the guest is loaded; whether it is running then is in :attr:`status`.
+
+        :param also: what else to ask QEMU, each time it is asked whether the guest is loaded: the
+            guest stands still for a round trip.
+        :return: what that came to at last.
+        :raise FailedError: the migration failed or was cancelled.
+        """
+        while True:
+            told = await self._look(also)
+            if self.status != "inmigrate":
+                self.loaded_at = time.monotonic()
+                return told
+            with contextlib.suppress(TimeoutError):
+                # None: the connection has ended, and the next look tells why
+                await self._events.get(EVENT_SECONDS if self._told else POLL_SECONDS)
+
+    async def _look(self, also: Callable[[], Awaitable[T]]) -> T:
+        # Answered in the order they are asked in: what also() tells is of the later moment.
+        with self._monitor.patience(LOAD_SECONDS):
+            self.status, told = await asyncio.gather(read_status(self._monitor), also())
+            if self.status == "inmigrate":
+                migration = await read_migration(self._monitor)
+                if migration in ("failed", "cancelled"):
+                    raise _failed(f"the incoming migration has ended (query-migrate: {migration})")
+        return told
+
+    async def tell_events(self) -> bool:
+        """Have QEMU send MIGRATION events; returns whether that was our doing."""
+        self._told = (await _capabilities(self._monitor)).get("events", False)
+        if self._told:
+            return False
+        try:
+            await _set_events(self._monitor, True)
+        except CommandError:  # too late for this migration
+            return False
+        self._told = True
+        return True
+
+
+def _failed(cause: str) -> FailedError:
+    return FailedError(
+        cause,
+        "nothing was prefaulted; the guest is where it was, at the source or in its file",
+        code="migration-failed",
+    )
+
+
+async def refuse_postcopy(monitor: Monitor) -> None:
+    """Raise if the migration may go on after the guest has started.
+
+    :raise RefusedError: each page touched would be asked for from the source, one by one.
+    """
+    if (await _capabilities(monitor)).get("postcopy-ram"):
+        raise RefusedError(
+            "this migration may go on as postcopy: missing pages must come from the source first",
+            "migrate without the capability postcopy-ram, or prefault when it has completed",
+            code="postcopy",
+        )
+
+
+async def _capabilities(monitor: Monitor) -> dict[str, bool]:
+    answer = await monitor.execute("query-migrate-capabilities")
+    items = answer if isinstance(answer, list) else []
+    return {str(item.get("capability")): bool(item.get("state")) for item in items}
+
+
+async def _set_events(monitor: Monitor, state: bool) -> None:
+    await monitor.execute(
+        "migrate-set-capabilities", capabilities=[{"capability": "events", "state": state}]
+    )
+
+
+@contextlib.asynccontextmanager
+async def take_window(
+    monitor: Monitor, process: Process, orders: DeathOrders
+) -> AsyncIterator[Arrival]:
+    """Keep a guest that is being loaded paused when it is, for the block.
+
+    If the block ends early, or we are killed in it, QEMU starts the guest by itself as it
+    would have. Who leaves it in order resumes the guest.
+
+    :raise FailedError: the migration failed or was cancelled, of which QEMU ends.
+    """
+    with contextlib.ExitStack() as stack:
+        events = stack.enter_context(monitor.events("MIGRATION"))
+        waits = not {"-S", "--S"}.isdisjoint(process.arguments())
+        arrival = Arrival(monitor, not waits, events)
+        in_order = switched = False
+        try:
+            switched = await arrival.tell_events()
+            if arrival.starts_by_itself:
+                stack.enter_context(ResumeGuard(monitor.fileno(), orders))
+                await monitor.execute("stop")
+            yield arrival
+            in_order = True
+        except MonitorError as error:
+            if monitor.alive or arrival.loaded_at:
+                raise
+            raise _failed("QEMU has ended: the migration failed, or was cancelled") from error
+        finally:
+            if monitor.alive:
+                with contextlib.suppress(QemuPrefaultError):
+                    if arrival.starts_by_itself and not in_order:
+                        await monitor.execute("cont")
+                    if switched:
+                        await _set_events(monitor, False)
