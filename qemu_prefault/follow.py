@@ -91,6 +91,7 @@ class _Watcher:
         self._layout: tuple[tuple[int, int, int], ...] = ()
         self._seen: tuple[tuple[int, int, int], ...] = ()
         self._kept = 0
+        self._need = ""
         self._ran_at = 0.0
         self._refusal = ""
 
@@ -98,7 +99,7 @@ class _Watcher:
         engine = Engine(self._session, self._policy, agent=self._agent)
         report = await engine.run()
         self._ran_at = time.monotonic()
-        self._refusal = ""
+        self._need = self._refusal = ""
         self._seen = self._layout = self._shape(self._session.machine)
         stage2 = await read_stage2(self._session.monitor)
         self._kept = stage2.bytes if stage2 else 0
@@ -110,18 +111,17 @@ class _Watcher:
         stage2 = await read_stage2(self._session.monitor)
         shape, before = self._shape(machine), self._seen
         self._seen = shape
-        if shape != before or firmware_ahead(machine.ranges):
-            return None  # it is still changing
-        if set(shape) - set(self._layout):
-            why = "memory was added"
+        if shape == before and set(shape) - set(self._layout):
+            self._need = "memory was added"
         elif stage2 is not None and stage2.bytes < self._kept * DROPPED:
-            why = "the tables were dropped"
-        else:
-            return None
+            # Not forgotten if it cannot be done at once: the guest fills them, fault by fault.
+            self._need = "the tables were dropped"
+        if not self._need or shape != before or firmware_ahead(machine.ranges):
+            return None  # all is well, or it is still changing
         if time.monotonic() - self._ran_at < LEAST_SECONDS_BETWEEN_RUNS:
             return None
         try:
-            return await self.run(why)
+            return await self.run(self._need)
         except (RefusedError, FailedError) as error:
             if not self._session.monitor.alive or error.code == self._refusal:
                 return None
