@@ -24,7 +24,7 @@
 #define QUIRK_SLOT_ZAP_ALL (1u << 7) /* Linux 6.12 */
 #define MEM_GUEST_MEMFD (1u << 2)
 #define RUN_SMM (1u << 0)
-#define RUN_GUEST_MODE (1u << 2) /* Linux 6.13 */
+#define RUN_GUEST_MODE (1u << 2) /* 85542adb65ec, Linux 6.11 */
 
 enum {
 	MAX_VCPUS = 4096,
@@ -42,6 +42,7 @@ enum {
  */
 #define HEAD MIB(2)
 #define TAIL MIB(18)
+#define RESET_VECTOR 0xffff0 /* a jump, once the firmware is there */
 #define QUIET MS(1000) /* no slot changed for so long: firmware is not at it */
 #define SLICE MS(2)  /* work at one go when the guest has waited long enough */
 #define SLICE_EVERY MS(10)
@@ -80,6 +81,7 @@ struct vcpu {
 	atomic_uint_least64_t busy_since; /* its thread is in a system call for us; 0: not */
 	bool stuck; /* until it has been in the guest, and some time has passed: */
 	uint64_t retry_at;
+	struct piece in_hand; /* taken from the queue, and not done; its size is 0: nothing */
 	uint64_t slice_ended;
 };
 
@@ -297,6 +299,23 @@ static bool firmware_at_work(void)
 	if (bios->flags & KVM_MEM_READONLY)
 		return bios->hva - bios->gpa != low->hva - low->gpa;
 	return bios->gpa + bios->size > MIB(1);
+}
+
+/*
+ * SeaBIOS made 0xf0000 RAM, and is yet to copy itself there (src/fw/shadow.c). QEMU's reset
+ * leaves PAM as it is: if it comes now, the guest starts among zeros and never gets further.
+ * This moment is no time to linger.
+ */
+static bool firmware_copies_itself(void)
+{
+	const struct slot *bios = slot_at_gpa(RESET_VECTOR);
+	uint64_t hva;
+
+	if (!bios || bios->flags & KVM_MEM_READONLY ||
+	    prefault_now_ns() > slot_changed_at + QUIET)
+		return false;
+	hva = bios->hva + RESET_VECTOR - bios->gpa;
+	return memory_present(hva & ~4095ull, 4096) != 4096 || !*(const volatile uint8_t *)hva;
 }
 
 /* Whether anything can be taken now. The lock is held; vCPUs look at it without. */
@@ -576,15 +595,25 @@ static void note_start(void *context)
 /* Take up to a chunk of the first piece that may be done now. The lock is held. */
 static bool take(struct piece *taken)
 {
+	uint64_t end = firmware_copies_itself() ? MIB(1) : UINT64_MAX;
+
 	for (size_t i = 0; i < piece_count; i++) {
 		struct piece *piece = &pieces[i];
 
-		if (piece->deferred)
+		if (piece->deferred || piece->gpa >= end)
 			continue;
 		*taken = *piece;
+		if (taken->size > end - taken->gpa)
+			taken->size = end - taken->gpa;
 		/* Cut where huge pages end, so that none is worked on from two sides. */
 		if (taken->size > CHUNK)
 			taken->size = CHUNK - (taken->hva + CHUNK) % MIB(2);
+		/* Its populating was queued apart, and may yet be to come: never the ioctl first. */
+		uint64_t from, length;
+
+		if (taken->stage2 && !taken->resident &&
+		    memory_unmarked(MEMORY_POPULATED, taken->hva, taken->size, &from, &length))
+			taken->populate = true;
 		piece->gpa += taken->size;
 		piece->hva += taken->size;
 		piece->size -= taken->size;
@@ -688,6 +717,7 @@ static void run_chunk(struct piece piece, struct turn *turn)
 			 memory_headroom() < 4 * CHUNK;
 
 	in_flight++;
+	self->in_hand = piece;
 	pthread_mutex_unlock(&lock);
 	if (piece.populate) {
 		if (no_memory)
@@ -702,6 +732,7 @@ static void run_chunk(struct piece piece, struct turn *turn)
 	ended = prefault_now_ns();
 	atomic_store(&self->busy_since, 0);
 	pthread_mutex_lock(&lock);
+	self->in_hand.size = 0;
 	leave_ioctl();
 
 	struct slot *slot = find_slot(piece.slot);
@@ -772,8 +803,13 @@ static void run_chunk(struct piece piece, struct turn *turn)
 static bool usable(const struct vcpu *self)
 {
 	return !self->stuck && prefault_now_ns() >= self->retry_at &&
-	       (self->fresh || self->zaps_seen == atomic_load(&zaps)) &&
-	       !(self->run->flags & (RUN_SMM | RUN_GUEST_MODE));
+	       (self->fresh || self->zaps_seen == atomic_load(&zaps));
+}
+
+/* In SMM and in guest mode other tables are loaded. Known only since it last came back. */
+static bool on_own_tables(const struct vcpu *self)
+{
+	return !(self->run->flags & (RUN_SMM | RUN_GUEST_MODE));
 }
 
 static uint64_t pending_bytes(void)
@@ -782,6 +818,8 @@ static uint64_t pending_bytes(void)
 
 	for (size_t i = 0; i < piece_count; i++)
 		bytes += pieces[i].stage2 ? pieces[i].size : 0;
+	for (size_t i = 0; i < vcpu_count; i++)
+		bytes += vcpus[i].in_hand.stage2 ? vcpus[i].in_hand.size : 0;
 	return bytes;
 }
 
@@ -880,10 +918,10 @@ static void before_run(struct vcpu *self)
 	struct piece piece;
 	bool first = !self->started && !incoming;
 
-	if (!held_since)
+	if (!held_since && on_own_tables(self)) /* else it is not kept waiting */
 		held_since = now;
 	if (!first)
-		turn.deadline = held_since + options.hold_ns;
+		turn.deadline = (held_since ? held_since : now) + options.hold_ns;
 	if (turn.deadline && turn.deadline < now + SLICE) {
 		if (now - self->slice_ended < SLICE_EVERY) {
 			pthread_mutex_unlock(&lock);
@@ -891,7 +929,7 @@ static void before_run(struct vcpu *self)
 		}
 		turn.deadline = now + SLICE;
 	}
-	while (usable(self) && !self->run->immediate_exit &&
+	while (usable(self) && on_own_tables(self) && !self->run->immediate_exit &&
 	       (!turn.deadline || prefault_now_ns() < turn.deadline)) {
 		bool was_fresh = self->fresh;
 
@@ -1115,6 +1153,9 @@ static bool has_piece(uint32_t slot)
 {
 	for (size_t i = 0; i < piece_count; i++)
 		if (pieces[i].slot == slot && pieces[i].size)
+			return true;
+	for (size_t i = 0; i < vcpu_count; i++)
+		if (vcpus[i].in_hand.slot == slot && vcpus[i].in_hand.size)
 			return true;
 	return false;
 }

@@ -114,7 +114,9 @@ def test_a_boot_takes_next_to_no_faults(kept, pages, machine):
 
 
 @full
-@pytest.mark.parametrize("machine", ["pc", "q35", "microvm"])
+@pytest.mark.parametrize(
+    "machine", ["pc", pytest.param("q35", marks=full), pytest.param("microvm", marks=full)]
+)
 def test_a_boot_on_huge_pages(kept, pages, machine):
     pages("always")
     with Guest(machine=machine, workload_mib=WORKLOAD_MIB) as guest:
@@ -151,6 +153,7 @@ def test_with_the_quirk_it_does_not_hang(kept, pages):
     check_memory(found.guest)
 
 
+@full
 @pytest.mark.parametrize("machine", [pytest.param("q35", marks=full), "microvm"])
 def test_several_vcpus_share_the_work(kept, pages, machine):
     found = kept(machine=machine, smp=3)
@@ -160,7 +163,7 @@ def test_several_vcpus_share_the_work(kept, pages, machine):
 
 
 @full
-@pytest.mark.parametrize("backing", ["memfd", "file-private"])
+@pytest.mark.parametrize("backing", [pytest.param("memfd", marks=full), "file-private"])
 def test_other_backings(kept, pages, backing):
     found = kept(machine="microvm", backing=backing)
     found.guest.wait_ready()
@@ -189,6 +192,7 @@ def test_off_it_changes_nothing(kept, pages):
     assert status["quirk"] == "undecided" and status["counters"]["populated"] == 0
 
 
+@full
 def test_after_a_restore(kept, pages, tmp_path):
     with Guest(workload_mib=64, memory_mib=160) as guest:
         guest.wait_ready()
@@ -204,8 +208,10 @@ def test_after_a_restore(kept, pages, tmp_path):
 # -- memory that comes, and memory that is absent on purpose ----------------------------------
 
 
-def test_a_plugged_dimm(kept, pages):
-    found = kept(machine="pc", memory="slots=2,maxmem=2G", workload_mib=32)
+@pytest.mark.parametrize(("smp", "options"), [(1, []), pytest.param(2, ["quirk=keep"], marks=full)])
+def test_a_plugged_dimm(kept, pages, smp, options):
+    """Populated first, also where several vCPUs work at it and the ioctl had been put off."""
+    found = kept(*options, machine="pc", smp=smp, memory="slots=2,maxmem=2G", workload_mib=32)
     found.guest.wait_ready()
     before = found.settled(), found.guest.stats()["pages_4k"]
     found.guest.qmp("object-add", **{"qom_type": "memory-backend-ram", "id": "d0",
@@ -317,6 +323,7 @@ def test_confined_qemus(kept, pages, way, tmp_path):
     assert found.settled()["pending"] == 0
 
 
+@full
 def test_daemonized(tmp_path, pages):
     """The thread, the socket and the pagemap must be those of the child that goes on."""
     path, pidfile, qmp = tmp_path / "control", tmp_path / "pid", tmp_path / "qmp"
