@@ -164,9 +164,14 @@ def pytest_command(
     variables: tuple[str, ...],
     arguments: tuple[str, ...],
 ) -> None:
-    """Copy the paths among ARGUMENTS into the lab and run pytest there with ARGUMENTS."""
+    """Copy the paths among ARGUMENTS into the lab and run pytest there with ARGUMENTS.
+
+    The checkout's qmp_scripts, which no wheel has, go with them.
+    """
     with open_machine(variant, nested=nested, npt=npt) as machine:
         _install(machine, wheels)
+        if Path("qmp_scripts").is_dir():
+            machine.put(Path("qmp_scripts"), "/root/tests/qmp_scripts")
         words = []
         for argument in arguments:
             path, separator, test = argument.partition("::")

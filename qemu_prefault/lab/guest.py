@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -30,9 +31,10 @@ from .qmp import Qmp, QmpError
 L2_VARIABLE = "QEMU_PREFAULT_L2"
 """Environment variable naming the directory of the L2 kernel and initramfs."""
 
-# No calibration, no mitigations, no address randomization: less to emulate.
+# No calibration, no mitigations, no address randomization: less to emulate. And no errors of
+# drivers amid the workload's answers; an oops shows all the same.
 _KERNEL_ARGS = (
-    "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check "
+    "console=ttyS0 loglevel=3 panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check "
     "audit=0 cryptomgr.notests random.trust_cpu=on nowatchdog "
     # Drivers that wait for hardware microvm does not have: a clock (4 s), a keyboard.
     "initcall_blacklist=cmos_init,i8042_init"
@@ -44,9 +46,10 @@ _BACKINGS = {
     "file-private": "memory-backend-file,share=off,mem-path={directory}",
     "hugetlb": "memory-backend-memfd,hugetlb=on,hugetlbsize=2M",
 }
-_OVMF = Path("/usr/share/OVMF")
-# OVMF keeps its variables in flash; the secure boot build does so from SMM only.
-_OVMF_CODE = {"ovmf": "OVMF_CODE_4M.fd", "ovmf-smm": "OVMF_CODE_4M.secboot.fd"}
+# Without SMM: TCG (7.2 and 10.0) aborts in tcg_handle_interrupt() when UEFI uses it under KVM.
+_OVMF_CODE = "/usr/share/OVMF/OVMF_CODE_4M.fd"
+_OVMF_VARIABLES = "/usr/share/OVMF/OVMF_VARS_4M.fd"
+_TERMINAL = re.compile(rb"\x1b\[[0-9;=?]*[A-Za-z]")  # UEFI clears a screen before the kernel
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _HUGEPAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 
@@ -87,8 +90,9 @@ class Guest:
     :param incoming: a URI, ``defer``, or the path of a file written by :meth:`save`.
     :param workload_mib: MiB the guest allocates and writes before it is ready.
     :param args: further arguments for QEMU.
-    :param firmware: None is the machine's own; ``ovmf`` and ``ovmf-smm`` are for ``q35`` and
-        the kernel ``vmlinuz``, the one kind that UEFI can start.
+    :param kvm: give the guest a KVM of its own, for the workload's ``nest``.
+    :param ovmf: UEFI instead of the machine's own firmware; for ``q35,smm=off`` and the
+        kernel ``vmlinuz``, the one kind that UEFI can start.
     :param plugin: options of our plugin (``["keep=off"]``), to have it loaded.
     :param preload: load it by ``LD_PRELOAD`` and not by ``-plugin``.
     :param wrapper: a command QEMU is run under, such as ``["env", "LD_PRELOAD=…"]``.
@@ -114,7 +118,8 @@ class Guest:
         kernel_args: str = "",
         args: Sequence[str] = (),
         qemu: str = "qemu-system-x86_64",
-        firmware: str | None = None,
+        kvm: bool = False,
+        ovmf: bool = False,
         plugin: Sequence[str] | None = None,
         preload: bool = False,
         wrapper: Sequence[str] = (),
@@ -145,16 +150,16 @@ class Guest:
             text += f",id=ram,size={memory_mib}M" + (f",{properties}" if properties else "")
             argv += ["-object", text]
             machine_argument += ",memory-backend=ram"
-        if firmware is not None:
-            machine_argument += f",smm={'on' if firmware == 'ovmf-smm' else 'off'}"
-            argv += self._flash(firmware)
+        if ovmf:
+            argv += self._flash()
         argv += ["-machine", machine_argument, "-accel", accel, "-m", memory_argument]
         argv += ["-smp", str(smp)]
         if cpu or accel == "kvm":
             argv += ["-cpu", cpu or "host"]
         files = l2_directory()
         append = _KERNEL_ARGS + (f" workload.mib={workload_mib}" if workload_mib else "")
-        argv += ["-kernel", str(files / kernel), "-initrd", str(files / "initramfs")]
+        initramfs = files / ("initramfs-kvm" if kvm else "initramfs")
+        argv += ["-kernel", str(files / kernel), "-initrd", str(initramfs)]
         argv += ["-append", f"{append} {kernel_args}".strip()]
         if paused:
             argv.append("-S")
@@ -174,14 +179,14 @@ class Guest:
             self.kill()
             raise
 
-    def _flash(self, firmware: str) -> list[str]:
+    def _flash(self) -> list[str]:
         variables = self.directory / "variables"
-        shutil.copy(_OVMF / "OVMF_VARS_4M.fd", variables)
-        code = f"if=pflash,unit=0,format=raw,readonly=on,file={_OVMF / _OVMF_CODE[firmware]}"
-        argv = ["-drive", code, "-drive", f"if=pflash,unit=1,format=raw,file={variables}"]
-        if firmware == "ovmf-smm":
-            argv += ["-global", "driver=cfi.pflash01,property=secure,value=on"]
-        return argv
+        shutil.copy(_OVMF_VARIABLES, variables)
+        flash = "if=pflash,format=raw"
+        return [
+            *("-drive", f"{flash},unit=0,readonly=on,file={_OVMF_CODE}"),
+            *("-drive", f"{flash},unit=1,file={variables}"),
+        ]
 
     def _start(self, argv: list[str]) -> None:
         # The harness's ends are socket pairs: nothing to wait for. The tool's monitor is
@@ -432,7 +437,7 @@ class Guest:
             self._serial_buffer += data
             self.serial_log += data
         line, _, self._serial_buffer = self._serial_buffer.partition(b"\n")
-        return line.decode(errors="replace").strip()
+        return _TERMINAL.sub(b"", line).decode(errors="replace").strip()
 
 
 def _number(text: str) -> float | str:

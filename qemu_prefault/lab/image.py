@@ -62,6 +62,11 @@ _L1_PACKAGES = (
 # Needed before the root file system is there; what the kernel has built in is skipped.
 _BOOT_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4", "overlay")
 _BOOT_MODULES_IF_THERE = ("crc32c_generic", "crc32c_intel", "crc32c")
+# What an L2 guest loads when it is told to, in this order: memory that comes and goes.
+_L2_MODULES = ("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev",
+               "virtio_pci", "virtio_balloon", "virtio_mem")  # fmt: skip
+# What an L2 guest needs to have a guest of its own.
+_L2_KVM_MODULES = ("irqbypass", "kvm", "kvm-amd")
 # The drivers a lab may want to load; the rest of a kernel package is hardware.
 _KEPT_DRIVERS = ("block/", "char/", "crypto/", "dax/", "net/tap", "net/tun", "nvdimm/", "vfio/",
                  "vhost/", "virtio/")  # fmt: skip
@@ -338,7 +343,8 @@ def _l1_initramfs(tar: tarfile.TarFile, release: str, init: Path) -> bytes:
 def tcg_host() -> TcgHost:
     """Build or find the tree QEMU runs from; it also holds the L2 guests' kernel."""
     packages = ("linux-image-cloud-amd64", "lz4", "qemu-system-x86", "seabios", "zstd")
-    key = cache.key_of("bookworm", *packages, *_WITHOUT, *_SNAPSHOT_SAFE_APT, "2")
+    key = cache.key_of("bookworm", *packages, *_WITHOUT, *_SNAPSHOT_SAFE_APT, *_L2_MODULES,
+                       *_L2_KVM_MODULES, "2")  # fmt: skip
 
     def build(directory: Path) -> None:
         log.info("building the TCG host (QEMU 7.2 of Debian 12), once")
@@ -357,6 +363,12 @@ def tcg_host() -> TcgHost:
             ],
             "unpacking the TCG host",
         )
+        with tarfile.open(tar) as tree:
+            members = {Path(name).name: name for name in tree.getnames() if name.endswith(".ko")}
+            (directory / "modules").mkdir()
+            for name in (*_L2_MODULES, *_L2_KVM_MODULES):
+                content = read_member(tree, members[f"{name}.ko"])
+                (directory / "modules" / name).write_bytes(content)
         tar.unlink()
         # Debian builds TCG as a module: an empty machine shows that it loads.
         _run(
@@ -417,24 +429,39 @@ def build(variant: Variant) -> Image:
     return Image(directory, **json.loads((directory / "manifest.json").read_text()))
 
 
-def l2_initramfs() -> bytes:
-    """The whole user space of an L2 guest: the workload, as init."""
+def l2_initramfs(host: TcgHost) -> bytes:
+    """The whole user space of an L2 guest: the workload, as init, and a few drivers."""
     workload = compile_static(_HERE / "workload.c")
-    return cpio_newc([("dev", 0o040755, b""), ("init", 0o100755, workload.read_bytes())])
+    entries = [("dev", 0o040755, b""), ("init", 0o100755, workload.read_bytes())]
+    return cpio_newc([*entries, *_modules_directory(host, "modules", _L2_MODULES)])
+
+
+def _modules_directory(
+    host: TcgHost, directory: str, names: Sequence[str]
+) -> list[tuple[str, int, bytes]]:
+    order = "".join(f"{name}\n" for name in names).encode()
+    entries = [(directory, 0o040755, b""), (f"{directory}/order", 0o100644, order)]
+    for name in names:
+        content = (host.directory / "modules" / name).read_bytes()
+        entries.append((f"{directory}/{name}", 0o100644, content))
+    return entries
 
 
 def l2_files() -> Path:
     """Build or find the directory of what L2 guests boot: kernel and initramfs."""
     host = tcg_host()
     bzimage = l2_kernel(host)
-    initramfs = l2_initramfs()
+    initramfs = l2_initramfs(host)
+    # Apart: KVM is larger than all the rest, and guests that do not need it boot sooner.
+    kvm = cpio_newc(_modules_directory(host, "kvm", _L2_KVM_MODULES))
 
     def fill(directory: Path) -> None:
         shutil.copy(bzimage, directory / "vmlinuz")
         (directory / "vmlinux").write_bytes(extract_vmlinux(bzimage.read_bytes(), host))
         (directory / "initramfs").write_bytes(initramfs)
+        (directory / "initramfs-kvm").write_bytes(initramfs + kvm)
 
-    return cache.entry("l2", cache.key_of(str(bzimage), initramfs), fill)
+    return cache.entry("l2", cache.key_of(str(bzimage), initramfs, kvm), fill)
 
 
 def files_disk() -> Path:

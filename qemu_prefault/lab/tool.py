@@ -121,9 +121,13 @@ class Tool:
         assert "Traceback" not in stderr and "internal error" not in stderr, stderr
         return Result(self.status, stdout, stderr)
 
+    def has_said(self, text: str) -> bool:
+        """Whether this is on its stderr already."""
+        return text in self._read(1)
+
     def _read(self, index: int) -> str:
-        self._files[index].seek(0)
-        return self._files[index].read().decode()
+        fd = self._files[index].fileno()  # its offset is the run's own
+        return os.pread(fd, os.fstat(fd).st_size, 0).decode()
 
 
 def leftovers(pid: int) -> list[str]:

@@ -52,16 +52,16 @@ def four_kilobyte_pages() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def saved_state(
     four_kilobyte_pages: None, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int, int], Path]:
+) -> Callable[[int, int, bool], Path]:
     """States of guests that have written so many MiB; each kind is booted once."""
-    states: dict[tuple[int, int], Path] = {}
+    states: dict[tuple[int, int, bool], Path] = {}
 
-    def state(smp: int, workload_mib: int) -> Path:
-        key = (smp, workload_mib)
+    def state(smp: int, workload_mib: int, kvm: bool) -> Path:
+        key = (smp, workload_mib, kvm)
         if key not in states:
             path = tmp_path_factory.mktemp("state") / "saved"
             memory = workload_mib + OTHER_MIB
-            with Guest(smp=smp, workload_mib=workload_mib, memory_mib=memory) as guest:
+            with Guest(smp=smp, workload_mib=workload_mib, memory_mib=memory, kvm=kvm) as guest:
                 guest.wait_ready()
                 assert guest.command("pass")["bad"] == 0
                 guest.save(path)
@@ -72,16 +72,17 @@ def saved_state(
 
 
 @pytest.fixture
-def restored(saved_state: Callable[[int, int], Path]) -> Iterator[Callable[..., Guest]]:
+def restored(saved_state: Callable[[int, int, bool], Path]) -> Iterator[Callable[..., Guest]]:
     """Makes guests with their memory loaded, paused, and nothing in stage 2."""
     guests: list[Guest] = []
 
-    def restore(smp: int = 1, workload_mib: int = 32, **options: Any) -> Guest:
+    def restore(smp: int = 1, workload_mib: int = 32, kvm: bool = False, **options: Any) -> Guest:
         guest = Guest(
             smp=smp,
             workload_mib=workload_mib,
             memory_mib=workload_mib + OTHER_MIB,
-            incoming=saved_state(smp, workload_mib),
+            kvm=kvm,
+            incoming=saved_state(smp, workload_mib, kvm),
             paused=True,
             **options,
         )
