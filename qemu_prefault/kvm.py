@@ -92,6 +92,21 @@ def _why_not() -> Capability:
     )
 
 
+def pre_fault_here(vcpu_fd: int, gpa: int, size: int) -> int:
+    """Call ``KVM_PRE_FAULT_MEMORY`` from this very process; return the errno, 0 for success.
+
+    On a vCPU of another process's VM that is EIO, always and at once: ``kvm_vcpu_ioctl()``
+    (virt/kvm/kvm_main.c) compares ``kvm->mm`` with the caller's mm before it looks at the
+    request, and before it waits for ``vcpu->mutex``, which a running vCPU holds (kernel commit
+    6d4e4c4fca5b, 2.6.25). It is here to show that; agents do it inside QEMU.
+
+    :param gpa: guest-physical address; like ``size``, in bytes and page aligned.
+    """
+    from ._native import lib  # noqa: PLC0415
+
+    return -int(lib.kvm_pre_fault(vcpu_fd, gpa, size))
+
+
 def describe_errno(number: int) -> str:
     """What an outcome of a prefault range means, in one line."""
     return _OUTCOMES.get(number) or f"{errno.errorcode.get(number, number)}: {os.strerror(number)}"
@@ -102,7 +117,7 @@ _OUTCOMES = {
     "deleted (kernels without commits 20a6cff3b283 and 3ccbf6f47098)",
     ABORTED: "stopped before it was complete",
     errno.ENOENT: "no memory slot there any more",
-    errno.EOPNOTSUPP: "the vCPU is in guest mode on nested tables, or KVM uses shadow paging",
+    errno.EOPNOTSUPP: "it runs a nested guest, or KVM uses shadow paging",
     errno.EIO: "KVM refuses: the VM is dead, or belongs to another process",
     errno.EFAULT: "QEMU's mapping there cannot be accessed",
     errno.ENOMEM: "out of memory",

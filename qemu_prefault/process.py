@@ -16,6 +16,7 @@ Field and file formats are those of proc(5), and Documentation/admin-guide/cgrou
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -406,6 +407,10 @@ class Process:
         """The command name (at most 15 characters)."""
         return _read(f"{PROC}/{self.pid}/comm", self.pid).rstrip("\n")
 
+    def arguments(self) -> tuple[str, ...]:
+        """Return its command line."""
+        return tuple(_read(f"{PROC}/{self.pid}/cmdline", self.pid).split("\0")[:-1])
+
     def threads(self) -> tuple[int, ...]:
         """Return the ids of its threads, ascending."""
         return tuple(sorted(int(name) for name in self._list("task") if name.isdecimal()))
@@ -426,6 +431,40 @@ class Process:
         """
         links = ((int(n), self._link(f"fd/{n}")) for n in self._list("fd") if n.isdecimal())
         return parse_kvm_fds((number, link) for number, link in links if link is not None)
+
+    def take_fd(self, number: int) -> int:
+        """Duplicate its descriptor ``number`` into this process (pidfd_getfd(2), Linux 5.6).
+
+        The caller closes it: while it is open, so is what it stands for, even if QEMU ends.
+
+        :raises GoneError: if the process or its descriptor is gone.
+        :raises UnsupportedError: if that may not be done; it takes the right to ptrace.
+        """
+        from ._native import lib  # noqa: PLC0415
+
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except ProcessLookupError as error:
+            raise _gone(self.pid) from error
+        try:
+            self.check()  # from here on the pidfd pins it
+            answer = int(lib.take_fd(pidfd, number))
+        finally:
+            os.close(pidfd)
+        if answer >= 0:
+            return answer
+        if answer == -errno.EPERM:
+            cause, remedy = diagnose_ptrace(self)
+            raise UnsupportedError(cause, remedy, code="ptrace-denied")
+        if answer in (-errno.ESRCH, -errno.EBADF):
+            raise GoneError(
+                f"descriptor {number} of process {self.pid} is gone", "try again while QEMU runs"
+            )
+        raise FailedError(
+            f"descriptor {number} of process {self.pid} cannot be taken: {os.strerror(-answer)}",
+            "pidfd_getfd(2) came with Linux 5.6; a seccomp filter may also forbid it",
+            code="pidfd",
+        )
 
     def thread_syscall(self, tid: int) -> str | None:
         """Return ``/proc/PID/task/TID/syscall`` (``202 0x… …`` or ``running``).

@@ -95,12 +95,16 @@ long pagemap_sum(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
 int pagemap_sees_zero_page(int32_t fd);
 
 int kvm_check_extension(int32_t kvm_fd, int32_t extension);
+int kvm_pre_fault(int32_t vcpu_fd, uint64_t gpa, uint64_t size);
+int take_fd(int32_t pidfd, int32_t number);
 """
 
 SOURCE = """
-#include <sys/ioctl.h>
 #include <errno.h>
 #include <linux/kvm.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #include "control.h"
 #include "inject.h"
 #include "pagemap.h"
@@ -112,6 +116,22 @@ static int kvm_check_extension(int32_t kvm_fd, int32_t extension)
 	int answer = ioctl(kvm_fd, KVM_CHECK_EXTENSION, extension);
 
 	return answer < 0 ? -errno : answer;
+}
+
+/* One KVM_PRE_FAULT_MEMORY, asked by this process itself: 0, or a negative errno. */
+static int kvm_pre_fault(int32_t vcpu_fd, uint64_t gpa, uint64_t size)
+{
+	struct kvm_pre_fault_memory_args args = { .gpa = gpa, .size = size };
+
+	return ioctl(vcpu_fd, PREFAULT_IOCTL, &args) < 0 ? -errno : 0;
+}
+
+/* pidfd_getfd(2), which neither Python nor a glibc before 2.36 has: a descriptor, or -errno. */
+static int take_fd(int32_t pidfd, int32_t number)
+{
+	long fd = syscall(SYS_pidfd_getfd, pidfd, number, 0);
+
+	return fd < 0 ? -errno : (int)fd;
 }
 """
 

@@ -6,10 +6,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import mmap
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -324,6 +326,20 @@ def test_a_process_that_ends_is_gone_in_every_respect() -> None:
         assert process.exe is None
 
 
+def test_a_descriptor_is_taken_out_of_another_process() -> None:
+    with child(stdout=subprocess.PIPE) as other:
+        process = Process.find(other.pid)
+        with os.fdopen(process.take_fd(1), "wb", buffering=0) as its_stdout:
+            its_stdout.write(b"not from cat")
+        assert other.stdout is not None and other.stdout.read(12) == b"not from cat"
+        with pytest.raises(GoneError, match="descriptor 1000 of process"):
+            process.take_fd(1000)
+        with pytest.raises(GoneError):
+            dataclasses.replace(process, start_time=process.start_time - 1).take_fd(1)
+    with pytest.raises(GoneError):
+        process.take_fd(1)
+
+
 def test_a_reused_pid_is_not_the_same_process() -> None:
     with child() as other:
         process = Process.find(other.pid)
@@ -437,6 +453,33 @@ def diagnose_as(pid: int, *setpriv: str) -> str:
 def test_another_users_process() -> None:
     with child() as victim:
         told = diagnose_as(victim.pid, "--reuid=65534", "--regid=65534", "--clear-groups")
+        assert "runs as uid 0" in told and "as uid 65534" in told
+
+
+def become_nobody() -> None:
+    os.setgroups([])
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+
+
+def refusal_of_a_descriptor(process: Process) -> tuple[str, str]:
+    with pytest.raises(UnsupportedError) as refusal:
+        process.take_fd(0)
+    return refusal.value.code, str(refusal.value)
+
+
+@needs_root
+def test_who_may_not_trace_is_given_no_descriptor() -> None:
+    from qemu_prefault import _native  # noqa: F401, PLC0415 - nobody may not read where it is
+
+    fork = multiprocessing.get_context("fork")
+    with (
+        child() as victim,
+        ProcessPoolExecutor(1, fork, initializer=become_nobody) as nobody,
+    ):
+        process = Process.find(victim.pid)
+        code, told = nobody.submit(refusal_of_a_descriptor, process).result()
+        assert code == "ptrace-denied"
         assert "runs as uid 0" in told and "as uid 65534" in told
 
 
