@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,20 +15,57 @@ from conftest import prefault, start_tool
 
 from qemu_prefault.agents.attach import helper_threads
 from qemu_prefault.lab.guest import Guest
-from qemu_prefault.lab.tool import Result, Tool, leftovers, wait_clean
-
-# One page per system call makes a run long enough to be met in the middle.
-SLOWLY = ("--chunk", "4096")
+from qemu_prefault.lab.tool import Result, leftovers, wait_clean
 
 
-def start_and_meet(guest: Guest, *options: str, pages: int = 2000) -> Tool:
-    """Start a slow run; return when it has prefaulted some pages and goes on."""
-    process = start_tool(guest, *SLOWLY, *options)
-    deadline = time.monotonic() + 60
-    while guest.stats()["pages_4k"] < pages:
-        assert process.running(), process.finish()
-        assert time.monotonic() < deadline, "the run made no progress"
-    return process
+class Run:
+    """A run of the tool that is met in its middle: from there on, until :meth:`finish`, its
+    helpers get next to nothing of the CPU."""
+
+    def __init__(self, guest: Guest, options: tuple[str, ...], pages: int = 1000) -> None:
+        self._tool = start_tool(guest, "--chunk", "4096", *options)
+        deadline = time.monotonic() + 60
+        while guest.stats()["pages_4k"] < pages:
+            assert self._tool.running(), self._tool.finish()
+            assert time.monotonic() < deadline, "the run made no progress"
+        for tid in helper_threads(guest.pid):
+            os.setpriority(os.PRIO_PROCESS, tid, 19)
+        # Something else for each CPU to do. Beside it, the helpers run a 70th of the time.
+        self._others = [
+            subprocess.Popen(["taskset", "--cpu-list", str(cpu), "sh", "-c", "while :; do :; done"])
+            for cpu in os.sched_getaffinity(0)
+        ]
+
+    def send_signal(self, number: int) -> None:
+        self._tool.send_signal(number)
+
+    def finish(self) -> Result:
+        """Wait for its end; it has the CPU again."""
+        self.close()
+        return self._tool.finish()
+
+    def wait(self) -> Result:
+        """Wait for its end; it ends in the middle, or not at all."""
+        return self._tool.finish()
+
+    def close(self) -> None:
+        for process in self._others:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def meet() -> Iterator[Callable[..., Run]]:
+    """Starts a run on a guest; returns when it has prefaulted some pages and goes on."""
+    runs: list[Run] = []
+
+    def start(guest: Guest, *options: str) -> Run:
+        runs.append(Run(guest, options))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.close()
 
 
 def check_usable(guest: Guest) -> None:
@@ -41,9 +81,9 @@ def check_clear_end(result: Result, *statuses: int) -> None:
         assert result.error["cause"]
 
 
-def test_cont_from_another_monitor(restored):
+def test_cont_from_another_monitor(restored, meet):
     guest = restored()
-    process = start_and_meet(guest)
+    process = meet(guest)
     guest.qmp("cont")
     result = process.finish()
     check_clear_end(result, 1)
@@ -53,39 +93,42 @@ def test_cont_from_another_monitor(restored):
     check_usable(guest)
 
 
-def test_system_reset(restored):
+def test_system_reset(restored, meet):
     guest = restored(args=["-action", "reboot=reset"])
-    process = start_and_meet(guest)
+    process = meet(guest)
     guest.qmp("system_reset")
     check_clear_end(process.finish(), 0, 3)
     check_usable(guest)
 
 
-def test_quit(restored):
+@pytest.mark.full
+def test_quit(restored, meet):
     guest = restored()
-    process = start_and_meet(guest)
+    process = meet(guest)
     guest.monitor.execute("quit")
     guest.wait_exit(20)
     check_clear_end(process.finish(), 1)
 
 
-def test_qemu_killed(restored):
+def test_qemu_killed(restored, meet):
     guest = restored()
-    process = start_and_meet(guest)
+    process = meet(guest)
     guest.process.send_signal(signal.SIGKILL)
     result = process.finish()
     check_clear_end(result, 1)
     assert result.error["code"] in ("qemu-gone", "monitor-closed")
 
 
-@pytest.mark.parametrize("options", [(), ("--cont",)], ids=["plain", "cont"])
-def test_migration_started(restored, tmp_path, options):
+@pytest.mark.parametrize(
+    "options", [pytest.param((), marks=pytest.mark.full), ("--cont",)], ids=["plain", "cont"]
+)
+def test_migration_started(restored, tmp_path, options, meet):
     """A guest that was found paused stays so: it is not ours to start under a migration."""
     guest = restored()
-    process = start_and_meet(guest, *options)
+    process = meet(guest, *options)
     guest.qmp("migrate-set-parameters", max_bandwidth=1 << 16)
     guest.qmp("migrate", uri=f"exec:cat >'{tmp_path / 'out'}'")
-    result = process.finish()
+    result = process.wait()
     check_clear_end(result, 5)
     assert result.error["code"] == "migration"
     assert not guest.qmp("query-status")["running"]
@@ -93,9 +136,38 @@ def test_migration_started(restored, tmp_path, options):
     guest.wait_event("MIGRATION")
 
 
-def test_dimm_plugged():
+def test_a_guest_that_migrates_away_is_not_resumed(restored, meet):
+    """It runs at the destination: two of it would write to one disk."""
+    guest = restored()
+    guest.qmp("cont")
+    process = meet(guest)
+    guest.qmp("migrate-set-parameters", max_bandwidth=1 << 40)
+    guest.qmp("migrate", uri="exec:cat >/dev/null")
+    while guest.wait_event("MIGRATION")["data"]["status"] != "completed":
+        pass
+    result = process.finish()
+    check_clear_end(result, 5)
+    assert result.error["code"] == "migration"
+    assert guest.status() == "postmigrate"
+
+
+@pytest.mark.full
+def test_a_migration_started_at_the_last_moment(restored, meet):
+    """Too late for the run to notice while it works: but the guest is not started under it."""
+    guest = restored()
+    process = meet(guest, "--cont")
+    guest.qmp("migrate-set-parameters", max_bandwidth=1 << 16)
+    guest.qmp("migrate", uri="exec:cat >/dev/null")
+    result = process.finish()
+    check_clear_end(result, 5)
+    assert result.error["code"] == "migration"
+    assert guest.status() == "paused"
+
+
+@pytest.mark.full
+def test_dimm_plugged(meet):
     with Guest(memory="slots=2,maxmem=2G", paused=True, memory_mib=256) as guest:
-        process = start_and_meet(guest)
+        process = meet(guest)
         guest.qmp("object-add", **{"qom_type": "memory-backend-ram", "id": "d0", "size": 64 << 20})
         guest.qmp("device_add", driver="pc-dimm", id="dimm0", memdev="d0")
         result = process.finish()
@@ -105,10 +177,10 @@ def test_dimm_plugged():
         assert dimm["prefaulted"] == 64 << 20
 
 
-def test_a_stopped_tool_loses_its_helpers_not_the_guest(restored):
+def test_a_stopped_tool_loses_its_helpers_not_the_guest(restored, meet):
     """SIGSTOP: the dead man's switch. The guest was paused by the operator and stays so."""
     guest = restored()
-    process = start_and_meet(guest)
+    process = meet(guest)
     process.send_signal(signal.SIGSTOP)
     wait_clean(guest.pid)
     process.send_signal(signal.SIGCONT)
@@ -118,11 +190,13 @@ def test_a_stopped_tool_loses_its_helpers_not_the_guest(restored):
     check_usable(guest)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_tool_resumes_the_guest(restored, number):
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)]
+)
+def test_an_interrupted_tool_resumes_the_guest(restored, number, meet):
     guest = restored()
     guest.qmp("cont")
-    process = start_and_meet(guest)
+    process = meet(guest)
     process.send_signal(number)
     result = process.finish()
     check_clear_end(result, 1)
@@ -146,6 +220,7 @@ def stale_root(guest: Guest) -> Result:
     return prefault(guest, "--range", "1M+64M")
 
 
+@pytest.mark.full
 def test_a_stale_root_is_named_not_waited_for():
     """Kernels without 20a6cff3b283 (v6.15) retry for ever on a root that is obsolete."""
     with Guest(machine="pc", paused=True, args=["-device", "VGA,addr=2"]) as guest:
@@ -168,10 +243,11 @@ def test_a_stale_root_is_named_not_waited_for():
         assert prefault(guest).status == 0
 
 
-def test_a_qemu_that_exits_while_a_helper_waits(restored, tmp_path: Path):
+@pytest.mark.full
+def test_a_qemu_that_exits_while_a_helper_waits(restored, tmp_path: Path, meet):
     guest = restored()
     guest.qmp("cont")
-    process = start_and_meet(guest)
+    process = meet(guest)
     guest.monitor.execute("quit")
     guest.wait_exit(20)
     check_clear_end(process.finish(), 1)

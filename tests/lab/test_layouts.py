@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 from conftest import prefault
 
@@ -20,8 +22,16 @@ def section(report: dict, name: str) -> list[dict]:
     return [entry for entry in report["sections"] if entry["name"] == name]
 
 
-@pytest.mark.parametrize("machine", ["pc", "q35", "microvm"])
-@pytest.mark.parametrize("backing", ["ram", "memfd", "file", "file-private"])
+ALWAYS = {("pc", "ram"), ("q35", "memfd"), ("microvm", "file"), ("pc", "file-private")}
+
+
+@pytest.mark.parametrize(
+    ("machine", "backing"),
+    [
+        pytest.param(*pair, marks=() if pair in ALWAYS else pytest.mark.full)
+        for pair in product(("pc", "q35", "microvm"), ("ram", "memfd", "file", "file-private"))
+    ],
+)
 def test_machines_and_backings(machine, backing):
     with Guest(machine=machine, backing=backing, memory_mib=128, paused=True) as guest:
         result = prefault(guest)
@@ -56,6 +66,7 @@ def test_hugetlb():
         reserve_hugepages(0)
 
 
+@pytest.mark.full
 def test_a_hugetlb_pool_that_is_too_small_is_refused():
     reserve_hugepages(80)  # enough for the kernel that QEMU loads, not for all of RAM
     try:
@@ -78,6 +89,7 @@ def test_above_four_gib():
         assert mapped(guest) == 48 * MIB
 
 
+@pytest.mark.full
 def test_numa_nodes():
     args = ["-object", "memory-backend-ram,id=n0,size=64M"]
     args += ["-object", "memory-backend-ram,id=n1,size=64M"]

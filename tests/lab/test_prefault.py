@@ -21,10 +21,10 @@ def faults_of_first_pass(guest: Guest) -> int:
 
 
 def test_a_restored_guest_takes_no_faults(restored):
-    control = faults_of_first_pass(restored(workload_mib=256))
-    assert control >= 256 << 8  # one per page: there is something to win
+    control = faults_of_first_pass(restored(workload_mib=64))
+    assert control >= 64 << 8  # one per page: there is something to win
 
-    guest = restored(workload_mib=256)
+    guest = restored(workload_mib=64)
     result = prefault(guest)
     assert result.status == 0, result.stderr
     assert guest.status() == "paused"  # as it was found
@@ -83,6 +83,7 @@ def test_a_running_guest_is_paused_and_resumed(restored):
     assert leftovers(guest.pid) == []
 
 
+@pytest.mark.full
 def test_cont_resumes_a_guest_found_paused(restored):
     guest = restored()
     assert prefault(guest, "--cont").status == 0
@@ -96,6 +97,7 @@ def test_vcpus_share_the_work(restored):
     assert faults_of_first_pass(guest) <= (32 << 8) / 1000
 
 
+@pytest.mark.full
 def test_one_vcpu_can_do_it_for_all(restored):
     guest = restored(smp=2)
     assert prefault(guest, "--vcpus", "1").status == 0
@@ -110,6 +112,7 @@ def test_only_the_range_asked_for(restored):
     assert guest.stats()["pages_4k"] == (16 << 20) // 4096 + 1
 
 
+@pytest.mark.full
 def test_max_bytes_is_a_budget(restored):
     guest = restored()
     result = prefault(guest, "--max-bytes", "10M")
@@ -117,7 +120,9 @@ def test_max_bytes_is_a_budget(restored):
     assert guest.stats()["pages_4k"] == (10 << 20) // 4096
 
 
-@pytest.mark.parametrize("chunk", ["4096", "128K", "64M"])
+@pytest.mark.parametrize(
+    "chunk", ["4096", *(pytest.param(size, marks=pytest.mark.full) for size in ("128K", "64M"))]
+)
 def test_chunks_of_any_size_come_to_the_same(restored, chunk):
     guest = restored()
     assert prefault(guest, "--chunk", chunk, "--range", "64M+24M").status == 0
@@ -146,6 +151,7 @@ def test_resident_leaves_untouched_memory_alone():
         assert guest.stats()["pages_4k"] * 4096 == requested
 
 
+@pytest.mark.full
 def test_a_guest_before_its_firmware_is_warned_about():
     with Guest(machine="q35", paused=True) as guest:
         result = prefault(guest)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A guest at work migrates again and again; the tool awaits it each time, and is often killed.
+
+``--boots`` sets how many migrations (default 6; ``make test-full`` makes it 100), ``--seed``
+repeats.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+
+from conftest import OTHER_MIB, start_tool
+
+from qemu_prefault.lab.guest import Guest
+from qemu_prefault.lab.tool import wait_clean, wait_for
+
+WORKLOAD_MIB = 32
+OPTIONS = [(), ("--chunk", "64K"), ("--max-downtime", "0.02", "--chunk", "1M")]
+
+
+def migrate(source: Guest, directory: Path, moments: random.Random) -> tuple[Guest, str]:
+    """Move the guest to a new QEMU, where the tool awaits it; returns that, and what happened."""
+    uri = f"unix:{directory / 'migration'}"
+    target = Guest(workload_mib=WORKLOAD_MIB, memory_mib=WORKLOAD_MIB + OTHER_MIB, incoming=uri)
+    try:
+        options = moments.choice(OPTIONS)
+        tool = start_tool(target, "--incoming", *options)
+        if moments.random() < 0.5:  # else it may come too late to await anything
+            time.sleep(moments.uniform(0, 0.5))
+        source.qmp("migrate", uri=uri)
+        told = " ".join(options) or "plain"
+        if moments.random() < 0.5:
+            time.sleep(moments.uniform(0, 4))  # a random moment: none is special
+            tool.send_signal(signal.SIGKILL)
+            tool.running(30)
+            told += f", killed ({tool.status})"
+        while (status := source.wait_event("MIGRATION")["data"]["status"]) != "completed":
+            assert status not in ("failed", "cancelled"), status
+        if tool.status is None:
+            result = tool.finish()
+            assert result.status in (0, 5), (result.stdout, result.stderr)
+            told += f", ended ({result.status})"
+        wait_clean(target.pid)
+        wait_for(lambda: target.status() == "running", "a guest that runs")
+    except BaseException:
+        target.kill()
+        raise
+    return target, told
+
+
+def test_a_guest_that_migrates_under_load_loses_nothing(request, tmp_path):
+    count = request.config.getoption("--boots")
+    seed = request.config.getoption("--seed") or random.SystemRandom().getrandbits(32)
+    print(f"\n--seed {seed}")
+    moments = random.Random(seed)
+    guest = Guest(workload_mib=WORKLOAD_MIB, memory_mib=WORKLOAD_MIB + OTHER_MIB)
+    try:
+        guest.wait_ready()
+        assert guest.command("run")["ok"] == 1
+        for number in range(count):
+            guest.qmp("migrate-set-parameters", max_bandwidth=1 << 40, downtime_limit=20_000)
+            target, told = migrate(guest, tmp_path, moments)
+            guest.kill()
+            guest = target
+            state = guest.command("status")
+            print(f"{number}: {told}; {state['passes']} passes")
+            assert (state["bad"], state["running"]) == (0, 1)
+    finally:
+        guest.kill()

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Guests that run a guest of their own: a vCPU in guest mode has other tables loaded.
+
+Three levels in the lab: L1 runs the guest that is prefaulted (L2), and that one an L3 that
+counts in memory for ever.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import faults, prefault, start_tool
+
+import qemu_prefault.engine
+from qemu_prefault.lab.guest import Guest
+from qemu_prefault.lab.tool import Result, leftovers, wait_clean, wait_for
+
+PAGES = 32 << 8  # of the workload: what the guest has not touched since it was restored
+TRIES = 200
+"""Stops, of which two out of three catch an L3 that is busy."""
+KILLS = 8
+
+
+@pytest.fixture
+def nested(restored: Callable[..., Guest]) -> Callable[..., Guest]:
+    """Restores guests and starts an L3 in each, for which it uses nested paging or not."""
+
+    def start(npt: bool, **options: Any) -> Guest:
+        guest = restored(kvm=True, **options)
+        guest.qmp("cont")
+        guest.command(f"nest npt={int(npt)}")
+        return guest
+
+    return start
+
+
+def both(function: Callable[..., None]) -> Callable[..., None]:
+    """With either kind of paging; nested paging only in ``make test-full``."""
+    kinds = [pytest.param(True, id="npt", marks=pytest.mark.full), pytest.param(False, id="shadow")]
+    return pytest.mark.parametrize("npt", kinds)(function)
+
+
+def in_guest_mode(guest: Guest) -> int:
+    """How many vCPUs run the L3 at this moment."""
+    return guest.stats()["guest_mode"]
+
+
+def stop_in_guest_mode(guest: Guest, wanted: int = 1) -> None:
+    """Stop it so that this many vCPUs are in guest mode; a running L3 is there most of the time."""
+    for _ in range(TRIES):
+        guest.qmp("stop")
+        if in_guest_mode(guest) == wanted:
+            return
+        guest.qmp("cont")
+    pytest.fail(f"of {TRIES} stops none found {wanted} vCPUs in guest mode")
+
+
+def assert_goes_on(guest: Guest, *, prefaulted: bool) -> None:
+    """The guest has its memory, with or without a fault for each page, and its L3 counts."""
+    first = guest.command("nest-count")
+    assert first["running"] == 1, first
+    before = faults(guest)
+    assert guest.command("pass")["bad"] == 0
+    if prefaulted:
+        assert faults(guest) - before < PAGES / 16
+    else:
+        assert faults(guest) - before >= PAGES
+    while guest.command("nest-count")["count"] == first["count"]:
+        pass
+    assert guest.command("nest-count")["running"] == 1
+    assert leftovers(guest.pid) == []
+
+
+def guest_mode_warning(result: Result) -> str:
+    return next(w["text"] for w in result.report["warnings"] if w["code"] == "guest-mode")
+
+
+def said_of_sections(result: Result, text: str) -> bool:
+    return any(text in (section["skipped"] or "") for section in result.report["sections"])
+
+
+def mapped(guest: Guest) -> int:
+    return guest.stats()["pages_4k"]
+
+
+def test_paused_on_nested_paging_it_is_refused(nested):
+    """The ioctl answers EOPNOTSUPP: nothing is done, and it is said why and what to do."""
+    guest = nested(npt=True)
+    stop_in_guest_mode(guest)
+    before = mapped(guest)
+    result = prefault(guest)
+    assert result.status == 3, result.stderr
+    assert guest.status() == "paused"
+    assert result.report["bytes"]["prefaulted"] == 0
+    assert result.report["bytes"]["remaining"] == result.report["bytes"]["requested"] > 0
+    assert result.report["seconds"]["paused"] == 0
+    assert result.warnings == {"guest-mode"}
+    assert "every vCPU ran a nested guest" in guest_mode_warning(result)
+    assert "--cont" in guest_mode_warning(result)
+    # Populating may replace pages that were mapped, the zero page for one.
+    assert mapped(guest) <= before and in_guest_mode(guest) == 1
+    guest.qmp("cont")
+    assert_goes_on(guest, prefaulted=False)
+
+
+def test_paused_on_shadow_paging_it_fills_what_guest_mode_uses(nested):
+    """The ioctl succeeds, but on the root of guest mode: that does not count as done."""
+    guest = nested(npt=False)
+    stop_in_guest_mode(guest)
+    before = mapped(guest)
+    result = prefault(guest)
+    assert result.status == 3, result.stderr
+    report = result.report
+    # The L3 has touched little through this root, so nearly all of it is new.
+    assert mapped(guest) - before > 0.9 * report["bytes"]["requested"] / 4096
+    assert report["stage2"]["after"]["4k"] == mapped(guest)
+    assert report["bytes"]["prefaulted"] == report["bytes"]["requested"]
+    assert report["bytes"]["remaining"] == report["bytes"]["requested"]
+    assert "not the guest's own" in guest_mode_warning(result)
+    guest.qmp("cont")
+    assert_goes_on(guest, prefaulted=False)
+
+
+@pytest.mark.full
+@both
+def test_a_running_guest_is_stopped_until_its_own_tables_are_loaded(nested, npt):
+    guest = nested(npt)
+    tried = set()
+    while len(tried) < 2:  # runs whose first stop suits, and runs whose does not
+        result = prefault(guest)
+        assert result.status == 0, result.stderr
+        assert result.report["bytes"]["remaining"] == 0
+        assert result.report["stage2"]["after"]["4k"] * 4096 >= result.report["bytes"]["requested"]
+        assert 0 < result.report["seconds"]["paused"] < result.report["seconds"]["total"]
+        assert result.warnings <= {"guest-mode"}
+        tried.add("guest-mode" in result.warnings)
+        assert guest.status() == "running"
+        assert_goes_on(guest, prefaulted=True)
+
+
+@pytest.mark.full
+@both
+def test_cont_lets_a_guest_found_paused_run_until_it_can_be_done(nested, npt):
+    guest = nested(npt)
+    stop_in_guest_mode(guest)
+    result = prefault(guest, "--cont")
+    assert result.status == 0, result.stderr
+    assert "let run on" in guest_mode_warning(result)
+    assert guest.status() == "running"
+    assert_goes_on(guest, prefaulted=True)
+
+
+@pytest.mark.full
+@both
+def test_a_vcpu_outside_guest_mode_does_it_for_all(nested, npt):
+    guest = nested(npt, smp=2)
+    stop_in_guest_mode(guest)
+    result = prefault(guest)
+    assert result.status == 0, result.stderr
+    assert guest.status() == "paused"
+    assert result.report["bytes"]["remaining"] == 0
+    assert result.warnings == {"vcpu-unusable"}
+    assert not said_of_sections(result, "prefault")
+    guest.qmp("cont")
+    assert_goes_on(guest, prefaulted=True)
+
+
+@pytest.mark.full
+@both
+def test_it_is_given_up_within_bounds(nested, npt, monkeypatch):
+    """With a single try most runs end so; what a run came to is told, and the guest runs on."""
+    monkeypatch.setattr(qemu_prefault.engine, "GUEST_MODE_TRIES", 1)
+    guest = nested(npt)
+    verified = False
+    while (result := prefault(guest)).status == 0:
+        verified = True
+        assert guest.status() == "running"
+    assert result.status == 3, result.stderr
+    assert guest.status() == "running"
+    assert "stopped once" in guest_mode_warning(result)
+    assert (result.report["bytes"]["prefaulted"] == 0) == npt
+    assert_goes_on(guest, prefaulted=verified)
+
+
+@pytest.mark.full
+def test_the_ioctl_tells_where_kvm_does_not(nested, monkeypatch):
+    """Without the counter (old kernels, old QEMU) EOPNOTSUPP is what there is to go by."""
+
+    async def nothing(*_: object) -> dict[str, dict[str, int]]:
+        return {}
+
+    monkeypatch.setattr(qemu_prefault.engine, "read_vcpu_stats", nothing)
+    guest = nested(npt=True)
+    stop_in_guest_mode(guest)
+    result = prefault(guest)
+    assert result.status == 3 and result.warnings == {"guest-mode"}, result.stderr
+    assert result.report["bytes"]["prefaulted"] == 0
+    assert said_of_sections(result, "no vCPU")
+    result = prefault(guest, "--cont")
+    assert result.status == 0, result.stderr
+    assert not said_of_sections(result, "no vCPU")
+    assert "let run on" in guest_mode_warning(result)
+    assert_goes_on(guest, prefaulted=True)
+
+
+@pytest.mark.full
+def test_a_tool_killed_between_two_stops_leaves_the_guest_running(nested, monkeypatch):
+    """Each pause has a guard of its own."""
+
+    async def always(*_: object) -> dict[str, dict[str, int]]:
+        return {path: {"guest_mode": 1}}
+
+    guest = nested(npt=True)
+    path = guest.qmp("query-cpus-fast")[0]["qom-path"]
+    monkeypatch.setattr(qemu_prefault.engine, "read_vcpu_stats", always)
+    monkeypatch.setattr(qemu_prefault.engine, "GUEST_MODE_TRIES", 1_000_000)
+    monkeypatch.setattr(qemu_prefault.engine, "GUEST_MODE_SECONDS", 1_000_000.0)
+    for _ in range(KILLS):
+        tool = start_tool(guest)
+        for name in ["STOP", "RESUME"] * random.randint(1, 4) + ["STOP"] * random.randint(0, 1):
+            guest.wait_event(name)
+        tool.send_signal(signal.SIGKILL)
+        wait_clean(guest.pid)
+        wait_for(lambda: guest.status() == "running", "the guest runs again")
+    assert_goes_on(guest, prefaulted=False)
+
+
+@both
+def test_the_plugin_gets_a_busy_guest_out_of_guest_mode(nested, npt):
+    """When it last came back it was in guest mode, and by itself it hardly ever does."""
+    guest = nested(npt, plugin=["keep=off", "populate=resident"])
+    stop_in_guest_mode(guest)
+    guest.qmp("cont")
+    guest.control("resume")
+    wait_for(lambda: not guest.control("status")["pending"], "nothing left to prefault")
+    counters = guest.control("status")["counters"]
+    assert counters["prefaulted"] > PAGES << 12 and counters["errors"] == 0, counters
+    assert_goes_on(guest, prefaulted=True)
