@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What ``--incoming`` adds to a migration's blackout, the part that runs where the KVM is.
+
+    incoming.py LOOP
+
+JSON on the last line. A guest migrates without the tool, and with it; the order turns from round
+to round. It writes all the while, and once again it does not, so that its first pass at the
+target can be timed. LOOP is the bare ioctl over as much memory.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+from qemu_prefault.lab.guest import Guest
+from qemu_prefault.lab.scenario import NOTHING, TOOL, small_pages
+from qemu_prefault.lab.tool import Tool, wait_for
+
+ROUNDS: Final = 5
+MEMORY_MIB: Final = 512
+WORKLOAD_MIB: Final = 384
+CHUNK_MIB: Final = 32
+
+
+def seconds_of(event: dict[str, Any]) -> float:
+    """QEMU's own time of an event; both QEMUs are on one host."""
+    stamp = event["timestamp"]
+    return float(stamp["seconds"]) + float(stamp["microseconds"]) / 1e6
+
+
+def save(state: Path) -> None:
+    with Guest(memory_mib=MEMORY_MIB, workload_mib=WORKLOAD_MIB) as guest:
+        guest.wait_ready()
+        guest.save(state)
+
+
+def migrate(way: str, state: Path, directory: Path, busy: bool) -> dict[str, Any]:
+    """One migration; ``faults`` until the guest had written each page at its target."""
+    uri = f"unix:{directory / 'migration'}"
+    with (
+        Guest(memory_mib=MEMORY_MIB, incoming=state, paused=True) as source,
+        Guest(memory_mib=MEMORY_MIB, incoming=uri) as target,
+    ):
+        source.wait_restored()
+        source.qmp("migrate-set-parameters", max_bandwidth=1 << 40, downtime_limit=1)
+        source.qmp("cont")
+        if busy:
+            source.command("run")
+        found: dict[str, Any] = {}
+        tool = None
+        if way == TOOL:
+            tool = Tool(["--qmp", str(target.qmp_path), "--incoming", "--json"])
+            wait_for(lambda: tool.has_said("ready"), "a tool that awaits it", 60)
+        source.qmp("migrate", uri=uri)
+        # All has been sent once, and what is populated is, before it may switch over.
+        wait_for(
+            lambda: source.qmp("query-migrate").get("ram", {}).get("dirty-sync-count", 0) > 1,
+            "a second round",
+            60,
+        )
+        source.qmp("migrate-set-parameters", downtime_limit=60_000)
+        stopped = seconds_of(source.wait_event("STOP"))
+        resumed = seconds_of(target.wait_event("RESUME"))
+        found["blackout"] = resumed - stopped
+        if tool is not None:
+            result = tool.finish()
+            if result.status:
+                raise SystemExit(result.stderr)
+            found |= {name: result.report["seconds"][name] for name in ("paused", "prefault")}
+            while (arrived := target.wait_event("MIGRATION"))["data"]["status"] != "completed":
+                pass
+            # Upon that QEMU would have started it. The blackout itself varies by more than this.
+            found["added"] = resumed - seconds_of(arrived)
+        if busy:
+            target.command("stop")
+        first, steady = target.command("pass"), target.command("pass")
+        assert (first["bad"], steady["bad"]) == (0, 0)
+        found |= {"first": first["seconds"], "steady": steady["seconds"]}
+        found["faults"] = target.stats()["pf_taken"]
+    return found
+
+
+def main() -> None:
+    rounds = []
+    with small_pages(), tempfile.TemporaryDirectory() as scratch:
+        loop = subprocess.Popen(
+            [sys.argv[1], str(MEMORY_MIB), str(CHUNK_MIB)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert loop.stdin and loop.stdout
+        state = Path(scratch) / "state"
+        save(state)
+        for number in range(ROUNDS):
+            found: dict[str, Any] = {}
+            for way in (NOTHING, TOOL)[:: 1 if number % 2 else -1]:
+                found[way] = migrate(way, state, Path(scratch), busy=True)
+                idle = migrate(way, state, Path(scratch), busy=False)
+                found[way] |= {name: idle[name] for name in ("first", "steady")}
+            loop.stdin.write("\n")
+            loop.stdin.flush()
+            found["loop"] = float(loop.stdout.readline())
+            rounds.append(found)
+            print(found, file=sys.stderr, flush=True)
+    loop.stdin.close()
+    loop.wait()
+    print(json.dumps(rounds))
+
+
+if __name__ == "__main__":
+    main()

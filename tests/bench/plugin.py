@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Booting with the plugin, the part that runs where the KVM is: JSON on the last line.
+
+    plugin.py [ROUNDS [MACHINE...]]
+
+On 4K pages all ways are taken in turns; their order turns from round to round. Seconds are
+from the start of QEMU until its guest is up and has written its memory.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any, Final
+
+from qemu_prefault.lab.guest import Guest, thp
+
+ROUNDS: Final = 5
+WORKLOAD_MIB: Final = 256
+MACHINES: Final = ("pc", "q35", "microvm")
+NOTHING, PLUGIN, OFF, PREALLOC = WAYS = ("nothing", "plugin", "keep=off", "prealloc=on")
+PLUGIN_OPTIONS: Final = {PLUGIN: [], OFF: ["keep=off"]}
+
+
+def start(machine: str, way: str) -> Guest:
+    return Guest(
+        machine=machine,
+        workload_mib=WORKLOAD_MIB,
+        backing="ram,prealloc=on" if way == PREALLOC else "ram",
+        plugin=PLUGIN_OPTIONS.get(way),
+        args=["-action", "reboot=reset"],
+    )
+
+
+def boot(machine: str, way: str, again: bool = False) -> dict[str, Any]:
+    """One boot, and if ``again`` a reset and a second one."""
+    started = time.monotonic()
+    with start(machine, way) as guest:
+        guest.wait_ready()
+        found: dict[str, Any] = {
+            "seconds": time.monotonic() - started,
+            "faults": guest.stats()["pf_taken"],
+        }
+        if way == PLUGIN:
+            counters = guest.control("status")["counters"]
+            found |= {name: counters[name] for name in ("populate_seconds", "again_seconds")}
+        if again:
+            before = guest.stats()["pf_taken"]
+            started = time.monotonic()
+            guest.reset()
+            guest.wait_ready()
+            found["second"] = {
+                "seconds": time.monotonic() - started,
+                "faults": guest.stats()["pf_taken"] - before,
+            }
+    return found
+
+
+def rounds(machine: str, count: int) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    for number in range(count):
+        turned = WAYS[number % len(WAYS) :] + WAYS[: number % len(WAYS)]
+        for way in turned:
+            found[way].append(boot(machine, way, again=way in (NOTHING, PLUGIN)))
+            print(machine, way, found[way][-1], file=sys.stderr, flush=True)
+    return found
+
+
+def main() -> None:
+    count = int(sys.argv[1]) if sys.argv[1:] else ROUNDS
+    machines = sys.argv[2:] or MACHINES
+    before = thp("never")
+    try:
+        results: dict[str, Any] = {"4k": {machine: rounds(machine, count) for machine in machines}}
+        thp("always")
+        results["thp"] = {
+            machine: {way: boot(machine, way)["faults"] for way in (NOTHING, PLUGIN)}
+            for machine in machines
+        }
+    finally:
+        thp(before)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
