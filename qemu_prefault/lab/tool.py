@@ -139,6 +139,19 @@ def leftovers(pid: int) -> list[str]:
     return found
 
 
+def resident_bytes(pid: int, address: int) -> int:
+    """Rss of the mapping that holds the address, as the kernel counts it in smaps."""
+    inside = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first:
+            start, end = (int(part, 16) for part in first.split("-"))
+            inside = start <= address < end
+        elif inside and first == "Rss:":
+            return int(line.split()[1]) << 10
+    raise AssertionError(f"nothing is mapped at {address:#x}")
+
+
 def wait_for(condition: Callable[[], bool], what: str, limit: float = GRACE) -> float:
     """Wait for a state of another process that offers no event; give the seconds it took."""
     started = time.monotonic()

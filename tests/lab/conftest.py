@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qemu_prefault.lab.guest import Guest, thp
-from qemu_prefault.lab.tool import Result, Tool
+from qemu_prefault.lab.tool import Result, Tool, resident_bytes
 
 OTHER_MIB = 96
 """What a guest has beside its workload's memory: its kernel, and memory it never touches."""
@@ -95,10 +95,20 @@ def restored(saved_state: Callable[[int, int, bool], Path]) -> Iterator[Callable
         guest.kill()
 
 
+def ram_hva(guest: Guest) -> int:
+    """Where QEMU has the guest's first byte."""
+    return int(guest.hmp("gpa2hva 0").split()[-1], 16)
+
+
+def ram_resident(guest: Guest) -> int:
+    """Bytes of the guest's RAM that are there; QEMU's own memory comes and goes."""
+    return resident_bytes(guest.pid, ram_hva(guest))
+
+
 def ram_checksum(guest: Guest, backend: str = "ram") -> int:
     """CRC of the guest's RAM, read from QEMU's memory behind its back."""
     size = next(m["size"] for m in guest.qmp("query-memdev") if m["id"] == backend)
-    hva = int(guest.hmp("gpa2hva 0").split()[-1], 16)
+    hva = ram_hva(guest)
     value = 0
     fd = os.open(f"/proc/{guest.pid}/mem", os.O_RDONLY)
     try:

@@ -12,9 +12,9 @@ from typing import Any
 
 from conftest import Qemu, StartQemu
 
-from qemu_prefault.lab.tool import Result, Tool, leftovers, wait_clean, wait_for
+from qemu_prefault.lab.tool import Result, Tool, leftovers, resident_bytes, wait_clean, wait_for
 
-__all__ = ["Result", "Tool", "leftovers", "wait_clean", "wait_for"]
+__all__ = ["Result", "Tool", "leftovers", "resident_bytes", "wait_clean", "wait_for"]
 
 MIB = 1 << 20
 
@@ -111,19 +111,6 @@ def anonymous_bytes(pid: int) -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) << 10
     raise AssertionError("no RssAnon")
-
-
-def resident_bytes(pid: int, address: int) -> int:
-    """Rss of the mapping that holds the address, as the kernel counts it in smaps."""
-    inside = False
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        first = line.split()[0]
-        if "-" in first:
-            start, end = (int(part, 16) for part in first.split("-"))
-            inside = start <= address < end
-        elif inside and first == "Rss:":
-            return int(line.split()[1]) << 10
-    raise AssertionError(f"nothing is mapped at {address:#x}")
 
 
 def tracers(pid: int) -> set[str]:
