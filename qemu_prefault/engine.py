@@ -40,6 +40,7 @@ from .guard import ResumeGuard
 from .incoming import refuse_postcopy, take_window
 from .layout import Section, firmware_ahead, huge_alignment
 from .monitor import (
+    CommandError,
     EventStream,
     read_migration,
     read_running,
@@ -137,6 +138,7 @@ class Engine:
         self._interrupted: QemuPrefaultError | None = None
         self._prefaulting = False
         self._qom_paths: tuple[str, ...] = ()  # of the workers' vCPUs
+        self._vcpu_stats: list[kvm.BinaryStats] | None = None  # likewise
         self._own_resumes = 0  # whose events are yet to come
         self._all_writable: set[Target] = set()  # when they had been populated
         self._before: Stage2 | None = None
@@ -176,12 +178,11 @@ class Engine:
         await agent.start()
         async with self._watch(agent):
             try:
-                if self.incoming and not self.policy.populate_only:
-                    await self._receive(agent, targets, pagemap)
-                else:
+                if self.policy.populate_only:
                     await self._populate(agent, targets, pagemap)
-                    if not self.policy.populate_only:
-                        await self._prefault_paused(agent, targets, pagemap)
+                else:
+                    with session.vcpu_stats(threads) as self._vcpu_stats:
+                        await self._populate_and_prefault(agent, targets, pagemap)
             finally:
                 agent.abort()
                 await agent.close()
@@ -206,6 +207,15 @@ class Engine:
         if self._socket is None:
             return AttachAgent(process, threads, limits)
         return PluginAgent(process, self._socket, threads, limits)
+
+    async def _populate_and_prefault(
+        self, agent: Agent, targets: tuple[Target, ...], pagemap: Pagemap
+    ) -> None:
+        if self.incoming:
+            await self._receive(agent, targets, pagemap)
+        else:
+            await self._populate(agent, targets, pagemap)
+            await self._prefault_paused(agent, targets, pagemap)
 
     async def _prefault_paused(
         self, agent: Agent, targets: tuple[Target, ...], pagemap: Pagemap
@@ -280,22 +290,34 @@ class Engine:
     async def _all_in_guest_mode(self, agent: Agent) -> bool:
         """Choose the vCPUs that are not in guest mode; True if there are none.
 
-        Which they are does not change while the guest is paused. Where KVM does not tell (its
-        counter came with Linux 5.14, ``query-stats`` with QEMU 7.1), the ioctl will.
+        Which they are does not change while the guest is paused.
         """
         self._unusable.clear()
         self._caveats.pop("vcpu-unusable", None)
         for tally in self._tallies.values():
             if tally.note == NO_VCPU:
                 tally.note = None
-        stats = await read_vcpu_stats(self.session.monitor, ("guest_mode",))
-        caught = [bool(stats.get(path, {}).get("guest_mode")) for path in self._qom_paths]
-        if all(caught):
+        in_guest_mode = await self._workers_in_guest_mode(agent)
+        if len(in_guest_mode) == len(agent.workers):
             return True
-        for worker, in_guest_mode in zip(agent.workers, caught, strict=True):
-            if in_guest_mode:
-                self._unusable[worker.index] = errno.EOPNOTSUPP
+        self._unusable = dict.fromkeys(in_guest_mode, errno.EOPNOTSUPP)
         return False
+
+    async def _workers_in_guest_mode(self, agent: Agent) -> set[int]:
+        """Indexes of the workers whose vCPU runs a nested guest.
+
+        Where KVM does not tell (its counter came with Linux 5.14, ``query-stats`` with QEMU
+        7.1), the ioctl will.
+        """
+        if self._vcpu_stats is not None:
+            pairs = zip(agent.workers, self._vcpu_stats, strict=True)
+            return {worker.index for worker, stats in pairs if stats.read("guest_mode")}
+        stats = await read_vcpu_stats(self.session.monitor, ("guest_mode",))
+        return {
+            worker.index
+            for worker, path in zip(agent.workers, self._qom_paths, strict=True)
+            if stats.get(path, {}).get("guest_mode")
+        }
 
     def _tell_guest_mode(self, caught: bool, tries: int, seconds: float, pause: _Pause) -> None:
         every = "every chosen vCPU" if self.policy.vcpus else "every vCPU"
@@ -357,12 +379,11 @@ class Engine:
             try:
                 if self._on_ready is not None:
                     await self._on_ready()
-                caught = await arrival.loaded(lambda: self._all_in_guest_mode(agent))
-                refuse_status(arrival.status)
-                runs = arrival.status == "running"  # by somebody else's doing
+                await arrival.loaded()
+                runs = arrival.runs
                 with self._time_limit(agent):
                     await populating
-                    if not runs and not caught:
+                    if not runs:
                         self._prefaulting = begun = True
                         # Nobody has run who could have given any of it back since then.
                         seen = frozenset(self._all_writable)
@@ -373,15 +394,36 @@ class Engine:
                 await asyncio.gather(populating, return_exceptions=True)
             wanted = arrival.starts_by_itself or self.cont
             if wanted and not runs and self._interrupted is None:
-                self._own_resumes += 1
-                # At once, in this order: the guest does not wait for what we want to know.
-                _, self._after = await asyncio.gather(monitor.execute("cont"), read_stage2(monitor))
+                in_guest_mode = await self._start_arrived(agent)
                 self._count_pause(arrival.loaded_at)
                 runs = True
             else:
+                in_guest_mode = await self._workers_in_guest_mode(agent)
                 self._after = await read_stage2(monitor)
         if self._interrupted is None:
+            misled = in_guest_mode - self._unusable.keys()
+            if begun and (misled or not self._usable(agent.workers)):
+                left = targets
+                for tally in self._tallies.values():
+                    tally.prefaulted = tally.accounted = 0
             await self._prefault_rest(agent, targets, left, pagemap, begun=begun, runs=runs)
+
+    async def _start_arrived(self, agent: Agent) -> set[int]:
+        """Start it; return who was in guest mode until then, see :meth:`_prefault_paused`.
+
+        All is asked at once and in this order, because the guest waits for every answer. Hardly
+        any guest arrives in guest mode, so it is not asked before the work.
+        """
+        monitor = self.session.monitor
+        self._own_resumes += 1
+        try:
+            in_guest_mode, _, self._after = await asyncio.gather(
+                self._workers_in_guest_mode(agent), monitor.execute("cont"), read_stage2(monitor)
+            )
+        except CommandError:
+            refuse_status(await read_status(monitor))  # it came as one that cannot run
+            raise
+        return in_guest_mode
 
     async def _prefault_rest(
         self,
@@ -671,18 +713,17 @@ class Engine:
         """End the work in the block, after the chunks in hand, when a pause has lasted enough."""
         limit = self.policy.max_downtime
         loop = asyncio.get_running_loop()
-
-        def end() -> None:
-            self._time_is_up = True
-            agent.interrupt()
-
-        timer = None if limit is None else loop.call_later(limit, end)
+        timer = None if limit is None else loop.call_later(limit, self._end_turn, agent)
         try:
             yield
         finally:
             if timer is not None:
                 timer.cancel()
             self._time_is_up = False
+
+    def _end_turn(self, agent: Agent) -> None:
+        self._time_is_up = True
+        agent.interrupt()
 
     def _usable(self, workers: Sequence[Worker]) -> list[Worker]:
         usable = [worker for worker in workers if worker.index not in self._unusable]

@@ -10,19 +10,16 @@ being stopped, and can be given back at any time.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TypeVar
+from collections.abc import AsyncIterator
 
 from .agents import DeathOrders
 from .errors import FailedError, MonitorError, QemuPrefaultError, RefusedError
 from .guard import ResumeGuard
 from .monitor import CommandError, EventStream, Monitor, read_migration, read_status
+from .plan import refuse_status
 from .process import Process
-
-T = TypeVar("T")
 
 LOAD_SECONDS = 7 * 24 * 3600.0
 """A QEMU that loads from a file may not answer until it is done."""
@@ -36,43 +33,55 @@ class Arrival:
 
     :ivar starts_by_itself: whether QEMU was to start it, and we owe it that.
     :ivar loaded_at: ``time.monotonic()`` when its RAM was found loaded.
-    :ivar status: of ``query-status``, when that was last asked.
+    :ivar runs: whether it runs by then, by somebody else's doing.
     """
 
     def __init__(self, monitor: Monitor, starts_by_itself: bool, events: EventStream) -> None:
         self.starts_by_itself = starts_by_itself
         self.loaded_at = 0.0
-        self.status = "inmigrate"
+        self.runs = False
         self._monitor = monitor
         self._events = events
         self._told = False
 
-    async def loaded(self, also: Callable[[], Awaitable[T]]) -> T:
-        """Wait until the guest is loaded; whether it is running then is in :attr:`status`.
+    async def loaded(self) -> None:
+        """Wait until the guest is loaded.
 
-        :param also: what else to ask QEMU, each time it is asked whether the guest is loaded: the
-            guest stands still for a round trip.
-        :return: what that came to at last.
         :raise FailedError: the migration failed or was cancelled.
+        :raise RefusedError: it came in a state in which it cannot run.
         """
-        while True:
-            told = await self._look(also)
-            if self.status != "inmigrate":
-                self.loaded_at = time.monotonic()
-                return told
-            with contextlib.suppress(TimeoutError):
-                # None: the connection has ended, and the next look tells why
-                await self._events.get(EVENT_SECONDS if self._told else POLL_SECONDS)
-
-    async def _look(self, also: Callable[[], Awaitable[T]]) -> T:
-        # Answered in the order they are asked in: what also() tells is of the later moment.
         with self._monitor.patience(LOAD_SECONDS):
-            self.status, told = await asyncio.gather(read_status(self._monitor), also())
-            if self.status == "inmigrate":
-                migration = await read_migration(self._monitor)
-                if migration in ("failed", "cancelled"):
-                    raise _failed(f"the incoming migration has ended (query-migrate: {migration})")
-        return told
+            while not (await self._is_loaded() or await self._is_told()):
+                pass
+        self.loaded_at = time.monotonic()
+
+    async def _is_loaded(self) -> bool:
+        status = await read_status(self._monitor)
+        if status != "inmigrate":
+            refuse_status(status)
+            self.runs = status == "running"
+            return True
+        migration = await read_migration(self._monitor)
+        if migration in ("failed", "cancelled"):
+            raise _failed(f"the incoming migration has ended (query-migrate: {migration})")
+        return False
+
+    async def _is_told(self) -> bool:
+        """Whether QEMU tells that it is loaded, before it is time to ask again.
+
+        It does so when the guest is in its new run state (process_incoming_migration_bh(),
+        migration/migration.c), so there is nothing to ask: the guest waits for every answer.
+        """
+        with contextlib.suppress(TimeoutError):
+            # None: the connection has ended, and the next question tells why.
+            while event := await self._events.get(EVENT_SECONDS if self._told else POLL_SECONDS):
+                if event.name == "RESUME":
+                    self.runs = True
+                elif event.data.get("status") == "completed":
+                    return True
+                elif event.data.get("status") in ("failed", "cancelled"):
+                    break
+        return False
 
     async def tell_events(self) -> bool:
         """Have QEMU send MIGRATION events; returns whether that was our doing."""
@@ -132,7 +141,7 @@ async def take_window(
     :raise FailedError: the migration failed or was cancelled, of which QEMU ends.
     """
     with contextlib.ExitStack() as stack:
-        events = stack.enter_context(monitor.events("MIGRATION"))
+        events = stack.enter_context(monitor.events("MIGRATION", "RESUME"))
         waits = not {"-S", "--S"}.isdisjoint(process.arguments())
         arrival = Arrival(monitor, not waits, events)
         in_order = switched = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,6 +91,40 @@ def _why_not() -> Capability:
         "It needs Linux 6.11 or newer and two-dimensional paging (EPT or NPT). "
         "Without it --populate-only still helps: it spares the guest the host's faults.",
     )
+
+
+class BinaryStats:
+    """The counters behind a descriptor of ``KVM_GET_STATS_FD``, whoever has it.
+
+    Its format is in Documentation/virt/kvm/api.rst, 4.133. It is closed by who opened it.
+
+    :raises OSError: if it cannot be read, or is something else.
+    """
+
+    _HEADER = struct.Struct("<6I")  # struct kvm_stats_header
+    _DESCRIPTOR = struct.Struct("<IhHII")  # struct kvm_stats_desc; then comes the name
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        _, name_size, count, _, at, self._data = self._unpack(self._HEADER, 0)
+        size = self._DESCRIPTOR.size + name_size
+        table = os.pread(fd, size * count, at)
+        self._offsets: dict[str, int] = {}
+        for start in range(0, len(table), size):
+            name = table[start + self._DESCRIPTOR.size : start + size].split(b"\0")[0].decode()
+            self._offsets[name] = self._DESCRIPTOR.unpack_from(table, start)[3]
+
+    def read(self, name: str) -> int:
+        """The value of one now; 0 if this kernel does not have it."""
+        if name not in self._offsets:
+            return 0
+        return int(self._unpack(struct.Struct("<Q"), self._data + self._offsets[name])[0])
+
+    def _unpack(self, form: struct.Struct, offset: int) -> tuple[int, ...]:
+        data = os.pread(self.fd, form.size, offset)
+        if len(data) != form.size:
+            raise OSError(errno.EINVAL, "no statistics of KVM")
+        return form.unpack(data)
 
 
 def pre_fault_here(vcpu_fd: int, gpa: int, size: int) -> int:

@@ -327,14 +327,19 @@ def parse_key_values(text: str) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class KvmFds:
-    """Numbers, in QEMU, of its KVM descriptors. `vcpus` is keyed by KVM's vcpu id (APIC id)."""
+    """Numbers, in QEMU, of its KVM descriptors.
+
+    `vcpus` and `vcpu_stats` (KVM_GET_STATS_FD; QEMU keeps them open since 8.1) are keyed by
+    KVM's vcpu id, the APIC id.
+    """
 
     vm: int | None = None
     kvm: int | None = None
     vcpus: MappingABC[int, int] = field(default_factory=dict)
+    vcpu_stats: MappingABC[int, int] = field(default_factory=dict)
 
 
-_VCPU_LINK: Final = re.compile(r"anon_inode:kvm-vcpu:([0-9]{1,9})")
+_VCPU_LINK: Final = re.compile(r"anon_inode:kvm-vcpu(-stats)?:([0-9]{1,9})")
 
 
 def parse_kvm_fds(links: Iterable[tuple[int, str]]) -> KvmFds:
@@ -344,10 +349,11 @@ def parse_kvm_fds(links: Iterable[tuple[int, str]]) -> KvmFds:
     """
     vm = kvm = None
     vcpus: dict[int, int] = {}
+    vcpu_stats: dict[int, int] = {}
     for number, target in sorted(links):
         match = _VCPU_LINK.fullmatch(target)
         if match is not None:
-            vcpus.setdefault(int(match[1]), number)
+            (vcpu_stats if match[1] else vcpus).setdefault(int(match[2]), number)
         elif target == "anon_inode:kvm-vm":
             if vm is not None:
                 raise UnsupportedError(
@@ -357,7 +363,7 @@ def parse_kvm_fds(links: Iterable[tuple[int, str]]) -> KvmFds:
             vm = number
         elif target == "/dev/kvm" and kvm is None:
             kvm = number
-    return KvmFds(vm, kvm, vcpus)
+    return KvmFds(vm, kvm, vcpus, vcpu_stats)
 
 
 # --- the process ---

@@ -13,13 +13,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from . import kvm
 from .agents import VcpuThread
-from .errors import FailedError, InputError, UnsupportedError
+from .errors import FailedError, InputError, QemuPrefaultError, UnsupportedError
 from .layout import Section
 from .monitor import CommandError, Machine, Monitor, read_machine
 from .plan import Policy
@@ -140,6 +140,26 @@ class Session:
             tid, fd = tids[vcpu.thread_id], fds[vcpu_id]
             threads.append(VcpuThread(tid, fd, vcpu_id, vcpu.node, vcpu.qom_path))
         return threads
+
+    @contextlib.contextmanager
+    def vcpu_stats(self, threads: Sequence[VcpuThread]) -> Iterator[list[kvm.BinaryStats] | None]:
+        """The vCPUs' counters, to be read without asking QEMU; None where that cannot be.
+
+        Only for kernels that have the prefault ioctl: before eed3013faa40 (v6.5) who read
+        them after QEMU's end read memory that was freed.
+        """
+        with contextlib.ExitStack() as stack:
+            stats = []
+            try:
+                numbers = self.process.kvm_fds().vcpu_stats
+                for thread in threads:
+                    if thread.vcpu_id is not None and thread.vcpu_id in numbers:
+                        fd = self.process.take_fd(numbers[thread.vcpu_id])
+                        stack.callback(os.close, fd)
+                        stats.append(kvm.BinaryStats(fd))
+            except (OSError, QemuPrefaultError):
+                stats = []
+            yield stats if len(stats) == len(threads) else None
 
     async def prefault(
         self,

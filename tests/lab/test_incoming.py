@@ -174,6 +174,22 @@ def test_somebody_resumes_what_is_being_prefaulted(migration):
 
 
 @pytest.mark.full
+def test_somebody_lets_it_start_by_itself(migration):
+    """`cont` before it has come undoes our `stop`: it is prefaulted as a guest that runs."""
+    one = migration()
+    tool = one.start_tool()
+    one.target.qmp("cont")
+    one.start()
+    one.finish()
+    result = tool.finish()
+    assert result.status == 0, (result.stdout, result.stderr)
+    assert one.target.status() == "running"
+    assert result.report["bytes"]["remaining"] == 0
+    assert one.target.stats()["pages_4k"] << 12 >= result.report["bytes"]["requested"]
+    assert one.target.command("stop")["bad"] == 0
+
+
+@pytest.mark.full
 def test_a_qemu_that_answers_nothing_while_it_loads_is_waited_for(migration):
     """From a slow file it may load for minutes; the limit for an answer is 30 s otherwise."""
     one = migration()

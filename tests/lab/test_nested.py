@@ -7,19 +7,24 @@ counts in memory for ever.
 
 from __future__ import annotations
 
+import asyncio
 import random
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import faults, prefault, start_tool
+from conftest import OTHER_MIB, faults, prefault, start_tool
 
 import qemu_prefault.engine
+from qemu_prefault import Session
+from qemu_prefault.engine import Engine
 from qemu_prefault.lab.guest import Guest
 from qemu_prefault.lab.tool import Result, leftovers, wait_clean, wait_for
 
-PAGES = 32 << 8  # of the workload: what the guest has not touched since it was restored
+WORKLOAD_MIB = 32
+PAGES = WORKLOAD_MIB << 8  # of the workload: what the guest has not touched since it was restored
 TRIES = 200
 """Stops, of which two out of three catch an L3 that is busy."""
 KILLS = 8
@@ -156,6 +161,42 @@ def test_cont_lets_a_guest_found_paused_run_until_it_can_be_done(nested, npt):
 
 @pytest.mark.full
 @both
+def test_a_guest_that_arrives_with_an_active_one(nested, npt, tmp_path: Path):
+    """In guest mode or not, as chance has it: it is prefaulted, and its L3 counts on."""
+    source = nested(npt)
+    uri = f"unix:{tmp_path / 'migration'}"
+    with Guest(memory_mib=WORKLOAD_MIB + OTHER_MIB, kvm=True, incoming=uri) as target:
+        tool = start_tool(target, "--incoming")
+        wait_for(lambda: tool.has_said("ready"), "a tool that awaits it")
+        source.qmp("migrate-set-parameters", max_bandwidth=1 << 40, downtime_limit=20_000)
+        source.qmp("migrate", uri=uri)
+        result = tool.finish()
+        assert result.status == 0, (result.stdout, result.stderr)
+        assert result.report["bytes"]["remaining"] == 0
+        assert result.warnings <= {"guest-mode"}
+        assert target.status() == "running"
+        assert_goes_on(target, prefaulted=True)
+
+
+@pytest.mark.full
+def test_guest_mode_is_known_without_asking_qemu(nested):
+    guest = nested(npt=True)
+
+    async def look() -> list[int]:
+        async with Session.open(str(guest.qmp_path)) as session:
+            threads = await session.vcpu_threads([], needs_fds=True)
+            with session.vcpu_stats(threads) as stats:
+                assert stats is not None
+                return [vcpu.read("guest_mode") for vcpu in stats]
+
+    for wanted in (0, 1):
+        stop_in_guest_mode(guest, wanted)
+        assert asyncio.run(look()) == [wanted]
+        guest.qmp("cont")
+
+
+@pytest.mark.full
+@both
 def test_a_vcpu_outside_guest_mode_does_it_for_all(nested, npt):
     guest = nested(npt, smp=2)
     stop_in_guest_mode(guest)
@@ -190,10 +231,10 @@ def test_it_is_given_up_within_bounds(nested, npt, monkeypatch):
 def test_the_ioctl_tells_where_kvm_does_not(nested, monkeypatch):
     """Without the counter (old kernels, old QEMU) EOPNOTSUPP is what there is to go by."""
 
-    async def nothing(*_: object) -> dict[str, dict[str, int]]:
-        return {}
+    async def nothing(*_: object) -> set[int]:
+        return set()
 
-    monkeypatch.setattr(qemu_prefault.engine, "read_vcpu_stats", nothing)
+    monkeypatch.setattr(Engine, "_workers_in_guest_mode", nothing)
     guest = nested(npt=True)
     stop_in_guest_mode(guest)
     result = prefault(guest)
@@ -211,12 +252,11 @@ def test_the_ioctl_tells_where_kvm_does_not(nested, monkeypatch):
 def test_a_tool_killed_between_two_stops_leaves_the_guest_running(nested, monkeypatch):
     """Each pause has a guard of its own."""
 
-    async def always(*_: object) -> dict[str, dict[str, int]]:
-        return {path: {"guest_mode": 1}}
+    async def always(*_: object) -> set[int]:
+        return {0}
 
     guest = nested(npt=True)
-    path = guest.qmp("query-cpus-fast")[0]["qom-path"]
-    monkeypatch.setattr(qemu_prefault.engine, "read_vcpu_stats", always)
+    monkeypatch.setattr(Engine, "_workers_in_guest_mode", always)
     monkeypatch.setattr(qemu_prefault.engine, "GUEST_MODE_TRIES", 1_000_000)
     monkeypatch.setattr(qemu_prefault.engine, "GUEST_MODE_SECONDS", 1_000_000.0)
     for _ in range(KILLS):

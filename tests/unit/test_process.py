@@ -152,7 +152,7 @@ def test_kvm_descriptors() -> None:
         (9, "/dev/kvm"), (10, "anon_inode:kvm-vm"), (14, "anon_inode:kvm-vcpu:0"),
         (15, "anon_inode:kvm-vcpu:4"), (16, "anon_inode:kvm-vcpu-stats:0"), (3, "socket:[1]"),
     ]  # fmt: skip
-    assert parse_kvm_fds(links) == KvmFds(vm=10, kvm=9, vcpus={0: 14, 4: 15})
+    assert parse_kvm_fds(links) == KvmFds(10, 9, vcpus={0: 14, 4: 15}, vcpu_stats={0: 16})
     assert parse_kvm_fds([]) == KvmFds()
     with pytest.raises(UnsupportedError, match="more than one"):
         parse_kvm_fds([*links, (30, "anon_inode:kvm-vm")])
