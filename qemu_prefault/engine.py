@@ -399,7 +399,7 @@ class Engine:
                 runs = True
             else:
                 in_guest_mode = await self._workers_in_guest_mode(agent)
-                self._after = await read_stage2(monitor)
+            self._after = await read_stage2(monitor)
         if self._interrupted is None:
             misled = in_guest_mode - self._unusable.keys()
             if begun and (misled or not self._usable(agent.workers)):
@@ -411,15 +411,13 @@ class Engine:
     async def _start_arrived(self, agent: Agent) -> set[int]:
         """Start it; return who was in guest mode until then, see :meth:`_prefault_paused`.
 
-        All is asked at once and in this order, because the guest waits for every answer. Hardly
-        any guest arrives in guest mode, so it is not asked before the work.
+        Hardly any guest arrives in guest mode, so it is not asked before the work.
         """
         monitor = self.session.monitor
+        in_guest_mode = await self._workers_in_guest_mode(agent)
         self._own_resumes += 1
         try:
-            in_guest_mode, _, self._after = await asyncio.gather(
-                self._workers_in_guest_mode(agent), monitor.execute("cont"), read_stage2(monitor)
-            )
+            await monitor.execute("cont")
         except CommandError:
             refuse_status(await read_status(monitor))  # it came as one that cannot run
             raise

@@ -336,7 +336,16 @@ class AttachAgent:
         started, ended = [], []
         total = sum(item.size for ranges in batch.values() for item in ranges)
         begun = time.monotonic()
+        done = 0
         while waiting:
+            # We may share a CPU with the helpers: look when they are about done.
+            elapsed = time.monotonic() - begun
+            left = (
+                elapsed * (total - done) / done
+                if done
+                else max(total / FASTEST - elapsed, elapsed / 2)
+            )
+            await asyncio.sleep(min(max(left * 0.9, POLL_SHORTEST), POLL_LONGEST))
             for index in tuple(waiting):
                 helper = self._helpers[index]
                 header = self._header(helper)
@@ -348,15 +357,6 @@ class AttachAgent:
                 waiting.discard(index)
             done = self._done(batch, finished)
             on_progress(done)
-            if waiting:
-                # We may share a CPU with the helpers: look again when they are about done.
-                elapsed = time.monotonic() - begun
-                left = (
-                    elapsed * (total - done) / done
-                    if done
-                    else max(total / FASTEST - elapsed, elapsed / 2)
-                )
-                await asyncio.sleep(min(max(left * 0.9, POLL_SHORTEST), POLL_LONGEST))
         seconds = (max(ended) - min(started)) / 1e9 if ended else 0.0
         return BatchResult(finished, seconds)
 
