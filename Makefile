@@ -19,7 +19,7 @@ test:      ## linters, unit tests, real QEMUs, and the real ioctl in the nested 
 test-full: ## test, but everything on every kernel, 1,000 kills and 30 boots (hours)
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST)" python tests/run.py --full
 
-bench:     ## the measurements of docs/benchmarks.md
+bench:     ## the measurements of docs/benchmarks.md; BENCH_ARGS="PART..." for some of them
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST)" python tests/bench/run.py $(BENCH_ARGS)
 
 lint:      ## ruff and mypy

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Booting with the plugin, the part that runs where the KVM is: JSON on the last line.
 
-    plugin.py [ROUNDS [MACHINE...]]
+    plugin.py LOOP [ROUNDS [MACHINE...]]
 
 On 4K pages all ways are taken in turns; their order turns from round to round. Seconds are
 from the start of QEMU until its guest is up and has written its memory.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any, Final
 
 from qemu_prefault.lab.guest import Guest, thp
@@ -33,15 +34,21 @@ def start(machine: str, way: str) -> Guest:
     )
 
 
+def anonymous_mib(pid: int) -> float:
+    """QEMU's private memory, the guest's and its own."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) / 1024
+
+
 def boot(machine: str, way: str, again: bool = False) -> dict[str, Any]:
     """One boot, and if ``again`` a reset and a second one."""
     started = time.monotonic()
     with start(machine, way) as guest:
         guest.wait_ready()
-        found: dict[str, Any] = {
-            "seconds": time.monotonic() - started,
-            "faults": guest.stats()["pf_taken"],
-        }
+        found: dict[str, Any] = {"seconds": time.monotonic() - started}
+        stats = guest.stats()
+        found |= {"faults": stats["pf_taken"], "exits": stats["exits"]}
+        found["anonymous_mib"] = anonymous_mib(guest.pid)
         if way == PLUGIN:
             counters = guest.control("status")["counters"]
             found |= {name: counters[name] for name in ("populate_seconds", "again_seconds")}
@@ -68,8 +75,8 @@ def rounds(machine: str, count: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def main() -> None:
-    count = int(sys.argv[1]) if sys.argv[1:] else ROUNDS
-    machines = sys.argv[2:] or MACHINES
+    count = int(sys.argv[2]) if sys.argv[2:] else ROUNDS
+    machines = sys.argv[3:] or MACHINES
     before = thp("never")
     try:
         results: dict[str, Any] = {"4k": {machine: rounds(machine, count) for machine in machines}}

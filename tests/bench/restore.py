@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The benchmarks' part that runs where the KVM is: ``inside.py LOOP``, JSON on the last line."""
+"""Restored guests, and the bare loop: the part that runs where the KVM is.
+
+    restore.py LOOP
+
+JSON on the last line.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -95,7 +99,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         state = Path(scratch) / "state"
         results = {
-            "kernel": os.uname().release,
             "loop": against_the_loop(sys.argv[1]),
             "restore": after_restore(state),
             "repeated": repeated(state),
