@@ -103,12 +103,15 @@ TEST = (
 )
 FULL = (
     IMAGES[0],
+    lab("kill", "trixie", "-k", "test_kill", "--kills", "1000", minutes=120),
+    lab("campaigns", "trixie", "-k", "campaign", "--boots", "100", minutes=120),
+    lab("trixie", "trixie", "-k", "not (campaign or test_kill)", minutes=60),
     *LINT,
     *HOST,
-    lab("trixie", "trixie", "--kills", "1000", "--boots", "100", minutes=180),
     *IMAGES[1:],
+    lab("sid-campaigns", "sid", "-k", "campaign", "--boots", "100", minutes=120),
+    lab("sid", "sid", "-k", "not campaign", minutes=60),
     LAB_ITSELF,
-    lab("sid", "sid", "--kills", "1000", "--boots", "100", minutes=180),
     lab("bookworm", "bookworm", "-k", "unsupported or test_guest.py"),
     lab("shadow", "trixie", "-k", "unsupported", npt=False),
     THIRTY_BOOTS,
