@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Booting with the plugin, the part that runs where the KVM is: JSON on the last line.
 
-    plugin.py LOOP [ROUNDS [MACHINE...]]
+    plugin.py LOOP [WAY...]
 
 On 4K pages all ways are taken in turns; their order turns from round to round. Seconds are
 from the start of QEMU until its guest is up and has written its memory.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -64,26 +65,25 @@ def boot(machine: str, way: str, again: bool = False) -> dict[str, Any]:
     return found
 
 
-def rounds(machine: str, count: int) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
-    for number in range(count):
-        turned = WAYS[number % len(WAYS) :] + WAYS[: number % len(WAYS)]
-        for way in turned:
+def rounds(machine: str, ways: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    for number in range(ROUNDS):
+        first = number % len(ways)
+        for way in (*ways[first:], *ways[:first]):
             found[way].append(boot(machine, way, again=way in (NOTHING, PLUGIN)))
             print(machine, way, found[way][-1], file=sys.stderr, flush=True)
     return found
 
 
 def main() -> None:
-    count = int(sys.argv[2]) if sys.argv[2:] else ROUNDS
-    machines = sys.argv[3:] or MACHINES
+    ways = sys.argv[2:] or WAYS
     before = thp("never")
     try:
-        results: dict[str, Any] = {"4k": {machine: rounds(machine, count) for machine in machines}}
+        results: dict[str, Any] = {"4k": {machine: rounds(machine, ways) for machine in MACHINES}}
         thp("always")
         results["thp"] = {
             machine: {way: boot(machine, way)["faults"] for way in (NOTHING, PLUGIN)}
-            for machine in machines
+            for machine in MACHINES
         }
     finally:
         thp(before)

@@ -107,7 +107,7 @@ def on_this_machine() -> dict[str, Any]:
     return found
 
 
-def where_the_kvm_is(script: str, variant: str = "trixie") -> dict[str, Any]:
+def where_the_kvm_is(script: str, *arguments: str, variant: str = "trixie") -> dict[str, Any]:
     """Run a script of this folder in the lab, or on this machine; its last line is JSON."""
     wheels = [Path(wheel) for wheel in os.environ["QEMU_PREFAULT_WHEELS"].split()]
     loop = compile_static(HERE / "loop.c")
@@ -115,7 +115,7 @@ def where_the_kvm_is(script: str, variant: str = "trixie") -> dict[str, Any]:
         machine.install(wheels)
         machine.put(loop, "/root/bench/loop")
         machine.put(HERE / script, f"/root/bench/{script}")
-        command = ["python3", f"/root/bench/{script}", "/root/bench/loop"]
+        command = ["python3", f"/root/bench/{script}", "/root/bench/loop", *arguments]
         result = machine.run(command, timeout=7200)
         return {
             "kernel": machine.run(["uname", "-r"]).text.strip(),
@@ -129,7 +129,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "restore": lambda: where_the_kvm_is("restore.py"),
     "incoming": lambda: where_the_kvm_is("incoming.py"),
     "plugin": lambda: where_the_kvm_is("plugin.py"),
-    "plugin-sid": lambda: where_the_kvm_is("plugin.py", "sid"),
+    "plugin-sid": lambda: where_the_kvm_is("plugin.py", "nothing", "plugin", variant="sid"),
 }
 """What is measured, each for itself and in minutes: see :func:`measure`."""
 
@@ -172,7 +172,7 @@ def plugin_bars(where: str, boots: dict[str, list[dict[str, Any]]]) -> Bars:
          time <= 0.7),
         (f"{where}: share of the boot spent prefaulting again", f"{share:.2f} %", "<= 2 %",
          share <= 2),
-        *(idle_bar(where, boots, *of) for of in IDLE),
+        *(idle_bar(where, boots, *of) for of in IDLE if "keep=off" in boots),
     ]  # fmt: skip
 
 
