@@ -97,6 +97,14 @@ int pagemap_sees_zero_page(int32_t fd);
 int kvm_check_extension(int32_t kvm_fd, int32_t extension);
 int kvm_pre_fault(int32_t vcpu_fd, uint64_t gpa, uint64_t size);
 int take_fd(int32_t pidfd, int32_t number);
+
+int vmm_init(void);
+int vmm_signal(void);
+long vmm_ioctl(int32_t fd, uint64_t request, uint64_t argument);
+long vmm_ioctl_limited(int32_t fd, uint64_t request, uint64_t argument, uint64_t limit_ns);
+long vmm_ioctl_in_clone(int32_t fd, uint64_t request, uint64_t argument);
+long vmm_syscall(long number, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e,
+    uint64_t f);
 """
 
 SOURCE = """
@@ -108,6 +116,7 @@ SOURCE = """
 #include "control.h"
 #include "inject.h"
 #include "pagemap.h"
+#include "vmm.h"
 #include "helper_blob.h"
 
 /* KVM_CHECK_EXTENSION: a non-negative answer, or a negative errno. */
@@ -141,7 +150,7 @@ ffibuilder.cdef(CDEF)
 ffibuilder.set_source(
     "qemu_prefault._native",
     SOURCE,
-    sources=[os.path.relpath(HERE / name, ROOT) for name in ("inject.c", "pagemap.c")],
+    sources=[os.path.relpath(HERE / name, ROOT) for name in ("inject.c", "pagemap.c", "vmm.c")],
     include_dirs=[os.path.relpath(HERE, ROOT)],
     depends=[os.path.relpath(path, ROOT) for path in HERE.glob("*.[hc]")],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],

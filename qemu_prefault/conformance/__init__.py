@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What ``KVM_PRE_FAULT_MEMORY`` really does, told by a very small VMM.
+
+The kernel's own selftest never checks that anything is mapped. Here each case sets up a virtual
+machine of a few pages, and looks at what only a mapping that is there can bring about: KVM's
+counters, the faults of a guest that then reads or writes, and the contents of its memory.
+
+    abi.py       numbers and structures of ``/dev/kvm``
+    memory.py    host memory of every kind, and what may have happened to it
+    vmm.py       VMs, vCPUs, statistics, threads
+    guest.py     a few bytes of machine code
+    suite.py     what a case is          host.py     what this host can do
+    runner.py    runs each in a process of its own
+    report.py    results as a table and as JSON
+    cases/       the cases, a room for each topic
+"""

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``/dev/kvm`` by numbers: include/uapi/linux/kvm.h, arch/x86/include/uapi/asm/kvm.h.
+
+Spelt out, because a distribution's headers are often older than its kernel.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, fields, replace
+
+PAGE = 4096
+MIB = 1 << 20
+HUGE = 2 * MIB
+GIB = 1 << 30
+
+_KVMIO = 0xAE
+_WRITE, _READ = 1, 2
+
+
+def _io(number: int, direction: int = 0, size: int = 0) -> int:
+    return direction << 30 | size << 16 | _KVMIO << 8 | number
+
+
+# On /dev/kvm.
+GET_API_VERSION = _io(0x00)
+CREATE_VM = _io(0x01)
+CHECK_EXTENSION = _io(0x03)
+GET_VCPU_MMAP_SIZE = _io(0x04)
+GET_SUPPORTED_CPUID = _io(0x05, _READ | _WRITE, 8)
+
+# On a VM.
+CREATE_VCPU = _io(0x41)
+GET_DIRTY_LOG = _io(0x42, _WRITE, 16)
+SET_NR_MMU_PAGES = _io(0x44)
+SET_USER_MEMORY_REGION = _io(0x46, _WRITE, 32)
+SET_TSS_ADDR = _io(0x47)
+SET_IDENTITY_MAP_ADDR = _io(0x48, _WRITE, 8)
+SET_USER_MEMORY_REGION2 = _io(0x49, _WRITE, 160)
+CREATE_IRQCHIP = _io(0x60)
+ENABLE_CAP = _io(0xA3, _WRITE, 104)
+RESET_DIRTY_RINGS = _io(0xC7)
+GET_STATS_FD = _io(0xCE)
+SET_MEMORY_ATTRIBUTES = _io(0xD2, _WRITE, 32)
+CREATE_GUEST_MEMFD = _io(0xD4, _READ | _WRITE, 64)
+
+# On a vCPU.
+RUN = _io(0x80)
+SET_REGS = _io(0x82, _WRITE, 144)
+GET_REGS = _io(0x81, _READ, 144)
+GET_SREGS = _io(0x83, _READ, 312)
+SET_SREGS = _io(0x84, _WRITE, 312)
+SET_MSRS = _io(0x89, _WRITE, 8)
+SET_CPUID2 = _io(0x90, _WRITE, 8)
+SET_MP_STATE = _io(0x99, _WRITE, 4)
+GET_VCPU_EVENTS = _io(0x9F, _READ, 64)
+SET_VCPU_EVENTS = _io(0xA0, _WRITE, 64)
+PRE_FAULT_MEMORY = _io(0xD5, _READ | _WRITE, 64)
+
+CAP_X86_SMM = 117
+CAP_DIRTY_LOG_RING = 192
+CAP_DISABLE_QUIRKS2 = 213
+CAP_MEMORY_ATTRIBUTES = 233
+CAP_GUEST_MEMFD = 234
+CAP_VM_TYPES = 235
+CAP_PRE_FAULT_MEMORY = 236
+CAP_GUEST_MEMFD_FLAGS = 244
+
+VM_DEFAULT, VM_SW_PROTECTED = 0, 1
+QUIRK_SLOT_ZAP_ALL = 1 << 7
+MEM_LOG_DIRTY_PAGES, MEM_READONLY, MEM_GUEST_MEMFD = 1, 2, 4
+MEMORY_ATTRIBUTE_PRIVATE = 1 << 3
+GMEM_MMAP, GMEM_INIT_SHARED = 1, 2
+SMM_SPACE = 1 << 16
+"""In a slot's number: the address space of system management mode."""
+
+EXIT_IO, EXIT_HLT, EXIT_MMIO, EXIT_INTR, EXIT_MEMORY_FAULT = 2, 5, 6, 10, 39
+EXIT_NAMES = {
+    0: "UNKNOWN", 2: "IO", 4: "DEBUG", 5: "HLT", 6: "MMIO", 8: "SHUTDOWN", 9: "FAIL_ENTRY",
+    10: "INTR", 17: "INTERNAL_ERROR", 31: "DIRTY_RING_FULL", 39: "MEMORY_FAULT",
+}  # fmt: skip
+MP_RUNNABLE = 0
+DIRTY_RING_PAGE_OFFSET = 64
+DIRTY_GFN_SIZE = 16
+
+_SEGMENT = struct.Struct("<QIH10B")
+_SREGS_TAIL = struct.Struct("<QH6xQH6x7Q4Q")
+_REGS = struct.Struct("<18Q")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """``struct kvm_segment``; by default flat data of 4 GiB."""
+
+    base: int = 0
+    limit: int = 0xFFFFFFFF
+    selector: int = 0x10
+    type: int = 3
+    present: int = 1
+    dpl: int = 0
+    db: int = 1
+    s: int = 1
+    l: int = 0  # noqa: E741
+    g: int = 1
+    avl: int = 0
+    unusable: int = 0
+    padding: int = 0
+
+    def pack(self) -> bytes:
+        return _SEGMENT.pack(*(getattr(self, field.name) for field in fields(self)))
+
+
+CODE_32 = Segment(selector=0x8, type=11)
+CODE_64 = Segment(selector=0x8, type=11, db=0, l=1)
+DATA = Segment()
+CODE_16 = Segment(selector=0, limit=0xFFFF, type=11, db=0, g=0)
+DATA_16 = Segment(selector=0, limit=0xFFFF, type=3, db=0, g=0)
+_TASK = Segment(selector=0x18, limit=0xFFFF, type=11, db=0, s=0, g=0)
+_LDT = Segment(selector=0, limit=0xFFFF, type=2, db=0, s=0, g=0)
+
+CR0_PE, CR0_NE, CR0_WP, CR0_PG = 1, 1 << 5, 1 << 16, 1 << 31
+CR4_PAE = 1 << 5
+EFER_LME, EFER_LMA, EFER_SVME = 1 << 8, 1 << 10, 1 << 12
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A CPU mode: what ``struct kvm_sregs`` says of one."""
+
+    code: Segment
+    data: Segment
+    cr0: int
+    cr3: int = 0
+    cr4: int = 0
+    efer: int = 0
+
+    def pack(self) -> bytes:
+        """``struct kvm_sregs``."""
+        segments = [self.code, *[self.data] * 5, _TASK, _LDT]
+        return b"".join(segment.pack() for segment in segments) + _SREGS_TAIL.pack(
+            0, 0xFFFF, 0, 0xFFFF, self.cr0, 0, self.cr3, self.cr4, 0, self.efer, 0xFEE00900,
+            *(0,) * 4,
+        )  # fmt: skip
+
+    def with_efer(self, bits: int) -> Mode:
+        return replace(self, efer=self.efer | bits)
+
+
+RESET = Mode(CODE_16, DATA_16, cr0=0x60000010)
+FLAT32 = Mode(CODE_32, DATA, cr0=CR0_PE | CR0_NE | 1 << 4)
+
+
+def long_mode(cr3: int) -> Mode:
+    """64-bit mode on the page tables at ``cr3``."""
+    cr0 = CR0_PE | CR0_NE | CR0_WP | CR0_PG | 1 << 4
+    return Mode(CODE_64, DATA, cr0, cr3, CR4_PAE, EFER_LME | EFER_LMA)
+
+
+REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",
+             *(f"r{number}" for number in range(8, 16)), "rip", "rflags")  # fmt: skip
+
+
+def pack_regs(**values: int) -> bytes:
+    """``struct kvm_regs``; what is not named is 0."""
+    values = {"rflags": 2, **values}
+    return _REGS.pack(*(values.get(name, 0) for name in REGISTERS))
+
+
+def unpack_regs(data: bytes) -> dict[str, int]:
+    return dict(zip(REGISTERS, _REGS.unpack(data), strict=True))

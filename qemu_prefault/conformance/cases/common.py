@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What cases share: a VM with one slot of a few pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..abi import GIB, PAGE
+from ..memory import Memory, small
+from ..vmm import Leaves, Vcpu, Vm, expect_equal
+
+GPA = GIB
+"""Where a case's memory is in the guest: aligned for any leaf, and no firmware near."""
+SLOT = 1
+PAGES = 32
+
+
+@dataclass
+class Bench:
+    """A VM whose slot :data:`SLOT` at :data:`GPA` is some memory, and a vCPU that has run."""
+
+    vm: Vm
+    vcpu: Vcpu
+    memory: Memory
+
+    @property
+    def size(self) -> int:
+        return self.memory.size
+
+    @property
+    def pages(self) -> int:
+        return self.memory.size // PAGE
+
+
+def bench(
+    memory: Memory | None = None, *, written: bool = True, flags: int = 0, vm: Vm | None = None
+) -> Bench:
+    """A fresh one. Without ``memory``: 32 anonymous 4 KiB pages, written or not."""
+    if memory is None:
+        memory = small(PAGES * PAGE)
+        if written:
+            memory.write()
+    vm = vm or Vm()
+    vcpu = vm.vcpu()
+    vm.slot(SLOT, GPA, memory, flags=flags)
+    vcpu.warm()
+    return Bench(vm, vcpu, memory)
+
+
+def expect_reads(vcpu: Vcpu, memory: Memory, faults: int | None, gpa: int = GPA) -> None:
+    """The guest reads the memory: its contents, with so many faults."""
+    wanted = sum(memory.words()) & 0xFFFFFFFF
+    before = vcpu.stat("pf_taken")
+    expect_equal(vcpu.read(gpa, memory.size // PAGE), wanted, "the sum that the guest reads")
+    if faults is not None:
+        expect_equal(vcpu.stat("pf_taken") - before, faults, "faults of a guest that reads")
+
+
+def expect_writes(
+    vcpu: Vcpu, memory: Memory, faults: int | None, gpa: int = GPA, value: int = 0xA5A50001
+) -> int:
+    """The guest writes the memory: we see it there, after so many faults (which are given)."""
+    pages = memory.size // PAGE
+    taken = vcpu.faults_of(lambda: vcpu.write(gpa, pages, value))
+    expect_equal(memory.words(), [value] * pages, "what the guest has written")
+    if faults is not None:
+        expect_equal(taken, faults, "faults of a guest that writes")
+    return taken
+
+
+def expect_mapped(vm: Vm, before: Leaves, wanted: Leaves) -> None:
+    expect_equal(str(vm.leaves() - before), str(wanted), "leaves that the prefault has added")

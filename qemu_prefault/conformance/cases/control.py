@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a guest pays without any prefault: what all other cases are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .. import host
+from ..abi import HUGE, PAGE
+from ..memory import Memory, huge, hugetlb, memfd, small
+from ..suite import Need, add
+from ..vmm import Vm, expect
+from .common import GPA, PAGES, bench, expect_reads, expect_writes
+
+_SOURCE = "mmu/mmu.c:kvm_mmu_page_fault() counts pf_taken"
+
+
+def _faults(make: Callable[[], Memory], most: int, writes: bool) -> None:
+    memory = make()
+    memory.write()
+    machine = bench(memory)
+    before = machine.vm.leaves()
+    check = expect_writes if writes else expect_reads
+    taken = machine.vcpu.stat("pf_taken")
+    check(machine.vcpu, memory, None)
+    taken = machine.vcpu.stat("pf_taken") - taken
+    # The legacy MMU maps up to 8 neighbours of a page that is touched (direct_pte_prefetch()).
+    expect(most / 8 <= taken <= most, f"{taken} faults, and not at most {most}")
+    grown = machine.vm.leaves() - before
+    expect(grown.size >= memory.size, f"only {grown} were mapped")
+    check(machine.vcpu, memory, 0)
+
+
+for name, make, most, needs in (
+    ("4k", lambda: small(PAGES * PAGE), PAGES, ()),
+    ("thp", lambda: huge(HUGE), 1, (host.transparent_huge_pages,)),
+    ("memfd", lambda: memfd(PAGES * PAGE), PAGES, ()),
+    ("hugetlb", lambda: hugetlb(HUGE, shared=True), 1, (host.hugetlb_2m,)),
+):
+    for writes in (False, True):
+        # In shadow paging a guest without paging still has huge pages: the tables are direct.
+        requirements: tuple[Need, ...] = needs
+        add(
+            f"control/{name}-{'write' if writes else 'read'}",
+            f"without a prefault, {'writing' if writes else 'reading'} costs a fault per leaf, once",
+            _SOURCE,
+            lambda make=make, most=most, writes=writes: _faults(make, most, writes),  # type: ignore[misc]
+            *requirements,
+        )
+
+
+def _faults_with_paging() -> None:
+    """The same for a guest in 64-bit mode, on page tables of its own."""
+    from ..vmm import LONG64  # noqa: PLC0415
+
+    memory = small(PAGES * PAGE)
+    memory.write()
+    vm = Vm()
+    vcpu = vm.vcpu(mode=LONG64)
+    vm.slot(1, GPA, memory)
+    vcpu.warm()
+    before = vcpu.stat("pf_taken")
+    expect_reads(vcpu, memory, None)
+    expect(vcpu.stat("pf_taken") > before, "no fault at all")
+    expect_reads(vcpu, memory, 0)
+    expect_writes(vcpu, memory, None)
+    expect_writes(vcpu, memory, 0)
+
+
+add(
+    "control/long-mode",
+    "a guest on its own page tables faults once, then no more",
+    _SOURCE,
+    _faults_with_paging,
+)

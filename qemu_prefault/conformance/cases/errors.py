@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Every errno, with its condition, and that nothing is mapped then."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Callable
+
+from qemu_prefault._native import ffi, lib
+
+from .. import abi, host
+from ..abi import PAGE
+from ..memory import PROT_NONE, memfd, small
+from ..suite import Need, add, case
+from ..vmm import Prefault, Vm, error_name, expect_equal
+from .common import GPA, PAGES, Bench, bench, expect_mapped, expect_reads
+
+_CHECKS = "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory()"
+_HOLE = "mmu/mmu.c:kvm_tdp_map_page(): RET_PF_EMULATE is ENOENT"
+
+
+def _unharmed(machine: Bench) -> None:
+    """The vCPU prefaults, and its guest runs."""
+    if machine.vcpu.prefault(GPA, machine.size, any_error=True).error == 0:
+        expect_reads(machine.vcpu, machine.memory, 0)
+    expect_reads(machine.vcpu, machine.memory, None)
+
+
+def _invalid(gpa: int, size: int, flags: int) -> None:
+    machine = bench()
+    before = machine.vm.leaves()
+    result = machine.vcpu.prefault(gpa, size, flags=flags, any_error=True)
+    expect_equal(str(result), str(Prefault(errno.EINVAL, size, 0)), "the ioctl")
+    expect_equal(machine.vm.leaves(), before, "leaves")
+    _unharmed(machine)
+
+
+for name, gpa, size, flags in (
+    ("gpa-unaligned", GPA + 1, PAGE, 0),
+    ("gpa-unaligned-half", GPA + 2048, PAGE, 0),
+    ("size-unaligned", GPA, PAGE + 1, 0),
+    ("size-below-a-page", GPA, 2048, 0),
+    ("size-zero", GPA, 0, 0),
+    ("wraps", 2**64 - PAGE, 2 * PAGE, 0),
+    ("ends-at-2-64", 2**64 - PAGE, PAGE, 0),
+    ("flag-1", GPA, PAGE, 1),
+    ("flag-63", GPA, PAGE, 1 << 63),
+):
+    add(
+        f"errors/einval-{name}",
+        f"EINVAL: {name.replace('-', ' ')}; size is left alone, nothing is mapped",
+        _CHECKS,
+        lambda gpa=gpa, size=size, flags=flags: _invalid(gpa, size, flags),  # type: ignore[misc]
+        # Without the ioctl it is EINVAL for another reason, which is no less true.
+    )
+
+
+@case(
+    "errors/padding-ignored",
+    "the structure's padding is not looked at",
+    _CHECKS,
+    mapping=True,
+)
+def padding_ignored() -> None:
+    machine = bench()
+    before = machine.vm.leaves()
+    result = machine.vcpu.prefault(GPA, machine.size, padding=2**64 - 1)
+    expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
+    expect_mapped(machine.vm, before, machine.vm.leaves() - before)
+    expect_reads(machine.vcpu, machine.memory, 0)
+
+
+def _bad_pointer(address: int) -> None:
+    machine = bench()
+    before = machine.vm.leaves()
+    answer = lib.vmm_ioctl(machine.vcpu.fd, abi.PRE_FAULT_MEMORY, address)
+    expect_equal(error_name(-answer), "EFAULT", "the ioctl")
+    expect_equal(machine.vm.leaves(), before, "leaves")
+    _unharmed(machine)
+
+
+for name, address in (("null", 0), ("kernel", 0xFFFF800000000000)):
+    add(
+        f"errors/efault-pointer-{name}",
+        "EFAULT: the structure itself cannot be read",
+        "virt/kvm/kvm_main.c:kvm_vcpu_ioctl()",
+        lambda address=address: _bad_pointer(address),  # type: ignore[misc]
+        host.known_ioctl,
+    )
+
+
+@case(
+    "errors/efault-structure-read-only",
+    "EFAULT: the structure cannot be written back to; the pages are mapped all the same",
+    "virt/kvm/kvm_main.c:kvm_vcpu_ioctl(): copy_to_user() comes last",
+    host.capability,
+    mapping=True,
+)
+def structure_read_only() -> None:
+    machine = bench()
+    page = small(PAGE)
+    page.put(0, struct.pack("<8Q", GPA, machine.size, *[0] * 6))
+    page.protect(1)
+    machine.vcpu.prefault(GPA, PAGE)
+    before = machine.vm.leaves()
+    answer = lib.vmm_ioctl(machine.vcpu.fd, abi.PRE_FAULT_MEMORY, page.address)
+    expect_equal(error_name(-answer), "EFAULT", "the ioctl")
+    expect_equal((machine.vm.leaves() - before).k4 + 1 >= PAGES, True, "all pages are mapped")
+    expect_reads(machine.vcpu, machine.memory, 0)
+
+
+def _efault(spoil: Callable[[Bench], None], first: int) -> None:
+    """Pages from ``first`` on have no memory: what is before them is done, then EFAULT."""
+    machine = bench(memfd(PAGES * PAGE))
+    machine.memory.write()
+    spoil(machine)
+    before = machine.vm.leaves()
+    bad = (PAGES - first) * PAGE
+    result = machine.vcpu.prefault(GPA, machine.size)
+    expect_equal(str(result), f"success, {bad:#x} bytes left", "the first ioctl")
+    expect_equal((machine.vm.leaves() - before).k4, first, "pages mapped")
+    result = machine.vcpu.prefault(GPA + first * PAGE, bad)
+    expect_equal(str(result), f"EFAULT, {bad:#x} bytes left", "the second ioctl")
+    expect_equal((machine.vm.leaves() - before).k4, first, "pages mapped after the error")
+    taken = machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA, first))
+    expect_equal(taken, 0, "faults on the pages that were done")
+
+
+_HALF = PAGES // 2 * PAGE
+for name, what, spoil in (
+    ("unmapped", "the memory was unmapped", lambda m: m.memory.unmap(_HALF)),
+    ("prot-none", "the memory may not be accessed", lambda m: m.memory.protect(PROT_NONE, _HALF)),
+    ("past-eof", "the file is shorter", lambda m: os.truncate(m.memory.fd, _HALF)),
+):
+    add(
+        f"errors/efault-{name}",
+        f"EFAULT: {what}; pages before are done first, and that is a success",
+        "mmu/mmu.c:kvm_handle_error_pfn(), KVM_PFN_ERR_FAULT",
+        lambda spoil=spoil: _efault(spoil, PAGES // 2),  # type: ignore[misc]
+        mapping=True,
+    )
+
+
+def _enoent(gpa: int, irqchip: bool = False) -> None:
+    machine = bench(vm=Vm(irqchip=irqchip))
+    before = machine.vm.leaves()
+    holes = machine.vcpu.stat("pf_mmio_spte_created")
+    result = machine.vcpu.prefault(gpa, 4 * PAGE)
+    expect_equal(str(result), f"ENOENT, {4 * PAGE:#x} bytes left", "the ioctl")
+    expect_equal(machine.vm.leaves(), before, "leaves")
+    machine.vcpu.stat("pf_mmio_spte_created")
+    expect_equal(machine.vcpu.stat("pf_mmio_spte_created") - holes <= 1, True, "MMIO entries")
+    _unharmed(machine)
+
+
+for name, gpa in (
+    ("hole", GPA - 64 * PAGE),
+    ("behind-the-slot", GPA + PAGES * PAGE),
+    ("above-4g", 64 << 30),
+    ("max-gfn", (1 << 39)),
+    ("beyond-maxphyaddr", 1 << 51),
+):
+    add(
+        f"errors/enoent-{name}",
+        "ENOENT: no memory slot there",
+        _HOLE,
+        lambda gpa=gpa: _enoent(gpa),  # type: ignore[misc]
+    )
+
+
+@case(
+    "errors/enoent-makes-mmio-entry",
+    "probing a hole is not free: it makes an MMIO entry, which the guest's access then finds",
+    "mmu/tdp_mmu.c:tdp_mmu_map_handle_target_level(): pf_mmio_spte_created",
+    host.capability,
+    mapping=True,
+)
+def makes_mmio_entry() -> None:
+    machine = bench()
+    created = machine.vcpu.stat("pf_mmio_spte_created")
+    result = machine.vcpu.prefault(GPA - 64 * PAGE, PAGE)
+    expect_equal(error_name(result.error), "ENOENT", "the ioctl")
+    expect_equal(machine.vcpu.stat("pf_mmio_spte_created") - created, 1, "MMIO entries")
+    from ..guest import READ_32  # noqa: PLC0415
+
+    machine.vcpu.start_at(READ_32, rsi=GPA - 64 * PAGE, rcx=1, rdx=PAGE)
+    expect_equal(machine.vcpu.run(), abi.EXIT_MMIO, "exit of a guest that reads there")
+    expect_equal(machine.vcpu.mmio, (GPA - 64 * PAGE, False), "the MMIO")
+    expect_equal(machine.vcpu.stat("pf_mmio_spte_created") - created, 1, "MMIO entries after it")
+
+
+@case(
+    "errors/enoent-mmio-then-slot",
+    "a slot made where a hole was probed is mapped: the MMIO entry does not stay in the way",
+    "x86.c:kvm_arch_memslots_updated(): the MMIO generation",
+    mapping=True,
+)
+def mmio_then_slot() -> None:
+    machine = bench()
+    at = GPA - 64 * PAGE
+    expect_equal(error_name(machine.vcpu.prefault(at, PAGE).error), "ENOENT", "the ioctl")
+    memory = small(16 * PAGE)
+    memory.write()
+    machine.vm.slot(2, at, memory)
+    machine.vcpu.prefault_all(at, memory.size)
+    expect_reads(machine.vcpu, memory, 0, gpa=at)
+
+
+@case(
+    "errors/enoent-apic-page",
+    "the local APIC's page is no memory that can be prefaulted",
+    "mmu/mmu.c:kvm_mmu_faultin_pfn(): APIC_ACCESS_PAGE_PRIVATE_MEMSLOT",
+)
+def apic_page() -> None:
+    _enoent(0xFEE00000, irqchip=True)
+
+
+def _wrong_fd(which: str) -> None:
+    machine = bench()
+    fd = {"vm": machine.vm.fd, "kvm": -1}[which]
+    if fd < 0:
+        from ..vmm import kvm  # noqa: PLC0415
+
+        fd = kvm()
+    arguments = ffi.new("uint64_t[8]", [GPA, PAGE])
+    answer = lib.vmm_ioctl(fd, abi.PRE_FAULT_MEMORY, int(ffi.cast("uintptr_t", arguments)))
+    expect_equal(error_name(-answer) in ("ENOTTY", "EINVAL"), True, "an error that says so")
+    expect_equal(list(arguments)[1], PAGE, "size")
+    _unharmed(machine)
+
+
+for which in ("vm", "kvm"):
+    add(
+        f"errors/not-a-vcpu-{which}",
+        "it is an ioctl of vCPUs: a VM's descriptor, or /dev/kvm's, does not know it",
+        "virt/kvm/kvm_main.c:kvm_vm_ioctl(), kvm_dev_ioctl()",
+        lambda which=which: _wrong_fd(which),  # type: ignore[misc]
+    )
+
+
+def _mmu_page_limit(*_: object) -> str | None:
+    """Pages scattered so that each needs a page table of its own."""
+    count = 80
+    memory = memfd(PAGE)
+    memory.write()
+    vm = Vm()
+    vcpu = vm.vcpu()
+    vcpu.warm()
+    abi_minimum = 64  # KVM_MIN_ALLOC_MMU_PAGES
+    from ..vmm import ioctl  # noqa: PLC0415
+
+    ioctl(vm.fd, abi.SET_NR_MMU_PAGES, abi_minimum)
+    done = 0
+    for number in range(count):
+        gpa = GPA + number * abi.HUGE
+        vm.slot(1 + number, gpa, memory)
+        result = vcpu.prefault(gpa, PAGE)
+        if result.error:
+            expect_equal(error_name(result.error), "ENOSPC", "the error at the limit")
+            break
+        done += 1
+    vcpu.warm()
+    seen = vcpu.read(GPA, done, stride=abi.HUGE)
+    expect_equal(seen, done * memory.word(0) & 0xFFFFFFFF, "what the guest reads")
+    return f"{done} of {count} page tables within the limit of {abi_minimum}"
+
+
+_limits: tuple[Need, ...] = (host.capability,)
+add(
+    "errors/enospc-mmu-pages",
+    "KVM_SET_NR_MMU_PAGES limits the legacy MMU (ENOSPC, or older tables make room), not the TDP "
+    "MMU",
+    "mmu/mmu.c:make_mmu_pages_available()",
+    _mmu_page_limit,
+    *_limits,
+)

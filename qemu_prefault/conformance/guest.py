@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The guests: a few bytes each, the same in 32-bit and 64-bit mode unless said otherwise.
+
+``rsi`` is the first address, ``rdx`` the stride, ``rcx`` the number of pages. A program that
+ends, ends by writing to a port, which is an exit to us in every mode.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from .abi import GIB, PAGE
+
+PORT = 0x10
+_END = bytes([0xE6, PORT])  # out %al, $PORT
+
+NOTHING = _END
+
+# 1: mov %eax, (%rsi); add %rdx, %rsi; dec %ecx; jnz 1b
+WRITE_32 = bytes.fromhex("8906 01d6 ffc9 75f8") + _END
+WRITE_64 = bytes.fromhex("8906 4801d6 ffc9 75f7") + _END
+# 1: add (%rsi), %ebx; ...
+READ_32 = bytes.fromhex("031e 01d6 ffc9 75f8") + _END
+READ_64 = bytes.fromhex("031e 4801d6 ffc9 75f7") + _END
+# 1: jmp *%rsi; 2: add ...; at each page: jmp *%rdi, where rdi is 2b
+EXECUTE_32 = bytes.fromhex("ffe6 01d6 ffc9 75f8") + _END
+EXECUTE_AFTER_JUMP = 2
+JUMP_BACK = bytes.fromhex("ffe7")
+
+# 1: mov %ebp, %esi; mov %edi, %ecx
+# 2: addl %eax, (%rsi); add %edx, %esi; dec %ecx; jnz 2b; incl (%rbx); jmp 1b
+# Addresses below 4 GiB, so that 32-bit arithmetic does in 64-bit mode as well.
+ROUNDS = bytes.fromhex("89ee 89f9 0106 01d6 ffc9 75f8 ff03 ebf0")
+
+# 1: incl (%rbx); jmp 1b
+COUNT = bytes.fromhex("ff03 ebfc")
+
+# hlt; jmp
+HALT = bytes.fromhex("f4 ebfd")
+
+# vmrun of the VMCB at rax; its guest is COUNT_AND_TELL. Then, when that exits: out.
+VMRUN = bytes.fromhex("0f01d8") + _END
+# 1: incl (%rbx); out %al, $PORT; jmp 1b: exits to us without leaving guest mode
+COUNT_AND_TELL = bytes.fromhex("ff03") + _END + bytes.fromhex("ebfa")
+
+_PRESENT_RW_USER, _ACCESSED_DIRTY, _HUGE = 7, 0x60, 0x80
+
+
+def identity_tables(at: int, up_to: int) -> bytes:
+    """4-level page tables to be put at ``at``: virtual is physical, in 1 GiB pages.
+
+    The user bit is set, so that they do as nested page tables as well, whose walks are those
+    of a user.
+    """
+    count = -(-up_to // (512 * GIB))
+    top = [at + PAGE * (1 + n) | _PRESENT_RW_USER for n in range(count)]
+    tables = struct.pack("<512Q", *top, *[0] * (512 - count))
+    leaf = _PRESENT_RW_USER | _ACCESSED_DIRTY | _HUGE
+    for n in range(count):
+        tables += struct.pack("<512Q", *(((n * 512 + i) * GIB) | leaf for i in range(512)))
+    return tables
+
+
+_VMCB_INTERCEPT_VMRUN = 1 << 0
+
+
+def vmcb(*, rip: int, cr3: int, nested_cr3: int | None) -> bytes:
+    """A VMCB (AMD APM 2, appendix B) for 64-bit code at ``rip``; NPT if there is a nested CR3."""
+    page = bytearray(PAGE)
+    struct.pack_into("<I", page, 0x010, _VMCB_INTERCEPT_VMRUN)
+    struct.pack_into("<I", page, 0x058, 1)  # ASID
+    if nested_cr3 is not None:
+        struct.pack_into("<Q", page, 0x090, 1)
+        struct.pack_into("<Q", page, 0x0B0, nested_cr3)
+    data, code = (0x10, 0xC93, 0xFFFFFFFF), (0x8, 0xA9B, 0xFFFFFFFF)
+    segments = [data, code, *[data] * 4]
+    for number, (selector, attributes, limit) in enumerate(segments):  # es cs ss ds fs gs
+        struct.pack_into("<HHIQ", page, 0x400 + 16 * number, selector, attributes, limit, 0)
+    struct.pack_into("<Q", page, 0x4D0, 1 << 12 | 1 << 10 | 1 << 8)  # EFER
+    struct.pack_into("<Q", page, 0x548, 1 << 5)  # CR4
+    struct.pack_into("<Q", page, 0x550, cr3)
+    struct.pack_into("<Q", page, 0x558, 1 << 31 | 1 << 16 | 1 << 5 | 1 << 4 | 1)  # CR0
+    struct.pack_into("<Q", page, 0x560, 0x400)  # DR7
+    struct.pack_into("<Q", page, 0x568, 0xFFFF0FF0)  # DR6
+    struct.pack_into("<Q", page, 0x570, 2)  # RFLAGS
+    struct.pack_into("<Q", page, 0x578, rip)
+    return bytes(page)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Results as a table, and as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from qemu_prefault.errors import ExitStatus
+
+from .host import Host
+from .runner import Result
+from .suite import Case, Outcome
+
+
+def exit_status(results: Sequence[Result]) -> ExitStatus:
+    if all(result.outcome.expected for result in results):
+        return ExitStatus.VERIFIED
+    return ExitStatus.FAILED
+
+
+def to_json(host: Host, results: Sequence[Result], seconds: float) -> dict[str, Any]:
+    """One object; ``exit`` is the exit status."""
+    return {
+        "schema": 1,
+        "host": {**asdict(host), "mode": host.mode},
+        "cases": [
+            {
+                "id": result.case.id,
+                "says": result.case.says,
+                "source": result.case.source,
+                "mapping": result.case.mapping,
+                "outcome": result.outcome.value,
+                "text": result.text,
+                "seconds": round(result.seconds, 3),
+            }
+            for result in results
+        ],
+        "counts": counts(results),
+        "seconds": round(seconds, 1),
+        "exit": int(exit_status(results)),
+    }
+
+
+def counts(results: Sequence[Result]) -> dict[str, int]:
+    """How many cases came to what."""
+    found = Counter(result.outcome for result in results)
+    return {outcome.value: found[outcome] for outcome in Outcome}
+
+
+def header(host: Host) -> str:
+    answer = "offered" if host.capability else "not offered"
+    return f"kernel {host.kernel}, {host.mode}: KVM_PRE_FAULT_MEMORY is {answer}\n"
+
+
+def line(result: Result) -> str:
+    """A row of the table."""
+    text = result.text or result.case.says
+    return f"{result.outcome.value:9}  {result.case.id:44}  {text}"
+
+
+def summary(results: Sequence[Result], seconds: float) -> Iterator[str]:
+    found = ", ".join(f"{number} {name}" for name, number in counts(results).items() if number)
+    yield ""
+    yield f"{len(results)} cases in {seconds:.1f} s: {found or 'none'}"
+    for result in results:
+        if not result.outcome.expected:
+            yield f"{result.outcome.value}: {result.case.id}: {result.case.says}"
+            yield f"      {result.text}"
+            yield f"      see {result.case.source}"
+
+
+def listing(cases: Sequence[Case]) -> Iterator[str]:
+    for case in cases:
+        yield f"{case.id:44}  {case.says}"

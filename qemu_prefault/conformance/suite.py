@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a case is, and the list of all.
+
+A case is a function that returns if the kernel behaves as its line says, and raises
+:class:`~.vmm.Unexpected` if not. One whose behaviour legitimately differs between kernels
+returns what it saw, as text. Kernels with a known bug are told by the bug itself, under a
+timer, never by their version: :class:`KnownBad`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from .host import Host
+
+AREAS = (
+    "control",
+    "mapping",
+    "level",
+    "errors",
+    "progress",
+    "foreign",
+    "vcpu",
+    "parallel",
+    "dirty",
+    "slots",
+    "state",
+    "modes",
+    "private",
+    "paging",
+)
+
+
+class Outcome(Enum):
+    """What a case came to. All but ``FAIL`` and ``HANG`` are as expected."""
+
+    PASS = "pass"
+    DIFFERS = "differs"
+    REFUSED = "refused"
+    KNOWN_BAD = "known bad"
+    SKIP = "skip"
+    FAIL = "FAIL"
+    HANG = "HANG"
+
+    @property
+    def expected(self) -> bool:
+        return self not in (Outcome.FAIL, Outcome.HANG)
+
+
+class KnownBad(Exception):
+    """The kernel shows a bug that is known, and fixed in later ones."""
+
+
+class Skip(Exception):
+    """The case cannot run here, for a reason found only while it ran."""
+
+
+Need = Callable[[Host], str]
+"""Why a case cannot run on a host; empty if it can."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One statement about the kernel.
+
+    :ivar id: ``area/name``, stable.
+    :ivar says: the behaviour, in a line.
+    :ivar source: where in the kernel it comes from (``file:function``, commits).
+    :ivar mapping: its outcome rests on pages being mapped: fails if the ioctl does nothing.
+    :ivar harsh: taints the kernel, or costs the host something for good; only when asked for.
+    """
+
+    id: str
+    says: str
+    source: str
+    run: Callable[[], str | None]
+    mapping: bool
+    harsh: bool
+    needs: tuple[Need, ...]
+
+    @property
+    def area(self) -> str:
+        return self.id.partition("/")[0]
+
+    def obstacle(self, host: Host) -> str:
+        """Why it cannot run on this host; empty if it can."""
+        return next((reason for need in self.needs if (reason := need(host))), "")
+
+
+CASES: dict[str, Case] = {}
+
+
+def add(
+    id: str,
+    says: str,
+    source: str,
+    run: Callable[[], str | None],
+    *needs: Need,
+    mapping: bool = False,
+    harsh: bool = False,
+) -> None:
+    """Register a case; for those made in a loop."""
+    if id in CASES:
+        raise ValueError(f"two cases are named {id}")
+    CASES[id] = Case(id, says, source, run, mapping, harsh, needs)
+
+
+def case(
+    id: str,
+    says: str,
+    source: str,
+    *needs: Need,
+    mapping: bool = False,
+    harsh: bool = False,
+) -> Callable[[Callable[[], str | None]], Callable[[], str | None]]:
+    """Register the function below as a case."""
+
+    def register(run: Callable[[], str | None]) -> Callable[[], str | None]:
+        add(id, says, source, run, *needs, mapping=mapping, harsh=harsh)
+        return run
+
+    return register
+
+
+def all_cases() -> list[Case]:
+    """Every case, area by area."""
+    for area in AREAS:
+        importlib.import_module(f"{__package__}.cases.{area}")
+    return sorted(CASES.values(), key=lambda case: AREAS.index(case.area))

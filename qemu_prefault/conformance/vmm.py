@@ -1,0 +1,553 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""VMs of a few pages, their vCPUs, and KVM's own counters.
+
+A VM's slot 0 is its system memory: programs, page tables, and a counter. It is populated and
+touched before anything is counted, so that what a case counts is about the case's own memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import mmap
+import os
+import signal
+import struct
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qemu_prefault._native import ffi, lib
+
+from . import abi, guest
+from .abi import GIB, PAGE
+from .memory import Memory, small
+
+SYSTEM_BYTES = 64 * PAGE
+PROGRAMS, COUNTER, TABLES, VMCB, HOST_SAVE = 0x1000, 0x3000, 0x4000, 0x8000, 0x9000
+VMRUN_HOST_SAVE_MSR = 0xC0010117
+LIMIT_SECONDS = 20.0
+"""No ioctl of a case lasts longer, under emulation either, unless it never ends."""
+HANG_SECONDS = 0.3
+"""Where a case expects an ioctl that may never end: after so long it is interrupted."""
+EHWPOISON = 133
+
+
+class Unexpected(Exception):
+    """The kernel, or the guest, did not behave as the case says."""
+
+
+class Refused(Exception):
+    """The ioctl was refused on a host whose KVM does not offer it; the runner looks closer."""
+
+    def __init__(self, vcpu: Vcpu, error: int, gpa: int, size: int) -> None:
+        super().__init__(f"refused: {error_name(error)}")
+        self.vcpu, self.error, self.gpa, self.size = vcpu, error, gpa, size
+
+
+def error_name(number: int) -> str:
+    if number == EHWPOISON:
+        return "EHWPOISON"
+    return errno.errorcode.get(number, str(number)) if number else "success"
+
+
+def expect(condition: object, text: str) -> None:
+    """Like ``assert``, but it cannot be switched off, and says what was seen."""
+    if not condition:
+        raise Unexpected(text)
+
+
+def expect_equal(seen: object, wanted: object, what: str) -> None:
+    if seen != wanted:
+        raise Unexpected(f"{what}: {seen}, and not {wanted}")
+
+
+class Leaves(NamedTuple):
+    """Entries in the stage-2 tables, by size (``pages_4k``, ``pages_2m``, ``pages_1g``)."""
+
+    k4: int
+    m2: int = 0
+    g1: int = 0
+
+    def __sub__(self, other: Leaves) -> Leaves:
+        return Leaves(*(a - b for a, b in zip(self, other, strict=True)))
+
+    @property
+    def size(self) -> int:
+        return self.k4 * PAGE + self.m2 * abi.HUGE + self.g1 * GIB
+
+    def __str__(self) -> str:
+        return f"{self.k4} x 4K + {self.m2} x 2M + {self.g1} x 1G"
+
+
+@dataclass(frozen=True)
+class Prefault:
+    """What the ioctl came to.
+
+    :ivar error: an errno, 0 for success.
+    :ivar left: ``size`` as the kernel wrote it back.
+    :ivar seconds: how long it took.
+    """
+
+    error: int
+    left: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{error_name(self.error)}, {self.left:#x} bytes left"
+
+
+def ioctl(fd: int, request: int, argument: int | bytearray | bytes = 0) -> int:
+    """An ioctl; a buffer is written back to if it is a bytearray. Raises OSError."""
+    value = argument if isinstance(argument, int) else _address(argument)
+    answer = int(lib.vmm_ioctl(fd, request, value))
+    if answer < 0:
+        raise OSError(-answer, f"KVM ioctl {request & 0xFFFF:#06x}: {os.strerror(-answer)}")
+    return answer
+
+
+def _address(data: bytearray | bytes) -> int:
+    # Alive as long as the buffer is: the caller holds it during the call.
+    return int(ffi.cast("uintptr_t", ffi.from_buffer(data)))
+
+
+def fails_with(call: Callable[[], object]) -> int:
+    """The errno a call ends with, 0 if it succeeds."""
+    try:
+        call()
+    except OSError as error:
+        return error.errno or 0
+    return 0
+
+
+class Stats:
+    """KVM_GET_STATS_FD of a VM or vCPU (api.rst 4.133)."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = ioctl(fd, abi.GET_STATS_FD)
+        _, name_size, count, _, descriptors, self.data = struct.unpack(
+            "<6I", os.pread(self.fd, 24, 0)
+        )
+        size = 16 + name_size
+        table = os.pread(self.fd, size * count, descriptors)
+        self.at: dict[str, int] = {}
+        for start in range(0, len(table), size):
+            _, _, _, offset, _ = struct.unpack_from("<IhHII", table, start)
+            name = table[start + 16 : start + size].split(b"\0")[0].decode()
+            self.at[name] = offset
+        self.length = max(self.at.values()) + 8
+
+    def read(self, *names: str) -> list[int]:
+        """The values of these, from one look; 0 for those this kernel does not have."""
+        data = os.pread(self.fd, self.length, self.data)
+        offsets = [self.at.get(name) for name in names]
+        return [0 if at is None else int(struct.unpack_from("<Q", data, at)[0]) for at in offsets]
+
+
+@functools.cache
+def kvm() -> int:
+    """A descriptor of /dev/kvm."""
+    lib.vmm_init()
+    return os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+
+
+@functools.cache
+def supported_cpuid() -> bytes:
+    """``struct kvm_cpuid2`` with all that this KVM offers."""
+    entries = 256
+    data = bytearray(struct.pack("<II", entries, 0) + bytes(40 * entries))
+    ioctl(kvm(), abi.GET_SUPPORTED_CPUID, data)
+    (count,) = struct.unpack_from("<I", data)
+    return bytes(data[: 8 + 40 * count])
+
+
+@dataclass
+class Slot:
+    number: int
+    gpa: int
+    size: int
+    memory: Memory | None
+    flags: int = 0
+    offset: int = 0
+    gmem: int = -1
+
+
+class Vm:
+    """A VM with its system memory.
+
+    :param kind: ``abi.VM_DEFAULT`` or ``abi.VM_SW_PROTECTED``.
+    :param irqchip: with a local APIC in the kernel: ``hlt`` waits there.
+    :param dirty_ring: bytes of each vCPU's dirty ring.
+    :param quirk: False disables KVM_X86_QUIRK_SLOT_ZAP_ALL.
+    """
+
+    def __init__(
+        self,
+        kind: int = abi.VM_DEFAULT,
+        *,
+        irqchip: bool = False,
+        dirty_ring: int = 0,
+        quirk: bool = True,
+    ) -> None:
+        self.fd = ioctl(kvm(), abi.CREATE_VM, kind)
+        self.irqchip = irqchip
+        self.dirty_ring = dirty_ring
+        self.slots: dict[int, Slot] = {}
+        self.vcpus: list[Vcpu] = []
+        self._programs: dict[bytes, int] = {}
+        self._next_program = PROGRAMS
+        # What Intel's KVM needs for modes without paging; AMD's ignores it.
+        with contextlib.suppress(OSError):
+            ioctl(self.fd, abi.SET_TSS_ADDR, 0xFFFBD000)
+        if irqchip:
+            ioctl(self.fd, abi.CREATE_IRQCHIP)
+        if dirty_ring:
+            self.enable(abi.CAP_DIRTY_LOG_RING, dirty_ring)
+        if not quirk:
+            self.enable(abi.CAP_DISABLE_QUIRKS2, abi.QUIRK_SLOT_ZAP_ALL)
+        self.system = small(SYSTEM_BYTES)
+        self.system.populate()
+        self.system.put(TABLES, guest.identity_tables(TABLES, 1024 * GIB))
+        self.slot(0, 0, self.system)
+        self.stats = Stats(self.fd)
+
+    def enable(self, capability: int, *arguments: int) -> None:
+        words = [*arguments, *[0] * (4 - len(arguments))]
+        ioctl(self.fd, abi.ENABLE_CAP, struct.pack("<II4Q64x", capability, 0, *words))
+
+    def check(self, capability: int) -> int:
+        return ioctl(self.fd, abi.CHECK_EXTENSION, capability)
+
+    # Memory.
+
+    def slot(
+        self,
+        number: int,
+        gpa: int,
+        memory: Memory,
+        *,
+        offset: int = 0,
+        size: int | None = None,
+        flags: int = 0,
+        gmem: int = -1,
+    ) -> Slot:
+        """Create a slot, or move it, or change its flags."""
+        slot = Slot(number, gpa, memory.size - offset if size is None else size, memory, flags,
+                    offset, gmem)  # fmt: skip
+        self._set(slot)
+        self.slots[number] = slot
+        return slot
+
+    def delete(self, number: int) -> None:
+        self._set(Slot(number, 0, 0, None))
+        del self.slots[number]
+
+    def _set(self, slot: Slot) -> None:
+        hva = slot.memory.address + slot.offset if slot.memory else 0
+        region = struct.pack("<II3Q", slot.number, slot.flags, slot.gpa, slot.size, hva)
+        if slot.gmem < 0:
+            ioctl(self.fd, abi.SET_USER_MEMORY_REGION, region)
+            return
+        # gmem offset, gmem fd, padding
+        region += struct.pack("<QI4x112x", 0, slot.gmem)
+        ioctl(self.fd, abi.SET_USER_MEMORY_REGION2, region)
+
+    def guest_memfd(self, size: int, flags: int = 0) -> int:
+        data = bytearray(struct.pack("<QQ48x", size, flags))
+        return ioctl(self.fd, abi.CREATE_GUEST_MEMFD, data)
+
+    def set_private(self, gpa: int, size: int, private: bool = True) -> None:
+        attributes = abi.MEMORY_ATTRIBUTE_PRIVATE if private else 0
+        ioctl(self.fd, abi.SET_MEMORY_ATTRIBUTES, struct.pack("<4Q", gpa, size, attributes, 0))
+
+    def dirty_pages(self, number: int) -> set[int]:
+        """Take a slot's dirty log: the numbers of its pages."""
+        count = self.slots[number].size // PAGE
+        bitmap = bytearray(-(-count // 64) * 8)
+        ioctl(self.fd, abi.GET_DIRTY_LOG, struct.pack("<IIQ", number, 0, _address(bitmap)))
+        return {page for page in range(count) if bitmap[page // 8] >> page % 8 & 1}
+
+    # Counters.
+
+    def leaves(self) -> Leaves:
+        return Leaves(*self.stats.read("pages_4k", "pages_2m", "pages_1g"))
+
+    # vCPUs.
+
+    def vcpu(self, *, cpuid: bool = True, mode: abi.Mode = abi.FLAT32) -> Vcpu:
+        vcpu = Vcpu(self, len(self.vcpus), cpuid, mode)
+        self.vcpus.append(vcpu)
+        return vcpu
+
+    def program(self, code: bytes) -> int:
+        """Where in the guest a program is."""
+        if code not in self._programs:
+            self._programs[code] = self._next_program
+            self.system.put(self._next_program, code)
+            self._next_program += -(-len(code) // 16) * 16
+        return self._programs[code]
+
+    @property
+    def counter(self) -> int:
+        """The word that counting programs increment."""
+        return self.system.word(COUNTER)
+
+
+LONG64 = abi.long_mode(TABLES)
+
+
+class Vcpu:
+    """One vCPU, in 32-bit mode without paging unless said otherwise."""
+
+    def __init__(self, vm: Vm, number: int, cpuid: bool, mode: abi.Mode) -> None:
+        self.vm = vm
+        self.number = number
+        self.fd = ioctl(vm.fd, abi.CREATE_VCPU, number)
+        self.mode = mode
+        if cpuid:
+            self.set_cpuid()
+        self.set_mode(mode)
+        if vm.irqchip:
+            ioctl(self.fd, abi.SET_MP_STATE, struct.pack("<I", abi.MP_RUNNABLE))
+        size = ioctl(kvm(), abi.GET_VCPU_MMAP_SIZE)
+        self.kvm_run = mmap.mmap(self.fd, size)
+        self.stats = Stats(self.fd)
+
+    # State.
+
+    def set_cpuid(self) -> None:
+        ioctl(self.fd, abi.SET_CPUID2, supported_cpuid())
+
+    def set_mode(self, mode: abi.Mode) -> None:
+        self.mode = mode
+        ioctl(self.fd, abi.SET_SREGS, mode.pack())
+
+    def set_msr(self, index: int, value: int) -> None:
+        ioctl(self.fd, abi.SET_MSRS, struct.pack("<IIIIQ", 1, 0, index, 0, value))
+
+    def set_smm(self, on: bool) -> None:
+        """In or out of system management mode, as QEMU loads it: ``KVM_SET_VCPU_EVENTS``."""
+        events = bytearray(64)
+        ioctl(self.fd, abi.GET_VCPU_EVENTS, events)
+        # struct kvm_vcpu_events: flags at 28 (KVM_VCPUEVENT_VALID_SMM = 8), smi.smm at 32
+        struct.pack_into("<I", events, 28, struct.unpack_from("<I", events, 28)[0] | 8)
+        events[32] = on
+        ioctl(self.fd, abi.SET_VCPU_EVENTS, bytes(events))
+
+    def registers(self) -> dict[str, int]:
+        data = bytearray(144)
+        ioctl(self.fd, abi.GET_REGS, data)
+        return abi.unpack_regs(bytes(data))
+
+    def stat(self, name: str) -> int:
+        return self.stats.read(name)[0]
+
+    # The ioctl. Every prefault of the suite goes through here.
+
+    def prefault(
+        self,
+        gpa: int,
+        size: int,
+        *,
+        limit: float = LIMIT_SECONDS,
+        flags: int = 0,
+        padding: int = 0,
+        call: Callable[[int, int, int], int] | None = None,
+        any_error: bool = False,
+    ) -> Prefault:
+        """Issue ``KVM_PRE_FAULT_MEMORY`` once.
+
+        :param limit: seconds after which it is interrupted by a signal, again and again.
+        :param call: who issues it, if not this thread.
+        :param any_error: an error is the case's own affair on hosts without the ioctl, too.
+        """
+        arguments = bytearray(struct.pack("<8Q", gpa, size, flags, *[padding] * 5))
+        before = self.vm.leaves()
+        started = time.monotonic()
+        if call is not None:
+            answer = call(self.fd, abi.PRE_FAULT_MEMORY, _address(arguments))
+        else:
+            answer = lib.vmm_ioctl_limited(
+                self.fd, abi.PRE_FAULT_MEMORY, _address(arguments), int(limit * 1e9)
+            )
+        seconds = time.monotonic() - started
+        if answer < 0 and not any_error and not offers_prefault():
+            expect_equal(self.vm.leaves(), before, "stage-2 leaves after the refusal")
+            raise Refused(self, -int(answer), gpa, size)
+        left = struct.unpack_from("<Q", arguments, 8)[0]
+        return Prefault(max(0, -int(answer)), left, seconds)
+
+    def prefault_all(self, gpa: int, size: int) -> None:
+        """Issue it until nothing is left; any error is unexpected."""
+        while size:
+            result = self.prefault(gpa, size)
+            expect_equal(error_name(result.error), "success", f"prefault of {gpa:#x}+{size:#x}")
+            expect(result.left < size, f"prefault of {gpa:#x}+{size:#x} made no progress")
+            gpa, size = gpa + size - result.left, result.left
+
+    # Running.
+
+    def run(self, limit: float = LIMIT_SECONDS) -> int:
+        """KVM_RUN, once: the exit reason. A signal is ``abi.EXIT_INTR``."""
+        answer = lib.vmm_ioctl_limited(self.fd, abi.RUN, 0, int(limit * 1e9))
+        if answer < 0 and answer not in (-errno.EINTR, -errno.EFAULT):
+            raise OSError(-answer, f"KVM_RUN: {os.strerror(-answer)}")
+        if answer == -errno.EFAULT and self.exit_reason != abi.EXIT_MEMORY_FAULT:
+            raise OSError(errno.EFAULT, "KVM_RUN: a page of the guest has no host memory")
+        return abi.EXIT_INTR if answer == -errno.EINTR else self.exit_reason
+
+    @property
+    def exit_reason(self) -> int:
+        return int(struct.unpack_from("<I", self.kvm_run, 8)[0])
+
+    @property
+    def mmio(self) -> tuple[int, bool]:
+        """Of an exit for MMIO: the address, and whether it is a write."""
+        address, is_write = struct.unpack_from("<Q12xB", self.kvm_run, 32)
+        return address, bool(is_write)
+
+    @property
+    def memory_fault(self) -> tuple[int, int, int]:
+        """Of an exit for a memory fault: flags, gpa, size."""
+        flags, gpa, size = struct.unpack_from("<3Q", self.kvm_run, 32)
+        return flags, gpa, size
+
+    def start_at(self, code: bytes, **registers: int) -> None:
+        rip = self.vm.program(code)
+        ioctl(self.fd, abi.SET_REGS, abi.pack_regs(rip=rip, **registers))
+
+    def call(self, code: bytes, **registers: int) -> dict[str, int]:
+        """Run a program to its end; its registers then."""
+        self.start_at(code, **registers)
+        reason = self.run()
+        expect_equal(
+            abi.EXIT_NAMES.get(reason, str(reason)), "IO", "how the guest's program came to an end"
+        )
+        return self.registers()
+
+    @property
+    def _long(self) -> bool:
+        return bool(self.mode.efer & abi.EFER_LMA)
+
+    def warm(self) -> None:
+        """Run an empty program, and touch the counter: system memory takes no faults from now."""
+        self.call(guest.NOTHING)
+        self.read(COUNTER, 1)
+        self.read(0, SYSTEM_BYTES // PAGE)
+
+    def read(self, gpa: int, pages: int, stride: int = PAGE) -> int:
+        """The guest reads the first word of each page: their sum, modulo 2**32."""
+        code = guest.READ_64 if self._long else guest.READ_32
+        return self.call(code, rsi=gpa, rcx=pages, rdx=stride)["rbx"] & 0xFFFFFFFF
+
+    def write(self, gpa: int, pages: int, value: int, stride: int = PAGE) -> None:
+        """The guest writes the first word of each page."""
+        code = guest.WRITE_64 if self._long else guest.WRITE_32
+        self.call(code, rsi=gpa, rcx=pages, rdx=stride, rax=value)
+
+    def faults_of(self, what: Callable[[], object]) -> int:
+        """How many stage-2 faults the guest takes during something (``pf_taken``)."""
+        before = self.stat("pf_taken")
+        what()
+        return self.stat("pf_taken") - before
+
+    def kick(self, on: bool = True) -> None:
+        """Have KVM_RUN return at once (``immediate_exit``); a thread in it needs a signal too."""
+        self.kvm_run[1] = on
+
+
+@functools.cache
+def offers_prefault() -> bool:
+    """Whether this kernel's KVM says that it can (KVM_CAP_PRE_FAULT_MEMORY)."""
+    return ioctl(kvm(), abi.CHECK_EXTENSION, abi.CAP_PRE_FAULT_MEMORY) > 0
+
+
+class Task(threading.Thread):
+    """Something that runs meanwhile; :meth:`result` gives what it came to, or raises it."""
+
+    def __init__(self, what: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self._what = what
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._value = self._what()
+        except BaseException as error:
+            self._error = error
+
+    def result(self, limit: float = LIMIT_SECONDS) -> Any:
+        self.join(limit)
+        expect(not self.is_alive(), f"a thread is still busy after {limit:g} s")
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def interrupt(self) -> None:
+        signal.pthread_kill(self.ident or 0, lib.vmm_signal())
+
+    def state(self) -> str:
+        """The scheduler's letter: R running, S waiting, D waiting and deaf to signals."""
+        try:
+            text = Path(f"/proc/self/task/{self.native_id}/stat").read_text()
+        except OSError:
+            return "X"
+        return text.rpartition(")")[2].split()[0]
+
+    def wait_state(self, letters: str, limit: float = LIMIT_SECONDS) -> None:
+        """Wait until it waits as said; the kernel tells of it nowhere but here."""
+        wait_for(lambda: self.state() in letters, f"a thread in state {letters}", limit)
+
+
+def wait_for(condition: Callable[[], object], what: str, limit: float = LIMIT_SECONDS) -> None:
+    """Look again and again; for what no event tells of."""
+    deadline = time.monotonic() + limit
+    while not condition():
+        expect(time.monotonic() < deadline, f"waited {limit:g} s for {what}")
+        time.sleep(0.001)
+
+
+class Running:
+    """A context in which a vCPU runs a program in a thread of its own, and does not end."""
+
+    def __init__(self, vcpu: Vcpu, code: bytes, **registers: int) -> None:
+        self.vcpu = vcpu
+        vcpu.start_at(code, **registers)
+        vcpu.kick(False)
+        self.task = Task(self._loop)
+
+    def _loop(self) -> int:
+        while not self.vcpu.kvm_run[1]:
+            reason = self.vcpu.run(limit=0)
+            if reason != abi.EXIT_INTR:
+                return reason
+        return abi.EXIT_INTR
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        reason = self.stop()
+        if kind is None:
+            expect_equal(abi.EXIT_NAMES.get(reason, str(reason)), "INTR", "how the guest ended")
+
+    def stop(self) -> int:
+        self.vcpu.kick()
+        if self.task.is_alive():
+            self.task.interrupt()
+        return int(self.task.result())
+
+    def wait_progress(self, rounds: int = 1) -> None:
+        """Wait until the guest's counter has gone on."""
+        start = self.vcpu.vm.counter
+        wait_for(
+            lambda: self.vcpu.vm.counter >= start + rounds or not self.task.is_alive(),
+            "the guest to get on",
+        )
+        expect(self.vcpu.vm.counter >= start + rounds, "the guest has stopped getting on")
