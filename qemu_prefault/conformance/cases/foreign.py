@@ -1,1 +1,183 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
+"""Who may call it: whoever shares the VM's memory, and nobody else."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable
+
+from qemu_prefault._native import lib
+
+from .. import abi, host
+from ..abi import PAGE
+from ..suite import add, case
+from ..vmm import Task, expect_equal
+from .common import GPA, Bench, bench, expect_reads
+
+_MM = "virt/kvm/kvm_main.c:kvm_vcpu_ioctl(): kvm->mm != current->mm is EIO (6d4e4c4fca5b)"
+
+
+def _in_a_child(body: Callable[[], int]) -> int:
+    """The errno that ``body`` gives in a forked child."""
+    child = os.fork()
+    if child == 0:
+        status = 255
+        try:
+            status = body()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _prefault(machine: Bench) -> int:
+    return machine.vcpu.prefault(GPA, machine.size, any_error=True).error
+
+
+def _foreign(machine: Bench, body: Callable[[], int]) -> None:
+    before = machine.vm.leaves()
+    expect_equal(errno.errorcode.get(_in_a_child(body)), "EIO", "what another process gets")
+    expect_equal(machine.vm.leaves(), before, "leaves")
+    # The owner is not affected.
+    machine.vcpu.prefault_all(GPA, machine.size)
+    expect_reads(machine.vcpu, machine.memory, 0)
+
+
+@case("foreign/forked-child", "EIO in a forked child: the same file, another mm", _MM, mapping=True)
+def forked_child() -> None:
+    machine = bench()
+    _foreign(machine, lambda: _prefault(machine))
+
+
+@case(
+    "foreign/pidfd-getfd",
+    "EIO to a process that took the descriptor with pidfd_getfd()",
+    _MM,
+    host.root,
+    mapping=True,
+)
+def pidfd_getfd() -> None:
+    machine = bench()
+    owner = os.getpid()
+
+    def body() -> int:
+        mine = lib.take_fd(os.pidfd_open(owner), machine.vcpu.fd)
+        return -int(lib.kvm_pre_fault(mine, GPA, PAGE)) if mine >= 0 else 254
+
+    _foreign(machine, body)
+
+
+@case(
+    "foreign/scm-rights",
+    "EIO to a process that was sent the descriptor over a socket",
+    _MM,
+    mapping=True,
+)
+def scm_rights() -> None:
+    machine = bench()
+    ours, theirs = socket.socketpair()
+    socket.send_fds(ours, [b"x"], [machine.vcpu.fd])
+
+    def body() -> int:
+        _, fds, _, _ = socket.recv_fds(theirs, 1, 1)
+        return -int(lib.kvm_pre_fault(fds[0], GPA, PAGE))
+
+    _foreign(machine, body)
+
+
+@case(
+    "foreign/running-vcpu",
+    "EIO comes at once, even while the vCPU runs: the mm is looked at before the mutex",
+    _MM,
+)
+def running_vcpu() -> None:
+    from ..guest import COUNT  # noqa: PLC0415
+    from ..vmm import COUNTER, Running  # noqa: PLC0415
+
+    machine = bench()
+    with Running(machine.vcpu, COUNT, rbx=COUNTER) as running:
+        running.wait_progress()
+        seen = _in_a_child(lambda: _prefault(machine))
+        running.wait_progress()
+    expect_equal(errno.errorcode.get(seen), "EIO", "what another process gets")
+
+
+@case(
+    "foreign/vm-ioctls",
+    "a VM's other ioctls are EIO for another process as well",
+    "virt/kvm/kvm_main.c:kvm_vm_ioctl()",
+)
+def vm_ioctls() -> None:
+    machine = bench()
+    seen = _in_a_child(lambda: -int(lib.vmm_ioctl(machine.vm.fd, abi.CREATE_VCPU, 7)))
+    expect_equal(errno.errorcode.get(seen), "EIO", "KVM_CREATE_VCPU by another process")
+    expect_reads(machine.vcpu, machine.memory, None)
+
+
+@case(
+    "foreign/clone-vm",
+    "a child that shares our memory (clone(CLONE_VM)) may, though it is another process",
+    _MM,
+    mapping=True,
+)
+def clone_vm() -> None:
+    machine = bench()
+    before = machine.vm.leaves()
+    result = machine.vcpu.prefault(GPA, machine.size, call=lib.vmm_ioctl_in_clone)
+    expect_equal(str(result), "success, 0x0 bytes left", "the ioctl in a CLONE_VM child")
+    expect_equal((machine.vm.leaves() - before).k4, machine.pages, "pages mapped")
+    expect_reads(machine.vcpu, machine.memory, 0)
+
+
+def _in_a_thread(run_there: bool) -> None:
+    machine = bench()
+    if run_there:
+        Task(machine.vcpu.warm).result()
+    before = machine.vm.leaves()
+    Task(lambda: machine.vcpu.prefault_all(GPA, machine.size)).result()
+    expect_equal((machine.vm.leaves() - before).k4, machine.pages, "pages mapped")
+    expect_reads(machine.vcpu, machine.memory, 0)
+
+
+for run_there in (False, True):
+    add(
+        f"foreign/thread{'-after-another-ran-it' if run_there else ''}",
+        "any thread of the process may, not just the one that runs the vCPU",
+        "virt/kvm/kvm_main.c:vcpu_load()",
+        lambda run_there=run_there: _in_a_thread(run_there),  # type: ignore[misc]
+        mapping=True,
+    )
+
+
+@case(
+    "foreign/vm-descriptor-closed",
+    "the vCPU's descriptor is enough: the VM's may be closed",
+    "virt/kvm/kvm_main.c:kvm_get_kvm() by a vCPU's descriptor",
+    mapping=True,
+)
+def vm_descriptor_closed() -> None:
+    machine = bench()
+    os.close(machine.vm.fd)
+    before = machine.vm.leaves()
+    machine.vcpu.prefault_all(GPA, machine.size)
+    expect_equal((machine.vm.leaves() - before).k4, machine.pages, "pages mapped")
+    expect_reads(machine.vcpu, machine.memory, 0)
+
+
+@case(
+    "foreign/owner-forks",
+    "a fork of the owner makes its memory copy-on-write: what was prefaulted is unmapped",
+    "mm/memory.c:copy_page_range() calls the notifier",
+    mapping=True,
+)
+def owner_forks() -> None:
+    machine = bench()
+    machine.vcpu.prefault_all(GPA, machine.size)
+    before = machine.vm.leaves()
+    _in_a_child(lambda: 0)
+    lost = (before - machine.vm.leaves()).k4
+    expect_equal(lost >= machine.pages, True, f"leaves of the slot are gone ({lost})")
+    machine.vcpu.warm()
+    machine.vcpu.prefault_all(GPA, machine.size)
+    expect_reads(machine.vcpu, machine.memory, 0)

@@ -1,1 +1,164 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
+"""What depends on how KVM pages: the capability, shadow paging, and what populating still wins."""
+
+from __future__ import annotations
+
+import errno
+import resource
+
+from .. import abi, guest, host
+from ..abi import PAGE
+from ..memory import small
+from ..suite import add, case
+from ..vmm import (
+    COUNTER,
+    LONG64,
+    Running,
+    Vm,
+    error_name,
+    expect,
+    expect_equal,
+    offers_prefault,
+)
+from .common import GPA, PAGES, SLOT, bench, expect_reads, expect_writes
+
+_ONLY_TDP = "mmu/mmu.c:kvm_tdp_map_page(): page_fault has to be kvm_tdp_page_fault()"
+_CAPABILITY = "x86.c:kvm_vm_ioctl_check_extension(): KVM_CAP_PRE_FAULT_MEMORY is tdp_enabled"
+
+
+@case(
+    "paging/capability",
+    "the capability is the same on /dev/kvm and on a VM, and says what the ioctl does",
+    _CAPABILITY,
+)
+def capability() -> None:
+    machine = bench()
+    offered = offers_prefault()
+    expect_equal(machine.vm.check(abi.CAP_PRE_FAULT_MEMORY) > 0, offered, "the VM's answer")
+    answer = machine.vcpu.prefault(GPA, machine.size, any_error=True)
+    expect_equal(answer.error == 0, offered, "the ioctl succeeds")
+    expect_reads(machine.vcpu, machine.memory, 0 if offered else None)
+
+
+@case(
+    "paging/capability-protected-vm",
+    "it is the same for a protected VM",
+    _CAPABILITY,
+    host.software_protected,
+)
+def capability_protected_vm() -> None:
+    machine = bench(vm=Vm(abi.VM_SW_PROTECTED))
+    seen = machine.vm.check(abi.CAP_PRE_FAULT_MEMORY) > 0
+    expect_equal(seen, offers_prefault(), "the VM's answer")
+    expect_reads(machine.vcpu, machine.memory, None)
+
+
+def _shadow_refusal(mode: abi.Mode, has_run: bool) -> None:
+    memory = small(PAGES * PAGE)
+    memory.write()
+    vm = Vm()
+    vcpu = vm.vcpu(mode=mode)
+    vm.slot(SLOT, GPA, memory)
+    if has_run:
+        vcpu.warm()
+    before = vm.leaves()
+    for _ in range(100):
+        result = vcpu.prefault(GPA, memory.size, any_error=True)
+        expect_equal(error_name(result.error), "EOPNOTSUPP", "the ioctl")
+        expect_equal(result.left, memory.size, "bytes left")
+    expect_equal(vm.leaves(), before, "leaves")
+    user = vm.vcpu(mode=LONG64 if mode == abi.RESET else mode)
+    user.warm()
+    expect_reads(user, memory, None)
+    expect_writes(user, memory, None)
+    expect_writes(user, memory, 0)
+
+
+for name, mode in (("real", abi.RESET), ("protected", abi.FLAT32), ("long", LONG64)):
+    for has_run in (False, True):
+        if has_run and mode == abi.RESET:
+            continue
+        add(
+            f"paging/shadow-{name}-mode{'-after-run' if has_run else ''}",
+            f"shadow paging: EOPNOTSUPP for a vCPU in {name} mode, a hundred times, without harm",
+            _ONLY_TDP,
+            lambda mode=mode, has_run=has_run: _shadow_refusal(mode, has_run),  # type: ignore[misc]
+            host.shadow_paging,
+            host.known_ioctl,
+        )
+
+
+def _live_guest(mode: abi.Mode) -> None:
+    """A guest adds 1 to each page, round after round, while another vCPU asks and asks."""
+    machine = bench()
+    runner = machine.vm.vcpu(mode=mode)
+    runner.warm()
+    start = machine.memory.words()
+    registers = {"rbp": GPA, "rdi": PAGES, "rdx": PAGE, "rax": 1, "rbx": COUNTER}
+    with Running(runner, guest.ROUNDS, **registers) as running:
+        running.wait_progress()
+        for _ in range(100):
+            answer = machine.vcpu.prefault(GPA, machine.size, any_error=True)
+            expect_equal(answer.error == 0, offers_prefault(), "the ioctl succeeds")
+        running.wait_progress(10)
+    rounds = machine.vm.counter
+    grown = {now - then for now, then in zip(machine.memory.words(), start, strict=True)}
+    expect(grown <= {rounds, rounds + 1}, f"after {rounds} rounds pages have grown by {grown}")
+
+
+for name, mode in (("protected", abi.FLAT32), ("long", LONG64)):
+    add(
+        f"paging/live-guest-{name}-mode",
+        f"a guest in {name} mode loses nothing to a hundred prefaults under it, refused or not",
+        _ONLY_TDP,
+        lambda mode=mode: _live_guest(mode),  # type: ignore[misc]
+    )
+
+
+def _host_faults(populate: bool, mode: abi.Mode) -> None:
+    """Minor faults of ours during the guest's first writes."""
+    memory = small(PAGES * PAGE)
+    vm = Vm()
+    vcpu = vm.vcpu(mode=mode)
+    vm.slot(SLOT, GPA, memory)
+    vcpu.warm()
+    memory_words = [0x51] * PAGES
+    if populate:
+        memory.populate()
+    vcpu.write(COUNTER, 1, 0)
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    vcpu.write(GPA, PAGES, 0x51)
+    faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+    if populate:
+        expect(faults < PAGES / 2, f"{faults} faults of the host's although it is populated")
+    else:
+        expect(faults >= PAGES, f"{faults} faults of the host's, and not one for each page")
+    expect_equal(memory.words(), memory_words, "what the guest has written")
+
+
+for populate in (False, True):
+    for name, mode in (("protected", abi.FLAT32), ("long", LONG64)):
+        add(
+            f"paging/host-faults-{'populated' if populate else 'untouched'}-{name}-mode",
+            "populated memory spares the guest the host's share of each fault, however KVM pages"
+            if populate
+            else "untouched memory costs the host a fault of its own for each page",
+            "virt/kvm/kvm_main.c:hva_to_pfn_slow(), mm/memory.c:mm_account_fault()",
+            lambda populate=populate, mode=mode: _host_faults(populate, mode),  # type: ignore[misc]
+        )
+
+
+@case(
+    "paging/unknown-ioctl",
+    "EINVAL from a kernel that has no such ioctl; the structure is left alone",
+    "x86.c:kvm_arch_vcpu_ioctl()",
+    lambda host: "" if host.refusal == errno.EINVAL else "this kernel has the ioctl",
+)
+def unknown_ioctl() -> None:
+    machine = bench()
+    before = machine.vm.leaves()
+    result = machine.vcpu.prefault(GPA, machine.size, any_error=True)
+    expect_equal(error_name(result.error), "EINVAL", "the ioctl")
+    expect_equal(result.left, machine.size, "size")
+    expect_equal(machine.vm.leaves(), before, "leaves")
+    expect_reads(machine.vcpu, machine.memory, None)

@@ -1,1 +1,80 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
+"""Several vCPUs at once: on one range, on stripes, and with a guest that uses the memory."""
+
+from __future__ import annotations
+
+from .. import guest
+from ..abi import MIB, PAGE
+from ..memory import small
+from ..suite import add
+from ..vmm import COUNTER, Running, Task, Vm, expect, expect_equal
+from .common import GPA, SLOT, expect_reads, expect_writes
+
+_LOCK = (
+    "mmu/mmu.c:kvm_tdp_mmu_page_fault(): mmu_lock for reading, so vCPUs work side by side; the "
+    "legacy MMU takes it for writing"
+)
+_SIZE = 4 * MIB
+
+
+def _parallel(count: int, stripes: bool, with_guest: bool) -> None:
+    memory = small(_SIZE)
+    memory.write()
+    vm = Vm()
+    vcpus = [vm.vcpu() for _ in range(count)]
+    reader = vm.vcpu()
+    vm.slot(SLOT, GPA, memory)
+    for vcpu in (*vcpus, reader):
+        vcpu.warm()
+    before = vm.leaves()
+    share = _SIZE // count & -PAGE
+    parts = [
+        (GPA + n * share, share if n < count - 1 else _SIZE - n * share) if stripes
+        else (GPA, _SIZE)
+        for n in range(count)
+    ]  # fmt: skip
+
+    def all_at_once() -> None:
+        tasks = [
+            Task(lambda vcpu=vcpu, part=part: vcpu.prefault_all(*part))  # type: ignore[misc]
+            for vcpu, part in zip(vcpus, parts, strict=True)
+        ]
+        for task in tasks:
+            task.result()
+
+    if with_guest:
+        start = memory.words()
+        pages = _SIZE // PAGE
+        registers = {"rbp": GPA, "rdi": pages, "rdx": PAGE, "rax": 1, "rbx": COUNTER}
+        with Running(reader, guest.ROUNDS, **registers) as running:
+            running.wait_progress()
+            all_at_once()
+            running.wait_progress()
+        rounds = vm.counter
+        grown = {now - then for now, then in zip(memory.words(), start, strict=True)}
+        expect(grown <= {rounds, rounds + 1}, f"after {rounds} rounds pages have grown by {grown}")
+        reader.kick(False)
+    else:
+        all_at_once()
+    expect_equal((vm.leaves() - before).k4, _SIZE // PAGE, "pages mapped")
+    for vcpu in (*vcpus, reader):
+        expect_reads(vcpu, memory, 0)
+    expect_writes(reader, memory, 0)
+
+
+for count in (2, 3, 4):
+    for stripes in (False, True):
+        for with_guest in (False, True):
+            where = "stripes" if stripes else "one-range"
+            guest_text = ", while a guest adds to every page of it" if with_guest else ""
+            add(
+                f"parallel/{count}-{where}{'-with-guest' if with_guest else ''}",
+                f"{count} vCPUs prefault {where.replace('-', ' ')} at once{guest_text}: each page "
+                "is mapped once",
+                _LOCK,
+                lambda count=count, stripes=stripes, with_guest=with_guest: _parallel(  # type: ignore[misc]
+                    count, stripes, with_guest
+                ),
+                # With a guest that touches all of it, it would be mapped anyway.
+                mapping=not with_guest,
+            )

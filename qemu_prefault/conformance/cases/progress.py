@@ -1,1 +1,290 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
+"""How far one ioctl gets: partial progress, signals, and the kernel's own selftest."""
+
+from __future__ import annotations
+
+from .. import abi, host
+from ..abi import GIB, HUGE, MIB, PAGE
+from ..memory import Userfault, huge, small
+from ..suite import add, case
+from ..vmm import LONG64, Task, Vm, error_name, expect, expect_equal, offers_prefault
+from .common import GPA, PAGES, SLOT, bench, expect_reads, expect_writes
+
+_LOOP = "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory()"
+
+
+@case(
+    "progress/whole-slot",
+    "one ioctl does a whole slot of 16 MiB, page by page, and leaves nothing",
+    _LOOP,
+    mapping=True,
+)
+def whole_slot() -> None:
+    memory = small(16 * MIB)
+    memory.populate()
+    machine = bench(memory)
+    before = machine.vm.leaves()
+    result = machine.vcpu.prefault(GPA, memory.size)
+    expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
+    grown = machine.vm.leaves() - before
+    expect_equal(grown.k4, memory.size // PAGE, "pages mapped")
+    expect_writes(machine.vcpu, memory, 0)
+
+
+@case(
+    "progress/past-the-slot",
+    "a range that reaches past the slot is done up to its end (success), the rest is ENOENT",
+    _LOOP,
+    mapping=True,
+)
+def past_the_slot() -> None:
+    machine = bench()
+    before = machine.vm.leaves()
+    result = machine.vcpu.prefault(GPA, machine.size + 4 * PAGE)
+    expect_equal(str(result), f"success, {4 * PAGE:#x} bytes left", "the first ioctl")
+    result = machine.vcpu.prefault(GPA + machine.size, 4 * PAGE)
+    expect_equal(str(result), f"ENOENT, {4 * PAGE:#x} bytes left", "the second ioctl")
+    expect_writes(machine.vcpu, machine.memory, 0)
+
+
+@case(
+    "progress/adjacent-slots",
+    "one ioctl goes on from slot to slot, as long as there is no hole between",
+    _LOOP,
+    mapping=True,
+)
+def adjacent_slots() -> None:
+    machine = bench()
+    second = small(PAGES * PAGE)
+    second.write()
+    machine.vm.slot(2, GPA + machine.size, second)
+    before = machine.vm.leaves()
+    result = machine.vcpu.prefault(GPA, machine.size + second.size)
+    expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
+    expect_equal((machine.vm.leaves() - before).size, 2 * PAGES * PAGE, "bytes mapped")
+    expect_reads(machine.vcpu, machine.memory, 0)
+    expect_reads(machine.vcpu, second, 0, gpa=GPA + machine.size)
+
+
+@case(
+    "progress/huge-steps",
+    "with 2 MiB leaves progress is by 2 MiB; a range that begins inside one counts from there",
+    "mmu/mmu.c:kvm_arch_vcpu_pre_fault_memory()",
+    host.transparent_huge_pages,
+    mapping=True,
+)
+def huge_steps() -> None:
+    memory = huge(2 * HUGE)
+    memory.write()
+    machine = bench(memory)
+    before = machine.vm.leaves()
+    result = machine.vcpu.prefault(GPA + HUGE - PAGE, 2 * PAGE)
+    expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
+    expect_equal((machine.vm.leaves() - before).m2, 2, "leaves of 2 MiB")
+    expect_writes(machine.vcpu, memory, 0)
+
+
+@case(
+    "progress/signal-in-the-middle",
+    "a signal ends it early with success: size says what is left, and what was done is mapped",
+    "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory(): signal_pending() once per page",
+    mapping=True,
+)
+def signal_in_the_middle() -> None:
+    # Under emulation this takes a second, on hardware some 10 ms.
+    memory = small(256 * MIB)
+    memory.advise(23)  # MADV_POPULATE_WRITE
+    machine = bench(memory)
+    before = machine.vm.leaves()
+    for limit in (0.004, 0.001, 0.0002):
+        result = machine.vcpu.prefault(GPA, memory.size, limit=limit)
+        done = memory.size - result.left
+        expect_equal((machine.vm.leaves() - before).size, done, "bytes mapped, as against done")
+        if result.left:
+            break
+        machine.vm.delete(SLOT)
+        machine.vm.slot(SLOT, GPA, memory)
+        machine.vcpu.warm()
+        before = machine.vm.leaves()
+    expect(result.left > 0, "even after 0.2 ms all was done")
+    if done:
+        expect_equal(error_name(result.error), "success", "the ioctl")
+        taken = machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA, done // PAGE))
+        expect_equal(taken, 0, "faults on what was done")
+    machine.vcpu.prefault_all(GPA + done, result.left)
+    expect_equal((machine.vm.leaves() - before).size, memory.size, "bytes mapped in the end")
+
+
+@case(
+    "progress/interrupted-waiting-for-a-page",
+    "EINTR: a signal ends the wait for a page that userfaultfd holds back; nothing is lost",
+    "virt/kvm/kvm_main.c:hva_to_pfn_slow() (FOLL_INTERRUPTIBLE), kvm_handle_signal_exit()",
+    host.root,
+)
+def interrupted_waiting() -> None:
+    memory = small(PAGES * PAGE)
+    userfault = Userfault(memory)
+    machine = bench(memory, written=False)
+    before, exits = machine.vm.leaves(), machine.vcpu.stat("signal_exits")
+    result = machine.vcpu.prefault(GPA, memory.size, limit=0.05)
+    expect_equal(str(result), f"EINTR, {memory.size:#x} bytes left", "the ioctl")
+    expect_equal(machine.vm.leaves(), before, "leaves")
+    expect(machine.vcpu.stat("signal_exits") > exits, "signal_exits has not moved")
+    expect_equal(machine.vcpu.exit_reason, abi.EXIT_INTR, "what kvm_run says")
+    userfault.resolve(0, memory.size)
+    machine.vcpu.prefault_all(GPA, memory.size)
+    expect_reads(machine.vcpu, memory, 0)
+
+
+@case(
+    "progress/waits-for-a-page",
+    "it waits for a page that userfaultfd holds back, and goes on when it is there",
+    "fs/userfaultfd.c:handle_userfault()",
+    host.root,
+    mapping=True,
+)
+def waits_for_a_page() -> None:
+    memory = small(4 * PAGE)
+    userfault = Userfault(memory)
+    machine = bench(memory, written=False)
+    if not offers_prefault():
+        machine.vcpu.prefault(GPA, PAGE)
+    task = Task(lambda: machine.vcpu.prefault(GPA, memory.size))
+    for number in range(4):
+        expect_equal(userfault.wait(), number * PAGE, "the page it waits for")
+        expect(task.is_alive(), "it has not waited")
+        userfault.resolve(number * PAGE)
+    expect_equal(str(task.result()), "success, 0x0 bytes left", "the ioctl")
+    expect_reads(machine.vcpu, memory, 0)
+
+
+@case(
+    "progress/blocks-slot-changes",
+    "deleting any slot waits for an ioctl under way: the whole of it is one SRCU section",
+    "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory() (srcu_read_lock), kvm_swap_active_memslots()",
+    host.root,
+    host.capability,
+)
+def blocks_slot_changes() -> None:
+    memory = small(4 * PAGE)
+    userfault = Userfault(memory)
+    machine = bench(memory, written=False)
+    other = small(PAGE)
+    machine.vm.slot(2, 2 * GIB, other)
+    prefault = Task(lambda: machine.vcpu.prefault(GPA, memory.size))
+    userfault.wait()
+    deleter = Task(lambda: machine.vm.delete(2))
+    deleter.wait_state("D")
+    expect(prefault.is_alive(), "the prefault has ended")
+    userfault.resolve(0, memory.size)
+    expect_equal(str(prefault.result()), "success, 0x0 bytes left", "the ioctl")
+    deleter.result()
+    machine.vcpu.warm()
+    expect_reads(machine.vcpu, memory, None)
+
+
+@case(
+    "progress/page-by-page",
+    "as many ioctls of one page each come to the same",
+    _LOOP,
+    mapping=True,
+)
+def page_by_page() -> None:
+    machine = bench()
+    before = machine.vm.leaves()
+    for page in range(PAGES):
+        machine.vcpu.prefault_all(GPA + page * PAGE, PAGE)
+    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
+    expect_writes(machine.vcpu, machine.memory, 0)
+
+
+@case("progress/backwards", "the order of the ranges does not matter", _LOOP, mapping=True)
+def backwards() -> None:
+    machine = bench()
+    before = machine.vm.leaves()
+    for page in reversed(range(0, PAGES, 4)):
+        machine.vcpu.prefault_all(GPA + page * PAGE, 4 * PAGE)
+    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
+    expect_writes(machine.vcpu, machine.memory, 0)
+
+
+@case(
+    "progress/counts-no-guest-faults",
+    "prefaulting itself counts as no fault: pf_taken is the guest's alone",
+    "mmu/mmu.c:kvm_mmu_page_fault() counts, kvm_mmu_do_page_fault() with prefetch does not",
+    host.capability,
+)
+def counts_no_guest_faults() -> None:
+    machine = bench()
+    names = ("pf_taken", "pf_fixed", "pf_emulate", "pf_spurious", "exits")
+    before = machine.vcpu.stats.read(*names)
+    machine.vcpu.prefault_all(GPA, machine.size)
+    expect_equal(machine.vcpu.stats.read(*names), before, f"{', '.join(names)}")
+
+
+# What the kernel's tools/testing/selftests/kvm/pre_fault_memory_test.c does, and then a look.
+
+
+def _selftest(kind: int) -> None:
+    """A slot of 2 MiB and a page near the highest gfn."""
+    vm = Vm(kind)
+    vcpu = vm.vcpu(mode=LONG64)
+    size = HUGE + PAGE
+    at = (1 << 39) - 2 * HUGE
+    memory = small(2 * HUGE)
+    memory.write()
+    vm.slot(SLOT, at, memory, size=size)
+    vcpu.warm()
+    before = vm.leaves()
+    result = vcpu.prefault(at, HUGE)
+    expect_equal(str(result), "success, 0x0 bytes left", "of [gpa, 2M)")
+    result = vcpu.prefault(at + HUGE, 2 * PAGE)
+    expect_equal(str(result), f"success, {PAGE:#x} bytes left", "of [gpa + 2M, 2 pages)")
+    result = vcpu.prefault(at + HUGE + PAGE, PAGE)
+    expect_equal(str(result), f"ENOENT, {PAGE:#x} bytes left", "of the page behind the slot")
+    expect_equal((vm.leaves() - before).size, size, "bytes mapped")
+    count = size // PAGE
+    total = sum(memory.words()[:count]) & 0xFFFFFFFF
+    taken = vcpu.stat("pf_taken")
+    expect_equal(vcpu.read(at, count), total, "the sum the guest reads")
+    expect_equal(vcpu.stat("pf_taken") - taken, 0, "faults of the guest")
+
+
+for name, kind, needs in (
+    ("default-vm", abi.VM_DEFAULT, ()),
+    ("sw-protected-vm", abi.VM_SW_PROTECTED, (host.software_protected,)),
+):
+    add(
+        f"progress/selftest-{name}",
+        "the kernel's pre_fault_memory_test, and a look at whether anything is mapped",
+        "tools/testing/selftests/kvm/pre_fault_memory_test.c",
+        lambda kind=kind: _selftest(kind),  # type: ignore[misc]
+        *needs,
+        mapping=True,
+    )
+
+
+@case(
+    "progress/signal-while-waiting-for-the-vcpu",
+    "EINTR: a signal that came while it waited for a running vCPU ends it before the first page",
+    "virt/kvm/kvm_main.c:kvm_vcpu_ioctl() (mutex_lock_killable), kvm_vcpu_pre_fault_memory()",
+    host.capability,
+)
+def signal_while_waiting() -> None:
+    from ..guest import COUNT  # noqa: PLC0415
+    from ..vmm import COUNTER, Running  # noqa: PLC0415
+
+    machine = bench()
+    before = machine.vm.leaves()
+    with Running(machine.vcpu, COUNT, rbx=COUNTER) as running:
+        running.wait_progress()
+        task = Task(lambda: machine.vcpu.prefault(GPA, machine.size))
+        task.wait_state("D")
+        task.interrupt()
+        expect(task.is_alive(), "the signal has ended the wait")
+        running.wait_progress()
+    expect_equal(str(task.result()), f"EINTR, {machine.size:#x} bytes left", "the ioctl")
+    expect_equal(machine.vm.leaves(), before, "leaves")
+    machine.vcpu.kick(False)
+    machine.vcpu.prefault_all(GPA, machine.size)
+    expect_reads(machine.vcpu, machine.memory, 0)

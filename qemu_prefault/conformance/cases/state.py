@@ -1,1 +1,177 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
+"""What the tables survive: changes of a vCPU's state between the prefault and the guest."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+
+from .. import abi
+from ..abi import PAGE
+from ..memory import small
+from ..suite import add, case
+from ..vmm import LONG64, Vcpu, Vm, expect_equal, ioctl
+from .common import GPA, PAGES, SLOT, Bench, bench, expect_reads, expect_writes
+
+_ROLE = (
+    "mmu/mmu.c:kvm_calc_tdp_mmu_root_page_role() has no CR0, CR3, CR4 or EFER in it; a root "
+    "stays without users (tdp_mmu.c:kvm_tdp_mmu_alloc_root())"
+)
+
+
+def _paging(vcpu: Vcpu) -> None:
+    vcpu.set_mode(LONG64)
+
+
+def _reset(vcpu: Vcpu) -> None:
+    """What QEMU does at a reset."""
+    vcpu.set_mode(abi.RESET)
+    vcpu.set_cpuid()
+    vcpu.set_mode(abi.FLAT32)
+
+
+def _cr0(vcpu: Vcpu) -> None:
+    vcpu.set_mode(abi.Mode(abi.CODE_32, abi.DATA, cr0=abi.FLAT32.cr0 | abi.CR0_WP))
+    vcpu.set_mode(abi.FLAT32)
+
+
+def _cr4(vcpu: Vcpu) -> None:
+    vcpu.set_mode(abi.Mode(abi.CODE_32, abi.DATA, cr0=abi.FLAT32.cr0, cr4=abi.CR4_PAE))
+
+
+def _cr3(vcpu: Vcpu) -> None:
+    vcpu.set_mode(abi.Mode(abi.CODE_32, abi.DATA, cr0=abi.FLAT32.cr0, cr3=0x5000))
+
+
+def _pat(vcpu: Vcpu) -> None:
+    vcpu.set_msr(0x277, 0x0007040600070406)
+
+
+def _same(vcpu: Vcpu) -> None:
+    vcpu.set_mode(vcpu.mode)
+
+
+_CHANGES: tuple[tuple[str, str, Callable[[Vcpu], None]], ...] = (
+    ("cpuid", "KVM_SET_CPUID2", Vcpu.set_cpuid),
+    ("same-sregs", "KVM_SET_SREGS of what is there", _same),
+    ("paging-on", "the guest's change to 64-bit mode", _paging),
+    ("reset", "a reset", _reset),
+    ("cr0", "CR0.WP", _cr0),
+    ("cr4", "CR4.PAE", _cr4),
+    ("cr3", "CR3 without paging", _cr3),
+    ("msr", "KVM_SET_MSRS of the PAT", _pat),
+)
+
+
+def _survives(change: Callable[[Vcpu], None], has_run: bool) -> None:
+    memory = small(PAGES * PAGE)
+    memory.write()
+    vm = Vm()
+    vcpu = vm.vcpu()
+    vm.slot(SLOT, GPA, memory)
+    if has_run:
+        vcpu.warm()
+    before = vm.leaves()
+    vcpu.prefault_all(GPA, memory.size)
+    expect_equal((vm.leaves() - before).k4, PAGES, "pages mapped")
+    change(vcpu)
+    expect_equal((vm.leaves() - before).k4, PAGES, "pages mapped after the change")
+    vcpu.warm()
+    expect_reads(vcpu, memory, 0)
+    expect_writes(vcpu, memory, 0)
+
+
+for name, what, change in _CHANGES:
+    for has_run in (False, True):
+        add(
+            f"state/{name}{'-after-run' if has_run else ''}",
+            f"the tables survive {what} of a vCPU that has {'' if has_run else 'not '}run",
+            _ROLE,
+            lambda change=change, has_run=has_run: _survives(change, has_run),  # type: ignore[misc]
+            mapping=True,
+        )
+
+
+def _across_modes(first: abi.Mode, then: abi.Mode) -> None:
+    """Prefault in one CPU mode, by a vCPU of its own, and use it in another."""
+    machine = bench()
+    helper = machine.vm.vcpu(mode=first)
+    before = machine.vm.leaves()
+    helper.prefault_all(GPA, machine.size)
+    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
+    user = machine.vm.vcpu(mode=then)
+    user.warm()
+    expect_reads(user, machine.memory, 0)
+    expect_writes(user, machine.memory, 0)
+
+
+_MODES = {"real": abi.RESET, "protected": abi.FLAT32, "long": LONG64}
+for first in _MODES:
+    for then in ("protected", "long"):
+        add(
+            f"state/{first}-then-{then}",
+            f"what a vCPU in {first} mode maps is there for one in {then} mode: one root for both",
+            _ROLE,
+            lambda first=first, then=then: _across_modes(_MODES[first], _MODES[then]),  # type: ignore[misc]
+            mapping=True,
+        )
+
+
+@case(
+    "state/init",
+    "the tables survive an INIT of the vCPU, as firmware sends to the others",
+    "x86.c:kvm_vcpu_reset()",
+    mapping=True,
+)
+def init() -> None:
+    machine = bench(vm=Vm(irqchip=True))
+    machine.vcpu.prefault_all(GPA, machine.size)
+    before = machine.vm.leaves()
+    ioctl(machine.vcpu.fd, abi.SET_MP_STATE, struct.pack("<I", 2))  # KVM_MP_STATE_INIT_RECEIVED
+    ioctl(machine.vcpu.fd, abi.SET_MP_STATE, struct.pack("<I", abi.MP_RUNNABLE))
+    machine.vcpu.set_mode(abi.FLAT32)
+    expect_equal(machine.vm.leaves(), before, "leaves")
+    machine.vcpu.warm()
+    expect_writes(machine.vcpu, machine.memory, 0)
+
+
+@case(
+    "state/vcpu-closed",
+    "the tables survive the vCPU that made them: its descriptor and its mapping are gone",
+    _ROLE,
+    mapping=True,
+)
+def vcpu_closed() -> None:
+    import os  # noqa: PLC0415
+
+    machine = bench()
+    other = machine.vm.vcpu()
+    before = machine.vm.leaves()
+    other.prefault_all(GPA, machine.size)
+    other.kvm_run.close()
+    os.close(other.stats.fd)
+    os.close(other.fd)
+    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
+    expect_writes(machine.vcpu, machine.memory, 0)
+
+
+def _repeatedly(machine: Bench) -> None:
+    for _ in range(8):
+        _reset(machine.vcpu)
+        machine.vcpu.prefault_all(GPA, PAGE)
+
+
+@case(
+    "state/many-resets",
+    "resets and prefaults in turn add nothing: the root is found again each time",
+    _ROLE,
+    mapping=True,
+)
+def many_resets() -> None:
+    machine = bench()
+    machine.vcpu.prefault_all(GPA, machine.size)
+    before = machine.vm.leaves()
+    _repeatedly(machine)
+    expect_equal(machine.vm.leaves(), before, "leaves")
+    machine.vcpu.warm()
+    expect_writes(machine.vcpu, machine.memory, 0)
