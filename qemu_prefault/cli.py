@@ -542,7 +542,7 @@ def stats(qmp: str | None, watch: bool, interval: float, as_json: bool, debug: b
 @click.option(
     "--harsh",
     is_flag=True,
-    help="Also cases that taint the kernel (a warning in its log) or cost the host a page of memory.",
+    help="Also cases that make the kernel warn, and so taint it.",
 )
 @json_option
 @debug_option

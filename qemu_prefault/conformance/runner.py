@@ -14,9 +14,10 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from .abi import PAGE
 from .host import Host
 from .suite import Case, KnownBad, Outcome, Skip
-from .vmm import PAGE, Refused, Unexpected, error_name, expect_equal
+from .vmm import Refused, Unexpected, error_name, expect_equal
 
 LIMIT_SECONDS = 60.0
 """A case that takes longer hangs; under emulation the slowest takes a few seconds."""
@@ -42,13 +43,13 @@ def run(
 ) -> list[Result]:
     """Run cases one after the other.
 
-    :param harsh: also those that taint the kernel or cost the host a page.
+    :param harsh: also those that make the kernel warn.
     """
     results = []
     for case in cases:
         reason = case.obstacle(host)
         if case.harsh and not harsh:
-            reason = reason or "taints the kernel or costs a page; --harsh runs it"
+            reason = reason or "makes the kernel warn; run with --harsh"
         if reason:
             result = Result(case, Outcome.SKIP, reason, 0.0)
         else:

@@ -70,7 +70,7 @@ class Case:
     :ivar says: the behaviour, in a line.
     :ivar source: where in the kernel it comes from (``file:function``, commits).
     :ivar mapping: its outcome rests on pages being mapped: fails if the ioctl does nothing.
-    :ivar harsh: taints the kernel, or costs the host something for good; only when asked for.
+    :ivar harsh: makes the kernel warn, which taints it; only when asked for.
     """
 
     id: str

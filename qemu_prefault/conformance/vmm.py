@@ -34,7 +34,7 @@ LIMIT_SECONDS = 20.0
 """No ioctl of a case lasts longer, under emulation either, unless it never ends."""
 HANG_SECONDS = 0.3
 """Where a case expects an ioctl that may never end: after so long it is interrupted."""
-EHWPOISON = 133
+_NAMES = {errno.EOPNOTSUPP: "EOPNOTSUPP", errno.EAGAIN: "EAGAIN", 133: "EHWPOISON"}
 
 
 class Unexpected(Exception):
@@ -50,8 +50,9 @@ class Refused(Exception):
 
 
 def error_name(number: int) -> str:
-    if number == EHWPOISON:
-        return "EHWPOISON"
+    """Its usual name; Python's own table has other ones for some."""
+    if number in _NAMES:
+        return _NAMES[number]
     return errno.errorcode.get(number, str(number)) if number else "success"
 
 
@@ -333,9 +334,9 @@ class Vcpu:
         """In or out of system management mode, as QEMU loads it: ``KVM_SET_VCPU_EVENTS``."""
         events = bytearray(64)
         ioctl(self.fd, abi.GET_VCPU_EVENTS, events)
-        # struct kvm_vcpu_events: flags at 28 (KVM_VCPUEVENT_VALID_SMM = 8), smi.smm at 32
-        struct.pack_into("<I", events, 28, struct.unpack_from("<I", events, 28)[0] | 8)
-        events[32] = on
+        # struct kvm_vcpu_events: flags at 20 (KVM_VCPUEVENT_VALID_SMM = 8), smi.smm at 24
+        struct.pack_into("<I", events, 20, struct.unpack_from("<I", events, 20)[0] | 8)
+        events[24] = on
         ioctl(self.fd, abi.SET_VCPU_EVENTS, bytes(events))
 
     def registers(self) -> dict[str, int]:

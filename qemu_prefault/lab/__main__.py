@@ -27,6 +27,9 @@ _VARIANT = click.option(
 _NPT = click.option(
     "--npt/--no-npt", default=True, help="Nested paging, or shadow paging (no prefault)."
 )
+_TDP_MMU = click.option(
+    "--tdp-mmu/--no-tdp-mmu", default=None, help="kvm.tdp_mmu; the kernel's default if not given."
+)
 _NESTED = click.option(
     "--nested", is_flag=True, help="Use the lab even if this host's own KVM can prefault."
 )
@@ -79,6 +82,7 @@ def _pass_on(fd: int, data: bytes) -> None:
 @main.command("run", context_settings=_COMMAND)
 @_VARIANT
 @_NPT
+@_TDP_MMU
 @_NESTED
 @click.option("--timeout", default=3600.0, show_default=True, help="Seconds.")
 @click.option("--wheel", "wheels", multiple=True, type=click.Path(path_type=Path, exists=True))
@@ -88,6 +92,7 @@ def run_command(
     *,
     variant: str,
     npt: bool,
+    tdp_mmu: bool | None,
     nested: bool,
     timeout: float,
     wheels: tuple[Path, ...],
@@ -95,7 +100,7 @@ def run_command(
     command: tuple[str, ...],
 ) -> None:
     """Run COMMAND in the lab; its output and exit status become this command's."""
-    with open_machine(variant, nested=nested, npt=npt) as machine:
+    with open_machine(variant, nested=nested, npt=npt, tdp_mmu=tdp_mmu) as machine:
         if wheels or source:
             _install(machine, wheels)
         result = machine.run(command, timeout=timeout, check=False, on_output=_pass_on)
@@ -146,6 +151,7 @@ def boots_command(variant: str, npt: bool, restore: bool, count: int) -> None:
 @main.command("pytest", context_settings=_COMMAND)
 @_VARIANT
 @_NPT
+@_TDP_MMU
 @_NESTED
 @click.option("--wheel", "wheels", multiple=True, type=click.Path(path_type=Path, exists=True),
               help="A wheel to install first; without any, this source tree is.")  # fmt: skip
@@ -157,6 +163,7 @@ def pytest_command(
     *,
     variant: str,
     npt: bool,
+    tdp_mmu: bool | None,
     nested: bool,
     wheels: tuple[Path, ...],
     junit: Path | None,
@@ -168,7 +175,7 @@ def pytest_command(
 
     The checkout's qmp_scripts, which no wheel has, go with them.
     """
-    with open_machine(variant, nested=nested, npt=npt) as machine:
+    with open_machine(variant, nested=nested, npt=npt, tdp_mmu=tdp_mmu) as machine:
         _install(machine, wheels)
         if Path("qmp_scripts").is_dir():
             machine.put(Path("qmp_scripts"), "/root/tests/qmp_scripts")

@@ -279,11 +279,17 @@ def _wait_migrated(qmp: Qmp, wanted: str) -> None:
             raise QmpError(f"migration {status}")
 
 
-def open_machine(variant: str = "trixie", *, nested: bool = False, npt: bool = True) -> Machine:
+def open_machine(
+    variant: str = "trixie",
+    *,
+    nested: bool = False,
+    npt: bool = True,
+    tdp_mmu: bool | None = None,
+) -> Machine:
     """Give a machine that can prefault: this host if it can, else a booted lab.
 
-    :param nested: take the lab even so; implied by ``npt=False``.
+    :param nested: take the lab even so; implied by ``npt=False`` and by any ``tdp_mmu``.
     """
-    if kvm_can_prefault() and npt and not nested:
+    if kvm_can_prefault() and npt and tdp_mmu is None and not nested:
         return LocalMachine()
-    return Lab.start(variant, npt=npt)
+    return Lab.start(variant, npt=npt, tdp_mmu=tdp_mmu)

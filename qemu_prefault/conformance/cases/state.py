@@ -106,13 +106,13 @@ def _across_modes(first: abi.Mode, then: abi.Mode) -> None:
 
 
 _MODES = {"real": abi.RESET, "protected": abi.FLAT32, "long": LONG64}
-for first in _MODES:
+for first, first_mode in _MODES.items():
     for then in ("protected", "long"):
         add(
             f"state/{first}-then-{then}",
             f"what a vCPU in {first} mode maps is there for one in {then} mode: one root for both",
             _ROLE,
-            lambda first=first, then=then: _across_modes(_MODES[first], _MODES[then]),  # type: ignore[misc]
+            lambda first=first_mode, then=_MODES[then]: _across_modes(first, then),  # type: ignore[misc]
             mapping=True,
         )
 
