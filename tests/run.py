@@ -55,11 +55,13 @@ def lab(
     variant: str,
     *arguments: str,
     npt: bool = True,
+    tdp_mmu: bool = True,
     minutes: float = 20,
 ) -> Suite:
     """Tests that run in the lab, on a freshly restored L1."""
     command = ["python", "-m", "qemu_prefault.lab", "pytest", "--variant", variant]
     command += [] if npt else ["--no-npt"]
+    command += [] if tdp_mmu else ["--no-tdp-mmu"]
     for wheel in os.environ.get("QEMU_PREFAULT_WHEELS", "").split():
         command += ["--wheel", wheel]
     command += ["--timeout", str(int(minutes * 60))]
@@ -83,6 +85,19 @@ THIRTY_BOOTS = Suite(
     ("python", "-m", "qemu_prefault.lab", "boots", "30"),
     needs=("image-trixie",),
     minutes=60,
+)
+# The conformance suite where the suites above do not run it: see docs/conformance.md.
+CONFORMANCE = (
+    *(
+        lab(f"legacy-{name}", name, "-k", "test_conformance", tdp_mmu=False)
+        for name in ("trixie", "sid")
+    ),
+    lab("bookworm-conf", "bookworm", "-k", "test_conformance"),
+    lab("bookworm-legacy", "bookworm", "-k", "test_conformance", tdp_mmu=False),
+    *(
+        lab(f"shadow-{name}", name, "-k", "test_conformance", npt=False)
+        for name in ("trixie", "sid", "bookworm")
+    ),
 )
 # In this order, two at a time: the longest first.
 TEST = (
@@ -114,6 +129,7 @@ FULL = (
     LAB_ITSELF,
     lab("bookworm", "bookworm", "-k", "unsupported or test_guest.py"),
     lab("shadow", "trixie", "-k", "unsupported", npt=False),
+    *CONFORMANCE,
     THIRTY_BOOTS,
 )
 

@@ -287,8 +287,8 @@ add(
 add(
     "mapping/again-upgrade",
     "a read-only leaf whose page became writable: a second prefault makes it writable, or not",
-    "mmu/tdp_mmu.c:tdp_mmu_map_handle_target_level(): since 6.14 a prefetch that meets a leaf "
-    "is spurious",
+    "mmu/tdp_mmu.c:tdp_mmu_map_handle_target_level(): in newer kernels a prefetch that meets "
+    "a leaf is spurious",
     lambda: _twice(True),
     host.hugetlb_2m,
     mapping=True,

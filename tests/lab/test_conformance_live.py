@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A live Linux guest, whatever this KVM can do: it runs on, checks its memory, and finishes.
+
+Where the ioctl is not on offer (``npt=0``, old kernels): the exact refusal, no harm, and what
+``--populate-only`` still wins there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import prefault
+
+from qemu_prefault.conformance import host, runner, suite
+from qemu_prefault.kvm import pre_fault_capability
+from qemu_prefault.lab.guest import Guest
+from qemu_prefault.lab.tool import leftovers
+
+OFFERED = pre_fault_capability().available is True
+ALLOC_MIB = 64
+
+
+def minor_faults(guest: Guest) -> int:
+    """Host page faults of QEMU, those that KVM takes for its guest included."""
+    fields = Path(f"/proc/{guest.pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[7])
+
+
+@pytest.mark.parametrize("smp", [1, 2])
+def test_a_running_guest_keeps_its_memory(smp):
+    with Guest(machine="microvm", memory_mib=192, workload_mib=16, smp=smp) as guest:
+        guest.wait_ready()
+        guest.command("run")
+        for _ in range(3):
+            before = guest.command("status")["passes"]
+            result = prefault(guest)
+            assert result.status == (0 if OFFERED else 4), result.stderr
+            if not OFFERED:
+                assert result.error["code"] == "no-capability"
+            assert guest.status() == "running"
+            while guest.command("status")["passes"] == before:
+                pass  # it gets on
+        assert guest.command("stop")["bad"] == 0
+        assert guest.command("pass")["bad"] == 0
+        assert leftovers(guest.pid) == []
+
+
+@pytest.mark.skipif(OFFERED, reason="KVM_PRE_FAULT_MEMORY works here")
+def test_a_refusal_leaves_no_trace():
+    with Guest(machine="microvm", memory_mib=192, workload_mib=16) as guest:
+        guest.wait_ready()
+        guest.qmp("stop")
+        sums = guest.stats()
+        faults = minor_faults(guest)
+        assert prefault(guest).status == 4
+        after = guest.stats()
+        for name in ("pages_4k", "pages_2m", "pages_1g", "pf_taken"):
+            assert after[name] == sums[name], name
+        assert minor_faults(guest) - faults < 256
+        guest.qmp("cont")
+        assert guest.command("pass")["bad"] == 0
+
+
+def host_faults_of_new_memory(populate: bool) -> tuple[int, int]:
+    """What 64 MiB that the guest has never used cost: host faults, and stage-2 faults."""
+    with Guest(machine="microvm", memory_mib=192) as guest:
+        guest.wait_ready()
+        if populate:
+            result = prefault(guest, "--populate-only")
+            assert result.status == 0, result.stderr
+            assert result.report["bytes"]["populated"] > ALLOC_MIB << 20
+        before = minor_faults(guest), guest.stats()["pf_taken"]
+        guest.command(f"alloc {ALLOC_MIB}")
+        after = minor_faults(guest), guest.stats()["pf_taken"]
+        assert guest.command("pass")["bad"] == 0
+    return after[0] - before[0], after[1] - before[1]
+
+
+def test_populate_only_spares_the_guest_the_hosts_faults():
+    pages = ALLOC_MIB << 8
+    without, stage2_without = host_faults_of_new_memory(populate=False)
+    populated, stage2 = host_faults_of_new_memory(populate=True)
+    print(f"host faults {without} without, {populated} with; stage 2: {stage2_without}, {stage2}")
+    assert without >= pages * 0.9
+    assert populated <= pages / 10
+    # Its own share of each fault remains: that is what the ioctl is for.
+    assert stage2 >= pages / 10
+
+
+def test_the_suite_beside_a_live_guest():
+    """Neither disturbs the other."""
+    this = host.look()
+    cases = [case for case in suite.all_cases() if case.area in ("paging", "slots", "foreign")]
+    with Guest(machine="microvm", memory_mib=128, workload_mib=16) as guest:
+        guest.wait_ready()
+        guest.command("run")
+        results = runner.run(cases, this)
+        assert [r.case.id for r in results if not r.outcome.expected] == []
+        assert guest.status() == "running"
+        answer = guest.command("stop")
+        assert answer["bad"] == 0 and answer["passes"] > 0

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The conformance suite's own machinery: what becomes of cases that end badly, and of no KVM."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from qemu_prefault.cli import cli
+from qemu_prefault.conformance import host, report, runner, suite, vmm
+from qemu_prefault.conformance.suite import Case, KnownBad, Outcome, Skip
+from qemu_prefault.conformance.vmm import Unexpected
+from qemu_prefault.errors import ExitStatus
+
+HOST = host.Host(
+    kernel="1.2.3", capability=True, refusal=0, paging="NPT", tdp_mmu=True, vm_types=1, quirks=0,
+    smm=False, dirty_ring=False, gmem_flags=0, nested_svm=False, thp=True, hugepages=(0, 0),
+    ksm=False, root=False,
+)  # fmt: skip
+
+
+def outcome(run, *needs, **options):
+    case = Case("area/name", "what it says", "file:function", run, True, False, needs)
+    (result,) = runner.run([case], HOST, **options)
+    return result.outcome, result.text
+
+
+def raises(error):
+    def run():
+        raise error
+
+    return run
+
+
+def crash():
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def leave_a_child():
+    if os.fork() == 0:
+        while True:
+            signal.pause()
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        (lambda: None, (Outcome.PASS, "")),
+        (lambda: "3 of them", (Outcome.DIFFERS, "3 of them")),
+        (raises(Unexpected("2, and not 1")), (Outcome.FAIL, "2, and not 1")),
+        (raises(KnownBad("retries for ever")), (Outcome.KNOWN_BAD, "retries for ever")),
+        (raises(Skip("not here")), (Outcome.SKIP, "not here")),
+        (crash, (Outcome.FAIL, "the case's process ended with signal 11")),
+        (lambda: os._exit(3), (Outcome.FAIL, "the case's process ended with status 3")),
+        (leave_a_child, (Outcome.PASS, "")),
+    ],
+)
+def test_outcomes(run, expected):
+    assert outcome(run) == expected
+
+
+def test_any_other_exception_is_a_failure_that_says_where():
+    seen, text = outcome(raises(OSError(5, "Input/output error")))
+    assert seen is Outcome.FAIL
+    assert "OSError: [Errno 5] Input/output error (test_conformance.py:" in text
+
+
+def test_a_hang_is_told_as_such_and_ended():
+    started = time.monotonic()
+    seen, text = outcome(signal.pause, limit_seconds=0.2)
+    assert (seen, text) == (Outcome.HANG, "no end after 0.2 s")
+    assert time.monotonic() - started < 10
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_what_does_not_apply_is_skipped_with_its_reason():
+    assert outcome(crash, lambda host: "no such thing") == (Outcome.SKIP, "no such thing")
+
+
+def test_what_makes_the_kernel_warn_is_only_done_when_asked_for():
+    case = Case("area/name", "says", "source", lambda: None, False, True, ())
+    assert [each.outcome for each in runner.run([case], HOST)] == [Outcome.SKIP]
+    assert [each.outcome for each in runner.run([case], HOST, harsh=True)] == [Outcome.PASS]
+
+
+@pytest.mark.parametrize("bad", [Outcome.FAIL, Outcome.HANG])
+def test_exit_status(bad):
+    case = Case("area/name", "says", "source", lambda: None, False, False, ())
+    good = [runner.Result(case, each, "", 0.1) for each in Outcome if each.expected]
+    assert report.exit_status(good) == ExitStatus.VERIFIED
+    assert report.exit_status([*good, runner.Result(case, bad, "", 0.1)]) == ExitStatus.FAILED
+
+
+def test_cases_are_many_stated_and_sourced():
+    cases = suite.all_cases()
+    assert len(cases) >= 250
+    assert {case.area for case in cases} == set(suite.AREAS)
+    for case in cases:
+        assert case.says and case.source, case.id
+        assert case.id == case.id.lower() and " " not in case.id
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, ["conformance", *arguments])
+
+
+def test_list_needs_no_kvm(monkeypatch):
+    monkeypatch.setattr(vmm, "kvm", raises(PermissionError(13, "Permission denied")))
+    result = run("--list", "-k", "slots/")
+    assert result.exit_code == 0
+    assert all(line.startswith("slots/") for line in result.output.splitlines())
+    assert json.loads(run("--list", "--json").output)["cases"]
+
+
+def test_without_kvm_it_is_exit_4_with_a_remedy(monkeypatch):
+    monkeypatch.setattr(vmm, "kvm", raises(PermissionError(13, "Permission denied")))
+    result = run("--json")
+    assert result.exit_code == ExitStatus.UNSUPPORTED
+    (line,) = [line for line in result.output.splitlines() if line.startswith("{")]
+    error = json.loads(line)["error"]
+    assert error["code"] == "no-kvm"
+    assert "group kvm" in error["remedy"]
+
+
+def test_an_unknown_case_is_a_usage_error():
+    result = run("-k", "no such case")
+    assert result.exit_code == ExitStatus.USAGE
