@@ -22,6 +22,9 @@ test-full: ## test, but everything on every kernel, 1,000 kills and 30 boots (ho
 bench:     ## the measurements of docs/benchmarks.md; BENCH_ARGS="PART..." for some of them
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST)" python tests/bench/run.py $(BENCH_ARGS)
 
+conformance: ## docs/conformance.md anew: the suite on three kernels, in three modes each
+	@scripts/with-env "$(BUILD) $(LAB)" python scripts/make-conformance.py
+
 lint:      ## ruff and mypy
 	@scripts/with-env "$(BUILD)" python tests/run.py lint
 
@@ -37,6 +40,6 @@ clean-cache: ## remove the images and virtual environments from the cache
 	rm -rf "$${QEMU_PREFAULT_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/qemu-prefault}"
 
 help:      ## this text
-	@sed -n 's/^\([a-z-]*\): *## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
+	@sed -n 's/^\([a-z-]*\): *## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-.PHONY: demo test test-full bench lint man clean clean-cache help
+.PHONY: demo test test-full bench conformance lint man clean clean-cache help

@@ -86,6 +86,7 @@ THIRTY_BOOTS = Suite(
     needs=("image-trixie",),
     minutes=60,
 )
+AREAS = "(test_area and (mapping or slots))"
 # The conformance suite where the suites above do not run it: see docs/conformance.md.
 CONFORMANCE = (
     *(
@@ -112,9 +113,16 @@ TEST = (
     lab("kill", "trixie", "-k", "test_kill"),
     *IMAGES[1:],
     LAB_ITSELF,
-    lab("sid", "sid", "-m", "not full", "-k", "to_no_faults or guest_takes_no_faults or the_quirk"),
+    lab(
+        "sid",
+        "sid",
+        "-m",
+        "not full",
+        "-k",
+        f"to_no_faults or guest_takes_no_faults or the_quirk or {AREAS}",
+    ),
     lab("bookworm", "bookworm", "-k", "unsupported"),
-    lab("shadow", "trixie", "-k", "unsupported", npt=False),
+    lab("shadow", "trixie", "-k", "unsupported or (test_area and paging) or trace", npt=False),
 )
 FULL = (
     IMAGES[0],

@@ -208,5 +208,5 @@ def ring_overflows() -> str:
     result = machine.vcpu.prefault(GPA, memory.size)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
     kept = len({page for slot, page in ring.take() if slot == SLOT})
-    expect(kept <= entries, f"{kept} pages in a ring of {entries}")
+    expect(0 < kept <= entries, f"{kept} pages in a ring of {entries}")
     return f"{memory.size // PAGE} pages dirtied, {kept} in a ring of {entries}"

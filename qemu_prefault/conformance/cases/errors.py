@@ -94,7 +94,6 @@ for name, address in (("null", 0), ("kernel", 0xFFFF800000000000)):
     "EFAULT: the structure cannot be written back to; the pages are mapped all the same",
     "virt/kvm/kvm_main.c:kvm_vcpu_ioctl(): copy_to_user() comes last",
     host.capability,
-    mapping=True,
 )
 def structure_read_only() -> None:
     machine = bench()

@@ -262,7 +262,9 @@ def _twice(first_read_only: bool) -> str | None:
     """Read-only leaves whose page has become writable without a notifier having said so."""
     if first_read_only:
         machine = bench(hugetlb(HUGE, shared=False))
+        before = machine.vm.leaves()
         machine.vcpu.prefault_all(GPA, HUGE)
+        expect_mapped(machine.vm, before, Leaves(0, 1))
         machine.memory.populate()
         machine.vcpu.prefault_all(GPA, HUGE)
         faults = expect_writes(machine.vcpu, machine.memory, None)
