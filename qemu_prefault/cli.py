@@ -542,7 +542,7 @@ def stats(qmp: str | None, watch: bool, interval: float, as_json: bool, debug: b
 @click.option(
     "--harsh",
     is_flag=True,
-    help="Also cases that make the kernel warn, and so taint it.",
+    help="Also cases that make the kernel warn, or cost the host a page of memory.",
 )
 @json_option
 @debug_option

@@ -24,6 +24,7 @@ class Host:
     :ivar refusal: the errno of a prefault that is right in all else; 0 where it works.
     :ivar paging: ``NPT``, ``EPT``, or ``shadow``.
     :ivar tdp_mmu: the TDP MMU is in use (``kvm.tdp_mmu``).
+    :ivar ad_bits: entries have accessed and dirty bits (not so with ``kvm_intel.eptad=0``).
     :ivar thp: transparent huge pages are to be had.
     :ivar hugepages: free 2 MiB and 1 GiB pages of hugetlb.
     """
@@ -33,6 +34,7 @@ class Host:
     refusal: int
     paging: str
     tdp_mmu: bool
+    ad_bits: bool
     vm_types: int
     quirks: int
     smm: bool
@@ -93,6 +95,7 @@ def look() -> Host:
         refusal=_refusal(),
         paging="NPT" if amd else "EPT" if _on(parameter("kvm_intel", "ept")) else "shadow",
         tdp_mmu=_on(parameter("kvm", "tdp_mmu")),
+        ad_bits=parameter("kvm_intel", "eptad") not in ("N", "0"),
         vm_types=check(abi.CAP_VM_TYPES),
         quirks=check(abi.CAP_DISABLE_QUIRKS2),
         smm=check(abi.CAP_X86_SMM) > 0,

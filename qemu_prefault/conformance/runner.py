@@ -43,13 +43,13 @@ def run(
 ) -> list[Result]:
     """Run cases one after the other.
 
-    :param harsh: also those that make the kernel warn.
+    :param harsh: also those that make the kernel warn or cost the host a page.
     """
     results = []
     for case in cases:
         reason = case.obstacle(host)
         if case.harsh and not harsh:
-            reason = reason or "makes the kernel warn; run with --harsh"
+            reason = reason or "makes the kernel warn, or costs a page; run with --harsh"
         if reason:
             result = Result(case, Outcome.SKIP, reason, 0.0)
         else:

@@ -62,6 +62,12 @@ Need = Callable[[Host], str]
 """Why a case cannot run on a host; empty if it can."""
 
 
+_NO_AD_BITS = (
+    "EPT without accessed and dirty bits: a prefaulted page faults at its first access all the "
+    "same (mmu/spte.c:mark_spte_for_access_track())"
+)
+
+
 @dataclass(frozen=True)
 class Case:
     """One statement about the kernel.
@@ -70,7 +76,7 @@ class Case:
     :ivar says: the behaviour, in a line.
     :ivar source: where in the kernel it comes from (``file:function``, commits).
     :ivar mapping: its outcome rests on pages being mapped: fails if the ioctl does nothing.
-    :ivar harsh: makes the kernel warn, which taints it; only when asked for.
+    :ivar harsh: makes the kernel warn, or costs the host a page for good; only when asked for.
     """
 
     id: str
@@ -87,6 +93,8 @@ class Case:
 
     def obstacle(self, host: Host) -> str:
         """Why it cannot run on this host; empty if it can."""
+        if self.mapping and host.paging == "EPT" and not host.ad_bits:
+            return _NO_AD_BITS
         return next((reason for need in self.needs if (reason := need(host))), "")
 
 

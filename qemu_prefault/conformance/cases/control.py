@@ -9,7 +9,7 @@ from .. import host
 from ..abi import HUGE, PAGE
 from ..memory import Memory, huge, hugetlb, memfd, small
 from ..suite import Need, add
-from ..vmm import Vm, expect
+from ..vmm import LONG64, Vm, expect
 from .common import GPA, PAGES, bench, expect_reads, expect_writes
 
 _SOURCE = "mmu/mmu.c:kvm_mmu_page_fault() counts pf_taken"
@@ -52,8 +52,6 @@ for name, make, most, needs in (
 
 def _faults_with_paging() -> None:
     """The same for a guest in 64-bit mode, on page tables of its own."""
-    from ..vmm import LONG64  # noqa: PLC0415
-
     memory = small(PAGES * PAGE)
     memory.write()
     vm = Vm()

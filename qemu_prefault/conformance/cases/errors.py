@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import struct
 from collections.abc import Callable
 
@@ -12,9 +13,10 @@ from qemu_prefault._native import ffi, lib
 
 from .. import abi, host
 from ..abi import PAGE
-from ..memory import PROT_NONE, memfd, small
-from ..suite import Need, add, case
-from ..vmm import Prefault, Vm, error_name, expect_equal
+from ..guest import READ_32
+from ..memory import HWPOISON, PROT_NONE, memfd, small
+from ..suite import Skip, add, case
+from ..vmm import Prefault, Vm, error_name, expect, expect_equal, ioctl, kvm
 from .common import GPA, PAGES, Bench, bench, expect_reads
 
 _CHECKS = "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory()"
@@ -53,7 +55,6 @@ for name, gpa, size, flags in (
         f"EINVAL: {name.replace('-', ' ')}; size is left alone, nothing is mapped",
         _CHECKS,
         lambda gpa=gpa, size=size, flags=flags: _invalid(gpa, size, flags),  # type: ignore[misc]
-        # Without the ioctl it is EINVAL for another reason, which is no less true.
     )
 
 
@@ -146,8 +147,7 @@ def _enoent(gpa: int, irqchip: bool = False) -> None:
     result = machine.vcpu.prefault(gpa, 4 * PAGE)
     expect_equal(str(result), f"ENOENT, {4 * PAGE:#x} bytes left", "the ioctl")
     expect_equal(machine.vm.leaves(), before, "leaves")
-    machine.vcpu.stat("pf_mmio_spte_created")
-    expect_equal(machine.vcpu.stat("pf_mmio_spte_created") - holes <= 1, True, "MMIO entries")
+    expect(machine.vcpu.stat("pf_mmio_spte_created") - holes <= 1, "more than one MMIO entry")
     _unharmed(machine)
 
 
@@ -179,8 +179,6 @@ def makes_mmio_entry() -> None:
     result = machine.vcpu.prefault(GPA - 64 * PAGE, PAGE)
     expect_equal(error_name(result.error), "ENOENT", "the ioctl")
     expect_equal(machine.vcpu.stat("pf_mmio_spte_created") - created, 1, "MMIO entries")
-    from ..guest import READ_32  # noqa: PLC0415
-
     machine.vcpu.start_at(READ_32, rsi=GPA - 64 * PAGE, rcx=1, rdx=PAGE)
     expect_equal(machine.vcpu.run(), abi.EXIT_MMIO, "exit of a guest that reads there")
     expect_equal(machine.vcpu.mmio, (GPA - 64 * PAGE, False), "the MMIO")
@@ -215,14 +213,10 @@ def apic_page() -> None:
 
 def _wrong_fd(which: str) -> None:
     machine = bench()
-    fd = {"vm": machine.vm.fd, "kvm": -1}[which]
-    if fd < 0:
-        from ..vmm import kvm  # noqa: PLC0415
-
-        fd = kvm()
+    fd = machine.vm.fd if which == "vm" else kvm()
     arguments = ffi.new("uint64_t[8]", [GPA, PAGE])
     answer = lib.vmm_ioctl(fd, abi.PRE_FAULT_MEMORY, int(ffi.cast("uintptr_t", arguments)))
-    expect_equal(error_name(-answer) in ("ENOTTY", "EINVAL"), True, "an error that says so")
+    expect(error_name(-answer) in ("ENOTTY", "EINVAL"), "an error that says so")
     expect_equal(list(arguments)[1], PAGE, "size")
     _unharmed(machine)
 
@@ -236,7 +230,36 @@ for which in ("vm", "kvm"):
     )
 
 
-def _mmu_page_limit(*_: object) -> str | None:
+@case(
+    "errors/sigbus-poisoned-page",
+    "a poisoned page of ordinary memory is SIGBUS to the calling thread, and EINTR",
+    "mmu/mmu.c:kvm_handle_error_pfn(), kvm_send_hwpoison_signal(); the retry then sees the signal",
+    host.capability,
+    host.root,
+    harsh=True,
+)
+def poisoned_page() -> None:
+    machine = bench()
+    got: list[int] = []
+    signal.signal(signal.SIGBUS, lambda number, _: got.append(number))
+    try:
+        machine.memory.advise(HWPOISON, 4 * PAGE, PAGE)
+    except OSError as error:
+        raise Skip(f"MADV_HWPOISON: {error.strerror}") from None
+    left = machine.size - 4 * PAGE
+    result = machine.vcpu.prefault(GPA, machine.size)
+    expect_equal(str(result), f"success, {left:#x} bytes left", "the ioctl up to it")
+    expect_equal(machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA, 4)), 0, "faults before it")
+    got.clear()
+    result = machine.vcpu.prefault(GPA + 4 * PAGE, left)
+    expect_equal(str(result), f"EINTR, {left:#x} bytes left", "the ioctl from it on")
+    expect_equal(got, [signal.SIGBUS], "signals")
+    machine.vcpu.prefault_all(GPA + 5 * PAGE, left - PAGE)
+    taken = machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA + 5 * PAGE, PAGES - 5))
+    expect_equal(taken, 0, "faults behind it")
+
+
+def _mmu_page_limit() -> str:
     """Pages scattered so that each needs a page table of its own."""
     count = 80
     memory = memfd(PAGE)
@@ -244,10 +267,8 @@ def _mmu_page_limit(*_: object) -> str | None:
     vm = Vm()
     vcpu = vm.vcpu()
     vcpu.warm()
-    abi_minimum = 64  # KVM_MIN_ALLOC_MMU_PAGES
-    from ..vmm import ioctl  # noqa: PLC0415
-
-    ioctl(vm.fd, abi.SET_NR_MMU_PAGES, abi_minimum)
+    minimum = 64  # KVM_MIN_ALLOC_MMU_PAGES
+    ioctl(vm.fd, abi.SET_NR_MMU_PAGES, minimum)
     done = 0
     for number in range(count):
         gpa = GPA + number * abi.HUGE
@@ -260,15 +281,14 @@ def _mmu_page_limit(*_: object) -> str | None:
     vcpu.warm()
     seen = vcpu.read(GPA, done, stride=abi.HUGE)
     expect_equal(seen, done * memory.word(0) & 0xFFFFFFFF, "what the guest reads")
-    return f"{done} of {count} page tables within the limit of {abi_minimum}"
+    return f"{done} of {count} page tables within the limit of {minimum}"
 
 
-_limits: tuple[Need, ...] = (host.capability,)
 add(
     "errors/enospc-mmu-pages",
     "KVM_SET_NR_MMU_PAGES limits the legacy MMU (ENOSPC, or older tables make room), not the TDP "
     "MMU",
     "mmu/mmu.c:make_mmu_pages_available()",
     _mmu_page_limit,
-    *_limits,
+    host.capability,
 )

@@ -12,8 +12,9 @@ from qemu_prefault._native import lib
 
 from .. import abi, host
 from ..abi import PAGE
+from ..guest import COUNT
 from ..suite import add, case
-from ..vmm import Leaves, Task, expect_equal
+from ..vmm import COUNTER, Leaves, Running, Task, expect, expect_equal
 from .common import GPA, Bench, bench, expect_reads
 
 _MM = "virt/kvm/kvm_main.c:kvm_vcpu_ioctl(): kvm->mm != current->mm is EIO (6d4e4c4fca5b)"
@@ -105,9 +106,6 @@ def scm_rights() -> None:
     _MM,
 )
 def running_vcpu() -> None:
-    from ..guest import COUNT  # noqa: PLC0415
-    from ..vmm import COUNTER, Running  # noqa: PLC0415
-
     machine = bench()
     with Running(machine.vcpu, COUNT, rbx=COUNTER) as running:
         running.wait_progress()
@@ -191,7 +189,7 @@ def owner_forks() -> None:
     before = machine.vm.leaves()
     _in_a_child(lambda: 0)
     lost = (before - machine.vm.leaves()).k4
-    expect_equal(lost >= machine.pages, True, f"leaves of the slot are gone ({lost})")
+    expect(lost >= machine.pages, f"leaves of the slot are gone ({lost})")
     machine.vcpu.warm()
     machine.vcpu.prefault_all(GPA, machine.size)
     expect_reads(machine.vcpu, machine.memory, 0)

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import abi, host
+from .. import abi, guest, host
 from ..abi import HUGE, MIB, PAGE
+from ..guest import WRITE_32
 from ..memory import (
     COLLAPSE,
     MERGEABLE,
@@ -32,7 +33,7 @@ from ..memory import (
     system_call,
 )
 from ..suite import Need, Skip, add, case
-from ..vmm import Leaves, expect, expect_equal, wait_for
+from ..vmm import LONG64, Leaves, Task, Vm, expect, expect_equal, wait_for
 from .common import GPA, PAGES, SLOT, bench, expect_mapped, expect_reads, expect_writes
 
 SMALL = PAGES * PAGE
@@ -305,8 +306,6 @@ def _readonly_slot(writes: bool) -> None:
     expect_reads(machine.vcpu, machine.memory, 0)
     if writes:
         words = machine.memory.words()
-        from ..guest import WRITE_32  # noqa: PLC0415
-
         machine.vcpu.start_at(WRITE_32, rsi=GPA, rcx=1, rdx=PAGE, rax=1)
         expect_equal(machine.vcpu.run(), abi.EXIT_MMIO, "exit reason of the write")
         expect_equal(machine.vcpu.mmio, (GPA, True), "the MMIO")
@@ -355,8 +354,6 @@ def host_read_only() -> None:
     mapping=True,
 )
 def userfault_write_protected() -> None:
-    from ..vmm import Task  # noqa: PLC0415
-
     memory = touched(small(SMALL), "write")
     userfault = Userfault(memory, write_protect=True)
     userfault.protect()
@@ -417,8 +414,6 @@ def neighbours_on_the_legacy_mmu() -> str:
     mapping=True,
 )
 def above_4g() -> None:
-    from ..vmm import LONG64, Vm  # noqa: PLC0415
-
     memory = touched(small(SMALL), "write")
     vm = Vm()
     vcpu = vm.vcpu(mode=LONG64)
@@ -440,8 +435,6 @@ def above_4g() -> None:
     mapping=True,
 )
 def executed() -> None:
-    from .. import guest  # noqa: PLC0415
-
     machine = bench()
     for offset in range(0, machine.size, PAGE):
         machine.memory.put(offset, guest.JUMP_BACK)

@@ -17,6 +17,7 @@ from ..vmm import (
     Vcpu,
     Vm,
     error_name,
+    expect,
     expect_equal,
 )
 from .common import GPA, PAGES, SLOT, Bench, bench, expect_reads, expect_writes
@@ -50,7 +51,7 @@ def smm_own_tables() -> None:
     machine.vcpu.set_smm(False)
     machine.vcpu.warm()
     taken = machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA, PAGES))
-    expect_equal(taken >= PAGES / 8, True, f"outside of it the guest faults ({taken})")
+    expect(taken >= PAGES / 8, f"outside of it the guest faults ({taken})")
 
 
 @case(
@@ -67,7 +68,7 @@ def smm_not_covered() -> None:
     machine.vcpu.set_smm(True)
     machine.vcpu.warm()
     taken = machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA, PAGES))
-    expect_equal(taken >= PAGES / 8, True, f"inside the guest faults ({taken})")
+    expect(taken >= PAGES / 8, f"inside the guest faults ({taken})")
     machine.vcpu.set_smm(False)
     machine.vcpu.warm()
     expect_writes(machine.vcpu, machine.memory, 0)
@@ -195,7 +196,7 @@ def nested_shadow() -> None:
     expect_reads(machine.vcpu, machine.memory, 0)
     _goes_on(machine.vcpu)
     taken = outside.faults_of(lambda: outside.read(GPA, PAGES))
-    expect_equal(taken >= PAGES / 8, True, f"the guest itself still faults ({taken})")
+    expect(taken >= PAGES / 8, f"the guest itself still faults ({taken})")
 
 
 @case(
@@ -212,7 +213,7 @@ def nested_shadow_not_covered() -> None:
     expect_reads(outside, machine.memory, 0)
     machine.vcpu.warm()
     taken = machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA, PAGES))
-    expect_equal(taken >= PAGES / 8, True, f"the nested guest faults ({taken})")
+    expect(taken >= PAGES / 8, f"the nested guest faults ({taken})")
 
 
 @case(

@@ -5,9 +5,20 @@ from __future__ import annotations
 
 from .. import abi, host
 from ..abi import GIB, HUGE, MIB, PAGE
+from ..guest import COUNT
 from ..memory import Userfault, huge, small
 from ..suite import add, case
-from ..vmm import LONG64, Task, Vm, error_name, expect, expect_equal, offers_prefault
+from ..vmm import (
+    COUNTER,
+    LONG64,
+    Running,
+    Task,
+    Vm,
+    error_name,
+    expect,
+    expect_equal,
+    offers_prefault,
+)
 from .common import GPA, PAGES, SLOT, bench, expect_reads, expect_writes
 
 _LOOP = "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory()"
@@ -273,9 +284,6 @@ for name, kind, needs in (
     host.capability,
 )
 def signal_while_waiting() -> None:
-    from ..guest import COUNT  # noqa: PLC0415
-    from ..vmm import COUNTER, Running  # noqa: PLC0415
-
     machine = bench()
     before = machine.vm.leaves()
     with Running(machine.vcpu, COUNT, rbx=COUNTER) as running:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 
-from .. import abi, host
+from .. import abi, guest, host
 from ..abi import GIB, PAGE
 from ..memory import Userfault, small
 from ..suite import KnownBad, add, case
@@ -369,6 +369,89 @@ for quirk in (True, False):
             *(() if quirk else (host.slot_quirk,)),
             mapping=again,
         )
+
+
+@case(
+    "slots/moved-meanwhile",
+    "a slot moved under the ioctl is the same: EAGAIN, and then it is ENOENT where it was",
+    "mmu/mmu.c:kvm_mmu_faultin_pfn(), virt/kvm/kvm_main.c:kvm_invalidate_memslot(); 3ccbf6f47098",
+    host.root,
+    host.capability,
+    mapping=True,
+)
+def moved_meanwhile() -> None:
+    memory = small(PAGES * PAGE)
+    userfault = Userfault(memory)
+    machine = bench(memory)
+    limit = 10 * HANG_SECONDS
+    prefault = Task(lambda: machine.vcpu.prefault(GPA, memory.size, limit=limit))
+    expect_equal(userfault.wait(), 0, "the page it waits for")
+    mover = Task(lambda: machine.vm.slot(SLOT, _OTHER_GPA, memory))
+    mover.wait_state("D")
+    userfault.resolve(0, memory.size)
+    result = prefault.result()
+    mover.result()
+    machine.vcpu.warm()
+    gone = machine.vcpu.prefault(GPA, PAGE)
+    expect_equal(str(gone), "ENOENT, 0x1000 bytes left", "a prefault of where it was")
+    machine.vcpu.prefault_all(_OTHER_GPA, memory.size)
+    expect_reads(machine.vcpu, memory, 0, gpa=_OTHER_GPA)
+    if result.seconds >= limit:
+        raise KnownBad("both wait for each other, until a signal ends the ioctl")
+    expect(result.error in (errno.EAGAIN, 0), f"{result}, and not EAGAIN")
+
+
+@case(
+    "slots/flags-changed-meanwhile",
+    "a change of a slot's flags waits for the ioctl, and disturbs neither",
+    "virt/kvm/kvm_main.c:kvm_update_flags_memslot(): the slot is never invalid",
+    host.root,
+    host.capability,
+)
+def flags_changed_meanwhile() -> None:
+    memory = small(PAGES * PAGE)
+    userfault = Userfault(memory)
+    machine = bench(memory)
+    prefault = Task(lambda: machine.vcpu.prefault(GPA, memory.size))
+    expect_equal(userfault.wait(), 0, "the page it waits for")
+    changer = Task(lambda: machine.vm.slot(SLOT, GPA, memory, flags=abi.MEM_LOG_DIRTY_PAGES))
+    changer.wait_state("D")
+    userfault.resolve(0, memory.size)
+    expect_equal(str(prefault.result()), "success, 0x0 bytes left", "the ioctl")
+    changer.result()
+    machine.vm.dirty_pages(SLOT)
+    machine.vcpu.write(GPA, 3, 9)
+    expect_equal(machine.vm.dirty_pages(SLOT), {0, 1, 2}, "dirty pages after three writes")
+
+
+@case(
+    "slots/race",
+    "a thread that deletes and makes the slot again and again, as the kernel's selftest does it",
+    "tools/testing/selftests/kvm/pre_fault_memory_test.c; 3ccbf6f47098",
+    host.capability,
+    mapping=True,
+)
+def race() -> None:
+    machine = bench()
+
+    def flip() -> None:
+        for _ in range(20):
+            machine.vm.delete(SLOT)
+            machine.vm.slot(SLOT, GPA, machine.memory)
+
+    flipper, hung = Task(flip), False
+    while flipper.is_alive():
+        result = machine.vcpu.prefault(GPA, machine.size, limit=HANG_SECONDS)
+        hung = hung or result.seconds >= HANG_SECONDS
+        wanted = (0, errno.EAGAIN, errno.ENOENT, *((errno.EINTR,) if hung else ()))
+        expect(result.error in wanted, f"{result}")
+        machine.vcpu.call(guest.NOTHING)
+    flipper.result()
+    machine.vcpu.warm()
+    machine.vcpu.prefault_all(GPA, machine.size)
+    expect_writes(machine.vcpu, machine.memory, 0)
+    if hung:
+        raise KnownBad("one of them waited for the other, until a signal ended the ioctl")
 
 
 @case(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable
 
@@ -142,8 +143,6 @@ def init() -> None:
     mapping=True,
 )
 def vcpu_closed() -> None:
-    import os  # noqa: PLC0415
-
     machine = bench()
     other = machine.vm.vcpu()
     before = machine.vm.leaves()

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 import signal
+from struct import pack
 
 from .. import abi, guest, host
 from ..abi import PAGE
 from ..memory import small
 from ..suite import add, case
-from ..vmm import COUNTER, Running, Task, Vcpu, Vm, expect, expect_equal
+from ..vmm import COUNTER, Running, Task, Vcpu, Vm, expect, expect_equal, ioctl
 from .common import GPA, PAGES, SLOT, Bench, bench, expect_reads, expect_writes
 
 _MUTEX = "virt/kvm/kvm_main.c:kvm_vcpu_ioctl(): vcpu->mutex, mutex_lock_killable()"
@@ -196,10 +197,6 @@ def halted_and_out() -> None:
     mapping=True,
 )
 def waiting_for_sipi() -> None:
-    from struct import pack  # noqa: PLC0415
-
-    from ..vmm import ioctl  # noqa: PLC0415
-
     machine = bench(vm=Vm(irqchip=True))
     second = machine.vm.vcpu()
     ioctl(second.fd, abi.SET_MP_STATE, pack("<I", 1))  # KVM_MP_STATE_UNINITIALIZED
