@@ -339,7 +339,7 @@ class Engine:
         workers = self._work.agent.workers
         if self._vcpu_stats is not None:
             pairs = zip(workers, self._vcpu_stats, strict=True)
-            return {worker.index for worker, stats in pairs if stats.read("guest_mode")}
+            return {worker.index for worker, stats in pairs if stats.read("guest_mode")[0]}
         told = await read_vcpu_stats(self.session.monitor, ("guest_mode",))
         return {
             worker.index

@@ -106,25 +106,23 @@ class BinaryStats:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        _, name_size, count, _, at, self._data = self._unpack(self._HEADER, 0)
+        header = os.pread(fd, self._HEADER.size, 0)
+        if len(header) != self._HEADER.size:
+            raise OSError(errno.EINVAL, "no statistics of KVM")
+        _, name_size, count, _, at, self._data = self._HEADER.unpack(header)
         size = self._DESCRIPTOR.size + name_size
         table = os.pread(fd, size * count, at)
         self._offsets: dict[str, int] = {}
         for start in range(0, len(table), size):
             name = table[start + self._DESCRIPTOR.size : start + size].split(b"\0")[0].decode()
             self._offsets[name] = self._DESCRIPTOR.unpack_from(table, start)[3]
+        self._length = max(self._offsets.values()) + 8
 
-    def read(self, name: str) -> int:
-        """The value of one now; 0 if this kernel does not have it."""
-        if name not in self._offsets:
-            return 0
-        return int(self._unpack(struct.Struct("<Q"), self._data + self._offsets[name])[0])
-
-    def _unpack(self, form: struct.Struct, offset: int) -> tuple[int, ...]:
-        data = os.pread(self.fd, form.size, offset)
-        if len(data) != form.size:
-            raise OSError(errno.EINVAL, "no statistics of KVM")
-        return form.unpack(data)
+    def read(self, *names: str) -> list[int]:
+        """The values of these, from one look; 0 for those this kernel does not have."""
+        data = os.pread(self.fd, self._length, self._data)
+        offsets = [self._offsets.get(name) for name in names]
+        return [0 if at is None else int(struct.unpack_from("<Q", data, at)[0]) for at in offsets]
 
 
 def pre_fault_here(vcpu_fd: int, gpa: int, size: int) -> int:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qemu_prefault._native import ffi, lib
+from qemu_prefault.kvm import BinaryStats
 
 from . import abi, guest
 from .abi import GIB, PAGE
@@ -125,30 +126,6 @@ def fails_with(call: Callable[[], object]) -> int:
     return 0
 
 
-class Stats:
-    """KVM_GET_STATS_FD of a VM or vCPU (api.rst 4.133)."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = ioctl(fd, abi.GET_STATS_FD)
-        _, name_size, count, _, descriptors, self.data = struct.unpack(
-            "<6I", os.pread(self.fd, 24, 0)
-        )
-        size = 16 + name_size
-        table = os.pread(self.fd, size * count, descriptors)
-        self.at: dict[str, int] = {}
-        for start in range(0, len(table), size):
-            _, _, _, offset, _ = struct.unpack_from("<IhHII", table, start)
-            name = table[start + 16 : start + size].split(b"\0")[0].decode()
-            self.at[name] = offset
-        self.length = max(self.at.values()) + 8
-
-    def read(self, *names: str) -> list[int]:
-        """The values of these, from one look; 0 for those this kernel does not have."""
-        data = os.pread(self.fd, self.length, self.data)
-        offsets = [self.at.get(name) for name in names]
-        return [0 if at is None else int(struct.unpack_from("<Q", data, at)[0]) for at in offsets]
-
-
 @functools.cache
 def kvm() -> int:
     """A descriptor of /dev/kvm."""
@@ -214,7 +191,7 @@ class Vm:
         self.system.populate()
         self.system.put(TABLES, guest.identity_tables(TABLES, 1024 * GIB))
         self.slot(0, 0, self.system)
-        self.stats = Stats(self.fd)
+        self.stats = BinaryStats(ioctl(self.fd, abi.GET_STATS_FD))
 
     def enable(self, capability: int, *arguments: int) -> None:
         words = [*arguments, *[0] * (4 - len(arguments))]
@@ -316,7 +293,7 @@ class Vcpu:
             ioctl(self.fd, abi.SET_MP_STATE, struct.pack("<I", abi.MP_RUNNABLE))
         size = ioctl(kvm(), abi.GET_VCPU_MMAP_SIZE)
         self.kvm_run = mmap.mmap(self.fd, size)
-        self.stats = Stats(self.fd)
+        self.stats = BinaryStats(ioctl(self.fd, abi.GET_STATS_FD))
 
     # State.
 

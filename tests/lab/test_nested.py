@@ -187,7 +187,7 @@ def test_guest_mode_is_known_without_asking_qemu(nested):
             threads = await session.vcpu_threads([], needs_fds=True)
             with session.vcpu_stats(threads) as stats:
                 assert stats is not None
-                return [vcpu.read("guest_mode") for vcpu in stats]
+                return [vcpu.read("guest_mode")[0] for vcpu in stats]
 
     for wanted in (0, 1):
         stop_in_guest_mode(guest, wanted)
