@@ -6,6 +6,13 @@ from setuptools.command.build_ext import build_ext
 
 PLUGIN = "qemu_prefault.qemu-prefault-plugin"
 NATIVE = "qemu_prefault/native"
+PLUGIN_SOURCES = (
+    *("plugin", "keeper", "slots", "events", "orders", "batch"),
+    *("host_memory", "control_socket", "pagemap"),
+)
+PLUGIN_HEADERS = (
+    *("keeper", "keeper_state", "host_memory", "control_socket", "pagemap", "prefault_loop"),
+)
 
 
 class BuildNative(build_ext):
@@ -25,14 +32,8 @@ setup(
     ext_modules=[
         Extension(
             PLUGIN,
-            sources=[
-                f"{NATIVE}/{name}.c"
-                for name in ("plugin", "keeper", "host_memory", "control_socket", "pagemap")
-            ],
-            depends=[
-                f"{NATIVE}/{name}.h"
-                for name in ("keeper", "host_memory", "control_socket", "pagemap", "prefault_loop")
-            ],
+            sources=[f"{NATIVE}/{name}.c" for name in PLUGIN_SOURCES],
+            depends=[f"{NATIVE}/{name}.h" for name in PLUGIN_HEADERS],
             extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
             py_limited_api=True,
         )

@@ -1,18 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 #define _GNU_SOURCE
-#include "keeper.h"
+#include "keeper_state.h"
 
+#include <errno.h>
 #include <linux/kvm.h>
-#include <pthread.h>
 #include <signal.h>
-#include <stdarg.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "control_socket.h"
@@ -22,481 +19,39 @@
 #define CAP_DISABLE_QUIRKS2 213
 #define CAP_PRE_FAULT_MEMORY 236
 #define QUIRK_SLOT_ZAP_ALL (1u << 7) /* Linux 6.12 */
-#define MEM_GUEST_MEMFD (1u << 2)
 #define RUN_SMM (1u << 0)
 #define RUN_GUEST_MODE (1u << 2) /* 85542adb65ec, Linux 6.11 */
 
-enum {
-	MAX_VCPUS = 4096,
-	EVENTS = 256,
-	EVENT_LENGTH = 320,
-};
-
-#define MIB(n) ((uint64_t)(n) << 20)
-#define GIB(n) ((uint64_t)(n) << 30)
-#define MS(n) ((uint64_t)(n) * 1000000)
 #define CHUNK MIB(8) /* between two looks at whether somebody wants the vCPU */
-/*
- * What firmware touches of low RAM: the beginning, and as SeaBIOS does (src/malloc.c) the
- * last 16 MiB and what is just below.
- */
-#define HEAD MIB(2)
-#define TAIL MIB(18)
-#define RESET_VECTOR 0xffff0 /* a jump, once the firmware is there */
-#define QUIET MS(1000) /* no slot changed for so long: firmware is not at it */
 #define SLICE MS(2)  /* work at one go when the guest has waited long enough */
 #define SLICE_EVERY MS(10)
-#define STUCK MS(500) /* in the ioctl without mapping a page */
-
-enum slot_state { SLOT_SKIPPED, SLOT_HELD, SLOT_KEPT };
-
-struct slot {
-	uint32_t id; /* the address space in the upper half */
-	uint32_t flags;
-	uint64_t gpa, size, hva;
-	enum slot_state state;
-	bool resident_only;
-	const char *why;
-	uint64_t prefaulted; /* bytes, since it was created */
-};
-
-/* A piece of a slot that is yet to be done. */
-struct piece {
-	uint64_t gpa, size, hva;
-	uint32_t slot;
-	bool populate, stage2;
-	bool resident; /* only pages that are there */
-	bool deferred; /* until firmware is done with its slots */
-};
-
-struct vcpu {
-	int fd;
-	unsigned long id;
-	pid_t tid;
-	struct kvm_run *run;
-	atomic_bool in_guest;
-	bool fresh;	    /* has no root yet: nothing that could be stale */
-	bool started; /* was let into the guest */
-	uint64_t zaps_seen; /* when it last came back from the guest */
-	atomic_uint_least64_t busy_since; /* its thread is in a system call for us; 0: not */
-	bool stuck; /* until it has been in the guest, and some time has passed: */
-	uint64_t retry_at;
-	struct piece in_hand; /* taken from the queue, and not done; its size is 0: nothing */
-	uint64_t slice_ended;
-};
-
-/* A share of a batch from outside, run by a thread of our own on a vCPU that is stopped. */
-struct batch_worker {
-	struct vcpu *vcpu;
-	struct share share;
-	pthread_t thread;
-	pid_t tid;
-	bool in_flight, in_stage2;
-};
 
 struct keeper_options options = { .keep = true, .quirk_disable = true, .hold_ns = MS(1000) };
-const char *const populate_names[3] = { "auto", "all", "resident" };
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static pthread_cond_t changed; /* anything below; waits by CLOCK_MONOTONIC */
+pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+pthread_cond_t changed;
 
-static int vm_fd = -1;
-static bool capable; /* the kernel has the ioctl, and nested paging */
-static enum { QUIRK_UNDECIDED, QUIRK_ABSENT, QUIRK_KEPT, QUIRK_VFIO, QUIRK_DISABLED } quirk;
-static const char *const quirk_names[] = { "undecided", "absent", "kept", "vfio", "disabled" };
-static bool vfio, paused, incoming;
-static int userfaults;
+int vm_fd = -1;
+bool capable;
+enum quirk quirk;
+const char *const quirk_names[] = { "undecided", "absent", "kept", "vfio", "disabled" };
+bool paused, incoming;
+static bool vfio;
+int userfaults;
 
-static struct vcpu vcpus[MAX_VCPUS];
-static atomic_size_t vcpu_count;
+struct vcpu vcpus[MAX_VCPUS];
+atomic_size_t vcpu_count;
 static __thread struct vcpu *this_vcpu;
 
-static struct slot *slots;
-static size_t slot_count, slot_room;
-static struct piece *pieces;
-static size_t piece_count, piece_room;
-
-static atomic_bool work;	/* some piece is ready to be taken: see before_run() */
-static atomic_int changing;	/* a slot is being changed: stay out of the ioctl */
-static int in_flight;		/* vCPUs in a system call for us */
-static bool guest_started; /* it was let run; some vCPU may still be on its way: */
-static bool guest_entered;
-static atomic_uint_least64_t zaps; /* of everything, by KVM */
-static uint64_t held_since;	/* when the guest began to wait for us; 0: it has not */
-static uint64_t slot_changed_at;
-
-static struct {
-	struct batch_worker *workers;
-	size_t count, running;
-	uint64_t chunk_bytes, started, ended;
-	atomic_bool abort;
-} batch;
-
-static struct {
-	uint64_t created, deleted, stuck, errors;
-	uint64_t populated, prefaulted, again;
-	uint64_t populate_ns, prefault_ns, again_ns;
-} counters;
-
-// -- events --------------------------------------------------------------------------------
-
-static char events[EVENTS][EVENT_LENGTH];
-static uint64_t event_count;
-
-static void event(const char *name, const char *why, const char *format, ...)
-	__attribute__((format(printf, 3, 4)));
-
-/* The format is of further fields, each with a comma before it. The lock is held. */
-static void event(const char *name, const char *why, const char *format, ...)
-{
-	char *line = events[event_count % EVENTS];
-	struct timespec now;
-	va_list arguments;
-	int length;
-
-	clock_gettime(CLOCK_REALTIME, &now);
-	length = snprintf(line, EVENT_LENGTH, "{\"event\":\"%s\",\"time\":%lld.%03ld", name,
-			  (long long)now.tv_sec, now.tv_nsec / 1000000);
-	if (why)
-		length += snprintf(line + length, EVENT_LENGTH - (size_t)length,
-				   ",\"why\":\"%s\"", why);
-	va_start(arguments, format);
-	length += vsnprintf(line + length, EVENT_LENGTH - (size_t)length, format, arguments);
-	va_end(arguments);
-	if (length < EVENT_LENGTH - 1)
-		strcpy(line + length, "}");
-	event_count++;
-	pthread_cond_broadcast(&changed);
-	if (options.log)
-		fprintf(stderr, "qemu-prefault: %s\n", line);
-}
-
-uint64_t keeper_last_event(void)
-{
-	pthread_mutex_lock(&lock);
-	uint64_t count = event_count;
-
-	pthread_mutex_unlock(&lock);
-	return count;
-}
-
-static struct timespec in_future(uint64_t ns)
-{
-	struct timespec when;
-
-	clock_gettime(CLOCK_MONOTONIC, &when);
-	ns += (uint64_t)when.tv_nsec;
-	when.tv_sec += (time_t)(ns / 1000000000);
-	when.tv_nsec = (long)(ns % 1000000000);
-	return when;
-}
-
-bool keeper_next_event(uint64_t *sequence, char *line, size_t size, int timeout_ms)
-{
-	struct timespec until = in_future(MS(timeout_ms));
-	bool found;
-
-	pthread_mutex_lock(&lock);
-	while (event_count == *sequence)
-		if (pthread_cond_timedwait(&changed, &lock, &until))
-			break;
-	found = event_count != *sequence;
-	if (found) {
-		if (event_count - *sequence > EVENTS)
-			*sequence = event_count - EVENTS;
-		snprintf(line, size, "%s", events[(*sequence)++ % EVENTS]);
-	}
-	pthread_mutex_unlock(&lock);
-	return found;
-}
-
-// -- slots and pieces ----------------------------------------------------------------------
-
-static struct slot *find_slot(uint32_t id)
-{
-	for (size_t i = 0; i < slot_count; i++)
-		if (slots[i].id == id)
-			return &slots[i];
-	return NULL;
-}
-
-static struct slot *slot_at_gpa(uint64_t gpa)
-{
-	for (size_t i = 0; i < slot_count; i++)
-		if (!(slots[i].id >> 16) && slots[i].gpa <= gpa &&
-		    gpa < slots[i].gpa + slots[i].size)
-			return &slots[i];
-	return NULL;
-}
-
-static struct slot *slot_at_hva(uint64_t hva)
-{
-	for (size_t i = 0; i < slot_count; i++)
-		if (!(slots[i].id >> 16) && slots[i].hva <= hva &&
-		    hva < slots[i].hva + slots[i].size)
-			return &slots[i];
-	return NULL;
-}
-
-static bool grow(void **array, size_t *room, size_t count, size_t item)
-{
-	if (count < *room)
-		return true;
-	size_t wanted = *room ? 2 * *room : 64;
-	void *more = realloc(*array, wanted * item);
-
-	if (!more)
-		return false;
-	*array = more;
-	*room = wanted;
-	return true;
-}
-
-static void add_piece(struct piece piece)
-{
-	if (!piece.size || !(piece.populate || piece.stage2))
-		return;
-	if (!grow((void **)&pieces, &piece_room, piece_count, sizeof(*pieces))) {
-		counters.errors++;
-		return;
-	}
-	pieces[piece_count++] = piece;
-}
-
-static void drop_pieces(uint32_t slot)
-{
-	size_t kept = 0;
-
-	for (size_t i = 0; i < piece_count; i++)
-		if (pieces[i].slot != slot)
-			pieces[kept++] = pieces[i];
-	piece_count = kept;
-}
-
-static const char *held_reason(void)
-{
-	if (!options.keep || paused)
-		return "paused";
-	return userfaults > 0 ? "postcopy" : NULL;
-}
-
-/*
- * How far pc's and q35's firmware is with low RAM. It copies itself below 1 MiB, for which
- * QEMU deletes and re-creates the slot of low RAM three times (PAM, hw/pci-host/pam.c).
- *
- *   at reset    0xf0000 is the flash, read-only      more to come
- *   at work     it is RAM, one slot with what is above 1 MiB    more to come
- *   done        it is a read-only slot of RAM
- *
- * microvm maps its firmware there as memory, and changes nothing.
- */
-static bool firmware_at_work(void)
-{
-	const struct slot *low = slot_at_gpa(0), *bios = slot_at_gpa(0xf0000);
-
-	if (!low || !bios)
-		return false;
-	if (bios->flags & KVM_MEM_READONLY)
-		return bios->hva - bios->gpa != low->hva - low->gpa;
-	return bios->gpa + bios->size > MIB(1);
-}
-
-/*
- * SeaBIOS made 0xf0000 RAM, and is yet to copy itself there (src/fw/shadow.c). QEMU's reset
- * leaves PAM as it is: if it comes now, the guest starts among zeros and never gets further.
- * This moment is no time to linger.
- */
-static bool firmware_copies_itself(void)
-{
-	const struct slot *bios = slot_at_gpa(RESET_VECTOR);
-	uint64_t hva;
-
-	if (!bios || bios->flags & KVM_MEM_READONLY ||
-	    prefault_now_ns() > slot_changed_at + QUIET)
-		return false;
-	hva = bios->hva + RESET_VECTOR - bios->gpa;
-	return memory_present(hva & ~4095ull, 4096) != 4096 || !*(const volatile uint8_t *)hva;
-}
-
-/* Whether anything can be taken now. The lock is held; vCPUs look at it without. */
-static void update_work(void)
-{
-	bool found = false;
-
-	for (size_t i = 0; i < piece_count && !found; i++)
-		found = !pieces[i].deferred || !firmware_at_work();
-	atomic_store(&work, found && capable && !held_reason());
-}
-
-/*
- * Low RAM's slot goes again while firmware is at work; with the quirk, all tables do.
- * Whether it is, shows when QEMU has made all its changes: see before_run().
- */
-static bool to_be_deferred(const struct slot *slot)
-{
-	return quirk != QUIRK_DISABLED || slot->gpa < GIB(4);
-}
-
-static bool may_populate(uint64_t hva, uint64_t size)
-{
-	if (options.populate != POPULATE_AUTO)
-		return options.populate == POPULATE_ALL;
-	return !(memory_facts(hva, size) &
-		 (MEMORY_OVERCOMMIT | MEMORY_HOLES | MEMORY_DISK_FILE));
-}
-
-/*
- * Queue the whole slot: its ends first, that is where firmware lives. What has to be
- * populated first is memory that came while the guest runs: it need not wait for that.
- */
-static void queue_slot(struct slot *slot)
-{
-	uint64_t new_bytes = 0;
-
-	bool touch = !(slot->flags & KVM_MEM_READONLY) && may_populate(slot->hva, slot->size);
-	bool deferred = to_be_deferred(slot);
-	uint64_t low = slot->size < HEAD ? slot->size : HEAD;
-	uint64_t high = slot->size - low < TAIL ? slot->size - low : TAIL;
-	const uint64_t cuts[3][2] = { { 0, low },
-				      { slot->size - high, slot->size },
-				      { low, slot->size - high } };
-
-	drop_pieces(slot->id);
-	slot->resident_only = !touch;
-	slot->prefaulted = 0;
-	/* Somebody waits for a guest that comes from elsewhere: first what it brought along. */
-	if (incoming && !guest_entered && touch)
-		add_piece((struct piece){ .gpa = slot->gpa, .hva = slot->hva, .size = slot->size,
-					  .slot = slot->id, .stage2 = true, .resident = true });
-	for (int i = 0; i < 3; i++) {
-		uint64_t at = cuts[i][0], end = cuts[i][1], from, length;
-		struct piece piece = { .slot = slot->id, .stage2 = true, .resident = !touch,
-				       .deferred = deferred && i == 2 };
-
-		while (touch && memory_unmarked(MEMORY_POPULATED, slot->hva + at, end - at, &from, &length)) {
-			from -= slot->hva;
-			piece.gpa = slot->gpa + at, piece.hva = slot->hva + at;
-			piece.size = from - at;
-			add_piece(piece);
-			piece.gpa = slot->gpa + from, piece.hva = slot->hva + from;
-			piece.size = length;
-			piece.populate = true;
-			new_bytes += length;
-			if (piece.deferred) { /* the host's part lasts: only stage 2 has to wait */
-				struct piece now = piece;
-
-				now.deferred = now.stage2 = false;
-				add_piece(now);
-				piece.populate = false;
-			}
-			add_piece(piece);
-			piece.populate = false;
-			at = from + length;
-		}
-		piece.gpa = slot->gpa + at, piece.hva = slot->hva + at;
-		piece.size = end - at;
-		add_piece(piece);
-	}
-	if (!guest_entered || new_bytes < HEAD)
-		held_since = 0;
-	else if (!held_since)
-		held_since = 1; /* long ago: do it in slices */
-}
-
-static void classify(struct slot *slot)
-{
-	slot->state = SLOT_SKIPPED;
-	if (!capable)
-		slot->why = "this KVM cannot";
-	else if (slot->id >> 16)
-		slot->why = "SMM's address space";
-	else if (slot->flags & MEM_GUEST_MEMFD)
-		slot->why = "guest_memfd";
-	else if (slot->flags & KVM_MEM_LOG_DIRTY_PAGES) {
-		slot->state = SLOT_HELD;
-		slot->why = "dirty logging";
-	} else {
-		slot->state = SLOT_KEPT;
-		slot->why = NULL;
-	}
-}
-
-/* Nothing changes any more, or firmware said it is done: what was put off is due. */
-static void undefer(const char *why)
-{
-	uint64_t bytes = 0;
-
-	for (size_t i = 0; i < piece_count; i++) {
-		bytes += pieces[i].deferred ? pieces[i].size : 0;
-		pieces[i].deferred = false;
-	}
-	if (bytes) {
-		event("due", why, ",\"bytes\":%llu", (unsigned long long)bytes);
-		held_since = 0;
-		update_work();
-	}
-}
-
-/* Deleting a slot drops every table, unless the quirk is off. Then all of it is to do again. */
-static void tables_dropped(void)
-{
-	atomic_fetch_add(&zaps, 1);
-	for (size_t i = 0; i < slot_count; i++)
-		if (slots[i].state == SLOT_KEPT)
-			queue_slot(&slots[i]);
-}
-
-static void slot_deleted(struct slot *slot)
-{
-	event("slot-deleted", NULL, ",\"gpa\":%llu,\"size\":%llu", (unsigned long long)slot->gpa,
-	      (unsigned long long)slot->size);
-	drop_pieces(slot->id);
-	*slot = slots[--slot_count];
-	counters.deleted++;
-	if (quirk != QUIRK_DISABLED && guest_started)
-		tables_dropped();
-}
-
-static void slot_created(const struct kvm_userspace_memory_region *region)
-{
-	if (!grow((void **)&slots, &slot_room, slot_count, sizeof(*slots))) {
-		counters.errors++;
-		return;
-	}
-	struct slot *slot = &slots[slot_count++];
-
-	*slot = (struct slot){ .id = region->slot, .flags = region->flags,
-			       .gpa = region->guest_phys_addr, .size = region->memory_size,
-			       .hva = region->userspace_addr };
-	counters.created++;
-	classify(slot);
-	event("slot-created", slot->why, ",\"gpa\":%llu,\"size\":%llu",
-	      (unsigned long long)slot->gpa, (unsigned long long)slot->size);
-	if (slot->state == SLOT_KEPT)
-		queue_slot(slot);
-}
-
-static void slot_flags_changed(struct slot *slot, uint32_t flags)
-{
-	enum slot_state before = slot->state;
-
-	slot->flags = flags;
-	classify(slot);
-	if (slot->state == before)
-		return;
-	drop_pieces(slot->id);
-	if (slot->state == SLOT_HELD)
-		event("held", slot->why, ",\"gpa\":%llu,\"size\":%llu",
-		      (unsigned long long)slot->gpa, (unsigned long long)slot->size);
-	if (slot->state == SLOT_KEPT) {
-		event("released", "dirty logging ended", ",\"gpa\":%llu,\"size\":%llu",
-		      (unsigned long long)slot->gpa, (unsigned long long)slot->size);
-		queue_slot(slot);
-	}
-}
+atomic_bool work;
+atomic_int changing;
+int in_flight;
+bool guest_started, guest_entered;
+atomic_uint_least64_t zaps;
+struct counters counters;
 
 /* By QEMU's own SIG_IPI; in a program that does not handle it, it would be the end. */
-static void interrupt(pid_t tid)
+void interrupt(pid_t tid)
 {
 	struct sigaction action;
 
@@ -505,67 +60,14 @@ static void interrupt(pid_t tid)
 		syscall(SYS_tgkill, getpid(), tid, SIGUSR1);
 }
 
-static void kick_busy(void)
-{
-	for (size_t i = 0; i < vcpu_count; i++)
-		if (atomic_load(&vcpus[i].busy_since))
-			interrupt(vcpus[i].tid);
-}
-
-/*
- * KVM waits for every ioctl under way before it changes a slot, and before commit
- * 3ccbf6f47098 (v6.18) the ioctl waits for the slot that is being deleted: so nobody may
- * be in it. Those who are get out after the page they are at.
- */
-long keeper_change_slot(int fd, unsigned long request, void *argument)
-{
-	const struct kvm_userspace_memory_region *region = argument;
-	long result;
-	int error;
-
-	pthread_mutex_lock(&lock);
-	atomic_fetch_add(&changing, 1);
-	if (in_flight)
-		kick_busy();
-	while (in_flight)
-		pthread_cond_wait(&changed, &lock);
-	pthread_mutex_unlock(&lock);
-
-	result = raw_ioctl(fd, request, argument);
-	error = errno;
-
-	pthread_mutex_lock(&lock);
-	atomic_fetch_sub(&changing, 1);
-	if (!result && fd == vm_fd) {
-		struct slot *slot = find_slot(region->slot);
-
-		slot_changed_at = prefault_now_ns();
-		if (slot && region->memory_size == slot->size &&
-		    region->guest_phys_addr == slot->gpa &&
-		    region->userspace_addr == slot->hva) {
-			slot_flags_changed(slot, region->flags);
-		} else {
-			if (slot)
-				slot_deleted(slot);
-			if (region->memory_size)
-				slot_created(region);
-		}
-		update_work();
-	}
-	pthread_cond_broadcast(&changed);
-	pthread_mutex_unlock(&lock);
-	errno = error;
-	return result;
-}
-
-// -- doing it ------------------------------------------------------------------------------
-
 /* Whoever changes a slot waits for this. The lock is held. */
-static void leave_ioctl(void)
+void leave_ioctl(void)
 {
 	in_flight--;
 	pthread_cond_broadcast(&changed);
 }
+
+// -- doing it ------------------------------------------------------------------------------
 
 /* A vCPU thread at work, from coming until it enters the guest. */
 struct turn {
@@ -618,7 +120,7 @@ static bool take(struct piece *taken)
 		piece->hva += taken->size;
 		piece->size -= taken->size;
 		if (!piece->size) {
-			memmove(piece, piece + 1, (--piece_count - i) * sizeof(*piece));
+			remove_piece(i);
 			update_work();
 		}
 		return true;
@@ -632,11 +134,9 @@ static void put_back(struct piece piece, uint64_t done)
 	piece.gpa += done;
 	piece.hva += done;
 	piece.size -= done;
-	if (!piece.size || !find_slot(piece.slot) ||
-	    !grow((void **)&pieces, &piece_room, piece_count, sizeof(*pieces)))
+	if (!find_slot(piece.slot))
 		return;
-	memmove(pieces + 1, pieces, piece_count++ * sizeof(*pieces));
-	pieces[0] = piece;
+	put_first(piece);
 	update_work();
 }
 
@@ -682,26 +182,6 @@ static uint64_t run_stage2(const struct piece *piece, struct turn *turn,
 		*error = range.error;
 	}
 	return at;
-}
-
-/* From now on only what is resident, for all of the slot. The lock is held. */
-static void make_resident_only(struct slot *slot)
-{
-	slot->resident_only = true;
-	for (size_t i = 0; i < piece_count;) {
-		struct piece *piece = &pieces[i];
-
-		if (piece->slot == slot->id) {
-			piece->resident = true;
-			piece->populate = false;
-			if (!piece->stage2) {
-				memmove(piece, piece + 1, (--piece_count - i) * sizeof(*piece));
-				continue;
-			}
-		}
-		i++;
-	}
-	update_work();
 }
 
 /* One chunk: populate, then prefault. The lock is held, but not while it works. */
@@ -812,19 +292,8 @@ static bool on_own_tables(const struct vcpu *self)
 	return !(self->run->flags & (RUN_SMM | RUN_GUEST_MODE));
 }
 
-static uint64_t pending_bytes(void)
-{
-	uint64_t bytes = 0;
-
-	for (size_t i = 0; i < piece_count; i++)
-		bytes += pieces[i].stage2 ? pieces[i].size : 0;
-	for (size_t i = 0; i < vcpu_count; i++)
-		bytes += vcpus[i].in_hand.stage2 ? vcpus[i].in_hand.size : 0;
-	return bytes;
-}
-
 /* Once, when everything is known and nothing is prefaulted yet. */
-static void decide_quirk(void)
+void decide_quirk(void)
 {
 	struct kvm_enable_cap cap = { .cap = CAP_DISABLE_QUIRKS2, .args = { QUIRK_SLOT_ZAP_ALL } };
 	long known = raw_ioctl(vm_fd, KVM_CHECK_EXTENSION, (void *)CAP_DISABLE_QUIRKS2);
@@ -1108,283 +577,6 @@ void keeper_populated_by_qemu(uint64_t start, uint64_t size)
 	pthread_mutex_unlock(&lock);
 }
 
-// -- the control socket's orders -----------------------------------------------------------
-
-void keeper_pause(bool wanted)
-{
-	pthread_mutex_lock(&lock);
-	paused = wanted;
-	if (!wanted) {
-		options.keep = true;
-		if (guest_started && capable && quirk == QUIRK_UNDECIDED)
-			decide_quirk();
-		for (size_t i = 0; i < slot_count; i++)
-			if (slots[i].state == SLOT_KEPT)
-				queue_slot(&slots[i]);
-	}
-	event(wanted ? "held" : "released", "asked for", "%s", "");
-	update_work();
-	pthread_mutex_unlock(&lock);
-}
-
-void keeper_set_populate(enum populate populate)
-{
-	pthread_mutex_lock(&lock);
-	options.populate = populate;
-	pthread_mutex_unlock(&lock);
-}
-
-uint64_t keeper_prefault_all(void)
-{
-	uint64_t bytes;
-
-	pthread_mutex_lock(&lock);
-	for (size_t i = 0; i < slot_count; i++)
-		if (slots[i].state == SLOT_KEPT)
-			queue_slot(&slots[i]);
-	bytes = pending_bytes();
-	update_work();
-	pthread_cond_broadcast(&changed);
-	pthread_mutex_unlock(&lock);
-	return bytes;
-}
-
-static bool has_piece(uint32_t slot)
-{
-	for (size_t i = 0; i < piece_count; i++)
-		if (pieces[i].slot == slot && pieces[i].size)
-			return true;
-	for (size_t i = 0; i < vcpu_count; i++)
-		if (vcpus[i].in_hand.slot == slot && vcpus[i].in_hand.size)
-			return true;
-	return false;
-}
-
-static const char *slot_state(const struct slot *slot)
-{
-	if (slot->state == SLOT_SKIPPED)
-		return "skipped";
-	if (slot->state == SLOT_HELD)
-		return "held";
-	return !guest_started || has_piece(slot->id) ? "pending" : "done";
-}
-
-static void print_text(FILE *out, const char *name, const char *text)
-{
-	if (text)
-		fprintf(out, ",\"%s\":\"%s\"", name, text);
-	else
-		fprintf(out, ",\"%s\":null", name);
-}
-
-static const char *json_bool(bool value)
-{
-	return value ? "true" : "false";
-}
-
-void keeper_status(FILE *out)
-{
-	pthread_mutex_lock(&lock);
-	fprintf(out,
-		"{\"plugin\":1,\"pid\":%d,\"loaded_by\":\"%s\",\"kvm\":%s,\"pre_fault_memory\":%s,"
-		"\"keeping\":%s,\"populate\":\"%s\",\"quirk\":\"%s\"",
-		getpid(), options.by_preload ? "preload" : "plugin", json_bool(vm_fd >= 0),
-		json_bool(capable), json_bool(options.keep && !paused),
-		populate_names[options.populate], quirk_names[quirk]);
-	print_text(out, "held", held_reason());
-	fprintf(out, ",\"vcpus\":[");
-	for (size_t i = 0; i < vcpu_count; i++)
-		fprintf(out, "%s{\"id\":%lu,\"fd\":%d,\"tid\":%d,\"running\":%s}", i ? "," : "",
-			vcpus[i].id, vcpus[i].fd, vcpus[i].tid,
-			json_bool(atomic_load(&vcpus[i].in_guest)));
-	fprintf(out, "],\"slots\":[");
-	for (size_t i = 0; i < slot_count; i++) {
-		const struct slot *slot = &slots[i];
-
-		fprintf(out,
-			"%s{\"slot\":%u,\"as\":%u,\"gpa\":%llu,\"size\":%llu,\"hva\":%llu,"
-			"\"flags\":%u,\"state\":\"%s\",\"resident_only\":%s,\"prefaulted\":%llu",
-			i ? "," : "", slot->id & 0xffff, slot->id >> 16,
-			(unsigned long long)slot->gpa, (unsigned long long)slot->size,
-			(unsigned long long)slot->hva, slot->flags, slot_state(slot),
-			json_bool(slot->resident_only), (unsigned long long)slot->prefaulted);
-		print_text(out, "why", slot->why);
-		fprintf(out, "}");
-	}
-	fprintf(out,
-		"],\"pending\":%llu,\"counters\":{\"slots_created\":%llu,\"slots_deleted\":%llu,"
-		"\"populated\":%llu,\"prefaulted\":%llu,\"again\":%llu,\"stuck\":%llu,"
-		"\"errors\":%llu,\"populate_seconds\":%.6f,\"prefault_seconds\":%.6f,"
-		"\"again_seconds\":%.6f}}",
-		(unsigned long long)pending_bytes(), (unsigned long long)counters.created,
-		(unsigned long long)counters.deleted, (unsigned long long)counters.populated,
-		(unsigned long long)counters.prefaulted, (unsigned long long)counters.again,
-		(unsigned long long)counters.stuck, (unsigned long long)counters.errors,
-		(double)counters.populate_ns / 1e9, (double)counters.prefault_ns / 1e9,
-		(double)counters.again_ns / 1e9);
-	pthread_mutex_unlock(&lock);
-}
-
-// -- batches from outside ------------------------------------------------------------------
-
-/* Between two chunks; stands aside while a slot is changed. */
-static int batch_goes_on(void *context)
-{
-	struct batch_worker *worker = context;
-	bool go_on;
-
-	pthread_mutex_lock(&lock);
-	if (worker->in_flight) {
-		worker->in_flight = false;
-		leave_ioctl();
-	}
-	while (atomic_load(&changing))
-		pthread_cond_wait(&changed, &lock);
-	/* The ioctl would wait for a vCPU in the guest; populating need not. */
-	go_on = !atomic_load(&batch.abort) &&
-		!(worker->in_stage2 && atomic_load(&worker->vcpu->in_guest));
-	if (go_on) {
-		worker->in_flight = true;
-		in_flight++;
-	}
-	pthread_mutex_unlock(&lock);
-	return go_on;
-}
-
-static void nothing(void *context)
-{
-	(void)context;
-}
-
-static void *run_share(void *context)
-{
-	struct batch_worker *worker = context;
-	struct vcpu *vcpu = worker->vcpu;
-	const struct prefault_limits limits = { .chunk_bytes = batch.chunk_bytes,
-						.stuck_ns = STUCK };
-	const struct prefault_hooks hooks = { batch_goes_on, nothing, worker };
-	uint64_t mapped = 0, populated = 0;
-
-	pthread_mutex_lock(&lock);
-	worker->tid = (pid_t)syscall(SYS_gettid);
-	bool stale = !vcpu->fresh && vcpu->zaps_seen != atomic_load(&zaps);
-
-	pthread_mutex_unlock(&lock);
-	for (size_t i = 0; i < worker->share.count; i++) {
-		struct prefault_range *range = &worker->share.ranges[i];
-
-		if (range->kind == PREFAULT_STAGE2 && stale) {
-			range->error = PREFAULT_STUCK; /* see usable() */
-			continue;
-		}
-		worker->in_stage2 = range->kind == PREFAULT_STAGE2;
-		prefault_run_range(range, vcpu->fd, &limits, &hooks);
-		if (range->error == PREFAULT_ABORTED && !atomic_load(&batch.abort))
-			range->error = EBUSY;
-		*(range->kind == PREFAULT_STAGE2 ? &mapped : &populated) += range->done;
-		if (range->kind == PREFAULT_POPULATE) {
-			pthread_mutex_lock(&lock);
-			memory_set_mark(MEMORY_POPULATED, range->start, range->done);
-			pthread_mutex_unlock(&lock);
-		}
-	}
-	pthread_mutex_lock(&lock);
-	if (worker->in_flight)
-		leave_ioctl();
-	if (mapped && vcpu->fresh) {
-		vcpu->fresh = false;
-		vcpu->zaps_seen = atomic_load(&zaps);
-	}
-	counters.prefaulted += mapped;
-	counters.populated += populated;
-	if (!--batch.running)
-		batch.ended = prefault_now_ns();
-	pthread_cond_broadcast(&changed);
-	pthread_mutex_unlock(&lock);
-	return NULL;
-}
-
-size_t keeper_vcpu_count(void)
-{
-	return vcpu_count;
-}
-
-const char *keeper_start_batch(struct share *shares, size_t count, uint64_t chunk_bytes)
-{
-	const char *problem = NULL;
-	sigset_t mask, before;
-
-	sigfillset(&mask);
-	sigdelset(&mask, SIGUSR1); /* see interrupt(); QEMU's handler finds no vCPU in this thread */
-	pthread_mutex_lock(&lock);
-	if (batch.workers) {
-		pthread_mutex_unlock(&lock);
-		return "another batch is at work";
-	}
-	batch.workers = calloc(count, sizeof(*batch.workers));
-	batch.count = batch.running = 0;
-	batch.chunk_bytes = chunk_bytes;
-	batch.started = prefault_now_ns();
-	atomic_store(&batch.abort, false);
-	pthread_sigmask(SIG_SETMASK, &mask, &before);
-	for (size_t i = 0; batch.workers && i < count; i++) {
-		struct batch_worker *worker = &batch.workers[batch.count];
-
-		if (!shares[i].count)
-			continue;
-		worker->vcpu = &vcpus[i];
-		worker->share = shares[i];
-		if (pthread_create(&worker->thread, NULL, run_share, worker)) {
-			problem = "no thread could be started";
-			atomic_store(&batch.abort, true);
-			break;
-		}
-		pthread_setname_np(worker->thread, "prefault-batch");
-		batch.count++;
-		batch.running++;
-	}
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
-	if (!batch.workers)
-		problem = "out of memory";
-	pthread_cond_broadcast(&changed);
-	pthread_mutex_unlock(&lock);
-	if (problem && batch.workers)
-		keeper_end_batch();
-	return problem;
-}
-
-bool keeper_batch_done(uint64_t *bytes, double *seconds)
-{
-	pthread_mutex_lock(&lock);
-	bool done = !batch.running;
-
-	*bytes = 0;
-	for (size_t i = 0; i < batch.count; i++)
-		for (size_t j = 0; j < batch.workers[i].share.count; j++)
-			*bytes += __atomic_load_n(&batch.workers[i].share.ranges[j].done,
-						  __ATOMIC_RELAXED);
-	*seconds = (double)((done && batch.count ? batch.ended : prefault_now_ns()) -
-			    batch.started) / 1e9;
-	pthread_mutex_unlock(&lock);
-	return done;
-}
-
-void keeper_abort_batch(void)
-{
-	atomic_store(&batch.abort, true);
-}
-
-void keeper_end_batch(void)
-{
-	for (size_t i = 0; i < batch.count; i++)
-		pthread_join(batch.workers[i].thread, NULL);
-	pthread_mutex_lock(&lock);
-	free(batch.workers);
-	batch.workers = NULL;
-	batch.count = 0;
-	pthread_mutex_unlock(&lock);
-}
-
 // -- the keeper's own thread ---------------------------------------------------------------
 
 /*
@@ -1404,7 +596,7 @@ static void *keep_watch(void *unused)
 		for (size_t i = 0; i < piece_count; i++)
 			deferred |= pieces[i].deferred;
 		if (!(atomic_load(&work) || (deferred && guest_entered) || in_flight ||
-		      batch.running)) {
+		      batch_running())) {
 			pthread_cond_wait(&changed, &lock);
 			continue;
 		}
@@ -1414,13 +606,7 @@ static void *keep_watch(void *unused)
 			if (since && now > since + STUCK)
 				interrupt(vcpus[i].tid);
 		}
-		/* A batch waits for a vCPU that was resumed, or in an ioctl that does not end. */
-		for (size_t i = 0; batch.running && i < batch.count; i++) {
-			interrupt(batch.workers[i].tid);
-			if (batch.workers[i].in_stage2 &&
-			    atomic_load(&batch.workers[i].vcpu->in_guest))
-				interrupt(batch.workers[i].vcpu->tid);
-		}
+		batch_watch();
 		if (deferred && guest_entered && !held_reason() && now > slot_changed_at + QUIET)
 			undefer("slots have been quiet");
 		bool kicked = false;

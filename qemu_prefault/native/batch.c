@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+#define _GNU_SOURCE
+#include "keeper_state.h"
+
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "host_memory.h"
+
+/* A share of a batch from outside, run by a thread of our own on a vCPU that is stopped. */
+struct batch_worker {
+	struct vcpu *vcpu;
+	struct share share;
+	pthread_t thread;
+	pid_t tid;
+	bool in_flight, in_stage2;
+};
+
+static struct {
+	struct batch_worker *workers;
+	size_t count, running;
+	uint64_t chunk_bytes, started, ended;
+	atomic_bool abort;
+} batch;
+
+bool batch_running(void)
+{
+	return batch.running;
+}
+
+/* A batch waits for a vCPU that was resumed, or in an ioctl that does not end. */
+void batch_watch(void)
+{
+	for (size_t i = 0; batch.running && i < batch.count; i++) {
+		interrupt(batch.workers[i].tid);
+		if (batch.workers[i].in_stage2 &&
+		    atomic_load(&batch.workers[i].vcpu->in_guest))
+			interrupt(batch.workers[i].vcpu->tid);
+	}
+}
+
+/* Between two chunks; stands aside while a slot is changed. */
+static int batch_goes_on(void *context)
+{
+	struct batch_worker *worker = context;
+	bool go_on;
+
+	pthread_mutex_lock(&lock);
+	if (worker->in_flight) {
+		worker->in_flight = false;
+		leave_ioctl();
+	}
+	while (atomic_load(&changing))
+		pthread_cond_wait(&changed, &lock);
+	/* The ioctl would wait for a vCPU in the guest; populating need not. */
+	go_on = !atomic_load(&batch.abort) &&
+		!(worker->in_stage2 && atomic_load(&worker->vcpu->in_guest));
+	if (go_on) {
+		worker->in_flight = true;
+		in_flight++;
+	}
+	pthread_mutex_unlock(&lock);
+	return go_on;
+}
+
+static void nothing(void *context)
+{
+	(void)context;
+}
+
+static void *run_share(void *context)
+{
+	struct batch_worker *worker = context;
+	struct vcpu *vcpu = worker->vcpu;
+	const struct prefault_limits limits = { .chunk_bytes = batch.chunk_bytes,
+						.stuck_ns = STUCK };
+	const struct prefault_hooks hooks = { batch_goes_on, nothing, worker };
+	uint64_t mapped = 0, populated = 0;
+
+	pthread_mutex_lock(&lock);
+	worker->tid = (pid_t)syscall(SYS_gettid);
+	bool stale = !vcpu->fresh && vcpu->zaps_seen != atomic_load(&zaps);
+
+	pthread_mutex_unlock(&lock);
+	for (size_t i = 0; i < worker->share.count; i++) {
+		struct prefault_range *range = &worker->share.ranges[i];
+
+		if (range->kind == PREFAULT_STAGE2 && stale) {
+			range->error = PREFAULT_STUCK; /* see usable() */
+			continue;
+		}
+		worker->in_stage2 = range->kind == PREFAULT_STAGE2;
+		prefault_run_range(range, vcpu->fd, &limits, &hooks);
+		if (range->error == PREFAULT_ABORTED && !atomic_load(&batch.abort))
+			range->error = EBUSY;
+		*(range->kind == PREFAULT_STAGE2 ? &mapped : &populated) += range->done;
+		if (range->kind == PREFAULT_POPULATE) {
+			pthread_mutex_lock(&lock);
+			memory_set_mark(MEMORY_POPULATED, range->start, range->done);
+			pthread_mutex_unlock(&lock);
+		}
+	}
+	pthread_mutex_lock(&lock);
+	if (worker->in_flight)
+		leave_ioctl();
+	if (mapped && vcpu->fresh) {
+		vcpu->fresh = false;
+		vcpu->zaps_seen = atomic_load(&zaps);
+	}
+	counters.prefaulted += mapped;
+	counters.populated += populated;
+	if (!--batch.running)
+		batch.ended = prefault_now_ns();
+	pthread_cond_broadcast(&changed);
+	pthread_mutex_unlock(&lock);
+	return NULL;
+}
+
+size_t keeper_vcpu_count(void)
+{
+	return vcpu_count;
+}
+
+const char *keeper_start_batch(struct share *shares, size_t count, uint64_t chunk_bytes)
+{
+	const char *problem = NULL;
+	sigset_t mask, before;
+
+	sigfillset(&mask);
+	sigdelset(&mask, SIGUSR1); /* see interrupt(); QEMU's handler finds no vCPU in this thread */
+	pthread_mutex_lock(&lock);
+	if (batch.workers) {
+		pthread_mutex_unlock(&lock);
+		return "another batch is at work";
+	}
+	batch.workers = calloc(count, sizeof(*batch.workers));
+	batch.count = batch.running = 0;
+	batch.chunk_bytes = chunk_bytes;
+	batch.started = prefault_now_ns();
+	atomic_store(&batch.abort, false);
+	pthread_sigmask(SIG_SETMASK, &mask, &before);
+	for (size_t i = 0; batch.workers && i < count; i++) {
+		struct batch_worker *worker = &batch.workers[batch.count];
+
+		if (!shares[i].count)
+			continue;
+		worker->vcpu = &vcpus[i];
+		worker->share = shares[i];
+		if (pthread_create(&worker->thread, NULL, run_share, worker)) {
+			problem = "no thread could be started";
+			atomic_store(&batch.abort, true);
+			break;
+		}
+		pthread_setname_np(worker->thread, "prefault-batch");
+		batch.count++;
+		batch.running++;
+	}
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	if (!batch.workers)
+		problem = "out of memory";
+	pthread_cond_broadcast(&changed);
+	pthread_mutex_unlock(&lock);
+	if (problem && batch.workers)
+		keeper_end_batch();
+	return problem;
+}
+
+bool keeper_batch_done(uint64_t *bytes, double *seconds)
+{
+	pthread_mutex_lock(&lock);
+	bool done = !batch.running;
+
+	*bytes = 0;
+	for (size_t i = 0; i < batch.count; i++)
+		for (size_t j = 0; j < batch.workers[i].share.count; j++)
+			*bytes += __atomic_load_n(&batch.workers[i].share.ranges[j].done,
+						  __ATOMIC_RELAXED);
+	*seconds = (double)((done && batch.count ? batch.ended : prefault_now_ns()) -
+			    batch.started) / 1e9;
+	pthread_mutex_unlock(&lock);
+	return done;
+}
+
+void keeper_abort_batch(void)
+{
+	atomic_store(&batch.abort, true);
+}
+
+void keeper_end_batch(void)
+{
+	for (size_t i = 0; i < batch.count; i++)
+		pthread_join(batch.workers[i].thread, NULL);
+	pthread_mutex_lock(&lock);
+	free(batch.workers);
+	batch.workers = NULL;
+	batch.count = 0;
+	pthread_mutex_unlock(&lock);
+}
