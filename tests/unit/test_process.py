@@ -449,17 +449,27 @@ def diagnose_as(pid: int, *setpriv: str) -> str:
     return done.stdout
 
 
-@needs_root
-def test_another_users_process() -> None:
-    with child() as victim:
-        told = diagnose_as(victim.pid, "--reuid=65534", "--regid=65534", "--clear-groups")
-        assert "runs as uid 0" in told and "as uid 65534" in told
-
-
 def become_nobody() -> None:
     os.setgroups([])
     os.setresgid(65534, 65534, 65534)
     os.setresuid(65534, 65534, 65534)
+
+
+@pytest.fixture
+def nobody() -> Iterator[ProcessPoolExecutor]:
+    """Calls functions as another user. Forked: that user need not be able to read our Python."""
+    from qemu_prefault import _native  # noqa: F401, PLC0415
+
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(1, fork, initializer=become_nobody) as executor:
+        yield executor
+
+
+@needs_root
+def test_another_users_process(nobody: ProcessPoolExecutor) -> None:
+    with child() as victim:
+        told = " ".join(nobody.submit(diagnose_ptrace, Process.find(victim.pid)).result())
+        assert "runs as uid 0" in told and "as uid 65534" in told
 
 
 def refusal_of_a_descriptor(process: Process) -> tuple[str, str]:
@@ -469,14 +479,8 @@ def refusal_of_a_descriptor(process: Process) -> tuple[str, str]:
 
 
 @needs_root
-def test_who_may_not_trace_is_given_no_descriptor() -> None:
-    from qemu_prefault import _native  # noqa: F401, PLC0415 - nobody may not read where it is
-
-    fork = multiprocessing.get_context("fork")
-    with (
-        child() as victim,
-        ProcessPoolExecutor(1, fork, initializer=become_nobody) as nobody,
-    ):
+def test_who_may_not_trace_is_given_no_descriptor(nobody: ProcessPoolExecutor) -> None:
+    with child() as victim:
         process = Process.find(victim.pid)
         code, told = nobody.submit(refusal_of_a_descriptor, process).result()
         assert code == "ptrace-denied"
