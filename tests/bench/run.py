@@ -266,7 +266,7 @@ def incoming_section(rounds: Sequence[dict[str, Any]]) -> tuple[list[str], Bars]
          f"{share:.3f} %", "<= 1 %", share <= 1),
         ("live migration: first pass / steady pass at the target", f"{fast:.2f}", "<= 1.5",
          fast <= 1.5),
-        ("live migration: blackout added / bare ioctl over the same 512 MiB", f"{added:.2f}",
+        ("live migration: blackout added / bare ioctl over the same 512 MiB", f"{added:.3f}",
          "<= 1.2", added <= 1.2),
     ]  # fmt: skip
     lines = [
