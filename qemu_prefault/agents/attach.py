@@ -136,6 +136,7 @@ class AttachAgent:
         self._helpers: dict[int, _Helper] = {}
         self._memory = -1
         self._aborted = False
+        self._told_to_end = asyncio.Event()
         self._heart: threading.Thread | None = None
         self._heart_stop = threading.Event()
 
@@ -328,47 +329,43 @@ class AttachAgent:
         :raise FailedError: QEMU, or a helper, is gone (code ``qemu-gone``, ``agent``).
         """
         if not self._aborted:
+            self._told_to_end.clear()
             self._tell_all("abort", 0)
         for index, ranges in batch.items():
             self._guarded(self._helpers[index].submit, ranges)
-        waiting = set(batch)
         finished: dict[int, tuple[Outcome, ...]] = {}
         started, ended = [], []
-        total = sum(item.size for ranges in batch.values() for item in ranges)
         begun = time.monotonic()
-        done = 0
-        while waiting:
-            # We may share a CPU with the helpers: look when they are about done.
-            elapsed = time.monotonic() - begun
-            left = (
-                elapsed * (total - done) / done
-                if done
-                else max(total / FASTEST - elapsed, elapsed / 2)
-            )
-            await asyncio.sleep(min(max(left * 0.9, POLL_SHORTEST), POLL_LONGEST))
-            for index in tuple(waiting):
+        left = max((sum(i.size for i in ranges) for ranges in batch.values()), default=0) / FASTEST
+        while len(finished) < len(batch):
+            await self._wait(min(max(left, POLL_SHORTEST), POLL_LONGEST))
+            left = 0.0
+            done = 0
+            for index, ranges in batch.items():
                 helper = self._helpers[index]
-                header = self._header(helper)
-                if header.batch_done != helper.batch:
-                    continue
-                finished[index] = self._guarded(helper.outcomes, batch[index])
-                started.append(header.batch_started_ns)
-                ended.append(header.batch_finished_ns)
-                waiting.discard(index)
-            done = self._done(batch, finished)
+                outcomes = finished.get(index)
+                if outcomes is None:
+                    header = self._header(helper)
+                    outcomes = self._guarded(helper.outcomes, ranges)
+                    if header.batch_done == helper.batch:
+                        finished[index] = outcomes
+                        started.append(header.batch_started_ns)
+                        ended.append(header.batch_finished_ns)
+                    else:
+                        left = max(left, _seconds_left(begun, header, outcomes))
+                done += sum(outcome.done for outcome in outcomes)
             on_progress(done)
         seconds = (max(ended) - min(started)) / 1e9 if ended else 0.0
         return BatchResult(finished, seconds)
 
-    def _done(
-        self, batch: Mapping[int, Sequence[Range]], finished: dict[int, tuple[Outcome, ...]]
-    ) -> int:
-        return sum(
-            outcome.done
-            for index, ranges in batch.items()
-            for outcome in finished.get(index)
-            or self._guarded(self._helpers[index].outcomes, ranges)
-        )
+    async def _wait(self, seconds: float) -> None:
+        """Once told to end, a helper does so after its chunk: do not keep the guest waiting."""
+        if self._told_to_end.is_set():
+            await asyncio.sleep(POLL_SHORTEST)
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._told_to_end.wait()
 
     def _header(self, helper: _Helper) -> Any:
         return self._guarded(helper.read_header)
@@ -396,11 +393,12 @@ class AttachAgent:
     def abort(self) -> None:
         """See :class:`qemu_prefault.agents.Agent`; batches that come later end at once, too."""
         self._aborted = True
-        self._tell_all("abort")
+        self.interrupt()
 
     def interrupt(self) -> None:
         """See :class:`qemu_prefault.agents.Agent`."""
         self._tell_all("abort")
+        self._told_to_end.set()
 
     def _tell_all(self, field: str, value: int = 1) -> None:
         for helper in self._helpers.values():
@@ -455,6 +453,21 @@ class AttachAgent:
                 )
             await asyncio.sleep(pause)
             pause = min(pause * 2, 0.02)
+
+
+def _seconds_left(begun: float, header: Any, outcomes: Sequence[Outcome]) -> float:
+    """When to look again: seldom, for we may share a CPU with the helper.
+
+    :param begun: ``time.monotonic()`` when the batch was handed over.
+    """
+    now = time.monotonic()
+    done = sum(outcome.done for outcome in outcomes)
+    left = sum(outcome.range.size - outcome.done for outcome in outcomes if not outcome.error)
+    spent = (header.chunk_started_ns - header.batch_started_ns) / 1e9
+    if not done or spent <= 0:
+        return now - begun
+    wait: float = header.chunk_started_ns / 1e9 + spent * left / done - now
+    return wait if done > left else wait * 0.9
 
 
 def same_pid_namespace(pid: int) -> bool:

@@ -67,7 +67,7 @@ struct prefault_control {
     uint64_t heartbeat;
     uint32_t batch, abort, release, range_count;
     uint32_t tid, ready, batch_done, leaving;
-    uint64_t batch_started_ns, batch_finished_ns;
+    uint64_t batch_started_ns, chunk_started_ns, batch_finished_ns;
     struct prefault_range ranges[...];
     ...;
 };

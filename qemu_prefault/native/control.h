@@ -48,7 +48,8 @@ struct prefault_control {
 	uint32_t ready;		 /* 1 once it runs; negative errno if it cannot */
 	uint32_t batch_done;	 /* equals batch when the work is done */
 	uint32_t leaving;
-	uint64_t batch_started_ns, batch_finished_ns; /* CLOCK_MONOTONIC */
+	/* CLOCK_MONOTONIC; chunk_started tells when "done" of the ranges became what it is */
+	uint64_t batch_started_ns, chunk_started_ns, batch_finished_ns;
 	struct prefault_range ranges[PREFAULT_RANGES_MAX];
 };
 

@@ -115,6 +115,7 @@ static int batch_goes_on(void *context)
 {
 	struct helper *helper = context;
 
+	helper->control->chunk_started_ns = prefault_now_ns();
 	return !load(&helper->control->abort) && tool_lives(helper);
 }
 
