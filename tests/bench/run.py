@@ -179,7 +179,11 @@ def plugin_bars(where: str, boots: dict[str, list[dict[str, Any]]]) -> Bars:
     ]  # fmt: skip
 
 
-IDLE = (("seconds", "seconds", 0), ("exits", "exits", 0), ("anonymous_mib", "MiB of QEMU", 1))
+IDLE = (
+    ("seconds", "seconds", 0),
+    ("exits", "exits without interrupts", 0),
+    ("anonymous_mib", "MiB of QEMU", 1),
+)
 """What an idle plugin may not change, and by how much: of memory it has a little itself."""
 
 
