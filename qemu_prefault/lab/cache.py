@@ -22,7 +22,17 @@ from pathlib import Path
 from qemu_prefault.errors import InputError
 
 _KEY_LENGTH = 16
-_ENTRIES = ("bin-", "files-", "image-", "l2-", "snapshot-", "tcg-host-", "tmp-")
+_ENTRIES = (
+    "avocado-",
+    "bin-",
+    "distro-",
+    "files-",
+    "image-",
+    "l2-",
+    "snapshot-",
+    "tcg-host-",
+    "tmp-",
+)
 
 
 def cache_dir() -> Path:

@@ -33,13 +33,13 @@ L2_VARIABLE = "QEMU_PREFAULT_L2"
 
 # No calibration, no mitigations, no address randomization: less to emulate. And no errors of
 # drivers amid the workload's answers; an oops shows all the same.
-_KERNEL_ARGS = (
+KERNEL_ARGS = (
     "console=ttyS0 loglevel=3 panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check "
     "audit=0 cryptomgr.notests random.trust_cpu=on nowatchdog "
     # Drivers that wait for hardware microvm does not have: a clock (4 s), a keyboard.
     "initcall_blacklist=cmos_init,i8042_init"
 )
-_BACKINGS = {
+BACKINGS = {
     "ram": "memory-backend-ram",
     "memfd": "memory-backend-memfd",
     "file": "memory-backend-file,share=on,mem-path={directory}",
@@ -124,14 +124,7 @@ class Guest:
         preload: bool = False,
         wrapper: Sequence[str] = (),
     ) -> None:
-        self._scratch = tempfile.TemporaryDirectory(prefix="l2-")
-        self.directory = Path(self._scratch.name)
-        self.qmp_path = self.directory / "qmp"
-        self.control_path = self.directory / "control"
-        self._stderr_path = self.directory / "stderr"
-        self._serial_buffer = b""
-        self.serial_log = b""
-
+        self._prepare()
         load: list[str] = []
         if plugin is not None:
             options = ",".join([f"socket={self.control_path}", *plugin])
@@ -146,7 +139,7 @@ class Guest:
         argv += load
         if backing is not None:
             kind, _, properties = backing.partition(",")
-            text = _BACKINGS[kind].format(directory=self.directory / "memory")
+            text = BACKINGS[kind].format(directory=self.directory / "memory")
             text += f",id=ram,size={memory_mib}M" + (f",{properties}" if properties else "")
             argv += ["-object", text]
             machine_argument += ",memory-backend=ram"
@@ -157,7 +150,7 @@ class Guest:
         if cpu or accel == "kvm":
             argv += ["-cpu", cpu or "host"]
         files = l2_directory()
-        append = _KERNEL_ARGS + (f" workload.mib={workload_mib}" if workload_mib else "")
+        append = KERNEL_ARGS + (f" workload.mib={workload_mib}" if workload_mib else "")
         initramfs = files / ("initramfs-kvm" if kvm else "initramfs")
         argv += ["-kernel", str(files / kernel), "-initrd", str(initramfs)]
         argv += ["-append", f"{append} {kernel_args}".strip()]
@@ -167,6 +160,18 @@ class Guest:
             argv += ["-incoming", "defer" if isinstance(incoming, Path) else incoming]
 
         self._start([*argv, *args])
+        self._configure(incoming)
+
+    def _prepare(self) -> None:
+        self._scratch = tempfile.TemporaryDirectory(prefix="l2-")
+        self.directory = Path(self._scratch.name)
+        self.qmp_path = self.directory / "qmp"
+        self.control_path = self.directory / "control"
+        self._stderr_path = self.directory / "stderr"
+        self._serial_buffer = b""
+        self.serial_log = b""
+
+    def _configure(self, incoming: str | Path | None) -> None:
         try:
             # Failed migrations and restores are told by events, not found by asking again.
             self.qmp(

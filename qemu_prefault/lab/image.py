@@ -59,6 +59,16 @@ _L1_PACKAGES = (
     "qemu-system-x86",
     "seabios",
 )
+# What avocado-vt's bootstrap insists on, and the tests make disks with.
+_AVOCADO_PACKAGES = (
+    "diffutils",
+    "gcc",
+    "iputils-arping",
+    "netcat-openbsd",
+    "qemu-utils",
+    "tcpdump",
+    "xz-utils",
+)
 # Needed before the root file system is there; what the kernel has built in is skipped.
 _BOOT_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4", "overlay")
 _BOOT_MODULES_IF_THERE = ("crc32c_generic", "crc32c_intel", "crc32c")
@@ -89,6 +99,8 @@ VARIANTS = {
         Variant("trixie", ("trixie",)),  # kernel 6.12, QEMU 10.0
         # The index of unstable is at times ahead of its pool, and packages are missing.
         Variant("sid", ("sid", "sid", "testing")),
+        # Trixie with what the tests in avocado/ need.
+        Variant("avocado", ("trixie",), (*_L1_PACKAGES, *_AVOCADO_PACKAGES)),
     )
 }
 
@@ -182,7 +194,8 @@ def _need(program: str, package: str) -> str:
     return path
 
 
-def _mmdebstrap(target: Path, suite: str, *options: str) -> None:
+def mmdebstrap(target: Path, suite: str, *options: str) -> None:
+    """Make a root file system of a Debian suite, without documentation and the like."""
     argv = [_need("mmdebstrap", "mmdebstrap"), "--quiet", "--architectures=amd64"]
     argv += [f"--aptopt={option}" for option in _SNAPSHOT_SAFE_APT]
     argv += [f"--dpkgopt=path-exclude={pattern}" for pattern in _WITHOUT]
@@ -206,7 +219,8 @@ def ext4_of_tree(tree: Path, image: Path) -> None:
     )  # fmt: skip
 
 
-def _ext4_of_tar(tar: Path, image: Path) -> None:
+def ext4_of_tar(tar: Path, image: Path) -> None:
+    """Pack a tar as a raw ext4 image without a journal; some of it stays free."""
     mke2fs = _need("mke2fs", "e2fsprogs")
     size = tar.stat().st_size // (1 << 20) * 12 // 10 + 64
     script = (
@@ -349,7 +363,7 @@ def tcg_host() -> TcgHost:
     def build(directory: Path) -> None:
         log.info("building the TCG host (QEMU 7.2 of Debian 12), once")
         tar = directory / "tree.tar"
-        _mmdebstrap(tar, "bookworm", "--variant=extract", "--include=" + ",".join(packages))
+        mmdebstrap(tar, "bookworm", "--variant=extract", "--include=" + ",".join(packages))
         unwanted = ["./dev", "./var", "./lib/modules", "./usr/lib/modules"]
         _run(
             [
@@ -408,7 +422,7 @@ def build(variant: Variant) -> Image:
             + " ".join(_KEPT_DRIVERS)]  # fmt: skip
         for attempt, suite in enumerate(variant.suites):
             try:
-                _mmdebstrap(tar_path, suite, *options)
+                mmdebstrap(tar_path, suite, *options)
                 break
             except ImageError as error:
                 if attempt == len(variant.suites) - 1:
@@ -420,7 +434,7 @@ def build(variant: Variant) -> Image:
             elf = extract_vmlinux(read_member(tar, kernel), host)
             (directory / "vmlinux").write_bytes(elf)
             (directory / "initramfs.cpio").write_bytes(_l1_initramfs(tar, release, init))
-        _ext4_of_tar(tar_path, directory / "rootfs.ext4")
+        ext4_of_tar(tar_path, directory / "rootfs.ext4")
         tar_path.unlink()
         manifest = {"suite": suite, "kernel_release": release}
         (directory / "manifest.json").write_text(json.dumps(manifest))

@@ -224,6 +224,14 @@ def _write_script(tree: Path, name: str, module: str, function: str) -> None:
     script.chmod(0o755)
 
 
+def _adopt_script(script: Path) -> None:
+    """Make a wheel's script a command; what begins with ``#!python`` is to get a real path."""
+    content = script.read_bytes()
+    if content.startswith(b"#!python"):
+        script.write_bytes(b"#!/usr/bin/python3" + content.removeprefix(b"#!python"))
+    script.chmod(0o755)
+
+
 def _unpack_wheel(wheel: Path, tree: Path) -> None:
     site = tree / "site"
     site.mkdir(exist_ok=True)
@@ -233,6 +241,9 @@ def _unpack_wheel(wheel: Path, tree: Path) -> None:
         # PEP 427: what belongs elsewhere lies in NAME.data/SCHEME.
         target = {"scripts": tree / "bin", "data": tree}.get(scheme.name, site)
         shutil.copytree(scheme, target, dirs_exist_ok=True)
+        if scheme.name == "scripts":
+            for script in scheme.iterdir():
+                _adopt_script(target / script.name)
         shutil.rmtree(scheme)
     for path in site.glob("*.dist-info/entry_points.txt"):
         entries = ConfigParser(delimiters=("=",))

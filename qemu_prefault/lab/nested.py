@@ -47,6 +47,7 @@ class _Recipe:
     files: Path
     memory_mib: int
     kernel_args: str
+    disks: tuple[Path, ...] = ()
 
     def argv(self, memory_file: Path | None, shared: bool) -> list[str]:
         """QEMU's command line. One vCPU: L1 with two of them oopses now and then."""
@@ -58,7 +59,7 @@ class _Recipe:
                       f"mem-path={memory_file},share={share}"]  # fmt: skip
             machine += ",memory-backend=ram"
         disks = []
-        for disk in (self.image.rootfs, self.files):
+        for disk in (self.image.rootfs, self.files, *self.disks):
             disks += ["-drive", f"file={disk},format=raw,if=virtio,readonly=on"]
         return self.host.qemu(
             *memory,
@@ -98,6 +99,7 @@ class Lab(Machine):
         tdp_mmu: bool | None = None,
         memory_mib: int = 8192,
         kernel_args: Sequence[str] = (),
+        disks: Sequence[Path] = (),
         snapshot: bool = True,
         boot_timeout: float = 300.0,
         heartbeat_limit: float = 60.0,
@@ -109,6 +111,7 @@ class Lab(Machine):
         :param npt: nested paging for L2; without, KVM in L1 shadows page tables.
         :param tdp_mmu: kvm's parameter of that name; the kernel's default if None.
         :param kernel_args: added to L1's kernel command line.
+        :param disks: raw images that L1 sees as ``/dev/vdc`` and on, and cannot write to.
         :param snapshot: False boots from power-on and leaves no snapshot.
         :param boot_timeout: seconds after which a boot that goes nowhere is given up.
         :param heartbeat_limit: seconds of the agent's silence that make L1 lost.
@@ -124,6 +127,7 @@ class Lab(Machine):
             image.files_disk(),
             memory_mib,
             " ".join([*parameters, *kernel_args]),
+            tuple(disks),
         )
 
         def cold(argv: Sequence[str], timeout: float = boot_timeout) -> Channel:
@@ -285,11 +289,13 @@ def open_machine(
     nested: bool = False,
     npt: bool = True,
     tdp_mmu: bool | None = None,
+    disks: Sequence[Path] = (),
 ) -> Machine:
     """Give a machine that can prefault: this host if it can, else a booted lab.
 
     :param nested: take the lab even so; implied by ``npt=False`` and by any ``tdp_mmu``.
+    :param disks: for the lab, see :meth:`Lab.start`.
     """
     if kvm_can_prefault() and npt and tdp_mmu is None and not nested:
         return LocalMachine()
-    return Lab.start(variant, npt=npt, tdp_mmu=tdp_mmu)
+    return Lab.start(variant, npt=npt, tdp_mmu=tdp_mmu, disks=disks)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Whole distributions as guests: their own kernel, initramfs, systemd, and a login.
+
+Built as the lab's own images are (:mod:`qemu_prefault.lab.image`), from the archive, but
+installed and not unpacked: every package has run its scripts, and the initramfs is the one
+that initramfs-tools made for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from qemu_prefault.errors import InputError
+
+from . import cache, image
+from .errors import ImageError
+
+log = logging.getLogger(__name__)
+
+PASSWORD = "prefault"
+"""Root's, at the login of each."""
+
+_HOOK = Path(__file__).parent / "distro-hook.sh"
+_PACKAGES = ("dbus", "initramfs-tools", "kmod", "linux-image-cloud-amd64", "login", "passwd",
+             "procps", "systemd-sysv", "udev")  # fmt: skip
+# A kernel package is mostly hardware that no guest of ours has.
+_WITHOUT = tuple(
+    f"/{prefix}lib/modules/*/kernel/{part}/*"
+    for prefix in ("", "usr/")
+    for part in ("drivers/gpu", "drivers/infiniband", "drivers/media", "drivers/net", "sound")
+)
+
+
+@dataclass(frozen=True)
+class Distro:
+    """A distribution release. Later suites are tried if the earlier do not build."""
+
+    name: str
+    suites: tuple[str, ...]
+
+
+DISTROS = {
+    distro.name: distro
+    for distro in (
+        Distro("debian12", ("bookworm",)),
+        Distro("debian13", ("trixie",)),
+        Distro("sid", ("sid", "sid", "testing")),
+    )
+}
+
+
+@dataclass(frozen=True)
+class DistroImage:
+    """A built distribution.
+
+    :ivar suite: what it was built from. :ivar kernel_release: of its own kernel.
+    """
+
+    directory: Path
+    suite: str
+    kernel_release: str
+
+    @property
+    def disk(self) -> Path:
+        """Raw ext4 without partitions, never written to."""
+        return self.directory / "disk.ext4"
+
+    @property
+    def boot(self) -> Path:
+        """What ``-kernel`` and ``-initrd`` take: ``vmlinuz``, ``vmlinux``, ``initrd``."""
+        return self.directory / "boot"
+
+
+def distro_named(name: str) -> Distro:
+    """Look a distribution up by name."""
+    try:
+        return DISTROS[name]
+    except KeyError:
+        raise InputError(f"no distribution {name!r}", f"choose from {', '.join(DISTROS)}") from None
+
+
+def build(distro: Distro) -> DistroImage:
+    """Build or find the disk and the boot files of a distribution."""
+    host = image.tcg_host()
+    key = cache.key_of(*distro.suites, *_PACKAGES, *_WITHOUT, _HOOK.read_bytes(), PASSWORD, "1")
+
+    def fill(directory: Path) -> None:
+        log.info("building the %s guest, once", distro.name)
+        tar_path = directory / "disk.tar"
+        options = ["--variant=minbase", "--include=" + ",".join(_PACKAGES)]
+        options += [f"--dpkgopt=path-exclude={pattern}" for pattern in _WITHOUT]
+        options += [f"--{stage}-hook=sh '{_HOOK}' {stage} \"$1\" {PASSWORD}"
+                    for stage in ("essential", "customize")]  # fmt: skip
+        for attempt, suite in enumerate(distro.suites):
+            try:
+                image.mmdebstrap(tar_path, suite, *options)
+                break
+            except ImageError as error:
+                if attempt == len(distro.suites) - 1:
+                    raise
+                log.warning("%s\ntrying again with %s", error, distro.suites[attempt + 1])
+        boot = directory / "boot"
+        boot.mkdir()
+        with tarfile.open(tar_path) as tar:
+            kernel = next(n for n in tar.getnames() if n.startswith("./boot/vmlinuz-"))
+            release = kernel.removeprefix("./boot/vmlinuz-")
+            bzimage = image.read_member(tar, kernel)
+            initrd = image.read_member(tar, f"./boot/initrd.img-{release}")
+        (boot / "vmlinuz").write_bytes(bzimage)
+        (boot / "vmlinux").write_bytes(image.extract_vmlinux(bzimage, host))
+        (boot / "initrd").write_bytes(initrd)
+        image.ext4_of_tar(tar_path, directory / "disk.ext4")
+        tar_path.unlink()
+        manifest = {"suite": suite, "kernel_release": release}
+        (directory / "manifest.json").write_text(json.dumps(manifest))
+
+    directory = cache.entry(f"distro-{distro.name}", key, fill)
+    return DistroImage(directory, **json.loads((directory / "manifest.json").read_text()))
+
+
+def boot_disk(built: DistroImage) -> Path:
+    """Build or find the boot files as a raw ext4 image, for a lab to mount."""
+
+    def fill(directory: Path) -> None:
+        image.ext4_of_tree(built.boot, directory / "boot.ext4")
+
+    name = built.directory.name
+    return cache.entry(f"distro-boot-{name.split('-')[1]}", cache.key_of(name), fill) / "boot.ext4"

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Guests that are whole distributions (:mod:`qemu_prefault.lab.distro`), and their console.
+
+Where the KVM is, a directory named by ``QEMU_PREFAULT_DISTROS`` has for each distribution a
+directory with ``disk`` (a file or a block device, never written to) and ``boot/``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from qemu_prefault.agents.plugin import plugin_path
+
+from .distro import PASSWORD
+from .guest import BACKINGS, KERNEL_ARGS, Guest, GuestError
+
+DISTROS_VARIABLE = "QEMU_PREFAULT_DISTROS"
+"""Environment variable naming the directory of the distributions."""
+
+# A CPU that is away for long is the emulating host's doing, and no stall.
+GUEST_KERNEL_ARGS = (
+    f"{KERNEL_ARGS} root=/dev/vda rw rcupdate.rcu_cpu_stall_suppress=1 "
+    # TCG has XSETBV pass KVM by: CPUID keeps telling the old size of the state, and Linux warns.
+    "noxsave "
+    # A plugged DIMM is used at once, and by what can be moved: files in memory.
+    "memhp_default_state=online_movable"
+)
+# Every WARN() begins by a line to cut at. That a CPU is vulnerable is a "WARNING:" as well.
+_TROUBLE = re.compile(
+    r"cut here|BUG:|Oops:|Call Trace:|general protection fault|Bad page|Out of memory|"
+    r"EXT4-fs error|I/O error|blocked for more than|Machine Check"
+)
+
+
+def distro_directory(name: str) -> Path:
+    """Where a distribution's disk and boot files are on this machine."""
+    return Path(os.environ.get(DISTROS_VARIABLE, "/lab/distros")) / name
+
+
+def make_overlay(disk: Path, overlay: Path, disk_format: str = "raw") -> None:
+    """Make the qcow2 file that takes what a guest writes to its disk."""
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-F", disk_format, "-b", str(disk.resolve()),
+         str(overlay)],
+        check=True,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+class SystemGuest(Guest):
+    """A QEMU with a whole distribution in it, spoken to at its serial console.
+
+    :param distro: a directory name below :data:`DISTROS_VARIABLE`, whose kernel is started; None:
+        whatever the firmware finds on the disk.
+    :param overlay: of :func:`make_overlay`; a migration's two guests, and a saved guest and
+        its restored one, have it in common.
+    :param firmware: ``seabios`` or ``ovmf`` (for ``q35,smm=off``).
+
+    The rest is as in :class:`Guest`.
+    """
+
+    def __init__(
+        self,
+        distro: str | None,
+        overlay: Path,
+        *,
+        machine: str = "pc",
+        memory_mib: int = 512,
+        memory: str = "",
+        smp: int = 1,
+        backing: str = "ram",
+        firmware: str = "seabios",
+        paused: bool = False,
+        incoming: str | Path | None = None,
+        plugin: Sequence[str] | None = None,
+        args: Sequence[str] = (),
+    ) -> None:
+        self._prepare()
+        self._commands = 0
+        microvm = machine.partition(",")[0] == "microvm"
+        argv = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"]
+        argv += self._load_plugin(plugin)
+        kind, _, properties = backing.partition(",")
+        text = BACKINGS[kind].format(directory=self.directory / "memory")
+        text += f",id=ram,size={memory_mib}M" + (f",{properties}" if properties else "")
+        argv += ["-object", text]
+        if firmware == "ovmf":
+            argv += self._flash()
+        argv += ["-machine", f"{machine},memory-backend=ram", "-accel", "kvm", "-cpu", "host"]
+        argv += ["-m", f"{memory_mib}M" + (f",{memory}" if memory else ""), "-smp", str(smp)]
+        if distro is not None:
+            boot = distro_directory(distro) / "boot"
+            # microvm's firmware starts only what needs no decompressing.
+            argv += ["-kernel", str(boot / ("vmlinux" if microvm else "vmlinuz"))]
+            argv += ["-initrd", str(boot / "initrd"), "-append", GUEST_KERNEL_ARGS]
+        argv += ["-drive", f"file={overlay},format=qcow2,if=none,id=disk,cache=unsafe"]
+        argv += ["-device", f"virtio-blk-{'device' if microvm else 'pci'},drive=disk"]
+        if paused:
+            argv.append("-S")
+        if incoming is not None:
+            argv += ["-incoming", "defer" if isinstance(incoming, Path) else incoming]
+        self._start([*argv, *args])
+        self._configure(incoming)
+
+    def _load_plugin(self, options: Sequence[str] | None) -> list[str]:
+        if options is None:
+            return []
+        return ["-plugin", ",".join([str(plugin_path()), f"socket={self.control_path}", *options])]
+
+    # The console.
+
+    def expect(self, pattern: str, timeout: float) -> re.Match[bytes]:
+        """Wait for the console to show this; what it showed up to its end is forgotten."""
+        expression = re.compile(pattern.encode())
+        deadline = time.monotonic() + timeout
+        poll = select.poll()
+        poll.register(self._serial, select.POLLIN)
+        while not (found := expression.search(self._serial_buffer)):
+            left = deadline - time.monotonic()
+            if left <= 0 or not poll.poll(left * 1000):
+                raise self._problem(f"the console does not show {pattern!r} in {timeout:g} s")
+            try:
+                data = self._serial.recv(1 << 16)
+            except ConnectionError:  # a killed QEMU: as at its end
+                data = b""
+            if not data:
+                raise self._problem(f"QEMU ended while {pattern!r} was awaited")
+            self._serial_buffer += data
+            self.serial_log += data
+        self._serial_buffer = self._serial_buffer[found.end() :]
+        return found
+
+    def type(self, text: str) -> None:
+        """Send text to the console."""
+        self._serial.setblocking(True)
+        try:
+            self._serial.sendall(text.encode())
+        except ConnectionError as error:
+            raise self._problem("QEMU ended") from error
+        finally:
+            self._serial.setblocking(False)
+
+    def wait_login(self, timeout: float = 900.0) -> None:
+        """Wait until a booting guest asks who is there."""
+        self.expect(r"login: ", timeout)
+
+    def log_in(self, timeout: float = 300.0) -> None:
+        """Log in as root at the prompt of :meth:`wait_login`, for :meth:`shell`."""
+        self.type("root\n")
+        self.expect(r"Password: ", timeout)
+        self.type(f"{PASSWORD}\n")
+        self.expect(r"# ", timeout)
+        # A shell that prints answers, and nothing else. Quoted, so as not to match itself.
+        self.type("stty -echo; exec env PS1= PS2= sh\n")
+        self.type("echo '@''ready@'\n")
+        self.expect("@ready@", timeout)
+
+    def shell(self, command: str, timeout: float = 300.0, check: bool = True) -> str:
+        """Run a command in the shell of :meth:`log_in`; give what it printed.
+
+        :raise GuestError: it failed, and ``check`` is set; or it did not end in time.
+        """
+        self._commands += 1
+        mark = f"@{self._commands}"
+        self._serial_buffer = b""
+        self.type(f"{{ {command}\n}} 2>&1; printf '\\n%s:%d@\\n' {mark} $?\n")
+        found = self.expect(rf"(?s)\A(.*)\n{mark}:(\d+)@\r?\n", timeout)
+        output = found[1].decode(errors="replace").replace("\r", "").strip()
+        if check and int(found[2]):
+            raise GuestError(f"in the guest: {command!r} ended with {int(found[2])}", output)
+        return output
+
+    # Its state.
+
+    def reboot(self, timeout: float = 900.0) -> None:
+        """Have the system of :meth:`shell` reboot; return at the reset."""
+        self.type("systemctl reboot\n")
+        # Read all the while: a console that nobody reads soon blocks who writes to it.
+        self.expect("reboot: Restarting system", timeout)
+        self.wait_event("RESET", timeout=timeout)
+
+    def wait_migrated(self, timeout: float = 600.0) -> None:
+        """Wait until all of this guest has been sent."""
+        self._wait_migration(timeout, "migration")
+
+    def wait_running(self, timeout: float = 600.0) -> None:
+        """Wait until an incoming guest runs."""
+        if self.status() != "running":
+            self.wait_event("RESUME", timeout=timeout)
+
+    # Its health.
+
+    def check_health(self, timeout: float = 600.0) -> None:
+        """Raise unless the system has come up with no unit failed and no trouble in its log."""
+        state = self.shell("systemctl is-system-running --wait", timeout, check=False)
+        failed = self.shell("systemctl --failed --no-legend --plain")
+        if state != "running" or failed:
+            raise GuestError(f"in the guest: systemd is {state!r}", failed or "no unit has failed")
+        log = self.shell("dmesg").splitlines()
+        for number, line in enumerate(log):
+            if _TROUBLE.search(line):
+                rest = " / ".join(log[number : number + 4])
+                raise GuestError(f"in the guest: the kernel complains: {rest}", "\n".join(log))
+
+    def fill(self, name: str, mib: int, timeout: float = 600.0) -> None:
+        """Write a file in the guest's memory, in which no two pages are the same."""
+        size = mib << 20
+        numbers = f"seq 10000001 {10000001 + size // len('10000001.')}"
+        self.shell(f"{numbers} | head -c {size} >/dev/shm/{name}; "
+                   f"[ $(stat -c %s /dev/shm/{name}) = {size} ]", timeout)  # fmt: skip
+
+    def checksum(self, name: str, timeout: float = 600.0) -> str:
+        """Read all of a file of :meth:`fill`; give its checksum."""
+        return self.shell(f"sha256sum </dev/shm/{name}", timeout).split()[0]
