@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""With prefault = yes: boots, and resets, take next to no faults."""
+
+import prefault_vt
+
+
+def run(test, params, env):
+    """
+    1) Log in; the system is healthy
+    2) Write a file in the guest's memory, read it back
+    3) Reset, if reboot_method says how, and do it again
+    """
+    vm = env.get_vm(params["main_vm"])
+    size = int(params["file_size_mib"])
+    most = int(params["most_faults"])
+    before = 0
+    session = prefault_vt.log_in(params, vm)
+    for boot in range(1 + bool(params.get("reboot_method"))):
+        if boot:
+            before = prefault_vt.memory_faults(vm)
+            timeout = float(params["login_timeout"])
+            session = vm.reboot(session, params["reboot_method"], 0, timeout, serial=True)
+        prefault_vt.check_health(test, session)
+        first = prefault_vt.fill(session, "file", size)
+        if prefault_vt.checksum(session, "file") != first:
+            test.fail("the file in the guest's memory has changed")
+        taken = prefault_vt.memory_faults(vm) - before
+        test.log.info("prefault: boot %d: %d faults on memory", boot + 1, taken)
+        if taken > most:
+            test.fail(f"boot {boot + 1} took {taken} faults on memory")
+    session.close()

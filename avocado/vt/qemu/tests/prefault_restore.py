@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Prefault a restored guest before it goes on."""
+
+import os
+
+import prefault_vt
+
+
+def run(test, params, env):
+    """
+    1) Log in, write a file in the guest's memory, save the guest to a file
+    2) Restore it as it is, let it go on, read its file: one fault a page
+    3) Restore it, prefault it and let it go on (--cont), read its file: next to none
+    """
+    vm = env.get_vm(params["main_vm"])
+    size = int(params["file_size_mib"])
+    session = prefault_vt.log_in(params, vm)
+    prefault_vt.check_health(test, session)
+    wanted = prefault_vt.fill(session, "file", size)
+    session.cmd("sync", timeout=300)
+    session.close()
+    state = os.path.join(test.workdir, "state")
+    vm.pause()
+    vm.save_to_file(state)
+    taken = []
+    for prefault in (False, True):
+        vm.restore_from_file(state)
+        if prefault:
+            prefault_vt.Tool(test, vm, "--cont").finish()
+        else:
+            vm.resume()
+        prefault_vt.wait_running(test, vm)
+        session = prefault_vt.log_in(params, vm)
+        if prefault_vt.checksum(session, "file") != wanted:
+            test.fail("the file in the guest's memory has changed")
+        taken.append(prefault_vt.memory_faults(vm))
+        prefault_vt.check_health(test, session)
+        session.close()
+        vm.pause()
+    os.remove(state)
+    prefault_vt.compare(test, "restore", *taken, size << 8)
