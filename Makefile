@@ -9,6 +9,9 @@ MAKEFLAGS += --no-print-directory
 BUILD = gcc libc6-dev binutils python3-venv python3-dev
 LAB   = mmdebstrap e2fsprogs util-linux $(if $(filter-out 0,$(shell id -u)),uidmap)
 HOST  = qemu-system-x86
+# Where this host's own KVM can prefault, what is tested runs on it and not in the lab.
+GUEST = qemu-utils ovmf
+VT    = tcpdump netcat-openbsd iputils-arping xz-utils
 
 demo:      ## a restored and a booting guest, resumed three ways (no virtualization needed)
 	@scripts/with-env "$(BUILD) $(LAB)" qemu-prefault demo $(DEMO_ARGS)
@@ -17,13 +20,20 @@ test:      ## linters, unit tests, real QEMUs, and the real ioctl in the nested 
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST)" python tests/run.py
 
 test-full: ## test, but everything on every kernel, 1,000 kills and 30 boots (hours)
-	@scripts/with-env "$(BUILD) $(LAB) $(HOST)" python tests/run.py --full
+	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST) $(VT)" python tests/run.py --full
 
 bench:     ## the measurements of docs/benchmarks.md; BENCH_ARGS="PART..." for some of them
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST)" python tests/bench/run.py $(BENCH_ARGS)
 
 conformance: ## docs/conformance.md anew: the suite on three kernels, in three modes each
 	@scripts/with-env "$(BUILD) $(LAB)" python scripts/make-conformance.py
+
+avocado:   ## whole distributions as guests, under avocado; AVOCADO_ARGS="--distro sid …"
+	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST)" python avocado/run.py distro $(AVOCADO_ARGS)
+
+avocado-vt: ## the avocado-vt provider, and avocado-vt's own tests if TP_QEMU names a checkout
+	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST) $(VT)" python avocado/run.py vt \
+		$(if $(TP_QEMU),--tp-qemu "$(TP_QEMU)") $(AVOCADO_ARGS)
 
 lint:      ## ruff and mypy
 	@scripts/with-env "$(BUILD)" python tests/run.py lint
@@ -42,4 +52,4 @@ clean-cache: ## remove the images and virtual environments from the cache
 help:      ## this text
 	@sed -n 's/^\([a-z-]*\): *## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-.PHONY: demo test test-full bench conformance lint man clean clean-cache help
+.PHONY: demo test test-full bench conformance avocado avocado-vt lint man clean clean-cache help

@@ -100,6 +100,16 @@ CONFORMANCE = (
         for name in ("trixie", "sid", "bookworm")
     ),
 )
+AVOCADO = ("python", "avocado/run.py")
+AVOCADO_LISTED = Suite("avocado-listed", (*AVOCADO, "check"))
+AVOCADO_SMOKE = (
+    Suite(
+        "avocado",
+        (*AVOCADO, "distro", "--distro", "debian13", "--test", "boot", "--test", "restore"),
+        minutes=60,
+    ),
+    Suite("avocado-vt", (*AVOCADO, "vt", "qemu-prefault.prefault.boot"), minutes=60),
+)
 # In this order, two at a time: the longest first.
 TEST = (
     IMAGES[0],
@@ -110,6 +120,7 @@ TEST = (
     ),
     *LINT,
     *HOST,
+    AVOCADO_LISTED,
     lab("kill", "trixie", "-k", "test_kill"),
     *IMAGES[1:],
     LAB_ITSELF,
@@ -131,6 +142,8 @@ FULL = (
     lab("trixie", "trixie", "-k", "not (campaign or test_kill)", minutes=60),
     *LINT,
     *HOST,
+    AVOCADO_LISTED,
+    *AVOCADO_SMOKE,
     *IMAGES[1:],
     lab("sid-campaigns", "sid", "-k", "campaign", "--boots", "100", minutes=120),
     lab("sid", "sid", "-k", "not campaign", minutes=60),

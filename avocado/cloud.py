@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Other distributions' cloud images, from power-on to their login, by ``avocado.utils.vmimage``.
+
+They are what their makers publish, boot loader, kernel and all, and nobody can log in. Where the
+network has none of it the test is cancelled, and says so.
+"""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from avocado.utils import vmimage
+from guests import DATA_PAGES, PrefaultTest, Sample, Stopwatch
+
+from avocado import fail_on
+from qemu_prefault.errors import QemuPrefaultError
+from qemu_prefault.lab.system import distro_directory, make_overlay
+
+NETWORK_SECONDS = 60.0
+
+
+class CloudTest(PrefaultTest):
+    """One image, booted without the plugin and with it."""
+
+    def prepare(self) -> None:
+        self.distro = self.params.get("cloud", default="Fedora")
+        self.boot_files = None
+        # The lab has no network: what there is was fetched for it.
+        fetched = distro_directory("cloud")
+        if fetched.is_dir():
+            self.base_image = fetched / self.distro
+            if not self.base_image.exists():
+                reason = (fetched / f"{self.distro}.missing").read_text().strip()
+                self.cancel(f"no cloud image of {self.distro} to be had: {reason}")
+            return
+        socket.setdefaulttimeout(NETWORK_SECONDS)
+        try:
+            found = vmimage.Image.from_parameters(name=self.distro, cache_dir=self.cache_dirs[0])
+            self.base_image = Path(found.base_image)
+        # No provider of that name is an AttributeError, no network any of the others.
+        except (AttributeError, OSError, ValueError, vmimage.ImageProviderError) as error:
+            self.cancel(f"no cloud image of {self.distro} to be had: {error}")
+        finally:
+            socket.setdefaulttimeout(None)
+
+    def boot_image(self, plugin: list[str] | None) -> Sample:
+        overlay = Path(self.workdir) / f"overlay-{len(self.guests)}"
+        make_overlay(self.base_image, overlay, "qcow2")
+        guest = self.start(overlay, plugin=plugin)
+        stopwatch = Stopwatch(guest, from_its_start=True)
+        guest.wait_login()
+        sample = stopwatch.sample()
+        guest.kill()
+        return sample
+
+    @fail_on(QemuPrefaultError)
+    def test_boot(self) -> None:
+        """Its boot takes next to no faults on memory with the plugin."""
+        without = self.boot_image(None)
+        self.spared("boot", without, self.boot_image([]), DATA_PAGES, 0.01)

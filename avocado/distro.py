@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Whole distributions under KVM, prefaulted at each moment that matters.
+
+``avocado run avocado/distro.py -m avocado/variants.yaml``, or ``make avocado``, which also sees
+to it that there are images, and a KVM that can. Each test leaves its figures in its log and, as
+JSON, in its whiteboard.
+
+The guests are on 4K pages unless ``thp`` says otherwise: with 2 MiB pages there is little to
+win, and so little to see.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from guests import DATA_MIB, DATA_PAGES, MIB, PrefaultTest, Sample, Stopwatch, Tool
+
+from avocado import fail_on
+from qemu_prefault.errors import QemuPrefaultError
+from qemu_prefault.lab.system import SystemGuest, distro_directory, make_overlay
+
+DIMM_MIB = 128  # what Linux plugs at a time
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A guest that has booted, with root logged in and a file in its memory, in files."""
+
+    directory: Path
+    boot: Sample
+    checksum: str
+
+    @property
+    def state(self) -> Path:
+        return self.directory / "state"
+
+    @property
+    def overlay(self) -> Path:
+        return self.directory / "overlay"
+
+
+class DistroTest(PrefaultTest):
+    """One distribution on one kind of virtual machine, at six moments."""
+
+    def prepare(self) -> None:
+        self.distro = self.boot_files = self.params.get("distro", default="debian13")
+        if not (distro_directory(self.distro) / "disk").exists():
+            self.cancel(f"no image of {self.distro}: make avocado builds it")
+
+    def blank(self, name: str = "overlay") -> Path:
+        overlay = Path(self.workdir) / name
+        make_overlay(distro_directory(self.distro) / "disk", overlay)
+        return overlay
+
+    def boot(self, **options: Any) -> tuple[SystemGuest, Sample]:
+        """Boot a new guest to its login, and what that took; log in; it is healthy."""
+        guest = self.start(self.blank(), **options)
+        stopwatch = Stopwatch(guest, from_its_start=True)
+        guest.wait_login()
+        sample = stopwatch.sample()
+        guest.log_in()
+        guest.check_health()
+        return guest, sample
+
+    def saved_directory(self) -> Path:
+        common = os.environ.get("AVOCADO_TESTS_COMMON_TMPDIR") or self.workdir
+        name = "-".join([self.distro, *(str(value) for value in self.hardware.values())])
+        return Path(common) / name.replace("/", "_")
+
+    def save(self, guest: SystemGuest, boot: Sample) -> None:
+        """Save what has booted without any prefault, for all tests of this job."""
+        directory = self.saved_directory()
+        directory.mkdir(exist_ok=True)
+        guest.fill("data", DATA_MIB)
+        checksum = guest.checksum("data")
+        guest.shell("sync")
+        guest.save(directory / "state", timeout=600)
+        shutil.copy(self.overlay_of(guest), directory / "overlay")
+        (directory / "saved.json").write_text(
+            json.dumps({"boot": asdict(boot), "checksum": checksum})
+        )
+
+    def overlay_of(self, guest: SystemGuest) -> Path:
+        return Path(next(arg for arg in guest.argv if arg.startswith("file=/")).split(",")[0][5:])
+
+    def saved(self) -> Saved:
+        """A guest to restore; booted by the first test of a job that asks for it."""
+        directory = self.saved_directory()
+        if not (directory / "saved.json").exists():
+            guest, boot = self.boot()
+            self.save(guest, boot)
+            guest.kill()
+        found = json.loads((directory / "saved.json").read_text())
+        return Saved(directory, Sample(**found["boot"]), found["checksum"])
+
+    def copy_of(self, saved: Saved, name: str = "copy") -> Path:
+        overlay = Path(self.workdir) / name
+        shutil.copy(saved.overlay, overlay)
+        return overlay
+
+    def restored(self, saved: Saved, **options: Any) -> SystemGuest:
+        """A guest with its memory loaded, paused, and nothing in stage 2."""
+        overlay = self.copy_of(saved, f"copy-{len(self.guests)}")
+        guest = self.start(overlay, incoming=saved.state, paused=True, **options)
+        guest.wait_restored(timeout=600)
+        return guest
+
+    def check_data(self, guest: SystemGuest, saved: Saved) -> None:
+        """The memory self-check: all of the file, as it was written."""
+        self.assertEqual(guest.checksum("data"), saved.checksum)
+
+    @fail_on(QemuPrefaultError)
+    def test_attach(self) -> None:
+        """A guest that has booted and runs: what it touches from then on costs no fault."""
+        guest, boot = self.boot()
+        stopwatch = Stopwatch(guest)
+        guest.fill("before", DATA_MIB)
+        without = stopwatch.sample()
+        Tool(guest).finish()
+        self.assertEqual(guest.status(), "running")
+        stopwatch = Stopwatch(guest)
+        guest.fill("after", DATA_MIB)
+        self.spared("attach", without, stopwatch.sample(), DATA_PAGES // 2, 0.01)
+        self.assertEqual(guest.checksum("before"), guest.checksum("after"))
+        guest.check_health()
+        if not (self.saved_directory() / "saved.json").exists():
+            guest.shell("rm /dev/shm/before /dev/shm/after")
+            self.save(guest, boot)
+
+    @fail_on(QemuPrefaultError)
+    def test_boot(self) -> None:
+        """A boot with the plugin in QEMU, from power-on to the login."""
+        saved = self.saved()
+        guest, with_ = self.boot(plugin=[])
+        self.wait_kept(guest)
+        self.spared("boot", saved.boot, with_, DATA_PAGES, 0.01)
+
+    @fail_on(QemuPrefaultError)
+    def test_reset(self) -> None:
+        """The next boot of a guest whose QEMU has the plugin."""
+        saved = self.saved()
+        guest = self.restored(saved, plugin=[])
+        guest.qmp("cont")
+        self.check_data(guest, saved)
+        self.wait_kept(guest)
+        guest.reboot()
+        stopwatch = Stopwatch(guest)
+        guest.wait_login()
+        with_ = stopwatch.sample()
+        guest.log_in()
+        guest.check_health()
+        self.wait_kept(guest)
+        self.spared("reset", saved.boot, with_, DATA_PAGES, 0.01)
+
+    @fail_on(QemuPrefaultError)
+    def test_restore(self) -> None:
+        """A restored guest reads what it had in memory."""
+        saved = self.saved()
+        guest = self.restored(saved)
+        stopwatch = Stopwatch(guest, from_its_start=True)
+        guest.qmp("cont")
+        self.check_data(guest, saved)
+        without = stopwatch.sample()
+        guest.kill()
+
+        guest = self.start(self.copy_of(saved), incoming="defer")
+        tool = Tool(guest, "--incoming")
+        tool.wait_ready()
+        guest.qmp("migrate-incoming", timeout=600, uri=f"file:{saved.state}")
+        tool.finish()
+        stopwatch = Stopwatch(guest, from_its_start=True)
+        self.check_data(guest, saved)
+        self.spared("restore", without, stopwatch.sample(), DATA_PAGES, 0.01)
+        guest.check_health()
+
+    @fail_on(QemuPrefaultError)
+    def test_migrate(self) -> None:
+        """A guest that has migrated live, and went on working all the while."""
+        saved = self.saved()
+        samples = []
+        for prefault in (False, True):
+            source = self.restored(saved)
+            source.qmp("cont")
+            # Not as a job of the shell, which would tell of its end at some moment.
+            source.shell("(while :; do date; done >/dev/shm/dates & echo $! >/dev/shm/worker)")
+            source.qmp("migrate-set-parameters", max_bandwidth=1 << 40, downtime_limit=20_000)
+            uri = f"unix:{self.workdir}/migration-{prefault}"
+            target = self.start(self.overlay_of(source), incoming=uri)
+            if prefault:
+                tool = Tool(target, "--incoming")
+                tool.wait_ready()
+            source.qmp("migrate", uri=uri)
+            source.wait_migrated(timeout=900)
+            source.kill()
+            if prefault:
+                tool.finish()
+            target.wait_running()
+            stopwatch = Stopwatch(target, from_its_start=True)
+            self.check_data(target, saved)
+            samples.append(stopwatch.sample())
+            target.shell("kill $(cat /dev/shm/worker)")
+            target.check_health()
+            target.kill()
+        self.spared("migrate", *samples, DATA_PAGES, 0.01)
+
+    @fail_on(QemuPrefaultError)
+    def test_hotplug(self) -> None:
+        """Memory that is plugged, and filled; without and with it prefaulted in between."""
+        if not self.can_plug:
+            self.cancel(f"{self.hardware['machine']} has no memory slots to plug into")
+        saved = self.saved()
+        guest = self.restored(saved)
+        Tool(guest, "--cont").finish()
+        guest.shell("mount -o remount,size=90% /dev/shm")
+        samples = []
+        for number, prefault in enumerate((False, True)):
+            total = self.memory_of(guest)
+            size = DIMM_MIB * MIB
+            guest.qmp("object-add", qom_type="memory-backend-ram", id=f"mem{number}", size=size)
+            guest.qmp("device_add", driver="pc-dimm", id=f"dimm{number}", memdev=f"mem{number}")
+            # The guest tells the outcome by ACPI's _OST.
+            info: dict[str, Any] = {}
+            while info.get("device") != f"dimm{number}":
+                info = guest.wait_event("ACPI_DEVICE_OST", timeout=300)["data"]["info"]
+            self.assertEqual(info["status"], 0, info)
+            self.assertGreater(self.memory_of(guest), total)
+            if prefault:
+                Tool(guest).finish()
+            stopwatch = Stopwatch(guest)
+            guest.fill("plugged", DIMM_MIB - 16)
+            samples.append(stopwatch.sample())
+            guest.shell("rm /dev/shm/plugged")
+        self.spared("hotplug", *samples, (DIMM_MIB - 32) << 8, 0.01)
+        self.check_data(guest, saved)
+        guest.check_health()
+
+    def memory_of(self, guest: SystemGuest) -> int:
+        return int(guest.shell("awk '/MemTotal/ { print $2 }' /proc/meminfo")) << 10

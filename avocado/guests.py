@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the tests of this directory have in common: guests, samples of their counters, the tool."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from avocado import Test
+from qemu_prefault.lab.guest import reserve_hugepages, thp
+from qemu_prefault.lab.machine import kvm_can_prefault
+from qemu_prefault.lab.system import SystemGuest
+
+MIB = 1 << 20
+DATA_MIB = 64
+DATA_PAGES = DATA_MIB << 8
+HUGEPAGES = 512  # two guests
+PLUGGABLE = "slots=2,maxmem=2G"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a stretch of a guest's life took.
+
+    :ivar seconds: by the clock. :ivar faults: KVM's ``pf_taken``.
+    :ivar emulated: those of them that were accesses to device registers, which no table can
+        spare (``pf_emulate``).
+    """
+
+    seconds: float
+    faults: int
+    emulated: int
+
+    @property
+    def memory_faults(self) -> int:
+        """Faults on memory."""
+        return self.faults - self.emulated
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.1f} s, {self.memory_faults} faults on memory"
+
+
+class Stopwatch:
+    """Takes a :class:`Sample` of a guest from here on."""
+
+    def __init__(self, guest: SystemGuest, from_its_start: bool = False) -> None:
+        self.guest = guest
+        counters = {} if from_its_start else guest.stats()
+        self.before = counters.get("pf_taken", 0), counters.get("pf_emulate", 0)
+        self.started = time.monotonic()
+
+    def sample(self) -> Sample:
+        seconds = time.monotonic() - self.started
+        counters = self.guest.stats()
+        taken, emulated = self.before
+        return Sample(
+            round(seconds, 2), counters["pf_taken"] - taken, counters["pf_emulate"] - emulated
+        )
+
+
+class Tool:
+    """A run of ``qemu-prefault --qmp … --json``, in a process of its own."""
+
+    def __init__(self, guest: SystemGuest, *arguments: str) -> None:
+        command = [sys.executable, "-m", "qemu_prefault", "--qmp", str(guest.qmp_path), "--json"]
+        self._process = subprocess.Popen(
+            [*command, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._said = ""
+
+    def wait_ready(self) -> None:
+        """Wait until it awaits an incoming guest."""
+        assert self._process.stderr
+        for line in self._process.stderr:
+            self._said += line
+            if "ready" in line:
+                return
+        raise AssertionError(f"the tool has ended: {self._said}")
+
+    def finish(self) -> dict[str, Any]:
+        """Wait for its end; give its report, in which every byte is accounted for."""
+        stdout, stderr = self._process.communicate(timeout=900)
+        assert self._process.returncode == 0, (self._process.returncode, stdout, self._said, stderr)
+        report: dict[str, Any] = json.loads(stdout)
+        assert report["bytes"]["remaining"] == 0, report
+        return report
+
+
+class PrefaultTest(Test):
+    """One guest on one kind of virtual machine, as the varianter says."""
+
+    timeout = 7200
+    distro: str
+    boot_files: str | None
+
+    def prepare(self) -> None:
+        """See to what the guest boots from; ``self.distro`` is how reports call it."""
+        raise NotImplementedError
+
+    def setUp(self) -> None:
+        self.guests: list[SystemGuest] = []
+        self.rows: list[dict[str, Any]] = []
+        self.undo: list[Callable[[], object]] = []
+        get = self.params.get
+        self.hardware: dict[str, Any] = {
+            "machine": get("machine", default="pc"),
+            "backing": get("backing", default="ram"),
+            "firmware": get("firmware", default="seabios"),
+            "smp": int(get("vcpus", default=1)),
+            "memory_mib": int(get("memory_mib", default=512)),
+        }
+        self.can_plug = not self.hardware["machine"].startswith("microvm")
+        if self.can_plug:
+            self.hardware["memory"] = PLUGGABLE
+        self.pages = get("thp", default="never")
+        self.hugetlb = self.hardware["backing"] == "hugetlb"
+        self.prepare()
+        if not kvm_can_prefault():
+            self.cancel("this host's KVM cannot prefault: make avocado takes the lab then")
+        self.undo.append(partial(thp, thp(self.pages)))
+        if self.hugetlb:
+            self.undo.append(partial(reserve_hugepages, 0))
+            if reserve_hugepages(HUGEPAGES) < HUGEPAGES:
+                self.cancel(f"there are no {HUGEPAGES} hugetlb pages of 2 MiB to be had")
+
+    def tearDown(self) -> None:
+        for guest in self.guests:
+            log = guest.serial_log.decode(errors="replace").replace("\r", "")
+            (Path(self.logdir) / f"console-{guest.pid}.log").write_text(log)
+            guest.kill()
+        for undo in self.undo:
+            undo()
+        self.whiteboard = json.dumps(self.rows)
+
+    # What the tests are made of.
+
+    def report(self, moment: str, without: Sample | None, with_: Sample) -> None:
+        """Log a row of the table; it ends up in the whiteboard."""
+        row: dict[str, Any] = {"distro": self.distro, "moment": moment, "pages": self.pages}
+        row |= {key: self.hardware[key] for key in ("machine", "backing", "firmware", "smp")}
+        row |= {"without": without and asdict(without), "with": asdict(with_)}
+        self.rows.append(row)
+        self.log.info("%s: %s: without: %s; with: %s", self.distro, moment, without, with_)
+
+    def start(self, overlay: Path, **options: Any) -> SystemGuest:
+        """Start a guest that is killed at the end, and its console kept."""
+        guest = SystemGuest(self.boot_files, overlay, **self.hardware, **options)
+        self.guests.append(guest)
+        return guest
+
+    def wait_kept(self, guest: SystemGuest) -> dict[str, Any]:
+        """Wait until the plugin has nothing left to do; give its status."""
+        deadline = time.monotonic() + 300
+        while (status := guest.control("status"))["pending"]:
+            self.assertLess(time.monotonic(), deadline, status)
+            guest.shell("true")
+        counters = status["counters"]
+        self.assertEqual((counters["errors"], counters["stuck"]), (0, 0))
+        return status
+
+    def spared(self, moment: str, without: Sample, with_: Sample, least: int, part: float) -> None:
+        """There was something to win, and at most this part of it was lost."""
+        self.report(moment, without, with_)
+        if self.pages == "never" and not self.hugetlb:
+            self.assertGreaterEqual(without.memory_faults, least)
+            self.assertLessEqual(with_.memory_faults, part * without.memory_faults)

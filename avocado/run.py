@@ -1,0 +1,487 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Runs the avocado tests where there is a KVM that can prefault. Called by ``make``.
+
+    python avocado/run.py distro [--distro NAME]... [--profile NAME]... [-- AVOCADO-ARGUMENT...]
+    python avocado/run.py vt [--tp-qemu DIRECTORY] [-- REFERENCE...]
+    python avocado/run.py check
+
+On a host whose KVM can, they run on it; elsewhere in the nested lab. The job's results (HTML,
+JSON, xunit, each test's log) are kept in the cache; their place is printed. The last line is
+``N passed, N failed, N skipped``; the exit status is 0 only if nothing failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qemu_prefault.errors import FailedError, QemuPrefaultError
+from qemu_prefault.lab import cache, distro
+from qemu_prefault.lab.distro import PASSWORD
+from qemu_prefault.lab.machine import Machine
+from qemu_prefault.lab.nested import Lab, open_machine
+from qemu_prefault.lab.system import DISTROS_VARIABLE, GUEST_KERNEL_ARGS
+
+HERE = Path(__file__).resolve().parent
+REQUIREMENTS = HERE / "requirements.txt"
+VT_DISTRO = "debian13"
+VT_REQUIREMENTS = HERE / "vt/requirements.txt"
+HOURS = 3600.0
+# Kinds of virtual machine, and what of them is tried where not everything is.
+PROFILES = ("pc", "q35", "microvm", "memfd", "hugetlb", "thp", "vcpus", "ovmf")
+CLOUDS = ("Fedora", "Ubuntu", "Alpine", "OpenSUSE")
+MOMENTS = ("attach", "boot", "reset", "restore", "migrate", "hotplug")
+ENDINGS = {"PASS": "passed", "WARN": "passed", "CANCEL": "skipped", "SKIP": "skipped"}
+
+
+def wheels(*requirements: Path) -> list[Path]:
+    """Download what is put in beside the package, once."""
+
+    def fill(directory: Path) -> None:
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q"]
+        files = [word for path in requirements for word in ("-r", str(path))]
+        subprocess.run([*pip, "-d", str(directory), *files], check=True)
+
+    key = cache.key_of(*(path.read_bytes() for path in requirements), sys.version)
+    return sorted(cache.entry("avocado-wheels", key, fill).glob("*.whl"))
+
+
+def site(*requirements: Path) -> Path:
+    """The same, unpacked, for this host's Python."""
+    packed = wheels(*requirements)
+
+    def fill(directory: Path) -> None:
+        for wheel in packed:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(directory)
+
+    return cache.entry("avocado-site", cache.key_of(*map(str, packed)), fill)
+
+
+def python_on(directory: Path, *argv: str) -> str:
+    """Run this Python with the modules of :func:`site`; give what it printed."""
+    with tempfile.TemporaryDirectory() as home:
+        result = subprocess.run(
+            [sys.executable, "-W", "ignore", *argv],
+            cwd=HERE,
+            env={**os.environ, "PYTHONPATH": str(directory), "HOME": home},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if result.returncode:
+        raise FailedError(f"{argv[:4]} failed", result.stdout + result.stderr)
+    return result.stdout
+
+
+# One line of JSON for each name: where its image is, or why there is none.
+FETCH_CLOUD_IMAGES = """
+import json, socket, sys
+from avocado.utils import vmimage
+
+socket.setdefaulttimeout(60)
+for name in sys.argv[2:]:
+    answer = {"name": name}
+    try:
+        image = vmimage.Image.from_parameters(name=name, cache_dir=sys.argv[1])
+        answer["path"] = image.base_image
+    except (AttributeError, OSError, ValueError, vmimage.ImageProviderError) as error:
+        answer["reason"] = str(error)
+    print(json.dumps(answer))
+"""
+
+
+def cloud_images() -> dict[str, Path | str]:
+    """Fetch those images that the network has; of the others, why they are not there."""
+    directory = cache.cache_dir() / "cloud-images"
+    directory.mkdir(exist_ok=True)
+    said = python_on(site(REQUIREMENTS), "-c", FETCH_CLOUD_IMAGES, str(directory), *CLOUDS)
+    answers = [json.loads(line) for line in said.splitlines()]
+    return {a["name"]: Path(a["path"]) if "path" in a else a["reason"] for a in answers}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the tests run: a machine, and a directory on it.
+
+    :ivar distros: a directory on it, as ``QEMU_PREFAULT_DISTROS`` names it.
+    """
+
+    machine: Machine
+    directory: str
+    distros: str
+
+
+def open_place(
+    names: Sequence[str],
+    requirements: Sequence[Path],
+    nested: bool,
+    clouds: Mapping[str, Path | str] | None = None,
+) -> Place:
+    """Open a machine that has these distributions and images, avocado, and this package.
+
+    Its wheels are those that ``scripts/with-env`` has built.
+    """
+    package = [Path(wheel) for wheel in os.environ["QEMU_PREFAULT_WHEELS"].split()]
+    images = {name: distro.build(distro.distro_named(name)) for name in names}
+    disks = [path for built in images.values() for path in (built.disk, distro.boot_disk(built))]
+    clouds = clouds or {}
+    disks += [path for path in clouds.values() if isinstance(path, Path)]
+    machine = open_machine("avocado", nested=nested, disks=disks)
+    machine.install([*wheels(*requirements), *package])
+    directory = machine.run(["mktemp", "-d", "/var/tmp/avocado-XXXXXX"]).text.strip()
+    distros = f"{directory}/distros"
+    for number, (name, built) in enumerate(images.items()):
+        target = f"{distros}/{name}"
+        if isinstance(machine, Lab):
+            disk, boot = (f"/dev/vd{chr(ord('c') + 2 * number + part)}" for part in (0, 1))
+            script = 'mkdir -p "$1/boot"; ln -s "$2" "$1/disk"; mount -o ro "$3" "$1/boot"'
+        else:
+            disk, boot = str(built.disk), str(built.boot)
+            script = 'mkdir -p "$1"; ln -s "$2" "$1/disk"; ln -s "$3" "$1/boot"'
+        machine.run(["sh", "-ec", script, "sh", target, disk, boot])
+    for name, cloud in clouds.items():
+        target = f"{distros}/cloud/{name}"
+        script = 'mkdir -p "$(dirname "$1")"; ln -s "$2" "$1"'
+        if isinstance(cloud, Path):
+            source = str(cloud)
+            if isinstance(machine, Lab):
+                source = f"/dev/vd{chr(ord('c') + disks.index(cloud))}"
+        else:
+            script, source = script.replace("ln -s", 'echo "$2" >"$1.missing"; :'), cloud
+        machine.run(["sh", "-ec", script, "sh", target, source])
+    machine.put(HERE, f"{directory}/avocado")
+    return Place(machine, directory, distros)
+
+
+def avocado(place: Place, arguments: Sequence[str], timeout: float = HOURS) -> int:
+    """Run avocado there, showing what it says; give its exit status."""
+    base = place.directory
+    paths = "".join(
+        f"{key} = {base}/{value}\n"
+        for key, value in {
+            "base_dir": "base",
+            "data_dir": "data",
+            "logs_dir": "results",
+            "test_dir": "avocado",
+        }.items()
+    )
+    text = f"[datadir.paths]\n{paths}cache_dirs = ['{base}/cache']\n"
+    # Not by --config: avocado-vt asks for its directories before that is read.
+    script = "mkdir -p .config/avocado && cat >.config/avocado/avocado.conf"
+    place.machine.run(["sh", "-c", script], cwd=base, stdin=text.encode())
+    argv = ["python3", "-m", "avocado", *arguments]
+    if not isinstance(place.machine, Lab):
+        # avocado starts its runners with the system's Python, which has not what this one has.
+        script = 'export PYTHONPATH="$PYTHONPATH:$1"; shift; exec "$@"'
+        argv = ["sh", "-c", script, "sh", ":".join(filter(None, sys.path)), *argv]
+    env = {DISTROS_VARIABLE: place.distros, "HOME": base, "PYTHONUNBUFFERED": "1"}
+    env["PYTHONWARNINGS"] = "ignore"
+    result = place.machine.run(
+        argv, timeout=timeout, check=False, env=env, cwd=f"{base}/avocado", on_output=show
+    )
+    return result.returncode
+
+
+def show(fd: int, data: bytes) -> None:
+    stream = sys.stdout.buffer if fd == 1 else sys.stderr.buffer
+    stream.write(data)
+    stream.flush()
+
+
+def collect(place: Place, kind: str) -> Path:
+    """Copy the job's results here; give the directory."""
+    target = cache.cache_dir() / "results" / time.strftime(f"{kind}-%Y%m%d-%H%M%S")
+    latest = f"{place.directory}/results/latest"
+    place.machine.get(
+        place.machine.run(["readlink", "-f", latest]).text.strip(),
+        target,
+    )
+    return target
+
+
+def summary(results: Path) -> tuple[list[str], Counter[str]]:
+    """Give the lines that sum a job up, and how many tests passed, failed and were skipped."""
+    job = json.loads((results / "results.json").read_text())
+    counts = Counter[str]()
+    rows: list[dict[str, Any]] = []
+    lines = []
+    for test in job["tests"]:
+        ending = ENDINGS.get(test["status"], "failed")
+        counts[ending] += 1
+        if ending != "passed":
+            lines.append(f"{test['status']}: {test['id']}: {test['fail_reason']}")
+        found = json.loads(test.get("whiteboard") or "[]")
+        rows += [row for row in found if test["status"] == "PASS"]
+    lines += ["", *(table(rows) if "distro" in rows[0] else vt_table(job))] if rows else []
+    return [*lines, "", f"results: {results}/results.html", ""], counts
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The whiteboards as a table in Markdown."""
+    lines = [
+        "| distribution | machine | moment | seconds, without | with | faults on memory, without "
+        "| with | device accesses, without | with |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        machine = [row["machine"].partition(",")[0]]
+        machine += [row["backing"]] if row["backing"] != "ram" else []
+        machine += ["OVMF"] if row["firmware"] == "ovmf" else []
+        machine += ["THP"] if row["pages"] != "never" else []
+        machine += [f"{row['smp']} vCPUs"] if row["smp"] > 1 else []
+        cells = [row["distro"], ", ".join(machine), row["moment"]]
+        for part in ("seconds", "memory", "emulated"):
+            for which in ("without", "with"):
+                cells.append(figure(row[which], part))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def vt_table(job: dict[str, Any]) -> list[str]:
+    """A job of avocado-vt as a table in Markdown."""
+    lines = [
+        "| test | seconds | measured | faults on memory, without | with |",
+        "|---|--:|---|--:|--:|",
+    ]
+    for test in job["tests"]:
+        rows = json.loads(test.get("whiteboard") or "[]") or [{}]
+        for row in rows:
+            faults = [
+                "" if (n := row.get(key)) is None else f"{n:,}" for key in ("without", "with")
+            ]
+            name = test["name"].removeprefix("type_specific.").partition(";")[0]
+            cells = [name, f"{test['time_elapsed']:.0f}", row.get("moment", ""), *faults]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def figure(sample: dict[str, Any] | None, part: str) -> str:
+    if sample is None:
+        return ""
+    if part == "seconds":
+        return f"{sample['seconds']:.1f}"
+    return (
+        f"{sample['emulated'] if part == 'emulated' else sample['faults'] - sample['emulated']:,}"
+    )
+
+
+SERIALLY = ("--max-parallel-tasks", "1", "--disable-sysinfo")
+
+
+def run_distro(options: argparse.Namespace) -> int:
+    names = options.distro or list(distro.DISTROS)
+    tests = [f"distro.py:DistroTest.test_{name}" for name in options.test or MOMENTS]
+    wanted = [f"/run/distro/{name}" for name in names]
+    wanted += [f"/run/profile/{name}" for name in options.profile or PROFILES[:1]]
+    variants = ["-m", "variants.yaml", "--mux-filter-only", *wanted]
+    order = ["--execution-order", "tests-per-variant"]
+    timeout = options.hours * HOURS
+    jobs = []
+    everything = not (options.distro or options.test)
+    clouds = cloud_images() if everything else {}
+    with (place := open_place(names, [REQUIREMENTS], options.nested, clouds)).machine:
+        avocado(place, ["run", *tests, *variants, *order, *SERIALLY, *options.arguments], timeout)
+        jobs.append(collect(place, "avocado"))
+        if everything:
+            avocado(place, ["run", "cloud.py", "-m", "cloud.yaml", *SERIALLY], timeout)
+            jobs.append(collect(place, "avocado-cloud"))
+    return sum_up(jobs)
+
+
+def sum_up(jobs: Sequence[Path]) -> int:
+    """Print what jobs came to; give this program's exit status."""
+    counts = Counter[str]()
+    for results in jobs:
+        lines, found = summary(results)
+        counts += found
+        print("\n".join(lines))
+    print(", ".join(f"{counts[what]} {what}" for what in ("passed", "failed", "skipped")))
+    return 1 if counts["failed"] or not counts["passed"] else 0
+
+
+# What avocado-vt has to know about the guest, and about a host that emulates.
+VT_PARAMS = {
+    "image_name": "images/guest",
+    "image_format": "qcow2",
+    "drive_format": "virtio",
+    "force_create_image": "no",
+    "backup_image_before_testing": "yes",
+    "restore_image_after_testing": "yes",
+    "vm_accelerator": "kvm",
+    "mem": "512",
+    "auto_cpu_model": "no",
+    "cpu_model": "host",
+    "smp": "1",
+    "vcpu_maxcpus": "1",
+    "monitor_type": "qmp",
+    "nics": "",
+    "usbs": "",
+    "usb_devices": "",
+    "vga": "",
+    "serial_login": "yes",
+    "force_reset_go_down_check": "qmp",
+    "login_timeout": "1800",
+    "username": "root",
+    "password": PASSWORD,
+    "shell_prompt": r"[\#\$]\s*$",
+    "kill_vm": "yes",
+    "kill_vm_gracefully": "no",
+    "verify_guest_dmesg": "no",
+    "take_regular_screendumps": "no",
+    "store_vm_info": "no",
+    "encode_video_files": "no",
+}
+# What is run of avocado-vt's own provider, with `prefault = yes` and no other change.
+VT_OWN = ("tp-qemu.boot", "tp-qemu.reboot")
+VT_SETUP = """
+cd "$1"
+data=data/avocado-vt
+mkdir -p $data/images $data/virttest/test-providers.d/downloads/.local
+qemu-img create -q -f qcow2 -F raw -b "$(readlink -f "$2")" $data/images/guest.qcow2
+sed "s,^uri:.*,uri: file://$1/avocado/vt," avocado/vt/qemu-prefault.ini \
+	>$data/virttest/test-providers.d/qemu-prefault.ini
+if [ -d tp-qemu ]; then
+	printf '%s\n' "[provider]" "uri: file://$1/tp-qemu" "[generic]" "subdir: generic/" \
+		"[qemu]" "subdir: qemu/" >$data/virttest/test-providers.d/tp-qemu.ini
+fi
+"""
+
+
+def run_vt(options: argparse.Namespace) -> int:
+    requirements = [REQUIREMENTS, VT_REQUIREMENTS]
+    jobs = []
+    with (place := open_place([VT_DISTRO], requirements, options.nested)).machine as machine:
+        base = place.directory
+        if options.tp_qemu:
+            for part in ("generic", "qemu", "provider"):
+                put_python(machine, options.tp_qemu / part, f"{base}/tp-qemu/{part}")
+        machine.run(["sh", "-ec", VT_SETUP, "sh", base, f"{place.distros}/{VT_DISTRO}/disk"])
+        bootstrap = ["vt-bootstrap", "--vt-type", "qemu", "--vt-no-downloads", "--yes-to-all"]
+        if avocado(place, [*bootstrap, "--vt-update-config"]):
+            return 1
+        # The one line that gives `prefault = yes` its meaning.
+        hook = f"test_pre_hook = {base}/avocado/vt/prefault_hook.py"
+        shared = f"{base}/data/avocado-vt/backends/qemu/cfg/tests-shared.cfg"
+        machine.run(["sh", "-c", 'echo "$1" >>"$2"', "sh", hook, shared])
+        boot = {f: f"{place.distros}/{VT_DISTRO}/boot/{f}" for f in ("vmlinuz", "initrd")}
+        params = VT_PARAMS | {"kernel": boot["vmlinuz"], "initrd": boot["initrd"]}
+        params["kernel_params"] = GUEST_KERNEL_ARGS
+        with huge_pages_off(machine):
+            own = options.arguments or ["qemu-prefault.prefault"]
+            jobs.append(run_vt_job(place, own, params, options))
+            if options.tp_qemu:
+                params |= {"prefault": "yes", "reboot_count": "1"}
+                jobs.append(run_vt_job(place, list(VT_OWN), params, options))
+    return sum_up(jobs)
+
+
+def run_vt_job(
+    place: Place, references: Sequence[str], params: dict[str, str], options: argparse.Namespace
+) -> Path:
+    arguments = ["run", *references, *SERIALLY]
+    arguments += ["--vt-type", "qemu", "--vt-machine-type", "q35"]
+    arguments += ["--vt-qemu-bin", "/usr/bin/qemu-system-x86_64"]
+    for key, value in params.items():
+        arguments += ["--vt-extra-params", f"{key}={value}"]
+    avocado(place, arguments, options.hours * HOURS)
+    return collect(place, "avocado-vt")
+
+
+def put_python(machine: Machine, source: Path, target: str) -> None:
+    """Copy a provider's Python and its cartesian configuration; the rest is gigabytes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in source.rglob("*"):
+            if path.suffix in (".py", ".cfg") and path.is_file():
+                copy = Path(scratch) / path.relative_to(source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, copy)
+        machine.put(Path(scratch), target)
+
+
+@contextlib.contextmanager
+def huge_pages_off(machine: Machine) -> Iterator[None]:
+    """With 2 MiB pages there is little to win, and so little to see."""
+    path = "/sys/kernel/mm/transparent_hugepage/enabled"
+    before = machine.run(["cat", path]).text.partition("[")[2].partition("]")[0]
+    machine.run(["sh", "-c", f"echo never >{path}"])
+    try:
+        yield
+    finally:
+        machine.run(["sh", "-c", f"echo {before} >{path}"])
+
+
+CHECK_VT = """
+import sys
+from pathlib import Path
+from virttest.cartesian_config import Parser
+
+provider = Path(sys.argv[1])
+for path in sorted((provider / "qemu/tests/cfg").glob("*.cfg")):
+    text = "".join(f"    {line}\\n" for line in path.read_text().splitlines())
+    parser = Parser()
+    parser.parse_string(f"variants subtest:\\n{text}")
+    for found in parser.get_dicts():
+        compile((provider / f"qemu/tests/{found['type']}.py").read_text(), found["type"], "exec")
+        print(found["name"])
+"""
+
+
+def run_check(_: argparse.Namespace) -> int:
+    """Have avocado list its tests and variants, and avocado-vt's parser those of the provider."""
+    modules = site(REQUIREMENTS, VT_REQUIREMENTS)
+    listed = python_on(modules, "-m", "avocado", "list", "distro.py", "cloud.py").splitlines()
+    tests = [line for line in listed if "Test.test_" in line]
+    shown = python_on(modules, "-m", "avocado", "variants", "-m", "variants.yaml").splitlines()
+    variants = [line for line in shown if line.startswith("Variant run-")]
+    provided = python_on(modules, "-c", CHECK_VT, str(HERE / "vt")).splitlines()
+    print("\n".join([*tests, *variants, *provided]))
+    wanted = len(MOMENTS) + 1, len(distro.DISTROS) * len(PROFILES)
+    if (len(tests), len(variants)) != wanted or not provided:
+        raise FailedError("not all tests and variants are found", f"expected: {wanted}")
+    return 0
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="lab: %(message)s", stream=sys.stderr)
+    parser = argparse.ArgumentParser(description="Run the avocado tests.")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--nested", action="store_true", help="in the lab, even so")
+    common.add_argument("--hours", type=float, default=6.0, help="given to the whole job")
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("distro", parents=[common], help="whole distributions")
+    one.add_argument("--distro", action="append", choices=list(distro.DISTROS))
+    one.add_argument("--profile", action="append", choices=PROFILES)
+    one.add_argument("--test", action="append", choices=MOMENTS)
+    one.add_argument("arguments", nargs="*", help="more for avocado run")
+    one.set_defaults(run=run_distro)
+    two = commands.add_parser("vt", parents=[common], help="avocado-vt, and its test provider")
+    two.add_argument("--tp-qemu", type=Path, help="a checkout of avocado-vt's own provider")
+    two.add_argument("arguments", nargs="*", help="which tests; default: all of the provider's")
+    two.set_defaults(run=run_vt)
+    three = commands.add_parser("check", help="without a guest: is everything found and listed?")
+    three.set_defaults(run=run_check)
+    options = parser.parse_args()
+    try:
+        return int(options.run(options))
+    except QemuPrefaultError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.exit_status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
