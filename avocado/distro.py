@@ -189,7 +189,7 @@ class DistroTest(PrefaultTest):
             # Not as a job of the shell, which would tell of its end at some moment.
             source.shell("(while :; do date; done >/dev/shm/dates & echo $! >/dev/shm/worker)")
             source.qmp("migrate-set-parameters", max_bandwidth=1 << 40, downtime_limit=20_000)
-            uri = f"unix:{self.workdir}/migration-{prefault}"
+            uri = f"unix:{source.directory}/migration"  # the work directory's name is too long
             target = self.start(self.overlay_of(source), incoming=uri)
             if prefault:
                 tool = Tool(target, "--incoming")
