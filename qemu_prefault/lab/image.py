@@ -63,6 +63,7 @@ _L1_PACKAGES = (
 _AVOCADO_PACKAGES = (
     "diffutils",
     "gcc",
+    "git",
     "iputils-arping",
     "netcat-openbsd",
     "qemu-utils",

@@ -21,7 +21,12 @@ def run(test, params, env):
     session.close()
     state = os.path.join(test.workdir, "state")
     vm.pause()
-    vm.save_to_file(state)
+    # VM.save_to_file() asks for a command that QEMU has no more.
+    vm.monitor.migrate(f"file:{state}")
+    vm.wait_for_migration(900)
+    if not vm.mig_succeeded():
+        test.fail("the guest could not be saved")
+    vm.destroy(gracefully=False, free_mac_addresses=False)
     taken = []
     for prefault in (False, True):
         vm.restore_from_file(state)
