@@ -38,9 +38,10 @@ def migrate(test, params, vm, prefault):
         tool = prefault_vt.Tool(test, target, "--incoming", "--cont") if prefault else None
         if tool:
             tool.wait_ready()
-        uri = f"unix:{target.migration_file}"
         if protocol == "tcp":
             uri = f"tcp:localhost:{target.migration_port}"
+        else:
+            uri = f"unix:{target.migration_file}"
         if target.deferral_incoming:
             target.monitor.migrate_incoming(uri)
         vm.monitor.migrate(uri)
