@@ -16,6 +16,7 @@ Field and file formats are those of proc(5), and Documentation/admin-guide/cgrou
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -30,6 +31,8 @@ Backing = Literal["anonymous", "memfd", "shmem", "hugetlb", "file", "device"]
 
 CAP_SYS_PTRACE: Final = 19  # include/uapi/linux/capability.h
 PROC: Final = "/proc"
+#: Of a process whose threads come and go all the time.
+MOST_LISTINGS: Final = 16
 
 
 class GoneError(FailedError):
@@ -378,6 +381,32 @@ class Limit:
     detail: str
 
 
+def thread_names(pid: int) -> dict[int, str]:
+    """Return a process's threads, as ``/proc/PID/task/TID/comm`` names them; none if it is gone."""
+    names = {}
+    with contextlib.suppress(OSError):
+        for tid in _whole_list(lambda: os.listdir(f"{PROC}/{pid}/task")):
+            with contextlib.suppress(OSError), open(f"{PROC}/{pid}/task/{tid}/comm") as comm:
+                names[int(tid)] = comm.read().rstrip("\n")
+    return names
+
+
+def _whole_list(list_tasks: Callable[[], list[str]]) -> list[str]:
+    """List threads until a list comes twice.
+
+    Once is not enough: when a thread ends under the kernel's hand, one behind it is left out,
+    for it goes on by count (next_tid() and first_tid(), fs/proc/base.c). That which ended was
+    listed itself, so a list that comes twice is whole.
+    """
+    before: list[str] = []
+    for _ in range(MOST_LISTINGS):
+        names = list_tasks()
+        if names == before:
+            break
+        before = names
+    return before
+
+
 @dataclass(frozen=True, slots=True)
 class Process:
     """A process, pinned by pid and start time. Make one by :meth:`find` or :func:`identify`."""
@@ -419,7 +448,8 @@ class Process:
 
     def threads(self) -> tuple[int, ...]:
         """Return the ids of its threads, ascending."""
-        return tuple(sorted(int(name) for name in self._list("task") if name.isdecimal()))
+        names = _whole_list(lambda: self._list("task"))
+        return tuple(sorted(int(name) for name in names if name.isdecimal()))
 
     def status(self, tid: int | None = None) -> Status:
         """Return the status of the process, or of its thread `tid`."""

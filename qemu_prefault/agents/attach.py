@@ -73,6 +73,14 @@ class _Helper:
             raise OSError(errno.EIO, "not a control page any more")
         return header
 
+    def is_there(self) -> bool:
+        """Whether its mapping is; it unmaps that itself when it leaves."""
+        try:
+            self.read_header()
+        except OSError:
+            return False
+        return True
+
     def write_word(self, field: str, value: int) -> None:
         size = 8 if field == "heartbeat" else 4
         os.pwrite(self._memory, value.to_bytes(size, "little"), self.control + _offset(field))
@@ -445,7 +453,10 @@ class AttachAgent:
     async def _wait_gone(self) -> None:
         deadline = time.monotonic() + self.limits.stuck + self.limits.dead_man + 2
         pause = 0.0005
-        while self._helpers and helper_threads(self.process.pid):
+        # One that was started just now may not have its name yet.
+        while any(helper.is_there() for helper in self._helpers.values()) or (
+            self._helpers and helper_threads(self.process.pid)
+        ):
             if time.monotonic() > deadline:
                 raise AgentError(
                     f"a helper thread is held by the kernel in QEMU (pid {self.process.pid})",
@@ -492,13 +503,7 @@ def alive(process: procfs.Process) -> bool:
 
 def helper_threads(pid: int) -> tuple[int, ...]:
     """Thread ids of helpers (ours or another run's) inside process ``pid``."""
-    found = []
-    with contextlib.suppress(OSError):
-        for name in os.listdir(f"/proc/{pid}/task"):
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{name}/comm") as comm:
-                if comm.read().strip() == HELPER_NAME:
-                    found.append(int(name))
-    return tuple(found)
+    return tuple(tid for tid, name in procfs.thread_names(pid).items() if name == HELPER_NAME)
 
 
 def ptrace_denied(process: procfs.Process) -> UnsupportedError:

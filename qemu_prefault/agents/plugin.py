@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import AgentError, FailedError, RefusedError, UnsupportedError
-from ..process import Process
+from ..process import Process, thread_names
 from . import BatchResult, DeathOrders, Limits, Outcome, Range, VcpuThread, Worker
 
 PROTOCOL: Final = 1
@@ -55,12 +55,11 @@ def find_control_socket(process: Process) -> Path | None:
     is bound to. The path is seen through ``/proc/PID/root``: QEMU may have its own mounts.
     """
     proc = Path("/proc") / str(process.pid)
-    for task in _names(proc / "task"):
+    for name in thread_names(process.pid).values():
+        if not name.startswith(CONTROL_THREAD):
+            continue
         try:
-            comm = (proc / "task" / task / "comm").read_text().strip()
-            if not comm.startswith(CONTROL_THREAD):
-                continue
-            link = os.readlink(proc / "fd" / comm.removeprefix(CONTROL_THREAD))
+            link = os.readlink(proc / "fd" / name.removeprefix(CONTROL_THREAD))
             table = (proc / "net" / "unix").read_text()
         except OSError:
             continue
@@ -83,19 +82,7 @@ def bound_path(table: str, link: str) -> str | None:
 
 def batch_threads(pid: int) -> bool:
     """Whether threads of a batch are at work in process ``pid``."""
-    tasks = Path("/proc") / str(pid) / "task"
-    for name in _names(tasks):
-        with contextlib.suppress(OSError):
-            if (tasks / name / "comm").read_text().strip() == BATCH_THREAD:
-                return True
-    return False
-
-
-def _names(directory: Path) -> list[str]:
-    try:
-        return os.listdir(directory)
-    except OSError:
-        return []
+    return BATCH_THREAD in thread_names(pid).values()
 
 
 # -- talking to it -----------------------------------------------------------------------

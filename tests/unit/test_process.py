@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -275,6 +277,22 @@ def test_own_maps_know_our_mappings() -> None:
     assert process.exe == os.path.realpath(sys.executable)
     assert process.kvm_fds() == KvmFds()
     process.check()
+
+
+def test_no_thread_is_overlooked_while_others_end() -> None:
+    # The kernel's own list leaves out one in a thousand here.
+    process = Process.find(os.getpid())
+    for _ in range(1500):
+        ends = threading.Thread(target=time.sleep, args=(0.0002,))
+        done = threading.Event()
+        stays = threading.Thread(target=done.wait)
+        ends.start()
+        stays.start()
+        listed = [process.threads() for _ in range(20)]
+        done.set()
+        stays.join()
+        ends.join()
+        assert all(stays.native_id in threads for threads in listed)
 
 
 @needs_root
