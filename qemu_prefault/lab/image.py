@@ -70,6 +70,15 @@ _AVOCADO_PACKAGES = (
     "tcpdump",
     "xz-utils",
 )
+_LIBVIRT_PACKAGES = (
+    "apparmor",
+    "libvirt-clients",
+    "libvirt-daemon-driver-qemu",
+    "libvirt-daemon-system",
+    "python3-libvirt",
+    "python3-prometheus-client",
+    "systemd",
+)
 # Needed before the root file system is there; what the kernel has built in is skipped.
 _BOOT_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4", "overlay")
 _BOOT_MODULES_IF_THERE = ("crc32c_generic", "crc32c_intel", "crc32c")
@@ -98,6 +107,7 @@ VARIANTS = {
     for variant in (
         Variant("bookworm", ("bookworm",)),  # kernel 6.1, QEMU 7.2: has no ioctl
         Variant("trixie", ("trixie",)),  # kernel 6.12, QEMU 10.0
+        Variant("libvirt", ("trixie",), (*_L1_PACKAGES, *_LIBVIRT_PACKAGES)),  # libvirt 11.3
         # The index of unstable is at times ahead of its pool, and packages are missing.
         Variant("sid", ("sid", "sid", "testing")),
         # Trixie with what the tests in avocado/ need.
