@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A guest's serial line, and the workload (workload.c) that answers on it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import select
+import socket
+import time
+from collections.abc import Callable
+
+_TERMINAL = re.compile(rb"\x1b\[[0-9;=?]*[A-Za-z]")  # UEFI clears a screen before the kernel
+
+Answer = dict[str, float | str]
+
+
+class Serial:
+    """One serial line.
+
+    :param line: its socket, owned from here on.
+    :param pidfd: of its QEMU, whose end ends every wait; without, the end of the line does.
+    :param problem: makes the error that is raised for a sentence of what went wrong.
+    :ivar log: all that was ever received.
+    """
+
+    def __init__(
+        self, line: socket.socket, problem: Callable[[str], Exception], pidfd: int | None = None
+    ) -> None:
+        self._socket = line
+        self._socket.setblocking(False)
+        self._problem = problem
+        self._pidfd = pidfd
+        self._buffer = b""
+        self.log = b""
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def forget(self) -> None:
+        """What has been received so far was not meant for us."""
+        with contextlib.suppress(BlockingIOError):
+            while self._socket.recv(1 << 16):
+                pass
+        self._buffer = b""
+
+    def command(self, line: str, timeout: float = 120.0) -> Answer:
+        """Send a command of ``workload.c`` and give the values of its answer."""
+        self._socket.setblocking(True)
+        with contextlib.suppress(ConnectionError):  # reading the answer tells why
+            self._socket.sendall(line.encode() + b"\n")
+        self._socket.setblocking(False)
+        return self.answer(line.partition(" ")[0], timeout)
+
+    def answer(self, word: str, timeout: float) -> Answer:
+        """Wait for the line that begins with this word."""
+        deadline = time.monotonic() + timeout
+        while True:
+            text = self._line(deadline, word)
+            first, _, rest = text.partition(" ")
+            if first == "error":
+                raise self._problem(f"the guest says: {rest}")
+            if first == word:
+                pairs = (item.partition("=") for item in rest.split())
+                return {key: _number(value) for key, _, value in pairs}
+
+    def _line(self, deadline: float, word: str) -> str:
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        if self._pidfd is not None:
+            poll.register(self._pidfd, select.POLLIN)
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            ready = dict(poll.poll(left * 1000)) if left > 0 else {}
+            if not ready:
+                raise self._problem(f"the guest did not answer {word!r} in time")
+            data = b""
+            if self._socket.fileno() in ready:
+                with contextlib.suppress(ConnectionError):  # a killed QEMU: as at its end
+                    data = self._socket.recv(1 << 16)
+            if not data:
+                raise self._problem(f"QEMU ended while {word!r} was awaited")
+            self._buffer += data
+            self.log += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return _TERMINAL.sub(b"", line).decode(errors="replace").strip()
+
+
+def _number(text: str) -> float | str:
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return text
