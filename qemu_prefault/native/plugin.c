@@ -247,13 +247,21 @@ static bool parse_seconds(const char *value, uint64_t *ns)
 	return true;
 }
 
+/* "~/PATH": libvirt gives each domain a home of its own, the one place it lets QEMU write to. */
 static bool parse_socket(const char *value)
 {
+	const char *home = "";
+
 	options.socket_off = !strcmp(value, "off");
-	if (!options.socket_off && (value[0] != '/' || strlen(value) >= sizeof(options.socket)))
+	if (options.socket_off)
+		return true;
+	if (!strncmp(value, "~/", 2)) {
+		home = getenv("HOME");
+		value++;
+	}
+	if (!home || value[0] != '/' || strlen(home) + strlen(value) >= sizeof(options.socket))
 		return false;
-	if (!options.socket_off)
-		strcpy(options.socket, value);
+	snprintf(options.socket, sizeof(options.socket), "%s%s", home, value);
 	return true;
 }
 
@@ -285,7 +293,7 @@ static bool parse_option(const char *text)
 		fprintf(stderr,
 			"qemu-prefault: '%s' is no option; there are: keep=on|off, "
 			"populate=auto|all|resident, quirk=disable|keep, hold=SECONDS, "
-			"socket=/PATH|off, log=on|off\n",
+			"socket=/PATH|~/PATH|off, log=on|off\n",
 			text);
 	return fine;
 }

@@ -99,7 +99,8 @@ def test_without_kvm_it_says_so_and_does_nothing(way: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", ["colour=red", "keep=maybe", "populate=some", "hold=-1", "hold=soon", "socket=x"]
+    "option",
+    ["colour=red", "keep=maybe", "populate=some", "hold=-1", "hold=soon", "socket=x", "socket=~x"],
 )
 def test_an_option_it_does_not_know_ends_qemu(option: str) -> None:
     result = run_qemu("-accel", "tcg", *plugin(option))
