@@ -13,15 +13,16 @@ import contextlib
 import errno
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Final, Protocol
 
 from . import kvm
 from .accounts import Accounts
 from .agents import Agent, Kind, Outcome, Range, Worker
+from .layout import Section
 from .pagemap import Pagemap, Sums
 from .plan import Target, stripe_by_node
 from .report import size
-from .session import Session
+from .session import Backing
 
 Progress = Callable[[str, int, int], None]
 """Called with the phase ("populate", "prefault"), bytes done and bytes in all."""
@@ -29,6 +30,12 @@ Progress = Callable[[str, int, int], None]
 #: Errors that are the vCPU's, not the range's: another vCPU may succeed.
 VCPU_ERRORS: Final = (kvm.STUCK, errno.EOPNOTSUPP)
 NO_VCPU: Final = "prefault: no vCPU could be used"
+
+
+class Backings(Protocol):
+    """Who knows what a guest's sections are made of; usually a session."""
+
+    def backing(self, section: Section) -> Backing: ...
 
 
 class Work:
@@ -40,7 +47,7 @@ class Work:
 
     def __init__(
         self,
-        session: Session,
+        backings: Backings,
         agent: Agent,
         pagemap: Pagemap,
         accounts: Accounts,
@@ -48,7 +55,7 @@ class Work:
     ) -> None:
         self.agent = agent
         self.unusable: dict[int, int] = {}
-        self._session = session
+        self._backings = backings
         self._pagemap = pagemap
         self._accounts = accounts
         self._on_progress = on_progress
@@ -71,7 +78,7 @@ class Work:
         for target in targets:
             if not target.touch:
                 continue
-            backing = self._session.backing(target.section)
+            backing = self._backings.backing(target.section)
             present[target] = self._sums(target).present
             if backing.kind == "hugetlb":  # pagemap does not tell writable from read-only there
                 gaps: Iterable[tuple[int, int]] = [(target.hva, target.size)]
@@ -166,11 +173,11 @@ class Work:
     def _writable(self, target: Target, trusting: bool) -> Iterable[tuple[int, int]]:
         if trusting and target in self._all_writable:
             return [(target.hva, target.size)]
-        private = self._session.backing(target.section).private
+        private = self._backings.backing(target.section).private
         return self._pagemap.writable(target.hva, target.size, private)
 
     def _sums(self, target: Target) -> Sums:
-        private = self._session.backing(target.section).private
+        private = self._backings.backing(target.section).private
         return self._pagemap.sums(target.hva, target.size, private)
 
     # -- batches -----------------------------------------------------------------------
