@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command line: a thin user of the public API, and the only room that prints.
+"""The command line: a thin user of the public API.
 
 What heavier commands need is imported when they run, so that ``--help`` and completion are
 quick.
@@ -8,23 +8,20 @@ quick.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import re
 import sys
 import time
-from collections.abc import Coroutine, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 
 from . import __version__
-from .errors import ExitStatus, FailedError, InputError, QemuPrefaultError
+from .errors import ExitStatus, InputError
+from .output import Printer, drop_stdout, fail, printable, reporting, run_async, say
 
 if TYPE_CHECKING:
     from .plan import Policy
 
-PROGRAM = "qemu-prefault"
 UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 
 EPILOG = """\b
@@ -83,139 +80,6 @@ def index_list_type(text: str) -> tuple[int, ...]:
             raise click.BadParameter(f"{text!r} is no list of vCPUs; write e.g. 0,2-3")
         found.update(dict.fromkeys(range(int(match[1]), int(match[2] or match[1]) + 1)))
     return tuple(found)
-
-
-# -- printing ------------------------------------------------------------------------------
-
-
-def say(text: str) -> None:
-    """A line to stderr; that nobody reads it changes nothing."""
-    with contextlib.suppress(OSError):
-        click.echo(printable(text), err=True)
-
-
-def printable(text: str) -> str:
-    """What a peer said must not steer the terminal it is shown on."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def drop_stdout() -> None:
-    """Nobody reads it, or its disk is full: the interpreter need not try again at its end."""
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class Printer:
-    """Results to stdout, everything else to stderr."""
-
-    def __init__(self, as_json: bool) -> None:
-        self.as_json = as_json
-        self._phase = ""
-        self._started = self._shown = 0.0
-        self._base = 0
-        self._live = sys.stderr is not None and sys.stderr.isatty()
-
-    def result(self, data: dict[str, Any], text: Iterator[str]) -> None:
-        try:
-            for line in [json.dumps(data)] if self.as_json else map(printable, text):
-                click.echo(line)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            drop_stdout()
-            raise FailedError(
-                f"the result could not be written: {error.strerror}",
-                "what was to be done is done; `qemu-prefault stats` shows it",
-                code="output",
-            ) from error
-
-    def progress(self, phase: str, done: int, total: int) -> None:
-        """Bytes, GiB/s and time to go; once a second where stderr is no terminal."""
-        from .report import size  # noqa: PLC0415
-
-        now = time.monotonic()
-        if phase != self._phase:
-            self._phase, self._started, self._base = phase, now, done
-            self._shown = now  # there is no rate yet
-        if now - self._shown < (0.1 if self._live else 1.0):
-            return
-        self._shown = now
-        rate = (done - self._base) / max(now - self._started, 1e-9)
-        eta = f", {(total - done) / rate:.0f} s to go" if rate and total > done else ""
-        line = f"{phase}: {size(done)} of {size(total)}, {rate / (1 << 30):.2f} GiB/s{eta}"
-        with contextlib.suppress(OSError):
-            click.echo(f"\r\x1b[K{line}" if self._live else line, err=True, nl=not self._live)
-
-    async def ready(self) -> None:
-        say("qemu-prefault: ready: the guest may come")
-
-    def end_progress(self) -> None:
-        if self._live and self._shown:
-            click.echo("\r\x1b[K", err=True, nl=False)
-
-
-def fail(error: QemuPrefaultError, as_json: bool, program: str = PROGRAM) -> NoReturn:
-    """Say what happened and what to do; end with the error's exit status."""
-    from .report import error_json  # noqa: PLC0415
-
-    if as_json:
-        try:
-            click.echo(json.dumps(error_json(error)))
-        except OSError:
-            drop_stdout()
-    say(f"{program}: {error.cause}")
-    for line in error.remedy.splitlines():
-        say(f"  {line}")
-    sys.exit(int(error.exit_status))
-
-
-@contextlib.contextmanager
-def reporting(as_json: bool, debug: bool, program: str = PROGRAM) -> Iterator[None]:
-    """No traceback reaches a user, unless asked for with --debug."""
-    try:
-        yield
-    except QemuPrefaultError as error:
-        if debug:
-            raise
-        fail(error, as_json, program)
-    except (click.exceptions.Exit, click.ClickException, click.Abort):
-        raise
-    except BrokenPipeError:
-        drop_stdout()
-        sys.exit(int(ExitStatus.FAILED))
-    except Exception as error:
-        if debug:
-            raise
-        fail(
-            QemuPrefaultError(
-                f"internal error: {type(error).__name__}: {error}",
-                "this is a bug; please report it with the output of --debug",
-                code="bug",
-            ),
-            as_json,
-            program,
-        )
-
-
-def run_async(main: Coroutine[Any, Any, None]) -> None:
-    """Run to the end; SIGTERM and SIGHUP end it as cleanly as Ctrl-C does."""
-    import asyncio  # noqa: PLC0415
-    import signal  # noqa: PLC0415
-
-    async def guarded() -> None:
-        loop = asyncio.get_running_loop()
-        task = asyncio.current_task()
-        assert task is not None
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, task.cancel)
-        await main
-
-    try:
-        asyncio.run(guarded())
-    except (asyncio.CancelledError, KeyboardInterrupt):
-        raise QemuPrefaultError(
-            "interrupted", "the guest's run state is as it was found", code="interrupted"
-        ) from None
 
 
 # -- the commands --------------------------------------------------------------------------
@@ -447,7 +311,7 @@ def plugin_path(debug: bool) -> None:
     metavar="KEY=VALUE",
     multiple=True,
     help="An option of the plugin: populate=auto|all|resident, quirk=disable|keep, "
-    "hold=SECONDS, socket=/PATH|off, keep=on|off, log=on|off. May be repeated.",
+    "hold=SECONDS, socket=/PATH|~/PATH|off, keep=on|off, log=on|off. May be repeated.",
 )
 @debug_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)

@@ -29,13 +29,7 @@ def replace_by(command: Sequence[str], options: Sequence[str]) -> NoReturn:
             f"{command[0]} is no program that could be run here",
             "give QEMU's command line behind --, e.g.: qemu-prefault run -- qemu-system-x86_64 …",
         )
-    for option in options:
-        key, equals, _ = option.partition("=")
-        if not equals or key not in OPTIONS or "," in option:
-            raise InputError(
-                f"{option!r} is no option of the plugin",
-                f"write KEY=VALUE; the keys are: {', '.join(OPTIONS)}",
-            )
+    check_options(options)
     _refuse_privileged(program)
     plugin = os.fspath(plugin_path())
     if any(mark in plugin for mark in ": "):
@@ -48,6 +42,19 @@ def replace_by(command: Sequence[str], options: Sequence[str]) -> NoReturn:
     if options:
         environment[OPTIONS_VARIABLE] = ",".join(options)
     os.execve(program, list(command), environment)
+
+
+def check_options(options: Sequence[str]) -> None:
+    """
+    :raise InputError: one is no ``KEY=VALUE`` that the plugin knows.
+    """
+    for option in options:
+        key, equals, _ = option.partition("=")
+        if not equals or key not in OPTIONS or "," in option:
+            raise InputError(
+                f"{option!r} is no option of the plugin",
+                f"write KEY=VALUE; the keys are: {', '.join(OPTIONS)}",
+            )
 
 
 def _refuse_privileged(program: str) -> None:

@@ -23,7 +23,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, NoReturn
 
-from .cli import Printer, reporting, run_async
+from .output import Printer, reporting, run_async
 
 Main = Callable[[Namespace], Coroutine[Any, Any, None]]
 

@@ -18,7 +18,8 @@ import click
 import pytest
 
 from qemu_prefault import __version__
-from qemu_prefault.cli import index_list_type, printable, range_type, size_type
+from qemu_prefault.cli import index_list_type, range_type, size_type
+from qemu_prefault.output import printable
 
 TOOL = [sys.executable, "-m", "qemu_prefault"]
 MIB, GIB = 1 << 20, 1 << 30
@@ -59,7 +60,8 @@ def test_help_loads_nothing_heavy() -> None:
     heavy = {"asyncio", "cffi", "_cffi_backend", "qemu.qmp", "ctypes", "multiprocessing"}
     assert heavy & set(done.stderr.split()) == set()
     ours = {name for name in done.stderr.split() if name.startswith("qemu_prefault.")}
-    assert ours <= {"qemu_prefault.cli", "qemu_prefault.errors"}
+    light = ("cli", "errors", "output", "libvirt", "libvirt.commands")
+    assert ours <= {f"qemu_prefault.{name}" for name in light}
 
 
 # --- help, version, completion ---
