@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""libvirt: by libvirt-python where it is, and for a domain's XML by virsh otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+from ..errors import FailedError, InputError, QemuPrefaultError, UnsupportedError
+
+if TYPE_CHECKING:
+    import libvirt
+
+DEFAULT_URI = "qemu:///system"
+
+
+class LibvirtError(FailedError):
+    """libvirt could not do what was asked; its own words are the cause."""
+
+    code = "libvirt"
+
+
+def default_uri(uri: str | None = None) -> str:
+    """What was asked for, else what libvirt's own tools would take, else the system's QEMUs."""
+    return uri or os.environ.get("LIBVIRT_DEFAULT_URI") or DEFAULT_URI
+
+
+def module() -> Any:
+    """libvirt-python.
+
+    :raise UnsupportedError: it is not installed.
+    """
+    try:
+        import libvirt  # noqa: PLC0415
+    except ImportError:
+        raise UnsupportedError(
+            "this takes libvirt's Python module, which is not installed",
+            "apt-get install python3-libvirt, or pip install 'qemu-prefault[libvirt]'",
+            code="no-libvirt-python",
+        ) from None
+    # It prints every error to stderr itself otherwise.
+    libvirt.registerErrorHandler(lambda _, __: None, None)
+    return libvirt
+
+
+def connect(uri: str | None = None) -> libvirt.virConnect:
+    """A connection to libvirt.
+
+    :raise LibvirtError: the daemon does not answer.
+    """
+    name = default_uri(uri)
+    with errors(f"{name}: "):
+        return module().open(name)
+
+
+@contextlib.contextmanager
+def errors(prefix: str = "") -> Iterator[None]:
+    """What libvirt refuses in the block is told as one of our errors."""
+    libvirt = module()
+    try:
+        yield
+    except libvirt.libvirtError as error:
+        raise_error(error, prefix)
+
+
+def raise_error(error: Any, prefix: str = "") -> NoReturn:
+    """:raise QemuPrefaultError: what fits ``libvirt.libvirtError``."""
+    libvirt = module()
+    text = f"{prefix}{error.get_error_message() or error}"
+    number = error.get_error_code()
+    if number == libvirt.VIR_ERR_NO_DOMAIN:
+        raise InputError(text, "see: virsh list --all", code="no-domain") from error
+    if number == libvirt.VIR_ERR_OPERATION_INVALID:
+        raise LibvirtError(text, "see: virsh domstate DOMAIN") from error
+    if number in (libvirt.VIR_ERR_NO_CONNECT, libvirt.VIR_ERR_SYSTEM_ERROR):
+        remedy = "is the daemon running? systemctl start libvirtd (or virtqemud); --connect URI"
+        raise LibvirtError(text, remedy, code="no-libvirtd") from error
+    raise LibvirtError(text, "see the daemon's log: journalctl -u libvirtd") from error
+
+
+def lookup(connection: libvirt.virConnect, name: str) -> libvirt.virDomain:
+    """The domain of this name, UUID or id.
+
+    :raise InputError: there is none.
+    """
+    libvirt = module()
+    with errors():
+        if name.isdecimal():
+            with contextlib.suppress(libvirt.libvirtError):
+                return connection.lookupByID(int(name))
+        with contextlib.suppress(libvirt.libvirtError):
+            return connection.lookupByUUIDString(name)
+        return connection.lookupByName(name)
+
+
+# -- definitions -------------------------------------------------------------------------
+
+
+class Definitions(Protocol):
+    """What ``enable`` and its like need of libvirt."""
+
+    def read(self, domain: str) -> bytes:
+        """XML that can be defined again: persistent, with what is secret."""
+        ...
+
+    def write(self, domain: str, xml: bytes) -> None: ...
+
+    def running(self, domain: str) -> bool: ...
+
+    def saved(self, domain: str) -> bool:
+        """Whether it has a managed save image, which has XML of its own."""
+        ...
+
+
+def definitions(uri: str | None = None) -> Definitions:
+    """By libvirt-python, or by virsh.
+
+    :raise UnsupportedError: neither is there.
+    """
+    try:
+        module()
+    except UnsupportedError as error:
+        virsh = shutil.which("virsh")
+        if virsh is None:
+            raise UnsupportedError(
+                "neither virsh nor libvirt's Python module is installed",
+                "apt-get install libvirt-clients; or give XML: qemu-prefault libvirt enable - "
+                "<old.xml >new.xml",
+                code="no-libvirt",
+            ) from error
+        return ByVirsh(virsh, default_uri(uri))
+    return ByModule(connect(uri))
+
+
+class ByModule:
+    """:class:`Definitions` by libvirt-python."""
+
+    def __init__(self, connection: libvirt.virConnect) -> None:
+        self._connection = connection
+
+    def read(self, domain: str) -> bytes:
+        libvirt = module()
+        flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
+        found = lookup(self._connection, domain)
+        with errors():
+            if not found.isPersistent():
+                raise InputError(
+                    f"domain {domain} is transient: it has no definition that could be changed",
+                    "change the XML it is created from: qemu-prefault libvirt enable - <old >new",
+                )
+            return str(found.XMLDesc(flags)).encode()
+
+    def write(self, domain: str, xml: bytes) -> None:
+        with errors():
+            self._connection.defineXML(xml.decode())
+
+    def running(self, domain: str) -> bool:
+        with errors():
+            return bool(lookup(self._connection, domain).isActive())
+
+    def saved(self, domain: str) -> bool:
+        with errors():
+            return bool(lookup(self._connection, domain).hasManagedSaveImage(0))
+
+
+class ByVirsh:
+    """:class:`Definitions` by virsh."""
+
+    def __init__(self, virsh: str, uri: str) -> None:
+        self._command = [virsh, "--quiet", "--connect", uri]
+
+    def _run(self, *arguments: str) -> str:
+        environment = {**os.environ, "LC_ALL": "C"}
+        done = subprocess.run(
+            [*self._command, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
+        if done.returncode == 0:
+            return done.stdout
+        text = " ".join(done.stderr.split()).removeprefix("error: ")
+        error: type[QemuPrefaultError] = LibvirtError
+        if "failed to get domain" in text:
+            error = InputError
+        raise error(text or f"virsh {arguments[0]} failed", "see: virsh list --all")
+
+    def read(self, domain: str) -> bytes:
+        return self._run("dumpxml", "--inactive", "--security-info", domain).encode()
+
+    def write(self, domain: str, xml: bytes) -> None:
+        with tempfile.NamedTemporaryFile(suffix=".xml") as file:  # mode 0600
+            file.write(xml)
+            file.flush()
+            self._run("define", file.name)
+
+    def running(self, domain: str) -> bool:
+        return self._run("domstate", domain).split()[:1] != ["shut"]
+
+    def saved(self, domain: str) -> bool:
+        words = self._run("dominfo", domain).splitlines()
+        return any(w.startswith("Managed save:") and w.endswith("yes") for w in words)

@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A domain's XML, with the plugin in it or not.
+
+It is edited as text, at places a parser has found: what is not ours (comments, prefixes,
+order, white space, elements this version knows nothing of) stays as it is, byte for byte.
+Element trees cannot give that: they forget prefixes and move namespace declarations.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from xml.parsers import expat
+
+from ..errors import InputError, RefusedError, UnsupportedError
+
+QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
+OWN_NAMESPACE = "urn:qemu-prefault:1"
+PLUGIN_NAME = "qemu-prefault-plugin.so"
+
+#: A tag, from ``<`` to ``>``; ``>`` may stand in attribute values.
+_TAG = re.compile(rb"<(?:[^>\"']|\"[^\"]*\"|'[^']*')*>")
+_UNITS = {
+    **{"b": 1, "bytes": 1, "": 1 << 10},  # without a unit it is KiB
+    **{"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
+    **{"k": 1 << 10, "KiB": 1 << 10, "M": 1 << 20, "MiB": 1 << 20},
+    **{"G": 1 << 30, "GiB": 1 << 30, "T": 1 << 40, "TiB": 1 << 40},
+}
+
+
+@dataclass
+class Element:
+    """An element and where its text is: its tag from ``start``, all of it until ``end``."""
+
+    namespace: str
+    name: str
+    attributes: Mapping[str, str]
+    start: int
+    tag_end: int
+    end: int = 0
+    text: str = ""
+    children: list[Element] = field(default_factory=list)
+
+    def find(self, path: str, namespace: str = "") -> Element | None:
+        """The first child ``a``, or descendant ``a/b``."""
+        found: Element | None = self
+        for name in path.split("/"):
+            found = next(found.all(name, namespace), None) if found else None
+        return found
+
+    def all(self, name: str, namespace: str = "") -> Iterator[Element]:
+        return (c for c in self.children if (c.namespace, c.name) == (namespace, name))
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The plugin as a domain's XML names it."""
+
+    path: str
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Edited:
+    """XML, and whether it is other than it was."""
+
+    xml: bytes
+    changed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """What we ask of a domain's XML beside the plugin.
+
+    :ivar memory: bytes at boot, all NUMA nodes together. :ivar current: bytes that the balloon
+        and unplugged blocks leave of that and of all memory devices. :ivar huge: hugetlb pages
+        back it. :ivar devices: models of its memory devices. :ivar nodes: NUMA nodes.
+    :ivar own: attributes of our element in ``<metadata>``, or None.
+    """
+
+    name: str
+    uuid: str
+    kvm: bool
+    machine: str
+    memory: int
+    current: int
+    huge: bool
+    devices: tuple[str, ...]
+    nodes: int
+    own: Mapping[str, str] | None
+
+
+def parse(xml: bytes) -> Element:
+    """The tree of a domain.
+
+    :raise InputError: it is no XML, or not a domain's.
+    """
+    root = _Reader(xml).read()
+    if (root.namespace, root.name) != ("", "domain"):
+        raise InputError(
+            f"this is XML of <{root.name}>, not of <domain>",
+            "give what `virsh dumpxml --inactive DOMAIN` prints",
+        )
+    return root
+
+
+def describe(xml: bytes) -> Domain:
+    """What the hook and the watcher need to know of a domain."""
+    root = parse(xml)
+    memory = _size(root.find("memory"))
+    current = _size(root.find("currentMemory")) or memory
+    devices = root.find("devices")
+    pluggable = list(devices.all("memory")) if devices else []
+    # <memory> counts memory devices in, if there are any.
+    extra = sum(_size(device.find("target/size")) for device in pluggable)
+    metadata = root.find("metadata")
+    machine = root.find("os/type")
+    numa = root.find("cpu/numa")
+    own = metadata and next((c for c in metadata.children if c.namespace == OWN_NAMESPACE), None)
+    return Domain(
+        name=_text(root.find("name")),
+        uuid=_text(root.find("uuid")),
+        kvm=root.attributes.get("type") == "kvm",
+        machine=machine.attributes.get("machine", "") if machine else "",
+        memory=memory - extra,
+        current=current,
+        huge=root.find("memoryBacking/hugepages") is not None,
+        devices=tuple(device.attributes.get("model", "") for device in pluggable),
+        nodes=len(list(numa.all("cell"))) if numa else 1,
+        own=dict(own.attributes) if own else None,
+    )
+
+
+def loaded(xml: bytes) -> Loaded | None:
+    """The plugin in this domain, or None."""
+    pairs = list(_plugin_arguments(parse(xml)))
+    if not pairs:
+        return None
+    path, *options = pairs[0][1].attributes["value"].split(",")
+    return Loaded(path, tuple(options))
+
+
+def enable(xml: bytes, path: str, options: Sequence[str] = ()) -> Edited:
+    """Have the domain's QEMU load the plugin.
+
+    :param options: the plugin's, each ``KEY=VALUE``.
+    :raise UnsupportedError: the domain cannot use it. :raise RefusedError: it does already, in
+        a way that is not ours to change.
+    """
+    root = parse(xml)
+    _refuse(root)
+    value = ",".join([path, *options])
+    pairs = list(_plugin_arguments(root))
+    if len(pairs) == 1:
+        second = pairs[0][1]
+        if second.attributes["value"] == value:
+            return Edited(xml, False)
+        prefix = _prefix(xml, second)
+        return _checked(_splice(xml, (second.start, second.end, _argument(prefix, value))))
+    if pairs:
+        xml = disable(xml).xml
+        root = parse(xml)
+    commandline = root.find("commandline", QEMU_NAMESPACE)
+    if commandline is None:
+        declared = _declared_prefix(xml, root)
+        edits: list[tuple[int, int, bytes]] = []
+        prefix = declared or b"qemu"
+        if declared is None:
+            if re.search(rb"\sxmlns:qemu\s*=", xml[root.start : root.tag_end]):
+                prefix = b"qemu-prefault"  # which somebody uses for something else
+            place = root.start + len(b"<domain")
+            edits.append((place, place, b" xmlns:%s='%s'" % (prefix, QEMU_NAMESPACE.encode())))
+        lines = [b"  <%s:commandline>" % prefix, *_arguments(prefix, value, b"    ")]
+        text = b"".join(b"\n" + line for line in [*lines, b"  </%s:commandline>" % prefix])
+        place = root.children[-1].end if root.children else root.tag_end
+        return _checked(_splice(xml, *edits, (place, place, text)))
+    prefix = _prefix(xml, commandline)
+    indent = _indent(xml, commandline) + b"  "
+    text = b"".join(b"\n" + line for line in _arguments(prefix, value, indent))
+    if xml[commandline.tag_end - 2 : commandline.tag_end] == b"/>":
+        opened = xml[commandline.start : commandline.tag_end - 2].rstrip() + b">"
+        closed = b"\n%s</%s>" % (indent[:-2], _raw_name(xml, commandline))
+        return _checked(_splice(xml, (commandline.start, commandline.end, opened + text + closed)))
+    # Behind the arguments, before the environment: that is the schema's order.
+    arguments = list(commandline.all("arg", QEMU_NAMESPACE))
+    place = arguments[-1].end if arguments else commandline.tag_end
+    return _checked(_splice(xml, (place, place, text)))
+
+
+def disable(xml: bytes) -> Edited:
+    """Take the plugin out; what :func:`enable` put in goes without a trace."""
+    root = parse(xml)
+    pairs = list(_plugin_arguments(root))
+    if not pairs:
+        return Edited(xml, False)
+    gone = [element for pair in pairs for element in pair]
+    commandline = root.find("commandline", QEMU_NAMESPACE)
+    assert commandline is not None
+    if all(child in gone for child in commandline.children):
+        gone = [commandline]
+    edits = [(_before(xml, element), element.end, b"") for element in gone]
+    if gone == [commandline] and not any(
+        child.namespace == QEMU_NAMESPACE for child in root.children if child is not commandline
+    ):
+        pattern = rb"\s+xmlns:[^\s=]+\s*=\s*([\"'])%s\1" % re.escape(QEMU_NAMESPACE.encode())
+        declared = re.search(pattern, xml[root.start : root.tag_end])
+        if declared:
+            start, end = (root.start + place for place in declared.span())
+            edits.append((start, end, b""))
+    return _checked(_splice(xml, *edits))
+
+
+# -- details -----------------------------------------------------------------------------
+
+
+class _Reader:
+    def __init__(self, xml: bytes) -> None:
+        self._xml = xml
+        self._open: list[Element] = []
+        self._root: Element | None = None
+
+    def read(self) -> Element:
+        parser = self._parser = expat.ParserCreate(namespace_separator=" ")
+        parser.StartElementHandler = self._start
+        parser.EndElementHandler = self._end
+        parser.CharacterDataHandler = self._text
+        parser.StartDoctypeDeclHandler = self._doctype
+        parser.buffer_text = True
+        try:
+            parser.Parse(self._xml, True)
+        except expat.ExpatError as error:
+            raise InputError(
+                f"this is no XML that could be read: {error}",
+                "give what `virsh dumpxml --inactive DOMAIN` prints",
+                code="bad-xml",
+            ) from None
+        assert self._root is not None
+        return self._root
+
+    def _start(self, name: str, attributes: dict[str, str]) -> None:
+        namespace, _, local = name.rpartition(" ")
+        start = self._parser.CurrentByteIndex
+        tag = _TAG.match(self._xml, start)
+        if tag is None:  # UTF-16, which libvirt never writes
+            raise InputError("this XML is not in UTF-8", "convert it: iconv -t UTF-8")
+        element = Element(namespace, local, attributes, start, tag.end())
+        if self._open:
+            self._open[-1].children.append(element)
+        else:
+            self._root = element
+        self._open.append(element)
+
+    def _end(self, _name: str) -> None:
+        element = self._open.pop()
+        if self._xml[element.tag_end - 2 : element.tag_end] == b"/>":
+            element.end = element.tag_end
+        else:
+            tag = _TAG.match(self._xml, self._parser.CurrentByteIndex)
+            assert tag is not None
+            element.end = tag.end()
+
+    def _text(self, text: str) -> None:
+        self._open[-1].text += text
+
+    def _doctype(self, *_: object) -> None:
+        raise InputError("this XML has a DOCTYPE, which no domain has", "remove it", code="bad-xml")
+
+
+def _text(element: Element | None) -> str:
+    return element.text.strip() if element else ""
+
+
+def _size(element: Element | None) -> int:
+    if element is None:
+        return 0
+    try:
+        return int(_text(element)) * _UNITS[element.attributes.get("unit", "")]
+    except (ValueError, KeyError):
+        raise InputError(
+            f"<{element.name}> of the domain is no size: {_text(element)[:40]!r}",
+            "see: virsh dumpxml DOMAIN",
+            code="bad-xml",
+        ) from None
+
+
+def _refuse(root: Element) -> None:
+    kind = root.attributes.get("type")
+    if kind != "kvm":
+        raise UnsupportedError(
+            f"this is a domain of type {kind!r}: its guest does not run under KVM",
+            "only <domain type='kvm'> has stage-2 tables that could be filled",
+            code="not-kvm",
+        )
+    machine = root.find("os/type")
+    arch = machine.attributes.get("arch") if machine else None
+    if arch not in (None, "x86_64", "i686"):
+        raise UnsupportedError(
+            f"this domain's guest is {arch}", "qemu-prefault is for x86-64 only", code="not-x86"
+        )
+    commandline = root.find("commandline", QEMU_NAMESPACE)
+    for variable in commandline.all("env", QEMU_NAMESPACE) if commandline else ():
+        if PLUGIN_NAME in variable.attributes.get("value", ""):
+            raise RefusedError(
+                "this domain loads the plugin by LD_PRELOAD already",
+                "remove that <qemu:env> first: virsh edit DOMAIN",
+                code="preloaded",
+            )
+
+
+def _plugin_arguments(root: Element) -> Iterator[tuple[Element, Element]]:
+    """Each ``-plugin`` of ours, as the two elements it is."""
+    commandline = root.find("commandline", QEMU_NAMESPACE)
+    arguments = list(commandline.all("arg", QEMU_NAMESPACE)) if commandline else []
+    for first, second in itertools.pairwise(arguments):
+        path = second.attributes.get("value", "").partition(",")[0]
+        name = path.removeprefix("file=").rpartition("/")[2]
+        if first.attributes.get("value") in ("-plugin", "--plugin") and name == PLUGIN_NAME:
+            yield first, second
+
+
+def _declared_prefix(xml: bytes, root: Element) -> bytes | None:
+    """The prefix that the root has for libvirt's QEMU namespace."""
+    pattern = rb"\sxmlns:([^\s=]+)\s*=\s*([\"'])%s\2" % re.escape(QEMU_NAMESPACE.encode())
+    found = re.search(pattern, xml[root.start : root.tag_end])
+    return found[1] if found else None
+
+
+def _raw_name(xml: bytes, element: Element) -> bytes:
+    return re.split(rb"[\s/>]", xml[element.start + 1 : element.tag_end], maxsplit=1)[0]
+
+
+def _prefix(xml: bytes, element: Element) -> bytes:
+    return _raw_name(xml, element).rpartition(b":")[0]
+
+
+def _argument(prefix: bytes, value: str) -> bytes:
+    # Without a prefix it is the default namespace.
+    name = b"%s:arg" % prefix if prefix else b"arg"
+    return b"<%s value=%s/>" % (name, _quoted(value))
+
+
+def _quoted(value: str) -> bytes:
+    # xml.sax.saxutils would bring half of urllib into a hook that libvirt waits for.
+    for mark, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("'", "&apos;")):
+        value = value.replace(mark, entity)
+    return f"'{value}'".encode()
+
+
+def _arguments(prefix: bytes, value: str, indent: bytes) -> list[bytes]:
+    return [indent + _argument(prefix, word) for word in ("-plugin", value)]
+
+
+def _before(xml: bytes, element: Element) -> int:
+    """Where the white space before an element starts."""
+    return len(xml[: element.start].rstrip())
+
+
+def _indent(xml: bytes, element: Element) -> bytes:
+    line = xml[: element.start].rpartition(b"\n")[2]
+    return line if not line.strip() else b"  "
+
+
+def _splice(xml: bytes, *edits: tuple[int, int, bytes]) -> bytes:
+    for start, end, text in sorted(edits, reverse=True):
+        xml = xml[:start] + text + xml[end:]
+    return xml
+
+
+def _checked(xml: bytes) -> Edited:
+    """What has been edited must be what it was meant to be: a domain, and whole."""
+    parse(xml)
+    return Edited(xml, True)

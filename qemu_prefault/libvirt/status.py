@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``libvirt status``: whether a domain loads the plugin, and how the plugin does."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..agents.plugin import Control, find_control_socket
+from ..errors import QemuPrefaultError
+from ..report import SCHEMA, size
+from .connection import definitions
+from .domain_xml import Loaded, describe, loaded
+from .installation import is_current
+from .qemu_process import find_qemu
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """:ivar plugin: what a running QEMU's plugin says of itself; ``problem``: why it does not."""
+
+    domain: str
+    in_xml: Loaded | None
+    present: bool
+    current: bool
+    running: bool
+    plugin: dict[str, Any] | None
+    problem: str
+
+    @property
+    def enabled(self) -> bool:
+        return self.in_xml is not None
+
+    def to_json(self) -> dict[str, Any]:
+        found = self.in_xml
+        return {
+            "schema": SCHEMA,
+            "domain": self.domain,
+            "enabled": self.enabled,
+            "path": found.path if found else None,
+            "options": list(found.options) if found else [],
+            "installed": self.present,
+            "current": self.current,
+            "running": self.running,
+            "plugin": self.plugin,
+            "problem": self.problem or None,
+        }
+
+    def lines(self) -> Iterator[str]:
+        if self.in_xml is None:
+            yield f"{self.domain}: does not load the plugin"
+            yield f"  -> qemu-prefault libvirt enable {self.domain}"
+        else:
+            yield f"{self.domain}: loads {self.in_xml.path} ({', '.join(self.in_xml.options)})"
+            if not self.present:
+                yield "  which does not exist here: it cannot be started"
+                yield "  -> qemu-prefault libvirt install"
+            elif not self.current:
+                yield "  which is of another version"
+                yield "  -> qemu-prefault libvirt install"
+        if self.plugin is not None:
+            counters = self.plugin["counters"]
+            yield (
+                f"  running, {size(counters['prefaulted'])} prefaulted, "
+                f"{size(counters['again'])} of it again, {size(self.plugin['pending'])} to do"
+            )
+            if self.plugin["held"]:
+                yield f"  it holds back: {self.plugin['held']}"
+        elif self.problem:
+            yield f"  {self.problem}"
+
+
+def look(domain: str, uri: str | None = None) -> Status:
+    """Look at the domain's definition, and at its QEMU if it runs here.
+
+    :param domain: a name, a UUID, or ``-`` for XML from stdin.
+    """
+    if domain == "-":
+        xml, running = sys.stdin.buffer.read(), False
+    else:
+        known = definitions(uri)
+        xml, running = known.read(domain), known.running(domain)
+    about = describe(xml)
+    found = loaded(xml)
+    present = current = False
+    if found is not None:
+        present = Path(found.path).exists()
+        current = present and is_current(Path(found.path))
+    plugin, problem = _ask(about.name, about.uuid) if running else (None, "")
+    return Status(about.name or domain, found, present, current, running, plugin, problem)
+
+
+def _ask(name: str, uuid: str) -> tuple[dict[str, Any] | None, str]:
+    try:
+        process = find_qemu(name, uuid)
+        socket = find_control_socket(process)
+        if socket is None:
+            return None, "it runs without the plugin: that counts from its next start on"
+
+        async def ask() -> dict[str, Any]:
+            async with Control.open(socket, process.pid) as control:
+                return await control.ask("status")
+
+        return asyncio.run(ask()), ""
+    except QemuPrefaultError as error:
+        return None, f"the plugin could not be asked: {error.cause}"
