@@ -72,6 +72,8 @@ from .report import Stage2
 #: A reply longer than this ends the connection. ``info mtree -f`` of a guest with hundreds of
 #: vCPUs and devices stays below 1 MiB; asyncio buffers at most twice the limit.
 MAX_REPLY: Final = 4 << 20
+#: An address that names a domain of libvirt's; see :mod:`qemu_prefault.libvirt.bridge`.
+LIBVIRT: Final = "libvirt:"
 #: How long an accepted QMP client may wait for the greeting, seconds. QEMU sends it from its
 #: main loop, in microseconds if nothing blocks that.
 GREETING_TIMEOUT: Final = 2.0
@@ -219,16 +221,25 @@ class Monitor:
     :ivar version: QEMU's version, e.g. ``10.0.13``.
     :ivar package: the distributor's suffix, e.g. ``Debian 1:10.0.13+ds-0+deb13u1``; may be empty.
     :ivar peer_pid: process that listens on the socket (SO_PEERCRED: who called listen()), as
-        this pid namespace sees it; None for TCP and for a process outside the namespace.
+        this pid namespace sees it; None for TCP, for libvirt's domains, and for a process
+        outside the namespace.
+    :ivar domain_uuid: of the libvirt domain that was asked for; None if it was a socket.
     """
 
     def __init__(
-        self, client: _Client, sock: socket.socket, address: str, command_timeout: float
+        self,
+        client: _Client,
+        sock: socket.socket,
+        address: str,
+        command_timeout: float,
+        domain_uuid: str | None = None,
     ) -> None:
         self.address = address
+        self.domain_uuid = domain_uuid
         self.command_timeout = command_timeout
         self.version, self.package = _version(client.greeting)
-        self.peer_pid = _peer_pid(sock)
+        # At the other end of a bridge to libvirt is a process of our own.
+        self.peer_pid = None if domain_uuid else _peer_pid(sock)
         self._client = client
         self._sock = sock
         self._dispatcher = _Dispatcher()
@@ -245,7 +256,7 @@ class Monitor:
         """Connect to QEMU's QMP socket, negotiate, and disconnect when the block is left.
 
         :param address: path of a UNIX socket (``unix:PATH`` too), or ``HOST:PORT``
-            (``tcp:HOST:PORT`` too).
+            (``tcp:HOST:PORT`` too), or ``libvirt:DOMAIN`` for libvirt's own connection.
         :param connect_timeout: seconds for everything up to an established session. A socket
             that does not greet is given up after at most :data:`GREETING_TIMEOUT`.
         :param command_timeout: seconds each command may take, unless the call says otherwise.
@@ -262,13 +273,20 @@ class Monitor:
     @classmethod
     async def _open(cls, address: str, timeout: float, command_timeout: float) -> Monitor:
         deadline = asyncio.get_running_loop().time() + timeout
-        sock = await _connect(address, deadline)
+        uuid = None
+        if address.startswith(LIBVIRT):
+            from .libvirt.bridge import open_bridge  # noqa: PLC0415
+
+            sock, uuid = await asyncio.to_thread(open_bridge, address.removeprefix(LIBVIRT))
+            deadline = asyncio.get_running_loop().time() + timeout
+        else:
+            sock = await _connect(address, deadline)
         client = _Client(readbuflen=MAX_REPLY)
         client.events.names = {""}  # the built-in listener would keep every event for ever
         try:
             await _await_greeting(sock, address, deadline)
             await _negotiate(client, sock, address, deadline)
-            return cls(client, sock, address, command_timeout)
+            return cls(client, sock, address, command_timeout, uuid)
         except BaseException:
             await _hang_up(client, sock)
             raise

@@ -61,13 +61,14 @@ class Session:
     async def open(cls, qmp: str, pid: int | None = None) -> AsyncIterator[Session]:
         """Connect to a QMP socket and identify the process behind it.
 
+        :param qmp: as :meth:`qemu_prefault.monitor.Monitor.connect` takes it.
         :param pid: QEMU's process id where the socket cannot tell it.
         :raise QemuPrefaultError: see :mod:`qemu_prefault.monitor`, :mod:`qemu_prefault.process`.
         """
         async with Monitor.connect(qmp) as monitor:
             machine = await read_machine(monitor)
             threads = [vcpu.thread_id for vcpu in machine.vcpus]
-            yield cls(monitor, identify(monitor.peer_pid, pid, threads), machine)
+            yield cls(monitor, _identify(monitor, pid, threads), machine)
 
     async def refresh(self) -> Machine:
         """Ask QEMU again what it looks like; returns :attr:`machine`."""
@@ -187,3 +188,20 @@ class Session:
             agent=agent,
             on_ready=on_ready,
         ).run(dry_run)
+
+
+def _identify(monitor: Monitor, pid: int | None, thread_ids: Sequence[int]) -> Process:
+    if monitor.domain_uuid is None:
+        return identify(monitor.peer_pid, pid, thread_ids)
+    # libvirt's connection may lead to another host, where thread ids mean something else.
+    try:
+        process = identify(None, pid, thread_ids)
+        if monitor.domain_uuid in process.arguments():
+            return process
+    except UnsupportedError:
+        pass
+    raise UnsupportedError(
+        f"the QEMU of domain {monitor.domain_uuid} is not on this host",
+        "run this on the host it runs on, as root",
+        code="other-host",
+    )
