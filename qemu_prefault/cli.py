@@ -17,6 +17,7 @@ import click
 
 from . import __version__
 from .errors import ExitStatus, InputError
+from .libvirt.commands import libvirt
 from .output import Printer, drop_stdout, fail, printable, reporting, run_async, say
 
 if TYPE_CHECKING:
@@ -87,15 +88,28 @@ def index_list_type(text: str) -> tuple[int, ...]:
 qmp_option = click.option(
     "--qmp", metavar="SOCK", help="QEMU's QMP socket: a path, or HOST:PORT. One client at a time."
 )
+domain_option = click.option(
+    "--domain",
+    metavar="NAME",
+    help="A domain of libvirt's instead of --qmp: its QEMU is spoken to through libvirt.",
+)
 pid_option = click.option("--pid", type=click.IntRange(1), help="QEMU's process id.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 debug_option = click.option("--debug", is_flag=True, help="Show tracebacks.")
 
 
-def required_qmp(qmp: str | None) -> str:
-    if not qmp:
-        raise click.UsageError("give QEMU's QMP socket with --qmp SOCK")
-    return qmp
+def monitor_address(qmp: str | None, domain: str | None) -> str | None:
+    """Where the monitor is: a socket's address, or ``libvirt:DOMAIN``."""
+    if qmp and domain:
+        raise click.UsageError("give either --qmp SOCK or --domain NAME")
+    return f"libvirt:{domain}" if domain else qmp
+
+
+def required_address(qmp: str | None, domain: str | None) -> str:
+    address = monitor_address(qmp, domain)
+    if not address:
+        raise click.UsageError("give QEMU's QMP socket with --qmp SOCK, or --domain NAME")
+    return address
 
 
 @click.group(
@@ -105,6 +119,7 @@ def required_qmp(qmp: str | None) -> str:
 )
 @click.version_option(__version__, prog_name="qemu-prefault")
 @qmp_option
+@domain_option
 @pid_option
 @click.option(
     "--agent",
@@ -176,6 +191,7 @@ def required_qmp(qmp: str | None) -> str:
 def cli(  # noqa: PLR0917
     ctx: click.Context,
     qmp: str | None,
+    domain: str | None,
     pid: int | None,
     agent: str,
     populate: str,
@@ -200,19 +216,22 @@ def cli(  # noqa: PLR0917
     is paused for the second step and resumed; a paused one stays paused.
     """
     if ctx.invoked_subcommand is not None:
-        if qmp or pid:
+        if qmp or domain or pid:
             raise click.UsageError(
                 f"write options behind the command: qemu-prefault {ctx.invoked_subcommand} --qmp …"
             )
         return
-    if (
-        not qmp
-        and not pid
-        and not any((populate_only, ranges, cont, incoming, dry_run, follow, as_json))
+    if not (qmp or domain or pid) and not any(
+        (populate_only, ranges, cont, incoming, dry_run, follow, as_json)
     ):
         click.echo(ctx.get_help())
         ctx.exit(int(ExitStatus.USAGE))
-    qmp = required_qmp(qmp)
+    address = required_address(qmp, domain)
+    if incoming and domain:
+        raise click.UsageError(
+            "--incoming does not go with --domain: libvirt passes no commands on during a "
+            "migration; see: qemu-prefault libvirt migrate --help"
+        )
     if chunk is not None and (chunk < 4096 or chunk % 4096):
         raise click.UsageError("--chunk is a multiple of 4096 bytes")
     if max_bytes is not None and max_bytes < 4096:
@@ -235,10 +254,10 @@ def cli(  # noqa: PLR0917
     )
     if follow:
         with reporting(as_json, debug), contextlib.suppress(KeyboardInterrupt):
-            run_async(_follow(qmp, pid, policy, agent, as_json))
+            run_async(_follow(address, pid, policy, agent, as_json))
         return
     with reporting(as_json, debug):
-        run_async(_prefault(qmp, pid, policy, agent, cont, incoming, dry_run, as_json))
+        run_async(_prefault(address, pid, policy, agent, cont, incoming, dry_run, as_json))
 
 
 async def _prefault(  # noqa: PLR0917
@@ -329,18 +348,28 @@ def run(options: tuple[str, ...], command: tuple[str, ...], debug: bool) -> None
 
 @cli.command()
 @qmp_option
+@domain_option
 @pid_option
 @json_option
 @debug_option
-def probe(qmp: str | None, pid: int | None, as_json: bool, debug: bool) -> None:
-    """Tell what would work here, what would not, why, and the command that fixes it."""
-    if not qmp and not pid:
-        raise click.UsageError("give --qmp SOCK or --pid PID")
+def probe(qmp: str | None, domain: str | None, pid: int | None, as_json: bool, debug: bool) -> None:
+    """Tell what would work here, what would not, why, and the command that fixes it.
+
+    With --domain also what libvirt and its confinement let each way do, whether it runs or not.
+    """
+    address = monitor_address(qmp, domain)
+    if not address and not pid:
+        raise click.UsageError("give --qmp SOCK, --domain NAME or --pid PID")
 
     async def main() -> None:
-        from .probe import probe as examine  # noqa: PLC0415
+        if domain:
+            from .libvirt.host import probe_domain  # noqa: PLC0415
 
-        findings = await examine(qmp, pid)
+            findings = await probe_domain(domain)
+        else:
+            from .probe import probe as examine  # noqa: PLC0415
+
+            findings = await examine(address, pid)
         Printer(as_json).result(findings.to_json(), findings.lines())
         if findings.exit_status:
             sys.exit(int(findings.exit_status))
@@ -351,17 +380,18 @@ def probe(qmp: str | None, pid: int | None, as_json: bool, debug: bool) -> None:
 
 @cli.command("map")
 @qmp_option
+@domain_option
 @pid_option
 @json_option
 @debug_option
-def map_(qmp: str | None, pid: int | None, as_json: bool, debug: bool) -> None:
+def map_(qmp: str | None, domain: str | None, pid: int | None, as_json: bool, debug: bool) -> None:
     """Show the guest's RAM: where it is, what backs it, how much is there."""
-    qmp = required_qmp(qmp)
+    address = required_address(qmp, domain)
 
     async def main() -> None:
         from .survey import ram_map  # noqa: PLC0415
 
-        found = await ram_map(qmp, pid)
+        found = await ram_map(address, pid)
         Printer(as_json).result(found.to_json(), found.lines())
 
     with reporting(as_json, debug):
@@ -370,15 +400,23 @@ def map_(qmp: str | None, pid: int | None, as_json: bool, debug: bool) -> None:
 
 @cli.command()
 @qmp_option
+@domain_option
 @click.option("--watch", is_flag=True, help="Go on until Ctrl-C, a line per interval.")
 @click.option(
     "--interval", type=click.FloatRange(0.05), default=1.0, show_default=True, help="Seconds."
 )
 @json_option
 @debug_option
-def stats(qmp: str | None, watch: bool, interval: float, as_json: bool, debug: bool) -> None:
+def stats(  # noqa: PLR0917
+    qmp: str | None,
+    domain: str | None,
+    watch: bool,
+    interval: float,
+    as_json: bool,
+    debug: bool,
+) -> None:
     """Show KVM's counters: stage-2 leaves by size, and the guest's faults."""
-    qmp = required_qmp(qmp)
+    address = required_address(qmp, domain)
 
     async def main() -> None:
         import asyncio  # noqa: PLC0415
@@ -386,7 +424,7 @@ def stats(qmp: str | None, watch: bool, interval: float, as_json: bool, debug: b
         from .monitor import Monitor  # noqa: PLC0415
         from .survey import counters, counters_header  # noqa: PLC0415
 
-        async with Monitor.connect(qmp) as monitor:
+        async with Monitor.connect(address) as monitor:
             if not as_json:
                 click.echo(counters_header())
             while True:
@@ -458,6 +496,9 @@ def demo(as_json: bool, debug: bool) -> None:
         from .lab.demo import run_demo  # noqa: PLC0415
 
         run_demo(as_json)
+
+
+cli.add_command(libvirt)
 
 
 def main() -> None:

@@ -60,6 +60,14 @@ def options(command: click.Command) -> Iterator[str]:
         yield from (".TP", rf"\fB{names}\fR{value}", escape(help_text))
 
 
+def all_commands(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
+    """Commands by name; those of groups as ``GROUP COMMAND``."""
+    for name, command in group.commands.items():
+        yield prefix + name, command
+        if isinstance(command, click.Group):
+            yield from all_commands(command, f"{prefix}{name} ")
+
+
 def page() -> str:
     """The manual page, as roff."""
     first, _, rest = (cli.help or "").partition("\n\n")
@@ -72,8 +80,10 @@ def page() -> str:
         ".SH SYNOPSIS",
         r"\fBqemu\-prefault\fR \fB\-\-qmp\fR \fISOCK\fR [\fIoption\fR...]",
     ]
-    commands = sorted(cli.commands.items())
-    for name, _ in commands:
+    commands = sorted(all_commands(cli))
+    for name, command in commands:
+        if isinstance(command, click.Group):
+            continue
         lines += [".br", rf"\fBqemu\-prefault {escape(name)}\fR [\fIoption\fR...]"]
     lines += [".SH DESCRIPTION", *paragraphs(rest), ".SH OPTIONS", *options(cli)]
     lines.append(".SH COMMANDS")

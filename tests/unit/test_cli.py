@@ -104,6 +104,21 @@ def test_the_completion_line_of_the_help_works_when_copied() -> None:
     assert "_qemu_prefault_completion" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--qmp", "/x", "--domain", "a"], "either --qmp SOCK or --domain NAME"),
+        (["probe", "--qmp", "/x", "--domain", "a"], "either --qmp SOCK or --domain NAME"),
+        (["--domain", "a", "--incoming"], "qemu-prefault libvirt migrate"),
+        (["--domain", "a", "map"], "behind the command"),
+        (["map"], "--domain NAME"),
+    ],
+)
+def test_a_domain_is_another_way_to_name_a_monitor(arguments: list[str], says: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2 and says in done.stderr
+
+
 # --- reading values ---
 
 

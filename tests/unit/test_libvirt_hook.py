@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The hook fails no guest, whatever it is given; and what a policy says is what is read."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qemu_prefault.errors import InputError, RefusedError, UnsupportedError
+from qemu_prefault.libvirt.domain_xml import Domain, describe, enable
+from qemu_prefault.libvirt.installation import HOOK_TEXT
+from qemu_prefault.libvirt.policy import Moment, Policy, When, read
+from qemu_prefault.libvirt.window import boot_ram, ram_mapping
+from qemu_prefault.process import parse_maps
+
+HOOK = [sys.executable, "-m", "qemu_prefault", "libvirt", "hook"]
+XML = b"""<domain type='kvm'>
+  <name>a</name>
+  <uuid>6f1d8f5a-8f0b-4f63-a3a5-0c8d0f5c8d11</uuid>
+  %s
+  <memory>1048576</memory>
+  <os><type arch='x86_64' machine='pc-i440fx-10.0'>hvm</type></os>
+</domain>
+"""
+NOW = XML % b"<metadata><p:x xmlns:p='urn:qemu-prefault:1' restore='now' wait='2'/></metadata>"
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+def hook(*arguments: str, xml: bytes = XML % b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [*HOOK, *arguments], input=xml, capture_output=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    "xml", [b"", b"<domain", b"\xff\xfe", b"<network/>", NOW, b"x" * (17 << 20)]
+)
+@pytest.mark.parametrize(
+    "operation",
+    [
+        ("started", "begin", "-"),
+        ("restore", "begin", "-"),
+        ("release", "end", "-", "destroyed"),
+        ("reconnect", "begin", "-"),
+        ("no-such-operation", "begin", "-"),
+    ],
+    ids=lambda operation: operation[0],
+)
+def test_it_succeeds_and_prints_nothing(operation, xml):
+    done = hook("no-such-domain", *operation, xml=xml)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert b"Traceback" not in done.stderr
+
+
+def test_without_arguments_or_stdin():
+    assert hook().returncode == 0
+    closed = subprocess.run(
+        ["sh", "-c", '"$@" <&-', "sh", *HOOK, "a", "started", "begin", "-"],
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (closed.returncode, closed.stdout) == (0, b"")
+
+
+def test_what_goes_wrong_is_told():
+    asked = NOW.replace(b"wait='2'", b"start='follow'")
+    done = hook("a", "started", "begin", "-", xml=asked)
+    assert b"was not found" in done.stderr
+    typo = NOW.replace(b"restore=", b"restor=")
+    assert b"unknown key 'restor'" in hook("a", "started", "begin", "-", xml=typo).stderr
+
+
+def test_a_plugin_that_is_not_here_does_not_keep_a_guest_from_coming(tmp_path):
+    plain = XML % b""
+    for operation in ("migrate", "restore"):
+        missing = enable(plain, "/nowhere/qemu-prefault-plugin.so").xml
+        assert hook("a", operation, "begin", "-", xml=missing).stdout == plain
+        here = tmp_path / "qemu-prefault-plugin.so"
+        here.touch()
+        there = enable(plain, str(here)).xml
+        assert hook("a", operation, "begin", "-", xml=there).stdout == b""
+
+
+@pytest.mark.parametrize("program", ["false", "/nowhere", "sh -c 'kill -9 $$' ", "exit 3;"])
+def test_the_script_succeeds_whatever_its_program_does(tmp_path: Path, program: str):
+    script = tmp_path / "hook"
+    script.write_text(HOOK_TEXT.format(program=program, config="/nowhere"))
+    script.chmod(0o755)
+    for xml in (NOW, b"", XML):
+        argv = [script, "a", "started", "begin", "-"]
+        done = subprocess.run(argv, input=xml, check=False, timeout=60)
+        assert done.returncode == 0
+
+
+def test_the_script_starts_python_only_where_there_may_be_work(tmp_path: Path):
+    script, config, trace = tmp_path / "hook", tmp_path / "config", tmp_path / "trace"
+    script.write_text(HOOK_TEXT.format(program=f"tee -a {trace} --", config=config))
+    script.chmod(0o755)
+
+    def heard(xml: bytes, *arguments: str) -> bytes:
+        trace.write_bytes(b"")
+        subprocess.run([script, "a", *arguments], input=xml, check=True, cwd=tmp_path, timeout=60)
+        return trace.read_bytes()
+
+    assert heard(NOW, "started", "begin", "-").strip() == NOW.strip()
+    assert heard(NOW, "prepare", "begin", "-") == b""
+    assert heard(NOW, "reconnect", "begin", "-") == b""
+    assert heard(XML, "started", "begin", "-") == b""
+    config.touch()
+    assert heard(XML, "started", "begin", "-").strip() == XML.strip()
+
+
+# -- policies ------------------------------------------------------------------------------
+
+
+def domain(xml: bytes = XML % b"") -> Domain:
+    return describe(xml)
+
+
+def test_nothing_is_done_unasked(tmp_path):
+    assert read(domain(), tmp_path / "none") == Policy()
+    assert {Policy().at(moment) for moment in Moment} == {When.OFF}
+
+
+def test_the_domain_goes_before_the_file(tmp_path):
+    config = tmp_path / "libvirt.toml"
+    config.write_text('[default]\nrestore = "later"\nmigrate = "later"\n[domain.a]\nstart="follow"')
+    assert read(domain(), config) == Policy(When.FOLLOW, When.LATER, When.LATER)
+    assert read(domain(NOW), config) == Policy(When.FOLLOW, When.NOW, When.LATER, wait=2.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x", "[defaults]", "[default]\nstart='now'", "[default]\nwait=0", "default=1", "domain=1",
+     "[domain]\na=1", "[default]\nwait=3600", "[default]\npopulate='some'"],
+)  # fmt: skip
+def test_what_is_not_understood_is_refused(tmp_path, text):
+    config = tmp_path / "libvirt.toml"
+    config.write_text(text)
+    with pytest.raises(InputError) as raised:
+        read(domain(), config)
+    assert raised.value.remedy
+
+
+# -- a guest without a monitor -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("machine", "memory", "low", "high"),
+    [
+        ("pc", 512 * MIB, 512 * MIB, 0),
+        ("pc-i440fx-10.0", 3584 * MIB - MIB, 3584 * MIB - MIB, 0),
+        ("pc-i440fx-10.0", 3584 * MIB, 3 * GIB, 512 * MIB),
+        ("pc-i440fx-7.2", 8 * GIB, 3 * GIB, 5 * GIB),
+        ("pc-q35-10.0", 2816 * MIB - MIB, 2816 * MIB - MIB, 0),
+        ("pc-q35-10.0", 2816 * MIB, 2 * GIB, 768 * MIB),
+        ("q35", 8 * GIB, 2 * GIB, 6 * GIB),
+    ],
+)
+def test_where_a_pc_has_its_ram(machine, memory, low, high):
+    """As `info mtree -f` shows it of such a QEMU."""
+    expected = [(0, 640 * KIB, 0), (MIB, low - MIB, MIB)]
+    if high:
+        expected.append((4 * GIB, high, low))
+    assert list(boot_ram(machine, memory)) == expected
+
+
+@pytest.mark.parametrize("machine", ["microvm", "pseries-10.0", "", "pcx"])
+def test_other_machines_are_left_to_a_monitor(machine):
+    with pytest.raises(UnsupportedError):
+        boot_ram(machine, GIB)
+
+
+def test_which_mapping_is_the_guests():
+    line = "{:x}-{:x} {} 00000000 00:00 0 \n".format
+    maps = parse_maps(
+        line(GIB, 2 * GIB, "rw-p")
+        + line(3 * GIB, 4 * GIB, "r--p")
+        + line(5 * GIB, 5 * GIB + MIB, "rw-p")
+    )
+    assert ram_mapping(maps, GIB).start == GIB
+    for none_or_several in (2 * GIB, MIB * 2):
+        with pytest.raises(RefusedError):
+            ram_mapping(maps, none_or_several)
+    with pytest.raises(RefusedError):
+        ram_mapping((*maps, *maps), GIB)
