@@ -78,7 +78,7 @@ HOST = (
     host("unit", "tests/unit"),
     host("qemu", "tests/qemu"),
 )
-IMAGES = tuple(images(variant) for variant in ("trixie", "bookworm", "sid"))
+IMAGES = tuple(images(variant) for variant in ("trixie", "bookworm", "sid", "libvirt"))
 LAB_ITSELF = host("host", "tests/host", needs=tuple(suite.name for suite in IMAGES))
 THIRTY_BOOTS = Suite(
     "boots",
@@ -132,6 +132,7 @@ TEST = (
         "-k",
         f"to_no_faults or guest_takes_no_faults or the_quirk or {AREAS}",
     ),
+    lab("libvirt", "libvirt", "-m", "not full", "-k", "libvirt", minutes=30),
     lab("bookworm", "bookworm", "-k", "unsupported"),
     lab("shadow", "trixie", "-k", "unsupported or (test_area and paging) or trace", npt=False),
 )
@@ -147,6 +148,7 @@ FULL = (
     *IMAGES[1:],
     lab("sid-campaigns", "sid", "-k", "campaign", "--boots", "100", minutes=120),
     lab("sid", "sid", "-k", "not campaign", minutes=60),
+    lab("libvirt", "libvirt", "-k", "libvirt", minutes=60),
     LAB_ITSELF,
     lab("bookworm", "bookworm", "-k", "unsupported or test_guest.py"),
     lab("shadow", "trixie", "-k", "unsupported", npt=False),

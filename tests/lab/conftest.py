@@ -7,12 +7,15 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from qemu_prefault.lab.guest import Guest, thp
 from qemu_prefault.lab.tool import Result, Tool, resident_bytes
+
+if TYPE_CHECKING:
+    from qemu_prefault.lab.libvirtd import Domain, Libvirtd, Syslog
 
 OTHER_MIB = 96
 """What a guest has beside its workload's memory: its kernel, and memory it never touches."""
@@ -117,3 +120,58 @@ def ram_checksum(guest: Guest, backend: str = "ram") -> int:
     finally:
         os.close(fd)
     return value
+
+
+# -- libvirt: only in the lab's variant of that name, and by its tests ----------------------
+
+
+@pytest.fixture(scope="module")
+def libvirtd() -> Iterator[Libvirtd]:
+    from libvirt_tool import tool  # noqa: PLC0415
+
+    from qemu_prefault.lab.libvirtd import Libvirtd  # noqa: PLC0415
+
+    tool("libvirt", "install", "--hook")
+    with Libvirtd() as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def domain(libvirtd: Libvirtd) -> Iterator[Callable[..., Domain]]:
+    """Makes domains, of guests that write some memory."""
+    from libvirt_tool import WORKLOAD_MIB  # noqa: PLC0415
+
+    from qemu_prefault.lab.libvirtd import Domain  # noqa: PLC0415
+
+    made: list[Domain] = []
+
+    def make(name: str, **options: Any) -> Domain:
+        options.setdefault("workload_mib", WORKLOAD_MIB)
+        made.append(Domain(libvirtd, name, **options))
+        return made[-1]
+
+    yield make
+    for item in made:
+        item.destroy()
+
+
+@pytest.fixture
+def syslog() -> Iterator[Syslog]:
+    from qemu_prefault.lab.libvirtd import Syslog  # noqa: PLC0415
+
+    with Syslog() as heard:
+        yield heard
+
+
+@pytest.fixture
+def policy() -> Iterator[Callable[[str], None]]:
+    """Writes the hook's configuration file."""
+    from qemu_prefault.libvirt.installation import CONFIG  # noqa: PLC0415
+
+    CONFIG.parent.mkdir(exist_ok=True)
+
+    def write(text: str) -> None:
+        CONFIG.write_text(text)
+
+    yield write
+    CONFIG.unlink(missing_ok=True)

@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A libvirt daemon and its domains, for tests. Runs where the KVM is, in the variant ``libvirt``.
+
+The daemon is Debian's, started as its unit would, with AppArmor in force; a second one lives in
+mount and UTS namespaces of its own and so thinks it is another host. Domains boot the same
+guests as :mod:`qemu_prefault.lab.guest`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from qemu_prefault.errors import FailedError
+from qemu_prefault.libvirt.qemu_process import find_qemu
+from qemu_prefault.libvirt.window import total_faults
+from qemu_prefault.process import Process
+
+from .guest import KERNEL_ARGS, l2_directory
+from .serial import Answer, Serial
+
+SERIALS = Path("/run/lab-serial")
+PROFILES = ("usr.sbin.libvirtd", "usr.lib.libvirt.virt-aa-helper")
+LOG = Path("/var/log/libvirt/qemu")
+# Log files of QEMU's own, without virtlogd; all else is the package's.
+_QEMU_CONF = 'stdio_handler = "file"\n'
+
+
+class LibvirtdError(FailedError):
+    """The daemon, virsh, or a domain does not do what it should."""
+
+    code = "lab-libvirtd"
+
+
+def wait_until(condition: Any, what: str, limit: float = 120.0) -> None:
+    """Wait for a state that offers no event."""
+    deadline = time.monotonic() + limit
+    while not condition():
+        if time.monotonic() > deadline:
+            raise LibvirtdError(f"not within {limit:g} s: {what}")
+        time.sleep(0.02)
+
+
+class Libvirtd:
+    """A daemon; a context manager. Its domains end with it.
+
+    :param host: a name: be another host, in namespaces of its own.
+    """
+
+    def __init__(self, *, host: str | None = None) -> None:
+        self._host = host
+        self._process: subprocess.Popen[bytes] | None = None
+        self.domains: list[Domain] = []
+        self.root = Path("/")
+        _prepare_machine()
+        self._qemu_conf = _QEMU_CONF
+        _load_profiles()
+        if host is not None:
+            # One cgroup tree for both: only one of them may think it is its own.
+            self._qemu_conf += "cgroup_controllers = []\n"
+        self.start()
+
+    def __enter__(self) -> Libvirtd:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for domain in self.domains:
+            domain.destroy()
+        self.stop()
+
+    @property
+    def uri(self) -> str:
+        path = self.root / "run/libvirt/libvirt-sock"
+        return f"qemu+unix:///system?socket={path}"
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        words = ["/usr/sbin/libvirtd"]
+        Path("/etc/libvirt/qemu.conf").write_text(self._qemu_conf)
+        if self._host is not None:
+            script = _OTHER_HOST.format(
+                host=self._host, host_uuid=uuid.uuid4(), serials=SERIALS,
+                conf=shlex.quote(self._qemu_conf),
+            )  # fmt: skip
+            words = ["unshare", "--mount", "--uts", "sh", "-ec", script]
+        log = open(f"/tmp/libvirtd-{self._host or 'main'}.log", "ab")  # noqa: SIM115
+        with log:
+            self._process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        if self._host is not None:
+            self.root = Path(f"/proc/{self._process.pid}/root")
+        wait_until(self._answers, f"{words[0]} answers")
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        if self._process.poll() is not None:
+            log = Path(f"/tmp/libvirtd-{self._host or 'main'}.log").read_text()
+            raise LibvirtdError(f"libvirtd ended with {self._process.returncode}", log[-3000:])
+        return self.virsh("uri", check=False).returncode == 0
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """End it; domains go on, as they do."""
+        if self._process is not None:
+            self._process.send_signal(number)
+            self._process.wait(60)
+            self._process = None
+
+    def restart(self, number: int = signal.SIGTERM) -> None:
+        self.stop(number)
+        self.start()
+
+    def virsh(
+        self, *arguments: str, check: bool = True, timeout: float = 300.0
+    ) -> subprocess.CompletedProcess[str]:
+        """Run virsh on it."""
+        done = subprocess.run(
+            ["virsh", "--quiet", "--connect", self.uri, *arguments],
+            capture_output=True, text=True, check=False, timeout=timeout,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        if check and done.returncode:
+            raise LibvirtdError(f"virsh {' '.join(arguments)}: {done.stderr.strip()}")
+        return done
+
+    def define(self, xml: str) -> None:
+        path = Path(f"/tmp/{uuid.uuid4()}.xml")
+        path.write_text(xml)
+        try:
+            self.virsh("define", str(path))
+        finally:
+            path.unlink()
+
+
+# A tmpfs over everything a libvirtd has on its host.
+_OTHER_HOST = """
+hostname {host}
+mount --make-rprivate /
+for d in /run/libvirt /var/lib/libvirt /var/cache/libvirt /var/log/libvirt {serials}; do
+    mkdir -p $d; mount -t tmpfs tmpfs $d
+done
+cp -r /etc/libvirt /run/etc-libvirt-{host}
+mount --bind /run/etc-libvirt-{host} /etc/libvirt
+echo 'host_uuid = "{host_uuid}"' >/etc/libvirt/libvirtd.conf
+printf %s {conf} >/etc/libvirt/qemu.conf
+rm -rf /etc/libvirt/hooks /run/libvirtd.pid
+mkdir -p /var/lib/libvirt/qemu /run/libvirt/qemu
+chown libvirt-qemu:libvirt-qemu /var/lib/libvirt/qemu
+chmod 755 /var/lib/libvirt/qemu {serials}
+exec /usr/sbin/libvirtd --pid-file /run/libvirtd-{host}.pid
+"""
+
+
+def _prepare_machine() -> None:
+    """What udev, systemd and tmpfiles do on a whole Debian."""
+    os.chmod("/dev/kvm", 0o666)
+    SERIALS.mkdir(exist_ok=True)
+    SERIALS.chmod(0o755)
+    Path("/run/libvirt").mkdir(exist_ok=True)
+    if not Path("/sys/kernel/security/apparmor").exists():
+        subprocess.run(
+            ["mount", "-t", "securityfs", "securityfs", "/sys/kernel/security"], check=True
+        )
+
+
+def _load_profiles() -> None:
+    for name in PROFILES:
+        path = f"/etc/apparmor.d/{name}"
+        subprocess.run(["apparmor_parser", "--replace", path], check=True, timeout=300)
+
+
+class Domain:
+    """A persistent domain that boots the lab's guest.
+
+    :param workload_mib: MiB the guest writes before it is ready; 0: none.
+    :param confined: by AppArmor.
+    :param max_mib: with room for memory devices, up to so much in all.
+    :param firmware_only: no kernel: it does not get further than its firmware.
+    :param edit: what is done to the XML before it is defined.
+    """
+
+    def __init__(
+        self,
+        daemon: Libvirtd,
+        name: str,
+        *,
+        machine: str = "pc",
+        memory_mib: int = 192,
+        workload_mib: int = 0,
+        max_mib: int = 0,
+        firmware_only: bool = False,
+        confined: bool = True,
+        kernel_args: str = "",
+        metadata: str = "",
+        edit: Any = None,
+    ) -> None:
+        self.daemon = daemon
+        self.name = name
+        self.uuid = str(uuid.uuid4())
+        self.serial_path = SERIALS / name
+        self._serial: Serial | None = None
+        append = f"{KERNEL_ARGS} {kernel_args}"
+        if workload_mib:
+            append += f" workload.mib={workload_mib}"
+        files = l2_directory()
+        boot = (
+            f"<kernel>{files}/vmlinux</kernel><initrd>{files}/initramfs</initrd>"
+            f"<cmdline>{append}</cmdline>"
+        )
+        kib = memory_mib << 10
+        cpu = "<cpu mode='host-passthrough' check='none'/>"
+        plug = ""
+        if max_mib:
+            plug = f"<maxMemory slots='2' unit='MiB'>{max_mib}</maxMemory>"
+            cpu = cpu.replace("/>", f"><numa><cell id='0' cpus='0' memory='{kib}'/></numa></cpu>")
+        xml = f"""<domain type='kvm'>
+  <name>{name}</name>
+  <uuid>{self.uuid}</uuid>
+  {metadata}{plug}
+  <memory unit='KiB'>{kib}</memory>
+  <vcpu>1</vcpu>
+  <os><type arch='x86_64' machine='{machine}'>hvm</type>{"" if firmware_only else boot}</os>
+  <features><acpi/></features>
+  {cpu}
+  <on_reboot>restart</on_reboot>
+  <devices>
+    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    <controller type='usb' model='none'/>
+    <memballoon model='none'/>
+    <serial type='unix'><source mode='bind' path='{self.serial_path}'/></serial>
+  </devices>
+  {"" if confined else "<seclabel type='none'/>"}
+</domain>
+"""
+        if edit is not None:
+            xml = edit(xml.encode()).decode()
+        daemon.define(xml)
+        daemon.domains.append(self)
+
+    # -- virsh -----------------------------------------------------------------------------
+
+    def virsh(self, command: str, *arguments: str, **options: Any) -> str:
+        """Run a virsh command on this domain; its stdout."""
+        return self.daemon.virsh(command, self.name, *arguments, **options).stdout.strip()
+
+    @property
+    def state(self) -> str:
+        return self.virsh("domstate")
+
+    def destroy(self) -> None:
+        """End and forget it."""
+        if self._serial is not None:
+            self._serial.close()
+            self._serial = None
+        for command in (("destroy",), ("undefine", "--managed-save")):
+            self.daemon.virsh(command[0], self.name, *command[1:], check=False)
+
+    def moved_to(self, daemon: Libvirtd) -> Domain:
+        """It has migrated: as the other daemon has it."""
+        moved = copy.copy(self)
+        moved.daemon = daemon
+        moved._serial = None
+        daemon.domains.append(moved)
+        return moved
+
+    def reset(self) -> None:
+        """Press the reset button; what the guest has said before is forgotten.
+
+        It is stopped for that, so that none of what it says next is lost with it.
+        """
+        assert self._serial is not None
+        self.virsh("suspend")
+        self._serial.forget()
+        self.virsh("reset")
+        self.virsh("resume")
+
+    def log(self) -> str:
+        """What libvirt and QEMU say in the domain's log."""
+        path = self.daemon.root / f"var/log/libvirt/qemu/{self.name}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    # -- QEMU and its guest ------------------------------------------------------------------
+
+    @property
+    def process(self) -> Process:
+        """Its QEMU."""
+        if self.daemon.root == Path("/"):
+            return find_qemu(self.name, self.uuid)
+        pid = (self.daemon.root / f"run/libvirt/qemu/{self.name}.pid").read_text()
+        return Process.find(int(pid))
+
+    def faults(self) -> int:
+        """KVM's ``pf_taken`` since this QEMU started."""
+        count = total_faults(self.process)
+        if count is None:
+            raise LibvirtdError("KVM's counters are not in debugfs")
+        return count
+
+    def attach_serial(self) -> Serial:
+        """Connect to the serial line of the QEMU that runs now."""
+        if self._serial is not None:
+            self._serial.close()
+        line = socket.socket(socket.AF_UNIX)
+        line.settimeout(30)
+        line.connect(str(self.daemon.root / self.serial_path.relative_to("/")))
+        self._serial = Serial(line, self._problem)
+        return self._serial
+
+    def _problem(self, what: str) -> LibvirtdError:
+        said = self._serial.log[-2000:] if self._serial else b""
+        return LibvirtdError(what, f"{self.log()[-3000:]}\nserial: {said!r}")
+
+    def start(self, *arguments: str) -> None:
+        """``virsh start``, and listen."""
+        self.virsh("start", *arguments)
+        self.attach_serial()
+
+    def wait_ready(self, timeout: float = 300.0) -> Answer:
+        assert self._serial is not None
+        return self._serial.answer("ready", timeout)
+
+    def command(self, line: str, timeout: float = 300.0) -> Answer:
+        assert self._serial is not None
+        return self._serial.command(line, timeout)
+
+    def check_memory(self) -> None:
+        """The guest answers, and finds in its memory what it wrote there."""
+        answer = self.command("pass")
+        if answer["bad"]:
+            raise LibvirtdError(f"{answer['bad']} pages of {self.name} are not as they were")
+
+
+def denials(since: int) -> list[str]:
+    """What AppArmor has denied since that many lines of the kernel's log."""
+    lines = kernel_log()[since:]
+    return [line for line in lines if 'apparmor="DENIED"' in line]
+
+
+def kernel_log() -> list[str]:
+    done = subprocess.run(["dmesg"], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+class Syslog:
+    """``/dev/log``, where nobody else is: what the hook logs. A context manager."""
+
+    def __init__(self, path: Path = Path("/dev/log")) -> None:
+        self._path = path
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        self._socket.bind(str(path))
+        path.chmod(0o666)
+        self._socket.settimeout(0)
+        self._lines: list[str] = []
+
+    def __enter__(self) -> Syslog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+        self._path.unlink()
+
+    def lines(self, having: str = "") -> list[str]:
+        """What has been logged so far, and has this in it."""
+        with contextlib.suppress(BlockingIOError):
+            while data := self._socket.recv(1 << 16):
+                self._lines.append(data.decode(errors="replace"))
+        return [line for line in self._lines if having in line]

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Real libvirtd, real virsh, confined QEMUs: the plugin in a domain, the hook, ``--domain``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import threading
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from libvirt_tool import FEW, run_tool, tool
+
+from qemu_prefault.agents.attach import helper_threads
+from qemu_prefault.lab.libvirtd import Domain, denials, kernel_log, wait_until
+from qemu_prefault.libvirt.installation import APPARMOR_RULE, RULE_TEXT, install
+
+full = pytest.mark.full  # only in make test-full: each start of a confined domain takes seconds
+
+
+def label(of: Domain) -> str:
+    return Path(f"/proc/{of.process.pid}/attr/current").read_text().strip("\0\n")
+
+
+# -- the plugin in a domain ----------------------------------------------------------------
+
+
+def test_an_enabled_domain_boots_without_faults_though_confined(domain):
+    before = len(kernel_log())
+    kept = domain("kept")
+    tool("libvirt", "enable", "kept")
+    kept.start()
+    kept.wait_ready()
+    assert label(kept) == f"libvirt-{kept.uuid} (enforce)"
+    assert kept.faults() < FEW
+    status = json.loads(tool("libvirt", "status", "kept", "--json"))
+    assert status["enabled"] and status["current"] and status["running"]
+    assert status["plugin"]["counters"]["errors"] == 0, status
+    kept.check_memory()
+    about_us = [line for line in denials(before) if "prefault" in line or "pagemap" in line]
+    assert about_us == []
+
+
+@full
+def test_disabled_it_is_as_it_was(domain):
+    plain = domain("plain", workload_mib=0)
+    before = plain.virsh("dumpxml", "--inactive")
+    tool("libvirt", "enable", "plain")
+    assert "qemu-prefault-plugin" in plain.virsh("dumpxml", "--inactive")
+    assert run_tool("libvirt", "enable", "plain").stderr.count("already") == 1
+    tool("libvirt", "disable", "plain")
+    assert plain.virsh("dumpxml", "--inactive") == before
+    assert run_tool("libvirt", "status", "plain").returncode == 3
+
+
+@full
+def test_by_virsh_where_there_is_no_python_module(domain, tmp_path):
+    plain = domain("plain", workload_mib=0)
+    (tmp_path / "libvirt.py").write_text("raise ImportError\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for command, there in (("enable", True), ("disable", False)):
+        subprocess.run(
+            ["qemu-prefault", "libvirt", command, "plain"], check=True, env=environment, timeout=60
+        )
+        assert ("qemu-prefault-plugin" in plain.virsh("dumpxml", "--inactive")) is there
+
+
+@full
+def test_unknown_domains_are_an_error_of_the_user(libvirtd):
+    for arguments in (
+        ("libvirt", "enable", "no-such"),
+        ("libvirt", "status", "no-such"),
+        ("libvirt", "start", "no-such"),
+        ("probe", "--domain", "no-such"),
+        ("--domain", "no-such"),
+    ):
+        done = run_tool(*arguments)
+        assert done.returncode == 2 and "no-such" in done.stderr, (arguments, done)
+
+
+# -- the hook ------------------------------------------------------------------------------
+
+
+def saved_guest(domain, **options) -> Domain:
+    guest = domain("saved", **options)
+    guest.start()
+    guest.wait_ready()
+    guest.check_memory()
+    guest.virsh("managedsave")
+    return guest
+
+
+def test_a_restored_guest_is_prefaulted_before_it_runs(domain, syslog):
+    asked = "<p:hook xmlns:p='urn:qemu-prefault:1' restore='now'/>"
+    guest = saved_guest(domain, metadata=f"<metadata>{asked}</metadata>")
+    guest.start()
+    guest.check_memory()
+    assert guest.faults() < FEW, syslog.lines()
+    assert syslog.lines("prefaulted before the guest runs"), syslog.lines()
+    assert not helper_threads(guest.process.pid)
+
+
+@full
+def test_what_there_is_no_time_for_is_handed_over(domain, policy, syslog):
+    guest = saved_guest(domain)
+    policy('[default]\nrestore = "now"\nwait = 0.001\n')
+    guest.start()
+    wait_until(lambda: syslog.lines("verified") or syslog.lines("prefaulted"), "its report")
+    assert syslog.lines("no time for"), syslog.lines()
+    assert syslog.lines("handed over"), syslog.lines()
+    guest.check_memory()
+
+
+def test_a_killed_hook_does_not_keep_the_guest(domain, policy, syslog):
+    guest = saved_guest(domain)
+    policy('[default]\nrestore = "now"\n')
+    killed = []
+    done = threading.Event()
+
+    def kill() -> None:
+        while not killed and not done.is_set():
+            for entry in Path("/proc").iterdir():
+                with contextlib.suppress(OSError):
+                    words = (entry / "cmdline").read_bytes().split(b"\0")
+                    if b"python" in words[0] and b"hook" in words and b"started" in words:
+                        os.kill(int(entry.name), signal.SIGKILL)
+                        killed.append(entry.name)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    guest.start()
+    done.set()
+    killer.join()
+    assert killed
+    assert guest.state == "running"
+    guest.check_memory()
+    wait_until(lambda: not helper_threads(guest.process.pid), "no helper is left")
+
+
+@full
+def test_a_broken_policy_does_not_keep_the_guest(domain, policy, syslog):
+    policy("[default]\nrestore = 'perhaps'\n")
+    guest = domain("broken", workload_mib=0)
+    guest.start()
+    guest.wait_ready()
+    assert syslog.lines("'perhaps'"), syslog.lines()
+
+
+def test_libvirtd_is_restarted(domain, policy, syslog, libvirtd):
+    """The hook is called for each domain ("reconnect"), and what fails there ends the guest."""
+    policy('[default]\nrestore = "now"\nstart = "follow"\n')
+    guest = domain("stays")
+    guest.start()
+    guest.wait_ready()
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        libvirtd.restart(number)
+        assert guest.state == "running"
+        guest.check_memory()
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(20, marks=full)])
+def test_many_domains_at_once(domain, policy, libvirtd, count):
+    policy('[default]\nrestore = "now"\n')
+    names = [f"many{number}" for number in range(count)]
+    guests = [domain(name, firmware_only=True, memory_mib=32, workload_mib=0) for name in names]
+    for name in names[::2]:
+        tool("libvirt", "enable", name)
+    with ThreadPoolExecutor(len(guests)) as executor:
+        list(executor.map(lambda guest: guest.virsh("start", timeout=900), guests))
+    assert {guest.state for guest in guests} == {"running"}
+
+
+# -- AppArmor ------------------------------------------------------------------------------
+
+
+def test_probe_says_which_rule_is_missing(domain):
+    rule = Path("/") / APPARMOR_RULE
+    guest = domain("probed", workload_mib=0)
+    tool("libvirt", "enable", "probed")
+    rule.unlink()
+    try:
+        done = run_tool("probe", "--domain", "probed", "--json")
+        findings = {f["check"]: f for f in json.loads(done.stdout)["findings"]}
+        assert findings["apparmor"]["verdict"] == "no"
+        assert RULE_TEXT.strip() in findings["apparmor"]["remedy"]
+        assert done.returncode == 4
+        # Without it the guest starts all the same.
+        guest.start()
+        guest.wait_ready()
+    finally:
+        install()
+
+
+def test_probe_of_a_domain_that_runs(domain):
+    guest = domain("probed", workload_mib=0)
+    tool("libvirt", "enable", "probed")
+    guest.start()
+    guest.wait_ready()
+    findings = json.loads(tool("probe", "--domain", "probed", "--json"))["findings"]
+    verdicts = {f["check"]: f["verdict"] for f in findings}
+    for check in ("daemon", "apparmor", "seccomp", "pages", "enable", "plugin", "prefault"):
+        assert verdicts[check] == "ok", findings
+
+
+# -- through libvirt's own monitor ----------------------------------------------------------
+
+
+def test_a_running_domain_is_prefaulted_through_libvirt(domain):
+    guest = domain("running", workload_mib=0)
+    guest.start()
+    guest.wait_ready()
+    report = json.loads(tool("--domain", "running", "--json"))
+    assert report["bytes"]["remaining"] == 0
+    assert guest.state == "running"
+    before = guest.faults()
+    guest.command("alloc 64")
+    assert guest.faults() - before < FEW
+    assert "custom-monitor" in guest.virsh("dominfo") + guest.log()
+    for command in ("map", "stats"):
+        assert json.loads(tool(command, "--domain", "running", "--json"))
+
+
+def test_killed_while_it_has_the_guest_paused(domain, libvirtd):
+    guest = domain("killed")
+    guest.start()
+    guest.wait_ready()
+    for _ in range(3):
+        child = subprocess.Popen(
+            ["qemu-prefault", "--domain", "killed"], stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        paused = False
+        while child.poll() is None and not paused:
+            paused = guest.state == "paused"
+        child.kill()
+        child.wait()
+        wait_until(lambda: guest.state == "running", "the guard resumes the guest")
+        wait_until(lambda: not helper_threads(guest.process.pid), "no helper is left")
+    guest.check_memory()
+
+
+@full
+def test_libvirtd_is_restarted_under_it(domain, libvirtd):
+    guest = domain("watched", workload_mib=0)
+    guest.start()
+    guest.wait_ready()
+    child = subprocess.Popen(
+        ["qemu-prefault", "stats", "--watch", "--json", "--domain", "watched"],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert child.stdout is not None
+        assert json.loads(child.stdout.readline())
+        libvirtd.restart(signal.SIGKILL)
+        for _ in range(3):
+            assert json.loads(child.stdout.readline())
+    finally:
+        child.terminate()
+        child.wait(30)
+
+
+# -- the daemon ------------------------------------------------------------------------------
+
+
+def test_watch_acts_and_tells(domain, policy, libvirtd):
+    policy('[default]\nstart = "later"\n')
+    child = subprocess.Popen(
+        ["qemu-prefault", "libvirt", "watch", "--listen", "127.0.0.1:9469", "--act"],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+    def metrics() -> str:
+        try:
+            with urllib.request.urlopen("http://127.0.0.1:9469/metrics", timeout=30) as page:
+                text: str = page.read().decode()
+        except OSError:
+            return ""
+        return text
+
+    try:
+        wait_until(lambda: "qemu_prefault_libvirt_up 1.0" in metrics(), "it is connected")
+        guest = domain("fleet", workload_mib=0)
+        guest.start()
+        guest.wait_ready()
+        verified = 'qemu_prefault_runs_total{domain="fleet",moment="start",outcome="'
+        wait_until(lambda: verified in metrics(), "a run is counted")
+        assert 'qemu_prefault_stage2_faults_total{domain="fleet"}' in metrics()
+        libvirtd.restart()
+        guest.destroy()
+        wait_until(lambda: 'faults_total{domain="fleet"}' not in metrics(), "it is forgotten")
+    finally:
+        child.terminate()
+        _, said = child.communicate(timeout=30)
+    assert "fleet booted" in said and "is lost" in said, said
+    assert "Traceback" not in said
