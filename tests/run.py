@@ -78,7 +78,7 @@ HOST = (
     host("unit", "tests/unit"),
     host("qemu", "tests/qemu"),
 )
-IMAGES = tuple(images(variant) for variant in ("trixie", "bookworm", "sid", "libvirt"))
+IMAGES = tuple(images(variant) for variant in ("trixie", "bookworm", "sid"))
 LAB_ITSELF = host("host", "tests/host", needs=tuple(suite.name for suite in IMAGES))
 THIRTY_BOOTS = Suite(
     "boots",
@@ -115,7 +115,7 @@ TEST = (
     IMAGES[0],
     lab(
         *("trixie", "trixie", "-m", "not full"),
-        *("-k", "not (test_kill.py or test_guest.py or unsupported)"),
+        *("-k", "not (test_kill.py or test_guest.py or unsupported or libvirt)"),
         *("--boots", "2"),
     ),
     *LINT,
@@ -132,7 +132,6 @@ TEST = (
         "-k",
         f"to_no_faults or guest_takes_no_faults or the_quirk or {AREAS}",
     ),
-    lab("libvirt", "libvirt", "-m", "not full", "-k", "libvirt", minutes=30),
     lab("bookworm", "bookworm", "-k", "unsupported"),
     lab("shadow", "trixie", "-k", "unsupported or (test_area and paging) or trace", npt=False),
 )
@@ -140,14 +139,15 @@ FULL = (
     IMAGES[0],
     lab("kill", "trixie", "-k", "test_kill", "--kills", "1000", minutes=120),
     lab("campaigns", "trixie", "-k", "campaign", "--boots", "100", minutes=120),
-    lab("trixie", "trixie", "-k", "not (campaign or test_kill)", minutes=60),
+    lab("trixie", "trixie", "-k", "not (campaign or test_kill or libvirt)", minutes=60),
     *LINT,
     *HOST,
     AVOCADO_LISTED,
     *AVOCADO_SMOKE,
     *IMAGES[1:],
     lab("sid-campaigns", "sid", "-k", "campaign", "--boots", "100", minutes=120),
-    lab("sid", "sid", "-k", "not campaign", minutes=60),
+    lab("sid", "sid", "-k", "not (campaign or libvirt)", minutes=60),
+    images("libvirt"),
     lab("libvirt", "libvirt", "-k", "libvirt", minutes=60),
     LAB_ITSELF,
     lab("bookworm", "bookworm", "-k", "unsupported or test_guest.py"),
