@@ -26,7 +26,7 @@ from ..errors import RefusedError, UnsupportedError
 from ..layout import Section
 from ..pagemap import Pagemap
 from ..plan import Target
-from ..process import Mapping, Process, backing_of
+from ..process import Mapping, Process, backing_of, thread_names
 from ..report import Stage2
 from ..session import Backing
 from ..work import Work
@@ -97,8 +97,7 @@ def vcpu_threads(process: Process) -> list[VcpuThread]:
     :raise RefusedError: one of them runs.
     """
     named = {}
-    for tid in process.threads():
-        name = _thread_name(process, tid)
+    for tid, name in thread_names(process.pid).items():
         if match := _VCPU_NAME.fullmatch(name):
             named[int(match[1])] = tid
     fds = sorted(process.kvm_fds().vcpus.items())
@@ -119,13 +118,6 @@ def vcpu_threads(process: Process) -> list[VcpuThread]:
             )
         threads.append(VcpuThread(tid, fd, vcpu_id))
     return threads
-
-
-def _thread_name(process: Process, tid: int) -> str:
-    try:
-        return Path(f"/proc/{process.pid}/task/{tid}/comm").read_text().rstrip("\n")
-    except OSError:
-        return ""  # it has just ended
 
 
 class _OneMapping:
@@ -233,22 +225,23 @@ def _section(gpa: int, size: int, hva: int) -> Section:
 
 
 def read_counters(process: Process) -> Stage2 | None:
-    """KVM's counts of stage-2 leaves, from debugfs; None where that is not to be had.
-
-    KVM names a VM's directory there by the pid and the descriptor that it was created with
-    (kvm_create_vm_debugfs(), virt/kvm/kvm_main.c).
-    """
-    try:
-        directory = DEBUGFS / f"{process.pid}-{process.kvm_fds().vm}"
-        return Stage2(*(int((directory / n).read_text()) for n in Stage2.__dataclass_fields__))
-    except (OSError, ValueError):
-        return None
+    """KVM's counts of stage-2 leaves, from debugfs; None where that is not to be had."""
+    counts = _read_counts(process, tuple(Stage2.__dataclass_fields__))
+    return None if counts is None else Stage2(*counts)
 
 
 def total_faults(process: Process) -> int | None:
     """KVM's ``pf_taken`` of all vCPUs, likewise."""
+    counts = _read_counts(process, ("pf_taken",))
+    return None if counts is None else counts[0]
+
+
+def _read_counts(process: Process, names: Sequence[str]) -> list[int] | None:
+    """KVM names a VM's directory by the pid and the descriptor that it was created with
+    (kvm_create_vm_debugfs(), virt/kvm/kvm_main.c).
+    """
     try:
         directory = DEBUGFS / f"{process.pid}-{process.kvm_fds().vm}"
-        return int((directory / "pf_taken").read_text())
+        return [int((directory / name).read_text()) for name in names]
     except (OSError, ValueError):
         return None
