@@ -174,3 +174,14 @@ def wait_running(test, vm):
     """Wait until an incoming guest runs."""
     if not utils_misc.wait_for(lambda: vm.monitor.verify_status("running"), 900, step=0.5):
         test.fail(f"{vm.name} does not run")
+
+
+def read_back(test, params, vm, wanted):
+    """Read the file of :func:`fill` where the guest is now; give the faults on memory so far."""
+    session = log_in(params, vm)
+    if checksum(session, "file") != wanted:
+        test.fail("the file in the guest's memory has changed")
+    taken = memory_faults(vm)
+    check_health(test, session)
+    session.close()
+    return taken

@@ -19,12 +19,7 @@ def run(test, params, env):
     taken = []
     for prefault in (False, True):
         migrate(test, params, vm, prefault)
-        session = prefault_vt.log_in(params, vm)
-        if prefault_vt.checksum(session, "file") != wanted:
-            test.fail("the file in the guest's memory has changed")
-        taken.append(prefault_vt.memory_faults(vm))
-        prefault_vt.check_health(test, session)
-        session.close()
+        taken.append(prefault_vt.read_back(test, params, vm, wanted))
     prefault_vt.compare(test, "migrate", *taken, size << 8)
 
 

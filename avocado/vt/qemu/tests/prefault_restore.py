@@ -35,12 +35,7 @@ def run(test, params, env):
         else:
             vm.resume()
         prefault_vt.wait_running(test, vm)
-        session = prefault_vt.log_in(params, vm)
-        if prefault_vt.checksum(session, "file") != wanted:
-            test.fail("the file in the guest's memory has changed")
-        taken.append(prefault_vt.memory_faults(vm))
-        prefault_vt.check_health(test, session)
-        session.close()
+        taken.append(prefault_vt.read_back(test, params, vm, wanted))
         vm.pause()
     os.remove(state)
     prefault_vt.compare(test, "restore", *taken, size << 8)
