@@ -8,11 +8,8 @@ other belongs to this class, so that each can be watched while the other is in u
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import re
-import select
 import shutil
 import signal
 import socket
@@ -27,6 +24,7 @@ from qemu_prefault.agents.plugin import plugin_path
 from qemu_prefault.errors import FailedError
 
 from .qmp import Qmp, QmpError
+from .serial import Answer, Serial
 
 L2_VARIABLE = "QEMU_PREFAULT_L2"
 """Environment variable naming the directory of the L2 kernel and initramfs."""
@@ -39,7 +37,7 @@ KERNEL_ARGS = (
     # Drivers that wait for hardware microvm does not have: a clock (4 s), a keyboard.
     "initcall_blacklist=cmos_init,i8042_init"
 )
-BACKINGS = {
+_BACKINGS = {
     "ram": "memory-backend-ram",
     "memfd": "memory-backend-memfd",
     "file": "memory-backend-file,share=on,mem-path={directory}",
@@ -49,7 +47,6 @@ BACKINGS = {
 # Without SMM: TCG (7.2 and 10.0) aborts in tcg_handle_interrupt() when UEFI uses it under KVM.
 _OVMF_CODE = "/usr/share/OVMF/OVMF_CODE_4M.fd"
 _OVMF_VARIABLES = "/usr/share/OVMF/OVMF_VARS_4M.fd"
-_TERMINAL = re.compile(rb"\x1b\[[0-9;=?]*[A-Za-z]")  # UEFI clears a screen before the kernel
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _HUGEPAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 
@@ -138,10 +135,7 @@ class Guest:
         argv = [*wrapper, qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         argv += load
         if backing is not None:
-            kind, _, properties = backing.partition(",")
-            text = BACKINGS[kind].format(directory=self.directory / "memory")
-            text += f",id=ram,size={memory_mib}M" + (f",{properties}" if properties else "")
-            argv += ["-object", text]
+            argv += self._backing(backing, memory_mib)
             machine_argument += ",memory-backend=ram"
         if ovmf:
             argv += self._flash()
@@ -154,13 +148,7 @@ class Guest:
         initramfs = files / ("initramfs-kvm" if kvm else "initramfs")
         argv += ["-kernel", str(files / kernel), "-initrd", str(initramfs)]
         argv += ["-append", f"{append} {kernel_args}".strip()]
-        if paused:
-            argv.append("-S")
-        if incoming is not None:
-            argv += ["-incoming", "defer" if isinstance(incoming, Path) else incoming]
-
-        self._start([*argv, *args])
-        self._configure(incoming)
+        self._launch(argv, paused, incoming, args)
 
     def _prepare(self) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="l2-")
@@ -168,10 +156,21 @@ class Guest:
         self.qmp_path = self.directory / "qmp"
         self.control_path = self.directory / "control"
         self._stderr_path = self.directory / "stderr"
-        self._serial_buffer = b""
-        self.serial_log = b""
 
-    def _configure(self, incoming: str | Path | None) -> None:
+    def _backing(self, backing: str, memory_mib: int) -> list[str]:
+        kind, _, properties = backing.partition(",")
+        text = _BACKINGS[kind].format(directory=self.directory / "memory")
+        text += f",id=ram,size={memory_mib}M" + (f",{properties}" if properties else "")
+        return ["-object", text]
+
+    def _launch(
+        self, argv: list[str], paused: bool, incoming: str | Path | None, args: Sequence[str]
+    ) -> None:
+        if paused:
+            argv.append("-S")
+        if incoming is not None:
+            argv += ["-incoming", "defer" if isinstance(incoming, Path) else incoming]
+        self._start([*argv, *args])
         try:
             # Failed migrations and restores are told by events, not found by asking again.
             self.qmp(
@@ -223,8 +222,7 @@ class Guest:
             monitor_far.close()
         self.pid = self.process.pid
         self._pidfd = os.pidfd_open(self.pid)
-        self._serial = serial
-        self._serial.setblocking(False)
+        self._serial = Serial(serial, self._problem, self._pidfd)
         try:
             self.monitor = Qmp(monitor, timeout=60.0)
         except QmpError as error:
@@ -244,6 +242,11 @@ class Guest:
     def stderr(self) -> str:
         """What QEMU has said on stdout and stderr."""
         return self._stderr_path.read_text(errors="replace")
+
+    @property
+    def serial_log(self) -> bytes:
+        """All that the guest has sent on its serial line."""
+        return self._serial.log
 
     @property
     def alive(self) -> bool:
@@ -396,61 +399,12 @@ class Guest:
         while self.wait_event("RESET")["data"]["reason"] != "host-qmp-system-reset":
             pass
         # No vCPU ran when that was sent, so all of the last boot's output is here.
-        with contextlib.suppress(BlockingIOError):
-            while self._serial.recv(1 << 16):
-                pass
-        self._serial_buffer = b""
+        self._serial.forget()
 
-    def wait_ready(self, timeout: float = 240.0) -> dict[str, float | str]:
+    def wait_ready(self, timeout: float = 240.0) -> Answer:
         """Wait for a booting guest's ``ready``; ``uptime`` is its age in seconds then."""
-        return self._answer("ready", timeout)
+        return self._serial.answer("ready", timeout)
 
-    def command(self, line: str, timeout: float = 120.0) -> dict[str, float | str]:
+    def command(self, line: str, timeout: float = 120.0) -> Answer:
         """Send a command of ``workload.c`` and give the values of its answer."""
-        self._serial.setblocking(True)
-        with contextlib.suppress(ConnectionError):  # reading the answer tells why
-            self._serial.sendall(line.encode() + b"\n")
-        self._serial.setblocking(False)
-        return self._answer(line.partition(" ")[0], timeout)
-
-    def _answer(self, word: str, timeout: float) -> dict[str, float | str]:
-        deadline = time.monotonic() + timeout
-        while True:
-            text = self._line(deadline, word)
-            first, _, rest = text.partition(" ")
-            if first == "error":
-                raise self._problem(f"the guest says: {rest}")
-            if first == word:
-                pairs = (item.partition("=") for item in rest.split())
-                return {key: _number(value) for key, _, value in pairs}
-
-    def _line(self, deadline: float, word: str) -> str:
-        poll = select.poll()
-        poll.register(self._serial, select.POLLIN)
-        poll.register(self._pidfd, select.POLLIN)
-        while b"\n" not in self._serial_buffer:
-            left = deadline - time.monotonic()
-            ready = dict(poll.poll(left * 1000)) if left > 0 else {}
-            if not ready:
-                raise self._problem(f"the guest did not answer {word!r} in time")
-            data = b""
-            if self._serial.fileno() in ready:
-                with contextlib.suppress(ConnectionError):  # a killed QEMU: as at its end
-                    data = self._serial.recv(1 << 16)
-            if not data:
-                raise self._problem(f"QEMU ended while {word!r} was awaited")
-            self._serial_buffer += data
-            self.serial_log += data
-        line, _, self._serial_buffer = self._serial_buffer.partition(b"\n")
-        return _TERMINAL.sub(b"", line).decode(errors="replace").strip()
-
-
-def _number(text: str) -> float | str:
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        return text
+        return self._serial.command(line, timeout)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A guest's serial line, and the workload (workload.c) that answers on it."""
+"""A guest's serial line: a console, or the workload (workload.c) that answers on it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ class Serial:
         self._socket = line
         self._socket.setblocking(False)
         self._problem = problem
-        self._pidfd = pidfd
+        self._poll = select.poll()
+        self._poll.register(line, select.POLLIN)
+        if pidfd is not None:
+            self._poll.register(pidfd, select.POLLIN)
         self._buffer = b""
         self.log = b""
 
@@ -40,16 +43,31 @@ class Serial:
     def forget(self) -> None:
         """What has been received so far was not meant for us."""
         with contextlib.suppress(BlockingIOError):
-            while self._socket.recv(1 << 16):
-                pass
+            while data := self._socket.recv(1 << 16):
+                self.log += data
         self._buffer = b""
+
+    def send(self, text: str) -> None:
+        """Send all of it; a line that is closed is the end of QEMU."""
+        try:
+            self._send(text)
+        except ConnectionError as error:
+            raise self._problem("QEMU ended") from error
+
+    def expect(self, pattern: str, timeout: float) -> re.Match[bytes]:
+        """Wait for the console to show this; what it showed up to its end is forgotten."""
+        expression = re.compile(pattern.encode())
+        deadline = time.monotonic() + timeout
+        late = f"the console does not show {pattern!r} in {timeout:g} s"
+        while not (found := expression.search(self._buffer)):
+            self._receive(deadline, pattern, late)
+        self._buffer = self._buffer[found.end() :]
+        return found
 
     def command(self, line: str, timeout: float = 120.0) -> Answer:
         """Send a command of ``workload.c`` and give the values of its answer."""
-        self._socket.setblocking(True)
         with contextlib.suppress(ConnectionError):  # reading the answer tells why
-            self._socket.sendall(line.encode() + b"\n")
-        self._socket.setblocking(False)
+            self._send(f"{line}\n")
         return self.answer(line.partition(" ")[0], timeout)
 
     def answer(self, word: str, timeout: float) -> Answer:
@@ -65,25 +83,31 @@ class Serial:
                 return {key: _number(value) for key, _, value in pairs}
 
     def _line(self, deadline: float, word: str) -> str:
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        if self._pidfd is not None:
-            poll.register(self._pidfd, select.POLLIN)
         while b"\n" not in self._buffer:
-            left = deadline - time.monotonic()
-            ready = dict(poll.poll(left * 1000)) if left > 0 else {}
-            if not ready:
-                raise self._problem(f"the guest did not answer {word!r} in time")
-            data = b""
-            if self._socket.fileno() in ready:
-                with contextlib.suppress(ConnectionError):  # a killed QEMU: as at its end
-                    data = self._socket.recv(1 << 16)
-            if not data:
-                raise self._problem(f"QEMU ended while {word!r} was awaited")
-            self._buffer += data
-            self.log += data
+            self._receive(deadline, word, f"the guest did not answer {word!r} in time")
         line, _, self._buffer = self._buffer.partition(b"\n")
         return _TERMINAL.sub(b"", line).decode(errors="replace").strip()
+
+    def _send(self, text: str) -> None:
+        self._socket.setblocking(True)
+        try:
+            self._socket.sendall(text.encode())
+        finally:
+            self._socket.setblocking(False)
+
+    def _receive(self, deadline: float, awaited: str, late: str) -> None:
+        left = deadline - time.monotonic()
+        ready = dict(self._poll.poll(left * 1000)) if left > 0 else {}
+        if not ready:
+            raise self._problem(late)
+        data = b""
+        if self._socket.fileno() in ready:
+            with contextlib.suppress(ConnectionError):  # a killed QEMU: as at its end
+                data = self._socket.recv(1 << 16)
+        if not data:
+            raise self._problem(f"QEMU ended while {awaited!r} was awaited")
+        self._buffer += data
+        self.log += data
 
 
 def _number(text: str) -> float | str:

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import os
 import re
-import select
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from qemu_prefault.agents.plugin import plugin_path
 
 from .distro import PASSWORD
-from .guest import BACKINGS, KERNEL_ARGS, Guest, GuestError
+from .guest import KERNEL_ARGS, Guest, GuestError
 
 DISTROS_VARIABLE = "QEMU_PREFAULT_DISTROS"
 """Environment variable naming the directory of the distributions."""
@@ -86,10 +84,7 @@ class SystemGuest(Guest):
         microvm = machine.partition(",")[0] == "microvm"
         argv = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"]
         argv += self._load_plugin(plugin)
-        kind, _, properties = backing.partition(",")
-        text = BACKINGS[kind].format(directory=self.directory / "memory")
-        text += f",id=ram,size={memory_mib}M" + (f",{properties}" if properties else "")
-        argv += ["-object", text]
+        argv += self._backing(backing, memory_mib)
         if firmware == "ovmf":
             argv += self._flash()
         argv += ["-machine", f"{machine},memory-backend=ram", "-accel", "kvm", "-cpu", "host"]
@@ -101,12 +96,7 @@ class SystemGuest(Guest):
             argv += ["-initrd", str(boot / "initrd"), "-append", GUEST_KERNEL_ARGS]
         argv += ["-drive", f"file={overlay},format=qcow2,if=none,id=disk,cache=unsafe"]
         argv += ["-device", f"virtio-blk-{'device' if microvm else 'pci'},drive=disk"]
-        if paused:
-            argv.append("-S")
-        if incoming is not None:
-            argv += ["-incoming", "defer" if isinstance(incoming, Path) else incoming]
-        self._start([*argv, *args])
-        self._configure(incoming)
+        self._launch(argv, paused, incoming, args)
 
     def _load_plugin(self, options: Sequence[str] | None) -> list[str]:
         if options is None:
@@ -117,34 +107,11 @@ class SystemGuest(Guest):
 
     def expect(self, pattern: str, timeout: float) -> re.Match[bytes]:
         """Wait for the console to show this; what it showed up to its end is forgotten."""
-        expression = re.compile(pattern.encode())
-        deadline = time.monotonic() + timeout
-        poll = select.poll()
-        poll.register(self._serial, select.POLLIN)
-        while not (found := expression.search(self._serial_buffer)):
-            left = deadline - time.monotonic()
-            if left <= 0 or not poll.poll(left * 1000):
-                raise self._problem(f"the console does not show {pattern!r} in {timeout:g} s")
-            try:
-                data = self._serial.recv(1 << 16)
-            except ConnectionError:  # a killed QEMU: as at its end
-                data = b""
-            if not data:
-                raise self._problem(f"QEMU ended while {pattern!r} was awaited")
-            self._serial_buffer += data
-            self.serial_log += data
-        self._serial_buffer = self._serial_buffer[found.end() :]
-        return found
+        return self._serial.expect(pattern, timeout)
 
     def type(self, text: str) -> None:
         """Send text to the console."""
-        self._serial.setblocking(True)
-        try:
-            self._serial.sendall(text.encode())
-        except ConnectionError as error:
-            raise self._problem("QEMU ended") from error
-        finally:
-            self._serial.setblocking(False)
+        self._serial.send(text)
 
     def wait_login(self, timeout: float = 900.0) -> None:
         """Wait until a booting guest asks who is there."""
@@ -168,7 +135,7 @@ class SystemGuest(Guest):
         """
         self._commands += 1
         mark = f"@{self._commands}"
-        self._serial_buffer = b""
+        self._serial.forget()
         self.type(f"{{ {command}\n}} 2>&1; printf '\\n%s:%d@\\n' {mark} $?\n")
         found = self.expect(rf"(?s)\A(.*)\n{mark}:(\d+)@\r?\n", timeout)
         output = found[1].decode(errors="replace").replace("\r", "").strip()
