@@ -7,17 +7,14 @@ network has none of it the test is cancelled, and says so.
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
-from avocado.utils import vmimage
+from cloud_images import NoImageError, base_image
 from guests import DATA_PAGES, PrefaultTest, Sample, Stopwatch
 
 from avocado import fail_on
 from qemu_prefault.errors import QemuPrefaultError
 from qemu_prefault.lab.system import distro_directory, make_overlay
-
-NETWORK_SECONDS = 60.0
 
 
 class CloudTest(PrefaultTest):
@@ -31,18 +28,12 @@ class CloudTest(PrefaultTest):
         if fetched.is_dir():
             self.base_image = fetched / self.distro
             if not self.base_image.exists():
-                reason = (fetched / f"{self.distro}.missing").read_text().strip()
-                self.cancel(f"no cloud image of {self.distro} to be had: {reason}")
+                self.cancel((fetched / f"{self.distro}.missing").read_text().strip())
             return
-        socket.setdefaulttimeout(NETWORK_SECONDS)
         try:
-            found = vmimage.Image.from_parameters(name=self.distro, cache_dir=self.cache_dirs[0])
-            self.base_image = Path(found.base_image)
-        # No provider of that name is an AttributeError, no network any of the others.
-        except (AttributeError, OSError, ValueError, vmimage.ImageProviderError) as error:
-            self.cancel(f"no cloud image of {self.distro} to be had: {error}")
-        finally:
-            socket.setdefaulttimeout(None)
+            self.base_image = base_image(self.distro, self.cache_dirs[0])
+        except NoImageError as error:
+            self.cancel(str(error))
 
     def boot_image(self, plugin: list[str] | None) -> Sample:
         overlay = Path(self.workdir) / f"overlay-{len(self.guests)}"

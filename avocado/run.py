@@ -73,12 +73,12 @@ def site(*requirements: Path) -> Path:
 
 
 def python_on(directory: Path, *argv: str) -> str:
-    """Run this Python with the modules of :func:`site`; give what it printed."""
+    """Run this Python with the modules of :func:`site` and of here; give what it printed."""
     with tempfile.TemporaryDirectory() as home:
         result = subprocess.run(
             [sys.executable, "-W", "ignore", *argv],
             cwd=HERE,
-            env={**os.environ, "PYTHONPATH": str(directory), "HOME": home},
+            env={**os.environ, "PYTHONPATH": f"{directory}:{HERE}", "HOME": home},
             capture_output=True,
             text=True,
             check=False,
@@ -90,16 +90,14 @@ def python_on(directory: Path, *argv: str) -> str:
 
 # One line of JSON for each name: where its image is, or why there is none.
 FETCH_CLOUD_IMAGES = """
-import json, socket, sys
-from avocado.utils import vmimage
+import json, sys
+from cloud_images import NoImageError, base_image
 
-socket.setdefaulttimeout(60)
 for name in sys.argv[2:]:
     answer = {"name": name}
     try:
-        image = vmimage.Image.from_parameters(name=name, cache_dir=sys.argv[1])
-        answer["path"] = image.base_image
-    except (AttributeError, OSError, ValueError, vmimage.ImageProviderError) as error:
+        answer["path"] = str(base_image(name, sys.argv[1]))
+    except NoImageError as error:
         answer["reason"] = str(error)
     print(json.dumps(answer))
 """
@@ -440,9 +438,38 @@ for path in sorted((provider / "qemu/tests/cfg").glob("*.cfg")):
         print(found["name"])
 """
 
+CHECK_CLOUD = """
+import functools, http.server, sys, threading
+from pathlib import Path
+from cloud_images import AlpineImageProvider, base_image
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+tree = Path(sys.argv[1])
+for version in ("3.9", "3.22"):
+    release = tree / f"v{version}/releases/cloud"
+    release.mkdir(parents=True)
+    for kind in ("bios-cloudinit", "bios-tiny", "uefi-cloudinit"):
+        (release / f"nocloud_alpine-{version}.1-x86_64-{kind}-r0.qcow2").write_text(version + kind)
+(tree / "edge").mkdir()
+serve = functools.partial(Handler, directory=tree)
+with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+    threading.Thread(target=server.serve_forever).start()
+    AlpineImageProvider.index = f"http://127.0.0.1:{server.server_port}/"
+    try:
+        print(base_image("Alpine", str(tree / "cache")).read_text())
+    finally:
+        server.shutdown()
+"""
+
 
 def run_check(_: argparse.Namespace) -> int:
-    """Have avocado list its tests and variants, and avocado-vt's parser those of the provider."""
+    """Have avocado list its tests and variants, and avocado-vt's parser those of the provider.
+
+    And have the newest of Alpine's images for BIOS fetched, of a mirror that looks like theirs.
+    """
     modules = site(REQUIREMENTS, VT_REQUIREMENTS)
     listed = python_on(modules, "-m", "avocado", "list", "distro.py", "cloud.py").splitlines()
     tests = [line for line in listed if "Test.test_" in line]
@@ -453,6 +480,10 @@ def run_check(_: argparse.Namespace) -> int:
     wanted = len(MOMENTS) + 1, len(distro.DISTROS) * len(PROFILES)
     if (len(tests), len(variants)) != wanted or not provided:
         raise FailedError("not all tests and variants are found", f"expected: {wanted}")
+    with tempfile.TemporaryDirectory() as mirror:
+        fetched = python_on(site(REQUIREMENTS), "-c", CHECK_CLOUD, mirror).strip()
+    if fetched != "3.22bios-cloudinit":
+        raise FailedError("not the newest image of Alpine was fetched", f"but: {fetched}")
     return 0
 
 
