@@ -21,5 +21,11 @@ customize)
 	# Work for a machine that stays: it would begin at some moment of a measurement.
 	chroot "$root" systemctl --quiet disable apt-daily.timer apt-daily-upgrade.timer \
 		dpkg-db-backup.timer fstrim.timer e2scrub_all.timer e2scrub_reap.service 2>/dev/null || true
+	# systemd gives devices and services a minute and a half. A guest whose emulated CPU waits
+	# for the host's spends it without having run, and is then left without its console.
+	mkdir -p "$root/etc/systemd/system.conf.d"
+	printf '[Manager]\nDefaultTimeoutStartSec=1h\nDefaultDeviceTimeoutSec=1h\n' \
+		>"$root/etc/systemd/system.conf.d/patient.conf"
+	echo event_timeout=3600 >>"$root/etc/udev/udev.conf"
 	;;
 esac

@@ -21,9 +21,9 @@ from .guest import KERNEL_ARGS, Guest, GuestError
 DISTROS_VARIABLE = "QEMU_PREFAULT_DISTROS"
 """Environment variable naming the directory of the distributions."""
 
-# A CPU that is away for long is the emulating host's doing, and no stall.
+# A CPU that is away for long is the emulating host's doing, and no stall; nor is a service stuck.
 GUEST_KERNEL_ARGS = (
-    f"{KERNEL_ARGS} root=/dev/vda rw rcupdate.rcu_cpu_stall_suppress=1 "
+    f"{KERNEL_ARGS} root=/dev/vda rw rcupdate.rcu_cpu_stall_suppress=1 systemd.service_watchdogs=0 "
     # TCG has XSETBV pass KVM by: CPUID keeps telling the old size of the state, and Linux warns.
     "noxsave "
     # A plugged DIMM is used at once, and by what can be moved: files in memory.
