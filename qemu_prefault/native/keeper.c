@@ -46,6 +46,7 @@ static __thread struct vcpu *this_vcpu;
 atomic_bool work;
 atomic_int changing;
 int in_flight;
+static atomic_int at_work; /* vCPUs with a piece in hand */
 bool guest_started, guest_entered;
 atomic_uint_least64_t zaps;
 struct counters counters;
@@ -197,6 +198,7 @@ static void run_chunk(struct piece piece, struct turn *turn)
 			 memory_headroom() < 4 * CHUNK;
 
 	in_flight++;
+	atomic_fetch_add(&at_work, 1);
 	self->in_hand = piece;
 	pthread_mutex_unlock(&lock);
 	if (piece.populate) {
@@ -213,6 +215,7 @@ static void run_chunk(struct piece piece, struct turn *turn)
 	atomic_store(&self->busy_since, 0);
 	pthread_mutex_lock(&lock);
 	self->in_hand.size = 0;
+	atomic_fetch_sub(&at_work, 1);
 	leave_ioctl();
 
 	struct slot *slot = find_slot(piece.slot);
@@ -385,7 +388,7 @@ static void before_run(struct vcpu *self)
 	uint64_t now = prefault_now_ns();
 	struct turn turn = { .vcpu = self };
 	struct piece piece;
-	bool first = !self->started && !incoming;
+	bool first = !self->started && !incoming, sliced = false;
 
 	if (!held_since && on_own_tables(self)) /* else it is not kept waiting */
 		held_since = now;
@@ -397,6 +400,7 @@ static void before_run(struct vcpu *self)
 			return;
 		}
 		turn.deadline = now + SLICE;
+		sliced = true;
 	}
 	while (usable(self) && on_own_tables(self) && !self->run->immediate_exit &&
 	       (!turn.deadline || prefault_now_ns() < turn.deadline)) {
@@ -408,8 +412,12 @@ static void before_run(struct vcpu *self)
 				self->fresh = false;
 				self->zaps_seen = atomic_load(&zaps);
 			}
-		} else if (first && (in_flight || atomic_load(&changing))) {
-			/* Nobody runs ahead of what others still have in hand. */
+		} else if (first ? in_flight || atomic_load(&changing) :
+				   !sliced && atomic_load(&at_work)) {
+			/*
+			 * Nobody runs ahead of what others still have in hand: firmware's
+			 * pages, maybe, taken by a vCPU that was halted and waits for a CPU.
+			 */
 			struct timespec soon = in_future(MS(2));
 
 			pthread_cond_timedwait(&changed, &lock, &soon);
@@ -455,7 +463,7 @@ long keeper_run_vcpu(int fd)
 		return raw_ioctl(fd, KVM_RUN, NULL);
 	/* QEMU also calls KVM_RUN to complete an exit, and to have a signal eaten. */
 	if (!self->run->immediate_exit) {
-		if (!self->started || atomic_load(&work))
+		if (!self->started || atomic_load(&work) || atomic_load(&at_work))
 			before_run(self);
 	}
 
