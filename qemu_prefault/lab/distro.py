@@ -17,7 +17,6 @@ from pathlib import Path
 from qemu_prefault.errors import InputError
 
 from . import cache, image
-from .errors import ImageError
 
 log = logging.getLogger(__name__)
 
@@ -95,14 +94,7 @@ def build(distro: Distro) -> DistroImage:
         options += [f"--dpkgopt=path-exclude={pattern}" for pattern in _WITHOUT]
         options += [f"--{stage}-hook=sh '{_HOOK}' {stage} \"$1\" {PASSWORD}"
                     for stage in ("essential", "customize")]  # fmt: skip
-        for attempt, suite in enumerate(distro.suites):
-            try:
-                image.mmdebstrap(tar_path, suite, *options)
-                break
-            except ImageError as error:
-                if attempt == len(distro.suites) - 1:
-                    raise
-                log.warning("%s\ntrying again with %s", error, distro.suites[attempt + 1])
+        suite = image.mmdebstrap_any(tar_path, distro.suites, *options)
         boot = directory / "boot"
         boot.mkdir()
         with tarfile.open(tar_path) as tar:

@@ -213,6 +213,19 @@ def mmdebstrap(target: Path, suite: str, *options: str) -> None:
     _run([*argv, *options, suite, str(target)], f"mmdebstrap of Debian {suite}")
 
 
+def mmdebstrap_any(target: Path, suites: Sequence[str], *options: str) -> str:
+    """Take the first of these suites that builds; give its name."""
+    for attempt, suite in enumerate(suites, start=1):
+        try:
+            mmdebstrap(target, suite, *options)
+            return suite
+        except ImageError as error:
+            if attempt == len(suites):
+                raise
+            log.warning("%s\ntrying again with %s", error, suites[attempt])
+    raise ValueError("no suite is given")
+
+
 def _in_user_namespace(argv: Sequence[str]) -> list[str]:
     if os.geteuid() == 0:
         return list(argv)
@@ -431,14 +444,7 @@ def build(variant: Variant) -> Image:
         options = ["--variant=minbase", "--include=" + ",".join(variant.packages),
                    f"--customize-hook=sh '{_HERE}/kernel-hook.sh' \"$1\" {variant.kernel} "
             + " ".join(_KEPT_DRIVERS)]  # fmt: skip
-        for attempt, suite in enumerate(variant.suites):
-            try:
-                mmdebstrap(tar_path, suite, *options)
-                break
-            except ImageError as error:
-                if attempt == len(variant.suites) - 1:
-                    raise
-                log.warning("%s\ntrying again with %s", error, variant.suites[attempt + 1])
+        suite = mmdebstrap_any(tar_path, variant.suites, *options)
         with tarfile.open(tar_path) as tar:
             kernel = next(n for n in tar.getnames() if n.startswith("./boot/vmlinuz-"))
             release = kernel.removeprefix("./boot/vmlinuz-")

@@ -264,6 +264,19 @@ def kvm_can_prefault() -> bool:
         return False
 
 
+def is_emulated() -> bool:
+    """Whether this host's CPU is emulated by QEMU, as the lab's is."""
+    return "QEMU TCG" in Path("/proc/cpuinfo").read_text()
+
+
+NO_UEFI = "UEFI under KVM makes the emulator (TCG) of this host abort"
+"""Why there are no UEFI guests where :func:`is_emulated`.
+
+Seen with QEMU 7.2, 10.0 and 11.1: helper_write_crN() calls cpu_interrupt() without the lock when a
+guest of KVM writes CR8, as UEFI does after each interrupt, while another one waits.
+"""
+
+
 class LocalMachine(Machine):
     """This very host, whose own KVM can prefault. Nothing is emulated."""
 

@@ -3,18 +3,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from qemu_prefault.lab.guest import Guest
+from qemu_prefault.lab.machine import NO_UEFI, is_emulated
 
-# Seen with TCG of QEMU 7.2 and 10.0, after one to four boots, with the plugin and without:
-# helper_write_crN() calls cpu_interrupt() without the lock when a guest of KVM writes CR8.
-EMULATED = "QEMU TCG" in Path("/proc/cpuinfo").read_text()
 pytestmark = [
     pytest.mark.full,
-    pytest.mark.skipif(EMULATED, reason="UEFI under KVM makes TCG abort now and then"),
+    pytest.mark.skipif(is_emulated(), reason=NO_UEFI),
 ]
 WORKLOAD_MIB = 256
 
