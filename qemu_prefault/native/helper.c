@@ -41,6 +41,7 @@ struct helper {
 	struct prefault_control *control;
 	uint64_t heartbeat;
 	uint64_t heartbeat_at;
+	uint64_t looked_at;
 	int32_t tick_timer;
 	int32_t kick_timer; /* -1: none */
 	int32_t tool_pid;   /* 0: nobody to ask for */
@@ -104,10 +105,16 @@ static int tool_lives(struct helper *helper)
 	uint64_t heartbeat = __atomic_load_n(&control->heartbeat, __ATOMIC_ACQUIRE);
 	uint64_t now = prefault_now_ns();
 
-	if (heartbeat != helper->heartbeat) {
+	/*
+	 * A chunk can take so long that the tool could not get through meanwhile: it writes by
+	 * way of QEMU's mmap_lock, which populating holds and THP's khugepaged waits for.
+	 */
+	if (heartbeat != helper->heartbeat ||
+	    now - helper->looked_at > control->dead_man_ns / 3) {
 		helper->heartbeat = heartbeat;
 		helper->heartbeat_at = now;
 	}
+	helper->looked_at = now;
 	return now - helper->heartbeat_at < control->dead_man_ns;
 }
 
