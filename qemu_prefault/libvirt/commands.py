@@ -290,7 +290,7 @@ def migrate(  # noqa: PLR0917
 @click.option(
     "--textfile",
     type=click.Path(path_type=Path),
-    help="Write them here for node_exporter, every 15 seconds.",
+    help="Write them here for node_exporter, every 15 seconds; removed at the end.",
 )
 @click.option(
     "--act",

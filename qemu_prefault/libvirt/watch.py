@@ -13,11 +13,13 @@ import json
 import logging
 import os
 import queue
+import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -56,13 +58,15 @@ def run(uri: str | None, *, listen: str | None, textfile: Path | None, act: bool
     _log_to_stderr()
     module()
     watcher = Watcher(default_uri(uri), act)
-    if listen or textfile:
-        metrics = Metrics(watcher)
-        if listen:
-            metrics.listen(listen)
-        if textfile:
-            threading.Thread(target=metrics.write_to, args=(textfile,), daemon=True).start()
-    watcher.run()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with ExitStack() as stack:
+        if listen or textfile:
+            metrics = Metrics(watcher)
+            if listen:
+                metrics.listen(listen)
+            if textfile:
+                stack.enter_context(metrics.kept_in(textfile))
+        watcher.run()
 
 
 class Watcher:
@@ -292,14 +296,27 @@ class Metrics:
             ) from error
         log.info("metrics at http://%s/metrics", address)
 
-    def write_to(self, path: Path) -> None:
-        """Write them to a file, for ever."""
-        while True:
-            try:
-                self._client.write_to_textfile(str(path), self.registry)
-            except OSError as error:
-                log.warning("%s cannot be written: %s", path, error.strerror)
-            time.sleep(TEXTFILE_SECONDS)
+    @contextmanager
+    def kept_in(self, path: Path) -> Iterator[None]:
+        """Write them to a file over and over; it is removed in the end, lest old figures stay."""
+        ended = threading.Event()
+
+        def write() -> None:
+            while not ended.is_set():
+                try:
+                    self._client.write_to_textfile(str(path), self.registry)
+                except OSError as error:
+                    log.warning("%s cannot be written: %s", path, error.strerror)
+                ended.wait(TEXTFILE_SECONDS)
+
+        thread = threading.Thread(target=write, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            path.unlink(missing_ok=True)
 
 
 def _brief(error: Exception) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from qemu_prefault.lab.libvirtd import Domain
+
 if not Path("/lab/agent.py").exists() or not Path("/usr/sbin/libvirtd").exists():
     pytest.skip("only in the lab's variant libvirt", allow_module_level=True)
 
@@ -37,3 +39,8 @@ def tool(*arguments: str, timeout: float = 300) -> str:
     done = run_tool(*arguments, timeout=timeout)
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
     return done.stdout
+
+
+def label(of: Domain) -> str:
+    """What AppArmor confines its QEMU by."""
+    return Path(f"/proc/{of.process.pid}/attr/current").read_text().strip("\0\n")

@@ -14,17 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from libvirt_tool import FEW, run_tool, tool
+from libvirt_tool import FEW, label, run_tool, tool
+from prometheus_client.parser import text_string_to_metric_families
 
 from qemu_prefault.agents.attach import helper_threads
 from qemu_prefault.lab.libvirtd import Domain, denials, kernel_log, wait_until
 from qemu_prefault.libvirt.installation import APPARMOR_RULE, RULE_TEXT, install
 
 full = pytest.mark.full  # only in make test-full: each start of a confined domain takes seconds
-
-
-def label(of: Domain) -> str:
-    return Path(f"/proc/{of.process.pid}/attr/current").read_text().strip("\0\n")
 
 
 # -- the plugin in a domain ----------------------------------------------------------------
@@ -298,3 +295,36 @@ def test_watch_acts_and_tells(domain, policy, libvirtd):
         _, said = child.communicate(timeout=30)
     assert "fleet booted" in said and "is lost" in said, said
     assert "Traceback" not in said
+
+
+@full
+def test_watch_writes_a_file_for_node_exporter(domain, tmp_path):
+    guest = domain("fleet", workload_mib=0)
+    guest.start()
+    guest.wait_ready()
+    path = tmp_path / "qemu-prefault.prom"
+
+    def samples(text: str) -> dict[tuple[str, str], float]:
+        return {
+            (sample.name, sample.labels.get("domain", "")): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+    child = subprocess.Popen(["qemu-prefault", "libvirt", "watch", "--textfile", str(path)])
+    try:
+        wait_until(path.exists, "the file is there")
+        with path.open() as first:
+            inode = os.fstat(first.fileno()).st_ino
+            wait_until(lambda: path.stat().st_ino != inode, "there is a newer one")
+            # Replaced, not written over: who reads the old one reads it to its end.
+            assert ("qemu_prefault_libvirt_up", "") in samples(first.read())
+        told = samples(path.read_text())
+        assert told["qemu_prefault_libvirt_up", ""] == 1
+        assert told["qemu_prefault_plugin", "fleet"] == 0
+        assert 0 < told["qemu_prefault_stage2_faults_total", "fleet"] <= guest.faults()
+    finally:
+        child.terminate()
+        assert child.wait(60) == 0
+    # Nobody is to take old figures for those of now.
+    assert list(tmp_path.iterdir()) == []
