@@ -14,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from libvirt_tool import FEW, label, run_tool, tool
+from libvirt_tool import FEW, WORKLOAD_MIB, label, run_tool, tool
 from prometheus_client.parser import text_string_to_metric_families
 
 from qemu_prefault.agents.attach import helper_threads
 from qemu_prefault.lab.libvirtd import Domain, denials, kernel_log, wait_until
 from qemu_prefault.libvirt.installation import APPARMOR_RULE, RULE_TEXT, install
+from qemu_prefault.libvirt.window import ram_mapping
+from qemu_prefault.pagemap import Pagemap
 
 full = pytest.mark.full  # only in make test-full: each start of a confined domain takes seconds
 
@@ -100,6 +102,22 @@ def test_a_restored_guest_is_prefaulted_before_it_runs(domain, syslog):
     assert guest.faults() < FEW, syslog.lines()
     assert syslog.lines("prefaulted before the guest runs"), syslog.lines()
     assert not helper_threads(guest.process.pid)
+
+
+@full
+@pytest.mark.parametrize("shape", [("q35", 2816, 2048), ("pc", 3584, 3072)], ids=["q35", "pc"])
+def test_a_restored_guest_with_ram_above_4_gib(domain, policy, syslog, shape):
+    machine, mib, low_mib = shape
+    policy('[default]\nrestore = "now"\npopulate = "resident"\nwait = 50\n')
+    guest = saved_guest(domain, machine=machine, memory_mib=mib)
+    guest.start()
+    guest.check_memory()
+    assert guest.faults() < FEW, syslog.lines()
+    with Pagemap(guest.process) as pagemap:
+        ram = ram_mapping(guest.process.maps(), mib << 20)
+        high = pagemap.sums(ram.start + (low_mib << 20), (mib - low_mib) << 20, True)
+    # Linux takes memory from the top, so that is where what it wrote is.
+    assert high.writable >= WORKLOAD_MIB << 20
 
 
 @full
