@@ -277,7 +277,7 @@ class Monitor:
         if address.startswith(LIBVIRT):
             from .libvirt.bridge import open_bridge  # noqa: PLC0415
 
-            sock, uuid = await asyncio.to_thread(open_bridge, address.removeprefix(LIBVIRT))
+            sock, uuid = await open_bridge(address.removeprefix(LIBVIRT))
             deadline = asyncio.get_running_loop().time() + timeout
         else:
             sock = await _connect(address, deadline)

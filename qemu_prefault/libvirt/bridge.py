@@ -9,10 +9,13 @@ ends when the last of those who hold the other end of its socket is gone.
 
 A libvirtd that is restarted meanwhile does not end it: the connection is made anew, and the
 command sent once more. Those of ours may be: queries, ``stop`` and ``cont``.
+
+A domain that is migrating in is libvirt's alone until it is here: whoever comes earlier waits.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -22,20 +25,24 @@ import time
 from typing import Any, Final
 
 from ..errors import FailedError, InputError, QemuPrefaultError
+from ..output import say
 from .connection import connect, default_uri, lookup, module
 
 #: Seconds for a daemon that is being restarted to come back.
 PATIENCE: Final = 30.0
+#: Seconds for the bridge to say something: libvirt gives up on a busy domain after 30
+#: (QEMU_JOB_WAIT_TIME, src/qemu/qemu_domain.c).
+ANSWER_SECONDS: Final = 60.0
 LONGEST_MESSAGE: Final = 16 << 20
 
 
 # -- the tool's side ---------------------------------------------------------------------
 
 
-def open_bridge(domain: str) -> tuple[socket.socket, str]:
+async def open_bridge(domain: str) -> tuple[socket.socket, str]:
     """A socket on which the domain's QEMU is about to greet, and the domain's UUID.
 
-    It blocks until libvirt has answered, at most for a minute.
+    It takes as long as a domain that is migrating in does, else at most a minute.
 
     :raise QemuPrefaultError: there is no such domain, it does not run, or libvirt is not there.
     """
@@ -47,9 +54,12 @@ def open_bridge(domain: str) -> tuple[socket.socket, str]:
         words = [sys.executable, "-P", "-m", __name__, default_uri(), domain]
         child = subprocess.Popen(words, stdin=theirs.fileno(), start_new_session=True)
     child.returncode = 0  # it ends after us
-    ours.settimeout(60.0)
+    ours.setblocking(False)
     try:
-        answer = json.loads(_first_line(ours))
+        answer: dict[str, Any] = {"waiting": True}
+        while "waiting" in answer:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                answer = json.loads(await _line(ours))
     except (OSError, ValueError):
         ours.close()
         raise FailedError(
@@ -57,19 +67,21 @@ def open_bridge(domain: str) -> tuple[socket.socket, str]:
             "see its message above",
             code="libvirt",
         ) from None
+    except BaseException:
+        ours.close()
+        raise
     if "error" in answer:
         ours.close()
         kind = InputError if answer["usage"] else FailedError
         raise kind(answer["error"], answer["remedy"], code=answer["code"])
-    ours.setblocking(False)
     return ours, answer["uuid"]
 
 
-def _first_line(sock: socket.socket) -> bytes:
+async def _line(sock: socket.socket) -> bytes:
     # A byte at a time: what follows is for QMP.
     line = b""
     while not line.endswith(b"\n"):
-        byte = sock.recv(1)
+        byte = await asyncio.get_running_loop().sock_recv(sock, 1)
         if not byte:
             raise ConnectionResetError
         line += byte
@@ -88,6 +100,7 @@ class Bridge:
         self._client = client
         self._writing = threading.Lock()
         self._greeted = False
+        self._busy = False
         self._libvirt = module()
         self._libvirt.virEventRegisterDefaultImpl()
         threading.Thread(target=self._run_events, daemon=True).start()
@@ -137,6 +150,7 @@ class Bridge:
             try:
                 answer = json.loads(self._qemu.qemuMonitorCommand(self._domain, text, 0))
             except self._libvirt.libvirtError as error:
+                self._busy = error.get_error_code() == self._libvirt.VIR_ERR_OPERATION_TIMEOUT
                 if not self._is_lost(error) or time.monotonic() > deadline:
                     what = error.get_error_message() or str(error)
                     return _refusal(f"libvirt: {what}") | identity
@@ -151,6 +165,14 @@ class Bridge:
             return not self._connection.isAlive()
         except self._libvirt.libvirtError:
             return True
+
+    def _is_arriving(self) -> bool:
+        """Whether the domain is still on its way to this host."""
+        arriving = [self._libvirt.VIR_DOMAIN_PAUSED, self._libvirt.VIR_DOMAIN_PAUSED_MIGRATION]
+        try:
+            return bool(self._domain.state() == arriving)
+        except self._libvirt.libvirtError:
+            return False
 
     def _reconnect(self, deadline: float) -> None:
         while True:
@@ -167,13 +189,18 @@ class Bridge:
 
         :raise QemuPrefaultError: it cannot be spoken to.
         """
-        answer = self.command({"execute": "query-version"})
-        if "return" not in answer:
-            raise FailedError(
-                f"domain {self._domain.name()}: {answer['error']['desc']}",
-                "does it run, and under QEMU? virsh domstate DOMAIN",
-                code="libvirt",
-            )
+        told = False
+        while "return" not in (answer := self.command({"execute": "query-version"})):
+            if not (self._busy and self._is_arriving()):
+                raise FailedError(
+                    f"domain {self._domain.name()}: {answer['error']['desc']}",
+                    "does it run, and under QEMU? virsh domstate DOMAIN",
+                    code="libvirt",
+                )
+            if not told:
+                say(f"domain {self._domain.name()} is migrating in: waiting until it is here")
+                told = True
+            self._send({"waiting": True})
         self._send({"uuid": self._name})
         version = {key: answer["return"][key] for key in ("qemu", "package")}
         self._send({"QMP": {"version": version, "capabilities": []}})
