@@ -2,8 +2,8 @@
 """A libvirt daemon and its domains, for tests. Runs where the KVM is, in the variant ``libvirt``.
 
 The daemon is Debian's, started as its unit would, with AppArmor in force; a second one lives in
-mount and UTS namespaces of its own and so thinks it is another host. Domains boot the same
-guests as :mod:`qemu_prefault.lab.guest`.
+mount, UTS and AppArmor namespaces of its own and so thinks it is another host. Domains boot the
+same guests as :mod:`qemu_prefault.lab.guest`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Libvirtd:
         self.root = Path("/")
         _prepare_machine()
         self._qemu_conf = _QEMU_CONF
-        _load_profiles()
+        _load_profiles(host)
         if host is not None:
             # One cgroup tree for both: only one of them may think it is its own.
             self._qemu_conf += "cgroup_controllers = []\n"
@@ -91,7 +91,9 @@ class Libvirtd:
                 host=self._host, host_uuid=uuid.uuid4(), serials=SERIALS,
                 conf=shlex.quote(self._qemu_conf),
             )  # fmt: skip
-            words = ["unshare", "--mount", "--uts", "sh", "-ec", script]
+            # A profile bears its domain's UUID, and both hosts have the same kernel.
+            words = ["aa-exec", "-n", host_namespace(self._host), "-p", "unconfined", "--",
+                     "unshare", "--mount", "--uts", "sh", "-ec", script]  # fmt: skip
         log = open(f"/tmp/libvirtd-{self._host or 'main'}.log", "ab")  # noqa: SIM115
         with log:
             self._process = subprocess.Popen(
@@ -148,11 +150,13 @@ mount --make-rprivate /
 for d in /run/libvirt /var/lib/libvirt /var/cache/libvirt /var/log/libvirt {serials}; do
     mkdir -p $d; mount -t tmpfs tmpfs $d
 done
-cp -r /etc/libvirt /run/etc-libvirt-{host}
-mount --bind /run/etc-libvirt-{host} /etc/libvirt
+for d in libvirt apparmor.d/libvirt; do
+    mkdir -p /run/etc-{host}/$d
+    cp -r /etc/$d/. /run/etc-{host}/$d
+    mount --bind /run/etc-{host}/$d /etc/$d
+done
 echo 'host_uuid = "{host_uuid}"' >/etc/libvirt/libvirtd.conf
 printf %s {conf} >/etc/libvirt/qemu.conf
-rm -rf /etc/libvirt/hooks /run/libvirtd.pid
 mkdir -p /var/lib/libvirt/qemu /run/libvirt/qemu
 chown libvirt-qemu:libvirt-qemu /var/lib/libvirt/qemu
 chmod 755 /var/lib/libvirt/qemu {serials}
@@ -172,17 +176,22 @@ def _prepare_machine() -> None:
         )
 
 
-def _load_profiles() -> None:
+def host_namespace(host: str) -> str:
+    """AppArmor's policy namespace of another host."""
+    return f"lab-{host}"
+
+
+def _load_profiles(host: str | None) -> None:
+    where = ["--namespace", host_namespace(host)] if host else []
     for name in PROFILES:
-        path = f"/etc/apparmor.d/{name}"
-        subprocess.run(["apparmor_parser", "--replace", path], check=True, timeout=300)
+        words = ["apparmor_parser", *where, "--replace", f"/etc/apparmor.d/{name}"]
+        subprocess.run(words, check=True, timeout=300)
 
 
 class Domain:
     """A persistent domain that boots the lab's guest.
 
     :param workload_mib: MiB the guest writes before it is ready; 0: none.
-    :param confined: by AppArmor.
     :param max_mib: with room for memory devices, up to so much in all.
     :param firmware_only: no kernel: it does not get further than its firmware.
     :param edit: what is done to the XML before it is defined.
@@ -198,7 +207,6 @@ class Domain:
         workload_mib: int = 0,
         max_mib: int = 0,
         firmware_only: bool = False,
-        confined: bool = True,
         kernel_args: str = "",
         metadata: str = "",
         edit: Any = None,
@@ -238,7 +246,6 @@ class Domain:
     <memballoon model='none'/>
     <serial type='unix'><source mode='bind' path='{self.serial_path}'/></serial>
   </devices>
-  {"" if confined else "<seclabel type='none'/>"}
 </domain>
 """
         if edit is not None:

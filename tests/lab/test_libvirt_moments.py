@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from libvirt_tool import FEW, PAGES, tool
+from libvirt_tool import FEW, PAGES, label, tool
 
-from qemu_prefault.lab.libvirtd import Domain, Libvirtd, wait_until
+from qemu_prefault.lab.libvirtd import Domain, Libvirtd, host_namespace, wait_until
 from qemu_prefault.libvirt.installation import HOOK as HOOK_FILE
 
 pytestmark = pytest.mark.full
@@ -180,8 +180,7 @@ def other(libvirtd: Libvirtd) -> Iterator[Libvirtd]:
 
 @pytest.mark.parametrize("route", [NOTHING, PLUGIN, COMMAND])
 def test_migration(domain, other, tell, route):
-    # Not confined: both "hosts" have one kernel, and profiles bear the domain's UUID.
-    guest = prepared(domain, route, f"move-{route}", confined=False)
+    guest = prepared(domain, route, f"move-{route}")
     guest.start()
     guest.wait_ready()
     guest.check_memory()
@@ -207,3 +206,4 @@ def test_migration(domain, other, tell, route):
     tell("migration", route, arrived.faults())
     assert (arrived.faults() > PAGES) is (route == NOTHING)
     assert route == NOTHING or arrived.faults() < FEW
+    assert label(arrived) == f":{host_namespace('other')}:libvirt-{guest.uuid} (enforce)"
