@@ -3,7 +3,8 @@
 
 The daemon is Debian's, started as its unit would, with AppArmor in force; a second one lives in
 mount, UTS and AppArmor namespaces of its own and so thinks it is another host. Domains boot the
-same guests as :mod:`qemu_prefault.lab.guest`.
+same guests as :mod:`qemu_prefault.lab.guest`. The lab has no systemd as its first process; where
+that matters, :class:`Systemd` is the first one of namespaces.
 """
 
 from __future__ import annotations
@@ -54,10 +55,12 @@ class Libvirtd:
     """A daemon; a context manager. Its domains end with it.
 
     :param host: a name: be another host, in namespaces of its own.
+    :param systemd: run in a scope of its, and in its namespaces.
     """
 
-    def __init__(self, *, host: str | None = None) -> None:
+    def __init__(self, *, host: str | None = None, systemd: Systemd | None = None) -> None:
         self._host = host
+        self._systemd = systemd
         self._process: subprocess.Popen[bytes] | None = None
         self.domains: list[Domain] = []
         self.root = Path("/")
@@ -94,6 +97,9 @@ class Libvirtd:
             # A profile bears its domain's UUID, and both hosts have the same kernel.
             words = ["aa-exec", "-n", host_namespace(self._host), "-p", "unconfined", "--",
                      "unshare", "--mount", "--uts", "sh", "-ec", script]  # fmt: skip
+        if self._systemd is not None:
+            scope = ["systemd-run", "--scope", "--quiet", "--unit=libvirtd", "-p", "Delegate=yes"]
+            words = [*self._systemd.enter, *scope, *words]
         log = open(f"/tmp/libvirtd-{self._host or 'main'}.log", "ab")  # noqa: SIM115
         with log:
             self._process = subprocess.Popen(
@@ -113,7 +119,11 @@ class Libvirtd:
     def stop(self, number: int = signal.SIGTERM) -> None:
         """End it; domains go on, as they do."""
         if self._process is not None:
-            self._process.send_signal(number)
+            if self._systemd is not None:  # what we started has only entered its namespaces
+                words = ("systemctl", "kill", f"--signal={number}", "libvirtd.scope")
+                self._systemd.run(*words)
+            else:
+                self._process.send_signal(number)
             self._process.wait(60)
             self._process = None
 
@@ -161,6 +171,97 @@ mkdir -p /var/lib/libvirt/qemu /run/libvirt/qemu
 chown libvirt-qemu:libvirt-qemu /var/lib/libvirt/qemu
 chmod 755 /var/lib/libvirt/qemu {serials}
 exec /usr/sbin/libvirtd --pid-file /run/libvirtd-{host}.pid
+"""
+
+
+class Systemd:
+    """systemd as the first process of namespaces of its own; a context manager.
+
+    It has no units but what a service needs, its targets and the journal, nor what a whole
+    Debian sets up first: devices, clocks, users, D-Bus. ``/run`` is its own, but for the
+    directories in which a libvirtd and the tests meet.
+
+    :ivar enter: words before a command that is to run there.
+    """
+
+    def __init__(self) -> None:
+        self._log = Path("/tmp/systemd.log")
+        _prepare_machine()
+        script = _SYSTEMD.format(serials=SERIALS)
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                ["unshare", "--fork", "--pid", "--mount", "--kill-child", "sh", "-ec", script],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        self.enter: list[str] = []
+        try:
+            wait_until(self._is_up, "systemd is up")
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> Systemd:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()  # and with it the first process, and all of its namespace
+        self._process.wait()
+
+    def _is_up(self) -> bool:
+        if self._process.poll() is not None:
+            raise LibvirtdError("systemd has ended", self._log.read_text()[-3000:])
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        if not (pids := children.read_text().split()):
+            return False
+        if not Path(f"/proc/{pids[0]}/root/run/systemd/private").exists():
+            return False
+        # Namespaces are entered, a cgroup is not: libvirt and systemd cannot make anything of
+        # a process in "/..".
+        join = 'echo 0 >/sys/fs/cgroup/init.scope/cgroup.procs; exec "$@"'
+        self.enter = ["nsenter", "--target", pids[0], "--all", "sh", "-c", join, "sh"]
+        return self.run("systemctl", "is-system-running", check=False).strip() in (
+            "running",
+            "degraded",
+        )
+
+    def run(self, *words: str, check: bool = True) -> str:
+        """Run a command there; its stdout."""
+        done = subprocess.run(
+            [*self.enter, *words], capture_output=True, text=True, check=False, timeout=300,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        if check and done.returncode:
+            raise LibvirtdError(f"{' '.join(words)}: {done.stderr.strip()}")
+        return done.stdout
+
+
+# Only the first process of the namespaces may be in their root cgroup when they are made.
+_SYSTEMD = """
+mkdir -p /sys/fs/cgroup/systemd /tmp/systemd/units/sysinit.target.wants
+echo 0 >/sys/fs/cgroup/systemd/cgroup.procs
+cd /usr/lib/systemd/system
+cp basic.target sysinit.target shutdown.target systemd-journald.service systemd-journald.socket \
+    systemd-journald-dev-log.socket /tmp/systemd/units
+ln -sf ../systemd-journald.service /tmp/systemd/units/sysinit.target.wants
+cd /
+for d in libvirt {serials.name}; do
+    mkdir -p /tmp/systemd/$d
+    mount --bind /run/$d /tmp/systemd/$d
+done
+mount -t tmpfs -o mode=755 run /run
+for d in libvirt {serials.name}; do
+    mkdir /run/$d
+    mount --move /tmp/systemd/$d /run/$d
+done
+mount -t proc proc /proc
+export container=lab
+export SYSTEMD_UNIT_PATH=/tmp/systemd/units:/etc/systemd/system:/run/systemd/transient
+export SYSTEMD_GENERATOR_PATH=/tmp/systemd/none SYSTEMD_ENVIRONMENT_GENERATOR_PATH=/tmp/systemd/none
+exec unshare --cgroup sh -ec '
+    umount /sys/fs/cgroup
+    mount -t cgroup2 cgroup2 /sys/fs/cgroup
+    exec /usr/lib/systemd/systemd --unit=basic.target --show-status=no
+'
 """
 
 
