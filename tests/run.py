@@ -148,7 +148,7 @@ FULL = (
     lab("sid-campaigns", "sid", "-k", "campaign", "--boots", "100", minutes=120),
     lab("sid", "sid", "-k", "not campaign", minutes=60),
     images("libvirt"),
-    lab("libvirt", "libvirt", "-k", "libvirt", minutes=60),
+    lab("libvirt", "libvirt", "-k", "libvirt", minutes=90),
     LAB_ITSELF,
     lab("bookworm", "bookworm", "-k", "unsupported or test_guest.py"),
     lab("shadow", "trixie", "-k", "unsupported", npt=False),
