@@ -123,11 +123,12 @@ def required_address(qmp: str | None, domain: str | None) -> str:
 @pid_option
 @click.option(
     "--agent",
-    type=click.Choice(["auto", "attach", "plugin"]),
+    type=click.Choice(["auto", "attach", "plugin", "qmp"]),
     default="auto",
     show_default=True,
     help="Who acts inside QEMU. attach: helper threads, started by ptrace; plugin: "
-    "qemu-prefault-plugin.so, if QEMU was started with it; auto: the plugin if it is there.",
+    "qemu-prefault-plugin.so, if QEMU was started with it; qmp: QEMU itself, if it is patched; "
+    "auto: the plugin if it is there, else QEMU if it can, else attach.",
 )
 @click.option(
     "--populate",

@@ -37,6 +37,7 @@ from .accounts import Accounts
 from .agents import Agent, Limits, VcpuThread
 from .agents.attach import AttachAgent
 from .agents.plugin import PluginAgent, find_control_socket
+from .agents.qmp import QmpAgent, offers_command
 from .checks import caveats, refuse_unaffordable, refuse_unsupported
 from .errors import QemuPrefaultError, RefusedError, UnsupportedError
 from .guard import ResumeGuard
@@ -98,7 +99,8 @@ class Engine:
         self.cont = cont
         self.incoming = incoming
         self._agent_wanted = agent
-        self._socket = None if agent == "attach" else find_control_socket(session.process)
+        self._socket = find_control_socket(session.process) if agent in ("auto", "plugin") else None
+        self._qemu_does_it = False
         self._on_ready = on_ready
         self._on_progress = on_progress
         self._accounts = Accounts()
@@ -117,7 +119,7 @@ class Engine:
         :raise FailedError: something broke; the guest's run state is as it was found.
         """
         session, policy = self.session, self.policy
-        self._refuse_without_agent()
+        await self._find_agent()
         if not policy.populate_only:
             refuse_unsupported(session)
         if self.incoming:
@@ -441,10 +443,22 @@ class Engine:
 
     @property
     def _agent_name(self) -> str:
-        """The plugin if it is there and not unwanted."""
-        return "attach" if self._socket is None else "plugin"
+        """The plugin if it is there and not unwanted, else QEMU itself if it can."""
+        if self._socket is not None:
+            return "plugin"
+        return "qmp" if self._qemu_does_it else "attach"
 
-    def _refuse_without_agent(self) -> None:
+    async def _find_agent(self) -> None:
+        if self._socket is None and self._agent_wanted in ("auto", "qmp"):
+            session = self.session
+            self._qemu_does_it = session.machine.kvm and await offers_command(session.monitor)
+        if self._agent_wanted == "qmp" and not self._qemu_does_it:
+            raise UnsupportedError(
+                f"QEMU (pid {self.session.process.pid}) has no x-kvm-prefault-memory, or does "
+                "not use KVM",
+                "it takes a QEMU with patches/qemu (make qemu); --agent attach needs none",
+                code="no-qmp-command",
+            )
         if self._agent_wanted == "plugin" and self._socket is None:
             raise UnsupportedError(
                 f"QEMU (pid {self.session.process.pid}) has no qemu-prefault plugin",
@@ -457,6 +471,9 @@ class Engine:
         limits = Limits()
         if self.policy.chunk_bytes:
             limits = replace(limits, chunk_bytes=self.policy.chunk_bytes)
+        if self._qemu_does_it:
+            monitor = self.session.monitor
+            return QmpAgent(monitor, lambda: self.session.machine.sections, self._threads, limits)
         if self._socket is None:
             return AttachAgent(self.session.process, self._threads, limits)
         return PluginAgent(self.session.process, self._socket, self._threads, limits)

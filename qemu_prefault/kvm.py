@@ -157,5 +157,6 @@ _OUTCOMES = {
     errno.ENOTTY: "that file descriptor is not a vCPU, or the kernel has no such ioctl",
     errno.EINVAL: "the kernel does not know the request, or refuses it for this mapping",
     EHWPOISON: "the memory has an uncorrected hardware error",
+    errno.EBUSY: "dirty pages are being logged, or the guest is being loaded",
     errno.ENOSPC: "KVM's limit of MMU pages is reached",
 }

@@ -14,6 +14,7 @@ from typing import Any
 from . import kvm
 from .agents.attach import find_gadgets, open_memory
 from .agents.plugin import Control, find_control_socket
+from .agents.qmp import offers_command
 from .errors import ExitStatus, QemuPrefaultError
 from .plan import Policy, Populate
 from .process import Process
@@ -78,6 +79,9 @@ async def probe(qmp: str | None, pid: int | None) -> Findings:
                 f"{machine.status}, {len(machine.vcpus)} vCPUs",
             )
         )
+        if await offers_command(session.monitor):
+            text = "x-kvm-prefault-memory is there: QEMU is not traced, it does the work itself"
+            findings.append(Finding("patched", "ok", text))
         for populate_only in (False, True):
             name = "populate" if populate_only else "prefault"
             policy = Policy(Populate.AUTO, populate_only=populate_only)

@@ -120,7 +120,7 @@ class Session:
         chosen = [known[index] for index in (wanted or sorted(known))]
         tids = thread_map(self.process)
         if not needs_fds:
-            return [VcpuThread(tids[v.thread_id], -1, None, v.node) for v in chosen]
+            return [VcpuThread(tids[v.thread_id], -1, None, v.node, index=v.index) for v in chosen]
         fds = self.process.kvm_fds().vcpus
         if not fds:
             raise UnsupportedError(
@@ -139,7 +139,8 @@ class Session:
                     "it may just be plugged or unplugged: try again",
                 )
             tid, fd = tids[vcpu.thread_id], fds[vcpu_id]
-            threads.append(VcpuThread(tid, fd, vcpu_id, vcpu.node, vcpu.qom_path))
+            thread = VcpuThread(tid, fd, vcpu_id, vcpu.node, vcpu.qom_path, vcpu.index)
+            threads.append(thread)
         return threads
 
     @contextlib.contextmanager

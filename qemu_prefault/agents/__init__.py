@@ -63,7 +63,8 @@ class VcpuThread:
     """A vCPU as an agent sees it.
 
     ``fd`` is QEMU's file descriptor of the vCPU, or -1 where there is nothing to prefault
-    (populate only); ``vcpu_id`` is KVM's, the x86 APIC id; ``qom_path`` is QEMU's name of it.
+    (populate only); ``vcpu_id`` is KVM's, the x86 APIC id; ``qom_path`` is QEMU's name of it,
+    ``index`` QEMU's number.
     """
 
     thread_id: int
@@ -71,6 +72,7 @@ class VcpuThread:
     vcpu_id: int | None
     node: int | None = None
     qom_path: str = ""
+    index: int = -1
 
 
 @dataclass(frozen=True, slots=True)
