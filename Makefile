@@ -12,6 +12,8 @@ HOST  = qemu-system-x86
 # Where this host's own KVM can prefault, what is tested runs on it and not in the lab.
 GUEST = qemu-utils ovmf
 VT    = tcpdump netcat-openbsd iputils-arping xz-utils
+QEMU  = ccache dpkg-dev libfdt-dev libglib2.0-dev libseccomp-dev ninja-build patch pkgconf \
+	xz-utils zlib1g-dev
 
 demo:      ## a restored and a booting guest, resumed three ways (no virtualization needed)
 	@scripts/with-env "$(BUILD) $(LAB)" qemu-prefault demo $(DEMO_ARGS)
@@ -27,6 +29,9 @@ bench:     ## the measurements of docs/benchmarks.md; BENCH_ARGS="PART..." for s
 
 conformance: ## docs/conformance.md anew: the suite on three kernels, in three modes each
 	@scripts/with-env "$(BUILD) $(LAB)" python scripts/make-conformance.py
+
+qemu:      ## the patched QEMU (patches/); prints where it is (20 minutes, once)
+	@scripts/with-env "$(BUILD) $(QEMU)" python -m qemu_prefault.lab qemu $(QEMU_ARGS)
 
 avocado:   ## whole distributions as guests, under avocado; AVOCADO_ARGS="--distro sid …"
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST)" python avocado/run.py distro $(AVOCADO_ARGS)
@@ -52,4 +57,4 @@ clean-cache: ## remove the images and virtual environments from the cache
 help:      ## this text
 	@sed -n 's/^\([a-z-]*\): *## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-.PHONY: demo test test-full bench conformance avocado avocado-vt lint man clean clean-cache help
+.PHONY: demo test test-full bench conformance qemu avocado avocado-vt lint man clean clean-cache help

@@ -19,6 +19,8 @@ from .errors import CommandError, LabLostError
 from .image import VARIANTS, build, files_disk, variant_named
 from .machine import Machine
 from .nested import Lab, open_machine
+from .patched import SUITES
+from .patched import build as build_qemu
 
 _VARIANT = click.option(
     "--variant", type=click.Choice(list(VARIANTS)), default="trixie", show_default=True,
@@ -63,6 +65,16 @@ def build_command(variants: tuple[str, ...]) -> None:
         image = build(variant_named(name))
         seconds = time.monotonic() - started
         click.echo(f"{name}: {image.suite}, kernel {image.kernel_release}, {seconds:.1f} s")
+
+
+@main.command("qemu")
+@click.option("--release", type=click.Choice(list(SUITES)), default="10.0", show_default=True)
+@click.option("--tcg-fix/--no-tcg-fix", default=True, show_default=True, help="patches/qemu-tcg.")
+@click.option("--jobs", default=0, help="Compilers at a time (default: one for each CPU).")
+@click.argument("patches", type=click.Path(path_type=Path, exists=True), default="patches")
+def qemu_command(release: str, tcg_fix: bool, jobs: int, patches: Path) -> None:
+    """Build QEMU with the series in PATCHES, unless it is cached; print where it is."""
+    click.echo(build_qemu(patches, release, tcg=tcg_fix, jobs=jobs).binary)
 
 
 @main.command("prune")

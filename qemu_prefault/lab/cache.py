@@ -29,6 +29,7 @@ _ENTRIES = (
     "files-",
     "image-",
     "l2-",
+    "qemu-",
     "snapshot-",
     "tcg-host-",
     "tmp-",
