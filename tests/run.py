@@ -56,17 +56,20 @@ def lab(
     *arguments: str,
     npt: bool = True,
     tdp_mmu: bool = True,
+    qemu: bool = False,
     minutes: float = 20,
 ) -> Suite:
-    """Tests that run in the lab, on a freshly restored L1."""
+    """Tests that run in the lab, on a freshly restored L1; ``qemu``: with the patched QEMU."""
     command = ["python", "-m", "qemu_prefault.lab", "pytest", "--variant", variant]
     command += [] if npt else ["--no-npt"]
     command += [] if tdp_mmu else ["--no-tdp-mmu"]
+    command += ["--qemu"] if qemu else []
     for wheel in os.environ.get("QEMU_PREFAULT_WHEELS", "").split():
         command += ["--wheel", wheel]
     command += ["--timeout", str(int(minutes * 60))]
     command += ["--", *REPORTING, "tests/lab", *arguments]
-    return Suite(name, tuple(command), True, (f"image-{variant}",), minutes + 5)
+    needs = (f"image-{variant}", "build-qemu") if qemu else (f"image-{variant}",)
+    return Suite(name, tuple(command), True, needs, minutes + 5)
 
 
 LINT = (
@@ -86,6 +89,9 @@ THIRTY_BOOTS = Suite(
     needs=("image-trixie",),
     minutes=60,
 )
+QEMU = Suite("build-qemu", ("make", "qemu"), minutes=60)
+# What does not ask for one agent by its nature (its own files, kills, its left-overs).
+ANY_AGENT = "test_prefault.py or test_layouts or test_incoming or test_nested or test_scripts"
 AREAS = "(test_area and (mapping or slots))"
 # The conformance suite where the suites above do not run it: see docs/conformance.md.
 CONFORMANCE = (
@@ -152,6 +158,14 @@ FULL = (
     LAB_ITSELF,
     lab("bookworm", "bookworm", "-k", "unsupported or test_guest.py"),
     lab("shadow", "trixie", "-k", "unsupported", npt=False),
+    QEMU,
+    lab("patched", "trixie", "-k", "test_patched_qemu", qemu=True),
+    lab(
+        *("agents", "trixie", "-k", f"({ANY_AGENT}) and not the_plugin"),
+        *("--agents", "attach,plugin,qmp"),
+        qemu=True,
+        minutes=90,
+    ),
     *CONFORMANCE,
     THIRTY_BOOTS,
 )

@@ -16,6 +16,7 @@ from qemu_prefault.errors import FailedError, QemuPrefaultError
 
 from . import cache
 from .errors import CommandError, LabLostError
+from .guest import PATCHED_QEMU_VARIABLE
 from .image import VARIANTS, build, files_disk, variant_named
 from .machine import Machine
 from .nested import Lab, open_machine
@@ -35,6 +36,7 @@ _TDP_MMU = click.option(
 _NESTED = click.option(
     "--nested", is_flag=True, help="Use the lab even if this host's own KVM can prefault."
 )
+_PATCHED_QEMU = "/root/qemu/qemu-system-x86_64"
 _COMMAND = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
@@ -169,6 +171,7 @@ def boots_command(variant: str, npt: bool, restore: bool, count: int) -> None:
               help="A wheel to install first; without any, this source tree is.")  # fmt: skip
 @click.option("--junit", type=click.Path(path_type=Path), help="Where the JUnit XML goes.")
 @click.option("--timeout", default=3600.0, show_default=True, help="Seconds for all tests.")
+@click.option("--qemu", is_flag=True, help="Build the patched QEMU, and have it there.")
 @click.option("--env", "variables", metavar="NAME=VALUE", multiple=True, help="For the tests.")
 @click.argument("arguments", nargs=-1, required=True)
 def pytest_command(
@@ -180,6 +183,7 @@ def pytest_command(
     wheels: tuple[Path, ...],
     junit: Path | None,
     timeout: float,
+    qemu: bool,
     variables: tuple[str, ...],
     arguments: tuple[str, ...],
 ) -> None:
@@ -187,8 +191,16 @@ def pytest_command(
 
     The checkout's qmp_scripts, which no wheel has, go with them.
     """
+    patched = build_qemu(Path("patches")) if qemu else None
     with open_machine(variant, nested=nested, npt=npt, tdp_mmu=tdp_mmu) as machine:
         _install(machine, wheels)
+        env = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        if patched is not None:
+            machine.put(patched.binary, _PATCHED_QEMU)
+            machine.put(patched.qtest, f"{_PATCHED_QEMU}-test")
+            if patched.svm_test is not None:
+                machine.put(patched.svm_test, f"{_PATCHED_QEMU}-svm")
+            env[PATCHED_QEMU_VARIABLE] = _PATCHED_QEMU
         if Path("qmp_scripts").is_dir():
             machine.put(Path("qmp_scripts"), "/root/tests/qmp_scripts")
         words = []
@@ -206,7 +218,6 @@ def pytest_command(
         report = "/root/tests/junit.xml"
         argv = ["python3", "-m", "pytest", "-p", "no:cacheprovider", "--rootdir=/root/tests",
                 f"--junit-xml={report}", *words]  # fmt: skip
-        env = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         for item in variables:
             name, _, env[name] = item.partition("=")
         result = machine.run(argv, timeout=timeout, check=False, env=env, on_output=_pass_on)

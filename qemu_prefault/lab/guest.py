@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from .serial import Answer, Serial
 
 L2_VARIABLE = "QEMU_PREFAULT_L2"
 """Environment variable naming the directory of the L2 kernel and initramfs."""
+PATCHED_QEMU_VARIABLE = "QEMU_PREFAULT_QEMU"
+"""Environment variable naming the patched QEMU, where there is one."""
+_FIRMWARE = ("/usr/share/seabios", "/usr/share/qemu")  # the patched QEMU brings none
 
 # No calibration, no mitigations, no address randomization: less to emulate. And no errors of
 # drivers amid the workload's answers; an oops shows all the same.
@@ -75,6 +79,23 @@ def reserve_hugepages(count: int) -> int:
     return int(_HUGEPAGES.read_text())
 
 
+@dataclass
+class Defaults:
+    """How guests are started where it is not said: by which QEMU, with which plugin options."""
+
+    qemu: Sequence[str] = ("qemu-system-x86_64",)
+    plugin: Sequence[str] | None = None
+
+
+defaults = Defaults()
+
+
+def patched_qemu() -> list[str] | None:
+    """The command of the patched QEMU, if it was put here: see ``lab/patched.py``."""
+    binary = os.environ.get(PATCHED_QEMU_VARIABLE)
+    return None if binary is None else [binary, *(w for p in _FIRMWARE for w in ("-L", p))]
+
+
 class Guest:
     """A QEMU with one L2 guest. A context manager; leaving it kills QEMU.
 
@@ -90,7 +111,8 @@ class Guest:
     :param kvm: give the guest a KVM of its own, for the workload's ``nest``.
     :param ovmf: UEFI instead of the machine's own firmware; for ``q35,smm=off`` and the
         kernel ``vmlinuz``, the one kind that UEFI can start.
-    :param plugin: options of our plugin (``["keep=off"]``), to have it loaded.
+    :param qemu: QEMU's command and its first arguments; None: see :data:`defaults`.
+    :param plugin: options of our plugin (``["keep=off"]``), to have it loaded; None likewise.
     :param preload: load it by ``LD_PRELOAD`` and not by ``-plugin``.
     :param wrapper: a command QEMU is run under, such as ``["env", "LD_PRELOAD=…"]``.
     :ivar pid: QEMU's process id.
@@ -114,7 +136,7 @@ class Guest:
         kernel: str = "vmlinux",
         kernel_args: str = "",
         args: Sequence[str] = (),
-        qemu: str = "qemu-system-x86_64",
+        qemu: Sequence[str] | None = None,
         kvm: bool = False,
         ovmf: bool = False,
         plugin: Sequence[str] | None = None,
@@ -123,6 +145,7 @@ class Guest:
     ) -> None:
         self._prepare()
         load: list[str] = []
+        plugin = defaults.plugin if plugin is None else plugin
         if plugin is not None:
             options = ",".join([f"socket={self.control_path}", *plugin])
             if preload:
@@ -132,7 +155,15 @@ class Guest:
                 load = ["-plugin", f"{plugin_path()},{options}"]
         machine_argument = machine
         memory_argument = f"{memory_mib}M" + (f",{memory}" if memory else "")
-        argv = [*wrapper, qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+        argv = [
+            *wrapper,
+            *(qemu or defaults.qemu),
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+        ]
         argv += load
         if backing is not None:
             argv += self._backing(backing, memory_mib)

@@ -43,6 +43,8 @@ CONFIG_VIRTIO_MEM=y
 CONFIG_VIRTIO_BLK=y
 CONFIG_VIRTIO_SERIAL=y
 CONFIG_ISA_DEBUG=y
+CONFIG_NVDIMM=y
+CONFIG_VGA_PCI=y
 """
 _CONFIGURE: Final = (
     "--target-list=x86_64-softmmu",
@@ -60,20 +62,19 @@ _CONFIGURE: Final = (
     "--disable-install-blobs",
     "--cc=ccache gcc",
 )
-FIRMWARE: Final = ("/usr/share/seabios", "/usr/share/qemu")
-"""Where Debian has what QEMU loads into the guest."""
 
 
 @dataclass(frozen=True)
 class PatchedQemu:
-    """A QEMU that was built: ``binary``, and QEMU's own test of the new command, ``qtest``."""
+    """A QEMU that was built, and two of its own tests.
+
+    :ivar qtest: of the new command. :ivar svm_test: a kernel for an emulated CPU, which tells
+        whether reads of control registers are intercepted; None without patches/qemu-tcg.
+    """
 
     binary: Path
     qtest: Path
-
-    def arguments(self) -> list[str]:
-        """What makes it find its firmware."""
-        return [word for path in FIRMWARE for word in ("-L", path)]
+    svm_test: Path | None
 
 
 def series(patches: Path, release: str, tcg: bool) -> list[Path]:
@@ -118,12 +119,18 @@ def build(patches: Path, release: str = "10.0", *, tcg: bool = True, jobs: int =
             target = directory / Path(name).name
             shutil.copy(work / "build" / name, target)
             _step(["strip", "--strip-debug", str(target)], f"stripping {target.name}")
+        if tcg:
+            _compile_svm_test(source, directory / "svm-cr-read")
         shutil.rmtree(work, ignore_errors=True)
 
     recipe = repr((SUITES[release], _CONFIGURE, _DEVICES_MAK, _PYTHON_PACKAGES))
     key = cache.key_of(recipe, *(path.read_bytes() for path in applied))
     entry = cache.entry("qemu", key, fill)
-    return PatchedQemu(entry / "qemu-system-x86_64", entry / "kvm-prefault-test")
+    return PatchedQemu(
+        entry / "qemu-system-x86_64",
+        entry / "kvm-prefault-test",
+        entry / "svm-cr-read" if tcg else None,
+    )
 
 
 def _source(work: Path, release: str) -> Path:
@@ -194,6 +201,22 @@ def _compile(work: Path, source: Path, jobs: int) -> None:
     targets = ["qemu-system-x86_64", "tests/qtest/kvm-prefault-test"]
     ninja = [_need("ninja", "ninja-build"), f"-j{jobs}", *targets]
     _step(ninja, "compiling QEMU", tree, environment)
+
+
+def _compile_svm_test(source: Path, target: Path) -> None:
+    """As tests/tcg/x86_64/Makefile.softmmu-target does."""
+    tests = source / "tests" / "tcg"
+    boot = tests / "x86_64" / "system"
+    _step(
+        [
+            *("gcc", "-nostdlib", "-static", "-no-pie", "-fno-pie", "-fno-stack-protector", "-O0"),
+            *("-ffreestanding", "-I", str(tests / "minilib"), "-Wa,--noexecstack"),
+            *(f"-Wl,-T{boot}/kernel.ld", "-Wl,-melf_x86_64", "-o", str(target)),
+            *(str(boot / "svm-cr-read.c"), str(boot / "boot.S")),
+            *(str(tests / "minilib" / "printf.c"), "-lgcc"),
+        ],
+        "compiling QEMU's test of SVM",
+    )
 
 
 def _step(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qemu_prefault.lab.guest import Guest, thp
+from qemu_prefault.lab.guest import Defaults, Guest, defaults, patched_qemu, thp
 from qemu_prefault.lab.tool import Result, Tool, resident_bytes
 
 if TYPE_CHECKING:
@@ -24,11 +24,34 @@ OTHER_MIB = 96
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=100, help="how often to kill the tool")
     parser.addoption("--boots", type=int, default=6, help="guests of the plugin campaign")
+    parser.addoption(
+        "--agents", help="who acts in QEMU, each in turn: attach,plugin,qmp (default: attach)"
+    )
     parser.addoption("--seed", type=int, default=0, help="of random moments; 0: a new one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: only in make test-full")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if names := metafunc.config.getoption("agents"):
+        metafunc.parametrize("agent", names.split(","), indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def agent(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Who acts in the QEMUs of this test: see ``--agents``."""
+    name: str = getattr(request, "param", "attach")
+    before = Defaults(defaults.qemu, defaults.plugin)
+    if name == "plugin":
+        defaults.plugin = ["keep=off"]
+    elif name == "qmp":
+        if (command := patched_qemu()) is None:
+            pytest.skip("there is no patched QEMU here: lab pytest --qemu")
+        defaults.qemu = command
+    yield name
+    defaults.qemu, defaults.plugin = before.qemu, before.plugin
 
 
 def start_tool(guest: Guest, *arguments: str) -> Tool:

@@ -33,7 +33,7 @@ def test_a_restored_guest_takes_no_faults(restored):
     assert leftovers(guest.pid) == []
 
 
-def test_every_requested_byte_is_in_the_counters(restored):
+def test_every_requested_byte_is_in_the_counters(restored, agent):
     guest = restored()
     result = prefault(guest)
     report = result.report
@@ -43,7 +43,7 @@ def test_every_requested_byte_is_in_the_counters(restored):
     assert report["bytes"]["prefaulted"] == report["bytes"]["requested"] >= ALL
     assert report["stage2"]["after"]["4k"] == guest.stats()["pages_4k"]
     assert report["kernel"]["pre_fault_memory"] is True
-    assert report["agent"] == "attach"
+    assert report["agent"] == agent
 
 
 def test_a_second_run_finds_it_done(restored):

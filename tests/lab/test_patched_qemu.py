@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The patched QEMU (patches/): its job, what it keeps, and that the fix of TCG fixes it.
+
+What the tool does through it is in the other files: ``--agents qmp``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import faults, prefault, ram_hva, ram_resident, start_tool
+
+from qemu_prefault.lab.guest import Guest, patched_qemu
+from qemu_prefault.lab.tool import leftovers, resident_bytes
+
+MIB = 1 << 20
+WORKLOAD_MIB = 256
+pytestmark = pytest.mark.skipif(
+    patched_qemu() is None, reason="there is no patched QEMU here: lab pytest --qemu"
+)
+
+
+@pytest.fixture(autouse=True)
+def patched() -> Iterator[None]:
+    from qemu_prefault.lab.guest import defaults  # noqa: PLC0415
+
+    before = defaults.qemu
+    defaults.qemu = patched_qemu() or before
+    yield
+    defaults.qemu = before
+
+
+def run_job(guest: Guest, **arguments: Any) -> list[dict[str, Any]]:
+    """The job's account of each range, once it is over."""
+    guest.qmp("x-kvm-prefault-memory", **{"job-id": "job", **arguments})
+    ranges = wait_job(guest)
+    guest.qmp("job-dismiss", id="job")
+    return ranges
+
+
+def wait_job(guest: Guest) -> list[dict[str, Any]]:
+    while guest.wait_event("JOB_STATUS_CHANGE")["data"]["status"] != "concluded":
+        pass
+    ranges: list[dict[str, Any]] = guest.qmp("x-query-kvm-prefault", **{"job-id": "job"})["ranges"]
+    return ranges
+
+
+def total(ranges: list[dict[str, Any]], what: str) -> int:
+    return sum(part[what] for part in ranges)
+
+
+def first_pass(guest: Guest) -> int:
+    """Stage-2 faults that a guest takes while it writes all of its memory."""
+    before = faults(guest)
+    assert guest.command("pass")["bad"] == 0
+    return faults(guest) - before
+
+
+# -- the job ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smp", [1, 2])
+def test_the_job_alone_spares_a_restored_guest_its_faults(restored, smp):
+    guest = restored(workload_mib=64, smp=smp)
+    ranges = run_job(guest)
+    assert not any("error" in part for part in ranges)
+    assert total(ranges, "mapped") == total(ranges, "size")
+    guest.qmp("cont")
+    assert first_pass(guest) <= 16
+
+
+def test_a_guest_that_runs_is_not_stopped():
+    with Guest(machine="microvm", workload_mib=32, memory_mib=128) as guest:
+        guest.wait_ready()
+        ranges = run_job(guest)
+        assert guest.status() == "running"
+        assert total(ranges, "mapped") == total(ranges, "size") >= 127 * MIB
+        assert guest.stats()["pages_4k"] * 4096 >= 127 * MIB
+        assert guest.command("pass")["bad"] == 0
+
+
+def test_a_cancelled_job_ends_and_tells_what_it_had_done(restored):
+    guest = restored(workload_mib=256)
+    guest.qmp("x-kvm-prefault-memory", **{"job-id": "job", "chunk-size": 1 * MIB})
+    guest.qmp("job-cancel", id="job")
+    ranges = wait_job(guest)
+    assert total(ranges, "mapped") < total(ranges, "size")
+    guest.qmp("job-dismiss", id="job")
+    assert guest.qmp("query-jobs") == []
+    ranges = run_job(guest)  # and another one can follow
+    assert total(ranges, "mapped") == total(ranges, "size")
+
+
+def test_nothing_is_prefaulted_while_dirty_pages_are_logged():
+    with Guest(machine="microvm", workload_mib=32, memory_mib=128) as guest:
+        guest.wait_ready()
+        guest.qmp("calc-dirty-rate", **{"calc-time": 20, "mode": "dirty-bitmap"})
+        while guest.qmp("query-dirty-rate")["status"] != "measuring":
+            guest.command("echo measuring")
+        with pytest.raises(Exception, match="dirty pages are being logged"):
+            guest.qmp("x-kvm-prefault-memory", **{"job-id": "job"})
+
+
+def test_unplugged_memory_and_an_inflated_balloon_stay_absent():
+    device = "virtio-mem-pci,id=vmem0,memdev=vm0,requested-size=64M"
+    args = ["-object", "memory-backend-ram,id=vm0,size=256M", "-device", device]
+    args += ["-device", "virtio-balloon-pci,id=balloon0"]
+    with Guest(memory_mib=256, memory="maxmem=1G", args=args, workload_mib=32) as guest:
+        guest.wait_ready()
+        guest.command("modules")
+        while guest.qmp("query-memory-devices")[0]["data"]["size"] != 64 * MIB:
+            guest.command("echo plugging")
+        guest.qmp("balloon", value=192 * MIB)
+        while guest.qmp("query-balloon")["actual"] != 192 * MIB:
+            guest.command("echo inflating")
+        guest.qmp("stop")
+        blocks = guest.qmp("x-query-ramblock")["human-readable-text"].splitlines()
+        hva = int(next(line for line in blocks if "vm0" in line).split()[-2], 16)
+        before = ram_resident(guest), resident_bytes(guest.pid, hva)
+        ranges = run_job(guest)
+        assert (ram_resident(guest), resident_bytes(guest.pid, hva)) == before
+        absent = sum(part["absent"] for part in ranges if part["memdev"] == "vm0")
+        assert absent >= 192 * MIB
+        run_job(guest, memdevs=["vm0"], populate="all")
+        assert resident_bytes(guest.pid, hva) == 64 * MIB
+
+
+def test_monitor_commands(restored):
+    guest = restored()
+    assert guest.hmp("kvm_prefault ram") == ""
+    while guest.hmp("info kvm_prefault").count("\n") > 1 and guest.qmp("query-jobs"):
+        pass
+    assert guest.stats()["pages_4k"] * 4096 >= 100 * MIB
+    assert "no memory backend" in guest.hmp("kvm_prefault nowhere")
+
+
+# -- -accel kvm,prefault=on ------------------------------------------------------------------
+
+
+def settled(guest: Guest) -> dict[str, Any]:
+    deadline = time.monotonic() + 60
+    while (info := guest.qmp("x-query-kvm-prefault"))["pending"]:
+        assert time.monotonic() < deadline, info
+        guest.command("echo idle")
+    answer: dict[str, Any] = info
+    return answer
+
+
+@pytest.mark.parametrize("machine", ["pc", "q35", "microvm"])
+def test_a_boot_takes_next_to_no_faults(machine):
+    with Guest(machine=machine, accel="kvm,prefault=on", workload_mib=WORKLOAD_MIB) as guest:
+        guest.wait_ready()
+        assert faults(guest) <= 0.0005 * WORKLOAD_MIB * 256
+        assert settled(guest)["keep"]
+        assert guest.command("pass")["bad"] == 0
+
+
+def test_so_does_the_boot_after_a_reset():
+    with Guest(accel="kvm,prefault=on", workload_mib=64, args=["-action", "reboot=reset"]) as guest:
+        guest.wait_ready()
+        before = faults(guest)
+        guest.qmp("system_reset")
+        guest.wait_ready()
+        assert faults(guest) - before <= 64
+        assert guest.command("pass")["bad"] == 0
+
+
+def test_a_guest_that_is_restored_is_prefaulted_before_it_runs(restored):
+    guest = restored(workload_mib=64, accel="kvm,prefault=on")
+    guest.qmp("cont")
+    assert first_pass(guest) <= 16
+
+
+# -- the tool --------------------------------------------------------------------------------
+
+
+def test_the_tool_finds_the_command_and_traces_nobody(restored):
+    guest = restored(workload_mib=64)
+    tool = start_tool(guest, "--cont")
+    while tool.running():
+        status = Path(f"/proc/{guest.pid}/status").read_text()
+        assert "TracerPid:\t0" in status
+        assert leftovers(guest.pid) == []
+    result = tool.finish()
+    assert result.status == 0, result.stderr
+    assert result.report["agent"] == "qmp"
+    assert result.report["bytes"]["remaining"] == 0
+    assert guest.qmp("query-jobs") == []
+    assert first_pass(guest) <= 64
+
+
+def test_stock_qemu_is_told_apart():
+    with Guest(qemu=["qemu-system-x86_64"], machine="microvm", paused=True) as guest:
+        result = prefault(guest, "--agent", "qmp")
+        assert result.status == 4
+        assert result.error["code"] == "no-qmp-command"
+        assert ram_hva(guest)
+
+
+# -- QEMU's own tests ------------------------------------------------------------------------
+
+
+def test_qtest(tmp_path):
+    (binary, *firmware) = patched_qemu() or [""]
+    wrapper = tmp_path / "qemu-system-x86_64"  # it starts QEMU without -L
+    wrapper.write_text(f'#!/bin/sh\nexec {binary} {" ".join(firmware)} "$@"\n')
+    wrapper.chmod(0o755)
+    environment = {**os.environ, "QTEST_QEMU_BINARY": str(wrapper)}
+    result = subprocess.run(
+        [f"{binary}-test", "--tap"],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "virtio-mem" in result.stdout  # those that need KVM were not left out
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_reads_of_control_registers_are_intercepted_under_tcg(fixed, tmp_path):
+    (binary, *firmware) = patched_qemu() or [""]
+    kernel = f"{binary}-svm"
+    command = [binary, *firmware] if fixed else ["qemu-system-x86_64"]
+    said = tmp_path / "said"
+    subprocess.run(
+        [*command, "-nodefaults", "-display", "none", "-accel", "tcg", "-cpu", "max",
+         "-chardev", f"file,path={said},id=output", "-device", "isa-debugcon,chardev=output",
+         "-device", "isa-debug-exit,iobase=0xf4,iosize=0x4", "-kernel", kernel],
+        check=False, timeout=120, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert ("PASSED" if fixed else "FAILED") in said.read_text()
