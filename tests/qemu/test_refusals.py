@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import StartQemu
-from tool import MIB, Vm, anonymous_bytes, leftovers, start_vm, wait_for
+from tool import MIB, Vm, anonymous_bytes, leftovers, run_tool, start_vm, wait_for
 
 from qemu_prefault import kvm
 
@@ -321,3 +321,10 @@ def test_a_guest_larger_than_the_host(vm_of: StartVm) -> None:
         assert vm.prefault("--populate-only").report["bytes"]["populated"] == 0
     part = vm.prefault("--populate-only", "--populate", "all", "--range", "16M+16M")
     assert part.report["bytes"]["populated"] == 16 * MIB
+
+
+def test_a_stock_qemu_does_not_prefault_by_itself(start_qemu: StartQemu) -> None:
+    result = run_tool(start_qemu("-m", "64M"), "--populate-only", "--agent", "qmp")
+    assert result.status == 4
+    assert result.error["code"] == "no-qmp-command"
+    assert "make qemu" in result.error["remedy"]
