@@ -25,7 +25,7 @@ test-full: ## test, but everything on every kernel, 1,000 kills and 30 boots (ho
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST) $(VT)" python tests/run.py --full
 
 bench:     ## the measurements of docs/benchmarks.md; BENCH_ARGS="PART..." for some of them
-	@scripts/with-env "$(BUILD) $(LAB) $(HOST)" python tests/bench/run.py $(BENCH_ARGS)
+	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(QEMU)" python tests/bench/run.py $(BENCH_ARGS)
 
 conformance: ## docs/conformance.md anew: the suite on three kernels, in three modes each
 	@scripts/with-env "$(BUILD) $(LAB)" python scripts/make-conformance.py

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The three agents, one after the other on the same restored guest. Runs where the KVM is.
+
+    agents.py LOOP
+
+JSON on the last line. All but attach and plugin run in the patched QEMU, which the environment
+names; "job" is QEMU's job without the tool.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from qemu_prefault.lab.guest import Guest, patched_qemu
+from qemu_prefault.lab.scenario import small_pages
+
+ROUNDS, WORKLOAD_MIB, MEMORY_MIB = 3, 256, 352
+WAYS = ("nothing", "attach", "plugin", "qmp", "job", "prefault=on")
+
+
+def start(way: str, state: Path | None) -> Guest:
+    patched = way in ("qmp", "job", "prefault=on")
+    with small_pages():
+        return Guest(
+            machine="microvm",
+            memory_mib=MEMORY_MIB,
+            workload_mib=0 if state else WORKLOAD_MIB,
+            accel="kvm,prefault=on" if way == "prefault=on" else "kvm",
+            qemu=patched_qemu() if patched else None,
+            plugin=["keep=off"] if way == "plugin" else None,
+            paused=state is not None,
+            incoming=state,
+        )
+
+
+def tool(guest: Guest, agent: str) -> dict[str, Any]:
+    argv = [sys.executable, "-m", "qemu_prefault", "--qmp", str(guest.qmp_path), "--json"]
+    result = subprocess.run([*argv, "--agent", agent], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(result.stderr)
+    return json.loads(result.stdout)["seconds"]
+
+
+def job(guest: Guest) -> dict[str, Any]:
+    started = time.monotonic()
+    guest.qmp("x-kvm-prefault-memory", **{"job-id": "job"})
+    while guest.wait_event("JOB_STATUS_CHANGE")["data"]["status"] != "concluded":
+        pass
+    seconds = time.monotonic() - started
+    guest.qmp("job-dismiss", id="job")
+    return {"total": seconds, "prefault": seconds}
+
+
+def measure(way: str, state: Path) -> dict[str, float]:
+    with start(way, state) as guest:
+        guest.wait_restored()
+        seconds: dict[str, Any] = {"total": 0.0, "prefault": 0.0}
+        if way in ("attach", "plugin", "qmp"):
+            seconds = tool(guest, way)
+        elif way == "job":
+            seconds = job(guest)
+        before = guest.stats()["pf_taken"]
+        resuming = time.monotonic()
+        guest.qmp("cont")
+        resumed = time.monotonic() - resuming  # prefault=on does its work in here
+        first = guest.command("pass")
+        faults = guest.stats()["pf_taken"] - before
+        steady = statistics.median(float(guest.command("pass")["seconds"]) for _ in range(3))
+    return {
+        "faults": faults,
+        "prefault": seconds["prefault"] or (resumed if way == "prefault=on" else 0.0),
+        "blackout": seconds["total"] + resumed,
+        "first": float(first["seconds"]),
+        "steady": steady,
+    }
+
+
+def main() -> None:
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as scratch:
+        state = Path(scratch) / "state"
+        with start("nothing", None) as guest:
+            guest.wait_ready()
+            guest.save(state)
+        for _ in range(ROUNDS):
+            for way, rows in found.items():
+                rows.append(measure(way, state))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
