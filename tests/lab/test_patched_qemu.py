@@ -111,14 +111,16 @@ def test_unplugged_memory_and_an_inflated_balloon_stay_absent():
     device = "virtio-mem-pci,id=vmem0,memdev=vm0,requested-size=64M"
     args = ["-object", "memory-backend-ram,id=vm0,size=256M", "-device", device]
     args += ["-device", "virtio-balloon-pci,id=balloon0"]
-    with Guest(memory_mib=256, memory="maxmem=1G", args=args, workload_mib=32) as guest:
+    options: dict[str, Any] = {"memory": "maxmem=1G", "args": args, "workload_mib": 32}
+    options["kernel_args"] = "memhp_default_state=online"
+    with Guest(memory_mib=256, **options) as guest:
         guest.wait_ready()
         guest.command("modules")
         while guest.qmp("query-memory-devices")[0]["data"]["size"] != 64 * MIB:
-            guest.command("echo plugging")
+            guest.wait_event("MEMORY_DEVICE_SIZE_CHANGE")
         guest.qmp("balloon", value=192 * MIB)
         while guest.qmp("query-balloon")["actual"] != 192 * MIB:
-            guest.command("echo inflating")
+            guest.wait_event("BALLOON_CHANGE")
         guest.qmp("stop")
         blocks = guest.qmp("x-query-ramblock")["human-readable-text"].splitlines()
         hva = int(next(line for line in blocks if "vm0" in line).split()[-2], 16)
