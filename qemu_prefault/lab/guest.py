@@ -172,7 +172,7 @@ class Guest:
             argv += self._flash()
         argv += ["-machine", machine_argument, "-accel", accel, "-m", memory_argument]
         argv += ["-smp", str(smp)]
-        if cpu or accel == "kvm":
+        if cpu or accel.partition(",")[0] == "kvm":
             argv += ["-cpu", cpu or "host"]
         files = l2_directory()
         append = KERNEL_ARGS + (f" workload.mib={workload_mib}" if workload_mib else "")

@@ -115,7 +115,15 @@ def build(patches: Path, release: str = "10.0", *, tcg: bool = True, jobs: int =
         source = _source(work, release)
         for patch in applied:
             log.info("applying %s", patch.name)
-            arguments = ["--forward", "--fuzz=0", "-p1", "-d", str(source), "-i", str(patch.resolve())]
+            arguments = [
+                "--forward",
+                "--fuzz=0",
+                "-p1",
+                "-d",
+                str(source),
+                "-i",
+                str(patch.resolve()),
+            ]
             _step([_need("patch", "patch"), *arguments], f"applying {patch.name}")
         _compile(work, source, jobs or os.cpu_count() or 1)
         for name in ("qemu-system-x86_64", "tests/qtest/kvm-prefault-test"):
