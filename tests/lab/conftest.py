@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 OTHER_MIB = 96
 """What a guest has beside its workload's memory: its kernel, and memory it never touches."""
+SNAPSHOT = {"tag": "s", "vmstate": "disk", "devices": ["disk"]}
+"""Arguments of snapshot-save and snapshot-load, with the disk of :func:`add_disk`."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -65,6 +67,22 @@ def prefault(guest: Guest, *arguments: str) -> Result:
 
 def faults(guest: Guest) -> int:
     return guest.stats()["pf_taken"]
+
+
+def run_job(guest: Guest, command: str, **arguments: Any) -> None:
+    guest.qmp(command, job_id="job", **arguments)
+    while (job := guest.qmp("query-jobs")[0])["status"] != "concluded":
+        guest.wait_event("JOB_STATUS_CHANGE")
+    assert "error" not in job, job
+    guest.qmp("job-dismiss", id="job")
+
+
+def add_disk(guest: Guest, path: Path) -> None:
+    """A qcow2 image, to keep snapshots in."""
+    run_job(guest, "blockdev-create", options={"driver": "file", "filename": str(path), "size": 0})
+    guest.qmp("blockdev-add", driver="file", node_name="file", filename=str(path))
+    run_job(guest, "blockdev-create", options={"driver": "qcow2", "file": "file", "size": 1 << 20})
+    guest.qmp("blockdev-add", driver="qcow2", node_name="disk", file="file")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import OTHER_MIB, faults, prefault, start_tool
+from conftest import OTHER_MIB, SNAPSHOT, add_disk, faults, prefault, run_job, start_tool
 
 from qemu_prefault.lab.guest import Guest
 from qemu_prefault.lab.tool import Tool, leftovers, wait_clean, wait_for
@@ -230,35 +230,18 @@ def test_restore_from_a_file(restored, tmp_path, how, backing):
         assert faults(guest) <= PAGES / 100
 
 
-def run_job(guest: Guest, command: str, **arguments: Any) -> None:
-    guest.qmp(command, job_id="job", **arguments)
-    while (job := guest.qmp("query-jobs")[0])["status"] != "concluded":
-        guest.wait_event("JOB_STATUS_CHANGE")
-    assert "error" not in job, job
-    guest.qmp("job-dismiss", id="job")
-
-
-def add_disk(guest: Guest, path: Path) -> None:
-    """A qcow2 image, to keep snapshots in."""
-    run_job(guest, "blockdev-create", options={"driver": "file", "filename": str(path), "size": 0})
-    guest.qmp("blockdev-add", driver="file", node_name="file", filename=str(path))
-    run_job(guest, "blockdev-create", options={"driver": "qcow2", "file": "file", "size": 1 << 20})
-    guest.qmp("blockdev-add", driver="qcow2", node_name="disk", file="file")
-
-
 def test_loadvm(tmp_path):
     """Loading a snapshot resets the machine, which drops the tables of a guest that ran."""
-    snapshot = {"tag": "s", "vmstate": "disk", "devices": ["disk"]}
     with Guest(workload_mib=WORKLOAD_MIB, memory_mib=MEMORY_MIB) as guest:
         add_disk(guest, tmp_path / "disk")
         guest.wait_ready()
         assert guest.command("pass")["bad"] == 0
-        run_job(guest, "snapshot-save", **snapshot)
+        run_job(guest, "snapshot-save", **SNAPSHOT)
         assert guest.command("pass")["bad"] == 0
 
         def load() -> int:
             guest.qmp("stop")
-            run_job(guest, "snapshot-load", **snapshot)
+            run_job(guest, "snapshot-load", **SNAPSHOT)
             return faults(guest)
 
         before = load()

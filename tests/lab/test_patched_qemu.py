@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import faults, prefault, ram_hva, ram_resident, start_tool
+from conftest import (
+    OTHER_MIB,
+    SNAPSHOT,
+    add_disk,
+    faults,
+    prefault,
+    ram_hva,
+    ram_resident,
+    start_tool,
+)
+from conftest import run_job as run_block_job
 
 from qemu_prefault.lab.guest import Guest, patched_qemu
 from qemu_prefault.lab.tool import leftovers, resident_bytes
@@ -167,7 +177,7 @@ def test_so_does_the_boot_after_a_reset():
     with Guest(accel="kvm,prefault=on", workload_mib=64, args=["-action", "reboot=reset"]) as guest:
         guest.wait_ready()
         before = faults(guest)
-        guest.qmp("system_reset")
+        guest.reset()
         guest.wait_ready()
         assert faults(guest) - before <= 64
         assert guest.command("pass")["bad"] == 0
@@ -177,6 +187,50 @@ def test_a_guest_that_is_restored_is_prefaulted_before_it_runs(restored):
     guest = restored(workload_mib=64, accel="kvm,prefault=on")
     guest.qmp("cont")
     assert first_pass(guest) <= 16
+
+
+def test_a_guest_that_migrates_in_is_prefaulted_before_it_runs(restored, tmp_path):
+    """Nobody pauses it: it starts by itself as soon as it is there."""
+    source = restored(workload_mib=64)
+    source.qmp("cont")
+    source.command("run")
+    uri = f"unix:{tmp_path / 'migration'}"
+    memory_mib = 64 + OTHER_MIB
+    with Guest(memory_mib=memory_mib, accel="kvm,prefault=on", incoming=uri) as target:
+        source.qmp("migrate-set-parameters", max_bandwidth=1 << 40, downtime_limit=20_000)
+        source.qmp("migrate", uri=uri)
+        target.wait_event("RESUME")
+        assert target.command("stop")["bad"] == 0
+        assert faults(target) <= 64
+        assert first_pass(target) <= 16
+
+
+def test_a_snapshot_that_is_loaded_is_prefaulted_before_it_runs(tmp_path):
+    with Guest(accel="kvm,prefault=on", workload_mib=64, memory_mib=160) as guest:
+        add_disk(guest, tmp_path / "disk")
+        guest.wait_ready()
+        run_block_job(guest, "snapshot-save", **SNAPSHOT)
+        for _ in range(2):
+            assert guest.command("pass")["bad"] == 0
+            guest.qmp("stop")
+            run_block_job(guest, "snapshot-load", **SNAPSHOT)
+            before = faults(guest)
+            guest.qmp("cont")
+            assert guest.command("pass")["bad"] == 0
+            assert faults(guest) - before <= 64
+
+
+def test_a_dimm_that_is_plugged_is_prefaulted():
+    options: dict[str, Any] = {"memory": "slots=2,maxmem=2G", "workload_mib": 32}
+    with Guest(accel="kvm,prefault=on", **options) as guest:
+        guest.wait_ready()
+        settled(guest)
+        before = guest.stats()["pages_4k"]
+        guest.qmp("object-add", **{"qom_type": "memory-backend-ram", "id": "d0", "size": 64 * MIB})
+        guest.qmp("device_add", driver="pc-dimm", id="dimm0", memdev="d0")
+        settled(guest)
+        assert guest.stats()["pages_4k"] - before >= 64 * 256
+        assert guest.command("pass")["bad"] == 0
 
 
 # -- the tool --------------------------------------------------------------------------------
