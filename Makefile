@@ -12,8 +12,8 @@ HOST  = qemu-system-x86
 # Where this host's own KVM can prefault, what is tested runs on it and not in the lab.
 GUEST = qemu-utils ovmf
 VT    = tcpdump netcat-openbsd iputils-arping xz-utils
-QEMU  = ccache dpkg-dev libfdt-dev libglib2.0-dev libseccomp-dev ninja-build patch pkgconf \
-	xz-utils zlib1g-dev
+QEMU  = ccache dpkg-dev libfdt-dev libglib2.0-dev libseccomp-dev ninja-build patch perl pkgconf \
+	qemu-system-data seabios xz-utils zlib1g-dev
 
 demo:      ## a restored and a booting guest, resumed three ways (no virtualization needed)
 	@scripts/with-env "$(BUILD) $(LAB)" qemu-prefault demo $(DEMO_ARGS)

@@ -90,6 +90,15 @@ THIRTY_BOOTS = Suite(
     minutes=60,
 )
 QEMU = Suite("build-qemu", ("make", "qemu"), minutes=60)
+QEMU_CHECKS = tuple(
+    Suite(
+        f"qemu-{release}",
+        ("make", "qemu", f"QEMU_ARGS=--release {release} --check"),
+        needs=("build-qemu",),
+        minutes=60,
+    )
+    for release in ("10.0", "10.2")
+)
 # What does not ask for one agent by its nature (its own files, kills, its left-overs).
 ANY_AGENT = "test_prefault.py or test_layouts or test_incoming or test_nested or test_scripts"
 AREAS = "(test_area and (mapping or slots))"
@@ -159,6 +168,7 @@ FULL = (
     lab("bookworm", "bookworm", "-k", "unsupported or test_guest.py"),
     lab("shadow", "trixie", "-k", "unsupported", npt=False),
     QEMU,
+    *QEMU_CHECKS,
     lab("patched", "trixie", "-k", "test_patched_qemu", qemu=True),
     lab(
         *("agents", "trixie", "-k", f"({ANY_AGENT}) and not the_plugin"),

@@ -22,6 +22,7 @@ from .machine import Machine
 from .nested import Lab, open_machine
 from .patched import SUITES
 from .patched import build as build_qemu
+from .patched import check as check_series
 
 _VARIANT = click.option(
     "--variant", type=click.Choice(list(VARIANTS)), default="trixie", show_default=True,
@@ -73,9 +74,14 @@ def build_command(variants: tuple[str, ...]) -> None:
 @click.option("--release", type=click.Choice(list(SUITES)), default="10.0", show_default=True)
 @click.option("--tcg-fix/--no-tcg-fix", default=True, show_default=True, help="patches/qemu-tcg.")
 @click.option("--jobs", default=0, help="Compilers at a time (default: one for each CPU).")
+@click.option("--check", is_flag=True, help="Run QEMU's checkpatch and its own tests instead.")
 @click.argument("patches", type=click.Path(path_type=Path, exists=True), default="patches")
-def qemu_command(release: str, tcg_fix: bool, jobs: int, patches: Path) -> None:
+def qemu_command(release: str, tcg_fix: bool, jobs: int, check: bool, patches: Path) -> None:
     """Build QEMU with the series in PATCHES, unless it is cached; print where it is."""
+    if check:
+        for line in check_series(patches, release, jobs=jobs):
+            click.echo(line)
+        return
     click.echo(build_qemu(patches, release, tcg=tcg_fix, jobs=jobs).binary)
 
 

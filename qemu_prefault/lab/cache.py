@@ -64,7 +64,9 @@ def key_of(*parts: str | bytes) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(name: str) -> Iterator[None]:
+    """Nobody else is in here under the same name, in this process or another."""
+    path = cache_dir() / "locks" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -81,7 +83,7 @@ def entry(name: str, key: str, build: Callable[[Path], None]) -> Path:
     if final.is_dir():
         os.utime(final)  # what is in use is not pruned
         return final
-    with _locked(root / "locks" / name):
+    with locked(name):
         if final.is_dir():
             return final
         for stale in root.glob(f"tmp-{name}-*"):

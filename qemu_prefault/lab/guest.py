@@ -31,7 +31,8 @@ L2_VARIABLE = "QEMU_PREFAULT_L2"
 """Environment variable naming the directory of the L2 kernel and initramfs."""
 PATCHED_QEMU_VARIABLE = "QEMU_PREFAULT_QEMU"
 """Environment variable naming the patched QEMU, where there is one."""
-_FIRMWARE = ("/usr/share/seabios", "/usr/share/qemu")  # the patched QEMU brings none
+FIRMWARE = ("/usr/share/seabios", "/usr/share/qemu")
+"""Where Debian has what QEMU loads into the guest: the patched QEMU brings none."""
 
 # No calibration, no mitigations, no address randomization: less to emulate. And no errors of
 # drivers amid the workload's answers; an oops shows all the same.
@@ -93,7 +94,7 @@ defaults = Defaults()
 def patched_qemu() -> list[str] | None:
     """The command of the patched QEMU, if it was put here: see ``lab/patched.py``."""
     binary = os.environ.get(PATCHED_QEMU_VARIABLE)
-    return None if binary is None else [binary, *(w for p in _FIRMWARE for w in ("-L", p))]
+    return None if binary is None else [binary, *(w for p in FIRMWARE for w in ("-L", p))]
 
 
 class Guest:

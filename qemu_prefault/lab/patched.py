@@ -8,12 +8,13 @@ package has none.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,7 @@ from qemu_prefault.errors import InputError
 
 from . import cache
 from .errors import ImageError
+from .guest import FIRMWARE
 from .image import _need
 
 log = logging.getLogger(__name__)
@@ -64,6 +66,12 @@ _CONFIGURE: Final = (
     "--disable-debug-info",
     "-Doptimization=1",
     "--cc=ccache gcc",
+)
+_TARGETS: Final = ("qemu-system-x86_64", "tests/qtest/kvm-prefault-test")
+# What the series touch: QAPI's commands, jobs, the human monitor, the accelerator's properties.
+_TESTS: Final = (
+    *("tests/qtest/qmp-cmd-test", "tests/qtest/test-hmp", "tests/qtest/qom-test"),
+    *("tests/unit/test-blockjob", "tests/unit/test-blockjob-txn", "tests/unit/test-bdrv-drain"),
 )
 
 
@@ -108,30 +116,14 @@ def build(patches: Path, release: str = "10.0", *, tcg: bool = True, jobs: int =
     applied = series(patches, release, tcg)
 
     def fill(directory: Path) -> None:
-        # The same place each time, so that ccache finds what an earlier series compiled.
-        work = cache.cache_dir() / "scratch" / f"qemu-{release}"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        source = _source(work, release)
-        for patch in applied:
-            log.info("applying %s", patch.name)
-            arguments = [
-                "--forward",
-                "--fuzz=0",
-                "-p1",
-                "-d",
-                str(source),
-                "-i",
-                str(patch.resolve()),
-            ]
-            _step([_need("patch", "patch"), *arguments], f"applying {patch.name}")
-        _compile(work, source, jobs or os.cpu_count() or 1)
-        for name in ("qemu-system-x86_64", "tests/qtest/kvm-prefault-test"):
-            target = directory / Path(name).name
-            shutil.copy(work / "build" / name, target)
-        if tcg:
-            _compile_svm_test(source, directory / "svm-cr-read")
-        shutil.rmtree(work, ignore_errors=True)
+        with _workspace(release) as work:
+            source = _patched_source(work, release, applied)
+            _compile(work, source, jobs, _TARGETS)
+            for name in _TARGETS:
+                target = directory / Path(name).name
+                shutil.copy(work / "build" / name, target)
+            if tcg:
+                _compile_svm_test(source, directory / "svm-cr-read")
 
     recipe = repr((SUITES[release], _CONFIGURE, _DEVICES_MAK, _PYTHON_PACKAGES))
     key = cache.key_of(recipe, *(path.read_bytes() for path in applied))
@@ -141,6 +133,56 @@ def build(patches: Path, release: str = "10.0", *, tcg: bool = True, jobs: int =
         entry / "kvm-prefault-test",
         entry / "svm-cr-read" if tcg else None,
     )
+
+
+def check(patches: Path, release: str = "10.0", *, jobs: int = 0) -> list[str]:
+    """QEMU's own checks of our series: its checkpatch, and tests of what they touch.
+
+    :return: what each came to, a line for each.
+    :raise ImageError: one failed; its output is told.
+    """
+    applied = series(patches, release, tcg=True)
+    told = []
+    with _workspace(release) as work:
+        source = _patched_source(work, release, applied)
+        for patch in applied:
+            # Its only warning is a question: patterns of MAINTAINERS cover each new file already.
+            argv = ["perl", "scripts/checkpatch.pl", "--no-tree", str(patch.resolve())]
+            output = _step(argv, f"checkpatch of {patch}", source)
+            total = next(line for line in output.splitlines() if line.startswith("total:"))
+            told.append(f"{patch.name}: {total.removeprefix('total: ')}")
+        _compile(work, source, jobs, [*_TARGETS, *_TESTS])
+        tree = work / "build"
+        qemu = work / "qemu-system-x86_64"  # the tests start it without firmware
+        firmware = " ".join(f"-L {path}" for path in FIRMWARE)
+        qemu.write_text(f'#!/bin/sh\nexec {tree}/qemu-system-x86_64 {firmware} "$@"\n')
+        qemu.chmod(0o755)
+        environment = {**os.environ, "QTEST_QEMU_BINARY": str(qemu), "G_TEST_SRCDIR": str(source)}
+        for test in ("tests/qtest/kvm-prefault-test", *_TESTS):
+            output = _step([str(tree / test), "--tap"], test, tree, environment)
+            passed = [line for line in output.splitlines() if line.startswith("ok ")]
+            told.append(f"{test}: {len(passed)} passed")
+    return told
+
+
+@contextlib.contextmanager
+def _workspace(release: str) -> Iterator[Path]:
+    """An empty directory: the same each time, so that ccache finds what it compiled before."""
+    with cache.locked(f"qemu-{release}"):
+        work = cache.cache_dir() / "scratch" / f"qemu-{release}"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        yield work
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _patched_source(work: Path, release: str, patches: Sequence[Path]) -> Path:
+    source = _source(work, release)
+    for patch in patches:
+        log.info("applying %s", patch.name)
+        argv = [_need("patch", "patch"), "--forward", "--fuzz=0", "-p1", "-d", str(source)]
+        _step([*argv, "-i", str(patch.resolve())], f"applying {patch.name}")
+    return source
 
 
 def _source(work: Path, release: str) -> Path:
@@ -185,7 +227,7 @@ def _source(work: Path, release: str) -> Path:
     return work / "source"
 
 
-def _compile(work: Path, source: Path, jobs: int) -> None:
+def _compile(work: Path, source: Path, jobs: int, targets: Sequence[str]) -> None:
     # In the environment of a package build, Python's own settings would leak into QEMU's.
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
@@ -207,8 +249,8 @@ def _compile(work: Path, source: Path, jobs: int) -> None:
     log.info("configuring")
     configure = [str(source / "configure"), f"--python={python}/bin/python", *_CONFIGURE]
     _step(configure, "configuring QEMU", tree, environment)
+    jobs = jobs or os.cpu_count() or 1
     log.info("compiling, %d at a time", jobs)
-    targets = ["qemu-system-x86_64", "tests/qtest/kvm-prefault-test"]
     ninja = [_need("ninja", "ninja-build"), f"-j{jobs}", *targets]
     _step(ninja, "compiling QEMU", tree, environment)
 
