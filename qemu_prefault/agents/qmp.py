@@ -15,6 +15,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from ..errors import AgentError, FailedError, RefusedError
@@ -26,7 +27,10 @@ COMMAND: Final = "x-kvm-prefault-memory"
 QUERY: Final = "x-query-kvm-prefault"
 JOB_PREFIX: Final = "qemu-prefault-"
 PROGRESS_SECONDS: Final = 0.25
+END_SECONDS: Final = 10.0
+"""How long a job that was cancelled is waited for: chunks in hand take milliseconds."""
 OVER: Final = ("concluded", "null")
+_NUMBERS: Final = itertools.count()
 
 
 async def offers_command(monitor: Monitor) -> bool:
@@ -36,6 +40,22 @@ async def offers_command(monitor: Monitor) -> bool:
     except CommandError:
         return False
     return True
+
+
+def _pid_namespace() -> int:
+    return Path("/proc/self/ns/pid").stat().st_ino
+
+
+def is_orphan(job: str) -> bool:
+    """Whether a job was begun by one of us that is dead.
+
+    Of a process in another PID namespace nothing is known.
+    """
+    namespace, _, rest = job.removeprefix(JOB_PREFIX).partition("-")
+    pid = rest.partition("-")[0]
+    if not job.startswith(JOB_PREFIX) or namespace != str(_pid_namespace()) or not pid.isdigit():
+        return False
+    return not Path("/proc", pid).exists()
 
 
 class QmpAgent:
@@ -62,16 +82,19 @@ class QmpAgent:
         self._monitor = monitor
         self._sections = sections
         self._cpus = [thread.index for thread in threads]
-        self._numbers = itertools.count()
         self._job: str | None = None
         self._aborted = False
         self._cancelling: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Dismiss the jobs of those who died before they could."""
+        """Cancel and dismiss the jobs of those who died before they could."""
         jobs: Any = await self._monitor.execute("query-jobs")
         for job in jobs:
-            if job["id"].startswith(JOB_PREFIX) and job["status"] == "concluded":
+            if is_orphan(job["id"]):
+                if job["status"] not in OVER:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(END_SECONDS):
+                            await self._end(job["id"])
                 await self._dismiss(job["id"])
 
     async def run(
@@ -104,7 +127,7 @@ class QmpAgent:
     ) -> list[Outcome]:
         if self._aborted:
             return [Outcome(item, 0, errno.ECANCELED) for _, item in items]
-        job = f"{JOB_PREFIX}{os.getpid()}-{next(self._numbers)}"
+        job = f"{JOB_PREFIX}{_pid_namespace()}-{os.getpid()}-{next(_NUMBERS)}"
         arguments = {
             "job-id": job,
             "populate": "all" if kind is Kind.POPULATE else "none",
@@ -177,6 +200,11 @@ class QmpAgent:
             "memory was unplugged meanwhile: run this again",
         )
 
+    async def _end(self, job: str) -> None:
+        with self._monitor.events("JOB_STATUS_CHANGE") as events:
+            await self._cancel(job)
+            await self._wait(job, events, lambda _: None)
+
     async def _dismiss(self, job: str) -> None:
         with contextlib.suppress(CommandError):  # somebody was faster
             await self._monitor.execute("job-dismiss", id=job)
@@ -196,7 +224,10 @@ class QmpAgent:
             task.add_done_callback(self._cancelling.discard)
 
     def death_orders(self) -> DeathOrders:
-        """None: QEMU's job ends by itself, and keeps no vCPU from the guest for long."""
+        """None: QEMU's job ends by itself, and keeps no vCPU from the guest for long.
+
+        The next run cancels it if it has not.
+        """
         return DeathOrders(send_away=lambda: None, gone=lambda: True, patience=0.0)
 
     async def close(self) -> None:

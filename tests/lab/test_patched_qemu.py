@@ -7,6 +7,7 @@ What the tool does through it is in the other files: ``--agents qmp``.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -249,6 +250,20 @@ def test_the_tool_finds_the_command_and_traces_nobody(restored):
     assert result.report["bytes"]["remaining"] == 0
     assert guest.qmp("query-jobs") == []
     assert first_pass(guest) <= 64
+
+
+def test_a_job_whose_tool_was_killed_does_not_keep_the_next_from_its_work(restored):
+    guest = restored(workload_mib=64)
+    tool = start_tool(guest, "--chunk", "4096")
+    while guest.wait_event("JOB_STATUS_CHANGE")["data"]["status"] != "running":
+        pass
+    tool.send_signal(signal.SIGKILL)
+    assert not tool.running(10)
+    assert len(guest.qmp("query-jobs")) == 1
+    result = prefault(guest)
+    assert result.status == 0, result.stderr
+    assert result.report["bytes"]["remaining"] == 0
+    assert guest.qmp("query-jobs") == []
 
 
 def test_stock_qemu_is_told_apart():

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+from pathlib import Path
 from typing import Any
 
 from qemu_prefault.agents import Kind, Range
-from qemu_prefault.agents.qmp import _match
+from qemu_prefault.agents.qmp import JOB_PREFIX, _match, is_orphan
 
 
 def told(size: int, **more: Any) -> dict[str, Any]:
@@ -35,3 +38,13 @@ def test_populating_is_told_apart_from_mapping():
         [Range(Kind.POPULATE, 0x1000, 100)], [told(100, populated=100)], Kind.POPULATE
     )
     assert outcome.done == 100 and outcome.left is None
+
+
+def test_the_job_of_a_dead_process_is_an_orphan():
+    namespace = Path("/proc/self/ns/pid").stat().st_ino
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+        assert is_orphan(f"{JOB_PREFIX}{namespace}-{process.pid}-0")
+        assert not is_orphan(f"{JOB_PREFIX}{namespace}-{os.getpid()}-0")
+        assert not is_orphan(f"{JOB_PREFIX}{namespace + 1}-{process.pid}-0")  # who knows
+        assert not is_orphan(f"backup-{namespace}-{process.pid}-0")
