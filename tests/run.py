@@ -99,8 +99,14 @@ QEMU_CHECKS = tuple(
     )
     for release in ("10.0", "10.2")
 )
-# What does not ask for one agent by its nature (its own files, kills, its left-overs).
-ANY_AGENT = "test_prefault.py or test_layouts or test_incoming or test_nested or test_scripts"
+# All but what is about the plugin by itself, or about what no agent does.
+ANY_AGENT = " or ".join(
+    f"test_{name}.py"
+    for name in (
+        *("prefault", "layouts", "incoming", "nested", "scripts", "follow", "interference"),
+        *("kill", "migration_campaign"),
+    )
+)
 AREAS = "(test_area and (mapping or slots))"
 # The conformance suite where the suites above do not run it: see docs/conformance.md.
 CONFORMANCE = (
@@ -171,8 +177,8 @@ FULL = (
     *QEMU_CHECKS,
     lab("patched", "trixie", "-k", "test_patched_qemu", qemu=True),
     lab(
-        *("agents", "trixie", "-k", f"({ANY_AGENT}) and not the_plugin"),
-        *("--agents", "attach,plugin,qmp"),
+        *("agents", "trixie", "-k", ANY_AGENT),
+        *("--agents", "attach,plugin,qmp", "--kills", "30"),
         qemu=True,
         minutes=90,
     ),

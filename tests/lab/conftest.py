@@ -34,11 +34,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: only in make test-full")
+    config.addinivalue_line("markers", "agents(*names): those it is about; default: any")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if names := metafunc.config.getoption("agents"):
-        metafunc.parametrize("agent", names.split(","), indirect=True)
+    if wanted := metafunc.config.getoption("agents"):
+        marker = metafunc.definition.get_closest_marker("agents")
+        names = [name for name in wanted.split(",") if marker is None or name in marker.args]
+        metafunc.parametrize("agent", names, indirect=True)
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from conftest import faults
 from qemu_prefault.lab.guest import Guest
 from qemu_prefault.lab.tool import leftovers
 
+pytestmark = pytest.mark.agents("attach", "qmp")
 MIB = 1 << 20
 WORKLOAD_MIB = 32
 PAGES = WORKLOAD_MIB << 8

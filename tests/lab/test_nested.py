@@ -270,6 +270,7 @@ def test_a_tool_killed_between_two_stops_leaves_the_guest_running(nested, monkey
 
 
 @both
+@pytest.mark.agents("attach")  # it loads the plugin by itself
 def test_the_plugin_gets_a_busy_guest_out_of_guest_mode(nested, npt):
     """When it last came back it was in guest mode, and by itself it hardly ever does."""
     guest = nested(npt, plugin=["keep=off", "populate=resident"])
