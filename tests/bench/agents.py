@@ -23,17 +23,17 @@ from qemu_prefault.lab.scenario import small_pages
 
 ROUNDS, WORKLOAD_MIB, MEMORY_MIB = 3, 256, 352
 WAYS = ("nothing", "attach", "plugin", "qmp", "job", "prefault=on")
+PATCHED = ("qmp", "job", "prefault=on")
 
 
 def start(way: str, state: Path | None) -> Guest:
-    patched = way in ("qmp", "job", "prefault=on")
     with small_pages():
         return Guest(
             machine="microvm",
             memory_mib=MEMORY_MIB,
             workload_mib=0 if state else WORKLOAD_MIB,
             accel="kvm,prefault=on" if way == "prefault=on" else "kvm",
-            qemu=patched_qemu() if patched else None,
+            qemu=patched_qemu() if way in PATCHED else None,
             plugin=["keep=off"] if way == "plugin" else None,
             paused=state is not None,
             incoming=state,
@@ -85,13 +85,14 @@ def measure(way: str, state: Path) -> dict[str, float]:
 def main() -> None:
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as scratch:
-        state = Path(scratch) / "state"
-        with start("nothing", None) as guest:
-            guest.wait_ready()
-            guest.save(state)
+        states = [Path(scratch) / name for name in ("stock", "patched")]
+        for way, state in zip(("nothing", "job"), states, strict=True):
+            with start(way, None) as guest:
+                guest.wait_ready()
+                guest.save(state)
         for _ in range(ROUNDS):
             for way, rows in found.items():
-                rows.append(measure(way, state))
+                rows.append(measure(way, states[way in PATCHED]))
     print(json.dumps(found))
 
 
