@@ -78,21 +78,25 @@ static void *run_share(void *context)
 						.stuck_ns = STUCK };
 	const struct prefault_hooks hooks = { batch_goes_on, nothing, worker };
 	uint64_t mapped = 0, populated = 0;
+	bool stuck = false;
 
 	pthread_mutex_lock(&lock);
 	worker->tid = (pid_t)syscall(SYS_gettid);
-	bool stale = !vcpu->fresh && vcpu->zaps_seen != atomic_load(&zaps);
-
 	pthread_mutex_unlock(&lock);
 	for (size_t i = 0; i < worker->share.count; i++) {
 		struct prefault_range *range = &worker->share.ranges[i];
 
-		if (range->kind == PREFAULT_STAGE2 && stale) {
-			range->error = PREFAULT_STUCK; /* see usable() */
+		/*
+		 * Not usable(): a root that may be obsolete is tried. Loading a snapshot sets
+		 * the registers, and with them a new root, after it has dropped the tables.
+		 */
+		if (range->kind == PREFAULT_STAGE2 && stuck) {
+			range->error = PREFAULT_STUCK;
 			continue;
 		}
 		worker->in_stage2 = range->kind == PREFAULT_STAGE2;
 		prefault_run_range(range, vcpu->fd, &limits, &hooks);
+		stuck |= range->error == PREFAULT_STUCK;
 		if (range->error == PREFAULT_ABORTED && !atomic_load(&batch.abort))
 			range->error = EBUSY;
 		*(range->kind == PREFAULT_STAGE2 ? &mapped : &populated) += range->done;
