@@ -29,7 +29,6 @@ from .image import _need
 log = logging.getLogger(__name__)
 
 SUITES: Final = {"10.0": "trixie", "10.2": "sid"}
-_MIRROR: Final = "http://deb.debian.org/debian"
 _KEYRING: Final = "/usr/share/keyrings/debian-archive-keyring.gpg"
 # The versions that QEMU's pythondeps.toml asks for; Debian 12's meson is too old.
 _PYTHON_PACKAGES: Final = ("meson==1.5.0", "pycotap==1.3.1")
@@ -185,13 +184,26 @@ def _patched_source(work: Path, release: str, patches: Sequence[Path]) -> Path:
     return source
 
 
+def _archive() -> str:
+    """Debian's archive, from where apt has it."""
+    wanted = ["--format", "$(ORIGIN)/$(LABEL) $(REPO_URI)", "Created-By: Packages"]
+    for line in _step(["apt-get", "indextargets", *wanted], "apt-get indextargets").splitlines():
+        origin, _, uri = line.partition(" ")
+        if origin == "Debian/Debian":
+            return uri
+    raise ImageError(
+        "apt knows no archive of Debian's here",
+        "add one to /etc/apt/sources.list, and apt-get update",
+    )
+
+
 def _source(work: Path, release: str) -> Path:
     """Debian's source of that release, as its suite has it now."""
     apt = work / "apt"
     (apt / "lists" / "partial").mkdir(parents=True)
     # Only this one suite: what the host itself has enabled is nobody's business here.
     (apt / "sources.list").write_text(
-        f"deb-src [check-valid-until=no signed-by={_KEYRING}] {_MIRROR} {SUITES[release]} main\n"
+        f"deb-src [check-valid-until=no signed-by={_KEYRING}] {_archive()} {SUITES[release]} main\n"
     )
     options = [
         *("-o", f"Dir::Etc::SourceList={apt}/sources.list"),
