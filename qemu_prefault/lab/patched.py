@@ -47,6 +47,8 @@ CONFIG_ISA_DEBUG=y
 CONFIG_NVDIMM=y
 CONFIG_VGA_PCI=y
 """
+# The ACPI tables of 10.2 link only with CXL, whose stubs lack cxl_fmws_get_all_sorted().
+_MORE_DEVICES: Final = {"10.2": "CONFIG_PXB=y\nCONFIG_CXL=y\n"}
 _CONFIGURE: Final = (
     "--target-list=x86_64-softmmu",
     "--without-default-features",
@@ -117,14 +119,14 @@ def build(patches: Path, release: str = "10.0", *, tcg: bool = True, jobs: int =
     def fill(directory: Path) -> None:
         with _workspace(release) as work:
             source = _patched_source(work, release, applied)
-            _compile(work, source, jobs, _TARGETS)
+            _compile(work, source, release, jobs, _TARGETS)
             for name in _TARGETS:
                 target = directory / Path(name).name
                 shutil.copy(work / "build" / name, target)
             if tcg:
                 _compile_svm_test(source, directory / "svm-cr-read")
 
-    recipe = repr((SUITES[release], _CONFIGURE, _DEVICES_MAK, _PYTHON_PACKAGES))
+    recipe = repr((SUITES[release], _CONFIGURE, _devices(release), _PYTHON_PACKAGES))
     key = cache.key_of(recipe, *(path.read_bytes() for path in applied))
     entry = cache.entry("qemu", key, fill)
     return PatchedQemu(
@@ -150,7 +152,7 @@ def check(patches: Path, release: str = "10.0", *, jobs: int = 0) -> list[str]:
             output = _step(argv, f"checkpatch of {patch}", source)
             total = next(line for line in output.splitlines() if line.startswith("total:"))
             told.append(f"{patch.name}: {total.removeprefix('total: ')}")
-        _compile(work, source, jobs, [*_TARGETS, *_TESTS])
+        _compile(work, source, release, jobs, [*_TARGETS, *_TESTS])
         tree = work / "build"
         qemu = work / "qemu-system-x86_64"  # the tests start it without firmware
         firmware = " ".join(f"-L {path}" for path in FIRMWARE)
@@ -239,7 +241,11 @@ def _source(work: Path, release: str) -> Path:
     return work / "source"
 
 
-def _compile(work: Path, source: Path, jobs: int, targets: Sequence[str]) -> None:
+def _devices(release: str) -> str:
+    return _DEVICES_MAK + _MORE_DEVICES.get(release, "")
+
+
+def _compile(work: Path, source: Path, release: str, jobs: int, targets: Sequence[str]) -> None:
     # In the environment of a package build, Python's own settings would leak into QEMU's.
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
@@ -255,7 +261,7 @@ def _compile(work: Path, source: Path, jobs: int, targets: Sequence[str]) -> Non
     pip = [str(python / "bin" / "pip"), "-q", "install", *_PYTHON_PACKAGES]
     _step(pip, "installing meson", environment=environment)
     devices = source / "configs" / "devices" / "x86_64-softmmu" / f"{_DEVICES}.mak"
-    devices.write_text(_DEVICES_MAK)
+    devices.write_text(_devices(release))
     tree = work / "build"
     tree.mkdir()
     log.info("configuring")
