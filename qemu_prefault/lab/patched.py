@@ -47,9 +47,15 @@ CONFIG_ISA_DEBUG=y
 CONFIG_NVDIMM=y
 CONFIG_VGA_PCI=y
 """
-# The ACPI tables of 10.2 link only with CXL, whose stubs lack cxl_fmws_get_all_sorted(); and
-# its root port wants a parent.
-_MORE_DEVICES: Final = {"10.2": "CONFIG_PCIE_PORT=y\nCONFIG_PXB=y\nCONFIG_CXL=y\n"}
+# The ACPI tables of 10.2 link only with CXL, whose stubs lack cxl_fmws_get_all_sorted().
+_MORE_DEVICES: Final = {
+    "10.2": """\
+CONFIG_PXB=y
+CONFIG_PCIE_PORT=y
+CONFIG_CXL=y
+CONFIG_CXL_MEM_DEVICE=y
+"""
+}
 _CONFIGURE: Final = (
     "--target-list=x86_64-softmmu",
     "--without-default-features",
