@@ -22,10 +22,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qemu_prefault.errors import InputError, UnsupportedError
+from qemu_prefault.errors import InputError
 
 from . import cache
 from .errors import ImageError
+from .steps import need, run_step
 
 log = logging.getLogger(__name__)
 
@@ -185,32 +186,12 @@ class Image:
         return self.directory / "initramfs.cpio"
 
 
-def _run(argv: Sequence[str], what: str) -> None:
-    result = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    if result.returncode:
-        lines = (result.stdout + result.stderr).decode(errors="replace").splitlines()
-        raise ImageError(
-            f"{what} failed: {argv[0]} exited with {result.returncode}",
-            "\n".join(f"    {line}" for line in lines[-25:]),
-        )
-
-
-def _need(program: str, package: str) -> str:
-    path = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-    if path is None:
-        raise UnsupportedError(
-            f"the lab needs {program}, which is not installed",
-            f"apt-get install {package}\n(or the package of that name of your distribution)",
-        )
-    return path
-
-
 def mmdebstrap(target: Path, suite: str, *options: str) -> None:
     """Make a root file system of a Debian suite, without documentation and the like."""
-    argv = [_need("mmdebstrap", "mmdebstrap"), "--quiet", "--architectures=amd64"]
+    argv = [need("mmdebstrap", "mmdebstrap"), "--quiet", "--architectures=amd64"]
     argv += [f"--aptopt={option}" for option in _SNAPSHOT_SAFE_APT]
     argv += [f"--dpkgopt=path-exclude={pattern}" for pattern in _WITHOUT]
-    _run([*argv, *options, suite, str(target)], f"mmdebstrap of Debian {suite}")
+    run_step([*argv, *options, suite, str(target)], f"mmdebstrap of Debian {suite}")
 
 
 def mmdebstrap_any(target: Path, suites: Sequence[str], *options: str) -> str:
@@ -229,14 +210,14 @@ def mmdebstrap_any(target: Path, suites: Sequence[str], *options: str) -> str:
 def _in_user_namespace(argv: Sequence[str]) -> list[str]:
     if os.geteuid() == 0:
         return list(argv)
-    return [_need("unshare", "util-linux"), "--map-root-user", "--map-auto", "--", *argv]
+    return [need("unshare", "util-linux"), "--map-root-user", "--map-auto", "--", *argv]
 
 
 def ext4_of_tree(tree: Path, image: Path) -> None:
     """Pack a directory as a raw ext4 image without a journal."""
     size = sum(max(p.lstat().st_size, 4096) for p in tree.rglob("*")) // (1 << 20)
-    mke2fs = _need("mke2fs", "e2fsprogs")
-    _run(
+    mke2fs = need("mke2fs", "e2fsprogs")
+    run_step(
         [mke2fs, "-q", "-t", "ext4", "-O", "^has_journal", "-E", "root_owner=0:0", "-m", "0",
          "-d", str(tree), str(image), f"{size * 11 // 10 + 32}M"],
         f"packing {tree}",
@@ -245,7 +226,7 @@ def ext4_of_tree(tree: Path, image: Path) -> None:
 
 def ext4_of_tar(tar: Path, image: Path) -> None:
     """Pack a tar as a raw ext4 image without a journal; some of it stays free."""
-    mke2fs = _need("mke2fs", "e2fsprogs")
+    mke2fs = need("mke2fs", "e2fsprogs")
     size = tar.stat().st_size // (1 << 20) * 12 // 10 + 64
     script = (
         'set -e; mkdir "$3"; trap \'rm -rf "$3"\' EXIT; '
@@ -253,7 +234,7 @@ def ext4_of_tar(tar: Path, image: Path) -> None:
         f'{mke2fs} -q -t ext4 -O ^has_journal -m 0 -d "$3" "$2" {size}M'
     )
     scratch = image.with_name("tree")
-    _run(
+    run_step(
         _in_user_namespace(["sh", "-c", script, "sh", str(tar), str(image), str(scratch)]),
         f"packing {tar.name}",
     )
@@ -265,8 +246,8 @@ def compile_static(source: Path) -> Path:
     flags = ["-static", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
 
     def build(directory: Path) -> None:
-        compiler = _need("cc", "gcc libc6-dev")
-        _run(
+        compiler = need("cc", "gcc libc6-dev")
+        run_step(
             [compiler, *flags, "-o", str(directory / source.stem), str(source)],
             f"compiling {source.name}",
         )
@@ -389,7 +370,7 @@ def tcg_host() -> TcgHost:
         tar = directory / "tree.tar"
         mmdebstrap(tar, "bookworm", "--variant=extract", "--include=" + ",".join(packages))
         unwanted = ["./dev", "./var", "./lib/modules", "./usr/lib/modules"]
-        _run(
+        run_step(
             [
                 "tar",
                 "-xf",
@@ -409,7 +390,7 @@ def tcg_host() -> TcgHost:
                 (directory / "modules" / name).write_bytes(content)
         tar.unlink()
         # Debian builds TCG as a module: an empty machine shows that it loads.
-        _run(
+        run_step(
             [
                 "sh",
                 "-c",

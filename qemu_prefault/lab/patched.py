@@ -12,9 +12,8 @@ import contextlib
 import logging
 import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,7 +23,7 @@ from qemu_prefault.errors import InputError
 from . import cache
 from .errors import ImageError
 from .guest import FIRMWARE
-from .image import _need
+from .steps import need, run_step
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +155,7 @@ def check(patches: Path, release: str = "10.0", *, jobs: int = 0) -> list[str]:
         for patch in applied:
             # Its only warning is a question: patterns of MAINTAINERS cover each new file already.
             argv = ["perl", "scripts/checkpatch.pl", "--no-tree", str(patch.resolve())]
-            output = _step(argv, f"checkpatch of {patch}", source)
+            output = run_step(argv, f"checkpatch of {patch}", source)
             total = next(line for line in output.splitlines() if line.startswith("total:"))
             told.append(f"{patch.name}: {total.removeprefix('total: ')}")
         _compile(work, source, release, jobs, [*_TARGETS, *_TESTS])
@@ -167,7 +166,7 @@ def check(patches: Path, release: str = "10.0", *, jobs: int = 0) -> list[str]:
         qemu.chmod(0o755)
         environment = {**os.environ, "QTEST_QEMU_BINARY": str(qemu), "G_TEST_SRCDIR": str(source)}
         for test in ("tests/qtest/kvm-prefault-test", *_TESTS):
-            output = _step([str(tree / test), "--tap"], test, tree, environment)
+            output = run_step([str(tree / test), "--tap"], test, tree, environment)
             passed = [line for line in output.splitlines() if line.startswith("ok ")]
             told.append(f"{test}: {len(passed)} passed")
     return told
@@ -188,15 +187,15 @@ def _patched_source(work: Path, release: str, patches: Sequence[Path]) -> Path:
     source = _source(work, release)
     for patch in patches:
         log.info("applying %s", patch.name)
-        argv = [_need("patch", "patch"), "--forward", "--fuzz=0", "-p1", "-d", str(source)]
-        _step([*argv, "-i", str(patch.resolve())], f"applying {patch.name}")
+        argv = [need("patch", "patch"), "--forward", "--fuzz=0", "-p1", "-d", str(source)]
+        run_step([*argv, "-i", str(patch.resolve())], f"applying {patch.name}")
     return source
 
 
 def _archive() -> str:
     """Debian's archive, from where apt has it."""
     wanted = ["--format", "$(ORIGIN)/$(LABEL) $(REPO_URI)", "Created-By: Packages"]
-    for line in _step(["apt-get", "indextargets", *wanted], "apt-get indextargets").splitlines():
+    for line in run_step(["apt-get", "indextargets", *wanted], "apt-get indextargets").splitlines():
         origin, _, uri = line.partition(" ")
         if origin == "Debian/Debian":
             return uri
@@ -224,10 +223,10 @@ def _source(work: Path, release: str) -> Path:
         *("-o", "Acquire::Retries=3"),
     ]
     log.info("getting the source of QEMU %s (Debian %s)", release, SUITES[release])
-    _step(["apt-get", *options, "-qq", "update"], "apt-get update")
+    run_step(["apt-get", *options, "-qq", "update"], "apt-get update")
     versions = [
         line.split(maxsplit=1)[1]
-        for line in _step(["apt-cache", *options, "showsrc", "qemu"], "apt-cache").splitlines()
+        for line in run_step(["apt-cache", *options, "showsrc", "qemu"], "apt-cache").splitlines()
         if line.startswith("Version:")
     ]
     fitting = [version for version in versions if f":{release}." in version]
@@ -236,7 +235,7 @@ def _source(work: Path, release: str) -> Path:
             f"Debian {SUITES[release]} has no source of QEMU {release}, only {versions}",
             "the series may apply to it nonetheless: see patches/qemu",
         )
-    _step(
+    run_step(
         ["apt-get", *options, "-qq", "source", "--download-only", f"qemu={fitting[-1]}"],
         f"downloading the source of QEMU {fitting[-1]}",
         work,
@@ -244,7 +243,7 @@ def _source(work: Path, release: str) -> Path:
     description = next(work.glob("*.dsc"))
     # apt has checked it.
     arguments = ["--no-check", "-x", description.name, "source"]
-    _step([_need("dpkg-source", "dpkg-dev"), *arguments], "unpacking it", work)
+    run_step([need("dpkg-source", "dpkg-dev"), *arguments], "unpacking it", work)
     return work / "source"
 
 
@@ -264,27 +263,27 @@ def _compile(work: Path, source: Path, release: str, jobs: int, targets: Sequenc
     }
     python = work / "python"
     interpreter = shutil.which("python3", path="/usr/bin") or sys.executable
-    _step([interpreter, "-m", "venv", str(python)], "python3 -m venv")
+    run_step([interpreter, "-m", "venv", str(python)], "python3 -m venv")
     pip = [str(python / "bin" / "pip"), "-q", "install", *_PYTHON_PACKAGES]
-    _step(pip, "installing meson", environment=environment)
+    run_step(pip, "installing meson", environment=environment)
     devices = source / "configs" / "devices" / "x86_64-softmmu" / f"{_DEVICES}.mak"
     devices.write_text(_devices(release))
     tree = work / "build"
     tree.mkdir()
     log.info("configuring")
     configure = [str(source / "configure"), f"--python={python}/bin/python", *_CONFIGURE]
-    _step(configure, "configuring QEMU", tree, environment)
+    run_step(configure, "configuring QEMU", tree, environment)
     jobs = jobs or os.cpu_count() or 1
     log.info("compiling, %d at a time", jobs)
-    ninja = [_need("ninja", "ninja-build"), f"-j{jobs}", *targets]
-    _step(ninja, "compiling QEMU", tree, environment)
+    ninja = [need("ninja", "ninja-build"), f"-j{jobs}", *targets]
+    run_step(ninja, "compiling QEMU", tree, environment)
 
 
 def _compile_svm_test(source: Path, target: Path) -> None:
     """As tests/tcg/x86_64/Makefile.softmmu-target does."""
     tests = source / "tests" / "tcg"
     boot = tests / "x86_64" / "system"
-    _step(
+    run_step(
         [
             *("gcc", "-nostdlib", "-static", "-no-pie", "-fno-pie", "-fno-stack-protector", "-O0"),
             *("-ffreestanding", "-I", str(tests / "minilib"), "-Wa,--noexecstack"),
@@ -294,29 +293,3 @@ def _compile_svm_test(source: Path, target: Path) -> None:
         ],
         "compiling QEMU's test of SVM",
     )
-
-
-def _step(
-    argv: Sequence[str],
-    what: str,
-    directory: Path | None = None,
-    environment: Mapping[str, str] | None = None,
-) -> str:
-    result = subprocess.run(
-        argv,
-        cwd=directory,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    if result.returncode:
-        lines = result.stdout.splitlines()[-25:]
-        raise ImageError(
-            f"{what} failed: {argv[0]} exited with {result.returncode}",
-            "\n".join(f"    {line}" for line in lines),
-        )
-    return result.stdout

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The steps of a build: other programs, which have to be there, and succeed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from qemu_prefault.errors import UnsupportedError
+
+from .errors import ImageError
+
+_TOLD_LINES = 25
+
+
+def need(program: str, package: str) -> str:
+    """Give the path of a program.
+
+    :raise UnsupportedError: it is not installed; names Debian's package.
+    """
+    path = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if path is None:
+        raise UnsupportedError(
+            f"the lab needs {program}, which is not installed",
+            f"apt-get install {package}\n(or the package of that name of your distribution)",
+        )
+    return path
+
+
+def run_step(
+    argv: Sequence[str],
+    what: str,
+    directory: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """Run a program to its end; give what it printed.
+
+    :raise ImageError: it failed; the end of what it printed is told.
+    """
+    result = subprocess.run(
+        argv,
+        cwd=directory,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if result.returncode:
+        lines = result.stdout.splitlines()[-_TOLD_LINES:]
+        raise ImageError(
+            f"{what} failed: {argv[0]} exited with {result.returncode}",
+            "\n".join(f"    {line}" for line in lines),
+        )
+    return result.stdout
