@@ -16,8 +16,8 @@ import shlex
 import signal
 import socket
 import subprocess
-import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from qemu_prefault.process import Process
 
 from .guest import KERNEL_ARGS, l2_directory
 from .serial import Answer, Serial
+from .tool import wait_for
 
 SERIALS = Path("/run/lab-serial")
 PROFILES = ("usr.sbin.libvirtd", "usr.lib.libvirt.virt-aa-helper")
@@ -42,13 +43,9 @@ class LibvirtdError(FailedError):
     code = "lab-libvirtd"
 
 
-def wait_until(condition: Any, what: str, limit: float = 120.0) -> None:
-    """Wait for a state that offers no event."""
-    deadline = time.monotonic() + limit
-    while not condition():
-        if time.monotonic() > deadline:
-            raise LibvirtdError(f"not within {limit:g} s: {what}")
-        time.sleep(0.02)
+def wait_until(condition: Callable[[], object], what: str, limit: float = 120.0) -> None:
+    """:func:`wait_for`, with the patience that a libvirtd takes."""
+    wait_for(condition, what, limit)
 
 
 class Libvirtd:

@@ -152,7 +152,7 @@ def resident_bytes(pid: int, address: int) -> int:
     raise AssertionError(f"nothing is mapped at {address:#x}")
 
 
-def wait_for(condition: Callable[[], bool], what: str, limit: float = GRACE) -> float:
+def wait_for(condition: Callable[[], object], what: str, limit: float = GRACE) -> float:
     """Wait for a state of another process that offers no event; give the seconds it took."""
     started = time.monotonic()
     while not condition():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import subprocess
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ WORKLOAD_MIB = 64
 PAGES = WORKLOAD_MIB * 256
 #: What device registers and the firmware's odd corners cost whatever is done.
 FEW = 60
+#: Where a daemon is told to listen, and its unit has it listen by itself.
+METRICS_ADDRESS = "127.0.0.1:9469"
 
 
 def run_tool(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -44,3 +47,13 @@ def tool(*arguments: str, timeout: float = 300) -> str:
 def label(of: Domain) -> str:
     """What AppArmor confines its QEMU by."""
     return Path(f"/proc/{of.process.pid}/attr/current").read_text().strip("\0\n")
+
+
+def metrics() -> str:
+    """What the daemon tells Prometheus; nothing if it does not listen."""
+    try:
+        with urllib.request.urlopen(f"http://{METRICS_ADDRESS}/metrics", timeout=30) as page:
+            text: str = page.read().decode()
+    except OSError:
+        return ""
+    return text

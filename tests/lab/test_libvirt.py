@@ -9,12 +9,11 @@ import os
 import signal
 import subprocess
 import threading
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from libvirt_tool import FEW, WORKLOAD_MIB, label, run_tool, tool
+from libvirt_tool import FEW, METRICS_ADDRESS, WORKLOAD_MIB, label, metrics, run_tool, tool
 from prometheus_client.parser import text_string_to_metric_families
 
 from qemu_prefault.agents.attach import helper_threads
@@ -285,17 +284,9 @@ def test_libvirtd_is_restarted_under_it(domain, libvirtd):
 def test_watch_acts_and_tells(domain, policy, libvirtd):
     policy('[default]\nstart = "later"\n')
     child = subprocess.Popen(
-        ["qemu-prefault", "libvirt", "watch", "--listen", "127.0.0.1:9469", "--act"],
+        ["qemu-prefault", "libvirt", "watch", "--listen", METRICS_ADDRESS, "--act"],
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-
-    def metrics() -> str:
-        try:
-            with urllib.request.urlopen("http://127.0.0.1:9469/metrics", timeout=30) as page:
-                text: str = page.read().decode()
-        except OSError:
-            return ""
-        return text
 
     try:
         wait_until(lambda: "qemu_prefault_libvirt_up 1.0" in metrics(), "it is connected")

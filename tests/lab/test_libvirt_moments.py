@@ -59,6 +59,18 @@ def hook_calls() -> Iterator[Any]:
     told.unlink()
 
 
+def start_timed(guest: Domain, route: str) -> float:
+    """Start it, by our command or libvirt's; give the seconds that took."""
+    began = time.monotonic()
+    if route == COMMAND:
+        tool("libvirt", "start", guest.name)
+    else:
+        guest.virsh("start")
+    seconds = time.monotonic() - began
+    guest.attach_serial()
+    return seconds
+
+
 def nothing_is_left_to_fault(guest: Domain, mib: int) -> None:
     """Memory that the guest has not written yet is there when it does."""
     before = guest.faults()
@@ -71,13 +83,7 @@ def test_cold_start(domain, policy, syslog, tell, route):
     guest = prepared(domain, route, f"cold-{route}")
     if route == HOOK:
         policy('[default]\nstart = "later"\n')
-    began = time.monotonic()
-    if route == COMMAND:
-        tool("libvirt", "start", guest.name)
-    else:
-        guest.virsh("start")
-    seconds = time.monotonic() - began
-    guest.attach_serial()
+    seconds = start_timed(guest, route)
     guest.wait_ready()
     tell("cold start", route, guest.faults(), f"start {seconds:.2f} s")
     if route == HOOK:
@@ -99,13 +105,7 @@ def test_managed_save_and_restore(domain, policy, syslog, tell, route):
     guest.virsh("managedsave")
     if route == HOOK:
         policy('[default]\nrestore = "now"\n')
-    began = time.monotonic()
-    if route == COMMAND:
-        tool("libvirt", "start", guest.name)
-    else:
-        guest.virsh("start")
-    seconds = time.monotonic() - began
-    guest.attach_serial()
+    seconds = start_timed(guest, route)
     guest.check_memory()
     tell("restore", route, guest.faults(), f"start {seconds:.2f} s")
     assert (guest.faults() > PAGES) is (route == NOTHING)

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import urllib.request
 from collections.abc import Iterator
 
 import pytest
-from libvirt_tool import tool
+from libvirt_tool import metrics, tool
 
 from qemu_prefault.lab.libvirtd import Domain, Libvirtd, Systemd, wait_until
 
@@ -69,14 +68,6 @@ def test_the_hook_hands_over_to_a_transient_unit(domain, systemd, when):
 def test_the_daemons_unit(domain, systemd):
     guest: Domain = domain("fleet", workload_mib=0)
     guest.start()
-
-    def metrics() -> str:
-        try:
-            with urllib.request.urlopen("http://127.0.0.1:9469/metrics", timeout=30) as page:
-                text: str = page.read().decode()
-        except OSError:
-            return ""
-        return text
 
     def show(what: str) -> str:
         words = ("systemctl", "show", "--value", f"--property={what}", "qemu-prefault-watch")
