@@ -104,8 +104,9 @@ class QmpAgent:
         outcomes: dict[int, list[Outcome]] = {index: [] for index in batch}
         done = 0
         for kind in Kind:
-            items = [(i, item) for i, ranges in batch.items() for item in ranges]
-            items = [(index, item) for index, item in items if item.kind is kind]
+            items = [
+                (i, item) for i, ranges in batch.items() for item in ranges if item.kind is kind
+            ]
             if not items:
                 continue
 
