@@ -16,7 +16,6 @@ from qemu_prefault.errors import FailedError, QemuPrefaultError
 
 from . import cache
 from .errors import CommandError, LabLostError
-from .guest import PATCHED_QEMU_VARIABLE
 from .image import VARIANTS, build, files_disk, variant_named
 from .machine import Machine
 from .nested import Lab, open_machine
@@ -37,7 +36,6 @@ _TDP_MMU = click.option(
 _NESTED = click.option(
     "--nested", is_flag=True, help="Use the lab even if this host's own KVM can prefault."
 )
-_PATCHED_QEMU = "/root/qemu/qemu-system-x86_64"
 _COMMAND = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
@@ -202,11 +200,7 @@ def pytest_command(
         _install(machine, wheels)
         env = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         if patched is not None:
-            machine.put(patched.binary, _PATCHED_QEMU)
-            machine.put(patched.qtest, f"{_PATCHED_QEMU}-test")
-            if patched.svm_test is not None:
-                machine.put(patched.svm_test, f"{_PATCHED_QEMU}-svm")
-            env[PATCHED_QEMU_VARIABLE] = _PATCHED_QEMU
+            env |= patched.put_on(machine)
         if Path("qmp_scripts").is_dir():
             machine.put(Path("qmp_scripts"), "/root/tests/qmp_scripts")
         words = []

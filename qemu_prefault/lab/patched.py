@@ -22,13 +22,15 @@ from qemu_prefault.errors import InputError
 
 from . import cache
 from .errors import ImageError
-from .guest import FIRMWARE
+from .guest import FIRMWARE, PATCHED_QEMU_VARIABLE
+from .machine import Machine
 from .steps import need, run_step
 
 log = logging.getLogger(__name__)
 
 SUITES: Final = {"10.0": "trixie", "10.2": "sid"}
 _KEYRING: Final = "/usr/share/keyrings/debian-archive-keyring.gpg"
+_ON_MACHINE: Final = "/root/qemu/qemu-system-x86_64"
 # The versions that QEMU's pythondeps.toml asks for; Debian 12's meson is too old.
 _PYTHON_PACKAGES: Final = ("meson==1.5.0", "pycotap==1.3.1")
 _DEVICES: Final = "prefault"
@@ -93,6 +95,14 @@ class PatchedQemu:
     binary: Path
     qtest: Path
     svm_test: Path | None
+
+    def put_on(self, machine: Machine) -> dict[str, str]:
+        """Copy it, and its tests beside it, where tests look for them; give what tells them."""
+        files = {"": self.binary, "-test": self.qtest, "-svm": self.svm_test}
+        for suffix, path in files.items():
+            if path is not None:
+                machine.put(path, _ON_MACHINE + suffix)
+        return {PATCHED_QEMU_VARIABLE: _ON_MACHINE}
 
 
 def series(patches: Path, release: str, tcg: bool) -> list[Path]:

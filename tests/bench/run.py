@@ -21,7 +21,6 @@ from typing import Any
 
 from qemu_prefault.lab import open_machine
 from qemu_prefault.lab.cache import cache_dir
-from qemu_prefault.lab.guest import PATCHED_QEMU_VARIABLE
 from qemu_prefault.lab.image import compile_static
 from qemu_prefault.lab.patched import build as build_qemu
 
@@ -124,10 +123,7 @@ def where_the_kvm_is(
         machine.put(loop, "/root/bench/loop")
         machine.put(HERE / script, f"/root/bench/{script}")
         command = ["python3", f"/root/bench/{script}", "/root/bench/loop", *arguments]
-        env = {}
-        if qemu is not None:
-            env[PATCHED_QEMU_VARIABLE] = "/root/qemu/qemu-system-x86_64"
-            machine.put(qemu.binary, env[PATCHED_QEMU_VARIABLE])
+        env = {} if qemu is None else qemu.put_on(machine)
         result = machine.run(command, timeout=7200, env=env)
         return {
             "kernel": machine.run(["uname", "-r"]).text.strip(),
