@@ -219,7 +219,7 @@ def test_a_vcpu_outside_guest_mode_does_it_for_all(nested, npt):
 
 @pytest.mark.full
 @both
-def test_it_is_given_up_within_bounds(nested, npt, monkeypatch):
+def test_it_is_given_up_within_bounds(nested, npt, agent, monkeypatch):
     """With a single try most runs end so; what a run came to is told, and the guest runs on."""
     monkeypatch.setattr(qemu_prefault.engine, "GUEST_MODE_TRIES", 1)
     guest = nested(npt)
@@ -230,18 +230,24 @@ def test_it_is_given_up_within_bounds(nested, npt, monkeypatch):
     assert result.status == 3, result.stderr
     assert guest.status() == "running"
     assert "stopped once" in guest_mode_warning(result)
-    assert (result.report["bytes"]["prefaulted"] == 0) == npt
+    # QEMU's own job does not begin in guest mode, whichever paging it uses.
+    nothing_done = npt or agent == "qmp"
+    assert (result.report["bytes"]["prefaulted"] == 0) == nothing_done
     assert_goes_on(guest, prefaulted=verified)
 
 
 @pytest.mark.full
 def test_the_ioctl_tells_where_kvm_does_not(nested, monkeypatch):
-    """Without the counter (old kernels, old QEMU) EOPNOTSUPP is what there is to go by."""
+    """Without the counter (old kernels, old QEMU) EOPNOTSUPP is what there is to go by.
+
+    Then a try is all of a prefault, for which the lab takes a second: few fit into the limit.
+    """
 
     async def nothing(*_: object) -> set[int]:
         return set()
 
     monkeypatch.setattr(Engine, "_workers_in_guest_mode", nothing)
+    monkeypatch.setattr(qemu_prefault.engine, "GUEST_MODE_SECONDS", 1_000_000.0)
     guest = nested(npt=True)
     stop_in_guest_mode(guest)
     result = prefault(guest)
