@@ -56,20 +56,30 @@ def lab(
     *arguments: str,
     npt: bool = True,
     tdp_mmu: bool = True,
-    qemu: bool = False,
+    qemu: str = "",
     minutes: float = 20,
 ) -> Suite:
-    """Tests that run in the lab, on a freshly restored L1; ``qemu``: with the patched QEMU."""
+    """Tests that run in the lab, on a freshly restored L1; ``qemu``: with this patched QEMU."""
     command = ["python", "-m", "qemu_prefault.lab", "pytest", "--variant", variant]
     command += [] if npt else ["--no-npt"]
     command += [] if tdp_mmu else ["--no-tdp-mmu"]
-    command += ["--qemu"] if qemu else []
+    command += [f"--qemu={qemu}"] if qemu else []
     for wheel in os.environ.get("QEMU_PREFAULT_WHEELS", "").split():
         command += ["--wheel", wheel]
     command += ["--timeout", str(int(minutes * 60))]
     command += ["--", *REPORTING, "tests/lab", *arguments]
-    needs = (f"image-{variant}", "build-qemu") if qemu else (f"image-{variant}",)
+    needs = (f"image-{variant}", f"qemu-{qemu}") if qemu else (f"image-{variant}",)
     return Suite(name, tuple(command), True, needs, minutes + 5)
+
+
+def qemu(release: str) -> tuple[Suite, Suite]:
+    """The patched QEMU is built, and checked by QEMU's own tests."""
+    build = f"qemu-{release}"
+    checked = ("make", "qemu", f"QEMU_ARGS=--release {release} --check")
+    return (
+        Suite(build, ("make", "qemu", f"QEMU_ARGS=--release {release}"), minutes=60),
+        Suite(f"{build}-check", checked, needs=(build,), minutes=60),
+    )
 
 
 LINT = (
@@ -88,16 +98,6 @@ THIRTY_BOOTS = Suite(
     ("python", "-m", "qemu_prefault.lab", "boots", "30"),
     needs=("image-trixie",),
     minutes=60,
-)
-QEMU = Suite("build-qemu", ("make", "qemu"), minutes=60)
-QEMU_CHECKS = tuple(
-    Suite(
-        f"qemu-{release}",
-        ("make", "qemu", f"QEMU_ARGS=--release {release} --check"),
-        needs=("build-qemu",),
-        minutes=60,
-    )
-    for release in ("10.0", "10.2")
 )
 # All but what is about the plugin by itself, or about what no agent does.
 ANY_AGENT = " or ".join(
@@ -173,13 +173,14 @@ FULL = (
     LAB_ITSELF,
     lab("bookworm", "bookworm", "-k", "unsupported or test_guest.py"),
     lab("shadow", "trixie", "-k", "unsupported", npt=False),
-    QEMU,
-    *QEMU_CHECKS,
-    lab("patched", "trixie", "-k", "test_patched_qemu", qemu=True),
+    *qemu("10.0"),
+    *qemu("10.2"),
+    lab("patched", "trixie", "-k", "test_patched_qemu", qemu="10.0"),
+    lab("patched-10.2", "trixie", "-k", "test_patched_qemu", qemu="10.2"),
     lab(
         *("agents", "trixie", "-k", ANY_AGENT),
         *("--agents", "attach,plugin,qmp", "--kills", "30"),
-        qemu=True,
+        qemu="10.0",
         minutes=90,
     ),
     *CONFORMANCE,

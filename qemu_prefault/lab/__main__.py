@@ -175,7 +175,8 @@ def boots_command(variant: str, npt: bool, restore: bool, count: int) -> None:
               help="A wheel to install first; without any, this source tree is.")  # fmt: skip
 @click.option("--junit", type=click.Path(path_type=Path), help="Where the JUnit XML goes.")
 @click.option("--timeout", default=3600.0, show_default=True, help="Seconds for all tests.")
-@click.option("--qemu", is_flag=True, help="Build the patched QEMU, and have it there.")
+@click.option("--qemu", "release", type=click.Choice(list(SUITES)), is_flag=False,
+              flag_value="10.0", help="Have this patched QEMU there (10.0).")  # fmt: skip
 @click.option("--env", "variables", metavar="NAME=VALUE", multiple=True, help="For the tests.")
 @click.argument("arguments", nargs=-1, required=True)
 def pytest_command(
@@ -187,7 +188,7 @@ def pytest_command(
     wheels: tuple[Path, ...],
     junit: Path | None,
     timeout: float,
-    qemu: bool,
+    release: str | None,
     variables: tuple[str, ...],
     arguments: tuple[str, ...],
 ) -> None:
@@ -195,7 +196,7 @@ def pytest_command(
 
     The checkout's qmp_scripts, which no wheel has, go with them.
     """
-    patched = build_qemu(Path("patches")) if qemu else None
+    patched = build_qemu(Path("patches"), release) if release else None
     with open_machine(variant, nested=nested, npt=npt, tdp_mmu=tdp_mmu) as machine:
         _install(machine, wheels)
         env = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
