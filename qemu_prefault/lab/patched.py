@@ -77,6 +77,8 @@ _CONFIGURE: Final = (
     "--cc=ccache gcc",
 )
 _TARGETS: Final = ("qemu-system-x86_64", "tests/qtest/kvm-prefault-test")
+_TCG_SERIES: Final = ("qemu-tcg", "qemu-tcg-cr8")
+_SVM_TESTS: Final = ("svm-cr-read", "svm-cr8-write")
 # What the series touch: QAPI's commands, jobs, the human monitor, the accelerator's properties.
 _TESTS: Final = (
     *("tests/qtest/qmp-cmd-test", "tests/qtest/test-hmp", "tests/qtest/qom-test"),
@@ -86,34 +88,34 @@ _TESTS: Final = (
 
 @dataclass(frozen=True)
 class PatchedQemu:
-    """A QEMU that was built, and two of its own tests.
+    """A QEMU that was built, and some of its own tests.
 
-    :ivar qtest: of the new command. :ivar svm_test: a kernel for an emulated CPU, which tells
-        whether reads of control registers are intercepted; None without patches/qemu-tcg.
+    :ivar qtest: of the new command.
+    :ivar svm_tests: kernels for an emulated CPU, one for each fix of TCG; none without the fixes.
     """
 
     binary: Path
     qtest: Path
-    svm_test: Path | None
+    svm_tests: tuple[Path, ...]
 
     def put_on(self, machine: Machine) -> dict[str, str]:
         """Copy it, and its tests beside it, where tests look for them; give what tells them."""
-        files = {"": self.binary, "-test": self.qtest, "-svm": self.svm_test}
+        files = {"": self.binary, "-test": self.qtest}
+        files |= {f"-{path.name}": path for path in self.svm_tests}
         for suffix, path in files.items():
-            if path is not None:
-                machine.put(path, _ON_MACHINE + suffix)
+            machine.put(path, _ON_MACHINE + suffix)
         return {PATCHED_QEMU_VARIABLE: _ON_MACHINE}
 
 
 def series(patches: Path, release: str, tcg: bool) -> list[Path]:
     """The patches for a release, in order.
 
-    :param tcg: with the fix of TCG, too.
+    :param tcg: with the fixes of TCG, too.
     :raise InputError: there are none.
     """
     found = sorted((patches / "qemu" / release).glob("*.patch"))
-    if tcg:
-        found += sorted((patches / "qemu-tcg" / release).glob("*.patch"))
+    for name in _TCG_SERIES if tcg else ():
+        found += sorted((patches / name / release).glob("*.patch"))
     if not found:
         raise InputError(
             f"{patches} has no series for QEMU {release}",
@@ -131,6 +133,7 @@ def build(patches: Path, release: str = "10.0", *, tcg: bool = True, jobs: int =
     :raise ImageError: a step failed; its output is told.
     """
     applied = series(patches, release, tcg)
+    svm_tests = _SVM_TESTS if tcg else ()
 
     def fill(directory: Path) -> None:
         with _workspace(release) as work:
@@ -139,8 +142,8 @@ def build(patches: Path, release: str = "10.0", *, tcg: bool = True, jobs: int =
             for name in _TARGETS:
                 target = directory / Path(name).name
                 shutil.copy(work / "build" / name, target)
-            if tcg:
-                _compile_svm_test(source, directory / "svm-cr-read")
+            for name in svm_tests:
+                _compile_svm_test(source, directory / name)
 
     recipe = repr((SUITES[release], _CONFIGURE, _devices(release), _PYTHON_PACKAGES))
     key = cache.key_of(recipe, *(path.read_bytes() for path in applied))
@@ -148,7 +151,7 @@ def build(patches: Path, release: str = "10.0", *, tcg: bool = True, jobs: int =
     return PatchedQemu(
         entry / "qemu-system-x86_64",
         entry / "kvm-prefault-test",
-        entry / "svm-cr-read" if tcg else None,
+        tuple(entry / name for name in svm_tests),
     )
 
 
@@ -298,8 +301,8 @@ def _compile_svm_test(source: Path, target: Path) -> None:
             *("gcc", "-nostdlib", "-static", "-no-pie", "-fno-pie", "-fno-stack-protector", "-O0"),
             *("-ffreestanding", "-I", str(tests / "minilib"), "-Wa,--noexecstack"),
             *(f"-Wl,-T{boot}/kernel.ld", "-Wl,-melf_x86_64", "-o", str(target)),
-            *(str(boot / "svm-cr-read.c"), str(boot / "boot.S")),
+            *(str(boot / f"{target.name}.c"), str(boot / "boot.S")),
             *(str(tests / "minilib" / "printf.c"), "-lgcc"),
         ],
-        "compiling QEMU's test of SVM",
+        f"compiling QEMU's {target.name}",
     )
