@@ -74,8 +74,10 @@ class _Recipe:
         )
 
     def key(self) -> str:
-        """Hash of the recipe."""
-        return cache.key_of(*self.argv(Path("ram"), shared=True))
+        """Hash of the recipe and of the disks' versions: L1 has parts of them in memory."""
+        disks = [path.stat() for path in self.disks]
+        versions = [f"{disk.st_size} {disk.st_mtime_ns}" for disk in disks]
+        return cache.key_of(*self.argv(Path("ram"), shared=True), *versions)
 
 
 class Lab(Machine):
