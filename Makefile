@@ -34,7 +34,8 @@ qemu:      ## the patched QEMU (patches/); prints where it is (20 minutes, once)
 	@scripts/with-env "$(BUILD) $(QEMU)" python -m qemu_prefault.lab qemu $(QEMU_ARGS)
 
 avocado:   ## whole distributions as guests, under avocado; AVOCADO_ARGS="--distro sid …"
-	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST)" python avocado/run.py distro $(AVOCADO_ARGS)
+	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST) $(if $(findstring ovmf,$(AVOCADO_ARGS)),$(QEMU))" \
+		python avocado/run.py distro $(AVOCADO_ARGS)
 
 avocado-vt: ## the avocado-vt provider, and avocado-vt's own tests if TP_QEMU names a checkout
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST) $(VT)" python avocado/run.py vt \

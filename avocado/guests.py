@@ -15,7 +15,7 @@ from typing import Any
 
 from avocado import Test
 from qemu_prefault.lab.guest import reserve_hugepages, thp
-from qemu_prefault.lab.machine import NO_UEFI, is_emulated, kvm_can_prefault
+from qemu_prefault.lab.machine import NO_UEFI, kvm_can_prefault, uefi_aborts
 from qemu_prefault.lab.system import SystemGuest
 
 MIB = 1 << 20
@@ -128,7 +128,7 @@ class PrefaultTest(Test):
         self.prepare()
         if not kvm_can_prefault():
             self.cancel("this host's KVM cannot prefault: make avocado takes the lab then")
-        if self.hardware["firmware"] == "ovmf" and is_emulated():
+        if self.hardware["firmware"] == "ovmf" and uefi_aborts():
             self.cancel(NO_UEFI)
         self.undo.append(partial(thp, thp(self.pages)))
         if self.hugetlb:

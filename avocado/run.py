@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from qemu_prefault.errors import FailedError, QemuPrefaultError
-from qemu_prefault.lab import cache, distro
+from qemu_prefault.lab import cache, distro, patched
 from qemu_prefault.lab.distro import PASSWORD
-from qemu_prefault.lab.machine import Machine
+from qemu_prefault.lab.machine import Machine, kvm_can_prefault
 from qemu_prefault.lab.nested import Lab, open_machine
 from qemu_prefault.lab.system import DISTROS_VARIABLE, GUEST_KERNEL_ARGS
 
@@ -129,17 +129,23 @@ def open_place(
     requirements: Sequence[Path],
     nested: bool,
     clouds: Mapping[str, Path | str] | None = None,
+    uefi: bool = False,
 ) -> Place:
     """Open a machine that has these distributions and images, avocado, and this package.
 
     Its wheels are those that ``scripts/with-env`` has built.
+
+    :param uefi: a lab has to be one in which guests with UEFI run.
     """
     package = [Path(wheel) for wheel in os.environ["QEMU_PREFAULT_WHEELS"].split()]
     images = {name: distro.build(distro.distro_named(name)) for name in names}
     disks = [path for built in images.values() for path in (built.disk, distro.boot_disk(built))]
     clouds = clouds or {}
     disks += [path for path in clouds.values() if isinstance(path, Path)]
-    machine = open_machine("avocado", nested=nested, disks=disks)
+    emulator = None
+    if uefi and (nested or not kvm_can_prefault()):
+        emulator = patched.build(HERE.parent / "patches").binary
+    machine = open_machine("avocado", nested=nested, disks=disks, emulator=emulator)
     machine.install([*wheels(*requirements), *package])
     directory = machine.run(["mktemp", "-d", "/var/tmp/avocado-XXXXXX"]).text.strip()
     distros = f"{directory}/distros"
@@ -292,7 +298,8 @@ def run_distro(options: argparse.Namespace) -> int:
     jobs = []
     everything = not (options.distro or options.test)
     clouds = cloud_images() if everything else {}
-    with (place := open_place(names, [REQUIREMENTS], options.nested, clouds)).machine:
+    uefi = "ovmf" in (options.profile or ())
+    with (place := open_place(names, [REQUIREMENTS], options.nested, clouds, uefi)).machine:
         avocado(place, ["run", *tests, *variants, *order, *SERIALLY, *options.arguments], timeout)
         jobs.append(collect(place, "avocado"))
         if everything:

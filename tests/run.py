@@ -57,19 +57,26 @@ def lab(
     npt: bool = True,
     tdp_mmu: bool = True,
     qemu: str = "",
+    uefi: bool = False,
     minutes: float = 20,
 ) -> Suite:
-    """Tests that run in the lab, on a freshly restored L1; ``qemu``: with this patched QEMU."""
+    """Tests that run in the lab, on a freshly restored L1.
+
+    :param qemu: a release of the patched QEMU that is to be there.
+    :param uefi: guests with UEFI have to run.
+    """
     command = ["python", "-m", "qemu_prefault.lab", "pytest", "--variant", variant]
     command += [] if npt else ["--no-npt"]
     command += [] if tdp_mmu else ["--no-tdp-mmu"]
     command += [f"--qemu={qemu}"] if qemu else []
+    command += ["--uefi"] if uefi else []
     for wheel in os.environ.get("QEMU_PREFAULT_WHEELS", "").split():
         command += ["--wheel", wheel]
     command += ["--timeout", str(int(minutes * 60))]
     command += ["--", *REPORTING, "tests/lab", *arguments]
-    needs = (f"image-{variant}", f"qemu-{qemu}") if qemu else (f"image-{variant}",)
-    return Suite(name, tuple(command), True, needs, minutes + 5)
+    needs = [f"image-{variant}"]
+    needs += [f"qemu-{qemu or '10.0'}"] if qemu or uefi else []
+    return Suite(name, tuple(command), True, tuple(needs), minutes + 5)
 
 
 def qemu(release: str) -> tuple[Suite, Suite]:
@@ -175,6 +182,7 @@ FULL = (
     lab("shadow", "trixie", "-k", "unsupported", npt=False),
     *qemu("10.0"),
     *qemu("10.2"),
+    lab("uefi", "trixie", "-k", "test_plugin_firmware", uefi=True),
     lab("patched", "trixie", "-k", "test_patched_qemu", qemu="10.0"),
     lab("patched-10.2", "trixie", "-k", "test_patched_qemu", qemu="10.2"),
     lab(

@@ -70,7 +70,7 @@ def build_command(variants: tuple[str, ...]) -> None:
 
 @main.command("qemu")
 @click.option("--release", type=click.Choice(list(SUITES)), default="10.0", show_default=True)
-@click.option("--tcg-fix/--no-tcg-fix", default=True, show_default=True, help="patches/qemu-tcg.")
+@click.option("--tcg-fix/--no-tcg-fix", default=True, show_default=True, help="patches/qemu-tcg*.")
 @click.option("--jobs", default=0, help="Compilers at a time (default: one for each CPU).")
 @click.option("--check", is_flag=True, help="Run QEMU's checkpatch and its own tests instead.")
 @click.argument("patches", type=click.Path(path_type=Path, exists=True), default="patches")
@@ -177,6 +177,8 @@ def boots_command(variant: str, npt: bool, restore: bool, count: int) -> None:
 @click.option("--timeout", default=3600.0, show_default=True, help="Seconds for all tests.")
 @click.option("--qemu", "release", type=click.Choice(list(SUITES)), is_flag=False,
               flag_value="10.0", help="Have this patched QEMU there (10.0).")  # fmt: skip
+@click.option("--uefi", is_flag=True,
+              help="Emulate L1 by the patched QEMU: UEFI guests run there.")  # fmt: skip
 @click.option("--env", "variables", metavar="NAME=VALUE", multiple=True, help="For the tests.")
 @click.argument("arguments", nargs=-1, required=True)
 def pytest_command(
@@ -189,6 +191,7 @@ def pytest_command(
     junit: Path | None,
     timeout: float,
     release: str | None,
+    uefi: bool,
     variables: tuple[str, ...],
     arguments: tuple[str, ...],
 ) -> None:
@@ -197,7 +200,10 @@ def pytest_command(
     The checkout's qmp_scripts, which no wheel has, go with them.
     """
     patched = build_qemu(Path("patches"), release) if release else None
-    with open_machine(variant, nested=nested, npt=npt, tdp_mmu=tdp_mmu) as machine:
+    emulator = build_qemu(Path("patches")).binary if uefi else None
+    with open_machine(
+        variant, nested=nested, npt=npt, tdp_mmu=tdp_mmu, emulator=emulator
+    ) as machine:
         _install(machine, wheels)
         env = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         if patched is not None:

@@ -49,8 +49,8 @@ _BACKINGS = {
     "file-private": "memory-backend-file,share=off,mem-path={directory}",
     "hugetlb": "memory-backend-memfd,hugetlb=on,hugetlbsize=2M",
 }
-# Without SMM: TCG (7.2 and 10.0) aborts in tcg_handle_interrupt() when UEFI uses it under KVM.
 _OVMF_CODE = "/usr/share/OVMF/OVMF_CODE_4M.fd"
+_OVMF_SMM_CODE = "/usr/share/OVMF/OVMF_CODE_4M.secboot.fd"
 _OVMF_VARIABLES = "/usr/share/OVMF/OVMF_VARS_4M.fd"
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _HUGEPAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
@@ -110,8 +110,8 @@ class Guest:
     :param workload_mib: MiB the guest allocates and writes before it is ready.
     :param args: further arguments for QEMU.
     :param kvm: give the guest a KVM of its own, for the workload's ``nest``.
-    :param ovmf: UEFI instead of the machine's own firmware; for ``q35,smm=off`` and the
-        kernel ``vmlinuz``, the one kind that UEFI can start.
+    :param ovmf: UEFI instead of the machine's own firmware, for ``q35`` (the build that keeps
+        its variables by SMM) and ``q35,smm=off``; the kernel has to be ``vmlinuz``.
     :param qemu: QEMU's command and its first arguments; None: see :data:`defaults`.
     :param plugin: options of our plugin (``["keep=off"]``), to have it loaded; None likewise.
     :param preload: load it by ``LD_PRELOAD`` and not by ``-plugin``.
@@ -170,7 +170,7 @@ class Guest:
             argv += self._backing(backing, memory_mib)
             machine_argument += ",memory-backend=ram"
         if ovmf:
-            argv += self._flash()
+            argv += self._flash(smm="smm=off" not in machine)
         argv += ["-machine", machine_argument, "-accel", accel, "-m", memory_argument]
         argv += ["-smp", str(smp)]
         if cpu or accel.partition(",")[0] == "kvm":
@@ -215,13 +215,14 @@ class Guest:
             self.kill()
             raise
 
-    def _flash(self) -> list[str]:
+    def _flash(self, smm: bool) -> list[str]:
         variables = self.directory / "variables"
         shutil.copy(_OVMF_VARIABLES, variables)
         flash = "if=pflash,format=raw"
         return [
-            *("-drive", f"{flash},unit=0,readonly=on,file={_OVMF_CODE}"),
+            *("-drive", f"{flash},unit=0,readonly=on,file={_OVMF_SMM_CODE if smm else _OVMF_CODE}"),
             *("-drive", f"{flash},unit=1,file={variables}"),
+            *("-global", f"driver=cfi.pflash01,property=secure,value={'on' if smm else 'off'}"),
         ]
 
     def _start(self, argv: list[str]) -> None:

@@ -154,12 +154,11 @@ class TcgHost:
             *arguments,
         ]
 
-    def qemu(self, *arguments: str) -> list[str]:
-        """Give the argument list that runs QEMU with this tree's firmware."""
+    def qemu(self, *arguments: str, binary: Path | None = None) -> list[str]:
+        """Give the argument list that runs this QEMU, or another, with this tree's firmware."""
         share = self.directory / "usr/share"
-        return self.command(
-            "qemu-system-x86_64", "-L", f"{share}/qemu", "-L", f"{share}/seabios", *arguments
-        )
+        words = ["-L", f"{share}/qemu", "-L", f"{share}/seabios", *arguments]
+        return [str(binary), *words] if binary else self.command("qemu-system-x86_64", *words)
 
 
 @dataclass(frozen=True)

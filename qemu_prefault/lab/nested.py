@@ -22,7 +22,7 @@ from qemu_prefault.errors import FailedError
 from . import agent, cache, image
 from .channel import Channel, exit_status
 from .errors import LabLostError
-from .machine import GRACE_SECONDS, LocalMachine, Machine, kvm_can_prefault
+from .machine import GRACE_SECONDS, UEFI_VARIABLE, LocalMachine, Machine, kvm_can_prefault
 from .qmp import Qmp, QmpError
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class _Recipe:
     memory_mib: int
     kernel_args: str
     disks: tuple[Path, ...] = ()
+    emulator: Path | None = None
 
     def argv(self, memory_file: Path | None, shared: bool) -> list[str]:
         """QEMU's command line. One vCPU: L1 with two of them oopses now and then."""
@@ -71,6 +72,7 @@ class _Recipe:
             *("-chardev", "socket,id=monitor,fd={monitor}", "-mon", "monitor,mode=control"),
             *("-kernel", str(self.image.kernel), "-initrd", str(self.image.initramfs)),
             *("-append", self.kernel_args),
+            binary=self.emulator,
         )
 
     def key(self) -> str:
@@ -88,8 +90,9 @@ class Lab(Machine):
 
     l2_directory = "/lab/l2"
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, env: Mapping[str, str]) -> None:
         self._channel = channel
+        self._env = env
         self.qemu_pid = channel.pid
 
     @classmethod
@@ -102,6 +105,7 @@ class Lab(Machine):
         memory_mib: int = 8192,
         kernel_args: Sequence[str] = (),
         disks: Sequence[Path] = (),
+        emulator: Path | None = None,
         snapshot: bool = True,
         boot_timeout: float = 300.0,
         heartbeat_limit: float = 60.0,
@@ -114,6 +118,7 @@ class Lab(Machine):
         :param tdp_mmu: kvm's parameter of that name; the kernel's default if None.
         :param kernel_args: added to L1's kernel command line.
         :param disks: raw images that L1 sees as ``/dev/vdc`` and on, and cannot write to.
+        :param emulator: a QEMU under which guests with UEFI run, instead of the lab's own.
         :param snapshot: False boots from power-on and leaves no snapshot.
         :param boot_timeout: seconds after which a boot that goes nowhere is given up.
         :param heartbeat_limit: seconds of the agent's silence that make L1 lost.
@@ -130,7 +135,9 @@ class Lab(Machine):
             memory_mib,
             " ".join([*parameters, *kernel_args]),
             tuple(disks),
+            emulator,
         )
+        env = {} if emulator is None else {UEFI_VARIABLE: "1"}
 
         def cold(argv: Sequence[str], timeout: float = boot_timeout) -> Channel:
             channel = Channel(argv, heartbeat_limit, console_log)
@@ -145,11 +152,11 @@ class Lab(Machine):
             name = f"snapshot-{variant}"
             saved = cache.entry(name, recipe.key(), lambda path: _save(recipe, path, cold))
             try:
-                return cls(_restore(recipe, saved, heartbeat_limit, console_log))
+                return cls(_restore(recipe, saved, heartbeat_limit, console_log), env)
             except FailedError as error:
                 log.warning("the snapshot does not restore, booting instead: %s", error)
                 cache.discard(saved)
-        return cls(cold(recipe.argv(None, shared=False)))
+        return cls(cold(recipe.argv(None, shared=False)), env)
 
     def close(self) -> None:
         self._channel.close()
@@ -185,7 +192,7 @@ class Lab(Machine):
     ) -> tuple[int, bool]:
         channel = self._channel
         request = channel.open()
-        message = {"argv": list(argv), "env": dict(env), "cwd": cwd, "timeout": timeout,
+        message = {"argv": list(argv), "env": {**self._env, **env}, "cwd": cwd, "timeout": timeout,
                    "grace": GRACE_SECONDS}  # fmt: skip
         # The agent keeps the time; this limit is for an agent that does not.
         deadline = time.monotonic() + timeout + 3 * GRACE_SECONDS + channel.heartbeat_limit
@@ -292,12 +299,13 @@ def open_machine(
     npt: bool = True,
     tdp_mmu: bool | None = None,
     disks: Sequence[Path] = (),
+    emulator: Path | None = None,
 ) -> Machine:
     """Give a machine that can prefault: this host if it can, else a booted lab.
 
     :param nested: take the lab even so; implied by ``npt=False`` and by any ``tdp_mmu``.
-    :param disks: for the lab, see :meth:`Lab.start`.
+    :param disks, emulator: for the lab, see :meth:`Lab.start`.
     """
     if kvm_can_prefault() and npt and tdp_mmu is None and not nested:
         return LocalMachine()
-    return Lab.start(variant, npt=npt, tdp_mmu=tdp_mmu, disks=disks)
+    return Lab.start(variant, npt=npt, tdp_mmu=tdp_mmu, disks=disks, emulator=emulator)

@@ -58,7 +58,7 @@ class SystemGuest(Guest):
         whatever the firmware finds on the disk.
     :param overlay: of :func:`make_overlay`; a migration's two guests, and a saved guest and
         its restored one, have it in common.
-    :param firmware: ``seabios`` or ``ovmf`` (for ``q35,smm=off``).
+    :param firmware: ``seabios`` or ``ovmf`` (for ``q35``).
 
     The rest is as in :class:`Guest`.
     """
@@ -86,7 +86,7 @@ class SystemGuest(Guest):
         argv += self._load_plugin(plugin)
         argv += self._backing(backing, memory_mib)
         if firmware == "ovmf":
-            argv += self._flash()
+            argv += self._flash(smm="smm=off" not in machine)
         argv += ["-machine", f"{machine},memory-backend=ram", "-accel", "kvm", "-cpu", "host"]
         argv += ["-m", f"{memory_mib}M" + (f",{memory}" if memory else ""), "-smp", str(smp)]
         if distro is not None:
