@@ -22,7 +22,7 @@
 #define MIB(n) ((uint64_t)(n) << 20)
 #define GIB(n) ((uint64_t)(n) << 30)
 #define MS(n) ((uint64_t)(n) * 1000000)
-#define QUIET MS(1000) /* no slot changed for so long: firmware is not at it */
+#define QUIET MS(1000) /* no slot of RAM changed for so long: firmware is not at it */
 #define STUCK MS(500) /* in the ioctl without mapping a page */
 #define MAX_VCPUS 4096
 

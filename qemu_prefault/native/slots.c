@@ -385,7 +385,9 @@ long keeper_change_slot(int fd, unsigned long request, void *argument)
 	if (!result && fd == vm_fd) {
 		struct slot *slot = find_slot(region->slot);
 
-		slot_changed_at = prefault_now_ns();
+		/* Not UEFI's flash, which is no memory while it is written: at each variable. */
+		if (!((slot ? slot->flags : region->flags) & KVM_MEM_READONLY))
+			slot_changed_at = prefault_now_ns();
 		if (slot && region->memory_size == slot->size &&
 		    region->guest_phys_addr == slot->gpa &&
 		    region->userspace_addr == slot->hva) {
