@@ -26,14 +26,16 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qemu_prefault.errors import FailedError, QemuPrefaultError
-from qemu_prefault.lab import cache, distro, patched
+from qemu_prefault.lab import cache, distro
 from qemu_prefault.lab.distro import PASSWORD
-from qemu_prefault.lab.machine import Machine, kvm_can_prefault
+from qemu_prefault.lab.machine import Machine
 from qemu_prefault.lab.nested import Lab, open_machine
+from qemu_prefault.lab.patched import uefi_emulator
 from qemu_prefault.lab.system import DISTROS_VARIABLE, GUEST_KERNEL_ARGS
 
 HERE = Path(__file__).resolve().parent
@@ -142,9 +144,7 @@ def open_place(
     disks = [path for built in images.values() for path in (built.disk, distro.boot_disk(built))]
     clouds = clouds or {}
     disks += [path for path in clouds.values() if isinstance(path, Path)]
-    emulator = None
-    if uefi and (nested or not kvm_can_prefault()):
-        emulator = patched.build(HERE.parent / "patches").binary
+    emulator = partial(uefi_emulator, HERE.parent / "patches") if uefi else None
     machine = open_machine("avocado", nested=nested, disks=disks, emulator=emulator)
     machine.install([*wheels(*requirements), *package])
     directory = machine.run(["mktemp", "-d", "/var/tmp/avocado-XXXXXX"]).text.strip()

@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import click
@@ -19,7 +20,7 @@ from .errors import CommandError, LabLostError
 from .image import VARIANTS, build, files_disk, variant_named
 from .machine import Machine
 from .nested import Lab, open_machine
-from .patched import SUITES
+from .patched import SUITES, uefi_emulator
 from .patched import build as build_qemu
 from .patched import check as check_series
 
@@ -200,7 +201,7 @@ def pytest_command(
     The checkout's qmp_scripts, which no wheel has, go with them.
     """
     patched = build_qemu(Path("patches"), release) if release else None
-    emulator = build_qemu(Path("patches")).binary if uefi else None
+    emulator = partial(uefi_emulator, Path("patches")) if uefi else None
     with open_machine(
         variant, nested=nested, npt=npt, tdp_mmu=tdp_mmu, emulator=emulator
     ) as machine:

@@ -170,7 +170,7 @@ class Guest:
             argv += self._backing(backing, memory_mib)
             machine_argument += ",memory-backend=ram"
         if ovmf:
-            argv += self._flash(smm="smm=off" not in machine)
+            argv += self._flash(machine)
         argv += ["-machine", machine_argument, "-accel", accel, "-m", memory_argument]
         argv += ["-smp", str(smp)]
         if cpu or accel.partition(",")[0] == "kvm":
@@ -215,7 +215,8 @@ class Guest:
             self.kill()
             raise
 
-    def _flash(self, smm: bool) -> list[str]:
+    def _flash(self, machine: str) -> list[str]:
+        smm = "smm=off" not in machine
         variables = self.directory / "variables"
         shutil.copy(_OVMF_VARIABLES, variables)
         flash = "if=pflash,format=raw"

@@ -299,13 +299,15 @@ def open_machine(
     npt: bool = True,
     tdp_mmu: bool | None = None,
     disks: Sequence[Path] = (),
-    emulator: Path | None = None,
+    emulator: Callable[[], Path] | None = None,
 ) -> Machine:
     """Give a machine that can prefault: this host if it can, else a booted lab.
 
     :param nested: take the lab even so; implied by ``npt=False`` and by any ``tdp_mmu``.
-    :param disks, emulator: for the lab, see :meth:`Lab.start`.
+    :param disks: for the lab, see :meth:`Lab.start`.
+    :param emulator: likewise; called for the lab only, as it may have to build it.
     """
     if kvm_can_prefault() and npt and tdp_mmu is None and not nested:
         return LocalMachine()
-    return Lab.start(variant, npt=npt, tdp_mmu=tdp_mmu, disks=disks, emulator=emulator)
+    binary = emulator() if emulator else None
+    return Lab.start(variant, npt=npt, tdp_mmu=tdp_mmu, disks=disks, emulator=binary)

@@ -155,6 +155,11 @@ def build(patches: Path, release: str = "10.0", *, tcg: bool = True, jobs: int =
     )
 
 
+def uefi_emulator(patches: Path) -> Path:
+    """A QEMU under whose emulation guests with UEFI run; built unless it is cached."""
+    return build(patches).binary
+
+
 def check(patches: Path, release: str = "10.0", *, jobs: int = 0) -> list[str]:
     """QEMU's own checks of our series: its checkpatch, and tests of what they touch.
 

@@ -86,7 +86,7 @@ class SystemGuest(Guest):
         argv += self._load_plugin(plugin)
         argv += self._backing(backing, memory_mib)
         if firmware == "ovmf":
-            argv += self._flash(smm="smm=off" not in machine)
+            argv += self._flash(machine)
         argv += ["-machine", f"{machine},memory-backend=ram", "-accel", "kvm", "-cpu", "host"]
         argv += ["-m", f"{memory_mib}M" + (f",{memory}" if memory else ""), "-smp", str(smp)]
         if distro is not None:

@@ -27,26 +27,24 @@ def boot(machine: str, plugin: list[str] | None) -> Guest:
     )
 
 
-def memory_faults(guest: Guest) -> int:
-    """What is left are accesses of firmware and drivers to devices."""
-    stats = guest.stats()
-    print(f"{stats['pf_taken']} faults, {stats['pf_emulate']} of them on devices")
-    return stats["pf_taken"] - stats["pf_emulate"]
-
-
 @pytest.mark.parametrize("machine", ["q35,smm=off", "q35"])
 def test_uefi(machine):
     with boot(machine, None) as guest:
         guest.wait_ready(600)
-        without = memory_faults(guest)
+        without = guest.stats()["pf_taken"]
     with boot(machine, []) as guest:
         guest.wait_ready(600)
-        assert memory_faults(guest) <= 0.1 * without
+        faults = guest.stats()["pf_taken"]
+        print(f"UEFI on {machine}: {faults} of {without} faults")
+        # The rest is MMIO, and what firmware touches before its slots have been quiet.
+        assert faults <= 0.1 * without
         status = guest.wait_kept()
         assert status["counters"]["errors"] == 0
         assert guest.command("pass")["bad"] == 0
-        before = memory_faults(guest)
+        before = guest.stats()["pf_taken"]
         guest.reset()
         guest.wait_ready(600)
-        assert memory_faults(guest) - before <= 0.1 * without
+        again = guest.stats()["pf_taken"] - before
+        print(f"UEFI on {machine}, second boot: {again} faults")
+        assert again <= 0.1 * without
         assert guest.command("pass")["bad"] == 0
