@@ -31,7 +31,7 @@ conformance: ## docs/conformance.md anew: the suite on three kernels, in three m
 	@scripts/with-env "$(BUILD) $(LAB)" python scripts/make-conformance.py
 
 qemu:      ## the patched QEMU (patches/); prints where it is (20 minutes, once)
-	@scripts/with-env "$(BUILD) $(QEMU)" python -m qemu_prefault.lab qemu $(QEMU_ARGS)
+	@scripts/with-env "$(BUILD) $(QEMU)" python -m qemu_prefault_lab qemu $(QEMU_ARGS)
 
 avocado:   ## whole distributions as guests, under avocado; AVOCADO_ARGS="--distro sid …"
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST) $(if $(findstring ovmf,$(AVOCADO_ARGS)),$(QEMU))" \
@@ -48,7 +48,7 @@ man:       ## write man/qemu-prefault.1 anew from the --help texts
 	@scripts/with-env "$(BUILD)" python scripts/make-man.py
 
 clean:     ## remove build products from the checkout
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info lab/build lab/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f qemu_prefault/native/helper_blob.h qemu_prefault/*.so qemu_prefault/*.o
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

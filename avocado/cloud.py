@@ -14,7 +14,7 @@ from guests import DATA_PAGES, PrefaultTest, Sample, Stopwatch
 
 from avocado import fail_on
 from qemu_prefault.errors import QemuPrefaultError
-from qemu_prefault.lab.system import distro_directory, make_overlay
+from qemu_prefault_lab.system import distro_directory, make_overlay
 
 
 class CloudTest(PrefaultTest):

@@ -22,7 +22,7 @@ from guests import DATA_MIB, DATA_PAGES, MIB, PrefaultTest, Sample, Stopwatch, T
 
 from avocado import fail_on
 from qemu_prefault.errors import QemuPrefaultError
-from qemu_prefault.lab.system import SystemGuest, distro_directory, make_overlay
+from qemu_prefault_lab.system import SystemGuest, distro_directory, make_overlay
 
 DIMM_MIB = 128  # what Linux plugs at a time
 MOST = 0.01

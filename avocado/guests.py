@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from avocado import Test
-from qemu_prefault.lab.guest import reserve_hugepages, thp
-from qemu_prefault.lab.machine import NO_UEFI, kvm_can_prefault, uefi_aborts
-from qemu_prefault.lab.system import SystemGuest
+from qemu_prefault_lab.guest import reserve_hugepages, thp
+from qemu_prefault_lab.machine import NO_UEFI, kvm_can_prefault, uefi_aborts
+from qemu_prefault_lab.system import SystemGuest
 
 MIB = 1 << 20
 DATA_MIB = 64

@@ -31,12 +31,12 @@ from pathlib import Path
 from typing import Any
 
 from qemu_prefault.errors import FailedError, QemuPrefaultError
-from qemu_prefault.lab import cache, distro
-from qemu_prefault.lab.distro import PASSWORD
-from qemu_prefault.lab.machine import Machine
-from qemu_prefault.lab.nested import Lab, open_machine
-from qemu_prefault.lab.patched import uefi_emulator
-from qemu_prefault.lab.system import DISTROS_VARIABLE, GUEST_KERNEL_ARGS
+from qemu_prefault_lab import cache, distro
+from qemu_prefault_lab.distro import PASSWORD
+from qemu_prefault_lab.machine import Machine
+from qemu_prefault_lab.nested import Lab, open_machine
+from qemu_prefault_lab.patched import uefi_emulator
+from qemu_prefault_lab.system import DISTROS_VARIABLE, GUEST_KERNEL_ARGS
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENTS = HERE / "requirements.txt"

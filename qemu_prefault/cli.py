@@ -494,7 +494,7 @@ def conformance(
 def demo(as_json: bool, debug: bool) -> None:
     """Show the whole story on any x86-64 Linux: a restored guest, and a booting one."""
     with reporting(as_json, debug):
-        from .lab.demo import run_demo  # noqa: PLC0415
+        from qemu_prefault_lab.demo import run_demo  # noqa: PLC0415
 
         run_demo(as_json)
 

@@ -38,12 +38,12 @@ Runs = dict[tuple[str, str], dict[str, Any]]
 
 def run(variant: str, mode: str) -> dict[str, Any]:
     """One run in the lab: the suite's report, and how long it took with the lab's start."""
-    command = [sys.executable, "-m", "qemu_prefault.lab", "run", "--variant", variant, "--nested"]
+    command = [sys.executable, "-m", "qemu_prefault_lab", "run", "--variant", variant, "--nested"]
     command += MODES[mode]
     for wheel in os.environ.get("QEMU_PREFAULT_WHEELS", "").split():
         command += ["--wheel", wheel]
     command += ["--timeout", "900", "--"]
-    command += ["python3", "-m", "qemu_prefault.lab.conformance", "--harsh", "--json"]
+    command += ["python3", "-m", "qemu_prefault_lab.conformance", "--harsh", "--json"]
     started = time.monotonic()
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if not result.stdout.strip():

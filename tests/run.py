@@ -41,7 +41,7 @@ class Suite:
 
 def images(variant: str) -> Suite:
     """Builds what the lab boots from, unless it is cached."""
-    command = ("python", "-m", "qemu_prefault.lab", "build", variant)
+    command = ("python", "-m", "qemu_prefault_lab", "build", variant)
     return Suite(f"image-{variant}", command, minutes=20)
 
 
@@ -65,7 +65,7 @@ def lab(
     :param qemu: a release of the patched QEMU that is to be there.
     :param uefi: guests with UEFI have to run.
     """
-    command = ["python", "-m", "qemu_prefault.lab", "pytest", "--variant", variant]
+    command = ["python", "-m", "qemu_prefault_lab", "pytest", "--variant", variant]
     command += [] if npt else ["--no-npt"]
     command += [] if tdp_mmu else ["--no-tdp-mmu"]
     command += [f"--qemu={qemu}"] if qemu else []
@@ -102,7 +102,7 @@ IMAGES = tuple(images(variant) for variant in ("trixie", "bookworm", "sid"))
 LAB_ITSELF = host("host", "tests/host", needs=tuple(suite.name for suite in IMAGES))
 THIRTY_BOOTS = Suite(
     "boots",
-    ("python", "-m", "qemu_prefault.lab", "boots", "30"),
+    ("python", "-m", "qemu_prefault_lab", "boots", "30"),
     needs=("image-trixie",),
     minutes=60,
 )

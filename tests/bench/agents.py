@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qemu_prefault.lab.guest import Guest, patched_qemu
-from qemu_prefault.lab.scenario import small_pages
+from qemu_prefault_lab.guest import Guest, patched_qemu
+from qemu_prefault_lab.scenario import small_pages
 
 ROUNDS, WORKLOAD_MIB, MEMORY_MIB = 3, 256, 352
 WAYS = ("nothing", "attach", "plugin", "qmp", "job", "prefault=on")

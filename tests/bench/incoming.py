@@ -18,9 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
-from qemu_prefault.lab.guest import Guest
-from qemu_prefault.lab.scenario import NOTHING, TOOL, small_pages
-from qemu_prefault.lab.tool import Tool, wait_for
+from qemu_prefault_lab.guest import Guest
+from qemu_prefault_lab.scenario import NOTHING, TOOL, small_pages
+from qemu_prefault_lab.tool import Tool, wait_for
 
 ROUNDS: Final = 5
 MEMORY_MIB: Final = 512

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from qemu_prefault.lab.guest import Guest, thp
+from qemu_prefault_lab.guest import Guest, thp
 
 ROUNDS: Final = 5
 WORKLOAD_MIB: Final = 256

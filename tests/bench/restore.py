@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from qemu_prefault.lab.guest import Guest
-from qemu_prefault.lab.scenario import NOTHING, TOOL, Case, measure, small_pages
+from qemu_prefault_lab.guest import Guest
+from qemu_prefault_lab.scenario import NOTHING, TOOL, Case, measure, small_pages
 
 ROUNDS, PAIRS = 5, 9
 LOOP_MIB, CHUNK_MIB = 1024, 32

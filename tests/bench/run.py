@@ -19,10 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qemu_prefault.lab import open_machine
-from qemu_prefault.lab.cache import cache_dir
-from qemu_prefault.lab.image import compile_static
-from qemu_prefault.lab.patched import build as build_qemu
+from qemu_prefault_lab import open_machine
+from qemu_prefault_lab.cache import cache_dir
+from qemu_prefault_lab.image import compile_static
+from qemu_prefault_lab.patched import build as build_qemu
 
 HERE = Path(__file__).resolve().parent
 TARGET = HERE.parent.parent / "docs" / "benchmarks.md"

@@ -2,7 +2,7 @@
 """The nested lab itself: what goes in comes out, and a lost L1 is noticed, not waited for.
 
 Needs what the lab needs (mmdebstrap, mke2fs, a C compiler), no KVM. The first run builds
-the images; see ``python -m qemu_prefault.lab build``.
+the images; see ``python -m qemu_prefault_lab build``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_prefault.lab import (
+from qemu_prefault_lab import (
     CommandError,
     CommandTimeoutError,
     Lab,
@@ -30,7 +30,7 @@ from qemu_prefault.lab import (
     Machine,
     cache,
 )
-from qemu_prefault.lab.machine import kvm_can_prefault
+from qemu_prefault_lab.machine import kvm_can_prefault
 
 pytestmark = pytest.mark.lab
 
@@ -199,7 +199,7 @@ class TestLost:
     def test_a_killed_parent_leaves_no_qemu(self) -> None:
         program = (
             "import sys, time\n"
-            "from qemu_prefault.lab import Lab\n"
+            "from qemu_prefault_lab import Lab\n"
             "lab = Lab.start('trixie')\n"
             "print(lab.qemu_pid, flush=True)\n"
             "lab.run(['sleep', '1000'])\n"

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qemu_prefault.lab.guest import Defaults, Guest, defaults, patched_qemu, thp
-from qemu_prefault.lab.tool import Result, Tool, resident_bytes
+from qemu_prefault_lab.guest import Defaults, Guest, defaults, patched_qemu, thp
+from qemu_prefault_lab.tool import Result, Tool, resident_bytes
 
 if TYPE_CHECKING:
-    from qemu_prefault.lab.libvirtd import Domain, Libvirtd, Syslog
+    from qemu_prefault_lab.libvirtd import Domain, Libvirtd, Syslog
 
 OTHER_MIB = 96
 """What a guest has beside its workload's memory: its kernel, and memory it never touches."""
@@ -176,7 +176,7 @@ def ram_checksum(guest: Guest, backend: str = "ram") -> int:
 def libvirtd() -> Iterator[Libvirtd]:
     from libvirt_tool import tool  # noqa: PLC0415
 
-    from qemu_prefault.lab.libvirtd import Libvirtd  # noqa: PLC0415
+    from qemu_prefault_lab.libvirtd import Libvirtd  # noqa: PLC0415
 
     tool("libvirt", "install", "--hook")
     with Libvirtd() as daemon:
@@ -188,7 +188,7 @@ def domain(libvirtd: Libvirtd) -> Iterator[Callable[..., Domain]]:
     """Makes domains, of guests that write some memory."""
     from libvirt_tool import WORKLOAD_MIB  # noqa: PLC0415
 
-    from qemu_prefault.lab.libvirtd import Domain  # noqa: PLC0415
+    from qemu_prefault_lab.libvirtd import Domain  # noqa: PLC0415
 
     made: list[Domain] = []
 
@@ -204,7 +204,7 @@ def domain(libvirtd: Libvirtd) -> Iterator[Callable[..., Domain]]:
 
 @pytest.fixture
 def syslog() -> Iterator[Syslog]:
-    from qemu_prefault.lab.libvirtd import Syslog  # noqa: PLC0415
+    from qemu_prefault_lab.libvirtd import Syslog  # noqa: PLC0415
 
     with Syslog() as heard:
         yield heard

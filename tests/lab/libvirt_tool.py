@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_prefault.lab.libvirtd import Domain
+from qemu_prefault_lab.libvirtd import Domain
 
 if not Path("/lab/agent.py").exists() or not Path("/usr/sbin/libvirtd").exists():
     pytest.skip("only in the lab's variant libvirt", allow_module_level=True)

@@ -14,8 +14,8 @@ from conftest import prefault
 
 from qemu_prefault.conformance import host, runner, suite
 from qemu_prefault.kvm import pre_fault_capability
-from qemu_prefault.lab.guest import Guest
-from qemu_prefault.lab.tool import leftovers
+from qemu_prefault_lab.guest import Guest
+from qemu_prefault_lab.tool import leftovers
 
 OFFERED = pre_fault_capability().available is True
 ALLOC_MIB = 64

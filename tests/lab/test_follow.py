@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from conftest import faults
 
-from qemu_prefault.lab.guest import Guest
-from qemu_prefault.lab.tool import leftovers
+from qemu_prefault_lab.guest import Guest
+from qemu_prefault_lab.tool import leftovers
 
 pytestmark = pytest.mark.agents("attach", "qmp")
 MIB = 1 << 20

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_prefault.lab.guest import Guest, GuestError, reserve_hugepages, thp
+from qemu_prefault_lab.guest import Guest, GuestError, reserve_hugepages, thp
 
 BYTES_4K, BYTES_2M = 4096, 2 << 20
 WORKLOAD_MIB = 64

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from conftest import OTHER_MIB, SNAPSHOT, add_disk, faults, prefault, run_job, start_tool
 
-from qemu_prefault.lab.guest import Guest
-from qemu_prefault.lab.tool import Tool, leftovers, wait_clean, wait_for
+from qemu_prefault_lab.guest import Guest
+from qemu_prefault_lab.tool import Tool, leftovers, wait_clean, wait_for
 
 WORKLOAD_MIB = 32
 MEMORY_MIB = WORKLOAD_MIB + OTHER_MIB

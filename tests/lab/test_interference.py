@@ -14,9 +14,9 @@ import pytest
 from conftest import prefault, start_tool
 
 from qemu_prefault.agents.attach import helper_threads
-from qemu_prefault.lab.guest import Guest
-from qemu_prefault.lab.tool import Result, leftovers, wait_clean
 from qemu_prefault.process import thread_names
+from qemu_prefault_lab.guest import Guest
+from qemu_prefault_lab.tool import Result, leftovers, wait_clean
 
 
 class Run:

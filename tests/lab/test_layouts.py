@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 from conftest import prefault
 
-from qemu_prefault.lab.guest import Guest, reserve_hugepages, thp
+from qemu_prefault_lab.guest import Guest, reserve_hugepages, thp
 
 MIB = 1 << 20
 

@@ -17,10 +17,10 @@ from libvirt_tool import FEW, METRICS_ADDRESS, WORKLOAD_MIB, label, metrics, run
 from prometheus_client.parser import text_string_to_metric_families
 
 from qemu_prefault.agents.attach import helper_threads
-from qemu_prefault.lab.libvirtd import Domain, denials, kernel_log, wait_until
 from qemu_prefault.libvirt.installation import APPARMOR_RULE, RULE_TEXT, install
 from qemu_prefault.libvirt.window import ram_mapping
 from qemu_prefault.pagemap import Pagemap
+from qemu_prefault_lab.libvirtd import Domain, denials, kernel_log, wait_until
 
 full = pytest.mark.full  # only in make test-full: each start of a confined domain takes seconds
 

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from libvirt_tool import FEW, PAGES, label, tool
 
-from qemu_prefault.lab.libvirtd import Domain, Libvirtd, host_namespace, wait_until
 from qemu_prefault.libvirt.installation import HOOK as HOOK_FILE
+from qemu_prefault_lab.libvirtd import Domain, Libvirtd, host_namespace, wait_until
 
 pytestmark = pytest.mark.full
 

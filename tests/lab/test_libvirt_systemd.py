@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from libvirt_tool import metrics, tool
 
-from qemu_prefault.lab.libvirtd import Domain, Libvirtd, Systemd, wait_until
+from qemu_prefault_lab.libvirtd import Domain, Libvirtd, Systemd, wait_until
 
 pytestmark = pytest.mark.full
 

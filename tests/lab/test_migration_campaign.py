@@ -14,8 +14,8 @@ from pathlib import Path
 
 from conftest import OTHER_MIB, start_tool
 
-from qemu_prefault.lab.guest import Guest
-from qemu_prefault.lab.tool import wait_clean, wait_for
+from qemu_prefault_lab.guest import Guest
+from qemu_prefault_lab.tool import wait_clean, wait_for
 
 WORKLOAD_MIB = 32
 OPTIONS = [(), ("--chunk", "64K"), ("--max-downtime", "0.02", "--chunk", "1M")]

@@ -27,8 +27,8 @@ from conftest import (
 )
 from conftest import run_job as run_block_job
 
-from qemu_prefault.lab.guest import Guest, patched_qemu
-from qemu_prefault.lab.tool import leftovers, resident_bytes
+from qemu_prefault_lab.guest import Guest, patched_qemu
+from qemu_prefault_lab.tool import leftovers, resident_bytes
 
 MIB = 1 << 20
 WORKLOAD_MIB = 256
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def patched() -> Iterator[None]:
-    from qemu_prefault.lab.guest import defaults  # noqa: PLC0415
+    from qemu_prefault_lab.guest import defaults  # noqa: PLC0415
 
     before = defaults.qemu
     defaults.qemu = patched_qemu() or before

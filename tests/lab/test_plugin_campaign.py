@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from qemu_prefault.lab.guest import Guest
+from qemu_prefault_lab.guest import Guest
 
 MIB = 1 << 20
 KVM_RAM = re.compile(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qemu_prefault.lab.guest import Guest
+from qemu_prefault_lab.guest import Guest
 
 MIB = 1 << 20
 VIRTIO_MEM = 256 * MIB

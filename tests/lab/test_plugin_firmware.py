@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from qemu_prefault.lab.guest import Guest
-from qemu_prefault.lab.machine import NO_UEFI, uefi_aborts
+from qemu_prefault_lab.guest import Guest
+from qemu_prefault_lab.machine import NO_UEFI, uefi_aborts
 
 pytestmark = [
     pytest.mark.full,

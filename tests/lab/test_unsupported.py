@@ -12,8 +12,8 @@ import pytest
 from conftest import prefault, ram_resident
 
 from qemu_prefault.kvm import pre_fault_capability
-from qemu_prefault.lab.guest import Guest
-from qemu_prefault.lab.tool import Tool, leftovers
+from qemu_prefault_lab.guest import Guest
+from qemu_prefault_lab.tool import Tool, leftovers
 
 pytestmark = pytest.mark.skipif(
     pre_fault_capability().available is True, reason="KVM_PRE_FAULT_MEMORY works here"

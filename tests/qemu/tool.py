@@ -12,7 +12,7 @@ from typing import Any
 
 from conftest import Qemu, StartQemu
 
-from qemu_prefault.lab.tool import Result, Tool, leftovers, resident_bytes, wait_clean, wait_for
+from qemu_prefault_lab.tool import Result, Tool, leftovers, resident_bytes, wait_clean, wait_for
 
 __all__ = ["Result", "Tool", "leftovers", "resident_bytes", "wait_clean", "wait_for"]
 

@@ -113,7 +113,7 @@ class Lab(Machine):
     ) -> Lab:
         """Boot L1, or restore it from the snapshot of an earlier boot.
 
-        :param variant: which Debian; see :data:`qemu_prefault.lab.image.VARIANTS`.
+        :param variant: which Debian; see :data:`qemu_prefault_lab.image.VARIANTS`.
         :param npt: nested paging for L2; without, KVM in L1 shadows page tables.
         :param tdp_mmu: kvm's parameter of that name; the kernel's default if None.
         :param kernel_args: added to L1's kernel command line.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A lab in which every conformance case that can run does: huge pages of each kind, and KSM.
 
-``python -m qemu_prefault.lab.conformance`` runs ``qemu-prefault conformance`` so; for
+``python -m qemu_prefault_lab.conformance`` runs ``qemu-prefault conformance`` so; for
 docs/conformance.md.
 """
 

@@ -11,7 +11,7 @@ L1
     module, so the ioctl, the stage-2 tables and their counters are the real thing; only
     absolute times mean nothing.
 L2
-    Guests of the QEMU in L1 (:mod:`qemu_prefault.lab.guest`), the ones to be prefaulted.
+    Guests of the QEMU in L1 (:mod:`qemu_prefault_lab.guest`), the ones to be prefaulted.
 
 Where the host itself has a KVM with the capability, :func:`open_machine` hands out a
 :class:`LocalMachine` with the same methods instead, and nothing is emulated.

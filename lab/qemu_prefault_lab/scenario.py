@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The demo's part that runs where the KVM is: ``python -m qemu_prefault.lab.scenario``.
+"""The demo's part that runs where the KVM is: ``python -m qemu_prefault_lab.scenario``.
 
 A guest on 4K pages writes 256 MiB for the first time, three ways: with nothing done for it;
 after the bare ioctl over all of its RAM; after qemu-prefault. Once at boot (the memory is
 untouched), once restored from a file (QEMU has just written it). What happens is told on
-stdout, one JSON object a line; :mod:`qemu_prefault.lab.demo` shows it.
+stdout, one JSON object a line; :mod:`qemu_prefault_lab.demo` shows it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Guests that are whole distributions (:mod:`qemu_prefault.lab.distro`), and their console.
+"""Guests that are whole distributions (:mod:`qemu_prefault_lab.distro`), and their console.
 
 Where the KVM is, a directory named by ``QEMU_PREFAULT_DISTROS`` has for each distribution a
 directory with ``disk`` (a file or a block device, never written to) and ``boot/``.

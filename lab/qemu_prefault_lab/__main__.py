@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``python -m qemu_prefault.lab``: build the lab, run something in it, prove that it boots."""
+"""``python -m qemu_prefault_lab``: build the lab, run something in it, prove that it boots."""
 
 from __future__ import annotations
 

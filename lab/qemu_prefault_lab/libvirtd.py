@@ -3,7 +3,7 @@
 
 The daemon is Debian's, started as its unit would, with AppArmor in force; a second one lives in
 mount, UTS and AppArmor namespaces of its own and so thinks it is another host. Domains boot the
-same guests as :mod:`qemu_prefault.lab.guest`. The lab has no systemd as its first process; where
+same guests as :mod:`qemu_prefault_lab.guest`. The lab has no systemd as its first process; where
 that matters, :class:`Systemd` is the first one of namespaces.
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Whole distributions as guests: their own kernel, initramfs, systemd, and a login.
 
-Built as the lab's own images are (:mod:`qemu_prefault.lab.image`), from the archive, but
+Built as the lab's own images are (:mod:`qemu_prefault_lab.image`), from the archive, but
 installed and not unpacked: every package has run its scripts, and the initramfs is the one
 that initramfs-tools made for it.
 """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """``qemu-prefault demo``: the whole story, on any x86-64 Linux.
 
-Runs :mod:`qemu_prefault.lab.scenario` on a machine whose KVM can prefault -- this host if it
+Runs :mod:`qemu_prefault_lab.scenario` on a machine whose KVM can prefault -- this host if it
 can, else the nested lab -- and shows what it tells: live while it runs, as a table at the end.
 """
 
@@ -112,7 +112,7 @@ def run_demo(as_json: bool) -> None:
         python = "python3" if nested else sys.executable
         machine.install_source()
         result = machine.run(
-            [python, "-m", "qemu_prefault.lab.scenario"],
+            [python, "-m", "qemu_prefault_lab.scenario"],
             timeout=LIMIT_SECONDS,
             check=False,
             on_output=board.feed,

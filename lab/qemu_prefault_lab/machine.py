@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO, Final
 
+import qemu_prefault
 from qemu_prefault.errors import UnsupportedError
 
 from . import image
@@ -187,15 +188,16 @@ class Machine(abc.ABC):
             self._install_tree(Path(scratch))
 
     def install_source(self) -> None:
-        """Make the package this very code belongs to importable, as it lies here.
+        """Make this package and qemu_prefault importable, as they lie here.
 
         With it goes the one thing it needs that Debian does not package: qemu.qmp.
         """
-        package = Path(__file__).parent.parent
+        packages = [Path(__file__).parent, Path(qemu_prefault.__file__).parent]
         with tempfile.TemporaryDirectory() as scratch:
             site = Path(scratch) / "site"
             skip = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(package, site / package.name, ignore=skip)
+            for package in packages:
+                shutil.copytree(package, site / package.name, ignore=skip)
             with contextlib.suppress(ModuleNotFoundError):  # the lab's own modules do without
                 spec = importlib.util.find_spec("qemu.qmp")
                 if spec is not None and spec.origin is not None:
