@@ -1,34 +1,155 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Fill the stage-2 page tables of a running QEMU's guest before the guest needs them.
 
-The public API: :class:`Session` (``async with Session.open(qmp)``), :class:`Policy`,
-:class:`Populate`, :class:`Report`, and the errors of :mod:`qemu_prefault.errors`; to look only,
-:mod:`qemu_prefault.survey`; for small scripts, :mod:`qemu_prefault.scripting`.
+::
+
+    report = qemu_prefault.prefault("/run/vm.qmp")
+
+:mod:`qemu_prefault.api` has the rest, which all is exported here: :func:`prefault`,
+:func:`connect`, :class:`Options`, :class:`Report` and so on. Errors are those of
+:mod:`qemu_prefault.errors`.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .errors import QemuPrefaultError
-    from .plan import Policy, Populate
-    from .report import Report
-    from .session import Session
+    from .api import (
+        SCHEMA,
+        VCPU_COUNTERS,
+        AgentChoice,
+        ByteSums,
+        Counters,
+        Dial,
+        EventStream,
+        Finding,
+        Findings,
+        MappedSection,
+        Monitor,
+        OnReady,
+        Options,
+        Populate,
+        Progress,
+        RamMap,
+        Report,
+        RunWarning,
+        Seconds,
+        SectionReport,
+        Stage2Leaves,
+        VcpuThread,
+        Vm,
+        check_plugin_options,
+        connect,
+        counters,
+        describe_errno,
+        follow,
+        plugin_path,
+        pre_fault_here,
+        prefault,
+        prefault_async,
+        probe,
+        probe_process,
+        ram_map,
+        replace_by,
+    )
+    from .errors import (
+        AgentError,
+        Code,
+        CommandError,
+        ExitStatus,
+        FailedError,
+        GoneError,
+        InputError,
+        LayoutError,
+        LibvirtError,
+        MonitorBusyError,
+        MonitorError,
+        PartialError,
+        PtraceDeniedError,
+        QemuPrefaultError,
+        RefusedError,
+        UnsupportedError,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["Policy", "Populate", "QemuPrefaultError", "Report", "Session"]
+__all__ = [
+    "SCHEMA",
+    "VCPU_COUNTERS",
+    "AgentChoice",
+    "AgentError",
+    "ByteSums",
+    "Code",
+    "CommandError",
+    "Counters",
+    "Dial",
+    "EventStream",
+    "ExitStatus",
+    "FailedError",
+    "Finding",
+    "Findings",
+    "GoneError",
+    "InputError",
+    "LayoutError",
+    "LibvirtError",
+    "MappedSection",
+    "Monitor",
+    "MonitorBusyError",
+    "MonitorError",
+    "OnReady",
+    "Options",
+    "PartialError",
+    "Populate",
+    "Progress",
+    "PtraceDeniedError",
+    "QemuPrefaultError",
+    "RamMap",
+    "RefusedError",
+    "Report",
+    "RunWarning",
+    "Seconds",
+    "SectionReport",
+    "Stage2Leaves",
+    "UnsupportedError",
+    "VcpuThread",
+    "Vm",
+    "__version__",
+    "check_plugin_options",
+    "connect",
+    "counters",
+    "describe_errno",
+    "follow",
+    "plugin_path",
+    "pre_fault_here",
+    "prefault",
+    "prefault_async",
+    "probe",
+    "probe_process",
+    "ram_map",
+    "replace_by",
+]
 
-_HOMES = {
-    "Policy": "plan",
-    "Populate": "plan",
-    "QemuPrefaultError": "errors",
-    "Report": "report",
-    "Session": "session",
-}
+_ERRORS = frozenset(name for name in __all__ if name.endswith("Error")) | {"Code", "ExitStatus"}
+#: Names of 0.1, each with the module of qemu_prefault.deprecated that still has it.
+_DEPRECATED = {"Policy": "session", "Session": "session"}
+
+# qemu_prefault.survey and qemu_prefault.scripting are modules of 0.1: they are found there.
+__path__.append(str(Path(__file__).parent / "deprecated"))
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     # `qemu-prefault --help` imports this package too, and wants none of it.
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _DEPRECATED:
+        home = f"deprecated.{_DEPRECATED[name]}"
+    elif name in _ERRORS:
+        home = "errors"
+    elif name in __all__:
+        home = "api"
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f".{home}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

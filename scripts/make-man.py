@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from qemu_prefault import __version__
-from qemu_prefault.cli import cli
+from qemu_prefault.cli.main import cli
 
 TARGET = Path(__file__).resolve().parent.parent / "man" / "qemu-prefault.1"
 

@@ -16,7 +16,7 @@ import sys
 from virttest import env_process, utils_misc
 
 from qemu_prefault.agents.plugin import Control, find_control_socket, plugin_path
-from qemu_prefault.process import Process
+from qemu_prefault.host.procfs import Process
 
 LOG = logging.getLogger("avocado." + __name__)
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from qemu_prefault import cli
+from qemu_prefault.cli.main import main
 
 _MM = Path("/sys/kernel/mm")
 _SETTINGS = {
@@ -46,4 +46,4 @@ def prepared() -> Iterator[None]:
 if __name__ == "__main__":
     sys.argv[1:1] = ["conformance"]
     with prepared():
-        cli.main()
+        main()

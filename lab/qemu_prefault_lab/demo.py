@@ -16,8 +16,9 @@ from typing import Any
 
 import click
 
+from qemu_prefault.cli.format import table
+from qemu_prefault.engine.report import SCHEMA
 from qemu_prefault.errors import FailedError
-from qemu_prefault.report import SCHEMA, table
 
 from . import LocalMachine, open_machine
 from .scenario import CASES, WORKLOAD_MIB

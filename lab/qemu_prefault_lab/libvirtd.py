@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from qemu_prefault.errors import FailedError
-from qemu_prefault.libvirt.qemu_process import find_qemu
-from qemu_prefault.libvirt.window import total_faults
-from qemu_prefault.process import Process
+from qemu_prefault.host.kvm import debugfs_faults
+from qemu_prefault.host.procfs import Process
+from qemu_prefault.libvirt.find_qemu import find_qemu
 
 from .guest import KERNEL_ARGS, l2_directory
 from .serial import Answer, Serial
@@ -405,7 +405,7 @@ class Domain:
 
     def faults(self) -> int:
         """KVM's ``pf_taken`` since this QEMU started."""
-        count = total_faults(self.process)
+        count = debugfs_faults(self.process)
         if count is None:
             raise LibvirtdError("KVM's counters are not in debugfs")
         return count

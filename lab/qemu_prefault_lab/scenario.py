@@ -26,10 +26,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from qemu_prefault.agents import Kind, Range
-from qemu_prefault.agents.attach import AttachAgent
+from qemu_prefault import connect
+from qemu_prefault.agents.base import Kind, Range
+from qemu_prefault.agents.ptrace import PtraceAgent
 from qemu_prefault.errors import FailedError, QemuPrefaultError, UnsupportedError
-from qemu_prefault.session import Session
 
 from .guest import Guest
 
@@ -101,11 +101,11 @@ def small_pages() -> Iterator[None]:
 
 async def bare_ioctl(guest: Guest) -> Spent:
     """KVM_PRE_FAULT_MEMORY over all RAM as it is: what one would write first."""
-    async with Session.open(str(guest.qmp_path)) as session:
-        agent = AttachAgent(session.process, await session.vcpu_threads((), True))
+    async with connect(str(guest.qmp_path)) as vm:
+        agent = PtraceAgent(vm.process, await vm.vcpu_threads((), True))
         await agent.start()
         try:
-            sections = [s for s in session.machine.sections if s.skipped is None]
+            sections = [s for s in vm.state.sections if s.skipped is None]
             ranges = [Range(Kind.STAGE2, section.gpa, section.size) for section in sections]
             result = await agent.run({0: ranges}, lambda done: None)
         finally:

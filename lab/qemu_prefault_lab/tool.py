@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # Imported here once, for all runs that are forked.
-import qemu_prefault.engine
-import qemu_prefault.probe
-import qemu_prefault.survey  # noqa: F401
-from qemu_prefault.agents import Limits
-from qemu_prefault.agents.attach import AREAS_FROM, AREAS_TO, helper_threads
-from qemu_prefault.cli import main
+from qemu_prefault.agents.base import Limits
+from qemu_prefault.agents.gadgets import AREAS_FROM, AREAS_TO
+from qemu_prefault.agents.ptrace import helper_threads
+from qemu_prefault.cli.main import main
 
 GRACE = Limits().dead_man + 9
 """Seconds until helpers have left whatever happened: the dead man's time, and a busy host's."""

@@ -17,9 +17,9 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import AgentError, FailedError, RefusedError, UnsupportedError
-from ..process import Process, thread_names
-from . import BatchResult, DeathOrders, Limits, Outcome, Range, VcpuThread, Worker
+from ..errors import AgentError, Code, FailedError, RefusedError, UnsupportedError
+from ..host.procfs import Process, thread_names
+from .base import BatchResult, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
 
 PROTOCOL: Final = 1
 CONTROL_THREAD: Final = "prefault/"
@@ -40,7 +40,7 @@ def plugin_path() -> Path:
         raise UnsupportedError(
             f"this installation has no plugin: {path} does not exist",
             "install it from the source tree: pip install .",
-            code="no-plugin",
+            code=Code.NO_PLUGIN,
         )
     return path
 
@@ -111,13 +111,13 @@ class Control:
             raise UnsupportedError(
                 f"the plugin's control socket {path} may not be opened: {error.strerror}",
                 "run this as root, or as QEMU's user",
-                code="control-socket",
+                code=Code.CONTROL_SOCKET,
             ) from error
         except OSError as error:
             raise FailedError(
                 f"the plugin's control socket {path} does not answer: {error.strerror}",
                 "did QEMU just exit? Its log tells; --agent attach does without the plugin",
-                code="control-socket",
+                code=Code.CONTROL_SOCKET,
             ) from error
         control = cls(reader, writer, pid)
         try:
@@ -130,7 +130,7 @@ class Control:
             raise UnsupportedError(
                 f"the plugin in QEMU (pid {pid}) is of another version",
                 "use the qemu-prefault it came with, or --agent attach",
-                code="plugin-version",
+                code=Code.PLUGIN_VERSION,
             )
         return control
 
@@ -157,7 +157,7 @@ class Control:
             raise FailedError(
                 f"the plugin in QEMU (pid {self._pid}) does not answer",
                 "is QEMU stopped (SIGSTOP)? See: ps -o stat -p PID",
-                code="control-socket",
+                code=Code.CONTROL_SOCKET,
             ) from None
 
     def send(self, text: str) -> None:
@@ -183,7 +183,7 @@ class Control:
                 raise RefusedError(
                     f"another qemu-prefault is at work in QEMU (pid {self._pid})",
                     "wait until it is done, then run this again",
-                    code="busy-agent",
+                    code=Code.BUSY_AGENT,
                 )
             raise AgentError(f"the plugin refused: {answer['error']}", "report this")
         return answer
@@ -192,7 +192,7 @@ class Control:
         return FailedError(
             f"QEMU (pid {self._pid}) closed the plugin's control socket",
             "see QEMU's own log: it has exited, or this user is not welcome (root, or QEMU's own)",
-            code="qemu-gone",
+            code=Code.QEMU_GONE,
         )
 
     def fileno(self) -> int:
@@ -289,13 +289,13 @@ class PluginAgent:
         if self._working and self._control:
             self._control.send("abort")
 
-    def death_orders(self) -> DeathOrders:
+    def orphan_cleanup(self) -> OrphanCleanup:
         assert self._control
         descriptor, pid = self._control.fileno(), self.process.pid
-        return DeathOrders(
-            send_away=lambda: os.close(descriptor),  # ours was the last copy
-            gone=lambda: not batch_threads(pid),
-            patience=self.limits.stuck + self.limits.dead_man,
+        return OrphanCleanup(
+            stop_helpers=lambda: os.close(descriptor),  # ours was the last copy
+            helpers_gone=lambda: not batch_threads(pid),
+            timeout=self.limits.stuck + self.limits.dead_man,
         )
 
     async def close(self) -> None:

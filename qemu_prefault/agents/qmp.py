@@ -18,10 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import AgentError, FailedError, RefusedError
-from ..layout import Section
-from ..monitor import CommandError, EventStream, Monitor
-from . import BatchResult, DeathOrders, Kind, Limits, Outcome, Range, VcpuThread, Worker
+from ..errors import AgentError, Code, CommandError, FailedError, RefusedError
+from ..qemu.memory_map import MemorySection
+from ..qemu.monitor import EventStream, Monitor
+from ..qemu.queries import MIGRATION_OVER, read_migration, read_status
+from .base import BatchResult, Kind, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
 
 COMMAND: Final = "x-kvm-prefault-memory"
 QUERY: Final = "x-query-kvm-prefault"
@@ -29,6 +30,7 @@ JOB_PREFIX: Final = "qemu-prefault-"
 PROGRESS_SECONDS: Final = 0.25
 END_SECONDS: Final = 10.0
 """How long a job that was cancelled is waited for: chunks in hand take milliseconds."""
+JOB_TYPE: Final = "kvm-prefault"
 OVER: Final = ("concluded", "null")
 _NUMBERS: Final = itertools.count()
 
@@ -67,7 +69,7 @@ class QmpAgent:
     def __init__(
         self,
         monitor: Monitor,
-        sections: Callable[[], Sequence[Section]],
+        sections: Callable[[], Sequence[MemorySection]],
         threads: Sequence[VcpuThread],
         limits: Limits | None = None,
     ) -> None:
@@ -147,7 +149,7 @@ class QmpAgent:
             try:
                 await self._monitor.execute_raw(COMMAND, arguments)
             except CommandError as error:
-                raise _translate(error) from error
+                raise await self._explain(error) from error
             self._job = job
             try:
                 if self._aborted:  # while the command was under way
@@ -162,6 +164,37 @@ class QmpAgent:
         answer: Any = await self._monitor.execute_raw(QUERY, {"job-id": job})
         await self._dismiss(job)
         return _match([item for _, item in items], answer["ranges"], kind)
+
+    async def _explain(self, error: CommandError) -> FailedError | RefusedError:
+        """Why QEMU refused a job: its errors have no codes, but its state can be asked for."""
+        jobs: Any = await self._monitor.execute("query-jobs")
+        if any(job["type"] == JOB_TYPE and job["status"] not in OVER for job in jobs):
+            return RefusedError(
+                "another client has QEMU prefault memory",
+                "wait until its job is over (query-jobs), or cancel it (job-cancel)",
+                code=Code.BUSY_AGENT,
+            )
+        if await self._logs_dirty_pages():
+            return RefusedError(
+                error.cause,
+                "wait until the migration or the measurement is over",
+                code=Code.DIRTY_LOGGING,
+            )
+        return AgentError(error.cause, "report this")
+
+    async def _logs_dirty_pages(self) -> bool:
+        """Whether a migration, an incoming one too, or a dirty-rate measurement is under way."""
+        if await read_migration(self._monitor) not in MIGRATION_OVER:
+            return True
+        if await read_status(self._monitor) == "inmigrate":
+            return True
+        for query in ("query-dirty-rate", "query-vcpu-dirty-limit"):
+            with contextlib.suppress(CommandError):
+                answer = await self._monitor.execute(query)
+                measuring = isinstance(answer, dict) and answer.get("status") == "measuring"
+                if measuring or (isinstance(answer, list) and answer):
+                    return True
+        return False
 
     async def _wait(
         self, job: str, events: EventStream, on_progress: Callable[[int], None]
@@ -186,7 +219,7 @@ class QmpAgent:
                 raise FailedError(
                     "QEMU closed the QMP connection during its prefault job",
                     "see whether QEMU is still running",
-                    code="monitor-closed",
+                    code=Code.MONITOR_CLOSED,
                 )
             if event.data.get("id") == job and event.data.get("status") in OVER:
                 return
@@ -224,32 +257,15 @@ class QmpAgent:
             self._cancelling.add(task)
             task.add_done_callback(self._cancelling.discard)
 
-    def death_orders(self) -> DeathOrders:
+    def orphan_cleanup(self) -> OrphanCleanup:
         """None: QEMU's job ends by itself, and keeps no vCPU from the guest for long.
 
         The next run cancels it if it has not.
         """
-        return DeathOrders(send_away=lambda: None, gone=lambda: True, patience=0.0)
+        return OrphanCleanup(stop_helpers=lambda: None, helpers_gone=lambda: True, timeout=0.0)
 
     async def close(self) -> None:
         await asyncio.gather(*self._cancelling, return_exceptions=True)
-
-
-def _translate(error: CommandError) -> FailedError | RefusedError:
-    text = error.desc
-    if "is being prefaulted by job" in text:
-        return RefusedError(
-            "another client has QEMU prefault memory",
-            "wait until its job is over (query-jobs), or cancel it (job-cancel)",
-            code="busy-agent",
-        )
-    if "cannot be prefaulted now" in text:
-        return RefusedError(
-            error.cause,
-            "wait until the migration or the measurement is over",
-            code="dirty-logging",
-        )
-    return AgentError(error.cause, "report this")
 
 
 def _match(items: Sequence[Range], told: Sequence[Mapping[str, Any]], kind: Kind) -> list[Outcome]:

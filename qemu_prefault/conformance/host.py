@@ -9,10 +9,9 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from qemu_prefault._native import lib
-from qemu_prefault.errors import UnsupportedError
-from qemu_prefault.kvm import parameter
-
+from .._native import lib
+from ..errors import Code, UnsupportedError
+from ..host.kvm import parameter
 from . import abi, vmm
 
 
@@ -81,7 +80,7 @@ def look() -> Host:
             f"/dev/kvm cannot be opened: {error.strerror}",
             "no KVM: load kvm_amd or kvm_intel, or enable virtualization in the firmware; "
             "no permission: run as root, or in group kvm",
-            code="no-kvm",
+            code=Code.NO_KVM,
         ) from error
 
     def check(capability: int) -> int:

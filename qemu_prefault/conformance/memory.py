@@ -9,8 +9,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from qemu_prefault._native import ffi, lib
-
+from .._native import ffi, lib
 from .abi import HUGE, PAGE
 
 _MMAP, _MPROTECT, _MUNMAP, _MADVISE, _USERFAULTFD = 9, 10, 11, 28, 323

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from qemu_prefault.errors import ExitStatus
-
+from ..errors import ExitStatus
 from .host import Host
 from .runner import Result
 from .suite import Case, Outcome

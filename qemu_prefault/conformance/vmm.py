@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qemu_prefault._native import ffi, lib
-from qemu_prefault.kvm import BinaryStats
-
+from .._native import ffi, lib
+from ..host.kvm import BinaryStats
 from . import abi, guest
 from .abi import GIB, PAGE
 from .memory import Memory, small

@@ -11,18 +11,17 @@ import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from ..errors import FailedError, InputError, QemuPrefaultError, UnsupportedError
+from ..errors import (
+    Code,
+    InputError,
+    LibvirtError,
+    UnsupportedError,
+)
 
 if TYPE_CHECKING:
     import libvirt
 
 DEFAULT_URI = "qemu:///system"
-
-
-class LibvirtError(FailedError):
-    """libvirt could not do what was asked; its own words are the cause."""
-
-    code = "libvirt"
 
 
 def default_uri(uri: str | None = None) -> str:
@@ -41,7 +40,7 @@ def module() -> Any:
         raise UnsupportedError(
             "this takes libvirt's Python module, which is not installed",
             "apt-get install python3-libvirt, or pip install 'qemu-prefault[libvirt]'",
-            code="no-libvirt-python",
+            code=Code.NO_LIBVIRT_PYTHON,
         ) from None
     # It prints every error to stderr itself otherwise.
     libvirt.registerErrorHandler(lambda _, __: None, None)
@@ -74,12 +73,12 @@ def raise_error(error: Any, prefix: str = "") -> NoReturn:
     text = f"{prefix}{error.get_error_message() or error}"
     number = error.get_error_code()
     if number == libvirt.VIR_ERR_NO_DOMAIN:
-        raise InputError(text, "see: virsh list --all", code="no-domain") from error
+        raise InputError(text, "see: virsh list --all", code=Code.NO_DOMAIN) from error
     if number == libvirt.VIR_ERR_OPERATION_INVALID:
         raise LibvirtError(text, "see: virsh domstate DOMAIN") from error
     if number in (libvirt.VIR_ERR_NO_CONNECT, libvirt.VIR_ERR_SYSTEM_ERROR):
         remedy = "is the daemon running? systemctl start libvirtd (or virtqemud); --connect URI"
-        raise LibvirtError(text, remedy, code="no-libvirtd") from error
+        raise LibvirtError(text, remedy, code=Code.NO_LIBVIRTD) from error
     raise LibvirtError(text, "see the daemon's log: journalctl -u libvirtd") from error
 
 
@@ -131,7 +130,7 @@ def definitions(uri: str | None = None) -> Definitions:
                 "neither virsh nor libvirt's Python module is installed",
                 "apt-get install libvirt-clients; or give XML: qemu-prefault libvirt enable - "
                 "<old.xml >new.xml",
-                code="no-libvirt",
+                code=Code.NO_LIBVIRT,
             ) from error
         return ByVirsh(virsh, default_uri(uri))
     return ByModule(connect(uri))
@@ -187,13 +186,26 @@ class ByVirsh:
         if done.returncode == 0:
             return done.stdout
         text = " ".join(done.stderr.split()).removeprefix("error: ")
-        error: type[QemuPrefaultError] = LibvirtError
-        if "failed to get domain" in text:
-            error = InputError
-        raise error(text or f"virsh {arguments[0]} failed", "see: virsh list --all")
+        raise LibvirtError(text or f"virsh {arguments[0]} failed", "see: virsh list --all")
+
+    def _run_on(self, domain: str, *arguments: str) -> str:
+        try:
+            return self._run(*arguments, domain)
+        except LibvirtError as error:
+            if not self._knows(domain):
+                raise InputError(error.cause, error.remedy) from error
+            raise
+
+    def _knows(self, domain: str) -> bool:
+        """Whether there is such a domain; also if that cannot be known."""
+        try:
+            names = self._run("list", "--all", "--name") + self._run("list", "--all", "--uuid")
+        except LibvirtError:
+            return True
+        return domain.isdecimal() or domain in map(str.strip, names.splitlines())
 
     def read(self, domain: str) -> bytes:
-        return self._run("dumpxml", "--inactive", "--security-info", domain).encode()
+        return self._run_on(domain, "dumpxml", "--inactive", "--security-info").encode()
 
     def write(self, domain: str, xml: bytes) -> None:
         with tempfile.NamedTemporaryFile(suffix=".xml") as file:  # mode 0600
@@ -202,8 +214,8 @@ class ByVirsh:
             self._run("define", file.name)
 
     def running(self, domain: str) -> bool:
-        return self._run("domstate", domain).split()[:1] != ["shut"]
+        return self._run_on(domain, "domstate").split()[:1] != ["shut"]
 
     def saved(self, domain: str) -> bool:
-        words = self._run("dominfo", domain).splitlines()
+        words = self._run_on(domain, "dominfo").splitlines()
         return any(w.startswith("Managed save:") and w.endswith("yes") for w in words)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from xml.parsers import expat
 
-from ..errors import InputError, RefusedError, UnsupportedError
+from ..errors import Code, InputError, RefusedError, UnsupportedError
 
 QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 OWN_NAMESPACE = "urn:qemu-prefault:1"
@@ -234,7 +234,7 @@ class _Reader:
             raise InputError(
                 f"this is no XML that could be read: {error}",
                 "give what `virsh dumpxml --inactive DOMAIN` prints",
-                code="bad-xml",
+                code=Code.BAD_XML,
             ) from None
         assert self._root is not None
         return self._root
@@ -265,7 +265,9 @@ class _Reader:
         self._open[-1].text += text
 
     def _doctype(self, *_: object) -> None:
-        raise InputError("this XML has a DOCTYPE, which no domain has", "remove it", code="bad-xml")
+        raise InputError(
+            "this XML has a DOCTYPE, which no domain has", "remove it", code=Code.BAD_XML
+        )
 
 
 def _text(element: Element | None) -> str:
@@ -281,7 +283,7 @@ def _size(element: Element | None) -> int:
         raise InputError(
             f"<{element.name}> of the domain is no size: {_text(element)[:40]!r}",
             "see: virsh dumpxml DOMAIN",
-            code="bad-xml",
+            code=Code.BAD_XML,
         ) from None
 
 
@@ -291,13 +293,13 @@ def _refuse(root: Element) -> None:
         raise UnsupportedError(
             f"this is a domain of type {kind!r}: its guest does not run under KVM",
             "only <domain type='kvm'> has stage-2 tables that could be filled",
-            code="not-kvm",
+            code=Code.NOT_KVM,
         )
     machine = root.find("os/type")
     arch = machine.attributes.get("arch") if machine else None
     if arch not in (None, "x86_64", "i686"):
         raise UnsupportedError(
-            f"this domain's guest is {arch}", "qemu-prefault is for x86-64 only", code="not-x86"
+            f"this domain's guest is {arch}", "qemu-prefault is for x86-64 only", code=Code.NOT_X86
         )
     commandline = root.find("commandline", QEMU_NAMESPACE)
     for variable in commandline.all("env", QEMU_NAMESPACE) if commandline else ():
@@ -305,7 +307,7 @@ def _refuse(root: Element) -> None:
             raise RefusedError(
                 "this domain loads the plugin by LD_PRELOAD already",
                 "remove that <qemu:env> first: virsh edit DOMAIN",
-                code="preloaded",
+                code=Code.PRELOADED,
             )
 
 

@@ -34,12 +34,12 @@ from typing import TYPE_CHECKING
 from ..errors import QemuPrefaultError
 from . import domain_xml
 from .domain_xml import Domain
-from .installation import program_words
-from .policy import Moment, Policy, When, read
+from .hook_config import HookConfig, LifecycleEvent, When, read
+from .install import program_words
 
 if TYPE_CHECKING:
-    from ..process import Process
-    from .window import Done
+    from ..host.procfs import Process
+    from .prelaunch import PrelaunchResult
 
 MARKS = Path("/run/qemu-prefault")
 """A file for each domain that is being restored or migrates in, until it has started."""
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str], stdin: int = 0) -> bytes:
     operation = " ".join(arguments[1:3])
     try:
         if operation in ("restore begin", "migrate begin"):
-            return _coming(Moment(arguments[1]), _read_all(stdin), log)
+            return _coming(LifecycleEvent(arguments[1]), _read_all(stdin), log)
         if operation == "started begin":
             _started(name, _read_all(stdin), log)
         elif operation == "release end":
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str], stdin: int = 0) -> bytes:
     return b""
 
 
-def _coming(moment: Moment, xml: bytes, log: Log) -> bytes:
+def _coming(moment: LifecycleEvent, xml: bytes, log: Log) -> bytes:
     """Remember what ``started`` will not tell; leave out a plugin that is not on this host."""
     about = domain_xml.describe(xml)
     try:
@@ -99,7 +99,7 @@ def _started(name: str, xml: bytes, log: Log) -> None:
         return
     # From here on it is worth to load more.
     from ..agents.plugin import find_control_socket  # noqa: PLC0415
-    from .qemu_process import find_qemu  # noqa: PLC0415
+    from .find_qemu import find_qemu  # noqa: PLC0415
 
     process = find_qemu(name, about.uuid)
     if find_control_socket(process) is not None:
@@ -121,15 +121,15 @@ def _started(name: str, xml: bytes, log: Log) -> None:
     _hand_over(about, process.pid, policy, when, log)
 
 
-def _in_window(process: Process, about: Domain, policy: Policy) -> Done:
+def _in_window(process: Process, about: Domain, policy: HookConfig) -> PrelaunchResult:
     import asyncio  # noqa: PLC0415
 
-    from .window import prefault_in_window  # noqa: PLC0415
+    from .prelaunch import prefault_before_start  # noqa: PLC0415
 
-    return asyncio.run(prefault_in_window(process, about, policy.wait, policy.populate))
+    return asyncio.run(prefault_before_start(process, about, policy.wait, policy.populate))
 
 
-def _hand_over(about: Domain, pid: int, policy: Policy, when: When, log: Log) -> None:
+def _hand_over(about: Domain, pid: int, policy: HookConfig, when: When, log: Log) -> None:
     """Let a process of its own do it, which may call libvirt and take its time."""
     import shutil  # noqa: PLC0415
     import subprocess  # noqa: PLC0415
@@ -176,11 +176,11 @@ def _mark(uuid: str) -> Path:
     return MARKS / "".join(c for c in uuid if c.isalnum() or c == "-")
 
 
-def _take_mark(uuid: str) -> Moment:
+def _take_mark(uuid: str) -> LifecycleEvent:
     try:
-        moment = Moment(_mark(uuid).read_text())
+        moment = LifecycleEvent(_mark(uuid).read_text())
     except (OSError, ValueError):
-        return Moment.START
+        return LifecycleEvent.START
     _mark(uuid).unlink(missing_ok=True)
     return moment
 

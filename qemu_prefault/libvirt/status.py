@@ -5,18 +5,17 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..agents.plugin import Control, find_control_socket
+from ..engine.report import SCHEMA
 from ..errors import QemuPrefaultError
-from ..report import SCHEMA, size
 from .connection import definitions
 from .domain_xml import Loaded, describe, loaded
-from .installation import is_current
-from .qemu_process import find_qemu
+from .find_qemu import find_qemu
+from .install import is_current
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,29 +48,6 @@ class Status:
             "plugin": self.plugin,
             "problem": self.problem or None,
         }
-
-    def lines(self) -> Iterator[str]:
-        if self.in_xml is None:
-            yield f"{self.domain}: does not load the plugin"
-            yield f"  -> qemu-prefault libvirt enable {self.domain}"
-        else:
-            yield f"{self.domain}: loads {self.in_xml.path} ({', '.join(self.in_xml.options)})"
-            if not self.present:
-                yield "  which does not exist here: it cannot be started"
-                yield "  -> qemu-prefault libvirt install"
-            elif not self.current:
-                yield "  which is of another version"
-                yield "  -> qemu-prefault libvirt install"
-        if self.plugin is not None:
-            counters = self.plugin["counters"]
-            yield (
-                f"  running, {size(counters['prefaulted'])} prefaulted, "
-                f"{size(counters['again'])} of it again, {size(self.plugin['pending'])} to do"
-            )
-            if self.plugin["held"]:
-                yield f"  it holds back: {self.plugin['held']}"
-        elif self.problem:
-            yield f"  {self.problem}"
 
 
 def look(domain: str, uri: str | None = None) -> Status:

@@ -213,7 +213,7 @@ def syslog() -> Iterator[Syslog]:
 @pytest.fixture
 def policy() -> Iterator[Callable[[str], None]]:
     """Writes the hook's configuration file."""
-    from qemu_prefault.libvirt.installation import CONFIG  # noqa: PLC0415
+    from qemu_prefault.libvirt.install import CONFIG  # noqa: PLC0415
 
     CONFIG.parent.mkdir(exist_ok=True)
 

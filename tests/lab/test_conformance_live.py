@@ -13,7 +13,7 @@ import pytest
 from conftest import prefault
 
 from qemu_prefault.conformance import host, runner, suite
-from qemu_prefault.kvm import pre_fault_capability
+from qemu_prefault.host.kvm import pre_fault_capability
 from qemu_prefault_lab.guest import Guest
 from qemu_prefault_lab.tool import leftovers
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import prefault, start_tool
 
-from qemu_prefault.agents.attach import helper_threads
-from qemu_prefault.process import thread_names
+from qemu_prefault.agents.ptrace import helper_threads
+from qemu_prefault.host.procfs import thread_names
 from qemu_prefault_lab.guest import Guest
 from qemu_prefault_lab.tool import Result, leftovers, wait_clean
 

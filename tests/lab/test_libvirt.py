@@ -16,10 +16,10 @@ import pytest
 from libvirt_tool import FEW, METRICS_ADDRESS, WORKLOAD_MIB, label, metrics, run_tool, tool
 from prometheus_client.parser import text_string_to_metric_families
 
-from qemu_prefault.agents.attach import helper_threads
-from qemu_prefault.libvirt.installation import APPARMOR_RULE, RULE_TEXT, install
-from qemu_prefault.libvirt.window import ram_mapping
-from qemu_prefault.pagemap import Pagemap
+from qemu_prefault.agents.ptrace import helper_threads
+from qemu_prefault.host.pagemap import Pagemap
+from qemu_prefault.libvirt.install import APPARMOR_RULE, RULE_TEXT, install
+from qemu_prefault.libvirt.prelaunch import ram_mapping
 from qemu_prefault_lab.libvirtd import Domain, denials, kernel_log, wait_until
 
 full = pytest.mark.full  # only in make test-full: each start of a confined domain takes seconds

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from libvirt_tool import FEW, PAGES, label, tool
 
-from qemu_prefault.libvirt.installation import HOOK as HOOK_FILE
+from qemu_prefault.libvirt.install import HOOK as HOOK_FILE
 from qemu_prefault_lab.libvirtd import Domain, Libvirtd, host_namespace, wait_until
 
 pytestmark = pytest.mark.full

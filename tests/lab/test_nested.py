@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from conftest import OTHER_MIB, faults, prefault, start_tool
 
-import qemu_prefault.engine
-from qemu_prefault import Session
-from qemu_prefault.engine import Engine
+import qemu_prefault.engine.guest_mode
+from qemu_prefault import Vm
+from qemu_prefault.engine.run import PrefaultRun
 from qemu_prefault_lab.guest import Guest
 from qemu_prefault_lab.tool import Result, leftovers, wait_clean, wait_for
 
@@ -190,7 +190,7 @@ def test_guest_mode_is_known_without_asking_qemu(nested):
     guest = nested(npt=True)
 
     async def look() -> list[int]:
-        async with Session.open(str(guest.qmp_path)) as session:
+        async with Vm.open(str(guest.qmp_path)) as session:
             threads = await session.vcpu_threads([], needs_fds=True)
             with session.vcpu_stats(threads) as stats:
                 assert stats is not None
@@ -221,7 +221,7 @@ def test_a_vcpu_outside_guest_mode_does_it_for_all(nested, npt):
 @both
 def test_it_is_given_up_within_bounds(nested, npt, agent, monkeypatch):
     """With a single try most runs end so; what a run came to is told, and the guest runs on."""
-    monkeypatch.setattr(qemu_prefault.engine, "GUEST_MODE_TRIES", 1)
+    monkeypatch.setattr(qemu_prefault.engine.guest_mode, "GUEST_MODE_TRIES", 1)
     guest = nested(npt)
     verified = False
     while (result := prefault(guest)).status == 0:
@@ -246,8 +246,8 @@ def test_the_ioctl_tells_where_kvm_does_not(nested, monkeypatch):
     async def nothing(*_: object) -> set[int]:
         return set()
 
-    monkeypatch.setattr(Engine, "_workers_in_guest_mode", nothing)
-    monkeypatch.setattr(qemu_prefault.engine, "GUEST_MODE_SECONDS", 1_000_000.0)
+    monkeypatch.setattr(PrefaultRun, "_workers_in_guest_mode", nothing)
+    monkeypatch.setattr(qemu_prefault.engine.guest_mode, "GUEST_MODE_SECONDS", 1_000_000.0)
     guest = nested(npt=True)
     stop_in_guest_mode(guest)
     result = prefault(guest)
@@ -269,9 +269,9 @@ def test_a_tool_killed_between_two_stops_leaves_the_guest_running(nested, monkey
         return {0}
 
     guest = nested(npt=True)
-    monkeypatch.setattr(Engine, "_workers_in_guest_mode", always)
-    monkeypatch.setattr(qemu_prefault.engine, "GUEST_MODE_TRIES", 1_000_000)
-    monkeypatch.setattr(qemu_prefault.engine, "GUEST_MODE_SECONDS", 1_000_000.0)
+    monkeypatch.setattr(PrefaultRun, "_workers_in_guest_mode", always)
+    monkeypatch.setattr(qemu_prefault.engine.guest_mode, "GUEST_MODE_TRIES", 1_000_000)
+    monkeypatch.setattr(qemu_prefault.engine.guest_mode, "GUEST_MODE_SECONDS", 1_000_000.0)
     for _ in range(KILLS):
         tool = start_tool(guest)
         for name in ["STOP", "RESUME"] * random.randint(1, 4) + ["STOP"] * random.randint(0, 1):

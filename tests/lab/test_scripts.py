@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import OTHER_MIB, faults, prefault
 
-from qemu_prefault.kvm import pre_fault_capability
+from qemu_prefault.host.kvm import pre_fault_capability
 from qemu_prefault_lab.guest import Guest
 
 SCRIPTS = next(p for d in Path(__file__).parents if (p := d / "qmp_scripts").is_dir())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import prefault, ram_resident
 
-from qemu_prefault.kvm import pre_fault_capability
+from qemu_prefault.host.kvm import pre_fault_capability
 from qemu_prefault_lab.guest import Guest
 from qemu_prefault_lab.tool import Tool, leftovers
 

@@ -35,9 +35,7 @@ from tool import (
     wait_for,
 )
 
-from qemu_prefault.engine import Engine
-from qemu_prefault.plan import Policy
-from qemu_prefault.session import Session
+from qemu_prefault import Options, connect, prefault_async
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 KILLS = int(os.environ.get("QEMU_PREFAULT_KILLS", "100"))
@@ -138,8 +136,8 @@ def test_thirty_runs_in_a_row(vm_of: StartVm, accel: str, paused: bool) -> None:
     vm = vm_of("-m", "64M", "-smp", "2", accel=accel, paused=paused)
 
     async def once() -> None:
-        async with Session.open(vm.qemu.qmp) as session:
-            report = await Engine(session, Policy(populate_only=True)).run()
+        async with connect(vm.qemu.qmp) as guest:
+            report = await prefault_async(guest, Options(populate_only=True))
         assert report.exit_status == 0
         assert leftovers(vm.pid) == []
 

@@ -20,12 +20,12 @@ import pytest
 from conftest import StartQemu
 from tool import Vm, start_vm, wait_for
 
-from qemu_prefault.agents import DeathOrders
-from qemu_prefault.guard import ResumeGuard
-from qemu_prefault.monitor import Monitor
+from qemu_prefault.agents.base import OrphanCleanup
+from qemu_prefault.engine.resume_guard import ResumeGuard
+from qemu_prefault.qemu.monitor import Monitor
 
 Body = Callable[[socket.socket], None]
-NOTHING_LEFT = DeathOrders(lambda: None, lambda: True, 20.0)
+NOTHING_LEFT = OrphanCleanup(lambda: None, lambda: True, 20.0)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ class Holder:
         vm: Vm,
         before_waiting: bytes = b"",
         *,
-        orders: DeathOrders = NOTHING_LEFT,
+        orders: OrphanCleanup = NOTHING_LEFT,
     ) -> None:
         read_end, write_end = os.pipe()
         self.pid = os.fork()
@@ -168,7 +168,7 @@ def test_helpers_are_sent_away_and_waited_for_before_the_guest_runs(
     vm: Vm, hold: Callable[..., Holder], tmp_path: Path
 ) -> None:
     told, gone = tmp_path / "told", tmp_path / "gone"
-    holder = hold(orders=DeathOrders(told.touch, gone.exists, 20.0))
+    holder = hold(orders=OrphanCleanup(told.touch, gone.exists, 20.0))
     holder.kill()
     wait_for(told.exists, "the orders are given")
     assert not holder.guard_gone(0.3)
@@ -181,7 +181,7 @@ def test_helpers_are_sent_away_and_waited_for_before_the_guest_runs(
 def test_helpers_that_never_leave_do_not_keep_the_guest(
     vm: Vm, hold: Callable[..., Holder]
 ) -> None:
-    holder = hold(orders=DeathOrders(lambda: None, lambda: False, 0.5))
+    holder = hold(orders=OrphanCleanup(lambda: None, lambda: False, 0.5))
     started = time.monotonic()
     holder.kill()
     check_resumed(vm, holder)

@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 from tool import leftovers, tracers, wait_clean
 
-from qemu_prefault.agents import Limits, VcpuThread
-from qemu_prefault.agents.attach import AttachAgent
+from qemu_prefault.agents.base import Limits, VcpuThread
+from qemu_prefault.agents.ptrace import PtraceAgent
 from qemu_prefault.errors import AgentError, FailedError
-from qemu_prefault.process import Process
+from qemu_prefault.host.procfs import Process
 
 SOURCE = Path(__file__).with_name("victim.c")
 ROUNDS = int(os.environ.get("QEMU_PREFAULT_INJECTIONS", "150"))
@@ -48,9 +48,9 @@ class Victim:
     def pid(self) -> int:
         return self.process.pid
 
-    def agent(self) -> AttachAgent:
+    def agent(self) -> PtraceAgent:
         threads = [VcpuThread(tid, -1, None) for tid in self.threads]
-        return AttachAgent(Process.find(self.pid), threads, Limits())
+        return PtraceAgent(Process.find(self.pid), threads, Limits())
 
     def verdict(self) -> str:
         """What it saw, once it has been told to end."""

@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 
+from qemu_prefault.engine.preflight import check_moment
 from qemu_prefault.errors import RefusedError
-from qemu_prefault.layout import Section, firmware_ahead, huge_alignment
-from qemu_prefault.monitor import Machine, Monitor, read_machine
-from qemu_prefault.plan import refuse_unfit
-from qemu_prefault.process import Process, backing_of, mappings_of
+from qemu_prefault.host.fds import kvm_fds
+from qemu_prefault.host.headroom import hugetlb_free
+from qemu_prefault.host.procfs import Process, backing_of, mappings_of
+from qemu_prefault.qemu.memory_map import MemorySection, firmware_ahead, huge_alignment
+from qemu_prefault.qemu.monitor import Monitor
+from qemu_prefault.qemu.queries import VmState, read_vm_state
 
 StartQemu = Callable[..., Any]  # conftest.py
 MIB, GIB = 1 << 20, 1 << 30
@@ -23,19 +26,19 @@ MIB, GIB = 1 << 20, 1 << 30
 LOW = (0, 0xC0000)  # up to the VGA window and the option ROMs
 
 
-def read(qemu: Any) -> Machine:
-    async def main() -> Machine:
+def read(qemu: Any) -> VmState:
+    async def main() -> VmState:
         async with Monitor.connect(qemu.qmp) as monitor:
-            return await read_machine(monitor)
+            return await read_vm_state(monitor)
 
     return asyncio.run(main())
 
 
-def ram(machine: Machine) -> list[Section]:
+def ram(machine: VmState) -> list[MemorySection]:
     return [section for section in machine.sections if section.skipped is None]
 
 
-def backings(qemu: Any, machine: Machine) -> dict[str | None, str]:
+def backings(qemu: Any, machine: VmState) -> dict[str | None, str]:
     """Return what the kernel says is behind each backend; every byte must be mapped."""
     maps = Process.find(qemu.pid).maps()
     found: dict[str | None, str] = {}
@@ -103,7 +106,7 @@ def test_backends(start_qemu: StartQemu, tmp_path: Path) -> None:
 
 
 def test_hugetlb(start_qemu: StartQemu) -> None:
-    if not any(limit.available >= 64 * MIB for limit in Process(1, 0).hugetlb_free(2 * MIB)[:1]):
+    if not any(limit.available >= 64 * MIB for limit in hugetlb_free(Process(1, 0), 2 * MIB)[:1]):
         pytest.skip("no free huge pages")
     backend = "memory-backend-memfd,id=m0,size=64M,hugetlb=on,hugetlbsize=2M"
     qemu = start_qemu("-m", "64M", "-object", backend, "-M", "memory-backend=m0")
@@ -186,11 +189,11 @@ def test_a_hotplugged_dimm_appears(start_qemu: StartQemu, accel: str) -> None:
 
     async def main() -> None:
         async with Monitor.connect(qemu.qmp) as monitor:
-            before = await read_machine(monitor)
+            before = await read_vm_state(monitor)
             backend = {"qom-type": "memory-backend-ram", "id": "hot", "size": 128 * MIB}
             await monitor.execute_raw("object-add", backend)
             await monitor.execute("device_add", driver="pc-dimm", id="dimm", memdev="hot")
-            after = await read_machine(monitor)
+            after = await read_vm_state(monitor)
             new = set(after.sections) - set(before.sections)
             assert {(s.memdev, s.device, s.skipped) for s in new} == {("hot", "dimm", None)}
 
@@ -204,7 +207,7 @@ def test_seabios_finishes(start_qemu: StartQemu) -> None:
     async def main() -> None:
         async with Monitor.connect(qemu.qmp) as monitor:
             for _ in range(600):
-                machine = await read_machine(monitor)
+                machine = await read_vm_state(monitor)
                 if firmware_ahead(machine.ranges) is False:
                     break
                 await asyncio.sleep(0.05)  # nothing announces it
@@ -231,16 +234,16 @@ def test_migration_status(start_qemu: StartQemu, tmp_path: Path) -> None:
                 async for event in events:
                     if event.data.get("status") == "completed":
                         break
-            machine = await read_machine(monitor)
+            machine = await read_vm_state(monitor)
             # QEMU tells of the completion first and changes the run state after.
             assert machine.migration == "completed"
             assert machine.status in ("finish-migrate", "postmigrate")
             with pytest.raises(RefusedError) as refusal:
-                refuse_unfit(machine)
+                check_moment(machine)
             assert refusal.value.code == "migration"
         incoming = start_qemu("-m", "64M", "-incoming", "defer")
         async with Monitor.connect(incoming.qmp) as monitor:
-            assert (await read_machine(monitor)).status == "inmigrate"
+            assert (await read_vm_state(monitor)).status == "inmigrate"
 
     asyncio.run(main())
 
@@ -260,7 +263,7 @@ def test_two_hundred_vcpus_are_read_fast(start_qemu: StartQemu) -> None:
     qemu = start_qemu("-M", "q35", "-m", "64M", "-smp", "200", accel="kvm")
     machine = read(qemu)
     assert [vcpu.index for vcpu in machine.vcpus] == list(range(200))
-    fds = Process.find(qemu.pid).kvm_fds()
+    fds = kvm_fds(Process.find(qemu.pid))
     assert len(fds.vcpus) == 200 and fds.vm is not None and fds.kvm is not None
     for number in fds.vcpus.values():
         assert "kvm-vcpu:" in os.readlink(f"/proc/{qemu.pid}/fd/{number}")

@@ -14,22 +14,20 @@ from typing import Any
 import pytest
 
 from qemu_prefault.errors import (
+    CommandError,
     ExitStatus,
     InputError,
+    MonitorBusyError,
     MonitorError,
     QemuPrefaultError,
     RefusedError,
 )
-from qemu_prefault.monitor import (
-    CommandError,
-    Monitor,
-    MonitorBusyError,
-    parse_address,
-    read_machine,
-    read_stage2,
-    read_vcpu_stats,
-)
-from qemu_prefault.process import Process, identify
+from qemu_prefault.host.fds import kvm_fds
+from qemu_prefault.host.identify import identify
+from qemu_prefault.host.procfs import Process
+from qemu_prefault.qemu.dial import parse_address
+from qemu_prefault.qemu.monitor import Monitor
+from qemu_prefault.qemu.queries import read_stage2, read_vcpu_stats, read_vm_state
 
 StartQemu = Callable[..., Any]  # conftest.py
 
@@ -51,11 +49,11 @@ def test_session(start_qemu: StartQemu, accel: str) -> None:
             with pytest.raises(CommandError) as caught:
                 await monitor.execute("no-such-command")
             assert caught.value.error_class == "CommandNotFound"
-            machine = await read_machine(monitor)
+            machine = await read_vm_state(monitor)
             assert monitor.version == machine.version
             process = identify(monitor.peer_pid, None, [vcpu.thread_id for vcpu in machine.vcpus])
             assert process == Process.find(qemu.pid)
-            assert set(process.kvm_fds().vcpus) == ({0} if accel == "kvm" else set())
+            assert set(kvm_fds(process).vcpus) == ({0} if accel == "kvm" else set())
         assert not monitor.alive
         with pytest.raises(MonitorError):
             await monitor.execute("query-name")
@@ -169,7 +167,7 @@ def test_quit_while_reading_the_machine(start_qemu: StartQemu) -> None:
             await asyncio.sleep(0)
             with pytest.raises(MonitorError):
                 for _ in range(1000):
-                    await read_machine(monitor)
+                    await read_vm_state(monitor)
             await asyncio.wait([quitting])
 
     run(main())
@@ -212,7 +210,7 @@ def test_a_stopped_qemu_is_not_connected_to(start_qemu: StartQemu) -> None:
 def test_events_of_an_absent_reader_are_bounded(
     start_qemu: StartQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qemu_prefault.monitor.MAX_EVENTS", 4)
+    monkeypatch.setattr("qemu_prefault.qemu.monitor.MAX_EVENTS", 4)
     qemu = start_qemu("-m", "64M")
 
     async def main() -> None:
@@ -236,7 +234,7 @@ def test_tcp(start_qemu: StartQemu) -> None:
     async def main() -> None:
         async with Monitor.connect(f"127.0.0.1:{port}") as monitor:
             assert monitor.peer_pid is None
-            machine = await read_machine(monitor)
+            machine = await read_vm_state(monitor)
             threads = [vcpu.thread_id for vcpu in machine.vcpus]
             assert identify(None, None, threads).pid == qemu.pid
             with pytest.raises(MonitorBusyError, match="most likely"):
@@ -264,7 +262,7 @@ def test_a_proxy_is_found_out(start_qemu: StartQemu, tmp_path: Path) -> None:
         async def main() -> None:
             async with Monitor.connect(front) as monitor:
                 assert monitor.peer_pid == pid
-                machine = await read_machine(monitor)
+                machine = await read_vm_state(monitor)
                 threads = [vcpu.thread_id for vcpu in machine.vcpus]
                 with pytest.raises(RefusedError) as caught:
                     identify(monitor.peer_pid, None, threads)
@@ -386,7 +384,7 @@ def test_stage2_counters(start_qemu: StartQemu, accel: str) -> None:
                 assert stage2 is None and vcpus == {}
                 return
             assert stage2 is not None and stage2.bytes == 0
-            machine = await read_machine(monitor)
+            machine = await read_vm_state(monitor)
             assert set(vcpus) == {vcpu.qom_path for vcpu in machine.vcpus}
             assert all(set(stats) == {"exits", "pf_taken"} for stats in vcpus.values())
 

@@ -19,13 +19,8 @@ from typing import Any
 import pytest
 
 from qemu_prefault.errors import MonitorError, QemuPrefaultError
-from qemu_prefault.monitor import (
-    Machine,
-    Monitor,
-    read_machine,
-    read_stage2,
-    read_vcpu_stats,
-)
+from qemu_prefault.qemu.monitor import Monitor
+from qemu_prefault.qemu.queries import VmState, read_stage2, read_vcpu_stats, read_vm_state
 
 GREETING = (
     b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 10}, "package": ""}, '
@@ -232,10 +227,10 @@ def qmp_server(lies: Mapping[str, object]) -> Callable[[socket.socket], None]:
     return talk
 
 
-def ask(tmp_path: Path, lies: Mapping[str, object]) -> Machine:
-    async def main(path: str) -> Machine:
+def ask(tmp_path: Path, lies: Mapping[str, object]) -> VmState:
+    async def main(path: str) -> VmState:
         async with Monitor.connect(path, command_timeout=3) as monitor:
-            machine = await read_machine(monitor)
+            machine = await read_vm_state(monitor)
             await read_stage2(monitor)
             await read_vcpu_stats(monitor, ["pages_4k"])
             return machine
@@ -434,7 +429,7 @@ def test_a_map_that_never_holds_still_is_given_up(tmp_path: Path) -> None:
 
     async def main(path: str) -> None:
         async with Monitor.connect(path) as monitor:
-            await read_machine(monitor)
+            await read_vm_state(monitor)
 
     with serve(tmp_path / "s", talk) as path, pytest.raises(MonitorError) as caught:
         asyncio.run(main(path))

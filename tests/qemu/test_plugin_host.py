@@ -21,7 +21,7 @@ from conftest import QEMU, Qemu, StartQemu, kvm_usable
 from tool import Qmp, run_tool
 
 from qemu_prefault.agents.plugin import find_control_socket, plugin_path
-from qemu_prefault.process import Process
+from qemu_prefault.host.procfs import Process
 
 needs_kvm = pytest.mark.skipif(not kvm_usable(), reason="/dev/kvm cannot be opened")
 MIB = 1 << 20

@@ -14,7 +14,7 @@ import pytest
 from conftest import StartQemu
 from tool import MIB, Vm, anonymous_bytes, leftovers, run_tool, start_vm, wait_for
 
-from qemu_prefault import kvm
+from qemu_prefault.host import kvm
 
 StartVm = Callable[..., Vm]
 

@@ -11,7 +11,7 @@ import time
 import pytest
 from click.testing import CliRunner
 
-from qemu_prefault.cli import cli
+from qemu_prefault.cli.main import cli
 from qemu_prefault.conformance import host, report, runner, suite, vmm
 from qemu_prefault.conformance.suite import Case, KnownBad, Outcome, Skip
 from qemu_prefault.conformance.vmm import Unexpected

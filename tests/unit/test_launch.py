@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qemu_prefault.agents.plugin import bound_path, plugin_path
-from qemu_prefault.report import event_line
+from qemu_prefault.cli.format import event_line
 
 TABLE = """\
 Num       RefCount Protocol Flags    Type St Inode Path

@@ -9,24 +9,26 @@ from pathlib import Path
 
 import pytest
 
-from qemu_prefault.layout import (
+from qemu_prefault.errors import LayoutError
+from qemu_prefault.qemu.hmp import (
     FlatRange,
-    LayoutError,
-    MemoryDevice,
     NumaNode,
     RamBlock,
     RangeKind,
-    Section,
+    parse_gpa2hva,
+    parse_mtree,
+    parse_numa,
+    parse_ramblocks,
+)
+from qemu_prefault.qemu.memory_map import (
+    MemoryDevice,
+    MemorySection,
     build_sections,
     firmware_ahead,
     huge_alignment,
     memdev_nodes,
-    parse_gpa2hva,
     parse_memdevs,
     parse_memory_devices,
-    parse_mtree,
-    parse_numa,
-    parse_ramblocks,
 )
 
 DATA = Path(__file__).parents[1] / "data" / "monitor"
@@ -41,7 +43,7 @@ def capture(name: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def sections_of(name: str) -> tuple[Section, ...]:
+def sections_of(name: str) -> tuple[MemorySection, ...]:
     answers = capture(name)
     return build_sections(
         parse_mtree(answers["info mtree -f"]),
@@ -372,7 +374,7 @@ def test_memory_devices_of_each_kind() -> None:
     )  # fmt: skip
     assert found == (
         MemoryDevice("virtio-pmem", "x", "p", 4096, 8192, None),
-        MemoryDevice("virtio-mem", None, "v", 1, 3, 1, plugged=2, block_size=4, requested=5),
+        MemoryDevice("virtio-mem", None, "v", 1, 3, 1, plugged=2, requested=5),
         MemoryDevice("hv-balloon", None, None, None, 0, None, plugged=0),
     )
 
@@ -382,7 +384,7 @@ def test_memory_devices_of_each_kind() -> None:
 
 def build(
     *lines: str, hva: int | None = 0x7F0000000000, kvm: bool | None = None
-) -> tuple[Section, ...]:
+) -> tuple[MemorySection, ...]:
     blocks = [RamBlock("m0", 4096, GIB, GIB, hva)]
     memdevs = parse_memdevs([memdev("m0", GIB)])
     return build_sections(parse_mtree(view(*lines)), blocks, memdevs, [], {}, kvm=kvm)

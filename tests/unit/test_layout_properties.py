@@ -15,20 +15,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qemu_prefault.layout import (
+from qemu_prefault.errors import LayoutError
+from qemu_prefault.qemu.hmp import (
     FlatRange,
-    LayoutError,
     RamBlock,
     RangeKind,
-    build_sections,
-    firmware_ahead,
-    memdev_nodes,
     parse_gpa2hva,
-    parse_memdevs,
-    parse_memory_devices,
     parse_mtree,
     parse_numa,
     parse_ramblocks,
+)
+from qemu_prefault.qemu.memory_map import (
+    build_sections,
+    firmware_ahead,
+    memdev_nodes,
+    parse_memdevs,
+    parse_memory_devices,
 )
 
 DATA = Path(__file__).parents[1] / "data" / "monitor"

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from qemu_prefault.errors import InputError, RefusedError, UnsupportedError
+from qemu_prefault.host.procfs import parse_maps
 from qemu_prefault.libvirt.domain_xml import Domain, describe, enable
-from qemu_prefault.libvirt.installation import HOOK_TEXT
-from qemu_prefault.libvirt.policy import Moment, Policy, When, read
-from qemu_prefault.libvirt.window import boot_ram, ram_mapping
-from qemu_prefault.process import parse_maps
+from qemu_prefault.libvirt.hook_config import HookConfig, LifecycleEvent, When, read
+from qemu_prefault.libvirt.install import HOOK_TEXT
+from qemu_prefault.libvirt.prelaunch import boot_ram, ram_mapping
 
 HOOK = [sys.executable, "-m", "qemu_prefault", "libvirt", "hook"]
 XML = b"""<domain type='kvm'>
@@ -122,15 +122,15 @@ def domain(xml: bytes = XML % b"") -> Domain:
 
 
 def test_nothing_is_done_unasked(tmp_path):
-    assert read(domain(), tmp_path / "none") == Policy()
-    assert {Policy().at(moment) for moment in Moment} == {When.OFF}
+    assert read(domain(), tmp_path / "none") == HookConfig()
+    assert {HookConfig().at(moment) for moment in LifecycleEvent} == {When.OFF}
 
 
 def test_the_domain_goes_before_the_file(tmp_path):
     config = tmp_path / "libvirt.toml"
     config.write_text('[default]\nrestore = "later"\nmigrate = "later"\n[domain.a]\nstart="follow"')
-    assert read(domain(), config) == Policy(When.FOLLOW, When.LATER, When.LATER)
-    assert read(domain(NOW), config) == Policy(When.FOLLOW, When.NOW, When.LATER, wait=2.0)
+    assert read(domain(), config) == HookConfig(When.FOLLOW, When.LATER, When.LATER)
+    assert read(domain(NOW), config) == HookConfig(When.FOLLOW, When.NOW, When.LATER, wait=2.0)
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def test_install_and_remove(tmp_path: Path):
 def test_help_loads_no_libvirt():
     program = (
         "import sys; sys.argv = ['qemu-prefault', 'libvirt', '--help']\n"
-        "from qemu_prefault.cli import main\n"
+        "from qemu_prefault.cli.main import main\n"
         "try: main()\n"
         "finally: print(*sys.modules, file=sys.stderr)"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_prefault.cli import cli
+from qemu_prefault.cli.main import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "man" / "qemu-prefault.1"

@@ -11,7 +11,7 @@ import asyncio
 
 import pytest
 
-from qemu_prefault.monitor import EventStream, Monitor
+from qemu_prefault.qemu.monitor import EventStream, Monitor
 
 
 class Client:

@@ -15,9 +15,10 @@ from qemu_prefault._native import __file__ as extension
 from qemu_prefault._native import ffi, lib
 
 import qemu_prefault
-from qemu_prefault import kvm
-from qemu_prefault.agents import Kind, Limits
-from qemu_prefault.agents.attach import CODE_SIZE, CONTROL_SIZE, AttachAgent
+from qemu_prefault.agents.base import Kind, Limits
+from qemu_prefault.agents.control_page import CODE_SIZE, CONTROL_SIZE
+from qemu_prefault.agents.ptrace import PtraceAgent
+from qemu_prefault.host import kvm
 
 NATIVE = Path(qemu_prefault.__file__).parent / "native"
 BLOB = bytes(ffi.buffer(lib.helper_blob))
@@ -120,7 +121,7 @@ def test_the_control_page_holds_a_full_batch() -> None:
     ranges = ffi.offsetof("struct prefault_control", "ranges")
     full = ranges + lib.PREFAULT_RANGES_MAX * ffi.sizeof("struct prefault_range")
     assert full <= ffi.sizeof("struct prefault_control") <= CONTROL_SIZE
-    assert AttachAgent.ranges_per_batch == lib.PREFAULT_RANGES_MAX
+    assert PtraceAgent.ranges_per_batch == lib.PREFAULT_RANGES_MAX
 
 
 def test_python_and_c_name_things_by_the_same_numbers() -> None:

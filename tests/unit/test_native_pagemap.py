@@ -17,8 +17,8 @@ import pytest
 from qemu_prefault._native import ffi, lib
 
 from qemu_prefault.errors import FailedError
-from qemu_prefault.pagemap import MERGE_DISTANCE, Pagemap
-from qemu_prefault.process import Process
+from qemu_prefault.host.pagemap import MERGE_DISTANCE, Pagemap
+from qemu_prefault.host.procfs import Process
 
 PAGE = 4096
 MIB = 1 << 20
@@ -323,8 +323,8 @@ def test_a_page_map_one_may_not_read_names_the_reason(
     child: tuple[subprocess.Popen[str], int],
 ) -> None:
     program = (
-        "import sys; from qemu_prefault.pagemap import Pagemap\n"
-        "from qemu_prefault.process import Process\n"
+        "import sys; from qemu_prefault.host.pagemap import Pagemap\n"
+        "from qemu_prefault.host.procfs import Process\n"
         "from qemu_prefault.errors import UnsupportedError\n"
         "try: Pagemap(Process.find(int(sys.argv[1])))\n"
         "except UnsupportedError as error: print(error.code, error.cause, error.remedy)"

@@ -11,35 +11,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qemu_prefault.agents import Kind, Range, Worker
+from qemu_prefault.agents.base import Kind, Range, Worker
+from qemu_prefault.engine.options import Options, Populate
+from qemu_prefault.engine.plan import Target, select, stripe, stripe_by_node, without
+from qemu_prefault.engine.preflight import check_moment
 from qemu_prefault.errors import ExitStatus, InputError, RefusedError
-from qemu_prefault.layout import Section
-from qemu_prefault.monitor import Balloon, Machine
-from qemu_prefault.plan import (
-    HUGE,
-    PAGE,
-    Policy,
-    Populate,
-    Target,
-    refuse_unfit,
-    select,
-    stripe,
-    stripe_by_node,
-    without,
-)
+from qemu_prefault.qemu.memory_map import MemorySection
+from qemu_prefault.qemu.queries import Balloon, VmState
+from qemu_prefault.units import HUGE_PAGE_SIZE, PAGE_SIZE
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 HVA = 0x7F00_0000_0000
 
 
-def section(gpa: int, size: int, **changes: object) -> Section:
-    plain = Section(
+def section(gpa: int, size: int, **changes: object) -> MemorySection:
+    plain = MemorySection(
         name="pc.ram",
         gpa=gpa,
         size=size,
         hva=HVA + gpa,
         offset=gpa,
-        page_size=PAGE,
+        page_size=PAGE_SIZE,
         memdev="pc.ram",
         device=None,
         share=False,
@@ -51,8 +43,8 @@ def section(gpa: int, size: int, **changes: object) -> Section:
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
-def machine(*sections: Section, **changes: object) -> Machine:
-    plain = Machine(
+def machine(*sections: MemorySection, **changes: object) -> VmState:
+    plain = VmState(
         version="10.0.13",
         package="",
         machine_type="pc-q35-10.0-machine",
@@ -118,10 +110,10 @@ def test_every_combination_of_states_is_accepted_or_refused_by_name(status: str)
         vm = machine(status=status, migration=migration, dirty_rate=rate)
         code = expected_refusal(status, migration, rate, limit)
         if not code:
-            refuse_unfit(vm, limit)
+            check_moment(vm, limit)
             continue
         with pytest.raises(RefusedError) as caught:
-            refuse_unfit(vm, limit)
+            check_moment(vm, limit)
         assert caught.value.code == code, (status, migration, rate, limit)
         assert caught.value.exit_status == ExitStatus.REFUSED
         assert caught.value.remedy
@@ -141,14 +133,14 @@ def test_a_refusal_names_what_qemu_said_and_what_to_do(
     changes: dict[str, str], words: list[str]
 ) -> None:
     with pytest.raises(RefusedError) as caught:
-        refuse_unfit(machine(**changes))
+        check_moment(machine(**changes))
     for word in words:
         assert word in str(caught.value)
 
 
 def test_a_dirty_limit_is_told_from_a_measurement() -> None:
     with pytest.raises(RefusedError, match="being limited"):
-        refuse_unfit(machine(), dirty_limit=True)
+        check_moment(machine(), dirty_limit=True)
 
 
 # --- what? ---
@@ -163,12 +155,12 @@ def pieces(targets: Sequence[Target]) -> list[tuple[int, int]]:
     return [(target.gpa, target.size) for target in targets]
 
 
-def ranges(*wanted: tuple[int, int], **changes: object) -> Policy:
-    return replace(Policy(ranges=wanted), **changes)  # type: ignore[arg-type]
+def ranges(*wanted: tuple[int, int], **changes: object) -> Options:
+    return replace(Options(ranges=wanted), **changes)  # type: ignore[arg-type]
 
 
 def test_without_ranges_all_ram_is_taken_in_order_of_address() -> None:
-    targets = select(machine(HIGH, ROM, MAIN, LOW), Policy())
+    targets = select(machine(HIGH, ROM, MAIN, LOW), Options())
     assert [target.section for target in targets] == [LOW, MAIN, HIGH]
     assert pieces(targets) == [(s.gpa, s.size) for s in (LOW, MAIN, HIGH)]
     assert all(target.touch and target.why_not is None for target in targets)
@@ -183,8 +175,10 @@ def test_a_target_knows_where_it_is_in_qemu() -> None:
     ("wanted", "expected"),
     [
         pytest.param([(2 * MIB, MIB)], [(2 * MIB, MIB)], id="inside"),
-        pytest.param([(2 * MIB + 1, 1)], [(2 * MIB, PAGE)], id="one byte is its page"),
-        pytest.param([(2 * MIB + PAGE - 1, 2)], [(2 * MIB, 2 * PAGE)], id="two bytes across pages"),
+        pytest.param([(2 * MIB + 1, 1)], [(2 * MIB, PAGE_SIZE)], id="one byte is its page"),
+        pytest.param(
+            [(2 * MIB + PAGE_SIZE - 1, 2)], [(2 * MIB, 2 * PAGE_SIZE)], id="two bytes across pages"
+        ),
         pytest.param(
             [(4 * MIB, MIB), (2 * MIB, MIB)],
             [(2 * MIB, MIB), (4 * MIB, MIB)],
@@ -199,7 +193,7 @@ def test_a_target_knows_where_it_is_in_qemu() -> None:
             [(2 * MIB, 4 * MIB), (3 * MIB, MIB)], [(2 * MIB, 4 * MIB)], id="one in another"
         ),
         pytest.param(
-            [(2 * MIB + 1, 10), (2 * MIB + 20, 10)], [(2 * MIB, PAGE)], id="two in one page"
+            [(2 * MIB + 1, 10), (2 * MIB + 20, 10)], [(2 * MIB, PAGE_SIZE)], id="two in one page"
         ),
         pytest.param([(0, 2 * MIB)], [(0, 640 * KIB), (MIB, MIB)], id="across the VGA hole"),
         pytest.param(
@@ -228,9 +222,9 @@ def test_a_range_without_ram_is_the_users_mistake(wanted: tuple[int, int]) -> No
     ("budget", "expected"),
     [
         (0, []),
-        (PAGE, [(0, PAGE)]),
-        (PAGE - 1, []),
-        (10_000, [(0, 2 * PAGE)]),
+        (PAGE_SIZE, [(0, PAGE_SIZE)]),
+        (PAGE_SIZE - 1, []),
+        (10_000, [(0, 2 * PAGE_SIZE)]),
         (640 * KIB, [(0, 640 * KIB)]),
         (MIB, [(0, 640 * KIB), (MIB, 384 * KIB)]),
         (1 << 50, [(0, 640 * KIB), (MIB, 255 * MIB), (4 * GIB, GIB)]),
@@ -240,12 +234,12 @@ def test_max_bytes_is_never_exceeded_and_whole_pages(
     budget: int, expected: list[tuple[int, int]]
 ) -> None:
     vm = machine(HIGH, MAIN, LOW)
-    assert pieces(select(vm, Policy(max_bytes=budget))) == expected
+    assert pieces(select(vm, Options(max_bytes=budget))) == expected
 
 
 def test_max_bytes_counts_within_the_ranges() -> None:
-    policy = ranges((2 * MIB, MIB), (4 * MIB, MIB), max_bytes=MIB + PAGE)
-    assert pieces(select(machine(MAIN), policy)) == [(2 * MIB, MIB), (4 * MIB, PAGE)]
+    policy = ranges((2 * MIB, MIB), (4 * MIB, MIB), max_bytes=MIB + PAGE_SIZE)
+    assert pieces(select(machine(MAIN), policy)) == [(2 * MIB, MIB), (4 * MIB, PAGE_SIZE)]
 
 
 @given(
@@ -263,7 +257,7 @@ def test_a_selection_is_whole_pages_of_ram_once_and_in_order(
         assert not any(a < end and start < a + n for a, n in wanted for start, end in ram)
         return
     for target in targets:
-        assert target.gpa % PAGE == target.size % PAGE == 0 < target.size
+        assert target.gpa % PAGE_SIZE == target.size % PAGE_SIZE == 0 < target.size
         assert target.section.gpa <= target.gpa
         assert target.gpa + target.size <= target.section.end
     for before, after in pairwise(targets):
@@ -280,7 +274,7 @@ ABSENT_ON_PURPOSE = {
     "shared nvdimm": (section(4 * GIB, GIB, device="nvdimm", share=True), None),
     "nvdimm, sharing unknown": (section(4 * GIB, GIB, device="nvdimm", share=None), None),
     "shared virtio-pmem": (section(4 * GIB, GIB, device="virtio-pmem", share=True), None),
-    "inflated balloon": (section(MIB, GIB), Balloon(actual=GIB - PAGE, total=GIB)),
+    "inflated balloon": (section(MIB, GIB), Balloon(actual=GIB - PAGE_SIZE, total=GIB)),
 }
 PRESENT = {
     "boot RAM": (section(MIB, GIB), None),
@@ -295,7 +289,7 @@ PRESENT = {
 @pytest.mark.parametrize("name", ABSENT_ON_PURPOSE)
 def test_auto_does_not_touch_what_is_absent_on_purpose(name: str) -> None:
     ram, balloon = ABSENT_ON_PURPOSE[name]
-    (target,) = select(machine(ram, balloon=balloon), Policy(Populate.AUTO))
+    (target,) = select(machine(ram, balloon=balloon), Options(Populate.AUTO))
     assert not target.touch
     assert target.why_not
 
@@ -303,7 +297,7 @@ def test_auto_does_not_touch_what_is_absent_on_purpose(name: str) -> None:
 @pytest.mark.parametrize("name", PRESENT)
 def test_auto_touches_ordinary_memory(name: str) -> None:
     ram, balloon = PRESENT[name]
-    (target,) = select(machine(ram, balloon=balloon), Policy(Populate.AUTO))
+    (target,) = select(machine(ram, balloon=balloon), Options(Populate.AUTO))
     assert target.touch
 
 
@@ -311,9 +305,9 @@ def test_auto_touches_ordinary_memory(name: str) -> None:
 def test_all_touches_everything_and_resident_nothing(name: str) -> None:
     ram, balloon = (ABSENT_ON_PURPOSE | PRESENT)[name]
     vm = machine(ram, balloon=balloon)
-    (target,) = select(vm, Policy(Populate.ALL))
+    (target,) = select(vm, Options(Populate.ALL))
     assert target.touch and target.why_not is None
-    (target,) = select(vm, Policy(Populate.RESIDENT))
+    (target,) = select(vm, Options(Populate.RESIDENT))
     assert not target.touch and target.why_not
 
 
@@ -326,12 +320,17 @@ def test_what_is_not_done_yet_is_every_page_once(
 ) -> None:
     def targets(spans: list[tuple[int, int]]) -> list[Target]:
         return [
-            Target(section(start * PAGE, size * PAGE), start * PAGE, size * PAGE, True)
+            Target(
+                section(start * PAGE_SIZE, size * PAGE_SIZE),
+                start * PAGE_SIZE,
+                size * PAGE_SIZE,
+                True,
+            )
             for start, size in spans
         ]
 
     def pages(targets: Sequence[Target]) -> list[int]:
-        return [page for t in targets for page in range(t.gpa, t.gpa + t.size, PAGE)]
+        return [page for t in targets for page in range(t.gpa, t.gpa + t.size, PAGE_SIZE)]
 
     gone = set(pages(targets(done)))
     for target in targets(wanted):
@@ -342,7 +341,7 @@ def test_what_is_not_done_yet_is_every_page_once(
 
 def test_one_section_that_is_absent_on_purpose_does_not_speak_for_others() -> None:
     vm = machine(MAIN, section(4 * GIB, GIB, device="virtio-mem"))
-    assert [target.touch for target in select(vm, Policy())] == [True, False]
+    assert [target.touch for target in select(vm, Options())] == [True, False]
 
 
 # --- who? ---
@@ -356,7 +355,7 @@ def work(draw: st.DrawFn) -> list[Range]:
     for _ in range(draw(st.integers(0, 12))):
         page += draw(st.integers(0, 2000))
         count = draw(st.integers(1, 4) | st.integers(500, 1100) | st.integers(1, 1 << 18))
-        found.append(Range(Kind.STAGE2, page * PAGE, count * PAGE))
+        found.append(Range(Kind.STAGE2, page * PAGE_SIZE, count * PAGE_SIZE))
         page += count
     return found
 
@@ -402,21 +401,21 @@ def test_stripes_are_every_byte_once_and_in_order(ranges: list[Range], count: in
 def test_no_huge_page_is_cut(ranges: list[Range], count: int) -> None:
     ends = {item.start + item.size for item in ranges}
     for item in flat(stripe(ranges, worker_list([None] * count))):
-        assert (item.start + item.size) in ends or (item.start + item.size) % HUGE == 0
+        assert (item.start + item.size) in ends or (item.start + item.size) % HUGE_PAGE_SIZE == 0
 
 
 @given(work(), st.integers(1, 9))
 def test_shares_differ_from_equal_by_less_than_a_huge_page(ranges: list[Range], count: int) -> None:
     equal = sum(item.size for item in ranges) / count
     for share in stripe(ranges, worker_list([None] * count)).values():
-        assert abs(sum(item.size for item in share) - equal) < HUGE + PAGE
+        assert abs(sum(item.size for item in share) - equal) < HUGE_PAGE_SIZE + PAGE_SIZE
 
 
 def test_many_workers_share_unaligned_memory_fairly() -> None:
     """What each is cut too much, for 2 MiB, must not be taken from the last one's share."""
-    ranges = [Range(Kind.POPULATE, HVA + PAGE, 64 * MIB)]
+    ranges = [Range(Kind.POPULATE, HVA + PAGE_SIZE, 64 * MIB)]
     sizes = [sum(r.size for r in s) for s in stripe(ranges, worker_list([None] * 24)).values()]
-    assert max(sizes) <= 64 * MIB / 24 + HUGE
+    assert max(sizes) <= 64 * MIB / 24 + HUGE_PAGE_SIZE
     assert sizes[-1] > 0
 
 

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from qemu_prefault.agents import Kind, Range
+from qemu_prefault.agents.base import Kind, Range
 from qemu_prefault.agents.qmp import JOB_PREFIX, _match, is_orphan
 
 

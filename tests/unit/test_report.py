@@ -14,19 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qemu_prefault import errors
+from qemu_prefault.cli.format import error_json, report_lines, table
+from qemu_prefault.engine.report import ByteSums, Report, RunWarning, Seconds, SectionReport
 from qemu_prefault.errors import ExitStatus, QemuPrefaultError
-from qemu_prefault.report import (
-    Bytes,
-    Caveat,
-    Report,
-    Seconds,
-    SectionReport,
-    Stage2,
-    error_json,
-    lines,
-    size,
-    table,
-)
+from qemu_prefault.host.kvm import Stage2Leaves
+from qemu_prefault.units import format_size
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -42,11 +34,11 @@ DONE = Report(
     kernel_release="6.12.107",
     pre_fault_memory=True,
     sections=(RAM, PLUGGED),
-    bytes=Bytes(383 * MIB, 10 * MIB, 383 * MIB, 0),
-    before=Stage2(0, 0, 0),
-    after=Stage2(512, 1, 0),
+    bytes=ByteSums(383 * MIB, 10 * MIB, 383 * MIB, 0),
+    before=Stage2Leaves(0, 0, 0),
+    after=Stage2Leaves(512, 1, 0),
     seconds=Seconds(0.1, 0.25, 0.2500004, 0.2500004, 1 / 3),
-    warnings=(Caveat("firmware-ahead", "the guest's firmware has yet to run"),),
+    warnings=(RunWarning("firmware-ahead", "the guest's firmware has yet to run"),),
 )
 PARTIAL = replace(DONE, bytes=replace(DONE.bytes, remaining=4096))
 
@@ -150,7 +142,7 @@ def test_seconds_have_microseconds_and_no_more() -> None:
         (DONE, ExitStatus.VERIFIED),
         (PARTIAL, ExitStatus.PARTIAL),
         (replace(PARTIAL, dry_run=True), ExitStatus.VERIFIED),
-        (replace(DONE, bytes=Bytes(0, 0, 0, 0)), ExitStatus.VERIFIED),
+        (replace(DONE, bytes=ByteSums(0, 0, 0, 0)), ExitStatus.VERIFIED),
     ],
 )
 def test_verified_only_if_every_requested_byte_is_accounted_for(
@@ -234,12 +226,12 @@ def test_every_error_says_what_to_do_now() -> None:
     ],
 )
 def test_sizes_read_as_people_write_them(number: int, text: str) -> None:
-    assert size(number) == text
+    assert format_size(number) == text
 
 
 @given(st.integers(0, 1 << 60))
 def test_a_size_is_never_off_by_more_than_rounding(number: int) -> None:
-    value, unit = size(number).split()
+    value, unit = format_size(number).split()
     factor = 1 << (10 * ["B", "KiB", "MiB", "GiB", "TiB"].index(unit))
     assert abs(float(value) * factor - number) <= factor * 0.0501
     assert float(value) <= 1024 or unit == "TiB"
@@ -259,15 +251,15 @@ def test_a_table_without_rows_is_its_heading() -> None:
 
 
 def test_the_last_line_says_what_it_came_to() -> None:
-    assert list(lines(DONE))[-1] == "verified: all 383.0 MiB requested"
-    partial = list(lines(PARTIAL))[-1]
+    assert list(report_lines(DONE))[-1] == "verified: all 383.0 MiB requested"
+    partial = list(report_lines(PARTIAL))[-1]
     assert partial == "PARTIAL: 4.0 KiB of 383.0 MiB are not accounted for"
-    dry = list(lines(replace(DONE, dry_run=True)))[-1]
+    dry = list(report_lines(replace(DONE, dry_run=True)))[-1]
     assert dry == "dry run: 383.0 MiB requested, 10.0 MiB of it to populate"
 
 
 def test_the_text_shows_sections_counters_times_and_warnings() -> None:
-    text = "\n".join(lines(DONE))
+    text = "\n".join(report_lines(DONE))
     for words in (
         "pc.ram",
         "0x100000",
@@ -280,8 +272,8 @@ def test_the_text_shows_sections_counters_times_and_warnings() -> None:
 
 
 def test_without_counters_the_text_says_nothing_of_them() -> None:
-    assert "stage-2" not in "\n".join(lines(replace(DONE, before=None, after=None)))
+    assert "stage-2" not in "\n".join(report_lines(replace(DONE, before=None, after=None)))
 
 
 def test_leaves_are_counted_by_their_size() -> None:
-    assert Stage2(1, 2, 3).bytes == 4096 + 2 * 2 * MIB + 3 * GIB
+    assert Stage2Leaves(1, 2, 3).bytes == 4096 + 2 * 2 * MIB + 3 * GIB

@@ -9,8 +9,7 @@ import signal
 import struct
 from collections.abc import Callable
 
-from qemu_prefault._native import ffi, lib
-
+from ..._native import ffi, lib
 from .. import abi, host
 from ..abi import PAGE
 from ..guest import READ_32

@@ -8,8 +8,7 @@ import os
 import socket
 from collections.abc import Callable
 
-from qemu_prefault._native import lib
-
+from ..._native import lib
 from .. import abi, host
 from ..abi import PAGE
 from ..guest import COUNT

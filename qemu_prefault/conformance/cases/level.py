@@ -5,14 +5,7 @@ from __future__ import annotations
 
 from .. import host
 from ..abi import GIB, HUGE, PAGE
-from ..memory import (
-    COLLAPSE,
-    HUGETLB_1G,
-    WITH_HUGEPAGES,
-    WITHOUT_HUGEPAGES,
-    hugetlb,
-    small,
-)
+from ..memory import COLLAPSE, HUGETLB_1G, WITH_HUGEPAGES, WITHOUT_HUGEPAGES, hugetlb, small
 from ..memory import huge as thp
 from ..suite import Skip, case
 from ..vmm import Leaves, Vm, expect_equal

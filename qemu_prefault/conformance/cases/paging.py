@@ -10,16 +10,7 @@ from .. import abi, guest, host
 from ..abi import PAGE
 from ..memory import small
 from ..suite import add, case
-from ..vmm import (
-    COUNTER,
-    LONG64,
-    Running,
-    Vm,
-    error_name,
-    expect,
-    expect_equal,
-    offers_prefault,
-)
+from ..vmm import COUNTER, LONG64, Running, Vm, error_name, expect, expect_equal, offers_prefault
 from .common import GPA, PAGES, SLOT, bench, expect_reads, expect_writes
 
 _ONLY_TDP = "mmu/mmu.c:kvm_tdp_map_page(): page_fault has to be kvm_tdp_page_fault()"

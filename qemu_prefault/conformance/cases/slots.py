@@ -14,17 +14,7 @@ from .. import abi, host
 from ..abi import GIB, PAGE
 from ..memory import Userfault, small
 from ..suite import KnownBad, add, case
-from ..vmm import (
-    HANG_SECONDS,
-    LONG64,
-    Leaves,
-    Task,
-    Vcpu,
-    Vm,
-    expect,
-    expect_equal,
-    fails_with,
-)
+from ..vmm import HANG_SECONDS, LONG64, Leaves, Task, Vcpu, Vm, expect, expect_equal, fails_with
 from .common import GPA, PAGES, SLOT, Bench, bench, expect_mapped, expect_reads, expect_writes
 
 _ZAP_ALL = "mmu/mmu.c:kvm_arch_flush_shadow_memslot(), KVM_X86_QUIRK_SLOT_ZAP_ALL"

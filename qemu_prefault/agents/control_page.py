@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A helper thread's control page (native/ptrace/control_page.h), seen through /proc/PID/mem."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from .._native import ffi, lib
+from .base import Outcome, Range
+from .gadgets import round_to_pages
+
+STACK_BYTES = 32 << 10  # a signal frame with AMX state is 11 KiB
+
+
+class Helper:
+    """One helper thread's control page, seen from outside."""
+
+    def __init__(self, memory: int, area: int, code_size: int) -> None:
+        self._memory = memory
+        self.area = area
+        self.control = area + code_size
+        self.batch = 0
+
+    def read_header(self) -> Any:
+        header = ffi.new("struct prefault_control *")
+        data = os.pread(self._memory, offset_of("ranges"), self.control)
+        ffi.memmove(header, data, len(data))
+        if header.magic != lib.PREFAULT_CONTROL_MAGIC:
+            raise OSError(errno.EIO, "not a control page any more")
+        return header
+
+    def is_there(self) -> bool:
+        """Whether its mapping is; it unmaps that itself when it leaves."""
+        try:
+            self.read_header()
+        except OSError:
+            return False
+        return True
+
+    def write_word(self, field: str, value: int) -> None:
+        size = 8 if field == "heartbeat" else 4
+        os.pwrite(self._memory, value.to_bytes(size, "little"), self.control + offset_of(field))
+
+    def submit(self, ranges: Sequence[Range]) -> None:
+        array = ffi.new("struct prefault_range[]", max(len(ranges), 1))
+        for slot, item in zip(array, ranges, strict=False):
+            slot.kind, slot.start, slot.size = item.kind, item.start, item.size
+        data = ffi.buffer(array, len(ranges) * ffi.sizeof("struct prefault_range"))
+        os.pwrite(self._memory, data, self.control + offset_of("ranges"))
+        self.write_word("range_count", len(ranges))
+        self.batch += 1
+        self.write_word("batch", self.batch)
+
+    def outcomes(self, ranges: Sequence[Range]) -> tuple[Outcome, ...]:
+        size = ffi.sizeof("struct prefault_range")
+        array = ffi.new("struct prefault_range[]", max(len(ranges), 1))
+        data = os.pread(self._memory, len(ranges) * size, self.control + offset_of("ranges"))
+        ffi.memmove(array, data, len(data))
+        return tuple(
+            Outcome(item, min(slot.done, item.size), slot.error)
+            for slot, item in zip(array, ranges, strict=False)
+        )
+
+
+def offset_of(field: str) -> int:
+    return int(ffi.offsetof("struct prefault_control", field))
+
+
+CODE_SIZE = round_to_pages(len(ffi.buffer(lib.helper_blob)))
+CONTROL_SIZE = round_to_pages(ffi.sizeof("struct prefault_control"))
+AREA_SIZE = CODE_SIZE + CONTROL_SIZE + STACK_BYTES

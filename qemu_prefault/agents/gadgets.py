@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What helpers borrow of QEMU's address space: instructions, an exit slot, free addresses."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import AgentError, Code, UnsupportedError
+from ..host.procfs import MemoryMapping
+from ..units import PAGE_SIZE
+
+AREAS_FROM, AREAS_TO = 0x1000_0000_0000, 0x5000_0000_0000
+
+# Low enough that the kernel's own top-down search never picks an address there.
+
+RETURN_FROM_SYSCALL = b"\x0f\x05\xc3"  # syscall; ret
+SIGRETURNS = (
+    b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05",  # glibc: mov $15,%rax; syscall
+    b"\xb8\x0f\x00\x00\x00\x0f\x05",  # musl: mov $15,%eax; syscall
+)
+EXIT_THREAD = b"\xb8\x3c\x00\x00\x00\x0f\x05"  # mov $60,%eax; syscall
+
+
+@dataclass(frozen=True, slots=True)
+class Gadgets:
+    """Addresses in QEMU's own text of the few instructions the helpers borrow."""
+
+    syscall_ret: int
+    sigreturn: int
+    exit_thread: int
+
+
+def round_to_pages(size: int) -> int:
+    return -(-size // PAGE_SIZE) * PAGE_SIZE
+
+
+def find_gadgets(memory: int, maps: Sequence[MemoryMapping]) -> Gadgets:
+    """Find the instructions the helpers borrow, in libc if it has them.
+
+    :raise UnsupportedError: QEMU's text has none (an unknown libc).
+    """
+    text = [m for m in maps if m.perms.startswith("r-x") and m.path.startswith("/")]
+    text.sort(key=lambda mapping: "libc" not in mapping.path)
+    syscall_ret = sigreturn = exit_thread = 0
+    for mapping in text:
+        try:
+            code = os.pread(memory, mapping.end - mapping.start, mapping.start)
+        except OSError:
+            continue
+
+        def locate(*patterns: bytes, base: int = mapping.start, code: bytes = code) -> int:
+            found = [at for pattern in patterns if (at := code.find(pattern)) >= 0]
+            return base + found[0] if found else 0
+
+        syscall_ret = syscall_ret or locate(RETURN_FROM_SYSCALL)
+        sigreturn = sigreturn or locate(*SIGRETURNS)
+        exit_thread = exit_thread or locate(EXIT_THREAD)
+        if syscall_ret and sigreturn and exit_thread:
+            return Gadgets(syscall_ret, sigreturn, exit_thread)
+    raise UnsupportedError(
+        "QEMU's libc is not one the attach agent knows (no signal restorer found in its text)",
+        "use the plugin agent",
+        code=Code.UNKNOWN_LIBC,
+    )
+
+
+def prepare_exit_slot(memory: int, maps: Sequence[MemoryMapping], gadgets: Gadgets) -> int:
+    """Put the address of an exit where a helper finds it after unmapping its own stack.
+
+    That is the last word of the main stack: a null pointer by which the kernel ends it
+    (fs/exec.c, ``__bprm_mm_init()``) and that no program reads.
+
+    :raise UnsupportedError: something else is there.
+    """
+    stack = next((m for m in maps if m.path == "[stack]"), None)
+    if stack is None:
+        raise UnsupportedError(
+            "QEMU has no main stack in /proc/PID/maps",
+            "use the plugin agent, and report this",
+            code=Code.UNKNOWN_LAYOUT,
+        )
+    slot = stack.end - 8
+    wanted = gadgets.exit_thread.to_bytes(8, "little")
+    found = os.pread(memory, 8, slot)
+    if found not in (bytes(8), wanted):
+        raise UnsupportedError(
+            "the last word of QEMU's main stack is in use",
+            "use the plugin agent, and report this",
+            code=Code.UNKNOWN_LAYOUT,
+        )
+    if found != wanted:
+        os.pwrite(memory, wanted, slot)
+    return slot
+
+
+def free_areas(maps: Sequence[MemoryMapping], count: int, size: int) -> tuple[int, ...]:
+    """Addresses for ``count`` mappings of ``size`` bytes, where nothing is mapped.
+
+    Random, so that two runs do not meet; MAP_FIXED_NOREPLACE settles what this cannot.
+    """
+    stride = round_to_pages(size) + 16 * PAGE_SIZE
+    for _ in range(64):
+        base = AREAS_FROM + secrets.randbelow((AREAS_TO - AREAS_FROM) // PAGE_SIZE) * PAGE_SIZE
+        end = base + stride * count
+        if not any(m.start < end and base < m.end for m in maps):
+            return tuple(base + stride * index for index in range(count))
+    raise AgentError("no free addresses found in QEMU", "report this with its /proc/PID/maps")

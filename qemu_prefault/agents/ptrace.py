@@ -1,0 +1,437 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The attach agent: helper threads started inside a running QEMU by ptrace.
+
+A vCPU thread is held for the moment it takes to send it through four system calls, which
+leave it as it was and a helper thread beside it (native/inject.c). From then on the helper
+and this process share one control page, which we reach through ``/proc/PID/mem``. A helper
+whose heartbeat stops finishes its chunk, unmaps itself and exits, so nothing of us is left
+when we are killed. A helper starts from its vCPU's thread and so inherits that thread's CPU
+affinity and memory policy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from signal import SIGUSR1
+from typing import Any
+
+from .._native import ffi, lib
+from ..errors import AgentError, Code, FailedError, RefusedError, UnsupportedError
+from ..host.procfs import Process, thread_names
+from ..host.ptrace_access import ptrace_denied
+from .base import BatchResult, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
+from .control_page import AREA_SIZE, CODE_SIZE, Helper, offset_of
+from .gadgets import Gadgets, find_gadgets, free_areas, prepare_exit_slot
+
+HELPER_NAME = "qemu-prefault"
+"""The helper threads' name, as ``ps -L`` and ``/proc/PID/task/TID/comm`` show it."""
+
+
+POLL_SHORTEST, POLL_LONGEST = 0.001, 0.25  # seconds
+FASTEST = 32 << 30  # bytes a second; no host is done sooner
+
+
+class PtraceAgent:
+    """Helpers by ptrace; see the module. Raises on :meth:`start`:
+
+    :raise UnsupportedError: no permission to trace, a libc we do not know, an LSM that
+        forbids executable memory, hardware shadow stacks.
+    :raise RefusedError: another qemu-prefault is at work in this QEMU.
+    :raise AgentError: a thread could not be held or a helper did not come up.
+    """
+
+    name = "attach"
+    ranges_per_batch = int(lib.PREFAULT_RANGES_MAX)
+
+    def __init__(
+        self, process: Process, threads: Sequence[VcpuThread], limits: Limits | None = None
+    ) -> None:
+        self.process = process
+        self.limits = limits or Limits()
+        self.workers = tuple(
+            Worker(index, thread.vcpu_id, thread.node) for index, thread in enumerate(threads)
+        )
+        self._threads = tuple(threads)
+        self._helpers: dict[int, Helper] = {}
+        self._memory = -1
+        self._aborted = False
+        self._told_to_end = asyncio.Event()
+        self._heart: threading.Thread | None = None
+        self._heart_stop = threading.Event()
+
+    # -- starting ----------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start one helper per vCPU thread. The threads are held well under a millisecond each."""
+        await self._wait_until_alone()
+        # ptrace knows its tracer by thread, and a tracer's end frees what it still holds:
+        # so all of it happens in one thread that ends with the work.
+        try:
+            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ptrace") as executor:
+                await asyncio.get_running_loop().run_in_executor(executor, self._inject_all)
+            await self._wait_ready()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _wait_until_alone(self) -> None:
+        """Outlast the helpers of a killed predecessor; refuse beside a live one."""
+        deadline = time.monotonic() + self.limits.dead_man + self.limits.stuck + 1
+        while helper_threads(self.process.pid):
+            if time.monotonic() > deadline:
+                raise RefusedError(
+                    f"another qemu-prefault is at work in QEMU (pid {self.process.pid})",
+                    "wait until it is done, then run this again",
+                    code=Code.BUSY_AGENT,
+                )
+            await asyncio.sleep(0.05)
+
+    def _inject_all(self) -> None:
+        self._memory = open_memory(self.process)
+        maps = self.process.maps()
+        gadgets = find_gadgets(self._memory, maps)
+        exit_slot = prepare_exit_slot(self._memory, maps, gadgets)
+        status = self.process.status()
+        if "shstk" in status.thread_features:
+            raise UnsupportedError(
+                f"QEMU (pid {self.process.pid}) runs with a hardware shadow stack",
+                "start QEMU with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off, or use the plugin agent",
+                code=Code.SHADOW_STACK,
+            )
+        own_pid = status.ns_pids[-1]
+        areas = free_areas(maps, len(self._threads), AREA_SIZE)
+        native = ffi.new(
+            "struct inject_gadgets *",
+            {"syscall_ret": gadgets.syscall_ret, "sigreturn": gadgets.sigreturn},
+        )
+        self._probe(native, areas[0])
+        for worker, thread, area in zip(self.workers, self._threads, areas, strict=True):
+            image = self._image(area, gadgets, exit_slot, thread)
+            result = ffi.new("struct inject_result *")
+            lib.inject_helper(
+                self.process.pid,
+                thread.thread_id,
+                own_pid,
+                self._memory,
+                native,
+                area,
+                AREA_SIZE,
+                ffi.from_buffer(image),
+                len(image),
+                CODE_SIZE,
+                result,
+            )
+            self._check(result, thread.thread_id)
+            self._helpers[worker.index] = Helper(self._memory, area, CODE_SIZE)
+            self._start_heart()
+
+    def _probe(self, native: Any, area: int) -> None:
+        result = ffi.new("struct inject_result *")
+        thread_id = self._threads[0].thread_id
+        lib.inject_probe(self.process.pid, thread_id, self._memory, native, area, result)
+        self._check(result, thread_id)
+
+    def _image(self, area: int, gadgets: Gadgets, exit_slot: int, thread: VcpuThread) -> bytes:
+        """The helper's code page followed by the beginning of its control page."""
+        # A timer names its thread as QEMU's own pid namespace does.
+        own_tid = self.process.status(thread.thread_id).ns_pids[-1]
+        control = ffi.new(
+            "struct prefault_control *",
+            {
+                "entry": area,
+                "stack_top": area + AREA_SIZE - 16,
+                "magic": lib.PREFAULT_CONTROL_MAGIC,
+                "area_start": area,
+                "area_size": AREA_SIZE,
+                "syscall_ret": gadgets.syscall_ret,
+                "sigreturn": gadgets.sigreturn,
+                "exit_slot": exit_slot,
+                "dead_man_ns": int(self.limits.dead_man * 1e9),
+                "tick_ns": int(self.limits.tick * 1e9),
+                "kick_ns": int(self.limits.kick * 1e9),
+                "limits": {
+                    "chunk_bytes": self.limits.chunk_bytes,
+                    "stuck_ns": int(self.limits.stuck * 1e9),
+                },
+                "vcpu_fd": thread.fd,
+                "vcpu_tid": own_tid if thread.fd >= 0 else 0,
+                "kick_signal": int(SIGUSR1),
+                "tool_pid": os.getpid() if same_pid_namespace(self.process.pid) else 0,
+            },
+        )
+        code = bytes(ffi.buffer(lib.helper_blob)).ljust(CODE_SIZE, b"\xcc")
+        return code + bytes(ffi.buffer(control, offset_of("ranges")))
+
+    def _check(self, result: Any, thread_id: int) -> None:
+        """Turn the end of an injection into a named error."""
+        if result.stage == lib.INJECT_OK:
+            return
+        what = f"thread {thread_id} of QEMU (pid {self.process.pid})"
+        reason = os.strerror(result.error)
+        if result.stage == lib.INJECT_SEIZE and result.error == errno.EPERM:
+            raise ptrace_denied(self.process)
+        if result.error == errno.ESRCH:
+            raise FailedError(
+                f"{what} is gone", "QEMU exited, or unplugged that vCPU", code=Code.QEMU_GONE
+            )
+        if result.stage in (lib.INJECT_MMAP, lib.INJECT_PROTECT) and result.error in (
+            errno.EACCES,
+            errno.EPERM,
+        ):
+            raise UnsupportedError(
+                f"QEMU (pid {self.process.pid}) may not have executable anonymous memory: {reason}",
+                "a security module forbids it (SELinux: execmem). Allow it for this domain, "
+                "or use the plugin agent",
+                code=Code.EXECMEM,
+            )
+        stage = {
+            lib.INJECT_SEIZE: "it could not be seized",
+            lib.INJECT_STOP: "it did not stop in time",
+            lib.INJECT_INSPECT: "its registers or its stack are not usable",
+            lib.INJECT_WRITE: "its stack could not be written",
+            lib.INJECT_RESUME: "it could not be watched to the end",
+            lib.INJECT_MMAP: "mmap failed in it",
+            lib.INJECT_COPY: "process_vm_readv failed in it",
+            lib.INJECT_PROTECT: "mprotect failed in it",
+            lib.INJECT_CLONE: "clone failed in it",
+        }[result.stage]
+        raise AgentError(
+            f"no helper could be started from {what}: {stage} ({reason})",
+            "QEMU is unharmed; run this again, or use the plugin agent",
+        )
+
+    async def _wait_ready(self) -> None:
+        deadline = time.monotonic() + 5
+        for helper in self._helpers.values():
+            while not (ready := self._header(helper).ready):
+                if time.monotonic() > deadline:
+                    raise AgentError(
+                        "a helper thread did not come up within 5 s",
+                        "QEMU is unharmed; is the host overloaded? Run this again",
+                    )
+                await asyncio.sleep(0.001)
+            if ready != 1:
+                error = (1 << 32) - ready
+                raise AgentError(
+                    f"a helper thread could not set its timer: {os.strerror(error)}",
+                    "QEMU is unharmed; see ulimit -i (pending signals) of QEMU",
+                )
+
+    # -- heartbeat ---------------------------------------------------------------------
+
+    def _start_heart(self) -> None:
+        if self._heart is None:
+            self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+            self._heart.start()
+
+    def _beat(self) -> None:
+        """Tell every helper that we are alive, from a thread of its own: nothing delays it."""
+        beat = 0
+        while True:
+            beat += 1
+            for helper in list(self._helpers.values()):
+                # A helper, or all of QEMU, may be gone; whoever waits for it notices.
+                with contextlib.suppress(OSError):
+                    helper.write_word("heartbeat", beat)
+            if self._heart_stop.wait(self.limits.dead_man / 10):
+                return
+
+    # -- working -----------------------------------------------------------------------
+
+    async def run(
+        self, batch: Mapping[int, Sequence[Range]], on_progress: Callable[[int], None]
+    ) -> BatchResult:
+        """See :class:`qemu_prefault.agents.Agent`.
+
+        :raise FailedError: QEMU, or a helper, is gone (code ``qemu-gone``, ``agent``).
+        """
+        if not self._aborted:
+            self._told_to_end.clear()
+            self._tell_all("abort", 0)
+        for index, ranges in batch.items():
+            self._guarded(self._helpers[index].submit, ranges)
+        finished: dict[int, tuple[Outcome, ...]] = {}
+        started, ended = [], []
+        begun = time.monotonic()
+        left = max((sum(i.size for i in ranges) for ranges in batch.values()), default=0) / FASTEST
+        while len(finished) < len(batch):
+            await self._wait(min(max(left, POLL_SHORTEST), POLL_LONGEST))
+            left = 0.0
+            done = 0
+            for index, ranges in batch.items():
+                helper = self._helpers[index]
+                outcomes = finished.get(index)
+                if outcomes is None:
+                    header = self._header(helper)
+                    outcomes = self._guarded(helper.outcomes, ranges)
+                    if header.batch_done == helper.batch:
+                        finished[index] = outcomes
+                        started.append(header.batch_started_ns)
+                        ended.append(header.batch_finished_ns)
+                    else:
+                        left = max(left, _seconds_left(begun, header, outcomes))
+                done += sum(outcome.done for outcome in outcomes)
+            on_progress(done)
+        seconds = (max(ended) - min(started)) / 1e9 if ended else 0.0
+        return BatchResult(finished, seconds)
+
+    async def _wait(self, seconds: float) -> None:
+        """Once told to end, a helper does so after its chunk: do not keep the guest waiting."""
+        if self._told_to_end.is_set():
+            await asyncio.sleep(POLL_SHORTEST)
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._told_to_end.wait()
+
+    def _header(self, helper: Helper) -> Any:
+        return self._guarded(helper.read_header)
+
+    def _guarded(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Reach into QEMU's memory; say which of the two is gone when that fails."""
+        try:
+            return function(*args)
+        except (OSError, ValueError) as error:
+            if alive(self.process):
+                raise AgentError(
+                    "a helper thread left QEMU before its work was done",
+                    f"this process made no progress for {self.limits.dead_man:g} s "
+                    "(suspended, or an overloaded host); run it again",
+                    code=Code.AGENT_LEFT,
+                ) from error
+            raise FailedError(
+                f"QEMU (pid {self.process.pid}) exited during the prefault",
+                "see QEMU's own log for why",
+                code=Code.QEMU_GONE,
+            ) from error
+
+    # -- ending ------------------------------------------------------------------------
+
+    def abort(self) -> None:
+        """See :class:`qemu_prefault.agents.Agent`; batches that come later end at once, too."""
+        self._aborted = True
+        self.interrupt()
+
+    def interrupt(self) -> None:
+        """See :class:`qemu_prefault.agents.Agent`."""
+        self._tell_all("abort")
+        self._told_to_end.set()
+
+    def _tell_all(self, field: str, value: int = 1) -> None:
+        for helper in self._helpers.values():
+            with contextlib.suppress(OSError):
+                helper.write_word(field, value)
+
+    def orphan_cleanup(self) -> OrphanCleanup:
+        """See :class:`qemu_prefault.agents.Agent`."""
+        memory, pid = self._memory, self.process.pid
+        where = tuple(
+            helper.control + offset_of(field)
+            for helper in self._helpers.values()
+            for field in ("abort", "release")
+        )
+
+        def stop_helpers() -> None:
+            for address in where:
+                with contextlib.suppress(OSError):
+                    os.pwrite(memory, (1).to_bytes(4, "little"), address)
+
+        return OrphanCleanup(
+            stop_helpers, lambda: not helper_threads(pid), self.limits.stuck + self.limits.dead_man
+        )
+
+    async def close(self) -> None:
+        """Release the helpers, and wait until none is left.
+
+        :raise AgentError: one does not leave (it is blocked in the kernel); it still does
+            once it can.
+        """
+        self._tell_all("release")
+        try:
+            await self._wait_gone()
+        finally:
+            self._heart_stop.set()
+            if self._heart is not None:
+                self._heart.join()
+                self._heart = None
+            self._helpers.clear()
+            if self._memory >= 0:
+                os.close(self._memory)
+                self._memory = -1
+
+    async def _wait_gone(self) -> None:
+        deadline = time.monotonic() + self.limits.stuck + self.limits.dead_man + 2
+        pause = 0.0005
+        # One that was started just now may not have its name yet.
+        while any(helper.is_there() for helper in self._helpers.values()) or (
+            self._helpers and helper_threads(self.process.pid)
+        ):
+            if time.monotonic() > deadline:
+                raise AgentError(
+                    f"a helper thread is held by the kernel in QEMU (pid {self.process.pid})",
+                    "it leaves by itself as soon as its system call returns",
+                )
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 0.02)
+
+
+def _seconds_left(begun: float, header: Any, outcomes: Sequence[Outcome]) -> float:
+    """When to look again: seldom, for we may share a CPU with the helper.
+
+    :param begun: ``time.monotonic()`` when the batch was handed over.
+    """
+    now = time.monotonic()
+    done = sum(outcome.done for outcome in outcomes)
+    left = sum(outcome.range.size - outcome.done for outcome in outcomes if not outcome.error)
+    spent = (header.chunk_started_ns - header.batch_started_ns) / 1e9
+    if not done or spent <= 0:
+        return now - begun
+    wait: float = header.chunk_started_ns / 1e9 + spent * left / done - now
+    return wait if done > left else wait * 0.9
+
+
+def same_pid_namespace(pid: int) -> bool:
+    """Whether process ``pid`` and we see each other under the same numbers."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/pid") == os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return False
+
+
+def alive(process: Process) -> bool:
+    """Whether the process still runs (a zombie does not)."""
+    try:
+        process.check()
+    except FailedError:
+        return False
+    return True
+
+
+# -- what is where in QEMU ---------------------------------------------------------------
+
+
+def helper_threads(pid: int) -> tuple[int, ...]:
+    """Thread ids of helpers (ours or another run's) inside process ``pid``."""
+    return tuple(tid for tid, name in thread_names(pid).items() if name == HELPER_NAME)
+
+
+def open_memory(process: Process) -> int:
+    """``/proc/PID/mem``, read and write. It asks for the same right as ptrace.
+
+    :raise UnsupportedError: no permission. :raise FailedError: QEMU is gone.
+    """
+    try:
+        return os.open(f"/proc/{process.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:
+        raise ptrace_denied(process) from None
+    except (FileNotFoundError, ProcessLookupError):
+        raise FailedError(
+            f"QEMU (pid {process.pid}) is gone", "see QEMU's own log for why", code=Code.QEMU_GONE
+        ) from None

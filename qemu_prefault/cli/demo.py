@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``qemu-prefault demo``, which the lab runs."""
+
+from __future__ import annotations
+
+import click
+
+from .console import reporting
+from .options import debug_option, json_option
+
+
+@click.command()
+@json_option
+@debug_option
+def demo(as_json: bool, debug: bool) -> None:
+    """Show the whole story on any x86-64 Linux: a restored guest, and a booting one."""
+    with reporting(as_json, debug):
+        from qemu_prefault_lab.demo import run_demo  # noqa: PLC0415
+
+        run_demo(as_json)

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``qemu-prefault plugin-path``"""
+
+from __future__ import annotations
+
+import click
+
+import qemu_prefault
+
+from .console import reporting
+from .options import debug_option
+
+
+@click.command("plugin-path")
+@debug_option
+def plugin_path(debug: bool) -> None:
+    """Print where qemu-prefault-plugin.so is, for QEMU's -plugin."""
+    with reporting(False, debug):
+        click.echo(qemu_prefault.plugin_path())

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``qemu-prefault`` without a command: prefault a guest."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+import qemu_prefault
+
+from ..errors import ExitStatus
+from ..units import PAGE_SIZE
+from .console import Printer, reporting, run_async
+from .format import event_line, report_lines
+from .options import (
+    connect,
+    debug_option,
+    domain_option,
+    index_list_type,
+    json_option,
+    pid_option,
+    qmp_option,
+    range_type,
+    required_address,
+    size_type,
+)
+
+if TYPE_CHECKING:
+    from ..api import Options
+
+_F = TypeVar("_F", bound=Callable[..., None])
+
+_OPTIONS = (
+    qmp_option,
+    domain_option,
+    pid_option,
+    click.option(
+        "--agent",
+        type=click.Choice(["auto", "attach", "plugin", "qmp"]),
+        default="auto",
+        show_default=True,
+        help="Who acts inside QEMU. attach: helper threads, started by ptrace; plugin: "
+        "qemu-prefault-plugin.so, if QEMU was started with it; qmp: QEMU itself, if it is patched; "
+        "auto: the plugin if it is there, else QEMU if it can, else attach.",
+    ),
+    click.option(
+        "--populate",
+        type=click.Choice(["auto", "all", "resident"]),
+        default="auto",
+        show_default=True,
+        help="What may be touched: auto: all RAM but what is absent on purpose (virtio-mem, "
+        "balloon, reserve=off); all: everything; resident: nothing new.",
+    ),
+    click.option(
+        "--populate-only",
+        is_flag=True,
+        help="Fill QEMU's own page tables, not stage-2. Works on any kernel, also without KVM.",
+    ),
+    click.option(
+        "--range",
+        "ranges",
+        type=range_type,
+        metavar="GPA+SIZE",
+        multiple=True,
+        help="Only this guest-physical range, e.g. 4G+512M. May be repeated.",
+    ),
+    click.option(
+        "--max-bytes",
+        type=size_type,
+        metavar="SIZE",
+        help="Stop after so much, lowest addresses first.",
+    ),
+    click.option(
+        "--vcpus", type=index_list_type, metavar="LIST", help="Only these vCPUs, e.g. 0,2-3."
+    ),
+    click.option(
+        "--chunk",
+        type=size_type,
+        metavar="SIZE",
+        help="Most that one system call is asked for; default 32M. Slot changes wait that long.",
+    ),
+    click.option("--force", is_flag=True, help="Populate even if memory looks too short for it."),
+    click.option(
+        "--cont", is_flag=True, help="Resume the guest afterwards, also if it was paused."
+    ),
+    click.option(
+        "--incoming",
+        is_flag=True,
+        help="Wait for the guest of a QEMU started with -incoming; populate while its RAM is "
+        "loaded, prefault when it is, and let it start as it would have (with -S: only with "
+        "--cont).",
+    ),
+    click.option(
+        "--max-downtime",
+        type=click.FloatRange(0.001),
+        metavar="SECONDS",
+        help="Keep the guest from running for no longer than this at one go; what is left is done "
+        "in further pauses.",
+    ),
+    click.option("--dry-run", is_flag=True, help="Say what would be done; touch nothing."),
+    click.option(
+        "--follow",
+        is_flag=True,
+        help="Stay until QEMU ends or Ctrl-C; tell what is prefaulted again, and why. Without the "
+        "plugin, do it: run now, and whenever tables were dropped or memory was added.",
+    ),
+    json_option,
+    debug_option,
+)
+
+
+def prefault_options(function: _F) -> _F:
+    """All options of the command, in the order in which ``--help`` shows them."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def prefault(
+    context: click.Context,
+    *,
+    qmp: str | None,
+    domain: str | None,
+    pid: int | None,
+    agent: str,
+    populate: str,
+    populate_only: bool,
+    ranges: tuple[tuple[int, int], ...],
+    max_bytes: int | None,
+    vcpus: tuple[int, ...] | None,
+    chunk: int | None,
+    force: bool,
+    cont: bool,
+    incoming: bool,
+    max_downtime: float | None,
+    dry_run: bool,
+    follow: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Check what was given, then prefault or follow."""
+    if not (qmp or domain or pid) and not any(
+        (populate_only, ranges, cont, incoming, dry_run, follow, as_json)
+    ):
+        click.echo(context.get_help())
+        context.exit(int(ExitStatus.USAGE))
+    address = required_address(qmp, domain)
+    if incoming and domain:
+        raise click.UsageError(
+            "--incoming does not go with --domain: libvirt passes no commands on during a "
+            "migration; see: qemu-prefault libvirt migrate --help"
+        )
+    if chunk is not None and (chunk < PAGE_SIZE or chunk % PAGE_SIZE):
+        raise click.UsageError("--chunk is a multiple of 4096 bytes")
+    if max_bytes is not None and max_bytes < PAGE_SIZE:
+        raise click.UsageError("--max-bytes is at least one page, 4096 bytes")
+    if follow and (dry_run or cont or populate_only or incoming):
+        raise click.UsageError(
+            "--follow goes with neither --dry-run, --cont, --incoming nor --populate-only"
+        )
+    options = qemu_prefault.Options(
+        populate=qemu_prefault.Populate(populate),
+        ranges=ranges,
+        max_bytes=max_bytes,
+        vcpus=vcpus or (),
+        populate_only=populate_only,
+        force=force,
+        chunk_bytes=chunk,
+        max_downtime=max_downtime,
+        cont=cont,
+        incoming=incoming,
+        dry_run=dry_run,
+        agent=qemu_prefault.AgentChoice(agent),
+    )
+    if follow:
+        with reporting(as_json, debug), contextlib.suppress(KeyboardInterrupt):
+            run_async(_follow(address, pid, options, as_json))
+        return
+    with reporting(as_json, debug):
+        run_async(_prefault(address, pid, options, as_json))
+
+
+async def _prefault(address: str, pid: int | None, options: Options, as_json: bool) -> None:
+    printer = Printer(as_json)
+    async with connect(address, pid) as vm:
+        try:
+            report = await qemu_prefault.prefault_async(
+                vm, options, on_ready=printer.ready, on_progress=printer.progress
+            )
+        finally:
+            printer.end_progress()
+    printer.result(report.to_json(), report_lines(report))
+    if report.exit_status:
+        sys.exit(int(report.exit_status))
+
+
+async def _follow(address: str, pid: int | None, options: Options, as_json: bool) -> None:
+    printer = Printer(as_json)
+    async with connect(address, pid) as vm:
+        async for event in qemu_prefault.follow(vm, options):
+            printer.result(event, iter([event_line(event)]))

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``Session`` and ``Policy`` of 0.1, which are :class:`Vm` and :class:`Options` now."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Self
+
+from ..engine.options import AgentChoice, Options
+from ..engine.report import Report
+from ..engine.run import prefault
+from ..engine.vm import Vm
+from ..libvirt.qmp_proxy import connect_vm
+from ..qemu.queries import VmState
+
+
+class Policy(Options):
+    """0.1's name of :class:`Options`."""
+
+    def __new__(cls, *_: object, **__: object) -> Self:
+        _warn("Policy", "Options")
+        return super().__new__(cls)
+
+
+class Session(Vm):
+    """0.1's name of :class:`Vm`, which could prefault by itself."""
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(cls, qmp: str, pid: int | None = None) -> AsyncIterator[Session]:
+        """:func:`qemu_prefault.connect`; ``libvirt:DOMAIN`` is an address here, too."""
+        _warn("Session", "connect() and prefault_async()")
+        if qmp.startswith("libvirt:"):
+            opened = connect_vm(qmp.removeprefix("libvirt:"), pid)
+        else:
+            opened = Vm.connect(qmp, pid)
+        async with opened as vm:
+            yield cls(vm.monitor, vm.process, vm.state)
+
+    @property
+    def machine(self) -> VmState:
+        """0.1's name of :attr:`state`."""
+        return self.state
+
+    async def prefault(
+        self,
+        policy: Options | None = None,
+        *,
+        cont: bool = False,
+        incoming: bool = False,
+        on_ready: Callable[[], Awaitable[None]] | None = None,
+        dry_run: bool = False,
+        agent: str = "auto",
+    ) -> Report:
+        """:func:`qemu_prefault.prefault_async`."""
+        given = policy or Options()
+        options = Options(
+            populate=given.populate,
+            ranges=given.ranges,
+            max_bytes=given.max_bytes,
+            vcpus=given.vcpus,
+            populate_only=given.populate_only,
+            force=given.force,
+            chunk_bytes=given.chunk_bytes,
+            max_downtime=given.max_downtime,
+            cont=cont,
+            incoming=incoming,
+            dry_run=dry_run,
+            agent=AgentChoice(agent),
+        )
+        return await prefault(self, options, on_ready=on_ready)
+
+
+def _warn(old: str, new: str) -> None:
+    warnings.warn(
+        f"qemu_prefault.{old} is deprecated and ends with 0.2: use qemu_prefault's {new}",
+        DeprecationWarning,
+        stacklevel=3,
+    )

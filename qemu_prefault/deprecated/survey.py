@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""0.1's ``qemu_prefault.survey``; use :func:`qemu_prefault.ram_map` and its like."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import fields
+
+import qemu_prefault
+from qemu_prefault.cli.format import counters_header, counters_line, ram_map_lines
+from qemu_prefault.engine import inspect
+from qemu_prefault.engine.inspect import VCPU_COUNTERS, MappedSection
+from qemu_prefault.qemu.monitor import Monitor
+
+__all__ = [
+    "VCPU_COUNTERS",
+    "Counters",
+    "MappedSection",
+    "RamMap",
+    "counters",
+    "counters_header",
+    "ram_map",
+]
+
+warnings.warn(
+    "qemu_prefault.survey is deprecated and ends with 0.2: use qemu_prefault.ram_map() and "
+    "qemu_prefault.counters()",
+    DeprecationWarning,
+    stacklevel=2,
+)
+
+
+class RamMap(inspect.RamMap):
+    """With the text that the command line shows."""
+
+    def lines(self) -> Iterator[str]:
+        return ram_map_lines(self)
+
+
+class Counters(inspect.Counters):
+    """With the text that the command line shows."""
+
+    def lines(self) -> Iterator[str]:
+        return counters_line(self)
+
+
+async def ram_map(qmp: str, pid: int | None = None) -> RamMap:
+    """The RAM of the QEMU behind a QMP socket."""
+    async with qemu_prefault.connect(qmp, pid) as vm:
+        found = await inspect.ram_map(vm)
+    return RamMap(*(getattr(found, field.name) for field in fields(found)))
+
+
+async def counters(monitor: Monitor) -> Counters:
+    """KVM's counters, by QMP's ``query-stats``."""
+    found = await inspect.counters(monitor)
+    return Counters(found.stage2, found.vcpus)

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Populate and prefault through an agent, and enter in the books what came of it.
+
+An agent runs batches of ranges, a share for each vCPU. What cannot be written yet is populated,
+what can be is prefaulted. What one vCPU could not do another one takes, and what there was no
+time for is handed back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Final, Protocol
+
+from ..agents.base import Agent, Kind, Outcome, Range, Worker
+from ..errors import Code
+from ..host import kvm
+from ..host.pagemap import Pagemap, Sums
+from ..qemu.memory_map import MemorySection
+from ..units import format_size
+from .plan import Target, stripe_by_node
+from .tally import RunTally
+from .vm import Backing
+
+Progress = Callable[[str, int, int], None]
+"""Called with the phase ("populate", "prefault"), bytes done and bytes in all."""
+
+
+#: Errors that are the vCPU's, not the range's: another vCPU may succeed.
+VCPU_ERRORS: Final = (kvm.STUCK, errno.EOPNOTSUPP)
+NO_VCPU: Final = "prefault: no vCPU could be used"
+
+
+class Backings(Protocol):
+    """Who knows what a guest's sections are made of; usually a session."""
+
+    def backing(self, section: MemorySection) -> Backing: ...
+
+
+class Executor:
+    """What is done to a guest's memory through one agent.
+
+    :ivar agent: the agent; who starts and closes it is not our affair.
+    :ivar unusable: workers whose vCPU cannot be used until the guest has run, with the errno.
+    """
+
+    def __init__(
+        self,
+        backings: Backings,
+        agent: Agent,
+        pagemap: Pagemap,
+        tally: RunTally,
+        on_progress: Progress,
+    ) -> None:
+        self.agent = agent
+        self.unusable: dict[int, int] = {}
+        self._backings = backings
+        self._pagemap = pagemap
+        self._tally = tally
+        self._on_progress = on_progress
+        self._ended = False
+        self._time_is_up = False
+        self._all_writable: set[Target] = set()  # when they had been populated
+
+    # -- populate ----------------------------------------------------------------------
+
+    async def populate(self, targets: Sequence[Target], *, only: bool = False) -> None:
+        """Make every page that may be touched present and writable in QEMU's own tables.
+
+        The ioctl is a read fault: over untouched memory it would map the zero page
+        read-only, and each of the guest's writes would fault all the same, at 4 KiB.
+
+        :param only: it is all that was asked for.
+        """
+        ranges = []
+        present = {}
+        for target in targets:
+            if not target.touch:
+                continue
+            backing = self._backings.backing(target.section)
+            present[target] = self._sums(target).present
+            if backing.kind == "hugetlb":  # pagemap does not tell writable from read-only there
+                gaps: Iterable[tuple[int, int]] = [(target.hva, target.size)]
+            else:
+                gaps = self._pagemap.unwritable(target.hva, target.size, backing.private)
+            for start, length in gaps:
+                ranges.append((target.section.node, Range(Kind.POPULATE, start, length)))
+        total = sum(item.size for _, item in ranges)
+        outcomes, _ = await self._run(ranges, "populate", total)
+        for target, before in present.items():
+            after = self._sums(target)
+            tally = self._tally.of(target.section)
+            tally.populated += max(0, after.present - before)
+            if after.writable == target.size:
+                self._all_writable.add(target)
+            if only:
+                tally.requested += target.size
+                tally.accounted += after.writable
+            error = next((o.error for o in outcomes if o.error and _overlaps(o.range, target)), 0)
+            if error and error != kvm.ABORTED:
+                tally.note = f"populate: {kvm.describe_errno(error)}"
+
+    # -- prefault ----------------------------------------------------------------------
+
+    async def prefault(
+        self, targets: Sequence[Target], *, again: bool = False, skip_pagemap: bool = False
+    ) -> list[Target]:
+        """Prefault the pages that are writable now; the rest would be mapped read-only.
+
+        :param again: these were begun before: what was requested of them is counted already.
+        :param skip_pagemap: nobody has run who could have given back what was found writable when
+            it had been populated: do not look again.
+        :return: what there was no time for; see :meth:`time_limit`.
+        """
+        total = sum(target.size for target in targets)
+        batch: list[tuple[Range, Target]] = []
+        left: list[Target] = []
+        finished = 0
+
+        def owner_of(item: Range) -> Target:
+            return next(
+                target
+                for part, target in batch
+                if part.start <= item.start < part.start + part.size
+            )
+
+        async def flush() -> None:
+            nonlocal finished
+            ranges = [(target.section.node, item) for item, target in batch]
+            outcomes, undone = await self._run(ranges, "prefault", total, finished)
+            for outcome in outcomes:
+                tally = self._tally.of(owner_of(outcome.range).section)
+                tally.prefaulted += outcome.done
+                tally.accounted += outcome.done
+                finished += outcome.done
+                # Where a vCPU is the matter, others have taken over, or the warning tells.
+                if outcome.error and outcome.error not in (kvm.ABORTED, *VCPU_ERRORS):
+                    tally.note = f"prefault: {kvm.describe_errno(outcome.error)}"
+            left.extend(replace(owner_of(i), gpa=i.start, size=i.size) for i in undone)
+            batch.clear()
+
+        limit = self.agent.ranges_per_batch // 2  # stripes cut ranges in two
+        for target in targets:
+            tally = self._tally.of(target.section)
+            if self._time_is_up:  # maybe even to populate it
+                left.append(target)
+                if not again:
+                    requested = target.size if target.touch else self._sums(target).writable
+                    tally.requested += requested
+                continue
+            writable = 0
+            for start, length in self._writable(target, skip_pagemap):
+                gpa = target.gpa + (start - target.hva)
+                batch.append((Range(Kind.STAGE2, gpa, length), target))
+                writable += length
+                if len(batch) >= limit:
+                    await flush()
+            if not again:
+                tally.requested += target.size if target.touch else writable
+            if target.touch and writable < target.size and tally.note is None:
+                tally.note = f"{format_size(target.size - writable)} could not be made writable"
+            if not target.touch:
+                tally.note = target.why_not
+        if batch:
+            await flush()
+        if not self.usable():
+            for tally in self._tally.tallies.values():
+                if tally.accounted < tally.requested:
+                    tally.note = tally.note or NO_VCPU
+        return left
+
+    def _writable(self, target: Target, skip_pagemap: bool) -> Iterable[tuple[int, int]]:
+        if skip_pagemap and target in self._all_writable:
+            return [(target.hva, target.size)]
+        private = self._backings.backing(target.section).private
+        return self._pagemap.writable(target.hva, target.size, private)
+
+    def _sums(self, target: Target) -> Sums:
+        private = self._backings.backing(target.section).private
+        return self._pagemap.sums(target.hva, target.size, private)
+
+    # -- batches -----------------------------------------------------------------------
+
+    async def _run(
+        self,
+        ranges: Sequence[tuple[int | None, Range]],
+        phase: str,
+        total: int,
+        base: int = 0,
+    ) -> tuple[list[Outcome], list[Range]]:
+        """Run ranges, each with its NUMA node, on all usable workers.
+
+        :return: outcomes, and what there was no time for.
+        """
+        outcomes: list[Outcome] = []
+        todo = list(ranges)
+        most = self.agent.ranges_per_batch
+        while todo and not self._ended and not self._time_is_up:
+            workers = self.usable()
+            if not workers:
+                break
+            shares = stripe_by_node(todo, workers)
+            done = base + sum(outcome.done for outcome in outcomes)
+
+            def on_progress(more: int, done: int = done) -> None:
+                self._on_progress(phase, done + more, total)
+
+            batch = {index: share[:most] for index, share in shares.items() if share}
+            result = await self.agent.run(batch, on_progress)
+            self._tally.count_work(phase, result.seconds)
+            node_of = {worker.index: worker.node for worker in workers}
+            todo = [
+                (node_of[index], item) for index, share in shares.items() for item in share[most:]
+            ]
+            for index, items in result.outcomes.items():
+                for outcome in items:
+                    outcomes.append(outcome)
+                    if outcome.left is not None and self._goes_on(index, outcome):
+                        todo.append((node_of[index], outcome.left))
+        return outcomes, [item for _, item in todo] if self._time_is_up else []
+
+    def _goes_on(self, index: int, outcome: Outcome) -> bool:
+        """Whether somebody is to take up what is left of a range."""
+        if outcome.range.kind is Kind.STAGE2 and outcome.error in VCPU_ERRORS:
+            self.unusable[index] = outcome.error
+            return True
+        # Cut short; or not come to, because what came before it in the batch was the end.
+        return (self._time_is_up and outcome.error == kvm.ABORTED) or not outcome.error
+
+    def usable(self) -> list[Worker]:
+        """The workers whose vCPU can be used; if some cannot, the caveat says so."""
+        usable = [worker for worker in self.agent.workers if worker.index not in self.unusable]
+        if self.unusable:
+            names = ", ".join(
+                f"vCPU {index} ({kvm.describe_errno(error)})"
+                for index, error in sorted(self.unusable.items())
+            )
+            self._tally.warnings[Code.VCPU_UNUSABLE] = f"not used: {names}" + (
+                "" if usable else "; let the guest run for a moment (cont), then run this again"
+            )
+        return usable
+
+    def reconsider_vcpus(self) -> None:
+        """The guest has run: vCPUs that could not be used may be usable now."""
+        self.unusable.clear()
+        self._tally.warnings.pop(Code.VCPU_UNUSABLE, None)
+        for tally in self._tally.tallies.values():
+            if tally.note == NO_VCPU:
+                tally.note = None
+
+    # -- ends --------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def time_limit(self, seconds: float | None) -> Iterator[None]:
+        """End the work in the block, after the chunks in hand, when it has lasted enough."""
+
+        def end() -> None:
+            self._time_is_up = True
+            self.agent.interrupt()
+
+        timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, end)
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
+            self._time_is_up = False
+
+    def end(self) -> None:
+        """End all work, after the chunks in hand, for good."""
+        self._ended = True
+        self.agent.abort()
+
+
+def _overlaps(item: Range, target: Target) -> bool:
+    return item.start < target.hva + target.size and target.hva < item.start + item.size

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Look without touching: where the guest's RAM is, and what KVM counts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..host.kvm import Stage2Leaves
+from ..host.pagemap import Pagemap
+from ..qemu.memory_map import huge_alignment
+from ..qemu.monitor import Monitor
+from ..qemu.queries import read_stage2, read_vcpu_stats
+from ..units import HUGE_PAGE_SIZE
+from .report import SCHEMA, stage2_json
+from .vm import Vm
+
+VCPU_COUNTERS = ("pf_taken", "pf_fixed", "pf_spurious", "exits")
+
+
+@dataclass(frozen=True, slots=True)
+class MappedSection:
+    """A piece of guest memory; sizes in bytes.
+
+    ``resident``: present in QEMU's page tables. ``writable``: of that, what a prefault would
+    map writable. ``huge``: whether guest and host addresses allow 2 MiB leaves.
+    """
+
+    name: str
+    gpa: int
+    size: int
+    hva: int
+    backing: str
+    page_size: int
+    device: str | None
+    node: int | None
+    huge: bool
+    resident: int | None
+    writable: int | None
+    skipped: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RamMap:
+    pid: int
+    version: str
+    status: str
+    sections: tuple[MappedSection, ...]
+    stage2: Stage2Leaves | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "qemu": {"pid": self.pid, "version": self.version, "status": self.status},
+            "sections": [asdict(section) for section in self.sections],
+            "stage2": stage2_json(self.stage2),
+        }
+
+
+async def ram_map(vm: Vm) -> RamMap:
+    """The RAM of a QEMU, sections that are left out included."""
+    state = vm.state
+    found = []
+    with Pagemap(vm.process) as pagemap:
+        for section in state.sections:
+            backing, sums = "-", None
+            if section.hva:
+                kind = vm.backing(section)
+                backing = str(kind)
+                sums = pagemap.sums(section.hva, section.size, kind.private)
+            huge = section.size >= HUGE_PAGE_SIZE and huge_alignment(section, HUGE_PAGE_SIZE)
+            found.append(
+                MappedSection(
+                    name=section.name,
+                    gpa=section.gpa,
+                    size=section.size,
+                    hva=section.hva,
+                    backing=backing,
+                    page_size=section.page_size,
+                    device=section.device,
+                    node=section.node,
+                    huge=huge,
+                    resident=sums.present if sums else None,
+                    writable=sums.writable if sums else None,
+                    skipped=section.skipped,
+                )
+            )
+    return RamMap(
+        vm.process.pid,
+        state.version,
+        state.status,
+        tuple(found),
+        await read_stage2(vm.monitor),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """KVM's counters at one moment; the vCPU ones summed over all vCPUs, since the VM began."""
+
+    stage2: Stage2Leaves | None
+    vcpus: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, "stage2": stage2_json(self.stage2), "vcpus": self.vcpus}
+
+
+async def counters(monitor: Monitor) -> Counters:
+    """Ask for them (QMP ``query-stats``)."""
+    per_vcpu = await read_vcpu_stats(monitor, VCPU_COUNTERS)
+    sums: dict[str, int] = {}
+    for stats in per_vcpu.values():
+        for name, value in stats.items():
+            sums[name] = sums.get(name, 0) + value
+    return Counters(await read_stage2(monitor), sums)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Decide, without touching anything: what may be done now, to which memory, by which worker.
+
+Three questions, three pure functions:
+
+* :func:`refuse_unfit` -- is this a moment at which prefaulting helps and harms nothing?
+* :func:`select` -- which bytes of which sections, and may they be populated?
+* :func:`stripe` -- which worker takes which range?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..errors import InputError
+from ..qemu.memory_map import MemorySection
+from ..units import HUGE_PAGE_SIZE, PAGE_SIZE
+from .options import Options, Populate
+
+if TYPE_CHECKING:
+    from ..agents.base import Range, Worker
+    from ..qemu.queries import VmState
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A piece of one section that is to be prefaulted.
+
+    ``touch``: whether it may be populated; if not, ``why_not`` says why.
+    """
+
+    section: MemorySection
+    gpa: int
+    size: int
+    touch: bool
+    why_not: str | None = None
+
+    @property
+    def hva(self) -> int:
+        return self.section.hva + (self.gpa - self.section.gpa)
+
+
+# -- what? -------------------------------------------------------------------------------
+
+
+def select(state: VmState, options: Options) -> tuple[Target, ...]:
+    """The pieces of guest RAM to prefault, ascending by guest-physical address.
+
+    :raises InputError: a range touches no RAM.
+    """
+    targets = []
+    left = None if options.max_bytes is None else options.max_bytes // PAGE_SIZE * PAGE_SIZE
+    for section in sorted(state.sections, key=lambda section: section.gpa):
+        if section.skipped is not None:
+            continue
+        why_not = _why_not_touch(state, section, options.populate)
+        for gpa, size in _within(section, options.ranges):
+            if left is not None:
+                size = min(size, left)  # noqa: PLW2901
+                left -= size
+            if size:
+                targets.append(Target(section, gpa, size, why_not is None, why_not))
+    if options.ranges and left != 0 and not targets:
+        raise InputError(
+            "no guest RAM lies in the ranges asked for",
+            "`qemu-prefault map` shows where it is",
+        )
+    return tuple(targets)
+
+
+def without(targets: Iterable[Target], done: Iterable[Target]) -> tuple[Target, ...]:
+    """What of the targets lies in none of those that are done."""
+    left = []
+    spans = sorted((target.gpa, target.gpa + target.size) for target in done)
+    for target in targets:
+        reached, end = target.gpa, target.gpa + target.size
+        for low, high in [*spans, (end, end)]:
+            if reached < min(low, end):
+                left.append(replace(target, gpa=reached, size=min(low, end) - reached))
+            reached = max(reached, high)
+    return tuple(left)
+
+
+def _within(section: MemorySection, ranges: Sequence[tuple[int, int]]) -> Iterable[tuple[int, int]]:
+    if not ranges:
+        yield section.gpa, section.size
+        return
+    reached = section.gpa
+    for start, size in sorted(ranges):
+        low = max(start // PAGE_SIZE * PAGE_SIZE, reached)
+        high = min(-(-(start + size) // PAGE_SIZE) * PAGE_SIZE, section.end)
+        if low < high:
+            yield low, high - low
+            reached = high
+
+
+def _why_not_touch(state: VmState, section: MemorySection, populate: Populate) -> str | None:
+    if populate is Populate.ALL:
+        return None
+    balloon = state.balloon
+    reasons = {
+        "--populate resident": populate is Populate.RESIDENT,
+        "virtio-mem: unplugged blocks are absent on purpose": section.device == "virtio-mem",
+        "the balloon is inflated: memory is absent on purpose": balloon is not None
+        and balloon.actual < balloon.total,
+        "reserve=off: memory is overcommitted on purpose": section.reserve is False,
+        "a shared file: touching it would write it": section.device in ("nvdimm", "virtio-pmem")
+        and section.share is not False,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+# -- who? --------------------------------------------------------------------------------
+
+
+def stripe(ranges: Sequence[Range], workers: Sequence[Worker]) -> dict[int, list[Range]]:
+    """Divide ranges among workers, an equal share of bytes each, in address order.
+
+    Cuts fall on 2 MiB boundaries, so that no huge page is worked on from two sides.
+    """
+    total = sum(item.size for item in ranges)
+    shares: dict[int, list[Range]] = {worker.index: [] for worker in workers}
+    position = done = 0
+    for item in ranges:
+        start, end = item.start, item.start + item.size
+        while start < end:
+            # Shares end at multiples of total/len(workers), so that what one cut adds to a
+            # share is not missing from the last one.
+            while (due := total * (position + 1) // len(workers) - done) <= 0:
+                position += 1
+            cut = min(end, -(-(start + due) // HUGE_PAGE_SIZE) * HUGE_PAGE_SIZE)
+            shares[workers[position].index].append(type(item)(item.kind, start, cut - start))
+            done += cut - start
+            start = cut
+    return shares
+
+
+def stripe_by_node(
+    ranges: Sequence[tuple[int | None, Range]], workers: Sequence[Worker]
+) -> dict[int, list[Range]]:
+    """Like :func:`stripe`, but memory of a guest NUMA node goes to that node's vCPUs.
+
+    A helper has its vCPU's CPU affinity, and first touch decides where memory lies: so it
+    comes to lie where the host's pinning meant it to.
+    """
+    shares: dict[int, list[Range]] = {worker.index: [] for worker in workers}
+    by_node: dict[int | None, list[Range]] = {}
+    for node, item in ranges:
+        by_node.setdefault(node, []).append(item)
+    for node, items in by_node.items():
+        local = [worker for worker in workers if worker.node == node] if node is not None else []
+        for index, share in stripe(items, local or workers).items():
+            shares[index].extend(share)
+    return shares

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Drive a plan through an agent.
+
+The algorithm, in the order of :func:`prefault`::
+
+    can it work here at all?            preflight.check_supported
+    is this a moment to do it?          preflight.check_moment
+    which memory?                       plan.select
+    can the host afford to populate it? preflight.check_headroom
+    populate, while the guest runs      Executor.populate
+    pause the guest                     Pauser.pause
+    caught in guest mode? let it run on, and pause it again
+    read the layout again; if it changed, select and populate what is new
+    prefault what is writable           Executor.prefault
+    resume the guest
+    did the tables keep it?             RunTally.verify
+
+A guest that is yet to arrive (:meth:`PrefaultRun.receive`) is populated while its RAM is being
+loaded, and prefaulted in the window before it starts. Where the time a guest may be kept from
+running is limited, the prefaulting is cut into several pauses. Meanwhile
+:class:`InterferenceMonitor` looks out for what others do to the guest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from ..agents.select import Selection, select_agent
+from ..errors import Code, CommandError
+from ..host.pagemap import Pagemap
+from ..qemu.queries import read_running, read_stage2, read_status
+from .executor import Executor, Progress
+from .guest_mode import GuestMode
+from .incoming import check_no_postcopy, hold_incoming
+from .interference import InterferenceMonitor
+from .options import Options
+from .pause import Pauser
+from .plan import Target, select, without
+from .preflight import (
+    check_awaits_incoming,
+    check_headroom,
+    check_moment,
+    check_status,
+    check_supported,
+    find_warnings,
+)
+from .report import Report
+from .tally import RunTally
+from .vm import Vm
+
+LAYOUT_ROUNDS: Final = 4
+#: Between two pauses the guest runs this many times as long as a pause may last.
+RUN_PER_PAUSE: Final = 2
+#: Firmware lives below; a few hundred KiB of it are RAM.
+LOW_MEMORY: Final = 1 << 20
+
+OnReady = Callable[[], Awaitable[None]]
+
+
+async def prefault(
+    vm: Vm,
+    options: Options,
+    *,
+    on_ready: OnReady | None = None,
+    on_progress: Progress = lambda phase, done, total: None,
+) -> Report:
+    """Prefault a guest.
+
+    :param on_ready: awaited as soon as an incoming guest may come.
+    :raises UnsupportedError, RefusedError: nothing was touched.
+    :raises FailedError: something broke; the guest's run state is as it was found.
+    """
+    selection = await select_agent(options.agent, vm.process, vm.monitor, kvm=vm.state.kvm)
+    tally = RunTally()
+    if not options.populate_only:
+        check_supported(vm)
+    if options.incoming:
+        check_awaits_incoming(vm.state)
+        await check_no_postcopy(vm.monitor)
+    else:
+        check_moment(vm.state, await vm.dirty_limit())
+    targets = select(vm.state, options)
+    if not options.populate_only:
+        tally.warnings |= find_warnings(options, targets, vm.state)
+    with Pagemap(vm.process) as pagemap:
+        absent = check_headroom(vm, targets, pagemap, options.force)
+        if options.dry_run:
+            await _plan_only(vm, targets, absent, pagemap, tally)
+        else:
+            await _act(
+                vm,
+                options,
+                selection,
+                targets,
+                pagemap,
+                tally,
+                on_ready=on_ready,
+                on_progress=on_progress,
+            )
+    return tally.report(vm, selection.name, options.dry_run)
+
+
+async def _plan_only(
+    vm: Vm,
+    targets: Sequence[Target],
+    absent: dict[Target, int],
+    pagemap: Pagemap,
+    tally: RunTally,
+) -> None:
+    """Record what a run would ask for."""
+    for target in targets:
+        section = tally.of(target.section)
+        private = vm.backing(target.section).private
+        writable = pagemap.sums(target.hva, target.size, private).writable
+        section.requested += target.size if target.touch else writable
+        section.populated += absent[target]
+        section.note = target.why_not
+    tally.before = tally.after = await read_stage2(vm.monitor)
+
+
+async def _act(  # noqa: PLR0917
+    vm: Vm,
+    options: Options,
+    selection: Selection,
+    targets: tuple[Target, ...],
+    pagemap: Pagemap,
+    tally: RunTally,
+    *,
+    on_ready: OnReady | None,
+    on_progress: Progress,
+) -> None:
+    threads = await vm.vcpu_threads(options.vcpus, not options.populate_only)
+    agent = selection.make(
+        vm.process, vm.monitor, lambda: vm.state.sections, threads, options.chunk_bytes
+    )
+    executor = Executor(vm, agent, pagemap, tally, on_progress)
+    interference = InterferenceMonitor(vm, tally, executor.end)
+    pauser = Pauser(vm.monitor, agent, interference, tally, cont=options.cont)
+    await agent.start()
+    async with interference.watched(abort_on_migration=not options.incoming):
+        try:
+            if options.populate_only:
+                await executor.populate(targets, only=True)
+            else:
+                with vm.vcpu_stats(threads) as stats:
+                    guest_mode = GuestMode(
+                        vm.monitor, executor, tally, threads, stats, chosen=bool(options.vcpus)
+                    )
+                    run = PrefaultRun(
+                        vm, options, executor, interference, pauser, guest_mode, tally, on_ready
+                    )
+                    await run.populate_and_prefault(targets)
+        finally:
+            agent.abort()
+            await agent.close()
+    if not options.populate_only:
+        tally.verify()
+    elif options.cont:
+        await pauser.resume(was_running=vm.state.running)
+        if interference.reason is not None:
+            raise interference.reason
+
+
+@dataclass(frozen=True, slots=True)
+class PrefaultRun:
+    """One prefault of one guest, with all it takes."""
+
+    vm: Vm
+    options: Options
+    executor: Executor
+    interference: InterferenceMonitor
+    pauser: Pauser
+    guest_mode: GuestMode
+    tally: RunTally
+    on_ready: OnReady | None
+
+    async def populate_and_prefault(self, targets: tuple[Target, ...]) -> None:
+        """Do it, in the way that fits the guest and what was asked for."""
+        if self.options.incoming:
+            await self.receive(targets)
+            return
+        await self.executor.populate(targets)
+        self.tally.before = await read_stage2(self.vm.monitor)
+        if self.options.max_downtime is not None and await read_running(self.vm.monitor):
+            await self.prefault_in_turns(targets)
+        else:
+            await self.prefault_paused(targets)
+
+    async def prefault_paused(self, targets: tuple[Target, ...]) -> None:
+        """Pause the guest and prefault; within bounds, until not all vCPUs are in guest mode."""
+        guest_mode = self.guest_mode
+        started = time.monotonic()
+        tries = 0
+        again = True
+        while again and self.interference.reason is None:
+            if tries:
+                await guest_mode.let_the_guest_run()
+            async with self.pauser.pause() as pause:
+                tries += 1
+                may_wait = pause.will_resume and guest_mode.worth_another_try(tries, started)
+                caught = not await guest_mode.select_vcpus()
+                if not (caught and may_wait):
+                    await self.prefault_until_stable(targets)
+                    caught = caught or guest_mode.refused_every_worker()
+                again = caught and may_wait
+                if not again:
+                    seconds = time.monotonic() - started
+                    guest_mode.warn(caught, tries, seconds, pause.will_resume)
+                await pause.resume()
+
+    async def prefault_until_stable(self, targets: tuple[Target, ...]) -> None:
+        """Prefault; if the layout changed meanwhile (hotplug), do what is new as well."""
+        done: tuple[Target, ...] = ()
+        for _ in range(LAYOUT_ROUNDS):
+            fresh = select(await self.vm.refresh(), self.options)
+            if fresh == done or self.interference.reason is not None:
+                break
+            if fresh != targets:
+                self.tally.warnings[Code.LAYOUT_CHANGED] = (
+                    "the guest's memory layout changed during the run; what is new was done too"
+                )
+                await self.executor.populate(fresh)
+            self.tally.discard_requests()
+            await self.executor.prefault(fresh)
+            targets = done = fresh
+        self.tally.after = await read_stage2(self.vm.monitor)
+
+    async def prefault_in_turns(self, targets: Sequence[Target], again: bool = False) -> None:
+        """By turns, prefault as long as a pause may be and let the guest run.
+
+        :param again: these were begun before.
+        """
+        guest_mode, executor = self.guest_mode, self.executor
+        limit = self.options.max_downtime
+        started = time.monotonic()
+        left = targets
+        in_vain = 0
+        while left and self.interference.reason is None:
+            async with self.pauser.pause() as pause:
+                caught = not await guest_mode.select_vcpus()
+                in_vain += caught
+                give_up = caught and (guest_mode.is_last_try(in_vain) or not pause.will_resume)
+                if give_up or not caught:
+                    with executor.time_limit(limit):
+                        left = await executor.prefault(left, again=again)
+                    again = True
+                    self.tally.after = await read_stage2(self.vm.monitor)
+                if give_up:
+                    left = ()
+                if not left:
+                    tries = in_vain + (not caught)
+                    seconds = time.monotonic() - started
+                    guest_mode.warn(caught, tries, seconds, pause.will_resume)
+                await pause.resume()
+            if left:
+                await guest_mode.let_the_guest_run(RUN_PER_PAUSE * (limit or 0))
+
+    # -- a guest that is yet to arrive -------------------------------------------------
+
+    async def receive(self, targets: tuple[Target, ...]) -> None:
+        """Populate while RAM is being loaded; prefault before the guest's next instruction."""
+        monitor, executor, tally = self.vm.monitor, self.executor, self.tally
+        left: Sequence[Target] = targets
+        begun = False
+        tally.before = await read_stage2(monitor)
+        cleanup = executor.agent.orphan_cleanup()
+        async with hold_incoming(monitor, self.vm.process, cleanup) as migration:
+            populating = asyncio.create_task(executor.populate(targets))
+            try:
+                if self.on_ready is not None:
+                    await self.on_ready()
+                await migration.loaded()
+                runs = migration.runs
+                with executor.time_limit(self.options.max_downtime):
+                    await populating
+                    if not runs:
+                        self.interference.prefaulting = begun = True
+                        left = await executor.prefault(targets, skip_pagemap=True)
+                        self.interference.prefaulting = False
+            finally:
+                populating.cancel()
+                await asyncio.gather(populating, return_exceptions=True)
+            # Asked only now: the guest waits for every answer, and hardly any arrives so.
+            in_guest_mode = await self.guest_mode.workers()
+            wanted = migration.starts_by_itself or self.options.cont
+            if wanted and not runs and self.interference.reason is None:
+                await self._start_arrived()
+                tally.count_pause(migration.loaded_at)
+                runs = True
+            tally.after = await read_stage2(monitor)
+        if self.interference.reason is None:
+            on_other_tables = in_guest_mode - executor.unusable.keys()
+            if begun and (on_other_tables or not executor.usable()):
+                left = targets
+                tally.discard_prefaults()
+            await self._prefault_rest(targets, left, begun=begun, runs=runs)
+
+    async def _start_arrived(self) -> None:
+        monitor = self.vm.monitor
+        self.interference.expect_resume()
+        try:
+            await monitor.execute("cont")
+        except CommandError:
+            check_status(await read_status(monitor))  # it came as one that cannot run
+            raise
+
+    async def _prefault_rest(
+        self, targets: Sequence[Target], left: Sequence[Target], *, begun: bool, runs: bool
+    ) -> None:
+        """What there was no time for, and what came with the guest.
+
+        Firmware's doings in low memory are known only when devices have been loaded. They
+        are a few pages, which are not worth another pause of a guest that runs already.
+        """
+        if left:
+            await self.executor.populate(left)
+            await self.prefault_in_turns(left, again=begun)
+        new = without(select(await self.vm.refresh(), self.options), targets)
+        if runs:
+            new = tuple(target for target in new if target.gpa >= LOW_MEMORY)
+        if new and self.interference.reason is None:
+            await self.executor.populate(new)
+            await self.prefault_in_turns(new)

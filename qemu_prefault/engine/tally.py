@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The tally of a run: what was asked for, what was done, and what the report says of it."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+from ..errors import Code
+from ..host.kvm import Stage2Leaves
+from ..qemu.memory_map import MemorySection
+from ..units import format_size
+from .report import ByteSums, Report, RunWarning, Seconds, SectionReport
+from .vm import Vm
+
+
+@dataclass(slots=True)
+class SectionTally:
+    """What was done to one section so far, in bytes.
+
+    ``accounted``: what of ``requested`` is as was asked for. ``note``: why not all is.
+    """
+
+    requested: int = 0
+    populated: int = 0
+    prefaulted: int = 0
+    accounted: int = 0
+    note: str | None = None
+
+
+class RunTally:
+    """Tallies by section, times, counters and warnings of one run.
+
+    :ivar warnings: what the operator should know, by code.
+    :ivar before, after: KVM's counters, None where there are none.
+    """
+
+    def __init__(self) -> None:
+        self.tallies: dict[str, SectionTally] = {}
+        self.warnings: dict[str, str] = {}
+        self.before: Stage2Leaves | None = None
+        self.after: Stage2Leaves | None = None
+        self._started = time.monotonic()
+        self._seconds = {"populate": 0.0, "prefault": 0.0}
+        self._paused_seconds = 0.0
+        self._longest_pause = 0.0
+
+    def of(self, section: MemorySection) -> SectionTally:
+        """The section's tally; sections are told by where they are in the guest."""
+        return self.tallies.setdefault(f"{section.gpa:#x}", SectionTally())
+
+    def count_work(self, phase: str, seconds: float) -> None:
+        """:param phase: ``populate`` or ``prefault``."""
+        self._seconds[phase] += seconds
+
+    def count_pause(self, began: float) -> None:
+        """:param began: ``time.monotonic()`` when the guest was kept from running."""
+        seconds = time.monotonic() - began
+        self._paused_seconds += seconds
+        self._longest_pause = max(self._longest_pause, seconds)
+
+    def discard_requests(self) -> None:
+        """All of it is about to be asked for anew."""
+        for tally in self.tallies.values():
+            tally.requested = tally.prefaulted = tally.accounted = 0
+
+    def discard_prefaults(self) -> None:
+        """All of it is about to be prefaulted anew."""
+        for tally in self.tallies.values():
+            tally.prefaulted = tally.accounted = 0
+
+    def discard_accounted(self) -> None:
+        """It was prefaulted, but for other tables than those the guest runs on."""
+        for tally in self.tallies.values():
+            tally.accounted = 0
+
+    def verify(self) -> None:
+        """Believe counters: the tables must hold what the ioctl said it mapped."""
+        if self.after is None:
+            self.warnings[Code.NO_COUNTERS] = (
+                "this QEMU or kernel has no query-stats: only the ioctl's word stands for it"
+            )
+            return
+        missing = sum(tally.prefaulted for tally in self.tallies.values()) - self.after.bytes
+        if missing <= 0:
+            return
+        self.warnings[Code.ZAPPED] = (
+            f"{format_size(missing)} were dropped from the stage-2 tables again: a memory slot was "
+            "deleted meanwhile (firmware, reset, hot-unplug), or the host reclaimed memory"
+        )
+        for tally in self.tallies.values():
+            lost = min(missing, tally.prefaulted)
+            tally.prefaulted -= lost
+            tally.accounted -= lost
+            missing -= lost
+
+    def report(self, vm: Vm, agent: str, dry_run: bool = False) -> Report:
+        """Build the report."""
+        tallies = self.tallies.values()
+        requested = sum(tally.requested for tally in tallies)
+        return Report(
+            agent=agent,
+            pid=vm.process.pid,
+            qemu_version=vm.state.version,
+            qemu_status=vm.state.status,
+            kernel_release=os.uname().release,
+            pre_fault_memory=vm.capability.available,
+            sections=tuple(
+                self._of_section(vm, section)
+                for section in vm.state.sections
+                if section.hva and section.skip_code not in ("rom", "rom-device")
+            ),
+            bytes=ByteSums(
+                requested,
+                sum(tally.populated for tally in tallies),
+                sum(tally.prefaulted for tally in tallies),
+                max(0, requested - sum(tally.accounted for tally in tallies)),
+            ),
+            before=self.before,
+            after=self.after,
+            seconds=Seconds(
+                self._seconds["populate"],
+                self._seconds["prefault"],
+                self._paused_seconds,
+                self._longest_pause,
+                time.monotonic() - self._started,
+            ),
+            warnings=tuple(RunWarning(code, text) for code, text in self.warnings.items()),
+            dry_run=dry_run,
+        )
+
+    def _of_section(self, vm: Vm, section: MemorySection) -> SectionReport:
+        tally = self.tallies.get(f"{section.gpa:#x}", SectionTally())
+        return SectionReport(
+            section.name,
+            section.gpa,
+            section.size,
+            section.hva,
+            str(vm.backing(section)),
+            tally.populated,
+            tally.prefaulted,
+            section.skipped or tally.note,
+        )

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One QEMU, found and identified: what the public API hands out and the commands build on.
+
+::
+
+    async with Vm.connect("/run/vm.qmp") as vm:
+        print(vm.state.status, vm.process.pid)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+
+from ..agents.base import VcpuThread
+from ..errors import (
+    Code,
+    CommandError,
+    FailedError,
+    InputError,
+    PtraceDeniedError,
+    QemuPrefaultError,
+    UnsupportedError,
+)
+from ..host import kvm
+from ..host.fds import kvm_fds, take_fd
+from ..host.identify import identify
+from ..host.procfs import MemoryMapping, Process, backing_of, mappings_of, thread_map
+from ..host.ptrace_access import ptrace_denied
+from ..qemu.dial import Dial
+from ..qemu.memory_map import MemorySection
+from ..qemu.monitor import Monitor
+from ..qemu.queries import VmState, read_vm_state
+
+
+@dataclass(frozen=True, slots=True)
+class Backing:
+    """What a section is made of in QEMU: kind, and whether the mapping is private."""
+
+    kind: str
+    private: bool
+
+    def __str__(self) -> str:
+        if self.kind == "anonymous":
+            return self.kind
+        return f"{self.kind}, {'private' if self.private else 'shared'}"
+
+
+class Vm:
+    """One QEMU, found and identified. Use :meth:`connect`.
+
+    :ivar monitor: the QMP connection. :ivar process: QEMU. :ivar state: what it said last.
+    :ivar capability: what KVM on this host can do.
+    """
+
+    def __init__(self, monitor: Monitor, process: Process, state: VmState) -> None:
+        self.monitor = monitor
+        self.process = process
+        self.state = state
+        self.capability = kvm.pre_fault_capability(process)
+        self._maps: tuple[MemoryMapping, ...] | None = None
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def connect(
+        cls, qmp: str, pid: int | None = None, dial: Dial | None = None
+    ) -> AsyncIterator[Vm]:
+        """Connect to a QMP socket and identify the process behind it.
+
+        :param qmp: as :meth:`Monitor.connect` takes it; so ``dial``.
+        :param pid: QEMU's process id where the socket cannot tell it.
+        :raise QemuPrefaultError: see :mod:`qemu_prefault.qemu.monitor`,
+            :mod:`qemu_prefault.host.identify`.
+        """
+        async with Monitor.connect(qmp, dial=dial) as monitor:
+            state = await read_vm_state(monitor)
+            threads = [vcpu.thread_id for vcpu in state.vcpus]
+            yield cls(monitor, _identify(monitor, pid, threads), state)
+
+    async def refresh(self) -> VmState:
+        """Ask QEMU again what it looks like; returns :attr:`state`."""
+        self.state = await read_vm_state(self.monitor)
+        self._maps = None
+        return self.state
+
+    async def dirty_limit(self) -> bool:
+        """Whether a vCPU dirty-rate limit is in force; it logs dirty pages."""
+        try:
+            return bool(await self.monitor.execute("query-vcpu-dirty-limit"))
+        except CommandError:  # no such command, or no dirty ring
+            return False
+
+    def backing(self, section: MemorySection) -> Backing:
+        """What the section is made of; the mapping of its first byte speaks for all."""
+        mapping = self._mapping(section)
+        return Backing(backing_of(mapping, section.page_size), not mapping.shared)
+
+    def allocated(self, section: MemorySection) -> int:
+        """Bytes that a shared backing has allocated already, mapped or not; 0 if unknown."""
+        mapping = self._mapping(section)
+        if not mapping.shared:
+            return 0
+        name = f"{mapping.start:x}-{mapping.end:x}"
+        try:
+            return os.stat(f"/proc/{self.process.pid}/map_files/{name}").st_blocks * 512
+        except OSError:  # needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE
+            return 0
+
+    def _mapping(self, section: MemorySection) -> MemoryMapping:
+        if self._maps is None:
+            self._maps = self.process.maps()
+        return mappings_of(self._maps, section.hva, section.size)[0]
+
+    async def vcpu_threads(self, wanted: Sequence[int], needs_fds: bool) -> list[VcpuThread]:
+        """The vCPUs to work with, each with its thread and KVM's file descriptor for it.
+
+        KVM numbers vCPUs by APIC id, QEMU by index; the CPU object knows both.
+
+        :param wanted: indexes; empty: all of them.
+        :raise InputError: an index names no vCPU. :raise FailedError: a vCPU has no descriptor.
+        """
+        known = {vcpu.index: vcpu for vcpu in self.state.vcpus}
+        if missing := [index for index in wanted if index not in known]:
+            raise InputError(
+                f"there is no vCPU {missing[0]}", f"there are: {', '.join(map(str, sorted(known)))}"
+            )
+        chosen = [known[index] for index in (wanted or sorted(known))]
+        tids = thread_map(self.process)
+        if not needs_fds:
+            return [VcpuThread(tids[v.thread_id], -1, None, v.node, index=v.index) for v in chosen]
+        fds = kvm_fds(self.process).vcpus
+        if not fds:
+            raise UnsupportedError(
+                f"QEMU (pid {self.process.pid}) has no KVM vCPUs",
+                "start it with -accel kvm",
+                code=Code.NOT_KVM,
+            )
+        ids = await asyncio.gather(
+            *(self.monitor.execute("qom-get", path=v.qom_path, property="apic-id") for v in chosen)
+        )
+        threads = []
+        for vcpu, vcpu_id in zip(chosen, ids, strict=True):
+            if not isinstance(vcpu_id, int) or vcpu_id not in fds:
+                raise FailedError(
+                    f"QEMU (pid {self.process.pid}) has no KVM descriptor for vCPU {vcpu.index}",
+                    "it may just be plugged or unplugged: try again",
+                )
+            tid, fd = tids[vcpu.thread_id], fds[vcpu_id]
+            thread = VcpuThread(tid, fd, vcpu_id, vcpu.node, vcpu.qom_path, vcpu.index)
+            threads.append(thread)
+        return threads
+
+    def take_fd(self, number: int) -> int:
+        """Duplicate QEMU's descriptor ``number`` into this process; the caller closes it.
+
+        :raises PtraceDeniedError: it may not be taken, and why.
+        :raises GoneError: QEMU or its descriptor is gone.
+        """
+        try:
+            return take_fd(self.process, number)
+        except PtraceDeniedError:
+            raise ptrace_denied(self.process) from None
+
+    @contextlib.contextmanager
+    def vcpu_stats(self, threads: Sequence[VcpuThread]) -> Iterator[list[kvm.BinaryStats] | None]:
+        """The vCPUs' counters, to be read without asking QEMU; None where that cannot be.
+
+        Only for kernels that have the prefault ioctl: before eed3013faa40 (v6.5) who read
+        them after QEMU's end read memory that was freed.
+        """
+        with contextlib.ExitStack() as stack:
+            stats = []
+            try:
+                numbers = kvm_fds(self.process).vcpu_stats
+                for thread in threads:
+                    if thread.vcpu_id is not None and thread.vcpu_id in numbers:
+                        fd = take_fd(self.process, numbers[thread.vcpu_id])
+                        stack.callback(os.close, fd)
+                        stats.append(kvm.BinaryStats(fd))
+            except (OSError, QemuPrefaultError):
+                stats = []
+            yield stats if len(stats) == len(threads) else None
+
+
+def _identify(monitor: Monitor, pid: int | None, thread_ids: Sequence[int]) -> Process:
+    if monitor.vm_uuid is None:
+        return identify(monitor.peer_pid, pid, thread_ids)
+    # What was dialled may lead to another host, where thread ids mean something else.
+    try:
+        process = identify(None, pid, thread_ids)
+        if monitor.vm_uuid in process.arguments():
+            return process
+    except UnsupportedError:
+        pass
+    raise UnsupportedError(
+        f"the QEMU of domain {monitor.vm_uuid} is not on this host",
+        "run this on the host it runs on, as root",
+        code=Code.OTHER_HOST,
+    )

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How much memory may still be populated: the host's, each cgroup's, the hugetlb pool's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from collections.abc import Mapping as MappingABC
+from dataclasses import dataclass
+
+from . import procfs
+from .procfs import Process, parse_number, read_file, read_optional
+
+
+def parse_cgroups(text: str) -> dict[str, str]:
+    """Return path by controller of ``/proc/PID/cgroup``; the key of the v2 hierarchy is ``""``."""
+    paths = {}
+    for line in text.split("\n"):
+        number, _, rest = line.partition(":")
+        controllers, colon, path = rest.partition(":")
+        if colon and number.isdecimal():
+            for controller in controllers.split(","):
+                paths[controller] = path
+    return paths
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One mounted file system: what part of it (`root`) is seen where (`point`)."""
+
+    root: str
+    point: str
+    kind: str
+    options: frozenset[str]
+
+
+def parse_mountinfo(text: str) -> tuple[Mount, ...]:
+    """Parse ``/proc/PID/mountinfo``, leaving out what is not understood."""
+    mounts = []
+    for line in text.split("\n"):
+        before, dash, after = line.partition(" - ")
+        left, right = before.split(" "), after.split(" ")
+        if dash and len(left) >= 6 and len(right) >= 3:
+            root, point = (_unescape(part) for part in left[3:5])
+            mounts.append(Mount(root, point, right[0], frozenset(right[2].split(","))))
+    return tuple(mounts)
+
+
+def _unescape(text: str) -> str:
+    # show_mountinfo() writes space, tab, newline, backslash and # in octal
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+
+
+def parse_key_values(text: str) -> dict[str, int]:
+    """Return the numbers of ``memory.stat`` (``key 1``) or ``meminfo`` (``Key: 1 kB``): bytes."""
+    values = {}
+    for line in text.split("\n"):
+        words = line.split()
+        if len(words) >= 2 and words[1].isascii() and words[1].isdecimal() and len(words[1]) < 20:
+            shift = 10 if words[2:3] == ["kB"] else 0
+            values[words[0].rstrip(":")] = int(words[1]) << shift
+    return values
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How many bytes may still be populated before `name` (host, cgroup, …) runs out."""
+
+    name: str
+    available: int
+    detail: str
+
+
+def cgroup_directories(
+    groups: MappingABC[str, str], mounts: Sequence[Mount], controller: str
+) -> list[tuple[str, bool]]:
+    """Return the directories of a process's cgroup and of its ancestors, innermost first.
+
+    :param groups: :func:`parse_cgroups` of the process.
+    :param mounts: :func:`parse_mountinfo` of ourselves.
+    :returns: (directory, whether it is of the v2 hierarchy). In a cgroup namespace or a
+        container the mount may show only a part of the tree; what is outside cannot be read.
+    """
+    unified = controller not in groups
+    path = groups.get(controller, groups.get(""))
+    if path is None:
+        return []
+    for mount in mounts:
+        fits = (
+            mount.kind == "cgroup2"
+            if unified
+            else (mount.kind == "cgroup" and controller in mount.options)
+        )
+        if not fits:
+            continue
+        root = mount.root.rstrip("/")
+        inside = path[len(root) :] if path == root or path.startswith(root + "/") else None
+        if inside is None or "/.." in inside:
+            continue
+        parts = [part for part in inside.split("/") if part]
+        return [
+            ("/".join([mount.point.rstrip("/"), *parts[:depth]]), unified)
+            for depth in range(len(parts), -1, -1)
+        ]
+    return []
+
+
+def memory_limit(directory: str, unified: bool) -> Limit | None:
+    """Read a memory cgroup's limit; None if it has none."""
+    names = ("memory.max", "memory.high") if unified else ("memory.limit_in_bytes",)
+    # memory.high does not kill, but it throttles the populating thread to a crawl.
+    limits = {name: parse_number(read_optional(f"{directory}/{name}")) for name in names}
+    bounds = {name: limit for name, limit in limits.items() if limit is not None}
+    usage_name = "memory.current" if unified else "memory.usage_in_bytes"
+    usage = parse_number(read_optional(f"{directory}/{usage_name}"))
+    if not bounds or usage is None:
+        return None
+    name, limit = min(bounds.items(), key=lambda item: item[1])
+    if limit >= 1 << 62:  # v1 says "none" by LONG_MAX rounded down to a page
+        return None
+    stat = parse_key_values(read_optional(f"{directory}/memory.stat") or "")
+    reclaimable = stat.get("inactive_file" if unified else "total_inactive_file", 0)
+    detail = f"{name} {limit}, {usage} in use, {reclaimable} of it reclaimable"
+    return Limit(f"cgroup {directory}", max(0, limit - usage + reclaimable), detail)
+
+
+def cgroup_hugetlb_limit(directory: str, unified: bool, page_size: int) -> Limit | None:
+    """Read a hugetlb cgroup's limit for one page size; None if it has none."""
+    kib = page_size >> 10
+    size = next(f"{kib >> s}{u}" for s, u in ((20, "GB"), (10, "MB"), (0, "KB")) if kib >> s)
+    limit_name, usage_name = ("max", "current") if unified else ("limit_in_bytes", "usage_in_bytes")
+    limit = parse_number(read_optional(f"{directory}/hugetlb.{size}.{limit_name}"))
+    usage = parse_number(read_optional(f"{directory}/hugetlb.{size}.{usage_name}"))
+    if limit is None or usage is None or limit >= 1 << 62:
+        return None
+    detail = f"hugetlb.{size}.{limit_name} {limit}, {usage} in use"
+    return Limit(f"cgroup {directory}", max(0, limit - usage), detail)
+
+
+def memory_headroom(process: Process) -> list[Limit]:
+    """Return every limit that memory populated by QEMU counts against.
+
+    That is the host's MemAvailable, and each memory cgroup from QEMU's own up to the
+    root. What is in use but easily given back (inactive page cache) counts as available.
+    """
+    limits = []
+    meminfo = parse_key_values(read_file(f"{procfs.PROC}/meminfo", process.pid))
+    if "MemAvailable" in meminfo:
+        available = meminfo["MemAvailable"]
+        limits.append(Limit("host", available, "MemAvailable of /proc/meminfo"))
+    limits += _cgroup_limits(process, "memory", memory_limit)
+    return limits
+
+
+def hugetlb_free(process: Process, page_size: int) -> list[Limit]:
+    """Return the limits for further huge pages of `page_size` bytes: pool and cgroups.
+
+    Reserved pages (resv_hugepages) are not free for all, but QEMU's own mappings usually
+    hold the reservation; so `available` is the free pages, and `detail` names both.
+    """
+    pool = f"/sys/kernel/mm/hugepages/hugepages-{page_size >> 10}kB"
+    free, reserved, overcommit = (
+        parse_number(read_optional(f"{pool}/{name}_hugepages"))
+        for name in ("free", "resv", "nr_overcommit")
+    )
+    if free is None:
+        return [Limit("hugetlb", 0, f"this kernel has no huge pages of {page_size >> 10} KiB")]
+    in_use = parse_number(read_optional(f"{pool}/surplus_hugepages")) or 0
+    more = max(0, (overcommit or 0) - in_use)
+    detail = f"{free} free, {reserved or 0} of them reserved, {more} by overcommit in {pool}"
+    limits = [Limit("hugetlb", (free + more) * page_size, detail)]
+
+    def hugetlb_limit(directory: str, unified: bool) -> Limit | None:
+        return cgroup_hugetlb_limit(directory, unified, page_size)
+
+    return limits + _cgroup_limits(process, "hugetlb", hugetlb_limit)
+
+
+# --- details ---
+
+
+def _cgroup_limits(
+    process: Process, controller: str, read: Callable[[str, bool], Limit | None]
+) -> list[Limit]:
+    groups = parse_cgroups(read_optional(f"{procfs.PROC}/{process.pid}/cgroup") or "")
+    mounts = parse_mountinfo(read_optional(f"{procfs.PROC}/self/mountinfo") or "")
+    limits = []
+    for directory, unified in cgroup_directories(groups, mounts, controller):
+        limit = read(directory, unified)
+        if limit is not None:
+            limits.append(limit)
+    return limits

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Why ptrace was refused, and the command that fixes it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Final
+
+from ..errors import PtraceDeniedError
+from .procfs import (
+    PROC,
+    Process,
+    Status,
+    comm_of,
+    gone,
+    parse_number,
+    parse_status,
+    read_file,
+    read_optional,
+)
+
+CAP_SYS_PTRACE: Final = 19  # include/uapi/linux/capability.h
+
+
+@dataclass(frozen=True, slots=True)
+class PtraceFacts:
+    """What decides whether one process may trace another (``__ptrace_may_access()``)."""
+
+    pid: int
+    own_uid: int
+    own_gid: int
+    own_capability: bool
+    own_seccomp: bool
+    own_initial_user_ns: bool
+    same_user_ns: bool | None
+    tracer: tuple[int, str] | None
+    target_uids: tuple[int, int, int, int]
+    target_gids: tuple[int, int, int, int]
+    target_ns_depth: int
+    target_dumpable: bool
+    yama_scope: int | None
+    own_label: str | None
+    target_label: str | None
+
+
+def diagnose_ptrace(process: Process) -> tuple[str, str]:
+    """Explain why PTRACE_SEIZE of the process gave EPERM: (cause, remedy with the command).
+
+    :raises GoneError: if the reason is that it no longer exists.
+    """
+    own = parse_status(read_file(f"{PROC}/self/status", os.getpid()))
+    target = process.status()
+    # Any thread may be the traced one.
+    tracers = [process.status(tid).tracer_pid for tid in process.threads()]
+    tracer = next((pid for pid in tracers if pid), 0)
+    own_ns = _ns_of("self")
+    target_ns = _ns_of(str(process.pid))
+    facts = PtraceFacts(
+        pid=process.pid,
+        own_uid=own.uids[0],
+        own_gid=own.gids[0],
+        own_capability=own.has_capability(CAP_SYS_PTRACE),
+        own_seccomp=own.seccomp == 2,
+        own_initial_user_ns=_identity_map(read_optional(f"{PROC}/self/uid_map")),
+        same_user_ns=None if target_ns is None or own_ns is None else own_ns == target_ns,
+        tracer=(tracer, comm_of(tracer)) if tracer else None,
+        target_uids=target.uids,
+        target_gids=target.gids,
+        target_ns_depth=len(target.ns_pids),
+        target_dumpable=_dumpable(process, target),
+        yama_scope=parse_number(read_optional(f"{PROC}/sys/kernel/yama/ptrace_scope")),
+        own_label=_label("self"),
+        target_label=_label(str(process.pid)),
+    )
+    return explain_ptrace(facts)
+
+
+def explain_ptrace(facts: PtraceFacts) -> tuple[str, str]:
+    """Find the first rule that forbids tracing, in the order in which the kernel asks."""
+    who = f"QEMU (pid {facts.pid})"
+    as_root = "run as root: sudo qemu-prefault …"
+    if facts.tracer is not None:
+        pid, name = facts.tracer
+        return (
+            f"{who} is already traced by process {pid} ({name}); there can be one tracer only",
+            f"end or detach that tracer: kill {pid}",
+        )
+    if facts.yama_scope == 3:
+        return (
+            "kernel.yama.ptrace_scope is 3: nobody may trace, until the next boot",
+            "use the plugin agent (qemu-prefault run), or boot with "
+            "kernel.yama.ptrace_scope below 3 in /etc/sysctl.d",
+        )
+    if not facts.own_capability:
+        return _without_capability(facts, who, as_root)
+    return _with_capability(facts, who)
+
+
+def _with_capability(facts: PtraceFacts, who: str) -> tuple[str, str]:
+    # Without permission to see QEMU's namespace, being in one ourselves is reason enough.
+    same = facts.own_initial_user_ns if facts.same_user_ns is None else facts.same_user_ns
+    if not same:
+        return (
+            f"CAP_SYS_PTRACE is held in another user namespace than that of {who}",
+            "run as root of the host, outside the container or rootless session",
+        )
+    if facts.own_seccomp and _confinement(facts) is None:
+        return (
+            "a seccomp filter of this container probably forbids ptrace",
+            "run on the host, or: docker run --cap-add SYS_PTRACE --security-opt "
+            "seccomp=unconfined --pid host …",
+        )
+    return _confinement(facts) or (
+        f"the kernel forbids tracing {who} for a reason that is not visible from here",
+        "look into the kernel log and the audit log: dmesg | tail; ausearch -m avc -ts recent",
+    )
+
+
+def _without_capability(facts: PtraceFacts, who: str, as_root: str) -> tuple[str, str]:
+    if facts.own_uid == 0:
+        return (
+            "root lacks CAP_SYS_PTRACE here: this is a container or a restricted service",
+            "run on the host, or: docker run --cap-add SYS_PTRACE --pid host …; "
+            "in a systemd unit: CapabilityBoundingSet=CAP_SYS_PTRACE",
+        )
+    same_user = set(facts.target_uids[:3]) == {facts.own_uid}
+    if not same_user or set(facts.target_gids[:3]) != {facts.own_gid}:
+        return (
+            f"{who} runs as uid {facts.target_uids[0]}, gid {facts.target_gids[0]}, "
+            f"this tool as uid {facts.own_uid}, gid {facts.own_gid} without CAP_SYS_PTRACE",
+            as_root,
+        )
+    if facts.same_user_ns is False:
+        return (f"{who} is in another user namespace, and CAP_SYS_PTRACE is missing", as_root)
+    if not facts.target_dumpable:
+        return (
+            f"{who} is not dumpable: it changed its user or runs with file capabilities",
+            as_root,
+        )
+    if facts.yama_scope in (1, 2):
+        return (
+            f"kernel.yama.ptrace_scope is {facts.yama_scope}: it takes CAP_SYS_PTRACE to trace "
+            + ("any process but one's children" if facts.yama_scope == 1 else "any process"),
+            f"{as_root}; or for all of this host: sysctl kernel.yama.ptrace_scope=0",
+        )
+    return _confinement(facts) or (
+        f"the kernel forbids tracing {who} without CAP_SYS_PTRACE",
+        as_root,
+    )
+
+
+def _confinement(facts: PtraceFacts) -> tuple[str, str] | None:
+    own, target = facts.own_label or "", facts.target_label or ""
+    if own.count(":") >= 3:  # user:role:type:level
+        return (
+            f"SELinux probably forbids {own} to trace {target or 'QEMU'}",
+            "see: ausearch -m avc -ts recent; getsebool deny_ptrace; setsebool deny_ptrace off",
+        )
+    # AppArmor lets an unconfined tracer trace anybody (profile_tracee_perm(),
+    # security/apparmor/ipc.c), so only our own profile can be in the way.
+    if own not in ("", "unconfined", "kernel"):
+        return (
+            f"AppArmor probably forbids it: this tool is confined by the profile {own}",
+            "see: journalctl -k -g apparmor; run the tool from an unconfined root shell",
+        )
+    return None
+
+
+def _ns_of(who: str) -> str | None:
+    try:
+        return os.readlink(f"{PROC}/{who}/ns/user")
+    except OSError:
+        return None
+
+
+def _identity_map(text: str | None) -> bool:
+    # user_namespaces(7): the initial namespace maps all ids to themselves
+    return text is None or text.split() == ["0", "0", "4294967295"]
+
+
+def _dumpable(process: Process, status: Status) -> bool:
+    # proc(5): the files of a process that is not dumpable belong to root
+    try:
+        owner = os.stat(f"{PROC}/{process.pid}/stat").st_uid
+    except OSError as error:
+        raise gone(process.pid) from error
+    return owner == status.uids[1]
+
+
+def _label(who: str) -> str | None:
+    text = read_optional(f"{PROC}/{who}/attr/current")
+    return None if text is None else text.strip("\0\n ") or None
+
+
+def ptrace_denied(process: Process) -> PtraceDeniedError:
+    """The error for a refused trace, with the culprit named."""
+    cause, remedy = diagnose_ptrace(process)
+    return PtraceDeniedError(cause, remedy)

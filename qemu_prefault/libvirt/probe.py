@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``probe --domain``: this host as libvirt's QEMUs see it, and what each route would do.
+
+Everything is looked at where it is (files, ``/proc``, libvirt's own words); nothing is changed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..engine.probe import Finding, Findings, probe
+from ..errors import ExitStatus, QemuPrefaultError
+from ..host.procfs import Process
+from . import domain_xml, install
+from .connection import connect, default_uri, errors, lookup, module
+from .domain_xml import Domain, Loaded
+from .find_qemu import find_qemu
+from .hook_config import LifecycleEvent, When, read
+from .prelaunch import boot_ram
+from .qmp_proxy import connect_vm
+
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+async def probe_domain(name: str) -> Findings:
+    """Examine this host for one domain, and its QEMU if it runs.
+
+    :raise QemuPrefaultError: libvirt or the domain could not be reached at all.
+    """
+    libvirt = module()
+    connection = connect()
+    domain = lookup(connection, name)
+    with errors():
+        active = bool(domain.isActive())
+        xml = domain.XMLDesc(0 if active else libvirt.VIR_DOMAIN_XML_INACTIVE).encode()
+        versions = connection.getLibVersion(), connection.getVersion()
+        host_xml = connection.getCapabilities().encode()
+    about = domain_xml.describe(xml)
+    process = None
+    findings = [_daemon(versions)]
+    if active:
+        try:
+            process = find_qemu(about.name, about.uuid)
+        except QemuPrefaultError as error:
+            findings.append(Finding("qemu", "no", error.cause, error.remedy))
+    found = domain_xml.loaded(xml)
+    findings += [*_lsm(host_xml, process, found is not None), *_seccomp(process), _pages(about)]
+    findings += [_plugin_route(about, found), *_hook_route(about)]
+    findings.append(_commands_route(about, active))
+    if process is None:
+        why = "it does not run" if not active else "its QEMU was not found on this host"
+        findings.append(Finding("guest", "note", f"not examined: {why}"))
+        return Findings(0, tuple(findings), _status(findings))
+    async with connect_vm(about.uuid, process.pid) as vm:
+        inner = await probe(vm)
+    # What is said there of the plugin's ways in does not fit here.
+    rest = [f for f in inner.findings if not (f.check == "plugin" and f.verdict == "note")]
+    return Findings(process.pid, (*findings, *rest), inner.exit_status)
+
+
+def _status(findings: list[Finding]) -> ExitStatus:
+    bad = any(finding.verdict == "no" for finding in findings)
+    return ExitStatus.UNSUPPORTED if bad else ExitStatus.VERIFIED
+
+
+def _daemon(versions: tuple[int, int]) -> Finding:
+    def dotted(number: int) -> str:
+        return f"{number // 1000000}.{number // 1000 % 1000}.{number % 1000}"
+
+    daemon = "libvirtd" if Path("/run/libvirt/libvirt-sock").exists() else "virtqemud"
+    return Finding(
+        "daemon",
+        "ok",
+        f"{daemon} {dotted(versions[0])} at {default_uri()}, QEMU {dotted(versions[1])}",
+    )
+
+
+# -- what stands between -----------------------------------------------------------------
+
+
+def _lsm(host_xml: bytes, process: Process | None, plugin: bool) -> Iterator[Finding]:
+    models = _security_models(host_xml)
+    label = ""
+    if process is not None:
+        try:
+            path = Path(f"/proc/{process.pid}/attr/current")
+            label = path.read_text().strip("\0\n ")
+        except OSError:
+            label = ""
+    if "apparmor" in models:
+        yield from _apparmor(label, plugin)
+    elif "selinux" in models:
+        yield Finding(
+            "selinux",
+            "note",
+            f"guests are confined{f' ({label})' if label else ''}: a hook runs in virtqemud_t, "
+            "which may not trace them",
+            'use the plugin, or "later" and "follow" in the hook, which hand over to systemd; '
+            f"the plugin's label: restorecon -Rv {install.installed_plugin().parent}",
+        )
+    else:
+        yield Finding("lsm", "ok", "libvirt confines its guests with neither AppArmor nor SELinux")
+
+
+def _security_models(host_xml: bytes) -> set[str]:
+    from xml.etree import ElementTree  # noqa: PLC0415
+
+    return {e.text or "" for e in ElementTree.fromstring(host_xml).findall("host/secmodel/model")}
+
+
+def _apparmor(label: str, plugin: bool) -> Iterator[Finding]:
+    rule = Path("/") / install.APPARMOR_RULE
+    confined = f" ({label})" if label else ""
+    try:
+        has_rule = rule.read_text() == install.RULE_TEXT
+    except OSError:
+        has_rule = False
+    if has_rule:
+        yield Finding("apparmor", "ok", f"guests are confined{confined}, and {rule} is there")
+    else:
+        yield Finding(
+            "apparmor",
+            "no" if plugin else "note",
+            f"guests are confined{confined}, and may not read what the plugin needs to know",
+            f"qemu-prefault libvirt install; or add to {rule}:\n{install.RULE_TEXT.rstrip()}",
+        )
+
+
+def _seccomp(process: Process | None) -> Iterator[Finding]:
+    if process is not None:
+        filtered = process.status().seccomp == 2
+        text = "QEMU's sandbox is on; it lets the plugin and the helpers pass"
+        yield Finding("seccomp", "ok", text if filtered else "QEMU runs without its sandbox")
+
+
+def _pages(domain: Domain) -> Finding:
+    if domain.huge:
+        return Finding(
+            "pages", "note", "hugetlb pages: a few hundred faults are all there is to be saved"
+        )
+    try:
+        mode = THP.read_text().partition("[")[2].partition("]")[0]
+    except OSError:
+        mode = "never"
+    if mode == "never":
+        return Finding("pages", "ok", "4K pages (THP is off): here prefaulting pays most")
+    return Finding(
+        "pages",
+        "note",
+        f"THP is {mode}: as far as the host finds huge pages, there are few faults to be saved",
+    )
+
+
+# -- the routes --------------------------------------------------------------------------
+
+
+def _plugin_route(domain: Domain, found: Loaded | None) -> Finding:
+    path = Path(found.path) if found else install.installed_plugin()
+    if found is None:
+        remedy = f"qemu-prefault libvirt enable {domain.name}"
+        if not path.exists():
+            remedy = f"qemu-prefault libvirt install && {remedy}"
+        return Finding(
+            "enable",
+            "note",
+            "the domain does not load the plugin, which would cover boots, resets, restores, "
+            "migrations and hotplug",
+            remedy,
+        )
+    if not path.exists():
+        return Finding(
+            "enable",
+            "no",
+            f"the domain names {path}, which is not on this host: QEMU would not start",
+            "qemu-prefault libvirt install",
+        )
+    if not install.is_current(path):
+        return Finding(
+            "enable", "note", f"{path} is of another version", "qemu-prefault libvirt install"
+        )
+    return Finding("enable", "ok", f"the domain loads {path}")
+
+
+def _hook_route(domain: Domain) -> Iterator[Finding]:
+    hook = Path("/") / install.HOOK
+    if not hook.exists():
+        yield Finding("hook", "note", "not installed", "qemu-prefault libvirt install --hook")
+        return
+    try:
+        policy = read(domain)
+    except QemuPrefaultError as error:
+        yield Finding("hook", "no", error.cause, error.remedy)
+        return
+    wanted = {moment.value: policy.at(moment).value for moment in LifecycleEvent}
+    text = ", ".join(f"{moment}={when}" for moment, when in wanted.items())
+    remedy = ""
+    if all(when == "off" for when in wanted.values()):
+        text += ": it does nothing for this domain"
+        remedy = (
+            f"virsh metadata {domain.name} {domain_xml.OWN_NAMESPACE} --key prefault "
+            "--set '<hook restore=\"now\"/>' --config --live"
+        )
+    yield Finding("hook", "note" if remedy else "ok", text, remedy)
+    if policy.restore is When.NOW:
+        try:
+            boot_ram(domain.machine, domain.memory)
+        except QemuPrefaultError as error:
+            yield Finding("hook", "note", f"restore=now: {error.cause}", error.remedy)
+    if not shutil.which("systemd-run"):
+        yield Finding("hook", "note", "without systemd, what takes long is a process of its own")
+
+
+def _commands_route(domain: Domain, active: bool) -> Finding:
+    if active:
+        return Finding("domain", "ok", f"now: qemu-prefault --domain {domain.name}")
+    return Finding(
+        "domain",
+        "ok",
+        f"a managed save image: qemu-prefault libvirt start {domain.name}; a file: … restore FILE",
+    )

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Parsers of the human monitor's text: ``info mtree -f``, ``ramblock``, ``numa``, ``gpa2hva``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, cast
+
+from ..errors import LayoutError
+from ..units import PAGE_SIZE
+from .qapi import quote
+
+RangeKind = Literal["ram", "rom", "romd", "ramd", "i/o"]
+
+
+#: The architectural limit of x86 physical addresses (MAXPHYADDR, Intel SDM vol. 3, 4.1.4).
+MAX_GPA: Final = 1 << 52
+#: User space of a 5-level x86-64 host ends below this.
+MAX_HVA: Final = 1 << 56
+
+#: Longer lines are refused unread, which keeps every pattern below linear. A RAM block's name
+#: is at most 256 characters (include/exec/ramblock.h).
+MAX_LINE: Final = 1024
+
+
+def _lines(text: str, what: str) -> Iterator[str]:
+    """Split an answer into lines without their LF or CRLF; the longest QEMU prints is short."""
+    for line in text.split("\n"):
+        if len(line) > MAX_LINE:
+            raise LayoutError(f'"{what}" has a line of {len(line)} characters')
+        yield line.rstrip("\r")
+
+
+# --- info mtree -f ---
+
+
+@dataclass(frozen=True, slots=True)
+class FlatRange:
+    """One line of a FlatView: what answers at ``start..start+size-1`` of guest-physical memory.
+
+    `offset` counts from the start of the memory region `name`, which for RAM is the offset
+    in its RAM block. `kvm` tells that KVM has a memslot of exactly this range
+    (``kvm_accel_has_memory()``, accel/kvm/kvm-all.c).
+    """
+
+    start: int
+    size: int
+    kind: RangeKind
+    nonvolatile: bool
+    name: str
+    offset: int
+    kvm: bool
+
+    @property
+    def end(self) -> int:
+        """First address behind the range."""
+        return self.start + self.size
+
+
+# mtree_print_flatview() in system/memory.c. Names may hold spaces, '@' and parentheses.
+_RANGE: Final = re.compile(
+    r"  ([0-9a-f]{16})-([0-9a-f]{16}) \(prio (-?[0-9]{1,10}), (nv-)?(ramd|romd|rom|ram|i/o)\): "
+    r"(.*?)(?: @([0-9a-f]{16}))?((?: KVM)*)"
+)
+_SYSTEM_VIEW: Final = re.compile(r' AS "memory", root: system(?:, alias .*)?')
+
+
+def parse_mtree(text: str) -> tuple[FlatRange, ...]:
+    """Return the ranges of guest-physical memory in ``info mtree -f``, ascending.
+
+    A dump holds one FlatView per distinct address space, in hash order; the one wanted is
+    that of the address space ``memory`` with root ``system``. Others look alike and must not
+    be taken: ``device-memory`` has relative addresses, ``cpu-smm-0`` is SMM's.
+
+    :param text: the answer of the HMP command; lines end in LF or CRLF.
+    :raises LayoutError: if the view is missing, or a line of it cannot be true.
+    """
+    lines = list(_lines(text, "info mtree -f"))
+    index = 0
+    while index < len(lines) and not _SYSTEM_VIEW.fullmatch(lines[index]):
+        index += 1
+    if index == len(lines):
+        raise LayoutError(
+            'the monitor\'s "info mtree -f" has no view of the address space "memory"'
+        )
+    ranges: list[FlatRange] = []
+    for line in lines[index + 1 :]:
+        if not line.strip() or line.startswith("FlatView"):
+            break
+        if line.startswith((" AS ", " Root memory region:")):
+            continue
+        found = _parse_range(line)
+        if ranges and found.start < ranges[-1].end:
+            raise _bad_line(line, "overlaps the range before it")
+        ranges.append(found)
+    if not ranges:
+        raise LayoutError('the monitor\'s "info mtree -f" shows an empty address space "memory"')
+    return tuple(ranges)
+
+
+def _parse_range(line: str) -> FlatRange:
+    match = _RANGE.fullmatch(line)
+    if match is None:
+        raise _bad_line(line, "is not a memory range")
+    first, last = int(match[1], 16), int(match[2], 16)  # QEMU prints the last address
+    if last < first:
+        raise _bad_line(line, "ends before it starts")
+    if last >= MAX_GPA:
+        raise _bad_line(line, "is beyond 52-bit physical addresses")
+    offset = int(match[7], 16) if match[7] else 0
+    if offset + (last - first) >= MAX_GPA:
+        raise _bad_line(line, "has an impossible offset")
+    return FlatRange(
+        start=first,
+        size=last - first + 1,
+        kind=cast(RangeKind, match[5]),
+        nonvolatile=match[4] is not None,
+        name=match[6],
+        offset=offset,
+        # The word is printed once per address space of the view that KVM listens to.
+        kvm=bool(match[8]),
+    )
+
+
+def _bad_line(line: str, why: str) -> LayoutError:
+    return LayoutError(f'in "info mtree -f" the line {quote(line)} {why}')
+
+
+# --- info ramblock ---
+
+
+@dataclass(frozen=True, slots=True)
+class RamBlock:
+    """One RAM block of QEMU: a contiguous mapping in its address space.
+
+    `hva` is None where QEMU does not print it (before 8.1).
+    """
+
+    name: str
+    page_size: int
+    used: int
+    total: int
+    hva: int | None
+
+
+_SIZE: Final = re.compile(r"(.*?)\s+([0-9]{1,4})\s(B|[KMGTPE]iB)")
+_UNITS: Final = {"B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40, "PiB": 50, "EiB": 60}
+_HEX: Final = re.compile(r"0x[0-9a-f]{1,16}")
+
+
+def parse_ramblocks(text: str) -> tuple[RamBlock, ...]:
+    """Return the RAM blocks of ``info ramblock`` (or ``x-query-ramblock``).
+
+    Columns are found by the heading: QEMU 7.2 prints no host address, 10.0 does
+    (``ram_block_format()``, system/physmem.c).
+
+    :raises LayoutError: if the heading or a line is not understood.
+    """
+    lines = list(_lines(text, "info ramblock"))
+    heading = 0
+    while heading < len(lines) and not lines[heading].lstrip().startswith("Block Name"):
+        heading += 1
+    if heading == len(lines):
+        raise LayoutError('the monitor\'s "info ramblock" has no heading')
+    columns = re.split(r"\s{2,}", lines[heading].strip())
+    if columns[:2] != ["Block Name", "PSize"] or not {"Used", "Total"} <= set(columns):
+        raise LayoutError(f'"info ramblock" has unknown columns {quote(lines[heading])}')
+    tail = columns[2:]
+    blocks = []
+    for line in lines[heading + 1 :]:
+        if line.strip():
+            blocks.append(_parse_ramblock(line, tail))
+    return tuple(blocks)
+
+
+def _parse_ramblock(line: str, columns: Sequence[str]) -> RamBlock:
+    cells = line.rsplit(maxsplit=len(columns))
+    values = dict(zip(columns, cells[1:], strict=False))
+    match = _SIZE.fullmatch(" " + cells[0])
+    hexes = {key: values.get(key, "") for key in ("Used", "Total")}
+    if "HVA" in columns:
+        hexes["HVA"] = values.get("HVA", "")
+    if match is None or not all(_HEX.fullmatch(cell) for cell in hexes.values()):
+        raise LayoutError(f'"info ramblock" has a line {quote(line)} of unknown form')
+    page_size = int(match[2]) << _UNITS[match[3]]
+    used, total = int(hexes["Used"], 16), int(hexes["Total"], 16)
+    hva = int(hexes["HVA"], 16) if "HVA" in hexes else None
+    if not PAGE_SIZE <= page_size <= 1 << 30 or page_size & (page_size - 1):
+        raise LayoutError(f'"info ramblock" has an impossible page size in {quote(line)}')
+    if used > total or total >= MAX_GPA or (hva is not None and hva + total >= MAX_HVA):
+        raise LayoutError(f'"info ramblock" has an impossible size in {quote(line)}')
+    return RamBlock(match[1].strip(), page_size, used, total, hva)
+
+
+# --- gpa2hva, info numa ---
+
+_GPA2HVA: Final = re.compile(
+    r"Host virtual address for (0x[0-9a-f]{1,16}) \((.*)\) is (0x[0-9a-f]{1,16})"
+)
+
+
+def parse_gpa2hva(text: str) -> tuple[str, int]:
+    """Return (memory region name, host virtual address) from the answer of HMP ``gpa2hva``.
+
+    :raises LayoutError: if nothing is mapped there, or it is not RAM
+        (``gpa2hva()``, monitor/hmp-cmds-target.c).
+    """
+    text = text.strip()
+    match = _GPA2HVA.fullmatch(text) if len(text) <= MAX_LINE else None
+    if match is None:
+        raise LayoutError(f"gpa2hva answered {quote(text)}")
+    hva = int(match[3], 16)
+    if not 0 < hva < MAX_HVA:
+        raise LayoutError(f"gpa2hva answered an impossible address {quote(text)}")
+    return match[2], hva
+
+
+@dataclass(frozen=True, slots=True)
+class NumaNode:
+    """One guest NUMA node: its RAM from boot and from memory devices, whole MiB in bytes."""
+
+    node: int
+    base: int
+    plugged: int
+
+
+_NUMA_SIZE: Final = re.compile(r"node ([0-9]{1,4}) (size|plugged): ([0-9]{1,12}) MB")
+
+
+def parse_numa(text: str) -> tuple[NumaNode, ...]:
+    """Return the guest's NUMA nodes from HMP ``info numa``; empty without NUMA.
+
+    :raises LayoutError: if a node has more plugged memory than memory.
+    """
+    sizes: dict[int, dict[str, int]] = {}
+    for line in _lines(text, "info numa"):
+        match = _NUMA_SIZE.fullmatch(line.strip())
+        if match is not None:
+            sizes.setdefault(int(match[1]), {})[match[2]] = int(match[3]) << 20
+    nodes = []
+    for node, found in sorted(sizes.items()):
+        # "size" includes "plugged" (query_numa_node_mem(), hw/core/numa.c).
+        base = found.get("size", 0) - found.get("plugged", 0)
+        if base < 0:
+            raise LayoutError(f'"info numa" gives node {node} less memory than it plugged')
+        nodes.append(NumaNode(node, base, found.get("plugged", 0)))
+    return tuple(nodes)

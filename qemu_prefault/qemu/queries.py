@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the tool asks QEMU: its state as a whole, run state, migration, KVM's counters."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from ..errors import Code, CommandError, LayoutError, MonitorError
+from ..host.kvm import Stage2Leaves
+from ..units import PAGE_SIZE
+from .hmp import (
+    FlatRange,
+    parse_gpa2hva,
+    parse_mtree,
+    parse_numa,
+    parse_ramblocks,
+)
+from .memory_map import (
+    MemoryDevice,
+    MemorySection,
+    build_sections,
+    memdev_nodes,
+    parse_memdevs,
+    parse_memory_devices,
+)
+from .monitor import Monitor
+from .qapi import expect_array, expect_bool, expect_int, expect_object, expect_str
+
+#: Ranges of guest memory beyond this are no machine we know, but an attempt on our patience.
+MAX_RANGES: Final = 4096
+
+
+# --- what the tool wants to know -------------------------------------------------------------
+
+
+#: What ``query-migrate`` says while no migration is under way.
+MIGRATION_OVER: Final = frozenset({"none", "completed", "failed", "cancelled"})
+
+
+@dataclass(frozen=True, slots=True)
+class Vcpu:
+    """A vCPU: QEMU's index, its thread as QEMU's pid namespace numbers it, its NUMA node."""
+
+    index: int
+    thread_id: int
+    qom_path: str
+    node: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Balloon:
+    """The balloon, bytes: the guest's memory as it is, and as it would be deflated."""
+
+    actual: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class VmState:
+    """What QEMU said about itself, all at one moment.
+
+    :ivar version: of QEMU, e.g. ``10.0.13``.
+    :ivar machine_type: e.g. ``pc-q35-10.0-machine``; None if not told.
+    :ivar status: run state (``query-status``): ``running``, ``paused``, ``prelaunch`` …
+    :ivar kvm: whether the guest runs under KVM.
+    :ivar migration: status of a migration (``query-migrate``); None if there was none.
+    :ivar dirty_rate: status of dirty-rate measuring (``query-dirty-rate``); None if unknown.
+    :ivar balloon: None without a balloon that works.
+    """
+
+    version: str
+    machine_type: str | None
+    status: str
+    running: bool
+    kvm: bool
+    vcpus: tuple[Vcpu, ...]
+    ranges: tuple[FlatRange, ...]
+    sections: tuple[MemorySection, ...]
+    memory_devices: tuple[MemoryDevice, ...]
+    balloon: Balloon | None
+    migration: str | None
+    dirty_rate: str | None
+
+
+async def read_vm_state(monitor: Monitor) -> VmState:
+    """Ask QEMU for everything the plan needs.
+
+    Queries go out together. The memory map is read before and after the host addresses: if
+    firmware or hotplug changed it in between, all of it is read again.
+
+    :raises LayoutError: if the answers contradict each other.
+    :raises MonitorError: if the conversation fails, or the map never holds still.
+    """
+    for _ in range(10):
+        machine = await _read_once(monitor)
+        if machine is not None:
+            return machine
+    raise MonitorError(
+        "the guest's memory map kept changing while it was read",
+        "its firmware is probably still at work: try again in a few seconds",
+        code=Code.LAYOUT_UNSTABLE,
+    )
+
+
+async def read_running(monitor: Monitor) -> bool:
+    """Return whether the guest's vCPUs run at this moment."""
+    run = expect_object(await monitor.execute("query-status"), "query-status")
+    return expect_bool(run.get("running"), "running of query-status")
+
+
+async def read_status(monitor: Monitor) -> str:
+    """Return the run state as ``query-status`` spells it at this moment."""
+    run = expect_object(await monitor.execute("query-status"), "query-status")
+    return expect_str(run.get("status"), "status of query-status")
+
+
+async def read_migration(monitor: Monitor) -> str:
+    """Return the ``status`` of ``query-migrate``; ``none`` if there was no migration."""
+    migrate = expect_object(await monitor.execute("query-migrate"), "query-migrate")
+    return expect_str(migrate.get("status", "none"), "status of query-migrate")
+
+
+async def _read_once(monitor: Monitor) -> VmState | None:
+    """Return the machine, or None if its memory map changed meanwhile."""
+    (
+        status,
+        kvm,
+        cpus,
+        mtree,
+        ramblock,
+        memdev,
+        devices,
+        summary,
+        numa,
+        balloon,
+        migrate,
+        dirty_rate,
+        machine_type,
+    ) = await _all(
+        monitor.execute("query-status"),
+        monitor.execute("query-kvm"),
+        monitor.execute("query-cpus-fast"),
+        monitor.hmp("info mtree -f"),
+        monitor.hmp("info ramblock"),
+        monitor.execute("query-memdev"),
+        monitor.execute("query-memory-devices"),
+        monitor.execute("query-memory-size-summary"),
+        monitor.hmp("info numa"),
+        _optional(monitor.execute("query-balloon")),
+        _optional(monitor.execute("query-migrate")),
+        _optional(monitor.execute("query-dirty-rate")),
+        _optional(monitor.execute("qom-get", path="/machine", property="type")),
+    )
+    run = expect_object(status, "query-status")
+    kvm_info = expect_object(kvm, "query-kvm")
+    enabled = expect_bool(kvm_info.get("enabled"), "enabled of query-kvm")
+    ranges = parse_mtree(expect_str(mtree, "info mtree"))
+    if len(ranges) > MAX_RANGES:
+        raise LayoutError(f"the guest's memory has {len(ranges)} ranges")
+    blocks = parse_ramblocks(expect_str(ramblock, "info ramblock"))
+    memdevs = parse_memdevs(memdev)
+    memory_devices = parse_memory_devices(devices)
+    nodes = parse_numa(expect_str(numa, "info numa"))
+
+    mapped = await _host_addresses(monitor, ranges)
+    if mapped is None:
+        return None
+    sections = build_sections(
+        ranges,
+        blocks,
+        memdevs,
+        memory_devices,
+        mapped,
+        kvm=enabled,
+        node_of=memdev_nodes(ranges, memdevs, memory_devices, nodes),
+    )
+    return VmState(
+        version=monitor.version,
+        machine_type=_str_or_none(machine_type),
+        status=expect_str(run.get("status"), "status of query-status"),
+        running=expect_bool(run.get("running"), "running of query-status"),
+        kvm=enabled,
+        vcpus=_vcpus(cpus),
+        ranges=ranges,
+        sections=sections,
+        memory_devices=memory_devices,
+        balloon=_balloon(balloon, summary, memory_devices),
+        migration=_member(migrate, "status", "query-migrate"),
+        dirty_rate=_member(dirty_rate, "status", "query-dirty-rate"),
+    )
+
+
+async def _all(*awaitables: Awaitable[object]) -> list[object]:
+    """Await all; if one fails, leave none of the others running behind."""
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+async def _optional(awaitable: Awaitable[object]) -> object | None:
+    """Await a command that this QEMU may lack or refuse (no balloon, no such property)."""
+    try:
+        return await awaitable
+    except CommandError:
+        return None
+
+
+async def _host_addresses(monitor: Monitor, ranges: Sequence[FlatRange]) -> dict[int, int] | None:
+    """Return the host address of every range of RAM or ROM, or None if the map has changed.
+
+    First and last page are asked for: memory that is one range for the guest must be one
+    mapping in QEMU, or it is not what we think.
+    """
+    wanted = [r for r in ranges if r.kind in ("ram", "rom") and r.size >= PAGE_SIZE]
+    questions = [gpa for r in wanted for gpa in (r.start, (r.end - 1) // PAGE_SIZE * PAGE_SIZE)]
+    # QEMU queues at most 8 requests (QMP_REQ_QUEUE_LEN_MAX, monitor/qmp.c) and then stops
+    # reading; more would only wait in the socket, but a slice bounds our own tasks.
+    answers: list[object] = []
+    for start in range(0, len(questions), 64):
+        asked = questions[start : start + 64]
+        answers += await _all(*(monitor.hmp(f"gpa2hva {gpa:#x}") for gpa in asked))
+    if parse_mtree(await monitor.hmp("info mtree -f")) != tuple(ranges):
+        return None
+    found: dict[int, int] = {}
+    for item, first, last in zip(wanted, answers[::2], answers[1::2], strict=True):
+        (name, hva), (last_name, last_hva) = (
+            parse_gpa2hva(expect_str(answer, "gpa2hva")) for answer in (first, last)
+        )
+        distance = (item.end - 1) // PAGE_SIZE * PAGE_SIZE - item.start
+        if {name, last_name} != {item.name} or last_hva - hva != distance:
+            raise LayoutError(
+                f"memory {item.name!r} at {item.start:#x} is not one piece in QEMU",
+                "the memory map may have changed and changed back: try again",
+            )
+        found[item.start] = hva
+    return found
+
+
+def _vcpus(value: object) -> tuple[Vcpu, ...]:
+    vcpus = []
+    for item in expect_array(value, "query-cpus-fast"):
+        entry = expect_object(item, "an entry of query-cpus-fast")
+        props = expect_object(entry.get("props", {}), "props of a vCPU")
+        node = props.get("node-id")
+        vcpus.append(
+            Vcpu(
+                index=expect_int(entry.get("cpu-index"), "cpu-index of a vCPU", 0, 1 << 20),
+                # PID_MAX_LIMIT, include/linux/threads.h
+                thread_id=expect_int(entry.get("thread-id"), "thread-id of a vCPU", 1, 1 << 22),
+                qom_path=expect_str(entry.get("qom-path"), "qom-path of a vCPU"),
+                node=None if node is None else expect_int(node, "node-id of a vCPU", 0, 1023),
+            )
+        )
+    if not vcpus:
+        raise MonitorError("QEMU says it has no vCPU", "check that the socket is QEMU's own")
+    if len({vcpu.qom_path for vcpu in vcpus}) != len(vcpus):
+        raise MonitorError("query-cpus-fast lists a vCPU twice", "check that the socket is QEMU's")
+    return tuple(sorted(vcpus, key=lambda vcpu: vcpu.index))
+
+
+def _balloon(
+    answer: object | None, summary: object, devices: Sequence[MemoryDevice]
+) -> Balloon | None:
+    if answer is None:
+        return None
+    actual = expect_int(expect_object(answer, "query-balloon").get("actual"), "the balloon")
+    base = expect_int(
+        expect_object(summary, "query-memory-size-summary").get("base-memory"), "base-memory"
+    )
+    # What "actual" counts: boot memory and DIMMs, nothing else (get_current_ram_size(),
+    # hw/virtio/virtio-balloon.c).
+    return Balloon(actual, base + sum(d.size for d in devices if d.kind == "dimm"))
+
+
+def _member(answer: object | None, key: str, what: str) -> str | None:
+    if answer is None:
+        return None
+    value = expect_object(answer, what).get(key)
+    return None if value is None else expect_str(value, f"{key} of {what}")
+
+
+def _str_or_none(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+async def read_stage2(monitor: Monitor) -> Stage2Leaves | None:
+    """Return KVM's counts of stage-2 leaves; None if this QEMU or kernel does not give them.
+
+    They are in ``query-stats`` since QEMU 7.1, if the kernel has KVM_CAP_BINARY_STATS_FD;
+    KVM counts leaf SPTEs (``kvm_update_page_stats()``, arch/x86/kvm/mmu).
+
+    :raises MonitorError: if the conversation fails.
+    """
+    names = ("pages_4k", "pages_2m", "pages_1g")
+    answer = await _query_stats(monitor, "vm", names)
+    if not answer:
+        return None
+    stats = _stats(answer[0])
+    if not set(names) <= stats.keys():
+        return None
+    return Stage2Leaves(*(stats[name] for name in names))
+
+
+async def read_vcpu_stats(monitor: Monitor, names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Return KVM's counters of each vCPU, by QOM path; empty if there are none.
+
+    :param names: e.g. ``pf_taken``, ``pf_fixed``, ``exits``. Unknown ones are left out.
+    :raises MonitorError: if the conversation fails.
+    """
+    found = {}
+    for item in await _query_stats(monitor, "vcpu", names):
+        entry = expect_object(item, "an entry of query-stats")
+        found[expect_str(entry.get("qom-path"), "qom-path of query-stats")] = _stats(entry)
+    return found
+
+
+async def _query_stats(monitor: Monitor, target: str, names: Sequence[str]) -> Sequence[object]:
+    """Return the entries of ``query-stats`` of provider kvm; empty if it cannot be asked."""
+    providers = [{"provider": "kvm", "names": list(names)}]
+    try:
+        answer = await monitor.execute("query-stats", target=target, providers=providers)
+    except CommandError:
+        return ()
+    return [
+        item
+        for item in expect_array(answer, "query-stats")
+        if expect_object(item, "an entry of query-stats").get("provider") == "kvm"
+    ]
+
+
+def _stats(item: object) -> dict[str, int]:
+    entry = expect_object(item, "an entry of query-stats")
+    values = {}
+    for stat in expect_array(entry.get("stats"), "stats of query-stats"):
+        pair = expect_object(stat, "a value of query-stats")
+        name, value = expect_str(pair.get("name"), "a name of query-stats"), pair.get("value")
+        if isinstance(value, bool):
+            values[name] = int(value)
+        elif isinstance(value, int):  # others are histograms
+            values[name] = expect_int(value, f"{name[:40]} of query-stats")
+    return values
