@@ -19,6 +19,8 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
+SOURCES = ("common/pagemap.c", "conformance/vmm.c", "ptrace/inject.c")
+
 # The helper has no libc, must not touch FPU state, and must not be given calls to
 # memset() by an optimizer that recognises loops.
 HELPER_FLAGS = [
@@ -35,8 +37,8 @@ def compile_helper() -> bytes:
     with tempfile.TemporaryDirectory() as scratch:
         obj, elf, image = (Path(scratch) / name for name in ("helper.o", "helper.elf", "image"))
         commands: list[list[str | Path]] = [
-            [*compiler, *HELPER_FLAGS, "-c", HERE / "helper.c", "-o", obj],
-            ["ld", "-T", HERE / "helper.lds", "--build-id=none", "-o", elf, obj],
+            [*compiler, *HELPER_FLAGS, f"-I{HERE}", "-c", HERE / "ptrace/helper.c", "-o", obj],
+            ["ld", "-T", HERE / "ptrace/helper.lds", "--build-id=none", "-o", elf, obj],
             ["objcopy", "-O", "binary", "-j", ".image", elf, image],
         ]
         for command in commands:
@@ -113,10 +115,10 @@ SOURCE = """
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#include "control.h"
-#include "inject.h"
-#include "pagemap.h"
-#include "vmm.h"
+#include "common/pagemap.h"
+#include "conformance/vmm.h"
+#include "ptrace/control_page.h"
+#include "ptrace/inject.h"
 #include "helper_blob.h"
 
 /* KVM_CHECK_EXTENSION: a non-negative answer, or a negative errno. */
@@ -150,8 +152,8 @@ ffibuilder.cdef(CDEF)
 ffibuilder.set_source(
     "qemu_prefault._native",
     SOURCE,
-    sources=[os.path.relpath(HERE / name, ROOT) for name in ("inject.c", "pagemap.c", "vmm.c")],
+    sources=[os.path.relpath(HERE / name, ROOT) for name in SOURCES],
     include_dirs=[os.path.relpath(HERE, ROOT)],
-    depends=[os.path.relpath(path, ROOT) for path in HERE.glob("*.[hc]")],
+    depends=[os.path.relpath(path, ROOT) for path in HERE.rglob("*.[hc]")],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
 )

@@ -30,7 +30,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "control.h"
+#include "control_page.h"
 
 #define RED_ZONE 128
 #define STACK_ROOM (128u << 10) /* what must be free below the thread's stack pointer */

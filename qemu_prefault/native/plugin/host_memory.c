@@ -13,7 +13,7 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
-#include "pagemap.h"
+#include "common/pagemap.h"
 
 struct interval {
 	uint64_t start, end;

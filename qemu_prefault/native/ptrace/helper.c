@@ -11,7 +11,7 @@
 #include <asm/signal.h>
 #include <linux/time.h>
 
-#include "control.h"
+#include "control_page.h"
 
 #define SYS_RT_SIGACTION 13
 #define SYS_RT_SIGPROCMASK 14

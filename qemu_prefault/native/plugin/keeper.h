@@ -15,7 +15,7 @@
 #include <stdint.h>
 #include <stdio.h>
 
-#include "prefault_loop.h"
+#include "common/prefault_loop.h"
 
 enum populate { POPULATE_AUTO, POPULATE_ALL, POPULATE_RESIDENT };
 

@@ -6,10 +6,10 @@
  * field has one writer, and 32- and 64-bit fields are naturally aligned, so no
  * lock is needed.
  */
-#ifndef QEMU_PREFAULT_CONTROL_H
-#define QEMU_PREFAULT_CONTROL_H
+#ifndef QEMU_PREFAULT_CONTROL_PAGE_H
+#define QEMU_PREFAULT_CONTROL_PAGE_H
 
-#include "prefault_loop.h"
+#include "common/prefault_loop.h"
 
 #define PREFAULT_CONTROL_MAGIC 0x31746c7561666572ull /* "refault1" */
 #define PREFAULT_RANGES_MAX 224
