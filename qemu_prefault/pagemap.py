@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What of QEMU's memory is present, and what KVM's read fault would map writable.
 
-The work is done by native/pagemap.c; regions are handed out one by one, so memory use does
+The work is done by native/common/pagemap.c; regions are handed out one by one, so memory use does
 not grow with the guest.
 """
 
@@ -56,13 +56,13 @@ class Pagemap:
     @property
     def sees_zero_page(self) -> bool:
         """Whether the kernel has PAGEMAP_SCAN (Linux 6.7) and tells the zero page from others."""
-        return bool(lib.pagemap_sees_zero_page(self._fd))
+        return bool(lib.pf_pagemap_sees_zero_page(self._fd))
 
     def sums(self, start: int, size: int, private: bool) -> Sums:
         """Sum up ``size`` bytes from host virtual address ``start``."""
         present, writable = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         self._check(
-            lib.pagemap_sum(self._fd, start, start + size, private, present, writable), start
+            lib.pf_pagemap_sum(self._fd, start, start + size, private, present, writable), start
         )
         return Sums(present[0], writable[0])
 
@@ -71,7 +71,7 @@ class Pagemap:
         regions = ffi.new("struct pagemap_region[]", REGIONS_AT_ONCE)
         reached, end = ffi.new("uint64_t *", start), start + size
         while reached[0] < end:
-            count = lib.pagemap_writable(
+            count = lib.pf_pagemap_writable(
                 self._fd, reached[0], end, private, regions, REGIONS_AT_ONCE, reached
             )
             self._check(count, start)

@@ -2,7 +2,7 @@
 """The attach agent: helper threads started inside a running QEMU by ptrace.
 
 A vCPU thread is held for the moment it takes to send it through four system calls, which
-leave it as it was and a helper thread beside it (native/inject.c). From then on the helper
+leave it as it was and a helper thread beside it (native/ptrace/inject.c). From then on the helper
 and this process share one control page, which we reach through ``/proc/PID/mem``. A helper
 whose heartbeat stops finishes its chunk, unmaps itself and exits, so nothing of us is left
 when we are killed. A helper starts from its vCPU's thread and so inherits that thread's CPU
@@ -197,7 +197,7 @@ class AttachAgent:
         for worker, thread, area in zip(self.workers, self._threads, areas, strict=True):
             image = self._image(area, gadgets, exit_slot, thread)
             result = ffi.new("struct inject_result *")
-            lib.inject_helper(
+            lib.pf_inject_helper(
                 self.process.pid,
                 thread.thread_id,
                 own_pid,
@@ -218,7 +218,7 @@ class AttachAgent:
     def _probe(self, native: Any, area: int) -> None:
         result = ffi.new("struct inject_result *")
         thread_id = self._threads[0].thread_id
-        lib.inject_probe(self.process.pid, thread_id, self._memory, native, area, result)
+        lib.pf_inject_probe(self.process.pid, thread_id, self._memory, native, area, result)
         self.held_seconds += result.held_ns / 1e9
         self._check(result, thread_id)
 

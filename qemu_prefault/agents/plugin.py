@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The plugin agent: ``qemu-prefault-plugin.so`` was loaded into QEMU when it started.
 
-It keeps the guest prefaulted by itself (native/keeper.c). This is its other side: how it is
+It keeps the guest prefaulted by itself (native/plugin/vcpu.c). This is its other side: how it is
 found from outside, what its control socket answers, and the :class:`Agent` that hands it
 batches of work. Nothing is injected, so no right to trace QEMU is needed.
 """

@@ -83,29 +83,29 @@ enum inject_stage { INJECT_OK, INJECT_SEIZE, INJECT_STOP, INJECT_INSPECT, INJECT
     INJECT_RESUME, INJECT_MMAP, INJECT_COPY, INJECT_PROTECT, INJECT_CLONE, ... };
 struct inject_gadgets { uint64_t syscall_ret, sigreturn; };
 struct inject_result { int32_t stage, error; uint64_t held_ns; };
-int inject_probe(int32_t pid, int32_t tid, int32_t mem_fd, const struct inject_gadgets *gadgets,
+int pf_inject_probe(int32_t pid, int32_t tid, int32_t mem_fd, const struct inject_gadgets *gadgets,
     uint64_t area, struct inject_result *result);
-int inject_helper(int32_t pid, int32_t tid, int32_t own_pid, int32_t mem_fd,
+int pf_inject_helper(int32_t pid, int32_t tid, int32_t own_pid, int32_t mem_fd,
     const struct inject_gadgets *gadgets, uint64_t area, uint64_t area_size, const void *image,
     uint64_t image_size, uint64_t code_size, struct inject_result *result);
 
 struct pagemap_region { uint64_t start, size; };
-long pagemap_writable(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
+long pf_pagemap_writable(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
     struct pagemap_region *regions, size_t count, uint64_t *next);
-long pagemap_sum(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
+long pf_pagemap_sum(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
     uint64_t *present, uint64_t *writable);
-int pagemap_sees_zero_page(int32_t fd);
+int pf_pagemap_sees_zero_page(int32_t fd);
 
 int kvm_check_extension(int32_t kvm_fd, int32_t extension);
 int kvm_pre_fault(int32_t vcpu_fd, uint64_t gpa, uint64_t size);
 int take_fd(int32_t pidfd, int32_t number);
 
-int vmm_init(void);
-int vmm_signal(void);
-long vmm_ioctl(int32_t fd, uint64_t request, uint64_t argument);
-long vmm_ioctl_limited(int32_t fd, uint64_t request, uint64_t argument, uint64_t limit_ns);
-long vmm_ioctl_in_clone(int32_t fd, uint64_t request, uint64_t argument);
-long vmm_syscall(long number, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e,
+int pf_vmm_init(void);
+int pf_vmm_signal(void);
+long pf_vmm_ioctl(int32_t fd, uint64_t request, uint64_t argument);
+long pf_vmm_ioctl_limited(int32_t fd, uint64_t request, uint64_t argument, uint64_t limit_ns);
+long pf_vmm_ioctl_in_clone(int32_t fd, uint64_t request, uint64_t argument);
+long pf_vmm_syscall(long number, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e,
     uint64_t f);
 """
 

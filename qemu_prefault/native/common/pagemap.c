@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <sys/ioctl.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 /* Documentation/admin-guide/mm/pagemap.rst; the uapi headers of Debian 12 lack it. */
@@ -48,7 +49,8 @@ static long scan_categories(const struct scan *scan, uint64_t start, uint64_t en
 		.category_mask = scan->must_be | scan->must_not_be,
 		.return_mask = CATEGORY_PRESENT,
 	};
-	long got = ioctl(scan->fd, PAGEMAP_SCAN_6_7, &arg);
+	/* By number: in the plugin, ioctl() may be the plugin's own (plugin/os.h). */
+	long got = syscall(SYS_ioctl, scan->fd, PAGEMAP_SCAN_6_7, &arg);
 
 	if (got < 0)
 		return -errno;
@@ -111,7 +113,7 @@ static struct scan scan_writable(int fd, int is_private)
 					     (is_private ? CATEGORY_FILE : 0) };
 }
 
-long pagemap_writable(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
+long pf_pagemap_writable(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
 		      struct pagemap_region *regions, size_t count, uint64_t *next)
 {
 	struct scan scan = scan_writable(fd, is_private);
@@ -162,7 +164,7 @@ static long sum(const struct scan *scan, uint64_t start, uint64_t end, uint64_t 
 	return 0;
 }
 
-long pagemap_sum(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
+long pf_pagemap_sum(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
 		 uint64_t *present, uint64_t *writable)
 {
 	struct scan any = { .fd = fd, .must_be = CATEGORY_PRESENT };
@@ -172,7 +174,7 @@ long pagemap_sum(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
 	return failed ? failed : sum(&rw, start, end, writable);
 }
 
-int pagemap_sees_zero_page(int32_t fd)
+int pf_pagemap_sees_zero_page(int32_t fd)
 {
 	struct scan scan = { .fd = fd, .must_be = CATEGORY_PRESENT };
 	struct page_region_6_7 found[1];

@@ -18,17 +18,17 @@ struct pagemap_region {
  * PAGEMAP_SCAN (Linux 6.7) where it exists; else /proc/PID/pagemap entries, which
  * cannot tell the zero page from others.
  */
-long pagemap_writable(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
+long pf_pagemap_writable(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
 		      struct pagemap_region *regions, size_t count, uint64_t *next);
 
 /*
  * Sums over [start, end), in bytes. *present: mapped in the process at all;
  * *writable: as above. Returns 0 or -errno.
  */
-long pagemap_sum(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
+long pf_pagemap_sum(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
 		 uint64_t *present, uint64_t *writable);
 
 /* 1 if the kernel has PAGEMAP_SCAN, so the zero page is told from others. */
-int pagemap_sees_zero_page(int32_t fd);
+int pf_pagemap_sees_zero_page(int32_t fd);
 
 #endif

@@ -23,7 +23,7 @@
 #define TICK_NS (10 * 1000 * 1000)
 #define SECOND_NS 1000000000ull
 
-int vmm_signal(void)
+int pf_vmm_signal(void)
 {
 	return SIGRTMIN + 3;
 }
@@ -33,24 +33,24 @@ static void interrupt_only(int number)
 	(void)number;
 }
 
-int vmm_init(void)
+int pf_vmm_init(void)
 {
 	/* No SA_RESTART: what is interrupted has to say so. */
 	struct sigaction action = { .sa_handler = interrupt_only };
 
-	return sigaction(vmm_signal(), &action, NULL) ? -errno : 0;
+	return sigaction(pf_vmm_signal(), &action, NULL) ? -errno : 0;
 }
 
-long vmm_ioctl(int32_t fd, uint64_t request, uint64_t argument)
+long pf_vmm_ioctl(int32_t fd, uint64_t request, uint64_t argument)
 {
 	int answer = ioctl(fd, request, argument);
 
 	return answer < 0 ? -errno : answer;
 }
 
-long vmm_ioctl_limited(int32_t fd, uint64_t request, uint64_t argument, uint64_t limit_ns)
+long pf_vmm_ioctl_limited(int32_t fd, uint64_t request, uint64_t argument, uint64_t limit_ns)
 {
-	struct sigevent event = { .sigev_notify = SIGEV_THREAD_ID, .sigev_signo = vmm_signal() };
+	struct sigevent event = { .sigev_notify = SIGEV_THREAD_ID, .sigev_signo = pf_vmm_signal() };
 	struct itimerspec when = {
 		.it_value = { .tv_sec = (time_t)(limit_ns / SECOND_NS),
 			      .tv_nsec = (long)(limit_ns % SECOND_NS) },
@@ -60,7 +60,7 @@ long vmm_ioctl_limited(int32_t fd, uint64_t request, uint64_t argument, uint64_t
 	timer_t timer;
 
 	if (!limit_ns)
-		return vmm_ioctl(fd, request, argument);
+		return pf_vmm_ioctl(fd, request, argument);
 #ifndef sigev_notify_thread_id
 #define sigev_notify_thread_id _sigev_un._tid
 #endif
@@ -68,46 +68,46 @@ long vmm_ioctl_limited(int32_t fd, uint64_t request, uint64_t argument, uint64_t
 	if (timer_create(CLOCK_MONOTONIC, &event, &timer))
 		return -errno;
 	timer_settime(timer, 0, &when, NULL);
-	long answer = vmm_ioctl(fd, request, argument);
+	long answer = pf_vmm_ioctl(fd, request, argument);
 
 	timer_delete(timer);
 	return answer;
 }
 
-struct order {
+struct ioctl_call {
 	int32_t fd;
 	uint64_t request, argument;
 	long answer;
 };
 
-static int carry_out(void *context)
+static int issue_ioctl(void *context)
 {
-	struct order *order = context;
+	struct ioctl_call *call = context;
 
-	order->answer = vmm_ioctl(order->fd, order->request, order->argument);
+	call->answer = pf_vmm_ioctl(call->fd, call->request, call->argument);
 	return 0;
 }
 
-long vmm_ioctl_in_clone(int32_t fd, uint64_t request, uint64_t argument)
+long pf_vmm_ioctl_in_clone(int32_t fd, uint64_t request, uint64_t argument)
 {
-	struct order order = { fd, request, argument, -ECANCELED };
+	struct ioctl_call call = { fd, request, argument, -ECANCELED };
 	char *stack = malloc(STACK_BYTES);
 
 	if (!stack)
 		return -ENOMEM;
 	/* CLONE_VFORK: we wait, because the child uses our thread's errno. */
-	int pid = clone(carry_out, stack + STACK_BYTES, CLONE_VM | CLONE_VFORK | SIGCHLD, &order);
+	int pid = clone(issue_ioctl, stack + STACK_BYTES, CLONE_VM | CLONE_VFORK | SIGCHLD, &call);
 
 	if (pid < 0)
-		order.answer = -errno;
+		call.answer = -errno;
 	else
 		while (waitpid(pid, NULL, 0) < 0 && errno == EINTR)
 			;
 	free(stack);
-	return order.answer;
+	return call.answer;
 }
 
-long vmm_syscall(long number, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e,
+long pf_vmm_syscall(long number, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e,
 		 uint64_t f)
 {
 	long answer = syscall(number, a, b, c, d, e, f);

@@ -240,7 +240,7 @@ static long prepare(struct helper *helper)
 	return 0;
 }
 
-__attribute__((noreturn, used)) void helper_main(struct prefault_control *control)
+__attribute__((noreturn, used)) void pf_helper_main(struct prefault_control *control)
 {
 	struct {
 		int64_t seconds, nanoseconds;
@@ -268,10 +268,10 @@ _Static_assert(__builtin_offsetof(struct prefault_control, stack_top) == 8, "use
 
 /* clone()'s child returns into this with the control page in rbx. */
 __asm__(".section .text.entry,\"ax\",@progbits\n"
-	".globl helper_entry\n"
-	"helper_entry:\n"
+	".globl pf_helper_entry\n"
+	"pf_helper_entry:\n"
 	"	xor %ebp, %ebp\n"
 	"	mov %rbx, %rdi\n"
 	"	mov 8(%rbx), %rsp\n"
-	"	call helper_main\n"
+	"	call pf_helper_main\n"
 	".text\n");

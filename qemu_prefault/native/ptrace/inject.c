@@ -428,7 +428,7 @@ static int inject(struct victim *victim, struct call *calls, size_t count, const
 	return failed;
 }
 
-int inject_probe(int32_t pid, int32_t tid, int32_t mem_fd, const struct inject_gadgets *gadgets,
+int pf_inject_probe(int32_t pid, int32_t tid, int32_t mem_fd, const struct inject_gadgets *gadgets,
 		 uint64_t area, struct inject_result *result)
 {
 	struct victim victim = { .pid = pid, .tid = tid, .mem_fd = mem_fd, .gadgets = gadgets };
@@ -445,7 +445,7 @@ int inject_probe(int32_t pid, int32_t tid, int32_t mem_fd, const struct inject_g
 	return inject(&victim, calls, 2, NULL, 0, area, page, result);
 }
 
-int inject_helper(int32_t pid, int32_t tid, int32_t own_pid, int32_t mem_fd,
+int pf_inject_helper(int32_t pid, int32_t tid, int32_t own_pid, int32_t mem_fd,
 		  const struct inject_gadgets *gadgets, uint64_t area, uint64_t area_size, const void *image,
 		  uint64_t image_size, uint64_t code_size, struct inject_result *result)
 {

@@ -33,7 +33,7 @@ struct inject_result {
  * Try whether this process may have executable memory: map and unmap one page.
  * Leaves nothing behind however it ends.
  */
-int inject_probe(int32_t pid, int32_t tid, int32_t mem_fd, const struct inject_gadgets *gadgets,
+int pf_inject_probe(int32_t pid, int32_t tid, int32_t mem_fd, const struct inject_gadgets *gadgets,
 		 uint64_t area, struct inject_result *result);
 
 /*
@@ -42,7 +42,7 @@ int inject_probe(int32_t pid, int32_t tid, int32_t mem_fd, const struct inject_g
  * mapped at the fixed, free address area; image (the code page and the beginning
  * of struct prefault_control) is copied to its beginning.
  */
-int inject_helper(int32_t pid, int32_t tid, int32_t own_pid, int32_t mem_fd,
+int pf_inject_helper(int32_t pid, int32_t tid, int32_t own_pid, int32_t mem_fd,
 		  const struct inject_gadgets *gadgets, uint64_t area, uint64_t area_size,
 		  const void *image, uint64_t image_size, uint64_t code_size,
 		  struct inject_result *result);

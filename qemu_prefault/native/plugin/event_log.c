@@ -1,8 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-#include "keeper_state.h"
+#include "event_log.h"
 
 #include <stdarg.h>
+#include <stdio.h>
 #include <string.h>
+#include <time.h>
+
+#include "options.h"
+#include "state.h"
 
 enum {
 	EVENTS = 256,
@@ -12,7 +17,7 @@ enum {
 static char events[EVENTS][EVENT_LENGTH];
 static uint64_t event_count;
 
-void event(const char *name, const char *why, const char *format, ...)
+void pf_log_event(const char *name, const char *why, const char *format, ...)
 {
 	char *line = events[event_count % EVENTS];
 	struct timespec now;
@@ -31,39 +36,28 @@ void event(const char *name, const char *why, const char *format, ...)
 	if (length < EVENT_LENGTH - 1)
 		strcpy(line + length, "}");
 	event_count++;
-	pthread_cond_broadcast(&changed);
-	if (options.log)
+	pthread_cond_broadcast(&pf_changed);
+	if (pf_options.log)
 		fprintf(stderr, "qemu-prefault: %s\n", line);
 }
 
-uint64_t keeper_last_event(void)
+uint64_t pf_last_event(void)
 {
-	pthread_mutex_lock(&lock);
+	pthread_mutex_lock(&pf_lock);
 	uint64_t count = event_count;
 
-	pthread_mutex_unlock(&lock);
+	pthread_mutex_unlock(&pf_lock);
 	return count;
 }
 
-struct timespec in_future(uint64_t ns)
+bool pf_next_event(uint64_t *sequence, char *line, size_t size, int timeout_ms)
 {
-	struct timespec when;
-
-	clock_gettime(CLOCK_MONOTONIC, &when);
-	ns += (uint64_t)when.tv_nsec;
-	when.tv_sec += (time_t)(ns / 1000000000);
-	when.tv_nsec = (long)(ns % 1000000000);
-	return when;
-}
-
-bool keeper_next_event(uint64_t *sequence, char *line, size_t size, int timeout_ms)
-{
-	struct timespec until = in_future(MS(timeout_ms));
+	struct timespec until = pf_deadline_in(MS(timeout_ms));
 	bool found;
 
-	pthread_mutex_lock(&lock);
+	pthread_mutex_lock(&pf_lock);
 	while (event_count == *sequence)
-		if (pthread_cond_timedwait(&changed, &lock, &until))
+		if (pthread_cond_timedwait(&pf_changed, &pf_lock, &until))
 			break;
 	found = event_count != *sequence;
 	if (found) {
@@ -71,6 +65,6 @@ bool keeper_next_event(uint64_t *sequence, char *line, size_t size, int timeout_
 			*sequence = event_count - EVENTS;
 		snprintf(line, size, "%s", events[(*sequence)++ % EVENTS]);
 	}
-	pthread_mutex_unlock(&lock);
+	pthread_mutex_unlock(&pf_lock);
 	return found;
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 #define _GNU_SOURCE
-#include "host_memory.h"
+#include "host_ranges.h"
 
 #include <fcntl.h>
 #include <linux/magic.h>
@@ -30,14 +30,7 @@ struct intervals {
 static struct intervals mappings; /* with something to know about them */
 static struct intervals marks[2];
 
-enum { CGROUP_LEVELS = 16 };
-
 static int pagemap_fd = -1;
-static int meminfo_fd = -1;
-static struct {
-	int limit_fd, usage_fd;
-} cgroups[CGROUP_LEVELS];
-static int cgroup_count;
 
 static void intervals_add(struct intervals *list, struct interval item)
 {
@@ -89,7 +82,7 @@ static bool has_flag(const char *line, const char *flag)
 	return found && found[-1] == ' ' && (found[2] == ' ' || found[2] == '\n');
 }
 
-void memory_learn(void)
+void pf_ranges_learn(void)
 {
 	struct interval item = { 0 };
 	unsigned long long start, end, offset, inode;
@@ -127,7 +120,7 @@ void memory_learn(void)
 		fclose(file);
 }
 
-void memory_mapped(uint64_t start, uint64_t size, int fd, int flags)
+void pf_ranges_mapped(uint64_t start, uint64_t size, int fd, int flags)
 {
 	struct interval item = { .start = start, .end = start + size };
 	struct stat status;
@@ -147,12 +140,12 @@ void memory_mapped(uint64_t start, uint64_t size, int fd, int flags)
 		intervals_add(&mappings, item);
 }
 
-void memory_discarded(uint64_t start, uint64_t size)
+void pf_ranges_discarded(uint64_t start, uint64_t size)
 {
 	intervals_add(&mappings, (struct interval){ start, start + size, MEMORY_HOLES, 0, 0 });
 }
 
-bool memory_file_discarded(int fd)
+bool pf_ranges_file_discarded(int fd)
 {
 	struct stat status;
 	bool known = false;
@@ -170,7 +163,7 @@ bool memory_file_discarded(int fd)
 	return known;
 }
 
-unsigned int memory_facts(uint64_t start, uint64_t size)
+unsigned int pf_ranges_facts(uint64_t start, uint64_t size)
 {
 	unsigned int facts = 0;
 
@@ -180,7 +173,7 @@ unsigned int memory_facts(uint64_t start, uint64_t size)
 	return facts;
 }
 
-void memory_set_mark(enum memory_mark mark, uint64_t start, uint64_t size)
+void pf_ranges_set_mark(enum memory_mark mark, uint64_t start, uint64_t size)
 {
 	struct intervals *marked = &marks[mark];
 	uint64_t end = start + size;
@@ -197,7 +190,7 @@ void memory_set_mark(enum memory_mark mark, uint64_t start, uint64_t size)
 	intervals_add(marked, (struct interval){ .start = start, .end = end });
 }
 
-bool memory_unmarked(enum memory_mark mark, uint64_t start, uint64_t size, uint64_t *from,
+bool pf_ranges_unmarked(enum memory_mark mark, uint64_t start, uint64_t size, uint64_t *from,
 		     uint64_t *length)
 {
 	const struct intervals *marked = &marks[mark];
@@ -224,138 +217,33 @@ bool memory_unmarked(enum memory_mark mark, uint64_t start, uint64_t size, uint6
 	return true;
 }
 
-uint64_t memory_present(uint64_t start, uint64_t size)
+uint64_t pf_ranges_present(uint64_t start, uint64_t size)
 {
 	uint64_t present = 0, writable;
 
 	if (pagemap_fd < 0 ||
-	    pagemap_sum(pagemap_fd, start, start + size, 0, &present, &writable))
+	    pf_pagemap_sum(pagemap_fd, start, start + size, 0, &present, &writable))
 		return 0;
 	return present;
 }
 
-bool memory_next_resident(uint64_t *start, uint64_t end, uint64_t *length)
+bool pf_ranges_next_resident(uint64_t *start, uint64_t end, uint64_t *length)
 {
-	bool is_private = memory_facts(*start, end - *start) & MEMORY_PRIVATE;
+	bool is_private = pf_ranges_facts(*start, end - *start) & MEMORY_PRIVATE;
 	struct pagemap_region region;
 	uint64_t next;
 
 	if (pagemap_fd < 0 ||
-	    pagemap_writable(pagemap_fd, *start, end, is_private, &region, 1, &next) <= 0)
+	    pf_pagemap_writable(pagemap_fd, *start, end, is_private, &region, 1, &next) <= 0)
 		return false;
 	*start = region.start;
 	*length = region.size;
 	return true;
 }
 
-// What the host can give.
-
-static uint64_t read_number(int fd, const char *behind)
+void pf_ranges_open(void)
 {
-	char text[4096];
-	ssize_t length = pread(fd, text, sizeof(text) - 1, 0);
-	const char *found = text;
-
-	if (length <= 0)
-		return UINT64_MAX;
-	text[length] = '\0';
-	if (behind) {
-		found = strstr(text, behind);
-		if (!found)
-			return UINT64_MAX;
-		found += strlen(behind);
-	}
-	if (!strncmp(found, "max", 3))
-		return UINT64_MAX;
-	return strtoull(found, NULL, 10);
-}
-
-uint64_t memory_headroom(void)
-{
-	uint64_t least = UINT64_MAX;
-
-	if (meminfo_fd >= 0) {
-		uint64_t kib = read_number(meminfo_fd, "MemAvailable:");
-
-		if (kib < UINT64_MAX >> 10)
-			least = kib << 10;
-	}
-	for (int i = 0; i < cgroup_count; i++) {
-		uint64_t limit = read_number(cgroups[i].limit_fd, NULL);
-		uint64_t usage = read_number(cgroups[i].usage_fd, NULL);
-
-		if (limit != UINT64_MAX && usage != UINT64_MAX) {
-			uint64_t left = limit > usage ? limit - usage : 0;
-
-			least = left < least ? left : least;
-		}
-	}
-	return least;
-}
-
-/* Every level from our cgroup up to the root may have a limit. */
-static void open_cgroup(const char *root, char *path, const char *limit, const char *usage)
-{
-	char name[4600];
-
-	while (cgroup_count < CGROUP_LEVELS) {
-		snprintf(name, sizeof(name), "%s%s/%s", root, path, limit);
-		int limit_fd = open(name, O_RDONLY | O_CLOEXEC);
-
-		snprintf(name, sizeof(name), "%s%s/%s", root, path, usage);
-		int usage_fd = open(name, O_RDONLY | O_CLOEXEC);
-
-		if (limit_fd >= 0 && usage_fd >= 0) {
-			cgroups[cgroup_count].limit_fd = limit_fd;
-			cgroups[cgroup_count++].usage_fd = usage_fd;
-		} else {
-			if (limit_fd >= 0)
-				close(limit_fd);
-			if (usage_fd >= 0)
-				close(usage_fd);
-		}
-		char *slash = strrchr(path, '/');
-
-		if (!slash)
-			return;
-		*slash = '\0';
-	}
-}
-
-void memory_open(void)
-{
-	char line[4200];
-
-	if (pagemap_fd >= 0) { /* that of another address space, after a fork */
+	if (pagemap_fd >= 0) /* that of another address space, after a fork */
 		close(pagemap_fd);
-		for (int i = 0; i < cgroup_count; i++) {
-			close(cgroups[i].limit_fd);
-			close(cgroups[i].usage_fd);
-		}
-		cgroup_count = 0;
-	}
 	pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-	if (meminfo_fd < 0)
-		meminfo_fd = open("/proc/meminfo", O_RDONLY | O_CLOEXEC);
-	FILE *file = fopen("/proc/self/cgroup", "re");
-
-	if (!file)
-		return;
-	while (fgets(line, sizeof(line), file)) { /* hierarchy:controllers:path */
-		char *controllers = strchr(line, ':');
-		char *path = controllers ? strchr(controllers + 1, ':') : NULL;
-
-		if (!path)
-			continue;
-		*path++ = '\0';
-		path[strcspn(path, "\n")] = '\0';
-		if (!strcmp(path, "/"))
-			*path = '\0';
-		if (!controllers[1])
-			open_cgroup("/sys/fs/cgroup", path, "memory.max", "memory.current");
-		else if (!strcmp(controllers + 1, "memory"))
-			open_cgroup("/sys/fs/cgroup/memory", path, "memory.limit_in_bytes",
-				    "memory.usage_in_bytes");
-	}
-	fclose(file);
 }

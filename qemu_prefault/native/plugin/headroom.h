@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/* How much more memory the host and QEMU's cgroups can give. */
+#ifndef QEMU_PREFAULT_PLUGIN_HEADROOM_H
+#define QEMU_PREFAULT_PLUGIN_HEADROOM_H
+
+#include <stdint.h>
+
+/* Opens what may be out of reach later (chroot, another user). Safe to call again after fork. */
+void pf_headroom_open(void);
+
+/* Bytes the host can give: MemAvailable, and what QEMU's cgroups leave. */
+uint64_t pf_headroom(void);
+
+#endif
