@@ -18,6 +18,9 @@
 #include <errno.h>
 #include <stdint.h>
 
+#include "prefault_range.h"
+#include "syscall_x86_64.h"
+
 /* Linux 6.11 uapi; spelt out because a distribution's headers may be older. */
 struct kvm_pre_fault_memory_args {
 	uint64_t gpa;
@@ -27,29 +30,7 @@ struct kvm_pre_fault_memory_args {
 };
 #define PREFAULT_IOCTL 0xC040AED5ul /* _IOWR(KVMIO, 0xd5, struct kvm_pre_fault_memory) */
 #define PREFAULT_MADV_POPULATE_WRITE 23 /* Linux 5.14 */
-
-/* "No progress within the time limit": not an errno the two calls return. */
-#define PREFAULT_STUCK ETIME
-/* "Told to stop before this range was complete": likewise. */
-#define PREFAULT_ABORTED ECANCELED
-
-enum prefault_kind {
-	PREFAULT_POPULATE, /* start is a host virtual address */
-	PREFAULT_STAGE2,   /* start is a guest physical address */
-};
-
-struct prefault_range {
-	uint64_t start; /* bytes, page aligned */
-	uint64_t size;  /* bytes, page aligned */
-	uint64_t done;  /* bytes completed, in order from start */
-	int32_t error;  /* 0, or the errno that ended the range */
-	uint32_t kind;  /* enum prefault_kind */
-};
-
-struct prefault_limits {
-	uint64_t chunk_bytes; /* most that one system call is asked for */
-	uint64_t stuck_ns;    /* give a range up after so long without progress */
-};
+#define PREFAULT_CLOCK_MONOTONIC 1 /* <time.h> is libc's */
 
 /*
  * What the loop needs of its surroundings. Both run between chunks.
@@ -61,17 +42,6 @@ struct prefault_hooks {
 	void *context;
 };
 
-static inline long prefault_syscall3(long number, long a, long b, long c)
-{
-	long result;
-
-	__asm__ volatile("syscall"
-			 : "=a"(result)
-			 : "a"(number), "D"(a), "S"(b), "d"(c)
-			 : "rcx", "r11", "memory");
-	return result;
-}
-
 static inline uint64_t prefault_now_ns(void)
 {
 	struct {
@@ -79,7 +49,7 @@ static inline uint64_t prefault_now_ns(void)
 	} now;
 
 	/* clock_gettime(CLOCK_MONOTONIC) by system call: there is no vDSO without libc. */
-	prefault_syscall3(228, 1, (long)&now, 0);
+	prefault_syscall3(__NR_clock_gettime, PREFAULT_CLOCK_MONOTONIC, (long)&now, 0);
 	return (uint64_t)now.seconds * 1000000000u + (uint64_t)now.nanoseconds;
 }
 
@@ -91,14 +61,14 @@ static inline uint64_t prefault_step(const struct prefault_range *range, uint64_
 	long result;
 
 	if (range->kind == PREFAULT_POPULATE) {
-		result = prefault_syscall3(28 /* madvise */, (long)start, (long)bytes,
+		result = prefault_syscall3(__NR_madvise, (long)start, (long)bytes,
 					   PREFAULT_MADV_POPULATE_WRITE);
 		*error = (int)-result;
 		return result == 0 ? bytes : 0;
 	}
 	struct kvm_pre_fault_memory_args args = { .gpa = start, .size = bytes };
 
-	result = prefault_syscall3(16 /* ioctl */, vcpu_fd, (long)PREFAULT_IOCTL, (long)&args);
+	result = prefault_syscall3(__NR_ioctl, vcpu_fd, (long)PREFAULT_IOCTL, (long)&args);
 	*error = (int)-result;
 	return bytes - args.size;
 }

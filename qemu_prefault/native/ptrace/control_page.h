@@ -9,7 +9,7 @@
 #ifndef QEMU_PREFAULT_CONTROL_PAGE_H
 #define QEMU_PREFAULT_CONTROL_PAGE_H
 
-#include "common/prefault_loop.h"
+#include "common/prefault_range.h"
 
 #define PREFAULT_CONTROL_MAGIC 0x31746c7561666572ull /* "refault1" */
 #define PREFAULT_RANGES_MAX 224
@@ -47,7 +47,6 @@ struct prefault_control {
 	uint32_t tid;		 /* by the kernel: CLONE_PARENT_SETTID */
 	uint32_t ready;		 /* 1 once it runs; negative errno if it cannot */
 	uint32_t batch_done;	 /* equals batch when the work is done */
-	uint32_t leaving;
 	/* CLOCK_MONOTONIC; chunk_started tells when "done" of the ranges became what it is */
 	uint64_t batch_started_ns, chunk_started_ns, batch_finished_ns;
 	struct prefault_range ranges[PREFAULT_RANGES_MAX];

@@ -11,22 +11,17 @@
 #include <asm/signal.h>
 #include <linux/time.h>
 
+#include "common/prefault_loop.h"
 #include "control_page.h"
+#include "helper_x86_64.h"
 
-#define SYS_RT_SIGACTION 13
-#define SYS_RT_SIGPROCMASK 14
-#define SYS_NANOSLEEP 35
-#define SYS_KILL 62
-#define SYS_PRCTL 157
-#define SYS_GETTID 186
-#define SYS_SET_TID_ADDRESS 218
-#define SYS_TIMER_CREATE 222
-#define SYS_TIMER_SETTIME 223
-#define SYS_TIMER_DELETE 226
 #define PR_SET_NAME_OPTION 15
 #define SIGEV_THREAD_ID_NOTIFY 4
 #define SA_RESTORER_FLAG 0x04000000ul
 #define SIG_SETMASK_HOW 2
+#define SIGSET_BYTES 8
+#define SIGNAL_HIGHEST 64 /* of those tried for the tick, high ones first */
+#define SIGNAL_LOWEST 40
 
 struct helper_sigaction {
 	uint64_t handler, flags, restorer, mask;
@@ -47,18 +42,6 @@ struct helper {
 	int32_t tool_pid;   /* 0: nobody to ask for */
 };
 
-static inline long syscall4(long number, long a, long b, long c, long d)
-{
-	register long r10 __asm__("r10") = d;
-	long result;
-
-	__asm__ volatile("syscall"
-			 : "=a"(result)
-			 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10)
-			 : "rcx", "r11", "memory");
-	return result;
-}
-
 static inline uint32_t load(const uint32_t *word)
 {
 	return __atomic_load_n(word, __ATOMIC_ACQUIRE);
@@ -72,7 +55,7 @@ static void timer_start(int32_t timer, uint64_t interval_ns)
 
 	when.interval_s = when.value_s = (int64_t)(interval_ns / 1000000000u);
 	when.interval_ns = when.value_ns = (int64_t)(interval_ns % 1000000000u);
-	syscall4(SYS_TIMER_SETTIME, timer, 0, (long)&when, 0);
+	prefault_syscall4(__NR_timer_settime, timer, 0, (long)&when, 0);
 }
 
 static long timer_make(int32_t signal, int32_t thread, int32_t *timer)
@@ -81,7 +64,7 @@ static long timer_make(int32_t signal, int32_t thread, int32_t *timer)
 					 .notify = SIGEV_THREAD_ID_NOTIFY,
 					 .thread = thread };
 
-	return prefault_syscall3(SYS_TIMER_CREATE, 1 /* CLOCK_MONOTONIC */, (long)&event,
+	return prefault_syscall3(__NR_timer_create, PREFAULT_CLOCK_MONOTONIC, (long)&event,
 				 (long)timer);
 }
 
@@ -94,7 +77,7 @@ static int tool_lives(struct helper *helper)
 	struct prefault_control *control = helper->control;
 
 	if (helper->tool_pid) {
-		long result = prefault_syscall3(SYS_KILL, helper->tool_pid, 0, 0);
+		long result = prefault_syscall3(__NR_kill, helper->tool_pid, 0, 0);
 
 		if (result == -ESRCH)
 			return 0;
@@ -173,22 +156,14 @@ __attribute__((noreturn)) static void leave(struct helper *helper)
 	struct prefault_control *control = helper->control;
 	uint64_t all = ~0ull;
 
-	syscall4(SYS_RT_SIGPROCMASK, SIG_SETMASK_HOW, (long)&all, 0, sizeof(all));
+	prefault_syscall4(__NR_rt_sigprocmask, SIG_SETMASK_HOW, (long)&all, 0, sizeof(all));
 	if (helper->tick_timer >= 0)
-		prefault_syscall3(SYS_TIMER_DELETE, helper->tick_timer, 0, 0);
+		prefault_syscall3(__NR_timer_delete, helper->tick_timer, 0, 0);
 	if (helper->kick_timer >= 0)
-		prefault_syscall3(SYS_TIMER_DELETE, helper->kick_timer, 0, 0);
+		prefault_syscall3(__NR_timer_delete, helper->kick_timer, 0, 0);
 	/* Else the kernel would clear a word in memory that is no longer ours. */
-	prefault_syscall3(SYS_SET_TID_ADDRESS, 0, 0, 0);
-	__atomic_store_n(&control->leaving, 1, __ATOMIC_RELEASE);
-	__asm__ volatile("mov %[slot], %%rsp\n\t"
-			 "jmp *%[gadget]"
-			 :
-			 : [slot] "r"(control->exit_slot), [gadget] "r"(control->syscall_ret),
-			   "a"(11 /* munmap */), "D"(control->area_start),
-			   "S"(control->area_size)
-			 : "memory");
-	__builtin_unreachable();
+	prefault_syscall3(__NR_set_tid_address, 0, 0, 0);
+	helper_unmap(control);
 }
 
 /*
@@ -198,17 +173,17 @@ __attribute__((noreturn)) static void leave(struct helper *helper)
  */
 static long claim_signal(const struct prefault_control *control)
 {
-	const struct helper_sigaction action = { .handler = control->syscall_ret + 2,
+	const struct helper_sigaction action = { .handler = control->syscall_ret + SYSCALL_BYTES,
 						 .flags = SA_RESTORER_FLAG,
 						 .restorer = control->sigreturn };
 	struct helper_sigaction found;
 
-	for (long signal = 64; signal >= 40; signal--) {
-		if (syscall4(SYS_RT_SIGACTION, signal, 0, (long)&found, 8))
+	for (long signal = SIGNAL_HIGHEST; signal >= SIGNAL_LOWEST; signal--) {
+		if (prefault_syscall4(__NR_rt_sigaction, signal, 0, (long)&found, SIGSET_BYTES))
 			continue;
 		if (found.handler == action.handler)
 			return signal;
-		if (!found.handler && !syscall4(SYS_RT_SIGACTION, signal, (long)&action, 0, 8))
+		if (!found.handler && !prefault_syscall4(__NR_rt_sigaction, signal, (long)&action, 0, SIGSET_BYTES))
 			return signal;
 	}
 	return -EBUSY;
@@ -219,11 +194,11 @@ static long prepare(struct helper *helper)
 {
 	struct prefault_control *control = helper->control;
 	char name[16] = { 'q', 'e', 'm', 'u', '-', 'p', 'r', 'e', 'f', 'a', 'u', 'l', 't', 0 };
-	int32_t self = (int32_t)prefault_syscall3(SYS_GETTID, 0, 0, 0);
+	int32_t self = (int32_t)prefault_syscall3(__NR_gettid, 0, 0, 0);
 	long signal = claim_signal(control);
 	long result;
 
-	prefault_syscall3(SYS_PRCTL, PR_SET_NAME_OPTION, (long)name, 0);
+	prefault_syscall3(__NR_prctl, PR_SET_NAME_OPTION, (long)name, 0);
 	if (signal < 0)
 		return signal;
 	result = timer_make((int32_t)signal, self, &helper->tick_timer);
@@ -235,7 +210,7 @@ static long prepare(struct helper *helper)
 
 	uint64_t mask = ~(1ull << (signal - 1));
 
-	syscall4(SYS_RT_SIGPROCMASK, SIG_SETMASK_HOW, (long)&mask, 0, sizeof(mask));
+	prefault_syscall4(__NR_rt_sigprocmask, SIG_SETMASK_HOW, (long)&mask, 0, sizeof(mask));
 	timer_start(helper->tick_timer, control->tick_ns);
 	return 0;
 }
@@ -259,19 +234,7 @@ __attribute__((noreturn, used)) void pf_helper_main(struct prefault_control *con
 		else if (load(&control->release))
 			break;
 		else
-			prefault_syscall3(SYS_NANOSLEEP, (long)&pause, 0, 0);
+			prefault_syscall3(__NR_nanosleep, (long)&pause, 0, 0);
 	}
 	leave(&helper);
 }
-
-_Static_assert(__builtin_offsetof(struct prefault_control, stack_top) == 8, "used below");
-
-/* clone()'s child returns into this with the control page in rbx. */
-__asm__(".section .text.entry,\"ax\",@progbits\n"
-	".globl pf_helper_entry\n"
-	"pf_helper_entry:\n"
-	"	xor %ebp, %ebp\n"
-	"	mov %rbx, %rdi\n"
-	"	mov 8(%rbx), %rsp\n"
-	"	call pf_helper_main\n"
-	".text\n");

@@ -29,22 +29,26 @@ struct inject_result {
 	uint64_t held_ns; /* how long the thread was held */
 };
 
-/*
- * Try whether this process may have executable memory: map and unmap one page.
- * Leaves nothing behind however it ends.
- */
-int pf_inject_probe(int32_t pid, int32_t tid, int32_t mem_fd, const struct inject_gadgets *gadgets,
-		 uint64_t area, struct inject_result *result);
+struct inject_request {
+	int32_t pid, tid; /* the thread that makes the calls */
+	int32_t own_pid; /* pid as the process itself sees it (another PID namespace) */
+	int32_t mem_fd; /* /proc/PID/mem, read and write */
+	struct inject_gadgets gadgets;
+	uint64_t area, area_size; /* where the helper's mapping goes: fixed, free addresses */
+	const void *image; /* copied to its beginning: the code page, and the control page's */
+	uint64_t image_size, code_size;
+};
 
 /*
- * Start a helper thread from thread tid. own_pid is pid as the process itself
- * sees it (another PID namespace). The area (code page, control pages, stack) is
- * mapped at the fixed, free address area; image (the code page and the beginning
- * of struct prefault_control) is copied to its beginning.
+ * Try whether this process may have executable memory: map and unmap one page at area.
+ * Leaves nothing behind however it ends. Image and sizes are not looked at.
  */
-int pf_inject_helper(int32_t pid, int32_t tid, int32_t own_pid, int32_t mem_fd,
-		  const struct inject_gadgets *gadgets, uint64_t area, uint64_t area_size,
-		  const void *image, uint64_t image_size, uint64_t code_size,
-		  struct inject_result *result);
+int pf_inject_probe(const struct inject_request *request, struct inject_result *result);
+
+/*
+ * Start a helper thread from that thread. The area (code page, control pages, stack) is
+ * mapped; image is copied to its beginning, which is made executable for code_size bytes.
+ */
+int pf_inject_helper(const struct inject_request *request, struct inject_result *result);
 
 #endif
