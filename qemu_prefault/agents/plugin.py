@@ -26,6 +26,8 @@ CONTROL_THREAD: Final = "prefault/"
 """How the plugin's control thread is called; the listening socket's descriptor follows."""
 BATCH_THREAD: Final = "prefault-batch"
 ANSWER_SECONDS: Final = 10.0
+BUSY: Final = "busy"
+"""The code of an error answer (native/plugin/errors.h): another client's batch is at work."""
 LONGEST_LINE: Final = 64 << 20  # an answer tells of every range of a batch
 LONGEST_SOCKET_PATH: Final = 107  # struct sockaddr_un
 
@@ -179,7 +181,7 @@ class Control:
                 "report this",
             ) from error
         if "error" in answer:
-            if "another batch" in answer["error"]:
+            if answer.get("code") == BUSY:
                 raise RefusedError(
                     f"another qemu-prefault is at work in QEMU (pid {self._pid})",
                     "wait until it is done, then run this again",

@@ -8,6 +8,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "common/prefault_loop.h"
 #include "host_ranges.h"
 #include "state.h"
 
@@ -129,9 +130,9 @@ size_t pf_batch_worker_count(void)
 	return pf_vcpu_count;
 }
 
-const char *pf_batch_start(struct worker_ranges *assigned, size_t count, uint64_t chunk_bytes)
+enum request_error pf_batch_start(struct worker_ranges *assigned, size_t count, uint64_t chunk_bytes)
 {
-	const char *problem = NULL;
+	enum request_error problem = REQUEST_OK;
 	sigset_t mask, before;
 
 	sigfillset(&mask);
@@ -139,7 +140,7 @@ const char *pf_batch_start(struct worker_ranges *assigned, size_t count, uint64_
 	pthread_mutex_lock(&pf_lock);
 	if (batch.workers) {
 		pthread_mutex_unlock(&pf_lock);
-		return "another batch is at work";
+		return REQUEST_BUSY;
 	}
 	batch.workers = calloc(count, sizeof(*batch.workers));
 	batch.count = batch.running = 0;
@@ -155,7 +156,7 @@ const char *pf_batch_start(struct worker_ranges *assigned, size_t count, uint64_
 		worker->vcpu = &pf_vcpus[i];
 		worker->assigned = assigned[i];
 		if (pthread_create(&worker->thread, NULL, run_worker, worker)) {
-			problem = "no thread could be started";
+			problem = REQUEST_NO_THREAD;
 			atomic_store(&batch.abort, true);
 			break;
 		}
@@ -165,7 +166,7 @@ const char *pf_batch_start(struct worker_ranges *assigned, size_t count, uint64_
 	}
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	if (!batch.workers)
-		problem = "out of memory";
+		problem = REQUEST_NO_MEMORY;
 	pthread_cond_broadcast(&pf_changed);
 	pthread_mutex_unlock(&pf_lock);
 	if (problem && batch.workers)

@@ -7,7 +7,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "common/prefault_loop.h"
+#include "common/prefault_range.h"
+#include "errors.h"
 
 /* What one vCPU's worker is to do. */
 struct worker_ranges {
@@ -17,8 +18,8 @@ struct worker_ranges {
 
 /* One per vCPU. */
 size_t pf_batch_worker_count(void);
-/* NULL, or why not. One thread per worker; every start has its end, after it is done. */
-const char *pf_batch_start(struct worker_ranges *assigned, size_t count, uint64_t chunk_bytes);
+/* One thread per worker; every start has its end, after it is done. */
+enum request_error pf_batch_start(struct worker_ranges *assigned, size_t count, uint64_t chunk_bytes);
 bool pf_batch_done(uint64_t *bytes, double *seconds);
 void pf_batch_abort(void);
 void pf_batch_end(void);

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "batch.h"
+#include "errors.h"
 #include "event_log.h"
 #include "options.h"
 #include "queue.h"
@@ -64,9 +65,15 @@ static bool gone(int fd)
 	return poll(&poll_fd, 1, 0) > 0;
 }
 
-static void answer_error(FILE *out, const char *text)
+static void answer_error(FILE *out, enum request_error error)
 {
-	fprintf(out, "{\"error\":\"%s\"}\n", text);
+#define REQUEST_ERROR_ROW(name, code, text) [REQUEST_##name] = { code, text },
+	static const struct {
+		const char *code, *text;
+	} rows[] = { REQUEST_ERRORS(REQUEST_ERROR_ROW) };
+#undef REQUEST_ERROR_ROW
+
+	fprintf(out, "{\"error\":\"%s\",\"code\":\"%s\"}\n", rows[error].text, rows[error].code);
 	fflush(out);
 }
 
@@ -82,13 +89,13 @@ static void follow(FILE *out)
 }
 
 /* COUNT lines "WORKER KIND START SIZE"; where[] keeps the order they came in. */
-static const char *read_ranges(FILE *in, size_t count, struct worker_ranges *assigned, size_t vcpus,
+static enum request_error read_ranges(FILE *in, size_t count, struct worker_ranges *assigned, size_t vcpus,
 			       struct prefault_range *ranges, size_t *where)
 {
 	char line[128];
 	size_t *worker_of = calloc(count + 1, sizeof(*worker_of));
 	struct prefault_range *read = calloc(count + 1, sizeof(*read));
-	const char *problem = worker_of && read ? NULL : "out of memory";
+	enum request_error problem = worker_of && read ? REQUEST_OK : REQUEST_NO_MEMORY;
 	size_t next = 0;
 
 	for (size_t i = 0; i < count; i++) {
@@ -96,7 +103,7 @@ static const char *read_ranges(FILE *in, size_t count, struct worker_ranges *ass
 		char end;
 
 		if (!fgets(line, sizeof(line), in)) {
-			problem = "the list of ranges ended early";
+			problem = REQUEST_INCOMPLETE;
 			break;
 		}
 		if (problem)
@@ -105,7 +112,7 @@ static const char *read_ranges(FILE *in, size_t count, struct worker_ranges *ass
 			   &read[i].start, &read[i].size, &end) != 4 ||
 		    worker_of[i] >= vcpus || kind > PREFAULT_STAGE2 || read[i].start % 4096 ||
 		    read[i].size % 4096)
-			problem = "a range is: WORKER KIND START SIZE, aligned to pages";
+			problem = REQUEST_BAD_RANGE;
 		read[i].kind = kind;
 	}
 	for (size_t vcpu = 0; !problem && vcpu < vcpus; vcpu++) {
@@ -152,12 +159,12 @@ static void handle_work_request(int fd, FILE *in, FILE *out, size_t count, uint6
 	struct prefault_range *ranges = calloc(count + 1, sizeof(*ranges));
 	struct worker_ranges *assigned = calloc(vcpus + 1, sizeof(*assigned));
 	size_t *where = calloc(count + 1, sizeof(*where));
-	const char *problem = ranges && assigned && where ?
+	enum request_error problem = ranges && assigned && where ?
 				      read_ranges(in, count, assigned, vcpus, ranges, where) :
-				      "out of memory";
+				      REQUEST_NO_MEMORY;
 
 	if (!problem && (chunk_bytes < 4096 || chunk_bytes % 4096))
-		problem = "a chunk is a multiple of 4096 bytes";
+		problem = REQUEST_BAD_CHUNK;
 	if (!problem)
 		problem = pf_batch_start(assigned, vcpus, chunk_bytes);
 	if (problem) {
@@ -207,8 +214,7 @@ bool pf_command_answer(int fd, FILE *in, FILE *out, char *line)
 				fprintf(out, "{\"ok\":true}\n");
 				return !fflush(out);
 			}
-		answer_error(out, "the requests are: status, pause, resume, prefault, follow, "
-				  "populate auto|all|resident, work COUNT CHUNK_BYTES");
+		answer_error(out, REQUEST_UNKNOWN_REQUEST);
 	}
 	return !fflush(out);
 }

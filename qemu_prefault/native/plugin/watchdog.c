@@ -2,6 +2,7 @@
 #include "watchdog.h"
 
 #include "batch.h"
+#include "common/prefault_loop.h"
 #include "event_log.h"
 #include "queue.h"
 #include "state.h"
