@@ -20,7 +20,7 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
-SOURCES = ("common/pagemap.c", "conformance/vmm.c", "ptrace/inject.c")
+SOURCES = ("common/headroom.c", "common/pagemap.c", "conformance/vmm.c", "ptrace/inject.c")
 
 # The helper has no libc, must not touch FPU state, and must not be given calls to
 # memset() by an optimizer that recognises loops.
@@ -61,8 +61,9 @@ def write_helper_header() -> None:
 # The headers whose declarations Python gets. They hold nothing but what cffi can read: types,
 # prototypes, and macros that are integers.
 SHARED_HEADERS = (
-    "common/prefault_range.h",
+    "common/headroom.h",
     "common/pagemap.h",
+    "common/prefault_range.h",
     "conformance/vmm.h",
     "ptrace/control_page.h",
     "ptrace/inject.h",

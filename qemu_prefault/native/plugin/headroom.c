@@ -3,121 +3,101 @@
 #include "headroom.h"
 
 #include <fcntl.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include <stdbool.h>
 #include <unistd.h>
+
+#include "common/headroom.h"
 
 enum { CGROUP_LEVELS = 16 };
 
-static int meminfo_fd = -1;
+static int meminfo_fd = -1, pools_fd = -1;
+static struct headroom_files memory_groups[CGROUP_LEVELS];
+static int memory_group_count;
 static struct {
-	int limit_fd, usage_fd;
-} cgroups[CGROUP_LEVELS];
-static int cgroup_count;
-
-static uint64_t read_number(int fd, const char *behind)
-{
-	char text[4096];
-	ssize_t length = pread(fd, text, sizeof(text) - 1, 0);
-	const char *found = text;
-
-	if (length <= 0)
-		return UINT64_MAX;
-	text[length] = '\0';
-	if (behind) {
-		found = strstr(text, behind);
-		if (!found)
-			return UINT64_MAX;
-		found += strlen(behind);
-	}
-	if (!strncmp(found, "max", 3))
-		return UINT64_MAX;
-	return strtoull(found, NULL, 10);
-}
+	int directory;
+	int unified;
+} hugetlb_groups[CGROUP_LEVELS];
+static int hugetlb_group_count;
 
 uint64_t pf_headroom(void)
 {
-	uint64_t least = UINT64_MAX;
+	uint64_t least = pf_headroom_host(meminfo_fd);
 
-	if (meminfo_fd >= 0) {
-		uint64_t kib = read_number(meminfo_fd, "MemAvailable:");
+	for (int i = 0; i < memory_group_count; i++)
+		least = pf_headroom_group(&memory_groups[i], least);
+	return least;
+}
 
-		if (kib < UINT64_MAX >> 10)
-			least = kib << 10;
-	}
-	for (int i = 0; i < cgroup_count; i++) {
-		uint64_t limit = read_number(cgroups[i].limit_fd, NULL);
-		uint64_t usage = read_number(cgroups[i].usage_fd, NULL);
+uint64_t pf_headroom_huge(uint64_t page_size)
+{
+	uint64_t least = HEADROOM_UNLIMITED;
 
-		if (limit != UINT64_MAX && usage != UINT64_MAX) {
-			uint64_t left = limit > usage ? limit - usage : 0;
+	if (pools_fd >= 0)
+		least = pf_headroom_hugetlb_pool(pools_fd, page_size);
+	for (int i = 0; i < hugetlb_group_count; i++) {
+		uint64_t left = pf_headroom_hugetlb_group(hugetlb_groups[i].directory,
+							  hugetlb_groups[i].unified, page_size);
 
-			least = left < least ? left : least;
-		}
+		least = left < least ? left : least;
 	}
 	return least;
 }
 
 /* Every level from our cgroup up to the root may have a limit. */
-static void open_cgroup(const char *root, char *path, const char *limit, const char *usage)
+static void open_memory_groups(struct headroom_group *group)
 {
-	char name[4600];
+	do {
+		struct headroom_files *files = &memory_groups[memory_group_count];
 
-	while (cgroup_count < CGROUP_LEVELS) {
-		snprintf(name, sizeof(name), "%s%s/%s", root, path, limit);
-		int limit_fd = open(name, O_RDONLY | O_CLOEXEC);
+		pf_headroom_open_group(group, files);
+		if (files->usage >= 0)
+			memory_group_count++;
+	} while (memory_group_count < CGROUP_LEVELS && pf_headroom_parent(group));
+}
 
-		snprintf(name, sizeof(name), "%s%s/%s", root, path, usage);
-		int usage_fd = open(name, O_RDONLY | O_CLOEXEC);
+static bool has_hugetlb_limit(int directory, bool unified)
+{
+	return !faccessat(directory, unified ? "hugetlb.2MB.max" : "hugetlb.2MB.limit_in_bytes",
+			  R_OK, 0) ||
+	       !faccessat(directory, unified ? "hugetlb.1GB.max" : "hugetlb.1GB.limit_in_bytes",
+			  R_OK, 0);
+}
 
-		if (limit_fd >= 0 && usage_fd >= 0) {
-			cgroups[cgroup_count].limit_fd = limit_fd;
-			cgroups[cgroup_count++].usage_fd = usage_fd;
-		} else {
-			if (limit_fd >= 0)
-				close(limit_fd);
-			if (usage_fd >= 0)
-				close(usage_fd);
+static void open_hugetlb_groups(struct headroom_group *group)
+{
+	do {
+		int directory = open(group->directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+
+		if (directory < 0)
+			continue;
+		if (!has_hugetlb_limit(directory, group->unified)) {
+			close(directory);
+			continue;
 		}
-		char *slash = strrchr(path, '/');
+		hugetlb_groups[hugetlb_group_count].directory = directory;
+		hugetlb_groups[hugetlb_group_count++].unified = group->unified;
+	} while (hugetlb_group_count < CGROUP_LEVELS && pf_headroom_parent(group));
+}
 
-		if (!slash)
-			return;
-		*slash = '\0';
-	}
+static void close_groups(void)
+{
+	while (memory_group_count)
+		pf_headroom_close_group(&memory_groups[--memory_group_count]);
+	while (hugetlb_group_count)
+		close(hugetlb_groups[--hugetlb_group_count].directory);
 }
 
 void pf_headroom_open(void)
 {
-	char line[4200];
+	static struct headroom_group group;
 
-	for (int i = 0; i < cgroup_count; i++) { /* another process's, after a fork */
-		close(cgroups[i].limit_fd);
-		close(cgroups[i].usage_fd);
-	}
-	cgroup_count = 0;
+	close_groups(); /* another process's, after a fork */
 	if (meminfo_fd < 0)
 		meminfo_fd = open("/proc/meminfo", O_RDONLY | O_CLOEXEC);
-	FILE *file = fopen("/proc/self/cgroup", "re");
-
-	if (!file)
-		return;
-	while (fgets(line, sizeof(line), file)) { /* hierarchy:controllers:path */
-		char *controllers = strchr(line, ':');
-		char *path = controllers ? strchr(controllers + 1, ':') : NULL;
-
-		if (!path)
-			continue;
-		*path++ = '\0';
-		path[strcspn(path, "\n")] = '\0';
-		if (!strcmp(path, "/"))
-			*path = '\0';
-		if (!controllers[1])
-			open_cgroup("/sys/fs/cgroup", path, "memory.max", "memory.current");
-		else if (!strcmp(controllers + 1, "memory"))
-			open_cgroup("/sys/fs/cgroup/memory", path, "memory.limit_in_bytes",
-				    "memory.usage_in_bytes");
-	}
-	fclose(file);
+	if (pools_fd < 0)
+		pools_fd = open("/sys/kernel/mm/hugepages", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (pf_headroom_find_group("/proc/self/cgroup", "/proc/self/mountinfo", "memory", &group))
+		open_memory_groups(&group);
+	if (pf_headroom_find_group("/proc/self/cgroup", "/proc/self/mountinfo", "hugetlb", &group))
+		open_hugetlb_groups(&group);
 }

@@ -18,6 +18,7 @@
 struct interval {
 	uint64_t start, end;
 	unsigned int facts;
+	uint64_t page_size; /* of huge pages */
 	dev_t device; /* of the mapped file */
 	ino_t inode;  /* 0: anonymous */
 };
@@ -56,12 +57,14 @@ static void intervals_cut(struct intervals *list, uint64_t start, uint64_t end)
 			continue;
 		}
 		list->items[i] = list->items[--list->count];
+		struct interval before = item, after = item;
+
+		before.end = start;
+		after.start = end;
 		if (item.start < start)
-			intervals_add(list, (struct interval){ item.start, start, item.facts,
-							       item.device, item.inode });
+			intervals_add(list, before);
 		if (end < item.end)
-			intervals_add(list, (struct interval){ end, item.end, item.facts,
-							       item.device, item.inode });
+			intervals_add(list, after);
 	}
 }
 
@@ -85,7 +88,7 @@ static bool has_flag(const char *line, const char *flag)
 void pf_ranges_learn(void)
 {
 	struct interval item = { 0 };
-	unsigned long long start, end, offset, inode;
+	unsigned long long start, end, offset, inode, kib;
 	unsigned int major, minor;
 	FILE *file = fopen("/proc/self/smaps", "re");
 	char *line = NULL, permissions[5];
@@ -106,6 +109,8 @@ void pf_ranges_learn(void)
 			if (inode)
 				item.facts = file_facts((unsigned long)filesystem.f_type,
 							permissions[3] == 's');
+		} else if (sscanf(line, "KernelPageSize: %llu kB", &kib) == 1) {
+			item.page_size = kib << 10;
 		} else if (!strncmp(line, "VmFlags:", 8) && permissions[1] == 'w') {
 			if (has_flag(line, "nr"))
 				item.facts |= MEMORY_OVERCOMMIT;
@@ -134,6 +139,7 @@ void pf_ranges_mapped(uint64_t start, uint64_t size, int fd, int flags)
 	if (fd >= 0 && !fstat(fd, &status) && !fstatfs(fd, &filesystem)) {
 		item.device = status.st_dev;
 		item.inode = status.st_ino;
+		item.page_size = (uint64_t)filesystem.f_bsize; /* hugetlbfs tells it so */
 		item.facts |= file_facts((unsigned long)filesystem.f_type, flags & MAP_SHARED);
 	}
 	if (item.facts || item.inode)
@@ -142,7 +148,9 @@ void pf_ranges_mapped(uint64_t start, uint64_t size, int fd, int flags)
 
 void pf_ranges_discarded(uint64_t start, uint64_t size)
 {
-	intervals_add(&mappings, (struct interval){ start, start + size, MEMORY_HOLES, 0, 0 });
+	intervals_add(&mappings, (struct interval){ .start = start,
+						    .end = start + size,
+						    .facts = MEMORY_HOLES });
 }
 
 bool pf_ranges_file_discarded(int fd)
@@ -171,6 +179,17 @@ unsigned int pf_ranges_facts(uint64_t start, uint64_t size)
 		if (mappings.items[i].start < start + size && start < mappings.items[i].end)
 			facts |= mappings.items[i].facts;
 	return facts;
+}
+
+uint64_t pf_ranges_huge_page_size(uint64_t start, uint64_t size)
+{
+	for (size_t i = 0; i < mappings.count; i++) {
+		const struct interval *item = &mappings.items[i];
+
+		if (item->facts & MEMORY_HUGETLB && item->start < start + size && start < item->end)
+			return item->page_size;
+	}
+	return 0;
 }
 
 void pf_ranges_set_mark(enum memory_mark mark, uint64_t start, uint64_t size)

@@ -38,6 +38,8 @@ bool pf_ranges_file_discarded(int fd);
 
 /* Facts that hold for any part of [start, start + size). */
 unsigned int pf_ranges_facts(uint64_t start, uint64_t size);
+/* Of the MEMORY_HUGETLB in [start, start + size); 0: there is none. */
+uint64_t pf_ranges_huge_page_size(uint64_t start, uint64_t size);
 
 /* What was done to a range of it at least once. */
 enum memory_mark { MEMORY_POPULATED, MEMORY_PREFAULTED };
