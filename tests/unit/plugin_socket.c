@@ -15,8 +15,8 @@
 int main(int argc, char **argv)
 {
 	char byte;
-	void *memory = mmap(NULL, 64 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
-			    0);
+	void *memory =
+		mmap(NULL, 64 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
 	if (argc != 2 || memory == MAP_FAILED)
 		return 2;

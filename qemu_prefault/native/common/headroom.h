@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-or-later */
+// SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * How much more memory a process may take, by the files in which the kernel tells: bytes, or
  * HEADROOM_UNLIMITED where there is no limit or none can be read.
@@ -17,7 +17,7 @@
 struct headroom_group {
 	char directory[4096];
 	uint32_t root_length; /* the path's length down to where the hierarchy is mounted */
-	int32_t unified; /* of the v2 hierarchy */
+	int32_t unified;      /* of the v2 hierarchy */
 };
 
 /* A memory cgroup's files, held open; -1: there is none. */

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-or-later */
+// SPDX-License-Identifier: GPL-2.0-or-later
 /* What is mapped in another process, and how: /proc/PID/pagemap. */
 #define _GNU_SOURCE
 #include "pagemap.h"
@@ -109,12 +109,11 @@ static struct scan scan_writable(int fd, int is_private)
 {
 	return (struct scan){ .fd = fd,
 			      .must_be = CATEGORY_PRESENT,
-			      .must_not_be = CATEGORY_PFNZERO |
-					     (is_private ? CATEGORY_FILE : 0) };
+			      .must_not_be = CATEGORY_PFNZERO | (is_private ? CATEGORY_FILE : 0) };
 }
 
 long pf_pagemap_writable(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
-		      struct pagemap_region *regions, size_t count, uint64_t *next)
+			 struct pagemap_region *regions, size_t count, uint64_t *next)
 {
 	struct scan scan = scan_writable(fd, is_private);
 	struct page_region_6_7 found[SCAN_REGIONS];
@@ -134,9 +133,9 @@ long pf_pagemap_writable(int32_t fd, uint64_t start, uint64_t end, int32_t is_pr
 			if (last && last->start + last->size == found[i].start)
 				last->size += found[i].end - found[i].start;
 			else
-				regions[used++] = (struct pagemap_region){
-					found[i].start, found[i].end - found[i].start
-				};
+				regions[used++] =
+					(struct pagemap_region){ found[i].start,
+								 found[i].end - found[i].start };
 		}
 		if (*next <= from) /* a kernel that makes no headway must not hang us */
 			return -EIO;
@@ -164,8 +163,8 @@ static long sum(const struct scan *scan, uint64_t start, uint64_t end, uint64_t 
 	return 0;
 }
 
-long pf_pagemap_sum(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
-		 uint64_t *present, uint64_t *writable)
+long pf_pagemap_sum(int32_t fd, uint64_t start, uint64_t end, int32_t is_private, uint64_t *present,
+		    uint64_t *writable)
 {
 	struct scan any = { .fd = fd, .must_be = CATEGORY_PRESENT };
 	struct scan rw = scan_writable(fd, is_private);

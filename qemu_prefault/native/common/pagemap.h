@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-or-later */
+// SPDX-License-Identifier: GPL-2.0-or-later
 #ifndef QEMU_PREFAULT_PAGEMAP_H
 #define QEMU_PREFAULT_PAGEMAP_H
 
@@ -19,14 +19,14 @@ struct pagemap_region {
  * cannot tell the zero page from others.
  */
 long pf_pagemap_writable(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
-		      struct pagemap_region *regions, size_t count, uint64_t *next);
+			 struct pagemap_region *regions, size_t count, uint64_t *next);
 
 /*
  * Sums over [start, end), in bytes. *present: mapped in the process at all;
  * *writable: as above. Returns 0 or -errno.
  */
-long pf_pagemap_sum(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
-		 uint64_t *present, uint64_t *writable);
+long pf_pagemap_sum(int32_t fd, uint64_t start, uint64_t end, int32_t is_private, uint64_t *present,
+		    uint64_t *writable);
 
 /* 1 if the kernel has PAGEMAP_SCAN, so the zero page is told from others. */
 int pf_pagemap_sees_zero_page(int32_t fd);

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-or-later */
+// SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * The one prefault loop, shared by every agent.
  *
@@ -28,9 +28,9 @@ struct kvm_pre_fault_memory_args {
 	uint64_t flags;
 	uint64_t padding[5];
 };
-#define PREFAULT_IOCTL 0xC040AED5ul /* _IOWR(KVMIO, 0xd5, struct kvm_pre_fault_memory) */
+#define PREFAULT_IOCTL 0xC040AED5ul	/* _IOWR(KVMIO, 0xd5, struct kvm_pre_fault_memory) */
 #define PREFAULT_MADV_POPULATE_WRITE 23 /* Linux 5.14 */
-#define PREFAULT_CLOCK_MONOTONIC 1 /* <time.h> is libc's */
+#define PREFAULT_CLOCK_MONOTONIC 1	/* <time.h> is libc's */
 
 /*
  * What the loop needs of its surroundings. Both run between chunks.

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-or-later */
+// SPDX-License-Identifier: GPL-2.0-or-later
 /* A batch of ranges, as whoever asks for it hands it to prefault_loop.h, and gets it back. */
 #ifndef QEMU_PREFAULT_PREFAULT_RANGE_H
 #define QEMU_PREFAULT_PREFAULT_RANGE_H
@@ -18,10 +18,10 @@ enum prefault_kind {
 
 struct prefault_range {
 	uint64_t start; /* bytes, page aligned */
-	uint64_t size;  /* bytes, page aligned */
-	uint64_t done;  /* bytes completed, in order from start */
-	int32_t error;  /* 0, or the errno that ended the range */
-	uint32_t kind;  /* enum prefault_kind */
+	uint64_t size;	/* bytes, page aligned */
+	uint64_t done;	/* bytes completed, in order from start */
+	int32_t error;	/* 0, or the errno that ended the range */
+	uint32_t kind;	/* enum prefault_kind */
 };
 
 struct prefault_limits {

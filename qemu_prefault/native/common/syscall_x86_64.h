@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-or-later */
+// SPDX-License-Identifier: GPL-2.0-or-later
 /* System calls without libc, and so without errno: the result, or a negative errno. */
 #ifndef QEMU_PREFAULT_SYSCALL_X86_64_H
 #define QEMU_PREFAULT_SYSCALL_X86_64_H

@@ -108,7 +108,7 @@ long pf_vmm_ioctl_in_clone(int32_t fd, uint64_t request, uint64_t argument)
 }
 
 long pf_vmm_syscall(long number, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e,
-		 uint64_t f)
+		    uint64_t f)
 {
 	long answer = syscall(number, a, b, c, d, e, f);
 

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-or-later */
+// SPDX-License-Identifier: GPL-2.0-or-later
 /* What the conformance suite's VMM cannot do from Python; vmm.c tells why. */
 #ifndef QEMU_PREFAULT_VMM_H
 #define QEMU_PREFAULT_VMM_H
@@ -21,6 +21,6 @@ long pf_vmm_ioctl_in_clone(int32_t fd, uint64_t request, uint64_t argument);
 
 /* A system call that libc or Python has no function for: its answer, or a negative errno. */
 long pf_vmm_syscall(long number, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e,
-		 uint64_t f);
+		    uint64_t f);
 
 #endif

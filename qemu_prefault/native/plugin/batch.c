@@ -38,8 +38,7 @@ void pf_batch_kick(void)
 {
 	for (size_t i = 0; batch.running && i < batch.count; i++) {
 		pf_kick_thread(batch.workers[i].tid);
-		if (batch.workers[i].in_stage2 &&
-		    atomic_load(&batch.workers[i].vcpu->in_guest))
+		if (batch.workers[i].in_stage2 && atomic_load(&batch.workers[i].vcpu->in_guest))
 			pf_kick_thread(batch.workers[i].vcpu->tid);
 	}
 }
@@ -90,8 +89,9 @@ static void *run_worker(void *context)
 		struct prefault_range *range = &worker->assigned.ranges[i];
 
 		/*
-		 * Not pf_vcpu_can_prefault(): a root that may be obsolete is tried. Loading a snapshot sets
-		 * the registers, and with them a new root, after it has dropped the tables.
+		 * Not pf_vcpu_can_prefault(): a root that may be obsolete is tried. Loading a
+		 * snapshot sets the registers, and with them a new root, after it has dropped the
+		 * tables.
 		 */
 		if (range->kind == PREFAULT_STAGE2 && stuck) {
 			range->error = PREFAULT_STUCK;
@@ -130,13 +130,15 @@ size_t pf_batch_worker_count(void)
 	return pf_vcpu_count;
 }
 
-enum request_error pf_batch_start(struct worker_ranges *assigned, size_t count, uint64_t chunk_bytes)
+enum request_error pf_batch_start(struct worker_ranges *assigned, size_t count,
+				  uint64_t chunk_bytes)
 {
 	enum request_error problem = REQUEST_OK;
 	sigset_t mask, before;
 
 	sigfillset(&mask);
-	sigdelset(&mask, SIGUSR1); /* see pf_kick_thread(); QEMU's handler finds no vCPU in this thread */
+	/* See pf_kick_thread(); QEMU's handler finds no vCPU in this thread. */
+	sigdelset(&mask, SIGUSR1);
 	pthread_mutex_lock(&pf_lock);
 	if (batch.workers) {
 		pthread_mutex_unlock(&pf_lock);
@@ -184,8 +186,9 @@ bool pf_batch_done(uint64_t *bytes, double *seconds)
 		for (size_t j = 0; j < batch.workers[i].assigned.count; j++)
 			*bytes += __atomic_load_n(&batch.workers[i].assigned.ranges[j].done,
 						  __ATOMIC_RELAXED);
-	*seconds = (double)((done && batch.count ? batch.ended : prefault_now_ns()) -
-			    batch.started) / 1e9;
+	*seconds =
+		(double)((done && batch.count ? batch.ended : prefault_now_ns()) - batch.started) /
+		1e9;
 	pthread_mutex_unlock(&pf_lock);
 	return done;
 }

@@ -19,12 +19,13 @@ struct worker_ranges {
 /* One per vCPU. */
 size_t pf_batch_worker_count(void);
 /* One thread per worker; every start has its end, after it is done. */
-enum request_error pf_batch_start(struct worker_ranges *assigned, size_t count, uint64_t chunk_bytes);
+enum request_error pf_batch_start(struct worker_ranges *assigned, size_t count,
+				  uint64_t chunk_bytes);
 bool pf_batch_done(uint64_t *bytes, double *seconds);
 void pf_batch_abort(void);
 void pf_batch_end(void);
 
-/* For the watchdog: get out of the ioctl, or out of its way, who hinders a batch. The lock is held. */
+/* For the watchdog: kick whoever hinders a batch out of the ioctl, or out of its way. */
 bool pf_batch_running(void);
 void pf_batch_kick(void);
 

@@ -39,10 +39,12 @@ static void run_range(struct prefault_range *range, struct run_ctx *ctx)
 		range->error = PREFAULT_ABORTED;
 }
 
-/* Bytes of the piece that were mapped, *error as the ioctl's. Of a resident-only piece
- * what is absent counts as done. */
-static uint64_t run_stage2(const struct work_item *item, struct run_ctx *ctx,
-			   uint64_t *mapped, int *error)
+/*
+ * Bytes of the item that are done, *mapped those that were mapped, *error as the ioctl's. Of a
+ * resident-only item what is absent counts as done.
+ */
+static uint64_t run_stage2(const struct work_item *item, struct run_ctx *ctx, uint64_t *mapped,
+			   int *error)
 {
 	uint64_t at = 0;
 
@@ -53,8 +55,8 @@ static uint64_t run_stage2(const struct work_item *item, struct run_ctx *ctx,
 
 		if (item->resident) {
 			pthread_mutex_lock(&pf_lock);
-			bool found = pf_ranges_next_resident(&start, item->hva + item->size,
-							  &length);
+			bool found =
+				pf_ranges_next_resident(&start, item->hva + item->size, &length);
 			pthread_mutex_unlock(&pf_lock);
 			if (!found)
 				return item->size;
@@ -74,7 +76,8 @@ static uint64_t run_stage2(const struct work_item *item, struct run_ctx *ctx,
 void pf_chunk_run(struct work_item item, struct run_ctx *ctx)
 {
 	struct vcpu *self = ctx->vcpu;
-	struct prefault_range populate = { .start = item.hva, .size = item.size,
+	struct prefault_range populate = { .start = item.hva,
+					   .size = item.size,
 					   .kind = PREFAULT_POPULATE };
 	uint64_t started = prefault_now_ns(), populated_at, ended, mapped = 0, done = 0;
 	int error = 0;
@@ -105,7 +108,8 @@ void pf_chunk_run(struct work_item item, struct run_ctx *ctx)
 
 	struct memslot *slot = pf_find_memslot(item.slot);
 	uint64_t from, length;
-	bool again = mapped && !pf_ranges_unmarked(MEMORY_PREFAULTED, item.hva, done, &from, &length);
+	bool again = mapped &&
+		     !pf_ranges_unmarked(MEMORY_PREFAULTED, item.hva, done, &from, &length);
 
 	pf_ranges_set_mark(MEMORY_PREFAULTED, item.hva, done);
 	ctx->populated += populate.done;
@@ -130,9 +134,10 @@ void pf_chunk_run(struct work_item item, struct run_ctx *ctx)
 			pf_queue_put_back(rest, populate.done);
 		} else if (populate.error) {
 			pf_counters.errors++;
-			pf_log_event("error", "populate", ",\"errno\":%d,\"gpa\":%llu,\"size\":%llu",
-			      populate.error, (unsigned long long)(item.gpa + populate.done),
-			      (unsigned long long)(rest.size - populate.done));
+			pf_log_event("error", "populate",
+				     ",\"errno\":%d,\"gpa\":%llu,\"size\":%llu", populate.error,
+				     (unsigned long long)(item.gpa + populate.done),
+				     (unsigned long long)(rest.size - populate.done));
 			if (slot) /* what is there is prefaulted all the same */
 				pf_queue_make_resident_only(slot);
 		}
@@ -149,7 +154,7 @@ void pf_chunk_run(struct work_item item, struct run_ctx *ctx)
 		self->retry_at = ended + QUIET_NS;
 		pf_counters.stuck++;
 		pf_log_event("stuck", error == EOPNOTSUPP ? "guest mode" : "no progress",
-		      ",\"vcpu\":%lu", self->id);
+			     ",\"vcpu\":%lu", self->id);
 	} else if (error) {
 		pf_counters.errors++;
 		if (slot && (error == EFAULT || error == ENOENT)) {
@@ -159,7 +164,7 @@ void pf_chunk_run(struct work_item item, struct run_ctx *ctx)
 			pf_queue_update();
 		}
 		pf_log_event("error", "prefault", ",\"errno\":%d,\"gpa\":%llu,\"size\":%llu", error,
-		      (unsigned long long)(item.gpa + done),
-		      (unsigned long long)(item.size - done));
+			     (unsigned long long)(item.gpa + done),
+			     (unsigned long long)(item.size - done));
 	}
 }

@@ -11,7 +11,7 @@
 /* A vCPU thread at work, from coming until it enters the guest. */
 struct run_ctx {
 	struct vcpu *vcpu;
-	uint64_t deadline; /* 0: none */
+	uint64_t deadline;		/* 0: none */
 	uint64_t populated, prefaulted; /* bytes */
 	bool in_ioctl, again;
 };

@@ -89,8 +89,8 @@ static void follow(FILE *out)
 }
 
 /* COUNT lines "WORKER KIND START SIZE"; where[] keeps the order they came in. */
-static enum request_error read_ranges(FILE *in, size_t count, struct worker_ranges *assigned, size_t vcpus,
-			       struct prefault_range *ranges, size_t *where)
+static enum request_error read_ranges(FILE *in, size_t count, struct worker_ranges *assigned,
+				      size_t vcpus, struct prefault_range *ranges, size_t *where)
 {
 	char line[128];
 	size_t *worker_of = calloc(count + 1, sizeof(*worker_of));
@@ -159,9 +159,10 @@ static void handle_work_request(int fd, FILE *in, FILE *out, size_t count, uint6
 	struct prefault_range *ranges = calloc(count + 1, sizeof(*ranges));
 	struct worker_ranges *assigned = calloc(vcpus + 1, sizeof(*assigned));
 	size_t *where = calloc(count + 1, sizeof(*where));
-	enum request_error problem = ranges && assigned && where ?
-				      read_ranges(in, count, assigned, vcpus, ranges, where) :
-				      REQUEST_NO_MEMORY;
+	enum request_error problem =
+		ranges && assigned && where ?
+			read_ranges(in, count, assigned, vcpus, ranges, where) :
+			REQUEST_NO_MEMORY;
 
 	if (!problem && (chunk_bytes < 4096 || chunk_bytes % 4096))
 		problem = REQUEST_BAD_CHUNK;
@@ -209,7 +210,8 @@ bool pf_command_answer(int fd, FILE *in, FILE *out, char *line)
 		handle_work_request(fd, in, out, count, chunk_bytes);
 	} else {
 		for (int i = 0; i < 3; i++)
-			if (!strncmp(line, "populate ", 9) && !strcmp(line + 9, pf_populate_names[i])) {
+			if (!strncmp(line, "populate ", 9) &&
+			    !strcmp(line + 9, pf_populate_names[i])) {
 				set_populate((enum populate)i);
 				fprintf(out, "{\"ok\":true}\n");
 				return !fflush(out);

@@ -28,8 +28,8 @@ void pf_log_event(const char *name, const char *why, const char *format, ...)
 	length = snprintf(line, EVENT_LENGTH, "{\"event\":\"%s\",\"time\":%lld.%03ld", name,
 			  (long long)now.tv_sec, now.tv_nsec / 1000000);
 	if (why)
-		length += snprintf(line + length, EVENT_LENGTH - (size_t)length,
-				   ",\"why\":\"%s\"", why);
+		length += snprintf(line + length, EVENT_LENGTH - (size_t)length, ",\"why\":\"%s\"",
+				   why);
 	va_start(arguments, format);
 	length += vsnprintf(line + length, EVENT_LENGTH - (size_t)length, format, arguments);
 	va_end(arguments);

@@ -57,12 +57,24 @@ static int redirect_program(struct dl_phdr_info *program, size_t size, void *con
 			void *address = (void *)dynamic->d_un.d_ptr;
 
 			switch (dynamic->d_tag) {
-			case DT_SYMTAB: tables.symbols = address; break;
-			case DT_STRTAB: tables.names = address; break;
-			case DT_RELA: tables.relocations[0] = address; break;
-			case DT_RELASZ: tables.sizes[0] = dynamic->d_un.d_val; break;
-			case DT_JMPREL: tables.relocations[1] = address; break;
-			case DT_PLTRELSZ: tables.sizes[1] = dynamic->d_un.d_val; break;
+			case DT_SYMTAB:
+				tables.symbols = address;
+				break;
+			case DT_STRTAB:
+				tables.names = address;
+				break;
+			case DT_RELA:
+				tables.relocations[0] = address;
+				break;
+			case DT_RELASZ:
+				tables.sizes[0] = dynamic->d_un.d_val;
+				break;
+			case DT_JMPREL:
+				tables.relocations[1] = address;
+				break;
+			case DT_PLTRELSZ:
+				tables.sizes[1] = dynamic->d_un.d_val;
+				break;
 			}
 		}
 	}
@@ -75,11 +87,13 @@ static int redirect_program(struct dl_phdr_info *program, size_t size, void *con
 			if (type != R_X86_64_GLOB_DAT && type != R_X86_64_JUMP_SLOT)
 				continue;
 			for (size_t entry = 0; entry < request->count; entry++)
-				if (!strcmp(tables.names + symbol->st_name, request->entries[entry].name))
-					request->redirected |= redirect((void *)(program->dlpi_addr +
-									   rela->r_offset),
-								  request->entries[entry].function)
-							 << entry;
+				if (!strcmp(tables.names + symbol->st_name,
+					    request->entries[entry].name))
+					request->redirected |=
+						redirect((void *)(program->dlpi_addr +
+								  rela->r_offset),
+							 request->entries[entry].function)
+						<< entry;
 		}
 	if (relro)
 		mprotect((void *)relro, relro_end - relro, PROT_READ);

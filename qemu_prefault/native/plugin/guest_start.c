@@ -37,7 +37,8 @@ static void populate_no_more(uint64_t wanted, uint64_t left, const char *of, con
 		"qemu-prefault: populating needs %llu MiB%s, the %s or the cgroup has %llu MiB: "
 		"only present pages are prefaulted\n",
 		(unsigned long long)wanted >> 20, of, where, (unsigned long long)left >> 20);
-	pf_log_event("held", "no memory to populate", ",\"bytes\":%llu", (unsigned long long)wanted);
+	pf_log_event("held", "no memory to populate", ",\"bytes\":%llu",
+		     (unsigned long long)wanted);
 	pf_options.populate = POPULATE_RESIDENT;
 	for (size_t i = 0; i < pf_memslot_count; i++)
 		if (pf_memslots[i].state == SLOT_KEPT)
@@ -85,5 +86,6 @@ void pf_guest_start(void)
 		check_headroom();
 	pf_slot_changed_at = prefault_now_ns();
 	pf_queue_update();
-	pf_log_event("first-run", NULL, ",\"bytes\":%llu", (unsigned long long)pf_queue_pending_bytes());
+	pf_log_event("first-run", NULL, ",\"bytes\":%llu",
+		     (unsigned long long)pf_queue_pending_bytes());
 }

@@ -19,8 +19,8 @@ struct interval {
 	uint64_t start, end;
 	unsigned int facts;
 	uint64_t page_size; /* of huge pages */
-	dev_t device; /* of the mapped file */
-	ino_t inode;  /* 0: anonymous */
+	dev_t device;	    /* of the mapped file */
+	ino_t inode;	    /* 0: anonymous */
 };
 
 struct intervals {
@@ -100,7 +100,9 @@ void pf_ranges_learn(void)
 			   &offset, &major, &minor, &inode, &path) == 7) {
 			struct statfs filesystem = { .f_type = TMPFS_MAGIC };
 
-			item = (struct interval){ .start = start, .end = end, .inode = inode,
+			item = (struct interval){ .start = start,
+						  .end = end,
+						  .inode = inode,
 						  .device = makedev(major, minor) };
 			line[strcspn(line, "\n")] = '\0';
 			/* A memfd has no path that could be asked; its flags tell of hugetlb. */
@@ -210,7 +212,7 @@ void pf_ranges_set_mark(enum memory_mark mark, uint64_t start, uint64_t size)
 }
 
 bool pf_ranges_unmarked(enum memory_mark mark, uint64_t start, uint64_t size, uint64_t *from,
-		     uint64_t *length)
+			uint64_t *length)
 {
 	const struct intervals *marked = &marks[mark];
 	uint64_t end = start + size;

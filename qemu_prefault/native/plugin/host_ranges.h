@@ -46,7 +46,7 @@ enum memory_mark { MEMORY_POPULATED, MEMORY_PREFAULTED };
 void pf_ranges_set_mark(enum memory_mark mark, uint64_t start, uint64_t size);
 /* The first part of [start, start + size) that has no such mark; false: all of it has. */
 bool pf_ranges_unmarked(enum memory_mark mark, uint64_t start, uint64_t size, uint64_t *from,
-		     uint64_t *length);
+			uint64_t *length);
 
 /* Bytes of [start, start + size) that are present. */
 uint64_t pf_ranges_present(uint64_t start, uint64_t size);

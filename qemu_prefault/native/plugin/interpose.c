@@ -103,7 +103,8 @@ static void *mmap_hook(void *start, size_t size, int protection, int flags, int 
 	void *result = pf_raw_mmap(start, size, protection, flags, fd, offset);
 
 	if (result != MAP_FAILED && (flags & MAP_FIXED) && (protection & PROT_WRITE))
-		pf_qemu_memory_mapped((uint64_t)result, size, flags & MAP_ANONYMOUS ? -1 : fd, flags);
+		pf_qemu_memory_mapped((uint64_t)result, size, flags & MAP_ANONYMOUS ? -1 : fd,
+				      flags);
 	return result;
 }
 
@@ -115,9 +116,8 @@ EXPORT void *mmap(void *, size_t, int, int, int, off_t) __attribute__((alias("mm
 EXPORT void *mmap64(void *, size_t, int, int, int, off_t) __attribute__((alias("mmap_hook")));
 
 static const struct got_entry interposed[] = {
-	{ "ioctl", ioctl_hook },	   { "madvise", madvise_hook },
-	{ "fallocate", fallocate_hook },   { "mmap", mmap_hook },
-	{ "fallocate64", fallocate_hook }, { "mmap64", mmap_hook },
+	{ "ioctl", ioctl_hook }, { "madvise", madvise_hook },	    { "fallocate", fallocate_hook },
+	{ "mmap", mmap_hook },	 { "fallocate64", fallocate_hook }, { "mmap64", mmap_hook },
 };
 
 bool pf_interpose_by_got(void)

@@ -76,8 +76,8 @@ __attribute__((destructor)) static void unloaded(void)
 EXPORT int qemu_plugin_install(uint64_t id, const void *info, int argc, char **argv)
 {
 	void (*register_vcpu_init)(uint64_t, void (*)(void), void *) =
-		(void (*)(uint64_t, void (*)(void), void *))dlsym(
-			RTLD_DEFAULT, "qemu_plugin_register_vcpu_init_cb");
+		(void (*)(uint64_t, void (*)(void),
+			  void *))dlsym(RTLD_DEFAULT, "qemu_plugin_register_vcpu_init_cb");
 
 	(void)info;
 	loaded_as_plugin = true;

@@ -42,8 +42,8 @@ static void tables_dropped(void)
 
 static void slot_deleted(struct memslot *slot)
 {
-	pf_log_event("slot-deleted", NULL, ",\"gpa\":%llu,\"size\":%llu", (unsigned long long)slot->gpa,
-	      (unsigned long long)slot->size);
+	pf_log_event("slot-deleted", NULL, ",\"gpa\":%llu,\"size\":%llu",
+		     (unsigned long long)slot->gpa, (unsigned long long)slot->size);
 	pf_queue_drop_memslot(slot->id);
 	*slot = pf_memslots[--pf_memslot_count];
 	pf_counters.deleted++;
@@ -59,13 +59,15 @@ static void slot_created(const struct kvm_userspace_memory_region *region)
 	}
 	struct memslot *slot = &pf_memslots[pf_memslot_count++];
 
-	*slot = (struct memslot){ .id = region->slot, .flags = region->flags,
-			       .gpa = region->guest_phys_addr, .size = region->memory_size,
-			       .hva = region->userspace_addr };
+	*slot = (struct memslot){ .id = region->slot,
+				  .flags = region->flags,
+				  .gpa = region->guest_phys_addr,
+				  .size = region->memory_size,
+				  .hva = region->userspace_addr };
 	pf_counters.created++;
 	classify(slot);
 	pf_log_event("slot-created", slot->why, ",\"gpa\":%llu,\"size\":%llu",
-	      (unsigned long long)slot->gpa, (unsigned long long)slot->size);
+		     (unsigned long long)slot->gpa, (unsigned long long)slot->size);
 	if (slot->state == SLOT_KEPT)
 		pf_queue_memslot(slot);
 }
@@ -81,10 +83,10 @@ static void slot_flags_changed(struct memslot *slot, uint32_t flags)
 	pf_queue_drop_memslot(slot->id);
 	if (slot->state == SLOT_HELD)
 		pf_log_event("held", slot->why, ",\"gpa\":%llu,\"size\":%llu",
-		      (unsigned long long)slot->gpa, (unsigned long long)slot->size);
+			     (unsigned long long)slot->gpa, (unsigned long long)slot->size);
 	if (slot->state == SLOT_KEPT) {
 		pf_log_event("released", "dirty logging ended", ",\"gpa\":%llu,\"size\":%llu",
-		      (unsigned long long)slot->gpa, (unsigned long long)slot->size);
+			     (unsigned long long)slot->gpa, (unsigned long long)slot->size);
 		pf_queue_memslot(slot);
 	}
 }
@@ -127,8 +129,7 @@ long pf_memslots_change(int fd, unsigned long request, void *argument)
 		if (!((slot ? slot->flags : region->flags) & KVM_MEM_READONLY))
 			pf_slot_changed_at = prefault_now_ns();
 		if (slot && region->memory_size == slot->size &&
-		    region->guest_phys_addr == slot->gpa &&
-		    region->userspace_addr == slot->hva) {
+		    region->guest_phys_addr == slot->gpa && region->userspace_addr == slot->hva) {
 			slot_flags_changed(slot, region->flags);
 		} else {
 			if (slot)

@@ -10,10 +10,10 @@ enum populate { POPULATE_AUTO, POPULATE_ALL, POPULATE_RESIDENT };
 
 /* Set while QEMU is single threaded; later keep and populate change, under pf_lock. */
 struct plugin_options {
-	bool keep; /* prefault by itself */
+	bool keep;	    /* prefault by itself */
 	bool quirk_disable; /* KVM_X86_QUIRK_SLOT_ZAP_ALL */
-	bool log; /* events also to stderr */
-	bool by_preload; /* loaded by LD_PRELOAD, not -plugin */
+	bool log;	    /* events also to stderr */
+	bool by_preload;    /* loaded by LD_PRELOAD, not -plugin */
 	bool socket_off;
 	enum populate populate;
 	uint64_t hold_ns; /* the guest's longest wait at one go, after its start */

@@ -71,9 +71,12 @@ void pf_qemu_memory_populated(uint64_t start, uint64_t size)
 	if (slot && slot->state == SLOT_KEPT && pf_guest_started && slot->resident_only) {
 		uint64_t length = slot->hva + slot->size - start;
 
-		pf_queue_add((struct work_item){ .gpa = slot->gpa + (start - slot->hva), .hva = start,
-					  .size = size < length ? size : length,
-					  .slot = slot->id, .stage2 = true, .resident = true });
+		pf_queue_add((struct work_item){ .gpa = slot->gpa + (start - slot->hva),
+						 .hva = start,
+						 .size = size < length ? size : length,
+						 .slot = slot->id,
+						 .stage2 = true,
+						 .resident = true });
 		pf_stall_start = 0;
 		pf_queue_update();
 		pthread_cond_broadcast(&pf_changed);

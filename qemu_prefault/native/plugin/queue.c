@@ -38,7 +38,8 @@ void pf_queue_add(struct work_item item)
 
 static void put_first(struct work_item item)
 {
-	if (!item.size || !pf_grow((void **)&pf_queue, &queue_room, pf_queue_length, sizeof(*pf_queue)))
+	if (!item.size ||
+	    !pf_grow((void **)&pf_queue, &queue_room, pf_queue_length, sizeof(*pf_queue)))
 		return;
 	memmove(pf_queue + 1, pf_queue, pf_queue_length++ * sizeof(*pf_queue));
 	pf_queue[0] = item;
@@ -151,14 +152,21 @@ void pf_queue_memslot(struct memslot *slot)
 	slot->prefaulted = 0;
 	/* Somebody waits for a guest that comes from elsewhere: first what it brought along. */
 	if (pf_incoming && !pf_guest_entered && touch)
-		pf_queue_add((struct work_item){ .gpa = slot->gpa, .hva = slot->hva, .size = slot->size,
-					  .slot = slot->id, .stage2 = true, .resident = true });
+		pf_queue_add((struct work_item){ .gpa = slot->gpa,
+						 .hva = slot->hva,
+						 .size = slot->size,
+						 .slot = slot->id,
+						 .stage2 = true,
+						 .resident = true });
 	for (int i = 0; i < 3; i++) {
 		uint64_t at = cuts[i][0], end = cuts[i][1], from, length;
-		struct work_item item = { .slot = slot->id, .stage2 = true, .resident = !touch,
-				       .deferred = deferred && i == 2 };
+		struct work_item item = { .slot = slot->id,
+					  .stage2 = true,
+					  .resident = !touch,
+					  .deferred = deferred && i == 2 };
 
-		while (touch && pf_ranges_unmarked(MEMORY_POPULATED, slot->hva + at, end - at, &from, &length)) {
+		while (touch && pf_ranges_unmarked(MEMORY_POPULATED, slot->hva + at, end - at,
+						   &from, &length)) {
 			from -= slot->hva;
 			item.gpa = slot->gpa + at, item.hva = slot->hva + at;
 			item.size = from - at;

@@ -43,8 +43,8 @@
 #include "os.h"
 
 #define QUIET_NS MS(1000) /* no slot of RAM changed for so long: firmware is not at it */
-#define STUCK_NS MS(500) /* in the ioctl without mapping a page */
-#define CHUNK MIB(8) /* between two looks at whether somebody wants the vCPU */
+#define STUCK_NS MS(500)  /* in the ioctl without mapping a page */
+#define CHUNK MIB(8)	  /* between two looks at whether somebody wants the vCPU */
 #define MAX_VCPUS 4096
 
 enum memslot_state { SLOT_SKIPPED, SLOT_HELD, SLOT_KEPT };
@@ -74,9 +74,9 @@ struct vcpu {
 	pid_t tid;
 	struct kvm_run *run;
 	atomic_bool in_guest;
-	bool no_root_yet; /* nothing that could be stale */
-	bool started; /* was let into the guest */
-	uint64_t seen_generation; /* when it last came back from the guest */
+	bool no_root_yet;		  /* nothing that could be stale */
+	bool started;			  /* was let into the guest */
+	uint64_t seen_generation;	  /* when it last came back from the guest */
 	atomic_uint_least64_t busy_since; /* its thread is in a system call for us; 0: not */
 	bool stuck; /* until it has been in the guest, and some time has passed: */
 	uint64_t retry_at;
@@ -88,8 +88,8 @@ extern pthread_mutex_t pf_lock;
 extern pthread_cond_t pf_changed; /* anything below; waits by CLOCK_MONOTONIC */
 
 /* vm.c */
-extern int pf_vm_fd; /* -1: none yet */
-extern bool pf_capable; /* the kernel has the ioctl, and nested paging */
+extern int pf_vm_fd;	 /* -1: none yet */
+extern bool pf_capable;	 /* the kernel has the ioctl, and nested paging */
 extern bool pf_incoming; /* the guest comes from elsewhere */
 
 /* quirk.c */
@@ -126,7 +126,7 @@ extern bool pf_guest_entered; /* some vCPU was let into the guest */
 extern bool pf_guest_started; /* it was let run; some vCPU may still be on its way: */
 
 /* chunk.c and batch.c */
-extern int pf_in_flight; /* vCPUs in a system call for us */
+extern int pf_in_flight;	    /* vCPUs in a system call for us */
 extern atomic_int pf_vcpus_working; /* vCPUs with an item in progress */
 
 /* Each by the file that does what it counts. */

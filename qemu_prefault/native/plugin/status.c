@@ -74,8 +74,9 @@ void pf_status_print(FILE *out)
 		"\"populated\":%llu,\"prefaulted\":%llu,\"again\":%llu,\"stuck\":%llu,"
 		"\"errors\":%llu,\"populate_seconds\":%.6f,\"prefault_seconds\":%.6f,"
 		"\"again_seconds\":%.6f}}",
-		(unsigned long long)pf_queue_pending_bytes(), (unsigned long long)pf_counters.created,
-		(unsigned long long)pf_counters.deleted, (unsigned long long)pf_counters.populated,
+		(unsigned long long)pf_queue_pending_bytes(),
+		(unsigned long long)pf_counters.created, (unsigned long long)pf_counters.deleted,
+		(unsigned long long)pf_counters.populated,
 		(unsigned long long)pf_counters.prefaulted, (unsigned long long)pf_counters.again,
 		(unsigned long long)pf_counters.stuck, (unsigned long long)pf_counters.errors,
 		(double)pf_counters.populate_ns / 1e9, (double)pf_counters.prefault_ns / 1e9,

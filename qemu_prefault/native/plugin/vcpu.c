@@ -49,13 +49,13 @@ static void report_prefaulted(bool started)
 {
 	if (report_acc.populated || report_acc.prefaulted)
 		pf_log_event("prefaulted",
-		      !started	    ? "before the first instruction" :
-		      report_acc.again ? "tables had been dropped" :
-				      "new memory",
-		      ",\"bytes\":%llu,\"populated\":%llu,\"seconds\":%.6f,\"pending\":%llu",
-		      (unsigned long long)report_acc.prefaulted,
-		      (unsigned long long)report_acc.populated, report_acc.seconds,
-		      (unsigned long long)pf_queue_pending_bytes());
+			     !started	      ? "before the first instruction" :
+			     report_acc.again ? "tables had been dropped" :
+						"new memory",
+			     ",\"bytes\":%llu,\"populated\":%llu,\"seconds\":%.6f,\"pending\":%llu",
+			     (unsigned long long)report_acc.prefaulted,
+			     (unsigned long long)report_acc.populated, report_acc.seconds,
+			     (unsigned long long)pf_queue_pending_bytes());
 	memset(&report_acc, 0, sizeof(report_acc));
 }
 
@@ -92,7 +92,8 @@ static void before_run(struct vcpu *self)
 	       (!ctx.deadline || prefault_now_ns() < ctx.deadline)) {
 		bool had_no_root = self->no_root_yet;
 
-		if (!atomic_load(&pf_slot_changes) && atomic_load(&pf_work_available) && pf_queue_take(&item)) {
+		if (!atomic_load(&pf_slot_changes) && atomic_load(&pf_work_available) &&
+		    pf_queue_take(&item)) {
 			pf_chunk_run(item, &ctx);
 			if (had_no_root) {
 				self->no_root_yet = false;
@@ -149,7 +150,8 @@ long pf_vcpu_run(int fd)
 		return pf_raw_ioctl(fd, KVM_RUN, NULL);
 	/* QEMU also calls KVM_RUN to complete an exit, and to have a signal eaten. */
 	if (!self->run->immediate_exit) {
-		if (!self->started || atomic_load(&pf_work_available) || atomic_load(&pf_vcpus_working))
+		if (!self->started || atomic_load(&pf_work_available) ||
+		    atomic_load(&pf_vcpus_working))
 			before_run(self);
 	}
 
@@ -177,7 +179,9 @@ void pf_vcpu_created(int fd, unsigned long id)
 		struct vcpu *vcpu = &pf_vcpus[at];
 		void *run = pf_raw_mmap(NULL, 4096, PROT_READ, MAP_SHARED, fd, 0);
 
-		*vcpu = (struct vcpu){ .fd = fd, .id = id, .no_root_yet = true,
+		*vcpu = (struct vcpu){ .fd = fd,
+				       .id = id,
+				       .no_root_yet = true,
 				       .run = run == MAP_FAILED ? NULL : run };
 		pf_vcpu_count = at + 1;
 	}

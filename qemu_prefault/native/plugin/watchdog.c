@@ -24,8 +24,8 @@ static void *watchdog(void *unused)
 
 		for (size_t i = 0; i < pf_queue_length; i++)
 			deferred |= pf_queue[i].deferred;
-		if (!(atomic_load(&pf_work_available) || (deferred && pf_guest_entered) || pf_in_flight ||
-		      pf_batch_running())) {
+		if (!(atomic_load(&pf_work_available) || (deferred && pf_guest_entered) ||
+		      pf_in_flight || pf_batch_running())) {
 			pthread_cond_wait(&pf_changed, &pf_lock);
 			continue;
 		}
@@ -36,20 +36,23 @@ static void *watchdog(void *unused)
 				pf_kick_thread(pf_vcpus[i].tid);
 		}
 		pf_batch_kick();
-		if (deferred && pf_guest_entered && !pf_queue_held_reason() && now > pf_slot_changed_at + QUIET_NS)
+		if (deferred && pf_guest_entered && !pf_queue_held_reason() &&
+		    now > pf_slot_changed_at + QUIET_NS)
 			pf_queue_undefer("slots have been quiet");
 		bool kicked = false;
 
-		if (atomic_load(&pf_work_available) && !pf_in_flight && !atomic_load(&pf_slot_changes) &&
-		    now > kicked_at + SLICE_EVERY) {
+		if (atomic_load(&pf_work_available) && !pf_in_flight &&
+		    !atomic_load(&pf_slot_changes) && now > kicked_at + SLICE_EVERY) {
 			for (size_t i = 0; i < pf_vcpu_count; i++)
-				if (atomic_load(&pf_vcpus[i].in_guest) && pf_vcpu_can_prefault(&pf_vcpus[i])) {
+				if (atomic_load(&pf_vcpus[i].in_guest) &&
+				    pf_vcpu_can_prefault(&pf_vcpus[i])) {
 					pf_kick_thread(pf_vcpus[i].tid);
 					kicked = true;
 				}
 			kicked_at = now;
 		}
-		struct timespec soon = pf_deadline_in(kicked || pf_in_flight ? SLICE_EVERY : MS(100));
+		struct timespec soon =
+			pf_deadline_in(kicked || pf_in_flight ? SLICE_EVERY : MS(100));
 
 		pthread_cond_timedwait(&pf_changed, &pf_lock, &soon);
 	}

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-or-later */
+// SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * What inject.c knows of x86-64: a stopped thread's registers, how they are set up for a
  * system call, and the signal frame from which rt_sigreturn loads them.
@@ -13,9 +13,9 @@
 #include <sys/syscall.h>
 #include <sys/user.h>
 
-#define ARCH_RED_ZONE 128	     /* bytes below the stack pointer that may be in use */
-#define ARCH_STACK_ALIGN 64	     /* XRSTOR wants that of the FPU's state */
-#define ARCH_XSTATE_MAX (16u << 10)  /* bytes of the FPU's state */
+#define ARCH_RED_ZONE 128	    /* bytes below the stack pointer that may be in use */
+#define ARCH_STACK_ALIGN 64	    /* XRSTOR wants that of the FPU's state */
+#define ARCH_XSTATE_MAX (16u << 10) /* bytes of the FPU's state */
 #define ARCH_XSTATE_NOTE NT_X86_XSTATE
 #define ARCH_XSTATE_TAIL sizeof(uint32_t) /* FP_XSTATE_MAGIC2 follows it in a signal frame */
 
@@ -125,8 +125,8 @@ static inline size_t arch_seal_xstate(unsigned char *xstate, size_t size)
  * The registers for a system call by the "syscall; ret" at ip, which then returns to the
  * address that is on the stack at sp. clone()'s child finds its control page in rbx.
  */
-static inline void arch_set_call(struct user_regs_struct *regs, long number,
-				 const uint64_t args[6], uint64_t rbx, uint64_t ip, uint64_t sp)
+static inline void arch_set_call(struct user_regs_struct *regs, long number, const uint64_t args[6],
+				 uint64_t rbx, uint64_t ip, uint64_t sp)
 {
 	regs->rax = (unsigned long)number;
 	regs->rdi = args[0];

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-or-later */
+// SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * The helper thread: what the attach agent starts inside QEMU.
  *
@@ -92,8 +92,7 @@ static int tool_lives(struct helper *helper)
 	 * A chunk can take so long that the tool could not get through meanwhile: it writes by
 	 * way of QEMU's mmap_lock, which populating holds and THP's khugepaged waits for.
 	 */
-	if (heartbeat != helper->heartbeat ||
-	    now - helper->looked_at > control->dead_man_ns / 3) {
+	if (heartbeat != helper->heartbeat || now - helper->looked_at > control->dead_man_ns / 3) {
 		helper->heartbeat = heartbeat;
 		helper->heartbeat_at = now;
 	}
@@ -133,8 +132,7 @@ static void run_batch(struct helper *helper)
 		count = PREFAULT_RANGES_MAX;
 	control->batch_started_ns = prefault_now_ns();
 	for (uint32_t i = 0; i < count; i++) {
-		prefault_run_range(&control->ranges[i], control->vcpu_fd, &control->limits,
-				   &hooks);
+		prefault_run_range(&control->ranges[i], control->vcpu_fd, &control->limits, &hooks);
 		/* The vCPU is the matter, not the range: leave the rest to another one. */
 		if (control->ranges[i].error == PREFAULT_STUCK)
 			break;
@@ -183,7 +181,8 @@ static long claim_signal(const struct prefault_control *control)
 			continue;
 		if (found.handler == action.handler)
 			return signal;
-		if (!found.handler && !prefault_syscall4(__NR_rt_sigaction, signal, (long)&action, 0, SIGSET_BYTES))
+		if (!found.handler &&
+		    !prefault_syscall4(__NR_rt_sigaction, signal, (long)&action, 0, SIGSET_BYTES))
 			return signal;
 	}
 	return -EBUSY;

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-or-later */
+// SPDX-License-Identifier: GPL-2.0-or-later
 /* How the helper thread comes into its own mapping, and how it leaves it. */
 #ifndef QEMU_PREFAULT_HELPER_X86_64_H
 #define QEMU_PREFAULT_HELPER_X86_64_H

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-or-later */
+// SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * Make a thread of another process execute a few system calls, so that nothing
  * needs undoing if we are killed at any instant.
@@ -149,9 +149,8 @@ static int stack_has_room(pid_t pid, uint64_t sp)
 
 		if (sscanf(line, "%lx-%lx %7s", &start, &end, perms) == 3 && start <= sp &&
 		    sp <= end)
-			found = perms[0] == 'r' && perms[1] == 'w' && sp - start >= STACK_ROOM
-					? 1
-					: -1;
+			found = perms[0] == 'r' && perms[1] == 'w' && sp - start >= STACK_ROOM ? 1 :
+												 -1;
 	}
 	fclose(maps);
 	return found > 0;
@@ -253,14 +252,13 @@ static int next_syscall_stop(pid_t tid)
 			return 0;
 		if (status >> 16 == PTRACE_EVENT_STOP)
 			continue; /* somebody's SIGSTOP: it takes effect once we are gone */
-		errno = EINTR; /* every signal is blocked; only a fatal one gets here */
+		errno = EINTR;	  /* every signal is blocked; only a fatal one gets here */
 		return -1;
 	}
 }
 
 /* The chain is cut short: straight to its last frame, over an munmap if asked for. */
-static void cut_short(const struct victim *victim, size_t count, uint64_t area,
-		      uint64_t area_size)
+static void cut_short(const struct victim *victim, size_t count, uint64_t area, uint64_t area_size)
 {
 	struct user_regs_struct regs;
 
