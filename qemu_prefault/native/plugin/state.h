@@ -8,6 +8,7 @@
  *
  *   os              system calls, threads, time
  *   options         what the user asked for
+ *   errors          why a request is not done
  *   state           this
  *   event_log       what happened, for the control socket and the log
  *   host_ranges     what is known of QEMU's own memory
