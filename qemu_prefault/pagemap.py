@@ -53,11 +53,6 @@ class Pagemap:
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
 
-    @property
-    def sees_zero_page(self) -> bool:
-        """Whether the kernel has PAGEMAP_SCAN (Linux 6.7) and tells the zero page from others."""
-        return bool(lib.pf_pagemap_sees_zero_page(self._fd))
-
     def sums(self, start: int, size: int, private: bool) -> Sums:
         """Sum up ``size`` bytes from host virtual address ``start``."""
         present, writable = ffi.new("uint64_t *"), ffi.new("uint64_t *")

@@ -172,12 +172,3 @@ long pf_pagemap_sum(int32_t fd, uint64_t start, uint64_t end, int32_t is_private
 
 	return failed ? failed : sum(&rw, start, end, writable);
 }
-
-int pf_pagemap_sees_zero_page(int32_t fd)
-{
-	struct scan scan = { .fd = fd, .must_be = CATEGORY_PRESENT };
-	struct page_region_6_7 found[1];
-	uint64_t next;
-
-	return scan_categories(&scan, 0, PAGE, found, 1, &next) >= 0;
-}

@@ -28,7 +28,4 @@ long pf_pagemap_writable(int32_t fd, uint64_t start, uint64_t end, int32_t is_pr
 long pf_pagemap_sum(int32_t fd, uint64_t start, uint64_t end, int32_t is_private, uint64_t *present,
 		    uint64_t *writable);
 
-/* 1 if the kernel has PAGEMAP_SCAN, so the zero page is told from others. */
-int pf_pagemap_sees_zero_page(int32_t fd);
-
 #endif
