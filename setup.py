@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Only what pyproject.toml has no form for: the two native parts, and the limited-API wheel tag."""
 
+from pathlib import Path
+
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 PLUGIN = "qemu_prefault.qemu-prefault-plugin"
 NATIVE = "qemu_prefault/native"
-PLUGIN_SOURCES = (
-    *("plugin", "keeper", "slots", "events", "orders", "batch"),
-    *("host_memory", "control_socket", "pagemap"),
-)
-PLUGIN_HEADERS = (
-    *("keeper", "keeper_state", "host_memory", "control_socket", "pagemap", "prefault_loop"),
-)
+PLUGIN_PARTS = ("common", "plugin")
+
+
+def native_files(suffix: str) -> list[str]:
+    """The plugin's files with that suffix, as paths relative to this file."""
+    here = Path(__file__).parent
+    found = (path for part in PLUGIN_PARTS for path in (here / NATIVE / part).glob(f"*{suffix}"))
+    return sorted(str(path.relative_to(here)) for path in found)
 
 
 class BuildNative(build_ext):
@@ -32,8 +35,9 @@ setup(
     ext_modules=[
         Extension(
             PLUGIN,
-            sources=[f"{NATIVE}/{name}.c" for name in PLUGIN_SOURCES],
-            depends=[f"{NATIVE}/{name}.h" for name in PLUGIN_HEADERS],
+            sources=native_files(".c"),
+            depends=native_files(".h"),
+            include_dirs=[NATIVE],
             extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
             py_limited_api=True,
         )

@@ -89,10 +89,17 @@ def qemu(release: str) -> tuple[Suite, Suite]:
     )
 
 
+C_FILES = sorted(
+    str(path.relative_to(ROOT))
+    for directory in ("qemu_prefault/native", "lab", "tests")
+    for path in (ROOT / directory).rglob("*.[ch]")
+    if path.name != "helper_blob.h"  # generated
+)
 LINT = (
     Suite("ruff", ("ruff", "check", ".")),
     Suite("format", ("ruff", "format", "--check", ".")),
     Suite("mypy", ("python", "-m", "mypy")),
+    Suite("clang-format", ("clang-format", "--dry-run", "-Werror", *C_FILES)),
 )
 HOST = (
     host("unit", "tests/unit"),

@@ -112,7 +112,8 @@ static const char *allocate(size_t mib, bool huge)
 		munmap(buffer, pages * PAGE_BYTES);
 	buffer = NULL;
 	pages = 0;
-	void *map = mmap(NULL, mib << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	void *map =
+		mmap(NULL, mib << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (map == MAP_FAILED)
 		return strerror(errno);
 	if (madvise(map, mib << 20, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE))
@@ -221,10 +222,11 @@ static int l3_set_registers(int kvm)
 		return -1;
 	sregs.cr0 = 0x80000011; // PG, ET, PE
 	sregs.cr3 = L3_PML4;
-	sregs.cr4 = 0x20; // PAE
+	sregs.cr4 = 0x20;   // PAE
 	sregs.efer = 0x500; // LMA, LME
-	sregs.cs = (struct kvm_segment){ .selector = 8, .limit = 0xffffffff, .type = 11, .s = 1,
-					 .present = 1, .l = 1, .g = 1 };
+	sregs.cs = (struct kvm_segment){
+		.selector = 8, .limit = 0xffffffff, .type = 11, .s = 1, .present = 1, .l = 1, .g = 1
+	};
 	return ioctl(l3.vcpu, KVM_SET_SREGS, &sregs) || ioctl(l3.vcpu, KVM_SET_REGS, &regs);
 }
 

@@ -16,7 +16,7 @@ from typing import Protocol
 
 
 class Kind(enum.IntEnum):
-    """What a range asks for; the values are those of native/prefault_loop.h."""
+    """What a range asks for; the values are those of native/common/prefault_loop.h."""
 
     POPULATE = 0
     """``madvise(MADV_POPULATE_WRITE)`` on a host virtual address."""

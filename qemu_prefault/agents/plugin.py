@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The plugin agent: ``qemu-prefault-plugin.so`` was loaded into QEMU when it started.
 
-It keeps the guest prefaulted by itself (native/keeper.c). This is its other side: how it is
+It keeps the guest prefaulted by itself (native/plugin/vcpu.c). This is its other side: how it is
 found from outside, what its control socket answers, and the :class:`Agent` that hands it
 batches of work. Nothing is injected, so no right to trace QEMU is needed.
 """
@@ -26,6 +26,8 @@ CONTROL_THREAD: Final = "prefault/"
 """How the plugin's control thread is called; the listening socket's descriptor follows."""
 BATCH_THREAD: Final = "prefault-batch"
 ANSWER_SECONDS: Final = 10.0
+BUSY: Final = "busy"
+"""The code of an error answer (native/plugin/errors.h): another client's batch is at work."""
 LONGEST_LINE: Final = 64 << 20  # an answer tells of every range of a batch
 LONGEST_SOCKET_PATH: Final = 107  # struct sockaddr_un
 
@@ -179,7 +181,7 @@ class Control:
                 "report this",
             ) from error
         if "error" in answer:
-            if "another batch" in answer["error"]:
+            if answer.get("code") == BUSY:
                 raise RefusedError(
                     f"another qemu-prefault is at work in QEMU (pid {self._pid})",
                     "wait until it is done, then run this again",

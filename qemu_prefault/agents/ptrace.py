@@ -2,7 +2,7 @@
 """The attach agent: helper threads started inside a running QEMU by ptrace.
 
 A vCPU thread is held for the moment it takes to send it through four system calls, which
-leave it as it was and a helper thread beside it (native/inject.c). From then on the helper
+leave it as it was and a helper thread beside it (native/ptrace/inject.c). From then on the helper
 and this process share one control page, which we reach through ``/proc/PID/mem``. A helper
 whose heartbeat stops finishes its chunk, unmaps itself and exits, so nothing of us is left
 when we are killed. A helper starts from its vCPU's thread and so inherits that thread's CPU
@@ -107,36 +107,35 @@ class PtraceAgent:
             )
         own_pid = status.ns_pids[-1]
         areas = free_areas(maps, len(self._threads), AREA_SIZE)
-        native = ffi.new(
-            "struct inject_gadgets *",
-            {"syscall_ret": gadgets.syscall_ret, "sigreturn": gadgets.sigreturn},
+        request = ffi.new(
+            "struct inject_request *",
+            {
+                "pid": self.process.pid,
+                "tid": self._threads[0].thread_id,
+                "own_pid": own_pid,
+                "mem_fd": self._memory,
+                "gadgets": {
+                    "syscall_ret": gadgets.syscall_ret,
+                    "sigreturn": gadgets.sigreturn,
+                },
+                "area": areas[0],
+                "area_size": AREA_SIZE,
+                "code_size": CODE_SIZE,
+            },
         )
-        self._probe(native, areas[0])
+        self._inject(lib.pf_inject_probe, request)
         for worker, thread, area in zip(self.workers, self._threads, areas, strict=True):
-            image = self._image(area, gadgets, exit_slot, thread)
-            result = ffi.new("struct inject_result *")
-            lib.inject_helper(
-                self.process.pid,
-                thread.thread_id,
-                own_pid,
-                self._memory,
-                native,
-                area,
-                AREA_SIZE,
-                ffi.from_buffer(image),
-                len(image),
-                CODE_SIZE,
-                result,
-            )
-            self._check(result, thread.thread_id)
+            image = ffi.from_buffer(self._image(area, gadgets, exit_slot, thread))
+            request.tid, request.area = thread.thread_id, area
+            request.image, request.image_size = image, len(image)
+            self._inject(lib.pf_inject_helper, request)
             self._helpers[worker.index] = Helper(self._memory, area, CODE_SIZE)
             self._start_heart()
 
-    def _probe(self, native: Any, area: int) -> None:
+    def _inject(self, function: Any, request: Any) -> None:
         result = ffi.new("struct inject_result *")
-        thread_id = self._threads[0].thread_id
-        lib.inject_probe(self.process.pid, thread_id, self._memory, native, area, result)
-        self._check(result, thread_id)
+        function(request, result)
+        self._check(result, request.tid)
 
     def _image(self, area: int, gadgets: Gadgets, exit_slot: int, thread: VcpuThread) -> bytes:
         """The helper's code page followed by the beginning of its control page."""

@@ -84,7 +84,7 @@ def look() -> Host:
         ) from error
 
     def check(capability: int) -> int:
-        return max(0, int(lib.vmm_ioctl(kvm, abi.CHECK_EXTENSION, capability)))
+        return max(0, int(lib.pf_vmm_ioctl(kvm, abi.CHECK_EXTENSION, capability)))
 
     capability = check(abi.CAP_PRE_FAULT_MEMORY) > 0
     amd = _on(parameter("kvm_amd", "npt"))

@@ -26,7 +26,7 @@ POPULATE_READ, POPULATE_WRITE, COLLAPSE, HWPOISON = 22, 23, 25, 100
 
 def system_call(number: int, *arguments: int) -> int:
     """A system call; raises OSError."""
-    answer = int(lib.vmm_syscall(number, *arguments, *[0] * (6 - len(arguments))))
+    answer = int(lib.pf_vmm_syscall(number, *arguments, *[0] * (6 - len(arguments))))
     if answer < 0:
         raise OSError(-answer, os.strerror(-answer))
     return answer
@@ -165,7 +165,7 @@ class Userfault:
 
     def _call(self, request: int, data: bytes) -> None:
         buffer = ffi.new("char[]", data)
-        answer = lib.vmm_ioctl(self.fd, request, int(ffi.cast("uintptr_t", buffer)))
+        answer = lib.pf_vmm_ioctl(self.fd, request, int(ffi.cast("uintptr_t", buffer)))
         if answer < 0 and answer != -errno.EEXIST:
             raise OSError(-answer, f"userfaultfd: {os.strerror(-answer)}")
 

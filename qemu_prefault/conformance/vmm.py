@@ -105,7 +105,7 @@ class Prefault:
 def ioctl(fd: int, request: int, argument: int | bytearray | bytes = 0) -> int:
     """An ioctl; a buffer is written back to if it is a bytearray. Raises OSError."""
     value = argument if isinstance(argument, int) else _address(argument)
-    answer = int(lib.vmm_ioctl(fd, request, value))
+    answer = int(lib.pf_vmm_ioctl(fd, request, value))
     if answer < 0:
         raise OSError(-answer, f"KVM ioctl {request & 0xFFFF:#06x}: {os.strerror(-answer)}")
     return answer
@@ -128,7 +128,7 @@ def fails_with(call: Callable[[], object]) -> int:
 @functools.cache
 def kvm() -> int:
     """A descriptor of /dev/kvm."""
-    lib.vmm_init()
+    lib.pf_vmm_init()
     return os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
 
 
@@ -348,7 +348,7 @@ class Vcpu:
         if call is not None:
             answer = call(self.fd, abi.PRE_FAULT_MEMORY, _address(arguments))
         else:
-            answer = lib.vmm_ioctl_limited(
+            answer = lib.pf_vmm_ioctl_limited(
                 self.fd, abi.PRE_FAULT_MEMORY, _address(arguments), int(limit * 1e9)
             )
         seconds = time.monotonic() - started
@@ -370,7 +370,7 @@ class Vcpu:
 
     def run(self, limit: float = LIMIT_SECONDS) -> int:
         """KVM_RUN, once: the exit reason. A signal is ``abi.EXIT_INTR``."""
-        answer = lib.vmm_ioctl_limited(self.fd, abi.RUN, 0, int(limit * 1e9))
+        answer = lib.pf_vmm_ioctl_limited(self.fd, abi.RUN, 0, int(limit * 1e9))
         if answer < 0 and answer not in (-errno.EINTR, -errno.EFAULT):
             raise OSError(-answer, f"KVM_RUN: {os.strerror(-answer)}")
         if answer == -errno.EFAULT and self.exit_reason != abi.EXIT_MEMORY_FAULT:
@@ -467,7 +467,7 @@ class Task(threading.Thread):
         return self._value
 
     def interrupt(self) -> None:
-        signal.pthread_kill(self.ident or 0, lib.vmm_signal())
+        signal.pthread_kill(self.ident or 0, lib.pf_vmm_signal())
 
     def state(self) -> str:
         """The scheduler's letter: R running, S waiting, D waiting and deaf to signals."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 KVM_CAP_PRE_FAULT_MEMORY = 236
 """include/uapi/linux/kvm.h since Linux 6.11; 1 when two-dimensional paging is in use."""
 
-#: Not errnos of the ioctl: how the prefault loop (native/prefault_loop.h) names its own ends.
+#: Not errnos of the ioctl: how the prefault loop (common/prefault_loop.h) names its own ends.
 STUCK = errno.ETIME
 ABORTED = errno.ECANCELED
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What of QEMU's memory is present, and what KVM's read fault would map writable.
 
-The work is done by native/pagemap.c; regions are handed out one by one, so memory use does
+The work is done by native/common/pagemap.c; regions are handed out one by one, so memory use does
 not grow with the guest.
 """
 
@@ -53,30 +53,31 @@ class Pagemap:
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
 
-    @property
-    def sees_zero_page(self) -> bool:
-        """Whether the kernel has PAGEMAP_SCAN (Linux 6.7) and tells the zero page from others."""
-        return bool(lib.pagemap_sees_zero_page(self._fd))
-
     def sums(self, start: int, size: int, private: bool) -> Sums:
         """Sum up ``size`` bytes from host virtual address ``start``."""
         present, writable = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         self._check(
-            lib.pagemap_sum(self._fd, start, start + size, private, present, writable), start
+            lib.pf_pagemap_sum(self._fd, start, start + size, private, present, writable), start
         )
+        if not present[0]:
+            self._check_alive()
         return Sums(present[0], writable[0])
 
     def writable(self, start: int, size: int, private: bool) -> Iterator[tuple[int, int]]:
         """Regions (start, size) in bytes that a read fault of KVM maps writable, ascending."""
         regions = ffi.new("struct pagemap_region[]", REGIONS_AT_ONCE)
         reached, end = ffi.new("uint64_t *", start), start + size
+        found = False
         while reached[0] < end:
-            count = lib.pagemap_writable(
+            count = lib.pf_pagemap_writable(
                 self._fd, reached[0], end, private, regions, REGIONS_AT_ONCE, reached
             )
             self._check(count, start)
+            found |= count > 0
             for index in range(count):
                 yield regions[index].start, regions[index].size
+        if not found:
+            self._check_alive()
 
     def unwritable(self, start: int, size: int, private: bool) -> Iterator[tuple[int, int]]:
         """The rest: regions that have to be populated. Small islands between are included."""
@@ -93,6 +94,13 @@ class Pagemap:
             reached = island + length
         if pending_start is not None:
             yield pending_start, pending_end - pending_start
+
+    def _check_alive(self) -> None:
+        """Nothing was found: PAGEMAP_SCAN, unlike read(), finds an exited process's memory empty.
+
+        do_pagemap_cmd(), fs/proc/task_mmu.c, does not ask whether the address space is in use.
+        """
+        self._process.check()
 
     def _check(self, result: int, start: int) -> None:
         if result < 0:

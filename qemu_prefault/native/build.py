@@ -8,6 +8,7 @@ that would need relocation or writable data, and lands in the extension as an ar
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sysconfig
@@ -18,6 +19,8 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+
+SOURCES = ("common/headroom.c", "common/pagemap.c", "conformance/vmm.c", "ptrace/inject.c")
 
 # The helper has no libc, must not touch FPU state, and must not be given calls to
 # memset() by an optimizer that recognises loops.
@@ -35,8 +38,8 @@ def compile_helper() -> bytes:
     with tempfile.TemporaryDirectory() as scratch:
         obj, elf, image = (Path(scratch) / name for name in ("helper.o", "helper.elf", "image"))
         commands: list[list[str | Path]] = [
-            [*compiler, *HELPER_FLAGS, "-c", HERE / "helper.c", "-o", obj],
-            ["ld", "-T", HERE / "helper.lds", "--build-id=none", "-o", elf, obj],
+            [*compiler, *HELPER_FLAGS, f"-I{HERE}", "-c", HERE / "ptrace/helper.c", "-o", obj],
+            ["ld", "-T", HERE / "ptrace/helper.lds", "--build-id=none", "-o", elf, obj],
             ["objcopy", "-O", "binary", "-j", ".image", elf, image],
         ]
         for command in commands:
@@ -55,69 +58,52 @@ def write_helper_header() -> None:
     )
 
 
-CDEF = """
-enum prefault_kind { PREFAULT_POPULATE, PREFAULT_STAGE2 };
-struct prefault_range { uint64_t start, size, done; int32_t error; uint32_t kind; };
-struct prefault_limits { uint64_t chunk_bytes, stuck_ns; };
-struct prefault_control {
-    uint64_t entry, stack_top, magic, area_start, area_size;
-    uint64_t syscall_ret, sigreturn, exit_slot, dead_man_ns, tick_ns, kick_ns;
-    struct prefault_limits limits;
-    int32_t vcpu_fd, vcpu_tid, kick_signal, tool_pid;
-    uint64_t heartbeat;
-    uint32_t batch, abort, release, range_count;
-    uint32_t tid, ready, batch_done, leaving;
-    uint64_t batch_started_ns, chunk_started_ns, batch_finished_ns;
-    struct prefault_range ranges[...];
-    ...;
-};
-#define PREFAULT_CONTROL_MAGIC ...
-#define PREFAULT_RANGES_MAX ...
-#define PREFAULT_STUCK ...
-#define PREFAULT_ABORTED ...
+# The headers whose declarations Python gets. They hold nothing but what cffi can read: types,
+# prototypes, and macros that are integers.
+SHARED_HEADERS = (
+    "common/headroom.h",
+    "common/pagemap.h",
+    "common/prefault_range.h",
+    "conformance/vmm.h",
+    "ptrace/control_page.h",
+    "ptrace/inject.h",
+)
+LITERAL = re.compile(r"0x[0-9a-f]+[ul]*|[0-9]+", re.IGNORECASE)
+
+
+def declarations(header: str) -> str:
+    """A header as cffi reads it: no comments, no directives but ``#define NAME NUMBER``."""
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", "", (HERE / header).read_text(), flags=re.DOTALL)
+    lines = []
+    for line in text.splitlines():
+        if macro := re.match(r"#define (\w+)\s+(\S.*?)\s*$", line):
+            value = macro[2] if LITERAL.fullmatch(macro[2]) else "..."  # the compiler tells
+            lines.append(f"#define {macro[1]} {value}")
+        elif not line.startswith("#"):
+            lines.append(line)
+    return "\n".join(lines)
+
+
+CDEF = "\n".join(declarations(header) for header in SHARED_HEADERS)
+CDEF += """
 static const unsigned char helper_blob[...];
-
-enum inject_stage { INJECT_OK, INJECT_SEIZE, INJECT_STOP, INJECT_INSPECT, INJECT_WRITE,
-    INJECT_RESUME, INJECT_MMAP, INJECT_COPY, INJECT_PROTECT, INJECT_CLONE, ... };
-struct inject_gadgets { uint64_t syscall_ret, sigreturn; };
-struct inject_result { int32_t stage, error; uint64_t held_ns; };
-int inject_probe(int32_t pid, int32_t tid, int32_t mem_fd, const struct inject_gadgets *gadgets,
-    uint64_t area, struct inject_result *result);
-int inject_helper(int32_t pid, int32_t tid, int32_t own_pid, int32_t mem_fd,
-    const struct inject_gadgets *gadgets, uint64_t area, uint64_t area_size, const void *image,
-    uint64_t image_size, uint64_t code_size, struct inject_result *result);
-
-struct pagemap_region { uint64_t start, size; };
-long pagemap_writable(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
-    struct pagemap_region *regions, size_t count, uint64_t *next);
-long pagemap_sum(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
-    uint64_t *present, uint64_t *writable);
-int pagemap_sees_zero_page(int32_t fd);
-
 int kvm_check_extension(int32_t kvm_fd, int32_t extension);
 int kvm_pre_fault(int32_t vcpu_fd, uint64_t gpa, uint64_t size);
 int take_fd(int32_t pidfd, int32_t number);
-
-int vmm_init(void);
-int vmm_signal(void);
-long vmm_ioctl(int32_t fd, uint64_t request, uint64_t argument);
-long vmm_ioctl_limited(int32_t fd, uint64_t request, uint64_t argument, uint64_t limit_ns);
-long vmm_ioctl_in_clone(int32_t fd, uint64_t request, uint64_t argument);
-long vmm_syscall(long number, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e,
-    uint64_t f);
 """
 
-SOURCE = """
+INCLUDES = "\n".join(f'#include "{header}"' for header in SHARED_HEADERS)
+SOURCE = f"""
 #include <errno.h>
 #include <linux/kvm.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#include "control.h"
-#include "inject.h"
-#include "pagemap.h"
-#include "vmm.h"
+#include "common/prefault_loop.h"
 #include "helper_blob.h"
+{INCLUDES}
+"""
+SOURCE += """
 
 /* KVM_CHECK_EXTENSION: a non-negative answer, or a negative errno. */
 static int kvm_check_extension(int32_t kvm_fd, int32_t extension)
@@ -150,8 +136,8 @@ ffibuilder.cdef(CDEF)
 ffibuilder.set_source(
     "qemu_prefault._native",
     SOURCE,
-    sources=[os.path.relpath(HERE / name, ROOT) for name in ("inject.c", "pagemap.c", "vmm.c")],
+    sources=[os.path.relpath(HERE / name, ROOT) for name in SOURCES],
     include_dirs=[os.path.relpath(HERE, ROOT)],
-    depends=[os.path.relpath(path, ROOT) for path in HERE.glob("*.[hc]")],
+    depends=[os.path.relpath(path, ROOT) for path in HERE.rglob("*.[hc]")],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
 )

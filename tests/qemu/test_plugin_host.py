@@ -186,7 +186,8 @@ def test_a_stranger_is_shown_out(control: Callable[..., Control], tmp_path: Path
 @pytest.mark.parametrize("request_line", ["", "hello", "populate some", "work x", "status please"])
 def test_what_it_does_not_understand(control: Callable[..., Control], request_line: str) -> None:
     client = control()
-    assert "the requests are" in client.ask(request_line)["error"]
+    answer = client.ask(request_line)
+    assert "the requests are" in answer["error"] and answer["code"] == "unknown-request"
     assert client.ask("status")["plugin"] == 1
 
 
@@ -216,20 +217,21 @@ def test_a_batch_populates_and_tells_each_range(control: Callable[..., Control])
 
 @needs_kvm
 @pytest.mark.parametrize(
-    "lines",
+    ("code", "lines"),
     [
-        ("work 1 65536", "0 0 1 4096"),
-        ("work 1 65536", "9 0 4096 4096"),
-        ("work 1 65536", "0 7 4096 4096"),
-        ("work 2 65536", "nonsense", "0 0 4096 4096"),
-        ("work 1 100", "0 0 4096 4096"),
+        ("bad-range", ("work 1 65536", "0 0 1 4096")),
+        ("bad-range", ("work 1 65536", "9 0 4096 4096")),
+        ("bad-range", ("work 1 65536", "0 7 4096 4096")),
+        ("bad-range", ("work 2 65536", "nonsense", "0 0 4096 4096")),
+        ("bad-chunk", ("work 1 100", "0 0 4096 4096")),
     ],
 )
 def test_a_bad_batch_is_refused_whole(
-    control: Callable[..., Control], lines: tuple[str, ...]
+    control: Callable[..., Control], code: str, lines: tuple[str, ...]
 ) -> None:
     client = control()
-    assert "error" in client.ask(*lines)
+    answer = client.ask(*lines)
+    assert answer["error"] and answer["code"] == code
     assert client.ask("status")["counters"]["populated"] == 0
 
 
@@ -240,7 +242,8 @@ def test_a_client_that_goes_takes_its_batch_along(control: Callable[..., Control
     many = [f"0 0 {slot['hva']} {slot['size']}"] * 20000
     client.send(f"work {len(many)} 4096", *many)
     assert client.receive()["ok"]
-    assert "another batch" in control().ask("work 0 4096")["error"]
+    refused = control().ask("work 0 4096")
+    assert "another batch" in refused["error"] and refused["code"] == "busy"
     client.socket.shutdown(socket.SHUT_RDWR)
     other = control()
     while "error" in (answer := other.ask("work 0 4096")):

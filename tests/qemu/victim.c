@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-or-later */
+// SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * Threads that notice when anything of theirs changes: every register, the red
  * zone, flags, x87 and SSE control words, errno, signal mask, alternate stack,
@@ -54,8 +54,7 @@ static int has_avx;
  * has no register of its own meanwhile.
  */
 void run_with_state(const struct state *in, struct state *out, long number, long avx);
-__asm__(
-	".globl run_with_state\n"
+__asm__(".globl run_with_state\n"
 	"run_with_state:\n"
 	"	push %rbx; push %rbp; push %r12; push %r13; push %r14; push %r15\n"
 	"	push %rsi; push %rdx; push %rcx\n" /* out, number, avx */
@@ -128,8 +127,8 @@ _Static_assert(__builtin_offsetof(struct state, flags) == 752, "so in the assemb
 
 static void die(const struct thread *thread, const char *what, uint64_t was, uint64_t is)
 {
-	printf("CHANGED in \"%s\", iteration %lu: %s was %#lx, is %#lx\n",
-	       mode_names[thread->mode], thread->iterations, what, was, is);
+	printf("CHANGED in \"%s\", iteration %lu: %s was %#lx, is %#lx\n", mode_names[thread->mode],
+	       thread->iterations, what, was, is);
 	fflush(stdout);
 	_exit(1);
 }
@@ -251,7 +250,8 @@ static void *main_of_thread(void *argument)
 
 int main(void)
 {
-	struct sigaction action = { .sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_RESTART };
+	struct sigaction action = { .sa_sigaction = on_signal,
+				    .sa_flags = SA_SIGINFO | SA_RESTART };
 	struct timespec pause = { 0, 1000000 };
 	uint64_t sent = 0;
 
@@ -260,8 +260,8 @@ int main(void)
 	sigaction(SIGRTMIN + 1, &action, NULL);
 	for (int i = 0; i < MODES; i++) {
 		threads[i].mode = (enum mode)i;
-		if (pipe(threads[i].pipe) || pthread_create(&threads[i].handle, NULL,
-							    main_of_thread, &threads[i]))
+		if (pipe(threads[i].pipe) ||
+		    pthread_create(&threads[i].handle, NULL, main_of_thread, &threads[i]))
 			return 2;
 	}
 	for (int i = 0; i < MODES; i++) {
@@ -270,7 +270,7 @@ int main(void)
 		printf("%d ", threads[i].tid);
 	}
 	printf("\n");
-	for (struct timeval none; ; ) {
+	for (struct timeval none;;) {
 		fd_set input;
 
 		FD_ZERO(&input);
@@ -279,8 +279,8 @@ int main(void)
 		if (select(1, &input, NULL, NULL, &none) > 0)
 			break;
 		__atomic_add_fetch(&threads[FUTEX_UNTIMED].futex, 1, __ATOMIC_SEQ_CST);
-		syscall(SYS_futex, &threads[FUTEX_UNTIMED].futex,
-			FUTEX_WAKE | FUTEX_PRIVATE_FLAG, 1, NULL, NULL, 0);
+		syscall(SYS_futex, &threads[FUTEX_UNTIMED].futex, FUTEX_WAKE | FUTEX_PRIVATE_FLAG,
+			1, NULL, NULL, 0);
 		if (write(threads[PIPE_READ].pipe[1], "x", 1) != 1)
 			return 2;
 		/* A queued signal on top, which must come through exactly once. */

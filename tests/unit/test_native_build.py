@@ -48,8 +48,9 @@ def test_the_helper_fits_in_its_page() -> None:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The helper as build.py compiles and links it."""
     directory = tmp_path_factory.mktemp("helper")
-    tool("cc", *HELPER_FLAGS, "-c", NATIVE / "helper.c", "-o", directory / "helper.o")
-    script = ("-T", NATIVE / "helper.lds", "--build-id=none")
+    source = NATIVE / "ptrace/helper.c"
+    tool("cc", *HELPER_FLAGS, f"-I{NATIVE}", "-c", source, "-o", directory / "helper.o")
+    script = ("-T", NATIVE / "ptrace/helper.lds", "--build-id=none")
     tool("ld", *script, "-o", directory / "helper.elf", directory / "helper.o")
     yield directory
 
@@ -127,7 +128,7 @@ def test_the_control_page_holds_a_full_batch() -> None:
 def test_python_and_c_name_things_by_the_same_numbers() -> None:
     assert (Kind.POPULATE, Kind.STAGE2) == (lib.PREFAULT_POPULATE, lib.PREFAULT_STAGE2)
     assert (kvm.STUCK, kvm.ABORTED) == (lib.PREFAULT_STUCK, lib.PREFAULT_ABORTED)
-    header = (NATIVE / "prefault_loop.h").read_text()
+    header = (NATIVE / "common/prefault_loop.h").read_text()
     assert "#define PREFAULT_IOCTL 0xC040AED5ul" in header
     # _IOWR(KVMIO, 0xd5, struct kvm_pre_fault_memory), 64 bytes: include/uapi/linux/kvm.h
     assert 3 << 30 | 64 << 16 | 0xAE << 8 | 0xD5 == 0xC040AED5
@@ -162,9 +163,9 @@ def test_the_extension_has_no_executable_stack() -> None:
     assert stack and "RWE" not in stack[0]
 
 
-@pytest.mark.parametrize("name", ["inject.c", "pagemap.c", "helper.c"])
+@pytest.mark.parametrize("name", ["ptrace/inject.c", "common/pagemap.c", "ptrace/helper.c"])
 def test_the_c_parts_compile_without_a_warning(name: str, tmp_path: Path) -> None:
     include = sysconfig.get_paths()["include"]
-    flags = HELPER_FLAGS if name == "helper.c" else ["-std=gnu11", "-O2", f"-I{include}"]
+    flags = HELPER_FLAGS if name.endswith("helper.c") else ["-std=gnu11", "-O2", f"-I{include}"]
     strict = ["-Wall", "-Wextra", "-Wshadow", "-Wstrict-prototypes", "-Werror"]
-    tool("cc", *flags, *strict, "-c", NATIVE / name, "-o", tmp_path / "object")
+    tool("cc", *flags, f"-I{NATIVE}", *strict, "-c", NATIVE / name, "-o", tmp_path / "object")

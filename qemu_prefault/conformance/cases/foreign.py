@@ -120,7 +120,7 @@ def running_vcpu() -> None:
 )
 def vm_ioctls() -> None:
     machine = bench()
-    seen = _in_a_child(lambda: -int(lib.vmm_ioctl(machine.vm.fd, abi.CREATE_VCPU, 7)))
+    seen = _in_a_child(lambda: -int(lib.pf_vmm_ioctl(machine.vm.fd, abi.CREATE_VCPU, 7)))
     expect_equal(errno.errorcode.get(seen), "EIO", "KVM_CREATE_VCPU by another process")
     expect_reads(machine.vcpu, machine.memory, None)
 
@@ -134,7 +134,7 @@ def vm_ioctls() -> None:
 def clone_vm() -> None:
     machine = bench()
     before = machine.vm.leaves()
-    result = machine.vcpu.prefault(GPA, machine.size, call=lib.vmm_ioctl_in_clone)
+    result = machine.vcpu.prefault(GPA, machine.size, call=lib.pf_vmm_ioctl_in_clone)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl in a CLONE_VM child")
     expect_equal((machine.vm.leaves() - before).k4, machine.pages, "pages mapped")
     expect_reads(machine.vcpu, machine.memory, 0)

@@ -1,0 +1,328 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+#define _GNU_SOURCE
+#include "headroom.h"
+
+#include <fcntl.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define NO_LIMIT (1ull << 62) /* v1 says "none" by LONG_MAX rounded down to a page */
+#define DIGITS_MAX 19
+
+// -- numbers -------------------------------------------------------------------------------
+
+static bool read_text(int fd, char *text, size_t size)
+{
+	ssize_t length = fd < 0 ? -1 : pread(fd, text, size - 1, 0);
+
+	if (length <= 0)
+		return false;
+	text[length] = '\0';
+	return true;
+}
+
+static bool is_space(char c)
+{
+	return c == ' ' || (c >= '\t' && c <= '\r');
+}
+
+/* A number that ends where a word does. */
+static bool parse_number(const char *text, uint64_t *number)
+{
+	size_t digits = strspn(text, "0123456789");
+
+	if (!digits || digits > DIGITS_MAX || (text[digits] && !is_space(text[digits])))
+		return false;
+	*number = strtoull(text, NULL, 10);
+	return true;
+}
+
+/* A file's only number; false if it has none ("max", or no such file). */
+static bool read_number(int fd, uint64_t *number)
+{
+	char text[64];
+	uint64_t found;
+
+	if (!read_text(fd, text, sizeof(text)))
+		return false;
+	text[strcspn(text, "\n")] = '\0';
+	if (!parse_number(text, &found) || strchr(text, ' '))
+		return false;
+	*number = found;
+	return true;
+}
+
+static bool read_number_at(int directory, const char *name, uint64_t *number)
+{
+	int fd = openat(directory, name, O_RDONLY | O_CLOEXEC);
+	bool found = read_number(fd, number);
+
+	if (fd >= 0)
+		close(fd);
+	return found;
+}
+
+/* The number after a key that begins a line, of memory.stat ("key 1") or meminfo ("Key: 1 kB"). */
+static bool read_value(int fd, const char *key, uint64_t *number)
+{
+	char text[8192];
+	size_t length = strlen(key);
+
+	if (!read_text(fd, text, sizeof(text)))
+		return false;
+	for (const char *line = text; line; line = strchr(line, '\n')) {
+		line += *line == '\n';
+		if (strncmp(line, key, length) || !is_space(line[length]))
+			continue;
+		return parse_number(line + length + strspn(line + length, " \t"), number);
+	}
+	return false;
+}
+
+static uint64_t left_of(uint64_t limit, uint64_t usage)
+{
+	return limit > usage ? limit - usage : 0;
+}
+
+uint64_t pf_headroom_host(int32_t meminfo_fd)
+{
+	uint64_t kib;
+
+	return read_value(meminfo_fd, "MemAvailable:", &kib) ? kib << 10 : HEADROOM_UNLIMITED;
+}
+
+// -- which cgroup --------------------------------------------------------------------------
+
+static bool has_word(const char *list, const char *word)
+{
+	size_t length = strlen(word);
+
+	for (; list; list = strchr(list, ',')) {
+		list += *list == ',';
+		if (!strncmp(list, word, length) && (!list[length] || list[length] == ','))
+			return true;
+	}
+	return false;
+}
+
+/* The process's path in the hierarchy that has the controller: a v1 one, or that of v2. */
+static bool find_path(const char *cgroup_file, const char *controller, char *path, size_t size,
+		      int32_t *unified)
+{
+	FILE *file = fopen(cgroup_file, "re");
+	char *line = NULL;
+	size_t room = 0;
+	bool found = false;
+
+	*unified = 1;
+	while (file && getline(&line, &room, file) > 0) { /* hierarchy:controllers:path */
+		char *controllers = strchr(line, ':');
+		char *behind = controllers ? strchr(++controllers, ':') : NULL;
+
+		if (!behind)
+			continue;
+		*behind++ = '\0';
+		behind[strcspn(behind, "\n")] = '\0';
+		if (*controllers ? !has_word(controllers, controller) : !*unified)
+			continue;
+		*unified = !*controllers;
+		found = (size_t)snprintf(path, size, "%s", behind) < size;
+	}
+	free(line);
+	if (file)
+		fclose(file);
+	return found;
+}
+
+/* show_mountinfo() writes space, tab, newline, backslash and # in octal. */
+static void unescape(char *text)
+{
+	char *to = text;
+
+	for (const char *from = text; *from; to++) {
+		if (from[0] == '\\' && strspn(from + 1, "01234567") >= 3) {
+			*to = (char)((from[1] - '0') << 6 | (from[2] - '0') << 3 | (from[3] - '0'));
+			from += 4;
+		} else {
+			*to = *from++;
+		}
+	}
+	*to = '\0';
+}
+
+static void strip_slashes(char *text)
+{
+	size_t length = strlen(text);
+
+	while (length && text[length - 1] == '/')
+		text[--length] = '\0';
+}
+
+/* Where a mount shows a path of its hierarchy; false: it shows another part. */
+static bool place(const char *root, const char *point, const char *path,
+		  struct headroom_group *group)
+{
+	size_t length = strlen(root);
+	const char *inside = path + length;
+
+	if (strncmp(path, root, length) || (*inside && *inside != '/') || strstr(inside, "/.."))
+		return false;
+	group->root_length = (uint32_t)strlen(point);
+	if ((size_t)snprintf(group->directory, sizeof(group->directory), "%s%s", point, inside) >=
+	    sizeof(group->directory))
+		return false;
+	strip_slashes(group->directory + group->root_length);
+	return true;
+}
+
+int pf_headroom_find_group(const char *cgroup_file, const char *mountinfo_file,
+			   const char *controller, struct headroom_group *group)
+{
+	char path[sizeof(group->directory)];
+	FILE *file;
+	char *line = NULL;
+	size_t room = 0;
+	bool found = false;
+
+	if (!find_path(cgroup_file, controller, path, sizeof(path), &group->unified))
+		return 0;
+	file = fopen(mountinfo_file, "re");
+	while (file && !found && getline(&line, &room, file) > 0) {
+		char *dash = strstr(line, " - "), *rest = line, *root, *point, *kind, *options;
+
+		if (!dash)
+			continue;
+		*dash = '\0';
+		for (int i = 0; i < 3; i++) /* mount ID, parent ID, device */
+			strsep(&rest, " ");
+		root = strsep(&rest, " ");
+		point = strsep(&rest, " ");
+		rest = dash + 3;
+		rest[strcspn(rest, "\n")] = '\0';
+		kind = strsep(&rest, " ");
+		strsep(&rest, " "); /* source */
+		options = rest;
+		if (!point || !options || strcmp(kind, group->unified ? "cgroup2" : "cgroup") ||
+		    (!group->unified && !has_word(options, controller)))
+			continue;
+		unescape(root);
+		unescape(point);
+		strip_slashes(root);
+		strip_slashes(point);
+		found = place(root, point, path, group);
+	}
+	free(line);
+	if (file)
+		fclose(file);
+	return found;
+}
+
+int pf_headroom_parent(struct headroom_group *group)
+{
+	char *slash = strrchr(group->directory + group->root_length, '/');
+
+	if (!slash)
+		return 0;
+	*slash = '\0';
+	return 1;
+}
+
+// -- memory cgroups ------------------------------------------------------------------------
+
+void pf_headroom_open_group(const struct headroom_group *group, struct headroom_files *files)
+{
+	int directory = open(group->directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	const char *max = group->unified ? "memory.max" : "memory.limit_in_bytes";
+	const char *usage = group->unified ? "memory.current" : "memory.usage_in_bytes";
+
+	*files = (struct headroom_files){ -1, -1, -1, -1, group->unified };
+	if (directory < 0)
+		return;
+	files->max = openat(directory, max, O_RDONLY | O_CLOEXEC);
+	/* It does not kill, but it throttles the populating thread to a crawl. */
+	if (group->unified)
+		files->high = openat(directory, "memory.high", O_RDONLY | O_CLOEXEC);
+	files->usage = openat(directory, usage, O_RDONLY | O_CLOEXEC);
+	files->stat = openat(directory, "memory.stat", O_RDONLY | O_CLOEXEC);
+	close(directory);
+	if (files->usage < 0 || (files->max < 0 && files->high < 0))
+		pf_headroom_close_group(files); /* the root has none */
+}
+
+void pf_headroom_close_group(struct headroom_files *files)
+{
+	int32_t *const fds[] = { &files->max, &files->high, &files->usage, &files->stat };
+
+	for (size_t i = 0; i < sizeof(fds) / sizeof(*fds); i++) {
+		if (*fds[i] >= 0)
+			close(*fds[i]);
+		*fds[i] = -1;
+	}
+}
+
+uint64_t pf_headroom_group(const struct headroom_files *files, uint64_t least)
+{
+	uint64_t limit = HEADROOM_UNLIMITED, high, usage, reclaimable;
+
+	read_number(files->max, &limit);
+	if (read_number(files->high, &high) && high < limit)
+		limit = high;
+	if (limit >= NO_LIMIT || !read_number(files->usage, &usage))
+		return least;
+	/* memory.stat is long, and can only add to what is left. */
+	if (left_of(limit, usage) >= least)
+		return least;
+	if (read_value(files->stat, files->unified ? "inactive_file" : "total_inactive_file",
+		       &reclaimable))
+		limit += reclaimable;
+	return left_of(limit, usage) < least ? left_of(limit, usage) : least;
+}
+
+// -- hugetlb -------------------------------------------------------------------------------
+
+uint64_t pf_headroom_hugetlb_group(int32_t directory_fd, int32_t unified, uint64_t page_size)
+{
+	static const struct {
+		int shift;
+		const char *unit;
+	} units[] = { { 30, "GB" }, { 20, "MB" }, { 10, "KB" } };
+	char limit_name[64], usage_name[64];
+	uint64_t limit, usage;
+	size_t unit = 0;
+
+	while (unit < 2 && !(page_size >> units[unit].shift))
+		unit++;
+	snprintf(limit_name, sizeof(limit_name), "hugetlb.%llu%s.%s",
+		 (unsigned long long)page_size >> units[unit].shift, units[unit].unit,
+		 unified ? "max" : "limit_in_bytes");
+	snprintf(usage_name, sizeof(usage_name), "hugetlb.%llu%s.%s",
+		 (unsigned long long)page_size >> units[unit].shift, units[unit].unit,
+		 unified ? "current" : "usage_in_bytes");
+	if (!read_number_at(directory_fd, limit_name, &limit) ||
+	    !read_number_at(directory_fd, usage_name, &usage) || limit >= NO_LIMIT)
+		return HEADROOM_UNLIMITED;
+	return left_of(limit, usage);
+}
+
+uint64_t pf_headroom_hugetlb_pool(int32_t directory_fd, uint64_t page_size)
+{
+	uint64_t free_pages, overcommit = 0, surplus = 0;
+	char name[64];
+	int pool;
+
+	snprintf(name, sizeof(name), "hugepages-%llukB", (unsigned long long)page_size >> 10);
+	pool = openat(directory_fd, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (pool < 0)
+		return 0;
+	if (!read_number_at(pool, "free_hugepages", &free_pages)) {
+		close(pool);
+		return 0;
+	}
+	read_number_at(pool, "nr_overcommit_hugepages", &overcommit);
+	read_number_at(pool, "surplus_hugepages", &surplus);
+	close(pool);
+	return (free_pages + left_of(overcommit, surplus)) * page_size;
+}

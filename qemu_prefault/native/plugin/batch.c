@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+#define _GNU_SOURCE
+#include "batch.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "common/prefault_loop.h"
+#include "host_ranges.h"
+#include "state.h"
+
+/* A part of a batch from outside, run by a thread of our own on a vCPU that is stopped. */
+struct batch_worker {
+	struct vcpu *vcpu;
+	struct worker_ranges assigned;
+	pthread_t thread;
+	pid_t tid;
+	bool in_flight, in_stage2;
+};
+
+static struct {
+	struct batch_worker *workers;
+	size_t count, running;
+	uint64_t chunk_bytes, started, ended;
+	atomic_bool abort;
+} batch;
+
+bool pf_batch_running(void)
+{
+	return batch.running;
+}
+
+/* A batch waits for a vCPU that was resumed, or in an ioctl that does not end. */
+void pf_batch_kick(void)
+{
+	for (size_t i = 0; batch.running && i < batch.count; i++) {
+		pf_kick_thread(batch.workers[i].tid);
+		if (batch.workers[i].in_stage2 && atomic_load(&batch.workers[i].vcpu->in_guest))
+			pf_kick_thread(batch.workers[i].vcpu->tid);
+	}
+}
+
+/* Between two chunks; stands aside while a slot is changed. */
+static int batch_goes_on(void *context)
+{
+	struct batch_worker *worker = context;
+	bool go_on;
+
+	pthread_mutex_lock(&pf_lock);
+	if (worker->in_flight) {
+		worker->in_flight = false;
+		pf_leave_ioctl();
+	}
+	while (atomic_load(&pf_slot_changes))
+		pthread_cond_wait(&pf_changed, &pf_lock);
+	/* The ioctl would wait for a vCPU in the guest; populating need not. */
+	go_on = !atomic_load(&batch.abort) &&
+		!(worker->in_stage2 && atomic_load(&worker->vcpu->in_guest));
+	if (go_on) {
+		worker->in_flight = true;
+		pf_in_flight++;
+	}
+	pthread_mutex_unlock(&pf_lock);
+	return go_on;
+}
+
+static void nothing(void *context)
+{
+	(void)context;
+}
+
+static void *run_worker(void *context)
+{
+	struct batch_worker *worker = context;
+	struct vcpu *vcpu = worker->vcpu;
+	const struct prefault_limits limits = { .chunk_bytes = batch.chunk_bytes,
+						.stuck_ns = STUCK_NS };
+	const struct prefault_hooks hooks = { batch_goes_on, nothing, worker };
+	uint64_t mapped = 0, populated = 0;
+	bool stuck = false;
+
+	pthread_mutex_lock(&pf_lock);
+	worker->tid = (pid_t)syscall(SYS_gettid);
+	pthread_mutex_unlock(&pf_lock);
+	for (size_t i = 0; i < worker->assigned.count; i++) {
+		struct prefault_range *range = &worker->assigned.ranges[i];
+
+		/*
+		 * Not pf_vcpu_can_prefault(): a root that may be obsolete is tried. Loading a
+		 * snapshot sets the registers, and with them a new root, after it has dropped the
+		 * tables.
+		 */
+		if (range->kind == PREFAULT_STAGE2 && stuck) {
+			range->error = PREFAULT_STUCK;
+			continue;
+		}
+		worker->in_stage2 = range->kind == PREFAULT_STAGE2;
+		prefault_run_range(range, vcpu->fd, &limits, &hooks);
+		stuck |= range->error == PREFAULT_STUCK;
+		if (range->error == PREFAULT_ABORTED && !atomic_load(&batch.abort))
+			range->error = EBUSY;
+		*(range->kind == PREFAULT_STAGE2 ? &mapped : &populated) += range->done;
+		if (range->kind == PREFAULT_POPULATE) {
+			pthread_mutex_lock(&pf_lock);
+			pf_ranges_set_mark(MEMORY_POPULATED, range->start, range->done);
+			pthread_mutex_unlock(&pf_lock);
+		}
+	}
+	pthread_mutex_lock(&pf_lock);
+	if (worker->in_flight)
+		pf_leave_ioctl();
+	if (mapped && vcpu->no_root_yet) {
+		vcpu->no_root_yet = false;
+		vcpu->seen_generation = atomic_load(&pf_root_generation);
+	}
+	pf_counters.prefaulted += mapped;
+	pf_counters.populated += populated;
+	if (!--batch.running)
+		batch.ended = prefault_now_ns();
+	pthread_cond_broadcast(&pf_changed);
+	pthread_mutex_unlock(&pf_lock);
+	return NULL;
+}
+
+size_t pf_batch_worker_count(void)
+{
+	return pf_vcpu_count;
+}
+
+enum request_error pf_batch_start(struct worker_ranges *assigned, size_t count,
+				  uint64_t chunk_bytes)
+{
+	enum request_error problem = REQUEST_OK;
+	sigset_t mask, before;
+
+	sigfillset(&mask);
+	/* See pf_kick_thread(); QEMU's handler finds no vCPU in this thread. */
+	sigdelset(&mask, SIGUSR1);
+	pthread_mutex_lock(&pf_lock);
+	if (batch.workers) {
+		pthread_mutex_unlock(&pf_lock);
+		return REQUEST_BUSY;
+	}
+	batch.workers = calloc(count, sizeof(*batch.workers));
+	batch.count = batch.running = 0;
+	batch.chunk_bytes = chunk_bytes;
+	batch.started = prefault_now_ns();
+	atomic_store(&batch.abort, false);
+	pthread_sigmask(SIG_SETMASK, &mask, &before);
+	for (size_t i = 0; batch.workers && i < count; i++) {
+		struct batch_worker *worker = &batch.workers[batch.count];
+
+		if (!assigned[i].count)
+			continue;
+		worker->vcpu = &pf_vcpus[i];
+		worker->assigned = assigned[i];
+		if (pthread_create(&worker->thread, NULL, run_worker, worker)) {
+			problem = REQUEST_NO_THREAD;
+			atomic_store(&batch.abort, true);
+			break;
+		}
+		pthread_setname_np(worker->thread, "prefault-batch");
+		batch.count++;
+		batch.running++;
+	}
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	if (!batch.workers)
+		problem = REQUEST_NO_MEMORY;
+	pthread_cond_broadcast(&pf_changed);
+	pthread_mutex_unlock(&pf_lock);
+	if (problem && batch.workers)
+		pf_batch_end();
+	return problem;
+}
+
+bool pf_batch_done(uint64_t *bytes, double *seconds)
+{
+	pthread_mutex_lock(&pf_lock);
+	bool done = !batch.running;
+
+	*bytes = 0;
+	for (size_t i = 0; i < batch.count; i++)
+		for (size_t j = 0; j < batch.workers[i].assigned.count; j++)
+			*bytes += __atomic_load_n(&batch.workers[i].assigned.ranges[j].done,
+						  __ATOMIC_RELAXED);
+	*seconds =
+		(double)((done && batch.count ? batch.ended : prefault_now_ns()) - batch.started) /
+		1e9;
+	pthread_mutex_unlock(&pf_lock);
+	return done;
+}
+
+void pf_batch_abort(void)
+{
+	atomic_store(&batch.abort, true);
+}
+
+void pf_batch_end(void)
+{
+	for (size_t i = 0; i < batch.count; i++)
+		pthread_join(batch.workers[i].thread, NULL);
+	pthread_mutex_lock(&pf_lock);
+	free(batch.workers);
+	batch.workers = NULL;
+	batch.count = 0;
+	pthread_mutex_unlock(&pf_lock);
+}

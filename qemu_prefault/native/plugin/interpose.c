@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+#define _GNU_SOURCE
+#include "interpose.h"
+
+#include <fcntl.h>
+#include <linux/kvm.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "common/prefault_loop.h"
+#include "got.h"
+#include "memslots.h"
+#include "os.h"
+#include "qemu_memory.h"
+#include "quirk.h"
+#include "vcpu.h"
+#include "vm.h"
+
+#define EXPORT __attribute__((visibility("default")))
+
+#define SET_USER_MEMORY_REGION2 0x40a0ae49ul /* Linux 6.8 */
+#define USERFAULT_REGISTER 0xc020aa00ul
+#define USERFAULT_UNREGISTER 0x8010aa01ul
+#define POPULATE_WRITE PREFAULT_MADV_POPULATE_WRITE
+
+static int ioctl_hook(int fd, unsigned long request, void *argument)
+{
+	long result;
+
+	switch (request) {
+	case KVM_RUN:
+		return (int)pf_vcpu_run(fd);
+	case KVM_SET_USER_MEMORY_REGION:
+	case SET_USER_MEMORY_REGION2:
+		return (int)pf_memslots_change(fd, request, argument);
+	case KVM_CREATE_VM:
+		result = pf_raw_ioctl(fd, request, argument);
+		if (result >= 0)
+			pf_vm_created((int)result);
+		return (int)result;
+	case KVM_CREATE_VCPU:
+		result = pf_raw_ioctl(fd, request, argument);
+		if (result >= 0)
+			pf_vcpu_created((int)result, (unsigned long)argument);
+		return (int)result;
+	case KVM_CREATE_DEVICE: {
+		const struct kvm_create_device *device = argument;
+
+		result = pf_raw_ioctl(fd, request, argument);
+		if (!result && device->type == KVM_DEV_TYPE_VFIO &&
+		    !(device->flags & KVM_CREATE_DEVICE_TEST))
+			pf_quirk_vfio_seen();
+		return (int)result;
+	}
+	case USERFAULT_REGISTER:
+	case USERFAULT_UNREGISTER:
+		result = pf_raw_ioctl(fd, request, argument);
+		if (!result)
+			pf_qemu_memory_userfault(request == USERFAULT_REGISTER);
+		return (int)result;
+	default:
+		return (int)pf_raw_ioctl(fd, request, argument);
+	}
+}
+
+EXPORT int ioctl(int fd, unsigned long request, ...)
+{
+	va_list arguments;
+	void *argument;
+
+	va_start(arguments, request);
+	argument = va_arg(arguments, void *);
+	va_end(arguments);
+	return ioctl_hook(fd, request, argument);
+}
+
+static int madvise_hook(void *start, size_t size, int advice)
+{
+	int result = (int)syscall(SYS_madvise, start, size, advice);
+
+	if (!result && (advice == MADV_DONTNEED || advice == MADV_REMOVE))
+		pf_qemu_memory_discarded((uint64_t)start, size);
+	else if (!result && advice == POPULATE_WRITE)
+		pf_qemu_memory_populated((uint64_t)start, size);
+	return result;
+}
+
+static int fallocate_hook(int fd, int mode, off_t offset, off_t length)
+{
+	int result = (int)syscall(SYS_fallocate, fd, mode, offset, length);
+
+	if (!result && (mode & FALLOC_FL_PUNCH_HOLE))
+		pf_qemu_memory_file_discarded(fd);
+	return result;
+}
+
+/* QEMU reserves addresses, then maps its memory over them: that is what is told. */
+static void *mmap_hook(void *start, size_t size, int protection, int flags, int fd, off_t offset)
+{
+	void *result = pf_raw_mmap(start, size, protection, flags, fd, offset);
+
+	if (result != MAP_FAILED && (flags & MAP_FIXED) && (protection & PROT_WRITE))
+		pf_qemu_memory_mapped((uint64_t)result, size, flags & MAP_ANONYMOUS ? -1 : fd,
+				      flags);
+	return result;
+}
+
+/* For LD_PRELOAD. Nothing in the plugin calls these names: os.h says why. */
+EXPORT int madvise(void *, size_t, int) __attribute__((alias("madvise_hook")));
+EXPORT int fallocate(int, int, off_t, off_t) __attribute__((alias("fallocate_hook")));
+EXPORT int fallocate64(int, int, off_t, off_t) __attribute__((alias("fallocate_hook")));
+EXPORT void *mmap(void *, size_t, int, int, int, off_t) __attribute__((alias("mmap_hook")));
+EXPORT void *mmap64(void *, size_t, int, int, int, off_t) __attribute__((alias("mmap_hook")));
+
+static const struct got_entry interposed[] = {
+	{ "ioctl", ioctl_hook }, { "madvise", madvise_hook },	    { "fallocate", fallocate_hook },
+	{ "mmap", mmap_hook },	 { "fallocate64", fallocate_hook }, { "mmap64", mmap_hook },
+};
+
+bool pf_interpose_by_got(void)
+{
+	/* The first one is ioctl(). */
+	return pf_got_redirect(interposed, sizeof(interposed) / sizeof(*interposed)) & 1;
+}

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+#define _GNU_SOURCE
+#include "options.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "os.h"
+
+struct plugin_options pf_options = { .keep = true, .quirk_disable = true, .hold_ns = MS(1000) };
+
+const char *const pf_populate_names[3] = { "auto", "all", "resident" };
+
+static bool parse_switch(const char *value, bool *target, const char *on, const char *off)
+{
+	if (strcmp(value, on) && strcmp(value, off))
+		return false;
+	*target = !strcmp(value, on);
+	return true;
+}
+
+static bool parse_populate(const char *value)
+{
+	for (int i = 0; i < 3; i++)
+		if (!strcmp(value, pf_populate_names[i])) {
+			pf_options.populate = (enum populate)i;
+			return true;
+		}
+	return false;
+}
+
+static bool parse_seconds(const char *value, uint64_t *ns)
+{
+	char *end;
+	double seconds = strtod(value, &end);
+
+	if (end == value || *end || !(seconds >= 0 && seconds <= 1e6))
+		return false;
+	*ns = (uint64_t)(seconds * 1e9);
+	return true;
+}
+
+/* "~/PATH": libvirt gives each domain a home of its own, the one place it lets QEMU write to. */
+static bool parse_socket(const char *value)
+{
+	const char *home = "";
+
+	pf_options.socket_off = !strcmp(value, "off");
+	if (pf_options.socket_off)
+		return true;
+	if (!strncmp(value, "~/", 2)) {
+		home = getenv("HOME");
+		value++;
+	}
+	if (!home || value[0] != '/' || strlen(home) + strlen(value) >= sizeof(pf_options.socket))
+		return false;
+	stpcpy(stpcpy(pf_options.socket, home), value);
+	return true;
+}
+
+bool pf_options_parse(const char *text)
+{
+	const char *value = strchr(text, '=');
+	size_t length = value ? (size_t)(value - text) : 0;
+	bool fine = false;
+
+#define IS(key) (length == sizeof(key) - 1 && !strncmp(text, key, length))
+	if (value) {
+		value++;
+		if (IS("keep"))
+			fine = parse_switch(value, &pf_options.keep, "on", "off");
+		else if (IS("log"))
+			fine = parse_switch(value, &pf_options.log, "on", "off");
+		else if (IS("quirk"))
+			fine = parse_switch(value, &pf_options.quirk_disable, "disable", "keep");
+		else if (IS("populate"))
+			fine = parse_populate(value);
+		else if (IS("hold"))
+			fine = parse_seconds(value, &pf_options.hold_ns);
+		else if (IS("socket"))
+			fine = parse_socket(value);
+	}
+#undef IS
+	if (!fine)
+		fprintf(stderr,
+			"qemu-prefault: '%s' is no option; there are: keep=on|off, "
+			"populate=auto|all|resident, quirk=disable|keep, hold=SECONDS, "
+			"socket=/PATH|~/PATH|off, log=on|off\n",
+			text);
+	return fine;
+}
+
+void pf_options_parse_environment(const char *text)
+{
+	char *copy = strdup(text), *rest = copy, *word;
+
+	while (copy && (word = strsep(&rest, ",")))
+		if (*word)
+			pf_options_parse(word);
+	free(copy);
+}

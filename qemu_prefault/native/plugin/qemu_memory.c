@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+#include "qemu_memory.h"
+
+#include "event_log.h"
+#include "host_ranges.h"
+#include "options.h"
+#include "queue.h"
+#include "state.h"
+
+void pf_qemu_memory_userfault(bool registered)
+{
+	pthread_mutex_lock(&pf_lock);
+	const char *before = pf_queue_held_reason();
+
+	pf_userfaults += registered ? 1 : -1;
+	if (pf_userfaults < 0)
+		pf_userfaults = 0;
+	pf_queue_update();
+	if (before != pf_queue_held_reason())
+		pf_log_event(before ? "released" : "held", "userfaultfd", "%s", "");
+	pthread_mutex_unlock(&pf_lock);
+}
+
+void pf_qemu_memory_learn(void)
+{
+	pthread_mutex_lock(&pf_lock);
+	pf_ranges_learn();
+	pthread_mutex_unlock(&pf_lock);
+}
+
+void pf_qemu_memory_mapped(uint64_t start, uint64_t size, int fd, int flags)
+{
+	pthread_mutex_lock(&pf_lock);
+	pf_ranges_mapped(start, size, fd, flags);
+	pthread_mutex_unlock(&pf_lock);
+}
+
+void pf_qemu_memory_discarded(uint64_t start, uint64_t size)
+{
+	pthread_mutex_lock(&pf_lock);
+	if (!(pf_ranges_facts(start, size) & MEMORY_HOLES)) {
+		struct memslot *slot = pf_memslot_at_hva(start);
+
+		if (slot)
+			pf_ranges_discarded(slot->hva, slot->size);
+		else
+			pf_ranges_discarded(start, size);
+		if (slot && pf_options.populate == POPULATE_AUTO)
+			pf_queue_make_resident_only(slot);
+	}
+	pthread_mutex_unlock(&pf_lock);
+}
+
+void pf_qemu_memory_file_discarded(int fd)
+{
+	pthread_mutex_lock(&pf_lock);
+	if (pf_ranges_file_discarded(fd) && pf_options.populate == POPULATE_AUTO)
+		for (size_t i = 0; i < pf_memslot_count; i++)
+			if (!pf_memslots[i].resident_only &&
+			    pf_ranges_facts(pf_memslots[i].hva, pf_memslots[i].size) & MEMORY_HOLES)
+				pf_queue_make_resident_only(&pf_memslots[i]);
+	pthread_mutex_unlock(&pf_lock);
+}
+
+/* virtio-mem with prealloc=on has plugged a block, or a backend was preallocated. */
+void pf_qemu_memory_populated(uint64_t start, uint64_t size)
+{
+	pthread_mutex_lock(&pf_lock);
+	struct memslot *slot = pf_memslot_at_hva(start);
+
+	if (slot && slot->state == SLOT_KEPT && pf_guest_started && slot->resident_only) {
+		uint64_t length = slot->hva + slot->size - start;
+
+		pf_queue_add((struct work_item){ .gpa = slot->gpa + (start - slot->hva),
+						 .hva = start,
+						 .size = size < length ? size : length,
+						 .slot = slot->id,
+						 .stage2 = true,
+						 .resident = true });
+		pf_stall_start = 0;
+		pf_queue_update();
+		pthread_cond_broadcast(&pf_changed);
+	}
+	pthread_mutex_unlock(&pf_lock);
+}

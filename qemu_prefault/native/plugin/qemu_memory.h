@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/* What QEMU does with its own memory: mmap(), madvise(), fallocate(), userfaultfd. */
+#ifndef QEMU_PREFAULT_PLUGIN_QEMU_MEMORY_H
+#define QEMU_PREFAULT_PLUGIN_QEMU_MEMORY_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+void pf_qemu_memory_learn(void);
+void pf_qemu_memory_mapped(uint64_t start, uint64_t size, int fd, int flags);
+void pf_qemu_memory_discarded(uint64_t start, uint64_t size);
+void pf_qemu_memory_file_discarded(int fd);
+void pf_qemu_memory_populated(uint64_t start, uint64_t size);
+void pf_qemu_memory_userfault(bool registered);
+
+#endif

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+#include "queue.h"
+
+#include <linux/kvm.h>
+#include <string.h>
+
+#include "event_log.h"
+#include "firmware.h"
+#include "host_ranges.h"
+#include "options.h"
+
+/*
+ * What firmware touches of low RAM: the beginning, and as SeaBIOS does (src/malloc.c) the
+ * last 16 MiB and what is just below.
+ */
+#define HEAD MIB(2)
+#define TAIL MIB(18)
+
+static size_t queue_room;
+
+const char *pf_queue_held_reason(void)
+{
+	if (!pf_options.keep || pf_paused)
+		return "paused";
+	return pf_userfaults > 0 ? "postcopy" : NULL;
+}
+
+void pf_queue_add(struct work_item item)
+{
+	if (!item.size || !(item.populate || item.stage2))
+		return;
+	if (!pf_grow((void **)&pf_queue, &queue_room, pf_queue_length, sizeof(*pf_queue))) {
+		pf_counters.errors++;
+		return;
+	}
+	pf_queue[pf_queue_length++] = item;
+}
+
+static void put_first(struct work_item item)
+{
+	if (!item.size ||
+	    !pf_grow((void **)&pf_queue, &queue_room, pf_queue_length, sizeof(*pf_queue)))
+		return;
+	memmove(pf_queue + 1, pf_queue, pf_queue_length++ * sizeof(*pf_queue));
+	pf_queue[0] = item;
+}
+
+static void remove_item(size_t at)
+{
+	memmove(pf_queue + at, pf_queue + at + 1, (--pf_queue_length - at) * sizeof(*pf_queue));
+}
+
+void pf_queue_drop_memslot(uint32_t slot)
+{
+	size_t kept = 0;
+
+	for (size_t i = 0; i < pf_queue_length; i++)
+		if (pf_queue[i].slot != slot)
+			pf_queue[kept++] = pf_queue[i];
+	pf_queue_length = kept;
+}
+
+/* Whether anything can be taken now. The lock is held; vCPUs look at it without. */
+void pf_queue_update(void)
+{
+	bool found = false;
+
+	for (size_t i = 0; i < pf_queue_length && !found; i++)
+		found = !pf_queue[i].deferred || !pf_firmware_at_work();
+	atomic_store(&pf_work_available, found && pf_capable && !pf_queue_held_reason());
+}
+
+bool pf_queue_take(struct work_item *taken)
+{
+	uint64_t end = pf_firmware_copies_itself() ? MIB(1) : UINT64_MAX;
+
+	for (size_t i = 0; i < pf_queue_length; i++) {
+		struct work_item *item = &pf_queue[i];
+
+		if (item->deferred || item->gpa >= end)
+			continue;
+		*taken = *item;
+		if (taken->size > end - taken->gpa)
+			taken->size = end - taken->gpa;
+		/* Cut where huge pages end, so that none is worked on from two sides. */
+		if (taken->size > CHUNK)
+			taken->size = CHUNK - (taken->hva + CHUNK) % MIB(2);
+		/* Its populating was queued apart, and may yet be to come: never the ioctl first. */
+		uint64_t from, length;
+
+		if (taken->stage2 && !taken->resident &&
+		    pf_ranges_unmarked(MEMORY_POPULATED, taken->hva, taken->size, &from, &length))
+			taken->populate = true;
+		item->gpa += taken->size;
+		item->hva += taken->size;
+		item->size -= taken->size;
+		if (!item->size) {
+			remove_item(i);
+			pf_queue_update();
+		}
+		return true;
+	}
+	return false;
+}
+
+void pf_queue_put_back(struct work_item item, uint64_t done)
+{
+	item.gpa += done;
+	item.hva += done;
+	item.size -= done;
+	if (!pf_find_memslot(item.slot))
+		return;
+	put_first(item);
+	pf_queue_update();
+}
+
+/*
+ * Low RAM's slot goes again while firmware is at work; with the quirk, all tables do.
+ * Whether it is, shows when QEMU has made all its changes: see before_run().
+ */
+static bool to_be_deferred(const struct memslot *slot)
+{
+	return pf_quirk != QUIRK_DISABLED || slot->gpa < GIB(4);
+}
+
+static bool may_populate(uint64_t hva, uint64_t size)
+{
+	if (pf_options.populate != POPULATE_AUTO)
+		return pf_options.populate == POPULATE_ALL;
+	return !(pf_ranges_facts(hva, size) &
+		 (MEMORY_OVERCOMMIT | MEMORY_HOLES | MEMORY_DISK_FILE));
+}
+
+/*
+ * Queue the whole slot: its ends first, that is where firmware lives. What has to be
+ * populated first is memory that came while the guest runs: it need not wait for that.
+ */
+void pf_queue_memslot(struct memslot *slot)
+{
+	uint64_t new_bytes = 0;
+
+	bool touch = !(slot->flags & KVM_MEM_READONLY) && may_populate(slot->hva, slot->size);
+	bool deferred = to_be_deferred(slot);
+	uint64_t low = slot->size < HEAD ? slot->size : HEAD;
+	uint64_t high = slot->size - low < TAIL ? slot->size - low : TAIL;
+	const uint64_t cuts[3][2] = { { 0, low },
+				      { slot->size - high, slot->size },
+				      { low, slot->size - high } };
+
+	pf_queue_drop_memslot(slot->id);
+	slot->resident_only = !touch;
+	slot->prefaulted = 0;
+	/* Somebody waits for a guest that comes from elsewhere: first what it brought along. */
+	if (pf_incoming && !pf_guest_entered && touch)
+		pf_queue_add((struct work_item){ .gpa = slot->gpa,
+						 .hva = slot->hva,
+						 .size = slot->size,
+						 .slot = slot->id,
+						 .stage2 = true,
+						 .resident = true });
+	for (int i = 0; i < 3; i++) {
+		uint64_t at = cuts[i][0], end = cuts[i][1], from, length;
+		struct work_item item = { .slot = slot->id,
+					  .stage2 = true,
+					  .resident = !touch,
+					  .deferred = deferred && i == 2 };
+
+		while (touch && pf_ranges_unmarked(MEMORY_POPULATED, slot->hva + at, end - at,
+						   &from, &length)) {
+			from -= slot->hva;
+			item.gpa = slot->gpa + at, item.hva = slot->hva + at;
+			item.size = from - at;
+			pf_queue_add(item);
+			item.gpa = slot->gpa + from, item.hva = slot->hva + from;
+			item.size = length;
+			item.populate = true;
+			new_bytes += length;
+			if (item.deferred) { /* the host's part lasts: only stage 2 has to wait */
+				struct work_item now = item;
+
+				now.deferred = now.stage2 = false;
+				pf_queue_add(now);
+				item.populate = false;
+			}
+			pf_queue_add(item);
+			item.populate = false;
+			at = from + length;
+		}
+		item.gpa = slot->gpa + at, item.hva = slot->hva + at;
+		item.size = end - at;
+		pf_queue_add(item);
+	}
+	if (!pf_guest_entered || new_bytes < HEAD)
+		pf_stall_start = 0;
+	else if (!pf_stall_start)
+		pf_stall_start = 1; /* long ago: do it in slices */
+}
+
+/* Nothing changes any more, or firmware said it is done: what was put off is due. */
+void pf_queue_undefer(const char *why)
+{
+	uint64_t bytes = 0;
+
+	for (size_t i = 0; i < pf_queue_length; i++) {
+		bytes += pf_queue[i].deferred ? pf_queue[i].size : 0;
+		pf_queue[i].deferred = false;
+	}
+	if (bytes) {
+		pf_log_event("due", why, ",\"bytes\":%llu", (unsigned long long)bytes);
+		pf_stall_start = 0;
+		pf_queue_update();
+	}
+}
+
+void pf_queue_make_resident_only(struct memslot *slot)
+{
+	slot->resident_only = true;
+	for (size_t i = 0; i < pf_queue_length;) {
+		struct work_item *item = &pf_queue[i];
+
+		if (item->slot == slot->id) {
+			item->resident = true;
+			item->populate = false;
+			if (!item->stage2) {
+				remove_item(i);
+				continue;
+			}
+		}
+		i++;
+	}
+	pf_queue_update();
+}
+
+uint64_t pf_queue_pending_bytes(void)
+{
+	uint64_t bytes = 0;
+
+	for (size_t i = 0; i < pf_queue_length; i++)
+		bytes += pf_queue[i].stage2 ? pf_queue[i].size : 0;
+	for (size_t i = 0; i < pf_vcpu_count; i++)
+		bytes += pf_vcpus[i].in_progress.stage2 ? pf_vcpus[i].in_progress.size : 0;
+	return bytes;
+}

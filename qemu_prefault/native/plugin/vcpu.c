@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+#define _GNU_SOURCE
+#include "vcpu.h"
+
+#include <linux/kvm.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "chunk.h"
+#include "common/prefault_loop.h"
+#include "event_log.h"
+#include "firmware.h"
+#include "guest_start.h"
+#include "options.h"
+#include "queue.h"
+
+// Spelt out: a distribution's headers may be older.
+#define RUN_SMM (1u << 0)
+#define RUN_GUEST_MODE (1u << 2) /* 85542adb65ec, Linux 6.11 */
+
+static __thread struct vcpu *this_vcpu;
+
+/*
+ * A vCPU whose root is obsolete must go through the guest before it prefaults again:
+ * before commit 20a6cff3b283 (v6.15) the ioctl retries for ever on it.
+ */
+bool pf_vcpu_can_prefault(const struct vcpu *self)
+{
+	return !self->stuck && prefault_now_ns() >= self->retry_at &&
+	       (self->no_root_yet || self->seen_generation == atomic_load(&pf_root_generation));
+}
+
+/* In SMM and in guest mode other tables are loaded. Known only since it last came back. */
+static bool on_own_tables(const struct vcpu *self)
+{
+	return !(self->run->flags & (RUN_SMM | RUN_GUEST_MODE));
+}
+
+/* What was done since the guest last ran, in one event; QEMU's kicks may have cut it in parts. */
+static struct {
+	uint64_t populated, prefaulted;
+	double seconds; /* of vCPU threads */
+	bool again;
+} report_acc;
+
+static void report_prefaulted(bool started)
+{
+	if (report_acc.populated || report_acc.prefaulted)
+		pf_log_event("prefaulted",
+			     !started	      ? "before the first instruction" :
+			     report_acc.again ? "tables had been dropped" :
+						"new memory",
+			     ",\"bytes\":%llu,\"populated\":%llu,\"seconds\":%.6f,\"pending\":%llu",
+			     (unsigned long long)report_acc.prefaulted,
+			     (unsigned long long)report_acc.populated, report_acc.seconds,
+			     (unsigned long long)pf_queue_pending_bytes());
+	memset(&report_acc, 0, sizeof(report_acc));
+}
+
+/*
+ * Work until there is none, or the guest has waited long enough: without limit before its
+ * first instruction (it has not begun to wait), else for pf_options.hold_ns, then in slices.
+ */
+static void before_run(struct vcpu *self)
+{
+	pthread_mutex_lock(&pf_lock);
+	if (!pf_guest_started)
+		pf_guest_start();
+	if (!pf_firmware_at_work())
+		pf_queue_undefer("firmware has left low memory alone");
+
+	uint64_t now = prefault_now_ns();
+	struct run_ctx ctx = { .vcpu = self };
+	struct work_item item;
+	bool first = !self->started && !pf_incoming, sliced = false;
+
+	if (!pf_stall_start && on_own_tables(self)) /* else it is not kept waiting */
+		pf_stall_start = now;
+	if (!first)
+		ctx.deadline = (pf_stall_start ? pf_stall_start : now) + pf_options.hold_ns;
+	if (ctx.deadline && ctx.deadline < now + SLICE) {
+		if (now - self->slice_ended < SLICE_EVERY) {
+			pthread_mutex_unlock(&pf_lock);
+			return;
+		}
+		ctx.deadline = now + SLICE;
+		sliced = true;
+	}
+	while (pf_vcpu_can_prefault(self) && on_own_tables(self) && !self->run->immediate_exit &&
+	       (!ctx.deadline || prefault_now_ns() < ctx.deadline)) {
+		bool had_no_root = self->no_root_yet;
+
+		if (!atomic_load(&pf_slot_changes) && atomic_load(&pf_work_available) &&
+		    pf_queue_take(&item)) {
+			pf_chunk_run(item, &ctx);
+			if (had_no_root) {
+				self->no_root_yet = false;
+				self->seen_generation = atomic_load(&pf_root_generation);
+			}
+		} else if (first ? pf_in_flight || atomic_load(&pf_slot_changes) :
+				   !sliced && atomic_load(&pf_vcpus_working)) {
+			/*
+			 * Nobody runs ahead of what others still have in hand: firmware's
+			 * pages, maybe, taken by a vCPU that was halted and waits for a CPU.
+			 */
+			struct timespec soon = pf_deadline_in(MS(2));
+
+			pthread_cond_timedwait(&pf_changed, &pf_lock, &soon);
+		} else {
+			break;
+		}
+	}
+	bool starting = !self->started;
+
+	self->slice_ended = prefault_now_ns();
+	if (starting && !self->run->immediate_exit) {
+		self->started = pf_guest_entered = true;
+		pf_slot_changed_at = prefault_now_ns();
+	}
+	report_acc.seconds += (double)(self->slice_ended - now) / 1e9;
+	report_acc.prefaulted += ctx.prefaulted;
+	report_acc.populated += ctx.populated;
+	report_acc.again |= ctx.again;
+	if (!atomic_load(&pf_work_available) || self->started)
+		report_prefaulted(!starting);
+	pthread_cond_broadcast(&pf_changed);
+	pthread_mutex_unlock(&pf_lock);
+}
+
+static struct vcpu *find_vcpu(int fd)
+{
+	if (this_vcpu && this_vcpu->fd == fd)
+		return this_vcpu;
+	for (size_t i = 0; i < pf_vcpu_count; i++)
+		if (pf_vcpus[i].fd == fd) {
+			pf_vcpus[i].tid = (pid_t)syscall(SYS_gettid);
+			this_vcpu = &pf_vcpus[i];
+			return this_vcpu;
+		}
+	return NULL;
+}
+
+long pf_vcpu_run(int fd)
+{
+	struct vcpu *self = find_vcpu(fd);
+
+	if (!self || !self->run)
+		return pf_raw_ioctl(fd, KVM_RUN, NULL);
+	/* QEMU also calls KVM_RUN to complete an exit, and to have a signal eaten. */
+	if (!self->run->immediate_exit) {
+		if (!self->started || atomic_load(&pf_work_available) ||
+		    atomic_load(&pf_vcpus_working))
+			before_run(self);
+	}
+
+	uint64_t generation = atomic_load(&pf_root_generation);
+
+	atomic_store(&self->in_guest, true);
+	long result = pf_raw_ioctl(fd, KVM_RUN, NULL);
+
+	atomic_store(&self->in_guest, false);
+	if (!result) { /* it was in the guest, and so through what KVM had asked of it */
+		self->started = true;
+		self->no_root_yet = false;
+		self->seen_generation = generation;
+		self->stuck = false;
+	}
+	return result;
+}
+
+void pf_vcpu_created(int fd, unsigned long id)
+{
+	pthread_mutex_lock(&pf_lock);
+	size_t at = pf_vcpu_count;
+
+	if (at < MAX_VCPUS) {
+		struct vcpu *vcpu = &pf_vcpus[at];
+		void *run = pf_raw_mmap(NULL, 4096, PROT_READ, MAP_SHARED, fd, 0);
+
+		*vcpu = (struct vcpu){ .fd = fd,
+				       .id = id,
+				       .no_root_yet = true,
+				       .run = run == MAP_FAILED ? NULL : run };
+		pf_vcpu_count = at + 1;
+	}
+	pthread_mutex_unlock(&pf_lock);
+}

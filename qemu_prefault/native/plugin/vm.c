@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+#define _GNU_SOURCE
+#include "vm.h"
+
+#include <linux/kvm.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "control_socket.h"
+#include "headroom.h"
+#include "host_ranges.h"
+#include "options.h"
+#include "state.h"
+#include "watchdog.h"
+
+#define CAP_PRE_FAULT_MEMORY 236 /* a distribution's headers may be older */
+
+static atomic_bool seen;
+
+static void set_up(int fd)
+{
+	pthread_condattr_t monotonic;
+
+	pthread_mutex_lock(&pf_lock);
+	if (pf_vm_fd >= 0) { /* one VM in a process; a second one is left alone */
+		pthread_mutex_unlock(&pf_lock);
+		return;
+	}
+	pthread_condattr_init(&monotonic);
+	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+	pthread_cond_init(&pf_changed, &monotonic);
+	pf_vm_fd = fd;
+	pf_capable = pf_raw_ioctl(fd, KVM_CHECK_EXTENSION, (void *)CAP_PRE_FAULT_MEMORY) == 1;
+	if (!pf_capable)
+		fprintf(stderr, "qemu-prefault: this KVM has no KVM_PRE_FAULT_MEMORY (Linux 6.11, "
+				"and EPT or NPT enabled): nothing will be prefaulted\n");
+	/* QEMU's command line tells what no ioctl does: its first KVM_RUN is somebody's blackout. */
+	pf_incoming = pf_has_argument("-incoming");
+	pf_ranges_open();
+	pf_headroom_open();
+	if (!pf_watchdog_start())
+		fprintf(stderr, "qemu-prefault: no thread could be started\n");
+	if (!pf_options.socket_off)
+		pf_control_socket_start();
+	pthread_mutex_unlock(&pf_lock);
+}
+
+void pf_vm_created(int fd)
+{
+	char *preload = getenv("LD_PRELOAD");
+
+	atomic_store(&seen, true);
+	/* This is the program it was meant for: what it starts need not load it. */
+	if (pf_options.by_preload && preload && strstr(preload, "qemu-prefault-plugin") &&
+	    !strpbrk(preload, ": "))
+		unsetenv("LD_PRELOAD");
+	set_up(fd);
+}
+
+void pf_vm_adopt(void)
+{
+	char name[64], target[64];
+
+	for (int fd = 3; fd < 256 && !atomic_load(&seen); fd++) {
+		snprintf(name, sizeof(name), "/proc/self/fd/%d", fd);
+		ssize_t length = readlink(name, target, sizeof(target) - 1);
+
+		if (length > 0 && !strncmp(target, "anon_inode:kvm-vm", 17) && length == 17)
+			pf_vm_created(fd);
+	}
+}
+
+bool pf_vm_seen(void)
+{
+	return atomic_load(&seen);
+}

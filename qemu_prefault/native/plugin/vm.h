@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/* QEMU's VM: there is one in a process, and with it everything starts. */
+#ifndef QEMU_PREFAULT_PLUGIN_VM_H
+#define QEMU_PREFAULT_PLUGIN_VM_H
+
+#include <stdbool.h>
+
+void pf_vm_created(int vm_fd);
+/* The plugin came when QEMU had its VM already. */
+void pf_vm_adopt(void);
+bool pf_vm_seen(void);
+
+#endif

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+#include "watchdog.h"
+
+#include "batch.h"
+#include "common/prefault_loop.h"
+#include "event_log.h"
+#include "queue.h"
+#include "state.h"
+#include "vcpu.h"
+
+/*
+ * It does no work itself. It gets vCPUs out of the guest when there is work and none comes
+ * by itself, out of an ioctl that does not end, and tells when slots have been quiet.
+ */
+static void *watchdog(void *unused)
+{
+	uint64_t kicked_at = 0;
+
+	(void)unused;
+	pthread_mutex_lock(&pf_lock);
+	for (;;) {
+		uint64_t now = prefault_now_ns();
+		bool deferred = false;
+
+		for (size_t i = 0; i < pf_queue_length; i++)
+			deferred |= pf_queue[i].deferred;
+		if (!(atomic_load(&pf_work_available) || (deferred && pf_guest_entered) ||
+		      pf_in_flight || pf_batch_running())) {
+			pthread_cond_wait(&pf_changed, &pf_lock);
+			continue;
+		}
+		for (size_t i = 0; i < pf_vcpu_count; i++) {
+			uint64_t since = atomic_load(&pf_vcpus[i].busy_since);
+
+			if (since && now > since + STUCK_NS)
+				pf_kick_thread(pf_vcpus[i].tid);
+		}
+		pf_batch_kick();
+		if (deferred && pf_guest_entered && !pf_queue_held_reason() &&
+		    now > pf_slot_changed_at + QUIET_NS)
+			pf_queue_undefer("slots have been quiet");
+		bool kicked = false;
+
+		if (atomic_load(&pf_work_available) && !pf_in_flight &&
+		    !atomic_load(&pf_slot_changes) && now > kicked_at + SLICE_EVERY) {
+			for (size_t i = 0; i < pf_vcpu_count; i++)
+				if (atomic_load(&pf_vcpus[i].in_guest) &&
+				    pf_vcpu_can_prefault(&pf_vcpus[i])) {
+					pf_kick_thread(pf_vcpus[i].tid);
+					kicked = true;
+				}
+			kicked_at = now;
+		}
+		struct timespec soon =
+			pf_deadline_in(kicked || pf_in_flight ? SLICE_EVERY : MS(100));
+
+		pthread_cond_timedwait(&pf_changed, &pf_lock, &soon);
+	}
+	return NULL;
+}
+
+bool pf_watchdog_start(void)
+{
+	pthread_t thread;
+
+	return pf_start_thread(&thread, "prefault", watchdog);
+}

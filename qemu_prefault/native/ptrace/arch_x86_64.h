@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * What inject.c knows of x86-64: a stopped thread's registers, how they are set up for a
+ * system call, and the signal frame from which rt_sigreturn loads them.
+ */
+#ifndef QEMU_PREFAULT_ARCH_X86_64_H
+#define QEMU_PREFAULT_ARCH_X86_64_H
+
+#include <elf.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <sys/user.h>
+
+#define ARCH_RED_ZONE 128	    /* bytes below the stack pointer that may be in use */
+#define ARCH_STACK_ALIGN 64	    /* XRSTOR wants that of the FPU's state */
+#define ARCH_XSTATE_MAX (16u << 10) /* bytes of the FPU's state */
+#define ARCH_XSTATE_NOTE NT_X86_XSTATE
+#define ARCH_XSTATE_TAIL sizeof(uint32_t) /* FP_XSTATE_MAGIC2 follows it in a signal frame */
+
+/* arch/x86/include/asm/segment.h: __USER_CS. A thread in 32-bit code has another. */
+#define USER_CS_64 0x33
+#define SYSCALL_BYTES 2 /* of the instruction */
+
+/* include/linux/errno.h; user space never sees them, but ptrace does. */
+#define ERESTARTSYS 512
+#define ERESTARTNOINTR 513
+#define ERESTARTNOHAND 514
+#define ERESTART_RESTARTBLOCK 516
+
+/* arch/x86/include/uapi/asm/{ucontext,sigcontext}.h; glibc's own lack some of it. */
+#define UC_FP_XSTATE 0x1
+#define UC_SIGCONTEXT_SS 0x2
+#define UC_STRICT_RESTORE_SS 0x4
+#define FP_XSTATE_MAGIC1 0x46505853U
+#define FP_XSTATE_MAGIC2 0x46505845U
+#define FXSAVE_SW_RESERVED 464
+#define XSAVE_HEADER_END 576
+
+/* An invalid mode: do_sigaltstack() then leaves the alternate stack alone. */
+#define ALTSTACK_LEFT_ALONE 0x7f
+
+struct sigcontext_64 {
+	uint64_t r8, r9, r10, r11, r12, r13, r14, r15, di, si, bp, bx, dx, ax, cx, sp, ip, flags;
+	uint16_t cs, gs, fs, ss;
+	uint64_t err, trapno, oldmask, cr2, fpstate, reserved[8];
+};
+
+struct signal_frame {
+	uint64_t restorer;
+	uint64_t flags, link;
+	struct {
+		uint64_t sp;
+		uint32_t flags, padding;
+		uint64_t size;
+	} altstack;
+	struct sigcontext_64 context;
+	uint64_t mask;
+};
+
+struct fx_sw_bytes {
+	uint32_t magic1, extended_size;
+	uint64_t xfeatures;
+	uint32_t xstate_size, padding[7];
+};
+
+/* Whether these are registers that this file can handle. */
+static inline int arch_usable(const struct user_regs_struct *regs, size_t xstate_size)
+{
+	return regs->cs == USER_CS_64 && xstate_size >= XSAVE_HEADER_END;
+}
+
+static inline uint64_t arch_stack_pointer(const struct user_regs_struct *regs)
+{
+	return regs->rsp;
+}
+
+static inline long arch_result(const struct user_regs_struct *regs)
+{
+	return (long)regs->rax;
+}
+
+/* What the kernel does on the way back to user mode: arch_do_signal_or_restart(). */
+static inline void arch_fix_up_restart(struct user_regs_struct *regs)
+{
+	long number = (long)regs->orig_rax;
+
+	if (number >= 0) {
+		switch (-(long)regs->rax) {
+		case ERESTARTSYS:
+		case ERESTARTNOINTR:
+		case ERESTARTNOHAND:
+			regs->rax = (unsigned long)number;
+			regs->rip -= SYSCALL_BYTES;
+			break;
+		case ERESTART_RESTARTBLOCK:
+			regs->rax = SYS_restart_syscall;
+			regs->rip -= SYSCALL_BYTES;
+			break;
+		}
+	}
+	regs->orig_rax = (unsigned long)-1;
+}
+
+/*
+ * Bring the FPU's state, as ptrace gave it, to the form in which rt_sigreturn takes it:
+ * fpu__restore_sig(). Returns its size then: by ARCH_XSTATE_TAIL more.
+ */
+static inline size_t arch_seal_xstate(unsigned char *xstate, size_t size)
+{
+	struct fx_sw_bytes sw = { .magic1 = FP_XSTATE_MAGIC1,
+				  .extended_size = (uint32_t)size + ARCH_XSTATE_TAIL,
+				  .xstate_size = (uint32_t)size };
+	uint32_t magic2 = FP_XSTATE_MAGIC2;
+
+	/* ptrace leaves the mask of features there: copy_xstate_to_uabi_buf(). */
+	memcpy(&sw.xfeatures, xstate + FXSAVE_SW_RESERVED, sizeof(sw.xfeatures));
+	memcpy(xstate + FXSAVE_SW_RESERVED, &sw, sizeof(sw));
+	memcpy(xstate + size, &magic2, sizeof(magic2));
+	return size + sizeof(magic2);
+}
+
+/*
+ * The registers for a system call by the "syscall; ret" at ip, which then returns to the
+ * address that is on the stack at sp. clone()'s child finds its control page in rbx.
+ */
+static inline void arch_set_call(struct user_regs_struct *regs, long number, const uint64_t args[6],
+				 uint64_t rbx, uint64_t ip, uint64_t sp)
+{
+	regs->rax = (unsigned long)number;
+	regs->rdi = args[0];
+	regs->rsi = args[1];
+	regs->rdx = args[2];
+	regs->r10 = args[3];
+	regs->r8 = args[4];
+	regs->r9 = args[5];
+	regs->rbx = rbx;
+	regs->rip = ip;
+	regs->rsp = sp;
+}
+
+/* From a system call's end, go on with the signal frame at sp. */
+static inline void arch_skip_to(struct user_regs_struct *regs, uint64_t sp)
+{
+	regs->rsp = sp;
+	regs->orig_rax = (unsigned long)-1;
+}
+
+/* The same, by way of a munmap() with the "syscall; ret" at ip. */
+static inline void arch_insert_munmap(struct user_regs_struct *regs, uint64_t start, uint64_t size,
+				      uint64_t ip)
+{
+	regs->rax = SYS_munmap;
+	regs->rdi = start;
+	regs->rsi = size;
+	regs->rip = ip;
+}
+
+static inline void arch_fill_frame(struct signal_frame *frame, const struct user_regs_struct *regs,
+				   uint64_t mask, uint64_t restorer, uint64_t xstate_at)
+{
+	*frame = (struct signal_frame){
+		.restorer = restorer,
+		.flags = UC_FP_XSTATE | UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS,
+		.altstack.flags = ALTSTACK_LEFT_ALONE,
+		.context = {
+			.r8 = regs->r8, .r9 = regs->r9, .r10 = regs->r10, .r11 = regs->r11,
+			.r12 = regs->r12, .r13 = regs->r13, .r14 = regs->r14, .r15 = regs->r15,
+			.di = regs->rdi, .si = regs->rsi, .bp = regs->rbp, .bx = regs->rbx,
+			.dx = regs->rdx, .ax = regs->rax, .cx = regs->rcx, .sp = regs->rsp,
+			.ip = regs->rip, .flags = regs->eflags,
+			.cs = (uint16_t)regs->cs, .ss = (uint16_t)regs->ss,
+			.fpstate = xstate_at,
+		},
+		.mask = mask,
+	};
+}
+
+#endif

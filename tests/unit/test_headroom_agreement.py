@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Python and C (the plugin) give one answer to how much more memory QEMU may take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from qemu_prefault._native import ffi, lib
+
+from qemu_prefault.host.headroom import (
+    _hugetlb_limit,
+    _memory_limit,
+    cgroup_directories,
+    hugetlb_free,
+    parse_cgroups,
+    parse_mountinfo,
+)
+from qemu_prefault.host.procfs import Process
+
+MIB = 1 << 20
+UNLIMITED = int(lib.HEADROOM_UNLIMITED)
+V1_NONE = 0x7FFFFFFFFFFFF000  # LONG_MAX, rounded down to a page
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cgroup's files, and the bytes it leaves; None: as much as it likes."""
+
+    name: str
+    expected: int | None
+    files: Mapping[str, object] = field(default_factory=dict)
+    unified: bool = True
+
+
+MEMORY = (
+    Case("root of v2 has no limit", None, {"memory.stat": "inactive_file 5\n"}),
+    Case("no limit set", None, {"memory.max": "max", "memory.high": "max", "memory.current": 7}),
+    Case("max", 200, {"memory.max": 500, "memory.high": "max", "memory.current": 300}),
+    Case("high is lower", 100, {"memory.max": 500, "memory.high": 400, "memory.current": 300}),
+    Case("max is lower", 100, {"memory.max": 400, "memory.high": 500, "memory.current": 300}),
+    Case("high alone", 100, {"memory.max": "max", "memory.high": 400, "memory.current": 300}),
+    Case("high is absent", 100, {"memory.max": 400, "memory.current": 300}),
+    Case("over the limit", 0, {"memory.max": 200, "memory.current": 300}),
+    Case(
+        "inactive page cache can be reclaimed",
+        250,
+        {
+            "memory.max": 500,
+            "memory.current": 300,
+            "memory.stat": "anon 250\nactive_file 9\ninactive_file 50\nslab 3\n",
+        },
+    ),
+    Case(
+        "even over the limit",
+        20,
+        {"memory.max": 200, "memory.current": 300, "memory.stat": "inactive_file 120\n"},
+    ),
+    Case(
+        "a key has to match whole",
+        100,
+        {
+            "memory.max": 400,
+            "memory.current": 300,
+            "memory.stat": "total_inactive_file 5\ninactive_files 6\nworkingset inactive_file 7\n",
+        },
+    ),
+    Case("usage is absent", None, {"memory.max": 500}),
+    Case("usage is no number", None, {"memory.max": 500, "memory.current": "12x"}),
+    Case("limit is two numbers", None, {"memory.max": "500 1", "memory.current": 3}),
+    Case(
+        "v1",
+        200,
+        {"memory.limit_in_bytes": 500, "memory.usage_in_bytes": 300},
+        unified=False,
+    ),
+    Case(
+        "v1 without a limit",
+        None,
+        {"memory.limit_in_bytes": V1_NONE, "memory.usage_in_bytes": 300},
+        unified=False,
+    ),
+    Case(
+        "v1 counts the tree's page cache",
+        260,
+        {
+            "memory.limit_in_bytes": 500,
+            "memory.usage_in_bytes": 300,
+            "memory.stat": "cache 90\ninactive_file 1\ntotal_cache 90\ntotal_inactive_file 60\n",
+        },
+        unified=False,
+    ),
+    Case(
+        "v1 has no high",
+        200,
+        {"memory.limit_in_bytes": 500, "memory.high": 1, "memory.usage_in_bytes": 300},
+        unified=False,
+    ),
+)
+HUGETLB = (
+    Case("no limit", None, {"hugetlb.2MB.max": "max", "hugetlb.2MB.current": 0}),
+    Case("no such controller", None),
+    Case("v2", 2 * MIB, {"hugetlb.2MB.max": 8 * MIB, "hugetlb.2MB.current": 6 * MIB}),
+    Case("full", 0, {"hugetlb.2MB.max": 8 * MIB, "hugetlb.2MB.current": 9 * MIB}),
+    Case("another size", None, {"hugetlb.1GB.max": 8 * MIB, "hugetlb.1GB.current": 6 * MIB}),
+    Case(
+        "v1",
+        2 * MIB,
+        {"hugetlb.2MB.limit_in_bytes": 8 * MIB, "hugetlb.2MB.usage_in_bytes": 6 * MIB},
+        unified=False,
+    ),
+    Case(
+        "v1 without a limit",
+        None,
+        {"hugetlb.2MB.limit_in_bytes": V1_NONE, "hugetlb.2MB.usage_in_bytes": 6 * MIB},
+        unified=False,
+    ),
+)
+
+
+def by_name(case: Case) -> str:
+    return case.name
+
+
+def write(directory: Path, files: Mapping[str, object]) -> None:
+    directory.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (directory / name).write_text(f"{content}\n")
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def memory_in_c(directory: Path, unified: bool, least: int = UNLIMITED) -> int | None:
+    group = ffi.new("struct headroom_group *", {"unified": unified})
+    group.directory = os.fsencode(directory)
+    files = ffi.new("struct headroom_files *")
+    lib.pf_headroom_open_group(group, files)
+    left = lib.pf_headroom_group(files, least)
+    lib.pf_headroom_close_group(files)
+    return None if left == UNLIMITED else left
+
+
+@pytest.mark.parametrize("case", MEMORY, ids=by_name)
+def test_memory_cgroup(case: Case, tmp_path: Path) -> None:
+    write(tmp_path, case.files)
+    limit = _memory_limit(str(tmp_path), case.unified)
+    assert (limit.available if limit else None) == case.expected
+    assert memory_in_c(tmp_path, case.unified) == case.expected
+
+
+@pytest.mark.parametrize("case", HUGETLB, ids=by_name)
+def test_hugetlb_cgroup(case: Case, tmp_path: Path) -> None:
+    write(tmp_path, case.files)
+    limit = _hugetlb_limit(str(tmp_path), case.unified, 2 * MIB)
+    assert (limit.available if limit else None) == case.expected
+    with opened(tmp_path) as fd:
+        left = lib.pf_headroom_hugetlb_group(fd, case.unified, 2 * MIB)
+    assert (None if left == UNLIMITED else left) == case.expected
+
+
+@pytest.mark.parametrize("page_size", [64 << 10, 2 * MIB, 512 * MIB, 1 << 30, 16 << 30])
+def test_hugetlb_sizes_have_the_same_names(page_size: int, tmp_path: Path) -> None:
+    for size in ("64KB", "2MB", "512MB", "1GB", "16GB"):
+        limit = {f"hugetlb.{size}.max": 1 << 40 | len(size), f"hugetlb.{size}.current": 0}
+        write(tmp_path, limit)
+    found = _hugetlb_limit(str(tmp_path), True, page_size)
+    assert found
+    with opened(tmp_path) as fd:
+        assert lib.pf_headroom_hugetlb_group(fd, True, page_size) == found.available
+
+
+def test_least_of_several_is_kept(tmp_path: Path) -> None:
+    """The plugin reads memory.stat only where it could matter."""
+    write(tmp_path, {"memory.max": 500, "memory.current": 300, "memory.stat": "inactive_file 50"})
+    assert memory_in_c(tmp_path, True, 1000) == 250
+    assert memory_in_c(tmp_path, True, 250) == 250
+    assert memory_in_c(tmp_path, True, 220) == 220
+    assert memory_in_c(tmp_path, True, 100) == 100
+
+
+@pytest.mark.parametrize("page_size", [2 * MIB, 1 << 30, 12345 << 10])
+def test_hugetlb_pool_of_this_host(page_size: int) -> None:
+    in_python = hugetlb_free(Process.find(os.getpid()), page_size)[0]
+    path = "/sys/kernel/mm/hugepages"
+    if not os.path.isdir(path):
+        pytest.skip("this kernel has no huge pages")
+    with opened(path) as fd:
+        assert lib.pf_headroom_hugetlb_pool(fd, page_size) == in_python.available
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"free_hugepages": 7, "nr_overcommit_hugepages": 0, "surplus_hugepages": 0}, 7),
+        ({"free_hugepages": 7, "nr_overcommit_hugepages": 5, "surplus_hugepages": 2}, 10),
+        ({"free_hugepages": 7, "nr_overcommit_hugepages": 2, "surplus_hugepages": 5}, 7),
+        ({"free_hugepages": 7}, 7),
+        ({}, 0),
+    ],
+)
+def test_hugetlb_pool(files: dict[str, int], expected: int, tmp_path: Path) -> None:
+    write(tmp_path / "hugepages-2048kB", files)
+    with opened(tmp_path) as fd:
+        assert lib.pf_headroom_hugetlb_pool(fd, 2 * MIB) == expected * 2 * MIB
+        assert lib.pf_headroom_hugetlb_pool(fd, 1 << 30) == 0
+
+
+def test_host(tmp_path: Path) -> None:
+    file = tmp_path / "meminfo"
+    file.write_text("MemTotal:       16 kB\nMemAvailable:    1000 kB\nBuffers: 3 kB\n")
+    with opened(file) as fd:
+        assert lib.pf_headroom_host(fd) == 1000 << 10
+    file.write_text("MemTotal:       16 kB\n")
+    with opened(file) as fd:
+        assert lib.pf_headroom_host(fd) == UNLIMITED
+
+
+# --- which directories ---
+
+V2 = "30 25 0:26 / {cg} rw,nosuid shared:9 - cgroup2 cgroup2 rw\n"
+V1 = "30 25 0:26 / {cg}/memory rw,nosuid shared:9 - cgroup cgroup rw,memory\n"
+BOTH = V1 + "31 25 0:27 / {cg}/unified rw - cgroup2 cgroup2 rw\n"
+PLACES = (
+    ("v2", "0::/machine.slice/vm.scope\n", V2),
+    ("v2, the root", "0::/\n", V2),
+    ("v1", "9:name=systemd:/x\n4:cpu,memory:/machine/a b:c\n", V1),
+    ("v1 beside v2", "4:cpu,memory:/machine/vm\n0::/vm\n", BOTH),
+    ("v1, v2 without the controller", "4:cpu:/machine/vm\n0::/vm\n", BOTH),
+    ("v2 listed first", "0::/vm\n4:memory:/machine/vm\n", BOTH),
+    ("no hierarchy", "4:cpu:/x\n", V2),
+    ("a container's part", "4:memory:/docker/1/vm\n", V1.replace(" / ", " /docker/1 ")),
+    ("its root", "4:memory:/docker/1\n", V1.replace(" / ", " /docker/1 ")),
+    ("another container's", "4:memory:/docker/12\n", V1.replace(" / ", " /docker/1 ")),
+    ("outside the namespace", "0::/../../vm\n", V2),
+    ("octal", "0::/vm\n", V2.replace("{cg}", "{cg}\\040x\\134")),
+    ("not mounted", "0::/vm\n", "22 25 0:26 / /proc rw - proc proc rw\n"),
+    ("several mounts", "0::/vm/a\n", V2.replace(" / ", " /other ") + V2),
+    ("a broken line", "0::/vm/a\n", "22 25 0:26 / /proc\n1 2 - cgroup2\n" + V2),
+    ("a word of an option", "4:memory:/vm\n", V1.replace("rw,memory", "rw,memorystat")),
+)
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "mountinfo"), [p[1:] for p in PLACES], ids=[p[0] for p in PLACES]
+)
+def test_directories(cgroup: str, mountinfo: str, tmp_path: Path) -> None:
+    text = mountinfo.replace("{cg}", "/sys/fs/cgroup")
+    in_python = cgroup_directories(parse_cgroups(cgroup), parse_mountinfo(text), "memory")
+    assert directories_in_c(tmp_path, cgroup, text) == in_python
+
+
+def test_directories_of_this_process(tmp_path: Path) -> None:
+    cgroup, mountinfo = (Path(f"/proc/self/{name}").read_text() for name in ("cgroup", "mountinfo"))
+    in_python = cgroup_directories(parse_cgroups(cgroup), parse_mountinfo(mountinfo), "memory")
+    assert directories_in_c(tmp_path, cgroup, mountinfo) == in_python
+
+
+def directories_in_c(scratch: Path, cgroup: str, mountinfo: str) -> list[tuple[str, bool]]:
+    files = (scratch / "cgroup", scratch / "mountinfo")
+    for file, text in zip(files, (cgroup, mountinfo), strict=True):
+        file.write_text(text)
+    group = ffi.new("struct headroom_group *")
+    paths = [os.fsencode(file) for file in files]
+    found = []
+    more = lib.pf_headroom_find_group(*paths, b"memory", group)
+    while more:
+        found.append((ffi.string(group.directory).decode(), bool(group.unified)))
+        more = lib.pf_headroom_parent(group)
+    return found

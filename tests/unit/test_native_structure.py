@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How the C files may use each other, by their includes and by the symbols of their objects."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import qemu_prefault
+
+NATIVE = Path(qemu_prefault.__file__).parent / "native"
+
+# Lowest first: each file includes and calls only what comes before it. plugin/state.h says what
+# each of the plugin's files is about.
+COMMON = ("common/headroom", "common/pagemap")
+PLUGIN = tuple(
+    f"plugin/{name}"
+    for name in (
+        *("os", "options", "errors", "state", "event_log", "host_ranges", "headroom", "quirk"),
+        *("firmware", "queue", "memslots", "qemu_memory", "chunk", "guest_start", "vcpu"),
+        *("batch", "watchdog", "status", "commands", "control_socket", "vm", "got"),
+        *("interpose", "main"),
+    )
+)
+HEADERS_ONLY = ("common/syscall_x86_64", "common/prefault_range", "common/prefault_loop")
+PTRACE = ("ptrace/control_page", "ptrace/arch_x86_64", "ptrace/inject", "ptrace/helper_x86_64")
+ORDER = (*HEADERS_ONLY, *COMMON, *PLUGIN, *PTRACE, "ptrace/helper", "conformance/vmm")
+
+#: The functions of libc that the plugin stands in for.
+INTERPOSED = frozenset({"ioctl", "madvise", "fallocate", "fallocate64", "mmap", "mmap64"})
+ENTRIES = frozenset({"qemu_plugin_install", "qemu_plugin_version"})
+FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-fvisibility=hidden")
+
+needs_tools = pytest.mark.skipif(
+    shutil.which("cc") is None or shutil.which("nm") is None,
+    reason="a C compiler or binutils is not installed",
+)
+
+
+@dataclass(frozen=True)
+class Object:
+    """The symbols of one compiled file."""
+
+    defined: frozenset[str]
+    undefined: frozenset[str]
+
+
+def symbols(path: Path, *options: str) -> frozenset[str]:
+    done = subprocess.run(
+        ["nm", "--format=posix", *options, path], capture_output=True, text=True, check=True
+    )
+    return frozenset(line.split()[0].partition("@")[0] for line in done.stdout.splitlines())
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Object]:
+    """Each C file, compiled as the plugin is."""
+    directory = tmp_path_factory.mktemp("objects")
+    found = {}
+    for name in ORDER:
+        source = NATIVE / f"{name}.c"
+        if not source.exists():
+            continue  # a header alone
+        path = directory / f"{name.replace('/', '-')}.o"
+        subprocess.run(["cc", *FLAGS, f"-I{NATIVE}", "-c", source, "-o", path], check=True)
+        found[name] = Object(
+            symbols(path, "--extern-only", "--defined-only"), symbols(path, "--undefined-only")
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def plugin(objects: Mapping[str, Object]) -> Path:
+    """The plugin as it was built."""
+    path = NATIVE.parent / "qemu-prefault-plugin.so"
+    if not path.exists():
+        pytest.skip("this installation has no plugin")
+    return path
+
+
+def test_every_file_has_its_place() -> None:
+    found = {
+        str(path.relative_to(NATIVE).with_suffix(""))
+        for path in NATIVE.rglob("*.[ch]")
+        if path.name != "helper_blob.h"
+    }
+    assert found == set(ORDER)
+
+
+def test_order_is_the_one_that_the_plugin_documents() -> None:
+    text = (NATIVE / "plugin/state.h").read_text()
+    documented = re.findall(r"^ \*   (\w+)  +\S", text, re.MULTILINE)
+    assert tuple(f"plugin/{name}" for name in documented) == PLUGIN
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_includes_go_down(name: str) -> None:
+    for suffix in (".h", ".c"):
+        path = NATIVE / f"{name}{suffix}"
+        text = path.read_text() if path.exists() else ""
+        for included in re.findall(r'^#include "(.*)\.h"', text, re.MULTILINE):
+            beside = path.parent / f"{included}.h"
+            target = str(beside if beside.exists() else NATIVE / f"{included}.h")
+            used = str(Path(target).relative_to(NATIVE).with_suffix(""))
+            assert ORDER.index(used) <= ORDER.index(name), f"{path} includes {used}.h"
+
+
+@needs_tools
+@pytest.mark.parametrize("name", [n for n in ORDER if n not in HEADERS_ONLY])
+def test_calls_go_down(objects: Mapping[str, Object], name: str) -> None:
+    if name not in objects:
+        pytest.skip("a header alone")
+    below = ORDER[: ORDER.index(name)]
+    reachable = {s for n in below if n in objects for s in objects[n].defined}
+    used = {symbol for symbol in objects[name].undefined if symbol.startswith("pf_")}
+    assert used - reachable == set()
+
+
+@needs_tools
+def test_external_symbols_have_our_prefix(objects: Mapping[str, Object]) -> None:
+    """They live in somebody else's process."""
+    for name, found in objects.items():
+        allowed = {"plugin/interpose": INTERPOSED, "plugin/main": ENTRIES}.get(name, frozenset())
+        strange = {s for s in found.defined if not s.startswith("pf_")}
+        assert strange == allowed, name
+
+
+@needs_tools
+def test_no_symbol_has_two_owners(objects: Mapping[str, Object]) -> None:
+    every = [symbol for found in objects.values() for symbol in found.defined]
+    assert len(every) == len(set(every))
+
+
+@needs_tools
+def test_interposed_functions_are_not_called_by_name(objects: Mapping[str, Object]) -> None:
+    """By name they would be libc's or our own, depending on how the plugin was loaded."""
+    for name in (*COMMON, *PLUGIN):
+        if name in objects:
+            assert objects[name].undefined & INTERPOSED == frozenset(), name
+
+
+@needs_tools
+def test_plugin_exports_its_entries_and_no_more(plugin: Path) -> None:
+    assert symbols(plugin, "--dynamic", "--defined-only") == INTERPOSED | ENTRIES
+
+
+@needs_tools
+def test_plugin_is_bound_to_no_interposed_function(plugin: Path) -> None:
+    """Neither to libc's nor, by a relocation, to whichever the dynamic linker finds."""
+    assert symbols(plugin, "--dynamic", "--undefined-only") & INTERPOSED == frozenset()
+    done = subprocess.run(
+        ["readelf", "--relocs", "--wide", plugin], capture_output=True, text=True, check=True
+    )
+    named = set(re.findall(r"R_X86_64_\w+\s+[0-9a-f]+\s+([\w]+)", done.stdout))
+    assert "syscall" in named  # that is what it calls instead
+    assert named & INTERPOSED == set()
+
+
+@needs_tools
+def test_plugin_is_made_of_the_files_listed(plugin: Path, objects: Mapping[str, Object]) -> None:
+    needed = {s for n in (*COMMON, *PLUGIN) if n in objects for s in objects[n].undefined}
+    defined = {s for n in (*COMMON, *PLUGIN) if n in objects for s in objects[n].defined}
+    assert {s for s in needed if s.startswith("pf_")} <= defined
+    assert symbols(plugin, "--dynamic", "--defined-only") <= defined
+
+
+@pytest.mark.parametrize("path", sorted(NATIVE.rglob("*.[ch]")), ids=lambda path: path.name)
+def test_files_are_of_one_subject(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
