@@ -73,7 +73,7 @@ def lab(
     for wheel in os.environ.get("QEMU_PREFAULT_WHEELS", "").split():
         command += ["--wheel", wheel]
     command += ["--timeout", str(int(minutes * 60))]
-    command += ["--", *REPORTING, "tests/lab", *arguments]
+    command += ["--", *REPORTING, "tests/nested", *arguments]
     needs = [f"image-{variant}"]
     needs += [f"qemu-{qemu or '10.0'}"] if qemu or uefi else []
     return Suite(name, tuple(command), True, tuple(needs), minutes + 5)
@@ -99,7 +99,7 @@ HOST = (
     host("qemu", "tests/qemu"),
 )
 IMAGES = tuple(images(variant) for variant in ("trixie", "bookworm", "sid"))
-LAB_ITSELF = host("host", "tests/host", needs=tuple(suite.name for suite in IMAGES))
+LAB_ITSELF = host("host", "tests/lab", needs=tuple(suite.name for suite in IMAGES))
 THIRTY_BOOTS = Suite(
     "boots",
     ("python", "-m", "qemu_prefault_lab", "boots", "30"),

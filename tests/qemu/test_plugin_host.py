@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The plugin in a real QEMU, where there is nothing it could keep: TCG, or a KVM that cannot.
 
-What it does where KVM can is in tests/lab/test_plugin.py.
+What it does where KVM can is in tests/nested/test_plugin.py.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def test_an_option_it_does_not_know_ends_qemu(option: str) -> None:
 def test_a_kvm_that_cannot_is_named(control: Callable[..., Control]) -> None:
     status = control().ask("status")
     if status["pre_fault_memory"]:
-        pytest.skip("this KVM can; see tests/lab/test_plugin.py")
+        pytest.skip("this KVM can; see tests/nested/test_plugin.py")
     assert status["kvm"] and status["pending"] == 0
     assert {slot["why"] for slot in status["slots"]} == {"this KVM cannot"}
 

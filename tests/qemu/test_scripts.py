@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The scripts of qmp_scripts/ beside a real QEMU; what needs the ioctl is in tests/lab."""
+"""The scripts of qmp_scripts/ beside a real QEMU; what needs the ioctl is in tests/nested."""
 
 from __future__ import annotations
 

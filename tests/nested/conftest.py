@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Fixtures for tests that run where the real ioctl is: in the lab, or on a host with TDP."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from qemu_prefault_lab.guest import Defaults, Guest, defaults, patched_qemu, thp
+from qemu_prefault_lab.tool import Result, Tool, resident_bytes
+
+if TYPE_CHECKING:
+    from qemu_prefault_lab.libvirtd import Domain, Libvirtd, Syslog
+
+OTHER_MIB = 96
+"""What a guest has beside its workload's memory: its kernel, and memory it never touches."""
+SNAPSHOT = {"tag": "s", "vmstate": "disk", "devices": ["disk"]}
+"""Arguments of snapshot-save and snapshot-load, with the disk of :func:`add_disk`."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=100, help="how often to kill the tool")
+    parser.addoption("--boots", type=int, default=6, help="guests of the plugin campaign")
+    parser.addoption(
+        "--agents", help="who acts in QEMU, each in turn: attach,plugin,qmp (default: attach)"
+    )
+    parser.addoption("--seed", type=int, default=0, help="of random moments; 0: a new one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: only in make test-full")
+    config.addinivalue_line("markers", "agents(*names): those it is about; default: any")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if wanted := metafunc.config.getoption("agents"):
+        marker = metafunc.definition.get_closest_marker("agents")
+        names = [name for name in wanted.split(",") if marker is None or name in marker.args]
+        metafunc.parametrize("agent", names, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def agent(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Who acts in the QEMUs of this test: see ``--agents``."""
+    name: str = getattr(request, "param", "attach")
+    before = Defaults(defaults.qemu, defaults.plugin)
+    if name == "plugin":
+        defaults.plugin = ["keep=off"]
+    elif name == "qmp":
+        if (command := patched_qemu()) is None:
+            pytest.skip("there is no patched QEMU here: lab pytest --qemu")
+        defaults.qemu = command
+    yield name
+    defaults.qemu, defaults.plugin = before.qemu, before.plugin
+
+
+def start_tool(guest: Guest, *arguments: str) -> Tool:
+    return Tool(["--qmp", str(guest.qmp_path), "--json", *arguments])
+
+
+def prefault(guest: Guest, *arguments: str) -> Result:
+    """Run ``qemu-prefault --qmp … --json`` on a guest."""
+    return start_tool(guest, *arguments).finish()
+
+
+def faults(guest: Guest) -> int:
+    return guest.stats()["pf_taken"]
+
+
+def run_job(guest: Guest, command: str, **arguments: Any) -> None:
+    guest.qmp(command, job_id="job", **arguments)
+    while (job := guest.qmp("query-jobs")[0])["status"] != "concluded":
+        guest.wait_event("JOB_STATUS_CHANGE")
+    assert "error" not in job, job
+    guest.qmp("job-dismiss", id="job")
+
+
+def add_disk(guest: Guest, path: Path) -> None:
+    """A qcow2 image, to keep snapshots in."""
+    run_job(guest, "blockdev-create", options={"driver": "file", "filename": str(path), "size": 0})
+    guest.qmp("blockdev-add", driver="file", node_name="file", filename=str(path))
+    run_job(guest, "blockdev-create", options={"driver": "qcow2", "file": "file", "size": 1 << 20})
+    guest.qmp("blockdev-add", driver="qcow2", node_name="disk", file="file")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def four_kilobyte_pages() -> Iterator[None]:
+    """With 2 MiB pages there is little to win, and so little to see."""
+    before = thp("never")
+    yield
+    thp(before)
+
+
+@pytest.fixture(scope="session")
+def saved_state(
+    four_kilobyte_pages: None, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int, int, bool], Path]:
+    """States of guests that have written so many MiB; each kind is booted once.
+
+    And by each QEMU: the patched one lacks devices that Debian's has.
+    """
+    states: dict[tuple[int, int, bool, str], Path] = {}
+
+    def state(smp: int, workload_mib: int, kvm: bool) -> Path:
+        key = (smp, workload_mib, kvm, defaults.qemu[0])
+        if key not in states:
+            path = tmp_path_factory.mktemp("state") / "saved"
+            memory = workload_mib + OTHER_MIB
+            with Guest(smp=smp, workload_mib=workload_mib, memory_mib=memory, kvm=kvm) as guest:
+                guest.wait_ready()
+                assert guest.command("pass")["bad"] == 0
+                guest.save(path)
+            states[key] = path
+        return states[key]
+
+    return state
+
+
+@pytest.fixture
+def restored(saved_state: Callable[[int, int, bool], Path]) -> Iterator[Callable[..., Guest]]:
+    """Makes guests with their memory loaded, paused, and nothing in stage 2."""
+    guests: list[Guest] = []
+
+    def restore(smp: int = 1, workload_mib: int = 32, kvm: bool = False, **options: Any) -> Guest:
+        guest = Guest(
+            smp=smp,
+            workload_mib=workload_mib,
+            memory_mib=workload_mib + OTHER_MIB,
+            kvm=kvm,
+            incoming=saved_state(smp, workload_mib, kvm),
+            paused=True,
+            **options,
+        )
+        guests.append(guest)
+        guest.wait_restored()
+        return guest
+
+    yield restore
+    for guest in guests:
+        guest.kill()
+
+
+def ram_hva(guest: Guest) -> int:
+    """Where QEMU has the guest's first byte."""
+    return int(guest.hmp("gpa2hva 0").split()[-1], 16)
+
+
+def ram_resident(guest: Guest) -> int:
+    """Bytes of the guest's RAM that are there; QEMU's own memory comes and goes."""
+    return resident_bytes(guest.pid, ram_hva(guest))
+
+
+def ram_checksum(guest: Guest, backend: str = "ram") -> int:
+    """CRC of the guest's RAM, read from QEMU's memory behind its back."""
+    size = next(m["size"] for m in guest.qmp("query-memdev") if m["id"] == backend)
+    hva = ram_hva(guest)
+    value = 0
+    fd = os.open(f"/proc/{guest.pid}/mem", os.O_RDONLY)
+    try:
+        for at in range(0, size, 8 << 20):
+            value = zlib.crc32(os.pread(fd, min(8 << 20, size - at), hva + at), value)
+    finally:
+        os.close(fd)
+    return value
+
+
+# -- libvirt: only in the lab's variant of that name, and by its tests ----------------------
+
+
+@pytest.fixture(scope="module")
+def libvirtd() -> Iterator[Libvirtd]:
+    from libvirt_tool import tool  # noqa: PLC0415
+
+    from qemu_prefault_lab.libvirtd import Libvirtd  # noqa: PLC0415
+
+    tool("libvirt", "install", "--hook")
+    with Libvirtd() as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def domain(libvirtd: Libvirtd) -> Iterator[Callable[..., Domain]]:
+    """Makes domains, of guests that write some memory."""
+    from libvirt_tool import WORKLOAD_MIB  # noqa: PLC0415
+
+    from qemu_prefault_lab.libvirtd import Domain  # noqa: PLC0415
+
+    made: list[Domain] = []
+
+    def make(name: str, **options: Any) -> Domain:
+        options.setdefault("workload_mib", WORKLOAD_MIB)
+        made.append(Domain(libvirtd, name, **options))
+        return made[-1]
+
+    yield make
+    for item in made:
+        item.destroy()
+
+
+@pytest.fixture
+def syslog() -> Iterator[Syslog]:
+    from qemu_prefault_lab.libvirtd import Syslog  # noqa: PLC0415
+
+    with Syslog() as heard:
+        yield heard
+
+
+@pytest.fixture
+def policy() -> Iterator[Callable[[str], None]]:
+    """Writes the hook's configuration file."""
+    from qemu_prefault.libvirt.installation import CONFIG  # noqa: PLC0415
+
+    CONFIG.parent.mkdir(exist_ok=True)
+
+    def write(text: str) -> None:
+        CONFIG.write_text(text)
+
+    yield write
+    CONFIG.unlink(missing_ok=True)
