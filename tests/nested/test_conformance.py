@@ -14,7 +14,7 @@ from qemu_prefault.conformance.runner import Result
 from qemu_prefault.conformance.suite import Outcome
 from qemu_prefault.conformance.vmm import Prefault, Vcpu
 from qemu_prefault_lab.conformance import prepared
-from qemu_prefault_lab.tool import Tool
+from support.tool import Tool
 
 QUICK_MUTATION = ("mapping/4k", "mapping/memfd", "level/", "vcpu/never", "state/cpuid")
 """What the mutation check looks at in ``make test``: a few of each kind, none that waits."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import prefault
 
 from qemu_prefault.conformance import host, runner, suite
 from qemu_prefault.kvm import pre_fault_capability
 from qemu_prefault_lab.guest import Guest
-from qemu_prefault_lab.tool import leftovers
+from support.guest import prefault
+from support.process import leftovers
 
 OFFERED = pre_fault_capability().available is True
 ALLOC_MIB = 64

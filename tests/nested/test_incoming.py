@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import OTHER_MIB, SNAPSHOT, add_disk, faults, prefault, run_job, start_tool
 
 from qemu_prefault_lab.guest import Guest
-from qemu_prefault_lab.tool import Tool, leftovers, wait_clean, wait_for
+from qemu_prefault_lab.wait import wait_for
+from support.guest import OTHER_MIB, SNAPSHOT, add_disk, faults, prefault, run_job, start_tool
+from support.process import leftovers, wait_clean
+from support.tool import Tool
 
 WORKLOAD_MIB = 32
 MEMORY_MIB = WORKLOAD_MIB + OTHER_MIB

@@ -6,9 +6,9 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from conftest import prefault
 
 from qemu_prefault_lab.guest import Guest, reserve_hugepages, thp
+from support.guest import prefault
 
 MIB = 1 << 20
 

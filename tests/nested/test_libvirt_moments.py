@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from libvirt_tool import FEW, PAGES, label, tool
 
 from qemu_prefault.libvirt.installation import HOOK as HOOK_FILE
 from qemu_prefault_lab.libvirtd import Domain, Libvirtd, host_namespace, wait_until
+from support.libvirt import FEW, PAGES, label, tool
 
 pytestmark = pytest.mark.full
 

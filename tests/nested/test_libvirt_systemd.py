@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from libvirt_tool import metrics, tool
 
 from qemu_prefault_lab.libvirtd import Domain, Libvirtd, Systemd, wait_until
+from support.libvirt import metrics, tool
 
 pytestmark = pytest.mark.full
 

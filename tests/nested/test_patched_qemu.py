@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import (
+
+from qemu_prefault_lab.guest import Guest, patched_qemu
+from support.guest import (
     OTHER_MIB,
     SNAPSHOT,
     add_disk,
@@ -25,10 +27,8 @@ from conftest import (
     ram_resident,
     start_tool,
 )
-from conftest import run_job as run_block_job
-
-from qemu_prefault_lab.guest import Guest, patched_qemu
-from qemu_prefault_lab.tool import leftovers, resident_bytes
+from support.guest import run_job as run_block_job
+from support.process import leftovers, resident_bytes
 
 MIB = 1 << 20
 WORKLOAD_MIB = 256

@@ -352,7 +352,7 @@ def test_daemonized(tmp_path, pages):
 
 
 def test_the_tool_works_through_it(kept, pages):
-    from qemu_prefault_lab.tool import Tool  # noqa: PLC0415
+    from support.tool import Tool  # noqa: PLC0415
 
     found = kept("keep=off", machine="pc", workload_mib=64, memory_mib=192)
     found.guest.wait_ready()

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import pytest
-from conftest import OTHER_MIB, faults, prefault, ram_checksum
 
 from qemu_prefault_lab.guest import Guest
-from qemu_prefault_lab.tool import leftovers
+from support.guest import OTHER_MIB, faults, prefault, ram_checksum
+from support.process import leftovers
 
 ALL = (32 + OTHER_MIB - 1) << 20  # all RAM of a default guest but what firmware took
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import OTHER_MIB, faults, prefault
 
 from qemu_prefault.kvm import pre_fault_capability
 from qemu_prefault_lab.guest import Guest
+from support.guest import OTHER_MIB, faults, prefault
 
 SCRIPTS = next(p for d in Path(__file__).parents if (p := d / "qmp_scripts").is_dir())
 WORKLOAD_MIB = 32
