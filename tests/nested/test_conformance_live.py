@@ -17,6 +17,8 @@ from qemu_prefault_lab.guest import Guest
 from support.guest import prefault
 from support.process import leftovers
 
+pytestmark = pytest.mark.conformance
+
 OFFERED = pre_fault_capability().available is True
 ALLOC_MIB = 64
 
@@ -46,6 +48,7 @@ def test_a_running_guest_keeps_its_memory(smp):
         assert leftovers(guest.pid) == []
 
 
+@pytest.mark.shadow_paging
 @pytest.mark.skipif(OFFERED, reason="KVM_PRE_FAULT_MEMORY works here")
 def test_a_refusal_leaves_no_trace():
     with Guest(machine="microvm", memory_mib=192, workload_mib=16) as guest:

@@ -16,6 +16,8 @@ from support.guest import OTHER_MIB, SNAPSHOT, add_disk, faults, prefault, run_j
 from support.process import leftovers, wait_clean
 from support.tool import Tool
 
+pytestmark = pytest.mark.any_agent
+
 WORKLOAD_MIB = 32
 MEMORY_MIB = WORKLOAD_MIB + OTHER_MIB
 PAGES = WORKLOAD_MIB << 8
@@ -67,6 +69,7 @@ def migration(restored: Callable[..., Guest], tmp_path: Path) -> Iterator[Callab
         one.target.kill()
 
 
+@pytest.mark.every_kernel
 def test_a_migrated_guest_takes_no_faults(migration):
     plain = migration()
     plain.start()

@@ -19,6 +19,8 @@ from support.guest import prefault, start_tool
 from support.process import leftovers, wait_clean
 from support.tool import Result
 
+pytestmark = pytest.mark.any_agent
+
 
 class Run:
     """A run of the tool that is met in its middle: from there on, until :meth:`finish`, who

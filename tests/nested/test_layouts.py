@@ -10,6 +10,8 @@ import pytest
 from qemu_prefault_lab.guest import Guest, reserve_hugepages, thp
 from support.guest import prefault
 
+pytestmark = pytest.mark.any_agent
+
 MIB = 1 << 20
 
 

@@ -21,6 +21,8 @@ from qemu_prefault.pagemap import Pagemap
 from qemu_prefault_lab.libvirtd import Domain, denials, kernel_log, wait_until
 from support.libvirt import FEW, METRICS_ADDRESS, WORKLOAD_MIB, label, metrics, run_tool, tool
 
+pytestmark = pytest.mark.libvirt
+
 full = pytest.mark.full  # only in make test-full: each start of a confined domain takes seconds
 
 

@@ -10,7 +10,7 @@ import pytest
 from qemu_prefault_lab.libvirtd import Domain, Libvirtd, Systemd, wait_until
 from support.libvirt import metrics, tool
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.libvirt, pytest.mark.full]
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,8 @@ from support.guest import OTHER_MIB, faults, prefault, start_tool
 from support.process import leftovers, wait_clean
 from support.tool import Result
 
+pytestmark = pytest.mark.any_agent
+
 WORKLOAD_MIB = 32
 PAGES = WORKLOAD_MIB << 8  # of the workload: what the guest has not touched since it was restored
 TRIES = 200

@@ -32,9 +32,12 @@ from support.process import leftovers, resident_bytes
 
 MIB = 1 << 20
 WORKLOAD_MIB = 256
-pytestmark = pytest.mark.skipif(
-    patched_qemu() is None, reason="there is no patched QEMU here: lab pytest --qemu"
-)
+pytestmark = [
+    pytest.mark.patched_qemu,
+    pytest.mark.skipif(
+        patched_qemu() is None, reason="there is no patched QEMU here: lab pytest --qemu"
+    ),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,12 @@ from support.guest import prefault, ram_resident
 from support.process import leftovers
 from support.tool import Tool
 
-pytestmark = pytest.mark.skipif(
-    pre_fault_capability().available is True, reason="KVM_PRE_FAULT_MEMORY works here"
-)
+pytestmark = [
+    pytest.mark.unsupported,
+    pytest.mark.skipif(
+        pre_fault_capability().available is True, reason="KVM_PRE_FAULT_MEMORY works here"
+    ),
+]
 
 
 def test_prefault_is_refused_with_the_reason():
