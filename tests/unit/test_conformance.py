@@ -64,13 +64,13 @@ def test_outcomes(run, expected):
     assert outcome(run) == expected
 
 
-def test_any_other_exception_is_a_failure_that_says_where():
+def test_unexpected_exception_fails_with_its_location():
     seen, text = outcome(raises(OSError(5, "Input/output error")))
     assert seen is Outcome.FAIL
     assert "OSError: [Errno 5] Input/output error (test_conformance.py:" in text
 
 
-def test_a_hang_is_told_as_such_and_ended():
+def test_hung_case_is_reported_and_ended():
     started = time.monotonic()
     seen, text = outcome(signal.pause, limit_seconds=0.2)
     assert (seen, text) == (Outcome.HANG, "no end after 0.2 s")
@@ -79,11 +79,11 @@ def test_a_hang_is_told_as_such_and_ended():
         os.waitpid(-1, os.WNOHANG)
 
 
-def test_what_does_not_apply_is_skipped_with_its_reason():
+def test_inapplicable_case_is_skipped_with_reason():
     assert outcome(crash, lambda host: "no such thing") == (Outcome.SKIP, "no such thing")
 
 
-def test_what_makes_the_kernel_warn_is_only_done_when_asked_for():
+def test_kernel_warning_case_runs_only_on_request():
     case = Case("area/name", "says", "source", lambda: None, False, True, ())
     assert [each.outcome for each in runner.run([case], HOST)] == [Outcome.SKIP]
     assert [each.outcome for each in runner.run([case], HOST, harsh=True)] == [Outcome.PASS]
@@ -97,7 +97,7 @@ def test_exit_status(bad):
     assert report.exit_status([*good, runner.Result(case, bad, "", 0.1)]) == ExitStatus.FAILED
 
 
-def test_cases_are_many_stated_and_sourced():
+def test_every_case_has_statement_and_source():
     cases = suite.all_cases()
     assert len(cases) >= 250
     assert {case.area for case in cases} == set(suite.AREAS)
@@ -118,7 +118,7 @@ def test_list_needs_no_kvm(monkeypatch):
     assert json.loads(run("--list", "--json").output)["cases"]
 
 
-def test_without_kvm_it_is_exit_4_with_a_remedy(monkeypatch):
+def test_no_kvm_exits_4_with_remedy(monkeypatch):
     monkeypatch.setattr(vmm, "kvm", raises(PermissionError(13, "Permission denied")))
     result = run("--json")
     assert result.exit_code == ExitStatus.UNSUPPORTED
@@ -128,6 +128,6 @@ def test_without_kvm_it_is_exit_4_with_a_remedy(monkeypatch):
     assert "group kvm" in error["remedy"]
 
 
-def test_an_unknown_case_is_a_usage_error():
+def test_unknown_case_is_a_usage_error():
     result = run("-k", "no such case")
     assert result.exit_code == ExitStatus.USAGE

@@ -25,7 +25,7 @@ class Client:
 
 
 @pytest.mark.parametrize("answered", [True, False])
-def test_cancelled_while_the_answer_arrives(answered):
+def test_cancel_while_answer_arrives(answered):
     async def main() -> None:
         monitor = Monitor.__new__(Monitor)
         monitor._client = client = Client()
@@ -44,7 +44,7 @@ def test_cancelled_while_the_answer_arrives(answered):
     asyncio.run(main())
 
 
-def test_cancelled_while_an_event_arrives():
+def test_cancel_while_event_arrives():
     async def main() -> None:
         stream = EventStream(["STOP"])
         task = asyncio.create_task(stream.get(5))
