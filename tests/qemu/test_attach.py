@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -191,7 +192,7 @@ def test_kill_at_random_moments_leaves_guests_running(vm_of: StartVm, accel: str
         punch(memory, spare)
         tool = start_tool(vm.qemu, *run)
         if number % 2:
-            wait_for(lambda vm=vm: bool(leftovers(vm.pid)), "the helpers have come")
+            wait_for(partial(leftovers, vm.pid), "the helpers have come")
             killed += tool.running(moments.uniform(0, 0.05))
         else:
             killed += tool.running(moments.uniform(0, duration))

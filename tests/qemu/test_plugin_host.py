@@ -122,7 +122,7 @@ def test_slots_match_the_monitor(start_qemu: StartQemu, tmp_path: Path) -> None:
     path = tmp_path / "control"
     qemu = start(start_qemu, f"socket={path}")
     monitor = Monitor(qemu.qmp)
-    mtree = monitor.execute("human-monitor-command", **{"command-line": "info mtree -f"})
+    mtree = monitor.execute("human-monitor-command", command_line="info mtree -f")
     view = next(part for part in mtree.split("FlatView") if 'AS "memory"' in part)
     shown = set()
     for line in view.splitlines():

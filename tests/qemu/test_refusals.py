@@ -94,7 +94,7 @@ def test_probe_of_an_unsupported_guest(vm_of: StartVm, accel: str) -> None:
 
 def test_precopy_source(vm_of: StartVm) -> None:
     vm = vm_of("-m", "64M", paused=False)
-    vm.qmp.execute("migrate-set-parameters", **{"max-bandwidth": 4096})
+    vm.qmp.execute("migrate-set-parameters", max_bandwidth=4096)
     vm.qmp.execute("migrate", uri="exec:cat >/dev/null")
     check_refused(vm, "migration", "query-migrate", "destination")
     vm.qmp.execute("migrate_cancel")
@@ -105,7 +105,7 @@ def test_finished_migration_is_accepted(vm_of: StartVm) -> None:
     vm.qmp.execute(
         "migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}]
     )
-    vm.qmp.execute("migrate-set-parameters", **{"max-bandwidth": 4096})
+    vm.qmp.execute("migrate-set-parameters", max_bandwidth=4096)
     vm.qmp.execute("migrate", uri="exec:cat >/dev/null")
     vm.qmp.execute("migrate_cancel")
     vm.qmp.wait_migration("cancelled")
@@ -133,7 +133,7 @@ def test_incoming_ram_while_loading(vm_of: StartVm, tmp_path: Path) -> None:
     """A source that sends at a crawl."""
     source = vm_of("-m", "64M", paused=False)
     target = vm_of("-m", "64M", "-incoming", f"unix:{tmp_path}/migration")
-    source.qmp.execute("migrate-set-parameters", **{"max-bandwidth": 4096})
+    source.qmp.execute("migrate-set-parameters", max_bandwidth=4096)
     source.qmp.execute("migrate", uri=f"unix:{tmp_path}/migration")
     check_refused(target, "incoming", "not loaded")
     check_refused(source, "migration")
@@ -147,8 +147,8 @@ def test_postcopy(vm_of: StartVm, tmp_path: Path) -> None:
     for vm in (target, source):
         vm.qmp.execute("migrate-set-capabilities", capabilities=capabilities)
     target.qmp.execute("migrate-incoming", uri=f"unix:{tmp_path}/migration")
-    source.qmp.execute("migrate-set-parameters", **{"max-bandwidth": 4096})
-    source.qmp.execute("migrate-set-parameters", **{"max-postcopy-bandwidth": 4096})
+    source.qmp.execute("migrate-set-parameters", max_bandwidth=4096)
+    source.qmp.execute("migrate-set-parameters", max_postcopy_bandwidth=4096)
     source.qmp.execute("migrate", uri=f"unix:{tmp_path}/migration")
     source.qmp.wait_migration("active")
     source.qmp.execute("migrate-start-postcopy")
@@ -179,7 +179,7 @@ def test_incoming_with_postcopy_capability(vm_of: StartVm) -> None:
 
 def test_dirty_rate_measuring(vm_of: StartVm) -> None:
     vm = vm_of("-m", "64M", paused=False)
-    vm.qmp.execute("calc-dirty-rate", **{"calc-time": 60})
+    vm.qmp.execute("calc-dirty-rate", calc_time=60)
     check_refused(vm, "dirty-logging", "measured", "query-dirty-rate")
 
 
@@ -192,7 +192,7 @@ def test_guest_shut_down(vm_of: StartVm) -> None:
 
 def test_guest_panicked(vm_of: StartVm) -> None:
     vm = vm_of("-m", "64M", "-device", "pvpanic", "-action", "panic=pause", paused=False)
-    vm.qmp.execute("human-monitor-command", **{"command-line": "o /b 0x505 1"})
+    vm.qmp.execute("human-monitor-command", command_line="o /b 0x505 1")
     assert vm.qmp.status() == "guest-panicked"
     check_refused(vm, "guest-state", "query-status: guest-panicked")
 

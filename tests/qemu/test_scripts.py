@@ -185,7 +185,7 @@ def watch() -> Iterator[Watch]:
 
     def start(vm: Vm, *arguments: str) -> subprocess.Popen[str]:
         # Whoever started us in the background made us, and all we start, ignore Ctrl-C.
-        command = ["env", "--default-signal=INT", sys.executable, SCRIPTS / "watch-stage2"]
+        command = ["env", "--default-signal=INT", sys.executable, str(SCRIPTS / "watch-stage2")]
         command += [*arguments, vm.qemu.qmp]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
