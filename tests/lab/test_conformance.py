@@ -52,7 +52,7 @@ def test_area(area, results):
     assert not unexpected, "\n".join(unexpected)
 
 
-def test_most_cases_have_run(results, this_host):
+def test_most_cases_run(results, this_host):
     ran = [
         result
         for area in suite.AREAS
@@ -107,7 +107,7 @@ def share_that_fails(monkeypatch: pytest.MonkeyPatch, this: Host, words: tuple[s
 @pytest.mark.parametrize(
     "words", [QUICK_MUTATION, pytest.param(("",), marks=pytest.mark.full)], ids=["quick", "all"]
 )
-def test_an_ioctl_that_maps_nothing_is_noticed(monkeypatch, this_host, words):
+def test_noop_ioctl_is_detected(monkeypatch, this_host, words):
     if not this_host.capability:
         pytest.skip("the ioctl is not on offer here")
     assert share_that_fails(monkeypatch, this_host, words) >= 0.9

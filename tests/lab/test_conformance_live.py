@@ -28,7 +28,7 @@ def minor_faults(guest: Guest) -> int:
 
 
 @pytest.mark.parametrize("smp", [1, pytest.param(2, marks=pytest.mark.full)])
-def test_a_running_guest_keeps_its_memory(smp):
+def test_running_guest_keeps_memory(smp):
     with Guest(machine="microvm", memory_mib=192, workload_mib=16, smp=smp) as guest:
         guest.wait_ready()
         guest.command("run")
@@ -47,7 +47,7 @@ def test_a_running_guest_keeps_its_memory(smp):
 
 
 @pytest.mark.skipif(OFFERED, reason="KVM_PRE_FAULT_MEMORY works here")
-def test_a_refusal_leaves_no_trace():
+def test_refusal_leaves_no_trace():
     with Guest(machine="microvm", memory_mib=192, workload_mib=16) as guest:
         guest.wait_ready()
         guest.qmp("stop")
@@ -77,7 +77,7 @@ def host_faults_of_new_memory(populate: bool) -> tuple[int, int]:
     return after[0] - before[0], after[1] - before[1]
 
 
-def test_populate_only_spares_the_guest_the_hosts_faults():
+def test_populate_only_avoids_host_faults():
     pages = ALLOC_MIB << 8
     without, stage2_without = host_faults_of_new_memory(populate=False)
     populated, stage2 = host_faults_of_new_memory(populate=True)
@@ -90,7 +90,7 @@ def test_populate_only_spares_the_guest_the_hosts_faults():
 
 
 @pytest.mark.full
-def test_the_suite_beside_a_live_guest():
+def test_suite_beside_live_guest():
     """Neither disturbs the other."""
     this = host.look()
     cases = [case for case in suite.all_cases() if case.area in ("paging", "slots", "foreign")]

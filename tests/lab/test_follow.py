@@ -81,7 +81,7 @@ def guest() -> Iterator[Guest]:
         yield guest
 
 
-def test_a_reset_guest_is_prefaulted_again(guest, follow):
+def test_reset_guest_is_prefaulted(guest, follow):
     follower = follow(guest)
     guest.reset()
     guest.wait_ready()
@@ -95,7 +95,7 @@ def test_a_reset_guest_is_prefaulted_again(guest, follow):
 
 
 @pytest.mark.full
-def test_a_dimm_that_comes_and_goes(guest, follow):
+def test_dimm_plug_and_unplug(guest, follow):
     follower = follow(guest)
     guest.qmp("object-add", **{"qom_type": "memory-backend-ram", "id": "d0", "size": DIMM})
     guest.qmp("device_add", driver="pc-dimm", id="dimm0", memdev="d0")

@@ -65,7 +65,7 @@ def migration(restored: Callable[..., Guest], tmp_path: Path) -> Iterator[Callab
         one.target.kill()
 
 
-def test_a_migrated_guest_takes_no_faults(migration):
+def test_migrated_guest_takes_no_faults(migration):
     plain = migration()
     plain.start()
     plain.finish()
@@ -88,7 +88,7 @@ def test_a_migrated_guest_takes_no_faults(migration):
 
 @pytest.mark.full
 @pytest.mark.parametrize("options", [(), ("--cont",)], ids=["plain", "cont"])
-def test_a_target_started_with_s_is_resumed_only_if_asked_for(migration, options):
+def test_paused_target_is_resumed_only_with_cont(migration, options):
     one = migration(paused=True)
     tool = one.start_tool(*options)
     one.start()
@@ -100,7 +100,7 @@ def test_a_target_started_with_s_is_resumed_only_if_asked_for(migration, options
     assert one.faults() <= PAGES / 100
 
 
-def test_the_downtime_is_bounded(migration):
+def test_downtime_is_bounded(migration):
     one = migration()
     tool = one.start_tool("--max-downtime", "0.05", "--chunk", "4M")
     one.start()
@@ -114,7 +114,7 @@ def test_the_downtime_is_bounded(migration):
     assert one.target.command("stop")["bad"] == 0
 
 
-def test_a_cancelled_migration_leaves_the_source_running(migration):
+def test_cancelled_migration_keeps_source_running(migration):
     one = migration()
     tool = one.start_tool()
     one.source.qmp("migrate-set-parameters", max_bandwidth=1 << 16)
@@ -132,7 +132,7 @@ def test_a_cancelled_migration_leaves_the_source_running(migration):
 @pytest.mark.parametrize(
     "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.full)]
 )
-def test_a_guest_starts_even_if_the_tool_is_gone(migration, number):
+def test_guest_starts_if_waiting_tool_dies(migration, number):
     one = migration()
     tool = one.start_tool()
     tool.send_signal(number)
@@ -145,7 +145,7 @@ def test_a_guest_starts_even_if_the_tool_is_gone(migration, number):
 
 
 @pytest.mark.full
-def test_a_guest_starts_if_the_tool_is_killed_when_it_has_come(migration):
+def test_guest_starts_if_prefaulting_tool_dies(migration):
     one = migration()
     tool = one.start_tool("--chunk", "4096")
     one.start()
@@ -159,7 +159,7 @@ def test_a_guest_starts_if_the_tool_is_killed_when_it_has_come(migration):
 
 
 @pytest.mark.full
-def test_somebody_resumes_what_is_being_prefaulted(migration):
+def test_resume_during_prefault_fails(migration):
     one = migration()
     tool = one.start_tool("--chunk", "4096")
     one.start()
@@ -174,7 +174,7 @@ def test_somebody_resumes_what_is_being_prefaulted(migration):
 
 
 @pytest.mark.full
-def test_somebody_lets_it_start_by_itself(migration):
+def test_cont_before_arrival(migration):
     """`cont` before it has come undoes our `stop`: it is prefaulted as a guest that runs."""
     one = migration()
     tool = one.start_tool()
@@ -190,7 +190,7 @@ def test_somebody_lets_it_start_by_itself(migration):
 
 
 @pytest.mark.full
-def test_a_qemu_that_answers_nothing_while_it_loads_is_waited_for(migration):
+def test_unresponsive_qemu_is_waited_for(migration):
     """From a slow file it may load for minutes; the limit for an answer is 30 s otherwise."""
     one = migration()
     tool = one.start_tool()
@@ -213,7 +213,7 @@ def test_a_qemu_that_answers_nothing_while_it_loads_is_waited_for(migration):
         pytest.param("mapped-ram", "ram", marks=pytest.mark.full),
     ],
 )
-def test_restore_from_a_file(restored, tmp_path, how, backing):
+def test_restore_from_file(restored, tmp_path, how, backing):
     state = tmp_path / "state"
     capabilities = [{"capability": "mapped-ram", "state": how == "mapped-ram"}]
     source = restored(workload_mib=WORKLOAD_MIB)

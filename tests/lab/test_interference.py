@@ -141,7 +141,7 @@ def test_migration_started(restored, tmp_path, options, meet):
     guest.wait_event("MIGRATION")
 
 
-def test_a_guest_that_migrates_away_is_not_resumed(restored, meet):
+def test_migrated_guest_is_not_resumed(restored, meet):
     """It runs at the destination: two of it would write to one disk."""
     guest = restored()
     guest.qmp("cont")
@@ -157,7 +157,7 @@ def test_a_guest_that_migrates_away_is_not_resumed(restored, meet):
 
 
 @pytest.mark.full
-def test_a_migration_started_at_the_last_moment(restored, meet):
+def test_late_migration_keeps_guest_paused(restored, meet):
     """Too late for the run to notice while it works: but the guest is not started under it."""
     guest = restored()
     process = meet(guest, "--cont")
@@ -183,7 +183,7 @@ def test_dimm_plugged(meet):
 
 
 @pytest.mark.agents("attach")
-def test_a_stopped_tool_loses_its_helpers_not_the_guest(restored, meet):
+def test_stopped_tool_loses_helpers(restored, meet):
     """SIGSTOP: the dead man's switch. The guest was paused by the operator and stays so."""
     guest = restored()
     process = meet(guest)
@@ -199,7 +199,7 @@ def test_a_stopped_tool_loses_its_helpers_not_the_guest(restored, meet):
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)]
 )
-def test_an_interrupted_tool_resumes_the_guest(restored, number, meet):
+def test_interrupted_tool_resumes_guest(restored, number, meet):
     guest = restored()
     guest.qmp("cont")
     process = meet(guest)
@@ -228,7 +228,7 @@ def stale_root(guest: Guest) -> Result:
 
 @pytest.mark.full
 @pytest.mark.agents("attach")
-def test_a_stale_root_is_named_not_waited_for():
+def test_stale_root_is_reported():
     """Kernels without 20a6cff3b283 (v6.15) retry for ever on a root that is obsolete."""
     with Guest(machine="pc", paused=True, args=["-device", "VGA,addr=2"]) as guest:
         guest.hmp("o /w 0xcf8 0x80001010")
@@ -251,7 +251,7 @@ def test_a_stale_root_is_named_not_waited_for():
 
 
 @pytest.mark.full
-def test_a_qemu_that_exits_while_a_helper_waits(restored, tmp_path: Path, meet):
+def test_quit_of_running_guest(restored, tmp_path: Path, meet):
     guest = restored()
     guest.qmp("cont")
     process = meet(guest)

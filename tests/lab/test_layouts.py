@@ -67,7 +67,7 @@ def test_hugetlb():
 
 
 @pytest.mark.full
-def test_a_hugetlb_pool_that_is_too_small_is_refused():
+def test_small_hugetlb_pool_is_refused():
     reserve_hugepages(80)  # enough for the kernel that QEMU loads, not for all of RAM
     try:
         options = "hugetlb,reserve=off"
@@ -123,7 +123,7 @@ def test_nvdimm_and_dimm():
             assert sum(s["prefaulted"] for s in section(result.report, name)) == 32 * MIB, name
 
 
-def test_device_memory_and_rom_are_left_out():
+def test_device_memory_and_rom_are_skipped():
     with Guest(machine="pc", memory_mib=128, args=["-device", "VGA"], paused=True) as guest:
         result = prefault(guest)
         assert result.status == 0

@@ -28,7 +28,7 @@ full = pytest.mark.full  # only in make test-full: each start of a confined doma
 # -- the plugin in a domain ----------------------------------------------------------------
 
 
-def test_an_enabled_domain_boots_without_faults_though_confined(domain):
+def test_enabled_domain_boots_without_faults(domain):
     before = len(kernel_log())
     kept = domain("kept")
     tool("libvirt", "enable", "kept")
@@ -45,7 +45,7 @@ def test_an_enabled_domain_boots_without_faults_though_confined(domain):
 
 
 @full
-def test_disabled_it_is_as_it_was(domain):
+def test_disable_restores_xml(domain):
     plain = domain("plain", workload_mib=0)
     before = plain.virsh("dumpxml", "--inactive")
     tool("libvirt", "enable", "plain")
@@ -57,7 +57,7 @@ def test_disabled_it_is_as_it_was(domain):
 
 
 @full
-def test_by_virsh_where_there_is_no_python_module(domain, tmp_path):
+def test_virsh_fallback(domain, tmp_path):
     plain = domain("plain", workload_mib=0)
     (tmp_path / "libvirt.py").write_text("raise ImportError\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
@@ -69,7 +69,7 @@ def test_by_virsh_where_there_is_no_python_module(domain, tmp_path):
 
 
 @full
-def test_unknown_domains_are_an_error_of_the_user(libvirtd):
+def test_unknown_domain_is_usage_error(libvirtd):
     for arguments in (
         ("libvirt", "enable", "no-such"),
         ("libvirt", "status", "no-such"),
@@ -93,7 +93,7 @@ def saved_guest(domain, **options) -> Domain:
     return guest
 
 
-def test_a_restored_guest_is_prefaulted_before_it_runs(domain, syslog):
+def test_restored_guest_is_prefaulted(domain, syslog):
     asked = "<p:hook xmlns:p='urn:qemu-prefault:1' restore='now'/>"
     guest = saved_guest(domain, metadata=f"<metadata>{asked}</metadata>")
     guest.start()
@@ -105,7 +105,7 @@ def test_a_restored_guest_is_prefaulted_before_it_runs(domain, syslog):
 
 @full
 @pytest.mark.parametrize("shape", [("q35", 2816, 2048), ("pc", 3584, 3072)], ids=["q35", "pc"])
-def test_a_restored_guest_with_ram_above_4_gib(domain, policy, syslog, shape):
+def test_restored_guest_above_4_gib(domain, policy, syslog, shape):
     machine, mib, low_mib = shape
     policy('[default]\nrestore = "now"\npopulate = "resident"\nwait = 50\n')
     guest = saved_guest(domain, machine=machine, memory_mib=mib)
@@ -120,7 +120,7 @@ def test_a_restored_guest_with_ram_above_4_gib(domain, policy, syslog, shape):
 
 
 @full
-def test_what_there_is_no_time_for_is_handed_over(domain, policy, syslog):
+def test_hook_timeout_hands_over(domain, policy, syslog):
     guest = saved_guest(domain)
     policy('[default]\nrestore = "now"\nwait = 0.001\n')
     guest.start()
@@ -130,7 +130,7 @@ def test_what_there_is_no_time_for_is_handed_over(domain, policy, syslog):
     guest.check_memory()
 
 
-def test_a_killed_hook_does_not_keep_the_guest(domain, policy, syslog):
+def test_guest_starts_if_hook_is_killed(domain, policy, syslog):
     guest = saved_guest(domain)
     policy('[default]\nrestore = "now"\n')
     killed = []
@@ -157,7 +157,7 @@ def test_a_killed_hook_does_not_keep_the_guest(domain, policy, syslog):
 
 
 @full
-def test_a_broken_policy_does_not_keep_the_guest(domain, policy, syslog):
+def test_guest_starts_with_broken_config(domain, policy, syslog):
     policy("[default]\nrestore = 'perhaps'\n")
     guest = domain("broken", workload_mib=0)
     guest.start()
@@ -165,7 +165,7 @@ def test_a_broken_policy_does_not_keep_the_guest(domain, policy, syslog):
     assert syslog.lines("'perhaps'"), syslog.lines()
 
 
-def test_libvirtd_is_restarted(domain, policy, syslog, libvirtd):
+def test_libvirtd_restart_keeps_guest(domain, policy, syslog, libvirtd):
     """The hook is called for each domain ("reconnect"), and what fails there ends the guest."""
     policy('[default]\nrestore = "now"\nstart = "follow"\n')
     guest = domain("stays")
@@ -178,7 +178,7 @@ def test_libvirtd_is_restarted(domain, policy, syslog, libvirtd):
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(20, marks=full)])
-def test_many_domains_at_once(domain, policy, libvirtd, count):
+def test_concurrent_domain_starts(domain, policy, libvirtd, count):
     policy('[default]\nrestore = "now"\n')
     names = [f"many{number}" for number in range(count)]
     guests = [domain(name, firmware_only=True, memory_mib=32, workload_mib=0) for name in names]
@@ -192,7 +192,7 @@ def test_many_domains_at_once(domain, policy, libvirtd, count):
 # -- AppArmor ------------------------------------------------------------------------------
 
 
-def test_probe_says_which_rule_is_missing(domain):
+def test_probe_reports_missing_apparmor_rule(domain):
     rule = Path("/") / APPARMOR_RULE
     guest = domain("probed", workload_mib=0)
     tool("libvirt", "enable", "probed")
@@ -210,7 +210,7 @@ def test_probe_says_which_rule_is_missing(domain):
         install()
 
 
-def test_probe_of_a_domain_that_runs(domain):
+def test_probe_running_domain(domain):
     guest = domain("probed", workload_mib=0)
     tool("libvirt", "enable", "probed")
     guest.start()
@@ -224,7 +224,7 @@ def test_probe_of_a_domain_that_runs(domain):
 # -- through libvirt's own monitor ----------------------------------------------------------
 
 
-def test_a_running_domain_is_prefaulted_through_libvirt(domain):
+def test_prefault_running_domain(domain):
     guest = domain("running", workload_mib=0)
     guest.start()
     guest.wait_ready()
@@ -239,7 +239,7 @@ def test_a_running_domain_is_prefaulted_through_libvirt(domain):
         assert json.loads(tool(command, "--domain", "running", "--json"))
 
 
-def test_killed_while_it_has_the_guest_paused(domain, libvirtd):
+def test_guard_resumes_domain(domain, libvirtd):
     guest = domain("killed")
     guest.start()
     guest.wait_ready()
@@ -259,7 +259,7 @@ def test_killed_while_it_has_the_guest_paused(domain, libvirtd):
 
 
 @full
-def test_libvirtd_is_restarted_under_it(domain, libvirtd):
+def test_stats_survive_libvirtd_restart(domain, libvirtd):
     guest = domain("watched", workload_mib=0)
     guest.start()
     guest.wait_ready()
@@ -281,7 +281,7 @@ def test_libvirtd_is_restarted_under_it(domain, libvirtd):
 # -- the daemon ------------------------------------------------------------------------------
 
 
-def test_watch_acts_and_tells(domain, policy, libvirtd):
+def test_watch_acts_and_exports_metrics(domain, policy, libvirtd):
     policy('[default]\nstart = "later"\n')
     child = subprocess.Popen(
         ["qemu-prefault", "libvirt", "watch", "--listen", METRICS_ADDRESS, "--act"],
@@ -307,7 +307,7 @@ def test_watch_acts_and_tells(domain, policy, libvirtd):
 
 
 @full
-def test_watch_writes_a_file_for_node_exporter(domain, tmp_path):
+def test_watch_writes_textfile(domain, tmp_path):
     guest = domain("fleet", workload_mib=0)
     guest.start()
     guest.wait_ready()

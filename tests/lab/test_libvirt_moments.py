@@ -97,7 +97,7 @@ def test_cold_start(domain, policy, syslog, tell, route):
 
 
 @pytest.mark.parametrize("route", [NOTHING, PLUGIN, HOOK, COMMAND])
-def test_managed_save_and_restore(domain, policy, syslog, tell, route):
+def test_managed_save(domain, policy, syslog, tell, route):
     guest = prepared(domain, route, f"saved-{route}")
     guest.start()
     guest.wait_ready()
@@ -112,7 +112,7 @@ def test_managed_save_and_restore(domain, policy, syslog, tell, route):
     assert route == NOTHING or guest.faults() < FEW, syslog.lines()
 
 
-def test_a_saved_file(domain, tell, tmp_path):
+def test_restore_saved_file(domain, tell, tmp_path):
     guest = domain("file")
     guest.start()
     guest.wait_ready()
@@ -126,7 +126,7 @@ def test_a_saved_file(domain, tell, tmp_path):
     assert guest.faults() < FEW
 
 
-def test_what_the_hook_adds_to_a_start(libvirtd, policy, capsys):
+def test_hook_latency(libvirtd, policy, capsys):
     """libvirt waits for each of its calls; times are told, not judged."""
     plain = "<domain type='kvm'><name>a</name><uuid>u</uuid><memory>1024</memory></domain>"
     asked = plain.replace("<name>", "<!-- qemu-prefault --><name>")
@@ -200,7 +200,7 @@ def test_reset(domain, tell, route):
     assert route != NOTHING or faults > PAGES
 
 
-def test_reset_with_the_hook(domain, policy, syslog, hook_calls, tell):
+def test_reset_does_not_call_hook(domain, policy, syslog, hook_calls, tell):
     """It is not called, and what it has done before is lost."""
     guest = domain(f"reset-{HOOK}")
     policy('[default]\nstart = "later"\n')
@@ -311,7 +311,7 @@ def test_migration(domain, other, tell, route):
     assert label(arrived) == f":{host_namespace('other')}:libvirt-{guest.uuid} (enforce)"
 
 
-def test_migration_with_the_hook(domain, other, policy, syslog, tell):
+def test_hook_prefaults_after_migration(domain, other, policy, syslog, tell):
     """It is called before RAM is there, and what it hands over to has to wait: for longer than
     libvirt lets anybody wait for a domain that it is busy with, which is 30 s."""
     guest = domain("move-hook")

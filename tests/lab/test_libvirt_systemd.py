@@ -48,7 +48,7 @@ class Unit:
 
 
 @pytest.mark.parametrize("when", ["later", "follow"])
-def test_the_hook_hands_over_to_a_transient_unit(domain, systemd, when):
+def test_hook_starts_transient_unit(domain, systemd, when):
     metadata = f"<metadata><p:hook xmlns:p='urn:qemu-prefault:1' start='{when}'/></metadata>"
     guest: Domain = domain(f"unit-{when}", metadata=metadata)
     guest.start()
@@ -65,7 +65,7 @@ def test_the_hook_hands_over_to_a_transient_unit(domain, systemd, when):
     assert "Traceback" not in unit.said()
 
 
-def test_the_daemons_unit(domain, systemd):
+def test_daemon_unit(domain, systemd):
     guest: Domain = domain("fleet", workload_mib=0)
     guest.start()
 

@@ -51,7 +51,7 @@ def migrate(source: Guest, directory: Path, moments: random.Random) -> tuple[Gue
     return target, told
 
 
-def test_a_guest_that_migrates_under_load_loses_nothing(request, tmp_path):
+def test_repeated_migration_under_load(request, tmp_path):
     count = request.config.getoption("--boots")
     seed = request.config.getoption("--seed") or random.SystemRandom().getrandbits(32)
     print(f"\n--seed {seed}")

@@ -92,7 +92,7 @@ def mapped(guest: Guest) -> int:
     return guest.stats()["pages_4k"]
 
 
-def test_paused_on_nested_paging_it_is_refused(nested):
+def test_paused_npt_guest_is_not_prefaulted(nested):
     """The ioctl answers EOPNOTSUPP: nothing is done, and it is said why and what to do."""
     guest = nested(npt=True)
     stop_in_guest_mode(guest)
@@ -112,7 +112,7 @@ def test_paused_on_nested_paging_it_is_refused(nested):
     assert_goes_on(guest, prefaulted=False)
 
 
-def test_paused_on_shadow_paging_it_fills_what_guest_mode_uses(nested, agent):
+def test_paused_shadow_guest_fills_guest_mode_tables(nested, agent):
     """The ioctl succeeds, but on the root of guest mode: that does not count as done.
 
     A patched QEMU knows it from kvm_run, and does not begin.
@@ -139,7 +139,7 @@ def test_paused_on_shadow_paging_it_fills_what_guest_mode_uses(nested, agent):
 
 @pytest.mark.full
 @both
-def test_a_running_guest_is_stopped_until_its_own_tables_are_loaded(nested, npt):
+def test_running_guest_is_stopped_outside_guest_mode(nested, npt):
     guest = nested(npt)
     tried = set()
     while len(tried) < 2:  # runs whose first stop suits, and runs whose does not
@@ -156,7 +156,7 @@ def test_a_running_guest_is_stopped_until_its_own_tables_are_loaded(nested, npt)
 
 @pytest.mark.full
 @both
-def test_cont_lets_a_guest_found_paused_run_until_it_can_be_done(nested, npt):
+def test_cont_leaves_guest_mode(nested, npt):
     guest = nested(npt)
     stop_in_guest_mode(guest)
     result = prefault(guest, "--cont")
@@ -168,7 +168,7 @@ def test_cont_lets_a_guest_found_paused_run_until_it_can_be_done(nested, npt):
 
 @pytest.mark.full
 @both
-def test_a_guest_that_arrives_with_an_active_one(nested, npt, tmp_path: Path):
+def test_incoming_guest_with_nested_guest(nested, npt, tmp_path: Path):
     """In guest mode or not, as chance has it: it is prefaulted, and its L3 counts on."""
     source = nested(npt)
     uri = f"unix:{tmp_path / 'migration'}"
@@ -186,7 +186,7 @@ def test_a_guest_that_arrives_with_an_active_one(nested, npt, tmp_path: Path):
 
 
 @pytest.mark.full
-def test_guest_mode_is_known_without_asking_qemu(nested):
+def test_guest_mode_from_stats_fd(nested):
     guest = nested(npt=True)
 
     async def look() -> list[int]:
@@ -204,7 +204,7 @@ def test_guest_mode_is_known_without_asking_qemu(nested):
 
 @pytest.mark.full
 @both
-def test_a_vcpu_outside_guest_mode_does_it_for_all(nested, npt):
+def test_vcpu_outside_guest_mode_is_used(nested, npt):
     guest = nested(npt, smp=2)
     stop_in_guest_mode(guest)
     result = prefault(guest)
@@ -219,7 +219,7 @@ def test_a_vcpu_outside_guest_mode_does_it_for_all(nested, npt):
 
 @pytest.mark.full
 @both
-def test_it_is_given_up_within_bounds(nested, npt, agent, monkeypatch):
+def test_retries_are_bounded(nested, npt, agent, monkeypatch):
     """With a single try most runs end so; what a run came to is told, and the guest runs on."""
     monkeypatch.setattr(qemu_prefault.engine, "GUEST_MODE_TRIES", 1)
     guest = nested(npt)
@@ -237,7 +237,7 @@ def test_it_is_given_up_within_bounds(nested, npt, agent, monkeypatch):
 
 
 @pytest.mark.full
-def test_the_ioctl_tells_where_kvm_does_not(nested, monkeypatch):
+def test_ioctl_detects_guest_mode(nested, monkeypatch):
     """Without the counter (old kernels, old QEMU) EOPNOTSUPP is what there is to go by.
 
     Then a try is all of a prefault, for which the lab takes a second: few fit into the limit.
@@ -262,7 +262,7 @@ def test_the_ioctl_tells_where_kvm_does_not(nested, monkeypatch):
 
 
 @pytest.mark.full
-def test_a_tool_killed_between_two_stops_leaves_the_guest_running(nested, monkeypatch):
+def test_guest_runs_if_tool_dies_between_stops(nested, monkeypatch):
     """Each pause has a guard of its own."""
 
     async def always(*_: object) -> set[int]:
@@ -284,7 +284,7 @@ def test_a_tool_killed_between_two_stops_leaves_the_guest_running(nested, monkey
 
 @both
 @pytest.mark.agents("attach")  # it loads the plugin by itself
-def test_the_plugin_gets_a_busy_guest_out_of_guest_mode(nested, npt):
+def test_plugin_leaves_guest_mode(nested, npt):
     """When it last came back it was in guest mode, and by itself it hardly ever does."""
     guest = nested(npt, plugin=["keep=off", "populate=resident"])
     stop_in_guest_mode(guest)

@@ -77,7 +77,7 @@ def first_pass(guest: Guest) -> int:
 
 
 @pytest.mark.parametrize("smp", [1, 2])
-def test_the_job_alone_spares_a_restored_guest_its_faults(restored, smp):
+def test_job_prefaults_restored_guest(restored, smp):
     guest = restored(workload_mib=64, smp=smp)
     ranges = run_job(guest)
     assert not any("error" in part for part in ranges)
@@ -86,7 +86,7 @@ def test_the_job_alone_spares_a_restored_guest_its_faults(restored, smp):
     assert first_pass(guest) <= 16
 
 
-def test_a_guest_that_runs_is_not_stopped():
+def test_job_does_not_stop_guest():
     with Guest(machine="microvm", workload_mib=32, memory_mib=128) as guest:
         guest.wait_ready()
         ranges = run_job(guest)
@@ -96,7 +96,7 @@ def test_a_guest_that_runs_is_not_stopped():
         assert guest.command("pass")["bad"] == 0
 
 
-def test_a_cancelled_job_ends_and_tells_what_it_had_done(restored):
+def test_cancelled_job_reports_progress(restored):
     guest = restored(workload_mib=256)
     guest.qmp("x-kvm-prefault-memory", **{"job-id": "job", "chunk-size": 1 * MIB})
     guest.qmp("job-cancel", id="job")
@@ -108,7 +108,7 @@ def test_a_cancelled_job_ends_and_tells_what_it_had_done(restored):
     assert total(ranges, "mapped") == total(ranges, "size")
 
 
-def test_nothing_is_prefaulted_while_dirty_pages_are_logged():
+def test_job_is_refused_during_dirty_logging():
     with Guest(machine="microvm", workload_mib=32, memory_mib=128) as guest:
         guest.wait_ready()
         guest.qmp("calc-dirty-rate", **{"calc-time": 20, "mode": "dirty-bitmap"})
@@ -118,7 +118,7 @@ def test_nothing_is_prefaulted_while_dirty_pages_are_logged():
             guest.qmp("x-kvm-prefault-memory", **{"job-id": "job"})
 
 
-def test_unplugged_memory_and_an_inflated_balloon_stay_absent():
+def test_absent_memory_stays_absent():
     device = "virtio-mem-pci,id=vmem0,memdev=vm0,requested-size=128M"
     args = ["-object", "memory-backend-ram,id=vm0,size=256M", "-device", device]
     args += ["-device", "virtio-balloon-pci,id=balloon0"]
@@ -168,7 +168,7 @@ def settled(guest: Guest) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("machine", ["pc", "q35", "microvm"])
-def test_a_boot_takes_next_to_no_faults(machine):
+def test_boot_takes_next_to_no_faults(machine):
     with Guest(machine=machine, accel="kvm,prefault=on", workload_mib=WORKLOAD_MIB) as guest:
         guest.wait_ready()
         print(f"{machine}: {faults(guest)} faults until {WORKLOAD_MIB} MiB were written")
@@ -177,7 +177,7 @@ def test_a_boot_takes_next_to_no_faults(machine):
         assert guest.command("pass")["bad"] == 0
 
 
-def test_so_does_the_boot_after_a_reset():
+def test_reset_takes_few_faults():
     with Guest(accel="kvm,prefault=on", workload_mib=64, args=["-action", "reboot=reset"]) as guest:
         guest.wait_ready()
         before = faults(guest)
@@ -187,13 +187,13 @@ def test_so_does_the_boot_after_a_reset():
         assert guest.command("pass")["bad"] == 0
 
 
-def test_a_guest_that_is_restored_is_prefaulted_before_it_runs(restored):
+def test_restored_guest_is_prefaulted(restored):
     guest = restored(workload_mib=64, accel="kvm,prefault=on")
     guest.qmp("cont")
     assert first_pass(guest) <= 16
 
 
-def test_a_guest_that_migrates_in_is_prefaulted_before_it_runs(restored, tmp_path):
+def test_incoming_guest_is_prefaulted(restored, tmp_path):
     """Nobody pauses it: it starts by itself as soon as it is there."""
     source = restored(workload_mib=64)
     source.qmp("cont")
@@ -209,7 +209,7 @@ def test_a_guest_that_migrates_in_is_prefaulted_before_it_runs(restored, tmp_pat
         assert first_pass(target) <= 16
 
 
-def test_a_snapshot_that_is_loaded_is_prefaulted_before_it_runs(tmp_path):
+def test_loaded_snapshot_is_prefaulted(tmp_path):
     with Guest(accel="kvm,prefault=on", workload_mib=64, memory_mib=160) as guest:
         add_disk(guest, tmp_path / "disk")
         guest.wait_ready()
@@ -224,7 +224,7 @@ def test_a_snapshot_that_is_loaded_is_prefaulted_before_it_runs(tmp_path):
             assert faults(guest) - before <= 64
 
 
-def test_a_dimm_that_is_plugged_is_prefaulted():
+def test_plugged_dimm_is_prefaulted():
     options: dict[str, Any] = {"memory": "slots=2,maxmem=2G", "workload_mib": 32}
     with Guest(accel="kvm,prefault=on", **options) as guest:
         guest.wait_ready()
@@ -240,7 +240,7 @@ def test_a_dimm_that_is_plugged_is_prefaulted():
 # -- the tool --------------------------------------------------------------------------------
 
 
-def test_the_tool_finds_the_command_and_traces_nobody(restored):
+def test_tool_uses_job_without_ptrace(restored):
     guest = restored(workload_mib=64)
     tool = start_tool(guest, "--cont")
     while tool.running():
@@ -255,7 +255,7 @@ def test_the_tool_finds_the_command_and_traces_nobody(restored):
     assert first_pass(guest) <= 64
 
 
-def test_a_job_whose_tool_was_killed_does_not_keep_the_next_from_its_work(restored):
+def test_stale_job_is_cancelled(restored):
     guest = restored(workload_mib=64)
     tool = start_tool(guest, "--chunk", "4096")
     while guest.wait_event("JOB_STATUS_CHANGE")["data"]["status"] != "running":
@@ -269,7 +269,7 @@ def test_a_job_whose_tool_was_killed_does_not_keep_the_next_from_its_work(restor
     assert guest.qmp("query-jobs") == []
 
 
-def test_stock_qemu_is_told_apart():
+def test_stock_qemu_is_refused():
     with Guest(qemu=["qemu-system-x86_64"], machine="microvm", paused=True) as guest:
         result = prefault(guest, "--agent", "qmp")
         assert result.status == 4
@@ -296,7 +296,7 @@ def test_qtest(tmp_path):
 
 @pytest.mark.parametrize("fixed", [True, False])
 @pytest.mark.parametrize("test", ["svm-cr-read", "svm-cr8-write"])
-def test_tcg_runs_guests_of_svm_as_a_cpu_does(test, fixed, tmp_path):
+def test_tcg_svm_intercepts(test, fixed, tmp_path):
     """Reads of control registers are intercepted; CR8 can be written while an interrupt waits."""
     (binary, *firmware) = patched_qemu() or [""]
     kernel = f"{binary}-{test}"

@@ -106,7 +106,7 @@ def check_kept(found: Kept) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("machine", ["pc", pytest.param("q35", marks=full), "microvm"])
-def test_a_boot_takes_next_to_no_faults(kept, pages, machine):
+def test_boot_takes_next_to_no_faults(kept, pages, machine):
     found = kept(machine=machine)
     found.guest.wait_ready()
     assert found.guest.stats()["pf_taken"] <= 0.0005 * WITHOUT
@@ -117,7 +117,7 @@ def test_a_boot_takes_next_to_no_faults(kept, pages, machine):
 @pytest.mark.parametrize(
     "machine", ["pc", pytest.param("q35", marks=full), pytest.param("microvm", marks=full)]
 )
-def test_a_boot_on_huge_pages(kept, pages, machine):
+def test_boot_on_huge_pages(kept, pages, machine):
     pages("always")
     with Guest(machine=machine, workload_mib=WORKLOAD_MIB) as guest:
         guest.wait_ready()
@@ -128,7 +128,7 @@ def test_a_boot_on_huge_pages(kept, pages, machine):
     check_kept(found)
 
 
-def test_the_second_boot_too(kept, pages):
+def test_reset_takes_few_faults(kept, pages):
     """Firmware runs again after a reset, and drops low RAM's tables again."""
     found = kept(machine="q35", args=["-action", "reboot=reset"])
     found.guest.wait_ready()
@@ -141,7 +141,7 @@ def test_the_second_boot_too(kept, pages):
     assert status["counters"]["again"] <= 2.5 * sum(slot["size"] for slot in ram_slots(status))
 
 
-def test_with_the_quirk_it_does_not_hang(kept, pages):
+def test_no_hang_with_the_quirk(kept, pages):
     """Each slot's end drops every table then, and 6.12's livelock is near (stale roots)."""
     found = kept("quirk=keep", machine="pc", args=["-action", "reboot=reset"])
     found.guest.wait_ready()
@@ -155,7 +155,7 @@ def test_with_the_quirk_it_does_not_hang(kept, pages):
 
 @full
 @pytest.mark.parametrize("machine", [pytest.param("q35", marks=full), "microvm"])
-def test_several_vcpus_share_the_work(kept, pages, machine):
+def test_vcpus_share_work(kept, pages, machine):
     found = kept(machine=machine, smp=3)
     found.guest.wait_ready()
     assert found.guest.stats()["pf_taken"] <= 0.001 * WITHOUT
@@ -171,7 +171,7 @@ def test_other_backings(kept, pages, backing):
     check_kept(found)
 
 
-def test_loaded_by_ld_preload(tmp_path, pages):
+def test_ld_preload(tmp_path, pages):
     wrapper = ["env", f"LD_PRELOAD={plugin_path()}"]
     with Guest(machine="microvm", workload_mib=64, wrapper=wrapper, paused=True) as guest:
         guest.qmp("cont")
@@ -181,7 +181,7 @@ def test_loaded_by_ld_preload(tmp_path, pages):
 
 
 @full
-def test_off_it_changes_nothing(kept, pages):
+def test_keep_off_changes_nothing(kept, pages):
     with Guest(machine="microvm", workload_mib=WORKLOAD_MIB) as guest:
         guest.wait_ready()
         without = guest.stats()["pf_taken"]
@@ -193,7 +193,7 @@ def test_off_it_changes_nothing(kept, pages):
 
 
 @full
-def test_after_a_restore(kept, pages, tmp_path):
+def test_restored_guest_is_prefaulted(kept, pages, tmp_path):
     with Guest(workload_mib=64, memory_mib=160) as guest:
         guest.wait_ready()
         guest.save(tmp_path / "state")
@@ -209,7 +209,7 @@ def test_after_a_restore(kept, pages, tmp_path):
 
 
 @pytest.mark.parametrize(("smp", "options"), [(1, []), pytest.param(2, ["quirk=keep"], marks=full)])
-def test_a_plugged_dimm(kept, pages, smp, options):
+def test_plugged_dimm_is_prefaulted(kept, pages, smp, options):
     """Populated first, also where several vCPUs work at it and the ioctl had been put off."""
     found = kept(*options, machine="pc", smp=smp, memory="slots=2,maxmem=2G", workload_mib=32)
     found.guest.wait_ready()
@@ -224,7 +224,7 @@ def test_a_plugged_dimm(kept, pages, smp, options):
 
 
 @full
-def test_virtio_mem_that_is_not_plugged_stays_absent(kept, pages):
+def test_unplugged_virtio_mem_stays_absent(kept, pages):
     device = ["-object", "memory-backend-ram,id=vm0,size=512M",
               "-device", "virtio-mem-pci,id=vmem,memdev=vm0,requested-size=0"]  # fmt: skip
     found = kept(machine="q35", memory="maxmem=4G", workload_mib=32, args=device)
@@ -233,7 +233,7 @@ def test_virtio_mem_that_is_not_plugged_stays_absent(kept, pages):
     assert slot["resident_only"] and slot["prefaulted"] == 0
 
 
-def test_overcommitted_memory_is_not_touched(kept, pages):
+def test_overcommitted_memory_is_not_populated(kept, pages):
     found = kept(machine="microvm", backing="ram,reserve=off", workload_mib=32, memory_mib=160)
     found.guest.wait_ready()
     status = found.settled()
@@ -248,7 +248,7 @@ def test_overcommitted_memory_is_not_touched(kept, pages):
 # -- moments to hold back ----------------------------------------------------------------------
 
 
-def test_dirty_logging_holds_it_back(kept, pages):
+def test_dirty_logging_defers_prefault(kept, pages):
     found = kept(machine="pc", workload_mib=64)
     found.guest.wait_ready()
     done = found.settled()["counters"]["prefaulted"]
@@ -270,7 +270,7 @@ def test_dirty_logging_holds_it_back(kept, pages):
     check_memory(found.guest)
 
 
-def test_qemu_answers_and_ends_while_it_populates(kept, pages):
+def test_qemu_responds_while_populating(kept, pages):
     """The vCPU thread at work is QEMU's, and gives way like a guest."""
     found = kept(machine="microvm", memory_mib=1536, paused=True)
     found.guest.qmp("cont")
@@ -284,7 +284,7 @@ def test_qemu_answers_and_ends_while_it_populates(kept, pages):
     assert found.guest.wait_exit(30) == 0
 
 
-def test_paused_by_the_operator(kept, pages):
+def test_pause_and_resume(kept, pages):
     found = kept(machine="pc", paused=True, workload_mib=64, memory_mib=192)
     found.ask("pause")
     found.guest.qmp("cont")
@@ -303,7 +303,7 @@ def test_paused_by_the_operator(kept, pages):
 @pytest.mark.parametrize(
     "way", ["sandbox", pytest.param("user", marks=full), pytest.param("chroot", marks=full)]
 )
-def test_confined_qemus(kept, pages, way, tmp_path):
+def test_confined_qemu(kept, pages, way, tmp_path):
     os.chmod(tmp_path, 0o755)
     new = (
         "-run-with"
@@ -351,7 +351,7 @@ def test_daemonized(tmp_path, pages):
 # -- the tool and the plugin -------------------------------------------------------------------
 
 
-def test_the_tool_works_through_it(kept, pages):
+def test_tool_uses_plugin(kept, pages):
     from qemu_prefault_lab.tool import Tool  # noqa: PLC0415
 
     found = kept("keep=off", machine="pc", workload_mib=64, memory_mib=192)

@@ -61,7 +61,7 @@ def virtio_mem_slot(guest: Guest) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("machine", [pytest.param("pc", marks=pytest.mark.full), "q35"])
-def test_preallocated_blocks_are_prefaulted_when_they_are_plugged(kept, machine):
+def test_plugged_prealloc_blocks_are_prefaulted(kept, machine):
     guest = with_virtio_mem(kept, ",prealloc=on", machine=machine)
     before, mapped = resident(guest), guest.stats()["pages_4k"]
     assert virtio_mem_slot(guest)["prefaulted"] == 0
@@ -77,7 +77,7 @@ def test_preallocated_blocks_are_prefaulted_when_they_are_plugged(kept, machine)
 
 
 @pytest.mark.full
-def test_blocks_that_are_not_preallocated_come_as_the_guest_uses_them(kept):
+def test_plugged_blocks_without_prealloc_stay_absent(kept):
     guest = with_virtio_mem(kept)
     before = resident(guest)
     request_size(guest, 64 * MIB)
@@ -88,7 +88,7 @@ def test_blocks_that_are_not_preallocated_come_as_the_guest_uses_them(kept):
 
 
 @pytest.mark.full
-def test_what_a_balloon_gave_back_is_not_taken_again(kept):
+def test_ballooned_memory_stays_absent(kept):
     args = ["-device", "virtio-balloon-pci", "-action", "reboot=reset"]
     guest = kept(machine="pc", args=args)
     full = resident(guest)

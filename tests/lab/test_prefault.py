@@ -20,7 +20,7 @@ def faults_of_first_pass(guest: Guest) -> int:
     return faults(guest) - before
 
 
-def test_a_restored_guest_takes_no_faults(restored):
+def test_restored_guest_takes_no_faults(restored):
     control = faults_of_first_pass(restored(workload_mib=64))
     assert control >= 64 << 8  # one per page: there is something to win
 
@@ -33,7 +33,7 @@ def test_a_restored_guest_takes_no_faults(restored):
     assert leftovers(guest.pid) == []
 
 
-def test_every_requested_byte_is_in_the_counters(restored, agent):
+def test_counters_match_requested_bytes(restored, agent):
     guest = restored()
     result = prefault(guest)
     report = result.report
@@ -46,7 +46,7 @@ def test_every_requested_byte_is_in_the_counters(restored, agent):
     assert report["agent"] == agent
 
 
-def test_a_second_run_finds_it_done(restored):
+def test_second_run_is_noop(restored):
     guest = restored()
     first = prefault(guest).report
     second = prefault(guest)
@@ -56,7 +56,7 @@ def test_a_second_run_finds_it_done(restored):
     assert second.report["stage2"]["after"] == first["stage2"]["after"]
 
 
-def test_a_dry_run_touches_nothing(restored):
+def test_dry_run_changes_nothing(restored):
     guest = restored()
     result = prefault(guest, "--dry-run")
     assert result.status == 0
@@ -64,14 +64,14 @@ def test_a_dry_run_touches_nothing(restored):
     assert guest.stats()["pages_4k"] == 0
 
 
-def test_memory_of_a_paused_guest_is_not_changed(restored):
+def test_guest_memory_is_unchanged(restored):
     guest = restored()
     before = ram_checksum(guest)
     assert prefault(guest, "--populate", "all").status == 0
     assert ram_checksum(guest) == before
 
 
-def test_a_running_guest_is_paused_and_resumed(restored):
+def test_running_guest_is_paused_and_resumed(restored):
     guest = restored()
     guest.qmp("cont")
     guest.command("run")
@@ -84,13 +84,13 @@ def test_a_running_guest_is_paused_and_resumed(restored):
 
 
 @pytest.mark.full
-def test_cont_resumes_a_guest_found_paused(restored):
+def test_cont_resumes_paused_guest(restored):
     guest = restored()
     assert prefault(guest, "--cont").status == 0
     assert guest.status() == "running"
 
 
-def test_vcpus_share_the_work(restored):
+def test_vcpus_share_work(restored):
     guest = restored(smp=2)
     result = prefault(guest)
     assert result.status == 0, result.stderr
@@ -98,13 +98,13 @@ def test_vcpus_share_the_work(restored):
 
 
 @pytest.mark.full
-def test_one_vcpu_can_do_it_for_all(restored):
+def test_single_vcpu(restored):
     guest = restored(smp=2)
     assert prefault(guest, "--vcpus", "1").status == 0
     assert faults_of_first_pass(guest) <= (32 << 8) / 1000
 
 
-def test_only_the_range_asked_for(restored):
+def test_range(restored):
     guest = restored()
     result = prefault(guest, "--range", "64M+16M", "--range", "96M+4096")
     assert result.status == 0
@@ -113,7 +113,7 @@ def test_only_the_range_asked_for(restored):
 
 
 @pytest.mark.full
-def test_max_bytes_is_a_budget(restored):
+def test_max_bytes(restored):
     guest = restored()
     result = prefault(guest, "--max-bytes", "10M")
     assert result.status == 0
@@ -123,13 +123,13 @@ def test_max_bytes_is_a_budget(restored):
 @pytest.mark.parametrize(
     "chunk", ["4096", *(pytest.param(size, marks=pytest.mark.full) for size in ("128K", "64M"))]
 )
-def test_chunks_of_any_size_come_to_the_same(restored, chunk):
+def test_chunk_sizes(restored, chunk):
     guest = restored()
     assert prefault(guest, "--chunk", chunk, "--range", "64M+24M").status == 0
     assert guest.stats()["pages_4k"] == (24 << 20) // 4096
 
 
-def test_untouched_memory_is_populated_first():
+def test_untouched_memory_is_populated():
     """The zero-page trap: without populating, every write of the guest would fault again."""
     with Guest(machine="microvm", memory_mib=128, workload_mib=64, paused=True) as guest:
         result = prefault(guest, "--cont")
@@ -140,7 +140,7 @@ def test_untouched_memory_is_populated_first():
         assert faults(guest) < 1000
 
 
-def test_resident_leaves_untouched_memory_alone():
+def test_resident_skips_untouched_memory():
     with Guest(machine="microvm", paused=True) as guest:
         result = prefault(guest, "--populate", "resident")
         assert result.status == 0, result.stderr
@@ -152,7 +152,7 @@ def test_resident_leaves_untouched_memory_alone():
 
 
 @pytest.mark.full
-def test_a_guest_before_its_firmware_is_warned_about():
+def test_guest_before_firmware_is_warned_about():
     with Guest(machine="q35", paused=True) as guest:
         result = prefault(guest)
         assert result.status == 0

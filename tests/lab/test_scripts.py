@@ -41,7 +41,7 @@ def run(name: str, guest: Guest, *arguments: str) -> subprocess.CompletedProcess
 
 
 @needs_ioctl
-def test_what_it_starts_takes_no_faults(restored):
+def test_prefault_and_cont(restored):
     vm = restored(workload_mib=WORKLOAD_MIB)
     done = run("prefault-and-cont", vm)
     assert done.returncode == 0, done.stderr
@@ -53,7 +53,7 @@ def test_what_it_starts_takes_no_faults(restored):
 
 @pytest.mark.full
 @needs_ioctl
-def test_what_is_not_complete_is_not_started():
+def test_partial_prefault_does_not_start_guest():
     with Guest(machine="microvm", backing="file", memory_mib=128, paused=True) as vm:
         os.truncate(vm.directory / "memory", 96 << 20)
         done = run("prefault-and-cont", vm, "--populate", "all")
@@ -69,7 +69,7 @@ def test_what_is_not_complete_is_not_started():
 
 @pytest.mark.full
 @needs_ioctl
-def test_a_target_that_listens_when_all_is_ready(tmp_path):
+def test_prefault_incoming(tmp_path):
     memory_mib = WORKLOAD_MIB + OTHER_MIB
     uri = f"unix:{tmp_path / 'migration'}"
     with (
@@ -92,7 +92,7 @@ def test_a_target_that_listens_when_all_is_ready(tmp_path):
 
 @pytest.mark.full
 @needs_ioctl
-def test_a_guest_restored_from_a_file(saved_state):
+def test_prefault_restore(saved_state):
     state = saved_state(1, WORKLOAD_MIB, False)
     with Guest(memory_mib=WORKLOAD_MIB + OTHER_MIB, incoming="defer") as guest:
         done = run("prefault-restore", guest, str(state))
@@ -104,7 +104,7 @@ def test_a_guest_restored_from_a_file(saved_state):
 
 
 @pytest.mark.full
-def test_a_snapshot_that_is_not_there():
+def test_missing_snapshot():
     with Guest(machine="microvm", memory_mib=128) as guest:
         done = run("prefault-restore", guest, "--loadvm", "none")
         assert done.returncode == 1
@@ -119,7 +119,7 @@ def test_a_snapshot_that_is_not_there():
 @pytest.mark.parametrize(
     "running", [False, pytest.param(True, marks=pytest.mark.full)], ids=["stopped", "running"]
 )
-def test_the_handover_gives_eio_where_the_ioctl_works(restored, running):
+def test_vcpu_fds_give_eio(restored, running):
     """Nothing else is in its way: the kernel has the ioctl, and QEMU's own threads may."""
     vm = restored(smp=2, workload_mib=WORKLOAD_MIB)
     if running:
@@ -138,7 +138,7 @@ def test_the_handover_gives_eio_where_the_ioctl_works(restored, running):
 
 
 @pytest.mark.skipif(CAPABILITY.available is True, reason="KVM_PRE_FAULT_MEMORY works here")
-def test_the_handover_gives_eio_where_the_ioctl_is_unsupported():
+def test_vcpu_fds_give_eio_where_unsupported():
     """EIO, not ENOTTY or EOPNOTSUPP: KVM asks who the caller is before it asks what for."""
     with Guest(machine="microvm", memory_mib=128, paused=True) as vm:
         done = run("vcpu-fds", vm)
@@ -197,7 +197,7 @@ def rows_until(process: subprocess.Popen[str], condition: Callable[[Row], bool])
 
 @pytest.mark.full
 @needs_ioctl
-def test_watch_shows_the_tables_fill_and_who_pays(restored, watch, tmp_path):
+def test_watch_stage2(restored, watch, tmp_path):
     """Once by the prefault, which costs no fault; once by the vCPU, a fault for each page."""
     sockets = [str(tmp_path / f"watch{number}") for number in range(2)]
     prefaulted, left_alone = (
