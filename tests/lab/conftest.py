@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
+import subprocess
+import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict, Unpack
 
 import pytest
 
 from qemu_prefault_lab.guest import Defaults, Guest, defaults, patched_qemu, thp
-from qemu_prefault_lab.tool import Result, Tool, resident_bytes
+from qemu_prefault_lab.tool import Result, Tool, resident_bytes, wait_for
 
 if TYPE_CHECKING:
     from qemu_prefault_lab.libvirtd import Domain, Libvirtd, Syslog
@@ -21,6 +25,42 @@ OTHER_MIB = 96
 """What a guest has beside its workload's memory: its kernel, and memory it never touches."""
 SNAPSHOT = {"tag": "s", "vmstate": "disk", "devices": ["disk"]}
 """Arguments of snapshot-save and snapshot-load, with the disk of :func:`add_disk`."""
+
+
+class GuestOptions(TypedDict, total=False):
+    """Keywords of :class:`Guest`, for helpers that pass them on."""
+
+    machine: str
+    accel: str
+    memory_mib: int
+    memory: str
+    smp: int
+    cpu: str | None
+    backing: str | None
+    paused: bool
+    incoming: str | Path | None
+    workload_mib: int
+    kernel: str
+    kernel_args: str
+    args: Sequence[str]
+    qemu: Sequence[str] | None
+    kvm: bool
+    ovmf: bool
+    plugin: Sequence[str] | None
+    preload: bool
+    wrapper: Sequence[str]
+
+
+class MakeGuest(Protocol):
+    """A fixture that makes guests, and kills them when the test ends."""
+
+    def __call__(self, **options: Unpack[GuestOptions]) -> Guest: ...
+
+
+MakeSavedState = Callable[[int, int, bool], Path]
+"""Called with the number of vCPUs, the MiB of the workload, and ``kvm``."""
+SetThp = Callable[[str], str]
+WriteHookConfig = Callable[[str], None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,6 +82,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         marker = metafunc.definition.get_closest_marker("agents")
         names = [name for name in wanted.split(",") if marker is None or name in marker.args]
         metafunc.parametrize("agent", names, indirect=True)
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """Seed of this run's random moments: ``--seed``, or a new one, which is printed."""
+    wanted: int = request.config.getoption("seed")
+    value = wanted or random.SystemRandom().getrandbits(32)
+    print(f"\n--seed {value}")
+    return value
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +117,84 @@ def prefault(guest: Guest, *arguments: str) -> Result:
     return start_tool(guest, *arguments).finish()
 
 
+def start_incoming_tool(guest: Guest, *options: str) -> Tool:
+    """Start the tool with ``--incoming``; return when it awaits the guest, and populates."""
+    tool = start_tool(guest, "--incoming", *options)
+    wait_for(lambda: not tool.running() or tool.has_said("ready"), "a tool that awaits it")
+    assert tool.running(), tool.finish()
+    return tool
+
+
+def wait_migrated(source: Guest) -> None:
+    """Wait until an outgoing migration is completed."""
+    while (status := source.wait_event("MIGRATION")["data"]["status"]) != "completed":
+        assert status not in ("failed", "cancelled"), status
+
+
 def faults(guest: Guest) -> int:
+    """Stage-2 faults since QEMU started."""
     return guest.stats()["pf_taken"]
+
+
+def check_memory(guest: Guest) -> None:
+    """The guest answers, and finds in its memory what it wrote there."""
+    assert guest.command("pass")["bad"] == 0
+
+
+def faults_of_pass(guest: Guest) -> int:
+    """Stage-2 faults of a running guest while it writes all of its memory."""
+    before = faults(guest)
+    check_memory(guest)
+    return faults(guest) - before
+
+
+class Follower:
+    """``qemu-prefault --follow --json``. A context manager; entering it waits for the first run.
+
+    :param target: ``--qmp PATH`` or ``--domain NAME``.
+    """
+
+    def __init__(self, *target: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "qemu_prefault", *target, "--follow", "--json"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Self:
+        assert self.event()["why"] == "started"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def event(self) -> dict[str, Any]:
+        """Wait for the next event."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"it has ended with {self.process.wait()}"
+        event: dict[str, Any] = json.loads(line)
+        return event
+
+    def prefaulted(self) -> dict[str, Any]:
+        """Wait for the next run's event, and skip others."""
+        while (event := self.event())["event"] != "prefaulted":
+            pass
+        return event
+
+
+def mapped_bytes(guest: Guest) -> int:
+    """Bytes in the stage-2 tables."""
+    stats = guest.stats()
+    return (stats["pages_4k"] << 12) + (stats["pages_2m"] << 21) + (stats["pages_1g"] << 30)
+
+
+def plug_dimm(guest: Guest, size: int, name: str = "d0") -> None:
+    """Plug the device ``dimm-NAME``, of a backend NAME; the guest takes it when it runs."""
+    guest.qmp("object-add", qom_type="memory-backend-ram", id=name, size=size)
+    guest.qmp("device_add", driver="pc-dimm", id=f"dimm-{name}", memdev=name)
 
 
 def run_job(guest: Guest, command: str, **arguments: Any) -> None:
@@ -96,10 +221,17 @@ def four_kilobyte_pages() -> Iterator[None]:
     thp(before)
 
 
+@pytest.fixture
+def set_thp() -> Iterator[SetThp]:
+    """Sets transparent huge pages, for this test only."""
+    yield thp
+    thp("never")
+
+
 @pytest.fixture(scope="session")
-def saved_state(
+def make_saved_state(
     four_kilobyte_pages: None, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int, int, bool], Path]:
+) -> MakeSavedState:
     """States of guests that have written so many MiB; each kind is booted once.
 
     And by each QEMU: the patched one lacks devices that Debian's has.
@@ -113,7 +245,7 @@ def saved_state(
             memory = workload_mib + OTHER_MIB
             with Guest(smp=smp, workload_mib=workload_mib, memory_mib=memory, kvm=kvm) as guest:
                 guest.wait_ready()
-                assert guest.command("pass")["bad"] == 0
+                check_memory(guest)
                 guest.save(path)
             states[key] = path
         return states[key]
@@ -122,20 +254,18 @@ def saved_state(
 
 
 @pytest.fixture
-def restored(saved_state: Callable[[int, int, bool], Path]) -> Iterator[Callable[..., Guest]]:
+def make_restored_guest(make_saved_state: MakeSavedState) -> Iterator[MakeGuest]:
     """Makes guests with their memory loaded, paused, and nothing in stage 2."""
     guests: list[Guest] = []
 
-    def restore(smp: int = 1, workload_mib: int = 32, kvm: bool = False, **options: Any) -> Guest:
-        guest = Guest(
-            smp=smp,
-            workload_mib=workload_mib,
-            memory_mib=workload_mib + OTHER_MIB,
-            kvm=kvm,
-            incoming=saved_state(smp, workload_mib, kvm),
-            paused=True,
-            **options,
-        )
+    def restore(**options: Unpack[GuestOptions]) -> Guest:
+        smp = options.setdefault("smp", 1)
+        workload_mib = options.setdefault("workload_mib", 32)
+        kvm = options.setdefault("kvm", False)
+        options["memory_mib"] = workload_mib + OTHER_MIB
+        options["incoming"] = make_saved_state(smp, workload_mib, kvm)
+        options["paused"] = True
+        guest = Guest(**options)
         guests.append(guest)
         guest.wait_restored()
         return guest
@@ -172,19 +302,37 @@ def ram_checksum(guest: Guest, backend: str = "ram") -> int:
 # -- libvirt: only in the lab's variant of that name, and by its tests ----------------------
 
 
+class DomainOptions(TypedDict, total=False):
+    """Keywords of :class:`qemu_prefault_lab.libvirtd.Domain`."""
+
+    machine: str
+    memory_mib: int
+    workload_mib: int
+    max_mib: int
+    firmware_only: bool
+    kernel_args: str
+    metadata: str
+
+
+class MakeDomain(Protocol):
+    """A fixture that makes domains, and destroys them when the test ends."""
+
+    def __call__(self, name: str, **options: Unpack[DomainOptions]) -> Domain: ...
+
+
 @pytest.fixture(scope="module")
 def libvirtd() -> Iterator[Libvirtd]:
-    from libvirt_tool import tool  # noqa: PLC0415
+    from libvirt_tool import tool_output  # noqa: PLC0415
 
     from qemu_prefault_lab.libvirtd import Libvirtd  # noqa: PLC0415
 
-    tool("libvirt", "install", "--hook")
+    tool_output("libvirt", "install", "--hook")
     with Libvirtd() as daemon:
         yield daemon
 
 
 @pytest.fixture
-def domain(libvirtd: Libvirtd) -> Iterator[Callable[..., Domain]]:
+def make_domain(libvirtd: Libvirtd) -> Iterator[MakeDomain]:
     """Makes domains, of guests that write some memory."""
     from libvirt_tool import WORKLOAD_MIB  # noqa: PLC0415
 
@@ -192,7 +340,7 @@ def domain(libvirtd: Libvirtd) -> Iterator[Callable[..., Domain]]:
 
     made: list[Domain] = []
 
-    def make(name: str, **options: Any) -> Domain:
+    def make(name: str, **options: Unpack[DomainOptions]) -> Domain:
         options.setdefault("workload_mib", WORKLOAD_MIB)
         made.append(Domain(libvirtd, name, **options))
         return made[-1]
@@ -206,12 +354,12 @@ def domain(libvirtd: Libvirtd) -> Iterator[Callable[..., Domain]]:
 def syslog() -> Iterator[Syslog]:
     from qemu_prefault_lab.libvirtd import Syslog  # noqa: PLC0415
 
-    with Syslog() as heard:
-        yield heard
+    with Syslog() as log:
+        yield log
 
 
 @pytest.fixture
-def policy() -> Iterator[Callable[[str], None]]:
+def write_hook_config() -> Iterator[WriteHookConfig]:
     """Writes the hook's configuration file."""
     from qemu_prefault.libvirt.installation import CONFIG  # noqa: PLC0415
 

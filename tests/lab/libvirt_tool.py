@@ -16,8 +16,8 @@ if not Path("/lab/agent.py").exists() or not Path("/usr/sbin/libvirtd").exists()
 
 WORKLOAD_MIB = 64
 PAGES = WORKLOAD_MIB * 256
-#: What device registers and the firmware's odd corners cost whatever is done.
-FEW = 60
+#: Faults that remain whatever is done: device registers, and odd corners of the firmware.
+MAX_RESIDUAL_FAULTS = 60
 #: Where a daemon is told to listen, and its unit has it listen by itself.
 METRICS_ADDRESS = "127.0.0.1:9469"
 
@@ -37,19 +37,19 @@ def run_tool(*arguments: str, timeout: float = 300) -> subprocess.CompletedProce
     return done
 
 
-def tool(*arguments: str, timeout: float = 300) -> str:
-    """Run it to success; its stdout."""
+def tool_output(*arguments: str, timeout: float = 300) -> str:
+    """Run the command line, which has to succeed; return its stdout."""
     done = run_tool(*arguments, timeout=timeout)
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
     return done.stdout
 
 
-def label(of: Domain) -> str:
-    """What AppArmor confines its QEMU by."""
-    return Path(f"/proc/{of.process.pid}/attr/current").read_text().strip("\0\n")
+def apparmor_label(domain: Domain) -> str:
+    """The AppArmor profile of the domain's QEMU, and its mode."""
+    return Path(f"/proc/{domain.process.pid}/attr/current").read_text().strip("\0\n")
 
 
-def metrics() -> str:
+def read_metrics() -> str:
     """What the daemon tells Prometheus; nothing if it does not listen."""
     try:
         with urllib.request.urlopen(f"http://{METRICS_ADDRESS}/metrics", timeout=30) as page:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import OTHER_MIB, faults, prefault, ram_checksum
+from conftest import OTHER_MIB, MakeGuest, faults, faults_of_pass, prefault, ram_checksum
 
 from qemu_prefault_lab.guest import Guest
 from qemu_prefault_lab.tool import leftovers
@@ -15,16 +15,14 @@ ALL = (32 + OTHER_MIB - 1) << 20  # all RAM of a default guest but what firmware
 def faults_of_first_pass(guest: Guest) -> int:
     """Resume it; stage-2 faults it takes while it writes all its memory."""
     guest.qmp("cont")
-    before = faults(guest)
-    assert guest.command("pass")["bad"] == 0
-    return faults(guest) - before
+    return faults_of_pass(guest)
 
 
-def test_restored_guest_takes_no_faults(restored):
-    control = faults_of_first_pass(restored(workload_mib=64))
+def test_restored_guest_takes_no_faults(make_restored_guest: MakeGuest) -> None:
+    control = faults_of_first_pass(make_restored_guest(workload_mib=64))
     assert control >= 64 << 8  # one per page: there is something to win
 
-    guest = restored(workload_mib=64)
+    guest = make_restored_guest(workload_mib=64)
     result = prefault(guest)
     assert result.status == 0, result.stderr
     assert guest.status() == "paused"  # as it was found
@@ -33,8 +31,8 @@ def test_restored_guest_takes_no_faults(restored):
     assert leftovers(guest.pid) == []
 
 
-def test_counters_match_requested_bytes(restored, agent):
-    guest = restored()
+def test_counters_match_requested_bytes(make_restored_guest: MakeGuest, agent: str) -> None:
+    guest = make_restored_guest()
     result = prefault(guest)
     report = result.report
     assert report["stage2"]["before"] == {"4k": 0, "2m": 0, "1g": 0}
@@ -46,8 +44,8 @@ def test_counters_match_requested_bytes(restored, agent):
     assert report["agent"] == agent
 
 
-def test_second_run_is_noop(restored):
-    guest = restored()
+def test_second_run_is_noop(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest()
     first = prefault(guest).report
     second = prefault(guest)
     assert second.status == 0
@@ -56,23 +54,23 @@ def test_second_run_is_noop(restored):
     assert second.report["stage2"]["after"] == first["stage2"]["after"]
 
 
-def test_dry_run_changes_nothing(restored):
-    guest = restored()
+def test_dry_run_changes_nothing(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest()
     result = prefault(guest, "--dry-run")
     assert result.status == 0
     assert result.report["bytes"]["requested"] >= ALL
     assert guest.stats()["pages_4k"] == 0
 
 
-def test_guest_memory_is_unchanged(restored):
-    guest = restored()
+def test_guest_memory_is_unchanged(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest()
     before = ram_checksum(guest)
     assert prefault(guest, "--populate", "all").status == 0
     assert ram_checksum(guest) == before
 
 
-def test_running_guest_is_paused_and_resumed(restored):
-    guest = restored()
+def test_running_guest_is_paused_and_resumed(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest()
     guest.qmp("cont")
     guest.command("run")
     result = prefault(guest)
@@ -84,28 +82,28 @@ def test_running_guest_is_paused_and_resumed(restored):
 
 
 @pytest.mark.full
-def test_cont_resumes_paused_guest(restored):
-    guest = restored()
+def test_cont_resumes_paused_guest(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest()
     assert prefault(guest, "--cont").status == 0
     assert guest.status() == "running"
 
 
-def test_vcpus_share_work(restored):
-    guest = restored(smp=2)
+def test_vcpus_share_work(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest(smp=2)
     result = prefault(guest)
     assert result.status == 0, result.stderr
     assert faults_of_first_pass(guest) <= (32 << 8) / 1000
 
 
 @pytest.mark.full
-def test_single_vcpu(restored):
-    guest = restored(smp=2)
+def test_single_vcpu(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest(smp=2)
     assert prefault(guest, "--vcpus", "1").status == 0
     assert faults_of_first_pass(guest) <= (32 << 8) / 1000
 
 
-def test_range(restored):
-    guest = restored()
+def test_range(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest()
     result = prefault(guest, "--range", "64M+16M", "--range", "96M+4096")
     assert result.status == 0
     assert result.report["bytes"]["requested"] == (16 << 20) + 4096
@@ -113,8 +111,8 @@ def test_range(restored):
 
 
 @pytest.mark.full
-def test_max_bytes(restored):
-    guest = restored()
+def test_max_bytes(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest()
     result = prefault(guest, "--max-bytes", "10M")
     assert result.status == 0
     assert guest.stats()["pages_4k"] == (10 << 20) // 4096
@@ -123,13 +121,13 @@ def test_max_bytes(restored):
 @pytest.mark.parametrize(
     "chunk", ["4096", *(pytest.param(size, marks=pytest.mark.full) for size in ("128K", "64M"))]
 )
-def test_chunk_sizes(restored, chunk):
-    guest = restored()
+def test_chunk_sizes(make_restored_guest: MakeGuest, chunk: str) -> None:
+    guest = make_restored_guest()
     assert prefault(guest, "--chunk", chunk, "--range", "64M+24M").status == 0
     assert guest.stats()["pages_4k"] == (24 << 20) // 4096
 
 
-def test_untouched_memory_is_populated():
+def test_untouched_memory_is_populated() -> None:
     """The zero-page trap: without populating, every write of the guest would fault again."""
     with Guest(machine="microvm", memory_mib=128, workload_mib=64, paused=True) as guest:
         result = prefault(guest, "--cont")
@@ -140,7 +138,7 @@ def test_untouched_memory_is_populated():
         assert faults(guest) < 1000
 
 
-def test_resident_skips_untouched_memory():
+def test_resident_skips_untouched_memory() -> None:
     with Guest(machine="microvm", paused=True) as guest:
         result = prefault(guest, "--populate", "resident")
         assert result.status == 0, result.stderr
@@ -152,7 +150,7 @@ def test_resident_skips_untouched_memory():
 
 
 @pytest.mark.full
-def test_guest_before_firmware_is_warned_about():
+def test_guest_before_firmware_is_warned_about() -> None:
     with Guest(machine="q35", paused=True) as guest:
         result = prefault(guest)
         assert result.status == 0
@@ -160,7 +158,7 @@ def test_guest_before_firmware_is_warned_about():
         assert guest.status() == "prelaunch"
 
 
-def test_populate_only_fills_no_stage2():
+def test_populate_only_fills_no_stage2() -> None:
     with Guest(machine="microvm", paused=True) as guest:
         result = prefault(guest, "--populate-only")
         assert result.status == 0, result.stderr

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_prefault_is_refused():
+def test_prefault_is_refused() -> None:
     with Guest(machine="microvm", memory_mib=128, paused=True) as guest:
         before = ram_resident(guest)
         result = prefault(guest)
@@ -37,7 +37,7 @@ def test_prefault_is_refused():
         assert leftovers(guest.pid) == []
 
 
-def test_populate_only_on_running_guest():
+def test_populate_only_on_running_guest() -> None:
     with Guest(machine="pc", memory_mib=192, workload_mib=16) as guest:
         guest.wait_ready()
         guest.command("run")
@@ -51,7 +51,7 @@ def test_populate_only_on_running_guest():
         assert leftovers(guest.pid) == []
 
 
-def test_probe_reports_missing_ioctl():
+def test_probe_reports_missing_ioctl() -> None:
     with Guest(machine="microvm", memory_mib=128, paused=True) as guest:
         result = Tool(["probe", "--qmp", str(guest.qmp_path), "--json"]).finish()
         assert result.status == 4
