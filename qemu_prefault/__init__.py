@@ -53,6 +53,8 @@ if TYPE_CHECKING:
         ram_map,
         replace_by,
     )
+    from .deprecated.session import Policy as Policy
+    from .deprecated.session import Session as Session
     from .errors import (
         AgentError,
         Code,

@@ -20,7 +20,8 @@ from typing import Any, Final
 
 from qemu_prefault_lab.guest import Guest
 from qemu_prefault_lab.scenario import NOTHING, TOOL, small_pages
-from qemu_prefault_lab.tool import Tool, wait_for
+from qemu_prefault_lab.wait import wait_for
+from support.tool import Tool
 
 ROUNDS: Final = 5
 MEMORY_MIB: Final = 512
@@ -89,7 +90,7 @@ def migrate(way: str, state: Path, directory: Path, busy: bool) -> dict[str, Any
 
 
 def main() -> None:
-    rounds = []
+    rounds: list[dict[str, Any]] = []
     with small_pages(), tempfile.TemporaryDirectory() as scratch:
         loop = subprocess.Popen(
             [sys.argv[1], str(MEMORY_MIB), str(CHUNK_MIB)],
@@ -109,7 +110,7 @@ def main() -> None:
         save(state)
         for number in range(ROUNDS):
             found: dict[str, Any] = {}
-            loops = []
+            loops: list[float] = []
             for way in (NOTHING, TOOL)[:: 1 if number % 2 else -1]:
                 loops.append(bare_ioctl())
                 found[way] = migrate(way, state, Path(scratch), busy=True)

@@ -17,19 +17,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import StartQemu
-from tool import Vm, start_vm, wait_for
 
 from qemu_prefault.agents.base import OrphanCleanup
 from qemu_prefault.engine.resume_guard import ResumeGuard
 from qemu_prefault.qemu.monitor import Monitor
+from qemu_prefault_lab.wait import wait_for
+from support.qemu import QemuVm, StartQemu, start_vm
 
 Body = Callable[[socket.socket], None]
 NOTHING_LEFT = OrphanCleanup(lambda: None, lambda: True, 20.0)
 
 
 @pytest.fixture
-def vm(start_qemu: StartQemu, tmp_path: Path, accel: str) -> Vm:
+def vm(start_qemu: StartQemu, tmp_path: Path, accel: str) -> QemuVm:
     return start_vm(start_qemu, tmp_path, "-m", "64M", accel=accel, paused=False)
 
 
@@ -38,7 +38,7 @@ class Holder:
 
     def __init__(
         self,
-        vm: Vm,
+        vm: QemuVm,
         before_waiting: bytes = b"",
         *,
         orders: OrphanCleanup = NOTHING_LEFT,
@@ -87,7 +87,7 @@ class Holder:
 
 
 @pytest.fixture
-def hold(vm: Vm) -> Iterator[Callable[..., Holder]]:
+def hold(vm: QemuVm) -> Iterator[Callable[..., Holder]]:
     holders: list[Holder] = []
 
     def make(*arguments: bytes, **options: object) -> Holder:
@@ -100,13 +100,13 @@ def hold(vm: Vm) -> Iterator[Callable[..., Holder]]:
         holder.close()
 
 
-def check_resumed(vm: Vm, holder: Holder) -> None:
+def check_resumed(vm: QemuVm, holder: Holder) -> None:
     vm.qmp.wait_event("RESUME")
     assert vm.qmp.status() == "running"
     assert holder.guard_gone(10), "the guard does not leave"
 
 
-def test_a_guest_is_resumed_when_its_holder_is_killed(vm: Vm, hold: Callable[..., Holder]) -> None:
+def test_guest_is_resumed_if_holder_is_killed(vm: QemuVm, hold: Callable[..., Holder]) -> None:
     holder = hold()
     holder.kill()
     check_resumed(vm, holder)
@@ -131,9 +131,7 @@ HALVES = {
 
 @pytest.mark.parametrize("accel", ["tcg"])
 @pytest.mark.parametrize("name", HALVES)
-def test_whatever_the_holder_was_about_to_say(
-    vm: Vm, hold: Callable[..., Holder], name: str
-) -> None:
+def test_holder_killed_in_mid_message(vm: QemuVm, hold: Callable[..., Holder], name: str) -> None:
     holder = hold(HALVES[name])
     holder.kill()
     check_resumed(vm, holder)
@@ -141,9 +139,7 @@ def test_whatever_the_holder_was_about_to_say(
 
 @pytest.mark.parametrize("accel", ["tcg"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_what_ends_the_job_does_not_end_the_guard(
-    vm: Vm, hold: Callable[..., Holder], number: int
-) -> None:
+def test_guard_survives_job_signals(vm: QemuVm, hold: Callable[..., Holder], number: int) -> None:
     """Ctrl-C in a terminal, a closing session: the whole process group gets it."""
     holder = hold()
     os.kill(holder.guard, number)
@@ -153,7 +149,7 @@ def test_what_ends_the_job_does_not_end_the_guard(
 
 
 @pytest.mark.parametrize("accel", ["tcg"])
-def test_a_guest_that_has_migrated_away_is_not_resumed(vm: Vm, hold: Callable[..., Holder]) -> None:
+def test_migrated_guest_is_not_resumed(vm: QemuVm, hold: Callable[..., Holder]) -> None:
     """It runs at the destination: two of it would write to one disk."""
     holder = hold()
     vm.qmp.execute("migrate", uri="exec:cat >/dev/null")
@@ -164,8 +160,8 @@ def test_a_guest_that_has_migrated_away_is_not_resumed(vm: Vm, hold: Callable[..
 
 
 @pytest.mark.parametrize("accel", ["tcg"])
-def test_helpers_are_sent_away_and_waited_for_before_the_guest_runs(
-    vm: Vm, hold: Callable[..., Holder], tmp_path: Path
+def test_helpers_end_before_the_guest_resumes(
+    vm: QemuVm, hold: Callable[..., Holder], tmp_path: Path
 ) -> None:
     told, gone = tmp_path / "told", tmp_path / "gone"
     holder = hold(orders=OrphanCleanup(told.touch, gone.exists, 20.0))
@@ -178,9 +174,7 @@ def test_helpers_are_sent_away_and_waited_for_before_the_guest_runs(
 
 
 @pytest.mark.parametrize("accel", ["tcg"])
-def test_helpers_that_never_leave_do_not_keep_the_guest(
-    vm: Vm, hold: Callable[..., Holder]
-) -> None:
+def test_stuck_helpers_do_not_block_resume(vm: QemuVm, hold: Callable[..., Holder]) -> None:
     holder = hold(orders=OrphanCleanup(lambda: None, lambda: False, 0.5))
     started = time.monotonic()
     holder.kill()
@@ -189,7 +183,7 @@ def test_helpers_that_never_leave_do_not_keep_the_guest(
 
 
 @pytest.mark.parametrize("accel", ["tcg"])
-def test_a_qemu_that_dies_too_takes_the_guard_with_it(vm: Vm, hold: Callable[..., Holder]) -> None:
+def test_guard_ends_with_qemu(vm: QemuVm, hold: Callable[..., Holder]) -> None:
     holder = hold()
     vm.qemu.kill()
     holder.kill()
@@ -197,7 +191,7 @@ def test_a_qemu_that_dies_too_takes_the_guard_with_it(vm: Vm, hold: Callable[...
 
 
 @pytest.mark.parametrize("accel", ["tcg"])
-def test_a_stopped_qemu_is_resumed_once_it_goes_on(vm: Vm, hold: Callable[..., Holder]) -> None:
+def test_stopped_qemu_is_resumed_once_continued(vm: QemuVm, hold: Callable[..., Holder]) -> None:
     holder = hold()
     vm.qemu.pause()
     holder.kill()
@@ -207,7 +201,7 @@ def test_a_stopped_qemu_is_resumed_once_it_goes_on(vm: Vm, hold: Callable[..., H
 
 
 @pytest.mark.parametrize("accel", ["tcg"])
-def test_when_all_goes_well_the_guard_does_nothing_and_leaves(vm: Vm) -> None:
+def test_guard_leaves_after_a_normal_run(vm: QemuVm) -> None:
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     before = children.read_text().split()
 
@@ -229,7 +223,7 @@ def test_when_all_goes_well_the_guard_does_nothing_and_leaves(vm: Vm) -> None:
 
 
 @pytest.mark.parametrize("accel", ["tcg"])
-def test_an_exception_in_the_block_is_no_accident(vm: Vm) -> None:
+def test_exception_in_the_block_resumes_nothing(vm: QemuVm) -> None:
     """The engine resumes by itself then; two of them would be one too many."""
 
     async def fail() -> None:

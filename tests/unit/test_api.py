@@ -39,7 +39,7 @@ def test_help_shows_the_api() -> None:
 
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nonesuch'"):
-        _ = qemu_prefault.nonesuch  # type: ignore[attr-defined]
+        _ = qemu_prefault.nonesuch
 
 
 def test_import_loads_no_heavy_modules() -> None:

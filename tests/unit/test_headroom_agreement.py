@@ -13,10 +13,10 @@ import pytest
 from qemu_prefault._native import ffi, lib
 
 from qemu_prefault.host.headroom import (
-    _hugetlb_limit,
-    _memory_limit,
     cgroup_directories,
+    cgroup_hugetlb_limit,
     hugetlb_free,
+    memory_limit,
     parse_cgroups,
     parse_mountinfo,
 )
@@ -154,7 +154,7 @@ def memory_in_c(directory: Path, unified: bool, least: int = UNLIMITED) -> int |
 @pytest.mark.parametrize("case", MEMORY, ids=by_name)
 def test_memory_cgroup(case: Case, tmp_path: Path) -> None:
     write(tmp_path, case.files)
-    limit = _memory_limit(str(tmp_path), case.unified)
+    limit = memory_limit(str(tmp_path), case.unified)
     assert (limit.available if limit else None) == case.expected
     assert memory_in_c(tmp_path, case.unified) == case.expected
 
@@ -162,7 +162,7 @@ def test_memory_cgroup(case: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", HUGETLB, ids=by_name)
 def test_hugetlb_cgroup(case: Case, tmp_path: Path) -> None:
     write(tmp_path, case.files)
-    limit = _hugetlb_limit(str(tmp_path), case.unified, 2 * MIB)
+    limit = cgroup_hugetlb_limit(str(tmp_path), case.unified, 2 * MIB)
     assert (limit.available if limit else None) == case.expected
     with opened(tmp_path) as fd:
         left = lib.pf_headroom_hugetlb_group(fd, case.unified, 2 * MIB)
@@ -174,7 +174,7 @@ def test_hugetlb_sizes_have_the_same_names(page_size: int, tmp_path: Path) -> No
     for size in ("64KB", "2MB", "512MB", "1GB", "16GB"):
         limit = {f"hugetlb.{size}.max": 1 << 40 | len(size), f"hugetlb.{size}.current": 0}
         write(tmp_path, limit)
-    found = _hugetlb_limit(str(tmp_path), True, page_size)
+    found = cgroup_hugetlb_limit(str(tmp_path), True, page_size)
     assert found
     with opened(tmp_path) as fd:
         assert lib.pf_headroom_hugetlb_group(fd, True, page_size) == found.available

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The conformance suite, on the kernel it is run on; and that it would notice an empty ioctl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from qemu_prefault.conformance import host, runner, suite
+from qemu_prefault.conformance.host import Host
+from qemu_prefault.conformance.runner import Result
+from qemu_prefault.conformance.suite import Outcome
+from qemu_prefault.conformance.vmm import Prefault, Vcpu
+from qemu_prefault_lab.conformance import prepared
+from support.tool import Tool
+
+pytestmark = pytest.mark.conformance
+
+AreaResults = Callable[[str], list[Result]]
+QUICK_MUTATION = ("mapping/4k", "mapping/memfd", "level/", "vcpu/never", "state/cpuid")
+"""What the mutation check looks at in ``make test``: a few of each kind, none that waits."""
+AREA_MARKS = {
+    "mapping": pytest.mark.every_kernel,
+    "slots": pytest.mark.every_kernel,
+    "paging": pytest.mark.shadow_paging,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def this_host(four_kilobyte_pages: None) -> Iterator[Host]:
+    """With huge pages of each kind, and KSM."""
+    with prepared():
+        yield host.look()
+
+
+@pytest.fixture(scope="module")
+def results(this_host: Host) -> AreaResults:
+    """The results of an area, run once."""
+    found: dict[str, list[Result]] = {}
+    cases = suite.all_cases()
+
+    def of(area: str) -> list[Result]:
+        if area not in found:
+            mine = [case for case in cases if case.area == area]
+            found[area] = runner.run(mine, this_host, harsh=True)
+        return found[area]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "area", [pytest.param(area, marks=AREA_MARKS.get(area, ())) for area in suite.AREAS]
+)
+def test_area(area: str, results: AreaResults) -> None:
+    unexpected = [
+        f"{result.case.id}: {result.outcome.value}: {result.text}"
+        for result in results(area)
+        if not result.outcome.expected
+    ]
+    assert not unexpected, "\n".join(unexpected)
+
+
+def test_most_cases_run(results: AreaResults, this_host: Host) -> None:
+    ran = [
+        result
+        for area in suite.AREAS
+        for result in results(area)
+        if result.outcome is not Outcome.SKIP
+    ]
+    assert len(ran) >= 200
+    refused = [result for result in ran if result.outcome is Outcome.REFUSED]
+    assert bool(refused) is not this_host.capability
+
+
+def test_command_line() -> None:
+    result = Tool(["conformance", "-k", "errors/einval", "--json"]).finish()
+    assert result.status == 0, result.stdout
+    report = json.loads(result.stdout)
+    assert report["exit"] == 0
+    assert report["counts"]["pass"] == len(report["cases"]) == 9
+    assert report["host"]["kernel"]
+
+    result = Tool(["conformance", "-k", "control/4k"]).finish()
+    assert result.status == 0, result.stdout
+    assert "control/4k-read" in result.stdout
+    assert "2 cases" in result.stdout
+
+
+# Would the suite notice if the ioctl did nothing? The kernel's own selftest does not.
+
+
+def do_nothing(self: Vcpu, gpa: int, size: int, **_: object) -> Prefault:
+    """Advances ``size`` as if all were done."""
+    return Prefault(error=0, left=0, seconds=0.0)
+
+
+def failing_share(
+    monkeypatch: pytest.MonkeyPatch, this_host: Host, words: tuple[str, ...]
+) -> float:
+    monkeypatch.setattr(Vcpu, "prefault", do_nothing)
+    cases = [
+        case
+        for case in suite.all_cases()
+        if case.mapping and case.id.startswith(words) and not case.obstacle(this_host)
+    ]
+    ran = [
+        result
+        for result in runner.run(cases, this_host, harsh=True, limit_seconds=40)
+        if result.outcome is not Outcome.SKIP
+    ]
+    kept = [result.case.id for result in ran if result.outcome.expected]
+    print(f"{len(ran) - len(kept)} of {len(ran)} mapping cases fail without a mapping; not: {kept}")
+    assert len(ran) >= 30
+    return (len(ran) - len(kept)) / len(ran)
+
+
+@pytest.mark.parametrize(
+    "words", [QUICK_MUTATION, pytest.param(("",), marks=pytest.mark.full)], ids=["quick", "all"]
+)
+def test_noop_ioctl_is_detected(
+    monkeypatch: pytest.MonkeyPatch, this_host: Host, words: tuple[str, ...]
+) -> None:
+    if not this_host.capability:
+        pytest.skip("the ioctl is not on offer here")
+    assert failing_share(monkeypatch, this_host, words) >= 0.9

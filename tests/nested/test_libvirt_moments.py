@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which route helps when: the table of docs/libvirt.md, measured.
+
+Faults are KVM's ``pf_taken``. Each guest writes 64 MiB; on 4K pages that is 16,384 faults if
+nothing is done for it. Rows come out as lines ``libvirt-table: MOMENT | ROUTE | FAULTS``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, Unpack
+
+import pytest
+
+from qemu_prefault.libvirt.install import HOOK as HOOK_FILE
+from qemu_prefault_lab.libvirtd import Domain, Libvirtd, Syslog, host_namespace, wait_until
+from support.guest import Follower
+from support.libvirt import (
+    MAX_RESIDUAL_FAULTS,
+    PAGES,
+    DomainOptions,
+    MakeDomain,
+    WriteHookConfig,
+    apparmor_label,
+    tool_output,
+)
+
+pytestmark = [pytest.mark.libvirt, pytest.mark.full]
+
+NOTHING, PLUGIN, HOOK, COMMAND, FOLLOW = "nothing", "plugin", "hook", "command", "follow"
+VERIFIED = "verified: all"
+"""What the run that the hook hands over to ends with."""
+
+
+class ReportRow(Protocol):
+    def __call__(self, moment: str, route: str, faults: int, note: str = "") -> None: ...
+
+
+HookCalls = Callable[[], list[str]]
+
+
+@pytest.fixture
+def report_row(capsys: pytest.CaptureFixture[str]) -> ReportRow:
+    """Prints a row of the table."""
+
+    def report(moment: str, route: str, faults: int, note: str = "") -> None:
+        with capsys.disabled():
+            print(f"\nlibvirt-table: {moment} | {route} | {faults:,} | {note}")
+
+    return report
+
+
+def make_routed_domain(
+    make_domain: MakeDomain, route: str, name: str, **options: Unpack[DomainOptions]
+) -> Domain:
+    """A domain with the plugin if that is the route."""
+    guest = make_domain(name, **options)
+    if route == PLUGIN:
+        tool_output("libvirt", "enable", name)
+    return guest
+
+
+@pytest.fixture
+def hook_calls() -> Iterator[HookCalls]:
+    """What libvirt has called its hooks for, as another script beside ours logs it."""
+    script = Path("/") / HOOK_FILE.with_name("99-calls")
+    log = Path("/run/hook-calls")
+    log.write_text("")
+    script.write_text(f'#!/bin/sh\necho "$2 $3" >>{log}\n')
+    script.chmod(0o755)
+
+    def calls() -> list[str]:
+        return log.read_text().splitlines()
+
+    yield calls
+    script.unlink()
+    log.unlink()
+
+
+def start_timed(guest: Domain, route: str) -> float:
+    """Start it, by our command or libvirt's; give the seconds that took."""
+    began = time.monotonic()
+    if route == COMMAND:
+        tool_output("libvirt", "start", guest.name)
+    else:
+        guest.virsh("start")
+    seconds = time.monotonic() - began
+    guest.attach_serial()
+    return seconds
+
+
+def check_nothing_left_to_fault(guest: Domain, mib: int) -> None:
+    """Memory that the guest has not written yet is there when it does."""
+    before = guest.faults()
+    guest.command(f"alloc {mib}")
+    assert guest.faults() - before < MAX_RESIDUAL_FAULTS
+
+
+@pytest.mark.parametrize("route", [NOTHING, PLUGIN, HOOK, COMMAND])
+def test_cold_start(
+    make_domain: MakeDomain,
+    write_hook_config: WriteHookConfig,
+    syslog: Syslog,
+    report_row: ReportRow,
+    route: str,
+) -> None:
+    guest = make_routed_domain(make_domain, route, f"cold-{route}")
+    if route == HOOK:
+        write_hook_config('[default]\nstart = "later"\n')
+    seconds = start_timed(guest, route)
+    guest.wait_ready()
+    report_row("cold start", route, guest.faults(), f"start {seconds:.2f} s")
+    if route == HOOK:
+        # The vCPUs run when it is called, so how far the guest gets is a race.
+        assert guest.faults() > MAX_RESIDUAL_FAULTS
+        wait_until(lambda: syslog.lines(VERIFIED), "the hook's run has ended")
+        check_nothing_left_to_fault(guest, 96)
+        return
+    assert (guest.faults() > PAGES) is (route != PLUGIN)
+    assert route != PLUGIN or guest.faults() < MAX_RESIDUAL_FAULTS
+
+
+@pytest.mark.parametrize("route", [NOTHING, PLUGIN, HOOK, COMMAND])
+def test_managed_save(
+    make_domain: MakeDomain,
+    write_hook_config: WriteHookConfig,
+    syslog: Syslog,
+    report_row: ReportRow,
+    route: str,
+) -> None:
+    guest = make_routed_domain(make_domain, route, f"saved-{route}")
+    guest.start()
+    guest.wait_ready()
+    guest.check_memory()
+    guest.virsh("managedsave")
+    if route == HOOK:
+        write_hook_config('[default]\nrestore = "now"\n')
+    seconds = start_timed(guest, route)
+    guest.check_memory()
+    report_row("restore", route, guest.faults(), f"start {seconds:.2f} s")
+    assert (guest.faults() > PAGES) is (route == NOTHING)
+    assert route == NOTHING or guest.faults() < MAX_RESIDUAL_FAULTS, syslog.lines()
+
+
+def test_restore_saved_file(make_domain: MakeDomain, report_row: ReportRow, tmp_path: Path) -> None:
+    guest = make_domain("file")
+    guest.start()
+    guest.wait_ready()
+    guest.check_memory()
+    file = tmp_path / "saved"
+    guest.virsh("save", str(file))
+    tool_output("libvirt", "restore", str(file))
+    guest.attach_serial()
+    guest.check_memory()
+    report_row("restore of a file", COMMAND, guest.faults())
+    assert guest.faults() < MAX_RESIDUAL_FAULTS
+
+
+def test_hook_latency(
+    libvirtd: Libvirtd, write_hook_config: WriteHookConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """libvirt waits for each of its calls; times are printed, not judged."""
+    plain = "<domain type='kvm'><name>a</name><uuid>u</uuid><memory>1024</memory></domain>"
+    asked = plain.replace("<name>", "<!-- qemu-prefault --><name>")
+
+    def seconds(operation: str, xml: str) -> float:
+        times: list[float] = []
+        for _ in range(5):
+            began = time.monotonic()
+            subprocess.run(
+                [Path("/") / HOOK_FILE, "a", operation, "begin", "-"],
+                input=xml, text=True, check=True, stderr=subprocess.DEVNULL, timeout=60,
+            )  # fmt: skip
+            times.append(time.monotonic() - began)
+        return statistics.median(times)
+
+    with capsys.disabled():
+        for what, operation, xml in (
+            ("a call that is none of ours", "prepare", plain),
+            ("a domain that nobody speaks of", "started", plain),
+            ("a domain whose policy is off", "started", asked),
+        ):
+            print(f"\nlibvirt-latency: {what} | {seconds(operation, xml) * 1000:.0f} ms")
+
+
+def faults_of_reset(guest: Domain) -> int:
+    before = guest.faults()
+    guest.reset()
+    guest.wait_ready()
+    return guest.faults() - before
+
+
+@pytest.mark.parametrize("route", [NOTHING, PLUGIN, FOLLOW])
+def test_reset(make_domain: MakeDomain, report_row: ReportRow, route: str) -> None:
+    guest = make_routed_domain(make_domain, route, f"reset-{route}")
+    guest.start()
+    guest.wait_ready()
+    with (
+        Follower("--domain", guest.name)
+        if route == FOLLOW
+        else contextlib.nullcontext() as follower
+    ):
+        faults = faults_of_reset(guest)
+        report_row("reset", route, faults)
+        if follower is not None:
+            assert follower.prefaulted()["why"] == "the tables were dropped"
+            check_nothing_left_to_fault(guest, 96)
+    assert (faults > MAX_RESIDUAL_FAULTS) is (route != PLUGIN)
+    assert route != NOTHING or faults > PAGES
+
+
+def test_reset_does_not_call_hook(
+    make_domain: MakeDomain,
+    write_hook_config: WriteHookConfig,
+    syslog: Syslog,
+    hook_calls: HookCalls,
+    report_row: ReportRow,
+) -> None:
+    """It is not called, and what it has done before is lost."""
+    guest = make_domain(f"reset-{HOOK}")
+    write_hook_config('[default]\nstart = "later"\n')
+    guest.start()
+    guest.wait_ready()
+    wait_until(lambda: syslog.lines(VERIFIED), "the hook's run has ended")
+    calls = hook_calls()
+    assert "started begin" in calls
+    faults = faults_of_reset(guest)
+    report_row("reset", HOOK, faults)
+    assert hook_calls() == calls
+    assert faults > PAGES
+
+
+DIMM = """<memory model='dimm'>
+  <target><size unit='MiB'>256</size><node>0</node></target>
+</memory>
+"""
+
+
+@pytest.mark.parametrize("route", [NOTHING, PLUGIN, COMMAND, FOLLOW])
+def test_hotplug(
+    make_domain: MakeDomain,
+    hook_calls: HookCalls,
+    report_row: ReportRow,
+    route: str,
+    tmp_path: Path,
+) -> None:
+    guest = make_routed_domain(
+        make_domain,
+        route,
+        f"plug-{route}",
+        memory_mib=256,
+        workload_mib=0,
+        max_mib=1024,
+        kernel_args="memhp_default_state=online",
+    )
+    guest.start()
+    guest.wait_ready()
+    file = tmp_path / "dimm.xml"
+    file.write_text(DIMM)
+    calls = hook_calls()
+    with (
+        Follower("--domain", guest.name)
+        if route == FOLLOW
+        else contextlib.nullcontext() as follower
+    ):
+        with expect_acpi_ost(guest):
+            guest.virsh("attach-device", str(file), "--live")
+        if route == COMMAND:
+            tool_output("--domain", guest.name, "--range", "4G+256M")
+        if route == PLUGIN:
+            wait_until(lambda: not plugin_status(guest)["pending"], "the plugin has done it")
+        if follower is not None:
+            assert follower.prefaulted()["why"] == "memory was added"
+        before = guest.faults()
+        guest.command("alloc 320")  # more than there is without the DIMM
+        faults = guest.faults() - before
+    report_row("hotplug", route, faults)
+    assert hook_calls() == calls
+    least = {NOTHING: 256 * 256, COMMAND: MAX_RESIDUAL_FAULTS}.get(route, 0)
+    most = {NOTHING: 321 * 256, COMMAND: 128 * 256}.get(route, MAX_RESIDUAL_FAULTS)
+    assert least <= faults <= most
+
+
+def plugin_status(guest: Domain) -> dict[str, Any]:
+    status = json.loads(tool_output("libvirt", "status", guest.name, "--json"))
+    plugin: dict[str, Any] = status["plugin"]
+    return plugin
+
+
+@contextlib.contextmanager
+def expect_acpi_ost(guest: Domain) -> Iterator[None]:
+    """QEMU tells what the guest's ACPI says of a device that was plugged."""
+    waiting = subprocess.Popen(
+        ["virsh", "-c", guest.daemon.uri, "qemu-monitor-event", guest.name, "--event",
+         "ACPI_DEVICE_OST", "--timeout", "60"],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    yield
+    events, _ = waiting.communicate(timeout=90)
+    assert "ACPI_DEVICE_OST" in events
+
+
+@pytest.fixture(scope="module")
+def other_host(libvirtd: Libvirtd) -> Iterator[Libvirtd]:
+    with Libvirtd(host="other") as started:
+        yield started
+
+
+MIGRATE = ("--persistent", "--migrateuri", "tcp://127.0.0.1:49152")
+
+
+@pytest.mark.parametrize("route", [NOTHING, PLUGIN, COMMAND])
+def test_migration(
+    make_domain: MakeDomain, other_host: Libvirtd, report_row: ReportRow, route: str
+) -> None:
+    guest = make_routed_domain(make_domain, route, f"move-{route}")
+    guest.start()
+    guest.wait_ready()
+    guest.check_memory()
+    there = guest.daemon
+    if route == COMMAND:
+        os.environ["LIBVIRT_DEFAULT_URI"] = other_host.uri
+        try:
+            tool_output(
+                *("libvirt", "migrate", guest.name, "--from", there.uri),
+                *("--migrate-uri", MIGRATE[-1], "--persistent"),
+            )
+        finally:
+            del os.environ["LIBVIRT_DEFAULT_URI"]
+    else:
+        guest.virsh("migrate", "--live", *MIGRATE, "--desturi", other_host.uri)
+    arrived = guest.moved_to(other_host)
+    arrived.attach_serial()
+    wait_until(lambda: arrived.state == "running", "it runs there")
+    arrived.check_memory()
+    report_row("migration", route, arrived.faults())
+    assert (arrived.faults() > PAGES) is (route == NOTHING)
+    assert route == NOTHING or arrived.faults() < MAX_RESIDUAL_FAULTS
+    assert apparmor_label(arrived) == f":{host_namespace('other')}:libvirt-{guest.uuid} (enforce)"
+
+
+def test_hook_prefaults_after_migration(
+    make_domain: MakeDomain,
+    other_host: Libvirtd,
+    write_hook_config: WriteHookConfig,
+    syslog: Syslog,
+    report_row: ReportRow,
+) -> None:
+    """It is called before RAM is there, and what it hands over to has to wait: for longer than
+    libvirt lets anybody wait for a domain that it is busy with, which is 30 s."""
+    guest = make_domain("move-hook")
+    guest.start()
+    guest.wait_ready()
+    write_hook_config('[default]\nmigrate = "later"\n')
+    guest.command("run")  # it writes all of its memory over and over, here and there
+    guest.virsh(
+        *("migrate", "--live", *MIGRATE, "--desturi", other_host.uri),
+        *("--bandwidth", "4", "--timeout", "80", "--timeout-suspend"),
+    )
+    arrived = guest.moved_to(other_host)
+    arrived.attach_serial()
+    wait_until(lambda: arrived.state == "running", "it runs there")
+
+    def passes() -> float:
+        return float(arrived.command("status")["passes"])
+
+    before = passes()
+    wait_until(lambda: passes() > before, "it writes there")
+    report_row("migration", HOOK, arrived.faults())
+    assert arrived.faults() > MAX_RESIDUAL_FAULTS
+    wait_until(lambda: syslog.lines(VERIFIED), "the hook's run has ended")
+    assert syslog.lines("move-hook is migrating in"), syslog.lines()
+    assert arrived.command("stop")["bad"] == 0
+    check_nothing_left_to_fault(arrived, 64)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the tests of libvirt share; not on a developer's host, whose libvirt they would rewrite."""
+
+from __future__ import annotations
+
+import subprocess
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TypedDict, Unpack
+
+import pytest
+
+from qemu_prefault_lab.libvirtd import Domain
+
+if not Path("/lab/agent.py").exists() or not Path("/usr/sbin/libvirtd").exists():
+    pytest.skip("only in the lab's variant libvirt", allow_module_level=True)
+
+WORKLOAD_MIB = 64
+PAGES = WORKLOAD_MIB * 256
+#: Faults that remain whatever is done: device registers, and odd corners of the firmware.
+MAX_RESIDUAL_FAULTS = 60
+#: Where a daemon is told to listen, and its unit has it listen by itself.
+METRICS_ADDRESS = "127.0.0.1:9469"
+
+WriteHookConfig = Callable[[str], None]
+
+
+class DomainOptions(TypedDict, total=False):
+    """Keywords of :class:`Domain`."""
+
+    machine: str
+    memory_mib: int
+    workload_mib: int
+    max_mib: int
+    firmware_only: bool
+    kernel_args: str
+    metadata: str
+
+
+class MakeDomain(Protocol):
+    """A fixture that makes domains, and destroys them when the test ends."""
+
+    def __call__(self, name: str, **options: Unpack[DomainOptions]) -> Domain: ...
+
+
+def run_tool(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run the command line; nothing it does may show a user a traceback."""
+    done = subprocess.run(
+        ["qemu-prefault", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "internal error" not in done.stderr, done.stderr
+    return done
+
+
+def tool_output(*arguments: str, timeout: float = 300) -> str:
+    """Run the command line, which has to succeed; return its stdout."""
+    done = run_tool(*arguments, timeout=timeout)
+    assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
+    return done.stdout
+
+
+def apparmor_label(domain: Domain) -> str:
+    """The AppArmor profile of the domain's QEMU, and its mode."""
+    return Path(f"/proc/{domain.process.pid}/attr/current").read_text().strip("\0\n")
+
+
+def read_metrics() -> str:
+    """What the daemon tells Prometheus; nothing if it does not listen."""
+    try:
+        with urllib.request.urlopen(f"http://{METRICS_ADDRESS}/metrics", timeout=30) as page:
+            text: str = page.read().decode()
+    except OSError:
+        return ""
+    return text
