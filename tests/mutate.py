@@ -40,6 +40,8 @@ HISTORY = ROOT / "tests" / "history"
 PRODUCT = "qemu_prefault"
 SUFFIXES = frozenset({".py", ".c", ".h"})
 GENERATED = frozenset({"helper_blob.h"})
+#: Fails if the product was not built and installed.
+IMPORT = "import qemu_prefault._native"
 #: Seconds for all tests of one mutant, building included.
 TIMEOUT = 1200
 #: Kernel of the nested lab that tier "nested" boots.
@@ -207,19 +209,20 @@ def copy_of_checkout() -> Iterator[Path]:
 
 
 def pytest_command(tier: Tier, nodes: Sequence[str], junit: Path) -> list[str]:
-    """Return the command that runs tests and writes their results to `junit`.
+    """Return the command that runs tests, inside with-env, and writes their results to `junit`.
 
-    It runs inside with-env, in a shell, so that it knows the wheels.
+    It ends before that if the product was not installed.
     """
     words = ["-q", "--color=no", "-p", "no:cacheprovider", *nodes]
-    if tier is not Tier.NESTED:
-        return ["python", "-m", "pytest", "--junit-xml", str(junit), *words]
-    script = (
-        "wheels=(); for wheel in $QEMU_PREFAULT_WHEELS; do wheels+=(--wheel $wheel); done; "
-        f"exec python -m qemu_prefault_lab pytest --variant {VARIANT} "
-        f'--junit "$1" --timeout {TIMEOUT} "${{wheels[@]}}" -- "${{@:2}}"'
-    )
-    return ["bash", "-c", script, "bash", str(junit), *words]
+    if tier is Tier.NESTED:
+        script = (
+            "for wheel in $QEMU_PREFAULT_WHEELS; do wheels+=(--wheel $wheel); done; "
+            f"exec python -m qemu_prefault_lab pytest --variant {VARIANT} "
+            f'--junit "$0" --timeout {TIMEOUT} "${{wheels[@]}}" -- "$@"'
+        )
+    else:
+        script = 'exec python -m pytest --junit-xml "$0" "$@"'
+    return ["bash", "-c", f"python -c '{IMPORT}' || exit; {script}", str(junit), *words]
 
 
 def run_tests(root: Path, tier: Tier, nodes: Sequence[str]) -> tuple[list[str], int]:
