@@ -151,3 +151,34 @@ def test_stopped_thread_is_skipped_and_stays_stopped(victim: Victim) -> None:
     os.kill(victim.pid, signal.SIGCONT)
     assert leftovers(victim.pid) == []
     assert victim.verdict().startswith("unchanged ")
+
+
+def test_a_run_waits_for_the_helpers_of_a_hung_one(victim: Victim) -> None:
+    """They leave by themselves when its heartbeat stops; only then are new ones started."""
+    read_end, write_end = os.pipe()
+    hung = os.fork()
+    if hung == 0:
+        try:
+            asyncio.run(victim.agent().start())
+            os.write(write_end, b"x")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(write_end)
+    assert os.read(read_end, 1) == b"x", "the first run has failed"
+    os.close(read_end)
+    os.kill(hung, signal.SIGSTOP)
+    assert leftovers(victim.pid)
+
+    async def run() -> None:
+        agent = victim.agent()
+        await agent.start()
+        await agent.close()
+
+    try:
+        asyncio.run(run())
+    finally:
+        os.kill(hung, signal.SIGKILL)
+        os.waitpid(hung, 0)
+    assert leftovers(victim.pid) == []
+    assert victim.verdict().startswith("unchanged ")

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How KVM's answers are read, with a KVM that answers what it is told to."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from qemu_prefault import _native
+from qemu_prefault.kvm import KVM_CAP_PRE_FAULT_MEMORY, pre_fault_capability
+
+open_file = os.open
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[int]:
+    """The numbers that KVM_CHECK_EXTENSION was called with; the parameter is its answer."""
+    numbers: list[int] = []
+
+    def check_extension(_fd: int, number: int) -> int:
+        numbers.append(number)
+        return int(request.param)
+
+    monkeypatch.setattr(os, "open", lambda path, flags: open_file(os.devnull, flags))
+    monkeypatch.setattr(_native, "lib", SimpleNamespace(kvm_check_extension=check_extension))
+    return numbers
+
+
+@pytest.mark.parametrize("asked", [1], indirect=True)
+def test_an_answer_of_one_means_that_it_is_present(asked: list[int]) -> None:
+    assert pre_fault_capability().available is True
+    assert asked == [KVM_CAP_PRE_FAULT_MEMORY]
+
+
+@pytest.mark.parametrize("asked", [0], indirect=True)
+def test_an_answer_of_zero_means_that_it_is_absent(asked: list[int]) -> None:
+    capability = pre_fault_capability()
+    assert capability.available is False
+    assert capability.reason and capability.remedy
+    assert asked == [KVM_CAP_PRE_FAULT_MEMORY]
+
+
+def test_without_permission_it_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, _flags: int) -> int:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "open", refuse)
+    capability = pre_fault_capability()
+    assert capability.available is None
+    assert "Permission denied" in capability.reason
