@@ -28,7 +28,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from qemu_prefault.errors import FailedError, QemuPrefaultError
 from qemu_prefault_lab import cache, distro
@@ -39,6 +38,10 @@ from qemu_prefault_lab.patched import uefi_emulator
 from qemu_prefault_lab.system import DISTROS_VARIABLE, GUEST_KERNEL_ARGS
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE))  # PYTHONSAFEPATH, which make sets, leaves it out
+
+from summary import summarize  # noqa: E402
+
 REQUIREMENTS = HERE / "requirements.txt"
 VT_DISTRO = "debian13"
 VT_REQUIREMENTS = HERE / "vt/requirements.txt"
@@ -47,7 +50,6 @@ HOURS = 3600.0
 PROFILES = ("pc", "q35", "microvm", "memfd", "hugetlb", "thp", "vcpus", "ovmf")
 CLOUDS = ("Fedora", "Ubuntu", "Alpine", "OpenSUSE")
 MOMENTS = ("attach", "boot", "reset", "restore", "migrate", "hotplug")
-ENDINGS = {"PASS": "passed", "WARN": "passed", "CANCEL": "skipped", "SKIP": "skipped"}
 
 
 def wheels(*requirements: Path) -> list[Path]:
@@ -218,72 +220,6 @@ def collect(place: Place, kind: str) -> Path:
     return target
 
 
-def summary(results: Path) -> tuple[list[str], Counter[str]]:
-    """Give the lines that sum a job up, and how many tests passed, failed and were skipped."""
-    job = json.loads((results / "results.json").read_text())
-    counts = Counter[str]()
-    rows: list[dict[str, Any]] = []
-    lines = []
-    for test in job["tests"]:
-        ending = ENDINGS.get(test["status"], "failed")
-        counts[ending] += 1
-        if ending != "passed":
-            lines.append(f"{test['status']}: {test['id']}: {test['fail_reason']}")
-        found = json.loads(test.get("whiteboard") or "[]")
-        rows += [row for row in found if test["status"] == "PASS"]
-    lines += ["", *(table(rows) if "distro" in rows[0] else vt_table(job))] if rows else []
-    return [*lines, "", f"results: {results}/results.html", ""], counts
-
-
-def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The whiteboards as a table in Markdown."""
-    lines = [
-        "| distribution | machine | moment | seconds, without | with | faults on memory, without "
-        "| with | device accesses, without | with |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        machine = [row["machine"].partition(",")[0]]
-        machine += [row["backing"]] if row["backing"] != "ram" else []
-        machine += ["OVMF"] if row["firmware"] == "ovmf" else []
-        machine += ["THP"] if row["pages"] != "never" else []
-        machine += [f"{row['smp']} vCPUs"] if row["smp"] > 1 else []
-        cells = [row["distro"], ", ".join(machine), row["moment"]]
-        for part in ("seconds", "memory", "emulated"):
-            for which in ("without", "with"):
-                cells.append(figure(row[which], part))
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def vt_table(job: dict[str, Any]) -> list[str]:
-    """A job of avocado-vt as a table in Markdown."""
-    lines = [
-        "| test | seconds | measured | faults on memory, without | with |",
-        "|---|--:|---|--:|--:|",
-    ]
-    for test in job["tests"]:
-        rows = json.loads(test.get("whiteboard") or "[]") or [{}]
-        for row in rows:
-            faults = [
-                "" if (n := row.get(key)) is None else f"{n:,}" for key in ("without", "with")
-            ]
-            name = test["name"].removeprefix("type_specific.").partition(";")[0]
-            cells = [name, f"{test['time_elapsed']:.0f}", row.get("moment", ""), *faults]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def figure(sample: dict[str, Any] | None, part: str) -> str:
-    if sample is None:
-        return ""
-    if part == "seconds":
-        return f"{sample['seconds']:.1f}"
-    return (
-        f"{sample['emulated'] if part == 'emulated' else sample['faults'] - sample['emulated']:,}"
-    )
-
-
 SERIALLY = ("--max-parallel-tasks", "1", "--disable-sysinfo")
 
 
@@ -312,7 +248,7 @@ def sum_up(jobs: Sequence[Path]) -> int:
     """Print what jobs came to; give this program's exit status."""
     counts = Counter[str]()
     for results in jobs:
-        lines, found = summary(results)
+        lines, found = summarize(results)
         counts += found
         print("\n".join(lines))
     print(", ".join(f"{counts[what]} {what}" for what in ("passed", "failed", "skipped")))
@@ -496,6 +432,8 @@ def run_check(_: argparse.Namespace) -> int:
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="lab: %(message)s", stream=sys.stderr)
+    # The reason of a failure may quote a guest's console.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     parser = argparse.ArgumentParser(description="Run the avocado tests.")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--nested", action="store_true", help="in the lab, even so")
