@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from . import __version__
-from .errors import ExitStatus, InputError
+from .errors import ExitStatus, InputError, UnsupportedError
 from .libvirt.commands import libvirt
 from .output import Printer, drop_stdout, fail, printable, reporting, run_async, say
 
@@ -494,7 +494,17 @@ def conformance(
 def demo(as_json: bool, debug: bool) -> None:
     """Show the whole story on any x86-64 Linux: a restored guest, and a booting one."""
     with reporting(as_json, debug):
-        from qemu_prefault_lab.demo import run_demo  # noqa: PLC0415
+        try:
+            from qemu_prefault_lab.demo import run_demo  # noqa: PLC0415
+        except ModuleNotFoundError as error:
+            if error.name != "qemu_prefault_lab":
+                raise
+            raise UnsupportedError(
+                "the demo needs qemu-prefault-lab, which is not installed",
+                "in a checkout of qemu-prefault, install it: pip install ./lab\n"
+                "or install nothing and run the demo from there: make demo",
+                code="no-lab",
+            ) from None
 
         run_demo(as_json)
 
