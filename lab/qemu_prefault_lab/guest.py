@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from qemu_prefault.agents.plugin import plugin_path
-from qemu_prefault.errors import FailedError
 
-from .qmp import Qmp, QmpError
+from .errors import GuestError, QmpError
+from .qmp import Qmp
 from .serial import Answer, Serial
 
 L2_VARIABLE = "QEMU_PREFAULT_L2"
@@ -54,12 +54,6 @@ _OVMF_SMM_CODE = "/usr/share/OVMF/OVMF_CODE_4M.secboot.fd"
 _OVMF_VARIABLES = "/usr/share/OVMF/OVMF_VARS_4M.fd"
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _HUGEPAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
-
-
-class GuestError(FailedError):
-    """QEMU ended, or its guest does not answer, or answered with an error."""
-
-    code = "lab-guest"
 
 
 def l2_directory() -> Path:

@@ -21,11 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qemu_prefault.errors import FailedError
 from qemu_prefault.libvirt.qemu_process import find_qemu
 from qemu_prefault.libvirt.window import total_faults
 from qemu_prefault.process import Process
 
+from .errors import LibvirtdError
 from .guest import KERNEL_ARGS, l2_directory
 from .serial import Answer, Serial
 from .tool import wait_for
@@ -35,12 +35,6 @@ PROFILES = ("usr.sbin.libvirtd", "usr.lib.libvirt.virt-aa-helper")
 LOG = Path("/var/log/libvirt/qemu")
 # Log files of QEMU's own, without virtlogd; all else is the package's.
 _QEMU_CONF = 'stdio_handler = "file"\n'
-
-
-class LibvirtdError(FailedError):
-    """The daemon, virsh, or a domain does not do what it should."""
-
-    code = "lab-libvirtd"
 
 
 def wait_until(condition: Callable[[], object], what: str, limit: float = 120.0) -> None:

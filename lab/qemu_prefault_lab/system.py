@@ -16,7 +16,8 @@ from pathlib import Path
 from qemu_prefault.agents.plugin import plugin_path
 
 from .distro import PASSWORD
-from .guest import KERNEL_ARGS, Guest, GuestError
+from .errors import GuestError
+from .guest import KERNEL_ARGS, Guest
 
 DISTROS_VARIABLE = "QEMU_PREFAULT_DISTROS"
 """Environment variable naming the directory of the distributions."""
