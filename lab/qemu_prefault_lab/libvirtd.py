@@ -411,12 +411,12 @@ class Domain:
         line = socket.socket(socket.AF_UNIX)
         line.settimeout(30)
         line.connect(str(self.daemon.root / self.serial_path.relative_to("/")))
-        self._serial = Serial(line, self._problem)
+        self._serial = Serial(line, self._make_error)
         return self._serial
 
-    def _problem(self, what: str) -> LibvirtdError:
+    def _make_error(self, cause: str) -> LibvirtdError:
         said = self._serial.log[-2000:] if self._serial else b""
-        return LibvirtdError(what, f"{self.log()[-3000:]}\nserial: {said!r}")
+        return LibvirtdError(cause, f"{self.log()[-3000:]}\nserial: {said!r}")
 
     def start(self, *arguments: str) -> None:
         """``virsh start``, and listen."""
