@@ -38,6 +38,8 @@ _NESTED = click.option(
     "--nested", is_flag=True, help="Use the lab even if this host's own KVM can prefault."
 )
 _COMMAND = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+# Where the checkout is, in the lab.
+_CHECKOUT = "/root/tests"
 
 
 class _Group(click.Group):
@@ -167,6 +169,18 @@ def boots_command(variant: str, npt: bool, restore: bool, count: int) -> None:
     sys.exit(1 if failures else 0)
 
 
+def _put_tests(machine: Machine, path: Path) -> str:
+    """Copy a file of tests with its fixtures, or a directory; give its path there."""
+    resolved, checkout = path.resolve(), Path.cwd()
+    inside = resolved.is_relative_to(checkout)
+    target = f"{_CHECKOUT}/{resolved.relative_to(checkout) if inside else path.name}"
+    machine.put(path, target)
+    fixtures = path.with_name("conftest.py")
+    if path.is_file() and fixtures.exists():
+        machine.put(fixtures, str(Path(target).with_name("conftest.py")))
+    return target
+
+
 @main.command("pytest", context_settings=_COMMAND)
 @_VARIANT
 @_NPT
@@ -198,7 +212,8 @@ def pytest_command(
 ) -> None:
     """Copy the paths among ARGUMENTS into the lab and run pytest there with ARGUMENTS.
 
-    The checkout's qmp_scripts, which no wheel has, go with them.
+    They have the same places there as in the checkout, whose pyproject.toml, tests/support and
+    qmp_scripts, which no wheel has, go with them.
     """
     patched = build_qemu(Path("patches"), release) if release else None
     emulator = partial(uefi_emulator, Path("patches")) if uefi else None
@@ -209,22 +224,20 @@ def pytest_command(
         env = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         if patched is not None:
             env |= patched.put_on(machine)
-        if Path("qmp_scripts").is_dir():
-            machine.put(Path("qmp_scripts"), "/root/tests/qmp_scripts")
+        for shared in ("pyproject.toml", "tests/support", "qmp_scripts"):
+            if Path(shared).exists():
+                machine.put(Path(shared), f"{_CHECKOUT}/{shared}")
         words = []
         for argument in arguments:
             path, separator, test = argument.partition("::")
             if not argument.startswith("-") and Path(path).exists():
-                target = f"/root/tests/{Path(path).name}"
-                machine.put(Path(path), target)
-                fixtures = Path(path).with_name("conftest.py")
-                if Path(path).is_file() and fixtures.exists():
-                    machine.put(fixtures, "/root/tests/conftest.py")
-                words.append(target + separator + test)
+                words.append(_put_tests(machine, Path(path)) + separator + test)
             else:
                 words.append(argument)
-        report = "/root/tests/junit.xml"
-        argv = ["python3", "-m", "pytest", "-p", "no:cacheprovider", "--rootdir=/root/tests",
+        report = f"{_CHECKOUT}/junit.xml"
+        # The time limit of a test is the one of all tests: see --timeout.
+        argv = ["python3", "-m", "pytest", "-p", "no:cacheprovider", f"--rootdir={_CHECKOUT}",
+                "-o", "timeout=0", "-W", "ignore::pytest.PytestConfigWarning",
                 f"--junit-xml={report}", *words]  # fmt: skip
         for item in variables:
             name, _, env[name] = item.partition("=")

@@ -28,7 +28,7 @@ from qemu_prefault.process import Process
 from .errors import LibvirtdError
 from .guest import KERNEL_ARGS, l2_directory
 from .serial import Answer, Serial
-from .tool import wait_for
+from .wait import wait_for
 
 SERIALS = Path("/run/lab-serial")
 PROFILES = ("usr.sbin.libvirtd", "usr.lib.libvirt.virt-aa-helper")

@@ -20,7 +20,8 @@ from typing import Any, Final
 
 from qemu_prefault_lab.guest import Guest
 from qemu_prefault_lab.scenario import NOTHING, TOOL, small_pages
-from qemu_prefault_lab.tool import Tool, wait_for
+from qemu_prefault_lab.wait import wait_for
+from support.tool import Tool
 
 ROUNDS: Final = 5
 MEMORY_MIB: Final = 512

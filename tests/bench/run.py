@@ -122,6 +122,7 @@ def where_the_kvm_is(
         machine.install(wheels)
         machine.put(loop, "/root/bench/loop")
         machine.put(HERE / script, f"/root/bench/{script}")
+        machine.put(HERE.parent / "support", "/root/bench/support")
         command = ["python3", f"/root/bench/{script}", "/root/bench/loop", *arguments]
         env = {} if qemu is None else qemu.put_on(machine)
         result = machine.run(command, timeout=7200, env=env)

@@ -19,25 +19,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import StartQemu
-from tool import (
-    MIB,
-    Tool,
-    Vm,
-    anonymous_bytes,
-    leftovers,
-    resident_bytes,
-    run_tool,
-    start_tool,
-    start_vm,
-    tracers,
-    wait_clean,
-    wait_for,
-)
 
 from qemu_prefault.engine import Engine
 from qemu_prefault.plan import Policy
 from qemu_prefault.session import Session
+from qemu_prefault_lab.wait import wait_for
+from support.process import anonymous_bytes, leftovers, resident_bytes, tracers, wait_clean
+from support.qemu import MIB, StartQemu, Vm, run_tool, start_tool, start_vm
+from support.tool import Tool
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 KILLS = int(os.environ.get("QEMU_PREFAULT_KILLS", "100"))

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import StartQemu
-from tool import MIB, Result, Tool, Vm, leftovers, start_vm
+
+from support.process import leftovers
+from support.qemu import MIB, StartQemu, Vm, start_vm
+from support.tool import Result, Tool
 
 GREETING = (
     b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 10}, "package": ""}, '

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import StartQemu
-from tool import Vm, start_vm, wait_for
 
 from qemu_prefault.agents import DeathOrders
 from qemu_prefault.guard import ResumeGuard
 from qemu_prefault.monitor import Monitor
+from qemu_prefault_lab.wait import wait_for
+from support.qemu import StartQemu, Vm, start_vm
 
 Body = Callable[[socket.socket], None]
 NOTHING_LEFT = DeathOrders(lambda: None, lambda: True, 20.0)

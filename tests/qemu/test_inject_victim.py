@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tool import leftovers, tracers, wait_clean
 
 from qemu_prefault.agents import Limits, VcpuThread
 from qemu_prefault.agents.attach import AttachAgent
 from qemu_prefault.errors import AgentError, FailedError
 from qemu_prefault.process import Process
+from support.process import leftovers, tracers, wait_clean
 
 SOURCE = Path(__file__).with_name("victim.c")
 ROUNDS = int(os.environ.get("QEMU_PREFAULT_INJECTIONS", "150"))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The plugin in a real QEMU, where there is nothing it could keep: TCG, or a KVM that cannot.
 
-What it does where KVM can is in tests/lab/test_plugin.py.
+What it does where KVM can is in tests/nested/test_plugin.py.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import QEMU, Qemu, StartQemu, kvm_usable
-from tool import Qmp, run_tool
 
 from qemu_prefault.agents.plugin import find_control_socket, plugin_path
 from qemu_prefault.process import Process
+from support.qemu import QEMU, Qemu, StartQemu, kvm_usable, run_tool
+from support.qmp import Monitor
 
 needs_kvm = pytest.mark.skipif(not kvm_usable(), reason="/dev/kvm cannot be opened")
 MIB = 1 << 20
@@ -34,7 +34,7 @@ def plugin(*options: str) -> list[str]:
 def start(start_qemu: StartQemu, *options: str) -> Qemu:
     """A QEMU under KVM with the plugin, when its machine is there: QMP answers only then."""
     qemu = start_qemu("-m", "64M", *plugin(*options), accel="kvm")
-    Qmp(qemu.qmp).close()
+    Monitor(qemu.qmp).close()
     return qemu
 
 
@@ -112,7 +112,7 @@ def test_an_option_it_does_not_know_ends_qemu(option: str) -> None:
 def test_a_kvm_that_cannot_is_named(control: Callable[..., Control]) -> None:
     status = control().ask("status")
     if status["pre_fault_memory"]:
-        pytest.skip("this KVM can; see tests/lab/test_plugin.py")
+        pytest.skip("this KVM can; see tests/nested/test_plugin.py")
     assert status["kvm"] and status["pending"] == 0
     assert {slot["why"] for slot in status["slots"]} == {"this KVM cannot"}
 
@@ -121,7 +121,7 @@ def test_a_kvm_that_cannot_is_named(control: Callable[..., Control]) -> None:
 def test_the_slots_are_those_of_the_monitor(start_qemu: StartQemu, tmp_path: Path) -> None:
     path = tmp_path / "control"
     qemu = start(start_qemu, f"socket={path}")
-    monitor = Qmp(qemu.qmp)
+    monitor = Monitor(qemu.qmp)
     mtree = monitor.execute("human-monitor-command", **{"command-line": "info mtree -f"})
     view = next(part for part in mtree.split("FlatView") if 'AS "memory"' in part)
     shown = set()
@@ -138,7 +138,7 @@ def test_the_socket_is_private_and_goes_with_qemu(start_qemu: StartQemu, tmp_pat
     path = tmp_path / "control"
     qemu = start(start_qemu, f"socket={path}")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    Qmp(qemu.qmp).execute("quit")
+    Monitor(qemu.qmp).execute("quit")
     assert qemu.process.wait(20) == 0
     assert not path.exists()
 

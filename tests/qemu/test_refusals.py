@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import StartQemu
-from tool import MIB, Vm, anonymous_bytes, leftovers, run_tool, start_vm, wait_for
 
 from qemu_prefault import kvm
+from qemu_prefault_lab.wait import wait_for
+from support.process import anonymous_bytes, leftovers
+from support.qemu import MIB, StartQemu, Vm, run_tool, start_vm
 
 StartVm = Callable[..., Vm]
 
@@ -107,7 +108,7 @@ def test_a_migration_that_is_over_is_no_reason(vm_of: StartVm) -> None:
     vm.qmp.execute("migrate-set-parameters", **{"max-bandwidth": 4096})
     vm.qmp.execute("migrate", uri="exec:cat >/dev/null")
     vm.qmp.execute("migrate_cancel")
-    vm.qmp.wait_event("MIGRATION", status="cancelled")
+    vm.qmp.wait_migration("cancelled")
     assert vm.prefault("--populate-only").status == 0
 
 
@@ -117,7 +118,7 @@ def test_a_guest_that_has_migrated_away(vm_of: StartVm, tmp_path: Path) -> None:
         "migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}]
     )
     vm.qmp.execute("migrate", uri=f"exec:cat >{tmp_path}/state")
-    vm.qmp.wait_event("MIGRATION", status="completed")
+    vm.qmp.wait_migration("completed")
     wait_for(
         lambda: vm.qmp.status() == "postmigrate", "QEMU tells of the end first, then gets there"
     )
@@ -149,10 +150,10 @@ def test_postcopy(vm_of: StartVm, tmp_path: Path) -> None:
     source.qmp.execute("migrate-set-parameters", **{"max-bandwidth": 4096})
     source.qmp.execute("migrate-set-parameters", **{"max-postcopy-bandwidth": 4096})
     source.qmp.execute("migrate", uri=f"unix:{tmp_path}/migration")
-    source.qmp.wait_event("MIGRATION", status="active")
+    source.qmp.wait_migration("active")
     source.qmp.execute("migrate-start-postcopy")
-    source.qmp.wait_event("MIGRATION", status="postcopy-active")
-    target.qmp.wait_event("MIGRATION", status="postcopy-active")
+    source.qmp.wait_migration("postcopy-active")
+    target.qmp.wait_migration("postcopy-active")
     for vm in (target, source):
         result = vm.prefault("--populate-only")
         assert result.status == 5, result.stderr

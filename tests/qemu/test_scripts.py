@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The scripts of qmp_scripts/ beside a real QEMU; what needs the ioctl is in tests/lab."""
+"""The scripts of qmp_scripts/ beside a real QEMU; what needs the ioctl is in tests/nested."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import StartQemu, kvm_usable
-from tool import MIB, Vm, anonymous_bytes, start_vm
+
+from support.process import anonymous_bytes
+from support.qemu import MIB, StartQemu, Vm, kvm_usable, start_vm
 
 SCRIPTS = Path(__file__).parents[2] / "qmp_scripts"
 NAMES = sorted(path.name for path in SCRIPTS.iterdir() if os.access(path, os.X_OK))

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import (
+
+from qemu_prefault_lab.guest import Guest, patched_qemu
+from support.guest import (
     OTHER_MIB,
     SNAPSHOT,
     add_disk,
@@ -25,16 +27,17 @@ from conftest import (
     ram_resident,
     start_tool,
 )
-from conftest import run_job as run_block_job
-
-from qemu_prefault_lab.guest import Guest, patched_qemu
-from qemu_prefault_lab.tool import leftovers, resident_bytes
+from support.guest import run_job as run_block_job
+from support.process import leftovers, resident_bytes
 
 MIB = 1 << 20
 WORKLOAD_MIB = 256
-pytestmark = pytest.mark.skipif(
-    patched_qemu() is None, reason="there is no patched QEMU here: lab pytest --qemu"
-)
+pytestmark = [
+    pytest.mark.patched_qemu,
+    pytest.mark.skipif(
+        patched_qemu() is None, reason="there is no patched QEMU here: lab pytest --qemu"
+    ),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -13,14 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from libvirt_tool import FEW, METRICS_ADDRESS, WORKLOAD_MIB, label, metrics, run_tool, tool
-from prometheus_client.parser import text_string_to_metric_families
 
 from qemu_prefault.agents.attach import helper_threads
 from qemu_prefault.libvirt.installation import APPARMOR_RULE, RULE_TEXT, install
 from qemu_prefault.libvirt.window import ram_mapping
 from qemu_prefault.pagemap import Pagemap
 from qemu_prefault_lab.libvirtd import Domain, denials, kernel_log, wait_until
+from support.libvirt import FEW, METRICS_ADDRESS, WORKLOAD_MIB, label, metrics, run_tool, tool
+
+pytestmark = pytest.mark.libvirt
 
 full = pytest.mark.full  # only in make test-full: each start of a confined domain takes seconds
 
@@ -312,6 +313,8 @@ def test_watch_writes_a_file_for_node_exporter(domain, tmp_path):
     guest.start()
     guest.wait_ready()
     path = tmp_path / "qemu-prefault.prom"
+
+    from prometheus_client.parser import text_string_to_metric_families  # noqa: PLC0415
 
     def samples(text: str) -> dict[tuple[str, str], float]:
         return {

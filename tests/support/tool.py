@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Runs of the command line beside a QEMU, and what is left of them in it. For tests."""
+"""The command line as a process of its own, and what it came to."""
 
 from __future__ import annotations
 
@@ -10,23 +10,16 @@ import select
 import signal
 import sys
 import tempfile
-import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 # Imported here once, for all runs that are forked.
 import qemu_prefault.engine
 import qemu_prefault.probe
 import qemu_prefault.survey  # noqa: F401
-from qemu_prefault.agents import Limits
-from qemu_prefault.agents.attach import AREAS_FROM, AREAS_TO, helper_threads
 from qemu_prefault.cli import main
-
-GRACE = Limits().dead_man + 9
-"""Seconds until helpers have left whatever happened: the dead man's time, and a busy host's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +45,37 @@ class Result:
         assert set(error) == {"code", "cause", "remedy"} and all(error.values()), error
         return error
 
+    def complete(self) -> dict[str, Any]:
+        """The report of a run that succeeded and left no requested byte out."""
+        assert self.status == 0, (self.status, self.stdout, self.stderr)
+        report = self.report
+        assert report["bytes"]["remaining"] == 0, report
+        return report
+
 
 class Tool:
     """A run of the command line in a process of its own.
 
-    It is forked, not executed: Python's start is the same each time, and takes most of the
-    time under emulation.
+    By default it is forked, not executed: Python's start is the same each time, and takes most
+    of the time under emulation.
+
+    :param uid: Become this user first, who need not be able to read our Python.
+    :param fork: False executes a new Python, for a caller that has threads.
     """
 
-    def __init__(self, arguments: Sequence[str], uid: int | None = None) -> None:
-        """``uid``: become this user first, who need not be able to read our Python."""
+    def __init__(
+        self, arguments: Sequence[str], uid: int | None = None, *, fork: bool = True
+    ) -> None:
+        assert fork or uid is None
         self._uid = uid
         self._files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         self.status: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._become(arguments)
+        if fork:
+            self.pid = os.fork()
+            if self.pid == 0:
+                self._become(arguments)
+        else:
+            self.pid = self._spawn(arguments)
         self._pidfd = os.pidfd_open(self.pid)
 
     def _become(self, arguments: Sequence[str]) -> NoReturn:
@@ -96,6 +104,23 @@ class Tool:
             sys.stderr.flush()
             os._exit(code)
 
+    def _spawn(self, arguments: Sequence[str]) -> int:
+        actions = [
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            *(
+                (os.POSIX_SPAWN_DUP2, file.fileno(), number)
+                for number, file in zip((1, 2), self._files, strict=True)
+            ),
+        ]
+        return os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-m", "qemu_prefault", *arguments],
+            os.environ,
+            file_actions=actions,
+            setpgroup=0,
+            setsigdef=[signal.SIGINT],
+        )
+
     def running(self, timeout: float = 0) -> bool:
         """Whether it still runs ``timeout`` seconds from now."""
         if self.status is None and select.select([self._pidfd], [], [], timeout)[0]:
@@ -106,6 +131,15 @@ class Tool:
     def send_signal(self, number: int) -> None:
         if self.running():
             os.kill(self.pid, number)
+
+    def wait_ready(self, timeout: float = 300) -> None:
+        """Wait until it awaits an incoming guest."""
+        for _ in range(int(timeout / 0.05)):
+            if self.has_said("ready"):
+                return
+            if not self.running(0.05):
+                break
+        assert self.has_said("ready"), f"the tool does not await a guest: {self._read(1)}"
 
     def finish(self, timeout: float = 120) -> Result:
         """Wait for its end. A run that does not end says where it is, and is a failure."""
@@ -128,39 +162,3 @@ class Tool:
     def _read(self, index: int) -> str:
         fd = self._files[index].fileno()  # its offset is the run's own
         return os.pread(fd, os.fstat(fd).st_size, 0).decode()
-
-
-def leftovers(pid: int) -> list[str]:
-    """Helper threads and helper mappings in a process."""
-    found = [f"thread {tid}" for tid in helper_threads(pid)]
-    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-        if AREAS_FROM <= int(line.split("-")[0], 16) < AREAS_TO:
-            found.append(line)
-    return found
-
-
-def resident_bytes(pid: int, address: int) -> int:
-    """Rss of the mapping that holds the address, as the kernel counts it in smaps."""
-    inside = False
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        first = line.split()[0]
-        if "-" in first:
-            start, end = (int(part, 16) for part in first.split("-"))
-            inside = start <= address < end
-        elif inside and first == "Rss:":
-            return int(line.split()[1]) << 10
-    raise AssertionError(f"nothing is mapped at {address:#x}")
-
-
-def wait_for(condition: Callable[[], object], what: str, limit: float = GRACE) -> float:
-    """Wait for a state of another process that offers no event; give the seconds it took."""
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < limit, f"not within {limit:g} s: {what}"
-        time.sleep(0.01)
-    return time.monotonic() - started
-
-
-def wait_clean(pid: int) -> float:
-    """Wait until nothing of the tool is left in a process."""
-    return wait_for(lambda: not leftovers(pid), f"nothing of the tool left in process {pid}")

@@ -6,9 +6,11 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from conftest import prefault
 
 from qemu_prefault_lab.guest import Guest, reserve_hugepages, thp
+from support.guest import prefault
+
+pytestmark = pytest.mark.any_agent
 
 MIB = 1 << 20
 

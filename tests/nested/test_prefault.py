@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import pytest
-from conftest import OTHER_MIB, faults, prefault, ram_checksum
 
 from qemu_prefault_lab.guest import Guest
-from qemu_prefault_lab.tool import leftovers
+from support.guest import OTHER_MIB, faults, prefault, ram_checksum
+from support.process import leftovers
+
+pytestmark = pytest.mark.any_agent
 
 ALL = (32 + OTHER_MIB - 1) << 20  # all RAM of a default guest but what firmware took
 
@@ -20,6 +22,7 @@ def faults_of_first_pass(guest: Guest) -> int:
     return faults(guest) - before
 
 
+@pytest.mark.every_kernel
 def test_a_restored_guest_takes_no_faults(restored):
     control = faults_of_first_pass(restored(workload_mib=64))
     assert control >= 64 << 8  # one per page: there is something to win

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qemu_prefault_lab.guest import Defaults, Guest, defaults, patched_qemu, thp
-from qemu_prefault_lab.tool import Result, Tool, resident_bytes
+from support.guest import OTHER_MIB
 
 if TYPE_CHECKING:
     from qemu_prefault_lab.libvirtd import Domain, Libvirtd, Syslog
-
-OTHER_MIB = 96
-"""What a guest has beside its workload's memory: its kernel, and memory it never touches."""
-SNAPSHOT = {"tag": "s", "vmstate": "disk", "devices": ["disk"]}
-"""Arguments of snapshot-save and snapshot-load, with the disk of :func:`add_disk`."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,11 +23,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--agents", help="who acts in QEMU, each in turn: attach,plugin,qmp (default: attach)"
     )
     parser.addoption("--seed", type=int, default=0, help="of random moments; 0: a new one")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "full: only in make test-full")
-    config.addinivalue_line("markers", "agents(*names): those it is about; default: any")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -57,35 +45,6 @@ def agent(request: pytest.FixtureRequest) -> Iterator[str]:
         defaults.qemu = command
     yield name
     defaults.qemu, defaults.plugin = before.qemu, before.plugin
-
-
-def start_tool(guest: Guest, *arguments: str) -> Tool:
-    return Tool(["--qmp", str(guest.qmp_path), "--json", *arguments])
-
-
-def prefault(guest: Guest, *arguments: str) -> Result:
-    """Run ``qemu-prefault --qmp … --json`` on a guest."""
-    return start_tool(guest, *arguments).finish()
-
-
-def faults(guest: Guest) -> int:
-    return guest.stats()["pf_taken"]
-
-
-def run_job(guest: Guest, command: str, **arguments: Any) -> None:
-    guest.qmp(command, job_id="job", **arguments)
-    while (job := guest.qmp("query-jobs")[0])["status"] != "concluded":
-        guest.wait_event("JOB_STATUS_CHANGE")
-    assert "error" not in job, job
-    guest.qmp("job-dismiss", id="job")
-
-
-def add_disk(guest: Guest, path: Path) -> None:
-    """A qcow2 image, to keep snapshots in."""
-    run_job(guest, "blockdev-create", options={"driver": "file", "filename": str(path), "size": 0})
-    guest.qmp("blockdev-add", driver="file", node_name="file", filename=str(path))
-    run_job(guest, "blockdev-create", options={"driver": "qcow2", "file": "file", "size": 1 << 20})
-    guest.qmp("blockdev-add", driver="qcow2", node_name="disk", file="file")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -145,38 +104,13 @@ def restored(saved_state: Callable[[int, int, bool], Path]) -> Iterator[Callable
         guest.kill()
 
 
-def ram_hva(guest: Guest) -> int:
-    """Where QEMU has the guest's first byte."""
-    return int(guest.hmp("gpa2hva 0").split()[-1], 16)
-
-
-def ram_resident(guest: Guest) -> int:
-    """Bytes of the guest's RAM that are there; QEMU's own memory comes and goes."""
-    return resident_bytes(guest.pid, ram_hva(guest))
-
-
-def ram_checksum(guest: Guest, backend: str = "ram") -> int:
-    """CRC of the guest's RAM, read from QEMU's memory behind its back."""
-    size = next(m["size"] for m in guest.qmp("query-memdev") if m["id"] == backend)
-    hva = ram_hva(guest)
-    value = 0
-    fd = os.open(f"/proc/{guest.pid}/mem", os.O_RDONLY)
-    try:
-        for at in range(0, size, 8 << 20):
-            value = zlib.crc32(os.pread(fd, min(8 << 20, size - at), hva + at), value)
-    finally:
-        os.close(fd)
-    return value
-
-
 # -- libvirt: only in the lab's variant of that name, and by its tests ----------------------
 
 
 @pytest.fixture(scope="module")
 def libvirtd() -> Iterator[Libvirtd]:
-    from libvirt_tool import tool  # noqa: PLC0415
-
     from qemu_prefault_lab.libvirtd import Libvirtd  # noqa: PLC0415
+    from support.libvirt import tool  # noqa: PLC0415
 
     tool("libvirt", "install", "--hook")
     with Libvirtd() as daemon:
@@ -186,9 +120,8 @@ def libvirtd() -> Iterator[Libvirtd]:
 @pytest.fixture
 def domain(libvirtd: Libvirtd) -> Iterator[Callable[..., Domain]]:
     """Makes domains, of guests that write some memory."""
-    from libvirt_tool import WORKLOAD_MIB  # noqa: PLC0415
-
     from qemu_prefault_lab.libvirtd import Domain  # noqa: PLC0415
+    from support.libvirt import WORKLOAD_MIB  # noqa: PLC0415
 
     made: list[Domain] = []
 

@@ -12,10 +12,14 @@ import signal
 import time
 from pathlib import Path
 
-from conftest import OTHER_MIB, start_tool
+import pytest
 
 from qemu_prefault_lab.guest import Guest
-from qemu_prefault_lab.tool import wait_clean, wait_for
+from qemu_prefault_lab.wait import wait_for
+from support.guest import OTHER_MIB, start_tool
+from support.process import wait_clean
+
+pytestmark = [pytest.mark.campaign, pytest.mark.any_agent]
 
 WORKLOAD_MIB = 32
 OPTIONS = [(), ("--chunk", "64K"), ("--max-downtime", "0.02", "--chunk", "1M")]

@@ -9,6 +9,7 @@ from qemu_prefault_lab.guest import Guest
 from qemu_prefault_lab.machine import NO_UEFI, uefi_aborts
 
 pytestmark = [
+    pytest.mark.firmware,
     pytest.mark.full,
     pytest.mark.skipif(uefi_aborts(), reason=NO_UEFI),
 ]

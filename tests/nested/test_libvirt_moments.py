@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from libvirt_tool import FEW, PAGES, label, tool
 
 from qemu_prefault.libvirt.installation import HOOK as HOOK_FILE
 from qemu_prefault_lab.libvirtd import Domain, Libvirtd, host_namespace, wait_until
+from support.libvirt import FEW, PAGES, label, tool
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.libvirt, pytest.mark.full]
 
 NOTHING, PLUGIN, HOOK, COMMAND, FOLLOW = "nothing", "plugin", "hook", "command", "follow"
 VERIFIED = "verified: all"

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import OTHER_MIB, SNAPSHOT, add_disk, faults, prefault, run_job, start_tool
 
 from qemu_prefault_lab.guest import Guest
-from qemu_prefault_lab.tool import Tool, leftovers, wait_clean, wait_for
+from qemu_prefault_lab.wait import wait_for
+from support.guest import OTHER_MIB, SNAPSHOT, add_disk, faults, prefault, run_job, start_tool
+from support.process import leftovers, wait_clean
+from support.tool import Tool
+
+pytestmark = pytest.mark.any_agent
 
 WORKLOAD_MIB = 32
 MEMORY_MIB = WORKLOAD_MIB + OTHER_MIB
@@ -65,6 +69,7 @@ def migration(restored: Callable[..., Guest], tmp_path: Path) -> Iterator[Callab
         one.target.kill()
 
 
+@pytest.mark.every_kernel
 def test_a_migrated_guest_takes_no_faults(migration):
     plain = migration()
     plain.start()

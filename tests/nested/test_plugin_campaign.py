@@ -15,7 +15,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from qemu_prefault_lab.guest import Guest
+
+pytestmark = pytest.mark.campaign
 
 MIB = 1 << 20
 KVM_RAM = re.compile(

@@ -12,10 +12,14 @@ import signal
 import time
 from pathlib import Path
 
-from conftest import prefault, start_tool
+import pytest
 
 from qemu_prefault_lab.guest import Guest
-from qemu_prefault_lab.tool import leftovers, wait_clean, wait_for
+from qemu_prefault_lab.wait import wait_for
+from support.guest import prefault, start_tool
+from support.process import leftovers, wait_clean
+
+pytestmark = [pytest.mark.kill, pytest.mark.any_agent]
 
 SPARE = 32 << 20
 FALLOC_FL_PUNCH_HOLE = 0x02 | 0x01  # with KEEP_SIZE

@@ -11,6 +11,8 @@ import pytest
 
 from qemu_prefault_lab.guest import Guest, GuestError, reserve_hugepages, thp
 
+pytestmark = pytest.mark.guest
+
 BYTES_4K, BYTES_2M = 4096, 2 << 20
 WORKLOAD_MIB = 64
 

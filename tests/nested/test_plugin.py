@@ -105,6 +105,7 @@ def check_kept(found: Kept) -> dict[str, Any]:
     return status
 
 
+@pytest.mark.every_kernel
 @pytest.mark.parametrize("machine", ["pc", pytest.param("q35", marks=full), "microvm"])
 def test_a_boot_takes_next_to_no_faults(kept, pages, machine):
     found = kept(machine=machine)
@@ -141,6 +142,7 @@ def test_the_second_boot_too(kept, pages):
     assert status["counters"]["again"] <= 2.5 * sum(slot["size"] for slot in ram_slots(status))
 
 
+@pytest.mark.every_kernel
 def test_with_the_quirk_it_does_not_hang(kept, pages):
     """Each slot's end drops every table then, and 6.12's livelock is near (stale roots)."""
     found = kept("quirk=keep", machine="pc", args=["-action", "reboot=reset"])
@@ -352,7 +354,7 @@ def test_daemonized(tmp_path, pages):
 
 
 def test_the_tool_works_through_it(kept, pages):
-    from qemu_prefault_lab.tool import Tool  # noqa: PLC0415
+    from support.tool import Tool  # noqa: PLC0415
 
     found = kept("keep=off", machine="pc", workload_mib=64, memory_mib=192)
     found.guest.wait_ready()

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import OTHER_MIB, faults, prefault
 
 from qemu_prefault.kvm import pre_fault_capability
 from qemu_prefault_lab.guest import Guest
+from support.guest import OTHER_MIB, faults, prefault
+
+pytestmark = pytest.mark.any_agent
 
 SCRIPTS = next(p for d in Path(__file__).parents if (p := d / "qmp_scripts").is_dir())
 WORKLOAD_MIB = 32
@@ -137,6 +139,7 @@ def test_the_handover_gives_eio_where_the_ioctl_works(restored, running):
     assert prefault(vm).status == 0
 
 
+@pytest.mark.unsupported
 @pytest.mark.skipif(CAPABILITY.available is True, reason="KVM_PRE_FAULT_MEMORY works here")
 def test_the_handover_gives_eio_where_the_ioctl_is_unsupported():
     """EIO, not ENOTTY or EOPNOTSUPP: KVM asks who the caller is before it asks what for."""

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from conftest import faults
 
 from qemu_prefault_lab.guest import Guest
-from qemu_prefault_lab.tool import leftovers
+from support.guest import faults
+from support.process import leftovers
 
-pytestmark = pytest.mark.agents("attach", "qmp")
+pytestmark = [pytest.mark.any_agent, pytest.mark.agents("attach", "qmp")]
 MIB = 1 << 20
 WORKLOAD_MIB = 32
 PAGES = WORKLOAD_MIB << 8

@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from libvirt_tool import metrics, tool
 
 from qemu_prefault_lab.libvirtd import Domain, Libvirtd, Systemd, wait_until
+from support.libvirt import metrics, tool
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.libvirt, pytest.mark.full]
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import prefault, start_tool
 
 from qemu_prefault.agents.attach import helper_threads
 from qemu_prefault.process import thread_names
 from qemu_prefault_lab.guest import Guest
-from qemu_prefault_lab.tool import Result, leftovers, wait_clean
+from support.guest import prefault, start_tool
+from support.process import leftovers, wait_clean
+from support.tool import Result
+
+pytestmark = pytest.mark.any_agent
 
 
 class Run:

@@ -10,12 +10,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import prefault
 
 from qemu_prefault.conformance import host, runner, suite
 from qemu_prefault.kvm import pre_fault_capability
 from qemu_prefault_lab.guest import Guest
-from qemu_prefault_lab.tool import leftovers
+from support.guest import prefault
+from support.process import leftovers
+
+pytestmark = pytest.mark.conformance
 
 OFFERED = pre_fault_capability().available is True
 ALLOC_MIB = 64
@@ -46,6 +48,7 @@ def test_a_running_guest_keeps_its_memory(smp):
         assert leftovers(guest.pid) == []
 
 
+@pytest.mark.shadow_paging
 @pytest.mark.skipif(OFFERED, reason="KVM_PRE_FAULT_MEMORY works here")
 def test_a_refusal_leaves_no_trace():
     with Guest(machine="microvm", memory_mib=192, workload_mib=16) as guest:

@@ -14,10 +14,17 @@ from qemu_prefault.conformance.runner import Result
 from qemu_prefault.conformance.suite import Outcome
 from qemu_prefault.conformance.vmm import Prefault, Vcpu
 from qemu_prefault_lab.conformance import prepared
-from qemu_prefault_lab.tool import Tool
+from support.tool import Tool
+
+pytestmark = pytest.mark.conformance
 
 QUICK_MUTATION = ("mapping/4k", "mapping/memfd", "level/", "vcpu/never", "state/cpuid")
 """What the mutation check looks at in ``make test``: a few of each kind, none that waits."""
+AREA_MARKS = {
+    "mapping": pytest.mark.every_kernel,
+    "slots": pytest.mark.every_kernel,
+    "paging": pytest.mark.shadow_paging,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,7 +49,9 @@ def results(this_host: Host) -> Callable[[str], list[Result]]:
     return of
 
 
-@pytest.mark.parametrize("area", suite.AREAS)
+@pytest.mark.parametrize(
+    "area", [pytest.param(area, marks=AREA_MARKS.get(area, ())) for area in suite.AREAS]
+)
 def test_area(area, results):
     unexpected = [
         f"{result.case.id}: {result.outcome.value}: {result.text}"

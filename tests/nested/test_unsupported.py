@@ -9,15 +9,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import prefault, ram_resident
 
 from qemu_prefault.kvm import pre_fault_capability
 from qemu_prefault_lab.guest import Guest
-from qemu_prefault_lab.tool import Tool, leftovers
+from support.guest import prefault, ram_resident
+from support.process import leftovers
+from support.tool import Tool
 
-pytestmark = pytest.mark.skipif(
-    pre_fault_capability().available is True, reason="KVM_PRE_FAULT_MEMORY works here"
-)
+pytestmark = [
+    pytest.mark.unsupported,
+    pytest.mark.skipif(
+        pre_fault_capability().available is True, reason="KVM_PRE_FAULT_MEMORY works here"
+    ),
+]
 
 
 def test_prefault_is_refused_with_the_reason():

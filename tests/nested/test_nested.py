@@ -15,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import OTHER_MIB, faults, prefault, start_tool
 
 import qemu_prefault.engine
 from qemu_prefault import Session
 from qemu_prefault.engine import Engine
 from qemu_prefault_lab.guest import Guest
-from qemu_prefault_lab.tool import Result, leftovers, wait_clean, wait_for
+from qemu_prefault_lab.wait import wait_for
+from support.guest import OTHER_MIB, faults, prefault, start_tool
+from support.process import leftovers, wait_clean
+from support.tool import Result
+
+pytestmark = pytest.mark.any_agent
 
 WORKLOAD_MIB = 32
 PAGES = WORKLOAD_MIB << 8  # of the workload: what the guest has not touched since it was restored

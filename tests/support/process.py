@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What /proc shows of a QEMU: what the tool has left in it, and the memory it has."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from qemu_prefault.agents.attach import AREAS_FROM, AREAS_TO, helper_threads
+from qemu_prefault_lab.wait import wait_for
+
+
+def leftovers(pid: int) -> list[str]:
+    """Helper threads and helper mappings in a process."""
+    found = [f"thread {tid}" for tid in helper_threads(pid)]
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        if AREAS_FROM <= int(line.split("-")[0], 16) < AREAS_TO:
+            found.append(line)
+    return found
+
+
+def wait_clean(pid: int) -> float:
+    """Wait until nothing of the tool is left in a process."""
+    return wait_for(lambda: not leftovers(pid), f"nothing of the tool left in process {pid}")
+
+
+def resident_bytes(pid: int, address: int) -> int:
+    """Rss of the mapping that holds the address, as the kernel counts it in smaps."""
+    inside = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first:
+            start, end = (int(part, 16) for part in first.split("-"))
+            inside = start <= address < end
+        elif inside and first == "Rss:":
+            return int(line.split()[1]) << 10
+    raise AssertionError(f"nothing is mapped at {address:#x}")
+
+
+def anonymous_bytes(pid: int) -> int:
+    """RssAnon: private memory that the process has."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError("no RssAnon")
+
+
+def tracers(pid: int) -> set[str]:
+    """Who traces any thread of the process."""
+    found = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            for line in (task / "status").read_text().splitlines():
+                if line.startswith("TracerPid:"):
+                    found.add(line.split()[1])
+    return found - {"0"}

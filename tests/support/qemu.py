@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A real QEMU of this machine's, and the tool beside it."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .qmp import Monitor
+from .tool import Result, Tool
+
+MIB = 1 << 20
+QEMU = shutil.which("qemu-system-x86_64")
+
+
+def kvm_usable() -> bool:
+    """Whether /dev/kvm can be opened here."""
+    return os.access("/dev/kvm", os.R_OK | os.W_OK)
+
+
+@dataclass
+class Qemu:
+    """A running QEMU, the socket it listens on, and what it was started with."""
+
+    process: subprocess.Popen[bytes]
+    qmp: str
+    accel: str
+    arguments: Sequence[str]
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def kill(self) -> None:
+        """Kill it with SIGKILL and wait until it is gone."""
+        self.process.kill()
+        self.process.wait(20)
+
+    def pause(self) -> None:
+        """Stop the whole process, as a debugger or an overloaded host does."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self.process.send_signal(signal.SIGCONT)
+
+
+def _await_listening(process: subprocess.Popen[bytes], ready: socket.socket) -> None:
+    """Return once QEMU has connected to our socket, which it does after all it listens on."""
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        readable, _, _ = select.select([ready.fileno(), pidfd], [], [], 30)
+    finally:
+        os.close(pidfd)
+    if ready.fileno() in readable:
+        ready.accept()[0].close()
+        return
+    process.kill()
+    _, stderr = process.communicate()
+    text = stderr.decode(errors="replace")
+    raise AssertionError(f"QEMU did not start: {text}")
+
+
+def launch(
+    directory: Path, number: int, arguments: Sequence[str], accel: str, paused: bool
+) -> Qemu:
+    """Start a QEMU with its sockets in a directory; return when it listens.
+
+    :param number: Tells apart those that are started in one directory.
+    """
+    qmp, ready_path = str(directory / f"qmp{number}"), str(directory / f"ready{number}")
+    ready = socket.socket(socket.AF_UNIX)
+    ready.bind(ready_path)
+    ready.listen(1)
+    command = [QEMU or "", "-nodefaults", "-display", "none", "-accel", accel]
+    command += ["-S"] if paused else []
+    command += ["-qmp", f"unix:{qmp},server=on,wait=off", *arguments]
+    # Chardevs are created in the order given: when this one connects, -qmp listens.
+    command += ["-chardev", f"socket,id=ready,path={ready_path}", "-mon", "ready,mode=control"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    try:
+        _await_listening(process, ready)
+    finally:
+        ready.close()
+    return Qemu(process, qmp, accel, arguments)
+
+
+#: The fixture ``start_qemu``: arguments of QEMU; keywords ``accel`` and ``paused``.
+StartQemu = Callable[..., Qemu]
+
+
+def start_tool(qemu: Qemu, *arguments: str) -> Tool:
+    return Tool(["--qmp", qemu.qmp, "--json", *arguments])
+
+
+def run_tool(qemu: Qemu, *arguments: str) -> Result:
+    return start_tool(qemu, *arguments).finish()
+
+
+@dataclass
+class Vm:
+    """A QEMU, and a second monitor of it that the tool does not touch."""
+
+    qemu: Qemu
+    qmp: Monitor
+
+    @property
+    def pid(self) -> int:
+        return self.qemu.pid
+
+    def prefault(self, *arguments: str) -> Result:
+        return run_tool(self.qemu, *arguments)
+
+    def command(self, name: str, *arguments: str) -> Result:
+        """Another command than the main one: probe, map, stats."""
+        return Tool([name, "--qmp", self.qemu.qmp, "--json", *arguments]).finish()
+
+
+def start_vm(
+    start_qemu: StartQemu, tmp_path: Path, *arguments: str, accel: str = "tcg", paused: bool = True
+) -> Vm:
+    number = len(list(tmp_path.glob("aside*")))
+    aside = tmp_path / f"aside{number}"
+    monitor = ("-qmp", f"unix:{aside},server=on,wait=off")
+    qemu = start_qemu(*monitor, *arguments, accel=accel, paused=paused)
+    return Vm(qemu, Monitor(str(aside)))

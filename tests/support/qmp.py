@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A monitor of a QEMU that the tool does not use, to see from aside what the tool does."""
+
+from __future__ import annotations
+
+import socket
+
+from qemu_prefault_lab.qmp import Qmp
+
+
+class Monitor(Qmp):
+    """The lab's QMP client on a socket's path. Every wait has a deadline."""
+
+    def __init__(self, path: str) -> None:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(20)
+        connection.connect(path)
+        super().__init__(connection)
+
+    def status(self) -> str:
+        status: str = self.execute("query-status")["status"]
+        return status
+
+    def wait_migration(self, status: str) -> None:
+        """Take MIGRATION events up to the one with this status."""
+        while self.wait_event("MIGRATION")["data"]["status"] != status:
+            pass
