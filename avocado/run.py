@@ -170,7 +170,8 @@ def open_target(
         else:
             script, source = script.replace("ln -s", 'echo "$2" >"$1.missing"; :'), cloud
         machine.run(["sh", "-ec", script, "sh", path, source])
-    machine.put(HERE, f"{directory}/avocado")
+    for part in ("avocado", "tests/support"):
+        machine.put(HERE.parent / part, f"{directory}/{part}")
     return Target(machine, directory, distros)
 
 

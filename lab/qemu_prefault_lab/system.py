@@ -30,11 +30,6 @@ GUEST_KERNEL_ARGS = (
     # A plugged DIMM is used at once, and by what can be moved: files in memory.
     "memhp_default_state=online_movable"
 )
-# Every WARN() begins by a line to cut at. That a CPU is vulnerable is a "WARNING:" as well.
-_TROUBLE = re.compile(
-    r"cut here|BUG:|Oops:|Call Trace:|general protection fault|Bad page|Out of memory|"
-    r"EXT4-fs error|I/O error|blocked for more than|Machine Check"
-)
 
 
 def distro_directory(name: str) -> Path:
@@ -153,20 +148,6 @@ class SystemGuest(QemuGuest):
         """Wait until an incoming guest runs."""
         if self.status() != "running":
             self.wait_event("RESUME", timeout=timeout)
-
-    # Its health.
-
-    def check_health(self, timeout: float = 600.0) -> None:
-        """Raise unless the system has come up with no unit failed and no trouble in its log."""
-        state = self.shell("systemctl is-system-running --wait", timeout, check=False)
-        failed = self.shell("systemctl --failed --no-legend --plain")
-        if state != "running" or failed:
-            raise GuestError(f"in the guest: systemd is {state!r}", failed or "no unit has failed")
-        log = self.shell("dmesg").splitlines()
-        for number, line in enumerate(log):
-            if _TROUBLE.search(line):
-                rest = " / ".join(log[number : number + 4])
-                raise GuestError(f"in the guest: the kernel complains: {rest}", "\n".join(log))
 
     def fill(self, name: str, mib: int, timeout: float = 600.0) -> None:
         """Write a file in the guest's memory, in which no two pages are the same."""
