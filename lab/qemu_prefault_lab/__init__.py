@@ -48,6 +48,10 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]
+
+
 def __getattr__(name: str) -> Any:
     # In L1 only the guests are wanted, and every import costs ten times what it costs here.
     if name in _HOMES:

@@ -62,3 +62,15 @@ def test_lab_requires_this_version_of_the_product() -> None:
     project = tomllib.loads((LAB / "pyproject.toml").read_text())["project"]
     assert project["version"] == qemu_prefault.__version__
     assert f"qemu-prefault=={qemu_prefault.__version__}" in project["dependencies"]
+
+
+def test_lab_failure_is_not_a_status_of_the_command(tmp_path: Path) -> None:
+    """The exit status of run and pytest is that of the command in the lab."""
+    done = subprocess.run(
+        [sys.executable, "-m", "qemu_prefault_lab", "qemu", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 125
+    assert done.stderr.startswith("error: ")
