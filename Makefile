@@ -41,7 +41,7 @@ avocado-vt: ## the avocado-vt provider, and avocado-vt's own tests if TP_QEMU na
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST) $(VT)" python avocado/run.py vt \
 		$(if $(TP_QEMU),--tp-qemu "$(TP_QEMU)") $(AVOCADO_ARGS)
 
-lint:      ## ruff and mypy
+lint:      ## ruff, mypy and import-linter
 	@scripts/with-env "$(BUILD)" python tests/run.py lint
 
 man:       ## write man/qemu-prefault.1 anew from the --help texts

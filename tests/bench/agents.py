@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from qemu_prefault_lab.guest import Guest, patched_qemu
 from qemu_prefault_lab.scenario import small_pages
@@ -40,17 +39,18 @@ def start(way: str, state: Path | None) -> Guest:
         )
 
 
-def tool(guest: Guest, agent: str) -> dict[str, Any]:
+def run_tool(guest: Guest, agent: str) -> dict[str, float]:
     argv = [sys.executable, "-m", "qemu_prefault", "--qmp", str(guest.qmp_path), "--json"]
     result = subprocess.run([*argv, "--agent", agent], capture_output=True, text=True, check=False)
     if result.returncode:
         raise SystemExit(result.stderr)
-    return json.loads(result.stdout)["seconds"]
+    seconds: dict[str, float] = json.loads(result.stdout)["seconds"]
+    return seconds
 
 
-def job(guest: Guest) -> dict[str, Any]:
+def run_job(guest: Guest) -> dict[str, float]:
     started = time.monotonic()
-    guest.qmp("x-kvm-prefault-memory", **{"job-id": "job"})
+    guest.qmp("x-kvm-prefault-memory", job_id="job")
     while guest.wait_event("JOB_STATUS_CHANGE")["data"]["status"] != "concluded":
         pass
     seconds = time.monotonic() - started
@@ -61,11 +61,11 @@ def job(guest: Guest) -> dict[str, Any]:
 def measure(way: str, state: Path) -> dict[str, float]:
     with start(way, state) as guest:
         guest.wait_restored()
-        seconds: dict[str, Any] = {"total": 0.0, "prefault": 0.0}
+        seconds = {"total": 0.0, "prefault": 0.0}
         if way in ("attach", "plugin", "qmp"):
-            seconds = tool(guest, way)
+            seconds = run_tool(guest, way)
         elif way == "job":
-            seconds = job(guest)
+            seconds = run_job(guest)
         before = guest.stats()["pf_taken"]
         resuming = time.monotonic()
         guest.qmp("cont")

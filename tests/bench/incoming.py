@@ -90,7 +90,7 @@ def migrate(way: str, state: Path, directory: Path, busy: bool) -> dict[str, Any
 
 
 def main() -> None:
-    rounds = []
+    rounds: list[dict[str, Any]] = []
     with small_pages(), tempfile.TemporaryDirectory() as scratch:
         loop = subprocess.Popen(
             [sys.argv[1], str(MEMORY_MIB), str(CHUNK_MIB)],
@@ -110,7 +110,7 @@ def main() -> None:
         save(state)
         for number in range(ROUNDS):
             found: dict[str, Any] = {}
-            loops = []
+            loops: list[float] = []
             for way in (NOTHING, TOOL)[:: 1 if number % 2 else -1]:
                 loops.append(bare_ioctl())
                 found[way] = migrate(way, state, Path(scratch), busy=True)

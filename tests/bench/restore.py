@@ -22,12 +22,13 @@ ROUNDS, PAIRS = 5, 9
 LOOP_MIB, CHUNK_MIB = 1024, 32
 
 
-def tool(guest: Guest, *arguments: str) -> dict[str, Any]:
+def run_tool(guest: Guest, *arguments: str) -> dict[str, Any]:
     argv = [sys.executable, "-m", "qemu_prefault", "--qmp", str(guest.qmp_path), "--json"]
     result = subprocess.run([*argv, *arguments], capture_output=True, text=True, check=False)
     if result.returncode:
         raise SystemExit(result.stderr)
-    return json.loads(result.stdout)
+    report: dict[str, Any] = json.loads(result.stdout)
+    return report
 
 
 def after_restore(state: Path) -> dict[str, list[dict[str, Any]]]:
@@ -49,9 +50,9 @@ def after_restore(state: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def against_the_loop(program: str) -> list[dict[str, float]]:
+def compare_with_loop(program: str) -> list[dict[str, float]]:
     """seconds.prefault per GiB against the reference program's, in pairs."""
-    pairs = []
+    pairs: list[dict[str, float]] = []
     with small_pages():
         loop = subprocess.Popen(
             [program, str(LOOP_MIB), str(CHUNK_MIB)],
@@ -65,12 +66,12 @@ def against_the_loop(program: str) -> list[dict[str, float]]:
             guest = Guest(machine="microvm", memory_mib=LOOP_MIB, paused=True)
         with guest:
             # Populated beforehand, so that both find the machine in the same state.
-            tool(guest, "--populate-only")
+            run_tool(guest, "--populate-only")
             order = ("loop", "tool") if number % 2 else ("tool", "loop")
-            pair = {}
+            pair: dict[str, float] = {}
             for who in order:
                 if who == "tool":
-                    report = tool(guest)
+                    report = run_tool(guest)
                     gib = report["bytes"]["prefaulted"] / (1 << 30)
                     pair[who] = report["seconds"]["prefault"] / gib
                 else:
@@ -90,7 +91,7 @@ def repeated(state: Path) -> dict[str, dict[str, float]]:
     with guest:
         guest.wait_restored()
         return {
-            name: tool(guest, *arguments)["seconds"]
+            name: run_tool(guest, *arguments)["seconds"]
             for name, arguments in (("dry", ["--dry-run"]), ("first", []), ("second", []))
         }
 
@@ -99,7 +100,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         state = Path(scratch) / "state"
         results = {
-            "loop": against_the_loop(sys.argv[1]),
+            "loop": compare_with_loop(sys.argv[1]),
             "restore": after_restore(state),
             "repeated": repeated(state),
         }

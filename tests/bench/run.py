@@ -66,7 +66,7 @@ def qemu(mib: int) -> Iterator[str]:
             process.wait()
 
 
-def wall(argv: Sequence[str]) -> float:
+def wall_seconds(argv: Sequence[str]) -> float:
     started = time.perf_counter()
     subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, capture_output=True)
     return time.perf_counter() - started
@@ -74,8 +74,8 @@ def wall(argv: Sequence[str]) -> float:
 
 def compare(argv: Sequence[str], base: Sequence[str]) -> tuple[float, float, float]:
     """Median seconds of both, taken in turns, and their ratio."""
-    wall(argv), wall(base)  # into the page cache
-    pairs = [(wall(argv), wall(base)) for _ in range(REPETITIONS)]
+    wall_seconds(argv), wall_seconds(base)  # into the page cache
+    pairs = [(wall_seconds(argv), wall_seconds(base)) for _ in range(REPETITIONS)]
     one, other = (statistics.median(column) for column in zip(*pairs, strict=True))
     return one, other, one / other
 
@@ -89,7 +89,7 @@ def peak_kib(*arguments: str) -> int:
     return int(next(x for x in result.stderr.splitlines() if x.startswith("VmHWM")).split()[1])
 
 
-def on_this_machine() -> dict[str, Any]:
+def measure_host() -> dict[str, Any]:
     log("start-up times")
     with qemu(256) as socket:
         dry = [*TOOL, "--qmp", socket, "--populate-only", "--dry-run"]
@@ -108,7 +108,7 @@ def on_this_machine() -> dict[str, Any]:
     return found
 
 
-def where_the_kvm_is(
+def measure_in_lab(
     script: str, *arguments: str, variant: str = "trixie", patched: bool = False
 ) -> dict[str, Any]:
     """Run a script of this folder in the lab, or on this machine; its last line is JSON.
@@ -134,12 +134,12 @@ def where_the_kvm_is(
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "host": on_this_machine,
-    "restore": lambda: where_the_kvm_is("restore.py"),
-    "incoming": lambda: where_the_kvm_is("incoming.py"),
-    "plugin": lambda: where_the_kvm_is("plugin.py"),
-    "agents": lambda: where_the_kvm_is("agents.py", patched=True),
-    "plugin-sid": lambda: where_the_kvm_is("plugin.py", "nothing", "plugin", variant="sid"),
+    "host": measure_host,
+    "restore": lambda: measure_in_lab("restore.py"),
+    "incoming": lambda: measure_in_lab("incoming.py"),
+    "plugin": lambda: measure_in_lab("plugin.py"),
+    "agents": lambda: measure_in_lab("agents.py", patched=True),
+    "plugin-sid": lambda: measure_in_lab("plugin.py", "nothing", "plugin", variant="sid"),
 }
 """What is measured, each for itself and in minutes: see :func:`measure`."""
 
@@ -176,9 +176,9 @@ def plugin_bars(where: str, boots: dict[str, list[dict[str, Any]]]) -> Bars:
     nothing, plugin = boots["nothing"], boots["plugin"]
     faults = 100 * median(plugin, "faults") / median(nothing, "faults")
     share = 100 * statistics.median(row["again_seconds"] / row["seconds"] for row in plugin)
-    time = paired(plugin, nothing)
+    time = median_ratio(plugin, nothing)
     # Of the first boot's: microvm's second one takes none, with the plugin or without.
-    second = 100 * median(seconds(plugin), "faults") / median(nothing, "faults")
+    second = 100 * median(second_boots(plugin), "faults") / median(nothing, "faults")
     return [
         (f"{where}: faults of a boot, share of the plain one", f"{faults:.3f} %", "<= 0.05 %",
          faults <= 0.05),
@@ -210,14 +210,15 @@ def idle_bar(
     return f"{where}: `keep=off`: {name}", f"{off:,.1f}", bar, off <= most
 
 
-def seconds(boots: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+def second_boots(boots: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     return [row["second"] for row in boots]
 
 
-def paired(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> float:
+def median_ratio(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> float:
     """Median of the ratios of the same round: the machine's mood is the same for both."""
     return statistics.median(
-        row["seconds"] / other["seconds"] for row, other in zip(rows, base, strict=True)
+        float(row["seconds"]) / float(other["seconds"])
+        for row, other in zip(rows, base, strict=True)
     )
 
 
@@ -245,11 +246,11 @@ def plugin_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
     for machine, boots in plugin["4k"].items():
         for way, rows in boots.items():
             cells = [machine, way, f"{median(rows, 'seconds'):.1f}",
-                     f"{paired(rows, boots['nothing']):.2f}",
+                     f"{median_ratio(rows, boots['nothing']):.2f}",
                      f"{median(rows, 'faults'):,.0f}"]  # fmt: skip
             if "second" in rows[0]:
-                cells += [f"{median(seconds(rows), 'seconds'):.1f}",
-                          f"{median(seconds(rows), 'faults'):,.0f}"]  # fmt: skip
+                cells += [f"{median(second_boots(rows), 'seconds'):.1f}",
+                          f"{median(second_boots(rows), 'faults'):,.0f}"]  # fmt: skip
             if way == "plugin":
                 cells += [f"{median(rows, 'populate_seconds'):.2f}",
                           f"{median(rows, 'again_seconds'):.3f}"]  # fmt: skip

@@ -3,17 +3,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 import pytest
 
 from qemu_prefault_lab.guest import Defaults, Guest, defaults, patched_qemu, thp
-from support.guest import OTHER_MIB
+from support.guest import (
+    OTHER_MIB,
+    GuestOptions,
+    MakeGuest,
+    MakeSavedState,
+    SetThp,
+    check_memory,
+)
 
 if TYPE_CHECKING:
     from qemu_prefault_lab.libvirtd import Domain, Libvirtd, Syslog
+    from support.libvirt import DomainOptions, MakeDomain, WriteHookConfig
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,6 +39,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         marker = metafunc.definition.get_closest_marker("agents")
         names = [name for name in wanted.split(",") if marker is None or name in marker.args]
         metafunc.parametrize("agent", names, indirect=True)
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """Seed of this run's random moments: ``--seed``, or a new one, which is printed."""
+    wanted: int = request.config.getoption("seed")
+    value = wanted or random.SystemRandom().getrandbits(32)
+    print(f"\n--seed {value}")
+    return value
 
 
 @pytest.fixture(autouse=True)
@@ -55,10 +73,17 @@ def four_kilobyte_pages() -> Iterator[None]:
     thp(before)
 
 
+@pytest.fixture
+def set_thp() -> Iterator[SetThp]:
+    """Sets transparent huge pages, for this test only."""
+    yield thp
+    thp("never")
+
+
 @pytest.fixture(scope="session")
-def saved_state(
+def make_saved_state(
     four_kilobyte_pages: None, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int, int, bool], Path]:
+) -> MakeSavedState:
     """States of guests that have written so many MiB; each kind is booted once.
 
     And by each QEMU: the patched one lacks devices that Debian's has.
@@ -72,7 +97,7 @@ def saved_state(
             memory = workload_mib + OTHER_MIB
             with Guest(smp=smp, workload_mib=workload_mib, memory_mib=memory, kvm=kvm) as guest:
                 guest.wait_ready()
-                assert guest.command("pass")["bad"] == 0
+                check_memory(guest)
                 guest.save(path)
             states[key] = path
         return states[key]
@@ -81,20 +106,18 @@ def saved_state(
 
 
 @pytest.fixture
-def restored(saved_state: Callable[[int, int, bool], Path]) -> Iterator[Callable[..., Guest]]:
+def make_restored_guest(make_saved_state: MakeSavedState) -> Iterator[MakeGuest]:
     """Makes guests with their memory loaded, paused, and nothing in stage 2."""
     guests: list[Guest] = []
 
-    def restore(smp: int = 1, workload_mib: int = 32, kvm: bool = False, **options: Any) -> Guest:
-        guest = Guest(
-            smp=smp,
-            workload_mib=workload_mib,
-            memory_mib=workload_mib + OTHER_MIB,
-            kvm=kvm,
-            incoming=saved_state(smp, workload_mib, kvm),
-            paused=True,
-            **options,
-        )
+    def restore(**options: Unpack[GuestOptions]) -> Guest:
+        smp = options.setdefault("smp", 1)
+        workload_mib = options.setdefault("workload_mib", 32)
+        kvm = options.setdefault("kvm", False)
+        options["memory_mib"] = workload_mib + OTHER_MIB
+        options["incoming"] = make_saved_state(smp, workload_mib, kvm)
+        options["paused"] = True
+        guest = Guest(**options)
         guests.append(guest)
         guest.wait_restored()
         return guest
@@ -110,22 +133,22 @@ def restored(saved_state: Callable[[int, int, bool], Path]) -> Iterator[Callable
 @pytest.fixture(scope="module")
 def libvirtd() -> Iterator[Libvirtd]:
     from qemu_prefault_lab.libvirtd import Libvirtd  # noqa: PLC0415
-    from support.libvirt import tool  # noqa: PLC0415
+    from support.libvirt import tool_output  # noqa: PLC0415
 
-    tool("libvirt", "install", "--hook")
+    tool_output("libvirt", "install", "--hook")
     with Libvirtd() as daemon:
         yield daemon
 
 
 @pytest.fixture
-def domain(libvirtd: Libvirtd) -> Iterator[Callable[..., Domain]]:
+def make_domain(libvirtd: Libvirtd) -> Iterator[MakeDomain]:
     """Makes domains, of guests that write some memory."""
     from qemu_prefault_lab.libvirtd import Domain  # noqa: PLC0415
     from support.libvirt import WORKLOAD_MIB  # noqa: PLC0415
 
     made: list[Domain] = []
 
-    def make(name: str, **options: Any) -> Domain:
+    def make(name: str, **options: Unpack[DomainOptions]) -> Domain:
         options.setdefault("workload_mib", WORKLOAD_MIB)
         made.append(Domain(libvirtd, name, **options))
         return made[-1]
@@ -139,12 +162,12 @@ def domain(libvirtd: Libvirtd) -> Iterator[Callable[..., Domain]]:
 def syslog() -> Iterator[Syslog]:
     from qemu_prefault_lab.libvirtd import Syslog  # noqa: PLC0415
 
-    with Syslog() as heard:
-        yield heard
+    with Syslog() as log:
+        yield log
 
 
 @pytest.fixture
-def policy() -> Iterator[Callable[[str], None]]:
+def write_hook_config() -> Iterator[WriteHookConfig]:
     """Writes the hook's configuration file."""
     from qemu_prefault.libvirt.installation import CONFIG  # noqa: PLC0415
 

@@ -18,6 +18,7 @@ from support.tool import Tool
 
 pytestmark = pytest.mark.conformance
 
+AreaResults = Callable[[str], list[Result]]
 QUICK_MUTATION = ("mapping/4k", "mapping/memfd", "level/", "vcpu/never", "state/cpuid")
 """What the mutation check looks at in ``make test``: a few of each kind, none that waits."""
 AREA_MARKS = {
@@ -35,7 +36,7 @@ def this_host(four_kilobyte_pages: None) -> Iterator[Host]:
 
 
 @pytest.fixture(scope="module")
-def results(this_host: Host) -> Callable[[str], list[Result]]:
+def results(this_host: Host) -> AreaResults:
     """The results of an area, run once."""
     found: dict[str, list[Result]] = {}
     cases = suite.all_cases()
@@ -52,7 +53,7 @@ def results(this_host: Host) -> Callable[[str], list[Result]]:
 @pytest.mark.parametrize(
     "area", [pytest.param(area, marks=AREA_MARKS.get(area, ())) for area in suite.AREAS]
 )
-def test_area(area, results):
+def test_area(area: str, results: AreaResults) -> None:
     unexpected = [
         f"{result.case.id}: {result.outcome.value}: {result.text}"
         for result in results(area)
@@ -61,7 +62,7 @@ def test_area(area, results):
     assert not unexpected, "\n".join(unexpected)
 
 
-def test_most_cases_have_run(results, this_host):
+def test_most_cases_run(results: AreaResults, this_host: Host) -> None:
     ran = [
         result
         for area in suite.AREAS
@@ -73,7 +74,7 @@ def test_most_cases_have_run(results, this_host):
     assert bool(refused) is not this_host.capability
 
 
-def test_command_line():
+def test_command_line() -> None:
     result = Tool(["conformance", "-k", "errors/einval", "--json"]).finish()
     assert result.status == 0, result.stdout
     report = json.loads(result.stdout)
@@ -95,16 +96,18 @@ def do_nothing(self: Vcpu, gpa: int, size: int, **_: object) -> Prefault:
     return Prefault(error=0, left=0, seconds=0.0)
 
 
-def share_that_fails(monkeypatch: pytest.MonkeyPatch, this: Host, words: tuple[str, ...]) -> float:
+def failing_share(
+    monkeypatch: pytest.MonkeyPatch, this_host: Host, words: tuple[str, ...]
+) -> float:
     monkeypatch.setattr(Vcpu, "prefault", do_nothing)
     cases = [
         case
         for case in suite.all_cases()
-        if case.mapping and case.id.startswith(words) and not case.obstacle(this)
+        if case.mapping and case.id.startswith(words) and not case.obstacle(this_host)
     ]
     ran = [
         result
-        for result in runner.run(cases, this, harsh=True, limit_seconds=40)
+        for result in runner.run(cases, this_host, harsh=True, limit_seconds=40)
         if result.outcome is not Outcome.SKIP
     ]
     kept = [result.case.id for result in ran if result.outcome.expected]
@@ -116,7 +119,9 @@ def share_that_fails(monkeypatch: pytest.MonkeyPatch, this: Host, words: tuple[s
 @pytest.mark.parametrize(
     "words", [QUICK_MUTATION, pytest.param(("",), marks=pytest.mark.full)], ids=["quick", "all"]
 )
-def test_an_ioctl_that_maps_nothing_is_noticed(monkeypatch, this_host, words):
+def test_noop_ioctl_is_detected(
+    monkeypatch: pytest.MonkeyPatch, this_host: Host, words: tuple[str, ...]
+) -> None:
     if not this_host.capability:
         pytest.skip("the ioctl is not on offer here")
-    assert share_that_fails(monkeypatch, this_host, words) >= 0.9
+    assert failing_share(monkeypatch, this_host, words) >= 0.9

@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from qemu_prefault_lab.guest import Guest
-from support.guest import faults
+from support.guest import Follower, check_memory, faults_of_pass, plug_dimm
 from support.process import leftovers
 
 pytestmark = [pytest.mark.any_agent, pytest.mark.agents("attach", "qmp")]
@@ -23,50 +20,20 @@ MEMORY_MIB = 256
 DIMM = 128 * MIB  # the least that Linux takes
 
 
-class Follower:
-    """A run of ``qemu-prefault --follow --json``."""
-
-    def __init__(self, guest: Guest) -> None:
-        self.guest = guest
-        command = [sys.executable, "-m", "qemu_prefault", "--qmp", str(guest.qmp_path)]
-        self.process = subprocess.Popen(
-            [*command, "--follow", "--json"], stdout=subprocess.PIPE, text=True
-        )
-
-    def event(self) -> dict[str, Any]:
-        """The next thing it tells."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, f"it has ended with {self.process.wait()}"
-        event: dict[str, Any] = json.loads(line)
-        return event
-
-    def until_complete(self) -> dict[str, Any]:
-        """The run that left nothing to do."""
-        while True:
-            event = self.event()
-            assert event["event"] == "prefaulted", event
-            if self.guest.stats()["pages_4k"] << 12 >= event["bytes"]:
-                assert event["remaining"] == 0
-                return event
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
+def wait_complete(follower: Follower, guest: Guest) -> dict[str, Any]:
+    """Wait for the run that left nothing to do."""
+    while True:
+        event = follower.event()
+        assert event["event"] == "prefaulted", event
+        if guest.stats()["pages_4k"] << 12 >= event["bytes"]:
+            assert event["remaining"] == 0
+            return event
 
 
 @pytest.fixture
-def follow() -> Iterator[Callable[[Guest], Follower]]:
-    followers: list[Follower] = []
-
-    def start(guest: Guest) -> Follower:
-        followers.append(Follower(guest))
-        assert followers[-1].event()["why"] == "started"
-        return followers[-1]
-
-    yield start
-    for follower in followers:
-        follower.close()
+def follower(guest: Guest) -> Iterator[Follower]:
+    with Follower("--qmp", str(guest.qmp_path)) as running:
+        yield running
 
 
 @pytest.fixture
@@ -81,34 +48,29 @@ def guest() -> Iterator[Guest]:
         yield guest
 
 
-def test_a_reset_guest_is_prefaulted_again(guest, follow):
-    follower = follow(guest)
+def test_reset_guest_is_prefaulted(guest: Guest, follower: Follower) -> None:
     guest.reset()
     guest.wait_ready()
-    event = follower.until_complete()
+    event = wait_complete(follower, guest)
     assert event["why"] == "the tables were dropped"
-    before = faults(guest)
-    assert guest.command("pass")["bad"] == 0
-    assert faults(guest) - before <= PAGES / 100
+    assert faults_of_pass(guest) <= PAGES / 100
     guest.qmp("quit")
     assert follower.process.wait(60) == 0
 
 
 @pytest.mark.full
-def test_a_dimm_that_comes_and_goes(guest, follow):
-    follower = follow(guest)
-    guest.qmp("object-add", **{"qom_type": "memory-backend-ram", "id": "d0", "size": DIMM})
-    guest.qmp("device_add", driver="pc-dimm", id="dimm0", memdev="d0")
-    event = follower.until_complete()
+def test_dimm_plug_and_unplug(guest: Guest, follower: Follower) -> None:
+    plug_dimm(guest, DIMM)
+    event = wait_complete(follower, guest)
     assert event["bytes"] >= DIMM
     assert guest.stats()["pages_4k"] << 12 >= (MEMORY_MIB - 1) * MIB + DIMM
 
-    guest.qmp("device_del", id="dimm0")
+    guest.qmp("device_del", id="dimm-d0")
     guest.wait_event("DEVICE_DELETED")
     guest.qmp("object-del", id="d0")
-    event = follower.until_complete()
+    event = wait_complete(follower, guest)
     assert event["why"] == "the tables were dropped"
     assert event["bytes"] < MEMORY_MIB * MIB
-    assert guest.command("pass")["bad"] == 0
+    check_memory(guest)
     assert guest.status() == "running"
     assert leftovers(guest.pid) == []

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import signal
@@ -40,31 +41,33 @@ def punch_spare_memory(guest: Guest) -> None:
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    import ctypes  # noqa: PLC0415
-
     libc = ctypes.CDLL(None, use_errno=True)
     arguments = (ctypes.c_int(fd), ctypes.c_int(mode), ctypes.c_long(offset), ctypes.c_long(length))
     if libc.fallocate(*arguments):
         raise OSError(ctypes.get_errno(), "fallocate")
 
 
-def test_kill_at_random_moments(request):
-    kills = request.config.getoption("--kills")
-    seed = request.config.getoption("--seed") or random.SystemRandom().getrandbits(32)
+def test_kill_at_random_moments(request: pytest.FixtureRequest, seed: int) -> None:
+    kills: int = request.config.getoption("kills")
     args = ["-object", f"memory-backend-memfd,id=spare,size={SPARE}"]
     args += ["-device", "nvdimm,memdev=spare"]
     run = ("--populate", "all")
-    print(f"\n--seed {seed}")
     moments = random.Random(seed)
     # A machine that may grow above 4 GiB sets 64 MiB aside for DMA bounce buffers.
-    options = {"memory_mib": 192, "memory": "slots=2,maxmem=1G", "workload_mib": 32}
-    with Guest(machine="pc,nvdimm=on", args=args, **options) as guest:
+    with Guest(
+        machine="pc,nvdimm=on",
+        memory_mib=192,
+        memory="slots=2,maxmem=1G",
+        workload_mib=32,
+        args=args,
+    ) as guest:
         guest.wait_ready()
         guest.command("run")
         started = time.monotonic()
         assert prefault(guest, *run).status == 0
         duration = time.monotonic() - started
-        passes, killed, resumed_by_guard = 0, 0, 0
+        passes = 0.0
+        killed = resumed_by_guard = 0
         resuming = leaving = 0.0
         for number in range(kills):
             punch_spare_memory(guest)
@@ -81,8 +84,8 @@ def test_kill_at_random_moments(request):
             leaving += wait_clean(guest.pid)
             status = guest.command("status")
             assert status["bad"] == 0, f"kill {number}: {status}"
-            assert status["passes"] >= passes
-            passes = status["passes"]
+            assert float(status["passes"]) >= passes
+            passes = float(status["passes"])
             if number % 20 == 19:
                 assert prefault(guest, *run).status == 0
                 assert guest.command("status")["bad"] == 0
@@ -90,7 +93,7 @@ def test_kill_at_random_moments(request):
         print(f"{killed} of {kills} killed in mid-run, {resumed_by_guard} met paused; {final}")
         print(f"mean seconds: run {duration:.2f}, until resumed {resuming / kills:.2f}, ", end="")
         print(f"until nothing was left {leaving / kills:.2f}")
-        assert final["bad"] == 0 and final["passes"] > 0
+        assert final["bad"] == 0 and float(final["passes"]) > 0
         assert killed >= kills // 2
         assert prefault(guest, *run).status == 0
         assert leftovers(guest.pid) == []

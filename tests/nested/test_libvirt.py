@@ -11,6 +11,7 @@ import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Unpack
 
 import pytest
 
@@ -18,8 +19,26 @@ from qemu_prefault.agents.attach import helper_threads
 from qemu_prefault.libvirt.installation import APPARMOR_RULE, RULE_TEXT, install
 from qemu_prefault.libvirt.window import ram_mapping
 from qemu_prefault.pagemap import Pagemap
-from qemu_prefault_lab.libvirtd import Domain, denials, kernel_log, wait_until
-from support.libvirt import FEW, METRICS_ADDRESS, WORKLOAD_MIB, label, metrics, run_tool, tool
+from qemu_prefault_lab.libvirtd import (
+    Domain,
+    Libvirtd,
+    Syslog,
+    denials,
+    kernel_log,
+    wait_until,
+)
+from support.libvirt import (
+    MAX_RESIDUAL_FAULTS,
+    METRICS_ADDRESS,
+    WORKLOAD_MIB,
+    DomainOptions,
+    MakeDomain,
+    WriteHookConfig,
+    apparmor_label,
+    read_metrics,
+    run_tool,
+    tool_output,
+)
 
 pytestmark = pytest.mark.libvirt
 
@@ -29,15 +48,15 @@ full = pytest.mark.full  # only in make test-full: each start of a confined doma
 # -- the plugin in a domain ----------------------------------------------------------------
 
 
-def test_an_enabled_domain_boots_without_faults_though_confined(domain):
+def test_enabled_domain_boots_without_faults(make_domain: MakeDomain) -> None:
     before = len(kernel_log())
-    kept = domain("kept")
-    tool("libvirt", "enable", "kept")
+    kept = make_domain("kept")
+    tool_output("libvirt", "enable", "kept")
     kept.start()
     kept.wait_ready()
-    assert label(kept) == f"libvirt-{kept.uuid} (enforce)"
-    assert kept.faults() < FEW
-    status = json.loads(tool("libvirt", "status", "kept", "--json"))
+    assert apparmor_label(kept) == f"libvirt-{kept.uuid} (enforce)"
+    assert kept.faults() < MAX_RESIDUAL_FAULTS
+    status = json.loads(tool_output("libvirt", "status", "kept", "--json"))
     assert status["enabled"] and status["current"] and status["running"]
     assert status["plugin"]["counters"]["errors"] == 0, status
     kept.check_memory()
@@ -46,20 +65,20 @@ def test_an_enabled_domain_boots_without_faults_though_confined(domain):
 
 
 @full
-def test_disabled_it_is_as_it_was(domain):
-    plain = domain("plain", workload_mib=0)
+def test_disable_restores_xml(make_domain: MakeDomain) -> None:
+    plain = make_domain("plain", workload_mib=0)
     before = plain.virsh("dumpxml", "--inactive")
-    tool("libvirt", "enable", "plain")
+    tool_output("libvirt", "enable", "plain")
     assert "qemu-prefault-plugin" in plain.virsh("dumpxml", "--inactive")
     assert run_tool("libvirt", "enable", "plain").stderr.count("already") == 1
-    tool("libvirt", "disable", "plain")
+    tool_output("libvirt", "disable", "plain")
     assert plain.virsh("dumpxml", "--inactive") == before
     assert run_tool("libvirt", "status", "plain").returncode == 3
 
 
 @full
-def test_by_virsh_where_there_is_no_python_module(domain, tmp_path):
-    plain = domain("plain", workload_mib=0)
+def test_virsh_fallback(make_domain: MakeDomain, tmp_path: Path) -> None:
+    plain = make_domain("plain", workload_mib=0)
     (tmp_path / "libvirt.py").write_text("raise ImportError\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     for command, there in (("enable", True), ("disable", False)):
@@ -70,7 +89,7 @@ def test_by_virsh_where_there_is_no_python_module(domain, tmp_path):
 
 
 @full
-def test_unknown_domains_are_an_error_of_the_user(libvirtd):
+def test_unknown_domain_is_usage_error(libvirtd: Libvirtd) -> None:
     for arguments in (
         ("libvirt", "enable", "no-such"),
         ("libvirt", "status", "no-such"),
@@ -85,8 +104,8 @@ def test_unknown_domains_are_an_error_of_the_user(libvirtd):
 # -- the hook ------------------------------------------------------------------------------
 
 
-def saved_guest(domain, **options) -> Domain:
-    guest = domain("saved", **options)
+def saved_guest(make_domain: MakeDomain, **options: Unpack[DomainOptions]) -> Domain:
+    guest = make_domain("saved", **options)
     guest.start()
     guest.wait_ready()
     guest.check_memory()
@@ -94,25 +113,30 @@ def saved_guest(domain, **options) -> Domain:
     return guest
 
 
-def test_a_restored_guest_is_prefaulted_before_it_runs(domain, syslog):
+def test_restored_guest_is_prefaulted(make_domain: MakeDomain, syslog: Syslog) -> None:
     asked = "<p:hook xmlns:p='urn:qemu-prefault:1' restore='now'/>"
-    guest = saved_guest(domain, metadata=f"<metadata>{asked}</metadata>")
+    guest = saved_guest(make_domain, metadata=f"<metadata>{asked}</metadata>")
     guest.start()
     guest.check_memory()
-    assert guest.faults() < FEW, syslog.lines()
+    assert guest.faults() < MAX_RESIDUAL_FAULTS, syslog.lines()
     assert syslog.lines("prefaulted before the guest runs"), syslog.lines()
     assert not helper_threads(guest.process.pid)
 
 
 @full
 @pytest.mark.parametrize("shape", [("q35", 2816, 2048), ("pc", 3584, 3072)], ids=["q35", "pc"])
-def test_a_restored_guest_with_ram_above_4_gib(domain, policy, syslog, shape):
+def test_restored_guest_above_4_gib(
+    make_domain: MakeDomain,
+    write_hook_config: WriteHookConfig,
+    syslog: Syslog,
+    shape: tuple[str, int, int],
+) -> None:
     machine, mib, low_mib = shape
-    policy('[default]\nrestore = "now"\npopulate = "resident"\nwait = 50\n')
-    guest = saved_guest(domain, machine=machine, memory_mib=mib)
+    write_hook_config('[default]\nrestore = "now"\npopulate = "resident"\nwait = 50\n')
+    guest = saved_guest(make_domain, machine=machine, memory_mib=mib)
     guest.start()
     guest.check_memory()
-    assert guest.faults() < FEW, syslog.lines()
+    assert guest.faults() < MAX_RESIDUAL_FAULTS, syslog.lines()
     with Pagemap(guest.process) as pagemap:
         ram = ram_mapping(guest.process.maps(), mib << 20)
         high = pagemap.sums(ram.start + (low_mib << 20), (mib - low_mib) << 20, True)
@@ -121,9 +145,11 @@ def test_a_restored_guest_with_ram_above_4_gib(domain, policy, syslog, shape):
 
 
 @full
-def test_what_there_is_no_time_for_is_handed_over(domain, policy, syslog):
-    guest = saved_guest(domain)
-    policy('[default]\nrestore = "now"\nwait = 0.001\n')
+def test_hook_timeout_hands_over(
+    make_domain: MakeDomain, write_hook_config: WriteHookConfig, syslog: Syslog
+) -> None:
+    guest = saved_guest(make_domain)
+    write_hook_config('[default]\nrestore = "now"\nwait = 0.001\n')
     guest.start()
     wait_until(lambda: syslog.lines("verified") or syslog.lines("prefaulted"), "its report")
     assert syslog.lines("no time for"), syslog.lines()
@@ -131,10 +157,12 @@ def test_what_there_is_no_time_for_is_handed_over(domain, policy, syslog):
     guest.check_memory()
 
 
-def test_a_killed_hook_does_not_keep_the_guest(domain, policy, syslog):
-    guest = saved_guest(domain)
-    policy('[default]\nrestore = "now"\n')
-    killed = []
+def test_guest_starts_if_hook_is_killed(
+    make_domain: MakeDomain, write_hook_config: WriteHookConfig, syslog: Syslog
+) -> None:
+    guest = saved_guest(make_domain)
+    write_hook_config('[default]\nrestore = "now"\n')
+    killed: list[str] = []
     done = threading.Event()
 
     def kill() -> None:
@@ -158,18 +186,22 @@ def test_a_killed_hook_does_not_keep_the_guest(domain, policy, syslog):
 
 
 @full
-def test_a_broken_policy_does_not_keep_the_guest(domain, policy, syslog):
-    policy("[default]\nrestore = 'perhaps'\n")
-    guest = domain("broken", workload_mib=0)
+def test_guest_starts_with_broken_config(
+    make_domain: MakeDomain, write_hook_config: WriteHookConfig, syslog: Syslog
+) -> None:
+    write_hook_config("[default]\nrestore = 'perhaps'\n")
+    guest = make_domain("broken", workload_mib=0)
     guest.start()
     guest.wait_ready()
     assert syslog.lines("'perhaps'"), syslog.lines()
 
 
-def test_libvirtd_is_restarted(domain, policy, syslog, libvirtd):
+def test_libvirtd_restart_keeps_guest(
+    make_domain: MakeDomain, write_hook_config: WriteHookConfig, syslog: Syslog, libvirtd: Libvirtd
+) -> None:
     """The hook is called for each domain ("reconnect"), and what fails there ends the guest."""
-    policy('[default]\nrestore = "now"\nstart = "follow"\n')
-    guest = domain("stays")
+    write_hook_config('[default]\nrestore = "now"\nstart = "follow"\n')
+    guest = make_domain("stays")
     guest.start()
     guest.wait_ready()
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -179,12 +211,16 @@ def test_libvirtd_is_restarted(domain, policy, syslog, libvirtd):
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(20, marks=full)])
-def test_many_domains_at_once(domain, policy, libvirtd, count):
-    policy('[default]\nrestore = "now"\n')
+def test_concurrent_domain_starts(
+    make_domain: MakeDomain, write_hook_config: WriteHookConfig, libvirtd: Libvirtd, count: int
+) -> None:
+    write_hook_config('[default]\nrestore = "now"\n')
     names = [f"many{number}" for number in range(count)]
-    guests = [domain(name, firmware_only=True, memory_mib=32, workload_mib=0) for name in names]
+    guests = [
+        make_domain(name, firmware_only=True, memory_mib=32, workload_mib=0) for name in names
+    ]
     for name in names[::2]:
-        tool("libvirt", "enable", name)
+        tool_output("libvirt", "enable", name)
     with ThreadPoolExecutor(len(guests)) as executor:
         list(executor.map(lambda guest: guest.virsh("start", timeout=900), guests))
     assert {guest.state for guest in guests} == {"running"}
@@ -193,14 +229,16 @@ def test_many_domains_at_once(domain, policy, libvirtd, count):
 # -- AppArmor ------------------------------------------------------------------------------
 
 
-def test_probe_says_which_rule_is_missing(domain):
+def test_probe_reports_missing_apparmor_rule(make_domain: MakeDomain) -> None:
     rule = Path("/") / APPARMOR_RULE
-    guest = domain("probed", workload_mib=0)
-    tool("libvirt", "enable", "probed")
+    guest = make_domain("probed", workload_mib=0)
+    tool_output("libvirt", "enable", "probed")
     rule.unlink()
     try:
         done = run_tool("probe", "--domain", "probed", "--json")
-        findings = {f["check"]: f for f in json.loads(done.stdout)["findings"]}
+        findings: dict[str, dict[str, Any]] = {
+            finding["check"]: finding for finding in json.loads(done.stdout)["findings"]
+        }
         assert findings["apparmor"]["verdict"] == "no"
         assert RULE_TEXT.strip() in findings["apparmor"]["remedy"]
         assert done.returncode == 4
@@ -211,12 +249,12 @@ def test_probe_says_which_rule_is_missing(domain):
         install()
 
 
-def test_probe_of_a_domain_that_runs(domain):
-    guest = domain("probed", workload_mib=0)
-    tool("libvirt", "enable", "probed")
+def test_probe_running_domain(make_domain: MakeDomain) -> None:
+    guest = make_domain("probed", workload_mib=0)
+    tool_output("libvirt", "enable", "probed")
     guest.start()
     guest.wait_ready()
-    findings = json.loads(tool("probe", "--domain", "probed", "--json"))["findings"]
+    findings = json.loads(tool_output("probe", "--domain", "probed", "--json"))["findings"]
     verdicts = {f["check"]: f["verdict"] for f in findings}
     for check in ("daemon", "apparmor", "seccomp", "pages", "enable", "plugin", "prefault"):
         assert verdicts[check] == "ok", findings
@@ -225,23 +263,23 @@ def test_probe_of_a_domain_that_runs(domain):
 # -- through libvirt's own monitor ----------------------------------------------------------
 
 
-def test_a_running_domain_is_prefaulted_through_libvirt(domain):
-    guest = domain("running", workload_mib=0)
+def test_prefault_running_domain(make_domain: MakeDomain) -> None:
+    guest = make_domain("running", workload_mib=0)
     guest.start()
     guest.wait_ready()
-    report = json.loads(tool("--domain", "running", "--json"))
+    report = json.loads(tool_output("--domain", "running", "--json"))
     assert report["bytes"]["remaining"] == 0
     assert guest.state == "running"
     before = guest.faults()
     guest.command("alloc 64")
-    assert guest.faults() - before < FEW
+    assert guest.faults() - before < MAX_RESIDUAL_FAULTS
     assert "custom-monitor" in guest.virsh("dominfo") + guest.log()
     for command in ("map", "stats"):
-        assert json.loads(tool(command, "--domain", "running", "--json"))
+        assert json.loads(tool_output(command, "--domain", "running", "--json"))
 
 
-def test_killed_while_it_has_the_guest_paused(domain, libvirtd):
-    guest = domain("killed")
+def test_guard_resumes_domain(make_domain: MakeDomain, libvirtd: Libvirtd) -> None:
+    guest = make_domain("killed")
     guest.start()
     guest.wait_ready()
     for _ in range(3):
@@ -260,8 +298,8 @@ def test_killed_while_it_has_the_guest_paused(domain, libvirtd):
 
 
 @full
-def test_libvirtd_is_restarted_under_it(domain, libvirtd):
-    guest = domain("watched", workload_mib=0)
+def test_stats_survive_libvirtd_restart(make_domain: MakeDomain, libvirtd: Libvirtd) -> None:
+    guest = make_domain("watched", workload_mib=0)
     guest.start()
     guest.wait_ready()
     child = subprocess.Popen(
@@ -282,38 +320,39 @@ def test_libvirtd_is_restarted_under_it(domain, libvirtd):
 # -- the daemon ------------------------------------------------------------------------------
 
 
-def test_watch_acts_and_tells(domain, policy, libvirtd):
-    policy('[default]\nstart = "later"\n')
+def test_watch_acts_and_exports_metrics(
+    make_domain: MakeDomain, write_hook_config: WriteHookConfig, libvirtd: Libvirtd
+) -> None:
+    write_hook_config('[default]\nstart = "later"\n')
     child = subprocess.Popen(
         ["qemu-prefault", "libvirt", "watch", "--listen", METRICS_ADDRESS, "--act"],
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
     try:
-        wait_until(lambda: "qemu_prefault_libvirt_up 1.0" in metrics(), "it is connected")
-        guest = domain("fleet", workload_mib=0)
+        wait_until(lambda: "qemu_prefault_libvirt_up 1.0" in read_metrics(), "it is connected")
+        guest = make_domain("fleet", workload_mib=0)
         guest.start()
         guest.wait_ready()
         verified = 'qemu_prefault_runs_total{domain="fleet",moment="start",outcome="'
-        wait_until(lambda: verified in metrics(), "a run is counted")
-        assert 'qemu_prefault_stage2_faults_total{domain="fleet"}' in metrics()
+        wait_until(lambda: verified in read_metrics(), "a run is counted")
+        assert 'qemu_prefault_stage2_faults_total{domain="fleet"}' in read_metrics()
         libvirtd.restart()
         guest.destroy()
-        wait_until(lambda: 'faults_total{domain="fleet"}' not in metrics(), "it is forgotten")
+        wait_until(lambda: 'faults_total{domain="fleet"}' not in read_metrics(), "it is forgotten")
     finally:
         child.terminate()
-        _, said = child.communicate(timeout=30)
-    assert "fleet booted" in said and "is lost" in said, said
-    assert "Traceback" not in said
+        _, log = child.communicate(timeout=30)
+    assert "fleet booted" in log and "is lost" in log, log
+    assert "Traceback" not in log
 
 
 @full
-def test_watch_writes_a_file_for_node_exporter(domain, tmp_path):
-    guest = domain("fleet", workload_mib=0)
+def test_watch_writes_textfile(make_domain: MakeDomain, tmp_path: Path) -> None:
+    guest = make_domain("fleet", workload_mib=0)
     guest.start()
     guest.wait_ready()
     path = tmp_path / "qemu-prefault.prom"
-
     from prometheus_client.parser import text_string_to_metric_families  # noqa: PLC0415
 
     def samples(text: str) -> dict[tuple[str, str], float]:
@@ -331,10 +370,10 @@ def test_watch_writes_a_file_for_node_exporter(domain, tmp_path):
             wait_until(lambda: path.stat().st_ino != inode, "there is a newer one")
             # Replaced, not written over: who reads the old one reads it to its end.
             assert ("qemu_prefault_libvirt_up", "") in samples(first.read())
-        told = samples(path.read_text())
-        assert told["qemu_prefault_libvirt_up", ""] == 1
-        assert told["qemu_prefault_plugin", "fleet"] == 0
-        assert 0 < told["qemu_prefault_stage2_faults_total", "fleet"] <= guest.faults()
+        values = samples(path.read_text())
+        assert values["qemu_prefault_libvirt_up", ""] == 1
+        assert values["qemu_prefault_plugin", "fleet"] == 0
+        assert 0 < values["qemu_prefault_stage2_faults_total", "fleet"] <= guest.faults()
     finally:
         child.terminate()
         assert child.wait(60) == 0

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from qemu_prefault_lab.libvirtd import Domain, Libvirtd, Systemd, wait_until
-from support.libvirt import metrics, tool
+from support.libvirt import MakeDomain, read_metrics, tool_output
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.full]
 
@@ -21,7 +21,7 @@ def systemd() -> Iterator[Systemd]:
 
 @pytest.fixture(scope="module")
 def libvirtd(systemd: Systemd) -> Iterator[Libvirtd]:
-    tool("libvirt", "install", "--hook", "--watch")
+    tool_output("libvirt", "install", "--hook", "--watch")
     with Libvirtd(systemd=systemd) as daemon:
         yield daemon
 
@@ -39,7 +39,7 @@ class Unit:
     def _journal(self, *arguments: str) -> str:
         return self._systemd.run("journalctl", "--no-pager", "--output=cat", *arguments)
 
-    def said(self) -> str:
+    def log(self) -> str:
         return self._journal("--unit", self.name)
 
     def state(self) -> str:
@@ -48,13 +48,13 @@ class Unit:
 
 
 @pytest.mark.parametrize("when", ["later", "follow"])
-def test_the_hook_hands_over_to_a_transient_unit(domain, systemd, when):
+def test_hook_starts_transient_unit(make_domain: MakeDomain, systemd: Systemd, when: str) -> None:
     metadata = f"<metadata><p:hook xmlns:p='urn:qemu-prefault:1' start='{when}'/></metadata>"
-    guest: Domain = domain(f"unit-{when}", metadata=metadata)
+    guest = make_domain(f"unit-{when}", metadata=metadata)
     guest.start()
     guest.wait_ready()
     unit = Unit(systemd, guest)
-    wait_until(lambda: {"later": "verified: all", "follow": "(started)"}[when] in unit.said(),
+    wait_until(lambda: {"later": "verified: all", "follow": "(started)"}[when] in unit.log(),
                "it tells what it has done")  # fmt: skip
     assert guest.state == "running"
     guest.check_memory()
@@ -62,11 +62,11 @@ def test_the_hook_hands_over_to_a_transient_unit(domain, systemd, when):
         assert unit.state() == "loaded active"
         guest.virsh("destroy")
     wait_until(lambda: unit.state() == "not-found inactive", "it is gone without a trace")
-    assert "Traceback" not in unit.said()
+    assert "Traceback" not in unit.log()
 
 
-def test_the_daemons_unit(domain, systemd):
-    guest: Domain = domain("fleet", workload_mib=0)
+def test_daemon_unit(make_domain: MakeDomain, systemd: Systemd) -> None:
+    guest = make_domain("fleet", workload_mib=0)
     guest.start()
 
     def show(what: str) -> str:
@@ -74,12 +74,12 @@ def test_the_daemons_unit(domain, systemd):
         return systemd.run(*words).strip()
 
     systemd.run("systemctl", "enable", "--now", "qemu-prefault-watch")
-    wait_until(lambda: 'qemu_prefault_plugin{domain="fleet"} 0.0' in metrics(), "it tells")
+    wait_until(lambda: 'qemu_prefault_plugin{domain="fleet"} 0.0' in read_metrics(), "it tells")
     log = systemd.run("journalctl", "--unit", "qemu-prefault-watch", "--output=json")
     assert '"PRIORITY":"6"' in log and "watching qemu:///system" in log
     systemd.run("systemctl", "kill", "--signal=KILL", "qemu-prefault-watch")
     wait_until(lambda: show("NRestarts") == "1", "it is started again")
-    wait_until(lambda: "qemu_prefault_libvirt_up 1.0" in metrics(), "it tells again")
+    wait_until(lambda: "qemu_prefault_libvirt_up 1.0" in read_metrics(), "it tells again")
     systemd.run("systemctl", "disable", "--now", "qemu-prefault-watch")
     assert (show("ActiveState"), show("Result")) == ("inactive", "success")
-    assert metrics() == ""
+    assert read_metrics() == ""

@@ -16,7 +16,7 @@ import pytest
 
 from qemu_prefault_lab.guest import Guest
 from qemu_prefault_lab.wait import wait_for
-from support.guest import OTHER_MIB, start_tool
+from support.guest import OTHER_MIB, start_tool, wait_migrated
 from support.process import wait_clean
 
 pytestmark = [pytest.mark.campaign, pytest.mark.any_agent]
@@ -35,30 +35,29 @@ def migrate(source: Guest, directory: Path, moments: random.Random) -> tuple[Gue
         if moments.random() < 0.5:  # else it may come too late to await anything
             time.sleep(moments.uniform(0, 0.5))
         source.qmp("migrate", uri=uri)
-        told = " ".join(options) or "plain"
+        history = " ".join(options) or "plain"
         if moments.random() < 0.5:
             time.sleep(moments.uniform(0, 4))  # a random moment: none is special
             tool.send_signal(signal.SIGKILL)
             tool.running(30)
-            told += f", killed ({tool.status})"
-        while (status := source.wait_event("MIGRATION")["data"]["status"]) != "completed":
-            assert status not in ("failed", "cancelled"), status
+            history += f", killed ({tool.status})"
+        wait_migrated(source)
         if tool.status is None:
             result = tool.finish()
             assert result.status in (0, 5), (result.stdout, result.stderr)
-            told += f", ended ({result.status})"
+            history += f", ended ({result.status})"
         wait_clean(target.pid)
         wait_for(lambda: target.status() == "running", "a guest that runs")
     except BaseException:
         target.kill()
         raise
-    return target, told
+    return target, history
 
 
-def test_a_guest_that_migrates_under_load_loses_nothing(request, tmp_path):
-    count = request.config.getoption("--boots")
-    seed = request.config.getoption("--seed") or random.SystemRandom().getrandbits(32)
-    print(f"\n--seed {seed}")
+def test_repeated_migration_under_load(
+    request: pytest.FixtureRequest, tmp_path: Path, seed: int
+) -> None:
+    count: int = request.config.getoption("boots")
     moments = random.Random(seed)
     guest = Guest(workload_mib=WORKLOAD_MIB, memory_mib=WORKLOAD_MIB + OTHER_MIB)
     try:
@@ -66,11 +65,11 @@ def test_a_guest_that_migrates_under_load_loses_nothing(request, tmp_path):
         assert guest.command("run")["ok"] == 1
         for number in range(count):
             guest.qmp("migrate-set-parameters", max_bandwidth=1 << 40, downtime_limit=20_000)
-            target, told = migrate(guest, tmp_path, moments)
+            target, history = migrate(guest, tmp_path, moments)
             guest.kill()
             guest = target
             state = guest.command("status")
-            print(f"{number}: {told}; {state['passes']} passes")
+            print(f"{number}: {history}; {state['passes']} passes")
             assert (state["bad"], state["running"]) == (0, 1)
     finally:
         guest.kill()

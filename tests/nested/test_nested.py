@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Protocol, Unpack
 
 import pytest
 
@@ -21,7 +20,15 @@ from qemu_prefault import Session
 from qemu_prefault.engine import Engine
 from qemu_prefault_lab.guest import Guest
 from qemu_prefault_lab.wait import wait_for
-from support.guest import OTHER_MIB, faults, prefault, start_tool
+from support.guest import (
+    OTHER_MIB,
+    GuestOptions,
+    MakeGuest,
+    faults_of_pass,
+    prefault,
+    start_incoming_tool,
+    start_tool,
+)
 from support.process import leftovers, wait_clean
 from support.tool import Result
 
@@ -29,17 +36,22 @@ pytestmark = pytest.mark.any_agent
 
 WORKLOAD_MIB = 32
 PAGES = WORKLOAD_MIB << 8  # of the workload: what the guest has not touched since it was restored
-TRIES = 200
+STOP_ATTEMPTS = 200
 """Stops, of which two out of three catch an L3 that is busy."""
 KILLS = 8
 
 
+class MakeNestedGuest(Protocol):
+    def __call__(self, npt: bool, **options: Unpack[GuestOptions]) -> Guest: ...
+
+
 @pytest.fixture
-def nested(restored: Callable[..., Guest]) -> Callable[..., Guest]:
+def make_nested_guest(make_restored_guest: MakeGuest) -> MakeNestedGuest:
     """Restores guests and starts an L3 in each, for which it uses nested paging or not."""
 
-    def start(npt: bool, **options: Any) -> Guest:
-        guest = restored(kvm=True, **options)
+    def start(npt: bool, **options: Unpack[GuestOptions]) -> Guest:
+        options["kvm"] = True
+        guest = make_restored_guest(**options)
         guest.qmp("cont")
         guest.command(f"nest npt={int(npt)}")
         return guest
@@ -47,10 +59,11 @@ def nested(restored: Callable[..., Guest]) -> Callable[..., Guest]:
     return start
 
 
-def both(function: Callable[..., None]) -> Callable[..., None]:
-    """With either kind of paging; nested paging only in ``make test-full``."""
-    kinds = [pytest.param(True, id="npt", marks=pytest.mark.full), pytest.param(False, id="shadow")]
-    return pytest.mark.parametrize("npt", kinds)(function)
+#: With either kind of paging; nested paging only in ``make test-full``.
+both_paging_modes = pytest.mark.parametrize(
+    "npt",
+    [pytest.param(True, id="npt", marks=pytest.mark.full), pytest.param(False, id="shadow")],
+)
 
 
 def in_guest_mode(guest: Guest) -> int:
@@ -60,24 +73,23 @@ def in_guest_mode(guest: Guest) -> int:
 
 def stop_in_guest_mode(guest: Guest, wanted: int = 1) -> None:
     """Stop it so that this many vCPUs are in guest mode; a running L3 is there most of the time."""
-    for _ in range(TRIES):
+    for _ in range(STOP_ATTEMPTS):
         guest.qmp("stop")
         if in_guest_mode(guest) == wanted:
             return
         guest.qmp("cont")
-    pytest.fail(f"of {TRIES} stops none found {wanted} vCPUs in guest mode")
+    pytest.fail(f"of {STOP_ATTEMPTS} stops none found {wanted} vCPUs in guest mode")
 
 
-def assert_goes_on(guest: Guest, *, prefaulted: bool) -> None:
+def check_guest_runs(guest: Guest, *, prefaulted: bool) -> None:
     """The guest has its memory, with or without a fault for each page, and its L3 counts."""
     first = guest.command("nest-count")
     assert first["running"] == 1, first
-    before = faults(guest)
-    assert guest.command("pass")["bad"] == 0
+    taken = faults_of_pass(guest)
     if prefaulted:
-        assert faults(guest) - before < PAGES / 16
+        assert taken < PAGES / 16
     else:
-        assert faults(guest) - before >= PAGES
+        assert taken >= PAGES
     while guest.command("nest-count")["count"] == first["count"]:
         pass
     assert guest.command("nest-count")["running"] == 1
@@ -85,22 +97,24 @@ def assert_goes_on(guest: Guest, *, prefaulted: bool) -> None:
 
 
 def guest_mode_warning(result: Result) -> str:
-    return next(w["text"] for w in result.report["warnings"] if w["code"] == "guest-mode")
+    warnings: list[dict[str, str]] = result.report["warnings"]
+    return next(w["text"] for w in warnings if w["code"] == "guest-mode")
 
 
-def said_of_sections(result: Result, text: str) -> bool:
+def any_section_skipped(result: Result, text: str) -> bool:
+    """Whether a section was skipped for a reason that contains the text."""
     return any(text in (section["skipped"] or "") for section in result.report["sections"])
 
 
-def mapped(guest: Guest) -> int:
+def mapped_pages(guest: Guest) -> int:
     return guest.stats()["pages_4k"]
 
 
-def test_paused_on_nested_paging_it_is_refused(nested):
+def test_paused_npt_guest_is_not_prefaulted(make_nested_guest: MakeNestedGuest) -> None:
     """The ioctl answers EOPNOTSUPP: nothing is done, and it is said why and what to do."""
-    guest = nested(npt=True)
+    guest = make_nested_guest(npt=True)
     stop_in_guest_mode(guest)
-    before = mapped(guest)
+    before = mapped_pages(guest)
     result = prefault(guest)
     assert result.status == 3, result.stderr
     assert guest.status() == "paused"
@@ -111,41 +125,45 @@ def test_paused_on_nested_paging_it_is_refused(nested):
     assert "every vCPU ran a nested guest" in guest_mode_warning(result)
     assert "--cont" in guest_mode_warning(result)
     # Populating may replace pages that were mapped, the zero page for one.
-    assert mapped(guest) <= before and in_guest_mode(guest) == 1
+    assert mapped_pages(guest) <= before and in_guest_mode(guest) == 1
     guest.qmp("cont")
-    assert_goes_on(guest, prefaulted=False)
+    check_guest_runs(guest, prefaulted=False)
 
 
-def test_paused_on_shadow_paging_it_fills_what_guest_mode_uses(nested, agent):
+def test_paused_shadow_guest_fills_guest_mode_tables(
+    make_nested_guest: MakeNestedGuest, agent: str
+) -> None:
     """The ioctl succeeds, but on the root of guest mode: that does not count as done.
 
     A patched QEMU knows it from kvm_run, and does not begin.
     """
-    guest = nested(npt=False)
+    guest = make_nested_guest(npt=False)
     stop_in_guest_mode(guest)
-    before = mapped(guest)
+    before = mapped_pages(guest)
     result = prefault(guest)
     assert result.status == 3, result.stderr
     report = result.report
     assert report["bytes"]["remaining"] == report["bytes"]["requested"]
     if agent == "qmp":
-        assert mapped(guest) <= before and report["bytes"]["prefaulted"] == 0
+        assert mapped_pages(guest) <= before and report["bytes"]["prefaulted"] == 0
         assert "every vCPU ran a nested guest" in guest_mode_warning(result)
     else:
         # The L3 has touched little through this root, so nearly all of it is new.
-        assert mapped(guest) - before > 0.9 * report["bytes"]["requested"] / 4096
-        assert report["stage2"]["after"]["4k"] == mapped(guest)
+        assert mapped_pages(guest) - before > 0.9 * report["bytes"]["requested"] / 4096
+        assert report["stage2"]["after"]["4k"] == mapped_pages(guest)
         assert report["bytes"]["prefaulted"] == report["bytes"]["requested"]
         assert "not the guest's own" in guest_mode_warning(result)
     guest.qmp("cont")
-    assert_goes_on(guest, prefaulted=False)
+    check_guest_runs(guest, prefaulted=False)
 
 
 @pytest.mark.full
-@both
-def test_a_running_guest_is_stopped_until_its_own_tables_are_loaded(nested, npt):
-    guest = nested(npt)
-    tried = set()
+@both_paging_modes
+def test_running_guest_is_stopped_outside_guest_mode(
+    make_nested_guest: MakeNestedGuest, npt: bool
+) -> None:
+    guest = make_nested_guest(npt)
+    tried: set[bool] = set()
     while len(tried) < 2:  # runs whose first stop suits, and runs whose does not
         result = prefault(guest)
         assert result.status == 0, result.stderr
@@ -155,30 +173,31 @@ def test_a_running_guest_is_stopped_until_its_own_tables_are_loaded(nested, npt)
         assert result.warnings <= {"guest-mode"}
         tried.add("guest-mode" in result.warnings)
         assert guest.status() == "running"
-        assert_goes_on(guest, prefaulted=True)
+        check_guest_runs(guest, prefaulted=True)
 
 
 @pytest.mark.full
-@both
-def test_cont_lets_a_guest_found_paused_run_until_it_can_be_done(nested, npt):
-    guest = nested(npt)
+@both_paging_modes
+def test_cont_leaves_guest_mode(make_nested_guest: MakeNestedGuest, npt: bool) -> None:
+    guest = make_nested_guest(npt)
     stop_in_guest_mode(guest)
     result = prefault(guest, "--cont")
     assert result.status == 0, result.stderr
     assert "let run on" in guest_mode_warning(result)
     assert guest.status() == "running"
-    assert_goes_on(guest, prefaulted=True)
+    check_guest_runs(guest, prefaulted=True)
 
 
 @pytest.mark.full
-@both
-def test_a_guest_that_arrives_with_an_active_one(nested, npt, tmp_path: Path):
+@both_paging_modes
+def test_incoming_guest_with_nested_guest(
+    make_nested_guest: MakeNestedGuest, npt: bool, tmp_path: Path
+) -> None:
     """In guest mode or not, as chance has it: it is prefaulted, and its L3 counts on."""
-    source = nested(npt)
+    source = make_nested_guest(npt)
     uri = f"unix:{tmp_path / 'migration'}"
     with Guest(memory_mib=WORKLOAD_MIB + OTHER_MIB, kvm=True, incoming=uri) as target:
-        tool = start_tool(target, "--incoming")
-        wait_for(lambda: tool.has_said("ready"), "a tool that awaits it")
+        tool = start_incoming_tool(target)
         source.qmp("migrate-set-parameters", max_bandwidth=1 << 40, downtime_limit=20_000)
         source.qmp("migrate", uri=uri)
         result = tool.finish()
@@ -186,12 +205,12 @@ def test_a_guest_that_arrives_with_an_active_one(nested, npt, tmp_path: Path):
         assert result.report["bytes"]["remaining"] == 0
         assert result.warnings <= {"guest-mode"}
         assert target.status() == "running"
-        assert_goes_on(target, prefaulted=True)
+        check_guest_runs(target, prefaulted=True)
 
 
 @pytest.mark.full
-def test_guest_mode_is_known_without_asking_qemu(nested):
-    guest = nested(npt=True)
+def test_guest_mode_from_stats_fd(make_nested_guest: MakeNestedGuest) -> None:
+    guest = make_nested_guest(npt=True)
 
     async def look() -> list[int]:
         async with Session.open(str(guest.qmp_path)) as session:
@@ -207,26 +226,28 @@ def test_guest_mode_is_known_without_asking_qemu(nested):
 
 
 @pytest.mark.full
-@both
-def test_a_vcpu_outside_guest_mode_does_it_for_all(nested, npt):
-    guest = nested(npt, smp=2)
+@both_paging_modes
+def test_vcpu_outside_guest_mode_is_used(make_nested_guest: MakeNestedGuest, npt: bool) -> None:
+    guest = make_nested_guest(npt, smp=2)
     stop_in_guest_mode(guest)
     result = prefault(guest)
     assert result.status == 0, result.stderr
     assert guest.status() == "paused"
     assert result.report["bytes"]["remaining"] == 0
     assert result.warnings == {"vcpu-unusable"}
-    assert not said_of_sections(result, "prefault")
+    assert not any_section_skipped(result, "prefault")
     guest.qmp("cont")
-    assert_goes_on(guest, prefaulted=True)
+    check_guest_runs(guest, prefaulted=True)
 
 
 @pytest.mark.full
-@both
-def test_it_is_given_up_within_bounds(nested, npt, agent, monkeypatch):
+@both_paging_modes
+def test_retries_are_bounded(
+    make_nested_guest: MakeNestedGuest, npt: bool, agent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a single try most runs end so; what a run came to is told, and the guest runs on."""
     monkeypatch.setattr(qemu_prefault.engine, "GUEST_MODE_TRIES", 1)
-    guest = nested(npt)
+    guest = make_nested_guest(npt)
     verified = False
     while (result := prefault(guest)).status == 0:
         verified = True
@@ -237,11 +258,13 @@ def test_it_is_given_up_within_bounds(nested, npt, agent, monkeypatch):
     # QEMU's own job does not begin in guest mode, whichever paging it uses.
     nothing_done = npt or agent == "qmp"
     assert (result.report["bytes"]["prefaulted"] == 0) == nothing_done
-    assert_goes_on(guest, prefaulted=verified)
+    check_guest_runs(guest, prefaulted=verified)
 
 
 @pytest.mark.full
-def test_the_ioctl_tells_where_kvm_does_not(nested, monkeypatch):
+def test_ioctl_detects_guest_mode(
+    make_nested_guest: MakeNestedGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without the counter (old kernels, old QEMU) EOPNOTSUPP is what there is to go by.
 
     Then a try is all of a prefault, for which the lab takes a second: few fit into the limit.
@@ -252,27 +275,29 @@ def test_the_ioctl_tells_where_kvm_does_not(nested, monkeypatch):
 
     monkeypatch.setattr(Engine, "_workers_in_guest_mode", nothing)
     monkeypatch.setattr(qemu_prefault.engine, "GUEST_MODE_SECONDS", 1_000_000.0)
-    guest = nested(npt=True)
+    guest = make_nested_guest(npt=True)
     stop_in_guest_mode(guest)
     result = prefault(guest)
     assert result.status == 3 and result.warnings == {"guest-mode"}, result.stderr
     assert result.report["bytes"]["prefaulted"] == 0
-    assert said_of_sections(result, "no vCPU")
+    assert any_section_skipped(result, "no vCPU")
     result = prefault(guest, "--cont")
     assert result.status == 0, result.stderr
-    assert not said_of_sections(result, "no vCPU")
+    assert not any_section_skipped(result, "no vCPU")
     assert "let run on" in guest_mode_warning(result)
-    assert_goes_on(guest, prefaulted=True)
+    check_guest_runs(guest, prefaulted=True)
 
 
 @pytest.mark.full
-def test_a_tool_killed_between_two_stops_leaves_the_guest_running(nested, monkeypatch):
+def test_guest_runs_if_tool_dies_between_stops(
+    make_nested_guest: MakeNestedGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each pause has a guard of its own."""
 
     async def always(*_: object) -> set[int]:
         return {0}
 
-    guest = nested(npt=True)
+    guest = make_nested_guest(npt=True)
     monkeypatch.setattr(Engine, "_workers_in_guest_mode", always)
     monkeypatch.setattr(qemu_prefault.engine, "GUEST_MODE_TRIES", 1_000_000)
     monkeypatch.setattr(qemu_prefault.engine, "GUEST_MODE_SECONDS", 1_000_000.0)
@@ -283,18 +308,18 @@ def test_a_tool_killed_between_two_stops_leaves_the_guest_running(nested, monkey
         tool.send_signal(signal.SIGKILL)
         wait_clean(guest.pid)
         wait_for(lambda: guest.status() == "running", "the guest runs again")
-    assert_goes_on(guest, prefaulted=False)
+    check_guest_runs(guest, prefaulted=False)
 
 
-@both
+@both_paging_modes
 @pytest.mark.agents("attach")  # it loads the plugin by itself
-def test_the_plugin_gets_a_busy_guest_out_of_guest_mode(nested, npt):
+def test_plugin_leaves_guest_mode(make_nested_guest: MakeNestedGuest, npt: bool) -> None:
     """When it last came back it was in guest mode, and by itself it hardly ever does."""
-    guest = nested(npt, plugin=["keep=off", "populate=resident"])
+    guest = make_nested_guest(npt, plugin=["keep=off", "populate=resident"])
     stop_in_guest_mode(guest)
     guest.qmp("cont")
     guest.control("resume")
     wait_for(lambda: not guest.control("status")["pending"], "nothing left to prefault")
     counters = guest.control("status")["counters"]
     assert counters["prefaulted"] > PAGES << 12 and counters["errors"] == 0, counters
-    assert_goes_on(guest, prefaulted=True)
+    check_guest_runs(guest, prefaulted=True)

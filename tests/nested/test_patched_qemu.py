@@ -16,18 +16,22 @@ from typing import Any
 
 import pytest
 
-from qemu_prefault_lab.guest import Guest, patched_qemu
+from qemu_prefault_lab.guest import Guest, defaults, patched_qemu
 from support.guest import (
     OTHER_MIB,
     SNAPSHOT,
+    MakeGuest,
     add_disk,
+    check_memory,
     faults,
+    faults_of_pass,
+    plug_dimm,
     prefault,
     ram_hva,
     ram_resident,
+    run_job,
     start_tool,
 )
-from support.guest import run_job as run_block_job
 from support.process import leftovers, resident_bytes
 
 MIB = 1 << 20
@@ -42,92 +46,87 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def patched() -> Iterator[None]:
-    from qemu_prefault_lab.guest import defaults  # noqa: PLC0415
-
     before = defaults.qemu
     defaults.qemu = patched_qemu() or before
     yield
     defaults.qemu = before
 
 
-def run_job(guest: Guest, **arguments: Any) -> list[dict[str, Any]]:
+def run_prefault_job(guest: Guest, **arguments: Any) -> list[dict[str, Any]]:
     """The job's account of each range, once it is over."""
-    guest.qmp("x-kvm-prefault-memory", **{"job-id": "job", **arguments})
-    ranges = wait_job(guest)
+    guest.qmp("x-kvm-prefault-memory", job_id="job", **arguments)
+    ranges = wait_prefault_job(guest)
     guest.qmp("job-dismiss", id="job")
     return ranges
 
 
-def wait_job(guest: Guest) -> list[dict[str, Any]]:
+def wait_prefault_job(guest: Guest) -> list[dict[str, Any]]:
     while guest.wait_event("JOB_STATUS_CHANGE")["data"]["status"] != "concluded":
         pass
-    ranges: list[dict[str, Any]] = guest.qmp("x-query-kvm-prefault", **{"job-id": "job"})["ranges"]
+    ranges: list[dict[str, Any]] = guest.qmp("x-query-kvm-prefault", job_id="job")["ranges"]
     return ranges
 
 
 def total(ranges: list[dict[str, Any]], what: str) -> int:
-    return sum(part[what] for part in ranges)
-
-
-def first_pass(guest: Guest) -> int:
-    """Stage-2 faults that a guest takes while it writes all of its memory."""
-    before = faults(guest)
-    assert guest.command("pass")["bad"] == 0
-    return faults(guest) - before
+    return sum(int(part[what]) for part in ranges)
 
 
 # -- the job ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("smp", [1, 2])
-def test_the_job_alone_spares_a_restored_guest_its_faults(restored, smp):
-    guest = restored(workload_mib=64, smp=smp)
-    ranges = run_job(guest)
+def test_job_prefaults_restored_guest(make_restored_guest: MakeGuest, smp: int) -> None:
+    guest = make_restored_guest(workload_mib=64, smp=smp)
+    ranges = run_prefault_job(guest)
     assert not any("error" in part for part in ranges)
     assert total(ranges, "mapped") == total(ranges, "size")
     guest.qmp("cont")
-    assert first_pass(guest) <= 16
+    assert faults_of_pass(guest) <= 16
 
 
-def test_a_guest_that_runs_is_not_stopped():
+def test_job_does_not_stop_guest() -> None:
     with Guest(machine="microvm", workload_mib=32, memory_mib=128) as guest:
         guest.wait_ready()
-        ranges = run_job(guest)
+        ranges = run_prefault_job(guest)
         assert guest.status() == "running"
         assert total(ranges, "mapped") == total(ranges, "size") >= 127 * MIB
         assert guest.stats()["pages_4k"] * 4096 >= 127 * MIB
-        assert guest.command("pass")["bad"] == 0
+        check_memory(guest)
 
 
-def test_a_cancelled_job_ends_and_tells_what_it_had_done(restored):
-    guest = restored(workload_mib=256)
-    guest.qmp("x-kvm-prefault-memory", **{"job-id": "job", "chunk-size": 1 * MIB})
+def test_cancelled_job_reports_progress(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest(workload_mib=256)
+    guest.qmp("x-kvm-prefault-memory", job_id="job", chunk_size=1 * MIB)
     guest.qmp("job-cancel", id="job")
-    ranges = wait_job(guest)
+    ranges = wait_prefault_job(guest)
     assert total(ranges, "mapped") < total(ranges, "size")
     guest.qmp("job-dismiss", id="job")
     assert guest.qmp("query-jobs") == []
-    ranges = run_job(guest)  # and another one can follow
+    ranges = run_prefault_job(guest)  # and another one can follow
     assert total(ranges, "mapped") == total(ranges, "size")
 
 
-def test_nothing_is_prefaulted_while_dirty_pages_are_logged():
+def test_job_is_refused_during_dirty_logging() -> None:
     with Guest(machine="microvm", workload_mib=32, memory_mib=128) as guest:
         guest.wait_ready()
-        guest.qmp("calc-dirty-rate", **{"calc-time": 20, "mode": "dirty-bitmap"})
+        guest.qmp("calc-dirty-rate", calc_time=20, mode="dirty-bitmap")
         while guest.qmp("query-dirty-rate")["status"] != "measuring":
             guest.command("echo measuring")
         with pytest.raises(Exception, match="dirty pages are being logged"):
-            guest.qmp("x-kvm-prefault-memory", **{"job-id": "job"})
+            guest.qmp("x-kvm-prefault-memory", job_id="job")
 
 
-def test_unplugged_memory_and_an_inflated_balloon_stay_absent():
+def test_absent_memory_stays_absent() -> None:
     device = "virtio-mem-pci,id=vmem0,memdev=vm0,requested-size=128M"
     args = ["-object", "memory-backend-ram,id=vm0,size=256M", "-device", device]
     args += ["-device", "virtio-balloon-pci,id=balloon0"]
-    options: dict[str, Any] = {"memory": "maxmem=1G", "args": args, "workload_mib": 32}
-    options["kernel_args"] = "memhp_default_state=online"
-    with Guest(memory_mib=256, **options) as guest:
+    with Guest(
+        memory_mib=256,
+        memory="maxmem=1G",
+        workload_mib=32,
+        kernel_args="memhp_default_state=online",
+        args=args,
+    ) as guest:
         guest.wait_ready()
         guest.command("modules")
         while guest.qmp("query-memory-devices")[0]["data"]["size"] != 128 * MIB:
@@ -139,18 +138,18 @@ def test_unplugged_memory_and_an_inflated_balloon_stay_absent():
         blocks = guest.qmp("x-query-ramblock")["human-readable-text"].splitlines()
         hva = int(next(line for line in blocks if "vm0" in line).split()[-2], 16)
         before = ram_resident(guest), resident_bytes(guest.pid, hva)
-        ranges = run_job(guest)
+        ranges = run_prefault_job(guest)
         after = ram_resident(guest), resident_bytes(guest.pid, hva)
         print(f"resident bytes of RAM and virtio-mem: {before} before, {after} after")
         assert after == before
         absent = sum(part["absent"] for part in ranges if part["memdev"] == "vm0")
         assert absent >= 128 * MIB
-        run_job(guest, memdevs=["vm0"], populate="all")
+        run_prefault_job(guest, memdevs=["vm0"], populate="all")
         assert resident_bytes(guest.pid, hva) == 128 * MIB
 
 
-def test_monitor_commands(restored):
-    guest = restored()
+def test_monitor_commands(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest()
     assert guest.hmp("kvm_prefault ram") == ""
     while guest.hmp("info kvm_prefault").count("\n") > 1 and guest.qmp("query-jobs"):
         pass
@@ -161,7 +160,8 @@ def test_monitor_commands(restored):
 # -- -accel kvm,prefault=on ------------------------------------------------------------------
 
 
-def settled(guest: Guest) -> dict[str, Any]:
+def wait_all_prefaulted(guest: Guest) -> dict[str, Any]:
+    """Wait until QEMU has nothing left to prefault in a running guest; return its answer."""
     deadline = time.monotonic() + 60
     while (info := guest.qmp("x-query-kvm-prefault"))["pending"]:
         assert time.monotonic() < deadline, info
@@ -171,34 +171,34 @@ def settled(guest: Guest) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("machine", ["pc", "q35", "microvm"])
-def test_a_boot_takes_next_to_no_faults(machine):
+def test_boot_takes_next_to_no_faults(machine: str) -> None:
     with Guest(machine=machine, accel="kvm,prefault=on", workload_mib=WORKLOAD_MIB) as guest:
         guest.wait_ready()
         print(f"{machine}: {faults(guest)} faults until {WORKLOAD_MIB} MiB were written")
         assert faults(guest) <= 0.0005 * WORKLOAD_MIB * 256
-        assert settled(guest)["keep"]
-        assert guest.command("pass")["bad"] == 0
+        assert wait_all_prefaulted(guest)["keep"]
+        check_memory(guest)
 
 
-def test_so_does_the_boot_after_a_reset():
+def test_reset_takes_few_faults() -> None:
     with Guest(accel="kvm,prefault=on", workload_mib=64, args=["-action", "reboot=reset"]) as guest:
         guest.wait_ready()
         before = faults(guest)
         guest.reset()
         guest.wait_ready()
         assert faults(guest) - before <= 64
-        assert guest.command("pass")["bad"] == 0
+        check_memory(guest)
 
 
-def test_a_guest_that_is_restored_is_prefaulted_before_it_runs(restored):
-    guest = restored(workload_mib=64, accel="kvm,prefault=on")
+def test_restored_guest_is_prefaulted(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest(workload_mib=64, accel="kvm,prefault=on")
     guest.qmp("cont")
-    assert first_pass(guest) <= 16
+    assert faults_of_pass(guest) <= 16
 
 
-def test_a_guest_that_migrates_in_is_prefaulted_before_it_runs(restored, tmp_path):
+def test_incoming_guest_is_prefaulted(make_restored_guest: MakeGuest, tmp_path: Path) -> None:
     """Nobody pauses it: it starts by itself as soon as it is there."""
-    source = restored(workload_mib=64)
+    source = make_restored_guest(workload_mib=64)
     source.qmp("cont")
     source.command("run")
     uri = f"unix:{tmp_path / 'migration'}"
@@ -209,42 +209,40 @@ def test_a_guest_that_migrates_in_is_prefaulted_before_it_runs(restored, tmp_pat
         target.wait_event("RESUME")
         assert target.command("stop")["bad"] == 0
         assert faults(target) <= 64
-        assert first_pass(target) <= 16
+        assert faults_of_pass(target) <= 16
 
 
-def test_a_snapshot_that_is_loaded_is_prefaulted_before_it_runs(tmp_path):
+def test_loaded_snapshot_is_prefaulted(tmp_path: Path) -> None:
     with Guest(accel="kvm,prefault=on", workload_mib=64, memory_mib=160) as guest:
         add_disk(guest, tmp_path / "disk")
         guest.wait_ready()
-        run_block_job(guest, "snapshot-save", **SNAPSHOT)
+        run_job(guest, "snapshot-save", **SNAPSHOT)
         for _ in range(2):
-            assert guest.command("pass")["bad"] == 0
+            check_memory(guest)
             guest.qmp("stop")
-            run_block_job(guest, "snapshot-load", **SNAPSHOT)
+            run_job(guest, "snapshot-load", **SNAPSHOT)
             before = faults(guest)
             guest.qmp("cont")
-            assert guest.command("pass")["bad"] == 0
+            check_memory(guest)
             assert faults(guest) - before <= 64
 
 
-def test_a_dimm_that_is_plugged_is_prefaulted():
-    options: dict[str, Any] = {"memory": "slots=2,maxmem=2G", "workload_mib": 32}
-    with Guest(accel="kvm,prefault=on", **options) as guest:
+def test_plugged_dimm_is_prefaulted() -> None:
+    with Guest(accel="kvm,prefault=on", memory="slots=2,maxmem=2G", workload_mib=32) as guest:
         guest.wait_ready()
-        settled(guest)
+        wait_all_prefaulted(guest)
         before = guest.stats()["pages_4k"]
-        guest.qmp("object-add", **{"qom_type": "memory-backend-ram", "id": "d0", "size": 64 * MIB})
-        guest.qmp("device_add", driver="pc-dimm", id="dimm0", memdev="d0")
-        settled(guest)
+        plug_dimm(guest, 64 * MIB)
+        wait_all_prefaulted(guest)
         assert guest.stats()["pages_4k"] - before >= 64 * 256
-        assert guest.command("pass")["bad"] == 0
+        check_memory(guest)
 
 
 # -- the tool --------------------------------------------------------------------------------
 
 
-def test_the_tool_finds_the_command_and_traces_nobody(restored):
-    guest = restored(workload_mib=64)
+def test_tool_uses_job_without_ptrace(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest(workload_mib=64)
     tool = start_tool(guest, "--cont")
     while tool.running():
         status = Path(f"/proc/{guest.pid}/status").read_text()
@@ -255,11 +253,11 @@ def test_the_tool_finds_the_command_and_traces_nobody(restored):
     assert result.report["agent"] == "qmp"
     assert result.report["bytes"]["remaining"] == 0
     assert guest.qmp("query-jobs") == []
-    assert first_pass(guest) <= 64
+    assert faults_of_pass(guest) <= 64
 
 
-def test_a_job_whose_tool_was_killed_does_not_keep_the_next_from_its_work(restored):
-    guest = restored(workload_mib=64)
+def test_stale_job_is_cancelled(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest(workload_mib=64)
     tool = start_tool(guest, "--chunk", "4096")
     while guest.wait_event("JOB_STATUS_CHANGE")["data"]["status"] != "running":
         pass
@@ -272,7 +270,7 @@ def test_a_job_whose_tool_was_killed_does_not_keep_the_next_from_its_work(restor
     assert guest.qmp("query-jobs") == []
 
 
-def test_stock_qemu_is_told_apart():
+def test_stock_qemu_is_refused() -> None:
     with Guest(qemu=["qemu-system-x86_64"], machine="microvm", paused=True) as guest:
         result = prefault(guest, "--agent", "qmp")
         assert result.status == 4
@@ -283,7 +281,7 @@ def test_stock_qemu_is_told_apart():
 # -- QEMU's own tests ------------------------------------------------------------------------
 
 
-def test_qtest(tmp_path):
+def test_qtest(tmp_path: Path) -> None:
     (binary, *firmware) = patched_qemu() or [""]
     wrapper = tmp_path / "qemu-system-x86_64"  # it starts QEMU without -L
     wrapper.write_text(f'#!/bin/sh\nexec {binary} {" ".join(firmware)} "$@"\n')
@@ -299,19 +297,19 @@ def test_qtest(tmp_path):
 
 @pytest.mark.parametrize("fixed", [True, False])
 @pytest.mark.parametrize("test", ["svm-cr-read", "svm-cr8-write"])
-def test_tcg_runs_guests_of_svm_as_a_cpu_does(test, fixed, tmp_path):
+def test_tcg_svm_intercepts(test: str, fixed: bool, tmp_path: Path) -> None:
     """Reads of control registers are intercepted; CR8 can be written while an interrupt waits."""
     (binary, *firmware) = patched_qemu() or [""]
     kernel = f"{binary}-{test}"
     command = [binary, *firmware] if fixed else ["qemu-system-x86_64"]
-    said = tmp_path / "said"
+    output = tmp_path / "output"
     result = subprocess.run(
         [*command, "-nodefaults", "-display", "none", "-accel", "tcg", "-cpu", "max",
-         "-chardev", f"file,path={said},id=output", "-device", "isa-debugcon,chardev=output",
+         "-chardev", f"file,path={output},id=output", "-device", "isa-debugcon,chardev=output",
          "-device", "isa-debug-exit,iobase=0xf4,iosize=0x4", "-kernel", kernel],
         check=False, timeout=120, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     if fixed or test == "svm-cr-read":
-        assert ("PASSED" if fixed else "FAILED") in said.read_text()
+        assert ("PASSED" if fixed else "FAILED") in output.read_text()
     else:
         assert result.returncode == -signal.SIGABRT

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from qemu_prefault_lab.guest import Guest
+from support.guest import check_memory, mapped_bytes, plug_dimm
 
 pytestmark = pytest.mark.campaign
 
@@ -75,12 +76,11 @@ class Campaign:
 
     def plug(self) -> None:
         if self.machine == "microvm" or self.dimms == 4:
-            return self.stop_and_go_on()
+            self.stop_and_go_on()
+            return
         name = f"d{self.dimms}"
         self.dimms += 1
-        self.guest.qmp("object-add", **{"qom_type": "memory-backend-ram", "id": name,
-                                        "size": 32 * MIB})  # fmt: skip
-        self.guest.qmp("device_add", driver="pc-dimm", id=f"dimm-{name}", memdev=name)
+        plug_dimm(self.guest, 32 * MIB, name)
 
     def stop_and_go_on(self) -> None:
         self.guest.qmp("stop")
@@ -111,7 +111,7 @@ class Campaign:
 
     def drop_a_client(self) -> None:
         line = self.moments.choice(["status\n", "follow\n", "work 4 65536\n0 0 40", "sta", ""])
-        drop(str(self.guest.control_path), line)
+        send_and_disconnect(str(self.guest.control_path), line)
 
     def become_ready(self) -> None:
         if not self.ready:
@@ -135,7 +135,7 @@ class Campaign:
 
     def check(self) -> None:
         self.become_ready()
-        assert self.guest.command("pass")["bad"] == 0
+        check_memory(self.guest)
         status = self.guest.wait_kept()
         slots = [slot for slot in status["slots"] if slot["as"] == 0]
         assert {(slot["gpa"], slot["size"]) for slot in slots} == kvm_ranges(self.guest)
@@ -143,26 +143,24 @@ class Campaign:
         assert sum(slot["size"] for slot in kept) >= (190 + 32 * self.dimms) * MIB
         assert {slot["state"] for slot in kept} == {"done"}
         assert status["counters"]["errors"] == 0
-        stats = self.guest.stats()
-        mapped = sum(stats[f"pages_{name}"] << shift
-                     for name, shift in (("4k", 12), ("2m", 21), ("1g", 30)))  # fmt: skip
+        mapped = mapped_bytes(self.guest)
         wanted = sum(slot["size"] for slot in kept)
         now = self.guest.control("status")
         assert mapped >= wanted, (mapped - wanted, host_events(), status, now)
-        assert self.guest.command("pass")["bad"] == 0
+        check_memory(self.guest)
         self.guest.qmp("quit")
         assert self.guest.wait_exit(30) == 0
 
 
-def drop(path: str, text: str) -> None:
-    """Connect, say something, and be gone without an answer."""
+def send_and_disconnect(path: str, text: str) -> None:
+    """Connect, send something, and close without reading an answer."""
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(20)
         client.connect(path)
         client.sendall(text.encode())
 
 
-def threads(pid: int) -> str:
+def thread_states(pid: int) -> str:
     """Where each thread of QEMU is in the kernel: what a hang is understood by."""
     lines = []
     for task in Path(f"/proc/{pid}/task").iterdir():
@@ -188,10 +186,8 @@ def kvm_ranges(guest: Guest) -> set[tuple[int, int]]:
     }
 
 
-def test_random_interference(request):
-    boots = request.config.getoption("--boots")
-    seed = request.config.getoption("--seed") or random.SystemRandom().getrandbits(32)
-    print(f"\n--seed {seed}")
+def test_random_interference(request: pytest.FixtureRequest, seed: int) -> None:
+    boots: int = request.config.getoption("boots")
     moments = random.Random(seed)
     for number in range(boots):
         campaign = Campaign(moments)
@@ -202,7 +198,7 @@ def test_random_interference(request):
             except Exception as error:
                 error.add_note(f"boot {number}, --seed {seed}: {campaign}")
                 with contextlib.suppress(FileNotFoundError):
-                    error.add_note(threads(campaign.guest.pid))
+                    error.add_note(thread_states(campaign.guest.pid))
                 status = campaign.guest.process.poll()
                 error.add_note(f"QEMU's status: {status}, stderr: {campaign.guest.stderr}")
                 error.add_note(f"serial: {campaign.guest.serial_log[-1000:]!r}")

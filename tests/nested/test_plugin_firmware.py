@@ -7,6 +7,7 @@ import pytest
 
 from qemu_prefault_lab.guest import Guest
 from qemu_prefault_lab.machine import NO_UEFI, uefi_aborts
+from support.guest import check_memory, faults
 
 pytestmark = [
     pytest.mark.firmware,
@@ -29,23 +30,23 @@ def boot(machine: str, plugin: list[str] | None) -> Guest:
 
 
 @pytest.mark.parametrize("machine", ["q35,smm=off", "q35"])
-def test_uefi(machine):
+def test_uefi(machine: str) -> None:
     with boot(machine, None) as guest:
         guest.wait_ready(600)
-        without = guest.stats()["pf_taken"]
+        without = faults(guest)
     with boot(machine, []) as guest:
         guest.wait_ready(600)
-        faults = guest.stats()["pf_taken"]
-        print(f"UEFI on {machine}: {faults} of {without} faults")
+        taken = faults(guest)
+        print(f"UEFI on {machine}: {taken} of {without} faults")
         # The rest is MMIO, and what firmware touches before its slots have been quiet.
-        assert faults <= 0.1 * without
+        assert taken <= 0.1 * without
         status = guest.wait_kept()
         assert status["counters"]["errors"] == 0
-        assert guest.command("pass")["bad"] == 0
-        before = guest.stats()["pf_taken"]
+        check_memory(guest)
+        before = faults(guest)
         guest.reset()
         guest.wait_ready(600)
-        again = guest.stats()["pf_taken"] - before
+        again = faults(guest) - before
         print(f"UEFI on {machine}, second boot: {again} faults")
         assert again <= 0.1 * without
-        assert guest.command("pass")["bad"] == 0
+        check_memory(guest)

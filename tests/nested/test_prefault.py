@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from qemu_prefault_lab.guest import Guest
-from support.guest import OTHER_MIB, faults, prefault, ram_checksum
+from support.guest import OTHER_MIB, MakeGuest, faults, faults_of_pass, prefault, ram_checksum
 from support.process import leftovers
 
 pytestmark = pytest.mark.any_agent
@@ -17,17 +17,15 @@ ALL = (32 + OTHER_MIB - 1) << 20  # all RAM of a default guest but what firmware
 def faults_of_first_pass(guest: Guest) -> int:
     """Resume it; stage-2 faults it takes while it writes all its memory."""
     guest.qmp("cont")
-    before = faults(guest)
-    assert guest.command("pass")["bad"] == 0
-    return faults(guest) - before
+    return faults_of_pass(guest)
 
 
 @pytest.mark.every_kernel
-def test_a_restored_guest_takes_no_faults(restored):
-    control = faults_of_first_pass(restored(workload_mib=64))
+def test_restored_guest_takes_no_faults(make_restored_guest: MakeGuest) -> None:
+    control = faults_of_first_pass(make_restored_guest(workload_mib=64))
     assert control >= 64 << 8  # one per page: there is something to win
 
-    guest = restored(workload_mib=64)
+    guest = make_restored_guest(workload_mib=64)
     result = prefault(guest)
     assert result.status == 0, result.stderr
     assert guest.status() == "paused"  # as it was found
@@ -36,8 +34,8 @@ def test_a_restored_guest_takes_no_faults(restored):
     assert leftovers(guest.pid) == []
 
 
-def test_every_requested_byte_is_in_the_counters(restored, agent):
-    guest = restored()
+def test_counters_match_requested_bytes(make_restored_guest: MakeGuest, agent: str) -> None:
+    guest = make_restored_guest()
     result = prefault(guest)
     report = result.report
     assert report["stage2"]["before"] == {"4k": 0, "2m": 0, "1g": 0}
@@ -49,8 +47,8 @@ def test_every_requested_byte_is_in_the_counters(restored, agent):
     assert report["agent"] == agent
 
 
-def test_a_second_run_finds_it_done(restored):
-    guest = restored()
+def test_second_run_is_noop(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest()
     first = prefault(guest).report
     second = prefault(guest)
     assert second.status == 0
@@ -59,23 +57,23 @@ def test_a_second_run_finds_it_done(restored):
     assert second.report["stage2"]["after"] == first["stage2"]["after"]
 
 
-def test_a_dry_run_touches_nothing(restored):
-    guest = restored()
+def test_dry_run_changes_nothing(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest()
     result = prefault(guest, "--dry-run")
     assert result.status == 0
     assert result.report["bytes"]["requested"] >= ALL
     assert guest.stats()["pages_4k"] == 0
 
 
-def test_memory_of_a_paused_guest_is_not_changed(restored):
-    guest = restored()
+def test_guest_memory_is_unchanged(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest()
     before = ram_checksum(guest)
     assert prefault(guest, "--populate", "all").status == 0
     assert ram_checksum(guest) == before
 
 
-def test_a_running_guest_is_paused_and_resumed(restored):
-    guest = restored()
+def test_running_guest_is_paused_and_resumed(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest()
     guest.qmp("cont")
     guest.command("run")
     result = prefault(guest)
@@ -87,28 +85,28 @@ def test_a_running_guest_is_paused_and_resumed(restored):
 
 
 @pytest.mark.full
-def test_cont_resumes_a_guest_found_paused(restored):
-    guest = restored()
+def test_cont_resumes_paused_guest(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest()
     assert prefault(guest, "--cont").status == 0
     assert guest.status() == "running"
 
 
-def test_vcpus_share_the_work(restored):
-    guest = restored(smp=2)
+def test_vcpus_share_work(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest(smp=2)
     result = prefault(guest)
     assert result.status == 0, result.stderr
     assert faults_of_first_pass(guest) <= (32 << 8) / 1000
 
 
 @pytest.mark.full
-def test_one_vcpu_can_do_it_for_all(restored):
-    guest = restored(smp=2)
+def test_single_vcpu(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest(smp=2)
     assert prefault(guest, "--vcpus", "1").status == 0
     assert faults_of_first_pass(guest) <= (32 << 8) / 1000
 
 
-def test_only_the_range_asked_for(restored):
-    guest = restored()
+def test_range(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest()
     result = prefault(guest, "--range", "64M+16M", "--range", "96M+4096")
     assert result.status == 0
     assert result.report["bytes"]["requested"] == (16 << 20) + 4096
@@ -116,8 +114,8 @@ def test_only_the_range_asked_for(restored):
 
 
 @pytest.mark.full
-def test_max_bytes_is_a_budget(restored):
-    guest = restored()
+def test_max_bytes(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest()
     result = prefault(guest, "--max-bytes", "10M")
     assert result.status == 0
     assert guest.stats()["pages_4k"] == (10 << 20) // 4096
@@ -126,13 +124,13 @@ def test_max_bytes_is_a_budget(restored):
 @pytest.mark.parametrize(
     "chunk", ["4096", *(pytest.param(size, marks=pytest.mark.full) for size in ("128K", "64M"))]
 )
-def test_chunks_of_any_size_come_to_the_same(restored, chunk):
-    guest = restored()
+def test_chunk_sizes(make_restored_guest: MakeGuest, chunk: str) -> None:
+    guest = make_restored_guest()
     assert prefault(guest, "--chunk", chunk, "--range", "64M+24M").status == 0
     assert guest.stats()["pages_4k"] == (24 << 20) // 4096
 
 
-def test_untouched_memory_is_populated_first():
+def test_untouched_memory_is_populated() -> None:
     """The zero-page trap: without populating, every write of the guest would fault again."""
     with Guest(machine="microvm", memory_mib=128, workload_mib=64, paused=True) as guest:
         result = prefault(guest, "--cont")
@@ -143,7 +141,7 @@ def test_untouched_memory_is_populated_first():
         assert faults(guest) < 1000
 
 
-def test_resident_leaves_untouched_memory_alone():
+def test_resident_skips_untouched_memory() -> None:
     with Guest(machine="microvm", paused=True) as guest:
         result = prefault(guest, "--populate", "resident")
         assert result.status == 0, result.stderr
@@ -155,7 +153,7 @@ def test_resident_leaves_untouched_memory_alone():
 
 
 @pytest.mark.full
-def test_a_guest_before_its_firmware_is_warned_about():
+def test_guest_before_firmware_is_warned_about() -> None:
     with Guest(machine="q35", paused=True) as guest:
         result = prefault(guest)
         assert result.status == 0
@@ -163,7 +161,7 @@ def test_a_guest_before_its_firmware_is_warned_about():
         assert guest.status() == "prelaunch"
 
 
-def test_populate_only_fills_no_stage2():
+def test_populate_only_fills_no_stage2() -> None:
     with Guest(machine="microvm", paused=True) as guest:
         result = prefault(guest, "--populate-only")
         assert result.status == 0, result.stderr

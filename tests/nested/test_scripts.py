@@ -14,7 +14,7 @@ import pytest
 
 from qemu_prefault.kvm import pre_fault_capability
 from qemu_prefault_lab.guest import Guest
-from support.guest import OTHER_MIB, faults, prefault
+from support.guest import OTHER_MIB, MakeGuest, MakeSavedState, check_memory, faults, prefault
 
 pytestmark = pytest.mark.any_agent
 
@@ -26,7 +26,7 @@ CAPABILITY = pre_fault_capability()
 needs_ioctl = pytest.mark.skipif(CAPABILITY.available is not True, reason=CAPABILITY.reason)
 
 
-def run(name: str, guest: Guest, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_script(name: str, guest: Guest, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a script to its end; nothing it does may show a user a traceback."""
     done = subprocess.run(
         [sys.executable, SCRIPTS / name, guest.qmp_path, *arguments],
@@ -43,27 +43,27 @@ def run(name: str, guest: Guest, *arguments: str) -> subprocess.CompletedProcess
 
 
 @needs_ioctl
-def test_what_it_starts_takes_no_faults(restored):
-    vm = restored(workload_mib=WORKLOAD_MIB)
-    done = run("prefault-and-cont", vm)
+def test_prefault_and_cont(make_restored_guest: MakeGuest) -> None:
+    guest = make_restored_guest(workload_mib=WORKLOAD_MIB)
+    done = run_script("prefault-and-cont", guest)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("started\n") and "verified: all" in done.stdout
-    assert vm.status() == "running"
-    assert vm.command("pass")["bad"] == 0
-    assert faults(vm) <= PAGES / 1000  # one per page, without
+    assert guest.status() == "running"
+    check_memory(guest)
+    assert faults(guest) <= PAGES / 1000  # one per page, without
 
 
 @pytest.mark.full
 @needs_ioctl
-def test_what_is_not_complete_is_not_started():
-    with Guest(machine="microvm", backing="file", memory_mib=128, paused=True) as vm:
-        os.truncate(vm.directory / "memory", 96 << 20)
-        done = run("prefault-and-cont", vm, "--populate", "all")
+def test_partial_prefault_does_not_start_guest() -> None:
+    with Guest(machine="microvm", backing="file", memory_mib=128, paused=True) as guest:
+        os.truncate(guest.directory / "memory", 96 << 20)
+        done = run_script("prefault-and-cont", guest, "--populate", "all")
         assert done.returncode == 3
         assert "PARTIAL: 32.0 MiB" in done.stdout
         assert "the guest was not started" in done.stderr
-        assert vm.stats()["pages_4k"] >= (96 << 8) - 256
-        assert vm.status() == "prelaunch"
+        assert guest.stats()["pages_4k"] >= (96 << 8) - 256
+        assert guest.status() == "prelaunch"
 
 
 # --- prefault-incoming, prefault-restore ---
@@ -71,7 +71,7 @@ def test_what_is_not_complete_is_not_started():
 
 @pytest.mark.full
 @needs_ioctl
-def test_a_target_that_listens_when_all_is_ready(tmp_path):
+def test_prefault_incoming(tmp_path: Path) -> None:
     memory_mib = WORKLOAD_MIB + OTHER_MIB
     uri = f"unix:{tmp_path / 'migration'}"
     with (
@@ -79,7 +79,13 @@ def test_a_target_that_listens_when_all_is_ready(tmp_path):
         Guest(memory_mib=memory_mib, incoming="defer") as target,
     ):
         source.wait_ready()
-        command = [sys.executable, "-u", SCRIPTS / "prefault-incoming", target.qmp_path, uri]
+        command = [
+            sys.executable,
+            "-u",
+            str(SCRIPTS / "prefault-incoming"),
+            str(target.qmp_path),
+            uri,
+        ]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as script:
             assert script.stdout
             assert script.stdout.readline() == f"listening at {uri}\n"
@@ -88,27 +94,27 @@ def test_a_target_that_listens_when_all_is_ready(tmp_path):
             assert "verified: all" in script.stdout.read()
         assert script.returncode == 0
         assert target.status() == "running"
-        assert target.command("pass")["bad"] == 0
+        check_memory(target)
         assert faults(target) <= PAGES / 100
 
 
 @pytest.mark.full
 @needs_ioctl
-def test_a_guest_restored_from_a_file(saved_state):
-    state = saved_state(1, WORKLOAD_MIB, False)
+def test_prefault_restore(make_saved_state: MakeSavedState) -> None:
+    state = make_saved_state(1, WORKLOAD_MIB, False)
     with Guest(memory_mib=WORKLOAD_MIB + OTHER_MIB, incoming="defer") as guest:
-        done = run("prefault-restore", guest, str(state))
+        done = run_script("prefault-restore", guest, str(state))
         assert done.returncode == 0, done.stderr
         assert "verified: all" in done.stdout
         assert guest.status() == "running"
-        assert guest.command("pass")["bad"] == 0
+        check_memory(guest)
         assert faults(guest) <= PAGES / 100
 
 
 @pytest.mark.full
-def test_a_snapshot_that_is_not_there():
+def test_missing_snapshot() -> None:
     with Guest(machine="microvm", memory_mib=128) as guest:
-        done = run("prefault-restore", guest, "--loadvm", "none")
+        done = run_script("prefault-restore", guest, "--loadvm", "none")
         assert done.returncode == 1
         assert "could not load it" in done.stderr
         assert guest.status() == "paused"
@@ -121,34 +127,34 @@ def test_a_snapshot_that_is_not_there():
 @pytest.mark.parametrize(
     "running", [False, pytest.param(True, marks=pytest.mark.full)], ids=["stopped", "running"]
 )
-def test_the_handover_gives_eio_where_the_ioctl_works(restored, running):
+def test_vcpu_fds_give_eio(make_restored_guest: MakeGuest, running: bool) -> None:
     """Nothing else is in its way: the kernel has the ioctl, and QEMU's own threads may."""
-    vm = restored(smp=2, workload_mib=WORKLOAD_MIB)
+    guest = make_restored_guest(smp=2, workload_mib=WORKLOAD_MIB)
     if running:
-        vm.qmp("cont")
-        vm.command("run")  # KVM_RUN holds vcpu->mutex now; whoever waited for it would hang
-    before = vm.stats()["pages_4k"]
-    done = run("vcpu-fds", vm)
+        guest.qmp("cont")
+        guest.command("run")  # KVM_RUN holds vcpu->mutex now; whoever waited for it would hang
+    before = guest.stats()["pages_4k"]
+    done = run_script("vcpu-fds", guest)
     assert done.returncode == 0, done.stderr
     assert "= EIO\n" in done.stdout and "kvm->mm" in done.stdout
     assert "could here anyway" not in done.stdout
     if running:
-        assert vm.command("stop")["bad"] == 0
+        assert guest.command("stop")["bad"] == 0
     else:
-        assert vm.stats()["pages_4k"] == before == 0
-    assert prefault(vm).status == 0
+        assert guest.stats()["pages_4k"] == before == 0
+    assert prefault(guest).status == 0
 
 
 @pytest.mark.unsupported
 @pytest.mark.skipif(CAPABILITY.available is True, reason="KVM_PRE_FAULT_MEMORY works here")
-def test_the_handover_gives_eio_where_the_ioctl_is_unsupported():
+def test_vcpu_fds_give_eio_where_unsupported() -> None:
     """EIO, not ENOTTY or EOPNOTSUPP: KVM asks who the caller is before it asks what for."""
-    with Guest(machine="microvm", memory_mib=128, paused=True) as vm:
-        done = run("vcpu-fds", vm)
+    with Guest(machine="microvm", memory_mib=128, paused=True) as guest:
+        done = run_script("vcpu-fds", guest)
         assert done.returncode == 0, done.stderr
         assert "= EIO\n" in done.stdout and "kvm->mm" in done.stdout
         assert f"could here anyway: {CAPABILITY.reason}" in done.stdout
-        assert vm.status() == "prelaunch"
+        assert guest.status() == "prelaunch"
 
 
 # --- watch-stage2 ---
@@ -168,13 +174,16 @@ class Row:
         return cls(int(pages_4k), f"{growth} {unit}", faults_per_second)
 
 
+StartWatch = Callable[[str], subprocess.Popen[str]]
+
+
 @pytest.fixture
-def watch(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+def start_watch() -> Iterator[StartWatch]:
     """Starts watch-stage2 on a socket; returns when it has shown its header."""
     watching: list[subprocess.Popen[str]] = []
 
     def start(socket: str) -> subprocess.Popen[str]:
-        command = [sys.executable, SCRIPTS / "watch-stage2", "--interval", "0.2", socket]
+        command = [sys.executable, str(SCRIPTS / "watch-stage2"), "--interval", "0.2", socket]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         watching.append(process)
         assert process.stdout is not None
@@ -190,7 +199,7 @@ def watch(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
 def rows_until(process: subprocess.Popen[str], condition: Callable[[Row], bool]) -> list[Row]:
     """The lines up to the first that is as wanted."""
     assert process.stdout is not None
-    rows = []
+    rows: list[Row] = []
     for line in process.stdout:
         rows.append(Row.parse(line))
         if condition(rows[-1]):
@@ -200,15 +209,19 @@ def rows_until(process: subprocess.Popen[str], condition: Callable[[Row], bool])
 
 @pytest.mark.full
 @needs_ioctl
-def test_watch_shows_the_tables_fill_and_who_pays(restored, watch, tmp_path):
+def test_watch_stage2(
+    make_restored_guest: MakeGuest, start_watch: StartWatch, tmp_path: Path
+) -> None:
     """Once by the prefault, which costs no fault; once by the vCPU, a fault for each page."""
     sockets = [str(tmp_path / f"watch{number}") for number in range(2)]
     prefaulted, left_alone = (
-        restored(workload_mib=WORKLOAD_MIB, args=["-qmp", f"unix:{socket},server=on,wait=off"])
+        make_restored_guest(
+            workload_mib=WORKLOAD_MIB, args=["-qmp", f"unix:{socket},server=on,wait=off"]
+        )
         for socket in sockets
     )
 
-    watching = watch(sockets[0])
+    watching = start_watch(sockets[0])
     assert prefault(prefaulted).status == 0
     rows = rows_until(watching, lambda row: row.pages_4k >= PAGES)
     assert rows[0] == Row(0, "+0 B", "-")
@@ -218,9 +231,9 @@ def test_watch_shows_the_tables_fill_and_who_pays(restored, watch, tmp_path):
     assert watching.communicate(timeout=60)[0].endswith("QEMU has ended\n")
     assert watching.returncode == 0
 
-    watching = watch(sockets[1])
+    watching = start_watch(sockets[1])
     left_alone.qmp("cont")
-    assert left_alone.command("pass")["bad"] == 0
+    check_memory(left_alone)
     rows = rows_until(watching, lambda row: row.pages_4k >= PAGES)
     assert rows[0].pages_4k == 0
     assert any(float(row.faults_per_second) >= 100 for row in rows[1:] if row.growth != "+0 B")

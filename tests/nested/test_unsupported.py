@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 
-def test_prefault_is_refused_with_the_reason():
+def test_prefault_is_refused() -> None:
     with Guest(machine="microvm", memory_mib=128, paused=True) as guest:
         before = ram_resident(guest)
         result = prefault(guest)
@@ -41,7 +41,7 @@ def test_prefault_is_refused_with_the_reason():
         assert leftovers(guest.pid) == []
 
 
-def test_populate_only_still_helps_a_live_guest():
+def test_populate_only_on_running_guest() -> None:
     with Guest(machine="pc", memory_mib=192, workload_mib=16) as guest:
         guest.wait_ready()
         guest.command("run")
@@ -55,7 +55,7 @@ def test_populate_only_still_helps_a_live_guest():
         assert leftovers(guest.pid) == []
 
 
-def test_probe_names_it():
+def test_probe_reports_missing_ioctl() -> None:
     with Guest(machine="microvm", memory_mib=128, paused=True) as guest:
         result = Tool(["probe", "--qmp", str(guest.qmp_path), "--json"]).finish()
         assert result.status == 4

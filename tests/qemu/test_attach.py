@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_memory_is_filled_and_nothing_of_us_is_left(vm_of: StartVm, accel: str, shape: str) -> None:
+def test_populates_memory_and_leaves_nothing_behind(vm_of: StartVm, accel: str, shape: str) -> None:
     arguments, paused = SHAPES[shape]
     vm = vm_of(*arguments, accel=accel, paused=paused)
     before = vm.qmp.status()
@@ -76,13 +77,13 @@ def test_memory_is_filled_and_nothing_of_us_is_left(vm_of: StartVm, accel: str, 
     assert vm.qmp.status() == "running"
 
 
-def test_what_is_there_already_is_not_populated_again(vm_of: StartVm) -> None:
+def test_second_populate_is_noop(vm_of: StartVm) -> None:
     vm = vm_of("-m", "128M")
     assert vm.prefault("--populate-only").report["bytes"]["populated"] >= 120 * MIB
     assert vm.prefault("--populate-only").report["bytes"]["populated"] == 0
 
 
-def test_only_the_range_asked_for_is_populated(vm_of: StartVm) -> None:
+def test_populates_only_the_given_range(vm_of: StartVm) -> None:
     vm = vm_of("-m", "256M", "-smp", "2")
     ram = next(s for s in vm.prefault("--dry-run", "--populate-only").report["sections"])
     before = resident_bytes(vm.pid, ram["hva"])
@@ -93,7 +94,7 @@ def test_only_the_range_asked_for_is_populated(vm_of: StartVm) -> None:
     assert 32 * MIB <= resident_bytes(vm.pid, ram["hva"]) - before <= 36 * MIB
 
 
-def test_a_dry_run_touches_nothing(vm_of: StartVm) -> None:
+def test_dry_run_changes_nothing(vm_of: StartVm) -> None:
     vm = vm_of("-m", "256M")
     before = anonymous_bytes(vm.pid)
     result = vm.prefault("--populate-only", "--dry-run")
@@ -103,19 +104,19 @@ def test_a_dry_run_touches_nothing(vm_of: StartVm) -> None:
     assert vm.qmp.events == []
 
 
-def test_cont_starts_the_guest_afterwards(vm_of: StartVm) -> None:
+def test_cont_resumes_the_guest(vm_of: StartVm) -> None:
     vm = vm_of("-m", "64M")
     assert vm.prefault("--populate-only", "--cont").status == 0
     assert vm.qmp.status() == "running"
 
 
 @pytest.mark.parametrize("vcpus", ["1", "0,2", "0-2"])
-def test_only_the_vcpus_asked_for_work(vm_of: StartVm, vcpus: str) -> None:
+def test_uses_only_the_given_vcpus(vm_of: StartVm, vcpus: str) -> None:
     vm = vm_of("-m", "64M", "-smp", "3")
     assert vm.prefault("--populate-only", "--vcpus", vcpus).status == 0
 
 
-def test_a_vcpu_that_is_not_there_is_the_users_mistake(vm_of: StartVm) -> None:
+def test_absent_vcpu_is_a_usage_error(vm_of: StartVm) -> None:
     result = vm_of("-m", "64M", "-smp", "2").prefault("--populate-only", "--vcpus", "7")
     assert result.status == 2
     assert result.error["cause"] == "there is no vCPU 7"
@@ -123,7 +124,7 @@ def test_a_vcpu_that_is_not_there_is_the_users_mistake(vm_of: StartVm) -> None:
 
 
 @pytest.mark.parametrize("paused", [True, False], ids=["stopped", "running"])
-def test_thirty_runs_in_a_row(vm_of: StartVm, accel: str, paused: bool) -> None:
+def test_thirty_runs(vm_of: StartVm, accel: str, paused: bool) -> None:
     vm = vm_of("-m", "64M", "-smp", "2", accel=accel, paused=paused)
 
     async def once() -> None:
@@ -162,9 +163,7 @@ def punch(fd: int, size: int) -> None:
         raise OSError(ctypes.get_errno(), "fallocate")
 
 
-def test_killed_at_random_moments_the_tool_leaves_running_guests_alone(
-    vm_of: StartVm, accel: str
-) -> None:
+def test_kill_at_random_moments_leaves_guests_running(vm_of: StartVm, accel: str) -> None:
     """Two guests in turn, so that one is cleaned up while the other is used.
 
     Half of the moments lie anywhere in a run, half in the time when helpers are there.
@@ -193,7 +192,7 @@ def test_killed_at_random_moments_the_tool_leaves_running_guests_alone(
         punch(memory, spare)
         tool = start_tool(vm.qemu, *run)
         if number % 2:
-            wait_for(lambda vm=vm: bool(leftovers(vm.pid)), "the helpers have come")
+            wait_for(partial(leftovers, vm.pid), "the helpers have come")
             killed += tool.running(moments.uniform(0, 0.05))
         else:
             killed += tool.running(moments.uniform(0, duration))
@@ -212,7 +211,7 @@ def test_killed_at_random_moments_the_tool_leaves_running_guests_alone(
     assert killed >= KILLS // 4, "most runs ended before they were killed"
 
 
-def test_a_run_right_after_a_kill_outlasts_the_helpers_of_its_predecessor(vm_of: StartVm) -> None:
+def test_run_after_a_kill_waits_for_old_helpers(vm_of: StartVm) -> None:
     vm = vm_of("-m", "64M", paused=False)
     tool = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")
     wait_for(lambda: bool(leftovers(vm.pid)), "the helpers have come")
@@ -223,7 +222,7 @@ def test_a_run_right_after_a_kill_outlasts_the_helpers_of_its_predecessor(vm_of:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_tool_takes_its_helpers_with_it(vm_of: StartVm, number: int) -> None:
+def test_interrupt_removes_helpers(vm_of: StartVm, number: int) -> None:
     vm = vm_of("-m", "2G", paused=False)
     tool = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")
     wait_for(lambda: bool(leftovers(vm.pid)), "the helpers have come")
@@ -235,7 +234,7 @@ def test_an_interrupted_tool_takes_its_helpers_with_it(vm_of: StartVm, number: i
     assert vm.qmp.status() == "running"
 
 
-def test_the_end_of_qemu_in_mid_run_is_said(vm_of: StartVm) -> None:
+def test_qemu_exit_during_a_run_is_reported(vm_of: StartVm) -> None:
     vm = vm_of("-m", "2G", paused=False)
     tool = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")
     wait_for(lambda: bool(leftovers(vm.pid)), "the helpers have come")
@@ -275,7 +274,7 @@ def tracer_of() -> Iterator[Callable[[int], int]]:
 
 
 @pytest.mark.parametrize("traced", ["the vCPU", "the main thread"])
-def test_another_tracer_is_named(
+def test_other_tracer_is_named(
     vm_of: StartVm, tracer_of: Callable[[int], int], traced: str
 ) -> None:
     vm = vm_of("-m", "64M", paused=False)
@@ -295,7 +294,7 @@ def test_another_tracer_is_named(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to become somebody else")
 @pytest.mark.parametrize("command", ["run", "probe", "map"])
-def test_an_unprivileged_user_is_told_which_right_is_missing(vm_of: StartVm, command: str) -> None:
+def test_unprivileged_user_is_told_the_missing_right(vm_of: StartVm, command: str) -> None:
     vm = vm_of("-m", "64M", paused=False)
     socket = Path(vm.qemu.qmp)
     socket.chmod(0o666)
@@ -316,7 +315,7 @@ def test_an_unprivileged_user_is_told_which_right_is_missing(vm_of: StartVm, com
     assert leftovers(vm.pid) == []
 
 
-def test_a_qemu_that_somebody_has_stopped_is_not_waited_for(vm_of: StartVm) -> None:
+def test_stopped_qemu_fails_fast(vm_of: StartVm) -> None:
     """SIGSTOP: neither its monitor nor its threads answer."""
     vm = vm_of("-m", "64M", paused=False)
     vm.qemu.pause()
@@ -332,7 +331,7 @@ def test_a_qemu_that_somebody_has_stopped_is_not_waited_for(vm_of: StartVm) -> N
     assert vm.qmp.status() == "running"
 
 
-def test_a_qemu_that_is_stopped_in_mid_run(vm_of: StartVm) -> None:
+def test_qemu_stopped_during_a_run(vm_of: StartVm) -> None:
     vm = vm_of("-m", "512M", paused=False)
     tool = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")
     wait_for(lambda: bool(leftovers(vm.pid)), "the helpers have come")
@@ -344,7 +343,7 @@ def test_a_qemu_that_is_stopped_in_mid_run(vm_of: StartVm) -> None:
     assert vm.qmp.status() == "running"
 
 
-def test_two_tools_at_once_on_two_monitors(start_qemu: StartQemu, tmp_path: Path) -> None:
+def test_concurrent_runs_on_two_monitors(start_qemu: StartQemu, tmp_path: Path) -> None:
     """The second waits for the first, or is refused; never do both work."""
     other = tmp_path / "other"
     vm = start_vm(

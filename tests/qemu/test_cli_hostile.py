@@ -105,7 +105,7 @@ SERVERS: dict[str, tuple[Talk, float]] = {
 
 
 @pytest.mark.parametrize("name", SERVERS)
-def test_a_server_that_is_no_qemu_is_an_error_soon(tmp_path: Path, name: str) -> None:
+def test_non_qemu_server_fails_fast(tmp_path: Path, name: str) -> None:
     talk, seconds = SERVERS[name]
     with serve(tmp_path / "socket", talk) as path:
         started = time.monotonic()
@@ -117,7 +117,7 @@ def test_a_server_that_is_no_qemu_is_an_error_soon(tmp_path: Path, name: str) ->
 
 
 @pytest.mark.parametrize("command", ["map", "stats", "probe"])
-def test_the_other_commands_say_so_too(tmp_path: Path, command: str) -> None:
+def test_non_qemu_server_fails_other_commands(tmp_path: Path, command: str) -> None:
     with serve(tmp_path / "socket", say(b"hello\n")) as path:
         result = tool(command, "--qmp", path)
     assert result.status == 1
@@ -222,7 +222,7 @@ def instead(wanted: str, change: Callable[[Any], Any]) -> Lie:
     return lie
 
 
-def test_a_proxy_is_refused_unless_the_pid_is_given(through: Through, vm: Vm) -> None:
+def test_proxy_is_refused_without_pid(through: Through, vm: Vm) -> None:
     result = through(honest, pid=False)
     assert result.status == 5
     assert result.error["code"] == "proxy"
@@ -257,9 +257,7 @@ FOREIGN: dict[str, Callable[[], list[int]]] = {
         *((whose, False) for whose in FOREIGN if whose != "of ours"),
     ],
 )
-def test_threads_that_are_not_qemus_are_never_touched(
-    through: Through, whose: str, pid: bool
-) -> None:
+def test_foreign_threads_are_never_touched(through: Through, whose: str, pid: bool) -> None:
     """A server could have root inject into any process, if its word were taken."""
     foreign = FOREIGN[whose]()
     result = through(with_threads(foreign), pid=pid)
@@ -268,21 +266,21 @@ def test_threads_that_are_not_qemus_are_never_touched(
     assert leftovers(os.getpid()) == []
 
 
-def test_a_pid_that_is_not_qemus_is_refused(vm: Vm) -> None:
+def test_foreign_pid_is_refused(vm: Vm) -> None:
     for pid in (1, os.getpid()):
         result = tool("--qmp", vm.qemu.qmp, "--pid", str(pid), "--populate-only")
         assert result.status in (4, 5)
         assert result.error["code"] == "proxy"
 
 
-def test_the_main_thread_named_as_a_vcpu_survives_it(through: Through, vm: Vm) -> None:
+def test_main_thread_as_vcpu_is_harmless(through: Through, vm: Vm) -> None:
     """It sits in ppoll() rather than in a futex; it is one of QEMU's own all the same."""
     through(with_threads([vm.pid]))
     assert vm.qmp.execute("query-version")
 
 
 @pytest.mark.parametrize("names", [[], [{}], "x", None, {"a": 1}, [{"cpu-index": -1}]])
-def test_vcpus_that_make_no_sense(through: Through, names: Any) -> None:
+def test_invalid_vcpus(through: Through, names: Any) -> None:
     result = through(instead("query-cpus-fast", lambda cpus: names))
     assert result.status == 1, result.stderr
 
@@ -330,9 +328,7 @@ ELSEWHERE: dict[str, Callable[[int], int]] = {
 
 @pytest.mark.parametrize("where", ELSEWHERE)
 @pytest.mark.parametrize("command", ["run", "map"])
-def test_ram_that_is_said_to_be_elsewhere(
-    through: Through, vm: Vm, where: str, command: str
-) -> None:
+def test_ram_at_a_wrong_address(through: Through, vm: Vm, where: str, command: str) -> None:
     lie = move_ram(ELSEWHERE[where](vm.pid))
     result = through(lie, *([] if command == "run" else ["map"]))
     assert result.status == 1, (result.stdout, result.stderr)
@@ -345,7 +341,7 @@ def test_ram_that_is_said_to_be_elsewhere(
 
 
 @pytest.mark.parametrize("where", ["the heap", "QEMU's text"])
-def test_a_little_ram_that_is_said_to_be_elsewhere(through: Through, vm: Vm, where: str) -> None:
+def test_small_ram_at_a_wrong_address(through: Through, vm: Vm, where: str) -> None:
     """So little that something is mapped for all of it: populating changes no byte of that."""
     target = ELSEWHERE[where](vm.pid)
 
@@ -362,7 +358,7 @@ def test_a_little_ram_that_is_said_to_be_elsewhere(through: Through, vm: Vm, whe
     assert vm.qmp.execute("query-memory-size-summary")["base-memory"] == 64 * MIB
 
 
-def test_ram_larger_than_it_is(through: Through) -> None:
+def test_overstated_ram_size(through: Through) -> None:
     """A range that goes on behind the mapping."""
     result = through(
         instead("info mtree", lambda text: text.replace("0000000003ffffff", "0000000043ffffff"))
@@ -386,7 +382,7 @@ STRANGE: dict[str, tuple[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", STRANGE)
-def test_answers_of_another_shape(through: Through, name: str) -> None:
+def test_malformed_answers(through: Through, name: str) -> None:
     command, answer = STRANGE[name]
 
     def lie(asked: str, arguments: dict[str, Any], truth: Any) -> Any:
@@ -397,9 +393,7 @@ def test_answers_of_another_shape(through: Through, name: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["query-status", "query-cpus-fast", "human-monitor-command"])
-def test_a_refusal_of_qemu_is_passed_on_without_its_escape_sequences(
-    through: Through, command: str
-) -> None:
+def test_escape_sequences_in_qemu_errors_are_removed(through: Through, command: str) -> None:
     words = Error("\x1b]0;owned\x07\x1b[2Jno\nnever")
     result = through(lambda asked, arguments, truth: words if asked == command else truth)
     assert result.status == 1
@@ -407,7 +401,7 @@ def test_a_refusal_of_qemu_is_passed_on_without_its_escape_sequences(
     assert "never" in result.stderr
 
 
-def test_names_with_escape_sequences_do_not_reach_the_terminal(vm: Vm, tmp_path: Path) -> None:
+def test_escape_sequences_in_names_are_removed(vm: Vm, tmp_path: Path) -> None:
     def lie(command: str, arguments: dict[str, Any], answer: Any) -> Any:
         text = json.dumps(answer).replace("pc.ram", "p\\u001b[7mm")
         return json.loads(text)

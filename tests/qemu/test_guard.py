@@ -106,7 +106,7 @@ def check_resumed(vm: Vm, holder: Holder) -> None:
     assert holder.guard_gone(10), "the guard does not leave"
 
 
-def test_a_guest_is_resumed_when_its_holder_is_killed(vm: Vm, hold: Callable[..., Holder]) -> None:
+def test_guest_is_resumed_if_holder_is_killed(vm: Vm, hold: Callable[..., Holder]) -> None:
     holder = hold()
     holder.kill()
     check_resumed(vm, holder)
@@ -131,9 +131,7 @@ HALVES = {
 
 @pytest.mark.parametrize("accel", ["tcg"])
 @pytest.mark.parametrize("name", HALVES)
-def test_whatever_the_holder_was_about_to_say(
-    vm: Vm, hold: Callable[..., Holder], name: str
-) -> None:
+def test_holder_killed_in_mid_message(vm: Vm, hold: Callable[..., Holder], name: str) -> None:
     holder = hold(HALVES[name])
     holder.kill()
     check_resumed(vm, holder)
@@ -141,9 +139,7 @@ def test_whatever_the_holder_was_about_to_say(
 
 @pytest.mark.parametrize("accel", ["tcg"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_what_ends_the_job_does_not_end_the_guard(
-    vm: Vm, hold: Callable[..., Holder], number: int
-) -> None:
+def test_guard_survives_job_signals(vm: Vm, hold: Callable[..., Holder], number: int) -> None:
     """Ctrl-C in a terminal, a closing session: the whole process group gets it."""
     holder = hold()
     os.kill(holder.guard, number)
@@ -153,7 +149,7 @@ def test_what_ends_the_job_does_not_end_the_guard(
 
 
 @pytest.mark.parametrize("accel", ["tcg"])
-def test_a_guest_that_has_migrated_away_is_not_resumed(vm: Vm, hold: Callable[..., Holder]) -> None:
+def test_migrated_guest_is_not_resumed(vm: Vm, hold: Callable[..., Holder]) -> None:
     """It runs at the destination: two of it would write to one disk."""
     holder = hold()
     vm.qmp.execute("migrate", uri="exec:cat >/dev/null")
@@ -164,7 +160,7 @@ def test_a_guest_that_has_migrated_away_is_not_resumed(vm: Vm, hold: Callable[..
 
 
 @pytest.mark.parametrize("accel", ["tcg"])
-def test_helpers_are_sent_away_and_waited_for_before_the_guest_runs(
+def test_helpers_end_before_the_guest_resumes(
     vm: Vm, hold: Callable[..., Holder], tmp_path: Path
 ) -> None:
     told, gone = tmp_path / "told", tmp_path / "gone"
@@ -178,9 +174,7 @@ def test_helpers_are_sent_away_and_waited_for_before_the_guest_runs(
 
 
 @pytest.mark.parametrize("accel", ["tcg"])
-def test_helpers_that_never_leave_do_not_keep_the_guest(
-    vm: Vm, hold: Callable[..., Holder]
-) -> None:
+def test_stuck_helpers_do_not_block_resume(vm: Vm, hold: Callable[..., Holder]) -> None:
     holder = hold(orders=DeathOrders(lambda: None, lambda: False, 0.5))
     started = time.monotonic()
     holder.kill()
@@ -189,7 +183,7 @@ def test_helpers_that_never_leave_do_not_keep_the_guest(
 
 
 @pytest.mark.parametrize("accel", ["tcg"])
-def test_a_qemu_that_dies_too_takes_the_guard_with_it(vm: Vm, hold: Callable[..., Holder]) -> None:
+def test_guard_ends_with_qemu(vm: Vm, hold: Callable[..., Holder]) -> None:
     holder = hold()
     vm.qemu.kill()
     holder.kill()
@@ -197,7 +191,7 @@ def test_a_qemu_that_dies_too_takes_the_guard_with_it(vm: Vm, hold: Callable[...
 
 
 @pytest.mark.parametrize("accel", ["tcg"])
-def test_a_stopped_qemu_is_resumed_once_it_goes_on(vm: Vm, hold: Callable[..., Holder]) -> None:
+def test_stopped_qemu_is_resumed_once_continued(vm: Vm, hold: Callable[..., Holder]) -> None:
     holder = hold()
     vm.qemu.pause()
     holder.kill()
@@ -207,7 +201,7 @@ def test_a_stopped_qemu_is_resumed_once_it_goes_on(vm: Vm, hold: Callable[..., H
 
 
 @pytest.mark.parametrize("accel", ["tcg"])
-def test_when_all_goes_well_the_guard_does_nothing_and_leaves(vm: Vm) -> None:
+def test_guard_leaves_after_a_normal_run(vm: Vm) -> None:
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     before = children.read_text().split()
 
@@ -229,7 +223,7 @@ def test_when_all_goes_well_the_guard_does_nothing_and_leaves(vm: Vm) -> None:
 
 
 @pytest.mark.parametrize("accel", ["tcg"])
-def test_an_exception_in_the_block_is_no_accident(vm: Vm) -> None:
+def test_exception_in_the_block_resumes_nothing(vm: Vm) -> None:
     """The engine resumes by itself then; two of them would be one too many."""
 
     async def fail() -> None:

@@ -66,7 +66,7 @@ def victim(program: Path) -> Iterator[Victim]:
     process.communicate()
 
 
-def test_no_thread_ever_sees_a_change(victim: Victim) -> None:
+def test_injection_is_invisible_to_threads(victim: Victim) -> None:
     """Registers, vectors, flags, red zone, errno, signal mask, alternate stack, signals.
 
     The threads compute, sleep, wait for futexes, read from a pipe, and are sent signals.
@@ -92,7 +92,7 @@ def test_no_thread_ever_sees_a_change(victim: Victim) -> None:
     assert all(int(count) > ROUNDS / 5 for count in verdict.split()[1:6]), verdict
 
 
-def test_nor_when_the_injecting_process_is_killed(victim: Victim) -> None:
+def test_killed_injector_is_invisible_to_threads(victim: Victim) -> None:
     """At any instant: in the middle of the injected system calls, too."""
     for number in range(ROUNDS // 3):
         pid = os.fork()
@@ -112,7 +112,7 @@ def test_nor_when_the_injecting_process_is_killed(victim: Victim) -> None:
     assert victim.process.returncode == 0
 
 
-def test_the_victim_does_notice(victim: Victim) -> None:
+def test_victim_detects_a_change(victim: Victim) -> None:
     """Else the tests above would mean nothing: one register of one thread, changed once."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
@@ -132,7 +132,7 @@ def test_the_victim_does_notice(victim: Victim) -> None:
     assert "0xbad" in victim.verdict() or victim.process.returncode < 0
 
 
-def test_helpers_already_started_leave_when_a_later_thread_is_gone(victim: Victim) -> None:
+def test_helpers_leave_if_a_later_thread_is_gone(victim: Victim) -> None:
     victim.threads.append(4_000_000)
     with pytest.raises(FailedError, match="gone"):
         asyncio.run(victim.agent().start())
@@ -140,7 +140,7 @@ def test_helpers_already_started_leave_when_a_later_thread_is_gone(victim: Victi
     assert victim.verdict().startswith("unchanged ")
 
 
-def test_a_stopped_thread_is_given_up_and_stays_stopped(victim: Victim) -> None:
+def test_stopped_thread_is_skipped_and_stays_stopped(victim: Victim) -> None:
     """SIGSTOP by an operator or a debugger: an error at once, and the stop is not undone."""
     os.kill(victim.pid, signal.SIGSTOP)
     os.waitid(os.P_PID, victim.pid, os.WSTOPPED | os.WNOWAIT)

@@ -181,7 +181,7 @@ def test_vga_memory_and_balloon(start_qemu: StartQemu) -> None:
     assert machine.balloon.actual == machine.balloon.total == 256 * MIB
 
 
-def test_a_hotplugged_dimm_appears(start_qemu: StartQemu, accel: str) -> None:
+def test_hotplugged_dimm_appears(start_qemu: StartQemu, accel: str) -> None:
     qemu = start_qemu("-m", "128M,slots=1,maxmem=1G", accel=accel)
 
     async def main() -> None:
@@ -245,7 +245,7 @@ def test_migration_status(start_qemu: StartQemu, tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_halted_vcpu_thread_waits_in_a_futex(start_qemu: StartQemu) -> None:
+def test_halted_vcpu_waits_in_a_futex(start_qemu: StartQemu) -> None:
     qemu = start_qemu("-m", "64M", accel="kvm")
     (vcpu,) = read(qemu).vcpus
     process = Process.find(qemu.pid)

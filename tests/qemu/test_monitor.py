@@ -63,7 +63,7 @@ def test_session(start_qemu: StartQemu, accel: str) -> None:
     run(main())
 
 
-def test_the_second_client_is_told_at_once_and_can_come_back(start_qemu: StartQemu) -> None:
+def test_second_client_is_refused_and_can_retry(start_qemu: StartQemu) -> None:
     qemu = start_qemu("-m", "64M")
 
     async def main() -> None:
@@ -85,7 +85,7 @@ def test_the_second_client_is_told_at_once_and_can_come_back(start_qemu: StartQe
     run(main())
 
 
-def test_a_full_backlog_is_told_at_once(start_qemu: StartQemu) -> None:
+def test_full_backlog_fails_fast(start_qemu: StartQemu) -> None:
     qemu = start_qemu("-m", "64M")
 
     async def main() -> None:
@@ -110,7 +110,7 @@ def test_a_full_backlog_is_told_at_once(start_qemu: StartQemu) -> None:
     run(main())
 
 
-def test_two_monitors_of_one_qemu_work_side_by_side(start_qemu: StartQemu, tmp_path: Path) -> None:
+def test_two_monitors_of_one_qemu(start_qemu: StartQemu, tmp_path: Path) -> None:
     other = str(tmp_path / "other")
     qemu = start_qemu("-m", "64M", "-qmp", f"unix:{other},server=on,wait=off")
 
@@ -134,7 +134,7 @@ async def _await_end(monitor: Monitor) -> int:
 
 
 @pytest.mark.parametrize("command", ["query-status", "human-monitor-command"])
-def test_killed_in_mid_command(start_qemu: StartQemu, command: str) -> None:
+def test_qemu_killed_during_a_command(start_qemu: StartQemu, command: str) -> None:
     """Commands under way, later commands and event streams all end; leaving the block works."""
     qemu = start_qemu("-m", "64M")
 
@@ -160,7 +160,7 @@ def test_killed_in_mid_command(start_qemu: StartQemu, command: str) -> None:
     run(main())
 
 
-def test_quit_while_reading_the_machine(start_qemu: StartQemu) -> None:
+def test_quit_during_read(start_qemu: StartQemu) -> None:
     qemu = start_qemu("-m", "64M")
 
     async def main() -> None:
@@ -175,7 +175,7 @@ def test_quit_while_reading_the_machine(start_qemu: StartQemu) -> None:
     run(main())
 
 
-def test_a_stopped_qemu_is_not_waited_for(start_qemu: StartQemu) -> None:
+def test_stopped_qemu_times_out(start_qemu: StartQemu) -> None:
     qemu = start_qemu("-m", "64M")
 
     async def main() -> None:
@@ -191,7 +191,7 @@ def test_a_stopped_qemu_is_not_waited_for(start_qemu: StartQemu) -> None:
     run(main())
 
 
-def test_a_stopped_qemu_is_not_connected_to(start_qemu: StartQemu) -> None:
+def test_connect_to_stopped_qemu_times_out(start_qemu: StartQemu) -> None:
     """Nobody is served, nobody accepts: that is not the same as a busy socket."""
     qemu = start_qemu("-m", "64M")
 
@@ -209,9 +209,7 @@ def test_a_stopped_qemu_is_not_connected_to(start_qemu: StartQemu) -> None:
     run(main())
 
 
-def test_events_of_an_absent_reader_are_bounded(
-    start_qemu: StartQemu, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unread_events_are_bounded(start_qemu: StartQemu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qemu_prefault.monitor.MAX_EVENTS", 4)
     qemu = start_qemu("-m", "64M")
 
@@ -250,7 +248,7 @@ def test_tcp(start_qemu: StartQemu) -> None:
     run(main())
 
 
-def test_a_proxy_is_found_out(start_qemu: StartQemu, tmp_path: Path) -> None:
+def test_proxy_is_detected(start_qemu: StartQemu, tmp_path: Path) -> None:
     """A forwarder in another process: the peer's pid does not own the vCPU threads."""
     qemu = start_qemu("-m", "64M")
     front = str(tmp_path / "front")
@@ -335,17 +333,17 @@ def attempt(address: str, timeout: float = 5.0) -> QemuPrefaultError:
     return caught.value
 
 
-def test_there_is_no_socket(tmp_path: Path) -> None:
+def test_absent_socket(tmp_path: Path) -> None:
     assert "there is no socket" in attempt(str(tmp_path / "none")).cause
 
 
-def test_a_file_is_no_socket(tmp_path: Path) -> None:
+def test_regular_file_is_not_a_socket(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     error = attempt(str(tmp_path / "file"))
     assert "is not a socket" in error.cause and error.exit_status == ExitStatus.USAGE
 
 
-def test_a_dead_qemus_socket(start_qemu: StartQemu) -> None:
+def test_socket_of_a_dead_qemu(start_qemu: StartQemu) -> None:
     qemu = start_qemu("-m", "64M")
     qemu.kill()
     assert "nobody listens" in attempt(qemu.qmp).cause
@@ -365,7 +363,7 @@ def test_no_permission(start_qemu: StartQemu, tmp_path: Path) -> None:
     assert "no permission" in error.cause and "root" in error.remedy
 
 
-def test_the_human_monitor_is_no_qmp(start_qemu: StartQemu, tmp_path: Path) -> None:
+def test_human_monitor_is_not_qmp(start_qemu: StartQemu, tmp_path: Path) -> None:
     hmp = str(tmp_path / "hmp")
     start_qemu("-m", "64M", "-monitor", f"unix:{hmp},server=on,wait=off")
     error = attempt(hmp)

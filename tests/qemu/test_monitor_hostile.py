@@ -244,7 +244,7 @@ def ask(tmp_path: Path, lies: Mapping[str, object]) -> Machine:
         return asyncio.run(main(path))
 
 
-def test_the_honest_server_is_believed(tmp_path: Path) -> None:
+def test_honest_server_works(tmp_path: Path) -> None:
     machine = ask(tmp_path, {})
     (section,) = machine.sections
     assert (section.hva, section.size, section.skipped) == (0x7F0000000000, 256 * MIB, None)
@@ -339,7 +339,7 @@ LIES: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("case", LIES)
-def test_lies(case: str, tmp_path: Path) -> None:
+def test_inconsistent_answers(case: str, tmp_path: Path) -> None:
     start = time.monotonic()
     with memory_growth_below(100 * MIB), pytest.raises(QemuPrefaultError) as caught:
         ask(tmp_path, LIES[case])
@@ -355,9 +355,7 @@ def test_lies(case: str, tmp_path: Path) -> None:
         ("error without id", "during query-kvm it sent Server sent an error"),
     ],
 )
-def test_a_broken_conversation_is_not_taken_for_a_dead_qemu(
-    case: str, cause: str, tmp_path: Path
-) -> None:
+def test_protocol_error_is_not_a_dead_qemu(case: str, cause: str, tmp_path: Path) -> None:
     async def main(path: str) -> None:
         async with Monitor.connect(path) as monitor:
             await monitor.execute("query-kvm")
@@ -371,7 +369,7 @@ def test_a_broken_conversation_is_not_taken_for_a_dead_qemu(
     assert caught.value.code == "monitor-not-qmp"
 
 
-def test_replies_given_twice_do_no_harm(tmp_path: Path) -> None:
+def test_duplicate_replies_are_harmless(tmp_path: Path) -> None:
     reply = b'{"return": {"enabled": false, "present": false}, "id": $ID}\n'
     assert ask(tmp_path, {"query-kvm": reply * 3}).sections
 
@@ -382,7 +380,7 @@ def test_malformed_events_are_ignored(tmp_path: Path) -> None:
     assert ask(tmp_path, {"query-kvm": noise + reply}).sections
 
 
-def test_a_flood_of_events_is_not_kept(tmp_path: Path) -> None:
+def test_event_flood_is_bounded(tmp_path: Path) -> None:
     """100 MB of them, with a reader that never reads."""
     event = b'{"event": "NOISE", "data": {"a": "%s"}}\n' % (b"x" * 1000)
     reply = b'{"return": {}, "id": "__qmp#00000"}\n'
@@ -408,7 +406,7 @@ def test_a_flood_of_events_is_not_kept(tmp_path: Path) -> None:
         asyncio.run(main(path))
 
 
-def test_a_map_that_never_holds_still_is_given_up(tmp_path: Path) -> None:
+def test_unstable_map_fails(tmp_path: Path) -> None:
     calls = 0
 
     def talk(client: socket.socket) -> None:

@@ -89,7 +89,7 @@ def run_qemu(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 
 
 @pytest.mark.parametrize("way", ["plugin", "preload"])
-def test_without_kvm_it_says_so_and_does_nothing(way: str) -> None:
+def test_no_kvm_disables_the_plugin(way: str) -> None:
     if way == "plugin":
         result = run_qemu("-accel", "tcg", *plugin())
     else:
@@ -102,14 +102,14 @@ def test_without_kvm_it_says_so_and_does_nothing(way: str) -> None:
     "option",
     ["colour=red", "keep=maybe", "populate=some", "hold=-1", "hold=soon", "socket=x", "socket=~x"],
 )
-def test_an_option_it_does_not_know_ends_qemu(option: str) -> None:
+def test_unknown_option_ends_qemu(option: str) -> None:
     result = run_qemu("-accel", "tcg", *plugin(option))
     assert result.returncode != 0
     assert option in result.stderr and "populate=auto|all|resident" in result.stderr
 
 
 @needs_kvm
-def test_a_kvm_that_cannot_is_named(control: Callable[..., Control]) -> None:
+def test_unsupported_kvm_is_reported(control: Callable[..., Control]) -> None:
     status = control().ask("status")
     if status["pre_fault_memory"]:
         pytest.skip("this KVM can; see tests/nested/test_plugin.py")
@@ -118,11 +118,11 @@ def test_a_kvm_that_cannot_is_named(control: Callable[..., Control]) -> None:
 
 
 @needs_kvm
-def test_the_slots_are_those_of_the_monitor(start_qemu: StartQemu, tmp_path: Path) -> None:
+def test_slots_match_the_monitor(start_qemu: StartQemu, tmp_path: Path) -> None:
     path = tmp_path / "control"
     qemu = start(start_qemu, f"socket={path}")
     monitor = Monitor(qemu.qmp)
-    mtree = monitor.execute("human-monitor-command", **{"command-line": "info mtree -f"})
+    mtree = monitor.execute("human-monitor-command", command_line="info mtree -f")
     view = next(part for part in mtree.split("FlatView") if 'AS "memory"' in part)
     shown = set()
     for line in view.splitlines():
@@ -134,7 +134,7 @@ def test_the_slots_are_those_of_the_monitor(start_qemu: StartQemu, tmp_path: Pat
 
 
 @needs_kvm
-def test_the_socket_is_private_and_goes_with_qemu(start_qemu: StartQemu, tmp_path: Path) -> None:
+def test_socket_is_private_and_removed_with_qemu(start_qemu: StartQemu, tmp_path: Path) -> None:
     path = tmp_path / "control"
     qemu = start(start_qemu, f"socket={path}")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -144,9 +144,7 @@ def test_the_socket_is_private_and_goes_with_qemu(start_qemu: StartQemu, tmp_pat
 
 
 @needs_kvm
-def test_a_socket_left_by_a_killed_qemu_is_taken_over(
-    start_qemu: StartQemu, tmp_path: Path
-) -> None:
+def test_stale_socket_is_reused(start_qemu: StartQemu, tmp_path: Path) -> None:
     path = tmp_path / "control"
     for _ in range(2):
         qemu = start(start_qemu, f"socket={path}")
@@ -156,7 +154,7 @@ def test_a_socket_left_by_a_killed_qemu_is_taken_over(
 
 
 @needs_kvm
-def test_a_stranger_is_shown_out(control: Callable[..., Control], tmp_path: Path) -> None:
+def test_other_user_is_rejected(control: Callable[..., Control], tmp_path: Path) -> None:
     """Even where the file's mode would let one in."""
     if os.geteuid() != 0:
         pytest.skip("only root can become somebody else")
@@ -184,14 +182,14 @@ def test_a_stranger_is_shown_out(control: Callable[..., Control], tmp_path: Path
 
 @needs_kvm
 @pytest.mark.parametrize("request_line", ["", "hello", "populate some", "work x", "status please"])
-def test_what_it_does_not_understand(control: Callable[..., Control], request_line: str) -> None:
+def test_unknown_command_is_rejected(control: Callable[..., Control], request_line: str) -> None:
     client = control()
     assert "the requests are" in client.ask(request_line)["error"]
     assert client.ask("status")["plugin"] == 1
 
 
 @needs_kvm
-def test_policy_and_pause_are_remembered(control: Callable[..., Control]) -> None:
+def test_policy_and_pause_persist(control: Callable[..., Control]) -> None:
     client = control()
     assert client.ask("populate resident")["ok"] and client.ask("pause")["ok"]
     status = control().ask("status")
@@ -201,7 +199,7 @@ def test_policy_and_pause_are_remembered(control: Callable[..., Control]) -> Non
 
 
 @needs_kvm
-def test_a_batch_populates_and_tells_each_range(control: Callable[..., Control]) -> None:
+def test_batch_populates_and_reports_each_range(control: Callable[..., Control]) -> None:
     client = control()
     ram = max(client.ask("status")["slots"], key=lambda slot: slot["size"])
     hva, page = ram["hva"], 4096
@@ -225,7 +223,7 @@ def test_a_batch_populates_and_tells_each_range(control: Callable[..., Control])
         ("work 1 100", "0 0 4096 4096"),
     ],
 )
-def test_a_bad_batch_is_refused_whole(
+def test_bad_batch_is_rejected_whole(
     control: Callable[..., Control], lines: tuple[str, ...]
 ) -> None:
     client = control()
@@ -234,7 +232,7 @@ def test_a_bad_batch_is_refused_whole(
 
 
 @needs_kvm
-def test_a_client_that_goes_takes_its_batch_along(control: Callable[..., Control]) -> None:
+def test_batch_ends_with_its_client(control: Callable[..., Control]) -> None:
     client = control()
     slot = max(client.ask("status")["slots"], key=lambda slot: slot["size"])
     many = [f"0 0 {slot['hva']} {slot['size']}"] * 20000
@@ -249,7 +247,7 @@ def test_a_client_that_goes_takes_its_batch_along(control: Callable[..., Control
 
 
 @needs_kvm
-def test_the_tool_finds_it_and_uses_it(start_qemu: StartQemu) -> None:
+def test_tool_uses_the_plugin(start_qemu: StartQemu) -> None:
     """No right to trace is needed: what acts is in there already."""
     qemu = start(start_qemu)
     found = find_control_socket(Process.find(qemu.pid))
@@ -261,7 +259,7 @@ def test_the_tool_finds_it_and_uses_it(start_qemu: StartQemu) -> None:
     assert result.report["bytes"]["populated"] > 60 * MIB
 
 
-def test_without_it_the_tool_says_how_to_get_it(start_qemu: StartQemu) -> None:
+def test_tool_without_plugin_names_the_remedy(start_qemu: StartQemu) -> None:
     result = run_tool(start_qemu("-m", "64M"), "--populate-only", "--agent", "plugin")
     assert result.status == 4
     assert result.error["code"] == "no-plugin"
@@ -269,7 +267,7 @@ def test_without_it_the_tool_says_how_to_get_it(start_qemu: StartQemu) -> None:
 
 
 @needs_kvm
-def test_events_are_told_to_who_follows(control: Callable[..., Control]) -> None:
+def test_followers_get_events(control: Callable[..., Control]) -> None:
     follower, client = control(), control()
     assert follower.ask("follow")["ok"]
     client.ask("pause")

@@ -55,7 +55,7 @@ def check_refused(vm: Vm, code: str, *words: str) -> None:
 # --- what cannot be ---
 
 
-def test_a_tcg_guest_has_no_stage2(vm_of: StartVm) -> None:
+def test_tcg_guest_has_no_stage2(vm_of: StartVm) -> None:
     vm = vm_of("-m", "64M")
     with untouched(vm):
         result = vm.prefault()
@@ -64,7 +64,7 @@ def test_a_tcg_guest_has_no_stage2(vm_of: StartVm) -> None:
     assert "--populate-only" in result.error["remedy"]
 
 
-def test_a_kernel_that_cannot_offers_what_still_helps(vm_of: StartVm) -> None:
+def test_unsupported_kernel_suggests_populate_only(vm_of: StartVm) -> None:
     vm = vm_of("-m", "64M", accel="kvm", paused=False)
     if kvm.pre_fault_capability().available is not False:
         pytest.skip("this kernel's KVM has KVM_PRE_FAULT_MEMORY")
@@ -76,7 +76,7 @@ def test_a_kernel_that_cannot_offers_what_still_helps(vm_of: StartVm) -> None:
 
 
 @pytest.mark.parametrize("accel", ["tcg", "kvm"])
-def test_probe_says_the_same_and_what_would_work(vm_of: StartVm, accel: str) -> None:
+def test_probe_of_an_unsupported_guest(vm_of: StartVm, accel: str) -> None:
     vm = vm_of("-m", "64M", accel=accel)
     if accel == "kvm" and kvm.pre_fault_capability().available is not False:
         pytest.skip("this kernel's KVM has KVM_PRE_FAULT_MEMORY")
@@ -92,27 +92,27 @@ def test_probe_says_the_same_and_what_would_work(vm_of: StartVm, accel: str) -> 
 # --- moments ---
 
 
-def test_a_precopy_source(vm_of: StartVm) -> None:
+def test_precopy_source(vm_of: StartVm) -> None:
     vm = vm_of("-m", "64M", paused=False)
-    vm.qmp.execute("migrate-set-parameters", **{"max-bandwidth": 4096})
+    vm.qmp.execute("migrate-set-parameters", max_bandwidth=4096)
     vm.qmp.execute("migrate", uri="exec:cat >/dev/null")
     check_refused(vm, "migration", "query-migrate", "destination")
     vm.qmp.execute("migrate_cancel")
 
 
-def test_a_migration_that_is_over_is_no_reason(vm_of: StartVm) -> None:
+def test_finished_migration_is_accepted(vm_of: StartVm) -> None:
     vm = vm_of("-m", "64M", paused=False)
     vm.qmp.execute(
         "migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}]
     )
-    vm.qmp.execute("migrate-set-parameters", **{"max-bandwidth": 4096})
+    vm.qmp.execute("migrate-set-parameters", max_bandwidth=4096)
     vm.qmp.execute("migrate", uri="exec:cat >/dev/null")
     vm.qmp.execute("migrate_cancel")
     vm.qmp.wait_migration("cancelled")
     assert vm.prefault("--populate-only").status == 0
 
 
-def test_a_guest_that_has_migrated_away(vm_of: StartVm, tmp_path: Path) -> None:
+def test_migrated_guest(vm_of: StartVm, tmp_path: Path) -> None:
     vm = vm_of("-m", "64M", paused=False)
     vm.qmp.execute(
         "migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}]
@@ -125,15 +125,15 @@ def test_a_guest_that_has_migrated_away(vm_of: StartVm, tmp_path: Path) -> None:
     check_refused(vm, "migration", "query-status: postmigrate", "destination")
 
 
-def test_incoming_ram_that_is_not_loaded(vm_of: StartVm) -> None:
+def test_incoming_ram_not_loaded(vm_of: StartVm) -> None:
     check_refused(vm_of("-m", "64M", "-incoming", "defer"), "incoming", "inmigrate", "-S")
 
 
-def test_incoming_ram_that_is_being_loaded(vm_of: StartVm, tmp_path: Path) -> None:
+def test_incoming_ram_while_loading(vm_of: StartVm, tmp_path: Path) -> None:
     """A source that sends at a crawl."""
     source = vm_of("-m", "64M", paused=False)
     target = vm_of("-m", "64M", "-incoming", f"unix:{tmp_path}/migration")
-    source.qmp.execute("migrate-set-parameters", **{"max-bandwidth": 4096})
+    source.qmp.execute("migrate-set-parameters", max_bandwidth=4096)
     source.qmp.execute("migrate", uri=f"unix:{tmp_path}/migration")
     check_refused(target, "incoming", "not loaded")
     check_refused(source, "migration")
@@ -147,8 +147,8 @@ def test_postcopy(vm_of: StartVm, tmp_path: Path) -> None:
     for vm in (target, source):
         vm.qmp.execute("migrate-set-capabilities", capabilities=capabilities)
     target.qmp.execute("migrate-incoming", uri=f"unix:{tmp_path}/migration")
-    source.qmp.execute("migrate-set-parameters", **{"max-bandwidth": 4096})
-    source.qmp.execute("migrate-set-parameters", **{"max-postcopy-bandwidth": 4096})
+    source.qmp.execute("migrate-set-parameters", max_bandwidth=4096)
+    source.qmp.execute("migrate-set-parameters", max_postcopy_bandwidth=4096)
     source.qmp.execute("migrate", uri=f"unix:{tmp_path}/migration")
     source.qmp.wait_migration("active")
     source.qmp.execute("migrate-start-postcopy")
@@ -160,14 +160,14 @@ def test_postcopy(vm_of: StartVm, tmp_path: Path) -> None:
         assert result.error["code"] == "postcopy"
 
 
-def test_incoming_where_nothing_is_to_come(vm_of: StartVm) -> None:
+def test_incoming_without_migration(vm_of: StartVm) -> None:
     result = vm_of("-m", "64M").prefault("--populate-only", "--incoming")
     assert result.status == 5, result.stderr
     assert result.error["code"] == "not-incoming"
     assert "-incoming" in result.error["remedy"]
 
 
-def test_incoming_that_may_become_postcopy(vm_of: StartVm) -> None:
+def test_incoming_with_postcopy_capability(vm_of: StartVm) -> None:
     vm = vm_of("-m", "64M", "-incoming", "defer")
     vm.qmp.execute(
         "migrate-set-capabilities", capabilities=[{"capability": "postcopy-ram", "state": True}]
@@ -179,20 +179,20 @@ def test_incoming_that_may_become_postcopy(vm_of: StartVm) -> None:
 
 def test_dirty_rate_measuring(vm_of: StartVm) -> None:
     vm = vm_of("-m", "64M", paused=False)
-    vm.qmp.execute("calc-dirty-rate", **{"calc-time": 60})
+    vm.qmp.execute("calc-dirty-rate", calc_time=60)
     check_refused(vm, "dirty-logging", "measured", "query-dirty-rate")
 
 
-def test_a_guest_that_has_shut_down(vm_of: StartVm) -> None:
+def test_guest_shut_down(vm_of: StartVm) -> None:
     vm = vm_of("-m", "64M", "-no-reboot", "-no-shutdown", paused=False)
     vm.qmp.execute("system_reset")
     vm.qmp.wait_event("STOP")
     check_refused(vm, "guest-state", "query-status: shutdown")
 
 
-def test_a_guest_that_has_panicked(vm_of: StartVm) -> None:
+def test_guest_panicked(vm_of: StartVm) -> None:
     vm = vm_of("-m", "64M", "-device", "pvpanic", "-action", "panic=pause", paused=False)
-    vm.qmp.execute("human-monitor-command", **{"command-line": "o /b 0x505 1"})
+    vm.qmp.execute("human-monitor-command", command_line="o /b 0x505 1")
     assert vm.qmp.status() == "guest-panicked"
     check_refused(vm, "guest-state", "query-status: guest-panicked")
 
@@ -200,7 +200,7 @@ def test_a_guest_that_has_panicked(vm_of: StartVm) -> None:
 # --- who else is there ---
 
 
-def test_a_busy_monitor_is_told_at_once(vm_of: StartVm) -> None:
+def test_busy_monitor_fails_fast(vm_of: StartVm) -> None:
     vm = vm_of("-m", "64M", paused=False)
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(vm.qemu.qmp)
@@ -262,9 +262,7 @@ def out_of_memory_kills(group: Path) -> int:
     raise AssertionError("this cgroup does not count")
 
 
-def test_a_cgroup_too_small_is_respected(
-    vm_of: StartVm, memory_cgroup: Callable[[int], Path]
-) -> None:
+def test_cgroup_limit_is_respected(vm_of: StartVm, memory_cgroup: Callable[[int], Path]) -> None:
     """512 MiB of guest in 200 MiB of cgroup: populating would have QEMU killed."""
     group = memory_cgroup(200 * MIB)
     vm = vm_of("-m", "512M")
@@ -278,7 +276,7 @@ def test_a_cgroup_too_small_is_respected(
     assert vm.qmp.status() == "prelaunch"
 
 
-def test_a_cgroup_of_an_ancestor_counts_too(
+def test_ancestor_cgroup_limit_is_respected(
     vm_of: StartVm, memory_cgroup: Callable[[int], Path]
 ) -> None:
     group = memory_cgroup(200 * MIB)
@@ -294,7 +292,7 @@ def test_a_cgroup_of_an_ancestor_counts_too(
     inner.rmdir()
 
 
-def test_force_goes_ahead(vm_of: StartVm, memory_cgroup: Callable[[int], Path]) -> None:
+def test_force_overrides_the_limit(vm_of: StartVm, memory_cgroup: Callable[[int], Path]) -> None:
     """The operator knows better; here, that the limit is about to be raised."""
     group = memory_cgroup(200 * MIB)
     vm = vm_of("-m", "256M")
@@ -307,7 +305,7 @@ def test_force_goes_ahead(vm_of: StartVm, memory_cgroup: Callable[[int], Path]) 
     assert out_of_memory_kills(group) == 0
 
 
-def test_a_guest_larger_than_the_host(vm_of: StartVm) -> None:
+def test_guest_larger_than_the_host(vm_of: StartVm) -> None:
     """Overcommitted on purpose: left alone, unless the user says `all`, and then refused."""
     total = int(Path("/proc/meminfo").read_text().split()[1]) >> 10  # MiB
     size = f"{total + 1024}M"
@@ -324,7 +322,7 @@ def test_a_guest_larger_than_the_host(vm_of: StartVm) -> None:
     assert part.report["bytes"]["populated"] == 16 * MIB
 
 
-def test_a_stock_qemu_does_not_prefault_by_itself(start_qemu: StartQemu) -> None:
+def test_stock_qemu_has_no_qmp_agent(start_qemu: StartQemu) -> None:
     result = run_tool(start_qemu("-m", "64M"), "--populate-only", "--agent", "qmp")
     assert result.status == 4
     assert result.error["code"] == "no-qmp-command"

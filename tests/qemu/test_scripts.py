@@ -51,14 +51,14 @@ def vm_of(start_qemu: StartQemu, tmp_path: Path) -> StartVm:
 # --- what all have in common ---
 
 
-def test_they_are_there_and_named_in_both_readmes() -> None:
+def test_scripts_are_listed_in_both_readmes() -> None:
     assert {"prefault-and-cont", "ram-map", "vcpu-fds", "watch-stage2"} <= set(NAMES)
     for readme in (SCRIPTS / "README.md", SCRIPTS.parent / "README.md"):
         assert [name for name in NAMES if f"qmp_scripts/{name}" not in readme.read_text()] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_runs_as_a_command_and_its_help_has_an_example(name: str) -> None:
+def test_help_has_an_example(name: str) -> None:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
         [SCRIPTS / name, "--help"], capture_output=True, text=True, env=environment, check=False
@@ -69,7 +69,7 @@ def test_it_runs_as_a_command_and_its_help_has_an_example(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_socket_that_is_not_there_is_the_users_mistake(name: str, tmp_path: Path) -> None:
+def test_absent_socket_is_a_usage_error(name: str, tmp_path: Path) -> None:
     done = run(name, str(tmp_path / "nothing"), *MORE_ARGUMENTS.get(name, ()))
     assert done.returncode == 2
     cause, remedy = done.stderr.splitlines()
@@ -78,7 +78,7 @@ def test_a_socket_that_is_not_there_is_the_users_mistake(name: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_busy_socket_is_refused_and_says_what_to_do(name: str, vm_of: StartVm) -> None:
+def test_busy_socket_is_refused_with_remedy(name: str, vm_of: StartVm) -> None:
     vm = vm_of("-m", "64M")
     with socket.socket(socket.AF_UNIX) as other:
         other.connect(vm.qemu.qmp)
@@ -92,7 +92,7 @@ def test_a_busy_socket_is_refused_and_says_what_to_do(name: str, vm_of: StartVm)
 # --- prefault-and-cont ---
 
 
-def test_a_complete_prefault_starts_the_guest(vm_of: StartVm) -> None:
+def test_complete_prefault_starts_the_guest(vm_of: StartVm) -> None:
     vm = vm_of("-m", "128M")
     done = run("prefault-and-cont", "--populate-only", vm.qemu.qmp)
     assert done.returncode == 0, done.stderr
@@ -101,7 +101,7 @@ def test_a_complete_prefault_starts_the_guest(vm_of: StartVm) -> None:
     assert vm.qmp.status() == "running"
 
 
-def test_what_cannot_be_prefaulted_is_not_started(vm_of: StartVm) -> None:
+def test_unsupported_guest_is_not_started(vm_of: StartVm) -> None:
     vm = vm_of("-m", "128M")
     done = run("prefault-and-cont", vm.qemu.qmp)
     assert done.returncode == 4
@@ -109,7 +109,7 @@ def test_what_cannot_be_prefaulted_is_not_started(vm_of: StartVm) -> None:
     assert vm.qmp.status() == "prelaunch"
 
 
-def test_what_is_not_complete_is_not_started(vm_of: StartVm, tmp_path: Path) -> None:
+def test_partial_prefault_does_not_start_the_guest(vm_of: StartVm, tmp_path: Path) -> None:
     memory = tmp_path / "memory"
     backend = f"memory-backend-file,id=ram,size=128M,share=on,mem-path={memory}"
     vm = vm_of("-m", "128M", "-machine", "pc,memory-backend=ram", "-object", backend)
@@ -121,7 +121,7 @@ def test_what_is_not_complete_is_not_started(vm_of: StartVm, tmp_path: Path) -> 
     assert vm.qmp.status() == "prelaunch"
 
 
-def test_a_running_guest_is_left_to_the_command_line(vm_of: StartVm) -> None:
+def test_running_guest_is_refused(vm_of: StartVm) -> None:
     vm = vm_of("-m", "128M", paused=False)
     done = run("prefault-and-cont", "--populate-only", vm.qemu.qmp)
     assert done.returncode == 5
@@ -133,7 +133,7 @@ def test_a_running_guest_is_left_to_the_command_line(vm_of: StartVm) -> None:
 # --- ram-map ---
 
 
-def test_ram_map_shows_what_is_there(vm_of: StartVm) -> None:
+def test_ram_map_shows_resident_memory(vm_of: StartVm) -> None:
     vm = vm_of("-m", "128M")
 
     def low_ram() -> list[str]:
@@ -152,7 +152,7 @@ def test_ram_map_shows_what_is_there(vm_of: StartVm) -> None:
 
 
 @pytest.mark.parametrize("paused", [True, False], ids=["stopped", "running"])
-def test_a_vcpu_descriptor_in_another_process_gives_eio(vm_of: StartVm, paused: bool) -> None:
+def test_vcpu_fd_in_another_process_gives_eio(vm_of: StartVm, paused: bool) -> None:
     vm = vm_of("-m", "64M", "-smp", "2", accel="kvm", paused=paused)
     before = vm.qmp.status()
     done = run("vcpu-fds", vm.qemu.qmp)
@@ -166,7 +166,7 @@ def test_a_vcpu_descriptor_in_another_process_gives_eio(vm_of: StartVm, paused: 
     assert vm.qmp.status() == before
 
 
-def test_without_kvm_there_are_no_vcpu_descriptors(vm_of: StartVm) -> None:
+def test_no_kvm_has_no_vcpu_fds(vm_of: StartVm) -> None:
     done = run("vcpu-fds", vm_of("-m", "64M").qemu.qmp)
     assert done.returncode == 4
     assert done.stderr.splitlines()[1].strip() == "start it with -accel kvm"
@@ -185,7 +185,7 @@ def watch() -> Iterator[Watch]:
 
     def start(vm: Vm, *arguments: str) -> subprocess.Popen[str]:
         # Whoever started us in the background made us, and all we start, ignore Ctrl-C.
-        command = ["env", "--default-signal=INT", sys.executable, SCRIPTS / "watch-stage2"]
+        command = ["env", "--default-signal=INT", sys.executable, str(SCRIPTS / "watch-stage2")]
         command += [*arguments, vm.qemu.qmp]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -202,7 +202,7 @@ def watch() -> Iterator[Watch]:
         process.communicate()
 
 
-def test_watch_ends_after_as_many_lines_as_asked_for(vm_of: StartVm) -> None:
+def test_watch_ends_after_count(vm_of: StartVm) -> None:
     vm = vm_of("-m", "64M", accel="kvm")
     done = run("watch-stage2", "--count", "3", "--interval", "0.05", vm.qemu.qmp)
     assert done.returncode == 0, done.stderr
@@ -210,7 +210,7 @@ def test_watch_ends_after_as_many_lines_as_asked_for(vm_of: StartVm) -> None:
 
 
 @pytest.mark.parametrize("how", ["kill", "quit"])
-def test_watch_ends_at_once_when_qemu_does(vm_of: StartVm, watch: Watch, how: str) -> None:
+def test_watch_ends_with_qemu(vm_of: StartVm, watch: Watch, how: str) -> None:
     vm = vm_of("-m", "64M", accel="kvm")
     watching = watch(vm, "--interval", "600")
     if how == "kill":
@@ -223,7 +223,7 @@ def test_watch_ends_at_once_when_qemu_does(vm_of: StartVm, watch: Watch, how: st
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_watch_ends_quietly_when_told_to(vm_of: StartVm, watch: Watch, number: int) -> None:
+def test_watch_ends_quietly_on_signal(vm_of: StartVm, watch: Watch, number: int) -> None:
     vm = vm_of("-m", "64M", accel="kvm")
     watching = watch(vm, "--interval", "600")
     watching.send_signal(number)
@@ -231,14 +231,14 @@ def test_watch_ends_quietly_when_told_to(vm_of: StartVm, watch: Watch, number: i
     assert watching.returncode == 0
 
 
-def test_watch_says_that_without_kvm_there_is_nothing_to_watch(vm_of: StartVm) -> None:
+def test_watch_needs_kvm(vm_of: StartVm) -> None:
     done = run("watch-stage2", vm_of("-m", "64M").qemu.qmp)
     assert done.returncode == 4
     assert "-accel kvm" in done.stderr
 
 
 @pytest.mark.parametrize("interval", ["0", "-1", "nan", "inf", "soon"])
-def test_watch_takes_no_interval_that_is_none(interval: str) -> None:
+def test_watch_rejects_invalid_interval(interval: str) -> None:
     done = run("watch-stage2", "--interval", interval, "socket")
     assert done.returncode == 2
     assert "--interval" in done.stderr.splitlines()[-1]
@@ -249,7 +249,7 @@ def test_watch_takes_no_interval_that_is_none(interval: str) -> None:
 
 @pytest.mark.skipif(QMP_SHELL is None, reason="qmp-shell (qemu.qmp) is not installed")
 @pytest.mark.parametrize("accel", ["tcg", "kvm"])
-def test_qmp_shell_has_an_answer_to_every_line(vm_of: StartVm, tmp_path: Path, accel: str) -> None:
+def test_qmp_shell_accepts_every_line(vm_of: StartVm, tmp_path: Path, accel: str) -> None:
     if accel == "kvm" and not kvm_usable():
         pytest.skip("/dev/kvm is not usable")
     vm = vm_of("-m", "128M", accel=accel, paused=False)

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self, TypedDict, Unpack
 
 from qemu_prefault_lab.guest import Guest
 
@@ -19,6 +23,41 @@ SNAPSHOT = {"tag": "s", "vmstate": "disk", "devices": ["disk"]}
 """Arguments of snapshot-save and snapshot-load, with the disk of :func:`add_disk`."""
 
 
+class GuestOptions(TypedDict, total=False):
+    """Keywords of :class:`Guest`, for helpers that pass them on."""
+
+    machine: str
+    accel: str
+    memory_mib: int
+    memory: str
+    smp: int
+    cpu: str | None
+    backing: str | None
+    paused: bool
+    incoming: str | Path | None
+    workload_mib: int
+    kernel: str
+    kernel_args: str
+    args: Sequence[str]
+    qemu: Sequence[str] | None
+    kvm: bool
+    ovmf: bool
+    plugin: Sequence[str] | None
+    preload: bool
+    wrapper: Sequence[str]
+
+
+class MakeGuest(Protocol):
+    """A fixture that makes guests, and kills them when the test ends."""
+
+    def __call__(self, **options: Unpack[GuestOptions]) -> Guest: ...
+
+
+MakeSavedState = Callable[[int, int, bool], Path]
+"""Called with the number of vCPUs, the MiB of the workload, and ``kvm``."""
+SetThp = Callable[[str], str]
+
+
 def start_tool(guest: Guest, *arguments: str) -> Tool:
     return Tool(["--qmp", str(guest.qmp_path), "--json", *arguments])
 
@@ -28,8 +67,83 @@ def prefault(guest: Guest, *arguments: str) -> Result:
     return start_tool(guest, *arguments).finish()
 
 
+def start_incoming_tool(guest: Guest, *options: str) -> Tool:
+    """Start the tool with ``--incoming``; return when it awaits the guest, and populates."""
+    tool = start_tool(guest, "--incoming", *options)
+    tool.wait_ready()
+    return tool
+
+
+def wait_migrated(source: Guest) -> None:
+    """Wait until an outgoing migration is completed."""
+    while (status := source.wait_event("MIGRATION")["data"]["status"]) != "completed":
+        assert status not in ("failed", "cancelled"), status
+
+
 def faults(guest: Guest) -> int:
+    """Stage-2 faults since QEMU started."""
     return guest.stats()["pf_taken"]
+
+
+def check_memory(guest: Guest) -> None:
+    """The guest answers, and finds in its memory what it wrote there."""
+    assert guest.command("pass")["bad"] == 0
+
+
+def faults_of_pass(guest: Guest) -> int:
+    """Stage-2 faults of a running guest while it writes all of its memory."""
+    before = faults(guest)
+    check_memory(guest)
+    return faults(guest) - before
+
+
+class Follower:
+    """``qemu-prefault --follow --json``. A context manager; entering it waits for the first run.
+
+    :param target: ``--qmp PATH`` or ``--domain NAME``.
+    """
+
+    def __init__(self, *target: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "qemu_prefault", *target, "--follow", "--json"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Self:
+        assert self.event()["why"] == "started"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def event(self) -> dict[str, Any]:
+        """Wait for the next event."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"it has ended with {self.process.wait()}"
+        event: dict[str, Any] = json.loads(line)
+        return event
+
+    def prefaulted(self) -> dict[str, Any]:
+        """Wait for the next run's event, and skip others."""
+        while (event := self.event())["event"] != "prefaulted":
+            pass
+        return event
+
+
+def mapped_bytes(guest: Guest) -> int:
+    """Bytes in the stage-2 tables."""
+    stats = guest.stats()
+    return (stats["pages_4k"] << 12) + (stats["pages_2m"] << 21) + (stats["pages_1g"] << 30)
+
+
+def plug_dimm(guest: Guest, size: int, name: str = "d0") -> None:
+    """Plug the device ``dimm-NAME``, of a backend NAME; the guest takes it when it runs."""
+    guest.qmp("object-add", qom_type="memory-backend-ram", id=name, size=size)
+    guest.qmp("device_add", driver="pc-dimm", id=f"dimm-{name}", memdev=name)
 
 
 def run_job(guest: Guest, command: str, **arguments: Any) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import subprocess
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol, TypedDict, Unpack
 
 import pytest
 
@@ -16,10 +18,30 @@ if not Path("/lab/agent.py").exists() or not Path("/usr/sbin/libvirtd").exists()
 
 WORKLOAD_MIB = 64
 PAGES = WORKLOAD_MIB * 256
-#: What device registers and the firmware's odd corners cost whatever is done.
-FEW = 60
+#: Faults that remain whatever is done: device registers, and odd corners of the firmware.
+MAX_RESIDUAL_FAULTS = 60
 #: Where a daemon is told to listen, and its unit has it listen by itself.
 METRICS_ADDRESS = "127.0.0.1:9469"
+
+WriteHookConfig = Callable[[str], None]
+
+
+class DomainOptions(TypedDict, total=False):
+    """Keywords of :class:`Domain`."""
+
+    machine: str
+    memory_mib: int
+    workload_mib: int
+    max_mib: int
+    firmware_only: bool
+    kernel_args: str
+    metadata: str
+
+
+class MakeDomain(Protocol):
+    """A fixture that makes domains, and destroys them when the test ends."""
+
+    def __call__(self, name: str, **options: Unpack[DomainOptions]) -> Domain: ...
 
 
 def run_tool(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -37,19 +59,19 @@ def run_tool(*arguments: str, timeout: float = 300) -> subprocess.CompletedProce
     return done
 
 
-def tool(*arguments: str, timeout: float = 300) -> str:
-    """Run it to success; its stdout."""
+def tool_output(*arguments: str, timeout: float = 300) -> str:
+    """Run the command line, which has to succeed; return its stdout."""
     done = run_tool(*arguments, timeout=timeout)
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
     return done.stdout
 
 
-def label(of: Domain) -> str:
-    """What AppArmor confines its QEMU by."""
-    return Path(f"/proc/{of.process.pid}/attr/current").read_text().strip("\0\n")
+def apparmor_label(domain: Domain) -> str:
+    """The AppArmor profile of the domain's QEMU, and its mode."""
+    return Path(f"/proc/{domain.process.pid}/attr/current").read_text().strip("\0\n")
 
 
-def metrics() -> str:
+def read_metrics() -> str:
     """What the daemon tells Prometheus; nothing if it does not listen."""
     try:
         with urllib.request.urlopen(f"http://{METRICS_ADDRESS}/metrics", timeout=30) as page:

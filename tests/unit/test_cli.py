@@ -48,7 +48,7 @@ def shell(script: str) -> subprocess.CompletedProcess[str]:
 # --- quick ---
 
 
-def test_help_loads_nothing_heavy() -> None:
+def test_help_imports_no_heavy_modules() -> None:
     program = (
         "import sys; sys.argv = ['qemu-prefault', '--help']\n"
         "from qemu_prefault.cli import main\n"
@@ -67,7 +67,7 @@ def test_help_loads_nothing_heavy() -> None:
 # --- help, version, completion ---
 
 
-def test_it_runs_as_a_module_and_as_a_command() -> None:
+def test_runs_as_module_and_command() -> None:
     as_module = run("--version")
     command = Path(sys.executable).with_name("qemu-prefault")
     if not command.exists():
@@ -76,7 +76,7 @@ def test_it_runs_as_a_module_and_as_a_command() -> None:
     assert as_module.stdout == as_command.stdout == f"qemu-prefault, version {__version__}\n"
 
 
-def test_help_teaches_the_contract() -> None:
+def test_help_documents_the_contract() -> None:
     done = run("--help")
     assert done.returncode == 0
     contract = ["--qmp", "--pid", "--agent", "--populate", "--range", "--json", "--dry-run"]
@@ -88,13 +88,13 @@ def test_help_teaches_the_contract() -> None:
         assert re.search(rf"^  {command} ", done.stdout, re.MULTILINE), command
 
 
-def test_called_bare_it_shows_its_help_and_says_that_this_was_not_a_run() -> None:
+def test_no_arguments_prints_usage() -> None:
     done = run()
     assert done.returncode == 2
     assert done.stdout.startswith("Usage:")
 
 
-def test_the_completion_line_of_the_help_works_when_copied() -> None:
+def test_completion_line_in_help_works() -> None:
     (line,) = [line for line in run("--help").stdout.splitlines() if "bash_source" in line]
     assert line.strip().startswith("eval ") and line.strip().endswith('"')
     command = Path(sys.executable).parent
@@ -114,7 +114,7 @@ def test_the_completion_line_of_the_help_works_when_copied() -> None:
         (["map"], "--domain NAME"),
     ],
 )
-def test_a_domain_is_another_way_to_name_a_monitor(arguments: list[str], says: str) -> None:
+def test_domain_names_a_monitor(arguments: list[str], says: str) -> None:
     done = run(*arguments)
     assert done.returncode == 2 and says in done.stderr
 
@@ -148,7 +148,7 @@ def test_sizes(text: str, value: int) -> None:
     "text",
     ["", "x", "-1", "1.5G", "1P", "0x", "1e9", "M", "1 000", "\u0663", "1" * 5000, "0x" + "f" * 99],
 )
-def test_what_is_no_size_is_told_so_with_an_example(text: str) -> None:
+def test_invalid_size_is_rejected_with_an_example(text: str) -> None:
     with pytest.raises(click.BadParameter, match=r"write e\.g\. .*512M"):
         size_type(text)
 
@@ -170,7 +170,7 @@ def test_ranges(text: str, value: tuple[int, int]) -> None:
     "text",
     ["", "1M", "1M+", "+1M", "1M+0", "1M-2M", "1M+1M+1M", "4096T+1", "0+4097T", "a+b", "-1+2"],
 )
-def test_what_is_no_range_is_told_so_with_an_example(text: str) -> None:
+def test_invalid_range_is_rejected_with_an_example(text: str) -> None:
     with pytest.raises(click.BadParameter, match=r"write e\.g\. .*4G\+1G"):
         range_type(text)
 
@@ -186,12 +186,12 @@ def test_what_is_no_range_is_told_so_with_an_example(text: str) -> None:
         (" 1 , 2 ", (1, 2)),
     ],
 )
-def test_lists_of_vcpus(text: str, value: tuple[int, ...]) -> None:
+def test_vcpu_lists(text: str, value: tuple[int, ...]) -> None:
     assert index_list_type(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "-1", "3-1", "1,,2", "1-2-3", "1000000", "\u0663"])
-def test_what_is_no_list_is_told_so_with_an_example(text: str) -> None:
+def test_invalid_vcpu_list_is_rejected_with_an_example(text: str) -> None:
     with pytest.raises(click.BadParameter, match=r"write e\.g\. 0,2-3"):
         index_list_type(text)
 
@@ -211,7 +211,7 @@ USAGE = {
 
 
 @pytest.mark.parametrize("name", USAGE)
-def test_a_wrong_command_line_exits_2_and_says_what_would_be_right(name: str) -> None:
+def test_usage_error_exits_2_with_a_correction(name: str) -> None:
     arguments, words = USAGE[name]
     done = run("--qmp", "/nowhere", *arguments)
     assert done.returncode == 2
@@ -219,14 +219,14 @@ def test_a_wrong_command_line_exits_2_and_says_what_would_be_right(name: str) ->
     assert words in done.stderr
 
 
-def test_options_before_a_command_are_not_silently_dropped() -> None:
+def test_option_before_a_command_is_rejected() -> None:
     done = run("--qmp", "/nowhere", "map")
     assert done.returncode == 2
     assert "qemu-prefault map --qmp" in done.stderr
 
 
 @pytest.mark.parametrize("command", [["--dry-run"], ["map"], ["stats"], ["probe"]])
-def test_without_a_socket_each_command_asks_for_one(command: list[str]) -> None:
+def test_missing_socket_option_is_a_usage_error(command: list[str]) -> None:
     done = run(*command)
     assert done.returncode == 2
     assert "--qmp SOCK" in done.stderr
@@ -250,14 +250,14 @@ def foreign_socket(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", [[], ["map"], ["stats"], ["probe"]])
-def test_a_socket_that_is_not_there(command: list[str]) -> None:
+def test_absent_socket(command: list[str]) -> None:
     done = run(*command, "--qmp", "/nowhere/qmp")
     assert done.returncode == 2
     assert "there is no socket /nowhere/qmp" in done.stderr
     assert "-qmp unix:PATH" in done.stderr
 
 
-def test_a_directory_and_a_file_are_no_sockets(tmp_path: Path) -> None:
+def test_directory_and_regular_file_are_not_sockets(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file", Path("/dev/null")):
         done = run("--qmp", str(path))
@@ -265,7 +265,7 @@ def test_a_directory_and_a_file_are_no_sockets(tmp_path: Path) -> None:
         assert "not a socket" in done.stderr
 
 
-def test_a_socket_nobody_listens_on(tmp_path: Path) -> None:
+def test_socket_without_listener(tmp_path: Path) -> None:
     path = tmp_path / "dead"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
@@ -275,7 +275,7 @@ def test_a_socket_nobody_listens_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to become somebody else")
-def test_a_socket_one_may_not_open(foreign_socket: Path) -> None:
+def test_socket_without_permission(foreign_socket: Path) -> None:
     readable = spawn([*DEMOTE, *TOOL, "--version"])
     if readable.returncode != 0:
         pytest.skip("an unprivileged user cannot run this Python")
@@ -287,27 +287,27 @@ def test_a_socket_one_may_not_open(foreign_socket: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [999_999_999, 4_000_000])
-def test_a_pid_nobody_has(number: int) -> None:
+def test_absent_pid(number: int) -> None:
     done = run("probe", "--pid", str(number))
     assert done.returncode == 1
     assert f"process {number} is gone" in done.stderr
 
 
-def test_paths_of_any_bytes_are_shown_harmlessly(tmp_path: Path) -> None:
+def test_control_bytes_in_paths_are_escaped(tmp_path: Path) -> None:
     for name in ("\x1b[31mred\n", "\udcff", "x" * 300):
         done = run("--qmp", f"{tmp_path}/{name}")
         assert done.returncode in (1, 2)
         assert "\x1b" not in done.stderr
 
 
-def test_debug_shows_the_traceback() -> None:
+def test_debug_prints_traceback() -> None:
     done = run("--qmp", "/nowhere", "--debug")
     assert done.returncode == 1
     assert "Traceback (most recent call last)" in done.stderr
     assert "InputError: there is no socket /nowhere" in done.stderr
 
 
-def test_what_a_peer_says_does_not_steer_the_terminal() -> None:
+def test_peer_text_is_escaped() -> None:
     assert printable("a\x1b[2Jb\r\x9b\u202e") == r"a\x1b[2Jb\r\x9b\u202e"
     assert printable("größer … 2 MiB → gut") == "größer … 2 MiB → gut"
 
@@ -329,7 +329,7 @@ def test_what_a_peer_says_does_not_steer_the_terminal() -> None:
     ],
     ids=" ".join,
 )
-def test_json_is_one_object_for_errors_too(arguments: list[str]) -> None:
+def test_json_error_is_one_object(arguments: list[str]) -> None:
     done = run(*arguments, "--json")
     answer = json.loads(done.stdout)
     assert answer["schema"] == 1
@@ -339,7 +339,7 @@ def test_json_is_one_object_for_errors_too(arguments: list[str]) -> None:
     assert answer["error"]["cause"] in done.stderr  # people see it as well
 
 
-def test_probe_of_a_process_answers_in_json() -> None:
+def test_probe_pid_prints_json() -> None:
     done = run("probe", "--pid", str(os.getpid()), "--json")
     answer = json.loads(done.stdout)
     assert answer["pid"] == os.getpid()
@@ -358,26 +358,26 @@ FAILING = "$tool --qmp /nowhere"
 
 @pytest.mark.parametrize("command", [PROBE, f"{FAILING} --json", "$tool --help"])
 @pytest.mark.parametrize("stream", ["| head -0", "<&- >&- 2>&-", "2>/dev/full"])
-def test_closed_streams_show_no_traceback(command: str, stream: str) -> None:
+def test_closed_streams_print_no_traceback(command: str, stream: str) -> None:
     done = shell(f"{command} {stream}")
     for words in ("Traceback", "Exception ignored", "internal error"):
         assert words not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("stream", [">&-", "2>&-", "2>/dev/full"])
-def test_closed_streams_do_not_change_the_exit_status(stream: str) -> None:
+def test_closed_streams_keep_the_exit_status(stream: str) -> None:
     assert shell(f"{FAILING} {stream}").returncode == 2
 
 
 @pytest.mark.parametrize("command", [PROBE, f"{PROBE} --json", "$tool --help"])
-def test_a_result_that_cannot_be_written_is_a_failure(command: str) -> None:
+def test_unwritable_result_fails(command: str) -> None:
     done = shell(f"{command} >/dev/full")
     assert done.returncode == 1
     assert "could not be written: No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_locale_without_the_characters_is_no_error() -> None:
+def test_ascii_locale_is_supported() -> None:
     done = run("probe", "--pid", str(os.getpid()), env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert done.stdout
 

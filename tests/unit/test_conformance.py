@@ -7,9 +7,11 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
+from typing import NoReturn
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from qemu_prefault.cli import cli
 from qemu_prefault.conformance import host, report, runner, suite, vmm
@@ -24,24 +26,28 @@ HOST = host.Host(
 )  # fmt: skip
 
 
-def outcome(run, *needs, **options):
+def outcome(
+    run: Callable[[], str | None],
+    *needs: Callable[[host.Host], str],
+    limit_seconds: float = runner.LIMIT_SECONDS,
+) -> tuple[Outcome, str]:
     case = Case("area/name", "what it says", "file:function", run, True, False, needs)
-    (result,) = runner.run([case], HOST, **options)
+    (result,) = runner.run([case], HOST, limit_seconds=limit_seconds)
     return result.outcome, result.text
 
 
-def raises(error):
-    def run():
+def raises(error: Exception) -> Callable[[], NoReturn]:
+    def run() -> NoReturn:
         raise error
 
     return run
 
 
-def crash():
+def crash() -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def leave_a_child():
+def leave_a_child() -> None:
     if os.fork() == 0:
         while True:
             signal.pause()
@@ -60,17 +66,17 @@ def leave_a_child():
         (leave_a_child, (Outcome.PASS, "")),
     ],
 )
-def test_outcomes(run, expected):
+def test_outcomes(run: Callable[[], str | None], expected: tuple[Outcome, str]) -> None:
     assert outcome(run) == expected
 
 
-def test_any_other_exception_is_a_failure_that_says_where():
+def test_unexpected_exception_fails_with_its_location() -> None:
     seen, text = outcome(raises(OSError(5, "Input/output error")))
     assert seen is Outcome.FAIL
     assert "OSError: [Errno 5] Input/output error (test_conformance.py:" in text
 
 
-def test_a_hang_is_told_as_such_and_ended():
+def test_hung_case_is_reported_and_ended() -> None:
     started = time.monotonic()
     seen, text = outcome(signal.pause, limit_seconds=0.2)
     assert (seen, text) == (Outcome.HANG, "no end after 0.2 s")
@@ -79,25 +85,25 @@ def test_a_hang_is_told_as_such_and_ended():
         os.waitpid(-1, os.WNOHANG)
 
 
-def test_what_does_not_apply_is_skipped_with_its_reason():
+def test_inapplicable_case_is_skipped_with_reason() -> None:
     assert outcome(crash, lambda host: "no such thing") == (Outcome.SKIP, "no such thing")
 
 
-def test_what_makes_the_kernel_warn_is_only_done_when_asked_for():
+def test_kernel_warning_case_runs_only_on_request() -> None:
     case = Case("area/name", "says", "source", lambda: None, False, True, ())
     assert [each.outcome for each in runner.run([case], HOST)] == [Outcome.SKIP]
     assert [each.outcome for each in runner.run([case], HOST, harsh=True)] == [Outcome.PASS]
 
 
 @pytest.mark.parametrize("bad", [Outcome.FAIL, Outcome.HANG])
-def test_exit_status(bad):
+def test_exit_status(bad: Outcome) -> None:
     case = Case("area/name", "says", "source", lambda: None, False, False, ())
     good = [runner.Result(case, each, "", 0.1) for each in Outcome if each.expected]
     assert report.exit_status(good) == ExitStatus.VERIFIED
     assert report.exit_status([*good, runner.Result(case, bad, "", 0.1)]) == ExitStatus.FAILED
 
 
-def test_cases_are_many_stated_and_sourced():
+def test_every_case_has_statement_and_source() -> None:
     cases = suite.all_cases()
     assert len(cases) >= 250
     assert {case.area for case in cases} == set(suite.AREAS)
@@ -106,11 +112,11 @@ def test_cases_are_many_stated_and_sourced():
         assert case.id == case.id.lower() and " " not in case.id
 
 
-def run(*arguments):
+def run(*arguments: str) -> Result:
     return CliRunner().invoke(cli, ["conformance", *arguments])
 
 
-def test_list_needs_no_kvm(monkeypatch):
+def test_list_needs_no_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vmm, "kvm", raises(PermissionError(13, "Permission denied")))
     result = run("--list", "-k", "slots/")
     assert result.exit_code == 0
@@ -118,7 +124,7 @@ def test_list_needs_no_kvm(monkeypatch):
     assert json.loads(run("--list", "--json").output)["cases"]
 
 
-def test_without_kvm_it_is_exit_4_with_a_remedy(monkeypatch):
+def test_no_kvm_exits_4_with_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vmm, "kvm", raises(PermissionError(13, "Permission denied")))
     result = run("--json")
     assert result.exit_code == ExitStatus.UNSUPPORTED
@@ -128,6 +134,6 @@ def test_without_kvm_it_is_exit_4_with_a_remedy(monkeypatch):
     assert "group kvm" in error["remedy"]
 
 
-def test_an_unknown_case_is_a_usage_error():
+def test_unknown_case_is_a_usage_error() -> None:
     result = run("-k", "no such case")
     assert result.exit_code == ExitStatus.USAGE

@@ -33,11 +33,11 @@ Num       RefCount Protocol Flags    Type St Inode Path
         ("", None),
     ],
 )
-def test_the_path_a_socket_is_bound_to(link: str, path: str | None) -> None:
+def test_bound_path_of_a_socket(link: str, path: str | None) -> None:
     assert bound_path(TABLE, link) == path
 
 
-def test_an_event_reads_as_a_line() -> None:
+def test_event_is_one_line() -> None:
     line = event_line(
         {"event": "prefaulted", "time": 0, "why": "new memory", "bytes": 3 << 20, "seconds": 0.25}
     )
@@ -55,7 +55,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_run_takes_the_command_s_place() -> None:
+def test_run_execs_the_command() -> None:
     """Its pid, its arguments as they are, its exit status."""
     script = 'echo $$ "$@" "$LD_PRELOAD" "$QEMU_PREFAULT_OPTIONS"; exit 7'
     argv = [sys.executable, "-m", "qemu_prefault", "run", "-o", "hold=2", "-o", "log=on"]
@@ -70,12 +70,12 @@ def test_run_takes_the_command_s_place() -> None:
     assert line == f"{process.pid} -accel kvm -- --help a b {plugin_path()} hold=2,log=on\n"
 
 
-def test_run_keeps_what_is_preloaded_already() -> None:
+def test_run_keeps_existing_ld_preload() -> None:
     result = run("--", "sh", "-c", 'echo "$LD_PRELOAD"', LD_PRELOAD="/nonexistent.so")
     assert result.stdout == f"{plugin_path()}:/nonexistent.so\n"
 
 
-def test_a_signal_ends_it_as_it_ends_the_command() -> None:
+def test_signal_exit_status_is_the_commands() -> None:
     assert run("--", "sh", "-c", "kill -TERM $$").returncode == -15
 
 
@@ -89,13 +89,13 @@ def test_a_signal_ends_it_as_it_ends_the_command() -> None:
         ([], "Missing argument"),
     ],
 )
-def test_usage_errors_name_the_remedy(arguments: list[str], words: str) -> None:
+def test_usage_errors_have_a_remedy(arguments: list[str], words: str) -> None:
     result = run(*arguments)
     assert result.returncode == 2
     assert words in result.stderr
 
 
-def test_a_set_uid_program_would_ignore_it(tmp_path: Path) -> None:
+def test_setuid_program_is_refused(tmp_path: Path) -> None:
     program = tmp_path / "qemu"
     program.write_bytes(Path("/bin/true").read_bytes())
     program.chmod(0o4755)
@@ -109,7 +109,7 @@ def test_a_set_uid_program_would_ignore_it(tmp_path: Path) -> None:
     assert "-plugin" in result.stderr
 
 
-def test_plugin_path_is_a_file_that_qemu_can_load() -> None:
+def test_plugin_path_is_loadable() -> None:
     command = [sys.executable, "-m", "qemu_prefault", "plugin-path"]
     path = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
     assert path.read_bytes()[:4] == b"\x7fELF"

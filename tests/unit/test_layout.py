@@ -132,12 +132,12 @@ EXPECTED = {
 }
 
 
-def test_every_capture_is_expected() -> None:
+def test_every_capture_has_an_expectation() -> None:
     assert sorted(EXPECTED) == CAPTURES
 
 
 @pytest.mark.parametrize("name", CAPTURES)
-def test_capture_gives_exactly_these_sections(name: str) -> None:
+def test_sections_of_each_capture(name: str) -> None:
     sections = sections_of(name)
     ram = [(s.gpa, s.size, s.hva, s.memdev, s.device) for s in sections if s.skipped is None]
     rest = [(s.gpa, s.size, s.name, s.skip_code) for s in sections if s.skipped is not None]
@@ -147,7 +147,7 @@ def test_capture_gives_exactly_these_sections(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CAPTURES)
-def test_line_endings_do_not_matter(name: str) -> None:
+def test_line_endings_are_ignored(name: str) -> None:
     text = capture(name)["info mtree -f"]
     assert parse_mtree(text.replace("\n", "\r\n")) == parse_mtree(text)
     blocks = capture(name)["info ramblock"]
@@ -155,7 +155,7 @@ def test_line_endings_do_not_matter(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CAPTURES)
-def test_without_host_addresses_from_ramblock_those_of_gpa2hva_are_used(name: str) -> None:
+def test_gpa2hva_supplies_missing_host_addresses(name: str) -> None:
     """QEMU 7.2 has neither of the columns HVA and RO."""
     answers = capture(name)
     width = answers["info ramblock"].index("Total") + len("Total")
@@ -175,7 +175,7 @@ def test_without_host_addresses_from_ramblock_those_of_gpa2hva_are_used(name: st
     assert got == want
 
 
-def test_backend_attributes_reach_the_section() -> None:
+def test_section_has_backend_attributes() -> None:
     ram = {s.memdev: s for s in sections_of("kvm-q35-virtio-mem.txt") if s.skipped is None}
     assert (ram["vm0"].share, ram["vm0"].reserve, ram["vm0"].node) == (True, False, 0)
     assert (ram["pc.ram"].share, ram["pc.ram"].reserve, ram["pc.ram"].node) == (False, True, None)
@@ -190,7 +190,7 @@ def view(*lines: str) -> str:
     return VIEW + "".join(f"  {line}\n" for line in lines) + "\n"
 
 
-def test_decoy_views_are_not_taken() -> None:
+def test_decoy_views_are_ignored() -> None:
     text = (
         'FlatView #0\n AS "device-memory", root: device-memory\n Root memory region: dm0\n'
         "  0000000000000000-000000001fffffff (prio 0, ram): dm0\n\n"
@@ -218,7 +218,7 @@ def test_decoy_views_are_not_taken() -> None:
         ("(prio 4096, i/o): ", ("i/o", False, "", 0, False)),
     ],
 )
-def test_forms_of_a_line(rest: str, want: tuple[RangeKind, bool, str, int, bool]) -> None:
+def test_line_forms(rest: str, want: tuple[RangeKind, bool, str, int, bool]) -> None:
     (found,) = parse_mtree(view(f"0000000000100000-00000000001fffff {rest}"))
     assert found == FlatRange(MIB, MIB, *want)
 
@@ -241,7 +241,7 @@ def test_forms_of_a_line(rest: str, want: tuple[RangeKind, bool, str, int, bool]
         (view("0" * 2000), "2002 characters"),
     ],
 )  # fmt: skip
-def test_impossible_maps_name_the_line(text: str, why: str) -> None:
+def test_impossible_map_error_names_the_line(text: str, why: str) -> None:
     with pytest.raises(LayoutError) as caught:
         parse_mtree(text)
     assert why in str(caught.value)
@@ -258,7 +258,7 @@ RAMBLOCK_72 = (
 )
 
 
-def test_ramblocks_of_qemu_7_2() -> None:
+def test_qemu_7_2_ramblocks() -> None:
     assert parse_ramblocks(RAMBLOCK_72) == (
         RamBlock("0000:00:01.0/vm0", 2 * MIB, 512 * MIB, 512 * MIB, None),
         RamBlock("", 4096, 256 * MIB, 256 * MIB, None),  # virtio-pmem, really
@@ -354,7 +354,7 @@ def test_nodes_of_boot_backends_follow_address_order() -> None:
         [memdev("a", size=10**5000)],
     ],
 )
-def test_memdev_lies(value: object) -> None:
+def test_invalid_memdevs(value: object) -> None:
     with pytest.raises(LayoutError):
         parse_memdevs(value)
 
@@ -404,23 +404,23 @@ def build(
         ("(prio 0, ram): m0 @0000000000000010 KVM", "unaligned"),
     ],
 )
-def test_what_is_left_alone_and_why(rest: str, code: str | None) -> None:
+def test_skip_codes(rest: str, code: str | None) -> None:
     (section,) = build(f"0000000000100000-00000000001fffff {rest}", kvm=True)
     assert section.skip_code == code
     assert (section.skipped is None) == (code is None)
 
 
-def test_plain_io_is_no_section() -> None:
+def test_io_is_not_a_section() -> None:
     assert build("00000000fee00000-00000000feefffff (prio 4096, i/o): kvm-apic-msi KVM") == ()
 
 
-def test_range_beyond_its_block_is_refused() -> None:
+def test_range_beyond_its_block_is_rejected() -> None:
     line = "0000000000000000-0000000040000fff (prio 0, ram): m0 KVM"
     with pytest.raises(LayoutError, match="beyond its RAM block"):
         build(line)
 
 
-def test_two_ranges_in_the_same_host_memory_are_refused() -> None:
+def test_overlapping_host_ranges_are_rejected() -> None:
     with pytest.raises(LayoutError, match="shares memory"):
         build(
             "0000000000000000-0000000000001fff (prio 0, ram): m0 KVM",
@@ -436,7 +436,7 @@ def test_gpa2hva_and_ramblock_must_agree() -> None:
         build_sections(ranges, blocks, memdevs, [], {0: 0x2000})
 
 
-def test_missing_addresses_and_blocks_skip_the_section() -> None:
+def test_section_without_address_or_block_is_skipped() -> None:
     line = "0000000000000000-0000000000000fff (prio 0, ram): m0 KVM"
     assert [section.skip_code for section in build(line, hva=None)] == ["no-host-address"]
     ranges, memdevs = parse_mtree(view(line)), parse_memdevs([memdev("m0", GIB)])
@@ -446,7 +446,7 @@ def test_missing_addresses_and_blocks_skip_the_section() -> None:
 
 
 @pytest.mark.parametrize("hva", [0x7F0000000001, (1 << 56) - GIB])
-def test_impossible_host_addresses_are_refused(hva: int) -> None:
+def test_impossible_host_addresses_are_rejected(hva: int) -> None:
     ranges = parse_mtree(view("0000000000000000-0000000000000fff (prio 0, ram): m0 KVM"))
     blocks, memdevs = [RamBlock("m0", 4096, GIB, GIB, None)], parse_memdevs([memdev("m0", GIB)])
     if hva % 4096 == 0:
@@ -484,12 +484,12 @@ def test_firmware_ahead(lines: list[str], ahead: bool | None) -> None:
 
 
 @pytest.mark.parametrize("name", CAPTURES)
-def test_captures_are_taken_before_firmware(name: str) -> None:
+def test_captures_are_from_before_firmware(name: str) -> None:
     ahead = firmware_ahead(parse_mtree(capture(name)["info mtree -f"]))
     assert ahead is ("microvm" not in name)
 
 
-def test_memfd_can_never_be_huge() -> None:
+def test_memfd_is_never_huge() -> None:
     for name, huge in (("kvm-pc-5g.txt", True), ("kvm-q35-memfd.txt", False)):
         ram = [s for s in sections_of(name) if s.skipped is None]
         assert {huge_alignment(section, 2 * MIB) for section in ram} == {huge}

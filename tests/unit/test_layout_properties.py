@@ -246,7 +246,7 @@ CASES: dict[str, tuple[Callable[[str], object], Callable[[int], str]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_large_inputs_take_linear_time(case: str) -> None:
+def test_parsing_takes_linear_time(case: str) -> None:
     """Ten times the input may take ten times as long, with a factor of three for noise."""
     parse, make = CASES[case]
 

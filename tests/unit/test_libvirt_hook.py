@@ -49,13 +49,13 @@ def hook(*arguments: str, xml: bytes = XML % b"") -> subprocess.CompletedProcess
     ],
     ids=lambda operation: operation[0],
 )
-def test_it_succeeds_and_prints_nothing(operation, xml):
+def test_succeeds_without_output(operation: tuple[str, ...], xml: bytes) -> None:
     done = hook("no-such-domain", *operation, xml=xml)
     assert (done.returncode, done.stdout) == (0, b"")
     assert b"Traceback" not in done.stderr
 
 
-def test_without_arguments_or_stdin():
+def test_no_arguments_or_stdin() -> None:
     assert hook().returncode == 0
     closed = subprocess.run(
         ["sh", "-c", '"$@" <&-', "sh", *HOOK, "a", "started", "begin", "-"],
@@ -66,7 +66,7 @@ def test_without_arguments_or_stdin():
     assert (closed.returncode, closed.stdout) == (0, b"")
 
 
-def test_what_goes_wrong_is_told():
+def test_errors_are_logged() -> None:
     asked = NOW.replace(b"wait='2'", b"start='follow'")
     done = hook("a", "started", "begin", "-", xml=asked)
     assert b"was not found" in done.stderr
@@ -74,7 +74,7 @@ def test_what_goes_wrong_is_told():
     assert b"unknown key 'restor'" in hook("a", "started", "begin", "-", xml=typo).stderr
 
 
-def test_a_plugin_that_is_not_here_does_not_keep_a_guest_from_coming(tmp_path):
+def test_absent_plugin_does_not_block_migration(tmp_path: Path) -> None:
     plain = XML % b""
     for operation in ("migrate", "restore"):
         missing = enable(plain, "/nowhere/qemu-prefault-plugin.so").xml
@@ -86,17 +86,17 @@ def test_a_plugin_that_is_not_here_does_not_keep_a_guest_from_coming(tmp_path):
 
 
 @pytest.mark.parametrize("program", ["false", "/nowhere", "sh -c 'kill -9 $$' ", "exit 3;"])
-def test_the_script_succeeds_whatever_its_program_does(tmp_path: Path, program: str):
+def test_script_succeeds_if_the_program_fails(tmp_path: Path, program: str) -> None:
     script = tmp_path / "hook"
     script.write_text(HOOK_TEXT.format(program=program, config="/nowhere"))
     script.chmod(0o755)
     for xml in (NOW, b"", XML):
-        argv = [script, "a", "started", "begin", "-"]
+        argv = [str(script), "a", "started", "begin", "-"]
         done = subprocess.run(argv, input=xml, check=False, timeout=60)
         assert done.returncode == 0
 
 
-def test_the_script_starts_python_only_where_there_may_be_work(tmp_path: Path):
+def test_script_starts_python_only_if_needed(tmp_path: Path) -> None:
     script, config, trace = tmp_path / "hook", tmp_path / "config", tmp_path / "trace"
     script.write_text(HOOK_TEXT.format(program=f"tee -a {trace} --", config=config))
     script.chmod(0o755)
@@ -121,12 +121,12 @@ def domain(xml: bytes = XML % b"") -> Domain:
     return describe(xml)
 
 
-def test_nothing_is_done_unasked(tmp_path):
+def test_default_is_no_action(tmp_path: Path) -> None:
     assert read(domain(), tmp_path / "none") == Policy()
     assert {Policy().at(moment) for moment in Moment} == {When.OFF}
 
 
-def test_the_domain_goes_before_the_file(tmp_path):
+def test_domain_setting_overrides_file(tmp_path: Path) -> None:
     config = tmp_path / "libvirt.toml"
     config.write_text('[default]\nrestore = "later"\nmigrate = "later"\n[domain.a]\nstart="follow"')
     assert read(domain(), config) == Policy(When.FOLLOW, When.LATER, When.LATER)
@@ -138,7 +138,7 @@ def test_the_domain_goes_before_the_file(tmp_path):
     ["x", "[defaults]", "[default]\nstart='now'", "[default]\nwait=0", "default=1", "domain=1",
      "[domain]\na=1", "[default]\nwait=3600", "[default]\npopulate='some'"],
 )  # fmt: skip
-def test_what_is_not_understood_is_refused(tmp_path, text):
+def test_invalid_setting_is_rejected(tmp_path: Path, text: str) -> None:
     config = tmp_path / "libvirt.toml"
     config.write_text(text)
     with pytest.raises(InputError) as raised:
@@ -161,7 +161,7 @@ def test_what_is_not_understood_is_refused(tmp_path, text):
         ("q35", 8 * GIB, 2 * GIB, 6 * GIB),
     ],
 )
-def test_where_a_pc_has_its_ram(machine, memory, low, high):
+def test_ram_of_a_pc(machine: str, memory: int, low: int, high: int) -> None:
     """As `info mtree -f` shows it of such a QEMU."""
     expected = [(0, 640 * KIB, 0), (MIB, low - MIB, MIB)]
     if high:
@@ -170,12 +170,12 @@ def test_where_a_pc_has_its_ram(machine, memory, low, high):
 
 
 @pytest.mark.parametrize("machine", ["microvm", "pseries-10.0", "", "pcx"])
-def test_other_machines_are_left_to_a_monitor(machine):
+def test_ram_of_other_machines_is_unsupported(machine: str) -> None:
     with pytest.raises(UnsupportedError):
         boot_ram(machine, GIB)
 
 
-def test_which_mapping_is_the_guests():
+def test_guest_ram_mapping() -> None:
     line = "{:x}-{:x} {} 00000000 00:00 0 \n".format
     maps = parse_maps(
         line(GIB, 2 * GIB, "rw-p")

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from qemu_prefault.errors import InputError, RefusedError, UnsupportedError
+from qemu_prefault.errors import InputError, QemuPrefaultError, RefusedError, UnsupportedError
 from qemu_prefault.libvirt.domain_xml import (
     OWN_NAMESPACE,
     QEMU_NAMESPACE,
@@ -64,7 +64,7 @@ def arguments(xml: bytes) -> list[str]:
     return [a.attrib["value"] for a in tree.findall(f"{name}commandline/{name}arg")]
 
 
-def test_in_and_out_again_leaves_every_byte():
+def test_add_and_remove_restores_every_byte() -> None:
     for xml in (PLAIN, WITH_ARGUMENTS):
         edited = enable(xml, PATH, ["populate=resident"])
         assert edited.changed
@@ -72,21 +72,21 @@ def test_in_and_out_again_leaves_every_byte():
         assert disable(edited.xml).xml == xml
 
 
-def test_only_lines_are_added():
+def test_only_adds_lines() -> None:
     before, after = PLAIN.splitlines(), enable(PLAIN, PATH).xml.splitlines()
     added = [line for line in after if line not in before]
     assert len(added) == 5, added  # the root with its declaration, and four of ours
     assert [line for line in before if line not in after] == [b"<domain type='kvm'>"]
 
 
-def test_twice_is_once():
+def test_adding_twice_is_noop() -> None:
     once = enable(PLAIN, PATH, ["keep=on"])
     twice = enable(once.xml, PATH, ["keep=on"])
     assert (twice.changed, twice.xml) == (False, once.xml)
     assert not disable(PLAIN).changed
 
 
-def test_options_are_changed_in_place():
+def test_options_change_in_place() -> None:
     once = enable(WITH_ARGUMENTS, PATH).xml
     changed = enable(once, PATH, ["populate=all"]).xml
     assert arguments(changed)[2:] == ["-plugin", f"{PATH},populate=all"]
@@ -94,14 +94,14 @@ def test_options_are_changed_in_place():
     assert disable(changed).xml == WITH_ARGUMENTS
 
 
-def test_arguments_come_before_the_environment():
+def test_arguments_precede_environment() -> None:
     """That is the schema's order: virsh define --validate."""
     edited = enable(WITH_ARGUMENTS, PATH).xml
     assert edited.index(PATH.encode()) < edited.index(b"<q:env")
     assert arguments(edited)[:2] == ["-plugin", "/usr/lib/other.so,x=1"]
 
 
-def test_what_somebody_wrote_by_hand_is_recognised():
+def test_handwritten_xml_is_recognised() -> None:
     xml = WITH_ARGUMENTS.replace(b"/usr/lib/other.so,x=1", b"file=/opt/qemu-prefault-plugin.so")
     assert loaded(xml) == Loaded("file=/opt/qemu-prefault-plugin.so", ())
     assert arguments(enable(xml, PATH).xml) == ["-plugin", PATH]
@@ -122,7 +122,7 @@ def test_what_somebody_wrote_by_hand_is_recognised():
     ],
     ids=["prefix-taken", "empty-element", "default-namespace", "empty", "bom", "crlf"],
 )
-def test_unusual_forms(xml):
+def test_unusual_forms(xml: bytes) -> None:
     edited = enable(xml, PATH, ["socket=/a'b"]).xml
     assert arguments(edited)[-2:] == ["-plugin", f"{PATH},socket=/a'b"]
     assert arguments(disable(edited).xml) == []
@@ -144,13 +144,13 @@ def test_unusual_forms(xml):
         ),
     ],
 )
-def test_refusals_say_why(xml, error, says):
+def test_refusals_have_reasons(xml: bytes, error: type[QemuPrefaultError], says: str) -> None:
     with pytest.raises(error) as raised:
         enable(xml, PATH)
     assert says in raised.value.cause and raised.value.remedy
 
 
-def test_what_a_domain_is():
+def test_describe_domain() -> None:
     found = describe(PLAIN)
     assert (found.name, found.uuid[:8], found.kvm) == ("wörk", "6f1d8f5a", True)
     assert (found.memory, found.current) == (3 << 30, 3 << 30)  # the DIMM is no boot memory
@@ -169,7 +169,7 @@ def run(*arguments: str, xml: bytes = PLAIN) -> subprocess.CompletedProcess[byte
     )
 
 
-def test_stdin_to_stdout():
+def test_stdin_to_stdout() -> None:
     enabled = run("enable", "-", "--plugin", PATH)
     assert (enabled.returncode, enabled.stderr) == (0, b"")
     assert arguments(enabled.stdout) == ["-plugin", VALUE]
@@ -182,7 +182,7 @@ def test_stdin_to_stdout():
     assert run("status", "-").returncode == 3
 
 
-def test_nothing_is_printed_where_it_refuses():
+def test_refusal_prints_no_xml() -> None:
     """Who pipes this into `virsh define` must not define half of it."""
     refused = run("enable", "-", xml=b"<domain type='qemu'/>")
     assert refused.returncode == 4 and refused.stdout == b""
@@ -191,7 +191,7 @@ def test_nothing_is_printed_where_it_refuses():
     assert wrong.returncode == 2 and wrong.stdout == b""
 
 
-def test_install_and_remove(tmp_path: Path):
+def test_install_and_remove(tmp_path: Path) -> None:
     (tmp_path / "etc/apparmor.d/abstractions").mkdir(parents=True)
     (tmp_path / "etc/apparmor.d/abstractions/libvirt-qemu").touch()
     (tmp_path / "usr/lib/x86_64-linux-gnu").mkdir(parents=True)
@@ -211,7 +211,7 @@ def test_install_and_remove(tmp_path: Path):
     ]
 
 
-def test_help_loads_no_libvirt():
+def test_help_imports_no_libvirt() -> None:
     program = (
         "import sys; sys.argv = ['qemu-prefault', 'libvirt', '--help']\n"
         "from qemu_prefault.cli import main\n"

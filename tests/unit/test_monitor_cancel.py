@@ -25,10 +25,11 @@ class Client:
 
 
 @pytest.mark.parametrize("answered", [True, False])
-def test_cancelled_while_the_answer_arrives(answered):
+def test_cancel_while_answer_arrives(answered: bool) -> None:
     async def main() -> None:
         monitor = Monitor.__new__(Monitor)
-        monitor._client = client = Client()
+        client = Client()
+        monitor._client = client  # type: ignore[assignment]
         monitor.command_timeout = 5
         task = asyncio.create_task(monitor.execute("query-migrate"))
         await asyncio.sleep(0)
@@ -44,7 +45,7 @@ def test_cancelled_while_the_answer_arrives(answered):
     asyncio.run(main())
 
 
-def test_cancelled_while_an_event_arrives():
+def test_cancel_while_event_arrives() -> None:
     async def main() -> None:
         stream = EventStream(["STOP"])
         task = asyncio.create_task(stream.get(5))

@@ -39,7 +39,7 @@ def tool(name: str, *arguments: str | Path) -> str:
 # --- the helper ---
 
 
-def test_the_helper_fits_in_its_page() -> None:
+def test_helper_fits_in_one_page() -> None:
     assert 0 < len(BLOB) <= 4096 == CODE_SIZE
 
 
@@ -53,7 +53,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield directory
 
 
-def test_the_helper_needs_nothing_but_itself(compiled: Path) -> None:
+def test_helper_has_no_external_symbols(compiled: Path) -> None:
     undefined = [
         line
         for line in tool("readelf", "-sW", compiled / "helper.elf").splitlines()
@@ -66,14 +66,14 @@ def test_the_helper_needs_nothing_but_itself(compiled: Path) -> None:
         assert f" {writable} " not in sections
 
 
-def test_the_helper_leaves_the_fpu_and_the_thread_pointer_alone(compiled: Path) -> None:
+def test_helper_uses_no_fpu_or_thread_pointer(compiled: Path) -> None:
     """It runs with another thread's FPU state beside it, and without a TLS block of its own."""
     code = tool("objdump", "-d", "--no-show-raw-insn", compiled / "helper.elf")
     assert "syscall" in code
     assert re.findall(r"%[xyz]mm\d+|%st\b|%[fg]s:|\bf(?:ld|st|xsave)\w*\b", code) == []
 
 
-def test_the_helper_begins_with_its_entry(compiled: Path) -> None:
+def test_helper_starts_with_its_entry(compiled: Path) -> None:
     header = tool("readelf", "-hW", compiled / "helper.elf")
     assert re.search(r"Entry point address:\s+0x0$", header, re.MULTILINE)
 
@@ -102,28 +102,28 @@ STRUCTS = {
 
 
 @pytest.mark.parametrize("name", STRUCTS)
-def test_layouts_are_those_the_other_side_knows(name: str) -> None:
+def test_struct_layouts_match(name: str) -> None:
     size, offsets = STRUCTS[name]
     assert size in (None, ffi.sizeof(name))
     for field, offset in offsets.items():
         assert ffi.offsetof(name, field) == offset, field
 
 
-def test_fields_with_one_writer_each_are_aligned_so_that_no_lock_is_needed() -> None:
+def test_single_writer_fields_are_aligned() -> None:
     control = ffi.typeof("struct prefault_control")
     for name, field in control.fields:
         assert field.offset % ffi.alignof(field.type) == 0, name
     assert ffi.offsetof("struct prefault_control", "ranges") % 8 == 0
 
 
-def test_the_control_page_holds_a_full_batch() -> None:
+def test_control_page_holds_a_full_batch() -> None:
     ranges = ffi.offsetof("struct prefault_control", "ranges")
     full = ranges + lib.PREFAULT_RANGES_MAX * ffi.sizeof("struct prefault_range")
     assert full <= ffi.sizeof("struct prefault_control") <= CONTROL_SIZE
     assert AttachAgent.ranges_per_batch == lib.PREFAULT_RANGES_MAX
 
 
-def test_python_and_c_name_things_by_the_same_numbers() -> None:
+def test_python_and_c_constants_match() -> None:
     assert (Kind.POPULATE, Kind.STAGE2) == (lib.PREFAULT_POPULATE, lib.PREFAULT_STAGE2)
     assert (kvm.STUCK, kvm.ABORTED) == (lib.PREFAULT_STUCK, lib.PREFAULT_ABORTED)
     header = (NATIVE / "prefault_loop.h").read_text()
@@ -132,7 +132,7 @@ def test_python_and_c_name_things_by_the_same_numbers() -> None:
     assert 3 << 30 | 64 << 16 | 0xAE << 8 | 0xD5 == 0xC040AED5
 
 
-def test_a_dead_tool_is_noticed_before_a_stuck_ioctl_is_waited_for_twice() -> None:
+def test_helper_limits_are_ordered() -> None:
     limits = Limits()
     assert limits.tick < limits.kick < limits.stuck
     assert limits.tick * 5 <= limits.dead_man  # a late tick is no death
@@ -142,27 +142,27 @@ def test_a_dead_tool_is_noticed_before_a_stuck_ioctl_is_waited_for_twice() -> No
 # --- the library ---
 
 
-def test_the_extension_needs_only_libc() -> None:
+def test_extension_links_only_libc() -> None:
     dynamic = tool("readelf", "-dW", extension)
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
     assert needed <= {"libc.so.6", "ld-linux-x86-64.so.2", "libpthread.so.0"}
     assert "TEXTREL" not in dynamic
 
 
-def test_the_extension_is_of_the_stable_abi_and_shows_only_its_entry() -> None:
+def test_extension_uses_stable_abi_and_exports_only_its_entry() -> None:
     assert extension.endswith(".abi3.so")
     symbols = tool("readelf", "-W", "--dyn-syms", extension).splitlines()
     exported = {line.split()[-1] for line in symbols if re.search(r"GLOBAL DEFAULT +\d", line)}
     assert {name for name in exported if "init" not in name.lower()} == set()
 
 
-def test_the_extension_has_no_executable_stack() -> None:
+def test_extension_has_no_executable_stack() -> None:
     stack = [s for s in tool("readelf", "-lW", extension).splitlines() if "GNU_STACK" in s]
     assert stack and "RWE" not in stack[0]
 
 
 @pytest.mark.parametrize("name", ["inject.c", "pagemap.c", "helper.c"])
-def test_the_c_parts_compile_without_a_warning(name: str, tmp_path: Path) -> None:
+def test_c_code_compiles_without_warnings(name: str, tmp_path: Path) -> None:
     include = sysconfig.get_paths()["include"]
     flags = HELPER_FLAGS if name == "helper.c" else ["-std=gnu11", "-O2", f"-I{include}"]
     strict = ["-Wall", "-Wextra", "-Wshadow", "-Wstrict-prototypes", "-Werror"]

@@ -114,7 +114,7 @@ def scanner_of(
 ScannerOf = Callable[[Area], Scanner]
 
 
-def test_which_way_is_taken_is_told(real: Scanner, entries_only: ScannerOf) -> None:
+def test_zero_page_support_is_reported(real: Scanner, entries_only: ScannerOf) -> None:
     area = Area(1)
     assert lib.pagemap_sees_zero_page(entries_only(area).fd) == 0
     release = tuple(int(part) for part in os.uname().release.split(".")[:2])
@@ -137,7 +137,7 @@ def test_written_memory_is_writable(scanner_of: ScannerOf) -> None:
     assert scanner.writable(area) == [(0, 1), (10, 3), (99, 1)]
 
 
-def test_the_zero_page_is_present_but_not_writable(real: Scanner) -> None:
+def test_zero_page_is_present_not_writable(real: Scanner) -> None:
     """The trap: KVM's read fault would map it read-only, at 4 KiB, and call that done."""
     if not lib.pagemap_sees_zero_page(real.fd):
         pytest.skip("this kernel has no PAGEMAP_SCAN (Linux 6.7)")
@@ -148,9 +148,7 @@ def test_the_zero_page_is_present_but_not_writable(real: Scanner) -> None:
     assert real.writable(area) == [(3, 1)]
 
 
-def test_a_private_file_is_writable_only_where_it_was_copied(
-    scanner_of: ScannerOf, tmp_path: Path
-) -> None:
+def test_private_file_is_writable_only_after_copy(scanner_of: ScannerOf, tmp_path: Path) -> None:
     with (tmp_path / "file").open("w+b") as file:
         file.write(b"x" * (16 * PAGE))
         file.flush()
@@ -162,7 +160,7 @@ def test_a_private_file_is_writable_only_where_it_was_copied(
     assert scanner.writable(area) == [(4, 2)]
 
 
-def test_shared_memory_is_writable_where_it_is_mapped(scanner_of: ScannerOf) -> None:
+def test_shared_memory_is_writable_once_mapped(scanner_of: ScannerOf) -> None:
     fd = os.memfd_create("ram")
     os.ftruncate(fd, 16 * PAGE)
     area = Area(16, mmap.MAP_SHARED, fd)
@@ -174,14 +172,14 @@ def test_shared_memory_is_writable_where_it_is_mapped(scanner_of: ScannerOf) -> 
     os.close(fd)
 
 
-def test_memory_given_back_is_absent(scanner_of: ScannerOf) -> None:
+def test_discarded_memory_is_absent(scanner_of: ScannerOf) -> None:
     area = Area(16)
     area.write(*range(16))
     area.memory.madvise(mmap.MADV_DONTNEED, 4 * PAGE, 8 * PAGE)
     assert scanner_of(area).writable(area) == [(0, 4), (12, 4)]
 
 
-def test_huge_pages_count_in_full(scanner_of: ScannerOf) -> None:
+def test_huge_page_counts_in_full(scanner_of: ScannerOf) -> None:
     area = Area(4 * MIB // PAGE)
     area.memory.madvise(mmap.MADV_HUGEPAGE)
     first = -area.start % (2 * MIB) // PAGE
@@ -195,9 +193,7 @@ def test_huge_pages_count_in_full(scanner_of: ScannerOf) -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 7, 64, 2000])
-def test_a_fragmented_map_is_read_in_pieces_of_any_size(
-    scanner_of: ScannerOf, at_once: int
-) -> None:
+def test_fragmented_map_is_read_in_any_chunk_size(scanner_of: ScannerOf, at_once: int) -> None:
     """More islands than fit in one call, and than one ioctl returns: none lost, none twice."""
     area = Area(3000)
     area.write(*range(1, 3000, 2))
@@ -206,7 +202,7 @@ def test_a_fragmented_map_is_read_in_pieces_of_any_size(
     assert scanner.sums(area) == (1500, 1500)
 
 
-def test_more_entries_than_one_read_takes(scanner_of: ScannerOf) -> None:
+def test_map_larger_than_one_read(scanner_of: ScannerOf) -> None:
     area = Area(20_000)
     area.write(0, 8191, 8192, 8193, 16383, 16384, 19_999)
     expected = [(0, 1), (8191, 3), (16383, 2), (19_999, 1)]
@@ -219,7 +215,7 @@ def test_more_entries_than_one_read_takes(scanner_of: ScannerOf) -> None:
     assert found == expected
 
 
-def test_an_address_without_mapping_is_absent_and_not_an_error(real: Scanner) -> None:
+def test_unmapped_address_is_absent(real: Scanner) -> None:
     area = Area(1)
     area.start, area.pages = 0x1000_0000_0000, 1000
     assert real.sums(area) == (0, 0)
@@ -253,7 +249,7 @@ def child() -> Iterator[tuple[subprocess.Popen[str], int]]:
     process.communicate()
 
 
-def test_another_process_is_seen(child: tuple[subprocess.Popen[str], int]) -> None:
+def test_other_process(child: tuple[subprocess.Popen[str], int]) -> None:
     process, start = child
     with Pagemap(Process.find(process.pid)) as pagemap:
         sums = pagemap.sums(start, 64 * MIB, True)
@@ -265,7 +261,7 @@ def test_another_process_is_seen(child: tuple[subprocess.Popen[str], int]) -> No
         ]
 
 
-def test_the_gaps_are_the_rest(child: tuple[subprocess.Popen[str], int]) -> None:
+def test_gaps_complement_ranges(child: tuple[subprocess.Popen[str], int]) -> None:
     process, start = child
     with Pagemap(Process.find(process.pid)) as pagemap:
         assert list(pagemap.unwritable(start, 4 * MIB, True)) == []
@@ -278,7 +274,7 @@ def test_the_gaps_are_the_rest(child: tuple[subprocess.Popen[str], int]) -> None
         ]
 
 
-def test_gaps_far_apart_stay_apart() -> None:
+def test_distant_gaps_stay_separate() -> None:
     """A large island between two gaps must not be populated again."""
     island = MERGE_DISTANCE + 4 * PAGE
     area = Area((island + 2 * MIB) // PAGE)
@@ -290,7 +286,7 @@ def test_gaps_far_apart_stay_apart() -> None:
         ]
 
 
-def test_memory_use_does_not_grow_with_the_map() -> None:
+def test_memory_use_is_constant() -> None:
     """25,000 islands are handed out one by one."""
     area = Area(50_000)
     area.write(*range(0, 50_000, 2))
@@ -304,7 +300,7 @@ def test_memory_use_does_not_grow_with_the_map() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096
 
 
-def test_a_process_that_has_exited_is_named(child: tuple[subprocess.Popen[str], int]) -> None:
+def test_exited_process_is_named(child: tuple[subprocess.Popen[str], int]) -> None:
     process, start = child
     with Pagemap(Process.find(process.pid)) as pagemap:
         process.kill()
@@ -319,7 +315,7 @@ def test_a_process_that_has_exited_is_named(child: tuple[subprocess.Popen[str], 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to become somebody else")
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is not installed")
-def test_a_page_map_one_may_not_read_names_the_reason(
+def test_unreadable_pagemap_names_the_reason(
     child: tuple[subprocess.Popen[str], int],
 ) -> None:
     program = (

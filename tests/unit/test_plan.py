@@ -112,7 +112,7 @@ def expected_refusal(status: str, migration: str | None, rate: str | None, limit
 
 
 @pytest.mark.parametrize("status", [*FIT_STATUS, *UNFIT_STATUS])
-def test_every_combination_of_states_is_accepted_or_refused_by_name(status: str) -> None:
+def test_every_state_is_accepted_or_refused_by_code(status: str) -> None:
     rates = [*NOT_MEASURING, "measuring"]
     for migration, rate, limit in product([*OVER, *UNDER_WAY, *POSTCOPY], rates, [False, True]):
         vm = machine(status=status, migration=migration, dirty_rate=rate)
@@ -137,16 +137,14 @@ def test_every_combination_of_states_is_accepted_or_refused_by_name(status: str)
         ({"status": "postmigrate"}, ["destination"]),
     ],
 )
-def test_a_refusal_names_what_qemu_said_and_what_to_do(
-    changes: dict[str, str], words: list[str]
-) -> None:
+def test_refusal_has_qemu_state_and_remedy(changes: dict[str, str], words: list[str]) -> None:
     with pytest.raises(RefusedError) as caught:
         refuse_unfit(machine(**changes))
     for word in words:
         assert word in str(caught.value)
 
 
-def test_a_dirty_limit_is_told_from_a_measurement() -> None:
+def test_dirty_limit_differs_from_measurement() -> None:
     with pytest.raises(RefusedError, match="being limited"):
         refuse_unfit(machine(), dirty_limit=True)
 
@@ -167,14 +165,14 @@ def ranges(*wanted: tuple[int, int], **changes: object) -> Policy:
     return replace(Policy(ranges=wanted), **changes)  # type: ignore[arg-type]
 
 
-def test_without_ranges_all_ram_is_taken_in_order_of_address() -> None:
+def test_default_is_all_ram_in_address_order() -> None:
     targets = select(machine(HIGH, ROM, MAIN, LOW), Policy())
     assert [target.section for target in targets] == [LOW, MAIN, HIGH]
     assert pieces(targets) == [(s.gpa, s.size) for s in (LOW, MAIN, HIGH)]
     assert all(target.touch and target.why_not is None for target in targets)
 
 
-def test_a_target_knows_where_it_is_in_qemu() -> None:
+def test_target_has_host_address() -> None:
     (target,) = select(machine(MAIN), ranges((16 * MIB, MIB)))
     assert target.hva == HVA + 16 * MIB
 
@@ -218,7 +216,7 @@ def test_ranges(wanted: list[tuple[int, int]], expected: list[tuple[int, int]]) 
 @pytest.mark.parametrize(
     "wanted", [(GIB, MIB), (8 * GIB, 1), (0xC0000, 128 * KIB)], ids=["hole", "beyond", "ROM"]
 )
-def test_a_range_without_ram_is_the_users_mistake(wanted: tuple[int, int]) -> None:
+def test_range_without_ram_is_a_usage_error(wanted: tuple[int, int]) -> None:
     with pytest.raises(InputError, match="qemu-prefault map") as caught:
         select(machine(LOW, ROM, MAIN, HIGH), ranges(wanted))
     assert caught.value.exit_status == ExitStatus.USAGE
@@ -236,14 +234,12 @@ def test_a_range_without_ram_is_the_users_mistake(wanted: tuple[int, int]) -> No
         (1 << 50, [(0, 640 * KIB), (MIB, 255 * MIB), (4 * GIB, GIB)]),
     ],
 )
-def test_max_bytes_is_never_exceeded_and_whole_pages(
-    budget: int, expected: list[tuple[int, int]]
-) -> None:
+def test_max_bytes_is_a_bound_in_whole_pages(budget: int, expected: list[tuple[int, int]]) -> None:
     vm = machine(HIGH, MAIN, LOW)
     assert pieces(select(vm, Policy(max_bytes=budget))) == expected
 
 
-def test_max_bytes_counts_within_the_ranges() -> None:
+def test_max_bytes_applies_to_ranges() -> None:
     policy = ranges((2 * MIB, MIB), (4 * MIB, MIB), max_bytes=MIB + PAGE)
     assert pieces(select(machine(MAIN), policy)) == [(2 * MIB, MIB), (4 * MIB, PAGE)]
 
@@ -252,7 +248,7 @@ def test_max_bytes_counts_within_the_ranges() -> None:
     st.lists(st.tuples(st.integers(0, 6 * GIB), st.integers(1, GIB)), min_size=1, max_size=6),
     st.none() | st.integers(0, 2 * GIB),
 )
-def test_a_selection_is_whole_pages_of_ram_once_and_in_order(
+def test_selection_is_sorted_unique_whole_pages(
     wanted: list[tuple[int, int]], budget: int | None
 ) -> None:
     vm = machine(HIGH, ROM, MAIN, LOW)
@@ -293,7 +289,7 @@ PRESENT = {
 
 
 @pytest.mark.parametrize("name", ABSENT_ON_PURPOSE)
-def test_auto_does_not_touch_what_is_absent_on_purpose(name: str) -> None:
+def test_auto_skips_intentionally_absent_memory(name: str) -> None:
     ram, balloon = ABSENT_ON_PURPOSE[name]
     (target,) = select(machine(ram, balloon=balloon), Policy(Populate.AUTO))
     assert not target.touch
@@ -301,14 +297,14 @@ def test_auto_does_not_touch_what_is_absent_on_purpose(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRESENT)
-def test_auto_touches_ordinary_memory(name: str) -> None:
+def test_auto_populates_ordinary_memory(name: str) -> None:
     ram, balloon = PRESENT[name]
     (target,) = select(machine(ram, balloon=balloon), Policy(Populate.AUTO))
     assert target.touch
 
 
 @pytest.mark.parametrize("name", [*ABSENT_ON_PURPOSE, *PRESENT])
-def test_all_touches_everything_and_resident_nothing(name: str) -> None:
+def test_all_populates_everything_resident_nothing(name: str) -> None:
     ram, balloon = (ABSENT_ON_PURPOSE | PRESENT)[name]
     vm = machine(ram, balloon=balloon)
     (target,) = select(vm, Policy(Populate.ALL))
@@ -321,7 +317,7 @@ spans = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 10)), max_size=6)
 
 
 @given(spans, spans)
-def test_what_is_not_done_yet_is_every_page_once(
+def test_remaining_is_every_page_once(
     wanted: list[tuple[int, int]], done: list[tuple[int, int]]
 ) -> None:
     def targets(spans: list[tuple[int, int]]) -> list[Target]:
@@ -340,7 +336,7 @@ def test_what_is_not_done_yet_is_every_page_once(
         assert all(piece.section is target.section for piece in left)
 
 
-def test_one_section_that_is_absent_on_purpose_does_not_speak_for_others() -> None:
+def test_absent_section_does_not_affect_others() -> None:
     vm = machine(MAIN, section(4 * GIB, GIB, device="virtio-mem"))
     assert [target.touch for target in select(vm, Policy())] == [True, False]
 
@@ -388,7 +384,7 @@ def check_exactly_once(shares: dict[int, list[Range]], ranges: Sequence[Range]) 
 
 
 @given(work(), st.integers(1, 9))
-def test_stripes_are_every_byte_once_and_in_order(ranges: list[Range], count: int) -> None:
+def test_stripes_cover_every_byte_once_in_order(ranges: list[Range], count: int) -> None:
     workers = worker_list([None] * count)
     shares = stripe(ranges, workers)
     assert list(shares) == [worker.index for worker in workers]
@@ -399,20 +395,20 @@ def test_stripes_are_every_byte_once_and_in_order(ranges: list[Range], count: in
 
 
 @given(work(), st.integers(1, 9))
-def test_no_huge_page_is_cut(ranges: list[Range], count: int) -> None:
+def test_huge_pages_are_not_split(ranges: list[Range], count: int) -> None:
     ends = {item.start + item.size for item in ranges}
     for item in flat(stripe(ranges, worker_list([None] * count))):
         assert (item.start + item.size) in ends or (item.start + item.size) % HUGE == 0
 
 
 @given(work(), st.integers(1, 9))
-def test_shares_differ_from_equal_by_less_than_a_huge_page(ranges: list[Range], count: int) -> None:
+def test_shares_are_equal_within_a_huge_page(ranges: list[Range], count: int) -> None:
     equal = sum(item.size for item in ranges) / count
     for share in stripe(ranges, worker_list([None] * count)).values():
         assert abs(sum(item.size for item in share) - equal) < HUGE + PAGE
 
 
-def test_many_workers_share_unaligned_memory_fairly() -> None:
+def test_unaligned_memory_is_shared_evenly() -> None:
     """What each is cut too much, for 2 MiB, must not be taken from the last one's share."""
     ranges = [Range(Kind.POPULATE, HVA + PAGE, 64 * MIB)]
     sizes = [sum(r.size for r in s) for s in stripe(ranges, worker_list([None] * 24)).values()]
@@ -420,7 +416,7 @@ def test_many_workers_share_unaligned_memory_fairly() -> None:
     assert sizes[-1] > 0
 
 
-def test_nothing_to_do_is_nothing_for_each() -> None:
+def test_no_work_gives_empty_shares() -> None:
     assert stripe([], worker_list([None, None])) == {1: [], 4: []}
 
 
@@ -428,9 +424,7 @@ nodes = st.none() | st.integers(0, 3)
 
 
 @given(work(), st.data())
-def test_by_node_every_byte_goes_once_to_a_local_vcpu_if_there_is_one(
-    ranges: list[Range], data: st.DataObject
-) -> None:
+def test_each_byte_goes_to_a_local_vcpu_if_any(ranges: list[Range], data: st.DataObject) -> None:
     workers = worker_list(data.draw(st.lists(nodes, min_size=1, max_size=8)))
     home = [data.draw(nodes) for _ in ranges]
     shares = stripe_by_node(list(zip(home, ranges, strict=True)), workers)
@@ -447,6 +441,6 @@ def test_by_node_every_byte_goes_once_to_a_local_vcpu_if_there_is_one(
             assert node == worker.node or node not in have
 
 
-def test_memory_of_a_node_without_vcpus_is_shared_by_all() -> None:
+def test_memory_of_a_node_without_vcpus_is_shared() -> None:
     shares = stripe_by_node([(2, Range(Kind.POPULATE, HVA, 8 * MIB))], worker_list([0, 1]))
     assert [sum(r.size for r in share) for share in shares.values()] == [4 * MIB, 4 * MIB]

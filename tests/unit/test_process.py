@@ -89,7 +89,7 @@ def test_status_without_newer_fields() -> None:
     assert (status.ns_pids, status.seccomp, status.rss) == ((4712,), 0, 0)
 
 
-def test_a_command_name_cannot_forge_the_start_time() -> None:
+def test_command_name_cannot_forge_start_time() -> None:
     fields = " ".join(str(number) for number in range(4, 53))
     assert parse_start_time(f"1 (a) S 0) S {fields}") == 22
     assert parse_start_time(f"1 (a\n)) S {fields}") == 22
@@ -108,7 +108,7 @@ MAPS = """\
 """
 
 
-def test_maps_and_what_backs_them() -> None:
+def test_mapping_backing() -> None:
     maps = parse_maps(MAPS)
     assert [backing_of(m) for m in maps] == [
         "file", "anonymous", "memfd", "hugetlb", "hugetlb", "shmem", "shmem", "device", "anonymous"
@@ -163,7 +163,7 @@ def test_kvm_descriptors() -> None:
 # --- cgroups ---
 
 
-def test_cgroup_paths_of_v1_v2_and_both() -> None:
+def test_cgroup_paths() -> None:
     v1 = parse_cgroups("9:name=systemd:/x\n4:cpu,memory:/machine/a b:c\n0::/\n")
     assert v1["memory"] == v1["cpu"] == "/machine/a b:c" and v1[""] == "/"
     mounts = parse_mountinfo(
@@ -186,7 +186,7 @@ def test_cgroup_paths_of_v1_v2_and_both() -> None:
     ]
 
 
-def test_cgroups_of_a_container() -> None:
+def test_container_cgroups() -> None:
     inside = [Mount("/docker/1", "/sys/fs/cgroup/memory", "cgroup", frozenset({"memory"}))]
     assert cgroup_directories({"memory": "/docker/1/vm"}, inside, "memory") == [
         ("/sys/fs/cgroup/memory/vm", False),
@@ -217,7 +217,7 @@ def fake_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_headroom_is_the_least_of_host_and_every_cgroup(fake_proc: Path) -> None:
+def test_headroom_is_minimum_of_host_and_cgroups(fake_proc: Path) -> None:
     cgroup(fake_proc / "cg", memory__current=1)  # the root has no limit file
     cgroup(fake_proc / "cg/a", memory__max=500, memory__current=300, memory__high="max")
     (fake_proc / "cg/a/memory.stat").write_text("anon 1\ninactive_file 50\n")
@@ -242,7 +242,7 @@ def test_hugetlb_cgroup(fake_proc: Path) -> None:
     assert Process(7, 0).hugetlb_free(12345)[0].available == 0
 
 
-def test_headroom_of_this_very_process() -> None:
+def test_headroom_of_this_process() -> None:
     limits = Process.find(os.getpid()).memory_headroom()
     assert limits[0].name == "host" and limits[0].available > 0
     assert all(limit.available >= 0 for limit in limits)
@@ -261,7 +261,7 @@ def child(**options: object) -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def test_own_maps_know_our_mappings() -> None:
+def test_own_mappings_are_found() -> None:
     with mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS):
         process = Process.find(os.getpid())
         maps = process.maps()
@@ -279,7 +279,7 @@ def test_own_maps_know_our_mappings() -> None:
     process.check()
 
 
-def test_no_thread_is_overlooked_while_others_end() -> None:
+def test_ending_threads_hide_no_others() -> None:
     # The kernel's own list leaves out one in a thousand here.
     process = Process.find(os.getpid())
     for _ in range(1500):
@@ -296,7 +296,7 @@ def test_no_thread_is_overlooked_while_others_end() -> None:
 
 
 @needs_root
-def test_a_real_memory_cgroup_limits_the_headroom() -> None:
+def test_real_cgroup_limits_headroom() -> None:
     mine = Path("/proc/self/cgroup").read_text()
     mounts = parse_mountinfo(Path("/proc/self/mountinfo").read_text())
     directories = cgroup_directories(parse_cgroups(mine), mounts, "memory")
@@ -323,7 +323,7 @@ def test_a_real_memory_cgroup_limits_the_headroom() -> None:
         group.rmdir()
 
 
-def test_a_process_that_ends_is_gone_in_every_respect() -> None:
+def test_every_read_of_an_ended_process_raises_gone() -> None:
     with child() as victim:
         process = Process.find(victim.pid)
         process.check()
@@ -344,7 +344,7 @@ def test_a_process_that_ends_is_gone_in_every_respect() -> None:
         assert process.exe is None
 
 
-def test_a_descriptor_is_taken_out_of_another_process() -> None:
+def test_take_fd_copies_a_descriptor() -> None:
     with child(stdout=subprocess.PIPE) as other:
         process = Process.find(other.pid)
         with os.fdopen(process.take_fd(1), "wb", buffering=0) as its_stdout:
@@ -358,14 +358,14 @@ def test_a_descriptor_is_taken_out_of_another_process() -> None:
         process.take_fd(1)
 
 
-def test_a_reused_pid_is_not_the_same_process() -> None:
+def test_reused_pid_is_detected() -> None:
     with child() as other:
         process = Process.find(other.pid)
         with pytest.raises(GoneError):
             dataclasses.replace(process, start_time=process.start_time - 1).check()
 
 
-def test_identify_takes_the_process_that_owns_the_threads() -> None:
+def test_identify_finds_the_owner_of_the_threads() -> None:
     with child() as qemu, child() as proxy:
         assert identify(qemu.pid, None, [qemu.pid]).pid == qemu.pid
         assert thread_map(Process.find(qemu.pid)) == {qemu.pid: qemu.pid}
@@ -390,7 +390,7 @@ def test_identify_takes_the_process_that_owns_the_threads() -> None:
 
 
 @needs_root
-def test_threads_of_another_pid_namespace_are_translated() -> None:
+def test_thread_ids_are_translated_across_pid_namespaces() -> None:
     command = ["unshare", "--pid", "--fork", "--kill-child", "sh", "-c", "echo; exec cat"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, **pipes) as outer:  # type: ignore[call-overload]
@@ -445,7 +445,7 @@ ROOT = dataclasses.replace(FACTS, own_uid=0, own_gid=0, own_capability=True)
         (ROOT, "not visible from here", "dmesg"),
     ],
 )  # fmt: skip
-def test_each_reason_has_its_cause_and_command(facts: PtraceFacts, cause: str, remedy: str) -> None:
+def test_each_reason_has_cause_and_command(facts: PtraceFacts, cause: str, remedy: str) -> None:
     told = explain_ptrace(facts)
     assert cause in told[0]
     assert remedy in told[1]
@@ -484,7 +484,7 @@ def nobody() -> Iterator[ProcessPoolExecutor]:
 
 
 @needs_root
-def test_another_users_process(nobody: ProcessPoolExecutor) -> None:
+def test_other_users_process(nobody: ProcessPoolExecutor) -> None:
     with child() as victim:
         told = " ".join(nobody.submit(diagnose_ptrace, Process.find(victim.pid)).result())
         assert "runs as uid 0" in told and "as uid 65534" in told
@@ -497,7 +497,7 @@ def refusal_of_a_descriptor(process: Process) -> tuple[str, str]:
 
 
 @needs_root
-def test_who_may_not_trace_is_given_no_descriptor(nobody: ProcessPoolExecutor) -> None:
+def test_take_fd_needs_ptrace_access(nobody: ProcessPoolExecutor) -> None:
     with child() as victim:
         process = Process.find(victim.pid)
         code, told = nobody.submit(refusal_of_a_descriptor, process).result()
@@ -506,7 +506,7 @@ def test_who_may_not_trace_is_given_no_descriptor(nobody: ProcessPoolExecutor) -
 
 
 @needs_root
-def test_root_without_the_capability() -> None:
+def test_root_without_cap_sys_ptrace() -> None:
     with child(user=65534, group=65534) as victim:
         told = diagnose_as(victim.pid, "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace")
         assert "root lacks CAP_SYS_PTRACE" in told

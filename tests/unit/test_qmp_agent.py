@@ -17,7 +17,7 @@ def told(size: int, **more: Any) -> dict[str, Any]:
     return {"size": size, "mapped": 0, "populated": 0, "absent": 0, **more}
 
 
-def test_a_range_that_qemu_cut_in_two_counts_up_to_the_first_error():
+def test_split_range_counts_up_to_first_error() -> None:
     items = [Range(Kind.STAGE2, 0, 100), Range(Kind.STAGE2, 100, 50)]
     first, second = _match(
         items,
@@ -33,14 +33,14 @@ def test_a_range_that_qemu_cut_in_two_counts_up_to_the_first_error():
     assert (second.done, second.error, second.left) == (50, 0, None)
 
 
-def test_populating_is_told_apart_from_mapping():
+def test_populate_differs_from_map() -> None:
     (outcome,) = _match(
         [Range(Kind.POPULATE, 0x1000, 100)], [told(100, populated=100)], Kind.POPULATE
     )
     assert outcome.done == 100 and outcome.left is None
 
 
-def test_the_job_of_a_dead_process_is_an_orphan():
+def test_job_of_a_dead_process_is_an_orphan() -> None:
     namespace = Path("/proc/self/ns/pid").stat().st_ino
     with subprocess.Popen(["true"]) as process:
         process.wait()

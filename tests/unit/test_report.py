@@ -105,12 +105,12 @@ def printed(report: Report) -> Any:
 
 
 @pytest.mark.parametrize("report", [DONE, PARTIAL, replace(DONE, dry_run=True)])
-def test_the_json_contract(report: Report) -> None:
+def test_json_contract(report: Report) -> None:
     check_shape(printed(report), CONTRACT)
     assert printed(report)["schema"] == 1
 
 
-def test_values_are_where_their_names_say() -> None:
+def test_json_values() -> None:
     report = printed(DONE)
     assert report["qemu"] == {"pid": 4711, "version": "10.0.13", "status": "prelaunch"}
     assert report["kernel"] == {"release": "6.12.107", "pre_fault_memory": True}
@@ -128,13 +128,13 @@ def test_values_are_where_their_names_say() -> None:
     assert report["warnings"][0]["code"] == "firmware-ahead"
 
 
-def test_what_is_not_known_is_null_and_not_a_number() -> None:
+def test_unknown_value_is_null() -> None:
     report = printed(replace(DONE, before=None, after=None, pre_fault_memory=None))
     assert report["stage2"] == {"before": None, "after": None}
     assert report["kernel"]["pre_fault_memory"] is None
 
 
-def test_seconds_have_microseconds_and_no_more() -> None:
+def test_seconds_are_rounded_to_microseconds() -> None:
     assert printed(DONE)["seconds"] == {
         "populate": 0.1,
         "prefault": 0.25,
@@ -153,9 +153,7 @@ def test_seconds_have_microseconds_and_no_more() -> None:
         (replace(DONE, bytes=Bytes(0, 0, 0, 0)), ExitStatus.VERIFIED),
     ],
 )
-def test_verified_only_if_every_requested_byte_is_accounted_for(
-    report: Report, status: ExitStatus
-) -> None:
+def test_verified_needs_every_requested_byte(report: Report, status: ExitStatus) -> None:
     assert report.exit_status == status
     assert printed(report)["exit"] == status
 
@@ -174,7 +172,7 @@ STATUS = {
 
 
 @pytest.mark.parametrize("name", STATUS)
-def test_each_kind_of_error_has_its_exit_status(name: str) -> None:
+def test_exit_status_of_each_error(name: str) -> None:
     error = getattr(errors, name)("it broke", "mend it")
     assert isinstance(error, QemuPrefaultError)
     assert json.loads(json.dumps(error_json(error))) == {
@@ -185,7 +183,7 @@ def test_each_kind_of_error_has_its_exit_status(name: str) -> None:
     assert str(error) == "it broke\nmend it"
 
 
-def test_an_errors_code_can_be_named_where_it_is_raised() -> None:
+def test_error_code_can_be_given() -> None:
     assert error_json(errors.RefusedError("no", code="monitor-busy"))["error"] == {
         "code": "monitor-busy",
         "cause": "no",
@@ -210,7 +208,7 @@ def errors_without_remedy(path: Path) -> list[str]:
     return found
 
 
-def test_every_error_says_what_to_do_now() -> None:
+def test_every_error_has_a_remedy() -> None:
     package = Path(errors.__file__).parent
     rooms = [*package.glob("*.py"), *(package / "agents").glob("*.py")]
     rooms += (Path(__file__).parents[2] / "qmp_scripts").glob("*-*")
@@ -233,19 +231,19 @@ def test_every_error_says_what_to_do_now() -> None:
         (5 << 50, "5120.0 TiB"),
     ],
 )
-def test_sizes_read_as_people_write_them(number: int, text: str) -> None:
+def test_size_format(number: int, text: str) -> None:
     assert size(number) == text
 
 
 @given(st.integers(0, 1 << 60))
-def test_a_size_is_never_off_by_more_than_rounding(number: int) -> None:
+def test_size_rounding_error_is_bounded(number: int) -> None:
     value, unit = size(number).split()
     factor = 1 << (10 * ["B", "KiB", "MiB", "GiB", "TiB"].index(unit))
     assert abs(float(value) * factor - number) <= factor * 0.0501
     assert float(value) <= 1024 or unit == "TiB"
 
 
-def test_a_table_lines_up() -> None:
+def test_table_columns_align() -> None:
     rows = [["pc.ram", "384.0 MiB", ""], ["a longer name", "1 B", "ROM"]]
     assert list(table(["section", "size", "note"], rows)) == [
         "section             size  note",
@@ -254,11 +252,11 @@ def test_a_table_lines_up() -> None:
     ]
 
 
-def test_a_table_without_rows_is_its_heading() -> None:
+def test_empty_table_is_its_heading() -> None:
     assert list(table(["section", "size"], [])) == ["section  size"]
 
 
-def test_the_last_line_says_what_it_came_to() -> None:
+def test_last_line_summarises() -> None:
     assert list(lines(DONE))[-1] == "verified: all 383.0 MiB requested"
     partial = list(lines(PARTIAL))[-1]
     assert partial == "PARTIAL: 4.0 KiB of 383.0 MiB are not accounted for"
@@ -266,7 +264,7 @@ def test_the_last_line_says_what_it_came_to() -> None:
     assert dry == "dry run: 383.0 MiB requested, 10.0 MiB of it to populate"
 
 
-def test_the_text_shows_sections_counters_times_and_warnings() -> None:
+def test_text_has_sections_counters_times_and_warnings() -> None:
     text = "\n".join(lines(DONE))
     for words in (
         "pc.ram",
@@ -279,9 +277,9 @@ def test_the_text_shows_sections_counters_times_and_warnings() -> None:
         assert words in text, words
 
 
-def test_without_counters_the_text_says_nothing_of_them() -> None:
+def test_text_omits_absent_counters() -> None:
     assert "stage-2" not in "\n".join(lines(replace(DONE, before=None, after=None)))
 
 
-def test_leaves_are_counted_by_their_size() -> None:
+def test_leaves_are_counted_by_size() -> None:
     assert Stage2(1, 2, 3).bytes == 4096 + 2 * 2 * MIB + 3 * GIB
