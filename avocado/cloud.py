@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from avocado import fail_on
 from cloud_images import NoImageError, base_image
 from guests import DATA_PAGES, PrefaultTest, Sample, Stopwatch
 
-from avocado import fail_on
 from qemu_prefault.errors import QemuPrefaultError
 from qemu_prefault_lab.system import distro_directory, make_overlay
 

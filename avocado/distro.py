@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from guests import DATA_MIB, DATA_PAGES, MIB, PrefaultTest, Sample, Stopwatch, Tool
-
 from avocado import fail_on
+from guests import DATA_MIB, DATA_PAGES, MIB, TOOL_SECONDS, PrefaultTest, Sample, Stopwatch
+
 from qemu_prefault.errors import QemuPrefaultError
 from qemu_prefault_lab.system import SystemGuest, distro_directory, make_overlay
 
@@ -69,7 +69,7 @@ class DistroTest(PrefaultTest):
         guest.wait_login()
         sample = stopwatch.sample()
         guest.log_in()
-        guest.check_health()
+        self.check_health(guest)
         return guest, sample
 
     def saved_directory(self) -> Path:
@@ -126,13 +126,13 @@ class DistroTest(PrefaultTest):
         stopwatch = Stopwatch(guest)
         guest.fill("before", DATA_MIB)
         without = stopwatch.sample()
-        Tool(guest).finish()
+        self.prefault(guest)
         self.assertEqual(guest.status(), "running")
         stopwatch = Stopwatch(guest)
         guest.fill("after", DATA_MIB)
         self.spared("attach", without, stopwatch.sample(), DATA_PAGES // 2, MOST)
         self.assertEqual(guest.checksum("before"), guest.checksum("after"))
-        guest.check_health()
+        self.check_health(guest)
         if not (self.saved_directory() / "saved.json").exists():
             guest.shell("rm /dev/shm/before /dev/shm/after")
             self.save(guest, boot)
@@ -160,7 +160,7 @@ class DistroTest(PrefaultTest):
         guest.wait_login()
         with_ = stopwatch.sample()
         guest.log_in()
-        guest.check_health()
+        self.check_health(guest)
         self.wait_kept(guest)
         self.spared("reset", saved.boot, with_, DATA_PAGES, MOST_OF_A_BOOT)
 
@@ -176,14 +176,14 @@ class DistroTest(PrefaultTest):
         guest.kill()
 
         guest = self.start(self.copy_of(saved), incoming="defer")
-        tool = Tool(guest, "--incoming")
+        tool = self.start_tool(guest, "--incoming")
         tool.wait_ready()
         guest.qmp("migrate-incoming", timeout=600, uri=f"file:{saved.state}")
-        tool.finish()
+        tool.finish(TOOL_SECONDS).complete()
         stopwatch = Stopwatch(guest, from_its_start=True)
         self.check_data(guest, saved)
         self.spared("restore", without, stopwatch.sample(), DATA_PAGES, MOST)
-        guest.check_health()
+        self.check_health(guest)
 
     @fail_on(QemuPrefaultError)
     def test_migrate(self) -> None:
@@ -199,21 +199,22 @@ class DistroTest(PrefaultTest):
             uri = f"unix:{source.directory}/migration"  # the work directory's name is too long
             target = self.start(self.overlay_of(source), incoming=uri)
             if prefault:
-                tool = Tool(target, "--incoming")
+                tool = self.start_tool(target, "--incoming")
                 tool.wait_ready()
             source.qmp("migrate", uri=uri)
             source.wait_migrated(timeout=900)
             source.kill()
             if prefault:
-                tool.finish()
+                tool.finish(TOOL_SECONDS).complete()
             target.wait_running()
             stopwatch = Stopwatch(target, from_its_start=True)
             self.check_data(target, saved)
             samples.append(stopwatch.sample())
             target.shell("kill $(cat /dev/shm/worker)")
-            target.check_health()
+            self.check_health(target)
             target.kill()
-        self.spared("migrate", *samples, DATA_PAGES, MOST)
+        without, with_ = samples
+        self.spared("migrate", without, with_, DATA_PAGES, MOST)
 
     @fail_on(QemuPrefaultError)
     def test_hotplug(self) -> None:
@@ -222,7 +223,7 @@ class DistroTest(PrefaultTest):
             self.cancel(f"{self.hardware['machine']} has no memory slots to plug into")
         saved = self.saved()
         guest = self.restored(saved)
-        Tool(guest, "--cont").finish()
+        self.prefault(guest, "--cont")
         guest.shell("mount -o remount,size=90% /dev/shm")
         samples = []
         for number, prefault in enumerate((False, True)):
@@ -237,14 +238,15 @@ class DistroTest(PrefaultTest):
             self.assertEqual(info["status"], 0, info)
             self.assertGreater(self.memory_of(guest), total)
             if prefault:
-                Tool(guest).finish()
+                self.prefault(guest)
             stopwatch = Stopwatch(guest)
             guest.fill("plugged", DIMM_MIB - 16)
             samples.append(stopwatch.sample())
             guest.shell("rm /dev/shm/plugged")
-        self.spared("hotplug", *samples, (DIMM_MIB - 32) << 8, MOST)
+        without, with_ = samples
+        self.spared("hotplug", without, with_, (DIMM_MIB - 32) << 8, MOST)
         self.check_data(guest, saved)
-        guest.check_health()
+        self.check_health(guest)
 
     def memory_of(self, guest: SystemGuest) -> int:
         return int(guest.shell("awk '/MemTotal/ { print $2 }' /proc/meminfo")) << 10

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,14 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from avocado import Test
+
 from qemu_prefault_lab.guest import reserve_hugepages, thp
 from qemu_prefault_lab.machine import NO_UEFI, kvm_can_prefault, uefi_aborts
 from qemu_prefault_lab.system import SystemGuest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+
+from support import health
+from support.tool import Tool
 
 MIB = 1 << 20
 DATA_MIB = 64
 DATA_PAGES = DATA_MIB << 8
 HUGEPAGES = 512  # two guests
+TOOL_SECONDS = 900.0
+HEALTH_SECONDS = 600.0
 PLUGGABLE = "slots=2,maxmem=2G"
 
 
@@ -63,38 +70,6 @@ class Stopwatch:
         return Sample(
             round(seconds, 2), counters["pf_taken"] - taken, counters["pf_emulate"] - emulated
         )
-
-
-class Tool:
-    """A run of ``qemu-prefault --qmp … --json``, in a process of its own."""
-
-    def __init__(self, guest: SystemGuest, *arguments: str) -> None:
-        command = [sys.executable, "-m", "qemu_prefault", "--qmp", str(guest.qmp_path), "--json"]
-        self._process = subprocess.Popen(
-            [*command, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self._said = ""
-
-    def wait_ready(self) -> None:
-        """Wait until it awaits an incoming guest."""
-        assert self._process.stderr
-        for line in self._process.stderr:
-            self._said += line
-            if "ready" in line:
-                return
-        raise AssertionError(f"the tool has ended: {self._said}")
-
-    def finish(self) -> dict[str, Any]:
-        """Wait for its end; give its report, in which every byte is accounted for."""
-        stdout, stderr = self._process.communicate(timeout=900)
-        assert self._process.returncode == 0, (self._process.returncode, stdout, self._said, stderr)
-        report: dict[str, Any] = json.loads(stdout)
-        assert report["bytes"]["remaining"] == 0, report
-        return report
 
 
 class PrefaultTest(Test):
@@ -146,6 +121,18 @@ class PrefaultTest(Test):
         self.whiteboard = json.dumps(self.rows)
 
     # What the tests are made of.
+
+    def start_tool(self, guest: SystemGuest, *arguments: str) -> Tool:
+        """Start ``qemu-prefault --qmp … --json`` on a guest."""
+        return Tool(["--qmp", str(guest.qmp_path), "--json", *arguments], fork=False)
+
+    def prefault(self, guest: SystemGuest, *arguments: str) -> dict[str, Any]:
+        """Run it to its end; return its report, in which every byte is accounted for."""
+        return self.start_tool(guest, *arguments).finish(TOOL_SECONDS).complete()
+
+    def check_health(self, guest: SystemGuest) -> None:
+        """Check that the system has come up, with no unit failed and no trouble in its log."""
+        health.check_health(lambda command: guest.shell(command, HEALTH_SECONDS, check=False))
 
     def report(self, moment: str, without: Sample | None, with_: Sample) -> None:
         """Log a row of the table; it ends up in the whiteboard."""

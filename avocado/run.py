@@ -28,7 +28,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from qemu_prefault.errors import FailedError, QemuPrefaultError
 from qemu_prefault_lab import cache, distro
@@ -39,6 +38,10 @@ from qemu_prefault_lab.patched import uefi_emulator
 from qemu_prefault_lab.system import DISTROS_VARIABLE, GUEST_KERNEL_ARGS
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE))  # PYTHONSAFEPATH, which make sets, leaves it out
+
+from summary import summarize  # noqa: E402
+
 REQUIREMENTS = HERE / "requirements.txt"
 VT_DISTRO = "debian13"
 VT_REQUIREMENTS = HERE / "vt/requirements.txt"
@@ -47,7 +50,6 @@ HOURS = 3600.0
 PROFILES = ("pc", "q35", "microvm", "memfd", "hugetlb", "thp", "vcpus", "ovmf")
 CLOUDS = ("Fedora", "Ubuntu", "Alpine", "OpenSUSE")
 MOMENTS = ("attach", "boot", "reset", "restore", "migrate", "hotplug")
-ENDINGS = {"PASS": "passed", "WARN": "passed", "CANCEL": "skipped", "SKIP": "skipped"}
 
 
 def wheels(*requirements: Path) -> list[Path]:
@@ -115,7 +117,7 @@ def cloud_images() -> dict[str, Path | str]:
 
 
 @dataclass(frozen=True)
-class Place:
+class Target:
     """Where the tests run: a machine, and a directory on it.
 
     :ivar distros: a directory on it, as ``QEMU_PREFAULT_DISTROS`` names it.
@@ -126,13 +128,13 @@ class Place:
     distros: str
 
 
-def open_place(
+def open_target(
     names: Sequence[str],
     requirements: Sequence[Path],
     nested: bool,
     clouds: Mapping[str, Path | str] | None = None,
     uefi: bool = False,
-) -> Place:
+) -> Target:
     """Open a machine that has these distributions and images, avocado, and this package.
 
     Its wheels are those that ``scripts/with-env`` has built.
@@ -150,16 +152,16 @@ def open_place(
     directory = machine.run(["mktemp", "-d", "/var/tmp/avocado-XXXXXX"]).text.strip()
     distros = f"{directory}/distros"
     for number, (name, built) in enumerate(images.items()):
-        target = f"{distros}/{name}"
+        path = f"{distros}/{name}"
         if isinstance(machine, Lab):
             disk, boot = (f"/dev/vd{chr(ord('c') + 2 * number + part)}" for part in (0, 1))
             script = 'mkdir -p "$1/boot"; ln -s "$2" "$1/disk"; mount -o ro "$3" "$1/boot"'
         else:
             disk, boot = str(built.disk), str(built.boot)
             script = 'mkdir -p "$1"; ln -s "$2" "$1/disk"; ln -s "$3" "$1/boot"'
-        machine.run(["sh", "-ec", script, "sh", target, disk, boot])
+        machine.run(["sh", "-ec", script, "sh", path, disk, boot])
     for name, cloud in clouds.items():
-        target = f"{distros}/cloud/{name}"
+        path = f"{distros}/cloud/{name}"
         script = 'mkdir -p "$(dirname "$1")"; ln -s "$2" "$1"'
         if isinstance(cloud, Path):
             source = str(cloud)
@@ -167,14 +169,15 @@ def open_place(
                 source = f"/dev/vd{chr(ord('c') + disks.index(cloud))}"
         else:
             script, source = script.replace("ln -s", 'echo "$2" >"$1.missing"; :'), cloud
-        machine.run(["sh", "-ec", script, "sh", target, source])
-    machine.put(HERE, f"{directory}/avocado")
-    return Place(machine, directory, distros)
+        machine.run(["sh", "-ec", script, "sh", path, source])
+    for part in ("avocado", "tests/support"):
+        machine.put(HERE.parent / part, f"{directory}/{part}")
+    return Target(machine, directory, distros)
 
 
-def avocado(place: Place, arguments: Sequence[str], timeout: float = HOURS) -> int:
+def avocado(target: Target, arguments: Sequence[str], timeout: float = HOURS) -> int:
     """Run avocado there, showing what it says; give its exit status."""
-    base = place.directory
+    base = target.directory
     paths = "".join(
         f"{key} = {base}/{value}\n"
         for key, value in {
@@ -187,15 +190,15 @@ def avocado(place: Place, arguments: Sequence[str], timeout: float = HOURS) -> i
     text = f"[datadir.paths]\n{paths}cache_dirs = ['{base}/cache']\n"
     # Not by --config: avocado-vt asks for its directories before that is read.
     script = "mkdir -p .config/avocado && cat >.config/avocado/avocado.conf"
-    place.machine.run(["sh", "-c", script], cwd=base, stdin=text.encode())
+    target.machine.run(["sh", "-c", script], cwd=base, stdin=text.encode())
     argv = ["python3", "-m", "avocado", *arguments]
-    if not isinstance(place.machine, Lab):
+    if not isinstance(target.machine, Lab):
         # avocado starts its runners with the system's Python, which has not what this one has.
         script = 'export PYTHONPATH="$PYTHONPATH:$1"; shift; exec "$@"'
         argv = ["sh", "-c", script, "sh", ":".join(filter(None, sys.path)), *argv]
-    env = {DISTROS_VARIABLE: place.distros, "HOME": base, "PYTHONUNBUFFERED": "1"}
+    env = {DISTROS_VARIABLE: target.distros, "HOME": base, "PYTHONUNBUFFERED": "1"}
     env["PYTHONWARNINGS"] = "ignore"
-    result = place.machine.run(
+    result = target.machine.run(
         argv, timeout=timeout, check=False, env=env, cwd=f"{base}/avocado", on_output=show
     )
     return result.returncode
@@ -207,81 +210,15 @@ def show(fd: int, data: bytes) -> None:
     stream.flush()
 
 
-def collect(place: Place, kind: str) -> Path:
+def collect(target: Target, kind: str) -> Path:
     """Copy the job's results here; give the directory."""
-    target = cache.cache_dir() / "results" / time.strftime(f"{kind}-%Y%m%d-%H%M%S")
-    latest = f"{place.directory}/results/latest"
-    place.machine.get(
-        place.machine.run(["readlink", "-f", latest]).text.strip(),
-        target,
+    directory = cache.cache_dir() / "results" / time.strftime(f"{kind}-%Y%m%d-%H%M%S")
+    latest = f"{target.directory}/results/latest"
+    target.machine.get(
+        target.machine.run(["readlink", "-f", latest]).text.strip(),
+        directory,
     )
-    return target
-
-
-def summary(results: Path) -> tuple[list[str], Counter[str]]:
-    """Give the lines that sum a job up, and how many tests passed, failed and were skipped."""
-    job = json.loads((results / "results.json").read_text())
-    counts = Counter[str]()
-    rows: list[dict[str, Any]] = []
-    lines = []
-    for test in job["tests"]:
-        ending = ENDINGS.get(test["status"], "failed")
-        counts[ending] += 1
-        if ending != "passed":
-            lines.append(f"{test['status']}: {test['id']}: {test['fail_reason']}")
-        found = json.loads(test.get("whiteboard") or "[]")
-        rows += [row for row in found if test["status"] == "PASS"]
-    lines += ["", *(table(rows) if "distro" in rows[0] else vt_table(job))] if rows else []
-    return [*lines, "", f"results: {results}/results.html", ""], counts
-
-
-def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The whiteboards as a table in Markdown."""
-    lines = [
-        "| distribution | machine | moment | seconds, without | with | faults on memory, without "
-        "| with | device accesses, without | with |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        machine = [row["machine"].partition(",")[0]]
-        machine += [row["backing"]] if row["backing"] != "ram" else []
-        machine += ["OVMF"] if row["firmware"] == "ovmf" else []
-        machine += ["THP"] if row["pages"] != "never" else []
-        machine += [f"{row['smp']} vCPUs"] if row["smp"] > 1 else []
-        cells = [row["distro"], ", ".join(machine), row["moment"]]
-        for part in ("seconds", "memory", "emulated"):
-            for which in ("without", "with"):
-                cells.append(figure(row[which], part))
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def vt_table(job: dict[str, Any]) -> list[str]:
-    """A job of avocado-vt as a table in Markdown."""
-    lines = [
-        "| test | seconds | measured | faults on memory, without | with |",
-        "|---|--:|---|--:|--:|",
-    ]
-    for test in job["tests"]:
-        rows = json.loads(test.get("whiteboard") or "[]") or [{}]
-        for row in rows:
-            faults = [
-                "" if (n := row.get(key)) is None else f"{n:,}" for key in ("without", "with")
-            ]
-            name = test["name"].removeprefix("type_specific.").partition(";")[0]
-            cells = [name, f"{test['time_elapsed']:.0f}", row.get("moment", ""), *faults]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def figure(sample: dict[str, Any] | None, part: str) -> str:
-    if sample is None:
-        return ""
-    if part == "seconds":
-        return f"{sample['seconds']:.1f}"
-    return (
-        f"{sample['emulated'] if part == 'emulated' else sample['faults'] - sample['emulated']:,}"
-    )
+    return directory
 
 
 SERIALLY = ("--max-parallel-tasks", "1", "--disable-sysinfo")
@@ -299,12 +236,12 @@ def run_distro(options: argparse.Namespace) -> int:
     everything = not (options.distro or options.test)
     clouds = cloud_images() if everything else {}
     uefi = "ovmf" in (options.profile or ())
-    with (place := open_place(names, [REQUIREMENTS], options.nested, clouds, uefi)).machine:
-        avocado(place, ["run", *tests, *variants, *order, *SERIALLY, *options.arguments], timeout)
-        jobs.append(collect(place, "avocado"))
+    with (target := open_target(names, [REQUIREMENTS], options.nested, clouds, uefi)).machine:
+        avocado(target, ["run", *tests, *variants, *order, *SERIALLY, *options.arguments], timeout)
+        jobs.append(collect(target, "avocado"))
         if everything:
-            avocado(place, ["run", "cloud.py", "-m", "cloud.yaml", *SERIALLY], timeout)
-            jobs.append(collect(place, "avocado-cloud"))
+            avocado(target, ["run", "cloud.py", "-m", "cloud.yaml", *SERIALLY], timeout)
+            jobs.append(collect(target, "avocado-cloud"))
     return sum_up(jobs)
 
 
@@ -312,7 +249,7 @@ def sum_up(jobs: Sequence[Path]) -> int:
     """Print what jobs came to; give this program's exit status."""
     counts = Counter[str]()
     for results in jobs:
-        lines, found = summary(results)
+        lines, found = summarize(results)
         counts += found
         print("\n".join(lines))
     print(", ".join(f"{counts[what]} {what}" for what in ("passed", "failed", "skipped")))
@@ -370,44 +307,44 @@ fi
 def run_vt(options: argparse.Namespace) -> int:
     requirements = [REQUIREMENTS, VT_REQUIREMENTS]
     jobs = []
-    with (place := open_place([VT_DISTRO], requirements, options.nested)).machine as machine:
-        base = place.directory
+    with (target := open_target([VT_DISTRO], requirements, options.nested)).machine as machine:
+        base = target.directory
         if options.tp_qemu:
             for part in ("generic", "qemu", "provider"):
                 put_python(machine, options.tp_qemu / part, f"{base}/tp-qemu/{part}")
-        machine.run(["sh", "-ec", VT_SETUP, "sh", base, f"{place.distros}/{VT_DISTRO}/disk"])
+        machine.run(["sh", "-ec", VT_SETUP, "sh", base, f"{target.distros}/{VT_DISTRO}/disk"])
         bootstrap = ["vt-bootstrap", "--vt-type", "qemu", "--vt-no-downloads", "--yes-to-all"]
-        if avocado(place, [*bootstrap, "--vt-update-config"]):
+        if avocado(target, [*bootstrap, "--vt-update-config"]):
             return 1
         # The one line that gives `prefault = yes` its meaning.
         hook = f"test_pre_hook = {base}/avocado/vt/prefault_hook.py"
         shared = f"{base}/data/avocado-vt/backends/qemu/cfg/tests-shared.cfg"
         machine.run(["sh", "-c", 'echo "$1" >>"$2"', "sh", hook, shared])
-        boot = {f: f"{place.distros}/{VT_DISTRO}/boot/{f}" for f in ("vmlinuz", "initrd")}
+        boot = {f: f"{target.distros}/{VT_DISTRO}/boot/{f}" for f in ("vmlinuz", "initrd")}
         params = VT_PARAMS | {"kernel": boot["vmlinuz"], "initrd": boot["initrd"]}
         params["kernel_params"] = GUEST_KERNEL_ARGS
         with huge_pages_off(machine):
             own = options.arguments or ["qemu-prefault.prefault"]
-            jobs.append(run_vt_job(place, own, params, options))
+            jobs.append(run_vt_job(target, own, params, options))
             if options.tp_qemu:
                 params |= {"prefault": "yes", "reboot_count": "1"}
-                jobs.append(run_vt_job(place, list(VT_OWN), params, options))
+                jobs.append(run_vt_job(target, list(VT_OWN), params, options))
     return sum_up(jobs)
 
 
 def run_vt_job(
-    place: Place, references: Sequence[str], params: dict[str, str], options: argparse.Namespace
+    target: Target, references: Sequence[str], params: dict[str, str], options: argparse.Namespace
 ) -> Path:
     arguments = ["run", *references, *SERIALLY]
     arguments += ["--vt-type", "qemu", "--vt-machine-type", "q35"]
     arguments += ["--vt-qemu-bin", "/usr/bin/qemu-system-x86_64"]
     for key, value in params.items():
         arguments += ["--vt-extra-params", f"{key}={value}"]
-    avocado(place, arguments, options.hours * HOURS)
-    return collect(place, "avocado-vt")
+    avocado(target, arguments, options.hours * HOURS)
+    return collect(target, "avocado-vt")
 
 
-def put_python(machine: Machine, source: Path, target: str) -> None:
+def put_python(machine: Machine, source: Path, destination: str) -> None:
     """Copy a provider's Python and its cartesian configuration; the rest is gigabytes."""
     with tempfile.TemporaryDirectory() as scratch:
         for path in source.rglob("*"):
@@ -415,7 +352,7 @@ def put_python(machine: Machine, source: Path, target: str) -> None:
                 copy = Path(scratch) / path.relative_to(source)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, copy)
-        machine.put(Path(scratch), target)
+        machine.put(Path(scratch), destination)
 
 
 @contextlib.contextmanager
@@ -496,6 +433,8 @@ def run_check(_: argparse.Namespace) -> int:
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="lab: %(message)s", stream=sys.stderr)
+    # The reason of a failure may quote a guest's console.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     parser = argparse.ArgumentParser(description="Run the avocado tests.")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--nested", action="store_true", help="in the lab, even so")

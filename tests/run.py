@@ -105,37 +105,13 @@ def say(name: str, line: str) -> None:
         print(f"{name:>14} | {line}", flush=True)
 
 
-def judge(suite: Suite, status: int, junit: Path, note: str) -> Result:
-    """The result of a suite that has ended with this status."""
-    result = Result(note=note)
-    if suite.command:
-        result.passed = 0 if status else 1
-    elif junit.exists():
-        result.read(junit)
-    if status and not result.failed:
-        result.failed, result.note = 1, note or f"ended with status {status}"
-    elif not (result.passed or result.failed or (suite.may_skip and result.skipped)):
-        result.failed, result.note = 1, "ran no test"
-    return result
-
-
 def execute(suite: Suite, junit: Path) -> Result:
-    notes = []
+    started = time.monotonic()
     process = subprocess.Popen(
-        suite.argv(junit),
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-
-    def give_up() -> None:
-        notes.append(f"given up after {suite.limit() / 60:g} minutes")
-        process.kill()
-
-    timer = threading.Timer(suite.limit(), give_up)
+        suite.argv(junit), cwd=ROOT, text=True, errors="replace",
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    timer = threading.Timer(suite.limit(), process.kill)
     timer.start()
     try:
         assert process.stdout
@@ -144,7 +120,24 @@ def execute(suite: Suite, junit: Path) -> Result:
         status = process.wait()
     finally:
         timer.cancel()
-    return judge(suite, status, junit, "".join(notes))
+    result = judge(suite, status, junit)
+    if time.monotonic() - started >= suite.limit():
+        result.note = f"given up after {suite.limit() / 60:g} minutes"
+    return result
+
+
+def judge(suite: Suite, status: int, junit: Path) -> Result:
+    """The result of a suite that has ended with this status."""
+    result = Result()
+    if suite.command:
+        result.passed = 0 if status else 1
+    elif junit.exists():
+        result.read(junit)
+    if status and not result.failed:
+        result.failed, result.note = 1, f"ended with status {status}"
+    elif not (result.passed or result.failed or (suite.may_skip and result.skipped)):
+        result.failed, result.note = 1, "ran no test"
+    return result
 
 
 def run(suite: Suite, jobs: dict[str, Future[Result]], directory: Path) -> Result:
@@ -161,13 +154,6 @@ def run(suite: Suite, jobs: dict[str, Future[Result]], directory: Path) -> Resul
     return result
 
 
-def choose(suites: list[Suite], names: set[str]) -> list[Suite]:
-    """Those of the names, or all, and before them what they need."""
-    while missing := {n for s in suites if s.name in names for n in s.all_needs()} - names:
-        names = names | missing
-    return [suite for suite in suites if not names or suite.name in names]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the test suites.")
     parser.add_argument("--full", action="store_true", help="everything on every kernel")
@@ -182,7 +168,9 @@ def main() -> int:
         names = names - {"lint"} | {suite.name for suite in suites if suite.lint}
     if unknown := names - {suite.name for suite in suites}:
         parser.error(f"no such suite: {', '.join(sorted(unknown))}")
-    suites = choose(suites, names)
+    while missing := {n for s in suites if s.name in names for n in s.all_needs()} - names:
+        names |= missing
+    suites = [suite for suite in suites if not names or suite.name in names]
 
     started = time.monotonic()
     jobs: dict[str, Future[Result]] = {}

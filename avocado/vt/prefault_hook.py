@@ -4,8 +4,9 @@
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(params["test_pre_hook"]))  # noqa: F821
+params = locals()["params"]
+sys.path.insert(0, os.path.dirname(params["test_pre_hook"]))
 
-import prefault_vt
+import prefault_vt  # noqa: E402
 
-prefault_vt.enable(params)  # noqa: F821
+prefault_vt.enable(params)

@@ -5,25 +5,38 @@
 after the start that it is there. ``prefault_options = KEY=VALUE,…`` are the plugin's.
 """
 
+from __future__ import annotations
+
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import re
-import subprocess
 import sys
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+from typing import Any
 
 from virttest import env_process, utils_misc
 
 from qemu_prefault.agents.plugin import Control, find_control_socket, plugin_path
 from qemu_prefault.host.procfs import Process
 
+# What the project's tests share: the provider is used where it lies, in a checkout.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
+
+from support import health
+from support.tool import Tool
+
 LOG = logging.getLogger("avocado." + __name__)
+Params = MutableMapping[str, str]
 
-_TROUBLE = re.compile(r"cut here|BUG:|Oops:|Call Trace:|general protection fault|I/O error")
+TOOL_SECONDS = 900.0
+HEALTH_SECONDS = 900.0
 
 
-def enable(params):
+def enable(params: Params) -> None:
     """Do what ``prefault = yes`` asks for; called before a test's QEMUs are started."""
     if params.get("prefault", "no") != "yes":
         env_process.preprocess_vm_on_hook = env_process.postprocess_vm_on_hook = None
@@ -38,7 +51,7 @@ def enable(params):
     env_process.postprocess_vm_on_hook = _check
 
 
-def _check(test, params, env):
+def _check(test: Any, params: Params, env: Any) -> None:
     """Raise unless the plugin is in every QEMU there is; log what it and KVM have counted."""
     for vm in env.get_all_vms():
         if vm.is_alive():
@@ -48,26 +61,27 @@ def _check(test, params, env):
             note(test, "since its start", None, memory_faults(vm))
 
 
-def note(test, moment, without, with_):
+def note(test: Any, moment: str, without: int | None, with_: int) -> None:
     """Leave faults on memory, without prefault and with it, in the test's whiteboard."""
     test.whiteboard = json.dumps([{"moment": moment, "without": without, "with": with_}])
 
 
-def plugin_status(test, vm):
+def plugin_status(test: Any, vm: Any) -> dict[str, Any]:
     """What the plugin in this VM's QEMU says of itself; an error if there is none."""
     process = Process.find(vm.get_pid())
     path = find_control_socket(process)
     if path is None:
         test.error(f"prefault = yes, but the plugin is not in {vm.name}'s QEMU")
+    assert path is not None  # error() has raised
 
-    async def ask():
+    async def ask(path: Path) -> dict[str, Any]:
         async with Control.open(path, process.pid) as control:
             return await control.ask("status")
 
-    return asyncio.run(ask())
+    return asyncio.run(ask(path))
 
 
-def faults(vm):
+def faults(vm: Any) -> dict[str, int]:
     """KVM's fault counters, summed up over the vCPUs."""
     found = {"pf_taken": 0, "pf_emulate": 0}
     for vcpu in vm.monitor.cmd("query-stats", {"target": "vcpu"}):
@@ -78,56 +92,50 @@ def faults(vm):
     return found
 
 
-def memory_faults(vm):
+def memory_faults(vm: Any) -> int:
     """Faults on memory: without those that were accesses to device registers."""
     counters = faults(vm)
     return counters["pf_taken"] - counters["pf_emulate"]
 
 
-class Tool:
-    """A run of ``qemu-prefault`` on the monitor of a VM that the tests leave alone."""
-
-    def __init__(self, test, vm, *arguments):
-        self.test = test
-        self.socket = monitor_of(vm)
-        command = [sys.executable, "-m", "qemu_prefault", "--json", "--qmp", self.socket]
-        self.process = subprocess.Popen(
-            [*command, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def wait_ready(self):
-        """Wait until it awaits an incoming guest."""
-        for line in self.process.stderr:
-            if "ready" in line:
-                return
-        self.test.fail("qemu-prefault has ended before the guest came")
-
-    def finish(self):
-        """Wait for its end; give its report, in which every byte is accounted for."""
-        stdout, stderr = self.process.communicate(timeout=900)
-        LOG.info("qemu-prefault: %s%s", stdout, stderr)
-        if self.process.returncode:
-            self.test.fail(f"qemu-prefault ended with {self.process.returncode}: {stderr}")
-        return json.loads(stdout)
+def start_tool(vm: Any, *arguments: str) -> Tool:
+    """Start ``qemu-prefault`` on the monitor of a VM that the tests leave alone."""
+    return Tool(["--json", "--qmp", monitor_of(vm), *arguments], fork=False)
 
 
-def monitor_of(vm):
+def finish_tool(test: Any, tool: Tool) -> dict[str, Any]:
+    """Wait for its end; return its report, in which every byte is accounted for."""
+    with failing(test):
+        result = tool.finish(TOOL_SECONDS)
+        LOG.info("qemu-prefault: %s%s", result.stdout, result.stderr)
+        return result.complete()
+    raise AssertionError  # not reached: failing() has raised
+
+
+@contextlib.contextmanager
+def failing(test: Any) -> Iterator[None]:
+    """Let the test fail if an assertion of tests/support does; it would end with an error."""
+    try:
+        yield
+    except AssertionError as error:
+        test.fail(str(error))
+
+
+def monitor_of(vm: Any) -> str:
     """The path of the monitor that ``extra_params`` gives a VM for the tool."""
-    return re.search(r"-qmp unix:([^,]+),", vm.params["extra_params"]).group(1)
+    found = re.search(r"-qmp unix:([^,]+),", vm.params["extra_params"])
+    assert found is not None, vm.params["extra_params"]
+    return found[1]
 
 
-def give_monitor(vm):
+def give_monitor(vm: Any) -> None:
     """Let a VM that is yet to be created have a monitor of its own."""
     path = os.path.join("/var/tmp", f"prefault-{vm.instance}.qmp")
     extra = re.sub(r"-qmp unix:\S+", "", vm.params.get("extra_params", ""))
     vm.params["extra_params"] = f"{extra} -qmp unix:{path},server=on,wait=off"
 
 
-def log_in(params, vm):
+def log_in(params: Params, vm: Any) -> Any:
     """A session as root at the serial console."""
     session = vm.wait_for_serial_login(timeout=float(params.get("login_timeout", 360)))
     # Else bash puts escape sequences between a command and its output.
@@ -135,19 +143,17 @@ def log_in(params, vm):
     return session
 
 
-def check_health(test, session):
-    """The system has come up, no unit has failed, and the kernel does not complain."""
-    state = session.cmd_output("systemctl is-system-running --wait", timeout=900).strip()
-    failed = session.cmd_output("systemctl --failed --no-legend --plain", timeout=300).strip()
-    if not state.endswith("running") or failed:
-        test.fail(f"systemd is {state!r}: {failed}")
-    # Not all of it: avocado-vt makes a message to its job of each line that a guest prints.
-    log = session.cmd_output("dmesg --level=emerg,alert,crit,err,warn", timeout=300)
-    if bad := [line for line in log.splitlines() if _TROUBLE.search(line)]:
-        test.fail(f"the kernel complains: {bad}")
+def check_health(test: Any, session: Any) -> None:
+    """Check that the system has come up, no unit has failed, and the kernel does not complain."""
+    with failing(test):
+        health.check_health(
+            lambda command: str(session.cmd_output(command, timeout=HEALTH_SECONDS)),
+            # Not all of it: avocado-vt makes a message to its job of each line a guest prints.
+            dmesg="dmesg --level=emerg,alert,crit,err,warn",
+        )
 
 
-def fill(session, name, mib):
+def fill(session: Any, name: str, mib: int) -> str:
     """Write a file in the guest's memory, no two pages of it the same; give its checksum."""
     size = mib << 20
     session.cmd(f"seq 10000001 {10000001 + size // 9} | head -c {size} >/dev/shm/{name}",
@@ -155,12 +161,12 @@ def fill(session, name, mib):
     return checksum(session, name)
 
 
-def checksum(session, name):
+def checksum(session: Any, name: str) -> str:
     """Read all of a file of :func:`fill`; give its checksum."""
-    return session.cmd(f"sha256sum </dev/shm/{name}", timeout=900).split()[0]
+    return str(session.cmd(f"sha256sum </dev/shm/{name}", timeout=900)).split()[0]
 
 
-def compare(test, what, without, with_, least):
+def compare(test: Any, what: str, without: int, with_: int, least: int) -> None:
     """There was something to win, and at most a hundredth of it was lost."""
     LOG.info("prefault: %s: faults on memory: %d without, %d with", what, without, with_)
     note(test, what, without, with_)
@@ -170,13 +176,13 @@ def compare(test, what, without, with_, least):
         test.fail(f"{with_} faults with prefault, {without} without")
 
 
-def wait_running(test, vm):
+def wait_running(test: Any, vm: Any) -> None:
     """Wait until an incoming guest runs."""
     if not utils_misc.wait_for(lambda: vm.monitor.verify_status("running"), 900, step=0.5):
         test.fail(f"{vm.name} does not run")
 
 
-def read_back(test, params, vm, wanted):
+def read_back(test: Any, params: Params, vm: Any, wanted: str) -> int:
     """Read the file of :func:`fill` where the guest is now; give the faults on memory so far."""
     session = log_in(params, vm)
     if checksum(session, "file") != wanted:

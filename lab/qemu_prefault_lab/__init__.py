@@ -22,20 +22,20 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import CommandError, CommandTimeoutError, LabLostError
+from .errors import LabLostError, RemoteCommandError, RemoteTimeoutError
 
 if TYPE_CHECKING:
     from .machine import Completed, LocalMachine, Machine
     from .nested import Lab, open_machine
 
 __all__ = [
-    "CommandError",
-    "CommandTimeoutError",
     "Completed",
     "Lab",
     "LabLostError",
     "LocalMachine",
     "Machine",
+    "RemoteCommandError",
+    "RemoteTimeoutError",
     "open_machine",
 ]
 
@@ -46,6 +46,10 @@ _HOMES = {
     "Machine": "machine",
     "open_machine": "nested",
 }
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

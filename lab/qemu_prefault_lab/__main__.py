@@ -16,7 +16,7 @@ import click
 from qemu_prefault.errors import FailedError, QemuPrefaultError
 
 from . import cache
-from .errors import CommandError, LabLostError
+from .errors import LAB_FAILED
 from .image import VARIANTS, build, files_disk, variant_named
 from .machine import Machine
 from .nested import Lab, open_machine
@@ -48,7 +48,7 @@ class _Group(click.Group):
             return super().invoke(context)
         except QemuPrefaultError as error:
             click.echo(f"error: {error}", err=True)
-            sys.exit(error.exit_status)
+            sys.exit(LAB_FAILED)
 
 
 @click.group(cls=_Group)
@@ -154,7 +154,7 @@ def boots_command(variant: str, npt: bool, restore: bool, count: int) -> None:
                 done = time.monotonic()
                 lab.power_off()
                 off = time.monotonic()
-        except (FailedError, CommandError, LabLostError) as error:
+        except FailedError as error:
             failures += 1
             click.echo(f"{number:4}  FAILED: {error}")
             continue

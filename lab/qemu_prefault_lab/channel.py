@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""L0's side of a running L1: one thread that owns QEMU, its console and the agent's port.
+"""L0's side of a running L1: one thread that owns QEMU, its console and the command server's port.
 
 The thread starts QEMU itself, because the parent-death signal that keeps a dead test run
 from leaving QEMU behind is tied to the thread that forked. It never waits for anything
 without also watching for the three ways L1 is lost: QEMU ends, the console shows a dying
-kernel, or the agent's beats stop. Then every request ends at once.
+kernel, or the command server's beats stop. Then every request ends at once.
 
-It also pokes the agent twice a second. L1 was seen (Linux 7.2, some twenty L2 guests in)
+It also pokes the command server twice a second. L1 was seen (Linux 7.2, some twenty L2 guests in)
 halted with interrupts enabled and its timer pending in the local APIC, for ever; the
 interrupt of any device wakes it. The likely cause is TCG's helper_vmrun (target/i386/tcg/
 sysemu/svm_helper.c): it sets CPU_INTERRUPT_VIRQ in the vCPU's pending interrupts without
@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import agent
+from . import command_server
 from .errors import LabLostError
 
 _FATAL = re.compile(
@@ -55,7 +55,7 @@ class Request:
 
 
 class Channel:
-    """A QEMU process and the conversation with the agent in it.
+    """A QEMU process and the conversation with the command server in it.
 
     :param argv: QEMU's command line; ``stdio`` is the console, and the two sockets are
         given to it as the file descriptors ``{port}`` and ``{monitor}``.
@@ -80,11 +80,12 @@ class Channel:
         self._next_number = 1
         self._nonce: bytes | None = None
         self._hello = bytearray()
-        self._frames = agent.Frames()
+        self._frames = command_server.Frames()
         self._silent = 0.0
         self._poking = False
         self._doomed: float | None = None
         self._verdict = ""
+        self._qemu_status: int | None = None
         self.lost: LabLostError | None = None
         self.closing = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -123,13 +124,13 @@ class Channel:
     # What callers use; any thread.
 
     def hello(self, timeout: float) -> None:
-        """Make the agent start afresh, set L1's clock, and wait for its answer."""
+        """Make the command server start afresh, set L1's clock, and wait for its answer."""
         deadline = time.monotonic() + timeout
-        nonce = secrets.token_bytes(agent.NONCE_LENGTH)
+        nonce = secrets.token_bytes(command_server.NONCE_LENGTH)
         with self._condition:
             self._nonce = nonce
             self._hello.clear()
-        self.send(agent.HELLO, 0, nonce + struct.pack("!d", time.time()))
+        self.send(command_server.HELLO, 0, nonce + struct.pack("!d", time.time()))
         with self._condition:
             while self._nonce is not None:
                 self._check()
@@ -148,13 +149,13 @@ class Channel:
             return request
 
     def rest(self) -> None:
-        """Bring the agent to rest, with nothing under way in either direction."""
+        """Bring the command server to rest, with nothing under way in either direction."""
         with self._condition:
             self._poking = False
         request = self.open()
-        self.send(agent.BYE, request.number)
+        self.send(command_server.BYE, request.number)
         if self.take(request, self.heartbeat_limit) is None:
-            raise self.give_up("L1's agent did not come to rest")
+            raise self.give_up("L1's command server did not come to rest")
 
     def forget(self, request: Request) -> None:
         """End a request; what still comes for it is dropped."""
@@ -168,7 +169,7 @@ class Channel:
                 self._check()
                 self._condition.wait()
             self._check()
-            self._outgoing += agent.frame(kind, number, payload)
+            self._outgoing += command_server.frame(kind, number, payload)
         self._wake()
 
     def take(self, request: Request, timeout: float) -> tuple[int, bytes] | None:
@@ -242,7 +243,8 @@ class Channel:
             if self._log:
                 self._log.close()
             with self._condition:
-                self.lost = LabLostError(self._verdict or "the lab was closed", self.text())
+                cause = self._verdict or "the lab was closed"
+                self.lost = LabLostError(cause, self.text(), qemu_status=self._qemu_status)
                 for request in self._requests.values():
                     request.frames.put(None)
                 self._condition.notify_all()
@@ -259,7 +261,7 @@ class Channel:
         while not self.closing:
             with self._condition:
                 if self._poking and not self._outgoing and before >= next_poke:
-                    self._outgoing += agent.frame(agent.POKE, 0)
+                    self._outgoing += command_server.frame(command_server.POKE, 0)
                     next_poke = before + _TICK_SECONDS
                 wanted = selectors.EVENT_READ
                 if self._outgoing:
@@ -280,10 +282,11 @@ class Channel:
             if pidfd in ready:
                 while self._read_console(console):
                     pass
-                status = process.wait()
-                self._verdict = self._verdict or f"L1's QEMU ended with status {status}"
+                if not self._verdict:
+                    self._qemu_status = process.wait()
+                    self._verdict = f"L1's QEMU ended with status {self._qemu_status}"
             if self._nonce is None and self._silent > self.heartbeat_limit:
-                self._verdict = f"nothing heard from L1's agent for {self._silent:.0f} s"
+                self._verdict = f"nothing heard from L1's command server for {self._silent:.0f} s"
                 self._doomed = now
             if pidfd in ready or (self._doomed is not None and now >= self._doomed):
                 break
@@ -328,13 +331,13 @@ class Channel:
             if self._nonce is not None:
                 # Before the answer there may be the rest of an earlier conversation.
                 self._hello += data
-                mark = agent.MAGIC + self._nonce
+                mark = command_server.MAGIC + self._nonce
                 found = self._hello.find(mark)
                 if found < 0:
                     return
                 data = bytes(self._hello[found + len(mark) :])
                 self._nonce = None
-                self._frames = agent.Frames()
+                self._frames = command_server.Frames()
                 self._condition.notify_all()
             for kind, number, payload in self._frames.feed(data):
                 if request := self._requests.get(number):

@@ -27,7 +27,7 @@ LIMIT_SECONDS = 1800.0
 HEADERS = ["guest", "way", "stage-2 faults", "first pass s", "steady pass s", "prefaulting s"]
 
 
-class Board:
+class LiveTable:
     """The table as it grows: redrawn in place on a terminal, else a line per change."""
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ def run_demo(as_json: bool) -> None:
     :raise QemuPrefaultError: with what is missing, or what went wrong.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    board = Board()
+    progress = LiveTable()
     with open_machine() as machine:
         nested = not isinstance(machine, LocalMachine)
         python = "python3" if nested else sys.executable
@@ -116,28 +116,28 @@ def run_demo(as_json: bool) -> None:
             [python, "-m", "qemu_prefault_lab.scenario"],
             timeout=LIMIT_SECONDS,
             check=False,
-            on_output=board.feed,
+            on_output=progress.feed,
         )
-    board.wipe()
-    if result.returncode or len(board.rows) != len(CASES):
+    progress.wipe()
+    if result.returncode or len(progress.rows) != len(CASES):
         raise FailedError(
-            board.error.get("cause", f"the demo's scenario ended with {result.returncode}"),
-            board.error.get("remedy") or result.error_text[-2000:],
+            progress.error.get("cause", f"the demo's scenario ended with {result.returncode}"),
+            progress.error.get("remedy") or result.error_text[-2000:],
             code="demo",
         )
     if as_json:
-        rows = [board.rows[row] for row in range(len(CASES))]
+        rows = [progress.rows[row] for row in range(len(CASES))]
         click.echo(
-            json.dumps({"schema": SCHEMA, "machine": {"nested": nested, **board.machine},
+            json.dumps({"schema": SCHEMA, "machine": {"nested": nested, **progress.machine},
                         "backing": "4K", "mib": WORKLOAD_MIB, "rows": rows, "exit": 0})
         )  # fmt: skip
         return
     click.echo(
         f"A guest writes {WORKLOAD_MIB} MiB for the first time, on 4K pages. "
-        f"Kernel {board.machine['kernel']}, QEMU {board.machine['qemu']}."
+        f"Kernel {progress.machine['kernel']}, QEMU {progress.machine['qemu']}."
     )
     if nested:
         click.echo("KVM itself is emulated here: counts are exact, seconds only compare.")
     click.echo()
-    for line in board.lines():
+    for line in progress.lines():
         click.echo(line)

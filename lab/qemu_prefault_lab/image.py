@@ -478,10 +478,10 @@ def l2_files() -> Path:
 def files_disk() -> Path:
     """Build or find the disk that is laid over every root file system as ``/lab``.
 
-    Separate from the images, so that a change of the agent does not rebuild them.
+    Separate from the images, so that a change of the command server does not rebuild them.
     """
     l2 = l2_files()
-    own = [_HERE / "agent.py", _HERE / "start.sh"]
+    own = [_HERE / "command_server.py", _HERE / "start.sh"]
 
     def fill(directory: Path) -> None:
         tree = directory / "tree"

@@ -21,11 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qemu_prefault.errors import FailedError
 from qemu_prefault.host.kvm import debugfs_faults
 from qemu_prefault.host.procfs import Process
 from qemu_prefault.libvirt.find_qemu import find_qemu
 
+from .errors import LibvirtdError
 from .guest import KERNEL_ARGS, l2_directory
 from .serial import Answer, Serial
 from .wait import wait_for
@@ -35,12 +35,6 @@ PROFILES = ("usr.sbin.libvirtd", "usr.lib.libvirt.virt-aa-helper")
 LOG = Path("/var/log/libvirt/qemu")
 # Log files of QEMU's own, without virtlogd; all else is the package's.
 _QEMU_CONF = 'stdio_handler = "file"\n'
-
-
-class LibvirtdError(FailedError):
-    """The daemon, virsh, or a domain does not do what it should."""
-
-    code = "lab-libvirtd"
 
 
 def wait_until(condition: Callable[[], object], what: str, limit: float = 120.0) -> None:
@@ -417,12 +411,12 @@ class Domain:
         line = socket.socket(socket.AF_UNIX)
         line.settimeout(30)
         line.connect(str(self.daemon.root / self.serial_path.relative_to("/")))
-        self._serial = Serial(line, self._problem)
+        self._serial = Serial(line, self._make_error)
         return self._serial
 
-    def _problem(self, what: str) -> LibvirtdError:
+    def _make_error(self, cause: str) -> LibvirtdError:
         said = self._serial.log[-2000:] if self._serial else b""
-        return LibvirtdError(what, f"{self.log()[-3000:]}\nserial: {said!r}")
+        return LibvirtdError(cause, f"{self.log()[-3000:]}\nserial: {said!r}")
 
     def start(self, *arguments: str) -> None:
         """``virsh start``, and listen."""

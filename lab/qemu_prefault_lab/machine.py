@@ -31,7 +31,7 @@ import qemu_prefault
 from qemu_prefault.errors import UnsupportedError
 
 from . import image
-from .errors import CommandError, CommandTimeoutError
+from .errors import RemoteCommandError, RemoteTimeoutError
 from .guest import L2_VARIABLE
 
 OnOutput = Callable[[int, bytes], None]
@@ -42,6 +42,20 @@ GRACE_SECONDS = 5.0
 
 _KVM_CHECK_EXTENSION = 0xAE03
 _KVM_CAP_PRE_FAULT_MEMORY = 236
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """A command to run, as :meth:`Machine.run` was given it.
+
+    :ivar timeout: seconds. :ivar env: added to the machine's environment.
+    """
+
+    argv: tuple[str, ...]
+    timeout: float
+    env: Mapping[str, str]
+    cwd: str | None
+    stdin: BinaryIO
 
 
 @dataclass(frozen=True)
@@ -82,16 +96,7 @@ class Machine(abc.ABC):
         """Give the machine up."""
 
     @abc.abstractmethod
-    def _execute(
-        self,
-        argv: Sequence[str],
-        *,
-        timeout: float,
-        env: Mapping[str, str],
-        cwd: str | None,
-        stdin: BinaryIO,
-        sink: Callable[[int, bytes], None],
-    ) -> tuple[int, bool]:
+    def _execute(self, command: Invocation, sink: OnOutput) -> tuple[int, bool]:
         """Run; give the return code, and whether the time limit struck."""
 
     def run(
@@ -113,11 +118,10 @@ class Machine(abc.ABC):
         :param stdin: what it reads; without, the end of file.
         :param stdout: receives standard output instead of ``Completed.stdout``.
         :param on_output: sees output as it comes.
-        :raise CommandError: it could not be started or, with ``check``, failed.
-        :raise CommandTimeoutError: it ran out of time.
+        :raise RemoteCommandError: it could not be started or, with ``check``, failed.
+        :raise RemoteTimeoutError: it ran out of time.
         :raise LabLostError: the machine is gone.
         """
-        words = [str(word) for word in argv]
         captured = {1: stdout or io.BytesIO(), 2: io.BytesIO()}
 
         def sink(fd: int, data: bytes) -> None:
@@ -130,20 +134,22 @@ class Machine(abc.ABC):
             return buffer.getvalue() if isinstance(buffer, io.BytesIO) else b""
 
         source = io.BytesIO(stdin or b"") if stdin is None or isinstance(stdin, bytes) else stdin
+        command = Invocation(tuple(str(word) for word in argv), timeout, env or {}, cwd, source)
+        program = command.argv[0]
         started = time.monotonic()
         try:
-            returncode, timed_out = self._execute(
-                words, timeout=timeout, env=env or {}, cwd=cwd, stdin=source, sink=sink
-            )
+            returncode, timed_out = self._execute(command, sink)
         except OSError as error:
-            raise CommandError(f"cannot start {words[0]}: {error}", b"", b"") from error
-        result = Completed(tuple(words), returncode, kept(1), kept(2), time.monotonic() - started)
+            raise RemoteCommandError(f"cannot start {program}: {error}", b"", b"") from error
+        result = Completed(command.argv, returncode, kept(1), kept(2), time.monotonic() - started)
         if timed_out:
-            raise CommandTimeoutError(
-                f"{words[0]} was killed after {timeout:g} s", result.stdout, result.stderr
+            raise RemoteTimeoutError(
+                f"{program} was killed after {timeout:g} s", result.stdout, result.stderr
             )
         if check and returncode:
-            raise CommandError(f"{words[0]} exited with {returncode}", result.stdout, result.stderr)
+            raise RemoteCommandError(
+                f"{program} exited with {returncode}", result.stdout, result.stderr
+            )
         return result
 
     def put(self, source: Path, destination: str) -> None:
@@ -306,30 +312,21 @@ class LocalMachine(Machine):
     def __enter__(self) -> LocalMachine:
         return self
 
-    def _execute(
-        self,
-        argv: Sequence[str],
-        *,
-        timeout: float,
-        env: Mapping[str, str],
-        cwd: str | None,
-        stdin: BinaryIO,
-        sink: Callable[[int, bytes], None],
-    ) -> tuple[int, bool]:
+    def _execute(self, command: Invocation, sink: OnOutput) -> tuple[int, bool]:
         process = subprocess.Popen(
-            argv,
+            command.argv,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            cwd=cwd,
-            env={**os.environ, **self._environment, **env},
+            cwd=command.cwd,
+            env={**os.environ, **self._environment, **command.env},
             start_new_session=True,
         )
         assert process.stdin and process.stdout and process.stderr
 
         def feed(pipe: IO[bytes]) -> None:
             try:
-                shutil.copyfileobj(stdin, pipe)
+                shutil.copyfileobj(command.stdin, pipe)
                 pipe.close()
             except BrokenPipeError:
                 pass
@@ -347,7 +344,7 @@ class LocalMachine(Machine):
             thread.start()
         timed_out = False
         try:
-            process.wait(timeout)
+            process.wait(command.timeout)
         except subprocess.TimeoutExpired:
             timed_out = True
             os.killpg(process.pid, signal.SIGTERM)

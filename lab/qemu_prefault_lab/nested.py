@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The nested lab: L1 under TCG, booted or restored, and spoken to through its agent.
+"""The nested lab: L1 under TCG, booted or restored, and spoken to through its command_server.
 
 The first start of a kind of L1 boots it, saves its memory and throws it away; every start
 (that one included) then restores the memory within a second or two. The memory file is
@@ -15,15 +15,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from qemu_prefault.errors import FailedError
 
-from . import agent, cache, image
+from . import cache, command_server, image
 from .channel import Channel, exit_status
-from .errors import LabLostError
-from .machine import GRACE_SECONDS, UEFI_VARIABLE, LocalMachine, Machine, kvm_can_prefault
-from .qmp import Qmp, QmpError
+from .errors import LabLostError, QmpError
+from .machine import (
+    GRACE_SECONDS,
+    UEFI_VARIABLE,
+    Invocation,
+    LocalMachine,
+    Machine,
+    OnOutput,
+    kvm_can_prefault,
+)
+from .qmp import Qmp
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +128,7 @@ class Lab(Machine):
         :param emulator: a QEMU under which guests with UEFI run, instead of the lab's own.
         :param snapshot: False boots from power-on and leaves no snapshot.
         :param boot_timeout: seconds after which a boot that goes nowhere is given up.
-        :param heartbeat_limit: seconds of the agent's silence that make L1 lost.
+        :param heartbeat_limit: seconds of the command server's silence that make L1 lost.
         :param console_log: a file that receives the console, as it is written.
         :raise LabLostError: L1 died on the way; its message ends with the console.
         """
@@ -175,41 +182,37 @@ class Lab(Machine):
         try:
             self.run(["sh", "-c", script], timeout=timeout, check=False)
         except LabLostError as lost:
-            if "QEMU ended with status 0" in lost.cause:
-                return
-            raise
+            if lost.qemu_status != 0:
+                raise
+            return
         raise self._channel.give_up("L1 did not power off")
 
-    def _execute(
-        self,
-        argv: Sequence[str],
-        *,
-        timeout: float,
-        env: Mapping[str, str],
-        cwd: str | None,
-        stdin: BinaryIO,
-        sink: Callable[[int, bytes], None],
-    ) -> tuple[int, bool]:
+    def _execute(self, command: Invocation, sink: OnOutput) -> tuple[int, bool]:
         channel = self._channel
         request = channel.open()
-        message = {"argv": list(argv), "env": {**self._env, **env}, "cwd": cwd, "timeout": timeout,
-                   "grace": GRACE_SECONDS}  # fmt: skip
-        # The agent keeps the time; this limit is for an agent that does not.
-        deadline = time.monotonic() + timeout + 3 * GRACE_SECONDS + channel.heartbeat_limit
-        kinds = {agent.STDOUT: 1, agent.STDERR: 2}
+        message = {
+            "argv": command.argv,
+            "env": {**self._env, **command.env},
+            "cwd": command.cwd,
+            "timeout": command.timeout,
+            "grace": GRACE_SECONDS,
+        }
+        # The command server keeps the time; this limit is for one that does not.
+        deadline = time.monotonic() + command.timeout + 3 * GRACE_SECONDS + channel.heartbeat_limit
+        kinds = {command_server.STDOUT: 1, command_server.STDERR: 2}
         try:
-            channel.send(agent.RUN, request.number, json.dumps(message).encode())
-            while chunk := stdin.read(_STDIN_BYTES):
-                channel.send(agent.STDIN, request.number, chunk)
-            channel.send(agent.STDIN, request.number)
+            channel.send(command_server.RUN, request.number, json.dumps(message).encode())
+            while chunk := command.stdin.read(_STDIN_BYTES):
+                channel.send(command_server.STDIN, request.number, chunk)
+            channel.send(command_server.STDIN, request.number)
             while True:
                 item = channel.take(request, deadline - time.monotonic())
                 if item is None:
-                    raise channel.give_up(f"L1's agent lost track of {argv[0]}")
+                    raise channel.give_up(f"L1's command server lost track of {command.argv[0]}")
                 kind, payload = item
                 if kind in kinds:
                     sink(kinds[kind], payload)
-                elif kind == agent.EXIT:
+                elif kind == command_server.EXIT:
                     status = exit_status(payload)
                     if "error" in status:
                         raise OSError(status["strerror"])
@@ -217,7 +220,7 @@ class Lab(Machine):
         except BaseException:
             # The caller stops listening (an error, Ctrl-C): nobody wants its result.
             if channel.lost is None:
-                channel.send(agent.KILL, request.number, bytes([signal.SIGKILL]))
+                channel.send(command_server.KILL, request.number, bytes([signal.SIGKILL]))
             raise
         finally:
             channel.forget(request)

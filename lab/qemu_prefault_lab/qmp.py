@@ -13,13 +13,7 @@ import socket
 import time
 from typing import Any
 
-from qemu_prefault.errors import FailedError
-
-
-class QmpError(FailedError):
-    """QEMU refused a command, or the conversation broke."""
-
-    code = "lab-qmp"
+from .errors import QmpError
 
 
 class Qmp:

@@ -55,7 +55,7 @@ CASES: Final = tuple(Case(moment, way) for moment in ("boot", "restore") for way
 
 
 @dataclass(frozen=True)
-class Spent:
+class Cost:
     """Seconds a way cost, as the helpers inside QEMU timed it."""
 
     populate: float = 0.0
@@ -74,7 +74,7 @@ class Measured:
     faults: int
     first_pass: float
     steady_pass: float
-    spent: Spent
+    spent: Cost
 
 
 def tell(event: str, **values: Any) -> None:
@@ -99,7 +99,7 @@ def small_pages() -> Iterator[None]:
         disable_huge_pages(0)
 
 
-async def bare_ioctl(guest: Guest) -> Spent:
+async def bare_ioctl(guest: Guest) -> Cost:
     """KVM_PRE_FAULT_MEMORY over all RAM as it is: what one would write first."""
     async with connect(str(guest.qmp_path)) as vm:
         agent = PtraceAgent(vm.process, await vm.vcpu_threads((), True))
@@ -110,10 +110,10 @@ async def bare_ioctl(guest: Guest) -> Spent:
             result = await agent.run({0: ranges}, lambda done: None)
         finally:
             await agent.close()
-    return Spent(prefault=result.seconds)
+    return Cost(prefault=result.seconds)
 
 
-def run_tool(guest: Guest) -> Spent:
+def run_tool(guest: Guest) -> Cost:
     """The command line, as a user types it."""
     argv = [sys.executable, "-m", "qemu_prefault", "--qmp", str(guest.qmp_path), "--json"]
     result = subprocess.run(argv, capture_output=True, text=True, check=False)
@@ -122,13 +122,13 @@ def run_tool(guest: Guest) -> Spent:
             f"qemu-prefault ended with {result.returncode}", result.stderr or result.stdout
         )
     seconds = json.loads(result.stdout)["seconds"]
-    return Spent(seconds["populate"], seconds["prefault"])
+    return Cost(seconds["populate"], seconds["prefault"])
 
 
-def prepare(guest: Guest, way: str) -> Spent:
+def prepare(guest: Guest, way: str) -> Cost:
     if way == BARE:
         return asyncio.run(bare_ioctl(guest))
-    return run_tool(guest) if way == TOOL else Spent()
+    return run_tool(guest) if way == TOOL else Cost()
 
 
 @contextlib.contextmanager

@@ -20,16 +20,16 @@ class Serial:
 
     :param line: its socket, owned from here on.
     :param pidfd: of its QEMU, whose end ends every wait; without, the end of the line does.
-    :param problem: makes the error that is raised for a sentence of what went wrong.
+    :param make_error: Return the error to raise, given what went wrong.
     :ivar log: all that was ever received.
     """
 
     def __init__(
-        self, line: socket.socket, problem: Callable[[str], Exception], pidfd: int | None = None
+        self, line: socket.socket, make_error: Callable[[str], Exception], pidfd: int | None = None
     ) -> None:
         self._socket = line
         self._socket.setblocking(False)
-        self._problem = problem
+        self._make_error = make_error
         self._poll = select.poll()
         self._poll.register(line, select.POLLIN)
         if pidfd is not None:
@@ -52,7 +52,7 @@ class Serial:
         try:
             self._send(text)
         except ConnectionError as error:
-            raise self._problem("QEMU ended") from error
+            raise self._make_error("QEMU ended") from error
 
     def expect(self, pattern: str, timeout: float) -> re.Match[bytes]:
         """Wait for the console to show this; what it showed up to its end is forgotten."""
@@ -77,7 +77,7 @@ class Serial:
             text = self._line(deadline, word)
             first, _, rest = text.partition(" ")
             if first == "error":
-                raise self._problem(f"the guest says: {rest}")
+                raise self._make_error(f"the guest says: {rest}")
             if first == word:
                 pairs = (item.partition("=") for item in rest.split())
                 return {key: _number(value) for key, _, value in pairs}
@@ -99,13 +99,13 @@ class Serial:
         left = deadline - time.monotonic()
         ready = dict(self._poll.poll(left * 1000)) if left > 0 else {}
         if not ready:
-            raise self._problem(late)
+            raise self._make_error(late)
         data = b""
         if self._socket.fileno() in ready:
             with contextlib.suppress(ConnectionError):  # a killed QEMU: as at its end
                 data = self._socket.recv(1 << 16)
         if not data:
-            raise self._problem(f"QEMU ended while {awaited!r} was awaited")
+            raise self._make_error(f"QEMU ended while {awaited!r} was awaited")
         self._buffer += data
         self.log += data
 

@@ -22,4 +22,4 @@ echo '+memory +cpu +pids' >/sys/fs/cgroup/cgroup.subtree_control
 # kvm.* and kvm_amd.* on the kernel's command line are read by modprobe. The lab stays
 # useful without KVM (a TCG guest), so a kernel that refuses is reported, not fatal.
 modprobe kvm_amd || echo "lab-init: modprobe kvm_amd failed"
-exec python3 -S -E /lab/agent.py lab
+exec python3 -S -E /lab/command_server.py lab

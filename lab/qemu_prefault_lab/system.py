@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-from qemu_prefault.agents.plugin import plugin_path
+from typing import Any
 
 from .distro import PASSWORD
-from .guest import KERNEL_ARGS, Guest, GuestError
+from .errors import GuestError
+from .guest import KERNEL_ARGS
+from .qemu_guest import QemuConfig, QemuGuest
 
 DISTROS_VARIABLE = "QEMU_PREFAULT_DISTROS"
 """Environment variable naming the directory of the distributions."""
@@ -28,11 +29,6 @@ GUEST_KERNEL_ARGS = (
     "noxsave "
     # A plugged DIMM is used at once, and by what can be moved: files in memory.
     "memhp_default_state=online_movable"
-)
-# Every WARN() begins by a line to cut at. That a CPU is vulnerable is a "WARNING:" as well.
-_TROUBLE = re.compile(
-    r"cut here|BUG:|Oops:|Call Trace:|general protection fault|Bad page|Out of memory|"
-    r"EXT4-fs error|I/O error|blocked for more than|Machine Check"
 )
 
 
@@ -51,57 +47,49 @@ def make_overlay(disk: Path, overlay: Path, disk_format: str = "raw") -> None:
     )  # fmt: skip
 
 
-class SystemGuest(Guest):
-    """A QEMU with a whole distribution in it, spoken to at its serial console.
+@dataclass(frozen=True, kw_only=True)
+class SystemConfig(QemuConfig):
+    """How a whole distribution is started.
 
-    :param distro: a directory name below :data:`DISTROS_VARIABLE`, whose kernel is started; None:
+    :ivar distro: a directory name below :data:`DISTROS_VARIABLE`, whose kernel is started; None:
         whatever the firmware finds on the disk.
-    :param overlay: of :func:`make_overlay`; a migration's two guests, and a saved guest and
+    :ivar overlay: of :func:`make_overlay`; a migration's two guests, and a saved guest and
         its restored one, have it in common.
-    :param firmware: ``seabios`` or ``ovmf`` (for ``q35``).
-
-    The rest is as in :class:`Guest`.
+    :ivar firmware: ``seabios`` or ``ovmf`` (for ``q35``).
     """
 
-    def __init__(
-        self,
-        distro: str | None,
-        overlay: Path,
-        *,
-        machine: str = "pc",
-        memory_mib: int = 512,
-        memory: str = "",
-        smp: int = 1,
-        backing: str = "ram",
-        firmware: str = "seabios",
-        paused: bool = False,
-        incoming: str | Path | None = None,
-        plugin: Sequence[str] | None = None,
-        args: Sequence[str] = (),
-    ) -> None:
-        self._prepare()
-        self._commands = 0
-        microvm = machine.partition(",")[0] == "microvm"
+    distro: str | None
+    overlay: Path
+    memory_mib: int = 512
+    firmware: str = "seabios"
+
+    def argv(self, directory: Path) -> list[str]:
+        microvm = self.machine.partition(",")[0] == "microvm"
         argv = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"]
-        argv += self._load_plugin(plugin)
-        argv += self._backing(backing, memory_mib)
-        if firmware == "ovmf":
-            argv += self._flash(machine)
-        argv += ["-machine", f"{machine},memory-backend=ram", "-accel", "kvm", "-cpu", "host"]
-        argv += ["-m", f"{memory_mib}M" + (f",{memory}" if memory else ""), "-smp", str(smp)]
-        if distro is not None:
-            boot = distro_directory(distro) / "boot"
+        argv += self.plugin_arguments(directory)
+        argv += self.backing_arguments(directory)
+        argv += self.flash_arguments(directory) if self.firmware == "ovmf" else []
+        argv += ["-machine", f"{self.machine},memory-backend=ram", "-accel", "kvm", "-cpu", "host"]
+        argv += ["-m", self.memory_argument, "-smp", str(self.smp)]
+        if self.distro is not None:
+            boot = distro_directory(self.distro) / "boot"
             # microvm's firmware starts only what needs no decompressing.
             argv += ["-kernel", str(boot / ("vmlinux" if microvm else "vmlinuz"))]
             argv += ["-initrd", str(boot / "initrd"), "-append", GUEST_KERNEL_ARGS]
-        argv += ["-drive", f"file={overlay},format=qcow2,if=none,id=disk,cache=unsafe"]
+        argv += ["-drive", f"file={self.overlay},format=qcow2,if=none,id=disk,cache=unsafe"]
         argv += ["-device", f"virtio-blk-{'device' if microvm else 'pci'},drive=disk"]
-        self._launch(argv, paused, incoming, args)
+        return argv
 
-    def _load_plugin(self, options: Sequence[str] | None) -> list[str]:
-        if options is None:
-            return []
-        return ["-plugin", ",".join([str(plugin_path()), f"socket={self.control_path}", *options])]
+
+class SystemGuest(QemuGuest):
+    """A QEMU with a whole distribution in it, spoken to at its serial console.
+
+    :param changes: the other fields of its :class:`SystemConfig`.
+    """
+
+    def __init__(self, distro: str | None, overlay: Path, **changes: Any) -> None:
+        self._commands = 0
+        super().__init__(SystemConfig(distro=distro, overlay=overlay, **changes))
 
     # The console.
 
@@ -160,20 +148,6 @@ class SystemGuest(Guest):
         """Wait until an incoming guest runs."""
         if self.status() != "running":
             self.wait_event("RESUME", timeout=timeout)
-
-    # Its health.
-
-    def check_health(self, timeout: float = 600.0) -> None:
-        """Raise unless the system has come up with no unit failed and no trouble in its log."""
-        state = self.shell("systemctl is-system-running --wait", timeout, check=False)
-        failed = self.shell("systemctl --failed --no-legend --plain")
-        if state != "running" or failed:
-            raise GuestError(f"in the guest: systemd is {state!r}", failed or "no unit has failed")
-        log = self.shell("dmesg").splitlines()
-        for number, line in enumerate(log):
-            if _TROUBLE.search(line):
-                rest = " / ".join(log[number : number + 4])
-                raise GuestError(f"in the guest: the kernel complains: {rest}", "\n".join(log))
 
     def fill(self, name: str, mib: int, timeout: float = 600.0) -> None:
         """Write a file in the guest's memory, in which no two pages are the same."""

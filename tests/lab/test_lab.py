@@ -22,12 +22,12 @@ from pathlib import Path
 import pytest
 
 from qemu_prefault_lab import (
-    CommandError,
-    CommandTimeoutError,
     Lab,
     LabLostError,
     LocalMachine,
     Machine,
+    RemoteCommandError,
+    RemoteTimeoutError,
     cache,
 )
 from qemu_prefault_lab.machine import kvm_can_prefault
@@ -62,7 +62,7 @@ class TestRun:
         assert (result.returncode, result.stdout, result.stderr) == (7, b"out\n", b"err\n")
 
     def test_failure_raises_with_stderr(self, machine: Machine) -> None:
-        with pytest.raises(CommandError, match="no such thing") as caught:
+        with pytest.raises(RemoteCommandError, match="no such thing") as caught:
             machine.run(["sh", "-c", "echo no such thing >&2; exit 1"])
         assert caught.value.stderr == b"no such thing\n"
 
@@ -71,7 +71,7 @@ class TestRun:
         assert result.returncode == -signal.SIGKILL
 
     def test_absent_command(self, machine: Machine) -> None:
-        with pytest.raises(CommandError, match="/does/not/exist"):
+        with pytest.raises(RemoteCommandError, match="/does/not/exist"):
             machine.run(["/does/not/exist"])
 
     def test_stdin_is_binary(self, machine: Machine) -> None:
@@ -119,13 +119,13 @@ class TestRun:
 
     def test_timeout_kills_command_and_children(self, lab: Lab) -> None:
         script = "echo begun; sleep 4321 & sleep 4321"
-        with pytest.raises(CommandTimeoutError) as caught:
+        with pytest.raises(RemoteTimeoutError) as caught:
             lab.run(["sh", "-c", script], timeout=2)
         assert caught.value.stdout == b"begun\n"
         assert lab.run(["pgrep", "-f", "sleep 4321"], check=False).stdout == b""
 
     def test_timeout_kills_a_command_that_ignores_sigterm(self, lab: Lab) -> None:
-        with pytest.raises(CommandTimeoutError):
+        with pytest.raises(RemoteTimeoutError):
             lab.run(["sh", "-c", "trap '' TERM; while :; do sleep 1; done"], timeout=1)
 
 
@@ -153,7 +153,7 @@ class TestFiles:
         assert (back / "link").readlink() == Path("sub")
 
     def test_get_absent_file(self, machine: Machine, tmp_path: Path) -> None:
-        with pytest.raises(CommandError, match="No such file"):
+        with pytest.raises(RemoteCommandError, match="No such file"):
             machine.get("/nowhere/file", tmp_path / "file")
 
     def test_installed_wheel_has_its_commands(self, machine: Machine, tmp_path: Path) -> None:
@@ -180,13 +180,14 @@ class TestLost:
     def test_silent_agent(self) -> None:
         with Lab.start("trixie", heartbeat_limit=5) as lab, pytest.raises(LabLostError) as caught:
             lab.run(["sh", "-c", "kill -STOP $PPID; sleep 1000"])
-        assert "nothing heard from L1's agent" in caught.value.cause
+        assert "nothing heard from L1's command server" in caught.value.cause
 
     def test_killed_qemu(self) -> None:
         with Lab.start("trixie") as lab, pytest.raises(LabLostError) as caught:
             os.kill(lab.qemu_pid, signal.SIGKILL)
             lab.run(["sleep", "1000"])
         assert "QEMU ended with status -9" in caught.value.cause
+        assert caught.value.qemu_status == -signal.SIGKILL
 
     def test_commands_after_a_loss_fail_fast(self) -> None:
         with Lab.start("trixie") as lab:

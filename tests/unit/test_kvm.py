@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from qemu_prefault import _native
-from qemu_prefault.kvm import KVM_CAP_PRE_FAULT_MEMORY, pre_fault_capability
+from qemu_prefault.host.kvm import KVM_CAP_PRE_FAULT_MEMORY, pre_fault_capability
 
 open_file = os.open
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """With prefault = yes: boots, and resets, take next to no faults."""
 
+from typing import Any
+
 import prefault_vt
 
 
-def run(test, params, env):
+def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
     """
     1) Log in; the system is healthy
     2) Write a file in the guest's memory, read it back

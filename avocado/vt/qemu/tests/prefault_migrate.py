@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Prefault a guest that migrates, before it goes on at its target."""
 
+from typing import Any
+
 import prefault_vt
 
 
-def run(test, params, env):
+def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
     """
     1) Log in, write a file in the guest's memory
     2) Migrate to a second QEMU; prefault = no: as it is; read the file: one fault a page
@@ -20,19 +22,21 @@ def run(test, params, env):
     for prefault in (False, True):
         migrate(test, params, vm, prefault)
         taken.append(prefault_vt.read_back(test, params, vm, wanted))
-    prefault_vt.compare(test, "migrate", *taken, size << 8)
+    without, with_ = taken
+    prefault_vt.compare(test, "migrate", without, with_, size << 8)
 
 
-def migrate(test, params, vm, prefault):
+def migrate(test: Any, params: prefault_vt.Params, vm: Any, prefault: bool) -> None:
     """Migrate by hand what VM.migrate() does in one piece; the object becomes the target's."""
     protocol = params["migration_protocol"]
     target = vm.clone(copy_state=False)
     prefault_vt.give_monitor(target)
     target.create(migration_mode=protocol, mac_source=vm)
     try:
-        tool = prefault_vt.Tool(test, target, "--incoming", "--cont") if prefault else None
+        tool = prefault_vt.start_tool(target, "--incoming", "--cont") if prefault else None
         if tool:
-            tool.wait_ready()
+            with prefault_vt.failing(test):
+                tool.wait_ready()
         if protocol == "tcp":
             uri = f"tcp:localhost:{target.migration_port}"
         else:
@@ -44,7 +48,7 @@ def migrate(test, params, vm, prefault):
         if not vm.mig_succeeded():
             test.fail("the migration has failed")
         if tool:
-            tool.finish()
+            prefault_vt.finish_tool(test, tool)
         else:
             target.resume()
         prefault_vt.wait_running(test, target)

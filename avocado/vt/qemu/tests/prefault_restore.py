@@ -2,11 +2,12 @@
 """Prefault a restored guest before it goes on."""
 
 import os
+from typing import Any
 
 import prefault_vt
 
 
-def run(test, params, env):
+def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
     """
     1) Log in, write a file in the guest's memory, save the guest to a file
     2) Restore it as it is, let it go on, read its file: one fault a page
@@ -31,11 +32,12 @@ def run(test, params, env):
     for prefault in (False, True):
         vm.restore_from_file(state)
         if prefault:
-            prefault_vt.Tool(test, vm, "--cont").finish()
+            prefault_vt.finish_tool(test, prefault_vt.start_tool(vm, "--cont"))
         else:
             vm.resume()
         prefault_vt.wait_running(test, vm)
         taken.append(prefault_vt.read_back(test, params, vm, wanted))
         vm.pause()
     os.remove(state)
-    prefault_vt.compare(test, "restore", *taken, size << 8)
+    without, with_ = taken
+    prefault_vt.compare(test, "restore", without, with_, size << 8)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Prefault before the guest's first instruction."""
 
+from typing import Any
+
 import prefault_vt
 
 
-def run(test, params, env):
+def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
     """
     1) Start the VM paused (paused_after_start_vm), with a monitor for the tool
     2) Prefault it and let it start: qemu-prefault --cont
@@ -13,7 +15,7 @@ def run(test, params, env):
     What firmware throws away is not counted here: prefault = yes is for that.
     """
     vm = env.get_vm(params["main_vm"])
-    report = prefault_vt.Tool(test, vm, "--cont").finish()
+    report = prefault_vt.finish_tool(test, prefault_vt.start_tool(vm, "--cont"))
     if report["bytes"]["remaining"] or not sum(report["stage2"]["after"].values()):
         test.fail(f"not prefaulted: {report}")
     session = prefault_vt.log_in(params, vm)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The lab's hands inside L1: runs commands for the host, over a virtio-serial port.
+"""The command server in L1: it runs commands for the host, over a virtio-serial port.
 
 Runs alone on L1's Python (3.11 to 3.14, standard library only) as the one child of the
 first process. The host imports this module too, for the protocol below.
@@ -34,14 +34,14 @@ MAGIC = b"\x00lab-hello\x00"
 NONCE_LENGTH = 16
 BEAT_SECONDS = 1.0
 
-# Host to agent.
+# Host to server.
 HELLO = 1  # nonce + wall-clock time as a big endian double: forget everything, start afresh
 RUN = 2  # JSON: argv, env, cwd, timeout, grace
 STDIN = 3  # bytes; empty is the end of file
 KILL = 4  # one byte: the signal number
 BYE = 5  # no more beats, nothing runs: a snapshot is about to be taken
 POKE = 6  # nothing to do; its interrupt is what L1 may need (see Channel)
-# Agent to host. HELLO is answered by MAGIC + nonce, which is no frame (see Channel).
+# Server to host. HELLO is answered by MAGIC + nonce, which is no frame (see Channel).
 STDOUT = 16
 STDERR = 17
 EXIT = 18  # JSON: returncode, timed_out, or error (a name of errno) and strerror
@@ -82,8 +82,8 @@ class Frames:
 class Command:
     """One running command and its pipes."""
 
-    def __init__(self, agent: Agent, number: int, request: dict[str, Any]) -> None:
-        self.agent = agent
+    def __init__(self, server: CommandServer, number: int, request: dict[str, Any]) -> None:
+        self.server = server
         self.number = number
         self.grace = float(request.get("grace", 5.0))
         timeout = request.get("timeout")
@@ -111,7 +111,7 @@ class Command:
         self.paused = False
         self.pidfd = os.pidfd_open(self.process.pid)
         self.drain_until = 0.0
-        select = agent.selector.register
+        select = server.selector.register
         select(self.pidfd, selectors.EVENT_READ, self.on_exit)
         for fd in self.outputs:
             os.set_blocking(fd, False)
@@ -126,9 +126,9 @@ class Command:
         except BlockingIOError:
             return
         if data:
-            self.agent.send(self.outputs[fd], self.number, data)
+            self.server.send(self.outputs[fd], self.number, data)
             return
-        self.agent.selector.unregister(fd)
+        self.server.selector.unregister(fd)
         del self.outputs[fd]
         self.finish_if_done()
 
@@ -139,9 +139,9 @@ class Command:
         self.paused = paused
         for fd in self.outputs:
             if paused:
-                self.agent.selector.unregister(fd)
+                self.server.selector.unregister(fd)
             else:
-                self.agent.selector.register(fd, selectors.EVENT_READ, self.on_output)
+                self.server.selector.register(fd, selectors.EVENT_READ, self.on_output)
 
     def feed(self, data: bytes) -> None:
         if not data:
@@ -164,17 +164,17 @@ class Command:
             self.unread.clear()
             self.stdin_ended = True
         if self.unread and not self.stdin_selected:
-            self.agent.selector.register(self.stdin, selectors.EVENT_WRITE, self.on_stdin)
+            self.server.selector.register(self.stdin, selectors.EVENT_WRITE, self.on_stdin)
             self.stdin_selected = True
         elif not self.unread and self.stdin_selected:
-            self.agent.selector.unregister(self.stdin)
+            self.server.selector.unregister(self.stdin)
             self.stdin_selected = False
         if self.stdin_ended and not self.unread:
             self.close_stdin()
 
     def close_stdin(self) -> None:
         if self.stdin_selected:
-            self.agent.selector.unregister(self.stdin)
+            self.server.selector.unregister(self.stdin)
             self.stdin_selected = False
         if self.stdin_open:
             self.stdin_open = False
@@ -182,7 +182,7 @@ class Command:
             self.process.stdin.close()
 
     def on_exit(self, _fd: int, _mask: int) -> None:
-        self.agent.selector.unregister(self.pidfd)
+        self.server.selector.unregister(self.pidfd)
         os.close(self.pidfd)
         self.returncode = self.process.wait()
         self.unread.clear()
@@ -214,23 +214,23 @@ class Command:
     def finish(self) -> None:
         self.close()
         status = {"returncode": self.returncode, "timed_out": self.timed_out}
-        self.agent.send(EXIT, self.number, json.dumps(status).encode())
+        self.server.send(EXIT, self.number, json.dumps(status).encode())
 
     def close(self) -> None:
         """Let go of everything; the process itself is left to whoever called."""
-        self.agent.commands.pop(self.number, None)
+        self.server.commands.pop(self.number, None)
         self.pause(True)
         self.close_stdin()
         assert self.process.stdout and self.process.stderr
         self.process.stdout.close()
         self.process.stderr.close()
         if self.returncode is None:
-            self.agent.selector.unregister(self.pidfd)
+            self.server.selector.unregister(self.pidfd)
             os.close(self.pidfd)
 
 
 def _become_ordinary() -> None:
-    # The agent is favoured over everything that may starve or exhaust L1; its children
+    # The server is favoured over everything that may starve or exhaust L1; its children
     # are not.
     os.nice(10)
     _write("/proc/self/oom_score_adj", "0")
@@ -241,7 +241,7 @@ def _write(path: str, text: str) -> None:
         file.write(text)
 
 
-class Agent:
+class CommandServer:
     """The loop: one port, many commands."""
 
     def __init__(self, port: int) -> None:
@@ -356,7 +356,7 @@ def open_port(name: str) -> int:
             if file.read().strip() == name:
                 device = os.path.basename(os.path.dirname(path))
                 return os.open(f"/dev/{device}", os.O_RDWR | os.O_CLOEXEC)
-    raise SystemExit(f"lab-agent: no virtio-serial port {name!r}")
+    raise SystemExit(f"lab-command-server: no virtio-serial port {name!r}")
 
 
 def main() -> None:
@@ -366,8 +366,8 @@ def main() -> None:
     port = open_port(sys.argv[1])
     fcntl.fcntl(port, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
     # The host takes this line as the sign that L1 is up.
-    print("lab-agent: ready", flush=True)
-    Agent(port).run()
+    print("lab-command-server: ready", flush=True)
+    CommandServer(port).run()
 
 
 if __name__ == "__main__":

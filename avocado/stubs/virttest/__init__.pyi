@@ -1,0 +1,1 @@
+"""What our tests use of avocado-vt, which has no type hints."""

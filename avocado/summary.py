@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Sum up an avocado job from its ``results.json``: what failed, and a table of the figures.
+
+A test leaves its figures in its whiteboard, as a JSON list of rows. A whiteboard is free text,
+so a job may have any other: avocado-vt itself writes QEMU's and KVM's versions to it as a Python
+dict, and a test that was cut off leaves none. Those have no rows here, and are no error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ENDINGS = {"PASS": "passed", "WARN": "passed", "CANCEL": "skipped", "SKIP": "skipped"}
+# The fields of a row, and their types, as written by guests.py and by vt/prefault_vt.py.
+_DISTRO_ROW = {
+    **dict.fromkeys(("distro", "moment", "machine", "backing", "firmware", "pages"), str),
+    "smp": int,
+    "with": dict,
+}
+_VT_ROW = {"moment": str, "with": int}
+_SAMPLE = {"seconds": (int, float), "faults": int, "emulated": int}
+
+Row = dict[str, Any]
+
+
+def summarize(results: Path) -> tuple[list[str], Counter[str]]:
+    """Return the lines that sum a job up, and how many tests passed, failed and were skipped."""
+    counts = Counter[str]()
+    try:
+        job = json.loads((results / "results.json").read_text())
+    except FileNotFoundError:
+        counts["failed"] += 1
+        return [f"avocado ran no test: {results} has no results.json", ""], counts
+    rows: list[Row] = []
+    lines = []
+    for test in job["tests"]:
+        ending = ENDINGS.get(test["status"], "failed")
+        counts[ending] += 1
+        if ending != "passed":
+            lines.append(f"{test['status']}: {test['id']}: {test['fail_reason']}")
+        if test["status"] == "PASS":
+            rows += rows_of(test)
+    if distros := [row for row in rows if "distro" in row]:
+        lines += ["", *distro_table(distros)]
+    elif rows:
+        lines += ["", *vt_table(job["tests"])]
+    return [*lines, "", f"results: {results}/results.html", ""], counts
+
+
+def rows_of(test: dict[str, Any]) -> list[Row]:
+    """Return the rows that one of our tests left in its whiteboard; none for any other text."""
+    try:
+        found = json.loads(test["whiteboard"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return []
+    return [row for row in found if _is_row(row)] if isinstance(found, list) else []
+
+
+def _is_row(row: object) -> bool:
+    if not isinstance(row, dict):
+        return False
+    if _has(row, _DISTRO_ROW):
+        samples = [row["with"], row.get("without") or row["with"]]
+        return all(isinstance(sample, dict) and _has(sample, _SAMPLE) for sample in samples)
+    return _has(row, _VT_ROW) and isinstance(row.get("without"), int | None)
+
+
+def _has(found: Row, fields: dict[str, Any]) -> bool:
+    return all(isinstance(found.get(name), kind) for name, kind in fields.items())
+
+
+def distro_table(rows: Sequence[Row]) -> list[str]:
+    """Format the rows of a job of distro.py or cloud.py as a table in Markdown."""
+    lines = [
+        "| distribution | machine | moment | seconds, without | with | faults on memory, without "
+        "| with | device accesses, without | with |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        machine = [row["machine"].partition(",")[0]]
+        machine += [row["backing"]] if row["backing"] != "ram" else []
+        machine += ["OVMF"] if row["firmware"] == "ovmf" else []
+        machine += ["THP"] if row["pages"] != "never" else []
+        machine += [f"{row['smp']} vCPUs"] if row["smp"] > 1 else []
+        cells = [row["distro"], ", ".join(machine), row["moment"]]
+        for part in ("seconds", "memory", "emulated"):
+            for which in ("without", "with"):
+                cells.append(_figure(row.get(which), part))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def vt_table(tests: Sequence[dict[str, Any]]) -> list[str]:
+    """Format a job of avocado-vt as a table in Markdown, a line for each test."""
+    lines = [
+        "| test | seconds | measured | faults on memory, without | with |",
+        "|---|--:|---|--:|--:|",
+    ]
+    for test in tests:
+        for row in rows_of(test) or [{}]:
+            faults = [
+                "" if (n := row.get(key)) is None else f"{n:,}" for key in ("without", "with")
+            ]
+            name = test["name"].removeprefix("type_specific.").partition(";")[0]
+            cells = [name, f"{test['time_elapsed']:.0f}", row.get("moment", ""), *faults]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _figure(sample: dict[str, Any] | None, part: str) -> str:
+    if not sample:
+        return ""
+    if part == "seconds":
+        return f"{sample['seconds']:.1f}"
+    return (
+        f"{sample['emulated'] if part == 'emulated' else sample['faults'] - sample['emulated']:,}"
+    )

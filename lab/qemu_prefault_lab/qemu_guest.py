@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A QEMU with a guest in it: its process, its monitors, its serial line. Runs where the KVM is.
+
+What the guest is, and how it is spoken to on the serial line, is the business of the classes
+built on it: :class:`.guest.Guest` and :class:`.system.SystemGuest`. Each QEMU has two monitors:
+``qmp_path`` is for the tool under test, the other belongs to this class, so that each can be
+watched while the other is in use.
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from qemu_prefault.agents.plugin import plugin_path
+
+from .errors import GuestError, QmpError
+from .qmp import Qmp
+from .serial import Serial
+
+_BACKINGS = {
+    "ram": "memory-backend-ram",
+    "memfd": "memory-backend-memfd",
+    "file": "memory-backend-file,share=on,mem-path={directory}",
+    "file-private": "memory-backend-file,share=off,mem-path={directory}",
+    "hugetlb": "memory-backend-memfd,hugetlb=on,hugetlbsize=2M",
+}
+_OVMF_CODE = "/usr/share/OVMF/OVMF_CODE_4M.fd"
+_OVMF_SMM_CODE = "/usr/share/OVMF/OVMF_CODE_4M.secboot.fd"
+_OVMF_VARIABLES = "/usr/share/OVMF/OVMF_VARS_4M.fd"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QemuConfig(abc.ABC):
+    """How a QEMU is started, as far as all kinds of guest have it in common.
+
+    :ivar machine: ``pc``, ``q35`` or ``microvm``, and further properties after a comma.
+    :ivar backing: a key of ``ram``, ``memfd``, ``file``, ``file-private``, ``hugetlb``,
+        and further properties after a comma (``ram,prealloc=on``); None is a plain ``-m``.
+    :ivar memory: the ``-m`` argument's further parts (``slots=2,maxmem=2G``).
+    :ivar paused: start with ``-S``: status is ``prelaunch``, nothing has run.
+    :ivar incoming: a URI, ``defer``, or the path of a file written by :meth:`QemuGuest.save`.
+    :ivar args: further arguments for QEMU.
+    :ivar plugin: options of our plugin (``["keep=off"]``), to have it loaded; None: do not.
+    """
+
+    machine: str = "pc"
+    memory_mib: int = 384
+    memory: str = ""
+    smp: int = 1
+    backing: str | None = "ram"
+    paused: bool = False
+    incoming: str | Path | None = None
+    args: Sequence[str] = ()
+    plugin: Sequence[str] | None = None
+
+    @abc.abstractmethod
+    def argv(self, directory: Path) -> list[str]:
+        """Return QEMU's command line but for what every QEMU gets.
+
+        :param directory: for files of this QEMU's own; they are made there.
+        """
+
+    @property
+    def memory_argument(self) -> str:
+        """The argument of ``-m``."""
+        return f"{self.memory_mib}M" + (f",{self.memory}" if self.memory else "")
+
+    def backing_arguments(self, directory: Path) -> list[str]:
+        """Return the ``-object`` that is the memory backend ``ram``; nothing for a plain ``-m``."""
+        if self.backing is None:
+            return []
+        kind, _, properties = self.backing.partition(",")
+        text = _BACKINGS[kind].format(directory=directory / "memory")
+        text += f",id=ram,size={self.memory_mib}M" + (f",{properties}" if properties else "")
+        return ["-object", text]
+
+    def flash_arguments(self, directory: Path) -> list[str]:
+        """Return the arguments that make UEFI the firmware; its variables are copied."""
+        smm = "smm=off" not in self.machine
+        variables = directory / "variables"
+        shutil.copy(_OVMF_VARIABLES, variables)
+        flash = "if=pflash,format=raw"
+        return [
+            *("-drive", f"{flash},unit=0,readonly=on,file={_OVMF_SMM_CODE if smm else _OVMF_CODE}"),
+            *("-drive", f"{flash},unit=1,file={variables}"),
+            *("-global", f"driver=cfi.pflash01,property=secure,value={'on' if smm else 'off'}"),
+        ]
+
+    def plugin_arguments(self, directory: Path) -> list[str]:
+        """Return the ``-plugin`` that loads ours, if it is wanted."""
+        if self.plugin is None:
+            return []
+        return ["-plugin", f"{plugin_path()},{plugin_options(directory, self.plugin)}"]
+
+
+def plugin_options(directory: Path, options: Sequence[str]) -> str:
+    """Return our plugin's options, as ``-plugin`` and ``QEMU_PREFAULT_OPTIONS`` take them."""
+    return ",".join([f"socket={_control_path(directory)}", *options])
+
+
+def _control_path(directory: Path) -> Path:
+    return directory / "control"
+
+
+class QemuGuest:
+    """A QEMU with a guest in it. A context manager; leaving it kills QEMU.
+
+    :ivar pid: QEMU's process id.
+    :ivar qmp_path: the monitor nobody uses, for the tool under test.
+    :ivar control_path: the plugin's control socket.
+    """
+
+    def __init__(self, config: QemuConfig) -> None:
+        self._scratch = tempfile.TemporaryDirectory(prefix="l2-")
+        self.directory = Path(self._scratch.name)
+        self.qmp_path = self.directory / "qmp"
+        self.control_path = _control_path(self.directory)
+        self._stderr_path = self.directory / "stderr"
+        argv = config.argv(self.directory)
+        if config.paused:
+            argv.append("-S")
+        incoming = config.incoming
+        if incoming is not None:
+            argv += ["-incoming", "defer" if isinstance(incoming, Path) else incoming]
+        self._start([*argv, *config.args])
+        try:
+            # Failed migrations and restores are told by events, not found by asking again.
+            self.qmp(
+                "migrate-set-capabilities",
+                capabilities=[{"capability": "events", "state": True}],
+            )
+            if isinstance(incoming, Path):
+                self._migrate("migrate-incoming", incoming)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _start(self, argv: list[str]) -> None:
+        # The harness's ends are socket pairs: nothing to wait for. The tool's monitor is
+        # bound by QEMU itself, because its peer credentials are part of what is tested.
+        serial, serial_far = socket.socketpair()
+        monitor, monitor_far = socket.socketpair()
+        argv = [
+            *argv,
+            *("-chardev", f"socket,id=serial,fd={serial_far.fileno()}", "-serial"),
+            *("chardev:serial", "-chardev", f"socket,id=harness,fd={monitor_far.fileno()}"),
+            *("-mon", "harness,mode=control"),
+            *("-qmp", f"unix:{self.qmp_path},server=on,wait=off"),
+        ]
+        self.argv = argv
+        try:
+            with self._stderr_path.open("wb") as stderr:
+                self.process = subprocess.Popen(
+                    ["setpriv", "--pdeathsig", "KILL", "--", *argv],
+                    stdin=subprocess.DEVNULL,
+                    stdout=stderr,
+                    stderr=stderr,
+                    pass_fds=(serial_far.fileno(), monitor_far.fileno()),
+                )
+        except BaseException:
+            self._scratch.cleanup()
+            raise
+        finally:
+            serial_far.close()
+            monitor_far.close()
+        self.pid = self.process.pid
+        self._pidfd = os.pidfd_open(self.pid)
+        self._serial = Serial(serial, self._make_error, self._pidfd)
+        try:
+            self.monitor = Qmp(monitor, timeout=60.0)
+        except QmpError as error:
+            problem = self._make_error(f"QEMU did not start: {error.cause}")
+            self.kill()
+            raise problem from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    # The process.
+
+    @property
+    def stderr(self) -> str:
+        """What QEMU has said on stdout and stderr."""
+        return self._stderr_path.read_text(errors="replace")
+
+    @property
+    def serial_log(self) -> bytes:
+        """All that the guest has sent on its serial line."""
+        return self._serial.log
+
+    @property
+    def alive(self) -> bool:
+        """Whether QEMU is running."""
+        return self.process.poll() is None
+
+    def kill(self) -> None:
+        """Kill QEMU and remove its files; harmless when repeated."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+            self._serial.close()
+            if hasattr(self, "monitor"):
+                self.monitor.close()
+            self._scratch.cleanup()
+
+    def wait_exit(self, timeout: float = 60.0) -> int:
+        """Wait for QEMU to end by itself; give its return code."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise self._make_error(f"QEMU did not end within {timeout:g} s") from None
+
+    def _make_error(self, cause: str) -> GuestError:
+        try:
+            # A QEMU that is about to end closes its sockets first.
+            code: int | None = self.process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            code = None
+        state = "is still running" if code is None else f"ended with {code}"
+        serial = self.serial_log.decode(errors="replace").replace("\r", "")[-2000:]
+        stderr = self.stderr if self._stderr_path.exists() else ""
+        return GuestError(cause, f"QEMU {state}; stderr: {stderr.strip()!r}\nserial: {serial!r}")
+
+    # The monitor.
+
+    def qmp(self, command: str, timeout: float = 60.0, **arguments: Any) -> Any:
+        """Run a QMP command on the harness's own monitor."""
+        try:
+            return self.monitor.execute(command, timeout, **arguments)
+        except QmpError as error:
+            if not self.alive:
+                raise self._make_error(f"QEMU ended: {error.cause}") from error
+            raise
+
+    def hmp(self, line: str) -> str:
+        """Run a human monitor command."""
+        text: str = self.qmp("human-monitor-command", command_line=line)
+        return text
+
+    def status(self) -> str:
+        """Give the run state: ``running``, ``paused``, ``prelaunch``, ``inmigrate``…"""
+        text: str = self.qmp("query-status")["status"]
+        return text
+
+    def wait_event(self, *names: str, timeout: float = 60.0) -> dict[str, Any]:
+        """Take the first event of one of these names."""
+        return self.monitor.wait_event(*names, timeout=timeout)
+
+    def save(self, path: Path, timeout: float = 120.0) -> None:
+        """Stop the guest and write its state to a file, for ``Guest(incoming=path)``.
+
+        The default bandwidth limit of a migration is that of a network.
+        """
+        self.qmp("stop")
+        self.qmp("migrate-set-parameters", max_bandwidth=1 << 40)
+        path.touch()
+        self._migrate("migrate", path)
+        self._wait_migration(timeout, "save")
+
+    def wait_restored(self, timeout: float = 120.0) -> None:
+        """Wait until an incoming state is loaded; the guest is ``paused`` as :meth:`save`
+        left it, and ``cont`` makes it go on."""
+        self._wait_migration(timeout, "restore")
+
+    def _migrate(self, command: str, path: Path) -> None:
+        # QEMU before 8.2 has no "file:", and newer ones refuse a file as "fd:". A pipe
+        # works with all and takes more than twice as long under TCG.
+        try:
+            self.qmp(command, uri=f"file:{path}")
+        except QmpError:
+            with path.open("r+b") as state:
+                self.monitor.send_fd("state", state.fileno())
+            self.qmp(command, uri="fd:state")
+
+    def _wait_migration(self, timeout: float, what: str) -> None:
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                event = self.wait_event("MIGRATION", timeout=deadline - time.monotonic())
+            except QmpError as error:
+                raise self._make_error(f"{what} failed: {error.cause}") from error
+            status = event["data"]["status"]
+            if status == "completed":
+                return
+            if status in ("failed", "cancelled"):
+                raise self._make_error(f"{what} {status}")
+
+    def stats(self) -> dict[str, int]:
+        """Give KVM's counters: those of the VM, and those of the vCPUs summed up.
+
+        ``pages_4k``, ``pages_2m``, ``pages_1g`` are entries now in the stage-2 tables;
+        ``pf_taken`` and its like count since the guest was started.
+        """
+        totals: dict[str, int] = {}
+        for target in ("vm", "vcpu"):
+            for provider in self.qmp("query-stats", target=target):
+                for stat in provider["stats"]:
+                    if isinstance(stat["value"], int):
+                        name = stat["name"].replace("-", "_")
+                        totals[name] = totals.get(name, 0) + int(stat["value"])
+        return totals
+
+    # The plugin.
+
+    def control(self, request: str, timeout: float = 30.0) -> dict[str, Any]:
+        """Send one request to the plugin's control socket, on a connection of its own."""
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(timeout)
+            client.connect(str(self.control_path))
+            client.sendall(request.encode() + b"\n")
+            answer: dict[str, Any] = json.loads(client.makefile().readline())
+        return answer

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The product and the lab are two distributions."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import qemu_prefault
+
+LAB = Path(__file__).resolve().parents[2] / "lab"
+WITHOUT_LAB = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class NoLab(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "qemu_prefault_lab":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NoLab())
+from qemu_prefault.__main__ import main
+
+main()
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_demo_without_lab_is_unsupported(options: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LAB, "demo", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 4
+    if options:
+        error = json.loads(done.stdout)["error"]
+        assert error["code"] == "no-lab"
+        remedy = error["remedy"]
+    else:
+        remedy = done.stderr
+    assert "pip install ./lab" in remedy
+    assert "make demo" in remedy
+
+
+def test_product_has_no_lab_in_it() -> None:
+    files = metadata.files("qemu-prefault")
+    assert files
+    assert not [file for file in files if file.parts[0] == "qemu_prefault_lab"]
+    assert not [file for file in files if file.parts[:2] == ("qemu_prefault", "lab")]
+
+
+def test_lab_requires_this_version_of_the_product() -> None:
+    """The lab uses the product's internals, so the two are released together."""
+    project = tomllib.loads((LAB / "pyproject.toml").read_text())["project"]
+    assert project["version"] == qemu_prefault.__version__
+    assert f"qemu-prefault=={qemu_prefault.__version__}" in project["dependencies"]
+
+
+def test_lab_failure_is_not_a_status_of_the_command(tmp_path: Path) -> None:
+    """The exit status of run and pytest is that of the command in the lab."""
+    done = subprocess.run(
+        [sys.executable, "-m", "qemu_prefault_lab", "qemu", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 125
+    assert done.stderr.startswith("error: ")

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a run says it did is checked against KVM's counters."""
+
+from __future__ import annotations
+
+import pytest
+
+from qemu_prefault.engine.tally import RunTally
+from qemu_prefault.host.kvm import Stage2Leaves
+from qemu_prefault.qemu.memory_map import MemorySection
+
+MIB = 1 << 20
+
+
+def section(gpa: int, size: int) -> MemorySection:
+    return MemorySection(
+        name="ram",
+        gpa=gpa,
+        size=size,
+        hva=0x7F0000000000 + gpa,
+        offset=gpa,
+        page_size=4096,
+        memdev="ram",
+        device=None,
+        share=None,
+        reserve=None,
+        node=None,
+        skipped=None,
+        skip_code=None,
+    )
+
+
+@pytest.fixture
+def tally() -> RunTally:
+    """Two sections, of 4 and 8 MiB, that have been prefaulted completely."""
+    tally = RunTally()
+    for part in (section(0, 4 * MIB), section(16 * MIB, 8 * MIB)):
+        tally = tally.of(part)
+        tally.requested = tally.prefaulted = tally.accounted = part.size
+    return tally
+
+
+def sums(tally: RunTally) -> tuple[int, int, int]:
+    """Bytes requested, prefaulted and accounted for."""
+    tallies = tally.tallies.values()
+    return (
+        sum(tally.requested for tally in tallies),
+        sum(tally.prefaulted for tally in tallies),
+        sum(tally.accounted for tally in tallies),
+    )
+
+
+def test_what_the_counters_do_not_show_is_not_accounted_for(tally: RunTally) -> None:
+    tally.after = Stage2Leaves(pages_4k=256, pages_2m=1, pages_1g=0)
+    tally.verify()
+    assert sums(tally) == (12 * MIB, 3 * MIB, 3 * MIB)
+    assert set(tally.warnings) == {"zapped"}
+    assert "9.0 MiB" in tally.warnings["zapped"]
+
+
+@pytest.mark.parametrize("pages_2m", [6, 7])
+def test_counters_that_show_it_all_change_nothing(tally: RunTally, pages_2m: int) -> None:
+    tally.after = Stage2Leaves(pages_4k=0, pages_2m=pages_2m, pages_1g=0)
+    tally.verify()
+    assert sums(tally) == (12 * MIB,) * 3
+    assert not tally.warnings
+
+
+def test_without_counters_there_is_a_warning(tally: RunTally) -> None:
+    tally.verify()
+    assert sums(tally) == (12 * MIB,) * 3
+    assert set(tally.warnings) == {"no-counters"}
