@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from ..errors import Code, FailedError, GoneError, UnsupportedError
+from ..errors import Code, FailedError, GoneError, QemuPrefaultError, UnsupportedError
 
 BackingKind = Literal["anonymous", "memfd", "shmem", "hugetlb", "file", "device"]
 
@@ -256,27 +256,37 @@ def mappings_of(maps: Sequence[MemoryMapping], start: int, size: int) -> tuple[M
 def thread_names(pid: int) -> dict[int, str]:
     """Return a process's threads, as ``/proc/PID/task/TID/comm`` names them; none if it is gone."""
     names = {}
-    with contextlib.suppress(OSError):
-        for tid in list_until_stable(lambda: os.listdir(f"{PROC}/{pid}/task")):
+    with contextlib.suppress(OSError, QemuPrefaultError):
+        for tid in _list_threads(pid, lambda: os.listdir(f"{PROC}/{pid}/task")):
             with contextlib.suppress(OSError), open(f"{PROC}/{pid}/task/{tid}/comm") as comm:
                 names[int(tid)] = comm.read().rstrip("\n")
     return names
 
 
-def list_until_stable(list_tasks: Callable[[], list[str]]) -> list[str]:
-    """List threads until a list comes twice.
+def _list_threads(pid: int, list_tasks: Callable[[], list[str]]) -> list[str]:
+    """List a process's threads until none of them can have been left out.
 
-    Once is not enough: when a thread ends under the kernel's hand, one behind it is left out,
-    for it goes on by count (next_tid() and first_tid(), fs/proc/base.c). That which ended was
-    listed itself, so a list that comes twice is whole.
+    The kernel's own list leaves out a live thread if another one ends while it is read: it goes
+    on by count, and counts the one that ends even if it skips it (proc_task_readdir(),
+    first_tid() and next_tid(), fs/proc/base.c). A CPU that is away in the middle of
+    __unhash_process() (kernel/exit.c) makes every list of that time equally short. But the
+    thread that ends is no longer counted by then (``Threads:`` of /proc/PID/status), and cannot
+    be found by its number. So a list is whole if at least as many threads as were counted after
+    it are still found after that.
     """
-    before: list[str] = []
+    found: list[str] = []
     for _ in range(MOST_LISTINGS):
-        names = list_tasks()
-        if names == before:
+        listed = list_tasks()
+        count = _count_threads(pid)
+        found = [tid for tid in listed if os.path.exists(f"{PROC}/{pid}/task/{tid}/comm")]
+        if len(found) >= count:
             break
-        before = names
-    return before
+    return found
+
+
+def _count_threads(pid: int) -> int:
+    match = re.search(r"^Threads:\s+([0-9]{1,9})$", read_file(f"{PROC}/{pid}/status", pid), re.M)
+    return int(match[1]) if match else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +330,7 @@ class Process:
 
     def threads(self) -> tuple[int, ...]:
         """Return the ids of its threads, ascending."""
-        names = list_until_stable(lambda: self.listdir("task"))
+        names = _list_threads(self.pid, lambda: self.listdir("task"))
         return tuple(sorted(int(name) for name in names if name.isdecimal()))
 
     def status(self, tid: int | None = None) -> Status:

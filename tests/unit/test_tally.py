@@ -35,18 +35,18 @@ def tally() -> RunTally:
     """Two sections, of 4 and 8 MiB, that have been prefaulted completely."""
     tally = RunTally()
     for part in (section(0, 4 * MIB), section(16 * MIB, 8 * MIB)):
-        tally = tally.of(part)
-        tally.requested = tally.prefaulted = tally.accounted = part.size
+        done = tally.of(part)
+        done.requested = done.prefaulted = done.accounted = part.size
     return tally
 
 
 def sums(tally: RunTally) -> tuple[int, int, int]:
     """Bytes requested, prefaulted and accounted for."""
-    tallies = tally.tallies.values()
+    sections = tally.tallies.values()
     return (
-        sum(tally.requested for tally in tallies),
-        sum(tally.prefaulted for tally in tallies),
-        sum(tally.accounted for tally in tallies),
+        sum(section.requested for section in sections),
+        sum(section.prefaulted for section in sections),
+        sum(section.accounted for section in sections),
     )
 
 
