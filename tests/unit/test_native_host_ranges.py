@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the plugin knows of memory that QEMU maps while the plugin is loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import qemu_prefault
+
+NATIVE = Path(qemu_prefault.__file__).parent / "native"
+START, SIZE = 0x10000000, 1 << 20
+MAP_NORESERVE = 0x4000  # asm-generic/mman.h; not in every Python's mmap module
+SOURCE = """
+#include "host_ranges.h"
+int overcommitted(uint64_t start, uint64_t size, int flags)
+{
+	pf_ranges_mapped(start, size, -1, flags);
+	return !!(pf_ranges_facts(start, size) & MEMORY_OVERCOMMIT);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler is installed")
+    directory = tmp_path_factory.mktemp("host-memory")
+    (directory / "driver.c").write_text(SOURCE)
+    parts = [*NATIVE.glob("plugin/*.c"), *NATIVE.glob("common/*.c")]
+    includes = {f"-I{path}" for path in (NATIVE, NATIVE / "plugin")}
+    output = directory / "library.so"
+    command = ["cc", "-std=gnu11", "-shared", "-fPIC", *sorted(includes), "-o", str(output)]
+    subprocess.run([*command, str(directory / "driver.c"), *map(str, parts)], check=True)
+    return ctypes.CDLL(str(output))
+
+
+@pytest.mark.parametrize(("flags", "expected"), [(0, 0), (MAP_NORESERVE, 1)])
+def test_what_is_mapped_without_reserve_is_overcommitted(
+    library: ctypes.CDLL, flags: int, expected: int
+) -> None:
+    known = library.overcommitted
+    known.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int]
+    assert known(START, SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | flags) == expected
