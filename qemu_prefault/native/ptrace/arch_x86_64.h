@@ -77,6 +77,12 @@ static inline uint64_t arch_stack_pointer(const struct user_regs_struct *regs)
 	return regs->rsp;
 }
 
+/* Nothing below this address of its stack is in use. */
+static inline uint64_t arch_free_stack(const struct user_regs_struct *regs)
+{
+	return regs->rsp - ARCH_RED_ZONE;
+}
+
 static inline long arch_result(const struct user_regs_struct *regs)
 {
 	return (long)regs->rax;
