@@ -111,6 +111,31 @@ def test_includes_go_down(name: str) -> None:
             assert ORDER.index(used) <= ORDER.index(name), f"{path} includes {used}.h"
 
 
+def test_state_is_changed_by_the_files_that_it_names() -> None:
+    text = (NATIVE / "plugin/state.h").read_text()
+    owners = {}
+    for comment, block in re.findall(r"/\* Changed by: (.*?) \*/\n(.*?)\n\n", text, re.DOTALL):
+        for name in re.findall(r"^extern [^;]*?(\w+)(?:\[\w*\])?;", block, re.MULTILINE):
+            owners[name] = set(re.findall(r"\w+\.c", comment))
+    defined = re.findall(r"^extern [^;{]*?(\w+)(?:\[\w*\])?;", text, re.MULTILINE)
+    assert set(defined) - set(owners) == {"pf_lock", "pf_changed"}
+    found: dict[str, set[str]] = {name: set() for name in owners}
+    for path in NATIVE.glob("plugin/*.c"):
+        code = path.read_text()
+        for name in owners:
+            written = (
+                rf"(?<![*\w] ){name}\s*(?:[-+|&]?=(?!=)|\+\+|--)|--{name}|\+\+{name}"
+                rf"|= {name} = |atomic_(?:store|fetch_\w+|exchange)\(&{name}\b"
+                rf"|pf_grow\(\(void \*\*\)&{name}\b"
+            )
+            if re.search(written, code) and path.name != "state.c":
+                found[name].add(path.name)
+    for name, files in found.items():
+        assert files <= owners[name], name
+    written_somewhere = {name for name, files in found.items() if files}
+    assert {"pf_vm_fd", "pf_memslots", "pf_queue", "pf_in_flight"} <= written_somewhere
+
+
 @needs_tools
 @pytest.mark.parametrize("name", [n for n in ORDER if n not in HEADERS_ONLY])
 def test_calls_go_down(objects: Mapping[str, Object], name: str) -> None:

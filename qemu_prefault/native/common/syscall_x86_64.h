@@ -5,6 +5,8 @@
 
 #include <asm/unistd.h>
 
+#define SYSCALL_BYTES 2 /* of the instruction */
+
 static inline long prefault_syscall3(long number, long a, long b, long c)
 {
 	long result;

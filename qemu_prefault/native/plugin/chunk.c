@@ -73,14 +73,95 @@ static uint64_t run_stage2(const struct work_item *item, struct run_ctx *ctx, ui
 	return at;
 }
 
+/* How far a chunk got, and when. */
+struct progress {
+	uint64_t started, populated_at, ended;
+	uint64_t populated;    /* bytes */
+	uint64_t mapped, done; /* bytes, as run_stage2() */
+	int error;	       /* the ioctl's */
+};
+
+/* The lock is held, in this and in all that follows. */
+static void count_progress(const struct work_item *item, struct run_ctx *ctx,
+			   const struct progress *progress, struct memslot *slot)
+{
+	uint64_t from, length;
+	bool again = progress->mapped && !pf_ranges_unmarked(MEMORY_PREFAULTED, item->hva,
+							     progress->done, &from, &length);
+
+	pf_ranges_set_mark(MEMORY_PREFAULTED, item->hva, progress->done);
+	ctx->populated += progress->populated;
+	ctx->prefaulted += progress->mapped;
+	ctx->again |= again;
+	pf_counters.populated += progress->populated;
+	pf_counters.populate_ns += progress->populated_at - progress->started;
+	pf_counters.prefaulted += progress->mapped;
+	pf_counters.prefault_ns += progress->ended - progress->populated_at;
+	if (again) {
+		pf_counters.again += progress->mapped;
+		pf_counters.again_ns += progress->ended - progress->populated_at;
+	}
+	if (slot)
+		slot->prefaulted += progress->mapped;
+}
+
+static void end_populate(const struct work_item *item, const struct prefault_range *populate,
+			 struct memslot *slot)
+{
+	struct work_item rest = *item;
+
+	pf_ranges_set_mark(MEMORY_POPULATED, item->hva, populate->done);
+	rest.size = populate->size;
+	if (populate->error == PREFAULT_ABORTED) {
+		pf_queue_put_back(rest, populate->done);
+	} else if (populate->error) {
+		pf_counters.errors++;
+		pf_log_event("error", "populate", ",\"errno\":%d,\"gpa\":%llu,\"size\":%llu",
+			     populate->error, (unsigned long long)(item->gpa + populate->done),
+			     (unsigned long long)(rest.size - populate->done));
+		if (slot) /* what is there is prefaulted all the same */
+			pf_queue_make_resident_only(slot);
+	}
+}
+
+static void end_stage2(const struct work_item *item, struct vcpu *self,
+		       const struct progress *progress, struct memslot *slot)
+{
+	uint64_t done = progress->done;
+	int error = progress->error;
+
+	if (error == PREFAULT_ABORTED || error == PREFAULT_STUCK || error == EOPNOTSUPP) {
+		pf_queue_put_back(*item, done);
+		if (error == PREFAULT_ABORTED &&
+		    (done || progress->ended - progress->populated_at < STUCK_NS))
+			return;
+		/* The vCPU is the matter: let it go through the guest, or let others do it. */
+		self->stuck = true;
+		self->retry_at = progress->ended + QUIET_NS;
+		pf_counters.stuck++;
+		pf_log_event("stuck", error == EOPNOTSUPP ? "guest mode" : "no progress",
+			     ",\"vcpu\":%lu", self->id);
+	} else if (error) {
+		pf_counters.errors++;
+		if (slot && (error == EFAULT || error == ENOENT)) {
+			pf_queue_drop_memslot(slot->id); /* no RAM after all */
+			slot->state = SLOT_SKIPPED;
+			slot->why = "not prefaultable";
+			pf_queue_update();
+		}
+		pf_log_event("error", "prefault", ",\"errno\":%d,\"gpa\":%llu,\"size\":%llu", error,
+			     (unsigned long long)(item->gpa + done),
+			     (unsigned long long)(item->size - done));
+	}
+}
+
 void pf_chunk_run(struct work_item item, struct run_ctx *ctx)
 {
 	struct vcpu *self = ctx->vcpu;
 	struct prefault_range populate = { .start = item.hva,
 					   .size = item.size,
 					   .kind = PREFAULT_POPULATE };
-	uint64_t started = prefault_now_ns(), populated_at, ended, mapped = 0, done = 0;
-	int error = 0;
+	struct progress progress = { .started = prefault_now_ns() };
 	bool no_memory = item.populate && pf_guest_entered &&
 			 !(pf_ranges_facts(item.hva, item.size) & MEMORY_HUGETLB) &&
 			 pf_headroom() < 4 * CHUNK;
@@ -96,10 +177,11 @@ void pf_chunk_run(struct work_item item, struct run_ctx *ctx)
 			run_range(&populate, ctx);
 		item.size = populate.done; /* the rest is put back as it was */
 	}
-	populated_at = prefault_now_ns();
+	progress.populated = populate.done;
+	progress.populated_at = prefault_now_ns();
 	if (item.stage2 && item.size)
-		done = run_stage2(&item, ctx, &mapped, &error);
-	ended = prefault_now_ns();
+		progress.done = run_stage2(&item, ctx, &progress.mapped, &progress.error);
+	progress.ended = prefault_now_ns();
 	atomic_store(&self->busy_since, 0);
 	pthread_mutex_lock(&pf_lock);
 	self->in_progress.size = 0;
@@ -107,64 +189,12 @@ void pf_chunk_run(struct work_item item, struct run_ctx *ctx)
 	pf_leave_ioctl();
 
 	struct memslot *slot = pf_find_memslot(item.slot);
-	uint64_t from, length;
-	bool again = mapped &&
-		     !pf_ranges_unmarked(MEMORY_PREFAULTED, item.hva, done, &from, &length);
 
-	pf_ranges_set_mark(MEMORY_PREFAULTED, item.hva, done);
-	ctx->populated += populate.done;
-	ctx->prefaulted += mapped;
-	ctx->again |= again;
-	pf_counters.populated += populate.done;
-	pf_counters.populate_ns += populated_at - started;
-	pf_counters.prefaulted += mapped;
-	pf_counters.prefault_ns += ended - populated_at;
-	if (again) {
-		pf_counters.again += mapped;
-		pf_counters.again_ns += ended - populated_at;
-	}
-	if (slot)
-		slot->prefaulted += mapped;
+	count_progress(&item, ctx, &progress, slot);
 	if (item.populate) {
-		struct work_item rest = item;
-
-		pf_ranges_set_mark(MEMORY_POPULATED, item.hva, populate.done);
-		rest.size = populate.size;
-		if (populate.error == PREFAULT_ABORTED) {
-			pf_queue_put_back(rest, populate.done);
-		} else if (populate.error) {
-			pf_counters.errors++;
-			pf_log_event("error", "populate",
-				     ",\"errno\":%d,\"gpa\":%llu,\"size\":%llu", populate.error,
-				     (unsigned long long)(item.gpa + populate.done),
-				     (unsigned long long)(rest.size - populate.done));
-			if (slot) /* what is there is prefaulted all the same */
-				pf_queue_make_resident_only(slot);
-		}
+		end_populate(&item, &populate, slot);
 		item.populate = false;
 	}
-	if (!item.stage2 || done >= item.size)
-		return;
-	if (error == PREFAULT_ABORTED || error == PREFAULT_STUCK || error == EOPNOTSUPP) {
-		pf_queue_put_back(item, done);
-		if (error == PREFAULT_ABORTED && (done || ended - populated_at < STUCK_NS))
-			return;
-		/* The vCPU is the matter: let it go through the guest, or let others do it. */
-		self->stuck = true;
-		self->retry_at = ended + QUIET_NS;
-		pf_counters.stuck++;
-		pf_log_event("stuck", error == EOPNOTSUPP ? "guest mode" : "no progress",
-			     ",\"vcpu\":%lu", self->id);
-	} else if (error) {
-		pf_counters.errors++;
-		if (slot && (error == EFAULT || error == ENOENT)) {
-			pf_queue_drop_memslot(slot->id); /* no RAM after all */
-			slot->state = SLOT_SKIPPED;
-			slot->why = "not prefaultable";
-			pf_queue_update();
-		}
-		pf_log_event("error", "prefault", ",\"errno\":%d,\"gpa\":%llu,\"size\":%llu", error,
-			     (unsigned long long)(item.gpa + done),
-			     (unsigned long long)(item.size - done));
-	}
+	if (item.stage2 && progress.done < item.size)
+		end_stage2(&item, self, &progress, slot);
 }

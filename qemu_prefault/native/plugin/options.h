@@ -8,7 +8,10 @@
 
 enum populate { POPULATE_AUTO, POPULATE_ALL, POPULATE_RESIDENT };
 
-/* Set while QEMU is single threaded; later keep and populate change, under pf_lock. */
+/*
+ * Changed by: options.c, main.c, while QEMU is single threaded. Later guest_start.c and
+ * commands.c change populate and keep, under pf_lock.
+ */
 struct plugin_options {
 	bool keep;	    /* prefault by itself */
 	bool quirk_disable; /* KVM_X86_QUIRK_SLOT_ZAP_ALL */

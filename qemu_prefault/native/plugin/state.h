@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * All that the plugin's files share. Each variable has an owner, the file that changes it;
- * the others read it. It is guarded by pf_lock, but for what is atomic.
+ * All that the plugin's files share. Each variable is changed by the files that are named
+ * above it; the others read it. It is guarded by pf_lock, but for what is atomic.
  *
  * The files, lowest first; each includes and calls only those above it in this list
  * (tests/unit/test_native_structure.py holds them to it):
@@ -88,47 +88,52 @@ struct vcpu {
 extern pthread_mutex_t pf_lock;
 extern pthread_cond_t pf_changed; /* anything below; waits by CLOCK_MONOTONIC */
 
-/* vm.c */
+/* Changed by: vm.c */
 extern int pf_vm_fd;	 /* -1: none yet */
 extern bool pf_capable;	 /* the kernel has the ioctl, and nested paging */
 extern bool pf_incoming; /* the guest comes from elsewhere */
 
-/* quirk.c */
+/* Changed by: quirk.c */
 enum quirk_state { QUIRK_UNDECIDED, QUIRK_ABSENT, QUIRK_KEPT, QUIRK_VFIO, QUIRK_DISABLED };
 extern enum quirk_state pf_quirk;
 extern const char *const pf_quirk_names[];
 
-/* commands.c */
+/* Changed by: commands.c */
 extern bool pf_paused;
 
-/* qemu_memory.c */
+/* Changed by: qemu_memory.c */
 extern int pf_userfaults;
 
-/* memslots.c; queue.c keeps each slot's resident_only, chunk.c what it has prefaulted */
+/* Changed by: memslots.c. In a slot, queue.c and chunk.c note what they did to it. */
 extern struct memslot *pf_memslots;
 extern size_t pf_memslot_count;
 extern atomic_int pf_slot_changes; /* a slot is being changed: stay out of the ioctl */
 extern atomic_uint_least64_t pf_root_generation; /* incremented when KVM drops all tables */
-extern uint64_t pf_slot_changed_at; /* and guest_start.c, vcpu.c: as if one had just been */
 
-/* queue.c */
+/* Changed by: memslots.c, guest_start.c, vcpu.c */
+extern uint64_t pf_slot_changed_at; /* or the guest was started, as if one had just been */
+
+/* Changed by: queue.c */
 extern struct work_item *pf_queue;
 extern size_t pf_queue_length;
 extern atomic_bool pf_work_available; /* some item is ready to be taken: see before_run() */
-/* When the guest began to wait for us; 0: it has not. Set by vcpu.c, void with new work. */
-extern uint64_t pf_stall_start;
 
-/* vcpu.c; chunk.c and batch.c note what each one does for us */
+/* Changed by: vcpu.c. With new work, queue.c and qemu_memory.c void it. */
+extern uint64_t pf_stall_start; /* when the guest began to wait for us; 0: it has not */
+
+/* Changed by: vcpu.c. In a vCPU, chunk.c and batch.c note what they do on it. */
 extern struct vcpu pf_vcpus[MAX_VCPUS];
 extern atomic_size_t pf_vcpu_count;
 extern bool pf_guest_entered; /* some vCPU was let into the guest */
 
-/* guest_start.c */
+/* Changed by: guest_start.c */
 extern bool pf_guest_started; /* it was let run; some vCPU may still be on its way: */
 
-/* chunk.c and batch.c */
-extern int pf_in_flight;	    /* vCPUs in a system call for us */
+/* Changed by: chunk.c */
 extern atomic_int pf_vcpus_working; /* vCPUs with an item in progress */
+
+/* Changed by: chunk.c, batch.c, and state.c in pf_leave_ioctl() */
+extern int pf_in_flight; /* vCPUs in a system call for us */
 
 /* Each by the file that does what it counts. */
 extern struct counters {

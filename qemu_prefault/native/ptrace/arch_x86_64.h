@@ -13,6 +13,8 @@
 #include <sys/syscall.h>
 #include <sys/user.h>
 
+#include "common/syscall_x86_64.h"
+
 #define ARCH_RED_ZONE 128	    /* bytes below the stack pointer that may be in use */
 #define ARCH_STACK_ALIGN 64	    /* XRSTOR wants that of the FPU's state */
 #define ARCH_XSTATE_MAX (16u << 10) /* bytes of the FPU's state */
@@ -21,7 +23,6 @@
 
 /* arch/x86/include/asm/segment.h: __USER_CS. A thread in 32-bit code has another. */
 #define USER_CS_64 0x33
-#define SYSCALL_BYTES 2 /* of the instruction */
 
 /* include/linux/errno.h; user space never sees them, but ptrace does. */
 #define ERESTARTSYS 512
@@ -74,6 +75,12 @@ static inline int arch_usable(const struct user_regs_struct *regs, size_t xstate
 static inline uint64_t arch_stack_pointer(const struct user_regs_struct *regs)
 {
 	return regs->rsp;
+}
+
+/* Nothing below this address of its stack is in use. */
+static inline uint64_t arch_free_stack(const struct user_regs_struct *regs)
+{
+	return regs->rsp - ARCH_RED_ZONE;
 }
 
 static inline long arch_result(const struct user_regs_struct *regs)

@@ -6,8 +6,6 @@
 #include "common/syscall_x86_64.h"
 #include "control_page.h"
 
-#define SYSCALL_BYTES 2 /* of the instruction: a "ret" follows it at control->syscall_ret */
-
 _Static_assert(__builtin_offsetof(struct prefault_control, stack_top) == 8, "used below");
 
 /* clone()'s child returns into this with the control page in rbx. */

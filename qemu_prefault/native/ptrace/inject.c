@@ -181,7 +181,7 @@ static uint64_t align_down(uint64_t address)
 
 static void lay_out(struct victim *victim)
 {
-	uint64_t at = arch_stack_pointer(&victim->regs) - ARCH_RED_ZONE;
+	uint64_t at = arch_free_stack(&victim->regs);
 
 	at = align_down(at - victim->xstate_size);
 	victim->xstate_at = at;
