@@ -368,17 +368,20 @@ def huge_pages_off(machine: Machine) -> Iterator[None]:
 
 
 CHECK_VT = """
-import sys
+import runpy, sys
 from pathlib import Path
 from virttest.cartesian_config import Parser
 
 provider = Path(sys.argv[1])
+# As avocado-vt does: its package qemu now hides the one of qemu.qmp.
+sys.path.insert(0, str(provider))
+import qemu
 for path in sorted((provider / "qemu/tests/cfg").glob("*.cfg")):
     text = "".join(f"    {line}\\n" for line in path.read_text().splitlines())
     parser = Parser()
     parser.parse_string(f"variants subtest:\\n{text}")
     for found in parser.get_dicts():
-        compile((provider / f"qemu/tests/{found['type']}.py").read_text(), found["type"], "exec")
+        runpy.run_path(provider / f"qemu/tests/{found['type']}.py")
         print(found["name"])
 """
 
