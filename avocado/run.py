@@ -117,7 +117,7 @@ def cloud_images() -> dict[str, Path | str]:
 
 
 @dataclass(frozen=True)
-class Target:
+class TestMachine:
     """Where the tests run: a machine, and a directory on it.
 
     :ivar distros: a directory on it, as ``QEMU_PREFAULT_DISTROS`` names it.
@@ -128,13 +128,13 @@ class Target:
     distros: str
 
 
-def open_target(
+def open_test_machine(
     names: Sequence[str],
     requirements: Sequence[Path],
     nested: bool,
     clouds: Mapping[str, Path | str] | None = None,
     uefi: bool = False,
-) -> Target:
+) -> TestMachine:
     """Open a machine that has these distributions and images, avocado, and this package.
 
     Its wheels are those that ``scripts/with-env`` has built.
@@ -172,10 +172,10 @@ def open_target(
         machine.run(["sh", "-ec", script, "sh", path, source])
     for part in ("avocado", "tests/support"):
         machine.put(HERE.parent / part, f"{directory}/{part}")
-    return Target(machine, directory, distros)
+    return TestMachine(machine, directory, distros)
 
 
-def avocado(target: Target, arguments: Sequence[str], timeout: float = HOURS) -> int:
+def avocado(target: TestMachine, arguments: Sequence[str], timeout: float = HOURS) -> int:
     """Run avocado there, showing what it says; give its exit status."""
     base = target.directory
     paths = "".join(
@@ -210,7 +210,7 @@ def show(fd: int, data: bytes) -> None:
     stream.flush()
 
 
-def collect(target: Target, kind: str) -> Path:
+def collect(target: TestMachine, kind: str) -> Path:
     """Copy the job's results here; give the directory."""
     directory = cache.cache_dir() / "results" / time.strftime(f"{kind}-%Y%m%d-%H%M%S")
     latest = f"{target.directory}/results/latest"
@@ -236,7 +236,7 @@ def run_distro(options: argparse.Namespace) -> int:
     everything = not (options.distro or options.test)
     clouds = cloud_images() if everything else {}
     uefi = "ovmf" in (options.profile or ())
-    with (target := open_target(names, [REQUIREMENTS], options.nested, clouds, uefi)).machine:
+    with (target := open_test_machine(names, [REQUIREMENTS], options.nested, clouds, uefi)).machine:
         avocado(target, ["run", *tests, *variants, *order, *SERIALLY, *options.arguments], timeout)
         jobs.append(collect(target, "avocado"))
         if everything:
@@ -307,7 +307,9 @@ fi
 def run_vt(options: argparse.Namespace) -> int:
     requirements = [REQUIREMENTS, VT_REQUIREMENTS]
     jobs = []
-    with (target := open_target([VT_DISTRO], requirements, options.nested)).machine as machine:
+    with (
+        target := open_test_machine([VT_DISTRO], requirements, options.nested)
+    ).machine as machine:
         base = target.directory
         if options.tp_qemu:
             for part in ("generic", "qemu", "provider"):
@@ -333,7 +335,10 @@ def run_vt(options: argparse.Namespace) -> int:
 
 
 def run_vt_job(
-    target: Target, references: Sequence[str], params: dict[str, str], options: argparse.Namespace
+    target: TestMachine,
+    references: Sequence[str],
+    params: dict[str, str],
+    options: argparse.Namespace,
 ) -> Path:
     arguments = ["run", *references, *SERIALLY]
     arguments += ["--vt-type", "qemu", "--vt-machine-type", "q35"]
@@ -368,17 +373,20 @@ def huge_pages_off(machine: Machine) -> Iterator[None]:
 
 
 CHECK_VT = """
-import sys
+import runpy, sys
 from pathlib import Path
 from virttest.cartesian_config import Parser
 
 provider = Path(sys.argv[1])
+# As avocado-vt does: its package qemu now hides the one of qemu.qmp.
+sys.path.insert(0, str(provider))
+import qemu
 for path in sorted((provider / "qemu/tests/cfg").glob("*.cfg")):
     text = "".join(f"    {line}\\n" for line in path.read_text().splitlines())
     parser = Parser()
     parser.parse_string(f"variants subtest:\\n{text}")
     for found in parser.get_dicts():
-        compile((provider / f"qemu/tests/{found['type']}.py").read_text(), found["type"], "exec")
+        runpy.run_path(provider / f"qemu/tests/{found['type']}.py")
         print(found["name"])
 """
 

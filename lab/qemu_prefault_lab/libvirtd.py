@@ -53,7 +53,7 @@ class Libvirtd:
         self._host = host
         self._systemd = systemd
         self._process: subprocess.Popen[bytes] | None = None
-        self.domains: list[Domain] = []
+        self.domains: list[LabDomain] = []
         self.root = Path("/")
         _prepare_machine()
         self._qemu_conf = _QEMU_CONF
@@ -280,7 +280,7 @@ def _load_profiles(host: str | None) -> None:
         subprocess.run(words, check=True, timeout=300)
 
 
-class Domain:
+class LabDomain:
     """A persistent domain that boots the lab's guest.
 
     :param workload_mib: MiB the guest writes before it is ready; 0: none.
@@ -363,7 +363,7 @@ class Domain:
         for command in (("destroy",), ("undefine", "--managed-save")):
             self.daemon.virsh(command[0], self.name, *command[1:], check=False)
 
-    def moved_to(self, daemon: Libvirtd) -> Domain:
+    def moved_to(self, daemon: Libvirtd) -> LabDomain:
         """It has migrated: as the other daemon has it."""
         moved = copy.copy(self)
         moved.daemon = daemon

@@ -44,14 +44,14 @@ NOTHING, BARE, TOOL = WAYS = ("nothing", "bare ioctl", "qemu-prefault")
 
 
 @dataclass(frozen=True)
-class Case:
+class DemoCase:
     """One row of the demo."""
 
     moment: str
     way: str
 
 
-CASES: Final = tuple(Case(moment, way) for moment in ("boot", "restore") for way in WAYS)
+CASES: Final = tuple(DemoCase(moment, way) for moment in ("boot", "restore") for way in WAYS)
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def counting(guest: Guest, row: int) -> Iterator[None]:
         thread.join()
 
 
-def measure(case: Case, row: int, state: Path) -> Measured:
+def measure(case: DemoCase, row: int, state: Path) -> Measured:
     """Run one case. ``state``: written by the first boot, read by the restores."""
     restored = case.moment == "restore"
     tell("step", row=row, text="restoring" if restored else "starting")

@@ -14,7 +14,7 @@ from ..units import format_size
 if TYPE_CHECKING:
     from ..api import Counters, Findings, RamMap, Report
     from ..errors import QemuPrefaultError
-    from ..libvirt.status import Status
+    from ..libvirt.status import DomainStatus
 
 
 def error_json(error: QemuPrefaultError) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def findings_lines(findings: Findings) -> Iterator[str]:
             yield f"{'':17}-> {line}"
 
 
-def status_lines(status: Status) -> Iterator[str]:
+def status_lines(status: DomainStatus) -> Iterator[str]:
     """Whether a domain loads the plugin, and how the plugin does."""
     if status.in_xml is None:
         yield f"{status.domain}: does not load the plugin"

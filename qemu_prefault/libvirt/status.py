@@ -19,7 +19,7 @@ from .install import is_current
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
+class DomainStatus:
     """:ivar plugin: what a running QEMU's plugin says of itself; ``problem``: why it does not."""
 
     domain: str
@@ -50,7 +50,7 @@ class Status:
         }
 
 
-def look(domain: str, uri: str | None = None) -> Status:
+def look(domain: str, uri: str | None = None) -> DomainStatus:
     """Look at the domain's definition, and at its QEMU if it runs here.
 
     :param domain: a name, a UUID, or ``-`` for XML from stdin.
@@ -67,7 +67,7 @@ def look(domain: str, uri: str | None = None) -> Status:
         present = Path(found.path).exists()
         current = present and is_current(Path(found.path))
     plugin, problem = _ask(about.name, about.uuid) if running else (None, "")
-    return Status(about.name or domain, found, present, current, running, plugin, problem)
+    return DomainStatus(about.name or domain, found, present, current, running, plugin, problem)
 
 
 def _ask(name: str, uuid: str) -> tuple[dict[str, Any] | None, str]:

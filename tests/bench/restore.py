@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qemu_prefault_lab.guest import Guest
-from qemu_prefault_lab.scenario import NOTHING, TOOL, Case, measure, small_pages
+from qemu_prefault_lab.scenario import NOTHING, TOOL, DemoCase, measure, small_pages
 
 ROUNDS, PAIRS = 5, 9
 LOOP_MIB, CHUNK_MIB = 1024, 32
@@ -33,11 +33,11 @@ def run_tool(guest: Guest, *arguments: str) -> dict[str, Any]:
 
 def after_restore(state: Path) -> dict[str, list[dict[str, Any]]]:
     """Faults and times of the first pass after a restore, without and with the tool."""
-    measure(Case("boot", TOOL), 0, state)  # writes the state
+    measure(DemoCase("boot", TOOL), 0, state)  # writes the state
     found: dict[str, list[dict[str, Any]]] = {NOTHING: [], TOOL: []}
     for _ in range(ROUNDS):
         for way, rows in found.items():
-            result = measure(Case("restore", way), 0, state)
+            result = measure(DemoCase("restore", way), 0, state)
             rows.append(
                 {
                     "faults": result.faults,

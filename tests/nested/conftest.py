@@ -21,7 +21,7 @@ from support.guest import (
 )
 
 if TYPE_CHECKING:
-    from qemu_prefault_lab.libvirtd import Domain, Libvirtd, Syslog
+    from qemu_prefault_lab.libvirtd import LabDomain, Libvirtd, Syslog
     from support.libvirt import DomainOptions, MakeDomain, WriteHookConfig
 
 
@@ -143,14 +143,14 @@ def libvirtd() -> Iterator[Libvirtd]:
 @pytest.fixture
 def make_domain(libvirtd: Libvirtd) -> Iterator[MakeDomain]:
     """Makes domains, of guests that write some memory."""
-    from qemu_prefault_lab.libvirtd import Domain  # noqa: PLC0415
+    from qemu_prefault_lab.libvirtd import LabDomain  # noqa: PLC0415
     from support.libvirt import WORKLOAD_MIB  # noqa: PLC0415
 
-    made: list[Domain] = []
+    made: list[LabDomain] = []
 
-    def make(name: str, **options: Unpack[DomainOptions]) -> Domain:
+    def make(name: str, **options: Unpack[DomainOptions]) -> LabDomain:
         options.setdefault("workload_mib", WORKLOAD_MIB)
-        made.append(Domain(libvirtd, name, **options))
+        made.append(LabDomain(libvirtd, name, **options))
         return made[-1]
 
     yield make

@@ -20,7 +20,7 @@ from qemu_prefault.host.pagemap import Pagemap
 from qemu_prefault.libvirt.install import APPARMOR_RULE, RULE_TEXT, install
 from qemu_prefault.libvirt.prelaunch import ram_mapping
 from qemu_prefault_lab.libvirtd import (
-    Domain,
+    LabDomain,
     Libvirtd,
     Syslog,
     denials,
@@ -104,7 +104,7 @@ def test_unknown_domain_is_usage_error(libvirtd: Libvirtd) -> None:
 # -- the hook ------------------------------------------------------------------------------
 
 
-def saved_guest(make_domain: MakeDomain, **options: Unpack[DomainOptions]) -> Domain:
+def saved_guest(make_domain: MakeDomain, **options: Unpack[DomainOptions]) -> LabDomain:
     guest = make_domain("saved", **options)
     guest.start()
     guest.wait_ready()

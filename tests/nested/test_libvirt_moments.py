@@ -20,7 +20,7 @@ from typing import Any, Protocol, Unpack
 import pytest
 
 from qemu_prefault.libvirt.install import HOOK as HOOK_FILE
-from qemu_prefault_lab.libvirtd import Domain, Libvirtd, Syslog, host_namespace, wait_until
+from qemu_prefault_lab.libvirtd import LabDomain, Libvirtd, Syslog, host_namespace, wait_until
 from support.guest import Follower
 from support.libvirt import (
     MAX_RESIDUAL_FAULTS,
@@ -59,7 +59,7 @@ def report_row(capsys: pytest.CaptureFixture[str]) -> ReportRow:
 
 def make_routed_domain(
     make_domain: MakeDomain, route: str, name: str, **options: Unpack[DomainOptions]
-) -> Domain:
+) -> LabDomain:
     """A domain with the plugin if that is the route."""
     guest = make_domain(name, **options)
     if route == PLUGIN:
@@ -84,7 +84,7 @@ def hook_calls() -> Iterator[HookCalls]:
     log.unlink()
 
 
-def start_timed(guest: Domain, route: str) -> float:
+def start_timed(guest: LabDomain, route: str) -> float:
     """Start it, by our command or libvirt's; give the seconds that took."""
     began = time.monotonic()
     if route == COMMAND:
@@ -96,7 +96,7 @@ def start_timed(guest: Domain, route: str) -> float:
     return seconds
 
 
-def check_nothing_left_to_fault(guest: Domain, mib: int) -> None:
+def check_nothing_left_to_fault(guest: LabDomain, mib: int) -> None:
     """Memory that the guest has not written yet is there when it does."""
     before = guest.faults()
     guest.command(f"alloc {mib}")
@@ -190,7 +190,7 @@ def test_hook_latency(
             print(f"\nlibvirt-latency: {what} | {seconds(operation, xml) * 1000:.0f} ms")
 
 
-def faults_of_reset(guest: Domain) -> int:
+def faults_of_reset(guest: LabDomain) -> int:
     before = guest.faults()
     guest.reset()
     guest.wait_ready()
@@ -288,14 +288,14 @@ def test_hotplug(
     assert least <= faults <= most
 
 
-def plugin_status(guest: Domain) -> dict[str, Any]:
+def plugin_status(guest: LabDomain) -> dict[str, Any]:
     status = json.loads(tool_output("libvirt", "status", guest.name, "--json"))
     plugin: dict[str, Any] = status["plugin"]
     return plugin
 
 
 @contextlib.contextmanager
-def expect_acpi_ost(guest: Domain) -> Iterator[None]:
+def expect_acpi_ost(guest: LabDomain) -> Iterator[None]:
     """QEMU tells what the guest's ACPI says of a device that was plugged."""
     waiting = subprocess.Popen(
         ["virsh", "-c", guest.daemon.uri, "qemu-monitor-event", guest.name, "--event",

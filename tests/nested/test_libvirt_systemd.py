@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from qemu_prefault_lab.libvirtd import Domain, Libvirtd, Systemd, wait_until
+from qemu_prefault_lab.libvirtd import LabDomain, Libvirtd, Systemd, wait_until
 from support.libvirt import MakeDomain, read_metrics, tool_output
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.full]
@@ -29,7 +29,7 @@ def libvirtd(systemd: Systemd) -> Iterator[Libvirtd]:
 class Unit:
     """The transient unit that the hook has made for a guest."""
 
-    def __init__(self, systemd: Systemd, guest: Domain) -> None:
+    def __init__(self, systemd: Systemd, guest: LabDomain) -> None:
         self._systemd = systemd
         begin = f"qemu-prefault-{guest.uuid}-"
         names = {word for word in self._journal().split() if word.startswith(begin)}

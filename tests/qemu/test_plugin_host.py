@@ -21,7 +21,7 @@ import pytest
 from qemu_prefault.agents.plugin import find_control_socket, plugin_path
 from qemu_prefault.host.procfs import Process
 from support.qemu import QEMU, Qemu, StartQemu, kvm_usable, run_tool
-from support.qmp import Monitor
+from support.qmp import QmpClient
 
 needs_kvm = pytest.mark.skipif(not kvm_usable(), reason="/dev/kvm cannot be opened")
 MIB = 1 << 20
@@ -34,7 +34,7 @@ def plugin(*options: str) -> list[str]:
 def start(start_qemu: StartQemu, *options: str) -> Qemu:
     """A QEMU under KVM with the plugin, when its machine is there: QMP answers only then."""
     qemu = start_qemu("-m", "64M", *plugin(*options), accel="kvm")
-    Monitor(qemu.qmp).close()
+    QmpClient(qemu.qmp).close()
     return qemu
 
 
@@ -121,7 +121,7 @@ def test_unsupported_kvm_is_reported(control: Callable[..., Control]) -> None:
 def test_slots_match_the_monitor(start_qemu: StartQemu, tmp_path: Path) -> None:
     path = tmp_path / "control"
     qemu = start(start_qemu, f"socket={path}")
-    monitor = Monitor(qemu.qmp)
+    monitor = QmpClient(qemu.qmp)
     mtree = monitor.execute("human-monitor-command", command_line="info mtree -f")
     view = next(part for part in mtree.split("FlatView") if 'AS "memory"' in part)
     shown = set()
@@ -138,7 +138,7 @@ def test_socket_is_private_and_removed_with_qemu(start_qemu: StartQemu, tmp_path
     path = tmp_path / "control"
     qemu = start(start_qemu, f"socket={path}")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    Monitor(qemu.qmp).execute("quit")
+    QmpClient(qemu.qmp).execute("quit")
     assert qemu.process.wait(20) == 0
     assert not path.exists()
 

@@ -11,7 +11,7 @@ from typing import Protocol, TypedDict, Unpack
 
 import pytest
 
-from qemu_prefault_lab.libvirtd import Domain
+from qemu_prefault_lab.libvirtd import LabDomain
 
 if not Path("/lab/agent.py").exists() or not Path("/usr/sbin/libvirtd").exists():
     pytest.skip("only in the lab's variant libvirt", allow_module_level=True)
@@ -27,7 +27,7 @@ WriteHookConfig = Callable[[str], None]
 
 
 class DomainOptions(TypedDict, total=False):
-    """Keywords of :class:`Domain`."""
+    """Keywords of :class:`LabDomain`."""
 
     machine: str
     memory_mib: int
@@ -41,7 +41,7 @@ class DomainOptions(TypedDict, total=False):
 class MakeDomain(Protocol):
     """A fixture that makes domains, and destroys them when the test ends."""
 
-    def __call__(self, name: str, **options: Unpack[DomainOptions]) -> Domain: ...
+    def __call__(self, name: str, **options: Unpack[DomainOptions]) -> LabDomain: ...
 
 
 def run_tool(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -66,7 +66,7 @@ def tool_output(*arguments: str, timeout: float = 300) -> str:
     return done.stdout
 
 
-def apparmor_label(domain: Domain) -> str:
+def apparmor_label(domain: LabDomain) -> str:
     """The AppArmor profile of the domain's QEMU, and its mode."""
     return Path(f"/proc/{domain.process.pid}/attr/current").read_text().strip("\0\n")
 

@@ -8,7 +8,7 @@ import socket
 from qemu_prefault_lab.qmp import Qmp
 
 
-class Monitor(Qmp):
+class QmpClient(Qmp):
     """The lab's QMP client on a socket's path. Every wait has a deadline."""
 
     def __init__(self, path: str) -> None:

@@ -11,13 +11,20 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-# Imported here once, for all runs that are forked.
-import qemu_prefault.api  # noqa: F401
-from qemu_prefault.cli.main import main
+
+def _import_product() -> Callable[[], None]:
+    """Import what runs use, once for all that are forked; return the entry point.
+
+    Not at the top: avocado-vt has a package called qemu, which hides qemu.qmp.
+    """
+    import qemu_prefault.api  # noqa: F401, PLC0415
+    from qemu_prefault.cli.main import main  # noqa: PLC0415
+
+    return main
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +76,15 @@ class Tool:
         self._files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         self.status: int | None = None
         if fork:
+            main = _import_product()
             self.pid = os.fork()
             if self.pid == 0:
-                self._become(arguments)
+                self._become(main, arguments)
         else:
             self.pid = self._spawn(arguments)
         self._pidfd = os.pidfd_open(self.pid)
 
-    def _become(self, arguments: Sequence[str]) -> NoReturn:
+    def _become(self, main: Callable[[], None], arguments: Sequence[str]) -> NoReturn:
         code = 1
         try:
             os.setpgid(0, 0)
