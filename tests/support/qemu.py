@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .qmp import Monitor
+from .qmp import QmpClient
 from .tool import Result, Tool
 
 MIB = 1 << 20
@@ -110,7 +110,7 @@ class QemuVm:
     """A QEMU, and a second monitor of it that the tool does not touch."""
 
     qemu: Qemu
-    qmp: Monitor
+    qmp: QmpClient
 
     @property
     def pid(self) -> int:
@@ -131,4 +131,4 @@ def start_vm(
     aside = tmp_path / f"aside{number}"
     monitor = ("-qmp", f"unix:{aside},server=on,wait=off")
     qemu = start_qemu(*monitor, *arguments, accel=accel, paused=paused)
-    return QemuVm(qemu, Monitor(str(aside)))
+    return QemuVm(qemu, QmpClient(str(aside)))
