@@ -271,9 +271,9 @@ def directories_in_c(scratch: Path, cgroup: str, mountinfo: str) -> list[tuple[s
     for file, text in zip(files, (cgroup, mountinfo), strict=True):
         file.write_text(text)
     group = ffi.new("struct headroom_group *")
-    paths = [os.fsencode(file) for file in files]
+    paths = (os.fsencode(files[0]), os.fsencode(files[1]))
     found = []
-    more = lib.pf_headroom_find_group(*paths, b"memory", group)
+    more = lib.pf_headroom_find_group(paths[0], paths[1], b"memory", group)
     while more:
         found.append((ffi.string(group.directory).decode(), bool(group.unified)))
         more = lib.pf_headroom_parent(group)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -11,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from qemu_prefault._native import __file__ as extension
-from qemu_prefault._native import ffi, lib
 
 import qemu_prefault
+from qemu_prefault._native import __file__ as extension
+from qemu_prefault._native import ffi, lib
 from qemu_prefault.agents.base import Kind, Limits
 from qemu_prefault.agents.control_page import CODE_SIZE, CONTROL_SIZE
 from qemu_prefault.agents.ptrace import PtraceAgent
@@ -171,3 +172,18 @@ def test_c_code_compiles_without_warnings(name: str, tmp_path: Path) -> None:
     flags = HELPER_FLAGS if name.endswith("helper.c") else ["-std=gnu11", "-O2", f"-I{include}"]
     strict = ["-Wall", "-Wextra", "-Wshadow", "-Wstrict-prototypes", "-Werror"]
     tool("cc", *flags, f"-I{NATIVE}", *strict, "-c", NATIVE / name, "-o", tmp_path / "object")
+
+
+def test_stub_names_all_that_the_extension_has() -> None:
+    stub = (Path(qemu_prefault.__file__).parent / "_native.pyi").read_text()
+    (declared,) = (
+        node
+        for node in ast.parse(stub).body
+        if isinstance(node, ast.ClassDef) and node.name == "_Lib"
+    )
+    names = {
+        node.name if isinstance(node, ast.FunctionDef) else ast.unparse(node.target)
+        for node in declared.body
+        if isinstance(node, (ast.FunctionDef, ast.AnnAssign))
+    }
+    assert names == set(dir(lib))
