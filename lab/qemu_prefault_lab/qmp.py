@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A small blocking QMP client for the harness.
 
-The tool has its own (``qemu_prefault.monitor``); the harness does not use it, so that a
+The tool has its own (``qemu_prefault.qemu.monitor``); the harness does not use it, so that a
 mistake there cannot hide itself in what is meant to check it.
 """
 

@@ -4,7 +4,7 @@
 Only a thread of QEMU's own address space may prefault (``kvm->mm`` is checked, others get
 EIO). Every agent offers the same thing: *workers*, one per vCPU, that take a batch of ranges
 each and report per range how many bytes they completed and what stopped them. What to do
-where is decided outside, in :mod:`qemu_prefault.plan` and :mod:`qemu_prefault.engine`.
+where is decided outside, in :mod:`qemu_prefault.engine`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class OrphanCleanup:
-    """What a guard process does when we have died: see :mod:`qemu_prefault.guard`.
+    """What a guard process does when we have died: see :mod:`qemu_prefault.engine.resume_guard`.
 
     ``stop_helpers`` ends the work under way, ``helpers_gone`` tells whether it has ended, and
     ``timeout`` how many seconds that may take.

@@ -220,7 +220,7 @@ async def _open(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class PluginAgent:
-    """Batches by the plugin's threads; see :class:`qemu_prefault.agents.Agent`.
+    """Batches by the plugin's threads; see :class:`~qemu_prefault.agents.base.Agent`.
 
     :raise FailedError, UnsupportedError, RefusedError: see :class:`Control`.
     """

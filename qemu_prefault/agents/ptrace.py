@@ -247,7 +247,7 @@ class PtraceAgent:
     async def run(
         self, batch: Mapping[int, Sequence[Range]], on_progress: Callable[[int], None]
     ) -> BatchResult:
-        """See :class:`qemu_prefault.agents.Agent`.
+        """See :class:`~qemu_prefault.agents.base.Agent`.
 
         :raise FailedError: QEMU, or a helper, is gone (code ``qemu-gone``, ``agent``).
         """
@@ -314,12 +314,12 @@ class PtraceAgent:
     # -- ending ------------------------------------------------------------------------
 
     def abort(self) -> None:
-        """See :class:`qemu_prefault.agents.Agent`; batches that come later end at once, too."""
+        """See :class:`~qemu_prefault.agents.base.Agent`; batches that come later end at once, too."""
         self._aborted = True
         self.interrupt()
 
     def interrupt(self) -> None:
-        """See :class:`qemu_prefault.agents.Agent`."""
+        """See :class:`~qemu_prefault.agents.base.Agent`."""
         self._tell_all("abort")
         self._told_to_end.set()
 
@@ -329,7 +329,7 @@ class PtraceAgent:
                 helper.write_word(field, value)
 
     def orphan_cleanup(self) -> OrphanCleanup:
-        """See :class:`qemu_prefault.agents.Agent`."""
+        """See :class:`~qemu_prefault.agents.base.Agent`."""
         memory, pid = self._memory, self.process.pid
         where = tuple(
             helper.control + offset_of(field)

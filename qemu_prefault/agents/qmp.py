@@ -61,7 +61,7 @@ def is_orphan(job: str) -> bool:
 
 
 class QmpAgent:
-    """Batches as jobs of a patched QEMU; see :class:`qemu_prefault.agents.Agent`."""
+    """Batches as jobs of a patched QEMU; see :class:`~qemu_prefault.agents.base.Agent`."""
 
     name = "qmp"
     ranges_per_batch = 4096

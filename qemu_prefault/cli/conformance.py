@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault conformance``"""
+"""``qemu-prefault conformance``: what this host's kernel really does."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The only room that prints: results to stdout, the rest to stderr, errors as exit statuses."""
+"""The only module that prints: results to stdout, the rest to stderr, errors as exit statuses."""
 
 from __future__ import annotations
 

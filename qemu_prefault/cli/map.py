@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault map``"""
+"""``qemu-prefault map``: the guest's RAM."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault plugin-path``"""
+"""``qemu-prefault plugin-path``: where the plugin is."""
 
 from __future__ import annotations
 

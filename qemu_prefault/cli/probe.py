@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault probe``"""
+"""``qemu-prefault probe``: what works here, what does not, and why."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault stats``"""
+"""``qemu-prefault stats``: KVM's counters."""
 
 from __future__ import annotations
 

@@ -12,5 +12,5 @@ counters, the faults of a guest that then reads or writes, and the contents of i
     suite.py     what a case is          host.py     what this host can do
     runner.py    runs each in a process of its own
     report.py    results as a table and as JSON
-    cases/       the cases, a room for each topic
+    cases/       the cases, a module for each topic
 """

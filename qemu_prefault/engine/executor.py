@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Populate and prefault through an agent, and enter in the books what came of it.
+"""Populate and prefault through an agent, and record what came of it.
 
 An agent runs batches of ranges, a share for each vCPU. What cannot be written yet is populated,
 what can be is prefaulted. What one vCPU could not do another one takes, and what there was no
@@ -231,7 +231,7 @@ class Executor:
         return (self._time_is_up and outcome.error == kvm.ABORTED) or not outcome.error
 
     def usable(self) -> list[Worker]:
-        """The workers whose vCPU can be used; if some cannot, the caveat says so."""
+        """The workers whose vCPU can be used; if some cannot, a warning says so."""
         usable = [worker for worker in self.agent.workers if worker.index not in self.unusable]
         if self.unusable:
             names = ", ".join(

@@ -106,7 +106,7 @@ class GuestMode:
         return None not in errors and errno.EOPNOTSUPP in errors
 
     def warn(self, caught: bool, tries: int, seconds: float, will_resume: bool) -> None:
-        """Enter what came of it among the warnings.
+        """Record what came of it among the warnings.
 
         :param caught: the last pause, too, found every vCPU in guest mode.
         :param will_resume: the guest runs on.

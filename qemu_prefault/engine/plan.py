@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Decide, without touching anything: what may be done now, to which memory, by which worker.
+"""Decide, without touching anything: what is done to which memory, by which worker.
 
-Three questions, three pure functions:
+Two questions, two pure functions:
 
-* :func:`refuse_unfit` -- is this a moment at which prefaulting helps and harms nothing?
 * :func:`select` -- which bytes of which sections, and may they be populated?
 * :func:`stripe` -- which worker takes which range?
 """

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How much memory may still be populated: the host's, each cgroup's, the hugetlb pool's."""
+"""How much memory may still be populated: the host's, each cgroup's, the hugetlb pool's.
+
+File formats are those of Documentation/admin-guide/cgroup-v{1,2}. The plugin has its own answer in
+C (native/common/headroom.c), which tests/unit/test_headroom_agreement.py holds to the same table.
+"""
 
 from __future__ import annotations
 

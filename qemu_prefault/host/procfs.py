@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""QEMU as the kernel sees it: which process it is, its KVM descriptors, its memory, its limits.
+"""QEMU as the kernel sees it: its process, its threads, its memory map.
 
 Parsers are pure functions of text (``parse_*``); :class:`Process` only reads files and hands
 them over. A process can vanish between any two reads; that is the error ``qemu-gone``, never a
 traceback. Its pid can also be used again, so a :class:`Process` remembers the start time and
 checks it with :meth:`Process.check`.
 
-Field and file formats are those of proc(5), and Documentation/admin-guide/cgroup-v{1,2}.
+File formats are those of proc(5).
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def backing_of(mapping: MemoryMapping, page_size: int = 4096) -> BackingKind:
     """Tell what a mapping is made of; whether it is private or shared is ``mapping.shared``.
 
     :param page_size: page size of the backing as the monitor tells it
-        (:attr:`~qemu_prefault.layout.Section.page_size`): the path does not show that a memfd
+        (:attr:`MemorySection.page_size`): the path does not show that a memfd
         or a file is of huge pages.
     """
     path = mapping.path.removesuffix(" (deleted)")

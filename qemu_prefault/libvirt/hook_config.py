@@ -30,7 +30,7 @@ from .domain_xml import Domain
 from .install import CONFIG
 
 LONGEST_WAIT = 50.0
-"""The hook itself is ended after a minute: see installation.py."""
+"""The hook itself is ended after a minute: see install.py."""
 
 
 class LifecycleEvent(enum.StrEnum):
