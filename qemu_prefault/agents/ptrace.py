@@ -314,7 +314,7 @@ class PtraceAgent:
     # -- ending ------------------------------------------------------------------------
 
     def abort(self) -> None:
-        """See :class:`~qemu_prefault.agents.base.Agent`; batches that come later end at once, too."""
+        """See :class:`~qemu_prefault.agents.base.Agent`; later batches end at once, too."""
         self._aborted = True
         self.interrupt()
 

@@ -128,9 +128,9 @@ def status(domain: str, uri: str | None, as_json: bool, debug: bool) -> None:
     Exit status 0: it does; 3: it does not.
     """
     with reporting(as_json, debug):
-        from ..libvirt.status import look  # noqa: PLC0415
+        from ..libvirt.status import read_domain_status  # noqa: PLC0415
 
-        found = look(domain, uri)
+        found = read_domain_status(domain, uri)
         Printer(as_json).result(found.to_json(), status_lines(found))
         if not found.enabled:
             sys.exit(int(ExitStatus.PARTIAL))

@@ -21,7 +21,7 @@ from ..host import kvm
 from ..host.pagemap import Pagemap, Sums
 from ..qemu.memory_map import MemorySection
 from ..units import format_size
-from .plan import Target, stripe_by_node
+from .plan import Target, partition_by_node
 from .tally import RunTally
 from .vm import Backing
 
@@ -78,7 +78,7 @@ class Executor:
         ranges = []
         present = {}
         for target in targets:
-            if not target.touch:
+            if not target.may_populate:
                 continue
             backing = self._backings.backing(target.section)
             present[target] = self._sums(target).present
@@ -148,7 +148,7 @@ class Executor:
             if self._time_is_up:  # maybe even to populate it
                 left.append(target)
                 if not again:
-                    requested = target.size if target.touch else self._sums(target).writable
+                    requested = target.size if target.may_populate else self._sums(target).writable
                     tally.requested += requested
                 continue
             writable = 0
@@ -159,10 +159,10 @@ class Executor:
                 if len(batch) >= limit:
                     await flush()
             if not again:
-                tally.requested += target.size if target.touch else writable
-            if target.touch and writable < target.size and tally.note is None:
+                tally.requested += target.size if target.may_populate else writable
+            if target.may_populate and writable < target.size and tally.note is None:
                 tally.note = f"{format_size(target.size - writable)} could not be made writable"
-            if not target.touch:
+            if not target.may_populate:
                 tally.note = target.why_not
         if batch:
             await flush()
@@ -202,7 +202,7 @@ class Executor:
             workers = self.usable()
             if not workers:
                 break
-            shares = stripe_by_node(todo, workers)
+            shares = partition_by_node(todo, workers)
             done = base + sum(outcome.done for outcome in outcomes)
 
             def on_progress(more: int, done: int = done) -> None:

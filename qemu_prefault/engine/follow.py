@@ -80,7 +80,7 @@ async def follow_from_outside(vm: Vm, options: Options) -> AsyncIterator[Event]:
         while vm.monitor.alive:
             await _wait(events)
             try:
-                event = await loop.look()
+                event = await loop.poll()
             except QemuPrefaultError:
                 if vm.monitor.alive:
                     raise
@@ -118,7 +118,7 @@ class _FollowLoop:
         self._kept = stage2.bytes if stage2 else 0
         return _event(why, report)
 
-    async def look(self) -> Event | None:
+    async def poll(self) -> Event | None:
         """One look at the guest: None if all is well, else what was done about it."""
         state = await self._vm.refresh()
         stage2 = await read_stage2(self._vm.monitor)

@@ -4,7 +4,7 @@
 A vCPU that runs a nested guest has that guest's MMU loaded. Where its hypervisor uses nested
 paging the ioctl answers EOPNOTSUPP; where it shadows page tables the ioctl succeeds, but fills
 the root of guest mode (``role.guest_mode``, arch/x86/kvm/mmu) and not the one the guest itself
-runs on.
+runs on. The loops that stop the guest again are those of :mod:`.run`.
 """
 
 from __future__ import annotations

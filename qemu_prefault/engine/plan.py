@@ -4,7 +4,7 @@
 Two questions, two pure functions:
 
 * :func:`select` -- which bytes of which sections, and may they be populated?
-* :func:`stripe` -- which worker takes which range?
+* :func:`partition` -- which worker takes which range?
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 class Target:
     """A piece of one section that is to be prefaulted.
 
-    ``touch``: whether it may be populated; if not, ``why_not`` says why.
+    ``may_populate``: whether absent pages may be populated; if not, ``why_not`` says why.
     """
 
     section: MemorySection
     gpa: int
     size: int
-    touch: bool
+    may_populate: bool
     why_not: str | None = None
 
     @property
@@ -54,7 +54,7 @@ def select(state: VmState, options: Options) -> tuple[Target, ...]:
     for section in sorted(state.sections, key=lambda section: section.gpa):
         if section.skipped is not None:
             continue
-        why_not = _why_not_touch(state, section, options.populate)
+        why_not = _reason_not_to_populate(state, section, options.populate)
         for gpa, size in _within(section, options.ranges):
             if left is not None:
                 size = min(size, left)  # noqa: PLW2901
@@ -69,7 +69,7 @@ def select(state: VmState, options: Options) -> tuple[Target, ...]:
     return tuple(targets)
 
 
-def without(targets: Iterable[Target], done: Iterable[Target]) -> tuple[Target, ...]:
+def subtract(targets: Iterable[Target], done: Iterable[Target]) -> tuple[Target, ...]:
     """What of the targets lies in none of those that are done."""
     left = []
     spans = sorted((target.gpa, target.gpa + target.size) for target in done)
@@ -95,7 +95,11 @@ def _within(section: MemorySection, ranges: Sequence[tuple[int, int]]) -> Iterab
             reached = high
 
 
-def _why_not_touch(state: VmState, section: MemorySection, populate: Populate) -> str | None:
+def _reason_not_to_populate(
+    state: VmState, section: MemorySection, populate: Populate
+) -> str | None:
+    # Two others follow the same idea with what they can see: libvirt/prelaunch.py, which has no
+    # monitor, and may_populate() of native/plugin/queue.c.
     if populate is Populate.ALL:
         return None
     balloon = state.balloon
@@ -114,7 +118,7 @@ def _why_not_touch(state: VmState, section: MemorySection, populate: Populate) -
 # -- who? --------------------------------------------------------------------------------
 
 
-def stripe(ranges: Sequence[Range], workers: Sequence[Worker]) -> dict[int, list[Range]]:
+def partition(ranges: Sequence[Range], workers: Sequence[Worker]) -> dict[int, list[Range]]:
     """Divide ranges among workers, an equal share of bytes each, in address order.
 
     Cuts fall on 2 MiB boundaries, so that no huge page is worked on from two sides.
@@ -136,10 +140,10 @@ def stripe(ranges: Sequence[Range], workers: Sequence[Worker]) -> dict[int, list
     return shares
 
 
-def stripe_by_node(
+def partition_by_node(
     ranges: Sequence[tuple[int | None, Range]], workers: Sequence[Worker]
 ) -> dict[int, list[Range]]:
-    """Like :func:`stripe`, but memory of a guest NUMA node goes to that node's vCPUs.
+    """Like :func:`partition`, but memory of a guest NUMA node goes to that node's vCPUs.
 
     A helper has its vCPU's CPU affinity, and first touch decides where memory lies: so it
     comes to lie where the host's pinning meant it to.
@@ -150,6 +154,6 @@ def stripe_by_node(
         by_node.setdefault(node, []).append(item)
     for node, items in by_node.items():
         local = [worker for worker in workers if worker.node == node] if node is not None else []
-        for index, share in stripe(items, local or workers).items():
+        for index, share in partition(items, local or workers).items():
             shares[index].extend(share)
     return shares

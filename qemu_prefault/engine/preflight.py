@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Before a run: can it work here, can the host afford it, and what the operator should know."""
+"""Before a run: can it work here, can the host afford it, and what the operator should know.
+
+Whether a migration starts during the run is the matter of :mod:`.interference`; the plugin decides
+for itself (``classify()``, native/plugin/memslots.c).
+"""
 
 from __future__ import annotations
 
@@ -82,7 +86,7 @@ def check_awaits_incoming(state: VmState) -> None:
         )
 
 
-def check_moment(state: VmState, dirty_limit: bool = False) -> None:
+def check_vm_state(state: VmState, dirty_limit: bool = False) -> None:
     """Raise if prefaulting now would hurt the guest, or be in vain.
 
     While dirty pages are logged, KVM maps by 4 KiB only and marks each page it maps as dirty
@@ -145,7 +149,7 @@ def check_headroom(
         backing = vm.backing(target.section)
         mapped = pagemap.sums(target.hva, target.size, backing.private)
         elsewhere = max(0, target.section.size - vm.allocated(target.section))
-        absent[target] = min(target.size - mapped.present, elsewhere) if target.touch else 0
+        absent[target] = min(target.size - mapped.present, elsewhere) if target.may_populate else 0
         page_size = target.section.page_size
         needs[page_size] = needs.get(page_size, 0) + absent[target]
     if force:

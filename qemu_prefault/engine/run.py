@@ -4,7 +4,7 @@
 The algorithm, in the order of :func:`prefault`::
 
     can it work here at all?            preflight.check_supported
-    is this a moment to do it?          preflight.check_moment
+    is this a moment to do it?          preflight.check_vm_state
     which memory?                       plan.select
     can the host afford to populate it? preflight.check_headroom
     populate, while the guest runs      Executor.populate
@@ -39,13 +39,13 @@ from .incoming import check_no_postcopy, hold_incoming
 from .interference import InterferenceMonitor
 from .options import Options
 from .pause import Pauser
-from .plan import Target, select, without
+from .plan import Target, select, subtract
 from .preflight import (
     check_awaits_incoming,
     check_headroom,
-    check_moment,
     check_status,
     check_supported,
+    check_vm_state,
     find_warnings,
 )
 from .report import Report
@@ -82,7 +82,7 @@ async def prefault(
         check_awaits_incoming(vm.state)
         await check_no_postcopy(vm.monitor)
     else:
-        check_moment(vm.state, await vm.dirty_limit())
+        check_vm_state(vm.state, await vm.dirty_limit())
     targets = select(vm.state, options)
     if not options.populate_only:
         tally.warnings |= find_warnings(options, targets, vm.state)
@@ -116,7 +116,7 @@ async def _plan_only(
         section = tally.of(target.section)
         private = vm.backing(target.section).private
         writable = pagemap.sums(target.hva, target.size, private).writable
-        section.requested += target.size if target.touch else writable
+        section.requested += target.size if target.may_populate else writable
         section.populated += absent[target]
         section.note = target.why_not
     tally.before = tally.after = await read_stage2(vm.monitor)
@@ -186,11 +186,11 @@ class PrefaultRun:
         await self.executor.populate(targets)
         self.tally.before = await read_stage2(self.vm.monitor)
         if self.options.max_downtime is not None and await read_running(self.vm.monitor):
-            await self.prefault_in_turns(targets)
+            await self.prefault_in_several_pauses(targets)
         else:
-            await self.prefault_paused(targets)
+            await self.prefault_in_one_pause(targets)
 
-    async def prefault_paused(self, targets: tuple[Target, ...]) -> None:
+    async def prefault_in_one_pause(self, targets: tuple[Target, ...]) -> None:
         """Pause the guest and prefault; within bounds, until not all vCPUs are in guest mode."""
         guest_mode = self.guest_mode
         started = time.monotonic()
@@ -229,7 +229,9 @@ class PrefaultRun:
             targets = done = fresh
         self.tally.after = await read_stage2(self.vm.monitor)
 
-    async def prefault_in_turns(self, targets: Sequence[Target], again: bool = False) -> None:
+    async def prefault_in_several_pauses(
+        self, targets: Sequence[Target], again: bool = False
+    ) -> None:
         """By turns, prefault as long as a pause may be and let the guest run.
 
         :param again: these were begun before.
@@ -318,10 +320,10 @@ class PrefaultRun:
         """
         if left:
             await self.executor.populate(left)
-            await self.prefault_in_turns(left, again=begun)
-        new = without(select(await self.vm.refresh(), self.options), targets)
+            await self.prefault_in_several_pauses(left, again=begun)
+        new = subtract(select(await self.vm.refresh(), self.options), targets)
         if runs:
             new = tuple(target for target in new if target.gpa >= LOW_MEMORY)
         if new and self.interference.reason is None:
             await self.executor.populate(new)
-            await self.prefault_in_turns(new)
+            await self.prefault_in_several_pauses(new)

@@ -10,7 +10,9 @@ hook_config.py   what is to be done for which domain, and when
 hook.py          /etc/libvirt/hooks/qemu.d: never calls libvirt, never fails a guest
 prelaunch.py     a restored guest, prefaulted before it runs, without any monitor
 lifecycle.py     start, restore and migrate as one command each
-daemon.py        libvirt watch: libvirt's events (events.py), and metrics for Prometheus (metrics.py)
+daemon.py        libvirt watch: acts on libvirt's events
+events.py        what the daemon hears of libvirt, and where it logs
+metrics.py       metrics for Prometheus
 probe.py         probe --domain: what this host lets each of these do
 status.py        libvirt status: whether a domain loads the plugin
 """

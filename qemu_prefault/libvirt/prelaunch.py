@@ -159,7 +159,7 @@ async def prefault_before_start(
         absent = (
             domain.memory - pagemap.sums(mapping.start, mapping.size, not mapping.shared).present
         )
-        why_not = _why_not_touch(process, domain, absent, populate)
+        why_not = _reason_not_to_populate(process, domain, absent, populate)
         if why_not:
             notes.append(why_not)
         targets = [
@@ -198,7 +198,9 @@ async def prefault_before_start(
     )
 
 
-def _why_not_touch(process: Process, domain: Domain, absent: int, populate: str) -> str | None:
+def _reason_not_to_populate(
+    process: Process, domain: Domain, absent: int, populate: str
+) -> str | None:
     """Why only what is there is prefaulted; None if all may be populated."""
     if populate == "resident":
         return 'populate="resident"'

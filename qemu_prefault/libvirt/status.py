@@ -50,7 +50,7 @@ class DomainStatus:
         }
 
 
-def look(domain: str, uri: str | None = None) -> DomainStatus:
+def read_domain_status(domain: str, uri: str | None = None) -> DomainStatus:
     """Look at the domain's definition, and at its QEMU if it runs here.
 
     :param domain: a name, a UUID, or ``-`` for XML from stdin.

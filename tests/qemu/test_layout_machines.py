@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qemu_prefault.engine.preflight import check_moment
+from qemu_prefault.engine.preflight import check_vm_state
 from qemu_prefault.errors import RefusedError
 from qemu_prefault.host.fds import kvm_fds
 from qemu_prefault.host.headroom import hugetlb_free
@@ -239,7 +239,7 @@ def test_migration_status(start_qemu: StartQemu, tmp_path: Path) -> None:
             assert machine.migration == "completed"
             assert machine.status in ("finish-migrate", "postmigrate")
             with pytest.raises(RefusedError) as refusal:
-                check_moment(machine)
+                check_vm_state(machine)
             assert refusal.value.code == "migration"
         incoming = start_qemu("-m", "64M", "-incoming", "defer")
         async with Monitor.connect(incoming.qmp) as monitor:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from qemu_prefault._native import ffi, lib
 
+from qemu_prefault._native import ffi, lib
 from qemu_prefault.host.headroom import (
     cgroup_directories,
     cgroup_hugetlb_limit,

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from qemu_prefault.agents.base import Kind, Range, Worker
 from qemu_prefault.engine.options import Options, Populate
-from qemu_prefault.engine.plan import Target, select, stripe, stripe_by_node, without
-from qemu_prefault.engine.preflight import check_moment
+from qemu_prefault.engine.plan import Target, partition, partition_by_node, select, subtract
+from qemu_prefault.engine.preflight import check_vm_state
 from qemu_prefault.errors import ExitStatus, InputError, RefusedError
 from qemu_prefault.qemu.memory_map import MemorySection
 from qemu_prefault.qemu.queries import Balloon, VmState
@@ -106,10 +106,10 @@ def test_every_state_is_accepted_or_refused_by_code(status: str) -> None:
         vm = machine(status=status, migration=migration, dirty_rate=rate)
         code = expected_refusal(status, migration, rate, limit)
         if not code:
-            check_moment(vm, limit)
+            check_vm_state(vm, limit)
             continue
         with pytest.raises(RefusedError) as caught:
-            check_moment(vm, limit)
+            check_vm_state(vm, limit)
         assert caught.value.code == code, (status, migration, rate, limit)
         assert caught.value.exit_status == ExitStatus.REFUSED
         assert caught.value.remedy
@@ -127,14 +127,14 @@ def test_every_state_is_accepted_or_refused_by_code(status: str) -> None:
 )
 def test_refusal_has_qemu_state_and_remedy(changes: dict[str, str], words: list[str]) -> None:
     with pytest.raises(RefusedError) as caught:
-        check_moment(machine(**changes))
+        check_vm_state(machine(**changes))
     for word in words:
         assert word in str(caught.value)
 
 
 def test_dirty_limit_differs_from_measurement() -> None:
     with pytest.raises(RefusedError, match="being limited"):
-        check_moment(machine(), dirty_limit=True)
+        check_vm_state(machine(), dirty_limit=True)
 
 
 # --- what? ---
@@ -157,7 +157,7 @@ def test_default_is_all_ram_in_address_order() -> None:
     targets = select(machine(HIGH, ROM, MAIN, LOW), Options())
     assert [target.section for target in targets] == [LOW, MAIN, HIGH]
     assert pieces(targets) == [(s.gpa, s.size) for s in (LOW, MAIN, HIGH)]
-    assert all(target.touch and target.why_not is None for target in targets)
+    assert all(target.may_populate and target.why_not is None for target in targets)
 
 
 def test_target_has_host_address() -> None:
@@ -282,7 +282,7 @@ PRESENT = {
 def test_auto_skips_intentionally_absent_memory(name: str) -> None:
     ram, balloon = ABSENT_ON_PURPOSE[name]
     (target,) = select(machine(ram, balloon=balloon), Options(Populate.AUTO))
-    assert not target.touch
+    assert not target.may_populate
     assert target.why_not
 
 
@@ -290,7 +290,7 @@ def test_auto_skips_intentionally_absent_memory(name: str) -> None:
 def test_auto_populates_ordinary_memory(name: str) -> None:
     ram, balloon = PRESENT[name]
     (target,) = select(machine(ram, balloon=balloon), Options(Populate.AUTO))
-    assert target.touch
+    assert target.may_populate
 
 
 @pytest.mark.parametrize("name", [*ABSENT_ON_PURPOSE, *PRESENT])
@@ -298,9 +298,9 @@ def test_all_populates_everything_resident_nothing(name: str) -> None:
     ram, balloon = (ABSENT_ON_PURPOSE | PRESENT)[name]
     vm = machine(ram, balloon=balloon)
     (target,) = select(vm, Options(Populate.ALL))
-    assert target.touch and target.why_not is None
+    assert target.may_populate and target.why_not is None
     (target,) = select(vm, Options(Populate.RESIDENT))
-    assert not target.touch and target.why_not
+    assert not target.may_populate and target.why_not
 
 
 spans = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 10)), max_size=6)
@@ -326,14 +326,14 @@ def test_remaining_is_every_page_once(
 
     gone = set(pages(targets(done)))
     for target in targets(wanted):
-        left = without([target], targets(done))
+        left = subtract([target], targets(done))
         assert pages(left) == [page for page in pages([target]) if page not in gone]
         assert all(piece.section is target.section for piece in left)
 
 
 def test_absent_section_does_not_affect_others() -> None:
     vm = machine(MAIN, section(4 * GIB, GIB, device="virtio-mem"))
-    assert [target.touch for target in select(vm, Options())] == [True, False]
+    assert [target.may_populate for target in select(vm, Options())] == [True, False]
 
 
 # --- who? ---
@@ -381,7 +381,7 @@ def check_exactly_once(shares: dict[int, list[Range]], ranges: Sequence[Range]) 
 @given(work(), st.integers(1, 9))
 def test_stripes_cover_every_byte_once_in_order(ranges: list[Range], count: int) -> None:
     workers = worker_list([None] * count)
-    shares = stripe(ranges, workers)
+    shares = partition(ranges, workers)
     assert list(shares) == [worker.index for worker in workers]
     check_exactly_once(shares, ranges)
     in_worker_order = [item for worker in workers for item in shares[worker.index]]
@@ -392,27 +392,27 @@ def test_stripes_cover_every_byte_once_in_order(ranges: list[Range], count: int)
 @given(work(), st.integers(1, 9))
 def test_huge_pages_are_not_split(ranges: list[Range], count: int) -> None:
     ends = {item.start + item.size for item in ranges}
-    for item in flat(stripe(ranges, worker_list([None] * count))):
+    for item in flat(partition(ranges, worker_list([None] * count))):
         assert (item.start + item.size) in ends or (item.start + item.size) % HUGE_PAGE_SIZE == 0
 
 
 @given(work(), st.integers(1, 9))
 def test_shares_are_equal_within_a_huge_page(ranges: list[Range], count: int) -> None:
     equal = sum(item.size for item in ranges) / count
-    for share in stripe(ranges, worker_list([None] * count)).values():
+    for share in partition(ranges, worker_list([None] * count)).values():
         assert abs(sum(item.size for item in share) - equal) < HUGE_PAGE_SIZE + PAGE_SIZE
 
 
 def test_unaligned_memory_is_shared_evenly() -> None:
     """What each is cut too much, for 2 MiB, must not be taken from the last one's share."""
     ranges = [Range(Kind.POPULATE, HVA + PAGE_SIZE, 64 * MIB)]
-    sizes = [sum(r.size for r in s) for s in stripe(ranges, worker_list([None] * 24)).values()]
+    sizes = [sum(r.size for r in s) for s in partition(ranges, worker_list([None] * 24)).values()]
     assert max(sizes) <= 64 * MIB / 24 + HUGE_PAGE_SIZE
     assert sizes[-1] > 0
 
 
 def test_no_work_gives_empty_shares() -> None:
-    assert stripe([], worker_list([None, None])) == {1: [], 4: []}
+    assert partition([], worker_list([None, None])) == {1: [], 4: []}
 
 
 nodes = st.none() | st.integers(0, 3)
@@ -422,7 +422,7 @@ nodes = st.none() | st.integers(0, 3)
 def test_each_byte_goes_to_a_local_vcpu_if_any(ranges: list[Range], data: st.DataObject) -> None:
     workers = worker_list(data.draw(st.lists(nodes, min_size=1, max_size=8)))
     home = [data.draw(nodes) for _ in ranges]
-    shares = stripe_by_node(list(zip(home, ranges, strict=True)), workers)
+    shares = partition_by_node(list(zip(home, ranges, strict=True)), workers)
     assert list(shares) == [worker.index for worker in workers]
     check_exactly_once(shares, ranges)
     have = {worker.node for worker in workers} - {None}
@@ -437,5 +437,5 @@ def test_each_byte_goes_to_a_local_vcpu_if_any(ranges: list[Range], data: st.Dat
 
 
 def test_memory_of_a_node_without_vcpus_is_shared() -> None:
-    shares = stripe_by_node([(2, Range(Kind.POPULATE, HVA, 8 * MIB))], worker_list([0, 1]))
+    shares = partition_by_node([(2, Range(Kind.POPULATE, HVA, 8 * MIB))], worker_list([0, 1]))
     assert [sum(r.size for r in share) for share in shares.values()] == [4 * MIB, 4 * MIB]

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * The one prefault loop, shared by every agent.
+ * The one prefault loop, shared by the helper and the plugin.
  *
  * It is handed a batch of ranges and works through them in bounded chunks:
  * MADV_POPULATE_WRITE for a host range, KVM_PRE_FAULT_MEMORY for a guest range.
