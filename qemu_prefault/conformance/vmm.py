@@ -19,10 +19,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .._native import ffi, lib
-from ..host.kvm import BinaryStats
+from ..host.kvm import BinaryStats, Stage2Leaves
 from . import abi, guest
 from .abi import GIB, PAGE
 from .memory import Memory, small
@@ -65,24 +65,6 @@ def expect(condition: object, text: str) -> None:
 def expect_equal(seen: object, wanted: object, what: str) -> None:
     if seen != wanted:
         raise Unexpected(f"{what}: {seen}, and not {wanted}")
-
-
-class Leaves(NamedTuple):
-    """Entries in the stage-2 tables, by size (``pages_4k``, ``pages_2m``, ``pages_1g``)."""
-
-    k4: int
-    m2: int = 0
-    g1: int = 0
-
-    def __sub__(self, other: Leaves) -> Leaves:
-        return Leaves(*(a - b for a, b in zip(self, other, strict=True)))
-
-    @property
-    def size(self) -> int:
-        return self.k4 * PAGE + self.m2 * abi.HUGE + self.g1 * GIB
-
-    def __str__(self) -> str:
-        return f"{self.k4} x 4K + {self.m2} x 2M + {self.g1} x 1G"
 
 
 @dataclass(frozen=True)
@@ -250,8 +232,8 @@ class Vm:
 
     # Counters.
 
-    def leaves(self) -> Leaves:
-        return Leaves(*self.stats.read("pages_4k", "pages_2m", "pages_1g"))
+    def leaves(self) -> Stage2Leaves:
+        return Stage2Leaves(*self.stats.read(*Stage2Leaves.__dataclass_fields__))
 
     # vCPUs.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...host.kvm import Stage2Leaves
 from ..abi import GIB, PAGE
 from ..memory import Memory, small
-from ..vmm import Leaves, Vcpu, Vm, expect_equal
+from ..vmm import Vcpu, Vm, expect_equal
 
 GPA = GIB
 """Where a case's memory is in the guest: aligned for any leaf, and no firmware near."""
@@ -68,5 +69,5 @@ def expect_writes(
     return taken
 
 
-def expect_mapped(vm: Vm, before: Leaves, wanted: Leaves) -> None:
+def expect_mapped(vm: Vm, before: Stage2Leaves, wanted: Stage2Leaves) -> None:
     expect_equal(str(vm.leaves() - before), str(wanted), "leaves that the prefault has added")

@@ -27,7 +27,7 @@ def _faults(make: Callable[[], Memory], most: int, writes: bool) -> None:
     # The legacy MMU maps up to 8 neighbours of a page that is touched (direct_pte_prefetch()).
     expect(most / 8 <= taken <= most, f"{taken} faults, and not at most {most}")
     grown = machine.vm.leaves() - before
-    expect(grown.size >= memory.size, f"only {grown} were mapped")
+    expect(grown.bytes >= memory.size, f"only {grown} were mapped")
     check(machine.vcpu, memory, 0)
 
 

@@ -7,11 +7,12 @@ import mmap
 import struct
 from collections.abc import Iterator
 
+from ...host.kvm import Stage2Leaves
 from .. import abi, host
 from ..abi import HUGE, PAGE
 from ..memory import huge, small
 from ..suite import case
-from ..vmm import Leaves, Vcpu, Vm, expect, expect_equal, ioctl
+from ..vmm import Vcpu, Vm, expect, expect_equal, ioctl
 from .common import GPA, PAGES, SLOT, Bench, bench, expect_mapped, expect_reads, expect_writes
 
 _MARK = "mmu/spte.c:make_spte(): a writable entry of a slot with a dirty log is dirty at once"
@@ -45,7 +46,7 @@ def log_leaves_read_only_alone() -> None:
     machine = bench(small(PAGES * PAGE), flags=abi.MEM_LOG_DIRTY_PAGES)
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, machine.size)
-    expect_mapped(machine.vm, before, Leaves(PAGES))
+    expect_mapped(machine.vm, before, Stage2Leaves(PAGES))
     expect_equal(machine.vm.dirty_pages(SLOT), set(), "dirty pages")
     machine.vcpu.write(GPA, 4, 9)
     expect_equal(machine.vm.dirty_pages(SLOT), {0, 1, 2, 3}, "dirty pages after four writes")
@@ -86,7 +87,7 @@ def log_forces_4k() -> None:
     machine = bench(memory, flags=abi.MEM_LOG_DIRTY_PAGES)
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, HUGE)
-    expect_mapped(machine.vm, before, Leaves(512))
+    expect_mapped(machine.vm, before, Stage2Leaves(512))
     expect_equal(len(machine.vm.dirty_pages(SLOT)), 512, "dirty pages")
 
 
@@ -103,10 +104,10 @@ def start_splits() -> str:
     machine = bench(memory)
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, HUGE)
-    expect_mapped(machine.vm, before, Leaves(0, 1))
+    expect_mapped(machine.vm, before, Stage2Leaves(0, 1))
     _logging(machine)
     kept = machine.vm.leaves() - before
-    expect_equal(kept.size, HUGE, "bytes mapped after it was switched on")
+    expect_equal(kept.bytes, HUGE, "bytes mapped after it was switched on")
     taken = expect_writes(machine.vcpu, memory, None)
     expect(taken > 0, "the guest's writes go unnoticed")
     expect_equal(len(machine.vm.dirty_pages(SLOT)), 512, "dirty pages")
@@ -126,11 +127,11 @@ def stop_recovers() -> str:
     machine = bench(memory, flags=abi.MEM_LOG_DIRTY_PAGES)
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, HUGE)
-    expect_mapped(machine.vm, before, Leaves(512))
+    expect_mapped(machine.vm, before, Stage2Leaves(512))
     _logging(machine, False)
     stopped = machine.vm.leaves() - before
     machine.vcpu.prefault_all(GPA, HUGE)
-    expect_mapped(machine.vm, before, Leaves(0, 1))
+    expect_mapped(machine.vm, before, Stage2Leaves(0, 1))
     expect_writes(machine.vcpu, memory, 0)
     return f"logging off leaves {stopped}"
 
@@ -146,7 +147,7 @@ def start_keeps_4k() -> None:
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, machine.size)
     _logging(machine)
-    expect_mapped(machine.vm, before, Leaves(PAGES))
+    expect_mapped(machine.vm, before, Stage2Leaves(PAGES))
     expect_equal(machine.vm.dirty_pages(SLOT), set(), "dirty pages")
     expect_reads(machine.vcpu, machine.memory, 0)
     expect_writes(machine.vcpu, machine.memory, PAGES)

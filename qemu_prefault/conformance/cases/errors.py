@@ -103,7 +103,7 @@ def structure_read_only() -> None:
     before = machine.vm.leaves()
     answer = lib.pf_vmm_ioctl(machine.vcpu.fd, abi.PRE_FAULT_MEMORY, page.address)
     expect_equal(error_name(-answer), "EFAULT", "the ioctl")
-    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
+    expect_equal((machine.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
     expect_reads(machine.vcpu, machine.memory, 0)
 
 
@@ -116,10 +116,10 @@ def _efault(spoil: Callable[[Bench], None], first: int) -> None:
     bad = (PAGES - first) * PAGE
     result = machine.vcpu.prefault(GPA, machine.size)
     expect_equal(str(result), f"success, {bad:#x} bytes left", "the first ioctl")
-    expect_equal((machine.vm.leaves() - before).k4, first, "pages mapped")
+    expect_equal((machine.vm.leaves() - before).pages_4k, first, "pages mapped")
     result = machine.vcpu.prefault(GPA + first * PAGE, bad)
     expect_equal(str(result), f"EFAULT, {bad:#x} bytes left", "the second ioctl")
-    expect_equal((machine.vm.leaves() - before).k4, first, "pages mapped after the error")
+    expect_equal((machine.vm.leaves() - before).pages_4k, first, "pages mapped after the error")
     taken = machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA, first))
     expect_equal(taken, 0, "faults on the pages that were done")
 

@@ -9,11 +9,12 @@ import socket
 from collections.abc import Callable
 
 from ..._native import lib
+from ...host.kvm import Stage2Leaves
 from .. import abi, host
 from ..abi import PAGE
 from ..guest import COUNT
 from ..suite import add, case
-from ..vmm import COUNTER, Leaves, Running, Task, expect, expect_equal
+from ..vmm import COUNTER, Running, Task, expect, expect_equal
 from .common import GPA, Bench, bench, expect_reads
 
 _MM = "virt/kvm/kvm_main.c:kvm_vcpu_ioctl(): kvm->mm != current->mm is EIO (6d4e4c4fca5b)"
@@ -43,7 +44,7 @@ def _prefault(machine: Bench) -> int:
 
 
 def _foreign(machine: Bench, body: Callable[[], int]) -> None:
-    before: list[Leaves] = []
+    before: list[Stage2Leaves] = []
 
     def between() -> None:
         machine.vcpu.warm()
@@ -136,7 +137,7 @@ def clone_vm() -> None:
     before = machine.vm.leaves()
     result = machine.vcpu.prefault(GPA, machine.size, call=lib.pf_vmm_ioctl_in_clone)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl in a CLONE_VM child")
-    expect_equal((machine.vm.leaves() - before).k4, machine.pages, "pages mapped")
+    expect_equal((machine.vm.leaves() - before).pages_4k, machine.pages, "pages mapped")
     expect_reads(machine.vcpu, machine.memory, 0)
 
 
@@ -146,7 +147,7 @@ def _in_a_thread(run_there: bool) -> None:
         Task(machine.vcpu.warm).result()
     before = machine.vm.leaves()
     Task(lambda: machine.vcpu.prefault_all(GPA, machine.size)).result()
-    expect_equal((machine.vm.leaves() - before).k4, machine.pages, "pages mapped")
+    expect_equal((machine.vm.leaves() - before).pages_4k, machine.pages, "pages mapped")
     expect_reads(machine.vcpu, machine.memory, 0)
 
 
@@ -172,7 +173,7 @@ def vm_descriptor_closed() -> None:
     os.close(machine.vm.fd)
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, machine.size)
-    expect_equal((machine.vm.leaves() - before).k4, machine.pages, "pages mapped")
+    expect_equal((machine.vm.leaves() - before).pages_4k, machine.pages, "pages mapped")
     expect_reads(machine.vcpu, machine.memory, 0)
 
 
@@ -187,7 +188,7 @@ def owner_forks() -> None:
     machine.vcpu.prefault_all(GPA, machine.size)
     before = machine.vm.leaves()
     _in_a_child(lambda: 0)
-    lost = (before - machine.vm.leaves()).k4
+    lost = (before - machine.vm.leaves()).pages_4k
     expect(lost >= machine.pages, f"leaves of the slot are gone ({lost})")
     machine.vcpu.warm()
     machine.vcpu.prefault_all(GPA, machine.size)

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from ...host.kvm import Stage2Leaves
 from .. import host
 from ..abi import GIB, HUGE, PAGE
 from ..memory import COLLAPSE, HUGETLB_1G, WITH_HUGEPAGES, WITHOUT_HUGEPAGES, hugetlb, small
 from ..memory import huge as thp
 from ..suite import Skip, case
-from ..vmm import Leaves, Vm, expect_equal
+from ..vmm import Vm, expect_equal
 from .common import GPA, SLOT, bench, expect_mapped, expect_reads, expect_writes
 
 _LEVEL = "mmu/mmu.c:kvm_mmu_max_mapping_level(), host_pfn_mapping_level()"
@@ -31,7 +32,7 @@ def unaligned_slot() -> None:
     vcpu.warm()
     before = vm.leaves()
     vcpu.prefault_all(GPA + PAGE, HUGE)
-    expect_mapped(vm, before, Leaves(512))
+    expect_mapped(vm, before, Stage2Leaves(512))
     expect_writes(vcpu, memory, 0, gpa=GPA + PAGE)
 
 
@@ -52,7 +53,7 @@ def head_and_tail() -> None:
     vcpu.warm()
     before = vm.leaves()
     vcpu.prefault_all(GPA + HUGE - cut, HUGE + 2 * cut)
-    expect_mapped(vm, before, Leaves(8, 1))
+    expect_mapped(vm, before, Stage2Leaves(8, 1))
     pages = (HUGE + 2 * cut) // PAGE
     expect_equal(
         vcpu.faults_of(lambda: vcpu.write(GPA + HUGE - cut, pages, 5)), 0, "faults of a writer"
@@ -74,7 +75,7 @@ def one_page_of_a_huge_one() -> None:
     before = machine.vm.leaves()
     result = machine.vcpu.prefault(GPA + 5 * PAGE, PAGE)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
-    expect_mapped(machine.vm, before, Leaves(0, 1))
+    expect_mapped(machine.vm, before, Stage2Leaves(0, 1))
     expect_writes(machine.vcpu, memory, 0)
 
 
@@ -92,7 +93,7 @@ def mixed() -> None:
     machine = bench(memory)
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, 2 * HUGE)
-    expect_mapped(machine.vm, before, Leaves(512, 1))
+    expect_mapped(machine.vm, before, Stage2Leaves(512, 1))
     expect_writes(machine.vcpu, memory, 0)
 
 
@@ -108,15 +109,15 @@ def collapsed_later() -> None:
     machine = bench(memory)
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, HUGE)
-    expect_mapped(machine.vm, before, Leaves(512))
+    expect_mapped(machine.vm, before, Stage2Leaves(512))
     memory.advise(WITH_HUGEPAGES)
     try:
         memory.advise(COLLAPSE)
     except OSError as error:
         raise Skip(f"MADV_COLLAPSE: {error.strerror}") from None
-    expect_mapped(machine.vm, before, Leaves(0))
+    expect_mapped(machine.vm, before, Stage2Leaves(0))
     machine.vcpu.prefault_all(GPA, HUGE)
-    expect_mapped(machine.vm, before, Leaves(0, 1))
+    expect_mapped(machine.vm, before, Stage2Leaves(0, 1))
     expect_writes(machine.vcpu, memory, 0)
 
 
@@ -133,12 +134,12 @@ def split_later() -> None:
     machine = bench(memory)
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, HUGE)
-    expect_mapped(machine.vm, before, Leaves(0, 1))
+    expect_mapped(machine.vm, before, Stage2Leaves(0, 1))
     memory.advise(4, 5 * PAGE, PAGE)  # MADV_DONTNEED
-    expect_mapped(machine.vm, before, Leaves(0))
+    expect_mapped(machine.vm, before, Stage2Leaves(0))
     memory.write()
     machine.vcpu.prefault_all(GPA, HUGE)
-    expect_mapped(machine.vm, before, Leaves(512))
+    expect_mapped(machine.vm, before, Stage2Leaves(512))
     expect_writes(machine.vcpu, memory, 0)
 
 
@@ -155,9 +156,9 @@ def guest_then_prefault() -> None:
     machine = bench(memory)
     before = machine.vm.leaves()
     machine.vcpu.write(GPA, 1, 3)
-    expect_mapped(machine.vm, before, Leaves(0, 1))
+    expect_mapped(machine.vm, before, Stage2Leaves(0, 1))
     machine.vcpu.prefault_all(GPA, 2 * HUGE)
-    expect_mapped(machine.vm, before, Leaves(0, 2))
+    expect_mapped(machine.vm, before, Stage2Leaves(0, 2))
     expect_reads(machine.vcpu, memory, 0)
 
 
@@ -174,7 +175,7 @@ def one_gib() -> None:
     before = machine.vm.leaves()
     result = machine.vcpu.prefault(GPA, PAGE)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
-    expect_mapped(machine.vm, before, Leaves(0, 0, 1))
+    expect_mapped(machine.vm, before, Stage2Leaves(0, 0, 1))
     taken = machine.vcpu.faults_of(lambda: machine.vcpu.write(GPA, 64, 9, stride=16 << 20))
     expect_equal(taken, 0, "faults of a guest that writes all over it")
     expect_equal(memory.word(63 * (16 << 20)), 9, "its last write")
@@ -195,6 +196,6 @@ def one_gib_unaligned() -> None:
     vcpu.warm()
     before = vm.leaves()
     vcpu.prefault_all(GPA + HUGE, GIB - HUGE)
-    expect_mapped(vm, before, Leaves(0, 511))
+    expect_mapped(vm, before, Stage2Leaves(0, 511))
     taken = vcpu.faults_of(lambda: vcpu.write(GPA + HUGE, 32, 9, stride=16 << 20))
     expect_equal(taken, 0, "faults of a guest that writes")

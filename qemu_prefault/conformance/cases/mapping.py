@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...host.kvm import Stage2Leaves
 from .. import abi, guest, host
 from ..abi import HUGE, MIB, PAGE
 from ..guest import WRITE_32
@@ -33,7 +34,7 @@ from ..memory import (
     system_call,
 )
 from ..suite import Need, Skip, add, case
-from ..vmm import LONG64, Leaves, Task, Vm, expect, expect_equal, wait_for
+from ..vmm import LONG64, Task, Vm, expect, expect_equal, wait_for
 from .common import GPA, PAGES, SLOT, bench, expect_mapped, expect_reads, expect_writes
 
 SMALL = PAGES * PAGE
@@ -68,9 +69,9 @@ class Backing:
     source: str = _RULE
     settled: bool = True
 
-    def leaves(self, memory: Memory) -> Leaves:
+    def leaves(self, memory: Memory) -> Stage2Leaves:
         count = memory.size // self.leaf
-        return Leaves(count) if self.leaf == PAGE else Leaves(0, count)
+        return Stage2Leaves(count) if self.leaf == PAGE else Stage2Leaves(0, count)
 
 
 def touched(memory: Memory, *what: str) -> Memory:
@@ -225,7 +226,7 @@ def _huge_zero_page(read_first: bool) -> str:
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, HUGE)
     grown = machine.vm.leaves() - before
-    if grown != Leaves(0, 1):
+    if grown != Stage2Leaves(0, 1):
         raise Skip(f"no huge zero page here (use_zero_page?): mapped as {grown}")
     machine.vcpu.read(GPA, HUGE // PAGE)
     faults = expect_writes(machine.vcpu, memory, None)
@@ -259,10 +260,10 @@ def populate_after_zero_page() -> str:
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, HUGE)
     machine.memory.populate()
-    expect_mapped(machine.vm, before, Leaves(0))  # the notifier has unmapped the zero page
+    expect_mapped(machine.vm, before, Stage2Leaves(0))  # the notifier has unmapped the zero page
     machine.vcpu.prefault_all(GPA, HUGE)
     grown = machine.vm.leaves() - before
-    expect_equal(grown.size, HUGE, "bytes mapped")
+    expect_equal(grown.bytes, HUGE, "bytes mapped")
     expect_writes(machine.vcpu, machine.memory, 0)
     return f"mapped as {grown}"
 
@@ -273,7 +274,7 @@ def _twice(first_read_only: bool) -> str | None:
         machine = bench(hugetlb(HUGE, shared=False))
         before = machine.vm.leaves()
         machine.vcpu.prefault_all(GPA, HUGE)
-        expect_mapped(machine.vm, before, Leaves(0, 1))
+        expect_mapped(machine.vm, before, Stage2Leaves(0, 1))
         machine.memory.populate()
         machine.vcpu.prefault_all(GPA, HUGE)
         faults = expect_writes(machine.vcpu, machine.memory, None)
@@ -283,7 +284,7 @@ def _twice(first_read_only: bool) -> str | None:
     machine.vcpu.prefault_all(GPA, machine.size)
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, machine.size)
-    expect_mapped(machine.vm, before, Leaves(0))
+    expect_mapped(machine.vm, before, Stage2Leaves(0))
     expect_writes(machine.vcpu, machine.memory, 0)
     return None
 
@@ -310,7 +311,7 @@ def _readonly_slot(writes: bool) -> None:
     machine = bench(flags=abi.MEM_READONLY)
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, machine.size)
-    expect_mapped(machine.vm, before, Leaves(machine.pages))
+    expect_mapped(machine.vm, before, Stage2Leaves(machine.pages))
     expect_reads(machine.vcpu, machine.memory, 0)
     if writes:
         words = machine.memory.words()
@@ -342,7 +343,7 @@ def host_read_only() -> None:
     machine = bench(memory)
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, memory.size)
-    expect_mapped(machine.vm, before, Leaves(machine.pages))
+    expect_mapped(machine.vm, before, Stage2Leaves(machine.pages))
     expect_reads(machine.vcpu, memory, 0)
     words = memory.words()
     try:
@@ -368,7 +369,7 @@ def userfault_write_protected() -> None:
     machine = bench(memory)
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, memory.size)
-    expect_mapped(machine.vm, before, Leaves(machine.pages))
+    expect_mapped(machine.vm, before, Stage2Leaves(machine.pages))
     expect_reads(machine.vcpu, memory, 0)
     writer = Task(lambda: machine.vcpu.write(GPA, PAGES, 7))
     expect_equal(userfault.wait(), 0, "the page whose write userfaultfd tells of")
@@ -388,7 +389,7 @@ def part_of_a_slot() -> None:
     machine = bench()
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA + 8 * PAGE, 4 * PAGE)
-    expect_mapped(machine.vm, before, Leaves(4))
+    expect_mapped(machine.vm, before, Stage2Leaves(4))
     expect_equal(
         machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA + 8 * PAGE, 4)), 0, "faults inside"
     )
@@ -409,10 +410,10 @@ def neighbours_on_the_legacy_mmu() -> str:
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA + 8 * PAGE, PAGE)
     grown = machine.vm.leaves() - before
-    expect(1 <= grown.k4 <= 8, f"mapped {grown}")
+    expect(1 <= grown.pages_4k <= 8, f"mapped {grown}")
     taken = machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA + 8 * PAGE, 8))
-    expect(taken <= 8 - grown.k4, f"{taken} faults although {grown.k4} were mapped")
-    return f"one page asked for, {grown.k4} mapped"
+    expect(taken <= 8 - grown.pages_4k, f"{taken} faults although {grown.pages_4k} were mapped")
+    return f"one page asked for, {grown.pages_4k} mapped"
 
 
 @case(
@@ -430,7 +431,7 @@ def above_4g() -> None:
     vcpu.warm()
     before = vm.leaves()
     vcpu.prefault_all(at, memory.size)
-    expect_mapped(vm, before, Leaves(PAGES))
+    expect_mapped(vm, before, Stage2Leaves(PAGES))
     # The page table that leads there is touched for the first time, too: it is system memory.
     expect_reads(vcpu, memory, 0, gpa=at)
     expect_writes(vcpu, memory, 0, gpa=at)
@@ -465,9 +466,9 @@ def discarded() -> None:
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, machine.size)
     machine.memory.advise(4, 0, 8 * PAGE)
-    expect_mapped(machine.vm, before, Leaves(PAGES - 8))
+    expect_mapped(machine.vm, before, Stage2Leaves(PAGES - 8))
     machine.vcpu.prefault_all(GPA, machine.size)
-    expect_mapped(machine.vm, before, Leaves(PAGES))
+    expect_mapped(machine.vm, before, Stage2Leaves(PAGES))
     expect_reads(machine.vcpu, machine.memory, 0)
     expect_equal(machine.memory.words()[:8], [0] * 8, "the discarded pages")
     expect_writes(machine.vcpu, machine.memory, 8 * COPIED)
@@ -485,7 +486,7 @@ def protected_and_back() -> None:
     machine.vcpu.prefault_all(GPA, machine.size)
     machine.memory.protect(PROT_READ)
     machine.memory.protect(3)
-    expect_mapped(machine.vm, before, Leaves(0))
+    expect_mapped(machine.vm, before, Stage2Leaves(0))
     machine.vcpu.prefault_all(GPA, machine.size)
     expect_writes(machine.vcpu, machine.memory, 0)
 
@@ -501,9 +502,9 @@ def two_slots_one_memory() -> None:
     machine.vm.slot(2, GPA + 16 * MIB, machine.memory)
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, machine.size)
-    expect_mapped(machine.vm, before, Leaves(PAGES))
+    expect_mapped(machine.vm, before, Stage2Leaves(PAGES))
     machine.vcpu.prefault_all(GPA + 16 * MIB, machine.size)
-    expect_mapped(machine.vm, before, Leaves(2 * PAGES))
+    expect_mapped(machine.vm, before, Stage2Leaves(2 * PAGES))
     expect_writes(machine.vcpu, machine.memory, 0)
     expect_reads(machine.vcpu, machine.memory, 0, gpa=GPA + 16 * MIB)
 
@@ -536,7 +537,7 @@ def truncated_file() -> None:
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, machine.size)
     os.truncate(machine.memory.fd, SMALL // 2)
-    expect_mapped(machine.vm, before, Leaves(PAGES // 2))
+    expect_mapped(machine.vm, before, Stage2Leaves(PAGES // 2))
     result = machine.vcpu.prefault(GPA + SMALL // 2, SMALL // 2)
     expect_equal(str(result), f"EFAULT, {SMALL // 2:#x} bytes left", "a prefault past its end")
 
@@ -552,6 +553,6 @@ def punched_hole() -> None:
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, machine.size)
     system_call(285, machine.memory.fd, 3, 0, 8 * PAGE)  # fallocate: PUNCH_HOLE | KEEP_SIZE
-    expect_mapped(machine.vm, before, Leaves(PAGES - 8))
+    expect_mapped(machine.vm, before, Stage2Leaves(PAGES - 8))
     machine.vcpu.prefault_all(GPA, machine.size)
     expect_writes(machine.vcpu, machine.memory, 0)

@@ -56,7 +56,7 @@ def _parallel(count: int, stripes: bool, with_guest: bool) -> None:
         reader.kick(False)
     else:
         all_at_once()
-    expect_equal((vm.leaves() - before).k4, _SIZE // PAGE, "pages mapped")
+    expect_equal((vm.leaves() - before).pages_4k, _SIZE // PAGE, "pages mapped")
     for vcpu in (*vcpus, reader):
         expect_reads(vcpu, memory, 0)
     expect_writes(reader, memory, 0)

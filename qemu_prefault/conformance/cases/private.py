@@ -6,11 +6,12 @@ from __future__ import annotations
 import errno
 import struct
 
+from ...host.kvm import Stage2Leaves
 from .. import abi, host
 from ..abi import HUGE, PAGE
 from ..memory import Memory, huge, small, system_call
 from ..suite import case
-from ..vmm import Leaves, Vm, error_name, expect_equal, fails_with
+from ..vmm import Vm, error_name, expect_equal, fails_with
 from .common import GPA, PAGES, SLOT, Bench, expect_mapped, expect_reads, expect_writes
 
 _SIZE = PAGES * PAGE
@@ -43,7 +44,7 @@ def shared_part() -> None:
     machine, _ = _protected()
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, _SIZE)
-    expect_mapped(machine.vm, before, Leaves(PAGES))
+    expect_mapped(machine.vm, before, Stage2Leaves(PAGES))
     expect_reads(machine.vcpu, machine.memory, 0)
     expect_writes(machine.vcpu, machine.memory, 0)
 
@@ -60,7 +61,7 @@ def private_part() -> None:
     machine.vm.set_private(GPA, _SIZE)
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, _SIZE)
-    expect_mapped(machine.vm, before, Leaves(PAGES))
+    expect_mapped(machine.vm, before, Stage2Leaves(PAGES))
     words = machine.memory.words()
     taken = machine.vcpu.stat("pf_taken")
     expect_equal(machine.vcpu.read(GPA, PAGES), 0, "the sum that the guest reads")
@@ -83,7 +84,7 @@ def four_kib_only() -> None:
     machine.vm.set_private(GPA, HUGE)
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, HUGE)
-    expect_mapped(machine.vm, before, Leaves(512))
+    expect_mapped(machine.vm, before, Stage2Leaves(512))
     expect_equal(
         machine.vcpu.faults_of(lambda: machine.vcpu.write(GPA, 512, 1)), 0, "faults of a writer"
     )
@@ -103,7 +104,7 @@ def mixed() -> None:
     before = machine.vm.leaves()
     result = machine.vcpu.prefault(GPA, _SIZE)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
-    expect_mapped(machine.vm, before, Leaves(PAGES))
+    expect_mapped(machine.vm, before, Stage2Leaves(PAGES))
     taken = machine.vcpu.stat("pf_taken")
     wanted = sum(machine.memory.words()[1::2]) & 0xFFFFFFFF
     expect_equal(machine.vcpu.read(GPA, PAGES), wanted, "the sum that the guest reads")
@@ -123,9 +124,9 @@ def made_shared() -> None:
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, _SIZE)
     machine.vm.set_private(GPA, _SIZE // 2, private=False)
-    expect_mapped(machine.vm, before, Leaves(PAGES // 2))
+    expect_mapped(machine.vm, before, Stage2Leaves(PAGES // 2))
     machine.vcpu.prefault_all(GPA, _SIZE)
-    expect_mapped(machine.vm, before, Leaves(PAGES))
+    expect_mapped(machine.vm, before, Stage2Leaves(PAGES))
     wanted = sum(machine.memory.words()[: PAGES // 2]) & 0xFFFFFFFF
     taken = machine.vcpu.stat("pf_taken")
     expect_equal(machine.vcpu.read(GPA, PAGES), wanted, "the sum that the guest reads")
@@ -144,7 +145,7 @@ def made_private() -> None:
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, _SIZE)
     machine.vm.set_private(GPA, _SIZE)
-    expect_mapped(machine.vm, before, Leaves(0))
+    expect_mapped(machine.vm, before, Stage2Leaves(0))
     machine.vcpu.prefault_all(GPA, _SIZE)
     taken = machine.vcpu.stat("pf_taken")
     expect_equal(machine.vcpu.read(GPA, PAGES), 0, "the sum that the guest reads")
@@ -165,7 +166,7 @@ def punched_hole() -> None:
     machine.vcpu.prefault_all(GPA, _SIZE)
     machine.vcpu.write(GPA, PAGES, 3)
     system_call(285, gmem, 3, 0, 8 * PAGE)  # fallocate: PUNCH_HOLE | KEEP_SIZE
-    expect_mapped(machine.vm, before, Leaves(PAGES - 8))
+    expect_mapped(machine.vm, before, Stage2Leaves(PAGES - 8))
     machine.vcpu.prefault_all(GPA, _SIZE)
     taken = machine.vcpu.stat("pf_taken")
     expect_equal(machine.vcpu.read(GPA, PAGES), 3 * (PAGES - 8), "the sum that the guest reads")
@@ -227,7 +228,7 @@ def mapped_guest_memfd() -> None:
     vcpu.warm()
     before = vm.leaves()
     vcpu.prefault_all(GPA, _SIZE)
-    expect_mapped(vm, before, Leaves(PAGES))
+    expect_mapped(vm, before, Stage2Leaves(PAGES))
     expect_writes(vcpu, memory, 0)
     memory.put(0, struct.pack("<I", 77))
     expect_equal(vcpu.read(GPA, 1), 77, "what the guest reads of what we wrote")

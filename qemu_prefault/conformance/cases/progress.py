@@ -38,7 +38,7 @@ def whole_slot() -> None:
     result = machine.vcpu.prefault(GPA, memory.size)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
     grown = machine.vm.leaves() - before
-    expect_equal(grown.k4, memory.size // PAGE, "pages mapped")
+    expect_equal(grown.pages_4k, memory.size // PAGE, "pages mapped")
     expect_writes(machine.vcpu, memory, 0)
 
 
@@ -90,7 +90,7 @@ def huge_steps() -> None:
     before = machine.vm.leaves()
     result = machine.vcpu.prefault(GPA + HUGE - PAGE, 2 * PAGE)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
-    expect_equal((machine.vm.leaves() - before).m2, 2, "leaves of 2 MiB")
+    expect_equal((machine.vm.leaves() - before).pages_2m, 2, "leaves of 2 MiB")
     expect_writes(machine.vcpu, memory, 0)
 
 
@@ -207,7 +207,7 @@ def page_by_page() -> None:
     before = machine.vm.leaves()
     for page in range(PAGES):
         machine.vcpu.prefault_all(GPA + page * PAGE, PAGE)
-    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
+    expect_equal((machine.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
     expect_writes(machine.vcpu, machine.memory, 0)
 
 
@@ -217,7 +217,7 @@ def backwards() -> None:
     before = machine.vm.leaves()
     for page in reversed(range(0, PAGES, 4)):
         machine.vcpu.prefault_all(GPA + page * PAGE, 4 * PAGE)
-    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
+    expect_equal((machine.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
     expect_writes(machine.vcpu, machine.memory, 0)
 
 

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import errno
 
+from ...host.kvm import Stage2Leaves
 from .. import abi, host
 from ..abi import GIB, PAGE
 from ..memory import Userfault, small
 from ..suite import KnownBad, add, case
-from ..vmm import HANG_SECONDS, LONG64, Leaves, Task, Vcpu, Vm, expect, expect_equal, fails_with
+from ..vmm import HANG_SECONDS, LONG64, Task, Vcpu, Vm, expect, expect_equal, fails_with
 from .common import GPA, PAGES, SLOT, Bench, bench, expect_mapped, expect_reads, expect_writes
 
 _ZAP_ALL = "mmu/mmu.c:kvm_arch_flush_shadow_memslot(), KVM_X86_QUIRK_SLOT_ZAP_ALL"
 _OTHER, _OTHER_GPA = 2, 2 * GIB
 
 
-def _with_other_slot(*, quirk: bool = True, kind: int = abi.VM_DEFAULT) -> tuple[Bench, Leaves]:
+def _with_other_slot(
+    *, quirk: bool = True, kind: int = abi.VM_DEFAULT
+) -> tuple[Bench, Stage2Leaves]:
     """A second slot that can go. Both are prefaulted; the leaves from before."""
     machine = bench(vm=Vm(kind, quirk=quirk))
     other = small(8 * PAGE)
@@ -30,7 +33,7 @@ def _with_other_slot(*, quirk: bool = True, kind: int = abi.VM_DEFAULT) -> tuple
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, machine.size)
     machine.vcpu.prefault_all(_OTHER_GPA, other.size)
-    expect_mapped(machine.vm, before, Leaves(PAGES + 8))
+    expect_mapped(machine.vm, before, Stage2Leaves(PAGES + 8))
     return machine, before
 
 
@@ -43,7 +46,7 @@ def _with_other_slot(*, quirk: bool = True, kind: int = abi.VM_DEFAULT) -> tuple
 def delete_drops_all() -> None:
     machine, _ = _with_other_slot()
     machine.vm.delete(_OTHER)
-    expect_equal(machine.vm.leaves(), Leaves(0), "leaves")
+    expect_equal(machine.vm.leaves(), Stage2Leaves(0), "leaves")
     machine.vcpu.warm()
     machine.vcpu.prefault_all(GPA, machine.size)
     expect_writes(machine.vcpu, machine.memory, 0)
@@ -59,7 +62,7 @@ def delete_drops_all() -> None:
 def delete_drops_only_its_own() -> None:
     machine, before = _with_other_slot(quirk=False)
     machine.vm.delete(_OTHER)
-    expect_mapped(machine.vm, before, Leaves(PAGES))
+    expect_mapped(machine.vm, before, Stage2Leaves(PAGES))
     expect_writes(machine.vcpu, machine.memory, 0)
 
 
@@ -73,7 +76,7 @@ def delete_drops_only_its_own() -> None:
 def delete_in_a_protected_vm() -> None:
     machine, before = _with_other_slot(kind=abi.VM_SW_PROTECTED)
     machine.vm.delete(_OTHER)
-    expect_mapped(machine.vm, before, Leaves(PAGES))
+    expect_mapped(machine.vm, before, Stage2Leaves(PAGES))
     expect_writes(machine.vcpu, machine.memory, 0)
 
 
@@ -87,9 +90,9 @@ def delete_in_a_protected_vm() -> None:
 def quirk_disabled_later() -> None:
     machine, before = _with_other_slot()
     machine.vm.enable(abi.CAP_DISABLE_QUIRKS2, abi.QUIRK_SLOT_ZAP_ALL)
-    expect_mapped(machine.vm, before, Leaves(PAGES + 8))
+    expect_mapped(machine.vm, before, Stage2Leaves(PAGES + 8))
     machine.vm.delete(_OTHER)
-    expect_mapped(machine.vm, before, Leaves(PAGES))
+    expect_mapped(machine.vm, before, Stage2Leaves(PAGES))
     expect_writes(machine.vcpu, machine.memory, 0)
 
 
@@ -107,7 +110,7 @@ def quirk_stays_disabled() -> str:
     grown = machine.vm.leaves() - before
     machine.vcpu.warm()
     expect_reads(machine.vcpu, machine.memory, None)
-    return "it stays disabled" if grown == Leaves(PAGES) else "it is enabled again"
+    return "it stays disabled" if grown == Stage2Leaves(PAGES) else "it is enabled again"
 
 
 @case(
@@ -124,7 +127,7 @@ def quirk_unknown() -> None:
     )
     expect_equal(errno.errorcode.get(seen), "EINVAL", "KVM_ENABLE_CAP")
     machine.vm.delete(_OTHER)
-    expect_equal(machine.vm.leaves(), Leaves(0), "leaves")
+    expect_equal(machine.vm.leaves(), Stage2Leaves(0), "leaves")
 
 
 @case(
@@ -136,7 +139,7 @@ def quirk_unknown() -> None:
 def create_drops_nothing() -> None:
     machine, before = _with_other_slot()
     machine.vm.slot(3, 3 * GIB, small(PAGE))
-    expect_mapped(machine.vm, before, Leaves(PAGES + 8))
+    expect_mapped(machine.vm, before, Stage2Leaves(PAGES + 8))
     expect_writes(machine.vcpu, machine.memory, 0)
 
 
@@ -147,9 +150,9 @@ def _recreate(quirk: bool) -> None:
     machine.vm.delete(SLOT)
     machine.vm.slot(SLOT, GPA, machine.memory)
     machine.vcpu.warm()
-    expect_mapped(machine.vm, before, Leaves(0))
+    expect_mapped(machine.vm, before, Stage2Leaves(0))
     machine.vcpu.prefault_all(GPA, machine.size)
-    expect_mapped(machine.vm, before, Leaves(PAGES))
+    expect_mapped(machine.vm, before, Stage2Leaves(PAGES))
     expect_writes(machine.vcpu, machine.memory, 0)
 
 
@@ -176,7 +179,7 @@ def _move(quirk: bool) -> None:
     machine.vcpu.prefault_all(GPA, machine.size)
     machine.vm.slot(SLOT, _OTHER_GPA, machine.memory)
     machine.vcpu.warm()
-    expect_mapped(machine.vm, before, Leaves(0))
+    expect_mapped(machine.vm, before, Stage2Leaves(0))
     result = machine.vcpu.prefault(GPA, PAGE)
     expect_equal(str(result), "ENOENT, 0x1000 bytes left", "a prefault of where it was")
     machine.vcpu.prefault_all(_OTHER_GPA, machine.size)

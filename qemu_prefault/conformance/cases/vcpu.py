@@ -33,7 +33,7 @@ def never_run() -> None:
     machine = _fresh()
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, machine.size)
-    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
+    expect_equal((machine.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
     machine.vcpu.warm()
     expect_writes(machine.vcpu, machine.memory, 0)
 
@@ -48,7 +48,7 @@ def just_created() -> None:
     machine = _fresh(cpuid=False, mode=abi.RESET)
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, machine.size)
-    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
+    expect_equal((machine.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
     machine.vcpu.set_cpuid()
     machine.vcpu.set_mode(abi.FLAT32)
     machine.vcpu.warm()
@@ -184,7 +184,7 @@ def halted_and_out() -> None:
     running.stop()
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, machine.size)
-    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
+    expect_equal((machine.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
     reader = machine.vm.vcpu()
     expect_reads(reader, machine.memory, None)
     expect_writes(reader, machine.memory, 0)
@@ -202,7 +202,7 @@ def waiting_for_sipi() -> None:
     ioctl(second.fd, abi.SET_MP_STATE, pack("<I", 1))  # KVM_MP_STATE_UNINITIALIZED
     before = machine.vm.leaves()
     second.prefault_all(GPA, machine.size)
-    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
+    expect_equal((machine.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
     expect_writes(machine.vcpu, machine.memory, 0)
 
 
@@ -234,7 +234,7 @@ def another_runs() -> None:
         running.wait_progress()
         before = machine.vm.leaves()
         machine.vcpu.prefault_all(GPA, machine.size)
-        expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
+        expect_equal((machine.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
         running.wait_progress()
     expect_writes(machine.vcpu, machine.memory, 0)
 
