@@ -9,11 +9,6 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, fields, replace
 
-PAGE = 4096
-MIB = 1 << 20
-HUGE = 2 * MIB
-GIB = 1 << 30
-
 _KVMIO = 0xAE
 _WRITE, _READ = 1, 2
 
@@ -63,7 +58,6 @@ CAP_DISABLE_QUIRKS2 = 213
 CAP_MEMORY_ATTRIBUTES = 233
 CAP_GUEST_MEMFD = 234
 CAP_VM_TYPES = 235
-CAP_PRE_FAULT_MEMORY = 236
 CAP_GUEST_MEMFD_FLAGS = 244
 
 VM_DEFAULT, VM_SW_PROTECTED = 0, 1

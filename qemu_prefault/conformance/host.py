@@ -11,7 +11,8 @@ from pathlib import Path
 
 from .._native import lib
 from ..errors import Code, UnsupportedError
-from ..host.kvm import parameter
+from ..host.kvm import KVM_CAP_PRE_FAULT_MEMORY, parameter
+from ..units import PAGE_SIZE
 from . import abi, vmm
 
 
@@ -86,7 +87,7 @@ def look() -> Host:
     def check(capability: int) -> int:
         return max(0, int(lib.pf_vmm_ioctl(kvm, abi.CHECK_EXTENSION, capability)))
 
-    capability = check(abi.CAP_PRE_FAULT_MEMORY) > 0
+    capability = check(KVM_CAP_PRE_FAULT_MEMORY) > 0
     amd = _on(parameter("kvm_amd", "npt"))
     return Host(
         kernel=os.uname().release,
@@ -112,7 +113,7 @@ def _refusal() -> int:
     """What a well-formed prefault of a page that is there comes to."""
     vm = vmm.Vm()
     vcpu = vm.vcpu()
-    arguments = bytearray(struct.pack("<8Q", 0, abi.PAGE, *[0] * 6))
+    arguments = bytearray(struct.pack("<8Q", 0, PAGE_SIZE, *[0] * 6))
     try:
         vmm.ioctl(vcpu.fd, abi.PRE_FAULT_MEMORY, arguments)
     except OSError as error:

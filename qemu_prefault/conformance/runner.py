@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from .abi import PAGE
+from ..units import PAGE_SIZE
 from .host import Host
 from .suite import Case, KnownBad, Outcome, Skip
 from .vmm import Refused, Unexpected, error_name, expect_equal
@@ -141,9 +141,12 @@ def _look_closer(refusal: Refused, case: Case, host: Host) -> str:
         for slot in vm.slots.values():
             if slot.memory and slot.gpa <= refusal.gpa < min(slot.gpa + slot.size, 1 << 32):
                 offset = slot.offset + refusal.gpa - slot.gpa
-                pages = min(refusal.size, slot.gpa + slot.size - refusal.gpa, 16 * PAGE) // PAGE
+                pages = (
+                    min(refusal.size, slot.gpa + slot.size - refusal.gpa, 16 * PAGE_SIZE)
+                    // PAGE_SIZE
+                )
                 seen = vcpu.read(refusal.gpa, pages)
-                words = (slot.memory.word(offset + PAGE * page) for page in range(pages))
+                words = (slot.memory.word(offset + PAGE_SIZE * page) for page in range(pages))
                 expect_equal(seen, sum(words) & 0xFFFFFFFF, "what the guest reads")
                 return f"{error_name(refusal.error)}; nothing mapped, the guest reads on"
     return f"{error_name(refusal.error)}; nothing mapped, the guest runs on"

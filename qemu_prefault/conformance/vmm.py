@@ -22,19 +22,19 @@ from pathlib import Path
 from typing import Any
 
 from .._native import ffi, lib
-from ..host.kvm import BinaryStats, Stage2Leaves
+from ..host.kvm import EHWPOISON, KVM_CAP_PRE_FAULT_MEMORY, BinaryStats, Stage2Leaves
+from ..units import GIB, PAGE_SIZE
 from . import abi, guest
-from .abi import GIB, PAGE
 from .memory import Memory, small
 
-SYSTEM_BYTES = 64 * PAGE
+SYSTEM_BYTES = 64 * PAGE_SIZE
 PROGRAMS, COUNTER, TABLES, VMCB, HOST_SAVE = 0x1000, 0x3000, 0x4000, 0x8000, 0x9000
 VMRUN_HOST_SAVE_MSR = 0xC0010117
 LIMIT_SECONDS = 20.0
 """No ioctl of a case lasts longer, under emulation either, unless it never ends."""
 HANG_SECONDS = 0.3
 """Where a case expects an ioctl that may never end: after so long it is interrupted."""
-_NAMES = {errno.EOPNOTSUPP: "EOPNOTSUPP", errno.EAGAIN: "EAGAIN", 133: "EHWPOISON"}
+_NAMES = {errno.EOPNOTSUPP: "EOPNOTSUPP", errno.EAGAIN: "EAGAIN", EHWPOISON: "EHWPOISON"}
 
 
 class Unexpected(Exception):
@@ -225,7 +225,7 @@ class Vm:
 
     def dirty_pages(self, number: int) -> set[int]:
         """Take a slot's dirty log: the numbers of its pages."""
-        count = self.slots[number].size // PAGE
+        count = self.slots[number].size // PAGE_SIZE
         bitmap = bytearray(-(-count // 64) * 8)
         ioctl(self.fd, abi.GET_DIRTY_LOG, struct.pack("<IIQ", number, 0, _address(bitmap)))
         return {page for page in range(count) if bitmap[page // 8] >> page % 8 & 1}
@@ -396,14 +396,14 @@ class Vcpu:
         """Run an empty program, and touch the counter: system memory takes no faults from now."""
         self.call(guest.NOTHING)
         self.read(COUNTER, 1)
-        self.read(0, SYSTEM_BYTES // PAGE)
+        self.read(0, SYSTEM_BYTES // PAGE_SIZE)
 
-    def read(self, gpa: int, pages: int, stride: int = PAGE) -> int:
+    def read(self, gpa: int, pages: int, stride: int = PAGE_SIZE) -> int:
         """The guest reads the first word of each page: their sum, modulo 2**32."""
         code = guest.READ_64 if self._long else guest.READ_32
         return self.call(code, rsi=gpa, rcx=pages, rdx=stride)["rbx"] & 0xFFFFFFFF
 
-    def write(self, gpa: int, pages: int, value: int, stride: int = PAGE) -> None:
+    def write(self, gpa: int, pages: int, value: int, stride: int = PAGE_SIZE) -> None:
         """The guest writes the first word of each page."""
         code = guest.WRITE_64 if self._long else guest.WRITE_32
         self.call(code, rsi=gpa, rcx=pages, rdx=stride, rax=value)
@@ -422,7 +422,7 @@ class Vcpu:
 @functools.cache
 def offers_prefault() -> bool:
     """Whether this kernel's KVM says that it can (KVM_CAP_PRE_FAULT_MEMORY)."""
-    return ioctl(kvm(), abi.CHECK_EXTENSION, abi.CAP_PRE_FAULT_MEMORY) > 0
+    return ioctl(kvm(), abi.CHECK_EXTENSION, KVM_CAP_PRE_FAULT_MEMORY) > 0
 
 
 class Task(threading.Thread):

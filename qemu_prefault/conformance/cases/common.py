@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...host.kvm import Stage2Leaves
-from ..abi import GIB, PAGE
+from ...units import GIB, PAGE_SIZE
 from ..memory import Memory, small
 from ..vmm import Vcpu, Vm, expect_equal
 
@@ -30,7 +30,7 @@ class Bench:
 
     @property
     def pages(self) -> int:
-        return self.memory.size // PAGE
+        return self.memory.size // PAGE_SIZE
 
 
 def bench(
@@ -38,7 +38,7 @@ def bench(
 ) -> Bench:
     """A fresh one. Without ``memory``: 32 anonymous 4 KiB pages, written or not."""
     if memory is None:
-        memory = small(PAGES * PAGE)
+        memory = small(PAGES * PAGE_SIZE)
         if written:
             memory.write()
     vm = vm or Vm()
@@ -52,7 +52,7 @@ def expect_reads(vcpu: Vcpu, memory: Memory, faults: int | None, gpa: int = GPA)
     """The guest reads the memory: its contents, with so many faults."""
     wanted = sum(memory.words()) & 0xFFFFFFFF
     before = vcpu.stat("pf_taken")
-    expect_equal(vcpu.read(gpa, memory.size // PAGE), wanted, "the sum that the guest reads")
+    expect_equal(vcpu.read(gpa, memory.size // PAGE_SIZE), wanted, "the sum that the guest reads")
     if faults is not None:
         expect_equal(vcpu.stat("pf_taken") - before, faults, "faults of a guest that reads")
 
@@ -61,7 +61,7 @@ def expect_writes(
     vcpu: Vcpu, memory: Memory, faults: int | None, gpa: int = GPA, value: int = 0xA5A50001
 ) -> int:
     """The guest writes the memory: we see it there, after so many faults (which are given)."""
-    pages = memory.size // PAGE
+    pages = memory.size // PAGE_SIZE
     taken = vcpu.faults_of(lambda: vcpu.write(gpa, pages, value))
     expect_equal(memory.words(), [value] * pages, "what the guest has written")
     if faults is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ...units import HUGE_PAGE_SIZE, PAGE_SIZE
 from .. import host
-from ..abi import HUGE, PAGE
 from ..memory import Memory, huge, hugetlb, memfd, small
 from ..suite import Need, add
 from ..vmm import LONG64, Vm, expect
@@ -32,10 +32,10 @@ def _faults(make: Callable[[], Memory], most: int, writes: bool) -> None:
 
 
 for name, make, most, needs in (
-    ("4k", lambda: small(PAGES * PAGE), PAGES, ()),
-    ("thp", lambda: huge(HUGE), 1, (host.transparent_huge_pages,)),
-    ("memfd", lambda: memfd(PAGES * PAGE), PAGES, ()),
-    ("hugetlb", lambda: hugetlb(HUGE, shared=True), 1, (host.hugetlb_2m,)),
+    ("4k", lambda: small(PAGES * PAGE_SIZE), PAGES, ()),
+    ("thp", lambda: huge(HUGE_PAGE_SIZE), 1, (host.transparent_huge_pages,)),
+    ("memfd", lambda: memfd(PAGES * PAGE_SIZE), PAGES, ()),
+    ("hugetlb", lambda: hugetlb(HUGE_PAGE_SIZE, shared=True), 1, (host.hugetlb_2m,)),
 ):
     for writes in (False, True):
         # In shadow paging a guest without paging still has huge pages: the tables are direct.
@@ -52,7 +52,7 @@ for name, make, most, needs in (
 
 def _faults_with_paging() -> None:
     """The same for a guest in 64-bit mode, on page tables of its own."""
-    memory = small(PAGES * PAGE)
+    memory = small(PAGES * PAGE_SIZE)
     memory.write()
     vm = Vm()
     vcpu = vm.vcpu(mode=LONG64)

@@ -8,8 +8,8 @@ import struct
 from collections.abc import Iterator
 
 from ...host.kvm import Stage2Leaves
+from ...units import HUGE_PAGE_SIZE, PAGE_SIZE
 from .. import abi, host
-from ..abi import HUGE, PAGE
 from ..memory import huge, small
 from ..suite import case
 from ..vmm import Vcpu, Vm, expect, expect_equal, ioctl
@@ -43,7 +43,7 @@ def log_marks_all() -> None:
     mapping=True,
 )
 def log_leaves_read_only_alone() -> None:
-    machine = bench(small(PAGES * PAGE), flags=abi.MEM_LOG_DIRTY_PAGES)
+    machine = bench(small(PAGES * PAGE_SIZE), flags=abi.MEM_LOG_DIRTY_PAGES)
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, machine.size)
     expect_mapped(machine.vm, before, Stage2Leaves(PAGES))
@@ -82,11 +82,11 @@ def log_is_true_to_the_guest() -> str:
     mapping=True,
 )
 def log_forces_4k() -> None:
-    memory = huge(HUGE)
+    memory = huge(HUGE_PAGE_SIZE)
     memory.write()
     machine = bench(memory, flags=abi.MEM_LOG_DIRTY_PAGES)
     before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, HUGE)
+    machine.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
     expect_mapped(machine.vm, before, Stage2Leaves(512))
     expect_equal(len(machine.vm.dirty_pages(SLOT)), 512, "dirty pages")
 
@@ -99,15 +99,15 @@ def log_forces_4k() -> None:
     mapping=True,
 )
 def start_splits() -> str:
-    memory = huge(HUGE)
+    memory = huge(HUGE_PAGE_SIZE)
     memory.write()
     machine = bench(memory)
     before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, HUGE)
+    machine.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
     expect_mapped(machine.vm, before, Stage2Leaves(0, 1))
     _logging(machine)
     kept = machine.vm.leaves() - before
-    expect_equal(kept.bytes, HUGE, "bytes mapped after it was switched on")
+    expect_equal(kept.bytes, HUGE_PAGE_SIZE, "bytes mapped after it was switched on")
     taken = expect_writes(machine.vcpu, memory, None)
     expect(taken > 0, "the guest's writes go unnoticed")
     expect_equal(len(machine.vm.dirty_pages(SLOT)), 512, "dirty pages")
@@ -122,15 +122,15 @@ def start_splits() -> str:
     mapping=True,
 )
 def stop_recovers() -> str:
-    memory = huge(HUGE)
+    memory = huge(HUGE_PAGE_SIZE)
     memory.write()
     machine = bench(memory, flags=abi.MEM_LOG_DIRTY_PAGES)
     before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, HUGE)
+    machine.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
     expect_mapped(machine.vm, before, Stage2Leaves(512))
     _logging(machine, False)
     stopped = machine.vm.leaves() - before
-    machine.vcpu.prefault_all(GPA, HUGE)
+    machine.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
     expect_mapped(machine.vm, before, Stage2Leaves(0, 1))
     expect_writes(machine.vcpu, memory, 0)
     return f"logging off leaves {stopped}"
@@ -159,7 +159,7 @@ class _Ring:
 
     def __init__(self, vcpu: Vcpu) -> None:
         self.size = vcpu.vm.dirty_ring
-        self.ring = mmap.mmap(vcpu.fd, self.size, offset=abi.DIRTY_RING_PAGE_OFFSET * PAGE)
+        self.ring = mmap.mmap(vcpu.fd, self.size, offset=abi.DIRTY_RING_PAGE_OFFSET * PAGE_SIZE)
 
     def take(self) -> Iterator[tuple[int, int]]:
         """The (slot, page) pairs in it, which are marked as taken."""
@@ -178,7 +178,7 @@ class _Ring:
     mapping=True,
 )
 def ring_fills() -> None:
-    vm = Vm(dirty_ring=16 * PAGE)
+    vm = Vm(dirty_ring=16 * PAGE_SIZE)
     machine = bench(vm=vm, flags=abi.MEM_LOG_DIRTY_PAGES)
     ring = _Ring(machine.vcpu)
     list(ring.take())
@@ -200,9 +200,9 @@ def ring_fills() -> None:
     harsh=True,
 )
 def ring_overflows() -> str:
-    vm = Vm(dirty_ring=PAGE)
-    entries = PAGE // abi.DIRTY_GFN_SIZE
-    memory = small(2 * entries * PAGE)
+    vm = Vm(dirty_ring=PAGE_SIZE)
+    entries = PAGE_SIZE // abi.DIRTY_GFN_SIZE
+    memory = small(2 * entries * PAGE_SIZE)
     memory.write()
     machine = bench(memory, vm=vm, flags=abi.MEM_LOG_DIRTY_PAGES)
     ring = _Ring(machine.vcpu)
@@ -210,4 +210,4 @@ def ring_overflows() -> str:
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
     kept = len({page for slot, page in ring.take() if slot == SLOT})
     expect(0 < kept <= entries, f"{kept} pages in a ring of {entries}")
-    return f"{memory.size // PAGE} pages dirtied, {kept} in a ring of {entries}"
+    return f"{memory.size // PAGE_SIZE} pages dirtied, {kept} in a ring of {entries}"

@@ -10,8 +10,8 @@ import struct
 from collections.abc import Callable
 
 from ..._native import ffi, lib
+from ...units import HUGE_PAGE_SIZE, PAGE_SIZE
 from .. import abi, host
-from ..abi import PAGE
 from ..guest import READ_32
 from ..memory import HWPOISON, PROT_NONE, memfd, small
 from ..suite import Skip, add, case
@@ -39,15 +39,15 @@ def _invalid(gpa: int, size: int, flags: int) -> None:
 
 
 for name, gpa, size, flags in (
-    ("gpa-unaligned", GPA + 1, PAGE, 0),
-    ("gpa-unaligned-half", GPA + 2048, PAGE, 0),
-    ("size-unaligned", GPA, PAGE + 1, 0),
+    ("gpa-unaligned", GPA + 1, PAGE_SIZE, 0),
+    ("gpa-unaligned-half", GPA + 2048, PAGE_SIZE, 0),
+    ("size-unaligned", GPA, PAGE_SIZE + 1, 0),
     ("size-below-a-page", GPA, 2048, 0),
     ("size-zero", GPA, 0, 0),
-    ("wraps", 2**64 - PAGE, 2 * PAGE, 0),
-    ("ends-at-2-64", 2**64 - PAGE, PAGE, 0),
-    ("flag-1", GPA, PAGE, 1),
-    ("flag-63", GPA, PAGE, 1 << 63),
+    ("wraps", 2**64 - PAGE_SIZE, 2 * PAGE_SIZE, 0),
+    ("ends-at-2-64", 2**64 - PAGE_SIZE, PAGE_SIZE, 0),
+    ("flag-1", GPA, PAGE_SIZE, 1),
+    ("flag-63", GPA, PAGE_SIZE, 1 << 63),
 ):
     add(
         f"errors/einval-{name}",
@@ -97,7 +97,7 @@ for name, address in (("null", 0), ("kernel", 0xFFFF800000000000)):
 )
 def structure_read_only() -> None:
     machine = bench()
-    page = small(PAGE)
+    page = small(PAGE_SIZE)
     page.put(0, struct.pack("<8Q", GPA, machine.size, *[0] * 6))
     page.protect(1)
     before = machine.vm.leaves()
@@ -109,22 +109,22 @@ def structure_read_only() -> None:
 
 def _efault(spoil: Callable[[Bench], None], first: int) -> None:
     """Pages from ``first`` on have no memory: what is before them is done, then EFAULT."""
-    machine = bench(memfd(PAGES * PAGE))
+    machine = bench(memfd(PAGES * PAGE_SIZE))
     machine.memory.write()
     spoil(machine)
     before = machine.vm.leaves()
-    bad = (PAGES - first) * PAGE
+    bad = (PAGES - first) * PAGE_SIZE
     result = machine.vcpu.prefault(GPA, machine.size)
     expect_equal(str(result), f"success, {bad:#x} bytes left", "the first ioctl")
     expect_equal((machine.vm.leaves() - before).pages_4k, first, "pages mapped")
-    result = machine.vcpu.prefault(GPA + first * PAGE, bad)
+    result = machine.vcpu.prefault(GPA + first * PAGE_SIZE, bad)
     expect_equal(str(result), f"EFAULT, {bad:#x} bytes left", "the second ioctl")
     expect_equal((machine.vm.leaves() - before).pages_4k, first, "pages mapped after the error")
     taken = machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA, first))
     expect_equal(taken, 0, "faults on the pages that were done")
 
 
-_HALF = PAGES // 2 * PAGE
+_HALF = PAGES // 2 * PAGE_SIZE
 for name, what, spoil in (
     ("unmapped", "the memory was unmapped", lambda m: m.memory.unmap(_HALF)),
     ("prot-none", "the memory may not be accessed", lambda m: m.memory.protect(PROT_NONE, _HALF)),
@@ -143,16 +143,16 @@ def _enoent(gpa: int, irqchip: bool = False) -> None:
     machine = bench(vm=Vm(irqchip=irqchip))
     before = machine.vm.leaves()
     holes = machine.vcpu.stat("pf_mmio_spte_created")
-    result = machine.vcpu.prefault(gpa, 4 * PAGE)
-    expect_equal(str(result), f"ENOENT, {4 * PAGE:#x} bytes left", "the ioctl")
+    result = machine.vcpu.prefault(gpa, 4 * PAGE_SIZE)
+    expect_equal(str(result), f"ENOENT, {4 * PAGE_SIZE:#x} bytes left", "the ioctl")
     expect_equal(machine.vm.leaves(), before, "leaves")
     expect(machine.vcpu.stat("pf_mmio_spte_created") - holes <= 1, "more than one MMIO entry")
     _unharmed(machine)
 
 
 for name, gpa in (
-    ("hole", GPA - 64 * PAGE),
-    ("behind-the-slot", GPA + PAGES * PAGE),
+    ("hole", GPA - 64 * PAGE_SIZE),
+    ("behind-the-slot", GPA + PAGES * PAGE_SIZE),
     ("above-4g", 64 << 30),
     ("max-gfn", (1 << 39)),
     ("beyond-maxphyaddr", 1 << 51),
@@ -175,12 +175,12 @@ for name, gpa in (
 def makes_mmio_entry() -> None:
     machine = bench()
     created = machine.vcpu.stat("pf_mmio_spte_created")
-    result = machine.vcpu.prefault(GPA - 64 * PAGE, PAGE)
+    result = machine.vcpu.prefault(GPA - 64 * PAGE_SIZE, PAGE_SIZE)
     expect_equal(error_name(result.error), "ENOENT", "the ioctl")
     expect_equal(machine.vcpu.stat("pf_mmio_spte_created") - created, 1, "MMIO entries")
-    machine.vcpu.start_at(READ_32, rsi=GPA - 64 * PAGE, rcx=1, rdx=PAGE)
+    machine.vcpu.start_at(READ_32, rsi=GPA - 64 * PAGE_SIZE, rcx=1, rdx=PAGE_SIZE)
     expect_equal(machine.vcpu.run(), abi.EXIT_MMIO, "exit of a guest that reads there")
-    expect_equal(machine.vcpu.mmio, (GPA - 64 * PAGE, False), "the MMIO")
+    expect_equal(machine.vcpu.mmio, (GPA - 64 * PAGE_SIZE, False), "the MMIO")
     expect_equal(machine.vcpu.stat("pf_mmio_spte_created") - created, 1, "MMIO entries after it")
 
 
@@ -192,9 +192,9 @@ def makes_mmio_entry() -> None:
 )
 def mmio_then_slot() -> None:
     machine = bench()
-    at = GPA - 64 * PAGE
-    expect_equal(error_name(machine.vcpu.prefault(at, PAGE).error), "ENOENT", "the ioctl")
-    memory = small(16 * PAGE)
+    at = GPA - 64 * PAGE_SIZE
+    expect_equal(error_name(machine.vcpu.prefault(at, PAGE_SIZE).error), "ENOENT", "the ioctl")
+    memory = small(16 * PAGE_SIZE)
     memory.write()
     machine.vm.slot(2, at, memory)
     machine.vcpu.prefault_all(at, memory.size)
@@ -213,10 +213,10 @@ def apic_page() -> None:
 def _wrong_fd(which: str) -> None:
     machine = bench()
     fd = machine.vm.fd if which == "vm" else kvm()
-    arguments = ffi.new("uint64_t[8]", [GPA, PAGE])
+    arguments = ffi.new("uint64_t[8]", [GPA, PAGE_SIZE])
     answer = lib.pf_vmm_ioctl(fd, abi.PRE_FAULT_MEMORY, int(ffi.cast("uintptr_t", arguments)))
     expect(error_name(-answer) in ("ENOTTY", "EINVAL"), "an error that says so")
-    expect_equal(list(arguments)[1], PAGE, "size")
+    expect_equal(list(arguments)[1], PAGE_SIZE, "size")
     _unharmed(machine)
 
 
@@ -242,26 +242,26 @@ def poisoned_page() -> None:
     got: list[int] = []
     signal.signal(signal.SIGBUS, lambda number, _: got.append(number))
     try:
-        machine.memory.advise(HWPOISON, 4 * PAGE, PAGE)
+        machine.memory.advise(HWPOISON, 4 * PAGE_SIZE, PAGE_SIZE)
     except OSError as error:
         raise Skip(f"MADV_HWPOISON: {error.strerror}") from None
-    left = machine.size - 4 * PAGE
+    left = machine.size - 4 * PAGE_SIZE
     result = machine.vcpu.prefault(GPA, machine.size)
     expect_equal(str(result), f"success, {left:#x} bytes left", "the ioctl up to it")
     expect_equal(machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA, 4)), 0, "faults before it")
     got.clear()
-    result = machine.vcpu.prefault(GPA + 4 * PAGE, left)
+    result = machine.vcpu.prefault(GPA + 4 * PAGE_SIZE, left)
     expect_equal(str(result), f"EINTR, {left:#x} bytes left", "the ioctl from it on")
     expect_equal(got, [signal.SIGBUS], "signals")
-    machine.vcpu.prefault_all(GPA + 5 * PAGE, left - PAGE)
-    taken = machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA + 5 * PAGE, PAGES - 5))
+    machine.vcpu.prefault_all(GPA + 5 * PAGE_SIZE, left - PAGE_SIZE)
+    taken = machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA + 5 * PAGE_SIZE, PAGES - 5))
     expect_equal(taken, 0, "faults behind it")
 
 
 def _mmu_page_limit() -> str:
     """Pages scattered so that each needs a page table of its own."""
     count = 80
-    memory = memfd(PAGE)
+    memory = memfd(PAGE_SIZE)
     memory.write()
     vm = Vm()
     vcpu = vm.vcpu()
@@ -270,15 +270,15 @@ def _mmu_page_limit() -> str:
     ioctl(vm.fd, abi.SET_NR_MMU_PAGES, minimum)
     done = 0
     for number in range(count):
-        gpa = GPA + number * abi.HUGE
+        gpa = GPA + number * HUGE_PAGE_SIZE
         vm.slot(1 + number, gpa, memory)
-        result = vcpu.prefault(gpa, PAGE)
+        result = vcpu.prefault(gpa, PAGE_SIZE)
         if result.error:
             expect_equal(error_name(result.error), "ENOSPC", "the error at the limit")
             break
         done += 1
     vcpu.warm()
-    seen = vcpu.read(GPA, done, stride=abi.HUGE)
+    seen = vcpu.read(GPA, done, stride=HUGE_PAGE_SIZE)
     expect_equal(seen, done * memory.word(0) & 0xFFFFFFFF, "what the guest reads")
     return f"{done} of {count} page tables within the limit of {minimum}"
 

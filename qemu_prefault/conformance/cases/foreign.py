@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from ..._native import lib
 from ...host.kvm import Stage2Leaves
+from ...units import PAGE_SIZE
 from .. import abi, host
-from ..abi import PAGE
 from ..guest import COUNT
 from ..suite import add, case
 from ..vmm import COUNTER, Running, Task, expect, expect_equal
@@ -77,7 +77,7 @@ def pidfd_getfd() -> None:
 
     def body() -> int:
         mine = lib.take_fd(os.pidfd_open(owner), machine.vcpu.fd)
-        return -int(lib.kvm_pre_fault(mine, GPA, PAGE)) if mine >= 0 else 254
+        return -int(lib.kvm_pre_fault(mine, GPA, PAGE_SIZE)) if mine >= 0 else 254
 
     _foreign(machine, body)
 
@@ -95,7 +95,7 @@ def scm_rights() -> None:
 
     def body() -> int:
         _, fds, _, _ = socket.recv_fds(theirs, 1, 1)
-        return -int(lib.kvm_pre_fault(fds[0], GPA, PAGE))
+        return -int(lib.kvm_pre_fault(fds[0], GPA, PAGE_SIZE))
 
     _foreign(machine, body)
 

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from ...host.kvm import Stage2Leaves
+from ...units import GIB, HUGE_PAGE_SIZE, PAGE_SIZE
 from .. import host
-from ..abi import GIB, HUGE, PAGE
 from ..memory import COLLAPSE, HUGETLB_1G, WITH_HUGEPAGES, WITHOUT_HUGEPAGES, hugetlb, small
 from ..memory import huge as thp
 from ..suite import Skip, case
@@ -24,16 +24,16 @@ _SLOT = "x86.c:kvm_alloc_memslot_metadata(): lpage_info of a slot's ends and mis
     mapping=True,
 )
 def unaligned_slot() -> None:
-    memory = thp(HUGE)
+    memory = thp(HUGE_PAGE_SIZE)
     memory.write()
     vm = Vm()
     vcpu = vm.vcpu()
-    vm.slot(SLOT, GPA + PAGE, memory)
+    vm.slot(SLOT, GPA + PAGE_SIZE, memory)
     vcpu.warm()
     before = vm.leaves()
-    vcpu.prefault_all(GPA + PAGE, HUGE)
+    vcpu.prefault_all(GPA + PAGE_SIZE, HUGE_PAGE_SIZE)
     expect_mapped(vm, before, Stage2Leaves(512))
-    expect_writes(vcpu, memory, 0, gpa=GPA + PAGE)
+    expect_writes(vcpu, memory, 0, gpa=GPA + PAGE_SIZE)
 
 
 @case(
@@ -44,21 +44,29 @@ def unaligned_slot() -> None:
     mapping=True,
 )
 def head_and_tail() -> None:
-    memory = thp(3 * HUGE)
+    memory = thp(3 * HUGE_PAGE_SIZE)
     memory.write()
     vm = Vm()
     vcpu = vm.vcpu()
-    cut = 4 * PAGE
-    vm.slot(SLOT, GPA + HUGE - cut, memory, offset=HUGE - cut, size=HUGE + 2 * cut)
+    cut = 4 * PAGE_SIZE
+    vm.slot(
+        SLOT,
+        GPA + HUGE_PAGE_SIZE - cut,
+        memory,
+        offset=HUGE_PAGE_SIZE - cut,
+        size=HUGE_PAGE_SIZE + 2 * cut,
+    )
     vcpu.warm()
     before = vm.leaves()
-    vcpu.prefault_all(GPA + HUGE - cut, HUGE + 2 * cut)
+    vcpu.prefault_all(GPA + HUGE_PAGE_SIZE - cut, HUGE_PAGE_SIZE + 2 * cut)
     expect_mapped(vm, before, Stage2Leaves(8, 1))
-    pages = (HUGE + 2 * cut) // PAGE
+    pages = (HUGE_PAGE_SIZE + 2 * cut) // PAGE_SIZE
     expect_equal(
-        vcpu.faults_of(lambda: vcpu.write(GPA + HUGE - cut, pages, 5)), 0, "faults of a writer"
+        vcpu.faults_of(lambda: vcpu.write(GPA + HUGE_PAGE_SIZE - cut, pages, 5)),
+        0,
+        "faults of a writer",
     )
-    expect_equal(memory.word(HUGE - cut), 5, "the first word")
+    expect_equal(memory.word(HUGE_PAGE_SIZE - cut), 5, "the first word")
 
 
 @case(
@@ -69,11 +77,11 @@ def head_and_tail() -> None:
     mapping=True,
 )
 def one_page_of_a_huge_one() -> None:
-    memory = thp(HUGE)
+    memory = thp(HUGE_PAGE_SIZE)
     memory.write()
     machine = bench(memory)
     before = machine.vm.leaves()
-    result = machine.vcpu.prefault(GPA + 5 * PAGE, PAGE)
+    result = machine.vcpu.prefault(GPA + 5 * PAGE_SIZE, PAGE_SIZE)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
     expect_mapped(machine.vm, before, Stage2Leaves(0, 1))
     expect_writes(machine.vcpu, memory, 0)
@@ -87,12 +95,12 @@ def one_page_of_a_huge_one() -> None:
     mapping=True,
 )
 def mixed() -> None:
-    memory = thp(2 * HUGE)
-    memory.advise(WITHOUT_HUGEPAGES, HUGE)
+    memory = thp(2 * HUGE_PAGE_SIZE)
+    memory.advise(WITHOUT_HUGEPAGES, HUGE_PAGE_SIZE)
     memory.write()
     machine = bench(memory)
     before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, 2 * HUGE)
+    machine.vcpu.prefault_all(GPA, 2 * HUGE_PAGE_SIZE)
     expect_mapped(machine.vm, before, Stage2Leaves(512, 1))
     expect_writes(machine.vcpu, memory, 0)
 
@@ -104,11 +112,11 @@ def mixed() -> None:
     mapping=True,
 )
 def collapsed_later() -> None:
-    memory = small(HUGE)
+    memory = small(HUGE_PAGE_SIZE)
     memory.write()
     machine = bench(memory)
     before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, HUGE)
+    machine.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
     expect_mapped(machine.vm, before, Stage2Leaves(512))
     memory.advise(WITH_HUGEPAGES)
     try:
@@ -116,7 +124,7 @@ def collapsed_later() -> None:
     except OSError as error:
         raise Skip(f"MADV_COLLAPSE: {error.strerror}") from None
     expect_mapped(machine.vm, before, Stage2Leaves(0))
-    machine.vcpu.prefault_all(GPA, HUGE)
+    machine.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
     expect_mapped(machine.vm, before, Stage2Leaves(0, 1))
     expect_writes(machine.vcpu, memory, 0)
 
@@ -129,16 +137,16 @@ def collapsed_later() -> None:
     mapping=True,
 )
 def split_later() -> None:
-    memory = thp(HUGE)
+    memory = thp(HUGE_PAGE_SIZE)
     memory.write()
     machine = bench(memory)
     before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, HUGE)
+    machine.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
     expect_mapped(machine.vm, before, Stage2Leaves(0, 1))
-    memory.advise(4, 5 * PAGE, PAGE)  # MADV_DONTNEED
+    memory.advise(4, 5 * PAGE_SIZE, PAGE_SIZE)  # MADV_DONTNEED
     expect_mapped(machine.vm, before, Stage2Leaves(0))
     memory.write()
-    machine.vcpu.prefault_all(GPA, HUGE)
+    machine.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
     expect_mapped(machine.vm, before, Stage2Leaves(512))
     expect_writes(machine.vcpu, memory, 0)
 
@@ -151,13 +159,13 @@ def split_later() -> None:
     mapping=True,
 )
 def guest_then_prefault() -> None:
-    memory = thp(2 * HUGE)
+    memory = thp(2 * HUGE_PAGE_SIZE)
     memory.write()
     machine = bench(memory)
     before = machine.vm.leaves()
     machine.vcpu.write(GPA, 1, 3)
     expect_mapped(machine.vm, before, Stage2Leaves(0, 1))
-    machine.vcpu.prefault_all(GPA, 2 * HUGE)
+    machine.vcpu.prefault_all(GPA, 2 * HUGE_PAGE_SIZE)
     expect_mapped(machine.vm, before, Stage2Leaves(0, 2))
     expect_reads(machine.vcpu, memory, 0)
 
@@ -173,7 +181,7 @@ def one_gib() -> None:
     memory = hugetlb(GIB, shared=True, page=HUGETLB_1G)
     machine = bench(memory)
     before = machine.vm.leaves()
-    result = machine.vcpu.prefault(GPA, PAGE)
+    result = machine.vcpu.prefault(GPA, PAGE_SIZE)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
     expect_mapped(machine.vm, before, Stage2Leaves(0, 0, 1))
     taken = machine.vcpu.faults_of(lambda: machine.vcpu.write(GPA, 64, 9, stride=16 << 20))
@@ -192,10 +200,10 @@ def one_gib_unaligned() -> None:
     memory = hugetlb(GIB, shared=True, page=HUGETLB_1G)
     vm = Vm()
     vcpu = vm.vcpu()
-    vm.slot(SLOT, GPA + HUGE, memory, size=GIB - HUGE)
+    vm.slot(SLOT, GPA + HUGE_PAGE_SIZE, memory, size=GIB - HUGE_PAGE_SIZE)
     vcpu.warm()
     before = vm.leaves()
-    vcpu.prefault_all(GPA + HUGE, GIB - HUGE)
+    vcpu.prefault_all(GPA + HUGE_PAGE_SIZE, GIB - HUGE_PAGE_SIZE)
     expect_mapped(vm, before, Stage2Leaves(0, 511))
-    taken = vcpu.faults_of(lambda: vcpu.write(GPA + HUGE, 32, 9, stride=16 << 20))
+    taken = vcpu.faults_of(lambda: vcpu.write(GPA + HUGE_PAGE_SIZE, 32, 9, stride=16 << 20))
     expect_equal(taken, 0, "faults of a guest that writes")

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...host.kvm import Stage2Leaves
+from ...units import HUGE_PAGE_SIZE, MIB, PAGE_SIZE
 from .. import abi, guest, host
-from ..abi import HUGE, MIB, PAGE
 from ..guest import WRITE_32
 from ..memory import (
     COLLAPSE,
@@ -37,7 +37,7 @@ from ..suite import Need, Skip, add, case
 from ..vmm import LONG64, Task, Vm, expect, expect_equal, wait_for
 from .common import GPA, PAGES, SLOT, bench, expect_mapped, expect_reads, expect_writes
 
-SMALL = PAGES * PAGE
+SMALL = PAGES * PAGE_SIZE
 _RULE = "mmu/mmu.c:kvm_tdp_map_page(), virt/kvm/kvm_main.c:hva_to_pfn_slow() (map_writable)"
 
 
@@ -64,14 +64,14 @@ class Backing:
     touched: str
     make: Callable[[], Memory]
     cost: int
-    leaf: int = PAGE
+    leaf: int = PAGE_SIZE
     needs: tuple[Need, ...] = ()
     source: str = _RULE
     settled: bool = True
 
     def leaves(self, memory: Memory) -> Stage2Leaves:
         count = memory.size // self.leaf
-        return Stage2Leaves(count) if self.leaf == PAGE else Stage2Leaves(0, count)
+        return Stage2Leaves(count) if self.leaf == PAGE_SIZE else Stage2Leaves(0, count)
 
 
 def touched(memory: Memory, *what: str) -> Memory:
@@ -107,20 +107,20 @@ def _shared_with_a_child(size: int) -> Memory:
 def _merged(size: int) -> Memory:
     """Every page the same, merged by KSM."""
     memory = small(size)
-    for offset in range(0, size, PAGE):
+    for offset in range(0, size, PAGE_SIZE):
         memory.put(offset, b"the same everywhere")
     memory.advise(MERGEABLE)
     merged = Path("/proc/self/ksm_merging_pages")
     if not merged.exists():
         raise Skip("this kernel does not tell what KSM has merged")
-    wait_for(lambda: int(merged.read_text()) >= size // PAGE, "KSM to merge the pages", 30)
+    wait_for(lambda: int(merged.read_text()) >= size // PAGE_SIZE, "KSM to merge the pages", 30)
     return memory
 
 
 def _soft_clean(size: int) -> Memory:
     """Written, then write-protected by the soft-dirty tracking of /proc/PID/clear_refs."""
     memory = touched(small(size), "write")
-    entry = 8 * (memory.address // PAGE)
+    entry = 8 * (memory.address // PAGE_SIZE)
     with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
         dirty = os.pread(pagemap.fileno(), 8, entry)[6] & 0x80
         Path("/proc/self/clear_refs").write_text("4")
@@ -141,10 +141,10 @@ BACKINGS = (
     Backing("4k", "populated-read", lambda: populated_for_reading(small(SMALL)), COPIED,
             source=_ZERO_PAGE),
     Backing("4k", "read-then-populated", lambda: touched(small(SMALL), "read", "populate"), FREE),
-    Backing("thp", "written", lambda: touched(huge(HUGE), "write"), FREE, HUGE,
+    Backing("thp", "written", lambda: touched(huge(HUGE_PAGE_SIZE), "write"), FREE, HUGE_PAGE_SIZE,
             (host.transparent_huge_pages,)),
-    Backing("thp", "populated", lambda: touched(huge(2 * HUGE), "populate"), FREE, HUGE,
-            (host.transparent_huge_pages,)),
+    Backing("thp", "populated", lambda: touched(huge(2 * HUGE_PAGE_SIZE), "populate"), FREE,
+            HUGE_PAGE_SIZE, (host.transparent_huge_pages,)),
     Backing("memfd", "untouched", lambda: memfd(SMALL), FREE,
             source="mm/memory.c:do_shared_fault(), mm/vma.c:vma_wants_writenotify(): shmem's "
                    "pages are writable at once"),
@@ -152,7 +152,7 @@ BACKINGS = (
     Backing("memfd", "written", lambda: touched(memfd(SMALL), "write"), FREE),
     Backing("memfd", "populated", lambda: touched(memfd(SMALL), "populate"), FREE),
     Backing("memfd", "in-page-cache", lambda: memfd_with_contents(SMALL, shared=True), FREE),
-    Backing("memfd-huge", "collapsed", lambda: _collapsed(HUGE), FREE, HUGE),
+    Backing("memfd-huge", "collapsed", lambda: _collapsed(HUGE_PAGE_SIZE), FREE, HUGE_PAGE_SIZE),
     Backing("memfd-private", "untouched", lambda: memfd(SMALL, shared=False), COPIED, source=_COW),
     Backing("memfd-private", "in-page-cache", lambda: memfd_with_contents(SMALL, shared=False),
             COPIED, source=_COW),
@@ -163,17 +163,19 @@ BACKINGS = (
     Backing("file-private", "read", lambda: touched(file_private(SMALL), "read"), COPIED,
             source=_COW),
     Backing("file-private", "populated", lambda: touched(file_private(SMALL), "populate"), FREE),
-    Backing("hugetlb-shared", "untouched", lambda: hugetlb(HUGE, shared=True), FREE, HUGE,
-            (host.hugetlb_2m,), _HUGETLB),
-    Backing("hugetlb-shared", "written", lambda: touched(hugetlb(HUGE, shared=True), "write"),
-            FREE, HUGE, (host.hugetlb_2m,)),
-    Backing("hugetlb-private", "untouched", lambda: hugetlb(HUGE, shared=False), UPGRADED, HUGE,
-            (host.hugetlb_2m,), _HUGETLB),
-    Backing("hugetlb-private", "written", lambda: touched(hugetlb(HUGE, shared=False), "write"),
-            FREE, HUGE, (host.hugetlb_2m,)),
-    Backing("hugetlb-private", "populated",
-            lambda: touched(hugetlb(HUGE, shared=False), "populate"), FREE, HUGE,
+    Backing("hugetlb-shared", "untouched", lambda: hugetlb(HUGE_PAGE_SIZE, shared=True), FREE,
+            HUGE_PAGE_SIZE, (host.hugetlb_2m,), _HUGETLB),
+    Backing("hugetlb-shared", "written",
+            lambda: touched(hugetlb(HUGE_PAGE_SIZE, shared=True), "write"), FREE, HUGE_PAGE_SIZE,
             (host.hugetlb_2m,)),
+    Backing("hugetlb-private", "untouched", lambda: hugetlb(HUGE_PAGE_SIZE, shared=False), UPGRADED,
+            HUGE_PAGE_SIZE, (host.hugetlb_2m,), _HUGETLB),
+    Backing("hugetlb-private", "written",
+            lambda: touched(hugetlb(HUGE_PAGE_SIZE, shared=False), "write"), FREE, HUGE_PAGE_SIZE,
+            (host.hugetlb_2m,)),
+    Backing("hugetlb-private", "populated",
+            lambda: touched(hugetlb(HUGE_PAGE_SIZE, shared=False), "populate"), FREE,
+            HUGE_PAGE_SIZE, (host.hugetlb_2m,)),
     Backing("4k", "cow-with-child", lambda: _shared_with_a_child(SMALL), COPIED,
             source="virt/kvm/kvm_main.c:hva_to_pfn(): copy-on-write is not broken by a read"),
     # KSM goes on, and may merge again what the guest has just written.
@@ -207,7 +209,7 @@ for backing in BACKINGS:
     entry = "read-only" if backing.cost else "writable"
     for writes, verb in ((False, "reads"), (True, "writes")):
         cost = _COSTS[backing.cost if writes else 0]
-        size = "2 MiB" if backing.leaf == HUGE else "4 KiB"
+        size = "2 MiB" if backing.leaf == HUGE_PAGE_SIZE else "4 KiB"
         add(
             f"mapping/{backing.name}-{backing.touched}-{verb[:-1]}",
             f"{backing.name}, {backing.touched}: mapped {entry} in {size}; the guest {verb} {cost}",
@@ -219,16 +221,16 @@ for backing in BACKINGS:
 
 
 def _huge_zero_page(read_first: bool) -> str:
-    memory = huge(HUGE)
+    memory = huge(HUGE_PAGE_SIZE)
     if read_first:
-        memory.read(HUGE)
+        memory.read(HUGE_PAGE_SIZE)
     machine = bench(memory)
     before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, HUGE)
+    machine.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
     grown = machine.vm.leaves() - before
     if grown != Stage2Leaves(0, 1):
         raise Skip(f"no huge zero page here (use_zero_page?): mapped as {grown}")
-    machine.vcpu.read(GPA, HUGE // PAGE)
+    machine.vcpu.read(GPA, HUGE_PAGE_SIZE // PAGE_SIZE)
     faults = expect_writes(machine.vcpu, memory, None)
     # Two for each that has to be copied, as above.
     expect(faults in (1, 2, 512, 1024), f"{faults} faults")
@@ -256,14 +258,14 @@ for read_first in (False, True):
     mapping=True,
 )
 def populate_after_zero_page() -> str:
-    machine = bench(huge(HUGE))
+    machine = bench(huge(HUGE_PAGE_SIZE))
     before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, HUGE)
+    machine.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
     machine.memory.populate()
     expect_mapped(machine.vm, before, Stage2Leaves(0))  # the notifier has unmapped the zero page
-    machine.vcpu.prefault_all(GPA, HUGE)
+    machine.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
     grown = machine.vm.leaves() - before
-    expect_equal(grown.bytes, HUGE, "bytes mapped")
+    expect_equal(grown.bytes, HUGE_PAGE_SIZE, "bytes mapped")
     expect_writes(machine.vcpu, machine.memory, 0)
     return f"mapped as {grown}"
 
@@ -271,12 +273,12 @@ def populate_after_zero_page() -> str:
 def _twice(first_read_only: bool) -> str | None:
     """Read-only leaves whose page has become writable without a notifier having said so."""
     if first_read_only:
-        machine = bench(hugetlb(HUGE, shared=False))
+        machine = bench(hugetlb(HUGE_PAGE_SIZE, shared=False))
         before = machine.vm.leaves()
-        machine.vcpu.prefault_all(GPA, HUGE)
+        machine.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
         expect_mapped(machine.vm, before, Stage2Leaves(0, 1))
         machine.memory.populate()
-        machine.vcpu.prefault_all(GPA, HUGE)
+        machine.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
         faults = expect_writes(machine.vcpu, machine.memory, None)
         expect(faults in (0, 1), f"{faults} faults of one huge page")
         return "the leaf is made writable" if faults == 0 else "the leaf stays read-only"
@@ -315,7 +317,7 @@ def _readonly_slot(writes: bool) -> None:
     expect_reads(machine.vcpu, machine.memory, 0)
     if writes:
         words = machine.memory.words()
-        machine.vcpu.start_at(WRITE_32, rsi=GPA, rcx=1, rdx=PAGE, rax=1)
+        machine.vcpu.start_at(WRITE_32, rsi=GPA, rcx=1, rdx=PAGE_SIZE, rax=1)
         expect_equal(machine.vcpu.run(), abi.EXIT_MMIO, "exit reason of the write")
         expect_equal(machine.vcpu.mmio, (GPA, True), "the MMIO")
         expect_equal(machine.memory.words(), words, "the slot's memory")
@@ -388,10 +390,12 @@ def userfault_write_protected() -> None:
 def part_of_a_slot() -> None:
     machine = bench()
     before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA + 8 * PAGE, 4 * PAGE)
+    machine.vcpu.prefault_all(GPA + 8 * PAGE_SIZE, 4 * PAGE_SIZE)
     expect_mapped(machine.vm, before, Stage2Leaves(4))
     expect_equal(
-        machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA + 8 * PAGE, 4)), 0, "faults inside"
+        machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA + 8 * PAGE_SIZE, 4)),
+        0,
+        "faults inside",
     )
     expect_equal(
         machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA, PAGES)), PAGES - 4, "faults outside"
@@ -408,10 +412,10 @@ def part_of_a_slot() -> None:
 def neighbours_on_the_legacy_mmu() -> str:
     machine = bench()
     before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA + 8 * PAGE, PAGE)
+    machine.vcpu.prefault_all(GPA + 8 * PAGE_SIZE, PAGE_SIZE)
     grown = machine.vm.leaves() - before
     expect(1 <= grown.pages_4k <= 8, f"mapped {grown}")
-    taken = machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA + 8 * PAGE, 8))
+    taken = machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA + 8 * PAGE_SIZE, 8))
     expect(taken <= 8 - grown.pages_4k, f"{taken} faults although {grown.pages_4k} were mapped")
     return f"one page asked for, {grown.pages_4k} mapped"
 
@@ -445,12 +449,12 @@ def above_4g() -> None:
 )
 def executed() -> None:
     machine = bench()
-    for offset in range(0, machine.size, PAGE):
+    for offset in range(0, machine.size, PAGE_SIZE):
         machine.memory.put(offset, guest.JUMP_BACK)
     machine.vcpu.prefault_all(GPA, machine.size)
     back = machine.vm.program(guest.EXECUTE_32) + guest.EXECUTE_AFTER_JUMP
     taken = machine.vcpu.faults_of(
-        lambda: machine.vcpu.call(guest.EXECUTE_32, rsi=GPA, rcx=PAGES, rdx=PAGE, rdi=back)
+        lambda: machine.vcpu.call(guest.EXECUTE_32, rsi=GPA, rcx=PAGES, rdx=PAGE_SIZE, rdi=back)
     )
     expect_equal(taken, 0, "faults of a guest that executes 4 KiB pages")
 
@@ -465,7 +469,7 @@ def discarded() -> None:
     machine = bench()
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, machine.size)
-    machine.memory.advise(4, 0, 8 * PAGE)
+    machine.memory.advise(4, 0, 8 * PAGE_SIZE)
     expect_mapped(machine.vm, before, Stage2Leaves(PAGES - 8))
     machine.vcpu.prefault_all(GPA, machine.size)
     expect_mapped(machine.vm, before, Stage2Leaves(PAGES))
@@ -552,7 +556,7 @@ def punched_hole() -> None:
     machine = bench(touched(memfd(SMALL), "write"))
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, machine.size)
-    system_call(285, machine.memory.fd, 3, 0, 8 * PAGE)  # fallocate: PUNCH_HOLE | KEEP_SIZE
+    system_call(285, machine.memory.fd, 3, 0, 8 * PAGE_SIZE)  # fallocate: PUNCH_HOLE | KEEP_SIZE
     expect_mapped(machine.vm, before, Stage2Leaves(PAGES - 8))
     machine.vcpu.prefault_all(GPA, machine.size)
     expect_writes(machine.vcpu, machine.memory, 0)

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+from ...units import PAGE_SIZE
 from .. import abi, guest, host
-from ..abi import PAGE
 from ..memory import Memory, small
 from ..suite import case
 from ..vmm import (
@@ -85,7 +85,7 @@ def smm_hole() -> None:
     machine = bench()
     machine.vm.slot(abi.SMM_SPACE, 0, machine.vm.system)
     machine.vcpu.set_smm(True)
-    result = machine.vcpu.prefault(GPA, PAGE)
+    result = machine.vcpu.prefault(GPA, PAGE_SIZE)
     expect_equal(str(result), "ENOENT, 0x1000 bytes left", "the ioctl")
     machine.vcpu.set_smm(False)
     machine.vcpu.prefault_all(GPA, machine.size)
@@ -117,7 +117,7 @@ _NESTED_SHADOW = "mmu/mmu.c: root_mmu with role.guest_mode is a TDP MMU with a r
 def _in_guest_mode(npt: bool) -> tuple[Bench, Vcpu]:
     """A vCPU that runs a guest of its guest, which has just told us so, and one that does not."""
     vm = Vm()
-    memory = small(PAGES * PAGE)
+    memory = small(PAGES * PAGE_SIZE)
     memory.write()
     vcpu = vm.vcpu(mode=LONG64.with_efer(abi.EFER_SVME))
     outside = vm.vcpu()
@@ -226,7 +226,7 @@ def nested_shadow_not_covered() -> None:
 )
 def nested_slot_deleted() -> None:
     machine, outside = _in_guest_mode(npt=True)
-    other: Memory = small(PAGE)
+    other: Memory = small(PAGE_SIZE)
     machine.vm.slot(2, 2 << 30, other)
     outside.prefault_all(GPA, machine.size)
     machine.vm.delete(2)

@@ -6,8 +6,9 @@ from __future__ import annotations
 import errno
 import resource
 
+from ...host.kvm import KVM_CAP_PRE_FAULT_MEMORY
+from ...units import PAGE_SIZE
 from .. import abi, guest, host
-from ..abi import PAGE
 from ..memory import small
 from ..suite import add, case
 from ..vmm import COUNTER, LONG64, Running, Vm, error_name, expect, expect_equal, offers_prefault
@@ -25,7 +26,7 @@ _CAPABILITY = "x86.c:kvm_vm_ioctl_check_extension(): KVM_CAP_PRE_FAULT_MEMORY is
 def capability() -> None:
     machine = bench()
     offered = offers_prefault()
-    expect_equal(machine.vm.check(abi.CAP_PRE_FAULT_MEMORY) > 0, offered, "the VM's answer")
+    expect_equal(machine.vm.check(KVM_CAP_PRE_FAULT_MEMORY) > 0, offered, "the VM's answer")
     answer = machine.vcpu.prefault(GPA, machine.size, any_error=True)
     expect_equal(answer.error == 0, offered, "the ioctl succeeds")
     expect_reads(machine.vcpu, machine.memory, 0 if offered else None)
@@ -39,13 +40,13 @@ def capability() -> None:
 )
 def capability_protected_vm() -> None:
     machine = bench(vm=Vm(abi.VM_SW_PROTECTED))
-    seen = machine.vm.check(abi.CAP_PRE_FAULT_MEMORY) > 0
+    seen = machine.vm.check(KVM_CAP_PRE_FAULT_MEMORY) > 0
     expect_equal(seen, offers_prefault(), "the VM's answer")
     expect_reads(machine.vcpu, machine.memory, None)
 
 
 def _shadow_refusal(mode: abi.Mode, has_run: bool) -> None:
-    memory = small(PAGES * PAGE)
+    memory = small(PAGES * PAGE_SIZE)
     memory.write()
     vm = Vm()
     vcpu = vm.vcpu(mode=mode)
@@ -85,7 +86,7 @@ def _live_guest(mode: abi.Mode) -> None:
     runner = machine.vm.vcpu(mode=mode)
     runner.warm()
     start = machine.memory.words()
-    registers = {"rbp": GPA, "rdi": PAGES, "rdx": PAGE, "rax": 1, "rbx": COUNTER}
+    registers = {"rbp": GPA, "rdi": PAGES, "rdx": PAGE_SIZE, "rax": 1, "rbx": COUNTER}
     with Running(runner, guest.ROUNDS, **registers) as running:
         running.wait_progress()
         for _ in range(100):
@@ -108,7 +109,7 @@ for name, mode in (("protected", abi.FLAT32), ("long", LONG64)):
 
 def _host_faults(populate: bool, mode: abi.Mode) -> None:
     """Minor faults of ours during the guest's first writes."""
-    memory = small(PAGES * PAGE)
+    memory = small(PAGES * PAGE_SIZE)
     vm = Vm()
     vcpu = vm.vcpu(mode=mode)
     vm.slot(SLOT, GPA, memory)

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+from ...units import MIB, PAGE_SIZE
 from .. import guest
-from ..abi import MIB, PAGE
 from ..memory import small
 from ..suite import add
 from ..vmm import COUNTER, Running, Task, Vm, expect, expect_equal
@@ -27,7 +27,7 @@ def _parallel(count: int, stripes: bool, with_guest: bool) -> None:
     for vcpu in (*vcpus, reader):
         vcpu.warm()
     before = vm.leaves()
-    share = _SIZE // count & -PAGE
+    share = _SIZE // count & -PAGE_SIZE
     parts = [
         (GPA + n * share, share if n < count - 1 else _SIZE - n * share) if stripes
         else (GPA, _SIZE)
@@ -44,8 +44,8 @@ def _parallel(count: int, stripes: bool, with_guest: bool) -> None:
 
     if with_guest:
         start = memory.words()
-        pages = _SIZE // PAGE
-        registers = {"rbp": GPA, "rdi": pages, "rdx": PAGE, "rax": 1, "rbx": COUNTER}
+        pages = _SIZE // PAGE_SIZE
+        registers = {"rbp": GPA, "rdi": pages, "rdx": PAGE_SIZE, "rax": 1, "rbx": COUNTER}
         with Running(reader, guest.ROUNDS, **registers) as running:
             running.wait_progress()
             all_at_once()
@@ -56,7 +56,7 @@ def _parallel(count: int, stripes: bool, with_guest: bool) -> None:
         reader.kick(False)
     else:
         all_at_once()
-    expect_equal((vm.leaves() - before).pages_4k, _SIZE // PAGE, "pages mapped")
+    expect_equal((vm.leaves() - before).pages_4k, _SIZE // PAGE_SIZE, "pages mapped")
     for vcpu in (*vcpus, reader):
         expect_reads(vcpu, memory, 0)
     expect_writes(reader, memory, 0)

@@ -7,14 +7,14 @@ import errno
 import struct
 
 from ...host.kvm import Stage2Leaves
+from ...units import HUGE_PAGE_SIZE, PAGE_SIZE
 from .. import abi, host
-from ..abi import HUGE, PAGE
 from ..memory import Memory, huge, small, system_call
 from ..suite import case
 from ..vmm import Vm, error_name, expect_equal, fails_with
 from .common import GPA, PAGES, SLOT, Bench, expect_mapped, expect_reads, expect_writes
 
-_SIZE = PAGES * PAGE
+_SIZE = PAGES * PAGE_SIZE
 _GMEM = "mmu/mmu.c:kvm_mmu_faultin_pfn_private(), virt/kvm/guest_memfd.c:kvm_gmem_get_pfn()"
 
 
@@ -80,10 +80,10 @@ def private_part() -> None:
     mapping=True,
 )
 def four_kib_only() -> None:
-    machine, _ = _protected(huge(HUGE))
-    machine.vm.set_private(GPA, HUGE)
+    machine, _ = _protected(huge(HUGE_PAGE_SIZE))
+    machine.vm.set_private(GPA, HUGE_PAGE_SIZE)
     before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, HUGE)
+    machine.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
     expect_mapped(machine.vm, before, Stage2Leaves(512))
     expect_equal(
         machine.vcpu.faults_of(lambda: machine.vcpu.write(GPA, 512, 1)), 0, "faults of a writer"
@@ -100,7 +100,7 @@ def four_kib_only() -> None:
 def mixed() -> None:
     machine, _ = _protected()
     for page in range(0, PAGES, 2):
-        machine.vm.set_private(GPA + page * PAGE, PAGE)
+        machine.vm.set_private(GPA + page * PAGE_SIZE, PAGE_SIZE)
     before = machine.vm.leaves()
     result = machine.vcpu.prefault(GPA, _SIZE)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
@@ -165,7 +165,7 @@ def punched_hole() -> None:
     before = machine.vm.leaves()
     machine.vcpu.prefault_all(GPA, _SIZE)
     machine.vcpu.write(GPA, PAGES, 3)
-    system_call(285, gmem, 3, 0, 8 * PAGE)  # fallocate: PUNCH_HOLE | KEEP_SIZE
+    system_call(285, gmem, 3, 0, 8 * PAGE_SIZE)  # fallocate: PUNCH_HOLE | KEEP_SIZE
     expect_mapped(machine.vm, before, Stage2Leaves(PAGES - 8))
     machine.vcpu.prefault_all(GPA, _SIZE)
     taken = machine.vcpu.stat("pf_taken")
@@ -181,15 +181,17 @@ def punched_hole() -> None:
 )
 def without_guest_memfd() -> None:
     machine, _ = _protected(bind=False)
-    machine.vm.set_private(GPA, PAGE)
+    machine.vm.set_private(GPA, PAGE_SIZE)
     before = machine.vm.leaves()
-    result = machine.vcpu.prefault(GPA, PAGE)
+    result = machine.vcpu.prefault(GPA, PAGE_SIZE)
     expect_equal(str(result), "EFAULT, 0x1000 bytes left", "the ioctl")
     expect_equal(machine.vm.leaves(), before, "leaves")
     expect_equal(machine.vcpu.exit_reason, abi.EXIT_MEMORY_FAULT, "what kvm_run says")
     private = abi.MEMORY_ATTRIBUTE_PRIVATE
-    expect_equal(machine.vcpu.memory_fault, (private, GPA, PAGE), "flags, gpa, size of the fault")
-    machine.vm.set_private(GPA, PAGE, private=False)
+    expect_equal(
+        machine.vcpu.memory_fault, (private, GPA, PAGE_SIZE), "flags, gpa, size of the fault"
+    )
+    machine.vm.set_private(GPA, PAGE_SIZE, private=False)
     machine.vcpu.prefault_all(GPA, _SIZE)
     expect_reads(machine.vcpu, machine.memory, 0)
 
@@ -206,7 +208,7 @@ def ordinary_vm() -> None:
     memory.write()
     vm.slot(SLOT, GPA, memory)
     vcpu.warm()
-    seen = fails_with(lambda: vm.set_private(GPA, PAGE))
+    seen = fails_with(lambda: vm.set_private(GPA, PAGE_SIZE))
     expect_equal(seen in (errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP), True, error_name(seen))
     vcpu.prefault_all(GPA, _SIZE)
     expect_reads(vcpu, memory, 0)

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+from ...units import GIB, HUGE_PAGE_SIZE, MIB, PAGE_SIZE
 from .. import abi, host
-from ..abi import GIB, HUGE, MIB, PAGE
 from ..guest import COUNT
 from ..memory import Userfault, huge, small
 from ..suite import add, case
@@ -38,7 +38,7 @@ def whole_slot() -> None:
     result = machine.vcpu.prefault(GPA, memory.size)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
     grown = machine.vm.leaves() - before
-    expect_equal(grown.pages_4k, memory.size // PAGE, "pages mapped")
+    expect_equal(grown.pages_4k, memory.size // PAGE_SIZE, "pages mapped")
     expect_writes(machine.vcpu, memory, 0)
 
 
@@ -50,10 +50,10 @@ def whole_slot() -> None:
 )
 def past_the_slot() -> None:
     machine = bench()
-    result = machine.vcpu.prefault(GPA, machine.size + 4 * PAGE)
-    expect_equal(str(result), f"success, {4 * PAGE:#x} bytes left", "the first ioctl")
-    result = machine.vcpu.prefault(GPA + machine.size, 4 * PAGE)
-    expect_equal(str(result), f"ENOENT, {4 * PAGE:#x} bytes left", "the second ioctl")
+    result = machine.vcpu.prefault(GPA, machine.size + 4 * PAGE_SIZE)
+    expect_equal(str(result), f"success, {4 * PAGE_SIZE:#x} bytes left", "the first ioctl")
+    result = machine.vcpu.prefault(GPA + machine.size, 4 * PAGE_SIZE)
+    expect_equal(str(result), f"ENOENT, {4 * PAGE_SIZE:#x} bytes left", "the second ioctl")
     expect_writes(machine.vcpu, machine.memory, 0)
 
 
@@ -65,13 +65,13 @@ def past_the_slot() -> None:
 )
 def adjacent_slots() -> None:
     machine = bench()
-    second = small(PAGES * PAGE)
+    second = small(PAGES * PAGE_SIZE)
     second.write()
     machine.vm.slot(2, GPA + machine.size, second)
     before = machine.vm.leaves()
     result = machine.vcpu.prefault(GPA, machine.size + second.size)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
-    expect_equal((machine.vm.leaves() - before).size, 2 * PAGES * PAGE, "bytes mapped")
+    expect_equal((machine.vm.leaves() - before).size, 2 * PAGES * PAGE_SIZE, "bytes mapped")
     expect_reads(machine.vcpu, machine.memory, 0)
     expect_reads(machine.vcpu, second, 0, gpa=GPA + machine.size)
 
@@ -84,11 +84,11 @@ def adjacent_slots() -> None:
     mapping=True,
 )
 def huge_steps() -> None:
-    memory = huge(2 * HUGE)
+    memory = huge(2 * HUGE_PAGE_SIZE)
     memory.write()
     machine = bench(memory)
     before = machine.vm.leaves()
-    result = machine.vcpu.prefault(GPA + HUGE - PAGE, 2 * PAGE)
+    result = machine.vcpu.prefault(GPA + HUGE_PAGE_SIZE - PAGE_SIZE, 2 * PAGE_SIZE)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
     expect_equal((machine.vm.leaves() - before).pages_2m, 2, "leaves of 2 MiB")
     expect_writes(machine.vcpu, memory, 0)
@@ -111,7 +111,7 @@ def signal_in_the_middle() -> None:
         done = memory.size - result.left
         # The legacy MMU has mapped neighbours of the last page, too.
         extra = (machine.vm.leaves() - before).size - done
-        expect(0 <= extra < 8 * PAGE, f"{extra:#x} bytes more are mapped than are done")
+        expect(0 <= extra < 8 * PAGE_SIZE, f"{extra:#x} bytes more are mapped than are done")
         if result.left:
             break
         machine.vm.delete(SLOT)
@@ -121,7 +121,7 @@ def signal_in_the_middle() -> None:
     expect(result.left > 0, "even after 0.2 ms all was done")
     if done:
         expect_equal(error_name(result.error), "success", "the ioctl")
-        taken = machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA, done // PAGE))
+        taken = machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA, done // PAGE_SIZE))
         expect_equal(taken, 0, "faults on what was done")
     machine.vcpu.prefault_all(GPA + done, result.left)
     expect_equal((machine.vm.leaves() - before).size, memory.size, "bytes mapped in the end")
@@ -134,7 +134,7 @@ def signal_in_the_middle() -> None:
     host.root,
 )
 def interrupted_waiting() -> None:
-    memory = small(PAGES * PAGE)
+    memory = small(PAGES * PAGE_SIZE)
     userfault = Userfault(memory)
     machine = bench(memory, written=False)
     before, exits = machine.vm.leaves(), machine.vcpu.stat("signal_exits")
@@ -156,17 +156,17 @@ def interrupted_waiting() -> None:
     mapping=True,
 )
 def waits_for_a_page() -> None:
-    memory = small(4 * PAGE)
+    memory = small(4 * PAGE_SIZE)
     userfault = Userfault(memory)
     machine = bench(memory, written=False)
     if not offers_prefault():
         userfault.resolve(0, memory.size)
-        machine.vcpu.prefault(GPA, PAGE)
+        machine.vcpu.prefault(GPA, PAGE_SIZE)
     task = Task(lambda: machine.vcpu.prefault(GPA, memory.size))
     for number in range(4):
-        expect_equal(userfault.wait(), number * PAGE, "the page it waits for")
+        expect_equal(userfault.wait(), number * PAGE_SIZE, "the page it waits for")
         expect(task.is_alive(), "it has not waited")
-        userfault.resolve(number * PAGE)
+        userfault.resolve(number * PAGE_SIZE)
     expect_equal(str(task.result()), "success, 0x0 bytes left", "the ioctl")
     expect_reads(machine.vcpu, memory, 0)
 
@@ -179,10 +179,10 @@ def waits_for_a_page() -> None:
     host.capability,
 )
 def blocks_slot_changes() -> None:
-    memory = small(4 * PAGE)
+    memory = small(4 * PAGE_SIZE)
     userfault = Userfault(memory)
     machine = bench(memory, written=False)
-    other = small(PAGE)
+    other = small(PAGE_SIZE)
     machine.vm.slot(2, 2 * GIB, other)
     prefault = Task(lambda: machine.vcpu.prefault(GPA, memory.size))
     userfault.wait()
@@ -206,7 +206,7 @@ def page_by_page() -> None:
     machine = bench()
     before = machine.vm.leaves()
     for page in range(PAGES):
-        machine.vcpu.prefault_all(GPA + page * PAGE, PAGE)
+        machine.vcpu.prefault_all(GPA + page * PAGE_SIZE, PAGE_SIZE)
     expect_equal((machine.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
     expect_writes(machine.vcpu, machine.memory, 0)
 
@@ -216,7 +216,7 @@ def backwards() -> None:
     machine = bench()
     before = machine.vm.leaves()
     for page in reversed(range(0, PAGES, 4)):
-        machine.vcpu.prefault_all(GPA + page * PAGE, 4 * PAGE)
+        machine.vcpu.prefault_all(GPA + page * PAGE_SIZE, 4 * PAGE_SIZE)
     expect_equal((machine.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
     expect_writes(machine.vcpu, machine.memory, 0)
 
@@ -242,21 +242,21 @@ def _selftest(kind: int) -> None:
     """A slot of 2 MiB and a page near the highest gfn."""
     vm = Vm(kind)
     vcpu = vm.vcpu(mode=LONG64)
-    size = HUGE + PAGE
-    at = (1 << 39) - 2 * HUGE
-    memory = small(2 * HUGE)
+    size = HUGE_PAGE_SIZE + PAGE_SIZE
+    at = (1 << 39) - 2 * HUGE_PAGE_SIZE
+    memory = small(2 * HUGE_PAGE_SIZE)
     memory.write()
     vm.slot(SLOT, at, memory, size=size)
     vcpu.warm()
     before = vm.leaves()
-    result = vcpu.prefault(at, HUGE)
+    result = vcpu.prefault(at, HUGE_PAGE_SIZE)
     expect_equal(str(result), "success, 0x0 bytes left", "of [gpa, 2M)")
-    result = vcpu.prefault(at + HUGE, 2 * PAGE)
-    expect_equal(str(result), f"success, {PAGE:#x} bytes left", "of [gpa + 2M, 2 pages)")
-    result = vcpu.prefault(at + HUGE + PAGE, PAGE)
-    expect_equal(str(result), f"ENOENT, {PAGE:#x} bytes left", "of the page behind the slot")
+    result = vcpu.prefault(at + HUGE_PAGE_SIZE, 2 * PAGE_SIZE)
+    expect_equal(str(result), f"success, {PAGE_SIZE:#x} bytes left", "of [gpa + 2M, 2 pages)")
+    result = vcpu.prefault(at + HUGE_PAGE_SIZE + PAGE_SIZE, PAGE_SIZE)
+    expect_equal(str(result), f"ENOENT, {PAGE_SIZE:#x} bytes left", "of the page behind the slot")
     expect_equal((vm.leaves() - before).size, size, "bytes mapped")
-    count = size // PAGE
+    count = size // PAGE_SIZE
     total = sum(memory.words()[:count]) & 0xFFFFFFFF
     taken = vcpu.stat("pf_taken")
     expect_equal(vcpu.read(at, count), total, "the sum the guest reads")

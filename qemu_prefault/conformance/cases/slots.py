@@ -11,8 +11,8 @@ from __future__ import annotations
 import errno
 
 from ...host.kvm import Stage2Leaves
+from ...units import GIB, PAGE_SIZE
 from .. import abi, host
-from ..abi import GIB, PAGE
 from ..memory import Userfault, small
 from ..suite import KnownBad, add, case
 from ..vmm import HANG_SECONDS, LONG64, Task, Vcpu, Vm, expect, expect_equal, fails_with
@@ -27,7 +27,7 @@ def _with_other_slot(
 ) -> tuple[Bench, Stage2Leaves]:
     """A second slot that can go. Both are prefaulted; the leaves from before."""
     machine = bench(vm=Vm(kind, quirk=quirk))
-    other = small(8 * PAGE)
+    other = small(8 * PAGE_SIZE)
     other.write()
     machine.vm.slot(_OTHER, _OTHER_GPA, other)
     before = machine.vm.leaves()
@@ -138,7 +138,7 @@ def quirk_unknown() -> None:
 )
 def create_drops_nothing() -> None:
     machine, before = _with_other_slot()
-    machine.vm.slot(3, 3 * GIB, small(PAGE))
+    machine.vm.slot(3, 3 * GIB, small(PAGE_SIZE))
     expect_mapped(machine.vm, before, Stage2Leaves(PAGES + 8))
     expect_writes(machine.vcpu, machine.memory, 0)
 
@@ -180,7 +180,7 @@ def _move(quirk: bool) -> None:
     machine.vm.slot(SLOT, _OTHER_GPA, machine.memory)
     machine.vcpu.warm()
     expect_mapped(machine.vm, before, Stage2Leaves(0))
-    result = machine.vcpu.prefault(GPA, PAGE)
+    result = machine.vcpu.prefault(GPA, PAGE_SIZE)
     expect_equal(str(result), "ENOENT, 0x1000 bytes left", "a prefault of where it was")
     machine.vcpu.prefault_all(_OTHER_GPA, machine.size)
     expect_reads(machine.vcpu, machine.memory, 0, gpa=_OTHER_GPA)
@@ -213,9 +213,9 @@ def replaced_memory() -> None:
     machine = bench()
     machine.vcpu.prefault_all(GPA, machine.size)
     machine.vm.delete(SLOT)
-    other = small(PAGES * PAGE)
+    other = small(PAGES * PAGE_SIZE)
     for page in range(PAGES):
-        other.put(page * PAGE, bytes([page, 7, 0, 0]))
+        other.put(page * PAGE_SIZE, bytes([page, 7, 0, 0]))
     machine.vm.slot(SLOT, GPA, other)
     machine.vcpu.warm()
     machine.vcpu.prefault_all(GPA, other.size)
@@ -227,7 +227,7 @@ def replaced_memory() -> None:
 
 def _hangs(vcpu: Vcpu) -> bool:
     """Prefault the slot; whether nothing happens until a signal ends it."""
-    result = vcpu.prefault(GPA, PAGES * PAGE, limit=HANG_SECONDS)
+    result = vcpu.prefault(GPA, PAGES * PAGE_SIZE, limit=HANG_SECONDS)
     if result.error == errno.EINTR and result.seconds >= HANG_SECONDS:
         return True
     expect_equal(str(result), "success, 0x0 bytes left", "a prefault after a slot was deleted")
@@ -243,8 +243,8 @@ _STALE = (
 def _stale_root(has_run: bool, remedy: str) -> str | None:
     """Prefault, delete a slot, prefault again with a vCPU that was not in the guest since."""
     machine = bench() if has_run else _never_run()
-    machine.vcpu.prefault_all(GPA, PAGE)
-    machine.vm.slot(_OTHER, _OTHER_GPA, small(PAGE))
+    machine.vcpu.prefault_all(GPA, PAGE_SIZE)
+    machine.vm.slot(_OTHER, _OTHER_GPA, small(PAGE_SIZE))
     machine.vm.delete(_OTHER)
     reader = machine.vm.vcpu()
     if remedy == "run":
@@ -267,7 +267,7 @@ def _stale_root(has_run: bool, remedy: str) -> str | None:
 
 
 def _never_run() -> Bench:
-    memory = small(PAGES * PAGE)
+    memory = small(PAGES * PAGE_SIZE)
     memory.write()
     vm = Vm()
     vcpu = vm.vcpu()
@@ -307,8 +307,8 @@ for remedy, name in (
 def stale_root_without_quirk() -> None:
     machine = _never_run()
     machine.vm.enable(abi.CAP_DISABLE_QUIRKS2, abi.QUIRK_SLOT_ZAP_ALL)
-    machine.vcpu.prefault_all(GPA, PAGE)
-    machine.vm.slot(_OTHER, _OTHER_GPA, small(PAGE))
+    machine.vcpu.prefault_all(GPA, PAGE_SIZE)
+    machine.vm.slot(_OTHER, _OTHER_GPA, small(PAGE_SIZE))
     machine.vm.delete(_OTHER)
     expect(not _hangs(machine.vcpu), "it hangs even so")
     machine.vcpu.warm()
@@ -317,7 +317,7 @@ def stale_root_without_quirk() -> None:
 
 def _deleted_meanwhile(quirk: bool, again: bool) -> str | None:
     """The slot goes while the ioctl waits for a page of it."""
-    memory = small(PAGES * PAGE)
+    memory = small(PAGES * PAGE_SIZE)
     userfault = Userfault(memory)
     machine = bench(memory, vm=Vm(quirk=quirk))
     limit = 10 * HANG_SECONDS
@@ -329,7 +329,9 @@ def _deleted_meanwhile(quirk: bool, again: bool) -> str | None:
     userfault.resolve(0, memory.size)
     result = prefault.result()
     deleter.result()
-    expect(result.left >= memory.size - PAGE, f"{result}: more than the page that was waited for")
+    expect(
+        result.left >= memory.size - PAGE_SIZE, f"{result}: more than the page that was waited for"
+    )
     hung = result.seconds >= limit
     if not hung:
         expect(result.error in (errno.EAGAIN, 0), f"{result}, and not EAGAIN")
@@ -340,7 +342,7 @@ def _deleted_meanwhile(quirk: bool, again: bool) -> str | None:
         expect_reads(machine.vcpu, memory, 0)
     else:
         machine.vcpu.warm()
-        gone = machine.vcpu.prefault(GPA, PAGE)
+        gone = machine.vcpu.prefault(GPA, PAGE_SIZE)
         expect_equal(str(gone), "ENOENT, 0x1000 bytes left", "a prefault when it is gone")
     if hung:
         raise KnownBad("both wait for each other, until a signal ends the ioctl")
@@ -373,7 +375,7 @@ for quirk in (True, False):
     mapping=True,
 )
 def moved_meanwhile() -> None:
-    memory = small(PAGES * PAGE)
+    memory = small(PAGES * PAGE_SIZE)
     userfault = Userfault(memory)
     machine = bench(memory)
     limit = 10 * HANG_SECONDS
@@ -385,7 +387,7 @@ def moved_meanwhile() -> None:
     result = prefault.result()
     mover.result()
     machine.vcpu.warm()
-    gone = machine.vcpu.prefault(GPA, PAGE)
+    gone = machine.vcpu.prefault(GPA, PAGE_SIZE)
     expect_equal(str(gone), "ENOENT, 0x1000 bytes left", "a prefault of where it was")
     machine.vcpu.prefault_all(_OTHER_GPA, memory.size)
     expect_reads(machine.vcpu, memory, 0, gpa=_OTHER_GPA)
@@ -402,7 +404,7 @@ def moved_meanwhile() -> None:
     host.capability,
 )
 def flags_changed_meanwhile() -> None:
-    memory = small(PAGES * PAGE)
+    memory = small(PAGES * PAGE_SIZE)
     userfault = Userfault(memory)
     machine = bench(memory)
     prefault = Task(lambda: machine.vcpu.prefault(GPA, memory.size))
@@ -454,10 +456,10 @@ def race() -> None:
     host.capability,
 )
 def other_slot_deleted_meanwhile() -> str:
-    memory = small(PAGES * PAGE)
+    memory = small(PAGES * PAGE_SIZE)
     userfault = Userfault(memory)
     machine = bench(memory)
-    machine.vm.slot(_OTHER, _OTHER_GPA, small(PAGE))
+    machine.vm.slot(_OTHER, _OTHER_GPA, small(PAGE_SIZE))
     prefault = Task(lambda: machine.vcpu.prefault(GPA, memory.size, limit=10 * HANG_SECONDS))
     userfault.wait()
     deleter = Task(lambda: machine.vm.delete(_OTHER))

@@ -7,8 +7,8 @@ import os
 import struct
 from collections.abc import Callable
 
+from ...units import PAGE_SIZE
 from .. import abi
-from ..abi import PAGE
 from ..memory import small
 from ..suite import add, case
 from ..vmm import LONG64, Vcpu, Vm, expect_equal, ioctl
@@ -65,7 +65,7 @@ _CHANGES: tuple[tuple[str, str, Callable[[Vcpu], None]], ...] = (
 
 
 def _survives(change: Callable[[Vcpu], None], has_run: bool) -> None:
-    memory = small(PAGES * PAGE)
+    memory = small(PAGES * PAGE_SIZE)
     memory.write()
     vm = Vm()
     vcpu = vm.vcpu()
@@ -157,7 +157,7 @@ def vcpu_closed() -> None:
 def _repeatedly(machine: Bench) -> None:
     for _ in range(8):
         _reset(machine.vcpu)
-        machine.vcpu.prefault_all(GPA, PAGE)
+        machine.vcpu.prefault_all(GPA, PAGE_SIZE)
 
 
 @case(

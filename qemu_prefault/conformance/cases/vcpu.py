@@ -7,8 +7,8 @@ import os
 import signal
 from struct import pack
 
+from ...units import PAGE_SIZE
 from .. import abi, guest, host
-from ..abi import PAGE
 from ..memory import small
 from ..suite import add, case
 from ..vmm import COUNTER, Running, Task, Vcpu, Vm, expect, expect_equal, ioctl
@@ -20,7 +20,7 @@ _ROOT = "mmu/tdp_mmu.c:kvm_tdp_mmu_alloc_root(): roots are found by their role a
 
 def _fresh(*, cpuid: bool = True, mode: abi.Mode = abi.FLAT32) -> Bench:
     """A VM whose vCPU has never run."""
-    memory = small(PAGES * PAGE)
+    memory = small(PAGES * PAGE_SIZE)
     memory.write()
     vm = Vm()
     vcpu = vm.vcpu(cpuid=cpuid, mode=mode)
@@ -136,7 +136,7 @@ def running_killed() -> None:
             machine = bench()
             with Running(machine.vcpu, guest.COUNT, rbx=COUNTER) as running:
                 running.wait_progress()
-                Task(lambda: machine.vcpu.prefault(GPA, PAGE)).wait_state("D")
+                Task(lambda: machine.vcpu.prefault(GPA, PAGE_SIZE)).wait_state("D")
                 os.write(writer, b"!")
                 signal.pause()
         finally:
@@ -243,9 +243,9 @@ def _between_runs(times: int) -> None:
     """Run, prefault a part, run on that part: over and over."""
     machine = bench()
     for page in range(times):
-        machine.vcpu.prefault_all(GPA + page * PAGE, PAGE)
+        machine.vcpu.prefault_all(GPA + page * PAGE_SIZE, PAGE_SIZE)
         before = machine.vcpu.stat("pf_taken")
-        machine.vcpu.write(GPA + page * PAGE, 1, page)
+        machine.vcpu.write(GPA + page * PAGE_SIZE, 1, page)
         expect_equal(machine.vcpu.stat("pf_taken") - before, 0, f"faults on page {page}")
     expect_equal(machine.memory.words()[:times], list(range(times)), "what was written")
 
@@ -267,9 +267,9 @@ add(
 )
 def exit_not_yet_completed() -> None:
     machine = bench()
-    hole = GPA - 64 * PAGE
+    hole = GPA - 64 * PAGE_SIZE
     # Two words: one of the hole, one of memory.
-    machine.vcpu.start_at(guest.READ_32, rsi=hole, rcx=2, rdx=64 * PAGE)
+    machine.vcpu.start_at(guest.READ_32, rsi=hole, rcx=2, rdx=64 * PAGE_SIZE)
     expect_equal(machine.vcpu.run(), abi.EXIT_MMIO, "the exit")
     machine.vcpu.kvm_run[40:44] = (1000).to_bytes(4, "little")
     before = machine.vcpu.stat("pf_taken")
