@@ -8,9 +8,10 @@ counters, the faults of a guest that then reads or writes, and the contents of i
     abi.py       numbers and structures of ``/dev/kvm``
     memory.py    host memory of every kind, and what may have happened to it
     vmm.py       VMs, vCPUs, statistics, threads
-    guest.py     a few bytes of machine code
-    suite.py     what a case is          host.py     what this host can do
-    runner.py    runs each in a process of its own
-    report.py    results as a table and as JSON
-    cases/       the cases, a room for each topic
+    guest_code.py  a few bytes of machine code
+    suite.py       what a case is
+    host_facts.py  what this host can do         needs.py    what cases need of it
+    runner.py      runs each in a process of its own
+    results.py     results as a table and as JSON
+    cases/         the cases, a module or two for each area
 """

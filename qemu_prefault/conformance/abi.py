@@ -118,7 +118,7 @@ EFER_LME, EFER_LMA, EFER_SVME = 1 << 8, 1 << 10, 1 << 12
 
 
 @dataclass(frozen=True)
-class Mode:
+class CpuMode:
     """A CPU mode: what ``struct kvm_sregs`` says of one."""
 
     code: Segment
@@ -136,18 +136,18 @@ class Mode:
             *(0,) * 4,
         )  # fmt: skip
 
-    def with_efer(self, bits: int) -> Mode:
+    def with_efer(self, bits: int) -> CpuMode:
         return replace(self, efer=self.efer | bits)
 
 
-RESET = Mode(CODE_16, DATA_16, cr0=0x60000010)
-FLAT32 = Mode(CODE_32, DATA, cr0=CR0_PE | CR0_NE | 1 << 4)
+RESET = CpuMode(CODE_16, DATA_16, cr0=0x60000010)
+FLAT32 = CpuMode(CODE_32, DATA, cr0=CR0_PE | CR0_NE | 1 << 4)
 
 
-def long_mode(cr3: int) -> Mode:
+def long_mode(cr3: int) -> CpuMode:
     """64-bit mode on the page tables at ``cr3``."""
     cr0 = CR0_PE | CR0_NE | CR0_WP | CR0_PG | 1 << 4
-    return Mode(CODE_64, DATA, cr0, cr3, CR4_PAE, EFER_LME | EFER_LMA)
+    return CpuMode(CODE_64, DATA, cr0, cr3, CR4_PAE, EFER_LME | EFER_LMA)
 
 
 REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",

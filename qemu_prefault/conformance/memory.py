@@ -107,7 +107,7 @@ def small(size: int) -> Memory:
     return memory
 
 
-def huge(size: int) -> Memory:
+def thp(size: int) -> Memory:
     """Anonymous memory that transparent huge pages are wanted for."""
     memory = Memory(size)
     memory.advise(WITH_HUGEPAGES)

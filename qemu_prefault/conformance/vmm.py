@@ -24,7 +24,7 @@ from typing import Any
 from .._native import ffi, lib
 from ..host.kvm import EHWPOISON, KVM_CAP_PRE_FAULT_MEMORY, BinaryStats, Stage2Leaves
 from ..units import GIB, PAGE_SIZE
-from . import abi, guest
+from . import abi, guest_code
 from .memory import Memory, small
 
 SYSTEM_BYTES = 64 * PAGE_SIZE
@@ -41,10 +41,10 @@ class Unexpected(Exception):
     """The kernel, or the guest, did not behave as the case says."""
 
 
-class Refused(Exception):
+class IoctlRefused(Exception):
     """The ioctl was refused on a host whose KVM does not offer it; the runner looks closer."""
 
-    def __init__(self, vcpu: Vcpu, error: int, gpa: int, size: int) -> None:
+    def __init__(self, vcpu: KvmVcpu, error: int, gpa: int, size: int) -> None:
         super().__init__(f"refused: {error_name(error)}")
         self.vcpu, self.error, self.gpa, self.size = vcpu, error, gpa, size
 
@@ -68,7 +68,7 @@ def expect_equal(seen: object, wanted: object, what: str) -> None:
 
 
 @dataclass(frozen=True)
-class Prefault:
+class IoctlResult:
     """What the ioctl came to.
 
     :ivar error: an errno, 0 for success.
@@ -135,7 +135,7 @@ class Slot:
     gmem: int = -1
 
 
-class Vm:
+class KvmVm:
     """A VM with its system memory.
 
     :param kind: ``abi.VM_DEFAULT`` or ``abi.VM_SW_PROTECTED``.
@@ -156,7 +156,7 @@ class Vm:
         self.irqchip = irqchip
         self.dirty_ring = dirty_ring
         self.slots: dict[int, Slot] = {}
-        self.vcpus: list[Vcpu] = []
+        self.vcpus: list[KvmVcpu] = []
         self._programs: dict[bytes, int] = {}
         self._next_program = PROGRAMS
         # What Intel's KVM needs for modes without paging; AMD's ignores it.
@@ -170,7 +170,7 @@ class Vm:
             self.enable(abi.CAP_DISABLE_QUIRKS2, abi.QUIRK_SLOT_ZAP_ALL)
         self.system = small(SYSTEM_BYTES)
         self.system.populate()
-        self.system.put(TABLES, guest.identity_tables(TABLES, 1024 * GIB))
+        self.system.put(TABLES, guest_code.identity_tables(TABLES, 1024 * GIB))
         self.slot(0, 0, self.system)
         self.stats = BinaryStats(ioctl(self.fd, abi.GET_STATS_FD))
 
@@ -237,8 +237,8 @@ class Vm:
 
     # vCPUs.
 
-    def vcpu(self, *, cpuid: bool = True, mode: abi.Mode = abi.FLAT32) -> Vcpu:
-        vcpu = Vcpu(self, len(self.vcpus), cpuid, mode)
+    def vcpu(self, *, cpuid: bool = True, mode: abi.CpuMode = abi.FLAT32) -> KvmVcpu:
+        vcpu = KvmVcpu(self, len(self.vcpus), cpuid, mode)
         self.vcpus.append(vcpu)
         return vcpu
 
@@ -259,10 +259,10 @@ class Vm:
 LONG64 = abi.long_mode(TABLES)
 
 
-class Vcpu:
+class KvmVcpu:
     """One vCPU, in 32-bit mode without paging unless said otherwise."""
 
-    def __init__(self, vm: Vm, number: int, cpuid: bool, mode: abi.Mode) -> None:
+    def __init__(self, vm: KvmVm, number: int, cpuid: bool, mode: abi.CpuMode) -> None:
         self.vm = vm
         self.number = number
         self.fd = ioctl(vm.fd, abi.CREATE_VCPU, number)
@@ -281,7 +281,7 @@ class Vcpu:
     def set_cpuid(self) -> None:
         ioctl(self.fd, abi.SET_CPUID2, supported_cpuid())
 
-    def set_mode(self, mode: abi.Mode) -> None:
+    def set_mode(self, mode: abi.CpuMode) -> None:
         self.mode = mode
         ioctl(self.fd, abi.SET_SREGS, mode.pack())
 
@@ -317,7 +317,7 @@ class Vcpu:
         padding: int = 0,
         call: Callable[[int, int, int], int] | None = None,
         any_error: bool = False,
-    ) -> Prefault:
+    ) -> IoctlResult:
         """Issue ``KVM_PRE_FAULT_MEMORY`` once.
 
         :param limit: seconds after which it is interrupted by a signal, again and again.
@@ -336,9 +336,9 @@ class Vcpu:
         seconds = time.monotonic() - started
         if answer < 0 and not any_error and not offers_prefault():
             expect_equal(self.vm.leaves(), before, "stage-2 leaves after the refusal")
-            raise Refused(self, -int(answer), gpa, size)
+            raise IoctlRefused(self, -int(answer), gpa, size)
         left = struct.unpack_from("<Q", arguments, 8)[0]
-        return Prefault(max(0, -int(answer)), left, seconds)
+        return IoctlResult(max(0, -int(answer)), left, seconds)
 
     def prefault_all(self, gpa: int, size: int) -> None:
         """Issue it until nothing is left; any error is unexpected."""
@@ -394,18 +394,18 @@ class Vcpu:
 
     def warm(self) -> None:
         """Run an empty program, and touch the counter: system memory takes no faults from now."""
-        self.call(guest.NOTHING)
+        self.call(guest_code.NOTHING)
         self.read(COUNTER, 1)
         self.read(0, SYSTEM_BYTES // PAGE_SIZE)
 
     def read(self, gpa: int, pages: int, stride: int = PAGE_SIZE) -> int:
         """The guest reads the first word of each page: their sum, modulo 2**32."""
-        code = guest.READ_64 if self._long else guest.READ_32
+        code = guest_code.READ_64 if self._long else guest_code.READ_32
         return self.call(code, rsi=gpa, rcx=pages, rdx=stride)["rbx"] & 0xFFFFFFFF
 
     def write(self, gpa: int, pages: int, value: int, stride: int = PAGE_SIZE) -> None:
         """The guest writes the first word of each page."""
-        code = guest.WRITE_64 if self._long else guest.WRITE_32
+        code = guest_code.WRITE_64 if self._long else guest_code.WRITE_32
         self.call(code, rsi=gpa, rcx=pages, rdx=stride, rax=value)
 
     def faults_of(self, what: Callable[[], object]) -> int:
@@ -425,7 +425,7 @@ def offers_prefault() -> bool:
     return ioctl(kvm(), abi.CHECK_EXTENSION, KVM_CAP_PRE_FAULT_MEMORY) > 0
 
 
-class Task(threading.Thread):
+class BackgroundCall(threading.Thread):
     """Something that runs meanwhile; :meth:`result` gives what it came to, or raises it."""
 
     def __init__(self, what: Callable[[], Any]) -> None:
@@ -472,14 +472,14 @@ def wait_for(condition: Callable[[], object], what: str, limit: float = LIMIT_SE
         time.sleep(0.001)
 
 
-class Running:
+class RunningVcpu:
     """A context in which a vCPU runs a program in a thread of its own, and does not end."""
 
-    def __init__(self, vcpu: Vcpu, code: bytes, **registers: int) -> None:
+    def __init__(self, vcpu: KvmVcpu, code: bytes, **registers: int) -> None:
         self.vcpu = vcpu
         vcpu.start_at(code, **registers)
         vcpu.kick(False)
-        self.task = Task(self._loop)
+        self.task = BackgroundCall(self._loop)
 
     def _loop(self) -> int:
         while not self.vcpu.kvm_run[1]:
@@ -488,7 +488,7 @@ class Running:
                 return reason
         return abi.EXIT_INTR
 
-    def __enter__(self) -> Running:
+    def __enter__(self) -> RunningVcpu:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from ...units import MIB, PAGE_SIZE
-from .. import guest
+from .. import guest_code
 from ..memory import small
 from ..suite import add
-from ..vmm import COUNTER, Running, Task, Vm, expect, expect_equal
+from ..vmm import COUNTER, BackgroundCall, KvmVm, RunningVcpu, expect, expect_equal
 from .common import GPA, SLOT, expect_reads, expect_writes
 
 _LOCK = (
@@ -20,7 +20,7 @@ _SIZE = 4 * MIB
 def _parallel(count: int, stripes: bool, with_guest: bool) -> None:
     memory = small(_SIZE)
     memory.write()
-    vm = Vm()
+    vm = KvmVm()
     vcpus = [vm.vcpu() for _ in range(count)]
     reader = vm.vcpu()
     vm.slot(SLOT, GPA, memory)
@@ -36,7 +36,7 @@ def _parallel(count: int, stripes: bool, with_guest: bool) -> None:
 
     def all_at_once() -> None:
         tasks = [
-            Task(lambda vcpu=vcpu, part=part: vcpu.prefault_all(*part))  # type: ignore[misc]
+            BackgroundCall(lambda vcpu=vcpu, part=part: vcpu.prefault_all(*part))  # type: ignore[misc]
             for vcpu, part in zip(vcpus, parts, strict=True)
         ]
         for task in tasks:
@@ -46,7 +46,7 @@ def _parallel(count: int, stripes: bool, with_guest: bool) -> None:
         start = memory.words()
         pages = _SIZE // PAGE_SIZE
         registers = {"rbp": GPA, "rdi": pages, "rdx": PAGE_SIZE, "rax": 1, "rbx": COUNTER}
-        with Running(reader, guest.ROUNDS, **registers) as running:
+        with RunningVcpu(reader, guest_code.ROUNDS, **registers) as running:
             running.wait_progress()
             all_at_once()
             running.wait_progress()

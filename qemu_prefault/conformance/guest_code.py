@@ -38,10 +38,10 @@ COUNT = bytes.fromhex("ff03 ebfc")
 # hlt; jmp
 HALT = bytes.fromhex("f4 ebfd")
 
-# vmrun of the VMCB at rax; its guest is COUNT_AND_TELL. Then, when that exits: out.
+# vmrun of the VMCB at rax; its guest is COUNT_AND_OUT. Then, when that exits: out.
 VMRUN = bytes.fromhex("0f01d8") + _END
 # 1: incl (%rbx); out %al, $PORT; jmp 1b: exits to us without leaving guest mode
-COUNT_AND_TELL = bytes.fromhex("ff03") + _END + bytes.fromhex("ebfa")
+COUNT_AND_OUT = bytes.fromhex("ff03") + _END + bytes.fromhex("ebfa")
 
 _PRESENT_RW_USER, _ACCESSED_DIRTY, _HUGE = 7, 0x60, 0x80
 
