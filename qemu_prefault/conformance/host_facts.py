@@ -13,7 +13,8 @@ from .._native import lib
 from ..errors import Code, UnsupportedError
 from ..host.kvm import KVM_CAP_PRE_FAULT_MEMORY, parameter
 from ..units import PAGE_SIZE
-from . import abi, vmm
+from . import abi, device
+from .vmm import KvmVm
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def read_host_facts() -> HostFacts:
     :raise UnsupportedError: there is no KVM, or it is not ours to use.
     """
     try:
-        kvm = vmm.kvm()
+        kvm_fd = device.kvm_fd()
     except OSError as error:
         raise UnsupportedError(
             f"/dev/kvm cannot be opened: {error.strerror}",
@@ -85,7 +86,7 @@ def read_host_facts() -> HostFacts:
         ) from error
 
     def check(capability: int) -> int:
-        return max(0, int(lib.pf_vmm_ioctl(kvm, abi.CHECK_EXTENSION, capability)))
+        return max(0, int(lib.pf_vmm_ioctl(kvm_fd, abi.CHECK_EXTENSION, capability)))
 
     capability = check(KVM_CAP_PRE_FAULT_MEMORY) > 0
     amd = _on(parameter("kvm_amd", "npt"))
@@ -111,11 +112,11 @@ def read_host_facts() -> HostFacts:
 
 def _refusal() -> int:
     """What a well-formed prefault of a page that is there comes to."""
-    vm = vmm.KvmVm()
+    vm = KvmVm()
     vcpu = vm.vcpu()
     arguments = bytearray(struct.pack("<8Q", 0, PAGE_SIZE, *[0] * 6))
     try:
-        vmm.ioctl(vcpu.fd, abi.PRE_FAULT_MEMORY, arguments)
+        device.ioctl(vcpu.fd, abi.PRE_FAULT_MEMORY, arguments)
     except OSError as error:
         return error.errno or errno.EIO
     finally:

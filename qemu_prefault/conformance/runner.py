@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ..units import PAGE_SIZE
+from .expectations import Unexpected, error_name, expect_equal
 from .host_facts import HostFacts
 from .suite import CaseOutcome, ConformanceCase, KnownBad, Skip
-from .vmm import IoctlRefused, Unexpected, error_name, expect_equal
+from .vmm import IoctlRefused
 
 CASE_LIMIT_SECONDS = 60.0
 """A case that takes longer hangs; under emulation the slowest takes a few seconds."""

@@ -9,36 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import mmap
 import os
-import signal
 import struct
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from .._native import ffi, lib
-from ..host.kvm import EHWPOISON, KVM_CAP_PRE_FAULT_MEMORY, BinaryStats, Stage2Leaves
+from .._native import lib
+from ..host.kvm import BinaryStats, Stage2Leaves
 from ..units import GIB, PAGE_SIZE
 from . import abi, guest_code
+from .device import IOCTL_LIMIT_SECONDS, address_of, ioctl, kvm_fd, offers_prefault, supported_cpuid
+from .expectations import error_name, expect, expect_equal
 from .memory import Memory, small
 
 SYSTEM_BYTES = 64 * PAGE_SIZE
 PROGRAMS, COUNTER, TABLES, VMCB, HOST_SAVE = 0x1000, 0x3000, 0x4000, 0x8000, 0x9000
 VMRUN_HOST_SAVE_MSR = 0xC0010117
-LIMIT_SECONDS = 20.0
-"""No ioctl of a case lasts longer, under emulation either, unless it never ends."""
-HANG_SECONDS = 0.3
-"""Where a case expects an ioctl that may never end: after so long it is interrupted."""
-_NAMES = {errno.EOPNOTSUPP: "EOPNOTSUPP", errno.EAGAIN: "EAGAIN", EHWPOISON: "EHWPOISON"}
-
-
-class Unexpected(Exception):
-    """The kernel, or the guest, did not behave as the case says."""
 
 
 class IoctlRefused(Exception):
@@ -47,24 +35,6 @@ class IoctlRefused(Exception):
     def __init__(self, vcpu: KvmVcpu, error: int, gpa: int, size: int) -> None:
         super().__init__(f"refused: {error_name(error)}")
         self.vcpu, self.error, self.gpa, self.size = vcpu, error, gpa, size
-
-
-def error_name(number: int) -> str:
-    """Its usual name; Python's own table has other ones for some."""
-    if number in _NAMES:
-        return _NAMES[number]
-    return errno.errorcode.get(number, str(number)) if number else "success"
-
-
-def expect(condition: object, text: str) -> None:
-    """Like ``assert``, but it cannot be switched off, and says what was seen."""
-    if not condition:
-        raise Unexpected(text)
-
-
-def expect_equal(seen: object, wanted: object, what: str) -> None:
-    if seen != wanted:
-        raise Unexpected(f"{what}: {seen}, and not {wanted}")
 
 
 @dataclass(frozen=True)
@@ -82,46 +52,6 @@ class IoctlResult:
 
     def __str__(self) -> str:
         return f"{error_name(self.error)}, {self.left:#x} bytes left"
-
-
-def ioctl(fd: int, request: int, argument: int | bytearray | bytes = 0) -> int:
-    """An ioctl; a buffer is written back to if it is a bytearray. Raises OSError."""
-    value = argument if isinstance(argument, int) else _address(argument)
-    answer = int(lib.pf_vmm_ioctl(fd, request, value))
-    if answer < 0:
-        raise OSError(-answer, f"KVM ioctl {request & 0xFFFF:#06x}: {os.strerror(-answer)}")
-    return answer
-
-
-def _address(data: bytearray | bytes) -> int:
-    # Alive as long as the buffer is: the caller holds it during the call.
-    return int(ffi.cast("uintptr_t", ffi.from_buffer(data)))
-
-
-def fails_with(call: Callable[[], object]) -> int:
-    """The errno a call ends with, 0 if it succeeds."""
-    try:
-        call()
-    except OSError as error:
-        return error.errno or 0
-    return 0
-
-
-@functools.cache
-def kvm() -> int:
-    """A descriptor of /dev/kvm."""
-    lib.pf_vmm_init()
-    return os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-
-
-@functools.cache
-def supported_cpuid() -> bytes:
-    """``struct kvm_cpuid2`` with all that this KVM offers."""
-    entries = 256
-    data = bytearray(struct.pack("<II", entries, 0) + bytes(40 * entries))
-    ioctl(kvm(), abi.GET_SUPPORTED_CPUID, data)
-    (count,) = struct.unpack_from("<I", data)
-    return bytes(data[: 8 + 40 * count])
 
 
 @dataclass
@@ -152,7 +82,7 @@ class KvmVm:
         dirty_ring: int = 0,
         quirk: bool = True,
     ) -> None:
-        self.fd = ioctl(kvm(), abi.CREATE_VM, kind)
+        self.fd = ioctl(kvm_fd(), abi.CREATE_VM, kind)
         self.irqchip = irqchip
         self.dirty_ring = dirty_ring
         self.slots: dict[int, Slot] = {}
@@ -227,7 +157,7 @@ class KvmVm:
         """Take a slot's dirty log: the numbers of its pages."""
         count = self.slots[number].size // PAGE_SIZE
         bitmap = bytearray(-(-count // 64) * 8)
-        ioctl(self.fd, abi.GET_DIRTY_LOG, struct.pack("<IIQ", number, 0, _address(bitmap)))
+        ioctl(self.fd, abi.GET_DIRTY_LOG, struct.pack("<IIQ", number, 0, address_of(bitmap)))
         return {page for page in range(count) if bitmap[page // 8] >> page % 8 & 1}
 
     # Counters.
@@ -272,7 +202,7 @@ class KvmVcpu:
         self.set_mode(mode)
         if vm.irqchip:
             ioctl(self.fd, abi.SET_MP_STATE, struct.pack("<I", abi.MP_RUNNABLE))
-        size = ioctl(kvm(), abi.GET_VCPU_MMAP_SIZE)
+        size = ioctl(kvm_fd(), abi.GET_VCPU_MMAP_SIZE)
         self.kvm_run = mmap.mmap(self.fd, size)
         self.stats = BinaryStats(ioctl(self.fd, abi.GET_STATS_FD))
 
@@ -312,7 +242,7 @@ class KvmVcpu:
         gpa: int,
         size: int,
         *,
-        limit: float = LIMIT_SECONDS,
+        limit: float = IOCTL_LIMIT_SECONDS,
         flags: int = 0,
         padding: int = 0,
         call: Callable[[int, int, int], int] | None = None,
@@ -328,10 +258,10 @@ class KvmVcpu:
         before = self.vm.leaves()
         started = time.monotonic()
         if call is not None:
-            answer = call(self.fd, abi.PRE_FAULT_MEMORY, _address(arguments))
+            answer = call(self.fd, abi.PRE_FAULT_MEMORY, address_of(arguments))
         else:
             answer = lib.pf_vmm_ioctl_limited(
-                self.fd, abi.PRE_FAULT_MEMORY, _address(arguments), int(limit * 1e9)
+                self.fd, abi.PRE_FAULT_MEMORY, address_of(arguments), int(limit * 1e9)
             )
         seconds = time.monotonic() - started
         if answer < 0 and not any_error and not offers_prefault():
@@ -350,7 +280,7 @@ class KvmVcpu:
 
     # Running.
 
-    def run(self, limit: float = LIMIT_SECONDS) -> int:
+    def run(self, limit: float = IOCTL_LIMIT_SECONDS) -> int:
         """KVM_RUN, once: the exit reason. A signal is ``abi.EXIT_INTR``."""
         answer = lib.pf_vmm_ioctl_limited(self.fd, abi.RUN, 0, int(limit * 1e9))
         if answer < 0 and answer not in (-errno.EINTR, -errno.EFAULT):
@@ -417,96 +347,3 @@ class KvmVcpu:
     def kick(self, on: bool = True) -> None:
         """Have KVM_RUN return at once (``immediate_exit``); a thread in it needs a signal too."""
         self.kvm_run[1] = on
-
-
-@functools.cache
-def offers_prefault() -> bool:
-    """Whether this kernel's KVM says that it can (KVM_CAP_PRE_FAULT_MEMORY)."""
-    return ioctl(kvm(), abi.CHECK_EXTENSION, KVM_CAP_PRE_FAULT_MEMORY) > 0
-
-
-class BackgroundCall(threading.Thread):
-    """Something that runs meanwhile; :meth:`result` gives what it came to, or raises it."""
-
-    def __init__(self, what: Callable[[], Any]) -> None:
-        super().__init__(daemon=True)
-        self._what = what
-        self._value: Any = None
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._value = self._what()
-        except BaseException as error:
-            self._error = error
-
-    def result(self, limit: float = LIMIT_SECONDS) -> Any:
-        self.join(limit)
-        expect(not self.is_alive(), f"a thread is still busy after {limit:g} s")
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-    def interrupt(self) -> None:
-        signal.pthread_kill(self.ident or 0, lib.pf_vmm_signal())
-
-    def state(self) -> str:
-        """The scheduler's letter: R running, S waiting, D waiting and deaf to signals."""
-        try:
-            text = Path(f"/proc/self/task/{self.native_id}/stat").read_text()
-        except OSError:
-            return "X"
-        return text.rpartition(")")[2].split()[0]
-
-    def wait_state(self, letters: str, limit: float = LIMIT_SECONDS) -> None:
-        """Wait until it waits as said; the kernel tells of it nowhere but here."""
-        wait_for(lambda: self.state() in letters, f"a thread in state {letters}", limit)
-
-
-def wait_for(condition: Callable[[], object], what: str, limit: float = LIMIT_SECONDS) -> None:
-    """Look again and again; for what no event tells of."""
-    deadline = time.monotonic() + limit
-    while not condition():
-        expect(time.monotonic() < deadline, f"waited {limit:g} s for {what}")
-        time.sleep(0.001)
-
-
-class RunningVcpu:
-    """A context in which a vCPU runs a program in a thread of its own, and does not end."""
-
-    def __init__(self, vcpu: KvmVcpu, code: bytes, **registers: int) -> None:
-        self.vcpu = vcpu
-        vcpu.start_at(code, **registers)
-        vcpu.kick(False)
-        self.task = BackgroundCall(self._loop)
-
-    def _loop(self) -> int:
-        while not self.vcpu.kvm_run[1]:
-            reason = self.vcpu.run(limit=0)
-            if reason != abi.EXIT_INTR:
-                return reason
-        return abi.EXIT_INTR
-
-    def __enter__(self) -> RunningVcpu:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        reason = self.stop()
-        if kind is None:
-            expect_equal(abi.EXIT_NAMES.get(reason, str(reason)), "INTR", "how the guest ended")
-
-    def stop(self) -> int:
-        self.vcpu.kick()
-        if self.task.is_alive():
-            self.task.interrupt()
-        return int(self.task.result())
-
-    def wait_progress(self, rounds: int = 1) -> None:
-        """Wait until the guest's counter has gone on."""
-        start = self.vcpu.vm.counter
-        wait_for(
-            lambda: self.vcpu.vm.counter >= start + rounds or not self.task.is_alive(),
-            "the guest to get on",
-        )
-        expect(self.vcpu.vm.counter >= start + rounds, "the guest has stopped getting on")

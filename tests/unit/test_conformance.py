@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qemu_prefault.cli.main import cli
-from qemu_prefault.conformance import host_facts, results, runner, suite, vmm
+from qemu_prefault.conformance import device, host_facts, results, runner, suite
+from qemu_prefault.conformance.expectations import Unexpected
 from qemu_prefault.conformance.suite import CaseOutcome, ConformanceCase, KnownBad, Skip
-from qemu_prefault.conformance.vmm import Unexpected
 from qemu_prefault.errors import ExitStatus
 
 HOST = host_facts.HostFacts(
@@ -119,7 +119,7 @@ def run(*arguments: str) -> Result:
 
 
 def test_list_needs_no_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vmm, "kvm", raises(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(device, "kvm_fd", raises(PermissionError(13, "Permission denied")))
     result = run("--list", "-k", "slots/")
     assert result.exit_code == 0
     assert all(line.startswith("slots/") for line in result.output.splitlines())
@@ -127,7 +127,7 @@ def test_list_needs_no_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_kvm_exits_4_with_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vmm, "kvm", raises(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(device, "kvm_fd", raises(PermissionError(13, "Permission denied")))
     result = run("--json")
     assert result.exit_code == ExitStatus.UNSUPPORTED
     (line,) = [line for line in result.output.splitlines() if line.startswith("{")]

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 from ...host.kvm import Stage2Leaves
 from ...units import GIB, PAGE_SIZE
+from ..expectations import expect_equal
 from ..memory import Memory, small
-from ..vmm import KvmVcpu, KvmVm, expect_equal
+from ..vmm import KvmVcpu, KvmVm
 
 GPA = GIB
 """Where a case's memory is in the guest: aligned for any leaf, and no firmware near."""
 SLOT = 1
+OTHER_SLOT, OTHER_GPA = 2, 2 * GIB
+"""Of a second slot, in cases that have one."""
 PAGES = 32
 
 

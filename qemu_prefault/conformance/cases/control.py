@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 from ...units import HUGE_PAGE_SIZE, PAGE_SIZE
 from .. import needs
+from ..expectations import expect
 from ..memory import Memory, hugetlb, memfd, small, thp
 from ..suite import Need, add
-from ..vmm import LONG64, KvmVm, expect
+from ..vmm import LONG64, KvmVm
 from .common import GPA, PAGES, expect_reads, expect_writes, make_fixture
 
 _SOURCE = "mmu/mmu.c:kvm_mmu_page_fault() counts pf_taken"

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from ...host.kvm import Stage2Leaves
 from ...units import HUGE_PAGE_SIZE, PAGE_SIZE
 from .. import abi, needs
+from ..device import ioctl
+from ..expectations import expect, expect_equal
 from ..memory import small, thp
 from ..suite import case
-from ..vmm import KvmVcpu, KvmVm, expect, expect_equal, ioctl
+from ..vmm import KvmVcpu, KvmVm
 from .common import (
     GPA,
     PAGES,

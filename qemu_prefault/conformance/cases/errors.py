@@ -12,10 +12,12 @@ from collections.abc import Callable
 from ..._native import ffi, lib
 from ...units import HUGE_PAGE_SIZE, PAGE_SIZE
 from .. import abi, needs
+from ..device import ioctl, kvm_fd
+from ..expectations import error_name, expect, expect_equal
 from ..guest_code import READ_32
-from ..memory import HWPOISON, PROT_NONE, memfd, small
+from ..memory import HWPOISON, PROT_NONE, PROT_READ, memfd, small
 from ..suite import Skip, add, case
-from ..vmm import IoctlResult, KvmVm, error_name, expect, expect_equal, ioctl, kvm
+from ..vmm import IoctlResult, KvmVm
 from .common import GPA, PAGES, Fixture, expect_reads, make_fixture
 
 _CHECKS = "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory()"
@@ -99,7 +101,7 @@ def structure_read_only() -> None:
     fixture = make_fixture()
     page = small(PAGE_SIZE)
     page.put(0, struct.pack("<8Q", GPA, fixture.size, *[0] * 6))
-    page.protect(1)
+    page.protect(PROT_READ)
     before = fixture.vm.leaves()
     answer = lib.pf_vmm_ioctl(fixture.vcpu.fd, abi.PRE_FAULT_MEMORY, page.address)
     expect_equal(error_name(-answer), "EFAULT", "the ioctl")
@@ -212,7 +214,7 @@ def apic_page() -> None:
 
 def _wrong_fd(which: str) -> None:
     fixture = make_fixture()
-    fd = fixture.vm.fd if which == "vm" else kvm()
+    fd = fixture.vm.fd if which == "vm" else kvm_fd()
     arguments = ffi.new("uint64_t[8]", [GPA, PAGE_SIZE])
     answer = lib.pf_vmm_ioctl(fd, abi.PRE_FAULT_MEMORY, int(ffi.cast("uintptr_t", arguments)))
     expect(error_name(-answer) in ("ENOTTY", "EINVAL"), "an error that says so")

@@ -12,9 +12,11 @@ from ..._native import lib
 from ...host.kvm import Stage2Leaves
 from ...units import PAGE_SIZE
 from .. import abi, needs
+from ..expectations import expect, expect_equal
 from ..guest_code import COUNT
 from ..suite import add, case
-from ..vmm import COUNTER, BackgroundCall, RunningVcpu, expect, expect_equal
+from ..threads import BackgroundCall, RunningVcpu
+from ..vmm import COUNTER
 from .common import GPA, Fixture, expect_reads, make_fixture
 
 _MM = "virt/kvm/kvm_main.c:kvm_vcpu_ioctl(): kvm->mm != current->mm is EIO (6d4e4c4fca5b)"

@@ -6,9 +6,19 @@ from __future__ import annotations
 from ...host.kvm import Stage2Leaves
 from ...units import GIB, HUGE_PAGE_SIZE, PAGE_SIZE
 from .. import needs
-from ..memory import COLLAPSE, HUGETLB_1G, WITH_HUGEPAGES, WITHOUT_HUGEPAGES, hugetlb, small, thp
+from ..expectations import expect_equal
+from ..memory import (
+    COLLAPSE,
+    DONTNEED,
+    HUGETLB_1G,
+    WITH_HUGEPAGES,
+    WITHOUT_HUGEPAGES,
+    hugetlb,
+    small,
+    thp,
+)
 from ..suite import Skip, case
-from ..vmm import KvmVm, expect_equal
+from ..vmm import KvmVm
 from .common import GPA, SLOT, expect_mapped, expect_reads, expect_writes, make_fixture
 
 _LEVEL = "mmu/mmu.c:kvm_mmu_max_mapping_level(), host_pfn_mapping_level()"
@@ -142,7 +152,7 @@ def split_later() -> None:
     before = fixture.vm.leaves()
     fixture.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
     expect_mapped(fixture.vm, before, Stage2Leaves(0, 1))
-    memory.advise(4, 5 * PAGE_SIZE, PAGE_SIZE)  # MADV_DONTNEED
+    memory.advise(DONTNEED, 5 * PAGE_SIZE, PAGE_SIZE)
     expect_mapped(fixture.vm, before, Stage2Leaves(0))
     memory.write()
     fixture.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)

@@ -5,21 +5,10 @@ from __future__ import annotations
 
 from ...units import PAGE_SIZE
 from .. import abi, guest_code, needs
+from ..expectations import error_name, expect, expect_equal
 from ..memory import Memory, small
 from ..suite import case
-from ..vmm import (
-    COUNTER,
-    HOST_SAVE,
-    LONG64,
-    TABLES,
-    VMCB,
-    VMRUN_HOST_SAVE_MSR,
-    KvmVcpu,
-    KvmVm,
-    error_name,
-    expect,
-    expect_equal,
-)
+from ..vmm import COUNTER, HOST_SAVE, LONG64, TABLES, VMCB, VMRUN_HOST_SAVE_MSR, KvmVcpu, KvmVm
 from .common import GPA, PAGES, SLOT, Fixture, expect_reads, expect_writes, make_fixture
 
 _SMM = "mmu/mmu.c:kvm_calc_cpu_role(): role.smm; kvm_vcpu_memslots(): address space 1"

@@ -9,18 +9,12 @@ import resource
 from ...host.kvm import KVM_CAP_PRE_FAULT_MEMORY
 from ...units import PAGE_SIZE
 from .. import abi, guest_code, needs
+from ..device import offers_prefault
+from ..expectations import error_name, expect, expect_equal
 from ..memory import small
 from ..suite import add, case
-from ..vmm import (
-    COUNTER,
-    LONG64,
-    KvmVm,
-    RunningVcpu,
-    error_name,
-    expect,
-    expect_equal,
-    offers_prefault,
-)
+from ..threads import RunningVcpu
+from ..vmm import COUNTER, LONG64, KvmVm
 from .common import GPA, PAGES, SLOT, expect_reads, expect_writes, make_fixture
 
 _ONLY_TDP = "mmu/mmu.c:kvm_tdp_map_page(): page_fault has to be kvm_tdp_page_fault()"

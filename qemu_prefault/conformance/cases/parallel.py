@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from ...units import MIB, PAGE_SIZE
 from .. import guest_code
+from ..expectations import expect, expect_equal
 from ..memory import small
 from ..suite import add
-from ..vmm import COUNTER, BackgroundCall, KvmVm, RunningVcpu, expect, expect_equal
+from ..threads import BackgroundCall, RunningVcpu
+from ..vmm import COUNTER, KvmVm
 from .common import GPA, SLOT, expect_reads, expect_writes
 
 _LOCK = (
@@ -27,9 +29,9 @@ def _parallel(count: int, stripes: bool, with_guest: bool) -> None:
     for vcpu in (*vcpus, reader):
         vcpu.warm()
     before = vm.leaves()
-    share = _SIZE // count & -PAGE_SIZE
+    stripe = _SIZE // count & -PAGE_SIZE
     parts = [
-        (GPA + n * share, share if n < count - 1 else _SIZE - n * share) if stripes
+        (GPA + n * stripe, stripe if n < count - 1 else _SIZE - n * stripe) if stripes
         else (GPA, _SIZE)
         for n in range(count)
     ]  # fmt: skip

@@ -9,9 +9,10 @@ import struct
 from ...host.kvm import Stage2Leaves
 from ...units import HUGE_PAGE_SIZE, PAGE_SIZE
 from .. import abi, needs
+from ..expectations import error_name, expect_equal, fails_with
 from ..memory import Memory, small, system_call, thp
 from ..suite import case
-from ..vmm import KvmVm, error_name, expect_equal, fails_with
+from ..vmm import KvmVm
 from .common import GPA, PAGES, SLOT, Fixture, expect_mapped, expect_reads, expect_writes
 
 _SIZE = PAGES * PAGE_SIZE

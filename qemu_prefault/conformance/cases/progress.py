@@ -5,20 +5,13 @@ from __future__ import annotations
 
 from ...units import GIB, HUGE_PAGE_SIZE, MIB, PAGE_SIZE
 from .. import abi, needs
+from ..device import offers_prefault
+from ..expectations import error_name, expect, expect_equal
 from ..guest_code import COUNT
 from ..memory import Userfault, small, thp
 from ..suite import add, case
-from ..vmm import (
-    COUNTER,
-    LONG64,
-    BackgroundCall,
-    KvmVm,
-    RunningVcpu,
-    error_name,
-    expect,
-    expect_equal,
-    offers_prefault,
-)
+from ..threads import BackgroundCall, RunningVcpu
+from ..vmm import COUNTER, LONG64, KvmVm
 from .common import GPA, PAGES, SLOT, expect_reads, expect_writes, make_fixture
 
 _LOOP = "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory()"
@@ -103,7 +96,7 @@ def huge_steps() -> None:
 def signal_in_the_middle() -> None:
     # Under emulation this takes a second, on hardware some 10 ms.
     memory = small(256 * MIB)
-    memory.advise(23)  # MADV_POPULATE_WRITE
+    memory.populate()
     fixture = make_fixture(memory)
     before = fixture.vm.leaves()
     for limit in (0.004, 0.001, 0.0002):

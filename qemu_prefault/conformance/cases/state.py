@@ -9,9 +9,11 @@ from collections.abc import Callable
 
 from ...units import PAGE_SIZE
 from .. import abi
+from ..device import ioctl
+from ..expectations import expect_equal
 from ..memory import small
 from ..suite import add, case
-from ..vmm import LONG64, KvmVcpu, KvmVm, expect_equal, ioctl
+from ..vmm import LONG64, KvmVcpu, KvmVm
 from .common import GPA, PAGES, SLOT, Fixture, expect_reads, expect_writes, make_fixture
 
 _ROLE = (

@@ -9,10 +9,13 @@ from struct import pack
 
 from ...units import PAGE_SIZE
 from .. import abi, guest_code, needs
+from ..device import ioctl
+from ..expectations import expect, expect_equal
 from ..host_facts import read_host_facts
 from ..memory import small
 from ..suite import add, case
-from ..vmm import COUNTER, BackgroundCall, KvmVcpu, KvmVm, RunningVcpu, expect, expect_equal, ioctl
+from ..threads import BackgroundCall, RunningVcpu
+from ..vmm import COUNTER, KvmVcpu, KvmVm
 from .common import GPA, PAGES, SLOT, Fixture, expect_reads, expect_writes, make_fixture
 
 _MUTEX = "virt/kvm/kvm_main.c:kvm_vcpu_ioctl(): vcpu->mutex, mutex_lock_killable()"
