@@ -9,6 +9,9 @@ from typing import Final
 PAGE_SIZE: Final = 4096
 HUGE_PAGE_SIZE: Final = 2 << 20
 
+MIB: Final = 1 << 20
+GIB: Final = 1 << 30
+
 
 def format_size(number: int) -> str:
     """``402653184`` -> ``384.0 MiB``."""

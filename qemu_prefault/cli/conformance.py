@@ -19,13 +19,14 @@ from .options import debug_option, json_option
 @click.option("--list", "listing", is_flag=True, help="Show the cases; run nothing.")
 @click.option(
     "--harsh",
+    "destructive",
     is_flag=True,
     help="Also cases that make the kernel warn, or cost the host a page of memory.",
 )
 @json_option
 @debug_option
 def conformance(
-    pattern: str | None, listing: bool, harsh: bool, as_json: bool, debug: bool
+    pattern: str | None, listing: bool, destructive: bool, as_json: bool, debug: bool
 ) -> None:
     """Test what this host's kernel really does with KVM_PRE_FAULT_MEMORY, in VMs of a few pages.
 
@@ -33,31 +34,31 @@ def conformance(
     paging) the cases check the refusal, and that it does no harm. Exit status 0: all as expected.
     """
     with reporting(as_json, debug):
-        from ..conformance import report, suite  # noqa: PLC0415
+        from ..conformance import results, suite  # noqa: PLC0415
 
         printer = Printer(as_json)
         cases = [case for case in suite.all_cases() if (pattern or "") in case.id]
         if not cases:
             raise InputError(f"no case has {pattern!r} in its id", "see: conformance --list")
         if listing:
-            found = [{"id": case.id, "says": case.says, "source": case.source} for case in cases]
-            printer.result({"schema": 1, "cases": found}, report.listing(cases))
+            rows = [{"id": case.id, "says": case.says, "source": case.source} for case in cases]
+            printer.result({"schema": 1, "cases": rows}, results.listing(cases))
             return
-        from ..conformance import host, runner  # noqa: PLC0415
+        from ..conformance import host_facts, runner  # noqa: PLC0415
 
-        this = host.look()
+        facts = host_facts.read_host_facts()
         started = time.monotonic()
         if not as_json:
-            click.echo(report.header(this))
-        results = runner.run(
+            click.echo(results.header(facts))
+        found = runner.run(
             cases,
-            this,
-            harsh=harsh,
+            facts,
+            destructive=destructive,
             on_result=lambda result: (
-                None if as_json else click.echo(printable(report.line(result)))
+                None if as_json else click.echo(printable(results.line(result)))
             ),
         )
         seconds = time.monotonic() - started
-        printer.result(report.to_json(this, results, seconds), report.summary(results, seconds))
-        if status := report.exit_status(results):
+        printer.result(results.to_json(facts, found, seconds), results.summary(found, seconds))
+        if status := results.exit_status(found):
             sys.exit(int(status))

@@ -9,11 +9,6 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, fields, replace
 
-PAGE = 4096
-MIB = 1 << 20
-HUGE = 2 * MIB
-GIB = 1 << 30
-
 _KVMIO = 0xAE
 _WRITE, _READ = 1, 2
 
@@ -63,7 +58,6 @@ CAP_DISABLE_QUIRKS2 = 213
 CAP_MEMORY_ATTRIBUTES = 233
 CAP_GUEST_MEMFD = 234
 CAP_VM_TYPES = 235
-CAP_PRE_FAULT_MEMORY = 236
 CAP_GUEST_MEMFD_FLAGS = 244
 
 VM_DEFAULT, VM_SW_PROTECTED = 0, 1
@@ -124,7 +118,7 @@ EFER_LME, EFER_LMA, EFER_SVME = 1 << 8, 1 << 10, 1 << 12
 
 
 @dataclass(frozen=True)
-class Mode:
+class CpuMode:
     """A CPU mode: what ``struct kvm_sregs`` says of one."""
 
     code: Segment
@@ -142,18 +136,18 @@ class Mode:
             *(0,) * 4,
         )  # fmt: skip
 
-    def with_efer(self, bits: int) -> Mode:
+    def with_efer(self, bits: int) -> CpuMode:
         return replace(self, efer=self.efer | bits)
 
 
-RESET = Mode(CODE_16, DATA_16, cr0=0x60000010)
-FLAT32 = Mode(CODE_32, DATA, cr0=CR0_PE | CR0_NE | 1 << 4)
+RESET = CpuMode(CODE_16, DATA_16, cr0=0x60000010)
+FLAT32 = CpuMode(CODE_32, DATA, cr0=CR0_PE | CR0_NE | 1 << 4)
 
 
-def long_mode(cr3: int) -> Mode:
+def long_mode(cr3: int) -> CpuMode:
     """64-bit mode on the page tables at ``cr3``."""
     cr0 = CR0_PE | CR0_NE | CR0_WP | CR0_PG | 1 << 4
-    return Mode(CODE_64, DATA, cr0, cr3, CR4_PAE, EFER_LME | EFER_LMA)
+    return CpuMode(CODE_64, DATA, cr0, cr3, CR4_PAE, EFER_LME | EFER_LMA)
 
 
 REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .._native import ffi, lib
-from .abi import HUGE, PAGE
+from ..units import HUGE_PAGE_SIZE, PAGE_SIZE
 
 _MMAP, _MPROTECT, _MUNMAP, _MADVISE, _USERFAULTFD = 9, 10, 11, 28, 323
 
@@ -47,7 +47,7 @@ class Memory:
         fd: int = -1,
         protection: int = READ_WRITE,
         flags: int = 0,
-        align: int = HUGE,
+        align: int = HUGE_PAGE_SIZE,
     ) -> None:
         self.size = size
         self.fd = fd
@@ -82,16 +82,16 @@ class Memory:
         """The 32-bit word there."""
         return int(struct.unpack_from("<I", self._bytes, offset)[0])
 
-    def words(self, stride: int = PAGE) -> list[int]:
+    def words(self, stride: int = PAGE_SIZE) -> list[int]:
         """The first word of each page."""
         return [self.word(offset) for offset in range(0, self.size, stride)]
 
-    def write(self, stride: int = PAGE) -> None:
+    def write(self, stride: int = PAGE_SIZE) -> None:
         """Give each page's first word a value of its own."""
         for offset in range(0, self.size, stride):
-            self.put(offset, struct.pack("<I", 0x1000 + offset // PAGE))
+            self.put(offset, struct.pack("<I", 0x1000 + offset // PAGE_SIZE))
 
-    def read(self, stride: int = PAGE) -> None:
+    def read(self, stride: int = PAGE_SIZE) -> None:
         """Touch each page by reading."""
         self.words(stride)
 
@@ -107,7 +107,7 @@ def small(size: int) -> Memory:
     return memory
 
 
-def huge(size: int) -> Memory:
+def thp(size: int) -> Memory:
     """Anonymous memory that transparent huge pages are wanted for."""
     memory = Memory(size)
     memory.advise(WITH_HUGEPAGES)
@@ -135,7 +135,7 @@ def file_private(size: int) -> Memory:
         if "/libc" in line
     )
     fd = os.open(path.strip(), os.O_RDONLY | os.O_CLOEXEC)
-    return Memory(min(size, os.fstat(fd).st_size & -PAGE), fd=fd)
+    return Memory(min(size, os.fstat(fd).st_size & -PAGE_SIZE), fd=fd)
 
 
 def hugetlb(size: int, *, shared: bool, page: int = HUGETLB_2M) -> Memory:
@@ -176,13 +176,13 @@ class Userfault:
     def wait(self) -> int:
         """Wait until somebody needs a page; give its offset."""
         message = os.read(self.fd, 32)
-        return int(struct.unpack_from("<Q", message, 16)[0] & -PAGE) - self.memory.address
+        return int(struct.unpack_from("<Q", message, 16)[0] & -PAGE_SIZE) - self.memory.address
 
-    def resolve(self, offset: int, size: int = PAGE) -> None:
+    def resolve(self, offset: int, size: int = PAGE_SIZE) -> None:
         """There are zeros."""
         start = self.memory.address + offset
         self._call(_UFFDIO_ZEROPAGE, struct.pack("<4Q", start, size, 0, 0))
 
 
-def offsets(size: int, stride: int = PAGE) -> Iterator[int]:
+def offsets(size: int, stride: int = PAGE_SIZE) -> Iterator[int]:
     yield from range(0, size, stride)

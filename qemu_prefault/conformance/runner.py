@@ -14,52 +14,53 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from .abi import PAGE
-from .host import Host
-from .suite import Case, KnownBad, Outcome, Skip
-from .vmm import Refused, Unexpected, error_name, expect_equal
+from ..units import PAGE_SIZE
+from .expectations import Unexpected, error_name, expect_equal
+from .host_facts import HostFacts
+from .suite import CaseOutcome, ConformanceCase, KnownBad, Skip
+from .vmm import IoctlRefused
 
-LIMIT_SECONDS = 60.0
+CASE_LIMIT_SECONDS = 60.0
 """A case that takes longer hangs; under emulation the slowest takes a few seconds."""
 
 
 @dataclass(frozen=True)
-class Result:
+class CaseResult:
     """:ivar text: why, or what was seen."""
 
-    case: Case
-    outcome: Outcome
+    case: ConformanceCase
+    outcome: CaseOutcome
     text: str
     seconds: float
 
 
 def run(
-    cases: Iterable[Case],
-    host: Host,
+    cases: Iterable[ConformanceCase],
+    host: HostFacts,
     *,
-    harsh: bool = False,
-    limit_seconds: float = LIMIT_SECONDS,
-    on_result: Callable[[Result], None] = lambda result: None,
-) -> list[Result]:
+    destructive: bool = False,
+    limit_seconds: float = CASE_LIMIT_SECONDS,
+    on_result: Callable[[CaseResult], None] = lambda result: None,
+) -> list[CaseResult]:
     """Run cases one after the other.
 
-    :param harsh: also those that make the kernel warn or cost the host a page.
+    :param destructive: also those that make the kernel warn or cost the host a page.
     """
     results = []
     for case in cases:
         reason = case.obstacle(host)
-        if case.harsh and not harsh:
+        if case.destructive and not destructive:
             reason = reason or "makes the kernel warn, or costs a page; run with --harsh"
         if reason:
-            result = Result(case, Outcome.SKIP, reason, 0.0)
+            result = CaseResult(case, CaseOutcome.SKIP, reason, 0.0)
         else:
-            result = _in_child(case, host, limit_seconds)
+            result = _run_in_child(case, host, limit_seconds)
         results.append(result)
         on_result(result)
     return results
 
 
-def _in_child(case: Case, host: Host, limit_seconds: float) -> Result:
+def _run_in_child(case: ConformanceCase, host: HostFacts, limit_seconds: float) -> CaseResult:
     reader, writer = os.pipe()
     started = time.monotonic()
     sys.stdout.flush()
@@ -79,7 +80,7 @@ def _in_child(case: Case, host: Host, limit_seconds: float) -> Result:
         _, status = os.waitpid(child, 0)
         seconds = time.monotonic() - started
         if not ended:
-            return Result(case, Outcome.HANG, f"no end after {limit_seconds:g} s", seconds)
+            return CaseResult(case, CaseOutcome.HANG, f"no end after {limit_seconds:g} s", seconds)
         os.set_blocking(reader, False)
         try:
             data = os.read(reader, 1 << 16)
@@ -88,46 +89,48 @@ def _in_child(case: Case, host: Host, limit_seconds: float) -> Result:
         if not data:
             code = os.waitstatus_to_exitcode(status)
             how = f"signal {-code}" if code < 0 else f"status {code}"
-            return Result(case, Outcome.FAIL, f"the case's process ended with {how}", seconds)
+            return CaseResult(
+                case, CaseOutcome.FAIL, f"the case's process ended with {how}", seconds
+            )
         name, text = json.loads(data)
-        return Result(case, Outcome[name], text, seconds)
+        return CaseResult(case, CaseOutcome[name], text, seconds)
     finally:
         os.close(pidfd)
         os.close(reader)
 
 
-def _child(case: Case, host: Host, writer: int) -> None:
+def _child(case: ConformanceCase, host: HostFacts, writer: int) -> None:
     status = 1
     try:
         with contextlib.suppress(OSError):
             os.setpgid(0, 0)
-        outcome, text = _judge(case, host)
+        outcome, text = _run_case(case, host)
         os.write(writer, json.dumps([outcome.name, text[:4000]]).encode())
         status = 0
     finally:
         os._exit(status)  # threads that are still in the kernel must not hold it up
 
 
-def _judge(case: Case, host: Host) -> tuple[Outcome, str]:
+def _run_case(case: ConformanceCase, host: HostFacts) -> tuple[CaseOutcome, str]:
     try:
         try:
             seen = case.run()
-        except Refused as refusal:
-            return Outcome.REFUSED, _look_closer(refusal, case, host)
+        except IoctlRefused as refusal:
+            return CaseOutcome.REFUSED, _check_refusal(refusal, case, host)
     except KnownBad as bug:
-        return Outcome.KNOWN_BAD, str(bug)
+        return CaseOutcome.KNOWN_BAD, str(bug)
     except Skip as reason:
-        return Outcome.SKIP, str(reason)
+        return CaseOutcome.SKIP, str(reason)
     except Unexpected as problem:
-        return Outcome.FAIL, str(problem)
+        return CaseOutcome.FAIL, str(problem)
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}"
-        return Outcome.FAIL, f"{text}:{where.lineno})"
-    return (Outcome.DIFFERS, seen) if seen else (Outcome.PASS, "")
+        return CaseOutcome.FAIL, f"{text}:{where.lineno})"
+    return (CaseOutcome.DIFFERS, seen) if seen else (CaseOutcome.PASS, "")
 
 
-def _look_closer(refusal: Refused, case: Case, host: Host) -> str:
+def _check_refusal(refusal: IoctlRefused, case: ConformanceCase, host: HostFacts) -> str:
     """The ioctl was refused where it is not on offer: exactly so, and nothing was harmed.
 
     That no leaf was made has been looked at already. A vCPU of the same VM has to run, and
@@ -141,9 +144,12 @@ def _look_closer(refusal: Refused, case: Case, host: Host) -> str:
         for slot in vm.slots.values():
             if slot.memory and slot.gpa <= refusal.gpa < min(slot.gpa + slot.size, 1 << 32):
                 offset = slot.offset + refusal.gpa - slot.gpa
-                pages = min(refusal.size, slot.gpa + slot.size - refusal.gpa, 16 * PAGE) // PAGE
+                pages = (
+                    min(refusal.size, slot.gpa + slot.size - refusal.gpa, 16 * PAGE_SIZE)
+                    // PAGE_SIZE
+                )
                 seen = vcpu.read(refusal.gpa, pages)
-                words = (slot.memory.word(offset + PAGE * page) for page in range(pages))
+                words = (slot.memory.word(offset + PAGE_SIZE * page) for page in range(pages))
                 expect_equal(seen, sum(words) & 0xFFFFFFFF, "what the guest reads")
                 return f"{error_name(refusal.error)}; nothing mapped, the guest reads on"
     return f"{error_name(refusal.error)}; nothing mapped, the guest runs on"

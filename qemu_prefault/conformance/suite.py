@@ -2,7 +2,7 @@
 """What a case is, and the list of all.
 
 A case is a function that returns if the kernel behaves as its line says, and raises
-:class:`~.vmm.Unexpected` if not. One whose behaviour legitimately differs between kernels
+:class:`~.expectations.Unexpected` if not. One whose behaviour legitimately differs between kernels
 returns what it saw, as text. Kernels with a known bug are told by the bug itself, under a
 timer, never by their version: :class:`KnownBad`.
 """
@@ -14,27 +14,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from .host import Host
+from .host_facts import HostFacts
 
-AREAS = (
-    "control",
-    "mapping",
-    "level",
-    "errors",
-    "progress",
-    "foreign",
-    "vcpu",
-    "parallel",
-    "dirty",
-    "slots",
-    "state",
-    "modes",
-    "private",
-    "paging",
-)
+#: The areas of the suite, and the modules of each.
+AREAS = {
+    "control": ("control",),
+    "mapping": ("memory_kinds", "mapping"),
+    "level": ("level",),
+    "errors": ("errors",),
+    "progress": ("progress",),
+    "foreign": ("foreign",),
+    "vcpu": ("vcpu",),
+    "parallel": ("parallel",),
+    "dirty": ("dirty",),
+    "slots": ("slots", "slot_races"),
+    "state": ("state",),
+    "modes": ("modes",),
+    "private": ("private",),
+    "paging": ("paging",),
+}
 
 
-class Outcome(Enum):
+class CaseOutcome(Enum):
     """What a case came to. All but ``FAIL`` and ``HANG`` are as expected."""
 
     PASS = "pass"
@@ -47,7 +48,7 @@ class Outcome(Enum):
 
     @property
     def expected(self) -> bool:
-        return self not in (Outcome.FAIL, Outcome.HANG)
+        return self not in (CaseOutcome.FAIL, CaseOutcome.HANG)
 
 
 class KnownBad(Exception):
@@ -58,7 +59,7 @@ class Skip(Exception):
     """The case cannot run here, for a reason found only while it ran."""
 
 
-Need = Callable[[Host], str]
+Need = Callable[[HostFacts], str]
 """Why a case cannot run on a host; empty if it can."""
 
 
@@ -69,14 +70,15 @@ _NO_AD_BITS = (
 
 
 @dataclass(frozen=True)
-class Case:
+class ConformanceCase:
     """One statement about the kernel.
 
     :ivar id: ``area/name``, stable.
     :ivar says: the behaviour, in a line.
     :ivar source: where in the kernel it comes from (``file:function``, commits).
     :ivar mapping: its outcome rests on pages being mapped: fails if the ioctl does nothing.
-    :ivar harsh: makes the kernel warn, or costs the host a page for good; only when asked for.
+    :ivar destructive: makes the kernel warn, or costs the host a page for good; only when asked
+        for.
     """
 
     id: str
@@ -84,21 +86,21 @@ class Case:
     source: str
     run: Callable[[], str | None]
     mapping: bool
-    harsh: bool
+    destructive: bool
     needs: tuple[Need, ...]
 
     @property
     def area(self) -> str:
         return self.id.partition("/")[0]
 
-    def obstacle(self, host: Host) -> str:
+    def obstacle(self, host: HostFacts) -> str:
         """Why it cannot run on this host; empty if it can."""
         if self.mapping and host.paging == "EPT" and not host.ad_bits:
             return _NO_AD_BITS
         return next((reason for need in self.needs if (reason := need(host))), "")
 
 
-CASES: dict[str, Case] = {}
+CASES: dict[str, ConformanceCase] = {}
 
 
 def add(
@@ -108,12 +110,12 @@ def add(
     run: Callable[[], str | None],
     *needs: Need,
     mapping: bool = False,
-    harsh: bool = False,
+    destructive: bool = False,
 ) -> None:
     """Register a case; for those made in a loop."""
     if id in CASES:
         raise ValueError(f"two cases are named {id}")
-    CASES[id] = Case(id, says, source, run, mapping, harsh, needs)
+    CASES[id] = ConformanceCase(id, says, source, run, mapping, destructive, needs)
 
 
 def case(
@@ -122,19 +124,21 @@ def case(
     source: str,
     *needs: Need,
     mapping: bool = False,
-    harsh: bool = False,
+    destructive: bool = False,
 ) -> Callable[[Callable[[], str | None]], Callable[[], str | None]]:
     """Register the function below as a case."""
 
     def register(run: Callable[[], str | None]) -> Callable[[], str | None]:
-        add(id, says, source, run, *needs, mapping=mapping, harsh=harsh)
+        add(id, says, source, run, *needs, mapping=mapping, destructive=destructive)
         return run
 
     return register
 
 
-def all_cases() -> list[Case]:
+def all_cases() -> list[ConformanceCase]:
     """Every case, area by area."""
-    for area in AREAS:
-        importlib.import_module(f"{__package__}.cases.{area}")
-    return sorted(CASES.values(), key=lambda case: AREAS.index(case.area))
+    for modules in AREAS.values():
+        for module in modules:
+            importlib.import_module(f"{__package__}.cases.{module}")
+    order = list(AREAS)
+    return sorted(CASES.values(), key=lambda case: order.index(case.area))

@@ -9,84 +9,36 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import mmap
 import os
-import signal
 import struct
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
 
-from .._native import ffi, lib
-from ..host.kvm import BinaryStats
-from . import abi, guest
-from .abi import GIB, PAGE
+from .._native import lib
+from ..host.kvm import BinaryStats, Stage2Leaves
+from ..units import GIB, PAGE_SIZE
+from . import abi, guest_code
+from .device import IOCTL_LIMIT_SECONDS, address_of, ioctl, kvm_fd, offers_prefault, supported_cpuid
+from .expectations import error_name, expect, expect_equal
 from .memory import Memory, small
 
-SYSTEM_BYTES = 64 * PAGE
+SYSTEM_BYTES = 64 * PAGE_SIZE
 PROGRAMS, COUNTER, TABLES, VMCB, HOST_SAVE = 0x1000, 0x3000, 0x4000, 0x8000, 0x9000
 VMRUN_HOST_SAVE_MSR = 0xC0010117
-LIMIT_SECONDS = 20.0
-"""No ioctl of a case lasts longer, under emulation either, unless it never ends."""
-HANG_SECONDS = 0.3
-"""Where a case expects an ioctl that may never end: after so long it is interrupted."""
-_NAMES = {errno.EOPNOTSUPP: "EOPNOTSUPP", errno.EAGAIN: "EAGAIN", 133: "EHWPOISON"}
 
 
-class Unexpected(Exception):
-    """The kernel, or the guest, did not behave as the case says."""
-
-
-class Refused(Exception):
+class IoctlRefused(Exception):
     """The ioctl was refused on a host whose KVM does not offer it; the runner looks closer."""
 
-    def __init__(self, vcpu: Vcpu, error: int, gpa: int, size: int) -> None:
+    def __init__(self, vcpu: KvmVcpu, error: int, gpa: int, size: int) -> None:
         super().__init__(f"refused: {error_name(error)}")
         self.vcpu, self.error, self.gpa, self.size = vcpu, error, gpa, size
 
 
-def error_name(number: int) -> str:
-    """Its usual name; Python's own table has other ones for some."""
-    if number in _NAMES:
-        return _NAMES[number]
-    return errno.errorcode.get(number, str(number)) if number else "success"
-
-
-def expect(condition: object, text: str) -> None:
-    """Like ``assert``, but it cannot be switched off, and says what was seen."""
-    if not condition:
-        raise Unexpected(text)
-
-
-def expect_equal(seen: object, wanted: object, what: str) -> None:
-    if seen != wanted:
-        raise Unexpected(f"{what}: {seen}, and not {wanted}")
-
-
-class Leaves(NamedTuple):
-    """Entries in the stage-2 tables, by size (``pages_4k``, ``pages_2m``, ``pages_1g``)."""
-
-    k4: int
-    m2: int = 0
-    g1: int = 0
-
-    def __sub__(self, other: Leaves) -> Leaves:
-        return Leaves(*(a - b for a, b in zip(self, other, strict=True)))
-
-    @property
-    def size(self) -> int:
-        return self.k4 * PAGE + self.m2 * abi.HUGE + self.g1 * GIB
-
-    def __str__(self) -> str:
-        return f"{self.k4} x 4K + {self.m2} x 2M + {self.g1} x 1G"
-
-
 @dataclass(frozen=True)
-class Prefault:
+class IoctlResult:
     """What the ioctl came to.
 
     :ivar error: an errno, 0 for success.
@@ -102,46 +54,6 @@ class Prefault:
         return f"{error_name(self.error)}, {self.left:#x} bytes left"
 
 
-def ioctl(fd: int, request: int, argument: int | bytearray | bytes = 0) -> int:
-    """An ioctl; a buffer is written back to if it is a bytearray. Raises OSError."""
-    value = argument if isinstance(argument, int) else _address(argument)
-    answer = int(lib.pf_vmm_ioctl(fd, request, value))
-    if answer < 0:
-        raise OSError(-answer, f"KVM ioctl {request & 0xFFFF:#06x}: {os.strerror(-answer)}")
-    return answer
-
-
-def _address(data: bytearray | bytes) -> int:
-    # Alive as long as the buffer is: the caller holds it during the call.
-    return int(ffi.cast("uintptr_t", ffi.from_buffer(data)))
-
-
-def fails_with(call: Callable[[], object]) -> int:
-    """The errno a call ends with, 0 if it succeeds."""
-    try:
-        call()
-    except OSError as error:
-        return error.errno or 0
-    return 0
-
-
-@functools.cache
-def kvm() -> int:
-    """A descriptor of /dev/kvm."""
-    lib.pf_vmm_init()
-    return os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-
-
-@functools.cache
-def supported_cpuid() -> bytes:
-    """``struct kvm_cpuid2`` with all that this KVM offers."""
-    entries = 256
-    data = bytearray(struct.pack("<II", entries, 0) + bytes(40 * entries))
-    ioctl(kvm(), abi.GET_SUPPORTED_CPUID, data)
-    (count,) = struct.unpack_from("<I", data)
-    return bytes(data[: 8 + 40 * count])
-
-
 @dataclass
 class Slot:
     number: int
@@ -153,7 +65,7 @@ class Slot:
     gmem: int = -1
 
 
-class Vm:
+class KvmVm:
     """A VM with its system memory.
 
     :param kind: ``abi.VM_DEFAULT`` or ``abi.VM_SW_PROTECTED``.
@@ -170,11 +82,11 @@ class Vm:
         dirty_ring: int = 0,
         quirk: bool = True,
     ) -> None:
-        self.fd = ioctl(kvm(), abi.CREATE_VM, kind)
+        self.fd = ioctl(kvm_fd(), abi.CREATE_VM, kind)
         self.irqchip = irqchip
         self.dirty_ring = dirty_ring
         self.slots: dict[int, Slot] = {}
-        self.vcpus: list[Vcpu] = []
+        self.vcpus: list[KvmVcpu] = []
         self._programs: dict[bytes, int] = {}
         self._next_program = PROGRAMS
         # What Intel's KVM needs for modes without paging; AMD's ignores it.
@@ -188,7 +100,7 @@ class Vm:
             self.enable(abi.CAP_DISABLE_QUIRKS2, abi.QUIRK_SLOT_ZAP_ALL)
         self.system = small(SYSTEM_BYTES)
         self.system.populate()
-        self.system.put(TABLES, guest.identity_tables(TABLES, 1024 * GIB))
+        self.system.put(TABLES, guest_code.identity_tables(TABLES, 1024 * GIB))
         self.slot(0, 0, self.system)
         self.stats = BinaryStats(ioctl(self.fd, abi.GET_STATS_FD))
 
@@ -243,20 +155,20 @@ class Vm:
 
     def dirty_pages(self, number: int) -> set[int]:
         """Take a slot's dirty log: the numbers of its pages."""
-        count = self.slots[number].size // PAGE
+        count = self.slots[number].size // PAGE_SIZE
         bitmap = bytearray(-(-count // 64) * 8)
-        ioctl(self.fd, abi.GET_DIRTY_LOG, struct.pack("<IIQ", number, 0, _address(bitmap)))
+        ioctl(self.fd, abi.GET_DIRTY_LOG, struct.pack("<IIQ", number, 0, address_of(bitmap)))
         return {page for page in range(count) if bitmap[page // 8] >> page % 8 & 1}
 
     # Counters.
 
-    def leaves(self) -> Leaves:
-        return Leaves(*self.stats.read("pages_4k", "pages_2m", "pages_1g"))
+    def leaves(self) -> Stage2Leaves:
+        return Stage2Leaves(*self.stats.read(*Stage2Leaves.__dataclass_fields__))
 
     # vCPUs.
 
-    def vcpu(self, *, cpuid: bool = True, mode: abi.Mode = abi.FLAT32) -> Vcpu:
-        vcpu = Vcpu(self, len(self.vcpus), cpuid, mode)
+    def vcpu(self, *, cpuid: bool = True, mode: abi.CpuMode = abi.FLAT32) -> KvmVcpu:
+        vcpu = KvmVcpu(self, len(self.vcpus), cpuid, mode)
         self.vcpus.append(vcpu)
         return vcpu
 
@@ -277,10 +189,10 @@ class Vm:
 LONG64 = abi.long_mode(TABLES)
 
 
-class Vcpu:
+class KvmVcpu:
     """One vCPU, in 32-bit mode without paging unless said otherwise."""
 
-    def __init__(self, vm: Vm, number: int, cpuid: bool, mode: abi.Mode) -> None:
+    def __init__(self, vm: KvmVm, number: int, cpuid: bool, mode: abi.CpuMode) -> None:
         self.vm = vm
         self.number = number
         self.fd = ioctl(vm.fd, abi.CREATE_VCPU, number)
@@ -290,7 +202,7 @@ class Vcpu:
         self.set_mode(mode)
         if vm.irqchip:
             ioctl(self.fd, abi.SET_MP_STATE, struct.pack("<I", abi.MP_RUNNABLE))
-        size = ioctl(kvm(), abi.GET_VCPU_MMAP_SIZE)
+        size = ioctl(kvm_fd(), abi.GET_VCPU_MMAP_SIZE)
         self.kvm_run = mmap.mmap(self.fd, size)
         self.stats = BinaryStats(ioctl(self.fd, abi.GET_STATS_FD))
 
@@ -299,7 +211,7 @@ class Vcpu:
     def set_cpuid(self) -> None:
         ioctl(self.fd, abi.SET_CPUID2, supported_cpuid())
 
-    def set_mode(self, mode: abi.Mode) -> None:
+    def set_mode(self, mode: abi.CpuMode) -> None:
         self.mode = mode
         ioctl(self.fd, abi.SET_SREGS, mode.pack())
 
@@ -330,12 +242,12 @@ class Vcpu:
         gpa: int,
         size: int,
         *,
-        limit: float = LIMIT_SECONDS,
+        limit: float = IOCTL_LIMIT_SECONDS,
         flags: int = 0,
         padding: int = 0,
         call: Callable[[int, int, int], int] | None = None,
         any_error: bool = False,
-    ) -> Prefault:
+    ) -> IoctlResult:
         """Issue ``KVM_PRE_FAULT_MEMORY`` once.
 
         :param limit: seconds after which it is interrupted by a signal, again and again.
@@ -346,17 +258,17 @@ class Vcpu:
         before = self.vm.leaves()
         started = time.monotonic()
         if call is not None:
-            answer = call(self.fd, abi.PRE_FAULT_MEMORY, _address(arguments))
+            answer = call(self.fd, abi.PRE_FAULT_MEMORY, address_of(arguments))
         else:
             answer = lib.pf_vmm_ioctl_limited(
-                self.fd, abi.PRE_FAULT_MEMORY, _address(arguments), int(limit * 1e9)
+                self.fd, abi.PRE_FAULT_MEMORY, address_of(arguments), int(limit * 1e9)
             )
         seconds = time.monotonic() - started
         if answer < 0 and not any_error and not offers_prefault():
             expect_equal(self.vm.leaves(), before, "stage-2 leaves after the refusal")
-            raise Refused(self, -int(answer), gpa, size)
+            raise IoctlRefused(self, -int(answer), gpa, size)
         left = struct.unpack_from("<Q", arguments, 8)[0]
-        return Prefault(max(0, -int(answer)), left, seconds)
+        return IoctlResult(max(0, -int(answer)), left, seconds)
 
     def prefault_all(self, gpa: int, size: int) -> None:
         """Issue it until nothing is left; any error is unexpected."""
@@ -368,7 +280,7 @@ class Vcpu:
 
     # Running.
 
-    def run(self, limit: float = LIMIT_SECONDS) -> int:
+    def run(self, limit: float = IOCTL_LIMIT_SECONDS) -> int:
         """KVM_RUN, once: the exit reason. A signal is ``abi.EXIT_INTR``."""
         answer = lib.pf_vmm_ioctl_limited(self.fd, abi.RUN, 0, int(limit * 1e9))
         if answer < 0 and answer not in (-errno.EINTR, -errno.EFAULT):
@@ -412,18 +324,18 @@ class Vcpu:
 
     def warm(self) -> None:
         """Run an empty program, and touch the counter: system memory takes no faults from now."""
-        self.call(guest.NOTHING)
+        self.call(guest_code.NOTHING)
         self.read(COUNTER, 1)
-        self.read(0, SYSTEM_BYTES // PAGE)
+        self.read(0, SYSTEM_BYTES // PAGE_SIZE)
 
-    def read(self, gpa: int, pages: int, stride: int = PAGE) -> int:
+    def read(self, gpa: int, pages: int, stride: int = PAGE_SIZE) -> int:
         """The guest reads the first word of each page: their sum, modulo 2**32."""
-        code = guest.READ_64 if self._long else guest.READ_32
+        code = guest_code.READ_64 if self._long else guest_code.READ_32
         return self.call(code, rsi=gpa, rcx=pages, rdx=stride)["rbx"] & 0xFFFFFFFF
 
-    def write(self, gpa: int, pages: int, value: int, stride: int = PAGE) -> None:
+    def write(self, gpa: int, pages: int, value: int, stride: int = PAGE_SIZE) -> None:
         """The guest writes the first word of each page."""
-        code = guest.WRITE_64 if self._long else guest.WRITE_32
+        code = guest_code.WRITE_64 if self._long else guest_code.WRITE_32
         self.call(code, rsi=gpa, rcx=pages, rdx=stride, rax=value)
 
     def faults_of(self, what: Callable[[], object]) -> int:
@@ -435,96 +347,3 @@ class Vcpu:
     def kick(self, on: bool = True) -> None:
         """Have KVM_RUN return at once (``immediate_exit``); a thread in it needs a signal too."""
         self.kvm_run[1] = on
-
-
-@functools.cache
-def offers_prefault() -> bool:
-    """Whether this kernel's KVM says that it can (KVM_CAP_PRE_FAULT_MEMORY)."""
-    return ioctl(kvm(), abi.CHECK_EXTENSION, abi.CAP_PRE_FAULT_MEMORY) > 0
-
-
-class Task(threading.Thread):
-    """Something that runs meanwhile; :meth:`result` gives what it came to, or raises it."""
-
-    def __init__(self, what: Callable[[], Any]) -> None:
-        super().__init__(daemon=True)
-        self._what = what
-        self._value: Any = None
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._value = self._what()
-        except BaseException as error:
-            self._error = error
-
-    def result(self, limit: float = LIMIT_SECONDS) -> Any:
-        self.join(limit)
-        expect(not self.is_alive(), f"a thread is still busy after {limit:g} s")
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-    def interrupt(self) -> None:
-        signal.pthread_kill(self.ident or 0, lib.pf_vmm_signal())
-
-    def state(self) -> str:
-        """The scheduler's letter: R running, S waiting, D waiting and deaf to signals."""
-        try:
-            text = Path(f"/proc/self/task/{self.native_id}/stat").read_text()
-        except OSError:
-            return "X"
-        return text.rpartition(")")[2].split()[0]
-
-    def wait_state(self, letters: str, limit: float = LIMIT_SECONDS) -> None:
-        """Wait until it waits as said; the kernel tells of it nowhere but here."""
-        wait_for(lambda: self.state() in letters, f"a thread in state {letters}", limit)
-
-
-def wait_for(condition: Callable[[], object], what: str, limit: float = LIMIT_SECONDS) -> None:
-    """Look again and again; for what no event tells of."""
-    deadline = time.monotonic() + limit
-    while not condition():
-        expect(time.monotonic() < deadline, f"waited {limit:g} s for {what}")
-        time.sleep(0.001)
-
-
-class Running:
-    """A context in which a vCPU runs a program in a thread of its own, and does not end."""
-
-    def __init__(self, vcpu: Vcpu, code: bytes, **registers: int) -> None:
-        self.vcpu = vcpu
-        vcpu.start_at(code, **registers)
-        vcpu.kick(False)
-        self.task = Task(self._loop)
-
-    def _loop(self) -> int:
-        while not self.vcpu.kvm_run[1]:
-            reason = self.vcpu.run(limit=0)
-            if reason != abi.EXIT_INTR:
-                return reason
-        return abi.EXIT_INTR
-
-    def __enter__(self) -> Running:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        reason = self.stop()
-        if kind is None:
-            expect_equal(abi.EXIT_NAMES.get(reason, str(reason)), "INTR", "how the guest ended")
-
-    def stop(self) -> int:
-        self.vcpu.kick()
-        if self.task.is_alive():
-            self.task.interrupt()
-        return int(self.task.result())
-
-    def wait_progress(self, rounds: int = 1) -> None:
-        """Wait until the guest's counter has gone on."""
-        start = self.vcpu.vm.counter
-        wait_for(
-            lambda: self.vcpu.vm.counter >= start + rounds or not self.task.is_alive(),
-            "the guest to get on",
-        )
-        expect(self.vcpu.vm.counter >= start + rounds, "the guest has stopped getting on")

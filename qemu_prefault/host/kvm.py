@@ -170,8 +170,15 @@ class Stage2Leaves:
     """Leaf entries in the guest's stage-2 tables, by page size: counts, not bytes."""
 
     pages_4k: int
-    pages_2m: int
-    pages_1g: int
+    pages_2m: int = 0
+    pages_1g: int = 0
+
+    def __sub__(self, other: Stage2Leaves) -> Stage2Leaves:
+        return Stage2Leaves(
+            self.pages_4k - other.pages_4k,
+            self.pages_2m - other.pages_2m,
+            self.pages_1g - other.pages_1g,
+        )
 
     @property
     def bytes(self) -> int:

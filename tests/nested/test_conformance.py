@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from qemu_prefault.conformance import host, runner, suite
-from qemu_prefault.conformance.host import Host
-from qemu_prefault.conformance.runner import Result
-from qemu_prefault.conformance.suite import Outcome
-from qemu_prefault.conformance.vmm import Prefault, Vcpu
+from qemu_prefault.conformance import runner, suite
+from qemu_prefault.conformance.host_facts import HostFacts, read_host_facts
+from qemu_prefault.conformance.runner import CaseResult
+from qemu_prefault.conformance.suite import CaseOutcome
+from qemu_prefault.conformance.vmm import IoctlResult, KvmVcpu
 from qemu_prefault_lab.conformance import prepared
 from support.tool import Tool
 
 pytestmark = pytest.mark.conformance
 
-AreaResults = Callable[[str], list[Result]]
+AreaResults = Callable[[str], list[CaseResult]]
 QUICK_MUTATION = ("mapping/4k", "mapping/memfd", "level/", "vcpu/never", "state/cpuid")
 """What the mutation check looks at in ``make test``: a few of each kind, none that waits."""
 AREA_MARKS = {
@@ -29,22 +29,22 @@ AREA_MARKS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def this_host(four_kilobyte_pages: None) -> Iterator[Host]:
+def this_host(four_kilobyte_pages: None) -> Iterator[HostFacts]:
     """With huge pages of each kind, and KSM."""
     with prepared():
-        yield host.look()
+        yield read_host_facts()
 
 
 @pytest.fixture(scope="module")
-def results(this_host: Host) -> AreaResults:
+def results(this_host: HostFacts) -> AreaResults:
     """The results of an area, run once."""
-    found: dict[str, list[Result]] = {}
+    found: dict[str, list[CaseResult]] = {}
     cases = suite.all_cases()
 
-    def of(area: str) -> list[Result]:
+    def of(area: str) -> list[CaseResult]:
         if area not in found:
             mine = [case for case in cases if case.area == area]
-            found[area] = runner.run(mine, this_host, harsh=True)
+            found[area] = runner.run(mine, this_host, destructive=True)
         return found[area]
 
     return of
@@ -62,15 +62,15 @@ def test_area(area: str, results: AreaResults) -> None:
     assert not unexpected, "\n".join(unexpected)
 
 
-def test_most_cases_run(results: AreaResults, this_host: Host) -> None:
+def test_most_cases_run(results: AreaResults, this_host: HostFacts) -> None:
     ran = [
         result
         for area in suite.AREAS
         for result in results(area)
-        if result.outcome is not Outcome.SKIP
+        if result.outcome is not CaseOutcome.SKIP
     ]
     assert len(ran) >= 200
-    refused = [result for result in ran if result.outcome is Outcome.REFUSED]
+    refused = [result for result in ran if result.outcome is CaseOutcome.REFUSED]
     assert bool(refused) is not this_host.capability
 
 
@@ -91,15 +91,15 @@ def test_command_line() -> None:
 # Would the suite notice if the ioctl did nothing? The kernel's own selftest does not.
 
 
-def do_nothing(self: Vcpu, gpa: int, size: int, **_: object) -> Prefault:
+def do_nothing(self: KvmVcpu, gpa: int, size: int, **_: object) -> IoctlResult:
     """Advances ``size`` as if all were done."""
-    return Prefault(error=0, left=0, seconds=0.0)
+    return IoctlResult(error=0, left=0, seconds=0.0)
 
 
 def failing_share(
-    monkeypatch: pytest.MonkeyPatch, this_host: Host, words: tuple[str, ...]
+    monkeypatch: pytest.MonkeyPatch, this_host: HostFacts, words: tuple[str, ...]
 ) -> float:
-    monkeypatch.setattr(Vcpu, "prefault", do_nothing)
+    monkeypatch.setattr(KvmVcpu, "prefault", do_nothing)
     cases = [
         case
         for case in suite.all_cases()
@@ -107,8 +107,8 @@ def failing_share(
     ]
     ran = [
         result
-        for result in runner.run(cases, this_host, harsh=True, limit_seconds=40)
-        if result.outcome is not Outcome.SKIP
+        for result in runner.run(cases, this_host, destructive=True, limit_seconds=40)
+        if result.outcome is not CaseOutcome.SKIP
     ]
     kept = [result.case.id for result in ran if result.outcome.expected]
     print(f"{len(ran) - len(kept)} of {len(ran)} mapping cases fail without a mapping; not: {kept}")
@@ -120,7 +120,7 @@ def failing_share(
     "words", [QUICK_MUTATION, pytest.param(("",), marks=pytest.mark.full)], ids=["quick", "all"]
 )
 def test_noop_ioctl_is_detected(
-    monkeypatch: pytest.MonkeyPatch, this_host: Host, words: tuple[str, ...]
+    monkeypatch: pytest.MonkeyPatch, this_host: HostFacts, words: tuple[str, ...]
 ) -> None:
     if not this_host.capability:
         pytest.skip("the ioctl is not on offer here")

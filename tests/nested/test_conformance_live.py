@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_prefault.conformance import host, runner, suite
+from qemu_prefault.conformance import host_facts, runner, suite
 from qemu_prefault.host.kvm import pre_fault_capability
 from qemu_prefault_lab.guest import Guest
 from support.guest import check_memory, faults, prefault
@@ -95,7 +95,7 @@ def test_populate_only_avoids_host_faults() -> None:
 @pytest.mark.full
 def test_suite_beside_live_guest() -> None:
     """Neither disturbs the other."""
-    this = host.look()
+    this = host_facts.read_host_facts()
     cases = [case for case in suite.all_cases() if case.area in ("paging", "slots", "foreign")]
     with Guest(machine="microvm", memory_mib=128, workload_mib=16) as guest:
         guest.wait_ready()

@@ -14,12 +14,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qemu_prefault.cli.main import cli
-from qemu_prefault.conformance import host, report, runner, suite, vmm
-from qemu_prefault.conformance.suite import Case, KnownBad, Outcome, Skip
-from qemu_prefault.conformance.vmm import Unexpected
+from qemu_prefault.conformance import device, host_facts, results, runner, suite
+from qemu_prefault.conformance.expectations import Unexpected
+from qemu_prefault.conformance.suite import CaseOutcome, ConformanceCase, KnownBad, Skip
 from qemu_prefault.errors import ExitStatus
 
-HOST = host.Host(
+HOST = host_facts.HostFacts(
     kernel="1.2.3", capability=True, refusal=0, paging="NPT", tdp_mmu=True, ad_bits=True,
     vm_types=1, quirks=0, smm=False, dirty_ring=False, gmem_flags=0, nested_svm=False, thp=True,
     hugepages=(0, 0), ksm=False, root=False,
@@ -28,10 +28,10 @@ HOST = host.Host(
 
 def outcome(
     run: Callable[[], str | None],
-    *needs: Callable[[host.Host], str],
-    limit_seconds: float = runner.LIMIT_SECONDS,
-) -> tuple[Outcome, str]:
-    case = Case("area/name", "what it says", "file:function", run, True, False, needs)
+    *needs: Callable[[host_facts.HostFacts], str],
+    limit_seconds: float = runner.CASE_LIMIT_SECONDS,
+) -> tuple[CaseOutcome, str]:
+    case = ConformanceCase("area/name", "what it says", "file:function", run, True, False, needs)
     (result,) = runner.run([case], HOST, limit_seconds=limit_seconds)
     return result.outcome, result.text
 
@@ -56,51 +56,53 @@ def leave_a_child() -> None:
 @pytest.mark.parametrize(
     ("run", "expected"),
     [
-        (lambda: None, (Outcome.PASS, "")),
-        (lambda: "3 of them", (Outcome.DIFFERS, "3 of them")),
-        (raises(Unexpected("2, and not 1")), (Outcome.FAIL, "2, and not 1")),
-        (raises(KnownBad("retries for ever")), (Outcome.KNOWN_BAD, "retries for ever")),
-        (raises(Skip("not here")), (Outcome.SKIP, "not here")),
-        (crash, (Outcome.FAIL, "the case's process ended with signal 11")),
-        (lambda: os._exit(3), (Outcome.FAIL, "the case's process ended with status 3")),
-        (leave_a_child, (Outcome.PASS, "")),
+        (lambda: None, (CaseOutcome.PASS, "")),
+        (lambda: "3 of them", (CaseOutcome.DIFFERS, "3 of them")),
+        (raises(Unexpected("2, and not 1")), (CaseOutcome.FAIL, "2, and not 1")),
+        (raises(KnownBad("retries for ever")), (CaseOutcome.KNOWN_BAD, "retries for ever")),
+        (raises(Skip("not here")), (CaseOutcome.SKIP, "not here")),
+        (crash, (CaseOutcome.FAIL, "the case's process ended with signal 11")),
+        (lambda: os._exit(3), (CaseOutcome.FAIL, "the case's process ended with status 3")),
+        (leave_a_child, (CaseOutcome.PASS, "")),
     ],
 )
-def test_outcomes(run: Callable[[], str | None], expected: tuple[Outcome, str]) -> None:
+def test_outcomes(run: Callable[[], str | None], expected: tuple[CaseOutcome, str]) -> None:
     assert outcome(run) == expected
 
 
 def test_unexpected_exception_fails_with_its_location() -> None:
     seen, text = outcome(raises(OSError(5, "Input/output error")))
-    assert seen is Outcome.FAIL
+    assert seen is CaseOutcome.FAIL
     assert "OSError: [Errno 5] Input/output error (test_conformance.py:" in text
 
 
 def test_hung_case_is_reported_and_ended() -> None:
     started = time.monotonic()
     seen, text = outcome(signal.pause, limit_seconds=0.2)
-    assert (seen, text) == (Outcome.HANG, "no end after 0.2 s")
+    assert (seen, text) == (CaseOutcome.HANG, "no end after 0.2 s")
     assert time.monotonic() - started < 10
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 
 
 def test_inapplicable_case_is_skipped_with_reason() -> None:
-    assert outcome(crash, lambda host: "no such thing") == (Outcome.SKIP, "no such thing")
+    assert outcome(crash, lambda host: "no such thing") == (CaseOutcome.SKIP, "no such thing")
 
 
 def test_kernel_warning_case_runs_only_on_request() -> None:
-    case = Case("area/name", "says", "source", lambda: None, False, True, ())
-    assert [each.outcome for each in runner.run([case], HOST)] == [Outcome.SKIP]
-    assert [each.outcome for each in runner.run([case], HOST, harsh=True)] == [Outcome.PASS]
+    case = ConformanceCase("area/name", "says", "source", lambda: None, False, True, ())
+    assert [each.outcome for each in runner.run([case], HOST)] == [CaseOutcome.SKIP]
+    assert [each.outcome for each in runner.run([case], HOST, destructive=True)] == [
+        CaseOutcome.PASS
+    ]
 
 
-@pytest.mark.parametrize("bad", [Outcome.FAIL, Outcome.HANG])
-def test_exit_status(bad: Outcome) -> None:
-    case = Case("area/name", "says", "source", lambda: None, False, False, ())
-    good = [runner.Result(case, each, "", 0.1) for each in Outcome if each.expected]
-    assert report.exit_status(good) == ExitStatus.VERIFIED
-    assert report.exit_status([*good, runner.Result(case, bad, "", 0.1)]) == ExitStatus.FAILED
+@pytest.mark.parametrize("bad", [CaseOutcome.FAIL, CaseOutcome.HANG])
+def test_exit_status(bad: CaseOutcome) -> None:
+    case = ConformanceCase("area/name", "says", "source", lambda: None, False, False, ())
+    good = [runner.CaseResult(case, each, "", 0.1) for each in CaseOutcome if each.expected]
+    assert results.exit_status(good) == ExitStatus.VERIFIED
+    assert results.exit_status([*good, runner.CaseResult(case, bad, "", 0.1)]) == ExitStatus.FAILED
 
 
 def test_every_case_has_statement_and_source() -> None:
@@ -117,7 +119,7 @@ def run(*arguments: str) -> Result:
 
 
 def test_list_needs_no_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vmm, "kvm", raises(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(device, "kvm_fd", raises(PermissionError(13, "Permission denied")))
     result = run("--list", "-k", "slots/")
     assert result.exit_code == 0
     assert all(line.startswith("slots/") for line in result.output.splitlines())
@@ -125,7 +127,7 @@ def test_list_needs_no_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_kvm_exits_4_with_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vmm, "kvm", raises(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(device, "kvm_fd", raises(PermissionError(13, "Permission denied")))
     result = run("--json")
     assert result.exit_code == ExitStatus.UNSUPPORTED
     (line,) = [line for line in result.output.splitlines() if line.startswith("{")]

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .. import host
-from ..abi import HUGE, PAGE
-from ..memory import Memory, huge, hugetlb, memfd, small
+from ...units import HUGE_PAGE_SIZE, PAGE_SIZE
+from .. import needs
+from ..expectations import expect
+from ..memory import Memory, hugetlb, memfd, small, thp
 from ..suite import Need, add
-from ..vmm import LONG64, Vm, expect
-from .common import GPA, PAGES, bench, expect_reads, expect_writes
+from ..vmm import LONG64, KvmVm
+from .common import GPA, PAGES, expect_reads, expect_writes, make_fixture
 
 _SOURCE = "mmu/mmu.c:kvm_mmu_page_fault() counts pf_taken"
 
@@ -18,28 +19,28 @@ _SOURCE = "mmu/mmu.c:kvm_mmu_page_fault() counts pf_taken"
 def _faults(make: Callable[[], Memory], most: int, writes: bool) -> None:
     memory = make()
     memory.write()
-    machine = bench(memory)
-    before = machine.vm.leaves()
+    fixture = make_fixture(memory)
+    before = fixture.vm.leaves()
     check = expect_writes if writes else expect_reads
-    taken = machine.vcpu.stat("pf_taken")
-    check(machine.vcpu, memory, None)
-    taken = machine.vcpu.stat("pf_taken") - taken
+    taken = fixture.vcpu.stat("pf_taken")
+    check(fixture.vcpu, memory, None)
+    taken = fixture.vcpu.stat("pf_taken") - taken
     # The legacy MMU maps up to 8 neighbours of a page that is touched (direct_pte_prefetch()).
     expect(most / 8 <= taken <= most, f"{taken} faults, and not at most {most}")
-    grown = machine.vm.leaves() - before
-    expect(grown.size >= memory.size, f"only {grown} were mapped")
-    check(machine.vcpu, memory, 0)
+    grown = fixture.vm.leaves() - before
+    expect(grown.bytes >= memory.size, f"only {grown} were mapped")
+    check(fixture.vcpu, memory, 0)
 
 
-for name, make, most, needs in (
-    ("4k", lambda: small(PAGES * PAGE), PAGES, ()),
-    ("thp", lambda: huge(HUGE), 1, (host.transparent_huge_pages,)),
-    ("memfd", lambda: memfd(PAGES * PAGE), PAGES, ()),
-    ("hugetlb", lambda: hugetlb(HUGE, shared=True), 1, (host.hugetlb_2m,)),
+for name, make, most, required in (
+    ("4k", lambda: small(PAGES * PAGE_SIZE), PAGES, ()),
+    ("thp", lambda: thp(HUGE_PAGE_SIZE), 1, (needs.transparent_huge_pages,)),
+    ("memfd", lambda: memfd(PAGES * PAGE_SIZE), PAGES, ()),
+    ("hugetlb", lambda: hugetlb(HUGE_PAGE_SIZE, shared=True), 1, (needs.hugetlb_2m,)),
 ):
     for writes in (False, True):
         # In shadow paging a guest without paging still has huge pages: the tables are direct.
-        requirements: tuple[Need, ...] = needs
+        requirements: tuple[Need, ...] = required
         verb = "writing" if writes else "reading"
         add(
             f"control/{name}-{'write' if writes else 'read'}",
@@ -52,9 +53,9 @@ for name, make, most, needs in (
 
 def _faults_with_paging() -> None:
     """The same for a guest in 64-bit mode, on page tables of its own."""
-    memory = small(PAGES * PAGE)
+    memory = small(PAGES * PAGE_SIZE)
     memory.write()
-    vm = Vm()
+    vm = KvmVm()
     vcpu = vm.vcpu(mode=LONG64)
     vm.slot(1, GPA, memory)
     vcpu.warm()

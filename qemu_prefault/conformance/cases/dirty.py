@@ -7,18 +7,30 @@ import mmap
 import struct
 from collections.abc import Iterator
 
-from .. import abi, host
-from ..abi import HUGE, PAGE
-from ..memory import huge, small
+from ...host.kvm import Stage2Leaves
+from ...units import HUGE_PAGE_SIZE, PAGE_SIZE
+from .. import abi, needs
+from ..device import ioctl
+from ..expectations import expect, expect_equal
+from ..memory import small, thp
 from ..suite import case
-from ..vmm import Leaves, Vcpu, Vm, expect, expect_equal, ioctl
-from .common import GPA, PAGES, SLOT, Bench, bench, expect_mapped, expect_reads, expect_writes
+from ..vmm import KvmVcpu, KvmVm
+from .common import (
+    GPA,
+    PAGES,
+    SLOT,
+    Fixture,
+    expect_mapped,
+    expect_reads,
+    expect_writes,
+    make_fixture,
+)
 
 _MARK = "mmu/spte.c:make_spte(): a writable entry of a slot with a dirty log is dirty at once"
 
 
-def _logging(machine: Bench, on: bool = True) -> None:
-    machine.vm.slot(SLOT, GPA, machine.memory, flags=abi.MEM_LOG_DIRTY_PAGES if on else 0)
+def _logging(fixture: Fixture, on: bool = True) -> None:
+    fixture.vm.slot(SLOT, GPA, fixture.memory, flags=abi.MEM_LOG_DIRTY_PAGES if on else 0)
 
 
 @case(
@@ -28,11 +40,11 @@ def _logging(machine: Bench, on: bool = True) -> None:
     mapping=True,
 )
 def log_marks_all() -> None:
-    machine = bench(flags=abi.MEM_LOG_DIRTY_PAGES)
-    expect_equal(machine.vm.dirty_pages(SLOT), set(), "dirty pages at first")
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_equal(machine.vm.dirty_pages(SLOT), set(range(PAGES)), "dirty pages")
-    expect_reads(machine.vcpu, machine.memory, 0)
+    fixture = make_fixture(flags=abi.MEM_LOG_DIRTY_PAGES)
+    expect_equal(fixture.vm.dirty_pages(SLOT), set(), "dirty pages at first")
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_equal(fixture.vm.dirty_pages(SLOT), set(range(PAGES)), "dirty pages")
+    expect_reads(fixture.vcpu, fixture.memory, 0)
 
 
 @case(
@@ -42,13 +54,13 @@ def log_marks_all() -> None:
     mapping=True,
 )
 def log_leaves_read_only_alone() -> None:
-    machine = bench(small(PAGES * PAGE), flags=abi.MEM_LOG_DIRTY_PAGES)
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_mapped(machine.vm, before, Leaves(PAGES))
-    expect_equal(machine.vm.dirty_pages(SLOT), set(), "dirty pages")
-    machine.vcpu.write(GPA, 4, 9)
-    expect_equal(machine.vm.dirty_pages(SLOT), {0, 1, 2, 3}, "dirty pages after four writes")
+    fixture = make_fixture(small(PAGES * PAGE_SIZE), flags=abi.MEM_LOG_DIRTY_PAGES)
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_mapped(fixture.vm, before, Stage2Leaves(PAGES))
+    expect_equal(fixture.vm.dirty_pages(SLOT), set(), "dirty pages")
+    fixture.vcpu.write(GPA, 4, 9)
+    expect_equal(fixture.vm.dirty_pages(SLOT), {0, 1, 2, 3}, "dirty pages after four writes")
 
 
 @case(
@@ -58,17 +70,17 @@ def log_leaves_read_only_alone() -> None:
     mapping=True,
 )
 def log_is_true_to_the_guest() -> str:
-    machine = bench(flags=abi.MEM_LOG_DIRTY_PAGES)
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_equal(len(machine.vm.dirty_pages(SLOT)), PAGES, "dirty pages")
-    expect_equal(machine.vm.dirty_pages(SLOT), set(), "dirty pages, taken again")
-    machine.vcpu.write(GPA, 2, 5)
-    expect_equal(machine.vm.dirty_pages(SLOT), {0, 1}, "dirty pages after two writes")
-    machine.vcpu.prefault_all(GPA, machine.size)
-    marked = len(machine.vm.dirty_pages(SLOT))
+    fixture = make_fixture(flags=abi.MEM_LOG_DIRTY_PAGES)
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_equal(len(fixture.vm.dirty_pages(SLOT)), PAGES, "dirty pages")
+    expect_equal(fixture.vm.dirty_pages(SLOT), set(), "dirty pages, taken again")
+    fixture.vcpu.write(GPA, 2, 5)
+    expect_equal(fixture.vm.dirty_pages(SLOT), {0, 1}, "dirty pages after two writes")
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    marked = len(fixture.vm.dirty_pages(SLOT))
     expect(marked in (0, PAGES), f"a second prefault marks {marked} pages")
-    machine.vcpu.write(GPA, 3, 6)
-    after = machine.vm.dirty_pages(SLOT)
+    fixture.vcpu.write(GPA, 3, 6)
+    after = fixture.vm.dirty_pages(SLOT)
     expect_equal(after, {0, 1, 2}, "dirty pages after three more writes")
     return f"a second prefault marks {marked} of {PAGES} pages"
 
@@ -77,39 +89,39 @@ def log_is_true_to_the_guest() -> str:
     "dirty/log-forces-4k",
     "with dirty logging on, huge pages are mapped in 4 KiB",
     "mmu/mmu.c:kvm_mmu_hugepage_adjust(): kvm_slot_dirty_track_enabled()",
-    host.transparent_huge_pages,
+    needs.transparent_huge_pages,
     mapping=True,
 )
 def log_forces_4k() -> None:
-    memory = huge(HUGE)
+    memory = thp(HUGE_PAGE_SIZE)
     memory.write()
-    machine = bench(memory, flags=abi.MEM_LOG_DIRTY_PAGES)
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, HUGE)
-    expect_mapped(machine.vm, before, Leaves(512))
-    expect_equal(len(machine.vm.dirty_pages(SLOT)), 512, "dirty pages")
+    fixture = make_fixture(memory, flags=abi.MEM_LOG_DIRTY_PAGES)
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
+    expect_mapped(fixture.vm, before, Stage2Leaves(512))
+    expect_equal(len(fixture.vm.dirty_pages(SLOT)), 512, "dirty pages")
 
 
 @case(
     "dirty/start-splits",
     "switching logging on splits what was prefaulted in 2 MiB, or has the guest's writes split it",
     "x86.c:kvm_mmu_slot_apply_flags()",
-    host.transparent_huge_pages,
+    needs.transparent_huge_pages,
     mapping=True,
 )
 def start_splits() -> str:
-    memory = huge(HUGE)
+    memory = thp(HUGE_PAGE_SIZE)
     memory.write()
-    machine = bench(memory)
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, HUGE)
-    expect_mapped(machine.vm, before, Leaves(0, 1))
-    _logging(machine)
-    kept = machine.vm.leaves() - before
-    expect_equal(kept.size, HUGE, "bytes mapped after it was switched on")
-    taken = expect_writes(machine.vcpu, memory, None)
+    fixture = make_fixture(memory)
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
+    expect_mapped(fixture.vm, before, Stage2Leaves(0, 1))
+    _logging(fixture)
+    kept = fixture.vm.leaves() - before
+    expect_equal(kept.bytes, HUGE_PAGE_SIZE, "bytes mapped after it was switched on")
+    taken = expect_writes(fixture.vcpu, memory, None)
     expect(taken > 0, "the guest's writes go unnoticed")
-    expect_equal(len(machine.vm.dirty_pages(SLOT)), 512, "dirty pages")
+    expect_equal(len(fixture.vm.dirty_pages(SLOT)), 512, "dirty pages")
     return f"logging on: {kept}; the guest's 512 writes take {taken} faults"
 
 
@@ -117,21 +129,21 @@ def start_splits() -> str:
     "dirty/stop-recovers",
     "after logging is switched off, a prefault brings the 2 MiB leaf back",
     "x86.c:kvm_mmu_slot_apply_flags(): collapsible entries are zapped, or recovered in place",
-    host.transparent_huge_pages,
+    needs.transparent_huge_pages,
     mapping=True,
 )
 def stop_recovers() -> str:
-    memory = huge(HUGE)
+    memory = thp(HUGE_PAGE_SIZE)
     memory.write()
-    machine = bench(memory, flags=abi.MEM_LOG_DIRTY_PAGES)
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, HUGE)
-    expect_mapped(machine.vm, before, Leaves(512))
-    _logging(machine, False)
-    stopped = machine.vm.leaves() - before
-    machine.vcpu.prefault_all(GPA, HUGE)
-    expect_mapped(machine.vm, before, Leaves(0, 1))
-    expect_writes(machine.vcpu, memory, 0)
+    fixture = make_fixture(memory, flags=abi.MEM_LOG_DIRTY_PAGES)
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
+    expect_mapped(fixture.vm, before, Stage2Leaves(512))
+    _logging(fixture, False)
+    stopped = fixture.vm.leaves() - before
+    fixture.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
+    expect_mapped(fixture.vm, before, Stage2Leaves(0, 1))
+    expect_writes(fixture.vcpu, memory, 0)
     return f"logging off leaves {stopped}"
 
 
@@ -142,23 +154,23 @@ def stop_recovers() -> str:
     mapping=True,
 )
 def start_keeps_4k() -> None:
-    machine = bench()
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    _logging(machine)
-    expect_mapped(machine.vm, before, Leaves(PAGES))
-    expect_equal(machine.vm.dirty_pages(SLOT), set(), "dirty pages")
-    expect_reads(machine.vcpu, machine.memory, 0)
-    expect_writes(machine.vcpu, machine.memory, PAGES)
-    expect_equal(machine.vm.dirty_pages(SLOT), set(range(PAGES)), "dirty pages")
+    fixture = make_fixture()
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    _logging(fixture)
+    expect_mapped(fixture.vm, before, Stage2Leaves(PAGES))
+    expect_equal(fixture.vm.dirty_pages(SLOT), set(), "dirty pages")
+    expect_reads(fixture.vcpu, fixture.memory, 0)
+    expect_writes(fixture.vcpu, fixture.memory, PAGES)
+    expect_equal(fixture.vm.dirty_pages(SLOT), set(range(PAGES)), "dirty pages")
 
 
 class _Ring:
     """A vCPU's dirty ring: ``struct kvm_dirty_gfn`` {u32 flags, slot; u64 offset}."""
 
-    def __init__(self, vcpu: Vcpu) -> None:
+    def __init__(self, vcpu: KvmVcpu) -> None:
         self.size = vcpu.vm.dirty_ring
-        self.ring = mmap.mmap(vcpu.fd, self.size, offset=abi.DIRTY_RING_PAGE_OFFSET * PAGE)
+        self.ring = mmap.mmap(vcpu.fd, self.size, offset=abi.DIRTY_RING_PAGE_OFFSET * PAGE_SIZE)
 
     def take(self) -> Iterator[tuple[int, int]]:
         """The (slot, page) pairs in it, which are marked as taken."""
@@ -173,20 +185,20 @@ class _Ring:
     "dirty/ring-fills",
     "with a dirty ring, each page that is prefaulted writable takes an entry",
     "virt/kvm/dirty_ring.c:kvm_dirty_ring_push()",
-    host.dirty_ring,
+    needs.dirty_ring,
     mapping=True,
 )
 def ring_fills() -> None:
-    vm = Vm(dirty_ring=16 * PAGE)
-    machine = bench(vm=vm, flags=abi.MEM_LOG_DIRTY_PAGES)
-    ring = _Ring(machine.vcpu)
+    vm = KvmVm(dirty_ring=16 * PAGE_SIZE)
+    fixture = make_fixture(vm=vm, flags=abi.MEM_LOG_DIRTY_PAGES)
+    ring = _Ring(fixture.vcpu)
     list(ring.take())
     ioctl(vm.fd, abi.RESET_DIRTY_RINGS)
-    machine.vcpu.prefault_all(GPA, machine.size)
+    fixture.vcpu.prefault_all(GPA, fixture.size)
     taken = [page for slot, page in ring.take() if slot == SLOT]
     expect_equal(sorted(taken), list(range(PAGES)), "pages in the ring")
     ioctl(vm.fd, abi.RESET_DIRTY_RINGS)
-    expect_writes(machine.vcpu, machine.memory, PAGES)
+    expect_writes(fixture.vcpu, fixture.memory, PAGES)
     expect_equal(len(list(ring.take())), PAGES, "pages in the ring after the guest's writes")
 
 
@@ -194,19 +206,19 @@ def ring_fills() -> None:
     "dirty/ring-overflows",
     "a prefault bigger than the dirty ring overflows it: no error, and pages are lost to the log",
     "virt/kvm/dirty_ring.c:kvm_dirty_ring_push() only warns; only KVM_RUN looks at soft_full",
-    host.dirty_ring,
+    needs.dirty_ring,
     mapping=True,
-    harsh=True,
+    destructive=True,
 )
 def ring_overflows() -> str:
-    vm = Vm(dirty_ring=PAGE)
-    entries = PAGE // abi.DIRTY_GFN_SIZE
-    memory = small(2 * entries * PAGE)
+    vm = KvmVm(dirty_ring=PAGE_SIZE)
+    entries = PAGE_SIZE // abi.DIRTY_GFN_SIZE
+    memory = small(2 * entries * PAGE_SIZE)
     memory.write()
-    machine = bench(memory, vm=vm, flags=abi.MEM_LOG_DIRTY_PAGES)
-    ring = _Ring(machine.vcpu)
-    result = machine.vcpu.prefault(GPA, memory.size)
+    fixture = make_fixture(memory, vm=vm, flags=abi.MEM_LOG_DIRTY_PAGES)
+    ring = _Ring(fixture.vcpu)
+    result = fixture.vcpu.prefault(GPA, memory.size)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
     kept = len({page for slot, page in ring.take() if slot == SLOT})
     expect(0 < kept <= entries, f"{kept} pages in a ring of {entries}")
-    return f"{memory.size // PAGE} pages dirtied, {kept} in a ring of {entries}"
+    return f"{memory.size // PAGE_SIZE} pages dirtied, {kept} in a ring of {entries}"

@@ -10,44 +10,46 @@ import struct
 from collections.abc import Callable
 
 from ..._native import ffi, lib
-from .. import abi, host
-from ..abi import PAGE
-from ..guest import READ_32
-from ..memory import HWPOISON, PROT_NONE, memfd, small
+from ...units import HUGE_PAGE_SIZE, PAGE_SIZE
+from .. import abi, needs
+from ..device import ioctl, kvm_fd
+from ..expectations import error_name, expect, expect_equal
+from ..guest_code import READ_32
+from ..memory import HWPOISON, PROT_NONE, PROT_READ, memfd, small
 from ..suite import Skip, add, case
-from ..vmm import Prefault, Vm, error_name, expect, expect_equal, ioctl, kvm
-from .common import GPA, PAGES, Bench, bench, expect_reads
+from ..vmm import IoctlResult, KvmVm
+from .common import GPA, PAGES, Fixture, expect_reads, make_fixture
 
 _CHECKS = "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory()"
 _HOLE = "mmu/mmu.c:kvm_tdp_map_page(): RET_PF_EMULATE is ENOENT"
 
 
-def _unharmed(machine: Bench) -> None:
+def _unharmed(fixture: Fixture) -> None:
     """The vCPU prefaults, and its guest runs."""
-    if machine.vcpu.prefault(GPA, machine.size, any_error=True).error == 0:
-        expect_reads(machine.vcpu, machine.memory, 0)
-    expect_reads(machine.vcpu, machine.memory, None)
+    if fixture.vcpu.prefault(GPA, fixture.size, any_error=True).error == 0:
+        expect_reads(fixture.vcpu, fixture.memory, 0)
+    expect_reads(fixture.vcpu, fixture.memory, None)
 
 
 def _invalid(gpa: int, size: int, flags: int) -> None:
-    machine = bench()
-    before = machine.vm.leaves()
-    result = machine.vcpu.prefault(gpa, size, flags=flags, any_error=True)
-    expect_equal(str(result), str(Prefault(errno.EINVAL, size, 0)), "the ioctl")
-    expect_equal(machine.vm.leaves(), before, "leaves")
-    _unharmed(machine)
+    fixture = make_fixture()
+    before = fixture.vm.leaves()
+    result = fixture.vcpu.prefault(gpa, size, flags=flags, any_error=True)
+    expect_equal(str(result), str(IoctlResult(errno.EINVAL, size, 0)), "the ioctl")
+    expect_equal(fixture.vm.leaves(), before, "leaves")
+    _unharmed(fixture)
 
 
 for name, gpa, size, flags in (
-    ("gpa-unaligned", GPA + 1, PAGE, 0),
-    ("gpa-unaligned-half", GPA + 2048, PAGE, 0),
-    ("size-unaligned", GPA, PAGE + 1, 0),
+    ("gpa-unaligned", GPA + 1, PAGE_SIZE, 0),
+    ("gpa-unaligned-half", GPA + 2048, PAGE_SIZE, 0),
+    ("size-unaligned", GPA, PAGE_SIZE + 1, 0),
     ("size-below-a-page", GPA, 2048, 0),
     ("size-zero", GPA, 0, 0),
-    ("wraps", 2**64 - PAGE, 2 * PAGE, 0),
-    ("ends-at-2-64", 2**64 - PAGE, PAGE, 0),
-    ("flag-1", GPA, PAGE, 1),
-    ("flag-63", GPA, PAGE, 1 << 63),
+    ("wraps", 2**64 - PAGE_SIZE, 2 * PAGE_SIZE, 0),
+    ("ends-at-2-64", 2**64 - PAGE_SIZE, PAGE_SIZE, 0),
+    ("flag-1", GPA, PAGE_SIZE, 1),
+    ("flag-63", GPA, PAGE_SIZE, 1 << 63),
 ):
     add(
         f"errors/einval-{name}",
@@ -64,19 +66,19 @@ for name, gpa, size, flags in (
     mapping=True,
 )
 def padding_ignored() -> None:
-    machine = bench()
-    result = machine.vcpu.prefault(GPA, machine.size, padding=2**64 - 1)
+    fixture = make_fixture()
+    result = fixture.vcpu.prefault(GPA, fixture.size, padding=2**64 - 1)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
-    expect_reads(machine.vcpu, machine.memory, 0)
+    expect_reads(fixture.vcpu, fixture.memory, 0)
 
 
 def _bad_pointer(address: int) -> None:
-    machine = bench()
-    before = machine.vm.leaves()
-    answer = lib.pf_vmm_ioctl(machine.vcpu.fd, abi.PRE_FAULT_MEMORY, address)
+    fixture = make_fixture()
+    before = fixture.vm.leaves()
+    answer = lib.pf_vmm_ioctl(fixture.vcpu.fd, abi.PRE_FAULT_MEMORY, address)
     expect_equal(error_name(-answer), "EFAULT", "the ioctl")
-    expect_equal(machine.vm.leaves(), before, "leaves")
-    _unharmed(machine)
+    expect_equal(fixture.vm.leaves(), before, "leaves")
+    _unharmed(fixture)
 
 
 for name, address in (("null", 0), ("kernel", 0xFFFF800000000000)):
@@ -85,7 +87,7 @@ for name, address in (("null", 0), ("kernel", 0xFFFF800000000000)):
         "EFAULT: the structure itself cannot be read",
         "virt/kvm/kvm_main.c:kvm_vcpu_ioctl()",
         lambda address=address: _bad_pointer(address),  # type: ignore[misc]
-        host.known_ioctl,
+        needs.known_ioctl,
     )
 
 
@@ -93,38 +95,38 @@ for name, address in (("null", 0), ("kernel", 0xFFFF800000000000)):
     "errors/efault-structure-read-only",
     "EFAULT: the structure cannot be written back to; the pages are mapped all the same",
     "virt/kvm/kvm_main.c:kvm_vcpu_ioctl(): copy_to_user() comes last",
-    host.capability,
+    needs.capability,
 )
 def structure_read_only() -> None:
-    machine = bench()
-    page = small(PAGE)
-    page.put(0, struct.pack("<8Q", GPA, machine.size, *[0] * 6))
-    page.protect(1)
-    before = machine.vm.leaves()
-    answer = lib.pf_vmm_ioctl(machine.vcpu.fd, abi.PRE_FAULT_MEMORY, page.address)
+    fixture = make_fixture()
+    page = small(PAGE_SIZE)
+    page.put(0, struct.pack("<8Q", GPA, fixture.size, *[0] * 6))
+    page.protect(PROT_READ)
+    before = fixture.vm.leaves()
+    answer = lib.pf_vmm_ioctl(fixture.vcpu.fd, abi.PRE_FAULT_MEMORY, page.address)
     expect_equal(error_name(-answer), "EFAULT", "the ioctl")
-    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
-    expect_reads(machine.vcpu, machine.memory, 0)
+    expect_equal((fixture.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
+    expect_reads(fixture.vcpu, fixture.memory, 0)
 
 
-def _efault(spoil: Callable[[Bench], None], first: int) -> None:
+def _efault(spoil: Callable[[Fixture], None], first: int) -> None:
     """Pages from ``first`` on have no memory: what is before them is done, then EFAULT."""
-    machine = bench(memfd(PAGES * PAGE))
-    machine.memory.write()
-    spoil(machine)
-    before = machine.vm.leaves()
-    bad = (PAGES - first) * PAGE
-    result = machine.vcpu.prefault(GPA, machine.size)
+    fixture = make_fixture(memfd(PAGES * PAGE_SIZE))
+    fixture.memory.write()
+    spoil(fixture)
+    before = fixture.vm.leaves()
+    bad = (PAGES - first) * PAGE_SIZE
+    result = fixture.vcpu.prefault(GPA, fixture.size)
     expect_equal(str(result), f"success, {bad:#x} bytes left", "the first ioctl")
-    expect_equal((machine.vm.leaves() - before).k4, first, "pages mapped")
-    result = machine.vcpu.prefault(GPA + first * PAGE, bad)
+    expect_equal((fixture.vm.leaves() - before).pages_4k, first, "pages mapped")
+    result = fixture.vcpu.prefault(GPA + first * PAGE_SIZE, bad)
     expect_equal(str(result), f"EFAULT, {bad:#x} bytes left", "the second ioctl")
-    expect_equal((machine.vm.leaves() - before).k4, first, "pages mapped after the error")
-    taken = machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA, first))
+    expect_equal((fixture.vm.leaves() - before).pages_4k, first, "pages mapped after the error")
+    taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, first))
     expect_equal(taken, 0, "faults on the pages that were done")
 
 
-_HALF = PAGES // 2 * PAGE
+_HALF = PAGES // 2 * PAGE_SIZE
 for name, what, spoil in (
     ("unmapped", "the memory was unmapped", lambda m: m.memory.unmap(_HALF)),
     ("prot-none", "the memory may not be accessed", lambda m: m.memory.protect(PROT_NONE, _HALF)),
@@ -140,19 +142,19 @@ for name, what, spoil in (
 
 
 def _enoent(gpa: int, irqchip: bool = False) -> None:
-    machine = bench(vm=Vm(irqchip=irqchip))
-    before = machine.vm.leaves()
-    holes = machine.vcpu.stat("pf_mmio_spte_created")
-    result = machine.vcpu.prefault(gpa, 4 * PAGE)
-    expect_equal(str(result), f"ENOENT, {4 * PAGE:#x} bytes left", "the ioctl")
-    expect_equal(machine.vm.leaves(), before, "leaves")
-    expect(machine.vcpu.stat("pf_mmio_spte_created") - holes <= 1, "more than one MMIO entry")
-    _unharmed(machine)
+    fixture = make_fixture(vm=KvmVm(irqchip=irqchip))
+    before = fixture.vm.leaves()
+    holes = fixture.vcpu.stat("pf_mmio_spte_created")
+    result = fixture.vcpu.prefault(gpa, 4 * PAGE_SIZE)
+    expect_equal(str(result), f"ENOENT, {4 * PAGE_SIZE:#x} bytes left", "the ioctl")
+    expect_equal(fixture.vm.leaves(), before, "leaves")
+    expect(fixture.vcpu.stat("pf_mmio_spte_created") - holes <= 1, "more than one MMIO entry")
+    _unharmed(fixture)
 
 
 for name, gpa in (
-    ("hole", GPA - 64 * PAGE),
-    ("behind-the-slot", GPA + PAGES * PAGE),
+    ("hole", GPA - 64 * PAGE_SIZE),
+    ("behind-the-slot", GPA + PAGES * PAGE_SIZE),
     ("above-4g", 64 << 30),
     ("max-gfn", (1 << 39)),
     ("beyond-maxphyaddr", 1 << 51),
@@ -169,19 +171,19 @@ for name, gpa in (
     "errors/enoent-makes-mmio-entry",
     "probing a hole is not free: it makes an MMIO entry, which the guest's access then finds",
     "mmu/tdp_mmu.c:tdp_mmu_map_handle_target_level(): pf_mmio_spte_created",
-    host.capability,
+    needs.capability,
     mapping=True,
 )
 def makes_mmio_entry() -> None:
-    machine = bench()
-    created = machine.vcpu.stat("pf_mmio_spte_created")
-    result = machine.vcpu.prefault(GPA - 64 * PAGE, PAGE)
+    fixture = make_fixture()
+    created = fixture.vcpu.stat("pf_mmio_spte_created")
+    result = fixture.vcpu.prefault(GPA - 64 * PAGE_SIZE, PAGE_SIZE)
     expect_equal(error_name(result.error), "ENOENT", "the ioctl")
-    expect_equal(machine.vcpu.stat("pf_mmio_spte_created") - created, 1, "MMIO entries")
-    machine.vcpu.start_at(READ_32, rsi=GPA - 64 * PAGE, rcx=1, rdx=PAGE)
-    expect_equal(machine.vcpu.run(), abi.EXIT_MMIO, "exit of a guest that reads there")
-    expect_equal(machine.vcpu.mmio, (GPA - 64 * PAGE, False), "the MMIO")
-    expect_equal(machine.vcpu.stat("pf_mmio_spte_created") - created, 1, "MMIO entries after it")
+    expect_equal(fixture.vcpu.stat("pf_mmio_spte_created") - created, 1, "MMIO entries")
+    fixture.vcpu.start_at(READ_32, rsi=GPA - 64 * PAGE_SIZE, rcx=1, rdx=PAGE_SIZE)
+    expect_equal(fixture.vcpu.run(), abi.EXIT_MMIO, "exit of a guest that reads there")
+    expect_equal(fixture.vcpu.mmio, (GPA - 64 * PAGE_SIZE, False), "the MMIO")
+    expect_equal(fixture.vcpu.stat("pf_mmio_spte_created") - created, 1, "MMIO entries after it")
 
 
 @case(
@@ -191,14 +193,14 @@ def makes_mmio_entry() -> None:
     mapping=True,
 )
 def mmio_then_slot() -> None:
-    machine = bench()
-    at = GPA - 64 * PAGE
-    expect_equal(error_name(machine.vcpu.prefault(at, PAGE).error), "ENOENT", "the ioctl")
-    memory = small(16 * PAGE)
+    fixture = make_fixture()
+    at = GPA - 64 * PAGE_SIZE
+    expect_equal(error_name(fixture.vcpu.prefault(at, PAGE_SIZE).error), "ENOENT", "the ioctl")
+    memory = small(16 * PAGE_SIZE)
     memory.write()
-    machine.vm.slot(2, at, memory)
-    machine.vcpu.prefault_all(at, memory.size)
-    expect_reads(machine.vcpu, memory, 0, gpa=at)
+    fixture.vm.slot(2, at, memory)
+    fixture.vcpu.prefault_all(at, memory.size)
+    expect_reads(fixture.vcpu, memory, 0, gpa=at)
 
 
 @case(
@@ -211,13 +213,13 @@ def apic_page() -> None:
 
 
 def _wrong_fd(which: str) -> None:
-    machine = bench()
-    fd = machine.vm.fd if which == "vm" else kvm()
-    arguments = ffi.new("uint64_t[8]", [GPA, PAGE])
+    fixture = make_fixture()
+    fd = fixture.vm.fd if which == "vm" else kvm_fd()
+    arguments = ffi.new("uint64_t[8]", [GPA, PAGE_SIZE])
     answer = lib.pf_vmm_ioctl(fd, abi.PRE_FAULT_MEMORY, int(ffi.cast("uintptr_t", arguments)))
     expect(error_name(-answer) in ("ENOTTY", "EINVAL"), "an error that says so")
-    expect_equal(list(arguments)[1], PAGE, "size")
-    _unharmed(machine)
+    expect_equal(list(arguments)[1], PAGE_SIZE, "size")
+    _unharmed(fixture)
 
 
 for which in ("vm", "kvm"):
@@ -233,52 +235,52 @@ for which in ("vm", "kvm"):
     "errors/sigbus-poisoned-page",
     "a poisoned page of ordinary memory is SIGBUS to the calling thread, and EINTR",
     "mmu/mmu.c:kvm_handle_error_pfn(), kvm_send_hwpoison_signal(); the retry then sees the signal",
-    host.capability,
-    host.root,
-    harsh=True,
+    needs.capability,
+    needs.root,
+    destructive=True,
 )
 def poisoned_page() -> None:
-    machine = bench()
+    fixture = make_fixture()
     got: list[int] = []
     signal.signal(signal.SIGBUS, lambda number, _: got.append(number))
     try:
-        machine.memory.advise(HWPOISON, 4 * PAGE, PAGE)
+        fixture.memory.advise(HWPOISON, 4 * PAGE_SIZE, PAGE_SIZE)
     except OSError as error:
         raise Skip(f"MADV_HWPOISON: {error.strerror}") from None
-    left = machine.size - 4 * PAGE
-    result = machine.vcpu.prefault(GPA, machine.size)
+    left = fixture.size - 4 * PAGE_SIZE
+    result = fixture.vcpu.prefault(GPA, fixture.size)
     expect_equal(str(result), f"success, {left:#x} bytes left", "the ioctl up to it")
-    expect_equal(machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA, 4)), 0, "faults before it")
+    expect_equal(fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, 4)), 0, "faults before it")
     got.clear()
-    result = machine.vcpu.prefault(GPA + 4 * PAGE, left)
+    result = fixture.vcpu.prefault(GPA + 4 * PAGE_SIZE, left)
     expect_equal(str(result), f"EINTR, {left:#x} bytes left", "the ioctl from it on")
     expect_equal(got, [signal.SIGBUS], "signals")
-    machine.vcpu.prefault_all(GPA + 5 * PAGE, left - PAGE)
-    taken = machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA + 5 * PAGE, PAGES - 5))
+    fixture.vcpu.prefault_all(GPA + 5 * PAGE_SIZE, left - PAGE_SIZE)
+    taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA + 5 * PAGE_SIZE, PAGES - 5))
     expect_equal(taken, 0, "faults behind it")
 
 
 def _mmu_page_limit() -> str:
     """Pages scattered so that each needs a page table of its own."""
     count = 80
-    memory = memfd(PAGE)
+    memory = memfd(PAGE_SIZE)
     memory.write()
-    vm = Vm()
+    vm = KvmVm()
     vcpu = vm.vcpu()
     vcpu.warm()
     minimum = 64  # KVM_MIN_ALLOC_MMU_PAGES
     ioctl(vm.fd, abi.SET_NR_MMU_PAGES, minimum)
     done = 0
     for number in range(count):
-        gpa = GPA + number * abi.HUGE
+        gpa = GPA + number * HUGE_PAGE_SIZE
         vm.slot(1 + number, gpa, memory)
-        result = vcpu.prefault(gpa, PAGE)
+        result = vcpu.prefault(gpa, PAGE_SIZE)
         if result.error:
             expect_equal(error_name(result.error), "ENOSPC", "the error at the limit")
             break
         done += 1
     vcpu.warm()
-    seen = vcpu.read(GPA, done, stride=abi.HUGE)
+    seen = vcpu.read(GPA, done, stride=HUGE_PAGE_SIZE)
     expect_equal(seen, done * memory.word(0) & 0xFFFFFFFF, "what the guest reads")
     return f"{done} of {count} page tables within the limit of {minimum}"
 
@@ -289,5 +291,5 @@ add(
     "MMU",
     "mmu/mmu.c:make_mmu_pages_available()",
     _mmu_page_limit,
-    host.capability,
+    needs.capability,
 )

@@ -9,12 +9,15 @@ import socket
 from collections.abc import Callable
 
 from ..._native import lib
-from .. import abi, host
-from ..abi import PAGE
-from ..guest import COUNT
+from ...host.kvm import Stage2Leaves
+from ...units import PAGE_SIZE
+from .. import abi, needs
+from ..expectations import expect, expect_equal
+from ..guest_code import COUNT
 from ..suite import add, case
-from ..vmm import COUNTER, Leaves, Running, Task, expect, expect_equal
-from .common import GPA, Bench, bench, expect_reads
+from ..threads import BackgroundCall, RunningVcpu
+from ..vmm import COUNTER
+from .common import GPA, Fixture, expect_reads, make_fixture
 
 _MM = "virt/kvm/kvm_main.c:kvm_vcpu_ioctl(): kvm->mm != current->mm is EIO (6d4e4c4fca5b)"
 
@@ -38,47 +41,47 @@ def _in_a_child(body: Callable[[], int], between: Callable[[], object] = bool) -
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _prefault(machine: Bench) -> int:
-    return machine.vcpu.prefault(GPA, machine.size, any_error=True).error
+def _prefault(fixture: Fixture) -> int:
+    return fixture.vcpu.prefault(GPA, fixture.size, any_error=True).error
 
 
-def _foreign(machine: Bench, body: Callable[[], int]) -> None:
-    before: list[Leaves] = []
+def _foreign(fixture: Fixture, body: Callable[[], int]) -> None:
+    before: list[Stage2Leaves] = []
 
     def between() -> None:
-        machine.vcpu.warm()
-        before.append(machine.vm.leaves())
+        fixture.vcpu.warm()
+        before.append(fixture.vm.leaves())
 
     seen = _in_a_child(body, between)
     expect_equal(errno.errorcode.get(seen), "EIO", "what another process gets")
-    expect_equal([machine.vm.leaves()], before, "leaves")
+    expect_equal([fixture.vm.leaves()], before, "leaves")
     # The owner is not affected.
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_reads(machine.vcpu, machine.memory, 0)
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_reads(fixture.vcpu, fixture.memory, 0)
 
 
 @case("foreign/forked-child", "EIO in a forked child: the same file, another mm", _MM, mapping=True)
 def forked_child() -> None:
-    machine = bench()
-    _foreign(machine, lambda: _prefault(machine))
+    fixture = make_fixture()
+    _foreign(fixture, lambda: _prefault(fixture))
 
 
 @case(
     "foreign/pidfd-getfd",
     "EIO to a process that took the descriptor with pidfd_getfd()",
     _MM,
-    host.root,
+    needs.root,
     mapping=True,
 )
 def pidfd_getfd() -> None:
-    machine = bench()
+    fixture = make_fixture()
     owner = os.getpid()
 
     def body() -> int:
-        mine = lib.take_fd(os.pidfd_open(owner), machine.vcpu.fd)
-        return -int(lib.kvm_pre_fault(mine, GPA, PAGE)) if mine >= 0 else 254
+        mine = lib.take_fd(os.pidfd_open(owner), fixture.vcpu.fd)
+        return -int(lib.kvm_pre_fault(mine, GPA, PAGE_SIZE)) if mine >= 0 else 254
 
-    _foreign(machine, body)
+    _foreign(fixture, body)
 
 
 @case(
@@ -88,15 +91,15 @@ def pidfd_getfd() -> None:
     mapping=True,
 )
 def scm_rights() -> None:
-    machine = bench()
+    fixture = make_fixture()
     ours, theirs = socket.socketpair()
-    socket.send_fds(ours, [b"x"], [machine.vcpu.fd])
+    socket.send_fds(ours, [b"x"], [fixture.vcpu.fd])
 
     def body() -> int:
         _, fds, _, _ = socket.recv_fds(theirs, 1, 1)
-        return -int(lib.kvm_pre_fault(fds[0], GPA, PAGE))
+        return -int(lib.kvm_pre_fault(fds[0], GPA, PAGE_SIZE))
 
-    _foreign(machine, body)
+    _foreign(fixture, body)
 
 
 @case(
@@ -105,10 +108,10 @@ def scm_rights() -> None:
     _MM,
 )
 def running_vcpu() -> None:
-    machine = bench()
-    with Running(machine.vcpu, COUNT, rbx=COUNTER) as running:
+    fixture = make_fixture()
+    with RunningVcpu(fixture.vcpu, COUNT, rbx=COUNTER) as running:
         running.wait_progress()
-        seen = _in_a_child(lambda: _prefault(machine))
+        seen = _in_a_child(lambda: _prefault(fixture))
         running.wait_progress()
     expect_equal(errno.errorcode.get(seen), "EIO", "what another process gets")
 
@@ -119,10 +122,10 @@ def running_vcpu() -> None:
     "virt/kvm/kvm_main.c:kvm_vm_ioctl()",
 )
 def vm_ioctls() -> None:
-    machine = bench()
-    seen = _in_a_child(lambda: -int(lib.pf_vmm_ioctl(machine.vm.fd, abi.CREATE_VCPU, 7)))
+    fixture = make_fixture()
+    seen = _in_a_child(lambda: -int(lib.pf_vmm_ioctl(fixture.vm.fd, abi.CREATE_VCPU, 7)))
     expect_equal(errno.errorcode.get(seen), "EIO", "KVM_CREATE_VCPU by another process")
-    expect_reads(machine.vcpu, machine.memory, None)
+    expect_reads(fixture.vcpu, fixture.memory, None)
 
 
 @case(
@@ -132,22 +135,22 @@ def vm_ioctls() -> None:
     mapping=True,
 )
 def clone_vm() -> None:
-    machine = bench()
-    before = machine.vm.leaves()
-    result = machine.vcpu.prefault(GPA, machine.size, call=lib.pf_vmm_ioctl_in_clone)
+    fixture = make_fixture()
+    before = fixture.vm.leaves()
+    result = fixture.vcpu.prefault(GPA, fixture.size, call=lib.pf_vmm_ioctl_in_clone)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl in a CLONE_VM child")
-    expect_equal((machine.vm.leaves() - before).k4, machine.pages, "pages mapped")
-    expect_reads(machine.vcpu, machine.memory, 0)
+    expect_equal((fixture.vm.leaves() - before).pages_4k, fixture.pages, "pages mapped")
+    expect_reads(fixture.vcpu, fixture.memory, 0)
 
 
 def _in_a_thread(run_there: bool) -> None:
-    machine = bench()
+    fixture = make_fixture()
     if run_there:
-        Task(machine.vcpu.warm).result()
-    before = machine.vm.leaves()
-    Task(lambda: machine.vcpu.prefault_all(GPA, machine.size)).result()
-    expect_equal((machine.vm.leaves() - before).k4, machine.pages, "pages mapped")
-    expect_reads(machine.vcpu, machine.memory, 0)
+        BackgroundCall(fixture.vcpu.warm).result()
+    before = fixture.vm.leaves()
+    BackgroundCall(lambda: fixture.vcpu.prefault_all(GPA, fixture.size)).result()
+    expect_equal((fixture.vm.leaves() - before).pages_4k, fixture.pages, "pages mapped")
+    expect_reads(fixture.vcpu, fixture.memory, 0)
 
 
 for run_there in (False, True):
@@ -164,16 +167,16 @@ for run_there in (False, True):
     "foreign/vm-descriptor-closed",
     "the vCPU's descriptor is enough: the VM's may be closed",
     "virt/kvm/kvm_main.c:kvm_get_kvm() by a vCPU's descriptor",
-    host.capability,
+    needs.capability,
     mapping=True,
 )
 def vm_descriptor_closed() -> None:
-    machine = bench()
-    os.close(machine.vm.fd)
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_equal((machine.vm.leaves() - before).k4, machine.pages, "pages mapped")
-    expect_reads(machine.vcpu, machine.memory, 0)
+    fixture = make_fixture()
+    os.close(fixture.vm.fd)
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_equal((fixture.vm.leaves() - before).pages_4k, fixture.pages, "pages mapped")
+    expect_reads(fixture.vcpu, fixture.memory, 0)
 
 
 @case(
@@ -183,12 +186,12 @@ def vm_descriptor_closed() -> None:
     mapping=True,
 )
 def owner_forks() -> None:
-    machine = bench()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    before = machine.vm.leaves()
+    fixture = make_fixture()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    before = fixture.vm.leaves()
     _in_a_child(lambda: 0)
-    lost = (before - machine.vm.leaves()).k4
-    expect(lost >= machine.pages, f"leaves of the slot are gone ({lost})")
-    machine.vcpu.warm()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_reads(machine.vcpu, machine.memory, 0)
+    lost = (before - fixture.vm.leaves()).pages_4k
+    expect(lost >= fixture.pages, f"leaves of the slot are gone ({lost})")
+    fixture.vcpu.warm()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_reads(fixture.vcpu, fixture.memory, 0)

@@ -1,290 +1,50 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Is it really mapped, and may it be written? Backing x what was touched x what the guest does.
-
-The ioctl is a *read* fault: it maps what the host's page table has, and a page that is not
-writable there is mapped read-only. No counter tells read-only from writable, but the guest
-does: its first write to a read-only leaf is a fault.
-"""
+"""What else is mapped: a second time, read-only, in part, twice; and what unmaps it again."""
 
 from __future__ import annotations
 
 import os
-import select
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
-from .. import abi, guest, host
-from ..abi import HUGE, MIB, PAGE
-from ..guest import WRITE_32
+from ...host.kvm import Stage2Leaves
+from ...units import HUGE_PAGE_SIZE, MIB, PAGE_SIZE
+from .. import abi, guest_code, needs
+from ..expectations import expect, expect_equal
+from ..guest_code import WRITE_32
 from ..memory import (
-    COLLAPSE,
-    MERGEABLE,
-    POPULATE_READ,
+    DONTNEED,
     PROT_READ,
-    Memory,
+    READ_WRITE,
     Userfault,
-    file_private,
-    huge,
     hugetlb,
     memfd,
-    memfd_with_contents,
     small,
     system_call,
 )
-from ..suite import Need, Skip, add, case
-from ..vmm import LONG64, Leaves, Task, Vm, expect, expect_equal, wait_for
-from .common import GPA, PAGES, SLOT, bench, expect_mapped, expect_reads, expect_writes
-
-SMALL = PAGES * PAGE
-_RULE = "mmu/mmu.c:kvm_tdp_map_page(), virt/kvm/kvm_main.c:hva_to_pfn_slow() (map_writable)"
-
-
-FREE = 0
-UPGRADED = 1
-"""A read-only leaf: the write is a fault, which makes it writable."""
-COPIED = 2
-"""A read-only leaf of a page that has to be copied first. The copy calls KVM's mmu notifier, so
-the fault that caused it finds itself stale, and is taken a second time."""
-_COPY = "mm/memory.c:wp_page_copy() calls the notifier; mmu/mmu.c:is_page_fault_stale() retries"
-
-
-@dataclass(frozen=True)
-class Backing:
-    """A kind of memory, and what becomes of it.
-
-    :ivar make: gives the memory, touched as the name says.
-    :ivar cost: faults of the guest's first write to each leaf that was prefaulted.
-    :ivar leaf: bytes of the leaves it is mapped with.
-    :ivar settled: nobody changes the memory while the guest writes it.
-    """
-
-    name: str
-    touched: str
-    make: Callable[[], Memory]
-    cost: int
-    leaf: int = PAGE
-    needs: tuple[Need, ...] = ()
-    source: str = _RULE
-    settled: bool = True
-
-    def leaves(self, memory: Memory) -> Leaves:
-        count = memory.size // self.leaf
-        return Leaves(count) if self.leaf == PAGE else Leaves(0, count)
-
-
-def touched(memory: Memory, *what: str) -> Memory:
-    for action in what:
-        getattr(memory, action)()
-    return memory
-
-
-def populated_for_reading(memory: Memory) -> Memory:
-    memory.advise(POPULATE_READ)
-    return memory
-
-
-def _collapsed(size: int) -> Memory:
-    memory = memfd(size)
-    memory.write()
-    try:
-        memory.advise(COLLAPSE)
-    except OSError as error:
-        raise Skip(f"MADV_COLLAPSE of a memfd: {error.strerror}") from None
-    return memory
-
-
-def _shared_with_a_child(size: int) -> Memory:
-    """Copy-on-write with a process that stays."""
-    memory = touched(small(size), "write")
-    child = os.fork()
-    if child == 0:
-        select.select([], [], [])
-    return memory
-
-
-def _merged(size: int) -> Memory:
-    """Every page the same, merged by KSM."""
-    memory = small(size)
-    for offset in range(0, size, PAGE):
-        memory.put(offset, b"the same everywhere")
-    memory.advise(MERGEABLE)
-    merged = Path("/proc/self/ksm_merging_pages")
-    if not merged.exists():
-        raise Skip("this kernel does not tell what KSM has merged")
-    wait_for(lambda: int(merged.read_text()) >= size // PAGE, "KSM to merge the pages", 30)
-    return memory
-
-
-def _soft_clean(size: int) -> Memory:
-    """Written, then write-protected by the soft-dirty tracking of /proc/PID/clear_refs."""
-    memory = touched(small(size), "write")
-    entry = 8 * (memory.address // PAGE)
-    with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
-        dirty = os.pread(pagemap.fileno(), 8, entry)[6] & 0x80
-        Path("/proc/self/clear_refs").write_text("4")
-        if not dirty or os.pread(pagemap.fileno(), 8, entry)[6] & 0x80:
-            raise Skip("this kernel has no soft-dirty tracking")
-    return memory
-
-
-_ZERO_PAGE = "mm/memory.c:do_anonymous_page(): a read fault gets the zero page"
-_COW = "mm/memory.c:do_read_fault(): a private mapping gets the page cache's page, read-only"
-_HUGETLB = "mm/hugetlb.c:hugetlb_no_page(): write-protected unless shared"
-
-BACKINGS = (
-    Backing("4k", "untouched", lambda: small(SMALL), COPIED, source=_ZERO_PAGE),
-    Backing("4k", "read", lambda: touched(small(SMALL), "read"), COPIED, source=_ZERO_PAGE),
-    Backing("4k", "written", lambda: touched(small(SMALL), "write"), FREE),
-    Backing("4k", "populated", lambda: touched(small(SMALL), "populate"), FREE),
-    Backing("4k", "populated-read", lambda: populated_for_reading(small(SMALL)), COPIED,
-            source=_ZERO_PAGE),
-    Backing("4k", "read-then-populated", lambda: touched(small(SMALL), "read", "populate"), FREE),
-    Backing("thp", "written", lambda: touched(huge(HUGE), "write"), FREE, HUGE,
-            (host.transparent_huge_pages,)),
-    Backing("thp", "populated", lambda: touched(huge(2 * HUGE), "populate"), FREE, HUGE,
-            (host.transparent_huge_pages,)),
-    Backing("memfd", "untouched", lambda: memfd(SMALL), FREE,
-            source="mm/memory.c:do_shared_fault(), mm/vma.c:vma_wants_writenotify(): shmem's "
-                   "pages are writable at once"),
-    Backing("memfd", "read", lambda: touched(memfd(SMALL), "read"), FREE),
-    Backing("memfd", "written", lambda: touched(memfd(SMALL), "write"), FREE),
-    Backing("memfd", "populated", lambda: touched(memfd(SMALL), "populate"), FREE),
-    Backing("memfd", "in-page-cache", lambda: memfd_with_contents(SMALL, shared=True), FREE),
-    Backing("memfd-huge", "collapsed", lambda: _collapsed(HUGE), FREE, HUGE),
-    Backing("memfd-private", "untouched", lambda: memfd(SMALL, shared=False), COPIED, source=_COW),
-    Backing("memfd-private", "in-page-cache", lambda: memfd_with_contents(SMALL, shared=False),
-            COPIED, source=_COW),
-    Backing("memfd-private", "written", lambda: touched(memfd(SMALL, shared=False), "write"), FREE),
-    Backing("memfd-private", "populated", lambda: touched(memfd(SMALL, shared=False), "populate"),
-            FREE),
-    Backing("file-private", "untouched", lambda: file_private(SMALL), COPIED, source=_COW),
-    Backing("file-private", "read", lambda: touched(file_private(SMALL), "read"), COPIED,
-            source=_COW),
-    Backing("file-private", "populated", lambda: touched(file_private(SMALL), "populate"), FREE),
-    Backing("hugetlb-shared", "untouched", lambda: hugetlb(HUGE, shared=True), FREE, HUGE,
-            (host.hugetlb_2m,), _HUGETLB),
-    Backing("hugetlb-shared", "written", lambda: touched(hugetlb(HUGE, shared=True), "write"),
-            FREE, HUGE, (host.hugetlb_2m,)),
-    Backing("hugetlb-private", "untouched", lambda: hugetlb(HUGE, shared=False), UPGRADED, HUGE,
-            (host.hugetlb_2m,), _HUGETLB),
-    Backing("hugetlb-private", "written", lambda: touched(hugetlb(HUGE, shared=False), "write"),
-            FREE, HUGE, (host.hugetlb_2m,)),
-    Backing("hugetlb-private", "populated",
-            lambda: touched(hugetlb(HUGE, shared=False), "populate"), FREE, HUGE,
-            (host.hugetlb_2m,)),
-    Backing("4k", "cow-with-child", lambda: _shared_with_a_child(SMALL), COPIED,
-            source="virt/kvm/kvm_main.c:hva_to_pfn(): copy-on-write is not broken by a read"),
-    # KSM goes on, and may merge again what the guest has just written.
-    Backing("4k", "merged-by-ksm", lambda: _merged(SMALL), COPIED, needs=(host.ksm,),
-            settled=False),
-    Backing("4k", "soft-clean", lambda: _soft_clean(SMALL), UPGRADED,
-            source="fs/proc/task_mmu.c:clear_soft_dirty() write-protects"),
-)  # fmt: skip
-
-
-def _prefault_then(backing: Backing, writes: bool) -> None:
-    memory = backing.make()
-    machine = bench(memory)
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, memory.size)
-    expect_mapped(machine.vm, before, backing.leaves(memory))
-    expect_reads(machine.vcpu, memory, 0)
-    if writes:
-        faults = backing.cost * (memory.size // backing.leaf)
-        if backing.settled:
-            expect_writes(machine.vcpu, memory, faults)
-            expect_writes(machine.vcpu, memory, 0, value=0x5A5A0001)
-        else:
-            taken = expect_writes(machine.vcpu, memory, None)
-            expect(taken >= faults, f"{taken} faults, and not at least {faults}")
-
-
-_COSTS = ("for nothing", "with a fault for each leaf", "with two faults for each leaf")
-
-for backing in BACKINGS:
-    entry = "read-only" if backing.cost else "writable"
-    for writes, verb in ((False, "reads"), (True, "writes")):
-        cost = _COSTS[backing.cost if writes else 0]
-        size = "2 MiB" if backing.leaf == HUGE else "4 KiB"
-        add(
-            f"mapping/{backing.name}-{backing.touched}-{verb[:-1]}",
-            f"{backing.name}, {backing.touched}: mapped {entry} in {size}; the guest {verb} {cost}",
-            f"{backing.source}; {_COPY}" if writes and backing.cost == COPIED else backing.source,
-            lambda backing=backing, writes=writes: _prefault_then(backing, writes),  # type: ignore[misc]
-            *backing.needs,
-            mapping=True,
-        )
-
-
-def _huge_zero_page(read_first: bool) -> str:
-    memory = huge(HUGE)
-    if read_first:
-        memory.read(HUGE)
-    machine = bench(memory)
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, HUGE)
-    grown = machine.vm.leaves() - before
-    if grown != Leaves(0, 1):
-        raise Skip(f"no huge zero page here (use_zero_page?): mapped as {grown}")
-    machine.vcpu.read(GPA, HUGE // PAGE)
-    faults = expect_writes(machine.vcpu, memory, None)
-    # Two for each that has to be copied, as above.
-    expect(faults in (1, 2, 512, 1024), f"{faults} faults")
-    kept = machine.vm.leaves() - before
-    return f"a guest that then writes 2 MiB takes {faults} faults, and has {kept}"
-
-
-for read_first in (False, True):
-    add(
-        f"mapping/thp-{'read' if read_first else 'untouched'}-write",
-        "THP that nobody wrote is the huge zero page, mapped read-only; the first write splits it "
-        "in 4 KiB pages, or gets a huge page",
-        "mm/huge_memory.c:do_huge_pmd_wp_page(); 1ced09e0331f allocates a huge page instead",
-        lambda read_first=read_first: _huge_zero_page(read_first),  # type: ignore[misc]
-        host.transparent_huge_pages,
-        mapping=True,
-    )
-
-
-@case(
-    "mapping/populate-after-the-zero-page",
-    "THP that was prefaulted untouched and then populated: 4 KiB pages, or a huge page",
-    "mm/huge_memory.c:do_huge_pmd_wp_page(); 1ced09e0331f",
-    host.transparent_huge_pages,
-    mapping=True,
-)
-def populate_after_zero_page() -> str:
-    machine = bench(huge(HUGE))
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, HUGE)
-    machine.memory.populate()
-    expect_mapped(machine.vm, before, Leaves(0))  # the notifier has unmapped the zero page
-    machine.vcpu.prefault_all(GPA, HUGE)
-    grown = machine.vm.leaves() - before
-    expect_equal(grown.size, HUGE, "bytes mapped")
-    expect_writes(machine.vcpu, machine.memory, 0)
-    return f"mapped as {grown}"
+from ..suite import add, case
+from ..threads import BackgroundCall
+from ..vmm import LONG64, KvmVm
+from .common import GPA, PAGES, SLOT, expect_mapped, expect_reads, expect_writes, make_fixture
+from .memory_kinds import COPIED, RULE, SMALL, touched
 
 
 def _twice(first_read_only: bool) -> str | None:
     """Read-only leaves whose page has become writable without a notifier having said so."""
     if first_read_only:
-        machine = bench(hugetlb(HUGE, shared=False))
-        before = machine.vm.leaves()
-        machine.vcpu.prefault_all(GPA, HUGE)
-        expect_mapped(machine.vm, before, Leaves(0, 1))
-        machine.memory.populate()
-        machine.vcpu.prefault_all(GPA, HUGE)
-        faults = expect_writes(machine.vcpu, machine.memory, None)
+        fixture = make_fixture(hugetlb(HUGE_PAGE_SIZE, shared=False))
+        before = fixture.vm.leaves()
+        fixture.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
+        expect_mapped(fixture.vm, before, Stage2Leaves(0, 1))
+        fixture.memory.populate()
+        fixture.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
+        faults = expect_writes(fixture.vcpu, fixture.memory, None)
         expect(faults in (0, 1), f"{faults} faults of one huge page")
         return "the leaf is made writable" if faults == 0 else "the leaf stays read-only"
-    machine = bench()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_mapped(machine.vm, before, Leaves(0))
-    expect_writes(machine.vcpu, machine.memory, 0)
+    fixture = make_fixture()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_mapped(fixture.vm, before, Stage2Leaves(0))
+    expect_writes(fixture.vcpu, fixture.memory, 0)
     return None
 
 
@@ -301,23 +61,23 @@ add(
     "mmu/tdp_mmu.c:tdp_mmu_map_handle_target_level(): in newer kernels a prefetch that meets "
     "a leaf is spurious",
     lambda: _twice(True),
-    host.hugetlb_2m,
+    needs.hugetlb_2m,
     mapping=True,
 )
 
 
 def _readonly_slot(writes: bool) -> None:
-    machine = bench(flags=abi.MEM_READONLY)
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_mapped(machine.vm, before, Leaves(machine.pages))
-    expect_reads(machine.vcpu, machine.memory, 0)
+    fixture = make_fixture(flags=abi.MEM_READONLY)
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_mapped(fixture.vm, before, Stage2Leaves(fixture.pages))
+    expect_reads(fixture.vcpu, fixture.memory, 0)
     if writes:
-        words = machine.memory.words()
-        machine.vcpu.start_at(WRITE_32, rsi=GPA, rcx=1, rdx=PAGE, rax=1)
-        expect_equal(machine.vcpu.run(), abi.EXIT_MMIO, "exit reason of the write")
-        expect_equal(machine.vcpu.mmio, (GPA, True), "the MMIO")
-        expect_equal(machine.memory.words(), words, "the slot's memory")
+        words = fixture.memory.words()
+        fixture.vcpu.start_at(WRITE_32, rsi=GPA, rcx=1, rdx=PAGE_SIZE, rax=1)
+        expect_equal(fixture.vcpu.run(), abi.EXIT_MMIO, "exit reason of the write")
+        expect_equal(fixture.vcpu.mmio, (GPA, True), "the MMIO")
+        expect_equal(fixture.memory.words(), words, "the slot's memory")
 
 
 for writes in (False, True):
@@ -339,14 +99,14 @@ for writes in (False, True):
 def host_read_only() -> None:
     memory = touched(small(SMALL), "write")
     memory.protect(PROT_READ)
-    machine = bench(memory)
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, memory.size)
-    expect_mapped(machine.vm, before, Leaves(machine.pages))
-    expect_reads(machine.vcpu, memory, 0)
+    fixture = make_fixture(memory)
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, memory.size)
+    expect_mapped(fixture.vm, before, Stage2Leaves(fixture.pages))
+    expect_reads(fixture.vcpu, memory, 0)
     words = memory.words()
     try:
-        machine.vcpu.write(GPA, 1, 1)
+        fixture.vcpu.write(GPA, 1, 1)
     except OSError as error:
         expect_equal(error.errno, 14, "errno of KVM_RUN")
     else:
@@ -358,19 +118,19 @@ def host_read_only() -> None:
     "mapping/userfault-write-protected",
     "memory write-protected by userfaultfd is mapped read-only, and the write is still told",
     "virt/kvm/kvm_main.c:hva_to_pfn_slow(): the write is tried, not forced",
-    host.root,
+    needs.root,
     mapping=True,
 )
 def userfault_write_protected() -> None:
     memory = touched(small(SMALL), "write")
     userfault = Userfault(memory, write_protect=True)
     userfault.protect()
-    machine = bench(memory)
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, memory.size)
-    expect_mapped(machine.vm, before, Leaves(machine.pages))
-    expect_reads(machine.vcpu, memory, 0)
-    writer = Task(lambda: machine.vcpu.write(GPA, PAGES, 7))
+    fixture = make_fixture(memory)
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, memory.size)
+    expect_mapped(fixture.vm, before, Stage2Leaves(fixture.pages))
+    expect_reads(fixture.vcpu, memory, 0)
+    writer = BackgroundCall(lambda: fixture.vcpu.write(GPA, PAGES, 7))
     expect_equal(userfault.wait(), 0, "the page whose write userfaultfd tells of")
     userfault.protect(False)
     writer.result()
@@ -381,19 +141,21 @@ def userfault_write_protected() -> None:
     "mapping/part-of-a-slot",
     "just the range is mapped, not its neighbours",
     "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory()",
-    host.two_dimensional_mmu,
+    needs.two_dimensional_mmu,
     mapping=True,
 )
 def part_of_a_slot() -> None:
-    machine = bench()
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA + 8 * PAGE, 4 * PAGE)
-    expect_mapped(machine.vm, before, Leaves(4))
+    fixture = make_fixture()
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA + 8 * PAGE_SIZE, 4 * PAGE_SIZE)
+    expect_mapped(fixture.vm, before, Stage2Leaves(4))
     expect_equal(
-        machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA + 8 * PAGE, 4)), 0, "faults inside"
+        fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA + 8 * PAGE_SIZE, 4)),
+        0,
+        "faults inside",
     )
     expect_equal(
-        machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA, PAGES)), PAGES - 4, "faults outside"
+        fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, PAGES)), PAGES - 4, "faults outside"
     )
 
 
@@ -401,36 +163,36 @@ def part_of_a_slot() -> None:
     "mapping/neighbours-on-the-legacy-mmu",
     "the legacy MMU maps a page's present neighbours along with it, up to 8 in all",
     "mmu/mmu.c:direct_pte_prefetch()",
-    host.legacy_mmu,
+    needs.legacy_mmu,
     mapping=True,
 )
 def neighbours_on_the_legacy_mmu() -> str:
-    machine = bench()
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA + 8 * PAGE, PAGE)
-    grown = machine.vm.leaves() - before
-    expect(1 <= grown.k4 <= 8, f"mapped {grown}")
-    taken = machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA + 8 * PAGE, 8))
-    expect(taken <= 8 - grown.k4, f"{taken} faults although {grown.k4} were mapped")
-    return f"one page asked for, {grown.k4} mapped"
+    fixture = make_fixture()
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA + 8 * PAGE_SIZE, PAGE_SIZE)
+    grown = fixture.vm.leaves() - before
+    expect(1 <= grown.pages_4k <= 8, f"mapped {grown}")
+    taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA + 8 * PAGE_SIZE, 8))
+    expect(taken <= 8 - grown.pages_4k, f"{taken} faults although {grown.pages_4k} were mapped")
+    return f"one page asked for, {grown.pages_4k} mapped"
 
 
 @case(
     "mapping/above-4g",
     "memory above 4 GiB, for a guest in 64-bit mode on page tables of its own",
-    _RULE,
+    RULE,
     mapping=True,
 )
 def above_4g() -> None:
     memory = touched(small(SMALL), "write")
-    vm = Vm()
+    vm = KvmVm()
     vcpu = vm.vcpu(mode=LONG64)
     at = 700 << 30
     vm.slot(SLOT, at, memory)
     vcpu.warm()
     before = vm.leaves()
     vcpu.prefault_all(at, memory.size)
-    expect_mapped(vm, before, Leaves(PAGES))
+    expect_mapped(vm, before, Stage2Leaves(PAGES))
     # The page table that leads there is touched for the first time, too: it is system memory.
     expect_reads(vcpu, memory, 0, gpa=at)
     expect_writes(vcpu, memory, 0, gpa=at)
@@ -443,13 +205,15 @@ def above_4g() -> None:
     mapping=True,
 )
 def executed() -> None:
-    machine = bench()
-    for offset in range(0, machine.size, PAGE):
-        machine.memory.put(offset, guest.JUMP_BACK)
-    machine.vcpu.prefault_all(GPA, machine.size)
-    back = machine.vm.program(guest.EXECUTE_32) + guest.EXECUTE_AFTER_JUMP
-    taken = machine.vcpu.faults_of(
-        lambda: machine.vcpu.call(guest.EXECUTE_32, rsi=GPA, rcx=PAGES, rdx=PAGE, rdi=back)
+    fixture = make_fixture()
+    for offset in range(0, fixture.size, PAGE_SIZE):
+        fixture.memory.put(offset, guest_code.JUMP_BACK)
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    back = fixture.vm.program(guest_code.EXECUTE_32) + guest_code.EXECUTE_AFTER_JUMP
+    taken = fixture.vcpu.faults_of(
+        lambda: fixture.vcpu.call(
+            guest_code.EXECUTE_32, rsi=GPA, rcx=PAGES, rdx=PAGE_SIZE, rdi=back
+        )
     )
     expect_equal(taken, 0, "faults of a guest that executes 4 KiB pages")
 
@@ -461,16 +225,16 @@ def executed() -> None:
     mapping=True,
 )
 def discarded() -> None:
-    machine = bench()
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    machine.memory.advise(4, 0, 8 * PAGE)
-    expect_mapped(machine.vm, before, Leaves(PAGES - 8))
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_mapped(machine.vm, before, Leaves(PAGES))
-    expect_reads(machine.vcpu, machine.memory, 0)
-    expect_equal(machine.memory.words()[:8], [0] * 8, "the discarded pages")
-    expect_writes(machine.vcpu, machine.memory, 8 * COPIED)
+    fixture = make_fixture()
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    fixture.memory.advise(DONTNEED, 0, 8 * PAGE_SIZE)
+    expect_mapped(fixture.vm, before, Stage2Leaves(PAGES - 8))
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_mapped(fixture.vm, before, Stage2Leaves(PAGES))
+    expect_reads(fixture.vcpu, fixture.memory, 0)
+    expect_equal(fixture.memory.words()[:8], [0] * 8, "the discarded pages")
+    expect_writes(fixture.vcpu, fixture.memory, 8 * COPIED)
 
 
 @case(
@@ -480,14 +244,14 @@ def discarded() -> None:
     mapping=True,
 )
 def protected_and_back() -> None:
-    machine = bench()
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    machine.memory.protect(PROT_READ)
-    machine.memory.protect(3)
-    expect_mapped(machine.vm, before, Leaves(0))
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_writes(machine.vcpu, machine.memory, 0)
+    fixture = make_fixture()
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    fixture.memory.protect(PROT_READ)
+    fixture.memory.protect(READ_WRITE)
+    expect_mapped(fixture.vm, before, Stage2Leaves(0))
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_writes(fixture.vcpu, fixture.memory, 0)
 
 
 @case(
@@ -497,15 +261,15 @@ def protected_and_back() -> None:
     mapping=True,
 )
 def two_slots_one_memory() -> None:
-    machine = bench()
-    machine.vm.slot(2, GPA + 16 * MIB, machine.memory)
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_mapped(machine.vm, before, Leaves(PAGES))
-    machine.vcpu.prefault_all(GPA + 16 * MIB, machine.size)
-    expect_mapped(machine.vm, before, Leaves(2 * PAGES))
-    expect_writes(machine.vcpu, machine.memory, 0)
-    expect_reads(machine.vcpu, machine.memory, 0, gpa=GPA + 16 * MIB)
+    fixture = make_fixture()
+    fixture.vm.slot(2, GPA + 16 * MIB, fixture.memory)
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_mapped(fixture.vm, before, Stage2Leaves(PAGES))
+    fixture.vcpu.prefault_all(GPA + 16 * MIB, fixture.size)
+    expect_mapped(fixture.vm, before, Stage2Leaves(2 * PAGES))
+    expect_writes(fixture.vcpu, fixture.memory, 0)
+    expect_reads(fixture.vcpu, fixture.memory, 0, gpa=GPA + 16 * MIB)
 
 
 @case(
@@ -515,14 +279,14 @@ def two_slots_one_memory() -> None:
     mapping=True,
 )
 def two_vms() -> None:
-    machine = bench()
-    other = bench(machine.memory)
+    fixture = make_fixture()
+    other = make_fixture(fixture.memory)
     before = other.vm.leaves()
-    machine.vcpu.prefault_all(GPA, machine.size)
+    fixture.vcpu.prefault_all(GPA, fixture.size)
     expect_equal(other.vm.leaves(), before, "leaves of the other VM")
-    expect_writes(machine.vcpu, machine.memory, 0)
-    other.vcpu.prefault_all(GPA, machine.size)
-    expect_reads(other.vcpu, machine.memory, 0)
+    expect_writes(fixture.vcpu, fixture.memory, 0)
+    other.vcpu.prefault_all(GPA, fixture.size)
+    expect_reads(other.vcpu, fixture.memory, 0)
 
 
 @case(
@@ -532,12 +296,12 @@ def two_vms() -> None:
     mapping=True,
 )
 def truncated_file() -> None:
-    machine = bench(touched(memfd(SMALL), "write"))
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    os.truncate(machine.memory.fd, SMALL // 2)
-    expect_mapped(machine.vm, before, Leaves(PAGES // 2))
-    result = machine.vcpu.prefault(GPA + SMALL // 2, SMALL // 2)
+    fixture = make_fixture(touched(memfd(SMALL), "write"))
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    os.truncate(fixture.memory.fd, SMALL // 2)
+    expect_mapped(fixture.vm, before, Stage2Leaves(PAGES // 2))
+    result = fixture.vcpu.prefault(GPA + SMALL // 2, SMALL // 2)
     expect_equal(str(result), f"EFAULT, {SMALL // 2:#x} bytes left", "a prefault past its end")
 
 
@@ -548,10 +312,10 @@ def truncated_file() -> None:
     mapping=True,
 )
 def punched_hole() -> None:
-    machine = bench(touched(memfd(SMALL), "write"))
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    system_call(285, machine.memory.fd, 3, 0, 8 * PAGE)  # fallocate: PUNCH_HOLE | KEEP_SIZE
-    expect_mapped(machine.vm, before, Leaves(PAGES - 8))
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_writes(machine.vcpu, machine.memory, 0)
+    fixture = make_fixture(touched(memfd(SMALL), "write"))
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    system_call(285, fixture.memory.fd, 3, 0, 8 * PAGE_SIZE)  # fallocate: PUNCH_HOLE | KEEP_SIZE
+    expect_mapped(fixture.vm, before, Stage2Leaves(PAGES - 8))
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_writes(fixture.vcpu, fixture.memory, 0)

@@ -3,54 +3,43 @@
 
 from __future__ import annotations
 
-from .. import abi, guest, host
-from ..abi import PAGE
+from ...units import PAGE_SIZE
+from .. import abi, guest_code, needs
+from ..expectations import error_name, expect, expect_equal
 from ..memory import Memory, small
 from ..suite import case
-from ..vmm import (
-    COUNTER,
-    HOST_SAVE,
-    LONG64,
-    TABLES,
-    VMCB,
-    VMRUN_HOST_SAVE_MSR,
-    Vcpu,
-    Vm,
-    error_name,
-    expect,
-    expect_equal,
-)
-from .common import GPA, PAGES, SLOT, Bench, bench, expect_reads, expect_writes
+from ..vmm import COUNTER, HOST_SAVE, LONG64, TABLES, VMCB, VMRUN_HOST_SAVE_MSR, KvmVcpu, KvmVm
+from .common import GPA, PAGES, SLOT, Fixture, expect_reads, expect_writes, make_fixture
 
 _SMM = "mmu/mmu.c:kvm_calc_cpu_role(): role.smm; kvm_vcpu_memslots(): address space 1"
 
 
-def _with_smm() -> Bench:
+def _with_smm() -> Fixture:
     """The same memory in both address spaces."""
-    machine = bench()
-    machine.vm.slot(abi.SMM_SPACE, 0, machine.vm.system)
-    machine.vm.slot(abi.SMM_SPACE | SLOT, GPA, machine.memory)
-    return machine
+    fixture = make_fixture()
+    fixture.vm.slot(abi.SMM_SPACE, 0, fixture.vm.system)
+    fixture.vm.slot(abi.SMM_SPACE | SLOT, GPA, fixture.memory)
+    return fixture
 
 
 @case(
     "modes/smm-own-tables",
     "a vCPU in system management mode prefaults that mode's tables, and no others",
     _SMM,
-    host.smm,
+    needs.smm,
     mapping=True,
 )
 def smm_own_tables() -> None:
-    machine = _with_smm()
-    machine.vcpu.set_smm(True)
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
-    machine.vcpu.warm()
-    expect_reads(machine.vcpu, machine.memory, 0)
-    machine.vcpu.set_smm(False)
-    machine.vcpu.warm()
-    taken = machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA, PAGES))
+    fixture = _with_smm()
+    fixture.vcpu.set_smm(True)
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_equal((fixture.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
+    fixture.vcpu.warm()
+    expect_reads(fixture.vcpu, fixture.memory, 0)
+    fixture.vcpu.set_smm(False)
+    fixture.vcpu.warm()
+    taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, PAGES))
     expect(taken >= PAGES / 8, f"outside of it the guest faults ({taken})")
 
 
@@ -58,66 +47,66 @@ def smm_own_tables() -> None:
     "modes/smm-not-covered",
     "what is prefaulted outside is not there in system management mode",
     _SMM,
-    host.smm,
+    needs.smm,
     mapping=True,
 )
 def smm_not_covered() -> None:
-    machine = _with_smm()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_reads(machine.vcpu, machine.memory, 0)
-    machine.vcpu.set_smm(True)
-    machine.vcpu.warm()
-    taken = machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA, PAGES))
+    fixture = _with_smm()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_reads(fixture.vcpu, fixture.memory, 0)
+    fixture.vcpu.set_smm(True)
+    fixture.vcpu.warm()
+    taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, PAGES))
     expect(taken >= PAGES / 8, f"inside the guest faults ({taken})")
-    machine.vcpu.set_smm(False)
-    machine.vcpu.warm()
-    expect_writes(machine.vcpu, machine.memory, 0)
+    fixture.vcpu.set_smm(False)
+    fixture.vcpu.warm()
+    expect_writes(fixture.vcpu, fixture.memory, 0)
 
 
 @case(
     "modes/smm-hole",
     "ENOENT in system management mode for memory that is only in the other address space",
     _SMM,
-    host.smm,
+    needs.smm,
     mapping=True,
 )
 def smm_hole() -> None:
-    machine = bench()
-    machine.vm.slot(abi.SMM_SPACE, 0, machine.vm.system)
-    machine.vcpu.set_smm(True)
-    result = machine.vcpu.prefault(GPA, PAGE)
+    fixture = make_fixture()
+    fixture.vm.slot(abi.SMM_SPACE, 0, fixture.vm.system)
+    fixture.vcpu.set_smm(True)
+    result = fixture.vcpu.prefault(GPA, PAGE_SIZE)
     expect_equal(str(result), "ENOENT, 0x1000 bytes left", "the ioctl")
-    machine.vcpu.set_smm(False)
-    machine.vcpu.prefault_all(GPA, machine.size)
-    machine.vcpu.warm()
-    expect_writes(machine.vcpu, machine.memory, 0)
+    fixture.vcpu.set_smm(False)
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    fixture.vcpu.warm()
+    expect_writes(fixture.vcpu, fixture.memory, 0)
 
 
 @case(
     "modes/smm-slot-deleted",
     "deleting a slot of one address space drops the tables of both",
     "mmu/mmu.c:kvm_mmu_zap_all_fast()",
-    host.smm,
+    needs.smm,
     mapping=True,
 )
 def smm_slot_deleted() -> None:
-    machine = _with_smm()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    machine.vm.delete(abi.SMM_SPACE | SLOT)
-    expect_equal(machine.vm.leaves().size, 0, "bytes mapped")
-    machine.vcpu.warm()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_writes(machine.vcpu, machine.memory, 0)
+    fixture = _with_smm()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    fixture.vm.delete(abi.SMM_SPACE | SLOT)
+    expect_equal(fixture.vm.leaves().bytes, 0, "bytes mapped")
+    fixture.vcpu.warm()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_writes(fixture.vcpu, fixture.memory, 0)
 
 
 _NESTED = "mmu/mmu.c:kvm_tdp_map_page(): arch.mmu is guest_mmu, whose page_fault is no TDP one"
 _NESTED_SHADOW = "mmu/mmu.c: root_mmu with role.guest_mode is a TDP MMU with a root of its own"
 
 
-def _in_guest_mode(npt: bool) -> tuple[Bench, Vcpu]:
+def _in_guest_mode(npt: bool) -> tuple[Fixture, KvmVcpu]:
     """A vCPU that runs a guest of its guest, which has just told us so, and one that does not."""
-    vm = Vm()
-    memory = small(PAGES * PAGE)
+    vm = KvmVm()
+    memory = small(PAGES * PAGE_SIZE)
     memory.write()
     vcpu = vm.vcpu(mode=LONG64.with_efer(abi.EFER_SVME))
     outside = vm.vcpu()
@@ -125,20 +114,22 @@ def _in_guest_mode(npt: bool) -> tuple[Bench, Vcpu]:
     outside.warm()
     vcpu.warm()
     nested_cr3 = TABLES if npt else None
-    code = guest.vmcb(rip=vm.program(guest.COUNT_AND_TELL), cr3=TABLES, nested_cr3=nested_cr3)
+    code = guest_code.vmcb(
+        rip=vm.program(guest_code.COUNT_AND_OUT), cr3=TABLES, nested_cr3=nested_cr3
+    )
     vm.system.put(VMCB, code)
     vcpu.set_msr(VMRUN_HOST_SAVE_MSR, HOST_SAVE)
-    vcpu.start_at(guest.VMRUN, rax=VMCB, rbx=COUNTER)
+    vcpu.start_at(guest_code.VMRUN, rax=VMCB, rbx=COUNTER)
     expect_equal(vcpu.run(), abi.EXIT_IO, "exit of the nested guest")
     expect_equal(vcpu.stat("guest_mode"), 1, "guest_mode")
     expect_equal(vm.counter, 1, "the nested guest's count")
-    return Bench(vm, vcpu, memory), outside
+    return Fixture(vm, vcpu, memory), outside
 
 
-def _goes_on(vcpu: Vcpu) -> None:
+def _goes_on(vcpu: KvmVcpu) -> None:
     """The nested guest counts on."""
     before = vcpu.vm.counter
-    vcpu.start_at(guest.COUNT_AND_TELL, rbx=COUNTER)
+    vcpu.start_at(guest_code.COUNT_AND_OUT, rbx=COUNTER)
     expect_equal(vcpu.run(), abi.EXIT_IO, "exit of the nested guest")
     expect_equal(vcpu.vm.counter, before + 1, "the nested guest's count")
     expect_equal(vcpu.stat("guest_mode"), 1, "guest_mode")
@@ -148,53 +139,53 @@ def _goes_on(vcpu: Vcpu) -> None:
     "modes/nested-npt",
     "EOPNOTSUPP on a vCPU that runs a nested guest on nested NPT; nothing is mapped",
     _NESTED,
-    host.nested_svm,
-    host.nested_paging,
-    host.capability,
+    needs.nested_svm,
+    needs.nested_paging,
+    needs.capability,
 )
 def nested_npt() -> None:
-    machine, _ = _in_guest_mode(npt=True)
-    before = machine.vm.leaves()
-    result = machine.vcpu.prefault(GPA, machine.size)
+    fixture, _ = _in_guest_mode(npt=True)
+    before = fixture.vm.leaves()
+    result = fixture.vcpu.prefault(GPA, fixture.size)
     expect_equal(error_name(result.error), "EOPNOTSUPP", "the ioctl")
-    expect_equal(result.left, machine.size, "bytes left")
-    expect_equal(machine.vm.leaves(), before, "leaves")
-    _goes_on(machine.vcpu)
+    expect_equal(result.left, fixture.size, "bytes left")
+    expect_equal(fixture.vm.leaves(), before, "leaves")
+    _goes_on(fixture.vcpu)
 
 
 @case(
     "modes/nested-npt-another-vcpu",
     "another vCPU, outside of guest mode, prefaults for all; the nested guest goes on",
     _NESTED,
-    host.nested_svm,
-    host.nested_paging,
+    needs.nested_svm,
+    needs.nested_paging,
     mapping=True,
 )
 def nested_npt_another_vcpu() -> None:
-    machine, outside = _in_guest_mode(npt=True)
-    before = machine.vm.leaves()
-    outside.prefault_all(GPA, machine.size)
-    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
-    expect_reads(outside, machine.memory, 0)
-    _goes_on(machine.vcpu)
+    fixture, outside = _in_guest_mode(npt=True)
+    before = fixture.vm.leaves()
+    outside.prefault_all(GPA, fixture.size)
+    expect_equal((fixture.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
+    expect_reads(outside, fixture.memory, 0)
+    _goes_on(fixture.vcpu)
 
 
 @case(
     "modes/nested-shadow",
     "on a vCPU whose nested guest is shadow-paged it succeeds, for the nested guest's root alone",
     _NESTED_SHADOW,
-    host.nested_svm,
-    host.nested_paging,
+    needs.nested_svm,
+    needs.nested_paging,
     mapping=True,
 )
 def nested_shadow() -> None:
-    machine, outside = _in_guest_mode(npt=False)
-    machine.vcpu.warm()
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
-    expect_reads(machine.vcpu, machine.memory, 0)
-    _goes_on(machine.vcpu)
+    fixture, outside = _in_guest_mode(npt=False)
+    fixture.vcpu.warm()
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_equal((fixture.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
+    expect_reads(fixture.vcpu, fixture.memory, 0)
+    _goes_on(fixture.vcpu)
     taken = outside.faults_of(lambda: outside.read(GPA, PAGES))
     expect(taken >= PAGES / 8, f"the guest itself still faults ({taken})")
 
@@ -203,16 +194,16 @@ def nested_shadow() -> None:
     "modes/nested-shadow-not-covered",
     "what is prefaulted outside of guest mode is not there for a shadow-paged nested guest",
     _NESTED_SHADOW,
-    host.nested_svm,
-    host.nested_paging,
+    needs.nested_svm,
+    needs.nested_paging,
     mapping=True,
 )
 def nested_shadow_not_covered() -> None:
-    machine, outside = _in_guest_mode(npt=False)
-    outside.prefault_all(GPA, machine.size)
-    expect_reads(outside, machine.memory, 0)
-    machine.vcpu.warm()
-    taken = machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA, PAGES))
+    fixture, outside = _in_guest_mode(npt=False)
+    outside.prefault_all(GPA, fixture.size)
+    expect_reads(outside, fixture.memory, 0)
+    fixture.vcpu.warm()
+    taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, PAGES))
     expect(taken >= PAGES / 8, f"the nested guest faults ({taken})")
 
 
@@ -220,17 +211,17 @@ def nested_shadow_not_covered() -> None:
     "modes/nested-slot-deleted",
     "a slot deleted while a nested guest is on NPT: it goes on, the other vCPU prefaults again",
     "mmu/mmu.c:kvm_mmu_zap_all_fast()",
-    host.nested_svm,
-    host.nested_paging,
+    needs.nested_svm,
+    needs.nested_paging,
     mapping=True,
 )
 def nested_slot_deleted() -> None:
-    machine, outside = _in_guest_mode(npt=True)
-    other: Memory = small(PAGE)
-    machine.vm.slot(2, 2 << 30, other)
-    outside.prefault_all(GPA, machine.size)
-    machine.vm.delete(2)
-    _goes_on(machine.vcpu)
+    fixture, outside = _in_guest_mode(npt=True)
+    other: Memory = small(PAGE_SIZE)
+    fixture.vm.slot(2, 2 << 30, other)
+    outside.prefault_all(GPA, fixture.size)
+    fixture.vm.delete(2)
+    _goes_on(fixture.vcpu)
     outside.warm()
-    outside.prefault_all(GPA, machine.size)
-    expect_reads(outside, machine.memory, 0)
+    outside.prefault_all(GPA, fixture.size)
+    expect_reads(outside, fixture.memory, 0)

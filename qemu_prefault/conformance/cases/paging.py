@@ -6,12 +6,16 @@ from __future__ import annotations
 import errno
 import resource
 
-from .. import abi, guest, host
-from ..abi import PAGE
+from ...host.kvm import KVM_CAP_PRE_FAULT_MEMORY
+from ...units import PAGE_SIZE
+from .. import abi, guest_code, needs
+from ..device import offers_prefault
+from ..expectations import error_name, expect, expect_equal
 from ..memory import small
 from ..suite import add, case
-from ..vmm import COUNTER, LONG64, Running, Vm, error_name, expect, expect_equal, offers_prefault
-from .common import GPA, PAGES, SLOT, bench, expect_reads, expect_writes
+from ..threads import RunningVcpu
+from ..vmm import COUNTER, LONG64, KvmVm
+from .common import GPA, PAGES, SLOT, expect_reads, expect_writes, make_fixture
 
 _ONLY_TDP = "mmu/mmu.c:kvm_tdp_map_page(): page_fault has to be kvm_tdp_page_fault()"
 _CAPABILITY = "x86.c:kvm_vm_ioctl_check_extension(): KVM_CAP_PRE_FAULT_MEMORY is tdp_enabled"
@@ -23,31 +27,31 @@ _CAPABILITY = "x86.c:kvm_vm_ioctl_check_extension(): KVM_CAP_PRE_FAULT_MEMORY is
     _CAPABILITY,
 )
 def capability() -> None:
-    machine = bench()
+    fixture = make_fixture()
     offered = offers_prefault()
-    expect_equal(machine.vm.check(abi.CAP_PRE_FAULT_MEMORY) > 0, offered, "the VM's answer")
-    answer = machine.vcpu.prefault(GPA, machine.size, any_error=True)
+    expect_equal(fixture.vm.check(KVM_CAP_PRE_FAULT_MEMORY) > 0, offered, "the VM's answer")
+    answer = fixture.vcpu.prefault(GPA, fixture.size, any_error=True)
     expect_equal(answer.error == 0, offered, "the ioctl succeeds")
-    expect_reads(machine.vcpu, machine.memory, 0 if offered else None)
+    expect_reads(fixture.vcpu, fixture.memory, 0 if offered else None)
 
 
 @case(
     "paging/capability-protected-vm",
     "it is the same for a protected VM",
     _CAPABILITY,
-    host.software_protected,
+    needs.software_protected,
 )
 def capability_protected_vm() -> None:
-    machine = bench(vm=Vm(abi.VM_SW_PROTECTED))
-    seen = machine.vm.check(abi.CAP_PRE_FAULT_MEMORY) > 0
+    fixture = make_fixture(vm=KvmVm(abi.VM_SW_PROTECTED))
+    seen = fixture.vm.check(KVM_CAP_PRE_FAULT_MEMORY) > 0
     expect_equal(seen, offers_prefault(), "the VM's answer")
-    expect_reads(machine.vcpu, machine.memory, None)
+    expect_reads(fixture.vcpu, fixture.memory, None)
 
 
-def _shadow_refusal(mode: abi.Mode, has_run: bool) -> None:
-    memory = small(PAGES * PAGE)
+def _shadow_refusal(mode: abi.CpuMode, has_run: bool) -> None:
+    memory = small(PAGES * PAGE_SIZE)
     memory.write()
-    vm = Vm()
+    vm = KvmVm()
     vcpu = vm.vcpu(mode=mode)
     vm.slot(SLOT, GPA, memory)
     if has_run:
@@ -74,26 +78,26 @@ for name, mode in (("real", abi.RESET), ("protected", abi.FLAT32), ("long", LONG
             f"shadow paging: EOPNOTSUPP for a vCPU in {name} mode, a hundred times, without harm",
             _ONLY_TDP,
             lambda mode=mode, has_run=has_run: _shadow_refusal(mode, has_run),  # type: ignore[misc]
-            host.shadow_paging,
-            host.known_ioctl,
+            needs.shadow_paging,
+            needs.known_ioctl,
         )
 
 
-def _live_guest(mode: abi.Mode) -> None:
+def _live_guest(mode: abi.CpuMode) -> None:
     """A guest adds 1 to each page, round after round, while another vCPU asks and asks."""
-    machine = bench()
-    runner = machine.vm.vcpu(mode=mode)
+    fixture = make_fixture()
+    runner = fixture.vm.vcpu(mode=mode)
     runner.warm()
-    start = machine.memory.words()
-    registers = {"rbp": GPA, "rdi": PAGES, "rdx": PAGE, "rax": 1, "rbx": COUNTER}
-    with Running(runner, guest.ROUNDS, **registers) as running:
+    start = fixture.memory.words()
+    registers = {"rbp": GPA, "rdi": PAGES, "rdx": PAGE_SIZE, "rax": 1, "rbx": COUNTER}
+    with RunningVcpu(runner, guest_code.ROUNDS, **registers) as running:
         running.wait_progress()
         for _ in range(100):
-            answer = machine.vcpu.prefault(GPA, machine.size, any_error=True)
+            answer = fixture.vcpu.prefault(GPA, fixture.size, any_error=True)
             expect_equal(answer.error == 0, offers_prefault(), "the ioctl succeeds")
         running.wait_progress(10)
-    rounds = machine.vm.counter
-    grown = {now - then for now, then in zip(machine.memory.words(), start, strict=True)}
+    rounds = fixture.vm.counter
+    grown = {now - then for now, then in zip(fixture.memory.words(), start, strict=True)}
     expect(grown <= {rounds, rounds + 1}, f"after {rounds} rounds pages have grown by {grown}")
 
 
@@ -106,10 +110,10 @@ for name, mode in (("protected", abi.FLAT32), ("long", LONG64)):
     )
 
 
-def _host_faults(populate: bool, mode: abi.Mode) -> None:
+def _host_faults(populate: bool, mode: abi.CpuMode) -> None:
     """Minor faults of ours during the guest's first writes."""
-    memory = small(PAGES * PAGE)
-    vm = Vm()
+    memory = small(PAGES * PAGE_SIZE)
+    vm = KvmVm()
     vcpu = vm.vcpu(mode=mode)
     vm.slot(SLOT, GPA, memory)
     vcpu.warm()
@@ -146,10 +150,10 @@ for populate in (False, True):
     lambda host: "" if host.refusal == errno.EINVAL else "this kernel has the ioctl",
 )
 def unknown_ioctl() -> None:
-    machine = bench()
-    before = machine.vm.leaves()
-    result = machine.vcpu.prefault(GPA, machine.size, any_error=True)
+    fixture = make_fixture()
+    before = fixture.vm.leaves()
+    result = fixture.vcpu.prefault(GPA, fixture.size, any_error=True)
     expect_equal(error_name(result.error), "EINVAL", "the ioctl")
-    expect_equal(result.left, machine.size, "size")
-    expect_equal(machine.vm.leaves(), before, "leaves")
-    expect_reads(machine.vcpu, machine.memory, None)
+    expect_equal(result.left, fixture.size, "size")
+    expect_equal(fixture.vm.leaves(), before, "leaves")
+    expect_reads(fixture.vcpu, fixture.memory, None)

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from .. import guest
-from ..abi import MIB, PAGE
+from ...units import MIB, PAGE_SIZE
+from .. import guest_code
+from ..expectations import expect, expect_equal
 from ..memory import small
 from ..suite import add
-from ..vmm import COUNTER, Running, Task, Vm, expect, expect_equal
+from ..threads import BackgroundCall, RunningVcpu
+from ..vmm import COUNTER, KvmVm
 from .common import GPA, SLOT, expect_reads, expect_writes
 
 _LOCK = (
@@ -20,23 +22,23 @@ _SIZE = 4 * MIB
 def _parallel(count: int, stripes: bool, with_guest: bool) -> None:
     memory = small(_SIZE)
     memory.write()
-    vm = Vm()
+    vm = KvmVm()
     vcpus = [vm.vcpu() for _ in range(count)]
     reader = vm.vcpu()
     vm.slot(SLOT, GPA, memory)
     for vcpu in (*vcpus, reader):
         vcpu.warm()
     before = vm.leaves()
-    share = _SIZE // count & -PAGE
+    stripe = _SIZE // count & -PAGE_SIZE
     parts = [
-        (GPA + n * share, share if n < count - 1 else _SIZE - n * share) if stripes
+        (GPA + n * stripe, stripe if n < count - 1 else _SIZE - n * stripe) if stripes
         else (GPA, _SIZE)
         for n in range(count)
     ]  # fmt: skip
 
     def all_at_once() -> None:
         tasks = [
-            Task(lambda vcpu=vcpu, part=part: vcpu.prefault_all(*part))  # type: ignore[misc]
+            BackgroundCall(lambda vcpu=vcpu, part=part: vcpu.prefault_all(*part))  # type: ignore[misc]
             for vcpu, part in zip(vcpus, parts, strict=True)
         ]
         for task in tasks:
@@ -44,9 +46,9 @@ def _parallel(count: int, stripes: bool, with_guest: bool) -> None:
 
     if with_guest:
         start = memory.words()
-        pages = _SIZE // PAGE
-        registers = {"rbp": GPA, "rdi": pages, "rdx": PAGE, "rax": 1, "rbx": COUNTER}
-        with Running(reader, guest.ROUNDS, **registers) as running:
+        pages = _SIZE // PAGE_SIZE
+        registers = {"rbp": GPA, "rdi": pages, "rdx": PAGE_SIZE, "rax": 1, "rbx": COUNTER}
+        with RunningVcpu(reader, guest_code.ROUNDS, **registers) as running:
             running.wait_progress()
             all_at_once()
             running.wait_progress()
@@ -56,7 +58,7 @@ def _parallel(count: int, stripes: bool, with_guest: bool) -> None:
         reader.kick(False)
     else:
         all_at_once()
-    expect_equal((vm.leaves() - before).k4, _SIZE // PAGE, "pages mapped")
+    expect_equal((vm.leaves() - before).pages_4k, _SIZE // PAGE_SIZE, "pages mapped")
     for vcpu in (*vcpus, reader):
         expect_reads(vcpu, memory, 0)
     expect_writes(reader, memory, 0)

@@ -6,20 +6,22 @@ from __future__ import annotations
 import errno
 import struct
 
-from .. import abi, host
-from ..abi import HUGE, PAGE
-from ..memory import Memory, huge, small, system_call
+from ...host.kvm import Stage2Leaves
+from ...units import HUGE_PAGE_SIZE, PAGE_SIZE
+from .. import abi, needs
+from ..expectations import error_name, expect_equal, fails_with
+from ..memory import Memory, small, system_call, thp
 from ..suite import case
-from ..vmm import Leaves, Vm, error_name, expect_equal, fails_with
-from .common import GPA, PAGES, SLOT, Bench, expect_mapped, expect_reads, expect_writes
+from ..vmm import KvmVm
+from .common import GPA, PAGES, SLOT, Fixture, expect_mapped, expect_reads, expect_writes
 
-_SIZE = PAGES * PAGE
+_SIZE = PAGES * PAGE_SIZE
 _GMEM = "mmu/mmu.c:kvm_mmu_faultin_pfn_private(), virt/kvm/guest_memfd.c:kvm_gmem_get_pfn()"
 
 
-def _protected(memory: Memory | None = None, *, bind: bool = True) -> tuple[Bench, int]:
+def _protected(memory: Memory | None = None, *, bind: bool = True) -> tuple[Fixture, int]:
     """A slot with a guest_memfd behind it; its descriptor."""
-    vm = Vm(abi.VM_SW_PROTECTED)
+    vm = KvmVm(abi.VM_SW_PROTECTED)
     vcpu = vm.vcpu()
     memory = memory or small(_SIZE)
     memory.write()
@@ -29,63 +31,63 @@ def _protected(memory: Memory | None = None, *, bind: bool = True) -> tuple[Benc
     else:
         vm.slot(SLOT, GPA, memory)
     vcpu.warm()
-    return Bench(vm, vcpu, memory), gmem
+    return Fixture(vm, vcpu, memory), gmem
 
 
 @case(
     "private/shared-part",
     "in a protected VM, shared memory is mapped from its host mapping, as ever",
     "mmu/mmu.c:kvm_mmu_faultin_pfn()",
-    host.software_protected,
+    needs.software_protected,
     mapping=True,
 )
 def shared_part() -> None:
-    machine, _ = _protected()
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, _SIZE)
-    expect_mapped(machine.vm, before, Leaves(PAGES))
-    expect_reads(machine.vcpu, machine.memory, 0)
-    expect_writes(machine.vcpu, machine.memory, 0)
+    fixture, _ = _protected()
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, _SIZE)
+    expect_mapped(fixture.vm, before, Stage2Leaves(PAGES))
+    expect_reads(fixture.vcpu, fixture.memory, 0)
+    expect_writes(fixture.vcpu, fixture.memory, 0)
 
 
 @case(
     "private/private-part",
     "private memory is mapped from guest_memfd: zeros, writable, and not what the host maps",
     _GMEM,
-    host.software_protected,
+    needs.software_protected,
     mapping=True,
 )
 def private_part() -> None:
-    machine, _ = _protected()
-    machine.vm.set_private(GPA, _SIZE)
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, _SIZE)
-    expect_mapped(machine.vm, before, Leaves(PAGES))
-    words = machine.memory.words()
-    taken = machine.vcpu.stat("pf_taken")
-    expect_equal(machine.vcpu.read(GPA, PAGES), 0, "the sum that the guest reads")
-    machine.vcpu.write(GPA, PAGES, 5)
-    expect_equal(machine.vcpu.read(GPA, PAGES), 5 * PAGES, "the sum after it has written")
-    expect_equal(machine.vcpu.stat("pf_taken") - taken, 0, "faults")
-    expect_equal(machine.memory.words(), words, "what the host maps")
+    fixture, _ = _protected()
+    fixture.vm.set_private(GPA, _SIZE)
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, _SIZE)
+    expect_mapped(fixture.vm, before, Stage2Leaves(PAGES))
+    words = fixture.memory.words()
+    taken = fixture.vcpu.stat("pf_taken")
+    expect_equal(fixture.vcpu.read(GPA, PAGES), 0, "the sum that the guest reads")
+    fixture.vcpu.write(GPA, PAGES, 5)
+    expect_equal(fixture.vcpu.read(GPA, PAGES), 5 * PAGES, "the sum after it has written")
+    expect_equal(fixture.vcpu.stat("pf_taken") - taken, 0, "faults")
+    expect_equal(fixture.memory.words(), words, "what the host maps")
 
 
 @case(
     "private/4k-only",
     "private memory is mapped in 4 KiB, aligned to 2 MiB or not",
     "virt/kvm/guest_memfd.c:kvm_gmem_get_pfn(): max_order is 0",
-    host.software_protected,
-    host.transparent_huge_pages,
+    needs.software_protected,
+    needs.transparent_huge_pages,
     mapping=True,
 )
 def four_kib_only() -> None:
-    machine, _ = _protected(huge(HUGE))
-    machine.vm.set_private(GPA, HUGE)
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, HUGE)
-    expect_mapped(machine.vm, before, Leaves(512))
+    fixture, _ = _protected(thp(HUGE_PAGE_SIZE))
+    fixture.vm.set_private(GPA, HUGE_PAGE_SIZE)
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
+    expect_mapped(fixture.vm, before, Stage2Leaves(512))
     expect_equal(
-        machine.vcpu.faults_of(lambda: machine.vcpu.write(GPA, 512, 1)), 0, "faults of a writer"
+        fixture.vcpu.faults_of(lambda: fixture.vcpu.write(GPA, 512, 1)), 0, "faults of a writer"
     )
 
 
@@ -93,104 +95,106 @@ def four_kib_only() -> None:
     "private/mixed",
     "a range of private and shared pages in turn is prefaulted by one ioctl, each from its own",
     _GMEM,
-    host.software_protected,
+    needs.software_protected,
     mapping=True,
 )
 def mixed() -> None:
-    machine, _ = _protected()
+    fixture, _ = _protected()
     for page in range(0, PAGES, 2):
-        machine.vm.set_private(GPA + page * PAGE, PAGE)
-    before = machine.vm.leaves()
-    result = machine.vcpu.prefault(GPA, _SIZE)
+        fixture.vm.set_private(GPA + page * PAGE_SIZE, PAGE_SIZE)
+    before = fixture.vm.leaves()
+    result = fixture.vcpu.prefault(GPA, _SIZE)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
-    expect_mapped(machine.vm, before, Leaves(PAGES))
-    taken = machine.vcpu.stat("pf_taken")
-    wanted = sum(machine.memory.words()[1::2]) & 0xFFFFFFFF
-    expect_equal(machine.vcpu.read(GPA, PAGES), wanted, "the sum that the guest reads")
-    expect_equal(machine.vcpu.stat("pf_taken") - taken, 0, "faults")
+    expect_mapped(fixture.vm, before, Stage2Leaves(PAGES))
+    taken = fixture.vcpu.stat("pf_taken")
+    wanted = sum(fixture.memory.words()[1::2]) & 0xFFFFFFFF
+    expect_equal(fixture.vcpu.read(GPA, PAGES), wanted, "the sum that the guest reads")
+    expect_equal(fixture.vcpu.stat("pf_taken") - taken, 0, "faults")
 
 
 @case(
     "private/made-shared",
     "memory made shared is unmapped; prefaulted again it is the host's",
     "virt/kvm/kvm_main.c:kvm_vm_set_mem_attributes() unmaps the range",
-    host.software_protected,
+    needs.software_protected,
     mapping=True,
 )
 def made_shared() -> None:
-    machine, _ = _protected()
-    machine.vm.set_private(GPA, _SIZE)
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, _SIZE)
-    machine.vm.set_private(GPA, _SIZE // 2, private=False)
-    expect_mapped(machine.vm, before, Leaves(PAGES // 2))
-    machine.vcpu.prefault_all(GPA, _SIZE)
-    expect_mapped(machine.vm, before, Leaves(PAGES))
-    wanted = sum(machine.memory.words()[: PAGES // 2]) & 0xFFFFFFFF
-    taken = machine.vcpu.stat("pf_taken")
-    expect_equal(machine.vcpu.read(GPA, PAGES), wanted, "the sum that the guest reads")
-    expect_equal(machine.vcpu.stat("pf_taken") - taken, 0, "faults")
+    fixture, _ = _protected()
+    fixture.vm.set_private(GPA, _SIZE)
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, _SIZE)
+    fixture.vm.set_private(GPA, _SIZE // 2, private=False)
+    expect_mapped(fixture.vm, before, Stage2Leaves(PAGES // 2))
+    fixture.vcpu.prefault_all(GPA, _SIZE)
+    expect_mapped(fixture.vm, before, Stage2Leaves(PAGES))
+    wanted = sum(fixture.memory.words()[: PAGES // 2]) & 0xFFFFFFFF
+    taken = fixture.vcpu.stat("pf_taken")
+    expect_equal(fixture.vcpu.read(GPA, PAGES), wanted, "the sum that the guest reads")
+    expect_equal(fixture.vcpu.stat("pf_taken") - taken, 0, "faults")
 
 
 @case(
     "private/made-private",
     "memory made private is unmapped, and the host's pages are no longer reached",
     "virt/kvm/kvm_main.c:kvm_vm_set_mem_attributes() unmaps the range",
-    host.software_protected,
+    needs.software_protected,
     mapping=True,
 )
 def made_private() -> None:
-    machine, _ = _protected()
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, _SIZE)
-    machine.vm.set_private(GPA, _SIZE)
-    expect_mapped(machine.vm, before, Leaves(0))
-    machine.vcpu.prefault_all(GPA, _SIZE)
-    taken = machine.vcpu.stat("pf_taken")
-    expect_equal(machine.vcpu.read(GPA, PAGES), 0, "the sum that the guest reads")
-    expect_equal(machine.vcpu.stat("pf_taken") - taken, 0, "faults")
+    fixture, _ = _protected()
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, _SIZE)
+    fixture.vm.set_private(GPA, _SIZE)
+    expect_mapped(fixture.vm, before, Stage2Leaves(0))
+    fixture.vcpu.prefault_all(GPA, _SIZE)
+    taken = fixture.vcpu.stat("pf_taken")
+    expect_equal(fixture.vcpu.read(GPA, PAGES), 0, "the sum that the guest reads")
+    expect_equal(fixture.vcpu.stat("pf_taken") - taken, 0, "faults")
 
 
 @case(
     "private/punched-hole",
     "a hole punched in guest_memfd unmaps its pages; prefaulted again they are zeros",
     "virt/kvm/guest_memfd.c:kvm_gmem_punch_hole()",
-    host.software_protected,
+    needs.software_protected,
     mapping=True,
 )
 def punched_hole() -> None:
-    machine, gmem = _protected()
-    machine.vm.set_private(GPA, _SIZE)
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, _SIZE)
-    machine.vcpu.write(GPA, PAGES, 3)
-    system_call(285, gmem, 3, 0, 8 * PAGE)  # fallocate: PUNCH_HOLE | KEEP_SIZE
-    expect_mapped(machine.vm, before, Leaves(PAGES - 8))
-    machine.vcpu.prefault_all(GPA, _SIZE)
-    taken = machine.vcpu.stat("pf_taken")
-    expect_equal(machine.vcpu.read(GPA, PAGES), 3 * (PAGES - 8), "the sum that the guest reads")
-    expect_equal(machine.vcpu.stat("pf_taken") - taken, 0, "faults")
+    fixture, gmem = _protected()
+    fixture.vm.set_private(GPA, _SIZE)
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, _SIZE)
+    fixture.vcpu.write(GPA, PAGES, 3)
+    system_call(285, gmem, 3, 0, 8 * PAGE_SIZE)  # fallocate: PUNCH_HOLE | KEEP_SIZE
+    expect_mapped(fixture.vm, before, Stage2Leaves(PAGES - 8))
+    fixture.vcpu.prefault_all(GPA, _SIZE)
+    taken = fixture.vcpu.stat("pf_taken")
+    expect_equal(fixture.vcpu.read(GPA, PAGES), 3 * (PAGES - 8), "the sum that the guest reads")
+    expect_equal(fixture.vcpu.stat("pf_taken") - taken, 0, "faults")
 
 
 @case(
     "private/without-guest-memfd",
     "EFAULT, and KVM_EXIT_MEMORY_FAULT in kvm_run, for private memory without a guest_memfd",
     "mmu/mmu.c:kvm_mmu_prepare_memory_fault_exit()",
-    host.software_protected,
+    needs.software_protected,
 )
 def without_guest_memfd() -> None:
-    machine, _ = _protected(bind=False)
-    machine.vm.set_private(GPA, PAGE)
-    before = machine.vm.leaves()
-    result = machine.vcpu.prefault(GPA, PAGE)
+    fixture, _ = _protected(bind=False)
+    fixture.vm.set_private(GPA, PAGE_SIZE)
+    before = fixture.vm.leaves()
+    result = fixture.vcpu.prefault(GPA, PAGE_SIZE)
     expect_equal(str(result), "EFAULT, 0x1000 bytes left", "the ioctl")
-    expect_equal(machine.vm.leaves(), before, "leaves")
-    expect_equal(machine.vcpu.exit_reason, abi.EXIT_MEMORY_FAULT, "what kvm_run says")
+    expect_equal(fixture.vm.leaves(), before, "leaves")
+    expect_equal(fixture.vcpu.exit_reason, abi.EXIT_MEMORY_FAULT, "what kvm_run says")
     private = abi.MEMORY_ATTRIBUTE_PRIVATE
-    expect_equal(machine.vcpu.memory_fault, (private, GPA, PAGE), "flags, gpa, size of the fault")
-    machine.vm.set_private(GPA, PAGE, private=False)
-    machine.vcpu.prefault_all(GPA, _SIZE)
-    expect_reads(machine.vcpu, machine.memory, 0)
+    expect_equal(
+        fixture.vcpu.memory_fault, (private, GPA, PAGE_SIZE), "flags, gpa, size of the fault"
+    )
+    fixture.vm.set_private(GPA, PAGE_SIZE, private=False)
+    fixture.vcpu.prefault_all(GPA, _SIZE)
+    expect_reads(fixture.vcpu, fixture.memory, 0)
 
 
 @case(
@@ -199,13 +203,13 @@ def without_guest_memfd() -> None:
     "virt/kvm/kvm_main.c:kvm_vm_ioctl_set_mem_attributes()",
 )
 def ordinary_vm() -> None:
-    vm = Vm()
+    vm = KvmVm()
     vcpu = vm.vcpu()
     memory = small(_SIZE)
     memory.write()
     vm.slot(SLOT, GPA, memory)
     vcpu.warm()
-    seen = fails_with(lambda: vm.set_private(GPA, PAGE))
+    seen = fails_with(lambda: vm.set_private(GPA, PAGE_SIZE))
     expect_equal(seen in (errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP), True, error_name(seen))
     vcpu.prefault_all(GPA, _SIZE)
     expect_reads(vcpu, memory, 0)
@@ -215,11 +219,11 @@ def ordinary_vm() -> None:
     "private/mapped-guest-memfd",
     "a slot that is guest_memfd and nothing else, shared from the start: writable, in 4 KiB",
     "mmu/mmu.c:kvm_mmu_faultin_pfn_gmem() (v6.18): map_writable unless the slot is read-only",
-    host.mappable_guest_memfd,
+    needs.mappable_guest_memfd,
     mapping=True,
 )
 def mapped_guest_memfd() -> None:
-    vm = Vm()
+    vm = KvmVm()
     vcpu = vm.vcpu()
     gmem = vm.guest_memfd(_SIZE, abi.GMEM_MMAP | abi.GMEM_INIT_SHARED)
     memory = Memory(_SIZE, fd=gmem, shared=True)
@@ -227,7 +231,7 @@ def mapped_guest_memfd() -> None:
     vcpu.warm()
     before = vm.leaves()
     vcpu.prefault_all(GPA, _SIZE)
-    expect_mapped(vm, before, Leaves(PAGES))
+    expect_mapped(vm, before, Stage2Leaves(PAGES))
     expect_writes(vcpu, memory, 0)
     memory.put(0, struct.pack("<I", 77))
     expect_equal(vcpu.read(GPA, 1), 77, "what the guest reads of what we wrote")

@@ -3,23 +3,16 @@
 
 from __future__ import annotations
 
-from .. import abi, host
-from ..abi import GIB, HUGE, MIB, PAGE
-from ..guest import COUNT
-from ..memory import Userfault, huge, small
+from ...units import GIB, HUGE_PAGE_SIZE, MIB, PAGE_SIZE
+from .. import abi, needs
+from ..device import offers_prefault
+from ..expectations import error_name, expect, expect_equal
+from ..guest_code import COUNT
+from ..memory import Userfault, small, thp
 from ..suite import add, case
-from ..vmm import (
-    COUNTER,
-    LONG64,
-    Running,
-    Task,
-    Vm,
-    error_name,
-    expect,
-    expect_equal,
-    offers_prefault,
-)
-from .common import GPA, PAGES, SLOT, bench, expect_reads, expect_writes
+from ..threads import BackgroundCall, RunningVcpu
+from ..vmm import COUNTER, LONG64, KvmVm
+from .common import GPA, PAGES, SLOT, expect_reads, expect_writes, make_fixture
 
 _LOOP = "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory()"
 
@@ -33,13 +26,13 @@ _LOOP = "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory()"
 def whole_slot() -> None:
     memory = small(16 * MIB)
     memory.populate()
-    machine = bench(memory)
-    before = machine.vm.leaves()
-    result = machine.vcpu.prefault(GPA, memory.size)
+    fixture = make_fixture(memory)
+    before = fixture.vm.leaves()
+    result = fixture.vcpu.prefault(GPA, memory.size)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
-    grown = machine.vm.leaves() - before
-    expect_equal(grown.k4, memory.size // PAGE, "pages mapped")
-    expect_writes(machine.vcpu, memory, 0)
+    grown = fixture.vm.leaves() - before
+    expect_equal(grown.pages_4k, memory.size // PAGE_SIZE, "pages mapped")
+    expect_writes(fixture.vcpu, memory, 0)
 
 
 @case(
@@ -49,12 +42,12 @@ def whole_slot() -> None:
     mapping=True,
 )
 def past_the_slot() -> None:
-    machine = bench()
-    result = machine.vcpu.prefault(GPA, machine.size + 4 * PAGE)
-    expect_equal(str(result), f"success, {4 * PAGE:#x} bytes left", "the first ioctl")
-    result = machine.vcpu.prefault(GPA + machine.size, 4 * PAGE)
-    expect_equal(str(result), f"ENOENT, {4 * PAGE:#x} bytes left", "the second ioctl")
-    expect_writes(machine.vcpu, machine.memory, 0)
+    fixture = make_fixture()
+    result = fixture.vcpu.prefault(GPA, fixture.size + 4 * PAGE_SIZE)
+    expect_equal(str(result), f"success, {4 * PAGE_SIZE:#x} bytes left", "the first ioctl")
+    result = fixture.vcpu.prefault(GPA + fixture.size, 4 * PAGE_SIZE)
+    expect_equal(str(result), f"ENOENT, {4 * PAGE_SIZE:#x} bytes left", "the second ioctl")
+    expect_writes(fixture.vcpu, fixture.memory, 0)
 
 
 @case(
@@ -64,34 +57,34 @@ def past_the_slot() -> None:
     mapping=True,
 )
 def adjacent_slots() -> None:
-    machine = bench()
-    second = small(PAGES * PAGE)
+    fixture = make_fixture()
+    second = small(PAGES * PAGE_SIZE)
     second.write()
-    machine.vm.slot(2, GPA + machine.size, second)
-    before = machine.vm.leaves()
-    result = machine.vcpu.prefault(GPA, machine.size + second.size)
+    fixture.vm.slot(2, GPA + fixture.size, second)
+    before = fixture.vm.leaves()
+    result = fixture.vcpu.prefault(GPA, fixture.size + second.size)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
-    expect_equal((machine.vm.leaves() - before).size, 2 * PAGES * PAGE, "bytes mapped")
-    expect_reads(machine.vcpu, machine.memory, 0)
-    expect_reads(machine.vcpu, second, 0, gpa=GPA + machine.size)
+    expect_equal((fixture.vm.leaves() - before).bytes, 2 * PAGES * PAGE_SIZE, "bytes mapped")
+    expect_reads(fixture.vcpu, fixture.memory, 0)
+    expect_reads(fixture.vcpu, second, 0, gpa=GPA + fixture.size)
 
 
 @case(
     "progress/huge-steps",
     "with 2 MiB leaves progress is by 2 MiB; a range that begins inside one counts from there",
     "mmu/mmu.c:kvm_arch_vcpu_pre_fault_memory()",
-    host.transparent_huge_pages,
+    needs.transparent_huge_pages,
     mapping=True,
 )
 def huge_steps() -> None:
-    memory = huge(2 * HUGE)
+    memory = thp(2 * HUGE_PAGE_SIZE)
     memory.write()
-    machine = bench(memory)
-    before = machine.vm.leaves()
-    result = machine.vcpu.prefault(GPA + HUGE - PAGE, 2 * PAGE)
+    fixture = make_fixture(memory)
+    before = fixture.vm.leaves()
+    result = fixture.vcpu.prefault(GPA + HUGE_PAGE_SIZE - PAGE_SIZE, 2 * PAGE_SIZE)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
-    expect_equal((machine.vm.leaves() - before).m2, 2, "leaves of 2 MiB")
-    expect_writes(machine.vcpu, memory, 0)
+    expect_equal((fixture.vm.leaves() - before).pages_2m, 2, "leaves of 2 MiB")
+    expect_writes(fixture.vcpu, memory, 0)
 
 
 @case(
@@ -103,97 +96,97 @@ def huge_steps() -> None:
 def signal_in_the_middle() -> None:
     # Under emulation this takes a second, on hardware some 10 ms.
     memory = small(256 * MIB)
-    memory.advise(23)  # MADV_POPULATE_WRITE
-    machine = bench(memory)
-    before = machine.vm.leaves()
+    memory.populate()
+    fixture = make_fixture(memory)
+    before = fixture.vm.leaves()
     for limit in (0.004, 0.001, 0.0002):
-        result = machine.vcpu.prefault(GPA, memory.size, limit=limit)
+        result = fixture.vcpu.prefault(GPA, memory.size, limit=limit)
         done = memory.size - result.left
         # The legacy MMU has mapped neighbours of the last page, too.
-        extra = (machine.vm.leaves() - before).size - done
-        expect(0 <= extra < 8 * PAGE, f"{extra:#x} bytes more are mapped than are done")
+        extra = (fixture.vm.leaves() - before).bytes - done
+        expect(0 <= extra < 8 * PAGE_SIZE, f"{extra:#x} bytes more are mapped than are done")
         if result.left:
             break
-        machine.vm.delete(SLOT)
-        machine.vm.slot(SLOT, GPA, memory)
-        machine.vcpu.warm()
-        before = machine.vm.leaves()
+        fixture.vm.delete(SLOT)
+        fixture.vm.slot(SLOT, GPA, memory)
+        fixture.vcpu.warm()
+        before = fixture.vm.leaves()
     expect(result.left > 0, "even after 0.2 ms all was done")
     if done:
         expect_equal(error_name(result.error), "success", "the ioctl")
-        taken = machine.vcpu.faults_of(lambda: machine.vcpu.read(GPA, done // PAGE))
+        taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, done // PAGE_SIZE))
         expect_equal(taken, 0, "faults on what was done")
-    machine.vcpu.prefault_all(GPA + done, result.left)
-    expect_equal((machine.vm.leaves() - before).size, memory.size, "bytes mapped in the end")
+    fixture.vcpu.prefault_all(GPA + done, result.left)
+    expect_equal((fixture.vm.leaves() - before).bytes, memory.size, "bytes mapped in the end")
 
 
 @case(
     "progress/interrupted-waiting-for-a-page",
     "EINTR: a signal ends the wait for a page that userfaultfd holds back; nothing is lost",
     "virt/kvm/kvm_main.c:hva_to_pfn_slow() (FOLL_INTERRUPTIBLE), kvm_handle_signal_exit()",
-    host.root,
+    needs.root,
 )
 def interrupted_waiting() -> None:
-    memory = small(PAGES * PAGE)
+    memory = small(PAGES * PAGE_SIZE)
     userfault = Userfault(memory)
-    machine = bench(memory, written=False)
-    before, exits = machine.vm.leaves(), machine.vcpu.stat("signal_exits")
-    result = machine.vcpu.prefault(GPA, memory.size, limit=0.05)
+    fixture = make_fixture(memory, written=False)
+    before, exits = fixture.vm.leaves(), fixture.vcpu.stat("signal_exits")
+    result = fixture.vcpu.prefault(GPA, memory.size, limit=0.05)
     expect_equal(str(result), f"EINTR, {memory.size:#x} bytes left", "the ioctl")
-    expect_equal(machine.vm.leaves(), before, "leaves")
-    expect(machine.vcpu.stat("signal_exits") > exits, "signal_exits has not moved")
-    expect_equal(machine.vcpu.exit_reason, abi.EXIT_INTR, "what kvm_run says")
+    expect_equal(fixture.vm.leaves(), before, "leaves")
+    expect(fixture.vcpu.stat("signal_exits") > exits, "signal_exits has not moved")
+    expect_equal(fixture.vcpu.exit_reason, abi.EXIT_INTR, "what kvm_run says")
     userfault.resolve(0, memory.size)
-    machine.vcpu.prefault_all(GPA, memory.size)
-    expect_reads(machine.vcpu, memory, 0)
+    fixture.vcpu.prefault_all(GPA, memory.size)
+    expect_reads(fixture.vcpu, memory, 0)
 
 
 @case(
     "progress/waits-for-a-page",
     "it waits for a page that userfaultfd holds back, and goes on when it is there",
     "fs/userfaultfd.c:handle_userfault()",
-    host.root,
+    needs.root,
     mapping=True,
 )
 def waits_for_a_page() -> None:
-    memory = small(4 * PAGE)
+    memory = small(4 * PAGE_SIZE)
     userfault = Userfault(memory)
-    machine = bench(memory, written=False)
+    fixture = make_fixture(memory, written=False)
     if not offers_prefault():
         userfault.resolve(0, memory.size)
-        machine.vcpu.prefault(GPA, PAGE)
-    task = Task(lambda: machine.vcpu.prefault(GPA, memory.size))
+        fixture.vcpu.prefault(GPA, PAGE_SIZE)
+    task = BackgroundCall(lambda: fixture.vcpu.prefault(GPA, memory.size))
     for number in range(4):
-        expect_equal(userfault.wait(), number * PAGE, "the page it waits for")
+        expect_equal(userfault.wait(), number * PAGE_SIZE, "the page it waits for")
         expect(task.is_alive(), "it has not waited")
-        userfault.resolve(number * PAGE)
+        userfault.resolve(number * PAGE_SIZE)
     expect_equal(str(task.result()), "success, 0x0 bytes left", "the ioctl")
-    expect_reads(machine.vcpu, memory, 0)
+    expect_reads(fixture.vcpu, memory, 0)
 
 
 @case(
     "progress/blocks-slot-changes",
     "deleting any slot waits for an ioctl under way: the whole of it is one SRCU section",
     "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory() (srcu_read_lock), kvm_swap_active_memslots()",
-    host.root,
-    host.capability,
+    needs.root,
+    needs.capability,
 )
 def blocks_slot_changes() -> None:
-    memory = small(4 * PAGE)
+    memory = small(4 * PAGE_SIZE)
     userfault = Userfault(memory)
-    machine = bench(memory, written=False)
-    other = small(PAGE)
-    machine.vm.slot(2, 2 * GIB, other)
-    prefault = Task(lambda: machine.vcpu.prefault(GPA, memory.size))
+    fixture = make_fixture(memory, written=False)
+    other = small(PAGE_SIZE)
+    fixture.vm.slot(2, 2 * GIB, other)
+    prefault = BackgroundCall(lambda: fixture.vcpu.prefault(GPA, memory.size))
     userfault.wait()
-    deleter = Task(lambda: machine.vm.delete(2))
+    deleter = BackgroundCall(lambda: fixture.vm.delete(2))
     deleter.wait_state("D")
     expect(prefault.is_alive(), "the prefault has ended")
     userfault.resolve(0, memory.size)
     expect_equal(str(prefault.result()), "success, 0x0 bytes left", "the ioctl")
     deleter.result()
-    machine.vcpu.warm()
-    expect_reads(machine.vcpu, memory, None)
+    fixture.vcpu.warm()
+    expect_reads(fixture.vcpu, memory, None)
 
 
 @case(
@@ -203,36 +196,36 @@ def blocks_slot_changes() -> None:
     mapping=True,
 )
 def page_by_page() -> None:
-    machine = bench()
-    before = machine.vm.leaves()
+    fixture = make_fixture()
+    before = fixture.vm.leaves()
     for page in range(PAGES):
-        machine.vcpu.prefault_all(GPA + page * PAGE, PAGE)
-    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
-    expect_writes(machine.vcpu, machine.memory, 0)
+        fixture.vcpu.prefault_all(GPA + page * PAGE_SIZE, PAGE_SIZE)
+    expect_equal((fixture.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
+    expect_writes(fixture.vcpu, fixture.memory, 0)
 
 
 @case("progress/backwards", "the order of the ranges does not matter", _LOOP, mapping=True)
 def backwards() -> None:
-    machine = bench()
-    before = machine.vm.leaves()
+    fixture = make_fixture()
+    before = fixture.vm.leaves()
     for page in reversed(range(0, PAGES, 4)):
-        machine.vcpu.prefault_all(GPA + page * PAGE, 4 * PAGE)
-    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
-    expect_writes(machine.vcpu, machine.memory, 0)
+        fixture.vcpu.prefault_all(GPA + page * PAGE_SIZE, 4 * PAGE_SIZE)
+    expect_equal((fixture.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
+    expect_writes(fixture.vcpu, fixture.memory, 0)
 
 
 @case(
     "progress/counts-no-guest-faults",
     "prefaulting itself counts as no fault: pf_taken is the guest's alone",
     "mmu/mmu.c:kvm_mmu_page_fault() counts, kvm_mmu_do_page_fault() with prefetch does not",
-    host.capability,
+    needs.capability,
 )
 def counts_no_guest_faults() -> None:
-    machine = bench()
+    fixture = make_fixture()
     names = ("pf_taken", "pf_fixed", "pf_emulate", "pf_spurious", "exits")
-    before = machine.vcpu.stats.read(*names)
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_equal(machine.vcpu.stats.read(*names), before, f"{', '.join(names)}")
+    before = fixture.vcpu.stats.read(*names)
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_equal(fixture.vcpu.stats.read(*names), before, f"{', '.join(names)}")
 
 
 # What the kernel's tools/testing/selftests/kvm/pre_fault_memory_test.c does, and then a look.
@@ -240,39 +233,39 @@ def counts_no_guest_faults() -> None:
 
 def _selftest(kind: int) -> None:
     """A slot of 2 MiB and a page near the highest gfn."""
-    vm = Vm(kind)
+    vm = KvmVm(kind)
     vcpu = vm.vcpu(mode=LONG64)
-    size = HUGE + PAGE
-    at = (1 << 39) - 2 * HUGE
-    memory = small(2 * HUGE)
+    size = HUGE_PAGE_SIZE + PAGE_SIZE
+    at = (1 << 39) - 2 * HUGE_PAGE_SIZE
+    memory = small(2 * HUGE_PAGE_SIZE)
     memory.write()
     vm.slot(SLOT, at, memory, size=size)
     vcpu.warm()
     before = vm.leaves()
-    result = vcpu.prefault(at, HUGE)
+    result = vcpu.prefault(at, HUGE_PAGE_SIZE)
     expect_equal(str(result), "success, 0x0 bytes left", "of [gpa, 2M)")
-    result = vcpu.prefault(at + HUGE, 2 * PAGE)
-    expect_equal(str(result), f"success, {PAGE:#x} bytes left", "of [gpa + 2M, 2 pages)")
-    result = vcpu.prefault(at + HUGE + PAGE, PAGE)
-    expect_equal(str(result), f"ENOENT, {PAGE:#x} bytes left", "of the page behind the slot")
-    expect_equal((vm.leaves() - before).size, size, "bytes mapped")
-    count = size // PAGE
+    result = vcpu.prefault(at + HUGE_PAGE_SIZE, 2 * PAGE_SIZE)
+    expect_equal(str(result), f"success, {PAGE_SIZE:#x} bytes left", "of [gpa + 2M, 2 pages)")
+    result = vcpu.prefault(at + HUGE_PAGE_SIZE + PAGE_SIZE, PAGE_SIZE)
+    expect_equal(str(result), f"ENOENT, {PAGE_SIZE:#x} bytes left", "of the page behind the slot")
+    expect_equal((vm.leaves() - before).bytes, size, "bytes mapped")
+    count = size // PAGE_SIZE
     total = sum(memory.words()[:count]) & 0xFFFFFFFF
     taken = vcpu.stat("pf_taken")
     expect_equal(vcpu.read(at, count), total, "the sum the guest reads")
     expect_equal(vcpu.stat("pf_taken") - taken, 0, "faults of the guest")
 
 
-for name, kind, needs in (
+for name, kind, required in (
     ("default-vm", abi.VM_DEFAULT, ()),
-    ("sw-protected-vm", abi.VM_SW_PROTECTED, (host.software_protected,)),
+    ("sw-protected-vm", abi.VM_SW_PROTECTED, (needs.software_protected,)),
 ):
     add(
         f"progress/selftest-{name}",
         "the kernel's pre_fault_memory_test, and a look at whether anything is mapped",
         "tools/testing/selftests/kvm/pre_fault_memory_test.c",
         lambda kind=kind: _selftest(kind),  # type: ignore[misc]
-        *needs,
+        *required,
         mapping=True,
     )
 
@@ -281,20 +274,20 @@ for name, kind, needs in (
     "progress/signal-while-waiting-for-the-vcpu",
     "EINTR: a signal that came while it waited for a running vCPU ends it before the first page",
     "virt/kvm/kvm_main.c:kvm_vcpu_ioctl() (mutex_lock_killable), kvm_vcpu_pre_fault_memory()",
-    host.capability,
+    needs.capability,
 )
 def signal_while_waiting() -> None:
-    machine = bench()
-    before = machine.vm.leaves()
-    with Running(machine.vcpu, COUNT, rbx=COUNTER) as running:
+    fixture = make_fixture()
+    before = fixture.vm.leaves()
+    with RunningVcpu(fixture.vcpu, COUNT, rbx=COUNTER) as running:
         running.wait_progress()
-        task = Task(lambda: machine.vcpu.prefault(GPA, machine.size))
+        task = BackgroundCall(lambda: fixture.vcpu.prefault(GPA, fixture.size))
         task.wait_state("D")
         task.interrupt()
         expect(task.is_alive(), "the signal has ended the wait")
         running.wait_progress()
-    expect_equal(str(task.result()), f"EINTR, {machine.size:#x} bytes left", "the ioctl")
-    expect_equal(machine.vm.leaves(), before, "leaves")
-    machine.vcpu.kick(False)
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_reads(machine.vcpu, machine.memory, 0)
+    expect_equal(str(task.result()), f"EINTR, {fixture.size:#x} bytes left", "the ioctl")
+    expect_equal(fixture.vm.leaves(), before, "leaves")
+    fixture.vcpu.kick(False)
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_reads(fixture.vcpu, fixture.memory, 0)

@@ -7,12 +7,14 @@ import os
 import struct
 from collections.abc import Callable
 
+from ...units import PAGE_SIZE
 from .. import abi
-from ..abi import PAGE
+from ..device import ioctl
+from ..expectations import expect_equal
 from ..memory import small
 from ..suite import add, case
-from ..vmm import LONG64, Vcpu, Vm, expect_equal, ioctl
-from .common import GPA, PAGES, SLOT, Bench, bench, expect_reads, expect_writes
+from ..vmm import LONG64, KvmVcpu, KvmVm
+from .common import GPA, PAGES, SLOT, Fixture, expect_reads, expect_writes, make_fixture
 
 _ROLE = (
     "mmu/mmu.c:kvm_calc_tdp_mmu_root_page_role() has no CR0, CR3, CR4 or EFER in it; a root "
@@ -20,40 +22,40 @@ _ROLE = (
 )
 
 
-def _paging(vcpu: Vcpu) -> None:
+def _paging(vcpu: KvmVcpu) -> None:
     vcpu.set_mode(LONG64)
 
 
-def _reset(vcpu: Vcpu) -> None:
+def _reset(vcpu: KvmVcpu) -> None:
     """What QEMU does at a reset."""
     vcpu.set_mode(abi.RESET)
     vcpu.set_cpuid()
     vcpu.set_mode(abi.FLAT32)
 
 
-def _cr0(vcpu: Vcpu) -> None:
-    vcpu.set_mode(abi.Mode(abi.CODE_32, abi.DATA, cr0=abi.FLAT32.cr0 | abi.CR0_WP))
+def _cr0(vcpu: KvmVcpu) -> None:
+    vcpu.set_mode(abi.CpuMode(abi.CODE_32, abi.DATA, cr0=abi.FLAT32.cr0 | abi.CR0_WP))
     vcpu.set_mode(abi.FLAT32)
 
 
-def _cr4(vcpu: Vcpu) -> None:
-    vcpu.set_mode(abi.Mode(abi.CODE_32, abi.DATA, cr0=abi.FLAT32.cr0, cr4=abi.CR4_PAE))
+def _cr4(vcpu: KvmVcpu) -> None:
+    vcpu.set_mode(abi.CpuMode(abi.CODE_32, abi.DATA, cr0=abi.FLAT32.cr0, cr4=abi.CR4_PAE))
 
 
-def _cr3(vcpu: Vcpu) -> None:
-    vcpu.set_mode(abi.Mode(abi.CODE_32, abi.DATA, cr0=abi.FLAT32.cr0, cr3=0x5000))
+def _cr3(vcpu: KvmVcpu) -> None:
+    vcpu.set_mode(abi.CpuMode(abi.CODE_32, abi.DATA, cr0=abi.FLAT32.cr0, cr3=0x5000))
 
 
-def _pat(vcpu: Vcpu) -> None:
+def _pat(vcpu: KvmVcpu) -> None:
     vcpu.set_msr(0x277, 0x0007040600070406)
 
 
-def _same(vcpu: Vcpu) -> None:
+def _same(vcpu: KvmVcpu) -> None:
     vcpu.set_mode(vcpu.mode)
 
 
-_CHANGES: tuple[tuple[str, str, Callable[[Vcpu], None]], ...] = (
-    ("cpuid", "KVM_SET_CPUID2", Vcpu.set_cpuid),
+_CHANGES: tuple[tuple[str, str, Callable[[KvmVcpu], None]], ...] = (
+    ("cpuid", "KVM_SET_CPUID2", KvmVcpu.set_cpuid),
     ("same-sregs", "KVM_SET_SREGS of what is there", _same),
     ("paging-on", "the guest's change to 64-bit mode", _paging),
     ("reset", "a reset", _reset),
@@ -64,19 +66,19 @@ _CHANGES: tuple[tuple[str, str, Callable[[Vcpu], None]], ...] = (
 )
 
 
-def _survives(change: Callable[[Vcpu], None], has_run: bool) -> None:
-    memory = small(PAGES * PAGE)
+def _survives(change: Callable[[KvmVcpu], None], has_run: bool) -> None:
+    memory = small(PAGES * PAGE_SIZE)
     memory.write()
-    vm = Vm()
+    vm = KvmVm()
     vcpu = vm.vcpu()
     vm.slot(SLOT, GPA, memory)
     if has_run:
         vcpu.warm()
     before = vm.leaves()
     vcpu.prefault_all(GPA, memory.size)
-    expect_equal((vm.leaves() - before).k4, PAGES, "pages mapped")
+    expect_equal((vm.leaves() - before).pages_4k, PAGES, "pages mapped")
     change(vcpu)
-    expect_equal((vm.leaves() - before).k4, PAGES, "pages mapped after the change")
+    expect_equal((vm.leaves() - before).pages_4k, PAGES, "pages mapped after the change")
     vcpu.warm()
     expect_reads(vcpu, memory, 0)
     expect_writes(vcpu, memory, 0)
@@ -93,17 +95,17 @@ for name, what, change in _CHANGES:
         )
 
 
-def _across_modes(first: abi.Mode, then: abi.Mode) -> None:
+def _across_modes(first: abi.CpuMode, then: abi.CpuMode) -> None:
     """Prefault in one CPU mode, by a vCPU of its own, and use it in another."""
-    machine = bench()
-    helper = machine.vm.vcpu(mode=first)
-    before = machine.vm.leaves()
-    helper.prefault_all(GPA, machine.size)
-    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
-    user = machine.vm.vcpu(mode=then)
+    fixture = make_fixture()
+    helper = fixture.vm.vcpu(mode=first)
+    before = fixture.vm.leaves()
+    helper.prefault_all(GPA, fixture.size)
+    expect_equal((fixture.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
+    user = fixture.vm.vcpu(mode=then)
     user.warm()
-    expect_reads(user, machine.memory, 0)
-    expect_writes(user, machine.memory, 0)
+    expect_reads(user, fixture.memory, 0)
+    expect_writes(user, fixture.memory, 0)
 
 
 _MODES = {"real": abi.RESET, "protected": abi.FLAT32, "long": LONG64}
@@ -125,15 +127,15 @@ for first, first_mode in _MODES.items():
     mapping=True,
 )
 def init() -> None:
-    machine = bench(vm=Vm(irqchip=True))
-    machine.vcpu.prefault_all(GPA, machine.size)
-    before = machine.vm.leaves()
-    ioctl(machine.vcpu.fd, abi.SET_MP_STATE, struct.pack("<I", 2))  # KVM_MP_STATE_INIT_RECEIVED
-    ioctl(machine.vcpu.fd, abi.SET_MP_STATE, struct.pack("<I", abi.MP_RUNNABLE))
-    machine.vcpu.set_mode(abi.FLAT32)
-    expect_equal(machine.vm.leaves(), before, "leaves")
-    machine.vcpu.warm()
-    expect_writes(machine.vcpu, machine.memory, 0)
+    fixture = make_fixture(vm=KvmVm(irqchip=True))
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    before = fixture.vm.leaves()
+    ioctl(fixture.vcpu.fd, abi.SET_MP_STATE, struct.pack("<I", 2))  # KVM_MP_STATE_INIT_RECEIVED
+    ioctl(fixture.vcpu.fd, abi.SET_MP_STATE, struct.pack("<I", abi.MP_RUNNABLE))
+    fixture.vcpu.set_mode(abi.FLAT32)
+    expect_equal(fixture.vm.leaves(), before, "leaves")
+    fixture.vcpu.warm()
+    expect_writes(fixture.vcpu, fixture.memory, 0)
 
 
 @case(
@@ -143,21 +145,21 @@ def init() -> None:
     mapping=True,
 )
 def vcpu_closed() -> None:
-    machine = bench()
-    other = machine.vm.vcpu()
-    before = machine.vm.leaves()
-    other.prefault_all(GPA, machine.size)
+    fixture = make_fixture()
+    other = fixture.vm.vcpu()
+    before = fixture.vm.leaves()
+    other.prefault_all(GPA, fixture.size)
     other.kvm_run.close()
     os.close(other.stats.fd)
     os.close(other.fd)
-    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
-    expect_writes(machine.vcpu, machine.memory, 0)
+    expect_equal((fixture.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
+    expect_writes(fixture.vcpu, fixture.memory, 0)
 
 
-def _repeatedly(machine: Bench) -> None:
+def _repeatedly(fixture: Fixture) -> None:
     for _ in range(8):
-        _reset(machine.vcpu)
-        machine.vcpu.prefault_all(GPA, PAGE)
+        _reset(fixture.vcpu)
+        fixture.vcpu.prefault_all(GPA, PAGE_SIZE)
 
 
 @case(
@@ -167,10 +169,10 @@ def _repeatedly(machine: Bench) -> None:
     mapping=True,
 )
 def many_resets() -> None:
-    machine = bench()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    before = machine.vm.leaves()
-    _repeatedly(machine)
-    expect_equal(machine.vm.leaves(), before, "leaves")
-    machine.vcpu.warm()
-    expect_writes(machine.vcpu, machine.memory, 0)
+    fixture = make_fixture()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    before = fixture.vm.leaves()
+    _repeatedly(fixture)
+    expect_equal(fixture.vm.leaves(), before, "leaves")
+    fixture.vcpu.warm()
+    expect_writes(fixture.vcpu, fixture.memory, 0)

@@ -7,35 +7,39 @@ import os
 import signal
 from struct import pack
 
-from .. import abi, guest, host
-from ..abi import PAGE
+from ...units import PAGE_SIZE
+from .. import abi, guest_code, needs
+from ..device import ioctl
+from ..expectations import expect, expect_equal
+from ..host_facts import read_host_facts
 from ..memory import small
 from ..suite import add, case
-from ..vmm import COUNTER, Running, Task, Vcpu, Vm, expect, expect_equal, ioctl
-from .common import GPA, PAGES, SLOT, Bench, bench, expect_reads, expect_writes
+from ..threads import BackgroundCall, RunningVcpu
+from ..vmm import COUNTER, KvmVcpu, KvmVm
+from .common import GPA, PAGES, SLOT, Fixture, expect_reads, expect_writes, make_fixture
 
 _MUTEX = "virt/kvm/kvm_main.c:kvm_vcpu_ioctl(): vcpu->mutex, mutex_lock_killable()"
 _ROOT = "mmu/tdp_mmu.c:kvm_tdp_mmu_alloc_root(): roots are found by their role and shared"
 
 
-def _fresh(*, cpuid: bool = True, mode: abi.Mode = abi.FLAT32) -> Bench:
+def _fresh(*, cpuid: bool = True, mode: abi.CpuMode = abi.FLAT32) -> Fixture:
     """A VM whose vCPU has never run."""
-    memory = small(PAGES * PAGE)
+    memory = small(PAGES * PAGE_SIZE)
     memory.write()
-    vm = Vm()
+    vm = KvmVm()
     vcpu = vm.vcpu(cpuid=cpuid, mode=mode)
     vm.slot(SLOT, GPA, memory)
-    return Bench(vm, vcpu, memory)
+    return Fixture(vm, vcpu, memory)
 
 
 @case("vcpu/never-run", "a vCPU that has never run can be used", _ROOT, mapping=True)
 def never_run() -> None:
-    machine = _fresh()
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
-    machine.vcpu.warm()
-    expect_writes(machine.vcpu, machine.memory, 0)
+    fixture = _fresh()
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_equal((fixture.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
+    fixture.vcpu.warm()
+    expect_writes(fixture.vcpu, fixture.memory, 0)
 
 
 @case(
@@ -45,22 +49,22 @@ def never_run() -> None:
     mapping=True,
 )
 def just_created() -> None:
-    machine = _fresh(cpuid=False, mode=abi.RESET)
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
-    machine.vcpu.set_cpuid()
-    machine.vcpu.set_mode(abi.FLAT32)
-    machine.vcpu.warm()
-    expect_writes(machine.vcpu, machine.memory, 0)
+    fixture = _fresh(cpuid=False, mode=abi.RESET)
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_equal((fixture.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
+    fixture.vcpu.set_cpuid()
+    fixture.vcpu.set_mode(abi.FLAT32)
+    fixture.vcpu.warm()
+    expect_writes(fixture.vcpu, fixture.memory, 0)
 
 
 @case("vcpu/run-and-idle", "so can one that ran and is out of KVM_RUN", _ROOT, mapping=True)
 def run_and_idle() -> None:
-    machine = bench()
-    machine.vcpu.write(GPA, 4, 0x77)
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_reads(machine.vcpu, machine.memory, 0)
+    fixture = make_fixture()
+    fixture.vcpu.write(GPA, 4, 0x77)
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_reads(fixture.vcpu, fixture.memory, 0)
 
 
 @case(
@@ -70,11 +74,11 @@ def run_and_idle() -> None:
     mapping=True,
 )
 def for_a_later_one() -> None:
-    machine = _fresh()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    later = machine.vm.vcpu()
+    fixture = _fresh()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    later = fixture.vm.vcpu()
     later.warm()
-    expect_writes(later, machine.memory, 0)
+    expect_writes(later, fixture.memory, 0)
 
 
 @case(
@@ -84,24 +88,24 @@ def for_a_later_one() -> None:
     mapping=True,
 )
 def for_one_that_runs() -> None:
-    machine = bench()
-    other = machine.vm.vcpu()
-    other.prefault_all(GPA, machine.size)
-    expect_writes(machine.vcpu, machine.memory, 0)
+    fixture = make_fixture()
+    other = fixture.vm.vcpu()
+    other.prefault_all(GPA, fixture.size)
+    expect_writes(fixture.vcpu, fixture.memory, 0)
 
 
 @case(
     "vcpu/running-blocks",
     "on a vCPU in KVM_RUN it waits until that returns, however often it is signalled",
     _MUTEX,
-    host.known_ioctl,
+    needs.known_ioctl,
 )
 def running_blocks() -> None:
-    machine = bench()
-    with Running(machine.vcpu, guest.COUNT, rbx=COUNTER) as running:
+    fixture = make_fixture()
+    with RunningVcpu(fixture.vcpu, guest_code.COUNT, rbx=COUNTER) as running:
         running.wait_progress()
         # Blocked signals: it is the wait for the mutex that is looked at, not what comes after.
-        task = Task(lambda: _without_signals(machine.vcpu, machine.size))
+        task = BackgroundCall(lambda: _without_signals(fixture.vcpu, fixture.size))
         task.wait_state("D")
         for _ in range(5):
             task.interrupt()
@@ -109,34 +113,34 @@ def running_blocks() -> None:
             expect(task.is_alive(), "a signal has ended the wait")
     answer = task.result()
     expect(_or_refused(answer), f"errno {answer} once the vCPU is out")
-    machine.vcpu.kick(False)
-    expect_reads(machine.vcpu, machine.memory, None if answer else 0)
+    fixture.vcpu.kick(False)
+    expect_reads(fixture.vcpu, fixture.memory, None if answer else 0)
 
 
-def _without_signals(vcpu: Vcpu, size: int) -> int:
+def _without_signals(vcpu: KvmVcpu, size: int) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     return vcpu.prefault(GPA, size, any_error=True).error
 
 
 def _or_refused(answer: int) -> bool:
-    return answer in (0, host.look().refusal)
+    return answer in (0, read_host_facts().refusal)
 
 
 @case(
     "vcpu/running-killed",
     "SIGKILL ends that wait: a process with both threads dies at once",
     _MUTEX,
-    host.known_ioctl,
+    needs.known_ioctl,
 )
 def running_killed() -> None:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            machine = bench()
-            with Running(machine.vcpu, guest.COUNT, rbx=COUNTER) as running:
+            fixture = make_fixture()
+            with RunningVcpu(fixture.vcpu, guest_code.COUNT, rbx=COUNTER) as running:
                 running.wait_progress()
-                Task(lambda: machine.vcpu.prefault(GPA, PAGE)).wait_state("D")
+                BackgroundCall(lambda: fixture.vcpu.prefault(GPA, PAGE_SIZE)).wait_state("D")
                 os.write(writer, b"!")
                 signal.pause()
         finally:
@@ -152,23 +156,23 @@ def running_killed() -> None:
     "vcpu/halted-blocks",
     "so it is on a vCPU that waits in hlt inside KVM_RUN: nothing runs, and still it waits",
     _MUTEX + "; x86.c:vcpu_block() is inside KVM_RUN",
-    host.known_ioctl,
+    needs.known_ioctl,
 )
 def halted_blocks() -> None:
-    machine = bench(vm=Vm(irqchip=True))
-    halts = machine.vcpu.stat("halt_exits")
-    running = Running(machine.vcpu, guest.HALT)
+    fixture = make_fixture(vm=KvmVm(irqchip=True))
+    halts = fixture.vcpu.stat("halt_exits")
+    running = RunningVcpu(fixture.vcpu, guest_code.HALT)
     running.task.wait_state("S")
-    task = Task(lambda: _without_signals(machine.vcpu, machine.size))
+    task = BackgroundCall(lambda: _without_signals(fixture.vcpu, fixture.size))
     task.wait_state("D")
     expect(task.is_alive(), "it has not waited")
     expect_equal(running.stop(), abi.EXIT_INTR, "how the halted vCPU ended")
     answer = task.result()
     expect(_or_refused(answer), f"errno {answer} once the vCPU is out")
-    expect(machine.vcpu.stat("halt_exits") > halts, "the vCPU has not halted")
-    reader = machine.vm.vcpu()
+    expect(fixture.vcpu.stat("halt_exits") > halts, "the vCPU has not halted")
+    reader = fixture.vm.vcpu()
     reader.warm()
-    expect_reads(reader, machine.memory, None if answer else 0)
+    expect_reads(reader, fixture.memory, None if answer else 0)
 
 
 @case(
@@ -178,16 +182,16 @@ def halted_blocks() -> None:
     mapping=True,
 )
 def halted_and_out() -> None:
-    machine = bench(vm=Vm(irqchip=True))
-    running = Running(machine.vcpu, guest.HALT)
+    fixture = make_fixture(vm=KvmVm(irqchip=True))
+    running = RunningVcpu(fixture.vcpu, guest_code.HALT)
     running.task.wait_state("S")
     running.stop()
-    before = machine.vm.leaves()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
-    reader = machine.vm.vcpu()
-    expect_reads(reader, machine.memory, None)
-    expect_writes(reader, machine.memory, 0)
+    before = fixture.vm.leaves()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_equal((fixture.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
+    reader = fixture.vm.vcpu()
+    expect_reads(reader, fixture.memory, None)
+    expect_writes(reader, fixture.memory, 0)
 
 
 @case(
@@ -197,13 +201,13 @@ def halted_and_out() -> None:
     mapping=True,
 )
 def waiting_for_sipi() -> None:
-    machine = bench(vm=Vm(irqchip=True))
-    second = machine.vm.vcpu()
+    fixture = make_fixture(vm=KvmVm(irqchip=True))
+    second = fixture.vm.vcpu()
     ioctl(second.fd, abi.SET_MP_STATE, pack("<I", 1))  # KVM_MP_STATE_UNINITIALIZED
-    before = machine.vm.leaves()
-    second.prefault_all(GPA, machine.size)
-    expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
-    expect_writes(machine.vcpu, machine.memory, 0)
+    before = fixture.vm.leaves()
+    second.prefault_all(GPA, fixture.size)
+    expect_equal((fixture.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
+    expect_writes(fixture.vcpu, fixture.memory, 0)
 
 
 @case(
@@ -213,11 +217,11 @@ def waiting_for_sipi() -> None:
     mapping=True,
 )
 def immediate_exit() -> None:
-    machine = bench()
-    machine.vcpu.kick()
-    machine.vcpu.prefault_all(GPA, machine.size)
-    machine.vcpu.kick(False)
-    expect_reads(machine.vcpu, machine.memory, 0)
+    fixture = make_fixture()
+    fixture.vcpu.kick()
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    fixture.vcpu.kick(False)
+    expect_reads(fixture.vcpu, fixture.memory, 0)
 
 
 @case(
@@ -227,27 +231,27 @@ def immediate_exit() -> None:
     mapping=True,
 )
 def another_runs() -> None:
-    machine = bench()
-    runner = machine.vm.vcpu()
+    fixture = make_fixture()
+    runner = fixture.vm.vcpu()
     runner.warm()
-    with Running(runner, guest.COUNT, rbx=COUNTER) as running:
+    with RunningVcpu(runner, guest_code.COUNT, rbx=COUNTER) as running:
         running.wait_progress()
-        before = machine.vm.leaves()
-        machine.vcpu.prefault_all(GPA, machine.size)
-        expect_equal((machine.vm.leaves() - before).k4, PAGES, "pages mapped")
+        before = fixture.vm.leaves()
+        fixture.vcpu.prefault_all(GPA, fixture.size)
+        expect_equal((fixture.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
         running.wait_progress()
-    expect_writes(machine.vcpu, machine.memory, 0)
+    expect_writes(fixture.vcpu, fixture.memory, 0)
 
 
 def _between_runs(times: int) -> None:
     """Run, prefault a part, run on that part: over and over."""
-    machine = bench()
+    fixture = make_fixture()
     for page in range(times):
-        machine.vcpu.prefault_all(GPA + page * PAGE, PAGE)
-        before = machine.vcpu.stat("pf_taken")
-        machine.vcpu.write(GPA + page * PAGE, 1, page)
-        expect_equal(machine.vcpu.stat("pf_taken") - before, 0, f"faults on page {page}")
-    expect_equal(machine.memory.words()[:times], list(range(times)), "what was written")
+        fixture.vcpu.prefault_all(GPA + page * PAGE_SIZE, PAGE_SIZE)
+        before = fixture.vcpu.stat("pf_taken")
+        fixture.vcpu.write(GPA + page * PAGE_SIZE, 1, page)
+        expect_equal(fixture.vcpu.stat("pf_taken") - before, 0, f"faults on page {page}")
+    expect_equal(fixture.memory.words()[:times], list(range(times)), "what was written")
 
 
 add(
@@ -266,16 +270,16 @@ add(
     mapping=True,
 )
 def exit_not_yet_completed() -> None:
-    machine = bench()
-    hole = GPA - 64 * PAGE
+    fixture = make_fixture()
+    hole = GPA - 64 * PAGE_SIZE
     # Two words: one of the hole, one of memory.
-    machine.vcpu.start_at(guest.READ_32, rsi=hole, rcx=2, rdx=64 * PAGE)
-    expect_equal(machine.vcpu.run(), abi.EXIT_MMIO, "the exit")
-    machine.vcpu.kvm_run[40:44] = (1000).to_bytes(4, "little")
-    before = machine.vcpu.stat("pf_taken")
-    machine.vcpu.prefault_all(GPA, machine.size)
-    expect_equal(machine.vcpu.mmio, (hole, False), "the MMIO that kvm_run tells of")
-    expect_equal(machine.vcpu.run(), abi.EXIT_IO, "the end of the guest's program")
-    value = machine.vcpu.registers()["rbx"] & 0xFFFFFFFF
-    expect_equal(value, 1000 + machine.memory.word(0), "the sum that the guest reads")
-    expect_equal(machine.vcpu.stat("pf_taken") - before, 0, "faults after the prefault")
+    fixture.vcpu.start_at(guest_code.READ_32, rsi=hole, rcx=2, rdx=64 * PAGE_SIZE)
+    expect_equal(fixture.vcpu.run(), abi.EXIT_MMIO, "the exit")
+    fixture.vcpu.kvm_run[40:44] = (1000).to_bytes(4, "little")
+    before = fixture.vcpu.stat("pf_taken")
+    fixture.vcpu.prefault_all(GPA, fixture.size)
+    expect_equal(fixture.vcpu.mmio, (hole, False), "the MMIO that kvm_run tells of")
+    expect_equal(fixture.vcpu.run(), abi.EXIT_IO, "the end of the guest's program")
+    value = fixture.vcpu.registers()["rbx"] & 0xFFFFFFFF
+    expect_equal(value, 1000 + fixture.memory.word(0), "the sum that the guest reads")
+    expect_equal(fixture.vcpu.stat("pf_taken") - before, 0, "faults after the prefault")

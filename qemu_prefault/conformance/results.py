@@ -9,18 +9,18 @@ from dataclasses import asdict
 from typing import Any
 
 from ..errors import ExitStatus
-from .host import Host
-from .runner import Result
-from .suite import Case, Outcome
+from .host_facts import HostFacts
+from .runner import CaseResult
+from .suite import CaseOutcome, ConformanceCase
 
 
-def exit_status(results: Sequence[Result]) -> ExitStatus:
+def exit_status(results: Sequence[CaseResult]) -> ExitStatus:
     if all(result.outcome.expected for result in results):
         return ExitStatus.VERIFIED
     return ExitStatus.FAILED
 
 
-def to_json(host: Host, results: Sequence[Result], seconds: float) -> dict[str, Any]:
+def to_json(host: HostFacts, results: Sequence[CaseResult], seconds: float) -> dict[str, Any]:
     """One object; ``exit`` is the exit status."""
     return {
         "schema": 1,
@@ -43,24 +43,24 @@ def to_json(host: Host, results: Sequence[Result], seconds: float) -> dict[str, 
     }
 
 
-def counts(results: Sequence[Result]) -> dict[str, int]:
+def counts(results: Sequence[CaseResult]) -> dict[str, int]:
     """How many cases came to what."""
     found = Counter(result.outcome for result in results)
-    return {outcome.value: found[outcome] for outcome in Outcome}
+    return {outcome.value: found[outcome] for outcome in CaseOutcome}
 
 
-def header(host: Host) -> str:
+def header(host: HostFacts) -> str:
     answer = "offered" if host.capability else "not offered"
     return f"kernel {host.kernel}, {host.mode}: KVM_PRE_FAULT_MEMORY is {answer}\n"
 
 
-def line(result: Result) -> str:
+def line(result: CaseResult) -> str:
     """A row of the table."""
     text = result.text or result.case.says
     return f"{result.outcome.value:9}  {result.case.id:44}  {text}"
 
 
-def summary(results: Sequence[Result], seconds: float) -> Iterator[str]:
+def summary(results: Sequence[CaseResult], seconds: float) -> Iterator[str]:
     found = ", ".join(f"{number} {name}" for name, number in counts(results).items() if number)
     yield ""
     yield f"{len(results)} cases in {seconds:.1f} s: {found or 'none'}"
@@ -71,6 +71,6 @@ def summary(results: Sequence[Result], seconds: float) -> Iterator[str]:
             yield f"      see {result.case.source}"
 
 
-def listing(cases: Sequence[Case]) -> Iterator[str]:
+def listing(cases: Sequence[ConformanceCase]) -> Iterator[str]:
     for case in cases:
         yield f"{case.id:44}  {case.says}"

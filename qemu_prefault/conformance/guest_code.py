@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 
-from .abi import GIB, PAGE
+from ..units import GIB, PAGE_SIZE
 
 PORT = 0x10
 _END = bytes([0xE6, PORT])  # out %al, $PORT
@@ -38,10 +38,10 @@ COUNT = bytes.fromhex("ff03 ebfc")
 # hlt; jmp
 HALT = bytes.fromhex("f4 ebfd")
 
-# vmrun of the VMCB at rax; its guest is COUNT_AND_TELL. Then, when that exits: out.
+# vmrun of the VMCB at rax; its guest is COUNT_AND_OUT. Then, when that exits: out.
 VMRUN = bytes.fromhex("0f01d8") + _END
 # 1: incl (%rbx); out %al, $PORT; jmp 1b: exits to us without leaving guest mode
-COUNT_AND_TELL = bytes.fromhex("ff03") + _END + bytes.fromhex("ebfa")
+COUNT_AND_OUT = bytes.fromhex("ff03") + _END + bytes.fromhex("ebfa")
 
 _PRESENT_RW_USER, _ACCESSED_DIRTY, _HUGE = 7, 0x60, 0x80
 
@@ -53,7 +53,7 @@ def identity_tables(at: int, up_to: int) -> bytes:
     of a user.
     """
     count = -(-up_to // (512 * GIB))
-    top = [at + PAGE * (1 + n) | _PRESENT_RW_USER for n in range(count)]
+    top = [at + PAGE_SIZE * (1 + n) | _PRESENT_RW_USER for n in range(count)]
     tables = struct.pack("<512Q", *top, *[0] * (512 - count))
     leaf = _PRESENT_RW_USER | _ACCESSED_DIRTY | _HUGE
     for n in range(count):
@@ -66,7 +66,7 @@ _VMCB_INTERCEPT_VMRUN = 1 << 0
 
 def vmcb(*, rip: int, cr3: int, nested_cr3: int | None) -> bytes:
     """A VMCB (AMD APM 2, appendix B) for 64-bit code at ``rip``; NPT if there is a nested CR3."""
-    page = bytearray(PAGE)
+    page = bytearray(PAGE_SIZE)
     struct.pack_into("<I", page, 0x010, _VMCB_INTERCEPT_VMRUN)
     struct.pack_into("<I", page, 0x058, 1)  # ASID
     if nested_cr3 is not None:

@@ -11,12 +11,14 @@ from pathlib import Path
 
 from .._native import lib
 from ..errors import Code, UnsupportedError
-from ..host.kvm import parameter
-from . import abi, vmm
+from ..host.kvm import KVM_CAP_PRE_FAULT_MEMORY, parameter
+from ..units import PAGE_SIZE
+from . import abi, device
+from .vmm import KvmVm
 
 
 @dataclass(frozen=True)
-class Host:
+class HostFacts:
     """This kernel, its KVM and how they are set.
 
     :ivar capability: KVM_CAP_PRE_FAULT_MEMORY.
@@ -68,13 +70,13 @@ def _on(value: str | None) -> bool:
     return value in ("Y", "1", "y")
 
 
-def look() -> Host:
+def read_host_facts() -> HostFacts:
     """Ask the kernel.
 
     :raise UnsupportedError: there is no KVM, or it is not ours to use.
     """
     try:
-        kvm = vmm.kvm()
+        kvm_fd = device.kvm_fd()
     except OSError as error:
         raise UnsupportedError(
             f"/dev/kvm cannot be opened: {error.strerror}",
@@ -84,11 +86,11 @@ def look() -> Host:
         ) from error
 
     def check(capability: int) -> int:
-        return max(0, int(lib.pf_vmm_ioctl(kvm, abi.CHECK_EXTENSION, capability)))
+        return max(0, int(lib.pf_vmm_ioctl(kvm_fd, abi.CHECK_EXTENSION, capability)))
 
-    capability = check(abi.CAP_PRE_FAULT_MEMORY) > 0
+    capability = check(KVM_CAP_PRE_FAULT_MEMORY) > 0
     amd = _on(parameter("kvm_amd", "npt"))
-    return Host(
+    return HostFacts(
         kernel=os.uname().release,
         capability=capability,
         refusal=_refusal(),
@@ -110,11 +112,11 @@ def look() -> Host:
 
 def _refusal() -> int:
     """What a well-formed prefault of a page that is there comes to."""
-    vm = vmm.Vm()
+    vm = KvmVm()
     vcpu = vm.vcpu()
-    arguments = bytearray(struct.pack("<8Q", 0, abi.PAGE, *[0] * 6))
+    arguments = bytearray(struct.pack("<8Q", 0, PAGE_SIZE, *[0] * 6))
     try:
-        vmm.ioctl(vcpu.fd, abi.PRE_FAULT_MEMORY, arguments)
+        device.ioctl(vcpu.fd, abi.PRE_FAULT_MEMORY, arguments)
     except OSError as error:
         return error.errno or errno.EIO
     finally:
@@ -122,83 +124,3 @@ def _refusal() -> int:
         for fd in (vcpu.stats.fd, vcpu.fd, vm.stats.fd, vm.fd):
             os.close(fd)
     return 0
-
-
-# What cases need.
-
-
-def nested_paging(host: Host) -> str:
-    return "" if host.paging != "shadow" else "this KVM uses shadow paging"
-
-
-def shadow_paging(host: Host) -> str:
-    return "" if host.paging == "shadow" else f"this KVM uses {host.paging}"
-
-
-def capability(host: Host) -> str:
-    return "" if host.capability else "this KVM does not offer the ioctl"
-
-
-def known_ioctl(host: Host) -> str:
-    return "" if host.refusal != errno.EINVAL else "this kernel has no such ioctl"
-
-
-def two_dimensional_mmu(host: Host) -> str:
-    return "" if host.tdp_mmu and not nested_paging(host) else "not the TDP MMU"
-
-
-def legacy_mmu(host: Host) -> str:
-    if nested_paging(host):
-        return nested_paging(host)
-    return "this KVM uses the TDP MMU" if host.tdp_mmu else ""
-
-
-def transparent_huge_pages(host: Host) -> str:
-    return "" if host.thp else "transparent_hugepage/enabled is never"
-
-
-def hugetlb_2m(host: Host) -> str:
-    if host.hugepages[0] >= 4:
-        return ""
-    return "fewer than 4 free hugetlb pages of 2 MiB (set vm.nr_hugepages)"
-
-
-def hugetlb_1g(host: Host) -> str:
-    return "" if host.hugepages[1] else "no free hugetlb page of 1 GiB"
-
-
-def ksm(host: Host) -> str:
-    return "" if host.ksm else "KSM does not run (/sys/kernel/mm/ksm/run)"
-
-
-def root(host: Host) -> str:
-    return "" if host.root else "needs root"
-
-
-def slot_quirk(host: Host) -> str:
-    if host.quirks & abi.QUIRK_SLOT_ZAP_ALL:
-        return ""
-    return "this kernel has no KVM_X86_QUIRK_SLOT_ZAP_ALL"
-
-
-def smm(host: Host) -> str:
-    return "" if host.smm else "this KVM has no system management mode"
-
-
-def dirty_ring(host: Host) -> str:
-    return "" if host.dirty_ring else "this KVM has no dirty ring"
-
-
-def software_protected(host: Host) -> str:
-    if host.vm_types >> abi.VM_SW_PROTECTED & 1:
-        return ""
-    return "this kernel has no KVM_X86_SW_PROTECTED_VM"
-
-
-def mappable_guest_memfd(host: Host) -> str:
-    wanted = abi.GMEM_MMAP | abi.GMEM_INIT_SHARED
-    return "" if host.gmem_flags & wanted == wanted else "guest_memfd cannot be mapped here"
-
-
-def nested_svm(host: Host) -> str:
-    return "" if host.nested_svm else "kvm_amd.nested is off, or this is not AMD"

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Threads of a case: calls and guests that run meanwhile, and waiting for what they do."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .._native import lib
+from . import abi
+from .device import IOCTL_LIMIT_SECONDS
+from .expectations import expect, expect_equal
+from .vmm import KvmVcpu
+
+
+def wait_for(
+    condition: Callable[[], object], what: str, limit: float = IOCTL_LIMIT_SECONDS
+) -> None:
+    """Look again and again; for what no event tells of."""
+    deadline = time.monotonic() + limit
+    while not condition():
+        expect(time.monotonic() < deadline, f"waited {limit:g} s for {what}")
+        time.sleep(0.001)
+
+
+class BackgroundCall(threading.Thread):
+    """Something that runs meanwhile; :meth:`result` gives what it came to, or raises it."""
+
+    def __init__(self, what: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self._what = what
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._value = self._what()
+        except BaseException as error:
+            self._error = error
+
+    def result(self, limit: float = IOCTL_LIMIT_SECONDS) -> Any:
+        self.join(limit)
+        expect(not self.is_alive(), f"a thread is still busy after {limit:g} s")
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def interrupt(self) -> None:
+        signal.pthread_kill(self.ident or 0, lib.pf_vmm_signal())
+
+    def state(self) -> str:
+        """The scheduler's letter: R running, S waiting, D waiting and deaf to signals."""
+        try:
+            text = Path(f"/proc/self/task/{self.native_id}/stat").read_text()
+        except OSError:
+            return "X"
+        return text.rpartition(")")[2].split()[0]
+
+    def wait_state(self, letters: str, limit: float = IOCTL_LIMIT_SECONDS) -> None:
+        """Wait until it waits as said; the kernel tells of it nowhere but here."""
+        wait_for(lambda: self.state() in letters, f"a thread in state {letters}", limit)
+
+
+class RunningVcpu:
+    """A context in which a vCPU runs a program in a thread of its own, and does not end."""
+
+    def __init__(self, vcpu: KvmVcpu, code: bytes, **registers: int) -> None:
+        self.vcpu = vcpu
+        vcpu.start_at(code, **registers)
+        vcpu.kick(False)
+        self.task = BackgroundCall(self._loop)
+
+    def _loop(self) -> int:
+        while not self.vcpu.kvm_run[1]:
+            reason = self.vcpu.run(limit=0)
+            if reason != abi.EXIT_INTR:
+                return reason
+        return abi.EXIT_INTR
+
+    def __enter__(self) -> RunningVcpu:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        reason = self.stop()
+        if kind is None:
+            expect_equal(abi.EXIT_NAMES.get(reason, str(reason)), "INTR", "how the guest ended")
+
+    def stop(self) -> int:
+        self.vcpu.kick()
+        if self.task.is_alive():
+            self.task.interrupt()
+        return int(self.task.result())
+
+    def wait_progress(self, rounds: int = 1) -> None:
+        """Wait until the guest's counter has gone on."""
+        start = self.vcpu.vm.counter
+        wait_for(
+            lambda: self.vcpu.vm.counter >= start + rounds or not self.task.is_alive(),
+            "the guest to get on",
+        )
+        expect(self.vcpu.vm.counter >= start + rounds, "the guest has stopped getting on")
