@@ -11,6 +11,7 @@ nothing failed. A suite of pytest's that ran no test has failed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import subprocess
@@ -132,7 +133,8 @@ def judge(suite: Suite, status: int, junit: Path) -> Result:
     if suite.command:
         result.passed = 0 if status else 1
     elif junit.exists():
-        result.read(junit)
+        with contextlib.suppress(SyntaxError):  # its writer was killed
+            result.read(junit)
     if status and not result.failed:
         result.failed, result.note = 1, f"ended with status {status}"
     elif not (result.passed or result.failed or (suite.may_skip and result.skipped)):

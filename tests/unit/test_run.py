@@ -38,6 +38,12 @@ def test_no_test_is_a_failure(tmp_path: Path) -> None:
     assert judge(PYTEST, 0, write_junit(tmp_path / "empty")) == none
 
 
+def test_truncated_results_are_a_failure(tmp_path: Path) -> None:
+    junit = write_junit(tmp_path / "junit", tests=2)
+    junit.write_text(junit.read_text()[:-10])
+    assert judge(PYTEST, -9, junit) == Result(failed=1, note="ended with status -9")
+
+
 def test_only_skips_is_a_failure_unless_allowed(tmp_path: Path) -> None:
     junit = write_junit(tmp_path / "junit", tests=2, skipped=2)
     assert judge(PYTEST, 0, junit).failed == 1
