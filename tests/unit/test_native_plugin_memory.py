@@ -3,27 +3,18 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-import qemu_prefault
-
-NATIVE = Path(qemu_prefault.__file__).parent / "native"
+from support.native import link_with_plugin
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("cc") is None:
-        pytest.skip("cc is not installed")
-    path = tmp_path_factory.mktemp("memory") / "start"
-    sources = [*NATIVE.glob("plugin/*.c"), *NATIVE.glob("common/*.c")]
-    flags = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}")
-    main = Path(__file__).with_name("plugin_memory.c")
-    subprocess.run(["cc", *flags, main, *sources, "-o", path], check=True)
-    return path
+    source = Path(__file__).with_name("plugin_memory.c")
+    return link_with_plugin(source, tmp_path_factory.mktemp("memory") / "start")
 
 
 @pytest.mark.parametrize("how", ["learn", "hook"])
