@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from qemu_prefault._native import ffi, lib
 
+from qemu_prefault._native import ffi, lib
 from qemu_prefault.errors import FailedError
 from qemu_prefault.host.pagemap import MERGE_DISTANCE, Pagemap
 from qemu_prefault.host.procfs import Process
