@@ -19,7 +19,7 @@ void *pf_raw_mmap(void *start, size_t size, int protection, int flags, int fd, o
 	return (void *)syscall(SYS_mmap, start, size, protection, flags, fd, offset);
 }
 
-/* By QEMU's own SIG_IPI; in a program that does not handle it, it would be the end. */
+/* SIGUSR1 is QEMU's SIG_IPI. Without a handler it would kill the process, so check first. */
 void pf_kick_thread(pid_t tid)
 {
 	struct sigaction action;
@@ -34,7 +34,7 @@ bool pf_start_thread(pthread_t *thread, const char *name, void *(*function)(void
 	sigset_t all, before;
 	bool started;
 
-	sigfillset(&all); /* QEMU's signals are for QEMU's threads */
+	sigfillset(&all); /* QEMU's threads must handle its signals */
 	pthread_sigmask(SIG_SETMASK, &all, &before);
 	started = !pthread_create(thread, NULL, function, NULL);
 	if (started)
