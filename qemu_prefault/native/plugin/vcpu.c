@@ -77,8 +77,8 @@ static void before_run(struct vcpu *self)
 	struct work_item item;
 	bool first = !self->started && !pf_incoming, sliced = false;
 
-	if (!pf_stall_start &&
-	    on_own_tables(self)) /* on other tables no work is done, so the guest does not wait */
+	/* On other tables the thread does no work, so the guest does not wait. */
+	if (!pf_stall_start && on_own_tables(self))
 		pf_stall_start = now;
 	if (!first)
 		ctx.deadline = (pf_stall_start ? pf_stall_start : now) + pf_options.hold_ns;
