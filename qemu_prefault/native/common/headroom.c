@@ -110,11 +110,11 @@ static bool find_path(const char *cgroup_file, const char *controller, char *pat
 {
 	FILE *file = fopen(cgroup_file, "re");
 	char *line = NULL;
-	size_t room = 0;
+	size_t capacity = 0;
 	bool found = false;
 
 	*unified = 1;
-	while (file && getline(&line, &room, file) > 0) { /* hierarchy:controllers:path */
+	while (file && getline(&line, &capacity, file) > 0) { /* hierarchy:controllers:path */
 		char *controllers = strchr(line, ':');
 		char *behind = controllers ? strchr(++controllers, ':') : NULL;
 
@@ -180,13 +180,13 @@ int pf_headroom_find_group(const char *cgroup_file, const char *mountinfo_file,
 	char path[sizeof(group->directory)];
 	FILE *file;
 	char *line = NULL;
-	size_t room = 0;
+	size_t capacity = 0;
 	bool found = false;
 
 	if (!find_path(cgroup_file, controller, path, sizeof(path), &group->unified))
 		return 0;
 	file = fopen(mountinfo_file, "re");
-	while (file && !found && getline(&line, &room, file) > 0) {
+	while (file && !found && getline(&line, &capacity, file) > 0) {
 		char *dash = strstr(line, " - "), *rest = line, *root, *point, *kind, *options;
 
 		if (!dash)

@@ -121,9 +121,9 @@ long pf_pagemap_writable(int32_t fd, uint64_t start, uint64_t end, int32_t is_pr
 
 	*next = start;
 	while (*next < end && used < count) {
-		size_t room = count - used < SCAN_REGIONS ? count - used : SCAN_REGIONS;
+		size_t capacity = count - used < SCAN_REGIONS ? count - used : SCAN_REGIONS;
 		uint64_t from = *next;
-		long got = scan_some(&scan, from, end, found, room, next);
+		long got = scan_some(&scan, from, end, found, capacity, next);
 
 		if (got < 0)
 			return got;

@@ -25,7 +25,7 @@ struct interval {
 
 struct intervals {
 	struct interval *items;
-	size_t count, room;
+	size_t count, capacity;
 };
 
 static struct intervals mappings; /* mappings with facts or a file */
@@ -35,14 +35,14 @@ static int pagemap_fd = -1;
 
 static void intervals_add(struct intervals *list, struct interval item)
 {
-	if (list->count == list->room) {
-		size_t room = list->room ? 2 * list->room : 32;
-		struct interval *items = realloc(list->items, room * sizeof(*items));
+	if (list->count == list->capacity) {
+		size_t capacity = list->capacity ? 2 * list->capacity : 32;
+		struct interval *items = realloc(list->items, capacity * sizeof(*items));
 
 		if (!items)
 			return; /* out of memory: the fact is lost; pages may be populated twice */
 		list->items = items;
-		list->room = room;
+		list->capacity = capacity;
 	}
 	list->items[list->count++] = item;
 }
@@ -92,10 +92,10 @@ void pf_ranges_learn(void)
 	unsigned int major, minor;
 	FILE *file = fopen("/proc/self/smaps", "re");
 	char *line = NULL, permissions[5];
-	size_t room = 0;
+	size_t capacity = 0;
 	int path;
 
-	while (file && getline(&line, &room, file) > 0) {
+	while (file && getline(&line, &capacity, file) > 0) {
 		if (sscanf(line, "%llx-%llx %4s %llx %x:%x %llu %n", &start, &end, permissions,
 			   &offset, &major, &minor, &inode, &path) == 7) {
 			struct statfs filesystem = { .f_type = TMPFS_MAGIC };

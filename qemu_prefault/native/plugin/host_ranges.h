@@ -46,7 +46,7 @@ uint64_t pf_ranges_huge_page_size(uint64_t start, uint64_t size);
 /* Operations that were done on a range at least once. */
 enum memory_mark { MEMORY_POPULATED, MEMORY_PREFAULTED };
 void pf_ranges_set_mark(enum memory_mark mark, uint64_t start, uint64_t size);
-/* Find the first part of [start, start + size) without the mark. False if there is no such part. */
+/* Find the first part of [start, start + size) without the mark. False if all is marked. */
 bool pf_ranges_unmarked(enum memory_mark mark, uint64_t start, uint64_t size, uint64_t *from,
 			uint64_t *length);
 

@@ -57,11 +57,11 @@ struct timespec pf_deadline_in(uint64_t ns)
 bool pf_has_argument(const char *wanted)
 {
 	char *line = NULL;
-	size_t room = 0;
+	size_t capacity = 0;
 	bool found = false;
 	FILE *file = fopen("/proc/self/cmdline", "re");
 
-	while (file && !found && getdelim(&line, &room, '\0', file) > 0)
+	while (file && !found && getdelim(&line, &capacity, '\0', file) > 0)
 		found = !strcmp(line[0] == '-' && line[1] == '-' ? line + 1 : line, wanted);
 	free(line);
 	if (file)
@@ -69,16 +69,16 @@ bool pf_has_argument(const char *wanted)
 	return found;
 }
 
-bool pf_grow(void **array, size_t *room, size_t count, size_t item)
+bool pf_grow(void **array, size_t *capacity, size_t count, size_t item)
 {
-	if (count < *room)
+	if (count < *capacity)
 		return true;
-	size_t wanted = *room ? 2 * *room : 64;
+	size_t wanted = *capacity ? 2 * *capacity : 64;
 	void *more = realloc(*array, wanted * item);
 
 	if (!more)
 		return false;
 	*array = more;
-	*room = wanted;
+	*capacity = wanted;
 	return true;
 }

@@ -37,6 +37,6 @@ struct timespec pf_deadline_in(uint64_t ns);
 bool pf_has_argument(const char *wanted);
 
 /* Grow an array if needed, so that one more item fits. Returns false if out of memory. */
-bool pf_grow(void **array, size_t *room, size_t count, size_t item);
+bool pf_grow(void **array, size_t *capacity, size_t count, size_t item);
 
 #endif

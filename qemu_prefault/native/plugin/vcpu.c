@@ -61,7 +61,7 @@ static void report_prefaulted(bool started)
 
 /*
  * Work until the queue is empty or the guest has waited long enough. Before the guest's first
- * instruction there is no limit. Later the limit is pf_options.hold_ns; after that the thread
+ * instruction the time is unlimited. Later the limit is pf_options.hold_ns. After that the thread
  * works in slices.
  */
 static void before_run(struct vcpu *self)
