@@ -11,7 +11,7 @@ from .._native import ffi, lib
 from ..host.kvm import KVM_CAP_PRE_FAULT_MEMORY
 from . import abi
 
-#: An ioctl of a case that takes longer never ends. Even under emulation all others are faster.
+#: Maximum duration of an ioctl. Even under emulation it takes longer only if it hangs.
 IOCTL_LIMIT_SECONDS = 20.0
 #: Time after which a case interrupts an ioctl that may never end.
 HANG_SECONDS = 0.3

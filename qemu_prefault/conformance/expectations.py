@@ -16,7 +16,7 @@ class Unexpected(Exception):
 
 
 def error_name(number: int) -> str:
-    """Return the usual name of an errno. For some, Python's table has a less usual one."""
+    """Return the usual name of an errno. Python's table has other names for some."""
     if number in _NAMES:
         return _NAMES[number]
     return errno.errorcode.get(number, str(number)) if number else "success"

@@ -44,7 +44,7 @@ for name, make, most, required in (
         verb = "writing" if writes else "reading"
         add(
             f"control/{name}-{'write' if writes else 'read'}",
-            f"without a prefault, {verb} takes one fault per leaf, and no more faults later",
+            f"without a prefault, {verb} takes one fault per leaf, at the first access only",
             _SOURCE,
             lambda make=make, most=most, writes=writes: _faults(make, most, writes),  # type: ignore[misc]
             *requirements,

@@ -65,7 +65,7 @@ def log_leaves_read_only_alone() -> None:
 
 @case(
     "dirty/log-is-true-to-the-guest",
-    "after the dirty log is read, it records the guest's next writes, also after another prefault",
+    "after the dirty log is read, it records the guest's next writes, even after another prefault",
     "virt/kvm/kvm_main.c:kvm_get_dirty_log_protect() makes the entries read-only again",
     mapping=True,
 )

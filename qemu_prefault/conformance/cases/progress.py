@@ -37,7 +37,7 @@ def whole_slot() -> None:
 
 @case(
     "progress/past-the-slot",
-    "a range beyond the slot is mapped up to the slot's end (success); the rest is ENOENT",
+    "a range that extends past the slot is mapped up to its end (success); the rest is ENOENT",
     _LOOP,
     mapping=True,
 )

@@ -47,7 +47,7 @@ _STALE = (
 
 
 def _stale_root(has_run: bool, remedy: str) -> str | None:
-    """Prefault, delete a slot, apply a remedy, and prefault again on the same vCPU."""
+    """Prefault, delete a slot, apply a remedy, and prefault again."""
     fixture = make_fixture() if has_run else _never_run()
     fixture.vcpu.prefault_all(GPA, PAGE_SIZE)
     fixture.vm.slot(OTHER_SLOT, OTHER_GPA, small(PAGE_SIZE))
@@ -229,7 +229,7 @@ def flags_changed_meanwhile() -> None:
 
 @case(
     "slots/race",
-    "a thread that repeatedly deletes and re-creates the slot, as in the kernel's selftest",
+    "prefaults work while a thread deletes and re-creates the slot, as in the kernel's selftest",
     "tools/testing/selftests/kvm/pre_fault_memory_test.c; 3ccbf6f47098",
     needs.capability,
     mapping=True,
@@ -258,7 +258,7 @@ def race() -> None:
 
 @case(
     "slots/other-slot-deleted-meanwhile",
-    "deleting another slot during the ioctl: the ioctl ends with success or EAGAIN",
+    "if another slot is deleted during the ioctl, the ioctl ends with success or EAGAIN",
     "mmu/mmu.c:is_page_fault_stale(): the root is obsolete",
     needs.root,
     needs.capability,

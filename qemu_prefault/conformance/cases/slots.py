@@ -77,7 +77,7 @@ def delete_drops_only_its_own() -> None:
 
 @case(
     "slots/delete-in-a-protected-vm",
-    "in a KVM_X86_SW_PROTECTED_VM, deleting a slot drops only that slot's leaves: no quirk there",
+    "in a KVM_X86_SW_PROTECTED_VM, which has no quirk, deleting a slot drops only its leaves",
     _ZAP_ALL,
     needs.software_protected,
     mapping=True,

@@ -113,7 +113,7 @@ for first, first_mode in _MODES.items():
     for then in ("protected", "long"):
         add(
             f"state/{first}-then-{then}",
-            f"pages that a vCPU in {first} mode maps are also mapped for a vCPU in {then} mode",
+            f"pages that a vCPU in {first} mode maps are mapped for another vCPU in {then} mode",
             _ROLE,
             lambda first=first_mode, then=_MODES[then]: _across_modes(first, then),  # type: ignore[misc]
             mapping=True,

@@ -231,7 +231,7 @@ def immediate_exit() -> None:
 
 @case(
     "vcpu/another-runs",
-    "a vCPU out of KVM_RUN can prefault while another vCPU runs, which is not interrupted",
+    "a vCPU out of KVM_RUN can prefault while another vCPU runs, and does not interrupt it",
     "mmu/mmu.c:kvm_tdp_mmu_page_fault() takes mmu_lock for reading",
     mapping=True,
 )
