@@ -93,7 +93,8 @@ def connect(
     :raises InputError: The address is malformed, or the socket does not exist.
     :raises MonitorBusyError: Another client holds the socket.
     :raises MonitorError: The peer does not answer, or does not speak QMP.
-    :raises RefusedError: The QEMU behind the socket is not the process that was found or given.
+    :raises RefusedError: The process behind the socket, or ``pid``, is not this QEMU.
+    :raises UnsupportedError: QEMU runs on another host or in another pid namespace.
     :raises GoneError: The process does not exist.
     """
     return Vm.connect(qmp, pid, dial)
