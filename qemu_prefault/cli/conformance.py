@@ -28,11 +28,11 @@ from .options import debug_option, json_option
 def conformance(
     pattern: str | None, listing: bool, destructive: bool, as_json: bool, debug: bool
 ) -> None:
-    """Test how this host's kernel implements KVM_PRE_FAULT_MEMORY, in VMs of a few pages.
+    """Test how this host's kernel handles KVM_PRE_FAULT_MEMORY.
 
-    Each case runs in its own process. If KVM does not offer the ioctl (old kernels, shadow
-    paging), the cases check that KVM refuses it without side effects. The exit status is 0 if
-    every case behaves as expected.
+    Each case runs in its own process, with a VM of a few pages. If KVM does not offer the ioctl
+    (old kernels, shadow paging), the cases check that KVM refuses it without side effects. The
+    exit status is 0 if every case behaves as expected.
     """
     with reporting(as_json, debug):
         from ..conformance import results, suite  # noqa: PLC0415

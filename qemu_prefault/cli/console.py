@@ -95,7 +95,7 @@ def fail(error: QemuPrefaultError, as_json: bool, program: str = PROGRAM) -> NoR
 
 @contextlib.contextmanager
 def reporting(as_json: bool, debug: bool, program: str = PROGRAM) -> Iterator[None]:
-    """Turn exceptions in the block into messages. Print tracebacks only with --debug."""
+    """Report exceptions of the block as messages. Print tracebacks only with --debug."""
     try:
         yield
     except QemuPrefaultError as error:

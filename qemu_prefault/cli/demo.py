@@ -14,7 +14,10 @@ from .options import debug_option, json_option
 @json_option
 @debug_option
 def demo(as_json: bool, debug: bool) -> None:
-    """Demonstrate the effect on any x86-64 Linux, with a restored guest and a booting guest."""
+    """Demonstrate the effect with a restored and a booting guest.
+
+    The demo runs on any x86-64 Linux. It does not need hardware virtualization.
+    """
     with reporting(as_json, debug):
         try:
             from qemu_prefault_lab.demo import run_demo  # noqa: PLC0415

@@ -152,7 +152,7 @@ def findings_lines(findings: Findings) -> Iterator[str]:
 
 
 def status_lines(status: DomainStatus) -> Iterator[str]:
-    """Format whether a domain loads the plugin, and the plugin's state."""
+    """Format the state of the plugin in a domain."""
     if status.in_xml is None:
         yield f"{status.domain}: does not load the plugin"
         yield f"  -> qemu-prefault libvirt enable {status.domain}"

@@ -17,7 +17,7 @@ from ..errors import Code, ExitStatus, InputError
 from .console import Printer, reporting, run_async, say
 from .format import report_lines, status_lines
 
-debug_option = click.option("--debug", is_flag=True, help="Show tracebacks.")
+debug_option = click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 connect_option = click.option(
     "-c",
@@ -30,9 +30,10 @@ connect_option = click.option(
 
 @click.group()
 def libvirt() -> None:
-    """Prefault guests that libvirt starts: by the plugin, a hook, a daemon or a command.
+    """Prefault guests that libvirt starts.
 
-    To prefault a running domain, use `qemu-prefault --domain NAME`.
+    The commands set up the plugin, a hook or a daemon, or start a guest and prefault it. To
+    prefault a running domain, use `qemu-prefault --domain NAME`.
     """
 
 
@@ -56,7 +57,9 @@ def libvirt() -> None:
 def enable(
     domain: str, uri: str | None, options: tuple[str, ...], plugin: str | None, debug: bool
 ) -> None:
-    """Add the plugin to DOMAIN, which keeps its guest prefaulted from the first instruction on.
+    """Add the plugin to DOMAIN.
+
+    The plugin prefaults the guest before its first instruction, and keeps it prefaulted.
 
     DOMAIN is a name, a UUID, or - to edit XML from stdin to stdout. The command adds -plugin to
     the <qemu:commandline> of the definition and changes nothing else. The change takes effect
@@ -136,10 +139,10 @@ def _define(domain: str, uri: str | None, edit: Any, what: str) -> None:
 @debug_option
 @click.argument("domain")
 def status(domain: str, uri: str | None, as_json: bool, debug: bool) -> None:
-    """Show whether DOMAIN loads the plugin, and the plugin's state if the domain is running.
+    """Show whether DOMAIN loads the plugin, and the plugin's state.
 
-    DOMAIN is a name, a UUID, or - to read XML from stdin. The exit status is 0 if the domain
-    loads the plugin, 3 if not.
+    DOMAIN is a name, a UUID, or - to read XML from stdin. Only a running domain has a plugin
+    state. The exit status is 0 if the domain loads the plugin, 3 if not.
     """
     with reporting(as_json, debug):
         from ..libvirt.status import read_domain_status  # noqa: PLC0415
@@ -162,7 +165,11 @@ def status(domain: str, uri: str | None, as_json: bool, debug: bool) -> None:
 )
 @debug_option
 def install(hook: bool, watch: bool, remove: bool, root: Path, debug: bool) -> None:
-    """Install the plugin where libvirt's QEMU may load it, with the AppArmor rule it needs."""
+    """Install the plugin for libvirt's QEMU.
+
+    The plugin is copied to a directory that QEMU may load it from. If the host uses AppArmor,
+    the command also installs the rule that the plugin needs.
+    """
     with reporting(False, debug):
         from ..libvirt.install import install as put  # noqa: PLC0415
         from ..libvirt.install import uninstall  # noqa: PLC0415
@@ -185,11 +192,12 @@ def install(hook: bool, watch: bool, remove: bool, root: Path, debug: bool) -> N
 @libvirt.command(context_settings={"ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def hook(arguments: tuple[str, ...]) -> None:
-    """Act on a call of libvirt's hook. For /etc/libvirt/hooks/qemu.d/50-qemu-prefault only.
+    """Handle a call of libvirt's hook.
 
-    Reads the domain XML from stdin. The domain's metadata (namespace urn:qemu-prefault:1) or
-    /etc/qemu-prefault/libvirt.toml select the action for each event. The exit status is
-    always 0; errors are logged (journalctl -t qemu-prefault).
+    /etc/libvirt/hooks/qemu.d/50-qemu-prefault runs this command, with the domain XML on stdin.
+    The domain's metadata (namespace urn:qemu-prefault:1) or /etc/qemu-prefault/libvirt.toml
+    select the action for each event. The exit status is always 0, and errors are logged
+    (journalctl -t qemu-prefault).
     """
     from ..libvirt.hook import main  # noqa: PLC0415
 
@@ -261,7 +269,7 @@ def start(domain: str, uri: str | None, populate: str, as_json: bool, debug: boo
 @click.argument("file", type=click.Path(path_type=Path))
 @_moment
 def restore(file: Path, uri: str | None, populate: str, as_json: bool, debug: bool) -> None:
-    """Restore FILE, which `virsh save` wrote, prefault the guest, and resume it."""
+    """Restore FILE of `virsh save`, prefault its guest, and resume it."""
 
     def begin(policy: Any, on_progress: Any) -> Any:
         from ..libvirt.lifecycle import restore as act  # noqa: PLC0415
@@ -293,9 +301,9 @@ def migrate(  # noqa: PLR0917
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Migrate DOMAIN live to this host, prefault its guest, and resume it.
+    """Migrate DOMAIN to this host, prefault its guest, and resume it.
 
-    Run this command on the destination host.
+    The migration is live. Run this command on the destination host.
     """
 
     def begin(policy: Any, on_progress: Any) -> Any:
@@ -335,7 +343,10 @@ def migrate(  # noqa: PLR0917
 def watch(
     uri: str | None, listen: str | None, textfile: Path | None, act: bool, debug: bool
 ) -> None:
-    """Watch all domains: log their lifecycle, and provide metrics of faults and prefaults."""
+    """Watch all domains: log their lifecycle and export metrics.
+
+    The metrics are the faults, the stage-2 entries and the plugin's counters of each domain.
+    """
     with reporting(False, debug), contextlib.suppress(KeyboardInterrupt):
         from ..libvirt.daemon import run  # noqa: PLC0415
 

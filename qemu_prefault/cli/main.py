@@ -30,7 +30,7 @@ Examples:
   qemu-prefault --qmp /run/vm.qmp                prefault all RAM of a running guest
   qemu-prefault --qmp /run/vm.qmp --cont         prefault a restored guest and start it
   qemu-prefault --qmp /run/vm.qmp --dry-run      show what a run would do
-  qemu-prefault probe --qmp /run/vm.qmp          check what works on this host, and why
+  qemu-prefault probe --qmp /run/vm.qmp          check what works on this host
   qemu-prefault run -- qemu-system-x86_64 …      start QEMU with the plugin
 
 \b

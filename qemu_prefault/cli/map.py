@@ -27,7 +27,7 @@ from .options import (
 @json_option
 @debug_option
 def map_(qmp: str | None, domain: str | None, pid: int | None, as_json: bool, debug: bool) -> None:
-    """Show the guest's RAM: addresses, backing, and how much of it is resident."""
+    """Show the guest's RAM: addresses, backing and resident memory."""
     address = required_address(qmp, domain)
 
     async def main() -> None:

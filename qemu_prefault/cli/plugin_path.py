@@ -14,6 +14,6 @@ from .options import debug_option
 @click.command("plugin-path")
 @debug_option
 def plugin_path(debug: bool) -> None:
-    """Print the path of qemu-prefault-plugin.so, for QEMU's option -plugin."""
+    """Print the path of the plugin, for QEMU's option -plugin."""
     with reporting(False, debug):
         click.echo(qemu_prefault.plugin_path())

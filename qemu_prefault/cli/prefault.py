@@ -104,8 +104,8 @@ _OPTIONS = (
         "--max-downtime",
         type=click.FloatRange(0.001),
         metavar="SECONDS",
-        help="Pause the guest for at most this long at a time. Continue the rest in further "
-        "pauses.",
+        help="Longest single pause of the guest, in seconds. The rest of the work is done in "
+        "further pauses.",
     ),
     click.option("--dry-run", is_flag=True, help="Show what would be done, and change nothing."),
     click.option(

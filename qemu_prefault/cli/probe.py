@@ -29,9 +29,9 @@ from .options import (
 @json_option
 @debug_option
 def probe(qmp: str | None, domain: str | None, pid: int | None, as_json: bool, debug: bool) -> None:
-    """Check what works on this host, what does not and why, and show the command that fixes it.
+    """Check what works on this host, and show how to fix the rest.
 
-    With --domain, the command also checks what libvirt and its confinement allow, even if the
+    With --domain, the command also checks what libvirt, AppArmor and SELinux allow, even if the
     domain is not running.
     """
     address = monitor_address(qmp, domain)

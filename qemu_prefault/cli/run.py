@@ -24,7 +24,9 @@ from .options import debug_option
 @debug_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(options: tuple[str, ...], command: tuple[str, ...], debug: bool) -> None:
-    """Start QEMU with the plugin, which keeps the guest prefaulted from the first instruction on.
+    """Start QEMU with the plugin.
+
+    The plugin prefaults the guest before its first instruction, and keeps it prefaulted.
 
     COMMAND is the command line of QEMU, which is not changed: the plugin is loaded with
     LD_PRELOAD. QEMU replaces this process, so signals and the exit status are those of QEMU.

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 from .console import Printer, reporting, run_async
 from .format import ram_map_lines, report_lines, table
 
+#: The main function of a script: a coroutine function that takes the parsed arguments.
 Main = Callable[[Namespace], Coroutine[Any, Any, None]]
 
 __all__ = ["Main", "parser", "ram_map_lines", "report_lines", "run", "show", "table"]

@@ -42,7 +42,7 @@ def stats(  # noqa: PLR0917
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Show KVM's counters: stage-2 leaf entries by size, and the guest's faults."""
+    """Show KVM's counters: stage-2 leaf entries and guest faults."""
     address = required_address(qmp, domain)
 
     async def main() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Connections to libvirt: by libvirt-python or, for domain XML only, also by virsh."""
+"""Connections to libvirt, by libvirt-python. Definitions are also accessible by virsh."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def raise_error(error: Any, prefix: str = "") -> NoReturn:
     text = f"{prefix}{error.get_error_message() or error}"
     number = error.get_error_code()
     if number == libvirt.VIR_ERR_NO_DOMAIN:
-        raise InputError(text, "see: virsh list --all", code=Code.NO_DOMAIN) from error
+        raise InputError(text, "list the domains: virsh list --all", code=Code.NO_DOMAIN) from error
     if number == libvirt.VIR_ERR_OPERATION_INVALID:
-        raise LibvirtError(text, "see: virsh domstate DOMAIN") from error
+        raise LibvirtError(text, "check the domain's state: virsh domstate DOMAIN") from error
     if number in (libvirt.VIR_ERR_NO_CONNECT, libvirt.VIR_ERR_SYSTEM_ERROR):
         remedy = (
             "start the daemon: systemctl start libvirtd (or virtqemud); "
@@ -194,7 +194,9 @@ class ByVirsh:
         if done.returncode == 0:
             return done.stdout
         text = " ".join(done.stderr.split()).removeprefix("error: ")
-        raise LibvirtError(text or f"virsh {arguments[0]} failed", "see: virsh list --all")
+        raise LibvirtError(
+            text or f"virsh {arguments[0]} failed", "list the domains: virsh list --all"
+        )
 
     def _run_on(self, domain: str, *arguments: str) -> str:
         try:

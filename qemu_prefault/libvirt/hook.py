@@ -135,7 +135,7 @@ def _in_window(process: Process, about: Domain, policy: HookConfig) -> Prelaunch
 
 
 def _hand_over(about: Domain, pid: int, policy: HookConfig, when: When, log: Log) -> None:
-    """Start a process that prefaults the guest. It may call libvirt, and libvirt does not wait."""
+    """Start a process that prefaults the guest. libvirt does not wait for that process."""
     import shutil  # noqa: PLC0415
     import subprocess  # noqa: PLC0415
 

@@ -30,7 +30,7 @@ from ..errors import InputError
 from .domain_xml import Domain
 from .install import CONFIG
 
-#: Maximum of ``wait``, in seconds. The hook is killed after 60 seconds: see HOOK_TEXT in install.py.
+#: Maximum of ``wait``, in seconds. The hook is killed after 60 seconds (install.HOOK_TEXT).
 LONGEST_WAIT = 50.0
 
 

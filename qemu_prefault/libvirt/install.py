@@ -30,7 +30,7 @@ UNIT = Path("etc/systemd/system/qemu-prefault-watch.service")
 CONFIG = Path("/etc/qemu-prefault/libvirt.toml")
 
 
-#: AppArmor rule for the files that the plugin reads. They tell it which pages are present, which
+#: AppArmor rule for the files that the plugin reads. They show which pages are present, which
 #: memory is absent on purpose, and how much memory the cgroup has left.
 RULE_TEXT = """\
 # qemu-prefault: what its plugin reads inside QEMU. Installed by `qemu-prefault libvirt install`.

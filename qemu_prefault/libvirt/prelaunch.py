@@ -39,7 +39,7 @@ KIB_640, MIB, GIB_4 = 0xA0000, 1 << 20, 4 << 30
 
 #: Name of a vCPU thread with `-name …,debug-threads=on`, which libvirt always passes.
 _VCPU_NAME: Final = re.compile(r"CPU ([0-9]+)/KVM")
-#: Start of /proc/PID/task/TID/syscall in futex(2): a stopped vCPU waits for its condition variable.
+#: Prefix of /proc/PID/task/TID/syscall while the thread is in futex(2), as a stopped vCPU is.
 _FUTEX: Final = "202 "
 
 

@@ -95,8 +95,8 @@ def _lsm(host_xml: bytes, process: Process | None, plugin: bool) -> Iterator[Fin
         yield Finding(
             "selinux",
             "note",
-            f"SELinux confines guests{f' ({label})' if label else ''}, and does not let a hook in "
-            "domain virtqemud_t trace them",
+            f"SELinux confines guests{f' ({label})' if label else ''}: a hook runs as virtqemud_t, "
+            "which may not trace them",
             'use the plugin, or "later" or "follow" in the hook, which hand over to systemd; to '
             f"label the plugin: restorecon -Rv {install.installed_plugin().parent}",
         )

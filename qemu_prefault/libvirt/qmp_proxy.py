@@ -105,11 +105,11 @@ async def _line(sock: socket.socket) -> bytes:
     return line
 
 
-# -- the proxy ---------------------------------------------------------------------------
+# --- server ---
 
 
 class QmpProxy:
-    """One domain, one client."""
+    """A QMP server for one domain and one client."""
 
     def __init__(self, uri: str, domain: str, client: socket.socket) -> None:
         self._uri = uri
