@@ -21,7 +21,6 @@ EXIT_STATUS = (
     ("3", "Some requested bytes are not accounted for. The report lists them."),
     ("4", "This host, kernel or QEMU lacks a feature that the command needs."),
     ("5", "The command refused to run, to protect the guest or the host."),
-    ("130", "The command was interrupted."),
 )
 EXAMPLES = (
     ("Prefault all RAM of a running guest:", "qemu-prefault --qmp /run/vm.qmp"),
