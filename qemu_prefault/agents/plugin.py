@@ -221,8 +221,6 @@ async def _open(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]
         os.close(directory)
 
 
-
-
 class PluginAgent:
     """The :class:`~qemu_prefault.agents.base.Agent` that uses the plugin's threads.
 
@@ -262,7 +260,7 @@ class PluginAgent:
                 raise AgentError(
                     f"the plugin in QEMU (pid {self.process.pid}) does not know vCPU "
                     f"{worker.vcpu_id}",
-                    "it may just be plugged or unplugged: try again",
+                    "the vCPU may be being plugged or unplugged: try again",
                 )
 
     async def run(

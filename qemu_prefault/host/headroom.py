@@ -188,8 +188,6 @@ def hugetlb_free(process: Process, page_size: int) -> list[Limit]:
     return limits + _cgroup_limits(process, "hugetlb", hugetlb_limit)
 
 
-
-
 def _cgroup_limits(
     process: Process, controller: str, read: Callable[[str, bool], Limit | None]
 ) -> list[Limit]:

@@ -28,7 +28,9 @@ MOST_LISTINGS: Final = 16
 
 
 def gone(pid: int) -> GoneError:
-    return GoneError(f"process {pid} is gone", "check whether QEMU has exited; its log has the reason")
+    return GoneError(
+        f"process {pid} is gone", "check whether QEMU has exited; its log has the reason"
+    )
 
 
 def denied(path: str) -> UnsupportedError:
@@ -76,9 +78,6 @@ def malformed(what: str, text: str) -> FailedError:
         "report this with the kernel's version (uname -r)",
         code=Code.PROC,
     )
-
-
-
 
 
 @dataclass(frozen=True, slots=True)

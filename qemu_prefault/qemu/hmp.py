@@ -125,8 +125,6 @@ def _bad_line(line: str, why: str) -> LayoutError:
     return LayoutError(f'in "info mtree -f" the line {quote(line)} {why}')
 
 
-
-
 @dataclass(frozen=True, slots=True)
 class RamBlock:
     """One RAM block of QEMU, which is a contiguous mapping in its address space.
@@ -189,8 +187,6 @@ def _parse_ramblock(line: str, columns: Sequence[str]) -> RamBlock:
     if used > total or total >= MAX_GPA or (hva is not None and hva + total >= MAX_HVA):
         raise LayoutError(f'"info ramblock" has an impossible size in {quote(line)}')
     return RamBlock(match[1].strip(), page_size, used, total, hva)
-
-
 
 
 _GPA2HVA: Final = re.compile(

@@ -177,8 +177,6 @@ def memdev_nodes(
     return found
 
 
-
-
 @dataclass(frozen=True, slots=True)
 class MemorySection:
     """A section of guest memory that is contiguous for the guest and in QEMU.
@@ -383,8 +381,6 @@ def _check_disjoint(sections: Sequence[MemorySection]) -> None:
             raise LayoutError(
                 f"guest RAM at {section.gpa:#x} has the impossible host address {section.hva:#x}"
             )
-
-
 
 
 def firmware_ahead(ranges: Sequence[FlatRange]) -> bool | None:
