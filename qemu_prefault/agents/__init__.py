@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Agents issue the system calls inside QEMU, by ptrace, the plugin or a patched QEMU's jobs."""
+"""Agents issue system calls inside QEMU by ptrace, the plugin or QEMU's jobs."""

@@ -16,7 +16,7 @@ from typing import Protocol
 
 
 class Kind(enum.IntEnum):
-    """The operation on a range; the values are those of native/common/prefault_loop.h."""
+    """The operation on a range, with the values of native/common/prefault_loop.h."""
 
     #: ``madvise(MADV_POPULATE_WRITE)`` on a host virtual address.
     POPULATE = 0
@@ -26,7 +26,7 @@ class Kind(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """A range of memory to process; ``start`` and ``size`` are in bytes and page aligned."""
+    """A range to process; `start` and `size` are in bytes and page aligned."""
 
     kind: Kind
     start: int
@@ -35,7 +35,7 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result for a range: bytes done from its start, and the errno that ended it or 0."""
+    """The result of a range: bytes done from its start, and an errno or 0."""
 
     range: Range
     done: int
@@ -51,7 +51,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A thread inside QEMU that works for one vCPU; ``node`` is the vCPU's guest NUMA node."""
+    """A thread inside QEMU that works for one vCPU of the guest NUMA node `node`."""
 
     index: int
     vcpu_id: int | None
@@ -105,7 +105,7 @@ class OrphanCleanup:
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """The outcomes by worker index, and the seconds from the first start to the last finish."""
+    """The outcomes by worker index, and the seconds from first start to last end."""
 
     outcomes: dict[int, tuple[Outcome, ...]]
     seconds: float
@@ -147,7 +147,7 @@ class Agent(Protocol):
         ...
 
     def orphan_cleanup(self) -> OrphanCleanup:
-        """Return what a guard must do if this process dies while it keeps the guest paused."""
+        """Return what must be done if this process dies while the guest is paused."""
         ...
 
     async def close(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Access a helper thread's control page (native/ptrace/control_page.h) by /proc/PID/mem."""
+"""Access a helper's control page (native/ptrace/control_page.h) in QEMU."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Helper:
         return header
 
     def is_there(self) -> bool:
-        """Return whether the control page is mapped; a helper unmaps it before it exits."""
+        """Return whether the page is mapped; a helper unmaps it before it exits."""
         try:
             self.read_header()
         except OSError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Find what helper threads need in QEMU: instructions, an exit slot and free addresses."""
+"""Find instructions, an exit slot and free addresses in QEMU for helpers."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def find_gadgets(memory: int, maps: Sequence[MemoryMapping]) -> Gadgets:
 
 
 def prepare_exit_slot(memory: int, maps: Sequence[MemoryMapping], gadgets: Gadgets) -> int:
-    """Write the address of an exit system call where a helper without a stack can find it.
+    """Write an exit's address where a helper without a stack can find it.
 
     A helper unmaps its own stack before it exits. The address is written to the last word of the
     main stack: the kernel puts a null pointer there (``__bprm_mm_init()``, fs/exec.c), which no

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The plugin agent: use ``qemu-prefault-plugin.so``, which QEMU loaded when it started.
+"""The plugin agent, which uses ``qemu-prefault-plugin.so`` in QEMU.
 
 The plugin keeps the guest prefaulted without this process (native/plugin/vcpu.c). This module
 finds the plugin's control socket, speaks its protocol, and has the :class:`Agent` that sends the
@@ -38,7 +38,7 @@ LONGEST_SOCKET_PATH: Final = 107
 
 
 def plugin_path() -> Path:
-    """Return the path of ``qemu-prefault-plugin.so``, for ``-plugin`` or ``LD_PRELOAD``.
+    """Return the plugin's path, for QEMU's ``-plugin`` or ``LD_PRELOAD``.
 
     :raises UnsupportedError: if this installation was built without it.
     """
@@ -76,7 +76,7 @@ def find_control_socket(process: Process) -> Path | None:
 
 
 def bound_path(table: str, link: str) -> str | None:
-    """Return the path of ``socket:[INODE]`` in the text of ``/proc/net/unix``, or None."""
+    """Return the path of ``socket:[INODE]`` in ``/proc/net/unix``, or None."""
     inode = link.removeprefix("socket:[").removesuffix("]")
     for line in table.splitlines()[1:]:
         fields = line.split(maxsplit=7)
@@ -141,7 +141,7 @@ class Control:
     @classmethod
     @contextlib.asynccontextmanager
     async def open(cls, path: Path, pid: int) -> AsyncIterator[Control]:
-        """Connect as :meth:`connect` does, and close the connection at the end of the block."""
+        """Connect as :meth:`connect` does, and disconnect at the end of the block."""
         control = await cls.connect(path, pid)
         try:
             yield control
@@ -207,6 +207,7 @@ class Control:
         return int(self._writer.get_extra_info("socket").fileno())
 
     def close(self) -> None:
+        """Close the connection."""
         self._writer.close()
 
 
@@ -248,6 +249,10 @@ class PluginAgent:
         self._working = self._aborted = False
 
     async def start(self) -> None:
+        """See :meth:`.Agent.start`.
+
+        :raises AgentError: if the plugin does not know a vCPU.
+        """
         self._control = await Control.connect(self._socket, self.process.pid)
         status = await self._control.ask("status")
         places = {vcpu["id"]: place for place, vcpu in enumerate(status["vcpus"])}
@@ -266,6 +271,7 @@ class PluginAgent:
     async def run(
         self, batch: Mapping[int, Sequence[Range]], on_progress: Callable[[int], None]
     ) -> BatchResult:
+        """See :meth:`.Agent.run`."""
         assert self._control
         items = [(index, item) for index, ranges in batch.items() for item in ranges]
         if self._aborted:
@@ -286,14 +292,17 @@ class PluginAgent:
         return _sort(batch, items, answer["done"], answer["seconds"])
 
     def abort(self) -> None:
+        """See :meth:`.Agent.abort`."""
         self._aborted = True
         self.interrupt()
 
     def interrupt(self) -> None:
+        """See :meth:`.Agent.interrupt`."""
         if self._working and self._control:
             self._control.send("abort")
 
     def orphan_cleanup(self) -> OrphanCleanup:
+        """See :meth:`.Agent.orphan_cleanup`."""
         assert self._control
         descriptor, pid = self._control.fileno(), self.process.pid
         return OrphanCleanup(
@@ -303,6 +312,7 @@ class PluginAgent:
         )
 
     async def close(self) -> None:
+        """See :meth:`.Agent.close`."""
         if self._control is None:
             return
         self._control.close()

@@ -40,7 +40,7 @@ FASTEST = 32 << 30
 
 
 class PtraceAgent:
-    """The :class:`~qemu_prefault.agents.base.Agent` that uses helper threads, see the module."""
+    """The :class:`.Agent` that uses helper threads, see the module."""
 
     name = "attach"
     ranges_per_batch = int(lib.PREFAULT_RANGES_MAX)
@@ -62,7 +62,7 @@ class PtraceAgent:
         self._heart_stop = threading.Event()
 
     async def start(self) -> None:
-        """Start one helper per vCPU thread, and stop each of these for less than a millisecond.
+        """Start one helper per vCPU; its thread is stopped for less than 1 ms.
 
         :raises UnsupportedError: if this process has no permission to trace QEMU, the agent does
             not know QEMU's libc, a security module forbids executable anonymous memory, or QEMU
@@ -83,7 +83,7 @@ class PtraceAgent:
             raise
 
     async def _wait_until_alone(self) -> None:
-        """Wait until the helpers of a killed run have exited, and refuse if they do not exit."""
+        """Wait until a killed run's helpers have exited; refuse if they do not."""
         deadline = time.monotonic() + self.limits.dead_man + self.limits.stuck + 1
         while helper_threads(self.process.pid):
             if time.monotonic() > deadline:
@@ -246,7 +246,7 @@ class PtraceAgent:
     async def run(
         self, batch: Mapping[int, Sequence[Range]], on_progress: Callable[[int], None]
     ) -> BatchResult:
-        """Run one batch, see :meth:`Agent.run <qemu_prefault.agents.base.Agent.run>`.
+        """Run one batch, see :meth:`.Agent.run`.
 
         :raises FailedError: if QEMU (code ``qemu-gone``) or a helper (code ``agent-left``) is gone.
         """
@@ -317,12 +317,12 @@ class PtraceAgent:
             ) from error
 
     def abort(self) -> None:
-        """See :meth:`Agent.abort <qemu_prefault.agents.base.Agent.abort>`."""
+        """See :meth:`.Agent.abort`."""
         self._aborted = True
         self.interrupt()
 
     def interrupt(self) -> None:
-        """See :meth:`Agent.interrupt <qemu_prefault.agents.base.Agent.interrupt>`."""
+        """See :meth:`.Agent.interrupt`."""
         self._tell_all("abort")
         self._told_to_end.set()
 
@@ -332,7 +332,7 @@ class PtraceAgent:
                 helper.write_word(field, value)
 
     def orphan_cleanup(self) -> OrphanCleanup:
-        """See :meth:`Agent.orphan_cleanup <qemu_prefault.agents.base.Agent.orphan_cleanup>`."""
+        """See :meth:`.Agent.orphan_cleanup`."""
         memory, pid = self._memory, self.process.pid
         where = tuple(
             helper.control + offset_of(field)
@@ -420,7 +420,7 @@ def alive(process: Process) -> bool:
 
 
 def helper_threads(pid: int) -> tuple[int, ...]:
-    """Return the ids of all helper threads in process ``pid``, also those of other runs."""
+    """Return the ids of all runs' helper threads in process ``pid``."""
     return tuple(tid for tid, name in thread_names(pid).items() if name == HELPER_NAME)
 
 

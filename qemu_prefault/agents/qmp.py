@@ -39,7 +39,7 @@ _NUMBERS: Final = itertools.count()
 
 
 async def offers_command(monitor: Monitor) -> bool:
-    """Return whether this QEMU has the command; under TCG it has, but refuses to run it."""
+    """Return whether QEMU has the command (under TCG it has, but refuses it)."""
     try:
         await monitor.execute(QUERY)
     except CommandError:
@@ -64,7 +64,7 @@ def is_orphan(job: str) -> bool:
 
 
 class QmpAgent:
-    """The :class:`~qemu_prefault.agents.base.Agent` that runs batches as jobs of QEMU."""
+    """The :class:`.Agent` that runs batches as jobs of QEMU."""
 
     name = "qmp"
     ranges_per_batch = 4096
@@ -107,6 +107,7 @@ class QmpAgent:
     async def run(
         self, batch: Mapping[int, Sequence[Range]], on_progress: Callable[[int], None]
     ) -> BatchResult:
+        """See :meth:`.Agent.run`."""
         started = time.monotonic()
         outcomes: dict[int, list[Outcome]] = {index: [] for index in batch}
         done = 0
@@ -191,7 +192,7 @@ class QmpAgent:
         return AgentError(error.cause, "report this")
 
     async def _logs_dirty_pages(self) -> bool:
-        """Return whether a migration in any direction or a dirty-rate measurement is running."""
+        """Return whether a migration or a dirty-rate measurement is running."""
         if await read_migration(self._monitor) not in MIGRATION_OVER:
             return True
         if await read_status(self._monitor) == "inmigrate":
@@ -256,10 +257,12 @@ class QmpAgent:
             await self._monitor.execute("job-cancel", id=job)
 
     def abort(self) -> None:
+        """See :meth:`.Agent.abort`."""
         self._aborted = True
         self.interrupt()
 
     def interrupt(self) -> None:
+        """See :meth:`.Agent.interrupt`."""
         if self._job is not None and self._monitor.alive:
             task = asyncio.get_running_loop().create_task(self._cancel(self._job))
             self._cancelling.add(task)
@@ -274,13 +277,14 @@ class QmpAgent:
         return OrphanCleanup(stop_helpers=lambda: None, helpers_gone=lambda: True, timeout=0.0)
 
     async def close(self) -> None:
+        """See :meth:`.Agent.close`."""
         await asyncio.gather(*self._cancelling, return_exceptions=True)
 
 
 def _match(
     items: Sequence[Range], reported: Sequence[Mapping[str, Any]], kind: Kind
 ) -> list[Outcome]:
-    """Return the outcomes of ranges; QEMU reports each in order, in one or more pieces."""
+    """Return the outcomes of ranges, which QEMU reports in order and in pieces."""
     pieces = iter(reported)
     outcomes = []
     for item in items:

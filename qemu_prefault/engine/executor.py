@@ -69,7 +69,7 @@ class Executor:
         self._all_writable: set[Target] = set()
 
     async def populate(self, targets: Sequence[Target], *, only: bool = False) -> None:
-        """Make every page that may be populated present and writable in QEMU's page tables.
+        """Make all pages that may be populated present and writable in QEMU.
 
         The prefault ioctl is a read fault. On untouched memory it would map the zero page
         read-only, and the guest's first write to each 4 KiB page would still fault.
@@ -220,7 +220,7 @@ class Executor:
         return outcomes, [item for _, item in todo] if self._time_is_up else []
 
     def _goes_on(self, index: int, outcome: Outcome) -> bool:
-        """Return whether the rest of a range must be processed, by this or another worker."""
+        """Return whether the rest of a range must be processed (by any worker)."""
         if outcome.range.kind is Kind.STAGE2 and outcome.error in VCPU_ERRORS:
             self.unusable[index] = outcome.error
             return True

@@ -35,7 +35,7 @@ GUEST_MODE_WAIT: Final = (0.002, 0.02)
 
 
 class GuestMode:
-    """Finds out which of an executor's vCPUs are in guest mode while the guest is paused."""
+    """Finds the vCPUs that are in guest mode while the guest is paused."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class GuestMode:
         }
 
     def refused_every_worker(self) -> bool:
-        """Return whether the ioctl failed on every vCPU, and on one because of guest mode."""
+        """Return whether no vCPU is usable, and the ioctl reported guest mode."""
         unusable = self._executor.unusable
         errors = [unusable.get(worker.index) for worker in self._executor.agent.workers]
         return None not in errors and errno.EOPNOTSUPP in errors

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Hold an incoming guest paused after its RAM is loaded, so that it can be prefaulted.
+"""Keep an incoming guest paused after its RAM is loaded, to prefault it.
 
 A QEMU that waits for a migration or a restore starts the guest when everything is loaded, unless
 QEMU was started with ``-S``. In the state ``inmigrate``, the commands ``stop`` and ``cont`` only
@@ -69,7 +69,7 @@ class IncomingMigration:
         return False
 
     async def _is_told(self) -> bool:
-        """Return whether a MIGRATION event reports the end of loading before the next query.
+        """Wait for a MIGRATION event; return whether it reports the end of loading.
 
         QEMU sends this event after it has set the guest's new run state
         (process_incoming_migration_bh(), migration/migration.c). So no further query is needed,

@@ -45,7 +45,7 @@ class MappedSection:
 
 @dataclass(frozen=True, slots=True)
 class RamMap:
-    """The map of a guest's RAM; ``stage2`` is None if KVM's counters are not available."""
+    """The map of a guest's RAM; `stage2` is None without KVM's counters."""
 
     pid: int
     version: str
@@ -64,7 +64,7 @@ class RamMap:
 
 
 async def ram_map(vm: Vm) -> RamMap:
-    """Return the map of a guest's RAM, including the sections that are not prefaulted.
+    """Return the map of a guest's RAM, including the skipped sections.
 
     :raises UnsupportedError: if this process has no permission to trace QEMU.
     """
@@ -105,7 +105,7 @@ async def ram_map(vm: Vm) -> RamMap:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """KVM's counters since the start of the VM; those of vCPUs are summed over all vCPUs."""
+    """KVM's counters since the start of the VM, as sums over all vCPUs."""
 
     stage2: Stage2Leaves | None
     vcpus: dict[str, int]

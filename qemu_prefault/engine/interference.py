@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Detect, during a run, that another client resumes, resets or migrates the guest."""
+"""Detect that another client resumes, resets or migrates the guest."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class InterferenceMonitor:
             self._end()
 
     def expect_resume(self) -> None:
-        """Ignore the next RESUME event, because this process is about to resume the guest."""
+        """Expect a RESUME event, because this process is about to resume the guest."""
         self._own_resumes += 1
 
     async def migration_started(self) -> bool:
@@ -78,7 +78,7 @@ class InterferenceMonitor:
         return True
 
     async def _follow_migrations(self) -> None:
-        """Poll, because QEMU sends MIGRATION events only if the capability ``events`` is set."""
+        """Poll for a migration; its events need the capability ``events``."""
         while not await self.migration_started():
             await asyncio.sleep(1)
 

@@ -33,7 +33,7 @@ class AgentChoice(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options of a run, which correspond to the command line's options of the same names.
+    """The options of a run, with the names of the command line's options.
 
     :ivar populate: Which absent memory may be populated.
     :ivar ranges: Guest-physical ranges (start, size) in bytes; empty means all RAM.

@@ -139,7 +139,7 @@ def partition(ranges: Sequence[Range], workers: Sequence[Worker]) -> dict[int, l
 def partition_by_node(
     ranges: Sequence[tuple[int | None, Range]], workers: Sequence[Worker]
 ) -> dict[int, list[Range]]:
-    """Divide ranges as :func:`partition` does, with each guest NUMA node's ranges for its vCPUs.
+    """Divide the ranges of each guest NUMA node among the node's vCPUs.
 
     A helper has its vCPU's CPU affinity, and the first access determines the host node of a page.
     So memory is allocated on the host node to which the vCPUs of its guest node are pinned.

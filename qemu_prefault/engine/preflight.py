@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Check before a run that it can work, and that neither the guest nor the host is harmed.
+"""Check that a run can work and does not harm the guest or the host.
 
 :mod:`.interference` detects a migration that starts during the run. The plugin has its own checks
 (``classify()``, native/plugin/memslots.c).
@@ -138,7 +138,7 @@ def check_supported(vm: Vm) -> None:
 def check_headroom(
     vm: Vm, targets: Sequence[Target], pagemap: Pagemap, force: bool
 ) -> dict[Target, int]:
-    """Compute the memory that populating would allocate, and check that the host has it.
+    """Compute the memory that populating needs, and check that it is available.
 
     :param force: Skip the check.
     :returns: The bytes that populating would allocate for each target.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Check what works on this host and with this QEMU, and give a remedy for what does not.
+"""Check which features work with this host and QEMU, and give remedies.
 
 Each check uses the code of a real run, but changes nothing.
 """

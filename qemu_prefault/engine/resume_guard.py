@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Resume a guest that this process has paused, even if this process is killed.
 
-Before it sends ``stop``, this process forks a child, the guard. The guard inherits the read end of a
-pipe, whose write end only this process has, and this process's QMP connection, because QEMU accepts
-no other client while it is open. If the pipe is closed without data, this process has died. The
-guard then stops the helpers, waits until they have exited, and sends ``cont`` on the QMP connection
-unless the guest has migrated away.
+Before it sends ``stop``, this process forks a child, the guard. The guard inherits the read end of
+a pipe, whose write end only this process has. It also inherits this process's QMP connection,
+because QEMU accepts no other client while that is open. If the pipe is closed without data, this
+process has died. The guard then stops the helpers, waits until they have exited, and sends ``cont``
+on the QMP connection unless the guest has migrated away.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LONGEST_ANSWER = 4096
 
 
 class ResumeGuard:
-    """A context manager for the time during which this process keeps the guest paused."""
+    """A context manager for the time during which the guest is paused."""
 
     def __init__(self, qmp_fd: int, cleanup: OrphanCleanup) -> None:
         """Store what the guard needs; the guard starts at the beginning of the block.
@@ -81,7 +81,7 @@ class ResumeGuard:
             os.waitpid(self._child, 0)
 
     def _watch(self, read_end: int, is_ready: int) -> None:
-        """Wait for the parent's end in the child process, and clean up if the parent has died."""
+        """Wait in the child process for the parent's end; clean up if it has died."""
         os.setsid()  # signals to the terminal's session and to the job do not reach the guard
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
@@ -107,7 +107,7 @@ class ResumeGuard:
 
 
 def _ask(connection: socket.socket, before: bytes, command: str) -> bytes:
-    """Send a command and wait for its answer; return the last bytes that were received."""
+    """Send a command, wait for its answer, and return the last received bytes."""
     identity = f"{REPLY_ID}-{command}"
     message = json.dumps({"execute": command, "id": identity}).encode()
     connection.sendall(before + message + b"\n")

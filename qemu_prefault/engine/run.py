@@ -185,7 +185,7 @@ class PrefaultRun:
     on_ready: OnReady | None
 
     async def populate_and_prefault(self, targets: tuple[Target, ...]) -> None:
-        """Populate and prefault the targets in the way that the guest and the options require."""
+        """Populate and prefault the targets as the guest and the options require."""
         if self.options.incoming:
             await self.receive(targets)
             return
@@ -271,7 +271,7 @@ class PrefaultRun:
                 await guest_mode.let_the_guest_run(RUN_PER_PAUSE * (limit or 0))
 
     async def receive(self, targets: tuple[Target, ...]) -> None:
-        """Populate while the guest's RAM is being loaded, and prefault before the guest starts."""
+        """Populate an incoming guest while it is loaded; prefault before it starts."""
         monitor, executor, tally = self.vm.monitor, self.executor, self.tally
         left: Sequence[Target] = targets
         begun = False
@@ -321,7 +321,7 @@ class PrefaultRun:
     async def _prefault_rest(
         self, targets: Sequence[Target], left: Sequence[Target], *, begun: bool, runs: bool
     ) -> None:
-        """Prefault the targets that exceeded the time limit, and sections that appeared later.
+        """Prefault targets that exceeded the time limit, and new sections.
 
         The state of firmware's areas in low memory is known only after the devices have been
         loaded. These are a few pages, for which a running guest is not paused again.

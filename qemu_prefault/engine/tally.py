@@ -80,7 +80,7 @@ class RunTally:
             tally.prefaulted = tally.accounted = 0
 
     def discard_accounted(self) -> None:
-        """Count nothing as done, because KVM filled other tables than those the guest runs on."""
+        """Count nothing as done: KVM filled tables that the guest does not run on."""
         for tally in self.tallies.values():
             tally.accounted = 0
 

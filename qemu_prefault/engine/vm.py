@@ -91,7 +91,7 @@ class Vm:
         return self.state
 
     async def dirty_limit(self) -> bool:
-        """Return whether a vCPU dirty-rate limit is active, for which dirty pages are logged."""
+        """Return whether a vCPU dirty-rate limit is active, which logs dirty pages."""
         try:
             return bool(await self.monitor.execute("query-vcpu-dirty-limit"))
         except CommandError:  # QEMU lacks the command, or the VM has no dirty ring
@@ -103,7 +103,10 @@ class Vm:
         return Backing(backing_of(mapping, section.page_size), not mapping.shared)
 
     def allocated(self, section: MemorySection) -> int:
-        """Return the bytes that a shared backing has allocated, mapped or not; 0 if unknown."""
+        """Return the bytes that a shared backing has allocated, or 0 if unknown.
+
+        This includes pages that QEMU has not mapped yet.
+        """
         mapping = self._mapping(section)
         if not mapping.shared:
             return 0

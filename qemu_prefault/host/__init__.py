@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Facts that the kernel reports about KVM and about QEMU's process, memory and limits."""
+"""The kernel's facts about KVM and about QEMU's process, memory and limits."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Compute how much memory can still be populated: on the host, in cgroups and the hugetlb pool.
+"""Compute how much memory can be populated before a limit is reached.
 
 File formats are those of Documentation/admin-guide/cgroup-v{1,2}. The plugin has its own
 implementation in C (native/common/headroom.c). tests/unit/test_headroom_agreement.py checks
@@ -60,9 +60,9 @@ def _unescape(text: str) -> str:
 
 
 def parse_key_values(text: str) -> dict[str, int]:
-    """Return the values of ``memory.stat`` (``key 1``) or ``meminfo`` (``Key: 1 kB``).
+    """Return the values of ``memory.stat`` or ``meminfo``.
 
-    Values in kB are converted to bytes.
+    Lines have the form ``key 1`` or ``Key: 1 kB``. Values in kB are converted to bytes.
     """
     values = {}
     for line in text.split("\n"):
@@ -75,7 +75,7 @@ def parse_key_values(text: str) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """The bytes that can still be populated before `name` (host, cgroup, …) reaches its limit."""
+    """The bytes that can be populated before `name` (host, cgroup, …) is full."""
 
     name: str
     available: int
@@ -85,7 +85,7 @@ class Limit:
 def cgroup_directories(
     groups: MappingABC[str, str], mounts: Sequence[Mount], controller: str
 ) -> list[tuple[str, bool]]:
-    """Return the directories of a process's cgroup and of its ancestors, innermost first.
+    """Return the directories of a process's cgroup and its ancestors, in this order.
 
     :param groups: The result of :func:`parse_cgroups` for the process.
     :param mounts: The result of :func:`parse_mountinfo` for this process.
@@ -165,7 +165,7 @@ def memory_headroom(process: Process) -> list[Limit]:
 
 
 def hugetlb_free(process: Process, page_size: int) -> list[Limit]:
-    """Return the limits of pool and cgroups for further huge pages of `page_size` bytes.
+    """Return the limits for more huge pages of `page_size` bytes (pool and cgroups).
 
     `available` counts reserved pages (resv_hugepages) as free. Other processes cannot use them,
     but QEMU's own mappings usually hold the reservation. `detail` gives both numbers.

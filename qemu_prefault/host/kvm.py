@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Query KVM's capabilities and counters, and describe the errors of its prefault ioctl.
+"""Query KVM's capabilities and counters, and describe its ioctl's errors.
 
 All answers come from the running kernel; none is derived from its version.
 """
@@ -46,7 +46,7 @@ class Capability:
 
 
 def parameter(module: str, name: str) -> str | None:
-    """Return a module parameter as sysfs shows it (``Y``, ``N``, ``1``…), or None if absent."""
+    """Return a module parameter (``Y``, ``N``, ``1`` …) from sysfs, or None."""
     try:
         return Path(f"/sys/module/{module}/parameters/{name}").read_text().strip()
     except OSError:
@@ -58,7 +58,7 @@ def _off(value: str | None) -> bool:
 
 
 def pre_fault_capability(process: Process | None = None) -> Capability:
-    """Query ``KVM_CAP_PRE_FAULT_MEMORY``, and explain the reason if it is not available.
+    """Query ``KVM_CAP_PRE_FAULT_MEMORY``, and explain why it is not available.
 
     The answer is the same for the whole kernel (arch/x86/kvm/x86.c returns ``tdp_enabled``), so
     the ``/dev/kvm`` in QEMU's root directory is used if this process's own cannot be opened.
@@ -137,7 +137,7 @@ class BinaryStats:
 
 
 def pre_fault_here(vcpu_fd: int, gpa: int, size: int) -> int:
-    """Call ``KVM_PRE_FAULT_MEMORY`` from this process, and return the errno (0 on success).
+    """Call ``KVM_PRE_FAULT_MEMORY`` from this process, and return the errno or 0.
 
     If the vCPU belongs to another process's VM, the ioctl fails immediately with EIO.
     ``kvm_vcpu_ioctl()`` (virt/kvm/kvm_main.c) compares ``kvm->mm`` with the caller's mm before it
@@ -203,19 +203,19 @@ DEBUGFS: Final = Path("/sys/kernel/debug/kvm")
 
 
 def debugfs_leaves(process: Process) -> Stage2Leaves | None:
-    """Return KVM's counts of stage-2 leaves from debugfs, or None if debugfs has none."""
+    """Return KVM's counts of stage-2 leaves from debugfs, or None."""
     counts = _read_counts(process, tuple(Stage2Leaves.__dataclass_fields__))
     return None if counts is None else Stage2Leaves(*counts)
 
 
 def debugfs_faults(process: Process) -> int | None:
-    """Return the sum of all vCPUs' ``pf_taken`` from debugfs, or None if debugfs has none."""
+    """Return the sum of all vCPUs' ``pf_taken`` from debugfs, or None."""
     counts = _read_counts(process, ("pf_taken",))
     return None if counts is None else counts[0]
 
 
 def _read_counts(process: Process, names: Sequence[str]) -> list[int] | None:
-    """Read these counters from the VM's debugfs directory; None if they cannot be read."""
+    """Read counters from the VM's debugfs directory; None if it has none."""
     # kvm_create_vm_debugfs(), virt/kvm/kvm_main.c, names the directory after the pid and the
     # descriptor that the VM was created with.
     try:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Find which of QEMU's pages are present, and which ones a KVM read fault maps writable.
+"""Find QEMU's pages that are present, and those that KVM would map writable.
+
+KVM's prefault ioctl is a read fault. It maps a page writable only if the page is writable in QEMU's
+own page tables.
 
 native/common/pagemap.c does the work. The iterators read a bounded number of regions at a time, so
 memory use does not grow with the guest.

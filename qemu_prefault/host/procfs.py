@@ -28,12 +28,14 @@ MOST_LISTINGS: Final = 16
 
 
 def gone(pid: int) -> GoneError:
+    """Return the error for a process that has exited."""
     return GoneError(
         f"process {pid} is gone", "check whether QEMU has exited; its log has the reason"
     )
 
 
 def denied(path: str) -> UnsupportedError:
+    """Return the error for a file of /proc that must not be read."""
     return UnsupportedError(
         f"no permission to read {path}",
         "run as root, or as the user QEMU runs as with CAP_SYS_PTRACE",
@@ -73,6 +75,7 @@ def read_optional(path: str) -> str | None:
 
 
 def malformed(what: str, text: str) -> FailedError:
+    """Return the error for a file of /proc with an unknown format."""
     return FailedError(
         f"{what} has an unknown format: {text[:120]!r}",
         "report this with the kernel's version (uname -r)",
@@ -137,7 +140,7 @@ def parse_status(text: str) -> Status:
 
 
 def parse_start_time(text: str) -> int:
-    """Return the start time from ``/proc/PID/stat`` (field 22), in clock ticks since boot.
+    """Return field 22 of ``/proc/PID/stat``, the start time in ticks since boot.
 
     :raises FailedError: if the text has another format.
     """
@@ -151,7 +154,7 @@ def parse_start_time(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class MemoryMapping:
-    """One line of ``/proc/PID/maps``: addresses ``start..end-1``, and `path` at `offset`."""
+    """One line of ``/proc/PID/maps``: `path` from `offset` at ``start..end-1``."""
 
     start: int
     end: int
@@ -254,7 +257,7 @@ def mappings_of(maps: Sequence[MemoryMapping], start: int, size: int) -> tuple[M
 
 
 def thread_names(pid: int) -> dict[int, str]:
-    """Return a process's threads and their names (``comm``); empty if the process is gone."""
+    """Return the names (``comm``) of a process's threads; empty if it is gone."""
     names = {}
     with contextlib.suppress(OSError, QemuPrefaultError):
         for tid in _list_threads(pid, lambda: os.listdir(f"{PROC}/{pid}/task")):
@@ -292,7 +295,7 @@ def _count_threads(pid: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process, identified by pid and start time. Use :meth:`find` or :func:`identify`."""
+    """A process, identified by pid and start time; use :meth:`find` to get one."""
 
     pid: int
     start_time: int
@@ -353,7 +356,7 @@ class Process:
         return None if text is None else text.strip()
 
     def link(self, name: str) -> str | None:
-        """Return the target of a symbolic link of /proc/PID, or None if it cannot be read."""
+        """Return the target of a link of /proc/PID, or None if it cannot be read."""
         try:
             return os.readlink(f"{PROC}/{self.pid}/{name}")
         except OSError:
@@ -375,7 +378,7 @@ class Process:
 
 
 def parse_number(text: str | None) -> int | None:
-    """Return the number in a file's text, or None for other text (``max``) or a missing file."""
+    """Return the number in a file's text, or None for other text (``max``)."""
     text = (text or "").strip()
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
 

@@ -79,7 +79,7 @@ def diagnose_ptrace(process: Process) -> tuple[str, str]:
 
 
 def explain_ptrace(facts: PtraceFacts) -> tuple[str, str]:
-    """Return cause and remedy of the first rule that forbids tracing, in the kernel's order."""
+    """Return cause and remedy of the kernel's first rule that forbids tracing."""
     who = f"QEMU (pid {facts.pid})"
     as_root = "run as root: sudo qemu-prefault …"
     if facts.tracer is not None:

@@ -185,7 +185,7 @@ def _busy(address: str, detail: str = "") -> MonitorBusyError:
 
 
 async def await_greeting(sock: socket.socket, address: str, deadline: float) -> None:
-    """Wait for the peer's first bytes, and check that they are the start of a JSON object.
+    """Wait for the peer's first bytes, and check that they begin a JSON object.
 
     :raises MonitorBusyError: if QEMU serves another client.
     :raises MonitorError: if the peer is silent, closes the connection, or does not speak QMP.
@@ -238,7 +238,7 @@ def brief(error: BaseException) -> str:
 
 
 async def _readable(sock: socket.socket, until: float) -> bool:
-    """Wait for data or EOF; return False if the event loop's time reaches `until` first."""
+    """Wait for data or EOF; return False if the loop's time reaches `until`."""
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Parse the human monitor's ``info mtree -f``, ``info ramblock``, ``info numa`` and ``gpa2hva``."""
+"""Parse the answers of the human monitor about memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_LINE: Final = 1024
 
 
 def _lines(text: str, what: str) -> Iterator[str]:
-    """Yield the lines of an answer without LF or CRLF, and refuse lines that QEMU never prints."""
+    """Yield the lines of an answer without LF or CRLF; refuse very long ones."""
     for line in text.split("\n"):
         if len(line) > MAX_LINE:
             raise LayoutError(f'"{what}" has a line of {len(line)} characters')
@@ -195,7 +195,7 @@ _GPA2HVA: Final = re.compile(
 
 
 def parse_gpa2hva(text: str) -> tuple[str, int]:
-    """Return (memory region name, host virtual address) from the answer of HMP ``gpa2hva``.
+    """Return the memory region's name and the host address from ``gpa2hva``.
 
     :raises LayoutError: if the address is not mapped, or is not RAM
         (``gpa2hva()``, monitor/hmp-cmds-target.c).
@@ -212,7 +212,7 @@ def parse_gpa2hva(text: str) -> tuple[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class NumaNode:
-    """One guest NUMA node, with its boot RAM and its plugged RAM in bytes (whole MiB)."""
+    """One guest NUMA node, with its boot and plugged RAM in bytes (whole MiB)."""
 
     node: int
     base: int

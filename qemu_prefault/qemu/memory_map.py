@@ -194,9 +194,9 @@ class MemorySection:
         unknown.
     :ivar node: Guest NUMA node, or None if unknown.
     :ivar skipped: Why this section must not be touched, or None if it can be prefaulted.
-    :ivar skip_code: A stable name for the value of `skipped`: ``rom``, ``read-only``, ``device-memory``,
-        ``rom-device``, ``vfio-bar``, ``no-memslot``, ``unaligned``, ``no-ram-block``,
-        ``no-host-address``, ``enclave``.
+    :ivar skip_code: A stable name for the value of `skipped`: ``rom``, ``read-only``,
+        ``device-memory``, ``rom-device``, ``vfio-bar``, ``no-memslot``, ``unaligned``,
+        ``no-ram-block``, ``no-host-address``, ``enclave``.
     """
 
     name: str
@@ -340,7 +340,7 @@ class _Join:
 
 
 def _memdev_of(name: str, memdevs: Mapping[str, Memdev]) -> str | None:
-    """Return the id of the backend of the region `name`, or None if it is not a backend's.
+    """Return the id of the backend behind the region `name`, or None.
 
     Machine types before 4.0 name memfd and file backends by their full QOM path, ``/objects/m0``
     (``x-use-canonical-path-for-ramblock-id``, hw/core/machine.c).
@@ -369,7 +369,7 @@ def _skip_code(item: FlatRange, is_ram: bool, kvm: bool, device: MemoryDevice | 
 
 
 def _check_disjoint(sections: Sequence[MemorySection]) -> None:
-    """Raise an error if two sections of guest RAM overlap in QEMU, so that an answer is wrong."""
+    """Raise an error if two sections of guest RAM overlap in QEMU."""
     by_hva = sorted(sections, key=lambda section: section.hva)
     for before, after in pairwise(by_hva):
         if before.hva + before.size > after.hva:

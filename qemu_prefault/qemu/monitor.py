@@ -10,9 +10,9 @@ This module handles cases that ``qemu.qmp`` does not:
   immediately that another client was accepted and this one was not.
 * **Nothing is sent before the greeting.** If a client in the backlog sent a command, QEMU would
   execute it when it accepts the connection, long after the client gave up.
-* **The peer may be any program**, such as a guest agent, a human monitor, a proxy, or one that sends
-  100 MB of noise. Replies have a maximum length, every wait has a time limit, and every failure
-  raises a :class:`~qemu_prefault.errors.QemuPrefaultError` with a remedy.
+* **The peer may be any program**, such as a guest agent, a human monitor, a proxy, or a program
+  that sends 100 MB of noise. Replies have a maximum length, every wait has a time limit, and every
+  failure raises a :class:`~qemu_prefault.errors.QemuPrefaultError` with a remedy.
 * **QEMU may die during a command.** The event streams of ``qemu.qmp`` then wait forever; those of
   this module end.
 """
@@ -63,7 +63,7 @@ MAX_EVENTS: Final = 1024
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """An asynchronous event of QEMU; `seconds` is the time since the Epoch by QEMU's clock."""
+    """An event of QEMU; `seconds` is the time since the Epoch by QEMU's clock."""
 
     name: str
     data: Mapping[str, object]
@@ -118,7 +118,7 @@ class EventStream:
 
 
 class _Dispatcher(EventListener):
-    """A listener that passes events to bounded streams; the inherited queue is unbounded."""
+    """A listener that uses bounded streams instead of the inherited queue."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -338,7 +338,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def events(self, *names: str) -> Iterator[EventStream]:
-        """Subscribe to the named events, or to all events if no name is given, in the block."""
+        """Subscribe to the named events within the block; without names, to all."""
         stream = EventStream(names)
         if not self.alive:
             stream._end()

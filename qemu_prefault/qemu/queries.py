@@ -38,7 +38,7 @@ MIGRATION_OVER: Final = frozenset({"none", "completed", "failed", "cancelled"})
 
 @dataclass(frozen=True, slots=True)
 class Vcpu:
-    """A vCPU; `thread_id` is an id in QEMU's own pid namespace, `node` a guest NUMA node."""
+    """A vCPU; `thread_id` is its thread's id in QEMU's own pid namespace."""
 
     index: int
     thread_id: int
@@ -212,7 +212,7 @@ async def _optional(awaitable: Awaitable[object]) -> object | None:
 
 
 async def _host_addresses(monitor: Monitor, ranges: Sequence[FlatRange]) -> dict[int, int] | None:
-    """Return the host address of each RAM or ROM range, or None if the map has changed.
+    """Return the host addresses of RAM and ROM ranges; None if the map changed.
 
     The addresses of the first and the last page are queried, to check that each range is also
     contiguous in QEMU's address space.
@@ -308,7 +308,7 @@ async def read_stage2(monitor: Monitor) -> Stage2Leaves | None:
 
 
 async def read_vcpu_stats(monitor: Monitor, names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Return KVM's counters of each vCPU by QOM path; empty if this QEMU or kernel has none.
+    """Return KVM's counters of each vCPU by QOM path; empty without counters.
 
     :param names: For example ``pf_taken``, ``pf_fixed``, ``exits``. The result lacks unknown ones.
     :raises MonitorError: if the query fails.
