@@ -47,7 +47,7 @@ class GuestMode:
         *,
         chosen: bool,
     ) -> None:
-        """Store what is needed to examine the vCPUs.
+        """Store the vCPUs and the objects that examine them.
 
         :param threads: The workers' vCPUs, in the order of the workers.
         :param stats: The vCPUs' counters in the same order, or None if they must be read by QMP.

@@ -102,7 +102,7 @@ class Pagemap:
         pending_start: int | None = None
         ends = itertools.chain(self.writable(start, size, private), [(start + size, 0)])
         for island, length in ends:
-            if island > reached:  # there is a gap before this writable region
+            if island > reached:  # the pages before this writable region are not writable
                 if pending_start is None or reached - pending_end > MERGE_DISTANCE:
                     if pending_start is not None:
                         yield pending_start, pending_end - pending_start
