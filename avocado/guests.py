@@ -160,7 +160,7 @@ class PrefaultTest(Test):
         return status
 
     def spared(self, moment: str, without: Sample, with_: Sample, least: int, part: float) -> None:
-        """Check that prefault leaves at most ``part`` of the faults, of which there were ``least``."""
+        """Check that of at least ``least`` faults, prefault leaves no more than ``part``."""
         self.report(moment, without, with_)
         if self.pages == "never" and not self.hugetlb:
             self.assertGreaterEqual(without.memory_faults, least)

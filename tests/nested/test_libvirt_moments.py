@@ -85,7 +85,7 @@ def hook_calls() -> Iterator[HookCalls]:
 
 
 def start_timed(guest: LabDomain, route: str) -> float:
-    """Start it, by our command or libvirt's; give the seconds that took."""
+    """Start it, by our command or libvirt's; return the seconds that took."""
     began = time.monotonic()
     if route == COMMAND:
         tool_output("libvirt", "start", guest.name)

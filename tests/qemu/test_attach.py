@@ -154,7 +154,7 @@ def spare_memory_of(vm: QemuVm, size: int) -> int:
 
 
 def punch(fd: int, size: int) -> None:
-    """Give all of a memfd's memory back."""
+    """Return all of a memfd's memory back."""
     libc = ctypes.CDLL(None, use_errno=True)
     keep_size, punch_hole = 1, 2
     if libc.fallocate(fd, keep_size | punch_hole, ctypes.c_long(0), ctypes.c_long(size)):

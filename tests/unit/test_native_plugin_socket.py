@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The plugin's control socket, without a QEMU: every refusal carries its code."""
+"""Test the plugin's control socket without QEMU: every refusal has a code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Server:
-    """The running program: where its socket and its memory are."""
+    """The running program: the paths of its socket and its memory."""
 
     def __init__(self, process: subprocess.Popen[str], path: Path) -> None:
         assert process.stdout
