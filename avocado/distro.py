@@ -25,8 +25,8 @@ from qemu_prefault.errors import QemuPrefaultError
 from qemu_prefault_lab.system import SystemGuest, distro_directory, make_overlay
 
 DIMM_MIB = 128  # Linux adds memory in blocks of this size
+#: The share of the faults on memory without prefault that may remain with it.
 MOST = 0.01
-"""The share of the faults on memory without prefault that may remain with it."""
 MOST_OF_A_BOOT = 0.0005
 # OVMF decompresses 4 MiB of itself to RAM that is not prefaulted until it is done with its slots.
 MOST_OF_A_UEFI_BOOT = 0.02

@@ -20,8 +20,8 @@ from . import cache, image
 
 log = logging.getLogger(__name__)
 
+#: The root password of each distribution.
 PASSWORD = "prefault"
-"""The root password of each distribution."""
 
 _HOOK = Path(__file__).parent / "distro-hook.sh"
 _PACKAGES = ("dbus", "initramfs-tools", "kmod", "linux-image-cloud-amd64", "login", "passwd",

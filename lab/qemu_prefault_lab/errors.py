@@ -22,8 +22,8 @@ from __future__ import annotations
 
 from qemu_prefault.errors import FailedError
 
+#: Exit status if the lab itself failed. ``docker run`` and ``timeout`` use the same value.
 LAB_FAILED = 125
-"""Exit status if the lab itself failed. ``docker run`` and ``timeout`` use the same value."""
 
 
 class LabError(FailedError):

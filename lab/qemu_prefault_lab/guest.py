@@ -36,12 +36,12 @@ __all__ = [
     "thp",
 ]
 
+#: Environment variable naming the directory of the L2 kernel and initramfs.
 L2_VARIABLE = "QEMU_PREFAULT_L2"
-"""Environment variable naming the directory of the L2 kernel and initramfs."""
+#: Environment variable naming the patched QEMU, if it is installed.
 PATCHED_QEMU_VARIABLE = "QEMU_PREFAULT_QEMU"
-"""Environment variable naming the patched QEMU, if it is installed."""
+#: Debian's firmware directories. The patched QEMU has no firmware of its own.
 FIRMWARE = ("/usr/share/seabios", "/usr/share/qemu")
-"""Debian's firmware directories. The patched QEMU has no firmware of its own."""
 
 # Skip calibration, mitigations and address randomization, which are slow to emulate. Drivers'
 # errors are not logged, because they would mix with the workload's answers. An oops is logged.

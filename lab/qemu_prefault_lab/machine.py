@@ -34,11 +34,11 @@ from . import image
 from .errors import RemoteCommandError, RemoteTimeoutError
 from .guest import L2_VARIABLE
 
+#: A callback for output of a running command: the stream (1 stdout, 2 stderr) and the bytes.
 OnOutput = Callable[[int, bytes], None]
-"""A callback for output of a running command: the stream (1 stdout, 2 stderr) and the bytes."""
 
+#: Seconds between SIGTERM and SIGKILL when a command exceeds its time limit.
 GRACE_SECONDS = 5.0
-"""Seconds between SIGTERM and SIGKILL when a command exceeds its time limit."""
 
 _KVM_CHECK_EXTENSION = 0xAE03
 _KVM_CAP_PRE_FAULT_MEMORY = 236
@@ -83,8 +83,8 @@ class Completed:
 class Machine(abc.ABC):
     """A machine with a KVM to test, on which commands run as root."""
 
+    #: The directory of the L2 guests' kernel and initramfs on that machine.
     l2_directory: str
-    """The directory of the L2 guests' kernel and initramfs on that machine."""
 
     def __enter__(self) -> Machine:
         return self
@@ -279,8 +279,8 @@ def is_emulated() -> bool:
     return "QEMU TCG" in Path("/proc/cpuinfo").read_text()
 
 
+#: Environment variable set on a lab whose emulator can run KVM guests with UEFI.
 UEFI_VARIABLE: Final = "QEMU_PREFAULT_UEFI"
-"""Environment variable set on a lab whose emulator can run KVM guests with UEFI."""
 NO_UEFI: Final = (
     "UEFI under KVM makes this host's emulator (TCG) abort: use a QEMU with patches/qemu-tcg-cr8"
 )

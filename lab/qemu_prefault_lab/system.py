@@ -19,8 +19,8 @@ from .errors import GuestError
 from .guest import KERNEL_ARGS
 from .qemu_guest import QemuConfig, QemuGuest
 
+#: Environment variable naming the directory of the distributions.
 DISTROS_VARIABLE = "QEMU_PREFAULT_DISTROS"
-"""Environment variable naming the directory of the distributions."""
 
 # Emulation can delay CPUs and services for long, so disable the stall and service watchdogs.
 GUEST_KERNEL_ARGS = (

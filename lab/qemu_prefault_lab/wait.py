@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from qemu_prefault.agents.base import Limits
 
+#: Seconds after which helpers have left in any case: their dead man's time and a margin.
 GRACE = Limits().dead_man + 9
-"""Seconds after which helpers have left in any case: their dead man's time and a margin."""
 
 
 def wait_for(condition: Callable[[], object], what: str, limit: float = GRACE) -> float:

@@ -17,10 +17,10 @@ from qemu_prefault_lab.guest import Guest
 from .process import resident_bytes
 from .tool import Result, Tool
 
+#: MiB of a guest beside its workload's memory: its kernel, and memory that it never touches.
 OTHER_MIB = 96
-"""MiB of a guest beside its workload's memory: its kernel, and memory that it never touches."""
+#: Arguments of snapshot-save and snapshot-load, for the disk of :func:`add_disk`.
 SNAPSHOT = {"tag": "s", "vmstate": "disk", "devices": ["disk"]}
-"""Arguments of snapshot-save and snapshot-load, for the disk of :func:`add_disk`."""
 
 
 class GuestOptions(TypedDict, total=False):
@@ -53,8 +53,8 @@ class MakeGuest(Protocol):
     def __call__(self, **options: Unpack[GuestOptions]) -> Guest: ...
 
 
+#: Called with the number of vCPUs, the workload's MiB, and ``kvm``.
 MakeSavedState = Callable[[int, int, bool], Path]
-"""Called with the number of vCPUs, the workload's MiB, and ``kvm``."""
 SetThp = Callable[[str], str]
 
 

@@ -29,8 +29,8 @@ DEMOTE = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 PAGEMAP_SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg), Linux 6.7
 PAGE_IS_PRESENT = 1 << 3
 
+#: (first page, number of pages), relative to the start of the mapping.
 Regions = list[tuple[int, int]]
-"""(first page, number of pages), relative to the start of the mapping."""
 
 
 def has_scan(fd: int) -> bool:
