@@ -111,7 +111,7 @@ def series(patches: Path, release: str, tcg: bool) -> list[Path]:
     """Return the patches for a release, in order.
 
     :param tcg: Include the fixes of TCG.
-    :raises InputError: There are no patches for this release.
+    :raises InputError: The directory has no patches for this release.
     """
     found = sorted((patches / "qemu" / release).glob("*.patch"))
     for name in _TCG_SERIES if tcg else ():

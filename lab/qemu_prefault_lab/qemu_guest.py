@@ -149,7 +149,7 @@ class QemuGuest:
             raise
 
     def _start(self, argv: list[str]) -> None:
-        # The lab's ends are socket pairs, so there is no socket to wait for. QEMU itself binds
+        # The lab's ends are socket pairs, so it need not wait for a socket. QEMU itself binds
         # the tool's monitor, because the tests check its peer credentials.
         serial, serial_far = socket.socketpair()
         monitor, monitor_far = socket.socketpair()

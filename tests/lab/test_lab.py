@@ -66,7 +66,7 @@ class TestRun:
             machine.run(["sh", "-c", "echo no such thing >&2; exit 1"])
         assert caught.value.stderr == b"no such thing\n"
 
-    def test_signal_is_a_negative_status(self, machine: Machine) -> None:
+    def test_signal_gives_negative_status(self, machine: Machine) -> None:
         result = machine.run(["sh", "-c", "kill -9 $$"], check=False)
         assert result.returncode == -signal.SIGKILL
 
@@ -177,7 +177,7 @@ class TestLost:
             lab.run(["sh", "-c", "echo c >/proc/sysrq-trigger; sleep 1000"])
         assert "sysrq triggered crash" in str(caught.value)
 
-    def test_silent_agent(self) -> None:
+    def test_silent_command_server(self) -> None:
         with Lab.start("trixie", heartbeat_limit=5) as lab, pytest.raises(LabLostError) as caught:
             lab.run(["sh", "-c", "kill -STOP $PPID; sleep 1000"])
         assert "nothing heard from L1's command server" in caught.value.cause

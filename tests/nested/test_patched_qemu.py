@@ -171,7 +171,7 @@ def wait_all_prefaulted(guest: Guest) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("machine", ["pc", "q35", "microvm"])
-def test_boot_takes_next_to_no_faults(machine: str) -> None:
+def test_boot_takes_few_faults(machine: str) -> None:
     with Guest(machine=machine, accel="kvm,prefault=on", workload_mib=WORKLOAD_MIB) as guest:
         guest.wait_ready()
         print(f"{machine}: {faults(guest)} faults until {WORKLOAD_MIB} MiB were written")

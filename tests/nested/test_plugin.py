@@ -69,7 +69,7 @@ def check_kept(guest: Guest) -> dict[str, Any]:
 
 @pytest.mark.every_kernel
 @pytest.mark.parametrize("machine", ["pc", pytest.param("q35", marks=full), "microvm"])
-def test_boot_takes_next_to_no_faults(make_plugin_guest: MakePluginGuest, machine: str) -> None:
+def test_boot_takes_few_faults(make_plugin_guest: MakePluginGuest, machine: str) -> None:
     guest = make_plugin_guest(machine=machine)
     guest.wait_ready()
     assert faults(guest) <= 0.0005 * FAULTS_WITHOUT_PLUGIN

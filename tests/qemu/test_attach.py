@@ -292,7 +292,7 @@ def test_other_tracer_is_named(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("command", ["run", "probe", "map"])
-def test_unprivileged_user_is_told_the_missing_right(vm_of: StartVm, command: str) -> None:
+def test_missing_right_is_reported(vm_of: StartVm, command: str) -> None:
     vm = vm_of("-m", "64M", paused=False)
     socket = Path(vm.qemu.qmp)
     socket.chmod(0o666)

@@ -201,7 +201,7 @@ def test_stopped_qemu_is_resumed_once_continued(vm: QemuVm, hold: Callable[..., 
 
 
 @pytest.mark.parametrize("accel", ["tcg"])
-def test_guard_leaves_after_a_normal_run(vm: QemuVm) -> None:
+def test_guard_ends_after_a_normal_run(vm: QemuVm) -> None:
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     before = children.read_text().split()
 
@@ -223,7 +223,7 @@ def test_guard_leaves_after_a_normal_run(vm: QemuVm) -> None:
 
 
 @pytest.mark.parametrize("accel", ["tcg"])
-def test_exception_in_the_block_resumes_nothing(vm: QemuVm) -> None:
+def test_exception_does_not_trigger_guard(vm: QemuVm) -> None:
     """The engine resumes the guest itself in this case. A second resume would be wrong."""
 
     async def fail() -> None:

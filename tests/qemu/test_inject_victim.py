@@ -132,7 +132,7 @@ def test_victim_detects_a_change(victim: Victim) -> None:
     assert "0xbad" in victim.verdict() or victim.process.returncode < 0
 
 
-def test_helpers_leave_if_a_later_thread_is_gone(victim: Victim) -> None:
+def test_helpers_end_if_a_later_thread_is_gone(victim: Victim) -> None:
     victim.threads.append(4_000_000)
     with pytest.raises(FailedError, match="gone"):
         asyncio.run(victim.agent().start())
@@ -153,7 +153,7 @@ def test_stopped_thread_is_skipped_and_stays_stopped(victim: Victim) -> None:
     assert victim.verdict().startswith("unchanged ")
 
 
-def test_a_run_waits_for_the_helpers_of_a_hung_one(victim: Victim) -> None:
+def test_run_waits_for_helpers_of_a_hung_run(victim: Victim) -> None:
     """They leave when the hung run's heartbeat stops. Only then are new ones started."""
     read_end, write_end = os.pipe()
     hung = os.fork()

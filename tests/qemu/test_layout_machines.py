@@ -52,7 +52,7 @@ def backings(qemu: Any, machine: VmState) -> dict[str | None, str]:
 
 
 @pytest.mark.parametrize("machine_type", ["pc", "q35"])
-def test_small(start_qemu: StartQemu, accel: str, machine_type: str) -> None:
+def test_small_machine(start_qemu: StartQemu, accel: str, machine_type: str) -> None:
     qemu = start_qemu("-M", machine_type, "-m", "256M", accel=accel)
     machine = read(qemu)
     assert [(s.gpa, s.size) for s in ram(machine)] == [LOW, (MIB, 255 * MIB)]
@@ -210,7 +210,7 @@ def test_seabios_finishes(start_qemu: StartQemu) -> None:
                 machine = await read_vm_state(monitor)
                 if firmware_ahead(machine.ranges) is False:
                     break
-                await asyncio.sleep(0.05)  # there is no event for it
+                await asyncio.sleep(0.05)  # QEMU sends no event for this
             else:
                 pytest.fail("SeaBIOS did not finish within 30 s")
             codes = {section.skip_code for section in machine.sections}

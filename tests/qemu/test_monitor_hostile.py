@@ -350,7 +350,7 @@ def test_inconsistent_answers(case: str, tmp_path: Path) -> None:
         ("error without id", "during query-kvm it sent Server sent an error"),
     ],
 )
-def test_protocol_error_is_not_a_dead_qemu(case: str, cause: str, tmp_path: Path) -> None:
+def test_protocol_error_is_not_reported_as_exit(case: str, cause: str, tmp_path: Path) -> None:
     async def main(path: str) -> None:
         async with Monitor.connect(path) as monitor:
             await monitor.execute("query-kvm")

@@ -19,7 +19,7 @@ _FLAGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}"
 def link_with_plugin(source: Path, output: Path, *flags: str) -> Path:
     """Compile a C file together with the plugin's, and return the output's path.
 
-    Skips the test if there is no C compiler.
+    Skip the test if no C compiler is installed.
     """
     if shutil.which("cc") is None:
         pytest.skip("cc is not installed")

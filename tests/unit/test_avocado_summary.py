@@ -108,7 +108,7 @@ def test_avocado_stores_the_whiteboards(job: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("whiteboard", [*STORED.values(), *OTHER])
-def test_other_whiteboards_have_no_rows(sum_up: SumUp, whiteboard: str) -> None:
+def test_foreign_whiteboards_have_no_rows(sum_up: SumUp, whiteboard: str) -> None:
     status, lines = sum_up("PASS", "CANCEL", whiteboard=whiteboard)
     assert status == 0
     assert not [line for line in lines if line.startswith("|")]

@@ -47,7 +47,7 @@ def imported_layers(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_import_goes_up(path: Path) -> None:
+def test_no_import_points_up(path: Path) -> None:
     own = FLOORS.get(layer_of(path), -1)
     up = {name for name in imported_layers(path) if FLOORS.get(name, -1) > own}
     assert not up or layer_of(path) == "native"

@@ -486,7 +486,7 @@ def test_firmware_ahead(lines: list[str], ahead: bool | None) -> None:
 
 
 @pytest.mark.parametrize("name", CAPTURES)
-def test_captures_are_from_before_firmware(name: str) -> None:
+def test_captures_precede_firmware(name: str) -> None:
     ahead = firmware_ahead(parse_mtree(capture(name)["info mtree -f"]))
     assert ahead is ("microvm" not in name)
 

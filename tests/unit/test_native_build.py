@@ -174,7 +174,7 @@ def test_c_code_compiles_without_warnings(name: str, tmp_path: Path) -> None:
     tool("cc", *flags, f"-I{NATIVE}", *strict, "-c", NATIVE / name, "-o", tmp_path / "object")
 
 
-def test_stub_names_all_that_the_extension_has() -> None:
+def test_stub_matches_extension() -> None:
     stub = (Path(qemu_prefault.__file__).parent / "_native.pyi").read_text()
     (declared,) = (
         node

@@ -32,7 +32,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.mark.parametrize(("flags", "expected"), [(0, 0), (MAP_NORESERVE, 1)])
-def test_what_is_mapped_without_reserve_is_overcommitted(
+def test_noreserve_mapping_is_overcommitted(
     library: ctypes.CDLL, flags: int, expected: int
 ) -> None:
     known = library.overcommitted

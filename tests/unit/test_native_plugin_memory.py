@@ -18,7 +18,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("how", ["learn", "hook"])
-def test_short_hugetlb_pool_is_not_populated_from(program: Path, how: str) -> None:
+def test_short_hugetlb_pool_is_not_populated(program: Path, how: str) -> None:
     done = subprocess.run([program, how], capture_output=True, text=True, check=False, timeout=60)
     if done.returncode == 77:
         pytest.skip("this kernel has no huge pages")

@@ -95,7 +95,7 @@ def test_second_batch_is_refused_as_busy(server: Server) -> None:
         asyncio.run(refused())
 
 
-def test_requests_that_are_understood_have_no_code(server: Server) -> None:
+def test_valid_requests_have_no_code(server: Server) -> None:
     assert server.ask("status")["plugin"] == 1
     assert server.ask("populate resident") == {"ok": True}
     assert server.ask("work 0 4096") == {"ok": True}

@@ -84,7 +84,7 @@ def plugin(objects: Mapping[str, Object]) -> Path:
     return path
 
 
-def test_every_file_has_its_place() -> None:
+def test_every_file_has_a_layer() -> None:
     found = {
         str(path.relative_to(NATIVE).with_suffix(""))
         for path in NATIVE.rglob("*.[ch]")
@@ -93,14 +93,14 @@ def test_every_file_has_its_place() -> None:
     assert found == set(ORDER)
 
 
-def test_order_is_the_one_that_the_plugin_documents() -> None:
+def test_order_matches_documentation() -> None:
     text = (NATIVE / "plugin/state.h").read_text()
     documented = re.findall(r"^ \*   (\w+)  +\S", text, re.MULTILINE)
     assert tuple(f"plugin/{name}" for name in documented) == PLUGIN
 
 
 @pytest.mark.parametrize("name", ORDER)
-def test_includes_go_down(name: str) -> None:
+def test_includes_point_down(name: str) -> None:
     for suffix in (".h", ".c"):
         path = NATIVE / f"{name}{suffix}"
         text = path.read_text() if path.exists() else ""
@@ -111,7 +111,7 @@ def test_includes_go_down(name: str) -> None:
             assert ORDER.index(used) <= ORDER.index(name), f"{path} includes {used}.h"
 
 
-def test_state_is_changed_by_the_files_that_it_names() -> None:
+def test_state_is_changed_only_by_documented_files() -> None:
     text = (NATIVE / "plugin/state.h").read_text()
     owners = {}
     for comment, block in re.findall(r"/\* Changed by: (.*?) \*/\n(.*?)\n\n", text, re.DOTALL):
@@ -138,9 +138,9 @@ def test_state_is_changed_by_the_files_that_it_names() -> None:
 
 @needs_tools
 @pytest.mark.parametrize("name", [n for n in ORDER if n not in HEADERS_ONLY])
-def test_calls_go_down(objects: Mapping[str, Object], name: str) -> None:
+def test_calls_point_down(objects: Mapping[str, Object], name: str) -> None:
     if name not in objects:
-        pytest.skip("a header alone")
+        pytest.skip("a header without a source file")
     below = ORDER[: ORDER.index(name)]
     reachable = {s for n in below if n in objects for s in objects[n].defined}
     used = {symbol for symbol in objects[name].undefined if symbol.startswith("pf_")}
@@ -148,7 +148,7 @@ def test_calls_go_down(objects: Mapping[str, Object], name: str) -> None:
 
 
 @needs_tools
-def test_external_symbols_have_our_prefix(objects: Mapping[str, Object]) -> None:
+def test_external_symbols_have_prefix(objects: Mapping[str, Object]) -> None:
     """They are loaded into QEMU's process."""
     for name, found in objects.items():
         allowed = {"plugin/interpose": INTERPOSED, "plugin/main": ENTRIES}.get(name, frozenset())
@@ -157,7 +157,7 @@ def test_external_symbols_have_our_prefix(objects: Mapping[str, Object]) -> None
 
 
 @needs_tools
-def test_no_symbol_has_two_owners(objects: Mapping[str, Object]) -> None:
+def test_symbols_are_defined_once(objects: Mapping[str, Object]) -> None:
     every = [symbol for found in objects.values() for symbol in found.defined]
     assert len(every) == len(set(every))
 
@@ -171,12 +171,12 @@ def test_interposed_functions_are_not_called_by_name(objects: Mapping[str, Objec
 
 
 @needs_tools
-def test_plugin_exports_its_entries_and_no_more(plugin: Path) -> None:
+def test_plugin_exports_only_its_entries(plugin: Path) -> None:
     assert symbols(plugin, "--dynamic", "--defined-only") == INTERPOSED | ENTRIES
 
 
 @needs_tools
-def test_plugin_is_bound_to_no_interposed_function(plugin: Path) -> None:
+def test_plugin_binds_no_interposed_function(plugin: Path) -> None:
     """It binds neither libc's function nor, by a relocation, the dynamic linker's choice."""
     assert symbols(plugin, "--dynamic", "--undefined-only") & INTERPOSED == frozenset()
     done = subprocess.run(
@@ -188,7 +188,7 @@ def test_plugin_is_bound_to_no_interposed_function(plugin: Path) -> None:
 
 
 @needs_tools
-def test_plugin_is_made_of_the_files_listed(plugin: Path, objects: Mapping[str, Object]) -> None:
+def test_plugin_consists_of_listed_files(plugin: Path, objects: Mapping[str, Object]) -> None:
     needed = {s for n in (*COMMON, *PLUGIN) if n in objects for s in objects[n].undefined}
     defined = {s for n in (*COMMON, *PLUGIN) if n in objects for s in objects[n].defined}
     assert {s for s in needed if s.startswith("pf_")} <= defined
@@ -196,5 +196,5 @@ def test_plugin_is_made_of_the_files_listed(plugin: Path, objects: Mapping[str, 
 
 
 @pytest.mark.parametrize("path", sorted(NATIVE.rglob("*.[ch]")), ids=lambda path: path.name)
-def test_files_are_of_one_subject(path: Path) -> None:
+def test_files_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400

@@ -294,7 +294,7 @@ def test_auto_populates_ordinary_memory(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*ABSENT_ON_PURPOSE, *PRESENT])
-def test_all_populates_everything_resident_nothing(name: str) -> None:
+def test_all_populates_everything_and_resident_nothing(name: str) -> None:
     ram, balloon = (ABSENT_ON_PURPOSE | PRESENT)[name]
     vm = machine(ram, balloon=balloon)
     (target,) = select(vm, Options(Populate.ALL))
@@ -307,7 +307,7 @@ spans = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 10)), max_size=6)
 
 
 @given(spans, spans)
-def test_remaining_is_every_page_once(
+def test_remaining_has_every_page_once(
     wanted: list[tuple[int, int]], done: list[tuple[int, int]]
 ) -> None:
     def targets(spans: list[tuple[int, int]]) -> list[Target]:

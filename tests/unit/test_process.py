@@ -288,7 +288,7 @@ def test_own_mappings_are_found() -> None:
     process.check()
 
 
-def test_ending_threads_hide_no_others() -> None:
+def test_ending_threads_do_not_hide_others() -> None:
     # The kernel's own list of threads omits one in a thousand here.
     process = Process.find(os.getpid())
     for _ in range(1500):
@@ -374,7 +374,7 @@ def test_reused_pid_is_detected() -> None:
             dataclasses.replace(process, start_time=process.start_time - 1).check()
 
 
-def test_identify_finds_the_owner_of_the_threads() -> None:
+def test_identify_finds_thread_owner() -> None:
     with child() as qemu, child() as proxy:
         assert identify(qemu.pid, None, [qemu.pid]).pid == qemu.pid
         assert thread_map(Process.find(qemu.pid)) == {qemu.pid: qemu.pid}
@@ -521,7 +521,7 @@ def test_root_without_cap_sys_ptrace() -> None:
         assert "root lacks CAP_SYS_PTRACE" in told
 
 
-def test_a_traced_process_names_its_tracer() -> None:
+def test_traced_process_names_tracer() -> None:
     tracer = (
         "import ctypes, sys; libc = ctypes.CDLL(None, use_errno=True)\n"
         "assert libc.ptrace(0x4206, int(sys.argv[1]), 0, 0) == 0\n"  # PTRACE_SEIZE
