@@ -49,7 +49,7 @@ VARIANT = "trixie"
 
 
 class Tier(enum.StrEnum):
-    """What a mutant's tests need: nothing, a QEMU on this host, or KVM in the nested lab."""
+    """The needs of a mutant's tests: nothing, a QEMU on this host, or KVM in the nested lab."""
 
     UNIT = "unit"
     QEMU = "qemu"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Run the conformance suite with huge pages of each size and KSM, so that no case is skipped.
+"""Run the conformance suite with huge pages and KSM, so that every supported case runs.
 
 ``python -m qemu_prefault_lab.conformance`` runs ``qemu-prefault conformance`` in this way. It
 produces the results in docs/conformance.md.

@@ -210,7 +210,7 @@ def test_guard_ends_after_a_normal_run(vm: QemuVm) -> None:
             with ResumeGuard(monitor.fileno(), NOTHING_LEFT):
                 await monitor.execute("stop")
                 assert len(children.read_text().split()) == len(before) + 1
-            assert children.read_text().split() == before  # no zombie either
+            assert children.read_text().split() == before  # no zombie is left either
             assert await monitor.execute("query-version")
 
     fds = set(os.listdir("/proc/self/fd"))

@@ -59,7 +59,7 @@ class Whiteboard(Test):
 
 @pytest.fixture(scope="module")
 def runner() -> ModuleType:
-    """avocado/run.py as a module."""
+    """Load avocado/run.py as a module."""
     spec = importlib.util.spec_from_file_location("avocado_run", AVOCADO / "run.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
