@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""All measurements; writes docs/benchmarks.md. Called by ``make bench``.
+"""Run the benchmarks and write docs/benchmarks.md. Called by ``make bench``.
 
-The exit status is 1 if a bar is missed.
+The exit status is 1 if a limit is missed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PYTHON = sys.executable
 TOOL = [PYTHON, "-m", "qemu_prefault"]
 REPETITIONS = 10
 GUEST_MIB = (256, 1024, 4096, 16384)
-# Tells the peak of this very program; ru_maxrss also counts what the process was before exec.
+# Prints the peak memory of this program only. ru_maxrss includes the process before exec.
 MEASURED_TOOL = """
 import atexit, sys
 def peak():
@@ -48,7 +48,7 @@ def log(text: str) -> None:
 
 @contextmanager
 def qemu(mib: int) -> Iterator[str]:
-    """A stopped QEMU on this machine, no KVM needed; its memory is not touched. Its socket."""
+    """Start a stopped QEMU without KVM on this machine, with untouched memory. Yield its socket."""
     with tempfile.TemporaryDirectory() as scratch:
         socket = f"{scratch}/qmp"
         process = subprocess.Popen(
@@ -73,8 +73,8 @@ def wall_seconds(argv: Sequence[str]) -> float:
 
 
 def compare(argv: Sequence[str], base: Sequence[str]) -> tuple[float, float, float]:
-    """Median seconds of both, taken in turns, and their ratio."""
-    wall_seconds(argv), wall_seconds(base)  # into the page cache
+    """Return the median seconds of both commands, run in turn, and their ratio."""
+    wall_seconds(argv), wall_seconds(base)  # fill the page cache
     pairs = [(wall_seconds(argv), wall_seconds(base)) for _ in range(REPETITIONS)]
     one, other = (statistics.median(column) for column in zip(*pairs, strict=True))
     return one, other, one / other
@@ -111,9 +111,9 @@ def measure_host() -> dict[str, Any]:
 def measure_in_lab(
     script: str, *arguments: str, variant: str = "trixie", patched: bool = False
 ) -> dict[str, Any]:
-    """Run a script of this folder in the lab, or on this machine; its last line is JSON.
+    """Run a script of this directory in the lab or on this machine; return the JSON it prints.
 
-    :param patched: have the patched QEMU there as well.
+    :param patched: Install the patched QEMU as well.
     """
     qemu = build_qemu(HERE.parent.parent / "patches") if patched else None
     wheels = [Path(wheel) for wheel in os.environ["QEMU_PREFAULT_WHEELS"].split()]
@@ -133,6 +133,7 @@ def measure_in_lab(
         }
 
 
+#: The parts of the benchmark. Each can be measured alone in minutes, see :func:`measure`.
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "host": measure_host,
     "restore": lambda: measure_in_lab("restore.py"),
@@ -141,14 +142,13 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "agents": lambda: measure_in_lab("agents.py", patched=True),
     "plugin-sid": lambda: measure_in_lab("plugin.py", "nothing", "plugin", variant="sid"),
 }
-"""What is measured, each for itself and in minutes: see :func:`measure`."""
 
 
 OPTIONAL = ("agents", "plugin-sid")  # the first builds QEMU, the second another image
 
 
 def measure(wanted: Sequence[str]) -> dict[str, Any]:
-    """Measure these parts anew, and take the others as measured last, if they ever were."""
+    """Measure these parts, and use the stored measurements of the other parts."""
     found = {}
     for name, part in PARTS.items():
         kept = cache_dir() / "bench" / f"{name}.json"
@@ -160,7 +160,7 @@ def measure(wanted: Sequence[str]) -> dict[str, Any]:
         if kept.exists():
             found[name] = json.loads(kept.read_text())
         elif name not in OPTIONAL:
-            raise SystemExit(f"{name} was never measured here: name it as well")
+            raise SystemExit(f"{name} was never measured on this host: name it as well")
     return found
 
 
@@ -168,8 +168,8 @@ def median(rows: Sequence[dict[str, float]], key: str) -> float:
     return statistics.median(row[key] for row in rows)
 
 
+#: The measured quantity, its value, its limit, and whether the value is within the limit.
 Bars = list[tuple[str, str, str, bool]]
-"""What was measured, the figure, the bar, whether it is met."""
 
 
 def plugin_bars(where: str, boots: dict[str, list[dict[str, Any]]]) -> Bars:
@@ -177,12 +177,12 @@ def plugin_bars(where: str, boots: dict[str, list[dict[str, Any]]]) -> Bars:
     faults = 100 * median(plugin, "faults") / median(nothing, "faults")
     share = 100 * statistics.median(row["again_seconds"] / row["seconds"] for row in plugin)
     time = median_ratio(plugin, nothing)
-    # Of the first boot's: microvm's second one takes none, with the plugin or without.
+    # The reference is the first boot, because microvm's second boot takes no faults in any case.
     second = 100 * median(second_boots(plugin), "faults") / median(nothing, "faults")
     return [
         (f"{where}: faults of a boot, share of the plain one", f"{faults:.3f} %", "<= 0.05 %",
          faults <= 0.05),
-        (f"{where}: faults of the second boot, of the plain first one's", f"{second:.3f} %",
+        (f"{where}: faults of the second boot, share of the plain first one", f"{second:.3f} %",
          "<= 0.05 %", second <= 0.05),
         (f"{where}: time until 256 MiB are written / the plain boot's", f"{time:.2f}", "<= 0.7",
          time <= 0.7),
@@ -192,21 +192,21 @@ def plugin_bars(where: str, boots: dict[str, list[dict[str, Any]]]) -> Bars:
     ]  # fmt: skip
 
 
+#: Quantities that an idle plugin must not change, and the tolerance of each.
 IDLE = (
     ("seconds", "seconds", 0),
     ("exits", "exits without interrupts", 0),
     ("anonymous_mib", "MiB of QEMU", 1),
 )
-"""What an idle plugin may not change, and by how much: of memory it has a little itself."""
 
 
 def idle_bar(
     where: str, boots: dict[str, list[dict[str, Any]]], key: str, name: str, more: float
 ) -> tuple[str, str, str, bool]:
-    """No measurable change: boots without the plugin differ among each other by as much."""
+    """Compare an idle plugin with plain boots. It may add no more than they vary."""
     most = max(row[key] for row in boots["nothing"]) + more
     off = median(boots["keep=off"], key)
-    bar = f"<= {most:,.1f}, the plain boots' most" + (f" + {more:g}" if more else "")
+    bar = f"<= {most:,.1f}, the plain boots' maximum" + (f" + {more:g}" if more else "")
     return f"{where}: `keep=off`: {name}", f"{off:,.1f}", bar, off <= most
 
 
@@ -215,7 +215,7 @@ def second_boots(boots: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def median_ratio(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> float:
-    """Median of the ratios of the same round: the machine's mood is the same for both."""
+    """Return the median of ratios within one round, in which the host's load is the same."""
     return statistics.median(
         float(row["seconds"]) / float(other["seconds"])
         for row, other in zip(rows, base, strict=True)
@@ -223,7 +223,7 @@ def median_ratio(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]])
 
 
 def plugin_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
-    """The plugin's part of the text on one kernel, and its bars."""
+    """Return the text about the plugin on one kernel, and its limits."""
     plugin, release = part["results"], part["kernel"].partition("-")[0]
     bars = [
         bar
@@ -234,10 +234,10 @@ def plugin_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
         "",
         f"## The plugin, on kernel {part['kernel']}, QEMU {part['qemu']}",
         "",
-        "A guest of 384 MiB boots from nothing and writes 256 MiB, on 4K pages; seconds from the "
-        "start of QEMU, everything included; medians of "
-        f"{len(next(iter(plugin['4k'].values()))['nothing'])}, taken in turns. `prealloc=on` is "
-        "QEMU's own: it fills the host's tables and leaves stage 2 empty.",
+        "A guest of 384 MiB boots and writes 256 MiB, on 4K pages. Times are in seconds from the "
+        "start of QEMU, with everything included: medians of "
+        f"{len(next(iter(plugin['4k'].values()))['nothing'])}, measured in turn. `prealloc=on` is "
+        "QEMU's own option. It fills the host's page tables and leaves stage 2 empty.",
         "",
         "| machine | way | seconds | / plain | stage-2 faults | second boot: seconds | faults | "
         "populate s | again s |",
@@ -257,7 +257,7 @@ def plugin_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
             lines.append(f"| {' | '.join(cells + [''] * (9 - len(cells)))} |")
     lines += [
         "",
-        "With transparent huge pages there is less to win, and it is won:",
+        "With transparent huge pages there are fewer faults to avoid:",
         "",
         "| machine | faults of a plain boot | with the plugin |",
         "|---|--:|--:|",
@@ -271,15 +271,15 @@ def plugin_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
 
 
 def incoming_section(rounds: Sequence[dict[str, Any]]) -> tuple[list[str], Bars]:
-    """The part about live migration, and its bars."""
+    """Return the text about live migration, and its limits."""
     nothing, tool = ([row[way] for row in rounds] for way in ("nothing", "qemu-prefault"))
     share = 100 * median(tool, "faults") / median(nothing, "faults")
     fast = statistics.median(row["first"] / row["steady"] for row in tool)
     added = statistics.median(row["qemu-prefault"]["added"] / row["loop"] for row in rounds)
     bars = [
-        ("live migration: stage-2 faults at the target, share of the plain migration",
+        ("live migration: stage-2 faults on the destination, share of the plain migration",
          f"{share:.3f} %", "<= 1 %", share <= 1),
-        ("live migration: first pass / steady pass at the target", f"{fast:.2f}", "<= 1.5",
+        ("live migration: first pass / steady pass on the destination", f"{fast:.2f}", "<= 1.5",
          fast <= 1.5),
         ("live migration: blackout added / bare ioctl over the same 512 MiB", f"{added:.3f}",
          "<= 1.2", added <= 1.2),
@@ -288,15 +288,16 @@ def incoming_section(rounds: Sequence[dict[str, Any]]) -> tuple[list[str], Bars]
         "",
         "## Live migration",
         "",
-        "A guest of 512 MiB that writes 384 MiB again and again, on 4K pages, migrates within one "
-        f"host; `--incoming` at the target; medians of {len(rounds)}, taken in turns. The blackout "
-        "is from the source's STOP to the target's RESUME, by QEMU's own clock. Most of it is the "
-        "last round of a guest that writes faster than it can be sent, and it varies; what is "
-        "*added* is from the target's word that all is loaded to its RESUME. The passes are of a "
-        "guest that did not write meanwhile, or it would have begun the first one already.",
+        "A guest of 512 MiB that repeatedly writes 384 MiB, on 4K pages, migrates within one "
+        "host. `--incoming` runs on the destination. Values are medians of "
+        f"{len(rounds)}, measured in turn. The blackout is the time from the source's STOP to the "
+        "destination's RESUME, by QEMU's clock. Most of it is the last round of a guest that "
+        "writes faster than it can be sent, and it varies. *added* is the time from the "
+        "destination's event that everything is loaded to its RESUME. The passes are of a guest "
+        "that did not write during the migration.",
         "",
-        "| at the target | stage-2 faults | first pass s | steady pass s | blackout s | added s | "
-        "prefault s | the bare ioctl s |",
+        "| on the destination | stage-2 faults | first pass s | steady pass s | blackout s | "
+        "added s | prefault s | bare ioctl s |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, rows in (("nothing", nothing), ("`--incoming`", tool)):
@@ -310,16 +311,17 @@ def incoming_section(rounds: Sequence[dict[str, Any]]) -> tuple[list[str], Bars]
 
 
 def agents_section(part: dict[str, Any]) -> list[str]:
-    """The agents side by side."""
+    """Return the text that compares the agents."""
     ways = part["results"]
     lines = [
         "",
-        "## The agents side by side",
+        "## The agents compared",
         "",
-        "A guest of 352 MiB that has written 256 MiB, restored on 4K pages (microvm); medians of "
-        f"{len(ways['nothing'])}, taken in turns. attach and plugin in Debian's QEMU, the others "
-        "in the [patched one](patched-qemu.md); *job* is its job without the tool. The blackout "
-        "is all between the restored guest and its first instruction, without Python's start.",
+        "A guest of 352 MiB that has written 256 MiB is restored on 4K pages (microvm): medians of "
+        f"{len(ways['nothing'])}, measured in turn. attach and plugin run in Debian's QEMU, the "
+        "others in the [patched one](patched-qemu.md). *job* is QEMU's job without the tool. The "
+        "blackout is the time from the restore to the guest's first instruction, without Python's "
+        "start.",
         "",
         "| way | stage-2 faults | first pass s | steady pass s | prefault s | blackout s |",
         "|---|--:|--:|--:|--:|--:|",
@@ -332,7 +334,7 @@ def agents_section(part: dict[str, Any]) -> list[str]:
 
 
 def report(found: dict[str, Any]) -> tuple[str, list[str]]:
-    """The text of docs/benchmarks.md, and the bars that were missed."""
+    """Return the text of docs/benchmarks.md, and the limits that were missed."""
     host, lab = found["host"], found["restore"]["results"]
     nothing, tool = lab["restore"]["nothing"], lab["restore"]["qemu-prefault"]
     share = 100 * median(tool, "faults") / median(nothing, "faults")
@@ -359,7 +361,7 @@ def report(found: dict[str, Any]) -> tuple[str, list[str]]:
          host["dry"][2] <= 3),
         ("`--help` / `python -c 'import click'`", f"{host['help'][2]:.2f}", "<= 2",
          host["help"][2] <= 2),
-        ("the tool's peak memory, guest of 256 MiB to 16 GiB", f"+{growth:.1f} MiB", "flat (2 MiB)",
+        ("tool's peak memory, guests of 256 MiB to 16 GiB", f"+{growth:.1f} MiB", "flat (2 MiB)",
          growth <= 2),
         *incoming_rows,
         *plugin_rows,
@@ -367,22 +369,22 @@ def report(found: dict[str, Any]) -> tuple[str, list[str]]:
     text = [
         "# Benchmarks",
         "",
-        "Written by `make bench`. The guest's part ran on kernel "
-        f"{found['restore']['kernel']}, QEMU {found['restore']['qemu']}, unless said otherwise, in "
-        "the nested lab unless this machine's own KVM can prefault. There the counts are exact; "
-        "seconds compare only within one table.",
+        "Written by `make bench`. Unless noted otherwise, the guests ran on kernel "
+        f"{found['restore']['kernel']} with QEMU {found['restore']['qemu']}, in the nested lab "
+        "unless this machine's own KVM can prefault. In the lab the counts are exact, but times "
+        "are only comparable within one table.",
         "",
-        "| what | measured | bar | |",
+        "| quantity | measured | limit | |",
         "|---|--:|--:|---|",
         *(f"| {what} | {got} | {bar} | {'met' if ok else '**missed**'} |"
           for what, got, bar, ok in all_rows),
         "",
         "## First pass after a restore",
         "",
-        f"A guest that has written 256 MiB, restored on 4K pages; medians of {len(tool)}, taken "
-        "in turns.",
+        f"A guest that has written 256 MiB is restored on 4K pages: medians of {len(tool)}, "
+        "measured in turn.",
         "",
-        "| before the guest goes on | stage-2 faults | first pass s | steady pass s | ratio | "
+        "| before the guest resumes | stage-2 faults | first pass s | steady pass s | ratio | "
         "populate s | prefault s |",
         "|---|--:|--:|--:|--:|--:|--:|",
         f"| nothing | {median(nothing, 'faults'):,.0f} | {median(nothing, 'first'):.3f} | "
@@ -391,10 +393,10 @@ def report(found: dict[str, Any]) -> tuple[str, list[str]]:
         f"{median(tool, 'steady'):.3f} | {statistics.median(fast):.2f} | "
         f"{median(tool, 'populate'):.3f} | {median(tool, 'prefault'):.3f} |",
         "",
-        "## Against a bare loop",
+        "## Comparison with a bare loop",
         "",
-        "`tests/bench/loop.c` issues the same chunks of 32 MiB from its own thread. Seconds per "
-        "GiB of 4K pages, one vCPU, in pairs taken in changing order:",
+        "`tests/bench/loop.c` issues the same chunks of 32 MiB from its own thread. Values are "
+        "seconds per GiB of 4K pages with one vCPU, in pairs in changing order:",
         "",
         "| qemu-prefault | loop | ratio |",
         "|--:|--:|--:|",
@@ -404,19 +406,18 @@ def report(found: dict[str, Any]) -> tuple[str, list[str]]:
         f"Fastest of each: {min(p['tool'] for p in lab['loop']):.3f} and "
         f"{min(p['loop'] for p in lab['loop']):.3f}, ratio "
         f"{min(p['tool'] for p in lab['loop']) / min(p['loop'] for p in lab['loop']):.3f}. "
-        "The lab has one CPU, so what the tool does beside the loop counts against it, the more "
-        "so on a busy host.",
+        "The lab has one CPU, so the tool's other work is included, especially on a busy host.",
         "",
-        "## Everything else the tool does",
+        "## Fixed costs of the tool",
         "",
-        "Inside the lab, on a restored guest of 352 MiB; `total` is without Python's start:",
+        "Inside the lab, on a restored guest of 352 MiB. `total` excludes Python's start:",
         "",
         "| run | populate s | prefault s | total s |",
         "|---|--:|--:|--:|",
         *(f"| {name} | {s['populate']:.3f} | {s['prefault']:.3f} | {s['total']:.3f} |"
           for name, s in repeated.items()),
         "",
-        f"On this machine, wall time, medians of {REPETITIONS}:",
+        f"On this machine, wall-clock time, medians of {REPETITIONS}:",
         "",
         "| command | s | compared with | s |",
         "|---|--:|---|--:|",
@@ -428,7 +429,7 @@ def report(found: dict[str, Any]) -> tuple[str, list[str]]:
         "",
         "Peak resident set (VmHWM) on this machine, sparse guests, `--populate-only`:",
         "",
-        "| guest | `--dry-run` over all of it | `--range 0+128M` |",
+        "| guest | `--dry-run` over all memory | `--range 0+128M` |",
         "|--:|--:|--:|",
         *(f"| {mib} MiB | {dry / 1024:.1f} MiB | {ranged / 1024:.1f} MiB |"
           for mib, dry, ranged in host["memory"]),
@@ -440,14 +441,14 @@ def report(found: dict[str, Any]) -> tuple[str, list[str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure, and write docs/benchmarks.md.")
+    parser = argparse.ArgumentParser(description="Run the benchmarks and write docs/benchmarks.md.")
     parser.add_argument(
         "parts",
         nargs="*",
-        choices=[*PARTS, []],  # none is looked up as []
+        choices=[*PARTS, []],  # argparse checks an empty list as []
         metavar="PART",
-        help=f"measure these anew ({', '.join(PARTS)}), and take the others as measured last; "
-        "default: all anew",
+        help=f"measure these parts ({', '.join(PARTS)}) and use stored measurements of the others "
+        "(default: measure all)",
     )
     text, missed = report(measure(parser.parse_args().parts or list(PARTS)))
     TARGET.write_text(text)
