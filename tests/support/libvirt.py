@@ -13,7 +13,7 @@ import pytest
 
 from qemu_prefault_lab.libvirtd import LabDomain
 
-if not Path("/lab/agent.py").exists() or not Path("/usr/sbin/libvirtd").exists():
+if not Path("/lab/command_server.py").exists() or not Path("/usr/sbin/libvirtd").exists():
     pytest.skip("needs the lab's variant libvirt", allow_module_level=True)
 
 WORKLOAD_MIB = 64
