@@ -24,7 +24,7 @@ test:      ## linters, unit tests, real QEMUs, and the real ioctl in the nested 
 test-full: ## test, but everything on every kernel, 1,000 kills and 30 boots (hours)
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST) $(VT)" python tests/run.py --full
 
-bench:     ## the measurements of docs/benchmarks.md; BENCH_ARGS="PART..." for some of them
+bench:     ## run the measurements; write docs/benchmarks.md and its picture; BENCH_ARGS="PART…"
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(QEMU)" python tests/bench/run.py $(BENCH_ARGS)
 
 conformance: ## docs/conformance.md anew: the suite on three kernels, in three modes each
