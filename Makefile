@@ -18,6 +18,9 @@ QEMU  = ccache dpkg-dev libfdt-dev libglib2.0-dev libseccomp-dev ninja-build pat
 demo:      ## a restored and a booting guest, resumed three ways (no virtualization needed)
 	@scripts/with-env "$(BUILD) $(LAB)" qemu-prefault demo $(DEMO_ARGS)
 
+unit:      ## the unit tests only (a minute)
+	@scripts/with-env "$(BUILD)" python tests/run.py unit
+
 test:      ## linters, unit tests, real QEMUs, and the real ioctl in the nested lab
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST)" python tests/run.py
 
@@ -41,7 +44,7 @@ avocado-vt: ## the avocado-vt provider, and avocado-vt's own tests if TP_QEMU na
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST) $(VT)" python avocado/run.py vt \
 		$(if $(TP_QEMU),--tp-qemu "$(TP_QEMU)") $(AVOCADO_ARGS)
 
-lint:      ## ruff, mypy, import-linter and clang-format
+lint:      ## ruff, mypy, import-linter, clang-format, and the schemas of .github/
 	@scripts/with-env "$(BUILD)" python tests/run.py lint
 
 man:       ## write man/qemu-prefault.1 anew from the --help texts
@@ -58,4 +61,4 @@ clean-cache: ## remove the images and virtual environments from the cache
 help:      ## this text
 	@sed -n 's/^\([a-z-]*\): *## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-.PHONY: demo test test-full bench conformance qemu avocado avocado-vt lint man clean clean-cache help
+.PHONY: demo unit test test-full bench conformance qemu avocado avocado-vt lint man clean clean-cache help
