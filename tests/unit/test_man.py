@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The manual page is what the command line says of itself."""
+"""Check that the manual page matches the command line's help."""
 
 from __future__ import annotations
 
