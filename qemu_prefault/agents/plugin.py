@@ -191,7 +191,7 @@ class Control:
                     "wait until it is done, then run this again",
                     code=Code.BUSY_AGENT,
                 )
-            raise AgentError(f"the plugin refused: {answer['error']}", "report this")
+            raise AgentError(f"the plugin refused the request: {answer['error']}", "report this")
         return answer
 
     def _gone(self) -> FailedError:

@@ -135,7 +135,7 @@ class Executor:
                 tally.prefaulted += outcome.done
                 tally.accounted += outcome.done
                 finished += outcome.done
-                # After a vCPU's error, another vCPU has processed the range, or there is a warning.
+                # After a vCPU's error, another vCPU processes the range, or usable() warns.
                 if outcome.error and outcome.error not in (kvm.ABORTED, *VCPU_ERRORS):
                     tally.note = f"prefault: {kvm.describe_errno(outcome.error)}"
             left.extend(replace(owner_of(i), gpa=i.start, size=i.size) for i in undone)

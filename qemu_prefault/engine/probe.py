@@ -91,7 +91,7 @@ async def probe(vm: Vm) -> Findings:
                 status = status or error.exit_status
             continue
         findings.append(
-            Finding(name, "ok", f"{report.bytes.requested >> 20} MiB could be done now")
+            Finding(name, "ok", f"a run would {name} {report.bytes.requested >> 20} MiB now")
         )
         if not populate_only:
             findings += [Finding(w.code, "note", w.text) for w in report.warnings]

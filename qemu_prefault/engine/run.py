@@ -222,7 +222,7 @@ class PrefaultRun:
                 await pause.resume()
 
     async def prefault_until_stable(self, targets: tuple[Target, ...]) -> None:
-        """Prefault again until the layout does not change meanwhile (by hotplug)."""
+        """Prefault, and repeat this if the layout has changed meanwhile (hotplug)."""
         done: tuple[Target, ...] = ()
         for _ in range(LAYOUT_ROUNDS):
             fresh = select(await self.vm.refresh(), self.options)

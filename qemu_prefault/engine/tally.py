@@ -70,12 +70,12 @@ class RunTally:
         self._longest_pause = max(self._longest_pause, seconds)
 
     def discard_requests(self) -> None:
-        """Reset everything except `populated`, before all targets are requested again."""
+        """Reset all counts except `populated` before all targets are requested again."""
         for tally in self.tallies.values():
             tally.requested = tally.prefaulted = tally.accounted = 0
 
     def discard_prefaults(self) -> None:
-        """Reset what was prefaulted, before all targets are prefaulted again."""
+        """Reset the prefaulted bytes before all targets are prefaulted again."""
         for tally in self.tallies.values():
             tally.prefaulted = tally.accounted = 0
 

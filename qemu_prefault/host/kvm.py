@@ -90,7 +90,7 @@ def _why_not() -> Capability:
         if _off(parameter(module, name)):
             return Capability(
                 False,
-                f"KVM uses shadow paging here ({module}.{name}={parameter(module, name)})",
+                f"KVM on this host uses shadow paging ({module}.{name}={parameter(module, name)})",
                 f"Load {module} with {name}=1 if the hardware has {paging}. "
                 "Without it --populate-only still helps: it saves the guest the host's page "
                 "faults.",
@@ -130,7 +130,7 @@ class BinaryStats:
         self._length = max(self._offsets.values()) + 8
 
     def read(self, *names: str) -> list[int]:
-        """Return the values of these counters, read at once; 0 for each unknown counter."""
+        """Read these counters together, and return their values; 0 for unknown counters."""
         data = os.pread(self.fd, self._length, self._data)
         offsets = [self._offsets.get(name) for name in names]
         return [0 if at is None else int(struct.unpack_from("<Q", data, at)[0]) for at in offsets]

@@ -95,14 +95,14 @@ class Pagemap:
     def unwritable(self, start: int, size: int, private: bool) -> Iterator[tuple[int, int]]:
         """Yield the regions (start, size) that must be populated, ascending.
 
-        A writable region between two of them is included if it has at most
-        :data:`MERGE_DISTANCE` bytes.
+        Two regions are merged if the writable memory between them is not larger than
+        :data:`MERGE_DISTANCE`.
         """
         reached = pending_end = start
         pending_start: int | None = None
         ends = itertools.chain(self.writable(start, size, private), [(start + size, 0)])
         for island, length in ends:
-            if island > reached:  # there is a gap before this writable region
+            if island > reached:  # the pages before this writable region are not writable
                 if pending_start is None or reached - pending_end > MERGE_DISTANCE:
                     if pending_start is not None:
                         yield pending_start, pending_end - pending_start

@@ -38,7 +38,7 @@ def denied(path: str) -> UnsupportedError:
     """Return the error for a file of /proc that must not be read."""
     return UnsupportedError(
         f"no permission to read {path}",
-        "run as root, or as the user QEMU runs as with CAP_SYS_PTRACE",
+        "run as root, or as QEMU's user with CAP_SYS_PTRACE",
         code=Code.PROC_PERMISSION,
     )
 
@@ -85,7 +85,7 @@ def malformed(what: str, text: str) -> FailedError:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The fields of ``/proc/PID/status`` that are used here.
+    """The fields of ``/proc/PID/status`` that qemu-prefault uses.
 
     Bit N-1 of a signal set stands for signal N. `ns_pids` are the process's ids, from this pid
     namespace inwards; the last one is the id in the process's own namespace. `thread_features`
@@ -257,7 +257,7 @@ def mappings_of(maps: Sequence[MemoryMapping], start: int, size: int) -> tuple[M
 
 
 def thread_names(pid: int) -> dict[int, str]:
-    """Return the names (``comm``) of a process's threads; empty if it is gone."""
+    """Return the names (``comm``) of a process's threads by id; empty if it is gone."""
     names = {}
     with contextlib.suppress(OSError, QemuPrefaultError):
         for tid in _list_threads(pid, lambda: os.listdir(f"{PROC}/{pid}/task")):

@@ -123,7 +123,7 @@ def _with_capability(facts: PtraceFacts, who: str) -> tuple[str, str]:
 def _without_capability(facts: PtraceFacts, who: str, as_root: str) -> tuple[str, str]:
     if facts.own_uid == 0:
         return (
-            "root lacks CAP_SYS_PTRACE here: this is a container or a restricted service",
+            "root lacks CAP_SYS_PTRACE in this container or restricted service",
             "run on the host, or: docker run --cap-add SYS_PTRACE --pid host …; "
             "in a systemd unit: CapabilityBoundingSet=CAP_SYS_PTRACE",
         )

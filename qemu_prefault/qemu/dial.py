@@ -40,7 +40,7 @@ _REMEDY_BUSY: Final = (
     "-qmp unix:PATH,server=on,wait=off for this tool"
 )
 REMEDY_SILENT: Final = (
-    "check that the socket is a QMP monitor (a guest agent never greets), and that QEMU is "
+    "check that the socket is a QMP monitor (a guest agent sends no greeting), and that QEMU is "
     "neither stopped nor blocked in its main loop"
 )
 

@@ -57,7 +57,7 @@ from .dial import (
 )
 from .qapi import expect_int, expect_object, expect_str
 
-#: Unread events that a stream keeps; if there are more, the oldest ones are dropped.
+#: The maximum number of unread events in a stream. Beyond it, the oldest events are dropped.
 MAX_EVENTS: Final = 1024
 
 
@@ -358,7 +358,7 @@ async def _negotiate(client: _Client, sock: socket.socket, address: str, deadlin
         raise MonitorError(
             f"{address} did not finish the QMP greeting", REMEDY_SILENT, code=Code.MONITOR_SILENT
         ) from error
-    except Exception as error:  # qemu.qmp wraps anything that a peer can provoke
+    except Exception as error:  # qemu.qmp wraps every exception that a peer can cause
         inner = error.exc if isinstance(error, ConnectError) else error
         if isinstance(inner, (EOFError, OSError)):
             raise closed_early(address) from error
