@@ -44,8 +44,11 @@ avocado-vt: ## the avocado-vt provider, and avocado-vt's own tests if TP_QEMU na
 lint:      ## ruff, mypy, import-linter and clang-format
 	@scripts/with-env "$(BUILD)" python tests/run.py lint
 
-man:       ## write man/qemu-prefault.1 anew from the --help texts
-	@scripts/with-env "$(BUILD)" python scripts/make-man.py
+docs:      ## the documentation site, with warnings as errors; prints where it is
+	@scripts/with-env "$(BUILD)" python scripts/make-docs.py html
+
+man:       ## write man/*.1 from docs/reference/commands and the help texts
+	@scripts/with-env "$(BUILD)" python scripts/make-docs.py man
 
 clean:     ## remove build products from the checkout
 	rm -rf build dist *.egg-info lab/build lab/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -58,4 +61,4 @@ clean-cache: ## remove the images and virtual environments from the cache
 help:      ## this text
 	@sed -n 's/^\([a-z-]*\): *## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-.PHONY: demo test test-full bench conformance qemu avocado avocado-vt lint man clean clean-cache help
+.PHONY: demo test test-full bench conformance qemu avocado avocado-vt lint docs man clean clean-cache help

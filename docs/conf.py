@@ -10,7 +10,6 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "qemu-prefault"
 author = "The qemu-prefault developers"
-project_copyright = "the qemu-prefault developers"
 release = version = qemu_prefault.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_click", "prefault_docs"]
@@ -29,6 +28,7 @@ html_theme = "furo"
 html_title = f"qemu-prefault {release}"
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 
 man_show_urls = False
 COMMANDS = "reference/commands"

@@ -91,8 +91,8 @@ def install_sphinx() -> Path:
 
 
 def sphinx(builder: str, output: Path) -> int:
-    """Run Sphinx; every warning is an error."""
-    argv = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", builder]
+    """Run Sphinx from scratch, since the pages depend on the code; every warning is an error."""
+    argv = [sys.executable, "-m", "sphinx", "-q", "-E", "-W", "--keep-going", "-b", builder]
     argv += ["-d", str(cache() / "scratch" / f"doctrees-{builder}"), str(DOCS), str(output)]
     environment = {**os.environ, "PYTHONPATH": str(install_sphinx())}
     return subprocess.run(argv, env=environment, check=False).returncode
@@ -109,8 +109,8 @@ def make_man() -> int:
     for name in names():
         text = (output / f"{name}.1").read_text()
         # The date of the build would be a change each day.
-        text = re.sub(r'^(\.TH "[^"]*" "1") "[^"]*"', r'\1 ""', text, flags=re.MULTILINE)
-        text = re.sub(r"^'\\\" t\n\.\\\" Man page generated .*\n(?:\.\\\" .*\n)?", "", text)
+        text, count = re.subn(r'^(\.TH "[^"]*" "1") "[^"]*"', r'\1 ""', text, flags=re.MULTILINE)
+        assert count == 1, name
         (MAN / f"{name}.1").write_text(f"{GENERATED}{digest(name)}\n{text}")
     print(MAN)
     return 0

@@ -216,6 +216,13 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
+#: Fields that every object has.
+COMMON = {
+    "schema": "The version of this format.",
+    "exit": "The exit status of the command.",
+}
+
+
 def described(content: StringList) -> dict[str, str]:
     """Parse a directive's ``NAME: description`` lines; indented lines continue the one before."""
     found: dict[str, str] = {}
@@ -246,7 +253,7 @@ class JsonFields(Directive):
             name = re.split(r"[.\[]", path.removesuffix("[]"))[-1].strip("]")
             origin = None if isinstance(leaf, bool) else sample.origins.get(leaf)
             origin = origin or sample.by_name.get(name)
-            text = own.pop(path, "")
+            text = own.pop(path, COMMON.get(path, ""))
             type_name = JSON_TYPES.get(type(leaf), "integer" if isinstance(leaf, int) else "")
             if origin is not None:
                 owner, field, type_name = origin[0], origin[1], origin[2] or type_name
