@@ -18,13 +18,16 @@ QEMU  = ccache dpkg-dev libfdt-dev libglib2.0-dev libseccomp-dev ninja-build pat
 demo:      ## a restored and a booting guest, resumed three ways (no virtualization needed)
 	@scripts/with-env "$(BUILD) $(LAB)" qemu-prefault demo $(DEMO_ARGS)
 
+unit:      ## the unit tests only (a minute)
+	@scripts/with-env "$(BUILD)" python tests/run.py unit
+
 test:      ## linters, unit tests, real QEMUs, and the real ioctl in the nested lab
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST)" python tests/run.py
 
 test-full: ## test, but everything on every kernel, 1,000 kills and 30 boots (hours)
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST) $(VT)" python tests/run.py --full
 
-bench:     ## the measurements of docs/benchmarks.md; BENCH_ARGS="PART..." for some of them
+bench:     ## run the measurements; write docs/benchmarks.md and its picture; BENCH_ARGS="PART…"
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(QEMU)" python tests/bench/run.py $(BENCH_ARGS)
 
 conformance: ## docs/conformance.md anew: the suite on three kernels, in three modes each
@@ -41,7 +44,7 @@ avocado-vt: ## the avocado-vt provider, and avocado-vt's own tests if TP_QEMU na
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST) $(VT)" python avocado/run.py vt \
 		$(if $(TP_QEMU),--tp-qemu "$(TP_QEMU)") $(AVOCADO_ARGS)
 
-lint:      ## ruff, mypy, import-linter and clang-format
+lint:      ## ruff, mypy, import-linter, clang-format, and the schemas of .github/
 	@scripts/with-env "$(BUILD)" python tests/run.py lint
 
 docs:      ## the documentation site, with warnings as errors; prints where it is
@@ -61,4 +64,4 @@ clean-cache: ## remove the images and virtual environments from the cache
 help:      ## this text
 	@sed -n 's/^\([a-z-]*\): *## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-.PHONY: demo test test-full bench conformance qemu avocado avocado-vt lint docs man clean clean-cache help
+.PHONY: demo unit test test-full bench conformance qemu avocado avocado-vt lint docs man clean clean-cache help
