@@ -90,9 +90,9 @@ def install_sphinx() -> Path:
     return directory
 
 
-def sphinx(builder: str, output: Path) -> int:
-    """Run Sphinx from scratch, since the pages depend on the code; every warning is an error."""
-    argv = [sys.executable, "-m", "sphinx", "-q", "-E", "-W", "--keep-going", "-b", builder]
+def sphinx(builder: str, output: Path, *options: str) -> int:
+    """Run Sphinx from scratch, since the pages depend on the code."""
+    argv = [sys.executable, "-m", "sphinx", "-q", "-E", *options, "-b", builder]
     argv += ["-d", str(cache() / "scratch" / f"doctrees-{builder}"), str(DOCS), str(output)]
     environment = {**os.environ, "PYTHONPATH": str(install_sphinx())}
     return subprocess.run(argv, env=environment, check=False).returncode
@@ -108,8 +108,9 @@ def make_man() -> int:
         old.unlink()
     for name in names():
         text = (output / f"{name}.1").read_text()
-        # The date of the build would be a change each day.
-        text, count = re.subn(r'^(\.TH "[^"]*" "1") "[^"]*"', r'\1 ""', text, flags=re.MULTILINE)
+        # The date of the build would be a change each day. Names of commands are not hyphenated.
+        header = re.compile(r'^(\.TH "[^"]*" "1") "[^"]*"(.*)', re.MULTILINE)
+        text, count = header.subn(r'\1 ""\2\n.nh\n.ad l', text)
         assert count == 1, name
         (MAN / f"{name}.1").write_text(f"{GENERATED}{digest(name)}\n{text}")
     print(MAN)
@@ -123,7 +124,7 @@ def main() -> int:
         print(f"usage: {sys.argv[0]} html|man", file=sys.stderr)
         return 2
     output = cache() / "docs"
-    status = sphinx("html", output)
+    status = sphinx("html", output, "-W", "--keep-going")
     if not status:
         print(output / "index.html")
     return status

@@ -60,6 +60,7 @@ class CommandOptions(ClickDirective):
     """``command-options:: MODULE:COMMAND`` with ``:prog: NAME``."""
 
     def run(self) -> list[nodes.Node]:
+        self.options["nested"] = "none"
         (section,) = super().run()
         return [
             node
@@ -73,7 +74,24 @@ def drop_lines(app: Sphinx, context: Any, lines: list[str]) -> None:
     lines.clear()
 
 
-def add_help_option(app: Sphinx, context: Any, lines: list[str]) -> None:
+def edit_options(app: Sphinx, context: Any, lines: list[str]) -> None:
+    """Show choices as the option's value, and the default as a sentence; add ``--help``."""
+    found: list[str] = []
+    option = 0
+    for line in lines:
+        if line.startswith(".. option::"):
+            option = len(found)
+            found.append(re.sub(r"<([a-z_]+)>", lambda match: match[0].upper(), line))
+        elif choices := re.match(r" +:options: (.*)", line):
+            values = choices[1].replace(" ", "")
+            found[option] = re.sub(r"<.*>", lambda _: f"<{values}>", found[option])
+        elif default := re.match(r" +:default: ``'?(.*?)'?``", line):
+            if not found[-1].strip():
+                found.pop()
+            found[-1] += f" Default: {default[1]}."
+        else:
+            found.append(line)
+    lines[:] = found
     lines += [".. option:: -h, --help", "", "    Print a summary of the options, and exit.", ""]
 
 
@@ -348,5 +366,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("source-read", resolve_source_links)
     for part in ("description", "usage", "arguments", "epilog"):
         app.connect(f"sphinx-click-process-{part}", drop_lines)
-    app.connect("sphinx-click-process-options", add_help_option)
+    app.connect("sphinx-click-process-options", edit_options)
     return {"parallel_read_safe": True}
