@@ -26,7 +26,7 @@ PAGES = DOCS / "reference" / "commands"
 MAN = ROOT / "man"
 #: What a man page is made of besides its own source.
 COMMON = (DOCS / "conf.py", DOCS / "_ext" / "prefault_docs.py")
-GENERATED = r'.\" Written by `make man` from docs/reference/commands; do not edit. Sources: '
+GENERATED = r".\" Written by `make man` from docs/reference/commands; do not edit. Sources: "
 
 
 # --- whether a man page is up to date ---
@@ -110,7 +110,7 @@ def make_man() -> int:
         text = (output / f"{name}.1").read_text()
         # The date of the build would be a change each day. Names of commands are not hyphenated.
         header = re.compile(r'^(\.TH "[^"]*" "1") "[^"]*"(.*)', re.MULTILINE)
-        text, count = header.subn(r'\1 ""\2\n.nh\n.ad l', text)
+        text, count = header.subn(r'\1 ""\2\n.nr HY 0\n.ad l', text)
         assert count == 1, name
         (MAN / f"{name}.1").write_text(f"{GENERATED}{digest(name)}\n{text}")
     print(MAN)

@@ -83,14 +83,14 @@ def edit_options(app: Sphinx, context: Any, lines: list[str]) -> None:
             option = len(found)
             found.append(re.sub(r"<([a-z_]+)>", lambda match: match[0].upper(), line))
         elif choices := re.match(r" +:options: (.*)", line):
-            values = choices[1].replace(" ", "")
-            found[option] = re.sub(r"<.*>", lambda _: f"<{values}>", found[option])
+            before, _, _ = found[option].partition("<")
+            found[option] = f"{before}<{choices[1].replace(' ', '')}>"
         elif default := re.match(r" +:default: ``'?(.*?)'?``", line):
             if not found[-1].strip():
                 found.pop()
             found[-1] += f" Default: {default[1]}."
         else:
-            found.append(line)
+            found.append(line.replace("**Required** ", "Required. "))
     lines[:] = found
     lines += [".. option:: -h, --help", "", "    Print a summary of the options, and exit.", ""]
 
@@ -110,9 +110,9 @@ def code_users() -> dict[str, set[str]]:
 
     def members(node: ast.AST) -> Iterator[str]:
         for inner in ast.walk(node):
-            if isinstance(inner, ast.Attribute) and isinstance(inner.value, ast.Name):
-                if inner.value.id == "Code":
-                    yield inner.attr
+            match inner:
+                case ast.Attribute(value=ast.Name(id="Code"), attr=name):
+                    yield name
 
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.Call):
@@ -161,9 +161,7 @@ class ErrorCodes(Directive):
         return parse(self, list_table(("code", "meaning", "class", "exit"), rows, "20 50 22 8"))
 
 
-def list_table(
-    headers: tuple[str, ...], rows: list[tuple[str, ...]], widths: str
-) -> list[str]:
+def list_table(headers: tuple[str, ...], rows: list[tuple[str, ...]], widths: str) -> list[str]:
     lines = [".. list-table::", "   :header-rows: 1", f"   :widths: {widths}", ""]
     for row in (headers, *rows):
         for number, cell in enumerate(row):
@@ -200,21 +198,24 @@ class Sample:
         return kind(**values)
 
     def _value(self, hint: Any) -> Any:
+        arguments = typing.get_args(hint)
+        value: Any = f"text {next(self._number)}"
         if isinstance(hint, types.UnionType):
-            return self._value(typing.get_args(hint)[0])
-        if typing.get_origin(hint) is tuple:
-            return (self._value(typing.get_args(hint)[0]),)
-        if typing.get_origin(hint) is dict:
-            return {"*": next(self._number)}
-        if dataclasses.is_dataclass(hint):
-            return self.make(typing.cast(type, hint))
-        if hint is bool:
-            return True
-        if isinstance(hint, type) and issubclass(hint, errors.ExitStatus):
-            return errors.ExitStatus.PARTIAL
-        if hint in (int, float):
-            return hint(next(self._number))
-        return f"text {next(self._number)}"
+            value = self._value(arguments[0])
+        elif typing.get_origin(hint) is tuple:
+            value = (self._value(arguments[0]),)
+        elif typing.get_origin(hint) is dict:
+            # The values of a dict[str, Any] have no type to show.
+            value = {"*": None if Any in arguments else next(self._number)}
+        elif dataclasses.is_dataclass(hint):
+            value = self.make(typing.cast(type, hint))
+        elif hint is bool:
+            value = True
+        elif isinstance(hint, type) and issubclass(hint, errors.ExitStatus):
+            value = errors.ExitStatus.PARTIAL
+        elif hint in (int, float):
+            value = hint(next(self._number))
+        return value
 
     @staticmethod
     def _type_name(hint: Any) -> str:

@@ -34,7 +34,7 @@ class DomainStatus:
     running: bool
     #: The plugin's answer to ``status``; null if it was not asked.
     plugin: dict[str, Any] | None
-    #: Why the plugin could not be asked; null or empty if there is no problem.
+    #: Why the plugin could not be asked; null if there is no problem.
     problem: str
 
     @property

@@ -41,7 +41,7 @@ def options(command: click.Command) -> Iterator[str]:
 
 
 def test_every_command_has_a_page() -> None:
-    assert PAGES == sorted(["qemu-prefault", *(f"qemu-prefault-{name}" for name in cli.commands)])
+    assert sorted(["qemu-prefault", *(f"qemu-prefault-{name}" for name in cli.commands)]) == PAGES
 
 
 @pytest.mark.parametrize("name", PAGES)
