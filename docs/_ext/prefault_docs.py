@@ -121,6 +121,10 @@ def code_users() -> dict[str, set[str]]:
                 for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
                     for member in members(argument):
                         users.setdefault(member, set()).add(name)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
+            # Warnings are collected by code: warnings[Code.RESET] = "…"
+            for member in members(node.targets[0].slice):
+                users.setdefault(member, set()).add("RunWarning")
         elif isinstance(node, ast.ClassDef) and node.name.endswith("Error"):
             for statement in node.body:
                 if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value:
@@ -146,16 +150,22 @@ def carried_by(names: set[str]) -> tuple[str, str]:
 
 
 class ErrorCodes(Directive):
-    """``error-codes::`` a table of every code."""
+    """``error-codes::`` a table of every code; the body has classes that are chosen at run time."""
+
+    has_content = True
 
     def run(self) -> list[nodes.Node]:
         docs = attribute_docs("qemu_prefault.errors")
         users = code_users()
+        for code, kind in described(self.content).items():
+            users.setdefault(errors.Code(code).name, set()).add(kind)
         rows = []
         for member in errors.Code:
             text = docs.get(("Code", member.name), "")
             if not text:
                 LOG.warning("errors.Code.%s has no #: comment", member.name)
+            if member.name not in users:
+                LOG.warning("errors.Code.%s is not used by any error or warning", member.name)
             kinds, status = carried_by(users.get(member.name, set()))
             rows.append((f"``{member.value}``", text.replace("`", "``"), kinds, status))
         return parse(self, list_table(("code", "meaning", "class", "exit"), rows, "20 50 22 8"))
