@@ -26,43 +26,26 @@ class MappedSection:
     map writable. ``huge``: whether guest and host addresses allow 2 MiB leaves.
     """
 
-    #: QEMU's name of the memory region.
     name: str
-    #: The guest-physical address of the section.
     gpa: int
-    #: The size of the section, in bytes.
     size: int
-    #: The virtual address of the section in QEMU; 0 if it is not mapped.
     hva: int
-    #: What backs the section in QEMU, for example ``anonymous``.
     backing: str
-    #: The page size of the backing, in bytes.
     page_size: int
-    #: The kind of memory device (``dimm``, ``virtio-mem``, …); null for boot memory.
     device: str | None
-    #: The guest's NUMA node.
     node: int | None
-    #: Whether guest and host addresses permit leaves of 2 MiB.
     huge: bool
-    #: Bytes that are present in QEMU's page tables; null if this is unknown.
     resident: int | None
-    #: Bytes of these that a prefault would map writable; null if this is unknown.
     writable: int | None
-    #: Why a run would leave the section out.
     skipped: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class RamMap:
-    #: The process id of QEMU.
     pid: int
-    #: The version of QEMU.
     version: str
-    #: The run state of the guest, as QMP names it.
     status: str
-    #: The sections of guest memory, in the order of their addresses.
     sections: tuple[MappedSection, ...]
-    #: KVM's stage-2 counters; null if there are no counters.
     stage2: Stage2Leaves | None
 
     def to_json(self) -> dict[str, Any]:
@@ -115,9 +98,7 @@ async def ram_map(vm: Vm) -> RamMap:
 class Counters:
     """KVM's counters at one moment; the vCPU ones summed over all vCPUs, since the VM began."""
 
-    #: KVM's stage-2 counters; null if there are no counters.
     stage2: Stage2Leaves | None
-    #: Sums over all vCPUs since the VM was created, by the names in ``VCPU_COUNTERS``.
     vcpus: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:

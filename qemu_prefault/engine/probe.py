@@ -27,23 +27,16 @@ from .vm import Vm
 class Finding:
     """One check: ``verdict`` is ``ok``, ``no`` or ``note``; ``remedy`` what to do about it."""
 
-    #: What was examined, for example ``kvm``.
     check: str
-    #: ``ok``, ``no`` or ``note``.
     verdict: str
-    #: What was found.
     text: str
-    #: What to do about it; empty if nothing has to be done.
     remedy: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    #: The process id of QEMU; 0 if it was not examined.
     pid: int
-    #: The findings, in the order of the checks.
     findings: tuple[Finding, ...]
-    #: The exit status of the command.
     exit_status: ExitStatus
 
     def to_json(self) -> dict[str, Any]:

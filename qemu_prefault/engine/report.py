@@ -20,21 +20,13 @@ SCHEMA = 1
 class SectionReport:
     """One section of guest RAM; ``skipped`` says why nothing, or not all, was done to it."""
 
-    #: QEMU's name of the memory region.
     name: str
-    #: The guest-physical address of the section.
     gpa: int
-    #: The size of the section, in bytes.
     size: int
-    #: The virtual address of the section in QEMU.
     hva: int
-    #: What backs the section in QEMU, for example ``anonymous``.
     backing: str
-    #: Bytes that were newly allocated in QEMU's page tables.
     populated: int
-    #: Bytes that ``KVM_PRE_FAULT_MEMORY`` accepted.
     prefaulted: int
-    #: Why the section was left out, or done only in part; null if it is complete.
     skipped: str | None
 
 
@@ -42,13 +34,9 @@ class SectionReport:
 class ByteSums:
     """Sums over all sections. ``populated``: newly allocated in QEMU's own page tables."""
 
-    #: Bytes that the run was asked to prefault.
     requested: int
-    #: Bytes that were newly allocated in QEMU's page tables.
     populated: int
-    #: Bytes that ``KVM_PRE_FAULT_MEMORY`` accepted.
     prefaulted: int
-    #: Bytes that are not accounted for; 0 if the run is verified.
     remaining: int
 
 
@@ -67,15 +55,10 @@ class Seconds:
     guest it is the time from its RAM being found loaded until it was resumed.
     """
 
-    #: Time spent on populating, measured inside QEMU.
     populate: float
-    #: Time spent on prefaulting, measured inside QEMU.
     prefault: float
-    #: Total time for which the run kept the guest paused.
     paused: float
-    #: The longest of these pauses.
     longest_pause: float
-    #: Duration of the run.
     total: float
 
 
@@ -83,39 +66,24 @@ class Seconds:
 class RunWarning:
     """Something worth knowing that stopped nothing; ``code`` is stable."""
 
-    #: A stable code: a member of :class:`~qemu_prefault.errors.Code`.
     code: str
-    #: The warning as a sentence.
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    #: How the work was done inside QEMU: ``attach``, ``plugin`` or ``qmp``.
     agent: str
-    #: The process id of QEMU.
     pid: int
-    #: The version of QEMU.
     qemu_version: str
-    #: The run state of the guest, as QMP names it.
     qemu_status: str
-    #: The release of the host's kernel.
     kernel_release: str
-    #: Whether KVM offers ``KVM_PRE_FAULT_MEMORY``; null if this is unknown.
     pre_fault_memory: bool | None
-    #: The sections of guest RAM, in the order of their addresses.
     sections: tuple[SectionReport, ...]
-    #: Sums over all sections.
     bytes: ByteSums
-    #: KVM's stage-2 counters before the run; null if there are no counters.
     before: Stage2Leaves | None
-    #: KVM's stage-2 counters after the run; null if there are no counters.
     after: Stage2Leaves | None
-    #: How long the steps took.
     seconds: Seconds
-    #: What limits the effect of the run.
     warnings: tuple[RunWarning, ...] = field(default=())
-    #: Whether nothing was changed.
     dry_run: bool = False
 
     @property

@@ -22,19 +22,12 @@ from .install import is_current
 class DomainStatus:
     """:ivar plugin: what a running QEMU's plugin says of itself; ``problem``: why it does not."""
 
-    #: The name of the domain.
     domain: str
-    #: The plugin in the domain's definition, or None.
     in_xml: Loaded | None
-    #: Whether the plugin's file exists on this host.
     present: bool
-    #: Whether that file is of the installed version.
     current: bool
-    #: Whether the domain is running on this host.
     running: bool
-    #: The plugin's answer to ``status``; null if it was not asked.
     plugin: dict[str, Any] | None
-    #: Why the plugin could not be asked; null if there is no problem.
     problem: str
 
     @property
