@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Writes docs/conformance.md: the suite on three kernels, in three modes each, in the lab.
+"""Write docs/conformance.md: run the suite in the lab, on three kernels in three modes.
 
-    make conformance                                     runs all, about ten minutes
-    scripts/make-conformance.py --keep DIR               keeps each run's JSON there
-    scripts/make-conformance.py --keep DIR --render      only writes, from what is there
+    make conformance                                     run everything, about ten minutes
+    scripts/make-conformance.py --keep DIR               also write each run's JSON to DIR
+    scripts/make-conformance.py --keep DIR --render      run nothing, read the JSON from DIR
 
-The text around the tables is scripts/conformance.md.in.
+The text around the tables is in scripts/conformance.md.in.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Runs = dict[tuple[str, str], dict[str, Any]]
 
 
 def run(variant: str, mode: str) -> dict[str, Any]:
-    """One run in the lab: the suite's report, and how long it took with the lab's start."""
+    """Run the suite in the lab. Return its report, and the seconds including the lab's start."""
     command = [sys.executable, "-m", "qemu_prefault_lab", "run", "--variant", variant, "--nested"]
     command += MODES[mode]
     for wheel in os.environ.get("QEMU_PREFAULT_WHEELS", "").split():
@@ -47,14 +47,14 @@ def run(variant: str, mode: str) -> dict[str, Any]:
     started = time.monotonic()
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if not result.stdout.strip():
-        sys.exit(f"{variant}, {mode}: no result, status {result.returncode}")
+        sys.exit(f"{variant}, {mode}: no result, exit status {result.returncode}")
     report: dict[str, Any] = json.loads(result.stdout)
     report["with_lab"] = round(time.monotonic() - started, 1)
     return report
 
 
 def rows(table: list[list[str]]) -> Iterator[str]:
-    """A Markdown table."""
+    """Format a Markdown table."""
     yield "| " + " | ".join(table[0]) + " |"
     yield "|" + "|".join(["---"] + ["--:"] * (len(table[0]) - 1)) + "|"
     for row in table[1:]:
@@ -66,8 +66,8 @@ def short(kernel: str) -> str:
 
 
 def summary(runs: Runs) -> Iterator[str]:
-    head = ["kernel", "mode", "the ioctl", "cases", "✓", "≠", "r", "B", "·", "F, H", "seconds",
-            "with the lab"]  # fmt: skip
+    head = ["kernel", "mode", "ioctl", "cases", "✓", "≠", "r", "B", "·", "F, H", "seconds",
+            "with lab start"]  # fmt: skip
     table = [head]
     for (_, mode), report in runs.items():
         counts = report["counts"]
@@ -82,14 +82,14 @@ def summary(runs: Runs) -> Iterator[str]:
 
 
 def observed(runs: Runs) -> Iterator[str]:
-    """What cases saw, where it may differ; equal answers once, with who gave them."""
+    """List the results that may differ between kernels, with the kernels that gave each."""
     answers: dict[str, dict[str, list[str]]] = {}
     for (_, mode), report in runs.items():
         for case in report["cases"]:
             if case["outcome"] == "differs":
                 name = f"{short(report['host']['kernel'])} `{mode}`"
                 answers.setdefault(case["id"], {}).setdefault(case["text"], []).append(name)
-    yield "| case | seen | on |"
+    yield "| case | result | kernel and mode |"
     yield "|---|---|---|"
     for name, seen in answers.items():
         for text, where in seen.items():
@@ -105,7 +105,7 @@ def bugs(runs: Runs) -> Iterator[str]:
 
 
 def skips(runs: Runs) -> Iterator[str]:
-    """Cases that ran nowhere, and why."""
+    """List the cases that no kernel could run, and why."""
     reasons: dict[str, set[str]] = {}
     ran = set()
     for report in runs.values():
@@ -131,7 +131,7 @@ def matrix(runs: Runs) -> Iterator[str]:
         if case["id"].partition("/")[0] != area:
             area = case["id"].partition("/")[0]
             yield from ("", f"### {area}", "")
-            yield f"| case | {' | '.join(head)} | it says |"
+            yield f"| case | {' | '.join(head)} | expected behaviour |"
             yield "|---|" + ":-:|" * len(head) + "---|"
         signs = " | ".join(outcomes[key].get(case["id"], "") for key in runs)
         yield f"| `{case['id'].partition('/')[2]}` | {signs} | {case['says']} |"
@@ -149,8 +149,10 @@ def page(runs: Runs) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write docs/conformance.md.")
-    parser.add_argument("--keep", type=Path, help="a directory for each run's JSON")
-    parser.add_argument("--render", action="store_true", help="run nothing; use what was kept")
+    parser.add_argument("--keep", type=Path, help="directory for the JSON of each run")
+    parser.add_argument(
+        "--render", action="store_true", help="run nothing, and read the JSON from --keep"
+    )
     options = parser.parse_args()
     runs: Runs = {}
     with tempfile.TemporaryDirectory() as scratch:

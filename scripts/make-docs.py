@@ -53,7 +53,9 @@ def _field_comments(page: str) -> Iterator[str]:
     """Yield the fields and their comments in the modules that the page's directives name."""
     for module in sorted(set(re.findall(r"json-fields:?:?\}? (?:qemu_prefault\.)([\w.]+):", page))):
         path = ROOT / "qemu_prefault" / f"{module.replace('.', '/')}.py"
-        yield from re.findall(r"^ +(?:#:.*|\w+: [\w\[\], .|]+)$", path.read_text(), re.MULTILINE)
+        text = path.read_text()
+        yield from re.findall(r"^ +(?:#:.*|\w+: [\w\[\], .|]+)$", text, re.MULTILINE)
+        yield from re.findall(r":ivar [^:]*:(?:(?!\n *:|\n *\n).)*", text, re.DOTALL)
 
 
 def digest(name: str) -> str:

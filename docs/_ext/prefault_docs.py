@@ -104,6 +104,14 @@ def attribute_docs(module: str) -> dict[tuple[str, str], str]:
     return {key: " ".join(line.strip() for line in text).strip() for key, text in docs.items()}
 
 
+def field_doc(owner: type, field: str) -> str:
+    """Return the description of a dataclass's field: ``:ivar`` in its docstring, or ``#:``."""
+    text = re.search(rf":ivar {field}: (.+?)(?=\n\s*:|\n\s*\n|\Z)", owner.__doc__ or "", re.DOTALL)
+    if text:
+        return " ".join(text[1].split())
+    return attribute_docs(owner.__module__).get((owner.__name__, field), "")
+
+
 def code_users() -> dict[str, set[str]]:
     """Return the classes of errors and warnings that carry each member of ``errors.Code``."""
     users: dict[str, set[str]] = {}
@@ -286,7 +294,9 @@ class JsonFields(Directive):
             type_name = JSON_TYPES.get(type(leaf), "integer" if isinstance(leaf, int) else "")
             if origin is not None:
                 owner, field, type_name = origin[0], origin[1], origin[2] or type_name
-                text = text or attribute_docs(owner.__module__).get((owner.__name__, field), "")
+                text = text or field_doc(owner, field)
+            # JSON has null where Python has None.
+            text = re.sub(r"\bNone\b", "null", text)
             if not text:
                 LOG.warning("%s: the JSON field %s is not described", self.arguments[0], path)
             lines += definition(path, type_name, text)

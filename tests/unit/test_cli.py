@@ -113,7 +113,7 @@ def test_completion_line_in_help_works() -> None:
         (["--qmp", "/x", "--domain", "a"], "either --qmp SOCK or --domain NAME"),
         (["probe", "--qmp", "/x", "--domain", "a"], "either --qmp SOCK or --domain NAME"),
         (["--domain", "a", "--incoming"], "qemu-prefault libvirt migrate"),
-        (["--domain", "a", "map"], "behind the command"),
+        (["--domain", "a", "map"], "after the command"),
         (["map"], "--domain NAME"),
     ],
 )
