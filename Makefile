@@ -27,7 +27,7 @@ test:      ## run linters, unit tests, tests with QEMU, and tests in the nested 
 test-full: ## run everything on every kernel, with 1,000 kills and 30 boots (hours)
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST) $(VT)" python tests/run.py --full
 
-bench:     ## measure; write docs/benchmarks.md and its picture; BENCH_ARGS="PART…" selects parts
+bench:     ## measure, write docs/benchmarks.md and its picture; BENCH_ARGS="PART…" selects parts
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(QEMU)" python tests/bench/run.py $(BENCH_ARGS)
 
 conformance: ## write docs/conformance.md: run the suite on three kernels in three modes

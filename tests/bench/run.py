@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Run all measurements, and write docs/benchmarks.md and docs/images/faults.svg.
 
-``make bench`` calls this script. The exit status is 1 if a bar is missed.
+``make bench`` calls this script. The exit status is 1 if a limit is missed.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def plugin_bars(where: str, boots: dict[str, list[dict[str, Any]]]) -> Bars:
     return [
         (f"{where}: faults of a boot, share of the plain one", f"{faults:.3f} %", "<= 0.05 %",
          faults <= 0.05),
-        (f"{where}: faults of the second boot, of the plain first one's", f"{second:.3f} %",
+        (f"{where}: faults of the second boot, share of the plain first one", f"{second:.3f} %",
          "<= 0.05 %", second <= 0.05),
         (f"{where}: time until 256 MiB are written / the plain boot's", f"{time:.2f}", "<= 0.7",
          time <= 0.7),
@@ -211,7 +211,7 @@ def idle_bar(
     """Compare an idle plugin with the highest value of the boots without the plugin."""
     most = max(row[key] for row in boots["nothing"]) + more
     off = median(boots["keep=off"], key)
-    bar = f"<= {most:,.1f}, the plain boots' most" + (f" + {more:g}" if more else "")
+    bar = f"<= {most:,.1f}, the plain boots' maximum" + (f" + {more:g}" if more else "")
     return f"{where}: `keep=off`: {name}", f"{off:,.1f}", bar, off <= most
 
 
@@ -382,7 +382,7 @@ def report(found: dict[str, Any]) -> tuple[str, list[str]]:
         "nested lab unless the KVM of this machine can prefault. In the lab, counts are exact; "
         "compare seconds only within one table.",
         "",
-        "| what | measured | bar | |",
+        "| quantity | measured | limit | result |",
         "|---|--:|--:|---|",
         *(f"| {what} | {got} | {bar} | {'met' if ok else '**missed**'} |"
           for what, got, bar, ok in all_rows),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The public API as its users see it: complete, typed, and 0.1's names still there."""
+"""Test the public API from a user's view: complete, typed, and with 0.1's names."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_downstream_script_is_fully_typed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-# --- 0.1's names ---
+# --- names of 0.1 ---
 
 
 def test_deprecated_policy_is_options() -> None:

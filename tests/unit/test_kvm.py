@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How KVM's answers are read, with a KVM that answers what it is told to."""
+"""Test how KVM's answers are interpreted, with a simulated KVM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ open_file = os.open
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[int]:
-    """The numbers that KVM_CHECK_EXTENSION was called with; the parameter is its answer."""
+    """Return the list of KVM_CHECK_EXTENSION's arguments. The parameter is KVM's answer."""
     numbers: list[int] = []
 
     def check_extension(_fd: int, number: int) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The product and the lab are two distributions."""
+"""Check that the product and the lab are separate distributions."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_lab_requires_this_version_of_the_product() -> None:
 
 
 def test_lab_failure_is_not_a_status_of_the_command(tmp_path: Path) -> None:
-    """The exit status of run and pytest is that of the command in the lab."""
+    """The exit status of ``run`` and ``pytest`` is that of the command in the lab."""
     done = subprocess.run(
         [sys.executable, "-m", "qemu_prefault_lab", "qemu", str(tmp_path)],
         capture_output=True,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command lines of the lab's guests."""
+"""Test the command lines of the lab's guests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def default_plugin() -> Iterator[None]:
 
 
 def started(monkeypatch: pytest.MonkeyPatch, config: GuestConfig | None, **changes: object) -> str:
-    """Return the command line of a Guest that is not started."""
+    """Return the command line of a Guest without starting it."""
 
     def stop(_: Guest, argv: list[str]) -> None:
         raise RuntimeError(" ".join(argv))

@@ -1,23 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the plugin knows of memory that QEMU maps while the plugin is loaded."""
+"""Test what the plugin records about memory that QEMU maps while the plugin is loaded."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 
-import qemu_prefault
+from support.native import link_with_plugin
 
-NATIVE = Path(qemu_prefault.__file__).parent / "native"
 START, SIZE = 0x10000000, 1 << 20
-MAP_NORESERVE = 0x4000  # asm-generic/mman.h; not in every Python's mmap module
+MAP_NORESERVE = 0x4000  # asm-generic/mman.h; Python's mmap module may lack it
 SOURCE = """
-#include "host_ranges.h"
+#include "plugin/host_ranges.h"
 int overcommitted(uint64_t start, uint64_t size, int flags)
 {
 	pf_ranges_mapped(start, size, -1, flags);
@@ -28,15 +24,10 @@ int overcommitted(uint64_t start, uint64_t size, int flags)
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler is installed")
-    directory = tmp_path_factory.mktemp("host-memory")
-    (directory / "driver.c").write_text(SOURCE)
-    parts = [*NATIVE.glob("plugin/*.c"), *NATIVE.glob("common/*.c")]
-    includes = {f"-I{path}" for path in (NATIVE, NATIVE / "plugin")}
-    output = directory / "library.so"
-    command = ["cc", "-std=gnu11", "-shared", "-fPIC", *sorted(includes), "-o", str(output)]
-    subprocess.run([*command, str(directory / "driver.c"), *map(str, parts)], check=True)
+    directory = tmp_path_factory.mktemp("host-ranges")
+    source = directory / "driver.c"
+    source.write_text(SOURCE)
+    output = link_with_plugin(source, directory / "library.so", "-shared", "-fPIC")
     return ctypes.CDLL(str(output))
 
 

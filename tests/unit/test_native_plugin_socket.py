@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The plugin's control socket, without a QEMU: every refusal carries its code."""
+"""Test the plugin's control socket without QEMU: every refusal has a code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import asyncio
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -16,29 +15,22 @@ from typing import Any
 
 import pytest
 
-import qemu_prefault
 from qemu_prefault.agents.plugin import BUSY, Control
 from qemu_prefault.errors import RefusedError
+from support.native import NATIVE, link_with_plugin
 
-NATIVE = Path(qemu_prefault.__file__).parent / "native"
 ERRORS = (NATIVE / "plugin/errors.h").read_text()
 CODES = set(re.findall(r"X\(\w+, \"([a-z-]+)\"", ERRORS))
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("cc") is None:
-        pytest.skip("cc is not installed")
-    path = tmp_path_factory.mktemp("socket") / "serve"
-    sources = [*NATIVE.glob("plugin/*.c"), *NATIVE.glob("common/*.c")]
-    flags = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}")
-    main = Path(__file__).with_name("plugin_socket.c")
-    subprocess.run(["cc", *flags, main, *sources, "-o", path], check=True)
-    return path
+    source = Path(__file__).with_name("plugin_socket.c")
+    return link_with_plugin(source, tmp_path_factory.mktemp("socket") / "serve")
 
 
 class Server:
-    """The running program: where its socket and its memory are."""
+    """The running program: the paths of its socket and its memory."""
 
     def __init__(self, process: subprocess.Popen[str], path: Path) -> None:
         assert process.stdout

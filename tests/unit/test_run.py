@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What tests/run.py makes of a suite's end."""
+"""Test how tests/run.py judges the end of a suite."""
 
 from __future__ import annotations
 

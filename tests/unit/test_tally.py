@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a run says it did is checked against KVM's counters."""
+"""Test that a run's results are checked against KVM's counters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def section(gpa: int, size: int) -> MemorySection:
 
 @pytest.fixture
 def tally() -> RunTally:
-    """Two sections, of 4 and 8 MiB, that have been prefaulted completely."""
+    """Make a tally of two sections, of 4 and 8 MiB, that are prefaulted completely."""
     tally = RunTally()
     for part in (section(0, 4 * MIB), section(16 * MIB, 8 * MIB)):
         done = tally.of(part)
@@ -41,7 +41,7 @@ def tally() -> RunTally:
 
 
 def sums(tally: RunTally) -> tuple[int, int, int]:
-    """Bytes requested, prefaulted and accounted for."""
+    """Return the bytes requested, prefaulted and accounted for."""
     sections = tally.tallies.values()
     return (
         sum(section.requested for section in sections),

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Build test programs that are linked with the plugin's C files."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import qemu_prefault
+
+#: The directory of the installed package's C files.
+NATIVE = Path(qemu_prefault.__file__).parent / "native"
+_FLAGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}")
+
+
+def link_with_plugin(source: Path, output: Path, *flags: str) -> Path:
+    """Compile a C file together with the plugin's, and return the output's path.
+
+    Skips the test if there is no C compiler.
+    """
+    if shutil.which("cc") is None:
+        pytest.skip("cc is not installed")
+    parts = [*NATIVE.glob("plugin/*.c"), *NATIVE.glob("common/*.c")]
+    subprocess.run(["cc", *_FLAGS, *flags, source, *parts, "-o", output], check=True)
+    return output
