@@ -47,8 +47,11 @@ avocado-vt: ## run the avocado-vt tests; TP_QEMU=DIR adds those of a tp-qemu che
 lint:      ## run ruff, mypy, import-linter, clang-format, and check the schemas of .github/
 	@scripts/with-env "$(BUILD)" python tests/run.py lint
 
-man:       ## write man/qemu-prefault.1 from the --help texts
-	@scripts/with-env "$(BUILD)" python scripts/make-man.py
+docs:      ## build the documentation site, with warnings as errors; print its path
+	@scripts/with-env "$(BUILD)" python scripts/make-docs.py html
+
+man:       ## write man/*.1 from docs/reference/commands and the help texts
+	@scripts/with-env "$(BUILD)" python scripts/make-docs.py man
 
 clean:     ## remove build products from the checkout
 	rm -rf build dist *.egg-info lab/build lab/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -61,4 +64,4 @@ clean-cache: ## remove the images and virtual environments from the cache
 help:      ## list the targets
 	@sed -n 's/^\([a-z-]*\): *## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-.PHONY: demo unit test test-full bench conformance qemu avocado avocado-vt lint man clean clean-cache help
+.PHONY: demo unit test test-full bench conformance qemu avocado avocado-vt lint docs man clean clean-cache help
