@@ -73,11 +73,11 @@ def find_gadgets(memory: int, maps: Sequence[MemoryMapping]) -> Gadgets:
 
 
 def prepare_exit_slot(memory: int, maps: Sequence[MemoryMapping], gadgets: Gadgets) -> int:
-    """Write an exit's address where a helper without a stack can find it.
+    """Write the address of the exit instructions to the end of QEMU's main stack.
 
-    A helper unmaps its own stack before it exits. The address is written to the last word of the
-    main stack: the kernel puts a null pointer there (``__bprm_mm_init()``, fs/exec.c), which no
-    program reads.
+    A helper unmaps its own stack before it exits, and takes its exit address from the last word of
+    the main stack instead. The kernel puts a null pointer there (``__bprm_mm_init()``, fs/exec.c),
+    which no program reads.
 
     :param memory: A descriptor of QEMU's /proc/PID/mem.
     :returns: The address of that word.

@@ -121,7 +121,7 @@ class GuestMode:
         :param caught: Whether every vCPU was in guest mode at the last attempt, too.
         :param tries: The number of attempts.
         :param seconds: The time that all attempts took.
-        :param will_resume: Whether the guest runs after this run.
+        :param will_resume: Whether the guest is resumed after this run.
         """
         notes, every = self._tally.warnings, self._every
         if not caught:

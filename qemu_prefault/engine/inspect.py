@@ -116,7 +116,11 @@ async def ram_map(vm: Vm) -> RamMap:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """KVM's counters since the start of the VM, as sums over all vCPUs."""
+    """KVM's counters.
+
+    :ivar stage2: The current leaves in the stage-2 tables, or None if unknown.
+    :ivar vcpus: The vCPUs' counters since the start of the VM, as sums over all vCPUs.
+    """
 
     stage2: Stage2Leaves | None
     vcpus: dict[str, int]

@@ -95,8 +95,8 @@ class Pagemap:
     def unwritable(self, start: int, size: int, private: bool) -> Iterator[tuple[int, int]]:
         """Yield the regions (start, size) that must be populated, ascending.
 
-        A writable region between two of them is included if it has at most
-        :data:`MERGE_DISTANCE` bytes.
+        Two regions are merged if the writable memory between them is not larger than
+        :data:`MERGE_DISTANCE`.
         """
         reached = pending_end = start
         pending_start: int | None = None

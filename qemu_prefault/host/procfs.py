@@ -257,7 +257,7 @@ def mappings_of(maps: Sequence[MemoryMapping], start: int, size: int) -> tuple[M
 
 
 def thread_names(pid: int) -> dict[int, str]:
-    """Return the names (``comm``) of a process's threads; empty if it is gone."""
+    """Return the names (``comm``) of a process's threads by id; empty if it is gone."""
     names = {}
     with contextlib.suppress(OSError, QemuPrefaultError):
         for tid in _list_threads(pid, lambda: os.listdir(f"{PROC}/{pid}/task")):

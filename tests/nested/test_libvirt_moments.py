@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Measure the benefit of each route at each lifecycle event: the table in docs/libvirt.md.
+"""Measure the benefit of each route at each lifecycle event: the table in docs/usage/libvirt.md.
 
 Faults are KVM's ``pf_taken``. Each guest writes 64 MiB of 4K pages, which causes 16,384 faults
 without prefault. Rows are printed as lines ``libvirt-table: MOMENT | ROUTE | FAULTS``.

@@ -100,7 +100,7 @@ class Campaign:
 
     def drop_a_monitor(self) -> None:
         # Disconnect only after QEMU has read everything. Otherwise QEMU occasionally crashes, with
-        # or without the plugin (docs/architecture.md, "A client that disappears").
+        # or without the plugin (docs/design/killed-at-any-instant.md, "A client that disappears").
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(20)
             client.connect(str(self.guest.qmp_path))
