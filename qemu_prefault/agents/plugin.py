@@ -265,7 +265,7 @@ class PluginAgent:
                 raise AgentError(
                     f"the plugin in QEMU (pid {self.process.pid}) does not know vCPU "
                     f"{worker.vcpu_id}",
-                    "the vCPU may be being plugged or unplugged: try again",
+                    "QEMU may be plugging or unplugging this vCPU: try again",
                 )
 
     async def run(

@@ -43,8 +43,8 @@ _UNFIT_STATUS: Final = {
         "prefault it at the destination",
         Code.MIGRATION,
     ),
-    "restore-vm": ("a snapshot is being loaded", "run this after that", Code.INCOMING),
-    "save-vm": ("a snapshot is being saved", "run this after that", Code.MIGRATION),
+    "restore-vm": ("a snapshot is being loaded", "wait until it is loaded", Code.INCOMING),
+    "save-vm": ("a snapshot is being saved", "wait until it is saved", Code.MIGRATION),
     "colo": (
         "this guest runs under COLO, which logs dirty pages",
         "stop COLO first",
@@ -113,7 +113,7 @@ def check_vm_state(state: VmState, dirty_limit: bool = False) -> None:
         what = "measured" if state.dirty_rate == "measuring" else "limited"
         raise RefusedError(
             f"the dirty page rate is being {what}: dirty pages are logged",
-            "run this after that has ended (query-dirty-rate, query-vcpu-dirty-limit)",
+            "wait until that has ended (query-dirty-rate, query-vcpu-dirty-limit)",
             code=Code.DIRTY_LOGGING,
         )
 

@@ -65,7 +65,7 @@ class ResumeGuard:
                 self.__exit__()
                 raise FailedError(
                     "the process that guards the paused guest died before the pause",
-                    "check dmesg for the reason (e.g. the OOM killer); the guest was not paused",
+                    "check dmesg for the reason, such as the OOM killer; the guest was not paused",
                     code=Code.GUARD,
                 )
         finally:

@@ -157,7 +157,7 @@ class Vm:
             if not isinstance(vcpu_id, int) or vcpu_id not in fds:
                 raise FailedError(
                     f"QEMU (pid {self.process.pid}) has no KVM descriptor for vCPU {vcpu.index}",
-                    "the vCPU may be being plugged or unplugged: try again",
+                    "QEMU may be plugging or unplugging this vCPU: try again",
                 )
             tid, fd = tids[vcpu.thread_id], fds[vcpu_id]
             thread = VcpuThread(tid, fd, vcpu_id, vcpu.node, vcpu.qom_path, vcpu.index)
@@ -210,6 +210,6 @@ def _identify(monitor: Monitor, pid: int | None, thread_ids: Sequence[int]) -> P
         pass
     raise UnsupportedError(
         f"the QEMU of domain {monitor.vm_uuid} is not on this host",
-        "run this as root on the QEMU's host",
+        "run this as root on the host of that QEMU",
         code=Code.OTHER_HOST,
     )

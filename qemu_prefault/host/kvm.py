@@ -162,7 +162,7 @@ _OUTCOMES = {
     STUCK: "no progress within the time limit: the vCPU holds a stale root, or its slot is being "
     "deleted (kernels without commits 20a6cff3b283 and 3ccbf6f47098)",
     ABORTED: "stopped before it was complete",
-    errno.ENOENT: "the memory slot was deleted",
+    errno.ENOENT: "KVM has no memory slot at this address",
     errno.EOPNOTSUPP: "the vCPU runs a nested guest, or KVM uses shadow paging",
     errno.EIO: "KVM refuses: the VM is dead, or belongs to another process",
     errno.EFAULT: "QEMU's mapping of this memory cannot be accessed",

@@ -112,7 +112,7 @@ def _checked_path(path: str, address: str) -> str:
     if not path or "\0" in path or len(os.fsencode(path)) > 107:
         raise InputError(
             f"{address!r} is not a valid path of a socket",
-            "give a path of 1 to 107 bytes, relative to a nearer directory if necessary",
+            "give a path of 1 to 107 bytes; a relative path may be shorter",
         )
     return path
 
