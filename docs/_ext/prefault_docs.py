@@ -301,7 +301,7 @@ class JsonFields(Directive):
                 LOG.warning("%s: the JSON field %s is not described", self.arguments[0], path)
             lines += definition(path, type_name, text)
         for path in own:
-            LOG.warning("%s: there is no JSON field %s", self.arguments[0], path)
+            LOG.warning("%s: unknown JSON field %s", self.arguments[0], path)
         return parse(self, lines)
 
 
@@ -353,7 +353,7 @@ class EventFields(Directive):
             shown = ", ".join(f"``{field}``" for field in sorted(fields))
             lines += definition(name, "", f"{texts.pop(name, '')} Fields: {shown}.")
         for name in texts:
-            LOG.warning("there is no event %s", name)
+            LOG.warning("unknown event %s", name)
         return parse(self, lines)
 
 
