@@ -302,6 +302,10 @@ class KvmVcpu:
         """Run a program to its end and return the registers."""
         self.start_at(code, **registers)
         reason = self.run()
+        expect(
+            reason != abi.EXIT_INTR,
+            f"the guest's program did not end within {IOCTL_LIMIT_SECONDS:g} s",
+        )
         expect_equal(
             abi.EXIT_NAMES.get(reason, str(reason)), "IO", "the exit of the guest's program"
         )
