@@ -7,6 +7,7 @@ C (native/common/headroom.c), which tests/unit/test_headroom_agreement.py holds 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from collections.abc import Mapping as MappingABC
@@ -68,11 +69,15 @@ def parse_key_values(text: str) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """How many bytes may still be populated before `name` (host, cgroup, …) runs out."""
+    """How many bytes may still be populated before `name` (host, cgroup, …) runs out.
+
+    :ivar contended: others may take from it at any time without having been promised anything.
+    """
 
     name: str
     available: int
     detail: str
+    contended: bool = False
 
 
 def cgroup_directories(
@@ -125,7 +130,7 @@ def memory_limit(directory: str, unified: bool) -> Limit | None:
     stat = parse_key_values(read_optional(f"{directory}/memory.stat") or "")
     reclaimable = stat.get("inactive_file" if unified else "total_inactive_file", 0)
     detail = f"{name} {limit}, {usage} in use, {reclaimable} of it reclaimable"
-    return Limit(f"cgroup {directory}", max(0, limit - usage + reclaimable), detail)
+    return Limit(f"cgroup {directory}", max(0, limit - usage + reclaimable), detail, True)
 
 
 def cgroup_hugetlb_limit(directory: str, unified: bool, page_size: int) -> Limit | None:
@@ -151,33 +156,56 @@ def memory_headroom(process: Process) -> list[Limit]:
     meminfo = parse_key_values(read_file(f"{procfs.PROC}/meminfo", process.pid))
     if "MemAvailable" in meminfo:
         available = meminfo["MemAvailable"]
-        limits.append(Limit("host", available, "MemAvailable of /proc/meminfo"))
+        limits.append(Limit("host", available, "MemAvailable of /proc/meminfo", True))
     limits += _cgroup_limits(process, "memory", memory_limit)
     return limits
 
 
-def hugetlb_free(process: Process, page_size: int) -> list[Limit]:
-    """Return the limits for further huge pages of `page_size` bytes: pool and cgroups.
+def hugetlb_pool_limit(page_size: int, nodes: Sequence[int] = (), ours: int = 0) -> Limit:
+    """Return how many bytes the pool of huge pages of this size can give.
 
-    Reserved pages (resv_hugepages) are not free for all, but QEMU's own mappings usually
-    hold the reservation; so `available` is the free pages, and `detail` names both.
+    Reserved pages (resv_hugepages) are free, but promised to those whose mappings hold the
+    reservation.
+
+    :param nodes: NUMA nodes that the pages must come from; empty: any.
+    :param ours: bytes that are reserved for the mapping that asks.
     """
     pool = f"/sys/kernel/mm/hugepages/hugepages-{page_size >> 10}kB"
-    free, reserved, overcommit = (
+    free, reserved, overcommit, surplus = (
         parse_number(read_optional(f"{pool}/{name}_hugepages"))
-        for name in ("free", "resv", "nr_overcommit")
+        for name in ("free", "resv", "nr_overcommit", "surplus")
     )
     if free is None:
-        return [Limit("hugetlb", 0, f"this kernel has no huge pages of {page_size >> 10} KiB")]
-    in_use = parse_number(read_optional(f"{pool}/surplus_hugepages")) or 0
-    more = max(0, (overcommit or 0) - in_use)
-    detail = f"{free} free, {reserved or 0} of them reserved, {more} by overcommit in {pool}"
-    limits = [Limit("hugetlb", (free + more) * page_size, detail)]
+        return Limit("hugetlb", 0, f"this kernel has no huge pages of {page_size >> 10} KiB")
+    promised = max(0, (reserved or 0) - ours // page_size)
+    more = max(0, (overcommit or 0) - (surplus or 0))
+    if nodes:
+        here = "/sys/devices/system/node/node{}/hugepages/" + os.path.basename(pool)
+        on_nodes = [
+            parse_number(read_optional(f"{here.format(node)}/free_hugepages")) or 0
+            for node in nodes
+        ]
+        names = ",".join(map(str, nodes))
+        usable = min(sum(on_nodes), max(0, free - promised))
+        detail = f"{sum(on_nodes)} free there; {free} free in all, {promised} promised to others"
+        return Limit(f"hugetlb on NUMA node {names}", usable * page_size, detail)
+    detail = f"{free} free, {promised} of them reserved for others, {more} by overcommit in {pool}"
+    return Limit("hugetlb", max(0, free - promised + more) * page_size, detail)
+
+
+def hugetlb_cgroup_limits(process: Process, page_size: int) -> list[Limit]:
+    """Return what the hugetlb cgroups of a process leave it, innermost first."""
 
     def hugetlb_limit(directory: str, unified: bool) -> Limit | None:
         return cgroup_hugetlb_limit(directory, unified, page_size)
 
-    return limits + _cgroup_limits(process, "hugetlb", hugetlb_limit)
+    return _cgroup_limits(process, "hugetlb", hugetlb_limit)
+
+
+def hugetlb_free(process: Process, page_size: int) -> list[Limit]:
+    """Return the limits for further huge pages of `page_size` bytes: pool and cgroups."""
+    pool = hugetlb_pool_limit(page_size, ours=1 << 62)
+    return [pool, *hugetlb_cgroup_limits(process, page_size)]
 
 
 # --- details ---
