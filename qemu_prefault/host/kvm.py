@@ -155,7 +155,8 @@ _OUTCOMES = {
     errno.ENOENT: "no memory slot there any more",
     errno.EOPNOTSUPP: "it runs a nested guest, or KVM uses shadow paging",
     errno.EIO: "KVM refuses: the VM is dead, or belongs to another process",
-    errno.EFAULT: "QEMU's mapping there cannot be accessed",
+    errno.EFAULT: "QEMU's mapping there cannot be accessed, or its file system or huge page pool "
+    "is full",
     errno.ENOMEM: "out of memory",
     errno.ENOTTY: "that file descriptor is not a vCPU, or the kernel has no such ioctl",
     errno.EINVAL: "the kernel does not know the request, or refuses it for this mapping",

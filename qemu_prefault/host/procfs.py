@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from ..errors import Code, FailedError, GoneError, QemuPrefaultError, UnsupportedError
+from ..units import PAGE_SIZE
 
 BackingKind = Literal["anonymous", "memfd", "shmem", "hugetlb", "file", "device"]
 
@@ -32,6 +33,27 @@ MOST_LISTINGS: Final = 16
 
 def gone(pid: int) -> GoneError:
     return GoneError(f"process {pid} is gone", "see whether QEMU has exited, and why")
+
+
+def exists(pid: int) -> bool:
+    """Whether there is such a process, or thread, also if /proc does not show it."""
+    if os.path.isdir(f"{PROC}/{pid}"):
+        return False  # what was asked for is gone, not hidden
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def hidden(pid: int) -> UnsupportedError:
+    return UnsupportedError(
+        f"process {pid} exists, but /proc does not show it",
+        "/proc is mounted with hidepid=, or this service has ProtectProc=: run as root of the host",
+        code=Code.PROC_PERMISSION,
+    )
 
 
 def denied(path: str) -> UnsupportedError:
@@ -52,7 +74,7 @@ def read_file(path: str, pid: int) -> str:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             return file.read()
     except (FileNotFoundError, ProcessLookupError) as error:
-        raise gone(pid) from error
+        raise (hidden(pid) if exists(pid) else gone(pid)) from error
     except PermissionError as error:
         raise denied(path) from error
     except OSError as error:
@@ -210,7 +232,7 @@ def _parse_mapping(line: str) -> MemoryMapping:
     )
 
 
-def backing_of(mapping: MemoryMapping, page_size: int = 4096) -> BackingKind:
+def backing_of(mapping: MemoryMapping, page_size: int = PAGE_SIZE) -> BackingKind:
     """Tell what a mapping is made of; whether it is private or shared is ``mapping.shared``.
 
     :param page_size: page size of the backing as the monitor tells it
@@ -219,7 +241,7 @@ def backing_of(mapping: MemoryMapping, page_size: int = 4096) -> BackingKind:
     """
     path = mapping.path.removesuffix(" (deleted)")
     # An anonymous MAP_HUGETLB mapping is a file of this name too (fs/hugetlbfs/inode.c).
-    if page_size > 4096 or path.startswith(("/anon_hugepage", "/dev/hugepages/")):
+    if page_size > PAGE_SIZE or path.startswith(("/anon_hugepage", "/dev/hugepages/")):
         return "hugetlb"
     if mapping.inode == 0:
         return "anonymous"
@@ -258,8 +280,9 @@ def thread_names(pid: int) -> dict[int, str]:
     names = {}
     with contextlib.suppress(OSError, QemuPrefaultError):
         for tid in _list_threads(pid, lambda: os.listdir(f"{PROC}/{pid}/task")):
-            with contextlib.suppress(OSError), open(f"{PROC}/{pid}/task/{tid}/comm") as comm:
-                names[int(tid)] = comm.read().rstrip("\n")
+            name = read_optional(f"{PROC}/{pid}/task/{tid}/comm")
+            if name is not None:
+                names[int(tid)] = name.rstrip("\n")
     return names
 
 
