@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-# A fresh Debian 12 with make and gcc is enough: what is missing is installed with apt (as
-# root, or by sudo), Python packages go into a virtual environment in the cache, and no file
-# is written into the checkout. Run again without a change, nothing is downloaded.
+# Every target runs on a fresh Debian 12 with make and gcc. scripts/with-env installs missing
+# packages with apt (as root, or with sudo) and Python packages into a virtual environment in the
+# cache. It writes no file into the checkout, and downloads nothing that the cache already has.
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
@@ -9,42 +9,42 @@ MAKEFLAGS += --no-print-directory
 BUILD = gcc libc6-dev binutils python3-venv python3-dev
 LAB   = mmdebstrap e2fsprogs util-linux $(if $(filter-out 0,$(shell id -u)),uidmap)
 HOST  = qemu-system-x86
-# Where this host's own KVM can prefault, what is tested runs on it and not in the lab.
+# Needed only if KVM on this host can prefault: the tests then run here, not in the lab.
 GUEST = qemu-utils ovmf
 VT    = tcpdump netcat-openbsd iputils-arping xz-utils
 QEMU  = ccache dpkg-dev libfdt-dev libglib2.0-dev libseccomp-dev ninja-build patch perl pkgconf \
 	qemu-system-data seabios xz-utils zlib1g-dev
 
-demo:      ## a restored and a booting guest, resumed three ways (no virtualization needed)
+demo:      ## show the effect on a restored and a booting guest (no virtualization needed)
 	@scripts/with-env "$(BUILD) $(LAB)" qemu-prefault demo $(DEMO_ARGS)
 
-test:      ## linters, unit tests, real QEMUs, and the real ioctl in the nested lab
+test:      ## run linters, unit tests, tests with QEMU, and tests in the nested lab
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST)" python tests/run.py
 
-test-full: ## test, but everything on every kernel, 1,000 kills and 30 boots (hours)
+test-full: ## run everything on every kernel, with 1,000 kills and 30 boots (hours)
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST) $(VT)" python tests/run.py --full
 
-bench:     ## the measurements of docs/benchmarks.md; BENCH_ARGS="PART..." for some of them
+bench:     ## measure docs/benchmarks.md; BENCH_ARGS="PART..." selects parts
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(QEMU)" python tests/bench/run.py $(BENCH_ARGS)
 
-conformance: ## docs/conformance.md anew: the suite on three kernels, in three modes each
+conformance: ## write docs/conformance.md: run the suite on three kernels in three modes
 	@scripts/with-env "$(BUILD) $(LAB)" python scripts/make-conformance.py
 
-qemu:      ## the patched QEMU (patches/); prints where it is (20 minutes, once)
+qemu:      ## build the patched QEMU (patches/) and print its path (20 minutes, once)
 	@scripts/with-env "$(BUILD) $(QEMU)" python -m qemu_prefault_lab qemu $(QEMU_ARGS)
 
-avocado:   ## whole distributions as guests, under avocado; AVOCADO_ARGS="--distro sid …"
+avocado:   ## test distributions as guests; AVOCADO_ARGS="--distro sid …"
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST) $(if $(findstring ovmf,$(AVOCADO_ARGS)),$(QEMU))" \
 		python avocado/run.py distro $(AVOCADO_ARGS)
 
-avocado-vt: ## the avocado-vt provider, and avocado-vt's own tests if TP_QEMU names a checkout
+avocado-vt: ## run the avocado-vt tests; TP_QEMU=DIR adds those of a tp-qemu checkout
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST) $(VT)" python avocado/run.py vt \
 		$(if $(TP_QEMU),--tp-qemu "$(TP_QEMU)") $(AVOCADO_ARGS)
 
-lint:      ## ruff, mypy, import-linter and clang-format
+lint:      ## run ruff, mypy, import-linter and clang-format
 	@scripts/with-env "$(BUILD)" python tests/run.py lint
 
-man:       ## write man/qemu-prefault.1 anew from the --help texts
+man:       ## write man/qemu-prefault.1 from the --help texts
 	@scripts/with-env "$(BUILD)" python scripts/make-man.py
 
 clean:     ## remove build products from the checkout
@@ -55,7 +55,7 @@ clean:     ## remove build products from the checkout
 clean-cache: ## remove the images and virtual environments from the cache
 	rm -rf "$${QEMU_PREFAULT_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/qemu-prefault}"
 
-help:      ## this text
+help:      ## list the targets
 	@sed -n 's/^\([a-z-]*\): *## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 .PHONY: demo test test-full bench conformance qemu avocado avocado-vt lint man clean clean-cache help

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Only what pyproject.toml has no form for: the two native parts, and the limited-API wheel tag."""
+"""Build settings that pyproject.toml cannot express: native code and the limited-API wheel tag."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ PLUGIN_PARTS = ("common", "plugin")
 
 
 def native_files(suffix: str) -> list[str]:
-    """The plugin's files with that suffix, as paths relative to this file."""
+    """Return the plugin's files with this suffix, as paths relative to this file."""
     here = Path(__file__).parent
     found = (path for part in PLUGIN_PARTS for path in (here / NATIVE / part).glob(f"*{suffix}"))
     return sorted(str(path.relative_to(here)) for path in found)
 
 
 class BuildNative(build_ext):
-    """The plugin is loaded by QEMU, not by Python: its name carries no Python version."""
+    """Builds the plugin, which QEMU loads, as a file without a Python version in its name."""
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.endswith("qemu-prefault-plugin"):

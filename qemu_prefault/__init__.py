@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Fill the stage-2 page tables of a running QEMU's guest before the guest needs them.
+"""Fill the stage-2 page tables of a running QEMU/KVM guest before the guest needs them.
 
 ::
 
     report = qemu_prefault.prefault("/run/vm.qmp")
 
-:mod:`qemu_prefault.api` has the rest, which all is exported here: :func:`prefault`,
-:func:`connect`, :class:`Options`, :class:`Report` and so on. Errors are those of
+This package exports everything in :mod:`qemu_prefault.api`: :func:`prefault`, :func:`connect`,
+:class:`Options`, :class:`Report` and so on. It also exports the errors of
 :mod:`qemu_prefault.errors`.
 """
 
@@ -132,15 +132,15 @@ __all__ = [
 ]
 
 _ERRORS = frozenset(name for name in __all__ if name.endswith("Error")) | {"Code", "ExitStatus"}
-#: Names of 0.1, each with the module of qemu_prefault.deprecated that still has it.
+#: Names of version 0.1, each with the module of qemu_prefault.deprecated that defines it.
 _DEPRECATED = {"Policy": "session", "Session": "session"}
 
-# qemu_prefault.survey and qemu_prefault.scripting are modules of 0.1: they are found there.
+# Makes qemu_prefault.survey and qemu_prefault.scripting, modules of version 0.1, importable.
 __path__.append(str(Path(__file__).parent / "deprecated"))
 
 
 def __getattr__(name: str) -> object:
-    # `qemu-prefault --help` imports this package too, and wants none of it.
+    # `qemu-prefault --help` imports this package and must stay fast, so names load on first use.
     if name in _DEPRECATED:
         home = f"deprecated.{_DEPRECATED[name]}"
     elif name in _ERRORS:

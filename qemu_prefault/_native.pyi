@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the extension offers; native/build.py makes it from the headers that it lists."""
+"""Types of the C extension. native/build.py builds it from the headers named below."""
 
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol, SupportsIndex
 
 class CData:
-    """A C object: a pointer, a struct or an array, with what its C type has."""
+    """A C object: a pointer, a struct or an array. Its attributes are those of its C type."""
 
     def __getattr__(self, name: str) -> Any: ...
     def __setattr__(self, name: str, value: object) -> None: ...
@@ -16,7 +16,7 @@ class CData:
     def __int__(self) -> int: ...
 
 class CType:
-    """A C type: https://cffi.readthedocs.io/en/stable/ref.html#ffi-ctype."""
+    """A C type. See https://cffi.readthedocs.io/en/stable/ref.html#ffi-ctype."""
 
     kind: str
     cname: str
@@ -27,7 +27,7 @@ class _Buffer(Protocol):
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 class _Ffi:
-    """https://cffi.readthedocs.io/en/stable/ref.html."""
+    """The FFI object of cffi. See https://cffi.readthedocs.io/en/stable/ref.html."""
 
     NULL: CData
     def new(self, cdecl: str, init: object = None) -> CData: ...
@@ -42,9 +42,9 @@ class _Ffi:
     def typeof(self, cdecl: str | CData) -> CType: ...
 
 class _Lib:
-    """Functions return what C's do: a negative errno where the headers say so."""
+    """The C functions. They return a negative errno if the header documents that."""
 
-    # the helper, and the loop that it runs: native/common/prefault_range.h
+    # The helper's code, and the loop that it runs: native/common/prefault_range.h
     helper_blob: CData
     PREFAULT_POPULATE: Literal[0]
     PREFAULT_STAGE2: Literal[1]

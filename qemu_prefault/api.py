@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The public API; everything here is exported by :mod:`qemu_prefault` itself.
+"""The public API. :mod:`qemu_prefault` exports every name in this module.
 
-The 90 % case, blocking::
+Most callers need one blocking call::
 
     report = qemu_prefault.prefault("/run/vm.qmp")
 
-and all of it, asynchronous::
+The asynchronous form gives access to the connection, the options and the progress::
 
     async with qemu_prefault.connect("/run/vm.qmp") as vm:
         options = qemu_prefault.Options(max_downtime=0.1, cont=True)
         report = await qemu_prefault.prefault_async(vm, options, on_progress=print)
 
-Every error that leaves these functions is a :class:`~qemu_prefault.errors.QemuPrefaultError`.
+Addresses and sizes are in bytes, times in seconds. Every error that these functions raise is a
+:class:`~qemu_prefault.errors.QemuPrefaultError`.
 """
 
 from __future__ import annotations
@@ -78,13 +79,23 @@ __all__ = [
 def connect(
     qmp: str, pid: int | None = None, *, dial: Dial | None = None
 ) -> AbstractAsyncContextManager[Vm]:
-    """Connect to a QEMU's QMP socket and identify the process behind it, for the block.
+    """Connect to a QMP socket and identify the QEMU process behind it.
 
-    :param qmp: path of a UNIX socket (``unix:PATH`` too), or ``HOST:PORT`` (``tcp:HOST:PORT``
-        too). QEMU serves one client at a time on each.
-    :param pid: QEMU's process id where the socket cannot tell it.
-    :param dial: makes the connection instead; ``qmp`` is only a name then.
-    :raises QemuPrefaultError: there is no QMP to be had, or it is not that process's.
+    The connection is closed when the ``async with`` block ends. QEMU serves one client at a
+    time on each QMP socket.
+
+    :param qmp: The path of a UNIX socket (``PATH`` or ``unix:PATH``), or a TCP address
+        (``HOST:PORT`` or ``tcp:HOST:PORT``).
+    :param pid: QEMU's process id. Only needed if the socket does not reveal it, as over TCP.
+    :param dial: A function that makes the connection. If given, ``qmp`` only names the
+        connection in messages.
+    :returns: An asynchronous context manager that yields a :class:`Vm`.
+    :raises InputError: The address is malformed, or the socket does not exist.
+    :raises MonitorBusyError: Another client holds the socket.
+    :raises MonitorError: The peer does not answer, or does not speak QMP.
+    :raises RefusedError: The process behind the socket, or ``pid``, is not this QEMU.
+    :raises UnsupportedError: QEMU runs on another host or in another pid namespace.
+    :raises GoneError: The process does not exist.
     """
     return Vm.connect(qmp, pid, dial)
 
@@ -96,14 +107,20 @@ async def prefault_async(
     on_progress: Progress | None = None,
     on_ready: OnReady | None = None,
 ) -> Report:
-    """Prefault a connected guest.
+    """Prefault the guest of a connected QEMU.
 
-    :param on_progress: called with the phase (``populate``, ``prefault``), bytes done, and bytes
-        in all.
-    :param on_ready: awaited as soon as an incoming guest may come.
-    :returns: what was done; ``report.exit_status`` is PARTIAL if some bytes are not accounted for.
-    :raises UnsupportedError, RefusedError: nothing was touched.
-    :raises FailedError: something broke; the guest's run state is as it was found.
+    :param vm: The QEMU, from :func:`connect`.
+    :param options: What to prefault, and how. Default: all RAM, as the command line does.
+    :param on_progress: A function that is called with the phase (``"populate"`` or
+        ``"prefault"``), the bytes done so far in that phase, and the total bytes of that phase.
+    :param on_ready: A coroutine function that is awaited once, when the run is ready for the
+        incoming guest. Only used if ``options.incoming`` is set.
+    :returns: What was done. ``report.exit_status`` is ``PARTIAL`` if some of the requested bytes
+        could not be prefaulted and verified, else ``VERIFIED``.
+    :raises UnsupportedError: This host, kernel or QEMU cannot prefault. Nothing was changed.
+    :raises RefusedError: Prefaulting now would hurt the guest or the host.
+    :raises InputError: An option does not fit this guest, for example a vCPU that does not exist.
+    :raises FailedError: A step failed. The guest's run state is as it was found.
     """
     return await run.prefault(
         vm,
@@ -120,11 +137,16 @@ def prefault(
     pid: int | None = None,
     on_progress: Progress | None = None,
 ) -> Report:
-    """Prefault the guest behind a QMP socket; blocks until it is done.
+    """Prefault the guest behind a QMP socket, and block until the run is done.
 
-    :param target: as :func:`connect` takes it.
-    :param on_progress: as :func:`prefault_async` calls it.
-    :raises QemuPrefaultError: as :func:`connect` and :func:`prefault_async`.
+    This function runs its own event loop. Call :func:`prefault_async` where one is running.
+
+    :param target: The QMP socket, as for :func:`connect`.
+    :param options: As for :func:`prefault_async`.
+    :param pid: As for :func:`connect`.
+    :param on_progress: As for :func:`prefault_async`.
+    :returns: As :func:`prefault_async`.
+    :raises QemuPrefaultError: Any error of :func:`connect` or :func:`prefault_async`.
     """
 
     async def main() -> Report:

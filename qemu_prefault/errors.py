@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One tree of errors: every error says what failed, on what, and what to do now.
+"""The tree of errors. Every error states what failed, on what, and what to do now.
 
-The leaves are grouped by what the operator can conclude, which is also the exit
-status of the command line::
+Errors are grouped by what the operator can conclude from them. Each group has one exit status
+of the command line, shown in the second column::
 
     QemuPrefaultError
-    ├── FailedError              1  it should have worked and did not
-    │   ├── MonitorError            the QMP conversation
+    ├── FailedError              1  a step that should work failed
+    │   ├── MonitorError            the QMP connection failed
     │   │   └── CommandError        QEMU understood a command and refused it
-    │   ├── LayoutError             QEMU's description of guest memory makes no sense
+    │   ├── LayoutError             QEMU's description of guest memory cannot be understood
     │   ├── GoneError               QEMU, or one of its threads, does not exist any more
-    │   ├── AgentError              the helper inside QEMU
-    │   └── LibvirtError            libvirt could not do what was asked
-    ├── InputError               2  the command line, or a file it names
+    │   ├── AgentError              the helper inside QEMU failed
+    │   └── LibvirtError            libvirt failed or refused a request
+    ├── InputError               2  the command line is wrong, or a file that it names
     ├── PartialError             3  some requested bytes are not accounted for
-    ├── UnsupportedError         4  this host, kernel or QEMU cannot
+    ├── UnsupportedError         4  this host, kernel or QEMU lacks a feature
     │   └── PtraceDeniedError       the kernel does not let this process trace QEMU
-    └── RefusedError             5  it could, but that would hurt the guest
+    └── RefusedError             5  prefaulting now would hurt the guest or the host
         └── MonitorBusyError        another client holds the QMP socket
 
 :class:`Code` lists every ``code`` of these errors and of a report's warnings.
@@ -29,48 +29,54 @@ from typing import Final
 
 
 class ExitStatus(enum.IntEnum):
-    """Exit statuses of the command line; scripts depend on them."""
+    """Exit statuses of the command line. Scripts depend on them, so they never change."""
 
+    #: Every requested byte was prefaulted and verified.
     VERIFIED = 0
+    #: A step that should work failed.
     FAILED = 1
+    #: The command line is wrong, or names something that does not exist.
     USAGE = 2
+    #: Some of the requested bytes are not accounted for.
     PARTIAL = 3
+    #: This host, kernel or QEMU lacks a feature that the run needs.
     UNSUPPORTED = 4
+    #: Prefaulting now would hurt the guest or the host.
     REFUSED = 5
 
 
 class Code(enum.StrEnum):
-    """The catalogue of stable codes, as JSON has them in ``error.code`` and ``warnings[].code``.
+    """The stable codes that JSON output has in ``error.code`` and ``warnings[].code``.
 
-    Codes are only ever added.
+    New codes may be added. Existing codes are never renamed or removed.
     """
 
-    # -- one for each class of errors --------------------------------------------------
-    #: It should have worked and did not.
+    # --- one code for each class of errors ---
+    #: A step that should work failed.
     FAILED = "failed"
     #: The command line is wrong, or names something that does not exist.
     USAGE = "usage"
     #: Some of the requested bytes are not accounted for.
     PARTIAL = "partial"
-    #: This host, kernel or QEMU cannot do what was asked.
+    #: This host, kernel or QEMU lacks a feature that the run needs.
     UNSUPPORTED = "unsupported"
-    #: It could be done, but doing it now would hurt the guest or the host.
+    #: Prefaulting now would hurt the guest or the host.
     REFUSED = "refused"
 
-    # -- the tool itself ---------------------------------------------------------------
-    #: An internal error; please report it.
+    # --- the tool itself ---
+    #: An internal error. Please report it.
     BUG = "bug"
-    #: Ctrl-C, SIGTERM or SIGHUP ended the run.
+    #: The run was ended by Ctrl-C, SIGTERM or SIGHUP.
     INTERRUPTED = "interrupted"
     #: The result could not be written to standard output.
     OUTPUT = "output"
-    #: The process that guards a paused guest died before the guest was paused.
+    #: The guard process, which resumes a paused guest, died before the guest was paused.
     GUARD = "guard"
-    #: `demo` needs the lab, which is not installed.
+    #: ``demo`` needs the lab, which is not installed.
     NO_LAB = "no-lab"
 
-    # -- the monitor -------------------------------------------------------------------
-    #: The QMP conversation failed.
+    # --- the monitor ---
+    #: The QMP connection failed.
     MONITOR = "monitor"
     #: Another client holds the QMP socket.
     MONITOR_BUSY = "monitor-busy"
@@ -80,44 +86,44 @@ class Code(enum.StrEnum):
     MONITOR_COMMAND = "monitor-command"
     #: The peer does not speak QMP.
     MONITOR_NOT_QMP = "monitor-not-qmp"
-    #: The peer sent no QMP greeting.
+    #: The peer sent no QMP greeting in time.
     MONITOR_SILENT = "monitor-silent"
     #: QEMU did not answer a command in time.
     MONITOR_TIMEOUT = "monitor-timeout"
-    #: QEMU's description of guest memory could not be understood, or contradicts itself.
+    #: QEMU's description of guest memory cannot be understood, or contradicts itself.
     LAYOUT = "layout"
     #: The memory map kept changing while it was read.
     LAYOUT_UNSTABLE = "layout-unstable"
 
-    # -- the process -------------------------------------------------------------------
-    #: QEMU, or one of its threads or descriptors, does not exist any more.
+    # --- the process ---
+    #: QEMU, or one of its threads or file descriptors, does not exist any more.
     QEMU_GONE = "qemu-gone"
-    #: A file of /proc could not be read, or has an unknown form.
+    #: A file in /proc could not be read, or has an unknown format.
     PROC = "proc"
-    #: A file of /proc may not be read.
+    #: The caller may not read a file in /proc.
     PROC_PERMISSION = "proc-permission"
-    #: The monitor and the process disagree: another process owns the vCPU threads.
+    #: The process behind the socket does not own the vCPU threads, as with a QMP proxy.
     PROXY = "proxy"
     #: QEMU cannot be seen from this pid namespace.
     PID_NAMESPACE = "pid-namespace"
     #: QEMU runs on another host.
     OTHER_HOST = "other-host"
-    #: A descriptor of QEMU's could not be duplicated.
+    #: A file descriptor of QEMU could not be duplicated with pidfd_getfd(2).
     PIDFD = "pidfd"
     #: QEMU has nothing mapped where guest RAM should be.
     UNMAPPED = "unmapped"
 
-    # -- KVM ---------------------------------------------------------------------------
+    # --- KVM ---
     #: /dev/kvm cannot be opened.
     NO_KVM = "no-kvm"
     #: The guest does not run under KVM.
     NOT_KVM = "not-kvm"
     #: This machine is not x86-64.
     NOT_X86 = "not-x86"
-    #: This kernel's KVM has no KVM_PRE_FAULT_MEMORY.
+    #: KVM in this kernel does not support KVM_PRE_FAULT_MEMORY.
     NO_CAPABILITY = "no-capability"
 
-    # -- agents ------------------------------------------------------------------------
+    # --- agents ---
     #: The helper inside QEMU could not be started, or stopped answering.
     AGENT = "agent"
     #: A helper left QEMU before its work was done.
@@ -130,85 +136,85 @@ class Code(enum.StrEnum):
     EXECMEM = "execmem"
     #: QEMU runs with a hardware shadow stack.
     SHADOW_STACK = "shadow-stack"
-    #: QEMU's libc has no instructions that the attach agent knows.
+    #: QEMU's libc lacks the instructions that the attach agent looks for.
     UNKNOWN_LIBC = "unknown-libc"
     #: QEMU's main stack is not laid out as expected.
     UNKNOWN_LAYOUT = "unknown-layout"
-    #: The plugin is not loaded in this QEMU, or not part of this installation.
+    #: The plugin is not loaded in this QEMU, or is missing from this installation.
     NO_PLUGIN = "no-plugin"
-    #: The plugin in this QEMU is of another version.
+    #: The plugin in this QEMU has another version than this tool.
     PLUGIN_VERSION = "plugin-version"
     #: The plugin's control socket cannot be used.
     CONTROL_SOCKET = "control-socket"
-    #: LD_PRELOAD has no effect on a program that raises privileges.
+    #: LD_PRELOAD has no effect on a program with set-user-id bits or file capabilities.
     SECURE_EXECUTION = "secure-execution"
-    #: QEMU has no x-kvm-prefault-memory.
+    #: QEMU has no QMP command x-kvm-prefault-memory.
     NO_QMP_COMMAND = "no-qmp-command"
 
-    # -- the guest ---------------------------------------------------------------------
+    # --- the guest ---
     #: The guest is in a state in which it cannot run.
     GUEST_STATE = "guest-state"
-    #: The guest runs already.
+    #: The guest is already running.
     RUNNING = "running"
     #: Something else resumed the guest while it was being prefaulted.
     RESUMED = "resumed"
     #: The guest's memory is still being loaded.
     INCOMING = "incoming"
-    #: No migration or restore is awaited.
+    #: QEMU is not waiting for an incoming migration or restore.
     NOT_INCOMING = "not-incoming"
     #: A migration is under way, or the guest has migrated away.
     MIGRATION = "migration"
     #: The incoming migration failed.
     MIGRATION_FAILED = "migration-failed"
-    #: The migration may go on as postcopy.
+    #: The migration may switch to postcopy.
     POSTCOPY = "postcopy"
-    #: Dirty pages are being logged.
+    #: KVM is logging dirty pages.
     DIRTY_LOGGING = "dirty-logging"
-    #: The host has not enough memory for what would be populated.
+    #: The host does not have enough memory to populate the guest's RAM.
     NO_MEMORY = "no-memory"
 
-    # -- libvirt -----------------------------------------------------------------------
-    #: libvirt could not do what was asked.
+    # --- libvirt ---
+    #: libvirt failed or refused a request.
     LIBVIRT = "libvirt"
-    #: There is no such domain.
+    #: The domain does not exist.
     NO_DOMAIN = "no-domain"
     #: Neither virsh nor libvirt's Python module is installed.
     NO_LIBVIRT = "no-libvirt"
     #: libvirt's Python module is not installed.
     NO_LIBVIRT_PYTHON = "no-libvirt-python"
-    #: libvirt's daemon does not answer.
+    #: The libvirt daemon does not answer.
     NO_LIBVIRTD = "no-libvirtd"
     #: prometheus_client is not installed.
     NO_PROMETHEUS = "no-prometheus"
-    #: The domain's QEMU was not found.
+    #: The QEMU process of the domain was not found.
     NO_QEMU = "no-qemu"
-    #: The plugin is not where the domain would load it from.
+    #: The plugin is not at the path that the domain would load it from.
     NOT_INSTALLED = "not-installed"
-    #: The domain loads the plugin by LD_PRELOAD already.
+    #: The domain already loads the plugin with LD_PRELOAD.
     PRELOADED = "preloaded"
-    #: A domain's XML could not be understood.
+    #: The domain XML could not be parsed.
     BAD_XML = "bad-xml"
 
-    # -- warnings of a report ----------------------------------------------------------
-    #: The guest's firmware has yet to run, and will have stage-2 tables dropped.
+    # --- warnings of a report ---
+    #: The firmware has not run yet. It will make KVM drop stage-2 tables.
     FIRMWARE_AHEAD = "firmware-ahead"
     #: KVM can never use huge pages for some sections.
     NEVER_HUGE = "never-huge"
-    #: EPT has no accessed/dirty bits: each prefaulted page still takes one exit.
+    #: EPT has no accessed/dirty bits, so each prefaulted page still costs one exit.
     NO_EPT_AD = "no-ept-ad"
     #: kvm.nx_huge_pages is on.
     NX_HUGE_PAGES = "nx-huge-pages"
-    #: Only pages that were present were prefaulted.
+    #: Only pages that were already present were prefaulted.
     RESIDENT_ONLY = "resident-only"
     #: The memory layout changed during the run.
     LAYOUT_CHANGED = "layout-changed"
-    #: vCPUs ran nested guests.
+    #: vCPUs were running nested guests.
     GUEST_MODE = "guest-mode"
     #: Some vCPUs could not be used.
     VCPU_UNUSABLE = "vcpu-unusable"
-    #: This QEMU or kernel has no counters.
+    #: This QEMU or kernel does not provide KVM's counters, so the result is not verified.
     NO_COUNTERS = "no-counters"
-    #: Stage-2 entries were dropped again during the run.
+    #: KVM dropped stage-2 entries during the run.
     ZAPPED = "zapped"
     #: The guest was reset during the run.
     RESET = "reset"
@@ -217,11 +223,13 @@ class Code(enum.StrEnum):
 
 
 class QemuPrefaultError(Exception):
-    """Base of all errors of this package.
+    """Base class of all errors of this package.
 
-    :param cause: what failed and on what, one sentence without a full stop.
-    :param remedy: what the operator can do now; may be several lines.
-    :param code: a stable, machine-readable name (kebab-case), used in JSON; see :class:`Code`.
+    :param cause: What failed, and on what. One sentence without a full stop.
+    :param remedy: What the operator can do now. May have several lines, or be empty.
+    :param code: The stable name of the error in JSON, one of :class:`Code`. Default: the code
+        of the class.
+    :ivar exit_status: The exit status of the command line for this error.
     """
 
     exit_status = ExitStatus.FAILED
@@ -239,11 +247,11 @@ class QemuPrefaultError(Exception):
 
 
 class FailedError(QemuPrefaultError):
-    """It should have worked and did not."""
+    """A step that should work failed."""
 
 
 class MonitorError(FailedError):
-    """The QMP conversation with QEMU failed."""
+    """The QMP connection to QEMU failed."""
 
     code = Code.MONITOR
 
@@ -251,8 +259,9 @@ class MonitorError(FailedError):
 class CommandError(MonitorError):
     """QEMU understood a command and refused it.
 
-    :ivar error_class: QMP's error class, e.g. ``CommandNotFound``.
-    :ivar desc: QEMU's own words.
+    :param command: The name of the QMP command.
+    :ivar error_class: The error class of QMP, for example ``CommandNotFound``.
+    :ivar desc: QEMU's description of the error.
     """
 
     code = Code.MONITOR_COMMAND
@@ -276,7 +285,7 @@ _REMEDY_PEER: Final = "check that the socket is QEMU's own QMP monitor, then rep
 
 
 class LayoutError(FailedError):
-    """The monitor's description of guest memory could not be understood, or contradicts itself."""
+    """QEMU's description of guest memory cannot be understood, or contradicts itself."""
 
     code = Code.LAYOUT
 
@@ -285,7 +294,7 @@ class LayoutError(FailedError):
 
 
 class GoneError(FailedError):
-    """QEMU's process (or one of its threads) does not exist any more."""
+    """QEMU, or one of its threads, does not exist any more."""
 
     code = Code.QEMU_GONE
 
@@ -297,13 +306,13 @@ class AgentError(FailedError):
 
 
 class LibvirtError(FailedError):
-    """libvirt could not do what was asked; its own words are the cause."""
+    """libvirt failed or refused a request. The cause is libvirt's own message."""
 
     code = Code.LIBVIRT
 
 
 class InputError(QemuPrefaultError):
-    """The command line is wrong, or names something that is not there."""
+    """The command line is wrong, or names something that does not exist."""
 
     exit_status = ExitStatus.USAGE
     code = Code.USAGE
@@ -317,7 +326,7 @@ class PartialError(QemuPrefaultError):
 
 
 class UnsupportedError(QemuPrefaultError):
-    """This host, kernel or QEMU cannot do what was asked."""
+    """This host, kernel or QEMU lacks a feature that the run needs."""
 
     exit_status = ExitStatus.UNSUPPORTED
     code = Code.UNSUPPORTED
@@ -330,7 +339,7 @@ class PtraceDeniedError(UnsupportedError):
 
 
 class RefusedError(QemuPrefaultError):
-    """It could be done, but doing it now would hurt the guest or the host."""
+    """Prefaulting now would hurt the guest or the host."""
 
     exit_status = ExitStatus.REFUSED
     code = Code.REFUSED

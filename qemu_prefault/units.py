@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Sizes, and text that is safe to show: what every layer needs and nothing else."""
+"""Sizes in bytes, and text that is safe to print on a terminal."""
 
 from __future__ import annotations
 
 from typing import Final
 
-#: Bytes of x86's smallest page, and of the next one that KVM can map with one leaf.
+#: Size of the smallest x86 page, in bytes.
 PAGE_SIZE: Final = 4096
+#: Size of the next larger page that KVM can map with one leaf entry, in bytes.
 HUGE_PAGE_SIZE: Final = 2 << 20
 
+#: Bytes in one MiB.
 MIB: Final = 1 << 20
+#: Bytes in one GiB.
 GIB: Final = 1 << 30
 
 
 def format_size(number: int) -> str:
-    """``402653184`` -> ``384.0 MiB``."""
+    """Return a number of bytes with a binary unit: ``402653184`` -> ``384.0 MiB``."""
     value, unit = float(number), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":
@@ -24,5 +27,5 @@ def format_size(number: int) -> str:
 
 
 def printable(text: str) -> str:
-    """What a peer said must not steer the terminal it is shown on."""
+    """Return the text with non-printable characters escaped, so it cannot control a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Writes docs/conformance.md: the suite on three kernels, in three modes each, in the lab.
+"""Write docs/conformance.md from runs of the suite on three kernels, in three modes each.
 
-    make conformance                                     runs all, about ten minutes
-    scripts/make-conformance.py --keep DIR               keeps each run's JSON there
-    scripts/make-conformance.py --keep DIR --render      only writes, from what is there
+    make conformance                                     run all in the lab, about ten minutes
+    scripts/make-conformance.py --keep DIR               keep each run's JSON in DIR
+    scripts/make-conformance.py --keep DIR --render      write the page from the JSON in DIR
 
-The text around the tables is scripts/conformance.md.in.
+The text around the tables is in scripts/conformance.md.in.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Runs = dict[tuple[str, str], dict[str, Any]]
 
 
 def run(variant: str, mode: str) -> dict[str, Any]:
-    """One run in the lab: the suite's report, and how long it took with the lab's start."""
+    """Run the suite in the lab. Return its report, with the duration including the lab's start."""
     command = [sys.executable, "-m", "qemu_prefault_lab", "run", "--variant", variant, "--nested"]
     command += MODES[mode]
     for wheel in os.environ.get("QEMU_PREFAULT_WHEELS", "").split():
@@ -47,14 +47,17 @@ def run(variant: str, mode: str) -> dict[str, Any]:
     started = time.monotonic()
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if not result.stdout.strip():
-        sys.exit(f"{variant}, {mode}: no result, status {result.returncode}")
+        sys.exit(
+            f"{variant}, {mode}: the run printed no report (exit status {result.returncode}); "
+            "see its messages above"
+        )
     report: dict[str, Any] = json.loads(result.stdout)
     report["with_lab"] = round(time.monotonic() - started, 1)
     return report
 
 
 def rows(table: list[list[str]]) -> Iterator[str]:
-    """A Markdown table."""
+    """Yield the lines of a Markdown table."""
     yield "| " + " | ".join(table[0]) + " |"
     yield "|" + "|".join(["---"] + ["--:"] * (len(table[0]) - 1)) + "|"
     for row in table[1:]:
@@ -62,11 +65,13 @@ def rows(table: list[list[str]]) -> Iterator[str]:
 
 
 def short(kernel: str) -> str:
+    """Return the first two numbers of a kernel release."""
     return ".".join(kernel.split("-", maxsplit=1)[0].split("+", maxsplit=1)[0].split(".")[:2])
 
 
 def summary(runs: Runs) -> Iterator[str]:
-    head = ["kernel", "mode", "the ioctl", "cases", "✓", "≠", "r", "B", "·", "F, H", "seconds",
+    """Yield the table of runs with the number of cases per outcome."""
+    head = ["kernel", "mode", "ioctl offered", "cases", "✓", "≠", "r", "B", "·", "F, H", "seconds",
             "with the lab"]  # fmt: skip
     table = [head]
     for (_, mode), report in runs.items():
@@ -82,14 +87,14 @@ def summary(runs: Runs) -> Iterator[str]:
 
 
 def observed(runs: Runs) -> Iterator[str]:
-    """What cases saw, where it may differ; equal answers once, with who gave them."""
+    """Yield what the cases observed where it may differ, with the runs that observed it."""
     answers: dict[str, dict[str, list[str]]] = {}
     for (_, mode), report in runs.items():
         for case in report["cases"]:
             if case["outcome"] == "differs":
                 name = f"{short(report['host']['kernel'])} `{mode}`"
                 answers.setdefault(case["id"], {}).setdefault(case["text"], []).append(name)
-    yield "| case | seen | on |"
+    yield "| case | observed | on |"
     yield "|---|---|---|"
     for name, seen in answers.items():
         for text, where in seen.items():
@@ -97,6 +102,7 @@ def observed(runs: Runs) -> Iterator[str]:
 
 
 def bugs(runs: Runs) -> Iterator[str]:
+    """Yield the known bugs that each run detected."""
     for (_, mode), report in runs.items():
         names = [case["id"] for case in report["cases"] if case["outcome"] == "known bad"]
         if names:
@@ -105,7 +111,7 @@ def bugs(runs: Runs) -> Iterator[str]:
 
 
 def skips(runs: Runs) -> Iterator[str]:
-    """Cases that ran nowhere, and why."""
+    """Yield the cases that no run could execute, with the reasons."""
     reasons: dict[str, set[str]] = {}
     ran = set()
     for report in runs.values():
@@ -120,6 +126,7 @@ def skips(runs: Runs) -> Iterator[str]:
 
 
 def matrix(runs: Runs) -> Iterator[str]:
+    """Yield a table of outcomes per area, with one column per run."""
     first = next(iter(runs.values()))
     area = ""
     head = [f"{short(r['host']['kernel'])} {mode}" for (_, mode), r in runs.items()]
@@ -131,13 +138,14 @@ def matrix(runs: Runs) -> Iterator[str]:
         if case["id"].partition("/")[0] != area:
             area = case["id"].partition("/")[0]
             yield from ("", f"### {area}", "")
-            yield f"| case | {' | '.join(head)} | it says |"
+            yield f"| case | {' | '.join(head)} | statement |"
             yield "|---|" + ":-:|" * len(head) + "---|"
         signs = " | ".join(outcomes[key].get(case["id"], "") for key in runs)
         yield f"| `{case['id'].partition('/')[2]}` | {signs} | {case['says']} |"
 
 
 def page(runs: Runs) -> str:
+    """Return the text of docs/conformance.md."""
     text = TEMPLATE.read_text()
     for name, part in (
         ("SUMMARY", summary), ("OBSERVED", observed), ("BUGS", bugs), ("SKIPS", skips),
@@ -149,8 +157,12 @@ def page(runs: Runs) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write docs/conformance.md.")
-    parser.add_argument("--keep", type=Path, help="a directory for each run's JSON")
-    parser.add_argument("--render", action="store_true", help="run nothing; use what was kept")
+    parser.add_argument("--keep", type=Path, help="directory for the JSON of each run")
+    parser.add_argument(
+        "--render",
+        action="store_true",
+        help="do not run the suite; use the JSON in the --keep directory",
+    )
     options = parser.parse_args()
     runs: Runs = {}
     with tempfile.TemporaryDirectory() as scratch:

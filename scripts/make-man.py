@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Writes man/qemu-prefault.1 from the command line's own help. Called by ``make man``."""
+"""Write man/qemu-prefault.1 from the help texts of the command line. Run by ``make man``."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from qemu_prefault.cli.main import cli
 TARGET = Path(__file__).resolve().parent.parent / "man" / "qemu-prefault.1"
 
 EXIT_STATUS = (
-    ("0", "Every requested byte is verified."),
-    ("1", "It failed. The guest's run state is as it was found."),
-    ("2", "Usage."),
-    ("3", "Partial: the report says which bytes are not accounted for."),
-    ("4", "This host, kernel or QEMU cannot."),
-    ("5", "Refused, to protect the guest or the host."),
+    ("0", "Every requested byte was prefaulted and verified."),
+    ("1", "A step failed. The guest's run state is as it was found."),
+    ("2", "The command line is wrong, or names something that does not exist."),
+    ("3", "Some requested bytes are not accounted for. The report lists them."),
+    ("4", "This host, kernel or QEMU lacks a feature that the command needs."),
+    ("5", "The command refused to run, to protect the guest or the host."),
 )
 EXAMPLES = (
     ("Prefault all RAM of a running guest:", "qemu-prefault --qmp /run/vm.qmp"),
-    ("Prefault a restored guest, and start it:", "qemu-prefault --qmp /run/vm.qmp --cont"),
-    ("Only a DIMM that was plugged at 4 GiB:", "qemu-prefault --qmp /run/vm.qmp --range 4G+1G"),
+    ("Prefault a restored guest and start it:", "qemu-prefault --qmp /run/vm.qmp --cont"),
+    ("Prefault a DIMM that was plugged at 4 GiB:", "qemu-prefault --qmp /run/vm.qmp --range 4G+1G"),
     ("Start QEMU with the plugin:", "qemu-prefault run -- qemu-system-x86_64 -accel kvm -m 4G …"),
-    ("What works here, and what fixes the rest:", "qemu-prefault probe --qmp /run/vm.qmp"),
+    ("Check what works on this host:", "qemu-prefault probe --qmp /run/vm.qmp"),
 )
 
 
@@ -61,7 +61,7 @@ def options(command: click.Command) -> Iterator[str]:
 
 
 def all_commands(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
-    """Commands by name; those of groups as ``GROUP COMMAND``."""
+    """Yield all commands by name. The name of a subcommand is ``GROUP COMMAND``."""
     for name, command in group.commands.items():
         yield prefix + name, command
         if isinstance(command, click.Group):
@@ -69,7 +69,7 @@ def all_commands(group: click.Group, prefix: str = "") -> Iterator[tuple[str, cl
 
 
 def page() -> str:
-    """The manual page, as roff."""
+    """Return the manual page as roff."""
     first, _, rest = (cli.help or "").partition("\n\n")
     title = " ".join(first.split()).rstrip(".")
     lines = [
@@ -96,16 +96,16 @@ def page() -> str:
         ".SH ENVIRONMENT",
         ".TP",
         r"\fBQEMU_PREFAULT_CACHE\fR",
-        escape("Where the demo's lab keeps its images, instead of ~/.cache/qemu-prefault."),
+        escape("Directory for the images of the demo. Default: ~/.cache/qemu-prefault."),
         ".SH EXAMPLES",
     ]
     for what, command_line in EXAMPLES:
         lines += [".PP", escape(what), ".PP", ".nf", "    " + escape(command_line), ".fi"]
     lines += [
         ".SH SHELL COMPLETION",
-        escape('eval "$(_QEMU_PREFAULT_COMPLETE=bash_source qemu-prefault)"'),
+        escape("Add this line to ~/.bashrc. In other shells, use zsh_source or fish_source."),
         ".PP",
-        escape("or zsh_source, fish_source, in the start-up file of the shell."),
+        escape('eval "$(_QEMU_PREFAULT_COMPLETE=bash_source qemu-prefault)"'),
         ".SH SEE ALSO",
         r"\fBqemu\-system\-x86_64\fR(1), \fBptrace\fR(2), \fBmadvise\fR(2), "
         + escape("Documentation/virt/kvm/api.rst (KVM_PRE_FAULT_MEMORY)"),

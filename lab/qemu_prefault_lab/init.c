@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * First process of L1, from an initramfs of a few megabytes.
+ * The first process of L1, in an initramfs of a few megabytes. The initramfs of initramfs-tools
+ * takes longer to unpack under TCG than this program takes to run.
  *
- * initramfs-tools' own takes longer to unpack under TCG than all of this takes to run.
- * It loads the modules the kernel needs to see its disks, lays a tmpfs over them (the
- * disks stay untouched: several labs share them, and a snapshot of the memory is all
- * there is), and stays as process 1 to reap orphans.
+ * The program loads the modules for the disks and mounts them read-only, with a tmpfs on top.
+ * The disks must not change: several labs share them, and a lab's snapshot holds only memory.
+ * The program then stays as process 1 to reap orphans.
  *
- * /modules/order names the modules in load order. The disks: vda is Debian, vdb holds
- * the lab's own files and is laid over it.
+ * /modules/order lists the modules in load order. vda holds Debian. vdb holds the lab's own files
+ * and is mounted over vda.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -27,7 +27,7 @@
 
 static void die(const char *what)
 {
-	// The lab watches its console for this very line.
+	/* channel.py searches the console for "lab-init: fatal". */
 	printf("lab-init: fatal: %s: %s\n", what, strerror(errno));
 	fflush(stdout);
 	reboot(RB_POWER_OFF);
@@ -107,8 +107,8 @@ int main(void)
 		pid_t pid = wait(&status);
 		if (pid == child) {
 			errno = 0;
-			printf("lab-init: the agent ended with status %#x\n", status);
-			die("no agent left");
+			printf("lab-init: the command server ended with status %#x\n", status);
+			die("no command server");
 		}
 	}
 }

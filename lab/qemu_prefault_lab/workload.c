@@ -1,27 +1,27 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * The whole user space of an L2 guest: touches memory on command, and knows whether the
- * memory is still what it left there.
+ * The only user-space program of an L2 guest. It writes memory on command, and detects changes of
+ * the memory that it did not make.
  *
- * Line protocol on ttyS0; an answer begins with the word of its command:
+ * It uses a line protocol on ttyS0. An answer begins with the first word of its command:
  *
  *   (start)             ready uptime=SECONDS mib=N seconds=S
  *   alloc MIB [huge]    alloc pages=N seconds=S        map and write a new buffer
  *   pass                pass pages=N seconds=S bad=N   write a word of every page
- *   checksum            checksum sum=HEX seconds=S     of every byte
- *   run                 run ok=1                       passes in the background
+ *   checksum            checksum sum=HEX seconds=S     compute a checksum of every byte
+ *   run                 run ok=1                       run passes in the background
  *   status              status passes=N bad=N running=0|1
  *   stop                stop passes=N bad=N
  *   echo WORD           echo word=WORD
  *   modules             modules ok=1                   load the drivers in /modules
- *   nest npt=0|1        nest ok=1                      start a nested guest, an L3: see below
- *   nest-count          nest-count count=N running=0|1 exit=N    what it has counted to
+ *   nest npt=0|1        nest ok=1                      start a nested guest (L3)
+ *   nest-count          nest-count count=N running=0|1 exit=N    read the L3's counter
  *   poweroff            poweroff ok=1
- *   (anything wrong)    error TEXT
+ *   (any error)         error TEXT
  *
  * With workload.mib=N on the kernel's command line, N MiB are allocated before "ready".
- * bad counts the pages that did not hold what the pass before had written; it never goes
- * back. Each word carries its page's number, so exchanged pages are noticed as well.
+ * bad counts the pages that did not hold the value of the previous pass, since the start of the
+ * program. Each value depends on the page's number, so swapped pages are also detected.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -79,7 +79,7 @@ __attribute__((format(printf, 1, 2))) static void say(const char *format, ...)
 	}
 }
 
-// The word of a page moves about in it, so that passes do not share one cache set.
+/* Use a different offset in each page, so that the words do not share one cache set. */
 static _Atomic uint64_t *word_of(size_t page)
 {
 	return (_Atomic uint64_t *)&buffer[page * PAGE_WORDS + page % PAGE_WORDS];
@@ -91,8 +91,8 @@ static uint64_t value_of(size_t page, uint64_t which)
 }
 
 /*
- * An exchange, not a load and a store: the first access to a page is a write, as it is for
- * a guest that puts its memory to use, and costs one fault, not two.
+ * Use an atomic exchange, not a load and a store, so that the first access to a page is a write.
+ * This is typical of a guest that starts to use memory. It takes one fault, not two.
  */
 static void pass(void)
 {
@@ -129,7 +129,7 @@ static const char *allocate(size_t mib, bool huge)
 static void *run(void *unused)
 {
 	(void)unused;
-	// The commands stay responsive on a single vCPU.
+	/* Keep the commands responsive on a single vCPU. */
 	setpriority(PRIO_PROCESS, 0, 10);
 	while (atomic_load(&running))
 		pass();
@@ -142,7 +142,7 @@ static void stop(void)
 		pthread_join(runner, NULL);
 }
 
-// A parameter that a module does not know is ignored.
+/* Load modules. The kernel ignores parameters that a module does not have. */
 static const char *load_modules(const char *directory, const char *parameters)
 {
 	char name[64], path[80];
@@ -163,8 +163,9 @@ static const char *load_modules(const char *directory, const char *parameters)
 }
 
 /*
- * The nested guest (L3): one vCPU that counts in memory for ever. In long mode: without nested
- * paging KVM starts neither real nor 32-bit protected mode under TCG (KVM_EXIT_FAIL_ENTRY).
+ * The nested guest (L3): one vCPU that increments a counter in memory in an endless loop. It uses
+ * long mode, because without nested paging KVM under TCG fails to enter real and 32-bit protected
+ * mode (KVM_EXIT_FAIL_ENTRY).
  */
 enum {
 	L3_PML4 = 0x0000,
@@ -194,7 +195,7 @@ static void *run_l3(void *unused)
 {
 	(void)unused;
 	setpriority(PRIO_PROCESS, 0, 10);
-	// There is nothing it should come back for.
+	/* The program causes no exits: enter it again only after a signal. */
 	while (ioctl(l3.vcpu, KVM_RUN, NULL) && errno == EINTR)
 		;
 	l3.exit = l3.run->exit_reason;
@@ -207,7 +208,7 @@ static void l3_put(size_t at, uint64_t value)
 	memcpy(l3.memory + at, &value, sizeof(value));
 }
 
-// Paging on, the first 2 MiB mapped to themselves.
+/* Enable paging, with an identity mapping of the first 2 MiB. */
 static int l3_set_registers(int kvm)
 {
 	static struct {
@@ -220,10 +221,10 @@ static int l3_set_registers(int kvm)
 	if (ioctl(kvm, KVM_GET_SUPPORTED_CPUID, &cpuid) || ioctl(l3.vcpu, KVM_SET_CPUID2, &cpuid) ||
 	    ioctl(l3.vcpu, KVM_GET_SREGS, &sregs))
 		return -1;
-	sregs.cr0 = 0x80000011; // PG, ET, PE
+	sregs.cr0 = 0x80000011; /* PG, ET, PE */
 	sregs.cr3 = L3_PML4;
-	sregs.cr4 = 0x20;   // PAE
-	sregs.efer = 0x500; // LMA, LME
+	sregs.cr4 = 0x20;   /* PAE */
+	sregs.efer = 0x500; /* LMA, LME */
 	sregs.cs = (struct kvm_segment){
 		.selector = 8, .limit = 0xffffffff, .type = 11, .s = 1, .present = 1, .l = 1, .g = 1
 	};
@@ -232,7 +233,7 @@ static int l3_set_registers(int kvm)
 
 static const char *start_l3(const char *parameters)
 {
-	// 1: incq L3_COUNTER; jmp 1b
+	/* 1: incq L3_COUNTER; jmp 1b */
 	static const uint8_t code[] = { 0x48, 0xff, 0x04, 0x25, 0x00, 0x40, 0x00, 0x00, 0xeb, 0xf6 };
 	const char *error = load_modules("/kvm", parameters);
 	if (error)
@@ -246,9 +247,9 @@ static const char *start_l3(const char *parameters)
 		return strerror(errno);
 	struct kvm_userspace_memory_region slot = { .memory_size = L3_BYTES,
 						    .userspace_addr = (uintptr_t)l3.memory };
-	l3_put(L3_PML4, L3_PDPT | 3); // present, writable
+	l3_put(L3_PML4, L3_PDPT | 3); /* present, writable */
 	l3_put(L3_PDPT, L3_PD | 3);
-	l3_put(L3_PD, 0x83); // and 2 MiB
+	l3_put(L3_PD, 0x83); /* the same, and 2 MiB */
 	memcpy(l3.memory + L3_CODE, code, sizeof(code));
 	if (ioctl(vm, KVM_SET_USER_MEMORY_REGION, &slot) || l3_set_registers(kvm))
 		return strerror(errno);
@@ -300,7 +301,7 @@ static void command(char *line)
 		else
 			say("alloc pages=%zu seconds=%.6f", pages, now(CLOCK_MONOTONIC) - start);
 	} else if (!buffer) {
-		say("error %s: nothing is allocated, or no such command", word);
+		say("error %s: nothing is allocated, or the command is unknown", word);
 	} else if (!strcmp(word, "pass")) {
 		uint64_t before = bad;
 		pass();
@@ -321,7 +322,7 @@ static void command(char *line)
 			say("run ok=1");
 		}
 	} else {
-		say("error no such command: %s", word);
+		say("error unknown command: %s", word);
 	}
 }
 
@@ -344,7 +345,7 @@ int main(void)
 	mount("proc", "/proc", "proc", 0, NULL);
 	serial = open("/dev/ttyS0", O_RDWR | O_NOCTTY);
 	if (serial < 0)
-		return 1; // the kernel panics, and the harness sees it
+		return 1; /* the kernel panics, which the test harness detects */
 	struct termios tty;
 	tcgetattr(serial, &tty);
 	cfmakeraw(&tty);

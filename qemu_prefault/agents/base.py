@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Agents: who acts inside QEMU.
+"""The interface of the agents, which issue system calls inside QEMU.
 
-Only a thread of QEMU's own address space may prefault (``kvm->mm`` is checked, others get
-EIO). Every agent offers the same thing: *workers*, one per vCPU, that take a batch of ranges
-each and report per range how many bytes they completed and what stopped them. What to do
-where is decided outside, in :mod:`qemu_prefault.engine`.
+Only a thread in QEMU's own address space can prefault: KVM checks ``kvm->mm``, and the ioctl fails
+with EIO in other processes. Every agent offers *workers*, one per vCPU. A worker takes ranges, and
+reports for each range how many bytes it completed and which error stopped it.
+:mod:`qemu_prefault.engine` decides which ranges to process.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Protocol
 
 
 class Kind(enum.IntEnum):
-    """What a range asks for; the values are those of native/common/prefault_loop.h."""
+    """The operation on a range, with the values of native/common/prefault_loop.h."""
 
+    #: ``madvise(MADV_POPULATE_WRITE)`` on a host virtual address.
     POPULATE = 0
-    """``madvise(MADV_POPULATE_WRITE)`` on a host virtual address."""
+    #: ``KVM_PRE_FAULT_MEMORY`` on a guest-physical address.
     STAGE2 = 1
-    """``KVM_PRE_FAULT_MEMORY`` on a guest physical address."""
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """One piece of work: ``start`` and ``size`` in bytes, page aligned."""
+    """A range to process; `start` and `size` are in bytes and page aligned."""
 
     kind: Kind
     start: int
@@ -35,7 +35,7 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a range: bytes done from its start, and the errno that ended it (0: none)."""
+    """The result of a range: bytes done from its start, and an errno or 0."""
 
     range: Range
     done: int
@@ -43,7 +43,7 @@ class Outcome:
 
     @property
     def left(self) -> Range | None:
-        """The part that was not done, or None."""
+        """The rest of the range, or None if all of it is done."""
         if self.done >= self.range.size:
             return None
         return Range(self.range.kind, self.range.start + self.done, self.range.size - self.done)
@@ -51,7 +51,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A thread inside QEMU that acts for one vCPU; ``node`` is the guest's NUMA node."""
+    """A thread inside QEMU that works for one vCPU of the guest NUMA node `node`."""
 
     index: int
     vcpu_id: int | None
@@ -60,11 +60,10 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class VcpuThread:
-    """A vCPU as an agent sees it.
+    """A vCPU that an agent can use.
 
-    ``fd`` is QEMU's file descriptor of the vCPU, or -1 where there is nothing to prefault
-    (populate only); ``vcpu_id`` is KVM's, the x86 APIC id; ``qom_path`` is QEMU's name of it,
-    ``index`` QEMU's number.
+    ``fd`` is QEMU's file descriptor of the vCPU, or -1 if the run only populates. ``vcpu_id`` is
+    KVM's id of the vCPU (the x86 APIC id), ``qom_path`` and ``index`` are QEMU's path and index.
     """
 
     thread_id: int
@@ -77,21 +76,26 @@ class VcpuThread:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of every step; times in seconds."""
+    """The limits of an agent's work; times are in seconds."""
 
+    #: Bytes that one system call processes at most.
     chunk_bytes: int = 32 << 20
+    #: A range that makes no progress for this long is given up.
     stuck: float = 2.0
+    #: A helper leaves QEMU if this process's heartbeat stops for this long.
     dead_man: float = 3.0
+    #: A helper's timer interrupts its system calls at this interval.
     tick: float = 0.1
+    #: The vCPU's thread is kicked if the ioctl waits this long for the vCPU's mutex.
     kick: float = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class OrphanCleanup:
-    """What a guard process does when we have died: see :mod:`qemu_prefault.engine.resume_guard`.
+    """What :mod:`qemu_prefault.engine.resume_guard` must do if this process dies.
 
-    ``stop_helpers`` ends the work under way, ``helpers_gone`` tells whether it has ended, and
-    ``timeout`` how many seconds that may take.
+    ``stop_helpers`` ends the agent's current work, ``helpers_gone`` returns whether the work has
+    ended, and ``timeout`` is the longest time to wait for that, in seconds.
     """
 
     stop_helpers: Callable[[], None]
@@ -101,39 +105,51 @@ class OrphanCleanup:
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """Outcomes per worker, and the seconds from the first start to the last finish."""
+    """The outcomes by worker index, and the seconds from first start to last end."""
 
     outcomes: dict[int, tuple[Outcome, ...]]
     seconds: float
 
 
 class Agent(Protocol):
-    """The one interface of attach, plugin and qmp. Workers exist between start and close."""
+    """The common interface of the attach, plugin and qmp agents.
+
+    The workers exist in QEMU from :meth:`start` to :meth:`close`.
+    """
 
     name: str
     workers: tuple[Worker, ...]
     ranges_per_batch: int
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        """Start the workers."""
+        ...
 
     async def run(
         self, batch: Mapping[int, Sequence[Range]], on_progress: Callable[[int], None]
     ) -> BatchResult:
-        """Run one batch: ranges by worker index. ``on_progress`` gets bytes done so far."""
+        """Run one batch.
+
+        :param batch: The ranges for each worker, by worker index.
+        :param on_progress: Called with the bytes that are done so far.
+        """
         ...
 
     def abort(self) -> None:
-        """End the batch under way after its current chunks; safe to call at any time."""
+        """End the current batch after its current chunks, and skip all later ones.
+
+        This is safe to call at any time.
+        """
         ...
 
     def interrupt(self) -> None:
-        """Like :meth:`abort`, but for the batch under way only."""
+        """End the current batch after its current chunks; later batches run."""
         ...
 
     def orphan_cleanup(self) -> OrphanCleanup:
-        """What is to be done if we die while the guest is paused by us."""
+        """Return what must be done if this process dies while the guest is paused."""
         ...
 
     async def close(self) -> None:
-        """Release the workers and wait until nothing of them is left in QEMU."""
+        """Release the workers, and wait until all of them have left QEMU."""
         ...

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A helper thread's control page (native/ptrace/control_page.h), seen through /proc/PID/mem."""
+"""Access a helper's control page (native/ptrace/control_page.h) in QEMU."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from .._native import ffi, lib
 from .base import Outcome, Range
 from .gadgets import round_to_pages
 
-STACK_BYTES = 32 << 10  # a signal frame with AMX state is 11 KiB
+#: A helper's stack. A signal frame with AMX state takes 11 KiB of it.
+STACK_BYTES = 32 << 10
 
 
 class Helper:
-    """One helper thread's control page, seen from outside."""
+    """The control page of one helper thread in QEMU.
+
+    :param memory: A descriptor of QEMU's /proc/PID/mem.
+    :param area: The address of the helper's mapping in QEMU.
+    :param code_size: The bytes of code before the control page.
+    """
 
     def __init__(self, memory: int, area: int, code_size: int) -> None:
         self._memory = memory
@@ -25,15 +31,19 @@ class Helper:
         self.batch = 0
 
     def read_header(self) -> Any:
+        """Return the control page's fields before the ranges.
+
+        :raises OSError: if the page is no longer mapped, or is not a control page.
+        """
         header = ffi.new("struct prefault_control *")
         data = os.pread(self._memory, offset_of("ranges"), self.control)
         ffi.memmove(header, data, len(data))
         if header.magic != lib.PREFAULT_CONTROL_MAGIC:
-            raise OSError(errno.EIO, "not a control page any more")
+            raise OSError(errno.EIO, "no longer a control page")
         return header
 
     def is_there(self) -> bool:
-        """Whether its mapping is; it unmaps that itself when it leaves."""
+        """Return whether the page is mapped; a helper unmaps it before it exits."""
         try:
             self.read_header()
         except OSError:
@@ -41,10 +51,12 @@ class Helper:
         return True
 
     def write_word(self, field: str, value: int) -> None:
+        """Write one field of the control page."""
         size = 8 if field == "heartbeat" else 4
         os.pwrite(self._memory, value.to_bytes(size, "little"), self.control + offset_of(field))
 
     def submit(self, ranges: Sequence[Range]) -> None:
+        """Write a batch of ranges, and make the helper start on it."""
         array = ffi.new("struct prefault_range[]", max(len(ranges), 1))
         for slot, item in zip(array, ranges, strict=False):
             slot.kind, slot.start, slot.size = item.kind, item.start, item.size
@@ -55,6 +67,7 @@ class Helper:
         self.write_word("batch", self.batch)
 
     def outcomes(self, ranges: Sequence[Range]) -> tuple[Outcome, ...]:
+        """Read the outcomes so far of the ranges that were submitted last."""
         size = ffi.sizeof("struct prefault_range")
         array = ffi.new("struct prefault_range[]", max(len(ranges), 1))
         data = os.pread(self._memory, len(ranges) * size, self.control + offset_of("ranges"))
@@ -66,6 +79,7 @@ class Helper:
 
 
 def offset_of(field: str) -> int:
+    """Return the offset of a field in the control page, in bytes."""
     return int(ffi.offsetof("struct prefault_control", field))
 
 

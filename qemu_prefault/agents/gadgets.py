@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What helpers borrow of QEMU's address space: instructions, an exit slot, free addresses."""
+"""Find instructions, an exit slot and free addresses in QEMU for helpers."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from ..errors import AgentError, Code, UnsupportedError
 from ..host.procfs import MemoryMapping
 from ..units import PAGE_SIZE
 
+#: The addresses for the helpers' mappings. The kernel's own top-down search for free addresses
+#: starts above this range and does not reach it.
 AREAS_FROM, AREAS_TO = 0x1000_0000_0000, 0x5000_0000_0000
 
-# Low enough that the kernel's own top-down search never picks an address there.
-
-RETURN_FROM_SYSCALL = b"\x0f\x05\xc3"  # syscall; ret
+#: ``syscall; ret``.
+RETURN_FROM_SYSCALL = b"\x0f\x05\xc3"
+#: The signal restorers of the known C libraries.
 SIGRETURNS = (
     b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05",  # glibc: mov $15,%rax; syscall
     b"\xb8\x0f\x00\x00\x00\x0f\x05",  # musl: mov $15,%eax; syscall
 )
-EXIT_THREAD = b"\xb8\x3c\x00\x00\x00\x0f\x05"  # mov $60,%eax; syscall
+#: ``mov $60,%eax; syscall``.
+EXIT_THREAD = b"\xb8\x3c\x00\x00\x00\x0f\x05"
 
 
 @dataclass(frozen=True, slots=True)
 class Gadgets:
-    """Addresses in QEMU's own text of the few instructions the helpers borrow."""
+    """The addresses, in QEMU's text, of the instructions that the helpers use."""
 
     syscall_ret: int
     sigreturn: int
@@ -34,13 +37,15 @@ class Gadgets:
 
 
 def round_to_pages(size: int) -> int:
+    """Round a size in bytes up to whole pages."""
     return -(-size // PAGE_SIZE) * PAGE_SIZE
 
 
 def find_gadgets(memory: int, maps: Sequence[MemoryMapping]) -> Gadgets:
-    """Find the instructions the helpers borrow, in libc if it has them.
+    """Find the instructions that the helpers use, preferably in libc.
 
-    :raise UnsupportedError: QEMU's text has none (an unknown libc).
+    :param memory: A descriptor of QEMU's /proc/PID/mem.
+    :raises UnsupportedError: if QEMU's text does not contain them, as with an unknown libc.
     """
     text = [m for m in maps if m.perms.startswith("r-x") and m.path.startswith("/")]
     text.sort(key=lambda mapping: "libc" not in mapping.path)
@@ -61,19 +66,22 @@ def find_gadgets(memory: int, maps: Sequence[MemoryMapping]) -> Gadgets:
         if syscall_ret and sigreturn and exit_thread:
             return Gadgets(syscall_ret, sigreturn, exit_thread)
     raise UnsupportedError(
-        "QEMU's libc is not one the attach agent knows (no signal restorer found in its text)",
+        "the attach agent does not support QEMU's libc (its text has no known signal restorer)",
         "use the plugin agent",
         code=Code.UNKNOWN_LIBC,
     )
 
 
 def prepare_exit_slot(memory: int, maps: Sequence[MemoryMapping], gadgets: Gadgets) -> int:
-    """Put the address of an exit where a helper finds it after unmapping its own stack.
+    """Write the address of the exit instructions to the end of QEMU's main stack.
 
-    That is the last word of the main stack: a null pointer by which the kernel ends it
-    (fs/exec.c, ``__bprm_mm_init()``) and that no program reads.
+    A helper unmaps its own stack before it exits, and takes its exit address from the last word of
+    the main stack instead. The kernel puts a null pointer there (``__bprm_mm_init()``, fs/exec.c),
+    which no program reads.
 
-    :raise UnsupportedError: something else is there.
+    :param memory: A descriptor of QEMU's /proc/PID/mem.
+    :returns: The address of that word.
+    :raises UnsupportedError: if the word has another value.
     """
     stack = next((m for m in maps if m.path == "[stack]"), None)
     if stack is None:
@@ -97,9 +105,12 @@ def prepare_exit_slot(memory: int, maps: Sequence[MemoryMapping], gadgets: Gadge
 
 
 def free_areas(maps: Sequence[MemoryMapping], count: int, size: int) -> tuple[int, ...]:
-    """Addresses for ``count`` mappings of ``size`` bytes, where nothing is mapped.
+    """Return unused addresses for ``count`` mappings of ``size`` bytes.
 
-    Random, so that two runs do not meet; MAP_FIXED_NOREPLACE settles what this cannot.
+    They are random, so that two runs rarely choose the same ones. If they do, or if QEMU maps
+    something there, mmap() fails because of MAP_FIXED_NOREPLACE.
+
+    :raises AgentError: if no unused addresses are found.
     """
     stride = round_to_pages(size) + 16 * PAGE_SIZE
     for _ in range(64):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Start QEMU with the plugin in it: ``qemu-prefault run``."""
+"""Start QEMU with the plugin loaded (``qemu-prefault run``)."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ OPTIONS = ("keep", "populate", "quirk", "hold", "socket", "log")
 
 
 def replace_by(command: Sequence[str], options: Sequence[str]) -> NoReturn:
-    """Become QEMU, with ``LD_PRELOAD`` naming the plugin.
+    """Replace this process by QEMU, with the plugin in ``LD_PRELOAD``.
 
-    :param options: the plugin's, each ``KEY=VALUE``.
-    :raise InputError: no such program, or no such option.
-    :raise UnsupportedError: the program ignores ``LD_PRELOAD``.
+    :param command: QEMU's command line.
+    :param options: The plugin's options, each ``KEY=VALUE``.
+    :raises InputError: if the program does not exist, or the plugin does not know an option.
+    :raises UnsupportedError: if ``LD_PRELOAD`` cannot load the plugin into the program.
     """
     program = shutil.which(command[0])
     if program is None:
         raise InputError(
-            f"{command[0]} is no program that could be run here",
-            "give QEMU's command line behind --, e.g.: qemu-prefault run -- qemu-system-x86_64 …",
+            f"{command[0]} is not an executable program",
+            "give QEMU's command line after --, e.g.: qemu-prefault run -- qemu-system-x86_64 …",
         )
     check_plugin_options(options)
     _refuse_privileged(program)
     plugin = os.fspath(plugin_path())
     if any(mark in plugin for mark in ": "):
         raise UnsupportedError(
-            f"LD_PRELOAD cannot name {plugin}: its path has a space or a colon",
+            f"LD_PRELOAD cannot load {plugin}: the path contains a space or a colon",
             'install it elsewhere, or use QEMU\'s -plugin "$(qemu-prefault plugin-path)"',
         )
     before = os.environ.get("LD_PRELOAD")
@@ -45,20 +46,24 @@ def replace_by(command: Sequence[str], options: Sequence[str]) -> NoReturn:
 
 
 def check_plugin_options(options: Sequence[str]) -> None:
-    """
-    :raise InputError: one is no ``KEY=VALUE`` that the plugin knows.
+    """Check the syntax and the keys of the plugin's options.
+
+    :raises InputError: if an option is not ``KEY=VALUE`` with a key that the plugin knows.
     """
     for option in options:
         key, equals, _ = option.partition("=")
         if not equals or key not in OPTIONS or "," in option:
             raise InputError(
-                f"{option!r} is no option of the plugin",
+                f"the plugin has no option {option!r}",
                 f"write KEY=VALUE; the keys are: {', '.join(OPTIONS)}",
             )
 
 
 def _refuse_privileged(program: str) -> None:
-    """The dynamic linker ignores LD_PRELOAD where executing raises privileges (AT_SECURE)."""
+    """Raise an error if executing the program raises privileges.
+
+    The dynamic linker then ignores LD_PRELOAD (AT_SECURE, ld.so(8)).
+    """
     mode = os.stat(program).st_mode
     try:
         capabilities = os.getxattr(program, "security.capability")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The plugin agent: ``qemu-prefault-plugin.so`` was loaded into QEMU when it started.
+"""The plugin agent, which uses ``qemu-prefault-plugin.so`` in QEMU.
 
-It keeps the guest prefaulted by itself (native/plugin/vcpu.c). This is its other side: how it is
-found from outside, what its control socket answers, and the :class:`Agent` that hands it
-batches of work. Nothing is injected, so no right to trace QEMU is needed.
+The plugin keeps the guest prefaulted without this process (native/plugin/vcpu.c). This module
+finds the plugin's control socket, speaks its protocol, and has the :class:`Agent` that sends the
+plugin batches of ranges. Nothing is injected, so no permission to trace QEMU is needed.
 """
 
 from __future__ import annotations
@@ -21,21 +21,26 @@ from ..errors import AgentError, Code, FailedError, RefusedError, UnsupportedErr
 from ..host.procfs import Process, thread_names
 from .base import BatchResult, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
 
+#: The version of the control socket's protocol.
 PROTOCOL: Final = 1
+#: The name of the plugin's control thread, up to the number of the listening socket's descriptor.
 CONTROL_THREAD: Final = "prefault/"
-"""How the plugin's control thread is called; the listening socket's descriptor follows."""
+#: The name of the threads that run a batch.
 BATCH_THREAD: Final = "prefault-batch"
+#: Seconds to wait for an answer.
 ANSWER_SECONDS: Final = 10.0
+#: The code of an error answer (native/plugin/errors.h): another client's batch is running.
 BUSY: Final = "busy"
-"""The code of an error answer (native/plugin/errors.h): another client's batch is at work."""
-LONGEST_LINE: Final = 64 << 20  # an answer tells of every range of a batch
-LONGEST_SOCKET_PATH: Final = 107  # struct sockaddr_un
+#: Bytes. The answer to a batch reports on each of its ranges in one line.
+LONGEST_LINE: Final = 64 << 20
+#: From struct sockaddr_un, without the terminating zero.
+LONGEST_SOCKET_PATH: Final = 107
 
 
 def plugin_path() -> Path:
-    """Where ``qemu-prefault-plugin.so`` is, for QEMU's ``-plugin`` or ``LD_PRELOAD``.
+    """Return the plugin's path, for QEMU's ``-plugin`` or ``LD_PRELOAD``.
 
-    :raise UnsupportedError: this installation was built without it.
+    :raises UnsupportedError: if this installation was built without it.
     """
     path = Path(__file__).resolve().parent.parent / "qemu-prefault-plugin.so"
     if not path.exists():
@@ -47,14 +52,12 @@ def plugin_path() -> Path:
     return path
 
 
-# -- finding it --------------------------------------------------------------------------
-
-
 def find_control_socket(process: Process) -> Path | None:
-    """The control socket of the plugin in that QEMU, as a path we can open; None: no plugin.
+    """Return the path of the plugin's control socket, or None if QEMU has no plugin.
 
-    The plugin's thread tells which descriptor it listens on, and the kernel which path that
-    is bound to. The path is seen through ``/proc/PID/root``: QEMU may have its own mounts.
+    The name of the plugin's control thread contains the listening descriptor, and
+    ``/proc/PID/net/unix`` has the path that the socket is bound to. The result leads through
+    ``/proc/PID/root``, because QEMU may run in its own mount namespace.
     """
     proc = Path("/proc") / str(process.pid)
     for name in thread_names(process.pid).values():
@@ -73,7 +76,7 @@ def find_control_socket(process: Process) -> Path | None:
 
 
 def bound_path(table: str, link: str) -> str | None:
-    """The path of ``socket:[INODE]`` in the text of ``/proc/net/unix``."""
+    """Return the path of ``socket:[INODE]`` in ``/proc/net/unix``, or None."""
     inode = link.removeprefix("socket:[").removesuffix("]")
     for line in table.splitlines()[1:]:
         fields = line.split(maxsplit=7)
@@ -83,11 +86,8 @@ def bound_path(table: str, link: str) -> str | None:
 
 
 def batch_threads(pid: int) -> bool:
-    """Whether threads of a batch are at work in process ``pid``."""
+    """Return whether a batch is running in process ``pid``."""
     return BATCH_THREAD in thread_names(pid).values()
-
-
-# -- talking to it -----------------------------------------------------------------------
 
 
 class Control:
@@ -102,23 +102,25 @@ class Control:
 
     @classmethod
     async def connect(cls, path: Path, pid: int) -> Control:
-        """Connect, and check that both sides speak the same protocol.
+        """Connect, and check that the plugin speaks the same version of the protocol.
 
-        :raise UnsupportedError: not permitted, or another version of the plugin.
-        :raise FailedError: nobody listens there.
+        :raises UnsupportedError: if this process has no permission to connect, or if the plugin
+            has another version.
+        :raises FailedError: if the socket refuses the connection or does not answer.
         """
         try:
             reader, writer = await _open(path)
         except PermissionError as error:
             raise UnsupportedError(
-                f"the plugin's control socket {path} may not be opened: {error.strerror}",
+                f"cannot connect to the plugin's control socket {path}: {error.strerror}",
                 "run this as root, or as QEMU's user",
                 code=Code.CONTROL_SOCKET,
             ) from error
         except OSError as error:
             raise FailedError(
                 f"the plugin's control socket {path} does not answer: {error.strerror}",
-                "did QEMU just exit? Its log tells; --agent attach does without the plugin",
+                "check QEMU's log for whether it has exited, or use --agent attach, which works "
+                "without the plugin",
                 code=Code.CONTROL_SOCKET,
             ) from error
         control = cls(reader, writer, pid)
@@ -130,8 +132,8 @@ class Control:
         if status.get("plugin") != PROTOCOL:
             writer.close()
             raise UnsupportedError(
-                f"the plugin in QEMU (pid {pid}) is of another version",
-                "use the qemu-prefault it came with, or --agent attach",
+                f"the plugin in QEMU (pid {pid}) has another version than this qemu-prefault",
+                "use the qemu-prefault of the plugin's version, or --agent attach",
                 code=Code.PLUGIN_VERSION,
             )
         return control
@@ -139,7 +141,7 @@ class Control:
     @classmethod
     @contextlib.asynccontextmanager
     async def open(cls, path: Path, pid: int) -> AsyncIterator[Control]:
-        """:meth:`connect`, and close at the end of the block."""
+        """Connect as :meth:`connect` does, and disconnect at the end of the block."""
         control = await cls.connect(path, pid)
         try:
             yield control
@@ -147,9 +149,10 @@ class Control:
             control.close()
 
     async def ask(self, request: str) -> dict[str, Any]:
-        """Send a request, get its answer.
+        """Send a request, and return the plugin's answer.
 
-        :raise FailedError: the plugin refused it, or is gone.
+        :raises FailedError: if the plugin refuses the request, does not answer, or is gone.
+        :raises RefusedError: if another client's batch is running.
         """
         self.send(request)
         try:
@@ -158,15 +161,16 @@ class Control:
         except TimeoutError:
             raise FailedError(
                 f"the plugin in QEMU (pid {self._pid}) does not answer",
-                "is QEMU stopped (SIGSTOP)? See: ps -o stat -p PID",
+                "check whether QEMU is stopped (SIGSTOP): ps -o stat -p PID",
                 code=Code.CONTROL_SOCKET,
             ) from None
 
     def send(self, text: str) -> None:
+        """Send a request without waiting for an answer."""
         self._writer.write(text.encode() + b"\n")
 
     async def receive(self) -> dict[str, Any]:
-        """The next line; ``{"error": …}`` is raised."""
+        """Return the next line of the plugin, and raise ``{"error": …}`` as an exception."""
         try:
             line = await self._reader.readline()
         except (OSError, ValueError) as error:
@@ -177,31 +181,33 @@ class Control:
             answer: dict[str, Any] = json.loads(line)
         except ValueError as error:
             raise AgentError(
-                f"the plugin in QEMU (pid {self._pid}) answered with something else than JSON",
+                f"the plugin in QEMU (pid {self._pid}) sent an answer that is not JSON",
                 "report this",
             ) from error
         if "error" in answer:
             if answer.get("code") == BUSY:
                 raise RefusedError(
-                    f"another qemu-prefault is at work in QEMU (pid {self._pid})",
+                    f"another qemu-prefault is working in QEMU (pid {self._pid})",
                     "wait until it is done, then run this again",
                     code=Code.BUSY_AGENT,
                 )
-            raise AgentError(f"the plugin refused: {answer['error']}", "report this")
+            raise AgentError(f"the plugin refused the request: {answer['error']}", "report this")
         return answer
 
     def _gone(self) -> FailedError:
         return FailedError(
             f"QEMU (pid {self._pid}) closed the plugin's control socket",
-            "see QEMU's own log: it has exited, or this user is not welcome (root, or QEMU's own)",
+            "check QEMU's log for whether it has exited; the plugin accepts only root and QEMU's "
+            "own user",
             code=Code.QEMU_GONE,
         )
 
     def fileno(self) -> int:
-        """The socket's descriptor: whoever holds it open keeps a batch going."""
+        """Return the socket's descriptor; a batch runs as long as a copy of it is open."""
         return int(self._writer.get_extra_info("socket").fileno())
 
     def close(self) -> None:
+        """Close the connection."""
         self._writer.close()
 
 
@@ -216,13 +222,10 @@ async def _open(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]
         os.close(directory)
 
 
-# -- working through it ------------------------------------------------------------------
-
-
 class PluginAgent:
-    """Batches by the plugin's threads; see :class:`~qemu_prefault.agents.base.Agent`.
+    """The :class:`~qemu_prefault.agents.base.Agent` that uses the plugin's threads.
 
-    :raise FailedError, UnsupportedError, RefusedError: see :class:`Control`.
+    Its methods raise the errors of :class:`Control`.
     """
 
     name = "plugin"
@@ -246,11 +249,15 @@ class PluginAgent:
         self._working = self._aborted = False
 
     async def start(self) -> None:
+        """See :meth:`.Agent.start`.
+
+        :raises AgentError: if the plugin does not know a vCPU.
+        """
         self._control = await Control.connect(self._socket, self.process.pid)
         status = await self._control.ask("status")
         places = {vcpu["id"]: place for place, vcpu in enumerate(status["vcpus"])}
         for worker in self.workers:
-            if worker.vcpu_id is None:  # populating: any of them
+            if worker.vcpu_id is None:  # a run that only populates can use any thread
                 self._places[worker.index] = worker.index % max(len(places), 1)
             elif worker.vcpu_id in places:
                 self._places[worker.index] = places[worker.vcpu_id]
@@ -258,12 +265,13 @@ class PluginAgent:
                 raise AgentError(
                     f"the plugin in QEMU (pid {self.process.pid}) does not know vCPU "
                     f"{worker.vcpu_id}",
-                    "it may just be plugged or unplugged: try again",
+                    "QEMU may be plugging or unplugging this vCPU: try again",
                 )
 
     async def run(
         self, batch: Mapping[int, Sequence[Range]], on_progress: Callable[[int], None]
     ) -> BatchResult:
+        """See :meth:`.Agent.run`."""
         assert self._control
         items = [(index, item) for index, ranges in batch.items() for item in ranges]
         if self._aborted:
@@ -284,23 +292,27 @@ class PluginAgent:
         return _sort(batch, items, answer["done"], answer["seconds"])
 
     def abort(self) -> None:
+        """See :meth:`.Agent.abort`."""
         self._aborted = True
         self.interrupt()
 
     def interrupt(self) -> None:
+        """See :meth:`.Agent.interrupt`."""
         if self._working and self._control:
             self._control.send("abort")
 
     def orphan_cleanup(self) -> OrphanCleanup:
+        """See :meth:`.Agent.orphan_cleanup`."""
         assert self._control
         descriptor, pid = self._control.fileno(), self.process.pid
         return OrphanCleanup(
-            stop_helpers=lambda: os.close(descriptor),  # ours was the last copy
+            stop_helpers=lambda: os.close(descriptor),  # the last copy after this process's death
             helpers_gone=lambda: not batch_threads(pid),
             timeout=self.limits.stuck + self.limits.dead_man,
         )
 
     async def close(self) -> None:
+        """See :meth:`.Agent.close`."""
         if self._control is None:
             return
         self._control.close()

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The attach agent: helper threads started inside a running QEMU by ptrace.
+"""The attach agent: start helper threads inside a running QEMU by ptrace.
 
-A vCPU thread is held for the moment it takes to send it through four system calls, which
-leave it as it was and a helper thread beside it (native/ptrace/inject.c). From then on the helper
-and this process share one control page, which we reach through ``/proc/PID/mem``. A helper
-whose heartbeat stops finishes its chunk, unmaps itself and exits, so nothing of us is left
-when we are killed. A helper starts from its vCPU's thread and so inherits that thread's CPU
-affinity and memory policy.
+A vCPU thread is stopped and makes four system calls, which start a helper thread and leave the
+vCPU thread unchanged (native/ptrace/inject.c). After that, the helper and this process communicate
+by one control page, which this process accesses through ``/proc/PID/mem``. If this process's
+heartbeat stops, the helper finishes its chunk, unmaps itself and exits, so nothing is left in QEMU
+if this process is killed. The vCPU thread is the parent of its helper, which inherits the thread's
+CPU affinity and memory policy.
 """
 
 from __future__ import annotations
@@ -30,22 +30,17 @@ from .base import BatchResult, Limits, OrphanCleanup, Outcome, Range, VcpuThread
 from .control_page import AREA_SIZE, CODE_SIZE, Helper, offset_of
 from .gadgets import Gadgets, find_gadgets, free_areas, prepare_exit_slot
 
+#: The helper threads' name, as ``ps -L`` and ``/proc/PID/task/TID/comm`` show it.
 HELPER_NAME = "qemu-prefault"
-"""The helper threads' name, as ``ps -L`` and ``/proc/PID/task/TID/comm`` show it."""
 
-
-POLL_SHORTEST, POLL_LONGEST = 0.001, 0.25  # seconds
-FASTEST = 32 << 30  # bytes a second; no host is done sooner
+#: Seconds between two reads of the control pages.
+POLL_SHORTEST, POLL_LONGEST = 0.001, 0.25
+#: Bytes per second that no host exceeds; the first read of the control pages is timed by it.
+FASTEST = 32 << 30
 
 
 class PtraceAgent:
-    """Helpers by ptrace; see the module. Raises on :meth:`start`:
-
-    :raise UnsupportedError: no permission to trace, a libc we do not know, an LSM that
-        forbids executable memory, hardware shadow stacks.
-    :raise RefusedError: another qemu-prefault is at work in this QEMU.
-    :raise AgentError: a thread could not be held or a helper did not come up.
-    """
+    """The :class:`.Agent` that uses helper threads, see the module."""
 
     name = "attach"
     ranges_per_batch = int(lib.PREFAULT_RANGES_MAX)
@@ -66,13 +61,19 @@ class PtraceAgent:
         self._heart: threading.Thread | None = None
         self._heart_stop = threading.Event()
 
-    # -- starting ----------------------------------------------------------------------
-
     async def start(self) -> None:
-        """Start one helper per vCPU thread. The threads are held well under a millisecond each."""
+        """Start one helper per vCPU; its thread is stopped for less than 1 ms.
+
+        :raises UnsupportedError: if this process has no permission to trace QEMU, the agent does
+            not know QEMU's libc, a security module forbids executable anonymous memory, or QEMU
+            runs with a hardware shadow stack.
+        :raises RefusedError: if another qemu-prefault is working in this QEMU.
+        :raises AgentError: if a thread cannot be stopped, or a helper does not start.
+        :raises FailedError: if QEMU or a vCPU thread has exited.
+        """
         await self._wait_until_alone()
-        # ptrace knows its tracer by thread, and a tracer's end frees what it still holds:
-        # so all of it happens in one thread that ends with the work.
+        # For ptrace, the tracer is a thread, and the kernel detaches all its tracees when it
+        # exits. So one thread makes all ptrace calls and then exits.
         try:
             with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ptrace") as executor:
                 await asyncio.get_running_loop().run_in_executor(executor, self._inject_all)
@@ -82,12 +83,12 @@ class PtraceAgent:
             raise
 
     async def _wait_until_alone(self) -> None:
-        """Outlast the helpers of a killed predecessor; refuse beside a live one."""
+        """Wait until a killed run's helpers have exited; refuse if they do not."""
         deadline = time.monotonic() + self.limits.dead_man + self.limits.stuck + 1
         while helper_threads(self.process.pid):
             if time.monotonic() > deadline:
                 raise RefusedError(
-                    f"another qemu-prefault is at work in QEMU (pid {self.process.pid})",
+                    f"another qemu-prefault is working in QEMU (pid {self.process.pid})",
                     "wait until it is done, then run this again",
                     code=Code.BUSY_AGENT,
                 )
@@ -138,8 +139,8 @@ class PtraceAgent:
         self._check(result, request.tid)
 
     def _image(self, area: int, gadgets: Gadgets, exit_slot: int, thread: VcpuThread) -> bytes:
-        """The helper's code page followed by the beginning of its control page."""
-        # A timer names its thread as QEMU's own pid namespace does.
+        """Return the helper's code, followed by the fields of its control page."""
+        # timer_create() takes the thread's id in QEMU's own pid namespace.
         own_tid = self.process.status(thread.thread_id).ns_pids[-1]
         control = ffi.new(
             "struct prefault_control *",
@@ -169,7 +170,7 @@ class PtraceAgent:
         return code + bytes(ffi.buffer(control, offset_of("ranges")))
 
     def _check(self, result: Any, thread_id: int) -> None:
-        """Turn the end of an injection into a named error."""
+        """Raise the error that matches a failed injection."""
         if result.stage == lib.INJECT_OK:
             return
         what = f"thread {thread_id} of QEMU (pid {self.process.pid})"
@@ -178,31 +179,33 @@ class PtraceAgent:
             raise ptrace_denied(self.process)
         if result.error == errno.ESRCH:
             raise FailedError(
-                f"{what} is gone", "QEMU exited, or unplugged that vCPU", code=Code.QEMU_GONE
+                f"{what} is gone",
+                "check whether QEMU has exited or unplugged that vCPU",
+                code=Code.QEMU_GONE,
             )
         if result.stage in (lib.INJECT_MMAP, lib.INJECT_PROTECT) and result.error in (
             errno.EACCES,
             errno.EPERM,
         ):
             raise UnsupportedError(
-                f"QEMU (pid {self.process.pid}) may not have executable anonymous memory: {reason}",
+                f"QEMU (pid {self.process.pid}) cannot map executable anonymous memory: {reason}",
                 "a security module forbids it (SELinux: execmem). Allow it for this domain, "
                 "or use the plugin agent",
                 code=Code.EXECMEM,
             )
         stage = {
-            lib.INJECT_SEIZE: "it could not be seized",
-            lib.INJECT_STOP: "it did not stop in time",
-            lib.INJECT_INSPECT: "its registers or its stack are not usable",
-            lib.INJECT_WRITE: "its stack could not be written",
-            lib.INJECT_RESUME: "it could not be watched to the end",
-            lib.INJECT_MMAP: "mmap failed in it",
-            lib.INJECT_COPY: "process_vm_readv failed in it",
-            lib.INJECT_PROTECT: "mprotect failed in it",
-            lib.INJECT_CLONE: "clone failed in it",
+            lib.INJECT_SEIZE: "PTRACE_SEIZE failed",
+            lib.INJECT_STOP: "the thread did not stop in time",
+            lib.INJECT_INSPECT: "the thread's registers or stack are not usable",
+            lib.INJECT_WRITE: "the thread's stack could not be written",
+            lib.INJECT_RESUME: "the end of the injected system calls could not be observed",
+            lib.INJECT_MMAP: "mmap failed in the thread",
+            lib.INJECT_COPY: "process_vm_readv failed in the thread",
+            lib.INJECT_PROTECT: "mprotect failed in the thread",
+            lib.INJECT_CLONE: "clone failed in the thread",
         }[result.stage]
         raise AgentError(
-            f"no helper could be started from {what}: {stage} ({reason})",
+            f"cannot start a helper from {what}: {stage} ({reason})",
             "QEMU is unharmed; run this again, or use the plugin agent",
         )
 
@@ -212,18 +215,16 @@ class PtraceAgent:
             while not (ready := self._header(helper).ready):
                 if time.monotonic() > deadline:
                     raise AgentError(
-                        "a helper thread did not come up within 5 s",
-                        "QEMU is unharmed; is the host overloaded? Run this again",
+                        "a helper thread did not start within 5 s",
+                        "QEMU is unharmed; the host may be overloaded: run this again",
                     )
                 await asyncio.sleep(0.001)
             if ready != 1:
                 error = (1 << 32) - ready
                 raise AgentError(
                     f"a helper thread could not set its timer: {os.strerror(error)}",
-                    "QEMU is unharmed; see ulimit -i (pending signals) of QEMU",
+                    "QEMU is unharmed; check QEMU's limit of pending signals (ulimit -i)",
                 )
-
-    # -- heartbeat ---------------------------------------------------------------------
 
     def _start_heart(self) -> None:
         if self._heart is None:
@@ -231,25 +232,23 @@ class PtraceAgent:
             self._heart.start()
 
     def _beat(self) -> None:
-        """Tell every helper that we are alive, from a thread of its own: nothing delays it."""
+        """Write the heartbeat of every helper, from a thread that nothing else delays."""
         beat = 0
         while True:
             beat += 1
             for helper in list(self._helpers.values()):
-                # A helper, or all of QEMU, may be gone; whoever waits for it notices.
+                # A helper or QEMU may have exited; run() and close() detect that.
                 with contextlib.suppress(OSError):
                     helper.write_word("heartbeat", beat)
             if self._heart_stop.wait(self.limits.dead_man / 10):
                 return
 
-    # -- working -----------------------------------------------------------------------
-
     async def run(
         self, batch: Mapping[int, Sequence[Range]], on_progress: Callable[[int], None]
     ) -> BatchResult:
-        """See :class:`~qemu_prefault.agents.base.Agent`.
+        """Run one batch, see :meth:`.Agent.run`.
 
-        :raise FailedError: QEMU, or a helper, is gone (code ``qemu-gone``, ``agent``).
+        :raises FailedError: if QEMU (code ``qemu-gone``) or a helper (code ``agent-left``) is gone.
         """
         if not self._aborted:
             self._told_to_end.clear()
@@ -282,7 +281,10 @@ class PtraceAgent:
         return BatchResult(finished, seconds)
 
     async def _wait(self, seconds: float) -> None:
-        """Once told to end, a helper does so after its chunk: do not keep the guest waiting."""
+        """Wait between two reads; after an abort, only briefly.
+
+        An aborted helper ends its batch after its current chunk, and the guest may be paused.
+        """
         if self._told_to_end.is_set():
             await asyncio.sleep(POLL_SHORTEST)
             return
@@ -294,32 +296,33 @@ class PtraceAgent:
         return self._guarded(helper.read_header)
 
     def _guarded(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Reach into QEMU's memory; say which of the two is gone when that fails."""
+        """Call a function that accesses QEMU's memory.
+
+        If it fails, raise the error that says whether QEMU or the helper is gone.
+        """
         try:
             return function(*args)
         except (OSError, ValueError) as error:
             if alive(self.process):
                 raise AgentError(
                     "a helper thread left QEMU before its work was done",
-                    f"this process made no progress for {self.limits.dead_man:g} s "
-                    "(suspended, or an overloaded host); run it again",
+                    f"this process did not run for {self.limits.dead_man:g} s, because it was "
+                    "suspended or the host is overloaded; run it again",
                     code=Code.AGENT_LEFT,
                 ) from error
             raise FailedError(
                 f"QEMU (pid {self.process.pid}) exited during the prefault",
-                "see QEMU's own log for why",
+                "check QEMU's log for the reason",
                 code=Code.QEMU_GONE,
             ) from error
 
-    # -- ending ------------------------------------------------------------------------
-
     def abort(self) -> None:
-        """See :class:`~qemu_prefault.agents.base.Agent`; later batches end at once, too."""
+        """See :meth:`.Agent.abort`."""
         self._aborted = True
         self.interrupt()
 
     def interrupt(self) -> None:
-        """See :class:`~qemu_prefault.agents.base.Agent`."""
+        """See :meth:`.Agent.interrupt`."""
         self._tell_all("abort")
         self._told_to_end.set()
 
@@ -329,7 +332,7 @@ class PtraceAgent:
                 helper.write_word(field, value)
 
     def orphan_cleanup(self) -> OrphanCleanup:
-        """See :class:`~qemu_prefault.agents.base.Agent`."""
+        """See :meth:`.Agent.orphan_cleanup`."""
         memory, pid = self._memory, self.process.pid
         where = tuple(
             helper.control + offset_of(field)
@@ -347,10 +350,10 @@ class PtraceAgent:
         )
 
     async def close(self) -> None:
-        """Release the helpers, and wait until none is left.
+        """Release the helpers, and wait until all of them have exited.
 
-        :raise AgentError: one does not leave (it is blocked in the kernel); it still does
-            once it can.
+        :raises AgentError: if a helper is blocked in the kernel. It exits when its system call
+            returns.
         """
         self._tell_all("release")
         try:
@@ -368,23 +371,26 @@ class PtraceAgent:
     async def _wait_gone(self) -> None:
         deadline = time.monotonic() + self.limits.stuck + self.limits.dead_man + 2
         pause = 0.0005
-        # One that was started just now may not have its name yet.
+        # A helper that was started just before may not have set its name yet.
         while any(helper.is_there() for helper in self._helpers.values()) or (
             self._helpers and helper_threads(self.process.pid)
         ):
             if time.monotonic() > deadline:
                 raise AgentError(
-                    f"a helper thread is held by the kernel in QEMU (pid {self.process.pid})",
-                    "it leaves by itself as soon as its system call returns",
+                    f"a helper thread in QEMU (pid {self.process.pid}) is blocked in the kernel",
+                    "the helper exits when its system call returns; no action is needed",
                 )
             await asyncio.sleep(pause)
             pause = min(pause * 2, 0.02)
 
 
 def _seconds_left(begun: float, header: Any, outcomes: Sequence[Outcome]) -> float:
-    """When to look again: seldom, for we may share a CPU with the helper.
+    """Return the seconds until the helper's control page should be read again.
 
-    :param begun: ``time.monotonic()`` when the batch was handed over.
+    Reads are rare, because this process may share a CPU with the helper.
+
+    :param begun: ``time.monotonic()`` when the batch was submitted.
+    :param header: The helper's control page.
     """
     now = time.monotonic()
     done = sum(outcome.done for outcome in outcomes)
@@ -397,7 +403,7 @@ def _seconds_left(begun: float, header: Any, outcomes: Sequence[Outcome]) -> flo
 
 
 def same_pid_namespace(pid: int) -> bool:
-    """Whether process ``pid`` and we see each other under the same numbers."""
+    """Return whether process ``pid`` and this process share a pid namespace."""
     try:
         return os.readlink(f"/proc/{pid}/ns/pid") == os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -405,7 +411,7 @@ def same_pid_namespace(pid: int) -> bool:
 
 
 def alive(process: Process) -> bool:
-    """Whether the process still runs (a zombie does not)."""
+    """Return whether the process is alive; a zombie is not."""
     try:
         process.check()
     except FailedError:
@@ -413,18 +419,16 @@ def alive(process: Process) -> bool:
     return True
 
 
-# -- what is where in QEMU ---------------------------------------------------------------
-
-
 def helper_threads(pid: int) -> tuple[int, ...]:
-    """Thread ids of helpers (ours or another run's) inside process ``pid``."""
+    """Return the ids of all runs' helper threads in process ``pid``."""
     return tuple(tid for tid, name in thread_names(pid).items() if name == HELPER_NAME)
 
 
 def open_memory(process: Process) -> int:
-    """``/proc/PID/mem``, read and write. It asks for the same right as ptrace.
+    """Open ``/proc/PID/mem`` for reading and writing.
 
-    :raise UnsupportedError: no permission. :raise FailedError: QEMU is gone.
+    :raises UnsupportedError: if this process has no permission to trace QEMU, which this needs.
+    :raises FailedError: if QEMU has exited.
     """
     try:
         return os.open(f"/proc/{process.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
@@ -432,5 +436,7 @@ def open_memory(process: Process) -> int:
         raise ptrace_denied(process) from None
     except (FileNotFoundError, ProcessLookupError):
         raise FailedError(
-            f"QEMU (pid {process.pid}) is gone", "see QEMU's own log for why", code=Code.QEMU_GONE
+            f"QEMU (pid {process.pid}) is gone",
+            "check QEMU's log for the reason",
+            code=Code.QEMU_GONE,
         ) from None

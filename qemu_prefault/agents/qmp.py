@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The qmp agent: a QEMU that has ``x-kvm-prefault-memory`` does the work by itself.
+"""The qmp agent: use the command ``x-kvm-prefault-memory`` of a patched QEMU.
 
-See patches/qemu and docs/patched-qemu.md. A batch is one job of QEMU's; its ranges are pinned to
-the vCPUs that are to do them, so that each one's outcome is told. QEMU is not traced, and no
-thread of ours is in it.
+See patches/qemu and docs/patched-qemu.md. The ranges of one kind in a batch become one QEMU job.
+The job assigns each range to a vCPU, and QEMU reports the outcome of each range. QEMU is not
+traced, and no helper thread is started in it.
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ from .base import BatchResult, Kind, Limits, OrphanCleanup, Outcome, Range, Vcpu
 
 COMMAND: Final = "x-kvm-prefault-memory"
 QUERY: Final = "x-query-kvm-prefault"
+#: The start of a job's id. This process's pid namespace, its pid and a number follow.
 JOB_PREFIX: Final = "qemu-prefault-"
+#: Seconds between two progress reports.
 PROGRESS_SECONDS: Final = 0.25
+#: Seconds to wait for the end of a cancelled job. Its current chunks take milliseconds.
 END_SECONDS: Final = 10.0
-"""How long a job that was cancelled is waited for: chunks in hand take milliseconds."""
 JOB_TYPE: Final = "kvm-prefault"
+#: The states of a job that has ended.
 OVER: Final = ("concluded", "null")
 _NUMBERS: Final = itertools.count()
 
 
 async def offers_command(monitor: Monitor) -> bool:
-    """Whether this QEMU has the command. Under TCG it has, and would refuse."""
+    """Return whether QEMU has the command (under TCG it has, but refuses it)."""
     try:
         await monitor.execute(QUERY)
     except CommandError:
@@ -49,9 +52,9 @@ def _pid_namespace() -> int:
 
 
 def is_orphan(job: str) -> bool:
-    """Whether a job was begun by one of us that is dead.
+    """Return whether a job belongs to a qemu-prefault process that has exited.
 
-    Of a process in another PID namespace nothing is known.
+    The result is False for a process of another pid namespace, whose state is unknown.
     """
     namespace, _, rest = job.removeprefix(JOB_PREFIX).partition("-")
     pid = rest.partition("-")[0]
@@ -61,7 +64,7 @@ def is_orphan(job: str) -> bool:
 
 
 class QmpAgent:
-    """Batches as jobs of a patched QEMU; see :class:`~qemu_prefault.agents.base.Agent`."""
+    """The :class:`.Agent` that runs batches as jobs of QEMU."""
 
     name = "qmp"
     ranges_per_batch = 4096
@@ -73,9 +76,11 @@ class QmpAgent:
         threads: Sequence[VcpuThread],
         limits: Limits | None = None,
     ) -> None:
-        """
-        :param sections: gives the guest's memory as it was last asked for. QEMU's job knows
-            memory by where the guest sees it, ranges to be populated by where QEMU has it.
+        """Store what the jobs need; :meth:`start` is the first to access QEMU.
+
+        :param sections: Returns the guest's memory sections as they were last read. They
+            translate host virtual addresses of ranges to populate into guest-physical addresses,
+            which QEMU's command takes.
         """
         self.limits = limits or Limits()
         self.workers = tuple(
@@ -89,7 +94,7 @@ class QmpAgent:
         self._cancelling: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Cancel and dismiss the jobs of those who died before they could."""
+        """Cancel and dismiss the jobs of qemu-prefault processes that were killed."""
         jobs: Any = await self._monitor.execute("query-jobs")
         for job in jobs:
             if is_orphan(job["id"]):
@@ -102,6 +107,7 @@ class QmpAgent:
     async def run(
         self, batch: Mapping[int, Sequence[Range]], on_progress: Callable[[int], None]
     ) -> BatchResult:
+        """See :meth:`.Agent.run`."""
         started = time.monotonic()
         outcomes: dict[int, list[Outcome]] = {index: [] for index in batch}
         done = 0
@@ -120,7 +126,7 @@ class QmpAgent:
                 outcomes[index].append(outcome)
                 done += outcome.done
         seconds = time.monotonic() - started
-        return BatchResult({index: tuple(told) for index, told in outcomes.items()}, seconds)
+        return BatchResult({index: tuple(done) for index, done in outcomes.items()}, seconds)
 
     async def _run_job(
         self,
@@ -152,7 +158,7 @@ class QmpAgent:
                 raise await self._explain(error) from error
             self._job = job
             try:
-                if self._aborted:  # while the command was under way
+                if self._aborted:  # during the command above
                     self.interrupt()
                 await self._wait(job, events, on_progress)
             except BaseException:
@@ -166,24 +172,27 @@ class QmpAgent:
         return _match([item for _, item in items], answer["ranges"], kind)
 
     async def _explain(self, error: CommandError) -> FailedError | RefusedError:
-        """Why QEMU refused a job: its errors have no codes, but its state can be asked for."""
+        """Return an error for a job that QEMU refused.
+
+        QEMU's errors have no codes, so the reason is derived from QEMU's state.
+        """
         jobs: Any = await self._monitor.execute("query-jobs")
         if any(job["type"] == JOB_TYPE and job["status"] not in OVER for job in jobs):
             return RefusedError(
-                "another client has QEMU prefault memory",
-                "wait until its job is over (query-jobs), or cancel it (job-cancel)",
+                "QEMU is prefaulting memory for another client",
+                "wait until its job has ended (query-jobs), or cancel it (job-cancel)",
                 code=Code.BUSY_AGENT,
             )
         if await self._logs_dirty_pages():
             return RefusedError(
                 error.cause,
-                "wait until the migration or the measurement is over",
+                "wait until the migration or the measurement has ended",
                 code=Code.DIRTY_LOGGING,
             )
         return AgentError(error.cause, "report this")
 
     async def _logs_dirty_pages(self) -> bool:
-        """Whether a migration, an incoming one too, or a dirty-rate measurement is under way."""
+        """Return whether a migration or a dirty-rate measurement is running."""
         if await read_migration(self._monitor) not in MIGRATION_OVER:
             return True
         if await read_status(self._monitor) == "inmigrate":
@@ -199,7 +208,7 @@ class QmpAgent:
     async def _wait(
         self, job: str, events: EventStream, on_progress: Callable[[int], None]
     ) -> None:
-        """Until the job is over; QEMU sends an event then."""
+        """Wait until the job has ended."""
         while True:
             try:
                 event = await events.get(PROGRESS_SECONDS)
@@ -209,7 +218,7 @@ class QmpAgent:
                 if mine is None:
                     raise AgentError(
                         f"QEMU's job {job} is gone",
-                        "somebody else dismissed it (job-dismiss); run this again",
+                        "another QMP client dismissed it (job-dismiss); run this again",
                     ) from None
                 on_progress(mine["current-progress"])
                 if mine["status"] in OVER:
@@ -218,20 +227,20 @@ class QmpAgent:
             if event is None:
                 raise FailedError(
                     "QEMU closed the QMP connection during its prefault job",
-                    "see whether QEMU is still running",
+                    "check whether QEMU is still running",
                     code=Code.MONITOR_CLOSED,
                 )
             if event.data.get("id") == job and event.data.get("status") in OVER:
                 return
 
     def _gpa(self, item: Range) -> int:
-        """Where the guest sees a range of QEMU's memory."""
+        """Return the guest-physical address of a range of QEMU's memory."""
         for section in self._sections():
             if section.hva and section.hva <= item.start < section.hva + section.size:
                 return section.gpa + (item.start - section.hva)
         raise AgentError(
-            f"QEMU's memory at {item.start:#x} is not the guest's any more",
-            "memory was unplugged meanwhile: run this again",
+            f"QEMU's memory at {item.start:#x} is no longer guest memory",
+            "memory was unplugged during the run: run this again",
         )
 
     async def _end(self, job: str) -> None:
@@ -240,44 +249,50 @@ class QmpAgent:
             await self._wait(job, events, lambda _: None)
 
     async def _dismiss(self, job: str) -> None:
-        with contextlib.suppress(CommandError):  # somebody was faster
+        with contextlib.suppress(CommandError):  # another client has dismissed it
             await self._monitor.execute("job-dismiss", id=job)
 
     async def _cancel(self, job: str) -> None:
-        with contextlib.suppress(CommandError):  # it is over
+        with contextlib.suppress(CommandError):  # the job has ended
             await self._monitor.execute("job-cancel", id=job)
 
     def abort(self) -> None:
+        """See :meth:`.Agent.abort`."""
         self._aborted = True
         self.interrupt()
 
     def interrupt(self) -> None:
+        """See :meth:`.Agent.interrupt`."""
         if self._job is not None and self._monitor.alive:
             task = asyncio.get_running_loop().create_task(self._cancel(self._job))
             self._cancelling.add(task)
             task.add_done_callback(self._cancelling.discard)
 
     def orphan_cleanup(self) -> OrphanCleanup:
-        """None: QEMU's job ends by itself, and keeps no vCPU from the guest for long.
+        """Return a cleanup that does nothing.
 
-        The next run cancels it if it has not.
+        QEMU's job ends without this process, and holds each vCPU only for short chunks. If the job
+        is still running, the next run of qemu-prefault cancels it.
         """
         return OrphanCleanup(stop_helpers=lambda: None, helpers_gone=lambda: True, timeout=0.0)
 
     async def close(self) -> None:
+        """See :meth:`.Agent.close`."""
         await asyncio.gather(*self._cancelling, return_exceptions=True)
 
 
-def _match(items: Sequence[Range], told: Sequence[Mapping[str, Any]], kind: Kind) -> list[Outcome]:
-    """Outcomes of ranges: QEMU tells of each in order, of one piece or several."""
-    pieces = iter(told)
+def _match(
+    items: Sequence[Range], reported: Sequence[Mapping[str, Any]], kind: Kind
+) -> list[Outcome]:
+    """Return the outcomes of ranges, which QEMU reports in order and in pieces."""
+    pieces = iter(reported)
     outcomes = []
     for item in items:
         size = done = error = 0
         while size < item.size:
             piece = next(pieces)
             size += piece["size"]
-            if not error:  # what comes after an error does not count: bytes from the start
+            if not error:  # an outcome counts bytes from the start of the range to the first error
                 done += piece["mapped" if kind is Kind.STAGE2 else "populated"] + piece["absent"]
                 error = piece.get("error-number", 0)
         outcomes.append(Outcome(item, min(done, item.size), error))

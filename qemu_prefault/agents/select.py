@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Choose who issues the calls inside QEMU."""
+"""Choose the agent that issues the system calls inside QEMU."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from .qmp import QmpAgent, offers_command
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """An agent that is chosen and not yet made.
+    """The chosen kind of agent.
 
-    ``name``: ``plugin``, ``qmp`` or ``attach``. ``socket``: the plugin's control socket.
+    :ivar name: ``plugin``, ``qmp`` or ``attach``.
+    :ivar socket: The plugin's control socket, or None for the other agents.
     """
 
     name: str
@@ -35,10 +36,10 @@ class Selection:
         threads: Sequence[VcpuThread],
         chunk_bytes: int | None,
     ) -> Agent:
-        """Make the agent; it starts nothing yet.
+        """Return a new agent of this kind, which is not started yet.
 
-        :param sections: see :class:`QmpAgent`.
-        :param chunk_bytes: most that one system call is asked for; None: the default.
+        :param sections: See :class:`QmpAgent`.
+        :param chunk_bytes: Bytes that one system call processes at most, or None for the default.
         """
         limits = Limits()
         if chunk_bytes:
@@ -51,11 +52,14 @@ class Selection:
 
 
 async def select_agent(wanted: str, process: Process, monitor: Monitor, *, kvm: bool) -> Selection:
-    """The plugin if it is there and not unwanted, else QEMU itself if it can, else attach.
+    """Choose an agent for a QEMU.
+
+    ``auto`` chooses the plugin if QEMU has loaded it, else QEMU's own command if it exists, else
+    attach.
 
     :param wanted: ``auto``, ``attach``, ``plugin`` or ``qmp``.
-    :param kvm: whether the guest runs under KVM.
-    :raises UnsupportedError: this QEMU does not have the wanted one.
+    :param kvm: Whether the guest runs under KVM.
+    :raises UnsupportedError: if the wanted agent is not available in this QEMU.
     """
     socket = find_control_socket(process) if wanted in ("auto", "plugin") else None
     if socket is not None:
@@ -65,14 +69,14 @@ async def select_agent(wanted: str, process: Process, monitor: Monitor, *, kvm: 
     if wanted == "qmp":
         raise UnsupportedError(
             f"QEMU (pid {process.pid}) has no x-kvm-prefault-memory, or does not use KVM",
-            "it takes a QEMU with patches/qemu (make qemu); --agent attach needs none",
+            "use a QEMU with patches/qemu (make qemu), or --agent attach, which needs no patch",
             code=Code.NO_QMP_COMMAND,
         )
     if wanted == "plugin":
         raise UnsupportedError(
             f"QEMU (pid {process.pid}) has no qemu-prefault plugin",
             "start it by `qemu-prefault run -- qemu-system-x86_64 …`, or with "
-            '-plugin "$(qemu-prefault plugin-path)"; --agent attach needs none',
+            '-plugin "$(qemu-prefault plugin-path)", or use --agent attach, which needs no plugin',
             code=Code.NO_PLUGIN,
         )
     return Selection("attach")

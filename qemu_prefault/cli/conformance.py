@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault conformance``: what this host's kernel really does."""
+"""``qemu-prefault conformance``: test the kernel's KVM_PRE_FAULT_MEMORY on this host."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from .options import debug_option, json_option
 
 
 @click.command()
-@click.option("-k", "pattern", metavar="CASE", help="Only cases whose id contains this.")
-@click.option("--list", "listing", is_flag=True, help="Show the cases; run nothing.")
+@click.option("-k", "pattern", metavar="CASE", help="Run only the cases whose id contains CASE.")
+@click.option("--list", "listing", is_flag=True, help="List the cases and run none.")
 @click.option(
     "--harsh",
     "destructive",
     is_flag=True,
-    help="Also cases that make the kernel warn, or cost the host a page of memory.",
+    help="Also run cases that make the kernel log a warning, or leak a page of host memory.",
 )
 @json_option
 @debug_option
 def conformance(
     pattern: str | None, listing: bool, destructive: bool, as_json: bool, debug: bool
 ) -> None:
-    """Test what this host's kernel really does with KVM_PRE_FAULT_MEMORY, in VMs of a few pages.
+    """Test how this host's kernel handles KVM_PRE_FAULT_MEMORY.
 
-    Each case runs in a process of its own. Where the ioctl is not on offer (old kernels, shadow
-    paging) the cases check the refusal, and that it does no harm. Exit status 0: all as expected.
+    Each case runs in its own process, with a VM of a few pages. If KVM does not offer the ioctl
+    (old kernels, shadow paging), the cases check that KVM refuses it without side effects. The
+    exit status is 0 if every case behaves as expected.
     """
     with reporting(as_json, debug):
         from ..conformance import results, suite  # noqa: PLC0415
@@ -39,7 +40,10 @@ def conformance(
         printer = Printer(as_json)
         cases = [case for case in suite.all_cases() if (pattern or "") in case.id]
         if not cases:
-            raise InputError(f"no case has {pattern!r} in its id", "see: conformance --list")
+            raise InputError(
+                f"no case has {pattern!r} in its id",
+                "list the cases: qemu-prefault conformance --list",
+            )
         if listing:
             rows = [{"id": case.id, "says": case.says, "source": case.source} for case in cases]
             printer.result({"schema": 1, "cases": rows}, results.listing(cases))

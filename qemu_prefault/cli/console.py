@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The only module that prints: results to stdout, the rest to stderr, errors as exit statuses."""
+"""All output of the command line: results on stdout, the rest on stderr, and exit statuses."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ PROGRAM = "qemu-prefault"
 
 
 def say(text: str) -> None:
-    """A line to stderr; that nobody reads it changes nothing."""
+    """Print a line to stderr. Ignore errors, so that a closed stderr does not end the run."""
     with contextlib.suppress(OSError):
         click.echo(printable(text), err=True)
 
 
 def drop_stdout() -> None:
-    """Nobody reads it, or its disk is full: the interpreter need not try again at its end."""
+    """Redirect stdout to /dev/null, so that the interpreter does not fail to flush it at exit."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Printer:
-    """Results to stdout, everything else to stderr."""
+    """Prints results to stdout, and progress to stderr."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
@@ -52,28 +52,28 @@ class Printer:
             drop_stdout()
             raise FailedError(
                 f"the result could not be written: {error.strerror}",
-                "what was to be done is done; `qemu-prefault stats` shows it",
+                "the run itself is complete; `qemu-prefault stats` shows its effect",
                 code=Code.OUTPUT,
             ) from error
 
     def progress(self, phase: str, done: int, total: int) -> None:
-        """Bytes, GiB/s and time to go; once a second where stderr is no terminal."""
+        """Print bytes, GiB/s and remaining time; once a second if stderr is not a terminal."""
         now = time.monotonic()
         if phase != self._phase:
             self._phase, self._started, self._base = phase, now, done
-            self._shown = now  # there is no rate yet
+            self._shown = now  # the rate is not known yet
         if now - self._shown < (0.1 if self._live else 1.0):
             return
         self._shown = now
         rate = (done - self._base) / max(now - self._started, 1e-9)
-        eta = f", {(total - done) / rate:.0f} s to go" if rate and total > done else ""
+        eta = f", {(total - done) / rate:.0f} s left" if rate and total > done else ""
         amount = f"{format_size(done)} of {format_size(total)}"
         line = f"{phase}: {amount}, {rate / (1 << 30):.2f} GiB/s{eta}"
         with contextlib.suppress(OSError):
             click.echo(f"\r\x1b[K{line}" if self._live else line, err=True, nl=not self._live)
 
     async def ready(self) -> None:
-        say("qemu-prefault: ready: the guest may come")
+        say("qemu-prefault: ready for the incoming guest")
 
     def end_progress(self) -> None:
         if self._live and self._shown:
@@ -81,7 +81,7 @@ class Printer:
 
 
 def fail(error: QemuPrefaultError, as_json: bool, program: str = PROGRAM) -> NoReturn:
-    """Say what happened and what to do; end with the error's exit status."""
+    """Print the cause and the remedy, and exit with the error's exit status."""
     if as_json:
         try:
             click.echo(json.dumps(error_json(error)))
@@ -95,7 +95,7 @@ def fail(error: QemuPrefaultError, as_json: bool, program: str = PROGRAM) -> NoR
 
 @contextlib.contextmanager
 def reporting(as_json: bool, debug: bool, program: str = PROGRAM) -> Iterator[None]:
-    """No traceback reaches a user, unless asked for with --debug."""
+    """Report exceptions of the block as messages. Print tracebacks only with --debug."""
     try:
         yield
     except QemuPrefaultError as error:
@@ -122,7 +122,7 @@ def reporting(as_json: bool, debug: bool, program: str = PROGRAM) -> Iterator[No
 
 
 def run_async(main: Coroutine[Any, Any, None]) -> None:
-    """Run to the end; SIGTERM and SIGHUP end it as cleanly as Ctrl-C does."""
+    """Run a coroutine to its end. SIGTERM and SIGHUP cancel it, as Ctrl-C does."""
     import asyncio  # noqa: PLC0415
     import signal  # noqa: PLC0415
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault demo``, which the lab runs."""
+"""``qemu-prefault demo``: run the demo of the lab."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from .options import debug_option, json_option
 @json_option
 @debug_option
 def demo(as_json: bool, debug: bool) -> None:
-    """Show the whole story on any x86-64 Linux: a restored guest, and a booting one."""
+    """Demonstrate the effect with a restored and a booting guest.
+
+    The demo runs on any x86-64 Linux. It does not need hardware virtualization.
+    """
     with reporting(as_json, debug):
         try:
             from qemu_prefault_lab.demo import run_demo  # noqa: PLC0415
@@ -24,7 +27,7 @@ def demo(as_json: bool, debug: bool) -> None:
             raise UnsupportedError(
                 "the demo needs qemu-prefault-lab, which is not installed",
                 "in a checkout of qemu-prefault, install it: pip install ./lab\n"
-                "or install nothing and run the demo from there: make demo",
+                "or run the demo there without installing it: make demo",
                 code=Code.NO_LAB,
             ) from None
         run_demo(as_json)

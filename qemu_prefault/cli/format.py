@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Results as text: tables, reports, events."""
+"""Format results as text: tables, reports and events."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def error_json(error: QemuPrefaultError) -> dict[str, Any]:
-    """The object that ``--json`` prints instead of a report."""
+    """Return the object that ``--json`` prints instead of a report."""
     return {
         "schema": qemu_prefault.SCHEMA,
         "error": {"code": error.code, "cause": error.cause, "remedy": error.remedy},
@@ -27,7 +27,7 @@ def error_json(error: QemuPrefaultError) -> dict[str, Any]:
 
 
 def table(headers: list[str], rows: list[list[str]]) -> Iterator[str]:
-    """Left-aligned text, right-aligned numbers; one line per row."""
+    """Format a table, one line per row: text is left-aligned, numbers are right-aligned."""
     widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
 
     def is_number(text: str) -> bool:
@@ -43,7 +43,7 @@ def table(headers: list[str], rows: list[list[str]]) -> Iterator[str]:
 
 
 def report_lines(report: Report) -> Iterator[str]:
-    """The table that the command line ends with."""
+    """Format the report that the command line prints at the end of a run."""
     rows = [
         [
             section.name,
@@ -67,7 +67,7 @@ def report_lines(report: Report) -> Iterator[str]:
         f"seconds: populate {seconds.populate:.3f}, prefault {seconds.prefault:.3f}, "
         f"guest paused {seconds.paused:.3f}"
         + (
-            f" (at most {seconds.longest_pause:.3f} at one go)"
+            f" (longest pause {seconds.longest_pause:.3f})"
             if seconds.paused > seconds.longest_pause
             else ""
         )
@@ -78,7 +78,7 @@ def report_lines(report: Report) -> Iterator[str]:
     done = report.bytes
     if report.dry_run:
         asked, absent = format_size(done.requested), format_size(done.populated)
-        yield f"dry run: {asked} requested, {absent} of it to populate"
+        yield f"dry run: {asked} requested, {absent} of that would be populated"
     elif done.remaining:
         left, asked = format_size(done.remaining), format_size(done.requested)
         yield f"PARTIAL: {left} of {asked} are not accounted for"
@@ -87,7 +87,7 @@ def report_lines(report: Report) -> Iterator[str]:
 
 
 def event_line(event: dict[str, Any]) -> str:
-    """An event of ``--follow`` as a line: local time, what, why, and the figures."""
+    """Format an event of ``--follow`` as a line: local time, event, figures and reason."""
     stamp = datetime.fromtimestamp(float(event.get("time", 0))).strftime("%H:%M:%S")
     parts = [f"{stamp} {event.get('event', ''):<13}"]
     if "gpa" in event:
@@ -107,7 +107,7 @@ def event_line(event: dict[str, Any]) -> str:
 
 
 def ram_map_lines(found: RamMap) -> Iterator[str]:
-    """A line for each section, and what stage 2 maps of them."""
+    """Format a line for each section, and the memory that stage 2 maps."""
     rows = [
         [
             section.name,
@@ -130,7 +130,7 @@ def ram_map_lines(found: RamMap) -> Iterator[str]:
 
 
 def counters_line(now: Counters) -> Iterator[str]:
-    """One line of figures, below :func:`counters_header`."""
+    """Format the counters as one line that fits below :func:`counters_header`."""
     stage2 = now.stage2
     leaves = (stage2.pages_4k, stage2.pages_2m, stage2.pages_1g) if stage2 else ("-",) * 3
     values = [*leaves, *(now.vcpus.get(name, "-") for name in qemu_prefault.VCPU_COUNTERS)]
@@ -138,12 +138,13 @@ def counters_line(now: Counters) -> Iterator[str]:
 
 
 def counters_header() -> str:
+    """Return the header of the columns of :func:`counters_line`."""
     names = ("pages_4k", "pages_2m", "pages_1g", *qemu_prefault.VCPU_COUNTERS)
     return "".join(f"{name:>12}" for name in names)
 
 
 def findings_lines(findings: Findings) -> Iterator[str]:
-    """A line for each check, and what to do about it."""
+    """Format a line for each check, followed by its remedy."""
     for finding in findings.findings:
         yield f"{finding.verdict:<5} {finding.check:<10} {finding.text}"
         for line in finding.remedy.splitlines():
@@ -151,26 +152,26 @@ def findings_lines(findings: Findings) -> Iterator[str]:
 
 
 def status_lines(status: DomainStatus) -> Iterator[str]:
-    """Whether a domain loads the plugin, and how the plugin does."""
+    """Format the state of the plugin in a domain."""
     if status.in_xml is None:
         yield f"{status.domain}: does not load the plugin"
         yield f"  -> qemu-prefault libvirt enable {status.domain}"
     else:
         yield f"{status.domain}: loads {status.in_xml.path} ({', '.join(status.in_xml.options)})"
         if not status.present:
-            yield "  which does not exist here: it cannot be started"
+            yield "  this file does not exist on this host: the domain cannot start"
             yield "  -> qemu-prefault libvirt install"
         elif not status.current:
-            yield "  which is of another version"
+            yield "  this file has another version than qemu-prefault"
             yield "  -> qemu-prefault libvirt install"
     if status.plugin is not None:
         counters = status.plugin["counters"]
         yield (
             f"  running, {format_size(counters['prefaulted'])} prefaulted, "
             f"{format_size(counters['again'])} of it again, "
-            f"{format_size(status.plugin['pending'])} to do"
+            f"{format_size(status.plugin['pending'])} pending"
         )
         if status.plugin["held"]:
-            yield f"  it holds back: {status.plugin['held']}"
+            yield f"  prefaulting is on hold: {status.plugin['held']}"
     elif status.problem:
         yield f"  {status.problem}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault libvirt …``: what is heavy is imported when a command runs."""
+"""``qemu-prefault libvirt …``. Modules that load slowly are imported when a command runs."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from ..errors import Code, ExitStatus, InputError
 from .console import Printer, reporting, run_async, say
 from .format import report_lines, status_lines
 
-debug_option = click.option("--debug", is_flag=True, help="Show tracebacks.")
+debug_option = click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 connect_option = click.option(
     "-c",
     "--connect",
     "uri",
     metavar="URI",
-    help="libvirt's connection; default $LIBVIRT_DEFAULT_URI, or qemu:///system.",
+    help="libvirt connection. Default: $LIBVIRT_DEFAULT_URI, or qemu:///system.",
 )
 
 
 @click.group()
 def libvirt() -> None:
-    """Guests that libvirt starts: the plugin in a domain, a hook, a daemon, and moments.
+    """Prefault guests that libvirt starts.
 
-    A domain that runs is prefaulted by `qemu-prefault --domain NAME`.
+    The commands set up the plugin, a hook or a daemon, or start a guest and prefault it. To
+    prefault a running domain, use `qemu-prefault --domain NAME`.
     """
 
 
@@ -44,18 +45,25 @@ def libvirt() -> None:
     "options",
     metavar="KEY=VALUE",
     multiple=True,
-    help="An option of the plugin, as for `run`. May be repeated.",
+    help="Option of the plugin, as for `run`. May be repeated.",
 )
-@click.option("--plugin", metavar="PATH", help="The plugin, if it is not where `install` puts it.")
+@click.option(
+    "--plugin",
+    metavar="PATH",
+    help="Path of the plugin. Default: the path where `install` puts it.",
+)
 @debug_option
 @click.argument("domain")
 def enable(
     domain: str, uri: str | None, options: tuple[str, ...], plugin: str | None, debug: bool
 ) -> None:
-    """Have DOMAIN start with the plugin: prefaulted before its first instruction, and kept so.
+    """Add the plugin to DOMAIN.
 
-    DOMAIN is a name, a UUID, or - for XML from stdin to stdout. Its definition gets a
-    <qemu:commandline> with -plugin; all else stays as it is. It counts from the next start on.
+    The plugin prefaults the guest before its first instruction, and keeps it prefaulted.
+
+    DOMAIN is a name, a UUID, or - to edit XML from stdin to stdout. The command adds -plugin to
+    the <qemu:commandline> of the definition and changes nothing else. The change takes effect
+    when the domain starts the next time.
     """
     with reporting(False, debug):
         from ..libvirt.domain_xml import enable as edit  # noqa: PLC0415
@@ -63,7 +71,9 @@ def enable(
 
         path = Path(plugin) if plugin else installed_plugin()
         if not path.is_absolute() or "," in str(path):
-            raise InputError(f"{path} is no absolute path without a comma", "give --plugin /PATH")
+            raise InputError(
+                f"{path} is not an absolute path, or contains a comma", "give --plugin /PATH"
+            )
         qemu_prefault.check_plugin_options(options)
         if not any(option.startswith("socket=") for option in options):
             options = (f"socket={CONTROL_SOCKET}", *options)
@@ -73,13 +83,13 @@ def enable(
             return
         if not path.exists():
             raise InputError(
-                f"the plugin is not at {path}; QEMU would not start",
-                "install it there, on every host this domain may run on: "
+                f"the plugin is not installed at {path}, so QEMU would not start",
+                "install it on every host that this domain may run on: "
                 "qemu-prefault libvirt install",
                 code=Code.NOT_INSTALLED,
             )
         if not plugin and not is_current(path):
-            say(f"{path} is of another version: qemu-prefault libvirt install brings it up to date")
+            say(f"{path} has another version; to update it: qemu-prefault libvirt install")
         _define(domain, uri, lambda xml: edit(xml, str(path), options), "enabled")
 
 
@@ -88,7 +98,10 @@ def enable(
 @debug_option
 @click.argument("domain")
 def disable(domain: str, uri: str | None, debug: bool) -> None:
-    """Take the plugin out of DOMAIN; - for XML from stdin to stdout."""
+    """Remove the plugin from DOMAIN.
+
+    DOMAIN is a name, a UUID, or - to edit XML from stdin to stdout.
+    """
     with reporting(False, debug):
         from ..libvirt.domain_xml import disable as edit  # noqa: PLC0415
 
@@ -104,16 +117,19 @@ def _define(domain: str, uri: str | None, edit: Any, what: str) -> None:
     known = definitions(uri)
     edited = edit(known.read(domain))
     if not edited.changed:
-        say(f"{domain}: nothing to change, it is {what} already")
+        say(f"{domain}: already {what}, nothing to change")
         return
     known.write(domain, edited.xml)
     say(f"{domain}: {what}")
     if known.running(domain):
-        say("  it runs: this counts from its next start on (a reboot within QEMU is none)")
+        say(
+            "  the domain is running: the change takes effect when it is next started "
+            "(a reboot inside the guest is not enough)"
+        )
     if known.saved(domain):
         say(
-            "  it has a managed save image, which is started as it was saved: "
-            f"virsh managedsave-edit {domain}, or managedsave-remove"
+            "  the domain has a managed save image, which keeps the old definition: "
+            f"edit it with virsh managedsave-edit {domain}, or remove it with managedsave-remove"
         )
 
 
@@ -123,9 +139,10 @@ def _define(domain: str, uri: str | None, edit: Any, what: str) -> None:
 @debug_option
 @click.argument("domain")
 def status(domain: str, uri: str | None, as_json: bool, debug: bool) -> None:
-    """Tell whether DOMAIN loads the plugin, and how it does if it runs; - for XML from stdin.
+    """Show whether DOMAIN loads the plugin, and the plugin's state.
 
-    Exit status 0: it does; 3: it does not.
+    DOMAIN is a name, a UUID, or - to read XML from stdin. Only a running domain has a plugin
+    state. The exit status is 0 if the domain loads the plugin, 3 if not.
     """
     with reporting(as_json, debug):
         from ..libvirt.status import read_domain_status  # noqa: PLC0415
@@ -137,15 +154,22 @@ def status(domain: str, uri: str | None, as_json: bool, debug: bool) -> None:
 
 
 @libvirt.command()
-@click.option("--hook", is_flag=True, help="Also the hook, in /etc/libvirt/hooks/qemu.d.")
-@click.option("--watch", is_flag=True, help="Also the unit of `libvirt watch`, for systemd.")
-@click.option("--remove", is_flag=True, help="Remove all of it instead.")
+@click.option("--hook", is_flag=True, help="Also install the hook in /etc/libvirt/hooks/qemu.d.")
+@click.option("--watch", is_flag=True, help="Also install the systemd unit of `libvirt watch`.")
+@click.option("--remove", is_flag=True, help="Remove everything that `install` installs.")
 @click.option(
-    "--root", type=click.Path(path_type=Path), default=Path("/"), help="Below this directory."
+    "--root",
+    type=click.Path(path_type=Path),
+    default=Path("/"),
+    help="Root directory to install below, for packaging. Default: /.",
 )
 @debug_option
 def install(hook: bool, watch: bool, remove: bool, root: Path, debug: bool) -> None:
-    """Put the plugin where libvirt's QEMUs may load it from, with the rule AppArmor needs."""
+    """Install the plugin for libvirt's QEMU.
+
+    The plugin is copied to a directory that QEMU may load it from. If the host uses AppArmor,
+    the command also installs the rule that the plugin needs.
+    """
     with reporting(False, debug):
         from ..libvirt.install import install as put  # noqa: PLC0415
         from ..libvirt.install import uninstall  # noqa: PLC0415
@@ -157,19 +181,23 @@ def install(hook: bool, watch: bool, remove: bool, root: Path, debug: bool) -> N
         for item in put(root, hook=hook, unit=watch):
             click.echo(f"{'wrote' if item.changed else 'kept'} {item.path}")
         if hook:
-            say("libvirtd reads its hooks when it starts: systemctl restart libvirtd")
+            say("libvirtd finds new hooks only when it starts: systemctl restart libvirtd")
         if watch:
-            say("systemctl daemon-reload && systemctl enable --now qemu-prefault-watch")
+            say(
+                "to start the daemon: "
+                "systemctl daemon-reload && systemctl enable --now qemu-prefault-watch"
+            )
 
 
 @libvirt.command(context_settings={"ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def hook(arguments: tuple[str, ...]) -> None:
-    """What /etc/libvirt/hooks/qemu.d/50-qemu-prefault runs; `install --hook` puts it there.
+    """Handle a call of libvirt's hook.
 
-    Reads the domain's XML from stdin. What is done when, the domain's metadata says (namespace
-    urn:qemu-prefault:1) or /etc/qemu-prefault/libvirt.toml. Always ends with status 0; see the
-    log of qemu-prefault (journalctl -t qemu-prefault).
+    /etc/libvirt/hooks/qemu.d/50-qemu-prefault runs this command, with the domain XML on stdin.
+    The domain's metadata (namespace urn:qemu-prefault:1) or /etc/qemu-prefault/libvirt.toml
+    select the action for each event. The exit status is always 0, and errors are logged
+    (journalctl -t qemu-prefault).
     """
     from ..libvirt.hook import main  # noqa: PLC0415
 
@@ -177,7 +205,7 @@ def hook(arguments: tuple[str, ...]) -> None:
 
 
 def _moment(function: Any) -> Any:
-    """What `start`, `restore` and `migrate` have in common."""
+    """Add the options that `start`, `restore` and `migrate` have in common."""
     for decorate in (
         debug_option,
         json_option,
@@ -186,7 +214,7 @@ def _moment(function: Any) -> Any:
             type=click.Choice(["auto", "all", "resident"]),
             default="auto",
             show_default=True,
-            help="What may be touched; as without `libvirt`.",
+            help="Memory that may be populated, as for `qemu-prefault` without a command.",
         ),
         connect_option,
     ):
@@ -198,7 +226,7 @@ def _prefault_at(begin: Any, uri: str | None, populate: str, as_json: bool, debu
     with reporting(as_json, debug):
         from ..libvirt.connection import default_uri  # noqa: PLC0415
 
-        # The proxy is another process: it shall find the same libvirt.
+        # The QMP proxy is another process and must connect to the same libvirt.
         os.environ["LIBVIRT_DEFAULT_URI"] = default_uri(uri)
         printer = Printer(as_json)
         reports = []
@@ -223,10 +251,10 @@ def _prefault_at(begin: Any, uri: str | None, populate: str, as_json: bool, debu
 @click.argument("domain")
 @_moment
 def start(domain: str, uri: str | None, populate: str, as_json: bool, debug: bool) -> None:
-    """Start DOMAIN paused, prefault it, and let it run; best with a managed save image.
+    """Start DOMAIN paused, prefault its guest, and resume it.
 
-    What is prefaulted before firmware is mostly gone when the guest's kernel starts; for a boot
-    see `enable`.
+    Use this for a domain with a managed save image. If the guest boots instead, its firmware
+    makes KVM drop most of what was prefaulted; use `enable` for that.
     """
 
     def begin(policy: Any, on_progress: Any) -> Any:
@@ -241,7 +269,7 @@ def start(domain: str, uri: str | None, populate: str, as_json: bool, debug: boo
 @click.argument("file", type=click.Path(path_type=Path))
 @_moment
 def restore(file: Path, uri: str | None, populate: str, as_json: bool, debug: bool) -> None:
-    """Restore FILE, written by `virsh save`, prefault the guest, and let it run."""
+    """Restore FILE of `virsh save`, prefault its guest, and resume it."""
 
     def begin(policy: Any, on_progress: Any) -> Any:
         from ..libvirt.lifecycle import restore as act  # noqa: PLC0415
@@ -253,10 +281,14 @@ def restore(file: Path, uri: str | None, populate: str, as_json: bool, debug: bo
 
 @libvirt.command()
 @click.argument("domain")
-@click.option("--from", "source", metavar="URI", required=True, help="Where it runs now.")
-@click.option("--migrate-uri", metavar="URI", help="As virsh's --migrateuri: tcp://THIS_HOST.")
-@click.option("--persistent", is_flag=True, help="Define it here as well.")
-@click.option("--undefine-source", is_flag=True, help="Undefine it there.")
+@click.option(
+    "--from", "source", metavar="URI", required=True, help="libvirt connection of the source host."
+)
+@click.option(
+    "--migrate-uri", metavar="URI", help="Migration URI, as virsh's --migrateuri: tcp://THIS_HOST."
+)
+@click.option("--persistent", is_flag=True, help="Also define the domain on this host.")
+@click.option("--undefine-source", is_flag=True, help="Undefine the domain on the source host.")
 @_moment
 def migrate(  # noqa: PLR0917
     domain: str,
@@ -269,7 +301,10 @@ def migrate(  # noqa: PLR0917
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Migrate DOMAIN live to this host, prefault it, and let it run. Run it at the destination."""
+    """Migrate DOMAIN to this host, prefault its guest, and resume it.
+
+    The migration is live. Run this command on the destination host.
+    """
 
     def begin(policy: Any, on_progress: Any) -> Any:
         from ..libvirt.lifecycle import migrate as act  # noqa: PLC0415
@@ -290,22 +325,28 @@ def migrate(  # noqa: PLR0917
 
 @libvirt.command()
 @connect_option
-@click.option("--listen", metavar="ADDRESS:PORT", help="Serve Prometheus metrics here.")
+@click.option(
+    "--listen", metavar="ADDRESS:PORT", help="Serve Prometheus metrics over HTTP at this address."
+)
 @click.option(
     "--textfile",
     type=click.Path(path_type=Path),
-    help="Write them here for node_exporter, every 15 seconds; removed at the end.",
+    help="Write metrics to this file every 15 seconds, for node_exporter. It is removed at exit.",
 )
 @click.option(
     "--act",
     is_flag=True,
-    help='Do what the policies call "later" and "follow"; for hosts without the hook.',
+    help='Perform the actions "later" and "follow" of the hook configuration. For hosts without '
+    "the hook.",
 )
 @debug_option
 def watch(
     uri: str | None, listen: str | None, textfile: Path | None, act: bool, debug: bool
 ) -> None:
-    """Watch all domains: log what happens to them, and keep metrics of faults and prefaults."""
+    """Watch all domains: log their lifecycle and export metrics.
+
+    The metrics are the faults, the stage-2 entries and the plugin's counters of each domain.
+    """
     with reporting(False, debug), contextlib.suppress(KeyboardInterrupt):
         from ..libvirt.daemon import run  # noqa: PLC0415
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command line: a thin user of the public API.
+"""The command line, which uses only the public API.
 
-Each command is a module of its own. What it needs of the package is imported when it runs
-(:mod:`qemu_prefault` exports the API lazily), so that ``--help`` and completion are quick.
+Each command is in its own module. :mod:`qemu_prefault` loads the API on first use, so that
+``--help`` and completion are fast.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from .stats import stats
 EPILOG = """\b
 Examples:
   qemu-prefault --qmp /run/vm.qmp                prefault all RAM of a running guest
-  qemu-prefault --qmp /run/vm.qmp --cont         ... of a restored one, and start it
-  qemu-prefault --qmp /run/vm.qmp --dry-run      what would be done
-  qemu-prefault probe --qmp /run/vm.qmp          what works here, what does not, and why
-  qemu-prefault run -- qemu-system-x86_64 …      start QEMU with the plugin, always prefaulted
+  qemu-prefault --qmp /run/vm.qmp --cont         prefault a restored guest and start it
+  qemu-prefault --qmp /run/vm.qmp --dry-run      show what a run would do
+  qemu-prefault probe --qmp /run/vm.qmp          check what works on this host
+  qemu-prefault run -- qemu-system-x86_64 …      start QEMU with the plugin
 
 \b
 Exit status:
   0 every requested byte verified    3 partial
-  1 failed                           4 this host or kernel cannot
-  2 usage                            5 refused, to protect the guest
+  1 failed                           4 this host, kernel or QEMU cannot
+  2 usage                            5 refused, to protect guest or host
 
 \b
-Shell completion (zsh_source and fish_source likewise):
+Shell completion (for other shells: zsh_source, fish_source):
   eval "$(_QEMU_PREFAULT_COMPLETE=bash_source qemu-prefault)"
 """
 
@@ -56,15 +56,15 @@ Shell completion (zsh_source and fish_source likewise):
 def cli(ctx: click.Context, /, **given: Any) -> None:
     """Fill the stage-2 page tables of a running QEMU/KVM guest before the guest needs them.
 
-    Finds QEMU's vCPUs and RAM over QMP, populates the RAM, has KVM map it
-    (KVM_PRE_FAULT_MEMORY, Linux 6.11), and checks KVM's counters that it did. A running guest
-    is paused for the second step and resumed; a paused one stays paused.
+    qemu-prefault finds QEMU's vCPUs and RAM over QMP, populates the RAM, makes KVM map it
+    (KVM_PRE_FAULT_MEMORY, Linux 6.11), and verifies the result with KVM's counters. It pauses
+    a running guest while KVM maps the RAM, and then resumes it. A paused guest stays paused.
     """
     if ctx.invoked_subcommand is None:
         prefault(ctx, **given)
     elif given["qmp"] or given["domain"] or given["pid"]:
         raise click.UsageError(
-            f"write options behind the command: qemu-prefault {ctx.invoked_subcommand} --qmp …"
+            f"write options after the command: qemu-prefault {ctx.invoked_subcommand} --qmp …"
         )
 
 
@@ -73,7 +73,7 @@ for _command in (conformance, demo, libvirt, map_, plugin_path, probe, run, stat
 
 
 def main() -> None:
-    """Entry point; click's own, but for --json and for a stdout that cannot be written."""
+    """Run the command line. Also handle --json for usage errors, and an unwritable stdout."""
     as_json = "--json" in sys.argv[1:]
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault map``: the guest's RAM."""
+"""``qemu-prefault map``: show the guest's RAM."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .options import (
 @json_option
 @debug_option
 def map_(qmp: str | None, domain: str | None, pid: int | None, as_json: bool, debug: bool) -> None:
-    """Show the guest's RAM: where it is, what backs it, how much is there."""
+    """Show the guest's RAM: addresses, backing and resident memory."""
     address = required_address(qmp, domain)
 
     async def main() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Values and options that several commands have in common."""
+"""Value types and options that several commands share."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from ..api import Dial, Monitor, Vm
 
 UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
-#: An address that names a libvirt domain instead of a socket.
+#: Prefix of an address that names a libvirt domain instead of a socket.
 LIBVIRT = "libvirt:"
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-# -- values --------------------------------------------------------------------------------
+# --- values ---
 
 
 def _bytes(text: str) -> int | None:
@@ -34,56 +34,62 @@ def _bytes(text: str) -> int | None:
 
 
 def size_type(text: str) -> int:
-    """``0x100000``, ``4096``, ``512M``, ``2GiB`` -> bytes."""
+    """Parse a size such as ``0x100000``, ``4096``, ``512M`` or ``2GiB``; return bytes."""
     number = _bytes(text)
     if number is None:
-        raise click.BadParameter(f"{text!r} is no size; write e.g. 65536, 0x10000, 512M or 2G")
+        raise click.BadParameter(f"{text!r} is not a size; write e.g. 65536, 0x10000, 512M or 2G")
     return number
 
 
 def range_type(text: str) -> tuple[int, int]:
-    """``GPA+SIZE`` -> (start, size) in bytes."""
+    """Parse ``GPA+SIZE``; return (start, size) in bytes."""
     start, _, length = text.partition("+")
     first, count = _bytes(start), _bytes(length)
     if first is None or not count or first + count > 1 << 52:
-        raise click.BadParameter(f"{text!r} is no GPA+SIZE; write e.g. 0x100000000+512M or 4G+1G")
+        raise click.BadParameter(f"{text!r} is not GPA+SIZE; write e.g. 0x100000000+512M or 4G+1G")
     return first, count
 
 
 def index_list_type(text: str) -> tuple[int, ...]:
-    """``0,2-3`` -> (0, 2, 3)."""
+    """Parse a list of indexes: ``0,2-3`` -> (0, 2, 3)."""
     found: dict[int, None] = {}
     for item in text.split(","):
         match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", item.strip())
         if not match or int(match[2] or match[1]) < int(match[1]):
-            raise click.BadParameter(f"{text!r} is no list of vCPUs; write e.g. 0,2-3")
+            raise click.BadParameter(f"{text!r} is not a list of vCPUs; write e.g. 0,2-3")
         found.update(dict.fromkeys(range(int(match[1]), int(match[2] or match[1]) + 1)))
     return tuple(found)
 
 
-# -- options -------------------------------------------------------------------------------
+# --- options ---
 
 qmp_option = click.option(
-    "--qmp", metavar="SOCK", help="QEMU's QMP socket: a path, or HOST:PORT. One client at a time."
+    "--qmp",
+    metavar="SOCK",
+    help="QMP socket of QEMU: a path, or HOST:PORT. QEMU serves one client at a time.",
 )
 domain_option = click.option(
     "--domain",
     metavar="NAME",
-    help="A domain of libvirt's instead of --qmp: its QEMU is spoken to through libvirt.",
+    help="libvirt domain, instead of --qmp. QMP commands go through libvirt.",
 )
-pid_option = click.option("--pid", type=click.IntRange(1), help="QEMU's process id.")
+pid_option = click.option("--pid", type=click.IntRange(1), help="Process id of QEMU.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-debug_option = click.option("--debug", is_flag=True, help="Show tracebacks.")
+debug_option = click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
 
 
 def monitor_address(qmp: str | None, domain: str | None) -> str | None:
-    """Where the monitor is: a socket's address, or ``libvirt:DOMAIN``."""
+    """Return the address of the monitor: a socket address, or ``libvirt:DOMAIN``, or None."""
     if qmp and domain:
         raise click.UsageError("give either --qmp SOCK or --domain NAME")
     return f"{LIBVIRT}{domain}" if domain else qmp
 
 
 def required_address(qmp: str | None, domain: str | None) -> str:
+    """Return the address of the monitor.
+
+    :raises click.UsageError: Neither --qmp nor --domain was given, or both were.
+    """
     address = monitor_address(qmp, domain)
     if not address:
         raise click.UsageError("give QEMU's QMP socket with --qmp SOCK, or --domain NAME")
@@ -91,12 +97,12 @@ def required_address(qmp: str | None, domain: str | None) -> str:
 
 
 def connect(address: str, pid: int | None = None) -> AbstractAsyncContextManager[Vm]:
-    """:param address: as :func:`monitor_address` returns it."""
+    """Connect to QEMU at an address of :func:`monitor_address`."""
     return qemu_prefault.connect(address, pid, dial=_dial(address))
 
 
 def connect_monitor(address: str) -> AbstractAsyncContextManager[Monitor]:
-    """Like :func:`connect`, where QEMU's process does not matter."""
+    """Connect to the monitor only, without looking for QEMU's process."""
     return qemu_prefault.Monitor.connect(address, dial=_dial(address))
 
 

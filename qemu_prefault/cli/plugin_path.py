@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault plugin-path``: where the plugin is."""
+"""``qemu-prefault plugin-path``: print the path of the plugin."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ from .options import debug_option
 @click.command("plugin-path")
 @debug_option
 def plugin_path(debug: bool) -> None:
-    """Print where qemu-prefault-plugin.so is, for QEMU's -plugin."""
+    """Print the path of the plugin, for QEMU's option -plugin."""
     with reporting(False, debug):
         click.echo(qemu_prefault.plugin_path())

@@ -43,22 +43,25 @@ _OPTIONS = (
         type=click.Choice(["auto", "attach", "plugin", "qmp"]),
         default="auto",
         show_default=True,
-        help="Who acts inside QEMU. attach: helper threads, started by ptrace; plugin: "
-        "qemu-prefault-plugin.so, if QEMU was started with it; qmp: QEMU itself, if it is patched; "
-        "auto: the plugin if it is there, else QEMU if it can, else attach.",
+        help="Method that calls the ioctl inside QEMU. attach: helper threads that are started "
+        "with ptrace; plugin: qemu-prefault-plugin.so, if QEMU was started with it; qmp: a QMP "
+        "command of patched QEMUs; auto: plugin if it is loaded, else qmp if QEMU has the "
+        "command, else attach.",
     ),
     click.option(
         "--populate",
         type=click.Choice(["auto", "all", "resident"]),
         default="auto",
         show_default=True,
-        help="What may be touched: auto: all RAM but what is absent on purpose (virtio-mem, "
-        "balloon, reserve=off); all: everything; resident: nothing new.",
+        help="Memory that may be populated. auto: all RAM, except memory that is absent on "
+        "purpose (virtio-mem, balloon, reserve=off); all: everything; resident: nothing, so only "
+        "resident memory is prefaulted.",
     ),
     click.option(
         "--populate-only",
         is_flag=True,
-        help="Fill QEMU's own page tables, not stage-2. Works on any kernel, also without KVM.",
+        help="Populate QEMU's own page tables only, not stage 2. Works on any kernel, and "
+        "without KVM.",
     ),
     click.option(
         "--range",
@@ -66,47 +69,50 @@ _OPTIONS = (
         type=range_type,
         metavar="GPA+SIZE",
         multiple=True,
-        help="Only this guest-physical range, e.g. 4G+512M. May be repeated.",
+        help="Prefault only this guest-physical range, e.g. 4G+512M. May be repeated.",
     ),
     click.option(
         "--max-bytes",
         type=size_type,
         metavar="SIZE",
-        help="Stop after so much, lowest addresses first.",
+        help="Prefault at most this many bytes, lowest addresses first.",
     ),
     click.option(
-        "--vcpus", type=index_list_type, metavar="LIST", help="Only these vCPUs, e.g. 0,2-3."
+        "--vcpus", type=index_list_type, metavar="LIST", help="Use only these vCPUs, e.g. 0,2-3."
     ),
     click.option(
         "--chunk",
         type=size_type,
         metavar="SIZE",
-        help="Most that one system call is asked for; default 32M. Slot changes wait that long.",
+        help="Largest size for one system call. A change of memory slots has to wait for the "
+        "call to end. Default: 32M.",
     ),
-    click.option("--force", is_flag=True, help="Populate even if memory looks too short for it."),
     click.option(
-        "--cont", is_flag=True, help="Resume the guest afterwards, also if it was paused."
+        "--force", is_flag=True, help="Populate even if the host seems to have too little memory."
+    ),
+    click.option(
+        "--cont", is_flag=True, help="Resume the guest afterwards, even if it was paused."
     ),
     click.option(
         "--incoming",
         is_flag=True,
-        help="Wait for the guest of a QEMU started with -incoming; populate while its RAM is "
-        "loaded, prefault when it is, and let it start as it would have (with -S: only with "
-        "--cont).",
+        help="Wait for the incoming guest of a QEMU that was started with -incoming. Populate its "
+        "RAM while it is loaded, prefault it afterwards, and then let the guest start. If QEMU "
+        "was started with -S, the guest starts only with --cont.",
     ),
     click.option(
         "--max-downtime",
         type=click.FloatRange(0.001),
         metavar="SECONDS",
-        help="Keep the guest from running for no longer than this at one go; what is left is done "
-        "in further pauses.",
+        help="Longest single pause of the guest, in seconds. The rest of the work is done in "
+        "further pauses.",
     ),
-    click.option("--dry-run", is_flag=True, help="Say what would be done; touch nothing."),
+    click.option("--dry-run", is_flag=True, help="Show what would be done, and change nothing."),
     click.option(
         "--follow",
         is_flag=True,
-        help="Stay until QEMU ends or Ctrl-C; tell what is prefaulted again, and why. Without the "
-        "plugin, do it: run now, and whenever tables were dropped or memory was added.",
+        help="Run until QEMU ends or Ctrl-C, and print what is prefaulted again and why. If QEMU "
+        "has no plugin, prefault now, and again whenever tables are dropped or memory is added.",
     ),
     json_option,
     debug_option,
@@ -114,7 +120,7 @@ _OPTIONS = (
 
 
 def prefault_options(function: _F) -> _F:
-    """All options of the command, in the order in which ``--help`` shows them."""
+    """Add all options of the command, in the order in which ``--help`` shows them."""
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
@@ -142,7 +148,7 @@ def prefault(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Check what was given, then prefault or follow."""
+    """Check the options, then prefault or follow."""
     if not (qmp or domain or pid) and not any(
         (populate_only, ranges, cont, incoming, dry_run, follow, as_json)
     ):
@@ -151,16 +157,16 @@ def prefault(
     address = required_address(qmp, domain)
     if incoming and domain:
         raise click.UsageError(
-            "--incoming does not go with --domain: libvirt passes no commands on during a "
-            "migration; see: qemu-prefault libvirt migrate --help"
+            "--incoming cannot be used with --domain, because libvirt accepts no QMP commands "
+            "during a migration; see: qemu-prefault libvirt migrate --help"
         )
     if chunk is not None and (chunk < PAGE_SIZE or chunk % PAGE_SIZE):
-        raise click.UsageError("--chunk is a multiple of 4096 bytes")
+        raise click.UsageError("--chunk must be a multiple of 4096 bytes")
     if max_bytes is not None and max_bytes < PAGE_SIZE:
-        raise click.UsageError("--max-bytes is at least one page, 4096 bytes")
+        raise click.UsageError("--max-bytes must be at least one page, 4096 bytes")
     if follow and (dry_run or cont or populate_only or incoming):
         raise click.UsageError(
-            "--follow goes with neither --dry-run, --cont, --incoming nor --populate-only"
+            "--follow cannot be used with --dry-run, --cont, --incoming or --populate-only"
         )
     options = qemu_prefault.Options(
         populate=qemu_prefault.Populate(populate),

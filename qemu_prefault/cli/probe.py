@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault probe``: what works here, what does not, and why."""
+"""``qemu-prefault probe``: check what works on this host, and why the rest does not."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ from .options import (
 @json_option
 @debug_option
 def probe(qmp: str | None, domain: str | None, pid: int | None, as_json: bool, debug: bool) -> None:
-    """Tell what would work here, what would not, why, and the command that fixes it.
+    """Check what works on this host, and show how to fix the rest.
 
-    With --domain also what libvirt and its confinement let each way do, whether it runs or not.
+    With --domain, the command also checks what libvirt, AppArmor and SELinux allow, even if the
+    domain is not running.
     """
     address = monitor_address(qmp, domain)
     if not address and not pid:

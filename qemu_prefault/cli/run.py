@@ -18,16 +18,18 @@ from .options import debug_option
     "options",
     metavar="KEY=VALUE",
     multiple=True,
-    help="An option of the plugin: populate=auto|all|resident, quirk=disable|keep, "
+    help="Option of the plugin: populate=auto|all|resident, quirk=disable|keep, "
     "hold=SECONDS, socket=/PATH|~/PATH|off, keep=on|off, log=on|off. May be repeated.",
 )
 @debug_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(options: tuple[str, ...], command: tuple[str, ...], debug: bool) -> None:
-    """Start QEMU with the plugin: prefaulted before the first instruction, and kept so.
+    """Start QEMU with the plugin.
 
-    COMMAND is QEMU's command line, which stays as it is: the plugin is loaded by LD_PRELOAD,
-    and QEMU takes this process's place, so signals and exit status are its own.
+    The plugin prefaults the guest before its first instruction, and keeps it prefaulted.
+
+    COMMAND is the command line of QEMU, which is not changed: the plugin is loaded with
+    LD_PRELOAD. QEMU replaces this process, so signals and the exit status are those of QEMU.
     """
     with reporting(False, debug):
         qemu_prefault.replace_by(command, options)

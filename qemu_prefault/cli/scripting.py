@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a small script on this API need not write itself: its arguments, and how it ends.
+"""Helpers for small scripts on the public API: arguments, output and exit status.
 
 ::
 
@@ -11,9 +11,9 @@
     if __name__ == "__main__":
         run(main, parser(__doc__))
 
-It ends as the command line does: an error is two lines on stderr, what failed and what to do
-now, and :class:`~qemu_prefault.errors.ExitStatus` is the exit status. The scripts in
-``qmp_scripts/`` are written so.
+Such a script reports errors as the command line does: the cause and the remedy go to stderr,
+and the exit status is one of :class:`~qemu_prefault.errors.ExitStatus`. The scripts in
+``qmp_scripts/`` are examples.
 """
 
 from __future__ import annotations
@@ -26,36 +26,40 @@ from typing import Any, NoReturn
 from .console import Printer, reporting, run_async
 from .format import ram_map_lines, report_lines, table
 
+#: The main function of a script: a coroutine function that takes the parsed arguments.
 Main = Callable[[Namespace], Coroutine[Any, Any, None]]
 
 __all__ = ["Main", "parser", "ram_map_lines", "report_lines", "run", "show", "table"]
 
 
 def parser(description: str | None) -> ArgumentParser:
-    """Make a parser with what all scripts take: ``socket``, and ``--debug`` for tracebacks.
+    """Return a parser with the arguments of all scripts: ``socket`` and ``--debug``.
 
-    :param description: shown by ``--help`` as it is written; usually the script's docstring.
+    :param description: The text that ``--help`` shows unchanged, usually the script's docstring.
     """
     made = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
-    made.add_argument("socket", help="QEMU's QMP socket: a path, or HOST:PORT")
-    made.add_argument("--debug", action="store_true", help="show tracebacks")
+    made.add_argument("socket", help="QMP socket of QEMU: a path, or HOST:PORT")
+    made.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return made
 
 
 def show(lines: Iterable[str]) -> None:
-    """Print to stdout at once, with all but line ends that would steer a terminal escaped.
+    """Print lines to stdout and flush. Escape control characters other than line ends.
 
-    :raises FailedError: if it cannot be written (code ``output``).
+    :raises FailedError: The lines cannot be written (code ``output``).
     """
     single = (part for line in lines for part in line.split("\n"))
     Printer(as_json=False).result({}, single)
 
 
 def run(main: Main, arguments: ArgumentParser) -> NoReturn:
-    """Parse the command line, run ``main`` to its end, and exit.
+    """Parse the command line, run ``main``, and exit.
 
-    The exit status is 0, or that of the error ``main`` raised. Ctrl-C, SIGTERM and SIGHUP
-    cancel ``main``, so that what it holds (a paused guest, helpers in QEMU) is let go.
+    The exit status is 0, or that of the error that ``main`` raised. Ctrl-C, SIGTERM and SIGHUP
+    cancel ``main``, so that it resumes a paused guest and removes helper threads from QEMU.
+
+    :param main: The coroutine function of the script. Its argument holds the parsed arguments.
+    :param arguments: A parser from :func:`parser`, to which the script may add arguments.
     """
     options = arguments.parse_args()
     with reporting(False, options.debug, arguments.prog):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault stats``: KVM's counters."""
+"""``qemu-prefault stats``: show KVM's counters."""
 
 from __future__ import annotations
 
@@ -24,9 +24,13 @@ from .options import (
 @click.command()
 @qmp_option
 @domain_option
-@click.option("--watch", is_flag=True, help="Go on until Ctrl-C, a line per interval.")
+@click.option("--watch", is_flag=True, help="Print a line per interval until Ctrl-C.")
 @click.option(
-    "--interval", type=click.FloatRange(0.05), default=1.0, show_default=True, help="Seconds."
+    "--interval",
+    type=click.FloatRange(0.05),
+    default=1.0,
+    show_default=True,
+    help="Interval of --watch, in seconds.",
 )
 @json_option
 @debug_option
@@ -38,7 +42,7 @@ def stats(  # noqa: PLR0917
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Show KVM's counters: stage-2 leaves by size, and the guest's faults."""
+    """Show KVM's counters: stage-2 leaf entries and guest faults."""
     address = required_address(qmp, domain)
 
     async def main() -> None:

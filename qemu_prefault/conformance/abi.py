@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``/dev/kvm`` by numbers: include/uapi/linux/kvm.h, arch/x86/include/uapi/asm/kvm.h.
+"""Numbers and structures of ``/dev/kvm``.
 
-Spelt out, because a distribution's headers are often older than its kernel.
+Sources: include/uapi/linux/kvm.h and arch/x86/include/uapi/asm/kvm.h. They are repeated here
+because installed kernel headers are often older than the kernel.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ QUIRK_SLOT_ZAP_ALL = 1 << 7
 MEM_LOG_DIRTY_PAGES, MEM_READONLY, MEM_GUEST_MEMFD = 1, 2, 4
 MEMORY_ATTRIBUTE_PRIVATE = 1 << 3
 GMEM_MMAP, GMEM_INIT_SHARED = 1, 2
+#: Part of a slot's number: the address space of system management mode.
 SMM_SPACE = 1 << 16
-"""In a slot's number: the address space of system management mode."""
 
 EXIT_IO, EXIT_HLT, EXIT_MMIO, EXIT_INTR, EXIT_MEMORY_FAULT = 2, 5, 6, 10, 39
 EXIT_NAMES = {
@@ -84,7 +85,7 @@ _REGS = struct.Struct("<18Q")
 
 @dataclass(frozen=True)
 class Segment:
-    """``struct kvm_segment``; by default flat data of 4 GiB."""
+    """A ``struct kvm_segment``. The default is a flat data segment of 4 GiB."""
 
     base: int = 0
     limit: int = 0xFFFFFFFF
@@ -119,7 +120,7 @@ EFER_LME, EFER_LMA, EFER_SVME = 1 << 8, 1 << 10, 1 << 12
 
 @dataclass(frozen=True)
 class CpuMode:
-    """A CPU mode: what ``struct kvm_sregs`` says of one."""
+    """A CPU mode, as the fields of ``struct kvm_sregs``."""
 
     code: Segment
     data: Segment
@@ -129,7 +130,7 @@ class CpuMode:
     efer: int = 0
 
     def pack(self) -> bytes:
-        """``struct kvm_sregs``."""
+        """Return the mode as a ``struct kvm_sregs``."""
         segments = [self.code, *[self.data] * 5, _TASK, _LDT]
         return b"".join(segment.pack() for segment in segments) + _SREGS_TAIL.pack(
             0, 0xFFFF, 0, 0xFFFF, self.cr0, 0, self.cr3, self.cr4, 0, self.efer, 0xFEE00900,
@@ -145,7 +146,7 @@ FLAT32 = CpuMode(CODE_32, DATA, cr0=CR0_PE | CR0_NE | 1 << 4)
 
 
 def long_mode(cr3: int) -> CpuMode:
-    """64-bit mode on the page tables at ``cr3``."""
+    """Return 64-bit mode with the page tables at ``cr3``."""
     cr0 = CR0_PE | CR0_NE | CR0_WP | CR0_PG | 1 << 4
     return CpuMode(CODE_64, DATA, cr0, cr3, CR4_PAE, EFER_LME | EFER_LMA)
 
@@ -155,7 +156,7 @@ REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",
 
 
 def pack_regs(**values: int) -> bytes:
-    """``struct kvm_regs``; what is not named is 0."""
+    """Return a ``struct kvm_regs``. Registers that are not given are 0."""
     values = {"rflags": 2, **values}
     return _REGS.pack(*(values.get(name, 0) for name in REGISTERS))
 

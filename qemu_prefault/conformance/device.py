@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``/dev/kvm`` and its ioctls."""
+"""Access to ``/dev/kvm`` and its ioctls."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from .._native import ffi, lib
 from ..host.kvm import KVM_CAP_PRE_FAULT_MEMORY
 from . import abi
 
+#: Maximum duration of an ioctl. Even under emulation it takes longer only if it hangs.
 IOCTL_LIMIT_SECONDS = 20.0
-"""No ioctl of a case lasts longer, under emulation either, unless it never ends."""
+#: Time after which a case interrupts an ioctl that may never end.
 HANG_SECONDS = 0.3
-"""Where a case expects an ioctl that may never end: after so long it is interrupted."""
 
 
 def ioctl(fd: int, request: int, argument: int | bytearray | bytes = 0) -> int:
-    """An ioctl; a buffer is written back to if it is a bytearray. Raises OSError."""
+    """Issue an ioctl and return its result. The kernel may write to a bytearray.
+
+    :raises OSError: the ioctl failed.
+    """
     value = argument if isinstance(argument, int) else address_of(argument)
     answer = int(lib.pf_vmm_ioctl(fd, request, value))
     if answer < 0:
@@ -27,20 +30,20 @@ def ioctl(fd: int, request: int, argument: int | bytearray | bytes = 0) -> int:
 
 
 def address_of(data: bytearray | bytes) -> int:
-    # Alive as long as the buffer is: the caller holds it during the call.
+    # The address is valid only while the caller holds a reference to the buffer.
     return int(ffi.cast("uintptr_t", ffi.from_buffer(data)))
 
 
 @functools.cache
 def kvm_fd() -> int:
-    """A descriptor of /dev/kvm."""
+    """Return a descriptor of /dev/kvm."""
     lib.pf_vmm_init()
     return os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
 
 
 @functools.cache
 def supported_cpuid() -> bytes:
-    """``struct kvm_cpuid2`` with all that this KVM offers."""
+    """Return a ``struct kvm_cpuid2`` with all CPU features that this KVM supports."""
     entries = 256
     data = bytearray(struct.pack("<II", entries, 0) + bytes(40 * entries))
     ioctl(kvm_fd(), abi.GET_SUPPORTED_CPUID, data)
@@ -50,5 +53,5 @@ def supported_cpuid() -> bytes:
 
 @functools.cache
 def offers_prefault() -> bool:
-    """Whether this kernel's KVM says that it can (KVM_CAP_PRE_FAULT_MEMORY)."""
+    """Return whether this KVM has KVM_CAP_PRE_FAULT_MEMORY."""
     return ioctl(kvm_fd(), abi.CHECK_EXTENSION, KVM_CAP_PRE_FAULT_MEMORY) > 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a case expects: it says so with these, and what was seen instead."""
+"""Checks for cases. A failed check raises :class:`Unexpected`."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ _NAMES = {errno.EOPNOTSUPP: "EOPNOTSUPP", errno.EAGAIN: "EAGAIN", EHWPOISON: "EH
 
 
 class Unexpected(Exception):
-    """The kernel, or the guest, did not behave as the case says."""
+    """The kernel or the guest did not behave as the case states."""
 
 
 def error_name(number: int) -> str:
-    """Its usual name; Python's own table has other ones for some."""
+    """Return the usual name of an errno. Python's table has other names for some."""
     if number in _NAMES:
         return _NAMES[number]
     return errno.errorcode.get(number, str(number)) if number else "success"
 
 
 def expect(condition: object, text: str) -> None:
-    """Like ``assert``, but it cannot be switched off, and says what was seen."""
+    """Raise :class:`Unexpected` with a text unless the condition is true."""
     if not condition:
         raise Unexpected(text)
 
 
 def expect_equal(seen: object, wanted: object, what: str) -> None:
+    """Raise :class:`Unexpected` unless the two values are equal."""
     if seen != wanted:
-        raise Unexpected(f"{what}: {seen}, and not {wanted}")
+        raise Unexpected(f"{what}: got {seen}, expected {wanted}")
 
 
 def fails_with(call: Callable[[], object]) -> int:
-    """The errno a call ends with, 0 if it succeeds."""
+    """Return the errno of a call, or 0 if it succeeds."""
     try:
         call()
     except OSError as error:

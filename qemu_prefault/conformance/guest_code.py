@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The guests: a few bytes each, the same in 32-bit and 64-bit mode unless said otherwise.
+"""The programs that the guests run, as machine code.
 
-``rsi`` is the first address, ``rdx`` the stride, ``rcx`` the number of pages. A program that
-ends, ends by writing to a port, which is an exit to us in every mode.
+Unless noted, the code is the same in 32-bit and 64-bit mode. ``rsi`` is the first address,
+``rdx`` the stride and ``rcx`` the number of pages. A program ends with a write to a port, which
+causes an exit from KVM_RUN in every mode.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ JUMP_BACK = bytes.fromhex("ffe7")
 
 # 1: mov %ebp, %esi; mov %edi, %ecx
 # 2: addl %eax, (%rsi); add %edx, %esi; dec %ecx; jnz 2b; incl (%rbx); jmp 1b
-# Addresses below 4 GiB, so that 32-bit arithmetic does in 64-bit mode as well.
+# All addresses are below 4 GiB, so 32-bit arithmetic also works in 64-bit mode.
 ROUNDS = bytes.fromhex("89ee 89f9 0106 01d6 ffc9 75f8 ff03 ebf0")
 
 # 1: incl (%rbx); jmp 1b
@@ -38,19 +39,19 @@ COUNT = bytes.fromhex("ff03 ebfc")
 # hlt; jmp
 HALT = bytes.fromhex("f4 ebfd")
 
-# vmrun of the VMCB at rax; its guest is COUNT_AND_OUT. Then, when that exits: out.
+# vmrun of the VMCB at rax, whose guest runs COUNT_AND_OUT; after its exit: out
 VMRUN = bytes.fromhex("0f01d8") + _END
-# 1: incl (%rbx); out %al, $PORT; jmp 1b: exits to us without leaving guest mode
+# 1: incl (%rbx); out %al, $PORT; jmp 1b. The exit to userspace does not leave guest mode.
 COUNT_AND_OUT = bytes.fromhex("ff03") + _END + bytes.fromhex("ebfa")
 
 _PRESENT_RW_USER, _ACCESSED_DIRTY, _HUGE = 7, 0x60, 0x80
 
 
 def identity_tables(at: int, up_to: int) -> bytes:
-    """4-level page tables to be put at ``at``: virtual is physical, in 1 GiB pages.
+    """Return 4-level identity page tables for address ``at``, with 1 GiB pages.
 
-    The user bit is set, so that they do as nested page tables as well, whose walks are those
-    of a user.
+    The user bit is set, so that they can also be nested page tables: the CPU treats nested walks
+    as user accesses.
     """
     count = -(-up_to // (512 * GIB))
     top = [at + PAGE_SIZE * (1 + n) | _PRESENT_RW_USER for n in range(count)]
@@ -65,7 +66,10 @@ _VMCB_INTERCEPT_VMRUN = 1 << 0
 
 
 def vmcb(*, rip: int, cr3: int, nested_cr3: int | None) -> bytes:
-    """A VMCB (AMD APM 2, appendix B) for 64-bit code at ``rip``; NPT if there is a nested CR3."""
+    """Return a VMCB (AMD APM 2, appendix B) for 64-bit code at ``rip``.
+
+    :param nested_cr3: the nested page tables; None disables nested paging.
+    """
     page = bytearray(PAGE_SIZE)
     struct.pack_into("<I", page, 0x010, _VMCB_INTERCEPT_VMRUN)
     struct.pack_into("<I", page, 0x058, 1)  # ASID

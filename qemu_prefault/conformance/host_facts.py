@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What this host can do, as far as cases need to know it. Asked, never concluded."""
+"""Features and settings of this host that cases depend on, as the kernel reports them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .vmm import KvmVm
 
 @dataclass(frozen=True)
 class HostFacts:
-    """This kernel, its KVM and how they are set.
+    """The kernel, its KVM, and their settings.
 
-    :ivar capability: KVM_CAP_PRE_FAULT_MEMORY.
-    :ivar refusal: the errno of a prefault that is right in all else; 0 where it works.
-    :ivar paging: ``NPT``, ``EPT``, or ``shadow``.
-    :ivar tdp_mmu: the TDP MMU is in use (``kvm.tdp_mmu``).
-    :ivar ad_bits: entries have accessed and dirty bits (not so with ``kvm_intel.eptad=0``).
-    :ivar thp: transparent huge pages are to be had.
-    :ivar hugepages: free 2 MiB and 1 GiB pages of hugetlb.
+    :ivar capability: KVM has KVM_CAP_PRE_FAULT_MEMORY.
+    :ivar refusal: the errno of a valid prefault; 0 if it succeeds.
+    :ivar paging: ``NPT``, ``EPT`` or ``shadow``.
+    :ivar tdp_mmu: KVM uses the TDP MMU (``kvm.tdp_mmu``).
+    :ivar ad_bits: entries have accessed and dirty bits (not with ``kvm_intel.eptad=0``).
+    :ivar thp: transparent huge pages are enabled.
+    :ivar hugepages: the number of free 2 MiB and 1 GiB hugetlb pages.
     """
 
     kernel: str
@@ -49,7 +49,7 @@ class HostFacts:
 
     @property
     def mode(self) -> str:
-        """The name of the paging mode, as kvm's parameters set it."""
+        """The name of the paging mode, from the parameters of the kvm modules."""
         if self.paging == "shadow":
             return "shadow paging"
         return self.paging + ("" if self.tdp_mmu else ", tdp_mmu=0")
@@ -71,17 +71,17 @@ def _on(value: str | None) -> bool:
 
 
 def read_host_facts() -> HostFacts:
-    """Ask the kernel.
+    """Read the facts from the kernel.
 
-    :raise UnsupportedError: there is no KVM, or it is not ours to use.
+    :raises UnsupportedError: /dev/kvm cannot be opened.
     """
     try:
         kvm_fd = device.kvm_fd()
     except OSError as error:
         raise UnsupportedError(
             f"/dev/kvm cannot be opened: {error.strerror}",
-            "no KVM: load kvm_amd or kvm_intel, or enable virtualization in the firmware; "
-            "no permission: run as root, or in group kvm",
+            "if KVM is absent, load kvm_amd or kvm_intel or enable virtualization in the firmware; "
+            "if permission is denied, run as root or in group kvm",
             code=Code.NO_KVM,
         ) from error
 
@@ -111,7 +111,7 @@ def read_host_facts() -> HostFacts:
 
 
 def _refusal() -> int:
-    """What a well-formed prefault of a page that is there comes to."""
+    """Return the errno of a valid prefault of a present page, or 0."""
     vm = KvmVm()
     vcpu = vm.vcpu()
     arguments = bytearray(struct.pack("<8Q", 0, PAGE_SIZE, *[0] * 6))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Host memory of every kind, and what may have happened to it before a guest gets it."""
+"""Host memory of every kind, and operations on it before a guest uses it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ POPULATE_READ, POPULATE_WRITE, COLLAPSE, HWPOISON = 22, 23, 25, 100
 
 
 def system_call(number: int, *arguments: int) -> int:
-    """A system call; raises OSError."""
+    """Make a system call and return its result.
+
+    :raises OSError: the system call failed.
+    """
     answer = int(lib.pf_vmm_syscall(number, *arguments, *[0] * (6 - len(arguments))))
     if answer < 0:
         raise OSError(-answer, os.strerror(-answer))
@@ -33,10 +36,10 @@ def system_call(number: int, *arguments: int) -> int:
 
 
 class Memory:
-    """A mapping of ours, aligned to ``align`` bytes.
+    """A mapping of this process, aligned to ``align`` bytes.
 
-    :ivar address: where it is (a host virtual address).
-    :ivar size: bytes.
+    :ivar address: its host virtual address.
+    :ivar size: its size in bytes.
     """
 
     def __init__(
@@ -79,36 +82,36 @@ class Memory:
         return bytes(self._bytes[offset : offset + size])
 
     def word(self, offset: int) -> int:
-        """The 32-bit word there."""
+        """Return the 32-bit word at an offset."""
         return int(struct.unpack_from("<I", self._bytes, offset)[0])
 
     def words(self, stride: int = PAGE_SIZE) -> list[int]:
-        """The first word of each page."""
+        """Return the first word of each page."""
         return [self.word(offset) for offset in range(0, self.size, stride)]
 
     def write(self, stride: int = PAGE_SIZE) -> None:
-        """Give each page's first word a value of its own."""
+        """Write a different value to the first word of each page."""
         for offset in range(0, self.size, stride):
             self.put(offset, struct.pack("<I", 0x1000 + offset // PAGE_SIZE))
 
     def read(self, stride: int = PAGE_SIZE) -> None:
-        """Touch each page by reading."""
+        """Read from each page."""
         self.words(stride)
 
     def populate(self) -> None:
-        """As this package does it: make every page writable."""
+        """Make every page present and writable, as qemu-prefault does."""
         self.advise(POPULATE_WRITE)
 
 
 def small(size: int) -> Memory:
-    """Anonymous memory on 4 KiB pages."""
+    """Return anonymous memory with 4 KiB pages."""
     memory = Memory(size)
     memory.advise(WITHOUT_HUGEPAGES)
     return memory
 
 
 def thp(size: int) -> Memory:
-    """Anonymous memory that transparent huge pages are wanted for."""
+    """Return anonymous memory with MADV_HUGEPAGE."""
     memory = Memory(size)
     memory.advise(WITH_HUGEPAGES)
     return memory
@@ -121,14 +124,14 @@ def memfd(size: int, *, shared: bool = True) -> Memory:
 
 
 def memfd_with_contents(size: int, *, shared: bool) -> Memory:
-    """A memfd whose pages are in the page cache already, but not in this mapping."""
+    """Return a memfd whose pages are in the page cache but not in this mapping."""
     source = memfd(size)
     source.write()
     return Memory(size, fd=source.fd, shared=shared)
 
 
 def file_private(size: int) -> Memory:
-    """A private mapping of a file on a disk: the C library, which every process has."""
+    """Return a private mapping of a file on a disk: the C library of this process."""
     path = next(
         line.split(None, 5)[5]
         for line in Path("/proc/self/maps").read_text().splitlines()
@@ -152,7 +155,7 @@ _UFFD_FEATURE_PAGEFAULT_FLAG_WP = 1
 
 
 class Userfault:
-    """A userfaultfd on memory: whoever touches it waits until it is told what is there."""
+    """A userfaultfd on memory. A thread that touches a page waits until it is resolved."""
 
     def __init__(self, memory: Memory, *, write_protect: bool = False) -> None:
         self.memory = memory
@@ -174,12 +177,12 @@ class Userfault:
         self._call(_UFFDIO_WRITEPROTECT, struct.pack("<3Q", *span, 1 if on else 0))
 
     def wait(self) -> int:
-        """Wait until somebody needs a page; give its offset."""
+        """Wait for a fault and return the offset of its page."""
         message = os.read(self.fd, 32)
         return int(struct.unpack_from("<Q", message, 16)[0] & -PAGE_SIZE) - self.memory.address
 
     def resolve(self, offset: int, size: int = PAGE_SIZE) -> None:
-        """There are zeros."""
+        """Resolve faults with zero pages."""
         start = self.memory.address + offset
         self._call(_UFFDIO_ZEROPAGE, struct.pack("<4Q", start, size, 0, 0))
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What cases need of a host: each function returns why a host lacks it, empty if it does not."""
+"""Requirements of cases on the host.
+
+Each function returns why the host does not meet a requirement, or an empty string if it does.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def known_ioctl(host: HostFacts) -> str:
 
 
 def two_dimensional_mmu(host: HostFacts) -> str:
-    return "" if host.tdp_mmu and not nested_paging(host) else "not the TDP MMU"
+    return "" if host.tdp_mmu and not nested_paging(host) else "this KVM does not use the TDP MMU"
 
 
 def legacy_mmu(host: HostFacts) -> str:
@@ -50,11 +53,11 @@ def hugetlb_1g(host: HostFacts) -> str:
 
 
 def ksm(host: HostFacts) -> str:
-    return "" if host.ksm else "KSM does not run (/sys/kernel/mm/ksm/run)"
+    return "" if host.ksm else "KSM is not running (set /sys/kernel/mm/ksm/run to 1)"
 
 
 def root(host: HostFacts) -> str:
-    return "" if host.root else "needs root"
+    return "" if host.root else "the case needs root"
 
 
 def slot_quirk(host: HostFacts) -> str:
@@ -79,8 +82,8 @@ def software_protected(host: HostFacts) -> str:
 
 def mappable_guest_memfd(host: HostFacts) -> str:
     wanted = abi.GMEM_MMAP | abi.GMEM_INIT_SHARED
-    return "" if host.gmem_flags & wanted == wanted else "guest_memfd cannot be mapped here"
+    return "" if host.gmem_flags & wanted == wanted else "this kernel cannot map a guest_memfd"
 
 
 def nested_svm(host: HostFacts) -> str:
-    return "" if host.nested_svm else "kvm_amd.nested is off, or this is not AMD"
+    return "" if host.nested_svm else "nested virtualization of kvm_amd is off or not available"

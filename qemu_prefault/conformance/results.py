@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Results as a table, and as JSON."""
+"""Output of results as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def exit_status(results: Sequence[CaseResult]) -> ExitStatus:
 
 
 def to_json(host: HostFacts, results: Sequence[CaseResult], seconds: float) -> dict[str, Any]:
-    """One object; ``exit`` is the exit status."""
+    """Return the results as one JSON object. ``exit`` is the exit status."""
     return {
         "schema": 1,
         "host": {**asdict(host), "mode": host.mode},
@@ -44,7 +44,7 @@ def to_json(host: HostFacts, results: Sequence[CaseResult], seconds: float) -> d
 
 
 def counts(results: Sequence[CaseResult]) -> dict[str, int]:
-    """How many cases came to what."""
+    """Return the number of cases per outcome."""
     found = Counter(result.outcome for result in results)
     return {outcome.value: found[outcome] for outcome in CaseOutcome}
 
@@ -55,7 +55,7 @@ def header(host: HostFacts) -> str:
 
 
 def line(result: CaseResult) -> str:
-    """A row of the table."""
+    """Return the result as a row of the table."""
     text = result.text or result.case.says
     return f"{result.outcome.value:9}  {result.case.id:44}  {text}"
 

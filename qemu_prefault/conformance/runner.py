@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Runs each case in a process of its own, so that one that crashes or hangs is only that."""
+"""Run each case in a process of its own, so that a crash or hang affects only that case."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from .host_facts import HostFacts
 from .suite import CaseOutcome, ConformanceCase, KnownBad, Skip
 from .vmm import IoctlRefused
 
+#: A case that takes longer hangs. Even under emulation the slowest case takes a few seconds.
 CASE_LIMIT_SECONDS = 60.0
-"""A case that takes longer hangs; under emulation the slowest takes a few seconds."""
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """:ivar text: why, or what was seen."""
+    """The result of one case.
+
+    :ivar text: the reason of the outcome, or what the case observed.
+    """
 
     case: ConformanceCase
     outcome: CaseOutcome
@@ -44,13 +47,13 @@ def run(
 ) -> list[CaseResult]:
     """Run cases one after the other.
 
-    :param destructive: also those that make the kernel warn or cost the host a page.
+    :param destructive: also run cases that make the kernel warn or cost the host a page.
     """
     results = []
     for case in cases:
         reason = case.obstacle(host)
         if case.destructive and not destructive:
-            reason = reason or "makes the kernel warn, or costs a page; run with --harsh"
+            reason = reason or "makes the kernel warn or costs the host a page; run with --harsh"
         if reason:
             result = CaseResult(case, CaseOutcome.SKIP, reason, 0.0)
         else:
@@ -69,12 +72,13 @@ def _run_in_child(case: ConformanceCase, host: HostFacts, limit_seconds: float) 
     if child == 0:
         _child(case, host, writer)
     os.close(writer)
-    with contextlib.suppress(OSError):  # the child does it too; one of them is first
+    # The child makes the same call, so that the group exists whichever process runs first.
+    with contextlib.suppress(OSError):
         os.setpgid(child, child)
     pidfd = os.pidfd_open(child)
     try:
         ended = select.select([pidfd], [], [], limit_seconds)[0]
-        # What the case has started ends with it.
+        # Kill all processes that the case has started.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
@@ -84,7 +88,7 @@ def _run_in_child(case: ConformanceCase, host: HostFacts, limit_seconds: float) 
         os.set_blocking(reader, False)
         try:
             data = os.read(reader, 1 << 16)
-        except BlockingIOError:  # a thing it has started still holds the pipe
+        except BlockingIOError:  # a process that the case has started still holds the pipe
             data = b""
         if not data:
             code = os.waitstatus_to_exitcode(status)
@@ -108,7 +112,7 @@ def _child(case: ConformanceCase, host: HostFacts, writer: int) -> None:
         os.write(writer, json.dumps([outcome.name, text[:4000]]).encode())
         status = 0
     finally:
-        os._exit(status)  # threads that are still in the kernel must not hold it up
+        os._exit(status)  # do not wait for threads that are still in the kernel
 
 
 def _run_case(case: ConformanceCase, host: HostFacts) -> tuple[CaseOutcome, str]:
@@ -131,12 +135,14 @@ def _run_case(case: ConformanceCase, host: HostFacts) -> tuple[CaseOutcome, str]
 
 
 def _check_refusal(refusal: IoctlRefused, case: ConformanceCase, host: HostFacts) -> str:
-    """The ioctl was refused where it is not on offer: exactly so, and nothing was harmed.
+    """Check that the refusal has the expected errno and did no harm.
 
-    That no leaf was made has been looked at already. A vCPU of the same VM has to run, and
-    what the guest reads in the range has to be what is there.
+    :meth:`~.vmm.KvmVcpu.prefault` has already checked that no leaf was added. This function checks
+    that a vCPU of the same VM runs and that the guest reads the right contents in the range.
+
+    :returns: the text of the result.
     """
-    expect_equal(error_name(refusal.error), error_name(host.refusal), "the refusal")
+    expect_equal(error_name(refusal.error), error_name(host.refusal), "errno of the refusal")
     vm = refusal.vcpu.vm
     vcpu = vm.vcpu()
     vcpu.warm()
@@ -151,5 +157,5 @@ def _check_refusal(refusal: IoctlRefused, case: ConformanceCase, host: HostFacts
                 seen = vcpu.read(refusal.gpa, pages)
                 words = (slot.memory.word(offset + PAGE_SIZE * page) for page in range(pages))
                 expect_equal(seen, sum(words) & 0xFFFFFFFF, "what the guest reads")
-                return f"{error_name(refusal.error)}; nothing mapped, the guest reads on"
-    return f"{error_name(refusal.error)}; nothing mapped, the guest runs on"
+                return f"{error_name(refusal.error)}; nothing was mapped, and the guest reads on"
+    return f"{error_name(refusal.error)}; nothing was mapped, and the guest runs on"

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a case is, and the list of all.
+"""The definition and registry of cases.
 
-A case is a function that returns if the kernel behaves as its line says, and raises
-:class:`~.expectations.Unexpected` if not. One whose behaviour legitimately differs between kernels
-returns what it saw, as text. Kernels with a known bug are told by the bug itself, under a
-timer, never by their version: :class:`KnownBad`.
+A case is a function that returns if the kernel behaves as the case states, and raises
+:class:`~.expectations.Unexpected` if it does not. If the behaviour may differ between kernels, the
+case returns a text with what it observed. A case detects a known bug by its effect, under a timer,
+and not by the kernel's version. It then raises :class:`KnownBad`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ AREAS = {
 
 
 class CaseOutcome(Enum):
-    """What a case came to. All but ``FAIL`` and ``HANG`` are as expected."""
+    """The outcome of a case. All except ``FAIL`` and ``HANG`` are expected."""
 
     PASS = "pass"
     DIFFERS = "differs"
@@ -52,20 +52,20 @@ class CaseOutcome(Enum):
 
 
 class KnownBad(Exception):
-    """The kernel shows a bug that is known, and fixed in later ones."""
+    """The kernel has a known bug, which is fixed in later kernels."""
 
 
 class Skip(Exception):
-    """The case cannot run here, for a reason found only while it ran."""
+    """The case cannot run on this host, for a reason that it found while running."""
 
 
+#: A requirement: returns why the case cannot run on a host, or an empty string if it can.
 Need = Callable[[HostFacts], str]
-"""Why a case cannot run on a host; empty if it can."""
 
 
 _NO_AD_BITS = (
-    "EPT without accessed and dirty bits: a prefaulted page faults at its first access all the "
-    "same (mmu/spte.c:mark_spte_for_access_track())"
+    "EPT without accessed and dirty bits: a prefaulted page still faults at its first access "
+    "(mmu/spte.c:mark_spte_for_access_track())"
 )
 
 
@@ -73,12 +73,12 @@ _NO_AD_BITS = (
 class ConformanceCase:
     """One statement about the kernel.
 
-    :ivar id: ``area/name``, stable.
-    :ivar says: the behaviour, in a line.
-    :ivar source: where in the kernel it comes from (``file:function``, commits).
-    :ivar mapping: its outcome rests on pages being mapped: fails if the ioctl does nothing.
-    :ivar destructive: makes the kernel warn, or costs the host a page for good; only when asked
-        for.
+    :ivar id: ``area/name``; does not change between releases.
+    :ivar says: the behaviour, in one sentence.
+    :ivar source: the kernel code that causes it (``file:function``, commits).
+    :ivar mapping: the case depends on mapped pages and fails if the ioctl does nothing.
+    :ivar destructive: the case makes the kernel warn or costs the host a page until its reboot.
+        It only runs on request.
     """
 
     id: str
@@ -94,12 +94,13 @@ class ConformanceCase:
         return self.id.partition("/")[0]
 
     def obstacle(self, host: HostFacts) -> str:
-        """Why it cannot run on this host; empty if it can."""
+        """Return why the case cannot run on a host, or an empty string if it can."""
         if self.mapping and host.paging == "EPT" and not host.ad_bits:
             return _NO_AD_BITS
         return next((reason for need in self.needs if (reason := need(host))), "")
 
 
+#: All registered cases by id.
 CASES: dict[str, ConformanceCase] = {}
 
 
@@ -112,7 +113,7 @@ def add(
     mapping: bool = False,
     destructive: bool = False,
 ) -> None:
-    """Register a case; for those made in a loop."""
+    """Register a case that is created in a loop."""
     if id in CASES:
         raise ValueError(f"two cases are named {id}")
     CASES[id] = ConformanceCase(id, says, source, run, mapping, destructive, needs)
@@ -126,7 +127,7 @@ def case(
     mapping: bool = False,
     destructive: bool = False,
 ) -> Callable[[Callable[[], str | None]], Callable[[], str | None]]:
-    """Register the function below as a case."""
+    """Register the decorated function as a case."""
 
     def register(run: Callable[[], str | None]) -> Callable[[], str | None]:
         add(id, says, source, run, *needs, mapping=mapping, destructive=destructive)
@@ -136,7 +137,7 @@ def case(
 
 
 def all_cases() -> list[ConformanceCase]:
-    """Every case, area by area."""
+    """Return all cases, ordered by area."""
     for modules in AREAS.values():
         for module in modules:
             importlib.import_module(f"{__package__}.cases.{module}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Threads of a case: calls and guests that run meanwhile, and waiting for what they do."""
+"""Background threads of a case, which run calls and guests, and functions to wait for them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .vmm import KvmVcpu
 def wait_for(
     condition: Callable[[], object], what: str, limit: float = IOCTL_LIMIT_SECONDS
 ) -> None:
-    """Look again and again; for what no event tells of."""
+    """Poll a condition for which no event exists."""
     deadline = time.monotonic() + limit
     while not condition():
-        expect(time.monotonic() < deadline, f"waited {limit:g} s for {what}")
+        expect(time.monotonic() < deadline, f"timed out after {limit:g} s waiting for {what}")
         time.sleep(0.001)
 
 
 class BackgroundCall(threading.Thread):
-    """Something that runs meanwhile; :meth:`result` gives what it came to, or raises it."""
+    """A call in a background thread. :meth:`result` returns its value or raises its exception."""
 
     def __init__(self, what: Callable[[], Any]) -> None:
         super().__init__(daemon=True)
@@ -54,7 +54,7 @@ class BackgroundCall(threading.Thread):
         signal.pthread_kill(self.ident or 0, lib.pf_vmm_signal())
 
     def state(self) -> str:
-        """The scheduler's letter: R running, S waiting, D waiting and deaf to signals."""
+        """Return the scheduler's state letter: R running, S waiting, D waiting uninterruptibly."""
         try:
             text = Path(f"/proc/self/task/{self.native_id}/stat").read_text()
         except OSError:
@@ -62,12 +62,12 @@ class BackgroundCall(threading.Thread):
         return text.rpartition(")")[2].split()[0]
 
     def wait_state(self, letters: str, limit: float = IOCTL_LIMIT_SECONDS) -> None:
-        """Wait until it waits as said; the kernel tells of it nowhere but here."""
+        """Wait until the thread is in one of these states, which only /proc shows."""
         wait_for(lambda: self.state() in letters, f"a thread in state {letters}", limit)
 
 
 class RunningVcpu:
-    """A context in which a vCPU runs a program in a thread of its own, and does not end."""
+    """A context in which a vCPU runs an endless program in a background thread."""
 
     def __init__(self, vcpu: KvmVcpu, code: bytes, **registers: int) -> None:
         self.vcpu = vcpu
@@ -88,7 +88,7 @@ class RunningVcpu:
     def __exit__(self, kind: object, *_: object) -> None:
         reason = self.stop()
         if kind is None:
-            expect_equal(abi.EXIT_NAMES.get(reason, str(reason)), "INTR", "how the guest ended")
+            expect_equal(abi.EXIT_NAMES.get(reason, str(reason)), "INTR", "the guest's last exit")
 
     def stop(self) -> int:
         self.vcpu.kick()
@@ -97,10 +97,10 @@ class RunningVcpu:
         return int(self.task.result())
 
     def wait_progress(self, rounds: int = 1) -> None:
-        """Wait until the guest's counter has gone on."""
+        """Wait until the guest's counter has increased."""
         start = self.vcpu.vm.counter
         wait_for(
             lambda: self.vcpu.vm.counter >= start + rounds or not self.task.is_alive(),
-            "the guest to get on",
+            "progress of the guest",
         )
-        expect(self.vcpu.vm.counter >= start + rounds, "the guest has stopped getting on")
+        expect(self.vcpu.vm.counter >= start + rounds, "the guest makes no progress")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""VMs of a few pages, their vCPUs, and KVM's own counters.
+"""VMs of a few pages, their vCPUs, and KVM's counters.
 
-A VM's slot 0 is its system memory: programs, page tables, and a counter. It is populated and
-touched before anything is counted, so that what a case counts is about the case's own memory.
+Slot 0 of a VM is its system memory, with programs, page tables and a counter. It is populated and
+touched before anything is counted, so that a case counts only faults on its own memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VMRUN_HOST_SAVE_MSR = 0xC0010117
 
 
 class IoctlRefused(Exception):
-    """The ioctl was refused on a host whose KVM does not offer it; the runner looks closer."""
+    """The ioctl was refused on a host that does not offer it. The runner checks the refusal."""
 
     def __init__(self, vcpu: KvmVcpu, error: int, gpa: int, size: int) -> None:
         super().__init__(f"refused: {error_name(error)}")
@@ -39,11 +39,11 @@ class IoctlRefused(Exception):
 
 @dataclass(frozen=True)
 class IoctlResult:
-    """What the ioctl came to.
+    """The result of the ioctl.
 
-    :ivar error: an errno, 0 for success.
-    :ivar left: ``size`` as the kernel wrote it back.
-    :ivar seconds: how long it took.
+    :ivar error: its errno, or 0 for success.
+    :ivar left: the ``size`` that the kernel wrote back, in bytes.
+    :ivar seconds: its duration.
     """
 
     error: int
@@ -69,8 +69,8 @@ class KvmVm:
     """A VM with its system memory.
 
     :param kind: ``abi.VM_DEFAULT`` or ``abi.VM_SW_PROTECTED``.
-    :param irqchip: with a local APIC in the kernel: ``hlt`` waits there.
-    :param dirty_ring: bytes of each vCPU's dirty ring.
+    :param irqchip: create a local APIC in the kernel, so that ``hlt`` waits inside KVM_RUN.
+    :param dirty_ring: the size of each vCPU's dirty ring in bytes; 0 for none.
     :param quirk: False disables KVM_X86_QUIRK_SLOT_ZAP_ALL.
     """
 
@@ -89,7 +89,7 @@ class KvmVm:
         self.vcpus: list[KvmVcpu] = []
         self._programs: dict[bytes, int] = {}
         self._next_program = PROGRAMS
-        # What Intel's KVM needs for modes without paging; AMD's ignores it.
+        # kvm_intel needs this for modes without paging; kvm_amd ignores it.
         with contextlib.suppress(OSError):
             ioctl(self.fd, abi.SET_TSS_ADDR, 0xFFFBD000)
         if irqchip:
@@ -111,8 +111,6 @@ class KvmVm:
     def check(self, capability: int) -> int:
         return ioctl(self.fd, abi.CHECK_EXTENSION, capability)
 
-    # Memory.
-
     def slot(
         self,
         number: int,
@@ -124,7 +122,7 @@ class KvmVm:
         flags: int = 0,
         gmem: int = -1,
     ) -> Slot:
-        """Create a slot, or move it, or change its flags."""
+        """Create a slot, move it, or change its flags."""
         slot = Slot(number, gpa, memory.size - offset if size is None else size, memory, flags,
                     offset, gmem)  # fmt: skip
         self._set(slot)
@@ -154,18 +152,14 @@ class KvmVm:
         ioctl(self.fd, abi.SET_MEMORY_ATTRIBUTES, struct.pack("<4Q", gpa, size, attributes, 0))
 
     def dirty_pages(self, number: int) -> set[int]:
-        """Take a slot's dirty log: the numbers of its pages."""
+        """Read and clear a slot's dirty log. Returns the numbers of the dirty pages."""
         count = self.slots[number].size // PAGE_SIZE
         bitmap = bytearray(-(-count // 64) * 8)
         ioctl(self.fd, abi.GET_DIRTY_LOG, struct.pack("<IIQ", number, 0, address_of(bitmap)))
         return {page for page in range(count) if bitmap[page // 8] >> page % 8 & 1}
 
-    # Counters.
-
     def leaves(self) -> Stage2Leaves:
         return Stage2Leaves(*self.stats.read(*Stage2Leaves.__dataclass_fields__))
-
-    # vCPUs.
 
     def vcpu(self, *, cpuid: bool = True, mode: abi.CpuMode = abi.FLAT32) -> KvmVcpu:
         vcpu = KvmVcpu(self, len(self.vcpus), cpuid, mode)
@@ -173,7 +167,7 @@ class KvmVm:
         return vcpu
 
     def program(self, code: bytes) -> int:
-        """Where in the guest a program is."""
+        """Return the guest address of a program. Copies the program there if needed."""
         if code not in self._programs:
             self._programs[code] = self._next_program
             self.system.put(self._next_program, code)
@@ -182,7 +176,7 @@ class KvmVm:
 
     @property
     def counter(self) -> int:
-        """The word that counting programs increment."""
+        """The counter that some guest programs increment."""
         return self.system.word(COUNTER)
 
 
@@ -190,7 +184,7 @@ LONG64 = abi.long_mode(TABLES)
 
 
 class KvmVcpu:
-    """One vCPU, in 32-bit mode without paging unless said otherwise."""
+    """One vCPU. Its default mode is 32-bit protected mode without paging."""
 
     def __init__(self, vm: KvmVm, number: int, cpuid: bool, mode: abi.CpuMode) -> None:
         self.vm = vm
@@ -206,8 +200,6 @@ class KvmVcpu:
         self.kvm_run = mmap.mmap(self.fd, size)
         self.stats = BinaryStats(ioctl(self.fd, abi.GET_STATS_FD))
 
-    # State.
-
     def set_cpuid(self) -> None:
         ioctl(self.fd, abi.SET_CPUID2, supported_cpuid())
 
@@ -219,7 +211,7 @@ class KvmVcpu:
         ioctl(self.fd, abi.SET_MSRS, struct.pack("<IIIIQ", 1, 0, index, 0, value))
 
     def set_smm(self, on: bool) -> None:
-        """In or out of system management mode, as QEMU loads it: ``KVM_SET_VCPU_EVENTS``."""
+        """Enter or leave system management mode by ``KVM_SET_VCPU_EVENTS``, as QEMU does."""
         events = bytearray(64)
         ioctl(self.fd, abi.GET_VCPU_EVENTS, events)
         # struct kvm_vcpu_events: flags at 20 (KVM_VCPUEVENT_VALID_SMM = 8), smi.smm at 24
@@ -235,8 +227,6 @@ class KvmVcpu:
     def stat(self, name: str) -> int:
         return self.stats.read(name)[0]
 
-    # The ioctl. Every prefault of the suite goes through here.
-
     def prefault(
         self,
         gpa: int,
@@ -248,11 +238,12 @@ class KvmVcpu:
         call: Callable[[int, int, int], int] | None = None,
         any_error: bool = False,
     ) -> IoctlResult:
-        """Issue ``KVM_PRE_FAULT_MEMORY`` once.
+        """Issue ``KVM_PRE_FAULT_MEMORY`` once. All prefaults of the suite use this method.
 
-        :param limit: seconds after which it is interrupted by a signal, again and again.
-        :param call: who issues it, if not this thread.
-        :param any_error: an error is the case's own affair on hosts without the ioctl, too.
+        :param limit: seconds after which signals interrupt it repeatedly.
+        :param call: a function that issues the ioctl in place of this thread.
+        :param any_error: return errors to the case even on hosts that do not offer the ioctl.
+        :raises IoctlRefused: the host does not offer the ioctl.
         """
         arguments = bytearray(struct.pack("<8Q", gpa, size, flags, *[padding] * 5))
         before = self.vm.leaves()
@@ -271,17 +262,15 @@ class KvmVcpu:
         return IoctlResult(max(0, -int(answer)), left, seconds)
 
     def prefault_all(self, gpa: int, size: int) -> None:
-        """Issue it until nothing is left; any error is unexpected."""
+        """Issue the ioctl until no bytes are left. Any error is unexpected."""
         while size:
             result = self.prefault(gpa, size)
             expect_equal(error_name(result.error), "success", f"prefault of {gpa:#x}+{size:#x}")
             expect(result.left < size, f"prefault of {gpa:#x}+{size:#x} made no progress")
             gpa, size = gpa + size - result.left, result.left
 
-    # Running.
-
     def run(self, limit: float = IOCTL_LIMIT_SECONDS) -> int:
-        """KVM_RUN, once: the exit reason. A signal is ``abi.EXIT_INTR``."""
+        """Issue KVM_RUN once and return the exit reason, ``abi.EXIT_INTR`` for a signal."""
         answer = lib.pf_vmm_ioctl_limited(self.fd, abi.RUN, 0, int(limit * 1e9))
         if answer < 0 and answer not in (-errno.EINTR, -errno.EFAULT):
             raise OSError(-answer, f"KVM_RUN: {os.strerror(-answer)}")
@@ -295,13 +284,13 @@ class KvmVcpu:
 
     @property
     def mmio(self) -> tuple[int, bool]:
-        """Of an exit for MMIO: the address, and whether it is a write."""
+        """After an MMIO exit: the address, and whether it is a write."""
         address, is_write = struct.unpack_from("<Q12xB", self.kvm_run, 32)
         return address, bool(is_write)
 
     @property
     def memory_fault(self) -> tuple[int, int, int]:
-        """Of an exit for a memory fault: flags, gpa, size."""
+        """After a memory fault exit: flags, gpa and size."""
         flags, gpa, size = struct.unpack_from("<3Q", self.kvm_run, 32)
         return flags, gpa, size
 
@@ -310,11 +299,11 @@ class KvmVcpu:
         ioctl(self.fd, abi.SET_REGS, abi.pack_regs(rip=rip, **registers))
 
     def call(self, code: bytes, **registers: int) -> dict[str, int]:
-        """Run a program to its end; its registers then."""
+        """Run a program to its end and return the registers."""
         self.start_at(code, **registers)
         reason = self.run()
         expect_equal(
-            abi.EXIT_NAMES.get(reason, str(reason)), "IO", "how the guest's program came to an end"
+            abi.EXIT_NAMES.get(reason, str(reason)), "IO", "the exit of the guest's program"
         )
         return self.registers()
 
@@ -323,27 +312,30 @@ class KvmVcpu:
         return bool(self.mode.efer & abi.EFER_LMA)
 
     def warm(self) -> None:
-        """Run an empty program, and touch the counter: system memory takes no faults from now."""
+        """Touch all system memory, so that it causes no faults later."""
         self.call(guest_code.NOTHING)
         self.read(COUNTER, 1)
         self.read(0, SYSTEM_BYTES // PAGE_SIZE)
 
     def read(self, gpa: int, pages: int, stride: int = PAGE_SIZE) -> int:
-        """The guest reads the first word of each page: their sum, modulo 2**32."""
+        """Make the guest read the first word of each page. Returns the sum modulo 2**32."""
         code = guest_code.READ_64 if self._long else guest_code.READ_32
         return self.call(code, rsi=gpa, rcx=pages, rdx=stride)["rbx"] & 0xFFFFFFFF
 
     def write(self, gpa: int, pages: int, value: int, stride: int = PAGE_SIZE) -> None:
-        """The guest writes the first word of each page."""
+        """Make the guest write the first word of each page."""
         code = guest_code.WRITE_64 if self._long else guest_code.WRITE_32
         self.call(code, rsi=gpa, rcx=pages, rdx=stride, rax=value)
 
     def faults_of(self, what: Callable[[], object]) -> int:
-        """How many stage-2 faults the guest takes during something (``pf_taken``)."""
+        """Return the number of stage-2 faults (``pf_taken``) during a call."""
         before = self.stat("pf_taken")
         what()
         return self.stat("pf_taken") - before
 
     def kick(self, on: bool = True) -> None:
-        """Have KVM_RUN return at once (``immediate_exit``); a thread in it needs a signal too."""
+        """Set ``immediate_exit``, so that KVM_RUN returns at once.
+
+        A thread that is already in KVM_RUN also needs a signal.
+        """
         self.kvm_run[1] = on

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What 0.1 had at other places: it works in 0.2, with a DeprecationWarning, and ends with it.
+"""Names and modules of version 0.1 that have moved.
 
-``session`` has ``qemu_prefault.Session`` and ``qemu_prefault.Policy``. ``survey`` and
-``scripting`` are found as ``qemu_prefault.survey`` and ``qemu_prefault.scripting``, because
-this folder is on the package's ``__path__``; so is ``lab``, which says where it went.
+They work in version 0.2 with a DeprecationWarning, and are removed after it. ``session`` defines
+``qemu_prefault.Session`` and ``qemu_prefault.Policy``. ``survey``, ``scripting`` and ``lab`` are
+importable as ``qemu_prefault.survey`` and so on, because this directory is on the package's
+``__path__``.
 """

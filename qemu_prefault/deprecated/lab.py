@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``python -m qemu_prefault.lab``: where it went."""
+"""``python -m qemu_prefault.lab``: print how to start the lab now."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import sys
 
 if __name__ == "__main__":
     print(
-        "qemu-prefault: the lab is a distribution of its own now: python -m qemu_prefault_lab\n"
-        "  from a checkout: pip install ./lab",
+        "qemu-prefault: the lab has moved to its own package: python -m qemu_prefault_lab\n"
+        "  to install it from a checkout: pip install ./lab",
         file=sys.stderr,
     )
     sys.exit(2)

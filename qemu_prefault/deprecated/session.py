@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``Session`` and ``Policy`` of 0.1, which are :class:`Vm` and :class:`Options` now."""
+"""``Session`` and ``Policy`` of version 0.1, now :class:`Vm` and :class:`Options`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..qemu.queries import VmState
 
 
 class Policy(Options):
-    """0.1's name of :class:`Options`."""
+    """The name of :class:`Options` in version 0.1."""
 
     def __new__(cls, *_: object, **__: object) -> Self:
         _warn("Policy", "Options")
@@ -25,12 +25,12 @@ class Policy(Options):
 
 
 class Session(Vm):
-    """0.1's name of :class:`Vm`, which could prefault by itself."""
+    """The name of :class:`Vm` in version 0.1, with its method :meth:`prefault`."""
 
     @classmethod
     @contextlib.asynccontextmanager
     async def open(cls, qmp: str, pid: int | None = None) -> AsyncIterator[Session]:
-        """:func:`qemu_prefault.connect`; ``libvirt:DOMAIN`` is an address here, too."""
+        """Call :func:`qemu_prefault.connect`. Also accept the address ``libvirt:DOMAIN``."""
         _warn("Session", "connect() and prefault_async()")
         if qmp.startswith("libvirt:"):
             opened = connect_vm(qmp.removeprefix("libvirt:"), pid)
@@ -41,7 +41,7 @@ class Session(Vm):
 
     @property
     def machine(self) -> VmState:
-        """0.1's name of :attr:`state`."""
+        """The name of :attr:`state` in version 0.1."""
         return self.state
 
     async def prefault(
@@ -54,7 +54,7 @@ class Session(Vm):
         dry_run: bool = False,
         agent: str = "auto",
     ) -> Report:
-        """:func:`qemu_prefault.prefault_async`."""
+        """Call :func:`qemu_prefault.prefault_async`."""
         given = policy or Options()
         options = Options(
             populate=given.populate,
@@ -75,7 +75,8 @@ class Session(Vm):
 
 def _warn(old: str, new: str) -> None:
     warnings.warn(
-        f"qemu_prefault.{old} is deprecated and ends with 0.2: use qemu_prefault's {new}",
+        f"qemu_prefault.{old} is deprecated and will be removed after 0.2: "
+        f"use qemu_prefault's {new}",
         DeprecationWarning,
         stacklevel=3,
     )

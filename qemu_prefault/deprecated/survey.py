@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""0.1's ``qemu_prefault.survey``; use :func:`qemu_prefault.ram_map` and its like."""
+"""``qemu_prefault.survey`` of version 0.1.
+
+Use :func:`qemu_prefault.ram_map` and :func:`qemu_prefault.counters` instead.
+"""
 
 from __future__ import annotations
 
@@ -24,35 +27,37 @@ __all__ = [
 ]
 
 warnings.warn(
-    "qemu_prefault.survey is deprecated and ends with 0.2: use qemu_prefault.ram_map() and "
-    "qemu_prefault.counters()",
+    "qemu_prefault.survey is deprecated and will be removed after 0.2: "
+    "use qemu_prefault.ram_map() and qemu_prefault.counters()",
     DeprecationWarning,
     stacklevel=2,
 )
 
 
 class RamMap(inspect.RamMap):
-    """With the text that the command line shows."""
+    """A RAM map that can format itself."""
 
     def lines(self) -> Iterator[str]:
+        """Return the text that the command line prints."""
         return ram_map_lines(self)
 
 
 class Counters(inspect.Counters):
-    """With the text that the command line shows."""
+    """Counters that can format themselves."""
 
     def lines(self) -> Iterator[str]:
+        """Return the text that the command line prints."""
         return counters_line(self)
 
 
 async def ram_map(qmp: str, pid: int | None = None) -> RamMap:
-    """The RAM of the QEMU behind a QMP socket."""
+    """Return the RAM of the QEMU behind a QMP socket."""
     async with qemu_prefault.connect(qmp, pid) as vm:
         found = await inspect.ram_map(vm)
     return RamMap(*(getattr(found, field.name) for field in fields(found)))
 
 
 async def counters(monitor: Monitor) -> Counters:
-    """KVM's counters, by QMP's ``query-stats``."""
+    """Return KVM's counters, read with the QMP command ``query-stats``."""
     found = await inspect.counters(monitor)
     return Counters(found.stage2, found.vcpus)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One run: options, checks, plan, execution, tally, report."""
+"""The parts of a run: options, preflight, plan, executor, tally and report."""

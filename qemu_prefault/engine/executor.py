@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Populate and prefault through an agent, and record what came of it.
+"""Populate and prefault memory through an agent, and record the result.
 
-An agent runs batches of ranges, a share for each vCPU. What cannot be written yet is populated,
-what can be is prefaulted. What one vCPU could not do another one takes, and what there was no
-time for is handed back.
+An agent runs batches of ranges, with a share for each vCPU. Pages that are not writable yet are
+populated, and writable pages are prefaulted. If a vCPU cannot process a range, another vCPU does.
+Targets that exceed the time limit are returned to the caller.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from .plan import Target, partition_by_node
 from .tally import RunTally
 from .vm import Backing
 
+#: Called with the phase ("populate", "prefault"), the bytes done, and the total bytes.
 Progress = Callable[[str, int, int], None]
-"""Called with the phase ("populate", "prefault"), bytes done and bytes in all."""
 
-
-#: Errors that are the vCPU's, not the range's: another vCPU may succeed.
+#: Errors that are due to the vCPU and not to the range, so that another vCPU may succeed.
 VCPU_ERRORS: Final = (kvm.STUCK, errno.EOPNOTSUPP)
 #: Most that a worker populates before the limits are read again, in bytes.
 BATCH_BYTES: Final = 64 << 20
@@ -39,18 +38,21 @@ NO_VCPU: Final = "prefault: no vCPU could be used"
 
 
 class Backings(Protocol):
-    """Who knows what a guest's sections are made of; usually a session."""
+    """An object that knows the backing of a guest's sections; usually a :class:`.Vm`."""
 
-    def backing(self, section: MemorySection) -> Backing: ...
+    def backing(self, section: MemorySection) -> Backing:
+        """Return the backing of a section."""
+        ...
 
     def memory_source(self, section: MemorySection) -> MemorySource: ...
 
 
 class Executor:
-    """What is done to a guest's memory through one agent.
+    """Populates and prefaults a guest's memory through one agent.
 
-    :ivar agent: the agent; who starts and closes it is not our affair.
-    :ivar unusable: workers whose vCPU cannot be used until the guest has run, with the errno.
+    :ivar agent: The agent. The caller starts and closes it.
+    :ivar unusable: The errno of each worker whose vCPU cannot be used until the guest has run, by
+        worker index.
     """
 
     def __init__(
@@ -75,17 +77,16 @@ class Executor:
         self._check_headroom = check_headroom
         self._ended = False
         self._time_is_up = False
-        self._all_writable: set[Target] = set()  # when they had been populated
-
-    # -- populate ----------------------------------------------------------------------
+        #: Targets that were entirely writable after populate().
+        self._all_writable: set[Target] = set()
 
     async def populate(self, targets: Sequence[Target], *, only: bool = False) -> None:
-        """Make every page that may be touched present and writable in QEMU's own tables.
+        """Make all pages that may be populated present and writable in QEMU.
 
-        The ioctl is a read fault: over untouched memory it would map the zero page
-        read-only, and each of the guest's writes would fault all the same, at 4 KiB.
+        The prefault ioctl is a read fault. On untouched memory it would map the zero page
+        read-only, and the guest's first write to each 4 KiB page would still fault.
 
-        :param only: it is all that was asked for.
+        :param only: Whether the run only populates, so that the tally counts these bytes.
         """
         queues: dict[Target, list[Range]] = {}
         present = {}
@@ -96,7 +97,7 @@ class Executor:
                 continue
             backing = self._backings.backing(target.section)
             present[target] = self._sums(target).present
-            if backing.kind == "hugetlb":  # pagemap does not tell writable from read-only there
+            if backing.kind == "hugetlb":  # pagemap does not show whether its pages are writable
                 gaps: Iterable[tuple[int, int]] = [(target.hva, target.size)]
             else:
                 gaps = self._pagemap.unwritable(target.hva, target.size, backing.private)
@@ -116,11 +117,11 @@ class Executor:
                 tally.note = f"populate: {kvm.describe_errno(error)}"
 
     async def _populate_in_batches(self, queues: dict[Target, list[Range]]) -> list[Outcome]:
-        """Populate ranges, and ask before each batch whether memory is still left for it.
+        """Populate ranges, and read the limits again before each batch.
 
-        Others take memory meanwhile: another run, another guest. So a batch takes at most a
-        sixteenth of what is left where others may take from it, too, and ends the populating
-        where that is less than a huge page.
+        Other runs and other guests take memory at the same time. So a batch takes at most a
+        sixteenth of what a contended limit has left, and populating ends when that is less than a
+        huge page.
         """
         total = sum(item.size for queue in queues.values() for item in queue)
         outcomes: list[Outcome] = []
@@ -137,7 +138,7 @@ class Executor:
         return outcomes
 
     def _next_batch(self, queues: dict[Target, list[Range]]) -> list[tuple[int | None, Range]]:
-        """Take the next ranges off the queues; none if memory has run short."""
+        """Take the next ranges off the queues; return none if memory has run short."""
         batch: list[tuple[int | None, Range]] = []
         taken: dict[str, int] = {}
         for target, queue in queues.items():
@@ -180,17 +181,15 @@ class Executor:
                     )
                     self._tally.of(target.section).note = f"populate: {limit.name} ran short"
 
-    # -- prefault ----------------------------------------------------------------------
-
     async def prefault(
         self, targets: Sequence[Target], *, again: bool = False, skip_pagemap: bool = False
     ) -> list[Target]:
-        """Prefault the pages that are writable now; the rest would be mapped read-only.
+        """Prefault the pages that are writable now; KVM would map the others read-only.
 
-        :param again: these were begun before: what was requested of them is counted already.
-        :param skip_pagemap: nobody has run who could have given back what was found writable when
-            it had been populated: do not look again.
-        :return: what there was no time for; see :meth:`time_limit`.
+        :param again: Whether a previous call has already counted the targets as requested.
+        :param skip_pagemap: Reuse the result of :meth:`populate` instead of reading pagemap again.
+            This is only valid if the guest has not run since.
+        :returns: The targets that exceeded the time limit, see :meth:`time_limit`.
         """
         total = sum(target.size for target in targets)
         batch: list[tuple[Range, Target]] = []
@@ -213,16 +212,16 @@ class Executor:
                 tally.prefaulted += outcome.done
                 tally.accounted += outcome.done
                 finished += outcome.done
-                # Where a vCPU is the matter, others have taken over, or the warning tells.
+                # After a vCPU's error, another vCPU processes the range, or usable() warns.
                 if outcome.error and outcome.error not in (kvm.ABORTED, *VCPU_ERRORS):
                     tally.note = f"prefault: {kvm.describe_errno(outcome.error)}"
             left.extend(replace(owner_of(i), gpa=i.start, size=i.size) for i in undone)
             batch.clear()
 
-        limit = self.agent.ranges_per_batch // 2  # stripes cut ranges in two
+        limit = self.agent.ranges_per_batch // 2  # partition() may split ranges
         for target in targets:
             tally = self._tally.of(target.section)
-            if self._time_is_up:  # maybe even to populate it
+            if self._time_is_up:  # perhaps before it was populated
                 left.append(target)
                 if not again:
                     requested = target.size if target.may_populate else self._sums(target).writable
@@ -259,8 +258,6 @@ class Executor:
         private = self._backings.backing(target.section).private
         return self._pagemap.sums(target.hva, target.size, private)
 
-    # -- batches -----------------------------------------------------------------------
-
     async def _run(
         self,
         ranges: Sequence[tuple[int | None, Range]],
@@ -270,7 +267,7 @@ class Executor:
     ) -> tuple[list[Outcome], list[Range]]:
         """Run ranges, each with its NUMA node, on all usable workers.
 
-        :return: outcomes, and what there was no time for.
+        :returns: The outcomes, and the ranges that exceeded the time limit.
         """
         outcomes: list[Outcome] = []
         todo = list(ranges)
@@ -300,15 +297,15 @@ class Executor:
         return outcomes, [item for _, item in todo] if self._time_is_up else []
 
     def _goes_on(self, index: int, outcome: Outcome) -> bool:
-        """Whether somebody is to take up what is left of a range."""
+        """Return whether the rest of a range must be processed (by any worker)."""
         if outcome.range.kind is Kind.STAGE2 and outcome.error in VCPU_ERRORS:
             self.unusable[index] = outcome.error
             return True
-        # Cut short; or not come to, because what came before it in the batch was the end.
+        # The range was interrupted, or not started because the batch ended before it.
         return (self._time_is_up and outcome.error == kvm.ABORTED) or not outcome.error
 
     def usable(self) -> list[Worker]:
-        """The workers whose vCPU can be used; if some cannot, a warning says so."""
+        """Return the workers whose vCPU can be used, and warn about the others."""
         usable = [worker for worker in self.agent.workers if worker.index not in self.unusable]
         if self.unusable:
             names = ", ".join(
@@ -321,18 +318,19 @@ class Executor:
         return usable
 
     def reconsider_vcpus(self) -> None:
-        """The guest has run: vCPUs that could not be used may be usable now."""
+        """Treat all vCPUs as usable again, after the guest has run."""
         self.unusable.clear()
         self._tally.warnings.pop(Code.VCPU_UNUSABLE, None)
         for tally in self._tally.tallies.values():
             if tally.note == NO_VCPU:
                 tally.note = None
 
-    # -- ends --------------------------------------------------------------------------
-
     @contextlib.contextmanager
     def time_limit(self, seconds: float | None) -> Iterator[None]:
-        """End the work in the block, after the chunks in hand, when it has lasted enough."""
+        """Limit the time of the work in the block.
+
+        After that time, the work ends when the current chunks are done.
+        """
 
         def end() -> None:
             self._time_is_up = True
@@ -347,7 +345,7 @@ class Executor:
             self._time_is_up = False
 
     def end(self) -> None:
-        """End all work, after the chunks in hand, for good."""
+        """End all work permanently when the current chunks are done."""
         self._ended = True
         self.agent.abort()
 

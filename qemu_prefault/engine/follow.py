@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Stay with a guest: tell what is prefaulted again, and why.
+"""Keep a guest prefaulted until QEMU exits, and report each run as an event.
 
-With the plugin in QEMU it is the plugin that acts, and its events are passed on. Without, the
-memory layout and KVM's counters are watched from outside, and a run is made whenever tables
-were dropped or memory was added. That is later than the plugin, by up to a few seconds, and
-pauses the guest for each run.
+If QEMU has loaded the plugin, the plugin keeps the guest prefaulted, and its events are passed on.
+Otherwise, this process polls the memory layout and KVM's counters, and prefaults the guest when
+stage-2 tables were dropped or memory was added. This reacts up to a few seconds later than the
+plugin, and pauses the guest for each run.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ from .vm import Vm
 
 Event = dict[str, Any]
 
+#: Seconds between two polls.
 LOOK_SECONDS: Final = 1.0
-#: Between two runs, so that a guest whose tables never last is not paused all the time.
+#: Seconds between two runs at least. If the guest's tables are dropped repeatedly, this limits how
+#: often the guest is paused.
 LEAST_SECONDS_BETWEEN_RUNS: Final = 5.0
-#: Tables are taken for dropped when less than this share of what was there is left.
+#: The tables count as dropped if less than this share of the mapped bytes is left.
 DROPPED: Final = 0.5
+#: Events after which the guest is polled immediately.
 WAKE_UP: Final = (
     "RESET",
     "RESUME",
@@ -46,10 +49,11 @@ WAKE_UP: Final = (
 
 
 def follow(vm: Vm, options: Options) -> AsyncIterator[Event]:
-    """Events of what is prefaulted again, until QEMU ends.
+    """Keep a guest prefaulted until QEMU exits.
 
-    :param options: what to prefault; the plugin, where there is one, has its own.
-    :raises QemuPrefaultError: as :func:`follow_from_outside`.
+    :param options: The options of each run. The plugin uses its own options instead.
+    :returns: The events of the runs, see README.md for their fields.
+    :raises QemuPrefaultError: in the cases of :func:`follow_from_outside`.
     """
     attach = options.agent is AgentChoice.ATTACH
     socket = None if attach else find_control_socket(vm.process)
@@ -59,7 +63,7 @@ def follow(vm: Vm, options: Options) -> AsyncIterator[Event]:
 
 
 async def follow_plugin(process: Process, socket: Path) -> AsyncIterator[Event]:
-    """The plugin's events, until QEMU ends; see README.md for their fields."""
+    """Yield the plugin's events until QEMU exits; see README.md for their fields."""
     async with Control.open(socket, process.pid) as control:
         await control.ask("follow")
         while True:
@@ -70,9 +74,10 @@ async def follow_plugin(process: Process, socket: Path) -> AsyncIterator[Event]:
 
 
 async def follow_from_outside(vm: Vm, options: Options) -> AsyncIterator[Event]:
-    """Run once, then again whenever it is needed, until QEMU ends.
+    """Prefault the guest once, and then again when necessary, until QEMU exits.
 
-    :raise QemuPrefaultError: the first run failed; later ones that are refused are events.
+    :raises QemuPrefaultError: if the first run fails. If a later run is refused, an event reports
+        it.
     """
     with vm.monitor.events(*WAKE_UP) as events:
         loop = _FollowLoop(vm, options)
@@ -90,7 +95,7 @@ async def follow_from_outside(vm: Vm, options: Options) -> AsyncIterator[Event]:
 
 
 async def _wait(events: EventStream) -> None:
-    """Until something happens that may matter, or a while has passed."""
+    """Wait for an event, but not longer than until the next poll."""
     try:
         async with asyncio.timeout(LOOK_SECONDS):
             await anext(events)
@@ -99,6 +104,8 @@ async def _wait(events: EventStream) -> None:
 
 
 class _FollowLoop:
+    """The state of :func:`follow_from_outside` between its polls."""
+
     def __init__(self, vm: Vm, options: Options) -> None:
         self._vm = vm
         self._options = options
@@ -110,6 +117,7 @@ class _FollowLoop:
         self._refusal = ""
 
     async def run(self, why: str) -> Event:
+        """Prefault the guest, and return the event for it."""
         report = await prefault(self._vm, self._options)
         self._ran_at = time.monotonic()
         self._need = self._refusal = ""
@@ -119,7 +127,10 @@ class _FollowLoop:
         return _event(why, report)
 
     async def poll(self) -> Event | None:
-        """One look at the guest: None if all is well, else what was done about it."""
+        """Poll the guest, and prefault it if necessary.
+
+        :returns: The event for a run or a refusal, or None if nothing was done.
+        """
         state = await self._vm.refresh()
         stage2 = await read_stage2(self._vm.monitor)
         shape, before = self._shape(state), self._seen
@@ -127,10 +138,10 @@ class _FollowLoop:
         if shape == before and set(shape) - set(self._layout):
             self._need = "memory was added"
         elif stage2 is not None and stage2.bytes < self._kept * DROPPED:
-            # Not forgotten if it cannot be done at once: the guest fills them, fault by fault.
+            # Remember this if the run must wait: the guest's faults fill the tables in between.
             self._need = "the tables were dropped"
         if not self._need or shape != before or firmware_ahead(state.ranges):
-            return None  # all is well, or it is still changing
+            return None  # no run is needed, or the layout is still changing
         if time.monotonic() - self._ran_at < LEAST_SECONDS_BETWEEN_RUNS:
             return None
         try:
@@ -138,7 +149,7 @@ class _FollowLoop:
         except (RefusedError, FailedError) as error:
             if not self._vm.monitor.alive or error.code == self._refusal:
                 return None
-            self._refusal = error.code  # it is told once, and waited out
+            self._refusal = error.code  # report the same refusal only once
             return {"event": "held", "time": time.time(), "why": f"{error.cause}; {error.remedy}"}
 
     def _shape(self, state: VmState) -> tuple[tuple[int, int, int], ...]:

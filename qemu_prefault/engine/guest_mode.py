@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Guests that run guests: which vCPUs can be used, and when it is worth trying again.
+"""Handle nested guests: find usable vCPUs, and decide whether to retry later.
 
-A vCPU that runs a nested guest has that guest's MMU loaded. Where its hypervisor uses nested
-paging the ioctl answers EOPNOTSUPP; where it shadows page tables the ioctl succeeds, but fills
-the root of guest mode (``role.guest_mode``, arch/x86/kvm/mmu) and not the one the guest itself
-runs on. The loops that stop the guest again are those of :mod:`.run`.
+While a vCPU runs a nested (L2) guest, KVM has L2's page tables loaded. If the guest's hypervisor
+uses nested paging, the ioctl fails with EOPNOTSUPP. If the hypervisor uses shadow paging, the ioctl
+succeeds, but it fills the root for guest mode (``role.guest_mode``, arch/x86/kvm/mmu) and not the
+root on which the guest itself runs. :mod:`.run` has the loops that pause the guest again.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from ..qemu.queries import read_vcpu_stats
 from .executor import Executor
 from .tally import RunTally
 
-#: How often a guest is stopped, and for how many seconds that is tried, until one of its vCPUs
-#: is not in guest mode. In the lab a busy nested guest is caught there two times out of three.
+#: How many times the guest is stopped, at most, to find a vCPU that is not in guest mode. In the
+#: lab, two of three attempts find a busy nested guest in guest mode.
 GUEST_MODE_TRIES: Final = 50
+#: How many seconds such attempts continue at most.
 GUEST_MODE_SECONDS: Final = 5.0
-#: Shortest and longest time it runs in between; random, not to keep in step with its timer.
+#: Bounds of the random time, in seconds, for which the guest runs between two attempts. It is
+#: random to avoid the same phase of the guest's timer each time.
 GUEST_MODE_WAIT: Final = (0.002, 0.02)
 
 
 class GuestMode:
-    """Which of an executor's vCPUs are in guest mode, each time the guest is paused."""
+    """Finds the vCPUs that are in guest mode while the guest is paused."""
 
     def __init__(
         self,
@@ -45,10 +47,11 @@ class GuestMode:
         *,
         chosen: bool,
     ) -> None:
-        """
-        :param threads: the workers' vCPUs. :param stats: likewise their counters; None where
-            only QEMU can be asked for them.
-        :param chosen: the user chose these vCPUs; there may be others.
+        """Store the vCPUs and the objects that examine them.
+
+        :param threads: The workers' vCPUs, in the order of the workers.
+        :param stats: The vCPUs' counters in the same order, or None if they must be read by QMP.
+        :param chosen: Whether the user chose these vCPUs, so that the guest may have others.
         """
         self._monitor = monitor
         self._executor = executor
@@ -58,22 +61,29 @@ class GuestMode:
         self._every = "every chosen vCPU" if chosen else "every vCPU"
 
     async def let_the_guest_run(self, seconds: float = 0.0) -> None:
-        """Wait between two pauses, for at least so long."""
+        """Wait between two pauses for at least this time, plus a short random time."""
         await asyncio.sleep(seconds + random.uniform(*GUEST_MODE_WAIT))
 
     @staticmethod
     def worth_another_try(tries: int, began: float) -> bool:
-        """:param began: ``time.monotonic()`` at the first try."""
+        """Return whether another attempt is within the limits.
+
+        :param tries: The number of attempts so far.
+        :param began: ``time.monotonic()`` at the first attempt.
+        """
         return tries < GUEST_MODE_TRIES and time.monotonic() - began < GUEST_MODE_SECONDS
 
     @staticmethod
     def is_last_try(tries: int) -> bool:
+        """Return whether the number of attempts has reached its limit."""
         return tries == GUEST_MODE_TRIES
 
     async def select_vcpus(self) -> bool:
-        """Choose the vCPUs that are not in guest mode; False if there are none.
+        """Mark the vCPUs in guest mode as unusable until the next pause.
 
-        Which they are does not change while the guest is paused.
+        A vCPU does not change its mode while the guest is paused.
+
+        :returns: False if all vCPUs are in guest mode; then none is marked.
         """
         self._executor.reconsider_vcpus()
         in_guest_mode = await self.workers()
@@ -83,10 +93,10 @@ class GuestMode:
         return True
 
     async def workers(self) -> set[int]:
-        """Indexes of the workers whose vCPU runs a nested guest.
+        """Return the indexes of the workers whose vCPU runs a nested guest.
 
-        Where KVM does not tell (its counter came with Linux 5.14, ``query-stats`` with QEMU
-        7.1), the ioctl will.
+        The result is empty if KVM does not report the mode: the counter ``guest_mode`` needs
+        Linux 5.14, and ``query-stats`` needs QEMU 7.1. The ioctl's error then shows the mode.
         """
         workers = self._executor.agent.workers
         if self._stats is not None:
@@ -100,42 +110,46 @@ class GuestMode:
         }
 
     def refused_every_worker(self) -> bool:
-        """Whether the ioctl has told of guest mode on every vCPU, where KVM's counters do not."""
+        """Return whether no vCPU is usable, and the ioctl reported guest mode."""
         unusable = self._executor.unusable
         errors = [unusable.get(worker.index) for worker in self._executor.agent.workers]
         return None not in errors and errno.EOPNOTSUPP in errors
 
     def warn(self, caught: bool, tries: int, seconds: float, will_resume: bool) -> None:
-        """Record what came of it among the warnings.
+        """Record a warning if attempts failed because of guest mode.
 
-        :param caught: the last pause, too, found every vCPU in guest mode.
-        :param will_resume: the guest runs on.
+        :param caught: Whether every vCPU was in guest mode at the last attempt, too.
+        :param tries: The number of attempts.
+        :param seconds: The time that all attempts took.
+        :param will_resume: Whether the guest is resumed after this run.
         """
         notes, every = self._tally.warnings, self._every
         if not caught:
             if tries > 1:
                 notes[Code.GUEST_MODE] = (
-                    f"{_times(tries - 1)} the guest was stopped while {every} ran a nested "
-                    "guest; it was let run on and stopped again"
+                    f"the guest was stopped {_times(tries - 1)} while {every} ran a nested "
+                    "guest; it was resumed and stopped again"
                 )
             return
         unusable = self._executor.unusable
-        if not unusable:  # the ioctl did not mind
+        if not unusable:  # the ioctl succeeded
             why = "so KVM filled the tables that the nested guest runs on, not the guest's own"
             self._tally.discard_accounted()
         else:
             why = "where KVM cannot fill the guest's own tables"
             if set(unusable.values()) == {errno.EOPNOTSUPP}:
-                notes.pop(Code.VCPU_UNUSABLE, None)  # which says the same
+                notes.pop(Code.VCPU_UNUSABLE, None)  # this warning includes that one
         if will_resume:
             notes[Code.GUEST_MODE] = (
-                f"stopped {_times(tries)} within {seconds:.1f} s, each time {every} ran a "
-                f"nested guest, {why}. The guest runs on: try again when its guests are less busy"
+                f"the guest was stopped {_times(tries)} within {seconds:.1f} s; each time {every} "
+                f"ran a nested guest, {why}. The guest is running: try again when its nested "
+                "guests are less busy"
             )
         else:
             notes[Code.GUEST_MODE] = (
                 f"the guest was paused while {every} ran a nested guest, {why}. Use --cont, "
-                "which lets it run and stops it at a better moment, or run this while it runs"
+                "which resumes the guest and stops it again at a better moment, or run this while "
+                "the guest is running"
             )
 
 

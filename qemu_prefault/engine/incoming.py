@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The window between an incoming guest's RAM being loaded and its next instruction.
+"""Keep an incoming guest paused after its RAM is loaded, to prefault it.
 
-A QEMU that waits for a migration or a restore starts the guest by itself when all is loaded,
-unless it was started with ``-S``. ``stop`` makes it stay paused instead, and ``cont`` before
-that makes it start by itself again (qmp_stop() and qmp_cont(), monitor/qmp-cmds.c: in
-``inmigrate`` they only set ``autostart``). So the window can be had without the guest ever
-being stopped, and can be given back at any time.
+A QEMU that waits for a migration or a restore starts the guest when everything is loaded, unless
+QEMU was started with ``-S``. In the state ``inmigrate``, the commands ``stop`` and ``cont`` only
+set ``autostart`` (qmp_stop() and qmp_cont(), monitor/qmp-cmds.c). So ``stop`` makes QEMU leave the
+guest paused when it is loaded, and ``cont`` restores the automatic start at any time before that.
 """
 
 from __future__ import annotations
@@ -22,19 +21,21 @@ from ..qemu.queries import read_migration, read_status
 from .preflight import check_status
 from .resume_guard import ResumeGuard
 
+#: The limit for each command in seconds. A QEMU that loads a guest from a file may not answer
+#: until it is loaded.
 LOAD_SECONDS = 7 * 24 * 3600.0
-"""A QEMU that loads from a file may not answer until it is done."""
+#: Seconds between two queries if QEMU sends MIGRATION events.
 EVENT_SECONDS = 1.0
+#: Seconds between two queries if QEMU sends no MIGRATION events.
 POLL_SECONDS = 0.01
-"""Between two questions where this QEMU's migrations tell no events."""
 
 
 class IncomingMigration:
-    """A guest whose RAM is being loaded. Obtained from :func:`hold_incoming`.
+    """A guest whose RAM is being loaded. Use :func:`hold_incoming` to get one.
 
-    :ivar starts_by_itself: whether QEMU was to start it, and we owe it that.
-    :ivar loaded_at: ``time.monotonic()`` when its RAM was found loaded.
-    :ivar runs: whether it runs by then, by somebody else's doing.
+    :ivar starts_by_itself: Whether QEMU would start the guest, so that the caller must resume it.
+    :ivar loaded_at: ``time.monotonic()`` when the guest's RAM was found loaded.
+    :ivar runs: Whether the guest already ran at that time, because another client started it.
     """
 
     def __init__(self, monitor: Monitor, starts_by_itself: bool, events: EventStream) -> None:
@@ -48,8 +49,8 @@ class IncomingMigration:
     async def loaded(self) -> None:
         """Wait until the guest is loaded.
 
-        :raise FailedError: the migration failed or was cancelled.
-        :raise RefusedError: it came in a state in which it cannot run.
+        :raises FailedError: if the migration failed or was cancelled.
+        :raises RefusedError: if the loaded guest is in a state in which it cannot run.
         """
         with self._monitor.patience(LOAD_SECONDS):
             while not (await self._is_loaded() or await self._is_told()):
@@ -68,13 +69,14 @@ class IncomingMigration:
         return False
 
     async def _is_told(self) -> bool:
-        """Whether QEMU tells that it is loaded, before it is time to ask again.
+        """Wait for a MIGRATION event; return whether it reports the end of loading.
 
-        It does so when the guest is in its new run state (process_incoming_migration_bh(),
-        migration/migration.c), so there is nothing to ask: the guest waits for every answer.
+        QEMU sends this event after it has set the guest's new run state
+        (process_incoming_migration_bh(), migration/migration.c). So no further query is needed,
+        each of which would delay the guest.
         """
         with contextlib.suppress(TimeoutError):
-            # None: the connection has ended, and the next question tells why.
+            # None means that the connection has ended; the next query raises the error for it.
             while event := await self._events.get(EVENT_SECONDS if self._told else POLL_SECONDS):
                 if event.name == "RESUME":
                     self.runs = True
@@ -85,13 +87,13 @@ class IncomingMigration:
         return False
 
     async def tell_events(self) -> bool:
-        """Have QEMU send MIGRATION events; returns whether that was our doing."""
+        """Enable MIGRATION events; return True if they were disabled before."""
         self._told = (await _capabilities(self._monitor)).get("events", False)
         if self._told:
             return False
         try:
             await _set_events(self._monitor, True)
-        except CommandError:  # too late for this migration
+        except CommandError:  # the migration has already started
             return False
         self._told = True
         return True
@@ -100,20 +102,22 @@ class IncomingMigration:
 def _failed(cause: str) -> FailedError:
     return FailedError(
         cause,
-        "nothing was prefaulted; the guest is where it was, at the source or in its file",
+        "nothing was prefaulted; the guest is still at the source or in its file",
         code=Code.MIGRATION_FAILED,
     )
 
 
 async def check_no_postcopy(monitor: Monitor) -> None:
-    """Raise if the migration may go on after the guest has started.
+    """Raise an error if the migration may continue after the guest has started.
 
-    :raise RefusedError: each page touched would be asked for from the source, one by one.
+    In postcopy, QEMU would request each page that populating touches from the source.
+
+    :raises RefusedError: if the capability ``postcopy-ram`` is set.
     """
     if (await _capabilities(monitor)).get("postcopy-ram"):
         raise RefusedError(
-            "this migration may go on as postcopy: missing pages must come from the source first",
-            "migrate without the capability postcopy-ram, or prefault when it has completed",
+            "this migration may switch to postcopy, in which pages are fetched from the source",
+            "migrate without the capability postcopy-ram, or prefault after the migration",
             code=Code.POSTCOPY,
         )
 
@@ -134,12 +138,13 @@ async def _set_events(monitor: Monitor, state: bool) -> None:
 async def hold_incoming(
     monitor: Monitor, process: Process, cleanup: OrphanCleanup
 ) -> AsyncIterator[IncomingMigration]:
-    """Keep a guest that is being loaded paused when it is, for the block.
+    """Keep an incoming guest paused after it is loaded, until the end of the block.
 
-    If the block ends early, or we are killed in it, QEMU starts the guest by itself as it
-    would have. Who leaves it in order resumes the guest.
+    If the block raises or this process dies, QEMU starts the guest as it would have done otherwise.
+    If the block exits normally, the caller must resume the guest.
 
-    :raise FailedError: the migration failed or was cancelled, of which QEMU ends.
+    :param cleanup: What to do if this process dies.
+    :raises FailedError: if the migration fails or is cancelled, after which QEMU exits.
     """
     with contextlib.ExitStack() as stack:
         events = stack.enter_context(monitor.events("MIGRATION", "RESUME"))
@@ -156,7 +161,7 @@ async def hold_incoming(
         except MonitorError as error:
             if monitor.alive or arrival.loaded_at:
                 raise
-            raise _failed("QEMU has ended: the migration failed, or was cancelled") from error
+            raise _failed("QEMU has exited: the migration failed or was cancelled") from error
         finally:
             if monitor.alive:
                 with contextlib.suppress(QemuPrefaultError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Look without touching: where the guest's RAM is, and what KVM counts."""
+"""Read the map of the guest's RAM and KVM's counters, without changing anything."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from ..units import HUGE_PAGE_SIZE
 from .report import SCHEMA, stage2_json
 from .vm import Vm
 
+#: The counters that :func:`counters` sums up.
 VCPU_COUNTERS = ("pf_taken", "pf_fixed", "pf_spurious", "exits")
 
 
 @dataclass(frozen=True, slots=True)
 class MappedSection:
-    """A piece of guest memory; sizes in bytes.
+    """A section of guest memory; sizes are in bytes.
 
-    ``resident``: present in QEMU's page tables. ``writable``: of that, what a prefault would
-    map writable. ``huge``: whether guest and host addresses allow 2 MiB leaves.
+    :ivar huge: Whether guest and host addresses allow 2 MiB leaves.
+    :ivar resident: Bytes that are present in QEMU's page tables, or None if unknown.
+    :ivar writable: Of these, the bytes that a prefault would map writable.
+    :ivar skipped: Why the section is not prefaulted, or None.
     """
 
     name: str
@@ -42,6 +45,8 @@ class MappedSection:
 
 @dataclass(frozen=True, slots=True)
 class RamMap:
+    """The map of a guest's RAM; `stage2` is None without KVM's counters."""
+
     pid: int
     version: str
     status: str
@@ -49,6 +54,7 @@ class RamMap:
     stage2: Stage2Leaves | None
 
     def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of ``qemu-prefault map --json``."""
         return {
             "schema": SCHEMA,
             "qemu": {"pid": self.pid, "version": self.version, "status": self.status},
@@ -58,7 +64,10 @@ class RamMap:
 
 
 async def ram_map(vm: Vm) -> RamMap:
-    """The RAM of a QEMU, sections that are left out included."""
+    """Return the map of a guest's RAM, including the skipped sections.
+
+    :raises UnsupportedError: if this process has no permission to trace QEMU.
+    """
     state = vm.state
     found = []
     with Pagemap(vm.process) as pagemap:
@@ -96,17 +105,22 @@ async def ram_map(vm: Vm) -> RamMap:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """KVM's counters at one moment; the vCPU ones summed over all vCPUs, since the VM began."""
+    """KVM's counters.
+
+    :ivar stage2: The current leaves in the stage-2 tables, or None if unknown.
+    :ivar vcpus: The vCPUs' counters since the start of the VM, as sums over all vCPUs.
+    """
 
     stage2: Stage2Leaves | None
     vcpus: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of ``qemu-prefault stats --json``."""
         return {"schema": SCHEMA, "stage2": stage2_json(self.stage2), "vcpus": self.vcpus}
 
 
 async def counters(monitor: Monitor) -> Counters:
-    """Ask for them (QMP ``query-stats``)."""
+    """Read KVM's counters by QMP (``query-stats``)."""
     per_vcpu = await read_vcpu_stats(monitor, VCPU_COUNTERS)
     sums: dict[str, int] = {}
     for stats in per_vcpu.values():

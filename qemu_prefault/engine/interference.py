@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Look out, during a run, for what somebody else does to the guest: resume, reset, migrate it."""
+"""Detect that another client resumes, resets or migrates the guest."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .vm import Vm
 
 
 class InterferenceMonitor:
-    """Ends a run, with the reason, when what it rests on is changed.
+    """Ends a run when another client resumes or migrates the guest.
 
-    :ivar reason: why the run was ended; None while it goes on.
-    :ivar prefaulting: the guest must not be resumed now.
+    :ivar reason: Why the run was ended, or None if it was not.
+    :ivar prefaulting: Whether the guest is being prefaulted, so that it must not be resumed.
     """
 
     def __init__(self, vm: Vm, tally: RunTally, end: Callable[[], None]) -> None:
@@ -27,14 +27,16 @@ class InterferenceMonitor:
         self._vm = vm
         self._tally = tally
         self._end = end
-        self._own_resumes = 0  # whose events are yet to come
+        #: Resumes by this process whose events have not arrived yet.
+        self._own_resumes = 0
 
     @contextlib.asynccontextmanager
     async def watched(self, *, abort_on_migration: bool) -> AsyncIterator[None]:
-        """Keep watch during the block, and raise the reason at its end if there is one.
+        """Detect interference during the block, and raise the reason at its end.
 
-        :param abort_on_migration: End the run if a migration starts. False while we wait for an
-            incoming one.
+        :param abort_on_migration: End the run if a migration starts. False for an incoming
+            migration.
+        :raises QemuPrefaultError: if the run was ended.
         """
         names = ("RESUME", "STOP", "RESET", "SHUTDOWN", "MIGRATION")
         with self._vm.monitor.events(*names) as events:
@@ -51,24 +53,24 @@ class InterferenceMonitor:
             raise self.reason
 
     def interrupt(self, reason: QemuPrefaultError) -> None:
-        """End the run; the first reason stands."""
+        """End the run; if it has been ended before, keep the first reason."""
         if self.reason is None:
             self.reason = reason
             self._end()
 
     def expect_resume(self) -> None:
-        """We are about to resume the guest ourselves."""
+        """Expect a RESUME event, because this process is about to resume the guest."""
         self._own_resumes += 1
 
     async def migration_started(self) -> bool:
-        """Whether there is a migration now, by which the run is ended."""
+        """Return whether a migration is running, and end the run if so."""
         status = await read_migration(self._vm.monitor)
         if status in MIGRATION_OVER:
             return False
         self.interrupt(
             RefusedError(
                 f"a migration was started during the run (query-migrate: {status})",
-                "the run was ended, so that it does not dirty every page; prefault at the "
+                "the run was ended so that it does not mark every page as dirty; prefault at the "
                 "destination",
                 code=Code.MIGRATION,
             )
@@ -76,7 +78,7 @@ class InterferenceMonitor:
         return True
 
     async def _follow_migrations(self) -> None:
-        """MIGRATION events come only if the capability is set, so ask."""
+        """Poll for a migration; its events need the capability ``events``."""
         while not await self.migration_started():
             await asyncio.sleep(1)
 
@@ -94,8 +96,8 @@ class InterferenceMonitor:
             elif event.name == "RESUME" and paused and self.prefaulting:
                 self.interrupt(
                     FailedError(
-                        "somebody resumed the guest while it was being prefaulted",
-                        "what was done stays; run this again for the rest",
+                        "another client resumed the guest while it was being prefaulted",
+                        "the memory prefaulted so far stays mapped; run this again for the rest",
                         code=Code.RESUMED,
                     )
                 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the user asked for."""
+"""The options of a run."""
 
 from __future__ import annotations
 
@@ -8,41 +8,46 @@ from dataclasses import dataclass
 
 
 class Populate(enum.StrEnum):
-    """Which memory may be touched that the guest has not touched yet."""
+    """Which absent memory may be populated."""
 
+    #: All RAM, except memory that is absent on purpose (virtio-mem, balloon, overcommit).
     AUTO = "auto"
-    """All RAM, except where memory is absent on purpose (virtio-mem, balloon, overcommit)."""
+    #: All memory in the memory slots.
     ALL = "all"
-    """Everything in the memory slots."""
+    #: None: only memory that is present and writable is prefaulted.
     RESIDENT = "resident"
-    """Nothing new: only what is present and writable is prefaulted."""
 
 
 class AgentChoice(enum.StrEnum):
-    """Who issues the ioctl inside QEMU."""
+    """Which agent issues the ioctl inside QEMU."""
 
+    #: The plugin if QEMU has loaded it, else QEMU's own command if it is patched, else attach.
     AUTO = "auto"
-    """The plugin if QEMU has it loaded, else QEMU itself if it is patched, else attach."""
+    #: Helper threads, which ptrace starts inside QEMU.
     ATTACH = "attach"
-    """Helper threads, started inside QEMU by ptrace."""
+    #: ``qemu-prefault-plugin.so``, if QEMU was started with it.
     PLUGIN = "plugin"
-    """``qemu-prefault-plugin.so``, if QEMU was started with it."""
+    #: QEMU's own command ``x-kvm-prefault-memory``, if it exists.
     QMP = "qmp"
-    """QEMU itself, if it has ``x-kvm-prefault-memory``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user asked for, as the options of the command line of the same names.
+    """The options of a run, with the names of the command line's options.
 
-    ``ranges``: guest-physical (start, size) in bytes; empty: all. ``max_bytes``: stop there,
-    lowest addresses first. ``vcpus``: indexes of ``query-cpus-fast``; empty: all.
-    ``populate_only``: fill QEMU's own page tables, not stage-2. ``force``: populate even if
-    memory looks too short. ``chunk_bytes``: most that one system call is asked for; None: 32 MiB.
-    ``max_downtime``: seconds a guest may be kept from running at one go; None: as long as it
-    takes. ``cont``: resume the guest afterwards, also if it was paused. ``incoming``: wait for the
-    guest of a QEMU started with ``-incoming``, and prefault it before it starts. ``dry_run``: say
-    what would be done; touch nothing.
+    :ivar populate: Which absent memory may be populated.
+    :ivar ranges: Guest-physical ranges (start, size) in bytes; empty means all RAM.
+    :ivar max_bytes: Prefault at most this many bytes, lowest addresses first; None means all.
+    :ivar vcpus: Indexes of vCPUs to use, from ``query-cpus-fast``; empty means all.
+    :ivar populate_only: Fill QEMU's own page tables, but not the stage-2 tables.
+    :ivar force: Populate even if the host seems to have too little memory.
+    :ivar chunk_bytes: Bytes that one system call processes at most; None means 32 MiB.
+    :ivar max_downtime: Seconds for which the guest may be paused at a time; None means no limit.
+    :ivar cont: Resume the guest after the run, even if it was paused before.
+    :ivar incoming: Wait for the guest of a QEMU started with ``-incoming``, and prefault it before
+        it starts.
+    :ivar dry_run: Report what would be done, and change nothing.
+    :ivar agent: Which agent issues the ioctl inside QEMU.
     """
 
     populate: Populate = Populate.AUTO

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Keep the guest from running for a while, and leave its run state as it was found."""
+"""Pause the guest for a while, and restore its run state."""
 
 from __future__ import annotations
 
@@ -20,16 +20,20 @@ from .tally import RunTally
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """A guest that is paused: ``resume`` leaves it as it was found, or as was asked for."""
+    """A pause of the guest.
+
+    :ivar resume: Resumes the guest if it ran before or if the user asked for that.
+    :ivar will_resume: Whether `resume` resumes the guest.
+    """
 
     resume: Callable[[], Awaitable[None]]
     will_resume: bool
 
 
 class Pauser:
-    """Pauses one guest, as often as is asked for.
+    """Pauses a guest once or several times.
 
-    :ivar cont: resume it also if it was found paused.
+    :ivar cont: Whether to resume the guest even if it was paused before.
     """
 
     def __init__(
@@ -49,20 +53,21 @@ class Pauser:
 
     @contextlib.asynccontextmanager
     async def pause(self) -> AsyncIterator[Pause]:
-        """Hold the guest for the block, leave its run state as it was found.
+        """Pause the guest for the block, and restore its run state afterwards.
 
-        vCPU ioctls wait for KVM_RUN to return (vcpu->mutex), so the guest has to be stopped.
-        What it yields resumes it as early as possible.
+        A vCPU ioctl waits for ``vcpu->mutex`` until KVM_RUN returns, so the guest must be stopped.
+        The block should call :attr:`Pause.resume` as soon as possible.
         """
         monitor, agent, interference = self._monitor, self._agent, self._interference
-        # Asked anew: populating takes its time, and the operator may have paused the guest.
+        # Query the state again, because the operator may have paused the guest while it was being
+        # populated.
         was_running = await read_running(monitor)
         stopped_at = 0.0
 
         async def resume() -> None:
             nonlocal stopped_at
             interference.prefaulting = False
-            # An interrupted run leaves the guest to whoever interrupted it.
+            # If another client has interfered, leave the guest in the state that it chose.
             if was_running or (self.cont and interference.reason is None):
                 await self.resume(was_running)
             if stopped_at:
@@ -81,16 +86,17 @@ class Pauser:
                 interference.prefaulting = True
                 yield pause
             finally:
-                if stopped_at and monitor.alive:  # else the block has resumed it
+                if stopped_at and monitor.alive:  # otherwise the block has resumed the guest
                     agent.abort()
                     with contextlib.suppress(QemuPrefaultError):
                         await agent.close()
                     await resume()
 
     async def resume(self, was_running: bool) -> None:
-        """Let the guest run, unless it has migrated away meanwhile: then it runs elsewhere.
+        """Resume the guest, unless it has migrated away and runs at the destination.
 
-        A guest that was found paused is not started under a migration either.
+        :param was_running: Whether the guest ran before the pause. If it did not, it is not resumed
+            during a migration either.
         """
         monitor = self._monitor
         status = await read_status(monitor)
@@ -98,8 +104,8 @@ class Pauser:
             self._interference.interrupt(
                 RefusedError(
                     f"the guest migrated away during the run (query-status: {status}), and is "
-                    "not resumed here",
-                    "it lives at the destination; prefault it there",
+                    "not resumed on this host",
+                    "prefault it at the destination",
                     code=Code.MIGRATION,
                 ),
             )

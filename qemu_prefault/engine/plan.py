@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Decide, without touching anything: what is done to which memory, by which worker.
+"""Plan a run with pure functions.
 
-Two questions, two pure functions:
-
-* :func:`select` -- which bytes of which sections, and may they be populated?
-* :func:`partition` -- which worker takes which range?
+* :func:`select` chooses the memory to prefault, and decides whether it may be populated.
+* :func:`partition` divides ranges among the workers.
 """
 
 from __future__ import annotations
@@ -25,9 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A piece of one section that is to be prefaulted.
+    """A part of one section that should be prefaulted.
 
-    ``may_populate``: whether absent pages may be populated; if not, ``why_not`` says why.
+    :ivar gpa: Guest-physical address in bytes.
+    :ivar size: Bytes.
+    :ivar may_populate: Whether absent pages may be populated.
+    :ivar why_not: The reason if they may not, or None.
     """
 
     section: MemorySection
@@ -38,16 +39,14 @@ class Target:
 
     @property
     def hva(self) -> int:
+        """The target's address in QEMU."""
         return self.section.hva + (self.gpa - self.section.gpa)
 
 
-# -- what? -------------------------------------------------------------------------------
-
-
 def select(state: VmState, options: Options) -> tuple[Target, ...]:
-    """The pieces of guest RAM to prefault, ascending by guest-physical address.
+    """Return the targets to prefault, ascending by guest-physical address.
 
-    :raises InputError: a range touches no RAM.
+    :raises InputError: if the chosen ranges contain no guest RAM.
     """
     targets = []
     left = None if options.max_bytes is None else options.max_bytes // PAGE_SIZE * PAGE_SIZE
@@ -63,14 +62,14 @@ def select(state: VmState, options: Options) -> tuple[Target, ...]:
                 targets.append(Target(section, gpa, size, why_not is None, why_not))
     if options.ranges and left != 0 and not targets:
         raise InputError(
-            "no guest RAM lies in the ranges asked for",
-            "`qemu-prefault map` shows where it is",
+            "the given ranges contain no guest RAM",
+            "`qemu-prefault map` shows the addresses of guest RAM",
         )
     return tuple(targets)
 
 
 def subtract(targets: Iterable[Target], done: Iterable[Target]) -> tuple[Target, ...]:
-    """What of the targets lies in none of those that are done."""
+    """Return the parts of the targets that are not part of any done target."""
     left = []
     spans = sorted((target.gpa, target.gpa + target.size) for target in done)
     for target in targets:
@@ -98,8 +97,8 @@ def _within(section: MemorySection, ranges: Sequence[tuple[int, int]]) -> Iterab
 def _reason_not_to_populate(
     state: VmState, section: MemorySection, populate: Populate
 ) -> str | None:
-    # Two others follow the same idea with what they can see: libvirt/prelaunch.py, which has no
-    # monitor, and may_populate() of native/plugin/queue.c.
+    # libvirt/prelaunch.py, which has no monitor, and may_populate() of native/plugin/queue.c
+    # implement the same policy with the information that they have.
     if populate is Populate.ALL:
         return None
     balloon = state.balloon
@@ -109,19 +108,16 @@ def _reason_not_to_populate(
         "the balloon is inflated: memory is absent on purpose": balloon is not None
         and balloon.actual < balloon.total,
         "reserve=off: memory is overcommitted on purpose": section.reserve is False,
-        "a shared file: touching it would write it": section.disk_file
+        "a shared file: populating would write it": section.disk_file
         or (section.device in ("nvdimm", "virtio-pmem") and section.share is not False),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-# -- who? --------------------------------------------------------------------------------
-
-
 def partition(ranges: Sequence[Range], workers: Sequence[Worker]) -> dict[int, list[Range]]:
-    """Divide ranges among workers, an equal share of bytes each, in address order.
+    """Divide ranges among workers in address order, with about equal bytes for each.
 
-    Cuts fall on 2 MiB boundaries, so that no huge page is worked on from two sides.
+    Ranges are cut at 2 MiB boundaries, so that two workers never process the same huge page.
     """
     total = sum(item.size for item in ranges)
     shares: dict[int, list[Range]] = {worker.index: [] for worker in workers}
@@ -129,8 +125,8 @@ def partition(ranges: Sequence[Range], workers: Sequence[Worker]) -> dict[int, l
     for item in ranges:
         start, end = item.start, item.start + item.size
         while start < end:
-            # Shares end at multiples of total/len(workers), so that what one cut adds to a
-            # share is not missing from the last one.
+            # The ends of shares are computed from the total, so that rounding up several cuts does
+            # not reduce the last share.
             while (due := total * (position + 1) // len(workers) - done) <= 0:
                 position += 1
             cut = min(end, -(-(start + due) // HUGE_PAGE_SIZE) * HUGE_PAGE_SIZE)
@@ -143,10 +139,12 @@ def partition(ranges: Sequence[Range], workers: Sequence[Worker]) -> dict[int, l
 def partition_by_node(
     ranges: Sequence[tuple[int | None, Range]], workers: Sequence[Worker]
 ) -> dict[int, list[Range]]:
-    """Like :func:`partition`, but memory of a guest NUMA node goes to that node's vCPUs.
+    """Divide the ranges of each guest NUMA node among the node's vCPUs.
 
-    A helper has its vCPU's CPU affinity, and first touch decides where memory lies: so it
-    comes to lie where the host's pinning meant it to.
+    A helper has its vCPU's CPU affinity, and the first access determines the host node of a page.
+    So memory is allocated on the host node to which the vCPUs of its guest node are pinned.
+
+    :param ranges: Each range with its guest NUMA node, or None if unknown.
     """
     shares: dict[int, list[Range]] = {worker.index: [] for worker in workers}
     by_node: dict[int | None, list[Range]] = {}

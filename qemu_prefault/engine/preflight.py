@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Before a run: can it work here, can the host afford it, and what the operator should know.
+"""Check that a run can work and does not harm the guest or the host.
 
-Whether a migration starts during the run is the matter of :mod:`.interference`; the plugin decides
-for itself (``classify()``, native/plugin/memslots.c).
+:mod:`.interference` detects a migration that starts during the run. The plugin has its own checks
+(``classify()``, native/plugin/memslots.c).
 """
 
 from __future__ import annotations
@@ -24,18 +24,17 @@ if TYPE_CHECKING:
     from ..qemu.queries import VmState
 
 
-# -- may we? -----------------------------------------------------------------------------
-
+#: Cause, remedy and code of the error for each ``query-status`` that makes a run impossible.
 _UNFIT_STATUS: Final = {
     "inmigrate": (
         "the incoming guest's RAM is not loaded yet",
-        "run this with --incoming: it waits until it is; or start QEMU with -S (or send `stop` "
-        "now), and run this when query-status says paused",
+        "run this with --incoming, which waits for it; or start QEMU with -S (or send `stop` now), "
+        "and run this when query-status reports paused",
         Code.INCOMING,
     ),
     "postmigrate": (
-        "this guest has migrated away; it lives at the destination",
-        "prefault it there",
+        "this guest has migrated away",
+        "prefault it at the destination",
         Code.MIGRATION,
     ),
     "finish-migrate": (
@@ -43,8 +42,8 @@ _UNFIT_STATUS: Final = {
         "prefault it at the destination",
         Code.MIGRATION,
     ),
-    "restore-vm": ("a snapshot is being loaded", "run this when that is done", Code.INCOMING),
-    "save-vm": ("a snapshot is being saved", "run this when that is done", Code.MIGRATION),
+    "restore-vm": ("a snapshot is being loaded", "wait until it is loaded", Code.INCOMING),
+    "save-vm": ("a snapshot is being saved", "wait until it is saved", Code.MIGRATION),
     "colo": (
         "this guest runs under COLO, which logs dirty pages",
         "stop COLO first",
@@ -52,19 +51,20 @@ _UNFIT_STATUS: Final = {
     ),
     "internal-error": (
         "KVM reported an internal error for this guest",
-        "it cannot go on; reset or restart it first",
+        "the guest cannot continue; reset or restart it first",
         Code.GUEST_STATE,
     ),
     "shutdown": ("this guest has shut down", "start it first", Code.GUEST_STATE),
     "guest-panicked": ("this guest has panicked", "reset it first", Code.GUEST_STATE),
 }
+#: The values of ``query-status`` after which the guest runs at the destination.
 MIGRATED_AWAY: Final = frozenset({"finish-migrate", "postmigrate"})
 
 
 def check_status(status: str) -> None:
-    """Raise if a guest of this ``query-status`` cannot run.
+    """Raise an error if a guest with this ``query-status`` cannot run.
 
-    :raises RefusedError: with the reason and what to wait for.
+    :raises RefusedError: with the reason, and what to wait for.
     """
     if status in _UNFIT_STATUS:
         cause, remedy, code = _UNFIT_STATUS[status]
@@ -72,61 +72,61 @@ def check_status(status: str) -> None:
 
 
 def check_awaits_incoming(state: VmState) -> None:
-    """Raise if no RAM is about to be loaded.
+    """Raise an error if QEMU does not wait for an incoming migration or restore.
 
-    :raises RefusedError: with what the guest is doing.
+    :raises RefusedError: with the guest's run state.
     """
     if state.status != "inmigrate":
         raise RefusedError(
-            f"no migration or restore is awaited here (query-status: {state.status})",
-            "start QEMU with -incoming, and this before the migration; for a guest that is there "
-            "already leave --incoming out",
+            f"this QEMU does not wait for a migration or restore (query-status: {state.status})",
+            "start QEMU with -incoming, and run this before the migration; for a guest that is "
+            "already loaded, leave out --incoming",
             code=Code.NOT_INCOMING,
         )
 
 
 def check_vm_state(state: VmState, dirty_limit: bool = False) -> None:
-    """Raise if prefaulting now would hurt the guest, or be in vain.
+    """Raise an error if prefaulting now would harm the guest, or have no effect.
 
-    While dirty pages are logged, KVM maps by 4 KiB only and marks each page it maps as dirty
-    (arch/x86/kvm/mmu/spte.c, ``make_spte()``): a migration would send them all again.
+    While dirty pages are logged, KVM maps only 4 KiB pages, and marks each page that it maps as
+    dirty (``make_spte()``, arch/x86/kvm/mmu/spte.c). A migration would send all of them again.
 
-    :param dirty_limit: whether ``query-vcpu-dirty-limit`` shows a limit in force.
-    :raises RefusedError: with the reason and what to wait for.
+    :param dirty_limit: Whether ``query-vcpu-dirty-limit`` shows an active limit.
+    :raises RefusedError: with the reason, and what to wait for.
     """
     migration = state.migration or "none"
     if "postcopy" in migration:
         raise RefusedError(
-            f"a postcopy migration is under way (query-migrate: {migration})",
-            "wait until it has completed: missing pages must come from the source first",
+            f"a postcopy migration is running (query-migrate: {migration})",
+            "wait until it has completed: until then, missing pages are fetched from the source",
             code=Code.POSTCOPY,
         )
     check_status(state.status)
     if migration not in MIGRATION_OVER:
         raise RefusedError(
-            f"a migration is under way (query-migrate: {migration}): dirty pages are logged",
-            "prefault at the destination, after it has completed",
+            f"a migration is running (query-migrate: {migration}): dirty pages are logged",
+            "prefault at the destination after the migration",
             code=Code.MIGRATION,
         )
     if state.dirty_rate == "measuring" or dirty_limit:
         what = "measured" if state.dirty_rate == "measuring" else "limited"
         raise RefusedError(
             f"the dirty page rate is being {what}: dirty pages are logged",
-            "run this when that is over (query-dirty-rate, query-vcpu-dirty-limit)",
+            "wait until that has ended (query-dirty-rate, query-vcpu-dirty-limit)",
             code=Code.DIRTY_LOGGING,
         )
 
 
 def check_supported(vm: Vm) -> None:
-    """Raise if this guest or this kernel cannot.
+    """Raise an error if this guest or this kernel does not support prefaulting.
 
-    :raises UnsupportedError: with what can be had instead.
+    :raises UnsupportedError: with the alternative.
     """
     if not vm.state.kvm:
         raise UnsupportedError(
             "this guest does not run under KVM",
-            "there are no stage-2 tables to fill; start QEMU with -accel kvm. "
-            "--populate-only still spares the guest the host's faults.",
+            "it has no stage-2 tables to fill; start QEMU with -accel kvm. "
+            "Without it --populate-only still helps: it saves the guest the host's page faults.",
             code=Code.NOT_KVM,
         )
     capability = vm.capability
@@ -137,10 +137,11 @@ def check_supported(vm: Vm) -> None:
 def check_headroom(
     vm: Vm, targets: Sequence[Target], pagemap: Pagemap, force: bool
 ) -> dict[Target, int]:
-    """Bytes each target would newly allocate; raise if the host cannot give them.
+    """Compute the memory that populating needs, and check that it is available.
 
-    :param force: whatever it can give.
-    :raises RefusedError: with what is needed, what there is, and which limit it is.
+    :param force: Skip the check.
+    :returns: The bytes that populating would allocate for each target.
+    :raises RefusedError: with the bytes needed, the bytes available, and the limit.
     """
     absent = {}
     for target in targets:
@@ -159,23 +160,23 @@ def check_headroom(
             if needs[limit.name] > limit.available:
                 raise RefusedError(
                     f"populating needs {format_size(needs[limit.name])}, but {limit.name} has only "
-                    f"{format_size(limit.available)} to give ({limit.detail})",
+                    f"{format_size(limit.available)} available ({limit.detail})",
                     "free memory, raise the limit, use --populate resident or --max-bytes; "
-                    "--force goes ahead all the same",
+                    "--force skips this check",
                     code=Code.NO_MEMORY,
                 )
     return absent
 
 
 def find_warnings(options: Options, targets: Sequence[Target], state: VmState) -> dict[str, str]:
-    """What the operator should know about this host and this guest, by code."""
+    """Return warnings about this host and this guest, by code."""
     if options.populate_only:
         return _resident_only(options, targets)
     found: dict[str, str] = {}
     if firmware_ahead(state.ranges) and not options.incoming:
         found[Code.FIRMWARE_AHEAD] = (
-            "the guest's firmware has yet to run: it makes QEMU delete and re-create the slot "
-            "of low RAM, and each time KVM drops every stage-2 table. Run this after boot"
+            "the guest's firmware has not finished: it makes QEMU delete and re-create the slot of "
+            "low RAM, and each time KVM drops every stage-2 table. Run this after boot"
         )
     crooked = [
         t.section.name
@@ -189,8 +190,8 @@ def find_warnings(options: Options, targets: Sequence[Target], state: VmState) -
         )
     if kvm.parameter("kvm_intel", "eptad") == "N":
         found[Code.NO_EPT_AD] = (
-            "this CPU's EPT has no accessed/dirty bits: a prefaulted page still takes one "
-            "exit at its first access"
+            "this CPU's EPT has no accessed/dirty bits: the first access to a prefaulted page "
+            "still takes one exit"
         )
     if kvm.parameter("kvm", "nx_huge_pages") == "Y":
         found[Code.NX_HUGE_PAGES] = (

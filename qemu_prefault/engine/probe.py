@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What would work here, what would not, why, and the command that fixes it.
+"""Check which features work with this host and QEMU, and give remedies.
 
-Every check is made in the way the real run makes it; nothing is changed.
+Each check uses the code of a real run, but changes nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .vm import Vm
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One check: ``verdict`` is ``ok``, ``no`` or ``note``; ``remedy`` what to do about it."""
+    """The result of one check; ``verdict`` is ``ok``, ``no`` or ``note``."""
 
     check: str
     verdict: str
@@ -35,11 +35,14 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
+    """The results of all checks, and the exit status that follows from them."""
+
     pid: int
     findings: tuple[Finding, ...]
     exit_status: ExitStatus
 
     def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of ``qemu-prefault probe --json``."""
         return {
             "schema": SCHEMA,
             "pid": self.pid,
@@ -49,21 +52,21 @@ class Findings:
 
 
 async def probe_process(pid: int) -> Findings:
-    """Examine this host, and a QEMU whose monitor is not known.
+    """Check this host and a QEMU whose monitor is not known.
 
-    :raise QemuPrefaultError: there is no such process.
+    :raises GoneError: if no such process exists.
     """
     process = Process.find(pid)
     findings, status = _host(process)
     findings.append(await _plugin(process))
     findings.append(
-        Finding("qmp", "note", "not asked", "give --qmp SOCK to examine the guest as well")
+        Finding("qmp", "note", "not checked", "give --qmp SOCK to check the guest, too")
     )
     return Findings(process.pid, tuple(findings), status)
 
 
 async def probe(vm: Vm) -> Findings:
-    """Examine this host and a connected QEMU."""
+    """Check this host and a connected QEMU."""
     findings, status = _host(vm.process)
     findings.append(await _plugin(vm.process))
     state = vm.state
@@ -76,7 +79,7 @@ async def probe(vm: Vm) -> Findings:
         )
     )
     if await offers_command(vm.monitor):
-        text = "x-kvm-prefault-memory is there: QEMU is not traced, it does the work itself"
+        text = "x-kvm-prefault-memory is present: QEMU prefaults the guest without being traced"
         findings.append(Finding("patched", "ok", text))
     for populate_only in (False, True):
         name = "populate" if populate_only else "prefault"
@@ -88,7 +91,7 @@ async def probe(vm: Vm) -> Findings:
                 status = status or error.exit_status
             continue
         findings.append(
-            Finding(name, "ok", f"{report.bytes.requested >> 20} MiB could be done now")
+            Finding(name, "ok", f"a run would {name} {report.bytes.requested >> 20} MiB now")
         )
         if not populate_only:
             findings += [Finding(w.code, "note", w.text) for w in report.warnings]
@@ -96,13 +99,14 @@ async def probe(vm: Vm) -> Findings:
 
 
 async def _plugin(process: Process) -> Finding:
-    """Whether the plugin is in that QEMU, and how it does."""
+    """Return whether QEMU has loaded the plugin, and the plugin's state."""
     socket = find_control_socket(process)
     if socket is None:
         return Finding(
             "plugin",
             "note",
-            "not loaded: what firmware, a reset or a migration drops is not prefaulted again",
+            "not loaded: memory that firmware, a reset or a migration drops from the stage-2 "
+            "tables is not prefaulted again",
             "start QEMU by `qemu-prefault run -- …`, or with "
             '-plugin "$(qemu-prefault plugin-path)"',
         )
@@ -111,25 +115,29 @@ async def _plugin(process: Process) -> Finding:
             status = await control.ask("status")
     except QemuPrefaultError as error:
         return Finding("plugin", "no", error.cause, error.remedy)
-    state = "keeps the guest prefaulted" if status["keeping"] else "is loaded and pauses"
+    state = (
+        "keeps the guest prefaulted"
+        if status["keeping"]
+        else "loaded, but paused or started with keep=off"
+    )
     if status["held"]:
-        state = f"holds back: {status['held']}"
+        state = f"waiting: {status['held']}"
     return Finding(
         "plugin",
         "ok" if status["pre_fault_memory"] else "no",
-        f"{state}; {status['pending'] >> 20} MiB to do, slot-zap-all quirk {status['quirk']}, "
+        f"{state}; {status['pending'] >> 20} MiB pending, slot-zap-all quirk {status['quirk']}, "
         f"control socket {socket}",
-        "" if status["pre_fault_memory"] else "this KVM cannot: see the line on kvm",
+        "" if status["pre_fault_memory"] else "KVM does not support it: see the finding on kvm",
     )
 
 
 def _host(process: Process) -> tuple[list[Finding], ExitStatus]:
-    """Kernel, KVM, and the right to trace QEMU."""
+    """Check the kernel, KVM, and the permission to trace QEMU."""
     status = ExitStatus.VERIFIED
     findings = [Finding("kernel", "ok", os.uname().release)]
     capability = kvm.pre_fault_capability(process)
     if capability.available:
-        findings.append(Finding("kvm", "ok", "KVM_PRE_FAULT_MEMORY is there"))
+        findings.append(Finding("kvm", "ok", "KVM_PRE_FAULT_MEMORY is available"))
     else:
         verdict = "note" if capability.available is None else "no"
         findings.append(Finding("kvm", verdict, capability.reason, capability.remedy))
@@ -145,5 +153,5 @@ def _host(process: Process) -> tuple[list[Finding], ExitStatus]:
         findings.append(Finding("attach", "no", error.cause, error.remedy))
         status = status or error.exit_status
     else:
-        findings.append(Finding("attach", "ok", "QEMU can be traced from here"))
+        findings.append(Finding("attach", "ok", "this process can trace QEMU"))
     return findings, status

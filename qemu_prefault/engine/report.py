@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a run did, in one frozen object, and its JSON.
+"""The report of a run, and its JSON.
 
-The JSON is a contract (``schema`` 1): names are only ever added. Times are seconds, sizes
-bytes.
+The JSON is stable (``schema`` 1): fields may be added, but are never renamed or removed. Times are
+in seconds, sizes in bytes.
 """
 
 from __future__ import annotations
@@ -13,12 +13,18 @@ from typing import Any
 from ..errors import ExitStatus
 from ..host.kvm import Stage2Leaves
 
+#: The version of all JSON objects.
 SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True)
 class SectionReport:
-    """One section of guest RAM; ``skipped`` says why nothing, or not all, was done to it."""
+    """The result for one section of guest RAM.
+
+    :ivar populated: Bytes that were newly allocated in QEMU's own page tables.
+    :ivar prefaulted: Bytes that were mapped in the stage-2 tables.
+    :ivar skipped: Why the section was skipped or is incomplete, or None.
+    """
 
     name: str
     gpa: int
@@ -32,7 +38,13 @@ class SectionReport:
 
 @dataclass(frozen=True, slots=True)
 class ByteSums:
-    """Sums over all sections. ``populated``: newly allocated in QEMU's own page tables."""
+    """Sums over all sections.
+
+    :ivar requested: Bytes that the run should prefault (or populate, if it only populates).
+    :ivar populated: Bytes that were newly allocated in QEMU's own page tables.
+    :ivar prefaulted: Bytes that were mapped in the stage-2 tables.
+    :ivar remaining: Requested bytes that were not done or not verified.
+    """
 
     requested: int
     populated: int
@@ -41,7 +53,7 @@ class ByteSums:
 
 
 def stage2_json(stage2: Stage2Leaves | None) -> dict[str, int] | None:
-    """``{"4k": …, "2m": …, "1g": …}``, or None where there are no counters."""
+    """Return ``{"4k": …, "2m": …, "1g": …}``, or None without counters."""
     if stage2 is None:
         return None
     return {"4k": stage2.pages_4k, "2m": stage2.pages_2m, "1g": stage2.pages_1g}
@@ -49,10 +61,14 @@ def stage2_json(stage2: Stage2Leaves | None) -> dict[str, int] | None:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """``populate`` and ``prefault`` by the helpers' own clocks; ``paused`` by our doing.
+    """The times of a run.
 
-    ``paused`` is what all pauses come to, ``longest_pause`` the longest one. Of an incoming
-    guest it is the time from its RAM being found loaded until it was resumed.
+    :ivar populate: Time of populating, by the workers' clocks.
+    :ivar prefault: Time of prefaulting, by the workers' clocks.
+    :ivar paused: Sum of all pauses of the guest by this run. For an incoming guest, this is the
+        time from when its RAM was found loaded until it was resumed.
+    :ivar longest_pause: The longest of these pauses.
+    :ivar total: Time of the whole run.
     """
 
     populate: float
@@ -64,7 +80,7 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True)
 class RunWarning:
-    """Something worth knowing that stopped nothing; ``code`` is stable."""
+    """A problem that did not stop the run; ``code`` is stable."""
 
     code: str
     text: str
@@ -72,6 +88,19 @@ class RunWarning:
 
 @dataclass(frozen=True, slots=True)
 class Report:
+    """What a run did, and what its effect was.
+
+    :ivar agent: ``attach``, ``plugin`` or ``qmp``.
+    :ivar pid: QEMU's process id.
+    :ivar qemu_version: For example ``10.0.13``.
+    :ivar qemu_status: The run state (``query-status``) as it was last read.
+    :ivar kernel_release: The release of the running kernel (``uname -r``).
+    :ivar pre_fault_memory: Whether KVM has KVM_PRE_FAULT_MEMORY, or None if unknown.
+    :ivar before: Leaves in the stage-2 tables before the run, or None without counters.
+    :ivar after: The same after the run.
+    :ivar dry_run: Whether the report describes what a run would do.
+    """
+
     agent: str
     pid: int
     qemu_version: str
@@ -88,12 +117,13 @@ class Report:
 
     @property
     def exit_status(self) -> ExitStatus:
-        """VERIFIED only if every requested byte is accounted for."""
+        """VERIFIED if every requested byte is done and verified, otherwise PARTIAL."""
         if self.dry_run or self.bytes.remaining == 0:
             return ExitStatus.VERIFIED
         return ExitStatus.PARTIAL
 
     def to_json(self) -> dict[str, Any]:
+        """Return the JSON object that ``--json`` prints."""
         return {
             "schema": SCHEMA,
             "agent": self.agent,

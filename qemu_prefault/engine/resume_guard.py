@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A guest that we paused is resumed even if we are killed.
+"""Resume a guest that this process has paused, even if this process is killed.
 
-Before ``stop`` goes out, a child process is forked. It holds the read end of a pipe whose
-write end only we have, and our own QMP connection (QEMU would let nobody else in before we
-are gone). When the pipe breaks without a word, we have died: it sends the helpers away,
-waits until they have left, and sends ``cont`` on that connection, if the guest is still here.
+Before it sends ``stop``, this process forks a child, the guard. The guard inherits the read end of
+a pipe, whose write end only this process has. It also inherits this process's QMP connection,
+because QEMU accepts no other client while that is open. If the pipe is closed without data, this
+process has died. The guard then stops the helpers, waits until they have exited, and sends ``cont``
+on the QMP connection unless the guest has migrated away.
 """
 
 from __future__ import annotations
@@ -21,19 +22,22 @@ from ..agents.base import OrphanCleanup
 from ..errors import Code, FailedError
 from .preflight import MIGRATED_AWAY
 
-RESET_PARSER = b"\xff"  # QEMU's JSON parser starts afresh after this byte, whatever we had sent
+#: This byte resets QEMU's JSON parser after an incomplete command.
+RESET_PARSER = b"\xff"
 REPLY_ID = "qemu-prefault-guard"
-LONGEST_ANSWER = 4096  # bytes, of query-status and cont
+#: Bytes; the answers to query-status and cont are shorter.
+LONGEST_ANSWER = 4096
 
 
 class ResumeGuard:
-    """Context manager around the time in which the guest is paused by our doing."""
+    """A context manager for the time during which the guest is paused."""
 
     def __init__(self, qmp_fd: int, cleanup: OrphanCleanup) -> None:
-        """
-        :param qmp_fd: our negotiated QMP connection.
-        :param cleanup: how the agent's work is ended; the guest is resumed when it has, or when
-            the patience is over.
+        """Store what the guard needs; the guard starts at the beginning of the block.
+
+        :param qmp_fd: The negotiated QMP connection of this process.
+        :param cleanup: How to stop the agent's work. The guard resumes the guest when the work has
+            ended, or when the cleanup's timeout has passed.
         """
         self._qmp_fd = qmp_fd
         self._cleanup = cleanup
@@ -41,26 +45,27 @@ class ResumeGuard:
         self._child = 0
 
     def __enter__(self) -> ResumeGuard:
-        """
-        :raises FailedError: if the guard died before it stood; nothing has been paused then.
+        """Start the guard, and wait until it is ready.
+
+        :raises FailedError: if the guard dies before it is ready; the guest is not paused yet.
         """
         read_end, self._pipe = os.pipe2(os.O_CLOEXEC)
-        ready, stands = os.pipe2(os.O_CLOEXEC)
+        ready, is_ready = os.pipe2(os.O_CLOEXEC)
         self._child = os.fork()
         if self._child == 0:
             try:
                 os.close(self._pipe)
-                self._watch(read_end, stands)
+                self._watch(read_end, is_ready)
             finally:
                 os._exit(0)
         os.close(read_end)
-        os.close(stands)
+        os.close(is_ready)
         try:
             if not os.read(ready, 1):
                 self.__exit__()
                 raise FailedError(
-                    "the process that was to guard the paused guest died at once",
-                    "see dmesg for who killed it; the guest was not paused",
+                    "the process that guards the paused guest died before the pause",
+                    "check dmesg for the reason, such as the OOM killer; the guest was not paused",
                     code=Code.GUARD,
                 )
         finally:
@@ -68,21 +73,20 @@ class ResumeGuard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """The guest has been resumed, or is meant to stay paused: the guard goes."""
+        """End the guard, because the guest has been resumed or should stay paused."""
         with contextlib.suppress(OSError):
             os.write(self._pipe, b"done")
         os.close(self._pipe)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self._child, 0)
 
-    # -- in the child ------------------------------------------------------------------
-
-    def _watch(self, read_end: int, stands: int) -> None:
-        os.setsid()  # what ends our terminal or its job does not end the guard
+    def _watch(self, read_end: int, is_ready: int) -> None:
+        """Wait in the child process for the parent's end; clean up if it has died."""
+        os.setsid()  # signals to the terminal's session and to the job do not reach the guard
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        os.write(stands, b"s")
-        os.close(stands)
+        os.write(is_ready, b"s")
+        os.close(is_ready)
         if os.read(read_end, 8):
             return
         with contextlib.suppress(OSError):
@@ -97,13 +101,13 @@ class ResumeGuard:
         connection.settimeout(30)
         with contextlib.suppress(OSError):
             status = _ask(connection, RESET_PARSER, "query-status")
-            # A guest that has migrated away meanwhile runs elsewhere.
+            # A guest that has migrated away runs at the destination.
             if not any(f'"{away}"'.encode() in status for away in MIGRATED_AWAY):
                 _ask(connection, b"", "cont")
 
 
 def _ask(connection: socket.socket, before: bytes, command: str) -> bytes:
-    """Send a command, wait for its answer; the end of all that came until then."""
+    """Send a command, wait for its answer, and return the last received bytes."""
     identity = f"{REPLY_ID}-{command}"
     message = json.dumps({"execute": command, "id": identity}).encode()
     connection.sendall(before + message + b"\n")

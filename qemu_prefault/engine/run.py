@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Drive a plan through an agent.
+"""Run the steps of a prefault.
 
-The algorithm, in the order of :func:`prefault`::
+:func:`prefault` takes these steps::
 
-    can it work here at all?            preflight.check_supported
-    is this a moment to do it?          preflight.check_vm_state
-    which memory?                       plan.select
-    can the host afford to populate it? preflight.check_headroom
-    populate, while the guest runs      Executor.populate
-    pause the guest                     Pauser.pause
-    caught in guest mode? let it run on, and pause it again
-    read the layout again; if it changed, select and populate what is new
-    prefault what is writable           Executor.prefault
+    check the guest, KVM and the kernel        preflight.check_supported
+    check the guest's state                    preflight.check_vm_state
+    choose the memory                          plan.select
+    check the host's free memory               preflight.check_headroom
+    populate while the guest runs              Executor.populate
+    pause the guest                            Pauser.pause
+    if all vCPUs are in guest mode, resume it and pause it again
+    read the layout again; if it has changed, choose and populate again
+    prefault the writable pages                Executor.prefault
     resume the guest
-    did the tables keep it?             RunTally.verify
+    compare with KVM's counters                RunTally.verify
 
-A guest that is yet to arrive (:meth:`PrefaultRun.receive`) is populated while its RAM is being
-loaded, and prefaulted in the window before it starts. Where the time a guest may be kept from
-running is limited, the prefaulting is cut into several pauses. Meanwhile
-:class:`InterferenceMonitor` looks out for what others do to the guest.
+An incoming guest (:meth:`PrefaultRun.receive`) is populated while its RAM is being loaded, and
+prefaulted after that, before it starts. If the time of a pause is limited, the guest is prefaulted
+in several pauses. During all of this, :class:`InterferenceMonitor` detects that other clients
+resume, reset or migrate the guest.
 """
 
 from __future__ import annotations
@@ -52,12 +52,14 @@ from .report import Report
 from .tally import RunTally
 from .vm import Vm
 
+#: How many times the memory is prefaulted, at most, because the layout keeps changing.
 LAYOUT_ROUNDS: Final = 4
-#: Between two pauses the guest runs this many times as long as a pause may last.
+#: Between two pauses the guest runs for the limit of a pause times this factor.
 RUN_PER_PAUSE: Final = 2
-#: Firmware lives below; a few hundred KiB of it are RAM.
+#: The memory that firmware uses ends here; a few hundred KiB of it are RAM.
 LOW_MEMORY: Final = 1 << 20
 
+#: Called and awaited when QEMU is ready for an incoming migration.
 OnReady = Callable[[], Awaitable[None]]
 
 
@@ -70,9 +72,13 @@ async def prefault(
 ) -> Report:
     """Prefault a guest.
 
-    :param on_ready: awaited as soon as an incoming guest may come.
-    :raises UnsupportedError, RefusedError: nothing was touched.
-    :raises FailedError: something broke; the guest's run state is as it was found.
+    :param on_ready: Called and awaited when an incoming migration may start.
+    :param on_progress: Called with the phase, the bytes done, and the total bytes.
+    :returns: The report.
+    :raises UnsupportedError: if this host, kernel or QEMU does not support prefaulting.
+    :raises RefusedError: if prefaulting would harm the guest or the host now, or if another client
+        migrates the guest during the run.
+    :raises FailedError: if a step fails. The guest's run state is restored.
     """
     selection = await select_agent(options.agent, vm.process, vm.monitor, kvm=vm.state.kvm)
     tally = RunTally()
@@ -110,7 +116,7 @@ async def _plan_only(
     pagemap: Pagemap,
     tally: RunTally,
 ) -> None:
-    """Record what a run would ask for."""
+    """Record what a run would do."""
     for target in targets:
         section = tally.of(target.section)
         private = vm.backing(target.section).private
@@ -166,7 +172,7 @@ async def _act(  # noqa: PLR0917
 
 @dataclass(frozen=True, slots=True)
 class PrefaultRun:
-    """One prefault of one guest, with all it takes."""
+    """The prefault of one guest, with all objects that it uses."""
 
     vm: Vm
     options: Options
@@ -178,7 +184,7 @@ class PrefaultRun:
     on_ready: OnReady | None
 
     async def populate_and_prefault(self, targets: tuple[Target, ...]) -> None:
-        """Do it, in the way that fits the guest and what was asked for."""
+        """Populate and prefault the targets as the guest and the options require."""
         if self.options.incoming:
             await self.receive(targets)
             return
@@ -190,7 +196,10 @@ class PrefaultRun:
             await self.prefault_in_one_pause(targets)
 
     async def prefault_in_one_pause(self, targets: tuple[Target, ...]) -> None:
-        """Pause the guest and prefault; within bounds, until not all vCPUs are in guest mode."""
+        """Pause the guest and prefault it.
+
+        If all vCPUs are in guest mode, resume the guest and try again within limits.
+        """
         guest_mode = self.guest_mode
         started = time.monotonic()
         tries = 0
@@ -212,7 +221,7 @@ class PrefaultRun:
                 await pause.resume()
 
     async def prefault_until_stable(self, targets: tuple[Target, ...]) -> None:
-        """Prefault; if the layout changed meanwhile (hotplug), do what is new as well."""
+        """Prefault, and repeat this if the layout has changed meanwhile (hotplug)."""
         done: tuple[Target, ...] = ()
         for _ in range(LAYOUT_ROUNDS):
             fresh = select(await self.vm.refresh(), self.options)
@@ -220,7 +229,7 @@ class PrefaultRun:
                 break
             if fresh != targets:
                 self.tally.warnings[Code.LAYOUT_CHANGED] = (
-                    "the guest's memory layout changed during the run; what is new was done too"
+                    "the guest's memory layout changed during the run; new memory was included"
                 )
                 await self.executor.populate(fresh)
             self.tally.discard_requests()
@@ -231,9 +240,9 @@ class PrefaultRun:
     async def prefault_in_several_pauses(
         self, targets: Sequence[Target], again: bool = False
     ) -> None:
-        """By turns, prefault as long as a pause may be and let the guest run.
+        """Prefault in pauses of limited length, between which the guest runs.
 
-        :param again: these were begun before.
+        :param again: Whether the targets have already been counted as requested.
         """
         guest_mode, executor = self.guest_mode, self.executor
         limit = self.options.max_downtime
@@ -260,10 +269,8 @@ class PrefaultRun:
             if left:
                 await guest_mode.let_the_guest_run(RUN_PER_PAUSE * (limit or 0))
 
-    # -- a guest that is yet to arrive -------------------------------------------------
-
     async def receive(self, targets: tuple[Target, ...]) -> None:
-        """Populate while RAM is being loaded; prefault before the guest's next instruction."""
+        """Populate an incoming guest while it is loaded; prefault before it starts."""
         monitor, executor, tally = self.vm.monitor, self.executor, self.tally
         left: Sequence[Target] = targets
         begun = False
@@ -285,7 +292,8 @@ class PrefaultRun:
             finally:
                 populating.cancel()
                 await asyncio.gather(populating, return_exceptions=True)
-            # Asked only now: the guest waits for every answer, and hardly any arrives so.
+            # Read the vCPUs' modes only after prefaulting: a query would delay the guest, and an
+            # incoming guest is rarely in guest mode.
             in_guest_mode = await self.guest_mode.workers()
             wanted = migration.starts_by_itself or self.options.cont
             if wanted and not runs and self.interference.reason is None:
@@ -306,16 +314,16 @@ class PrefaultRun:
         try:
             await monitor.execute("cont")
         except CommandError:
-            check_status(await read_status(monitor))  # it came as one that cannot run
+            check_status(await read_status(monitor))  # if the guest cannot run, this raises why
             raise
 
     async def _prefault_rest(
         self, targets: Sequence[Target], left: Sequence[Target], *, begun: bool, runs: bool
     ) -> None:
-        """What there was no time for, and what came with the guest.
+        """Prefault targets that exceeded the time limit, and new sections.
 
-        Firmware's doings in low memory are known only when devices have been loaded. They
-        are a few pages, which are not worth another pause of a guest that runs already.
+        The state of firmware's areas in low memory is known only after the devices have been
+        loaded. These are a few pages, for which a running guest is not paused again.
         """
         if left:
             await self.executor.populate(left)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The tally of a run: what was asked for, what was done, and what the report says of it."""
+"""Count the requested and the completed bytes of a run, and build its report."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from .vm import Vm
 
 @dataclass(slots=True)
 class SectionTally:
-    """What was done to one section so far, in bytes.
+    """The progress of one section, in bytes.
 
-    ``accounted``: what of ``requested`` is as was asked for. ``note``: why not all is.
+    :ivar requested: Bytes that should be prefaulted (or populated, if the run only populates).
+    :ivar populated: Bytes that were newly allocated.
+    :ivar prefaulted: Bytes that the ioctl has mapped.
+    :ivar accounted: Bytes of `requested` that are done.
+    :ivar note: Why the section is incomplete, or None.
     """
 
     requested: int = 0
@@ -30,10 +34,12 @@ class SectionTally:
 
 
 class RunTally:
-    """Tallies by section, times, counters and warnings of one run.
+    """The tallies, times, counters and warnings of one run.
 
-    :ivar warnings: what the operator should know, by code.
-    :ivar before, after: KVM's counters, None where there are none.
+    :ivar tallies: The tallies of sections, by their guest-physical address in hexadecimal.
+    :ivar warnings: Warnings for the operator, by code.
+    :ivar before: KVM's counters before the run, or None without counters.
+    :ivar after: The same after the run.
     """
 
     def __init__(self) -> None:
@@ -47,47 +53,51 @@ class RunTally:
         self._longest_pause = 0.0
 
     def of(self, section: MemorySection) -> SectionTally:
-        """The section's tally; sections are told by where they are in the guest."""
+        """Return the tally of a section, which its guest-physical address identifies."""
         return self.tallies.setdefault(f"{section.gpa:#x}", SectionTally())
 
     def count_work(self, phase: str, seconds: float) -> None:
-        """:param phase: ``populate`` or ``prefault``."""
+        """Add to the time of a phase, ``populate`` or ``prefault``."""
         self._seconds[phase] += seconds
 
     def count_pause(self, began: float) -> None:
-        """:param began: ``time.monotonic()`` when the guest was kept from running."""
+        """Count a pause that ends now.
+
+        :param began: ``time.monotonic()`` when the pause began.
+        """
         seconds = time.monotonic() - began
         self._paused_seconds += seconds
         self._longest_pause = max(self._longest_pause, seconds)
 
     def discard_requests(self) -> None:
-        """All of it is about to be asked for anew."""
+        """Reset all counts except `populated` before all targets are requested again."""
         for tally in self.tallies.values():
             tally.requested = tally.prefaulted = tally.accounted = 0
 
     def discard_prefaults(self) -> None:
-        """All of it is about to be prefaulted anew."""
+        """Reset the prefaulted bytes before all targets are prefaulted again."""
         for tally in self.tallies.values():
             tally.prefaulted = tally.accounted = 0
 
     def discard_accounted(self) -> None:
-        """It was prefaulted, but for other tables than those the guest runs on."""
+        """Count nothing as done: KVM filled tables that the guest does not run on."""
         for tally in self.tallies.values():
             tally.accounted = 0
 
     def verify(self) -> None:
-        """Believe counters: the tables must hold what the ioctl said it mapped."""
+        """Compare the result with KVM's counters, and correct it if entries were dropped."""
         if self.after is None:
             self.warnings[Code.NO_COUNTERS] = (
-                "this QEMU or kernel has no query-stats: only the ioctl's word stands for it"
+                "this QEMU or kernel has no query-stats: the result is not verified by KVM's "
+                "counters"
             )
             return
         missing = sum(tally.prefaulted for tally in self.tallies.values()) - self.after.bytes
         if missing <= 0:
             return
         self.warnings[Code.ZAPPED] = (
-            f"{format_size(missing)} were dropped from the stage-2 tables again: a memory slot was "
-            "deleted meanwhile (firmware, reset, hot-unplug), or the host reclaimed memory"
+            f"{format_size(missing)} were dropped from the stage-2 tables during the run: a memory "
+            "slot was deleted (firmware, reset, hot-unplug), or the host reclaimed memory"
         )
         for tally in self.tallies.values():
             lost = min(missing, tally.prefaulted)
@@ -96,7 +106,7 @@ class RunTally:
             missing -= lost
 
     def report(self, vm: Vm, agent: str, dry_run: bool = False) -> Report:
-        """Build the report."""
+        """Return the report of the run."""
         tallies = self.tallies.values()
         requested = sum(tally.requested for tally in tallies)
         return Report(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One QEMU, found and identified: what the public API hands out and the commands build on.
+"""A connection to one QEMU, for the public API and the commands.
 
 ::
 
@@ -39,7 +39,7 @@ from ..qemu.queries import VmState, read_vm_state
 
 @dataclass(frozen=True, slots=True)
 class Backing:
-    """What a section is made of in QEMU: kind, and whether the mapping is private."""
+    """The kind of memory behind a section, and whether QEMU maps it private."""
 
     kind: str
     private: bool
@@ -51,10 +51,12 @@ class Backing:
 
 
 class Vm:
-    """One QEMU, found and identified. Use :meth:`connect`.
+    """A connection to one QEMU and its process. Use :meth:`connect`.
 
-    :ivar monitor: the QMP connection. :ivar process: QEMU. :ivar state: what it said last.
-    :ivar capability: what KVM on this host can do.
+    :ivar monitor: The QMP connection.
+    :ivar process: QEMU's process.
+    :ivar state: QEMU's state as it was last read.
+    :ivar capability: Whether KVM_PRE_FAULT_MEMORY can work on this host.
     """
 
     def __init__(self, monitor: Monitor, process: Process, state: VmState) -> None:
@@ -69,12 +71,14 @@ class Vm:
     async def connect(
         cls, qmp: str, pid: int | None = None, dial: Dial | None = None
     ) -> AsyncIterator[Vm]:
-        """Connect to a QMP socket and identify the process behind it.
+        """Connect to a QMP socket, and identify the QEMU process behind it.
 
-        :param qmp: as :meth:`Monitor.connect` takes it; so ``dial``.
-        :param pid: QEMU's process id where the socket cannot tell it.
-        :raise QemuPrefaultError: see :mod:`qemu_prefault.qemu.monitor`,
-            :mod:`qemu_prefault.host.identify`.
+        :param qmp: The socket's address, see :meth:`Monitor.connect`.
+        :param pid: QEMU's process id, if the socket does not identify it.
+        :param dial: See :meth:`Monitor.connect`.
+        :raises QemuPrefaultError: in the cases of :meth:`Monitor.connect`,
+            :func:`~qemu_prefault.qemu.queries.read_vm_state` and
+            :func:`~qemu_prefault.host.identify.identify`.
         """
         async with Monitor.connect(qmp, dial=dial) as monitor:
             state = await read_vm_state(monitor)
@@ -84,7 +88,7 @@ class Vm:
             yield vm
 
     async def refresh(self) -> VmState:
-        """Ask QEMU again what it looks like; returns :attr:`state`."""
+        """Read QEMU's state again, and return the new :attr:`state`."""
         self._maps = None
         self.state = self._with_disk_files(await read_vm_state(self.monitor))
         return self.state
@@ -103,14 +107,14 @@ class Vm:
         return replace(state, sections=sections)
 
     async def dirty_limit(self) -> bool:
-        """Whether a vCPU dirty-rate limit is in force; it logs dirty pages."""
+        """Return whether a vCPU dirty-rate limit is active, which logs dirty pages."""
         try:
             return bool(await self.monitor.execute("query-vcpu-dirty-limit"))
-        except CommandError:  # no such command, or no dirty ring
+        except CommandError:  # QEMU lacks the command, or the VM has no dirty ring
             return False
 
     def backing(self, section: MemorySection) -> Backing:
-        """What the section is made of; the mapping of its first byte speaks for all."""
+        """Return the backing of a section, according to the mapping of its first byte."""
         mapping = self._mapping(section)
         return Backing(backing_of(mapping, section.page_size), not mapping.shared)
 
@@ -126,7 +130,10 @@ class Vm:
         )
 
     def allocated(self, section: MemorySection) -> int:
-        """Bytes that a shared backing has allocated already, mapped or not; 0 if unknown."""
+        """Return the bytes that a shared backing has allocated, or 0 if unknown.
+
+        This includes pages that QEMU has not mapped yet.
+        """
         mapping = self._mapping(section)
         if not mapping.shared:
             return 0
@@ -142,17 +149,21 @@ class Vm:
         return mappings_of(self._maps, section.hva, section.size)[0]
 
     async def vcpu_threads(self, wanted: Sequence[int], needs_fds: bool) -> list[VcpuThread]:
-        """The vCPUs to work with, each with its thread and KVM's file descriptor for it.
+        """Return the chosen vCPUs with their threads and KVM file descriptors.
 
-        KVM numbers vCPUs by APIC id, QEMU by index; the CPU object knows both.
+        KVM identifies a vCPU by its APIC id, and QEMU by its index. The CPU's QOM object has both.
 
-        :param wanted: indexes; empty: all of them.
-        :raise InputError: an index names no vCPU. :raise FailedError: a vCPU has no descriptor.
+        :param wanted: Indexes of vCPUs; empty means all.
+        :param needs_fds: Whether the run prefaults, for which the descriptors are needed.
+        :raises InputError: if no vCPU has a given index.
+        :raises UnsupportedError: if QEMU has no KVM vCPUs.
+        :raises FailedError: if a vCPU has no descriptor.
         """
         known = {vcpu.index: vcpu for vcpu in self.state.vcpus}
         if missing := [index for index in wanted if index not in known]:
             raise InputError(
-                f"there is no vCPU {missing[0]}", f"there are: {', '.join(map(str, sorted(known)))}"
+                f"the guest has no vCPU {missing[0]}",
+                f"its vCPUs are: {', '.join(map(str, sorted(known)))}",
             )
         chosen = [known[index] for index in (wanted or sorted(known))]
         tids = thread_map(self.process)
@@ -173,7 +184,7 @@ class Vm:
             if not isinstance(vcpu_id, int) or vcpu_id not in fds:
                 raise FailedError(
                     f"QEMU (pid {self.process.pid}) has no KVM descriptor for vCPU {vcpu.index}",
-                    "it may just be plugged or unplugged: try again",
+                    "QEMU may be plugging or unplugging this vCPU: try again",
                 )
             tid, fd = tids[vcpu.thread_id], fds[vcpu_id]
             thread = VcpuThread(tid, fd, vcpu_id, vcpu.node, vcpu.qom_path, vcpu.index)
@@ -183,8 +194,8 @@ class Vm:
     def take_fd(self, number: int) -> int:
         """Duplicate QEMU's descriptor ``number`` into this process; the caller closes it.
 
-        :raises PtraceDeniedError: it may not be taken, and why.
-        :raises GoneError: QEMU or its descriptor is gone.
+        :raises PtraceDeniedError: if this process has no permission to trace QEMU; with the cause.
+        :raises GoneError: if QEMU or the descriptor no longer exists.
         """
         try:
             return take_fd(self.process, number)
@@ -193,10 +204,12 @@ class Vm:
 
     @contextlib.contextmanager
     def vcpu_stats(self, threads: Sequence[VcpuThread]) -> Iterator[list[kvm.BinaryStats] | None]:
-        """The vCPUs' counters, to be read without asking QEMU; None where that cannot be.
+        """Open the vCPUs' KVM counters for the block, to read them without QMP.
 
-        Only for kernels that have the prefault ioctl: before eed3013faa40 (v6.5) who read
-        them after QEMU's end read memory that was freed.
+        Use this only on kernels with the prefault ioctl. Before commit eed3013faa40 (v6.5),
+        reading such a descriptor after QEMU had exited accessed freed kernel memory.
+
+        :returns: The counters in the order of the vCPUs, or None if they cannot be opened.
         """
         with contextlib.ExitStack() as stack:
             stats = []
@@ -215,7 +228,7 @@ class Vm:
 def _identify(monitor: Monitor, pid: int | None, thread_ids: Sequence[int]) -> Process:
     if monitor.vm_uuid is None:
         return identify(monitor.peer_pid, pid, thread_ids)
-    # What was dialled may lead to another host, where thread ids mean something else.
+    # A connection made by `dial` may lead to another host, where the thread ids have no meaning.
     try:
         process = identify(None, pid, thread_ids)
         if monitor.vm_uuid in process.arguments():
@@ -224,6 +237,6 @@ def _identify(monitor: Monitor, pid: int | None, thread_ids: Sequence[int]) -> P
         pass
     raise UnsupportedError(
         f"the QEMU of domain {monitor.vm_uuid} is not on this host",
-        "run this on the host it runs on, as root",
+        "run this as root on the host of that QEMU",
         code=Code.OTHER_HOST,
     )

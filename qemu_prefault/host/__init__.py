@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the kernel says about QEMU: its process, descriptors, memory and limits; and about KVM."""
+"""The kernel's facts about KVM and about QEMU's process, memory and limits."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""QEMU's KVM descriptors: their numbers, and how to have one here."""
+"""Find QEMU's KVM file descriptors, and duplicate them into this process."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .procfs import Process, gone
 
 @dataclass(frozen=True, slots=True)
 class KvmFds:
-    """Numbers, in QEMU, of its KVM descriptors.
+    """The numbers of QEMU's KVM file descriptors.
 
-    `vcpus` and `vcpu_stats` (KVM_GET_STATS_FD; QEMU keeps them open since 8.1) are keyed by
-    KVM's vcpu id, the APIC id.
+    `vcpus` and `vcpu_stats` map KVM's vCPU id (the APIC id) to a descriptor. The descriptors of
+    `vcpu_stats` come from KVM_GET_STATS_FD; QEMU keeps them open since 8.1.
     """
 
     vm: int | None = None
@@ -33,9 +33,11 @@ _VCPU_LINK: Final = re.compile(r"anon_inode:kvm-vcpu(-stats)?:([0-9]{1,9})")
 
 
 def parse_kvm_fds(links: Iterable[tuple[int, str]]) -> KvmFds:
-    """Pick KVM's descriptors from (number, link target) pairs (virt/kvm/kvm_main.c).
+    """Return the KVM descriptors among (number, link target) pairs.
 
-    :raises UnsupportedError: if there are two VMs in the process: then vCPU 0 may be either's.
+    The link targets are those of virt/kvm/kvm_main.c.
+
+    :raises UnsupportedError: if the process has two VMs, because their vCPU ids overlap.
     """
     vm = kvm = None
     vcpus: dict[int, int] = {}
@@ -48,7 +50,7 @@ def parse_kvm_fds(links: Iterable[tuple[int, str]]) -> KvmFds:
             if vm is not None:
                 raise UnsupportedError(
                     "the process runs more than one KVM guest",
-                    "only a QEMU with one guest can be prefaulted from outside",
+                    "prefault a QEMU that runs one guest",
                 )
             vm = number
         elif target == "/dev/kvm" and kvm is None:
@@ -59,19 +61,21 @@ def parse_kvm_fds(links: Iterable[tuple[int, str]]) -> KvmFds:
 def kvm_fds(process: Process) -> KvmFds:
     """Return the numbers of a process's KVM descriptors.
 
-    :raises UnsupportedError: if its descriptors may not be listed.
+    :raises UnsupportedError: if this process has no permission to list them.
     """
     links = ((int(n), process.link(f"fd/{n}")) for n in process.listdir("fd") if n.isdecimal())
     return parse_kvm_fds((number, link) for number, link in links if link is not None)
 
 
 def take_fd(process: Process, number: int) -> int:
-    """Duplicate a process's descriptor ``number`` into this process (pidfd_getfd(2), Linux 5.6).
+    """Duplicate a process's descriptor ``number`` into this process.
 
-    The caller closes it: while it is open, so is what it stands for, even if QEMU ends.
+    This uses pidfd_getfd(2), which needs Linux 5.6. The caller must close the duplicate: while
+    it is open, the kernel keeps the object behind it alive, even after QEMU has exited.
 
-    :raises GoneError: if the process or its descriptor is gone.
-    :raises PtraceDeniedError: if that may not be done; it takes the right to ptrace.
+    :raises GoneError: if the process or the descriptor no longer exists.
+    :raises PtraceDeniedError: if this process has no permission to trace the other one.
+    :raises FailedError: if pidfd_getfd(2) fails for another reason.
     """
     from .._native import lib  # noqa: PLC0415
 
@@ -80,7 +84,7 @@ def take_fd(process: Process, number: int) -> int:
     except ProcessLookupError as error:
         raise gone(process.pid) from error
     try:
-        process.check()  # from here on the pidfd pins it
+        process.check()  # the pidfd now refers to this process, even if the pid is reused
         answer = int(lib.take_fd(pidfd, number))
     finally:
         os.close(pidfd)
@@ -88,14 +92,15 @@ def take_fd(process: Process, number: int) -> int:
         return answer
     if answer == -errno.EPERM:
         raise PtraceDeniedError(
-            f"descriptor {number} of process {process.pid} may not be taken", "run as root"
+            f"no permission to duplicate descriptor {number} of process {process.pid}",
+            "run as root",
         )
     if answer in (-errno.ESRCH, -errno.EBADF):
         raise GoneError(
-            f"descriptor {number} of process {process.pid} is gone", "try again while QEMU runs"
+            f"descriptor {number} of process {process.pid} is closed", "try again while QEMU runs"
         )
     raise FailedError(
-        f"descriptor {number} of process {process.pid} cannot be taken: {os.strerror(-answer)}",
-        "pidfd_getfd(2) came with Linux 5.6; a seccomp filter may also forbid it",
+        f"cannot duplicate descriptor {number} of process {process.pid}: {os.strerror(-answer)}",
+        "pidfd_getfd(2) needs Linux 5.6; a seccomp filter may also forbid it",
         code=Code.PIDFD,
     )

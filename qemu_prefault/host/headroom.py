@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How much memory may still be populated: the host's, each cgroup's, the hugetlb pool's.
+"""Compute how much memory can be populated before a limit is reached.
 
-File formats are those of Documentation/admin-guide/cgroup-v{1,2}. The plugin has its own answer in
-C (native/common/headroom.c), which tests/unit/test_headroom_agreement.py holds to the same table.
+File formats are those of Documentation/admin-guide/cgroup-v{1,2}. The plugin has its own
+implementation in C (native/common/headroom.c). tests/unit/test_headroom_agreement.py checks
+both against the same table.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from .procfs import Process, parse_number, read_file, read_optional
 
 
 def parse_cgroups(text: str) -> dict[str, str]:
-    """Return path by controller of ``/proc/PID/cgroup``; the key of the v2 hierarchy is ``""``."""
+    """Return a map from controller to path for the text of ``/proc/PID/cgroup``.
+
+    The key of the v2 hierarchy is ``""``.
+    """
     paths = {}
     for line in text.split("\n"):
         number, _, rest = line.partition(":")
@@ -31,7 +35,7 @@ def parse_cgroups(text: str) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """One mounted file system: what part of it (`root`) is seen where (`point`)."""
+    """A mount: directory `root` of a file system appears at the mount point `point`."""
 
     root: str
     point: str
@@ -40,7 +44,7 @@ class Mount:
 
 
 def parse_mountinfo(text: str) -> tuple[Mount, ...]:
-    """Parse ``/proc/PID/mountinfo``, leaving out what is not understood."""
+    """Parse ``/proc/PID/mountinfo``, and skip lines of an unknown form."""
     mounts = []
     for line in text.split("\n"):
         before, dash, after = line.partition(" - ")
@@ -52,12 +56,15 @@ def parse_mountinfo(text: str) -> tuple[Mount, ...]:
 
 
 def _unescape(text: str) -> str:
-    # show_mountinfo() writes space, tab, newline, backslash and # in octal
+    # show_mountinfo() (fs/proc_namespace.c) writes space, tab, newline, backslash and # in octal.
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
 def parse_key_values(text: str) -> dict[str, int]:
-    """Return the numbers of ``memory.stat`` (``key 1``) or ``meminfo`` (``Key: 1 kB``): bytes."""
+    """Return the values of ``memory.stat`` or ``meminfo``.
+
+    Lines have the form ``key 1`` or ``Key: 1 kB``. Values in kB are converted to bytes.
+    """
     values = {}
     for line in text.split("\n"):
         words = line.split()
@@ -69,9 +76,9 @@ def parse_key_values(text: str) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """How many bytes may still be populated before `name` (host, cgroup, …) runs out.
+    """The bytes that can be populated before `name` (host, cgroup, …) is full.
 
-    :ivar contended: others may take from it at any time without having been promised anything.
+    :ivar contended: Whether others can take from it at any time, without a reservation.
     """
 
     name: str
@@ -83,12 +90,13 @@ class Limit:
 def cgroup_directories(
     groups: MappingABC[str, str], mounts: Sequence[Mount], controller: str
 ) -> list[tuple[str, bool]]:
-    """Return the directories of a process's cgroup and of its ancestors, innermost first.
+    """Return the directories of a process's cgroup and its ancestors, in this order.
 
-    :param groups: :func:`parse_cgroups` of the process.
-    :param mounts: :func:`parse_mountinfo` of ourselves.
-    :returns: (directory, whether it is of the v2 hierarchy). In a cgroup namespace or a
-        container the mount may show only a part of the tree; what is outside cannot be read.
+    :param groups: The result of :func:`parse_cgroups` for the process.
+    :param mounts: The result of :func:`parse_mountinfo` for this process.
+    :returns: Pairs (directory, whether it belongs to the v2 hierarchy). In a cgroup namespace
+        or a container, the mount may show only a part of the tree. Ancestors outside that part
+        cannot be read and are left out.
     """
     unified = controller not in groups
     path = groups.get(controller, groups.get(""))
@@ -115,9 +123,9 @@ def cgroup_directories(
 
 
 def memory_limit(directory: str, unified: bool) -> Limit | None:
-    """Read a memory cgroup's limit; None if it has none."""
+    """Return a memory cgroup's limit, or None if it has none."""
     names = ("memory.max", "memory.high") if unified else ("memory.limit_in_bytes",)
-    # memory.high does not kill, but it throttles the populating thread to a crawl.
+    # Exceeding memory.high does not kill QEMU, but the kernel throttles the populating thread.
     limits = {name: parse_number(read_optional(f"{directory}/{name}")) for name in names}
     bounds = {name: limit for name, limit in limits.items() if limit is not None}
     usage_name = "memory.current" if unified else "memory.usage_in_bytes"
@@ -125,7 +133,7 @@ def memory_limit(directory: str, unified: bool) -> Limit | None:
     if not bounds or usage is None:
         return None
     name, limit = min(bounds.items(), key=lambda item: item[1])
-    if limit >= 1 << 62:  # v1 says "none" by LONG_MAX rounded down to a page
+    if limit >= 1 << 62:  # cgroup v1 prints LONG_MAX rounded down to a page for "no limit"
         return None
     stat = parse_key_values(read_optional(f"{directory}/memory.stat") or "")
     reclaimable = stat.get("inactive_file" if unified else "total_inactive_file", 0)
@@ -134,7 +142,7 @@ def memory_limit(directory: str, unified: bool) -> Limit | None:
 
 
 def cgroup_hugetlb_limit(directory: str, unified: bool, page_size: int) -> Limit | None:
-    """Read a hugetlb cgroup's limit for one page size; None if it has none."""
+    """Return a hugetlb cgroup's limit for one page size, or None if it has none."""
     kib = page_size >> 10
     size = next(f"{kib >> s}{u}" for s, u in ((20, "GB"), (10, "MB"), (0, "KB")) if kib >> s)
     limit_name, usage_name = ("max", "current") if unified else ("limit_in_bytes", "usage_in_bytes")
@@ -149,8 +157,8 @@ def cgroup_hugetlb_limit(directory: str, unified: bool, page_size: int) -> Limit
 def memory_headroom(process: Process) -> list[Limit]:
     """Return every limit that memory populated by QEMU counts against.
 
-    That is the host's MemAvailable, and each memory cgroup from QEMU's own up to the
-    root. What is in use but easily given back (inactive page cache) counts as available.
+    These are the host's MemAvailable, and the limits of QEMU's memory cgroup and all its
+    ancestors. Inactive page cache counts as available, because the kernel can reclaim it.
     """
     limits = []
     meminfo = parse_key_values(read_file(f"{procfs.PROC}/meminfo", process.pid))
@@ -162,13 +170,13 @@ def memory_headroom(process: Process) -> list[Limit]:
 
 
 def hugetlb_pool_limit(page_size: int, nodes: Sequence[int] = (), ours: int = 0) -> Limit:
-    """Return how many bytes the pool of huge pages of this size can give.
+    """Return the bytes that the pool of huge pages of one size has available.
 
-    Reserved pages (resv_hugepages) are free, but promised to those whose mappings hold the
-    reservation.
+    Reserved pages (resv_hugepages) are free, but only mappings that hold the reservation can use
+    them.
 
-    :param nodes: NUMA nodes that the pages must come from; empty: any.
-    :param ours: bytes that are reserved for the mapping that asks.
+    :param nodes: The NUMA nodes that the pages must come from; empty means any.
+    :param ours: The bytes that are reserved for the mapping in question.
     """
     pool = f"/sys/kernel/mm/hugepages/hugepages-{page_size >> 10}kB"
     free, reserved, overcommit, surplus = (
@@ -176,7 +184,7 @@ def hugetlb_pool_limit(page_size: int, nodes: Sequence[int] = (), ours: int = 0)
         for name in ("free", "resv", "nr_overcommit", "surplus")
     )
     if free is None:
-        return Limit("hugetlb", 0, f"this kernel has no huge pages of {page_size >> 10} KiB")
+        return Limit("hugetlb", 0, f"this kernel does not offer {page_size >> 10} KiB huge pages")
     promised = max(0, (reserved or 0) - ours // page_size)
     more = max(0, (overcommit or 0) - (surplus or 0))
     if nodes:
@@ -194,7 +202,7 @@ def hugetlb_pool_limit(page_size: int, nodes: Sequence[int] = (), ours: int = 0)
 
 
 def hugetlb_cgroup_limits(process: Process, page_size: int) -> list[Limit]:
-    """Return what the hugetlb cgroups of a process leave it, innermost first."""
+    """Return the limits of the process's hugetlb cgroups, innermost first."""
 
     def hugetlb_limit(directory: str, unified: bool) -> Limit | None:
         return cgroup_hugetlb_limit(directory, unified, page_size)
@@ -206,9 +214,6 @@ def hugetlb_free(process: Process, page_size: int) -> list[Limit]:
     """Return the limits for further huge pages of `page_size` bytes: pool and cgroups."""
     pool = hugetlb_pool_limit(page_size, ours=1 << 62)
     return [pool, *hugetlb_cgroup_limits(process, page_size)]
-
-
-# --- details ---
 
 
 def _cgroup_limits(

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which process is the QEMU behind a monitor.
+"""Find the QEMU process behind a QMP monitor.
 
-The monitor says what the guest is; ``/proc`` says who does it. The two must agree before
-anything is injected anywhere: SO_PEERCRED names the process that listens on the QMP socket,
-``query-cpus-fast`` names the vCPU threads, and :func:`identify` insists that the one owns the
-others. A proxy in between fails that, and so does a server that lies.
+SO_PEERCRED gives the process that listens on the QMP socket, and ``query-cpus-fast`` gives the
+vCPU threads. Before anything is injected into a process, :func:`identify` checks in ``/proc`` that
+this process owns these threads. The check fails for a proxy and for a server that lies.
 """
 
 from __future__ import annotations
@@ -17,28 +16,30 @@ from .procfs import Process, comm_of, tgid_of, thread_map
 
 
 def identify(peer_pid: int | None, given_pid: int | None, thread_ids: Sequence[int]) -> Process:
-    """Return QEMU's process, if monitor, socket and kernel agree on which it is.
+    """Return QEMU's process if the monitor, the socket and the kernel agree on it.
 
-    :param peer_pid: who listens on the monitor socket (SO_PEERCRED); None if unknown (TCP).
-    :param given_pid: the user's ``--pid``; goes before `peer_pid`, so that a monitor behind a
-        proxy can be used by those who know what they do.
-    :param thread_ids: the vCPU threads by ``query-cpus-fast``, in QEMU's own pid namespace.
-    :raises RefusedError: code ``proxy``: the process does not own these threads.
-    :raises UnsupportedError: code ``pid-namespace``: QEMU cannot be seen from here.
-    :raises GoneError: if the process vanished.
+    :param peer_pid: The process that listens on the monitor socket (SO_PEERCRED), or None if
+        unknown (TCP).
+    :param given_pid: The user's ``--pid``. It overrides `peer_pid`, so that a monitor behind a
+        proxy can be used.
+    :param thread_ids: The vCPU threads from ``query-cpus-fast``, in QEMU's own pid namespace.
+    :raises RefusedError: with code ``proxy`` if the process does not own these threads.
+    :raises UnsupportedError: with code ``pid-namespace`` if QEMU is not visible in this pid
+        namespace.
+    :raises GoneError: if the process has exited.
     """
     pid = peer_pid if given_pid is None else given_pid
     if pid is None:
         pid = tgid_of(thread_ids[0]) if thread_ids else None
         if pid is None or not _looks_like_qemu(Process.find(pid)):
             raise UnsupportedError(
-                "the QMP socket does not tell which process QEMU is",
+                "the QMP socket does not identify the QEMU process",
                 "give its process id with --pid; QEMU must be visible in this pid namespace",
                 code=Code.PID_NAMESPACE,
             )
     if pid == os.getpid():
         raise RefusedError(
-            "the QMP server claims to be this very process",
+            "the QMP server identifies itself as this process",
             "use QEMU's own QMP socket, or give QEMU's --pid",
             code=Code.PROXY,
         )
@@ -54,15 +55,15 @@ def _mismatch(process: Process, given: bool, thread_ids: Sequence[int]) -> Excep
     what = f"--pid names {who}" if given else f"the QMP socket belongs to {who}"
     if not owners and _looks_like_qemu(process):
         return UnsupportedError(
-            f"{what}, but its vCPU threads cannot be seen from here",
+            f"{what}, but its vCPU threads are not visible in this pid namespace",
             "run qemu-prefault in the pid namespace of the host",
             code=Code.PID_NAMESPACE,
         )
     others = ", ".join(f"{owner} ({comm_of(owner)})" for owner in sorted(owners - {process.pid}))
-    whose = f"which belong to process {others}" if others else "which are not its own"
+    whose = f"process {others}" if others else "another process"
     return RefusedError(
-        f"{what}, but the monitor behind it speaks of other vCPU threads, {whose}",
-        "a proxy seems to stand between: use QEMU's own QMP socket, or give QEMU's --pid",
+        f"{what}, but the monitor lists the vCPU threads of {whose}",
+        "the socket probably belongs to a proxy: use QEMU's own QMP socket, or give QEMU's --pid",
         code=Code.PROXY,
     )
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What KVM on this host can do, and names for what its ioctl answers.
+"""Query KVM's capabilities and counters, and describe its ioctl's errors.
 
-Everything is asked of the kernel, nothing is concluded from its version.
+All answers come from the running kernel; none is derived from its version.
 """
 
 from __future__ import annotations
@@ -19,21 +19,25 @@ from .fds import kvm_fds
 if TYPE_CHECKING:
     from .procfs import Process
 
+#: From include/uapi/linux/kvm.h since Linux 6.11. KVM_CHECK_EXTENSION returns 1 if
+#: two-dimensional paging is in use.
 KVM_CAP_PRE_FAULT_MEMORY = 236
-"""include/uapi/linux/kvm.h since Linux 6.11; 1 when two-dimensional paging is in use."""
 
-#: Not errnos of the ioctl: how the prefault loop (common/prefault_loop.h) names its own ends.
+#: Set by the prefault loop (native/common/prefault_loop.h), never by the ioctl: a range made no
+#: progress within the time limit.
 STUCK = errno.ETIME
+#: Set by the prefault loop, never by the ioctl: the batch was aborted.
 ABORTED = errno.ECANCELED
 
-EHWPOISON = 133  # not in every Python's errno module
+#: Missing from the errno module of some Python versions.
+EHWPOISON = 133
 
 
 @dataclass(frozen=True, slots=True)
 class Capability:
     """Whether ``KVM_PRE_FAULT_MEMORY`` can work on this host.
 
-    ``available`` is None when nobody could be asked (no access to ``/dev/kvm``).
+    ``available`` is None if ``/dev/kvm`` could not be opened.
     """
 
     available: bool | None
@@ -42,7 +46,7 @@ class Capability:
 
 
 def parameter(module: str, name: str) -> str | None:
-    """A module parameter as sysfs shows it (``Y``, ``N``, ``1``…), or None."""
+    """Return a module parameter (``Y``, ``N``, ``1`` …) from sysfs, or None."""
     try:
         return Path(f"/sys/module/{module}/parameters/{name}").read_text().strip()
     except OSError:
@@ -54,10 +58,12 @@ def _off(value: str | None) -> bool:
 
 
 def pre_fault_capability(process: Process | None = None) -> Capability:
-    """Ask ``KVM_CHECK_EXTENSION(KVM_CAP_PRE_FAULT_MEMORY)`` and explain a "no".
+    """Query ``KVM_CAP_PRE_FAULT_MEMORY``, and explain why it is not available.
 
-    The answer is kernel-wide (arch/x86/kvm/x86.c returns ``tdp_enabled``), so any
-    ``/dev/kvm`` does: ours, or the one QEMU has open when ours is out of reach.
+    The answer is the same for the whole kernel (arch/x86/kvm/x86.c returns ``tdp_enabled``), so
+    the ``/dev/kvm`` in QEMU's root directory is used if this process's own cannot be opened.
+
+    :param process: QEMU, or None to try only this process's ``/dev/kvm``.
     """
     from .._native import lib  # noqa: PLC0415
 
@@ -76,7 +82,7 @@ def pre_fault_capability(process: Process | None = None) -> Capability:
         finally:
             os.close(fd)
         return Capability(True, "") if answer > 0 else _why_not()
-    return Capability(None, f"KVM could not be asked ({problem})", "run as root, or in group kvm")
+    return Capability(None, f"KVM cannot be queried ({problem})", "run as root, or in group kvm")
 
 
 def _why_not() -> Capability:
@@ -84,34 +90,36 @@ def _why_not() -> Capability:
         if _off(parameter(module, name)):
             return Capability(
                 False,
-                f"KVM uses shadow paging here ({module}.{name}={parameter(module, name)})",
-                f"Load {module} with {name}=1 where the hardware has {paging}. "
-                "Without it --populate-only still helps: it spares the guest the host's faults.",
+                f"KVM on this host uses shadow paging ({module}.{name}={parameter(module, name)})",
+                f"Load {module} with {name}=1 if the hardware has {paging}. "
+                "Without it --populate-only still helps: it saves the guest the host's page "
+                "faults.",
             )
     return Capability(
         False,
         "this kernel's KVM has no KVM_PRE_FAULT_MEMORY (KVM_CAP_PRE_FAULT_MEMORY is 0)",
         "It needs Linux 6.11 or newer and two-dimensional paging (EPT or NPT). "
-        "Without it --populate-only still helps: it spares the guest the host's faults.",
+        "Without it --populate-only still helps: it saves the guest the host's page faults.",
     )
 
 
 class BinaryStats:
-    """The counters behind a descriptor of ``KVM_GET_STATS_FD``, whoever has it.
+    """The counters behind a KVM_GET_STATS_FD descriptor of this or another process.
 
-    Its format is in Documentation/virt/kvm/api.rst, 4.133. It is closed by who opened it.
+    The format is described in Documentation/virt/kvm/api.rst, 4.133. The caller opens and closes
+    the descriptor.
 
-    :raises OSError: if it cannot be read, or is something else.
+    :raises OSError: if the descriptor cannot be read, or is not a statistics descriptor.
     """
 
     _HEADER = struct.Struct("<6I")  # struct kvm_stats_header
-    _DESCRIPTOR = struct.Struct("<IhHII")  # struct kvm_stats_desc; then comes the name
+    _DESCRIPTOR = struct.Struct("<IhHII")  # struct kvm_stats_desc; the name follows it
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         header = os.pread(fd, self._HEADER.size, 0)
         if len(header) != self._HEADER.size:
-            raise OSError(errno.EINVAL, "no statistics of KVM")
+            raise OSError(errno.EINVAL, "not a KVM statistics descriptor")
         _, name_size, count, _, at, self._data = self._HEADER.unpack(header)
         size = self._DESCRIPTOR.size + name_size
         table = os.pread(fd, size * count, at)
@@ -122,21 +130,23 @@ class BinaryStats:
         self._length = max(self._offsets.values()) + 8
 
     def read(self, *names: str) -> list[int]:
-        """The values of these, from one look; 0 for those this kernel does not have."""
+        """Read these counters together, and return their values; 0 for unknown counters."""
         data = os.pread(self.fd, self._length, self._data)
         offsets = [self._offsets.get(name) for name in names]
         return [0 if at is None else int(struct.unpack_from("<Q", data, at)[0]) for at in offsets]
 
 
 def pre_fault_here(vcpu_fd: int, gpa: int, size: int) -> int:
-    """Call ``KVM_PRE_FAULT_MEMORY`` from this very process; return the errno, 0 for success.
+    """Call ``KVM_PRE_FAULT_MEMORY`` from this process, and return the errno or 0.
 
-    On a vCPU of another process's VM that is EIO, always and at once: ``kvm_vcpu_ioctl()``
-    (virt/kvm/kvm_main.c) compares ``kvm->mm`` with the caller's mm before it looks at the
-    request, and before it waits for ``vcpu->mutex``, which a running vCPU holds (kernel commit
-    6d4e4c4fca5b, 2.6.25). It is here to show that; agents do it inside QEMU.
+    If the vCPU belongs to another process's VM, the ioctl fails immediately with EIO.
+    ``kvm_vcpu_ioctl()`` (virt/kvm/kvm_main.c) compares ``kvm->mm`` with the caller's mm before it
+    decodes the request, and before it waits for ``vcpu->mutex``, which a running vCPU holds
+    (kernel commit 6d4e4c4fca5b, 2.6.25). This function demonstrates that; agents issue the ioctl
+    inside QEMU.
 
-    :param gpa: guest-physical address; like ``size``, in bytes and page aligned.
+    :param gpa: Guest-physical address in bytes, page aligned.
+    :param size: Bytes, page aligned.
     """
     from .._native import lib  # noqa: PLC0415
 
@@ -144,7 +154,7 @@ def pre_fault_here(vcpu_fd: int, gpa: int, size: int) -> int:
 
 
 def describe_errno(number: int) -> str:
-    """What an outcome of a prefault range means, in one line."""
+    """Return a one-line explanation of the error of a prefault range."""
     return _OUTCOMES.get(number) or f"{errno.errorcode.get(number, number)}: {os.strerror(number)}"
 
 
@@ -152,23 +162,23 @@ _OUTCOMES = {
     STUCK: "no progress within the time limit: the vCPU holds a stale root, or its slot is being "
     "deleted (kernels without commits 20a6cff3b283 and 3ccbf6f47098)",
     ABORTED: "stopped before it was complete",
-    errno.ENOENT: "no memory slot there any more",
-    errno.EOPNOTSUPP: "it runs a nested guest, or KVM uses shadow paging",
+    errno.ENOENT: "KVM has no memory slot at this address",
+    errno.EOPNOTSUPP: "the vCPU runs a nested guest, or KVM uses shadow paging",
     errno.EIO: "KVM refuses: the VM is dead, or belongs to another process",
-    errno.EFAULT: "QEMU's mapping there cannot be accessed, or its file system or huge page pool "
-    "is full",
+    errno.EFAULT: "QEMU's mapping of this memory cannot be accessed, or its file system or huge "
+    "page pool is full",
     errno.ENOMEM: "out of memory",
-    errno.ENOTTY: "that file descriptor is not a vCPU, or the kernel has no such ioctl",
+    errno.ENOTTY: "the file descriptor is not a vCPU, or the kernel does not know the ioctl",
     errno.EINVAL: "the kernel does not know the request, or refuses it for this mapping",
     EHWPOISON: "the memory has an uncorrected hardware error",
-    errno.EBUSY: "dirty pages are being logged, or the guest is being loaded",
+    errno.EBUSY: "dirty pages are being logged, or the guest's memory is being loaded",
     errno.ENOSPC: "KVM's limit of MMU pages is reached",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Stage2Leaves:
-    """Leaf entries in the guest's stage-2 tables, by page size: counts, not bytes."""
+    """The number of leaf entries in the guest's stage-2 tables, by page size."""
 
     pages_4k: int
     pages_2m: int = 0
@@ -183,7 +193,7 @@ class Stage2Leaves:
 
     @property
     def bytes(self) -> int:
-        """Guest memory these leaves map."""
+        """The bytes of guest memory that these leaves map."""
         return (self.pages_4k << 12) + (self.pages_2m << 21) + (self.pages_1g << 30)
 
     def __str__(self) -> str:
@@ -194,21 +204,21 @@ DEBUGFS: Final = Path("/sys/kernel/debug/kvm")
 
 
 def debugfs_leaves(process: Process) -> Stage2Leaves | None:
-    """KVM's counts of stage-2 leaves, from debugfs; None where that is not to be had."""
+    """Return KVM's counts of stage-2 leaves from debugfs, or None."""
     counts = _read_counts(process, tuple(Stage2Leaves.__dataclass_fields__))
     return None if counts is None else Stage2Leaves(*counts)
 
 
 def debugfs_faults(process: Process) -> int | None:
-    """KVM's ``pf_taken`` of all vCPUs, likewise."""
+    """Return the sum of all vCPUs' ``pf_taken`` from debugfs, or None."""
     counts = _read_counts(process, ("pf_taken",))
     return None if counts is None else counts[0]
 
 
 def _read_counts(process: Process, names: Sequence[str]) -> list[int] | None:
-    """KVM names a VM's directory by the pid and the descriptor that it was created with
-    (kvm_create_vm_debugfs(), virt/kvm/kvm_main.c).
-    """
+    """Read counters from the VM's debugfs directory; None if it has none."""
+    # kvm_create_vm_debugfs(), virt/kvm/kvm_main.c, names the directory after the pid and the
+    # descriptor that the VM was created with.
     try:
         directory = DEBUGFS / f"{process.pid}-{kvm_fds(process).vm}"
         return [int((directory / name).read_text()) for name in names]

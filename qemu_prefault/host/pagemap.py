@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What of QEMU's memory is present, and what KVM's read fault would map writable.
+"""Find QEMU's pages that are present, and those that KVM would map writable.
 
-The work is done by native/common/pagemap.c; regions are handed out one by one, so memory use does
-not grow with the guest.
+KVM's prefault ioctl is a read fault. It maps a page writable only if the page is writable in QEMU's
+own page tables.
+
+native/common/pagemap.c does the work. The iterators read a bounded number of regions at a time, so
+memory use does not grow with the guest.
 """
 
 from __future__ import annotations
@@ -18,23 +21,30 @@ from ..errors import FailedError
 from .procfs import Process
 from .ptrace_access import ptrace_denied
 
+#: Regions read by one call into native code.
 REGIONS_AT_ONCE = 256
+#: Bytes. Gaps closer than this are populated by one system call: populating a present page again
+#: is cheap, but one system call per gap of a fragmented mapping is expensive.
 MERGE_DISTANCE = 2 << 20
-"""Populating a page twice is cheap; a system call for each gap of a fragmented map is not."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Bytes ``present`` in the process's page tables; of these, ``writable`` at a read fault."""
+    """Sums over a range of memory, in bytes.
+
+    :ivar present: Bytes that are present in the process's page tables.
+    :ivar writable: Of these, the bytes that a KVM read fault maps writable.
+    """
 
     present: int
     writable: int
 
 
 class Pagemap:
-    """``/proc/PID/pagemap`` of QEMU; a context manager.
+    """``/proc/PID/pagemap`` of QEMU, as a context manager.
 
-    :raise UnsupportedError: it may not be read (the right to trace QEMU is needed).
+    :raises UnsupportedError: if this process has no permission to trace QEMU, which reading it
+        needs.
     """
 
     def __init__(self, process: Process) -> None:
@@ -54,7 +64,10 @@ class Pagemap:
         os.close(self._fd)
 
     def sums(self, start: int, size: int, private: bool) -> Sums:
-        """Sum up ``size`` bytes from host virtual address ``start``."""
+        """Return the sums over ``size`` bytes from host virtual address ``start``.
+
+        :param private: Whether the mapping is private, so that a file page is copied on write.
+        """
         present, writable = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         self._check(
             lib.pf_pagemap_sum(self._fd, start, start + size, private, present, writable), start
@@ -64,7 +77,7 @@ class Pagemap:
         return Sums(present[0], writable[0])
 
     def writable(self, start: int, size: int, private: bool) -> Iterator[tuple[int, int]]:
-        """Regions (start, size) in bytes that a read fault of KVM maps writable, ascending."""
+        """Yield the regions (start, size) that a KVM read fault maps writable, ascending."""
         regions = ffi.new("struct pagemap_region[]", REGIONS_AT_ONCE)
         reached, end = ffi.new("uint64_t *", start), start + size
         found = False
@@ -80,12 +93,16 @@ class Pagemap:
             self._check_alive()
 
     def unwritable(self, start: int, size: int, private: bool) -> Iterator[tuple[int, int]]:
-        """The rest: regions that have to be populated. Small islands between are included."""
+        """Yield the regions (start, size) that must be populated, ascending.
+
+        Two regions are merged if the writable memory between them is not larger than
+        :data:`MERGE_DISTANCE`.
+        """
         reached = pending_end = start
         pending_start: int | None = None
         ends = itertools.chain(self.writable(start, size, private), [(start + size, 0)])
         for island, length in ends:
-            if island > reached:  # a gap lies before this island
+            if island > reached:  # the pages before this writable region are not writable
                 if pending_start is None or reached - pending_end > MERGE_DISTANCE:
                     if pending_start is not None:
                         yield pending_start, pending_end - pending_start
@@ -96,9 +113,10 @@ class Pagemap:
             yield pending_start, pending_end - pending_start
 
     def _check_alive(self) -> None:
-        """Nothing was found: PAGEMAP_SCAN, unlike read(), finds an exited process's memory empty.
+        """Raise an error if an empty result is due to the end of the process.
 
-        do_pagemap_cmd(), fs/proc/task_mmu.c, does not ask whether the address space is in use.
+        Unlike read(), PAGEMAP_SCAN reports an exited process's memory as empty, because
+        do_pagemap_cmd(), fs/proc/task_mmu.c, does not check whether the address space is in use.
         """
         self._process.check()
 
@@ -107,5 +125,5 @@ class Pagemap:
             self._process.check()
             raise FailedError(
                 f"QEMU's page map at {start:#x} could not be read: {os.strerror(-result)}",
-                "the memory layout may have changed meanwhile: try again",
+                "the memory layout may have changed: try again",
             )

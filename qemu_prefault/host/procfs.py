@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""QEMU as the kernel sees it: its process, its threads, its memory map.
+"""Read QEMU's threads, memory map and status from ``/proc/PID``.
 
-Parsers are pure functions of text (``parse_*``); :class:`Process` only reads files and hands
-them over. A process can vanish between any two reads; that is the error ``qemu-gone``, never a
-traceback. Its pid can also be used again, so a :class:`Process` remembers the start time and
-checks it with :meth:`Process.check`.
+The parsers (``parse_*``) are pure functions of text; :class:`Process` reads the files and passes
+their text to the parsers. A process can exit between any two reads. That raises
+:class:`GoneError` (code ``qemu-gone``). Its pid can also be reused, so a :class:`Process` stores
+the start time, which :meth:`Process.check` compares.
 
 File formats are those of proc(5).
 """
@@ -24,15 +24,15 @@ from ..units import PAGE_SIZE
 BackingKind = Literal["anonymous", "memfd", "shmem", "hugetlb", "file", "device"]
 
 PROC: Final = "/proc"
-#: Of a process whose threads come and go all the time.
+#: Attempts to list all threads of a process that keeps starting and ending threads.
 MOST_LISTINGS: Final = 16
 
 
-# --- reading ---
-
-
 def gone(pid: int) -> GoneError:
-    return GoneError(f"process {pid} is gone", "see whether QEMU has exited, and why")
+    """Return the error for a process that has exited."""
+    return GoneError(
+        f"process {pid} is gone", "check whether QEMU has exited; its log has the reason"
+    )
 
 
 def exists(pid: int) -> bool:
@@ -57,18 +57,20 @@ def hidden(pid: int) -> UnsupportedError:
 
 
 def denied(path: str) -> UnsupportedError:
+    """Return the error for a file of /proc that must not be read."""
     return UnsupportedError(
         f"no permission to read {path}",
-        "run as root, or as the user QEMU runs as with CAP_SYS_PTRACE",
+        "run as root, or as QEMU's user with CAP_SYS_PTRACE",
         code=Code.PROC_PERMISSION,
     )
 
 
 def read_file(path: str, pid: int) -> str:
-    """Return a file of /proc/PID.
+    """Return the text of a file of /proc/PID.
 
-    :raises GoneError: if the process has vanished.
-    :raises UnsupportedError: if it may not be read.
+    :raises GoneError: if the process has exited.
+    :raises UnsupportedError: if this process has no permission to read the file.
+    :raises FailedError: if reading fails for another reason.
     """
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
@@ -79,12 +81,14 @@ def read_file(path: str, pid: int) -> str:
         raise denied(path) from error
     except OSError as error:
         raise FailedError(
-            f"cannot read {path}: {error.strerror}", "see whether /proc is mounted", code=Code.PROC
+            f"cannot read {path}: {error.strerror}",
+            "check whether /proc is mounted",
+            code=Code.PROC,
         ) from error
 
 
 def read_optional(path: str) -> str | None:
-    """Return a file's text; None if it does not exist, or says nothing to us."""
+    """Return a file's text, or None if it cannot be read."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             return file.read()
@@ -93,22 +97,21 @@ def read_optional(path: str) -> str | None:
 
 
 def malformed(what: str, text: str) -> FailedError:
+    """Return the error for a file of /proc with an unknown format."""
     return FailedError(
-        f"{what} has an unknown form: {text[:120]!r}",
+        f"{what} has an unknown format: {text[:120]!r}",
         "report this with the kernel's version (uname -r)",
         code=Code.PROC,
     )
 
 
-# --- /proc/PID/status, stat, maps, cgroup ---
-
-
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What matters of ``/proc/PID/status``. Signal sets have bit N-1 for signal N.
+    """The fields of ``/proc/PID/status`` that qemu-prefault uses.
 
-    `ns_pids` are the process's ids from this pid namespace inwards; the last is what the
-    process calls itself. `thread_features` lists e.g. ``shstk`` (CET shadow stack).
+    Bit N-1 of a signal set stands for signal N. `ns_pids` are the process's ids, from this pid
+    namespace inwards; the last one is the id in the process's own namespace. `thread_features`
+    lists e.g. ``shstk`` (CET shadow stack).
     """
 
     name: str
@@ -123,14 +126,14 @@ class Status:
     thread_features: frozenset[str]
 
     def has_capability(self, number: int) -> bool:
-        """Whether the effective set holds capability `number`."""
+        """Return whether the effective set contains capability `number`."""
         return bool(self.cap_effective >> number & 1)
 
 
 def parse_status(text: str) -> Status:
     """Parse ``/proc/PID/status``.
 
-    :raises FailedError: if it does not look like one.
+    :raises FailedError: if the text has another format.
     """
     fields: dict[str, str] = {}
     for line in text.split("\n"):
@@ -159,11 +162,11 @@ def parse_status(text: str) -> Status:
 
 
 def parse_start_time(text: str) -> int:
-    """Return the start time of ``/proc/PID/stat``: clock ticks since boot, field 22.
+    """Return field 22 of ``/proc/PID/stat``, the start time in ticks since boot.
 
-    :raises FailedError: if it does not look like one.
+    :raises FailedError: if the text has another format.
     """
-    # the command name is in parentheses and may hold any character, ')' and '\n' too
+    # The command name is in parentheses and may contain any character, even ')' and '\n'.
     fields = text[text.rfind(")") + 1 :].split()
     try:
         return int(fields[19])
@@ -173,7 +176,7 @@ def parse_start_time(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class MemoryMapping:
-    """One line of ``/proc/PID/maps``: ``start..end-1``, backed by `path` from `offset` on."""
+    """One line of ``/proc/PID/maps``: `path` from `offset` at ``start..end-1``."""
 
     start: int
     end: int
@@ -185,7 +188,7 @@ class MemoryMapping:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size in bytes."""
         return self.end - self.start
 
     @property
@@ -209,7 +212,7 @@ _MAPPING: Final = re.compile(
 def parse_maps(text: str) -> tuple[MemoryMapping, ...]:
     """Parse ``/proc/PID/maps``.
 
-    :raises FailedError: at a line of another form.
+    :raises FailedError: if a line has another format.
     """
     return tuple(_parse_mapping(line) for line in text.split("\n") if line)
 
@@ -233,14 +236,14 @@ def _parse_mapping(line: str) -> MemoryMapping:
 
 
 def backing_of(mapping: MemoryMapping, page_size: int = PAGE_SIZE) -> BackingKind:
-    """Tell what a mapping is made of; whether it is private or shared is ``mapping.shared``.
+    """Return the kind of memory behind a mapping.
 
-    :param page_size: page size of the backing as the monitor tells it
-        (:attr:`MemorySection.page_size`): the path does not show that a memfd
-        or a file is of huge pages.
+    :param page_size: The page size of the backing as the monitor reports it, in bytes
+        (:attr:`MemorySection.page_size`). The path of a memfd or a file does not show that it
+        uses huge pages.
     """
     path = mapping.path.removesuffix(" (deleted)")
-    # An anonymous MAP_HUGETLB mapping is a file of this name too (fs/hugetlbfs/inode.c).
+    # An anonymous MAP_HUGETLB mapping is also a file of this name (fs/hugetlbfs/inode.c).
     if page_size > PAGE_SIZE or path.startswith(("/anon_hugepage", "/dev/hugepages/")):
         return "hugetlb"
     if mapping.inode == 0:
@@ -257,7 +260,7 @@ def backing_of(mapping: MemoryMapping, page_size: int = PAGE_SIZE) -> BackingKin
 def mappings_of(maps: Sequence[MemoryMapping], start: int, size: int) -> tuple[MemoryMapping, ...]:
     """Return the mappings that together cover ``start..start+size-1`` without a gap.
 
-    :raises FailedError: if some byte of it is not mapped (code ``unmapped``): then the monitor
+    :raises FailedError: with code ``unmapped`` if some byte is not mapped, so that the monitor
         and the process disagree.
     """
     found = tuple(m for m in maps if m.start < start + size and m.end > start)
@@ -269,14 +272,14 @@ def mappings_of(maps: Sequence[MemoryMapping], start: int, size: int) -> tuple[M
     if reached < start + size:
         raise FailedError(
             f"QEMU has nothing mapped at {reached:#x}, where guest RAM should be",
-            "the memory layout may have changed meanwhile: try again",
+            "the memory layout may have changed: try again",
             code=Code.UNMAPPED,
         )
     return found
 
 
 def thread_names(pid: int) -> dict[int, str]:
-    """Return a process's threads, as ``/proc/PID/task/TID/comm`` names them; none if it is gone."""
+    """Return the names (``comm``) of a process's threads by id; empty if it is gone."""
     names = {}
     with contextlib.suppress(OSError, QemuPrefaultError):
         for tid in _list_threads(pid, lambda: os.listdir(f"{PROC}/{pid}/task")):
@@ -287,15 +290,16 @@ def thread_names(pid: int) -> dict[int, str]:
 
 
 def _list_threads(pid: int, list_tasks: Callable[[], list[str]]) -> list[str]:
-    """List a process's threads until none of them can have been left out.
+    """List a process's threads again until the list is complete.
 
-    The kernel's own list leaves out a live thread if another one ends while it is read: it goes
-    on by count, and counts the one that ends even if it skips it (proc_task_readdir(),
-    first_tid() and next_tid(), fs/proc/base.c). A CPU that is away in the middle of
-    __unhash_process() (kernel/exit.c) makes every list of that time equally short. But the
-    thread that ends is no longer counted by then (``Threads:`` of /proc/PID/status), and cannot
-    be found by its number. So a list is whole if at least as many threads as were counted after
-    it are still found after that.
+    The kernel's list can omit a live thread if another thread exits while the list is read. The
+    kernel finds its position by counting threads, and counts the exiting thread even if it skips
+    it (proc_task_readdir(), first_tid() and next_tid(), fs/proc/base.c). While a CPU is preempted
+    in the middle of __unhash_process() (kernel/exit.c), every list is short in the same way.
+
+    At that point the exiting thread is no longer part of ``Threads:`` in /proc/PID/status, and
+    its number is no longer found. So the threads are counted after the list was read, and the
+    list is complete if at least that many of its threads still exist after that.
     """
     found: list[str] = []
     for _ in range(MOST_LISTINGS):
@@ -314,7 +318,7 @@ def _count_threads(pid: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process, pinned by pid and start time. Make one by :meth:`find` or :func:`identify`."""
+    """A process, identified by pid and start time; use :meth:`find` to get one."""
 
     pid: int
     start_time: int
@@ -323,14 +327,14 @@ class Process:
     def find(cls, pid: int) -> Process:
         """Return the process with this id.
 
-        :raises GoneError: if there is none.
+        :raises GoneError: if no such process exists.
         """
         return cls(pid, parse_start_time(read_file(f"{PROC}/{pid}/stat", pid)))
 
     def check(self) -> None:
-        """Make sure that the pid still means the same, living process.
+        """Check that the pid still belongs to the same process, and that it is alive.
 
-        :raises GoneError: if it has exited (a zombie counts as gone) or the pid is used again.
+        :raises GoneError: if it has exited (a zombie counts as exited) or the pid was reused.
         """
         text = read_file(f"{PROC}/{self.pid}/stat", self.pid)
         state = text[text.rfind(")") + 1 :].split()[:1]
@@ -339,7 +343,7 @@ class Process:
 
     @property
     def exe(self) -> str | None:
-        """Path of the program as this process sees it; None if that may not be known."""
+        """The path of the program, or None if the link cannot be read."""
         return self.link("exe")
 
     @property
@@ -348,39 +352,45 @@ class Process:
         return read_file(f"{PROC}/{self.pid}/comm", self.pid).rstrip("\n")
 
     def arguments(self) -> tuple[str, ...]:
-        """Return its command line."""
+        """Return the command line of the process."""
         return tuple(read_file(f"{PROC}/{self.pid}/cmdline", self.pid).split("\0")[:-1])
 
     def threads(self) -> tuple[int, ...]:
-        """Return the ids of its threads, ascending."""
+        """Return the ids of the process's threads, ascending."""
         names = _list_threads(self.pid, lambda: self.listdir("task"))
         return tuple(sorted(int(name) for name in names if name.isdecimal()))
 
     def status(self, tid: int | None = None) -> Status:
-        """Return the status of the process, or of its thread `tid`."""
+        """Return the status of the process, or of thread `tid`."""
         task = "" if tid is None else f"/task/{tid}"
         return parse_status(read_file(f"{PROC}/{self.pid}{task}/status", self.pid))
 
     def maps(self) -> tuple[MemoryMapping, ...]:
-        """Return its memory map."""
+        """Return the memory map of the process."""
         return parse_maps(read_file(f"{PROC}/{self.pid}/maps", self.pid))
 
     def thread_syscall(self, tid: int) -> str | None:
         """Return ``/proc/PID/task/TID/syscall`` (``202 0x… …`` or ``running``).
 
-        None where it cannot be read: without CAP_SYS_PTRACE, or without
-        CONFIG_HAVE_ARCH_TRACEHOOK.
+        :returns: None if it cannot be read, because this process lacks CAP_SYS_PTRACE or the
+            kernel lacks CONFIG_HAVE_ARCH_TRACEHOOK.
         """
         text = read_optional(f"{PROC}/{self.pid}/task/{tid}/syscall")
         return None if text is None else text.strip()
 
     def link(self, name: str) -> str | None:
+        """Return the target of a link of /proc/PID, or None if it cannot be read."""
         try:
             return os.readlink(f"{PROC}/{self.pid}/{name}")
         except OSError:
             return None
 
     def listdir(self, name: str) -> list[str]:
+        """Return the entries of a directory of /proc/PID.
+
+        :raises GoneError: if the process has exited.
+        :raises UnsupportedError: if this process has no permission to list the directory.
+        """
         path = f"{PROC}/{self.pid}/{name}"
         try:
             return os.listdir(path)
@@ -391,15 +401,15 @@ class Process:
 
 
 def parse_number(text: str | None) -> int | None:
-    """Return a file's only number; None if it has none ("max", or no such file)."""
+    """Return the number in a file's text, or None for other text (``max``)."""
     text = (text or "").strip()
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
 
 
 def thread_map(process: Process) -> dict[int, int]:
-    """Return thread id as we see it, by thread id as the process sees it.
+    """Return a map from thread ids in the process's pid namespace to ids in this one.
 
-    They differ if it lives in a pid namespace of its own (NSpid of ``/proc/PID/status``).
+    They differ if the process runs in its own pid namespace (NSpid of ``/proc/PID/status``).
     """
     threads = process.threads()
     if len(process.status().ns_pids) <= 1:
@@ -408,15 +418,17 @@ def thread_map(process: Process) -> dict[int, int]:
     for tid in threads:
         try:
             found[process.status(tid).ns_pids[-1]] = tid
-        except GoneError:  # a worker thread ended while we looked
+        except GoneError:  # a worker thread exited in the meantime
             continue
     return found
 
 
 def tgid_of(tid: int) -> int | None:
+    """Return the process id of a thread, or None if the thread does not exist."""
     text = read_optional(f"{PROC}/{tid}/status")
     return None if text is None else parse_status(text).tgid
 
 
 def comm_of(pid: int) -> str:
+    """Return the command name of a process, or ``?`` if it cannot be read."""
     return (read_optional(f"{PROC}/{pid}/comm") or "?").rstrip("\n")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Why ptrace was refused, and the command that fixes it."""
+"""Explain why the kernel refused ptrace, and which command fixes it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from .procfs import (
     read_optional,
 )
 
-CAP_SYS_PTRACE: Final = 19  # include/uapi/linux/capability.h
+#: From include/uapi/linux/capability.h.
+CAP_SYS_PTRACE: Final = 19
 
 
 @dataclass(frozen=True, slots=True)
 class PtraceFacts:
-    """What decides whether one process may trace another (``__ptrace_may_access()``)."""
+    """The facts by which ``__ptrace_may_access()`` allows or refuses tracing."""
 
     pid: int
     own_uid: int
@@ -45,13 +46,14 @@ class PtraceFacts:
 
 
 def diagnose_ptrace(process: Process) -> tuple[str, str]:
-    """Explain why PTRACE_SEIZE of the process gave EPERM: (cause, remedy with the command).
+    """Explain why PTRACE_SEIZE of the process failed with EPERM.
 
-    :raises GoneError: if the reason is that it no longer exists.
+    :returns: The cause, and the remedy with the command.
+    :raises GoneError: if the process has exited.
     """
     own = parse_status(read_file(f"{PROC}/self/status", os.getpid()))
     target = process.status()
-    # Any thread may be the traced one.
+    # The tracer may be attached to any thread.
     tracers = [process.status(tid).tracer_pid for tid in process.threads()]
     tracer = next((pid for pid in tracers if pid), 0)
     own_ns = _ns_of("self")
@@ -77,18 +79,18 @@ def diagnose_ptrace(process: Process) -> tuple[str, str]:
 
 
 def explain_ptrace(facts: PtraceFacts) -> tuple[str, str]:
-    """Find the first rule that forbids tracing, in the order in which the kernel asks."""
+    """Return cause and remedy of the kernel's first rule that forbids tracing."""
     who = f"QEMU (pid {facts.pid})"
     as_root = "run as root: sudo qemu-prefault …"
     if facts.tracer is not None:
         pid, name = facts.tracer
         return (
-            f"{who} is already traced by process {pid} ({name}); there can be one tracer only",
+            f"{who} is already traced by process {pid} ({name}); the kernel allows one tracer",
             f"end or detach that tracer: kill {pid}",
         )
     if facts.yama_scope == 3:
         return (
-            "kernel.yama.ptrace_scope is 3: nobody may trace, until the next boot",
+            "kernel.yama.ptrace_scope is 3: the kernel refuses all tracing until the next boot",
             "use the plugin agent (qemu-prefault run), or boot with "
             "kernel.yama.ptrace_scope below 3 in /etc/sysctl.d",
         )
@@ -98,11 +100,12 @@ def explain_ptrace(facts: PtraceFacts) -> tuple[str, str]:
 
 
 def _with_capability(facts: PtraceFacts, who: str) -> tuple[str, str]:
-    # Without permission to see QEMU's namespace, being in one ourselves is reason enough.
+    # If QEMU's user namespace cannot be read, assume that it differs from this one unless this
+    # process runs in the initial user namespace.
     same = facts.own_initial_user_ns if facts.same_user_ns is None else facts.same_user_ns
     if not same:
         return (
-            f"CAP_SYS_PTRACE is held in another user namespace than that of {who}",
+            f"this process has CAP_SYS_PTRACE only in another user namespace than {who}",
             "run as root of the host, outside the container or rootless session",
         )
     if facts.own_seccomp and _confinement(facts) is None:
@@ -112,15 +115,15 @@ def _with_capability(facts: PtraceFacts, who: str) -> tuple[str, str]:
             "seccomp=unconfined --pid host …",
         )
     return _confinement(facts) or (
-        f"the kernel forbids tracing {who} for a reason that is not visible from here",
-        "look into the kernel log and the audit log: dmesg | tail; ausearch -m avc -ts recent",
+        f"the kernel forbids tracing {who} for a reason that is not visible to this process",
+        "look at the kernel log and the audit log: dmesg | tail; ausearch -m avc -ts recent",
     )
 
 
 def _without_capability(facts: PtraceFacts, who: str, as_root: str) -> tuple[str, str]:
     if facts.own_uid == 0:
         return (
-            "root lacks CAP_SYS_PTRACE here: this is a container or a restricted service",
+            "root lacks CAP_SYS_PTRACE in this container or restricted service",
             "run on the host, or: docker run --cap-add SYS_PTRACE --pid host …; "
             "in a systemd unit: CapabilityBoundingSet=CAP_SYS_PTRACE",
         )
@@ -140,9 +143,9 @@ def _without_capability(facts: PtraceFacts, who: str, as_root: str) -> tuple[str
         )
     if facts.yama_scope in (1, 2):
         return (
-            f"kernel.yama.ptrace_scope is {facts.yama_scope}: it takes CAP_SYS_PTRACE to trace "
-            + ("any process but one's children" if facts.yama_scope == 1 else "any process"),
-            f"{as_root}; or for all of this host: sysctl kernel.yama.ptrace_scope=0",
+            f"kernel.yama.ptrace_scope is {facts.yama_scope}: without CAP_SYS_PTRACE a process "
+            + ("can trace only its children" if facts.yama_scope == 1 else "cannot trace another"),
+            f"{as_root}; or for the whole host: sysctl kernel.yama.ptrace_scope=0",
         )
     return _confinement(facts) or (
         f"the kernel forbids tracing {who} without CAP_SYS_PTRACE",
@@ -155,14 +158,14 @@ def _confinement(facts: PtraceFacts) -> tuple[str, str] | None:
     if own.count(":") >= 3:  # user:role:type:level
         return (
             f"SELinux probably forbids {own} to trace {target or 'QEMU'}",
-            "see: ausearch -m avc -ts recent; getsebool deny_ptrace; setsebool deny_ptrace off",
+            "check: ausearch -m avc -ts recent; getsebool deny_ptrace; setsebool deny_ptrace off",
         )
-    # AppArmor lets an unconfined tracer trace anybody (profile_tracee_perm(),
-    # security/apparmor/ipc.c), so only our own profile can be in the way.
+    # AppArmor lets an unconfined tracer trace any process (profile_tracee_perm(),
+    # security/apparmor/ipc.c), so only this process's own profile can forbid it.
     if own not in ("", "unconfined", "kernel"):
         return (
-            f"AppArmor probably forbids it: this tool is confined by the profile {own}",
-            "see: journalctl -k -g apparmor; run the tool from an unconfined root shell",
+            f"AppArmor probably forbids it: the profile {own} confines this process",
+            "check: journalctl -k -g apparmor; run this from an unconfined root shell",
         )
     return None
 
@@ -175,12 +178,12 @@ def _ns_of(who: str) -> str | None:
 
 
 def _identity_map(text: str | None) -> bool:
-    # user_namespaces(7): the initial namespace maps all ids to themselves
+    # user_namespaces(7): the initial namespace maps all ids to themselves.
     return text is None or text.split() == ["0", "0", "4294967295"]
 
 
 def _dumpable(process: Process, status: Status) -> bool:
-    # proc(5): the files of a process that is not dumpable belong to root
+    # proc(5): root owns the /proc files of a process that is not dumpable.
     try:
         owner = os.stat(f"{PROC}/{process.pid}/stat").st_uid
     except OSError as error:
@@ -194,6 +197,6 @@ def _label(who: str) -> str | None:
 
 
 def ptrace_denied(process: Process) -> PtraceDeniedError:
-    """The error for a refused trace, with the culprit named."""
+    """Return the error for a refused trace, with its cause and remedy."""
     cause, remedy = diagnose_ptrace(process)
     return PtraceDeniedError(cause, remedy)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""libvirt: by libvirt-python where it is, and for a domain's XML by virsh otherwise."""
+"""Connections to libvirt, by libvirt-python. Definitions are also accessible by virsh."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ DEFAULT_URI = "qemu:///system"
 
 
 def default_uri(uri: str | None = None) -> str:
-    """What was asked for, else what libvirt's own tools would take, else the system's QEMUs."""
+    """Return the given URI, else $LIBVIRT_DEFAULT_URI, else the URI of the system daemon."""
     return uri or os.environ.get("LIBVIRT_DEFAULT_URI") or DEFAULT_URI
 
 
 def module() -> Any:
-    """libvirt-python.
+    """Import libvirt-python.
 
-    :raise UnsupportedError: it is not installed.
+    :raises UnsupportedError: libvirt-python is not installed.
     """
     try:
         import libvirt  # noqa: PLC0415
     except ImportError:
         raise UnsupportedError(
-            "this takes libvirt's Python module, which is not installed",
-            "apt-get install python3-libvirt, or pip install 'qemu-prefault[libvirt]'",
+            "this command needs libvirt's Python module, which is not installed",
+            "install it: apt-get install python3-libvirt, or pip install 'qemu-prefault[libvirt]'",
             code=Code.NO_LIBVIRT_PYTHON,
         ) from None
-    # It prints every error to stderr itself otherwise.
+    # Without a handler, libvirt prints every error to stderr.
     libvirt.registerErrorHandler(lambda _, __: None, None)
     return libvirt
 
 
 def connect(uri: str | None = None) -> libvirt.virConnect:
-    """A connection to libvirt.
+    """Connect to libvirt.
 
-    :raise LibvirtError: the daemon does not answer.
+    :raises LibvirtError: The daemon does not answer.
     """
     name = default_uri(uri)
     with errors(f"{name}: "):
@@ -59,7 +59,7 @@ def connect(uri: str | None = None) -> libvirt.virConnect:
 
 @contextlib.contextmanager
 def errors(prefix: str = "") -> Iterator[None]:
-    """What libvirt refuses in the block is told as one of our errors."""
+    """Convert errors of libvirt in the block to errors of this package."""
     libvirt = module()
     try:
         yield
@@ -68,24 +68,27 @@ def errors(prefix: str = "") -> Iterator[None]:
 
 
 def raise_error(error: Any, prefix: str = "") -> NoReturn:
-    """:raise QemuPrefaultError: what fits ``libvirt.libvirtError``."""
+    """Raise the error of this package that corresponds to a ``libvirt.libvirtError``."""
     libvirt = module()
     text = f"{prefix}{error.get_error_message() or error}"
     number = error.get_error_code()
     if number == libvirt.VIR_ERR_NO_DOMAIN:
-        raise InputError(text, "see: virsh list --all", code=Code.NO_DOMAIN) from error
+        raise InputError(text, "list the domains: virsh list --all", code=Code.NO_DOMAIN) from error
     if number == libvirt.VIR_ERR_OPERATION_INVALID:
-        raise LibvirtError(text, "see: virsh domstate DOMAIN") from error
+        raise LibvirtError(text, "check the domain's state: virsh domstate DOMAIN") from error
     if number in (libvirt.VIR_ERR_NO_CONNECT, libvirt.VIR_ERR_SYSTEM_ERROR):
-        remedy = "is the daemon running? systemctl start libvirtd (or virtqemud); --connect URI"
+        remedy = (
+            "start the daemon: systemctl start libvirtd (or virtqemud); "
+            "or give its address: --connect URI"
+        )
         raise LibvirtError(text, remedy, code=Code.NO_LIBVIRTD) from error
     raise LibvirtError(text, "see the daemon's log: journalctl -u libvirtd") from error
 
 
 def lookup(connection: libvirt.virConnect, name: str) -> libvirt.virDomain:
-    """The domain of this name, UUID or id.
+    """Return the domain with this name, UUID or id.
 
-    :raise InputError: there is none.
+    :raises InputError: The domain does not exist.
     """
     libvirt = module()
     with errors():
@@ -97,29 +100,33 @@ def lookup(connection: libvirt.virConnect, name: str) -> libvirt.virDomain:
         return connection.lookupByName(name)
 
 
-# -- definitions -------------------------------------------------------------------------
+# --- definitions ---
 
 
 class Definitions(Protocol):
-    """What ``enable`` and its like need of libvirt."""
+    """Access to the definition and state of domains, for ``enable``, ``disable``, ``status``."""
 
     def read(self, domain: str) -> bytes:
-        """XML that can be defined again: persistent, with what is secret."""
+        """Return the persistent XML, including secrets, so that it can be defined again."""
         ...
 
-    def write(self, domain: str, xml: bytes) -> None: ...
+    def write(self, domain: str, xml: bytes) -> None:
+        """Define the domain from XML."""
+        ...
 
-    def running(self, domain: str) -> bool: ...
+    def running(self, domain: str) -> bool:
+        """Return whether the domain is running."""
+        ...
 
     def saved(self, domain: str) -> bool:
-        """Whether it has a managed save image, which has XML of its own."""
+        """Return whether the domain has a managed save image, which contains its own XML."""
         ...
 
 
 def definitions(uri: str | None = None) -> Definitions:
-    """By libvirt-python, or by virsh.
+    """Return access to definitions, by libvirt-python if it is installed, else by virsh.
 
-    :raise UnsupportedError: neither is there.
+    :raises UnsupportedError: Neither is installed.
     """
     try:
         module()
@@ -128,8 +135,8 @@ def definitions(uri: str | None = None) -> Definitions:
         if virsh is None:
             raise UnsupportedError(
                 "neither virsh nor libvirt's Python module is installed",
-                "apt-get install libvirt-clients; or give XML: qemu-prefault libvirt enable - "
-                "<old.xml >new.xml",
+                "install virsh: apt-get install libvirt-clients; or edit XML in files: "
+                "qemu-prefault libvirt enable - <old.xml >new.xml",
                 code=Code.NO_LIBVIRT,
             ) from error
         return ByVirsh(virsh, default_uri(uri))
@@ -149,8 +156,9 @@ class ByModule:
         with errors():
             if not found.isPersistent():
                 raise InputError(
-                    f"domain {domain} is transient: it has no definition that could be changed",
-                    "change the XML it is created from: qemu-prefault libvirt enable - <old >new",
+                    f"domain {domain} is transient, so it has no definition to change",
+                    "edit the XML that creates it: "
+                    "qemu-prefault libvirt enable - <old.xml >new.xml",
                 )
             return str(found.XMLDesc(flags)).encode()
 
@@ -186,7 +194,9 @@ class ByVirsh:
         if done.returncode == 0:
             return done.stdout
         text = " ".join(done.stderr.split()).removeprefix("error: ")
-        raise LibvirtError(text or f"virsh {arguments[0]} failed", "see: virsh list --all")
+        raise LibvirtError(
+            text or f"virsh {arguments[0]} failed", "list the domains: virsh list --all"
+        )
 
     def _run_on(self, domain: str, *arguments: str) -> str:
         try:
@@ -197,7 +207,7 @@ class ByVirsh:
             raise
 
     def _knows(self, domain: str) -> bool:
-        """Whether there is such a domain; also if that cannot be known."""
+        """Return whether the domain exists. Return True if virsh cannot list the domains."""
         try:
             names = self._run("list", "--all", "--name") + self._run("list", "--all", "--uuid")
         except LibvirtError:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A daemon for fleets: libvirt's events, journald's log, and metrics for Prometheus.
+"""The daemon ``libvirt watch``: logs the events of all domains, and exports metrics.
 
-It observes: faults and stage-2 entries of every running domain, and what its plugin has done.
-With ``act`` it also does what the policies ask for after a start, a restore or a migration;
-that is a moment later than the hook, and needs no place in libvirt's own processes.
+The metrics are the faults and stage-2 entries of every running domain, and the counters of its
+plugin. With ``act``, the daemon also performs the configured action after a start, a restore or
+a migration. It acts later than the hook, but libvirt does not have to run or wait for it.
 """
 
 from __future__ import annotations
@@ -30,14 +30,20 @@ from .hook_config import LifecycleEvent, When, read
 from .install import program_words
 from .metrics import Metrics
 
+#: Seconds between two attempts to connect to libvirt.
 RECONNECT_SECONDS: Final = 2.0
+#: Label "outcome" of the metrics, by the exit status of a run.
 OUTCOMES: Final = {0: "verified", 1: "failed", 3: "partial", 4: "unsupported", 5: "refused"}
 
 
 def run(uri: str | None, *, listen: str | None, textfile: Path | None, act: bool) -> None:
-    """Watch until SIGTERM.
+    """Watch all domains until SIGTERM.
 
-    :raise UnsupportedError: libvirt-python, or prometheus_client for metrics, is missing.
+    :param uri: The libvirt connection, or None for the default.
+    :param listen: Serve metrics at this ``ADDRESS:PORT``.
+    :param textfile: Write metrics to this file.
+    :param act: Perform the actions that the hook configuration requests.
+    :raises UnsupportedError: libvirt-python, or prometheus_client for metrics, is not installed.
     """
     _log_to_stderr()
     module()
@@ -54,9 +60,11 @@ def run(uri: str | None, *, listen: str | None, textfile: Path | None, act: bool
 
 
 class Daemon:
-    """The connection, and the work that follows from its events.
+    """The connection to libvirt, and the handling of its events.
 
-    :ivar running: names of the domains that run, by UUID.
+    :ivar running: Names of the running domains, by UUID.
+    :ivar connected: Whether libvirt answers.
+    :ivar on_run: Functions to call with the result of each run.
     """
 
     def __init__(self, uri: str, act: bool) -> None:
@@ -69,6 +77,7 @@ class Daemon:
         self._libvirt = module()
 
     def run(self) -> None:
+        """Handle events, and reconnect when the connection is lost. Never returns."""
         self._libvirt.virEventRegisterDefaultImpl()
         threading.Thread(target=self._run_events, daemon=True).start()
         while True:
@@ -86,11 +95,11 @@ class Daemon:
                     )
                 }
             except (QemuPrefaultError, self._libvirt.libvirtError) as error:
-                log.warning("libvirt does not answer, trying again: %s", _brief(error))
+                log.warning("libvirt does not answer, retrying: %s", _brief(error))
                 time.sleep(RECONNECT_SECONDS)
                 continue
             self.connected = True
-            log.info("watching %s, %d domains run", self.uri, len(self.running))
+            log.info("watching %s, %d domains running", self.uri, len(self.running))
             while (event := self._queue.get()) is not None:
                 self._handle(connection, event)
             self.connected = False
@@ -175,7 +184,7 @@ def _brief(error: Exception) -> str:
 
 
 class _Formatter(logging.Formatter):
-    """systemd takes a priority in angle brackets (sd-daemon(3)); a terminal wants the time."""
+    """Prefixes a line with its priority for the journal (sd-daemon(3)), else with the time."""
 
     _PRIORITY: Final = {logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 

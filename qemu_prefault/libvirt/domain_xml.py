@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A domain's XML, with the plugin in it or not.
+"""Add the plugin to domain XML, remove it, and read what the XML says about the domain.
 
-It is edited as text, at places a parser has found: what is not ours (comments, prefixes,
-order, white space, elements this version knows nothing of) stays as it is, byte for byte.
-Element trees cannot give that: they forget prefixes and move namespace declarations.
+The XML is edited as text, at offsets that a parser has found. Everything else (comments,
+prefixes, order, white space, unknown elements) stays unchanged, byte for byte. An element tree
+would not preserve that: it loses prefixes and moves namespace declarations.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from xml.parsers import expat
 
 from ..errors import Code, InputError, RefusedError, UnsupportedError
 
+#: XML namespace of libvirt's <qemu:commandline>.
 QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
+#: XML namespace of qemu-prefault's element in <metadata>.
 OWN_NAMESPACE = "urn:qemu-prefault:1"
 PLUGIN_NAME = "qemu-prefault-plugin.so"
 
-#: A tag, from ``<`` to ``>``; ``>`` may stand in attribute values.
+#: A tag, from ``<`` to ``>``. Attribute values may contain ``>``.
 _TAG = re.compile(rb"<(?:[^>\"']|\"[^\"]*\"|'[^']*')*>")
 _UNITS = {
-    **{"b": 1, "bytes": 1, "": 1 << 10},  # without a unit it is KiB
+    **{"b": 1, "bytes": 1, "": 1 << 10},  # the default unit is KiB
     **{"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
     **{"k": 1 << 10, "KiB": 1 << 10, "M": 1 << 20, "MiB": 1 << 20},
     **{"G": 1 << 30, "GiB": 1 << 30, "T": 1 << 40, "TiB": 1 << 40},
@@ -32,7 +34,12 @@ _UNITS = {
 
 @dataclass
 class Element:
-    """An element and where its text is: its tag from ``start``, all of it until ``end``."""
+    """An XML element with its byte offsets.
+
+    :ivar start: Start of the start tag.
+    :ivar tag_end: End of the start tag.
+    :ivar end: End of the whole element.
+    """
 
     namespace: str
     name: str
@@ -44,19 +51,20 @@ class Element:
     children: list[Element] = field(default_factory=list)
 
     def find(self, path: str, namespace: str = "") -> Element | None:
-        """The first child ``a``, or descendant ``a/b``."""
+        """Return the first child ``a`` or descendant ``a/b``, or None."""
         found: Element | None = self
         for name in path.split("/"):
             found = next(found.all(name, namespace), None) if found else None
         return found
 
     def all(self, name: str, namespace: str = "") -> Iterator[Element]:
+        """Return all children with this name."""
         return (c for c in self.children if (c.namespace, c.name) == (namespace, name))
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The plugin as a domain's XML names it."""
+    """The plugin's path and options in domain XML."""
 
     path: str
     options: tuple[str, ...]
@@ -64,7 +72,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Edited:
-    """XML, and whether it is other than it was."""
+    """Edited XML, and whether it differs from the input."""
 
     xml: bytes
     changed: bool
@@ -72,12 +80,15 @@ class Edited:
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """What we ask of a domain's XML beside the plugin.
+    """The properties of a domain that the hook, the daemon and probe use.
 
-    :ivar memory: bytes at boot, all NUMA nodes together. :ivar current: bytes that the balloon
-        and unplugged blocks leave of that and of all memory devices. :ivar huge: hugetlb pages
-        back it. :ivar devices: models of its memory devices. :ivar nodes: NUMA nodes.
-    :ivar own: attributes of our element in ``<metadata>``, or None.
+    :ivar memory: Boot memory of all NUMA nodes, in bytes.
+    :ivar current: Current memory in bytes: boot memory and memory devices, less what the balloon
+        holds and what is unplugged.
+    :ivar huge: Whether hugetlb pages back the memory.
+    :ivar devices: Models of the memory devices.
+    :ivar nodes: Number of NUMA nodes.
+    :ivar own: Attributes of qemu-prefault's element in ``<metadata>``, or None.
     """
 
     name: str
@@ -93,27 +104,30 @@ class Domain:
 
 
 def parse(xml: bytes) -> Element:
-    """The tree of a domain.
+    """Parse domain XML.
 
-    :raise InputError: it is no XML, or not a domain's.
+    :raises InputError: The input is not XML, or not the XML of a domain.
     """
     root = _Reader(xml).read()
     if (root.namespace, root.name) != ("", "domain"):
         raise InputError(
-            f"this is XML of <{root.name}>, not of <domain>",
+            f"the root element of this XML is <{root.name}>, not <domain>",
             "give what `virsh dumpxml --inactive DOMAIN` prints",
         )
     return root
 
 
 def describe(xml: bytes) -> Domain:
-    """What the hook and the watcher need to know of a domain."""
+    """Return the properties of a domain.
+
+    :raises InputError: The XML cannot be parsed.
+    """
     root = parse(xml)
     memory = _size(root.find("memory"))
     current = _size(root.find("currentMemory")) or memory
     devices = root.find("devices")
     pluggable = list(devices.all("memory")) if devices else []
-    # <memory> counts memory devices in, if there are any.
+    # <memory> includes the size of memory devices.
     extra = sum(_size(device.find("target/size")) for device in pluggable)
     metadata = root.find("metadata")
     machine = root.find("os/type")
@@ -134,7 +148,7 @@ def describe(xml: bytes) -> Domain:
 
 
 def loaded(xml: bytes) -> Loaded | None:
-    """The plugin in this domain, or None."""
+    """Return the plugin that the domain loads, or None."""
     pairs = list(_plugin_arguments(parse(xml)))
     if not pairs:
         return None
@@ -143,11 +157,11 @@ def loaded(xml: bytes) -> Loaded | None:
 
 
 def enable(xml: bytes, path: str, options: Sequence[str] = ()) -> Edited:
-    """Have the domain's QEMU load the plugin.
+    """Add the plugin to the domain, or change its path and options.
 
-    :param options: the plugin's, each ``KEY=VALUE``.
-    :raise UnsupportedError: the domain cannot use it. :raise RefusedError: it does already, in
-        a way that is not ours to change.
+    :param options: Options of the plugin, each ``KEY=VALUE``.
+    :raises UnsupportedError: The domain cannot use the plugin.
+    :raises RefusedError: The domain already loads the plugin with LD_PRELOAD.
     """
     root = parse(xml)
     _refuse(root)
@@ -169,7 +183,7 @@ def enable(xml: bytes, path: str, options: Sequence[str] = ()) -> Edited:
         prefix = declared or b"qemu"
         if declared is None:
             if re.search(rb"\sxmlns:qemu\s*=", xml[root.start : root.tag_end]):
-                prefix = b"qemu-prefault"  # which somebody uses for something else
+                prefix = b"qemu-prefault"  # the prefix "qemu" is used for another namespace
             place = root.start + len(b"<domain")
             edits.append((place, place, b" xmlns:%s='%s'" % (prefix, QEMU_NAMESPACE.encode())))
         lines = [b"  <%s:commandline>" % prefix, *_arguments(prefix, value, b"    ")]
@@ -183,14 +197,14 @@ def enable(xml: bytes, path: str, options: Sequence[str] = ()) -> Edited:
         opened = xml[commandline.start : commandline.tag_end - 2].rstrip() + b">"
         closed = b"\n%s</%s>" % (indent[:-2], _raw_name(xml, commandline))
         return _checked(_splice(xml, (commandline.start, commandline.end, opened + text + closed)))
-    # Behind the arguments, before the environment: that is the schema's order.
+    # The schema wants the arguments before the environment variables.
     arguments = list(commandline.all("arg", QEMU_NAMESPACE))
     place = arguments[-1].end if arguments else commandline.tag_end
     return _checked(_splice(xml, (place, place, text)))
 
 
 def disable(xml: bytes) -> Edited:
-    """Take the plugin out; what :func:`enable` put in goes without a trace."""
+    """Remove the plugin, and everything else that :func:`enable` added."""
     root = parse(xml)
     pairs = list(_plugin_arguments(root))
     if not pairs:
@@ -212,10 +226,12 @@ def disable(xml: bytes) -> Edited:
     return _checked(_splice(xml, *edits))
 
 
-# -- details -----------------------------------------------------------------------------
+# --- details ---
 
 
 class _Reader:
+    """Parses XML into a tree of :class:`Element`."""
+
     def __init__(self, xml: bytes) -> None:
         self._xml = xml
         self._open: list[Element] = []
@@ -234,7 +250,7 @@ class _Reader:
             parser.Parse(self._xml, True)
         except expat.ExpatError as error:
             raise InputError(
-                f"this is no XML that could be read: {error}",
+                f"the input is not valid XML: {error}",
                 "give what `virsh dumpxml --inactive DOMAIN` prints",
                 code=Code.BAD_XML,
             ) from None
@@ -269,7 +285,9 @@ class _Reader:
 
     def _doctype(self, *_: object) -> None:
         raise InputError(
-            "this XML has a DOCTYPE, which no domain has", "remove it", code=Code.BAD_XML
+            "this XML has a DOCTYPE, which domain XML never has",
+            "remove the DOCTYPE",
+            code=Code.BAD_XML,
         )
 
 
@@ -290,7 +308,7 @@ def _size(element: Element | None) -> int:
         return int(_text(element)) * _UNITS[element.attributes.get("unit", "")]
     except (ValueError, KeyError):
         raise InputError(
-            f"<{element.name}> of the domain is no size: {_text(element)[:40]!r}",
+            f"<{element.name}> of the domain is not a size: {_text(element)[:40]!r}",
             "see: virsh dumpxml DOMAIN",
             code=Code.BAD_XML,
         ) from None
@@ -300,28 +318,30 @@ def _refuse(root: Element) -> None:
     kind = root.attributes.get("type")
     if kind != "kvm":
         raise UnsupportedError(
-            f"this is a domain of type {kind!r}: its guest does not run under KVM",
-            "only <domain type='kvm'> has stage-2 tables that could be filled",
+            f"this domain has type {kind!r}, so its guest does not run under KVM",
+            "only guests of <domain type='kvm'> have stage-2 tables to fill",
             code=Code.NOT_KVM,
         )
     machine = root.find("os/type")
     arch = machine.attributes.get("arch") if machine else None
     if arch not in (None, "x86_64", "i686"):
         raise UnsupportedError(
-            f"this domain's guest is {arch}", "qemu-prefault is for x86-64 only", code=Code.NOT_X86
+            f"the architecture of this domain is {arch}",
+            "qemu-prefault supports x86-64 only",
+            code=Code.NOT_X86,
         )
     commandline = root.find("commandline", QEMU_NAMESPACE)
     for variable in commandline.all("env", QEMU_NAMESPACE) if commandline else ():
         if PLUGIN_NAME in variable.attributes.get("value", ""):
             raise RefusedError(
-                "this domain loads the plugin by LD_PRELOAD already",
+                "this domain already loads the plugin with LD_PRELOAD",
                 "remove that <qemu:env> first: virsh edit DOMAIN",
                 code=Code.PRELOADED,
             )
 
 
 def _plugin_arguments(root: Element) -> Iterator[tuple[Element, Element]]:
-    """Each ``-plugin`` of ours, as the two elements it is."""
+    """Yield the two <qemu:arg> elements of each ``-plugin`` that names the plugin."""
     commandline = root.find("commandline", QEMU_NAMESPACE)
     arguments = list(commandline.all("arg", QEMU_NAMESPACE)) if commandline else []
     for first, second in itertools.pairwise(arguments):
@@ -332,7 +352,7 @@ def _plugin_arguments(root: Element) -> Iterator[tuple[Element, Element]]:
 
 
 def _declared_prefix(xml: bytes, root: Element) -> bytes | None:
-    """The prefix that the root has for libvirt's QEMU namespace."""
+    """Return the prefix that the root element declares for libvirt's QEMU namespace."""
     pattern = rb"\sxmlns:([^\s=]+)\s*=\s*([\"'])%s\2" % re.escape(QEMU_NAMESPACE.encode())
     found = re.search(pattern, xml[root.start : root.tag_end])
     return found[1] if found else None
@@ -347,13 +367,13 @@ def _prefix(xml: bytes, element: Element) -> bytes:
 
 
 def _argument(prefix: bytes, value: str) -> bytes:
-    # Without a prefix it is the default namespace.
+    # An empty prefix means that the default namespace is libvirt's QEMU namespace.
     name = b"%s:arg" % prefix if prefix else b"arg"
     return b"<%s value=%s/>" % (name, _quoted(value))
 
 
 def _quoted(value: str) -> bytes:
-    # xml.sax.saxutils would bring half of urllib into a hook that libvirt waits for.
+    # xml.sax.saxutils imports much of urllib, which would slow down the hook.
     for mark, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("'", "&apos;")):
         value = value.replace(mark, entity)
     return f"'{value}'".encode()
@@ -364,7 +384,7 @@ def _arguments(prefix: bytes, value: str, indent: bytes) -> list[bytes]:
 
 
 def _before(xml: bytes, element: Element) -> int:
-    """Where the white space before an element starts."""
+    """Return the offset at which the white space before an element starts."""
     return len(xml[: element.start].rstrip())
 
 
@@ -380,6 +400,6 @@ def _splice(xml: bytes, *edits: tuple[int, int, bytes]) -> bytes:
 
 
 def _checked(xml: bytes) -> Edited:
-    """What has been edited must be what it was meant to be: a domain, and whole."""
+    """Check that edited XML is still the XML of a domain."""
     parse(xml)
     return Edited(xml, True)

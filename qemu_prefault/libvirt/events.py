@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the daemon hears of libvirt, and where it logs."""
+"""Events of domains that the daemon handles, and its logger."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ log = logging.getLogger("qemu-prefault")
 
 @dataclass(frozen=True, slots=True)
 class DomainEvent:
-    """A guest has been started, has come, or has gone: ``moment`` None."""
+    """A change in the life of a domain.
+
+    :ivar what: The change, as it is logged after the domain's name.
+    :ivar moment: The event that an action can be configured for, or None.
+    """
 
     uuid: str
     name: str

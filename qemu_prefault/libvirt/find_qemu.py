@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The QEMU that libvirt has started for a domain, found without asking libvirt."""
+"""Find the QEMU process that libvirt started for a domain, without calling libvirt."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from ..host.procfs import Process
 
 
 def pid_files(name: str) -> Iterator[Path]:
-    """Where libvirt writes a domain's pid: the system's daemon, and a user's."""
+    """Yield the paths of a domain's pid file: of the system daemon, and of a session daemon."""
     yield Path(f"/run/libvirt/qemu/{name}.pid")
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         yield Path(f"{runtime}/libvirt/qemu/run/{name}.pid")
 
 
 def find_qemu(name: str, uuid: str) -> Process:
-    """The process, once its command line has told that it is this domain's.
+    """Return the process, after checking that its command line contains the UUID.
 
-    :raise FailedError: there is none, or it is another's (code ``no-qemu``).
+    :param uuid: The domain's UUID. If empty, the process is not checked.
+    :raises FailedError: No process of this domain was found (code ``no-qemu``).
     """
-    problem = "there is no pid file"
+    problem = "libvirt wrote no pid file"
     for path in pid_files(name):
         try:
             pid = int(path.read_text().strip())
@@ -36,13 +37,13 @@ def find_qemu(name: str, uuid: str) -> Process:
             process = Process.find(pid)
             arguments = process.arguments()
         except GoneError:
-            problem = f"process {pid} of {path} is gone"
+            problem = f"process {pid} from {path} does not exist any more"
             continue
         if not uuid or uuid in arguments:
             return process
-        problem = f"process {pid} of {path} is not that of {uuid}"
+        problem = f"process {pid} from {path} does not belong to domain {uuid}"
     raise FailedError(
         f"the QEMU of domain {name} was not found: {problem}",
-        "is it running on this host? virsh domstate DOMAIN",
+        "check that the domain is running on this host: virsh domstate DOMAIN",
         code=Code.NO_QEMU,
     )

@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What libvirt calls when a domain starts: /etc/libvirt/hooks/qemu.d/50-qemu-prefault.
+"""The hook that libvirt calls: /etc/libvirt/hooks/qemu.d/50-qemu-prefault.
 
-libvirt waits for its hooks, and a hook that fails ends the guest. So:
+libvirt waits for the hook, and stops the guest if the hook fails. Therefore:
 
-* It never calls libvirt, which would wait for the very job it is called from. What it needs
-  comes from the XML on stdin, the pid file, and ``/proc``.
-* What takes longer goes to a process of its own, a transient unit where systemd is.
-* Whatever happens, it returns 0, and logs. ``reconnect`` does nothing at all.
+* The hook never calls libvirt, which would wait for the job that called the hook. It reads the
+  XML on stdin, the pid file and ``/proc`` instead.
+* Longer work is handed over to another process: a transient systemd unit, if possible.
+* The hook logs every error and always returns 0. It ignores ``reconnect``.
 
-The moments, in libvirt's order (src/qemu/qemu_process.c, qemu_saveimage.c, qemu_migration.c):
+The calls, in the order in which libvirt makes them (src/qemu/qemu_process.c, qemu_saveimage.c,
+qemu_migration.c):
 
-================  =====================  ==========================================
-``restore begin``  stdin has XML, and so  a restore is under way; if the plugin it
-``migrate begin``  may stdout             names is not on this host it is left out
-``started begin``  after a boot           the vCPUs run already
-                   after a restore        RAM is loaded, the vCPUs wait for us
-                   of a migration         RAM is not there yet
-``release end``                           the domain has ended
-================  =====================  ==========================================
+``restore begin``, ``migrate begin``
+    A restore or an incoming migration starts. stdin has the domain XML, and the hook may print
+    other XML. If the XML names a plugin file that does not exist on this host, the hook removes
+    the plugin from the XML.
+``started begin``
+    QEMU is running. After a boot, the vCPUs already run. After a restore, RAM is loaded and the
+    vCPUs wait until the hook returns. During a migration, RAM is not loaded yet.
+``release end``
+    The domain has ended.
 """
 
 from __future__ import annotations
@@ -41,20 +43,23 @@ if TYPE_CHECKING:
     from ..host.procfs import Process
     from .prelaunch import PrelaunchResult
 
+#: Directory with a file for each domain that is being restored or is migrating in. The file is
+#: removed when the domain has started.
 MARKS = Path("/run/qemu-prefault")
-"""A file for each domain that is being restored or migrates in, until it has started."""
+#: Exists if the host runs systemd (sd_booted(3)).
 SYSTEMD = Path("/run/systemd/system")
+#: Maximum size of the XML on stdin, in bytes.
 LONGEST_XML = 16 << 20
 
 Log = Callable[[str], None]
 
 
 def main(arguments: Sequence[str], stdin: int = 0) -> bytes:
-    """The hook. Returns what goes to stdout: other XML, or nothing.
+    """Run the hook. Errors are logged and never raised.
 
-    It raises nothing: what goes wrong is in the log.
-
-    :param arguments: the domain's name, the operation, its phase, and a reason.
+    :param arguments: The domain's name, the operation, its phase, and further arguments.
+    :param stdin: The file descriptor to read the domain XML from.
+    :returns: The output for stdout: changed XML, or nothing.
     """
     name = arguments[0] if arguments else "?"
     log = _logger(name)
@@ -69,23 +74,23 @@ def main(arguments: Sequence[str], stdin: int = 0) -> bytes:
             _mark(about.uuid).unlink(missing_ok=True)
     except QemuPrefaultError as error:
         log(f"{operation}: {error.cause}; {error.remedy}")
-    except Exception as error:  # the guest must not suffer from it
+    except Exception as error:  # a hook that fails would stop the guest
         log(f"{operation}: {type(error).__name__}: {error}; please report this")
     return b""
 
 
 def _coming(moment: LifecycleEvent, xml: bytes, log: Log) -> bytes:
-    """Remember what ``started`` will not tell; leave out a plugin that is not on this host."""
+    """Record the event for ``started begin``. Return XML without the plugin if it is missing."""
     about = domain_xml.describe(xml)
     try:
         MARKS.mkdir(mode=0o700, exist_ok=True)
         _mark(about.uuid).write_text(moment.value)
     except OSError as error:
-        log(f"{moment} will look like a start: {error}")
+        log(f"the {moment} will be handled as a start: {error}")
     found = domain_xml.loaded(xml)
     if found is None or os.path.exists(found.path):
         return b""
-    log(f"{found.path} is not on this host: {moment} goes on without the plugin")
+    log(f"{found.path} does not exist on this host: the {moment} continues without the plugin")
     return domain_xml.disable(xml).xml
 
 
@@ -97,19 +102,19 @@ def _started(name: str, xml: bytes, log: Log) -> None:
     when = policy.at(moment)
     if when is When.OFF or not about.kvm:
         return
-    # From here on it is worth to load more.
+    # Imported here, because most calls end above and libvirt waits for them.
     from ..agents.plugin import find_control_socket  # noqa: PLC0415
     from .find_qemu import find_qemu  # noqa: PLC0415
 
     process = find_qemu(name, about.uuid)
     if find_control_socket(process) is not None:
-        log(f"{moment}: QEMU (pid {process.pid}) has the plugin, which sees to it")
+        log(f"{moment}: left to the plugin in QEMU (pid {process.pid})")
         return
     if when is When.NOW:
         try:
             done = _in_window(process, about, policy)
         except QemuPrefaultError as error:
-            log(f"{moment}: {error.cause}; it is left for later")
+            log(f"{moment}: {error.cause}; prefaulting after the guest starts instead")
         else:
             log(
                 f"{moment}: {done.prefaulted >> 20} of {done.requested >> 20} MiB prefaulted "
@@ -130,7 +135,7 @@ def _in_window(process: Process, about: Domain, policy: HookConfig) -> Prelaunch
 
 
 def _hand_over(about: Domain, pid: int, policy: HookConfig, when: When, log: Log) -> None:
-    """Let a process of its own do it, which may call libvirt and take its time."""
+    """Start a process that prefaults the guest. libvirt does not wait for that process."""
     import shutil  # noqa: PLC0415
     import subprocess  # noqa: PLC0415
 
@@ -156,11 +161,11 @@ def _hand_over(about: Domain, pid: int, policy: HookConfig, when: When, log: Log
         start_new_session=True,
         cwd="/",
     )
-    child.returncode = 0  # whose end is not waited for here
+    child.returncode = 0  # so that Popen does not warn: the child outlives this process
     log(f"handed over to process {child.pid}")
 
 
-# -- details -----------------------------------------------------------------------------
+# --- details ---
 
 
 def _read_all(descriptor: int) -> bytes:
@@ -168,7 +173,7 @@ def _read_all(descriptor: int) -> bytes:
     while part := os.read(descriptor, 1 << 16):
         parts.append(part)
         if len(parts) > LONGEST_XML >> 16:
-            break  # what is cut off is no XML, and so refused
+            break  # incomplete XML, which the parser refuses
     return b"".join(parts)
 
 
@@ -186,7 +191,7 @@ def _take_mark(uuid: str) -> LifecycleEvent:
 
 
 def _logger(name: str) -> Log:
-    """To syslog, and to stderr, of which libvirt logs what a failed hook said."""
+    """Return a function that logs to syslog, and to stderr, which libvirt may log."""
     syslog.openlog("qemu-prefault", syslog.LOG_PID, syslog.LOG_DAEMON)
 
     def log(text: str) -> None:

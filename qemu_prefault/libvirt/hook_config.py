@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What is to be done for which domain, and when: its metadata says so, or a file does.
+"""The configuration of the hook and the daemon: which domains to prefault, and when.
 
-In the domain, attributes of one element (``virsh metadata DOMAIN urn:qemu-prefault:1 --key
-prefault --set '<hook restore="now"/>' --config``)::
+A domain's metadata may contain one element whose attributes are the configuration. To set it:
+``virsh metadata DOMAIN urn:qemu-prefault:1 --key prefault --set '<hook restore="now"/>'
+--config``. The result::
 
     <metadata><prefault:hook xmlns:prefault="urn:qemu-prefault:1" restore="now"/></metadata>
 
-or in /etc/qemu-prefault/libvirt.toml, for all domains and for one::
+The file /etc/qemu-prefault/libvirt.toml configures all domains, or one domain by name::
 
     [default]
     restore = "now"
@@ -14,7 +15,7 @@ or in /etc/qemu-prefault/libvirt.toml, for all domains and for one::
     [domain.web1]
     start = "follow"
 
-What nobody asks for is not done.
+By default, no domain is prefaulted.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from ..errors import InputError
 from .domain_xml import Domain
 from .install import CONFIG
 
+#: Maximum of ``wait``, in seconds. The hook is killed after 60 seconds (install.HOOK_TEXT).
 LONGEST_WAIT = 50.0
-"""The hook itself is ended after a minute: see install.py."""
 
 
 class LifecycleEvent(enum.StrEnum):
-    """When a QEMU of libvirt's gets a guest."""
+    """An event that an action can be configured for."""
 
     START = "start"
     RESTORE = "restore"
@@ -42,19 +43,28 @@ class LifecycleEvent(enum.StrEnum):
 
 
 class When(enum.StrEnum):
-    """:cvar NOW: in the hook, before the guest runs. :cvar LATER: when it does, in a process
-    of its own. :cvar FOLLOW: likewise, and again whenever its tables were dropped."""
+    """Whether to prefault at an event, and how."""
 
+    #: Do not prefault.
     OFF = "off"
+    #: Prefault in the hook, before the guest runs.
     NOW = "now"
+    #: Prefault in another process, after the guest has started.
     LATER = "later"
+    #: As ``LATER``, and prefault again whenever the stage-2 tables are dropped.
     FOLLOW = "follow"
 
 
 @dataclass(frozen=True, slots=True)
 class HookConfig:
-    """:ivar wait: seconds a restored guest may be kept waiting for. :ivar populate: as
-    ``--populate``."""
+    """The configuration for one domain.
+
+    :ivar start: Action after a start.
+    :ivar restore: Action at a restore.
+    :ivar migrate: Action after an incoming migration.
+    :ivar wait: Maximum time that the hook may delay a restored guest, in seconds.
+    :ivar populate: Memory that may be populated, as for ``--populate``.
+    """
 
     start: When = When.OFF
     restore: When = When.OFF
@@ -63,14 +73,18 @@ class HookConfig:
     populate: str = "auto"
 
     def at(self, moment: LifecycleEvent) -> When:
+        """Return the action for an event."""
         when: When = getattr(self, moment.value)
         return when
 
 
 def read(domain: Domain, config: Path = CONFIG) -> HookConfig:
-    """The domain's own words, else the file's about it, else the file's default.
+    """Return the configuration of a domain.
 
-    :raise InputError: one of them is not understood.
+    The domain's metadata takes precedence over the domain's table in the file, which takes
+    precedence over ``[default]``.
+
+    :raises InputError: The metadata or the file has an error.
     """
     words: dict[str, Any] = {}
     for source, said in (*_in_file(config, domain.name), ("<metadata>", domain.own or {})):
@@ -92,38 +106,46 @@ def _in_file(config: Path, name: str) -> list[tuple[str, Mapping[str, Any]]]:
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{config} could not be read: {error}", "see docs/libvirt.md") from None
+        raise InputError(
+            f"{config} could not be read: {error}", "see docs/libvirt.md for the format"
+        ) from None
     domains = text.get("domain", {})
     found = [
         (f"[default] of {config}", text.get("default", {})),
         (f"[domain.{name}] of {config}", domains.get(name, {}) if isinstance(domains, dict) else 0),
     ]
     if unknown := text.keys() - {"default", "domain"}:
-        raise InputError(f"{config} has an unknown table [{min(unknown)}]", "see docs/libvirt.md")
+        raise InputError(
+            f"{config} has an unknown table [{min(unknown)}]",
+            "the tables are [default] and [domain.NAME]; see docs/libvirt.md",
+        )
     return found
 
 
 def _check(source: str, said: Any) -> None:
     known: dict[str, tuple[str, ...]] = {
-        "start": ("off", "later", "follow"),  # the guest runs when libvirt tells of it
+        "start": ("off", "later", "follow"),  # libvirt calls the hook when the guest already runs
         "restore": ("off", "now", "later", "follow"),
         "migrate": ("off", "later", "follow"),
         "populate": ("auto", "all", "resident"),
     }
     if not isinstance(said, Mapping):
-        raise InputError(f"{source} is no table", "see docs/libvirt.md")
+        raise InputError(f"{source} is not a table", "see docs/libvirt.md for the format")
     for key, value in said.items():
         if key == "wait":
             try:
                 fine = 0 < float(value) <= LONGEST_WAIT
             except (TypeError, ValueError):
                 fine = False
-            wanted = f"seconds, {LONGEST_WAIT:g} at most"
+            wanted = f"a number of seconds, at most {LONGEST_WAIT:g}"
         elif key in known:
             fine, wanted = value in known[key], ", ".join(known[key])
         else:
             raise InputError(
-                f"{source} has an unknown key {key!r}", f"there are: {', '.join([*known, 'wait'])}"
+                f"{source} has an unknown key {key!r}",
+                f"the keys are: {', '.join([*known, 'wait'])}",
             )
         if not fine:
-            raise InputError(f"{key}={value!r} of {source} is not understood", f"write: {wanted}")
+            raise InputError(
+                f"{key}={value!r} in {source} is not a valid value", f"the values are: {wanted}"
+            )

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What libvirt's QEMUs need on a host, and where it has to lie.
+"""Install the files that libvirt's QEMU needs on a host.
 
-AppArmor's profile for guests (abstractions/base, abstractions/libvirt-qemu) lets QEMU map
-shared objects below /usr/lib only, never from a virtual environment, so the plugin is copied
-there. It lets QEMU create files in the domain's own directory only, which is its ``$HOME``
-(/var/lib/libvirt/qemu/domain-ID-NAME), so the control socket is made there. What the plugin
-reads of ``/proc/self`` beyond that takes a rule of its own.
+The AppArmor profile of guests (abstractions/base, abstractions/libvirt-qemu) lets QEMU map
+shared objects below /usr/lib only, not from a virtual environment, so the plugin is copied
+there. The profile lets QEMU create files only in the domain's directory, which is its ``$HOME``
+(/var/lib/libvirt/qemu/domain-ID-NAME), so the plugin creates its control socket there. The
+plugin also reads files in ``/proc/self`` and /sys/fs/cgroup, which needs an additional rule.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from pathlib import Path
 from ..errors import FailedError, UnsupportedError
 from .domain_xml import PLUGIN_NAME
 
+#: Path of the plugin's control socket, below QEMU's ``$HOME``.
 CONTROL_SOCKET = "~/qemu-prefault.sock"
+#: Exists if the host has AppArmor profiles for libvirt's guests.
 APPARMOR_ABSTRACTION = Path("etc/apparmor.d/abstractions/libvirt-qemu")
 APPARMOR_RULE = Path("etc/apparmor.d/abstractions/libvirt-qemu.d/qemu-prefault")
 HOOK = Path("etc/libvirt/hooks/qemu.d/50-qemu-prefault")
@@ -28,8 +30,8 @@ UNIT = Path("etc/systemd/system/qemu-prefault-watch.service")
 CONFIG = Path("/etc/qemu-prefault/libvirt.toml")
 
 
-#: Which pages may be prefaulted, what memory may be absent on purpose, and what is left of
-#: the cgroup's memory: without these the plugin does less, or more than it should.
+#: AppArmor rule for the files that the plugin reads. They show which pages are present, which
+#: memory is absent on purpose, and how much memory the cgroup has left.
 RULE_TEXT = """\
 # qemu-prefault: what its plugin reads inside QEMU. Installed by `qemu-prefault libvirt install`.
   owner @{PROC}/@{pid}/{pagemap,smaps,cgroup} r,
@@ -37,9 +39,10 @@ RULE_TEXT = """\
 """
 
 
-# Whatever happens to what it starts, the hook succeeds: libvirt would end the guest. `timeout`
-# also is what leaves libvirtd's AppArmor profile, which lets programs in /usr/bin do so. Python
-# is started only where there may be something to do: libvirt waits for every call.
+#: The hook. It always exits with status 0, because libvirt stops the guest if a hook fails. It
+#: starts Python only if the domain or the host has a configuration, because libvirt waits for the
+#: hook. `timeout` also leaves the AppArmor profile of libvirtd, which allows that for programs in
+#: /usr/bin.
 HOOK_TEXT = """\
 #!/bin/sh
 # Installed by `qemu-prefault libvirt install --hook`.
@@ -57,9 +60,10 @@ exit 0
 """
 
 
+#: The systemd unit of `libvirt watch`.
 UNIT_TEXT = """\
 [Unit]
-Description=Prefault libvirt's guests, and tell Prometheus of them
+Description=Watch libvirt guests for qemu-prefault, and export Prometheus metrics
 Documentation=man:qemu-prefault(1)
 After=libvirtd.service virtqemud.service
 
@@ -75,14 +79,14 @@ WantedBy=multi-user.target
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """A file that :func:`install` looks after, and whether it had to be written."""
+    """A file of the installation, and whether :func:`install` had to write it."""
 
     path: Path
     changed: bool
 
 
 def library_directory(root: Path = Path("/")) -> Path:
-    """Where this distribution has its shared objects: multiarch, lib64, or lib."""
+    """Return the directory of the distribution's shared objects: multiarch, lib64 or lib."""
     for name in ("usr/lib/x86_64-linux-gnu", "usr/lib64"):
         if (root / name).is_dir() and not (root / name).is_symlink():
             return root / name
@@ -90,14 +94,14 @@ def library_directory(root: Path = Path("/")) -> Path:
 
 
 def installed_plugin(root: Path = Path("/")) -> Path:
-    """Where the plugin is, or would be, for libvirt's QEMUs."""
+    """Return the path of the plugin for libvirt's QEMU. The file may not exist."""
     return library_directory(root) / "qemu-prefault" / PLUGIN_NAME
 
 
 def is_current(path: Path) -> bool:
-    """Whether the plugin there is the one this version came with.
+    """Return whether the file is identical to the plugin of this installation.
 
-    :raise UnsupportedError: this version came without.
+    :raises UnsupportedError: This installation has no plugin.
     """
     from ..agents.plugin import plugin_path  # noqa: PLC0415
 
@@ -108,11 +112,14 @@ def is_current(path: Path) -> bool:
 
 
 def install(root: Path = Path("/"), *, hook: bool = False, unit: bool = False) -> list[Installed]:
-    """Copy the plugin to where QEMU may map it, with AppArmor's rule, the hook and the unit.
+    """Install the plugin, the AppArmor rule if the host needs it, and optionally more.
 
-    :raise FailedError: a file could not be written.
+    :param root: The directory to install below.
+    :param hook: Also install the hook.
+    :param unit: Also install the systemd unit of the daemon.
+    :raises FailedError: A file could not be written.
     """
-    from ..agents.plugin import plugin_path  # noqa: PLC0415 - the hook needs none of it
+    from ..agents.plugin import plugin_path  # noqa: PLC0415 - the hook does not need it
 
     program = " ".join(program_words())
     done = [_write(installed_plugin(root), plugin_path().read_bytes(), 0o644)]
@@ -127,7 +134,10 @@ def install(root: Path = Path("/"), *, hook: bool = False, unit: bool = False) -
 
 
 def uninstall(root: Path = Path("/")) -> list[Path]:
-    """Remove what :func:`install` wrote. Domains that name the plugin will not start then."""
+    """Remove the files that :func:`install` wrote. Domains that load the plugin cannot start then.
+
+    :raises FailedError: A file could not be removed.
+    """
     gone = []
     paths: Sequence[Path] = (installed_plugin(root), root / APPARMOR_RULE, root / HOOK, root / UNIT)
     for path in paths:
@@ -144,9 +154,9 @@ def uninstall(root: Path = Path("/")) -> list[Path]:
 
 
 def program_words() -> list[str]:
-    """How a shell and systemd start this very installation.
+    """Return the command that starts this installation from a shell or a systemd unit.
 
-    :raise UnsupportedError: its path has characters that they would have to be quoted for.
+    :raises UnsupportedError: The path contains characters that would need quoting.
     """
     import shutil  # noqa: PLC0415
 
@@ -154,8 +164,8 @@ def program_words() -> list[str]:
     words = [found] if found else [sys.executable, "-P", "-m", "qemu_prefault"]
     if any(mark in word for word in words for mark in " \t\"'\\$%"):
         raise UnsupportedError(
-            f"the path of this installation has a space or a quote in it: {words[0]}",
-            "install it elsewhere",
+            f"the path of this installation contains a space, a quote or \\, $ or %: {words[0]}",
+            "install qemu-prefault in a path without these characters",
         )
     return words
 
@@ -166,7 +176,7 @@ def _write(path: Path, content: bytes, mode: int) -> Installed:
             return Installed(path, False)
     except OSError:
         pass
-    # Beside it, then over it: QEMUs that have the old one mapped keep it.
+    # Write a new file and rename it: a running QEMU keeps the old file mapped.
     beside = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``virsh start --paused``, ``restore --paused`` and ``migrate --suspend``, with what follows.
+"""Start, restore or migrate a domain, and prefault its guest before the guest runs.
 
-Each leaves libvirt with a guest whose RAM is there and whose vCPUs do not run: the best moment.
-Then it is prefaulted, and resumed, whatever came of the prefault: who asked for a guest gets
-one. If this process is killed in between, its guard resumes the guest (see engine/resume_guard.py).
+libvirt leaves the guest paused, as with ``virsh start --paused``, ``restore --paused`` and
+``migrate --suspend``: its RAM is loaded and its vCPUs do not run. The guest is then prefaulted
+and resumed. It is also resumed if the prefault fails. If this process is killed, its guard
+resumes the guest (see engine/resume_guard.py).
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
 
 
 async def start(name: str, uri: str | None, options: Options, on_progress: Progress) -> Report:
-    """Start a domain, or its managed save image, paused; prefault it; let it run.
+    """Start a domain or its managed save image, prefault the guest, and resume it.
 
-    :raise QemuPrefaultError: it did not start, or runs and is not prefaulted.
+    :param name: The domain's name, UUID or id.
+    :param uri: The libvirt connection, or None for the default.
+    :raises QemuPrefaultError: The domain did not start, or it runs but was not prefaulted.
     """
     libvirt = module()
     domain = lookup(connect(uri), name)
@@ -39,7 +42,10 @@ async def start(name: str, uri: str | None, options: Options, on_progress: Progr
 
 
 async def restore(file: str, uri: str | None, options: Options, on_progress: Progress) -> Report:
-    """The same with a file of ``virsh save``."""
+    """Restore a domain from a file of ``virsh save``, prefault the guest, and resume it.
+
+    :raises QemuPrefaultError: As for :func:`start`.
+    """
     libvirt = module()
     connection = connect(uri)
     with errors():
@@ -60,11 +66,16 @@ async def migrate(
     persistent: bool = False,
     undefine: bool = False,
 ) -> Report:
-    """Fetch a domain from another host, live; prefault it here, and let it run.
+    """Migrate a domain live to this host, prefault the guest, and resume it.
 
-    It is called at the destination, because only there QEMU's process can be reached.
+    This runs on the destination host, because the QEMU process to prefault is there.
 
-    :param source: libvirt's URI of the host it runs on.
+    :param source: The libvirt connection of the host that the domain runs on.
+    :param uri: The libvirt connection of this host, or None for the default.
+    :param migrate_uri: The URI for the migration data, or None to let libvirt choose.
+    :param persistent: Also define the domain on this host.
+    :param undefine: Also undefine the domain on the source host.
+    :raises QemuPrefaultError: As for :func:`start`.
     """
     libvirt = module()
     there, here = connect(source), connect(uri)
@@ -105,7 +116,7 @@ async def _prefault_and_resume(
 def _cleanup(pid: int) -> OrphanCleanup:
     limits = Limits()
     return OrphanCleanup(
-        stop_helpers=lambda: None,  # the helpers notice by themselves that we are gone
+        stop_helpers=lambda: None,  # helpers exit by themselves when this process is gone
         helpers_gone=lambda: not helper_threads(pid) and not batch_threads(pid),
         timeout=limits.stuck + limits.dead_man,
     )

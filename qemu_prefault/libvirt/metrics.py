@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What Prometheus is told of every running domain."""
+"""Metrics of every running domain, for Prometheus."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from ..host.kvm import debugfs_faults, debugfs_leaves
 from .events import DomainEvent, log
 from .find_qemu import find_qemu
 
+#: Seconds between two writes of the metrics file.
 TEXTFILE_SECONDS: Final = 15.0
 
 
 class Watched(Protocol):
-    """What of the daemon metrics rest on.
+    """The attributes of the daemon that the metrics use.
 
-    :ivar running: names of the domains that run, by UUID. :ivar connected: libvirt answers.
-    :ivar on_run: called when a run was made.
+    :ivar running: Names of the running domains, by UUID.
+    :ivar connected: Whether libvirt answers.
+    :ivar on_run: Functions to call with the result of each run.
     """
 
     running: dict[str, str]
@@ -32,9 +34,9 @@ class Watched(Protocol):
 
 
 class Metrics:
-    """What Prometheus is told.
+    """A registry of all metrics, which are collected on each scrape.
 
-    :raise UnsupportedError: prometheus_client is not installed.
+    :raises UnsupportedError: prometheus_client is not installed.
     """
 
     def __init__(self, daemon: Watched) -> None:
@@ -43,8 +45,8 @@ class Metrics:
             from prometheus_client import core  # noqa: PLC0415
         except ImportError:
             raise UnsupportedError(
-                "metrics take prometheus_client, which is not installed",
-                "apt-get install python3-prometheus-client, or pip install "
+                "metrics need prometheus_client, which is not installed",
+                "install it: apt-get install python3-prometheus-client, or pip install "
                 "'qemu-prefault[libvirt]'",
                 code=Code.NO_PROMETHEUS,
             ) from None
@@ -53,12 +55,14 @@ class Metrics:
         self.registry = prometheus_client.CollectorRegistry()
         counter = prometheus_client.Counter
         options: dict[str, Any] = {"registry": self.registry, "namespace": "qemu_prefault"}
-        self._runs = counter(
-            "runs", "Runs that were asked for", ["domain", "moment", "outcome"], **options
+        self._runs = counter("runs", "Runs of --act", ["domain", "moment", "outcome"], **options)
+        self._bytes = counter("prefaulted_bytes", "Bytes prefaulted by runs", ["domain"], **options)
+        self._seconds = counter(
+            "seconds", "Seconds spent in the ioctl by runs", ["domain"], **options
         )
-        self._bytes = counter("prefaulted_bytes", "Prefaulted by runs", ["domain"], **options)
-        self._seconds = counter("seconds", "Spent in the ioctl by runs", ["domain"], **options)
-        self._paused = counter("paused_seconds", "Guest kept from running", ["domain"], **options)
+        self._paused = counter(
+            "paused_seconds", "Seconds that runs paused the guest", ["domain"], **options
+        )
         daemon.on_run.append(self._count)
         self.registry.register(self)
 
@@ -77,30 +81,38 @@ class Metrics:
         self._paused.labels(event.name).inc(paused)
 
     def describe(self) -> list[Any]:
-        """Nothing is known before it is asked for."""
+        """Return no metrics, so that registering does not collect any."""
         return []
 
     def collect(self) -> Iterator[Any]:
-        """Look at every running domain; called for each scrape."""
+        """Collect the metrics of every running domain. prometheus_client calls it per scrape."""
         gauge, counter = self._core.GaugeMetricFamily, self._core.CounterMetricFamily
         up = gauge("qemu_prefault_libvirt_up", "Whether libvirt answers")
         up.add_metric([], float(self._daemon.connected))
         leaves = gauge(
-            "qemu_prefault_stage2_bytes", "Mapped in stage 2", labels=["domain", "page_size"]
+            "qemu_prefault_stage2_bytes", "Bytes mapped in stage 2", labels=["domain", "page_size"]
         )
         faults = counter("qemu_prefault_stage2_faults", "KVM's pf_taken", labels=["domain"])
-        plugin = gauge("qemu_prefault_plugin", "Whether its QEMU has the plugin", labels=["domain"])
-        pending = gauge("qemu_prefault_plugin_pending_bytes", "To be done", labels=["domain"])
-        done = counter("qemu_prefault_plugin_prefaulted_bytes", "By the plugin", labels=["domain"])
-        again = counter("qemu_prefault_plugin_again_bytes", "Done again", labels=["domain"])
-        wrong = counter("qemu_prefault_plugin_errors", "Of the ioctl", labels=["domain"])
+        plugin = gauge(
+            "qemu_prefault_plugin", "Whether QEMU has loaded the plugin", labels=["domain"]
+        )
+        pending = gauge(
+            "qemu_prefault_plugin_pending_bytes", "Bytes still to prefault", labels=["domain"]
+        )
+        done = counter(
+            "qemu_prefault_plugin_prefaulted_bytes", "Bytes prefaulted", labels=["domain"]
+        )
+        again = counter(
+            "qemu_prefault_plugin_again_bytes", "Bytes prefaulted again", labels=["domain"]
+        )
+        wrong = counter("qemu_prefault_plugin_errors", "Errors of the ioctl", labels=["domain"])
         for uuid, name in list(self._daemon.running.items()):
             try:
                 process = find_qemu(name, uuid)
                 stage2, taken = debugfs_leaves(process), debugfs_faults(process)
                 status = self._ask(process)
             except QemuPrefaultError:
-                continue  # it has just ended
+                continue  # the domain has just ended
             if stage2 is not None:
                 leaves.add_metric([name, "4k"], stage2.pages_4k << 12)
                 leaves.add_metric([name, "2m"], stage2.pages_2m << 21)
@@ -128,25 +140,27 @@ class Metrics:
         return asyncio.run(ask())
 
     def listen(self, address: str) -> None:
-        """Serve them over HTTP.
+        """Serve the metrics over HTTP.
 
-        :raise InputError: that is no address. :raise FailedError: it is not free.
+        :param address: ``ADDRESS:PORT``. An empty ADDRESS means all interfaces.
+        :raises InputError: The address is malformed.
+        :raises FailedError: The address cannot be bound.
         """
         host, colon, port = address.rpartition(":")
         if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise InputError(f"{address!r} is no ADDRESS:PORT", "write e.g. 127.0.0.1:9469")
+            raise InputError(f"{address!r} is not ADDRESS:PORT", "write e.g. 127.0.0.1:9469")
         try:
             self._client.start_http_server(int(port), host or "0.0.0.0", self.registry)
         except OSError as error:
             raise FailedError(
-                f"{address} cannot be listened on: {error.strerror}",
-                f"see: ss -ltnp sport = {port}",
+                f"cannot listen on {address}: {error.strerror}",
+                f"find out which program uses the port: ss -ltnp sport = {port}",
             ) from error
         log.info("metrics at http://%s/metrics", address)
 
     @contextmanager
     def kept_in(self, path: Path) -> Iterator[None]:
-        """Write them to a file over and over; it is removed in the end, lest old figures stay."""
+        """Write the metrics to a file periodically. Remove the file when the block ends."""
         ended = threading.Event()
 
         def write() -> None:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A restored guest, prefaulted before it runs, by a process that has no monitor.
+"""Prefault a restored guest before it runs, without QEMU's monitor.
 
-Between "RAM is loaded" and "the vCPUs run" libvirt calls its hook and waits for it. Nobody
-but libvirt has QEMU's monitor then, and libvirt may not be asked. So what a monitor would tell
-comes from elsewhere: the vCPUs' threads bear names, their descriptors are in ``/proc``, and
-where a PC has its RAM follows from its machine type and size (pc_init1(), hw/i386/pc_piix.c;
-pc_q35_init(), hw/i386/pc_q35.c). It does no harm where that is wrong: the ioctl of an address
-without a slot is ENOENT, and memory is populated by QEMU's own addresses.
+After RAM is loaded and before the vCPUs run, libvirt calls its hook and waits for it. Only
+libvirt has QEMU's monitor then, and a hook must not call libvirt. This module therefore uses
+other sources: the names of the vCPU threads, and the file descriptors in ``/proc``. The
+addresses of a PC's RAM follow from its machine type and RAM size (pc_init1(),
+hw/i386/pc_piix.c; pc_q35_init(), hw/i386/pc_q35.c). Wrong addresses do no harm: the ioctl
+returns ENOENT for an address without a memory slot, and memory is populated by QEMU's virtual
+addresses.
 """
 
 from __future__ import annotations
@@ -36,14 +37,19 @@ from .domain_xml import Domain
 KIB_640, MIB, GIB_4 = 0xA0000, 1 << 20, 4 << 30
 AMD_HOLE = 0xFD_0000_0000
 
-#: How `-name …,debug-threads=on`, which libvirt always gives, calls a vCPU's thread.
+#: Name of a vCPU thread with `-name …,debug-threads=on`, which libvirt always passes.
 _VCPU_NAME: Final = re.compile(r"CPU ([0-9]+)/KVM")
-_FUTEX: Final = "202 "  # a vCPU that is stopped waits for its condition
+#: Prefix of /proc/PID/task/TID/syscall while the thread is in futex(2), as a stopped vCPU is.
+_FUTEX: Final = "202 "
 
 
 @dataclass(frozen=True, slots=True)
 class PrelaunchResult:
-    """What came of it; bytes and seconds. ``remaining``: there was no time, or no way."""
+    """The result of :func:`prefault_before_start`. Sizes are in bytes, times in seconds.
+
+    :ivar remaining: Requested bytes that were not prefaulted and verified.
+    :ivar notes: Why bytes remain, and warnings.
+    """
 
     requested: int
     populated: int
@@ -54,11 +60,13 @@ class PrelaunchResult:
 
 
 def boot_ram(machine: str, memory: int) -> tuple[tuple[int, int, int], ...]:
-    """Where a PC of so much RAM has it: (gpa, size, offset in the RAM block), in bytes.
+    """Return where a PC has its RAM: (gpa, size, offset in the RAM block), in bytes.
 
-    The hole below 1 MiB is firmware's affair, and left out.
+    The range from 640 KiB to 1 MiB is left out, because firmware remaps it.
 
-    :raise UnsupportedError: another kind of machine.
+    :param machine: The machine type, for example ``pc-q35-8.2``.
+    :param memory: The boot memory in bytes.
+    :raises UnsupportedError: The memory layout of this machine type is not known.
     """
     if re.match(r"(pc-)?q35", machine):
         low = 0x80000000 if memory >= 0xB0000000 else memory
@@ -66,7 +74,7 @@ def boot_ram(machine: str, memory: int) -> tuple[tuple[int, int, int], ...]:
         low = 0xC0000000 if memory >= 0xE0000000 else memory
     else:
         raise UnsupportedError(
-            f"where a {machine or 'machine of unknown type'} has its RAM is not known",
+            f"the RAM addresses of machine type {machine or '(none)'} are not known",
             'use restore="later"',
             code=Code.LAYOUT,
         )
@@ -97,14 +105,14 @@ def check_plain_layout(arguments: Sequence[str], memory: int) -> None:
 
 
 def ram_mapping(maps: Sequence[MemoryMapping], memory: int) -> MemoryMapping:
-    """QEMU's mapping of the guest's RAM: the one that is writable and of just this size.
+    """Return QEMU's mapping of guest RAM: the writable mapping of exactly this size.
 
-    :raise RefusedError: there are none or several.
+    :raises RefusedError: No mapping or several mappings have this size.
     """
     found = [m for m in maps if m.writable and m.size == memory]
     if len(found) != 1:
         raise RefusedError(
-            f"{len(found)} mappings of QEMU could be the guest's RAM ({memory >> 20} MiB)",
+            f"{len(found)} mappings of QEMU have the size of the guest's RAM ({memory >> 20} MiB)",
             'use restore="later"',
             code=Code.LAYOUT,
         )
@@ -112,9 +120,10 @@ def ram_mapping(maps: Sequence[MemoryMapping], memory: int) -> MemoryMapping:
 
 
 def vcpu_threads(process: Process) -> list[VcpuThread]:
-    """QEMU's vCPUs by their threads' names, with KVM's descriptors in the same order.
+    """Return QEMU's vCPUs, by the names of their threads and the order of KVM's descriptors.
 
-    :raise RefusedError: one of them runs.
+    :raises UnsupportedError: The vCPU threads and KVM's vCPUs do not match.
+    :raises RefusedError: A vCPU is running.
     """
     named = {}
     for tid, name in thread_names(process.pid).items():
@@ -123,16 +132,16 @@ def vcpu_threads(process: Process) -> list[VcpuThread]:
     fds = sorted(kvm_fds(process).vcpus.items())
     if not named or len(named) != len(fds):
         raise UnsupportedError(
-            f"QEMU (pid {process.pid}) has {len(named)} vCPU threads that can be told, and "
-            f"{len(fds)} vCPUs of KVM's",
-            "does its domain run under KVM?",
+            f"QEMU (pid {process.pid}) has {len(named)} threads named as vCPUs, but {len(fds)} "
+            "vCPU file descriptors of KVM",
+            "check that the domain has <domain type='kvm'>: virsh dumpxml DOMAIN",
             code=Code.NOT_KVM,
         )
     threads = []
     for (_, tid), (vcpu_id, fd) in zip(sorted(named.items()), fds, strict=True):
         if not (process.thread_syscall(tid) or "").startswith(_FUTEX):
             raise RefusedError(
-                "the guest runs already: there is no window",
+                "the guest is already running, so it cannot be prefaulted before it starts",
                 'use "later" or "follow"',
                 code=Code.RUNNING,
             )
@@ -141,7 +150,7 @@ def vcpu_threads(process: Process) -> list[VcpuThread]:
 
 
 class _OneMapping:
-    """What the guest's sections are made of: all of the same mapping."""
+    """Gives every memory section the backing of one mapping."""
 
     def __init__(self, source: MemorySource) -> None:
         mapping = source.mapping
@@ -158,10 +167,13 @@ class _OneMapping:
 async def prefault_before_start(
     process: Process, domain: Domain, seconds: float, populate: str = "auto"
 ) -> PrelaunchResult:
-    """Populate and prefault a guest that is loaded and does not run, for so many seconds.
+    """Populate and prefault a guest that is loaded and does not run.
 
-    :raise UnsupportedError, RefusedError: nothing was touched. :raise FailedError: likewise, or
-        QEMU has ended.
+    :param seconds: Time limit. Memory that is left then counts as remaining.
+    :param populate: Memory that may be populated, as for ``--populate``.
+    :raises UnsupportedError: The domain or the host does not allow it. Nothing was changed.
+    :raises RefusedError: The guest runs, or its RAM was not found. Nothing was changed.
+    :raises FailedError: A step failed, or QEMU has ended.
     """
     started = time.monotonic()
     capability = kvm.pre_fault_capability(process)
@@ -169,7 +181,7 @@ async def prefault_before_start(
         raise UnsupportedError(capability.reason, capability.remedy, code=Code.NO_CAPABILITY)
     if domain.nodes > 1:
         raise UnsupportedError(
-            "the domain has several NUMA nodes: which RAM is where only a monitor tells",
+            "the domain has several NUMA nodes, and only QEMU's monitor can report their RAM",
             'use restore="later"',
             code=Code.LAYOUT,
         )
@@ -232,7 +244,7 @@ async def prefault_before_start(
 def _reason_not_to_populate(
     source: MemorySource, domain: Domain, absent: int, populate: str
 ) -> str | None:
-    """Why only what is there is prefaulted; None if all may be populated."""
+    """Return why absent memory may not be populated, or None if it may."""
     if populate == "resident":
         return 'populate="resident"'
     if populate == "auto" and domain.current < domain.memory:
@@ -241,7 +253,7 @@ def _reason_not_to_populate(
         return "a shared file: touching it would write it"
     for limit in source.limits(absent):
         if absent > limit.available:
-            return f"{limit.name} has only {limit.available >> 20} MiB to give"
+            return f"{limit.name} has only {limit.available >> 20} MiB available"
     return None
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``probe --domain``: this host as libvirt's QEMUs see it, and what each route would do.
+"""``probe --domain``: check what this host allows libvirt's QEMU, for each way to prefault.
 
-Everything is looked at where it is (files, ``/proc``, libvirt's own words); nothing is changed.
+The checks read files, ``/proc`` and libvirt's answers. They change nothing.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 async def probe_domain(name: str) -> Findings:
-    """Examine this host for one domain, and its QEMU if it runs.
+    """Check this host for one domain, and the domain's QEMU if it is running.
 
-    :raise QemuPrefaultError: libvirt or the domain could not be reached at all.
+    :raises QemuPrefaultError: libvirt does not answer, or the domain does not exist.
     """
     libvirt = module()
     connection = connect()
@@ -50,12 +50,12 @@ async def probe_domain(name: str) -> Findings:
     findings += [_plugin_route(about, found), *_hook_route(about)]
     findings.append(_commands_route(about, active))
     if process is None:
-        why = "it does not run" if not active else "its QEMU was not found on this host"
-        findings.append(Finding("guest", "note", f"not examined: {why}"))
+        why = "the domain is not running" if not active else "QEMU was not found on this host"
+        findings.append(Finding("guest", "note", f"not checked: {why}"))
         return Findings(0, tuple(findings), _status(findings))
     async with connect_vm(about.uuid, process.pid) as vm:
         inner = await probe(vm)
-    # What is said there of the plugin's ways in does not fit here.
+    # Its advice on loading the plugin is for QEMUs that libvirt does not manage.
     rest = [f for f in inner.findings if not (f.check == "plugin" and f.verdict == "note")]
     return Findings(process.pid, (*findings, *rest), inner.exit_status)
 
@@ -77,7 +77,7 @@ def _daemon(versions: tuple[int, int]) -> Finding:
     )
 
 
-# -- what stands between -----------------------------------------------------------------
+# --- confinement and host settings ---
 
 
 def _lsm(host_xml: bytes, process: Process | None, plugin: bool) -> Iterator[Finding]:
@@ -95,13 +95,13 @@ def _lsm(host_xml: bytes, process: Process | None, plugin: bool) -> Iterator[Fin
         yield Finding(
             "selinux",
             "note",
-            f"guests are confined{f' ({label})' if label else ''}: a hook runs in virtqemud_t, "
+            f"SELinux confines guests{f' ({label})' if label else ''}: a hook runs as virtqemud_t, "
             "which may not trace them",
-            'use the plugin, or "later" and "follow" in the hook, which hand over to systemd; '
-            f"the plugin's label: restorecon -Rv {install.installed_plugin().parent}",
+            'use the plugin, or "later" or "follow" in the hook, which hand over to systemd; to '
+            f"label the plugin: restorecon -Rv {install.installed_plugin().parent}",
         )
     else:
-        yield Finding("lsm", "ok", "libvirt confines its guests with neither AppArmor nor SELinux")
+        yield Finding("lsm", "ok", "libvirt confines guests with neither AppArmor nor SELinux")
 
 
 def _security_models(host_xml: bytes) -> set[str]:
@@ -118,42 +118,44 @@ def _apparmor(label: str, plugin: bool) -> Iterator[Finding]:
     except OSError:
         has_rule = False
     if has_rule:
-        yield Finding("apparmor", "ok", f"guests are confined{confined}, and {rule} is there")
+        yield Finding("apparmor", "ok", f"AppArmor confines guests{confined}, and {rule} exists")
     else:
         yield Finding(
             "apparmor",
             "no" if plugin else "note",
-            f"guests are confined{confined}, and may not read what the plugin needs to know",
-            f"qemu-prefault libvirt install; or add to {rule}:\n{install.RULE_TEXT.rstrip()}",
+            f"AppArmor confines guests{confined}, and denies files that the plugin has to read",
+            f"run: qemu-prefault libvirt install; or add to {rule}:\n{install.RULE_TEXT.rstrip()}",
         )
 
 
 def _seccomp(process: Process | None) -> Iterator[Finding]:
     if process is not None:
         filtered = process.status().seccomp == 2
-        text = "QEMU's sandbox is on; it lets the plugin and the helpers pass"
-        yield Finding("seccomp", "ok", text if filtered else "QEMU runs without its sandbox")
+        text = "QEMU's seccomp sandbox is on, and allows the plugin and the helper threads"
+        yield Finding(
+            "seccomp", "ok", text if filtered else "QEMU runs without its seccomp sandbox"
+        )
 
 
 def _pages(domain: Domain) -> Finding:
     if domain.huge:
         return Finding(
-            "pages", "note", "hugetlb pages: a few hundred faults are all there is to be saved"
+            "pages", "note", "hugetlb pages: prefaulting saves only a few hundred faults"
         )
     try:
         mode = THP.read_text().partition("[")[2].partition("]")[0]
     except OSError:
         mode = "never"
     if mode == "never":
-        return Finding("pages", "ok", "4K pages (THP is off): here prefaulting pays most")
+        return Finding("pages", "ok", "4K pages (THP is off): prefaulting saves the most faults")
     return Finding(
         "pages",
         "note",
-        f"THP is {mode}: as far as the host finds huge pages, there are few faults to be saved",
+        f"THP is {mode}: prefaulting saves few faults where the host finds huge pages",
     )
 
 
-# -- the routes --------------------------------------------------------------------------
+# --- ways to prefault ---
 
 
 def _plugin_route(domain: Domain, found: Loaded | None) -> Finding:
@@ -165,7 +167,7 @@ def _plugin_route(domain: Domain, found: Loaded | None) -> Finding:
         return Finding(
             "enable",
             "note",
-            "the domain does not load the plugin, which would cover boots, resets, restores, "
+            "the domain does not load the plugin, which works for boots, resets, restores, "
             "migrations and hotplug",
             remedy,
         )
@@ -173,12 +175,12 @@ def _plugin_route(domain: Domain, found: Loaded | None) -> Finding:
         return Finding(
             "enable",
             "no",
-            f"the domain names {path}, which is not on this host: QEMU would not start",
+            f"the domain loads {path}, which does not exist on this host: QEMU cannot start",
             "qemu-prefault libvirt install",
         )
     if not install.is_current(path):
         return Finding(
-            "enable", "note", f"{path} is of another version", "qemu-prefault libvirt install"
+            "enable", "note", f"{path} has another version", "qemu-prefault libvirt install"
         )
     return Finding("enable", "ok", f"the domain loads {path}")
 
@@ -197,7 +199,7 @@ def _hook_route(domain: Domain) -> Iterator[Finding]:
     text = ", ".join(f"{moment}={when}" for moment, when in wanted.items())
     remedy = ""
     if all(when == "off" for when in wanted.values()):
-        text += ": it does nothing for this domain"
+        text += ": the hook does nothing for this domain"
         remedy = (
             f"virsh metadata {domain.name} {domain_xml.OWN_NAMESPACE} --key prefault "
             "--set '<hook restore=\"now\"/>' --config --live"
@@ -209,14 +211,15 @@ def _hook_route(domain: Domain) -> Iterator[Finding]:
         except QemuPrefaultError as error:
             yield Finding("hook", "note", f"restore=now: {error.cause}", error.remedy)
     if not shutil.which("systemd-run"):
-        yield Finding("hook", "note", "without systemd, what takes long is a process of its own")
+        yield Finding("hook", "note", "no systemd: the hook hands over to a background process")
 
 
 def _commands_route(domain: Domain, active: bool) -> Finding:
     if active:
-        return Finding("domain", "ok", f"now: qemu-prefault --domain {domain.name}")
+        return Finding("domain", "ok", f"to prefault it now: qemu-prefault --domain {domain.name}")
     return Finding(
         "domain",
         "ok",
-        f"a managed save image: qemu-prefault libvirt start {domain.name}; a file: … restore FILE",
+        f"to start a managed save image: qemu-prefault libvirt start {domain.name}; "
+        "to restore a file: qemu-prefault libvirt restore FILE",
     )

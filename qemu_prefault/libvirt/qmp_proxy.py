@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A QMP server in front of libvirt's own connection to QEMU: what ``--domain`` talks to.
+"""A QMP server that forwards commands through libvirt's connection to QEMU, for ``--domain``.
 
-libvirt owns the monitor of its QEMUs, and passes commands and events on for others
-(virDomainQemuMonitorCommand(), which taints the domain "custom-monitor"). All else here
-speaks QMP over a socket. So a process of its own stands between: it outlives a tool that is
-killed while it has the guest paused, and the guard's ``cont`` (see engine/resume_guard.py)
-still arrives. It ends when the last of those who hold the other end of its socket is gone.
+libvirt owns the monitor of its QEMUs, and forwards commands and events for other programs
+(virDomainQemuMonitorCommand(), which taints the domain "custom-monitor"). The rest of this
+package speaks QMP over a socket. The proxy translates, in a separate process: if the tool is
+killed while the guest is paused, the guard's ``cont`` (see engine/resume_guard.py) still reaches
+QEMU. The proxy exits when every process has closed the other end of its socket.
 
-A libvirtd that is restarted meanwhile does not end it: the connection is made anew, and the
-command sent once more. Those of ours may be: queries, ``stop`` and ``cont``.
+If libvirtd restarts, the proxy reconnects and sends the command again. This is safe for the
+commands that this package uses: queries, ``stop`` and ``cont``.
 
-A domain that is migrating in is libvirt's alone until it is here: whoever comes earlier waits.
+While a domain is migrating in, libvirt accepts no commands for it, so the proxy waits.
 """
 
 from __future__ import annotations
@@ -31,32 +31,37 @@ from ..errors import Code, FailedError, InputError, QemuPrefaultError
 from ..units import printable
 from .connection import connect, default_uri, lookup, module
 
-#: Seconds for a daemon that is being restarted to come back.
+#: Seconds to wait for a daemon that is being restarted.
 PATIENCE: Final = 30.0
-#: Seconds for the proxy to say something: libvirt gives up on a busy domain after 30
-#: (QEMU_JOB_WAIT_TIME, src/qemu/qemu_domain.c).
+#: Seconds to wait for a message of the proxy. libvirt itself gives up on a busy domain after 30
+#: seconds (QEMU_JOB_WAIT_TIME, src/qemu/qemu_domain.c).
 ANSWER_SECONDS: Final = 60.0
+#: Maximum size of a request, in bytes.
 LONGEST_MESSAGE: Final = 16 << 20
 
 
-# -- the tool's side ---------------------------------------------------------------------
+# --- client ---
 
 
 def connect_vm(domain: str, pid: int | None = None) -> AbstractAsyncContextManager[Vm]:
-    """:class:`Vm` of a domain that runs here, by libvirt's own connection to its QEMU.
+    """Connect to the QEMU of a domain on this host, through libvirt.
 
-    :param domain: its name or UUID. :param pid: of its QEMU, where that is known.
-    :raise QemuPrefaultError: see :func:`dial`, and :meth:`Vm.connect`.
+    :param domain: The domain's name or UUID.
+    :param pid: The process id of QEMU, if known.
+    :returns: An asynchronous context manager that yields a :class:`Vm`.
+    :raises QemuPrefaultError: As for :func:`dial` and :meth:`Vm.connect`.
     """
     return Vm.connect(f"libvirt:{domain}", pid, partial(dial, domain))
 
 
 async def dial(domain: str) -> tuple[socket.socket, str]:
-    """A socket on which the domain's QEMU is about to greet, and the domain's UUID.
+    """Start a proxy, and return its socket and the domain's UUID.
 
-    It takes as long as a domain that is migrating in does, else at most a minute.
+    The next message on the socket is QEMU's QMP greeting. If the domain is migrating in, this
+    waits until the migration is done; otherwise it takes at most a minute.
 
-    :raise QemuPrefaultError: there is no such domain, it does not run, or libvirt is not there.
+    :raises QemuPrefaultError: The domain does not exist or is not running, or libvirt does not
+        answer.
     """
     import subprocess  # noqa: PLC0415
 
@@ -65,7 +70,7 @@ async def dial(domain: str) -> tuple[socket.socket, str]:
     with theirs:
         words = [sys.executable, "-P", "-m", __name__, default_uri(), domain]
         child = subprocess.Popen(words, stdin=theirs.fileno(), start_new_session=True)
-    child.returncode = 0  # it ends after us
+    child.returncode = 0  # so that Popen does not warn: the proxy outlives this process
     ours.setblocking(False)
     try:
         answer: dict[str, Any] = {"waiting": True}
@@ -75,7 +80,7 @@ async def dial(domain: str) -> tuple[socket.socket, str]:
     except (OSError, ValueError):
         ours.close()
         raise FailedError(
-            f"the process that speaks to libvirt for domain {domain} did not start",
+            f"the QMP proxy for domain {domain} did not start",
             "see its message above",
             code=Code.LIBVIRT,
         ) from None
@@ -90,7 +95,7 @@ async def dial(domain: str) -> tuple[socket.socket, str]:
 
 
 async def _line(sock: socket.socket) -> bytes:
-    # A byte at a time: what follows is for QMP.
+    # Read single bytes, because the data after the line belongs to the QMP connection.
     line = b""
     while not line.endswith(b"\n"):
         byte = await asyncio.get_running_loop().sock_recv(sock, 1)
@@ -100,11 +105,11 @@ async def _line(sock: socket.socket) -> bytes:
     return line
 
 
-# -- the proxy ---------------------------------------------------------------------------
+# --- server ---
 
 
 class QmpProxy:
-    """One domain, one client."""
+    """A QMP server for one domain and one client."""
 
     def __init__(self, uri: str, domain: str, client: socket.socket) -> None:
         self._uri = uri
@@ -125,7 +130,7 @@ class QmpProxy:
         self._connection = connect(self._uri)
         self._connection.setKeepAlive(5, 6)
         self._domain = lookup(self._connection, self._name)
-        self._name = self._domain.UUIDString()  # the same one ever after
+        self._name = self._domain.UUIDString()  # the name may be reused for another domain
         libvirt_qemu.qemuMonitorEventRegister(
             self._connection, self._domain, None, self._on_event, None
         )
@@ -151,10 +156,10 @@ class QmpProxy:
             try:
                 self._client.sendall(data)
             except OSError:
-                os._exit(0)  # nobody is there any more
+                os._exit(0)  # every process has closed the other end
 
     def command(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Have QEMU execute it, by libvirt; libvirt's own errors look like QEMU's."""
+        """Execute a command through libvirt. Return errors of libvirt as QMP errors."""
         identity = {"id": request["id"]} if "id" in request else {}
         text = json.dumps({k: v for k, v in request.items() if k != "id"})
         deadline = time.monotonic() + PATIENCE
@@ -172,14 +177,14 @@ class QmpProxy:
             return answer | identity  # type: ignore[no-any-return]
 
     def _is_lost(self, error: Any) -> bool:
-        """Whether it is the connection that has failed, and not the command."""
+        """Return whether the connection has failed, and not the command."""
         try:
             return not self._connection.isAlive()
         except self._libvirt.libvirtError:
             return True
 
     def _is_arriving(self) -> bool:
-        """Whether the domain is still on its way to this host."""
+        """Return whether the domain is still migrating to this host."""
         arriving = [self._libvirt.VIR_DOMAIN_PAUSED, self._libvirt.VIR_DOMAIN_PAUSED_MIGRATION]
         try:
             return bool(self._domain.state() == arriving)
@@ -197,20 +202,20 @@ class QmpProxy:
                 time.sleep(0.1)
 
     def greet(self) -> None:
-        """Say that we are there, and then what QEMU says to a new client.
+        """Send the domain's UUID, and then a QMP greeting.
 
-        :raise QemuPrefaultError: it cannot be spoken to.
+        :raises QemuPrefaultError: QEMU cannot execute commands.
         """
         told = False
         while "return" not in (answer := self.command({"execute": "query-version"})):
             if not (self._busy and self._is_arriving()):
                 raise FailedError(
                     f"domain {self._domain.name()}: {answer['error']['desc']}",
-                    "does it run, and under QEMU? virsh domstate DOMAIN",
+                    "check that the domain is running: virsh domstate DOMAIN",
                     code=Code.LIBVIRT,
                 )
             if not told:
-                text = f"domain {self._domain.name()} is migrating in: waiting until it is here"
+                text = f"domain {self._domain.name()} is migrating in: waiting for it to arrive"
                 print(printable(text), file=sys.stderr)
                 told = True
             self._send({"waiting": True})
@@ -220,23 +225,23 @@ class QmpProxy:
         self._greeted = True
 
     def serve(self) -> None:
-        """Answer until the client is gone."""
+        """Answer requests until the client closes the connection."""
         decoder = json.JSONDecoder()
         buffer = b""
         while data := self._client.recv(1 << 16):
             buffer += data
             while True:
-                # 0xff makes QEMU's parser start afresh: what came before it does not count.
+                # As QEMU's parser does, discard everything before a byte 0xff.
                 buffer = buffer.rpartition(b"\xff")[2].lstrip()
                 try:
                     request, end = decoder.raw_decode(buffer.decode(errors="replace"))
                 except ValueError:
                     if len(buffer) > LONGEST_MESSAGE:
                         return
-                    break  # the rest of it is yet to come
+                    break  # the request is incomplete
                 buffer = buffer.decode(errors="replace")[end:].encode()
                 if not isinstance(request, dict):
-                    self._send(_refusal("a request is a JSON object"))
+                    self._send(_refusal("a request must be a JSON object"))
                 elif request.get("execute") == "qmp_capabilities":
                     identity = {"id": request["id"]} if "id" in request else {}
                     self._send({"return": {}} | identity)
@@ -249,7 +254,7 @@ def _refusal(what: str) -> dict[str, Any]:
 
 
 def main(uri: str, domain: str) -> None:
-    """Serve on stdin, which is a socket."""
+    """Serve QMP on stdin, which is a socket."""
     client = socket.socket(fileno=os.dup(0))
     try:
         proxy = QmpProxy(uri, domain, client)

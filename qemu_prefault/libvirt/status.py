@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``libvirt status``: whether a domain loads the plugin, and how the plugin does."""
+"""``libvirt status``: whether a domain loads the plugin, and the plugin's state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,16 @@ from .install import is_current
 
 @dataclass(frozen=True, slots=True)
 class DomainStatus:
-    """:ivar plugin: what a running QEMU's plugin says of itself; ``problem``: why it does not."""
+    """Whether a domain loads the plugin, and the plugin's state.
+
+    :ivar domain: The domain's name.
+    :ivar in_xml: The plugin in the domain's definition, or None.
+    :ivar present: Whether the plugin's file exists on this host.
+    :ivar current: Whether the plugin's file is that of this installation.
+    :ivar running: Whether the domain is running.
+    :ivar plugin: The status that the plugin in a running QEMU reports, or None.
+    :ivar problem: Why a running QEMU has no plugin status, or empty.
+    """
 
     domain: str
     in_xml: Loaded | None
@@ -51,9 +60,11 @@ class DomainStatus:
 
 
 def read_domain_status(domain: str, uri: str | None = None) -> DomainStatus:
-    """Look at the domain's definition, and at its QEMU if it runs here.
+    """Read the domain's definition, and ask the plugin in its QEMU if the domain is running.
 
-    :param domain: a name, a UUID, or ``-`` for XML from stdin.
+    :param domain: A name, a UUID, or ``-`` to read XML from stdin.
+    :param uri: The libvirt connection, or None for the default.
+    :raises QemuPrefaultError: The domain does not exist, or libvirt does not answer.
     """
     if domain == "-":
         xml, running = sys.stdin.buffer.read(), False
@@ -75,7 +86,9 @@ def _ask(name: str, uuid: str) -> tuple[dict[str, Any] | None, str]:
         process = find_qemu(name, uuid)
         socket = find_control_socket(process)
         if socket is None:
-            return None, "it runs without the plugin: that counts from its next start on"
+            return None, (
+                "running without the plugin; QEMU loads it when the domain is next started"
+            )
 
         async def ask() -> dict[str, Any]:
             async with Control.open(socket, process.pid) as control:
@@ -83,4 +96,4 @@ def _ask(name: str, uuid: str) -> tuple[dict[str, Any] | None, str]:
 
         return asyncio.run(ask()), ""
     except QemuPrefaultError as error:
-        return None, f"the plugin could not be asked: {error.cause}"
+        return None, f"the plugin's status could not be read: {error.cause}"

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The C parts, sorted by what they are linked into."""
+"""The C sources, grouped by the binary that they are linked into."""

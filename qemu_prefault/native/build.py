@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Builds ``qemu_prefault._native``: the C parts, and the helper's code as bytes in it.
+"""Build ``qemu_prefault._native``: the C functions, and the helper's machine code as an array.
 
-The helper is linked by itself at address 0 with ``helper.lds``, which refuses anything
-that would need relocation or writable data, and lands in the extension as an array.
+The helper is linked separately at address 0 with ``helper.lds``. The link fails if the code needs
+writable data or does not fit in one page.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ ROOT = HERE.parent.parent
 
 SOURCES = ("common/headroom.c", "common/pagemap.c", "conformance/vmm.c", "ptrace/inject.c")
 
-# The helper has no libc, must not touch FPU state, and must not be given calls to
-# memset() by an optimizer that recognises loops.
+#: Compiler flags of the helper. It has no libc and must not touch the FPU state, and the
+#: optimizer must not turn its loops into calls of memset().
 HELPER_FLAGS = [
     *("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror"),
     *("-ffreestanding", "-fno-builtin", "-fPIE", "-fno-stack-protector"),
@@ -33,7 +33,7 @@ HELPER_FLAGS = [
 
 
 def compile_helper() -> bytes:
-    """The helper's machine code: position independent, entry at byte 0."""
+    """Return the helper's machine code: position independent, entry point at byte 0."""
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[:1]
     with tempfile.TemporaryDirectory() as scratch:
         obj, elf, image = (Path(scratch) / name for name in ("helper.o", "helper.elf", "image"))
@@ -48,6 +48,7 @@ def compile_helper() -> bytes:
 
 
 def write_helper_header() -> None:
+    """Write ``helper_blob.h``, which defines the helper's machine code as an array."""
     code = compile_helper()
     rows = (code[at : at + 16] for at in range(0, len(code), 16))
     lines = (", ".join(f"0x{byte:02x}" for byte in row) for row in rows)
@@ -58,8 +59,8 @@ def write_helper_header() -> None:
     )
 
 
-# The headers whose declarations Python gets. They hold nothing but what cffi can read: types,
-# prototypes, and macros that are integers.
+#: The headers whose declarations are available in Python. They may contain only what cffi can
+#: parse: types, prototypes and integer macros.
 SHARED_HEADERS = (
     "common/headroom.h",
     "common/pagemap.h",
@@ -72,12 +73,12 @@ LITERAL = re.compile(r"0x[0-9a-f]+[ul]*|[0-9]+", re.IGNORECASE)
 
 
 def declarations(header: str) -> str:
-    """A header as cffi reads it: no comments, no directives but ``#define NAME NUMBER``."""
+    """Return a header without comments and directives, except ``#define NAME NUMBER``."""
     text = re.sub(r"/\*.*?\*/|//[^\n]*", "", (HERE / header).read_text(), flags=re.DOTALL)
     lines = []
     for line in text.splitlines():
         if macro := re.match(r"#define (\w+)\s+(\S.*?)\s*$", line):
-            value = macro[2] if LITERAL.fullmatch(macro[2]) else "..."  # the compiler tells
+            value = macro[2] if LITERAL.fullmatch(macro[2]) else "..."  # cffi asks the compiler
             lines.append(f"#define {macro[1]} {value}")
         elif not line.startswith("#"):
             lines.append(line)
@@ -105,7 +106,7 @@ SOURCE = f"""
 """
 SOURCE += """
 
-/* KVM_CHECK_EXTENSION: a non-negative answer, or a negative errno. */
+/* Issue KVM_CHECK_EXTENSION. Returns its result or a negative errno. */
 static int kvm_check_extension(int32_t kvm_fd, int32_t extension)
 {
 	int answer = ioctl(kvm_fd, KVM_CHECK_EXTENSION, extension);
@@ -113,7 +114,7 @@ static int kvm_check_extension(int32_t kvm_fd, int32_t extension)
 	return answer < 0 ? -errno : answer;
 }
 
-/* One KVM_PRE_FAULT_MEMORY, asked by this process itself: 0, or a negative errno. */
+/* Issue one KVM_PRE_FAULT_MEMORY from this process. Returns 0 or a negative errno. */
 static int kvm_pre_fault(int32_t vcpu_fd, uint64_t gpa, uint64_t size)
 {
 	struct kvm_pre_fault_memory_args args = { .gpa = gpa, .size = size };
@@ -121,7 +122,7 @@ static int kvm_pre_fault(int32_t vcpu_fd, uint64_t gpa, uint64_t size)
 	return ioctl(vcpu_fd, PREFAULT_IOCTL, &args) < 0 ? -errno : 0;
 }
 
-/* pidfd_getfd(2), which neither Python nor a glibc before 2.36 has: a descriptor, or -errno. */
+/* Call pidfd_getfd(2), which Python and glibc before 2.36 lack. Returns a descriptor or -errno. */
 static int take_fd(int32_t pidfd, int32_t number)
 {
 	long fd = syscall(SYS_pidfd_getfd, pidfd, number, 0);

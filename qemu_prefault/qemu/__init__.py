@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What QEMU says about itself: the QMP connection, the queries, the memory map."""
+"""Talk to QEMU: the QMP connection, the queries, and the guest's memory map."""

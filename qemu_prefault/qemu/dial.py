@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Reach a QMP server: connect to its socket, and wait until it greets.
+"""Connect to a QMP server's socket, and wait for its greeting.
 
-A QMP socket serves one client at a time: the second connect() succeeds and then hears nothing.
-:func:`await_greeting` tells that from a server that is slow, silent, or none.
+A QMP socket serves one client at a time: a second client's connect() succeeds, but QEMU sends it no
+greeting. :func:`await_greeting` distinguishes this case from a slow or silent server, and from one
+that does not speak QMP.
 """
 
 from __future__ import annotations
@@ -18,19 +19,18 @@ from qemu.qmp import ConnectError
 
 from ..errors import Code, InputError, MonitorBusyError, MonitorError, QemuPrefaultError
 
-#: Makes a connection on which QEMU is about to greet; returns the socket, non-blocking, and the
-#: UUID that the VM at its other end must have.
+#: Opens a connection on which QEMU will send its greeting. Returns the non-blocking socket, and
+#: the UUID of the VM that must be at the other end.
 Dial = Callable[[], Awaitable[tuple[socket.socket, str]]]
 
-#: A reply longer than this ends the connection. ``info mtree -f`` of a guest with hundreds of
+#: A longer reply (in bytes) ends the connection. ``info mtree -f`` of a guest with hundreds of
 #: vCPUs and devices stays below 1 MiB; asyncio buffers at most twice the limit.
 MAX_REPLY: Final = 4 << 20
 
-
-#: How long an accepted QMP client may wait for the greeting, seconds. QEMU sends it from its
-#: main loop, in microseconds if nothing blocks that.
+#: Seconds that an accepted QMP client waits for the greeting. QEMU sends it from its main loop,
+#: within microseconds if nothing blocks that loop.
 GREETING_TIMEOUT: Final = 2.0
-#: After this many seconds without a greeting it is worth asking the kernel who is served.
+#: After this many seconds without a greeting, check in /proc/net/unix which client is served.
 BUSY_GRACE: Final = 0.25
 
 
@@ -40,18 +40,26 @@ _REMEDY_BUSY: Final = (
     "-qmp unix:PATH,server=on,wait=off for this tool"
 )
 REMEDY_SILENT: Final = (
-    "check that the socket is a QMP monitor (a guest agent never greets), and that QEMU is "
+    "check that the socket is a QMP monitor (a guest agent sends no greeting), and that QEMU is "
     "neither stopped nor blocked in its main loop"
 )
 
 
 async def connect(address: str, deadline: float) -> socket.socket:
-    """Return a connected, non-blocking socket."""
+    """Connect to a QMP socket.
+
+    :param address: See :func:`parse_address`.
+    :param deadline: The event loop's time at which the attempt is given up.
+    :returns: A connected, non-blocking socket.
+    :raises InputError: if the address is malformed, or names no socket or host.
+    :raises MonitorBusyError: if the socket's backlog stays full.
+    :raises MonitorError: if the connection fails for another reason.
+    """
     target = parse_address(address)
     loop = asyncio.get_running_loop()
     if isinstance(target, str):
-        # Clients that gave up fill the backlog until QEMU accepts and discards them, which it
-        # does as soon as nobody is served: so a full one is worth a second look.
+        # Clients that gave up stay in the backlog until QEMU accepts and discards them, which it
+        # does when it serves no client. So retry for a moment if the backlog is full.
         retry_until = min(deadline, loop.time() + 2 * BUSY_GRACE)
         while (sock := _connect_unix(target)) is None:
             if loop.time() >= retry_until:
@@ -68,7 +76,9 @@ async def connect(address: str, deadline: float) -> socket.socket:
             code=Code.MONITOR,
         ) from error
     except TimeoutError as error:
-        raise MonitorError(f"{address} does not answer", "check host, port and firewall") from error
+        raise MonitorError(
+            f"{address} does not answer", "check the host, the port and the firewall"
+        ) from error
     except OSError as error:
         raise MonitorError(
             f"cannot connect to {address}: {error.strerror or error}",
@@ -77,10 +87,10 @@ async def connect(address: str, deadline: float) -> socket.socket:
 
 
 def parse_address(address: str) -> str | tuple[str, int]:
-    """Return a UNIX socket's path, or (host, port).
+    """Return the path of a UNIX socket, or (host, port) of a TCP socket.
 
-    ``unix:`` and ``tcp:`` decide; without them it is TCP if it looks like ``HOST:PORT``, has
-    no slash and no file has that name.
+    Without the prefix ``unix:`` or ``tcp:``, an address means TCP if it has the form
+    ``HOST:PORT``, contains no slash before the colon, and no file of this name exists.
 
     :raises InputError: if the address is empty or has an impossible port or path.
     """
@@ -91,38 +101,41 @@ def parse_address(address: str) -> str | tuple[str, int]:
     if not address.startswith("tcp:") and (not looks_tcp or os.path.lexists(address)):
         return _checked_path(address, address)
     if not looks_tcp or not 0 < int(port[:6]) < 65536:
-        raise InputError(f"{address!r} is no address", "give PATH, unix:PATH or tcp:HOST:PORT")
+        raise InputError(
+            f"{address!r} is not a valid address", "give PATH, unix:PATH or tcp:HOST:PORT"
+        )
     return host.removeprefix("[").removesuffix("]") or "localhost", int(port)
 
 
 def _checked_path(path: str, address: str) -> str:
-    # sun_path holds 108 bytes with the terminating zero (unix(7))
+    # sun_path holds 108 bytes, including the terminating zero (unix(7)).
     if not path or "\0" in path or len(os.fsencode(path)) > 107:
         raise InputError(
-            f"{address!r} is no path of a socket", "a path of 1 to 107 bytes; cd nearer if longer"
+            f"{address!r} is not a valid path of a socket",
+            "give a path of 1 to 107 bytes; a relative path may be shorter",
         )
     return path
 
 
 def _connect_unix(path: str) -> socket.socket | None:
-    """Return a connected socket; None if the listener's backlog is full."""
+    """Return a connected socket, or None if the listener's backlog is full."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.setblocking(False)
     try:
-        # On UNIX sockets this completes at once or fails. asyncio's sock_connect() would take
-        # EAGAIN (the backlog is full) for "in progress" and then for success.
+        # On a UNIX socket, connect() completes or fails immediately. asyncio's sock_connect()
+        # treats EAGAIN (the backlog is full) as "in progress", and later as success.
         sock.connect(path)
         return sock
     except FileNotFoundError as error:
-        _fail(sock, InputError(f"there is no socket {path}", _REMEDY_ADDRESS), error)
+        _fail(sock, InputError(f"the socket {path} does not exist", _REMEDY_ADDRESS), error)
     except PermissionError as error:
-        remedy = "run as root or as the user QEMU runs as"
+        remedy = "run as root or as QEMU's user"
         _fail(sock, MonitorError(f"no permission to connect to {path}", remedy), error)
     except ConnectionRefusedError as error:
         if not _is_socket(path):
             _fail(sock, InputError(f"{path} is not a socket", _REMEDY_ADDRESS), error)
-        cause = f"nobody listens on {path}: left over from a QEMU that is gone"
-        _fail(sock, MonitorError(cause, "start QEMU, or give the socket of a running one"), error)
+        cause = f"no process listens on {path}: its QEMU has probably exited"
+        _fail(sock, MonitorError(cause, "start QEMU, or give a running QEMU's socket"), error)
     except BlockingIOError:
         sock.close()
         return None
@@ -167,15 +180,15 @@ async def _connect_tcp(target: tuple[str, int]) -> socket.socket:
 def _busy(address: str, detail: str = "") -> MonitorBusyError:
     more = f" ({detail})" if detail else ""
     return MonitorBusyError(
-        f"another QMP client holds {address}{more}: QEMU serves one at a time", _REMEDY_BUSY
+        f"another QMP client uses {address}{more}: QEMU serves one at a time", _REMEDY_BUSY
     )
 
 
 async def await_greeting(sock: socket.socket, address: str, deadline: float) -> None:
-    """Wait until the peer has said something, and check by its first bytes that it is JSON.
+    """Wait for the peer's first bytes, and check that they begin a JSON object.
 
-    :raises MonitorBusyError: if another client is being served.
-    :raises MonitorError: if the peer is silent, closes, or speaks something else.
+    :raises MonitorBusyError: if QEMU serves another client.
+    :raises MonitorError: if the peer is silent, closes the connection, or does not speak QMP.
     """
     loop = asyncio.get_running_loop()
     limit = min(deadline, loop.time() + GREETING_TIMEOUT)
@@ -184,7 +197,7 @@ async def await_greeting(sock: socket.socket, address: str, deadline: float) -> 
         if place is _Place.BEHIND:
             raise _busy(address)
         if place is _Place.QUEUED:
-            limit = deadline  # nobody is served: QEMU's main loop is busy, and may come back
+            limit = deadline  # QEMU serves no client: its main loop is busy, and may continue
         if not await _readable(sock, limit):
             raise _silent(address, _place(sock))
     try:
@@ -200,8 +213,8 @@ async def await_greeting(sock: socket.socket, address: str, deadline: float) -> 
             code=Code.MONITOR_NOT_QMP,
         )
     if start.lstrip()[:1] not in (b"{", b""):
-        what = "a human monitor" if b"QEMU" in start else "no QMP monitor"
-        raise not_qmp(address, f"it looks like {what}")
+        human = b"QEMU" in start
+        raise not_qmp(address, "it is a human monitor" if human else "its first bytes are not JSON")
     if start.lstrip()[1:2] in (b"\r", b"\n"):
         raise MonitorError(
             f"{address} speaks QMP, but pretty-printed over several lines",
@@ -211,21 +224,24 @@ async def await_greeting(sock: socket.socket, address: str, deadline: float) -> 
 
 
 def closed_early(address: str) -> MonitorError:
+    """Return the error for a connection that was closed before the greeting."""
     return MonitorError(
-        f"{address} closed the connection before any greeting",
-        "see whether QEMU is just exiting, and whether the socket is its QMP monitor",
+        f"{address} closed the connection before it sent a greeting",
+        "check whether QEMU is exiting, and whether the socket is QEMU's QMP monitor",
         code=Code.MONITOR_CLOSED,
     )
 
 
 def not_qmp(address: str, why: str) -> MonitorError:
+    """Return the error for a peer that does not speak QMP."""
     return MonitorError(
         f"{address} does not speak QMP: {why}", _REMEDY_ADDRESS, code=Code.MONITOR_NOT_QMP
     )
 
 
 def brief(error: BaseException) -> str:
-    # str() of qemu.qmp's errors quotes the whole message, which may be megabytes.
+    """Return a short text of an error of qemu.qmp."""
+    # str() of such an error quotes the whole message, which may be megabytes.
     inner = error.exc if isinstance(error, ConnectError) else error
     text = getattr(inner, "error_message", None) or type(inner).__name__
     if isinstance(inner, ValueError) and "limit" in str(inner)[:200]:
@@ -234,7 +250,7 @@ def brief(error: BaseException) -> str:
 
 
 async def _readable(sock: socket.socket, until: float) -> bool:
-    """Wait until there is something to read, or EOF; return False at time `until`."""
+    """Wait for data or EOF; return False if the loop's time reaches `until`."""
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
 
@@ -254,31 +270,32 @@ async def _readable(sock: socket.socket, until: float) -> bool:
 
 
 class _Place(enum.Enum):
-    """Where a connection stands at the listener."""
+    """The state of a connection at its listener."""
 
     ACCEPTED = "accepted"
-    QUEUED = "nobody is being served"
-    BEHIND = "another client is being served"
-    UNKNOWN = "cannot be known"
+    QUEUED = "waiting, and no client is served"
+    BEHIND = "waiting, and another client is served"
+    UNKNOWN = "unknown"
 
 
 def _place(sock: socket.socket) -> _Place:
-    """Tell from /proc/net/unix where we stand.
+    """Return the state of this connection according to /proc/net/unix.
 
-    The server's end of a connection bears the name of the listening socket; state 03 means
-    accepted, 02 still in the backlog (unix_seq_show(), net/unix/af_unix.c). With one client
-    accepted and one in the backlog, we are the latter: an accepted one would be greeted.
+    The server's end of a connection has the name of the listening socket. Its state is 03 if the
+    connection was accepted, and 02 if it is in the backlog (unix_seq_show(),
+    net/unix/af_unix.c). If one client is accepted and one is in the backlog, this process is the
+    one in the backlog, because QEMU would have sent a greeting to an accepted client.
     """
     if sock.family != socket.AF_UNIX:
         return _Place.UNKNOWN
     try:
-        name = os.fsencode(sock.getpeername())  # as the server bound it
+        name = os.fsencode(sock.getpeername())  # the path that the server bound
         with open("/proc/net/unix", "rb") as table:
             rows = [row for row in (line.split(None, 7) for line in table) if len(row) == 8]
     except OSError:
         return _Place.UNKNOWN
     states = {row[5] for row in rows if row[7].rstrip(b"\n") == name}
-    if not states & {b"02", b"03"}:  # another network namespace
+    if not states & {b"02", b"03"}:  # the server is in another network namespace
         return _Place.UNKNOWN
     if b"02" not in states:
         return _Place.ACCEPTED
@@ -288,9 +305,9 @@ def _place(sock: socket.socket) -> _Place:
 def _silent(address: str, place: _Place) -> QemuPrefaultError:
     if place is _Place.BEHIND:
         return _busy(address)
-    if place is _Place.UNKNOWN:  # TCP: a busy monitor and a dumb listener look the same
+    if place is _Place.UNKNOWN:  # on TCP, a busy monitor and a silent listener look the same
         return MonitorBusyError(
-            f"{address} sends no greeting: most likely another QMP client holds it", _REMEDY_BUSY
+            f"{address} sends no greeting: most likely another QMP client uses it", _REMEDY_BUSY
         )
     what = (
         "accepted the connection, but sent no QMP greeting"

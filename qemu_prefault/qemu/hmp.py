@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Parsers of the human monitor's text: ``info mtree -f``, ``ramblock``, ``numa``, ``gpa2hva``."""
+"""Parse the answers of the human monitor about memory."""
 
 from __future__ import annotations
 
@@ -14,35 +14,32 @@ from .qapi import quote
 
 RangeKind = Literal["ram", "rom", "romd", "ramd", "i/o"]
 
-
 #: The architectural limit of x86 physical addresses (MAXPHYADDR, Intel SDM vol. 3, 4.1.4).
 MAX_GPA: Final = 1 << 52
-#: User space of a 5-level x86-64 host ends below this.
+#: The end of user space on an x86-64 host with 5-level page tables.
 MAX_HVA: Final = 1 << 56
 
-#: Longer lines are refused unread, which keeps every pattern below linear. A RAM block's name
-#: is at most 256 characters (include/exec/ramblock.h).
+#: Longer lines are refused before they are matched, so that every pattern below takes linear
+#: time. A RAM block's name has at most 256 characters (include/exec/ramblock.h).
 MAX_LINE: Final = 1024
 
 
 def _lines(text: str, what: str) -> Iterator[str]:
-    """Split an answer into lines without their LF or CRLF; the longest QEMU prints is short."""
+    """Yield the lines of an answer without LF or CRLF; refuse very long ones."""
     for line in text.split("\n"):
         if len(line) > MAX_LINE:
             raise LayoutError(f'"{what}" has a line of {len(line)} characters')
         yield line.rstrip("\r")
 
 
-# --- info mtree -f ---
-
-
 @dataclass(frozen=True, slots=True)
 class FlatRange:
-    """One line of a FlatView: what answers at ``start..start+size-1`` of guest-physical memory.
+    """One line of a FlatView: the memory at guest-physical ``start..start+size-1``.
 
-    `offset` counts from the start of the memory region `name`, which for RAM is the offset
-    in its RAM block. `kvm` tells that KVM has a memslot of exactly this range
-    (``kvm_accel_has_memory()``, accel/kvm/kvm-all.c).
+    :ivar offset: Bytes from the start of the memory region `name`; for RAM, this is the offset in
+        its RAM block.
+    :ivar kvm: Whether KVM has a memslot of exactly this range (``kvm_accel_has_memory()``,
+        accel/kvm/kvm-all.c).
     """
 
     start: int
@@ -55,11 +52,11 @@ class FlatRange:
 
     @property
     def end(self) -> int:
-        """First address behind the range."""
+        """The first address after the range."""
         return self.start + self.size
 
 
-# mtree_print_flatview() in system/memory.c. Names may hold spaces, '@' and parentheses.
+# mtree_print_flatview() in system/memory.c. Names may contain spaces, '@' and parentheses.
 _RANGE: Final = re.compile(
     r"  ([0-9a-f]{16})-([0-9a-f]{16}) \(prio (-?[0-9]{1,10}), (nv-)?(ramd|romd|rom|ram|i/o)\): "
     r"(.*?)(?: @([0-9a-f]{16}))?((?: KVM)*)"
@@ -70,12 +67,12 @@ _SYSTEM_VIEW: Final = re.compile(r' AS "memory", root: system(?:, alias .*)?')
 def parse_mtree(text: str) -> tuple[FlatRange, ...]:
     """Return the ranges of guest-physical memory in ``info mtree -f``, ascending.
 
-    A dump holds one FlatView per distinct address space, in hash order; the one wanted is
-    that of the address space ``memory`` with root ``system``. Others look alike and must not
-    be taken: ``device-memory`` has relative addresses, ``cpu-smm-0`` is SMM's.
+    The text has one FlatView per distinct address space, in hash order. This function reads the
+    one of the address space ``memory`` with root ``system``. Others have the same form but must
+    not be used: ``device-memory`` has relative addresses, and ``cpu-smm-0`` is the view of SMM.
 
-    :param text: the answer of the HMP command; lines end in LF or CRLF.
-    :raises LayoutError: if the view is missing, or a line of it cannot be true.
+    :param text: The answer of the HMP command; lines end in LF or CRLF.
+    :raises LayoutError: if the view is missing, or if a line of it is malformed or impossible.
     """
     lines = list(_lines(text, "info mtree -f"))
     index = 0
@@ -121,7 +118,7 @@ def _parse_range(line: str) -> FlatRange:
         nonvolatile=match[4] is not None,
         name=match[6],
         offset=offset,
-        # The word is printed once per address space of the view that KVM listens to.
+        # QEMU prints "KVM" once for each of the view's address spaces that KVM listens to.
         kvm=bool(match[8]),
     )
 
@@ -130,14 +127,12 @@ def _bad_line(line: str, why: str) -> LayoutError:
     return LayoutError(f'in "info mtree -f" the line {quote(line)} {why}')
 
 
-# --- info ramblock ---
-
-
 @dataclass(frozen=True, slots=True)
 class RamBlock:
-    """One RAM block of QEMU: a contiguous mapping in its address space.
+    """One RAM block of QEMU, which is a contiguous mapping in its address space.
 
-    `hva` is None where QEMU does not print it (before 8.1).
+    `page_size`, `used` and `total` are in bytes. `hva` is None before QEMU 8.1, which does not
+    print it.
     """
 
     name: str
@@ -155,10 +150,10 @@ _HEX: Final = re.compile(r"0x[0-9a-f]{1,16}")
 def parse_ramblocks(text: str) -> tuple[RamBlock, ...]:
     """Return the RAM blocks of ``info ramblock`` (or ``x-query-ramblock``).
 
-    Columns are found by the heading: QEMU 7.2 prints no host address, 10.0 does
+    The heading gives the columns: QEMU 7.2 prints no host address, 10.0 does
     (``ram_block_format()``, system/physmem.c).
 
-    :raises LayoutError: if the heading or a line is not understood.
+    :raises LayoutError: if the heading or a line has an unknown format.
     """
     lines = list(_lines(text, "info ramblock"))
     heading = 0
@@ -185,7 +180,7 @@ def _parse_ramblock(line: str, columns: Sequence[str]) -> RamBlock:
     if "HVA" in columns:
         hexes["HVA"] = values.get("HVA", "")
     if match is None or not all(_HEX.fullmatch(cell) for cell in hexes.values()):
-        raise LayoutError(f'"info ramblock" has a line {quote(line)} of unknown form')
+        raise LayoutError(f'"info ramblock" has a line {quote(line)} of unknown format')
     page_size = int(match[2]) << _UNITS[match[3]]
     used, total = int(hexes["Used"], 16), int(hexes["Total"], 16)
     hva = int(hexes["HVA"], 16) if "HVA" in hexes else None
@@ -196,17 +191,15 @@ def _parse_ramblock(line: str, columns: Sequence[str]) -> RamBlock:
     return RamBlock(match[1].strip(), page_size, used, total, hva)
 
 
-# --- gpa2hva, info numa ---
-
 _GPA2HVA: Final = re.compile(
     r"Host virtual address for (0x[0-9a-f]{1,16}) \((.*)\) is (0x[0-9a-f]{1,16})"
 )
 
 
 def parse_gpa2hva(text: str) -> tuple[str, int]:
-    """Return (memory region name, host virtual address) from the answer of HMP ``gpa2hva``.
+    """Return the memory region's name and the host address from ``gpa2hva``.
 
-    :raises LayoutError: if nothing is mapped there, or it is not RAM
+    :raises LayoutError: if the address is not mapped, or is not RAM
         (``gpa2hva()``, monitor/hmp-cmds-target.c).
     """
     text = text.strip()
@@ -221,7 +214,7 @@ def parse_gpa2hva(text: str) -> tuple[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class NumaNode:
-    """One guest NUMA node: its RAM from boot and from memory devices, whole MiB in bytes."""
+    """One guest NUMA node, with its boot and plugged RAM in bytes (whole MiB)."""
 
     node: int
     base: int
@@ -234,7 +227,7 @@ _NUMA_SIZE: Final = re.compile(r"node ([0-9]{1,4}) (size|plugged): ([0-9]{1,12})
 def parse_numa(text: str) -> tuple[NumaNode, ...]:
     """Return the guest's NUMA nodes from HMP ``info numa``; empty without NUMA.
 
-    :raises LayoutError: if a node has more plugged memory than memory.
+    :raises LayoutError: if a node has more plugged memory than memory in total.
     """
     sizes: dict[int, dict[str, int]] = {}
     for line in _lines(text, "info numa"):
@@ -246,6 +239,6 @@ def parse_numa(text: str) -> tuple[NumaNode, ...]:
         # "size" includes "plugged" (query_numa_node_mem(), hw/core/numa.c).
         base = found.get("size", 0) - found.get("plugged", 0)
         if base < 0:
-            raise LayoutError(f'"info numa" gives node {node} less memory than it plugged')
+            raise LayoutError(f'"info numa" gives node {node} more plugged memory than memory')
         nodes.append(NumaNode(node, base, found.get("plugged", 0)))
     return tuple(nodes)

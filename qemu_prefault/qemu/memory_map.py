@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""From the monitor's text to the RAM of a guest: where it is, what backs it, what to leave alone.
+"""Build the map of a guest's memory from the monitor's answers.
 
-No QMP command returns the guest-physical map, so it is put together from four answers,
-each of which knows one thing the others do not:
+No QMP command returns the guest-physical memory map. It is built from four answers, each of which
+has information that the others lack:
 
 ==========================  ==================================================================
-``info mtree -f``           what the guest sees at each address *now* (PAM, holes, ROM on top),
-                            and which ranges are KVM memslots
+``info mtree -f``           the guest's *current* view of each address (PAM, holes, ROM on
+                            top), and which ranges are KVM memslots
 ``info ramblock``           the page size of the backing, and (QEMU >= 8.1) its host address
 ``query-memdev``            which of the blocks are guest RAM, and how they are backed
 ``query-memory-devices``    which of those are DIMMs, NVDIMMs, virtio-mem or virtio-pmem
 ==========================  ==================================================================
 
-The host address of every range comes from ``gpa2hva``. :func:`build_sections` joins all of
-it into :class:`MemorySection`: one contiguous piece of guest-physical memory, one piece of QEMU's
-address space. What is not RAM is kept as a section with a reason in ``skipped``, so that a
-user can see the whole map and why the tool keeps its hands off a part of it.
+The host address of every range comes from ``gpa2hva``. :func:`build_sections` joins these answers
+into :class:`MemorySection` objects, which are contiguous both in guest-physical memory and in
+QEMU's address space. Memory that must not be touched is also kept as a section, with the reason in
+``skipped``, so that users can see the whole map.
 
-This module is pure: text and decoded JSON in, frozen dataclasses out. It trusts nothing it
-reads, because the peer may be any program that listens on a socket: the only exception that
-leaves it is :class:`LayoutError`, and its time is linear in the size of the input.
+The functions of this module are pure: they take text and decoded JSON, and return frozen
+dataclasses. The peer may be any program that listens on a socket, so all input is checked. The only
+exception that is raised is :class:`LayoutError`, and the time is linear in the size of the input.
 
-Addresses and sizes are in bytes throughout.
+All addresses and sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -39,17 +39,14 @@ from .qapi import expect_array, expect_bool, expect_int, expect_object, expect_s
 #: QEMU's default names for the RAM that machines create without an explicit backend.
 MAIN_RAM_NAMES: Final = frozenset({"pc.ram", "microvm.ram"})
 
-
-#: Where SeaBIOS lives below 1 MiB; the last PAM area it write-protects (see firmware_ahead).
+#: The address of SeaBIOS below 1 MiB. This is the last PAM area that SeaBIOS write-protects, see
+#: :func:`firmware_ahead`.
 BIOS_AREA: Final = 0xF0000
-
-
-# --- query-memdev, query-memory-devices ---
 
 
 @dataclass(frozen=True, slots=True)
 class Memdev:
-    """A memory backend (``query-memdev``). None where this QEMU does not say."""
+    """A memory backend (``query-memdev``); fields that QEMU does not report are None."""
 
     id: str
     size: int
@@ -62,12 +59,12 @@ class Memdev:
 def parse_memdevs(value: object) -> tuple[Memdev, ...]:
     """Return the memory backends of a decoded ``query-memdev`` answer.
 
-    :raises LayoutError: if the JSON has another shape (qapi/machine.json, ``Memdev``).
+    :raises LayoutError: if the JSON does not match ``Memdev`` of qapi/machine.json.
     """
     memdevs = []
     for item in expect_array(value, "query-memdev"):
         entry = expect_object(item, "an entry of query-memdev")
-        if "id" not in entry:  # anonymous backends cannot be told apart, nor named in mtree
+        if "id" not in entry:  # without an id, no range of mtree can refer to the backend
             continue
         name = expect_str(entry["id"], "the id of a memdev")
         what = f"of memdev {quote(name)}"
@@ -99,8 +96,8 @@ def _no_duplicates(names: Sequence[str], what: str) -> None:
 class MemoryDevice:
     """A DIMM, NVDIMM, virtio-mem, virtio-pmem … (``query-memory-devices``).
 
-    `size` is what the device occupies in guest-physical memory; for virtio-mem that is its
-    maximum, of which only `plugged` bytes exist for the guest.
+    `size` is the size of the device's guest-physical range. For virtio-mem, this is the maximum
+    size, of which only `plugged` bytes exist for the guest.
     """
 
     kind: str
@@ -116,7 +113,7 @@ class MemoryDevice:
 def parse_memory_devices(value: object) -> tuple[MemoryDevice, ...]:
     """Return the memory devices of a decoded ``query-memory-devices`` answer.
 
-    :raises LayoutError: if the JSON has another shape (qapi/machine.json, ``MemoryDeviceInfo``).
+    :raises LayoutError: if the JSON does not match ``MemoryDeviceInfo`` of qapi/machine.json.
     """
     devices = []
     for item in expect_array(value, "query-memory-devices"):
@@ -124,7 +121,7 @@ def parse_memory_devices(value: object) -> tuple[MemoryDevice, ...]:
         kind = expect_str(entry.get("type"), "the type of a memory device")
         data = expect_object(entry.get("data"), f"the data of a memory device {quote(kind)}")
         what = f"of a memory device {quote(kind)}"
-        absent = "max-size" in data  # virtio-mem and hv-balloon: size is only what is plugged
+        absent = "max-size" in data  # virtio-mem and hv-balloon: "size" is the plugged size
         gpa = data.get("addr", data.get("memaddr"))
         memdev = data.get("memdev")
         devices.append(
@@ -147,7 +144,7 @@ def _count(data: Mapping[str, object], key: str, what: str) -> int | None:
 
 
 def _base(path: str) -> str:
-    """Return the last element of a QOM path: ``/objects/m0`` is ``m0``."""
+    """Return the last element of a QOM path, e.g. ``m0`` of ``/objects/m0``."""
     return path.rsplit("/", 1)[-1]
 
 
@@ -157,17 +154,18 @@ def memdev_nodes(
     devices: Sequence[MemoryDevice],
     nodes: Sequence[NumaNode],
 ) -> dict[str, int]:
-    """Return the guest NUMA node of each backend, as far as it can be known.
+    """Return the guest NUMA node of each backend for which it can be determined.
 
-    Memory devices name their node. For ``-numa node,memdev=`` no monitor command does, but
-    boot memory is laid out in node order (``numa_init_memdev_container()``, hw/core/numa.c):
-    so the backends in address order are those of the nodes in number order. The sizes must
-    agree, or nothing is said about any of them.
+    ``query-memory-devices`` reports the node of each memory device. No monitor command reports the
+    node of a backend of ``-numa node,memdev=``. But QEMU lays out boot memory in node order
+    (``numa_init_memdev_container()``, hw/core/numa.c), so the backends in address order belong to
+    the nodes in number order. If the sizes of these do not match, no node is returned for any of
+    them.
     """
     found = {d.memdev: d.node for d in devices if d.memdev is not None and d.node is not None}
     plugged = {device.memdev for device in devices}
     by_id = {memdev.id: memdev for memdev in memdevs}
-    boot: dict[str, None] = {}  # insertion-ordered set
+    boot: dict[str, None] = {}  # a set in insertion order
     for item in ranges:
         name = _memdev_of(item.name, by_id)
         if name is not None and name not in plugged:
@@ -179,30 +177,28 @@ def memdev_nodes(
     return found
 
 
-# --- sections ---
-
-
 @dataclass(frozen=True, slots=True)
 class MemorySection:
-    """A contiguous piece of guest memory: guest-physical `gpa`, in QEMU at `hva`.
+    """A section of guest memory that is contiguous for the guest and in QEMU.
 
-    :ivar name: the memory region's name in the monitor.
-    :ivar gpa: guest-physical address, bytes.
-    :ivar size: bytes.
-    :ivar hva: address in QEMU; 0 if unknown, which only a skipped section can be.
-    :ivar offset: offset in the RAM block, bytes.
-    :ivar page_size: page size of the backing in bytes (4096 also under THP).
-    :ivar memdev: id of the memory backend, None if the section has none.
+    :ivar name: The memory region's name in the monitor.
+    :ivar gpa: Guest-physical address.
+    :ivar size: Bytes.
+    :ivar hva: Address in QEMU, or 0 if unknown; it is known unless the section is skipped.
+    :ivar offset: Offset in the RAM block.
+    :ivar page_size: Page size of the backing in bytes (4096 also under THP).
+    :ivar memdev: Id of the memory backend, or None if the section has none.
     :ivar device: ``dimm``, ``nvdimm``, ``virtio-mem``, ``virtio-pmem`` … or None for boot RAM.
-    :ivar share: whether the backend is mapped shared; None if unknown.
-    :ivar reserve: False tells of deliberate overcommit; None if unknown.
-    :ivar node: guest NUMA node; None if unknown.
-    :ivar skipped: why the tool must leave this section alone, in words; None if it need not.
-    :ivar skip_code: the same as a stable name: ``rom``, ``read-only``, ``read-only-backend``,
-        ``device-memory``, ``rom-device``, ``vfio-bar``, ``no-memslot``, ``unaligned``,
-        ``no-ram-block``, ``no-host-address``, ``enclave``.
-    :ivar disk_file: whether it is a shared file on a disk, which populating would write.
-    :ivar bound_nodes: host NUMA nodes that the backend binds its memory to; empty: any.
+    :ivar share: Whether the backend is mapped shared, or None if unknown.
+    :ivar reserve: False if the memory is overcommitted on purpose (``reserve=off``); None if
+        unknown.
+    :ivar node: Guest NUMA node, or None if unknown.
+    :ivar skipped: Why this section must not be touched, or None if it can be prefaulted.
+    :ivar skip_code: A stable name for the value of `skipped`: ``rom``, ``read-only``,
+        ``read-only-backend``, ``device-memory``, ``rom-device``, ``vfio-bar``, ``no-memslot``,
+        ``unaligned``, ``no-ram-block``, ``no-host-address``, ``enclave``.
+    :ivar disk_file: Whether it is a shared file on a disk, which populating would write.
+    :ivar bound_nodes: The host NUMA nodes that the backend binds its memory to; empty means any.
     """
 
     name: str
@@ -223,13 +219,13 @@ class MemorySection:
 
     @property
     def end(self) -> int:
-        """First guest-physical address behind the section."""
+        """The first guest-physical address after the section."""
         return self.gpa + self.size
 
 
 _SKIP_TEXT: Final = {
     "rom": "ROM",
-    "read-only": "RAM the chipset has made read-only (PAM)",
+    "read-only": "RAM that the chipset has made read-only (PAM)",
     "read-only-backend": "a read-only memory backend",
     "device-memory": "memory of a device, not guest RAM",
     "rom-device": "flash or another ROM device",
@@ -253,19 +249,20 @@ def build_sections(
     node_of: Mapping[str, int] | None = None,
     device_owned: frozenset[str] = frozenset(),
 ) -> tuple[MemorySection, ...]:
-    """Join what the monitor said into the sections of guest memory, ascending by address.
+    """Join the monitor's answers into sections of guest memory, ascending by address.
 
-    Everything except plain I/O becomes a section; what must not be touched has `skipped` set.
+    Every range except plain I/O becomes a section. Sections that must not be touched have `skipped`
+    set.
 
-    :param hva_of: host address of the first byte of a range, by guest-physical address.
-        Where missing, the RAM block's address is used if QEMU tells it.
-    :param kvm: whether the guest runs under KVM (``query-kvm``); then RAM that is not a
-        memslot is skipped. None: decided by whether any range is a memslot.
-    :param node_of: guest NUMA node by backend id (:func:`memdev_nodes`).
-    :param device_owned: ids of backends that a device other than a memory device uses, such as
-        ivshmem: they are the device's memory, not guest RAM.
-    :raises LayoutError: if the answers contradict each other: a range beyond its block, an
-        address that differs between ``gpa2hva`` and the block, RAM ranges that share host memory.
+    :param hva_of: The host address of the first byte of a range, by guest-physical address. If a
+        range is missing, the RAM block's address is used if QEMU reports it.
+    :param kvm: Whether the guest runs under KVM (``query-kvm``). If so, RAM that is not a memslot
+        is skipped. None means that it does if any range is a memslot.
+    :param node_of: The guest NUMA node by backend id (:func:`memdev_nodes`).
+    :param device_owned: The ids of backends that a device other than a memory device uses, such as
+        ivshmem. They are the device's memory and not guest RAM.
+    :raises LayoutError: if the answers contradict each other: a range ends beyond its block, the
+        address of ``gpa2hva`` differs from the block's, or RAM ranges share host memory.
     """
     if kvm is None:
         kvm = any(item.kvm for item in ranges)
@@ -278,7 +275,7 @@ def build_sections(
 
 
 class _Join:
-    """Lookup tables for build_sections: everything by name, so that the join is linear."""
+    """Lookup tables by name, which let :func:`build_sections` run in linear time."""
 
     def __init__(
         self,
@@ -301,7 +298,7 @@ class _Join:
             if not block.name:
                 self.nameless[block.total] = block
             self.blocks.setdefault(block.name, block)
-            # qemu_ram_set_idstr() puts the device's path in front: 0000:00:01.0/vm0
+            # qemu_ram_set_idstr() (system/physmem.c) prepends the device: 0000:00:01.0/vm0
             self.blocks.setdefault(_base(block.name), block)
 
     def section(self, item: FlatRange, kvm: bool) -> MemorySection:
@@ -336,30 +333,30 @@ class _Join:
     def _block(self, item: FlatRange, memdev: Memdev | None) -> RamBlock | None:
         block = self.blocks.get(item.name) if item.name else None
         if block is None and memdev is not None:
-            # QEMU 7.2 gives the block of virtio-pmem no name at all.
+            # The RAM block of virtio-pmem has no name in QEMU 7.2.
             block = self.blocks.get(memdev.id) or self.nameless.get(memdev.size)
         if block is not None and memdev is not None and item.offset + item.size > block.total:
-            raise LayoutError(f"{quote(item.name)} at {item.start:#x} reaches beyond its RAM block")
+            raise LayoutError(f"{quote(item.name)} at {item.start:#x} ends beyond its RAM block")
         return block
 
     def _hva(self, item: FlatRange, block: RamBlock | None, is_ram: bool) -> int:
-        told = self.hva_of.get(item.start, 0)
+        reported = self.hva_of.get(item.start, 0)
         if block is None or block.hva is None:
-            return told
+            return reported
         computed = block.hva + item.offset
-        if is_ram and told and told != computed:
+        if is_ram and reported and reported != computed:
             raise LayoutError(
-                f"{quote(item.name)} at {item.start:#x} is at {told:#x} in QEMU by gpa2hva, "
-                f"but at {computed:#x} by its RAM block",
-                "the memory layout may have changed meanwhile: try again",
+                f"{quote(item.name)} at {item.start:#x} is at {reported:#x} in QEMU according to "
+                f"gpa2hva, but at {computed:#x} according to its RAM block",
+                "the memory layout may have changed: try again",
             )
-        return told or computed
+        return reported or computed
 
 
 def is_ram_region(name: str, memdevs: Collection[str]) -> bool:
-    """Whether a memory region has a backend, or is a machine's RAM that has none.
+    """Return whether a memory region has a backend, or is a machine's RAM that has none.
 
-    :param memdevs: ids of all backends.
+    :param memdevs: The ids of all backends.
     """
     if not memdevs:
         return name in MAIN_RAM_NAMES
@@ -367,10 +364,10 @@ def is_ram_region(name: str, memdevs: Collection[str]) -> bool:
 
 
 def _memdev_of(name: str, memdevs: Collection[str]) -> str | None:
-    """Return the id of the backend behind the region `name`, if it is one.
+    """Return the id of the backend behind the region `name`, or None.
 
-    memfd and file backends of machine types before 4.0 are named by their full QOM path,
-    ``/objects/m0`` (``x-use-canonical-path-for-ramblock-id``, hw/core/machine.c).
+    Machine types before 4.0 name memfd and file backends by their full QOM path, ``/objects/m0``
+    (``x-use-canonical-path-for-ramblock-id``, hw/core/machine.c).
     """
     if name in memdevs:
         return name
@@ -398,7 +395,7 @@ def _skip_code(item: FlatRange, is_ram: bool, kvm: bool, device: MemoryDevice | 
 
 
 def _check_disjoint(sections: Sequence[MemorySection]) -> None:
-    """Refuse two pieces of guest RAM in the same host memory: then one of the answers lies."""
+    """Raise an error if two sections of guest RAM overlap in QEMU."""
     by_hva = sorted(sections, key=lambda section: section.hva)
     for before, after in pairwise(by_hva):
         if before.hva + before.size > after.hva:
@@ -412,18 +409,16 @@ def _check_disjoint(sections: Sequence[MemorySection]) -> None:
             )
 
 
-# --- what follows from the layout ---
-
-
 def firmware_ahead(ranges: Sequence[FlatRange]) -> bool | None:
-    """Tell whether the firmware has yet to rewrite the memslots of low RAM.
+    """Return whether the firmware still has to rewrite the memslots of low RAM.
 
-    On pc and q35 SeaBIOS deletes and re-creates the slot of low RAM three times; what was
-    prefaulted before is lost. Its last act is to write-protect the area at 0xf0000
-    (``make_bios_readonly()``, src/fw/shadow.c), which is then ``rom`` with the name of main RAM.
+    On pc and q35, SeaBIOS makes QEMU delete and re-create the low-RAM memslot three times, which
+    drops prefaulted entries. In its last step, SeaBIOS write-protects the area at 0xf0000
+    (``make_bios_readonly()``, src/fw/shadow.c). Afterwards this area is ``rom`` and has the name of
+    main RAM.
 
-    :returns: True before that; False after it, and for microvm, whose slots firmware leaves
-        alone; None where this says nothing, as with OVMF in flash.
+    :returns: True before that step. False after it, and for microvm, whose firmware does not
+        change memslots. None if the layout does not show it, as with OVMF in flash.
     """
     low = _range_at(ranges, 0)
     area = _range_at(ranges, BIOS_AREA)
@@ -433,11 +428,11 @@ def firmware_ahead(ranges: Sequence[FlatRange]) -> bool | None:
         return False
     if any(item.name.startswith("system.flash") for item in ranges):
         return None
-    if area.name == low.name:  # all of PAM is RAM: SeaBIOS is at work
+    if area.name == low.name:  # the PAM areas are writable RAM while SeaBIOS runs
         return True if area.kind == "ram" else None
-    if area.kind == "rom":  # still the ROM itself: nothing has run
+    if area.kind == "rom":  # the ROM itself is mapped until SeaBIOS starts
         return True
-    # microvm maps its firmware as plain RAM over main RAM and has no PAM.
+    # microvm maps its firmware as plain RAM on top of main RAM, and has no PAM.
     return False if area.kind == "ram" else None
 
 
@@ -446,9 +441,9 @@ def _range_at(ranges: Sequence[FlatRange], gpa: int) -> FlatRange | None:
 
 
 def huge_alignment(section: MemorySection, huge_size: int) -> bool:
-    """Tell whether KVM can ever map this section with pages of `huge_size` bytes.
+    """Return whether KVM can map this section with pages of `huge_size` bytes.
 
-    Guest-physical and host address must agree modulo the page size, or KVM forbids such
-    leaves for the whole slot (``kvm_alloc_memslot_metadata()``, arch/x86/kvm/x86.c).
+    If guest-physical and host address differ modulo the page size, KVM forbids such leaves for the
+    whole slot (``kvm_alloc_memslot_metadata()``, arch/x86/kvm/x86.c).
     """
     return (section.gpa - section.hva) % huge_size == 0

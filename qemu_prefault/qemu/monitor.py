@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The conversation with QEMU: one QMP connection, its queries, its events.
+"""A QMP connection to QEMU, with its commands and events.
 
-What makes this more than a call to ``qemu.qmp``:
+This module handles cases that ``qemu.qmp`` does not:
 
-* **A QMP socket serves one client at a time.** The second connect() succeeds and then hears
-  nothing, for the kernel queues it (chardev/char-socket.c stops listening while a client is
-  there). A careless client hangs for ever. :meth:`Monitor.connect` says
-  :class:`MonitorBusyError` within two seconds, usually at once: ``/proc/net/unix`` shows
-  that somebody else was accepted and we were not.
-* **Nothing is sent before the greeting.** What a queued client writes would be executed when
-  its turn comes, long after it gave up.
-* **The peer may be anything.** A guest agent, a human monitor, a proxy, a program that sends
-  100 MB of noise: replies are bounded, every wait has a limit, and whatever goes wrong leaves
-  as a :class:`~qemu_prefault.errors.QemuPrefaultError` with a remedy.
-* **QEMU may die in mid-command.** Event streams of ``qemu.qmp`` then go silent for ever; the
-  ones here end.
-
-:func:`read_machine` gathers what the rest of the tool needs to know, in two round trips.
+* **A QMP socket serves one client at a time.** A second client's connect() succeeds, but QEMU sends
+  it no greeting, because QEMU does not accept connections while it serves a client
+  (chardev/char-socket.c) and the kernel keeps them in the backlog. :meth:`Monitor.connect` does not
+  hang: it raises :class:`MonitorBusyError` within two seconds. Usually ``/proc/net/unix`` shows
+  immediately that another client was accepted and this one was not.
+* **Nothing is sent before the greeting.** If a client in the backlog sent a command, QEMU would
+  execute it when it accepts the connection, long after the client gave up.
+* **The peer may be any program**, such as a guest agent, a human monitor, a proxy, or a program
+  that sends 100 MB of noise. Replies have a maximum length, every wait has a time limit, and every
+  failure raises a :class:`~qemu_prefault.errors.QemuPrefaultError` with a remedy.
+* **QEMU may die during a command.** The event streams of ``qemu.qmp`` then wait forever; those of
+  this module end.
 """
 
 from __future__ import annotations
@@ -59,13 +57,13 @@ from .dial import (
 )
 from .qapi import expect_int, expect_object, expect_str
 
-#: Events kept for a reader that does not read; the oldest are dropped.
+#: The maximum number of unread events in a stream. Beyond it, the oldest events are dropped.
 MAX_EVENTS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """An asynchronous event of QEMU. `seconds` is QEMU's wall clock, since the Epoch."""
+    """An event of QEMU; `seconds` is the time since the Epoch by QEMU's clock."""
 
     name: str
     data: Mapping[str, object]
@@ -73,10 +71,10 @@ class Event:
 
 
 class EventStream:
-    """Chosen events, in order, as an async iterator that ends when the connection does.
+    """An async iterator over the chosen events, which ends when the connection ends.
 
-    Obtained from :meth:`Monitor.events`. Holds the newest :data:`MAX_EVENTS` unread events;
-    `dropped` counts what an absent reader has missed.
+    Use :meth:`Monitor.events` to get one. It keeps the newest :data:`MAX_EVENTS` unread events;
+    `dropped` counts the events that were dropped before they were read.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -98,10 +96,10 @@ class EventStream:
         self._changed.set()
 
     async def get(self, timeout: float | None = None) -> Event | None:
-        """Return the next event; None once the connection has ended.
+        """Return the next event, or None if the connection has ended.
 
-        :param timeout: seconds; None waits as long as it takes.
-        :raises TimeoutError: if no event came in time.
+        :param timeout: Seconds to wait, or None to wait without a limit.
+        :raises TimeoutError: if no event arrives in time.
         """
         if not self._events and not self._ended:
             self._changed.clear()
@@ -120,7 +118,7 @@ class EventStream:
 
 
 class _Dispatcher(EventListener):
-    """Hands events to our bounded streams; the inherited one keeps every event for ever."""
+    """A listener that uses bounded streams instead of the inherited queue."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,13 +132,13 @@ class _Dispatcher(EventListener):
 
 
 class _Client(QMPClient):
-    """QMPClient that does not pretty-print every message for a log nobody reads.
+    """A QMPClient that does not format every message for the debug log.
 
-    The two hooks are meant to be overridden. Formatting costs more than all else for large
-    replies, in memory too.
+    For large replies, formatting takes most of the time and memory. The ``_cb_`` methods are
+    qemu.qmp's hooks for that.
 
-    :ivar cause: what ended the connection. ``disconnect()`` is to tell, but with commands
-        pending it may raise an AssertionError of its own instead (qemu.qmp 0.0.6).
+    :ivar cause: The exception that ended the connection. ``disconnect()`` should raise it, but if
+        commands are pending, it may raise an AssertionError instead (qemu.qmp 0.0.6).
     """
 
     cause: Exception | None = None
@@ -160,15 +158,15 @@ class _Client(QMPClient):
 
 
 class Monitor:
-    """An established QMP session. Use :meth:`connect`, not the constructor.
+    """An established QMP session. Use :meth:`connect` to open one.
 
-    :ivar address: what the user gave.
+    :ivar address: The address that the user gave.
     :ivar version: QEMU's version, e.g. ``10.0.13``.
-    :ivar package: the distributor's suffix, e.g. ``Debian 1:10.0.13+ds-0+deb13u1``; may be empty.
-    :ivar peer_pid: process that listens on the socket (SO_PEERCRED: who called listen()), as
-        this pid namespace sees it; None for TCP, for what was dialled, and for a process
-        outside the namespace.
-    :ivar vm_uuid: of the VM, as the one who dialled knows it; None if it was a socket.
+    :ivar package: The distributor's suffix, e.g. ``Debian 1:10.0.13+ds-0+deb13u1``; may be empty.
+    :ivar peer_pid: The id, in this pid namespace, of the process that called listen() on the
+        socket (SO_PEERCRED). None for TCP, for a connection made by `dial`, and for a process
+        outside this namespace.
+    :ivar vm_uuid: The VM's UUID as `dial` returned it, or None if the address is a socket.
     """
 
     def __init__(
@@ -183,15 +181,13 @@ class Monitor:
         self.vm_uuid = vm_uuid
         self.command_timeout = command_timeout
         self.version, self.package = _version(client.greeting)
-        # At the other end of what was dialled may be a process of our own.
+        # The peer of a connection made by `dial` may be a helper process of this one.
         self.peer_pid = None if vm_uuid else _peer_pid(sock)
         self._client = client
         self._sock = sock
         self._dispatcher = _Dispatcher()
         client.register_listener(self._dispatcher)
         self._watcher = asyncio.create_task(self._watch())
-
-    # --- life ---
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -203,18 +199,18 @@ class Monitor:
         command_timeout: float = 30.0,
         dial: Dial | None = None,
     ) -> AsyncIterator[Monitor]:
-        """Connect to QEMU's QMP socket, negotiate, and disconnect when the block is left.
+        """Connect to QEMU's QMP socket and negotiate; disconnect at the end of the block.
 
-        :param address: path of a UNIX socket (``unix:PATH`` too), or ``HOST:PORT``
-            (``tcp:HOST:PORT`` too).
-        :param connect_timeout: seconds for everything up to an established session. A socket
-            that does not greet is given up after at most :data:`GREETING_TIMEOUT`.
-        :param command_timeout: seconds each command may take, unless the call says otherwise.
-        :param dial: makes the connection instead, however long that takes; ``address`` is only
-            its name in messages then.
-        :raises InputError: if the address is none, or names nothing.
-        :raises MonitorBusyError: if another client is being served.
-        :raises MonitorError: if there is no QMP to be had, for the reason given.
+        :param address: The path of a UNIX socket, ``unix:PATH``, ``HOST:PORT`` or
+            ``tcp:HOST:PORT``.
+        :param connect_timeout: The limit for establishing the session, in seconds. A socket that
+            sends no greeting is given up after at most :data:`GREETING_TIMEOUT`.
+        :param command_timeout: The default limit for each command, in seconds.
+        :param dial: A function that opens the connection instead, without a time limit. `address`
+            is then only the connection's name in messages.
+        :raises InputError: if the address is malformed, or names no socket or host.
+        :raises MonitorBusyError: if QEMU serves another client.
+        :raises MonitorError: if no QMP session can be established for another reason.
         """
         monitor = await cls._open(address, connect_timeout, command_timeout, dial)
         try:
@@ -234,7 +230,7 @@ class Monitor:
             sock, uuid = await dial()
             deadline = asyncio.get_running_loop().time() + timeout
         client = _Client(readbuflen=MAX_REPLY)
-        client.events.names = {""}  # the built-in listener would keep every event for ever
+        client.events.names = {""}  # otherwise the built-in listener keeps every event
         try:
             await await_greeting(sock, address, deadline)
             await _negotiate(client, sock, address, deadline)
@@ -259,30 +255,29 @@ class Monitor:
 
     @property
     def alive(self) -> bool:
-        """Whether the session still stands."""
+        """Whether the session is still connected."""
         return self._client.runstate == Runstate.RUNNING
 
     def fileno(self) -> int:
         """Return the socket's file descriptor, e.g. for a guard process to inherit.
 
-        Whoever holds it keeps the monitor occupied, and must not read or write while this
-        object lives.
+        QEMU serves no other client while a copy of it is open. Do not read from it or write to it
+        while this object is in use.
         """
         return self._sock.fileno()
-
-    # --- commands ---
 
     async def execute(
         self, command: str, /, *, timeout: float | None = None, **arguments: object
     ) -> object:
-        """Execute a QMP command and return its decoded answer.
+        """Execute a QMP command, and return its decoded answer.
 
-        Argument names with dashes are given with underscores (``command_line``). Concurrent
-        calls are pipelined; QEMU answers in order.
+        Concurrent calls are pipelined; QEMU answers in order.
 
-        :param timeout: seconds; default is `command_timeout`.
-        :raises CommandError: if QEMU refuses.
-        :raises MonitorError: if the connection broke, or the answer did not come in time.
+        :param timeout: The limit in seconds; the default is `command_timeout`.
+        :param arguments: The command's arguments, with underscores instead of dashes in their
+            names (``command_line``).
+        :raises CommandError: if QEMU refuses the command.
+        :raises MonitorError: if the connection ends, or QEMU does not answer in time.
         """
         args = {name.replace("_", "-"): value for name, value in arguments.items()}
         return await self.execute_raw(command, args, timeout=timeout)
@@ -290,11 +285,11 @@ class Monitor:
     async def execute_raw(
         self, command: str, arguments: Mapping[str, object], *, timeout: float | None = None
     ) -> object:
-        """Like :meth:`execute`, with the arguments as QMP spells them."""
+        """Execute a command as :meth:`execute` does, with QMP's own argument names."""
         limit = self.command_timeout if timeout is None else timeout
         try:
-            # Not wait_for(): before Python 3.12 it loses a cancellation that comes together
-            # with the answer, and the caller goes on as if nobody wanted it to end.
+            # Do not use wait_for(): before Python 3.12 it loses a cancellation that arrives
+            # together with the answer, and the cancelled task continues.
             async with asyncio.timeout(limit):
                 return await self._client.execute(command, dict(arguments) or None)
         except TimeoutError as error:
@@ -308,12 +303,12 @@ class Monitor:
         except (ExecInterruptedError, StateError) as error:
             raise self._dead(command) from error
         except (QMPError, OSError, ValueError, KeyError) as error:
-            # BadReplyError and its like; KeyError comes from qemu.qmp when a reply is sent twice
+            # BadReplyError and similar. qemu.qmp raises KeyError if a reply is sent twice.
             raise not_qmp(self.address, f"its answer to {command} is malformed") from error
 
     @contextlib.contextmanager
     def patience(self, seconds: float) -> Iterator[None]:
-        """Let every command within the block take so long, unless the call says otherwise."""
+        """Set the default limit for each command within the block, in seconds."""
         before, self.command_timeout = self.command_timeout, seconds
         try:
             yield
@@ -321,31 +316,29 @@ class Monitor:
             self.command_timeout = before
 
     async def hmp(self, line: str, *, timeout: float | None = None) -> str:
-        """Execute a command of the human monitor and return its text.
+        """Execute a command of the human monitor, and return its text.
 
-        The human monitor has no errors: what it could not do is in the text.
+        The human monitor reports its own errors only in this text.
 
-        :raises MonitorError: as :meth:`execute`.
+        :raises MonitorError: in the cases of :meth:`execute`.
         """
         answer = await self.execute("human-monitor-command", command_line=line, timeout=timeout)
         return expect_str(answer, f'the answer to "{line}"')
 
     def _dead(self, command: str) -> MonitorError:
-        """Return the error for a connection that ended while `command` was under way."""
+        """Return the error for a connection that ended during `command`."""
         cause = self._client.cause
         if cause is None or isinstance(cause, (EOFError, OSError)):
             return MonitorError(
                 f"QEMU closed the QMP connection {self.address} during {command}",
-                "see whether QEMU is still running; the command may or may not have taken effect",
+                "check whether QEMU is still running; the command may or may not have taken effect",
                 code=Code.MONITOR_CLOSED,
             )
         return not_qmp(self.address, f"during {command} it sent {brief(cause)}")
 
-    # --- events ---
-
     @contextlib.contextmanager
     def events(self, *names: str) -> Iterator[EventStream]:
-        """Subscribe to the named events (to all, if none is named) within the block."""
+        """Subscribe to the named events within the block; without names, to all."""
         stream = EventStream(names)
         if not self.alive:
             stream._end()
@@ -365,7 +358,7 @@ async def _negotiate(client: _Client, sock: socket.socket, address: str, deadlin
         raise MonitorError(
             f"{address} did not finish the QMP greeting", REMEDY_SILENT, code=Code.MONITOR_SILENT
         ) from error
-    except Exception as error:  # qemu.qmp wraps anything that a peer can provoke
+    except Exception as error:  # qemu.qmp wraps every exception that a peer can cause
         inner = error.exc if isinstance(error, ConnectError) else error
         if isinstance(inner, (EOFError, OSError)):
             raise closed_early(address) from error
@@ -373,8 +366,8 @@ async def _negotiate(client: _Client, sock: socket.socket, address: str, deadlin
 
 
 async def _hang_up(client: _Client, sock: socket.socket) -> None:
-    # disconnect() re-raises whatever ended the connection (EOFError, OSError, …), and it first
-    # flushes to a peer that may not read. Neither matters any more.
+    # disconnect() first flushes its output, which the peer may not read, and then raises the
+    # exception that ended the connection (EOFError, OSError, …). Both are irrelevant now.
     with contextlib.suppress(Exception):
         async with asyncio.timeout(1.0):
             await client.disconnect()
@@ -382,14 +375,14 @@ async def _hang_up(client: _Client, sock: socket.socket) -> None:
 
 
 def _version(greeting: object) -> tuple[str, str]:
-    """Return (version, package) of a greeting."""
+    """Return (version, package) from a greeting."""
     qmp = getattr(greeting, "QMP", None)
-    told = expect_object(getattr(qmp, "version", None), "the version in the QMP greeting")
-    qemu = expect_object(told.get("qemu"), "the version in the QMP greeting")
+    version = expect_object(getattr(qmp, "version", None), "the version in the QMP greeting")
+    qemu = expect_object(version.get("qemu"), "the version in the QMP greeting")
     parts = [
         expect_int(qemu.get(k), "QEMU's version", 0, 9999) for k in ("major", "minor", "micro")
     ]
-    package = expect_str(told.get("package", ""), "QEMU's package version")
+    package = expect_str(version.get("package", ""), "QEMU's package version")
     return ".".join(map(str, parts)), package[:200]
 
 

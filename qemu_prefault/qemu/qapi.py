@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""JSON from QEMU, checked by hand before anything rests on it."""
+"""Check the types and ranges of values in QEMU's JSON answers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from ..errors import LayoutError
-
-# --- JSON, checked by hand ---
 
 
 def expect_object(value: object, what: str) -> Mapping[str, object]:
@@ -64,15 +62,16 @@ def expect_int(value: object, what: str, low: int = 0, high: int = (1 << 64) - 1
 
 
 def _wrong(value: object, what: str, wanted: str) -> LayoutError:
-    # Containers and long strings are named, not shown: repr() of a nest recurses.
+    # Do not call repr() on a container: it recurses into nested ones.
     if isinstance(value, (dict, list)):
         shown = "an object" if isinstance(value, dict) else "an array"
     elif isinstance(value, int) and value.bit_length() > 64:
-        shown = f"a number of {value.bit_length()} bits"  # str() refuses very long ones
+        shown = f"a number of {value.bit_length()} bits"  # str() refuses very long integers
     else:
         shown = quote(value if isinstance(value, str) else str(value)[:80])
     return LayoutError(f"{what} should be {wanted}, but is {shown}")
 
 
 def quote(text: str) -> str:
+    """Return a string in quotes, shortened to about 120 characters."""
     return repr(text if len(text) <= 120 else text[:117] + "...")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the tool asks QEMU: its state as a whole, run state, migration, KVM's counters."""
+"""Query QEMU's state: machine, run state, migration and KVM's counters."""
 
 from __future__ import annotations
 
@@ -30,20 +30,16 @@ from .memory_map import (
 from .monitor import Monitor
 from .qapi import expect_array, expect_bool, expect_int, expect_object, expect_str
 
-#: Ranges of guest memory beyond this are no machine we know, but an attempt on our patience.
+#: A guest whose memory has more ranges is refused; no known machine comes near this number.
 MAX_RANGES: Final = 4096
 
-
-# --- what the tool wants to know -------------------------------------------------------------
-
-
-#: What ``query-migrate`` says while no migration is under way.
+#: The values of ``status`` in ``query-migrate`` if no migration is running.
 MIGRATION_OVER: Final = frozenset({"none", "completed", "failed", "cancelled"})
 
 
 @dataclass(frozen=True, slots=True)
 class Vcpu:
-    """A vCPU: QEMU's index, its thread as QEMU's pid namespace numbers it, its NUMA node."""
+    """A vCPU; `thread_id` is its thread's id in QEMU's own pid namespace."""
 
     index: int
     thread_id: int
@@ -53,7 +49,7 @@ class Vcpu:
 
 @dataclass(frozen=True, slots=True)
 class Balloon:
-    """The balloon, bytes: the guest's memory as it is, and as it would be deflated."""
+    """The guest's memory in bytes: now, and if the balloon were fully deflated."""
 
     actual: int
     total: int
@@ -61,15 +57,17 @@ class Balloon:
 
 @dataclass(frozen=True, slots=True)
 class VmState:
-    """What QEMU said about itself, all at one moment.
+    """The state of a QEMU at one moment.
 
-    :ivar version: of QEMU, e.g. ``10.0.13``.
-    :ivar machine_type: e.g. ``pc-q35-10.0-machine``; None if not told.
-    :ivar status: run state (``query-status``): ``running``, ``paused``, ``prelaunch`` …
-    :ivar kvm: whether the guest runs under KVM.
-    :ivar migration: status of a migration (``query-migrate``); None if there was none.
-    :ivar dirty_rate: status of dirty-rate measuring (``query-dirty-rate``); None if unknown.
-    :ivar balloon: None without a balloon that works.
+    :ivar version: QEMU's version, e.g. ``10.0.13``.
+    :ivar machine_type: For example ``pc-q35-10.0-machine``; None if QEMU does not report it.
+    :ivar status: The run state (``query-status``): ``running``, ``paused``, ``prelaunch`` …
+    :ivar running: Whether the vCPUs run.
+    :ivar kvm: Whether the guest runs under KVM.
+    :ivar migration: The status of a migration (``query-migrate``), or None without a migration.
+    :ivar dirty_rate: The status of dirty-rate measuring (``query-dirty-rate``), or None if
+        unknown.
+    :ivar balloon: None if the guest has no working balloon.
     """
 
     version: str
@@ -87,13 +85,13 @@ class VmState:
 
 
 async def read_vm_state(monitor: Monitor) -> VmState:
-    """Ask QEMU for everything the plan needs.
+    """Read the state of QEMU that the plan needs.
 
-    Queries go out together. The memory map is read before and after the host addresses: if
-    firmware or hotplug changed it in between, all of it is read again.
+    The queries are pipelined. The memory map is read before and after the host addresses. If
+    firmware or hotplug has changed it in between, everything is read again.
 
     :raises LayoutError: if the answers contradict each other.
-    :raises MonitorError: if the conversation fails, or the map never holds still.
+    :raises MonitorError: if a query fails, or if the memory map changes during every attempt.
     """
     for _ in range(10):
         state = await _read_once(monitor)
@@ -101,31 +99,31 @@ async def read_vm_state(monitor: Monitor) -> VmState:
             return state
     raise MonitorError(
         "the guest's memory map kept changing while it was read",
-        "its firmware is probably still at work: try again in a few seconds",
+        "the guest's firmware is probably still running: try again in a few seconds",
         code=Code.LAYOUT_UNSTABLE,
     )
 
 
 async def read_running(monitor: Monitor) -> bool:
-    """Return whether the guest's vCPUs run at this moment."""
+    """Return whether the guest's vCPUs currently run."""
     run = expect_object(await monitor.execute("query-status"), "query-status")
     return expect_bool(run.get("running"), "running of query-status")
 
 
 async def read_status(monitor: Monitor) -> str:
-    """Return the run state as ``query-status`` spells it at this moment."""
+    """Return the current run state, as ``query-status`` spells it."""
     run = expect_object(await monitor.execute("query-status"), "query-status")
     return expect_str(run.get("status"), "status of query-status")
 
 
 async def read_migration(monitor: Monitor) -> str:
-    """Return the ``status`` of ``query-migrate``; ``none`` if there was no migration."""
+    """Return the ``status`` of ``query-migrate``, or ``none`` without a migration."""
     migrate = expect_object(await monitor.execute("query-migrate"), "query-migrate")
     return expect_str(migrate.get("status", "none"), "status of query-migrate")
 
 
 async def _read_once(monitor: Monitor) -> VmState | None:
-    """Return the machine, or None if its memory map changed meanwhile."""
+    """Return QEMU's state, or None if the memory map changed during the queries."""
     (
         status,
         kvm,
@@ -204,7 +202,7 @@ async def _read_once(monitor: Monitor) -> VmState | None:
 
 
 async def _all(*awaitables: Awaitable[object]) -> list[object]:
-    """Await all; if one fails, leave none of the others running behind."""
+    """Await all; if one fails, cancel the others and wait for their end."""
     tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     try:
         return list(await asyncio.gather(*tasks))
@@ -216,7 +214,7 @@ async def _all(*awaitables: Awaitable[object]) -> list[object]:
 
 
 async def _optional(awaitable: Awaitable[object]) -> object | None:
-    """Await a command that this QEMU may lack or refuse (no balloon, no such property)."""
+    """Return a command's answer, or None if this QEMU lacks or refuses the command."""
     try:
         return await awaitable
     except CommandError:
@@ -226,18 +224,18 @@ async def _optional(awaitable: Awaitable[object]) -> object | None:
 async def _host_addresses(
     monitor: Monitor, ranges: Sequence[FlatRange], memdevs: Collection[str]
 ) -> dict[int, int] | None:
-    """Return the host address of ranges of RAM or ROM, or None if guest RAM has moved meanwhile.
+    """Return the host addresses of RAM and ROM ranges; None if guest RAM has moved.
 
-    First and last page are asked for: memory that is one range for the guest must be one
-    mapping in QEMU, or it is not what we think. What a guest does to the memory of its devices
-    (a BAR that is moved) does not matter: such a range is left out if its address is not known.
+    The addresses of the first and the last page are queried, to check that each range is also
+    contiguous in QEMU's address space. A range of device memory (a BAR that the guest moves) is
+    left out if its address cannot be found.
 
-    :param memdevs: ids of all memory backends.
+    :param memdevs: The ids of all memory backends.
     """
     wanted = [r for r in ranges if r.kind in ("ram", "rom") and r.size >= PAGE_SIZE]
     questions = [gpa for r in wanted for gpa in (r.start, (r.end - 1) // PAGE_SIZE * PAGE_SIZE)]
     # QEMU queues at most 8 requests (QMP_REQ_QUEUE_LEN_MAX, monitor/qmp.c) and then stops
-    # reading; more would only wait in the socket, but a slice bounds our own tasks.
+    # reading. More requests wait in the socket; the slices limit the number of asyncio tasks.
     answers: list[object] = []
     for start in range(0, len(questions), 64):
         asked = questions[start : start + 64]
@@ -265,8 +263,8 @@ def _host_address(item: FlatRange, first: object, last: object) -> int:
     distance = (item.end - 1) // PAGE_SIZE * PAGE_SIZE - item.start
     if {name, last_name} != {item.name} or last_hva - hva != distance:
         raise LayoutError(
-            f"memory {item.name!r} at {item.start:#x} is not one piece in QEMU",
-            "the memory map may have changed and changed back: try again",
+            f"memory {item.name!r} at {item.start:#x} is not contiguous in QEMU",
+            "the memory map may have changed twice during the queries: try again",
         )
     return hva
 
@@ -328,7 +326,7 @@ def _vcpus(value: object) -> tuple[Vcpu, ...]:
             )
         )
     if not vcpus:
-        raise MonitorError("QEMU says it has no vCPU", "check that the socket is QEMU's own")
+        raise MonitorError("query-cpus-fast lists no vCPU", "check that the socket is QEMU's")
     if len({vcpu.qom_path for vcpu in vcpus}) != len(vcpus):
         raise MonitorError("query-cpus-fast lists a vCPU twice", "check that the socket is QEMU's")
     return tuple(sorted(vcpus, key=lambda vcpu: vcpu.index))
@@ -343,7 +341,7 @@ def _balloon(
     base = expect_int(
         expect_object(summary, "query-memory-size-summary").get("base-memory"), "base-memory"
     )
-    # What "actual" counts: boot memory and DIMMs, nothing else (get_current_ram_size(),
+    # "actual" counts only boot memory and DIMMs (get_current_ram_size(),
     # hw/virtio/virtio-balloon.c).
     return Balloon(actual, base + sum(d.size for d in devices if d.kind == "dimm"))
 
@@ -360,12 +358,12 @@ def _str_or_none(value: object) -> str | None:
 
 
 async def read_stage2(monitor: Monitor) -> Stage2Leaves | None:
-    """Return KVM's counts of stage-2 leaves; None if this QEMU or kernel does not give them.
+    """Return KVM's counts of stage-2 leaves, or None if this QEMU or kernel has none.
 
-    They are in ``query-stats`` since QEMU 7.1, if the kernel has KVM_CAP_BINARY_STATS_FD;
-    KVM counts leaf SPTEs (``kvm_update_page_stats()``, arch/x86/kvm/mmu).
+    ``query-stats`` reports them since QEMU 7.1 if the kernel has KVM_CAP_BINARY_STATS_FD. KVM
+    counts leaf SPTEs (``kvm_update_page_stats()``, arch/x86/kvm/mmu).
 
-    :raises MonitorError: if the conversation fails.
+    :raises MonitorError: if the query fails.
     """
     names = ("pages_4k", "pages_2m", "pages_1g")
     answer = await _query_stats(monitor, "vm", names)
@@ -378,10 +376,10 @@ async def read_stage2(monitor: Monitor) -> Stage2Leaves | None:
 
 
 async def read_vcpu_stats(monitor: Monitor, names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Return KVM's counters of each vCPU, by QOM path; empty if there are none.
+    """Return KVM's counters of each vCPU by QOM path; empty without counters.
 
-    :param names: e.g. ``pf_taken``, ``pf_fixed``, ``exits``. Unknown ones are left out.
-    :raises MonitorError: if the conversation fails.
+    :param names: For example ``pf_taken``, ``pf_fixed``, ``exits``. The result lacks unknown ones.
+    :raises MonitorError: if the query fails.
     """
     found = {}
     for item in await _query_stats(monitor, "vcpu", names):
@@ -391,7 +389,7 @@ async def read_vcpu_stats(monitor: Monitor, names: Sequence[str]) -> dict[str, d
 
 
 async def _query_stats(monitor: Monitor, target: str, names: Sequence[str]) -> Sequence[object]:
-    """Return the entries of ``query-stats`` of provider kvm; empty if it cannot be asked."""
+    """Return the ``query-stats`` entries of the provider kvm; empty if QEMU refuses."""
     providers = [{"provider": "kvm", "names": list(names)}]
     try:
         answer = await monitor.execute("query-stats", target=target, providers=providers)
@@ -412,6 +410,6 @@ def _stats(item: object) -> dict[str, int]:
         name, value = expect_str(pair.get("name"), "a name of query-stats"), pair.get("value")
         if isinstance(value, bool):
             values[name] = int(value)
-        elif isinstance(value, int):  # others are histograms
+        elif isinstance(value, int):  # the other values are histograms
             values[name] = expect_int(value, f"{name[:40]} of query-stats")
     return values

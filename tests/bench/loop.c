@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * What the tool's seconds.prefault is held against: a virtual machine monitor that does
- * nothing but issue the same chunks from its own main thread.
+ * The baseline for the tool's seconds.prefault: a virtual machine monitor that only issues the
+ * same chunks, from its main thread.
  *
- * One slot of anonymous memory on 4K pages, populated and writable; one vCPU. For each line
- * on stdin a new VM over the same memory is made and prefaulted; the answer is the seconds.
+ * The VM has one vCPU and one slot of populated, writable anonymous memory with 4K pages. For each
+ * line on stdin, the program creates a new VM with the same memory, prefaults it, and prints the
+ * seconds.
  */
 #define _GNU_SOURCE
 #include <err.h>
@@ -19,7 +20,7 @@
 #include <time.h>
 #include <unistd.h>
 
-// Linux 6.11; spelt out because a distribution's headers may be older.
+/* Linux 6.11. Defined here because the installed kernel headers may be older. */
 struct args {
 	uint64_t gpa, size, flags, padding[5];
 };

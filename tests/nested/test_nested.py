@@ -183,7 +183,7 @@ def test_cont_leaves_guest_mode(make_nested_guest: MakeNestedGuest, npt: bool) -
     stop_in_guest_mode(guest)
     result = prefault(guest, "--cont")
     assert result.status == 0, result.stderr
-    assert "let run on" in guest_mode_warning(result)
+    assert "resumed and stopped again" in guest_mode_warning(result)
     assert guest.status() == "running"
     check_guest_runs(guest, prefaulted=True)
 
@@ -284,7 +284,7 @@ def test_ioctl_detects_guest_mode(
     result = prefault(guest, "--cont")
     assert result.status == 0, result.stderr
     assert not any_section_skipped(result, "no vCPU")
-    assert "let run on" in guest_mode_warning(result)
+    assert "resumed and stopped again" in guest_mode_warning(result)
     check_guest_runs(guest, prefaulted=True)
 
 

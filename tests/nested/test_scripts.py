@@ -116,7 +116,7 @@ def test_missing_snapshot() -> None:
     with Guest(machine="microvm", memory_mib=128) as guest:
         done = run_script("prefault-restore", guest, "--loadvm", "none")
         assert done.returncode == 1
-        assert "could not load it" in done.stderr
+        assert "could not load snapshot none" in done.stderr
         assert guest.status() == "paused"
 
 
@@ -137,7 +137,7 @@ def test_vcpu_fds_give_eio(make_restored_guest: MakeGuest, running: bool) -> Non
     done = run_script("vcpu-fds", guest)
     assert done.returncode == 0, done.stderr
     assert "= EIO\n" in done.stdout and "kvm->mm" in done.stdout
-    assert "could here anyway" not in done.stdout
+    assert "cannot prefault in any case" not in done.stdout
     if running:
         assert guest.command("stop")["bad"] == 0
     else:
@@ -153,7 +153,7 @@ def test_vcpu_fds_give_eio_where_unsupported() -> None:
         done = run_script("vcpu-fds", guest)
         assert done.returncode == 0, done.stderr
         assert "= EIO\n" in done.stdout and "kvm->mm" in done.stdout
-        assert f"could here anyway: {CAPABILITY.reason}" in done.stdout
+        assert f"cannot prefault in any case: {CAPABILITY.reason}" in done.stdout
         assert guest.status() == "prelaunch"
 
 

@@ -117,8 +117,8 @@ def test_uses_only_the_given_vcpus(vm_of: StartVm, vcpus: str) -> None:
 def test_absent_vcpu_is_a_usage_error(vm_of: StartVm) -> None:
     result = vm_of("-m", "64M", "-smp", "2").prefault("--populate-only", "--vcpus", "7")
     assert result.status == 2
-    assert result.error["cause"] == "there is no vCPU 7"
-    assert result.error["remedy"] == "there are: 0, 1"
+    assert result.error["cause"] == "the guest has no vCPU 7"
+    assert result.error["remedy"] == "its vCPUs are: 0, 1"
 
 
 @pytest.mark.parametrize("paused", [True, False], ids=["stopped", "running"])

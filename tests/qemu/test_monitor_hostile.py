@@ -113,7 +113,7 @@ BAD_GREETINGS: dict[str, tuple[Callable[[socket.socket], None], str, float]] = {
     "closes at once": (lambda client: None, "closed the connection before", 1),
     "closes in the middle": (say(GREETING[:20], wait=False), "", 1),
     "drips": (drip, "did not finish", 3),
-    "text": (say(b"hello\n"), "no QMP monitor", 1),
+    "text": (say(b"hello\n"), "first bytes are not JSON", 1),
     "HMP": (say(b"QEMU 10.0.0 monitor - type 'help'\r\n(qemu) "), "human monitor", 1),
     "telnet": (say(b"\xff\xfb\x01\xff\xfb\x03"), "telnet", 1),
     "binary": (say(bytes(range(256)) * 9), "does not speak QMP", 1),

@@ -73,7 +73,7 @@ def test_absent_socket_is_a_usage_error(name: str, tmp_path: Path) -> None:
     done = run(name, str(tmp_path / "nothing"), *MORE_ARGUMENTS.get(name, ()))
     assert done.returncode == 2
     cause, remedy = done.stderr.splitlines()
-    assert cause.startswith(f"{name}: there is no socket")
+    assert cause.startswith(f"{name}: the socket {tmp_path / 'nothing'} does not exist")
     assert "-qmp unix:PATH" in remedy
 
 

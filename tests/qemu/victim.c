@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * Threads that notice when anything of theirs changes: every register, the red
- * zone, flags, x87 and SSE control words, errno, signal mask, alternate stack,
- * and whether a signal was lost. Prints thread ids, ends when stdin does, says
- * what it saw. Built and injected into by test_inject_victim.py.
+ * Threads that check that nothing changes their state: all registers, the red zone, flags, x87 and
+ * SSE control words, errno, signal mask, alternate stack, and that no signal is lost.
+ *
+ * The program prints its thread ids, runs until the end of stdin, and prints the result.
+ * test_inject_victim.py builds it and injects system calls into its threads.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -49,9 +50,9 @@ static volatile int stopping;
 static int has_avx;
 
 /*
- * Load all registers from *in, make system call number (or count down 20000 if
- * negative), store all registers to *out. Written whole in assembly: the compiler
- * has no register of its own meanwhile.
+ * Load all registers from *in, make the system call (or count down from 20000 if number is
+ * negative), and store all registers to *out. The function is in assembly, because the compiler
+ * needs registers of its own.
  */
 void run_with_state(const struct state *in, struct state *out, long number, long avx);
 __asm__(".globl run_with_state\n"
@@ -79,7 +80,7 @@ __asm__(".globl run_with_state\n"
 	"	mov 568(%rdi), %r12; mov 576(%rdi), %r13; mov 584(%rdi), %r14\n"
 	"	mov 592(%rdi), %r15; mov 600(%rdi), %rbp; mov 520(%rdi), %rdi\n"
 	"	test %rax, %rax; js 3f\n"
-	"	stc\n" /* the system call keeps flags (r11), so carry must survive */
+	"	stc\n" /* a system call preserves the flags in r11, so carry must be unchanged */
 	"	syscall\n"
 	"	jmp 5f\n"
 	"3:	mov $20000, %ecx\n"
@@ -94,7 +95,7 @@ __asm__(".globl run_with_state\n"
 	"6:	cmp %rax, %r11; je 7f\n"
 	"	ud2\n"
 	"7:	stc\n"
-	"5:	xchg %rcx, 16(%rsp)\n" /* out; rcx is nobody's after a system call */
+	"5:	xchg %rcx, 16(%rsp)\n" /* out; a system call does not preserve rcx */
 	"	mov %rax, 608(%rcx); mov %rbx, 512(%rcx); mov %rdi, 520(%rcx); mov %rsi, 528(%rcx)\n"
 	"	mov %rdx, 536(%rcx); mov %r8, 544(%rcx); mov %r9, 552(%rcx); mov %r10, 560(%rcx)\n"
 	"	mov %r12, 568(%rcx); mov %r13, 576(%rcx); mov %r14, 584(%rcx); mov %r15, 592(%rcx)\n"
@@ -119,11 +120,12 @@ __asm__(".globl run_with_state\n"
 	"	pop %r15; pop %r14; pop %r13; pop %r12; pop %rbp; pop %rbx\n"
 	"	ret\n");
 
-_Static_assert(__builtin_offsetof(struct state, gpr) == 512, "so in the assembly");
-_Static_assert(__builtin_offsetof(struct state, red_zone) == 616, "so in the assembly");
-_Static_assert(__builtin_offsetof(struct state, mxcsr) == 744, "so in the assembly");
-_Static_assert(__builtin_offsetof(struct state, fpu_control) == 748, "so in the assembly");
-_Static_assert(__builtin_offsetof(struct state, flags) == 752, "so in the assembly");
+_Static_assert(__builtin_offsetof(struct state, gpr) == 512, "the assembly uses this offset");
+_Static_assert(__builtin_offsetof(struct state, red_zone) == 616, "the assembly uses this offset");
+_Static_assert(__builtin_offsetof(struct state, mxcsr) == 744, "the assembly uses this offset");
+_Static_assert(__builtin_offsetof(struct state, fpu_control) == 748,
+	       "the assembly uses this offset");
+_Static_assert(__builtin_offsetof(struct state, flags) == 752, "the assembly uses this offset");
 
 static void die(const struct thread *thread, const char *what, uint64_t was, uint64_t is)
 {
@@ -138,8 +140,8 @@ static void check_result(const struct thread *thread, long result)
 	switch (thread->mode) {
 	case NANOSLEEP:
 		/*
-		 * rt_sigreturn forgets how a relative sleep goes on, as after any
-		 * signal handler (do_no_restart_syscall): EINTR is its right name.
+		 * rt_sigreturn sets the restart function do_no_restart_syscall(), so a relative
+		 * sleep ends with EINTR, as after any signal handler.
 		 */
 		if (result != 0 && result != -EINTR)
 			die(thread, "result", 0, (uint64_t)result);
@@ -283,7 +285,7 @@ int main(void)
 			1, NULL, NULL, 0);
 		if (write(threads[PIPE_READ].pipe[1], "x", 1) != 1)
 			return 2;
-		/* A queued signal on top, which must come through exactly once. */
+		/* Also queue a signal, which must be delivered exactly once. */
 		if (sent < 2000) {
 			for (int i = 0; i < MODES; i++) {
 				union sigval which = { .sival_int = i };
@@ -294,7 +296,7 @@ int main(void)
 			sent++;
 		}
 	}
-	for (int i = 0; i < MODES; i++) /* all have arrived */
+	for (int i = 0; i < MODES; i++) /* wait until all signals have arrived */
 		for (int tries = 0; threads[i].signals != sent && tries < 5000; tries++)
 			nanosleep(&pause, NULL);
 	for (int i = 0; i < MODES; i++)

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * A guest about to start on huge pages that its host does not have: linked with the plugin's
- * files by test_native_plugin_memory.py. "learn" finds the mapping in /proc/self/smaps, "hook"
- * is told of it as by mmap(). Prints its page size and how the guest is populated.
+ * Start a guest on huge pages that the host does not have. test_native_plugin_memory.py links this
+ * file with the plugin's files.
+ *
+ * With "learn" the plugin finds the mapping in /proc/self/smaps, with "hook" by its mmap() hook.
+ * The program prints the page size, whether the pool is too small, and the populate option.
  */
 #define _GNU_SOURCE
 #include <stdio.h>

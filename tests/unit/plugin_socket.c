@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * The plugin's control socket without a QEMU and without KVM: linked with the plugin's files
- * by test_native_plugin_socket.py. Prints the address of 64 MiB, and serves until stdin ends.
+ * Serve the plugin's control socket without QEMU and KVM. test_native_plugin_socket.py links this
+ * file with the plugin's files.
+ *
+ * The program prints the address of 64 MiB of memory and serves until the end of stdin.
  */
 #include <stdio.h>
 #include <string.h>

@@ -51,7 +51,7 @@ def test_import_loads_no_heavy_modules() -> None:
 
 
 def test_blocking_prefault_raises_named_errors(tmp_path: Path) -> None:
-    with pytest.raises(errors.InputError, match="there is no socket"):
+    with pytest.raises(errors.InputError, match="does not exist"):
         qemu_prefault.prefault(str(tmp_path / "absent"))
 
 

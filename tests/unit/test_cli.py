@@ -113,7 +113,7 @@ def test_completion_line_in_help_works() -> None:
         (["--qmp", "/x", "--domain", "a"], "either --qmp SOCK or --domain NAME"),
         (["probe", "--qmp", "/x", "--domain", "a"], "either --qmp SOCK or --domain NAME"),
         (["--domain", "a", "--incoming"], "qemu-prefault libvirt migrate"),
-        (["--domain", "a", "map"], "behind the command"),
+        (["--domain", "a", "map"], "after the command"),
         (["map"], "--domain NAME"),
     ],
 )
@@ -256,7 +256,7 @@ def foreign_socket(tmp_path: Path) -> Path:
 def test_absent_socket(command: list[str]) -> None:
     done = run(*command, "--qmp", "/nowhere/qmp")
     assert done.returncode == 2
-    assert "there is no socket /nowhere/qmp" in done.stderr
+    assert "the socket /nowhere/qmp does not exist" in done.stderr
     assert "-qmp unix:PATH" in done.stderr
 
 
@@ -307,7 +307,7 @@ def test_debug_prints_traceback() -> None:
     done = run("--qmp", "/nowhere", "--debug")
     assert done.returncode == 1
     assert "Traceback (most recent call last)" in done.stderr
-    assert "InputError: there is no socket /nowhere" in done.stderr
+    assert "InputError: the socket /nowhere does not exist" in done.stderr
 
 
 def test_peer_text_is_escaped() -> None:
@@ -394,5 +394,5 @@ def test_stdout_on_a_terminal() -> None:
     shown = os.read(ours, 65536).decode()
     os.close(ours)
     assert done.returncode == 2
-    assert "there is no socket" in shown
+    assert "does not exist" in shown
     assert "Traceback" not in shown

@@ -82,7 +82,7 @@ def test_signal_exit_status_is_the_commands() -> None:
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--", "no-such-qemu"], "no-such-qemu is no program"),
+        (["--", "no-such-qemu"], "no-such-qemu is not an executable program"),
         (["-o", "colour=red", "--", "true"], "keep, populate, quirk, hold, socket, log"),
         (["-o", "hold", "--", "true"], "KEY=VALUE"),
         (["-o", "hold=1,keep=off", "--", "true"], "KEY=VALUE"),

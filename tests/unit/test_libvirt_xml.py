@@ -131,8 +131,8 @@ def test_unusual_forms(xml: bytes) -> None:
 @pytest.mark.parametrize(
     ("xml", "error", "says"),
     [
-        (b"", InputError, "no XML"),
-        (b"<domain type='kvm'>", InputError, "no XML"),
+        (b"", InputError, "not valid XML"),
+        (b"<domain type='kvm'>", InputError, "not valid XML"),
         (b"<network/>", InputError, "<network>"),
         (b"<!DOCTYPE a [<!ENTITY b 'c'>]><domain type='kvm'/>", InputError, "DOCTYPE"),
         (PLAIN.replace(b"'kvm'", b"'qemu'"), UnsupportedError, "KVM"),

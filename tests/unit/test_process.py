@@ -428,7 +428,7 @@ ROOT = dataclasses.replace(FACTS, own_uid=0, own_gid=0, own_capability=True)
     ("facts", "cause", "remedy"),
     [
         (dataclasses.replace(ROOT, tracer=(12, "gdb")), "traced by process 12 (gdb)", "kill 12"),
-        (dataclasses.replace(ROOT, yama_scope=3), "nobody may trace", "plugin agent"),
+        (dataclasses.replace(ROOT, yama_scope=3), "refuses all tracing", "plugin agent"),
         (dataclasses.replace(ROOT, own_capability=False), "root lacks CAP_SYS_PTRACE",
          "--cap-add SYS_PTRACE"),
         (dataclasses.replace(FACTS, own_uid=5), "runs as uid 1000", "sudo"),
@@ -451,7 +451,7 @@ ROOT = dataclasses.replace(FACTS, own_uid=0, own_gid=0, own_capability=True)
         (dataclasses.replace(ROOT, own_label="u:r:t:s0", target_label="s:r:svirt_t:s0:c1"),
          "SELinux", "setsebool deny_ptrace off"),
         (dataclasses.replace(ROOT, own_seccomp=True), "seccomp", "seccomp=unconfined"),
-        (ROOT, "not visible from here", "dmesg"),
+        (ROOT, "not visible to this process", "dmesg"),
     ],
 )  # fmt: skip
 def test_each_reason_has_cause_and_command(facts: PtraceFacts, cause: str, remedy: str) -> None:

@@ -253,7 +253,7 @@ def test_last_line_summarises() -> None:
     partial = list(report_lines(PARTIAL))[-1]
     assert partial == "PARTIAL: 4.0 KiB of 383.0 MiB are not accounted for"
     dry = list(report_lines(replace(DONE, dry_run=True)))[-1]
-    assert dry == "dry run: 383.0 MiB requested, 10.0 MiB of it to populate"
+    assert dry == "dry run: 383.0 MiB requested, 10.0 MiB of that would be populated"
 
 
 def test_text_has_sections_counters_times_and_warnings() -> None:

@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The cases, a module or two per area. File names are as in arch/x86/kvm unless said otherwise."""
+"""The cases, one or two modules per area.
+
+File names in a case's ``source`` are relative to arch/x86/kvm or to the kernel tree.
+"""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What cases share: a VM with one slot of a few pages."""
+"""The fixture of most cases: a VM with one slot of a few pages."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from ..expectations import expect_equal
 from ..memory import Memory, small
 from ..vmm import KvmVcpu, KvmVm
 
+#: The guest address of a case's memory: aligned for any leaf size, and far from the system memory.
 GPA = GIB
-"""Where a case's memory is in the guest: aligned for any leaf, and no firmware near."""
+#: The slot of a case's memory.
 SLOT = 1
+#: Number and guest address of a second slot, in cases that have one.
 OTHER_SLOT, OTHER_GPA = 2, 2 * GIB
-"""Of a second slot, in cases that have one."""
+#: The number of pages of a case's memory, unless the case needs another size.
 PAGES = 32
 
 
 @dataclass
 class Fixture:
-    """A VM whose slot :data:`SLOT` at :data:`GPA` is some memory, and a vCPU that has run."""
+    """A VM with memory in slot :data:`SLOT` at :data:`GPA`, and a vCPU."""
 
     vm: KvmVm
     vcpu: KvmVcpu
@@ -39,7 +41,11 @@ class Fixture:
 def make_fixture(
     memory: Memory | None = None, *, written: bool = True, flags: int = 0, vm: KvmVm | None = None
 ) -> Fixture:
-    """A fresh one. Without ``memory``: 32 anonymous 4 KiB pages, written or not."""
+    """Return a new fixture, whose vCPU has run.
+
+    :param memory: the memory; None for 32 anonymous 4 KiB pages.
+    :param written: write these anonymous pages first.
+    """
     if memory is None:
         memory = small(PAGES * PAGE_SIZE)
         if written:
@@ -52,7 +58,10 @@ def make_fixture(
 
 
 def expect_reads(vcpu: KvmVcpu, memory: Memory, faults: int | None, gpa: int = GPA) -> None:
-    """The guest reads the memory: its contents, with so many faults."""
+    """Check that the guest reads the contents of the memory, with this number of faults.
+
+    :param faults: the number of stage-2 faults; None for any.
+    """
     wanted = sum(memory.words()) & 0xFFFFFFFF
     before = vcpu.stat("pf_taken")
     expect_equal(vcpu.read(gpa, memory.size // PAGE_SIZE), wanted, "the sum that the guest reads")
@@ -63,7 +72,11 @@ def expect_reads(vcpu: KvmVcpu, memory: Memory, faults: int | None, gpa: int = G
 def expect_writes(
     vcpu: KvmVcpu, memory: Memory, faults: int | None, gpa: int = GPA, value: int = 0xA5A50001
 ) -> int:
-    """The guest writes the memory: we see it there, after so many faults (which are given)."""
+    """Check that the guest's writes reach the memory, with this number of faults.
+
+    :param faults: the number of stage-2 faults; None for any.
+    :returns: the number of stage-2 faults.
+    """
     pages = memory.size // PAGE_SIZE
     taken = vcpu.faults_of(lambda: vcpu.write(gpa, pages, value))
     expect_equal(memory.words(), [value] * pages, "what the guest has written")
@@ -73,4 +86,5 @@ def expect_writes(
 
 
 def expect_mapped(vm: KvmVm, before: Stage2Leaves, wanted: Stage2Leaves) -> None:
-    expect_equal(str(vm.leaves() - before), str(wanted), "leaves that the prefault has added")
+    """Check the number of leaves that were added since ``before``."""
+    expect_equal(str(vm.leaves() - before), str(wanted), "leaves added by the prefault")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a guest pays without any prefault: what all other cases are compared with."""
+"""The faults of a guest without a prefault, as the baseline of all other cases."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def _faults(make: Callable[[], Memory], most: int, writes: bool) -> None:
     taken = fixture.vcpu.stat("pf_taken")
     check(fixture.vcpu, memory, None)
     taken = fixture.vcpu.stat("pf_taken") - taken
-    # The legacy MMU maps up to 8 neighbours of a page that is touched (direct_pte_prefetch()).
-    expect(most / 8 <= taken <= most, f"{taken} faults, and not at most {most}")
+    # The legacy MMU maps up to 8 neighbours of a touched page (direct_pte_prefetch()).
+    expect(most / 8 <= taken <= most, f"{taken} faults, expected at most {most}")
     grown = fixture.vm.leaves() - before
     expect(grown.bytes >= memory.size, f"only {grown} were mapped")
     check(fixture.vcpu, memory, 0)
@@ -39,12 +39,12 @@ for name, make, most, required in (
     ("hugetlb", lambda: hugetlb(HUGE_PAGE_SIZE, shared=True), 1, (needs.hugetlb_2m,)),
 ):
     for writes in (False, True):
-        # In shadow paging a guest without paging still has huge pages: the tables are direct.
+        # With shadow paging, a guest without paging still gets huge pages: its tables are direct.
         requirements: tuple[Need, ...] = required
         verb = "writing" if writes else "reading"
         add(
             f"control/{name}-{'write' if writes else 'read'}",
-            f"without a prefault, {verb} costs a fault per leaf, once",
+            f"without a prefault, {verb} takes one fault per leaf, at the first access only",
             _SOURCE,
             lambda make=make, most=most, writes=writes: _faults(make, most, writes),  # type: ignore[misc]
             *requirements,
@@ -52,7 +52,7 @@ for name, make, most, required in (
 
 
 def _faults_with_paging() -> None:
-    """The same for a guest in 64-bit mode, on page tables of its own."""
+    """Check a guest in 64-bit mode with its own page tables."""
     memory = small(PAGES * PAGE_SIZE)
     memory.write()
     vm = KvmVm()
@@ -69,7 +69,7 @@ def _faults_with_paging() -> None:
 
 add(
     "control/long-mode",
-    "a guest on its own page tables faults once, then no more",
+    "a guest with its own page tables takes faults only at its first accesses",
     _SOURCE,
     _faults_with_paging,
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Dirty logging: what a migration's source, or a display, has switched on."""
+"""Dirty logging, which QEMU enables for a migration source or a display."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def _logging(fixture: Fixture, on: bool = True) -> None:
 
 @case(
     "dirty/log-marks-all",
-    "with dirty logging on, every page that is prefaulted writable counts as written",
+    "with dirty logging, each page that is prefaulted writable is marked dirty",
     _MARK,
     mapping=True,
 )
 def log_marks_all() -> None:
     fixture = make_fixture(flags=abi.MEM_LOG_DIRTY_PAGES)
-    expect_equal(fixture.vm.dirty_pages(SLOT), set(), "dirty pages at first")
+    expect_equal(fixture.vm.dirty_pages(SLOT), set(), "dirty pages before the prefault")
     fixture.vcpu.prefault_all(GPA, fixture.size)
     expect_equal(fixture.vm.dirty_pages(SLOT), set(range(PAGES)), "dirty pages")
     expect_reads(fixture.vcpu, fixture.memory, 0)
@@ -49,7 +49,7 @@ def log_marks_all() -> None:
 
 @case(
     "dirty/log-leaves-read-only-alone",
-    "pages that are prefaulted read-only do not count as written, until the guest writes",
+    "pages that are prefaulted read-only are not marked dirty until the guest writes them",
     _MARK,
     mapping=True,
 )
@@ -65,7 +65,7 @@ def log_leaves_read_only_alone() -> None:
 
 @case(
     "dirty/log-is-true-to-the-guest",
-    "after the log was taken, a prefault marks nothing, and the guest's next writes are seen",
+    "after the dirty log is read, it records the guest's next writes, even after another prefault",
     "virt/kvm/kvm_main.c:kvm_get_dirty_log_protect() makes the entries read-only again",
     mapping=True,
 )
@@ -73,7 +73,7 @@ def log_is_true_to_the_guest() -> str:
     fixture = make_fixture(flags=abi.MEM_LOG_DIRTY_PAGES)
     fixture.vcpu.prefault_all(GPA, fixture.size)
     expect_equal(len(fixture.vm.dirty_pages(SLOT)), PAGES, "dirty pages")
-    expect_equal(fixture.vm.dirty_pages(SLOT), set(), "dirty pages, taken again")
+    expect_equal(fixture.vm.dirty_pages(SLOT), set(), "dirty pages when read again")
     fixture.vcpu.write(GPA, 2, 5)
     expect_equal(fixture.vm.dirty_pages(SLOT), {0, 1}, "dirty pages after two writes")
     fixture.vcpu.prefault_all(GPA, fixture.size)
@@ -87,7 +87,7 @@ def log_is_true_to_the_guest() -> str:
 
 @case(
     "dirty/log-forces-4k",
-    "with dirty logging on, huge pages are mapped in 4 KiB",
+    "with dirty logging, huge pages are mapped with 4 KiB leaves",
     "mmu/mmu.c:kvm_mmu_hugepage_adjust(): kvm_slot_dirty_track_enabled()",
     needs.transparent_huge_pages,
     mapping=True,
@@ -104,7 +104,7 @@ def log_forces_4k() -> None:
 
 @case(
     "dirty/start-splits",
-    "switching logging on splits what was prefaulted in 2 MiB, or has the guest's writes split it",
+    "enabling dirty logging splits prefaulted 2 MiB leaves, at once or at the guest's writes",
     "x86.c:kvm_mmu_slot_apply_flags()",
     needs.transparent_huge_pages,
     mapping=True,
@@ -118,16 +118,16 @@ def start_splits() -> str:
     expect_mapped(fixture.vm, before, Stage2Leaves(0, 1))
     _logging(fixture)
     kept = fixture.vm.leaves() - before
-    expect_equal(kept.bytes, HUGE_PAGE_SIZE, "bytes mapped after it was switched on")
+    expect_equal(kept.bytes, HUGE_PAGE_SIZE, "bytes mapped after logging was enabled")
     taken = expect_writes(fixture.vcpu, memory, None)
-    expect(taken > 0, "the guest's writes go unnoticed")
+    expect(taken > 0, "the guest's writes take no faults")
     expect_equal(len(fixture.vm.dirty_pages(SLOT)), 512, "dirty pages")
-    return f"logging on: {kept}; the guest's 512 writes take {taken} faults"
+    return f"with logging enabled: {kept}; 512 writes of the guest take {taken} faults"
 
 
 @case(
     "dirty/stop-recovers",
-    "after logging is switched off, a prefault brings the 2 MiB leaf back",
+    "after dirty logging is disabled, a prefault maps the 2 MiB leaf again",
     "x86.c:kvm_mmu_slot_apply_flags(): collapsible entries are zapped, or recovered in place",
     needs.transparent_huge_pages,
     mapping=True,
@@ -144,12 +144,12 @@ def stop_recovers() -> str:
     fixture.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
     expect_mapped(fixture.vm, before, Stage2Leaves(0, 1))
     expect_writes(fixture.vcpu, memory, 0)
-    return f"logging off leaves {stopped}"
+    return f"after logging is disabled: {stopped}"
 
 
 @case(
     "dirty/start-keeps-4k",
-    "switching logging on keeps 4 KiB leaves that were prefaulted, write-protected",
+    "enabling dirty logging keeps prefaulted 4 KiB leaves and write-protects them",
     "x86.c:kvm_mmu_slot_apply_flags()",
     mapping=True,
 )
@@ -173,17 +173,17 @@ class _Ring:
         self.ring = mmap.mmap(vcpu.fd, self.size, offset=abi.DIRTY_RING_PAGE_OFFSET * PAGE_SIZE)
 
     def take(self) -> Iterator[tuple[int, int]]:
-        """The (slot, page) pairs in it, which are marked as taken."""
+        """Yield the (slot, page) pairs of the ring and mark them as collected."""
         for at in range(0, self.size, abi.DIRTY_GFN_SIZE):
             flags, slot, offset = struct.unpack_from("<IIQ", self.ring, at)
-            if flags & 3 == 1:  # KVM_DIRTY_GFN_F_DIRTY, not yet taken
+            if flags & 3 == 1:  # KVM_DIRTY_GFN_F_DIRTY, not yet collected
                 struct.pack_into("<I", self.ring, at, 2)
                 yield slot, offset
 
 
 @case(
     "dirty/ring-fills",
-    "with a dirty ring, each page that is prefaulted writable takes an entry",
+    "with a dirty ring, each page that is prefaulted writable adds an entry",
     "virt/kvm/dirty_ring.c:kvm_dirty_ring_push()",
     needs.dirty_ring,
     mapping=True,
@@ -204,8 +204,8 @@ def ring_fills() -> None:
 
 @case(
     "dirty/ring-overflows",
-    "a prefault bigger than the dirty ring overflows it: no error, and pages are lost to the log",
-    "virt/kvm/dirty_ring.c:kvm_dirty_ring_push() only warns; only KVM_RUN looks at soft_full",
+    "a prefault larger than the dirty ring overflows it without an error, and entries are lost",
+    "virt/kvm/dirty_ring.c:kvm_dirty_ring_push() only warns; only KVM_RUN checks soft_full",
     needs.dirty_ring,
     mapping=True,
     destructive=True,
@@ -221,4 +221,4 @@ def ring_overflows() -> str:
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
     kept = len({page for slot, page in ring.take() if slot == SLOT})
     expect(0 < kept <= entries, f"{kept} pages in a ring of {entries}")
-    return f"{memory.size // PAGE_SIZE} pages dirtied, {kept} in a ring of {entries}"
+    return f"{memory.size // PAGE_SIZE} pages marked dirty, {kept} recorded in a ring of {entries}"

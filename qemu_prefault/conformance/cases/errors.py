@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Every errno, with its condition, and that nothing is mapped then."""
+"""Each errno and its condition, and that a failed ioctl maps nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _HOLE = "mmu/mmu.c:kvm_tdp_map_page(): RET_PF_EMULATE is ENOENT"
 
 
 def _unharmed(fixture: Fixture) -> None:
-    """The vCPU prefaults, and its guest runs."""
+    """Check that the vCPU can still prefault and that its guest runs."""
     if fixture.vcpu.prefault(GPA, fixture.size, any_error=True).error == 0:
         expect_reads(fixture.vcpu, fixture.memory, 0)
     expect_reads(fixture.vcpu, fixture.memory, None)
@@ -40,20 +40,20 @@ def _invalid(gpa: int, size: int, flags: int) -> None:
     _unharmed(fixture)
 
 
-for name, gpa, size, flags in (
-    ("gpa-unaligned", GPA + 1, PAGE_SIZE, 0),
-    ("gpa-unaligned-half", GPA + 2048, PAGE_SIZE, 0),
-    ("size-unaligned", GPA, PAGE_SIZE + 1, 0),
-    ("size-below-a-page", GPA, 2048, 0),
-    ("size-zero", GPA, 0, 0),
-    ("wraps", 2**64 - PAGE_SIZE, 2 * PAGE_SIZE, 0),
-    ("ends-at-2-64", 2**64 - PAGE_SIZE, PAGE_SIZE, 0),
-    ("flag-1", GPA, PAGE_SIZE, 1),
-    ("flag-63", GPA, PAGE_SIZE, 1 << 63),
+for name, what, gpa, size, flags in (
+    ("gpa-unaligned", "gpa is not page-aligned", GPA + 1, PAGE_SIZE, 0),
+    ("gpa-unaligned-half", "gpa is aligned to half a page", GPA + 2048, PAGE_SIZE, 0),
+    ("size-unaligned", "size is not page-aligned", GPA, PAGE_SIZE + 1, 0),
+    ("size-below-a-page", "size is half a page", GPA, 2048, 0),
+    ("size-zero", "size is 0", GPA, 0, 0),
+    ("wraps", "gpa + size exceeds 2**64", 2**64 - PAGE_SIZE, 2 * PAGE_SIZE, 0),
+    ("ends-at-2-64", "gpa + size is 2**64", 2**64 - PAGE_SIZE, PAGE_SIZE, 0),
+    ("flag-1", "bit 0 of flags is set", GPA, PAGE_SIZE, 1),
+    ("flag-63", "bit 63 of flags is set", GPA, PAGE_SIZE, 1 << 63),
 ):
     add(
         f"errors/einval-{name}",
-        f"EINVAL: {name.replace('-', ' ')}; size is left alone, nothing is mapped",
+        f"EINVAL: {what}; size does not change, and nothing is mapped",
         _CHECKS,
         lambda gpa=gpa, size=size, flags=flags: _invalid(gpa, size, flags),  # type: ignore[misc]
     )
@@ -61,7 +61,7 @@ for name, gpa, size, flags in (
 
 @case(
     "errors/padding-ignored",
-    "the structure's padding is not looked at",
+    "the kernel ignores the structure's padding",
     _CHECKS,
     mapping=True,
 )
@@ -84,7 +84,7 @@ def _bad_pointer(address: int) -> None:
 for name, address in (("null", 0), ("kernel", 0xFFFF800000000000)):
     add(
         f"errors/efault-pointer-{name}",
-        "EFAULT: the structure itself cannot be read",
+        "EFAULT: the kernel cannot read the structure",
         "virt/kvm/kvm_main.c:kvm_vcpu_ioctl()",
         lambda address=address: _bad_pointer(address),  # type: ignore[misc]
         needs.known_ioctl,
@@ -93,7 +93,7 @@ for name, address in (("null", 0), ("kernel", 0xFFFF800000000000)):
 
 @case(
     "errors/efault-structure-read-only",
-    "EFAULT: the structure cannot be written back to; the pages are mapped all the same",
+    "EFAULT: the kernel cannot write the structure back; the pages are still mapped",
     "virt/kvm/kvm_main.c:kvm_vcpu_ioctl(): copy_to_user() comes last",
     needs.capability,
 )
@@ -110,7 +110,7 @@ def structure_read_only() -> None:
 
 
 def _efault(spoil: Callable[[Fixture], None], first: int) -> None:
-    """Pages from ``first`` on have no memory: what is before them is done, then EFAULT."""
+    """Check that pages before ``first`` are mapped, and that the rest fails with EFAULT."""
     fixture = make_fixture(memfd(PAGES * PAGE_SIZE))
     fixture.memory.write()
     spoil(fixture)
@@ -123,18 +123,18 @@ def _efault(spoil: Callable[[Fixture], None], first: int) -> None:
     expect_equal(str(result), f"EFAULT, {bad:#x} bytes left", "the second ioctl")
     expect_equal((fixture.vm.leaves() - before).pages_4k, first, "pages mapped after the error")
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, first))
-    expect_equal(taken, 0, "faults on the pages that were done")
+    expect_equal(taken, 0, "faults on the mapped pages")
 
 
 _HALF = PAGES // 2 * PAGE_SIZE
 for name, what, spoil in (
-    ("unmapped", "the memory was unmapped", lambda m: m.memory.unmap(_HALF)),
-    ("prot-none", "the memory may not be accessed", lambda m: m.memory.protect(PROT_NONE, _HALF)),
-    ("past-eof", "the file is shorter", lambda m: os.truncate(m.memory.fd, _HALF)),
+    ("unmapped", "the memory is unmapped", lambda m: m.memory.unmap(_HALF)),
+    ("prot-none", "the memory is PROT_NONE", lambda m: m.memory.protect(PROT_NONE, _HALF)),
+    ("past-eof", "the file ends before the page", lambda m: os.truncate(m.memory.fd, _HALF)),
 ):
     add(
         f"errors/efault-{name}",
-        f"EFAULT: {what}; pages before are done first, and that is a success",
+        f"EFAULT: {what}; a first ioctl maps the earlier pages and succeeds",
         "mmu/mmu.c:kvm_handle_error_pfn(), KVM_PFN_ERR_FAULT",
         lambda spoil=spoil: _efault(spoil, PAGES // 2),  # type: ignore[misc]
         mapping=True,
@@ -161,7 +161,7 @@ for name, gpa in (
 ):
     add(
         f"errors/enoent-{name}",
-        "ENOENT: no memory slot there",
+        "ENOENT: no memory slot covers the address",
         _HOLE,
         lambda gpa=gpa: _enoent(gpa),  # type: ignore[misc]
     )
@@ -169,7 +169,7 @@ for name, gpa in (
 
 @case(
     "errors/enoent-makes-mmio-entry",
-    "probing a hole is not free: it makes an MMIO entry, which the guest's access then finds",
+    "prefaulting a hole adds an MMIO entry, which the guest's access then uses",
     "mmu/tdp_mmu.c:tdp_mmu_map_handle_target_level(): pf_mmio_spte_created",
     needs.capability,
     mapping=True,
@@ -181,14 +181,14 @@ def makes_mmio_entry() -> None:
     expect_equal(error_name(result.error), "ENOENT", "the ioctl")
     expect_equal(fixture.vcpu.stat("pf_mmio_spte_created") - created, 1, "MMIO entries")
     fixture.vcpu.start_at(READ_32, rsi=GPA - 64 * PAGE_SIZE, rcx=1, rdx=PAGE_SIZE)
-    expect_equal(fixture.vcpu.run(), abi.EXIT_MMIO, "exit of a guest that reads there")
+    expect_equal(fixture.vcpu.run(), abi.EXIT_MMIO, "the exit of a guest that reads the hole")
     expect_equal(fixture.vcpu.mmio, (GPA - 64 * PAGE_SIZE, False), "the MMIO")
-    expect_equal(fixture.vcpu.stat("pf_mmio_spte_created") - created, 1, "MMIO entries after it")
+    expect_equal(fixture.vcpu.stat("pf_mmio_spte_created") - created, 1, "MMIO entries in the end")
 
 
 @case(
     "errors/enoent-mmio-then-slot",
-    "a slot made where a hole was probed is mapped: the MMIO entry does not stay in the way",
+    "a slot created over a prefaulted hole can be mapped: its MMIO entry becomes invalid",
     "x86.c:kvm_arch_memslots_updated(): the MMIO generation",
     mapping=True,
 )
@@ -205,7 +205,7 @@ def mmio_then_slot() -> None:
 
 @case(
     "errors/enoent-apic-page",
-    "the local APIC's page is no memory that can be prefaulted",
+    "the page of the local APIC cannot be prefaulted",
     "mmu/mmu.c:kvm_mmu_faultin_pfn(): APIC_ACCESS_PAGE_PRIVATE_MEMSLOT",
 )
 def apic_page() -> None:
@@ -217,7 +217,10 @@ def _wrong_fd(which: str) -> None:
     fd = fixture.vm.fd if which == "vm" else kvm_fd()
     arguments = ffi.new("uint64_t[8]", [GPA, PAGE_SIZE])
     answer = lib.pf_vmm_ioctl(fd, abi.PRE_FAULT_MEMORY, int(ffi.cast("uintptr_t", arguments)))
-    expect(error_name(-answer) in ("ENOTTY", "EINVAL"), "an error that says so")
+    expect(
+        error_name(-answer) in ("ENOTTY", "EINVAL"),
+        f"{error_name(-answer)}, expected ENOTTY or EINVAL",
+    )
     expect_equal(list(arguments)[1], PAGE_SIZE, "size")
     _unharmed(fixture)
 
@@ -225,7 +228,7 @@ def _wrong_fd(which: str) -> None:
 for which in ("vm", "kvm"):
     add(
         f"errors/not-a-vcpu-{which}",
-        "it is an ioctl of vCPUs: a VM's descriptor, or /dev/kvm's, does not know it",
+        "the ioctl is not defined for the descriptors of a VM or of /dev/kvm",
         "virt/kvm/kvm_main.c:kvm_vm_ioctl(), kvm_dev_ioctl()",
         lambda which=which: _wrong_fd(which),  # type: ignore[misc]
     )
@@ -233,7 +236,7 @@ for which in ("vm", "kvm"):
 
 @case(
     "errors/sigbus-poisoned-page",
-    "a poisoned page of ordinary memory is SIGBUS to the calling thread, and EINTR",
+    "for a poisoned page, the calling thread gets SIGBUS and the ioctl fails with EINTR",
     "mmu/mmu.c:kvm_handle_error_pfn(), kvm_send_hwpoison_signal(); the retry then sees the signal",
     needs.capability,
     needs.root,
@@ -249,19 +252,21 @@ def poisoned_page() -> None:
         raise Skip(f"MADV_HWPOISON: {error.strerror}") from None
     left = fixture.size - 4 * PAGE_SIZE
     result = fixture.vcpu.prefault(GPA, fixture.size)
-    expect_equal(str(result), f"success, {left:#x} bytes left", "the ioctl up to it")
-    expect_equal(fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, 4)), 0, "faults before it")
+    expect_equal(str(result), f"success, {left:#x} bytes left", "the ioctl up to the poisoned page")
+    expect_equal(
+        fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, 4)), 0, "faults before that page"
+    )
     got.clear()
     result = fixture.vcpu.prefault(GPA + 4 * PAGE_SIZE, left)
-    expect_equal(str(result), f"EINTR, {left:#x} bytes left", "the ioctl from it on")
+    expect_equal(str(result), f"EINTR, {left:#x} bytes left", "the ioctl from the poisoned page on")
     expect_equal(got, [signal.SIGBUS], "signals")
     fixture.vcpu.prefault_all(GPA + 5 * PAGE_SIZE, left - PAGE_SIZE)
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA + 5 * PAGE_SIZE, PAGES - 5))
-    expect_equal(taken, 0, "faults behind it")
+    expect_equal(taken, 0, "faults after the poisoned page")
 
 
 def _mmu_page_limit() -> str:
-    """Pages scattered so that each needs a page table of its own."""
+    """Prefault pages at such distances that each needs a separate page table."""
     count = 80
     memory = memfd(PAGE_SIZE)
     memory.write()
@@ -282,13 +287,13 @@ def _mmu_page_limit() -> str:
     vcpu.warm()
     seen = vcpu.read(GPA, done, stride=HUGE_PAGE_SIZE)
     expect_equal(seen, done * memory.word(0) & 0xFFFFFFFF, "what the guest reads")
-    return f"{done} of {count} page tables within the limit of {minimum}"
+    return f"{done} of {count} page tables created with a limit of {minimum}"
 
 
 add(
     "errors/enospc-mmu-pages",
-    "KVM_SET_NR_MMU_PAGES limits the legacy MMU (ENOSPC, or older tables make room), not the TDP "
-    "MMU",
+    "KVM_SET_NR_MMU_PAGES limits the legacy MMU (ENOSPC, or KVM drops older tables), but not the "
+    "TDP MMU",
     "mmu/mmu.c:make_mmu_pages_available()",
     _mmu_page_limit,
     needs.capability,

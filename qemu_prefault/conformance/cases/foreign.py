@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who may call it: whoever shares the VM's memory, and nobody else."""
+"""Which processes may issue the ioctl: only those that share the VM's memory."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _MM = "virt/kvm/kvm_main.c:kvm_vcpu_ioctl(): kvm->mm != current->mm is EIO (6d4e
 
 
 def _in_a_child(body: Callable[[], int], between: Callable[[], object] = bool) -> int:
-    """The errno that ``body`` gives in a forked child.
+    """Return the errno that ``body`` returns in a forked child.
 
-    :param between: what we do after the fork, which unmaps much, and before ``body``.
+    :param between: called in the parent after the fork, which unmaps pages, and before ``body``.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -53,14 +53,19 @@ def _foreign(fixture: Fixture, body: Callable[[], int]) -> None:
         before.append(fixture.vm.leaves())
 
     seen = _in_a_child(body, between)
-    expect_equal(errno.errorcode.get(seen), "EIO", "what another process gets")
+    expect_equal(errno.errorcode.get(seen), "EIO", "errno in another process")
     expect_equal([fixture.vm.leaves()], before, "leaves")
-    # The owner is not affected.
+    # The owner of the VM is not affected.
     fixture.vcpu.prefault_all(GPA, fixture.size)
     expect_reads(fixture.vcpu, fixture.memory, 0)
 
 
-@case("foreign/forked-child", "EIO in a forked child: the same file, another mm", _MM, mapping=True)
+@case(
+    "foreign/forked-child",
+    "EIO in a forked child, which has the same file but another mm",
+    _MM,
+    mapping=True,
+)
 def forked_child() -> None:
     fixture = make_fixture()
     _foreign(fixture, lambda: _prefault(fixture))
@@ -68,7 +73,7 @@ def forked_child() -> None:
 
 @case(
     "foreign/pidfd-getfd",
-    "EIO to a process that took the descriptor with pidfd_getfd()",
+    "EIO in a process that got the descriptor by pidfd_getfd()",
     _MM,
     needs.root,
     mapping=True,
@@ -86,7 +91,7 @@ def pidfd_getfd() -> None:
 
 @case(
     "foreign/scm-rights",
-    "EIO to a process that was sent the descriptor over a socket",
+    "EIO in a process that got the descriptor over a socket",
     _MM,
     mapping=True,
 )
@@ -104,7 +109,7 @@ def scm_rights() -> None:
 
 @case(
     "foreign/running-vcpu",
-    "EIO comes at once, even while the vCPU runs: the mm is looked at before the mutex",
+    "EIO at once even while the vCPU runs: the kernel checks the mm before it takes the mutex",
     _MM,
 )
 def running_vcpu() -> None:
@@ -113,12 +118,12 @@ def running_vcpu() -> None:
         running.wait_progress()
         seen = _in_a_child(lambda: _prefault(fixture))
         running.wait_progress()
-    expect_equal(errno.errorcode.get(seen), "EIO", "what another process gets")
+    expect_equal(errno.errorcode.get(seen), "EIO", "errno in another process")
 
 
 @case(
     "foreign/vm-ioctls",
-    "a VM's other ioctls are EIO for another process as well",
+    "other ioctls of a VM also fail with EIO in another process",
     "virt/kvm/kvm_main.c:kvm_vm_ioctl()",
 )
 def vm_ioctls() -> None:
@@ -130,7 +135,7 @@ def vm_ioctls() -> None:
 
 @case(
     "foreign/clone-vm",
-    "a child that shares our memory (clone(CLONE_VM)) may, though it is another process",
+    "a child process that shares the memory (clone(CLONE_VM)) may issue the ioctl",
     _MM,
     mapping=True,
 )
@@ -156,7 +161,7 @@ def _in_a_thread(run_there: bool) -> None:
 for run_there in (False, True):
     add(
         f"foreign/thread{'-after-another-ran-it' if run_there else ''}",
-        "any thread of the process may, not just the one that runs the vCPU",
+        "any thread of the process may issue the ioctl, not only the one that runs the vCPU",
         "virt/kvm/kvm_main.c:vcpu_load()",
         lambda run_there=run_there: _in_a_thread(run_there),  # type: ignore[misc]
         mapping=True,
@@ -165,7 +170,7 @@ for run_there in (False, True):
 
 @case(
     "foreign/vm-descriptor-closed",
-    "the vCPU's descriptor is enough: the VM's may be closed",
+    "the vCPU's descriptor is sufficient: the VM's descriptor may be closed",
     "virt/kvm/kvm_main.c:kvm_get_kvm() by a vCPU's descriptor",
     needs.capability,
     mapping=True,
@@ -181,7 +186,7 @@ def vm_descriptor_closed() -> None:
 
 @case(
     "foreign/owner-forks",
-    "a fork of the owner makes its memory copy-on-write: what was prefaulted is unmapped",
+    "a fork of the owner unmaps prefaulted memory, because it becomes copy-on-write",
     "mm/memory.c:copy_page_range() calls the notifier",
     mapping=True,
 )
@@ -191,7 +196,7 @@ def owner_forks() -> None:
     before = fixture.vm.leaves()
     _in_a_child(lambda: 0)
     lost = (before - fixture.vm.leaves()).pages_4k
-    expect(lost >= fixture.pages, f"leaves of the slot are gone ({lost})")
+    expect(lost >= fixture.pages, f"{lost} leaves were unmapped, expected at least {fixture.pages}")
     fixture.vcpu.warm()
     fixture.vcpu.prefault_all(GPA, fixture.size)
     expect_reads(fixture.vcpu, fixture.memory, 0)

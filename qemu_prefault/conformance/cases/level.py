@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How big the leaves are: the smallest of what the host's page, the slot and the range allow."""
+"""The size of leaves, which the host's pages and the slot's alignment limit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SLOT = "x86.c:kvm_alloc_memslot_metadata(): lpage_info of a slot's ends and mis
 
 @case(
     "level/unaligned-slot",
-    "a slot whose gpa and hva differ modulo 2 MiB is mapped in 4 KiB, huge pages or not",
+    "a slot whose gpa and hva differ modulo 2 MiB is mapped with 4 KiB leaves, even on huge pages",
     _SLOT,
     needs.transparent_huge_pages,
     mapping=True,
@@ -47,7 +47,7 @@ def unaligned_slot() -> None:
 
 @case(
     "level/head-and-tail",
-    "where a slot begins and ends between two multiples of 2 MiB, that part is in 4 KiB",
+    "the parts of a slot before its first and after its last 2 MiB boundary get 4 KiB leaves",
     _SLOT,
     needs.transparent_huge_pages,
     mapping=True,
@@ -73,14 +73,14 @@ def head_and_tail() -> None:
     expect_equal(
         vcpu.faults_of(lambda: vcpu.write(GPA + HUGE_PAGE_SIZE - cut, pages, 5)),
         0,
-        "faults of a writer",
+        "faults of a guest that writes",
     )
     expect_equal(memory.word(HUGE_PAGE_SIZE - cut), 5, "the first word")
 
 
 @case(
     "level/one-page-of-a-huge-one",
-    "asking for one page maps the whole huge page around it",
+    "a prefault of one page maps the whole huge page that contains it",
     "mmu/mmu.c:kvm_arch_vcpu_pre_fault_memory(): the end of the level that was mapped",
     needs.transparent_huge_pages,
     mapping=True,
@@ -98,7 +98,7 @@ def one_page_of_a_huge_one() -> None:
 
 @case(
     "level/mixed",
-    "huge and small host pages in one slot are each mapped as they are",
+    "huge and small host pages in one slot get leaves of their own size",
     _LEVEL,
     needs.transparent_huge_pages,
     mapping=True,
@@ -116,7 +116,7 @@ def mixed() -> None:
 
 @case(
     "level/collapsed-later",
-    "4 KiB leaves of memory that is collapsed are unmapped; the next prefault is a 2 MiB leaf",
+    "collapsing memory unmaps its 4 KiB leaves; the next prefault maps a 2 MiB leaf",
     "mm/khugepaged.c:collapse_huge_page() calls the notifier",
     mapping=True,
 )
@@ -140,7 +140,7 @@ def collapsed_later() -> None:
 
 @case(
     "level/split-later",
-    "unmapping one page of a huge one takes the 2 MiB leaf; the rest comes back in 4 KiB",
+    "discarding one page of a huge page unmaps the 2 MiB leaf; a prefault then maps 4 KiB leaves",
     "mm/huge_memory.c:__split_huge_pmd() calls the notifier",
     needs.transparent_huge_pages,
     mapping=True,
@@ -162,7 +162,7 @@ def split_later() -> None:
 
 @case(
     "level/guest-then-prefault",
-    "what the guest has mapped in 2 MiB already is left as it is",
+    "a prefault keeps a 2 MiB leaf that the guest's own fault has mapped",
     _LEVEL,
     needs.transparent_huge_pages,
     mapping=True,
@@ -181,7 +181,7 @@ def guest_then_prefault() -> None:
 
 @case(
     "level/1g",
-    "a 1 GiB page of hugetlb, with gpa and hva aligned to it, is one leaf",
+    "a 1 GiB hugetlb page becomes one leaf if gpa and hva are aligned to 1 GiB",
     _LEVEL,
     needs.hugetlb_1g,
     mapping=True,
@@ -194,13 +194,13 @@ def one_gib() -> None:
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
     expect_mapped(fixture.vm, before, Stage2Leaves(0, 0, 1))
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.write(GPA, 64, 9, stride=16 << 20))
-    expect_equal(taken, 0, "faults of a guest that writes all over it")
-    expect_equal(memory.word(63 * (16 << 20)), 9, "its last write")
+    expect_equal(taken, 0, "faults of a guest that writes in it")
+    expect_equal(memory.word(63 * (16 << 20)), 9, "the guest's last write")
 
 
 @case(
     "level/1g-unaligned",
-    "the same where gpa and hva differ by 2 MiB: 2 MiB leaves",
+    "a 1 GiB hugetlb page gets 2 MiB leaves if gpa and hva differ by 2 MiB",
     _SLOT,
     needs.hugetlb_1g,
     mapping=True,

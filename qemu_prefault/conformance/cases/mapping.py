@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What else is mapped: a second time, read-only, in part, twice; and what unmaps it again."""
+"""Repeated, read-only, partial and double mappings, and operations that unmap pages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ from .memory_kinds import COPIED, RULE, SMALL, touched
 
 
 def _twice(first_read_only: bool) -> str | None:
-    """Read-only leaves whose page has become writable without a notifier having said so."""
+    """Prefault twice.
+
+    :param first_read_only: use private hugetlb memory and populate it in between. That makes the
+        page writable without a call of the mmu notifier, so the read-only leaf stays.
+    """
     if first_read_only:
         fixture = make_fixture(hugetlb(HUGE_PAGE_SIZE, shared=False))
         before = fixture.vm.leaves()
@@ -37,7 +41,7 @@ def _twice(first_read_only: bool) -> str | None:
         fixture.memory.populate()
         fixture.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
         faults = expect_writes(fixture.vcpu, fixture.memory, None)
-        expect(faults in (0, 1), f"{faults} faults of one huge page")
+        expect(faults in (0, 1), f"{faults} faults on one huge page")
         return "the leaf is made writable" if faults == 0 else "the leaf stays read-only"
     fixture = make_fixture()
     fixture.vcpu.prefault_all(GPA, fixture.size)
@@ -50,16 +54,16 @@ def _twice(first_read_only: bool) -> str | None:
 
 add(
     "mapping/again",
-    "prefaulting what is mapped succeeds and changes nothing",
+    "a prefault of mapped memory succeeds and changes nothing",
     "mmu/tdp_mmu.c:tdp_mmu_map_handle_target_level()",
     lambda: _twice(False),
     mapping=True,
 )
 add(
     "mapping/again-upgrade",
-    "a read-only leaf whose page became writable: a second prefault makes it writable, or not",
-    "mmu/tdp_mmu.c:tdp_mmu_map_handle_target_level(): in newer kernels a prefetch that meets "
-    "a leaf is spurious",
+    "a second prefault makes a read-only leaf writable if its page is now writable (older kernels)",
+    "mmu/tdp_mmu.c:tdp_mmu_map_handle_target_level(): in newer kernels a prefetch of a "
+    "mapped page is spurious",
     lambda: _twice(True),
     needs.hugetlb_2m,
     mapping=True,
@@ -75,7 +79,7 @@ def _readonly_slot(writes: bool) -> None:
     if writes:
         words = fixture.memory.words()
         fixture.vcpu.start_at(WRITE_32, rsi=GPA, rcx=1, rdx=PAGE_SIZE, rax=1)
-        expect_equal(fixture.vcpu.run(), abi.EXIT_MMIO, "exit reason of the write")
+        expect_equal(fixture.vcpu.run(), abi.EXIT_MMIO, "the exit of the write")
         expect_equal(fixture.vcpu.mmio, (GPA, True), "the MMIO")
         expect_equal(fixture.memory.words(), words, "the slot's memory")
 
@@ -83,7 +87,7 @@ def _readonly_slot(writes: bool) -> None:
 for writes in (False, True):
     add(
         f"mapping/readonly-slot-{'write' if writes else 'read'}",
-        "a read-only slot is prefaulted; a guest's write to it is MMIO all the same",
+        "a read-only slot can be prefaulted; a guest's write to it is still MMIO",
         "virt/kvm/kvm_main.c:__kvm_faultin_pfn(): a read-only slot is not writable",
         lambda writes=writes: _readonly_slot(writes),  # type: ignore[misc]
         mapping=True,
@@ -92,7 +96,8 @@ for writes in (False, True):
 
 @case(
     "mapping/host-read-only",
-    "memory we may only read is mapped read-only; the guest's write is EFAULT to KVM_RUN",
+    "host memory without write permission is mapped read-only; a guest's write makes KVM_RUN fail "
+    "with EFAULT",
     "virt/kvm/kvm_main.c:hva_to_pfn(), KVM_PFN_ERR_RO_FAULT",
     mapping=True,
 )
@@ -110,13 +115,13 @@ def host_read_only() -> None:
     except OSError as error:
         expect_equal(error.errno, 14, "errno of KVM_RUN")
     else:
-        expect(False, "the guest's write went through")
+        expect(False, "the guest's write succeeded")
     expect_equal(memory.words(), words, "the memory")
 
 
 @case(
     "mapping/userfault-write-protected",
-    "memory write-protected by userfaultfd is mapped read-only, and the write is still told",
+    "memory that userfaultfd write-protects is mapped read-only, and a write is still reported",
     "virt/kvm/kvm_main.c:hva_to_pfn_slow(): the write is tried, not forced",
     needs.root,
     mapping=True,
@@ -131,7 +136,7 @@ def userfault_write_protected() -> None:
     expect_mapped(fixture.vm, before, Stage2Leaves(fixture.pages))
     expect_reads(fixture.vcpu, memory, 0)
     writer = BackgroundCall(lambda: fixture.vcpu.write(GPA, PAGES, 7))
-    expect_equal(userfault.wait(), 0, "the page whose write userfaultfd tells of")
+    expect_equal(userfault.wait(), 0, "the page of the write that userfaultfd reports")
     userfault.protect(False)
     writer.result()
     expect_equal(memory.words(), [7] * PAGES, "what the guest has written")
@@ -139,7 +144,7 @@ def userfault_write_protected() -> None:
 
 @case(
     "mapping/part-of-a-slot",
-    "just the range is mapped, not its neighbours",
+    "only the range is mapped, not the neighbouring pages",
     "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory()",
     needs.two_dimensional_mmu,
     mapping=True,
@@ -152,16 +157,18 @@ def part_of_a_slot() -> None:
     expect_equal(
         fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA + 8 * PAGE_SIZE, 4)),
         0,
-        "faults inside",
+        "faults inside the range",
     )
     expect_equal(
-        fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, PAGES)), PAGES - 4, "faults outside"
+        fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, PAGES)),
+        PAGES - 4,
+        "faults outside the range",
     )
 
 
 @case(
     "mapping/neighbours-on-the-legacy-mmu",
-    "the legacy MMU maps a page's present neighbours along with it, up to 8 in all",
+    "the legacy MMU also maps present neighbours of a page, up to 8 pages in total",
     "mmu/mmu.c:direct_pte_prefetch()",
     needs.legacy_mmu,
     mapping=True,
@@ -174,12 +181,12 @@ def neighbours_on_the_legacy_mmu() -> str:
     expect(1 <= grown.pages_4k <= 8, f"mapped {grown}")
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA + 8 * PAGE_SIZE, 8))
     expect(taken <= 8 - grown.pages_4k, f"{taken} faults although {grown.pages_4k} were mapped")
-    return f"one page asked for, {grown.pages_4k} mapped"
+    return f"1 page requested, {grown.pages_4k} mapped"
 
 
 @case(
     "mapping/above-4g",
-    "memory above 4 GiB, for a guest in 64-bit mode on page tables of its own",
+    "memory above 4 GiB can be prefaulted for a guest in 64-bit mode with its own page tables",
     RULE,
     mapping=True,
 )
@@ -193,14 +200,14 @@ def above_4g() -> None:
     before = vm.leaves()
     vcpu.prefault_all(at, memory.size)
     expect_mapped(vm, before, Stage2Leaves(PAGES))
-    # The page table that leads there is touched for the first time, too: it is system memory.
+    # The guest also uses a page table for the first time, but that is system memory.
     expect_reads(vcpu, memory, 0, gpa=at)
     expect_writes(vcpu, memory, 0, gpa=at)
 
 
 @case(
     "mapping/executed",
-    "prefaulted pages can be executed for nothing where huge pages may be executed",
+    "a guest executes code in prefaulted 4 KiB pages without faults",
     "mmu/spte.c:make_spte(): with nx_huge_pages a huge leaf is not executable",
     mapping=True,
 )
@@ -220,7 +227,7 @@ def executed() -> None:
 
 @case(
     "mapping/discarded",
-    "MADV_DONTNEED unmaps what was prefaulted (mmu notifier); a new prefault finds the zero page",
+    "MADV_DONTNEED unmaps prefaulted pages (mmu notifier); a new prefault maps the zero page",
     "virt/kvm/kvm_main.c:kvm_mmu_notifier_invalidate_range_start()",
     mapping=True,
 )
@@ -239,7 +246,7 @@ def discarded() -> None:
 
 @case(
     "mapping/protected-and-back",
-    "mprotect() unmaps what was prefaulted, even if in the end nothing changes",
+    "mprotect() unmaps prefaulted pages, even if the final protection is the same",
     "mm/mprotect.c:change_protection() calls the notifier",
     mapping=True,
 )
@@ -256,7 +263,7 @@ def protected_and_back() -> None:
 
 @case(
     "mapping/two-slots-one-memory",
-    "two slots on the same memory are two mappings, each prefaulted by itself",
+    "two slots with the same memory are mapped separately",
     "virt/kvm/kvm_main.c:__kvm_set_memory_region()",
     mapping=True,
 )
@@ -274,7 +281,7 @@ def two_slots_one_memory() -> None:
 
 @case(
     "mapping/two-vms",
-    "two VMs on the same memory have tables of their own",
+    "two VMs with the same memory have separate tables",
     "mmu/mmu.c:kvm_mmu_load()",
     mapping=True,
 )
@@ -291,7 +298,7 @@ def two_vms() -> None:
 
 @case(
     "mapping/truncated-file",
-    "truncating a memfd unmaps its prefaulted pages; from then on they are EFAULT",
+    "truncating a memfd unmaps its prefaulted pages; a prefault of them then fails with EFAULT",
     "mm/memory.c:unmap_mapping_range() calls the notifier",
     mapping=True,
 )
@@ -302,12 +309,14 @@ def truncated_file() -> None:
     os.truncate(fixture.memory.fd, SMALL // 2)
     expect_mapped(fixture.vm, before, Stage2Leaves(PAGES // 2))
     result = fixture.vcpu.prefault(GPA + SMALL // 2, SMALL // 2)
-    expect_equal(str(result), f"EFAULT, {SMALL // 2:#x} bytes left", "a prefault past its end")
+    expect_equal(
+        str(result), f"EFAULT, {SMALL // 2:#x} bytes left", "a prefault beyond the end of the file"
+    )
 
 
 @case(
     "mapping/punched-hole",
-    "a hole punched in a memfd unmaps its pages; prefaulting allocates them again, writable",
+    "punching a hole in a memfd unmaps its pages; a prefault allocates them and maps them writable",
     "mm/shmem.c:shmem_fallocate()",
     mapping=True,
 )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Is it really mapped, and may it be written? Backing x what was touched x what the guest does.
+"""Which pages are mapped, and whether writable, for each kind of memory and each access.
 
-The ioctl is a *read* fault: it maps what the host's page table has, and a page that is not
-writable there is mapped read-only. No counter tells read-only from writable, but the guest
-does: its first write to a read-only leaf is a fault.
+The ioctl is a *read* fault. A page that is not writable in the host's page table is mapped
+read-only. KVM's counters do not distinguish read-only from writable leaves, but the guest's first
+write to a read-only leaf takes a fault.
 """
 
 from __future__ import annotations
@@ -38,23 +38,24 @@ SMALL = PAGES * PAGE_SIZE
 RULE = "mmu/mmu.c:kvm_tdp_map_page(), virt/kvm/kvm_main.c:hva_to_pfn_slow() (map_writable)"
 
 
+#: A writable leaf: the guest's write takes no fault.
 FREE = 0
+#: A read-only leaf: the guest's write takes one fault, which makes the leaf writable.
 UPGRADED = 1
-"""A read-only leaf: the write is a fault, which makes it writable."""
+#: A read-only leaf of a page that the host must copy first. The copy calls KVM's mmu notifier, so
+#: the fault that caused the copy is stale, and the guest takes a second fault.
 COPIED = 2
-"""A read-only leaf of a page that has to be copied first. The copy calls KVM's mmu notifier, so
-the fault that caused it finds itself stale, and is taken a second time."""
 _COPY = "mm/memory.c:wp_page_copy() calls the notifier; mmu/mmu.c:is_page_fault_stale() retries"
 
 
 @dataclass(frozen=True)
 class MemoryKind:
-    """A kind of memory, and what becomes of it.
+    """A kind of memory, and the expected result of a prefault.
 
-    :ivar make: gives the memory, touched as the name says.
-    :ivar cost: faults of the guest's first write to each leaf that was prefaulted.
-    :ivar leaf: bytes of the leaves it is mapped with.
-    :ivar settled: nobody changes the memory while the guest writes it.
+    :ivar make: returns the memory, touched as the name states.
+    :ivar cost: the number of faults of the guest's first write to each prefaulted leaf.
+    :ivar leaf: the size of its leaves in bytes.
+    :ivar settled: the host does not change the memory while the guest writes it.
     """
 
     name: str
@@ -93,7 +94,7 @@ def _collapsed(size: int) -> Memory:
 
 
 def _shared_with_a_child(size: int) -> Memory:
-    """Copy-on-write with a process that stays."""
+    """Return memory that is copy-on-write with a child process."""
     memory = touched(small(size), "write")
     child = os.fork()
     if child == 0:
@@ -102,20 +103,20 @@ def _shared_with_a_child(size: int) -> Memory:
 
 
 def _merged(size: int) -> Memory:
-    """Every page the same, merged by KSM."""
+    """Return memory with equal pages, which KSM has merged."""
     memory = small(size)
     for offset in range(0, size, PAGE_SIZE):
         memory.put(offset, b"the same everywhere")
     memory.advise(MERGEABLE)
     merged = Path("/proc/self/ksm_merging_pages")
     if not merged.exists():
-        raise Skip("this kernel does not tell what KSM has merged")
+        raise Skip("this kernel has no /proc/PID/ksm_merging_pages")
     wait_for(lambda: int(merged.read_text()) >= size // PAGE_SIZE, "KSM to merge the pages", 30)
     return memory
 
 
 def _soft_clean(size: int) -> Memory:
-    """Written, then write-protected by the soft-dirty tracking of /proc/PID/clear_refs."""
+    """Return written memory that soft-dirty tracking (/proc/PID/clear_refs) write-protects."""
     memory = touched(small(size), "write")
     entry = 8 * (memory.address // PAGE_SIZE)
     with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
@@ -179,7 +180,7 @@ MEMORY_KINDS = (
             HUGE_PAGE_SIZE, (needs.hugetlb_2m,)),
     MemoryKind("4k", "cow-with-child", lambda: _shared_with_a_child(SMALL), COPIED,
             source="virt/kvm/kvm_main.c:hva_to_pfn(): copy-on-write is not broken by a read"),
-    # KSM goes on, and may merge again what the guest has just written.
+    # KSM keeps running and may merge pages again that the guest has just written.
     MemoryKind("4k", "merged-by-ksm", lambda: _merged(SMALL), COPIED, needs=(needs.ksm,),
             settled=False),
     MemoryKind("4k", "soft-clean", lambda: _soft_clean(SMALL), UPGRADED,
@@ -201,10 +202,10 @@ def _prefault_then(kind: MemoryKind, writes: bool) -> None:
             expect_writes(fixture.vcpu, memory, 0, value=0x5A5A0001)
         else:
             taken = expect_writes(fixture.vcpu, memory, None)
-            expect(taken >= faults, f"{taken} faults, and not at least {faults}")
+            expect(taken >= faults, f"{taken} faults, expected at least {faults}")
 
 
-_COSTS = ("for nothing", "with a fault for each leaf", "with two faults for each leaf")
+_COSTS = ("without faults", "with one fault per leaf", "with two faults per leaf")
 
 for kind in MEMORY_KINDS:
     entry = "read-only" if kind.cost else "writable"
@@ -213,7 +214,7 @@ for kind in MEMORY_KINDS:
         size = "2 MiB" if kind.leaf == HUGE_PAGE_SIZE else "4 KiB"
         add(
             f"mapping/{kind.name}-{kind.touched}-{verb[:-1]}",
-            f"{kind.name}, {kind.touched}: mapped {entry} in {size}; the guest {verb} {cost}",
+            f"{kind.name}, {kind.touched}: {size} leaves, {entry}; the guest {verb} {cost}",
             f"{kind.source}; {_COPY}" if writes and kind.cost == COPIED else kind.source,
             lambda kind=kind, writes=writes: _prefault_then(kind, writes),  # type: ignore[misc]
             *kind.needs,
@@ -230,20 +231,20 @@ def _huge_zero_page(read_first: bool) -> str:
     fixture.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
     grown = fixture.vm.leaves() - before
     if grown != Stage2Leaves(0, 1):
-        raise Skip(f"no huge zero page here (use_zero_page?): mapped as {grown}")
+        raise Skip(f"the huge zero page is not used (use_zero_page is 0?): mapped as {grown}")
     fixture.vcpu.read(GPA, HUGE_PAGE_SIZE // PAGE_SIZE)
     faults = expect_writes(fixture.vcpu, memory, None)
-    # Two for each that has to be copied, as above.
+    # Two faults per page or huge page that must be copied: see COPIED.
     expect(faults in (1, 2, 512, 1024), f"{faults} faults")
     kept = fixture.vm.leaves() - before
-    return f"a guest that then writes 2 MiB takes {faults} faults, and has {kept}"
+    return f"writing 2 MiB takes the guest {faults} faults; then mapped: {kept}"
 
 
 for read_first in (False, True):
     add(
         f"mapping/thp-{'read' if read_first else 'untouched'}-write",
-        "THP that nobody wrote is the huge zero page, mapped read-only; the first write splits it "
-        "in 4 KiB pages, or gets a huge page",
+        "never-written THP memory is the huge zero page, mapped read-only; a write splits it or "
+        "allocates a huge page",
         "mm/huge_memory.c:do_huge_pmd_wp_page(); 1ced09e0331f allocates a huge page instead",
         lambda read_first=read_first: _huge_zero_page(read_first),  # type: ignore[misc]
         needs.transparent_huge_pages,
@@ -253,7 +254,7 @@ for read_first in (False, True):
 
 @case(
     "mapping/populate-after-the-zero-page",
-    "THP that was prefaulted untouched and then populated: 4 KiB pages, or a huge page",
+    "THP memory that is prefaulted untouched and then populated gets 4 KiB pages or a huge page",
     "mm/huge_memory.c:do_huge_pmd_wp_page(); 1ced09e0331f",
     needs.transparent_huge_pages,
     mapping=True,
@@ -263,7 +264,8 @@ def populate_after_zero_page() -> str:
     before = fixture.vm.leaves()
     fixture.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
     fixture.memory.populate()
-    expect_mapped(fixture.vm, before, Stage2Leaves(0))  # the notifier has unmapped the zero page
+    # The mmu notifier has unmapped the huge zero page.
+    expect_mapped(fixture.vm, before, Stage2Leaves(0))
     fixture.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
     grown = fixture.vm.leaves() - before
     expect_equal(grown.bytes, HUGE_PAGE_SIZE, "bytes mapped")

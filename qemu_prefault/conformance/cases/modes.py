@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""System management mode and guest mode: a vCPU that has other tables loaded than the guest's."""
+"""System management mode and guest mode, in which a vCPU uses other tables than the guest's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SMM = "mmu/mmu.c:kvm_calc_cpu_role(): role.smm; kvm_vcpu_memslots(): address sp
 
 
 def _with_smm() -> Fixture:
-    """The same memory in both address spaces."""
+    """Return a fixture with the same memory in both address spaces."""
     fixture = make_fixture()
     fixture.vm.slot(abi.SMM_SPACE, 0, fixture.vm.system)
     fixture.vm.slot(abi.SMM_SPACE | SLOT, GPA, fixture.memory)
@@ -24,7 +24,7 @@ def _with_smm() -> Fixture:
 
 @case(
     "modes/smm-own-tables",
-    "a vCPU in system management mode prefaults that mode's tables, and no others",
+    "a vCPU in system management mode prefaults only the tables of that mode",
     _SMM,
     needs.smm,
     mapping=True,
@@ -40,12 +40,12 @@ def smm_own_tables() -> None:
     fixture.vcpu.set_smm(False)
     fixture.vcpu.warm()
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, PAGES))
-    expect(taken >= PAGES / 8, f"outside of it the guest faults ({taken})")
+    expect(taken >= PAGES / 8, f"only {taken} faults outside system management mode")
 
 
 @case(
     "modes/smm-not-covered",
-    "what is prefaulted outside is not there in system management mode",
+    "a prefault outside system management mode does not map pages for that mode",
     _SMM,
     needs.smm,
     mapping=True,
@@ -57,7 +57,7 @@ def smm_not_covered() -> None:
     fixture.vcpu.set_smm(True)
     fixture.vcpu.warm()
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, PAGES))
-    expect(taken >= PAGES / 8, f"inside the guest faults ({taken})")
+    expect(taken >= PAGES / 8, f"only {taken} faults in system management mode")
     fixture.vcpu.set_smm(False)
     fixture.vcpu.warm()
     expect_writes(fixture.vcpu, fixture.memory, 0)
@@ -65,7 +65,7 @@ def smm_not_covered() -> None:
 
 @case(
     "modes/smm-hole",
-    "ENOENT in system management mode for memory that is only in the other address space",
+    "ENOENT in system management mode for memory that only the other address space has",
     _SMM,
     needs.smm,
     mapping=True,
@@ -84,7 +84,7 @@ def smm_hole() -> None:
 
 @case(
     "modes/smm-slot-deleted",
-    "deleting a slot of one address space drops the tables of both",
+    "deleting a slot of one address space drops the tables of both address spaces",
     "mmu/mmu.c:kvm_mmu_zap_all_fast()",
     needs.smm,
     mapping=True,
@@ -99,12 +99,15 @@ def smm_slot_deleted() -> None:
     expect_writes(fixture.vcpu, fixture.memory, 0)
 
 
-_NESTED = "mmu/mmu.c:kvm_tdp_map_page(): arch.mmu is guest_mmu, whose page_fault is no TDP one"
-_NESTED_SHADOW = "mmu/mmu.c: root_mmu with role.guest_mode is a TDP MMU with a root of its own"
+_NESTED = (
+    "mmu/mmu.c:kvm_tdp_map_page(): arch.mmu is guest_mmu, whose page_fault is not "
+    "kvm_tdp_page_fault()"
+)
+_NESTED_SHADOW = "mmu/mmu.c: root_mmu with role.guest_mode is a TDP MMU with its own root"
 
 
 def _in_guest_mode(npt: bool) -> tuple[Fixture, KvmVcpu]:
-    """A vCPU that runs a guest of its guest, which has just told us so, and one that does not."""
+    """Return a fixture whose vCPU runs a nested guest, and a vCPU outside of guest mode."""
     vm = KvmVm()
     memory = small(PAGES * PAGE_SIZE)
     memory.write()
@@ -120,24 +123,24 @@ def _in_guest_mode(npt: bool) -> tuple[Fixture, KvmVcpu]:
     vm.system.put(VMCB, code)
     vcpu.set_msr(VMRUN_HOST_SAVE_MSR, HOST_SAVE)
     vcpu.start_at(guest_code.VMRUN, rax=VMCB, rbx=COUNTER)
-    expect_equal(vcpu.run(), abi.EXIT_IO, "exit of the nested guest")
+    expect_equal(vcpu.run(), abi.EXIT_IO, "the exit of the nested guest")
     expect_equal(vcpu.stat("guest_mode"), 1, "guest_mode")
     expect_equal(vm.counter, 1, "the nested guest's count")
     return Fixture(vm, vcpu, memory), outside
 
 
 def _goes_on(vcpu: KvmVcpu) -> None:
-    """The nested guest counts on."""
+    """Check that the nested guest continues to count."""
     before = vcpu.vm.counter
     vcpu.start_at(guest_code.COUNT_AND_OUT, rbx=COUNTER)
-    expect_equal(vcpu.run(), abi.EXIT_IO, "exit of the nested guest")
+    expect_equal(vcpu.run(), abi.EXIT_IO, "the exit of the nested guest")
     expect_equal(vcpu.vm.counter, before + 1, "the nested guest's count")
     expect_equal(vcpu.stat("guest_mode"), 1, "guest_mode")
 
 
 @case(
     "modes/nested-npt",
-    "EOPNOTSUPP on a vCPU that runs a nested guest on nested NPT; nothing is mapped",
+    "EOPNOTSUPP on a vCPU that runs a nested guest with nested NPT; nothing is mapped",
     _NESTED,
     needs.nested_svm,
     needs.nested_paging,
@@ -155,7 +158,7 @@ def nested_npt() -> None:
 
 @case(
     "modes/nested-npt-another-vcpu",
-    "another vCPU, outside of guest mode, prefaults for all; the nested guest goes on",
+    "another vCPU, outside of guest mode, can prefault for the VM; the nested guest continues",
     _NESTED,
     needs.nested_svm,
     needs.nested_paging,
@@ -172,7 +175,7 @@ def nested_npt_another_vcpu() -> None:
 
 @case(
     "modes/nested-shadow",
-    "on a vCPU whose nested guest is shadow-paged it succeeds, for the nested guest's root alone",
+    "on a vCPU whose nested guest is shadow-paged, the ioctl fills only the nested guest's root",
     _NESTED_SHADOW,
     needs.nested_svm,
     needs.nested_paging,
@@ -187,12 +190,12 @@ def nested_shadow() -> None:
     expect_reads(fixture.vcpu, fixture.memory, 0)
     _goes_on(fixture.vcpu)
     taken = outside.faults_of(lambda: outside.read(GPA, PAGES))
-    expect(taken >= PAGES / 8, f"the guest itself still faults ({taken})")
+    expect(taken >= PAGES / 8, f"only {taken} faults of the guest itself")
 
 
 @case(
     "modes/nested-shadow-not-covered",
-    "what is prefaulted outside of guest mode is not there for a shadow-paged nested guest",
+    "a prefault outside of guest mode does not map pages for a shadow-paged nested guest",
     _NESTED_SHADOW,
     needs.nested_svm,
     needs.nested_paging,
@@ -204,12 +207,12 @@ def nested_shadow_not_covered() -> None:
     expect_reads(outside, fixture.memory, 0)
     fixture.vcpu.warm()
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, PAGES))
-    expect(taken >= PAGES / 8, f"the nested guest faults ({taken})")
+    expect(taken >= PAGES / 8, f"only {taken} faults of the nested guest")
 
 
 @case(
     "modes/nested-slot-deleted",
-    "a slot deleted while a nested guest is on NPT: it goes on, the other vCPU prefaults again",
+    "after a slot is deleted, a nested guest on NPT continues and another vCPU can prefault again",
     "mmu/mmu.c:kvm_mmu_zap_all_fast()",
     needs.nested_svm,
     needs.nested_paging,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What depends on how KVM pages: the capability, shadow paging, and what populating still wins."""
+"""The capability, shadow paging, and the benefit of populating alone."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ _CAPABILITY = "x86.c:kvm_vm_ioctl_check_extension(): KVM_CAP_PRE_FAULT_MEMORY is
 
 @case(
     "paging/capability",
-    "the capability is the same on /dev/kvm and on a VM, and says what the ioctl does",
+    "the capability is the same on /dev/kvm and on a VM, and matches the ioctl's behaviour",
     _CAPABILITY,
 )
 def capability() -> None:
     fixture = make_fixture()
     offered = offers_prefault()
-    expect_equal(fixture.vm.check(KVM_CAP_PRE_FAULT_MEMORY) > 0, offered, "the VM's answer")
+    expect_equal(fixture.vm.check(KVM_CAP_PRE_FAULT_MEMORY) > 0, offered, "the VM's capability")
     answer = fixture.vcpu.prefault(GPA, fixture.size, any_error=True)
-    expect_equal(answer.error == 0, offered, "the ioctl succeeds")
+    expect_equal(answer.error == 0, offered, "whether the ioctl succeeds")
     expect_reads(fixture.vcpu, fixture.memory, 0 if offered else None)
 
 
 @case(
     "paging/capability-protected-vm",
-    "it is the same for a protected VM",
+    "the capability is also the same on a protected VM",
     _CAPABILITY,
     needs.software_protected,
 )
 def capability_protected_vm() -> None:
     fixture = make_fixture(vm=KvmVm(abi.VM_SW_PROTECTED))
     seen = fixture.vm.check(KVM_CAP_PRE_FAULT_MEMORY) > 0
-    expect_equal(seen, offers_prefault(), "the VM's answer")
+    expect_equal(seen, offers_prefault(), "the VM's capability")
     expect_reads(fixture.vcpu, fixture.memory, None)
 
 
@@ -75,7 +75,7 @@ for name, mode in (("real", abi.RESET), ("protected", abi.FLAT32), ("long", LONG
             continue
         add(
             f"paging/shadow-{name}-mode{'-after-run' if has_run else ''}",
-            f"shadow paging: EOPNOTSUPP for a vCPU in {name} mode, a hundred times, without harm",
+            f"shadow paging: EOPNOTSUPP for a vCPU in {name} mode; 100 attempts change nothing",
             _ONLY_TDP,
             lambda mode=mode, has_run=has_run: _shadow_refusal(mode, has_run),  # type: ignore[misc]
             needs.shadow_paging,
@@ -84,7 +84,7 @@ for name, mode in (("real", abi.RESET), ("protected", abi.FLAT32), ("long", LONG
 
 
 def _live_guest(mode: abi.CpuMode) -> None:
-    """A guest adds 1 to each page, round after round, while another vCPU asks and asks."""
+    """Prefault repeatedly on one vCPU while another one adds 1 to each page in a loop."""
     fixture = make_fixture()
     runner = fixture.vm.vcpu(mode=mode)
     runner.warm()
@@ -94,24 +94,24 @@ def _live_guest(mode: abi.CpuMode) -> None:
         running.wait_progress()
         for _ in range(100):
             answer = fixture.vcpu.prefault(GPA, fixture.size, any_error=True)
-            expect_equal(answer.error == 0, offers_prefault(), "the ioctl succeeds")
+            expect_equal(answer.error == 0, offers_prefault(), "whether the ioctl succeeds")
         running.wait_progress(10)
     rounds = fixture.vm.counter
     grown = {now - then for now, then in zip(fixture.memory.words(), start, strict=True)}
-    expect(grown <= {rounds, rounds + 1}, f"after {rounds} rounds pages have grown by {grown}")
+    expect(grown <= {rounds, rounds + 1}, f"after {rounds} rounds, pages have increased by {grown}")
 
 
 for name, mode in (("protected", abi.FLAT32), ("long", LONG64)):
     add(
         f"paging/live-guest-{name}-mode",
-        f"a guest in {name} mode loses nothing to a hundred prefaults under it, refused or not",
+        f"a running guest in {name} mode keeps its memory during 100 prefaults, refused or not",
         _ONLY_TDP,
         lambda mode=mode: _live_guest(mode),  # type: ignore[misc]
     )
 
 
 def _host_faults(populate: bool, mode: abi.CpuMode) -> None:
-    """Minor faults of ours during the guest's first writes."""
+    """Check the minor faults of this thread during the guest's first writes."""
     memory = small(PAGES * PAGE_SIZE)
     vm = KvmVm()
     vcpu = vm.vcpu(mode=mode)
@@ -125,9 +125,9 @@ def _host_faults(populate: bool, mode: abi.CpuMode) -> None:
     vcpu.write(GPA, PAGES, 0x51)
     faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
     if populate:
-        expect(faults < PAGES / 2, f"{faults} faults of the host's although it is populated")
+        expect(faults < PAGES / 2, f"{faults} host faults although the memory is populated")
     else:
-        expect(faults >= PAGES, f"{faults} faults of the host's, and not one for each page")
+        expect(faults >= PAGES, f"{faults} host faults, expected at least {PAGES}")
     expect_equal(memory.words(), memory_words, "what the guest has written")
 
 
@@ -135,9 +135,9 @@ for populate in (False, True):
     for name, mode in (("protected", abi.FLAT32), ("long", LONG64)):
         add(
             f"paging/host-faults-{'populated' if populate else 'untouched'}-{name}-mode",
-            "populated memory spares the guest the host's share of each fault, however KVM pages"
+            "on populated memory the guest's first writes take no host faults, in any paging mode"
             if populate
-            else "untouched memory costs the host a fault of its own for each page",
+            else "on untouched memory the guest's first writes take one host fault per page",
             "virt/kvm/kvm_main.c:hva_to_pfn_slow(), mm/memory.c:mm_account_fault()",
             lambda populate=populate, mode=mode: _host_faults(populate, mode),  # type: ignore[misc]
         )
@@ -145,7 +145,7 @@ for populate in (False, True):
 
 @case(
     "paging/unknown-ioctl",
-    "EINVAL from a kernel that has no such ioctl; the structure is left alone",
+    "EINVAL from a kernel without the ioctl; the structure does not change",
     "x86.c:kvm_arch_vcpu_ioctl()",
     lambda host: "" if host.refusal == errno.EINVAL else "this kernel has the ioctl",
 )

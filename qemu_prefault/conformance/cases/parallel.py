@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Several vCPUs at once: on one range, on stripes, and with a guest that uses the memory."""
+"""Prefaults on several vCPUs at once: one range, stripes, and with a running guest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..vmm import COUNTER, KvmVm
 from .common import GPA, SLOT, expect_reads, expect_writes
 
 _LOCK = (
-    "mmu/mmu.c:kvm_tdp_mmu_page_fault(): mmu_lock for reading, so vCPUs work side by side; the "
+    "mmu/mmu.c:kvm_tdp_mmu_page_fault(): mmu_lock for reading, so vCPUs run in parallel; the "
     "legacy MMU takes it for writing"
 )
 _SIZE = 4 * MIB
@@ -54,7 +54,9 @@ def _parallel(count: int, stripes: bool, with_guest: bool) -> None:
             running.wait_progress()
         rounds = vm.counter
         grown = {now - then for now, then in zip(memory.words(), start, strict=True)}
-        expect(grown <= {rounds, rounds + 1}, f"after {rounds} rounds pages have grown by {grown}")
+        expect(
+            grown <= {rounds, rounds + 1}, f"after {rounds} rounds, pages have increased by {grown}"
+        )
         reader.kick(False)
     else:
         all_at_once()
@@ -68,7 +70,7 @@ for count in (2, 3, 4):
     for stripes in (False, True):
         for with_guest in (False, True):
             where = "stripes" if stripes else "one-range"
-            guest_text = ", while a guest adds to every page of it" if with_guest else ""
+            guest_text = " while a guest adds to every page" if with_guest else ""
             add(
                 f"parallel/{count}-{where}{'-with-guest' if with_guest else ''}",
                 f"{count} vCPUs prefault {where.replace('-', ' ')} at once{guest_text}: each page "
@@ -77,6 +79,6 @@ for count in (2, 3, 4):
                 lambda count=count, stripes=stripes, with_guest=with_guest: _parallel(  # type: ignore[misc]
                     count, stripes, with_guest
                 ),
-                # With a guest that touches all of it, it would be mapped anyway.
+                # A guest that touches all of the memory maps it even without a prefault.
                 mapping=not with_guest,
             )

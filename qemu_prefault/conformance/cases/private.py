@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""guest_memfd: private memory of KVM_X86_SW_PROTECTED_VM, and memory that is nothing else."""
+"""guest_memfd: private memory of KVM_X86_SW_PROTECTED_VM, and mappable guest_memfd."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _GMEM = "mmu/mmu.c:kvm_mmu_faultin_pfn_private(), virt/kvm/guest_memfd.c:kvm_gme
 
 
 def _protected(memory: Memory | None = None, *, bind: bool = True) -> tuple[Fixture, int]:
-    """A slot with a guest_memfd behind it; its descriptor."""
+    """Return a fixture of a protected VM, and the descriptor of a guest_memfd.
+
+    :param bind: use the guest_memfd for the slot's private memory.
+    """
     vm = KvmVm(abi.VM_SW_PROTECTED)
     vcpu = vm.vcpu()
     memory = memory or small(_SIZE)
@@ -36,7 +39,7 @@ def _protected(memory: Memory | None = None, *, bind: bool = True) -> tuple[Fixt
 
 @case(
     "private/shared-part",
-    "in a protected VM, shared memory is mapped from its host mapping, as ever",
+    "in a protected VM, shared memory is mapped from its host mapping, as in an ordinary VM",
     "mmu/mmu.c:kvm_mmu_faultin_pfn()",
     needs.software_protected,
     mapping=True,
@@ -52,7 +55,7 @@ def shared_part() -> None:
 
 @case(
     "private/private-part",
-    "private memory is mapped from guest_memfd: zeros, writable, and not what the host maps",
+    "private memory is mapped writable from guest_memfd, separate from the host mapping",
     _GMEM,
     needs.software_protected,
     mapping=True,
@@ -67,14 +70,14 @@ def private_part() -> None:
     taken = fixture.vcpu.stat("pf_taken")
     expect_equal(fixture.vcpu.read(GPA, PAGES), 0, "the sum that the guest reads")
     fixture.vcpu.write(GPA, PAGES, 5)
-    expect_equal(fixture.vcpu.read(GPA, PAGES), 5 * PAGES, "the sum after it has written")
+    expect_equal(fixture.vcpu.read(GPA, PAGES), 5 * PAGES, "the sum after the guest's writes")
     expect_equal(fixture.vcpu.stat("pf_taken") - taken, 0, "faults")
-    expect_equal(fixture.memory.words(), words, "what the host maps")
+    expect_equal(fixture.memory.words(), words, "the host mapping")
 
 
 @case(
     "private/4k-only",
-    "private memory is mapped in 4 KiB, aligned to 2 MiB or not",
+    "private memory is mapped with 4 KiB leaves, even if it is aligned to 2 MiB",
     "virt/kvm/guest_memfd.c:kvm_gmem_get_pfn(): max_order is 0",
     needs.software_protected,
     needs.transparent_huge_pages,
@@ -87,13 +90,15 @@ def four_kib_only() -> None:
     fixture.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
     expect_mapped(fixture.vm, before, Stage2Leaves(512))
     expect_equal(
-        fixture.vcpu.faults_of(lambda: fixture.vcpu.write(GPA, 512, 1)), 0, "faults of a writer"
+        fixture.vcpu.faults_of(lambda: fixture.vcpu.write(GPA, 512, 1)),
+        0,
+        "faults of a guest that writes",
     )
 
 
 @case(
     "private/mixed",
-    "a range of private and shared pages in turn is prefaulted by one ioctl, each from its own",
+    "one ioctl prefaults alternating private and shared pages, each from its own backing",
     _GMEM,
     needs.software_protected,
     mapping=True,
@@ -114,7 +119,7 @@ def mixed() -> None:
 
 @case(
     "private/made-shared",
-    "memory made shared is unmapped; prefaulted again it is the host's",
+    "converting memory to shared unmaps it; a prefault then maps the host's pages",
     "virt/kvm/kvm_main.c:kvm_vm_set_mem_attributes() unmaps the range",
     needs.software_protected,
     mapping=True,
@@ -136,7 +141,7 @@ def made_shared() -> None:
 
 @case(
     "private/made-private",
-    "memory made private is unmapped, and the host's pages are no longer reached",
+    "converting memory to private unmaps it; a prefault then maps pages of guest_memfd",
     "virt/kvm/kvm_main.c:kvm_vm_set_mem_attributes() unmaps the range",
     needs.software_protected,
     mapping=True,
@@ -155,7 +160,7 @@ def made_private() -> None:
 
 @case(
     "private/punched-hole",
-    "a hole punched in guest_memfd unmaps its pages; prefaulted again they are zeros",
+    "punching a hole in guest_memfd unmaps its pages; a prefault then maps zero-filled pages",
     "virt/kvm/guest_memfd.c:kvm_gmem_punch_hole()",
     needs.software_protected,
     mapping=True,
@@ -176,7 +181,7 @@ def punched_hole() -> None:
 
 @case(
     "private/without-guest-memfd",
-    "EFAULT, and KVM_EXIT_MEMORY_FAULT in kvm_run, for private memory without a guest_memfd",
+    "private memory without a guest_memfd: EFAULT, and KVM_EXIT_MEMORY_FAULT in kvm_run",
     "mmu/mmu.c:kvm_mmu_prepare_memory_fault_exit()",
     needs.software_protected,
 )
@@ -187,10 +192,10 @@ def without_guest_memfd() -> None:
     result = fixture.vcpu.prefault(GPA, PAGE_SIZE)
     expect_equal(str(result), "EFAULT, 0x1000 bytes left", "the ioctl")
     expect_equal(fixture.vm.leaves(), before, "leaves")
-    expect_equal(fixture.vcpu.exit_reason, abi.EXIT_MEMORY_FAULT, "what kvm_run says")
+    expect_equal(fixture.vcpu.exit_reason, abi.EXIT_MEMORY_FAULT, "the exit reason in kvm_run")
     private = abi.MEMORY_ATTRIBUTE_PRIVATE
     expect_equal(
-        fixture.vcpu.memory_fault, (private, GPA, PAGE_SIZE), "flags, gpa, size of the fault"
+        fixture.vcpu.memory_fault, (private, GPA, PAGE_SIZE), "flags, gpa and size of the fault"
     )
     fixture.vm.set_private(GPA, PAGE_SIZE, private=False)
     fixture.vcpu.prefault_all(GPA, _SIZE)
@@ -199,7 +204,7 @@ def without_guest_memfd() -> None:
 
 @case(
     "private/ordinary-vm",
-    "an ordinary VM has no private memory to be prefaulted",
+    "an ordinary VM cannot have private memory",
     "virt/kvm/kvm_main.c:kvm_vm_ioctl_set_mem_attributes()",
 )
 def ordinary_vm() -> None:
@@ -217,7 +222,7 @@ def ordinary_vm() -> None:
 
 @case(
     "private/mapped-guest-memfd",
-    "a slot that is guest_memfd and nothing else, shared from the start: writable, in 4 KiB",
+    "a mappable guest_memfd that is shared from the start is mapped writable with 4 KiB leaves",
     "mmu/mmu.c:kvm_mmu_faultin_pfn_gmem() (v6.18): map_writable unless the slot is read-only",
     needs.mappable_guest_memfd,
     mapping=True,
@@ -234,4 +239,4 @@ def mapped_guest_memfd() -> None:
     expect_mapped(vm, before, Stage2Leaves(PAGES))
     expect_writes(vcpu, memory, 0)
     memory.put(0, struct.pack("<I", 77))
-    expect_equal(vcpu.read(GPA, 1), 77, "what the guest reads of what we wrote")
+    expect_equal(vcpu.read(GPA, 1), 77, "what the guest reads after a write of the host")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How far one ioctl gets: partial progress, signals, and the kernel's own selftest."""
+"""Progress of one ioctl: partial results, signals, and the kernel's own selftest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOOP = "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory()"
 
 @case(
     "progress/whole-slot",
-    "one ioctl does a whole slot of 16 MiB, page by page, and leaves nothing",
+    "one ioctl maps a whole slot of 16 MiB in 4 KiB pages",
     _LOOP,
     mapping=True,
 )
@@ -37,7 +37,7 @@ def whole_slot() -> None:
 
 @case(
     "progress/past-the-slot",
-    "a range that reaches past the slot is done up to its end (success), the rest is ENOENT",
+    "a range that extends past the slot is mapped up to its end (success); the rest is ENOENT",
     _LOOP,
     mapping=True,
 )
@@ -52,7 +52,7 @@ def past_the_slot() -> None:
 
 @case(
     "progress/adjacent-slots",
-    "one ioctl goes on from slot to slot, as long as there is no hole between",
+    "one ioctl continues in the next slot if the slots are adjacent",
     _LOOP,
     mapping=True,
 )
@@ -71,7 +71,7 @@ def adjacent_slots() -> None:
 
 @case(
     "progress/huge-steps",
-    "with 2 MiB leaves progress is by 2 MiB; a range that begins inside one counts from there",
+    "with 2 MiB leaves, each step ends at a 2 MiB boundary, also if the range begins inside a leaf",
     "mmu/mmu.c:kvm_arch_vcpu_pre_fault_memory()",
     needs.transparent_huge_pages,
     mapping=True,
@@ -83,18 +83,18 @@ def huge_steps() -> None:
     before = fixture.vm.leaves()
     result = fixture.vcpu.prefault(GPA + HUGE_PAGE_SIZE - PAGE_SIZE, 2 * PAGE_SIZE)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
-    expect_equal((fixture.vm.leaves() - before).pages_2m, 2, "leaves of 2 MiB")
+    expect_equal((fixture.vm.leaves() - before).pages_2m, 2, "2 MiB leaves")
     expect_writes(fixture.vcpu, memory, 0)
 
 
 @case(
     "progress/signal-in-the-middle",
-    "a signal ends it early with success: size says what is left, and what was done is mapped",
+    "a signal ends the ioctl early with success; size holds the rest, and the other part is mapped",
     "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory(): signal_pending() once per page",
     mapping=True,
 )
 def signal_in_the_middle() -> None:
-    # Under emulation this takes a second, on hardware some 10 ms.
+    # Under emulation this takes about a second, on hardware about 10 ms.
     memory = small(256 * MIB)
     memory.populate()
     fixture = make_fixture(memory)
@@ -102,27 +102,31 @@ def signal_in_the_middle() -> None:
     for limit in (0.004, 0.001, 0.0002):
         result = fixture.vcpu.prefault(GPA, memory.size, limit=limit)
         done = memory.size - result.left
-        # The legacy MMU has mapped neighbours of the last page, too.
+        # The legacy MMU has also mapped neighbours of the last page.
         extra = (fixture.vm.leaves() - before).bytes - done
-        expect(0 <= extra < 8 * PAGE_SIZE, f"{extra:#x} bytes more are mapped than are done")
+        expect(
+            0 <= extra < 8 * PAGE_SIZE, f"{extra:#x} more bytes are mapped than reported as done"
+        )
         if result.left:
             break
         fixture.vm.delete(SLOT)
         fixture.vm.slot(SLOT, GPA, memory)
         fixture.vcpu.warm()
         before = fixture.vm.leaves()
-    expect(result.left > 0, "even after 0.2 ms all was done")
+    expect(result.left > 0, "the ioctl was complete even with a limit of 0.2 ms")
     if done:
         expect_equal(error_name(result.error), "success", "the ioctl")
         taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, done // PAGE_SIZE))
-        expect_equal(taken, 0, "faults on what was done")
+        expect_equal(taken, 0, "faults on the part reported as done")
     fixture.vcpu.prefault_all(GPA + done, result.left)
-    expect_equal((fixture.vm.leaves() - before).bytes, memory.size, "bytes mapped in the end")
+    expect_equal(
+        (fixture.vm.leaves() - before).bytes, memory.size, "bytes mapped after the last prefault"
+    )
 
 
 @case(
     "progress/interrupted-waiting-for-a-page",
-    "EINTR: a signal ends the wait for a page that userfaultfd holds back; nothing is lost",
+    "EINTR: a signal ends the wait for a page of userfaultfd; a later prefault succeeds",
     "virt/kvm/kvm_main.c:hva_to_pfn_slow() (FOLL_INTERRUPTIBLE), kvm_handle_signal_exit()",
     needs.root,
 )
@@ -134,8 +138,8 @@ def interrupted_waiting() -> None:
     result = fixture.vcpu.prefault(GPA, memory.size, limit=0.05)
     expect_equal(str(result), f"EINTR, {memory.size:#x} bytes left", "the ioctl")
     expect_equal(fixture.vm.leaves(), before, "leaves")
-    expect(fixture.vcpu.stat("signal_exits") > exits, "signal_exits has not moved")
-    expect_equal(fixture.vcpu.exit_reason, abi.EXIT_INTR, "what kvm_run says")
+    expect(fixture.vcpu.stat("signal_exits") > exits, "signal_exits has not increased")
+    expect_equal(fixture.vcpu.exit_reason, abi.EXIT_INTR, "the exit reason in kvm_run")
     userfault.resolve(0, memory.size)
     fixture.vcpu.prefault_all(GPA, memory.size)
     expect_reads(fixture.vcpu, memory, 0)
@@ -143,7 +147,7 @@ def interrupted_waiting() -> None:
 
 @case(
     "progress/waits-for-a-page",
-    "it waits for a page that userfaultfd holds back, and goes on when it is there",
+    "the ioctl waits for a page of userfaultfd, and continues when the page is resolved",
     "fs/userfaultfd.c:handle_userfault()",
     needs.root,
     mapping=True,
@@ -157,8 +161,8 @@ def waits_for_a_page() -> None:
         fixture.vcpu.prefault(GPA, PAGE_SIZE)
     task = BackgroundCall(lambda: fixture.vcpu.prefault(GPA, memory.size))
     for number in range(4):
-        expect_equal(userfault.wait(), number * PAGE_SIZE, "the page it waits for")
-        expect(task.is_alive(), "it has not waited")
+        expect_equal(userfault.wait(), number * PAGE_SIZE, "the page that the ioctl waits for")
+        expect(task.is_alive(), "the ioctl did not wait for the page")
         userfault.resolve(number * PAGE_SIZE)
     expect_equal(str(task.result()), "success, 0x0 bytes left", "the ioctl")
     expect_reads(fixture.vcpu, memory, 0)
@@ -166,7 +170,7 @@ def waits_for_a_page() -> None:
 
 @case(
     "progress/blocks-slot-changes",
-    "deleting any slot waits for an ioctl under way: the whole of it is one SRCU section",
+    "deleting any slot waits for a running ioctl, which is one SRCU read-side section",
     "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory() (srcu_read_lock), kvm_swap_active_memslots()",
     needs.root,
     needs.capability,
@@ -181,7 +185,7 @@ def blocks_slot_changes() -> None:
     userfault.wait()
     deleter = BackgroundCall(lambda: fixture.vm.delete(2))
     deleter.wait_state("D")
-    expect(prefault.is_alive(), "the prefault has ended")
+    expect(prefault.is_alive(), "the prefault has ended too early")
     userfault.resolve(0, memory.size)
     expect_equal(str(prefault.result()), "success, 0x0 bytes left", "the ioctl")
     deleter.result()
@@ -191,7 +195,7 @@ def blocks_slot_changes() -> None:
 
 @case(
     "progress/page-by-page",
-    "as many ioctls of one page each come to the same",
+    "one ioctl per page has the same result as one ioctl for the range",
     _LOOP,
     mapping=True,
 )
@@ -216,7 +220,7 @@ def backwards() -> None:
 
 @case(
     "progress/counts-no-guest-faults",
-    "prefaulting itself counts as no fault: pf_taken is the guest's alone",
+    "a prefault does not count as a fault: pf_taken counts only the guest's faults",
     "mmu/mmu.c:kvm_mmu_page_fault() counts, kvm_mmu_do_page_fault() with prefetch does not",
     needs.capability,
 )
@@ -228,11 +232,11 @@ def counts_no_guest_faults() -> None:
     expect_equal(fixture.vcpu.stats.read(*names), before, f"{', '.join(names)}")
 
 
-# What the kernel's tools/testing/selftests/kvm/pre_fault_memory_test.c does, and then a look.
-
-
 def _selftest(kind: int) -> None:
-    """A slot of 2 MiB and a page near the highest gfn."""
+    """Do what pre_fault_memory_test.c does, and also check the mappings.
+
+    The slot has 2 MiB and one page, near the highest gfn.
+    """
     vm = KvmVm(kind)
     vcpu = vm.vcpu(mode=LONG64)
     size = HUGE_PAGE_SIZE + PAGE_SIZE
@@ -243,16 +247,18 @@ def _selftest(kind: int) -> None:
     vcpu.warm()
     before = vm.leaves()
     result = vcpu.prefault(at, HUGE_PAGE_SIZE)
-    expect_equal(str(result), "success, 0x0 bytes left", "of [gpa, 2M)")
+    expect_equal(str(result), "success, 0x0 bytes left", "the ioctl for [gpa, 2M)")
     result = vcpu.prefault(at + HUGE_PAGE_SIZE, 2 * PAGE_SIZE)
-    expect_equal(str(result), f"success, {PAGE_SIZE:#x} bytes left", "of [gpa + 2M, 2 pages)")
+    expect_equal(
+        str(result), f"success, {PAGE_SIZE:#x} bytes left", "the ioctl for [gpa + 2M, 2 pages)"
+    )
     result = vcpu.prefault(at + HUGE_PAGE_SIZE + PAGE_SIZE, PAGE_SIZE)
-    expect_equal(str(result), f"ENOENT, {PAGE_SIZE:#x} bytes left", "of the page behind the slot")
+    expect_equal(str(result), f"ENOENT, {PAGE_SIZE:#x} bytes left", "the ioctl after the slot")
     expect_equal((vm.leaves() - before).bytes, size, "bytes mapped")
     count = size // PAGE_SIZE
     total = sum(memory.words()[:count]) & 0xFFFFFFFF
     taken = vcpu.stat("pf_taken")
-    expect_equal(vcpu.read(at, count), total, "the sum the guest reads")
+    expect_equal(vcpu.read(at, count), total, "the sum that the guest reads")
     expect_equal(vcpu.stat("pf_taken") - taken, 0, "faults of the guest")
 
 
@@ -262,7 +268,7 @@ for name, kind, required in (
 ):
     add(
         f"progress/selftest-{name}",
-        "the kernel's pre_fault_memory_test, and a look at whether anything is mapped",
+        "the calls of the kernel's pre_fault_memory_test succeed and map the memory",
         "tools/testing/selftests/kvm/pre_fault_memory_test.c",
         lambda kind=kind: _selftest(kind),  # type: ignore[misc]
         *required,
@@ -272,7 +278,7 @@ for name, kind, required in (
 
 @case(
     "progress/signal-while-waiting-for-the-vcpu",
-    "EINTR: a signal that came while it waited for a running vCPU ends it before the first page",
+    "EINTR: after a wait for a running vCPU, a pending signal ends the ioctl before the first page",
     "virt/kvm/kvm_main.c:kvm_vcpu_ioctl() (mutex_lock_killable), kvm_vcpu_pre_fault_memory()",
     needs.capability,
 )
@@ -284,7 +290,7 @@ def signal_while_waiting() -> None:
         task = BackgroundCall(lambda: fixture.vcpu.prefault(GPA, fixture.size))
         task.wait_state("D")
         task.interrupt()
-        expect(task.is_alive(), "the signal has ended the wait")
+        expect(task.is_alive(), "the signal has ended the wait for the vCPU")
         running.wait_progress()
     expect_equal(str(task.result()), f"EINTR, {fixture.size:#x} bytes left", "the ioctl")
     expect_equal(fixture.vm.leaves(), before, "leaves")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Memory slots that change under the ioctl, or under a vCPU that was not in the guest since.
+"""Slots that change during the ioctl, or before a vCPU has entered the guest again.
 
-Two kernel bugs live here. In both the ioctl retries for ever, and only a signal gets it out:
-a vCPU whose root became obsolete (fixed by 20a6cff3b283, v6.15), and a slot that is being
-deleted meanwhile (fixed by 3ccbf6f47098, v6.18).
+These cases detect two kernel bugs. In both, the ioctl retries forever until the thread gets a
+signal. One occurs on a vCPU whose root became obsolete (fixed by 20a6cff3b283, v6.15), the other
+if the slot is being deleted (fixed by 3ccbf6f47098, v6.18).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .common import (
 
 
 def _hangs(vcpu: KvmVcpu) -> bool:
-    """Prefault the slot; whether nothing happens until a signal ends it."""
+    """Prefault the slot. Return whether the ioctl hangs until it gets a signal."""
     result = vcpu.prefault(GPA, PAGES * PAGE_SIZE, limit=HANG_SECONDS)
     if result.error == errno.EINTR and result.seconds >= HANG_SECONDS:
         return True
@@ -42,12 +42,12 @@ def _hangs(vcpu: KvmVcpu) -> bool:
 
 _STALE = (
     "mmu/mmu.c:kvm_mmu_reload() until 20a6cff3b283 (v6.15) does not serve "
-    "KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, so is_page_fault_stale() is true for ever"
+    "KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, so is_page_fault_stale() is always true"
 )
 
 
 def _stale_root(has_run: bool, remedy: str) -> str | None:
-    """Prefault, delete a slot, prefault again with a vCPU that was not in the guest since."""
+    """Prefault, delete a slot, apply a remedy, and prefault again."""
     fixture = make_fixture() if has_run else _never_run()
     fixture.vcpu.prefault_all(GPA, PAGE_SIZE)
     fixture.vm.slot(OTHER_SLOT, OTHER_GPA, small(PAGE_SIZE))
@@ -61,14 +61,16 @@ def _stale_root(has_run: bool, remedy: str) -> str | None:
         fixture.vcpu.set_mode(LONG64)
         fixture.vcpu.set_mode(abi.FLAT32)
     hung = _hangs(fixture.vcpu)
-    expect(not (hung and remedy), "it hangs even so")
+    expect(not (hung and remedy), f"the ioctl hangs despite the remedy ({remedy})")
     if hung:
         fixture.vcpu.warm()
-        expect(not _hangs(fixture.vcpu), "it hangs even after the vCPU has run")
+        expect(not _hangs(fixture.vcpu), "the ioctl hangs even after the vCPU has run")
     reader.warm()
     expect_writes(reader, fixture.memory, 0)
     if hung:
-        raise KnownBad("retries for ever, and only a signal ends it; well again once it has run")
+        raise KnownBad(
+            "the ioctl retries until it gets a signal; it works again after the vCPU has run"
+        )
     return None
 
 
@@ -84,19 +86,19 @@ def _never_run() -> Fixture:
 for has_run, name in ((False, "never-run"), (True, "run-before")):
     add(
         f"slots/stale-root-{name}",
-        "prefault, delete a slot, prefault again by a vCPU that was not in the guest since",
+        "after a slot is deleted, a vCPU that has not entered the guest since can prefault again",
         _STALE,
         lambda has_run=has_run: _stale_root(has_run, ""),  # type: ignore[misc]
         mapping=True,
     )
 for remedy, name in (
-    ("run", "a KVM_RUN in between"),
-    ("other vCPU", "a new vCPU"),
-    ("sregs", "a change of CR0 and back (KVM_SET_SREGS)"),
+    ("run", "after a KVM_RUN"),
+    ("other vCPU", "on a new vCPU"),
+    ("sregs", "after KVM_SET_SREGS has changed CR0 and restored it"),
 ):
     add(
         f"slots/stale-root-remedy-{remedy.lower().replace(' ', '-')}",
-        f"the same is well with {name}",
+        f"after a slot is deleted, a prefault works {name}",
         _STALE + "; x86.c:__set_sregs() resets the MMU context",
         lambda remedy=remedy: _stale_root(True, remedy),  # type: ignore[misc]
         mapping=True,
@@ -105,7 +107,7 @@ for remedy, name in (
 
 @case(
     "slots/stale-root-without-quirk",
-    "the same is well where the quirk was disabled first: no root becomes obsolete",
+    "after a slot is deleted with the quirk disabled, a prefault works: no root becomes obsolete",
     _STALE,
     needs.slot_quirk,
     mapping=True,
@@ -116,31 +118,29 @@ def stale_root_without_quirk() -> None:
     fixture.vcpu.prefault_all(GPA, PAGE_SIZE)
     fixture.vm.slot(OTHER_SLOT, OTHER_GPA, small(PAGE_SIZE))
     fixture.vm.delete(OTHER_SLOT)
-    expect(not _hangs(fixture.vcpu), "it hangs even so")
+    expect(not _hangs(fixture.vcpu), "the ioctl hangs despite the disabled quirk")
     fixture.vcpu.warm()
     expect_writes(fixture.vcpu, fixture.memory, 0)
 
 
 def _deleted_meanwhile(quirk: bool, again: bool) -> str | None:
-    """The slot goes while the ioctl waits for a page of it."""
+    """Delete the slot while the ioctl waits for one of its pages."""
     memory = small(PAGES * PAGE_SIZE)
     userfault = Userfault(memory)
     fixture = make_fixture(memory, vm=KvmVm(quirk=quirk))
     limit = 10 * HANG_SECONDS
     prefault = BackgroundCall(lambda: fixture.vcpu.prefault(GPA, memory.size, limit=limit))
-    expect_equal(userfault.wait(), 0, "the page it waits for")
+    expect_equal(userfault.wait(), 0, "the page that the ioctl waits for")
     deleter = BackgroundCall(lambda: fixture.vm.delete(SLOT))
     deleter.wait_state("D")
-    # A page is there now. What comes next is a slot that is KVM_MEMSLOT_INVALID.
+    # Now the page is present, but the slot is KVM_MEMSLOT_INVALID.
     userfault.resolve(0, memory.size)
     result = prefault.result()
     deleter.result()
-    expect(
-        result.left >= memory.size - PAGE_SIZE, f"{result}: more than the page that was waited for"
-    )
+    expect(result.left >= memory.size - PAGE_SIZE, f"{result}: more than one page was mapped")
     hung = result.seconds >= limit
     if not hung:
-        expect(result.error in (errno.EAGAIN, 0), f"{result}, and not EAGAIN")
+        expect(result.error in (errno.EAGAIN, 0), f"{result}, expected EAGAIN")
     if again:
         fixture.vm.slot(SLOT, GPA, memory)
         fixture.vcpu.warm()
@@ -149,9 +149,9 @@ def _deleted_meanwhile(quirk: bool, again: bool) -> str | None:
     else:
         fixture.vcpu.warm()
         gone = fixture.vcpu.prefault(GPA, PAGE_SIZE)
-        expect_equal(str(gone), "ENOENT, 0x1000 bytes left", "a prefault when it is gone")
+        expect_equal(str(gone), "ENOENT, 0x1000 bytes left", "a prefault of the deleted slot")
     if hung:
-        raise KnownBad("both wait for each other, until a signal ends the ioctl")
+        raise KnownBad("ioctl and slot change wait for each other until a signal ends the ioctl")
     return None
 
 
@@ -160,8 +160,8 @@ for quirk in (True, False):
         add(
             f"slots/deleted-meanwhile{'-and-recreated' if again else ''}"
             f"{'' if quirk else '-without-quirk'}",
-            "a slot deleted under the ioctl ends it with EAGAIN"
-            + ("; it can be prefaulted when it is back" if again else "; then it is ENOENT"),
+            "deleting the slot during the ioctl ends it with EAGAIN; a later prefault "
+            + ("of the re-created slot succeeds" if again else "fails with ENOENT"),
             "mmu/mmu.c:kvm_mmu_faultin_pfn(): until 3ccbf6f47098 (v6.18) it retries on "
             "KVM_MEMSLOT_INVALID, holding the SRCU lock that the deleter waits for",
             lambda quirk=quirk, again=again: _deleted_meanwhile(quirk, again),  # type: ignore[misc]
@@ -174,7 +174,7 @@ for quirk in (True, False):
 
 @case(
     "slots/moved-meanwhile",
-    "a slot moved under the ioctl is the same: EAGAIN, and then it is ENOENT where it was",
+    "moving the slot during the ioctl ends it with EAGAIN; the old address is then ENOENT",
     "mmu/mmu.c:kvm_mmu_faultin_pfn(), virt/kvm/kvm_main.c:kvm_invalidate_memslot(); 3ccbf6f47098",
     needs.root,
     needs.capability,
@@ -186,7 +186,7 @@ def moved_meanwhile() -> None:
     fixture = make_fixture(memory)
     limit = 10 * HANG_SECONDS
     prefault = BackgroundCall(lambda: fixture.vcpu.prefault(GPA, memory.size, limit=limit))
-    expect_equal(userfault.wait(), 0, "the page it waits for")
+    expect_equal(userfault.wait(), 0, "the page that the ioctl waits for")
     mover = BackgroundCall(lambda: fixture.vm.slot(SLOT, OTHER_GPA, memory))
     mover.wait_state("D")
     userfault.resolve(0, memory.size)
@@ -194,17 +194,17 @@ def moved_meanwhile() -> None:
     mover.result()
     fixture.vcpu.warm()
     gone = fixture.vcpu.prefault(GPA, PAGE_SIZE)
-    expect_equal(str(gone), "ENOENT, 0x1000 bytes left", "a prefault of where it was")
+    expect_equal(str(gone), "ENOENT, 0x1000 bytes left", "a prefault of the old address")
     fixture.vcpu.prefault_all(OTHER_GPA, memory.size)
     expect_reads(fixture.vcpu, memory, 0, gpa=OTHER_GPA)
     if result.seconds >= limit:
-        raise KnownBad("both wait for each other, until a signal ends the ioctl")
-    expect(result.error in (errno.EAGAIN, 0), f"{result}, and not EAGAIN")
+        raise KnownBad("ioctl and slot change wait for each other until a signal ends the ioctl")
+    expect(result.error in (errno.EAGAIN, 0), f"{result}, expected EAGAIN")
 
 
 @case(
     "slots/flags-changed-meanwhile",
-    "a change of a slot's flags waits for the ioctl, and disturbs neither",
+    "changing the slot's flags during the ioctl waits for the ioctl, and both succeed",
     "virt/kvm/kvm_main.c:kvm_update_flags_memslot(): the slot is never invalid",
     needs.root,
     needs.capability,
@@ -214,7 +214,7 @@ def flags_changed_meanwhile() -> None:
     userfault = Userfault(memory)
     fixture = make_fixture(memory)
     prefault = BackgroundCall(lambda: fixture.vcpu.prefault(GPA, memory.size))
-    expect_equal(userfault.wait(), 0, "the page it waits for")
+    expect_equal(userfault.wait(), 0, "the page that the ioctl waits for")
     changer = BackgroundCall(
         lambda: fixture.vm.slot(SLOT, GPA, memory, flags=abi.MEM_LOG_DIRTY_PAGES)
     )
@@ -229,7 +229,7 @@ def flags_changed_meanwhile() -> None:
 
 @case(
     "slots/race",
-    "a thread that deletes and makes the slot again and again, as the kernel's selftest does it",
+    "prefaults work while a thread deletes and re-creates the slot, as in the kernel's selftest",
     "tools/testing/selftests/kvm/pre_fault_memory_test.c; 3ccbf6f47098",
     needs.capability,
     mapping=True,
@@ -253,12 +253,12 @@ def race() -> None:
     fixture.vcpu.prefault_all(GPA, fixture.size)
     expect_writes(fixture.vcpu, fixture.memory, 0)
     if hung:
-        raise KnownBad("one of them waited for the other, until a signal ended the ioctl")
+        raise KnownBad("ioctl and slot change waited for each other until a signal ended the ioctl")
 
 
 @case(
     "slots/other-slot-deleted-meanwhile",
-    "another slot deleted under the ioctl: the ioctl ends, with success or EAGAIN, or is stuck",
+    "if another slot is deleted during the ioctl, the ioctl ends with success or EAGAIN",
     "mmu/mmu.c:is_page_fault_stale(): the root is obsolete",
     needs.root,
     needs.capability,
@@ -281,5 +281,5 @@ def other_slot_deleted_meanwhile() -> str:
     fixture.vcpu.prefault_all(GPA, memory.size)
     expect_reads(fixture.vcpu, memory, 0)
     if result.seconds >= 10 * HANG_SECONDS:
-        raise KnownBad("both wait for each other, until a signal ends the ioctl")
-    return f"it ends with {result}"
+        raise KnownBad("ioctl and slot change wait for each other until a signal ends the ioctl")
+    return f"the ioctl ends with {result}"

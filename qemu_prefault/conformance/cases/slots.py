@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Memory slots that go, move and come back: what QEMU does when firmware, resets and hotplug ask.
+"""Slots that are deleted, moved and re-created, as QEMU does for firmware, reset and hotplug.
 
-The two kernel bugs that such a change can meet are in slot_races.py.
+slot_races.py has the cases of two kernel bugs that such changes can trigger.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ZAP_ALL = "mmu/mmu.c:kvm_arch_flush_shadow_memslot(), KVM_X86_QUIRK_SLOT_ZAP_AL
 def _with_other_slot(
     *, quirk: bool = True, kind: int = abi.VM_DEFAULT
 ) -> tuple[Fixture, Stage2Leaves]:
-    """A second slot that can go. Both are prefaulted; the leaves from before."""
+    """Return a fixture with a second slot, both prefaulted, and the leaves before the prefault."""
     fixture = make_fixture(vm=KvmVm(kind, quirk=quirk))
     other = small(8 * PAGE_SIZE)
     other.write()
@@ -48,7 +48,7 @@ def _with_other_slot(
 
 @case(
     "slots/delete-drops-all",
-    "deleting any slot drops the tables of all memory, the deleted slot's or not",
+    "deleting any slot drops the tables of all slots",
     _ZAP_ALL,
     mapping=True,
 )
@@ -63,7 +63,7 @@ def delete_drops_all() -> None:
 
 @case(
     "slots/delete-drops-only-its-own",
-    "without the quirk a deleted slot drops its own leaves, and no others",
+    "with the quirk disabled, deleting a slot drops only that slot's leaves",
     _ZAP_ALL,
     needs.slot_quirk,
     mapping=True,
@@ -77,7 +77,7 @@ def delete_drops_only_its_own() -> None:
 
 @case(
     "slots/delete-in-a-protected-vm",
-    "in a KVM_X86_SW_PROTECTED_VM it is so in any case: the quirk is for ordinary VMs",
+    "in a KVM_X86_SW_PROTECTED_VM, which has no quirk, deleting a slot drops only its leaves",
     _ZAP_ALL,
     needs.software_protected,
     mapping=True,
@@ -91,7 +91,7 @@ def delete_in_a_protected_vm() -> None:
 
 @case(
     "slots/quirk-disabled-later",
-    "the quirk can be disabled when vCPUs have run and memory is prefaulted",
+    "the quirk can be disabled after vCPUs have run and memory is prefaulted",
     "x86.c:kvm_vm_ioctl_enable_cap(), KVM_CAP_DISABLE_QUIRKS2",
     needs.slot_quirk,
     mapping=True,
@@ -107,8 +107,8 @@ def quirk_disabled_later() -> None:
 
 @case(
     "slots/quirk-stays-disabled",
-    "disabling no quirk leaves it disabled, or (until 6.12.78) enables it again",
-    "x86.c:kvm_vm_ioctl_enable_cap(): or, or assignment",
+    "KVM_ENABLE_CAP without quirks keeps a quirk disabled, or (until 6.12.78) enables it again",
+    "x86.c:kvm_vm_ioctl_enable_cap(): |= or =",
     needs.slot_quirk,
     mapping=True,
 )
@@ -119,12 +119,13 @@ def quirk_stays_disabled() -> str:
     grown = fixture.vm.leaves() - before
     fixture.vcpu.warm()
     expect_reads(fixture.vcpu, fixture.memory, None)
-    return "it stays disabled" if grown == Stage2Leaves(PAGES) else "it is enabled again"
+    stays = grown == Stage2Leaves(PAGES)
+    return "the quirk stays disabled" if stays else "the quirk is enabled again"
 
 
 @case(
     "slots/quirk-unknown",
-    "EINVAL for quirks this kernel does not know; nothing is disabled then",
+    "EINVAL for a quirk that this kernel does not know; no quirk is disabled then",
     "x86.c:kvm_vm_ioctl_enable_cap()",
     needs.slot_quirk,
     mapping=True,
@@ -141,7 +142,7 @@ def quirk_unknown() -> None:
 
 @case(
     "slots/create-drops-nothing",
-    "creating a slot drops nothing",
+    "creating a slot drops no tables",
     "mmu/mmu.c:kvm_mmu_slot_... : only deleted and moved slots are flushed (x86.c)",
     mapping=True,
 )
@@ -167,14 +168,14 @@ def _recreate(quirk: bool) -> None:
 
 add(
     "slots/recreate",
-    "a slot that was deleted and made again has to be prefaulted again",
+    "a deleted and re-created slot is unmapped and can be prefaulted again",
     _ZAP_ALL,
     lambda: _recreate(True),
     mapping=True,
 )
 add(
     "slots/recreate-without-quirk",
-    "the same without the quirk",
+    "a deleted and re-created slot is also unmapped with the quirk disabled",
     _ZAP_ALL,
     lambda: _recreate(False),
     needs.slot_quirk,
@@ -190,21 +191,21 @@ def _move(quirk: bool) -> None:
     fixture.vcpu.warm()
     expect_mapped(fixture.vm, before, Stage2Leaves(0))
     result = fixture.vcpu.prefault(GPA, PAGE_SIZE)
-    expect_equal(str(result), "ENOENT, 0x1000 bytes left", "a prefault of where it was")
+    expect_equal(str(result), "ENOENT, 0x1000 bytes left", "a prefault of the old address")
     fixture.vcpu.prefault_all(OTHER_GPA, fixture.size)
     expect_reads(fixture.vcpu, fixture.memory, 0, gpa=OTHER_GPA)
 
 
 add(
     "slots/move",
-    "a moved slot is unmapped where it was, and can be prefaulted where it is",
+    "a moved slot is unmapped at its old address and can be prefaulted at the new one",
     _ZAP_ALL,
     lambda: _move(True),
     mapping=True,
 )
 add(
     "slots/move-without-quirk",
-    "the same without the quirk",
+    "a moved slot is also unmapped at its old address with the quirk disabled",
     _ZAP_ALL,
     lambda: _move(False),
     needs.slot_quirk,
@@ -214,7 +215,7 @@ add(
 
 @case(
     "slots/replaced-memory",
-    "a slot made anew on other memory shows that memory, not what was prefaulted before",
+    "a slot that is re-created with other memory maps that memory",
     _ZAP_ALL,
     mapping=True,
 )

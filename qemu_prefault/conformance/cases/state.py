@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the tables survive: changes of a vCPU's state between the prefault and the guest."""
+"""Changes of a vCPU's state between the prefault and KVM_RUN, which the tables survive."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ..vmm import LONG64, KvmVcpu, KvmVm
 from .common import GPA, PAGES, SLOT, Fixture, expect_reads, expect_writes, make_fixture
 
 _ROLE = (
-    "mmu/mmu.c:kvm_calc_tdp_mmu_root_page_role() has no CR0, CR3, CR4 or EFER in it; a root "
-    "stays without users (tdp_mmu.c:kvm_tdp_mmu_alloc_root())"
+    "mmu/mmu.c:kvm_calc_tdp_mmu_root_page_role() has no CR0, CR3, CR4 or EFER; a root "
+    "stays allocated without users (tdp_mmu.c:kvm_tdp_mmu_alloc_root())"
 )
 
 
@@ -27,7 +27,7 @@ def _paging(vcpu: KvmVcpu) -> None:
 
 
 def _reset(vcpu: KvmVcpu) -> None:
-    """What QEMU does at a reset."""
+    """Set the vCPU's state as QEMU does at a reset."""
     vcpu.set_mode(abi.RESET)
     vcpu.set_cpuid()
     vcpu.set_mode(abi.FLAT32)
@@ -56,12 +56,12 @@ def _same(vcpu: KvmVcpu) -> None:
 
 _CHANGES: tuple[tuple[str, str, Callable[[KvmVcpu], None]], ...] = (
     ("cpuid", "KVM_SET_CPUID2", KvmVcpu.set_cpuid),
-    ("same-sregs", "KVM_SET_SREGS of what is there", _same),
-    ("paging-on", "the guest's change to 64-bit mode", _paging),
+    ("same-sregs", "KVM_SET_SREGS with the current values", _same),
+    ("paging-on", "a change to 64-bit mode", _paging),
     ("reset", "a reset", _reset),
-    ("cr0", "CR0.WP", _cr0),
-    ("cr4", "CR4.PAE", _cr4),
-    ("cr3", "CR3 without paging", _cr3),
+    ("cr0", "a change of CR0.WP", _cr0),
+    ("cr4", "a change of CR4.PAE", _cr4),
+    ("cr3", "a change of CR3 without paging", _cr3),
     ("msr", "KVM_SET_MSRS of the PAT", _pat),
 )
 
@@ -88,7 +88,7 @@ for name, what, change in _CHANGES:
     for has_run in (False, True):
         add(
             f"state/{name}{'-after-run' if has_run else ''}",
-            f"the tables survive {what} of a vCPU that has {'' if has_run else 'not '}run",
+            f"the tables survive {what} on a vCPU that has {'' if has_run else 'not '}run",
             _ROLE,
             lambda change=change, has_run=has_run: _survives(change, has_run),  # type: ignore[misc]
             mapping=True,
@@ -96,7 +96,7 @@ for name, what, change in _CHANGES:
 
 
 def _across_modes(first: abi.CpuMode, then: abi.CpuMode) -> None:
-    """Prefault in one CPU mode, by a vCPU of its own, and use it in another."""
+    """Prefault on a vCPU in one CPU mode, and use the memory on a vCPU in another mode."""
     fixture = make_fixture()
     helper = fixture.vm.vcpu(mode=first)
     before = fixture.vm.leaves()
@@ -113,7 +113,7 @@ for first, first_mode in _MODES.items():
     for then in ("protected", "long"):
         add(
             f"state/{first}-then-{then}",
-            f"what a vCPU in {first} mode maps is there for one in {then} mode: one root for both",
+            f"pages that a vCPU in {first} mode maps are mapped for another vCPU in {then} mode",
             _ROLE,
             lambda first=first_mode, then=_MODES[then]: _across_modes(first, then),  # type: ignore[misc]
             mapping=True,
@@ -122,7 +122,7 @@ for first, first_mode in _MODES.items():
 
 @case(
     "state/init",
-    "the tables survive an INIT of the vCPU, as firmware sends to the others",
+    "the tables survive an INIT of the vCPU, which firmware sends to application processors",
     "x86.c:kvm_vcpu_reset()",
     mapping=True,
 )
@@ -140,7 +140,7 @@ def init() -> None:
 
 @case(
     "state/vcpu-closed",
-    "the tables survive the vCPU that made them: its descriptor and its mapping are gone",
+    "the tables survive after the vCPU that filled them is closed",
     _ROLE,
     mapping=True,
 )
@@ -164,7 +164,7 @@ def _repeatedly(fixture: Fixture) -> None:
 
 @case(
     "state/many-resets",
-    "resets and prefaults in turn add nothing: the root is found again each time",
+    "repeated resets and prefaults add no leaves: KVM finds the same root each time",
     _ROLE,
     mapping=True,
 )

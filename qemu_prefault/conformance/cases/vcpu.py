@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The vCPU's state when the ioctl comes: never run, idle, running, halted."""
+"""The state of the vCPU when the ioctl starts: never run, idle, running or halted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ROOT = "mmu/tdp_mmu.c:kvm_tdp_mmu_alloc_root(): roots are found by their role a
 
 
 def _fresh(*, cpuid: bool = True, mode: abi.CpuMode = abi.FLAT32) -> Fixture:
-    """A VM whose vCPU has never run."""
+    """Return a fixture whose vCPU has never run."""
     memory = small(PAGES * PAGE_SIZE)
     memory.write()
     vm = KvmVm()
@@ -32,7 +32,7 @@ def _fresh(*, cpuid: bool = True, mode: abi.CpuMode = abi.FLAT32) -> Fixture:
     return Fixture(vm, vcpu, memory)
 
 
-@case("vcpu/never-run", "a vCPU that has never run can be used", _ROOT, mapping=True)
+@case("vcpu/never-run", "a vCPU that has never run can prefault", _ROOT, mapping=True)
 def never_run() -> None:
     fixture = _fresh()
     before = fixture.vm.leaves()
@@ -44,7 +44,7 @@ def never_run() -> None:
 
 @case(
     "vcpu/just-created",
-    "so can one without CPUID or registers, straight from KVM_CREATE_VCPU",
+    "a vCPU can prefault right after KVM_CREATE_VCPU, without CPUID or registers",
     "x86.c:kvm_arch_vcpu_create()",
     mapping=True,
 )
@@ -59,7 +59,12 @@ def just_created() -> None:
     expect_writes(fixture.vcpu, fixture.memory, 0)
 
 
-@case("vcpu/run-and-idle", "so can one that ran and is out of KVM_RUN", _ROOT, mapping=True)
+@case(
+    "vcpu/run-and-idle",
+    "a vCPU that has run and is out of KVM_RUN can prefault",
+    _ROOT,
+    mapping=True,
+)
 def run_and_idle() -> None:
     fixture = make_fixture()
     fixture.vcpu.write(GPA, 4, 0x77)
@@ -69,7 +74,7 @@ def run_and_idle() -> None:
 
 @case(
     "vcpu/never-run-for-a-later-one",
-    "what a vCPU maps that never runs is there for one that is created later",
+    "pages that a never-run vCPU maps are also mapped for a vCPU created later",
     _ROOT,
     mapping=True,
 )
@@ -83,7 +88,7 @@ def for_a_later_one() -> None:
 
 @case(
     "vcpu/never-run-for-one-that-runs",
-    "what a vCPU maps that never runs is there for one that has run before",
+    "pages that a never-run vCPU maps are also mapped for a vCPU that has run before",
     _ROOT,
     mapping=True,
 )
@@ -96,7 +101,7 @@ def for_one_that_runs() -> None:
 
 @case(
     "vcpu/running-blocks",
-    "on a vCPU in KVM_RUN it waits until that returns, however often it is signalled",
+    "on a vCPU in KVM_RUN, the ioctl waits until KVM_RUN returns; signals do not end the wait",
     _MUTEX,
     needs.known_ioctl,
 )
@@ -104,15 +109,15 @@ def running_blocks() -> None:
     fixture = make_fixture()
     with RunningVcpu(fixture.vcpu, guest_code.COUNT, rbx=COUNTER) as running:
         running.wait_progress()
-        # Blocked signals: it is the wait for the mutex that is looked at, not what comes after.
+        # Block signals: the case checks the wait for the mutex, not the ioctl after it.
         task = BackgroundCall(lambda: _without_signals(fixture.vcpu, fixture.size))
         task.wait_state("D")
         for _ in range(5):
             task.interrupt()
             running.wait_progress()
-            expect(task.is_alive(), "a signal has ended the wait")
+            expect(task.is_alive(), "a signal has ended the wait for the vCPU")
     answer = task.result()
-    expect(_or_refused(answer), f"errno {answer} once the vCPU is out")
+    expect(_or_refused(answer), f"errno {answer} after KVM_RUN has returned")
     fixture.vcpu.kick(False)
     expect_reads(fixture.vcpu, fixture.memory, None if answer else 0)
 
@@ -128,7 +133,7 @@ def _or_refused(answer: int) -> bool:
 
 @case(
     "vcpu/running-killed",
-    "SIGKILL ends that wait: a process with both threads dies at once",
+    "SIGKILL ends the wait for a vCPU in KVM_RUN: a process with both threads dies at once",
     _MUTEX,
     needs.known_ioctl,
 )
@@ -146,15 +151,15 @@ def running_killed() -> None:
         finally:
             os._exit(1)
     os.close(writer)
-    expect_equal(os.read(reader, 1), b"!", "the child's sign that it waits")
+    expect_equal(os.read(reader, 1), b"!", "the child's report that it waits")
     os.kill(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    expect_equal(status, -signal.SIGKILL, "the child's end")
+    expect_equal(status, -signal.SIGKILL, "the child's exit status")
 
 
 @case(
     "vcpu/halted-blocks",
-    "so it is on a vCPU that waits in hlt inside KVM_RUN: nothing runs, and still it waits",
+    "on a vCPU that waits in hlt inside KVM_RUN, the ioctl also waits, although nothing runs",
     _MUTEX + "; x86.c:vcpu_block() is inside KVM_RUN",
     needs.known_ioctl,
 )
@@ -165,11 +170,11 @@ def halted_blocks() -> None:
     running.task.wait_state("S")
     task = BackgroundCall(lambda: _without_signals(fixture.vcpu, fixture.size))
     task.wait_state("D")
-    expect(task.is_alive(), "it has not waited")
-    expect_equal(running.stop(), abi.EXIT_INTR, "how the halted vCPU ended")
+    expect(task.is_alive(), "the ioctl did not wait for the vCPU")
+    expect_equal(running.stop(), abi.EXIT_INTR, "the last exit of the halted vCPU")
     answer = task.result()
-    expect(_or_refused(answer), f"errno {answer} once the vCPU is out")
-    expect(fixture.vcpu.stat("halt_exits") > halts, "the vCPU has not halted")
+    expect(_or_refused(answer), f"errno {answer} after KVM_RUN has returned")
+    expect(fixture.vcpu.stat("halt_exits") > halts, "the vCPU did not halt")
     reader = fixture.vm.vcpu()
     reader.warm()
     expect_reads(reader, fixture.memory, None if answer else 0)
@@ -177,7 +182,7 @@ def halted_blocks() -> None:
 
 @case(
     "vcpu/halted-and-out",
-    "a halted vCPU that is out of KVM_RUN can be used",
+    "a halted vCPU that is out of KVM_RUN can prefault",
     _ROOT,
     mapping=True,
 )
@@ -196,7 +201,7 @@ def halted_and_out() -> None:
 
 @case(
     "vcpu/waiting-for-sipi",
-    "a vCPU that waits for its start-up interrupt can be used before it ever ran",
+    "a vCPU that waits for its start-up interrupt (SIPI) can prefault",
     _ROOT,
     mapping=True,
 )
@@ -212,8 +217,8 @@ def waiting_for_sipi() -> None:
 
 @case(
     "vcpu/immediate-exit",
-    "a vCPU that was told to leave KVM_RUN at once can be used all the same",
-    "x86.c:kvm_arch_vcpu_ioctl_run() looks at immediate_exit, the ioctl does not",
+    "a vCPU with immediate_exit set can still prefault",
+    "x86.c:kvm_arch_vcpu_ioctl_run() checks immediate_exit, the ioctl does not",
     mapping=True,
 )
 def immediate_exit() -> None:
@@ -226,7 +231,7 @@ def immediate_exit() -> None:
 
 @case(
     "vcpu/another-runs",
-    "a vCPU that is out can be used while another one runs, and that one goes on",
+    "a vCPU out of KVM_RUN can prefault while another vCPU runs, and does not interrupt it",
     "mmu/mmu.c:kvm_tdp_mmu_page_fault() takes mmu_lock for reading",
     mapping=True,
 )
@@ -244,7 +249,7 @@ def another_runs() -> None:
 
 
 def _between_runs(times: int) -> None:
-    """Run, prefault a part, run on that part: over and over."""
+    """Prefault one page and make the guest write it, for a number of pages."""
     fixture = make_fixture()
     for page in range(times):
         fixture.vcpu.prefault_all(GPA + page * PAGE_SIZE, PAGE_SIZE)
@@ -256,7 +261,7 @@ def _between_runs(times: int) -> None:
 
 add(
     "vcpu/between-runs",
-    "runs and prefaults can take turns on one vCPU, page by page",
+    "prefaults and runs can alternate on one vCPU, page by page",
     _ROOT,
     lambda: _between_runs(16),
     mapping=True,
@@ -265,21 +270,21 @@ add(
 
 @case(
     "vcpu/with-an-exit-not-yet-completed",
-    "after an exit for MMIO that userspace has yet to complete, the guest goes on as it should",
-    "x86.c:complete_emulated_mmio(); prefault leaves kvm_run alone unless it is interrupted",
+    "a prefault between an MMIO exit and its completion does not disturb the MMIO",
+    "x86.c:complete_emulated_mmio(); a prefault changes kvm_run only if it is interrupted",
     mapping=True,
 )
 def exit_not_yet_completed() -> None:
     fixture = make_fixture()
     hole = GPA - 64 * PAGE_SIZE
-    # Two words: one of the hole, one of memory.
+    # The guest reads two words: one from the hole, one from memory.
     fixture.vcpu.start_at(guest_code.READ_32, rsi=hole, rcx=2, rdx=64 * PAGE_SIZE)
     expect_equal(fixture.vcpu.run(), abi.EXIT_MMIO, "the exit")
     fixture.vcpu.kvm_run[40:44] = (1000).to_bytes(4, "little")
     before = fixture.vcpu.stat("pf_taken")
     fixture.vcpu.prefault_all(GPA, fixture.size)
-    expect_equal(fixture.vcpu.mmio, (hole, False), "the MMIO that kvm_run tells of")
-    expect_equal(fixture.vcpu.run(), abi.EXIT_IO, "the end of the guest's program")
+    expect_equal(fixture.vcpu.mmio, (hole, False), "the MMIO in kvm_run")
+    expect_equal(fixture.vcpu.run(), abi.EXIT_IO, "the exit of the guest's program")
     value = fixture.vcpu.registers()["rbx"] & 0xFFFFFFFF
     expect_equal(value, 1000 + fixture.memory.word(0), "the sum that the guest reads")
     expect_equal(fixture.vcpu.stat("pf_taken") - before, 0, "faults after the prefault")

@@ -9,10 +9,8 @@
 #include <string.h>
 #include <unistd.h>
 
-#define NO_LIMIT (1ull << 62) /* v1 says "none" by LONG_MAX rounded down to a page */
+#define NO_LIMIT (1ull << 62) /* cgroup v1 reports "no limit" as LONG_MAX rounded down to a page */
 #define DIGITS_MAX 19
-
-// -- numbers -------------------------------------------------------------------------------
 
 static bool read_text(int fd, char *text, size_t size)
 {
@@ -29,7 +27,7 @@ static bool is_space(char c)
 	return c == ' ' || (c >= '\t' && c <= '\r');
 }
 
-/* A number that ends where a word does. */
+/* Parse a decimal number that is followed by white space or the end of the text. */
 static bool parse_number(const char *text, uint64_t *number)
 {
 	size_t digits = strspn(text, "0123456789");
@@ -40,7 +38,7 @@ static bool parse_number(const char *text, uint64_t *number)
 	return true;
 }
 
-/* A file's only number; false if it has none ("max", or no such file). */
+/* Read a file that holds one number. False if it holds "max" or could not be read. */
 static bool read_number(int fd, uint64_t *number)
 {
 	char text[64];
@@ -65,7 +63,7 @@ static bool read_number_at(int directory, const char *name, uint64_t *number)
 	return found;
 }
 
-/* The number after a key that begins a line, of memory.stat ("key 1") or meminfo ("Key: 1 kB"). */
+/* Read the number after a key at the start of a line: memory.stat "key 1", meminfo "Key: 1 kB". */
 static bool read_value(int fd, const char *key, uint64_t *number)
 {
 	char text[8192];
@@ -94,8 +92,6 @@ uint64_t pf_headroom_host(int32_t meminfo_fd)
 	return read_value(meminfo_fd, "MemAvailable:", &kib) ? kib << 10 : HEADROOM_UNLIMITED;
 }
 
-// -- which cgroup --------------------------------------------------------------------------
-
 static bool has_word(const char *list, const char *word)
 {
 	size_t length = strlen(word);
@@ -108,17 +104,17 @@ static bool has_word(const char *list, const char *word)
 	return false;
 }
 
-/* The process's path in the hierarchy that has the controller: a v1 one, or that of v2. */
+/* Find the process's path in the hierarchy of the controller: its v1 hierarchy, else v2. */
 static bool find_path(const char *cgroup_file, const char *controller, char *path, size_t size,
 		      int32_t *unified)
 {
 	FILE *file = fopen(cgroup_file, "re");
 	char *line = NULL;
-	size_t room = 0;
+	size_t capacity = 0;
 	bool found = false;
 
 	*unified = 1;
-	while (file && getline(&line, &room, file) > 0) { /* hierarchy:controllers:path */
+	while (file && getline(&line, &capacity, file) > 0) { /* hierarchy:controllers:path */
 		char *controllers = strchr(line, ':');
 		char *behind = controllers ? strchr(++controllers, ':') : NULL;
 
@@ -137,7 +133,7 @@ static bool find_path(const char *cgroup_file, const char *controller, char *pat
 	return found;
 }
 
-/* show_mountinfo() writes space, tab, newline, backslash and # in octal. */
+/* show_mountinfo() (fs/proc_namespace.c) escapes space, tab, newline, backslash and # in octal. */
 static void unescape(char *text)
 {
 	char *to = text;
@@ -161,7 +157,7 @@ static void strip_slashes(char *text)
 		text[--length] = '\0';
 }
 
-/* Where a mount shows a path of its hierarchy; false: it shows another part. */
+/* Find a cgroup's directory below a mount point. False if the mount does not contain it. */
 static bool place(const char *root, const char *point, const char *path,
 		  struct headroom_group *group)
 {
@@ -184,13 +180,13 @@ int pf_headroom_find_group(const char *cgroup_file, const char *mountinfo_file,
 	char path[sizeof(group->directory)];
 	FILE *file;
 	char *line = NULL;
-	size_t room = 0;
+	size_t capacity = 0;
 	bool found = false;
 
 	if (!find_path(cgroup_file, controller, path, sizeof(path), &group->unified))
 		return 0;
 	file = fopen(mountinfo_file, "re");
-	while (file && !found && getline(&line, &room, file) > 0) {
+	while (file && !found && getline(&line, &capacity, file) > 0) {
 		char *dash = strstr(line, " - "), *rest = line, *root, *point, *kind, *options;
 
 		if (!dash)
@@ -230,8 +226,6 @@ int pf_headroom_parent(struct headroom_group *group)
 	return 1;
 }
 
-// -- memory cgroups ------------------------------------------------------------------------
-
 void pf_headroom_open_group(const struct headroom_group *group, struct headroom_files *files)
 {
 	int directory = open(group->directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -242,14 +236,17 @@ void pf_headroom_open_group(const struct headroom_group *group, struct headroom_
 	if (directory < 0)
 		return;
 	files->max = openat(directory, max, O_RDONLY | O_CLOEXEC);
-	/* It does not kill, but it throttles the populating thread to a crawl. */
+	/*
+	 * Exceeding memory.high kills nothing, but the kernel then throttles the thread that
+	 * populates (mm/memcontrol.c, mem_cgroup_handle_over_high()).
+	 */
 	if (group->unified)
 		files->high = openat(directory, "memory.high", O_RDONLY | O_CLOEXEC);
 	files->usage = openat(directory, usage, O_RDONLY | O_CLOEXEC);
 	files->stat = openat(directory, "memory.stat", O_RDONLY | O_CLOEXEC);
 	close(directory);
 	if (files->usage < 0 || (files->max < 0 && files->high < 0))
-		pf_headroom_close_group(files); /* the root has none */
+		pf_headroom_close_group(files); /* the root cgroup has no limit files */
 }
 
 void pf_headroom_close_group(struct headroom_files *files)
@@ -272,7 +269,7 @@ uint64_t pf_headroom_group(const struct headroom_files *files, uint64_t least)
 		limit = high;
 	if (limit >= NO_LIMIT || !read_number(files->usage, &usage))
 		return least;
-	/* memory.stat is long, and can only add to what is left. */
+	/* memory.stat is long and can only raise the result: read it only if needed. */
 	if (left_of(limit, usage) >= least)
 		return least;
 	if (read_value(files->stat, files->unified ? "inactive_file" : "total_inactive_file",
@@ -280,8 +277,6 @@ uint64_t pf_headroom_group(const struct headroom_files *files, uint64_t least)
 		limit += reclaimable;
 	return left_of(limit, usage) < least ? left_of(limit, usage) : least;
 }
-
-// -- hugetlb -------------------------------------------------------------------------------
 
 uint64_t pf_headroom_hugetlb_group(int32_t directory_fd, int32_t unified, uint64_t page_size)
 {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * How much more memory a process may take, by the files in which the kernel tells: bytes, or
- * HEADROOM_UNLIMITED where there is no limit or none can be read.
+ * Compute how much more memory a process may allocate, from /proc, sysfs and cgroup files. All
+ * results are in bytes. HEADROOM_UNLIMITED means that no limit is set or none could be read.
  *
- * Process.memory_headroom() and hugetlb_free() answer the same for the agents that work from
- * outside; tests/unit/test_headroom_agreement.py holds both to one table.
+ * In Python, Process.memory_headroom() and hugetlb_free() compute the same for backends outside
+ * QEMU. tests/unit/test_headroom_agreement.py checks both against one table.
  */
 #ifndef QEMU_PREFAULT_HEADROOM_H
 #define QEMU_PREFAULT_HEADROOM_H
@@ -13,39 +13,47 @@
 
 #define HEADROOM_UNLIMITED UINT64_MAX
 
-/* The directory of a process's own cgroup; its ancestors' are the beginnings of that path. */
+/* The directory of a process's cgroup. The directories of its ancestors are prefixes of it. */
 struct headroom_group {
 	char directory[4096];
-	uint32_t root_length; /* the path's length down to where the hierarchy is mounted */
-	int32_t unified;      /* of the v2 hierarchy */
+	uint32_t root_length; /* length of the hierarchy's mount point within directory */
+	int32_t unified;      /* 1: cgroup v2; 0: v1 */
 };
 
-/* A memory cgroup's files, held open; -1: there is none. */
+/* Open descriptors of a memory cgroup's files; -1 if the file does not exist. */
 struct headroom_files {
 	int32_t max, high, usage, stat;
 	int32_t unified;
 };
 
-/* MemAvailable, by a descriptor of /proc/meminfo. */
+/* Return MemAvailable, read from a descriptor of /proc/meminfo. */
 uint64_t pf_headroom_host(int32_t meminfo_fd);
 
 /*
- * Find a process's cgroup by the text of its /proc/PID/cgroup and our /proc/self/mountinfo, both
- * given as paths of files. The controller is "memory" or "hugetlb". Returns 0 if it is not seen.
+ * Find a process's cgroup. cgroup_file is the path of its /proc/PID/cgroup, mountinfo_file that
+ * of our /proc/self/mountinfo. The controller is "memory" or "hugetlb". Returns 1, or 0 if no
+ * mount shows the cgroup.
  */
 int pf_headroom_find_group(const char *cgroup_file, const char *mountinfo_file,
 			   const char *controller, struct headroom_group *group);
-/* Go on to the parent; 0: that was the root. */
+/* Change group to its parent. Returns 0 if group is the root of its hierarchy. */
 int pf_headroom_parent(struct headroom_group *group);
 
+/* Open the files of a memory cgroup. All descriptors are -1 if it has no limit files. */
 void pf_headroom_open_group(const struct headroom_group *group, struct headroom_files *files);
 void pf_headroom_close_group(struct headroom_files *files);
-/* What a memory cgroup leaves, inactive page cache counted as available; at most `least`. */
+/*
+ * Return the bytes that a memory cgroup still allows, or `least` if that is less. Inactive page
+ * cache counts as available.
+ */
 uint64_t pf_headroom_group(const struct headroom_files *files, uint64_t least);
 
-/* The same of a hugetlb cgroup, by a descriptor of its directory. */
+/* Return the bytes that a hugetlb cgroup still allows. directory_fd is the cgroup's directory. */
 uint64_t pf_headroom_hugetlb_group(int32_t directory_fd, int32_t unified, uint64_t page_size);
-/* What a pool has, by a descriptor of /sys/kernel/mm/hugepages; 0 without such a pool. */
+/*
+ * Return the free bytes of the hugetlb pool of that page size, including pages that it may still
+ * overcommit; 0 if no such pool exists. directory_fd is /sys/kernel/mm/hugepages.
+ */
 uint64_t pf_headroom_hugetlb_pool(int32_t directory_fd, uint64_t page_size);
 
 #endif

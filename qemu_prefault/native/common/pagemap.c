@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-/* What is mapped in another process, and how: /proc/PID/pagemap. */
+/* Read which pages of a process are mapped, and how, from /proc/PID/pagemap. */
 #define _GNU_SOURCE
 #include "pagemap.h"
 
@@ -8,7 +8,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* Documentation/admin-guide/mm/pagemap.rst; the uapi headers of Debian 12 lack it. */
+/* Documentation/admin-guide/mm/pagemap.rst. The uapi headers of Debian 12 lack PAGEMAP_SCAN. */
 struct page_region_6_7 {
 	uint64_t start, end, categories;
 };
@@ -35,7 +35,7 @@ struct scan {
 	uint64_t must_be, must_not_be; /* categories */
 };
 
-/* One PAGEMAP_SCAN call: regions filled, or -errno; *next is where to go on. */
+/* Issue one PAGEMAP_SCAN. Returns the number of regions or -errno; *next is where it stopped. */
 static long scan_categories(const struct scan *scan, uint64_t start, uint64_t end,
 			    struct page_region_6_7 *found, size_t count, uint64_t *next)
 {
@@ -49,7 +49,7 @@ static long scan_categories(const struct scan *scan, uint64_t start, uint64_t en
 		.category_mask = scan->must_be | scan->must_not_be,
 		.return_mask = CATEGORY_PRESENT,
 	};
-	/* By number: in the plugin, ioctl() may be the plugin's own (plugin/os.h). */
+	/* Not ioctl(): in the plugin that name may resolve to the plugin's hook (plugin/os.h). */
 	long got = syscall(SYS_ioctl, scan->fd, PAGEMAP_SCAN_6_7, &arg);
 
 	if (got < 0)
@@ -58,7 +58,7 @@ static long scan_categories(const struct scan *scan, uint64_t start, uint64_t en
 	return got;
 }
 
-/* The same from pagemap's entries, for older kernels. */
+/* Do the same with pagemap entries, for kernels without PAGEMAP_SCAN (before 6.7). */
 static long scan_entries(const struct scan *scan, uint64_t start, uint64_t end,
 			 struct page_region_6_7 *found, size_t count, uint64_t *next)
 {
@@ -121,9 +121,9 @@ long pf_pagemap_writable(int32_t fd, uint64_t start, uint64_t end, int32_t is_pr
 
 	*next = start;
 	while (*next < end && used < count) {
-		size_t room = count - used < SCAN_REGIONS ? count - used : SCAN_REGIONS;
+		size_t capacity = count - used < SCAN_REGIONS ? count - used : SCAN_REGIONS;
 		uint64_t from = *next;
-		long got = scan_some(&scan, from, end, found, room, next);
+		long got = scan_some(&scan, from, end, found, capacity, next);
 
 		if (got < 0)
 			return got;
@@ -137,7 +137,7 @@ long pf_pagemap_writable(int32_t fd, uint64_t start, uint64_t end, int32_t is_pr
 					(struct pagemap_region){ found[i].start,
 								 found[i].end - found[i].start };
 		}
-		if (*next <= from) /* a kernel that makes no headway must not hang us */
+		if (*next <= from) /* no progress: fail rather than loop forever */
 			return -EIO;
 	}
 	return (long)used;

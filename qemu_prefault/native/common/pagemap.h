@@ -10,20 +10,20 @@ struct pagemap_region {
 };
 
 /*
- * Pages of [start, end) that a read fault of KVM maps writable: present, not the
- * zero page, and in a private mapping not still the file's page. Fills regions[]
- * with at most count regions in ascending order and sets *next to where the scan
- * stopped (end when it is complete). Returns the number of regions, or -errno.
+ * Find the pages of [start, end) that a read fault of KVM maps writable. Such a page is present
+ * and not the zero page. In a private mapping it is also not a page of the file's page cache.
+ * Fills regions[] with at most count regions in ascending order and sets *next to where the scan
+ * stopped (end if it is complete). Returns the number of regions, or -errno.
  *
- * PAGEMAP_SCAN (Linux 6.7) where it exists; else /proc/PID/pagemap entries, which
- * cannot tell the zero page from others.
+ * Uses PAGEMAP_SCAN (Linux 6.7) if the kernel has it, else /proc/PID/pagemap entries. Those do
+ * not distinguish the zero page from other pages.
  */
 long pf_pagemap_writable(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
 			 struct pagemap_region *regions, size_t count, uint64_t *next);
 
 /*
- * Sums over [start, end), in bytes. *present: mapped in the process at all;
- * *writable: as above. Returns 0 or -errno.
+ * Count bytes in [start, end): *present is mapped in the process, *writable is what
+ * pf_pagemap_writable() finds. Returns 0 or -errno.
  */
 long pf_pagemap_sum(int32_t fd, uint64_t start, uint64_t end, int32_t is_private, uint64_t *present,
 		    uint64_t *writable);

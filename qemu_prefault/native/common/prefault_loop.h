@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * The one prefault loop, shared by the helper and the plugin.
+ * The prefault loop, shared by the helper and the plugin.
  *
- * It is handed a batch of ranges and works through them in bounded chunks:
- * MADV_POPULATE_WRITE for a host range, KVM_PRE_FAULT_MEMORY for a guest range.
- * It runs inside QEMU, without libc, so the file is freestanding: no globals,
- * no string literals, no calls that a compiler could turn into memcpy().
+ * It processes ranges in bounded chunks: MADV_POPULATE_WRITE for a host range,
+ * KVM_PRE_FAULT_MEMORY for a guest range. The helper runs inside QEMU without libc, so this file
+ * is freestanding: no globals, no string literals, no code that a compiler could turn into a call
+ * of memcpy().
  *
- * Why chunks: KVM holds kvm->srcu for the whole ioctl (virt/kvm/kvm_main.c,
- * kvm_vcpu_pre_fault_memory()), so every memslot change waits for it.
- * Why a clock: on kernels without commits 20a6cff3b283 (v6.15) and 3ccbf6f47098
- * (v6.18) the ioctl can retry for ever, and only a signal gets it out.
+ * Chunks are bounded because KVM holds kvm->srcu during the whole ioctl
+ * (virt/kvm/kvm_main.c, kvm_vcpu_pre_fault_memory()), and every memslot change waits for it.
+ * The loop measures time because on kernels without commits 20a6cff3b283 (v6.15) and
+ * 3ccbf6f47098 (v6.18) the ioctl can retry forever, until the thread gets a signal.
  */
 #ifndef QEMU_PREFAULT_PREFAULT_LOOP_H
 #define QEMU_PREFAULT_PREFAULT_LOOP_H
@@ -21,20 +21,20 @@
 #include "prefault_range.h"
 #include "syscall_x86_64.h"
 
-/* Linux 6.11 uapi; spelt out because a distribution's headers may be older. */
+/* Linux 6.11 uapi. Defined here because the installed kernel headers may be older. */
 struct kvm_pre_fault_memory_args {
 	uint64_t gpa;
-	uint64_t size; /* in: bytes wanted; out: bytes left, also on errors */
+	uint64_t size; /* in: bytes requested; out: bytes left, also on error */
 	uint64_t flags;
 	uint64_t padding[5];
 };
 #define PREFAULT_IOCTL 0xC040AED5ul	/* _IOWR(KVMIO, 0xd5, struct kvm_pre_fault_memory) */
 #define PREFAULT_MADV_POPULATE_WRITE 23 /* Linux 5.14 */
-#define PREFAULT_CLOCK_MONOTONIC 1	/* <time.h> is libc's */
+#define PREFAULT_CLOCK_MONOTONIC 1	/* <time.h> belongs to libc */
 
 /*
- * What the loop needs of its surroundings. Both run between chunks.
- * go_on: 0 ends the batch. before_ioctl: re-arm whatever interrupts a stuck ioctl.
+ * Callbacks of the loop's caller. Both run between chunks. If go_on returns 0 the batch ends.
+ * before_ioctl re-arms the timer that interrupts a stuck ioctl.
  */
 struct prefault_hooks {
 	int (*go_on)(void *context);
@@ -48,12 +48,12 @@ static inline uint64_t prefault_now_ns(void)
 		int64_t seconds, nanoseconds;
 	} now;
 
-	/* clock_gettime(CLOCK_MONOTONIC) by system call: there is no vDSO without libc. */
+	/* A system call, because only libc knows the address of the vDSO's clock_gettime(). */
 	prefault_syscall3(__NR_clock_gettime, PREFAULT_CLOCK_MONOTONIC, (long)&now, 0);
 	return (uint64_t)now.seconds * 1000000000u + (uint64_t)now.nanoseconds;
 }
 
-/* One bounded step. Returns bytes done; *error is 0 or a positive errno. */
+/* Do one bounded step. Returns the bytes done; *error is 0 or a positive errno. */
 static inline uint64_t prefault_step(const struct prefault_range *range, uint64_t bytes,
 				     int vcpu_fd, int *error)
 {
@@ -96,7 +96,7 @@ static inline void prefault_run_range(struct prefault_range *range, int vcpu_fd,
 		range->done += step;
 		if (step)
 			progress_at = now;
-		/* A signal, or (since 3ccbf6f47098) a slot that is being deleted. */
+		/* EINTR: a signal. EAGAIN: the slot is being deleted (3ccbf6f47098, v6.18). */
 		if (error == EINTR || error == EAGAIN) {
 			if (now - progress_at < limits->stuck_ns)
 				continue;

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-/* A batch of ranges, as whoever asks for it hands it to prefault_loop.h, and gets it back. */
+/* The ranges and limits that callers pass to prefault_loop.h. */
 #ifndef QEMU_PREFAULT_PREFAULT_RANGE_H
 #define QEMU_PREFAULT_PREFAULT_RANGE_H
 
 #include <errno.h>
 #include <stdint.h>
 
-/* "No progress within the time limit": not an errno the two calls return. */
+/* No progress within the time limit. Neither of the two system calls returns this errno. */
 #define PREFAULT_STUCK ETIME
-/* "Told to stop before this range was complete": likewise. */
+/* Stopped on request before this range was complete. Neither call returns this errno. */
 #define PREFAULT_ABORTED ECANCELED
 
 enum prefault_kind {
@@ -25,8 +25,8 @@ struct prefault_range {
 };
 
 struct prefault_limits {
-	uint64_t chunk_bytes; /* most that one system call is asked for */
-	uint64_t stuck_ns;    /* give a range up after so long without progress */
+	uint64_t chunk_bytes; /* maximum size of one system call */
+	uint64_t stuck_ns;    /* abandon a range after this time without progress */
 };
 
 #endif

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-/* System calls without libc, and so without errno: the result, or a negative errno. */
+/* System calls without libc. They return the result or a negative errno, and do not set errno. */
 #ifndef QEMU_PREFAULT_SYSCALL_X86_64_H
 #define QEMU_PREFAULT_SYSCALL_X86_64_H
 
 #include <asm/unistd.h>
 
-#define SYSCALL_BYTES 2 /* of the instruction */
+#define SYSCALL_BYTES 2 /* length of the instruction */
 
 static inline long prefault_syscall3(long number, long a, long b, long c)
 {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * The C under qemu_prefault/conformance: ioctls with a time limit, and from a task that only
- * shares memory.
+ * C functions for qemu_prefault/conformance: ioctls with a time limit, and ioctls from a task
+ * that shares only our memory.
  *
- * Why a time limit: kernels without commits 20a6cff3b283 (v6.15) and 3ccbf6f47098 (v6.18) can
- * retry KVM_PRE_FAULT_MEMORY for ever, and only a signal to the thread in it gets it out.
+ * The time limit is needed because kernels without commits 20a6cff3b283 (v6.15) and 3ccbf6f47098
+ * (v6.18) can retry KVM_PRE_FAULT_MEMORY forever, until the calling thread gets a signal.
  */
 #define _GNU_SOURCE
 #include "vmm.h"
@@ -35,7 +35,7 @@ static void interrupt_only(int number)
 
 int pf_vmm_init(void)
 {
-	/* No SA_RESTART: what is interrupted has to say so. */
+	/* No SA_RESTART: an interrupted system call must return EINTR. */
 	struct sigaction action = { .sa_handler = interrupt_only };
 
 	return sigaction(pf_vmm_signal(), &action, NULL) ? -errno : 0;
@@ -54,7 +54,7 @@ long pf_vmm_ioctl_limited(int32_t fd, uint64_t request, uint64_t argument, uint6
 	struct itimerspec when = {
 		.it_value = { .tv_sec = (time_t)(limit_ns / SECOND_NS),
 			      .tv_nsec = (long)(limit_ns % SECOND_NS) },
-		/* Again: the first may come just before the ioctl. */
+		/* Repeat, because the first signal may arrive just before the ioctl starts. */
 		.it_interval = { .tv_nsec = TICK_NS },
 	};
 	timer_t timer;
@@ -95,7 +95,7 @@ long pf_vmm_ioctl_in_clone(int32_t fd, uint64_t request, uint64_t argument)
 
 	if (!stack)
 		return -ENOMEM;
-	/* CLONE_VFORK: we wait, because the child uses our thread's errno. */
+	/* CLONE_VFORK suspends this thread, because the child uses its errno. */
 	int pid = clone(issue_ioctl, stack + STACK_BYTES, CLONE_VM | CLONE_VFORK | SIGCHLD, &call);
 
 	if (pid < 0)

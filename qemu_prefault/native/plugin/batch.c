@@ -12,7 +12,7 @@
 #include "host_ranges.h"
 #include "state.h"
 
-/* A part of a batch from outside, run by a thread of our own on a vCPU that is stopped. */
+/* One thread's part of a batch, and the stopped vCPU that it uses. */
 struct batch_worker {
 	struct vcpu *vcpu;
 	struct worker_ranges assigned;
@@ -33,7 +33,7 @@ bool pf_batch_running(void)
 	return batch.running;
 }
 
-/* A batch waits for a vCPU that was resumed, or in an ioctl that does not end. */
+/* Interrupt workers that are stuck in the ioctl, and vCPUs that were resumed under a batch. */
 void pf_batch_kick(void)
 {
 	for (size_t i = 0; batch.running && i < batch.count; i++) {
@@ -43,7 +43,7 @@ void pf_batch_kick(void)
 	}
 }
 
-/* Between two chunks; stands aside while a slot is changed. */
+/* Called between two chunks. Waits while QEMU changes a memslot. */
 static int batch_goes_on(void *context)
 {
 	struct batch_worker *worker = context;
@@ -56,7 +56,7 @@ static int batch_goes_on(void *context)
 	}
 	while (atomic_load(&pf_slot_changes))
 		pthread_cond_wait(&pf_changed, &pf_lock);
-	/* The ioctl would wait for a vCPU in the guest; populating need not. */
+	/* If the vCPU is in the guest, the ioctl would wait for it. Populating does not. */
 	go_on = !atomic_load(&batch.abort) &&
 		!(worker->in_stage2 && atomic_load(&worker->vcpu->in_guest));
 	if (go_on) {
@@ -89,9 +89,9 @@ static void *run_worker(void *context)
 		struct prefault_range *range = &worker->assigned.ranges[i];
 
 		/*
-		 * Not pf_vcpu_can_prefault(): a root that may be obsolete is tried. Loading a
-		 * snapshot sets the registers, and with them a new root, after it has dropped the
-		 * tables.
+		 * Do not check pf_vcpu_can_prefault(): try the ioctl even if the root may be
+		 * obsolete. When QEMU loads a snapshot, it sets the registers after the tables
+		 * were dropped, and KVM then uses a new root.
 		 */
 		if (range->kind == PREFAULT_STAGE2 && stuck) {
 			range->error = PREFAULT_STUCK;
@@ -137,7 +137,7 @@ enum request_error pf_batch_start(struct worker_ranges *assigned, size_t count,
 	sigset_t mask, before;
 
 	sigfillset(&mask);
-	/* See pf_kick_thread(); QEMU's handler finds no vCPU in this thread. */
+	/* For pf_kick_thread(). QEMU's handler does nothing in a thread without a vCPU. */
 	sigdelset(&mask, SIGUSR1);
 	pthread_mutex_lock(&pf_lock);
 	if (batch.workers) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-/* Work that comes from outside, done by threads of our own on vCPUs that are stopped. */
+/* Batches of ranges from the control socket, processed by the plugin's threads on stopped vCPUs. */
 #ifndef QEMU_PREFAULT_PLUGIN_BATCH_H
 #define QEMU_PREFAULT_PLUGIN_BATCH_H
 
@@ -10,22 +10,26 @@
 #include "common/prefault_range.h"
 #include "errors.h"
 
-/* What one vCPU's worker is to do. */
+/* The ranges of one vCPU's worker. */
 struct worker_ranges {
 	struct prefault_range *ranges;
 	size_t count;
 };
 
-/* One per vCPU. */
+/* Return the number of workers, one per vCPU. */
 size_t pf_batch_worker_count(void);
-/* One thread per worker; every start has its end, after it is done. */
+/*
+ * Start a batch, with one thread per worker. After a successful start, wait until pf_batch_done()
+ * returns true and call pf_batch_end().
+ */
 enum request_error pf_batch_start(struct worker_ranges *assigned, size_t count,
 				  uint64_t chunk_bytes);
+/* Return whether the batch is done. Sets the bytes done so far and the time taken. */
 bool pf_batch_done(uint64_t *bytes, double *seconds);
 void pf_batch_abort(void);
 void pf_batch_end(void);
 
-/* For the watchdog: kick whoever hinders a batch out of the ioctl, or out of its way. */
+/* For the watchdog: interrupt stuck workers of the batch, and vCPUs that block it. */
 bool pf_batch_running(void);
 void pf_batch_kick(void);
 

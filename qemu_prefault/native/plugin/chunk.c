@@ -19,7 +19,7 @@ static int run_goes_on(void *context)
 	return !ctx->deadline || prefault_now_ns() < ctx->deadline;
 }
 
-/* Only the ioctl can fail to come back. */
+/* Set the start time that the watchdog checks. Only the ioctl can get stuck. */
 static void note_start(void *context)
 {
 	const struct run_ctx *ctx = context;
@@ -40,8 +40,8 @@ static void run_range(struct prefault_range *range, struct run_ctx *ctx)
 }
 
 /*
- * Bytes of the item that are done, *mapped those that were mapped, *error as the ioctl's. Of a
- * resident-only item what is absent counts as done.
+ * Map the item in stage 2. Returns the bytes done, and sets *mapped to the bytes mapped and *error
+ * to the ioctl's errno. Absent pages of a resident-only item count as done.
  */
 static uint64_t run_stage2(const struct work_item *item, struct run_ctx *ctx, uint64_t *mapped,
 			   int *error)
@@ -73,15 +73,15 @@ static uint64_t run_stage2(const struct work_item *item, struct run_ctx *ctx, ui
 	return at;
 }
 
-/* How far a chunk got, and when. */
+/* The progress of a chunk. Times are CLOCK_MONOTONIC in nanoseconds. */
 struct progress {
 	uint64_t started, populated_at, ended;
 	uint64_t populated;    /* bytes */
-	uint64_t mapped, done; /* bytes, as run_stage2() */
+	uint64_t mapped, done; /* bytes; see run_stage2() */
 	int error;	       /* the ioctl's */
 };
 
-/* The lock is held, in this and in all that follows. */
+/* Call this and the functions below with pf_lock held. */
 static void count_progress(const struct work_item *item, struct run_ctx *ctx,
 			   const struct progress *progress, struct memslot *slot)
 {
@@ -119,7 +119,7 @@ static void end_populate(const struct work_item *item, const struct prefault_ran
 		pf_log_event("error", "populate", ",\"errno\":%d,\"gpa\":%llu,\"size\":%llu",
 			     populate->error, (unsigned long long)(item->gpa + populate->done),
 			     (unsigned long long)(rest.size - populate->done));
-		if (slot) /* what is there is prefaulted all the same */
+		if (slot) /* still prefault the pages that are present */
 			pf_queue_make_resident_only(slot);
 	}
 }
@@ -135,7 +135,7 @@ static void end_stage2(const struct work_item *item, struct vcpu *self,
 		if (error == PREFAULT_ABORTED &&
 		    (done || progress->ended - progress->populated_at < STUCK_NS))
 			return;
-		/* The vCPU is the matter: let it go through the guest, or let others do it. */
+		/* The vCPU is stuck. Skip it until it has entered the guest. */
 		self->stuck = true;
 		self->retry_at = progress->ended + QUIET_NS;
 		pf_counters.stuck++;
@@ -144,7 +144,7 @@ static void end_stage2(const struct work_item *item, struct vcpu *self,
 	} else if (error) {
 		pf_counters.errors++;
 		if (slot && (error == EFAULT || error == ENOENT)) {
-			pf_queue_drop_memslot(slot->id); /* no RAM after all */
+			pf_queue_drop_memslot(slot->id); /* the memslot is not RAM */
 			slot->state = SLOT_SKIPPED;
 			slot->why = "not prefaultable";
 			pf_queue_update();
@@ -175,7 +175,7 @@ void pf_chunk_run(struct work_item item, struct run_ctx *ctx)
 			populate.error = ENOMEM;
 		else
 			run_range(&populate, ctx);
-		item.size = populate.done; /* the rest is put back as it was */
+		item.size = populate.done; /* end_populate() puts the rest back */
 	}
 	progress.populated = populate.done;
 	progress.populated_at = prefault_now_ns();

@@ -42,7 +42,7 @@ static void set_populate(enum populate populate)
 	pthread_mutex_unlock(&pf_lock);
 }
 
-/* Returns the bytes it will do. */
+/* Queue all memslots. Returns the number of pending bytes. */
 static uint64_t prefault_all(void)
 {
 	uint64_t bytes;
@@ -88,7 +88,10 @@ static void follow(FILE *out)
 			fprintf(out, "%s\n", line);
 }
 
-/* COUNT lines "WORKER KIND START SIZE"; where[] keeps the order they came in. */
+/*
+ * Read COUNT lines "WORKER KIND START SIZE". ranges[] is sorted by worker; where[i] is the index in
+ * ranges[] of input line i.
+ */
 static enum request_error read_ranges(FILE *in, size_t count, struct worker_ranges *assigned,
 				      size_t vcpus, struct prefault_range *ranges, size_t *where)
 {
@@ -107,7 +110,7 @@ static enum request_error read_ranges(FILE *in, size_t count, struct worker_rang
 			break;
 		}
 		if (problem)
-			continue; /* read on, so that the next request starts where it should */
+			continue; /* skip the remaining lines of this request */
 		if (sscanf(line, "%zu %u %" SCNu64 " %" SCNu64 " %c", &worker_of[i], &kind,
 			   &read[i].start, &read[i].size, &end) != 4 ||
 		    worker_of[i] >= vcpus || kind > PREFAULT_STAGE2 || read[i].start % 4096 ||
@@ -129,7 +132,7 @@ static enum request_error read_ranges(FILE *in, size_t count, struct worker_rang
 	return problem;
 }
 
-/* Progress until it is done; the client's abort, or its end, ends it. */
+/* Report progress until the batch is done. Abort it if the client sends "abort" or disconnects. */
 static double attend_batch(int fd, FILE *in, FILE *out)
 {
 	uint64_t bytes;

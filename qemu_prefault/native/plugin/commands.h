@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-/* What is asked for over the control socket. */
+/* The requests of the control socket. */
 #ifndef QEMU_PREFAULT_PLUGIN_COMMANDS_H
 #define QEMU_PREFAULT_PLUGIN_COMMANDS_H
 
@@ -7,8 +7,8 @@
 #include <stdio.h>
 
 /*
- * Answer one request, a line of words, with lines of JSON; README.md lists them. False: the
- * connection has to be closed.
+ * Answer one request, a line of words, with lines of JSON. docs/plugin.md lists the requests.
+ * Returns false if the caller must close the connection.
  */
 bool pf_command_answer(int fd, FILE *in, FILE *out, char *line);
 

@@ -49,7 +49,7 @@ static void *serve(void *argument)
 	return NULL;
 }
 
-/* Root, or who QEMU is or was started as. */
+/* Accept root, QEMU's current user, and the user that started QEMU. */
 static bool welcome(int fd)
 {
 	struct ucred peer;
@@ -69,7 +69,7 @@ static void *listen_on(void *unused)
 
 		if (fd < 0) {
 			if (errno != EINTR && errno != ECONNABORTED)
-				poll(NULL, 0, 100); /* out of descriptors */
+				poll(NULL, 0, 100); /* probably out of descriptors */
 			continue;
 		}
 		if (!welcome(fd) || atomic_fetch_add(&clients, 1) >= MAX_CLIENTS) {
@@ -95,7 +95,7 @@ static void remove_socket(void)
 		unlink(address.sun_path);
 }
 
-/* A socket that nobody listens on is what a killed QEMU left. */
+/* Bind the socket to a path. A socket without a listener was left by a killed QEMU: replace it. */
 static bool bind_here(const char *path)
 {
 	mode_t before;
@@ -150,14 +150,16 @@ void pf_control_socket_start(void)
 	char name[16];
 
 	if (!(pf_options.socket[0] ? bind_here(pf_options.socket) : bind_default())) {
-		fprintf(stderr, "qemu-prefault: no control socket %s: %s\n", address.sun_path,
-			strerror(errno));
+		fprintf(stderr,
+			"qemu-prefault: cannot create the control socket %s: %s; set socket=/PATH "
+			"or socket=off\n",
+			address.sun_path, strerror(errno));
 		return;
 	}
 	owner = getpid();
 	our_user = geteuid();
 	atexit(remove_socket);
-	/* How qemu-prefault finds it, wherever it is: the thread tells the descriptor. */
+	/* qemu-prefault finds the socket by the descriptor number in the thread's name. */
 	snprintf(name, sizeof(name), "prefault/%d", listener);
 	pf_start_thread(&thread, name, listen_on);
 }

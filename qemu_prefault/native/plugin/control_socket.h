@@ -2,7 +2,7 @@
 #ifndef QEMU_PREFAULT_PLUGIN_CONTROL_SOCKET_H
 #define QEMU_PREFAULT_PLUGIN_CONTROL_SOCKET_H
 
-/* Binds the control socket and serves it from threads of its own; a failure is a warning. */
+/* Bind the control socket and serve it from new threads. A failure prints a warning. */
 void pf_control_socket_start(void);
 
 #endif

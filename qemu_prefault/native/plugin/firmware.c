@@ -7,17 +7,17 @@
 #include "host_ranges.h"
 #include "state.h"
 
-#define RESET_VECTOR 0xffff0 /* a jump, once the firmware is there */
+#define RESET_VECTOR 0xffff0 /* holds a jump instruction once the firmware is in place */
 
 /*
- * How far pc's and q35's firmware is with low RAM. It copies itself below 1 MiB, for which
- * QEMU deletes and re-creates the slot of low RAM three times (PAM, hw/pci-host/pam.c).
+ * The firmware of pc and q35 copies itself below 1 MiB. Meanwhile QEMU deletes and re-creates the
+ * low-RAM memslot three times (PAM, hw/pci-host/pam.c). The memslot at 0xf0000 shows the state:
  *
- *   at reset    0xf0000 is the flash, read-only      more to come
- *   at work     it is RAM, one slot with what is above 1 MiB    more to come
- *   done        it is a read-only slot of RAM
+ *   at reset         flash, read-only                      changes will follow
+ *   while copying    RAM, in one slot with RAM above 1 MiB changes will follow
+ *   finished         RAM, in a read-only slot
  *
- * microvm maps its firmware there as memory, and changes nothing.
+ * microvm maps its firmware there as memory and does not change the slots.
  */
 bool pf_firmware_at_work(void)
 {
@@ -31,9 +31,9 @@ bool pf_firmware_at_work(void)
 }
 
 /*
- * SeaBIOS made 0xf0000 RAM, and is yet to copy itself there (src/fw/shadow.c). QEMU's reset
- * leaves PAM as it is: if it comes now, the guest starts among zeros and never gets further.
- * This moment is no time to linger.
+ * Return whether SeaBIOS has made 0xf0000 RAM but has not copied itself there yet
+ * (src/fw/shadow.c). QEMU's reset does not reset PAM, so a reset in this state makes the guest
+ * execute zeros and hang. Do not delay the vCPU in this state.
  */
 bool pf_firmware_copies_itself(void)
 {

@@ -15,13 +15,13 @@ struct request {
 	unsigned int redirected;
 };
 
-/* Point one entry of the program's global offset table at us. */
+/* Replace one entry of the program's global offset table. */
 static bool redirect(uint64_t *entry, void *function)
 {
 	uint64_t page = (uint64_t)entry & ~4095ull;
 	uint64_t value = (uint64_t)function;
 
-	/* Read-only after relocation (RELRO); a program without that may write it again. */
+	/* With RELRO the table is read-only. redirect_program() makes it read-only again. */
 	if (mprotect((void *)page, 4096, PROT_READ | PROT_WRITE))
 		return false;
 	__atomic_store_n(entry, value, __ATOMIC_RELEASE);
@@ -97,7 +97,7 @@ static int redirect_program(struct dl_phdr_info *program, size_t size, void *con
 		}
 	if (relro)
 		mprotect((void *)relro, relro_end - relro, PROT_READ);
-	return 1; /* the first one is the program itself */
+	return 1; /* stop: the first object is the program itself */
 }
 
 unsigned int pf_got_redirect(const struct got_entry *entries, size_t count)

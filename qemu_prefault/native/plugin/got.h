@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-/* Redirects calls of the program itself, by its global offset table. */
+/* Redirect the program's calls of library functions by its global offset table. */
 #ifndef QEMU_PREFAULT_PLUGIN_GOT_H
 #define QEMU_PREFAULT_PLUGIN_GOT_H
 
@@ -10,7 +10,7 @@ struct got_entry {
 	void *function;
 };
 
-/* Returns a mask of the entries that were found and point to their function now. */
+/* Redirect the named functions. Returns a bit mask of the entries that were redirected. */
 unsigned int pf_got_redirect(const struct got_entry *entries, size_t count);
 
 #endif

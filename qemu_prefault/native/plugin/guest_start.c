@@ -12,7 +12,7 @@
 #include "quirk.h"
 #include "state.h"
 
-enum { HUGE_SIZES = 4 }; /* different ones that a guest may have */
+enum { HUGE_SIZES = 4 }; /* maximum number of huge page sizes of a guest */
 
 struct huge_pages {
 	uint64_t page_size, wanted;
@@ -34,8 +34,8 @@ static void count_huge(struct huge_pages *sizes, const struct work_item *item)
 static void populate_no_more(uint64_t wanted, uint64_t left, const char *of, const char *where)
 {
 	fprintf(stderr,
-		"qemu-prefault: populating needs %llu MiB%s, the %s or the cgroup has %llu MiB: "
-		"only present pages are prefaulted\n",
+		"qemu-prefault: populating needs %llu MiB%s, but the %s or the cgroup has only "
+		"%llu MiB: only present pages are prefaulted; free memory or raise the limit\n",
 		(unsigned long long)wanted >> 20, of, where, (unsigned long long)left >> 20);
 	pf_log_event("held", "no memory to populate", ",\"bytes\":%llu",
 		     (unsigned long long)wanted);
@@ -45,7 +45,7 @@ static void populate_no_more(uint64_t wanted, uint64_t left, const char *of, con
 			pf_queue_memslot(&pf_memslots[i]);
 }
 
-/* Populating is spending: if the host cannot give that much, prefault what is there. */
+/* If the host does not have enough memory to populate all, prefault only present pages. */
 static void check_headroom(void)
 {
 	uint64_t wanted = 0, left = pf_headroom();
@@ -79,7 +79,8 @@ void pf_guest_start(void)
 	pf_guest_started = true;
 	if (pf_options.keep && pf_capable)
 		pf_quirk_decide();
-	for (size_t i = 0; i < pf_memslot_count; i++) /* facts may have come after the slots */
+	/* Mapping facts may be newer than the slots: queue all slots again. */
+	for (size_t i = 0; i < pf_memslot_count; i++)
 		if (pf_memslots[i].state == SLOT_KEPT)
 			pf_queue_memslot(&pf_memslots[i]);
 	if (pf_options.keep && pf_capable)

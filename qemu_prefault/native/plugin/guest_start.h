@@ -2,7 +2,10 @@
 #ifndef QEMU_PREFAULT_PLUGIN_GUEST_START_H
 #define QEMU_PREFAULT_PLUGIN_GUEST_START_H
 
-/* Before the guest's first instruction: everything is known, nothing runs. The lock is held. */
+/*
+ * Prepare the queue before the guest's first instruction, when all memslots exist and no vCPU
+ * runs. Call with pf_lock held.
+ */
 void pf_guest_start(void);
 
 #endif

@@ -43,7 +43,7 @@ uint64_t pf_headroom_huge(uint64_t page_size)
 	return least;
 }
 
-/* Every level from our cgroup up to the root may have a limit. */
+/* Each cgroup from QEMU's up to the root may have a limit. */
 static void open_memory_groups(struct headroom_group *group)
 {
 	do {
@@ -91,7 +91,7 @@ void pf_headroom_open(void)
 {
 	static struct headroom_group group;
 
-	close_groups(); /* another process's, after a fork */
+	close_groups(); /* after a fork, those of the parent process */
 	if (meminfo_fd < 0)
 		meminfo_fd = open("/proc/meminfo", O_RDONLY | O_CLOEXEC);
 	if (pools_fd < 0)

@@ -18,31 +18,31 @@
 struct interval {
 	uint64_t start, end;
 	unsigned int facts;
-	uint64_t page_size; /* of huge pages */
-	dev_t device;	    /* of the mapped file */
+	uint64_t page_size; /* huge page size, or 0 */
+	dev_t device;	    /* device of the mapped file */
 	ino_t inode;	    /* 0: anonymous */
 };
 
 struct intervals {
 	struct interval *items;
-	size_t count, room;
+	size_t count, capacity;
 };
 
-static struct intervals mappings; /* with something to know about them */
+static struct intervals mappings; /* mappings with facts or a file */
 static struct intervals marks[2];
 
 static int pagemap_fd = -1;
 
 static void intervals_add(struct intervals *list, struct interval item)
 {
-	if (list->count == list->room) {
-		size_t room = list->room ? 2 * list->room : 32;
-		struct interval *items = realloc(list->items, room * sizeof(*items));
+	if (list->count == list->capacity) {
+		size_t capacity = list->capacity ? 2 * list->capacity : 32;
+		struct interval *items = realloc(list->items, capacity * sizeof(*items));
 
 		if (!items)
-			return; /* forgotten: what is unknown is populated, or populated twice */
+			return; /* out of memory: the fact is lost; pages may be populated twice */
 		list->items = items;
-		list->room = room;
+		list->capacity = capacity;
 	}
 	list->items[list->count++] = item;
 }
@@ -68,7 +68,7 @@ static void intervals_cut(struct intervals *list, uint64_t start, uint64_t end)
 	}
 }
 
-/* Shared files of these live in memory only. */
+/* Return the facts of a file mapping. Files on tmpfs and hugetlbfs exist only in memory. */
 static unsigned int file_facts(unsigned long filesystem, bool shared)
 {
 	unsigned int facts = shared ? 0 : MEMORY_PRIVATE;
@@ -92,10 +92,10 @@ void pf_ranges_learn(void)
 	unsigned int major, minor;
 	FILE *file = fopen("/proc/self/smaps", "re");
 	char *line = NULL, permissions[5];
-	size_t room = 0;
+	size_t capacity = 0;
 	int path;
 
-	while (file && getline(&line, &room, file) > 0) {
+	while (file && getline(&line, &capacity, file) > 0) {
 		if (sscanf(line, "%llx-%llx %4s %llx %x:%x %llu %n", &start, &end, permissions,
 			   &offset, &major, &minor, &inode, &path) == 7) {
 			struct statfs filesystem = { .f_type = TMPFS_MAGIC };
@@ -105,7 +105,7 @@ void pf_ranges_learn(void)
 						  .inode = inode,
 						  .device = makedev(major, minor) };
 			line[strcspn(line, "\n")] = '\0';
-			/* A memfd has no path that could be asked; its flags tell of hugetlb. */
+			/* A memfd has no path for statfs(). The "ht" flag below shows hugetlb. */
 			if (inode && strncmp(line + path, "/memfd:", 7))
 				statfs(line + path, &filesystem);
 			if (inode)
@@ -141,7 +141,7 @@ void pf_ranges_mapped(uint64_t start, uint64_t size, int fd, int flags)
 	if (fd >= 0 && !fstat(fd, &status) && !fstatfs(fd, &filesystem)) {
 		item.device = status.st_dev;
 		item.inode = status.st_ino;
-		item.page_size = (uint64_t)filesystem.f_bsize; /* hugetlbfs tells it so */
+		item.page_size = (uint64_t)filesystem.f_bsize; /* on hugetlbfs: the page size */
 		item.facts |= file_facts((unsigned long)filesystem.f_type, flags & MAP_SHARED);
 	}
 	if (item.facts || item.inode)
@@ -217,7 +217,7 @@ bool pf_ranges_unmarked(enum memory_mark mark, uint64_t start, uint64_t size, ui
 	const struct intervals *marked = &marks[mark];
 	uint64_t end = start + size;
 
-	for (bool moved = true; moved;) { /* past everything that covers start */
+	for (bool moved = true; moved;) { /* skip all intervals that cover start */
 		moved = false;
 		for (size_t i = 0; i < marked->count; i++) {
 			const struct interval *item = &marked->items[i];
@@ -264,7 +264,7 @@ bool pf_ranges_next_resident(uint64_t *start, uint64_t end, uint64_t *length)
 
 void pf_ranges_open(void)
 {
-	if (pagemap_fd >= 0) /* that of another address space, after a fork */
+	if (pagemap_fd >= 0) /* after a fork it belongs to another address space */
 		close(pagemap_fd);
 	pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 }

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * What the plugin knows of QEMU's own memory: which of it may be touched, and what was
- * populated already.
+ * Facts about QEMU's memory: which ranges may be touched, and which are populated already.
  *
- * Learnt from QEMU's own mmap(), madvise() and fallocate(), because nothing else tells
- * at no cost: an anonymous mapping's overcommit, and the holes that virtio-mem and the
- * balloon punch. Not thread safe: pf_lock is held around every call.
+ * The plugin learns them from QEMU's mmap(), madvise() and fallocate() calls, because no other
+ * interface reports them cheaply: that an anonymous mapping is overcommitted, and the holes that
+ * virtio-mem and the balloon punch. Not thread safe: call all functions with pf_lock held.
  */
 #ifndef QEMU_PREFAULT_PLUGIN_HOST_RANGES_H
 #define QEMU_PREFAULT_PLUGIN_HOST_RANGES_H
@@ -14,43 +13,46 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-/* Why a mapping is only prefaulted where it is resident. */
+/* Facts about a mapping. The first three mean that only its resident pages are prefaulted. */
 enum memory_fact {
-	MEMORY_OVERCOMMIT = 1, /* MAP_NORESERVE: absent on purpose */
-	MEMORY_HOLES = 2,      /* discarded in parts: virtio-mem, balloon */
-	MEMORY_DISK_FILE = 4,  /* shared file on a disk: touching it would write it */
-	MEMORY_HUGETLB = 8,    /* has a pool of its own; may be touched */
-	MEMORY_PRIVATE = 16,   /* MAP_PRIVATE of a file */
+	MEMORY_OVERCOMMIT = 1, /* MAP_NORESERVE: pages are absent on purpose */
+	MEMORY_HOLES = 2,      /* partly discarded by virtio-mem or balloon */
+	MEMORY_DISK_FILE = 4,  /* shared file on a disk: touching a page would write it */
+	MEMORY_HUGETLB = 8,    /* allocated from the hugetlb pool */
+	MEMORY_PRIVATE = 16,   /* private mapping of a file */
 };
 
-/* Opens what may be out of reach later (chroot, another user). Safe to call again after fork. */
+/*
+ * Open files that may be inaccessible later (chroot, another user). May be called again after a
+ * fork.
+ */
 void pf_ranges_open(void);
 
-/* Learn from /proc/self/smaps what was mapped before we were told. */
+/* Read from /proc/self/smaps the mappings made before the plugin was loaded. */
 void pf_ranges_learn(void);
 
-/* QEMU mapped [start, start + size): whatever was known of it is void. fd < 0: anonymous. */
+/* QEMU mapped [start, start + size). Forget its old facts. fd < 0 means anonymous memory. */
 void pf_ranges_mapped(uint64_t start, uint64_t size, int fd, int flags);
 /* QEMU discarded [start, start + size). */
 void pf_ranges_discarded(uint64_t start, uint64_t size);
-/* QEMU punched a hole into a file; false: none of its mappings is known. */
+/* QEMU punched a hole into a file. Returns false if no mapping of the file is known. */
 bool pf_ranges_file_discarded(int fd);
 
-/* Facts that hold for any part of [start, start + size). */
+/* Return the facts that hold for any part of [start, start + size). */
 unsigned int pf_ranges_facts(uint64_t start, uint64_t size);
-/* Of the MEMORY_HUGETLB in [start, start + size); 0: there is none. */
+/* Return the huge page size in [start, start + size), or 0 if it has no hugetlb memory. */
 uint64_t pf_ranges_huge_page_size(uint64_t start, uint64_t size);
 
-/* What was done to a range of it at least once. */
+/* Operations that were done on a range at least once. */
 enum memory_mark { MEMORY_POPULATED, MEMORY_PREFAULTED };
 void pf_ranges_set_mark(enum memory_mark mark, uint64_t start, uint64_t size);
-/* The first part of [start, start + size) that has no such mark; false: all of it has. */
+/* Find the first part of [start, start + size) without the mark. False if all is marked. */
 bool pf_ranges_unmarked(enum memory_mark mark, uint64_t start, uint64_t size, uint64_t *from,
 			uint64_t *length);
 
-/* Bytes of [start, start + size) that are present. */
+/* Return the number of present bytes in [start, start + size). */
 uint64_t pf_ranges_present(uint64_t start, uint64_t size);
-/* The next run of present, writable pages from *start on, below end; false: none. */
+/* Find the next run of present, writable pages in [*start, end). False if there are no more. */
 bool pf_ranges_next_resident(uint64_t *start, uint64_t end, uint64_t *length);
 
 #endif

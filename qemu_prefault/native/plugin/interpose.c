@@ -97,7 +97,7 @@ static int fallocate_hook(int fd, int mode, off_t offset, off_t length)
 	return result;
 }
 
-/* QEMU reserves addresses, then maps its memory over them: that is what is told. */
+/* QEMU reserves addresses and then maps memory over them with MAP_FIXED: track only the latter. */
 static void *mmap_hook(void *start, size_t size, int protection, int flags, int fd, off_t offset)
 {
 	void *result = pf_raw_mmap(start, size, protection, flags, fd, offset);
@@ -108,7 +108,7 @@ static void *mmap_hook(void *start, size_t size, int protection, int flags, int 
 	return result;
 }
 
-/* For LD_PRELOAD. Nothing in the plugin calls these names: os.h says why. */
+/* For LD_PRELOAD. The plugin itself must not call these functions by name: see os.h. */
 EXPORT int madvise(void *, size_t, int) __attribute__((alias("madvise_hook")));
 EXPORT int fallocate(int, int, off_t, off_t) __attribute__((alias("fallocate_hook")));
 EXPORT int fallocate64(int, int, off_t, off_t) __attribute__((alias("fallocate_hook")));
@@ -122,6 +122,6 @@ static const struct got_entry interposed[] = {
 
 bool pf_interpose_by_got(void)
 {
-	/* The first one is ioctl(). */
+	/* Bit 0 is ioctl(), without which the plugin cannot work. */
 	return pf_got_redirect(interposed, sizeof(interposed) / sizeof(*interposed)) & 1;
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * qemu-prefault-plugin.so: loaded by QEMU's -plugin, or by LD_PRELOAD.
+ * qemu-prefault-plugin.so, which is loaded by QEMU's -plugin or by LD_PRELOAD.
  *
- * It is no TCG plugin: it uses QEMU's loader and nothing else of that interface, and keeps the
- * stage-2 tables of the one VM in this process filled. state.h lists the files.
+ * It keeps the stage-2 tables of the process's VM filled. It is not a TCG plugin: of that
+ * interface it uses only the loader. state.h lists the source files.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -25,17 +25,18 @@
 static bool loaded_as_plugin;
 
 /*
- * QEMU loads a plugin only if this is in its range: 0 to 1 until 8.2, 2 on from 9.0 (4 in
- * 10.0), 7 in 11.1. We use nothing of that interface, so what counts is to name a number
- * this QEMU knows; its symbols tell its age before it reads this.
+ * QEMU loads a plugin only if it supports this version: 0 to 1 until 8.2, 2 or more from 9.0 (4
+ * in 10.0), 7 in 11.1. The plugin uses nothing of that interface, so any supported number works.
+ * The constructor sets it before QEMU reads it, depending on the symbols that QEMU exports.
  */
 EXPORT int qemu_plugin_version = 1;
 
 static void say_if_no_vm(void)
 {
 	if (!pf_vm_seen())
-		fprintf(stderr, "qemu-prefault: this QEMU does not use KVM: there is nothing to "
-				"prefault\n");
+		fprintf(stderr,
+			"qemu-prefault: this QEMU does not use KVM, so nothing is prefaulted; "
+			"start it with -accel kvm\n");
 }
 
 static void vcpu_started(void)
@@ -86,14 +87,15 @@ EXPORT int qemu_plugin_install(uint64_t id, const void *info, int argc, char **a
 			return -1;
 	if (!pf_options.by_preload) {
 		if (!pf_interpose_by_got()) {
-			fprintf(stderr, "qemu-prefault: this QEMU calls ioctl() in a way not "
-					"known; use LD_PRELOAD (qemu-prefault run)\n");
+			fprintf(stderr,
+				"qemu-prefault: cannot intercept this QEMU's ioctl() calls; "
+				"use LD_PRELOAD (qemu-prefault run)\n");
 			return -1;
 		}
-		pf_qemu_memory_learn(); /* backends are made before plugins are loaded */
+		pf_qemu_memory_learn(); /* QEMU creates memory backends before it loads plugins */
 		pf_vm_adopt();
 	}
-	/* The callback's arguments differ between versions; it takes none. */
+	/* The callback's parameters differ between versions; vcpu_started() uses none. */
 	if (register_vcpu_init)
 		register_vcpu_init(id, vcpu_started, NULL);
 	return 0;

@@ -9,7 +9,7 @@
 #include "queue.h"
 #include "state.h"
 
-#define MEM_GUEST_MEMFD (1u << 2) /* Linux 6.8; a distribution's headers may be older */
+#define MEM_GUEST_MEMFD (1u << 2) /* Linux 6.8; the installed kernel headers may be older */
 
 static size_t slot_room;
 
@@ -31,7 +31,7 @@ static void classify(struct memslot *slot)
 	}
 }
 
-/* Deleting a slot drops every table, unless the quirk is off. Then all of it is to do again. */
+/* KVM dropped all tables, as it does when a slot is deleted with the quirk: queue all again. */
 static void tables_dropped(void)
 {
 	atomic_fetch_add(&pf_root_generation, 1);
@@ -99,9 +99,9 @@ static void kick_busy(void)
 }
 
 /*
- * KVM waits for every ioctl under way before it changes a slot, and before commit
- * 3ccbf6f47098 (v6.18) the ioctl waits for the slot that is being deleted: so nobody may
- * be in it. Those who are get out after the page they are at.
+ * Before KVM changes a slot, it waits for every prefault ioctl that is running. Before commit
+ * 3ccbf6f47098 (v6.18), that ioctl in turn waits for a slot that is being deleted. So no thread
+ * may be in the ioctl now. A kicked thread returns after the current page.
  */
 long pf_memslots_change(int fd, unsigned long request, void *argument)
 {
@@ -125,7 +125,7 @@ long pf_memslots_change(int fd, unsigned long request, void *argument)
 	if (!result && fd == pf_vm_fd) {
 		struct memslot *slot = pf_find_memslot(region->slot);
 
-		/* Not UEFI's flash, which is no memory while it is written: at each variable. */
+		/* Ignore UEFI's flash: QEMU removes its slot whenever UEFI writes a variable. */
 		if (!((slot ? slot->flags : region->flags) & KVM_MEM_READONLY))
 			pf_slot_changed_at = prefault_now_ns();
 		if (slot && region->memory_size == slot->size &&

@@ -41,7 +41,7 @@ static bool parse_seconds(const char *value, uint64_t *ns)
 	return true;
 }
 
-/* "~/PATH": libvirt gives each domain a home of its own, the one place it lets QEMU write to. */
+/* "~/PATH": libvirt sets a home directory per domain, the only one where QEMU may write. */
 static bool parse_socket(const char *value)
 {
 	const char *home = "";
@@ -84,7 +84,7 @@ bool pf_options_parse(const char *text)
 #undef IS
 	if (!fine)
 		fprintf(stderr,
-			"qemu-prefault: '%s' is no option; there are: keep=on|off, "
+			"qemu-prefault: '%s' is not an option; the options are: keep=on|off, "
 			"populate=auto|all|resident, quirk=disable|keep, hold=SECONDS, "
 			"socket=/PATH|~/PATH|off, log=on|off\n",
 			text);

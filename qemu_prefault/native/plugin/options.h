@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-/* What the user asked for: -plugin's arguments, or QEMU_PREFAULT_OPTIONS. */
+/* The user's options: arguments of -plugin, or QEMU_PREFAULT_OPTIONS. */
 #ifndef QEMU_PREFAULT_PLUGIN_OPTIONS_H
 #define QEMU_PREFAULT_PLUGIN_OPTIONS_H
 
@@ -9,26 +9,26 @@
 enum populate { POPULATE_AUTO, POPULATE_ALL, POPULATE_RESIDENT };
 
 /*
- * Changed by: options.c, main.c, while QEMU is single threaded. Later guest_start.c and
- * commands.c change populate and keep, under pf_lock.
+ * Changed by: options.c and main.c, while QEMU is single threaded. Later guest_start.c and
+ * commands.c change populate and keep, with pf_lock held.
  */
 struct plugin_options {
-	bool keep;	    /* prefault by itself */
-	bool quirk_disable; /* KVM_X86_QUIRK_SLOT_ZAP_ALL */
-	bool log;	    /* events also to stderr */
-	bool by_preload;    /* loaded by LD_PRELOAD, not -plugin */
+	bool keep;	    /* prefault automatically */
+	bool quirk_disable; /* disable KVM_X86_QUIRK_SLOT_ZAP_ALL */
+	bool log;	    /* also print events to stderr */
+	bool by_preload;    /* loaded by LD_PRELOAD, not by -plugin */
 	bool socket_off;
 	enum populate populate;
-	uint64_t hold_ns; /* the guest's longest wait at one go, after its start */
+	uint64_t hold_ns; /* maximum continuous delay of a started guest */
 	char socket[108]; /* "": the default path */
 };
 
 extern struct plugin_options pf_options;
 extern const char *const pf_populate_names[3];
 
-/* "key=value"; says on stderr what is wrong with it. */
+/* Parse "key=value". If it is invalid, print an error to stderr and return false. */
 bool pf_options_parse(const char *text);
-/* The same for a list of them, separated by commas. */
+/* Parse a list of options, separated by commas. */
 void pf_options_parse_environment(const char *text);
 
 #endif

@@ -19,7 +19,7 @@ void *pf_raw_mmap(void *start, size_t size, int protection, int flags, int fd, o
 	return (void *)syscall(SYS_mmap, start, size, protection, flags, fd, offset);
 }
 
-/* By QEMU's own SIG_IPI; in a program that does not handle it, it would be the end. */
+/* SIGUSR1 is QEMU's SIG_IPI. Without a handler it would kill the process, so check first. */
 void pf_kick_thread(pid_t tid)
 {
 	struct sigaction action;
@@ -34,7 +34,7 @@ bool pf_start_thread(pthread_t *thread, const char *name, void *(*function)(void
 	sigset_t all, before;
 	bool started;
 
-	sigfillset(&all); /* QEMU's signals are for QEMU's threads */
+	sigfillset(&all); /* QEMU's threads must handle its signals */
 	pthread_sigmask(SIG_SETMASK, &all, &before);
 	started = !pthread_create(thread, NULL, function, NULL);
 	if (started)
@@ -57,11 +57,11 @@ struct timespec pf_deadline_in(uint64_t ns)
 bool pf_has_argument(const char *wanted)
 {
 	char *line = NULL;
-	size_t room = 0;
+	size_t capacity = 0;
 	bool found = false;
 	FILE *file = fopen("/proc/self/cmdline", "re");
 
-	while (file && !found && getdelim(&line, &room, '\0', file) > 0)
+	while (file && !found && getdelim(&line, &capacity, '\0', file) > 0)
 		found = !strcmp(line[0] == '-' && line[1] == '-' ? line + 1 : line, wanted);
 	free(line);
 	if (file)
@@ -69,16 +69,16 @@ bool pf_has_argument(const char *wanted)
 	return found;
 }
 
-bool pf_grow(void **array, size_t *room, size_t count, size_t item)
+bool pf_grow(void **array, size_t *capacity, size_t count, size_t item)
 {
-	if (count < *room)
+	if (count < *capacity)
 		return true;
-	size_t wanted = *room ? 2 * *room : 64;
+	size_t wanted = *capacity ? 2 * *capacity : 64;
 	void *more = realloc(*array, wanted * item);
 
 	if (!more)
 		return false;
 	*array = more;
-	*room = wanted;
+	*capacity = wanted;
 	return true;
 }

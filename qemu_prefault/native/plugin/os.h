@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * What the plugin asks of the kernel and of libc in a way of its own.
+ * System calls, threads and time for the plugin.
  *
- * The plugin stands in for some functions of libc (interpose.c). Called by their names they
- * would be libc's or our own, depending on how the plugin was loaded; so nothing in the
- * plugin calls them by name, and what needs one takes the system call from here.
+ * The plugin replaces some libc functions (interpose.c). A call by name would reach libc or the
+ * plugin's hook, depending on how the plugin was loaded. So no file of the plugin calls these
+ * functions by name; use the system calls below.
  */
 #ifndef QEMU_PREFAULT_PLUGIN_OS_H
 #define QEMU_PREFAULT_PLUGIN_OS_H
@@ -20,23 +20,23 @@
 #define GIB(n) ((uint64_t)(n) << 30)
 #define MS(n) ((uint64_t)(n) * 1000000)
 
-/* The system calls themselves; as libc's functions: -1 and errno, or MAP_FAILED. */
+/* System calls that bypass the hooks. On error they set errno and return -1 or MAP_FAILED. */
 long pf_raw_ioctl(int fd, unsigned long request, void *argument);
 void *pf_raw_mmap(void *start, size_t size, int protection, int flags, int fd, off_t offset);
 
-/* A thread that gets none of QEMU's signals. */
+/* Start a thread that blocks all signals. */
 bool pf_start_thread(pthread_t *thread, const char *name, void *(*function)(void *));
 
-/* Get a thread of this process out of a system call; 0: none. */
+/* Interrupt a system call of a thread of this process. Does nothing if tid is 0. */
 void pf_kick_thread(pid_t tid);
 
-/* A time for pthread_cond_timedwait() by CLOCK_MONOTONIC. */
+/* Return a CLOCK_MONOTONIC deadline for pthread_cond_timedwait(). */
 struct timespec pf_deadline_in(uint64_t ns);
 
-/* Whether QEMU's command line has that argument. */
+/* Return whether QEMU's command line contains the argument. */
 bool pf_has_argument(const char *wanted);
 
-/* Make room in an array for one more item; false: no memory. */
-bool pf_grow(void **array, size_t *room, size_t count, size_t item);
+/* Grow an array if needed, so that one more item fits. Returns false if out of memory. */
+bool pf_grow(void **array, size_t *capacity, size_t count, size_t item);
 
 #endif

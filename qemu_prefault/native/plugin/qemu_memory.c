@@ -62,7 +62,7 @@ void pf_qemu_memory_file_discarded(int fd)
 	pthread_mutex_unlock(&pf_lock);
 }
 
-/* virtio-mem with prealloc=on has plugged a block, or a backend was preallocated. */
+/* Called when virtio-mem with prealloc=on plugs a block, or QEMU preallocates a backend. */
 void pf_qemu_memory_populated(uint64_t start, uint64_t size)
 {
 	pthread_mutex_lock(&pf_lock);

@@ -10,8 +10,8 @@
 #include "options.h"
 
 /*
- * What firmware touches of low RAM: the beginning, and as SeaBIOS does (src/malloc.c) the
- * last 16 MiB and what is just below.
+ * The parts of low RAM that firmware touches: the start, and the end. SeaBIOS uses the last 16 MiB
+ * (src/malloc.c) and some memory just below.
  */
 #define HEAD MIB(2)
 #define TAIL MIB(18)
@@ -60,7 +60,6 @@ void pf_queue_drop_memslot(uint32_t slot)
 	pf_queue_length = kept;
 }
 
-/* Whether anything can be taken now. The lock is held; vCPUs look at it without. */
 void pf_queue_update(void)
 {
 	bool found = false;
@@ -82,10 +81,10 @@ bool pf_queue_take(struct work_item *taken)
 		*taken = *item;
 		if (taken->size > end - taken->gpa)
 			taken->size = end - taken->gpa;
-		/* Cut where huge pages end, so that none is worked on from two sides. */
+		/* Cut at a huge page boundary, so that two threads never populate the same page. */
 		if (taken->size > CHUNK)
 			taken->size = CHUNK - (taken->hva + CHUNK) % MIB(2);
-		/* Its populating was queued apart, and may yet be to come: never the ioctl first. */
+		/* A separate item may populate this memory later. Never issue the ioctl first. */
 		uint64_t from, length;
 
 		if (taken->stage2 && !taken->resident &&
@@ -115,8 +114,9 @@ void pf_queue_put_back(struct work_item item, uint64_t done)
 }
 
 /*
- * Low RAM's slot goes again while firmware is at work; with the quirk, all tables do.
- * Whether it is, shows when QEMU has made all its changes: see before_run().
+ * While firmware copies itself, QEMU deletes the low-RAM slot again. With the quirk, that drops all
+ * tables. Whether this will happen is only known after QEMU's last change: see before_run() in
+ * vcpu.c.
  */
 static bool to_be_deferred(const struct memslot *slot)
 {
@@ -132,8 +132,8 @@ static bool may_populate(uint64_t hva, uint64_t size)
 }
 
 /*
- * Queue the whole slot: its ends first, that is where firmware lives. What has to be
- * populated first is memory that came while the guest runs: it need not wait for that.
+ * Queue both ends of the slot first, because firmware uses them. Memory that must be populated
+ * while the guest runs is new, so the guest does not have to wait for it.
  */
 void pf_queue_memslot(struct memslot *slot)
 {
@@ -150,7 +150,7 @@ void pf_queue_memslot(struct memslot *slot)
 	pf_queue_drop_memslot(slot->id);
 	slot->resident_only = !touch;
 	slot->prefaulted = 0;
-	/* Somebody waits for a guest that comes from elsewhere: first what it brought along. */
+	/* An incoming guest is down until it starts: first map the pages that it brought along. */
 	if (pf_incoming && !pf_guest_entered && touch)
 		pf_queue_add((struct work_item){ .gpa = slot->gpa,
 						 .hva = slot->hva,
@@ -175,7 +175,7 @@ void pf_queue_memslot(struct memslot *slot)
 			item.size = length;
 			item.populate = true;
 			new_bytes += length;
-			if (item.deferred) { /* the host's part lasts: only stage 2 has to wait */
+			if (item.deferred) { /* dropped tables keep pages populated: populate now */
 				struct work_item now = item;
 
 				now.deferred = now.stage2 = false;
@@ -193,10 +193,10 @@ void pf_queue_memslot(struct memslot *slot)
 	if (!pf_guest_entered || new_bytes < HEAD)
 		pf_stall_start = 0;
 	else if (!pf_stall_start)
-		pf_stall_start = 1; /* long ago: do it in slices */
+		pf_stall_start = 1; /* a time long ago: work in slices */
 }
 
-/* Nothing changes any more, or firmware said it is done: what was put off is due. */
+/* Called when the slots have stopped changing or the firmware has finished. */
 void pf_queue_undefer(const char *why)
 {
 	uint64_t bytes = 0;

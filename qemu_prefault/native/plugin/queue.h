@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-/* What is still to be populated and prefaulted, in order. The lock is held around every call. */
+/* The queue of memory to populate and prefault. Call all functions with pf_lock held. */
 #ifndef QEMU_PREFAULT_PLUGIN_QUEUE_H
 #define QEMU_PREFAULT_PLUGIN_QUEUE_H
 
@@ -12,20 +12,20 @@
 void pf_queue_memslot(struct memslot *slot);
 void pf_queue_add(struct work_item item);
 void pf_queue_drop_memslot(uint32_t slot);
-/* From now on only what is resident, for all of the slot. */
+/* From now on prefault only resident pages of the slot. */
 void pf_queue_make_resident_only(struct memslot *slot);
-/* What was put off is due. */
+/* Make all deferred items ready. */
 void pf_queue_undefer(const char *why);
-/* Whether anything can be taken now: sets pf_work_available. */
+/* Set pf_work_available to whether an item can be taken now. */
 void pf_queue_update(void);
 
-/* Take up to a chunk of the first item that may be done now. */
+/* Take up to one chunk of the first item that is ready. False if none is ready. */
 bool pf_queue_take(struct work_item *taken);
-/* What is left of a chunk goes to the front of the queue. */
+/* Put the rest of a chunk at the front of the queue. `done` is in bytes. */
 void pf_queue_put_back(struct work_item item, uint64_t done);
 
 uint64_t pf_queue_pending_bytes(void);
-/* Why nothing is taken; NULL: it is. */
+/* Return why the queue is held, or NULL if it is not. */
 const char *pf_queue_held_reason(void);
 
 #endif

@@ -8,7 +8,7 @@
 #include "options.h"
 #include "state.h"
 
-// Spelt out: a distribution's headers may be older.
+/* Defined here because the installed kernel headers may be older. */
 #define CAP_DISABLE_QUIRKS2 213
 #define QUIRK_SLOT_ZAP_ALL (1u << 7) /* Linux 6.12 */
 
@@ -35,8 +35,8 @@ void pf_quirk_vfio_seen(void)
 	pthread_mutex_lock(&pf_lock);
 	vfio_seen = true;
 	if (pf_quirk == QUIRK_DISABLED)
-		fprintf(stderr, "qemu-prefault: a VFIO device came after "
+		fprintf(stderr, "qemu-prefault: a VFIO device was added after "
 				"KVM_X86_QUIRK_SLOT_ZAP_ALL was disabled, which cannot be undone; "
-				"start QEMU with quirk=keep for such guests\n");
+				"start QEMU with quirk=keep for guests with VFIO devices\n");
 	pthread_mutex_unlock(&pf_lock);
 }

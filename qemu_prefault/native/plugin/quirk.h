@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-/* KVM_X86_QUIRK_SLOT_ZAP_ALL: whether deleting a slot drops every table of the guest. */
+/* KVM_X86_QUIRK_SLOT_ZAP_ALL: with it, deleting a slot drops all of the guest's tables. */
 #ifndef QEMU_PREFAULT_PLUGIN_QUIRK_H
 #define QEMU_PREFAULT_PLUGIN_QUIRK_H
 
-/* Once, when everything is known and nothing is prefaulted yet. The lock is held. */
+/*
+ * Disable the quirk if the options and devices allow it. Call once, with pf_lock held, when all
+ * devices exist and nothing is prefaulted yet.
+ */
 void pf_quirk_decide(void);
 
-/* A VFIO device needs the quirk. */
+/* Note that QEMU has created a VFIO device, which needs the quirk. */
 void pf_quirk_vfio_seen(void);
 
 #endif

@@ -1,35 +1,35 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * All that the plugin's files share. Each variable is changed by the files that are named
- * above it; the others read it. It is guarded by pf_lock, but for what is atomic.
+ * The state that the plugin's files share. A comment above each variable names the files that
+ * change it; the other files only read it. pf_lock guards everything that is not atomic.
  *
- * The files, lowest first; each includes and calls only those above it in this list
- * (tests/unit/test_native_structure.py holds them to it):
+ * The files in the order of their layers, lowest first. Each file includes and calls only files
+ * above it in this list (checked by tests/unit/test_native_structure.py):
  *
  *   os              system calls, threads, time
- *   options         what the user asked for
- *   errors          why a request is not done
- *   state           this
- *   event_log       what happened, for the control socket and the log
- *   host_ranges     what is known of QEMU's own memory
- *   headroom        what the host can still give
+ *   options         the user's options
+ *   errors          errors of control socket requests
+ *   state           this file
+ *   event_log       events for the control socket and the log
+ *   host_ranges     facts about QEMU's memory
+ *   headroom        memory that the host still has
  *   quirk           KVM_X86_QUIRK_SLOT_ZAP_ALL
- *   firmware        how far the guest's firmware is with low RAM
- *   queue           what is still to be populated and prefaulted
+ *   firmware        the firmware's progress with low RAM
+ *   queue           memory to populate and prefault
  *   memslots        QEMU's changes of memslots
- *   qemu_memory     QEMU's changes of its own memory
- *   chunk           one chunk of work, done by a vCPU thread
- *   guest_start     what is due before the guest's first instruction
+ *   qemu_memory     QEMU's changes of its memory
+ *   chunk           one chunk, processed by a vCPU thread
+ *   guest_start     preparation before the guest's first instruction
  *   vcpu            the hook around KVM_RUN
- *   batch           work that comes from outside
+ *   batch           batches of ranges from the control socket
  *   watchdog        the plugin's own thread
- *   status          what the control socket shows
- *   commands        what the control socket is asked for
+ *   status          the control socket's status answer
+ *   commands        the control socket's requests
  *   control_socket  the socket itself
- *   vm              QEMU's VM: where everything starts
- *   got             redirects QEMU's global offset table
- *   interpose       the functions of libc that QEMU calls here
- *   main            being loaded
+ *   vm              QEMU's VM, whose creation starts the plugin
+ *   got             redirection of QEMU's global offset table
+ *   interpose       replacements of libc functions that QEMU calls
+ *   main            loading and unloading
  */
 #ifndef QEMU_PREFAULT_PLUGIN_STATE_H
 #define QEMU_PREFAULT_PLUGIN_STATE_H
@@ -43,30 +43,30 @@
 
 #include "os.h"
 
-#define QUIET_NS MS(1000) /* no slot of RAM changed for so long: firmware is not at it */
-#define STUCK_NS MS(500)  /* in the ioctl without mapping a page */
-#define CHUNK MIB(8)	  /* between two looks at whether somebody wants the vCPU */
+#define QUIET_NS MS(1000) /* if no RAM slot changes for this long, firmware has finished */
+#define STUCK_NS MS(500)  /* maximum time in the ioctl without progress */
+#define CHUNK MIB(8)	  /* a vCPU thread checks for other requests after each chunk */
 #define MAX_VCPUS 4096
 
 enum memslot_state { SLOT_SKIPPED, SLOT_HELD, SLOT_KEPT };
 
 struct memslot {
-	uint32_t id; /* the address space in the upper half */
+	uint32_t id; /* the upper 16 bits are the address space */
 	uint32_t flags;
 	uint64_t gpa, size, hva;
 	enum memslot_state state;
 	bool resident_only;
 	const char *why;
-	uint64_t prefaulted; /* bytes, since it was created */
+	uint64_t prefaulted; /* bytes since the slot was created */
 };
 
-/* A part of a slot that is yet to be done. */
+/* A part of a slot that must still be populated or prefaulted. */
 struct work_item {
 	uint64_t gpa, size, hva;
 	uint32_t slot;
 	bool populate, stage2;
-	bool resident; /* only pages that are there */
-	bool deferred; /* until firmware is done with its slots */
+	bool resident; /* only pages that are present */
+	bool deferred; /* wait until firmware has finished */
 };
 
 struct vcpu {
@@ -75,23 +75,23 @@ struct vcpu {
 	pid_t tid;
 	struct kvm_run *run;
 	atomic_bool in_guest;
-	bool no_root_yet;		  /* nothing that could be stale */
-	bool started;			  /* was let into the guest */
-	uint64_t seen_generation;	  /* when it last came back from the guest */
-	atomic_uint_least64_t busy_since; /* its thread is in a system call for us; 0: not */
-	bool stuck; /* until it has been in the guest, and some time has passed: */
+	bool no_root_yet;		  /* KVM has no root for it, so none can be stale */
+	bool started;			  /* has entered the guest */
+	uint64_t seen_generation;	  /* pf_root_generation at its last return from the guest */
+	atomic_uint_least64_t busy_since; /* start of its thread's prefault ioctl; 0: not in it */
+	bool stuck; /* until it has entered the guest and retry_at has passed */
 	uint64_t retry_at;
-	struct work_item in_progress; /* taken from the queue, and not done; its size is 0: nothing */
+	struct work_item in_progress; /* taken from the queue, not done; none if size is 0 */
 	uint64_t slice_ended;
 };
 
 extern pthread_mutex_t pf_lock;
-extern pthread_cond_t pf_changed; /* anything below; waits by CLOCK_MONOTONIC */
+extern pthread_cond_t pf_changed; /* signals any change below; uses CLOCK_MONOTONIC */
 
 /* Changed by: vm.c */
-extern int pf_vm_fd;	 /* -1: none yet */
+extern int pf_vm_fd;	 /* -1: no VM yet */
 extern bool pf_capable;	 /* the kernel has the ioctl, and nested paging */
-extern bool pf_incoming; /* the guest comes from elsewhere */
+extern bool pf_incoming; /* QEMU was started with -incoming */
 
 /* Changed by: quirk.c */
 enum quirk_state { QUIRK_UNDECIDED, QUIRK_ABSENT, QUIRK_KEPT, QUIRK_VFIO, QUIRK_DISABLED };
@@ -104,38 +104,38 @@ extern bool pf_paused;
 /* Changed by: qemu_memory.c */
 extern int pf_userfaults;
 
-/* Changed by: memslots.c. In a slot, queue.c and chunk.c note what they did to it. */
+/* Changed by: memslots.c. queue.c and chunk.c record their work in the slots. */
 extern struct memslot *pf_memslots;
 extern size_t pf_memslot_count;
-extern atomic_int pf_slot_changes; /* a slot is being changed: stay out of the ioctl */
+extern atomic_int pf_slot_changes; /* slot changes in progress: stay out of the ioctl */
 extern atomic_uint_least64_t pf_root_generation; /* incremented when KVM drops all tables */
 
 /* Changed by: memslots.c, guest_start.c, vcpu.c */
-extern uint64_t pf_slot_changed_at; /* or the guest was started, as if one had just been */
+extern uint64_t pf_slot_changed_at; /* time of the last slot change or guest start */
 
 /* Changed by: queue.c */
 extern struct work_item *pf_queue;
 extern size_t pf_queue_length;
-extern atomic_bool pf_work_available; /* some item is ready to be taken: see before_run() */
+extern atomic_bool pf_work_available; /* an item is ready: see before_run() in vcpu.c */
 
-/* Changed by: vcpu.c. With new work, queue.c and qemu_memory.c void it. */
-extern uint64_t pf_stall_start; /* when the guest began to wait for us; 0: it has not */
+/* Changed by: vcpu.c. queue.c and qemu_memory.c reset it when new work arrives. */
+extern uint64_t pf_stall_start; /* when the guest began to wait; 0: it does not wait */
 
-/* Changed by: vcpu.c. In a vCPU, chunk.c and batch.c note what they do on it. */
+/* Changed by: vcpu.c. chunk.c and batch.c record their work in the vCPUs. */
 extern struct vcpu pf_vcpus[MAX_VCPUS];
 extern atomic_size_t pf_vcpu_count;
-extern bool pf_guest_entered; /* some vCPU was let into the guest */
+extern bool pf_guest_entered; /* a vCPU has entered the guest */
 
 /* Changed by: guest_start.c */
-extern bool pf_guest_started; /* it was let run; some vCPU may still be on its way: */
+extern bool pf_guest_started; /* pf_guest_start() has run; no vCPU may have entered yet */
 
 /* Changed by: chunk.c */
 extern atomic_int pf_vcpus_working; /* vCPUs with an item in progress */
 
 /* Changed by: chunk.c, batch.c, and state.c in pf_leave_ioctl() */
-extern int pf_in_flight; /* vCPUs in a system call for us */
+extern int pf_in_flight; /* threads in a populate or prefault call */
 
-/* Each by the file that does what it counts. */
+/* Each counter is changed by the file that does the counted work. */
 extern struct counters {
 	uint64_t created, deleted, stuck, errors;
 	uint64_t populated, prefaulted, again;
@@ -146,7 +146,7 @@ struct memslot *pf_find_memslot(uint32_t id);
 struct memslot *pf_memslot_at_gpa(uint64_t gpa);
 struct memslot *pf_memslot_at_hva(uint64_t hva);
 
-/* Whoever changes a slot waits for this. The lock is held. */
+/* Decrement pf_in_flight and wake waiting slot changes. Call with pf_lock held. */
 void pf_leave_ioctl(void);
 
 #endif

@@ -4,7 +4,7 @@
 
 #include <stdio.h>
 
-/* All that the plugin knows, as one JSON object. */
+/* Print the plugin's state as one JSON object. */
 void pf_status_print(FILE *out);
 
 #endif

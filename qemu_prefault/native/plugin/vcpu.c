@@ -16,15 +16,15 @@
 #include "options.h"
 #include "queue.h"
 
-// Spelt out: a distribution's headers may be older.
+/* Defined here because the installed kernel headers may be older. */
 #define RUN_SMM (1u << 0)
 #define RUN_GUEST_MODE (1u << 2) /* 85542adb65ec, Linux 6.11 */
 
 static __thread struct vcpu *this_vcpu;
 
 /*
- * A vCPU whose root is obsolete must go through the guest before it prefaults again:
- * before commit 20a6cff3b283 (v6.15) the ioctl retries for ever on it.
+ * A vCPU whose root is obsolete must enter the guest before it prefaults again. Before commit
+ * 20a6cff3b283 (v6.15) the ioctl retries forever on such a vCPU.
  */
 bool pf_vcpu_can_prefault(const struct vcpu *self)
 {
@@ -32,16 +32,16 @@ bool pf_vcpu_can_prefault(const struct vcpu *self)
 	       (self->no_root_yet || self->seen_generation == atomic_load(&pf_root_generation));
 }
 
-/* In SMM and in guest mode other tables are loaded. Known only since it last came back. */
+/* In SMM and guest mode KVM uses other tables. The flags date from the last return of KVM_RUN. */
 static bool on_own_tables(const struct vcpu *self)
 {
 	return !(self->run->flags & (RUN_SMM | RUN_GUEST_MODE));
 }
 
-/* What was done since the guest last ran, in one event; QEMU's kicks may have cut it in parts. */
+/* Work since the guest last ran. It becomes one event, even if QEMU's kicks interrupted it. */
 static struct {
 	uint64_t populated, prefaulted;
-	double seconds; /* of vCPU threads */
+	double seconds; /* sum over all vCPU threads */
 	bool again;
 } report_acc;
 
@@ -60,8 +60,9 @@ static void report_prefaulted(bool started)
 }
 
 /*
- * Work until there is none, or the guest has waited long enough: without limit before its
- * first instruction (it has not begun to wait), else for pf_options.hold_ns, then in slices.
+ * Work until the queue is empty or the guest has waited long enough. Before the guest's first
+ * instruction the time is unlimited. Later the limit is pf_options.hold_ns. After that the thread
+ * works in slices.
  */
 static void before_run(struct vcpu *self)
 {
@@ -76,7 +77,8 @@ static void before_run(struct vcpu *self)
 	struct work_item item;
 	bool first = !self->started && !pf_incoming, sliced = false;
 
-	if (!pf_stall_start && on_own_tables(self)) /* else it is not kept waiting */
+	/* On other tables the thread does no work, so the guest does not wait. */
+	if (!pf_stall_start && on_own_tables(self))
 		pf_stall_start = now;
 	if (!first)
 		ctx.deadline = (pf_stall_start ? pf_stall_start : now) + pf_options.hold_ns;
@@ -102,8 +104,9 @@ static void before_run(struct vcpu *self)
 		} else if (first ? pf_in_flight || atomic_load(&pf_slot_changes) :
 				   !sliced && atomic_load(&pf_vcpus_working)) {
 			/*
-			 * Nobody runs ahead of what others still have in hand: firmware's
-			 * pages, maybe, taken by a vCPU that was halted and waits for a CPU.
+			 * Do not enter the guest before the other threads finish their items.
+			 * A thread that waits for a host CPU may hold the pages that the
+			 * firmware needs first.
 			 */
 			struct timespec soon = pf_deadline_in(MS(2));
 
@@ -148,7 +151,7 @@ long pf_vcpu_run(int fd)
 
 	if (!self || !self->run)
 		return pf_raw_ioctl(fd, KVM_RUN, NULL);
-	/* QEMU also calls KVM_RUN to complete an exit, and to have a signal eaten. */
+	/* QEMU also sets immediate_exit to complete an exit or to consume a signal. */
 	if (!self->run->immediate_exit) {
 		if (!self->started || atomic_load(&pf_work_available) ||
 		    atomic_load(&pf_vcpus_working))
@@ -161,7 +164,7 @@ long pf_vcpu_run(int fd)
 	long result = pf_raw_ioctl(fd, KVM_RUN, NULL);
 
 	atomic_store(&self->in_guest, false);
-	if (!result) { /* it was in the guest, and so through what KVM had asked of it */
+	if (!result) { /* it was in the guest, so KVM has handled its pending requests */
 		self->started = true;
 		self->no_root_yet = false;
 		self->seen_generation = generation;

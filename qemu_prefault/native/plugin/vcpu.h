@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * The hook around KVM_RUN: the vCPU threads do the work, each right before it enters the
- * guest. There its vCPU is out of KVM_RUN, the BQL is not held, and QEMU's own kick
- * (SIG_IPI) gets it out when somebody else needs the vCPU.
+ * The hook around KVM_RUN. vCPU threads do the work, each just before it enters the guest. At this
+ * point the vCPU is not in KVM_RUN and the thread does not hold the BQL. If QEMU needs the vCPU,
+ * its kick (SIG_IPI) interrupts the work.
  */
 #ifndef QEMU_PREFAULT_PLUGIN_VCPU_H
 #define QEMU_PREFAULT_PLUGIN_VCPU_H
@@ -11,14 +11,14 @@
 
 #include "state.h"
 
-#define SLICE MS(2) /* work at one go when the guest has waited long enough */
+#define SLICE MS(2) /* length of a slice after the guest has waited hold_ns */
 #define SLICE_EVERY MS(10)
 
 void pf_vcpu_created(int vcpu_fd, unsigned long id);
-/* KVM_RUN: work, and then the ioctl itself. */
+/* Do pending work, then issue KVM_RUN. */
 long pf_vcpu_run(int vcpu_fd);
 
-/* Whether its thread can do work now. The lock is held. */
+/* Return whether the vCPU can be used for the ioctl now. Call with pf_lock held. */
 bool pf_vcpu_can_prefault(const struct vcpu *self);
 
 #endif

@@ -15,7 +15,7 @@
 #include "state.h"
 #include "watchdog.h"
 
-#define CAP_PRE_FAULT_MEMORY 236 /* a distribution's headers may be older */
+#define CAP_PRE_FAULT_MEMORY 236 /* the installed kernel headers may be older */
 
 static atomic_bool seen;
 
@@ -24,7 +24,7 @@ static void set_up(int fd)
 	pthread_condattr_t monotonic;
 
 	pthread_mutex_lock(&pf_lock);
-	if (pf_vm_fd >= 0) { /* one VM in a process; a second one is left alone */
+	if (pf_vm_fd >= 0) { /* only the first VM of the process is handled */
 		pthread_mutex_unlock(&pf_lock);
 		return;
 	}
@@ -34,14 +34,19 @@ static void set_up(int fd)
 	pf_vm_fd = fd;
 	pf_capable = pf_raw_ioctl(fd, KVM_CHECK_EXTENSION, (void *)CAP_PRE_FAULT_MEMORY) == 1;
 	if (!pf_capable)
-		fprintf(stderr, "qemu-prefault: this KVM has no KVM_PRE_FAULT_MEMORY (Linux 6.11, "
-				"and EPT or NPT enabled): nothing will be prefaulted\n");
-	/* QEMU's command line tells what no ioctl does: its first KVM_RUN is somebody's blackout. */
+		fprintf(stderr,
+			"qemu-prefault: this KVM has no KVM_PRE_FAULT_MEMORY, so nothing is "
+			"prefaulted; it needs Linux 6.11 and EPT or NPT enabled\n");
+	/*
+	 * No ioctl shows an incoming migration, so check the command line. Work before the first
+	 * KVM_RUN would then extend the downtime.
+	 */
 	pf_incoming = pf_has_argument("-incoming");
 	pf_ranges_open();
 	pf_headroom_open();
 	if (!pf_watchdog_start())
-		fprintf(stderr, "qemu-prefault: no thread could be started\n");
+		fprintf(stderr, "qemu-prefault: the watchdog thread could not be started: a stuck "
+				"prefault is not interrupted; raise QEMU's limit on threads\n");
 	if (!pf_options.socket_off)
 		pf_control_socket_start();
 	pthread_mutex_unlock(&pf_lock);
@@ -52,7 +57,7 @@ void pf_vm_created(int fd)
 	char *preload = getenv("LD_PRELOAD");
 
 	atomic_store(&seen, true);
-	/* This is the program it was meant for: what it starts need not load it. */
+	/* This is the intended program. Its child processes do not need the plugin. */
 	if (pf_options.by_preload && preload && strstr(preload, "qemu-prefault-plugin") &&
 	    !strpbrk(preload, ": "))
 		unsetenv("LD_PRELOAD");

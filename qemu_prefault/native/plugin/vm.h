@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-/* QEMU's VM: there is one in a process, and with it everything starts. */
+/* QEMU's VM. Its creation starts the plugin's threads. */
 #ifndef QEMU_PREFAULT_PLUGIN_VM_H
 #define QEMU_PREFAULT_PLUGIN_VM_H
 
 #include <stdbool.h>
 
+/* Called after KVM_CREATE_VM. */
 void pf_vm_created(int vm_fd);
-/* The plugin came when QEMU had its VM already. */
+/* Find a VM that QEMU created before it loaded the plugin. */
 void pf_vm_adopt(void);
 bool pf_vm_seen(void);
 

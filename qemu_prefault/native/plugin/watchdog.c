@@ -9,8 +9,9 @@
 #include "vcpu.h"
 
 /*
- * It does no work itself. It gets vCPUs out of the guest when there is work and none comes
- * by itself, out of an ioctl that does not end, and tells when slots have been quiet.
+ * The watchdog does no prefault work. If work is available and no vCPU thread does it, the
+ * watchdog kicks vCPUs out of the guest. It also interrupts stuck ioctls, and makes deferred items
+ * ready when slots have not changed for QUIET_NS.
  */
 static void *watchdog(void *unused)
 {

@@ -5,8 +5,8 @@
 #include <stdbool.h>
 
 /*
- * Start the plugin's own thread. It does no work itself: it gets vCPUs out of the guest when
- * there is work, and out of an ioctl that does not end. False: no thread could be started.
+ * Start the watchdog thread, which kicks vCPUs out of the guest if work is available, and out of
+ * stuck ioctls. Returns false if the thread could not be started.
  */
 bool pf_watchdog_start(void);
 

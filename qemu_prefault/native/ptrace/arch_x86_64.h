@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * What inject.c knows of x86-64: a stopped thread's registers, how they are set up for a
- * system call, and the signal frame from which rt_sigreturn loads them.
+ * The x86-64 part of inject.c: the registers of a stopped thread, their setup for a system call,
+ * and the signal frame from which rt_sigreturn loads them.
  */
 #ifndef QEMU_PREFAULT_ARCH_X86_64_H
 #define QEMU_PREFAULT_ARCH_X86_64_H
@@ -16,21 +16,21 @@
 #include "common/syscall_x86_64.h"
 
 #define ARCH_RED_ZONE 128	    /* bytes below the stack pointer that may be in use */
-#define ARCH_STACK_ALIGN 64	    /* XRSTOR wants that of the FPU's state */
-#define ARCH_XSTATE_MAX (16u << 10) /* bytes of the FPU's state */
+#define ARCH_STACK_ALIGN 64	    /* alignment that XRSTOR requires */
+#define ARCH_XSTATE_MAX (16u << 10) /* maximum size of the FPU state in bytes */
 #define ARCH_XSTATE_NOTE NT_X86_XSTATE
 #define ARCH_XSTATE_TAIL sizeof(uint32_t) /* FP_XSTATE_MAGIC2 follows it in a signal frame */
 
-/* arch/x86/include/asm/segment.h: __USER_CS. A thread in 32-bit code has another. */
+/* __USER_CS of arch/x86/include/asm/segment.h. A thread in 32-bit code has another selector. */
 #define USER_CS_64 0x33
 
-/* include/linux/errno.h; user space never sees them, but ptrace does. */
+/* include/linux/errno.h. The kernel shows these values to ptrace, but not to the thread. */
 #define ERESTARTSYS 512
 #define ERESTARTNOINTR 513
 #define ERESTARTNOHAND 514
 #define ERESTART_RESTARTBLOCK 516
 
-/* arch/x86/include/uapi/asm/{ucontext,sigcontext}.h; glibc's own lack some of it. */
+/* arch/x86/include/uapi/asm/{ucontext,sigcontext}.h. glibc's headers lack some of them. */
 #define UC_FP_XSTATE 0x1
 #define UC_SIGCONTEXT_SS 0x2
 #define UC_STRICT_RESTORE_SS 0x4
@@ -39,7 +39,7 @@
 #define FXSAVE_SW_RESERVED 464
 #define XSAVE_HEADER_END 576
 
-/* An invalid mode: do_sigaltstack() then leaves the alternate stack alone. */
+/* An invalid ss_flags mode: do_sigaltstack() (kernel/signal.c) then changes nothing. */
 #define ALTSTACK_LEFT_ALONE 0x7f
 
 struct sigcontext_64 {
@@ -66,7 +66,7 @@ struct fx_sw_bytes {
 	uint32_t xstate_size, padding[7];
 };
 
-/* Whether these are registers that this file can handle. */
+/* Return whether this file supports the thread's state: 64-bit code, and XSAVE state. */
 static inline int arch_usable(const struct user_regs_struct *regs, size_t xstate_size)
 {
 	return regs->cs == USER_CS_64 && xstate_size >= XSAVE_HEADER_END;
@@ -77,7 +77,7 @@ static inline uint64_t arch_stack_pointer(const struct user_regs_struct *regs)
 	return regs->rsp;
 }
 
-/* Nothing below this address of its stack is in use. */
+/* Return the address below which the thread's stack is unused. */
 static inline uint64_t arch_free_stack(const struct user_regs_struct *regs)
 {
 	return regs->rsp - ARCH_RED_ZONE;
@@ -88,7 +88,7 @@ static inline long arch_result(const struct user_regs_struct *regs)
 	return (long)regs->rax;
 }
 
-/* What the kernel does on the way back to user mode: arch_do_signal_or_restart(). */
+/* Set up a system call restart as arch_do_signal_or_restart() (arch/x86/kernel/signal.c) does. */
 static inline void arch_fix_up_restart(struct user_regs_struct *regs)
 {
 	long number = (long)regs->orig_rax;
@@ -111,8 +111,9 @@ static inline void arch_fix_up_restart(struct user_regs_struct *regs)
 }
 
 /*
- * Bring the FPU's state, as ptrace gave it, to the form in which rt_sigreturn takes it:
- * fpu__restore_sig(). Returns its size then: by ARCH_XSTATE_TAIL more.
+ * Convert the FPU state from ptrace's format to the one that rt_sigreturn reads
+ * (arch/x86/kernel/fpu/signal.c, fpu__restore_sig()). Returns the new size, which is
+ * ARCH_XSTATE_TAIL more.
  */
 static inline size_t arch_seal_xstate(unsigned char *xstate, size_t size)
 {
@@ -121,7 +122,7 @@ static inline size_t arch_seal_xstate(unsigned char *xstate, size_t size)
 				  .xstate_size = (uint32_t)size };
 	uint32_t magic2 = FP_XSTATE_MAGIC2;
 
-	/* ptrace leaves the mask of features there: copy_xstate_to_uabi_buf(). */
+	/* copy_xstate_to_uabi_buf() (arch/x86/kernel/fpu/xstate.c) stores the features there. */
 	memcpy(&sw.xfeatures, xstate + FXSAVE_SW_RESERVED, sizeof(sw.xfeatures));
 	memcpy(xstate + FXSAVE_SW_RESERVED, &sw, sizeof(sw));
 	memcpy(xstate + size, &magic2, sizeof(magic2));
@@ -129,8 +130,8 @@ static inline size_t arch_seal_xstate(unsigned char *xstate, size_t size)
 }
 
 /*
- * The registers for a system call by the "syscall; ret" at ip, which then returns to the
- * address that is on the stack at sp. clone()'s child finds its control page in rbx.
+ * Set the registers for a system call by the "syscall; ret" at ip. The ret then jumps to the
+ * address that the stack holds at sp. The child of clone() gets its control page in rbx.
  */
 static inline void arch_set_call(struct user_regs_struct *regs, long number, const uint64_t args[6],
 				 uint64_t rbx, uint64_t ip, uint64_t sp)
@@ -147,14 +148,14 @@ static inline void arch_set_call(struct user_regs_struct *regs, long number, con
 	regs->rsp = sp;
 }
 
-/* From a system call's end, go on with the signal frame at sp. */
+/* Make a thread that has finished a system call continue with the signal frame at sp. */
 static inline void arch_skip_to(struct user_regs_struct *regs, uint64_t sp)
 {
 	regs->rsp = sp;
 	regs->orig_rax = (unsigned long)-1;
 }
 
-/* The same, by way of a munmap() with the "syscall; ret" at ip. */
+/* After arch_skip_to(): first call munmap() by the "syscall; ret" at ip. */
 static inline void arch_insert_munmap(struct user_regs_struct *regs, uint64_t start, uint64_t size,
 				      uint64_t ip)
 {

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * The page that the tool and one helper thread share.
+ * The control page, which the tool and one helper thread share.
  *
- * The tool reads and writes it through /proc/PID/mem, the helper directly. Each
- * field has one writer, and 32- and 64-bit fields are naturally aligned, so no
- * lock is needed.
+ * The tool accesses it through /proc/PID/mem, the helper directly. No lock is needed: each field
+ * has one writer, and 32- and 64-bit fields are naturally aligned.
  */
 #ifndef QEMU_PREFAULT_CONTROL_PAGE_H
 #define QEMU_PREFAULT_CONTROL_PAGE_H
@@ -16,38 +15,39 @@
 
 struct prefault_control {
 	/*
-	 * Written once, before the helper starts. clone()'s child starts with its
-	 * stack pointer at entry, "returns" there, and moves on to stack_top.
+	 * Written once, before the helper starts. The child of clone() starts with its stack
+	 * pointer at entry, so its ret jumps to the address there. The code then sets the stack
+	 * pointer to stack_top.
 	 */
 	uint64_t entry;
 	uint64_t stack_top;
 	uint64_t magic;
-	uint64_t area_start; /* the helper's whole mapping, unmapped by itself */
+	uint64_t area_start; /* the helper's whole mapping, which the helper unmaps when it exits */
 	uint64_t area_size;
 	uint64_t syscall_ret; /* address of "syscall; ret" in QEMU's text */
 	uint64_t sigreturn;   /* address of the signal restorer in QEMU's text */
-	uint64_t exit_slot;   /* holds the address of "mov $60,%eax; syscall" */
-	uint64_t dead_man_ns; /* leave when heartbeat stands still for so long */
-	uint64_t tick_ns;     /* interrupts every system call at this interval */
-	uint64_t kick_ns;     /* kicks the vCPU thread off a lock it holds so long */
+	uint64_t exit_slot;   /* address of the word that points to "mov $60,%eax; syscall" */
+	uint64_t dead_man_ns; /* exit if heartbeat does not change for this long */
+	uint64_t tick_ns;     /* the tick interrupts system calls at this interval */
+	uint64_t kick_ns;     /* kick the vCPU thread if it holds the vCPU's mutex for this long */
 	struct prefault_limits limits;
 	int32_t vcpu_fd;
-	int32_t vcpu_tid;    /* 0: nobody to kick */
+	int32_t vcpu_tid;    /* 0: no thread to kick */
 	int32_t kick_signal; /* QEMU's SIG_IPI */
-	int32_t tool_pid;    /* as QEMU sees it; 0: not visible from there */
+	int32_t tool_pid;    /* in QEMU's PID namespace; 0: not visible there */
 
 	/* Written by the tool. */
 	uint64_t heartbeat;
 	uint32_t batch;	  /* incremented when ranges[] holds new work */
-	uint32_t abort;	  /* end every batch after the current chunk */
-	uint32_t release; /* leave when idle */
+	uint32_t abort;	  /* stop each batch after the current chunk */
+	uint32_t release; /* exit when idle */
 	uint32_t range_count;
 
 	/* Written by the helper. */
-	uint32_t tid;	     /* by the kernel: CLONE_PARENT_SETTID */
-	uint32_t ready;	     /* 1 once it runs; negative errno if it cannot */
-	uint32_t batch_done; /* equals batch when the work is done */
-	/* CLOCK_MONOTONIC; chunk_started tells when "done" of the ranges became what it is */
+	uint32_t tid;	     /* written by the kernel: CLONE_PARENT_SETTID */
+	uint32_t ready;	     /* 1: running; negative errno: it cannot run */
+	uint32_t batch_done; /* equals batch once the batch is done */
+	/* CLOCK_MONOTONIC. chunk_started_ns is when the ranges' "done" last changed. */
 	uint64_t batch_started_ns, chunk_started_ns, batch_finished_ns;
 	struct prefault_range ranges[PREFAULT_RANGES_MAX];
 };

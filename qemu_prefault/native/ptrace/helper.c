@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * The helper thread: what the attach agent starts inside QEMU.
+ * The helper thread that the ptrace backend starts inside QEMU.
  *
- * It must harm nobody whatever happens to the tool. So it has its own mapping
- * (code, control page, stack) that nobody else relies on, blocks every signal
- * but its own tick, never calls into QEMU or libc, cannot fault (its memory is
- * its own, everything else is reached through system calls that return errors),
- * and leaves without a trace when it is released or its heartbeat stops.
+ * It must not harm QEMU, whatever happens to the tool:
+ * - It has a mapping of its own for code, control page and stack.
+ * - It blocks every signal except its own tick.
+ * - It never calls into QEMU or libc.
+ * - It cannot fault: it accesses only its own mapping, and all other memory by system calls,
+ *   which return errors.
+ * - When it is released, or its heartbeat stops, it unmaps its memory and exits.
  */
 #include <asm/signal.h>
 #include <linux/time.h>
@@ -20,7 +22,7 @@
 #define SA_RESTORER_FLAG 0x04000000ul
 #define SIG_SETMASK_HOW 2
 #define SIGSET_BYTES 8
-#define SIGNAL_HIGHEST 64 /* of those tried for the tick, high ones first */
+#define SIGNAL_HIGHEST 64 /* signals tried for the tick, from high to low */
 #define SIGNAL_LOWEST 40
 
 struct helper_sigaction {
@@ -39,7 +41,7 @@ struct helper {
 	uint64_t looked_at;
 	int32_t tick_timer;
 	int32_t kick_timer; /* -1: none */
-	int32_t tool_pid;   /* 0: nobody to ask for */
+	int32_t tool_pid;   /* 0: not visible to QEMU */
 };
 
 static inline uint32_t load(const uint32_t *word)
@@ -69,8 +71,8 @@ static long timer_make(int32_t signal, int32_t thread, int32_t *timer)
 }
 
 /*
- * Is the tool still there? Its process id tells at once when it was killed; the
- * heartbeat also when it hangs, is stopped, or cannot be seen from QEMU.
+ * Return whether the tool is alive. Its process id disappears as soon as it is killed. The
+ * heartbeat also stops if the tool hangs, is stopped, or is not visible in QEMU's PID namespace.
  */
 static int tool_lives(struct helper *helper)
 {
@@ -81,7 +83,7 @@ static int tool_lives(struct helper *helper)
 
 		if (result == -ESRCH)
 			return 0;
-		if (result) /* a security module denies it, and may log that: ask once */
+		if (result) /* a security module denies it and may log that: do not repeat */
 			helper->tool_pid = 0;
 	}
 
@@ -89,8 +91,9 @@ static int tool_lives(struct helper *helper)
 	uint64_t now = prefault_now_ns();
 
 	/*
-	 * A chunk can take so long that the tool could not get through meanwhile: it writes by
-	 * way of QEMU's mmap_lock, which populating holds and THP's khugepaged waits for.
+	 * During a long chunk the tool may be unable to update the heartbeat, so that time does
+	 * not count. /proc/PID/mem takes QEMU's mmap_lock for reading. Populating holds it, and
+	 * a writer that waits for it (khugepaged) blocks new readers.
 	 */
 	if (heartbeat != helper->heartbeat || now - helper->looked_at > control->dead_man_ns / 3) {
 		helper->heartbeat = heartbeat;
@@ -113,9 +116,10 @@ static void arm_kick(void *context)
 	struct helper *helper = context;
 
 	/*
-	 * The ioctl starts with mutex_lock_killable(&vcpu->mutex), which no signal
-	 * of ours ends. If the guest is resumed under us, KVM_RUN holds that mutex
-	 * even in HLT: QEMU's own IPI signal makes the vCPU thread let go of it.
+	 * The ioctl starts with mutex_lock_killable(&vcpu->mutex) (virt/kvm/kvm_main.c,
+	 * kvm_vcpu_ioctl()). Only SIGKILL interrupts that. If the guest is resumed meanwhile,
+	 * KVM_RUN holds the mutex, even during HLT. QEMU's IPI signal makes the vCPU thread
+	 * return from KVM_RUN and release it.
 	 */
 	if (helper->kick_timer >= 0)
 		timer_start(helper->kick_timer, helper->control->kick_ns);
@@ -133,7 +137,7 @@ static void run_batch(struct helper *helper)
 	control->batch_started_ns = prefault_now_ns();
 	for (uint32_t i = 0; i < count; i++) {
 		prefault_run_range(&control->ranges[i], control->vcpu_fd, &control->limits, &hooks);
-		/* The vCPU is the matter, not the range: leave the rest to another one. */
+		/* The vCPU is stuck, not the range: the tool retries the rest on another vCPU. */
 		if (control->ranges[i].error == PREFAULT_STUCK)
 			break;
 	}
@@ -144,10 +148,10 @@ static void run_batch(struct helper *helper)
 }
 
 /*
- * Unmap the ground we stand on. The system call is made by QEMU's own text, its
- * "ret" takes the next address from the one stack word that is always there and
- * never used: the null pointer with which the kernel ends the main stack
- * (fs/exec.c, __bprm_mm_init()); the tool put the address of an exit in it.
+ * Unmap the helper's own code and stack, and exit. A "syscall; ret" in QEMU's text makes the
+ * system call. The ret reads its target from a stack word that is always mapped and never used:
+ * the null pointer at the end of the main stack (fs/exec.c, __bprm_mm_init()). The tool has
+ * stored the address of an exit system call there.
  */
 __attribute__((noreturn)) static void leave(struct helper *helper)
 {
@@ -159,15 +163,15 @@ __attribute__((noreturn)) static void leave(struct helper *helper)
 		prefault_syscall3(__NR_timer_delete, helper->tick_timer, 0, 0);
 	if (helper->kick_timer >= 0)
 		prefault_syscall3(__NR_timer_delete, helper->kick_timer, 0, 0);
-	/* Else the kernel would clear a word in memory that is no longer ours. */
+	/* Otherwise mm_release() (kernel/fork.c) would clear a word of the unmapped memory. */
 	prefault_syscall3(__NR_set_tid_address, 0, 0, 0);
 	helper_unmap(control);
 }
 
 /*
- * The tick's signal: a real-time one that QEMU does not use. Its handler is a
- * bare "ret" in libc and stays installed, also for the next helper: with the
- * default action back, a tick still under way would end QEMU.
+ * Choose the tick's signal: a real-time signal that QEMU does not use. Its handler is a bare
+ * "ret" in libc. The handler stays installed: if the default action were restored, a pending
+ * tick would kill QEMU. The next helper uses the same signal.
  */
 static long claim_signal(const struct prefault_control *control)
 {
@@ -188,7 +192,7 @@ static long claim_signal(const struct prefault_control *control)
 	return -EBUSY;
 }
 
-/* 0, or a negative errno when this thread cannot be interrupted in time. */
+/* Name the thread and start its tick. Returns 0, or a negative errno if it can have no tick. */
 static long prepare(struct helper *helper)
 {
 	struct prefault_control *control = helper->control;

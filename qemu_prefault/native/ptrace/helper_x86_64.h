@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-/* How the helper thread comes into its own mapping, and how it leaves it. */
+/* The helper thread's entry into its own mapping, and its exit. */
 #ifndef QEMU_PREFAULT_HELPER_X86_64_H
 #define QEMU_PREFAULT_HELPER_X86_64_H
 
@@ -8,7 +8,7 @@
 
 _Static_assert(__builtin_offsetof(struct prefault_control, stack_top) == 8, "used below");
 
-/* clone()'s child returns into this with the control page in rbx. */
+/* The child of clone() returns to this address, with its control page in rbx. */
 __asm__(".section .text.entry,\"ax\",@progbits\n"
 	".globl pf_helper_entry\n"
 	"pf_helper_entry:\n"
@@ -18,7 +18,10 @@ __asm__(".section .text.entry,\"ax\",@progbits\n"
 	"	call pf_helper_main\n"
 	".text\n");
 
-/* munmap() of all of the helper's memory, made by QEMU's text, which then "returns" to the exit. */
+/*
+ * Unmap all of the helper's memory by the "syscall; ret" in QEMU's text. Its ret then jumps to the
+ * exit system call.
+ */
 __attribute__((noreturn)) static inline void helper_unmap(const struct prefault_control *control)
 {
 	__asm__ volatile("mov %[slot], %%rsp\n\t"

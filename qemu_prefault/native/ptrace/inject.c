@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * Make a thread of another process execute a few system calls, so that nothing
- * needs undoing if we are killed at any instant.
+ * Make a thread of another process execute a few system calls, in such a way that nothing needs
+ * to be undone if this process is killed at any instant.
  *
- * Before the thread is touched, everything is written below the red zone of its
- * stack: one signal frame per system call, each holding the registers for the
- * next, and a last one that holds the thread's own. Then a single PTRACE_SETREGS
- * sends it into "syscall; ret": the ret goes to libc's signal restorer, whose
- * rt_sigreturn loads the next frame, and so on until the thread is itself again.
- * We only watch, to stop the chain where a call failed. From the SETREGS on, the
- * kernel and the thread finish the chain without us.
+ * First, all data is written below the red zone of the thread's stack: one signal frame per
+ * system call. Each frame holds the registers of the next call, and the last one holds the
+ * thread's own registers. Then one PTRACE_SETREGS makes the thread execute "syscall; ret". The
+ * ret jumps to libc's signal restorer, whose rt_sigreturn loads the next frame, and so on until
+ * the thread has its own registers again. From PTRACE_SETREGS on, the thread finishes this chain
+ * without us. We trace it only to cut the chain short if a call fails.
  */
 #define _GNU_SOURCE
 #include "inject.h"
@@ -32,7 +31,7 @@
 #include "arch_x86_64.h"
 #include "control_page.h"
 
-#define STACK_ROOM (128u << 10) /* what must be free below the thread's stack pointer */
+#define STACK_ROOM (128u << 10) /* must be free below the thread's stack pointer */
 #define STOP_LIMIT_NS 2000000000ull
 #define CALLS_MAX 4
 #define PAGE 4096
@@ -42,11 +41,11 @@
 struct call {
 	long number;
 	uint64_t args[6];
-	uint64_t rbx; /* clone()'s child finds its control page there */
+	uint64_t rbx; /* clone()'s child expects its control page there */
 	int stage;
 };
 
-/* Everything that is written to the thread's stack, lowest address first. */
+/* What is written to the thread's stack below the image and the FPU state. */
 struct chain {
 	struct signal_frame frames[CALLS_MAX];
 	struct iovec local[1], remote[1];
@@ -54,12 +53,12 @@ struct chain {
 
 struct victim {
 	const struct inject_request *request;
-	struct user_regs_struct regs; /* its own, a system call's restart already fixed up */
+	struct user_regs_struct regs; /* the thread's own, with any system call restart set up */
 	uint64_t mask;
 	size_t xstate_size;
 	unsigned char xstate[ARCH_XSTATE_MAX + ARCH_XSTATE_TAIL]
 		__attribute__((aligned(ARCH_STACK_ALIGN)));
-	uint64_t chain_at, image_at, xstate_at; /* addresses on its stack */
+	uint64_t chain_at, image_at, xstate_at; /* addresses on the thread's stack */
 	uint64_t held_since;
 };
 
@@ -78,7 +77,7 @@ static int fail(struct inject_result *result, int stage, int error)
 	return -1;
 }
 
-/* Waits for a ptrace stop; returns its status, or -1 with errno. */
+/* Wait for a ptrace stop. Returns its status, or -1 with errno set. */
 static int wait_stop(pid_t tid)
 {
 	uint64_t deadline = now_ns() + STOP_LIMIT_NS;
@@ -91,7 +90,7 @@ static int wait_stop(pid_t tid)
 		if (got == tid) {
 			if (WIFSTOPPED(status))
 				return status;
-			errno = ESRCH; /* it exited, or was killed */
+			errno = ESRCH; /* the thread exited or was killed */
 			return -1;
 		}
 		if (got < 0 && errno != EINTR)
@@ -106,7 +105,7 @@ static int wait_stop(pid_t tid)
 	}
 }
 
-/* Seize the thread and bring it to a stop of our own, signals passed on. */
+/* Seize and stop the thread. Signals that arrive meanwhile are delivered to it. */
 static int seize(struct victim *victim, struct inject_result *result)
 {
 	pid_t tid = victim->request->tid;
@@ -123,11 +122,12 @@ static int seize(struct victim *victim, struct inject_result *result)
 		victim->held_since = now_ns();
 		if (status >> 8 == (SIGTRAP | PTRACE_EVENT_STOP << 8))
 			return 0;
-		if (status >> 16 == PTRACE_EVENT_STOP) { /* group stop: somebody's SIGSTOP */
+		if (status >> 16 ==
+		    PTRACE_EVENT_STOP) { /* group stop: another process sent SIGSTOP */
 			ptrace(PTRACE_DETACH, tid, NULL, NULL);
 			return fail(result, INJECT_STOP, EBUSY);
 		}
-		/* A signal on its way; the interrupt is still due. */
+		/* A signal-delivery stop. The stop by PTRACE_INTERRUPT is still pending. */
 		if (ptrace(PTRACE_CONT, tid, NULL, (void *)(long)WSTOPSIG(status)))
 			return fail(result, INJECT_STOP, errno);
 	}
@@ -226,7 +226,7 @@ static int write_stack(const struct victim *victim, const struct call *calls, si
 
 	for (size_t i = 0; i + 1 < count; i++) {
 		apply_call(victim, &calls[i + 1], i + 1, &regs);
-		/* All signals wait: nothing else runs on this stack meanwhile. */
+		/* Block all signals, so that no handler runs on this stack during the chain. */
 		fill_frame(victim, &chain.frames[i], &regs, ~0ull);
 	}
 	fill_frame(victim, &chain.frames[count - 1], &victim->regs, victim->mask);
@@ -238,7 +238,7 @@ static int write_stack(const struct victim *victim, const struct call *calls, si
 	return write_all(request->mem_fd, &chain, sizeof(chain), victim->chain_at);
 }
 
-/* Let the thread go on to the next system call stop. */
+/* Resume the thread until its next system call stop. */
 static int next_syscall_stop(pid_t tid)
 {
 	for (;;) {
@@ -251,13 +251,13 @@ static int next_syscall_stop(pid_t tid)
 		if (WSTOPSIG(status) == SYSCALL_STOP)
 			return 0;
 		if (status >> 16 == PTRACE_EVENT_STOP)
-			continue; /* somebody's SIGSTOP: it takes effect once we are gone */
-		errno = EINTR;	  /* every signal is blocked; only a fatal one gets here */
+			continue; /* SIGSTOP: takes effect after we detach */
+		errno = EINTR;	  /* all signals are blocked, so this one is fatal */
 		return -1;
 	}
 }
 
-/* The chain is cut short: straight to its last frame, over an munmap if asked for. */
+/* Skip to the last frame of the chain. If area_size is not 0, unmap the area first. */
 static void cut_short(const struct victim *victim, size_t count, uint64_t area, uint64_t area_size)
 {
 	struct user_regs_struct regs;
@@ -284,11 +284,12 @@ static int run_chain(struct victim *victim, const struct call *calls, size_t cou
 	apply_call(victim, &calls[0], 0, &regs);
 	if (ptrace(PTRACE_SETREGS, tid, NULL, &regs))
 		return fail(result, INJECT_RESUME, errno);
-	/* From here on the thread can do without us. */
+	/* From here on the thread finishes the chain even if this process is killed. */
 	ptrace(PTRACE_SETSIGMASK, tid, (void *)sizeof(all), &all);
 	for (size_t i = 0; i < count; i++) {
 		if (i && (next_syscall_stop(tid) || next_syscall_stop(tid)))
-			return fail(result, INJECT_RESUME, errno); /* its rt_sigreturn */
+			return fail(result, INJECT_RESUME,
+				    errno); /* entry and exit of rt_sigreturn */
 		if (next_syscall_stop(tid) || next_syscall_stop(tid) ||
 		    ptrace(PTRACE_GETREGS, tid, NULL, &regs))
 			return fail(result, INJECT_RESUME, errno);
@@ -297,7 +298,7 @@ static int run_chain(struct victim *victim, const struct call *calls, size_t cou
 		if (returned < 0 && returned >= -ERRNO_MAX)
 			error = (int)-returned;
 		else if (calls[i].number == SYS_mmap && (uint64_t)returned != area)
-			error = EEXIST; /* a kernel that takes a fixed address for a hint */
+			error = EEXIST; /* before Linux 4.17 MAP_FIXED_NOREPLACE is only a hint */
 		else if (calls[i].number == SYS_process_vm_readv &&
 			 (uint64_t)returned != request->image_size)
 			error = EFAULT;
@@ -364,7 +365,7 @@ int pf_inject_helper(const struct inject_request *request, struct inject_result 
 	uint64_t area = request->area;
 	uint64_t control = area + request->code_size;
 	uint64_t stack = control + offsetof(struct prefault_control, entry);
-	/* What pthread_create() passes; QEMU's -sandbox spawn=deny allows just that. */
+	/* The flags of pthread_create(): QEMU's -sandbox spawn=deny allows no other ones. */
 	unsigned long flags = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD |
 			      CLONE_SYSVSEM | CLONE_SETTLS | CLONE_PARENT_SETTID |
 			      CLONE_CHILD_CLEARTID;
@@ -375,7 +376,7 @@ int pf_inject_helper(const struct inject_request *request, struct inject_result 
 		    MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, (uint64_t)-1, 0 },
 		  0,
 		  INJECT_MMAP },
-		/* From its own stack: a process may always read itself. */
+		/* Copy from the thread's own stack: a process may always read its own memory. */
 		{ SYS_process_vm_readv,
 		  { (uint64_t)request->own_pid, 0, 1, 0, 1, 0 },
 		  0,

@@ -4,14 +4,14 @@
 
 #include <stdint.h>
 
-/* Where an injection ended when it did not succeed. */
+/* The stage at which an injection failed. */
 enum inject_stage {
 	INJECT_OK,
 	INJECT_SEIZE,	/* PTRACE_SEIZE or PTRACE_INTERRUPT */
 	INJECT_STOP,	/* the thread did not stop in time */
-	INJECT_INSPECT, /* its registers or its stack could not be read or used */
+	INJECT_INSPECT, /* its registers or stack could not be read or are not usable */
 	INJECT_WRITE,	/* its stack could not be written */
-	INJECT_RESUME,	/* it could not be sent on its way */
+	INJECT_RESUME,	/* it could not be resumed */
 	INJECT_MMAP,	/* the injected system calls, in order: */
 	INJECT_COPY,
 	INJECT_PROTECT,
@@ -26,28 +26,28 @@ struct inject_gadgets {
 struct inject_result {
 	int32_t stage;	  /* enum inject_stage */
 	int32_t error;	  /* errno at that stage, 0 if none applies */
-	uint64_t held_ns; /* how long the thread was held */
+	uint64_t held_ns; /* how long the thread was stopped */
 };
 
 struct inject_request {
 	int32_t pid, tid; /* the thread that makes the calls */
-	int32_t own_pid;  /* pid as the process itself sees it (another PID namespace) */
+	int32_t own_pid;  /* its pid in its own PID namespace */
 	int32_t mem_fd;	  /* /proc/PID/mem, read and write */
 	struct inject_gadgets gadgets;
-	uint64_t area, area_size; /* where the helper's mapping goes: fixed, free addresses */
-	const void *image; /* copied to its beginning: the code page, and the control page's */
+	uint64_t area, area_size; /* the helper's mapping: unused addresses */
+	const void *image; /* copied to the start of the area: code, start of the control page */
 	uint64_t image_size, code_size;
 };
 
 /*
- * Try whether this process may have executable memory: map and unmap one page at area.
- * Leaves nothing behind however it ends. Image and sizes are not looked at.
+ * Check whether the process may map executable memory: map one page at area and unmap it. Leaves
+ * no mapping behind, even on failure. image and the sizes are ignored.
  */
 int pf_inject_probe(const struct inject_request *request, struct inject_result *result);
 
 /*
- * Start a helper thread from that thread. The area (code page, control pages, stack) is
- * mapped; image is copied to its beginning, which is made executable for code_size bytes.
+ * Make the thread start a helper thread. It maps the area (code page, control pages, stack),
+ * copies image to its start, and makes the first code_size bytes executable.
  */
 int pf_inject_helper(const struct inject_request *request, struct inject_result *result);
 
