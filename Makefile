@@ -18,13 +18,16 @@ QEMU  = ccache dpkg-dev libfdt-dev libglib2.0-dev libseccomp-dev ninja-build pat
 demo:      ## show the effect on a restored and a booting guest (no virtualization needed)
 	@scripts/with-env "$(BUILD) $(LAB)" qemu-prefault demo $(DEMO_ARGS)
 
+unit:      ## run the unit tests only (a minute)
+	@scripts/with-env "$(BUILD)" python tests/run.py unit
+
 test:      ## run linters, unit tests, tests with QEMU, and tests in the nested lab
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST)" python tests/run.py
 
 test-full: ## run everything on every kernel, with 1,000 kills and 30 boots (hours)
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST) $(VT)" python tests/run.py --full
 
-bench:     ## measure docs/benchmarks.md; BENCH_ARGS="PART..." selects parts
+bench:     ## measure, write docs/benchmarks.md and its picture; BENCH_ARGS="PART…" selects parts
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(QEMU)" python tests/bench/run.py $(BENCH_ARGS)
 
 conformance: ## write docs/conformance.md: run the suite on three kernels in three modes
@@ -41,11 +44,14 @@ avocado-vt: ## run the avocado-vt tests; TP_QEMU=DIR adds those of a tp-qemu che
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST) $(VT)" python avocado/run.py vt \
 		$(if $(TP_QEMU),--tp-qemu "$(TP_QEMU)") $(AVOCADO_ARGS)
 
-lint:      ## run ruff, mypy, import-linter and clang-format
+lint:      ## run ruff, mypy, import-linter, clang-format, and check the schemas of .github/
 	@scripts/with-env "$(BUILD)" python tests/run.py lint
 
-man:       ## write man/qemu-prefault.1 from the --help texts
-	@scripts/with-env "$(BUILD)" python scripts/make-man.py
+docs:      ## build the documentation site, with warnings as errors; print its path
+	@scripts/with-env "$(BUILD)" python scripts/make-docs.py html
+
+man:       ## write man/*.1 from docs/reference/commands and the help texts
+	@scripts/with-env "$(BUILD)" python scripts/make-docs.py man
 
 clean:     ## remove build products from the checkout
 	rm -rf build dist *.egg-info lab/build lab/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -58,4 +64,4 @@ clean-cache: ## remove the images and virtual environments from the cache
 help:      ## list the targets
 	@sed -n 's/^\([a-z-]*\): *## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-.PHONY: demo test test-full bench conformance qemu avocado avocado-vt lint man clean clean-cache help
+.PHONY: demo unit test test-full bench conformance qemu avocado avocado-vt lint docs man clean clean-cache help

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Other distributions' cloud images, from power-on to their login, by ``avocado.utils.vmimage``.
+"""Boot cloud images of other distributions to their login, by ``avocado.utils.vmimage``.
 
-They are what their makers publish, boot loader, kernel and all, and nobody can log in. Where the
-network has none of it the test is cancelled, and says so.
+The images are used as published, with their own boot loader and kernel, and without login
+credentials. If the network does not provide an image, its test is cancelled with the reason.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from qemu_prefault_lab.system import distro_directory, make_overlay
 
 
 class CloudTest(PrefaultTest):
-    """One image, booted without the plugin and with it."""
+    """Boot one image without the plugin and with it."""
 
     def prepare(self) -> None:
         self.distro = self.params.get("cloud", default="Fedora")
         self.boot_files = None
-        # The lab has no network: what there is was fetched for it.
+        # The lab has no network: the images were fetched on the host.
         fetched = distro_directory("cloud")
         if fetched.is_dir():
             self.base_image = fetched / self.distro
@@ -47,6 +47,6 @@ class CloudTest(PrefaultTest):
 
     @fail_on(QemuPrefaultError)
     def test_boot(self) -> None:
-        """Its boot takes next to no faults on memory with the plugin."""
+        """A boot with the plugin takes almost no faults on memory."""
         without = self.boot_image(None)
         self.spared("boot", without, self.boot_image([]), DATA_PAGES, 0.01)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where cloud images come from: ``avocado.utils.vmimage``, and a provider that it lacks."""
+"""Fetch cloud images: ``avocado.utils.vmimage``, and a provider for Alpine that it lacks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ NETWORK_SECONDS = 60.0
 
 
 class NoImageError(Exception):
-    """There is no image of that name to be had; says why."""
+    """No image of that name is available. The message gives the reason."""
 
 
 class AlpineImageProvider(vmimage.ImageProviderBase):
-    """Alpine's image for no particular cloud.
+    """A provider of Alpine's images without cloud-specific parts ("nocloud").
 
-    How it is called: https://dl-cdn.alpinelinux.org/alpine/latest-stable/releases/cloud/
+    The naming scheme: https://dl-cdn.alpinelinux.org/alpine/latest-stable/releases/cloud/
     """
 
     name = "Alpine"
@@ -41,17 +41,17 @@ vmimage.IMAGE_PROVIDERS.add(AlpineImageProvider)
 
 
 def base_image(name: str, cache_dir: str) -> Path:
-    """Fetch the newest image that the network has, or take it from the cache.
+    """Return the newest image that the network provides, or a cached one.
 
-    :raises NoImageError: with the reason.
+    :raises NoImageError: No image is available.
     """
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NETWORK_SECONDS)
     try:
         found = vmimage.Image.from_parameters(name=name, cache_dir=cache_dir)
         return Path(found.base_image)
-    # No image of such a name is an AttributeError, no network any of the others.
+    # An unknown image name raises AttributeError. A missing network raises one of the others.
     except (AttributeError, OSError, ValueError, vmimage.ImageProviderError) as error:
-        raise NoImageError(f"no cloud image of {name} to be had: {error}") from error
+        raise NoImageError(f"no cloud image of {name} is available: {error}") from error
     finally:
         socket.setdefaulttimeout(before)

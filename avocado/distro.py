@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Whole distributions under KVM, prefaulted at each moment that matters.
+"""Prefault whole distributions under KVM at each lifecycle event.
 
-``avocado run avocado/distro.py -m avocado/variants.yaml``, or ``make avocado``, which also sees
-to it that there are images, and a KVM that can. Each test leaves its figures in its log and, as
-JSON, in its whiteboard.
+Run ``avocado run avocado/distro.py -m avocado/variants.yaml``, or ``make avocado``, which also
+provides the images and a KVM that can prefault. Each test writes its figures to its log and,
+as JSON, to its whiteboard.
 
-The guests are on 4K pages unless ``thp`` says otherwise: with 2 MiB pages there is little to
-win, and so little to see.
+The guests use 4K pages unless ``thp`` is set. With 2 MiB pages there are so few faults that the
+effect is hard to measure.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from guests import DATA_MIB, DATA_PAGES, MIB, TOOL_SECONDS, PrefaultTest, Sample
 from qemu_prefault.errors import QemuPrefaultError
 from qemu_prefault_lab.system import SystemGuest, distro_directory, make_overlay
 
-DIMM_MIB = 128  # what Linux plugs at a time
+DIMM_MIB = 128  # Linux adds memory in blocks of this size
+#: The share of the faults on memory without prefault that may remain with it.
 MOST = 0.01
-"""Of the faults on memory that are taken without prefault, the part that may be left."""
 MOST_OF_A_BOOT = 0.0005
-# OVMF unpacks 4 MiB of itself to where RAM is put off until firmware is done with its slots.
+# OVMF decompresses 4 MiB of itself to RAM that is not prefaulted until it is done with its slots.
 MOST_OF_A_UEFI_BOOT = 0.02
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A guest that has booted, with root logged in and a file in its memory, in files."""
+    """The files of a saved guest that has booted, with root logged in and a file in its memory."""
 
     directory: Path
     boot: Sample
@@ -50,12 +50,12 @@ class Saved:
 
 
 class DistroTest(PrefaultTest):
-    """One distribution on one kind of virtual machine, at six moments."""
+    """Test one distribution on one kind of virtual machine, at six lifecycle events."""
 
     def prepare(self) -> None:
         self.distro = self.boot_files = self.params.get("distro", default="debian13")
         if not (distro_directory(self.distro) / "disk").exists():
-            self.cancel(f"no image of {self.distro}: make avocado builds it")
+            self.cancel(f"no image of {self.distro}: run make avocado, which builds it")
 
     def blank(self, name: str = "overlay") -> Path:
         overlay = Path(self.workdir) / name
@@ -63,7 +63,7 @@ class DistroTest(PrefaultTest):
         return overlay
 
     def boot(self, **options: Any) -> tuple[SystemGuest, Sample]:
-        """Boot a new guest to its login, and what that took; log in; it is healthy."""
+        """Boot a new guest, log in and check its health. Return it and the boot's sample."""
         guest = self.start(self.blank(), **options)
         stopwatch = Stopwatch(guest, from_its_start=True)
         guest.wait_login()
@@ -78,7 +78,7 @@ class DistroTest(PrefaultTest):
         return Path(common) / name.replace("/", "_")
 
     def save(self, guest: SystemGuest, boot: Sample) -> None:
-        """Save what has booted without any prefault, for all tests of this job."""
+        """Save a guest that booted without prefault, for all tests of this job."""
         directory = self.saved_directory()
         directory.mkdir(exist_ok=True)
         guest.fill("data", DATA_MIB)
@@ -94,7 +94,7 @@ class DistroTest(PrefaultTest):
         return Path(next(arg for arg in guest.argv if arg.startswith("file=/")).split(",")[0][5:])
 
     def saved(self) -> Saved:
-        """A guest to restore; booted by the first test of a job that asks for it."""
+        """Return the saved guest. The first test of a job that needs it boots and saves it."""
         directory = self.saved_directory()
         if not (directory / "saved.json").exists():
             guest, boot = self.boot()
@@ -109,19 +109,19 @@ class DistroTest(PrefaultTest):
         return overlay
 
     def restored(self, saved: Saved, **options: Any) -> SystemGuest:
-        """A guest with its memory loaded, paused, and nothing in stage 2."""
+        """Return a restored guest: memory loaded, paused, and with empty stage-2 tables."""
         overlay = self.copy_of(saved, f"copy-{len(self.guests)}")
         guest = self.start(overlay, incoming=saved.state, paused=True, **options)
         guest.wait_restored(timeout=600)
         return guest
 
     def check_data(self, guest: SystemGuest, saved: Saved) -> None:
-        """The memory self-check: all of the file, as it was written."""
+        """Check that the file in memory is unchanged."""
         self.assertEqual(guest.checksum("data"), saved.checksum)
 
     @fail_on(QemuPrefaultError)
     def test_attach(self) -> None:
-        """A guest that has booted and runs: what it touches from then on costs no fault."""
+        """Prefault a running guest. Memory that it touches afterwards causes no faults."""
         guest, boot = self.boot()
         stopwatch = Stopwatch(guest)
         guest.fill("before", DATA_MIB)
@@ -139,7 +139,7 @@ class DistroTest(PrefaultTest):
 
     @fail_on(QemuPrefaultError)
     def test_boot(self) -> None:
-        """A boot with the plugin in QEMU, from power-on to the login."""
+        """Boot with the plugin loaded, from power-on to the login."""
         saved = self.saved()
         guest, with_ = self.boot(plugin=[])
         self.wait_kept(guest)
@@ -149,7 +149,7 @@ class DistroTest(PrefaultTest):
 
     @fail_on(QemuPrefaultError)
     def test_reset(self) -> None:
-        """The next boot of a guest whose QEMU has the plugin."""
+        """Reset a guest whose QEMU has the plugin loaded."""
         saved = self.saved()
         guest = self.restored(saved, plugin=[])
         guest.qmp("cont")
@@ -166,7 +166,7 @@ class DistroTest(PrefaultTest):
 
     @fail_on(QemuPrefaultError)
     def test_restore(self) -> None:
-        """A restored guest reads what it had in memory."""
+        """Read a file in the memory of a restored guest."""
         saved = self.saved()
         guest = self.restored(saved)
         stopwatch = Stopwatch(guest, from_its_start=True)
@@ -187,16 +187,16 @@ class DistroTest(PrefaultTest):
 
     @fail_on(QemuPrefaultError)
     def test_migrate(self) -> None:
-        """A guest that has migrated live, and went on working all the while."""
+        """Migrate a guest live while it works."""
         saved = self.saved()
         samples = []
         for prefault in (False, True):
             source = self.restored(saved)
             source.qmp("cont")
-            # Not as a job of the shell, which would tell of its end at some moment.
+            # Not a job of the shell, which would print a message when it ends.
             source.shell("(while :; do date; done >/dev/shm/dates & echo $! >/dev/shm/worker)")
             source.qmp("migrate-set-parameters", max_bandwidth=1 << 40, downtime_limit=20_000)
-            uri = f"unix:{source.directory}/migration"  # the work directory's name is too long
+            uri = f"unix:{source.directory}/migration"  # the work directory's path is too long
             target = self.start(self.overlay_of(source), incoming=uri)
             if prefault:
                 tool = self.start_tool(target, "--incoming")
@@ -218,9 +218,9 @@ class DistroTest(PrefaultTest):
 
     @fail_on(QemuPrefaultError)
     def test_hotplug(self) -> None:
-        """Memory that is plugged, and filled; without and with it prefaulted in between."""
+        """Plug memory and write to it, without and with a prefault in between."""
         if not self.can_plug:
-            self.cancel(f"{self.hardware['machine']} has no memory slots to plug into")
+            self.cancel(f"{self.hardware['machine']} has no slots for memory hotplug")
         saved = self.saved()
         guest = self.restored(saved)
         self.prefault(guest, "--cont")
@@ -231,7 +231,7 @@ class DistroTest(PrefaultTest):
             size = DIMM_MIB * MIB
             guest.qmp("object-add", qom_type="memory-backend-ram", id=f"mem{number}", size=size)
             guest.qmp("device_add", driver="pc-dimm", id=f"dimm{number}", memdev=f"mem{number}")
-            # The guest tells the outcome by ACPI's _OST.
+            # The guest reports the result by ACPI's _OST.
             info: dict[str, Any] = {}
             while info.get("device") != f"dimm{number}":
                 info = guest.wait_event("ACPI_DEVICE_OST", timeout=300)["data"]["info"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the tests of this directory have in common: guests, samples of their counters, the tool."""
+"""The base of these tests: guests, samples of their counters, and the tool."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from support.tool import Tool
 MIB = 1 << 20
 DATA_MIB = 64
 DATA_PAGES = DATA_MIB << 8
-HUGEPAGES = 512  # two guests
+HUGEPAGES = 512  # enough for two guests
 TOOL_SECONDS = 900.0
 HEALTH_SECONDS = 600.0
 PLUGGABLE = "slots=2,maxmem=2G"
@@ -34,11 +34,12 @@ PLUGGABLE = "slots=2,maxmem=2G"
 
 @dataclass(frozen=True)
 class Sample:
-    """What a stretch of a guest's life took.
+    """The time and the faults of one phase of a guest.
 
-    :ivar seconds: by the clock. :ivar faults: KVM's ``pf_taken``.
-    :ivar emulated: those of them that were accesses to device registers, which no table can
-        spare (``pf_emulate``).
+    :ivar seconds: Wall-clock time.
+    :ivar faults: KVM's ``pf_taken``.
+    :ivar emulated: The faults among these that were accesses to device registers
+        (``pf_emulate``). No prefault can avoid those.
     """
 
     seconds: float
@@ -47,7 +48,7 @@ class Sample:
 
     @property
     def memory_faults(self) -> int:
-        """Faults on memory."""
+        """The number of faults on memory."""
         return self.faults - self.emulated
 
     def __str__(self) -> str:
@@ -55,7 +56,7 @@ class Sample:
 
 
 class Stopwatch:
-    """Takes a :class:`Sample` of a guest from here on."""
+    """Measures a :class:`Sample` of a guest from its creation on."""
 
     def __init__(self, guest: SystemGuest, from_its_start: bool = False) -> None:
         self.guest = guest
@@ -73,14 +74,14 @@ class Stopwatch:
 
 
 class PrefaultTest(Test):
-    """One guest on one kind of virtual machine, as the varianter says."""
+    """A test of one guest on one kind of virtual machine, with the varianter's parameters."""
 
     timeout = 7200
     distro: str
     boot_files: str | None
 
     def prepare(self) -> None:
-        """See to what the guest boots from; ``self.distro`` is how reports call it."""
+        """Prepare the boot files. Set ``self.distro``, the name used in reports."""
         raise NotImplementedError
 
     def setUp(self) -> None:
@@ -102,14 +103,14 @@ class PrefaultTest(Test):
         self.hugetlb = self.hardware["backing"] == "hugetlb"
         self.prepare()
         if not kvm_can_prefault():
-            self.cancel("this host's KVM cannot prefault: make avocado takes the lab then")
+            self.cancel("this host's KVM cannot prefault: run make avocado, which uses the lab")
         if self.hardware["firmware"] == "ovmf" and uefi_aborts():
             self.cancel(NO_UEFI)
         self.undo.append(partial(thp, thp(self.pages)))
         if self.hugetlb:
             self.undo.append(partial(reserve_hugepages, 0))
             if reserve_hugepages(HUGEPAGES) < HUGEPAGES:
-                self.cancel(f"there are no {HUGEPAGES} hugetlb pages of 2 MiB to be had")
+                self.cancel(f"the host has no {HUGEPAGES} free hugetlb pages of 2 MiB")
 
     def tearDown(self) -> None:
         for guest in self.guests:
@@ -120,22 +121,22 @@ class PrefaultTest(Test):
             undo()
         self.whiteboard = json.dumps(self.rows)
 
-    # What the tests are made of.
+    # Helpers of the tests.
 
     def start_tool(self, guest: SystemGuest, *arguments: str) -> Tool:
         """Start ``qemu-prefault --qmp … --json`` on a guest."""
         return Tool(["--qmp", str(guest.qmp_path), "--json", *arguments], fork=False)
 
     def prefault(self, guest: SystemGuest, *arguments: str) -> dict[str, Any]:
-        """Run it to its end; return its report, in which every byte is accounted for."""
+        """Run the tool until it ends. Check its report's byte counts and return the report."""
         return self.start_tool(guest, *arguments).finish(TOOL_SECONDS).complete()
 
     def check_health(self, guest: SystemGuest) -> None:
-        """Check that the system has come up, with no unit failed and no trouble in its log."""
+        """Check that the system is up, no unit has failed and its kernel log shows no errors."""
         health.check_health(lambda command: guest.shell(command, HEALTH_SECONDS, check=False))
 
     def report(self, moment: str, without: Sample | None, with_: Sample) -> None:
-        """Log a row of the table; it ends up in the whiteboard."""
+        """Log a row of the table. It is written to the whiteboard at the end of the test."""
         row: dict[str, Any] = {"distro": self.distro, "moment": moment, "pages": self.pages}
         row |= {key: self.hardware[key] for key in ("machine", "backing", "firmware", "smp")}
         row |= {"without": without and asdict(without), "with": asdict(with_)}
@@ -143,13 +144,13 @@ class PrefaultTest(Test):
         self.log.info("%s: %s: without: %s; with: %s", self.distro, moment, without, with_)
 
     def start(self, overlay: Path, **options: Any) -> SystemGuest:
-        """Start a guest that is killed at the end, and its console kept."""
+        """Start a guest. The end of the test kills it and keeps its console log."""
         guest = SystemGuest(self.boot_files, overlay, **self.hardware, **options)
         self.guests.append(guest)
         return guest
 
     def wait_kept(self, guest: SystemGuest) -> dict[str, Any]:
-        """Wait until the plugin has nothing left to do; give its status."""
+        """Wait until the plugin has nothing left to do, and return its status."""
         deadline = time.monotonic() + 300
         while (status := guest.control("status"))["pending"]:
             self.assertLess(time.monotonic(), deadline, status)
@@ -159,7 +160,7 @@ class PrefaultTest(Test):
         return status
 
     def spared(self, moment: str, without: Sample, with_: Sample, least: int, part: float) -> None:
-        """There was something to win, and at most this part of it was lost."""
+        """Check that of at least ``least`` faults, prefault leaves no more than ``part``."""
         self.report(moment, without, with_)
         if self.pages == "never" and not self.hugetlb:
             self.assertGreaterEqual(without.memory_faults, least)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Runs the avocado tests where there is a KVM that can prefault. Called by ``make``.
+"""Run the avocado tests where KVM can prefault. Called by ``make``.
 
     python avocado/run.py distro [--distro NAME]... [--profile NAME]... [-- AVOCADO-ARGUMENT...]
     python avocado/run.py vt [--tp-qemu DIRECTORY] [-- REFERENCE...]
     python avocado/run.py check
 
-On a host whose KVM can, they run on it; elsewhere in the nested lab. The job's results (HTML,
-JSON, xunit, each test's log) are kept in the cache; their place is printed. The last line is
-``N passed, N failed, N skipped``; the exit status is 0 only if nothing failed.
+The tests run on this host if its KVM can prefault, else in the nested lab. The job's results
+(HTML, JSON, xunit, each test's log) are kept in the cache, and their path is printed. The last
+line is ``N passed, N failed, N skipped``. The exit status is 0 only if nothing failed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from qemu_prefault_lab.patched import uefi_emulator
 from qemu_prefault_lab.system import DISTROS_VARIABLE, GUEST_KERNEL_ARGS
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE))  # PYTHONSAFEPATH, which make sets, leaves it out
+sys.path.append(str(HERE))  # PYTHONSAFEPATH, which make sets, excludes it
 
 from summary import summarize  # noqa: E402
 
@@ -46,14 +46,14 @@ REQUIREMENTS = HERE / "requirements.txt"
 VT_DISTRO = "debian13"
 VT_REQUIREMENTS = HERE / "vt/requirements.txt"
 HOURS = 3600.0
-# Kinds of virtual machine, and what of them is tried where not everything is.
+# The profiles, and the ones that run when not everything is tested.
 PROFILES = ("pc", "q35", "microvm", "memfd", "hugetlb", "thp", "vcpus", "ovmf")
 CLOUDS = ("Fedora", "Ubuntu", "Alpine", "OpenSUSE")
 MOMENTS = ("attach", "boot", "reset", "restore", "migrate", "hotplug")
 
 
 def wheels(*requirements: Path) -> list[Path]:
-    """Download what is put in beside the package, once."""
+    """Return wheels of the requirements, downloaded if not cached."""
 
     def fill(directory: Path) -> None:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q"]
@@ -65,7 +65,7 @@ def wheels(*requirements: Path) -> list[Path]:
 
 
 def site(*requirements: Path) -> Path:
-    """The same, unpacked, for this host's Python."""
+    """Return a directory with these wheels unpacked, for this host's Python."""
     packed = wheels(*requirements)
 
     def fill(directory: Path) -> None:
@@ -77,7 +77,7 @@ def site(*requirements: Path) -> Path:
 
 
 def python_on(directory: Path, *argv: str) -> str:
-    """Run this Python with the modules of :func:`site` and of here; give what it printed."""
+    """Run this Python with the modules of :func:`site` and of this directory; return its output."""
     with tempfile.TemporaryDirectory() as home:
         result = subprocess.run(
             [sys.executable, "-W", "ignore", *argv],
@@ -92,7 +92,7 @@ def python_on(directory: Path, *argv: str) -> str:
     return result.stdout
 
 
-# One line of JSON for each name: where its image is, or why there is none.
+# Print one line of JSON per name: the image's path, or the reason for its absence.
 FETCH_CLOUD_IMAGES = """
 import json, sys
 from cloud_images import NoImageError, base_image
@@ -108,7 +108,7 @@ for name in sys.argv[2:]:
 
 
 def cloud_images() -> dict[str, Path | str]:
-    """Fetch those images that the network has; of the others, why they are not there."""
+    """Fetch the images that the network provides. Map each name to a path or a reason."""
     directory = cache.cache_dir() / "cloud-images"
     directory.mkdir(exist_ok=True)
     said = python_on(site(REQUIREMENTS), "-c", FETCH_CLOUD_IMAGES, str(directory), *CLOUDS)
@@ -118,9 +118,9 @@ def cloud_images() -> dict[str, Path | str]:
 
 @dataclass(frozen=True)
 class TestMachine:
-    """Where the tests run: a machine, and a directory on it.
+    """The machine on which the tests run, and a directory on it.
 
-    :ivar distros: a directory on it, as ``QEMU_PREFAULT_DISTROS`` names it.
+    :ivar distros: The value of ``QEMU_PREFAULT_DISTROS``, a directory on it.
     """
 
     machine: Machine
@@ -137,9 +137,9 @@ def open_test_machine(
 ) -> TestMachine:
     """Open a machine that has these distributions and images, avocado, and this package.
 
-    Its wheels are those that ``scripts/with-env`` has built.
+    The package is installed from the wheels that ``scripts/with-env`` built.
 
-    :param uefi: a lab has to be one in which guests with UEFI run.
+    :param uefi: The machine must be able to run KVM guests with UEFI.
     """
     package = [Path(wheel) for wheel in os.environ["QEMU_PREFAULT_WHEELS"].split()]
     images = {name: distro.build(distro.distro_named(name)) for name in names}
@@ -176,7 +176,7 @@ def open_test_machine(
 
 
 def avocado(target: TestMachine, arguments: Sequence[str], timeout: float = HOURS) -> int:
-    """Run avocado there, showing what it says; give its exit status."""
+    """Run avocado on the machine, pass on its output, and return its exit status."""
     base = target.directory
     paths = "".join(
         f"{key} = {base}/{value}\n"
@@ -188,12 +188,12 @@ def avocado(target: TestMachine, arguments: Sequence[str], timeout: float = HOUR
         }.items()
     )
     text = f"[datadir.paths]\n{paths}cache_dirs = ['{base}/cache']\n"
-    # Not by --config: avocado-vt asks for its directories before that is read.
+    # --config does not work: avocado-vt needs its directories before that file is read.
     script = "mkdir -p .config/avocado && cat >.config/avocado/avocado.conf"
     target.machine.run(["sh", "-c", script], cwd=base, stdin=text.encode())
     argv = ["python3", "-m", "avocado", *arguments]
     if not isinstance(target.machine, Lab):
-        # avocado starts its runners with the system's Python, which has not what this one has.
+        # avocado starts its runners with the system's Python, which lacks these modules.
         script = 'export PYTHONPATH="$PYTHONPATH:$1"; shift; exec "$@"'
         argv = ["sh", "-c", script, "sh", ":".join(filter(None, sys.path)), *argv]
     env = {DISTROS_VARIABLE: target.distros, "HOME": base, "PYTHONUNBUFFERED": "1"}
@@ -211,7 +211,7 @@ def show(fd: int, data: bytes) -> None:
 
 
 def collect(target: TestMachine, kind: str) -> Path:
-    """Copy the job's results here; give the directory."""
+    """Copy the job's results to this host and return their directory."""
     directory = cache.cache_dir() / "results" / time.strftime(f"{kind}-%Y%m%d-%H%M%S")
     latest = f"{target.directory}/results/latest"
     target.machine.get(
@@ -246,7 +246,7 @@ def run_distro(options: argparse.Namespace) -> int:
 
 
 def sum_up(jobs: Sequence[Path]) -> int:
-    """Print what jobs came to; give this program's exit status."""
+    """Print the summary of jobs and return this program's exit status."""
     counts = Counter[str]()
     for results in jobs:
         lines, found = summarize(results)
@@ -256,7 +256,7 @@ def sum_up(jobs: Sequence[Path]) -> int:
     return 1 if counts["failed"] or not counts["passed"] else 0
 
 
-# What avocado-vt has to know about the guest, and about a host that emulates.
+# The parameters avocado-vt needs for this guest and for an emulating host.
 VT_PARAMS = {
     "image_name": "images/guest",
     "image_format": "qcow2",
@@ -288,7 +288,7 @@ VT_PARAMS = {
     "store_vm_info": "no",
     "encode_video_files": "no",
 }
-# What is run of avocado-vt's own provider, with `prefault = yes` and no other change.
+# Tests of avocado-vt's own provider that run with `prefault = yes` and no other change.
 VT_OWN = ("tp-qemu.boot", "tp-qemu.reboot")
 VT_SETUP = """
 cd "$1"
@@ -318,7 +318,7 @@ def run_vt(options: argparse.Namespace) -> int:
         bootstrap = ["vt-bootstrap", "--vt-type", "qemu", "--vt-no-downloads", "--yes-to-all"]
         if avocado(target, [*bootstrap, "--vt-update-config"]):
             return 1
-        # The one line that gives `prefault = yes` its meaning.
+        # This hook implements `prefault = yes`.
         hook = f"test_pre_hook = {base}/avocado/vt/prefault_hook.py"
         shared = f"{base}/data/avocado-vt/backends/qemu/cfg/tests-shared.cfg"
         machine.run(["sh", "-c", 'echo "$1" >>"$2"', "sh", hook, shared])
@@ -350,7 +350,7 @@ def run_vt_job(
 
 
 def put_python(machine: Machine, source: Path, destination: str) -> None:
-    """Copy a provider's Python and its cartesian configuration; the rest is gigabytes."""
+    """Copy a provider's Python and Cartesian configuration. Its other files are gigabytes."""
     with tempfile.TemporaryDirectory() as scratch:
         for path in source.rglob("*"):
             if path.suffix in (".py", ".cfg") and path.is_file():
@@ -362,7 +362,7 @@ def put_python(machine: Machine, source: Path, destination: str) -> None:
 
 @contextlib.contextmanager
 def huge_pages_off(machine: Machine) -> Iterator[None]:
-    """With 2 MiB pages there is little to win, and so little to see."""
+    """Disable 2 MiB pages, with which there are too few faults to measure the effect."""
     path = "/sys/kernel/mm/transparent_hugepage/enabled"
     before = machine.run(["cat", path]).text.partition("[")[2].partition("]")[0]
     machine.run(["sh", "-c", f"echo never >{path}"])
@@ -418,9 +418,10 @@ with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
 
 
 def run_check(_: argparse.Namespace) -> int:
-    """Have avocado list its tests and variants, and avocado-vt's parser those of the provider.
+    """Check that all tests, variants and images are found, without starting a guest.
 
-    And have the newest of Alpine's images for BIOS fetched, of a mirror that looks like theirs.
+    avocado lists its tests and variants, and avocado-vt's parser lists the provider's tests. The
+    newest of Alpine's BIOS images is fetched from a local imitation of its mirror.
     """
     modules = site(REQUIREMENTS, VT_REQUIREMENTS)
     listed = python_on(modules, "-m", "avocado", "list", "distro.py", "cloud.py").splitlines()
@@ -431,34 +432,34 @@ def run_check(_: argparse.Namespace) -> int:
     print("\n".join([*tests, *variants, *provided]))
     wanted = len(MOMENTS) + 1, len(distro.DISTROS) * len(PROFILES)
     if (len(tests), len(variants)) != wanted or not provided:
-        raise FailedError("not all tests and variants are found", f"expected: {wanted}")
+        raise FailedError("some tests or variants were not found", f"expected: {wanted}")
     with tempfile.TemporaryDirectory() as mirror:
         fetched = python_on(site(REQUIREMENTS), "-c", CHECK_CLOUD, mirror).strip()
     if fetched != "3.22bios-cloudinit":
-        raise FailedError("not the newest image of Alpine was fetched", f"but: {fetched}")
+        raise FailedError("the fetched Alpine image is not the newest", f"fetched: {fetched}")
     return 0
 
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="lab: %(message)s", stream=sys.stderr)
-    # The reason of a failure may quote a guest's console.
+    # A failure's reason may quote a guest's console.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     parser = argparse.ArgumentParser(description="Run the avocado tests.")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--nested", action="store_true", help="in the lab, even so")
-    common.add_argument("--hours", type=float, default=6.0, help="given to the whole job")
+    common.add_argument("--nested", action="store_true", help="use the lab in any case")
+    common.add_argument("--hours", type=float, default=6.0, help="time limit of the whole job")
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("distro", parents=[common], help="whole distributions")
     one.add_argument("--distro", action="append", choices=list(distro.DISTROS))
     one.add_argument("--profile", action="append", choices=PROFILES)
     one.add_argument("--test", action="append", choices=MOMENTS)
-    one.add_argument("arguments", nargs="*", help="more for avocado run")
+    one.add_argument("arguments", nargs="*", help="further arguments for avocado run")
     one.set_defaults(run=run_distro)
-    two = commands.add_parser("vt", parents=[common], help="avocado-vt, and its test provider")
+    two = commands.add_parser("vt", parents=[common], help="avocado-vt with its test provider")
     two.add_argument("--tp-qemu", type=Path, help="a checkout of avocado-vt's own provider")
-    two.add_argument("arguments", nargs="*", help="which tests; default: all of the provider's")
+    two.add_argument("arguments", nargs="*", help="the tests (default: all of the provider's)")
     two.set_defaults(run=run_vt)
-    three = commands.add_parser("check", help="without a guest: is everything found and listed?")
+    three = commands.add_parser("check", help="check without a guest that all tests are found")
     three.set_defaults(run=run_check)
     options = parser.parse_args()
     try:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Sum up an avocado job from its ``results.json``: what failed, and a table of the figures.
+"""Sum up an avocado job from its ``results.json``: the failures and a table of the figures.
 
-A test leaves its figures in its whiteboard, as a JSON list of rows. A whiteboard is free text,
-so a job may have any other: avocado-vt itself writes QEMU's and KVM's versions to it as a Python
-dict, and a test that was cut off leaves none. Those have no rows here, and are no error.
+A test writes its figures to its whiteboard, as a JSON list of rows. A whiteboard is free text,
+so other tests may write anything: avocado-vt writes QEMU's and KVM's versions as a Python dict,
+and an interrupted test writes nothing. Such whiteboards have no rows and are not an error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ENDINGS = {"PASS": "passed", "WARN": "passed", "CANCEL": "skipped", "SKIP": "skipped"}
-# The fields of a row, and their types, as written by guests.py and by vt/prefault_vt.py.
+# The fields of a row and their types, as written by guests.py and vt/prefault_vt.py.
 _DISTRO_ROW = {
     **dict.fromkeys(("distro", "moment", "machine", "backing", "firmware", "pages"), str),
     "smp": int,
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 def summarize(results: Path) -> tuple[list[str], Counter[str]]:
-    """Return the lines that sum a job up, and how many tests passed, failed and were skipped."""
+    """Return the summary's lines, and how many tests passed, failed and were skipped."""
     counts = Counter[str]()
     try:
         job = json.loads((results / "results.json").read_text())
@@ -52,7 +52,7 @@ def summarize(results: Path) -> tuple[list[str], Counter[str]]:
 
 
 def rows_of(test: dict[str, Any]) -> list[Row]:
-    """Return the rows that one of our tests left in its whiteboard; none for any other text."""
+    """Return the rows in a test's whiteboard. Other text has no rows."""
     try:
         found = json.loads(test["whiteboard"])
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -74,7 +74,7 @@ def _has(found: Row, fields: dict[str, Any]) -> bool:
 
 
 def distro_table(rows: Sequence[Row]) -> list[str]:
-    """Format the rows of a job of distro.py or cloud.py as a table in Markdown."""
+    """Format the rows of a job of distro.py or cloud.py as a Markdown table."""
     lines = [
         "| distribution | machine | moment | seconds, without | with | faults on memory, without "
         "| with | device accesses, without | with |",
@@ -95,7 +95,7 @@ def distro_table(rows: Sequence[Row]) -> list[str]:
 
 
 def vt_table(tests: Sequence[dict[str, Any]]) -> list[str]:
-    """Format a job of avocado-vt as a table in Markdown, a line for each test."""
+    """Format a job of avocado-vt as a Markdown table, with one line per test."""
     lines = [
         "| test | seconds | measured | faults on memory, without | with |",
         "|---|--:|---|--:|--:|",

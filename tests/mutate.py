@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Check that the tests notice mistakes: apply each mutant of tests/mutants.toml, run its tests.
+"""Check that the tests detect mutants: apply each one of tests/mutants.toml and run its tests.
 
     python tests/mutate.py [--list | --check] [--tier TIER]... [--jobs N] [ID...]
 
 A mutant is one small mistake in the product. It is applied to a copy of the checkout, which
 ``scripts/with-env`` builds and installs. The mutant is killed if one of its tests fails there.
-The same tests must pass on a copy without a mutant, or a failure would mean nothing.
+The same tests must pass on an unchanged copy, or a failure would prove nothing.
 
-Test node ids are those of the time when the mutants were chosen. If tests/history/*.tsv exist
-(columns: old node id, new node id; in order of the file names), ids are mapped through them.
+Test node ids are those from the time when the mutants were chosen. tests/history/*.tsv (columns:
+old node id, new node id; files in order of their names) maps them to the current ids.
 
-The exit status is 0 if every selected mutant is killed; 1 if one survives, does not apply
-exactly once, or could not be tried; 2 for a wrong command line.
+The exit status is 0 if every selected mutant is killed, 1 if one survives, does not apply
+exactly once or could not be tested, and 2 for an invalid command line.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 MUTANTS = ROOT / "tests" / "mutants.toml"
 HISTORY = ROOT / "tests" / "history"
-#: What mutants are applied to.
+#: The directory that mutants are applied to.
 PRODUCT = "qemu_prefault"
 SUFFIXES = frozenset({".py", ".c", ".h"})
 GENERATED = frozenset({"helper_blob.h"})
-#: Fails if the product was not built and installed.
+#: A statement that fails if the product was not built and installed.
 IMPORT = "import qemu_prefault._native"
-#: Seconds for all tests of one mutant, building included.
+#: Seconds for all tests of one mutant, including the build.
 TIMEOUT = 1200
-#: Kernel of the nested lab that tier "nested" boots.
+#: The variant of the nested lab that tier "nested" boots.
 VARIANT = "trixie"
 
 
 class Tier(enum.StrEnum):
-    """What a mutant's tests need: nothing, a QEMU on this host, or KVM in the nested lab."""
+    """The needs of a mutant's tests: nothing, a QEMU on this host, or KVM in the nested lab."""
 
     UNIT = "unit"
     QEMU = "qemu"
@@ -57,7 +57,7 @@ class Tier(enum.StrEnum):
 
 
 class Verdict(enum.StrEnum):
-    """What became of a mutant."""
+    """The outcome for a mutant."""
 
     KILLED = "killed"
     SURVIVED = "SURVIVED"
@@ -65,21 +65,21 @@ class Verdict(enum.StrEnum):
 
 
 class MutantError(Exception):
-    """A mutant cannot be tried; the text says why."""
+    """A mutant cannot be tested. The text gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
     """One entry of mutants.toml.
 
-    :ivar subject: part of the product that it damages.
-    :ivar function: where it is, for the reader; the pattern alone decides.
-    :ivar harm: what a user would suffer.
-    :ivar behaviour: what its tests check, in words that outlast their names.
-    :ivar find: regular expression (multi-line) that matches once in all of the product.
-    :ivar replace: what takes the place of the match; ``\\1`` is a group.
-    :ivar tests: node ids as of the time when the mutant was chosen.
-    :ivar before: verdict recorded then.
+    :ivar subject: The part of the product that it damages.
+    :ivar function: The changed function, for the reader. Only the pattern is used.
+    :ivar harm: The effect on a user.
+    :ivar behaviour: The behaviour that its tests check, in words that stay valid after renames.
+    :ivar find: A multi-line regular expression that matches exactly once in the product.
+    :ivar replace: The replacement for the match. ``\\1`` is a group.
+    :ivar tests: Node ids from the time when the mutant was chosen.
+    :ivar before: The verdict recorded then.
     """
 
     id: str
@@ -96,7 +96,7 @@ class Mutant:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The verdict on a mutant, with the tests that failed or the reason why none could."""
+    """The verdict on a mutant, with the tests that failed or the reason for an error."""
 
     mutant: Mutant
     verdict: Verdict
@@ -110,7 +110,7 @@ class Result:
 def read_mutants(path: Path = MUTANTS) -> tuple[Mutant, ...]:
     """Return the mutants in the order of the file.
 
-    :raises MutantError: if an entry lacks a key, has an unknown one, or an id comes twice.
+    :raises MutantError: An entry lacks a key, has an unknown one, or an id occurs twice.
     """
     wanted = {field.name for field in fields(Mutant)}
     mutants: list[Mutant] = []
@@ -121,12 +121,12 @@ def read_mutants(path: Path = MUTANTS) -> tuple[Mutant, ...]:
         mutants.append(Mutant(**known))
     ids = [mutant.id for mutant in mutants]
     if twice := {name for name in ids if ids.count(name) > 1}:
-        raise MutantError(f"these ids come twice: {', '.join(sorted(twice))}")
+        raise MutantError(f"these ids occur twice: {', '.join(sorted(twice))}")
     return tuple(mutants)
 
 
 def read_history(directory: Path = HISTORY) -> tuple[Mapping[str, tuple[str, ...]], ...]:
-    """Return new node ids by old node id, one table per file."""
+    """Return one table per file, which maps old node ids to new ones."""
     tables = []
     for path in sorted(directory.glob("*.tsv")):
         table: dict[str, tuple[str, ...]] = {}
@@ -140,7 +140,7 @@ def read_history(directory: Path = HISTORY) -> tuple[Mapping[str, tuple[str, ...
 
 
 def current_ids(node: str, history: Iterable[Mapping[str, tuple[str, ...]]]) -> tuple[str, ...]:
-    """Return the node ids that an old one has become, without duplicates.
+    """Return the current node ids of an old one, without duplicates.
 
     A table may list a parametrized test as a whole (``file::test``) or case by case
     (``file::test[case]``).
@@ -173,7 +173,7 @@ def product_texts(root: Path) -> Mapping[Path, str]:
 def mutated(mutant: Mutant, texts: Mapping[Path, str]) -> tuple[Path, str]:
     """Return the file that the mutant changes, and its new text.
 
-    :raises MutantError: if the pattern does not match exactly once, or changes nothing.
+    :raises MutantError: The pattern does not match exactly once, or changes nothing.
     """
     pattern = re.compile(mutant.find, re.MULTILINE)
     places = [path for path, text in texts.items() for _ in pattern.finditer(text)]
@@ -189,7 +189,7 @@ def mutated(mutant: Mutant, texts: Mapping[Path, str]) -> tuple[Path, str]:
 
 @contextmanager
 def copy_of_checkout() -> Iterator[Path]:
-    """Copy what git tracks, and new files that it does not ignore; remove the copy at the end."""
+    """Yield a copy of the tracked files and of new files that git does not ignore."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -209,9 +209,9 @@ def copy_of_checkout() -> Iterator[Path]:
 
 
 def pytest_command(tier: Tier, nodes: Sequence[str], junit: Path) -> list[str]:
-    """Return the command that runs tests, inside with-env, and writes their results to `junit`.
+    """Return the command that runs tests inside with-env and writes their results to ``junit``.
 
-    It ends before that if the product was not installed.
+    The command fails before running tests if the product is not installed.
     """
     words = ["-q", "--color=no", "-p", "no:cacheprovider", *nodes]
     if tier is Tier.NESTED:
@@ -228,7 +228,7 @@ def pytest_command(tier: Tier, nodes: Sequence[str], junit: Path) -> list[str]:
 def run_tests(root: Path, tier: Tier, nodes: Sequence[str]) -> tuple[list[str], int]:
     """Run tests of a checkout; return the names of those that failed, and how many passed.
 
-    :raises MutantError: if they could not be run to the end.
+    :raises MutantError: The tests could not be run to their end.
     """
     junit = root / "mutate.xml"
     command = ["scripts/with-env", "", *pytest_command(tier, nodes, junit)]
@@ -247,7 +247,7 @@ def run_tests(root: Path, tier: Tier, nodes: Sequence[str]) -> tuple[list[str], 
     except subprocess.TimeoutExpired:
         raise MutantError(f"no result within {TIMEOUT} s") from None
     tail = "\n".join(done.stdout.splitlines()[-15:])
-    # pytest: 0 all passed, 1 some failed; others did not run them (wrong names, import errors).
+    # pytest's status: 0 all passed, 1 some failed, others mean that the tests did not run.
     if done.returncode not in (0, 1) or not junit.exists():
         raise MutantError(f"status {done.returncode}, the tests were not run:\n{tail}")
     failed, passed = [], 0
@@ -264,7 +264,7 @@ def run_tests(root: Path, tier: Tier, nodes: Sequence[str]) -> tuple[list[str], 
 def check_unmutated(mutants: Sequence[Mutant], nodes: Mapping[str, Sequence[str]]) -> None:
     """Run the mutants' tests on an unchanged copy.
 
-    :raises MutantError: if one of them fails, or all tests of a mutant are skipped.
+    :raises MutantError: A test fails, or all tests of a mutant are skipped.
     """
     for tier in Tier:
         wanted = sorted({n for m in mutants if m.tier is tier for n in nodes[m.id]})
@@ -297,7 +297,7 @@ def try_mutant(mutant: Mutant, nodes: Sequence[str]) -> Result:
 
 
 def check_applicable(mutants: Sequence[Mutant]) -> list[str]:
-    """Print which file each mutant changes; return what is wrong. Nothing is built or run."""
+    """Print the file that each mutant changes; return the problems. Builds and runs nothing."""
     texts = product_texts(ROOT)
     problems = []
     for mutant in mutants:
@@ -356,7 +356,7 @@ def main() -> int:
 def _try_all(
     mutants: Sequence[Mutant], nodes: Mapping[str, Sequence[str]], jobs: int
 ) -> Iterator[Result]:
-    """Try the mutants: those of tier unit several at a time, then the others one by one."""
+    """Test the mutants: several at a time in tier unit, then the others one by one."""
     several = [mutant for mutant in mutants if mutant.tier is Tier.UNIT]
     with concurrent.futures.ThreadPoolExecutor(jobs) as executor:
         for result in executor.map(lambda mutant: try_mutant(mutant, nodes[mutant.id]), several):

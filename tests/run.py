@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Run every suite of tests/suites.toml, two at a time, and sum up.
+"""Run the suites of tests/suites.toml, two at a time, and sum up their results.
 
     python tests/run.py [--full] [NAME...]
 
 Called by ``make``, inside ``scripts/with-env``. Every line of output is prefixed with its suite.
-The last line is ``N passed, N failed, N skipped``, over all suites; the exit status is 0 only if
-nothing failed. A suite of pytest's that ran no test has failed.
+The last line is ``N passed, N failed, N skipped`` for all suites. The exit status is 0 only if
+nothing failed. A pytest suite that ran no test has failed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PYTEST = ("-ra", "-q", "--color=no")
 
 @dataclass(frozen=True)
 class Suite:
-    """An entry of tests/suites.toml, which explains the fields."""
+    """An entry of tests/suites.toml, which documents the fields."""
 
     name: str
     run: str = "both"
@@ -51,11 +51,11 @@ class Suite:
         return [*self.needs, *([f"image-{self.nested}"] if self.nested else [])]
 
     def limit(self) -> float:
-        """Seconds until it is given up; a lab gives up by itself before that."""
+        """Return the seconds until the suite is killed. The lab has a shorter limit of its own."""
         return 60 * (self.minutes or (20 if self.nested else 10)) + (300 if self.nested else 0)
 
     def argv(self, junit: Path) -> list[str]:
-        """Its command, which writes its results to this file if it is pytest."""
+        """Return the suite's command. If it is pytest, it writes its results to ``junit``."""
         if self.command:
             return shlex.split(self.command)
         if self.tests:
@@ -72,7 +72,7 @@ class Suite:
 
 @dataclass
 class Result:
-    """What a suite came to. One that is not pytest counts as one test."""
+    """The result of a suite. A suite that is not pytest counts as one test."""
 
     passed: int = 0
     failed: int = 0
@@ -85,7 +85,7 @@ class Result:
         return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
 
     def read(self, junit: Path) -> None:
-        """Add up what pytest has written."""
+        """Add the results that pytest wrote."""
         for suite in JUnitXml.fromfile(str(junit)):
             bad = suite.failures + suite.errors
             self.failed += bad
@@ -123,17 +123,17 @@ def execute(suite: Suite, junit: Path) -> Result:
         timer.cancel()
     result = judge(suite, status, junit)
     if time.monotonic() - started >= suite.limit():
-        result.note = f"given up after {suite.limit() / 60:g} minutes"
+        result.note = f"killed after {suite.limit() / 60:g} minutes"
     return result
 
 
 def judge(suite: Suite, status: int, junit: Path) -> Result:
-    """The result of a suite that has ended with this status."""
+    """Return the result of a suite that ended with this status."""
     result = Result()
     if suite.command:
         result.passed = 0 if status else 1
     elif junit.exists():
-        with contextlib.suppress(SyntaxError):  # its writer was killed
+        with contextlib.suppress(SyntaxError):  # pytest was killed while writing
             result.read(junit)
     if status and not result.failed:
         result.failed, result.note = 1, f"ended with status {status}"
@@ -143,7 +143,7 @@ def judge(suite: Suite, status: int, junit: Path) -> Result:
 
 
 def run(suite: Suite, jobs: dict[str, Future[Result]], directory: Path) -> Result:
-    """Run one suite after those it needs, which were submitted before it."""
+    """Run one suite after the suites it needs, which were submitted before it."""
     broken = [name for name in suite.all_needs() if name in jobs and jobs[name].result().failed]
     started = time.monotonic()
     if broken:
@@ -158,8 +158,8 @@ def run(suite: Suite, jobs: dict[str, Future[Result]], directory: Path) -> Resul
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the test suites.")
-    parser.add_argument("--full", action="store_true", help="everything on every kernel")
-    parser.add_argument("--jobs", type=int, default=2, help="suites at a time (default 2)")
+    parser.add_argument("--full", action="store_true", help="run all suites, on every kernel")
+    parser.add_argument("--jobs", type=int, default=2, help="suites to run at a time (default 2)")
     parser.add_argument("names", nargs="*", help="only these suites, or: lint")
     options = parser.parse_args()
     table = tomllib.loads((ROOT / "tests" / "suites.toml").read_text())["suite"]

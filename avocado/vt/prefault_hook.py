@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-# For avocado-vt's `test_pre_hook = /PATH/prefault_hook.py`, which executes it at the start of each
-# test, with that test's `params`: makes `prefault = yes` mean something in any test there is.
+# The hook for avocado-vt's `test_pre_hook = /PATH/prefault_hook.py`. avocado-vt executes it at the
+# start of each test, with the test's `params`. It implements `prefault = yes` for any test.
 import os
 import sys
 

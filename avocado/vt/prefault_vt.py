@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What avocado-vt's tests need to have their guests prefaulted, and to see that they are.
+"""Functions with which avocado-vt's tests prefault their guests and check the effect.
 
-``prefault = yes`` puts the plugin into each QEMU that a test starts, by LD_PRELOAD, and checks
-after the start that it is there. ``prefault_options = KEY=VALUE,…`` are the plugin's.
+``prefault = yes`` loads the plugin into each QEMU that a test starts, by LD_PRELOAD, and checks
+after the start that it is loaded. ``prefault_options = KEY=VALUE,…`` are the plugin's options.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from virttest import env_process, utils_misc
 from qemu_prefault.agents.plugin import Control, find_control_socket, plugin_path
 from qemu_prefault.host.procfs import Process
 
-# What the project's tests share: the provider is used where it lies, in a checkout.
+# The provider is used inside a checkout, so it can import the project's shared test modules.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
 
 from support import health
@@ -37,7 +37,7 @@ HEALTH_SECONDS = 900.0
 
 
 def enable(params: Params) -> None:
-    """Do what ``prefault = yes`` asks for; called before a test's QEMUs are started."""
+    """Implement ``prefault = yes``. Called before a test's QEMUs are started."""
     if params.get("prefault", "no") != "yes":
         env_process.preprocess_vm_on_hook = env_process.postprocess_vm_on_hook = None
         return
@@ -52,7 +52,7 @@ def enable(params: Params) -> None:
 
 
 def _check(test: Any, params: Params, env: Any) -> None:
-    """Raise unless the plugin is in every QEMU there is; log what it and KVM have counted."""
+    """Fail unless every QEMU has the plugin. Log the counters of the plugin and of KVM."""
     for vm in env.get_all_vms():
         if vm.is_alive():
             counters = plugin_status(test, vm)["counters"]
@@ -62,12 +62,12 @@ def _check(test: Any, params: Params, env: Any) -> None:
 
 
 def note(test: Any, moment: str, without: int | None, with_: int) -> None:
-    """Leave faults on memory, without prefault and with it, in the test's whiteboard."""
+    """Write the faults on memory without and with prefault to the test's whiteboard."""
     test.whiteboard = json.dumps([{"moment": moment, "without": without, "with": with_}])
 
 
 def plugin_status(test: Any, vm: Any) -> dict[str, Any]:
-    """What the plugin in this VM's QEMU says of itself; an error if there is none."""
+    """Return the status of the plugin in a VM's QEMU. Fail if it is not loaded."""
     process = Process.find(vm.get_pid())
     path = find_control_socket(process)
     if path is None:
@@ -82,7 +82,7 @@ def plugin_status(test: Any, vm: Any) -> dict[str, Any]:
 
 
 def faults(vm: Any) -> dict[str, int]:
-    """KVM's fault counters, summed up over the vCPUs."""
+    """Return KVM's fault counters, summed over the vCPUs."""
     found = {"pf_taken": 0, "pf_emulate": 0}
     for vcpu in vm.monitor.cmd("query-stats", {"target": "vcpu"}):
         for stat in vcpu["stats"]:
@@ -93,18 +93,18 @@ def faults(vm: Any) -> dict[str, int]:
 
 
 def memory_faults(vm: Any) -> int:
-    """Faults on memory: without those that were accesses to device registers."""
+    """Return the number of faults on memory, without accesses to device registers."""
     counters = faults(vm)
     return counters["pf_taken"] - counters["pf_emulate"]
 
 
 def start_tool(vm: Any, *arguments: str) -> Tool:
-    """Start ``qemu-prefault`` on the monitor of a VM that the tests leave alone."""
+    """Start ``qemu-prefault`` on the monitor that the tests do not use."""
     return Tool(["--json", "--qmp", monitor_of(vm), *arguments], fork=False)
 
 
 def finish_tool(test: Any, tool: Tool) -> dict[str, Any]:
-    """Wait for its end; return its report, in which every byte is accounted for."""
+    """Wait until the tool ends. Check its report's byte counts and return the report."""
     report: dict[str, Any] = {}
     with failing(test):
         result = tool.finish(TOOL_SECONDS)
@@ -115,7 +115,7 @@ def finish_tool(test: Any, tool: Tool) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def failing(test: Any) -> Iterator[None]:
-    """Let the test fail if an assertion of tests/support does; it would end with an error."""
+    """Turn an AssertionError of tests/support into a test failure instead of a test error."""
     try:
         yield
     except AssertionError as error:
@@ -123,39 +123,39 @@ def failing(test: Any) -> Iterator[None]:
 
 
 def monitor_of(vm: Any) -> str:
-    """The path of the monitor that ``extra_params`` gives a VM for the tool."""
+    """Return the path of the monitor that ``extra_params`` gives a VM for the tool."""
     found = re.search(r"-qmp unix:([^,]+),", vm.params["extra_params"])
     assert found is not None, vm.params["extra_params"]
     return found[1]
 
 
 def give_monitor(vm: Any) -> None:
-    """Let a VM that is yet to be created have a monitor of its own."""
+    """Add a monitor for the tool to a VM that has not been created yet."""
     path = os.path.join("/var/tmp", f"prefault-{vm.instance}.qmp")
     extra = re.sub(r"-qmp unix:\S+", "", vm.params.get("extra_params", ""))
     vm.params["extra_params"] = f"{extra} -qmp unix:{path},server=on,wait=off"
 
 
 def log_in(params: Params, vm: Any) -> Any:
-    """A session as root at the serial console."""
+    """Return a root session on the serial console."""
     session = vm.wait_for_serial_login(timeout=float(params.get("login_timeout", 360)))
-    # Else bash puts escape sequences between a command and its output.
+    # Without this, bash prints escape sequences between a command and its output.
     session.cmd_output("bind 'set enable-bracketed-paste off'", timeout=300)
     return session
 
 
 def check_health(test: Any, session: Any) -> None:
-    """Check that the system has come up, no unit has failed, and the kernel does not complain."""
+    """Check that the system is up, no unit has failed and its kernel log shows no errors."""
     with failing(test):
         health.check_health(
             lambda command: str(session.cmd_output(command, timeout=HEALTH_SECONDS)),
-            # Not all of it: avocado-vt makes a message to its job of each line a guest prints.
+            # Only warnings and worse: avocado-vt sends its job a message for each line printed.
             dmesg="dmesg --level=emerg,alert,crit,err,warn",
         )
 
 
 def fill(session: Any, name: str, mib: int) -> str:
-    """Write a file in the guest's memory, no two pages of it the same; give its checksum."""
+    """Write a file of distinct pages in the guest's memory, and return its checksum."""
     size = mib << 20
     session.cmd(f"seq 10000001 {10000001 + size // 9} | head -c {size} >/dev/shm/{name}",
                 timeout=900)  # fmt: skip
@@ -163,16 +163,16 @@ def fill(session: Any, name: str, mib: int) -> str:
 
 
 def checksum(session: Any, name: str) -> str:
-    """Read all of a file of :func:`fill`; give its checksum."""
+    """Read a file of :func:`fill` completely, and return its checksum."""
     return str(session.cmd(f"sha256sum </dev/shm/{name}", timeout=900)).split()[0]
 
 
 def compare(test: Any, what: str, without: int, with_: int, least: int) -> None:
-    """There was something to win, and at most a hundredth of it was lost."""
+    """Check that at least ``least`` faults were taken without prefault, and at most 1 % with it."""
     LOG.info("prefault: %s: faults on memory: %d without, %d with", what, without, with_)
     note(test, what, without, with_)
     if without < least:
-        test.fail(f"{without} faults without prefault; at least {least} were to be spared")
+        test.fail(f"{without} faults without prefault; the test needs at least {least}")
     if with_ > without / 100:
         test.fail(f"{with_} faults with prefault, {without} without")
 
@@ -184,7 +184,7 @@ def wait_running(test: Any, vm: Any) -> None:
 
 
 def read_back(test: Any, params: Params, vm: Any, wanted: str) -> int:
-    """Read the file of :func:`fill` where the guest is now; give the faults on memory so far."""
+    """Read the file of :func:`fill` on the VM, and return its faults on memory so far."""
     session = log_in(params, vm)
     if checksum(session, "file") != wanted:
         test.fail("the file in the guest's memory has changed")

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The nested lab: the real ``KVM_PRE_FAULT_MEMORY`` on a machine without virtualization.
+"""The nested lab: the real ``KVM_PRE_FAULT_MEMORY`` on a host without virtualization.
 
-Three machines are stacked, and the names used everywhere are the nesting levels:
+The lab nests three machines. They are named by their nesting level throughout the project:
 
 L0
-    The machine this package is imported on. It needs no KVM. It runs QEMU's TCG,
+    The machine that imports this package. It needs no KVM. It runs QEMU's TCG,
     which emulates an AMD CPU with SVM and nested paging.
 L1
-    Debian from the archive, booted by :class:`Lab`. Its kvm-amd is the unmodified kernel
-    module, so the ioctl, the stage-2 tables and their counters are the real thing; only
-    absolute times mean nothing.
+    A Debian system, booted by :class:`Lab`. Its kvm-amd is the unmodified kernel module, so
+    the ioctl, the stage-2 tables and their counters are real. Only absolute times mean
+    nothing.
 L2
-    Guests of the QEMU in L1 (:mod:`qemu_prefault_lab.guest`), the ones to be prefaulted.
+    The guests of the QEMU in L1 (:mod:`qemu_prefault_lab.guest`). The tests prefault these.
 
-Where the host itself has a KVM with the capability, :func:`open_machine` hands out a
-:class:`LocalMachine` with the same methods instead, and nothing is emulated.
+If the host's own KVM has the capability, :func:`open_machine` returns a :class:`LocalMachine`
+with the same methods instead, and nothing is emulated.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    # In L1 only the guests are wanted, and every import costs ten times what it costs here.
+    # L1 imports only the guest modules. An import there takes ten times as long as on L0.
     if name in _HOMES:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``python -m qemu_prefault_lab``: build the lab, run something in it, prove that it boots."""
+"""``python -m qemu_prefault_lab``: build the lab, run commands in it, and test that it boots."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from .patched import check as check_series
 
 _VARIANT = click.option(
     "--variant", type=click.Choice(list(VARIANTS)), default="trixie", show_default=True,
-    help="Which Debian runs as L1.",
+    help="The Debian to run as L1.",
 )  # fmt: skip
 _NPT = click.option(
-    "--npt/--no-npt", default=True, help="Nested paging, or shadow paging (no prefault)."
+    "--npt/--no-npt", default=True, help="Nested paging, or shadow paging (cannot prefault)."
 )
 _TDP_MMU = click.option(
-    "--tdp-mmu/--no-tdp-mmu", default=None, help="kvm.tdp_mmu; the kernel's default if not given."
+    "--tdp-mmu/--no-tdp-mmu", default=None, help="kvm.tdp_mmu (default: the kernel's own)."
 )
 _NESTED = click.option(
     "--nested", is_flag=True, help="Use the lab even if this host's own KVM can prefault."
 )
 _COMMAND = {"ignore_unknown_options": True, "allow_interspersed_args": False}
-# Where the checkout is, in the lab.
+# The path of the checkout in the lab.
 _CHECKOUT = "/root/tests"
 
 
@@ -54,7 +54,7 @@ class _Group(click.Group):
 @click.group(cls=_Group)
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 def main(verbose: bool) -> None:
-    """The nested lab: the real prefault ioctl on a machine without virtualization."""
+    """Run the real prefault ioctl on a host without virtualization, in the nested lab."""
     level = logging.DEBUG if verbose else logging.INFO
     logging.basicConfig(level=level, format="lab: %(message)s", stream=sys.stderr)
 
@@ -62,7 +62,7 @@ def main(verbose: bool) -> None:
 @main.command("build")
 @click.argument("variants", nargs=-1, type=click.Choice(list(VARIANTS)))
 def build_command(variants: tuple[str, ...]) -> None:
-    """Build what VARIANTS (default: trixie) boot from, unless it is cached."""
+    """Build the files that VARIANTS (default: trixie) boot from, unless they are cached."""
     files_disk()
     for name in variants or ("trixie",):
         started = time.monotonic()
@@ -74,11 +74,11 @@ def build_command(variants: tuple[str, ...]) -> None:
 @main.command("qemu")
 @click.option("--release", type=click.Choice(list(SUITES)), default="10.0", show_default=True)
 @click.option("--tcg-fix/--no-tcg-fix", default=True, show_default=True, help="patches/qemu-tcg*.")
-@click.option("--jobs", default=0, help="Compilers at a time (default: one for each CPU).")
+@click.option("--jobs", default=0, help="Number of parallel compilers (default: one per CPU).")
 @click.option("--check", is_flag=True, help="Run QEMU's checkpatch and its own tests instead.")
 @click.argument("patches", type=click.Path(path_type=Path, exists=True), default="patches")
 def qemu_command(release: str, tcg_fix: bool, jobs: int, check: bool, patches: Path) -> None:
-    """Build QEMU with the series in PATCHES, unless it is cached; print where it is."""
+    """Build QEMU with the series in PATCHES, unless it is cached, and print its path."""
     if check:
         for line in check_series(patches, release, jobs=jobs):
             click.echo(line)
@@ -87,9 +87,9 @@ def qemu_command(release: str, tcg_fix: bool, jobs: int, check: bool, patches: P
 
 
 @main.command("prune")
-@click.option("--days", default=7.0, show_default=True, help="Keep what was used since then.")
+@click.option("--days", default=7.0, show_default=True, help="Keep entries used since then.")
 def prune_command(days: float) -> None:
-    """Remove images and snapshots that have not been used lately."""
+    """Remove images and snapshots that have not been used recently."""
     for path in cache.prune(days):
         click.echo(path)
 
@@ -120,7 +120,7 @@ def run_command(
     source: bool,
     command: tuple[str, ...],
 ) -> None:
-    """Run COMMAND in the lab; its output and exit status become this command's."""
+    """Run COMMAND in the lab, and pass on its output and exit status."""
     with open_machine(variant, nested=nested, npt=npt, tdp_mmu=tdp_mmu) as machine:
         if wheels or source:
             _install(machine, wheels)
@@ -141,7 +141,7 @@ def _install(machine: Machine, wheels: Sequence[Path]) -> None:
 @click.option("--restore", is_flag=True, help="Restore the snapshot instead of booting.")
 @click.argument("count", type=click.IntRange(min=1))
 def boots_command(variant: str, npt: bool, restore: bool, count: int) -> None:
-    """Boot the lab COUNT times in a row; each time run a command and power off."""
+    """Boot the lab COUNT times in a row. Run a command and power off each time."""
     failures = 0
     times: list[float] = []
     click.echo("boot    ready s  command s    off s  kernel")
@@ -170,7 +170,7 @@ def boots_command(variant: str, npt: bool, restore: bool, count: int) -> None:
 
 
 def _put_tests(machine: Machine, path: Path) -> str:
-    """Copy a file of tests with its fixtures, or a directory; give its path there."""
+    """Copy a test file with its conftest.py, or a directory; return its path in the lab."""
     resolved, checkout = path.resolve(), Path.cwd()
     inside = resolved.is_relative_to(checkout)
     target = f"{_CHECKOUT}/{resolved.relative_to(checkout) if inside else path.name}"
@@ -187,14 +187,15 @@ def _put_tests(machine: Machine, path: Path) -> str:
 @_TDP_MMU
 @_NESTED
 @click.option("--wheel", "wheels", multiple=True, type=click.Path(path_type=Path, exists=True),
-              help="A wheel to install first; without any, this source tree is.")  # fmt: skip
-@click.option("--junit", type=click.Path(path_type=Path), help="Where the JUnit XML goes.")
+              help="Install this wheel instead of this source tree.")  # fmt: skip
+@click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML to this file.")
 @click.option("--timeout", default=3600.0, show_default=True, help="Seconds for all tests.")
 @click.option("--qemu", "release", type=click.Choice(list(SUITES)), is_flag=False,
-              flag_value="10.0", help="Have this patched QEMU there (10.0).")  # fmt: skip
+              flag_value="10.0", help="Install this patched QEMU (10.0).")  # fmt: skip
 @click.option("--uefi", is_flag=True,
-              help="Emulate L1 by the patched QEMU: UEFI guests run there.")  # fmt: skip
-@click.option("--env", "variables", metavar="NAME=VALUE", multiple=True, help="For the tests.")
+              help="Emulate L1 with the patched QEMU, which can run UEFI guests.")  # fmt: skip
+@click.option("--env", "variables", metavar="NAME=VALUE", multiple=True,
+              help="Set an environment variable for the tests.")  # fmt: skip
 @click.argument("arguments", nargs=-1, required=True)
 def pytest_command(
     *,
@@ -212,8 +213,8 @@ def pytest_command(
 ) -> None:
     """Copy the paths among ARGUMENTS into the lab and run pytest there with ARGUMENTS.
 
-    They have the same places there as in the checkout, whose pyproject.toml, tests/support and
-    qmp_scripts, which no wheel has, go with them.
+    The paths in the lab are those of the checkout. The checkout's pyproject.toml, tests/support
+    and qmp_scripts, which wheels do not contain, are copied as well.
     """
     patched = build_qemu(Path("patches"), release) if release else None
     emulator = partial(uefi_emulator, Path("patches")) if uefi else None
@@ -235,7 +236,7 @@ def pytest_command(
             else:
                 words.append(argument)
         report = f"{_CHECKOUT}/junit.xml"
-        # The time limit of a test is the one of all tests: see --timeout.
+        # --timeout limits all tests together, so single tests have no limit.
         argv = ["python3", "-m", "pytest", "-p", "no:cacheprovider", f"--rootdir={_CHECKOUT}",
                 "-o", "timeout=0", "-W", "ignore::pytest.PytestConfigWarning",
                 f"--junit-xml={report}", *words]  # fmt: skip

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Things that are slow to make and never change once made.
+"""A cache of build results, such as images, that are slow to make and never change.
 
-An entry is a directory ``<name>-<key>`` where the key is a hash of everything that goes
-in, so a changed recipe is a new entry and never an entry to repair. It appears by one
-rename: whoever is killed half-way leaves only a ``tmp-`` directory, which the next
-builder of the same name removes. A file lock per name makes two builders one.
+An entry is a directory ``<name>-<key>``. The key is a hash of all inputs, so a changed recipe
+makes a new entry and entries are never updated in place. An entry is completed by one rename.
+A builder that is killed leaves only a ``tmp-`` directory, which the next builder of the same
+name removes. A file lock per name keeps two builders from building the same entry.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ENTRIES = (
 
 
 def cache_dir() -> Path:
-    """Where the lab keeps its images: ``$QEMU_PREFAULT_CACHE`` or the XDG cache."""
+    """Return the cache directory: ``$QEMU_PREFAULT_CACHE``, or one below the XDG cache."""
     if configured := os.environ.get("QEMU_PREFAULT_CACHE"):
         path = Path(configured)
     else:
@@ -48,13 +48,13 @@ def cache_dir() -> Path:
     except OSError as error:
         raise InputError(
             f"cannot create the cache directory {path}: {error.strerror}",
-            "set QEMU_PREFAULT_CACHE to a directory with about 3 GB to spare",
+            "set QEMU_PREFAULT_CACHE to a directory with about 3 GB of free space",
         ) from error
     return path.resolve()
 
 
 def key_of(*parts: str | bytes) -> str:
-    """Hash what goes into an entry; the lengths keep two neighbours from blending."""
+    """Hash the inputs of an entry. Hashing the lengths, too, keeps adjacent parts distinct."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -65,7 +65,7 @@ def key_of(*parts: str | bytes) -> str:
 
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Nobody else is in here under the same name, in this process or another."""
+    """Hold a lock of this name, exclusive among threads and processes."""
     path = cache_dir() / "locks" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
@@ -74,14 +74,14 @@ def locked(name: str) -> Iterator[None]:
 
 
 def entry(name: str, key: str, build: Callable[[Path], None]) -> Path:
-    """Return the directory of an entry; call ``build`` with an empty one if it is missing.
+    """Return the directory of an entry, built if it is missing.
 
-    :param build: fills the directory it is given. Raising leaves nothing behind.
+    :param build: Fill the empty directory it is passed. If it raises, the directory is removed.
     """
     root = cache_dir()
     final = root / f"{name}-{key}"
     if final.is_dir():
-        os.utime(final)  # what is in use is not pruned
+        os.utime(final)  # keeps an entry in use from being pruned
         return final
     with locked(name):
         if final.is_dir():
@@ -99,9 +99,9 @@ def entry(name: str, key: str, build: Callable[[Path], None]) -> Path:
 
 
 def discard(path: Path) -> None:
-    """Remove an entry found to be bad, so that it is built again.
+    """Remove an invalid entry, so that it is built again.
 
-    Renamed first: a half-removed directory must not be taken for an entry.
+    The entry is renamed first, so that a partly removed directory is never taken for an entry.
     """
     doomed = path.with_name(f"tmp-{path.name}")
     try:
@@ -112,17 +112,17 @@ def discard(path: Path) -> None:
 
 
 def prune(days: float) -> list[Path]:
-    """Remove what nobody has used for so long; give what is gone.
+    """Remove the entries that were not used for a number of days, and return their paths.
 
-    A running lab is not harmed: it has its files open.
+    A running lab is not affected, because it keeps its files open.
     """
     oldest = time.time() - days * 86400
     gone = []
     for path in sorted(cache_dir().iterdir()):
-        # Others keep things in the same directory, and do not mark what they use.
+        # Other programs use the same directory and do not update the time of their entries.
         if not path.name.startswith(_ENTRIES):
             continue
-        with contextlib.suppress(FileNotFoundError):  # another pruner
+        with contextlib.suppress(FileNotFoundError):  # another process removed it
             if path.is_dir() and path.stat().st_mtime < oldest:
                 discard(path)
                 gone.append(path)

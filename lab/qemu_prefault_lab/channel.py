@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""L0's side of a running L1: one thread that owns QEMU, its console and the command server's port.
+"""L0's side of a running L1: one thread owns QEMU, its console and the command server's port.
 
-The thread starts QEMU itself, because the parent-death signal that keeps a dead test run
-from leaving QEMU behind is tied to the thread that forked. It never waits for anything
-without also watching for the three ways L1 is lost: QEMU ends, the console shows a dying
-kernel, or the command server's beats stop. Then every request ends at once.
+The thread starts QEMU itself. The parent-death signal ends QEMU when the test run dies, and
+it is tied to the thread that forked. Every wait also watches for the three ways in which L1
+can be lost: QEMU ends, the console shows a kernel failure, or the command server's beats stop.
+Then all requests end at once.
 
-It also pokes the command server twice a second. L1 was seen (Linux 7.2, some twenty L2 guests in)
-halted with interrupts enabled and its timer pending in the local APIC, for ever; the
-interrupt of any device wakes it. The likely cause is TCG's helper_vmrun (target/i386/tcg/
-sysemu/svm_helper.c): it sets CPU_INTERRUPT_VIRQ in the vCPU's pending interrupts without
-the lock, so a timer that fires in another thread at that moment is forgotten.
+The thread also pokes the command server twice a second. With Linux 7.2 and about twenty L2
+guests, L1 can hang halted, with interrupts enabled and its timer pending in the local APIC. An
+interrupt of any device wakes it. The likely cause is in TCG's helper_vmrun()
+(target/i386/tcg/sysemu/svm_helper.c): it sets CPU_INTERRUPT_VIRQ in the vCPU's pending
+interrupts without the lock, so a timer interrupt raised by another thread at that moment is lost.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _FATAL = re.compile(
 _CONSOLE_BYTES = 1 << 20
 _OUTGOING_LIMIT = 1 << 21
 _TICK_SECONDS = 0.5
-# A kernel that has begun to die says why in the lines that follow.
+# A failing kernel prints the reason in the lines that follow.
 _LAST_WORDS_SECONDS = 3.0
 
 
 class Request:
-    """One command in L1: its number, and what has come back and is not taken yet."""
+    """One command in L1: its number, and the frames received but not taken yet."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -55,11 +55,11 @@ class Request:
 
 
 class Channel:
-    """A QEMU process and the conversation with the command server in it.
+    """A QEMU process and the connection to the command server in it.
 
-    :param argv: QEMU's command line; ``stdio`` is the console, and the two sockets are
-        given to it as the file descriptors ``{port}`` and ``{monitor}``.
-    :param heartbeat_limit: seconds of silence after which L1 counts as lost.
+    :param argv: QEMU's command line. ``stdio`` is the console. ``{port}`` and ``{monitor}`` are
+        replaced by the file descriptors of the two sockets.
+    :param heartbeat_limit: Seconds without a message from L1 after which it counts as lost.
     """
 
     def __init__(
@@ -121,10 +121,10 @@ class Channel:
         assert self._process is not None
         self.pid = self._process.pid
 
-    # What callers use; any thread.
+    # Methods for callers in any thread.
 
     def hello(self, timeout: float) -> None:
-        """Make the command server start afresh, set L1's clock, and wait for its answer."""
+        """Reset the command server, set L1's clock, and wait for the server's answer."""
         deadline = time.monotonic() + timeout
         nonce = secrets.token_bytes(command_server.NONCE_LENGTH)
         with self._condition:
@@ -140,7 +140,7 @@ class Channel:
             self._poking = True
 
     def open(self) -> Request:
-        """Begin a request."""
+        """Start a request."""
         with self._condition:
             self._check()
             request = Request(self._next_number)
@@ -149,21 +149,21 @@ class Channel:
             return request
 
     def rest(self) -> None:
-        """Bring the command server to rest, with nothing under way in either direction."""
+        """Make the command server idle, with no data in transit in either direction."""
         with self._condition:
             self._poking = False
         request = self.open()
         self.send(command_server.BYE, request.number)
         if self.take(request, self.heartbeat_limit) is None:
-            raise self.give_up("L1's command server did not come to rest")
+            raise self.give_up("L1's command server did not become idle")
 
     def forget(self, request: Request) -> None:
-        """End a request; what still comes for it is dropped."""
+        """End a request. Frames that still arrive for it are dropped."""
         with self._condition:
             self._requests.pop(request.number, None)
 
     def send(self, kind: int, number: int, payload: bytes = b"") -> None:
-        """Queue a frame. Waits while L1 is far behind, and no longer than L1 lives."""
+        """Queue a frame. Waits while too much is queued, unless L1 is lost."""
         with self._condition:
             while len(self._outgoing) > _OUTGOING_LIMIT:
                 self._check()
@@ -173,9 +173,9 @@ class Channel:
         self._wake()
 
     def take(self, request: Request, timeout: float) -> tuple[int, bytes] | None:
-        """Give the next frame of a request, or None if none came in time.
+        """Return the next frame of a request, or None if none arrives in time.
 
-        :raise LabLostError: there will be no more.
+        :raises LabLostError: L1 is lost, and no more frames will arrive.
         """
         try:
             item = request.frames.get(timeout=max(0.0, timeout))
@@ -187,11 +187,11 @@ class Channel:
         return item
 
     def text(self) -> str:
-        """Give the console's output so far."""
+        """Return the console output so far."""
         return self.console.decode(errors="replace").replace("\r", "")
 
     def give_up(self, reason: str) -> LabLostError:
-        """Declare L1 lost, for a reason only the caller can see."""
+        """Declare L1 lost, for a reason that the thread cannot detect."""
         with self._condition:
             self._verdict = self._verdict or reason
             self._doomed = time.monotonic()
@@ -201,12 +201,12 @@ class Channel:
         return self.lost
 
     def wait_end(self, timeout: float) -> bool:
-        """Wait until QEMU has ended by itself; tell whether it has."""
+        """Wait until QEMU ends by itself, and return whether it has."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def close(self) -> None:
-        """Kill QEMU. Nothing in L1 outlives a lab, so there is nothing to shut down."""
+        """Kill QEMU. A lab keeps no state, so L1 is not shut down."""
         self.closing = True
         self._wake()
         self._thread.join()
@@ -214,14 +214,14 @@ class Channel:
             end.close()
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # it is awake, or gone
+        with contextlib.suppress(OSError):  # the thread is awake already, or has ended
             self._wake_write.send(b"\0")
 
     def _check(self) -> None:
         if self.lost is not None:
             raise self.lost
 
-    # The thread.
+    # Methods of the thread.
 
     def _pump(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
@@ -256,7 +256,7 @@ class Channel:
         console: int,
         pidfd: int,
     ) -> None:
-        """Serve everybody until L1 is lost or closed."""
+        """Handle all file descriptors until L1 is lost or the channel is closed."""
         before = next_poke = time.monotonic()
         while not self.closing:
             with self._condition:
@@ -270,7 +270,7 @@ class Channel:
                 selector.modify(self._port, wanted)
             ready = {key.fd: mask for key, mask in selector.select(_TICK_SECONDS)}
             now = time.monotonic()
-            # A host that was itself suspended has heard nothing either, for one tick.
+            # If the host itself was suspended, count only a short silence.
             self._silent += min(now - before, 2 * _TICK_SECONDS)
             before = now
             if self._wake_read.fileno() in ready:
@@ -292,7 +292,7 @@ class Channel:
                 break
 
     def _read_console(self, console: int) -> bool:
-        """Take what the console has, and look for a dying kernel; False at its end."""
+        """Read console output and look for a kernel failure. Return False at the end of file."""
         try:
             data = os.read(console, 1 << 16)
         except BlockingIOError:
@@ -329,7 +329,7 @@ class Channel:
     def _receive(self, data: bytes) -> None:
         with self._condition:
             if self._nonce is not None:
-                # Before the answer there may be the rest of an earlier conversation.
+                # Data of an earlier connection may precede the answer.
                 self._hello += data
                 mark = command_server.MAGIC + self._nonce
                 found = self._hello.find(mark)

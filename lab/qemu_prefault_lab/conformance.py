@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A lab in which every conformance case that can run does: huge pages of each kind, and KSM.
+"""Run the conformance suite with huge pages and KSM, so that every supported case runs.
 
-``python -m qemu_prefault_lab.conformance`` runs ``qemu-prefault conformance`` so; for
-docs/conformance.md.
+``python -m qemu_prefault_lab.conformance`` runs ``qemu-prefault conformance`` in this way. It
+produces the results in docs/conformance.md.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qemu_prefault.cli.main import main
 _MM = Path("/sys/kernel/mm")
 _SETTINGS = {
     _MM / "transparent_hugepage/enabled": "madvise",
-    # The large page first: small ones would take the memory apart.
+    # Reserve the 1 GiB page first. Reserving 2 MiB pages first would fragment the memory.
     _MM / "hugepages/hugepages-1048576kB/nr_hugepages": "1",
     _MM / "hugepages/hugepages-2048kB/nr_hugepages": "16",
     _MM / "ksm/pages_to_scan": "1000",
@@ -32,7 +32,7 @@ def _read(path: Path) -> str:
 
 @contextlib.contextmanager
 def prepared() -> Iterator[None]:
-    """This machine's memory management set for the suite, and set back. Needs root."""
+    """Set this machine's memory management for the suite, and restore it after. Needs root."""
     before = {path: _read(path) for path in _SETTINGS if path.exists()}
     try:
         for path in before:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault demo``: the whole story, on any x86-64 Linux.
+"""``qemu-prefault demo``: show the effect of prefaulting on any x86-64 Linux.
 
-Runs :mod:`qemu_prefault_lab.scenario` on a machine whose KVM can prefault -- this host if it
-can, else the nested lab -- and shows what it tells: live while it runs, as a table at the end.
+The demo runs :mod:`qemu_prefault_lab.scenario` on this host if its KVM can prefault, else in
+the nested lab. It displays the scenario's events while it runs, and a table at the end.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HEADERS = ["guest", "way", "stage-2 faults", "first pass s", "steady pass s", "p
 
 
 class LiveTable:
-    """The table as it grows: redrawn in place on a terminal, else a line per change."""
+    """The table while it fills: redrawn in place on a terminal, else one line per change."""
 
     def __init__(self) -> None:
         self.machine: dict[str, str] = {}
@@ -42,7 +42,7 @@ class LiveTable:
         self._rest = b""
 
     def feed(self, fd: int, data: bytes) -> None:
-        """Take output of the scenario."""
+        """Process output of the scenario."""
         if fd != 1:
             return
         *lines, self._rest = (self._rest + data).split(b"\n")
@@ -85,7 +85,7 @@ class LiveTable:
         return [*name, count, self._steps[row], "", ""]
 
     def lines(self) -> Iterator[str]:
-        """The table."""
+        """Yield the lines of the table."""
         yield from table(HEADERS, [self._cells(row) for row in range(len(CASES))])
 
     def _draw(self) -> None:
@@ -95,16 +95,16 @@ class LiveTable:
             self._drawn += 1
 
     def wipe(self) -> None:
-        """Take what was drawn off the terminal."""
+        """Erase the table from the terminal."""
         if self._drawn:
             click.echo(f"\x1b[{self._drawn}A\x1b[J", err=True, nl=False)
             self._drawn = 0
 
 
 def run_demo(as_json: bool) -> None:
-    """Run the demo; print its table, or its JSON.
+    """Run the demo and print its table or its JSON.
 
-    :raise QemuPrefaultError: with what is missing, or what went wrong.
+    :raises QemuPrefaultError: A requirement is missing, or the scenario failed.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     progress = LiveTable()
@@ -137,7 +137,7 @@ def run_demo(as_json: bool) -> None:
         f"Kernel {progress.machine['kernel']}, QEMU {progress.machine['qemu']}."
     )
     if nested:
-        click.echo("KVM itself is emulated here: counts are exact, seconds only compare.")
+        click.echo("KVM is emulated here: counts are exact, times only compare with each other.")
     click.echo()
     for line in progress.lines():
         click.echo(line)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Whole distributions as guests: their own kernel, initramfs, systemd, and a login.
+"""Whole distributions as guests, with their own kernel, initramfs, systemd and login.
 
-Built as the lab's own images are (:mod:`qemu_prefault_lab.image`), from the archive, but
-installed and not unpacked: every package has run its scripts, and the initramfs is the one
-that initramfs-tools made for it.
+They are built from the Debian archive, like the lab's own images
+(:mod:`qemu_prefault_lab.image`). Unlike those, their packages are installed and not only
+unpacked: every package has run its scripts, and initramfs-tools made the initramfs.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from . import cache, image
 
 log = logging.getLogger(__name__)
 
+#: The root password of each distribution.
 PASSWORD = "prefault"
-"""Root's, at the login of each."""
 
 _HOOK = Path(__file__).parent / "distro-hook.sh"
 _PACKAGES = ("dbus", "initramfs-tools", "kmod", "linux-image-cloud-amd64", "login", "passwd",
              "procps", "systemd-sysv", "udev")  # fmt: skip
-# A kernel package is mostly hardware that no guest of ours has.
+# Most of a kernel package is drivers for hardware that these guests do not have.
 _WITHOUT = tuple(
     f"/{prefix}lib/modules/*/kernel/{part}/*"
     for prefix in ("", "usr/")
@@ -36,7 +36,7 @@ _WITHOUT = tuple(
 
 @dataclass(frozen=True)
 class Distro:
-    """A distribution release. Later suites are tried if the earlier do not build."""
+    """A distribution release. If a suite does not build, the next one is tried."""
 
     name: str
     suites: tuple[str, ...]
@@ -56,7 +56,8 @@ DISTROS = {
 class DistroImage:
     """A built distribution.
 
-    :ivar suite: what it was built from. :ivar kernel_release: of its own kernel.
+    :ivar suite: The Debian suite it was built from.
+    :ivar kernel_release: The release of its own kernel.
     """
 
     directory: Path
@@ -65,17 +66,17 @@ class DistroImage:
 
     @property
     def disk(self) -> Path:
-        """Raw ext4 without partitions, never written to."""
+        """The raw ext4 image without partitions. It is never written to."""
         return self.directory / "disk.ext4"
 
     @property
     def boot(self) -> Path:
-        """What ``-kernel`` and ``-initrd`` take: ``vmlinuz``, ``vmlinux``, ``initrd``."""
+        """The directory with ``vmlinuz``, ``vmlinux`` and ``initrd``, for QEMU to boot."""
         return self.directory / "boot"
 
 
 def distro_named(name: str) -> Distro:
-    """Look a distribution up by name."""
+    """Return the distribution with a name."""
     try:
         return DISTROS[name]
     except KeyError:
@@ -83,12 +84,12 @@ def distro_named(name: str) -> Distro:
 
 
 def build(distro: Distro) -> DistroImage:
-    """Build or find the disk and the boot files of a distribution."""
+    """Return the disk and the boot files of a distribution, built if necessary."""
     host = image.tcg_host()
     key = cache.key_of(*distro.suites, *_PACKAGES, *_WITHOUT, _HOOK.read_bytes(), PASSWORD, "1")
 
     def fill(directory: Path) -> None:
-        log.info("building the %s guest, once", distro.name)
+        log.info("building the %s guest (only once)", distro.name)
         tar_path = directory / "disk.tar"
         options = ["--variant=minbase", "--include=" + ",".join(_PACKAGES)]
         options += [f"--dpkgopt=path-exclude={pattern}" for pattern in _WITHOUT]
@@ -115,7 +116,7 @@ def build(distro: Distro) -> DistroImage:
 
 
 def boot_disk(built: DistroImage) -> Path:
-    """Build or find the boot files as a raw ext4 image, for a lab to mount."""
+    """Return the boot files as a raw ext4 image that a lab can mount, built if necessary."""
 
     def fill(directory: Path) -> None:
         image.ext4_of_tree(built.boot, directory / "boot.ext4")

@@ -1,43 +1,43 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The lab's tree of errors, a branch of the product's::
+"""The lab's exception classes, a branch of the product's::
 
     QemuPrefaultError
     └── FailedError
         └── LabError                  a lab-* code
-            ├── LabLostError             L1 is gone or wedged
+            ├── LabLostError             L1 ended or hangs
             ├── ImageError               an image could not be built
             ├── RemoteCommandError       a command on a machine failed
-            │   └── RemoteTimeoutError   … was killed at its time limit
-            ├── GuestError               an L2 guest, or its QEMU
-            ├── QmpError                 the lab's own QMP client
-            └── LibvirtdError            a libvirtd of the lab, or its domains
+            │   └── RemoteTimeoutError   a command was killed at its time limit
+            ├── GuestError               an L2 guest or its QEMU failed
+            ├── QmpError                 the lab's own QMP client failed
+            └── LibvirtdError            a libvirtd of the lab or its domain failed
 
-The codes are the lab's and no part of the product's catalogue. ``qemu-prefault demo`` reports
-them as any failure, with exit status 1. ``python -m qemu_prefault_lab`` exits with
-:data:`LAB_FAILED`, which neither qemu-prefault nor pytest uses, because the exit status of its
-``run`` and ``pytest`` is otherwise that of the command in the lab.
+The codes belong to the lab and are not in the product's catalogue. ``qemu-prefault demo``
+reports them like any other failure, with exit status 1. ``python -m qemu_prefault_lab`` exits
+with :data:`LAB_FAILED`. Neither qemu-prefault nor pytest uses this status, so it cannot be
+mistaken for the status of the command that ``run`` or ``pytest`` ran in the lab.
 """
 
 from __future__ import annotations
 
 from qemu_prefault.errors import FailedError
 
+#: Exit status if the lab itself failed. ``docker run`` and ``timeout`` use the same value.
 LAB_FAILED = 125
-"""Exit status if the lab itself failed, as with ``docker run`` and ``timeout``."""
 
 
 class LabError(FailedError):
-    """Something that the lab provides does not work."""
+    """A part of the lab does not work."""
 
     code = "lab"
 
 
 class LabLostError(LabError):
-    """L1 is gone or wedged: QEMU ended, the kernel panicked, or its command server fell silent.
+    """L1 ended or hangs: QEMU ended, the kernel panicked, or the command server stopped responding.
 
-    Whatever was running there has no result. ``console`` holds the last console lines.
+    Commands that were running in L1 have no result. ``console`` holds the last console lines.
 
-    :param qemu_status: QEMU's exit status, if its end is what was noticed first; else None.
+    :param qemu_status: QEMU's exit status if its end was noticed first, else None.
     """
 
     code = "lab-lost"
@@ -45,19 +45,19 @@ class LabLostError(LabError):
     def __init__(self, cause: str, console: str = "", *, qemu_status: int | None = None) -> None:
         tail = console.rstrip().splitlines()[-40:]
         shown = "\n".join(f"    {line}" for line in tail) or "    (empty)"
-        super().__init__(cause, f"last lines of its console:\n{shown}")
+        super().__init__(cause, f"the last lines of its console:\n{shown}")
         self.console = console
         self.qemu_status = qemu_status
 
 
 class ImageError(LabError):
-    """A part of the lab (root file system, kernel, C program) could not be built."""
+    """A part of the lab (a root file system, kernel or C program) could not be built."""
 
     code = "lab-image"
 
 
 class RemoteCommandError(LabError):
-    """A command ran in the machine and failed; its output so far is kept."""
+    """A command on the machine failed. ``stdout`` and ``stderr`` hold its output."""
 
     code = "lab-command"
 
@@ -69,24 +69,24 @@ class RemoteCommandError(LabError):
 
 
 class RemoteTimeoutError(RemoteCommandError):
-    """A command was still running at its time limit and was killed."""
+    """A command was killed because it was still running at its time limit."""
 
     code = "lab-command-timeout"
 
 
 class GuestError(LabError):
-    """QEMU ended, or its guest does not answer, or answered with an error."""
+    """QEMU ended, or its guest returned an error or did not answer."""
 
     code = "lab-guest"
 
 
 class QmpError(LabError):
-    """QEMU refused a command, or the conversation broke."""
+    """QEMU returned an error, or the QMP connection failed."""
 
     code = "lab-qmp"
 
 
 class LibvirtdError(LabError):
-    """The daemon, virsh, or a domain does not do what it should."""
+    """libvirtd, virsh or a domain failed."""
 
     code = "lab-libvirtd"

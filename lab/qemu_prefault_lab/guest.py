@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""L2 guests: the stock QEMUs the tool is tried on. Runs where the KVM is, usually in L1.
+"""L2 guests: unmodified QEMUs that the tool is tested on. Runs where KVM is, usually in L1.
 
-A guest boots a distribution kernel whose only process is ``workload.c``, spoken to over
-its serial line (:class:`.qemu_guest.QemuGuest` is the QEMU around it).
+A guest boots a distribution kernel whose only process is ``workload.c``. The lab controls the
+workload over the serial line. :class:`.qemu_guest.QemuGuest` manages the QEMU process.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ __all__ = [
     "thp",
 ]
 
+#: Environment variable naming the directory of the L2 kernel and initramfs.
 L2_VARIABLE = "QEMU_PREFAULT_L2"
-"""Environment variable naming the directory of the L2 kernel and initramfs."""
+#: Environment variable naming the patched QEMU, if it is installed.
 PATCHED_QEMU_VARIABLE = "QEMU_PREFAULT_QEMU"
-"""Environment variable naming the patched QEMU, where there is one."""
+#: Debian's firmware directories. The patched QEMU has no firmware of its own.
 FIRMWARE = ("/usr/share/seabios", "/usr/share/qemu")
-"""Where Debian has what QEMU loads into the guest: the patched QEMU brings none."""
 
-# No calibration, no mitigations, no address randomization: less to emulate. And no errors of
-# drivers amid the workload's answers; an oops shows all the same.
+# Skip calibration, mitigations and address randomization, which are slow to emulate. Drivers'
+# errors are not logged, because they would mix with the workload's answers. An oops is logged.
 KERNEL_ARGS = (
     "console=ttyS0 loglevel=3 panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check "
     "audit=0 cryptomgr.notests random.trust_cpu=on nowatchdog "
-    # Drivers that wait for hardware microvm does not have: a clock (4 s), a keyboard.
+    # These wait for hardware that microvm lacks: a clock (4 s) and a keyboard controller.
     "initcall_blacklist=cmos_init,i8042_init"
 )
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -56,26 +56,26 @@ _HUGEPAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 
 
 def l2_directory() -> Path:
-    """Where the L2 kernel and initramfs are on this machine."""
+    """Return the directory of the L2 kernel and initramfs on this machine."""
     return Path(os.environ.get(L2_VARIABLE, "/lab/l2"))
 
 
 def thp(mode: str) -> str:
-    """Set transparent huge pages to ``always``, ``madvise`` or ``never``; give the old mode."""
+    """Set transparent huge pages to ``always``, ``madvise`` or ``never``; return the old mode."""
     before = _THP.read_text().partition("[")[2].partition("]")[0]
     _THP.write_text(mode)
     return before
 
 
 def reserve_hugepages(count: int) -> int:
-    """Set the number of 2 MiB hugetlb pages; give the number the kernel could reserve."""
+    """Set the number of 2 MiB hugetlb pages; return the number the kernel could reserve."""
     _HUGEPAGES.write_text(str(count))
     return int(_HUGEPAGES.read_text())
 
 
 @dataclass
 class Defaults:
-    """How guests are started where it is not said: by which QEMU, with which plugin options."""
+    """Defaults of :class:`GuestConfig`: QEMU's command, and the plugin's options."""
 
     qemu: Sequence[str] = ("qemu-system-x86_64",)
     plugin: Sequence[str] | None = None
@@ -85,24 +85,24 @@ defaults = Defaults()
 
 
 def patched_qemu() -> list[str] | None:
-    """The command of the patched QEMU, if it was put here: see ``lab/patched.py``."""
+    """Return the command of the patched QEMU (see ``patched.py``), or None if not installed."""
     binary = os.environ.get(PATCHED_QEMU_VARIABLE)
     return None if binary is None else [binary, *(w for p in FIRMWARE for w in ("-L", p))]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuestConfig(QemuConfig):
-    """How a guest with the workload is started.
+    """The configuration of a guest that runs the workload.
 
     :ivar accel: ``kvm`` or ``tcg``.
-    :ivar workload_mib: MiB the guest allocates and writes before it is ready.
-    :ivar kvm: give the guest a KVM of its own, for the workload's ``nest``.
-    :ivar ovmf: UEFI instead of the machine's own firmware, for ``q35`` (the build that keeps
-        its variables by SMM) and ``q35,smm=off``; the kernel has to be ``vmlinuz``.
-    :ivar qemu: QEMU's command and its first arguments; None: see :data:`defaults`.
-    :ivar plugin: None: see :data:`defaults`.
-    :ivar preload: load the plugin by ``LD_PRELOAD`` and not by ``-plugin``.
-    :ivar wrapper: a command QEMU is run under, such as ``["env", "LD_PRELOAD=…"]``.
+    :ivar workload_mib: MiB that the guest allocates and writes before it is ready.
+    :ivar kvm: Give the guest a KVM of its own, for the workload's ``nest``.
+    :ivar ovmf: Boot with UEFI, on ``q35`` (the OVMF build that protects its variables by SMM)
+        or ``q35,smm=off``. The kernel must be ``vmlinuz``.
+    :ivar qemu: QEMU's command and its first arguments. None means those of :data:`defaults`.
+    :ivar plugin: The plugin's options. None means those of :data:`defaults`.
+    :ivar preload: Load the plugin with ``LD_PRELOAD`` instead of ``-plugin``.
+    :ivar wrapper: A command that runs QEMU, such as ``["env", "LD_PRELOAD=…"]``.
     """
 
     accel: str = "kvm"
@@ -140,10 +140,10 @@ class GuestConfig(QemuConfig):
 
 
 class Guest(QemuGuest):
-    """A QEMU with the workload in it. A context manager; leaving it kills QEMU.
+    """A QEMU that runs the workload. A context manager that kills QEMU at its end.
 
-    :param config: how to start it; :class:`GuestConfig` without.
-    :param changes: fields of the config, for this guest.
+    :param config: The configuration. None means :class:`GuestConfig` with its defaults.
+    :param changes: Fields of the configuration to replace for this guest.
     """
 
     def __init__(self, config: GuestConfig | None = None, **changes: Any) -> None:
@@ -153,29 +153,29 @@ class Guest(QemuGuest):
         super().__init__(config)
 
     def wait_kept(self, timeout: float = 60.0) -> dict[str, Any]:
-        """Wait until the plugin has nothing left to do in a running guest; give its status."""
+        """Wait until the plugin has prefaulted a running guest completely; return its status."""
         deadline = time.monotonic() + timeout
         while (status := self.control("status"))["pending"]:
             if time.monotonic() > deadline:
-                raise self._make_error(f"the plugin is not done within {timeout:g} s: {status}")
+                raise self._make_error(f"the plugin did not finish in {timeout:g} s: {status}")
             self.command("echo idle")
         return status
 
     def reset(self) -> None:
-        """Press the reset button; what the guest has said before is forgotten.
+        """Reset the guest and discard the output of its previous boot.
 
-        For guests started with ``-action reboot=reset``.
+        The guest must have been started with ``-action reboot=reset``.
         """
         self.qmp("system_reset")
         while self.wait_event("RESET")["data"]["reason"] != "host-qmp-system-reset":
             pass
-        # No vCPU ran when that was sent, so all of the last boot's output is here.
+        # The guest was stopped, so all output of the previous boot has been received.
         self._serial.forget()
 
     def wait_ready(self, timeout: float = 240.0) -> Answer:
-        """Wait for a booting guest's ``ready``; ``uptime`` is its age in seconds then."""
+        """Wait for a booting guest's ``ready``. Its ``uptime`` is in seconds."""
         return self._serial.answer("ready", timeout)
 
     def command(self, line: str, timeout: float = 120.0) -> Answer:
-        """Send a command of ``workload.c`` and give the values of its answer."""
+        """Send a command of ``workload.c`` and return the values of its answer."""
         return self._serial.command(line, timeout)

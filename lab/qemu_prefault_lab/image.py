@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the lab boots: Debian root file systems, kernels, initramfs, and the TCG host's QEMU.
+"""The files the lab boots: Debian root file systems, kernels, initramfs, and L0's QEMU.
 
-Nothing here needs loop mounts or a second machine: mmdebstrap makes a tar, ``mke2fs -d``
-an ext4 image of it. As an ordinary user both work in a user namespace.
+Building needs no loop mounts and no second machine: mmdebstrap makes a tar file and
+``mke2fs -d`` makes an ext4 image of it. Without root, both run in a user namespace.
 
-Kernels are booted as the ELF file inside their bzImage (PVH entry): the decompressor is
-code like any other, and running it under TCG costs seconds of every cold boot.
+Kernels are booted as the ELF file inside their bzImage (PVH entry), because running the
+decompressor under TCG adds seconds to every cold boot.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
 _SNAPSHOT_SAFE_APT = (
-    # Mirrors of the development suites are at times older than their own expiry date.
+    # Mirrors of the development suites are sometimes past their own expiry date.
     'Acquire::Check-Valid-Until "false"',
     'Acquire::Retries "3"',
     'APT::Install-Recommends "false"',
@@ -60,7 +60,7 @@ _L1_PACKAGES = (
     "qemu-system-x86",
     "seabios",
 )
-# What avocado-vt's bootstrap insists on, and the tests make disks with.
+# Packages that avocado-vt's bootstrap requires, and that the tests use to make disks.
 _AVOCADO_PACKAGES = (
     "diffutils",
     "gcc",
@@ -80,22 +80,22 @@ _LIBVIRT_PACKAGES = (
     "python3-prometheus-client",
     "systemd",
 )
-# Needed before the root file system is there; what the kernel has built in is skipped.
+# Modules needed to mount the root file system. Those built into the kernel are skipped.
 _BOOT_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4", "overlay")
 _BOOT_MODULES_IF_THERE = ("crc32c_generic", "crc32c_intel", "crc32c")
-# What an L2 guest loads when it is told to, in this order: memory that comes and goes.
+# Modules that an L2 guest loads on request, in this order, for a balloon or virtio-mem device.
 _L2_MODULES = ("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev",
                "virtio_pci", "virtio_balloon", "virtio_mem")  # fmt: skip
-# What an L2 guest needs to have a guest of its own.
+# Modules that an L2 guest needs for a KVM of its own.
 _L2_KVM_MODULES = ("irqbypass", "kvm", "kvm-amd")
-# The drivers a lab may want to load; the rest of a kernel package is hardware.
+# Driver directories that a lab may need. The rest of a kernel package is for real hardware.
 _KEPT_DRIVERS = ("block/", "char/", "crypto/", "dax/", "net/tap", "net/tun", "nvdimm/", "vfio/",
                  "vhost/", "virtio/")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A Debian release to run as L1. Later suites are tried if the earlier do not build."""
+    """A Debian release to run as L1. If a suite does not build, the next one is tried."""
 
     name: str
     suites: tuple[str, ...]
@@ -106,19 +106,19 @@ class Variant:
 VARIANTS = {
     variant.name: variant
     for variant in (
-        Variant("bookworm", ("bookworm",)),  # kernel 6.1, QEMU 7.2: has no ioctl
+        Variant("bookworm", ("bookworm",)),  # kernel 6.1 (without the ioctl), QEMU 7.2
         Variant("trixie", ("trixie",)),  # kernel 6.12, QEMU 10.0
         Variant("libvirt", ("trixie",), (*_L1_PACKAGES, *_LIBVIRT_PACKAGES)),  # libvirt 11.3
-        # The index of unstable is at times ahead of its pool, and packages are missing.
+        # The index of unstable is sometimes newer than its pool, and packages are missing.
         Variant("sid", ("sid", "sid", "testing")),
-        # Trixie with what the tests in avocado/ need.
+        # Trixie with the packages that the tests in avocado/ need.
         Variant("avocado", ("trixie",), (*_L1_PACKAGES, *_AVOCADO_PACKAGES)),
     )
 }
 
 
 def variant_named(name: str) -> Variant:
-    """Look a variant up by name."""
+    """Return the variant with a name."""
     try:
         return VARIANTS[name]
     except KeyError:
@@ -129,16 +129,16 @@ def variant_named(name: str) -> Variant:
 class TcgHost:
     """QEMU 7.2 and a few tools of Debian 12, run with their own loader and libraries.
 
-    The QEMU that emulates L1 is part of the lab, not of the machine: from 9.1 on QEMU's
-    TCG never intercepts reads of CR2, CR3 and CR4 in SVM guests (target/i386/tcg/
-    decode-new.c.inc, X86_TYPE_C tests ``intercept`` for non-zero, and
+    The lab brings the QEMU that emulates L1, because newer releases do not work. Since 9.1,
+    QEMU's TCG never intercepts reads of CR2, CR3 and CR4 in SVM guests
+    (target/i386/tcg/decode-new.c.inc: X86_TYPE_C tests whether ``intercept`` is non-zero, and
     SVM_EXIT_READ_CR0 is 0), so a shadow-paged L2 triple-faults.
     """
 
     directory: Path
 
     def command(self, tool: str, *arguments: str) -> list[str]:
-        """Give the argument list that runs a tool of this tree."""
+        """Return the argument list that runs a tool of this tree."""
         libraries = self.directory / "usr/lib/x86_64-linux-gnu"
         search = (self.directory / "lib/x86_64-linux-gnu", libraries, libraries / "pulseaudio")
         modules = libraries / "qemu"
@@ -155,7 +155,7 @@ class TcgHost:
         ]
 
     def qemu(self, *arguments: str, binary: Path | None = None) -> list[str]:
-        """Give the argument list that runs this QEMU, or another, with this tree's firmware."""
+        """Return the argument list that runs this or another QEMU with this tree's firmware."""
         share = self.directory / "usr/share"
         words = ["-L", f"{share}/qemu", "-L", f"{share}/seabios", *arguments]
         return [str(binary), *words] if binary else self.command("qemu-system-x86_64", *words)
@@ -171,7 +171,7 @@ class Image:
 
     @property
     def rootfs(self) -> Path:
-        """Raw ext4, never written to."""
+        """The raw ext4 root file system. It is never written to."""
         return self.directory / "rootfs.ext4"
 
     @property
@@ -181,12 +181,12 @@ class Image:
 
     @property
     def initramfs(self) -> Path:
-        """Only what it takes to reach the root file system."""
+        """The initramfs, which only mounts the root file system."""
         return self.directory / "initramfs.cpio"
 
 
 def mmdebstrap(target: Path, suite: str, *options: str) -> None:
-    """Make a root file system of a Debian suite, without documentation and the like."""
+    """Make a root file system of a Debian suite, without documentation."""
     argv = [need("mmdebstrap", "mmdebstrap"), "--quiet", "--architectures=amd64"]
     argv += [f"--aptopt={option}" for option in _SNAPSHOT_SAFE_APT]
     argv += [f"--dpkgopt=path-exclude={pattern}" for pattern in _WITHOUT]
@@ -194,7 +194,7 @@ def mmdebstrap(target: Path, suite: str, *options: str) -> None:
 
 
 def mmdebstrap_any(target: Path, suites: Sequence[str], *options: str) -> str:
-    """Take the first of these suites that builds; give its name."""
+    """Build the first of these suites that succeeds, and return its name."""
     for attempt, suite in enumerate(suites, start=1):
         try:
             mmdebstrap(target, suite, *options)
@@ -224,7 +224,7 @@ def ext4_of_tree(tree: Path, image: Path) -> None:
 
 
 def ext4_of_tar(tar: Path, image: Path) -> None:
-    """Pack a tar as a raw ext4 image without a journal; some of it stays free."""
+    """Pack a tar file as a raw ext4 image with some free space and without a journal."""
     mke2fs = need("mke2fs", "e2fsprogs")
     size = tar.stat().st_size // (1 << 20) * 12 // 10 + 64
     script = (
@@ -240,7 +240,7 @@ def ext4_of_tar(tar: Path, image: Path) -> None:
 
 
 def compile_static(source: Path) -> Path:
-    """Compile one C file into a static program; cached by its text."""
+    """Compile one C file into a static program, cached by its text."""
     text = source.read_bytes()
     flags = ["-static", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
 
@@ -256,7 +256,7 @@ def compile_static(source: Path) -> Path:
 
 
 def cpio_newc(entries: Sequence[tuple[str, int, bytes]]) -> bytes:
-    """Make an initramfs of ``(name, mode, content)``; the mode includes the file type."""
+    """Return an initramfs with entries ``(name, mode, content)``. The mode has the file type."""
     archive = bytearray()
     trailer = ("TRAILER!!!", 0, b"")
     for inode, (name, mode, content) in enumerate([*entries, trailer], start=1):
@@ -271,18 +271,18 @@ def cpio_newc(entries: Sequence[tuple[str, int, bytes]]) -> bytes:
 
 
 def extract_vmlinux(bzimage: bytes, tools: TcgHost) -> bytes:
-    """Take the ELF kernel out of a bzImage (Documentation/arch/x86/boot.rst, payload_offset)."""
+    """Extract the ELF kernel from a bzImage (Documentation/arch/x86/boot.rst, payload_offset)."""
     setup_sectors = bzimage[0x1F1] or 4
     offset, length = struct.unpack_from("<II", bzimage, 0x248)
     start = (setup_sectors + 1) * 512 + offset
-    # The last four bytes are the size of the result, appended by the kernel's makefile.
+    # The last four bytes are the uncompressed size, appended by the kernel's makefile.
     payload = bzimage[start : start + length - 4]
     if payload.startswith(b"\xfd7zXZ\0"):
         elf = lzma.decompress(payload)
     else:
         tool = {b"\x02\x21\x4c\x18": "lz4", b"\x28\xb5\x2f\xfd": "zstd"}.get(payload[:4])
         if tool is None:
-            raise ImageError(f"the kernel is compressed in an unknown way ({payload[:6].hex()})")
+            raise ImageError(f"unknown compression of the kernel ({payload[:6].hex()})")
         result = subprocess.run(
             tools.command(tool, "-d", "-c"), input=payload, capture_output=True, check=False
         )
@@ -290,12 +290,12 @@ def extract_vmlinux(bzimage: bytes, tools: TcgHost) -> bytes:
             raise ImageError(f"{tool} cannot unpack the kernel", result.stderr.decode())
         elf = result.stdout
     if not elf.startswith(b"\x7fELF"):
-        raise ImageError("what the kernel unpacks to is not an ELF file")
+        raise ImageError("the decompressed kernel is not an ELF file")
     return elf
 
 
 class _Modules:
-    """The modules of one kernel, read from the root file system's tar."""
+    """The modules of one kernel, read from the root file system's tar file."""
 
     def __init__(self, tar: tarfile.TarFile, release: str) -> None:
         self.tar = tar
@@ -314,7 +314,7 @@ class _Modules:
         return path.rsplit("/", 1)[-1].partition(".ko")[0].replace("-", "_")
 
     def load_order(self, wanted: Sequence[str], optional: Sequence[str]) -> list[str]:
-        """Give names in an order in which each finds what it needs already loaded."""
+        """Return module names in load order, each after the modules it depends on."""
         order: list[str] = []
 
         def visit(name: str) -> None:
@@ -337,10 +337,10 @@ class _Modules:
 
 
 def read_member(tar: tarfile.TarFile, name: str) -> bytes:
-    """Read one file of a tar."""
+    """Return the content of a file in a tar file."""
     file = tar.extractfile(name)
     if file is None:
-        raise ImageError(f"{name} in the root file system is not a file")
+        raise ImageError(f"{name} in the root file system is not a regular file")
     with file:
         return file.read()
 
@@ -359,13 +359,13 @@ def _l1_initramfs(tar: tarfile.TarFile, release: str, init: Path) -> bytes:
 
 
 def tcg_host() -> TcgHost:
-    """Build or find the tree QEMU runs from; it also holds the L2 guests' kernel."""
+    """Return the tree with L0's QEMU and the L2 kernel, built if necessary."""
     packages = ("linux-image-cloud-amd64", "lz4", "qemu-system-x86", "seabios", "zstd")
     key = cache.key_of("bookworm", *packages, *_WITHOUT, *_SNAPSHOT_SAFE_APT, *_L2_MODULES,
                        *_L2_KVM_MODULES, "2")  # fmt: skip
 
     def build(directory: Path) -> None:
-        log.info("building the TCG host (QEMU 7.2 of Debian 12), once")
+        log.info("building the TCG host (QEMU 7.2 of Debian 12, only once)")
         tar = directory / "tree.tar"
         mmdebstrap(tar, "bookworm", "--variant=extract", "--include=" + ",".join(packages))
         unwanted = ["./dev", "./var", "./lib/modules", "./usr/lib/modules"]
@@ -388,7 +388,7 @@ def tcg_host() -> TcgHost:
                 content = read_member(tree, members[f"{name}.ko"])
                 (directory / "modules" / name).write_bytes(content)
         tar.unlink()
-        # Debian builds TCG as a module: an empty machine shows that it loads.
+        # Debian builds TCG as a module. Starting an empty machine checks that it loads.
         run_step(
             [
                 "sh",
@@ -399,19 +399,19 @@ def tcg_host() -> TcgHost:
                     "-machine", "none", "-accel", "tcg", "-display", "none", "-monitor", "stdio"
                 ),
             ],
-            "trying the TCG host's QEMU",
+            "testing the TCG host's QEMU",
         )
 
     return TcgHost(cache.entry("tcg-host", key, build))
 
 
 def l2_kernel(host: TcgHost) -> Path:
-    """The distribution kernel of L2 guests (Debian 12's, as a bzImage)."""
+    """Return the kernel of L2 guests: Debian 12's, as a bzImage."""
     return next((host.directory / "boot").glob("vmlinuz-*"))
 
 
 def build(variant: Variant) -> Image:
-    """Build or find the root file system, kernel and initramfs of a variant."""
+    """Return the root file system, kernel and initramfs of a variant, built if necessary."""
     host = tcg_host()
     init = compile_static(_HERE / "init.c")
     hook = (_HERE / "kernel-hook.sh").read_bytes()
@@ -419,7 +419,7 @@ def build(variant: Variant) -> Image:
                        *_BOOT_MODULES, *_BOOT_MODULES_IF_THERE, init.read_bytes(), "1")  # fmt: skip
 
     def fill(directory: Path) -> None:
-        log.info("building the %s image, once", variant.name)
+        log.info("building the %s image (only once)", variant.name)
         tar_path = directory / "rootfs.tar"
         options = ["--variant=minbase", "--include=" + ",".join(variant.packages),
                    f"--customize-hook=sh '{_HERE}/kernel-hook.sh' \"$1\" {variant.kernel} "
@@ -441,7 +441,7 @@ def build(variant: Variant) -> Image:
 
 
 def l2_initramfs(host: TcgHost) -> bytes:
-    """The whole user space of an L2 guest: the workload, as init, and a few drivers."""
+    """Return an L2 guest's whole user space: the workload as init, and a few drivers."""
     workload = compile_static(_HERE / "workload.c")
     entries = [("dev", 0o040755, b""), ("init", 0o100755, workload.read_bytes())]
     return cpio_newc([*entries, *_modules_directory(host, "modules", _L2_MODULES)])
@@ -459,11 +459,11 @@ def _modules_directory(
 
 
 def l2_files() -> Path:
-    """Build or find the directory of what L2 guests boot: kernel and initramfs."""
+    """Return the directory with the L2 guests' kernel and initramfs, built if necessary."""
     host = tcg_host()
     bzimage = l2_kernel(host)
     initramfs = l2_initramfs(host)
-    # Apart: KVM is larger than all the rest, and guests that do not need it boot sooner.
+    # A separate initramfs: KVM is the largest part, and guests without it boot faster.
     kvm = cpio_newc(_modules_directory(host, "kvm", _L2_KVM_MODULES))
 
     def fill(directory: Path) -> None:
@@ -476,9 +476,9 @@ def l2_files() -> Path:
 
 
 def files_disk() -> Path:
-    """Build or find the disk that is laid over every root file system as ``/lab``.
+    """Return the disk that is overlaid on every root file system as ``/lab``, built if necessary.
 
-    Separate from the images, so that a change of the command server does not rebuild them.
+    It is separate from the images, so that a change of the command server does not rebuild them.
     """
     l2 = l2_files()
     own = [_HERE / "command_server.py", _HERE / "start.sh"]

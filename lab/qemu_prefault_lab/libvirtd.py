@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A libvirt daemon and its domains, for tests. Runs where the KVM is, in the variant ``libvirt``.
+"""A libvirt daemon and its domains, for tests. Runs where KVM is, in the variant ``libvirt``.
 
-The daemon is Debian's, started as its unit would, with AppArmor in force; a second one lives in
-mount, UTS and AppArmor namespaces of its own and so thinks it is another host. Domains boot the
-same guests as :mod:`qemu_prefault_lab.guest`. The lab has no systemd as its first process; where
-that matters, :class:`Systemd` is the first one of namespaces.
+The daemon is Debian's, started as by its unit, with AppArmor enforcing. A second daemon runs in
+its own mount, UTS and AppArmor namespaces, so it appears to be another host. Domains boot the
+same guests as :mod:`qemu_prefault_lab.guest`. The lab has no systemd as PID 1. Where tests need
+one, :class:`Systemd` runs it as PID 1 of a PID namespace.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from .wait import wait_for
 SERIALS = Path("/run/lab-serial")
 PROFILES = ("usr.sbin.libvirtd", "usr.lib.libvirt.virt-aa-helper")
 LOG = Path("/var/log/libvirt/qemu")
-# Log files of QEMU's own, without virtlogd; all else is the package's.
+# Let QEMU write its own log files instead of virtlogd. Other settings are the package's.
 _QEMU_CONF = 'stdio_handler = "file"\n'
 
 
 def wait_until(condition: Callable[[], object], what: str, limit: float = 120.0) -> None:
-    """:func:`wait_for`, with the patience that a libvirtd takes."""
+    """Wait like :func:`wait_for`, with a limit that suits libvirtd."""
     wait_for(condition, what, limit)
 
 
 class Libvirtd:
-    """A daemon; a context manager. Its domains end with it.
+    """A libvirt daemon. A context manager that destroys its domains at its end.
 
-    :param host: a name: be another host, in namespaces of its own.
-    :param systemd: run in a scope of its, and in its namespaces.
+    :param host: The name of another host to simulate, in separate namespaces.
+    :param systemd: Run the daemon in a scope of this systemd, and in its namespaces.
     """
 
     def __init__(self, *, host: str | None = None, systemd: Systemd | None = None) -> None:
@@ -59,7 +59,7 @@ class Libvirtd:
         self._qemu_conf = _QEMU_CONF
         _load_profiles(host)
         if host is not None:
-            # One cgroup tree for both: only one of them may think it is its own.
+            # Both hosts share one cgroup tree, which only one of them may manage.
             self._qemu_conf += "cgroup_controllers = []\n"
         self.start()
 
@@ -77,7 +77,7 @@ class Libvirtd:
         return f"qemu+unix:///system?socket={path}"
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start the daemon and wait until it answers."""
         words = ["/usr/sbin/libvirtd"]
         Path("/etc/libvirt/qemu.conf").write_text(self._qemu_conf)
         if self._host is not None:
@@ -85,7 +85,7 @@ class Libvirtd:
                 host=self._host, host_uuid=uuid.uuid4(), serials=SERIALS,
                 conf=shlex.quote(self._qemu_conf),
             )  # fmt: skip
-            # A profile bears its domain's UUID, and both hosts have the same kernel.
+            # AppArmor profiles are named after domain UUIDs, and both hosts share a kernel.
             words = ["aa-exec", "-n", host_namespace(self._host), "-p", "unconfined", "--",
                      "unshare", "--mount", "--uts", "sh", "-ec", script]  # fmt: skip
         if self._systemd is not None:
@@ -108,9 +108,9 @@ class Libvirtd:
         return self.virsh("uri", check=False).returncode == 0
 
     def stop(self, number: int = signal.SIGTERM) -> None:
-        """End it; domains go on, as they do."""
+        """Stop the daemon. Its domains keep running."""
         if self._process is not None:
-            if self._systemd is not None:  # what we started has only entered its namespaces
+            if self._systemd is not None:  # the started process only entered its namespaces
                 words = ("systemctl", "kill", f"--signal={number}", "libvirtd.scope")
                 self._systemd.run(*words)
             else:
@@ -125,7 +125,7 @@ class Libvirtd:
     def virsh(
         self, *arguments: str, check: bool = True, timeout: float = 300.0
     ) -> subprocess.CompletedProcess[str]:
-        """Run virsh on it."""
+        """Run virsh on this daemon and return its stdout."""
         done = subprocess.run(
             ["virsh", "--quiet", "--connect", self.uri, *arguments],
             capture_output=True, text=True, check=False, timeout=timeout,
@@ -144,7 +144,7 @@ class Libvirtd:
             path.unlink()
 
 
-# A tmpfs over everything a libvirtd has on its host.
+# Mount a tmpfs over every directory that libvirtd uses on its host.
 _OTHER_HOST = """
 hostname {host}
 mount --make-rprivate /
@@ -166,13 +166,13 @@ exec /usr/sbin/libvirtd --pid-file /run/libvirtd-{host}.pid
 
 
 class Systemd:
-    """systemd as the first process of namespaces of its own; a context manager.
+    """systemd as PID 1 of a new PID namespace. A context manager.
 
-    It has no units but what a service needs, its targets and the journal, nor what a whole
-    Debian sets up first: devices, clocks, users, D-Bus. ``/run`` is its own, but for the
-    directories in which a libvirtd and the tests meet.
+    It has only the units that a service needs: its targets and the journal. It does not set up
+    devices, clocks, users or D-Bus as a full Debian does. Its ``/run`` is separate, except for the
+    directories that libvirtd and the tests share.
 
-    :ivar enter: words before a command that is to run there.
+    :ivar enter: The words to put before a command that is to run in the namespaces.
     """
 
     def __init__(self) -> None:
@@ -195,7 +195,7 @@ class Systemd:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()  # and with it the first process, and all of its namespace
+        self._process.kill()  # kills PID 1, and with it the whole namespace
         self._process.wait()
 
     def _is_up(self) -> bool:
@@ -206,8 +206,8 @@ class Systemd:
             return False
         if not Path(f"/proc/{pids[0]}/root/run/systemd/private").exists():
             return False
-        # Namespaces are entered, a cgroup is not: libvirt and systemd cannot make anything of
-        # a process in "/..".
+        # Entering the namespaces does not change the cgroup. libvirt and systemd cannot handle a
+        # process in "/..".
         join = 'echo 0 >/sys/fs/cgroup/init.scope/cgroup.procs; exec "$@"'
         self.enter = ["nsenter", "--target", pids[0], "--all", "sh", "-c", join, "sh"]
         return self.run("systemctl", "is-system-running", check=False).strip() in (
@@ -216,7 +216,7 @@ class Systemd:
         )
 
     def run(self, *words: str, check: bool = True) -> str:
-        """Run a command there; its stdout."""
+        """Run a command in the namespaces and return its stdout."""
         done = subprocess.run(
             [*self.enter, *words], capture_output=True, text=True, check=False, timeout=300,
             stdin=subprocess.DEVNULL,
@@ -226,7 +226,7 @@ class Systemd:
         return done.stdout
 
 
-# Only the first process of the namespaces may be in their root cgroup when they are made.
+# When the namespaces are created, only their PID 1 may be in their root cgroup.
 _SYSTEMD = """
 mkdir -p /sys/fs/cgroup/systemd /tmp/systemd/units/sysinit.target.wants
 echo 0 >/sys/fs/cgroup/systemd/cgroup.procs
@@ -257,7 +257,7 @@ exec unshare --cgroup sh -ec '
 
 
 def _prepare_machine() -> None:
-    """What udev, systemd and tmpfiles do on a whole Debian."""
+    """Do what udev, systemd and tmpfiles do on a full Debian."""
     os.chmod("/dev/kvm", 0o666)
     SERIALS.mkdir(exist_ok=True)
     SERIALS.chmod(0o755)
@@ -269,7 +269,7 @@ def _prepare_machine() -> None:
 
 
 def host_namespace(host: str) -> str:
-    """AppArmor's policy namespace of another host."""
+    """Return the name of another host's AppArmor policy namespace."""
     return f"lab-{host}"
 
 
@@ -283,10 +283,10 @@ def _load_profiles(host: str | None) -> None:
 class LabDomain:
     """A persistent domain that boots the lab's guest.
 
-    :param workload_mib: MiB the guest writes before it is ready; 0: none.
-    :param max_mib: with room for memory devices, up to so much in all.
-    :param firmware_only: no kernel: it does not get further than its firmware.
-    :param edit: what is done to the XML before it is defined.
+    :param workload_mib: MiB that the guest writes before it is ready. 0 means none.
+    :param max_mib: The maximum memory in MiB, for hotplugged devices.
+    :param firmware_only: Boot no kernel, so that the guest stays in its firmware.
+    :param edit: Applied to the XML before the domain is defined.
     """
 
     def __init__(
@@ -345,10 +345,10 @@ class LabDomain:
         daemon.define(xml)
         daemon.domains.append(self)
 
-    # -- virsh -----------------------------------------------------------------------------
+    # virsh.
 
     def virsh(self, command: str, *arguments: str, **options: Any) -> str:
-        """Run a virsh command on this domain; its stdout."""
+        """Run a virsh command on this domain and return its stdout."""
         return self.daemon.virsh(command, self.name, *arguments, **options).stdout.strip()
 
     @property
@@ -356,7 +356,7 @@ class LabDomain:
         return self.virsh("domstate")
 
     def destroy(self) -> None:
-        """End and forget it."""
+        """Destroy and undefine the domain."""
         if self._serial is not None:
             self._serial.close()
             self._serial = None
@@ -364,7 +364,7 @@ class LabDomain:
             self.daemon.virsh(command[0], self.name, *command[1:], check=False)
 
     def moved_to(self, daemon: Libvirtd) -> LabDomain:
-        """It has migrated: as the other daemon has it."""
+        """Return the domain on the daemon it has migrated to."""
         moved = copy.copy(self)
         moved.daemon = daemon
         moved._serial = None
@@ -372,9 +372,9 @@ class LabDomain:
         return moved
 
     def reset(self) -> None:
-        """Press the reset button; what the guest has said before is forgotten.
+        """Reset the guest and discard the output of its previous boot.
 
-        It is stopped for that, so that none of what it says next is lost with it.
+        The guest is stopped meanwhile, so that no output of the new boot is discarded.
         """
         assert self._serial is not None
         self.virsh("suspend")
@@ -383,29 +383,29 @@ class LabDomain:
         self.virsh("resume")
 
     def log(self) -> str:
-        """What libvirt and QEMU say in the domain's log."""
+        """Return the domain's log, written by libvirt and QEMU."""
         path = self.daemon.root / f"var/log/libvirt/qemu/{self.name}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    # -- QEMU and its guest ------------------------------------------------------------------
+    # QEMU and its guest.
 
     @property
     def process(self) -> Process:
-        """Its QEMU."""
+        """The domain's QEMU."""
         if self.daemon.root == Path("/"):
             return find_qemu(self.name, self.uuid)
         pid = (self.daemon.root / f"run/libvirt/qemu/{self.name}.pid").read_text()
         return Process.find(int(pid))
 
     def faults(self) -> int:
-        """KVM's ``pf_taken`` since this QEMU started."""
+        """Return KVM's ``pf_taken`` since this QEMU started."""
         count = debugfs_faults(self.process)
         if count is None:
             raise LibvirtdError("KVM's counters are not in debugfs")
         return count
 
     def attach_serial(self) -> Serial:
-        """Connect to the serial line of the QEMU that runs now."""
+        """Connect to the serial line of the current QEMU."""
         if self._serial is not None:
             self._serial.close()
         line = socket.socket(socket.AF_UNIX)
@@ -419,7 +419,7 @@ class LabDomain:
         return LibvirtdError(cause, f"{self.log()[-3000:]}\nserial: {said!r}")
 
     def start(self, *arguments: str) -> None:
-        """``virsh start``, and listen."""
+        """Run ``virsh start`` and connect to the serial line."""
         self.virsh("start", *arguments)
         self.attach_serial()
 
@@ -432,14 +432,14 @@ class LabDomain:
         return self._serial.command(line, timeout)
 
     def check_memory(self) -> None:
-        """The guest answers, and finds in its memory what it wrote there."""
+        """Check that the guest answers and its memory still holds what it wrote."""
         answer = self.command("pass")
         if answer["bad"]:
-            raise LibvirtdError(f"{answer['bad']} pages of {self.name} are not as they were")
+            raise LibvirtdError(f"{answer['bad']} pages of {self.name} have changed")
 
 
 def denials(since: int) -> list[str]:
-    """What AppArmor has denied since that many lines of the kernel's log."""
+    """Return AppArmor's denials in the kernel log after the given number of lines."""
     lines = kernel_log()[since:]
     return [line for line in lines if 'apparmor="DENIED"' in line]
 
@@ -450,7 +450,7 @@ def kernel_log() -> list[str]:
 
 
 class Syslog:
-    """``/dev/log``, where nobody else is: what the hook logs. A context manager."""
+    """A socket at ``/dev/log`` that collects log messages. A context manager."""
 
     def __init__(self, path: Path = Path("/dev/log")) -> None:
         self._path = path
@@ -471,7 +471,7 @@ class Syslog:
         self._path.unlink()
 
     def lines(self, having: str = "") -> list[str]:
-        """What has been logged so far, and has this in it."""
+        """Return the messages so far that contain a string."""
         with contextlib.suppress(BlockingIOError):
             while data := self._socket.recv(1 << 16):
                 self._lines.append(data.decode(errors="replace"))

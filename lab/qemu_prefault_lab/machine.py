@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A machine with a KVM that can prefault: the nested lab's L1, or this very host.
+"""Machines whose KVM can prefault: the nested lab's L1, or this host.
 
-Both run commands, take and give files, and install wheels through the same methods, so
-the demo, the benchmark and the tests do not know which they got.
+Both run commands, copy files and install wheels through the same methods, so the demo, the
+benchmark and the tests work on either.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from . import image
 from .errors import RemoteCommandError, RemoteTimeoutError
 from .guest import L2_VARIABLE
 
+#: A callback for output of a running command: the stream (1 stdout, 2 stderr) and the bytes.
 OnOutput = Callable[[int, bytes], None]
-"""Called with 1 (stdout) or 2 (stderr) and bytes, while a command runs."""
 
+#: Seconds between SIGTERM and SIGKILL when a command exceeds its time limit.
 GRACE_SECONDS = 5.0
-"""Between the polite signal and the other one, when a command runs out of time."""
 
 _KVM_CHECK_EXTENSION = 0xAE03
 _KVM_CAP_PRE_FAULT_MEMORY = 236
@@ -46,9 +46,10 @@ _KVM_CAP_PRE_FAULT_MEMORY = 236
 
 @dataclass(frozen=True)
 class Invocation:
-    """A command to run, as :meth:`Machine.run` was given it.
+    """A command to run, with the arguments of :meth:`Machine.run`.
 
-    :ivar timeout: seconds. :ivar env: added to the machine's environment.
+    :ivar timeout: Seconds.
+    :ivar env: Variables added to the machine's environment.
     """
 
     argv: tuple[str, ...]
@@ -80,10 +81,10 @@ class Completed:
 
 
 class Machine(abc.ABC):
-    """Runs commands as root somewhere that has the KVM to be tested."""
+    """A machine with a KVM to test, on which commands run as root."""
 
+    #: The directory of the L2 guests' kernel and initramfs on that machine.
     l2_directory: str
-    """Where the L2 guests' kernel and initramfs are, in that machine."""
 
     def __enter__(self) -> Machine:
         return self
@@ -93,11 +94,11 @@ class Machine(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Give the machine up."""
+        """Release the machine."""
 
     @abc.abstractmethod
     def _execute(self, command: Invocation, sink: OnOutput) -> tuple[int, bool]:
-        """Run; give the return code, and whether the time limit struck."""
+        """Run a command and return its exit code and whether it exceeded its time limit."""
 
     def run(
         self,
@@ -111,16 +112,17 @@ class Machine(abc.ABC):
         stdout: BinaryIO | None = None,
         on_output: OnOutput | None = None,
     ) -> Completed:
-        """Run a command to its end. May be called from several threads at once.
+        """Run a command until it ends. Several threads may call this at the same time.
 
-        :param timeout: seconds after which it is killed, with its process group.
-        :param env: added to the machine's environment.
-        :param stdin: what it reads; without, the end of file.
-        :param stdout: receives standard output instead of ``Completed.stdout``.
-        :param on_output: sees output as it comes.
-        :raise RemoteCommandError: it could not be started or, with ``check``, failed.
-        :raise RemoteTimeoutError: it ran out of time.
-        :raise LabLostError: the machine is gone.
+        :param timeout: Seconds after which the command and its process group are killed.
+        :param check: Raise if the exit code is not 0.
+        :param env: Variables to add to the machine's environment.
+        :param stdin: The command's standard input. None means empty.
+        :param stdout: A file that receives standard output instead of ``Completed.stdout``.
+        :param on_output: Called with output while the command runs.
+        :raises RemoteCommandError: The command could not be started or, with ``check``, failed.
+        :raises RemoteTimeoutError: The command exceeded its time limit.
+        :raises LabLostError: The machine has ended or hangs.
         """
         captured = {1: stdout or io.BytesIO(), 2: io.BytesIO()}
 
@@ -153,7 +155,7 @@ class Machine(abc.ABC):
         return result
 
     def put(self, source: Path, destination: str) -> None:
-        """Copy a file to a file, or a directory's content into a directory."""
+        """Copy a file to a path on the machine, or a directory's content into a directory there."""
         with tempfile.TemporaryFile() as packed:
             if source.is_dir():
                 with tarfile.open(fileobj=packed, mode="w") as tar:
@@ -168,7 +170,7 @@ class Machine(abc.ABC):
             self.run(["sh", "-c", script, "sh", destination, mode], stdin=packed)
 
     def get(self, source: str, destination: Path) -> None:
-        """Copy a file to a file, or a directory's content into a directory."""
+        """Copy a file from the machine to a path, or a directory's content into a directory."""
         is_directory = self.run(["test", "-d", source], check=False).returncode == 0
         if not is_directory:
             destination.parent.mkdir(parents=True, exist_ok=True)
@@ -179,14 +181,14 @@ class Machine(abc.ABC):
         with tempfile.TemporaryFile() as packed:
             self.run(["tar", "-C", source, "-cf", "-", "."], stdout=packed)
             packed.seek(0)
-            # Not tarfile: its safe extraction is missing in Debian 12's Python.
+            # tarfile in Debian 12's Python lacks safe extraction.
             unpack = ["tar", "-C", str(destination), "--no-same-owner", "-xf", "-"]
             subprocess.run(unpack, stdin=packed, check=True)
 
     def install(self, wheels: Sequence[Path]) -> None:
-        """Make wheels importable, and their console scripts commands.
+        """Install wheels: make their modules importable and their console scripts commands.
 
-        They are unpacked here and not by pip there: pip takes a minute under TCG.
+        The wheels are unpacked on L0, because pip takes a minute under TCG.
         """
         with tempfile.TemporaryDirectory() as scratch:
             for wheel in wheels:
@@ -194,9 +196,9 @@ class Machine(abc.ABC):
             self._install_tree(Path(scratch))
 
     def install_source(self) -> None:
-        """Make this package and qemu_prefault importable, as they lie here.
+        """Make this package and qemu_prefault importable, as they are in this source tree.
 
-        With it goes the one thing it needs that Debian does not package: qemu.qmp.
+        qemu.qmp is copied as well: it is a dependency that Debian does not package.
         """
         packages = [Path(__file__).parent, Path(qemu_prefault.__file__).parent]
         with tempfile.TemporaryDirectory() as scratch:
@@ -204,7 +206,7 @@ class Machine(abc.ABC):
             skip = shutil.ignore_patterns("__pycache__")
             for package in packages:
                 shutil.copytree(package, site / package.name, ignore=skip)
-            with contextlib.suppress(ModuleNotFoundError):  # the lab's own modules do without
+            with contextlib.suppress(ModuleNotFoundError):  # the lab itself does not use qemu.qmp
                 spec = importlib.util.find_spec("qemu.qmp")
                 if spec is not None and spec.origin is not None:
                     shutil.copytree(Path(spec.origin).parent, site / "qemu" / "qmp", ignore=skip)
@@ -213,7 +215,7 @@ class Machine(abc.ABC):
 
     @abc.abstractmethod
     def _install_tree(self, tree: Path) -> None:
-        """Take over ``tree/site`` (modules) and ``tree/bin`` (scripts)."""
+        """Install ``tree/site`` (modules) and ``tree/bin`` (scripts)."""
 
 
 def _as_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -233,7 +235,7 @@ def _write_script(tree: Path, name: str, module: str, function: str) -> None:
 
 
 def _adopt_script(script: Path) -> None:
-    """Make a wheel's script a command; what begins with ``#!python`` is to get a real path."""
+    """Make a wheel's script executable, and replace ``#!python`` with the interpreter's path."""
     content = script.read_bytes()
     if content.startswith(b"#!python"):
         script.write_bytes(b"#!/usr/bin/python3" + content.removeprefix(b"#!python"))
@@ -246,7 +248,7 @@ def _unpack_wheel(wheel: Path, tree: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     for scheme in site.glob("*.data/*"):
-        # PEP 427: what belongs elsewhere lies in NAME.data/SCHEME.
+        # PEP 427: NAME.data/SCHEME holds the files that are installed outside site-packages.
         target = {"scripts": tree / "bin", "data": tree}.get(scheme.name, site)
         shutil.copytree(scheme, target, dirs_exist_ok=True)
         if scheme.name == "scripts":
@@ -273,28 +275,28 @@ def kvm_can_prefault() -> bool:
 
 
 def is_emulated() -> bool:
-    """Whether this host's CPU is emulated by QEMU, as the lab's is."""
+    """Return whether this host's CPU is emulated by QEMU, as the lab's is."""
     return "QEMU TCG" in Path("/proc/cpuinfo").read_text()
 
 
+#: Environment variable set on a lab whose emulator can run KVM guests with UEFI.
 UEFI_VARIABLE: Final = "QEMU_PREFAULT_UEFI"
-"""Set on a lab whose emulator was said to stand UEFI under KVM."""
 NO_UEFI: Final = (
-    "UEFI under KVM makes the emulator (TCG) of this host abort: take one with patches/qemu-tcg-cr8"
+    "UEFI under KVM makes this host's emulator (TCG) abort: use a QEMU with patches/qemu-tcg-cr8"
 )
 
 
 def uefi_aborts() -> bool:
-    """Whether a guest with UEFI would abort the QEMU that emulates this host.
+    """Return whether a guest with UEFI would make the QEMU that emulates this host abort.
 
-    Seen with 7.2, 10.0 and 11.1: helper_write_crN() calls cpu_interrupt() without the lock when
-    a guest of KVM writes CR8, as UEFI does after each interrupt, while another one waits.
+    QEMU 7.2, 10.0 and 11.1 abort: helper_write_crN() calls cpu_interrupt() without the lock when
+    a KVM guest writes CR8. UEFI writes CR8 after each interrupt if another one is pending.
     """
     return is_emulated() and UEFI_VARIABLE not in os.environ
 
 
 class LocalMachine(Machine):
-    """This very host, whose own KVM can prefault. Nothing is emulated."""
+    """This host, if its own KVM can prefault. Nothing is emulated."""
 
     def __init__(self) -> None:
         if not kvm_can_prefault():
@@ -358,7 +360,7 @@ class LocalMachine(Machine):
         finally:
             returncode = process.wait()
             for thread in threads:
-                # A daemon left behind may hold the pipes; what it says is not the command's.
+                # A daemon that the command left may hold the pipes open. Ignore its output.
                 thread.join(0.5)
         return returncode, timed_out
 

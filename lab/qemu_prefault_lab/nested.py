@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The nested lab: L1 under TCG, booted or restored, and spoken to through its command_server.
+"""The nested lab: start L1 under TCG and run commands in it through its command server.
 
-The first start of a kind of L1 boots it, saves its memory and throws it away; every start
-(that one included) then restores the memory within a second or two. The memory file is
-mapped privately, so any number of labs may share one snapshot, and nothing is copied.
+The first start of a kind of L1 boots it, saves its memory and ends it. Every start, including
+this one, then restores the memory within two seconds. The memory file is mapped privately, so
+any number of labs can share one snapshot without copying it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 
 _INSTALLED = "/opt/qemu-prefault"
 _STDIN_BYTES = 1 << 16
-# What TCG need not emulate: CPU bug mitigations, calibrations, self-tests. The watchdog is
-# slow because a host with little CPU to spare stalls all of L1, which is no lockup.
+# Disable CPU bug mitigations, calibrations and self-tests, which are slow to emulate. The
+# watchdog is slow because a loaded host stalls all of L1, which is not a lockup.
 _KERNEL_ARGS = (
     "console=ttyS0 panic=-1 oops=panic watchdog_thresh=60 mitigations=off nokaslr "
     "tsc=reliable no_timer_check audit=0 cryptomgr.notests random.trust_cpu=on "
@@ -47,7 +47,7 @@ _KERNEL_ARGS = (
 
 @dataclass(frozen=True)
 class _Recipe:
-    """Everything that decides what L1 is; equal recipes share a snapshot."""
+    """Everything that determines an L1. Equal recipes share a snapshot."""
 
     host: image.TcgHost
     image: image.Image
@@ -58,7 +58,7 @@ class _Recipe:
     emulator: Path | None = None
 
     def argv(self, memory_file: Path | None, shared: bool) -> list[str]:
-        """QEMU's command line. One vCPU: L1 with two of them oopses now and then."""
+        """Return QEMU's command line. L1 has one vCPU, because with two it oopses occasionally."""
         machine = "pc"
         memory: list[str] = []
         if memory_file is not None:
@@ -83,7 +83,7 @@ class _Recipe:
         )
 
     def key(self) -> str:
-        """Hash of the recipe and of the disks' versions: L1 has parts of them in memory."""
+        """Hash the recipe and the disks' versions, because a snapshot contains cached disk data."""
         disks = [path.stat() for path in self.disks]
         versions = [f"{disk.st_size} {disk.st_mtime_ns}" for disk in disks]
         return cache.key_of(*self.argv(Path("ram"), shared=True), *versions)
@@ -92,7 +92,7 @@ class _Recipe:
 class Lab(Machine):
     """A booted L1. Use :meth:`start`, as a context manager.
 
-    :ivar qemu_pid: the pid of the emulating QEMU.
+    :ivar qemu_pid: The process id of the emulating QEMU.
     """
 
     l2_directory = "/lab/l2"
@@ -120,17 +120,18 @@ class Lab(Machine):
     ) -> Lab:
         """Boot L1, or restore it from the snapshot of an earlier boot.
 
-        :param variant: which Debian; see :data:`qemu_prefault_lab.image.VARIANTS`.
-        :param npt: nested paging for L2; without, KVM in L1 shadows page tables.
-        :param tdp_mmu: kvm's parameter of that name; the kernel's default if None.
-        :param kernel_args: added to L1's kernel command line.
-        :param disks: raw images that L1 sees as ``/dev/vdc`` and on, and cannot write to.
-        :param emulator: a QEMU under which guests with UEFI run, instead of the lab's own.
-        :param snapshot: False boots from power-on and leaves no snapshot.
-        :param boot_timeout: seconds after which a boot that goes nowhere is given up.
-        :param heartbeat_limit: seconds of the command server's silence that make L1 lost.
-        :param console_log: a file that receives the console, as it is written.
-        :raise LabLostError: L1 died on the way; its message ends with the console.
+        :param variant: The Debian to boot, a name in :data:`qemu_prefault_lab.image.VARIANTS`.
+        :param npt: Nested paging for L2. Without it, KVM in L1 shadows page tables.
+        :param tdp_mmu: kvm's parameter of that name. None means the kernel's default.
+        :param memory_mib: L1's memory in MiB.
+        :param kernel_args: Arguments to add to L1's kernel command line.
+        :param disks: Raw images that L1 sees read-only as ``/dev/vdc`` and following.
+        :param emulator: A QEMU to use instead of the lab's own, for guests with UEFI.
+        :param snapshot: False boots from power-on and saves no snapshot.
+        :param boot_timeout: Seconds after which an unfinished boot fails.
+        :param heartbeat_limit: Seconds without a message from L1 after which it counts as lost.
+        :param console_log: A file to which the console output is written.
+        :raises LabLostError: L1 failed while it started. The error includes the end of the console.
         """
         parameters = [_KERNEL_ARGS, f"kvm_amd.npt={int(npt)}"]
         if tdp_mmu is not None:
@@ -161,7 +162,7 @@ class Lab(Machine):
             try:
                 return cls(_restore(recipe, saved, heartbeat_limit, console_log), env)
             except FailedError as error:
-                log.warning("the snapshot does not restore, booting instead: %s", error)
+                log.warning("cannot restore the snapshot, booting instead: %s", error)
                 cache.discard(saved)
         return cls(cold(recipe.argv(None, shared=False)), env)
 
@@ -173,11 +174,11 @@ class Lab(Machine):
 
     @property
     def console(self) -> str:
-        """What L1's console has shown since this QEMU started."""
+        """Return L1's console output since this QEMU started."""
         return self._channel.text()
 
     def power_off(self, timeout: float = 60.0) -> None:
-        """Power L1 off and wait for QEMU's end; only a test of booting needs this."""
+        """Power L1 off and wait for QEMU's end. Only a test of booting needs this."""
         script = "echo o >/proc/sysrq-trigger; sleep 60"
         try:
             self.run(["sh", "-c", script], timeout=timeout, check=False)
@@ -197,7 +198,7 @@ class Lab(Machine):
             "timeout": command.timeout,
             "grace": GRACE_SECONDS,
         }
-        # The command server keeps the time; this limit is for one that does not.
+        # The command server enforces the time limit. This limit covers a server that fails to.
         deadline = time.monotonic() + command.timeout + 3 * GRACE_SECONDS + channel.heartbeat_limit
         kinds = {command_server.STDOUT: 1, command_server.STDERR: 2}
         try:
@@ -218,7 +219,7 @@ class Lab(Machine):
                         raise OSError(status["strerror"])
                     return status["returncode"], status["timed_out"]
         except BaseException:
-            # The caller stops listening (an error, Ctrl-C): nobody wants its result.
+            # The caller was interrupted (by an error or Ctrl-C) and needs no result.
             if channel.lost is None:
                 channel.send(command_server.KILL, request.number, bytes([signal.SIGKILL]))
             raise
@@ -238,7 +239,7 @@ class Lab(Machine):
 
 
 def _save(recipe: _Recipe, directory: Path, boot: Callable[[list[str]], Channel]) -> None:
-    """Boot once, with the memory in a file, and save the rest of the state beside it."""
+    """Boot once with the memory in a file, and save the rest of the state beside it."""
     log.info("booting the lab once to take its snapshot")
     memory = directory / "ram"
     started = time.monotonic()
@@ -277,7 +278,7 @@ def _restore(
 
 
 def _ignore_shared(qmp: Qmp) -> None:
-    # The memory is a file already; only devices and CPU go through the stream.
+    # The memory is in a file already. The migration stream has only the devices and the CPU.
     capabilities = [
         {"capability": "x-ignore-shared", "state": True},
         {"capability": "events", "state": True},
@@ -304,11 +305,12 @@ def open_machine(
     disks: Sequence[Path] = (),
     emulator: Callable[[], Path] | None = None,
 ) -> Machine:
-    """Give a machine that can prefault: this host if it can, else a booted lab.
+    """Return a machine that can prefault: this host if it can, else a booted lab.
 
-    :param nested: take the lab even so; implied by ``npt=False`` and by any ``tdp_mmu``.
-    :param disks: for the lab, see :meth:`Lab.start`.
-    :param emulator: likewise; called for the lab only, as it may have to build it.
+    :param nested: Use the lab in any case. ``npt=False`` and any ``tdp_mmu`` imply this.
+    :param disks: Disks for the lab, see :meth:`Lab.start`.
+    :param emulator: Return the emulator for the lab. Only called for a lab, because it may have
+        to build QEMU.
     """
     if kvm_can_prefault() and npt and tdp_mmu is None and not nested:
         return LocalMachine()

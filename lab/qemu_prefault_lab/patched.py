@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The patched QEMU: Debian's source, our series (patches/), the smallest useful configuration.
+"""A patched QEMU: Debian's source with the series in patches/, in a minimal configuration.
 
-It is built on this machine, cached like everything the lab needs, and runs in L1: it links only
-what Debian's own QEMU there brings along. Debian's firmware is used (`-L`), for the source
-package has none.
+It is built on L0, cached like the images, and runs in L1. It links only to libraries that
+Debian's own QEMU in L1 depends on. Debian's source package has no firmware, so the firmware
+of Debian's binary packages is used (``-L``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 SUITES: Final = {"10.0": "trixie", "10.2": "sid"}
 _KEYRING: Final = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _ON_MACHINE: Final = "/root/qemu/qemu-system-x86_64"
-# The versions that QEMU's pythondeps.toml asks for; Debian 12's meson is too old.
+# The versions that QEMU's pythondeps.toml requires. Debian 12's meson is too old.
 _PYTHON_PACKAGES: Final = ("meson==1.5.0", "pycotap==1.3.1")
 _DEVICES: Final = "prefault"
 _DEVICES_MAK: Final = """\
@@ -71,7 +71,7 @@ _CONFIGURE: Final = (
     "--disable-tools",
     "--disable-guest-agent",
     "--disable-install-blobs",
-    # Compiling takes half as long; what is measured is in the kernel.
+    # Compiling takes half the time. QEMU's speed does not matter: the kernel's is measured.
     "--disable-debug-info",
     "-Doptimization=1",
     "--cc=ccache gcc",
@@ -79,7 +79,7 @@ _CONFIGURE: Final = (
 _TARGETS: Final = ("qemu-system-x86_64", "tests/qtest/kvm-prefault-test")
 _TCG_SERIES: Final = ("qemu-tcg", "qemu-tcg-cr8")
 _SVM_TESTS: Final = ("svm-cr-read", "svm-cr8-write")
-# What the series touch: QAPI's commands, jobs, the human monitor, the accelerator's properties.
+# Tests of the subsystems that the series change: QAPI, jobs, HMP, the accelerator's properties.
 _TESTS: Final = (
     *("tests/qtest/qmp-cmd-test", "tests/qtest/test-hmp", "tests/qtest/qom-test"),
     *("tests/unit/test-blockjob", "tests/unit/test-blockjob-txn", "tests/unit/test-bdrv-drain"),
@@ -88,10 +88,10 @@ _TESTS: Final = (
 
 @dataclass(frozen=True)
 class PatchedQemu:
-    """A QEMU that was built, and some of its own tests.
+    """A built QEMU and some of its own tests.
 
-    :ivar qtest: of the new command.
-    :ivar svm_tests: kernels for an emulated CPU, one for each fix of TCG; none without the fixes.
+    :ivar qtest: The qtest of the new QMP command.
+    :ivar svm_tests: Kernels that test the TCG fixes, one per fix. Empty without the fixes.
     """
 
     binary: Path
@@ -99,7 +99,7 @@ class PatchedQemu:
     svm_tests: tuple[Path, ...]
 
     def put_on(self, machine: Machine) -> dict[str, str]:
-        """Copy it, and its tests beside it, where tests look for them; give what tells them."""
+        """Copy QEMU and its tests to a machine; return the environment variable that names it."""
         files = {"": self.binary, "-test": self.qtest}
         files |= {f"-{path.name}": path for path in self.svm_tests}
         for suffix, path in files.items():
@@ -108,10 +108,10 @@ class PatchedQemu:
 
 
 def series(patches: Path, release: str, tcg: bool) -> list[Path]:
-    """The patches for a release, in order.
+    """Return the patches for a release, in order.
 
-    :param tcg: with the fixes of TCG, too.
-    :raise InputError: there are none.
+    :param tcg: Include the fixes of TCG.
+    :raises InputError: The directory has no patches for this release.
     """
     found = sorted((patches / "qemu" / release).glob("*.patch"))
     for name in _TCG_SERIES if tcg else ():
@@ -119,18 +119,18 @@ def series(patches: Path, release: str, tcg: bool) -> list[Path]:
     if not found:
         raise InputError(
             f"{patches} has no series for QEMU {release}",
-            "run this from the checkout; it has patches/qemu",
+            "run this in a checkout of the project, which has patches/qemu",
         )
     return found
 
 
 def build(patches: Path, release: str = "10.0", *, tcg: bool = True, jobs: int = 0) -> PatchedQemu:
-    """Build it unless it is cached.
+    """Return a patched QEMU, built if it is not cached.
 
-    :param patches: the checkout's directory of that name.
-    :param release: of QEMU: a key of :data:`SUITES`.
-    :param jobs: compilers at a time; 0: one for each CPU.
-    :raise ImageError: a step failed; its output is told.
+    :param patches: The checkout's ``patches`` directory.
+    :param release: QEMU's release, a key of :data:`SUITES`.
+    :param jobs: The number of parallel compilers. 0 means one per CPU.
+    :raises ImageError: A build step failed. The error includes the step's output.
     """
     applied = series(patches, release, tcg)
     svm_tests = _SVM_TESTS if tcg else ()
@@ -156,22 +156,22 @@ def build(patches: Path, release: str = "10.0", *, tcg: bool = True, jobs: int =
 
 
 def uefi_emulator(patches: Path) -> Path:
-    """A QEMU under whose emulation guests with UEFI run; built unless it is cached."""
+    """Return an L0 QEMU that can emulate KVM guests with UEFI, built if it is not cached."""
     return build(patches).binary
 
 
 def check(patches: Path, release: str = "10.0", *, jobs: int = 0) -> list[str]:
-    """QEMU's own checks of our series: its checkpatch, and tests of what they touch.
+    """Run QEMU's own checks of the series: checkpatch, and the tests of changed subsystems.
 
-    :return: what each came to, a line for each.
-    :raise ImageError: one failed; its output is told.
+    :returns: One line per check with its result.
+    :raises ImageError: A check failed. The error includes its output.
     """
     applied = series(patches, release, tcg=True)
     told = []
     with _workspace(release) as work:
         source = _patched_source(work, release, applied)
         for patch in applied:
-            # Its only warning is a question: patterns of MAINTAINERS cover each new file already.
+            # checkpatch warns about MAINTAINERS, but its patterns cover the new files.
             argv = ["perl", "scripts/checkpatch.pl", "--no-tree", str(patch.resolve())]
             output = run_step(argv, f"checkpatch of {patch}", source)
             total = next(line for line in output.splitlines() if line.startswith("total:"))
@@ -192,7 +192,7 @@ def check(patches: Path, release: str = "10.0", *, jobs: int = 0) -> list[str]:
 
 @contextlib.contextmanager
 def _workspace(release: str) -> Iterator[Path]:
-    """An empty directory: the same each time, so that ccache finds what it compiled before."""
+    """Yield an empty directory. Its path is always the same, so that ccache finds its entries."""
     with cache.locked(f"qemu-{release}"):
         work = cache.cache_dir() / "scratch" / f"qemu-{release}"
         shutil.rmtree(work, ignore_errors=True)
@@ -211,23 +211,23 @@ def _patched_source(work: Path, release: str, patches: Sequence[Path]) -> Path:
 
 
 def _archive() -> str:
-    """Debian's archive, from where apt has it."""
+    """Return the URI of the Debian archive that apt uses."""
     wanted = ["--format", "$(ORIGIN)/$(LABEL) $(REPO_URI)", "Created-By: Packages"]
     for line in run_step(["apt-get", "indextargets", *wanted], "apt-get indextargets").splitlines():
         origin, _, uri = line.partition(" ")
         if origin == "Debian/Debian":
             return uri
     raise ImageError(
-        "apt knows no archive of Debian's here",
-        "add one to /etc/apt/sources.list, and apt-get update",
+        "apt has no Debian archive configured on this host",
+        "add one to /etc/apt/sources.list and run apt-get update",
     )
 
 
 def _source(work: Path, release: str) -> Path:
-    """Debian's source of that release, as its suite has it now."""
+    """Download and unpack Debian's current source of a QEMU release."""
     apt = work / "apt"
     (apt / "lists" / "partial").mkdir(parents=True)
-    # Only this one suite: what the host itself has enabled is nobody's business here.
+    # Use only this suite, and ignore the suites that are enabled on the host.
     (apt / "sources.list").write_text(
         f"deb-src [check-valid-until=no signed-by={_KEYRING}] {_archive()} {SUITES[release]} main\n"
     )
@@ -240,7 +240,7 @@ def _source(work: Path, release: str) -> Path:
         *("-o", "Acquire::Languages=none"),
         *("-o", "Acquire::Retries=3"),
     ]
-    log.info("getting the source of QEMU %s (Debian %s)", release, SUITES[release])
+    log.info("downloading the source of QEMU %s (Debian %s)", release, SUITES[release])
     run_step(["apt-get", *options, "-qq", "update"], "apt-get update")
     versions = [
         line.split(maxsplit=1)[1]
@@ -250,8 +250,8 @@ def _source(work: Path, release: str) -> Path:
     fitting = [version for version in versions if f":{release}." in version]
     if not fitting:
         raise ImageError(
-            f"Debian {SUITES[release]} has no source of QEMU {release}, only {versions}",
-            "the series may apply to it nonetheless: see patches/qemu",
+            f"Debian {SUITES[release]} has no source of QEMU {release}, only of {versions}",
+            "the series may still apply to another version: see patches/qemu",
         )
     run_step(
         ["apt-get", *options, "-qq", "source", "--download-only", f"qemu={fitting[-1]}"],
@@ -259,7 +259,7 @@ def _source(work: Path, release: str) -> Path:
         work,
     )
     description = next(work.glob("*.dsc"))
-    # apt has checked it.
+    # apt has already verified the signature.
     arguments = ["--no-check", "-x", description.name, "source"]
     run_step([need("dpkg-source", "dpkg-dev"), *arguments], "unpacking it", work)
     return work / "source"
@@ -270,7 +270,7 @@ def _devices(release: str) -> str:
 
 
 def _compile(work: Path, source: Path, release: str, jobs: int, targets: Sequence[str]) -> None:
-    # In the environment of a package build, Python's own settings would leak into QEMU's.
+    # A package build sets Python variables that would affect the Python that builds QEMU.
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
     }
@@ -292,13 +292,13 @@ def _compile(work: Path, source: Path, release: str, jobs: int, targets: Sequenc
     configure = [str(source / "configure"), f"--python={python}/bin/python", *_CONFIGURE]
     run_step(configure, "configuring QEMU", tree, environment)
     jobs = jobs or os.cpu_count() or 1
-    log.info("compiling, %d at a time", jobs)
+    log.info("compiling with %d jobs", jobs)
     ninja = [need("ninja", "ninja-build"), f"-j{jobs}", *targets]
     run_step(ninja, "compiling QEMU", tree, environment)
 
 
 def _compile_svm_test(source: Path, target: Path) -> None:
-    """As tests/tcg/x86_64/Makefile.softmmu-target does."""
+    """Compile one test kernel as tests/tcg/x86_64/Makefile.softmmu-target does."""
     tests = source / "tests" / "tcg"
     boot = tests / "x86_64" / "system"
     run_step(

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A QEMU with a guest in it: its process, its monitors, its serial line. Runs where the KVM is.
+"""A QEMU process with a guest: its monitors and its serial line. Runs where KVM is.
 
-What the guest is, and how it is spoken to on the serial line, is the business of the classes
-built on it: :class:`.guest.Guest` and :class:`.system.SystemGuest`. Each QEMU has two monitors:
-``qmp_path`` is for the tool under test, the other belongs to this class, so that each can be
-watched while the other is in use.
+The subclasses :class:`.guest.Guest` and :class:`.system.SystemGuest` decide what the guest runs
+and how it is controlled on the serial line. Each QEMU has two monitors. ``qmp_path`` is for the
+tool under test. This class uses the other one, so that it can observe QEMU while the tool is
+connected.
 """
 
 from __future__ import annotations
@@ -43,16 +43,17 @@ _OVMF_VARIABLES = "/usr/share/OVMF/OVMF_VARS_4M.fd"
 
 @dataclass(frozen=True, kw_only=True)
 class QemuConfig(abc.ABC):
-    """How a QEMU is started, as far as all kinds of guest have it in common.
+    """The configuration that all kinds of guest have in common.
 
     :ivar machine: ``pc``, ``q35`` or ``microvm``, and further properties after a comma.
-    :ivar backing: a key of ``ram``, ``memfd``, ``file``, ``file-private``, ``hugetlb``,
-        and further properties after a comma (``ram,prealloc=on``); None is a plain ``-m``.
-    :ivar memory: the ``-m`` argument's further parts (``slots=2,maxmem=2G``).
-    :ivar paused: start with ``-S``: status is ``prelaunch``, nothing has run.
-    :ivar incoming: a URI, ``defer``, or the path of a file written by :meth:`QemuGuest.save`.
-    :ivar args: further arguments for QEMU.
-    :ivar plugin: options of our plugin (``["keep=off"]``), to have it loaded; None: do not.
+    :ivar backing: ``ram``, ``memfd``, ``file``, ``file-private`` or ``hugetlb``, and further
+        properties after a comma (``ram,prealloc=on``). None means a plain ``-m``.
+    :ivar memory: Further parts of the ``-m`` argument (``slots=2,maxmem=2G``).
+    :ivar paused: Start with ``-S``: the run state is ``prelaunch`` and no vCPU has run.
+    :ivar incoming: A URI, ``defer``, or the path of a file written by :meth:`QemuGuest.save`.
+    :ivar args: Further arguments for QEMU.
+    :ivar plugin: Load this project's plugin with these options (``["keep=off"]``). None means no
+        plugin.
     """
 
     machine: str = "pc"
@@ -67,9 +68,9 @@ class QemuConfig(abc.ABC):
 
     @abc.abstractmethod
     def argv(self, directory: Path) -> list[str]:
-        """Return QEMU's command line but for what every QEMU gets.
+        """Return QEMU's command line without the arguments common to all guests.
 
-        :param directory: for files of this QEMU's own; they are made there.
+        :param directory: A directory for files of this QEMU, which this method creates.
         """
 
     @property
@@ -78,7 +79,7 @@ class QemuConfig(abc.ABC):
         return f"{self.memory_mib}M" + (f",{self.memory}" if self.memory else "")
 
     def backing_arguments(self, directory: Path) -> list[str]:
-        """Return the ``-object`` that is the memory backend ``ram``; nothing for a plain ``-m``."""
+        """Return the ``-object`` of the memory backend ``ram``. Empty for a plain ``-m``."""
         if self.backing is None:
             return []
         kind, _, properties = self.backing.partition(",")
@@ -87,7 +88,7 @@ class QemuConfig(abc.ABC):
         return ["-object", text]
 
     def flash_arguments(self, directory: Path) -> list[str]:
-        """Return the arguments that make UEFI the firmware; its variables are copied."""
+        """Return the arguments that make UEFI the firmware. Its variable store is copied."""
         smm = "smm=off" not in self.machine
         variables = directory / "variables"
         shutil.copy(_OVMF_VARIABLES, variables)
@@ -99,14 +100,14 @@ class QemuConfig(abc.ABC):
         ]
 
     def plugin_arguments(self, directory: Path) -> list[str]:
-        """Return the ``-plugin`` that loads ours, if it is wanted."""
+        """Return the ``-plugin`` that loads this project's plugin, if requested."""
         if self.plugin is None:
             return []
         return ["-plugin", f"{plugin_path()},{plugin_options(directory, self.plugin)}"]
 
 
 def plugin_options(directory: Path, options: Sequence[str]) -> str:
-    """Return our plugin's options, as ``-plugin`` and ``QEMU_PREFAULT_OPTIONS`` take them."""
+    """Return the plugin's options as ``-plugin`` and ``QEMU_PREFAULT_OPTIONS`` take them."""
     return ",".join([f"socket={_control_path(directory)}", *options])
 
 
@@ -115,11 +116,11 @@ def _control_path(directory: Path) -> Path:
 
 
 class QemuGuest:
-    """A QEMU with a guest in it. A context manager; leaving it kills QEMU.
+    """A QEMU with a guest. A context manager that kills QEMU at its end.
 
     :ivar pid: QEMU's process id.
-    :ivar qmp_path: the monitor nobody uses, for the tool under test.
-    :ivar control_path: the plugin's control socket.
+    :ivar qmp_path: The monitor for the tool under test. The lab does not use it.
+    :ivar control_path: The plugin's control socket.
     """
 
     def __init__(self, config: QemuConfig) -> None:
@@ -136,7 +137,7 @@ class QemuGuest:
             argv += ["-incoming", "defer" if isinstance(incoming, Path) else incoming]
         self._start([*argv, *config.args])
         try:
-            # Failed migrations and restores are told by events, not found by asking again.
+            # Failed migrations and restores are detected by events, not by polling.
             self.qmp(
                 "migrate-set-capabilities",
                 capabilities=[{"capability": "events", "state": True}],
@@ -148,8 +149,8 @@ class QemuGuest:
             raise
 
     def _start(self, argv: list[str]) -> None:
-        # The harness's ends are socket pairs: nothing to wait for. The tool's monitor is
-        # bound by QEMU itself, because its peer credentials are part of what is tested.
+        # The lab's ends are socket pairs, so it need not wait for a socket. QEMU itself binds
+        # the tool's monitor, because the tests check its peer credentials.
         serial, serial_far = socket.socketpair()
         monitor, monitor_far = socket.socketpair()
         argv = [
@@ -195,12 +196,12 @@ class QemuGuest:
 
     @property
     def stderr(self) -> str:
-        """What QEMU has said on stdout and stderr."""
+        """QEMU's output on stdout and stderr so far."""
         return self._stderr_path.read_text(errors="replace")
 
     @property
     def serial_log(self) -> bytes:
-        """All that the guest has sent on its serial line."""
+        """Everything the guest has sent on its serial line."""
         return self._serial.log
 
     @property
@@ -209,7 +210,7 @@ class QemuGuest:
         return self.process.poll() is None
 
     def kill(self) -> None:
-        """Kill QEMU and remove its files; harmless when repeated."""
+        """Kill QEMU and remove its files. May be called repeatedly."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait()
@@ -222,7 +223,7 @@ class QemuGuest:
             self._scratch.cleanup()
 
     def wait_exit(self, timeout: float = 60.0) -> int:
-        """Wait for QEMU to end by itself; give its return code."""
+        """Wait for QEMU to end by itself, and return its exit code."""
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -230,7 +231,7 @@ class QemuGuest:
 
     def _make_error(self, cause: str) -> GuestError:
         try:
-            # A QEMU that is about to end closes its sockets first.
+            # When QEMU ends, its sockets close before the process is gone.
             code: int | None = self.process.wait(1.0)
         except subprocess.TimeoutExpired:
             code = None
@@ -242,7 +243,7 @@ class QemuGuest:
     # The monitor.
 
     def qmp(self, command: str, timeout: float = 60.0, **arguments: Any) -> Any:
-        """Run a QMP command on the harness's own monitor."""
+        """Run a QMP command on the lab's own monitor."""
         try:
             return self.monitor.execute(command, timeout, **arguments)
         except QmpError as error:
@@ -256,18 +257,18 @@ class QemuGuest:
         return text
 
     def status(self) -> str:
-        """Give the run state: ``running``, ``paused``, ``prelaunch``, ``inmigrate``…"""
+        """Return the run state: ``running``, ``paused``, ``prelaunch``, ``inmigrate``…"""
         text: str = self.qmp("query-status")["status"]
         return text
 
     def wait_event(self, *names: str, timeout: float = 60.0) -> dict[str, Any]:
-        """Take the first event of one of these names."""
+        """Return the first event with one of these names. Wait for it if necessary."""
         return self.monitor.wait_event(*names, timeout=timeout)
 
     def save(self, path: Path, timeout: float = 120.0) -> None:
         """Stop the guest and write its state to a file, for ``Guest(incoming=path)``.
 
-        The default bandwidth limit of a migration is that of a network.
+        The migration's default bandwidth limit is meant for networks, so it is raised.
         """
         self.qmp("stop")
         self.qmp("migrate-set-parameters", max_bandwidth=1 << 40)
@@ -276,13 +277,15 @@ class QemuGuest:
         self._wait_migration(timeout, "save")
 
     def wait_restored(self, timeout: float = 120.0) -> None:
-        """Wait until an incoming state is loaded; the guest is ``paused`` as :meth:`save`
-        left it, and ``cont`` makes it go on."""
+        """Wait until an incoming state is loaded.
+
+        The guest is then ``paused``, as :meth:`save` left it. ``cont`` resumes it.
+        """
         self._wait_migration(timeout, "restore")
 
     def _migrate(self, command: str, path: Path) -> None:
-        # QEMU before 8.2 has no "file:", and newer ones refuse a file as "fd:". A pipe
-        # works with all and takes more than twice as long under TCG.
+        # QEMU before 8.2 has no "file:", and newer releases refuse a file as "fd:". A pipe
+        # works with all of them but takes more than twice as long under TCG.
         try:
             self.qmp(command, uri=f"file:{path}")
         except QmpError:
@@ -304,10 +307,10 @@ class QemuGuest:
                 raise self._make_error(f"{what} {status}")
 
     def stats(self) -> dict[str, int]:
-        """Give KVM's counters: those of the VM, and those of the vCPUs summed up.
+        """Return KVM's counters of the VM, and the sums of its vCPUs' counters.
 
-        ``pages_4k``, ``pages_2m``, ``pages_1g`` are entries now in the stage-2 tables;
-        ``pf_taken`` and its like count since the guest was started.
+        ``pages_4k``, ``pages_2m`` and ``pages_1g`` are the present entries in the stage-2 tables.
+        ``pf_taken`` and similar counters count since the guest was started.
         """
         totals: dict[str, int] = {}
         for target in ("vm", "vcpu"):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A small blocking QMP client for the harness.
+"""A small blocking QMP client for the lab.
 
-The tool has its own (``qemu_prefault.qemu.monitor``); the harness does not use it, so that a
-mistake there cannot hide itself in what is meant to check it.
+The lab does not use the product's client (``qemu_prefault.qemu.monitor``), because the tests
+check that one. With a separate client, a bug in the product cannot hide itself.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from .errors import QmpError
 
 
 class Qmp:
-    """One QMP connection, already connected. Every wait has a deadline.
+    """A connected QMP client. Every wait has a deadline.
 
-    :ivar events: all events so far that nobody has taken with :meth:`wait_event`.
+    :ivar events: The events received so far that :meth:`wait_event` has not returned yet.
     """
 
     def __init__(self, connection: socket.socket, timeout: float = 30.0) -> None:
@@ -31,7 +31,7 @@ class Qmp:
         deadline = time.monotonic() + timeout
         self.greeting = self._receive(deadline)
         if "QMP" not in self.greeting:
-            raise QmpError(f"no QMP greeting but {self.greeting!r}")
+            raise QmpError(f"expected a QMP greeting, got {self.greeting!r}")
         self.execute("qmp_capabilities")
 
     def close(self) -> None:
@@ -39,9 +39,9 @@ class Qmp:
         self.connection.close()
 
     def execute(self, command: str, timeout: float = 60.0, **arguments: Any) -> Any:
-        """Run a command and give what it returns.
+        """Run a command and return its result.
 
-        :raise QmpError: QEMU answered with an error, too late, or not at all.
+        :raises QmpError: QEMU returned an error, or did not answer in time.
         """
         self._number += 1
         message: dict[str, Any] = {"execute": command, "id": self._number}
@@ -52,14 +52,14 @@ class Qmp:
         return self._answer(command, deadline)
 
     def send_fd(self, name: str, fd: int) -> None:
-        """Hand QEMU a file descriptor under a name (``getfd``), for ``fd:NAME`` addresses."""
+        """Pass QEMU a file descriptor under a name (``getfd``), for ``fd:NAME`` addresses."""
         self._number += 1
         message = {"execute": "getfd", "id": self._number, "arguments": {"fdname": name}}
         socket.send_fds(self.connection, [json.dumps(message).encode() + b"\n"], [fd])
         self._answer("getfd", time.monotonic() + 60.0)
 
     def wait_event(self, *names: str, timeout: float = 60.0) -> dict[str, Any]:
-        """Take the first event of one of these names, waiting for it if need be."""
+        """Return the first event with one of these names. Wait for it if necessary."""
         deadline = time.monotonic() + timeout
         while True:
             for index, event in enumerate(self.events):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The demo's part that runs where the KVM is: ``python -m qemu_prefault_lab.scenario``.
+"""The part of the demo that runs where KVM is: ``python -m qemu_prefault_lab.scenario``.
 
-A guest on 4K pages writes 256 MiB for the first time, three ways: with nothing done for it;
-after the bare ioctl over all of its RAM; after qemu-prefault. Once at boot (the memory is
-untouched), once restored from a file (QEMU has just written it). What happens is told on
-stdout, one JSON object a line; :mod:`qemu_prefault_lab.demo` shows it.
+A guest on 4K pages writes 256 MiB for the first time, in three ways: without any prefault,
+after the bare ioctl over all of its RAM, and after qemu-prefault. Each way runs once at boot
+(the memory is untouched) and once after a restore from a file (QEMU has just written the
+memory). The scenario prints its events to stdout, one JSON object per line.
+:mod:`qemu_prefault_lab.demo` displays them.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from .guest import Guest
 
 WORKLOAD_MIB: Final = 256
 MEMORY_MIB: Final = 352
-# No firmware that deletes and re-creates memory slots: what is filled before the first
-# instruction is still there afterwards.
+# microvm's firmware does not delete and re-create memslots, so the mappings made before the
+# first instruction are still present afterwards.
 MACHINE: Final = "microvm"
 STEADY_PASSES: Final = 5
 
@@ -56,7 +57,7 @@ CASES: Final = tuple(DemoCase(moment, way) for moment in ("boot", "restore") for
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds a way cost, as the helpers inside QEMU timed it."""
+    """The seconds that a way of prefaulting took, measured by the helpers inside QEMU."""
 
     populate: float = 0.0
     prefault: float = 0.0
@@ -64,11 +65,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a case came to; times in seconds.
+    """The result of a case. Times are in seconds.
 
-    ``faults``: stage-2 faults (pf_taken) from power-on or ``cont`` to the end of the first
-    pass. ``first_pass``: the guest's first write to each of its 256 MiB. ``steady_pass``:
-    median of those after it.
+    :ivar faults: Stage-2 faults (``pf_taken``) from power-on or ``cont`` to the end of the first
+        pass.
+    :ivar first_pass: The time of the guest's first write to each of its 256 MiB.
+    :ivar steady_pass: The median time of the following passes.
+    :ivar spent: The time that prefaulting took.
     """
 
     faults: int
@@ -83,9 +86,9 @@ def tell(event: str, **values: Any) -> None:
 
 @contextlib.contextmanager
 def small_pages() -> Iterator[None]:
-    """Processes started in the block have 4K pages only; the machine's setting stays.
+    """Start processes in this block with 4K pages only, without changing the machine's setting.
 
-    prctl(PR_SET_THP_DISABLE) is inherited, and kept across execve().
+    prctl(PR_SET_THP_DISABLE) is inherited and kept across execve().
     """
     prctl = ctypes.CDLL(None).prctl
 
@@ -100,7 +103,7 @@ def small_pages() -> Iterator[None]:
 
 
 async def bare_ioctl(guest: Guest) -> Cost:
-    """KVM_PRE_FAULT_MEMORY over all RAM as it is: what one would write first."""
+    """Call KVM_PRE_FAULT_MEMORY over all RAM without populating it first."""
     async with connect(str(guest.qmp_path)) as vm:
         agent = PtraceAgent(vm.process, await vm.vcpu_threads((), True))
         await agent.start()
@@ -114,7 +117,7 @@ async def bare_ioctl(guest: Guest) -> Cost:
 
 
 def run_tool(guest: Guest) -> Cost:
-    """The command line, as a user types it."""
+    """Run the command line, as a user would."""
     argv = [sys.executable, "-m", "qemu_prefault", "--qmp", str(guest.qmp_path), "--json"]
     result = subprocess.run(argv, capture_output=True, text=True, check=False)
     if result.returncode:
@@ -133,7 +136,7 @@ def prepare(guest: Guest, way: str) -> Cost:
 
 @contextlib.contextmanager
 def counting(guest: Guest, row: int) -> Iterator[None]:
-    """Tell the fault counter now and then, while the guest is at work."""
+    """Report the fault counter periodically while the guest runs."""
     done = threading.Event()
 
     def watch() -> None:
@@ -150,7 +153,7 @@ def counting(guest: Guest, row: int) -> Iterator[None]:
 
 
 def measure(case: DemoCase, row: int, state: Path) -> Measured:
-    """Run one case. ``state``: written by the first boot, read by the restores."""
+    """Run one case. The first boot writes ``state``, and the restores read it."""
     restored = case.moment == "restore"
     tell("step", row=row, text="restoring" if restored else "starting")
     with small_pages():
@@ -176,7 +179,7 @@ def measure(case: DemoCase, row: int, state: Path) -> Measured:
         tell("step", row=row, text="steady passes")
         passes = [guest.command("pass") for _ in range(STEADY_PASSES)]
         if any(answer["bad"] for answer in (*([first] if restored else []), *passes)):
-            raise FailedError("the guest's memory is not what it wrote", "please report this")
+            raise FailedError("the guest's memory is not what it wrote", "please report this bug")
         if not restored and not state.exists():
             tell("step", row=row, text="saving the guest")
             guest.save(state)

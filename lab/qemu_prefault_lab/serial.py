@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A guest's serial line: a console, or the workload (workload.c) that answers on it."""
+"""A guest's serial line: a console, or the line on which the workload (workload.c) answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable
 
-_TERMINAL = re.compile(rb"\x1b\[[0-9;=?]*[A-Za-z]")  # UEFI clears a screen before the kernel
+_TERMINAL = re.compile(rb"\x1b\[[0-9;=?]*[A-Za-z]")  # UEFI clears the screen before Linux starts
 
 Answer = dict[str, float | str]
 
@@ -18,10 +18,11 @@ Answer = dict[str, float | str]
 class Serial:
     """One serial line.
 
-    :param line: its socket, owned from here on.
-    :param pidfd: of its QEMU, whose end ends every wait; without, the end of the line does.
-    :param make_error: Return the error to raise, given what went wrong.
-    :ivar log: all that was ever received.
+    :param line: A connected socket. This object closes it.
+    :param make_error: Return the exception to raise for the given cause.
+    :param pidfd: The QEMU process. Every wait ends when it ends. If None, waits end only when
+        the socket is closed.
+    :ivar log: Everything received so far.
     """
 
     def __init__(
@@ -41,43 +42,43 @@ class Serial:
         self._socket.close()
 
     def forget(self) -> None:
-        """What has been received so far was not meant for us."""
+        """Discard everything received so far."""
         with contextlib.suppress(BlockingIOError):
             while data := self._socket.recv(1 << 16):
                 self.log += data
         self._buffer = b""
 
     def send(self, text: str) -> None:
-        """Send all of it; a line that is closed is the end of QEMU."""
+        """Send all of the text. A closed connection is reported as the end of QEMU."""
         try:
             self._send(text)
         except ConnectionError as error:
             raise self._make_error("QEMU ended") from error
 
     def expect(self, pattern: str, timeout: float) -> re.Match[bytes]:
-        """Wait for the console to show this; what it showed up to its end is forgotten."""
+        """Wait until the console output matches a pattern. Discard the output up to the match."""
         expression = re.compile(pattern.encode())
         deadline = time.monotonic() + timeout
-        late = f"the console does not show {pattern!r} in {timeout:g} s"
+        late = f"the console did not show {pattern!r} within {timeout:g} s"
         while not (found := expression.search(self._buffer)):
             self._receive(deadline, pattern, late)
         self._buffer = self._buffer[found.end() :]
         return found
 
     def command(self, line: str, timeout: float = 120.0) -> Answer:
-        """Send a command of ``workload.c`` and give the values of its answer."""
-        with contextlib.suppress(ConnectionError):  # reading the answer tells why
+        """Send a command of ``workload.c`` and return the values of its answer."""
+        with contextlib.suppress(ConnectionError):  # the wait for the answer reports the cause
             self._send(f"{line}\n")
         return self.answer(line.partition(" ")[0], timeout)
 
     def answer(self, word: str, timeout: float) -> Answer:
-        """Wait for the line that begins with this word."""
+        """Wait for the answer line that begins with a word, and return its values."""
         deadline = time.monotonic() + timeout
         while True:
             text = self._line(deadline, word)
             first, _, rest = text.partition(" ")
             if first == "error":
-                raise self._make_error(f"the guest says: {rest}")
+                raise self._make_error(f"the guest reports an error: {rest}")
             if first == word:
                 pairs = (item.partition("=") for item in rest.split())
                 return {key: _number(value) for key, _, value in pairs}
@@ -102,10 +103,10 @@ class Serial:
             raise self._make_error(late)
         data = b""
         if self._socket.fileno() in ready:
-            with contextlib.suppress(ConnectionError):  # a killed QEMU: as at its end
+            with contextlib.suppress(ConnectionError):  # QEMU was killed: same as the end of file
                 data = self._socket.recv(1 << 16)
         if not data:
-            raise self._make_error(f"QEMU ended while {awaited!r} was awaited")
+            raise self._make_error(f"QEMU ended while the lab waited for {awaited!r}")
         self._buffer += data
         self.log += data
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The steps of a build: other programs, which have to be there, and succeed."""
+"""Run the build steps, which are other programs."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _TOLD_LINES = 25
 
 
 def need(program: str, package: str) -> str:
-    """Give the path of a program.
+    """Return the path of a program.
 
-    :raise UnsupportedError: it is not installed; names Debian's package.
+    :raises UnsupportedError: The program is not installed. The error names Debian's package.
     """
     path = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     if path is None:
         raise UnsupportedError(
             f"the lab needs {program}, which is not installed",
-            f"apt-get install {package}\n(or the package of that name of your distribution)",
+            f"apt-get install {package}\n(or your distribution's package of that program)",
         )
     return path
 
@@ -36,9 +36,9 @@ def run_step(
     directory: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> str:
-    """Run a program to its end; give what it printed.
+    """Run a program until it ends, and return its output.
 
-    :raise ImageError: it failed; the end of what it printed is told.
+    :raises ImageError: The program failed. The error includes the end of its output.
     """
     result = subprocess.run(
         argv,

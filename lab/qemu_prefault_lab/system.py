@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Guests that are whole distributions (:mod:`qemu_prefault_lab.distro`), and their console.
+"""Guests that run whole distributions (:mod:`qemu_prefault_lab.distro`), and their console.
 
-Where the KVM is, a directory named by ``QEMU_PREFAULT_DISTROS`` has for each distribution a
-directory with ``disk`` (a file or a block device, never written to) and ``boot/``.
+On the machine with KVM, the directory named by ``QEMU_PREFAULT_DISTROS`` has one directory per
+distribution, with ``disk`` (a file or block device, never written to) and ``boot/``.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from .errors import GuestError
 from .guest import KERNEL_ARGS
 from .qemu_guest import QemuConfig, QemuGuest
 
+#: Environment variable naming the directory of the distributions.
 DISTROS_VARIABLE = "QEMU_PREFAULT_DISTROS"
-"""Environment variable naming the directory of the distributions."""
 
-# A CPU that is away for long is the emulating host's doing, and no stall; nor is a service stuck.
+# Emulation can delay CPUs and services for long, so disable the stall and service watchdogs.
 GUEST_KERNEL_ARGS = (
     f"{KERNEL_ARGS} root=/dev/vda rw rcupdate.rcu_cpu_stall_suppress=1 systemd.service_watchdogs=0 "
-    # TCG has XSETBV pass KVM by: CPUID keeps telling the old size of the state, and Linux warns.
+    # TCG does not let KVM intercept XSETBV: CPUID reports a stale size and Linux warns.
     "noxsave "
-    # A plugged DIMM is used at once, and by what can be moved: files in memory.
+    # Online a hotplugged DIMM at once, as movable memory.
     "memhp_default_state=online_movable"
 )
 
 
 def distro_directory(name: str) -> Path:
-    """Where a distribution's disk and boot files are on this machine."""
+    """Return the directory of a distribution's disk and boot files on this machine."""
     return Path(os.environ.get(DISTROS_VARIABLE, "/lab/distros")) / name
 
 
 def make_overlay(disk: Path, overlay: Path, disk_format: str = "raw") -> None:
-    """Make the qcow2 file that takes what a guest writes to its disk."""
+    """Create the qcow2 overlay that holds a guest's writes to its disk."""
     subprocess.run(
         ["qemu-img", "create", "-q", "-f", "qcow2", "-F", disk_format, "-b", str(disk.resolve()),
          str(overlay)],
@@ -49,12 +49,12 @@ def make_overlay(disk: Path, overlay: Path, disk_format: str = "raw") -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SystemConfig(QemuConfig):
-    """How a whole distribution is started.
+    """The configuration of a guest that runs a whole distribution.
 
-    :ivar distro: a directory name below :data:`DISTROS_VARIABLE`, whose kernel is started; None:
-        whatever the firmware finds on the disk.
-    :ivar overlay: of :func:`make_overlay`; a migration's two guests, and a saved guest and
-        its restored one, have it in common.
+    :ivar distro: A directory name below :data:`DISTROS_VARIABLE`, whose kernel is booted. None
+        means that the firmware boots from the disk.
+    :ivar overlay: A file made by :func:`make_overlay`. The two guests of a migration share it, and
+        so do a saved guest and its restored one.
     :ivar firmware: ``seabios`` or ``ovmf`` (for ``q35``).
     """
 
@@ -73,7 +73,7 @@ class SystemConfig(QemuConfig):
         argv += ["-m", self.memory_argument, "-smp", str(self.smp)]
         if self.distro is not None:
             boot = distro_directory(self.distro) / "boot"
-            # microvm's firmware starts only what needs no decompressing.
+            # microvm's firmware can only start an uncompressed kernel.
             argv += ["-kernel", str(boot / ("vmlinux" if microvm else "vmlinuz"))]
             argv += ["-initrd", str(boot / "initrd"), "-append", GUEST_KERNEL_ARGS]
         argv += ["-drive", f"file={self.overlay},format=qcow2,if=none,id=disk,cache=unsafe"]
@@ -82,9 +82,11 @@ class SystemConfig(QemuConfig):
 
 
 class SystemGuest(QemuGuest):
-    """A QEMU with a whole distribution in it, spoken to at its serial console.
+    """A QEMU that runs a whole distribution, controlled through its serial console.
 
-    :param changes: the other fields of its :class:`SystemConfig`.
+    :param distro: See :class:`SystemConfig`.
+    :param overlay: See :class:`SystemConfig`.
+    :param changes: Further fields of its :class:`SystemConfig`.
     """
 
     def __init__(self, distro: str | None, overlay: Path, **changes: Any) -> None:
@@ -94,7 +96,7 @@ class SystemGuest(QemuGuest):
     # The console.
 
     def expect(self, pattern: str, timeout: float) -> re.Match[bytes]:
-        """Wait for the console to show this; what it showed up to its end is forgotten."""
+        """Wait until the console output matches a pattern. Discard the output up to the match."""
         return self._serial.expect(pattern, timeout)
 
     def type(self, text: str) -> None:
@@ -102,24 +104,24 @@ class SystemGuest(QemuGuest):
         self._serial.send(text)
 
     def wait_login(self, timeout: float = 900.0) -> None:
-        """Wait until a booting guest asks who is there."""
+        """Wait until a booting guest shows its login prompt."""
         self.expect(r"login: ", timeout)
 
     def log_in(self, timeout: float = 300.0) -> None:
-        """Log in as root at the prompt of :meth:`wait_login`, for :meth:`shell`."""
+        """Log in as root at the prompt of :meth:`wait_login`. :meth:`shell` needs this."""
         self.type("root\n")
         self.expect(r"Password: ", timeout)
         self.type(f"{PASSWORD}\n")
         self.expect(r"# ", timeout)
-        # A shell that prints answers, and nothing else. Quoted, so as not to match itself.
+        # Start a shell without echo and prompts. Quoting keeps the mark's echo from matching.
         self.type("stty -echo; exec env PS1= PS2= sh\n")
         self.type("echo '@''ready@'\n")
         self.expect("@ready@", timeout)
 
     def shell(self, command: str, timeout: float = 300.0, check: bool = True) -> str:
-        """Run a command in the shell of :meth:`log_in`; give what it printed.
+        """Run a command in the shell of :meth:`log_in` and return its output.
 
-        :raise GuestError: it failed, and ``check`` is set; or it did not end in time.
+        :raises GuestError: The command failed and ``check`` is set, or it did not end in time.
         """
         self._commands += 1
         mark = f"@{self._commands}"
@@ -131,17 +133,17 @@ class SystemGuest(QemuGuest):
             raise GuestError(f"in the guest: {command!r} ended with {int(found[2])}", output)
         return output
 
-    # Its state.
+    # The guest's state.
 
     def reboot(self, timeout: float = 900.0) -> None:
-        """Have the system of :meth:`shell` reboot; return at the reset."""
+        """Reboot the system of :meth:`shell`, and return at the reset."""
         self.type("systemctl reboot\n")
-        # Read all the while: a console that nobody reads soon blocks who writes to it.
+        # Read the console all the time: a full console buffer would block the guest's writers.
         self.expect("reboot: Restarting system", timeout)
         self.wait_event("RESET", timeout=timeout)
 
     def wait_migrated(self, timeout: float = 600.0) -> None:
-        """Wait until all of this guest has been sent."""
+        """Wait until the outgoing migration of this guest has completed."""
         self._wait_migration(timeout, "migration")
 
     def wait_running(self, timeout: float = 600.0) -> None:
@@ -150,12 +152,12 @@ class SystemGuest(QemuGuest):
             self.wait_event("RESUME", timeout=timeout)
 
     def fill(self, name: str, mib: int, timeout: float = 600.0) -> None:
-        """Write a file in the guest's memory, in which no two pages are the same."""
+        """Write a file of distinct pages in the guest's memory."""
         size = mib << 20
         numbers = f"seq 10000001 {10000001 + size // len('10000001.')}"
         self.shell(f"{numbers} | head -c {size} >/dev/shm/{name}; "
                    f"[ $(stat -c %s /dev/shm/{name}) = {size} ]", timeout)  # fmt: skip
 
     def checksum(self, name: str, timeout: float = 600.0) -> str:
-        """Read all of a file of :meth:`fill`; give its checksum."""
+        """Read a file of :meth:`fill` completely, and return its checksum."""
         return self.shell(f"sha256sum </dev/shm/{name}", timeout).split()[0]

@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 from qemu_prefault.agents.base import Limits
 
+#: Seconds after which helpers have left in any case: their dead man's time and a margin.
 GRACE = Limits().dead_man + 9
-"""Seconds until helpers have left whatever happened: the dead man's time, and a busy host's."""
 
 
 def wait_for(condition: Callable[[], object], what: str, limit: float = GRACE) -> float:
-    """Wait for a state of another process that offers no event; give the seconds it took."""
+    """Poll a condition of another process until it holds, and return the seconds that took."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < limit, f"not within {limit:g} s: {what}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The qmp agent: use the command ``x-kvm-prefault-memory`` of a patched QEMU.
 
-See patches/qemu and docs/patched-qemu.md. The ranges of one kind in a batch become one QEMU job.
+See patches/qemu and docs/usage/patched-qemu.md. The ranges of one kind in a batch become one job.
 The job assigns each range to a vCPU, and QEMU reports the outcome of each range. QEMU is not
 traced, and no helper thread is started in it.
 """

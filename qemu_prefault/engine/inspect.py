@@ -29,13 +29,21 @@ class MappedSection:
     :ivar skipped: Why the section is not prefaulted, or None.
     """
 
+    #: QEMU's name of the memory region.
     name: str
+    #: The guest-physical address of the section.
     gpa: int
+    #: The size of the section.
     size: int
+    #: The virtual address of the section in QEMU, or 0 if it is not mapped.
     hva: int
+    #: What backs the section in QEMU, for example ``anonymous``.
     backing: str
+    #: The page size of the backing.
     page_size: int
+    #: The kind of memory device (``dimm``, ``virtio-mem``, …), or None for boot memory.
     device: str | None
+    #: The guest's NUMA node, or None.
     node: int | None
     huge: bool
     resident: int | None
@@ -47,8 +55,11 @@ class MappedSection:
 class RamMap:
     """The map of a guest's RAM; `stage2` is None without KVM's counters."""
 
+    #: QEMU's process id.
     pid: int
+    #: QEMU's version.
     version: str
+    #: The run state of the guest (``query-status``).
     status: str
     sections: tuple[MappedSection, ...]
     stage2: Stage2Leaves | None

@@ -27,9 +27,13 @@ from .vm import Vm
 class Finding:
     """The result of one check; ``verdict`` is ``ok``, ``no`` or ``note``."""
 
+    #: What was examined, for example ``kvm``.
     check: str
+    #: ``ok``, ``no`` or ``note``.
     verdict: str
+    #: What was found.
     text: str
+    #: What to do about it; empty if nothing has to be done.
     remedy: str = ""
 
 
@@ -37,6 +41,7 @@ class Finding:
 class Findings:
     """The results of all checks, and the exit status that follows from them."""
 
+    #: QEMU's process id, or 0 if QEMU was not examined.
     pid: int
     findings: tuple[Finding, ...]
     exit_status: ExitStatus

@@ -26,10 +26,15 @@ class SectionReport:
     :ivar skipped: Why the section was skipped or is incomplete, or None.
     """
 
+    #: QEMU's name of the memory region.
     name: str
+    #: The guest-physical address of the section.
     gpa: int
+    #: The size of the section.
     size: int
+    #: The virtual address of the section in QEMU.
     hva: int
+    #: What backs the section in QEMU, for example ``anonymous``.
     backing: str
     populated: int
     prefaulted: int
@@ -82,7 +87,9 @@ class Seconds:
 class RunWarning:
     """A problem that did not stop the run; ``code`` is stable."""
 
+    #: A member of :class:`~qemu_prefault.errors.Code`.
     code: str
+    #: The warning as a sentence.
     text: str
 
 

@@ -180,8 +180,11 @@ _OUTCOMES = {
 class Stage2Leaves:
     """The number of leaf entries in the guest's stage-2 tables, by page size."""
 
+    #: Leaves of 4 KiB.
     pages_4k: int
+    #: Leaves of 2 MiB.
     pages_2m: int = 0
+    #: Leaves of 1 GiB.
     pages_1g: int = 0
 
     def __sub__(self, other: Stage2Leaves) -> Stage2Leaves:

@@ -107,7 +107,7 @@ def _in_file(config: Path, name: str) -> list[tuple[str, Mapping[str, Any]]]:
         return []
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(
-            f"{config} could not be read: {error}", "see docs/libvirt.md for the format"
+            f"{config} could not be read: {error}", "see docs/usage/libvirt.md for the format"
         ) from None
     domains = text.get("domain", {})
     found = [
@@ -117,7 +117,7 @@ def _in_file(config: Path, name: str) -> list[tuple[str, Mapping[str, Any]]]:
     if unknown := text.keys() - {"default", "domain"}:
         raise InputError(
             f"{config} has an unknown table [{min(unknown)}]",
-            "the tables are [default] and [domain.NAME]; see docs/libvirt.md",
+            "the tables are [default] and [domain.NAME]; see docs/usage/libvirt.md",
         )
     return found
 
@@ -130,7 +130,7 @@ def _check(source: str, said: Any) -> None:
         "populate": ("auto", "all", "resident"),
     }
     if not isinstance(said, Mapping):
-        raise InputError(f"{source} is not a table", "see docs/libvirt.md for the format")
+        raise InputError(f"{source} is not a table", "see docs/usage/libvirt.md for the format")
     for key, value in said.items():
         if key == "wait":
             try:

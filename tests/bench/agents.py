@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The three agents, one after the other on the same restored guest. Runs where the KVM is.
+"""Measure the three agents in turn on the same restored guest. Runs where KVM is.
 
     agents.py LOOP
 
-JSON on the last line. All but attach and plugin run in the patched QEMU, which the environment
-names; "job" is QEMU's job without the tool.
+The last line of output is JSON. The ways other than attach and plugin run in the patched QEMU,
+which an environment variable names. "job" is QEMU's job without the tool.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def measure(way: str, state: Path) -> dict[str, float]:
         before = guest.stats()["pf_taken"]
         resuming = time.monotonic()
         guest.qmp("cont")
-        resumed = time.monotonic() - resuming  # prefault=on does its work in here
+        resumed = time.monotonic() - resuming  # includes the work of prefault=on
         first = guest.command("pass")
         faults = guest.stats()["pf_taken"] - before
         steady = statistics.median(float(guest.command("pass")["seconds"]) for _ in range(3))

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What ``--incoming`` adds to a migration's blackout, the part that runs where the KVM is.
+"""Measure the time that ``--incoming`` adds to a migration's blackout. Runs where KVM is.
 
     incoming.py LOOP
 
-JSON on the last line. A guest migrates without the tool, and with it; the order turns from round
-to round. It writes all the while, and once again it does not, so that its first pass at the
-target can be timed. LOOP is the bare ioctl over as much memory.
+The last line of output is JSON. A guest migrates without the tool and with it, in an order that
+changes from round to round. The guest writes continuously in one migration. In a second one it
+does not write, so that its first pass on the destination can be timed. LOOP is the program that
+calls the bare ioctl over the same amount of memory.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ CHUNK_MIB: Final = 32
 
 
 def seconds_of(event: dict[str, Any]) -> float:
-    """QEMU's own time of an event; both QEMUs are on one host."""
+    """Return QEMU's timestamp of an event. Both QEMUs run on one host, so they are comparable."""
     stamp = event["timestamp"]
     return float(stamp["seconds"]) + float(stamp["microseconds"]) / 1e6
 
@@ -42,7 +43,7 @@ def save(state: Path) -> None:
 
 
 def migrate(way: str, state: Path, directory: Path, busy: bool) -> dict[str, Any]:
-    """One migration; ``faults`` until the guest had written each page at its target."""
+    """Run one migration. ``faults`` counts until the guest has written each page there."""
     uri = f"unix:{directory / 'migration'}"
     with (
         Guest(memory_mib=MEMORY_MIB, incoming=state, paused=True) as source,
@@ -57,16 +58,16 @@ def migrate(way: str, state: Path, directory: Path, busy: bool) -> dict[str, Any
         tool = None
         if way == TOOL:
             tool = Tool(["--qmp", str(target.qmp_path), "--incoming", "--json"])
-            wait_for(lambda: tool.has_said("ready"), "a tool that awaits it", 60)
+            wait_for(lambda: tool.has_said("ready"), "the tool is ready", 60)
         source.qmp("migrate", uri=uri)
-        # All has been sent once, and what is populated is, before it may switch over.
+        # All memory has been sent once and is populated before the guest may switch over.
         wait_for(
             lambda: source.qmp("query-migrate").get("ram", {}).get("dirty-sync-count", 0) > 1,
             "a second round",
             60,
         )
         source.qmp("migrate-set-parameters", downtime_limit=60_000)
-        # One CPU is all there may be: what is not needed yet is read when it is over.
+        # There may be only one CPU, so values that are not needed yet are read afterwards.
         if tool is not None:
             result = tool.finish()
             if result.status:
@@ -78,7 +79,7 @@ def migrate(way: str, state: Path, directory: Path, busy: bool) -> dict[str, Any
         if tool is not None:
             while (arrived := target.wait_event("MIGRATION"))["data"]["status"] != "completed":
                 pass
-            # Upon that QEMU would have started it. The blackout itself varies by more than this.
+            # Without the tool, QEMU would start the guest at this event. The blackout varies more.
             found["added"] = resumed - seconds_of(arrived)
         if busy:
             target.command("stop")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Booting with the plugin, the part that runs where the KVM is: JSON on the last line.
+"""Measure boots with the plugin. Runs where KVM is. The last line of output is JSON.
 
     plugin.py LOOP [WAY...]
 
-On 4K pages all ways are taken in turns; their order turns from round to round. Seconds are
-from the start of QEMU until its guest is up and has written its memory.
+On 4K pages all ways are measured in turn, in an order that changes from round to round. Times are
+in seconds from QEMU's start until the guest has booted and written its memory.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ def start(machine: str, way: str) -> Guest:
 
 
 def anonymous_mib(pid: int) -> float:
-    """QEMU's private memory, the guest's and its own."""
+    """Return QEMU's private memory in MiB, including the guest's."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("RssAnon:")[2].split()[0]) / 1024
 
 
 def boot(machine: str, way: str, again: bool = False) -> dict[str, Any]:
-    """One boot, and if ``again`` a reset and a second one."""
+    """Measure one boot and, if ``again`` is set, a reset and a second boot."""
     started = time.monotonic()
     with start(machine, way) as guest:
         guest.wait_ready()
         found: dict[str, Any] = {"seconds": time.monotonic() - started}
         stats = guest.stats()
-        # Without those of the host's own interrupts, which only tell how long it took.
+        # Exclude the host's own interrupts, which depend only on the elapsed time.
         exits = stats["exits"] - stats["irq_exits"]
         found |= {"faults": stats["pf_taken"], "exits": exits}
         found["anonymous_mib"] = anonymous_mib(guest.pid)

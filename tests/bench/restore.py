@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Restored guests, and the bare loop: the part that runs where the KVM is.
+"""Measure restored guests, and the tool against a bare loop. Runs where KVM is.
 
     restore.py LOOP
 
-JSON on the last line.
+The last line of output is JSON.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run_tool(guest: Guest, *arguments: str) -> dict[str, Any]:
 
 
 def after_restore(state: Path) -> dict[str, list[dict[str, Any]]]:
-    """Faults and times of the first pass after a restore, without and with the tool."""
+    """Return the faults and times of the first pass after a restore, without and with the tool."""
     measure(DemoCase("boot", TOOL), 0, state)  # writes the state
     found: dict[str, list[dict[str, Any]]] = {NOTHING: [], TOOL: []}
     for _ in range(ROUNDS):
@@ -51,7 +51,7 @@ def after_restore(state: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def compare_with_loop(program: str) -> list[dict[str, float]]:
-    """seconds.prefault per GiB against the reference program's, in pairs."""
+    """Compare seconds.prefault per GiB with the reference program's, in pairs."""
     pairs: list[dict[str, float]] = []
     with small_pages():
         loop = subprocess.Popen(
@@ -65,7 +65,7 @@ def compare_with_loop(program: str) -> list[dict[str, float]]:
         with small_pages():
             guest = Guest(machine="microvm", memory_mib=LOOP_MIB, paused=True)
         with guest:
-            # Populated beforehand, so that both find the machine in the same state.
+            # Populate the memory first, so that both start from the same state.
             run_tool(guest, "--populate-only")
             order = ("loop", "tool") if number % 2 else ("tool", "loop")
             pair: dict[str, float] = {}
@@ -85,7 +85,7 @@ def compare_with_loop(program: str) -> list[dict[str, float]]:
 
 
 def repeated(state: Path) -> dict[str, dict[str, float]]:
-    """A first and a second run on the same guest, and a dry one: what all but the work costs."""
+    """Measure a first, a second and a dry run on one guest, which shows the fixed costs."""
     with small_pages():
         guest = Guest(machine="microvm", memory_mib=352, incoming=state, paused=True)
     with guest:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""All measurements; writes docs/benchmarks.md. Called by ``make bench``.
+"""Run all measurements, and write docs/benchmarks.md and docs/images/faults.svg.
 
-The exit status is 1 if a bar is missed.
+``make bench`` calls this script. The exit status is 1 if a limit is missed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PYTHON = sys.executable
 TOOL = [PYTHON, "-m", "qemu_prefault"]
 REPETITIONS = 10
 GUEST_MIB = (256, 1024, 4096, 16384)
-# Tells the peak of this very program; ru_maxrss also counts what the process was before exec.
+# VmHWM is the peak since exec. ru_maxrss would include the process before exec.
 MEASURED_TOOL = """
 import atexit, sys
 def peak():
@@ -48,7 +48,10 @@ def log(text: str) -> None:
 
 @contextmanager
 def qemu(mib: int) -> Iterator[str]:
-    """A stopped QEMU on this machine, no KVM needed; its memory is not touched. Its socket."""
+    """Start a stopped QEMU on this machine, without KVM, and yield the path of its QMP socket.
+
+    Its memory is not touched.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         socket = f"{scratch}/qmp"
         process = subprocess.Popen(
@@ -73,7 +76,7 @@ def wall_seconds(argv: Sequence[str]) -> float:
 
 
 def compare(argv: Sequence[str], base: Sequence[str]) -> tuple[float, float, float]:
-    """Median seconds of both, taken in turns, and their ratio."""
+    """Return the median seconds of both commands, run alternately, and their ratio."""
     wall_seconds(argv), wall_seconds(base)  # into the page cache
     pairs = [(wall_seconds(argv), wall_seconds(base)) for _ in range(REPETITIONS)]
     one, other = (statistics.median(column) for column in zip(*pairs, strict=True))
@@ -111,9 +114,11 @@ def measure_host() -> dict[str, Any]:
 def measure_in_lab(
     script: str, *arguments: str, variant: str = "trixie", patched: bool = False
 ) -> dict[str, Any]:
-    """Run a script of this folder in the lab, or on this machine; its last line is JSON.
+    """Run a script of this folder in the lab, or on this machine, and return its results.
 
-    :param patched: have the patched QEMU there as well.
+    The last line that the script prints is JSON.
+
+    :param patched: Install the patched QEMU there as well.
     """
     qemu = build_qemu(HERE.parent.parent / "patches") if patched else None
     wheels = [Path(wheel) for wheel in os.environ["QEMU_PREFAULT_WHEELS"].split()]
@@ -133,6 +138,7 @@ def measure_in_lab(
         }
 
 
+#: The measurements. Each takes minutes and can be run alone; see :func:`measure`.
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "host": measure_host,
     "restore": lambda: measure_in_lab("restore.py"),
@@ -141,14 +147,13 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "agents": lambda: measure_in_lab("agents.py", patched=True),
     "plugin-sid": lambda: measure_in_lab("plugin.py", "nothing", "plugin", variant="sid"),
 }
-"""What is measured, each for itself and in minutes: see :func:`measure`."""
 
-
-OPTIONAL = ("agents", "plugin-sid")  # the first builds QEMU, the second another image
+#: Parts that the page can do without: the first builds QEMU, the second another image.
+OPTIONAL = ("agents", "plugin-sid")
 
 
 def measure(wanted: Sequence[str]) -> dict[str, Any]:
-    """Measure these parts anew, and take the others as measured last, if they ever were."""
+    """Measure these parts, and read the results of the others from the cache."""
     found = {}
     for name, part in PARTS.items():
         kept = cache_dir() / "bench" / f"{name}.json"
@@ -160,7 +165,7 @@ def measure(wanted: Sequence[str]) -> dict[str, Any]:
         if kept.exists():
             found[name] = json.loads(kept.read_text())
         elif name not in OPTIONAL:
-            raise SystemExit(f"{name} was never measured here: name it as well")
+            raise SystemExit(f"the cache has no results of {name}: add {name} to the parts")
     return found
 
 
@@ -168,8 +173,8 @@ def median(rows: Sequence[dict[str, float]], key: str) -> float:
     return statistics.median(row[key] for row in rows)
 
 
+#: For each bar: the name of the figure, the figure, the limit, and whether it is met.
 Bars = list[tuple[str, str, str, bool]]
-"""What was measured, the figure, the bar, whether it is met."""
 
 
 def plugin_bars(where: str, boots: dict[str, list[dict[str, Any]]]) -> Bars:
@@ -177,12 +182,12 @@ def plugin_bars(where: str, boots: dict[str, list[dict[str, Any]]]) -> Bars:
     faults = 100 * median(plugin, "faults") / median(nothing, "faults")
     share = 100 * statistics.median(row["again_seconds"] / row["seconds"] for row in plugin)
     time = median_ratio(plugin, nothing)
-    # Of the first boot's: microvm's second one takes none, with the plugin or without.
+    # Divide by the faults of the first boot: microvm's second boot has none to compare with.
     second = 100 * median(second_boots(plugin), "faults") / median(nothing, "faults")
     return [
         (f"{where}: faults of a boot, share of the plain one", f"{faults:.3f} %", "<= 0.05 %",
          faults <= 0.05),
-        (f"{where}: faults of the second boot, of the plain first one's", f"{second:.3f} %",
+        (f"{where}: faults of the second boot, share of the plain first one", f"{second:.3f} %",
          "<= 0.05 %", second <= 0.05),
         (f"{where}: time until 256 MiB are written / the plain boot's", f"{time:.2f}", "<= 0.7",
          time <= 0.7),
@@ -192,21 +197,21 @@ def plugin_bars(where: str, boots: dict[str, list[dict[str, Any]]]) -> Bars:
     ]  # fmt: skip
 
 
+#: What an idle plugin must not change, and the tolerance: the plugin itself uses some memory.
 IDLE = (
     ("seconds", "seconds", 0),
     ("exits", "exits without interrupts", 0),
     ("anonymous_mib", "MiB of QEMU", 1),
 )
-"""What an idle plugin may not change, and by how much: of memory it has a little itself."""
 
 
 def idle_bar(
     where: str, boots: dict[str, list[dict[str, Any]]], key: str, name: str, more: float
 ) -> tuple[str, str, str, bool]:
-    """No measurable change: boots without the plugin differ among each other by as much."""
+    """Compare an idle plugin with the highest value of the boots without the plugin."""
     most = max(row[key] for row in boots["nothing"]) + more
     off = median(boots["keep=off"], key)
-    bar = f"<= {most:,.1f}, the plain boots' most" + (f" + {more:g}" if more else "")
+    bar = f"<= {most:,.1f}, the plain boots' maximum" + (f" + {more:g}" if more else "")
     return f"{where}: `keep=off`: {name}", f"{off:,.1f}", bar, off <= most
 
 
@@ -215,7 +220,7 @@ def second_boots(boots: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def median_ratio(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> float:
-    """Median of the ratios of the same round: the machine's mood is the same for both."""
+    """Return the median of the ratios within a round, in which the host's load is similar."""
     return statistics.median(
         float(row["seconds"]) / float(other["seconds"])
         for row, other in zip(rows, base, strict=True)
@@ -223,7 +228,7 @@ def median_ratio(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]])
 
 
 def plugin_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
-    """The plugin's part of the text on one kernel, and its bars."""
+    """Return the section about the plugin on one kernel, and its bars."""
     plugin, release = part["results"], part["kernel"].partition("-")[0]
     bars = [
         bar
@@ -234,10 +239,11 @@ def plugin_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
         "",
         f"## The plugin, on kernel {part['kernel']}, QEMU {part['qemu']}",
         "",
-        "A guest of 384 MiB boots from nothing and writes 256 MiB, on 4K pages; seconds from the "
-        "start of QEMU, everything included; medians of "
-        f"{len(next(iter(plugin['4k'].values()))['nothing'])}, taken in turns. `prealloc=on` is "
-        "QEMU's own: it fills the host's tables and leaves stage 2 empty.",
+        "A guest of 384 MiB boots and writes 256 MiB on 4K pages. Seconds are counted from the "
+        "start of QEMU and include prefaulting. Medians of "
+        f"{len(next(iter(plugin['4k'].values()))['nothing'])} rounds; the ways alternate within "
+        "a round. `prealloc=on` is QEMU's option: it fills the host's page tables and leaves "
+        "stage 2 empty.",
         "",
         "| machine | way | seconds | / plain | stage-2 faults | second boot: seconds | faults | "
         "populate s | again s |",
@@ -257,7 +263,8 @@ def plugin_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
             lines.append(f"| {' | '.join(cells + [''] * (9 - len(cells)))} |")
     lines += [
         "",
-        "With transparent huge pages there is less to win, and it is won:",
+        "With transparent huge pages, a plain boot has fewer faults, and the plugin removes them "
+        "too:",
         "",
         "| machine | faults of a plain boot | with the plugin |",
         "|---|--:|--:|",
@@ -271,7 +278,7 @@ def plugin_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
 
 
 def incoming_section(rounds: Sequence[dict[str, Any]]) -> tuple[list[str], Bars]:
-    """The part about live migration, and its bars."""
+    """Return the section about live migration, and its bars."""
     nothing, tool = ([row[way] for row in rounds] for way in ("nothing", "qemu-prefault"))
     share = 100 * median(tool, "faults") / median(nothing, "faults")
     fast = statistics.median(row["first"] / row["steady"] for row in tool)
@@ -288,12 +295,14 @@ def incoming_section(rounds: Sequence[dict[str, Any]]) -> tuple[list[str], Bars]
         "",
         "## Live migration",
         "",
-        "A guest of 512 MiB that writes 384 MiB again and again, on 4K pages, migrates within one "
-        f"host; `--incoming` at the target; medians of {len(rounds)}, taken in turns. The blackout "
-        "is from the source's STOP to the target's RESUME, by QEMU's own clock. Most of it is the "
-        "last round of a guest that writes faster than it can be sent, and it varies; what is "
-        "*added* is from the target's word that all is loaded to its RESUME. The passes are of a "
-        "guest that did not write meanwhile, or it would have begun the first one already.",
+        "A guest of 512 MiB that writes 384 MiB repeatedly, on 4K pages, migrates within one host, "
+        f"with `--incoming` at the target. Medians of {len(rounds)} rounds; the ways alternate "
+        "within a round. The blackout is the time from the source's STOP event to the target's "
+        "RESUME event, by QEMU's timestamps. Most of the blackout is the last round of a guest "
+        "that writes faster than the migration can send, and it varies. *added* is the time from "
+        "the target's report that all RAM is loaded to its RESUME. For the passes, the guest does "
+        "not write during the migration, because it would otherwise begin the first pass before "
+        "the migration ends.",
         "",
         "| at the target | stage-2 faults | first pass s | steady pass s | blackout s | added s | "
         "prefault s | the bare ioctl s |",
@@ -310,16 +319,17 @@ def incoming_section(rounds: Sequence[dict[str, Any]]) -> tuple[list[str], Bars]
 
 
 def agents_section(part: dict[str, Any]) -> list[str]:
-    """The agents side by side."""
+    """Return the section that compares the agents."""
     ways = part["results"]
     lines = [
         "",
-        "## The agents side by side",
+        "## Comparison of the agents",
         "",
-        "A guest of 352 MiB that has written 256 MiB, restored on 4K pages (microvm); medians of "
-        f"{len(ways['nothing'])}, taken in turns. attach and plugin in Debian's QEMU, the others "
-        "in the [patched one](patched-qemu.md); *job* is its job without the tool. The blackout "
-        "is all between the restored guest and its first instruction, without Python's start.",
+        "A guest of 352 MiB that has written 256 MiB, restored on 4K pages (microvm). Medians of "
+        f"{len(ways['nothing'])} rounds; the ways alternate within a round. *attach* and *plugin* "
+        "use Debian's QEMU, the others the [patched QEMU](usage/patched-qemu.md); *job* is QEMU's "
+        "job without the tool. The blackout is the time from the end of the restore to the guest's "
+        "first instruction, without the start of Python.",
         "",
         "| way | stage-2 faults | first pass s | steady pass s | prefault s | blackout s |",
         "|---|--:|--:|--:|--:|--:|",
@@ -332,7 +342,7 @@ def agents_section(part: dict[str, Any]) -> list[str]:
 
 
 def report(found: dict[str, Any]) -> tuple[str, list[str]]:
-    """The text of docs/benchmarks.md, and the bars that were missed."""
+    """Return the text of docs/benchmarks.md, and the names of the bars that were missed."""
     host, lab = found["host"], found["restore"]["results"]
     nothing, tool = lab["restore"]["nothing"], lab["restore"]["qemu-prefault"]
     share = 100 * median(tool, "faults") / median(nothing, "faults")
@@ -367,23 +377,23 @@ def report(found: dict[str, Any]) -> tuple[str, list[str]]:
     text = [
         "# Benchmarks",
         "",
-        "Written by `make bench`. The guest's part ran on kernel "
-        f"{found['restore']['kernel']}, QEMU {found['restore']['qemu']}, unless said otherwise, in "
-        "the nested lab unless this machine's own KVM can prefault. There the counts are exact; "
-        "seconds compare only within one table.",
+        "`make bench` writes this page. Unless a section names others, guests ran on kernel "
+        f"{found['restore']['kernel']} and QEMU {found['restore']['qemu']}. `make bench` uses the "
+        "nested lab unless the KVM of this machine can prefault. In the lab, counts are exact; "
+        "compare seconds only within one table.",
         "",
-        "| what | measured | bar | |",
+        "| quantity | measured | limit | result |",
         "|---|--:|--:|---|",
         *(f"| {what} | {got} | {bar} | {'met' if ok else '**missed**'} |"
           for what, got, bar, ok in all_rows),
         "",
         "## First pass after a restore",
         "",
-        f"A guest that has written 256 MiB, restored on 4K pages; medians of {len(tool)}, taken "
-        "in turns.",
+        f"A guest that has written 256 MiB is restored on 4K pages. Medians of {len(tool)} rounds; "
+        "the ways alternate within a round.",
         "",
-        "| before the guest goes on | stage-2 faults | first pass s | steady pass s | ratio | "
-        "populate s | prefault s |",
+        "| done before the guest is resumed | stage-2 faults | first pass s | steady pass s | "
+        "ratio | populate s | prefault s |",
         "|---|--:|--:|--:|--:|--:|--:|",
         f"| nothing | {median(nothing, 'faults'):,.0f} | {median(nothing, 'first'):.3f} | "
         f"{median(nothing, 'steady'):.3f} | {statistics.median(slow):.0f} | | |",
@@ -394,7 +404,7 @@ def report(found: dict[str, Any]) -> tuple[str, list[str]]:
         "## Against a bare loop",
         "",
         "`tests/bench/loop.c` issues the same chunks of 32 MiB from its own thread. Seconds per "
-        "GiB of 4K pages, one vCPU, in pairs taken in changing order:",
+        "GiB of 4K pages with one vCPU, in pairs whose order alternates:",
         "",
         "| qemu-prefault | loop | ratio |",
         "|--:|--:|--:|",
@@ -404,19 +414,19 @@ def report(found: dict[str, Any]) -> tuple[str, list[str]]:
         f"Fastest of each: {min(p['tool'] for p in lab['loop']):.3f} and "
         f"{min(p['loop'] for p in lab['loop']):.3f}, ratio "
         f"{min(p['tool'] for p in lab['loop']) / min(p['loop'] for p in lab['loop']):.3f}. "
-        "The lab has one CPU, so what the tool does beside the loop counts against it, the more "
-        "so on a busy host.",
+        "The lab has one CPU, so all other work of the tool adds to its time, and more so on a "
+        "busy host.",
         "",
-        "## Everything else the tool does",
+        "## Other work of the tool",
         "",
-        "Inside the lab, on a restored guest of 352 MiB; `total` is without Python's start:",
+        "In the lab, on a restored guest of 352 MiB. `total` does not include the start of Python:",
         "",
         "| run | populate s | prefault s | total s |",
         "|---|--:|--:|--:|",
         *(f"| {name} | {s['populate']:.3f} | {s['prefault']:.3f} | {s['total']:.3f} |"
           for name, s in repeated.items()),
         "",
-        f"On this machine, wall time, medians of {REPETITIONS}:",
+        f"On this machine, wall time, medians of {REPETITIONS} runs:",
         "",
         "| command | s | compared with | s |",
         "|---|--:|---|--:|",
@@ -426,7 +436,7 @@ def report(found: dict[str, Any]) -> tuple[str, list[str]]:
         "",
         "## Memory of the tool",
         "",
-        "Peak resident set (VmHWM) on this machine, sparse guests, `--populate-only`:",
+        "Peak resident set (VmHWM) on this machine, with `--populate-only` on sparse guests:",
         "",
         "| guest | `--dry-run` over all of it | `--range 0+128M` |",
         "|--:|--:|--:|",
@@ -444,13 +454,14 @@ def main() -> int:
     parser.add_argument(
         "parts",
         nargs="*",
-        choices=[*PARTS, []],  # none is looked up as []
+        choices=[*PARTS, []],  # argparse checks an empty list against the choices
         metavar="PART",
-        help=f"measure these anew ({', '.join(PARTS)}), and take the others as measured last; "
-        "default: all anew",
+        help=f"measure only these ({', '.join(PARTS)}), and read the others from the cache; "
+        "default: measure all",
     )
     text, missed = report(measure(parser.parse_args().parts or list(PARTS)))
     TARGET.write_text(text)
+    subprocess.run([PYTHON, HERE / "picture.py"], check=True)
     print(text)
     for what in missed:
         log(f"bar missed: {what}")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The nested lab itself: what goes in comes out, and a lost L1 is noticed, not waited for.
+"""Test the nested lab: commands, files and snapshots, and that a lost L1 is noticed at once.
 
-Needs what the lab needs (mmdebstrap, mke2fs, a C compiler), no KVM. The first run builds
-the images; see ``python -m qemu_prefault_lab build``.
+The tests need the lab's build tools (mmdebstrap, mke2fs, a C compiler) but no KVM. The first run
+builds the images, see ``python -m qemu_prefault_lab build``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from qemu_prefault_lab.machine import kvm_can_prefault
 
 pytestmark = pytest.mark.lab
 
-# Asks KVM for KVM_CAP_PRE_FAULT_MEMORY with nothing of this package in between.
+# Query KVM_CAP_PRE_FAULT_MEMORY without using this package.
 ASK_CAPABILITY = "import fcntl, os; print(fcntl.ioctl(os.open('/dev/kvm', os.O_RDWR), 0xAE03, 236))"
 
 
@@ -46,7 +46,7 @@ def lab() -> Iterator[Lab]:
 
 @pytest.fixture(params=["nested", "local"])
 def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
-    """Both kinds of machine, for what they must do alike."""
+    """Yield each kind of machine, for the methods they have in common."""
     if request.param == "nested":
         yield request.getfixturevalue("lab")
     elif not kvm_can_prefault():
@@ -66,7 +66,7 @@ class TestRun:
             machine.run(["sh", "-c", "echo no such thing >&2; exit 1"])
         assert caught.value.stderr == b"no such thing\n"
 
-    def test_signal_is_a_negative_status(self, machine: Machine) -> None:
+    def test_signal_gives_negative_status(self, machine: Machine) -> None:
         result = machine.run(["sh", "-c", "kill -9 $$"], check=False)
         assert result.returncode == -signal.SIGKILL
 
@@ -104,7 +104,7 @@ class TestRun:
         lab.run(["kill", result.text.strip()])
 
     def test_concurrent_commands(self, lab: Lab) -> None:
-        # The first ends only when the last has run: one after the other would never end.
+        # The first command ends only after the second ran, so they must run at the same time.
         lab.run(["mkfifo", "/tmp/fifo"])
         results: dict[str, bytes] = {}
 
@@ -170,14 +170,14 @@ class TestFiles:
 
 
 class TestLost:
-    """Each of these would wait for ever if it were the command that is waited for."""
+    """Each command would run forever, so the test ends only if the loss of L1 is noticed."""
 
     def test_kernel_panic_is_reported_with_the_console(self) -> None:
         with Lab.start("trixie") as lab, pytest.raises(LabLostError) as caught:
             lab.run(["sh", "-c", "echo c >/proc/sysrq-trigger; sleep 1000"])
         assert "sysrq triggered crash" in str(caught.value)
 
-    def test_silent_agent(self) -> None:
+    def test_silent_command_server(self) -> None:
         with Lab.start("trixie", heartbeat_limit=5) as lab, pytest.raises(LabLostError) as caught:
             lab.run(["sh", "-c", "kill -STOP $PPID; sleep 1000"])
         assert "nothing heard from L1's command server" in caught.value.cause

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Fixtures for tests that run where the real ioctl is: in the lab, or on a host with TDP."""
+"""Fixtures for tests with the real ioctl: in the lab, or on a host with the TDP MMU."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=100, help="how often to kill the tool")
-    parser.addoption("--boots", type=int, default=6, help="guests of the plugin campaign")
+    parser.addoption("--kills", type=int, default=100, help="number of times to kill the tool")
+    parser.addoption("--boots", type=int, default=6, help="number of guests of a campaign")
     parser.addoption(
-        "--agents", help="who acts in QEMU, each in turn: attach,plugin,qmp (default: attach)"
+        "--agents", help="the agents to test, in turn: attach,plugin,qmp (default: attach)"
     )
-    parser.addoption("--seed", type=int, default=0, help="of random moments; 0: a new one")
+    parser.addoption("--seed", type=int, default=0, help="seed of random times; 0 means random")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -43,7 +43,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """Seed of this run's random moments: ``--seed``, or a new one, which is printed."""
+    """Return the seed of random times: ``--seed``, or a random one, which is printed."""
     wanted: int = request.config.getoption("seed")
     value = wanted or random.SystemRandom().getrandbits(32)
     print(f"\n--seed {value}")
@@ -52,14 +52,14 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(autouse=True)
 def agent(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Who acts in the QEMUs of this test: see ``--agents``."""
+    """Set up the agent of this test's guests, see ``--agents``."""
     name: str = getattr(request, "param", "attach")
     before = Defaults(defaults.qemu, defaults.plugin)
     if name == "plugin":
         defaults.plugin = ["keep=off"]
     elif name == "qmp":
         if (command := patched_qemu()) is None:
-            pytest.skip("there is no patched QEMU here: lab pytest --qemu")
+            pytest.skip("no patched QEMU is installed: use lab pytest --qemu")
         defaults.qemu = command
     yield name
     defaults.qemu, defaults.plugin = before.qemu, before.plugin
@@ -67,7 +67,7 @@ def agent(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def four_kilobyte_pages() -> Iterator[None]:
-    """With 2 MiB pages there is little to win, and so little to see."""
+    """Disable 2 MiB pages, with which there are too few faults to measure the effect."""
     before = thp("never")
     yield
     thp(before)
@@ -75,7 +75,7 @@ def four_kilobyte_pages() -> Iterator[None]:
 
 @pytest.fixture
 def set_thp() -> Iterator[SetThp]:
-    """Sets transparent huge pages, for this test only."""
+    """Return a function that sets transparent huge pages until the end of the test."""
     yield thp
     thp("never")
 
@@ -84,9 +84,9 @@ def set_thp() -> Iterator[SetThp]:
 def make_saved_state(
     four_kilobyte_pages: None, tmp_path_factory: pytest.TempPathFactory
 ) -> MakeSavedState:
-    """States of guests that have written so many MiB; each kind is booted once.
+    """Return a function that saves a guest which has written some MiB, and returns the state.
 
-    And by each QEMU: the patched one lacks devices that Debian's has.
+    Each kind of guest is booted once per QEMU, because the patched QEMU lacks devices of Debian's.
     """
     states: dict[tuple[int, int, bool, str], Path] = {}
 
@@ -107,7 +107,7 @@ def make_saved_state(
 
 @pytest.fixture
 def make_restored_guest(make_saved_state: MakeSavedState) -> Iterator[MakeGuest]:
-    """Makes guests with their memory loaded, paused, and nothing in stage 2."""
+    """Make restored guests: memory loaded, paused, and with empty stage-2 tables."""
     guests: list[Guest] = []
 
     def restore(**options: Unpack[GuestOptions]) -> Guest:
@@ -127,7 +127,7 @@ def make_restored_guest(make_saved_state: MakeSavedState) -> Iterator[MakeGuest]
         guest.kill()
 
 
-# -- libvirt: only in the lab's variant of that name, and by its tests ----------------------
+# --- fixtures for libvirt, which only the lab's variant of that name has ---
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def libvirtd() -> Iterator[Libvirtd]:
 
 @pytest.fixture
 def make_domain(libvirtd: Libvirtd) -> Iterator[MakeDomain]:
-    """Makes domains, of guests that write some memory."""
+    """Make domains whose guests write some memory."""
     from qemu_prefault_lab.libvirtd import LabDomain  # noqa: PLC0415
     from support.libvirt import WORKLOAD_MIB  # noqa: PLC0415
 
@@ -168,7 +168,7 @@ def syslog() -> Iterator[Syslog]:
 
 @pytest.fixture
 def write_hook_config() -> Iterator[WriteHookConfig]:
-    """Writes the hook's configuration file."""
+    """Return a function that writes the hook's configuration file."""
     from qemu_prefault.libvirt.install import CONFIG  # noqa: PLC0415
 
     CONFIG.parent.mkdir(exist_ok=True)

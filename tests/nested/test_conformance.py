@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The conformance suite, on the kernel it is run on; and that it would notice an empty ioctl."""
+"""Run the conformance suite on this kernel, and check that it detects an ioctl without effect."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from support.tool import Tool
 pytestmark = pytest.mark.conformance
 
 AreaResults = Callable[[str], list[CaseResult]]
+#: Cases for the mutation check in ``make test``: a few of each kind, and none that waits.
 QUICK_MUTATION = ("mapping/4k", "mapping/memfd", "level/", "vcpu/never", "state/cpuid")
-"""What the mutation check looks at in ``make test``: a few of each kind, none that waits."""
 AREA_MARKS = {
     "mapping": pytest.mark.every_kernel,
     "slots": pytest.mark.every_kernel,
@@ -30,14 +30,14 @@ AREA_MARKS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def this_host(four_kilobyte_pages: None) -> Iterator[HostFacts]:
-    """With huge pages of each kind, and KSM."""
+    """Prepare a host with huge pages of each size and KSM."""
     with prepared():
         yield read_host_facts()
 
 
 @pytest.fixture(scope="module")
 def results(this_host: HostFacts) -> AreaResults:
-    """The results of an area, run once."""
+    """Return a function that runs the cases of an area once and returns their results."""
     found: dict[str, list[CaseResult]] = {}
     cases = suite.all_cases()
 
@@ -88,11 +88,11 @@ def test_command_line() -> None:
     assert "2 cases" in result.stdout
 
 
-# Would the suite notice if the ioctl did nothing? The kernel's own selftest does not.
+# Does the suite detect an ioctl that does nothing? The kernel's own selftest does not.
 
 
 def do_nothing(self: KvmVcpu, gpa: int, size: int, **_: object) -> IoctlResult:
-    """Advances ``size`` as if all were done."""
+    """Advance ``size`` as if everything were mapped."""
     return IoctlResult(error=0, left=0, seconds=0.0)
 
 
@@ -123,5 +123,5 @@ def test_noop_ioctl_is_detected(
     monkeypatch: pytest.MonkeyPatch, this_host: HostFacts, words: tuple[str, ...]
 ) -> None:
     if not this_host.capability:
-        pytest.skip("the ioctl is not on offer here")
+        pytest.skip("this KVM does not offer the ioctl")
     assert failing_share(monkeypatch, this_host, words) >= 0.9

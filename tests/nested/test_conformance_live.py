@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A live Linux guest, whatever this KVM can do: it runs on, checks its memory, and finishes.
+"""Test that a live Linux guest keeps running and keeps its memory, on any KVM.
 
-Where the ioctl is not on offer (``npt=0``, old kernels): the exact refusal, no harm, and what
-``--populate-only`` still wins there.
+If KVM does not offer the ioctl (``npt=0``, old kernels), the tests check the exact refusal, that
+it has no side effect, and the remaining benefit of ``--populate-only``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ALLOC_MIB = 64
 
 
 def minor_faults(guest: Guest) -> int:
-    """Host page faults of QEMU, those that KVM takes for its guest included."""
+    """Return QEMU's host page faults, including those that KVM takes for its guest."""
     fields = Path(f"/proc/{guest.pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[7])
 
@@ -42,7 +42,7 @@ def test_running_guest_keeps_memory(smp: int) -> None:
                 assert result.error["code"] == "no-capability"
             assert guest.status() == "running"
             while guest.command("status")["passes"] == before:
-                pass  # it gets on
+                pass  # the workload makes progress
         assert guest.command("stop")["bad"] == 0
         check_memory(guest)
         assert leftovers(guest.pid) == []
@@ -66,7 +66,7 @@ def test_refusal_leaves_no_trace() -> None:
 
 
 def host_faults_of_new_memory(populate: bool) -> tuple[int, int]:
-    """What 64 MiB that the guest has never used cost: host faults, and stage-2 faults."""
+    """Return the host faults and the stage-2 faults of a guest's first use of 64 MiB."""
     with Guest(machine="microvm", memory_mib=256) as guest:
         guest.wait_ready()
         if populate:
@@ -85,16 +85,16 @@ def test_populate_only_avoids_host_faults() -> None:
     without, stage2_without = host_faults_of_new_memory(populate=False)
     populated, stage2 = host_faults_of_new_memory(populate=True)
     print(f"host faults {without} without, {populated} with; stage 2: {stage2_without}, {stage2}")
-    # Not every page: some has been its kernel's while it booted.
+    # The guest's kernel used some of these pages while it booted.
     assert without >= pages / 2
     assert populated <= without / 10
-    # KVM's own share of each fault remains: that is what the ioctl is for.
+    # KVM's part of each fault remains. Only the ioctl avoids it.
     assert stage2 >= stage2_without / 2
 
 
 @pytest.mark.full
 def test_suite_beside_live_guest() -> None:
-    """Neither disturbs the other."""
+    """The suite and the guest do not disturb each other."""
     this = host_facts.read_host_facts()
     cases = [case for case in suite.all_cases() if case.area in ("paging", "slots", "foreign")]
     with Guest(machine="microvm", memory_mib=128, workload_mib=16) as guest:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``--follow`` without the plugin: what resets and hotplug take away is brought back."""
+"""Test that ``--follow`` without the plugin prefaults again after resets and hotplug."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ MIB = 1 << 20
 WORKLOAD_MIB = 32
 PAGES = WORKLOAD_MIB << 8
 MEMORY_MIB = 256
-DIMM = 128 * MIB  # the least that Linux takes
+DIMM = 128 * MIB  # the smallest size that Linux accepts
 
 
 def wait_complete(follower: Follower, guest: Guest) -> dict[str, Any]:
-    """Wait for the run that left nothing to do."""
+    """Wait for a run that leaves nothing to do, and return its event."""
     while True:
         event = follower.event()
         assert event["event"] == "prefaulted", event

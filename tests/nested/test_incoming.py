@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Guests that are yet to arrive, by migration or restore: prefaulted before they start."""
+"""Test that incoming guests (by migration or restore) are prefaulted before they start."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PAGES = WORKLOAD_MIB << 8
 
 
 class Migration:
-    """A guest at work, and the QEMU it is to go to."""
+    """A working guest and the QEMU that it migrates to."""
 
     def __init__(self, source: Guest, directory: Path, **options: Unpack[GuestOptions]) -> None:
         self.uri = f"unix:{directory / 'migration'}"
@@ -49,25 +49,25 @@ class Migration:
         self.source.qmp("migrate-set-parameters", max_bandwidth=1 << 40, downtime_limit=20_000)
 
     def start_tool(self, *options: str) -> Tool:
-        """Start the tool at the target; return when it awaits the guest, and populates."""
+        """Start the tool on the destination, and wait until it is ready for the guest."""
         return start_incoming_tool(self.target, *options)
 
     def start(self) -> None:
         self.source.qmp("migrate", uri=self.uri)
 
     def finish(self) -> None:
-        """Wait until all is sent; the workload is at the target then."""
+        """Wait until the migration has completed. The workload then runs on the destination."""
         wait_migrated(self.source)
 
     def faults(self) -> int:
-        """What the guest took at the target until it had written each page there."""
+        """Return the guest's faults on the destination until it has written each page."""
         assert self.target.command("stop")["bad"] == 0
         check_memory(self.target)
         return faults(self.target)
 
 
 class MakeMigration(Protocol):
-    """Makes migrations; the options are the target's."""
+    """Make a migration. The options are those of the destination."""
 
     def __call__(self, **options: Unpack[GuestOptions]) -> Migration: ...
 
@@ -91,7 +91,7 @@ def test_migrated_guest_takes_no_faults(make_migration: MakeMigration) -> None:
     plain.start()
     plain.finish()
     without = plain.faults()
-    assert without >= PAGES  # there is something to win
+    assert without >= PAGES  # without the tool, each page causes a fault
 
     migration = make_migration()
     tool = migration.start_tool()
@@ -131,7 +131,7 @@ def test_downtime_is_bounded(make_migration: MakeMigration) -> None:
     result = tool.finish()
     assert result.status == 0, (result.stdout, result.stderr)
     seconds = result.report["seconds"]
-    assert seconds["longest_pause"] < seconds["paused"]  # it took more than one
+    assert seconds["longest_pause"] < seconds["paused"]  # there was more than one pause
     assert result.report["bytes"]["remaining"] == 0
     assert migration.target.stats()["pages_4k"] << 12 >= result.report["bytes"]["requested"]
     assert migration.target.command("stop")["bad"] == 0
@@ -200,7 +200,7 @@ def test_resume_during_prefault_fails(make_migration: MakeMigration) -> None:
 
 @pytest.mark.full
 def test_cont_before_arrival(make_migration: MakeMigration) -> None:
-    """`cont` before it has come undoes our `stop`: it is prefaulted as a guest that runs."""
+    """`cont` during the migration undoes the tool's `stop`. The guest is prefaulted as it runs."""
     migration = make_migration()
     tool = migration.start_tool()
     migration.target.qmp("cont")
@@ -216,7 +216,7 @@ def test_cont_before_arrival(make_migration: MakeMigration) -> None:
 
 @pytest.mark.full
 def test_unresponsive_qemu_is_waited_for(make_migration: MakeMigration) -> None:
-    """From a slow file it may load for minutes; the limit for an answer is 30 s otherwise."""
+    """Loading a slow file may take minutes, longer than the usual limit of 30 s for an answer."""
     migration = make_migration()
     tool = migration.start_tool()
     migration.target.process.send_signal(signal.SIGSTOP)

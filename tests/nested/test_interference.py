@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Somebody else acts on the guest in the middle of a run: a clear end, never a hung QEMU."""
+"""Test actions of others on the guest during a run: the run ends clearly, and QEMU never hangs."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ pytestmark = pytest.mark.any_agent
 
 
 class ThrottledRun:
-    """A run of the tool that has begun to prefault. Until :meth:`finish`, the threads that
-    work for it in QEMU get next to nothing of the CPU."""
+    """A run of the tool that is slowed down after it has begun to prefault.
+
+    Until :meth:`finish`, the threads that work for it in QEMU get almost no CPU time.
+    """
 
     def __init__(
         self, guest: Guest, options: tuple[str, ...], agent: str, pages: int = 1000
@@ -35,11 +37,11 @@ class ThrottledRun:
         while guest.stats()["pages_4k"] < pages:
             assert self._tool.running(), self._tool.finish()
             assert time.monotonic() < deadline, "the run made no progress"
-        # Patched, it is the vCPUs that do it.
+        # In a patched QEMU, the vCPU threads prefault.
         others = [tid for tid in thread_names(guest.pid) if tid != guest.pid]
         for tid in helper_threads(guest.pid) if agent == "attach" else others:
             os.setpriority(os.PRIO_PROCESS, tid, 19)
-        # Something else for each CPU to do. Beside it, the helpers run a 70th of the time.
+        # Load each CPU. The helpers then get a 70th of the time.
         self._competitors = [
             subprocess.Popen(["taskset", "--cpu-list", str(cpu), "sh", "-c", "while :; do :; done"])
             for cpu in os.sched_getaffinity(0)
@@ -49,12 +51,12 @@ class ThrottledRun:
         self._tool.send_signal(number)
 
     def finish(self) -> Result:
-        """Wait for its end; it has the CPU again."""
+        """Stop slowing the run down, and wait for its end."""
         self.close()
         return self._tool.finish()
 
     def wait(self) -> Result:
-        """Wait for its end; it ends in the middle, or not at all."""
+        """Wait for the run's end while it is slowed down. It must end early by itself."""
         return self._tool.finish()
 
     def close(self) -> None:
@@ -69,7 +71,7 @@ class StartRun(Protocol):
 
 @pytest.fixture
 def throttled_run(agent: str) -> Iterator[StartRun]:
-    """Starts a run on a guest; returns when it has prefaulted some pages and goes on."""
+    """Start a run on a guest, and wait until it has prefaulted some pages."""
     runs: list[ThrottledRun] = []
 
     def start(guest: Guest, *options: str) -> ThrottledRun:
@@ -82,7 +84,7 @@ def throttled_run(agent: str) -> Iterator[StartRun]:
 
 
 def check_usable(guest: Guest) -> None:
-    """QEMU answers, nothing of us is left, and a new run completes."""
+    """Check that QEMU answers, the helpers have left, and a new run completes."""
     wait_clean(guest.pid)
     again = prefault(guest)
     assert again.status == 0, again.stderr
@@ -141,7 +143,7 @@ def test_migration_started(
     options: tuple[str, ...],
     throttled_run: StartRun,
 ) -> None:
-    """A guest that was found paused stays so: it is not ours to start under a migration."""
+    """A guest that was found paused stays paused. The tool must not start it during a migration."""
     guest = make_restored_guest()
     run = throttled_run(guest, *options)
     guest.qmp("migrate-set-parameters", max_bandwidth=1 << 16)
@@ -157,7 +159,7 @@ def test_migration_started(
 def test_migrated_guest_is_not_resumed(
     make_restored_guest: MakeGuest, throttled_run: StartRun
 ) -> None:
-    """It runs at the destination: two of it would write to one disk."""
+    """The guest runs at its destination. Two instances would write to one disk."""
     guest = make_restored_guest()
     guest.qmp("cont")
     run = throttled_run(guest)
@@ -174,7 +176,7 @@ def test_migrated_guest_is_not_resumed(
 def test_late_migration_keeps_guest_paused(
     make_restored_guest: MakeGuest, throttled_run: StartRun
 ) -> None:
-    """Too late for the run to notice while it works: but the guest is not started under it."""
+    """The migration starts too late for the run to notice, but the guest is not started."""
     guest = make_restored_guest()
     run = throttled_run(guest, "--cont")
     guest.qmp("migrate-set-parameters", max_bandwidth=1 << 16)
@@ -201,7 +203,7 @@ def test_dimm_plugged(throttled_run: StartRun) -> None:
 def test_stopped_tool_loses_helpers(
     make_restored_guest: MakeGuest, throttled_run: StartRun
 ) -> None:
-    """SIGSTOP: the dead man's switch. The guest was paused by the operator and stays so."""
+    """SIGSTOP triggers the dead man's switch. A guest that the operator paused stays paused."""
     guest = make_restored_guest()
     run = throttled_run(guest)
     run.send_signal(signal.SIGSTOP)
@@ -232,10 +234,10 @@ def test_interrupted_tool_resumes_guest(
 
 
 def stale_root(guest: Guest) -> Result:
-    """Have a memslot deleted while no vCPU runs, then prefault again.
+    """Delete a memslot while no vCPU runs, then prefault again.
 
-    The VGA's memory is unmapped by its PCI command register (0x04 of 00:02.0), through the
-    monitor's port access.
+    The slot is the VGA's memory. It is unmapped by the VGA's PCI command register (0x04 of
+    00:02.0), which is written through the monitor's port access.
     """
     assert prefault(guest).status == 0
     for value in ("0x0", "0x3"):
@@ -248,7 +250,7 @@ def stale_root(guest: Guest) -> Result:
 @pytest.mark.full
 @pytest.mark.agents("attach")
 def test_stale_root_is_reported() -> None:
-    """Kernels without 20a6cff3b283 (v6.15) retry for ever on a root that is obsolete."""
+    """Kernels without 20a6cff3b283 (v6.15) retry forever on an obsolete root."""
     with Guest(machine="pc", paused=True, args=["-device", "VGA,addr=2"]) as guest:
         guest.hmp("o /w 0xcf8 0x80001010")
         guest.hmp("o /w 0xcfc 0xfd000000")
@@ -257,14 +259,14 @@ def test_stale_root_is_reported() -> None:
         result = stale_root(guest)
         if result.status == 0:
             assert result.report["bytes"]["remaining"] == 0
-            return  # a kernel with the fix
+            return  # this kernel has the fix
         assert result.status == 3
         assert "vcpu-unusable" in result.warnings
         assert "no progress" in result.stdout
         assert guest.status() == "prelaunch"
         wait_clean(guest.pid)
         assert not helper_threads(guest.pid)
-        guest.qmp("cont")  # going through the guest once cures it
+        guest.qmp("cont")  # running the guest once makes the root valid
         guest.wait_ready()
         assert prefault(guest).status == 0
 

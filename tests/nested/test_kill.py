@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``kill -9`` of the tool at random moments: the guest lives, and nothing is left behind.
+"""Test ``kill -9`` of the tool at random times: the guest survives and nothing is left in QEMU.
 
-``--kills`` sets how many (default 100; ``make test-full`` makes it 1,000), ``--seed`` repeats.
+``--kills`` sets the number of kills (default 100; 1,000 in ``make test-full``). ``--seed``
+repeats a run.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ FALLOC_FL_PUNCH_HOLE = 0x02 | 0x01  # with KEEP_SIZE
 
 
 def punch_spare_memory(guest: Guest) -> None:
-    """Free the memory of a device the guest does not use, so that there is some to populate."""
+    """Free the memory of a device that the guest does not use, so that it can be repopulated."""
     for link in Path(f"/proc/{guest.pid}/fd").iterdir():
         if os.readlink(link).startswith("/memfd:memory-backend-memfd"):
             fd = os.open(link, os.O_RDWR)
@@ -53,7 +54,7 @@ def test_kill_at_random_moments(request: pytest.FixtureRequest, seed: int) -> No
     args += ["-device", "nvdimm,memdev=spare"]
     run = ("--populate", "all")
     moments = random.Random(seed)
-    # A machine that may grow above 4 GiB sets 64 MiB aside for DMA bounce buffers.
+    # A machine that may grow above 4 GiB reserves 64 MiB for DMA bounce buffers.
     with Guest(
         machine="pc,nvdimm=on",
         memory_mib=192,
@@ -75,7 +76,7 @@ def test_kill_at_random_moments(request: pytest.FixtureRequest, seed: int) -> No
             begun = time.monotonic()
             if tool.running(moments.uniform(0, duration)):
                 killed += 1
-            else:  # the first run was slower: the machine had more to do
+            else:  # the first run was slower, because the host was busy
                 duration = time.monotonic() - begun
             tool.send_signal(signal.SIGKILL)
             assert not tool.running(10)
@@ -90,9 +91,9 @@ def test_kill_at_random_moments(request: pytest.FixtureRequest, seed: int) -> No
                 assert prefault(guest, *run).status == 0
                 assert guest.command("status")["bad"] == 0
         final = guest.command("stop")
-        print(f"{killed} of {kills} killed in mid-run, {resumed_by_guard} met paused; {final}")
+        print(f"{killed} of {kills} runs killed, {resumed_by_guard} while paused; {final}")
         print(f"mean seconds: run {duration:.2f}, until resumed {resuming / kills:.2f}, ", end="")
-        print(f"until nothing was left {leaving / kills:.2f}")
+        print(f"until the helpers had left {leaving / kills:.2f}")
         assert final["bad"] == 0 and float(final["passes"]) > 0
         assert killed >= kills // 2
         assert prefault(guest, *run).status == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Machine types and backends: what is RAM gets mapped, what is absent stays absent."""
+"""Test machine types and backends: RAM is mapped, and absent memory stays absent."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_transparent_huge_pages(set_thp: SetThp) -> None:
 
 def test_hugetlb() -> None:
     if reserve_hugepages(64) < 64:
-        pytest.skip("the kernel has no 64 free huge pages left")
+        pytest.skip("the kernel has no 64 free huge pages")
     try:
         with Guest(machine="microvm", backing="hugetlb", memory_mib=128, paused=True) as guest:
             result = prefault(guest)
@@ -63,7 +63,7 @@ def test_hugetlb() -> None:
 
 @pytest.mark.full
 def test_small_hugetlb_pool_is_refused() -> None:
-    reserve_hugepages(80)  # enough for the kernel that QEMU loads, not for all of RAM
+    reserve_hugepages(80)  # enough for the kernel that QEMU loads, but not for all of RAM
     try:
         options = "hugetlb,reserve=off"
         with Guest(machine="microvm", backing=options, memory_mib=256, paused=True) as guest:

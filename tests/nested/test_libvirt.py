@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Real libvirtd, real virsh, confined QEMUs: the plugin in a domain, the hook, ``--domain``."""
+"""Test libvirtd, virsh and confined QEMUs: the plugin in a domain, the hook, and ``--domain``."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ from support.libvirt import (
 
 pytestmark = pytest.mark.libvirt
 
-full = pytest.mark.full  # only in make test-full: each start of a confined domain takes seconds
+full = pytest.mark.full  # only in make test-full: starting a confined domain takes seconds
 
 
-# -- the plugin in a domain ----------------------------------------------------------------
+# --- the plugin in a domain ---
 
 
 def test_enabled_domain_boots_without_faults(make_domain: MakeDomain) -> None:
@@ -101,7 +101,7 @@ def test_unknown_domain_is_usage_error(libvirtd: Libvirtd) -> None:
         assert done.returncode == 2 and "no-such" in done.stderr, (arguments, done)
 
 
-# -- the hook ------------------------------------------------------------------------------
+# --- the hook ---
 
 
 def saved_guest(make_domain: MakeDomain, **options: Unpack[DomainOptions]) -> LabDomain:
@@ -140,7 +140,7 @@ def test_restored_guest_above_4_gib(
     with Pagemap(guest.process) as pagemap:
         ram = ram_mapping(guest.process.maps(), mib << 20)
         high = pagemap.sums(ram.start + (low_mib << 20), (mib - low_mib) << 20, True)
-    # Linux takes memory from the top, so that is where what it wrote is.
+    # Linux allocates memory from the top, so the written memory is there.
     assert high.writable >= WORKLOAD_MIB << 20
 
 
@@ -182,7 +182,7 @@ def test_guest_starts_if_hook_is_killed(
     assert killed
     assert guest.state == "running"
     guest.check_memory()
-    wait_until(lambda: not helper_threads(guest.process.pid), "no helper is left")
+    wait_until(lambda: not helper_threads(guest.process.pid), "the helpers have left")
 
 
 @full
@@ -199,7 +199,7 @@ def test_guest_starts_with_broken_config(
 def test_libvirtd_restart_keeps_guest(
     make_domain: MakeDomain, write_hook_config: WriteHookConfig, syslog: Syslog, libvirtd: Libvirtd
 ) -> None:
-    """The hook is called for each domain ("reconnect"), and what fails there ends the guest."""
+    """libvirtd calls the hook for each domain ("reconnect"). A failing hook would end the guest."""
     write_hook_config('[default]\nrestore = "now"\nstart = "follow"\n')
     guest = make_domain("stays")
     guest.start()
@@ -226,7 +226,7 @@ def test_concurrent_domain_starts(
     assert {guest.state for guest in guests} == {"running"}
 
 
-# -- AppArmor ------------------------------------------------------------------------------
+# --- AppArmor ---
 
 
 def test_probe_reports_missing_apparmor_rule(make_domain: MakeDomain) -> None:
@@ -242,7 +242,7 @@ def test_probe_reports_missing_apparmor_rule(make_domain: MakeDomain) -> None:
         assert findings["apparmor"]["verdict"] == "no"
         assert RULE_TEXT.strip() in findings["apparmor"]["remedy"]
         assert done.returncode == 4
-        # Without it the guest starts all the same.
+        # The guest starts without the rule, too.
         guest.start()
         guest.wait_ready()
     finally:
@@ -260,7 +260,7 @@ def test_probe_running_domain(make_domain: MakeDomain) -> None:
         assert verdicts[check] == "ok", findings
 
 
-# -- through libvirt's own monitor ----------------------------------------------------------
+# --- through libvirt's own monitor ---
 
 
 def test_prefault_running_domain(make_domain: MakeDomain) -> None:
@@ -293,7 +293,7 @@ def test_guard_resumes_domain(make_domain: MakeDomain, libvirtd: Libvirtd) -> No
         child.kill()
         child.wait()
         wait_until(lambda: guest.state == "running", "the guard resumes the guest")
-        wait_until(lambda: not helper_threads(guest.process.pid), "no helper is left")
+        wait_until(lambda: not helper_threads(guest.process.pid), "the helpers have left")
     guest.check_memory()
 
 
@@ -317,7 +317,7 @@ def test_stats_survive_libvirtd_restart(make_domain: MakeDomain, libvirtd: Libvi
         child.wait(30)
 
 
-# -- the daemon ------------------------------------------------------------------------------
+# --- the daemon ---
 
 
 def test_watch_acts_and_exports_metrics(
@@ -339,7 +339,7 @@ def test_watch_acts_and_exports_metrics(
         assert 'qemu_prefault_stage2_faults_total{domain="fleet"}' in read_metrics()
         libvirtd.restart()
         guest.destroy()
-        wait_until(lambda: 'faults_total{domain="fleet"}' not in read_metrics(), "it is forgotten")
+        wait_until(lambda: 'faults_total{domain="fleet"}' not in read_metrics(), "it is removed")
     finally:
         child.terminate()
         _, log = child.communicate(timeout=30)
@@ -364,11 +364,11 @@ def test_watch_writes_textfile(make_domain: MakeDomain, tmp_path: Path) -> None:
 
     child = subprocess.Popen(["qemu-prefault", "libvirt", "watch", "--textfile", str(path)])
     try:
-        wait_until(path.exists, "the file is there")
+        wait_until(path.exists, "the file exists")
         with path.open() as first:
             inode = os.fstat(first.fileno()).st_ino
-            wait_until(lambda: path.stat().st_ino != inode, "there is a newer one")
-            # Replaced, not written over: who reads the old one reads it to its end.
+            wait_until(lambda: path.stat().st_ino != inode, "the file is replaced")
+            # The file is replaced, not overwritten, so that a reader sees one version.
             assert ("qemu_prefault_libvirt_up", "") in samples(first.read())
         values = samples(path.read_text())
         assert values["qemu_prefault_libvirt_up", ""] == 1
@@ -377,5 +377,5 @@ def test_watch_writes_textfile(make_domain: MakeDomain, tmp_path: Path) -> None:
     finally:
         child.terminate()
         assert child.wait(60) == 0
-    # Nobody is to take old figures for those of now.
+    # Stale figures must not be taken for current ones.
     assert list(tmp_path.iterdir()) == []

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which route helps when: the table of docs/libvirt.md, measured.
+"""Measure the benefit of each route at each lifecycle event: the table in docs/usage/libvirt.md.
 
-Faults are KVM's ``pf_taken``. Each guest writes 64 MiB; on 4K pages that is 16,384 faults if
-nothing is done for it. Rows come out as lines ``libvirt-table: MOMENT | ROUTE | FAULTS``.
+Faults are KVM's ``pf_taken``. Each guest writes 64 MiB of 4K pages, which causes 16,384 faults
+without prefault. Rows are printed as lines ``libvirt-table: MOMENT | ROUTE | FAULTS``.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from support.libvirt import (
 pytestmark = [pytest.mark.libvirt, pytest.mark.full]
 
 NOTHING, PLUGIN, HOOK, COMMAND, FOLLOW = "nothing", "plugin", "hook", "command", "follow"
+#: The last message of the run that the hook starts.
 VERIFIED = "verified: all"
-"""What the run that the hook hands over to ends with."""
 
 
 class ReportRow(Protocol):
@@ -48,7 +48,7 @@ HookCalls = Callable[[], list[str]]
 
 @pytest.fixture
 def report_row(capsys: pytest.CaptureFixture[str]) -> ReportRow:
-    """Prints a row of the table."""
+    """Return a function that prints a row of the table."""
 
     def report(moment: str, route: str, faults: int, note: str = "") -> None:
         with capsys.disabled():
@@ -60,7 +60,7 @@ def report_row(capsys: pytest.CaptureFixture[str]) -> ReportRow:
 def make_routed_domain(
     make_domain: MakeDomain, route: str, name: str, **options: Unpack[DomainOptions]
 ) -> LabDomain:
-    """A domain with the plugin if that is the route."""
+    """Make a domain, with the plugin if that is the route."""
     guest = make_domain(name, **options)
     if route == PLUGIN:
         tool_output("libvirt", "enable", name)
@@ -69,7 +69,7 @@ def make_routed_domain(
 
 @pytest.fixture
 def hook_calls() -> Iterator[HookCalls]:
-    """What libvirt has called its hooks for, as another script beside ours logs it."""
+    """Return the calls of libvirt's hooks, as logged by another script beside this project's."""
     script = Path("/") / HOOK_FILE.with_name("99-calls")
     log = Path("/run/hook-calls")
     log.write_text("")
@@ -85,7 +85,7 @@ def hook_calls() -> Iterator[HookCalls]:
 
 
 def start_timed(guest: LabDomain, route: str) -> float:
-    """Start it, by our command or libvirt's; give the seconds that took."""
+    """Start the domain by the route's command; return the seconds that took."""
     began = time.monotonic()
     if route == COMMAND:
         tool_output("libvirt", "start", guest.name)
@@ -97,7 +97,7 @@ def start_timed(guest: LabDomain, route: str) -> float:
 
 
 def check_nothing_left_to_fault(guest: LabDomain, mib: int) -> None:
-    """Memory that the guest has not written yet is there when it does."""
+    """Check that memory which the guest writes for the first time causes no faults."""
     before = guest.faults()
     guest.command(f"alloc {mib}")
     assert guest.faults() - before < MAX_RESIDUAL_FAULTS
@@ -118,7 +118,7 @@ def test_cold_start(
     guest.wait_ready()
     report_row("cold start", route, guest.faults(), f"start {seconds:.2f} s")
     if route == HOOK:
-        # The vCPUs run when it is called, so how far the guest gets is a race.
+        # The vCPUs already run when the hook is called, so the guest's progress is a race.
         assert guest.faults() > MAX_RESIDUAL_FAULTS
         wait_until(lambda: syslog.lines(VERIFIED), "the hook's run has ended")
         check_nothing_left_to_fault(guest, 96)
@@ -166,7 +166,7 @@ def test_restore_saved_file(make_domain: MakeDomain, report_row: ReportRow, tmp_
 def test_hook_latency(
     libvirtd: Libvirtd, write_hook_config: WriteHookConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """libvirt waits for each of its calls; times are printed, not judged."""
+    """libvirt waits for each call of the hook. The times are printed but not checked."""
     plain = "<domain type='kvm'><name>a</name><uuid>u</uuid><memory>1024</memory></domain>"
     asked = plain.replace("<name>", "<!-- qemu-prefault --><name>")
 
@@ -183,9 +183,9 @@ def test_hook_latency(
 
     with capsys.disabled():
         for what, operation, xml in (
-            ("a call that is none of ours", "prepare", plain),
-            ("a domain that nobody speaks of", "started", plain),
-            ("a domain whose policy is off", "started", asked),
+            ("an operation that the hook ignores", "prepare", plain),
+            ("a domain without a configuration", "started", plain),
+            ("a domain whose configuration is off", "started", asked),
         ):
             print(f"\nlibvirt-latency: {what} | {seconds(operation, xml) * 1000:.0f} ms")
 
@@ -223,7 +223,7 @@ def test_reset_does_not_call_hook(
     hook_calls: HookCalls,
     report_row: ReportRow,
 ) -> None:
-    """It is not called, and what it has done before is lost."""
+    """libvirt does not call the hook, and the reset drops what the hook has prefaulted."""
     guest = make_domain(f"reset-{HOOK}")
     write_hook_config('[default]\nstart = "later"\n')
     guest.start()
@@ -275,11 +275,11 @@ def test_hotplug(
         if route == COMMAND:
             tool_output("--domain", guest.name, "--range", "4G+256M")
         if route == PLUGIN:
-            wait_until(lambda: not plugin_status(guest)["pending"], "the plugin has done it")
+            wait_until(lambda: not plugin_status(guest)["pending"], "the plugin has finished")
         if follower is not None:
             assert follower.prefaulted()["why"] == "memory was added"
         before = guest.faults()
-        guest.command("alloc 320")  # more than there is without the DIMM
+        guest.command("alloc 320")  # more than fits without the DIMM
         faults = guest.faults() - before
     report_row("hotplug", route, faults)
     assert hook_calls() == calls
@@ -296,7 +296,7 @@ def plugin_status(guest: LabDomain) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def expect_acpi_ost(guest: LabDomain) -> Iterator[None]:
-    """QEMU tells what the guest's ACPI says of a device that was plugged."""
+    """Check that QEMU reports the guest's ACPI _OST for a plugged device."""
     waiting = subprocess.Popen(
         ["virsh", "-c", guest.daemon.uri, "qemu-monitor-event", guest.name, "--event",
          "ACPI_DEVICE_OST", "--timeout", "60"],
@@ -338,7 +338,7 @@ def test_migration(
         guest.virsh("migrate", "--live", *MIGRATE, "--desturi", other_host.uri)
     arrived = guest.moved_to(other_host)
     arrived.attach_serial()
-    wait_until(lambda: arrived.state == "running", "it runs there")
+    wait_until(lambda: arrived.state == "running", "the guest runs on the destination")
     arrived.check_memory()
     report_row("migration", route, arrived.faults())
     assert (arrived.faults() > PAGES) is (route == NOTHING)
@@ -353,26 +353,28 @@ def test_hook_prefaults_after_migration(
     syslog: Syslog,
     report_row: ReportRow,
 ) -> None:
-    """It is called before RAM is there, and what it hands over to has to wait: for longer than
-    libvirt lets anybody wait for a domain that it is busy with, which is 30 s."""
+    """The hook is called before RAM is loaded, so the run that it starts must wait.
+
+    libvirt lets a client wait at most 30 s for a busy domain. The run waits longer than that.
+    """
     guest = make_domain("move-hook")
     guest.start()
     guest.wait_ready()
     write_hook_config('[default]\nmigrate = "later"\n')
-    guest.command("run")  # it writes all of its memory over and over, here and there
+    guest.command("run")  # it writes all of its memory repeatedly on both hosts
     guest.virsh(
         *("migrate", "--live", *MIGRATE, "--desturi", other_host.uri),
         *("--bandwidth", "4", "--timeout", "80", "--timeout-suspend"),
     )
     arrived = guest.moved_to(other_host)
     arrived.attach_serial()
-    wait_until(lambda: arrived.state == "running", "it runs there")
+    wait_until(lambda: arrived.state == "running", "the guest runs on the destination")
 
     def passes() -> float:
         return float(arrived.command("status")["passes"])
 
     before = passes()
-    wait_until(lambda: passes() > before, "it writes there")
+    wait_until(lambda: passes() > before, "the guest writes on the destination")
     report_row("migration", HOOK, arrived.faults())
     assert arrived.faults() > MAX_RESIDUAL_FAULTS
     wait_until(lambda: syslog.lines(VERIFIED), "the hook's run has ended")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where there is systemd: what the hook hands over, and the daemon's unit."""
+"""Test with systemd: the unit that the hook starts, and the daemon's unit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def libvirtd(systemd: Systemd) -> Iterator[Libvirtd]:
 
 
 class Unit:
-    """The transient unit that the hook has made for a guest."""
+    """The transient unit that the hook started for a guest."""
 
     def __init__(self, systemd: Systemd, guest: LabDomain) -> None:
         self._systemd = systemd
@@ -55,13 +55,13 @@ def test_hook_starts_transient_unit(make_domain: MakeDomain, systemd: Systemd, w
     guest.wait_ready()
     unit = Unit(systemd, guest)
     wait_until(lambda: {"later": "verified: all", "follow": "(started)"}[when] in unit.log(),
-               "it tells what it has done")  # fmt: skip
+               "the run is logged")  # fmt: skip
     assert guest.state == "running"
     guest.check_memory()
     if when == "follow":
         assert unit.state() == "loaded active"
         guest.virsh("destroy")
-    wait_until(lambda: unit.state() == "not-found inactive", "it is gone without a trace")
+    wait_until(lambda: unit.state() == "not-found inactive", "the unit is removed")
     assert "Traceback" not in unit.log()
 
 
@@ -74,12 +74,14 @@ def test_daemon_unit(make_domain: MakeDomain, systemd: Systemd) -> None:
         return systemd.run(*words).strip()
 
     systemd.run("systemctl", "enable", "--now", "qemu-prefault-watch")
-    wait_until(lambda: 'qemu_prefault_plugin{domain="fleet"} 0.0' in read_metrics(), "it tells")
+    wait_until(
+        lambda: 'qemu_prefault_plugin{domain="fleet"} 0.0' in read_metrics(), "the daemon is up"
+    )
     log = systemd.run("journalctl", "--unit", "qemu-prefault-watch", "--output=json")
     assert '"PRIORITY":"6"' in log and "watching qemu:///system" in log
     systemd.run("systemctl", "kill", "--signal=KILL", "qemu-prefault-watch")
-    wait_until(lambda: show("NRestarts") == "1", "it is started again")
-    wait_until(lambda: "qemu_prefault_libvirt_up 1.0" in read_metrics(), "it tells again")
+    wait_until(lambda: show("NRestarts") == "1", "the unit is restarted")
+    wait_until(lambda: "qemu_prefault_libvirt_up 1.0" in read_metrics(), "the daemon is up again")
     systemd.run("systemctl", "disable", "--now", "qemu-prefault-watch")
     assert (show("ActiveState"), show("Result")) == ("inactive", "success")
     assert read_metrics() == ""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A guest at work migrates again and again; the tool awaits it each time, and is often killed.
+"""Migrate a working guest repeatedly. The tool waits for it each time, and is often killed.
 
-``--boots`` sets how many migrations (default 6; ``make test-full`` makes it 100), ``--seed``
-repeats.
+``--boots`` sets the number of migrations (default 6; 100 in ``make test-full``). ``--seed``
+repeats a run.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ OPTIONS = [(), ("--chunk", "64K"), ("--max-downtime", "0.02", "--chunk", "1M")]
 
 
 def migrate(source: Guest, directory: Path, moments: random.Random) -> tuple[Guest, str]:
-    """Move the guest to a new QEMU, where the tool awaits it; returns that, and what happened."""
+    """Migrate to a new QEMU, on which the tool waits; return its guest and the run's history."""
     uri = f"unix:{directory / 'migration'}"
     target = Guest(workload_mib=WORKLOAD_MIB, memory_mib=WORKLOAD_MIB + OTHER_MIB, incoming=uri)
     try:
         options = moments.choice(OPTIONS)
         tool = start_tool(target, "--incoming", *options)
-        if moments.random() < 0.5:  # else it may come too late to await anything
+        if moments.random() < 0.5:  # otherwise the tool may start too late to wait
             time.sleep(moments.uniform(0, 0.5))
         source.qmp("migrate", uri=uri)
         history = " ".join(options) or "plain"
         if moments.random() < 0.5:
-            time.sleep(moments.uniform(0, 4))  # a random moment: none is special
+            time.sleep(moments.uniform(0, 4))  # at any time of the migration
             tool.send_signal(signal.SIGKILL)
             tool.running(30)
             history += f", killed ({tool.status})"
@@ -47,7 +47,7 @@ def migrate(source: Guest, directory: Path, moments: random.Random) -> tuple[Gue
             assert result.status in (0, 5), (result.stdout, result.stderr)
             history += f", ended ({result.status})"
         wait_clean(target.pid)
-        wait_for(lambda: target.status() == "running", "a guest that runs")
+        wait_for(lambda: target.status() == "running", "the guest runs")
     except BaseException:
         target.kill()
         raise

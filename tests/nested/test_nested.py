@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Guests that run a guest of their own: a vCPU in guest mode has other tables loaded.
+"""Test guests that run a nested guest: a vCPU in guest mode has other page tables loaded.
 
-Three levels in the lab: L1 runs the guest that is prefaulted (L2), and that one an L3 that
-counts in memory for ever.
+The lab then has a further level: L1 runs the prefaulted guest (L2), which runs an L3 that
+counts in memory forever.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from support.tool import Result
 pytestmark = pytest.mark.any_agent
 
 WORKLOAD_MIB = 32
-PAGES = WORKLOAD_MIB << 8  # of the workload: what the guest has not touched since it was restored
+PAGES = WORKLOAD_MIB << 8  # of the workload, untouched since the restore
+#: The number of stops to try. About two of three stops find a busy L3 in guest mode.
 STOP_ATTEMPTS = 200
-"""Stops, of which two out of three catch an L3 that is busy."""
 KILLS = 8
 
 
@@ -47,7 +47,7 @@ class MakeNestedGuest(Protocol):
 
 @pytest.fixture
 def make_nested_guest(make_restored_guest: MakeGuest) -> MakeNestedGuest:
-    """Restores guests and starts an L3 in each, for which it uses nested paging or not."""
+    """Restore guests and start an L3 in each, with nested or shadow paging."""
 
     def start(npt: bool, **options: Unpack[GuestOptions]) -> Guest:
         options["kvm"] = True
@@ -59,7 +59,7 @@ def make_nested_guest(make_restored_guest: MakeGuest) -> MakeNestedGuest:
     return start
 
 
-#: With either kind of paging; nested paging only in ``make test-full``.
+#: Both kinds of paging. Nested paging is only tested in ``make test-full``.
 both_paging_modes = pytest.mark.parametrize(
     "npt",
     [pytest.param(True, id="npt", marks=pytest.mark.full), pytest.param(False, id="shadow")],
@@ -67,22 +67,22 @@ both_paging_modes = pytest.mark.parametrize(
 
 
 def in_guest_mode(guest: Guest) -> int:
-    """How many vCPUs run the L3 at this moment."""
+    """Return the number of vCPUs that currently run the L3."""
     return guest.stats()["guest_mode"]
 
 
 def stop_in_guest_mode(guest: Guest, wanted: int = 1) -> None:
-    """Stop it so that this many vCPUs are in guest mode; a running L3 is there most of the time."""
+    """Stop the guest with this many vCPUs in guest mode, where a running L3 is most of the time."""
     for _ in range(STOP_ATTEMPTS):
         guest.qmp("stop")
         if in_guest_mode(guest) == wanted:
             return
         guest.qmp("cont")
-    pytest.fail(f"of {STOP_ATTEMPTS} stops none found {wanted} vCPUs in guest mode")
+    pytest.fail(f"none of {STOP_ATTEMPTS} stops found {wanted} vCPUs in guest mode")
 
 
 def check_guest_runs(guest: Guest, *, prefaulted: bool) -> None:
-    """The guest has its memory, with or without a fault for each page, and its L3 counts."""
+    """Check that the guest has its memory, with or without a fault per page, and its L3 counts."""
     first = guest.command("nest-count")
     assert first["running"] == 1, first
     taken = faults_of_pass(guest)
@@ -102,7 +102,7 @@ def guest_mode_warning(result: Result) -> str:
 
 
 def any_section_skipped(result: Result, text: str) -> bool:
-    """Whether a section was skipped for a reason that contains the text."""
+    """Return whether a section was skipped for a reason that contains the text."""
     return any(text in (section["skipped"] or "") for section in result.report["sections"])
 
 
@@ -111,7 +111,7 @@ def mapped_pages(guest: Guest) -> int:
 
 
 def test_paused_npt_guest_is_not_prefaulted(make_nested_guest: MakeNestedGuest) -> None:
-    """The ioctl answers EOPNOTSUPP: nothing is done, and it is said why and what to do."""
+    """The ioctl returns EOPNOTSUPP. The tool does nothing and reports the cause and a remedy."""
     guest = make_nested_guest(npt=True)
     stop_in_guest_mode(guest)
     before = mapped_pages(guest)
@@ -124,7 +124,7 @@ def test_paused_npt_guest_is_not_prefaulted(make_nested_guest: MakeNestedGuest) 
     assert result.warnings == {"guest-mode"}
     assert "every vCPU ran a nested guest" in guest_mode_warning(result)
     assert "--cont" in guest_mode_warning(result)
-    # Populating may replace pages that were mapped, the zero page for one.
+    # Populating may replace mapped pages, such as the zero page.
     assert mapped_pages(guest) <= before and in_guest_mode(guest) == 1
     guest.qmp("cont")
     check_guest_runs(guest, prefaulted=False)
@@ -133,9 +133,9 @@ def test_paused_npt_guest_is_not_prefaulted(make_nested_guest: MakeNestedGuest) 
 def test_paused_shadow_guest_fills_guest_mode_tables(
     make_nested_guest: MakeNestedGuest, agent: str
 ) -> None:
-    """The ioctl succeeds, but on the root of guest mode: that does not count as done.
+    """The ioctl succeeds on the root of guest mode, which does not count as prefaulted.
 
-    A patched QEMU knows it from kvm_run, and does not begin.
+    A patched QEMU detects guest mode from kvm_run and does not start.
     """
     guest = make_nested_guest(npt=False)
     stop_in_guest_mode(guest)
@@ -148,7 +148,7 @@ def test_paused_shadow_guest_fills_guest_mode_tables(
         assert mapped_pages(guest) <= before and report["bytes"]["prefaulted"] == 0
         assert "every vCPU ran a nested guest" in guest_mode_warning(result)
     else:
-        # The L3 has touched little through this root, so nearly all of it is new.
+        # The L3 has touched little memory through this root, so nearly all leaves are new.
         assert mapped_pages(guest) - before > 0.9 * report["bytes"]["requested"] / 4096
         assert report["stage2"]["after"]["4k"] == mapped_pages(guest)
         assert report["bytes"]["prefaulted"] == report["bytes"]["requested"]
@@ -164,7 +164,7 @@ def test_running_guest_is_stopped_outside_guest_mode(
 ) -> None:
     guest = make_nested_guest(npt)
     tried: set[bool] = set()
-    while len(tried) < 2:  # runs whose first stop suits, and runs whose does not
+    while len(tried) < 2:  # until there were runs with a suitable first stop and runs without
         result = prefault(guest)
         assert result.status == 0, result.stderr
         assert result.report["bytes"]["remaining"] == 0
@@ -193,7 +193,7 @@ def test_cont_leaves_guest_mode(make_nested_guest: MakeNestedGuest, npt: bool) -
 def test_incoming_guest_with_nested_guest(
     make_nested_guest: MakeNestedGuest, npt: bool, tmp_path: Path
 ) -> None:
-    """In guest mode or not, as chance has it: it is prefaulted, and its L3 counts on."""
+    """Whether or not a vCPU is in guest mode, the guest is prefaulted and its L3 continues."""
     source = make_nested_guest(npt)
     uri = f"unix:{tmp_path / 'migration'}"
     with Guest(memory_mib=WORKLOAD_MIB + OTHER_MIB, kvm=True, incoming=uri) as target:
@@ -245,7 +245,7 @@ def test_vcpu_outside_guest_mode_is_used(make_nested_guest: MakeNestedGuest, npt
 def test_retries_are_bounded(
     make_nested_guest: MakeNestedGuest, npt: bool, agent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a single try most runs end so; what a run came to is told, and the guest runs on."""
+    """With one attempt most runs fail. The result is reported and the guest resumes."""
     monkeypatch.setattr(qemu_prefault.engine.guest_mode, "GUEST_MODE_TRIES", 1)
     guest = make_nested_guest(npt)
     verified = False
@@ -255,7 +255,7 @@ def test_retries_are_bounded(
     assert result.status == 3, result.stderr
     assert guest.status() == "running"
     assert "stopped once" in guest_mode_warning(result)
-    # QEMU's own job does not begin in guest mode, whichever paging it uses.
+    # QEMU's own job does not start in guest mode with either kind of paging.
     nothing_done = npt or agent == "qmp"
     assert (result.report["bytes"]["prefaulted"] == 0) == nothing_done
     check_guest_runs(guest, prefaulted=verified)
@@ -265,9 +265,10 @@ def test_retries_are_bounded(
 def test_ioctl_detects_guest_mode(
     make_nested_guest: MakeNestedGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the counter (old kernels, old QEMU) EOPNOTSUPP is what there is to go by.
+    """Without the counter (old kernels, old QEMU), only EOPNOTSUPP shows guest mode.
 
-    Then a try is all of a prefault, for which the lab takes a second: few fit into the limit.
+    An attempt is then a whole prefault, which takes a second in the lab. Few attempts fit into
+    the limit.
     """
 
     async def nothing(*_: object) -> set[int]:
@@ -312,9 +313,9 @@ def test_guest_runs_if_tool_dies_between_stops(
 
 
 @both_paging_modes
-@pytest.mark.agents("attach")  # it loads the plugin by itself
+@pytest.mark.agents("attach")  # this test loads the plugin itself
 def test_plugin_leaves_guest_mode(make_nested_guest: MakeNestedGuest, npt: bool) -> None:
-    """When it last came back it was in guest mode, and by itself it hardly ever does."""
+    """The vCPU was in guest mode at its last exit, and it rarely leaves guest mode by itself."""
     guest = make_nested_guest(npt, plugin=["keep=off", "populate=resident"])
     stop_in_guest_mode(guest)
     guest.qmp("cont")

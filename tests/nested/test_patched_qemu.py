@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The patched QEMU (patches/): its job, what it keeps, and that the fix of TCG fixes it.
+"""Test the patched QEMU (patches/): its job, its prefault=on, and the fix of TCG.
 
-What the tool does through it is in the other files: ``--agents qmp``.
+The other files test the tool with it, by ``--agents qmp``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WORKLOAD_MIB = 256
 pytestmark = [
     pytest.mark.patched_qemu,
     pytest.mark.skipif(
-        patched_qemu() is None, reason="there is no patched QEMU here: lab pytest --qemu"
+        patched_qemu() is None, reason="no patched QEMU is installed: use lab pytest --qemu"
     ),
 ]
 
@@ -53,7 +53,7 @@ def patched() -> Iterator[None]:
 
 
 def run_prefault_job(guest: Guest, **arguments: Any) -> list[dict[str, Any]]:
-    """The job's account of each range, once it is over."""
+    """Run the job until it ends, and return its results per range."""
     guest.qmp("x-kvm-prefault-memory", job_id="job", **arguments)
     ranges = wait_prefault_job(guest)
     guest.qmp("job-dismiss", id="job")
@@ -71,7 +71,7 @@ def total(ranges: list[dict[str, Any]], what: str) -> int:
     return sum(int(part[what]) for part in ranges)
 
 
-# -- the job ---------------------------------------------------------------------------------
+# --- the job ---
 
 
 @pytest.mark.parametrize("smp", [1, 2])
@@ -102,7 +102,7 @@ def test_cancelled_job_reports_progress(make_restored_guest: MakeGuest) -> None:
     assert total(ranges, "mapped") < total(ranges, "size")
     guest.qmp("job-dismiss", id="job")
     assert guest.qmp("query-jobs") == []
-    ranges = run_prefault_job(guest)  # and another one can follow
+    ranges = run_prefault_job(guest)  # another job can follow
     assert total(ranges, "mapped") == total(ranges, "size")
 
 
@@ -157,11 +157,11 @@ def test_monitor_commands(make_restored_guest: MakeGuest) -> None:
     assert "no memory backend" in guest.hmp("kvm_prefault nowhere")
 
 
-# -- -accel kvm,prefault=on ------------------------------------------------------------------
+# --- -accel kvm,prefault=on ---
 
 
 def wait_all_prefaulted(guest: Guest) -> dict[str, Any]:
-    """Wait until QEMU has nothing left to prefault in a running guest; return its answer."""
+    """Wait until QEMU has prefaulted a running guest completely; return its answer."""
     deadline = time.monotonic() + 60
     while (info := guest.qmp("x-query-kvm-prefault"))["pending"]:
         assert time.monotonic() < deadline, info
@@ -171,7 +171,7 @@ def wait_all_prefaulted(guest: Guest) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("machine", ["pc", "q35", "microvm"])
-def test_boot_takes_next_to_no_faults(machine: str) -> None:
+def test_boot_takes_few_faults(machine: str) -> None:
     with Guest(machine=machine, accel="kvm,prefault=on", workload_mib=WORKLOAD_MIB) as guest:
         guest.wait_ready()
         print(f"{machine}: {faults(guest)} faults until {WORKLOAD_MIB} MiB were written")
@@ -197,7 +197,7 @@ def test_restored_guest_is_prefaulted(make_restored_guest: MakeGuest) -> None:
 
 
 def test_incoming_guest_is_prefaulted(make_restored_guest: MakeGuest, tmp_path: Path) -> None:
-    """Nobody pauses it: it starts by itself as soon as it is there."""
+    """The guest is not paused. It starts by itself as soon as it is loaded."""
     source = make_restored_guest(workload_mib=64)
     source.qmp("cont")
     source.command("run")
@@ -238,7 +238,7 @@ def test_plugged_dimm_is_prefaulted() -> None:
         check_memory(guest)
 
 
-# -- the tool --------------------------------------------------------------------------------
+# --- the tool ---
 
 
 def test_tool_uses_job_without_ptrace(make_restored_guest: MakeGuest) -> None:
@@ -278,12 +278,12 @@ def test_stock_qemu_is_refused() -> None:
         assert ram_hva(guest)
 
 
-# -- QEMU's own tests ------------------------------------------------------------------------
+# --- QEMU's own tests ---
 
 
 def test_qtest(tmp_path: Path) -> None:
     (binary, *firmware) = patched_qemu() or [""]
-    wrapper = tmp_path / "qemu-system-x86_64"  # it starts QEMU without -L
+    wrapper = tmp_path / "qemu-system-x86_64"  # the test starts QEMU without -L
     wrapper.write_text(f'#!/bin/sh\nexec {binary} {" ".join(firmware)} "$@"\n')
     wrapper.chmod(0o755)
     environment = {**os.environ, "QTEST_QEMU_BINARY": str(wrapper)}
@@ -292,13 +292,13 @@ def test_qtest(tmp_path: Path) -> None:
         env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "virtio-mem" in result.stdout  # those that need KVM were not left out
+    assert "virtio-mem" in result.stdout  # the tests that need KVM were run
 
 
 @pytest.mark.parametrize("fixed", [True, False])
 @pytest.mark.parametrize("test", ["svm-cr-read", "svm-cr8-write"])
 def test_tcg_svm_intercepts(test: str, fixed: bool, tmp_path: Path) -> None:
-    """Reads of control registers are intercepted; CR8 can be written while an interrupt waits."""
+    """Reads of control registers are intercepted. CR8 can be written while an interrupt waits."""
     (binary, *firmware) = patched_qemu() or [""]
     kernel = f"{binary}-{test}"
     command = [binary, *firmware] if fixed else ["qemu-system-x86_64"]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The plugin where the ioctl is real: prefaulted before the first instruction, and kept so.
+"""Test the plugin with the real ioctl: guests are prefaulted before they start, and stay so.
 
 Faults are KVM's ``pf_taken`` from the first instruction until the guest has booted and
-written 256 MiB. A few are accesses to device registers (``pf_emulate``), which no table can
-spare.
+written 256 MiB. A few of them are accesses to device registers (``pf_emulate``), which no
+prefault can avoid.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class MakePluginGuest(Protocol):
 
 @pytest.fixture
 def make_plugin_guest() -> Iterator[MakePluginGuest]:
-    """Starts guests with the plugin in their QEMU, given options of the plugin."""
+    """Start guests whose QEMU has the plugin, with the given plugin options."""
     with contextlib.ExitStack() as stack:
 
         def start(*plugin_options: str, **options: Unpack[GuestOptions]) -> Guest:
@@ -46,7 +46,7 @@ def make_plugin_guest() -> Iterator[MakePluginGuest]:
         yield start
 
 
-# What a guest that writes so much takes at the very least without the plugin, on 4K pages.
+# The minimum number of faults of a guest that writes its workload without the plugin, on 4K pages.
 FAULTS_WITHOUT_PLUGIN = WORKLOAD_MIB * 256
 full = pytest.mark.full  # only in make test-full
 
@@ -55,7 +55,7 @@ def ram_slots(status: dict[str, Any]) -> list[dict[str, Any]]:
     return [slot for slot in status["slots"] if slot["as"] == 0 and not slot["flags"] & 2]
 
 
-# -- a boot --------------------------------------------------------------------------------
+# --- boots ---
 
 
 def check_kept(guest: Guest) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def check_kept(guest: Guest) -> dict[str, Any]:
 
 @pytest.mark.every_kernel
 @pytest.mark.parametrize("machine", ["pc", pytest.param("q35", marks=full), "microvm"])
-def test_boot_takes_next_to_no_faults(make_plugin_guest: MakePluginGuest, machine: str) -> None:
+def test_boot_takes_few_faults(make_plugin_guest: MakePluginGuest, machine: str) -> None:
     guest = make_plugin_guest(machine=machine)
     guest.wait_ready()
     assert faults(guest) <= 0.0005 * FAULTS_WITHOUT_PLUGIN
@@ -94,7 +94,7 @@ def test_boot_on_huge_pages(
 
 
 def test_reset_takes_few_faults(make_plugin_guest: MakePluginGuest) -> None:
-    """Firmware runs again after a reset, and drops low RAM's tables again."""
+    """Firmware runs again after a reset, and again drops the tables of low RAM."""
     guest = make_plugin_guest(machine="q35", args=["-action", "reboot=reset"])
     guest.wait_ready()
     before = faults(guest)
@@ -102,13 +102,13 @@ def test_reset_takes_few_faults(make_plugin_guest: MakePluginGuest) -> None:
     guest.wait_ready()
     assert faults(guest) - before <= 0.0005 * FAULTS_WITHOUT_PLUGIN
     status = check_kept(guest)
-    # What firmware threw away again was not much.
+    # Firmware dropped only a small part again.
     assert status["counters"]["again"] <= 2.5 * sum(slot["size"] for slot in ram_slots(status))
 
 
 @pytest.mark.every_kernel
 def test_no_hang_with_the_quirk(make_plugin_guest: MakePluginGuest) -> None:
-    """Each slot's end drops every table then, and 6.12's livelock is near (stale roots)."""
+    """With the quirk each slot deletion drops all tables, which can trigger 6.12's livelock."""
     guest = make_plugin_guest("quirk=keep", machine="pc", args=["-action", "reboot=reset"])
     guest.wait_ready()
     guest.qmp("system_reset")
@@ -171,14 +171,14 @@ def test_restored_guest_is_prefaulted(make_plugin_guest: MakePluginGuest, tmp_pa
     assert faults(guest) - before <= 0.001 * 64 * 256
 
 
-# -- memory that comes, and memory that is absent on purpose ----------------------------------
+# --- hotplugged memory, and memory that is absent on purpose ---
 
 
 @pytest.mark.parametrize(("smp", "options"), [(1, []), pytest.param(2, ["quirk=keep"], marks=full)])
 def test_plugged_dimm_is_prefaulted(
     make_plugin_guest: MakePluginGuest, smp: int, options: list[str]
 ) -> None:
-    """Populated first, also where several vCPUs work at it and the ioctl had been put off."""
+    """The DIMM is populated first, also if several vCPUs do it and the ioctl was deferred."""
     guest = make_plugin_guest(
         *options, machine="pc", smp=smp, memory="slots=2,maxmem=2G", workload_mib=32
     )
@@ -216,7 +216,7 @@ def test_overcommitted_memory_is_not_populated(make_plugin_guest: MakePluginGues
     check_memory(guest)
 
 
-# -- moments to hold back ----------------------------------------------------------------------
+# --- deferred prefault ---
 
 
 def test_dirty_logging_defers_prefault(make_plugin_guest: MakePluginGuest) -> None:
@@ -242,7 +242,7 @@ def test_dirty_logging_defers_prefault(make_plugin_guest: MakePluginGuest) -> No
 
 
 def test_qemu_responds_while_populating(make_plugin_guest: MakePluginGuest) -> None:
-    """The vCPU thread at work is QEMU's, and gives way like a guest."""
+    """The vCPU thread that populates yields to QEMU as a guest would."""
     guest = make_plugin_guest(machine="microvm", memory_mib=1536, paused=True)
     guest.qmp("cont")
     while not guest.control("status")["counters"]["populated"]:
@@ -268,7 +268,7 @@ def test_pause_and_resume(make_plugin_guest: MakePluginGuest) -> None:
     check_memory(guest)
 
 
-# -- how QEMU may be run ---------------------------------------------------------------------
+# --- confined and daemonized QEMUs ---
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_confined_qemu(make_plugin_guest: MakePluginGuest, way: str, tmp_path: P
 
 @full
 def test_daemonized(tmp_path: Path) -> None:
-    """The thread, the socket and the pagemap must be those of the child that goes on."""
+    """The thread, the socket and the pagemap must belong to the child process that continues."""
     path, pidfile, qmp = tmp_path / "control", tmp_path / "pid", tmp_path / "qmp"
     subprocess.run(
         ["qemu-system-x86_64", "-nodefaults", "-display", "none", "-machine", "microvm",
@@ -319,7 +319,7 @@ def test_daemonized(tmp_path: Path) -> None:
         os.close(pidfd)
 
 
-# -- the tool and the plugin -------------------------------------------------------------------
+# --- the tool with the plugin ---
 
 
 def test_tool_uses_plugin(make_plugin_guest: MakePluginGuest) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The plugin under random interference: no hang, no crash, and in the end all is prefaulted.
+"""Test the plugin under random interference: no hang, no crash, and all is prefaulted in the end.
 
-``--boots`` sets how many guests (default 6; ``make test-full`` makes it 100), ``--seed``
-repeats.
+``--boots`` sets the number of guests (default 6; 100 in ``make test-full``). ``--seed`` repeats
+a run.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ MIB = 1 << 20
 KVM_RAM = re.compile(
     r"^  ([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, (?:ram|rom)\): .* KVM\b", re.M
 )
-# Where the host bridge's register for 0xf0000 is: CONFIG_ADDRESS and the I/O port of its data.
+# The host bridge's register for 0xf0000: its CONFIG_ADDRESS, and the I/O port of its data.
 PAM0 = {"pc": ("0x80000058", "0xcfd"), "q35": ("0x80000090", "0xcfc")}
 RESET_VECTOR = "0xea"  # a far jump
 
 
 class Campaign:
-    """One guest, and what may happen to it at any moment of its life."""
+    """A guest, and the actions that may disturb it at any time."""
 
     def __init__(self, moments: random.Random) -> None:
         self.moments = moments
@@ -60,13 +60,13 @@ class Campaign:
     def reset(self) -> None:
         self.guest.reset()
         if self.machine in PAM0 and RESET_VECTOR not in self.guest.hmp("xp /1xb 0xffff0"):
-            self.done.append("(in the moment before SeaBIOS was copied)")
+            self.done.append("(before SeaBIOS was copied)")
             self.turn_pam_off()
             self.guest.reset()
         self.ready = False
 
     def turn_pam_off(self) -> None:
-        """What QEMU's reset leaves undone: else the guest starts in RAM that is still empty."""
+        """Disable PAM, which QEMU's reset fails to do. Otherwise the guest starts in empty RAM."""
         address, port = PAM0[self.machine]
         self.guest.qmp("stop")
         self.guest.hmp(f"o /w 0xcf8 {address}")
@@ -99,14 +99,14 @@ class Campaign:
         self.guest.control("resume")
 
     def drop_a_monitor(self) -> None:
-        # Not before QEMU has read it all: of that it dies now and then, with the plugin or
-        # without (docs/architecture.md, "A client that disappears").
+        # Disconnect only after QEMU has read everything. Otherwise QEMU occasionally crashes, with
+        # or without the plugin (docs/design/killed-at-any-instant.md, "A client that disappears").
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(20)
             client.connect(str(self.guest.qmp_path))
             client.sendall(b'{"execute": "qmp_capabilities"}{"execute": "query-commands"}\n')
             received = b""
-            while b'"name": ' not in received:  # the last answer has begun, and is long
+            while b'"name": ' not in received:  # the last answer has begun; it is long
                 received += client.recv(1024)
 
     def drop_a_client(self) -> None:
@@ -119,7 +119,7 @@ class Campaign:
             self.ready = True
 
     def wait_a_moment(self) -> None:
-        """A random one: none is special."""
+        """Wait for a random time."""
         time.sleep(self.moments.uniform(0, 0.5))
 
     def run(self) -> None:
@@ -153,7 +153,7 @@ class Campaign:
 
 
 def send_and_disconnect(path: str, text: str) -> None:
-    """Connect, send something, and close without reading an answer."""
+    """Connect, send a text, and disconnect without reading an answer."""
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(20)
         client.connect(path)
@@ -161,7 +161,7 @@ def send_and_disconnect(path: str, text: str) -> None:
 
 
 def thread_states(pid: int) -> str:
-    """Where each thread of QEMU is in the kernel: what a hang is understood by."""
+    """Return where each thread of QEMU is in the kernel, to diagnose a hang."""
     lines = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         facts = [(task / name).read_text().strip() for name in ("comm", "syscall", "stack")]
@@ -170,14 +170,14 @@ def thread_states(pid: int) -> str:
 
 
 def host_events() -> str:
-    """What the host's memory management has done, that also drops tables: migrated pages."""
+    """Return the host's page migrations and similar events, which also drop tables."""
     wanted = re.compile(r"^(pgmigrate|compact|pswp|thp)", re.M)
     lines = Path("/proc/vmstat").read_text().splitlines()
     return "; ".join(line for line in lines if wanted.match(line) and not line.endswith(" 0"))
 
 
 def kvm_ranges(guest: Guest) -> set[tuple[int, int]]:
-    """What KVM has slots for, as QEMU tells it."""
+    """Return the ranges for which KVM has memslots, as reported by QEMU."""
     views = guest.hmp("info mtree -f").replace("\r", "").split("FlatView")
     memory = next(view for view in views if 'AS "memory"' in view)
     return {

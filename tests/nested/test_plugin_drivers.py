@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The plugin and memory that a guest's drivers give back and take: virtio-mem, balloon."""
+"""Test the plugin with memory that guest drivers plug and unplug: virtio-mem and balloon."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from support.guest import GuestOptions, MakeGuest, check_memory
 
 MIB = 1 << 20
 VIRTIO_MEM = 256 * MIB
-# QEMU allocates some for itself meanwhile, and a guest writes where it keeps its books.
+# The tolerance: QEMU allocates some memory meanwhile, and the guest's kernel writes metadata.
 SLACK = 8 * MIB
 
 
 @pytest.fixture
 def make_guest() -> Iterator[MakeGuest]:
-    """Starts guests with the plugin, and waits until drivers are loaded and all is prefaulted."""
+    """Start guests with the plugin; wait until drivers are loaded and everything is prefaulted."""
     guests: list[Guest] = []
 
     def start(**options: Unpack[GuestOptions]) -> Guest:
@@ -40,7 +40,7 @@ def make_guest() -> Iterator[MakeGuest]:
 
 
 def resident(guest: Guest) -> int:
-    """Bytes of QEMU that are there."""
+    """Return QEMU's resident bytes."""
     status = Path(f"/proc/{guest.pid}/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) << 10
 
@@ -57,7 +57,7 @@ def make_virtio_mem_guest(
 
 
 def request_size(guest: Guest, size: int) -> None:
-    """Ask for so much to be plugged, and wait until the guest has done it."""
+    """Request a plugged size, and wait until the guest has followed."""
     guest.qmp("qom-set", path="/machine/peripheral/vmem", property="requested-size", value=size)
     while guest.qmp("query-memory-devices")[0]["data"]["size"] != size:
         guest.wait_event("MEMORY_DEVICE_SIZE_CHANGE")
@@ -110,7 +110,7 @@ def test_ballooned_memory_stays_absent(make_guest: MakeGuest) -> None:
     guest.wait_kept()
     assert resident(guest) - inflated < SLACK
     check_memory(guest)
-    # The balloon is gone then, but not the reason to leave to the guest what it takes.
+    # The balloon is deflated now, but the plugin must still leave the memory to the guest.
     guest.reset()
     guest.wait_ready()
     guest.wait_kept()

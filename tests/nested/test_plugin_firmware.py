@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The plugin under UEFI firmware, which drops low RAM's tables in its own ways."""
+"""Test the plugin with UEFI firmware, which drops low RAM's tables in other ways."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_uefi(machine: str) -> None:
         guest.wait_ready(600)
         taken = faults(guest)
         print(f"UEFI on {machine}: {taken} of {without} faults")
-        # The rest is MMIO, and what firmware touches before its slots have been quiet.
+        # The rest is MMIO, and memory that firmware touches before its slots are stable.
         assert taken <= 0.1 * without
         status = guest.wait_kept()
         assert status["counters"]["errors"] == 0

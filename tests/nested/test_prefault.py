@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the tool is for: a guest that takes no stage-2 faults, proven by KVM's counters."""
+"""Test the tool's purpose: guests take no stage-2 faults, as KVM's counters show."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from support.process import leftovers
 
 pytestmark = pytest.mark.any_agent
 
-ALL = (32 + OTHER_MIB - 1) << 20  # all RAM of a default guest but what firmware took
+ALL = (32 + OTHER_MIB - 1) << 20  # all RAM of a default guest without the firmware's
 
 
 def faults_of_first_pass(guest: Guest) -> int:
-    """Resume it; stage-2 faults it takes while it writes all its memory."""
+    """Resume the guest; return its stage-2 faults while it writes all its memory."""
     guest.qmp("cont")
     return faults_of_pass(guest)
 
@@ -23,13 +23,13 @@ def faults_of_first_pass(guest: Guest) -> int:
 @pytest.mark.every_kernel
 def test_restored_guest_takes_no_faults(make_restored_guest: MakeGuest) -> None:
     control = faults_of_first_pass(make_restored_guest(workload_mib=64))
-    assert control >= 64 << 8  # one per page: there is something to win
+    assert control >= 64 << 8  # at least one per page without prefault
 
     guest = make_restored_guest(workload_mib=64)
     result = prefault(guest)
     assert result.status == 0, result.stderr
-    assert guest.status() == "paused"  # as it was found
-    assert result.report["seconds"]["paused"] == 0  # not by our doing
+    assert guest.status() == "paused"  # as before
+    assert result.report["seconds"]["paused"] == 0  # the tool did not pause it
     assert faults_of_first_pass(guest) <= control / 1000
     assert leftovers(guest.pid) == []
 
@@ -131,13 +131,13 @@ def test_chunk_sizes(make_restored_guest: MakeGuest, chunk: str) -> None:
 
 
 def test_untouched_memory_is_populated() -> None:
-    """The zero-page trap: without populating, every write of the guest would fault again."""
+    """Without populating, the zero page is mapped and every write would fault again."""
     with Guest(machine="microvm", memory_mib=128, workload_mib=64, paused=True) as guest:
         result = prefault(guest, "--cont")
         assert result.status == 0, result.stderr
         assert result.report["bytes"]["populated"] >= 80 << 20
         guest.wait_ready()
-        # One for each of the 16,384 pages otherwise; what is left is mostly MMIO.
+        # Without populating, there is one fault for each of 16,384 pages. The rest is mostly MMIO.
         assert faults(guest) < 1000
 
 
@@ -146,7 +146,7 @@ def test_resident_skips_untouched_memory() -> None:
         result = prefault(guest, "--populate", "resident")
         assert result.status == 0, result.stderr
         assert result.report["bytes"]["populated"] == 0
-        # The kernel image and the initramfs were loaded by QEMU; nothing else is there.
+        # Only the kernel image and the initramfs, which QEMU loaded, are present.
         requested = result.report["bytes"]["requested"]
         assert 0 < requested < 100 << 20
         assert guest.stats()["pages_4k"] * 4096 == requested

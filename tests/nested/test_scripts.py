@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The scripts of qmp_scripts/ where the ioctl is real."""
+"""Test the scripts of qmp_scripts/ with the real ioctl."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ needs_ioctl = pytest.mark.skipif(CAPABILITY.available is not True, reason=CAPABI
 
 
 def run_script(name: str, guest: Guest, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end; nothing it does may show a user a traceback."""
+    """Run a script and check that it prints no traceback."""
     done = subprocess.run(
         [sys.executable, SCRIPTS / name, guest.qmp_path, *arguments],
         capture_output=True,
@@ -50,7 +50,7 @@ def test_prefault_and_cont(make_restored_guest: MakeGuest) -> None:
     assert done.stdout.endswith("started\n") and "verified: all" in done.stdout
     assert guest.status() == "running"
     check_memory(guest)
-    assert faults(guest) <= PAGES / 1000  # one per page, without
+    assert faults(guest) <= PAGES / 1000  # one per page without prefault
 
 
 @pytest.mark.full
@@ -128,11 +128,11 @@ def test_missing_snapshot() -> None:
     "running", [False, pytest.param(True, marks=pytest.mark.full)], ids=["stopped", "running"]
 )
 def test_vcpu_fds_give_eio(make_restored_guest: MakeGuest, running: bool) -> None:
-    """Nothing else is in its way: the kernel has the ioctl, and QEMU's own threads may."""
+    """Only the calling process matters: the kernel has the ioctl, and QEMU's threads may use it."""
     guest = make_restored_guest(smp=2, workload_mib=WORKLOAD_MIB)
     if running:
         guest.qmp("cont")
-        guest.command("run")  # KVM_RUN holds vcpu->mutex now; whoever waited for it would hang
+        guest.command("run")  # KVM_RUN holds vcpu->mutex, so a waiting ioctl would hang
     before = guest.stats()["pages_4k"]
     done = run_script("vcpu-fds", guest)
     assert done.returncode == 0, done.stderr
@@ -148,7 +148,7 @@ def test_vcpu_fds_give_eio(make_restored_guest: MakeGuest, running: bool) -> Non
 @pytest.mark.unsupported
 @pytest.mark.skipif(CAPABILITY.available is True, reason="KVM_PRE_FAULT_MEMORY works here")
 def test_vcpu_fds_give_eio_where_unsupported() -> None:
-    """EIO, not ENOTTY or EOPNOTSUPP: KVM asks who the caller is before it asks what for."""
+    """EIO, not ENOTTY or EOPNOTSUPP: KVM checks the caller before the request."""
     with Guest(machine="microvm", memory_mib=128, paused=True) as guest:
         done = run_script("vcpu-fds", guest)
         assert done.returncode == 0, done.stderr
@@ -179,7 +179,7 @@ StartWatch = Callable[[str], subprocess.Popen[str]]
 
 @pytest.fixture
 def start_watch() -> Iterator[StartWatch]:
-    """Starts watch-stage2 on a socket; returns when it has shown its header."""
+    """Start watch-stage2 on a socket, and wait until it has printed its header."""
     watching: list[subprocess.Popen[str]] = []
 
     def start(socket: str) -> subprocess.Popen[str]:
@@ -197,14 +197,14 @@ def start_watch() -> Iterator[StartWatch]:
 
 
 def rows_until(process: subprocess.Popen[str], condition: Callable[[Row], bool]) -> list[Row]:
-    """The lines up to the first that is as wanted."""
+    """Return the rows up to the first one that meets a condition."""
     assert process.stdout is not None
     rows: list[Row] = []
     for line in process.stdout:
         rows.append(Row.parse(line))
         if condition(rows[-1]):
             return rows
-    raise AssertionError(f"it has ended, after {rows}")
+    raise AssertionError(f"watch-stage2 ended after {rows}")
 
 
 @pytest.mark.full
@@ -212,7 +212,7 @@ def rows_until(process: subprocess.Popen[str], condition: Callable[[Row], bool])
 def test_watch_stage2(
     make_restored_guest: MakeGuest, start_watch: StartWatch, tmp_path: Path
 ) -> None:
-    """Once by the prefault, which costs no fault; once by the vCPU, a fault for each page."""
+    """The tables are filled once by prefault, without faults, and once by the vCPU, with faults."""
     sockets = [str(tmp_path / f"watch{number}") for number in range(2)]
     prefaulted, left_alone = (
         make_restored_guest(

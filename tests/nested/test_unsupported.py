@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where the ioctl is not to be had: said clearly, nothing harmed, what still helps is done.
+"""Test hosts without the ioctl: a clear error, no harm, and --populate-only still works.
 
-For old kernels (Debian 12) and shadow paging (``npt=0``); skipped where the ioctl works.
+For old kernels (Debian 12) and shadow paging (``npt=0``). Skipped if the ioctl works.
 """
 
 from __future__ import annotations

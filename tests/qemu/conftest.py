@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Real QEMUs to test against: started stopped (-S), on a private socket, reaped at the end."""
+"""Fixtures that start real QEMUs: stopped (-S), on private sockets, and killed at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.qemu import QEMU, Qemu, StartQemu, kvm_usable, launch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without QEMU this directory has nothing to say."""
+    """Skip the tests that need QEMU if it is not installed."""
     if QEMU is None:
         for item in items:
             if Path(__file__).parent in item.path.parents:
@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def start_qemu(tmp_path: Path) -> Iterator[StartQemu]:
-    """Start QEMUs: ``start_qemu("-m", "256M", accel="tcg")`` returns when QMP is there."""
+    """Start QEMUs: ``start_qemu("-m", "256M", accel="tcg")`` returns when QMP listens."""
     running: list[Qemu] = []
 
     def start(*arguments: str, accel: str = "tcg", paused: bool = True) -> Qemu:
@@ -39,7 +39,7 @@ def start_qemu(tmp_path: Path) -> Iterator[StartQemu]:
 
 @pytest.fixture(params=["tcg", "kvm"])
 def accel(request: pytest.FixtureRequest) -> str:
-    """Both accelerators; KVM is skipped where it is not usable."""
+    """Return each accelerator. KVM is skipped if it is not usable."""
     if request.param == "kvm" and not kvm_usable():
         pytest.skip("/dev/kvm is not usable")
     return str(request.param)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Helpers in a real QEMU: they do their work, and QEMU is the same afterwards, come what may.
+"""Test the helpers in a real QEMU: they populate memory and leave QEMU unchanged.
 
-The guest's own memory and the ioctl are tested in the lab; here it is --populate-only, which
-starts the same helpers and works on any host.
+The tests use --populate-only, which starts the same helpers on any host. The lab tests the ioctl
+and the guest's own memory.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def vm_of(start_qemu: StartQemu, tmp_path: Path) -> StartVm:
     return start
 
 
-# --- it works ---
+# --- complete runs ---
 
 SHAPES = {
     "stopped": (("-m", "128M"), True),
@@ -88,7 +88,7 @@ def test_populates_only_the_given_range(vm_of: StartVm) -> None:
     result = vm.prefault("--populate-only", "--range", "64M+32M", "--range", "128M+5000")
     assert result.status == 0
     assert result.report["bytes"]["requested"] == 32 * MIB + 8192
-    # Transparent huge pages may bring the rest of a 2 MiB page.
+    # Transparent huge pages may populate the rest of a 2 MiB page.
     assert 32 * MIB <= resident_bytes(vm.pid, ram["hva"]) - before <= 36 * MIB
 
 
@@ -139,11 +139,11 @@ def test_thirty_runs(vm_of: StartVm, accel: str, paused: bool) -> None:
     assert (timers.read_text() if timers.exists() else "") == before
 
 
-# --- it survives us ---
+# --- interrupted runs ---
 
 
 def spare_memory_of(vm: QemuVm, size: int) -> int:
-    """A descriptor of the memfd of this size that QEMU has, to empty it again."""
+    """Return a descriptor of QEMU's memfd of this size, with which it can be emptied."""
     for link in Path(f"/proc/{vm.pid}/fd").iterdir():
         if "memfd:memory-backend" in os.readlink(link):
             fd = os.open(link, os.O_RDWR)
@@ -154,7 +154,7 @@ def spare_memory_of(vm: QemuVm, size: int) -> int:
 
 
 def punch(fd: int, size: int) -> None:
-    """Give all of a memfd's memory back."""
+    """Free all of a memfd's memory."""
     libc = ctypes.CDLL(None, use_errno=True)
     keep_size, punch_hole = 1, 2
     if libc.fallocate(fd, keep_size | punch_hole, ctypes.c_long(0), ctypes.c_long(size)):
@@ -162,9 +162,9 @@ def punch(fd: int, size: int) -> None:
 
 
 def test_kill_at_random_moments_leaves_guests_running(vm_of: StartVm, accel: str) -> None:
-    """Two guests in turn, so that one is cleaned up while the other is used.
+    """Kill runs on two guests in turn, so that one can be cleaned up meanwhile.
 
-    Half of the moments lie anywhere in a run, half in the time when helpers are there.
+    Half of the kills are at a random time of the run, and half while helpers exist.
     """
     spare, several = 16 * MIB, 2
     arguments = ["-M", "pc", "-m", "16M,slots=1,maxmem=1G", "-smp", "2"]
@@ -186,11 +186,11 @@ def test_kill_at_random_moments_leaves_guests_running(vm_of: StartVm, accel: str
     killed = 0
     for number in range(KILLS // 2):
         vm, memory = guests[number % several], memories[number % several]
-        wait_clean(vm.pid)  # of the kill before this one
+        wait_clean(vm.pid)  # from the previous kill
         punch(memory, spare)
         tool = start_tool(vm.qemu, *run)
         if number % 2:
-            wait_for(partial(leftovers, vm.pid), "the helpers have come")
+            wait_for(partial(leftovers, vm.pid), "the helpers run")
             killed += tool.running(moments.uniform(0, 0.05))
         else:
             killed += tool.running(moments.uniform(0, duration))
@@ -212,7 +212,7 @@ def test_kill_at_random_moments_leaves_guests_running(vm_of: StartVm, accel: str
 def test_run_after_a_kill_waits_for_old_helpers(vm_of: StartVm) -> None:
     vm = vm_of("-m", "64M", paused=False)
     tool = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")
-    wait_for(lambda: bool(leftovers(vm.pid)), "the helpers have come")
+    wait_for(lambda: bool(leftovers(vm.pid)), "the helpers run")
     tool.send_signal(signal.SIGKILL)
     assert not tool.running(10)
     assert vm.prefault("--populate-only").status == 0
@@ -223,7 +223,7 @@ def test_run_after_a_kill_waits_for_old_helpers(vm_of: StartVm) -> None:
 def test_interrupt_removes_helpers(vm_of: StartVm, number: int) -> None:
     vm = vm_of("-m", "2G", paused=False)
     tool = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")
-    wait_for(lambda: bool(leftovers(vm.pid)), "the helpers have come")
+    wait_for(lambda: bool(leftovers(vm.pid)), "the helpers run")
     tool.send_signal(number)
     result = tool.finish()
     assert result.status == 1
@@ -235,19 +235,19 @@ def test_interrupt_removes_helpers(vm_of: StartVm, number: int) -> None:
 def test_qemu_exit_during_a_run_is_reported(vm_of: StartVm) -> None:
     vm = vm_of("-m", "2G", paused=False)
     tool = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")
-    wait_for(lambda: bool(leftovers(vm.pid)), "the helpers have come")
+    wait_for(lambda: bool(leftovers(vm.pid)), "the helpers run")
     vm.qemu.kill()
     result = tool.finish(timeout=10)
     assert result.status == 1
     assert result.error["code"] in ("qemu-gone", "monitor-closed")
 
 
-# --- it is not let ---
+# --- forbidden runs ---
 
 
 @pytest.fixture
 def tracer_of() -> Iterator[Callable[[int], int]]:
-    """Seizes threads as strace does, from a process of its own; returns its pid."""
+    """Start a process that seizes a thread as strace does, and return its pid."""
     program = (
         "import ctypes, sys\n"
         "libc = ctypes.CDLL(None, use_errno=True)\n"
@@ -282,7 +282,7 @@ def test_other_tracer_is_named(
     assert vm.qmp.status() == "running"
     assert leftovers(vm.pid) == []
     if traced != "the vCPU":
-        assert result.status == 0  # only the threads of vCPUs are asked
+        assert result.status == 0  # only vCPU threads are traced
         return
     assert result.status == 4
     assert result.error["code"] == "ptrace-denied"
@@ -290,9 +290,9 @@ def test_other_tracer_is_named(
     assert f"kill {tracer}" in result.error["remedy"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to become somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("command", ["run", "probe", "map"])
-def test_unprivileged_user_is_told_the_missing_right(vm_of: StartVm, command: str) -> None:
+def test_missing_right_is_reported(vm_of: StartVm, command: str) -> None:
     vm = vm_of("-m", "64M", paused=False)
     socket = Path(vm.qemu.qmp)
     socket.chmod(0o666)
@@ -314,7 +314,7 @@ def test_unprivileged_user_is_told_the_missing_right(vm_of: StartVm, command: st
 
 
 def test_stopped_qemu_fails_fast(vm_of: StartVm) -> None:
-    """SIGSTOP: neither its monitor nor its threads answer."""
+    """With SIGSTOP, neither QEMU's monitor nor its threads answer."""
     vm = vm_of("-m", "64M", paused=False)
     vm.qemu.pause()
     try:
@@ -332,9 +332,9 @@ def test_stopped_qemu_fails_fast(vm_of: StartVm) -> None:
 def test_qemu_stopped_during_a_run(vm_of: StartVm) -> None:
     vm = vm_of("-m", "512M", paused=False)
     tool = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")
-    wait_for(lambda: bool(leftovers(vm.pid)), "the helpers have come")
+    wait_for(lambda: bool(leftovers(vm.pid)), "the helpers run")
     vm.qemu.pause()
-    assert tool.running(1)  # it waits, for the operator may let it go on
+    assert tool.running(1)  # it waits, as the operator may continue QEMU
     vm.qemu.resume()
     assert tool.finish().status == 0
     assert leftovers(vm.pid) == []
@@ -342,13 +342,13 @@ def test_qemu_stopped_during_a_run(vm_of: StartVm) -> None:
 
 
 def test_concurrent_runs_on_two_monitors(start_qemu: StartQemu, tmp_path: Path) -> None:
-    """The second waits for the first, or is refused; never do both work."""
+    """The second run waits for the first one or is refused. They never both work."""
     other = tmp_path / "other"
     vm = start_vm(
         start_qemu, tmp_path, "-m", "1G", "-qmp", f"unix:{other},server=on,wait=off", paused=False
     )
     first = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")
-    wait_for(lambda: bool(leftovers(vm.pid)), "the helpers have come")
+    wait_for(lambda: bool(leftovers(vm.pid)), "the helpers run")
     second = Tool(["--qmp", str(other), "--json", "--populate-only"]).finish()
     assert first.finish().status == 0
     if second.status == 5:

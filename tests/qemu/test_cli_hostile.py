@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Servers that are no QEMU, and a real QEMU behind a liar: what the command line makes of them.
+"""Test the command line with servers that are not QEMU, and with a proxy that falsifies answers.
 
-Always an exit status, a cause and a remedy, soon; never a traceback, never harm to a process.
+The tool must exit soon with a status, a cause and a remedy. It must not print a traceback or harm
+a process.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ GREETING = (
     b'"capabilities": []}}\r\n'
 )
 Talk = Callable[[socket.socket], None]
+#: A function of (command, its arguments, the true answer) that returns the false answer.
 Lie = Callable[[str, dict[str, Any], Any], Any]
-"""(command, its arguments, the true answer) -> what is said instead."""
 
 
 @contextlib.contextmanager
 def serve(path: Path, talk: Talk) -> Iterator[str]:
-    """Hand one client after the other to `talk`, in a thread."""
+    """Pass one client after another to ``talk``, in a thread."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     listener.listen(4)
 
     def main() -> None:
-        with contextlib.suppress(OSError):  # the listener has been shut down
+        with contextlib.suppress(OSError):  # the listener was shut down
             while True:
                 client = listener.accept()[0]
-                with client, contextlib.suppress(OSError):  # the client has left, as it should
+                with client, contextlib.suppress(OSError):  # the client disconnected, as expected
                     client.settimeout(20)
                     talk(client)
 
@@ -59,11 +60,11 @@ def serve(path: Path, talk: Talk) -> Iterator[str]:
 
 
 def tool(*arguments: str) -> Result:
-    """Run it; tool.py asserts that no traceback and no internal error are shown."""
+    """Run the tool. tool.py checks that it shows no traceback and no internal error."""
     return Tool([*arguments, "--json"]).finish(20)
 
 
-# --- servers that are none ---
+# --- servers that are not QEMU ---
 
 
 def say(data: bytes, wait: bool = True) -> Talk:
@@ -89,7 +90,7 @@ def answer_nothing_but_the_handshake(client: socket.socket) -> None:
     client.sendall(GREETING)
     request = json.loads(client.recv(65536).split(b"\n")[0])
     client.sendall(json.dumps({"return": {}, "id": request.get("id")}).encode() + b"\n")
-    client.recv(65536)  # the first query: hang up on it
+    client.recv(65536)  # close the connection at the first query
 
 
 SERVERS: dict[str, tuple[Talk, float]] = {
@@ -98,9 +99,9 @@ SERVERS: dict[str, tuple[Talk, float]] = {
     "garbage": (say(bytes(range(256)) * 16), 2),
     "a web server": (say(b"HTTP/1.1 400 Bad Request\r\n\r\n", wait=False), 2),
     "a human monitor": (say(b"QEMU 10.0.0 monitor - type 'help'\r\n(qemu) "), 2),
-    "a greeting without end": (greet_for_ever, 10),
-    "JSON that is no greeting": (say(b'{"return": {}}\n'), 2),
-    "hangs up at the first query": (answer_nothing_but_the_handshake, 2),
+    "endless greeting": (greet_for_ever, 10),
+    "JSON without a greeting": (say(b'{"return": {}}\n'), 2),
+    "closes at the first query": (answer_nothing_but_the_handshake, 2),
 }
 
 
@@ -124,11 +125,11 @@ def test_non_qemu_server_fails_other_commands(tmp_path: Path, command: str) -> N
     assert result.error["code"].startswith("monitor")
 
 
-# --- a real QEMU behind a liar ---
+# --- a real QEMU behind a falsifying proxy ---
 
 
 def requests_of(client: socket.socket) -> Iterator[dict[str, Any]]:
-    """QMP wants no line ends between requests, and qemu.qmp sends none."""
+    """Yield requests. QMP needs no line ends between them, and qemu.qmp sends none."""
     text = ""
     while data := client.recv(65536):
         text += data.decode()
@@ -142,7 +143,7 @@ def requests_of(client: socket.socket) -> Iterator[dict[str, Any]]:
 
 
 def liar(real: str, lie: Lie) -> Talk:
-    """Pass everything on, but answers are what `lie` makes of them."""
+    """Forward everything, but replace answers by the results of ``lie``."""
 
     def talk(client: socket.socket) -> None:
         with socket.socket(socket.AF_UNIX) as upstream:
@@ -178,7 +179,7 @@ def liar(real: str, lie: Lie) -> Talk:
 
 
 class Error(str):
-    """An answer that is QEMU's refusal, with these words."""
+    """An answer that is an error of QEMU with this text."""
 
 
 @pytest.fixture
@@ -188,7 +189,7 @@ def vm(start_qemu: StartQemu, tmp_path: Path) -> QemuVm:
 
 @pytest.fixture
 def through(vm: QemuVm, tmp_path: Path) -> Callable[..., Result]:
-    """Runs the tool on the QEMU as the liar presents it; the QEMU must not mind."""
+    """Yield a function that runs the tool through the proxy. QEMU must be unharmed."""
 
     def run(lie: Lie, *arguments: str, pid: bool = True) -> Result:
         with serve(tmp_path / "liar", liar(vm.qemu.qmp, lie)) as path:
@@ -197,7 +198,7 @@ def through(vm: QemuVm, tmp_path: Path) -> Callable[..., Result]:
             rest = arguments[len(command) :] or (() if command else ("--populate-only",))
             result = tool(*command, "--qmp", path, *known, *rest)
         (tmp_path / "liar").unlink()
-        assert "did not finish the QMP greeting" not in result.stderr, "the liar is broken"
+        assert "did not finish the QMP greeting" not in result.stderr, "the proxy is broken"
         assert vm.qmp.status() == "prelaunch"
         assert leftovers(vm.pid) == []
         return result
@@ -213,7 +214,7 @@ def honest(command: str, arguments: dict[str, Any], answer: Any) -> Any:
 
 
 def instead(wanted: str, change: Callable[[Any], Any]) -> Lie:
-    """Lie about one command only; the human monitor's are named by their line."""
+    """Falsify the answer of one command. A human monitor command is named by its line."""
 
     def lie(command: str, arguments: dict[str, Any], answer: Any) -> Any:
         name = arguments.get("command-line", command)
@@ -243,9 +244,9 @@ def with_threads(threads: list[int]) -> Lie:
 
 FOREIGN: dict[str, Callable[[], list[int]]] = {
     "of init": lambda: [1],
-    "of ours": lambda: [os.getpid()],
+    "of the tool": lambda: [os.getpid()],
     "of the kernel": lambda: [2],
-    "of nobody": lambda: [4_000_000],
+    "of no process": lambda: [4_000_000],
 }
 
 
@@ -253,12 +254,12 @@ FOREIGN: dict[str, Callable[[], list[int]]] = {
     ("whose", "pid"),
     [
         *((whose, True) for whose in FOREIGN),
-        # Naming its own, a server would be taken at its word, and harm nobody but itself.
-        *((whose, False) for whose in FOREIGN if whose != "of ours"),
+        # A server that names its own thread would be believed, and could only harm itself.
+        *((whose, False) for whose in FOREIGN if whose != "of the tool"),
     ],
 )
 def test_foreign_threads_are_never_touched(through: Through, whose: str, pid: bool) -> None:
-    """A server could have root inject into any process, if its word were taken."""
+    """If the tool trusted the server, the server could make root inject into any process."""
     foreign = FOREIGN[whose]()
     result = through(with_threads(foreign), pid=pid)
     assert result.status in (4, 5), result.stderr
@@ -274,7 +275,7 @@ def test_foreign_pid_is_refused(vm: QemuVm) -> None:
 
 
 def test_main_thread_as_vcpu_is_harmless(through: Through, vm: QemuVm) -> None:
-    """It sits in ppoll() rather than in a futex; it is one of QEMU's own all the same."""
+    """The thread waits in ppoll() instead of a futex, but it belongs to QEMU."""
     through(with_threads([vm.pid]))
     assert vm.qmp.execute("query-version")
 
@@ -286,14 +287,14 @@ def test_invalid_vcpus(through: Through, names: Any) -> None:
 
 
 def move_ram(target: int) -> Lie:
-    """All of guest RAM is said to be at another address in QEMU."""
+    """Pretend that all of guest RAM is at another address in QEMU."""
 
     def lie(command: str, arguments: dict[str, Any], answer: Any) -> Any:
         line = arguments.get("command-line", "")
         if line.startswith("gpa2hva"):
             where = target + int(line.split()[1], 16)
             return re.sub(r"is 0x[0-9a-f]+", f"is {where:#x}", answer)
-        if line == "info ramblock":  # QEMU 8.1 and later tell the address here as well
+        if line == "info ramblock":  # QEMU 8.1 and later show the address here, too
             return "\n".join(
                 re.sub(r"0x[0-9a-f]{12,}\s+(?=r[wo])", f"{target:#018x} ", row)
                 if " pc.ram " in f" {row.strip()} "
@@ -306,7 +307,7 @@ def move_ram(target: int) -> Lie:
 
 
 def mapping(pid: int, pattern: str) -> int:
-    """Start of the first mapping of the process whose line in maps matches."""
+    """Return the start of the process's first mapping whose line in maps matches."""
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         if re.search(pattern, line):
             return int(line.split("-")[0], 16)
@@ -336,13 +337,13 @@ def test_ram_at_a_wrong_address(through: Through, vm: QemuVm, where: str, comman
     vm.qmp.execute("cont")
     assert vm.qmp.status() == "running"
     vm.qmp.execute("stop")
-    vm.qmp.execute("system_reset")  # back to where `through` left it
+    vm.qmp.execute("system_reset")  # restore the state that `through` expects
     assert "paused" in vm.qmp.status() or vm.qmp.status() == "prelaunch"
 
 
 @pytest.mark.parametrize("where", ["the heap", "QEMU's text"])
 def test_small_ram_at_a_wrong_address(through: Through, vm: QemuVm, where: str) -> None:
-    """So little that something is mapped for all of it: populating changes no byte of that."""
+    """There is a mapping for all of this RAM. Populating changes none of its bytes."""
     target = ELSEWHERE[where](vm.pid)
 
     def lie(command: str, arguments: dict[str, Any], answer: Any) -> Any:
@@ -359,7 +360,7 @@ def test_small_ram_at_a_wrong_address(through: Through, vm: QemuVm, where: str) 
 
 
 def test_overstated_ram_size(through: Through) -> None:
-    """A range that goes on behind the mapping."""
+    """The pretended range extends beyond the mapping."""
     result = through(
         instead("info mtree", lambda text: text.replace("0000000003ffffff", "0000000043ffffff"))
     )
@@ -368,16 +369,16 @@ def test_overstated_ram_size(through: Through) -> None:
 
 
 STRANGE: dict[str, tuple[str, Any]] = {
-    "a state that is a number": ("query-status", {"status": 7, "running": True}),
+    "numeric state": ("query-status", {"status": 7, "running": True}),
     "no state": ("query-status", {}),
     "no answer": ("query-kvm", None),
-    "a memory map that is empty": ("info mtree", ""),
-    "a memory map of noise": ("info mtree", "\x00\x1b[2J" * 1000),
+    "empty memory map": ("info mtree", ""),
+    "garbage memory map": ("info mtree", "\x00\x1b[2J" * 1000),
     "no RAM blocks": ("info ramblock", ""),
     "backends of another type": ("query-memdev", 7),
-    "a device nobody knows": ("query-memory-devices", [{"type": "wormhole", "data": {}}]),
-    "a balloon larger than the world": ("query-balloon", {"actual": 1 << 80}),
-    "a migration that is a list": ("query-migrate", []),
+    "unknown device": ("query-memory-devices", [{"type": "wormhole", "data": {}}]),
+    "oversized balloon": ("query-balloon", {"actual": 1 << 80}),
+    "migration is a list": ("query-migrate", []),
 }
 
 
@@ -389,7 +390,7 @@ def test_malformed_answers(through: Through, name: str) -> None:
         return answer if arguments.get("command-line", asked).startswith(command) else truth
 
     result = through(lie)
-    assert result.status == 1 or name == "a balloon larger than the world", result.stdout
+    assert result.status == 1 or name == "oversized balloon", result.stdout
 
 
 @pytest.mark.parametrize("command", ["query-status", "query-cpus-fast", "human-monitor-command"])

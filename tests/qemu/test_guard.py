@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The guard of a paused guest: whoever paused it may die, the guest goes on.
+"""Test the resume guard: if the process that paused a guest dies, the guest is resumed.
 
-Here the guard itself meets a real QEMU; the lab kills whole runs.
+These tests run the guard itself on a real QEMU. The lab's tests kill whole runs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def vm(start_qemu: StartQemu, tmp_path: Path, accel: str) -> QemuVm:
 
 
 class Holder:
-    """A process that pauses a guest under a guard, and then only waits to be killed."""
+    """A process that pauses a guest under a guard and then waits to be killed."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Holder:
             finally:
                 os._exit(1)
         os.close(write_end)
-        assert os.read(read_end, 1) == b"x", "the holder has failed"
+        assert os.read(read_end, 1) == b"x", "the holder failed"
         os.close(read_end)
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         (self.guard,) = (int(child) for child in children)
@@ -103,14 +103,14 @@ def hold(vm: QemuVm) -> Iterator[Callable[..., Holder]]:
 def check_resumed(vm: QemuVm, holder: Holder) -> None:
     vm.qmp.wait_event("RESUME")
     assert vm.qmp.status() == "running"
-    assert holder.guard_gone(10), "the guard does not leave"
+    assert holder.guard_gone(10), "the guard did not end"
 
 
 def test_guest_is_resumed_if_holder_is_killed(vm: QemuVm, hold: Callable[..., Holder]) -> None:
     holder = hold()
     holder.kill()
     check_resumed(vm, holder)
-    # And the monitor is free again for the next client.
+    # The monitor must be free for the next client.
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(10)
         client.connect(vm.qemu.qmp)
@@ -119,13 +119,13 @@ def test_guest_is_resumed_if_holder_is_killed(vm: QemuVm, hold: Callable[..., Ho
 
 HALVES = {
     "half a command": b'{"execute": "query-sta',
-    "half a string with a brace": b'{"execute": "a}{',
+    "incomplete string with a brace": b'{"execute": "a}{',
     "an escape": b'{"execute": "\\',
-    "deep in an object": b'{"execute": "query-status", "arguments": {"a": [[{"b": [1, 2',
+    "incomplete nested object": b'{"execute": "query-status", "arguments": {"a": [[{"b": [1, 2',
     "a whole command": b'{"execute": "query-status"}\n',
     "a second stop": b'{"execute": "stop"}\n',
-    "many commands, no answer read": b'{"execute": "query-qmp-schema"}\n' * 20,
-    "commands and a half": b'{"execute": "query-version"}\n' * 7 + b'{"execute": "human-mon',
+    "many commands without reading answers": b'{"execute": "query-qmp-schema"}\n' * 20,
+    "an incomplete last command": b'{"execute": "query-version"}\n' * 7 + b'{"execute": "human-mon',
 }
 
 
@@ -140,7 +140,7 @@ def test_holder_killed_in_mid_message(vm: QemuVm, hold: Callable[..., Holder], n
 @pytest.mark.parametrize("accel", ["tcg"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_guard_survives_job_signals(vm: QemuVm, hold: Callable[..., Holder], number: int) -> None:
-    """Ctrl-C in a terminal, a closing session: the whole process group gets it."""
+    """Ctrl-C or the end of a session signals the whole process group."""
     holder = hold()
     os.kill(holder.guard, number)
     assert not holder.guard_gone(0.2)
@@ -150,12 +150,12 @@ def test_guard_survives_job_signals(vm: QemuVm, hold: Callable[..., Holder], num
 
 @pytest.mark.parametrize("accel", ["tcg"])
 def test_migrated_guest_is_not_resumed(vm: QemuVm, hold: Callable[..., Holder]) -> None:
-    """It runs at the destination: two of it would write to one disk."""
+    """The guest runs at its destination. Two instances would write to one disk."""
     holder = hold()
     vm.qmp.execute("migrate", uri="exec:cat >/dev/null")
-    wait_for(lambda: vm.qmp.status() == "postmigrate", "the guest is away")
+    wait_for(lambda: vm.qmp.status() == "postmigrate", "the guest has migrated")
     holder.kill()
-    assert holder.guard_gone(10), "the guard does not leave"
+    assert holder.guard_gone(10), "the guard did not end"
     assert vm.qmp.status() == "postmigrate"
 
 
@@ -166,7 +166,7 @@ def test_helpers_end_before_the_guest_resumes(
     told, gone = tmp_path / "told", tmp_path / "gone"
     holder = hold(orders=OrphanCleanup(told.touch, gone.exists, 20.0))
     holder.kill()
-    wait_for(told.exists, "the orders are given")
+    wait_for(told.exists, "the cleanup was started")
     assert not holder.guard_gone(0.3)
     assert vm.qmp.status() == "paused"
     gone.touch()
@@ -201,7 +201,7 @@ def test_stopped_qemu_is_resumed_once_continued(vm: QemuVm, hold: Callable[..., 
 
 
 @pytest.mark.parametrize("accel", ["tcg"])
-def test_guard_leaves_after_a_normal_run(vm: QemuVm) -> None:
+def test_guard_ends_after_a_normal_run(vm: QemuVm) -> None:
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     before = children.read_text().split()
 
@@ -210,21 +210,21 @@ def test_guard_leaves_after_a_normal_run(vm: QemuVm) -> None:
             with ResumeGuard(monitor.fileno(), NOTHING_LEFT):
                 await monitor.execute("stop")
                 assert len(children.read_text().split()) == len(before) + 1
-            assert children.read_text().split() == before  # no zombie either
+            assert children.read_text().split() == before  # no zombie is left either
             assert await monitor.execute("query-version")
 
     fds = set(os.listdir("/proc/self/fd"))
     for _ in range(5):
         asyncio.run(pause())
-        # That it stays paused is the holder's will; the guard is for accidents.
+        # The holder left the guest paused on purpose. The guard is only for crashes.
         assert vm.qmp.status() == "paused"
     assert {event["event"] for event in vm.qmp.events} <= {"STOP"}
     assert set(os.listdir("/proc/self/fd")) == fds
 
 
 @pytest.mark.parametrize("accel", ["tcg"])
-def test_exception_in_the_block_resumes_nothing(vm: QemuVm) -> None:
-    """The engine resumes by itself then; two of them would be one too many."""
+def test_exception_does_not_trigger_guard(vm: QemuVm) -> None:
+    """The engine resumes the guest itself in this case. A second resume would be wrong."""
 
     async def fail() -> None:
         async with Monitor.connect(vm.qemu.qmp) as monitor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A program that watches all of its threads' state, with helpers started in it again and again."""
+"""Inject helpers repeatedly into a program that monitors the state of all its threads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SOURCE = Path(__file__).with_name("victim.c")
 ROUNDS = int(os.environ.get("QEMU_PREFAULT_INJECTIONS", "150"))
 PTRACE_POKEUSER, PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT = 6, 17, 0x4206, 0x4207
 WALL = 0x40000000
-R14 = 8  # its offset in struct user_regs_struct
+R14 = 8  # byte offset in struct user_regs_struct
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +53,7 @@ class Victim:
         return PtraceAgent(Process.find(self.pid), threads, Limits())
 
     def verdict(self) -> str:
-        """What it saw, once it has been told to end."""
+        """End the program and return its findings."""
         return self.process.communicate(timeout=30)[0].strip()
 
 
@@ -67,9 +67,9 @@ def victim(program: Path) -> Iterator[Victim]:
 
 
 def test_injection_is_invisible_to_threads(victim: Victim) -> None:
-    """Registers, vectors, flags, red zone, errno, signal mask, alternate stack, signals.
+    """No register, flag, red zone, errno, signal mask, alternate stack or signal changes.
 
-    The threads compute, sleep, wait for futexes, read from a pipe, and are sent signals.
+    The threads compute, sleep, wait for futexes, read from a pipe, and receive signals.
     """
     started = time.monotonic()
 
@@ -93,7 +93,7 @@ def test_injection_is_invisible_to_threads(victim: Victim) -> None:
 
 
 def test_killed_injector_is_invisible_to_threads(victim: Victim) -> None:
-    """At any instant: in the middle of the injected system calls, too."""
+    """The injector is killed at any instant, even within the injected system calls."""
     for number in range(ROUNDS // 3):
         pid = os.fork()
         if pid == 0:
@@ -102,7 +102,7 @@ def test_killed_injector_is_invisible_to_threads(victim: Victim) -> None:
                     asyncio.run(victim.agent().start())
             finally:
                 os._exit(1)
-        time.sleep(number * 0.0005)  # the moment is what is varied, nothing is waited for
+        time.sleep(number * 0.0005)  # varies the moment of the kill
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         assert victim.process.poll() is None, victim.verdict()
@@ -113,7 +113,7 @@ def test_killed_injector_is_invisible_to_threads(victim: Victim) -> None:
 
 
 def test_victim_detects_a_change(victim: Victim) -> None:
-    """Else the tests above would mean nothing: one register of one thread, changed once."""
+    """Change one register of one thread once, to prove that the tests above can fail."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
     tid = victim.threads[0]
@@ -132,7 +132,7 @@ def test_victim_detects_a_change(victim: Victim) -> None:
     assert "0xbad" in victim.verdict() or victim.process.returncode < 0
 
 
-def test_helpers_leave_if_a_later_thread_is_gone(victim: Victim) -> None:
+def test_helpers_end_if_a_later_thread_is_gone(victim: Victim) -> None:
     victim.threads.append(4_000_000)
     with pytest.raises(FailedError, match="gone"):
         asyncio.run(victim.agent().start())
@@ -141,7 +141,7 @@ def test_helpers_leave_if_a_later_thread_is_gone(victim: Victim) -> None:
 
 
 def test_stopped_thread_is_skipped_and_stays_stopped(victim: Victim) -> None:
-    """SIGSTOP by an operator or a debugger: an error at once, and the stop is not undone."""
+    """A thread stopped by SIGSTOP causes an error at once, and stays stopped."""
     os.kill(victim.pid, signal.SIGSTOP)
     os.waitid(os.P_PID, victim.pid, os.WSTOPPED | os.WNOWAIT)
     with pytest.raises(AgentError, match="did not stop in time") as caught:
@@ -153,8 +153,8 @@ def test_stopped_thread_is_skipped_and_stays_stopped(victim: Victim) -> None:
     assert victim.verdict().startswith("unchanged ")
 
 
-def test_a_run_waits_for_the_helpers_of_a_hung_one(victim: Victim) -> None:
-    """They leave by themselves when its heartbeat stops; only then are new ones started."""
+def test_run_waits_for_helpers_of_a_hung_run(victim: Victim) -> None:
+    """They leave when the hung run's heartbeat stops. Only then are new ones started."""
     read_end, write_end = os.pipe()
     hung = os.fork()
     if hung == 0:
@@ -165,7 +165,7 @@ def test_a_run_waits_for_the_helpers_of_a_hung_one(victim: Victim) -> None:
         finally:
             os._exit(1)
     os.close(write_end)
-    assert os.read(read_end, 1) == b"x", "the first run has failed"
+    assert os.read(read_end, 1) == b"x", "the first run failed"
     os.close(read_end)
     os.kill(hung, signal.SIGSTOP)
     assert leftovers(victim.pid)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The layout of real machines: what QEMU says, put together, against what the kernel says."""
+"""Compare the layout of real machines, as QEMU reports it, with what the kernel shows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qemu_prefault.qemu.queries import VmState, read_vm_state
 StartQemu = Callable[..., Any]  # conftest.py
 MIB, GIB = 1 << 20, 1 << 30
 
-LOW = (0, 0xC0000)  # up to the VGA window and the option ROMs
+LOW = (0, 0xC0000)  # up to the VGA window and option ROMs
 
 
 def read(qemu: Any) -> VmState:
@@ -39,7 +39,7 @@ def ram(machine: VmState) -> list[MemorySection]:
 
 
 def backings(qemu: Any, machine: VmState) -> dict[str | None, str]:
-    """Return what the kernel says is behind each backend; every byte must be mapped."""
+    """Return the kernel's backing of each backend, and check that every byte is mapped."""
     maps = Process.find(qemu.pid).maps()
     found: dict[str | None, str] = {}
     for section in ram(machine):
@@ -52,7 +52,7 @@ def backings(qemu: Any, machine: VmState) -> dict[str | None, str]:
 
 
 @pytest.mark.parametrize("machine_type", ["pc", "q35"])
-def test_small(start_qemu: StartQemu, accel: str, machine_type: str) -> None:
+def test_small_machine(start_qemu: StartQemu, accel: str, machine_type: str) -> None:
     qemu = start_qemu("-M", machine_type, "-m", "256M", accel=accel)
     machine = read(qemu)
     assert [(s.gpa, s.size) for s in ram(machine)] == [LOW, (MIB, 255 * MIB)]
@@ -78,7 +78,7 @@ def test_microvm(start_qemu: StartQemu, accel: str) -> None:
 
 @pytest.mark.parametrize(("machine_type", "low"), [("pc", 3), ("q35", 2), ("microvm", 3)])
 def test_above_4g(start_qemu: StartQemu, machine_type: str, low: int) -> None:
-    """Sparse: nothing of it is touched."""
+    """The guest is sparse: its memory is never touched."""
     machine = read(start_qemu("-M", machine_type, "-m", "5G"))
     *_, below, above = ram(machine)
     assert (below.gpa, below.end) == (MIB, low * GIB)
@@ -172,7 +172,7 @@ def test_memory_devices(start_qemu: StartQemu, accel: str, tmp_path: Path, kind:
     assert section.reserve is (kind != "virtio-mem")
     (found,) = machine.memory_devices
     assert found.gpa == section.gpa
-    if kind == "virtio-mem":  # the guest has plugged nothing, yet all of it is a memslot
+    if kind == "virtio-mem":  # nothing is plugged, but it has a memslot
         assert (found.plugged, found.requested, found.size) == (0, 32 * MIB, 128 * MIB)
     assert len(backings(qemu, machine)) == 2
 
@@ -201,7 +201,7 @@ def test_hotplugged_dimm_appears(start_qemu: StartQemu, accel: str) -> None:
 
 
 def test_seabios_finishes(start_qemu: StartQemu) -> None:
-    """The sign that the memslots have settled does come, and PAM areas are then left alone."""
+    """firmware_ahead() becomes false when SeaBIOS has finished with its memslots."""
     qemu = start_qemu("-M", "q35", "-m", "128M", "-vga", "std", accel="kvm", paused=False)
 
     async def main() -> None:
@@ -210,7 +210,7 @@ def test_seabios_finishes(start_qemu: StartQemu) -> None:
                 machine = await read_vm_state(monitor)
                 if firmware_ahead(machine.ranges) is False:
                     break
-                await asyncio.sleep(0.05)  # nothing announces it
+                await asyncio.sleep(0.05)  # QEMU sends no event for this
             else:
                 pytest.fail("SeaBIOS did not finish within 30 s")
             codes = {section.skip_code for section in machine.sections}
@@ -235,7 +235,7 @@ def test_migration_status(start_qemu: StartQemu, tmp_path: Path) -> None:
                     if event.data.get("status") == "completed":
                         break
             machine = await read_vm_state(monitor)
-            # QEMU tells of the completion first and changes the run state after.
+            # QEMU sends the completion event before it changes the run state.
             assert machine.migration == "completed"
             assert machine.status in ("finish-migrate", "postmigrate")
             with pytest.raises(RefusedError) as refusal:
@@ -255,7 +255,7 @@ def test_halted_vcpu_waits_in_a_futex(start_qemu: StartQemu) -> None:
     syscall = process.thread_syscall(vcpu.thread_id)
     assert syscall is not None and syscall.startswith("202 ")  # futex: qemu_wait_io_event()
     assert process.exe is not None and "qemu-system" in process.exe
-    # QEMU's vCPU threads block all but a few signals; SIGUSR1 is what kicks them.
+    # QEMU's vCPU threads block most signals, but not SIGUSR1, which kicks them.
     assert not process.status(vcpu.thread_id).sig_blocked >> 9 & 1
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The QMP session against real QEMU: sharing, dying, events, counters."""
+"""Test the QMP session with a real QEMU: shared use, QEMU's end, events and counters."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_second_client_is_refused_and_can_retry(start_qemu: StartQemu) -> None:
 
     async def main() -> None:
         async with Monitor.connect(qemu.qmp) as first:
-            for _ in range(3):  # each attempt leaves nothing behind
+            for _ in range(3):  # a failed attempt must have no effect
                 start = time.monotonic()
                 with pytest.raises(MonitorBusyError, match="one at a time") as caught:
                     async with Monitor.connect(qemu.qmp):
@@ -75,7 +75,7 @@ def test_second_client_is_refused_and_can_retry(start_qemu: StartQemu) -> None:
                 assert caught.value.exit_status == ExitStatus.REFUSED
                 assert caught.value.code == "monitor-busy"
                 assert "second" in caught.value.remedy
-            # Nothing that a queued client might have sent was executed.
+            # QEMU executed nothing that a waiting client might have sent.
             assert await first.execute("query-name") == {}
         async with Monitor.connect(qemu.qmp) as again:
             assert again.alive
@@ -133,13 +133,13 @@ async def _await_end(monitor: Monitor) -> int:
 
 @pytest.mark.parametrize("command", ["query-status", "human-monitor-command"])
 def test_qemu_killed_during_a_command(start_qemu: StartQemu, command: str) -> None:
-    """Commands under way, later commands and event streams all end; leaving the block works."""
+    """Pending commands, later commands and event streams fail. The block can be left."""
     qemu = start_qemu("-m", "64M")
 
     async def main() -> None:
         async with Monitor.connect(qemu.qmp) as monitor:
             waiting = asyncio.create_task(_await_end(monitor))
-            qemu.pause()  # so that the commands are certainly unanswered
+            qemu.pause()  # so that the commands cannot be answered
             arguments = {"command-line": "info mtree"} if "human" in command else {}
             tasks = [
                 asyncio.create_task(monitor.execute_raw(command, arguments)) for _ in range(12)
@@ -183,14 +183,14 @@ def test_stopped_qemu_times_out(start_qemu: StartQemu) -> None:
                 await monitor.execute("query-status")
             assert caught.value.code == "monitor-timeout"
             qemu.resume()
-            # The late answer is dropped; the next question gets its own.
+            # The late answer is dropped. The next command gets its own answer.
             assert await monitor.execute("query-name", timeout=10) == {}
 
     run(main())
 
 
 def test_connect_to_stopped_qemu_times_out(start_qemu: StartQemu) -> None:
-    """Nobody is served, nobody accepts: that is not the same as a busy socket."""
+    """QEMU accepts no connection. This must not be reported as a busy socket."""
     qemu = start_qemu("-m", "64M")
 
     async def main() -> None:
@@ -247,7 +247,7 @@ def test_tcp(start_qemu: StartQemu) -> None:
 
 
 def test_proxy_is_detected(start_qemu: StartQemu, tmp_path: Path) -> None:
-    """A forwarder in another process: the peer's pid does not own the vCPU threads."""
+    """If another process forwards the socket, the peer does not own the vCPU threads."""
     qemu = start_qemu("-m", "64M")
     front = str(tmp_path / "front")
     ready, tell = os.pipe()
@@ -275,7 +275,7 @@ def test_proxy_is_detected(start_qemu: StartQemu, tmp_path: Path) -> None:
 
 
 def _forward(front: str, back: str, tell: int) -> None:
-    """Serve one client of `front` by `back`, in a process of its own."""
+    """Forward one client of ``front`` to ``back``, in a process of its own."""
     import select  # noqa: PLC0415
 
     try:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Servers that are not QEMU, or lie: always one of our errors, soon, in bounded memory.
+"""Test servers that are not QEMU or send false answers: the client fails soon, in bounded memory.
 
-The servers are threads with plain sockets, so that each byte they say is in view here.
+The servers are threads with plain sockets, so that these tests control every byte.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MIB = 1 << 20
 
 @contextlib.contextmanager
 def serve(path: Path, talk: Callable[[socket.socket], None]) -> Iterator[str]:
-    """Accept one client at `path` and hand it to `talk` in a thread."""
+    """Accept one client at ``path`` and pass it to ``talk`` in a thread."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     listener.listen(4)
@@ -43,7 +43,7 @@ def serve(path: Path, talk: Callable[[socket.socket], None]) -> Iterator[str]:
                 client.settimeout(20)
                 talk(client)
         except OSError:
-            return  # the client has left, as it should
+            return  # the client has disconnected, as expected
 
     thread = threading.Thread(target=main, daemon=True)
     thread.start()
@@ -58,9 +58,9 @@ def serve(path: Path, talk: Callable[[socket.socket], None]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def memory_growth_below(limit: int) -> Iterator[None]:
-    """Assert that resident memory never rises by `limit` bytes or more within the block.
+    """Check that resident memory grows by less than ``limit`` bytes within the block.
 
-    ru_maxrss would not do: it remembers the peak of every test before.
+    ru_maxrss is not suitable, because it includes the peak of earlier tests.
     """
     status = Path("/proc/self/status")
 
@@ -75,7 +75,7 @@ def memory_growth_below(limit: int) -> Iterator[None]:
 
 
 def flood(start: bytes, byte: bytes, end: bytes = b"") -> Callable[[socket.socket], None]:
-    """Send 100 MB of `byte`, between `start` and `end`."""
+    """Send 100 MB of ``byte`` between ``start`` and ``end``."""
 
     def talk(client: socket.socket) -> None:
         client.sendall(start)
@@ -98,7 +98,7 @@ def say(data: bytes, wait: bool = True) -> Callable[[socket.socket], None]:
 
 
 def silent_then_check(client: socket.socket) -> None:
-    """Say nothing; nobody may send anything either."""
+    """Send nothing, and check that the client sends nothing either."""
     assert client.recv(1) == b""
 
 
@@ -159,7 +159,7 @@ def test_bad_greetings(case: str, tmp_path: Path) -> None:
     assert len(str(caught.value)) < 1000
 
 
-# --- a server that greets, and then lies ---
+# --- a server that greets correctly and then sends false answers ---
 
 MTREE = (
     'FlatView #0\r\n AS "memory", root: system\r\n Root memory region: system\r\n'
@@ -199,7 +199,7 @@ HONEST: dict[str, object] = {
 
 
 def qmp_server(lies: Mapping[str, object]) -> Callable[[socket.socket], None]:
-    """Answer as QEMU does, except where told to lie. A lie of bytes is sent as it is."""
+    """Answer like QEMU, except for the given lies. A lie of type bytes is sent unchanged."""
 
     def answer(request: dict[str, Any]) -> bytes:
         name, arguments = request["execute"], request.get("arguments", {})
@@ -249,14 +249,14 @@ def test_honest_server_works(tmp_path: Path) -> None:
 
 
 NONSENSE: list[object] = [None, 7, -1, 1.5, "x", True, [], {}, [[]], [{}], {"return": 1}, [None]]
-#: Answers that these commands may truly give, besides those of HONEST.
+#: Valid answers of these commands, besides those of HONEST.
 LEGAL: dict[str, list[object]] = {
     "query-memory-devices": [[]],
-    "query-balloon": [None],  # null is taken for "there is none"
+    "query-balloon": [None],  # null means that it is absent
     "query-migrate": [None, {}, {"return": 1}],
     "query-dirty-rate": [None, {}, {"return": 1}],
-    "query-stats": [[], [{}]],  # another provider's, for all we know
-    "query-memdev": [[], [{}]],  # then there is no RAM that we know, but no contradiction
+    "query-stats": [[], [{}]],  # may belong to another provider
+    "query-memdev": [[], [{}]],  # no known RAM, but no contradiction
     "info numa": ["x"],
     "qom-get": NONSENSE,
 }
@@ -350,7 +350,7 @@ def test_inconsistent_answers(case: str, tmp_path: Path) -> None:
         ("error without id", "during query-kvm it sent Server sent an error"),
     ],
 )
-def test_protocol_error_is_not_a_dead_qemu(case: str, cause: str, tmp_path: Path) -> None:
+def test_protocol_error_is_not_reported_as_exit(case: str, cause: str, tmp_path: Path) -> None:
     async def main(path: str) -> None:
         async with Monitor.connect(path) as monitor:
             await monitor.execute("query-kvm")
@@ -376,7 +376,7 @@ def test_malformed_events_are_ignored(tmp_path: Path) -> None:
 
 
 def test_event_flood_is_bounded(tmp_path: Path) -> None:
-    """100 MB of them, with a reader that never reads."""
+    """100 MB of events arrive while the reader does not read."""
     event = b'{"event": "NOISE", "data": {"a": "%s"}}\n' % (b"x" * 1000)
     reply = b'{"return": {}, "id": "__qmp#00000"}\n'
 
@@ -411,7 +411,7 @@ def test_unstable_map_fails(tmp_path: Path) -> None:
         inner = qmp_server(lies)
 
         class Tap:
-            """Changes the map each time somebody has asked for it."""
+            """Change the map after each query."""
 
             def sendall(self, data: bytes) -> None:
                 nonlocal calls

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The plugin in a real QEMU, where there is nothing it could keep: TCG, or a KVM that cannot.
+"""Test the plugin in a real QEMU that cannot prefault: with TCG, or with a KVM without the ioctl.
 
-What it does where KVM can is in tests/nested/test_plugin.py.
+tests/nested/test_plugin.py tests it where KVM can prefault.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def plugin(*options: str) -> list[str]:
 
 
 def start(start_qemu: StartQemu, *options: str) -> Qemu:
-    """A QEMU under KVM with the plugin, when its machine is there: QMP answers only then."""
+    """Start a QEMU under KVM with the plugin. QMP answers once its machine is complete."""
     qemu = start_qemu("-m", "64M", *plugin(*options), accel="kvm")
     QmpClient(qemu.qmp).close()
     return qemu
@@ -75,7 +75,7 @@ def control(start_qemu: StartQemu, tmp_path: Path) -> Iterator[Callable[..., Con
 
 
 def run_qemu(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A QEMU that is told to quit at once."""
+    """Run a QEMU that quits at once."""
     assert QEMU
     return subprocess.run(
         [QEMU, "-nodefaults", "-display", "none", "-S", "-qmp", "stdio", *arguments],
@@ -155,9 +155,9 @@ def test_stale_socket_is_reused(start_qemu: StartQemu, tmp_path: Path) -> None:
 
 @needs_kvm
 def test_other_user_is_rejected(control: Callable[..., Control], tmp_path: Path) -> None:
-    """Even where the file's mode would let one in."""
+    """The plugin rejects the user even if the file's mode allows access."""
     if os.geteuid() != 0:
-        pytest.skip("only root can become somebody else")
+        pytest.skip("only root can become another user")
     control()
     for directory in (tmp_path, *tmp_path.parents):
         if directory.stat().st_uid == 0 and str(directory).startswith("/tmp/"):
@@ -251,7 +251,7 @@ def test_batch_ends_with_its_client(control: Callable[..., Control]) -> None:
 
 @needs_kvm
 def test_tool_uses_the_plugin(start_qemu: StartQemu) -> None:
-    """No right to trace is needed: what acts is in there already."""
+    """The tool needs no right to trace, because the plugin is already in QEMU."""
     qemu = start(start_qemu)
     found = find_control_socket(Process.find(qemu.pid))
     assert found and found.exists()

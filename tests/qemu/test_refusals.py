@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Moments and hosts at which the tool must keep its hands off: which status, which reason."""
+"""Test the guest states and hosts in which the tool must refuse, with the status and reason."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def vm_of(start_qemu: StartQemu, tmp_path: Path) -> StartVm:
 
 @contextmanager
 def untouched(vm: QemuVm) -> Iterator[None]:
-    """Nothing was done to the guest, and nothing is left in QEMU."""
+    """Check that a block changes nothing in the guest and leaves nothing in QEMU."""
     status, memory = vm.qmp.status(), anonymous_bytes(vm.pid)
     vm.qmp.events.clear()
     yield
@@ -52,7 +52,7 @@ def check_refused(vm: QemuVm, code: str, *words: str) -> None:
             assert word in result.error["cause"] + result.error["remedy"]
 
 
-# --- what cannot be ---
+# --- unsupported guests ---
 
 
 def test_tcg_guest_has_no_stage2(vm_of: StartVm) -> None:
@@ -89,7 +89,7 @@ def test_probe_of_an_unsupported_guest(vm_of: StartVm, accel: str) -> None:
     assert findings["populate"]["verdict"] == "ok"
 
 
-# --- moments ---
+# --- guest states ---
 
 
 def test_precopy_source(vm_of: StartVm) -> None:
@@ -119,9 +119,7 @@ def test_migrated_guest(vm_of: StartVm, tmp_path: Path) -> None:
     )
     vm.qmp.execute("migrate", uri=f"exec:cat >{tmp_path}/state")
     vm.qmp.wait_migration("completed")
-    wait_for(
-        lambda: vm.qmp.status() == "postmigrate", "QEMU tells of the end first, then gets there"
-    )
+    wait_for(lambda: vm.qmp.status() == "postmigrate", "the run state follows the completion event")
     check_refused(vm, "migration", "query-status: postmigrate", "destination")
 
 
@@ -130,7 +128,7 @@ def test_incoming_ram_not_loaded(vm_of: StartVm) -> None:
 
 
 def test_incoming_ram_while_loading(vm_of: StartVm, tmp_path: Path) -> None:
-    """A source that sends at a crawl."""
+    """The source sends very slowly."""
     source = vm_of("-m", "64M", paused=False)
     target = vm_of("-m", "64M", "-incoming", f"unix:{tmp_path}/migration")
     source.qmp.execute("migrate-set-parameters", max_bandwidth=4096)
@@ -140,7 +138,7 @@ def test_incoming_ram_while_loading(vm_of: StartVm, tmp_path: Path) -> None:
 
 
 def test_postcopy(vm_of: StartVm, tmp_path: Path) -> None:
-    """On the destination, missing pages have to come from the source first."""
+    """On the destination, missing pages must come from the source first."""
     source = vm_of("-m", "64M", paused=False)
     target = vm_of("-m", "64M", "-incoming", "defer")
     capabilities = [{"capability": name, "state": True} for name in ("postcopy-ram", "events")]
@@ -197,7 +195,7 @@ def test_guest_panicked(vm_of: StartVm) -> None:
     check_refused(vm, "guest-state", "query-status: guest-panicked")
 
 
-# --- who else is there ---
+# --- other clients ---
 
 
 def test_busy_monitor_fails_fast(vm_of: StartVm) -> None:
@@ -218,7 +216,7 @@ def test_busy_monitor_fails_fast(vm_of: StartVm) -> None:
 
 @pytest.fixture
 def memory_cgroup() -> Iterator[Callable[[int], Path]]:
-    """Makes memory cgroups with a limit in bytes below our own, v1 or v2."""
+    """Yield a function that makes memory cgroups (v1 or v2) with a limit in bytes below our own."""
     made: list[Path] = []
 
     def ours() -> tuple[Path, bool]:
@@ -230,19 +228,19 @@ def memory_cgroup() -> Iterator[Callable[[int], Path]]:
                 return (inside if inside.is_dir() else base), False
         unified = Path("/sys/fs/cgroup")
         if "memory" not in (unified / "cgroup.subtree_control").read_text().split():
-            pytest.skip("no memory controller can be used here")
+            pytest.skip("no memory controller is available here")
         return unified, True
 
     def make(limit: int) -> Path:
         if os.geteuid() != 0:
-            pytest.skip("it takes root to make a cgroup")
+            pytest.skip("only root can make a cgroup")
         parent, v2 = ours()
         group = parent / f"qemu-prefault-test-{os.getpid()}-{len(made)}"
         try:
             group.mkdir()
             (group / ("memory.max" if v2 else "memory.limit_in_bytes")).write_text(str(limit))
         except OSError as error:
-            pytest.skip(f"a memory cgroup cannot be made here: {error}")
+            pytest.skip(f"cannot make a memory cgroup: {error}")
         made.append(group)
         return group
 
@@ -259,17 +257,17 @@ def out_of_memory_kills(group: Path) -> int:
             for line in (group / name).read_text().splitlines():
                 if line.startswith("oom_kill "):
                     return int(line.split()[1])
-    raise AssertionError("this cgroup does not count")
+    raise AssertionError("this cgroup does not account memory")
 
 
 def test_cgroup_limit_is_respected(vm_of: StartVm, memory_cgroup: Callable[[int], Path]) -> None:
-    """512 MiB of guest in 200 MiB of cgroup: populating would have QEMU killed."""
+    """A 512 MiB guest is in a 200 MiB cgroup. Populating all of it would get QEMU killed."""
     group = memory_cgroup(200 * MIB)
     vm = vm_of("-m", "512M")
     (group / "cgroup.procs").write_text(str(vm.pid))
     check_refused(vm, "no-memory", group.name, "needs 511.", "--force", "--max-bytes")
     assert out_of_memory_kills(group) == 0
-    # What fits is done.
+    # The part that fits is populated.
     assert vm.prefault("--populate-only", "--max-bytes", "64M").status == 0
     assert vm.prefault("--populate-only", "--populate", "resident").status == 0
     assert out_of_memory_kills(group) == 0
@@ -286,14 +284,14 @@ def test_ancestor_cgroup_limit_is_respected(
         vm = vm_of("-m", "512M")
         (inner / "cgroup.procs").write_text(str(vm.pid))
     except OSError as error:
-        pytest.skip(f"no cgroup in a cgroup: {error}")
+        pytest.skip(f"cannot make a nested cgroup: {error}")
     check_refused(vm, "no-memory", group.name)
     vm.qemu.kill()
     inner.rmdir()
 
 
 def test_force_overrides_the_limit(vm_of: StartVm, memory_cgroup: Callable[[int], Path]) -> None:
-    """The operator knows better; here, that the limit is about to be raised."""
+    """The operator may know that the limit is about to be raised."""
     group = memory_cgroup(200 * MIB)
     vm = vm_of("-m", "256M")
     (group / "cgroup.procs").write_text(str(vm.pid))
@@ -306,7 +304,7 @@ def test_force_overrides_the_limit(vm_of: StartVm, memory_cgroup: Callable[[int]
 
 
 def test_guest_larger_than_the_host(vm_of: StartVm) -> None:
-    """Overcommitted on purpose: left alone, unless the user says `all`, and then refused."""
+    """An overcommitted guest is not populated, and `--populate all` is refused."""
     total = int(Path("/proc/meminfo").read_text().split()[1]) >> 10  # MiB
     size = f"{total + 1024}M"
     backend = f"memory-backend-ram,id=ram,size={size},reserve=off"

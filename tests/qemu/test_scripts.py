@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The scripts of qmp_scripts/ beside a real QEMU; what needs the ioctl is in tests/nested."""
+"""Test the scripts of qmp_scripts/ on a real QEMU. tests/nested has the tests with the ioctl."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from support.qemu import MIB, QemuVm, StartQemu, kvm_usable, start_vm
 
 SCRIPTS = Path(__file__).parents[2] / "qmp_scripts"
 NAMES = sorted(path.name for path in SCRIPTS.iterdir() if os.access(path, os.X_OK))
+#: Arguments that a script needs besides its socket.
 MORE_ARGUMENTS = {"prefault-incoming": ["tcp:127.0.0.1:0"], "prefault-restore": ["/no/state"]}
-"""What a script needs beside its socket."""
 QMP_SHELL = shutil.which("qmp-shell", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 StartVm = Callable[..., QemuVm]
 
 
 def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end; nothing it does may show a user a traceback."""
+    """Run a script and check that it prints no traceback."""
     done = subprocess.run(
         [sys.executable, SCRIPTS / name, *arguments],
         capture_output=True,
@@ -48,7 +48,7 @@ def vm_of(start_qemu: StartQemu, tmp_path: Path) -> StartVm:
     return start
 
 
-# --- what all have in common ---
+# --- all scripts ---
 
 
 def test_scripts_are_listed_in_both_readmes() -> None:
@@ -180,11 +180,11 @@ Watch = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def watch() -> Iterator[Watch]:
-    """Starts watch-stage2; returns when it has shown its first line of numbers."""
+    """Start watch-stage2, and wait until it has printed its first line of numbers."""
     watching: list[subprocess.Popen[str]] = []
 
     def start(vm: QemuVm, *arguments: str) -> subprocess.Popen[str]:
-        # Whoever started us in the background made us, and all we start, ignore Ctrl-C.
+        # A background job ignores SIGINT, and so do the processes it starts.
         command = ["env", "--default-signal=INT", sys.executable, str(SCRIPTS / "watch-stage2")]
         command += [*arguments, vm.qemu.qmp]
         process = subprocess.Popen(
@@ -261,7 +261,7 @@ def test_qmp_shell_accepts_every_line(vm_of: StartVm, tmp_path: Path, accel: str
         text=True,
         timeout=60,
         check=False,
-        env=os.environ | {"HOME": str(tmp_path)},  # it keeps a history there
+        env=os.environ | {"HOME": str(tmp_path)},  # for its history file
     )
     assert (done.returncode, done.stderr) == (0, "")
     replies = [part.strip() for part in done.stdout.split("(QEMU) ")[1:]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Guests where the real ioctl is, and the tool beside them."""
+"""Guests on a machine with the real ioctl, and runs of the tool on them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from qemu_prefault_lab.guest import Guest
 from .process import resident_bytes
 from .tool import Result, Tool
 
+#: MiB of a guest beside its workload's memory: its kernel, and memory that it never touches.
 OTHER_MIB = 96
-"""What a guest has beside its workload's memory: its kernel, and memory it never touches."""
+#: Arguments of snapshot-save and snapshot-load, for the disk of :func:`add_disk`.
 SNAPSHOT = {"tag": "s", "vmstate": "disk", "devices": ["disk"]}
-"""Arguments of snapshot-save and snapshot-load, with the disk of :func:`add_disk`."""
 
 
 class GuestOptions(TypedDict, total=False):
-    """Keywords of :class:`Guest`, for helpers that pass them on."""
+    """Keywords of :class:`Guest`, for functions that pass them on."""
 
     machine: str
     accel: str
@@ -48,13 +48,13 @@ class GuestOptions(TypedDict, total=False):
 
 
 class MakeGuest(Protocol):
-    """A fixture that makes guests, and kills them when the test ends."""
+    """A fixture that makes guests, which are killed at the end of the test."""
 
     def __call__(self, **options: Unpack[GuestOptions]) -> Guest: ...
 
 
+#: Called with the number of vCPUs, the workload's MiB, and ``kvm``.
 MakeSavedState = Callable[[int, int, bool], Path]
-"""Called with the number of vCPUs, the MiB of the workload, and ``kvm``."""
 SetThp = Callable[[str], str]
 
 
@@ -68,37 +68,37 @@ def prefault(guest: Guest, *arguments: str) -> Result:
 
 
 def start_incoming_tool(guest: Guest, *options: str) -> Tool:
-    """Start the tool with ``--incoming``; return when it awaits the guest, and populates."""
+    """Start the tool with ``--incoming`` and wait until it is ready for the guest."""
     tool = start_tool(guest, "--incoming", *options)
     tool.wait_ready()
     return tool
 
 
 def wait_migrated(source: Guest) -> None:
-    """Wait until an outgoing migration is completed."""
+    """Wait until an outgoing migration has completed."""
     while (status := source.wait_event("MIGRATION")["data"]["status"]) != "completed":
         assert status not in ("failed", "cancelled"), status
 
 
 def faults(guest: Guest) -> int:
-    """Stage-2 faults since QEMU started."""
+    """Return the stage-2 faults since QEMU started."""
     return guest.stats()["pf_taken"]
 
 
 def check_memory(guest: Guest) -> None:
-    """The guest answers, and finds in its memory what it wrote there."""
+    """Check that the guest answers and its memory still holds what it wrote."""
     assert guest.command("pass")["bad"] == 0
 
 
 def faults_of_pass(guest: Guest) -> int:
-    """Stage-2 faults of a running guest while it writes all of its memory."""
+    """Return the stage-2 faults of a running guest while it writes all of its memory."""
     before = faults(guest)
     check_memory(guest)
     return faults(guest) - before
 
 
 class Follower:
-    """``qemu-prefault --follow --json``. A context manager; entering it waits for the first run.
+    """``qemu-prefault --follow --json``. A context manager that waits for the first run.
 
     :param target: ``--qmp PATH`` or ``--domain NAME``.
     """
@@ -120,28 +120,28 @@ class Follower:
         self.process.communicate()
 
     def event(self) -> dict[str, Any]:
-        """Wait for the next event."""
+        """Wait for the next event and return it."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line, f"it has ended with {self.process.wait()}"
+        assert line, f"the tool ended with {self.process.wait()}"
         event: dict[str, Any] = json.loads(line)
         return event
 
     def prefaulted(self) -> dict[str, Any]:
-        """Wait for the next run's event, and skip others."""
+        """Wait for the next run's event, skipping others."""
         while (event := self.event())["event"] != "prefaulted":
             pass
         return event
 
 
 def mapped_bytes(guest: Guest) -> int:
-    """Bytes in the stage-2 tables."""
+    """Return the number of bytes mapped in the stage-2 tables."""
     stats = guest.stats()
     return (stats["pages_4k"] << 12) + (stats["pages_2m"] << 21) + (stats["pages_1g"] << 30)
 
 
 def plug_dimm(guest: Guest, size: int, name: str = "d0") -> None:
-    """Plug the device ``dimm-NAME``, of a backend NAME; the guest takes it when it runs."""
+    """Plug the DIMM ``dimm-NAME`` with the backend NAME. The guest must run to accept it."""
     guest.qmp("object-add", qom_type="memory-backend-ram", id=name, size=size)
     guest.qmp("device_add", driver="pc-dimm", id=f"dimm-{name}", memdev=name)
 
@@ -155,7 +155,7 @@ def run_job(guest: Guest, command: str, **arguments: Any) -> None:
 
 
 def add_disk(guest: Guest, path: Path) -> None:
-    """A qcow2 image, to keep snapshots in."""
+    """Add a qcow2 disk that can hold snapshots."""
     run_job(guest, "blockdev-create", options={"driver": "file", "filename": str(path), "size": 0})
     guest.qmp("blockdev-add", driver="file", node_name="file", filename=str(path))
     run_job(guest, "blockdev-create", options={"driver": "qcow2", "file": "file", "size": 1 << 20})
@@ -163,17 +163,17 @@ def add_disk(guest: Guest, path: Path) -> None:
 
 
 def ram_hva(guest: Guest) -> int:
-    """Where QEMU has the guest's first byte."""
+    """Return the host virtual address of the guest's first byte in QEMU."""
     return int(guest.hmp("gpa2hva 0").split()[-1], 16)
 
 
 def ram_resident(guest: Guest) -> int:
-    """Bytes of the guest's RAM that are there; QEMU's own memory comes and goes."""
+    """Return the resident bytes of the guest's RAM, without QEMU's own memory."""
     return resident_bytes(guest.pid, ram_hva(guest))
 
 
 def ram_checksum(guest: Guest, backend: str = "ram") -> int:
-    """CRC of the guest's RAM, read from QEMU's memory behind its back."""
+    """Return the CRC of the guest's RAM, read from QEMU's memory without using the monitor."""
     size = next(m["size"] for m in guest.qmp("query-memdev") if m["id"] == backend)
     hva = ram_hva(guest)
     value = 0

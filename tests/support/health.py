@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The health of a guest that runs a whole distribution."""
+"""Check the health of a guest that runs a whole distribution."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 
-# Every WARN() begins by a line to cut at. That a CPU is vulnerable is a "WARNING:" as well.
+# Every WARN() prints a "cut here" line. "WARNING:" alone is also printed for CPU vulnerabilities.
 TROUBLE = re.compile(
     r"cut here|BUG:|Oops:|Call Trace:|general protection fault|Bad page|Out of memory|"
     r"EXT4-fs error|I/O error|blocked for more than|Machine Check"
@@ -18,9 +18,10 @@ class UnhealthyGuestError(AssertionError):
 
 
 def check_log(log: str) -> None:
-    """Check that the kernel's log shows no trouble.
+    """Check that the kernel's log has no errors.
 
-    :raises UnhealthyGuestError: It does; the message has the lines, the exception the log.
+    :raises UnhealthyGuestError: The log has errors. The message has their lines, the exception has
+        the whole log.
     """
     lines = log.splitlines()
     for number, line in enumerate(lines):
@@ -30,12 +31,12 @@ def check_log(log: str) -> None:
 
 
 def check_health(shell: Callable[[str], str], dmesg: str = "dmesg") -> None:
-    """Check that the system is up, that no unit has failed, and that the log shows no trouble.
+    """Check that the system is up, no unit has failed, and the kernel's log has no errors.
 
-    :param shell: Runs a command in the guest and returns its output, whatever its exit status.
-        It waits long enough for a boot to finish.
+    :param shell: Run a command in the guest and return its output, whatever its exit status. It
+        must wait long enough for a boot to finish.
     :param dmesg: The command that prints the log.
-    :raises UnhealthyGuestError: One of these does not hold.
+    :raises UnhealthyGuestError: One of these checks failed.
     """
     state = shell("systemctl is-system-running --wait").strip()
     failed = shell("systemctl --failed --no-legend --plain").strip()

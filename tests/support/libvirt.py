@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the tests of libvirt share; not on a developer's host, whose libvirt they would rewrite."""
+"""Code that the libvirt tests share. They rewrite the host's libvirt, so they run in the lab."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pytest
 
 from qemu_prefault_lab.libvirtd import LabDomain
 
-if not Path("/lab/agent.py").exists() or not Path("/usr/sbin/libvirtd").exists():
-    pytest.skip("only in the lab's variant libvirt", allow_module_level=True)
+if not Path("/lab/command_server.py").exists() or not Path("/usr/sbin/libvirtd").exists():
+    pytest.skip("needs the lab's variant libvirt", allow_module_level=True)
 
 WORKLOAD_MIB = 64
 PAGES = WORKLOAD_MIB * 256
-#: Faults that remain whatever is done: device registers, and odd corners of the firmware.
+#: Faults that cannot be avoided: on device registers and on some memory of the firmware.
 MAX_RESIDUAL_FAULTS = 60
-#: Where a daemon is told to listen, and its unit has it listen by itself.
+#: The address on which the tests' daemon serves metrics. Its unit uses the same one by default.
 METRICS_ADDRESS = "127.0.0.1:9469"
 
 WriteHookConfig = Callable[[str], None]
@@ -39,13 +39,13 @@ class DomainOptions(TypedDict, total=False):
 
 
 class MakeDomain(Protocol):
-    """A fixture that makes domains, and destroys them when the test ends."""
+    """A fixture that makes domains, which are destroyed at the end of the test."""
 
     def __call__(self, name: str, **options: Unpack[DomainOptions]) -> LabDomain: ...
 
 
 def run_tool(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run the command line; nothing it does may show a user a traceback."""
+    """Run the command line and check that it prints no traceback."""
     done = subprocess.run(
         ["qemu-prefault", *arguments],
         capture_output=True,
@@ -60,19 +60,19 @@ def run_tool(*arguments: str, timeout: float = 300) -> subprocess.CompletedProce
 
 
 def tool_output(*arguments: str, timeout: float = 300) -> str:
-    """Run the command line, which has to succeed; return its stdout."""
+    """Run the command line, which must succeed, and return its stdout."""
     done = run_tool(*arguments, timeout=timeout)
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
     return done.stdout
 
 
 def apparmor_label(domain: LabDomain) -> str:
-    """The AppArmor profile of the domain's QEMU, and its mode."""
+    """Return the AppArmor profile of the domain's QEMU with its mode."""
     return Path(f"/proc/{domain.process.pid}/attr/current").read_text().strip("\0\n")
 
 
 def read_metrics() -> str:
-    """What the daemon tells Prometheus; nothing if it does not listen."""
+    """Return the daemon's metrics, or an empty string if it does not listen."""
     try:
         with urllib.request.urlopen(f"http://{METRICS_ADDRESS}/metrics", timeout=30) as page:
             text: str = page.read().decode()

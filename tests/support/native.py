@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Programs of tests that are linked with the plugin's C files."""
+"""Build test programs that are linked with the plugin's C files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 import qemu_prefault
 
-#: The installed package's C files.
+#: The directory of the installed package's C files.
 NATIVE = Path(qemu_prefault.__file__).parent / "native"
 _FLAGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}")
 
@@ -19,7 +19,7 @@ _FLAGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}"
 def link_with_plugin(source: Path, output: Path, *flags: str) -> Path:
     """Compile a C file together with the plugin's, and return the output's path.
 
-    Skips the test if there is no C compiler.
+    Skip the test if no C compiler is installed.
     """
     if shutil.which("cc") is None:
         pytest.skip("cc is not installed")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What /proc shows of a QEMU: what the tool has left in it, and the memory it has."""
+"""Read a QEMU's state from /proc: its memory, and anything that the tool left in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qemu_prefault_lab.wait import wait_for
 
 
 def leftovers(pid: int) -> list[str]:
-    """Helper threads and helper mappings in a process."""
+    """List the helper threads and helper mappings in a process."""
     found = [f"thread {tid}" for tid in helper_threads(pid)]
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         if AREAS_FROM <= int(line.split("-")[0], 16) < AREAS_TO:
@@ -21,12 +21,12 @@ def leftovers(pid: int) -> list[str]:
 
 
 def wait_clean(pid: int) -> float:
-    """Wait until nothing of the tool is left in a process."""
-    return wait_for(lambda: not leftovers(pid), f"nothing of the tool left in process {pid}")
+    """Wait until a process has no helper threads and mappings; return the seconds that took."""
+    return wait_for(lambda: not leftovers(pid), f"the helpers have left process {pid}")
 
 
 def resident_bytes(pid: int, address: int) -> int:
-    """Rss of the mapping that holds the address, as the kernel counts it in smaps."""
+    """Return the Rss of the mapping that contains the address, from smaps."""
     inside = False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         first = line.split()[0]
@@ -39,7 +39,7 @@ def resident_bytes(pid: int, address: int) -> int:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """RssAnon: private memory that the process has."""
+    """Return RssAnon, the process's private resident memory."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) << 10
@@ -47,10 +47,10 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def tracers(pid: int) -> set[str]:
-    """Who traces any thread of the process."""
+    """Return the processes that trace any thread of the process."""
     found = set()
     for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
             for line in (task / "status").read_text().splitlines():
                 if line.startswith("TracerPid:"):
                     found.add(line.split()[1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A real QEMU of this machine's, and the tool beside it."""
+"""A real QEMU of this machine, and runs of the tool on it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ QEMU = shutil.which("qemu-system-x86_64")
 
 
 def kvm_usable() -> bool:
-    """Whether /dev/kvm can be opened here."""
+    """Return whether /dev/kvm can be opened."""
     return os.access("/dev/kvm", os.R_OK | os.W_OK)
 
 
 @dataclass
 class Qemu:
-    """A running QEMU, the socket it listens on, and what it was started with."""
+    """A running QEMU, with the path of its socket and its arguments."""
 
     process: subprocess.Popen[bytes]
     qmp: str
@@ -39,7 +39,7 @@ class Qemu:
         return self.process.pid
 
     def kill(self) -> None:
-        """Kill it with SIGKILL and wait until it is gone."""
+        """Kill QEMU with SIGKILL and wait until it is gone."""
         self.process.kill()
         self.process.wait(20)
 
@@ -49,12 +49,12 @@ class Qemu:
         os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
 
     def resume(self) -> None:
-        """Let it go on."""
+        """Continue the process."""
         self.process.send_signal(signal.SIGCONT)
 
 
 def _await_listening(process: subprocess.Popen[bytes], ready: socket.socket) -> None:
-    """Return once QEMU has connected to our socket, which it does after all it listens on."""
+    """Wait until QEMU has connected to a socket, which it does after it listens on its others."""
     pidfd = os.pidfd_open(process.pid)
     try:
         readable, _, _ = select.select([ready.fileno(), pidfd], [], [], 30)
@@ -72,9 +72,9 @@ def _await_listening(process: subprocess.Popen[bytes], ready: socket.socket) -> 
 def launch(
     directory: Path, number: int, arguments: Sequence[str], accel: str, paused: bool
 ) -> Qemu:
-    """Start a QEMU with its sockets in a directory; return when it listens.
+    """Start a QEMU with its sockets in a directory, and wait until it listens.
 
-    :param number: Tells apart those that are started in one directory.
+    :param number: Distinguishes several QEMUs in one directory.
     """
     qmp, ready_path = str(directory / f"qmp{number}"), str(directory / f"ready{number}")
     ready = socket.socket(socket.AF_UNIX)
@@ -83,7 +83,7 @@ def launch(
     command = [QEMU or "", "-nodefaults", "-display", "none", "-accel", accel]
     command += ["-S"] if paused else []
     command += ["-qmp", f"unix:{qmp},server=on,wait=off", *arguments]
-    # Chardevs are created in the order given: when this one connects, -qmp listens.
+    # Chardevs are created in order: when this one connects, -qmp already listens.
     command += ["-chardev", f"socket,id=ready,path={ready_path}", "-mon", "ready,mode=control"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
     try:
@@ -93,7 +93,7 @@ def launch(
     return Qemu(process, qmp, accel, arguments)
 
 
-#: The fixture ``start_qemu``: arguments of QEMU; keywords ``accel`` and ``paused``.
+#: The fixture ``start_qemu``. It takes QEMU's arguments and the keywords ``accel`` and ``paused``.
 StartQemu = Callable[..., Qemu]
 
 
@@ -107,7 +107,7 @@ def run_tool(qemu: Qemu, *arguments: str) -> Result:
 
 @dataclass
 class QemuVm:
-    """A QEMU, and a second monitor of it that the tool does not touch."""
+    """A QEMU with a second monitor, which the tool does not use."""
 
     qemu: Qemu
     qmp: QmpClient
@@ -120,7 +120,7 @@ class QemuVm:
         return run_tool(self.qemu, *arguments)
 
     def command(self, name: str, *arguments: str) -> Result:
-        """Another command than the main one: probe, map, stats."""
+        """Run another command than the main one: probe, map or stats."""
         return Tool([name, "--qmp", self.qemu.qmp, "--json", *arguments]).finish()
 
 

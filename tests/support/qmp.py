@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A monitor of a QEMU that the tool does not use, to see from aside what the tool does."""
+"""A QMP client on a monitor that the tool does not use, to observe the tool's effects."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qemu_prefault_lab.qmp import Qmp
 
 
 class QmpClient(Qmp):
-    """The lab's QMP client on a socket's path. Every wait has a deadline."""
+    """The lab's QMP client, connected to a socket path. Every wait has a deadline."""
 
     def __init__(self, path: str) -> None:
         connection = socket.socket(socket.AF_UNIX)
@@ -22,6 +22,6 @@ class QmpClient(Qmp):
         return status
 
     def wait_migration(self, status: str) -> None:
-        """Take MIGRATION events up to the one with this status."""
+        """Consume MIGRATION events up to the one with this status."""
         while self.wait_event("MIGRATION")["data"]["status"] != status:
             pass

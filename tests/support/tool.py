@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command line as a process of its own, and what it came to."""
+"""Run the command line as a process, and collect its result."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 
 
 def _import_product() -> Callable[[], None]:
-    """Import what runs use, once for all that are forked; return the entry point.
+    """Import the modules that runs need before forking them; return the entry point.
 
-    Not at the top: avocado-vt has a package called qemu, which hides qemu.qmp.
+    The imports are not at the top, because avocado-vt has a package ``qemu`` that hides qemu.qmp.
     """
     import qemu_prefault.api  # noqa: F401, PLC0415
     from qemu_prefault.cli.main import main  # noqa: PLC0415
@@ -29,7 +29,7 @@ def _import_product() -> Callable[[], None]:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run came to. ``stdout`` holds JSON if the run was asked for it."""
+    """The result of a run. ``stdout`` holds JSON if the run was asked for it."""
 
     status: int
     stdout: str
@@ -51,7 +51,7 @@ class Result:
         return error
 
     def complete(self) -> dict[str, Any]:
-        """The report of a run that succeeded and left no requested byte out."""
+        """The report of a run that succeeded for every requested byte."""
         assert self.status == 0, (self.status, self.stdout, self.stderr)
         report = self.report
         assert report["bytes"]["remaining"] == 0, report
@@ -61,10 +61,10 @@ class Result:
 class Tool:
     """A run of the command line in a process of its own.
 
-    By default it is forked, not executed: Python's start is the same each time, and takes most
-    of the time under emulation.
+    By default it is forked instead of executed, because starting Python takes most of the time
+    under emulation.
 
-    :param uid: Become this user first, who need not be able to read our Python.
+    :param uid: Become this user first. The user need not be able to read the Python installation.
     :param fork: False executes a new Python, for a caller that has threads.
     """
 
@@ -97,7 +97,7 @@ class Tool:
                 os.setgroups([])
                 os.setresgid(self._uid, self._uid, self._uid)
                 os.setresuid(self._uid, self._uid, self._uid)
-            # Whoever started us in the background made us, and all we fork, ignore it.
+            # A background job ignores SIGINT, and so do the processes it forks.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             faulthandler.register(signal.SIGUSR2, file=2)
             main()
@@ -128,7 +128,7 @@ class Tool:
         )
 
     def running(self, timeout: float = 0) -> bool:
-        """Whether it still runs ``timeout`` seconds from now."""
+        """Return whether the run still continues ``timeout`` seconds from now."""
         if self.status is None and select.select([self._pidfd], [], [], timeout)[0]:
             self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
             os.close(self._pidfd)
@@ -139,16 +139,16 @@ class Tool:
             os.kill(self.pid, number)
 
     def wait_ready(self, timeout: float = 300) -> None:
-        """Wait until it awaits an incoming guest."""
+        """Wait until the tool is ready for an incoming guest."""
         for _ in range(int(timeout / 0.05)):
             if self.has_said("ready"):
                 return
             if not self.running(0.05):
                 break
-        assert self.has_said("ready"), f"the tool does not await a guest: {self._read(1)}"
+        assert self.has_said("ready"), f"the tool is not ready for a guest: {self._read(1)}"
 
     def finish(self, timeout: float = 120) -> Result:
-        """Wait for its end. A run that does not end says where it is, and is a failure."""
+        """Wait until the run ends. A run that hangs fails the test with its stack trace."""
         hung = self.running(timeout)
         if hung:
             self.send_signal(signal.SIGUSR2)
@@ -162,9 +162,9 @@ class Tool:
         return Result(self.status, stdout, stderr)
 
     def has_said(self, text: str) -> bool:
-        """Whether this is on its stderr already."""
+        """Return whether stderr contains a text so far."""
         return text in self._read(1)
 
     def _read(self, index: int) -> str:
-        fd = self._files[index].fileno()  # its offset is the run's own
+        fd = self._files[index].fileno()  # do not move the run's file offset
         return os.pread(fd, os.fstat(fd).st_size, 0).decode()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The public API as its users see it: complete, typed, and 0.1's names still there."""
+"""Test the public API from a user's view: complete, typed, and with 0.1's names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_help_shows_the_api() -> None:
     assert "prefault_async(" in text and "class Options" in text
 
 
-def test_unknown_name_is_an_attribute_error() -> None:
+def test_unknown_name_raises_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nonesuch'"):
         _ = qemu_prefault.nonesuch
 
@@ -86,7 +86,7 @@ def test_downstream_script_is_fully_typed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-# --- 0.1's names ---
+# --- names of 0.1 ---
 
 
 def test_deprecated_policy_is_options() -> None:
@@ -119,7 +119,7 @@ def test_deprecated_modules_still_work(module: str, names: tuple[str, ...]) -> N
     assert [name for name in names if not hasattr(found, name)] == []
 
 
-def test_old_lab_module_says_where_it_went(capsys: pytest.CaptureFixture[str]) -> None:
+def test_old_lab_module_names_its_successor(capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
         runpy.run_module("qemu_prefault.lab", run_name="__main__")
     assert ended.value.code == 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The summary of an avocado job, on results that avocado itself wrote."""
+"""Test the summary of an avocado job on results that avocado wrote."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DISTRO_ROW = {"distro": "debian13", "moment": "boot", "pages": "never", "machine
               "with": SAMPLE}  # fmt: skip
 VT_ROW = {"moment": "restore", "without": 19740, "with": 0}
 
-# Whiteboards that are not ours. Each of the first is one test of the job below.
+# Whiteboards that other tests may write. Each one is written by one test of the job below.
 STORED = {
     "empty": "",
     "text": "KVM version: 6.12\nQEMU version: 10.0",
@@ -37,7 +37,7 @@ OTHER = [
     json.dumps([VT_ROW]) * 2,
 ]
 OWN = {"own_vt": json.dumps([VT_ROW]), "own_distro": json.dumps([DISTRO_ROW])}
-# avocado cannot store this, and ends the test with an error.
+# avocado cannot store this whiteboard. The test ends with an error.
 UNSTORABLE = {"none": None}
 PASSING = 1 + len(STORED) + len(OWN)
 JOB = f"""
@@ -59,21 +59,21 @@ class Whiteboard(Test):
 
 @pytest.fixture(scope="module")
 def runner() -> ModuleType:
-    """avocado/run.py as a module."""
+    """Load avocado/run.py as a module."""
     spec = importlib.util.spec_from_file_location("avocado_run", AVOCADO / "run.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # for its dataclasses
+    sys.modules[spec.name] = module  # the module's dataclasses need this
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
 def job(runner: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return the results.json of a job with a test for each of the whiteboards above."""
+    """Return the results.json of a job with one test per whiteboard."""
     directory = tmp_path_factory.mktemp("job")
     (directory / "job.py").write_text(JOB)
-    with contextlib.suppress(FailedError):  # some of its tests fail
+    with contextlib.suppress(FailedError):  # some tests of the job fail
         runner.python_on(
             runner.site(runner.REQUIREMENTS), "-m", "avocado", "run", str(directory / "job.py"),
             "--job-results-dir", str(directory), "--disable-sysinfo",
@@ -83,10 +83,10 @@ def job(runner: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 class SumUp(Protocol):
-    """Sum up some of the job's tests; return the exit status and the lines printed."""
+    """Sum up some of the job's tests; return the exit status and the printed lines."""
 
     def __call__(self, *statuses: str, whiteboard: str | None = None) -> tuple[int, list[str]]:
-        """:param whiteboard: what those tests left, instead of their own."""
+        """:param whiteboard: The whiteboard of those tests, instead of their own."""
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_avocado_stores_the_whiteboards(job: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("whiteboard", [*STORED.values(), *OTHER])
-def test_other_whiteboards_have_no_rows(sum_up: SumUp, whiteboard: str) -> None:
+def test_foreign_whiteboards_have_no_rows(sum_up: SumUp, whiteboard: str) -> None:
     status, lines = sum_up("PASS", "CANCEL", whiteboard=whiteboard)
     assert status == 0
     assert not [line for line in lines if line.startswith("|")]
@@ -129,7 +129,7 @@ def test_own_rows_are_a_table(sum_up: SumUp, row: dict[str, Any], cells: str) ->
 
 
 def test_whole_job_is_summed_up(sum_up: SumUp) -> None:
-    """Rows of ours beside whiteboards of others, and a test that failed."""
+    """The job has this project's rows, other whiteboards and a failed test."""
     status, lines = sum_up("PASS", "FAIL", "ERROR", "CANCEL")
     assert status == 1
     assert any(line.startswith("| debian13 | pc |") for line in lines)
@@ -141,6 +141,6 @@ def test_whole_job_is_summed_up(sum_up: SumUp) -> None:
 def test_job_without_results_failed(
     runner: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """avocado writes no results.json if it found no test to run."""
+    """avocado writes no results.json if it finds no test to run."""
     assert runner.sum_up([tmp_path]) == 1
     assert "ran no test" in capsys.readouterr().out

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command line as users and scripts meet it: as a process, with real streams."""
+"""Test the command line as a process with real streams."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def spawn(command: Sequence[str | Path], **options: Any) -> subprocess.Completed
 
 
 def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the tool; nothing it does may show a user a traceback."""
+    """Run the tool and check that it prints no traceback."""
     done = spawn([*TOOL, *arguments], **options)
     if "--debug" not in arguments:
         assert "Traceback" not in (done.stderr or ""), done.stderr
@@ -41,11 +41,11 @@ def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def shell(script: str) -> subprocess.CompletedProcess[str]:
-    """Run a shell script in which ``$tool`` is the tool."""
+    """Run a shell script that finds the tool's command in ``$tool``."""
     return spawn(["bash", "-c", script], env=os.environ | {"tool": " ".join(TOOL)})
 
 
-# --- quick ---
+# --- imports ---
 
 
 def test_help_imports_no_heavy_modules() -> None:
@@ -122,7 +122,7 @@ def test_domain_names_a_monitor(arguments: list[str], says: str) -> None:
     assert done.returncode == 2 and says in done.stderr
 
 
-# --- reading values ---
+# --- parsing values ---
 
 
 @pytest.mark.parametrize(
@@ -203,13 +203,13 @@ USAGE = {
     "a bad size": (["--max-bytes", "much"], "512M"),
     "a bad range": (["--range", "1M"], "4G+1G"),
     "bad vCPUs": (["--vcpus", "3-1"], "0,2-3"),
-    "a chunk that is no page": (["--chunk", "5000"], "multiple of 4096"),
-    "a chunk of nothing": (["--chunk", "0"], "multiple of 4096"),
-    "a budget below a page": (["--max-bytes", "1K"], "at least one page"),
-    "an unknown policy": (["--populate", "some"], "resident"),
-    "an agent there is not": (["--agent", "telepathy"], "attach"),
-    "a pid of zero": (["--pid", "0"], "x>=1"),
-    "an unknown option": (["--fast"], "--fast"),
+    "unaligned chunk": (["--chunk", "5000"], "multiple of 4096"),
+    "empty chunk": (["--chunk", "0"], "multiple of 4096"),
+    "budget below a page": (["--max-bytes", "1K"], "at least one page"),
+    "unknown policy": (["--populate", "some"], "resident"),
+    "unknown agent": (["--agent", "telepathy"], "attach"),
+    "pid zero": (["--pid", "0"], "x>=1"),
+    "unknown option": (["--fast"], "--fast"),
 }
 
 
@@ -235,12 +235,12 @@ def test_missing_socket_option_is_a_usage_error(command: list[str]) -> None:
     assert "--qmp SOCK" in done.stderr
 
 
-# --- failing ---
+# --- failures ---
 
 
 @pytest.fixture
 def foreign_socket(tmp_path: Path) -> Path:
-    """A listening socket that only root may connect to."""
+    """Return a listening socket that only root may connect to."""
     path = tmp_path / "private"
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
@@ -277,7 +277,7 @@ def test_socket_without_listener(tmp_path: Path) -> None:
     assert str(path) in done.stderr
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to become somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_socket_without_permission(foreign_socket: Path) -> None:
     readable = spawn([*DEMOTE, *TOOL, "--version"])
     if readable.returncode != 0:
@@ -339,7 +339,7 @@ def test_json_error_is_one_object(arguments: list[str]) -> None:
     assert answer["exit"] == done.returncode > 0
     assert set(answer["error"]) == {"code", "cause", "remedy"}
     assert all(answer["error"].values())
-    assert answer["error"]["cause"] in done.stderr  # people see it as well
+    assert answer["error"]["cause"] in done.stderr  # also printed for people
 
 
 def test_probe_pid_prints_json() -> None:
@@ -353,7 +353,7 @@ def test_probe_pid_prints_json() -> None:
         assert finding["verdict"] == "ok" or finding["remedy"] or finding["check"] == "kvm"
 
 
-# --- streams that break ---
+# --- broken streams ---
 
 PROBE = f"$tool probe --pid {os.getpid()}"
 FAILING = "$tool --qmp /nowhere"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The conformance suite's own machinery: what becomes of cases that end badly, and of no KVM."""
+"""Test the machinery of the conformance suite: cases that end badly, and hosts without KVM."""
 
 from __future__ import annotations
 

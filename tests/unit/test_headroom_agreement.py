@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Python and C (the plugin) give one answer to how much more memory QEMU may take."""
+"""Check that Python and the C plugin compute the same headroom for the memory of QEMU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ V1_NONE = 0x7FFFFFFFFFFFF000  # LONG_MAX, rounded down to a page
 
 @dataclass(frozen=True)
 class Case:
-    """One cgroup's files, and the bytes it leaves; None: as much as it likes."""
+    """The files of one cgroup, and the bytes available in it. None means no limit."""
 
     name: str
     expected: int | None
@@ -38,7 +38,7 @@ class Case:
 
 
 MEMORY = (
-    Case("root of v2 has no limit", None, {"memory.stat": "inactive_file 5\n"}),
+    Case("v2 root has no limit", None, {"memory.stat": "inactive_file 5\n"}),
     Case("no limit set", None, {"memory.max": "max", "memory.high": "max", "memory.current": 7}),
     Case("max", 200, {"memory.max": 500, "memory.high": "max", "memory.current": 300}),
     Case("high is lower", 100, {"memory.max": 500, "memory.high": 400, "memory.current": 300}),
@@ -56,12 +56,12 @@ MEMORY = (
         },
     ),
     Case(
-        "even over the limit",
+        "reclaimable cache above the limit",
         20,
         {"memory.max": 200, "memory.current": 300, "memory.stat": "inactive_file 120\n"},
     ),
     Case(
-        "a key has to match whole",
+        "key must match completely",
         100,
         {
             "memory.max": 400,
@@ -70,7 +70,7 @@ MEMORY = (
         },
     ),
     Case("usage is absent", None, {"memory.max": 500}),
-    Case("usage is no number", None, {"memory.max": 500, "memory.current": "12x"}),
+    Case("usage is not a number", None, {"memory.max": 500, "memory.current": "12x"}),
     Case("limit is two numbers", None, {"memory.max": "500 1", "memory.current": 3}),
     Case(
         "v1",
@@ -85,7 +85,7 @@ MEMORY = (
         unified=False,
     ),
     Case(
-        "v1 counts the tree's page cache",
+        "v1 counts the hierarchy's page cache",
         260,
         {
             "memory.limit_in_bytes": 500,
@@ -181,7 +181,7 @@ def test_hugetlb_sizes_have_the_same_names(page_size: int, tmp_path: Path) -> No
 
 
 def test_least_of_several_is_kept(tmp_path: Path) -> None:
-    """The plugin reads memory.stat only where it could matter."""
+    """The plugin reads memory.stat only if it could change the result."""
     write(tmp_path, {"memory.max": 500, "memory.current": 300, "memory.stat": "inactive_file 50"})
     assert memory_in_c(tmp_path, True, 1000) == 250
     assert memory_in_c(tmp_path, True, 250) == 250
@@ -226,7 +226,7 @@ def test_host(tmp_path: Path) -> None:
         assert lib.pf_headroom_host(fd) == UNLIMITED
 
 
-# --- which directories ---
+# --- cgroup directories ---
 
 V2 = "30 25 0:26 / {cg} rw,nosuid shared:9 - cgroup2 cgroup2 rw\n"
 V1 = "30 25 0:26 / {cg}/memory rw,nosuid shared:9 - cgroup cgroup rw,memory\n"
@@ -247,7 +247,7 @@ PLACES = (
     ("not mounted", "0::/vm\n", "22 25 0:26 / /proc rw - proc proc rw\n"),
     ("several mounts", "0::/vm/a\n", V2.replace(" / ", " /other ") + V2),
     ("a broken line", "0::/vm/a\n", "22 25 0:26 / /proc\n1 2 - cgroup2\n" + V2),
-    ("a word of an option", "4:memory:/vm\n", V1.replace("rw,memory", "rw,memorystat")),
+    ("only part of an option", "4:memory:/vm\n", V1.replace("rw,memory", "rw,memorystat")),
 )
 
 

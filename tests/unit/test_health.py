@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The check of a guest's health, on a console that answers as it is told."""
+"""Test the health check of a guest with a simulated console."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How KVM's answers are read, with a KVM that answers what it is told to."""
+"""Test how KVM's answers are interpreted, with a simulated KVM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ open_file = os.open
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[int]:
-    """The numbers that KVM_CHECK_EXTENSION was called with; the parameter is its answer."""
+    """Return the list of KVM_CHECK_EXTENSION's arguments. The parameter is KVM's answer."""
     numbers: list[int] = []
 
     def check_extension(_fd: int, number: int) -> int:
@@ -29,20 +29,20 @@ def asked(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> li
 
 
 @pytest.mark.parametrize("asked", [1], indirect=True)
-def test_an_answer_of_one_means_that_it_is_present(asked: list[int]) -> None:
+def test_answer_one_is_available(asked: list[int]) -> None:
     assert pre_fault_capability().available is True
     assert asked == [KVM_CAP_PRE_FAULT_MEMORY]
 
 
 @pytest.mark.parametrize("asked", [0], indirect=True)
-def test_an_answer_of_zero_means_that_it_is_absent(asked: list[int]) -> None:
+def test_answer_zero_is_unavailable(asked: list[int]) -> None:
     capability = pre_fault_capability()
     assert capability.available is False
     assert capability.reason and capability.remedy
     assert asked == [KVM_CAP_PRE_FAULT_MEMORY]
 
 
-def test_without_permission_it_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_permission_error_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: str, _flags: int) -> int:
         raise PermissionError(13, "Permission denied", path)
 

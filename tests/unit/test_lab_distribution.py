@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The product and the lab are two distributions."""
+"""Check that the product and the lab are separate distributions."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_demo_without_lab_is_unsupported(options: tuple[str, ...]) -> None:
     assert "make demo" in remedy
 
 
-def test_product_has_no_lab_in_it() -> None:
+def test_product_excludes_lab() -> None:
     files = metadata.files("qemu-prefault")
     assert files
     assert not [file for file in files if file.parts[0] == "qemu_prefault_lab"]
@@ -64,8 +64,8 @@ def test_lab_requires_this_version_of_the_product() -> None:
     assert f"qemu-prefault=={qemu_prefault.__version__}" in project["dependencies"]
 
 
-def test_lab_failure_is_not_a_status_of_the_command(tmp_path: Path) -> None:
-    """The exit status of run and pytest is that of the command in the lab."""
+def test_lab_failure_has_its_own_exit_status(tmp_path: Path) -> None:
+    """The exit status of ``run`` and ``pytest`` is that of the command in the lab."""
     done = subprocess.run(
         [sys.executable, "-m", "qemu_prefault_lab", "qemu", str(tmp_path)],
         capture_output=True,

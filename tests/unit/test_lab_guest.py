@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command lines of the lab's guests."""
+"""Test the command lines of the lab's guests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def default_plugin() -> Iterator[None]:
 
 
 def started(monkeypatch: pytest.MonkeyPatch, config: GuestConfig | None, **changes: object) -> str:
-    """Return the command line of a Guest that is not started."""
+    """Return the command line of a Guest without starting it."""
 
     def stop(_: Guest, argv: list[str]) -> None:
         raise RuntimeError(" ".join(argv))
@@ -34,7 +34,7 @@ def started(monkeypatch: pytest.MonkeyPatch, config: GuestConfig | None, **chang
     return str(caught.value)
 
 
-def test_backing_is_the_machines_memory() -> None:
+def test_backing_is_machine_memory() -> None:
     argv = " ".join(GuestConfig(machine="q35", backing="file,prealloc=on").argv(DIRECTORY))
     assert "memory-backend-file,share=on,mem-path=/scratch/memory,id=ram,size=384M,prealloc=on" in (
         argv
@@ -43,7 +43,7 @@ def test_backing_is_the_machines_memory() -> None:
     assert "memory-backend" not in " ".join(GuestConfig(backing=None).argv(DIRECTORY))
 
 
-def test_plugin_is_loaded_as_it_is_asked_for() -> None:
+def test_plugin_arguments() -> None:
     assert "prefault" not in " ".join(GuestConfig().argv(DIRECTORY))
     argv = GuestConfig(plugin=["keep=off"]).argv(DIRECTORY)
     assert argv[argv.index("-plugin") + 1].endswith(".so,socket=/scratch/control,keep=off")
@@ -55,12 +55,12 @@ def test_plugin_is_loaded_as_it_is_asked_for() -> None:
 
 
 @pytest.mark.usefixtures("default_plugin")
-def test_default_plugin_is_for_guests_that_name_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     assert started(monkeypatch, None).count("keep=off") == 1
     assert "keep=off" not in started(monkeypatch, None, plugin=[])
 
 
-def test_changes_apply_to_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changes_override_config(monkeypatch: pytest.MonkeyPatch) -> None:
     config = GuestConfig(machine="microvm", memory_mib=128)
     argv = started(monkeypatch, config, memory_mib=256, paused=True, args=["-last"])
     assert "-machine microvm," in argv
@@ -76,7 +76,7 @@ def test_incoming_file_is_deferred(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("machine, kernel", [("microvm", "vmlinux"), ("pc", "vmlinuz")])
-def test_distribution_boots_what_its_machine_can_start(machine: str, kernel: str) -> None:
+def test_distribution_kernel_suits_machine(machine: str, kernel: str) -> None:
     config = SystemConfig(distro="sid", overlay=Path("/overlay"), machine=machine)
     argv = config.argv(DIRECTORY)
     assert argv[argv.index("-kernel") + 1].endswith(f"/sid/boot/{kernel}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``run`` and ``plugin-path``, and what is pure of finding the plugin."""
+"""Test ``run``, ``plugin-path`` and the parsing that finds the plugin."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def test_run_execs_the_command() -> None:
-    """Its pid, its arguments as they are, its exit status."""
+    """The command keeps the process id and its arguments, and its exit status is returned."""
     script = 'echo $$ "$@" "$LD_PRELOAD" "$QEMU_PREFAULT_OPTIONS"; exit 7'
     argv = [sys.executable, "-m", "qemu_prefault", "run", "-o", "hold=2", "-o", "log=on"]
     with subprocess.Popen(
@@ -103,7 +103,7 @@ def test_setuid_program_is_refused(tmp_path: Path) -> None:
         os.chown(program, 65534, 65534)
         program.chmod(0o6755)
     else:
-        pytest.skip("only root can make a program that is set-uid to somebody else")
+        pytest.skip("only root can make a program set-uid to another user")
     result = run("--", str(program))
     assert result.returncode == 4
     assert "-plugin" in result.stderr

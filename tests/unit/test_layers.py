@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What import-linter does not see: imports for type checkers only, and codes given as text."""
+"""Check what import-linter does not: imports for type checkers, and error codes given as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import qemu_prefault
 from qemu_prefault.errors import Code
 
 PACKAGE = Path(qemu_prefault.__file__).parent
-#: From the bottom, as pyproject.toml has them for import-linter.
+#: The layers from the lowest to the highest, as pyproject.toml lists them for import-linter.
 LAYERS = (
     ("units", "errors"),
     ("host",),
@@ -34,7 +34,7 @@ def layer_of(path: Path) -> str:
 
 
 def imported_layers(path: Path) -> Iterator[str]:
-    """Layers of every import in a file, wherever it stands."""
+    """Yield the layer of every import in a file."""
     package = ("qemu_prefault", *path.relative_to(PACKAGE).parts[:-1])
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -47,7 +47,7 @@ def imported_layers(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_import_goes_up(path: Path) -> None:
+def test_no_import_points_up(path: Path) -> None:
     own = FLOORS.get(layer_of(path), -1)
     up = {name for name in imported_layers(path) if FLOORS.get(name, -1) > own}
     assert not up or layer_of(path) == "native"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The layout parsers on real captures, and on what QEMU versions and machines differ in."""
+"""Test the layout parsers on captured QEMU output and on variations between releases."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_line_endings_are_ignored(name: str) -> None:
 
 @pytest.mark.parametrize("name", CAPTURES)
 def test_gpa2hva_supplies_missing_host_addresses(name: str) -> None:
-    """QEMU 7.2 has neither of the columns HVA and RO."""
+    """QEMU 7.2 has neither the HVA nor the RO column."""
     answers = capture(name)
     width = answers["info ramblock"].index("Total") + len("Total")
     old = "\n".join(line[:width] for line in answers["info ramblock"].split("\n"))
@@ -263,7 +263,7 @@ RAMBLOCK_72 = (
 def test_qemu_7_2_ramblocks() -> None:
     assert parse_ramblocks(RAMBLOCK_72) == (
         RamBlock("0000:00:01.0/vm0", 2 * MIB, 512 * MIB, 512 * MIB, None),
-        RamBlock("", 4096, 256 * MIB, 256 * MIB, None),  # virtio-pmem, really
+        RamBlock("", 4096, 256 * MIB, 256 * MIB, None),  # virtio-pmem's name is empty
         RamBlock("a name with (spaces)", GIB, GIB, GIB, None),
     )
 
@@ -330,7 +330,7 @@ def test_nodes_of_boot_backends_follow_address_order() -> None:
     dimm = MemoryDevice("dimm", "dimm0", "d", 4 * GIB, 512 * MIB, 1)
     nodes = parse_numa(INFO_NUMA)
     assert memdev_nodes(ranges, memdevs, [dimm], nodes) == {"a": 0, "b": 1, "d": 1}
-    # Sizes that do not agree mean that the rule does not hold: only what is certain is said.
+    # If the sizes disagree, the rule does not apply, and only certain facts are reported.
     swapped = (NumaNode(0, GIB, 0), nodes[1])
     assert memdev_nodes(ranges, memdevs, [dimm], swapped) == {"d": 1}
     assert memdev_nodes(ranges, memdevs, [], ()) == {}
@@ -457,7 +457,7 @@ def test_impossible_host_addresses_are_rejected(hva: int) -> None:
         build_sections(ranges, blocks, memdevs, [], {0: hva})
 
 
-# --- what follows ---
+# --- firmware state ---
 
 LOW = "0000000000000000-000000000009ffff (prio 0, ram): pc.ram KVM"
 HIGH = "0000000000100000-000000000fffffff (prio 0, ram): pc.ram @0000000000100000 KVM"
@@ -486,7 +486,7 @@ def test_firmware_ahead(lines: list[str], ahead: bool | None) -> None:
 
 
 @pytest.mark.parametrize("name", CAPTURES)
-def test_captures_are_from_before_firmware(name: str) -> None:
+def test_captures_precede_firmware(name: str) -> None:
     ahead = firmware_ahead(parse_mtree(capture(name)["info mtree -f"]))
     assert ahead is ("microvm" not in name)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What holds for any input: round trips, one exception only, linear time."""
+"""Test properties that hold for any input: round trips, one exception type, linear time."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from qemu_prefault.qemu.memory_map import (
 DATA = Path(__file__).parents[1] / "data" / "monitor"
 PAGE = 4096
 
-# What QEMU may print between "): " and the offset: anything but a line end, as long as it does
-# not end like the parts that follow it.
+# Text that QEMU may print between "): " and the offset. It has no line ends, and its end differs
+# from the parts that follow it.
 names: st.SearchStrategy[str] = st.text(
     st.characters(codec="ascii", categories=["L", "N", "P", "S", "Zs"]), min_size=1, max_size=30
 ).filter(lambda name: re.search(r"( KVM| @[0-9a-f]{16})$", name) is None)
@@ -63,7 +63,7 @@ def flat_views(draw: st.DrawFn) -> tuple[FlatRange, ...]:
 
 
 def render(ranges: tuple[FlatRange, ...], newline: str = "\n") -> str:
-    """Print ranges as mtree_print_flatview() does."""
+    """Print ranges in the format of mtree_print_flatview()."""
     lines = ["FlatView #0", ' AS "memory", root: system', " Root memory region: system"]
     for item in ranges:
         lines.append(
@@ -143,7 +143,7 @@ def test_arbitrary_json_raises_only_layout_errors(value: object) -> None:
 
 @given(flat_views(), st.dictionaries(st.integers(0, 1 << 42), st.integers(-1, 1 << 60)))
 def test_sections_of_arbitrary_views(ranges: tuple[FlatRange, ...], hva_of: dict[int, int]) -> None:
-    """Sections never overlap in QEMU, always have an address, and keep their order."""
+    """Sections do not overlap in QEMU, have an address, and keep their order."""
     memdevs = parse_memdevs([{"id": item.name, "size": PAGE} for item in ranges[:1]])
     blocks = [RamBlock(ranges[0].name, PAGE, 1 << 41, 1 << 41, None)]
     hva_of |= {item.start: item.start + (1 << 44) for item in ranges[::2]}
@@ -164,7 +164,7 @@ def split(text: str) -> dict[str, str]:
 
 
 def swallow(answers: dict[str, str]) -> bool:
-    """Run everything over the answers; return whether sections came out."""
+    """Run all parsers over the answers; return whether they found sections."""
     try:
         ranges = parse_mtree(answers.get("info mtree -f", ""))
         blocks = parse_ramblocks(answers.get("info ramblock", ""))
@@ -175,7 +175,7 @@ def swallow(answers: dict[str, str]) -> bool:
         firmware_ahead(ranges)
         memdev_nodes(ranges, memdevs, devices, ())
         build_sections(ranges, blocks, memdevs, devices, {})
-    except (LayoutError, json.JSONDecodeError, AttributeError):  # the last two are the test's own
+    except (LayoutError, json.JSONDecodeError, AttributeError):  # the last two are this test's own
         return False
     return True
 
@@ -204,7 +204,7 @@ def mutate(text: str, rng: random.Random) -> str:
 
 
 def test_mutated_captures_raise_only_layout_errors() -> None:
-    """Five seconds of damage to real answers; the seed is fixed, the count is not."""
+    """Mutate captured answers for five seconds. The seed is fixed, but not the number of runs."""
     texts = [path.read_text() for path in sorted(DATA.glob("*.txt"))]
     assert all(swallow(split(text)) for text in texts)
     rng = random.Random(20261122)
@@ -215,7 +215,7 @@ def test_mutated_captures_raise_only_layout_errors() -> None:
             good += 1
         else:
             bad += 1
-    assert good > 10 and bad > 10  # else the mutations are too weak or too strong to say anything
+    assert good > 10 and bad > 10  # otherwise the mutations are too weak or too strong
 
 
 BIG = 1_000_000
@@ -231,7 +231,7 @@ CASES: dict[str, tuple[Callable[[str], object], Callable[[int], str]]] = {
         ),
     ),
     "many views": (parse_mtree, lambda n: 'FlatView #0\n AS "x", root: y\n\n' * (n // 30)),
-    # The suffix " KVM" may repeat; followed by something else it makes the pattern start over.
+    # The suffix " KVM" may repeat. If other text follows, the pattern backtracks.
     "many suffixes": (parse_mtree, lambda n: LINE + " KVM" * (n // 40) + "x\n"),
     "many lines of suffixes": (parse_mtree, lambda n: (LINE + " KVM" * 200 + "x\n") * (n // 900)),
     "many blocks": (
@@ -249,7 +249,7 @@ CASES: dict[str, tuple[Callable[[str], object], Callable[[int], str]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_parsing_takes_linear_time(case: str) -> None:
-    """Ten times the input may take ten times as long, with a factor of three for noise."""
+    """Ten times the input takes at most ten times as long, with a factor of three for noise."""
     parse, make = CASES[case]
 
     def seconds(size: int) -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The hook fails no guest, whatever it is given; and what a policy says is what is read."""
+"""Test that the hook never blocks a guest, and that its configuration is read correctly."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_script_starts_python_only_if_needed(tmp_path: Path) -> None:
     assert heard(XML, "started", "begin", "-").strip() == XML.strip()
 
 
-# -- policies ------------------------------------------------------------------------------
+# --- configuration ---
 
 
 def domain(xml: bytes = XML % b"") -> Domain:
@@ -146,7 +146,7 @@ def test_invalid_setting_is_rejected(tmp_path: Path, text: str) -> None:
     assert raised.value.remedy
 
 
-# -- a guest without a monitor -------------------------------------------------------------
+# --- guests without a monitor ---
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_invalid_setting_is_rejected(tmp_path: Path, text: str) -> None:
     ],
 )
 def test_ram_of_a_pc(machine: str, memory: int, low: int, high: int) -> None:
-    """As `info mtree -f` shows it of such a QEMU."""
+    """The ranges are those that `info mtree -f` shows for such a machine."""
     expected = [(0, 640 * KIB, 0), (MIB, low - MIB, MIB)]
     if high:
         expected.append((4 * GIB, high, low))

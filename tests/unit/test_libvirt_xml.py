@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Domain XML: the plugin goes in and out, and nothing else moves."""
+"""Test that installing and removing the plugin changes nothing else in the domain XML."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ WITH_ARGUMENTS = b"""<domain type='kvm' xmlns:q='http://libvirt.org/schemas/doma
 
 
 def arguments(xml: bytes) -> list[str]:
-    """QEMU's further arguments as libvirt reads them (XPath, whatever the prefix)."""
+    """Return QEMU's extra arguments as libvirt reads them, by XPath with any prefix."""
     tree = ElementTree.fromstring(xml)
     name = f"{{{QEMU_NAMESPACE}}}"
     return [a.attrib["value"] for a in tree.findall(f"{name}commandline/{name}arg")]
@@ -75,7 +75,7 @@ def test_add_and_remove_restores_every_byte() -> None:
 def test_only_adds_lines() -> None:
     before, after = PLAIN.splitlines(), enable(PLAIN, PATH).xml.splitlines()
     added = [line for line in after if line not in before]
-    assert len(added) == 5, added  # the root with its declaration, and four of ours
+    assert len(added) == 5, added  # the root with its namespace, and four new lines
     assert [line for line in before if line not in after] == [b"<domain type='kvm'>"]
 
 
@@ -95,7 +95,7 @@ def test_options_change_in_place() -> None:
 
 
 def test_arguments_precede_environment() -> None:
-    """That is the schema's order: virsh define --validate."""
+    """The schema requires this order (virsh define --validate)."""
     edited = enable(WITH_ARGUMENTS, PATH).xml
     assert edited.index(PATH.encode()) < edited.index(b"<q:env")
     assert arguments(edited)[:2] == ["-plugin", "/usr/lib/other.so,x=1"]
@@ -153,14 +153,14 @@ def test_refusals_have_reasons(xml: bytes, error: type[QemuPrefaultError], says:
 def test_describe_domain() -> None:
     found = describe(PLAIN)
     assert (found.name, found.uuid[:8], found.kvm) == ("wörk", "6f1d8f5a", True)
-    assert (found.memory, found.current) == (3 << 30, 3 << 30)  # the DIMM is no boot memory
+    assert (found.memory, found.current) == (3 << 30, 3 << 30)  # without the DIMM
     assert found.devices == ("dimm",)
     assert found.own == {"restore": "now"}
     assert describe(WITH_ARGUMENTS).own is None
     assert OWN_NAMESPACE.encode() in PLAIN
 
 
-# -- the command line ----------------------------------------------------------------------
+# --- the command line ---
 
 
 def run(*arguments: str, xml: bytes = PLAIN) -> subprocess.CompletedProcess[bytes]:
@@ -183,7 +183,7 @@ def test_stdin_to_stdout() -> None:
 
 
 def test_refusal_prints_no_xml() -> None:
-    """Who pipes this into `virsh define` must not define half of it."""
+    """Otherwise a pipe into `virsh define` would define a truncated domain."""
     refused = run("enable", "-", xml=b"<domain type='qemu'/>")
     assert refused.returncode == 4 and refused.stdout == b""
     assert b"KVM" in refused.stderr

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Cancelling a command that waits for QEMU's answer ends it, also if the answer is just there.
+"""Test that a wait for QEMU's answer can be cancelled while the answer arrives.
 
-asyncio.wait_for() of Python 3.11 lost such a cancellation: a run that was done went on
-asking QEMU for its migration status for ever.
+asyncio.wait_for() of Python 3.11 loses such a cancellation. A run that had finished then
+continued to query QEMU's migration status forever.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qemu_prefault.qemu.monitor import EventStream, Monitor
 
 
 class Client:
-    """Answers when told to."""
+    """A client whose answer the test controls."""
 
     def __init__(self) -> None:
         self.answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
@@ -36,7 +36,7 @@ def test_cancel_while_answer_arrives(answered: bool) -> None:
         await asyncio.sleep(0)
         if answered:
             client.answer.set_result({})
-            await asyncio.sleep(0)  # enough for wait_for() to have its answer, and not return it
+            await asyncio.sleep(0)  # wait_for() has its answer but has not returned
         task.cancel()
         if not task.done():
             with pytest.raises(asyncio.CancelledError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The list of mutants fits the source, and follows tests that are renamed."""
+"""Check that every mutant applies to the source, and that renamed tests are followed."""
 
 from __future__ import annotations
 

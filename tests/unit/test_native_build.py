@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the C parts are made of: a helper that stands alone, a library that drags nothing in."""
+"""Test the built C parts: a helper without dependencies, and a library that needs only libc."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HELPER_FLAGS = re.findall(
 
 
 def tool(name: str, *arguments: str | Path) -> str:
-    """What a program of binutils or the compiler prints."""
+    """Return the output of a compiler or binutils program."""
     if shutil.which(name) is None:
         pytest.skip(f"{name} is not installed")
     done = subprocess.run([name, *arguments], capture_output=True, text=True, check=False)
@@ -47,7 +47,7 @@ def test_helper_fits_in_one_page() -> None:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The helper as build.py compiles and links it."""
+    """Yield the helper, compiled and linked as build.py does."""
     directory = tmp_path_factory.mktemp("helper")
     source = NATIVE / "ptrace/helper.c"
     tool("cc", *HELPER_FLAGS, f"-I{NATIVE}", "-c", source, "-o", directory / "helper.o")
@@ -70,7 +70,7 @@ def test_helper_has_no_external_symbols(compiled: Path) -> None:
 
 
 def test_helper_uses_no_fpu_or_thread_pointer(compiled: Path) -> None:
-    """It runs with another thread's FPU state beside it, and without a TLS block of its own."""
+    """It runs beside another thread's FPU state and without a TLS block."""
     code = tool("objdump", "-d", "--no-show-raw-insn", compiled / "helper.elf")
     assert "syscall" in code
     assert re.findall(r"%[xyz]mm\d+|%st\b|%[fg]s:|\bf(?:ld|st|xsave)\w*\b", code) == []
@@ -81,9 +81,9 @@ def test_helper_starts_with_its_entry(compiled: Path) -> None:
     assert re.search(r"Entry point address:\s+0x0$", header, re.MULTILINE)
 
 
-# --- structures that two sides agree on ---
+# --- shared structures ---
 
-# The kernel's struct kvm_pre_fault_memory has its own test in the lab: the ioctl itself.
+# The kernel's struct kvm_pre_fault_memory is tested in the lab by the ioctl itself.
 STRUCTS = {
     "struct prefault_range": (
         32,
@@ -92,7 +92,7 @@ STRUCTS = {
     "struct prefault_control": (
         None,
         {
-            # clone()'s child finds these two by number, in assembly
+            # The assembly of clone()'s child uses the offsets of these two.
             "entry": 0,
             "stack_top": 8,
             "magic": 16,
@@ -138,7 +138,7 @@ def test_python_and_c_constants_match() -> None:
 def test_helper_limits_are_ordered() -> None:
     limits = Limits()
     assert limits.tick < limits.kick < limits.stuck
-    assert limits.tick * 5 <= limits.dead_man  # a late tick is no death
+    assert limits.tick * 5 <= limits.dead_man  # a late tick must not count as a death
     assert limits.chunk_bytes % (2 << 20) == 0
 
 
@@ -174,7 +174,7 @@ def test_c_code_compiles_without_warnings(name: str, tmp_path: Path) -> None:
     tool("cc", *flags, f"-I{NATIVE}", *strict, "-c", NATIVE / name, "-o", tmp_path / "object")
 
 
-def test_stub_names_all_that_the_extension_has() -> None:
+def test_stub_matches_extension() -> None:
     stub = (Path(qemu_prefault.__file__).parent / "_native.pyi").read_text()
     (declared,) = (
         node

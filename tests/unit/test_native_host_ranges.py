@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the plugin knows of memory that QEMU maps while the plugin is loaded."""
+"""Test what the plugin records about memory that QEMU maps while the plugin is loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from support.native import link_with_plugin
 
 START, SIZE = 0x10000000, 1 << 20
-MAP_NORESERVE = 0x4000  # asm-generic/mman.h; not in every Python's mmap module
+MAP_NORESERVE = 0x4000  # asm-generic/mman.h; Python's mmap module may lack it
 SOURCE = """
 #include "plugin/host_ranges.h"
 int overcommitted(uint64_t start, uint64_t size, int flags)
@@ -32,7 +32,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.mark.parametrize(("flags", "expected"), [(0, 0), (MAP_NORESERVE, 1)])
-def test_what_is_mapped_without_reserve_is_overcommitted(
+def test_noreserve_mapping_is_overcommitted(
     library: ctypes.CDLL, flags: int, expected: int
 ) -> None:
     known = library.overcommitted

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the page map says of memory whose history is known: our own, and a child's."""
+"""Test the pagemap scanner on memory with known contents, of this process and of a child."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ DEMOTE = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 PAGEMAP_SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg), Linux 6.7
 PAGE_IS_PRESENT = 1 << 3
 
+#: (first page, number of pages), relative to the start of the mapping.
 Regions = list[tuple[int, int]]
-"""(first page, number of pages), relative to the start of the mapping."""
 
 
 def has_scan(fd: int) -> bool:
-    """Whether the kernel has PAGEMAP_SCAN for it, and so tells the zero page from others."""
+    """Return whether the kernel has PAGEMAP_SCAN, which identifies the zero page."""
     region = ffi.new("uint64_t[3]")
     vector = int(ffi.cast("uintptr_t", region))
     fields = (96, 0, 0, PAGE, 0, vector, 1, 0, 0, PAGE_IS_PRESENT, 0, PAGE_IS_PRESENT)
@@ -46,7 +46,7 @@ def has_scan(fd: int) -> bool:
 
 
 class Area:
-    """A mapping of this process: its address, its memory."""
+    """A mapping of this process: its address and its memory."""
 
     def __init__(
         self, pages: int, flags: int = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, fd: int = -1
@@ -67,13 +67,13 @@ class Area:
 
 
 class Scanner:
-    """The two C functions on a page map: a real one, or a file made to look like one."""
+    """The two C functions on a pagemap, which is real or simulated by a file."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
     def sums(self, area: Area, private: bool = True) -> tuple[int, int]:
-        """Pages (present, writable)."""
+        """Return the numbers of present and of writable pages."""
         present, writable = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         end = area.start + area.pages * PAGE
         assert lib.pf_pagemap_sum(self.fd, area.start, end, private, present, writable) == 0
@@ -106,7 +106,7 @@ def real() -> Iterator[Scanner]:
 
 @pytest.fixture
 def entries_only(real: Scanner) -> Iterator[Callable[[Area], Scanner]]:
-    """A copy of the page map's entries in a sparse file: it has no PAGEMAP_SCAN, as before 6.7."""
+    """Yield a copy of the pagemap's entries in a sparse file. It has no PAGEMAP_SCAN."""
     fd = os.memfd_create("pagemap")
 
     def copy(area: Area) -> Scanner:
@@ -122,7 +122,7 @@ def entries_only(real: Scanner) -> Iterator[Callable[[Area], Scanner]]:
 def scanner_of(
     request: pytest.FixtureRequest, real: Scanner, entries_only: Callable[[Area], Scanner]
 ) -> Callable[[Area], Scanner]:
-    """Both ways to the same answer; each test's expectation holds for both."""
+    """Yield each of the two implementations. Both must meet each test's expectation."""
     if request.param == "entries":
         return entries_only
     if not has_scan(real.fd):
@@ -157,7 +157,7 @@ def test_written_memory_is_writable(scanner_of: ScannerOf) -> None:
 
 
 def test_zero_page_is_present_not_writable(real: Scanner) -> None:
-    """The trap: KVM's read fault would map it read-only, at 4 KiB, and call that done."""
+    """KVM's read fault would map the zero page read-only at 4 KiB and report success."""
     if not has_scan(real.fd):
         pytest.skip("this kernel has no PAGEMAP_SCAN (Linux 6.7)")
     area = Area(16)
@@ -183,7 +183,7 @@ def test_shared_memory_is_writable_once_mapped(scanner_of: ScannerOf) -> None:
     fd = os.memfd_create("ram")
     os.ftruncate(fd, 16 * PAGE)
     area = Area(16, mmap.MAP_SHARED, fd)
-    os.pwrite(fd, b"x" * PAGE, 8 * PAGE)  # allocated, but not mapped here
+    os.pwrite(fd, b"x" * PAGE, 8 * PAGE)  # allocated but not mapped
     area.write(1, 2)
     scanner = scanner_of(area)
     assert scanner.sums(area, private=False) == (2, 2)
@@ -206,14 +206,14 @@ def test_huge_page_counts_in_full(scanner_of: ScannerOf) -> None:
     scanner = scanner_of(area)
     present, writable = scanner.sums(area)
     if present == 1:
-        pytest.skip("no transparent huge page was to be had")
+        pytest.skip("the kernel provided no transparent huge page")
     assert (present, writable) == (512, 512)
     assert scanner.writable(area) == [(first, 512)]
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 7, 64, 2000])
 def test_fragmented_map_is_read_in_any_chunk_size(scanner_of: ScannerOf, at_once: int) -> None:
-    """More islands than fit in one call, and than one ioctl returns: none lost, none twice."""
+    """There are more ranges than one call or one ioctl returns. None is lost or repeated."""
     area = Area(3000)
     area.write(*range(1, 3000, 2))
     scanner = scanner_of(area)
@@ -226,7 +226,7 @@ def test_map_larger_than_one_read(scanner_of: ScannerOf) -> None:
     area.write(0, 8191, 8192, 8193, 16383, 16384, 19_999)
     expected = [(0, 1), (8191, 3), (16383, 2), (19_999, 1)]
     found: Regions = []
-    for start, count in scanner_of(area).writable(area):  # cut where one read ended
+    for start, count in scanner_of(area).writable(area):  # a range ends where a read ended
         if found and sum(found[-1]) == start:
             found[-1] = (found[-1][0], found[-1][1] + count)
         else:
@@ -241,7 +241,7 @@ def test_unmapped_address_is_absent(real: Scanner) -> None:
     assert real.writable(area) == []
 
 
-# --- the Python side, on another process ---
+# --- the Python interface, on another process ---
 
 VICTIM = """
 import mmap, sys, ctypes
@@ -258,7 +258,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def child() -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A process with 4 MiB, and a page each at 32 and at 48 MiB, written; and where."""
+    """Yield a process that wrote 4 MiB and one page at 32 and 48 MiB each, and the address."""
     process = subprocess.Popen(
         [sys.executable, "-c", VICTIM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -285,7 +285,7 @@ def test_gaps_complement_ranges(child: tuple[subprocess.Popen[str], int]) -> Non
     with Pagemap(Process.find(process.pid)) as pagemap:
         assert list(pagemap.unwritable(start, 4 * MIB, True)) == []
         assert list(pagemap.unwritable(start, 64 * MIB, True)) == [
-            # A single page between is populated again rather than asked for separately.
+            # A single page in between is populated again instead of being excluded.
             (start + 4 * MIB, 60 * MIB)
         ]
         assert list(pagemap.unwritable(start + 4 * MIB, 28 * MIB, True)) == [
@@ -294,7 +294,7 @@ def test_gaps_complement_ranges(child: tuple[subprocess.Popen[str], int]) -> Non
 
 
 def test_distant_gaps_stay_separate() -> None:
-    """A large island between two gaps must not be populated again."""
+    """A large range between two gaps is not populated again."""
     island = MERGE_DISTANCE + 4 * PAGE
     area = Area((island + 2 * MIB) // PAGE)
     area.write(*range(256, 256 + island // PAGE))
@@ -306,7 +306,7 @@ def test_distant_gaps_stay_separate() -> None:
 
 
 def test_memory_use_is_constant() -> None:
-    """25,000 islands are handed out one by one."""
+    """25,000 ranges are returned one at a time."""
     area = Area(50_000)
     area.write(*range(0, 50_000, 2))
     with Pagemap(Process.find(os.getpid())) as pagemap:
@@ -332,7 +332,7 @@ def test_exited_process_is_named(child: tuple[subprocess.Popen[str], int]) -> No
         Pagemap(Process.find(process.pid))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to become somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is not installed")
 def test_unreadable_pagemap_names_the_reason(
     child: tuple[subprocess.Popen[str], int],

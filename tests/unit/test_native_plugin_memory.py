@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The plugin does not populate huge pages that the host does not have."""
+"""Test that the plugin does not populate huge pages that the host lacks."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("how", ["learn", "hook"])
-def test_short_hugetlb_pool_is_not_populated_from(program: Path, how: str) -> None:
+def test_short_hugetlb_pool_is_not_populated(program: Path, how: str) -> None:
     done = subprocess.run([program, how], capture_output=True, text=True, check=False, timeout=60)
     if done.returncode == 77:
         pytest.skip("this kernel has no huge pages")
     page_size, short, populate = done.stdout.split()
     if page_size != str(2 << 20) or short != "1":
-        pytest.skip(f"huge pages of {page_size} bytes, or 64 GiB of them are free")
+        pytest.skip(f"the host lacks huge pages of {page_size} bytes, or has 64 GiB of them free")
     assert populate == "resident"
     assert "populating needs 65536 MiB of huge pages" in done.stderr
     assert "only present pages are prefaulted" in done.stderr

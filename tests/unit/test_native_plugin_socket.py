@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The plugin's control socket, without a QEMU: every refusal carries its code."""
+"""Test the plugin's control socket without QEMU: every refusal has a code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Server:
-    """The running program: where its socket and its memory are."""
+    """The running program: the paths of its socket and its memory."""
 
     def __init__(self, process: subprocess.Popen[str], path: Path) -> None:
         assert process.stdout
@@ -95,7 +95,7 @@ def test_second_batch_is_refused_as_busy(server: Server) -> None:
         asyncio.run(refused())
 
 
-def test_requests_that_are_understood_have_no_code(server: Server) -> None:
+def test_valid_requests_have_no_code(server: Server) -> None:
     assert server.ask("status")["plugin"] == 1
     assert server.ask("populate resident") == {"ok": True}
     assert server.ask("work 0 4096") == {"ok": True}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How the C files may use each other, by their includes and by the symbols of their objects."""
+"""Check the layers of the C files, by their includes and by the symbols of their objects."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import qemu_prefault
 
 NATIVE = Path(qemu_prefault.__file__).parent / "native"
 
-# Lowest first: each file includes and calls only what comes before it. plugin/state.h says what
-# each of the plugin's files is about.
+# Lowest layer first. Each file may only include and call the files before it. plugin/state.h
+# describes each of the plugin's files.
 COMMON = ("common/headroom", "common/pagemap")
 PLUGIN = tuple(
     f"plugin/{name}"
@@ -32,7 +32,7 @@ HEADERS_ONLY = ("common/syscall_x86_64", "common/prefault_range", "common/prefau
 PTRACE = ("ptrace/control_page", "ptrace/arch_x86_64", "ptrace/inject", "ptrace/helper_x86_64")
 ORDER = (*HEADERS_ONLY, *COMMON, *PLUGIN, *PTRACE, "ptrace/helper", "conformance/vmm")
 
-#: The functions of libc that the plugin stands in for.
+#: The libc functions that the plugin interposes.
 INTERPOSED = frozenset({"ioctl", "madvise", "fallocate", "fallocate64", "mmap", "mmap64"})
 ENTRIES = frozenset({"qemu_plugin_install", "qemu_plugin_version"})
 FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-fvisibility=hidden")
@@ -60,13 +60,13 @@ def symbols(path: Path, *options: str) -> frozenset[str]:
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Object]:
-    """Each C file, compiled as the plugin is."""
+    """Compile each C file with the plugin's flags."""
     directory = tmp_path_factory.mktemp("objects")
     found = {}
     for name in ORDER:
         source = NATIVE / f"{name}.c"
         if not source.exists():
-            continue  # a header alone
+            continue  # a header without a source file
         path = directory / f"{name.replace('/', '-')}.o"
         subprocess.run(["cc", *FLAGS, f"-I{NATIVE}", "-c", source, "-o", path], check=True)
         found[name] = Object(
@@ -77,14 +77,14 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Object]:
 
 @pytest.fixture(scope="module")
 def plugin(objects: Mapping[str, Object]) -> Path:
-    """The plugin as it was built."""
+    """Return the installed plugin."""
     path = NATIVE.parent / "qemu-prefault-plugin.so"
     if not path.exists():
         pytest.skip("this installation has no plugin")
     return path
 
 
-def test_every_file_has_its_place() -> None:
+def test_every_file_has_a_layer() -> None:
     found = {
         str(path.relative_to(NATIVE).with_suffix(""))
         for path in NATIVE.rglob("*.[ch]")
@@ -93,14 +93,14 @@ def test_every_file_has_its_place() -> None:
     assert found == set(ORDER)
 
 
-def test_order_is_the_one_that_the_plugin_documents() -> None:
+def test_order_matches_documentation() -> None:
     text = (NATIVE / "plugin/state.h").read_text()
     documented = re.findall(r"^ \*   (\w+)  +\S", text, re.MULTILINE)
     assert tuple(f"plugin/{name}" for name in documented) == PLUGIN
 
 
 @pytest.mark.parametrize("name", ORDER)
-def test_includes_go_down(name: str) -> None:
+def test_includes_point_down(name: str) -> None:
     for suffix in (".h", ".c"):
         path = NATIVE / f"{name}{suffix}"
         text = path.read_text() if path.exists() else ""
@@ -111,7 +111,7 @@ def test_includes_go_down(name: str) -> None:
             assert ORDER.index(used) <= ORDER.index(name), f"{path} includes {used}.h"
 
 
-def test_state_is_changed_by_the_files_that_it_names() -> None:
+def test_state_is_changed_only_by_documented_files() -> None:
     text = (NATIVE / "plugin/state.h").read_text()
     owners = {}
     for comment, block in re.findall(r"/\* Changed by: (.*?) \*/\n(.*?)\n\n", text, re.DOTALL):
@@ -138,9 +138,9 @@ def test_state_is_changed_by_the_files_that_it_names() -> None:
 
 @needs_tools
 @pytest.mark.parametrize("name", [n for n in ORDER if n not in HEADERS_ONLY])
-def test_calls_go_down(objects: Mapping[str, Object], name: str) -> None:
+def test_calls_point_down(objects: Mapping[str, Object], name: str) -> None:
     if name not in objects:
-        pytest.skip("a header alone")
+        pytest.skip("a header without a source file")
     below = ORDER[: ORDER.index(name)]
     reachable = {s for n in below if n in objects for s in objects[n].defined}
     used = {symbol for symbol in objects[name].undefined if symbol.startswith("pf_")}
@@ -148,8 +148,8 @@ def test_calls_go_down(objects: Mapping[str, Object], name: str) -> None:
 
 
 @needs_tools
-def test_external_symbols_have_our_prefix(objects: Mapping[str, Object]) -> None:
-    """They live in somebody else's process."""
+def test_external_symbols_have_prefix(objects: Mapping[str, Object]) -> None:
+    """They are loaded into QEMU's process."""
     for name, found in objects.items():
         allowed = {"plugin/interpose": INTERPOSED, "plugin/main": ENTRIES}.get(name, frozenset())
         strange = {s for s in found.defined if not s.startswith("pf_")}
@@ -157,38 +157,38 @@ def test_external_symbols_have_our_prefix(objects: Mapping[str, Object]) -> None
 
 
 @needs_tools
-def test_no_symbol_has_two_owners(objects: Mapping[str, Object]) -> None:
+def test_symbols_are_defined_once(objects: Mapping[str, Object]) -> None:
     every = [symbol for found in objects.values() for symbol in found.defined]
     assert len(every) == len(set(every))
 
 
 @needs_tools
 def test_interposed_functions_are_not_called_by_name(objects: Mapping[str, Object]) -> None:
-    """By name they would be libc's or our own, depending on how the plugin was loaded."""
+    """A call by name would reach libc's or the plugin's function, depending on the load method."""
     for name in (*COMMON, *PLUGIN):
         if name in objects:
             assert objects[name].undefined & INTERPOSED == frozenset(), name
 
 
 @needs_tools
-def test_plugin_exports_its_entries_and_no_more(plugin: Path) -> None:
+def test_plugin_exports_only_its_entries(plugin: Path) -> None:
     assert symbols(plugin, "--dynamic", "--defined-only") == INTERPOSED | ENTRIES
 
 
 @needs_tools
-def test_plugin_is_bound_to_no_interposed_function(plugin: Path) -> None:
-    """Neither to libc's nor, by a relocation, to whichever the dynamic linker finds."""
+def test_plugin_binds_no_interposed_function(plugin: Path) -> None:
+    """It binds neither libc's function nor, by a relocation, the dynamic linker's choice."""
     assert symbols(plugin, "--dynamic", "--undefined-only") & INTERPOSED == frozenset()
     done = subprocess.run(
         ["readelf", "--relocs", "--wide", plugin], capture_output=True, text=True, check=True
     )
     named = set(re.findall(r"R_X86_64_\w+\s+[0-9a-f]+\s+([\w]+)", done.stdout))
-    assert "syscall" in named  # that is what it calls instead
+    assert "syscall" in named  # the plugin calls this instead
     assert named & INTERPOSED == set()
 
 
 @needs_tools
-def test_plugin_is_made_of_the_files_listed(plugin: Path, objects: Mapping[str, Object]) -> None:
+def test_plugin_consists_of_listed_files(plugin: Path, objects: Mapping[str, Object]) -> None:
     needed = {s for n in (*COMMON, *PLUGIN) if n in objects for s in objects[n].undefined}
     defined = {s for n in (*COMMON, *PLUGIN) if n in objects for s in objects[n].defined}
     assert {s for s in needed if s.startswith("pf_")} <= defined
@@ -196,5 +196,5 @@ def test_plugin_is_made_of_the_files_listed(plugin: Path, objects: Mapping[str, 
 
 
 @pytest.mark.parametrize("path", sorted(NATIVE.rglob("*.[ch]")), ids=lambda path: path.name)
-def test_files_are_of_one_subject(path: Path) -> None:
+def test_files_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What may be done now, to which memory, by which worker: the whole policy, without a guest."""
+"""Test the planning of a run without a guest: whether, which memory, and which workers."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def machine(*sections: MemorySection, **changes: object) -> VmState:
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
-# --- may we? ---
+# --- whether a run is allowed ---
 
-# All of RunState and MigrationStatus (qapi/run-state.json, qapi/migration.json of QEMU 11.1).
+# All values of RunState and MigrationStatus (qapi/run-state.json, qapi/migration.json, QEMU 11.1).
 FIT_STATUS = ["running", "paused", "prelaunch", "suspended", "watchdog", "io-error", "debug"]
 UNFIT_STATUS = {
     "inmigrate": "incoming",
@@ -89,7 +89,7 @@ NOT_MEASURING = [None, "unstarted", "measured"]
 
 
 def expected_refusal(status: str, migration: str | None, rate: str | None, limit: bool) -> str:
-    """The code of the refusal, "" for none: the state that explains most comes first."""
+    """Return the expected refusal's code, or "". The state that explains most has priority."""
     if migration in POSTCOPY:
         return "postcopy"
     if status in UNFIT_STATUS:
@@ -137,7 +137,7 @@ def test_dirty_limit_differs_from_measurement() -> None:
         check_vm_state(machine(), dirty_limit=True)
 
 
-# --- what? ---
+# --- selecting memory ---
 
 LOW = section(0, 640 * KIB)
 MAIN = section(MIB, 255 * MIB)
@@ -169,22 +169,22 @@ def test_target_has_host_address() -> None:
     ("wanted", "expected"),
     [
         pytest.param([(2 * MIB, MIB)], [(2 * MIB, MIB)], id="inside"),
-        pytest.param([(2 * MIB + 1, 1)], [(2 * MIB, PAGE_SIZE)], id="one byte is its page"),
+        pytest.param([(2 * MIB + 1, 1)], [(2 * MIB, PAGE_SIZE)], id="one byte selects its page"),
         pytest.param(
             [(2 * MIB + PAGE_SIZE - 1, 2)], [(2 * MIB, 2 * PAGE_SIZE)], id="two bytes across pages"
         ),
         pytest.param(
             [(4 * MIB, MIB), (2 * MIB, MIB)],
             [(2 * MIB, MIB), (4 * MIB, MIB)],
-            id="any order comes out ascending",
+            id="ranges are sorted",
         ),
         pytest.param(
             [(2 * MIB, 2 * MIB), (3 * MIB, 2 * MIB)],
             [(2 * MIB, 2 * MIB), (4 * MIB, MIB)],
-            id="what overlaps is done once",
+            id="overlaps are merged",
         ),
         pytest.param(
-            [(2 * MIB, 4 * MIB), (3 * MIB, MIB)], [(2 * MIB, 4 * MIB)], id="one in another"
+            [(2 * MIB, 4 * MIB), (3 * MIB, MIB)], [(2 * MIB, 4 * MIB)], id="one inside another"
         ),
         pytest.param(
             [(2 * MIB + 1, 10), (2 * MIB + 20, 10)], [(2 * MIB, PAGE_SIZE)], id="two in one page"
@@ -196,7 +196,7 @@ def test_target_has_host_address() -> None:
             id="across the PCI hole",
         ),
         pytest.param([(0, 1 << 51)], [(0, 640 * KIB), (MIB, 255 * MIB), (4 * GIB, GIB)], id="all"),
-        pytest.param([(GIB, MIB), (4 * GIB, MIB)], [(4 * GIB, MIB)], id="one of two in a hole"),
+        pytest.param([(GIB, MIB), (4 * GIB, MIB)], [(4 * GIB, MIB)], id="one in a hole, one not"),
     ],
 )
 def test_ranges(wanted: list[tuple[int, int]], expected: list[tuple[int, int]]) -> None:
@@ -258,7 +258,7 @@ def test_selection_is_sorted_unique_whole_pages(
         assert sum(target.size for target in targets) <= budget
 
 
-# --- may it be touched? ---
+# --- whether memory may be populated ---
 
 ABSENT_ON_PURPOSE = {
     "virtio-mem": (section(4 * GIB, GIB, device="virtio-mem"), None),
@@ -294,7 +294,7 @@ def test_auto_populates_ordinary_memory(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*ABSENT_ON_PURPOSE, *PRESENT])
-def test_all_populates_everything_resident_nothing(name: str) -> None:
+def test_all_populates_everything_and_resident_nothing(name: str) -> None:
     ram, balloon = (ABSENT_ON_PURPOSE | PRESENT)[name]
     vm = machine(ram, balloon=balloon)
     (target,) = select(vm, Options(Populate.ALL))
@@ -307,7 +307,7 @@ spans = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 10)), max_size=6)
 
 
 @given(spans, spans)
-def test_remaining_is_every_page_once(
+def test_remaining_has_every_page_once(
     wanted: list[tuple[int, int]], done: list[tuple[int, int]]
 ) -> None:
     def targets(spans: list[tuple[int, int]]) -> list[Target]:
@@ -336,12 +336,12 @@ def test_absent_section_does_not_affect_others() -> None:
     assert [target.may_populate for target in select(vm, Options())] == [True, False]
 
 
-# --- who? ---
+# --- distributing work ---
 
 
 @st.composite
 def work(draw: st.DrawFn) -> list[Range]:
-    """Disjoint page-aligned ranges, ascending, from single pages to gigabytes."""
+    """Draw disjoint page-aligned ranges in ascending order, of single pages up to gigabytes."""
     found = []
     page = draw(st.integers(0, 1 << 20))
     for _ in range(draw(st.integers(0, 12))):
@@ -361,7 +361,7 @@ def flat(shares: dict[int, list[Range]]) -> list[Range]:
 
 
 def check_exactly_once(shares: dict[int, list[Range]], ranges: Sequence[Range]) -> None:
-    """Joining the pieces that touch gives the ranges that touch, joined: nothing else."""
+    """Check that the shares, with adjacent ranges joined, equal the ranges."""
 
     def joined(items: Sequence[Range]) -> list[tuple[int, int]]:
         found: list[tuple[int, int]] = []
@@ -404,7 +404,7 @@ def test_shares_are_equal_within_a_huge_page(ranges: list[Range], count: int) ->
 
 
 def test_unaligned_memory_is_shared_evenly() -> None:
-    """What each is cut too much, for 2 MiB, must not be taken from the last one's share."""
+    """Rounding other shares up to 2 MiB must not reduce the last share."""
     ranges = [Range(Kind.POPULATE, HVA + PAGE_SIZE, 64 * MIB)]
     sizes = [sum(r.size for r in s) for s in partition(ranges, worker_list([None] * 24)).values()]
     assert max(sizes) <= 64 * MIB / 24 + HUGE_PAGE_SIZE

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""/proc of a process: the parsers on text, the readers on real processes."""
+"""Test the /proc code: parsers on text, and readers on real processes."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def cgroup(path: Path, **files: object) -> None:
 
 @pytest.fixture
 def fake_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A /proc whose process 7 is in cgroup /a/b of a v2 tree in tmp_path/cg."""
+    """Make a /proc whose process 7 is in cgroup /a/b of a v2 hierarchy in tmp_path/cg."""
     proc = tmp_path / "proc"
     (proc / "7").mkdir(parents=True)
     (proc / "self").mkdir()
@@ -227,7 +227,7 @@ def fake_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_headroom_is_minimum_of_host_and_cgroups(fake_proc: Path) -> None:
-    cgroup(fake_proc / "cg", memory__current=1)  # the root has no limit file
+    cgroup(fake_proc / "cg", memory__current=1)  # the root has no limit files
     cgroup(fake_proc / "cg/a", memory__max=500, memory__current=300, memory__high="max")
     (fake_proc / "cg/a/memory.stat").write_text("anon 1\ninactive_file 50\n")
     cgroup(fake_proc / "cg/a/b", memory__max="max", memory__high=200, memory__current=900)
@@ -244,7 +244,7 @@ def test_hugetlb_cgroup(fake_proc: Path) -> None:
     cgroup(fake_proc / "cg/a/b", **{name + "max": 8 << 20, name + "current": 6 << 20})
     limits = hugetlb_free(Process(7, 0), 2 << 20)
     assert limits[0].name == "hugetlb"
-    if len(limits) > 1:  # else this kernel has no such pages, and the pool says so
+    if len(limits) > 1:  # without such pages, the pool reports the limit
         assert limits[1] == Limit(
             f"cgroup {fake_proc}/cg/a/b", 2 << 20, "hugetlb.2MB.max 8388608, 6291456 in use"
         )
@@ -264,7 +264,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes users or name
 
 @contextlib.contextmanager
 def child(**options: object) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that waits for its standard input to close."""
+    """Yield a process that waits for its standard input to be closed."""
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, **options) as process:  # type: ignore[call-overload]
         yield process
         process.kill()
@@ -288,8 +288,8 @@ def test_own_mappings_are_found() -> None:
     process.check()
 
 
-def test_ending_threads_hide_no_others() -> None:
-    # The kernel's own list leaves out one in a thousand here.
+def test_ending_threads_do_not_hide_others() -> None:
+    # The kernel's own list of threads omits one in a thousand here.
     process = Process.find(os.getpid())
     for _ in range(1500):
         ends = threading.Thread(target=time.sleep, args=(0.0002,))
@@ -374,11 +374,11 @@ def test_reused_pid_is_detected() -> None:
             dataclasses.replace(process, start_time=process.start_time - 1).check()
 
 
-def test_identify_finds_the_owner_of_the_threads() -> None:
+def test_identify_finds_thread_owner() -> None:
     with child() as qemu, child() as proxy:
         assert identify(qemu.pid, None, [qemu.pid]).pid == qemu.pid
         assert thread_map(Process.find(qemu.pid)) == {qemu.pid: qemu.pid}
-        # The socket is a proxy's, but the user says which process it is: that is fine.
+        # The socket belongs to a proxy, but the user gave the process, so this is accepted.
         assert identify(proxy.pid, qemu.pid, [qemu.pid]).pid == qemu.pid
         for peer, given, threads in (
             (proxy.pid, None, [qemu.pid]),
@@ -392,7 +392,7 @@ def test_identify_finds_the_owner_of_the_threads() -> None:
             assert caught.value.code == "proxy"
         with pytest.raises(RefusedError, match=rf"process {qemu.pid} \(cat\)"):
             identify(proxy.pid, None, [qemu.pid])
-        with pytest.raises(UnsupportedError):  # TCP, and the owner is no QEMU
+        with pytest.raises(UnsupportedError):  # TCP, and the owner is not QEMU
             identify(None, None, [qemu.pid])
         with pytest.raises(RefusedError):
             identify(os.getpid(), None, [os.getpid()])
@@ -408,7 +408,7 @@ def test_thread_ids_are_translated_across_pid_namespaces() -> None:
         inner = int(children[0])
         assert thread_map(Process.find(inner)) == {1: inner}
         assert identify(inner, None, [1]).pid == inner
-        with pytest.raises(RefusedError):  # by our numbers the threads are not its own
+        with pytest.raises(RefusedError):  # the untranslated ids belong to other threads
             identify(inner, None, [inner])
         outer.kill()
 
@@ -484,7 +484,7 @@ def become_nobody() -> None:
 
 @pytest.fixture
 def nobody() -> Iterator[ProcessPoolExecutor]:
-    """Calls functions as another user. Forked: that user need not be able to read our Python."""
+    """Yield an executor that runs functions as another user, forked as Python may be unreadable."""
     from qemu_prefault import _native  # noqa: F401, PLC0415
 
     fork = multiprocessing.get_context("fork")
@@ -521,7 +521,7 @@ def test_root_without_cap_sys_ptrace() -> None:
         assert "root lacks CAP_SYS_PTRACE" in told
 
 
-def test_a_traced_process_names_its_tracer() -> None:
+def test_traced_process_names_tracer() -> None:
     tracer = (
         "import ctypes, sys; libc = ctypes.CDLL(None, use_errno=True)\n"
         "assert libc.ptrace(0x4206, int(sys.argv[1]), 0, 0) == 0\n"  # PTRACE_SEIZE

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How the account of a QEMU that prefaults by itself is read."""
+"""Test how the results of a QEMU that prefaults by itself are interpreted."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ def test_job_of_a_dead_process_is_an_orphan() -> None:
         process.wait()
         assert is_orphan(f"{JOB_PREFIX}{namespace}-{process.pid}-0")
         assert not is_orphan(f"{JOB_PREFIX}{namespace}-{os.getpid()}-0")
-        assert not is_orphan(f"{JOB_PREFIX}{namespace + 1}-{process.pid}-0")  # who knows
+        assert not is_orphan(f"{JOB_PREFIX}{namespace + 1}-{process.pid}-0")  # cannot tell
         assert not is_orphan(f"backup-{namespace}-{process.pid}-0")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The JSON that scripts depend on, the table that people read, the exit status of both."""
+"""Test the report: its JSON for scripts, its table for people, and the exit status."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DONE = Report(
 )
 PARTIAL = replace(DONE, bytes=replace(DONE.bytes, remaining=4096))
 
-# The contract of the README, with the types of the values. Names are only ever added.
+# The JSON contract with the types of its values. Fields may be added but not renamed.
 COUNT = {"4k": int, "2m": int, "1g": int}
 CONTRACT: dict[str, Any] = {
     "schema": int,
@@ -77,7 +77,7 @@ CONTRACT: dict[str, Any] = {
 
 
 def check_shape(value: object, shape: Any, where: str = "") -> None:
-    """The same names, and the types that are said to be there."""
+    """Check that a value has the expected fields and types."""
     if isinstance(shape, dict):
         assert isinstance(value, dict) and set(value) == set(shape), where
         for key, inner in shape.items():
@@ -92,7 +92,7 @@ def check_shape(value: object, shape: Any, where: str = "") -> None:
 
 
 def printed(report: Report) -> Any:
-    """What a reader of --json gets."""
+    """Return what --json prints."""
     return json.loads(json.dumps(report.to_json()))
 
 
@@ -181,16 +181,16 @@ def test_error_code_can_be_given() -> None:
         "cause": "no",
         "remedy": "",
     }
-    assert errors.RefusedError.code == "refused"  # the class is not changed by it
+    assert errors.RefusedError.code == "refused"  # the class is unchanged
 
 
 def errors_without_remedy(path: Path) -> list[str]:
-    """Calls of the tree's classes that give a cause alone."""
+    """List the calls of error classes that give only a cause."""
     ours = {
         name
         for name, value in vars(errors).items()
         if isinstance(value, type) and issubclass(value, QemuPrefaultError)
-    } - {"LayoutError"}  # which brings a remedy of its own
+    } - {"LayoutError"}  # which has its own remedy
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ours:
@@ -207,7 +207,7 @@ def test_every_error_has_a_remedy() -> None:
     assert [place for path in modules for place in errors_without_remedy(path)] == []
 
 
-# --- for people ---
+# --- text for people ---
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What tests/run.py makes of a suite's end."""
+"""Test how tests/run.py judges the end of a suite."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_command_counts_as_one_test(tmp_path: Path) -> None:
     assert judge(COMMAND, 2, tmp_path / "none") == Result(failed=1, note="ended with status 2")
 
 
-def test_no_test_is_a_failure(tmp_path: Path) -> None:
+def test_no_tests_is_a_failure(tmp_path: Path) -> None:
     none = Result(failed=1, note="ran no test")
     assert judge(PYTEST, 0, tmp_path / "none") == none
     assert judge(PYTEST, 0, write_junit(tmp_path / "empty")) == none
@@ -56,7 +56,7 @@ def test_bad_exit_status_is_a_failure(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tier", ["test", "full"])
-def test_each_need_is_listed_before(tier: str) -> None:
+def test_needed_suites_are_listed_before(tier: str) -> None:
     table = tomllib.loads((ROOT / "tests" / "suites.toml").read_text())["suite"]
     seen: set[str] = set()
     for suite in (suite for entry in table if (suite := Suite(**entry)).run in ("both", tier)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a run says it did is checked against KVM's counters."""
+"""Test that a run's results are checked against KVM's counters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def section(gpa: int, size: int) -> MemorySection:
 
 @pytest.fixture
 def tally() -> RunTally:
-    """Two sections, of 4 and 8 MiB, that have been prefaulted completely."""
+    """Make a tally of two sections, of 4 and 8 MiB, that are prefaulted completely."""
     tally = RunTally()
     for part in (section(0, 4 * MIB), section(16 * MIB, 8 * MIB)):
         done = tally.of(part)
@@ -41,7 +41,7 @@ def tally() -> RunTally:
 
 
 def sums(tally: RunTally) -> tuple[int, int, int]:
-    """Bytes requested, prefaulted and accounted for."""
+    """Return the bytes requested, prefaulted and accounted for."""
     sections = tally.tallies.values()
     return (
         sum(section.requested for section in sections),
@@ -50,7 +50,7 @@ def sums(tally: RunTally) -> tuple[int, int, int]:
     )
 
 
-def test_what_the_counters_do_not_show_is_not_accounted_for(tally: RunTally) -> None:
+def test_bytes_missing_from_counters_are_unaccounted(tally: RunTally) -> None:
     tally.after = Stage2Leaves(pages_4k=256, pages_2m=1, pages_1g=0)
     tally.verify()
     assert sums(tally) == (12 * MIB, 3 * MIB, 3 * MIB)
@@ -59,14 +59,14 @@ def test_what_the_counters_do_not_show_is_not_accounted_for(tally: RunTally) -> 
 
 
 @pytest.mark.parametrize("pages_2m", [6, 7])
-def test_counters_that_show_it_all_change_nothing(tally: RunTally, pages_2m: int) -> None:
+def test_matching_counters_change_nothing(tally: RunTally, pages_2m: int) -> None:
     tally.after = Stage2Leaves(pages_4k=0, pages_2m=pages_2m, pages_1g=0)
     tally.verify()
     assert sums(tally) == (12 * MIB,) * 3
     assert not tally.warnings
 
 
-def test_without_counters_there_is_a_warning(tally: RunTally) -> None:
+def test_missing_counters_are_warned_about(tally: RunTally) -> None:
     tally.verify()
     assert sums(tally) == (12 * MIB,) * 3
     assert set(tally.warnings) == {"no-counters"}

@@ -1,4 +1,4 @@
-"""What our tests use of avocado-framework, which has no type hints."""
+"""The parts of avocado-framework that the tests use. It has no type hints of its own."""
 
 import logging
 from collections.abc import Callable

@@ -1,1 +1,1 @@
-"""What our tests use of avocado-vt, which has no type hints."""
+"""The parts of avocado-vt that the tests use. It has no type hints of its own."""

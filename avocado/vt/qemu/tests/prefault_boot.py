@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""With prefault = yes: boots, and resets, take next to no faults."""
+"""Check that boots and resets with prefault = yes take almost no faults."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ import prefault_vt
 
 def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
     """
-    1) Log in; the system is healthy
-    2) Write a file in the guest's memory, read it back
-    3) Reset, if reboot_method says how, and do it again
+    1) Log in and check the system's health
+    2) Write a file in the guest's memory and read it back
+    3) If reboot_method is set, reset the guest and repeat
     """
     vm = env.get_vm(params["main_vm"])
     size = int(params["file_size_mib"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Prefault a guest that migrates, before it goes on at its target."""
+"""Prefault a migrated guest before it resumes on its destination."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ import prefault_vt
 
 def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
     """
-    1) Log in, write a file in the guest's memory
-    2) Migrate to a second QEMU; prefault = no: as it is; read the file: one fault a page
-    3) Migrate to a third, where qemu-prefault --incoming waits; read it: next to none
+    1) Log in and write a file in the guest's memory
+    2) Migrate to a second QEMU without prefault and read the file: one fault per page
+    3) Migrate to a third QEMU with qemu-prefault --incoming and read it: almost no faults
     """
     vm = env.get_vm(params["main_vm"])
     size = int(params["file_size_mib"])
@@ -27,7 +27,7 @@ def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
 
 
 def migrate(test: Any, params: prefault_vt.Params, vm: Any, prefault: bool) -> None:
-    """Migrate by hand what VM.migrate() does in one piece; the object becomes the target's."""
+    """Do the steps of VM.migrate() one by one. The object then represents the destination."""
     protocol = params["migration_protocol"]
     target = vm.clone(copy_state=False)
     prefault_vt.give_monitor(target)

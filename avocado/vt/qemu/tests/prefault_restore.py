@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Prefault a restored guest before it goes on."""
+"""Prefault a restored guest before it resumes."""
 
 import os
 from typing import Any
@@ -9,9 +9,9 @@ import prefault_vt
 
 def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
     """
-    1) Log in, write a file in the guest's memory, save the guest to a file
-    2) Restore it as it is, let it go on, read its file: one fault a page
-    3) Restore it, prefault it and let it go on (--cont), read its file: next to none
+    1) Log in, write a file in the guest's memory and save the guest to a file
+    2) Restore and resume it without prefault, and read the file: one fault per page
+    3) Restore it, prefault and resume it (--cont), and read the file: almost no faults
     """
     vm = env.get_vm(params["main_vm"])
     size = int(params["file_size_mib"])
@@ -22,7 +22,7 @@ def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
     session.close()
     state = os.path.join(test.workdir, "state")
     vm.pause()
-    # VM.save_to_file() asks for a command that QEMU has no more.
+    # VM.save_to_file() uses a command that QEMU has removed.
     vm.monitor.migrate(f"file:{state}")
     vm.wait_for_migration(900)
     if not vm.mig_succeeded():

@@ -9,10 +9,11 @@ import prefault_vt
 def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
     """
     1) Start the VM paused (paused_after_start_vm), with a monitor for the tool
-    2) Prefault it and let it start: qemu-prefault --cont
-    3) Log in; the system is healthy
+    2) Prefault and start it: qemu-prefault --cont
+    3) Log in and check the system's health
 
-    What firmware throws away is not counted here: prefault = yes is for that.
+    The firmware drops part of the prefaulted memory. This test does not count those faults;
+    prefault = yes avoids them.
     """
     vm = env.get_vm(params["main_vm"])
     report = prefault_vt.finish_tool(test, prefault_vt.start_tool(vm, "--cont"))

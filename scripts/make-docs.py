@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Build the documentation from docs/: ``html``, a site in the cache, or ``man``, the pages in man/.
+
+Called by ``make docs`` and ``make man``. Sphinx and its extensions are installed into the cache.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from qemu_prefault import __version__
+from qemu_prefault.cli.main import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = DOCS / "reference" / "commands"
+MAN = ROOT / "man"
+#: What a man page is made of besides its own source.
+COMMON = (DOCS / "conf.py", DOCS / "_ext" / "prefault_docs.py")
+GENERATED = r".\" Written by `make man` from docs/reference/commands; do not edit. Sources: "
+
+
+# --- whether a man page is up to date ---
+
+
+def names() -> list[str]:
+    """Return the names of the man pages."""
+    return sorted(path.stem for path in PAGES.glob("qemu-prefault*.md"))
+
+
+def _help_texts(command: click.Command) -> Iterator[str]:
+    yield f"{command.name} {command.help} {command.epilog}"
+    for param in command.params:
+        kind = getattr(param.type, "choices", param.type.name)
+        shown = getattr(param, "help", None), getattr(param, "show_default", None)
+        yield f"{param.opts} {param.secondary_opts} {param.metavar} {kind} {shown} {param.required}"
+        if shown[1]:
+            yield str(param.default)
+    for _, inner in sorted(getattr(command, "commands", {}).items()):
+        yield from _help_texts(inner)
+
+
+def _field_comments(page: str) -> Iterator[str]:
+    """Yield the fields and their comments in the modules that the page's directives name."""
+    for module in sorted(set(re.findall(r"json-fields:?:?\}? (?:qemu_prefault\.)([\w.]+):", page))):
+        path = ROOT / "qemu_prefault" / f"{module.replace('.', '/')}.py"
+        text = path.read_text()
+        yield from re.findall(r"^ +(?:#:.*|\w+: [\w\[\], .|]+)$", text, re.MULTILINE)
+        yield from re.findall(r":ivar [^:]*:(?:(?!\n *:|\n *\n).)*", text, re.DOTALL)
+
+
+def digest(name: str) -> str:
+    """Return a hash of everything that the man page shows."""
+    page = (PAGES / f"{name}.md").read_text()
+    parts = [__version__, page, *(path.read_text() for path in COMMON)]
+    parts += _help_texts(cli)
+    parts += _field_comments(page)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+# --- building ---
+
+
+def cache() -> Path:
+    """Return the cache of scripts/with-env."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("QEMU_PREFAULT_CACHE") or Path(base) / "qemu-prefault")
+
+
+def install_sphinx() -> Path:
+    """Return a directory that has the packages of docs/requirements.txt; fill it if necessary."""
+    requirements = DOCS / "requirements.txt"
+    key = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()[:16]
+    directory = cache() / f"docs-{key}"
+    with (cache() / ".lock-docs").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (directory / "complete").exists():
+            print(f"setup: installing Sphinx (pip, into {directory})", file=sys.stderr)
+            install = [sys.executable, "-m", "pip", "-q", "install", "--upgrade"]
+            argv = [*install, "--target", str(directory), "-r", str(requirements)]
+            subprocess.run(argv, check=True)
+            (directory / "complete").touch()
+    return directory
+
+
+def sphinx(builder: str, output: Path, *options: str) -> int:
+    """Run Sphinx from scratch, since the pages depend on the code."""
+    argv = [sys.executable, "-m", "sphinx", "-q", "-E", *options, "-b", builder]
+    argv += ["-d", str(cache() / "scratch" / f"doctrees-{builder}"), str(DOCS), str(output)]
+    environment = {**os.environ, "PYTHONPATH": str(install_sphinx())}
+    return subprocess.run(argv, env=environment, check=False).returncode
+
+
+def make_man() -> int:
+    output = cache() / "scratch" / "man"
+    status = sphinx("man", output)
+    if status:
+        return status
+    MAN.mkdir(exist_ok=True)
+    for old in MAN.glob("*.1"):
+        old.unlink()
+    for name in names():
+        text = (output / f"{name}.1").read_text()
+        # The date of the build would be a change each day. Names of commands are not hyphenated.
+        header = re.compile(r'^(\.TH "[^"]*" "1") "[^"]*"(.*)', re.MULTILINE)
+        text, count = header.subn(r'\1 ""\2\n.nr HY 0\n.ad l', text)
+        assert count == 1, name
+        (MAN / f"{name}.1").write_text(f"{GENERATED}{digest(name)}\n{text}")
+    print(MAN)
+    return 0
+
+
+def main() -> int:
+    if sys.argv[1:] == ["man"]:
+        return make_man()
+    if sys.argv[1:] != ["html"]:
+        print(f"usage: {sys.argv[0]} html|man", file=sys.stderr)
+        return 2
+    output = cache() / "docs"
+    status = sphinx("html", output, "-W", "--keep-going")
+    if not status:
+        print(output / "index.html")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
