@@ -218,6 +218,8 @@ class Code(enum.StrEnum):
     ZAPPED = "zapped"
     #: The guest was reset during the run.
     RESET = "reset"
+    #: Memory ran short while it was being populated.
+    MEMORY_SHORT = "memory-short"
 
 
 class QemuPrefaultError(Exception):
@@ -265,9 +267,18 @@ class CommandError(MonitorError):
     code = Code.MONITOR_COMMAND
 
     def __init__(self, command: str, error_class: str, desc: str) -> None:
-        super().__init__(f"QEMU refused {command}: {desc}")
+        super().__init__(f"QEMU refused {command}: {desc}", self._remedy(error_class))
         self.error_class = error_class
         self.desc = desc
+
+    @staticmethod
+    def _remedy(error_class: str) -> str:
+        if error_class == "CommandNotFound":
+            return (
+                "give the monitor of a QEMU that runs a guest: qemu-storage-daemon has none, and "
+                "with -preconfig QEMU has none until x-exit-preconfig"
+            )
+        return "see QEMU's own log; the guest's run state is as it was found"
 
 
 _REMEDY_PEER: Final = "check that the socket is QEMU's own QMP monitor, then report this answer"

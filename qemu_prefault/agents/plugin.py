@@ -65,7 +65,7 @@ def find_control_socket(process: Process) -> Path | None:
             continue
         try:
             link = os.readlink(proc / "fd" / name.removeprefix(CONTROL_THREAD))
-            table = (proc / "net" / "unix").read_text()
+            table = (proc / "net" / "unix").read_text(errors="surrogateescape")
         except OSError:
             continue
         bound = bound_path(table, link)

@@ -18,9 +18,11 @@ from typing import Final, Protocol
 from ..agents.base import Agent, Kind, Outcome, Range, Worker
 from ..errors import Code
 from ..host import kvm
+from ..host.headroom import Limit
+from ..host.memory_source import MemorySource
 from ..host.pagemap import Pagemap, Sums
 from ..qemu.memory_map import MemorySection
-from ..units import format_size
+from ..units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 from .plan import Target, partition_by_node
 from .tally import RunTally
 from .vm import Backing
@@ -30,6 +32,8 @@ Progress = Callable[[str, int, int], None]
 
 #: Errors that are due to the vCPU and not to the range, so that another vCPU may succeed.
 VCPU_ERRORS: Final = (kvm.STUCK, errno.EOPNOTSUPP)
+#: Most that a worker populates before the limits are read again, in bytes.
+BATCH_BYTES: Final = 64 << 20
 NO_VCPU: Final = "prefault: no vCPU could be used"
 
 
@@ -39,6 +43,8 @@ class Backings(Protocol):
     def backing(self, section: MemorySection) -> Backing:
         """Return the backing of a section."""
         ...
+
+    def memory_source(self, section: MemorySection) -> MemorySource: ...
 
 
 class Executor:
@@ -56,13 +62,19 @@ class Executor:
         pagemap: Pagemap,
         tally: RunTally,
         on_progress: Progress,
+        *,
+        check_headroom: bool = True,
     ) -> None:
+        """
+        :param check_headroom: Stop populating when memory runs short. False with ``--force``.
+        """
         self.agent = agent
         self.unusable: dict[int, int] = {}
         self._backings = backings
         self._pagemap = pagemap
         self._tally = tally
         self._on_progress = on_progress
+        self._check_headroom = check_headroom
         self._ended = False
         self._time_is_up = False
         #: Targets that were entirely writable after populate().
@@ -76,10 +88,12 @@ class Executor:
 
         :param only: Whether the run only populates, so that the tally counts these bytes.
         """
-        ranges = []
+        queues: dict[Target, list[Range]] = {}
         present = {}
         for target in targets:
             if not target.may_populate:
+                if only:
+                    self._tally.of(target.section).note = target.why_not
                 continue
             backing = self._backings.backing(target.section)
             present[target] = self._sums(target).present
@@ -87,10 +101,8 @@ class Executor:
                 gaps: Iterable[tuple[int, int]] = [(target.hva, target.size)]
             else:
                 gaps = self._pagemap.unwritable(target.hva, target.size, backing.private)
-            for start, length in gaps:
-                ranges.append((target.section.node, Range(Kind.POPULATE, start, length)))
-        total = sum(item.size for _, item in ranges)
-        outcomes, _ = await self._run(ranges, "populate", total)
+            queues[target] = [Range(Kind.POPULATE, *gap) for gap in gaps]
+        outcomes = await self._populate_in_batches(queues)
         for target, before in present.items():
             after = self._sums(target)
             tally = self._tally.of(target.section)
@@ -101,8 +113,73 @@ class Executor:
                 tally.requested += target.size
                 tally.accounted += after.writable
             error = next((o.error for o in outcomes if o.error and _overlaps(o.range, target)), 0)
-            if error and error != kvm.ABORTED:
+            if error and error != kvm.ABORTED and tally.note is None:
                 tally.note = f"populate: {kvm.describe_errno(error)}"
+
+    async def _populate_in_batches(self, queues: dict[Target, list[Range]]) -> list[Outcome]:
+        """Populate ranges, and read the limits again before each batch.
+
+        Other runs and other guests take memory at the same time. So a batch takes at most a
+        sixteenth of what a contended limit has left, and populating ends when that is less than a
+        huge page.
+        """
+        total = sum(item.size for queue in queues.values() for item in queue)
+        outcomes: list[Outcome] = []
+        while any(queues.values()) and not self._ended and not self._time_is_up:
+            batch = self._next_batch(queues)
+            if not batch:
+                break
+            done = sum(outcome.done for outcome in outcomes)
+            found, _ = await self._run(batch, "populate", total, done)
+            outcomes += found
+            if any(o.error in (errno.EFAULT, errno.ENOMEM) for o in found):
+                self._warn_if_short(queues)
+                break
+        return outcomes
+
+    def _next_batch(self, queues: dict[Target, list[Range]]) -> list[tuple[int | None, Range]]:
+        """Take the next ranges off the queues; return none if memory has run short."""
+        batch: list[tuple[int | None, Range]] = []
+        taken: dict[str, int] = {}
+        for target, queue in queues.items():
+            if not queue:
+                continue
+            left = sum(item.size for item in queue)
+            page_size = max(target.section.page_size, PAGE_SIZE)
+            budget = min(left, BATCH_BYTES * max(1, len(self.agent.workers)))
+            limits = self._limits(target, left)
+            for limit in limits:
+                share = limit.available // 16 if limit.contended else limit.available
+                budget = min(budget, share - taken.get(limit.name, 0))
+            budget = budget // page_size * page_size
+            if budget < min(left, max(HUGE_PAGE_SIZE, page_size)):
+                self._warn_if_short({target: queue})
+                if batch:
+                    continue
+                queues[target] = []
+                continue
+            for limit in limits:
+                taken[limit.name] = taken.get(limit.name, 0) + budget
+            batch += [(target.section.node, item) for item in _take(queue, budget)]
+        return batch
+
+    def _limits(self, target: Target, absent: int) -> list[Limit]:
+        if not self._check_headroom:
+            return []
+        return self._backings.memory_source(target.section).limits(absent)
+
+    def _warn_if_short(self, queues: dict[Target, list[Range]]) -> None:
+        """Record which limit keeps memory from being populated, if there is one."""
+        for target, queue in queues.items():
+            left = sum(item.size for item in queue)
+            for limit in self._limits(target, left):
+                share = limit.available // 16 if limit.contended else limit.available
+                if share < min(left, HUGE_PAGE_SIZE) or limit.available < target.section.page_size:
+                    self._tally.warnings[Code.MEMORY_SHORT] = (
+                        f"{limit.name} ran short while memory was populated ({limit.detail}); "
+                        "what was done stays"
+                    )
+                    self._tally.of(target.section).note = f"populate: {limit.name} ran short"
 
     async def prefault(
         self, targets: Sequence[Target], *, again: bool = False, skip_pagemap: bool = False
@@ -271,6 +348,19 @@ class Executor:
         """End all work permanently when the current chunks are done."""
         self._ended = True
         self.agent.abort()
+
+
+def _take(queue: list[Range], size: int) -> list[Range]:
+    """Take ranges of so many bytes off the front of a queue; the last one may be cut."""
+    taken = []
+    while queue and size:
+        first = queue.pop(0)
+        if first.size > size:
+            queue.insert(0, Range(first.kind, first.start + size, first.size - size))
+            first = Range(first.kind, first.start, size)
+        taken.append(first)
+        size -= first.size
+    return taken
 
 
 def _overlaps(item: Range, target: Target) -> bool:

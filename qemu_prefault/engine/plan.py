@@ -108,8 +108,8 @@ def _reason_not_to_populate(
         "the balloon is inflated: memory is absent on purpose": balloon is not None
         and balloon.actual < balloon.total,
         "reserve=off: memory is overcommitted on purpose": section.reserve is False,
-        "a shared file: populating would write it": section.device in ("nvdimm", "virtio-pmem")
-        and section.share is not False,
+        "a shared file: populating would write it": section.disk_file
+        or (section.device in ("nvdimm", "virtio-pmem") and section.share is not False),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

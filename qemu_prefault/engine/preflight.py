@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Final
 
 from ..errors import Code, RefusedError, UnsupportedError
 from ..host import kvm
-from ..host.headroom import hugetlb_free, memory_headroom
 from ..host.pagemap import Pagemap
 from ..qemu.memory_map import firmware_ahead, huge_alignment
 from ..qemu.queries import MIGRATION_OVER
-from ..units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
+from ..units import HUGE_PAGE_SIZE, format_size
 from .options import Options, Populate
 from .plan import Target
 from .vm import Vm
@@ -144,26 +143,23 @@ def check_headroom(
     :returns: The bytes that populating would allocate for each target.
     :raises RefusedError: with the bytes needed, the bytes available, and the limit.
     """
-    needs: dict[int, int] = {}
     absent = {}
     for target in targets:
         backing = vm.backing(target.section)
         mapped = pagemap.sums(target.hva, target.size, backing.private)
         elsewhere = max(0, target.section.size - vm.allocated(target.section))
         absent[target] = min(target.size - mapped.present, elsewhere) if target.may_populate else 0
-        page_size = target.section.page_size
-        needs[page_size] = needs.get(page_size, 0) + absent[target]
     if force:
         return absent
-    process = vm.process
-    for page_size, needed in needs.items():
-        limits = (
-            memory_headroom(process) if page_size == PAGE_SIZE else hugetlb_free(process, page_size)
-        )
-        for limit in limits:
-            if needed > limit.available:
+    needs: dict[str, int] = {}
+    for target, needed in absent.items():
+        if not needed:
+            continue
+        for limit in vm.memory_source(target.section).limits(needed):
+            needs[limit.name] = needs.get(limit.name, 0) + needed
+            if needs[limit.name] > limit.available:
                 raise RefusedError(
-                    f"populating needs {format_size(needed)}, but {limit.name} has only "
+                    f"populating needs {format_size(needs[limit.name])}, but {limit.name} has only "
                     f"{format_size(limit.available)} available ({limit.detail})",
                     "free memory, raise the limit, use --populate resident or --max-bytes; "
                     "--force skips this check",
@@ -174,6 +170,8 @@ def check_headroom(
 
 def find_warnings(options: Options, targets: Sequence[Target], state: VmState) -> dict[str, str]:
     """Return warnings about this host and this guest, by code."""
+    if options.populate_only:
+        return _resident_only(options, targets)
     found: dict[str, str] = {}
     if firmware_ahead(state.ranges) and not options.incoming:
         found[Code.FIRMWARE_AHEAD] = (
@@ -200,8 +198,19 @@ def find_warnings(options: Options, targets: Sequence[Target], state: VmState) -
             "kvm.nx_huge_pages is on: huge pages are mapped non-executable, and the guest's "
             "first execution from each still faults"
         )
+    return found | _resident_only(options, targets)
+
+
+def _resident_only(options: Options, targets: Sequence[Target]) -> dict[str, str]:
+    """Why some memory is not populated; nothing if the user asked for that."""
+    found: dict[str, str] = {}
     if any(t.why_not for t in targets):
         reasons = dict.fromkeys(f"{t.section.name}: {t.why_not}" for t in targets if t.why_not)
         if options.populate is Populate.AUTO:
-            found[Code.RESIDENT_ONLY] = f"only present pages were prefaulted ({'; '.join(reasons)})"
+            what = (
+                "nothing was populated"
+                if options.populate_only
+                else "only present pages were prefaulted"
+            )
+            found[Code.RESIDENT_ONLY] = f"{what} ({'; '.join(reasons)})"
     return found

@@ -90,8 +90,7 @@ async def prefault(
     else:
         check_vm_state(vm.state, await vm.dirty_limit())
     targets = select(vm.state, options)
-    if not options.populate_only:
-        tally.warnings |= find_warnings(options, targets, vm.state)
+    tally.warnings |= find_warnings(options, targets, vm.state)
     with Pagemap(vm.process) as pagemap:
         absent = check_headroom(vm, targets, pagemap, options.force)
         if options.dry_run:
@@ -143,7 +142,7 @@ async def _act(  # noqa: PLR0917
     agent = selection.make(
         vm.process, vm.monitor, lambda: vm.state.sections, threads, options.chunk_bytes
     )
-    executor = Executor(vm, agent, pagemap, tally, on_progress)
+    executor = Executor(vm, agent, pagemap, tally, on_progress, check_headroom=not options.force)
     interference = InterferenceMonitor(vm, tally, executor.end)
     pauser = Pauser(vm.monitor, agent, interference, tally, cont=options.cont)
     await agent.start()

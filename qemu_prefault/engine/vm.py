@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..agents.base import VcpuThread
 from ..errors import (
@@ -28,6 +28,7 @@ from ..errors import (
 from ..host import kvm
 from ..host.fds import kvm_fds, take_fd
 from ..host.identify import identify
+from ..host.memory_source import MemorySource, is_disk_file
 from ..host.procfs import MemoryMapping, Process, backing_of, mappings_of, thread_map
 from ..host.ptrace_access import ptrace_denied
 from ..qemu.dial import Dial
@@ -82,13 +83,28 @@ class Vm:
         async with Monitor.connect(qmp, dial=dial) as monitor:
             state = await read_vm_state(monitor)
             threads = [vcpu.thread_id for vcpu in state.vcpus]
-            yield cls(monitor, _identify(monitor, pid, threads), state)
+            vm = cls(monitor, _identify(monitor, pid, threads), state)
+            vm.state = vm._with_disk_files(state)
+            yield vm
 
     async def refresh(self) -> VmState:
         """Read QEMU's state again, and return the new :attr:`state`."""
-        self.state = await read_vm_state(self.monitor)
         self._maps = None
+        self.state = self._with_disk_files(await read_vm_state(self.monitor))
         return self.state
+
+    def _with_disk_files(self, state: VmState) -> VmState:
+        """Note which sections are shared files on a disk, if QEMU's memory map may be read."""
+        try:
+            sections = tuple(
+                replace(section, disk_file=True)
+                if section.skipped is None and is_disk_file(self.process, self._mapping(section))
+                else section
+                for section in state.sections
+            )
+        except UnsupportedError:  # what needs the right to look is refused later
+            return state
+        return replace(state, sections=sections)
 
     async def dirty_limit(self) -> bool:
         """Return whether a vCPU dirty-rate limit is active, which logs dirty pages."""
@@ -101,6 +117,17 @@ class Vm:
         """Return the backing of a section, according to the mapping of its first byte."""
         mapping = self._mapping(section)
         return Backing(backing_of(mapping, section.page_size), not mapping.shared)
+
+    def memory_source(self, section: MemorySection) -> MemorySource:
+        """What the section takes its memory from."""
+        mapping = self._mapping(section)
+        return MemorySource(
+            self.process,
+            mapping,
+            section.page_size,
+            section.bound_nodes,
+            reserved=section.reserve is not False,
+        )
 
     def allocated(self, section: MemorySection) -> int:
         """Return the bytes that a shared backing has allocated, or 0 if unknown.

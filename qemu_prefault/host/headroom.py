@@ -8,6 +8,7 @@ both against the same table.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from collections.abc import Mapping as MappingABC
@@ -75,11 +76,15 @@ def parse_key_values(text: str) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """The bytes that can be populated before `name` (host, cgroup, …) is full."""
+    """The bytes that can be populated before `name` (host, cgroup, …) is full.
+
+    :ivar contended: Whether others can take from it at any time, without a reservation.
+    """
 
     name: str
     available: int
     detail: str
+    contended: bool = False
 
 
 def cgroup_directories(
@@ -133,7 +138,7 @@ def memory_limit(directory: str, unified: bool) -> Limit | None:
     stat = parse_key_values(read_optional(f"{directory}/memory.stat") or "")
     reclaimable = stat.get("inactive_file" if unified else "total_inactive_file", 0)
     detail = f"{name} {limit}, {usage} in use, {reclaimable} of it reclaimable"
-    return Limit(f"cgroup {directory}", max(0, limit - usage + reclaimable), detail)
+    return Limit(f"cgroup {directory}", max(0, limit - usage + reclaimable), detail, True)
 
 
 def cgroup_hugetlb_limit(directory: str, unified: bool, page_size: int) -> Limit | None:
@@ -159,33 +164,56 @@ def memory_headroom(process: Process) -> list[Limit]:
     meminfo = parse_key_values(read_file(f"{procfs.PROC}/meminfo", process.pid))
     if "MemAvailable" in meminfo:
         available = meminfo["MemAvailable"]
-        limits.append(Limit("host", available, "MemAvailable of /proc/meminfo"))
+        limits.append(Limit("host", available, "MemAvailable of /proc/meminfo", True))
     limits += _cgroup_limits(process, "memory", memory_limit)
     return limits
 
 
-def hugetlb_free(process: Process, page_size: int) -> list[Limit]:
-    """Return the limits for more huge pages of `page_size` bytes (pool and cgroups).
+def hugetlb_pool_limit(page_size: int, nodes: Sequence[int] = (), ours: int = 0) -> Limit:
+    """Return the bytes that the pool of huge pages of one size has available.
 
-    `available` counts reserved pages (resv_hugepages) as free. Other processes cannot use them,
-    but QEMU's own mappings usually hold the reservation. `detail` gives both numbers.
+    Reserved pages (resv_hugepages) are free, but only mappings that hold the reservation can use
+    them.
+
+    :param nodes: The NUMA nodes that the pages must come from; empty means any.
+    :param ours: The bytes that are reserved for the mapping in question.
     """
     pool = f"/sys/kernel/mm/hugepages/hugepages-{page_size >> 10}kB"
-    free, reserved, overcommit = (
+    free, reserved, overcommit, surplus = (
         parse_number(read_optional(f"{pool}/{name}_hugepages"))
-        for name in ("free", "resv", "nr_overcommit")
+        for name in ("free", "resv", "nr_overcommit", "surplus")
     )
     if free is None:
-        return [Limit("hugetlb", 0, f"this kernel does not offer {page_size >> 10} KiB huge pages")]
-    in_use = parse_number(read_optional(f"{pool}/surplus_hugepages")) or 0
-    more = max(0, (overcommit or 0) - in_use)
-    detail = f"{free} free, {reserved or 0} of them reserved, {more} by overcommit in {pool}"
-    limits = [Limit("hugetlb", (free + more) * page_size, detail)]
+        return Limit("hugetlb", 0, f"this kernel does not offer {page_size >> 10} KiB huge pages")
+    promised = max(0, (reserved or 0) - ours // page_size)
+    more = max(0, (overcommit or 0) - (surplus or 0))
+    if nodes:
+        here = "/sys/devices/system/node/node{}/hugepages/" + os.path.basename(pool)
+        on_nodes = [
+            parse_number(read_optional(f"{here.format(node)}/free_hugepages")) or 0
+            for node in nodes
+        ]
+        names = ",".join(map(str, nodes))
+        usable = min(sum(on_nodes), max(0, free - promised))
+        detail = f"{sum(on_nodes)} free there; {free} free in all, {promised} promised to others"
+        return Limit(f"hugetlb on NUMA node {names}", usable * page_size, detail)
+    detail = f"{free} free, {promised} of them reserved for others, {more} by overcommit in {pool}"
+    return Limit("hugetlb", max(0, free - promised + more) * page_size, detail)
+
+
+def hugetlb_cgroup_limits(process: Process, page_size: int) -> list[Limit]:
+    """Return the limits of the process's hugetlb cgroups, innermost first."""
 
     def hugetlb_limit(directory: str, unified: bool) -> Limit | None:
         return cgroup_hugetlb_limit(directory, unified, page_size)
 
-    return limits + _cgroup_limits(process, "hugetlb", hugetlb_limit)
+    return _cgroup_limits(process, "hugetlb", hugetlb_limit)
+
+
+def hugetlb_free(process: Process, page_size: int) -> list[Limit]:
+    """Return the limits for further huge pages of `page_size` bytes: pool and cgroups."""
+    pool = hugetlb_pool_limit(page_size, ours=1 << 62)
+    return [pool, *hugetlb_cgroup_limits(process, page_size)]
 
 
 def _cgroup_limits(

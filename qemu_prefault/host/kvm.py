@@ -165,7 +165,8 @@ _OUTCOMES = {
     errno.ENOENT: "KVM has no memory slot at this address",
     errno.EOPNOTSUPP: "the vCPU runs a nested guest, or KVM uses shadow paging",
     errno.EIO: "KVM refuses: the VM is dead, or belongs to another process",
-    errno.EFAULT: "QEMU's mapping of this memory cannot be accessed",
+    errno.EFAULT: "QEMU's mapping of this memory cannot be accessed, or its file system or huge "
+    "page pool is full",
     errno.ENOMEM: "out of memory",
     errno.ENOTTY: "the file descriptor is not a vCPU, or the kernel does not know the ioctl",
     errno.EINVAL: "the kernel does not know the request, or refuses it for this mapping",

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from ..errors import Code, FailedError, GoneError, QemuPrefaultError, UnsupportedError
+from ..units import PAGE_SIZE
 
 BackingKind = Literal["anonymous", "memfd", "shmem", "hugetlb", "file", "device"]
 
@@ -31,6 +32,27 @@ def gone(pid: int) -> GoneError:
     """Return the error for a process that has exited."""
     return GoneError(
         f"process {pid} is gone", "check whether QEMU has exited; its log has the reason"
+    )
+
+
+def exists(pid: int) -> bool:
+    """Whether there is such a process, or thread, also if /proc does not show it."""
+    if os.path.isdir(f"{PROC}/{pid}"):
+        return False  # what was asked for is gone, not hidden
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def hidden(pid: int) -> UnsupportedError:
+    return UnsupportedError(
+        f"process {pid} exists, but /proc does not show it",
+        "/proc is mounted with hidepid=, or this service has ProtectProc=: run as root of the host",
+        code=Code.PROC_PERMISSION,
     )
 
 
@@ -54,7 +76,7 @@ def read_file(path: str, pid: int) -> str:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             return file.read()
     except (FileNotFoundError, ProcessLookupError) as error:
-        raise gone(pid) from error
+        raise (hidden(pid) if exists(pid) else gone(pid)) from error
     except PermissionError as error:
         raise denied(path) from error
     except OSError as error:
@@ -213,7 +235,7 @@ def _parse_mapping(line: str) -> MemoryMapping:
     )
 
 
-def backing_of(mapping: MemoryMapping, page_size: int = 4096) -> BackingKind:
+def backing_of(mapping: MemoryMapping, page_size: int = PAGE_SIZE) -> BackingKind:
     """Return the kind of memory behind a mapping.
 
     :param page_size: The page size of the backing as the monitor reports it, in bytes
@@ -222,7 +244,7 @@ def backing_of(mapping: MemoryMapping, page_size: int = 4096) -> BackingKind:
     """
     path = mapping.path.removesuffix(" (deleted)")
     # An anonymous MAP_HUGETLB mapping is also a file of this name (fs/hugetlbfs/inode.c).
-    if page_size > 4096 or path.startswith(("/anon_hugepage", "/dev/hugepages/")):
+    if page_size > PAGE_SIZE or path.startswith(("/anon_hugepage", "/dev/hugepages/")):
         return "hugetlb"
     if mapping.inode == 0:
         return "anonymous"
@@ -261,8 +283,9 @@ def thread_names(pid: int) -> dict[int, str]:
     names = {}
     with contextlib.suppress(OSError, QemuPrefaultError):
         for tid in _list_threads(pid, lambda: os.listdir(f"{PROC}/{pid}/task")):
-            with contextlib.suppress(OSError), open(f"{PROC}/{pid}/task/{tid}/comm") as comm:
-                names[int(tid)] = comm.read().rstrip("\n")
+            name = read_optional(f"{PROC}/{pid}/task/{tid}/comm")
+            if name is not None:
+                names[int(tid)] = name.rstrip("\n")
     return names
 
 

@@ -244,6 +244,8 @@ class _Reader:
         parser.CharacterDataHandler = self._text
         parser.StartDoctypeDeclHandler = self._doctype
         parser.buffer_text = True
+        if self._xml.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16, which libvirt never writes
+            raise _not_utf8()
         try:
             parser.Parse(self._xml, True)
         except expat.ExpatError as error:
@@ -259,8 +261,8 @@ class _Reader:
         namespace, _, local = name.rpartition(" ")
         start = self._parser.CurrentByteIndex
         tag = _TAG.match(self._xml, start)
-        if tag is None:  # UTF-16, for example
-            raise InputError("this XML is not in UTF-8", "convert it: iconv -t UTF-8")
+        if tag is None:
+            raise _not_utf8()
         element = Element(namespace, local, attributes, start, tag.end())
         if self._open:
             self._open[-1].children.append(element)
@@ -274,7 +276,8 @@ class _Reader:
             element.end = element.tag_end
         else:
             tag = _TAG.match(self._xml, self._parser.CurrentByteIndex)
-            assert tag is not None
+            if tag is None:
+                raise _not_utf8()
             element.end = tag.end()
 
     def _text(self, text: str) -> None:
@@ -286,6 +289,12 @@ class _Reader:
             "remove the DOCTYPE",
             code=Code.BAD_XML,
         )
+
+
+def _not_utf8() -> InputError:
+    return InputError(
+        "this XML is not in UTF-8", "convert it: iconv -f UTF-16 -t UTF-8", code=Code.BAD_XML
+    )
 
 
 def _text(element: Element | None) -> str:

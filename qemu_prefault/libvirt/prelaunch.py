@@ -27,15 +27,15 @@ from ..engine.vm import Backing
 from ..errors import Code, RefusedError, UnsupportedError
 from ..host import kvm
 from ..host.fds import kvm_fds
-from ..host.headroom import memory_headroom
 from ..host.kvm import debugfs_leaves
+from ..host.memory_source import MemorySource, is_disk_file, source_of
 from ..host.pagemap import Pagemap
 from ..host.procfs import MemoryMapping, Process, backing_of, thread_names
 from ..qemu.memory_map import MemorySection
-from ..units import PAGE_SIZE
 from .domain_xml import Domain
 
 KIB_640, MIB, GIB_4 = 0xA0000, 1 << 20, 4 << 30
+AMD_HOLE = 0xFD_0000_0000
 
 #: Name of a vCPU thread with `-name …,debug-threads=on`, which libvirt always passes.
 _VCPU_NAME: Final = re.compile(r"CPU ([0-9]+)/KVM")
@@ -86,6 +86,24 @@ def boot_ram(machine: str, memory: int) -> tuple[tuple[int, int, int], ...]:
     return tuple(ranges)
 
 
+def check_plain_layout(arguments: Sequence[str], memory: int) -> None:
+    """Raise if RAM is somewhere else than :func:`boot_ram` says.
+
+    :param arguments: QEMU's command line. :param memory: bytes.
+    :raises UnsupportedError: ``max-ram-below-4g`` is set, or RAM reaches the addresses that AMD
+        hosts keep for HyperTransport, just below 1 TiB (pc_set_amd_above_4g_mem_start(),
+        hw/i386/pc.c, since QEMU 7.1).
+    """
+    moved = any("max-ram-below-4g" in argument for argument in arguments)
+    if moved or memory > AMD_HOLE - GIB_4:
+        why = "max-ram-below-4g is set" if moved else "it may reach AMD's hole below 1 TiB"
+        raise UnsupportedError(
+            f"where this guest has its RAM is not known: {why}",
+            'use restore="later"',
+            code=Code.LAYOUT,
+        )
+
+
 def ram_mapping(maps: Sequence[MemoryMapping], memory: int) -> MemoryMapping:
     """Return QEMU's mapping of guest RAM: the writable mapping of exactly this size.
 
@@ -134,11 +152,16 @@ def vcpu_threads(process: Process) -> list[VcpuThread]:
 class _OneMapping:
     """Gives every memory section the backing of one mapping."""
 
-    def __init__(self, mapping: MemoryMapping) -> None:
-        self._backing = Backing(backing_of(mapping), not mapping.shared)
+    def __init__(self, source: MemorySource) -> None:
+        mapping = source.mapping
+        self._backing = Backing(backing_of(mapping, source.page_size), not mapping.shared)
+        self._source = source
 
     def backing(self, _section: MemorySection) -> Backing:
         return self._backing
+
+    def memory_source(self, _section: MemorySection) -> MemorySource:
+        return self._source
 
 
 async def prefault_before_start(
@@ -162,8 +185,10 @@ async def prefault_before_start(
             'use restore="later"',
             code=Code.LAYOUT,
         )
+    check_plain_layout(process.arguments(), domain.memory)
     ranges = boot_ram(domain.machine, domain.memory)
     mapping = ram_mapping(process.maps(), domain.memory)
+    source = source_of(process, mapping)
     threads = vcpu_threads(process)
     tally = RunTally()
     notes = []
@@ -171,16 +196,22 @@ async def prefault_before_start(
         absent = (
             domain.memory - pagemap.sums(mapping.start, mapping.size, not mapping.shared).present
         )
-        why_not = _reason_not_to_populate(process, domain, absent, populate)
+        why_not = _reason_not_to_populate(source, domain, absent, populate)
         if why_not:
             notes.append(why_not)
         targets = [
-            Target(_section(gpa, size, mapping.start + offset), gpa, size, not why_not, why_not)
+            Target(
+                _section(gpa, size, mapping.start + offset, source.page_size),
+                gpa,
+                size,
+                not why_not,
+                why_not,
+            )
             for gpa, size, offset in ranges
         ]
         agent = PtraceAgent(process, threads)
         executor = Executor(
-            _OneMapping(mapping), agent, pagemap, tally, lambda phase, done, total: None
+            _OneMapping(source), agent, pagemap, tally, lambda phase, done, total: None
         )
         tally.before = debugfs_leaves(process)
         await agent.start()
@@ -211,27 +242,29 @@ async def prefault_before_start(
 
 
 def _reason_not_to_populate(
-    process: Process, domain: Domain, absent: int, populate: str
+    source: MemorySource, domain: Domain, absent: int, populate: str
 ) -> str | None:
     """Return why absent memory may not be populated, or None if it may."""
     if populate == "resident":
         return 'populate="resident"'
     if populate == "auto" and domain.current < domain.memory:
         return "the balloon holds some of the guest's memory"
-    for limit in memory_headroom(process):
+    if populate == "auto" and is_disk_file(source.process, source.mapping):
+        return "a shared file: touching it would write it"
+    for limit in source.limits(absent):
         if absent > limit.available:
             return f"{limit.name} has only {limit.available >> 20} MiB available"
     return None
 
 
-def _section(gpa: int, size: int, hva: int) -> MemorySection:
+def _section(gpa: int, size: int, hva: int, page_size: int) -> MemorySection:
     return MemorySection(
         name=f"ram@{gpa:#x}",
         gpa=gpa,
         size=size,
         hva=hva,
         offset=0,
-        page_size=PAGE_SIZE,
+        page_size=page_size,
         memdev=None,
         device=None,
         share=None,

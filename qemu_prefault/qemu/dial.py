@@ -206,9 +206,21 @@ async def await_greeting(sock: socket.socket, address: str, deadline: float) -> 
         raise closed_early(address) from error
     if not start:
         raise closed_early(address)
+    if start[:1] == b"\xff":  # IAC, RFC 854
+        raise MonitorError(
+            f"{address} negotiates telnet options",
+            "start QEMU with -qmp tcp:HOST:PORT,server=on,wait=off instead of telnet:",
+            code=Code.MONITOR_NOT_QMP,
+        )
     if start.lstrip()[:1] not in (b"{", b""):
-        human = b"QEMU" in start or start[:1] == b"\xff"
+        human = b"QEMU" in start
         raise not_qmp(address, "it is a human monitor" if human else "its first bytes are not JSON")
+    if start.lstrip()[1:2] in (b"\r", b"\n"):
+        raise MonitorError(
+            f"{address} speaks QMP, but pretty-printed over several lines",
+            "start QEMU with -qmp instead of -qmp-pretty, or with pretty=off",
+            code=Code.MONITOR_NOT_QMP,
+        )
 
 
 def closed_early(address: str) -> MonitorError:

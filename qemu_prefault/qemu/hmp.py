@@ -88,6 +88,8 @@ def parse_mtree(text: str) -> tuple[FlatRange, ...]:
             break
         if line.startswith((" AS ", " Root memory region:")):
             continue
+        if line.strip() == "No rendered FlatView":
+            raise LayoutError("this QEMU has no machine (-M none)", "start it with a machine")
         found = _parse_range(line)
         if ranges and found.start < ranges[-1].end:
             raise _bad_line(line, "overlaps the range before it")

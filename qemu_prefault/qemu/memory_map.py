@@ -26,7 +26,7 @@ All addresses and sizes are in bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -195,8 +195,10 @@ class MemorySection:
     :ivar node: Guest NUMA node, or None if unknown.
     :ivar skipped: Why this section must not be touched, or None if it can be prefaulted.
     :ivar skip_code: A stable name for the value of `skipped`: ``rom``, ``read-only``,
-        ``device-memory``, ``rom-device``, ``vfio-bar``, ``no-memslot``, ``unaligned``,
-        ``no-ram-block``, ``no-host-address``, ``enclave``.
+        ``read-only-backend``, ``device-memory``, ``rom-device``, ``vfio-bar``, ``no-memslot``,
+        ``unaligned``, ``no-ram-block``, ``no-host-address``, ``enclave``.
+    :ivar disk_file: Whether it is a shared file on a disk, which populating would write.
+    :ivar bound_nodes: The host NUMA nodes that the backend binds its memory to; empty means any.
     """
 
     name: str
@@ -212,6 +214,8 @@ class MemorySection:
     node: int | None
     skipped: str | None
     skip_code: str | None
+    bound_nodes: tuple[int, ...] = ()
+    disk_file: bool = False
 
     @property
     def end(self) -> int:
@@ -222,6 +226,7 @@ class MemorySection:
 _SKIP_TEXT: Final = {
     "rom": "ROM",
     "read-only": "RAM that the chipset has made read-only (PAM)",
+    "read-only-backend": "a read-only memory backend",
     "device-memory": "memory of a device, not guest RAM",
     "rom-device": "flash or another ROM device",
     "vfio-bar": "a BAR of an assigned device",
@@ -242,6 +247,7 @@ def build_sections(
     *,
     kvm: bool | None = None,
     node_of: Mapping[str, int] | None = None,
+    device_owned: frozenset[str] = frozenset(),
 ) -> tuple[MemorySection, ...]:
     """Join the monitor's answers into sections of guest memory, ascending by address.
 
@@ -253,12 +259,16 @@ def build_sections(
     :param kvm: Whether the guest runs under KVM (``query-kvm``). If so, RAM that is not a memslot
         is skipped. None means that it does if any range is a memslot.
     :param node_of: The guest NUMA node by backend id (:func:`memdev_nodes`).
+    :param device_owned: The ids of backends that a device other than a memory device uses, such as
+        ivshmem. They are the device's memory and not guest RAM.
     :raises LayoutError: if the answers contradict each other: a range ends beyond its block, the
         address of ``gpa2hva`` differs from the block's, or RAM ranges share host memory.
     """
     if kvm is None:
         kvm = any(item.kvm for item in ranges)
-    join = _Join(ramblocks, memdevs, memory_devices, hva_of, node_of or {})
+    join = _Join(
+        ramblocks, memdevs, memory_devices, hva_of, node_of or {}, device_owned=device_owned
+    )
     sections = tuple(join.section(item, kvm) for item in ranges if item.kind != "i/o")
     _check_disjoint([section for section in sections if section.skipped is None])
     return sections
@@ -274,7 +284,10 @@ class _Join:
         devices: Sequence[MemoryDevice],
         hva_of: Mapping[int, int],
         node_of: Mapping[str, int],
+        *,
+        device_owned: frozenset[str],
     ) -> None:
+        self.device_owned = device_owned
         self.memdevs = {memdev.id: memdev for memdev in memdevs}
         self.devices = {d.memdev: d for d in devices if d.memdev is not None}
         self.hva_of = hva_of
@@ -293,7 +306,7 @@ class _Join:
         memdev = self.memdevs.get(memdev_id) if memdev_id is not None else None
         device = self.devices.get(memdev_id) if memdev_id is not None else None
         block = self._block(item, memdev)
-        is_ram = memdev is not None or (not self.memdevs and item.name in MAIN_RAM_NAMES)
+        is_ram = is_ram_region(item.name, self.memdevs) and memdev_id not in self.device_owned
         hva = self._hva(item, block, is_ram)
         code = _skip_code(item, is_ram, kvm, device)
         if code is None and block is None:
@@ -314,6 +327,7 @@ class _Join:
             node=self.node_of.get(memdev_id or "", device.node if device else None),
             skipped=_SKIP_TEXT[code] if code else None,
             skip_code=code,
+            bound_nodes=memdev.host_nodes if memdev and memdev.policy == "bind" else (),
         )
 
     def _block(self, item: FlatRange, memdev: Memdev | None) -> RamBlock | None:
@@ -339,7 +353,17 @@ class _Join:
         return reported or computed
 
 
-def _memdev_of(name: str, memdevs: Mapping[str, Memdev]) -> str | None:
+def is_ram_region(name: str, memdevs: Collection[str]) -> bool:
+    """Return whether a memory region has a backend, or is a machine's RAM that has none.
+
+    :param memdevs: The ids of all backends.
+    """
+    if not memdevs:
+        return name in MAIN_RAM_NAMES
+    return _memdev_of(name, memdevs) is not None
+
+
+def _memdev_of(name: str, memdevs: Collection[str]) -> str | None:
     """Return the id of the backend behind the region `name`, or None.
 
     Machine types before 4.0 name memfd and file backends by their full QOM path, ``/objects/m0``
@@ -357,6 +381,8 @@ def _skip_code(item: FlatRange, is_ram: bool, kvm: bool, device: MemoryDevice | 
     if item.kind != "ram":
         by_kind = {"romd": "rom-device", "ramd": "vfio-bar", "rom": "rom"}
         code = "read-only" if item.kind == "rom" and is_ram else by_kind[item.kind]
+        if code == "read-only" and device is not None:
+            code = "read-only-backend"
     elif not is_ram:
         code = "device-memory"
     elif device is not None and device.kind == "sgx-epc":

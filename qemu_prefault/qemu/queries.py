@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,6 +22,7 @@ from .memory_map import (
     MemoryDevice,
     MemorySection,
     build_sections,
+    is_ram_region,
     memdev_nodes,
     parse_memdevs,
     parse_memory_devices,
@@ -93,9 +94,9 @@ async def read_vm_state(monitor: Monitor) -> VmState:
     :raises MonitorError: if a query fails, or if the memory map changes during every attempt.
     """
     for _ in range(10):
-        machine = await _read_once(monitor)
-        if machine is not None:
-            return machine
+        state = await _read_once(monitor)
+        if state is not None:
+            return state
     raise MonitorError(
         "the guest's memory map kept changing while it was read",
         "the guest's firmware is probably still running: try again in a few seconds",
@@ -163,9 +164,12 @@ async def _read_once(monitor: Monitor) -> VmState | None:
     memory_devices = parse_memory_devices(devices)
     nodes = parse_numa(expect_str(numa, "info numa"))
 
-    mapped = await _host_addresses(monitor, ranges)
+    ids = [memdev.id for memdev in memdevs]
+    mapped = await _host_addresses(monitor, ranges, ids)
     if mapped is None:
         return None
+    in_map = {item.name for item in ranges} & set(ids)
+    device_owned = await _device_owned(monitor, in_map, memory_devices)
     sections = build_sections(
         ranges,
         blocks,
@@ -173,7 +177,13 @@ async def _read_once(monitor: Monitor) -> VmState | None:
         memory_devices,
         mapped,
         kvm=enabled,
-        node_of=memdev_nodes(ranges, memdevs, memory_devices, nodes),
+        node_of=memdev_nodes(
+            [item for item in ranges if item.name not in device_owned],
+            memdevs,
+            memory_devices,
+            nodes,
+        ),
+        device_owned=device_owned,
     )
     return VmState(
         version=monitor.version,
@@ -211,11 +221,16 @@ async def _optional(awaitable: Awaitable[object]) -> object | None:
         return None
 
 
-async def _host_addresses(monitor: Monitor, ranges: Sequence[FlatRange]) -> dict[int, int] | None:
-    """Return the host addresses of RAM and ROM ranges; None if the map changed.
+async def _host_addresses(
+    monitor: Monitor, ranges: Sequence[FlatRange], memdevs: Collection[str]
+) -> dict[int, int] | None:
+    """Return the host addresses of RAM and ROM ranges; None if guest RAM has moved.
 
     The addresses of the first and the last page are queried, to check that each range is also
-    contiguous in QEMU's address space.
+    contiguous in QEMU's address space. A range of device memory (a BAR that the guest moves) is
+    left out if its address cannot be found.
+
+    :param memdevs: The ids of all memory backends.
     """
     wanted = [r for r in ranges if r.kind in ("ram", "rom") and r.size >= PAGE_SIZE]
     questions = [gpa for r in wanted for gpa in (r.start, (r.end - 1) // PAGE_SIZE * PAGE_SIZE)]
@@ -225,21 +240,74 @@ async def _host_addresses(monitor: Monitor, ranges: Sequence[FlatRange]) -> dict
     for start in range(0, len(questions), 64):
         asked = questions[start : start + 64]
         answers += await _all(*(monitor.hmp(f"gpa2hva {gpa:#x}") for gpa in asked))
-    if parse_mtree(await monitor.hmp("info mtree -f")) != tuple(ranges):
+
+    def guest_ram(view: Sequence[FlatRange]) -> list[FlatRange]:
+        return [item for item in view if is_ram_region(item.name, memdevs)]
+
+    if guest_ram(parse_mtree(await monitor.hmp("info mtree -f"))) != guest_ram(ranges):
         return None
     found: dict[int, int] = {}
     for item, first, last in zip(wanted, answers[::2], answers[1::2], strict=True):
-        (name, hva), (last_name, last_hva) = (
-            parse_gpa2hva(expect_str(answer, "gpa2hva")) for answer in (first, last)
-        )
-        distance = (item.end - 1) // PAGE_SIZE * PAGE_SIZE - item.start
-        if {name, last_name} != {item.name} or last_hva - hva != distance:
-            raise LayoutError(
-                f"memory {item.name!r} at {item.start:#x} is not contiguous in QEMU",
-                "the memory map may have changed twice during the queries: try again",
-            )
-        found[item.start] = hva
+        try:
+            found[item.start] = _host_address(item, first, last)
+        except LayoutError:
+            if is_ram_region(item.name, memdevs):
+                raise
     return found
+
+
+def _host_address(item: FlatRange, first: object, last: object) -> int:
+    (name, hva), (last_name, last_hva) = (
+        parse_gpa2hva(expect_str(answer, "gpa2hva")) for answer in (first, last)
+    )
+    distance = (item.end - 1) // PAGE_SIZE * PAGE_SIZE - item.start
+    if {name, last_name} != {item.name} or last_hva - hva != distance:
+        raise LayoutError(
+            f"memory {item.name!r} at {item.start:#x} is not contiguous in QEMU",
+            "the memory map may have changed twice during the queries: try again",
+        )
+    return hva
+
+
+async def _device_owned(
+    monitor: Monitor, memdevs: Collection[str], memory_devices: Sequence[MemoryDevice]
+) -> frozenset[str]:
+    """Return which of these backends belong to a device that is no memory device.
+
+    Guest RAM is what the machine (its property memory-backend, or -numa node,memdev=) or a memory
+    device owns. Other devices have memory of their own behind backends: ivshmem-plain, pmrdev of
+    NVMe, CXL. QEMU has no query for that, so the links of all devices are read (QOM).
+    """
+    unclaimed = set(memdevs) - {device.memdev for device in memory_devices}
+    boot = await _optional(monitor.execute("qom-get", path="/machine", property="memory-backend"))
+    if isinstance(boot, str):
+        unclaimed.discard(boot.rsplit("/", 1)[-1])
+    if not unclaimed:
+        return frozenset()
+    owned = set()
+    for parent in ("/machine/peripheral", "/machine/peripheral-anon"):
+        for device in await _qom_list(monitor, parent):
+            if not device[1].startswith("child<"):
+                continue
+            path = f"{parent}/{device[0]}"
+            for name, kind in await _qom_list(monitor, path):
+                if kind == "link<memory-backend>":
+                    link = await _optional(monitor.execute("qom-get", path=path, property=name))
+                    if isinstance(link, str):
+                        owned.add(link.rsplit("/", 1)[-1])
+    return frozenset(unclaimed & owned)
+
+
+async def _qom_list(monitor: Monitor, path: str) -> list[tuple[str, str]]:
+    """Return names and types of an object's properties; none if there is no such object."""
+    answer = await _optional(monitor.execute("qom-list", path=path))
+    if answer is None:
+        return []
+    entries = [expect_object(item, "qom-list") for item in expect_array(answer, "qom-list")]
+    return [
+        (expect_str(e.get("name"), "qom-list"), expect_str(e.get("type"), "qom-list"))
+        for e in entries
+    ]
 
 
 def _vcpus(value: object) -> tuple[Vcpu, ...]:

@@ -115,7 +115,7 @@ BAD_GREETINGS: dict[str, tuple[Callable[[socket.socket], None], str, float]] = {
     "drips": (drip, "did not finish", 3),
     "text": (say(b"hello\n"), "first bytes are not JSON", 1),
     "HMP": (say(b"QEMU 10.0.0 monitor - type 'help'\r\n(qemu) "), "human monitor", 1),
-    "telnet": (say(b"\xff\xfb\x01\xff\xfb\x03"), "human monitor", 1),
+    "telnet": (say(b"\xff\xfb\x01\xff\xfb\x03"), "telnet", 1),
     "binary": (say(bytes(range(256)) * 9), "does not speak QMP", 1),
     "blank, then nothing": (say(b"\n"), "does not speak QMP", 1),
     "no JSON": (say(b"{QMP}\n"), "does not speak QMP", 1),

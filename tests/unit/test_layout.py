@@ -230,7 +230,7 @@ def test_line_forms(rest: str, want: tuple[RangeKind, bool, str, int, bool]) -> 
     [
         ("", "no view"),
         ("FlatView #0\n", "no view"),
-        (' AS "memory", root: system\n  No rendered FlatView\n', "not a memory range"),
+        (' AS "memory", root: system\n  No rendered FlatView\n', "has no machine"),
         (VIEW, "empty"),
         (view("garbage"), "'  garbage' is not a memory range"),
         (view("0000000000001000-0000000000000fff (prio 0, ram): a"), "ends before it starts"),

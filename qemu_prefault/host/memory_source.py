@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where the memory behind a mapping comes from, and how much of it may still be taken.
+
+The host's memory is one source. A mapping may be confined to less: the file system of a shared
+file, the hugetlb pool, the NUMA nodes that its policy or its process's cpuset allow. All of them
+are shared with others, so what others were promised is not available: the unwritten part of
+their files, and the huge pages that are reserved for their mappings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ..units import PAGE_SIZE
+from . import procfs
+from .headroom import (
+    Limit,
+    hugetlb_cgroup_limits,
+    hugetlb_pool_limit,
+    memory_headroom,
+    parse_key_values,
+)
+from .procfs import MemoryMapping, Process, parse_number, read_optional
+
+NODES: Final = Path("/sys/devices/system/node")
+#: Files of a file system beyond this are not looked at for what they were promised.
+MAX_FILES: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySource:
+    """What one mapping takes its memory from.
+
+    :ivar process: whose mapping it is.
+    :ivar page_size: of the backing, in bytes.
+    :ivar nodes: NUMA nodes that its policy binds it to; empty: it is not bound.
+    :ivar reserved: whether its absent huge pages are reserved for it.
+    """
+
+    process: Process
+    mapping: MemoryMapping
+    page_size: int = PAGE_SIZE
+    nodes: tuple[int, ...] = ()
+    reserved: bool = True
+
+    def limits(self, absent: int) -> list[Limit]:
+        """Return every limit that memory populated in the mapping counts against.
+
+        :param absent: bytes of the mapping that are not allocated yet.
+        :raises GoneError: the process is gone.
+        """
+        nodes = confining_nodes(self.process, self.nodes)
+        if self.page_size > PAGE_SIZE:
+            ours = absent if self.reserved else 0
+            limits = [hugetlb_pool_limit(self.page_size, nodes, ours)]
+            limits += hugetlb_cgroup_limits(self.process, self.page_size)
+        else:
+            limits = memory_headroom(self.process)
+            if nodes:
+                limits.append(node_limit(nodes))
+        limits += file_system_limit(self.process, self.mapping)
+        return limits
+
+
+# --- NUMA nodes ---
+
+
+def parse_node_list(text: str) -> tuple[int, ...]:
+    """Return the numbers of a kernel list such as ``0-2,5``; empty if it is none."""
+    found: list[int] = []
+    for part in text.strip().split(","):
+        match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part)
+        if match is None:
+            return ()
+        first, last = int(match[1]), int(match[2] or match[1])
+        found += range(first, last + 1)
+    return tuple(found)
+
+
+def confining_nodes(process: Process, bound: Sequence[int]) -> tuple[int, ...]:
+    """Return the nodes that memory must come from; empty if any node of the host will do.
+
+    :param bound: what the mapping's policy allows; empty: all.
+    """
+    with_memory = set(parse_node_list(read_optional(f"{NODES}/has_memory") or ""))
+    allowed = with_memory & set(bound or with_memory)
+    status = read_optional(f"{procfs.PROC}/{process.pid}/status") or ""
+    cpuset = re.search(r"^Mems_allowed_list:\s*(\S+)$", status, re.MULTILINE)
+    if cpuset is not None:
+        allowed &= set(parse_node_list(cpuset[1])) or allowed
+    return () if allowed == with_memory else tuple(sorted(allowed))
+
+
+def node_limit(nodes: Sequence[int]) -> Limit:
+    """Return how many bytes these nodes can give together: what is free, and inactive files."""
+    available = 0
+    for node in nodes:
+        text = read_optional(f"{NODES}/node{node}/meminfo") or ""
+        values = parse_key_values(re.sub(r"^Node [0-9]+ ", "", text, flags=re.MULTILINE))
+        available += values.get("MemFree", 0) + values.get("Inactive(file)", 0)
+    names = ",".join(map(str, nodes))
+    detail = "MemFree and Inactive(file) of its meminfo; its policy or cpuset allows no other"
+    return Limit(f"NUMA node {names}", available, detail, True)
+
+
+def parse_numa_maps(text: str, start: int) -> tuple[tuple[int, ...], int]:
+    """Return the nodes that the mapping at `start` is bound to, and its page size in bytes.
+
+    :param text: ``/proc/PID/numa_maps`` (mm/mempolicy.c, ``mpol_to_str()``).
+    :returns: no nodes where its policy is another one than ``bind``, or unknown.
+    """
+    for line in text.split("\n"):
+        words = line.split(" ")
+        if words[0] != f"{start:08x}" and words[0] != f"{start:x}":
+            continue
+        policy = words[1] if len(words) > 1 else ""
+        nodes = parse_node_list(policy.partition(":")[2]) if policy.startswith("bind") else ()
+        size = next((w for w in words if w.startswith("kernelpagesize_kB=")), "")
+        kib = parse_number(size.partition("=")[2])
+        return nodes, (kib << 10 if kib else PAGE_SIZE)
+    return (), PAGE_SIZE
+
+
+def source_of(process: Process, mapping: MemoryMapping) -> MemorySource:
+    """Return a mapping's source where no monitor can be asked: policy and page size by /proc.
+
+    Reading numa_maps walks QEMU's page tables: do it once, not in a loop.
+    """
+    text = read_optional(f"{procfs.PROC}/{process.pid}/numa_maps") or ""
+    nodes, page_size = parse_numa_maps(text, mapping.start)
+    return MemorySource(process, mapping, page_size, nodes)
+
+
+# --- file systems ---
+
+
+def is_disk_file(process: Process, mapping: MemoryMapping) -> bool:
+    """Whether a mapping is a shared file that is written to a disk: neither tmpfs nor hugetlbfs."""
+    if not mapping.shared or mapping.inode == 0 or _is_internal(mapping):
+        return False
+    major, minor = mapping.device
+    mounts = read_optional(f"{procfs.PROC}/{process.pid}/mountinfo") or ""
+    for line in mounts.split("\n"):
+        before, dash, after = line.partition(" - ")
+        fields = before.split(" ")
+        if dash and len(fields) > 2 and fields[2] == f"{major}:{minor}":
+            return after.split(" ")[0] not in ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
+    return mapping.path.startswith("/") and not mapping.path.startswith("/dev/")
+
+
+def _is_internal(mapping: MemoryMapping) -> bool:
+    """Whether the file is on a mount of the kernel's own, which has no size: a memfd, for one."""
+    return mapping.path.startswith(("/memfd:", "/dev/zero", "/SYSV", "/anon_hugepage"))
+
+
+def file_system_limit(process: Process, mapping: MemoryMapping) -> list[Limit]:
+    """Return what the file system of a shared file can give; empty if it sets no limit.
+
+    A memfd and shared anonymous memory are on a mount of the kernel's own, without a size.
+    """
+    if (
+        not mapping.shared
+        or mapping.inode == 0
+        or mapping.path.startswith(("/memfd:", "/dev/zero"))
+    ):
+        return []
+    path = _reach(process, mapping)
+    if path is None:
+        return []
+    try:
+        figures = os.statvfs(path)
+    except OSError:
+        return []
+    if figures.f_blocks == 0:  # no size= was given
+        return []
+    free = figures.f_bavail * figures.f_frsize
+    promised = _promised_to_others(process, mapping)
+    place = os.path.dirname(mapping.path.removesuffix(" (deleted)")) or "/"
+    detail = f"{free} bytes are free, {promised} of them promised to other files there"
+    return [Limit(f"the file system of {place}", max(0, free - promised), detail)]
+
+
+def _reach(process: Process, mapping: MemoryMapping) -> str | None:
+    """Return a path by which this process reaches the mapped file; None if there is none."""
+    by_map = f"{procfs.PROC}/{process.pid}/map_files/{mapping.start:x}-{mapping.end:x}"
+    by_root = f"{procfs.PROC}/{process.pid}/root{mapping.path}"
+    for path in (by_map, by_root):
+        with contextlib.suppress(OSError):
+            if os.stat(path).st_ino == mapping.inode:
+                return path
+    return None
+
+
+#: Looking at every file takes time: what was found for a mapping holds for so many seconds.
+PROMISE_SECONDS: Final = 1.0
+_promises: dict[tuple[int, int, int], tuple[float, int]] = {}
+
+
+def _promised_to_others(process: Process, mapping: MemoryMapping) -> int:
+    """Return the bytes that other files of the file system may still grow into."""
+    key = (process.pid, mapping.start, mapping.inode)
+    known = _promises.get(key)
+    if known is not None and time.monotonic() - known[0] < PROMISE_SECONDS:
+        return known[1]
+    found: dict[int, int] = {}
+    for status in _files_beside(process, mapping):
+        if status.st_ino != mapping.inode:
+            found[status.st_ino] = max(0, status.st_size - status.st_blocks * 512)
+    _promises[key] = (time.monotonic(), sum(found.values()))
+    return sum(found.values())
+
+
+def _files_beside(process: Process, mapping: MemoryMapping) -> Iterator[os.stat_result]:
+    device = os.makedev(*mapping.device)
+    start = f"{procfs.PROC}/{process.pid}/root" + os.path.dirname(mapping.path)
+    # Up to the root of the mount: a neighbour's file may be in another directory.
+    while os.path.dirname(start) != start:
+        parent = os.path.dirname(start)
+        try:
+            if os.stat(parent).st_dev != os.stat(start).st_dev:
+                break
+        except OSError:
+            break
+        if parent == f"{procfs.PROC}/{process.pid}/root":
+            start = parent
+            break
+        start = parent
+    count = 0
+    for directory, _, names in os.walk(start):
+        for name in names:
+            count += 1
+            if count > MAX_FILES:
+                return
+            with contextlib.suppress(OSError):
+                status = os.lstat(os.path.join(directory, name))
+                if status.st_dev == device and stat.S_ISREG(status.st_mode):
+                    yield status
+    yield from _open_in_other_processes(process, device)
+
+
+def _open_in_other_processes(process: Process, device: int) -> Iterator[os.stat_result]:
+    """Files of the file system that other QEMUs have mapped, which may have no name any more."""
+    for entry in os.listdir(procfs.PROC):
+        if not entry.isdecimal() or int(entry) == process.pid:
+            continue
+        name = read_optional(f"{procfs.PROC}/{entry}/comm") or ""
+        if "qemu" not in name and "kvm" not in name:
+            continue
+        text = read_optional(f"{procfs.PROC}/{entry}/maps") or ""
+        for mapping in procfs.parse_maps(text):
+            if mapping.shared and os.makedev(*mapping.device) == device:
+                path = f"{procfs.PROC}/{entry}/map_files/{mapping.start:x}-{mapping.end:x}"
+                with contextlib.suppress(OSError):
+                    yield os.stat(path)

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Memory is asked of where it comes from: a tmpfs, a huge page pool, a file on a disk.
+
+The reports that these set-ups come from are named at each test.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.qemu import MIB, QemuVm, StartQemu, start_vm
+
+StartVm = Callable[..., QemuVm]
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
+
+
+@pytest.fixture
+def vm_of(start_qemu: StartQemu, tmp_path: Path) -> StartVm:
+    def start(*arguments: str, accel: str = "tcg", paused: bool = True) -> QemuVm:
+        return start_vm(start_qemu, tmp_path, *arguments, accel=accel, paused=paused)
+
+    return start
+
+
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of 200 MiB."""
+    path = tmp_path / "shm"
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200M", "none", path], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.decode().strip()}")
+    yield path
+    subprocess.run(["umount", "--lazy", path], check=True)
+
+
+def ram_in(directory: Path, mib: int, name: str = "") -> tuple[str, ...]:
+    path = directory / name if name else directory
+    backend = f"memory-backend-file,id=m,size={mib}M,mem-path={path},share=on"
+    return ("-m", f"{mib}M", "-object", backend, "-machine", "memory-backend=m")
+
+
+def used(directory: Path) -> int:
+    figures = os.statvfs(directory)
+    return (figures.f_blocks - figures.f_bfree) * figures.f_frsize
+
+
+@needs_root
+def test_tmpfs_that_is_too_small_is_refused(vm_of: StartVm, tmpfs: Path) -> None:
+    """kata-containers#12919, zTrix/qemu-compose#26: a full /dev/shm ends guests with SIGBUS."""
+    vm = vm_of(*ram_in(tmpfs, 256))
+    result = vm.prefault("--populate-only")
+    assert result.status == 5 and result.error["code"] == "no-memory"
+    assert f"the file system of {tmpfs} has only 200.0 MiB" in result.error["cause"]
+    assert used(tmpfs) == 0
+
+
+@needs_root
+@pytest.mark.parametrize("unlinked", [True, False])
+def test_what_a_neighbour_was_promised_is_left_to_it(
+    vm_of: StartVm, tmpfs: Path, unlinked: bool
+) -> None:
+    neighbour = vm_of(*ram_in(tmpfs, 64, "" if unlinked else "neighbour"), paused=False)
+    vm = vm_of(*ram_in(tmpfs, 150))  # it would fit if the neighbour had nothing
+    result = vm.prefault("--populate-only")
+    assert result.status == 5 and "promised to other files" in result.error["cause"]
+    assert neighbour.qmp.status() == "running"
+
+
+@needs_root
+def test_tmpfs_is_filled_to_its_last_page(vm_of: StartVm, tmpfs: Path) -> None:
+    vm = vm_of(*ram_in(tmpfs, 200))
+    result = vm.prefault("--populate-only")
+    assert result.status == 0, result.stderr
+    assert result.report["bytes"]["remaining"] == 0
+    assert used(tmpfs) > 199 * MIB
+
+
+@needs_root
+def test_force_overrides_the_file_system(vm_of: StartVm, tmpfs: Path) -> None:
+    vm = vm_of(*ram_in(tmpfs, 256))
+    result = vm.prefault("--populate-only", "--force")
+    assert result.status == 3
+    assert vm.qmp.status() in ("prelaunch", "paused")
+
+
+@needs_root
+def test_memory_that_runs_short_midway_ends_the_run(vm_of: StartVm, tmpfs: Path) -> None:
+    """A file that grows while memory is populated takes what the first check had counted on."""
+    vm = vm_of(*ram_in(tmpfs, 190))
+    report = vm.prefault("--populate-only", "--dry-run").report
+    assert report["bytes"]["populated"] > 180 * MIB
+    (tmpfs / "late").write_bytes(bytes(60 * MIB))
+    late = vm.prefault("--populate-only")
+    assert late.status == 5 and vm.qmp.status() in ("prelaunch", "paused")
+
+
+def test_shared_file_on_a_disk_is_left_alone(vm_of: StartVm, tmp_path: Path) -> None:
+    """LookingGlass#403 and its like; docs: `auto` does not write files on disks."""
+    fields = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    device = os.stat(tmp_path).st_dev
+    own = [f for f in fields if f[2] == f"{os.major(device)}:{os.minor(device)}"]
+    if not own or own[-1][own[-1].index("-") + 1] == "tmpfs":
+        pytest.skip("the temporary directory is not on a disk")
+    vm = vm_of(*ram_in(tmp_path, 64, "ram"))
+    result = vm.prefault("--populate-only")
+    assert result.status == 0 and result.warnings == {"resident-only"}
+    assert (tmp_path / "ram").stat().st_blocks == 0
+    assert vm.prefault("--populate-only", "--populate", "all").status == 0
+    assert (tmp_path / "ram").stat().st_blocks * 512 >= 63 * MIB
+
+
+def test_memory_of_ivshmem_is_no_guest_ram(vm_of: StartVm, tmp_path: Path) -> None:
+    backend = f"memory-backend-file,id=glass,mem-path={tmp_path}/glass,share=on,size=32M"
+    device = ("-object", backend, "-device", "ivshmem-plain,memdev=glass")
+    vm = vm_of("-M", "q35", "-m", "64M", *device, paused=False)
+    assert vm.prefault("--populate-only").status == 0
+    assert (tmp_path / "glass").stat().st_blocks == 0
+
+
+def test_ram_of_numa_nodes_beside_ivshmem_is_guest_ram(vm_of: StartVm, tmp_path: Path) -> None:
+    nodes = [
+        word
+        for number in (0, 1)
+        for word in (
+            *("-object", f"memory-backend-ram,id=n{number},size=64M"),
+            *("-numa", f"node,memdev=n{number}"),
+        )
+    ]
+    glass = f"memory-backend-file,id=glass,mem-path={tmp_path}/glass,share=on,size=32M"
+    device = ("-object", glass, "-device", "ivshmem-plain,memdev=glass")
+    vm = vm_of("-M", "q35", "-smp", "2", "-m", "128M", *nodes, *device)
+    result = vm.prefault("--populate-only")
+    assert result.status == 0
+    assert result.report["bytes"]["requested"] > 126 * MIB
+
+
+BOOT_SECTOR = """\
+.code16
+.globl _start
+_start: cli
+ xorw %ax, %ax
+ movw %ax, %ds
+ movw %ax, %ss
+ movw $0x7000, %sp
+ movl $0xC0000000, %ebx
+again: movl $0x80001010, %eax # bus 0, device 2, function 0, register 0x10: its first BAR
+ movw $0xCF8, %dx
+ outl %eax, %dx
+ movw $0xCFC, %dx
+ movl %ebx, %eax
+ outl %eax, %dx
+ addl $0x1000000, %ebx
+ cmpl $0xF0000000, %ebx
+ jb again
+ movl $0xC0000000, %ebx
+ jmp again
+.org 510
+.word 0xAA55
+"""
+
+
+def test_guest_that_moves_a_bar_is_populated(vm_of: StartVm, tmp_path: Path) -> None:
+    """rust-vmm/vhost#245, NVIDIA/QEMU#39: what devices do to the map does not matter."""
+    for name in ("as", "ld"):
+        if shutil.which(name) is None:
+            pytest.skip(f"{name} is not installed (binutils)")
+    (tmp_path / "boot.s").write_text(BOOT_SECTOR)
+    obj, image = str(tmp_path / "boot.o"), str(tmp_path / "boot.img")
+    subprocess.run(["as", "--32", "-o", obj, tmp_path / "boot.s"], check=True)
+    link = ["ld", "-m", "elf_i386", "-Ttext", "0x7c00", "--oformat", "binary", "-o", image, obj]
+    subprocess.run(link, check=True)
+    drive = ("-device", "VGA,addr=2", "-drive", f"file={image},format=raw,if=ide")
+    vm = vm_of("-M", "pc", "-m", "64M", *drive, paused=False)
+    mtree: dict[str, Any] = {"command-line": "info mtree -f"}
+    maps: set[str] = set()
+    while len(maps) < 3:  # until it moves
+        maps.add(str(vm.qmp.execute("human-monitor-command", **mtree)))
+    result = vm.prefault("--populate-only")
+    assert result.status == 0, result.stderr
+
+
+def test_names_need_not_be_utf8(vm_of: StartVm) -> None:
+    """thrash-protect#25: a thread's name is cut at 15 bytes, here in the middle of a letter."""
+    vm = vm_of("-name", "process=vm-прод-сервер", "-m", "64M")
+    assert vm.prefault("--populate-only").status == 0
+    assert vm.command("map").status == 0
+    assert "internal error" not in vm.command("probe").stderr
+
+
+# --- messages ---
+
+
+def test_no_machine_is_named(vm_of: StartVm) -> None:
+    result = vm_of("-M", "none").command("map")
+    assert result.status == 1 and "has no machine" in result.error["cause"]
+
+
+def test_read_only_backend_is_not_called_pam(vm_of: StartVm, tmp_path: Path) -> None:
+    (tmp_path / "nv").write_bytes(b"")
+    os.truncate(tmp_path / "nv", 64 * MIB)
+    backend = f"memory-backend-file,id=nv,mem-path={tmp_path}/nv,size=64M,readonly=on"
+    nvdimm = ("-object", backend, "-device", "nvdimm,memdev=nv,unarmed=on")
+    vm = vm_of("-M", "q35,nvdimm=on", "-m", "64M,slots=1,maxmem=1G", *nvdimm)
+    sections = {s["name"]: s["skipped"] for s in vm.command("map").report["sections"]}
+    assert sections["nv"] == "a read-only memory backend"
+
+
+def test_populate_only_says_why_nothing_is_touched(vm_of: StartVm) -> None:
+    backend = "memory-backend-ram,id=m,size=64M,reserve=off"
+    vm = vm_of("-m", "64M", "-object", backend, "-machine", "memory-backend=m")
+    result = vm.prefault("--populate-only")
+    assert result.status == 0 and result.warnings == {"resident-only"}

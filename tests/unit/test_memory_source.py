@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Sources of memory: parsers, and figures of NUMA nodes and huge page pools that are made up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qemu_prefault.errors import UnsupportedError
+from qemu_prefault.host import memory_source
+from qemu_prefault.host.memory_source import (
+    confining_nodes,
+    node_limit,
+    parse_node_list,
+    parse_numa_maps,
+)
+from qemu_prefault.host.procfs import Process
+from qemu_prefault.libvirt.prelaunch import check_plain_layout
+
+MEMINFO = """\
+Node 1 MemTotal:       1048576 kB
+Node 1 MemFree:          20480 kB
+Node 1 Inactive(file):    4096 kB
+"""
+NUMA_MAPS = """\
+55d4c0000000 default file=/usr/bin/qemu mapped=10 N0=10 kernelpagesize_kB=4
+7f0000000000 bind:1 file=/memfd:ram dirty=2 N1=2 kernelpagesize_kB=2048
+7f1000000000 interleave:0-1 anon=3 dirty=3 N0=2 N1=1 kernelpagesize_kB=4
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "nodes"),
+    [
+        ("0", (0,)),
+        ("0-2,5\n", (0, 1, 2, 5)),
+        ("", ()),
+        ("x", ()),
+        ("1-", ()),
+        ("12345", ()),
+    ],
+)
+def test_node_lists(text: str, nodes: tuple[int, ...]) -> None:
+    assert parse_node_list(text) == nodes
+
+
+def test_numa_maps_tell_policy_and_page_size() -> None:
+    assert parse_numa_maps(NUMA_MAPS, 0x7F0000000000) == ((1,), 2 << 20)
+    assert parse_numa_maps(NUMA_MAPS, 0x7F1000000000) == ((), 4096)
+    assert parse_numa_maps(NUMA_MAPS, 0x1000) == ((), 4096)
+
+
+@given(st.text(), st.integers(0, 1 << 48))
+def test_parsers_accept_any_text(text: str, start: int) -> None:
+    parse_node_list(text)
+    parse_numa_maps(text, start)
+
+
+@pytest.fixture
+def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A host of two nodes with memory, of which process 7 may use both."""
+    nodes, proc = tmp_path / "node", tmp_path / "proc"
+    (nodes / "node1").mkdir(parents=True)
+    (nodes / "has_memory").write_text("0-1\n")
+    (nodes / "node1/meminfo").write_text(MEMINFO)
+    (proc / "7").mkdir(parents=True)
+    (proc / "7/status").write_text("Name:\tqemu\nMems_allowed_list:\t0-1\n")
+    monkeypatch.setattr(memory_source, "NODES", nodes)
+    monkeypatch.setattr("qemu_prefault.host.procfs.PROC", str(proc))
+    return tmp_path
+
+
+def test_node_gives_what_is_free_and_inactive_files(two_nodes: Path) -> None:
+    limit = node_limit((1,))
+    assert (limit.name, limit.available) == ("NUMA node 1", (20480 + 4096) << 10)
+    assert limit.contended
+
+
+def test_policy_confines(two_nodes: Path) -> None:
+    assert confining_nodes(Process(7, 0), ()) == ()
+    assert confining_nodes(Process(7, 0), (1,)) == (1,)
+    assert confining_nodes(Process(7, 0), (0, 1)) == ()
+
+
+def test_cpuset_confines(two_nodes: Path) -> None:
+    (two_nodes / "proc/7/status").write_text("Mems_allowed_list:\t0\n")
+    assert confining_nodes(Process(7, 0), ()) == (0,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "memory"),
+    [
+        (("-machine", "pc-q35-8.1,max-ram-below-4g=1G"), 4 << 30),
+        (("-machine", "pc-q35-8.1"), 1100 << 30),
+    ],
+)
+def test_hook_refuses_layouts_it_does_not_know(arguments: tuple[str, ...], memory: int) -> None:
+    with pytest.raises(UnsupportedError) as refusal:
+        check_plain_layout(arguments, memory)
+    assert refusal.value.code == "layout"
+    check_plain_layout(("-machine", "pc-q35-8.1"), 4 << 30)
