@@ -41,7 +41,7 @@ STDIN = 3  # bytes; empty is the end of file
 KILL = 4  # one byte: the signal number
 BYE = 5  # no more beats, nothing runs: a snapshot is about to be taken
 POKE = 6  # nothing to do; its interrupt is what L1 may need (see Channel)
-# Server to host. HELLO is answered by MAGIC + nonce, which is no frame (see Channel).
+# Server to host. The answer to HELLO is MAGIC + nonce, not a frame (see Channel).
 STDOUT = 16
 STDERR = 17
 EXIT = 18  # JSON: returncode, timed_out, or error (a name of errno) and strerror
@@ -160,7 +160,7 @@ class Command:
         except BlockingIOError:
             pass
         except BrokenPipeError:
-            # It does not want its input; the exit status tells whether that was wrong.
+            # The command has closed its input. If that was wrong, its exit status shows it.
             self.unread.clear()
             self.stdin_ended = True
         if self.unread and not self.stdin_selected:
@@ -187,8 +187,8 @@ class Command:
         self.returncode = self.process.wait()
         self.unread.clear()
         self.close_stdin()
-        # A daemon it left behind may hold the pipes for ever: what was written before the
-        # exit is in the pipes by now, so a short while is enough.
+        # A daemon that the command started may keep the pipes open. The pipes already contain
+        # all output from before the exit, so half a second is enough to read it.
         self.drain_until = time.monotonic() + 0.5
         self.finish_if_done()
 
@@ -217,7 +217,7 @@ class Command:
         self.server.send(EXIT, self.number, json.dumps(status).encode())
 
     def close(self) -> None:
-        """Let go of everything; the process itself is left to whoever called."""
+        """Close all descriptors. The caller must end the process itself."""
         self.server.commands.pop(self.number, None)
         self.pause(True)
         self.close_stdin()
@@ -289,7 +289,7 @@ class CommandServer:
         except BlockingIOError:
             return
         if not data:
-            # Nobody is connected at the other end, and poll() keeps saying so.
+            # The other end is not connected, and poll() reports that each time.
             time.sleep(0.05)
             return
         for kind, number, payload in self.frames.feed(data):
@@ -350,7 +350,7 @@ class CommandServer:
 
 
 def open_port(name: str) -> int:
-    """Open the virtio-serial port of that name; there is no udev to make the link."""
+    """Open the virtio-serial port of that name. Without udev, its link does not exist."""
     for path in glob.glob("/sys/class/virtio-ports/*/name"):
         with open(path) as file:
             if file.read().strip() == name:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 # mmdebstrap customize hook: kernel-hook.sh ROOT PACKAGE DRIVER...
 #
-# The kernel is unpacked, not installed: installing it brings in initramfs-tools and spends
-# most of the build on an initramfs nobody boots. Of the drivers (most of the size) only
-# those under drivers/DRIVER stay.
+# Unpack the kernel without installing it: an installation needs initramfs-tools, and spends most
+# of the build's time on an initramfs that is never booted. Keep only the drivers under
+# drivers/DRIVER, because drivers are most of the size.
 set -e
 root=$1 package=$2
 shift 2

@@ -189,7 +189,7 @@ def file_system_limit(process: Process, mapping: MemoryMapping) -> list[Limit]:
 
 
 def _reach(process: Process, mapping: MemoryMapping) -> str | None:
-    """Return a path by which this process reaches the mapped file; None if there is none."""
+    """Return a path by which this process reaches the mapped file, or None."""
     by_map = f"{procfs.PROC}/{process.pid}/map_files/{mapping.start:x}-{mapping.end:x}"
     by_root = f"{procfs.PROC}/{process.pid}/root{mapping.path}"
     for path in (by_map, by_root):

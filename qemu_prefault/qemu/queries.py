@@ -272,7 +272,7 @@ def _host_address(item: FlatRange, first: object, last: object) -> int:
 async def _device_owned(
     monitor: Monitor, memdevs: Collection[str], memory_devices: Sequence[MemoryDevice]
 ) -> frozenset[str]:
-    """Return which of these backends belong to a device that is no memory device.
+    """Return which of these backends belong to a device other than a memory device.
 
     Guest RAM is what the machine (its property memory-backend, or -numa node,memdev=) or a memory
     device owns. Other devices have memory of their own behind backends: ivshmem-plain, pmrdev of
@@ -299,7 +299,7 @@ async def _device_owned(
 
 
 async def _qom_list(monitor: Monitor, path: str) -> list[tuple[str, str]]:
-    """Return names and types of an object's properties; none if there is no such object."""
+    """Return names and types of an object's properties; an empty list if it does not exist."""
     answer = await _optional(monitor.execute("qom-list", path=path))
     if answer is None:
         return []
