@@ -31,6 +31,7 @@ from .headroom import (
 from .procfs import MemoryMapping, Process, parse_number, read_optional
 
 NODES: Final = Path("/sys/devices/system/node")
+MIN_FREE: Final = Path("/proc/sys/vm/min_free_kbytes")
 #: Files of a file system beyond this are not looked at for what they were promised.
 MAX_FILES: Final = 10_000
 
@@ -62,6 +63,8 @@ class MemorySource:
             ours = absent if self.reserved else 0
             limits = [hugetlb_pool_limit(self.page_size, nodes, ours)]
             limits += hugetlb_cgroup_limits(self.process, self.page_size)
+            if self.reserved:  # hugetlbfs counts a reserved page as used already
+                return limits
         else:
             limits = memory_headroom(self.process)
             if nodes:
@@ -91,24 +94,33 @@ def confining_nodes(process: Process, bound: Sequence[int]) -> tuple[int, ...]:
     :param bound: what the mapping's policy allows; empty: all.
     """
     with_memory = set(parse_node_list(read_optional(f"{NODES}/has_memory") or ""))
-    allowed = with_memory & set(bound or with_memory)
+    by_policy = with_memory & set(bound or with_memory)
     status = read_optional(f"{procfs.PROC}/{process.pid}/status") or ""
     cpuset = re.search(r"^Mems_allowed_list:\s*(\S+)$", status, re.MULTILINE)
-    if cpuset is not None:
-        allowed &= set(parse_node_list(cpuset[1])) or allowed
+    by_cpuset = with_memory & set(parse_node_list(cpuset[1])) if cpuset else with_memory
+    # If they have no node in common, the cpuset decides (mm/mempolicy.c, mpol_rebind_nodemask()).
+    allowed = by_policy & by_cpuset or by_cpuset or by_policy
     return () if allowed == with_memory else tuple(sorted(allowed))
 
 
 def node_limit(nodes: Sequence[int]) -> Limit:
-    """Return how many bytes these nodes can give together: what is free, and inactive files."""
-    available = 0
+    """Return the bytes that these nodes can give together: free memory and inactive files.
+
+    The kernel keeps ``vm.min_free_kbytes`` of it: an allocation that is bound to a node and goes
+    below its share ends in the OOM killer (mm/page_alloc.c, ``__setup_per_zone_wmarks()``).
+    """
+    kept = parse_number(read_optional(f"{MIN_FREE}")) or 0
+    available = -(kept << 10)
     for node in nodes:
         text = read_optional(f"{NODES}/node{node}/meminfo") or ""
         values = parse_key_values(re.sub(r"^Node [0-9]+ ", "", text, flags=re.MULTILINE))
         available += values.get("MemFree", 0) + values.get("Inactive(file)", 0)
     names = ",".join(map(str, nodes))
-    detail = "MemFree and Inactive(file) of its meminfo; its policy or cpuset allows no other"
-    return Limit(f"NUMA node {names}", available, detail, True)
+    detail = (
+        "MemFree and Inactive(file) of its meminfo without vm.min_free_kbytes; its policy or "
+        "cpuset allows no other"
+    )
+    return Limit(f"NUMA node {names}", max(0, available), detail, True)
 
 
 def parse_numa_maps(text: str, start: int) -> tuple[tuple[int, ...], int]:

@@ -68,15 +68,22 @@ def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (nodes / "node1/meminfo").write_text(MEMINFO)
     (proc / "7").mkdir(parents=True)
     (proc / "7/status").write_text("Name:\tqemu\nMems_allowed_list:\t0-1\n")
+    (tmp_path / "min_free_kbytes").write_text("1024\n")
     monkeypatch.setattr(memory_source, "NODES", nodes)
+    monkeypatch.setattr(memory_source, "MIN_FREE", tmp_path / "min_free_kbytes")
     monkeypatch.setattr("qemu_prefault.host.procfs.PROC", str(proc))
     return tmp_path
 
 
-def test_node_gives_what_is_free_and_inactive_files(two_nodes: Path) -> None:
+def test_node_gives_free_memory_and_inactive_files(two_nodes: Path) -> None:
     limit = node_limit((1,))
-    assert (limit.name, limit.available) == ("NUMA node 1", (20480 + 4096) << 10)
+    assert (limit.name, limit.available) == ("NUMA node 1", (20480 + 4096 - 1024) << 10)
     assert limit.contended
+
+
+def test_node_does_not_give_what_the_kernel_keeps(two_nodes: Path) -> None:
+    (two_nodes / "min_free_kbytes").write_text("67584\n")
+    assert node_limit((1,)).available == 0
 
 
 def test_policy_confines(two_nodes: Path) -> None:
@@ -88,6 +95,8 @@ def test_policy_confines(two_nodes: Path) -> None:
 def test_cpuset_confines(two_nodes: Path) -> None:
     (two_nodes / "proc/7/status").write_text("Mems_allowed_list:\t0\n")
     assert confining_nodes(Process(7, 0), ()) == (0,)
+    # A policy without a node of the cpuset has no effect.
+    assert confining_nodes(Process(7, 0), (1,)) == (0,)
 
 
 @pytest.mark.parametrize(
