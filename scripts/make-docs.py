@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,17 +93,18 @@ def install_sphinx() -> Path:
     return directory
 
 
-def sphinx(builder: str, output: Path, *options: str) -> int:
+def sphinx(builder: str, output: Path, scratch: Path, *options: str) -> int:
     """Run Sphinx from scratch, since the pages depend on the code."""
     argv = [sys.executable, "-m", "sphinx", "-q", "-E", *options, "-b", builder]
-    argv += ["-d", str(cache() / "scratch" / f"doctrees-{builder}"), str(DOCS), str(output)]
+    argv += ["-d", str(scratch / "doctrees"), str(DOCS), str(output)]
     environment = {**os.environ, "PYTHONPATH": str(install_sphinx())}
     return subprocess.run(argv, env=environment, check=False).returncode
 
 
-def make_man() -> int:
-    output = cache() / "scratch" / "man"
-    status = sphinx("man", output)
+def make_man(scratch: Path) -> int:
+    """Write the man pages. The intermediate files of two checkouts must not be mixed."""
+    output = scratch / "man"
+    status = sphinx("man", output, scratch)
     if status:
         return status
     MAN.mkdir(exist_ok=True)
@@ -119,17 +121,24 @@ def make_man() -> int:
     return 0
 
 
-def main() -> int:
-    if sys.argv[1:] == ["man"]:
-        return make_man()
-    if sys.argv[1:] != ["html"]:
-        print(f"usage: {sys.argv[0]} html|man", file=sys.stderr)
-        return 2
+def make_html(scratch: Path) -> int:
+    """Build the site, into one directory for all checkouts: one build at a time."""
     output = cache() / "docs"
-    status = sphinx("html", output, "-W", "--keep-going")
+    with (cache() / ".lock-docs-html").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status = sphinx("html", output, scratch, "-W", "--keep-going")
     if not status:
         print(output / "index.html")
     return status
+
+
+def main() -> int:
+    makers = {"html": make_html, "man": make_man}
+    if len(sys.argv) != 2 or sys.argv[1] not in makers:
+        print(f"usage: {sys.argv[0]} html|man", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="qemu-prefault-docs-") as scratch:
+        return makers[sys.argv[1]](Path(scratch))
 
 
 if __name__ == "__main__":
