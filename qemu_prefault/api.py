@@ -92,7 +92,7 @@ def connect(
     :returns: An asynchronous context manager that yields a :class:`Vm`.
     :raises InputError: The address is malformed, or the socket does not exist.
     :raises MonitorBusyError: Another client holds the socket.
-    :raises MonitorError: The peer does not answer, or does not speak QMP.
+    :raises MonitorError: The peer does not answer, or is not a QMP server.
     :raises RefusedError: The process behind the socket, or ``pid``, is not this QEMU.
     :raises UnsupportedError: QEMU runs on another host or in another pid namespace.
     :raises GoneError: The process does not exist.

@@ -84,7 +84,7 @@ class Code(enum.StrEnum):
     MONITOR_CLOSED = "monitor-closed"
     #: QEMU understood a command and refused it.
     MONITOR_COMMAND = "monitor-command"
-    #: The peer does not speak QMP.
+    #: The peer is not a QMP server.
     MONITOR_NOT_QMP = "monitor-not-qmp"
     #: The peer sent no QMP greeting in time.
     MONITOR_SILENT = "monitor-silent"
@@ -142,7 +142,7 @@ class Code(enum.StrEnum):
     UNKNOWN_LAYOUT = "unknown-layout"
     #: The plugin is not loaded in this QEMU, or is missing from this installation.
     NO_PLUGIN = "no-plugin"
-    #: The plugin in this QEMU has another version than this tool.
+    #: The plugin in this QEMU and this tool have different versions.
     PLUGIN_VERSION = "plugin-version"
     #: The plugin's control socket cannot be used.
     CONTROL_SOCKET = "control-socket"

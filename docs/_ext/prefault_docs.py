@@ -70,7 +70,7 @@ class CommandOptions(ClickDirective):
 
 
 def drop_lines(app: Sphinx, context: Any, lines: list[str]) -> None:
-    """Leave out what the pages themselves say."""
+    """Leave out what the pages themselves contain."""
     lines.clear()
 
 

@@ -8,8 +8,8 @@ L0
     which emulates an AMD CPU with SVM and nested paging.
 L1
     A Debian system, booted by :class:`Lab`. Its kvm-amd is the unmodified kernel module, so
-    the ioctl, the stage-2 tables and their counters are real. Only absolute times mean
-    nothing.
+    the ioctl, the stage-2 tables and their counters are real. Absolute times are not
+    comparable to those of real hardware.
 L2
     The guests of the QEMU in L1 (:mod:`qemu_prefault_lab.guest`). The tests prefault these.
 

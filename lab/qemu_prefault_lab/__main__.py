@@ -52,7 +52,7 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group)
-@click.option("-v", "--verbose", is_flag=True, help="Say more.")
+@click.option("-v", "--verbose", is_flag=True, help="Print more.")
 def main(verbose: bool) -> None:
     """Run the real prefault ioctl on a host without virtualization, in the nested lab."""
     level = logging.DEBUG if verbose else logging.INFO

@@ -76,7 +76,8 @@ def locked(name: str) -> Iterator[None]:
 def entry(name: str, key: str, build: Callable[[Path], None]) -> Path:
     """Return the directory of an entry, built if it is missing.
 
-    :param build: Fill the empty directory it is passed. If it raises, the directory is removed.
+    :param build: A function that fills the empty directory passed to it. If it raises, the
+        directory is removed.
     """
     root = cache_dir()
     final = root / f"{name}-{key}"

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """L0's side of a running L1: one thread owns QEMU, its console and the command server's port.
 
-The thread starts QEMU itself. The parent-death signal ends QEMU when the test run dies, and
-it is tied to the thread that forked. Every wait also watches for the three ways in which L1
-can be lost: QEMU ends, the console shows a kernel failure, or the command server's beats stop.
-Then all requests end at once.
+The thread starts QEMU itself, because the parent-death signal, which ends QEMU if the test run
+dies, is tied to the thread that forked. Every wait also ends if L1 is lost: QEMU ends, the console
+shows a kernel failure, or the command server's heartbeats stop. Then all requests fail immediately.
 
-The thread also pokes the command server twice a second. With Linux 7.2 and about twenty L2
+The thread also sends POKE to the command server twice a second. With Linux 7.2 and about twenty L2
 guests, L1 can hang halted, with interrupts enabled and its timer pending in the local APIC. An
 interrupt of any device wakes it. The likely cause is in TCG's helper_vmrun()
-(target/i386/tcg/sysemu/svm_helper.c): it sets CPU_INTERRUPT_VIRQ in the vCPU's pending
-interrupts without the lock, so a timer interrupt raised by another thread at that moment is lost.
+(target/i386/tcg/sysemu/svm_helper.c): it sets CPU_INTERRUPT_VIRQ in the vCPU's pending interrupts
+without the lock, so a timer interrupt raised by another thread at that moment is lost.
 """
 
 from __future__ import annotations
@@ -191,7 +190,7 @@ class Channel:
         return self.console.decode(errors="replace").replace("\r", "")
 
     def give_up(self, reason: str) -> LabLostError:
-        """Declare L1 lost, for a reason that the thread cannot detect."""
+        """Mark L1 as lost, for a reason that the thread cannot detect."""
         with self._condition:
             self._verdict = self._verdict or reason
             self._doomed = time.monotonic()

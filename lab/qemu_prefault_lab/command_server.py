@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The command server in L1: it runs commands for the host, over a virtio-serial port.
 
-Runs alone on L1's Python (3.11 to 3.14, standard library only) as the one child of the
-first process. The host imports this module too, for the protocol below.
+It runs on L1's Python (3.11 to 3.14, standard library only) as the only child of the first process.
+The host also imports this module, for the protocol below.
 
-A frame is a header (type, request number, payload length; big endian) and its payload.
-Several requests are in flight at once; numbers are the host's. Files travel as stdin and
-stdout of ``cat`` and ``tar``, so there is nothing here but running commands.
+A frame is a header (type, request number, payload length; big endian) and its payload. Several
+requests can be in progress at the same time. The host assigns their numbers. Files are transferred
+as stdin and stdout of ``cat`` and ``tar``, so the server only runs commands.
 
-The loop never blocks on a command: what a command does not read is kept, and while the
-host does not read, commands are not read either. It beats once a second, so silence means
-that L1 itself is stuck.
+The loop never blocks on a command. It queues input that a command does not read yet. While the host
+does not read, the loop does not read the commands' output. It sends a heartbeat once a second. If
+none arrives, L1 itself hangs.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ NONCE_LENGTH = 16
 BEAT_SECONDS = 1.0
 
 # Host to server.
-HELLO = 1  # nonce + wall-clock time as a big endian double: forget everything, start afresh
+HELLO = 1  # nonce + wall-clock time as a big endian double: reset all state
 RUN = 2  # JSON: argv, env, cwd, timeout, grace
 STDIN = 3  # bytes; empty is the end of file
 KILL = 4  # one byte: the signal number
-BYE = 5  # no more beats, nothing runs: a snapshot is about to be taken
-POKE = 6  # nothing to do; its interrupt is what L1 may need (see Channel)
-# Server to host. The answer to HELLO is MAGIC + nonce, not a frame (see Channel).
+BYE = 5  # stop heartbeats and commands, because a snapshot follows
+POKE = 6  # no operation; its interrupt wakes L1 (see Channel)
+# Server to host. The answer to HELLO is MAGIC + nonce, which is not a frame (see Channel).
 STDOUT = 16
 STDERR = 17
 EXIT = 18  # JSON: returncode, timed_out, or error (a name of errno) and strerror
@@ -58,13 +58,13 @@ def frame(kind: int, number: int, payload: bytes = b"") -> bytes:
 
 
 class Frames:
-    """Turns a stream of bytes back into frames."""
+    """Splits a stream of bytes into frames."""
 
     def __init__(self) -> None:
         self.buffer = bytearray()
 
     def feed(self, data: bytes) -> list[tuple[int, int, bytes]]:
-        """Take bytes in, give the frames that are complete."""
+        """Add received bytes, and yield the frames that are complete."""
         self.buffer += data
         frames = []
         start = 0
@@ -133,7 +133,7 @@ class Command:
         self.finish_if_done()
 
     def pause(self, paused: bool) -> None:
-        """Stop or resume reading the command: the host is behind, or has caught up."""
+        """Stop or resume reading the command's output, depending on whether the host reads."""
         if paused == self.paused:
             return
         self.paused = paused
@@ -160,7 +160,7 @@ class Command:
         except BlockingIOError:
             pass
         except BrokenPipeError:
-            # The command has closed its input. If that was wrong, its exit status shows it.
+            # The command does not read its input. Its exit status shows whether that is an error.
             self.unread.clear()
             self.stdin_ended = True
         if self.unread and not self.stdin_selected:
@@ -187,8 +187,8 @@ class Command:
         self.returncode = self.process.wait()
         self.unread.clear()
         self.close_stdin()
-        # A daemon that the command started may keep the pipes open. The pipes already contain
-        # all output from before the exit, so half a second is enough to read it.
+        # A daemon that the command has started may keep the pipes open. Output from before the exit
+        # is already in the pipes, so read them only for a short time.
         self.drain_until = time.monotonic() + 0.5
         self.finish_if_done()
 
@@ -197,7 +197,7 @@ class Command:
             os.killpg(self.process.pid, number)
 
     def on_time(self, now: float) -> None:
-        """Enforce the time limit, then the grace; give up on pipes others hold open."""
+        """Enforce the time limit and the grace period. Stop reading pipes that stay open."""
         if self.returncode is not None:
             if now >= self.drain_until and not self.paused:
                 self.finish()
@@ -217,7 +217,7 @@ class Command:
         self.server.send(EXIT, self.number, json.dumps(status).encode())
 
     def close(self) -> None:
-        """Close all descriptors. The caller must end the process itself."""
+        """Release all resources except the process, which the caller must reap."""
         self.server.commands.pop(self.number, None)
         self.pause(True)
         self.close_stdin()
@@ -230,8 +230,8 @@ class Command:
 
 
 def _become_ordinary() -> None:
-    # The server is favoured over everything that may starve or exhaust L1; its children
-    # are not.
+    # The server has priority over processes that may use all CPU time or memory of L1. Its children
+    # must not inherit that.
     os.nice(10)
     _write("/proc/self/oom_score_adj", "0")
 
@@ -242,7 +242,7 @@ def _write(path: str, text: str) -> None:
 
 
 class CommandServer:
-    """The loop: one port, many commands."""
+    """The loop that serves one port and runs the commands."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -289,7 +289,7 @@ class CommandServer:
         except BlockingIOError:
             return
         if not data:
-            # The other end is not connected, and poll() reports that each time.
+            # No host is connected, and poll() returns immediately each time.
             time.sleep(0.05)
             return
         for kind, number, payload in self.frames.feed(data):
@@ -299,7 +299,7 @@ class CommandServer:
         if kind == HELLO:
             self.reset()
             nonce, clock = payload[:NONCE_LENGTH], struct.unpack("!d", payload[NONCE_LENGTH:])[0]
-            # After a snapshot L1 still lives in the moment it was taken.
+            # After a restore, L1's clock still has the time of the snapshot.
             if abs(time.time() - clock) > 0.5:
                 time.clock_settime(time.CLOCK_REALTIME, clock)
             self.outgoing += MAGIC + nonce
@@ -339,18 +339,18 @@ class CommandServer:
                 command.on_time(now)
             if self.beating and now >= self.next_beat:
                 self.next_beat = now + BEAT_SECONDS
-                # A host that does not read gets no heap of beats.
+                # Do not queue heartbeats while the host does not read.
                 if not self.outgoing:
                     self.send(BEAT, 0)
             pause = 0.1 if self.commands else BEAT_SECONDS / 2
             for key, mask in self.selector.select(pause if self.beating else None):
-                # An earlier one of this round may have closed it, or reused its number.
+                # An earlier callback of this round may have closed or reused the descriptor.
                 if self.selector.get_map().get(key.fd) == key:
                     key.data(key.fd, mask)
 
 
 def open_port(name: str) -> int:
-    """Open the virtio-serial port of that name. Without udev, its link does not exist."""
+    """Open the virtio-serial port of that name. L1 has no udev that would make its link."""
     for path in glob.glob("/sys/class/virtio-ports/*/name"):
         with open(path) as file:
             if file.read().strip() == name:
@@ -362,10 +362,10 @@ def open_port(name: str) -> int:
 def main() -> None:
     os.nice(-10)
     _write("/proc/self/oom_score_adj", "-1000")
-    # One writable open of the port is all the driver allows.
+    # The driver allows only one open of the port.
     port = open_port(sys.argv[1])
     fcntl.fcntl(port, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
-    # The host takes this line as the sign that L1 is up.
+    # The host detects by this line that L1 has booted.
     print("lab-command-server: ready", flush=True)
     CommandServer(port).run()
 

@@ -37,7 +37,7 @@ class LabLostError(LabError):
 
     Commands that were running in L1 have no result. ``console`` holds the last console lines.
 
-    :param qemu_status: QEMU's exit status if its end was noticed first, else None.
+    :param qemu_status: QEMU's exit status if its end was detected first, else None.
     """
 
     code = "lab-lost"

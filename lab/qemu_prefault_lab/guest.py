@@ -68,7 +68,7 @@ def thp(mode: str) -> str:
 
 
 def reserve_hugepages(count: int) -> int:
-    """Set the number of 2 MiB hugetlb pages; return the number the kernel could reserve."""
+    """Set the number of 2 MiB hugetlb pages. Return the number that the kernel could reserve."""
     _HUGEPAGES.write_text(str(count))
     return int(_HUGEPAGES.read_text())
 

@@ -129,7 +129,7 @@ def variant_named(name: str) -> Variant:
 class TcgHost:
     """QEMU 7.2 and a few tools of Debian 12, run with their own loader and libraries.
 
-    The lab brings the QEMU that emulates L1, because newer releases do not work. Since 9.1,
+    The lab includes the QEMU that emulates L1, because newer releases do not work. Since 9.1,
     QEMU's TCG never intercepts reads of CR2, CR3 and CR4 in SVM guests
     (target/i386/tcg/decode-new.c.inc: X86_TYPE_C tests whether ``intercept`` is non-zero, and
     SVM_EXIT_READ_CR0 is 0), so a shadow-paged L2 triple-faults.

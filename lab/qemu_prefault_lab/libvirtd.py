@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A libvirt daemon and its domains, for tests. Runs where KVM is, in the variant ``libvirt``.
 
-The daemon is Debian's, started as by its unit, with AppArmor enforcing. A second daemon runs in
-its own mount, UTS and AppArmor namespaces, so it appears to be another host. Domains boot the
-same guests as :mod:`qemu_prefault_lab.guest`. The lab has no systemd as PID 1. Where tests need
-one, :class:`Systemd` runs it as PID 1 of a PID namespace.
+The daemon is Debian's. It is started with the arguments of its systemd unit, and AppArmor enforces
+its profiles. A second daemon runs in its own mount, UTS and AppArmor namespaces, so it appears to
+be another host. Domains boot the same guests as :mod:`qemu_prefault_lab.guest`. The lab has no
+systemd as PID 1. Where tests need one, :class:`Systemd` runs it as PID 1 of a PID namespace.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The plugin agent, which uses ``qemu-prefault-plugin.so`` in QEMU.
 
-The plugin keeps the guest prefaulted without this process (native/plugin/vcpu.c). This module
-finds the plugin's control socket, speaks its protocol, and has the :class:`Agent` that sends the
-plugin batches of ranges. Nothing is injected, so no permission to trace QEMU is needed.
+The plugin keeps the guest prefaulted without this process (native/plugin/vcpu.c). This module finds
+the plugin's control socket, implements its protocol, and has the :class:`Agent` that sends batches
+of ranges to the plugin. Nothing is injected, so no permission to trace QEMU is needed.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ class Control:
 
     @classmethod
     async def connect(cls, path: Path, pid: int) -> Control:
-        """Connect, and check that the plugin speaks the same version of the protocol.
+        """Connect, and check that the plugin uses the same version of the protocol.
 
-        :raises UnsupportedError: if this process has no permission to connect, or if the plugin
-            has another version.
+        :raises UnsupportedError: if this process has no permission to connect, or if the plugin has
+            a different version.
         :raises FailedError: if the socket refuses the connection or does not answer.
         """
         try:
@@ -132,8 +132,8 @@ class Control:
         if status.get("plugin") != PROTOCOL:
             writer.close()
             raise UnsupportedError(
-                f"the plugin in QEMU (pid {pid}) has another version than this qemu-prefault",
-                "use the qemu-prefault of the plugin's version, or --agent attach",
+                f"the plugin in QEMU (pid {pid}) and this qemu-prefault have different versions",
+                "use the qemu-prefault release that the plugin is part of, or --agent attach",
                 code=Code.PLUGIN_VERSION,
             )
         return control

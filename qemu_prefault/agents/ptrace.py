@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The attach agent: start helper threads inside a running QEMU by ptrace.
 
-A vCPU thread is stopped and makes four system calls, which start a helper thread and leave the
-vCPU thread unchanged (native/ptrace/inject.c). After that, the helper and this process communicate
-by one control page, which this process accesses through ``/proc/PID/mem``. If this process's
-heartbeat stops, the helper finishes its chunk, unmaps itself and exits, so nothing is left in QEMU
-if this process is killed. The vCPU thread is the parent of its helper, which inherits the thread's
-CPU affinity and memory policy.
+This module stops a vCPU thread and makes it execute four system calls, which start a helper thread
+and leave the vCPU thread unchanged (native/ptrace/inject.c). After that, the helper and this
+process communicate through one control page, which this process accesses through ``/proc/PID/mem``.
+If this process's heartbeat stops, the helper finishes its chunk, unmaps itself and exits, so
+nothing is left in QEMU if this process is killed. The vCPU thread is the parent of its helper,
+which inherits the thread's CPU affinity and memory policy.
 """
 
 from __future__ import annotations
@@ -298,7 +298,7 @@ class PtraceAgent:
     def _guarded(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function that accesses QEMU's memory.
 
-        If it fails, raise the error that says whether QEMU or the helper is gone.
+        If it fails, raise the error for an exited QEMU or an exited helper.
         """
         try:
             return function(*args)

@@ -162,7 +162,7 @@ def status_lines(status: DomainStatus) -> Iterator[str]:
             yield "  this file does not exist on this host: the domain cannot start"
             yield "  -> qemu-prefault libvirt install"
         elif not status.current:
-            yield "  this file has another version than qemu-prefault"
+            yield "  this file and qemu-prefault have different versions"
             yield "  -> qemu-prefault libvirt install"
     if status.plugin is not None:
         counters = status.plugin["counters"]

@@ -89,7 +89,7 @@ def enable(
                 code=Code.NOT_INSTALLED,
             )
         if not plugin and not is_current(path):
-            say(f"{path} has another version; to update it: qemu-prefault libvirt install")
+            say(f"{path} is of a different version; to update it: qemu-prefault libvirt install")
         _define(domain, uri, lambda xml: edit(xml, str(path), options), "enabled")
 
 
@@ -194,10 +194,10 @@ def install(hook: bool, watch: bool, remove: bool, root: Path, debug: bool) -> N
 def hook(arguments: tuple[str, ...]) -> None:
     """Handle a call of libvirt's hook.
 
-    /etc/libvirt/hooks/qemu.d/50-qemu-prefault runs this command, with the domain XML on stdin.
-    The domain's metadata (namespace urn:qemu-prefault:1) or /etc/qemu-prefault/libvirt.toml
-    select the action for each event. The exit status is always 0, and errors are logged
-    (journalctl -t qemu-prefault).
+    /etc/libvirt/hooks/qemu.d/50-qemu-prefault runs this command, with the domain XML on stdin. The
+    domain's metadata (namespace urn:qemu-prefault:1) or /etc/qemu-prefault/libvirt.toml selects the
+    action for each event. The exit status is always 0, and errors are logged (journalctl -t
+    qemu-prefault).
     """
     from ..libvirt.hook import main  # noqa: PLC0415
 

@@ -92,7 +92,7 @@ def required_address(qmp: str | None, domain: str | None) -> str:
     """
     address = monitor_address(qmp, domain)
     if not address:
-        raise click.UsageError("give QEMU's QMP socket with --qmp SOCK, or --domain NAME")
+        raise click.UsageError("give --qmp SOCK (QEMU's QMP socket) or --domain NAME")
     return address
 
 

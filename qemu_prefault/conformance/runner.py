@@ -135,7 +135,7 @@ def _run_case(case: ConformanceCase, host: HostFacts) -> tuple[CaseOutcome, str]
 
 
 def _check_refusal(refusal: IoctlRefused, case: ConformanceCase, host: HostFacts) -> str:
-    """Check that the refusal has the expected errno and did no harm.
+    """Check that the refusal has the expected errno and no side effects.
 
     :meth:`~.vmm.KvmVcpu.prefault` has already checked that no leaf was added. This function checks
     that a vCPU of the same VM runs and that the guest reads the right contents in the range.
@@ -158,4 +158,4 @@ def _check_refusal(refusal: IoctlRefused, case: ConformanceCase, host: HostFacts
                 words = (slot.memory.word(offset + PAGE_SIZE * page) for page in range(pages))
                 expect_equal(seen, sum(words) & 0xFFFFFFFF, "what the guest reads")
                 return f"{error_name(refusal.error)}; nothing was mapped, and the guest reads on"
-    return f"{error_name(refusal.error)}; nothing was mapped, and the guest runs on"
+    return f"{error_name(refusal.error)}; nothing was mapped, and the guest continues"

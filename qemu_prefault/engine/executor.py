@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Populate and prefault memory through an agent, and record the result.
 
-An agent runs batches of ranges, with a share for each vCPU. Pages that are not writable yet are
-populated, and writable pages are prefaulted. If a vCPU cannot process a range, another vCPU does.
-Targets that exceed the time limit are returned to the caller.
+An agent runs batches of ranges, which are divided among the vCPUs. Pages that are not writable yet
+are populated, and writable pages are prefaulted. If a vCPU cannot process a range, another vCPU
+does. Targets that exceed the time limit are returned to the caller.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Executor:
     async def _populate_in_batches(self, queues: dict[Target, list[Range]]) -> list[Outcome]:
         """Populate ranges, and read the limits again before each batch.
 
-        Other runs and other guests take memory at the same time. So a batch takes at most a
+        Other runs and other guests allocate memory at the same time. So a batch takes at most a
         sixteenth of what a contended limit has left, and populating ends when that is less than a
         huge page.
         """
@@ -351,7 +351,7 @@ class Executor:
 
 
 def _take(queue: list[Range], size: int) -> list[Range]:
-    """Take ranges of so many bytes off the front of a queue; the last one may be cut."""
+    """Remove the first ``size`` bytes of ranges from a queue; the last range may be cut."""
     taken = []
     while queue and size:
         first = queue.pop(0)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Keep a guest prefaulted until QEMU exits, and report each run as an event.
 
-If QEMU has loaded the plugin, the plugin keeps the guest prefaulted, and its events are passed on.
-Otherwise, this process polls the memory layout and KVM's counters, and prefaults the guest when
-stage-2 tables were dropped or memory was added. This reacts up to a few seconds later than the
-plugin, and pauses the guest for each run.
+If QEMU has loaded the plugin, the plugin keeps the guest prefaulted, and this module forwards the
+plugin's events. Otherwise, this process polls the memory layout and KVM's counters, and prefaults
+the guest when stage-2 tables were dropped or memory was added. This reacts up to a few seconds
+later than the plugin, and pauses the guest for each run.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def follow(vm: Vm, options: Options) -> AsyncIterator[Event]:
     """Keep a guest prefaulted until QEMU exits.
 
     :param options: The options of each run. The plugin uses its own options instead.
-    :returns: The events of the runs, see README.md for their fields.
+    :returns: The events of the runs; docs/reference/events.md lists their fields.
     :raises QemuPrefaultError: in the cases of :func:`follow_from_outside`.
     """
     attach = options.agent is AgentChoice.ATTACH
@@ -63,7 +63,7 @@ def follow(vm: Vm, options: Options) -> AsyncIterator[Event]:
 
 
 async def follow_plugin(process: Process, socket: Path) -> AsyncIterator[Event]:
-    """Yield the plugin's events until QEMU exits; see README.md for their fields."""
+    """Yield the plugin's events (docs/reference/events.md) until QEMU exits."""
     async with Control.open(socket, process.pid) as control:
         await control.ask("follow")
         while True:

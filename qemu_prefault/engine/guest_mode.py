@@ -50,7 +50,7 @@ class GuestMode:
         """Store the vCPUs and the objects that examine them.
 
         :param threads: The workers' vCPUs, in the order of the workers.
-        :param stats: The vCPUs' counters in the same order, or None if they must be read by QMP.
+        :param stats: The vCPUs' counters in the same order, or None if they must be read over QMP.
         :param chosen: Whether the user chose these vCPUs, so that the guest may have others.
         """
         self._monitor = monitor
@@ -118,7 +118,7 @@ class GuestMode:
     def warn(self, caught: bool, tries: int, seconds: float, will_resume: bool) -> None:
         """Record a warning if attempts failed because of guest mode.
 
-        :param caught: Whether every vCPU was in guest mode at the last attempt, too.
+        :param caught: Whether every vCPU was also in guest mode at the last attempt.
         :param tries: The number of attempts.
         :param seconds: The time that all attempts took.
         :param will_resume: Whether the guest is resumed after this run.

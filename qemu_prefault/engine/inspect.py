@@ -131,7 +131,7 @@ class Counters:
 
 
 async def counters(monitor: Monitor) -> Counters:
-    """Read KVM's counters by QMP (``query-stats``)."""
+    """Read KVM's counters over QMP (``query-stats``)."""
     per_vcpu = await read_vcpu_stats(monitor, VCPU_COUNTERS)
     sums: dict[str, int] = {}
     for stats in per_vcpu.values():

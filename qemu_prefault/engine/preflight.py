@@ -202,7 +202,7 @@ def find_warnings(options: Options, targets: Sequence[Target], state: VmState) -
 
 
 def _resident_only(options: Options, targets: Sequence[Target]) -> dict[str, str]:
-    """Why some memory is not populated; nothing if the user asked for that."""
+    """Return why some memory is not populated; empty if the user requested that."""
     found: dict[str, str] = {}
     if any(t.why_not for t in targets):
         reasons = dict.fromkeys(f"{t.section.name}: {t.why_not}" for t in targets if t.why_not)

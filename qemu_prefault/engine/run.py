@@ -17,8 +17,8 @@
 
 An incoming guest (:meth:`PrefaultRun.receive`) is populated while its RAM is being loaded, and
 prefaulted after that, before it starts. If the time of a pause is limited, the guest is prefaulted
-in several pauses. During all of this, :class:`InterferenceMonitor` detects that other clients
-resume, reset or migrate the guest.
+in several pauses. During all of this, :class:`InterferenceMonitor` detects whether another client
+resumes, resets or migrates the guest.
 """
 
 from __future__ import annotations

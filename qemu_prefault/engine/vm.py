@@ -102,7 +102,7 @@ class Vm:
                 else section
                 for section in state.sections
             )
-        except UnsupportedError:  # what needs the right to look is refused later
+        except UnsupportedError:  # steps that need this permission fail later
             return state
         return replace(state, sections=sections)
 
@@ -119,7 +119,7 @@ class Vm:
         return Backing(backing_of(mapping, section.page_size), not mapping.shared)
 
     def memory_source(self, section: MemorySection) -> MemorySource:
-        """What the section takes its memory from."""
+        """The source from which the section takes its memory."""
         mapping = self._mapping(section)
         return MemorySource(
             self.process,

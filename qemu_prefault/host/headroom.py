@@ -195,7 +195,7 @@ def hugetlb_pool_limit(page_size: int, nodes: Sequence[int] = (), ours: int = 0)
         ]
         names = ",".join(map(str, nodes))
         usable = min(sum(on_nodes), max(0, free - promised))
-        detail = f"{sum(on_nodes)} free there; {free} free in all, {promised} promised to others"
+        detail = f"{sum(on_nodes)} free there; {free} free in total, {promised} reserved by others"
         return Limit(f"hugetlb on NUMA node {names}", usable * page_size, detail)
     detail = f"{free} free, {promised} of them reserved for others, {more} by overcommit in {pool}"
     return Limit("hugetlb", max(0, free - promised + more) * page_size, detail)

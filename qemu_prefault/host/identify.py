@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Find the QEMU process behind a QMP monitor.
 
-SO_PEERCRED gives the process that listens on the QMP socket, and ``query-cpus-fast`` gives the
-vCPU threads. Before anything is injected into a process, :func:`identify` checks in ``/proc`` that
-this process owns these threads. The check fails for a proxy and for a server that lies.
+SO_PEERCRED gives the process that listens on the QMP socket, and ``query-cpus-fast`` gives the vCPU
+threads. Before anything is injected into a process, :func:`identify` checks in ``/proc`` that this
+process owns these threads. The check fails for a proxy and for a server that reports wrong thread
+ids.
 """
 
 from __future__ import annotations

@@ -141,8 +141,8 @@ def pre_fault_here(vcpu_fd: int, gpa: int, size: int) -> int:
 
     If the vCPU belongs to another process's VM, the ioctl fails immediately with EIO.
     ``kvm_vcpu_ioctl()`` (virt/kvm/kvm_main.c) compares ``kvm->mm`` with the caller's mm before it
-    decodes the request, and before it waits for ``vcpu->mutex``, which a running vCPU holds
-    (kernel commit 6d4e4c4fca5b, 2.6.25). This function demonstrates that; agents issue the ioctl
+    decodes the request, and before it waits for ``vcpu->mutex``, which a running vCPU holds (kernel
+    commit 6d4e4c4fca5b, 2.6.25). This function only demonstrates that. Agents issue the ioctl
     inside QEMU.
 
     :param gpa: Guest-physical address in bytes, page aligned.

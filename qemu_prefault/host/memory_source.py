@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where the memory behind a mapping comes from, and how much of it may still be taken.
+"""Find where a mapping takes its memory from, and how much of it is still available.
 
-The host's memory is one source. A mapping may be confined to less: the file system of a shared
-file, the hugetlb pool, the NUMA nodes that its policy or its process's cpuset allow. All of them
-are shared with others, so what others were promised is not available: the unwritten part of
-their files, and the huge pages that are reserved for their mappings.
+A mapping takes its memory from the host. It may be limited further: to the file system of a shared
+file, to the hugetlb pool, or to the NUMA nodes that its policy or its process's cpuset allows.
+Other processes use the same sources. Memory that is committed to them is not available: the
+unwritten part of their files, and the huge pages that are reserved for their mappings.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from .procfs import MemoryMapping, Process, parse_number, read_optional
 
 NODES: Final = Path("/sys/devices/system/node")
 MIN_FREE: Final = Path("/proc/sys/vm/min_free_kbytes")
-#: Files of a file system beyond this are not looked at for what they were promised.
+#: The number of files of a file system that are examined at most.
 MAX_FILES: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class MemorySource:
-    """What one mapping takes its memory from.
+    """The source from which one mapping takes its memory.
 
-    :ivar process: whose mapping it is.
-    :ivar page_size: of the backing, in bytes.
-    :ivar nodes: NUMA nodes that its policy binds it to; empty: it is not bound.
-    :ivar reserved: whether its absent huge pages are reserved for it.
+    :ivar process: The process that has the mapping.
+    :ivar page_size: The page size of the backing, in bytes.
+    :ivar nodes: The NUMA nodes to which its policy binds it; empty means not bound.
+    :ivar reserved: Whether its absent huge pages are reserved for it.
     """
 
     process: Process
@@ -55,8 +55,8 @@ class MemorySource:
     def limits(self, absent: int) -> list[Limit]:
         """Return every limit that memory populated in the mapping counts against.
 
-        :param absent: bytes of the mapping that are not allocated yet.
-        :raises GoneError: the process is gone.
+        :param absent: The bytes of the mapping that are not allocated yet.
+        :raises GoneError: if the process has exited.
         """
         nodes = confining_nodes(self.process, self.nodes)
         if self.page_size > PAGE_SIZE:
@@ -77,7 +77,7 @@ class MemorySource:
 
 
 def parse_node_list(text: str) -> tuple[int, ...]:
-    """Return the numbers of a kernel list such as ``0-2,5``; empty if it is none."""
+    """Return the numbers of a kernel list such as ``0-2,5``; empty for other text."""
     found: list[int] = []
     for part in text.strip().split(","):
         match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part)
@@ -89,9 +89,9 @@ def parse_node_list(text: str) -> tuple[int, ...]:
 
 
 def confining_nodes(process: Process, bound: Sequence[int]) -> tuple[int, ...]:
-    """Return the nodes that memory must come from; empty if any node of the host will do.
+    """Return the nodes that memory must come from; empty means any node of the host.
 
-    :param bound: what the mapping's policy allows; empty: all.
+    :param bound: The nodes that the mapping's policy allows; empty means all.
     """
     with_memory = set(parse_node_list(read_optional(f"{NODES}/has_memory") or ""))
     by_policy = with_memory & set(bound or with_memory)
@@ -117,8 +117,8 @@ def node_limit(nodes: Sequence[int]) -> Limit:
         available += values.get("MemFree", 0) + values.get("Inactive(file)", 0)
     names = ",".join(map(str, nodes))
     detail = (
-        "MemFree and Inactive(file) of its meminfo without vm.min_free_kbytes; its policy or "
-        "cpuset allows no other"
+        "MemFree and Inactive(file) in its meminfo, without vm.min_free_kbytes; the policy or "
+        "cpuset allows no other node"
     )
     return Limit(f"NUMA node {names}", max(0, available), detail, True)
 
@@ -127,7 +127,7 @@ def parse_numa_maps(text: str, start: int) -> tuple[tuple[int, ...], int]:
     """Return the nodes that the mapping at `start` is bound to, and its page size in bytes.
 
     :param text: ``/proc/PID/numa_maps`` (mm/mempolicy.c, ``mpol_to_str()``).
-    :returns: no nodes where its policy is another one than ``bind``, or unknown.
+    :returns: The nodes are empty unless the policy is ``bind``.
     """
     for line in text.split("\n"):
         words = line.split(" ")
@@ -142,9 +142,9 @@ def parse_numa_maps(text: str, start: int) -> tuple[tuple[int, ...], int]:
 
 
 def source_of(process: Process, mapping: MemoryMapping) -> MemorySource:
-    """Return a mapping's source where no monitor can be asked: policy and page size by /proc.
+    """Return the source of a mapping as /proc shows it, for callers without a monitor.
 
-    Reading numa_maps walks QEMU's page tables: do it once, not in a loop.
+    Reading numa_maps walks QEMU's page tables, so do not call this in a loop.
     """
     text = read_optional(f"{procfs.PROC}/{process.pid}/numa_maps") or ""
     nodes, page_size = parse_numa_maps(text, mapping.start)
@@ -155,7 +155,7 @@ def source_of(process: Process, mapping: MemoryMapping) -> MemorySource:
 
 
 def is_disk_file(process: Process, mapping: MemoryMapping) -> bool:
-    """Whether a mapping is a shared file that is written to a disk: neither tmpfs nor hugetlbfs."""
+    """Return whether a mapping is a shared file on a disk, not on tmpfs or hugetlbfs."""
     if not mapping.shared or mapping.inode == 0 or _is_internal(mapping):
         return False
     major, minor = mapping.device
@@ -169,14 +169,14 @@ def is_disk_file(process: Process, mapping: MemoryMapping) -> bool:
 
 
 def _is_internal(mapping: MemoryMapping) -> bool:
-    """Whether the file is on a mount of the kernel's own, which has no size: a memfd, for one."""
+    """Return whether the file is on a mount internal to the kernel, as a memfd is."""
     return mapping.path.startswith(("/memfd:", "/dev/zero", "/SYSV", "/anon_hugepage"))
 
 
 def file_system_limit(process: Process, mapping: MemoryMapping) -> list[Limit]:
-    """Return what the file system of a shared file can give; empty if it sets no limit.
+    """Return the limit that the file system of a shared file sets; empty if it sets none.
 
-    A memfd and shared anonymous memory are on a mount of the kernel's own, without a size.
+    A memfd and shared anonymous memory are on a mount internal to the kernel, without a size.
     """
     if (
         not mapping.shared
@@ -196,12 +196,12 @@ def file_system_limit(process: Process, mapping: MemoryMapping) -> list[Limit]:
     free = figures.f_bavail * figures.f_frsize
     promised = _promised_to_others(process, mapping)
     place = os.path.dirname(mapping.path.removesuffix(" (deleted)")) or "/"
-    detail = f"{free} bytes are free, {promised} of them promised to other files there"
+    detail = f"{free} bytes are free, of which {promised} are committed to other files"
     return [Limit(f"the file system of {place}", max(0, free - promised), detail)]
 
 
 def _reach(process: Process, mapping: MemoryMapping) -> str | None:
-    """Return a path by which this process reaches the mapped file, or None."""
+    """Return a path at which this process can access the mapped file, or None."""
     by_map = f"{procfs.PROC}/{process.pid}/map_files/{mapping.start:x}-{mapping.end:x}"
     by_root = f"{procfs.PROC}/{process.pid}/root{mapping.path}"
     for path in (by_map, by_root):
@@ -211,13 +211,13 @@ def _reach(process: Process, mapping: MemoryMapping) -> str | None:
     return None
 
 
-#: Looking at every file takes time: what was found for a mapping holds for so many seconds.
+#: Examining every file takes time, so a result is reused for this many seconds.
 PROMISE_SECONDS: Final = 1.0
 _promises: dict[tuple[int, int, int], tuple[float, int]] = {}
 
 
 def _promised_to_others(process: Process, mapping: MemoryMapping) -> int:
-    """Return the bytes that other files of the file system may still grow into."""
+    """Return the bytes that other files of the file system have not allocated yet."""
     key = (process.pid, mapping.start, mapping.inode)
     known = _promises.get(key)
     if known is not None and time.monotonic() - known[0] < PROMISE_SECONDS:
@@ -233,7 +233,7 @@ def _promised_to_others(process: Process, mapping: MemoryMapping) -> int:
 def _files_beside(process: Process, mapping: MemoryMapping) -> Iterator[os.stat_result]:
     device = os.makedev(*mapping.device)
     start = f"{procfs.PROC}/{process.pid}/root" + os.path.dirname(mapping.path)
-    # Up to the root of the mount: a neighbour's file may be in another directory.
+    # Start at the root of the mount: another guest's file may be in another directory.
     while os.path.dirname(start) != start:
         parent = os.path.dirname(start)
         try:
@@ -259,7 +259,7 @@ def _files_beside(process: Process, mapping: MemoryMapping) -> Iterator[os.stat_
 
 
 def _open_in_other_processes(process: Process, device: int) -> Iterator[os.stat_result]:
-    """Files of the file system that other QEMUs have mapped, which may have no name any more."""
+    """Yield the files of the file system that other QEMUs have mapped, also deleted ones."""
     for entry in os.listdir(procfs.PROC):
         if not entry.isdecimal() or int(entry) == process.pid:
             continue

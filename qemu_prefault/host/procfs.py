@@ -36,9 +36,9 @@ def gone(pid: int) -> GoneError:
 
 
 def exists(pid: int) -> bool:
-    """Whether there is such a process, or thread, also if /proc does not show it."""
+    """Return whether a process or thread exists, even if /proc does not show it."""
     if os.path.isdir(f"{PROC}/{pid}"):
-        return False  # what was asked for is gone, not hidden
+        return False  # it has exited and is not hidden
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -51,7 +51,7 @@ def exists(pid: int) -> bool:
 def hidden(pid: int) -> UnsupportedError:
     return UnsupportedError(
         f"process {pid} exists, but /proc does not show it",
-        "/proc is mounted with hidepid=, or this service has ProtectProc=: run as root of the host",
+        "/proc is mounted with hidepid=, or this service has ProtectProc=: run as root on the host",
         code=Code.PROC_PERMISSION,
     )
 

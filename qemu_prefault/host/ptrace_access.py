@@ -26,7 +26,7 @@ CAP_SYS_PTRACE: Final = 19
 
 @dataclass(frozen=True, slots=True)
 class PtraceFacts:
-    """The facts by which ``__ptrace_may_access()`` allows or refuses tracing."""
+    """The facts from which ``__ptrace_may_access()`` decides whether tracing is allowed."""
 
     pid: int
     own_uid: int
@@ -106,7 +106,7 @@ def _with_capability(facts: PtraceFacts, who: str) -> tuple[str, str]:
     if not same:
         return (
             f"this process has CAP_SYS_PTRACE only in another user namespace than {who}",
-            "run as root of the host, outside the container or rootless session",
+            "run as root on the host, outside the container or rootless session",
         )
     if facts.own_seccomp and _confinement(facts) is None:
         return (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Connections to libvirt, by libvirt-python. Definitions are also accessible by virsh."""
+"""Connect to libvirt with libvirt-python. Definitions are also accessible with virsh."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Definitions(Protocol):
 
 
 def definitions(uri: str | None = None) -> Definitions:
-    """Return access to definitions, by libvirt-python if it is installed, else by virsh.
+    """Return access to definitions, with libvirt-python if it is installed, else with virsh.
 
     :raises UnsupportedError: Neither is installed.
     """
@@ -144,7 +144,7 @@ def definitions(uri: str | None = None) -> Definitions:
 
 
 class ByModule:
-    """:class:`Definitions` by libvirt-python."""
+    """:class:`Definitions` with libvirt-python."""
 
     def __init__(self, connection: libvirt.virConnect) -> None:
         self._connection = connection
@@ -176,7 +176,7 @@ class ByModule:
 
 
 class ByVirsh:
-    """:class:`Definitions` by virsh."""
+    """:class:`Definitions` with virsh."""
 
     def __init__(self, virsh: str, uri: str) -> None:
         self._command = [virsh, "--quiet", "--connect", uri]

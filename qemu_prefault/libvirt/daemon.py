@@ -2,8 +2,8 @@
 """The daemon ``libvirt watch``: logs the events of all domains, and exports metrics.
 
 The metrics are the faults and stage-2 entries of every running domain, and the counters of its
-plugin. With ``act``, the daemon also performs the configured action after a start, a restore or
-a migration. It acts later than the hook, but libvirt does not have to run or wait for it.
+plugin. With ``act``, the daemon also performs the configured action after a start, a restore or a
+migration. It acts later than the hook, but libvirt does not wait for it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Add the plugin to domain XML, remove it, and read what the XML says about the domain.
+"""Add the plugin to domain XML, remove it, and read the domain's properties from the XML.
 
 The XML is edited as text, at offsets that a parser has found. Everything else (comments,
 prefixes, order, white space, unknown elements) stays unchanged, byte for byte. An element tree

@@ -116,7 +116,7 @@ async def _prefault_and_resume(
 def _cleanup(pid: int) -> OrphanCleanup:
     limits = Limits()
     return OrphanCleanup(
-        stop_helpers=lambda: None,  # helpers exit by themselves when this process is gone
+        stop_helpers=lambda: None,  # helpers exit on their own if this process has died
         helpers_gone=lambda: not helper_threads(pid) and not batch_threads(pid),
         timeout=limits.stuck + limits.dead_man,
     )

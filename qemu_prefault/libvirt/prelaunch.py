@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Prefault a restored guest before it runs, without QEMU's monitor.
 
-After RAM is loaded and before the vCPUs run, libvirt calls its hook and waits for it. Only
-libvirt has QEMU's monitor then, and a hook must not call libvirt. This module therefore uses
-other sources: the names of the vCPU threads, and the file descriptors in ``/proc``. The
-addresses of a PC's RAM follow from its machine type and RAM size (pc_init1(),
-hw/i386/pc_piix.c; pc_q35_init(), hw/i386/pc_q35.c). Wrong addresses do no harm: the ioctl
-returns ENOENT for an address without a memory slot, and memory is populated by QEMU's virtual
-addresses.
+After RAM is loaded and before the vCPUs run, libvirt calls its hook and waits for it. At that time,
+only libvirt is connected to QEMU's monitor, and a hook must not call libvirt. This module therefore
+uses other sources: the names of the vCPU threads, and the file descriptors in ``/proc``. The
+addresses of a PC's RAM follow from its machine type and RAM size (pc_init1(), hw/i386/pc_piix.c;
+pc_q35_init(), hw/i386/pc_q35.c). Wrong addresses do no harm: the ioctl returns ENOENT for an
+address without a memory slot, and memory is populated by QEMU's virtual addresses.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class PrelaunchResult:
 
 
 def boot_ram(machine: str, memory: int) -> tuple[tuple[int, int, int], ...]:
-    """Return where a PC has its RAM: (gpa, size, offset in the RAM block), in bytes.
+    """Return the ranges of a PC's RAM: (gpa, size, offset in the RAM block), in bytes.
 
     The range from 640 KiB to 1 MiB is left out, because firmware remaps it.
 
@@ -87,9 +86,10 @@ def boot_ram(machine: str, memory: int) -> tuple[tuple[int, int, int], ...]:
 
 
 def check_plain_layout(arguments: Sequence[str], memory: int) -> None:
-    """Raise if RAM is somewhere else than :func:`boot_ram` says.
+    """Raise an error if RAM is not at the addresses that :func:`boot_ram` returns.
 
-    :param arguments: QEMU's command line. :param memory: bytes.
+    :param arguments: QEMU's command line.
+    :param memory: The boot memory in bytes.
     :raises UnsupportedError: ``max-ram-below-4g`` is set, or RAM reaches the addresses that AMD
         hosts keep for HyperTransport, just below 1 TiB (pc_set_amd_above_4g_mem_start(),
         hw/i386/pc.c, since QEMU 7.1).
@@ -98,7 +98,7 @@ def check_plain_layout(arguments: Sequence[str], memory: int) -> None:
     if moved or memory > AMD_HOLE - GIB_4:
         why = "max-ram-below-4g is set" if moved else "it may reach AMD's hole below 1 TiB"
         raise UnsupportedError(
-            f"where this guest has its RAM is not known: {why}",
+            f"the RAM addresses of this guest are not known: {why}",
             'use restore="later"',
             code=Code.LAYOUT,
         )

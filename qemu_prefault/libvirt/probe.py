@@ -180,7 +180,7 @@ def _plugin_route(domain: Domain, found: Loaded | None) -> Finding:
         )
     if not install.is_current(path):
         return Finding(
-            "enable", "note", f"{path} has another version", "qemu-prefault libvirt install"
+            "enable", "note", f"{path} is of a different version", "qemu-prefault libvirt install"
         )
     return Finding("enable", "ok", f"the domain loads {path}")
 

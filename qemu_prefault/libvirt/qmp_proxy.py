@@ -2,10 +2,10 @@
 """A QMP server that forwards commands through libvirt's connection to QEMU, for ``--domain``.
 
 libvirt owns the monitor of its QEMUs, and forwards commands and events for other programs
-(virDomainQemuMonitorCommand(), which taints the domain "custom-monitor"). The rest of this
-package speaks QMP over a socket. The proxy translates, in a separate process: if the tool is
-killed while the guest is paused, the guard's ``cont`` (see engine/resume_guard.py) still reaches
-QEMU. The proxy exits when every process has closed the other end of its socket.
+(virDomainQemuMonitorCommand(), which taints the domain "custom-monitor"). The rest of this package
+uses QMP over a socket. The proxy forwards between both in a separate process. If the tool is killed
+while the guest is paused, the guard's ``cont`` (see engine/resume_guard.py) still reaches QEMU. The
+proxy exits when every process has closed the other end of its socket.
 
 If libvirtd restarts, the proxy reconnects and sends the command again. This is safe for the
 commands that this package uses: queries, ``stop`` and ``cont``.

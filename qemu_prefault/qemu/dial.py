@@ -2,8 +2,8 @@
 """Connect to a QMP server's socket, and wait for its greeting.
 
 A QMP socket serves one client at a time: a second client's connect() succeeds, but QEMU sends it no
-greeting. :func:`await_greeting` distinguishes this case from a slow or silent server, and from one
-that does not speak QMP.
+greeting. :func:`await_greeting` distinguishes this case from a slow or silent server, and from a
+peer that is not a QMP server.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ async def connect(address: str, deadline: float) -> socket.socket:
     """Connect to a QMP socket.
 
     :param address: See :func:`parse_address`.
-    :param deadline: The event loop's time at which the attempt is given up.
+    :param deadline: The event loop's time at which the attempt fails.
     :returns: A connected, non-blocking socket.
     :raises InputError: if the address is malformed, or names no socket or host.
     :raises MonitorBusyError: if the socket's backlog stays full.
@@ -188,7 +188,7 @@ async def await_greeting(sock: socket.socket, address: str, deadline: float) -> 
     """Wait for the peer's first bytes, and check that they begin a JSON object.
 
     :raises MonitorBusyError: if QEMU serves another client.
-    :raises MonitorError: if the peer is silent, closes the connection, or does not speak QMP.
+    :raises MonitorError: if the peer is silent, closes the connection, or is not a QMP server.
     """
     loop = asyncio.get_running_loop()
     limit = min(deadline, loop.time() + GREETING_TIMEOUT)
@@ -217,7 +217,7 @@ async def await_greeting(sock: socket.socket, address: str, deadline: float) -> 
         raise not_qmp(address, "it is a human monitor" if human else "its first bytes are not JSON")
     if start.lstrip()[1:2] in (b"\r", b"\n"):
         raise MonitorError(
-            f"{address} speaks QMP, but pretty-printed over several lines",
+            f"{address} sends pretty-printed QMP, in which a message has several lines",
             "start QEMU with -qmp instead of -qmp-pretty, or with pretty=off",
             code=Code.MONITOR_NOT_QMP,
         )
@@ -233,9 +233,9 @@ def closed_early(address: str) -> MonitorError:
 
 
 def not_qmp(address: str, why: str) -> MonitorError:
-    """Return the error for a peer that does not speak QMP."""
+    """Return the error for a peer that is not a QMP server."""
     return MonitorError(
-        f"{address} does not speak QMP: {why}", _REMEDY_ADDRESS, code=Code.MONITOR_NOT_QMP
+        f"{address} is not a QMP server: {why}", _REMEDY_ADDRESS, code=Code.MONITOR_NOT_QMP
     )
 
 

@@ -443,7 +443,7 @@ def _range_at(ranges: Sequence[FlatRange], gpa: int) -> FlatRange | None:
 def huge_alignment(section: MemorySection, huge_size: int) -> bool:
     """Return whether KVM can map this section with pages of `huge_size` bytes.
 
-    If guest-physical and host address differ modulo the page size, KVM forbids such leaves for the
-    whole slot (``kvm_alloc_memslot_metadata()``, arch/x86/kvm/x86.c).
+    If guest-physical and host address differ modulo the page size, KVM uses no pages of this size
+    in the whole slot (``kvm_alloc_memslot_metadata()``, arch/x86/kvm/x86.c).
     """
     return (section.gpa - section.hva) % huge_size == 0

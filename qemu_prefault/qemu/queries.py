@@ -272,11 +272,11 @@ def _host_address(item: FlatRange, first: object, last: object) -> int:
 async def _device_owned(
     monitor: Monitor, memdevs: Collection[str], memory_devices: Sequence[MemoryDevice]
 ) -> frozenset[str]:
-    """Return which of these backends belong to a device other than a memory device.
+    """Return which of these backends belong to a device that is not a memory device.
 
-    Guest RAM is what the machine (its property memory-backend, or -numa node,memdev=) or a memory
-    device owns. Other devices have memory of their own behind backends: ivshmem-plain, pmrdev of
-    NVMe, CXL. QEMU has no query for that, so the links of all devices are read (QOM).
+    The machine (its property memory-backend, or -numa node,memdev=) and memory devices own the
+    backends of guest RAM. Other devices also own backends: ivshmem-plain, pmrdev of NVMe, CXL. QEMU
+    has no query for that, so this function reads the links of all devices (QOM).
     """
     unclaimed = set(memdevs) - {device.memdev for device in memory_devices}
     boot = await _optional(monitor.execute("qom-get", path="/machine", property="memory-backend"))
@@ -299,7 +299,7 @@ async def _device_owned(
 
 
 async def _qom_list(monitor: Monitor, path: str) -> list[tuple[str, str]]:
-    """Return names and types of an object's properties; an empty list if it does not exist."""
+    """Return names and types of an object's properties; empty if the object does not exist."""
     answer = await _optional(monitor.execute("qom-list", path=path))
     if answer is None:
         return []
@@ -326,9 +326,11 @@ def _vcpus(value: object) -> tuple[Vcpu, ...]:
             )
         )
     if not vcpus:
-        raise MonitorError("query-cpus-fast lists no vCPU", "check that the socket is QEMU's")
+        raise MonitorError("query-cpus-fast lists no vCPU", "check that the socket belongs to QEMU")
     if len({vcpu.qom_path for vcpu in vcpus}) != len(vcpus):
-        raise MonitorError("query-cpus-fast lists a vCPU twice", "check that the socket is QEMU's")
+        raise MonitorError(
+            "query-cpus-fast lists a vCPU twice", "check that the socket belongs to QEMU"
+        )
     return tuple(sorted(vcpus, key=lambda vcpu: vcpu.index))
 
 

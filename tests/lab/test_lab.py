@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the nested lab: commands, files and snapshots, and that a lost L1 is noticed at once.
+"""Test the nested lab: commands, files and snapshots, and that a lost L1 is detected at once.
 
 The tests need the lab's build tools (mmdebstrap, mke2fs, a C compiler) but no KVM. The first run
 builds the images, see ``python -m qemu_prefault_lab build``.
@@ -170,7 +170,7 @@ class TestFiles:
 
 
 class TestLost:
-    """Each command would run forever, so the test ends only if the loss of L1 is noticed."""
+    """Each command would run forever, so the test ends only if the loss of L1 is detected."""
 
     def test_kernel_panic_is_reported_with_the_console(self) -> None:
         with Lab.start("trixie") as lab, pytest.raises(LabLostError) as caught:

@@ -236,8 +236,8 @@ def test_interrupted_tool_resumes_guest(
 def stale_root(guest: Guest) -> Result:
     """Delete a memslot while no vCPU runs, then prefault again.
 
-    The slot is the VGA's memory. It is unmapped by the VGA's PCI command register (0x04 of
-    00:02.0), which is written through the monitor's port access.
+    The slot is the VGA's memory. Writing the VGA's PCI command register (0x04 of 00:02.0) through
+    the monitor unmaps it.
     """
     assert prefault(guest).status == 0
     for value in ("0x0", "0x3"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Migrate a working guest repeatedly. The tool waits for it each time, and is often killed.
+"""Migrate a running guest repeatedly. The tool waits on each destination, and is often killed.
 
 ``--boots`` sets the number of migrations (default 6; 100 in ``make test-full``). ``--seed``
 repeats a run.

@@ -111,7 +111,7 @@ def mapped_pages(guest: Guest) -> int:
 
 
 def test_paused_npt_guest_is_not_prefaulted(make_nested_guest: MakeNestedGuest) -> None:
-    """The ioctl returns EOPNOTSUPP. The tool does nothing and reports the cause and a remedy."""
+    """The ioctl returns EOPNOTSUPP. The tool reports the cause and a remedy."""
     guest = make_nested_guest(npt=True)
     stop_in_guest_mode(guest)
     before = mapped_pages(guest)

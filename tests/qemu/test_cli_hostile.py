@@ -143,7 +143,7 @@ def requests_of(client: socket.socket) -> Iterator[dict[str, Any]]:
 
 
 def liar(real: str, lie: Lie) -> Talk:
-    """Forward everything, but replace answers by the results of ``lie``."""
+    """Forward all messages, but replace each answer by the result of ``lie``."""
 
     def talk(client: socket.socket) -> None:
         with socket.socket(socket.AF_UNIX) as upstream:
@@ -189,7 +189,7 @@ def vm(start_qemu: StartQemu, tmp_path: Path) -> QemuVm:
 
 @pytest.fixture
 def through(vm: QemuVm, tmp_path: Path) -> Callable[..., Result]:
-    """Yield a function that runs the tool through the proxy. QEMU must be unharmed."""
+    """Yield a function that runs the tool through the proxy. Check QEMU afterwards."""
 
     def run(lie: Lie, *arguments: str, pid: bool = True) -> Result:
         with serve(tmp_path / "liar", liar(vm.qemu.qmp, lie)) as path:
@@ -343,7 +343,7 @@ def test_ram_at_a_wrong_address(through: Through, vm: QemuVm, where: str, comman
 
 @pytest.mark.parametrize("where", ["the heap", "QEMU's text"])
 def test_small_ram_at_a_wrong_address(through: Through, vm: QemuVm, where: str) -> None:
-    """There is a mapping for all of this RAM. Populating changes none of its bytes."""
+    """A mapping covers all of this RAM. Populating does not change its content."""
     target = ELSEWHERE[where](vm.pid)
 
     def lie(command: str, arguments: dict[str, Any], answer: Any) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Memory is asked of where it comes from: a tmpfs, a huge page pool, a file on a disk.
+"""Test that the limit of each source of memory is respected: tmpfs, hugetlb pool, disk file.
 
 The reports that these set-ups come from are named at each test.
 """
@@ -55,8 +55,8 @@ def used(directory: Path) -> int:
 
 
 @needs_root
-def test_tmpfs_that_is_too_small_is_refused(vm_of: StartVm, tmpfs: Path) -> None:
-    """kata-containers#12919, zTrix/qemu-compose#26: a full /dev/shm ends guests with SIGBUS."""
+def test_too_small_tmpfs_is_refused(vm_of: StartVm, tmpfs: Path) -> None:
+    """If /dev/shm is full, guests get SIGBUS (kata-containers#12919, zTrix/qemu-compose#26)."""
     vm = vm_of(*ram_in(tmpfs, 256))
     result = vm.prefault("--populate-only")
     assert result.status == 5 and result.error["code"] == "no-memory"
@@ -66,13 +66,13 @@ def test_tmpfs_that_is_too_small_is_refused(vm_of: StartVm, tmpfs: Path) -> None
 
 @needs_root
 @pytest.mark.parametrize("unlinked", [True, False])
-def test_what_a_neighbour_was_promised_is_left_to_it(
+def test_memory_committed_to_other_files_is_not_used(
     vm_of: StartVm, tmpfs: Path, unlinked: bool
 ) -> None:
     neighbour = vm_of(*ram_in(tmpfs, 64, "" if unlinked else "neighbour"), paused=False)
-    vm = vm_of(*ram_in(tmpfs, 150))  # it would fit if the neighbour had nothing
+    vm = vm_of(*ram_in(tmpfs, 150))  # fits without the other file
     result = vm.prefault("--populate-only")
-    assert result.status == 5 and "promised to other files" in result.error["cause"]
+    assert result.status == 5 and "committed to other files" in result.error["cause"]
     assert neighbour.qmp.status() == "running"
 
 
@@ -94,8 +94,8 @@ def test_force_overrides_the_file_system(vm_of: StartVm, tmpfs: Path) -> None:
 
 
 @needs_root
-def test_memory_that_runs_short_midway_ends_the_run(vm_of: StartVm, tmpfs: Path) -> None:
-    """A file that grows while memory is populated takes what the first check had counted on."""
+def test_memory_shortage_ends_the_run(vm_of: StartVm, tmpfs: Path) -> None:
+    """A file that grows during populating uses memory that the first check counted as free."""
     vm = vm_of(*ram_in(tmpfs, 190))
     report = vm.prefault("--populate-only", "--dry-run").report
     assert report["bytes"]["populated"] > 180 * MIB
@@ -104,8 +104,8 @@ def test_memory_that_runs_short_midway_ends_the_run(vm_of: StartVm, tmpfs: Path)
     assert late.status == 5 and vm.qmp.status() in ("prelaunch", "paused")
 
 
-def test_shared_file_on_a_disk_is_left_alone(vm_of: StartVm, tmp_path: Path) -> None:
-    """LookingGlass#403 and its like; docs: `auto` does not write files on disks."""
+def test_disk_file_is_not_populated(vm_of: StartVm, tmp_path: Path) -> None:
+    """With `auto`, populating does not write files on disks (LookingGlass#403)."""
     fields = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     device = os.stat(tmp_path).st_dev
     own = [f for f in fields if f[2] == f"{os.major(device)}:{os.minor(device)}"]
@@ -119,7 +119,7 @@ def test_shared_file_on_a_disk_is_left_alone(vm_of: StartVm, tmp_path: Path) -> 
     assert (tmp_path / "ram").stat().st_blocks * 512 >= 63 * MIB
 
 
-def test_memory_of_ivshmem_is_no_guest_ram(vm_of: StartVm, tmp_path: Path) -> None:
+def test_ivshmem_is_not_guest_ram(vm_of: StartVm, tmp_path: Path) -> None:
     backend = f"memory-backend-file,id=glass,mem-path={tmp_path}/glass,share=on,size=32M"
     device = ("-object", backend, "-device", "ivshmem-plain,memdev=glass")
     vm = vm_of("-M", "q35", "-m", "64M", *device, paused=False)
@@ -127,7 +127,7 @@ def test_memory_of_ivshmem_is_no_guest_ram(vm_of: StartVm, tmp_path: Path) -> No
     assert (tmp_path / "glass").stat().st_blocks == 0
 
 
-def test_ram_of_numa_nodes_beside_ivshmem_is_guest_ram(vm_of: StartVm, tmp_path: Path) -> None:
+def test_numa_ram_is_guest_ram_with_ivshmem(vm_of: StartVm, tmp_path: Path) -> None:
     nodes = [
         word
         for number in (0, 1)
@@ -169,8 +169,8 @@ again: movl $0x80001010, %eax # bus 0, device 2, function 0, register 0x10: its 
 """
 
 
-def test_guest_that_moves_a_bar_is_populated(vm_of: StartVm, tmp_path: Path) -> None:
-    """rust-vmm/vhost#245, NVIDIA/QEMU#39: what devices do to the map does not matter."""
+def test_moved_bar_does_not_stop_populating(vm_of: StartVm, tmp_path: Path) -> None:
+    """Devices change the memory map during the run (rust-vmm/vhost#245, NVIDIA/QEMU#39)."""
     for name in ("as", "ld"):
         if shutil.which(name) is None:
             pytest.skip(f"{name} is not installed (binutils)")
@@ -190,7 +190,7 @@ def test_guest_that_moves_a_bar_is_populated(vm_of: StartVm, tmp_path: Path) -> 
 
 
 def test_names_need_not_be_utf8(vm_of: StartVm) -> None:
-    """thrash-protect#25: a thread's name is cut at 15 bytes, here in the middle of a letter."""
+    """The kernel cuts a thread's name at 15 bytes, here within a character (thrash-protect#25)."""
     vm = vm_of("-name", "process=vm-прод-сервер", "-m", "64M")
     assert vm.prefault("--populate-only").status == 0
     assert vm.command("map").status == 0
@@ -200,7 +200,7 @@ def test_names_need_not_be_utf8(vm_of: StartVm) -> None:
 # --- messages ---
 
 
-def test_no_machine_is_named(vm_of: StartVm) -> None:
+def test_missing_machine_is_reported(vm_of: StartVm) -> None:
     result = vm_of("-M", "none").command("map")
     assert result.status == 1 and "has no machine" in result.error["cause"]
 
@@ -215,7 +215,7 @@ def test_read_only_backend_is_not_called_pam(vm_of: StartVm, tmp_path: Path) -> 
     assert sections["nv"] == "a read-only memory backend"
 
 
-def test_populate_only_says_why_nothing_is_touched(vm_of: StartVm) -> None:
+def test_populate_only_reports_skipped_memory(vm_of: StartVm) -> None:
     backend = "memory-backend-ram,id=m,size=64M,reserve=off"
     vm = vm_of("-m", "64M", "-object", backend, "-machine", "memory-backend=m")
     result = vm.prefault("--populate-only")

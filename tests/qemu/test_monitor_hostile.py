@@ -116,28 +116,28 @@ BAD_GREETINGS: dict[str, tuple[Callable[[socket.socket], None], str, float]] = {
     "text": (say(b"hello\n"), "first bytes are not JSON", 1),
     "HMP": (say(b"QEMU 10.0.0 monitor - type 'help'\r\n(qemu) "), "human monitor", 1),
     "telnet": (say(b"\xff\xfb\x01\xff\xfb\x03"), "telnet", 1),
-    "binary": (say(bytes(range(256)) * 9), "does not speak QMP", 1),
-    "blank, then nothing": (say(b"\n"), "does not speak QMP", 1),
-    "no JSON": (say(b"{QMP}\n"), "does not speak QMP", 1),
-    "array": (say(b" [1]\n"), "does not speak QMP", 1),
-    "another object": (say(b'{"return": {}}\n'), "does not speak QMP", 1),
-    "QMP is a number": (say(b'{"QMP": 1}\n'), "does not speak QMP", 1),
+    "binary": (say(bytes(range(256)) * 9), "is not a QMP server", 1),
+    "blank, then nothing": (say(b"\n"), "is not a QMP server", 1),
+    "no JSON": (say(b"{QMP}\n"), "is not a QMP server", 1),
+    "array": (say(b" [1]\n"), "is not a QMP server", 1),
+    "another object": (say(b'{"return": {}}\n'), "is not a QMP server", 1),
+    "QMP is a number": (say(b'{"QMP": 1}\n'), "is not a QMP server", 1),
     "no version": (say(b'{"QMP": {"version": {}, "capabilities": []}}\n{"return": {}}\n'),
                    "version", 1),
     "version is text": (say(GREETING.replace(b"10}", b'"x"}') + b'{"return": {}}\n'),
                         "version", 1),
     "version is huge": (say(GREETING.replace(b"10}", b"9" * 4000 + b"}") + b'{"return": {}}\n'),
                         "version", 1),
-    "number too long": (say(b'{"QMP": ' + b"9" * 10000 + b"}\n"), "does not speak QMP", 1),
-    "deep nesting": (say(b'{"QMP": ' + b"[" * 1_000_000 + b"\n"), "does not speak QMP", 2),
-    "deep objects": (say(b'{"QMP": ' + b'{"a":' * 500_000 + b"\n"), "does not speak QMP", 2),
-    "bad UTF-8": (say(b'{"QMP": "\xff\xfe"}\n'), "does not speak QMP", 1),
-    "refuses capabilities": (say(GREETING + b'{"error": {}}\n'), "does not speak QMP", 1),
+    "number too long": (say(b'{"QMP": ' + b"9" * 10000 + b"}\n"), "is not a QMP server", 1),
+    "deep nesting": (say(b'{"QMP": ' + b"[" * 1_000_000 + b"\n"), "is not a QMP server", 2),
+    "deep objects": (say(b'{"QMP": ' + b'{"a":' * 500_000 + b"\n"), "is not a QMP server", 2),
+    "bad UTF-8": (say(b'{"QMP": "\xff\xfe"}\n'), "is not a QMP server", 1),
+    "refuses capabilities": (say(GREETING + b'{"error": {}}\n'), "is not a QMP server", 1),
     "capabilities unanswered": (say(GREETING), "did not finish", 3),
     "100 MB without newline": (flood(b'{"QMP": "', b"x"), "more than 4 MiB", 4),
     "100 MB with newline": (flood(b'{"QMP": "', b"x", b'"}\n'), "more than 4 MiB", 4),
-    "100 MB of newlines": (flood(GREETING, b"\n"), "does not speak QMP", 4),
-    "100 MB of zeros": (flood(b"", b"\0"), "does not speak QMP", 4),
+    "100 MB of newlines": (flood(GREETING, b"\n"), "is not a QMP server", 4),
+    "100 MB of zeros": (flood(b"", b"\0"), "is not a QMP server", 4),
 }  # fmt: skip
 
 
@@ -199,7 +199,7 @@ HONEST: dict[str, object] = {
 
 
 def qmp_server(lies: Mapping[str, object]) -> Callable[[socket.socket], None]:
-    """Answer like QEMU, except for the given lies. A lie of type bytes is sent unchanged."""
+    """Answer as QEMU does, except for the given false answers. Bytes are sent unchanged."""
 
     def answer(request: dict[str, Any]) -> bytes:
         name, arguments = request["execute"], request.get("arguments", {})

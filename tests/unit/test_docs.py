@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Links in Markdown files lead somewhere; the FAQ quotes messages and codes that exist."""
+"""Check that links in Markdown files resolve, and that the FAQ quotes existing messages."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The man pages are up to date, complete, and readable in a terminal of 80 columns."""
+"""Check that the man pages are up to date, complete, and readable at 80 columns."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Sources of memory: parsers, and figures of NUMA nodes and huge page pools that are made up."""
+"""Test sources of memory: parsers, and simulated NUMA nodes and huge page pools."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_node_lists(text: str, nodes: tuple[int, ...]) -> None:
     assert parse_node_list(text) == nodes
 
 
-def test_numa_maps_tell_policy_and_page_size() -> None:
+def test_numa_maps_policy_and_page_size() -> None:
     assert parse_numa_maps(NUMA_MAPS, 0x7F0000000000) == ((1,), 2 << 20)
     assert parse_numa_maps(NUMA_MAPS, 0x7F1000000000) == ((), 4096)
     assert parse_numa_maps(NUMA_MAPS, 0x1000) == ((), 4096)
@@ -61,7 +61,7 @@ def test_parsers_accept_any_text(text: str, start: int) -> None:
 
 @pytest.fixture
 def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A host of two nodes with memory, of which process 7 may use both."""
+    """Simulate a host with two NUMA nodes, both of which process 7 may use."""
     nodes, proc = tmp_path / "node", tmp_path / "proc"
     (nodes / "node1").mkdir(parents=True)
     (nodes / "has_memory").write_text("0-1\n")
@@ -75,24 +75,24 @@ def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_node_gives_free_memory_and_inactive_files(two_nodes: Path) -> None:
+def test_node_limit_counts_free_and_inactive_file_memory(two_nodes: Path) -> None:
     limit = node_limit((1,))
     assert (limit.name, limit.available) == ("NUMA node 1", (20480 + 4096 - 1024) << 10)
     assert limit.contended
 
 
-def test_node_does_not_give_what_the_kernel_keeps(two_nodes: Path) -> None:
+def test_node_limit_excludes_what_the_kernel_keeps(two_nodes: Path) -> None:
     (two_nodes / "min_free_kbytes").write_text("67584\n")
     assert node_limit((1,)).available == 0
 
 
-def test_policy_confines(two_nodes: Path) -> None:
+def test_policy_limits_nodes(two_nodes: Path) -> None:
     assert confining_nodes(Process(7, 0), ()) == ()
     assert confining_nodes(Process(7, 0), (1,)) == (1,)
     assert confining_nodes(Process(7, 0), (0, 1)) == ()
 
 
-def test_cpuset_confines(two_nodes: Path) -> None:
+def test_cpuset_limits_nodes(two_nodes: Path) -> None:
     (two_nodes / "proc/7/status").write_text("Mems_allowed_list:\t0\n")
     assert confining_nodes(Process(7, 0), ()) == (0,)
     # A policy without a node of the cpuset has no effect.
@@ -106,7 +106,7 @@ def test_cpuset_confines(two_nodes: Path) -> None:
         (("-machine", "pc-q35-8.1"), 1100 << 30),
     ],
 )
-def test_hook_refuses_layouts_it_does_not_know(arguments: tuple[str, ...], memory: int) -> None:
+def test_hook_refuses_unknown_layouts(arguments: tuple[str, ...], memory: int) -> None:
     with pytest.raises(UnsupportedError) as refusal:
         check_plain_layout(arguments, memory)
     assert refusal.value.code == "layout"

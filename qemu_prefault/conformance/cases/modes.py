@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""System management mode and guest mode, in which a vCPU uses other tables than the guest's."""
+"""System management mode and guest mode, in which a vCPU does not use the guest's own tables."""
 
 from __future__ import annotations
 

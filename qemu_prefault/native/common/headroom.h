@@ -3,7 +3,7 @@
  * Compute how much more memory a process may allocate, from /proc, sysfs and cgroup files. All
  * results are in bytes. HEADROOM_UNLIMITED means that no limit is set or none could be read.
  *
- * In Python, Process.memory_headroom() and hugetlb_free() compute the same for backends outside
+ * In Python, memory_headroom() and hugetlb_free() (host/headroom.py) compute the same outside
  * QEMU. tests/unit/test_headroom_agreement.py checks both against one table.
  */
 #ifndef QEMU_PREFAULT_HEADROOM_H

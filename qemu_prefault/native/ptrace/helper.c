@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * The helper thread that the ptrace backend starts inside QEMU.
+ * The helper thread that the attach agent starts inside QEMU.
  *
  * It must not harm QEMU, whatever happens to the tool:
  * - It has a mapping of its own for code, control page and stack.
