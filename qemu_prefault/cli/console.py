@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -30,6 +31,16 @@ def drop_stdout() -> None:
     """Redirect stdout to /dev/null, so that the interpreter does not fail to flush it at exit."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@atexit.register
+def _drop_unwritable_stderr() -> None:
+    """Redirect a stderr that cannot be flushed: Python 3.11.2 would end with status 120."""
+    if sys.stderr is not None:
+        try:
+            sys.stderr.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 class Printer:

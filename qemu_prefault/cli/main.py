@@ -7,6 +7,7 @@ Each command is in its own module. :mod:`qemu_prefault` loads the API on first u
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -81,7 +82,8 @@ def main() -> None:
         status = cli.main(prog_name="qemu-prefault", standalone_mode=False)
     except click.ClickException as error:
         if not as_json:
-            error.show()
+            with contextlib.suppress(OSError):
+                error.show()
             sys.exit(error.exit_code)
         fail(InputError(error.format_message(), "see: qemu-prefault --help"), as_json)
     except click.Abort:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import socket
 import stat
 import subprocess
@@ -96,6 +97,26 @@ def test_no_kvm_disables_the_plugin(way: str) -> None:
         result = run_qemu("-accel", "tcg", LD_PRELOAD=str(plugin_path()))
     assert result.returncode == 0
     assert "does not use KVM" in result.stderr
+
+
+@needs_kvm
+def test_daemonized_kvm_is_seen(tmp_path: Path) -> None:
+    """Only the daemon has a VM, and not the processes that fork it."""
+    assert QEMU
+    pidfile = tmp_path / "pid"
+    machine = ["-nodefaults", "-display", "none", "-S", "-accel", "kvm", "-m", "64M"]
+    result = subprocess.run(
+        [QEMU, *machine, "-daemonize", "-pidfile", str(pidfile)],
+        env={**os.environ, "LD_PRELOAD": str(plugin_path())},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    os.kill(int(pidfile.read_text()), signal.SIGKILL)
+    assert "does not use KVM" not in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -367,9 +367,10 @@ def test_closed_streams_print_no_traceback(command: str, stream: str) -> None:
         assert words not in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize("command", [FAILING, "$tool --no-such-option"])
 @pytest.mark.parametrize("stream", [">&-", "2>&-", "2>/dev/full"])
-def test_closed_streams_keep_the_exit_status(stream: str) -> None:
-    assert shell(f"{FAILING} {stream}").returncode == 2
+def test_closed_streams_keep_the_exit_status(command: str, stream: str) -> None:
+    assert shell(f"{command} {stream}").returncode == 2
 
 
 @pytest.mark.parametrize("command", [PROBE, f"{PROBE} --json", "$tool --help"])

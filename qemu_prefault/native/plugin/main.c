@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "interpose.h"
 #include "options.h"
@@ -23,6 +24,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 static bool loaded_as_plugin;
+static pid_t loaded_by;
 
 /*
  * QEMU loads a plugin only if it supports this version: 0 to 1 until 8.2, 2 or more from 9.0 (4
@@ -64,13 +66,18 @@ __attribute__((constructor)) static void loaded(void)
 	else if (dlsym(RTLD_DEFAULT, "qemu_plugin_scoreboard_new"))
 		qemu_plugin_version = 2;
 	pf_options.by_preload = preload && strstr(preload, "qemu-prefault-plugin");
-	if (pf_options.by_preload && text && program_is_qemu())
+	if (!pf_options.by_preload || !program_is_qemu())
+		return;
+	loaded_by = getpid();
+	pf_vm_share();
+	if (text)
 		pf_options_parse_environment(text);
 }
 
+/* With -daemonize, QEMU's first process ends when the daemon has its VM, and others end before. */
 __attribute__((destructor)) static void unloaded(void)
 {
-	if (pf_options.by_preload && !loaded_as_plugin && program_is_qemu())
+	if (loaded_by == getpid() && !loaded_as_plugin)
 		say_if_no_vm();
 }
 

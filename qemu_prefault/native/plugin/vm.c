@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include "control_socket.h"
@@ -17,7 +18,8 @@
 
 #define CAP_PRE_FAULT_MEMORY 236 /* the installed kernel headers may be older */
 
-static atomic_bool seen;
+static atomic_bool seen_here;
+static atomic_bool *seen = &seen_here;
 
 static void set_up(int fd)
 {
@@ -56,7 +58,7 @@ void pf_vm_created(int fd)
 {
 	char *preload = getenv("LD_PRELOAD");
 
-	atomic_store(&seen, true);
+	atomic_store(seen, true);
 	/* This is the intended program. Its child processes do not need the plugin. */
 	if (pf_options.by_preload && preload && strstr(preload, "qemu-prefault-plugin") &&
 	    !strpbrk(preload, ": "))
@@ -68,7 +70,7 @@ void pf_vm_adopt(void)
 {
 	char name[64], target[64];
 
-	for (int fd = 3; fd < 256 && !atomic_load(&seen); fd++) {
+	for (int fd = 3; fd < 256 && !atomic_load(seen); fd++) {
 		snprintf(name, sizeof(name), "/proc/self/fd/%d", fd);
 		ssize_t length = readlink(name, target, sizeof(target) - 1);
 
@@ -77,7 +79,16 @@ void pf_vm_adopt(void)
 	}
 }
 
+void pf_vm_share(void)
+{
+	void *page = mmap(NULL, sizeof(*seen), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
+			  -1, 0);
+
+	if (page != MAP_FAILED)
+		seen = page;
+}
+
 bool pf_vm_seen(void)
 {
-	return atomic_load(&seen);
+	return atomic_load(seen);
 }

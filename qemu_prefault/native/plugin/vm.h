@@ -9,6 +9,8 @@
 void pf_vm_created(int vm_fd);
 /* Find a VM that QEMU created before it loaded the plugin. */
 void pf_vm_adopt(void);
+/* Let pf_vm_seen() also see the VM of a child process: -daemonize makes QEMU fork. */
+void pf_vm_share(void);
 bool pf_vm_seen(void);
 
 #endif
