@@ -128,6 +128,10 @@ class Code(enum.StrEnum):
     PTRACE_DENIED = "ptrace-denied"
     #: A security module forbids executable anonymous memory in QEMU.
     EXECMEM = "execmem"
+    #: A seccomp filter of QEMU's denies a system call of the helper's, or cannot be read.
+    SECCOMP = "seccomp"
+    #: QEMU's vCPU threads have too little stack to start a helper from.
+    SMALL_STACK = "small-stack"
     #: QEMU runs with a hardware shadow stack.
     SHADOW_STACK = "shadow-stack"
     #: QEMU's libc has no instructions that the attach agent knows.

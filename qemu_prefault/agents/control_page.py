@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from .._native import ffi, lib
+from ..host.procfs import MemoryMapping, Process
 from .base import Outcome, Range
-from .gadgets import round_to_pages
+from .gadgets import AREAS_FROM, AREAS_TO, round_to_pages
 
 STACK_BYTES = 32 << 10  # a signal frame with AMX state is 11 KiB
 
@@ -72,3 +75,28 @@ def offset_of(field: str) -> int:
 CODE_SIZE = round_to_pages(len(ffi.buffer(lib.helper_blob)))
 CONTROL_SIZE = round_to_pages(ffi.sizeof("struct prefault_control"))
 AREA_SIZE = CODE_SIZE + CONTROL_SIZE + STACK_BYTES
+
+
+def abandoned_areas(
+    process: Process, memory: int, maps: Sequence[MemoryMapping]
+) -> tuple[int, ...]:
+    """Addresses of helpers' memory that has no helper: clone() failed, and the tool was dead.
+
+    The kernel writes the thread's id there before the helper runs. A tool that is about to start
+    a helper there has that thread of QEMU traced, so the tracers are looked at first.
+    """
+    candidates = [
+        first.start
+        for first, second in itertools.pairwise(maps)
+        if AREAS_FROM <= first.start < AREAS_TO
+        and (first.perms, first.size, second.perms) == ("r-xp", CODE_SIZE, "rw-p")
+        and (second.start, second.size) == (first.end, AREA_SIZE - CODE_SIZE)
+    ]
+    if not candidates or any(process.status(tid).tracer_pid for tid in process.threads()):
+        return ()
+    found = []
+    for area in candidates:
+        with contextlib.suppress(OSError):
+            if not Helper(memory, area, CODE_SIZE).read_header().tid:
+                found.append(area)
+    return tuple(found)

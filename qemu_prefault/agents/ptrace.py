@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The attach agent: helper threads started inside a running QEMU by ptrace.
 
-A vCPU thread is held for the moment it takes to send it through four system calls, which
+A vCPU thread is held for the moment it takes to send it through three system calls, which
 leave it as it was and a helper thread beside it (native/ptrace/inject.c). From then on the helper
 and this process share one control page, which we reach through ``/proc/PID/mem``. A helper
 whose heartbeat stops finishes its chunk, unmaps itself and exits, so nothing of us is left
@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import select
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,8 +28,9 @@ from ..errors import AgentError, Code, FailedError, RefusedError, UnsupportedErr
 from ..host.procfs import Process, thread_names
 from ..host.ptrace_access import ptrace_denied
 from .base import BatchResult, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
-from .control_page import AREA_SIZE, CODE_SIZE, Helper, offset_of
+from .control_page import AREA_SIZE, CODE_SIZE, Helper, abandoned_areas, offset_of
 from .gadgets import Gadgets, find_gadgets, free_areas, prepare_exit_slot
+from .helper_calls import Allowed, check_filters
 
 HELPER_NAME = "qemu-prefault"
 """The helper threads' name, as ``ps -L`` and ``/proc/PID/task/TID/comm`` show it."""
@@ -42,7 +44,7 @@ class PtraceAgent:
     """Helpers by ptrace; see the module. Raises on :meth:`start`:
 
     :raise UnsupportedError: no permission to trace, a libc we do not know, an LSM that
-        forbids executable memory, hardware shadow stacks.
+        forbids executable memory, a seccomp filter that denies a call, hardware shadow stacks.
     :raise RefusedError: another qemu-prefault is at work in this QEMU.
     :raise AgentError: a thread could not be held or a helper did not come up.
     """
@@ -97,22 +99,26 @@ class PtraceAgent:
         self._memory = open_memory(self.process)
         maps = self.process.maps()
         gadgets = find_gadgets(self._memory, maps)
-        exit_slot = prepare_exit_slot(self._memory, maps, gadgets)
-        status = self.process.status()
-        if "shstk" in status.thread_features:
+        if "shstk" in self.process.status().thread_features:
             raise UnsupportedError(
                 f"QEMU (pid {self.process.pid}) runs with a hardware shadow stack",
                 "start QEMU with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off, or use the plugin agent",
                 code=Code.SHADOW_STACK,
             )
-        own_pid = status.ns_pids[-1]
         areas = free_areas(maps, len(self._threads), AREA_SIZE)
+        allowed = check_filters(
+            self.process,
+            [thread.thread_id for thread in self._threads],
+            [thread.fd for thread in self._threads],
+            area=areas[0],
+            gadget=gadgets.syscall_ret,
+        )
+        exit_slot = prepare_exit_slot(self._memory, maps, gadgets)
         request = ffi.new(
             "struct inject_request *",
             {
                 "pid": self.process.pid,
                 "tid": self._threads[0].thread_id,
-                "own_pid": own_pid,
                 "mem_fd": self._memory,
                 "gadgets": {
                     "syscall_ret": gadgets.syscall_ret,
@@ -123,9 +129,11 @@ class PtraceAgent:
                 "code_size": CODE_SIZE,
             },
         )
-        self._inject(lib.pf_inject_probe, request)
+        for area in abandoned_areas(self.process, self._memory, maps):
+            request.area = area
+            self._inject(lib.pf_inject_munmap, request)
         for worker, thread, area in zip(self.workers, self._threads, areas, strict=True):
-            image = ffi.from_buffer(self._image(area, gadgets, exit_slot, thread))
+            image = ffi.from_buffer(self._image(area, gadgets, exit_slot, thread, allowed))
             request.tid, request.area = thread.thread_id, area
             request.image, request.image_size = image, len(image)
             self._inject(lib.pf_inject_helper, request)
@@ -137,7 +145,9 @@ class PtraceAgent:
         function(request, result)
         self._check(result, request.tid)
 
-    def _image(self, area: int, gadgets: Gadgets, exit_slot: int, thread: VcpuThread) -> bytes:
+    def _image(
+        self, area: int, gadgets: Gadgets, exit_slot: int, thread: VcpuThread, allowed: Allowed
+    ) -> bytes:
         """The helper's code page followed by the beginning of its control page."""
         # A timer names its thread as QEMU's own pid namespace does.
         own_tid = self.process.status(thread.thread_id).ns_pids[-1]
@@ -162,7 +172,9 @@ class PtraceAgent:
                 "vcpu_fd": thread.fd,
                 "vcpu_tid": own_tid if thread.fd >= 0 else 0,
                 "kick_signal": int(SIGUSR1),
-                "tool_pid": os.getpid() if same_pid_namespace(self.process.pid) else 0,
+                "tool_pid": os.getpid()
+                if allowed.kill and same_pid_namespace(self.process.pid)
+                else 0,
             },
         )
         code = bytes(ffi.buffer(lib.helper_blob)).ljust(CODE_SIZE, b"\xcc")
@@ -176,14 +188,25 @@ class PtraceAgent:
         reason = os.strerror(result.error)
         if result.stage == lib.INJECT_SEIZE and result.error == errno.EPERM:
             raise ptrace_denied(self.process)
+        if not stays_alive(self.process):
+            raise FailedError(
+                f"QEMU (pid {self.process.pid}) died while a helper was being started from "
+                f"thread {thread_id}",
+                "see QEMU's own log and dmesg for why, and report this",
+                code=Code.QEMU_GONE,
+            )
         if result.error == errno.ESRCH:
             raise FailedError(
                 f"{what} is gone", "QEMU exited, or unplugged that vCPU", code=Code.QEMU_GONE
             )
-        if result.stage in (lib.INJECT_MMAP, lib.INJECT_PROTECT) and result.error in (
-            errno.EACCES,
-            errno.EPERM,
-        ):
+        if result.stage == lib.INJECT_INSPECT and result.error == errno.ENOSPC:
+            raise UnsupportedError(
+                f"{what} has {result.stack_left >> 10} KiB of stack left, and starting a helper "
+                f"takes {-(-result.stack_needed // 1024)} KiB",
+                "give QEMU's threads a larger stack (ulimit -s), or use the plugin agent",
+                code=Code.SMALL_STACK,
+            )
+        if result.stage == lib.INJECT_MMAP and result.error in (errno.EACCES, errno.EPERM):
             raise UnsupportedError(
                 f"QEMU (pid {self.process.pid}) may not have executable anonymous memory: {reason}",
                 "a security module forbids it (SELinux: execmem). Allow it for this domain, "
@@ -197,8 +220,7 @@ class PtraceAgent:
             lib.INJECT_WRITE: "its stack could not be written",
             lib.INJECT_RESUME: "it could not be watched to the end",
             lib.INJECT_MMAP: "mmap failed in it",
-            lib.INJECT_COPY: "process_vm_readv failed in it",
-            lib.INJECT_PROTECT: "mprotect failed in it",
+            lib.INJECT_IMAGE: "the helper's memory could not be written",
             lib.INJECT_CLONE: "clone failed in it",
         }[result.stage]
         raise AgentError(
@@ -402,6 +424,19 @@ def same_pid_namespace(pid: int) -> bool:
         return os.readlink(f"/proc/{pid}/ns/pid") == os.readlink("/proc/self/ns/pid")
     except OSError:
         return False
+
+
+def stays_alive(process: Process, seconds: float = 0.2) -> bool:
+    """Whether the process is alive now and that long after; dying takes a moment."""
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except OSError:
+        return False
+    try:
+        ended, _, _ = select.select([pidfd], [], [], seconds)
+    finally:
+        os.close(pidfd)
+    return not ended and alive(process)
 
 
 def alive(process: Process) -> bool:

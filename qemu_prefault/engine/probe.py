@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..agents.gadgets import find_gadgets
+from ..agents.helper_calls import check_filters
 from ..agents.plugin import Control, find_control_socket
 from ..agents.ptrace import open_memory
 from ..agents.qmp import offers_command
@@ -141,6 +142,7 @@ def _host(process: Process) -> tuple[list[Finding], ExitStatus]:
             find_gadgets(memory, process.maps())
         finally:
             os.close(memory)
+        check_filters(process, [process.pid])
     except QemuPrefaultError as error:
         findings.append(Finding("attach", "no", error.cause, error.remedy))
         status = status or error.exit_status

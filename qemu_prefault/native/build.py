@@ -20,7 +20,10 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
-SOURCES = ("common/headroom.c", "common/pagemap.c", "conformance/vmm.c", "ptrace/inject.c")
+SOURCES = (
+    *("common/headroom.c", "common/pagemap.c", "conformance/vmm.c"),
+    *("ptrace/tracee.c", "ptrace/filters.c", "ptrace/inject.c"),
+)
 
 # The helper has no libc, must not touch FPU state, and must not be given calls to
 # memset() by an optimizer that recognises loops.
@@ -66,6 +69,8 @@ SHARED_HEADERS = (
     "common/prefault_range.h",
     "conformance/vmm.h",
     "ptrace/control_page.h",
+    "ptrace/inject_result.h",
+    "ptrace/filters.h",
     "ptrace/inject.h",
 )
 LITERAL = re.compile(r"0x[0-9a-f]+[ul]*|[0-9]+", re.IGNORECASE)
@@ -87,6 +92,7 @@ def declarations(header: str) -> str:
 CDEF = "\n".join(declarations(header) for header in SHARED_HEADERS)
 CDEF += """
 static const unsigned char helper_blob[...];
+#define PREFAULT_IOCTL ...
 int kvm_check_extension(int32_t kvm_fd, int32_t extension);
 int kvm_pre_fault(int32_t vcpu_fd, uint64_t gpa, uint64_t size);
 int take_fd(int32_t pidfd, int32_t number);

@@ -193,7 +193,7 @@ static long prepare(struct helper *helper)
 {
 	struct prefault_control *control = helper->control;
 	char name[16] = { 'q', 'e', 'm', 'u', '-', 'p', 'r', 'e', 'f', 'a', 'u', 'l', 't', 0 };
-	int32_t self = (int32_t)prefault_syscall3(__NR_gettid, 0, 0, 0);
+	int32_t self = (int32_t)control->tid;
 	long signal = claim_signal(control);
 	long result;
 

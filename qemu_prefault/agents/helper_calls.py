@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which system calls an injection and its helper make, and whether QEMU's filters allow them.
+
+A seccomp filter may end QEMU for a call that it does not expect. So nothing is injected before
+all of a thread's filters have been read and run on each call.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .._native import ffi, lib
+from ..errors import Code, FailedError, GoneError, UnsupportedError
+from ..host.procfs import Process
+from ..host.ptrace_access import ptrace_denied
+from .control_page import AREA_SIZE, CODE_SIZE
+from .gadgets import AREAS_FROM
+from .seccomp import BadFilterError, Call, Filter, Number, denied, parse_filters
+
+PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
+MAP_FLAGS = 0x100022  # MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED_NOREPLACE
+CLONE_FLAGS = 0x3D0F00  # as pthread_create(): native/ptrace/inject.c
+SIG_SETMASK, TICK_SIGNAL = 2, 64
+PR_SET_NAME = 15
+CLOCK_MONOTONIC = 1
+MADV_POPULATE_WRITE = 23
+CHUNK = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """Calls that a helper can do without. ``kill``: it may ask by kill(PID, 0) for the tool."""
+
+    kill: bool = True
+
+
+def required_calls(descriptors: Iterable[int], *, area: int, gadget: int) -> tuple[Call, ...]:
+    """List the calls without which there is no helper.
+
+    :param descriptors: QEMU's of the vCPUs; -1: the vCPU is not prefaulted.
+    :param area: the helper's memory. :param gadget: the address of "syscall; ret".
+    """
+    control, after = area + CODE_SIZE, gadget + 2
+    inside = area + 0x100  # any address in the helper's code
+    calls = [
+        Call(
+            Number.mmap, (area, CODE_SIZE, PROT_READ | PROT_EXEC, MAP_FLAGS, (1 << 64) - 1), after
+        ),
+        Call(
+            Number.mmap,
+            (control, AREA_SIZE - CODE_SIZE, PROT_READ | PROT_WRITE, MAP_FLAGS, (1 << 64) - 1),
+            after,
+        ),
+        Call(Number.clone, (CLONE_FLAGS, control, control, control, control), after),
+        Call(Number.munmap, (area, AREA_SIZE), after),
+        Call(Number.rt_sigreturn, (), after),
+        Call(Number.restart_syscall, (), after),
+        Call(Number.exit, (area,), after),
+        Call(Number.rt_sigprocmask, (SIG_SETMASK, control, 0, 8), inside),
+        Call(Number.rt_sigaction, (TICK_SIGNAL, 0, control, 8), inside),
+        Call(Number.rt_sigaction, (TICK_SIGNAL, control, 0, 8), inside),
+        Call(Number.prctl, (PR_SET_NAME, control), inside),
+        Call(Number.set_tid_address, (0,), inside),
+        Call(Number.clock_gettime, (CLOCK_MONOTONIC, control), inside),
+        Call(Number.nanosleep, (control, 0), inside),
+        Call(Number.timer_create, (CLOCK_MONOTONIC, control, control), inside),
+        Call(Number.timer_settime, (1, 0, control, 0), inside),
+        Call(Number.timer_delete, (1,), inside),
+        Call(Number.madvise, (area, CHUNK, MADV_POPULATE_WRITE), inside),
+    ]
+    calls += [
+        Call(Number.ioctl, (descriptor, lib.PREFAULT_IOCTL, control), inside)
+        for descriptor in descriptors
+        if descriptor >= 0
+    ]
+    return tuple(calls)
+
+
+def optional_calls(*, area: int) -> tuple[Call, ...]:
+    """List the calls for which there is something else: see :class:`Allowed`."""
+    return (Call(Number.kill, (os.getpid(), 0), area + 0x100),)
+
+
+def check_filters(
+    process: Process,
+    thread_ids: Sequence[int],
+    descriptors: Iterable[int] = (),
+    *,
+    area: int = AREAS_FROM,
+    gadget: int = 0,
+) -> Allowed:
+    """Make sure that no seccomp filter of these threads is in the way of a helper.
+
+    The threads run their filters on each of the calls that helpers of theirs would make. A
+    thread with filters is held for the moment it takes to read them.
+
+    :raises UnsupportedError: a filter denies a call, or cannot be read (code ``seccomp``).
+    """
+    calls = required_calls(descriptors, area=area, gadget=gadget)
+    optional = optional_calls(area=area)
+    not_allowed: set[str] = set()
+    for thread_id in thread_ids:
+        status = process.status(thread_id)
+        if not status.seccomp:
+            continue
+        filters = _read_filters(process, thread_id)
+        if filters is None:
+            if _is_own_sandbox(process, status.seccomp_filters):
+                continue
+            raise _unreadable(process, status.seccomp_filters)
+        if names := denied(filters, calls):
+            raise UnsupportedError(
+                f"a seccomp filter of QEMU (pid {process.pid}) does not allow {', '.join(names)}",
+                "use the plugin agent, or allow these system calls where the filter is made "
+                "(systemd: SystemCallFilter=)",
+                code=Code.SECCOMP,
+            )
+        not_allowed |= set(denied(filters, optional))
+    return Allowed(kill="kill" not in not_allowed)
+
+
+def _read_filters(process: Process, thread_id: int) -> list[Filter] | None:
+    """Return a thread's filters; None if they cannot be read from here."""
+    buffer = ffi.new("unsigned char[]", lib.FILTERS_BYTES_MAX)
+    result = ffi.new("struct inject_result *")
+    size = lib.pf_read_filters(thread_id, buffer, len(buffer), result)
+    if size >= 0:
+        try:
+            return list(parse_filters(bytes(ffi.buffer(buffer, size))))
+        except BadFilterError:
+            return None
+    if result.stage == lib.INJECT_FILTERS:
+        return None
+    if result.stage == lib.INJECT_SEIZE and result.error == errno.EPERM:
+        raise ptrace_denied(process)
+    if result.error == errno.ESRCH:
+        raise GoneError(
+            f"thread {thread_id} of QEMU (pid {process.pid}) is gone",
+            "QEMU exited, or unplugged that vCPU",
+        )
+    raise FailedError(
+        f"thread {thread_id} of QEMU (pid {process.pid}) did not stop to have its seccomp filters "
+        f"read: {os.strerror(result.error)}",
+        "nothing has been changed in QEMU; run this again",
+        code=Code.AGENT,
+    )
+
+
+def has_sandbox(arguments: Sequence[str]) -> bool:
+    """Whether a command line of QEMU turns its own seccomp filter on."""
+    for option, value in itertools.pairwise(arguments):
+        if option in ("-sandbox", "--sandbox") and value.split(",")[0] in ("on", "enable=on"):
+            return True
+    return False
+
+
+def _is_own_sandbox(process: Process, filters: int | None) -> bool:
+    # qemu_seccomp_set() loads one filter, into all threads. It denies nothing that we need.
+    return filters == 1 and has_sandbox(process.arguments())
+
+
+def _unreadable(process: Process, filters: int | None) -> UnsupportedError:
+    which = "seccomp filters" if filters is None or filters != 1 else "a seccomp filter"
+    return UnsupportedError(
+        f"QEMU (pid {process.pid}) runs under {which} that cannot be read from here",
+        "run this on the host as root, outside any container (it takes CAP_SYS_ADMIN), "
+        "or use the plugin agent",
+        code=Code.SECCOMP,
+    )

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""QEMU under filters that kill it for a call: the helper is not started, or does without."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from support import under_filter
+from support.process import leftovers
+from support.qemu import QemuVm, StartQemu, start_vm
+
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+# QEMU makes some of the calls itself. Those are told by the arguments with which we make them.
+NEEDED = {
+    "clone": "56",
+    "executable mmap": "9:3=0x100022",
+    "rt_sigaction": "13:0=64",
+    "prctl": "157:0=15",
+    "madvise": "28:2=23",
+    "nanosleep": "35",
+    "set_tid_address": "218:0=0",
+    "restart_syscall": "219",
+    "timer_create": "222",
+    "timer_settime": "223",
+    "timer_delete": "226",
+}
+DISPENSABLE = {
+    "kill": ["62"],
+    "what the debugger's calls are": ["310", "311", "101"],
+    "mprotect to executable": ["10:2=5"],
+    "a system call of nobody's": ["450"],
+}
+
+
+def vm_under(start_qemu: StartQemu, tmp_path: Path, *filters: str, sandbox: bool = False) -> QemuVm:
+    prefix = [sys.executable, under_filter.__file__, *filters, "--"]
+    arguments = ("-m", "64M", "-smp", "2", *(("-sandbox", SANDBOX) if sandbox else ()))
+    return start_vm(start_qemu, tmp_path, *arguments, prefix=prefix if filters else ())
+
+
+def assert_unharmed(vm: QemuVm) -> None:
+    assert vm.qemu.process.poll() is None, "QEMU was killed"
+    assert leftovers(vm.pid) == []
+    vm.qmp.execute("cont")
+    assert vm.qmp.status() == "running"
+
+
+@pytest.mark.parametrize("call", NEEDED)
+def test_filter_that_kills_a_needed_call_is_refused(
+    start_qemu: StartQemu, tmp_path: Path, call: str
+) -> None:
+    vm = vm_under(start_qemu, tmp_path, "kill", NEEDED[call])
+    result = vm.prefault("--populate-only")
+    assert result.status == 4, result.stderr
+    assert result.error["code"] == "seccomp"
+    assert call.rsplit(maxsplit=1)[-1] in result.error["cause"]
+    assert result.error["remedy"]
+    finding = next(f for f in vm.command("probe").report["findings"] if f["check"] == "attach")
+    assert (finding["verdict"], finding["text"]) == ("no", result.error["cause"])
+    assert_unharmed(vm)
+
+
+@pytest.mark.parametrize("calls", DISPENSABLE)
+def test_filter_that_kills_another_call_is_no_matter(
+    start_qemu: StartQemu, tmp_path: Path, calls: str
+) -> None:
+    vm = vm_under(start_qemu, tmp_path, "kill", *DISPENSABLE[calls])
+    result = vm.prefault("--populate-only")
+    assert result.status == 0, result.stderr
+    assert_unharmed(vm)
+
+
+@pytest.mark.parametrize("action", ["errno", "trap"])
+def test_denied_is_as_bad_as_killed(start_qemu: StartQemu, tmp_path: Path, action: str) -> None:
+    vm = vm_under(start_qemu, tmp_path, action, NEEDED["nanosleep"])
+    assert vm.prefault("--populate-only").status == 4
+    assert_unharmed(vm)
+
+
+@pytest.mark.parametrize(
+    ("filters", "sandbox", "status"),
+    [
+        ((), True, 0),
+        (("log,allow", "9", "28", "35"), False, 0),
+        (("allow", "62"), True, 0),
+        (("kill", "62"), True, 0),
+        (("kill", "35"), True, 4),
+        (("allow,kill,allow", "35"), False, 4),
+    ],
+    ids=["QEMU's own", "two that allow", "one on QEMU's own", "one that kills a dispensable call "
+         "on QEMU's own", "one that kills on QEMU's own", "one of three kills"],
+)  # fmt: skip
+def test_all_stacked_filters_count(
+    start_qemu: StartQemu, tmp_path: Path, filters: tuple[str, ...], sandbox: bool, status: int
+) -> None:
+    vm = vm_under(start_qemu, tmp_path, *filters, sandbox=sandbox)
+    result = vm.prefault("--populate-only")
+    assert result.status == status, result.stderr
+    assert_unharmed(vm)
