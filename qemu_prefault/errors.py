@@ -168,6 +168,8 @@ class Code(enum.StrEnum):
     POSTCOPY = "postcopy"
     #: Dirty pages are being logged.
     DIRTY_LOGGING = "dirty-logging"
+    #: A helper would take one of the last threads that QEMU may start.
+    NO_TASKS = "no-tasks"
     #: The host has not enough memory for what would be populated.
     NO_MEMORY = "no-memory"
 

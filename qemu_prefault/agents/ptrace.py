@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import os
 import select
 import threading
@@ -25,8 +26,9 @@ from typing import Any
 
 from .._native import ffi, lib
 from ..errors import AgentError, Code, FailedError, RefusedError, UnsupportedError
-from ..host.procfs import Process, thread_names
+from ..host.procfs import Process, gone, thread_names
 from ..host.ptrace_access import ptrace_denied
+from ..host.task_limits import RESERVE, strictest, task_limits
 from .base import BatchResult, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
 from .control_page import AREA_SIZE, CODE_SIZE, Helper, abandoned_areas, offset_of
 from .gadgets import Gadgets, find_gadgets, free_areas, prepare_exit_slot
@@ -36,8 +38,38 @@ HELPER_NAME = "qemu-prefault"
 """The helper threads' name, as ``ps -L`` and ``/proc/PID/task/TID/comm`` show it."""
 
 
+MOST_HELPERS = 8
 POLL_SHORTEST, POLL_LONGEST = 0.001, 0.25  # seconds
 FASTEST = 32 << 30  # bytes a second; no host is done sooner
+
+
+def choose_threads(process: Process, threads: Sequence[VcpuThread]) -> list[VcpuThread]:
+    """Choose the vCPUs that get a helper: as many as CPUs can work, spread over the nodes.
+
+    Two at least, where there are two: one vCPU may be unusable, say in guest mode.
+
+    :raises RefusedError: QEMU may start hardly any thread itself (code ``no-tasks``).
+    """
+    try:
+        cpus = len(os.sched_getaffinity(process.pid))
+    except ProcessLookupError:
+        raise gone(process.pid) from None
+    wanted = min(len(threads), max(cpus, 2), MOST_HELPERS)
+    count, limit = strictest(task_limits(process), wanted)
+    if limit is not None and not count:
+        raise RefusedError(
+            f"QEMU (pid {process.pid}) may start only {limit.left} more threads: "
+            f"{limit.name} is {limit.detail}",
+            f"raise {limit.name}, or use the plugin agent",
+            code=Code.NO_TASKS,
+        )
+    nodes: dict[int | None, list[VcpuThread]] = {}
+    for thread in threads:
+        nodes.setdefault(thread.node, []).append(thread)
+    rounds = itertools.zip_longest(*nodes.values())
+    spread = [thread for round_ in rounds for thread in round_ if thread is not None]
+    chosen = {id(thread) for thread in spread[:count]}
+    return [thread for thread in threads if id(thread) in chosen]
 
 
 class PtraceAgent:
@@ -212,6 +244,15 @@ class PtraceAgent:
                 "a security module forbids it (SELinux: execmem). Allow it for this domain, "
                 "or use the plugin agent",
                 code=Code.EXECMEM,
+            )
+        if result.stage == lib.INJECT_CLONE and result.error == errno.EAGAIN:
+            _, limit = strictest(task_limits(self.process), MOST_HELPERS + RESERVE)
+            raise RefusedError(
+                f"QEMU (pid {self.process.pid}) may not start another thread"
+                + (f": {limit.name} is {limit.detail}" if limit else f": {reason}"),
+                f"raise {limit.name if limit else 'pids.max, or ulimit -u'}, "
+                "or use the plugin agent",
+                code=Code.NO_TASKS,
             )
         stage = {
             lib.INJECT_SEIZE: "it could not be seized",

@@ -133,7 +133,9 @@ async def _act(  # noqa: PLR0917
     on_ready: OnReady | None,
     on_progress: Progress,
 ) -> None:
-    threads = await vm.vcpu_threads(options.vcpus, not options.populate_only)
+    threads = selection.choose_threads(
+        vm.process, await vm.vcpu_threads(options.vcpus, not options.populate_only)
+    )
     agent = selection.make(
         vm.process, vm.monitor, lambda: vm.state.sections, threads, options.chunk_bytes
     )

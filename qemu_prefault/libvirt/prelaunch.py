@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..agents.base import VcpuThread
-from ..agents.ptrace import PtraceAgent
+from ..agents.ptrace import PtraceAgent, choose_threads
 from ..engine.executor import Executor
 from ..engine.plan import Target
 from ..engine.tally import RunTally
@@ -152,7 +152,7 @@ async def prefault_before_start(
         )
     ranges = boot_ram(domain.machine, domain.memory)
     mapping = ram_mapping(process.maps(), domain.memory)
-    threads = vcpu_threads(process)
+    threads = choose_threads(process, vcpu_threads(process))
     tally = RunTally()
     notes = []
     with Pagemap(process) as pagemap:
