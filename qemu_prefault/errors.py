@@ -210,6 +210,10 @@ class Code(enum.StrEnum):
     LAYOUT_CHANGED = "layout-changed"
     #: vCPUs ran nested guests.
     GUEST_MODE = "guest-mode"
+    #: A helper could not be given an ordinary thread's scheduling, CPUs or cgroup.
+    HELPER_PLACEMENT = "helper-placement"
+    #: Helpers made no progress for some seconds.
+    NO_PROGRESS = "no-progress"
     #: Some vCPUs could not be used.
     VCPU_UNUSABLE = "vcpu-unusable"
     #: This QEMU or kernel has no counters.

@@ -113,6 +113,8 @@ class Agent(Protocol):
     name: str
     workers: tuple[Worker, ...]
     ranges_per_batch: int
+    #: What the operator should know, by code.
+    warnings: Mapping[str, str]
 
     async def start(self) -> None: ...
 

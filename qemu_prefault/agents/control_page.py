@@ -26,6 +26,7 @@ class Helper:
         self.area = area
         self.control = area + code_size
         self.batch = 0
+        self.thread_id = 0  # as we see it; 0: not known
 
     def read_header(self) -> Any:
         header = ffi.new("struct prefault_control *")

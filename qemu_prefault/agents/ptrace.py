@@ -5,8 +5,9 @@ A vCPU thread is held for the moment it takes to send it through three system ca
 leave it as it was and a helper thread beside it (native/ptrace/inject.c). From then on the helper
 and this process share one control page, which we reach through ``/proc/PID/mem``. A helper
 whose heartbeat stops finishes its chunk, unmaps itself and exits, so nothing of us is left
-when we are killed. A helper starts from its vCPU's thread and so inherits that thread's CPU
-affinity and memory policy.
+when we are killed. A helper starts from its vCPU's thread and so inherits that thread's memory
+policy. It inherits its scheduling, CPUs and cgroup as well, and is given ordinary ones at once
+(host/placement.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import asyncio
 import contextlib
 import errno
 import itertools
+import logging
 import os
 import select
 import threading
@@ -26,7 +28,15 @@ from typing import Any
 
 from .._native import ffi, lib
 from ..errors import AgentError, Code, FailedError, RefusedError, UnsupportedError
-from ..host.procfs import Process, gone, thread_names
+from ..host.placement import (
+    affinity,
+    helper_cpus,
+    node_cpus,
+    place,
+    real_time_cpus,
+    why_stalled,
+)
+from ..host.procfs import Process, gone, thread_map, thread_names
 from ..host.ptrace_access import ptrace_denied
 from ..host.task_limits import RESERVE, strictest, task_limits
 from .base import BatchResult, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
@@ -40,6 +50,7 @@ HELPER_NAME = "qemu-prefault"
 
 MOST_HELPERS = 8
 POLL_SHORTEST, POLL_LONGEST = 0.001, 0.25  # seconds
+STALL_SECONDS = 2.0
 FASTEST = 32 << 30  # bytes a second; no host is done sooner
 
 
@@ -93,6 +104,7 @@ class PtraceAgent:
             Worker(index, thread.vcpu_id, thread.node) for index, thread in enumerate(threads)
         )
         self._threads = tuple(threads)
+        self.warnings: Mapping[str, str] = {}
         self._helpers: dict[int, Helper] = {}
         self._memory = -1
         self._aborted = False
@@ -161,6 +173,13 @@ class PtraceAgent:
                 "code_size": CODE_SIZE,
             },
         )
+        # Before there are helpers, which would be real-time threads of QEMU.
+        main, nodes = affinity(self.process.pid), node_cpus().values()
+        real_time = real_time_cpus(self.process)
+        placement = [
+            helper_cpus(main, affinity(thread.thread_id), nodes, real_time)
+            for thread in self._threads
+        ]
         for area in abandoned_areas(self.process, self._memory, maps):
             request.area = area
             self._inject(lib.pf_inject_munmap, request)
@@ -171,6 +190,26 @@ class PtraceAgent:
             self._inject(lib.pf_inject_helper, request)
             self._helpers[worker.index] = Helper(self._memory, area, CODE_SIZE)
             self._start_heart()
+            self._place(self._helpers[worker.index], placement[worker.index])
+
+    def _place(self, helper: Helper, cpus: Sequence[frozenset[int]]) -> None:
+        helper.thread_id = self._thread_of(self._header(helper).tid)
+        refused = place(self.process, helper.thread_id, cpus) if helper.thread_id else []
+        if refused:
+            self._warn(
+                Code.HELPER_PLACEMENT,
+                f"a helper keeps what its vCPU's thread has: {', '.join(refused)} could not be "
+                "changed (it takes CAP_SYS_NICE, and the right to write to QEMU's cgroups)",
+            )
+
+    def _warn(self, code: Code, text: str) -> None:
+        self.warnings = {**self.warnings, code: text}
+
+    def _thread_of(self, own_tid: int) -> int:
+        """Thread id as we see it of one as QEMU sees it; 0 if there is none."""
+        if same_pid_namespace(self.process.pid):
+            return own_tid
+        return thread_map(self.process).get(own_tid, 0)
 
     def _inject(self, function: Any, request: Any) -> None:
         result = ffi.new("struct inject_result *")
@@ -323,15 +362,18 @@ class PtraceAgent:
         started, ended = [], []
         begun = time.monotonic()
         left = max((sum(i.size for i in ranges) for ranges in batch.values()), default=0) / FASTEST
+        stall = _Stall()
         while len(finished) < len(batch):
             await self._wait(min(max(left, POLL_SHORTEST), POLL_LONGEST))
             left = 0.0
             done = 0
+            chunks = 0
             for index, ranges in batch.items():
                 helper = self._helpers[index]
                 outcomes = finished.get(index)
                 if outcomes is None:
                     header = self._header(helper)
+                    chunks += header.chunk_started_ns
                     outcomes = self._guarded(helper.outcomes, ranges)
                     if header.batch_done == helper.batch:
                         finished[index] = outcomes
@@ -341,8 +383,17 @@ class PtraceAgent:
                         left = max(left, _seconds_left(begun, header, outcomes))
                 done += sum(outcome.done for outcome in outcomes)
             on_progress(done)
+            if stall.is_new((done, chunks)):
+                self._report_stall([self._helpers[i] for i in batch if i not in finished])
         seconds = (max(ended) - min(started)) / 1e9 if ended else 0.0
         return BatchResult(finished, seconds)
+
+    def _report_stall(self, helpers: Sequence[Helper]) -> None:
+        """Say why nothing has moved for so long."""
+        reasons = {why_stalled(self.process.pid, helper.thread_id) for helper in helpers}
+        text = f"no progress for {STALL_SECONDS:g} s: {'; '.join(sorted(reasons))}"
+        self._warn(Code.NO_PROGRESS, text)
+        logging.getLogger(__name__).warning(text)
 
     async def _wait(self, seconds: float) -> None:
         """Once told to end, a helper does so after its chunk: do not keep the guest waiting."""
@@ -457,6 +508,25 @@ def _seconds_left(begun: float, header: Any, outcomes: Sequence[Outcome]) -> flo
         return now - begun
     wait: float = header.chunk_started_ns / 1e9 + spent * left / done - now
     return wait if done > left else wait * 0.9
+
+
+class _Stall:
+    """Tells when something that should move has not moved for :data:`STALL_SECONDS`."""
+
+    def __init__(self) -> None:
+        self._seen: object = None
+        self._since = 0.0
+        self._reported = False
+
+    def is_new(self, state: object) -> bool:
+        """Whether it has just stalled; True once until it moves again."""
+        now = time.monotonic()
+        if state != self._seen:
+            self._seen, self._since, self._reported = state, now, False
+        elif not self._reported and now - self._since > STALL_SECONDS:
+            self._reported = True
+            return True
+        return False
 
 
 def same_pid_namespace(pid: int) -> bool:

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from ..errors import AgentError, Code, CommandError, FailedError, RefusedError
@@ -64,6 +65,7 @@ class QmpAgent:
     """Batches as jobs of a patched QEMU; see :class:`~qemu_prefault.agents.base.Agent`."""
 
     name = "qmp"
+    warnings: Mapping[str, str] = MappingProxyType({})
     ranges_per_batch = 4096
 
     def __init__(

@@ -17,6 +17,7 @@ from ..agents.ptrace import open_memory
 from ..agents.qmp import offers_command
 from ..errors import ExitStatus, QemuPrefaultError
 from ..host import kvm
+from ..host.placement import CAP_SYS_NICE
 from ..host.procfs import Process
 from .options import Options
 from .report import SCHEMA
@@ -148,4 +149,8 @@ def _host(process: Process) -> tuple[list[Finding], ExitStatus]:
         status = status or error.exit_status
     else:
         findings.append(Finding("attach", "ok", "QEMU can be traced from here"))
+        if not Process.find(os.getpid()).status().has_capability(CAP_SYS_NICE):
+            text = "CAP_SYS_NICE is missing: helpers may keep the vCPUs' scheduling and CPUs"
+            remedy = "with real-time or pinned vCPUs, run as root, or use the plugin agent"
+            findings.append(Finding("scheduling", "note", text, remedy))
     return findings, status

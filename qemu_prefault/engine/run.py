@@ -159,6 +159,7 @@ async def _act(  # noqa: PLR0917
         finally:
             agent.abort()
             await agent.close()
+            tally.warnings |= agent.warnings
     if not options.populate_only:
         tally.verify()
     elif options.cont:

@@ -187,6 +187,7 @@ async def prefault_before_start(
     sections = tally.tallies.values()
     notes += sorted({s.note for s in sections if s.note and s.note != why_not})
     notes += tally.warnings.values()
+    notes += agent.warnings.values()
     requested = sum(section.requested for section in sections)
     return PrelaunchResult(
         requested,

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Helpers of real-time, pinned and confined vCPUs run as ordinary threads of QEMU."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from qemu_prefault.agents.ptrace import helper_threads
+from support.process import leftovers
+from support.qemu import QemuVm, StartQemu, start_tool, start_vm
+from support.tool import Result
+
+JUMP_TO_ITSELF = b"\xeb\xfe".ljust(510, b"\0") + b"\x55\xaa"
+CPU_GROUPS = Path("/sys/fs/cgroup/cpu")
+
+
+@dataclass
+class Seen:
+    """What /proc showed of a helper."""
+
+    policy: int
+    nice: int
+    cpus: set[int]
+    groups: str
+
+
+def busy_vm(start_qemu: StartQemu, tmp_path: Path, *arguments: str) -> tuple[QemuVm, int]:
+    """A guest that never halts, and the thread of its vCPU."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(JUMP_TO_ITSELF)
+    drive = ("-drive", f"file={disk},format=raw,if=ide,snapshot=on")
+    vm = start_vm(start_qemu, tmp_path, "-m", "512M", *drive, *arguments, paused=False)
+    tid = vm.qmp.execute("query-cpus-fast")[0]["thread-id"]
+    return vm, int(tid)
+
+
+def watch(vm: QemuVm) -> tuple[Result, list[Seen]]:
+    """Populate; what the helpers looked like while there were any."""
+    seen = []
+    tool = start_tool(vm.qemu, "--populate-only", "--chunk", "65536")
+    while tool.running():
+        for tid in helper_threads(vm.pid):
+            try:
+                seen.append(
+                    Seen(
+                        os.sched_getscheduler(tid),
+                        os.getpriority(os.PRIO_PROCESS, tid),
+                        set(os.sched_getaffinity(tid)),
+                        Path(f"/proc/{vm.pid}/task/{tid}/cgroup").read_text(),
+                    )
+                )
+            except (ProcessLookupError, FileNotFoundError):
+                continue
+        time.sleep(0.002)
+    return tool.finish(), seen[1:]  # the first may be from before it was placed
+
+
+@pytest.mark.parametrize("policy", [os.SCHED_FIFO, os.SCHED_RR, os.SCHED_BATCH, os.SCHED_IDLE])
+def test_helper_of_a_pinned_vcpu_is_an_ordinary_thread(
+    start_qemu: StartQemu, tmp_path: Path, policy: int
+) -> None:
+    every = os.sched_getaffinity(0)
+    if len(every) < 2:
+        pytest.skip("there is one CPU")
+    vm, vcpu = busy_vm(start_qemu, tmp_path)
+    real_time = policy in (os.SCHED_FIFO, os.SCHED_RR)
+    os.sched_setaffinity(vcpu, {max(every)})
+    try:
+        if not real_time:
+            os.setpriority(os.PRIO_PROCESS, vcpu, 5)
+        os.sched_setscheduler(vcpu, policy, os.sched_param(1 if real_time else 0))
+    except PermissionError:
+        pytest.skip("it takes CAP_SYS_NICE")
+    result, seen = watch(vm)
+    assert result.status == 0, result.stderr
+    assert result.report["warnings"] == []
+    assert seen
+    for helper in seen:
+        assert helper.policy == os.SCHED_OTHER
+        assert helper.nice == 0
+        assert helper.cpus == every - ({max(every)} if real_time else set())
+    assert os.sched_getscheduler(vcpu) == policy
+    assert os.sched_getaffinity(vcpu) == {max(every)}
+    assert leftovers(vm.pid) == []
+
+
+def test_no_progress_is_reported_with_the_reason(start_qemu: StartQemu, tmp_path: Path) -> None:
+    vm = start_vm(start_qemu, tmp_path, "-m", "512M")
+    tool = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")
+    while tool.running() and not helper_threads(vm.pid):
+        time.sleep(0.001)
+    time.sleep(0.1)
+    vm.qemu.pause()
+    time.sleep(2.6)
+    assert tool.has_said("no progress for 2 s: QEMU is stopped")
+    vm.qemu.resume()
+    result = tool.finish()
+    assert result.status == 0, result.stderr
+    assert result.warnings == {"no-progress"}
+
+
+@pytest.fixture
+def cpu_group() -> Iterator[Path]:
+    group = CPU_GROUPS / f"prefault-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("no cgroup with the cpu controller can be made here")
+    yield group
+    for _ in range(100):
+        try:
+            return group.rmdir()
+        except OSError:
+            time.sleep(0.05)
+
+
+def test_helper_leaves_its_vcpus_cgroup(
+    start_qemu: StartQemu, tmp_path: Path, cpu_group: Path
+) -> None:
+    vm, vcpu = busy_vm(start_qemu, tmp_path)
+    (cpu_group / "tasks").write_text(str(vcpu))
+    result, seen = watch(vm)
+    assert result.status == 0, result.stderr
+    wanted = Path(f"/proc/{vm.pid}/task/{vm.pid}/cgroup").read_text()
+    assert seen and {helper.groups for helper in seen} == {wanted}
+    assert Path(f"/proc/{vm.pid}/task/{vcpu}/cgroup").read_text() != wanted
+    vm.qemu.kill()
