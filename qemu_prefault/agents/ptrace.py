@@ -28,6 +28,7 @@ from typing import Any
 
 from .._native import ffi, lib
 from ..errors import AgentError, Code, FailedError, RefusedError, UnsupportedError
+from ..host.kernel_log import cause_of_death
 from ..host.placement import (
     affinity,
     helper_cpus,
@@ -260,12 +261,7 @@ class PtraceAgent:
         if result.stage == lib.INJECT_SEIZE and result.error == errno.EPERM:
             raise ptrace_denied(self.process)
         if not stays_alive(self.process):
-            raise FailedError(
-                f"QEMU (pid {self.process.pid}) died while a helper was being started from "
-                f"thread {thread_id}",
-                "see QEMU's own log and dmesg for why, and report this",
-                code=Code.QEMU_GONE,
-            )
+            raise self._died(f"died while a helper was being started from thread {thread_id}")
         if result.error == errno.ESRCH:
             raise FailedError(
                 f"{what} is gone", "QEMU exited, or unplugged that vCPU", code=Code.QEMU_GONE
@@ -419,11 +415,17 @@ class PtraceAgent:
                     "(suspended, or an overloaded host); run it again",
                     code=Code.AGENT_LEFT,
                 ) from error
-            raise FailedError(
-                f"QEMU (pid {self.process.pid}) exited during the prefault",
-                "see QEMU's own log for why",
-                code=Code.QEMU_GONE,
-            ) from error
+            raise self._died("exited during the prefault") from error
+
+    def _died(self, when: str) -> FailedError:
+        cause = cause_of_death(self.process)
+        return FailedError(
+            f"QEMU (pid {self.process.pid}) {when}" + (f": {cause}" if cause else ""),
+            "that is the kernel log's reason: dmesg shows more"
+            if cause
+            else "see QEMU's own log for why, and dmesg",
+            code=Code.QEMU_GONE,
+        )
 
     # -- ending ------------------------------------------------------------------------
 
