@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -31,10 +32,20 @@ MADV_POPULATE_WRITE = 23
 CHUNK = 32 << 20
 
 
+TIMERS = frozenset({"timer_create", "timer_settime", "timer_delete"})
+ENDLESS_IOCTL_UNTIL = (6, 18)
+"""Before 3ccbf6f47098 the ioctl may retry permanently: only a helper's own timer is safe."""
+
+
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """Calls that a helper can do without. ``kill``: it may ask by kill(PID, 0) for the tool."""
+    """Calls that a helper can do without.
 
+    ``timers``: it may make timers that interrupt it. ``kill``: it may ask by kill(PID, 0) for
+    the tool.
+    """
+
+    timers: bool = True
     kill: bool = True
 
 
@@ -67,9 +78,6 @@ def required_calls(descriptors: Iterable[int], *, area: int, gadget: int) -> tup
         Call(Number.set_tid_address, (0,), inside),
         Call(Number.clock_gettime, (CLOCK_MONOTONIC, control), inside),
         Call(Number.nanosleep, (control, 0), inside),
-        Call(Number.timer_create, (CLOCK_MONOTONIC, control, control), inside),
-        Call(Number.timer_settime, (1, 0, control, 0), inside),
-        Call(Number.timer_delete, (1,), inside),
         Call(Number.madvise, (area, CHUNK, MADV_POPULATE_WRITE), inside),
     ]
     calls += [
@@ -82,7 +90,13 @@ def required_calls(descriptors: Iterable[int], *, area: int, gadget: int) -> tup
 
 def optional_calls(*, area: int) -> tuple[Call, ...]:
     """List the calls for which there is something else: see :class:`Allowed`."""
-    return (Call(Number.kill, (os.getpid(), 0), area + 0x100),)
+    control, inside = area + CODE_SIZE, area + 0x100
+    return (
+        Call(Number.timer_create, (CLOCK_MONOTONIC, control, control), inside),
+        Call(Number.timer_settime, (1, 0, control, 0), inside),
+        Call(Number.timer_delete, (1,), inside),
+        Call(Number.kill, (os.getpid(), 0), inside),
+    )
 
 
 def check_filters(
@@ -100,6 +114,7 @@ def check_filters(
 
     :raises UnsupportedError: a filter denies a call, or cannot be read (code ``seccomp``).
     """
+    descriptors = tuple(descriptors)
     calls = required_calls(descriptors, area=area, gadget=gadget)
     optional = optional_calls(area=area)
     not_allowed: set[str] = set()
@@ -112,7 +127,10 @@ def check_filters(
             if _is_own_sandbox(process, status.seccomp_filters):
                 continue
             raise _unreadable(process, status.seccomp_filters)
-        if names := denied(filters, calls):
+        names = denied(filters, calls)
+        if max(descriptors, default=-1) >= 0 and kernel_version() < ENDLESS_IOCTL_UNTIL:
+            names += tuple(name for name in denied(filters, optional) if name in TIMERS)
+        if names:
             raise UnsupportedError(
                 f"a seccomp filter of QEMU (pid {process.pid}) does not allow {', '.join(names)}",
                 "use the plugin agent, or allow these system calls where the filter is made "
@@ -120,7 +138,13 @@ def check_filters(
                 code=Code.SECCOMP,
             )
         not_allowed |= set(denied(filters, optional))
-    return Allowed(kill="kill" not in not_allowed)
+    return Allowed(timers=not TIMERS & not_allowed, kill="kill" not in not_allowed)
+
+
+def kernel_version() -> tuple[int, int]:
+    """Return this kernel's version; (0, 0) if its form is unknown."""
+    match = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def _read_filters(process: Process, thread_id: int) -> list[Filter] | None:

@@ -44,6 +44,7 @@ from .base import BatchResult, Limits, OrphanCleanup, Outcome, Range, VcpuThread
 from .control_page import AREA_SIZE, CODE_SIZE, Helper, abandoned_areas, offset_of
 from .gadgets import Gadgets, find_gadgets, free_areas, prepare_exit_slot
 from .helper_calls import Allowed, check_filters
+from .ticker import Ticker
 
 HELPER_NAME = "qemu-prefault"
 """The helper threads' name, as ``ps -L`` and ``/proc/PID/task/TID/comm`` show it."""
@@ -108,6 +109,8 @@ class PtraceAgent:
         self.warnings: Mapping[str, str] = {}
         self._helpers: dict[int, Helper] = {}
         self._memory = -1
+        self._allowed = Allowed()
+        self._ticker: Ticker | None = None
         self._aborted = False
         self._told_to_end = asyncio.Event()
         self._heart: threading.Thread | None = None
@@ -124,6 +127,8 @@ class PtraceAgent:
             with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ptrace") as executor:
                 await asyncio.get_running_loop().run_in_executor(executor, self._inject_all)
             await self._wait_ready()
+            if not self._allowed.timers:
+                self._start_ticker()
         except BaseException:
             await self.close()
             raise
@@ -151,7 +156,7 @@ class PtraceAgent:
                 code=Code.SHADOW_STACK,
             )
         areas = free_areas(maps, len(self._threads), AREA_SIZE)
-        allowed = check_filters(
+        self._allowed = allowed = check_filters(
             self.process,
             [thread.thread_id for thread in self._threads],
             [thread.fd for thread in self._threads],
@@ -235,7 +240,7 @@ class PtraceAgent:
                 "sigreturn": gadgets.sigreturn,
                 "exit_slot": exit_slot,
                 "dead_man_ns": int(self.limits.dead_man * 1e9),
-                "tick_ns": int(self.limits.tick * 1e9),
+                "tick_ns": int(self.limits.tick * 1e9) if allowed.timers else 0,
                 "kick_ns": int(self.limits.kick * 1e9),
                 "limits": {
                     "chunk_bytes": self.limits.chunk_bytes,
@@ -320,6 +325,10 @@ class PtraceAgent:
                     f"a helper thread could not set its timer: {os.strerror(error)}",
                     "QEMU is unharmed; see ulimit -i (pending signals) of QEMU",
                 )
+
+    def _start_ticker(self) -> None:
+        helpers = [(h.thread_id, int(self._header(h).tick_signal)) for h in self._helpers.values()]
+        self._ticker = Ticker(self.process.pid, helpers, HELPER_NAME, self.limits.tick)
 
     # -- heartbeat ---------------------------------------------------------------------
 
@@ -471,6 +480,9 @@ class PtraceAgent:
         self._tell_all("release")
         try:
             await self._wait_gone()
+            if self._ticker is not None:
+                self._ticker.wait()
+                self._ticker = None
         finally:
             self._heart_stop.set()
             if self._heart is not None:

@@ -96,6 +96,7 @@ static const unsigned char helper_blob[...];
 int kvm_check_extension(int32_t kvm_fd, int32_t extension);
 int kvm_pre_fault(int32_t vcpu_fd, uint64_t gpa, uint64_t size);
 int take_fd(int32_t pidfd, int32_t number);
+int send_signal(int32_t pid, int32_t tid, int32_t number);
 """
 
 INCLUDES = "\n".join(f'#include "{header}"' for header in SHARED_HEADERS)
@@ -133,6 +134,12 @@ static int take_fd(int32_t pidfd, int32_t number)
 	long fd = syscall(SYS_pidfd_getfd, pidfd, number, 0);
 
 	return fd < 0 ? -errno : (int)fd;
+}
+
+/* tgkill(2), to a thread of another process: 0, or a negative errno. */
+static int send_signal(int32_t pid, int32_t tid, int32_t number)
+{
+	return syscall(SYS_tgkill, pid, tid, number) < 0 ? -errno : 0;
 }
 """
 

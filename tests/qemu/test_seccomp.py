@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+from qemu_prefault.agents.base import VcpuThread
+from qemu_prefault.agents.ptrace import PtraceAgent, helper_threads
+from qemu_prefault.host.procfs import Process
 from support import under_filter
 from support.process import leftovers
 from support.qemu import QemuVm, StartQemu, start_vm
@@ -23,12 +28,13 @@ NEEDED = {
     "nanosleep": "35",
     "set_tid_address": "218:0=0",
     "restart_syscall": "219",
-    "timer_create": "222",
-    "timer_settime": "223",
-    "timer_delete": "226",
 }
 DISPENSABLE = {
     "kill": ["62"],
+    "timer_create": ["222"],
+    "timer_settime": ["223"],
+    "timer_delete": ["226"],
+    "all optional": ["62", "222", "223", "226"],
     "what the debugger's calls are": ["310", "311", "101"],
     "mprotect to executable": ["10:2=5"],
     "a system call of nobody's": ["450"],
@@ -70,6 +76,29 @@ def test_filter_that_kills_another_call_is_no_matter(
     vm = vm_under(start_qemu, tmp_path, "kill", *DISPENSABLE[calls])
     result = vm.prefault("--populate-only")
     assert result.status == 0, result.stderr
+    assert_unharmed(vm)
+
+
+def test_helper_without_timers_has_a_process_that_interrupts_it(
+    start_qemu: StartQemu, tmp_path: Path
+) -> None:
+    """It ends with the helpers."""
+    vm = vm_under(start_qemu, tmp_path, "kill", "222", "62")
+    process = Process.find(vm.pid)
+
+    async def run() -> None:
+        threads = [VcpuThread(tid, -1, None) for tid in process.threads()[:1]]
+        agent = PtraceAgent(process, threads)
+        await agent.start()
+        assert agent._ticker is not None
+        assert len(helper_threads(vm.pid)) == 1
+        await asyncio.sleep(0.5)
+        ticker = agent._ticker._child
+        await agent.close()
+        with pytest.raises(ChildProcessError):
+            os.waitpid(ticker, 0)
+
+    asyncio.run(run())
     assert_unharmed(vm)
 
 

@@ -8,7 +8,7 @@ import struct
 
 import pytest
 
-from qemu_prefault.agents.helper_calls import has_sandbox, optional_calls, required_calls
+from qemu_prefault.agents.helper_calls import TIMERS, has_sandbox, optional_calls, required_calls
 from qemu_prefault.agents.seccomp import (
     BadFilterError,
     Call,
@@ -118,6 +118,8 @@ def test_arguments_matter() -> None:
     assert denied([program], calls) == ("madvise", "ioctl")
     assert denied([program], required_calls([-1], area=1 << 44, gadget=0)) == ("madvise",)
     assert denied([program], optional_calls(area=1 << 44)) == ("kill",)
+    timers = parsed("kill", "222", "223", "226")
+    assert set(denied([timers], optional_calls(area=1 << 44))) == TIMERS
 
 
 def test_executable_memory_is_judged_by_its_protection() -> None:

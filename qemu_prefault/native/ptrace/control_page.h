@@ -28,7 +28,7 @@ struct prefault_control {
 	uint64_t sigreturn;   /* address of the signal restorer in QEMU's text */
 	uint64_t exit_slot;   /* holds the address of "mov $60,%eax; syscall" */
 	uint64_t dead_man_ns; /* leave when heartbeat stands still for so long */
-	uint64_t tick_ns;     /* interrupts every system call at this interval */
+	uint64_t tick_ns;     /* interrupts every system call at this interval; 0: no timers */
 	uint64_t kick_ns;     /* kicks the vCPU thread off a lock it holds so long */
 	struct prefault_limits limits;
 	int32_t vcpu_fd;
@@ -44,9 +44,10 @@ struct prefault_control {
 	uint32_t range_count;
 
 	/* Written by the helper. */
-	uint32_t tid;	     /* by the kernel: CLONE_PARENT_SETTID */
-	uint32_t ready;	     /* 1 once it runs; negative errno if it cannot */
-	uint32_t batch_done; /* equals batch when the work is done */
+	uint32_t tid;	      /* by the kernel: CLONE_PARENT_SETTID */
+	uint32_t ready;	      /* 1 once it runs; negative errno if it cannot */
+	uint32_t batch_done;  /* equals batch when the work is done */
+	uint32_t tick_signal; /* the signal that interrupts it */
 	/* CLOCK_MONOTONIC; chunk_started tells when "done" of the ranges became what it is */
 	uint64_t batch_started_ns, chunk_started_ns, batch_finished_ns;
 	struct prefault_range ranges[PREFAULT_RANGES_MAX];
