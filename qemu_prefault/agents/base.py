@@ -120,6 +120,8 @@ class Agent(Protocol):
     name: str
     workers: tuple[Worker, ...]
     ranges_per_batch: int
+    #: Warnings for the report, by code.
+    warnings: Mapping[str, str]
 
     async def start(self) -> None:
         """Start the workers."""
