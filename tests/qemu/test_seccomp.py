@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -124,4 +126,24 @@ def test_stacked_filters(
     vm = vm_under(start_qemu, tmp_path, *filters, sandbox=sandbox)
     result = vm.prefault("--populate-only")
     assert result.status == status, result.stderr
+    assert_unharmed(vm)
+
+
+@pytest.mark.parametrize(
+    ("filters", "sandbox", "status"),
+    [((), True, 0), (("kill", "310"), False, 4), (("kill", "310"), True, 4)],
+    ids=["sandbox", "another", "sandbox and another"],
+)
+def test_unreadable_filters(
+    start_qemu: StartQemu, tmp_path: Path, filters: tuple[str, ...], sandbox: bool, status: int
+) -> None:
+    """Without CAP_SYS_ADMIN, only QEMU's own filter is accepted."""
+    if shutil.which("setpriv") is None:
+        pytest.skip("setpriv is not installed")
+    vm = vm_under(start_qemu, tmp_path, *filters, sandbox=sandbox)
+    without = ["setpriv", "--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin"]
+    command = [sys.executable, "-m", "qemu_prefault", "--qmp", vm.qemu.qmp, "--populate-only"]
+    done = subprocess.run([*without, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert status == 0 or "that this process cannot read" in done.stderr
     assert_unharmed(vm)
