@@ -41,24 +41,26 @@ def busy_vm(start_qemu: StartQemu, tmp_path: Path, *arguments: str) -> tuple[Qem
 
 
 def watch(vm: QemuVm) -> tuple[Result, list[Seen]]:
-    """Populate the guest. Return the result, and properties of the helpers during the run."""
-    seen = []
+    """Populate the guest. Return the result, and each helper's properties.
+
+    The properties are those of the last sample, because the first ones may be from before the tool
+    has changed them.
+    """
+    seen: dict[int, Seen] = {}
     tool = start_tool(vm.qemu, "--populate-only", "--chunk", "65536")
     while tool.running():
         for tid in helper_threads(vm.pid):
             try:
-                seen.append(
-                    Seen(
-                        os.sched_getscheduler(tid),
-                        os.getpriority(os.PRIO_PROCESS, tid),
-                        set(os.sched_getaffinity(tid)),
-                        Path(f"/proc/{vm.pid}/task/{tid}/cgroup").read_text(),
-                    )
+                seen[tid] = Seen(
+                    os.sched_getscheduler(tid),
+                    os.getpriority(os.PRIO_PROCESS, tid),
+                    set(os.sched_getaffinity(tid)),
+                    Path(f"/proc/{vm.pid}/task/{tid}/cgroup").read_text(),
                 )
             except (ProcessLookupError, FileNotFoundError):
                 continue
         time.sleep(0.002)
-    return tool.finish(), seen[1:]  # the first may have been read too early
+    return tool.finish(), list(seen.values())
 
 
 @pytest.mark.parametrize("policy", [os.SCHED_FIFO, os.SCHED_RR, os.SCHED_BATCH, os.SCHED_IDLE])
