@@ -120,8 +120,10 @@ class Agent(Protocol):
     name: str
     workers: tuple[Worker, ...]
     ranges_per_batch: int
-    #: Warnings for the report, by code.
-    warnings: Mapping[str, str]
+
+    @property
+    def warnings(self) -> Mapping[str, str]:
+        """Warnings for the report, by code."""
 
     async def start(self) -> None:
         """Start the workers."""

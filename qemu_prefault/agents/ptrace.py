@@ -103,7 +103,7 @@ class PtraceAgent:
             Worker(index, thread.vcpu_id, thread.node) for index, thread in enumerate(threads)
         )
         self._threads = tuple(threads)
-        self.warnings: Mapping[str, str] = {}
+        self.warnings: dict[str, str] = {}
         self._helpers: dict[int, Helper] = {}
         self._memory = -1
         self._allowed = Allowed()
@@ -207,15 +207,11 @@ class PtraceAgent:
         helper.thread_id = self._thread_of(self._header(helper).tid)
         refused = place(self.process, helper.thread_id, cpus) if helper.thread_id else []
         if refused:
-            self._warn(
-                Code.HELPER_PLACEMENT,
+            self.warnings[Code.HELPER_PLACEMENT] = (
                 f"a helper runs like its vCPU's thread: no permission to change "
                 f"{', '.join(refused)} (this needs CAP_SYS_NICE, and write access to QEMU's "
-                "cgroups)",
+                "cgroups)"
             )
-
-    def _warn(self, code: Code, text: str) -> None:
-        self.warnings = {**self.warnings, code: text}
 
     def _thread_of(self, own_tid: int) -> int:
         """Return the id in our pid namespace of a thread id in QEMU's; 0 if it does not exist."""
@@ -399,7 +395,7 @@ class PtraceAgent:
         """Log and record why these helpers make no progress."""
         reasons = {why_stalled(self.process.pid, helper.thread_id) for helper in helpers}
         text = f"no progress for {STALL_SECONDS:g} s: {'; '.join(sorted(reasons))}"
-        self._warn(Code.NO_PROGRESS, text)
+        self.warnings[Code.NO_PROGRESS] = text
         logging.getLogger(__name__).warning(text)
 
     async def _wait(self, seconds: float) -> None:
