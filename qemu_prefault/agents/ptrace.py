@@ -266,7 +266,9 @@ class PtraceAgent:
         if result.stage == lib.INJECT_SEIZE and result.error == errno.EPERM:
             raise ptrace_denied(self.process)
         if not stays_alive(self.process):
-            raise self._died(f"exited while thread {thread_id} started a helper")
+            raise self._died(
+                f"QEMU (pid {self.process.pid}) exited while thread {thread_id} started a helper"
+            )
         if result.error == errno.ESRCH:
             raise FailedError(
                 f"{what} is gone",
@@ -428,12 +430,13 @@ class PtraceAgent:
                     "suspended or the host is overloaded; run it again",
                     code=Code.AGENT_LEFT,
                 ) from error
-            raise self._died("exited during the prefault") from error
+            raise self._died(f"QEMU (pid {self.process.pid}) exited during the prefault") from error
 
-    def _died(self, when: str) -> FailedError:
+    def _died(self, message: str) -> FailedError:
+        """Return the error, with the kernel's reason if the kernel log has one."""
         cause = cause_of_death(self.process)
         return FailedError(
-            f"QEMU (pid {self.process.pid}) {when}" + (f": {cause}" if cause else ""),
+            message + (f": {cause}" if cause else ""),
             "the kernel log has more about this: see dmesg"
             if cause
             else "check QEMU's log and the kernel log (dmesg) for the reason",
