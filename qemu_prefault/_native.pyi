@@ -50,22 +50,28 @@ class _Lib:
     PREFAULT_STAGE2: Literal[1]
     PREFAULT_STUCK: int
     PREFAULT_ABORTED: int
+    # native/build.py
+    PREFAULT_IOCTL: int
     # native/ptrace/control_page.h
     PREFAULT_CONTROL_MAGIC: int
     PREFAULT_RANGES_MAX: int
-    # native/ptrace/inject.h
+    # native/ptrace/inject_result.h
     INJECT_OK: int
     INJECT_SEIZE: int
     INJECT_STOP: int
     INJECT_INSPECT: int
     INJECT_WRITE: int
     INJECT_RESUME: int
+    INJECT_FILTERS: int
     INJECT_MMAP: int
-    INJECT_COPY: int
-    INJECT_PROTECT: int
+    INJECT_IMAGE: int
     INJECT_CLONE: int
-    def pf_inject_probe(self, request: CData, result: CData) -> int: ...
+    # native/ptrace/inject.h
+    def pf_inject_munmap(self, request: CData, result: CData) -> int: ...
     def pf_inject_helper(self, request: CData, result: CData) -> int: ...
+    # native/ptrace/filters.h
+    FILTERS_BYTES_MAX: int
+    def pf_read_filters(self, tid: int, buffer: CData, size: int, result: CData) -> int: ...
     # native/common/pagemap.h
     def pf_pagemap_writable(
         self,
@@ -105,6 +111,7 @@ class _Lib:
     def kvm_check_extension(self, kvm_fd: int, extension: int) -> int: ...
     def kvm_pre_fault(self, vcpu_fd: int, gpa: int, size: int) -> int: ...
     def take_fd(self, pidfd: int, number: int) -> int: ...
+    def send_signal(self, pid: int, tid: int, number: int) -> int: ...
 
 ffi: _Ffi
 lib: _Lib

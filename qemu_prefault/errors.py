@@ -134,6 +134,10 @@ class Code(enum.StrEnum):
     PTRACE_DENIED = "ptrace-denied"
     #: A security module forbids executable anonymous memory in QEMU.
     EXECMEM = "execmem"
+    #: A seccomp filter of QEMU denies a system call that a helper needs, or cannot be read.
+    SECCOMP = "seccomp"
+    #: The stack of a vCPU thread is too small to start a helper.
+    SMALL_STACK = "small-stack"
     #: QEMU runs with a hardware shadow stack.
     SHADOW_STACK = "shadow-stack"
     #: QEMU's libc lacks the instructions that the attach agent looks for.
@@ -170,6 +174,8 @@ class Code(enum.StrEnum):
     POSTCOPY = "postcopy"
     #: KVM is logging dirty pages.
     DIRTY_LOGGING = "dirty-logging"
+    #: QEMU may start so few further threads that a helper could take the last one.
+    NO_TASKS = "no-tasks"
     #: The host does not have enough memory to populate the guest's RAM.
     NO_MEMORY = "no-memory"
 
@@ -210,6 +216,10 @@ class Code(enum.StrEnum):
     LAYOUT_CHANGED = "layout-changed"
     #: vCPUs were running nested guests.
     GUEST_MODE = "guest-mode"
+    #: The tool has no permission to change a helper's scheduling, CPUs or cgroup.
+    HELPER_PLACEMENT = "helper-placement"
+    #: Helpers made no progress for more than 2 seconds.
+    NO_PROGRESS = "no-progress"
     #: Some vCPUs could not be used.
     VCPU_UNUSABLE = "vcpu-unusable"
     #: This QEMU or kernel does not provide KVM's counters, so the result is not verified.

@@ -121,6 +121,10 @@ class Agent(Protocol):
     workers: tuple[Worker, ...]
     ranges_per_batch: int
 
+    @property
+    def warnings(self) -> Mapping[str, str]:
+        """Warnings for the report, by code."""
+
     async def start(self) -> None:
         """Start the workers."""
         ...

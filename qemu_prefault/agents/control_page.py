@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from .._native import ffi, lib
+from ..host.procfs import MemoryMapping, Process
 from .base import Outcome, Range
-from .gadgets import round_to_pages
+from .gadgets import AREAS_FROM, AREAS_TO, round_to_pages
 
 #: A helper's stack. A signal frame with AMX state takes 11 KiB of it.
 STACK_BYTES = 32 << 10
@@ -29,6 +32,7 @@ class Helper:
         self.area = area
         self.control = area + code_size
         self.batch = 0
+        self.thread_id = 0  # in our pid namespace; 0: unknown
 
     def read_header(self) -> Any:
         """Return the control page's fields before the ranges.
@@ -86,3 +90,29 @@ def offset_of(field: str) -> int:
 CODE_SIZE = round_to_pages(len(ffi.buffer(lib.helper_blob)))
 CONTROL_SIZE = round_to_pages(ffi.sizeof("struct prefault_control"))
 AREA_SIZE = CODE_SIZE + CONTROL_SIZE + STACK_BYTES
+
+
+def abandoned_areas(
+    process: Process, memory: int, maps: Sequence[MemoryMapping]
+) -> tuple[int, ...]:
+    """Return the addresses of helper memory without a helper.
+
+    It remains if clone() fails after the tool was killed. The kernel writes the thread id of a
+    helper to its control page before the helper runs. While another run starts a helper, it traces
+    a thread of QEMU; in this case the result is empty.
+    """
+    candidates = [
+        first.start
+        for first, second in itertools.pairwise(maps)
+        if AREAS_FROM <= first.start < AREAS_TO
+        and (first.perms, first.size, second.perms) == ("r-xp", CODE_SIZE, "rw-p")
+        and (second.start, second.size) == (first.end, AREA_SIZE - CODE_SIZE)
+    ]
+    if not candidates or any(process.status(tid).tracer_pid for tid in process.threads()):
+        return ()
+    found = []
+    for area in candidates:
+        with contextlib.suppress(OSError):
+            if not Helper(memory, area, CODE_SIZE).read_header().tid:
+                found.append(area)
+    return tuple(found)

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from ..errors import AgentError, Code, FailedError, RefusedError, UnsupportedError
@@ -229,6 +230,7 @@ class PluginAgent:
     """
 
     name = "plugin"
+    warnings: Mapping[str, str] = MappingProxyType({})
     ranges_per_batch = 4096
 
     def __init__(

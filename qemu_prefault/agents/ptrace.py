@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The attach agent: start helper threads inside a running QEMU by ptrace.
 
-This module stops a vCPU thread and makes it execute four system calls, which start a helper thread
+This module stops a vCPU thread and makes it execute three system calls, which start a helper thread
 and leave the vCPU thread unchanged (native/ptrace/inject.c). After that, the helper and this
 process communicate through one control page, which this process accesses through ``/proc/PID/mem``.
 If this process's heartbeat stops, the helper finishes its chunk, unmaps itself and exits, so
 nothing is left in QEMU if this process is killed. The vCPU thread is the parent of its helper,
-which inherits the thread's CPU affinity and memory policy.
+which inherits the thread's memory policy. The helper also inherits scheduling class, CPUs and
+cgroup; this process sets ordinary ones at once (host/placement.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
+import logging
 import os
+import select
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,19 +28,64 @@ from typing import Any
 
 from .._native import ffi, lib
 from ..errors import AgentError, Code, FailedError, RefusedError, UnsupportedError
-from ..host.procfs import Process, thread_names
+from ..host.kernel_log import cause_of_death
+from ..host.placement import (
+    affinity,
+    helper_cpus,
+    node_cpus,
+    place,
+    real_time_cpus,
+)
+from ..host.procfs import Process, gone, thread_map, thread_names
 from ..host.ptrace_access import ptrace_denied
+from ..host.stall import STALL_SECONDS, Stall, why_stalled
+from ..host.task_limits import RESERVE, strictest, task_limits
 from .base import BatchResult, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
-from .control_page import AREA_SIZE, CODE_SIZE, Helper, offset_of
+from .control_page import AREA_SIZE, CODE_SIZE, Helper, abandoned_areas, offset_of
 from .gadgets import Gadgets, find_gadgets, free_areas, prepare_exit_slot
+from .helper_calls import Allowed, check_filters
+from .ticker import Ticker
 
 #: The helper threads' name, as ``ps -L`` and ``/proc/PID/task/TID/comm`` show it.
 HELPER_NAME = "qemu-prefault"
 
+#: Upper limit of helpers per run.
+MAX_HELPERS = 8
 #: Seconds between two reads of the control pages.
 POLL_SHORTEST, POLL_LONGEST = 0.001, 0.25
 #: Bytes per second that no host exceeds; the first read of the control pages is timed by it.
 FASTEST = 32 << 30
+
+
+def choose_threads(process: Process, threads: Sequence[VcpuThread]) -> list[VcpuThread]:
+    """Choose the vCPUs that get a helper.
+
+    Their number is that of the CPUs that QEMU may use, but at least 2, because a vCPU may be
+    unusable (e.g. in guest mode), and at most :data:`MAX_HELPERS`. They are spread over the
+    guest's NUMA nodes.
+
+    :raises RefusedError: if QEMU may start too few further threads (code ``no-tasks``).
+    """
+    try:
+        cpus = len(os.sched_getaffinity(process.pid))
+    except ProcessLookupError:
+        raise gone(process.pid) from None
+    wanted = min(len(threads), max(cpus, 2), MAX_HELPERS)
+    count, limit = strictest(task_limits(process), wanted)
+    if limit is not None and not count:
+        raise RefusedError(
+            f"QEMU (pid {process.pid}) may start only {limit.left} more threads: "
+            f"{limit.name} is {limit.detail}",
+            f"raise {limit.name}, or use the plugin agent",
+            code=Code.NO_TASKS,
+        )
+    nodes: dict[int | None, list[VcpuThread]] = {}
+    for thread in threads:
+        nodes.setdefault(thread.node, []).append(thread)
+    rounds = itertools.zip_longest(*nodes.values())
+    spread = [thread for round_ in rounds for thread in round_ if thread is not None]
+    chosen = {id(thread) for thread in spread[:count]}
+    return [thread for thread in threads if id(thread) in chosen]
 
 
 class PtraceAgent:
@@ -54,8 +103,11 @@ class PtraceAgent:
             Worker(index, thread.vcpu_id, thread.node) for index, thread in enumerate(threads)
         )
         self._threads = tuple(threads)
+        self.warnings: dict[str, str] = {}
         self._helpers: dict[int, Helper] = {}
         self._memory = -1
+        self._allowed = Allowed()
+        self._ticker: Ticker | None = None
         self._aborted = False
         self._told_to_end = asyncio.Event()
         self._heart: threading.Thread | None = None
@@ -65,9 +117,11 @@ class PtraceAgent:
         """Start one helper per vCPU; its thread is stopped for less than 1 ms.
 
         :raises UnsupportedError: if this process has no permission to trace QEMU, the agent does
-            not know QEMU's libc, a security module forbids executable anonymous memory, or QEMU
-            runs with a hardware shadow stack.
-        :raises RefusedError: if another qemu-prefault is working in this QEMU.
+            not know QEMU's libc, a security module forbids executable anonymous memory, a seccomp
+            filter denies a system call, QEMU's stacks are too small, or QEMU runs with a hardware
+            shadow stack.
+        :raises RefusedError: if another qemu-prefault is working in this QEMU, or QEMU may not
+            start another thread.
         :raises AgentError: if a thread cannot be stopped, or a helper does not start.
         :raises FailedError: if QEMU or a vCPU thread has exited.
         """
@@ -78,6 +132,8 @@ class PtraceAgent:
             with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ptrace") as executor:
                 await asyncio.get_running_loop().run_in_executor(executor, self._inject_all)
             await self._wait_ready()
+            if not self._allowed.timers:
+                self._start_ticker()
         except BaseException:
             await self.close()
             raise
@@ -98,22 +154,26 @@ class PtraceAgent:
         self._memory = open_memory(self.process)
         maps = self.process.maps()
         gadgets = find_gadgets(self._memory, maps)
-        exit_slot = prepare_exit_slot(self._memory, maps, gadgets)
-        status = self.process.status()
-        if "shstk" in status.thread_features:
+        if "shstk" in self.process.status().thread_features:
             raise UnsupportedError(
                 f"QEMU (pid {self.process.pid}) runs with a hardware shadow stack",
                 "start QEMU with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off, or use the plugin agent",
                 code=Code.SHADOW_STACK,
             )
-        own_pid = status.ns_pids[-1]
         areas = free_areas(maps, len(self._threads), AREA_SIZE)
+        self._allowed = check_filters(
+            self.process,
+            [thread.thread_id for thread in self._threads],
+            [thread.fd for thread in self._threads],
+            area=areas[0],
+            gadget=gadgets.syscall_ret,
+        )
+        exit_slot = prepare_exit_slot(self._memory, maps, gadgets)
         request = ffi.new(
             "struct inject_request *",
             {
                 "pid": self.process.pid,
                 "tid": self._threads[0].thread_id,
-                "own_pid": own_pid,
                 "mem_fd": self._memory,
                 "gadgets": {
                     "syscall_ret": gadgets.syscall_ret,
@@ -124,7 +184,16 @@ class PtraceAgent:
                 "code_size": CODE_SIZE,
             },
         )
-        self._inject(lib.pf_inject_probe, request)
+        # Read this before helpers start: they inherit real-time scheduling from their vCPUs.
+        main, nodes = affinity(self.process.pid), node_cpus().values()
+        real_time = real_time_cpus(self.process)
+        placement = [
+            helper_cpus(main, affinity(thread.thread_id), nodes, real_time)
+            for thread in self._threads
+        ]
+        for area in abandoned_areas(self.process, self._memory, maps):
+            request.area = area
+            self._inject(lib.pf_inject_munmap, request)
         for worker, thread, area in zip(self.workers, self._threads, areas, strict=True):
             image = ffi.from_buffer(self._image(area, gadgets, exit_slot, thread))
             request.tid, request.area = thread.thread_id, area
@@ -132,6 +201,23 @@ class PtraceAgent:
             self._inject(lib.pf_inject_helper, request)
             self._helpers[worker.index] = Helper(self._memory, area, CODE_SIZE)
             self._start_heart()
+            self._place(self._helpers[worker.index], placement[worker.index])
+
+    def _place(self, helper: Helper, cpus: Sequence[frozenset[int]]) -> None:
+        helper.thread_id = self._thread_of(self._header(helper).tid)
+        refused = place(self.process, helper.thread_id, cpus) if helper.thread_id else []
+        if refused:
+            self.warnings[Code.HELPER_PLACEMENT] = (
+                f"a helper runs like its vCPU's thread: no permission to change "
+                f"{', '.join(refused)} (this needs CAP_SYS_NICE, and write access to QEMU's "
+                "cgroups)"
+            )
+
+    def _thread_of(self, own_tid: int) -> int:
+        """Return the id in our pid namespace of a thread id in QEMU's; 0 if it does not exist."""
+        if same_pid_namespace(self.process.pid):
+            return own_tid
+        return thread_map(self.process).get(own_tid, 0)
 
     def _inject(self, function: Any, request: Any) -> None:
         result = ffi.new("struct inject_result *")
@@ -154,7 +240,7 @@ class PtraceAgent:
                 "sigreturn": gadgets.sigreturn,
                 "exit_slot": exit_slot,
                 "dead_man_ns": int(self.limits.dead_man * 1e9),
-                "tick_ns": int(self.limits.tick * 1e9),
+                "tick_ns": int(self.limits.tick * 1e9) if self._allowed.timers else 0,
                 "kick_ns": int(self.limits.kick * 1e9),
                 "limits": {
                     "chunk_bytes": self.limits.chunk_bytes,
@@ -163,7 +249,9 @@ class PtraceAgent:
                 "vcpu_fd": thread.fd,
                 "vcpu_tid": own_tid if thread.fd >= 0 else 0,
                 "kick_signal": int(SIGUSR1),
-                "tool_pid": os.getpid() if same_pid_namespace(self.process.pid) else 0,
+                "tool_pid": os.getpid()
+                if self._allowed.kill and same_pid_namespace(self.process.pid)
+                else 0,
             },
         )
         code = bytes(ffi.buffer(lib.helper_blob)).ljust(CODE_SIZE, b"\xcc")
@@ -177,21 +265,38 @@ class PtraceAgent:
         reason = os.strerror(result.error)
         if result.stage == lib.INJECT_SEIZE and result.error == errno.EPERM:
             raise ptrace_denied(self.process)
+        if not stays_alive(self.process):
+            raise self._died(
+                f"QEMU (pid {self.process.pid}) exited while thread {thread_id} started a helper"
+            )
         if result.error == errno.ESRCH:
             raise FailedError(
                 f"{what} is gone",
                 "check whether QEMU has exited or unplugged that vCPU",
                 code=Code.QEMU_GONE,
             )
-        if result.stage in (lib.INJECT_MMAP, lib.INJECT_PROTECT) and result.error in (
-            errno.EACCES,
-            errno.EPERM,
-        ):
+        if result.stage == lib.INJECT_INSPECT and result.error == errno.ENOSPC:
+            raise UnsupportedError(
+                f"{what} has {result.stack_left >> 10} KiB of stack left, but starting a helper "
+                f"needs {-(-result.stack_needed // 1024)} KiB",
+                "start QEMU with larger stacks (ulimit -s), or use the plugin agent",
+                code=Code.SMALL_STACK,
+            )
+        if result.stage == lib.INJECT_MMAP and result.error in (errno.EACCES, errno.EPERM):
             raise UnsupportedError(
                 f"QEMU (pid {self.process.pid}) cannot map executable anonymous memory: {reason}",
                 "a security module forbids it (SELinux: execmem). Allow it for this domain, "
                 "or use the plugin agent",
                 code=Code.EXECMEM,
+            )
+        if result.stage == lib.INJECT_CLONE and result.error == errno.EAGAIN:
+            _, limit = strictest(task_limits(self.process), MAX_HELPERS + RESERVE)
+            raise RefusedError(
+                f"QEMU (pid {self.process.pid}) may not start another thread"
+                + (f": {limit.name} is {limit.detail}" if limit else f": {reason}"),
+                f"raise {limit.name if limit else 'pids.max, or ulimit -u'}, "
+                "or use the plugin agent",
+                code=Code.NO_TASKS,
             )
         stage = {
             lib.INJECT_SEIZE: "PTRACE_SEIZE failed",
@@ -200,8 +305,7 @@ class PtraceAgent:
             lib.INJECT_WRITE: "the thread's stack could not be written",
             lib.INJECT_RESUME: "the end of the injected system calls could not be observed",
             lib.INJECT_MMAP: "mmap failed in the thread",
-            lib.INJECT_COPY: "process_vm_readv failed in the thread",
-            lib.INJECT_PROTECT: "mprotect failed in the thread",
+            lib.INJECT_IMAGE: "the helper's memory could not be written",
             lib.INJECT_CLONE: "clone failed in the thread",
         }[result.stage]
         raise AgentError(
@@ -225,6 +329,10 @@ class PtraceAgent:
                     f"a helper thread could not set its timer: {os.strerror(error)}",
                     "QEMU is unharmed; check QEMU's limit of pending signals (ulimit -i)",
                 )
+
+    def _start_ticker(self) -> None:
+        helpers = [(h.thread_id, int(self._header(h).tick_signal)) for h in self._helpers.values()]
+        self._ticker = Ticker(self.process.pid, helpers, HELPER_NAME, self.limits.tick)
 
     def _start_heart(self) -> None:
         if self._heart is None:
@@ -259,15 +367,18 @@ class PtraceAgent:
         started, ended = [], []
         begun = time.monotonic()
         left = max((sum(i.size for i in ranges) for ranges in batch.values()), default=0) / FASTEST
+        stall = Stall()
         while len(finished) < len(batch):
             await self._wait(min(max(left, POLL_SHORTEST), POLL_LONGEST))
             left = 0.0
             done = 0
+            chunks = 0
             for index, ranges in batch.items():
                 helper = self._helpers[index]
                 outcomes = finished.get(index)
                 if outcomes is None:
                     header = self._header(helper)
+                    chunks += header.chunk_started_ns
                     outcomes = self._guarded(helper.outcomes, ranges)
                     if header.batch_done == helper.batch:
                         finished[index] = outcomes
@@ -277,8 +388,17 @@ class PtraceAgent:
                         left = max(left, _seconds_left(begun, header, outcomes))
                 done += sum(outcome.done for outcome in outcomes)
             on_progress(done)
+            if stall.starts((done, chunks)):
+                self._report_stall([self._helpers[i] for i in batch if i not in finished])
         seconds = (max(ended) - min(started)) / 1e9 if ended else 0.0
         return BatchResult(finished, seconds)
+
+    def _report_stall(self, helpers: Sequence[Helper]) -> None:
+        """Log and record why these helpers make no progress."""
+        reasons = {why_stalled(self.process.pid, helper.thread_id) for helper in helpers}
+        text = f"no progress for {STALL_SECONDS:g} s: {'; '.join(sorted(reasons))}"
+        self.warnings[Code.NO_PROGRESS] = text
+        logging.getLogger(__name__).warning(text)
 
     async def _wait(self, seconds: float) -> None:
         """Wait between two reads; after an abort, only briefly.
@@ -310,11 +430,18 @@ class PtraceAgent:
                     "suspended or the host is overloaded; run it again",
                     code=Code.AGENT_LEFT,
                 ) from error
-            raise FailedError(
-                f"QEMU (pid {self.process.pid}) exited during the prefault",
-                "check QEMU's log for the reason",
-                code=Code.QEMU_GONE,
-            ) from error
+            raise self._died(f"QEMU (pid {self.process.pid}) exited during the prefault") from error
+
+    def _died(self, message: str) -> FailedError:
+        """Return the error, with the kernel's reason if the kernel log has one."""
+        cause = cause_of_death(self.process)
+        return FailedError(
+            message + (f": {cause}" if cause else ""),
+            "the kernel log has more about this: see dmesg"
+            if cause
+            else "check QEMU's log and the kernel log (dmesg) for the reason",
+            code=Code.QEMU_GONE,
+        )
 
     def abort(self) -> None:
         """See :meth:`.Agent.abort`."""
@@ -358,6 +485,9 @@ class PtraceAgent:
         self._tell_all("release")
         try:
             await self._wait_gone()
+            if self._ticker is not None:
+                self._ticker.wait()
+                self._ticker = None
         finally:
             self._heart_stop.set()
             if self._heart is not None:
@@ -408,6 +538,22 @@ def same_pid_namespace(pid: int) -> bool:
         return os.readlink(f"/proc/{pid}/ns/pid") == os.readlink("/proc/self/ns/pid")
     except OSError:
         return False
+
+
+def stays_alive(process: Process, seconds: float = 0.2) -> bool:
+    """Return whether the process is alive now and does not exit within ``seconds``.
+
+    A process that is being killed still exists for a moment.
+    """
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except OSError:
+        return False
+    try:
+        ended, _, _ = select.select([pidfd], [], [], seconds)
+    finally:
+        os.close(pidfd)
+    return not ended and alive(process)
 
 
 def alive(process: Process) -> bool:

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from ..errors import AgentError, Code, CommandError, FailedError, RefusedError
@@ -67,6 +68,7 @@ class QmpAgent:
     """The :class:`.Agent` that runs batches as jobs of QEMU."""
 
     name = "qmp"
+    warnings: Mapping[str, str] = MappingProxyType({})
     ranges_per_batch = 4096
 
     def __init__(

@@ -13,7 +13,7 @@ from ..qemu.memory_map import MemorySection
 from ..qemu.monitor import Monitor
 from .base import Agent, Limits, VcpuThread
 from .plugin import PluginAgent, find_control_socket
-from .ptrace import PtraceAgent
+from .ptrace import PtraceAgent, choose_threads
 from .qmp import QmpAgent, offers_command
 
 
@@ -27,6 +27,15 @@ class Selection:
 
     name: str
     socket: Path | None = None
+
+    def choose_threads(
+        self, process: Process, threads: Sequence[VcpuThread]
+    ) -> Sequence[VcpuThread]:
+        """Return the vCPUs that the agent uses. The attach agent uses a subset.
+
+        :raises RefusedError: see :func:`~qemu_prefault.agents.ptrace.choose_threads`.
+        """
+        return choose_threads(process, threads) if self.name == "attach" else threads
 
     def make(
         self,

@@ -132,6 +132,19 @@ def reporting(as_json: bool, debug: bool, program: str = PROGRAM) -> Iterator[No
         )
 
 
+def print_warnings() -> None:
+    """Print the warnings that the package logs, as soon as they are logged."""
+    import logging  # noqa: PLC0415
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(f"{PROGRAM}: {record.getMessage()}")
+
+    log = logging.getLogger("qemu_prefault")
+    if not log.handlers:
+        log.addHandler(Handler(logging.WARNING))
+
+
 def run_async(main: Coroutine[Any, Any, None]) -> None:
     """Run a coroutine to its end. SIGTERM and SIGHUP cancel it, as Ctrl-C does."""
     import asyncio  # noqa: PLC0415
@@ -145,6 +158,7 @@ def run_async(main: Coroutine[Any, Any, None]) -> None:
             loop.add_signal_handler(number, task.cancel)
         await main
 
+    print_warnings()
     try:
         asyncio.run(guarded())
     except (asyncio.CancelledError, KeyboardInterrupt):

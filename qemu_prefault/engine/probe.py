@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..agents.gadgets import find_gadgets
+from ..agents.helper_calls import check_filters
 from ..agents.plugin import Control, find_control_socket
 from ..agents.ptrace import open_memory
 from ..agents.qmp import offers_command
 from ..errors import ExitStatus, QemuPrefaultError
 from ..host import kvm
+from ..host.placement import CAP_SYS_NICE
 from ..host.procfs import Process
 from .options import Options
 from .report import SCHEMA
@@ -154,9 +156,14 @@ def _host(process: Process) -> tuple[list[Finding], ExitStatus]:
             find_gadgets(memory, process.maps())
         finally:
             os.close(memory)
+        check_filters(process, [process.pid])
     except QemuPrefaultError as error:
         findings.append(Finding("attach", "no", error.cause, error.remedy))
         status = status or error.exit_status
     else:
         findings.append(Finding("attach", "ok", "this process can trace QEMU"))
+        if not Process.find(os.getpid()).status().has_capability(CAP_SYS_NICE):
+            text = "CAP_SYS_NICE is missing: helpers may keep the vCPUs' scheduling and CPUs"
+            remedy = "if vCPUs are real-time or pinned, run as root, or use the plugin agent"
+            findings.append(Finding("scheduling", "note", text, remedy))
     return findings, status

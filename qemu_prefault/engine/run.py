@@ -138,7 +138,9 @@ async def _act(  # noqa: PLR0917
     on_ready: OnReady | None,
     on_progress: Progress,
 ) -> None:
-    threads = await vm.vcpu_threads(options.vcpus, not options.populate_only)
+    threads = selection.choose_threads(
+        vm.process, await vm.vcpu_threads(options.vcpus, not options.populate_only)
+    )
     agent = selection.make(
         vm.process, vm.monitor, lambda: vm.state.sections, threads, options.chunk_bytes
     )
@@ -162,6 +164,7 @@ async def _act(  # noqa: PLR0917
         finally:
             agent.abort()
             await agent.close()
+            tally.warnings |= agent.warnings
     if not options.populate_only:
         tally.verify()
     elif options.cont:

@@ -111,7 +111,7 @@ class Status:
 
     Bit N-1 of a signal set stands for signal N. `ns_pids` are the process's ids, from this pid
     namespace inwards; the last one is the id in the process's own namespace. `thread_features`
-    lists e.g. ``shstk`` (CET shadow stack).
+    lists e.g. ``shstk`` (CET shadow stack). `seccomp_filters` is None before Linux 5.9.
     """
 
     name: str
@@ -124,6 +124,7 @@ class Status:
     cap_effective: int
     seccomp: int
     thread_features: frozenset[str]
+    seccomp_filters: int | None = None
 
     def has_capability(self, number: int) -> bool:
         """Return whether the effective set contains capability `number`."""
@@ -156,6 +157,7 @@ def parse_status(text: str) -> Status:
             cap_effective=int(fields["CapEff"], 16),
             seccomp=int(fields.get("Seccomp", "0")),
             thread_features=frozenset(fields.get("x86_Thread_features", "").split()),
+            seccomp_filters=parse_number(fields.get("Seccomp_filters")),
         )
     except (KeyError, ValueError, IndexError) as error:
         raise malformed("/proc/PID/status", text) from error

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..agents.base import VcpuThread
-from ..agents.ptrace import PtraceAgent
+from ..agents.ptrace import PtraceAgent, choose_threads
 from ..engine.executor import Executor
 from ..engine.plan import Target
 from ..engine.tally import RunTally
@@ -189,7 +189,7 @@ async def prefault_before_start(
     ranges = boot_ram(domain.machine, domain.memory)
     mapping = ram_mapping(process.maps(), domain.memory)
     source = source_of(process, mapping)
-    threads = vcpu_threads(process)
+    threads = choose_threads(process, vcpu_threads(process))
     tally = RunTally()
     notes = []
     with Pagemap(process) as pagemap:
@@ -230,6 +230,7 @@ async def prefault_before_start(
     sections = tally.tallies.values()
     notes += sorted({s.note for s in sections if s.note and s.note != why_not})
     notes += tally.warnings.values()
+    notes += agent.warnings.values()
     requested = sum(section.requested for section in sections)
     return PrelaunchResult(
         requested,

@@ -20,7 +20,10 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
-SOURCES = ("common/headroom.c", "common/pagemap.c", "conformance/vmm.c", "ptrace/inject.c")
+SOURCES = (
+    *("common/headroom.c", "common/pagemap.c", "conformance/vmm.c"),
+    *("ptrace/tracee.c", "ptrace/filters.c", "ptrace/inject.c"),
+)
 
 #: Compiler flags of the helper. It has no libc and must not touch the FPU state, and the
 #: optimizer must not turn its loops into calls of memset().
@@ -67,6 +70,8 @@ SHARED_HEADERS = (
     "common/prefault_range.h",
     "conformance/vmm.h",
     "ptrace/control_page.h",
+    "ptrace/inject_result.h",
+    "ptrace/filters.h",
     "ptrace/inject.h",
 )
 LITERAL = re.compile(r"0x[0-9a-f]+[ul]*|[0-9]+", re.IGNORECASE)
@@ -88,9 +93,11 @@ def declarations(header: str) -> str:
 CDEF = "\n".join(declarations(header) for header in SHARED_HEADERS)
 CDEF += """
 static const unsigned char helper_blob[...];
+#define PREFAULT_IOCTL ...
 int kvm_check_extension(int32_t kvm_fd, int32_t extension);
 int kvm_pre_fault(int32_t vcpu_fd, uint64_t gpa, uint64_t size);
 int take_fd(int32_t pidfd, int32_t number);
+int send_signal(int32_t pid, int32_t tid, int32_t number);
 """
 
 INCLUDES = "\n".join(f'#include "{header}"' for header in SHARED_HEADERS)
@@ -128,6 +135,12 @@ static int take_fd(int32_t pidfd, int32_t number)
 	long fd = syscall(SYS_pidfd_getfd, pidfd, number, 0);
 
 	return fd < 0 ? -errno : (int)fd;
+}
+
+/* tgkill(2). Returns 0 or a negative errno. */
+static int send_signal(int32_t pid, int32_t tid, int32_t number)
+{
+	return syscall(SYS_tgkill, pid, tid, number) < 0 ? -errno : 0;
 }
 """
 

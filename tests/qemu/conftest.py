@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,10 +24,12 @@ def start_qemu(tmp_path: Path) -> Iterator[StartQemu]:
     """Start QEMUs: ``start_qemu("-m", "256M", accel="tcg")`` returns when QMP listens."""
     running: list[Qemu] = []
 
-    def start(*arguments: str, accel: str = "tcg", paused: bool = True) -> Qemu:
+    def start(
+        *arguments: str, accel: str = "tcg", paused: bool = True, prefix: Sequence[str] = ()
+    ) -> Qemu:
         if accel == "kvm" and not kvm_usable():
             pytest.skip("/dev/kvm is not usable")
-        qemu = launch(tmp_path, len(running), arguments, accel, paused)
+        qemu = launch(tmp_path, len(running), arguments, accel, paused, prefix=prefix)
         running.append(qemu)
         return qemu
 

@@ -70,17 +70,24 @@ def _await_listening(process: subprocess.Popen[bytes], ready: socket.socket) -> 
 
 
 def launch(
-    directory: Path, number: int, arguments: Sequence[str], accel: str, paused: bool
+    directory: Path,
+    number: int,
+    arguments: Sequence[str],
+    accel: str,
+    paused: bool,
+    *,
+    prefix: Sequence[str] = (),
 ) -> Qemu:
     """Start a QEMU with its sockets in a directory, and wait until it listens.
 
     :param number: Distinguishes several QEMUs in one directory.
+    :param prefix: A program and its arguments, which executes QEMU.
     """
     qmp, ready_path = str(directory / f"qmp{number}"), str(directory / f"ready{number}")
     ready = socket.socket(socket.AF_UNIX)
     ready.bind(ready_path)
     ready.listen(1)
-    command = [QEMU or "", "-nodefaults", "-display", "none", "-accel", accel]
+    command = [*prefix, QEMU or "", "-nodefaults", "-display", "none", "-accel", accel]
     command += ["-S"] if paused else []
     command += ["-qmp", f"unix:{qmp},server=on,wait=off", *arguments]
     # Chardevs are created in order: when this one connects, -qmp already listens.
@@ -93,7 +100,8 @@ def launch(
     return Qemu(process, qmp, accel, arguments)
 
 
-#: The fixture ``start_qemu``. It takes QEMU's arguments and the keywords ``accel`` and ``paused``.
+#: The fixture ``start_qemu``. It takes QEMU's arguments and the keywords ``accel``, ``paused`` and
+#: ``prefix``.
 StartQemu = Callable[..., Qemu]
 
 
@@ -125,10 +133,15 @@ class QemuVm:
 
 
 def start_vm(
-    start_qemu: StartQemu, tmp_path: Path, *arguments: str, accel: str = "tcg", paused: bool = True
+    start_qemu: StartQemu,
+    tmp_path: Path,
+    *arguments: str,
+    accel: str = "tcg",
+    paused: bool = True,
+    prefix: Sequence[str] = (),
 ) -> QemuVm:
     number = len(list(tmp_path.glob("aside*")))
     aside = tmp_path / f"aside{number}"
     monitor = ("-qmp", f"unix:{aside},server=on,wait=off")
-    qemu = start_qemu(*monitor, *arguments, accel=accel, paused=paused)
+    qemu = start_qemu(*monitor, *arguments, accel=accel, paused=paused, prefix=prefix)
     return QemuVm(qemu, QmpClient(str(aside)))

@@ -100,7 +100,7 @@ STRUCTS = {
     ),
     "struct pagemap_region": (16, {"start": 0, "size": 8}),
     "struct inject_gadgets": (16, {"syscall_ret": 0, "sigreturn": 8}),
-    "struct inject_result": (16, {"stage": 0, "error": 4, "held_ns": 8}),
+    "struct inject_result": (32, {"stage": 0, "error": 4, "held_ns": 8}),
 }
 
 

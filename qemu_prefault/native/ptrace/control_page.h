@@ -28,7 +28,7 @@ struct prefault_control {
 	uint64_t sigreturn;   /* address of the signal restorer in QEMU's text */
 	uint64_t exit_slot;   /* address of the word that points to "mov $60,%eax; syscall" */
 	uint64_t dead_man_ns; /* exit if heartbeat does not change for this long */
-	uint64_t tick_ns;     /* the tick interrupts system calls at this interval */
+	uint64_t tick_ns;     /* the tick interrupts system calls at this interval; 0: no timers */
 	uint64_t kick_ns;     /* kick the vCPU thread if it holds the vCPU's mutex for this long */
 	struct prefault_limits limits;
 	int32_t vcpu_fd;
@@ -44,9 +44,10 @@ struct prefault_control {
 	uint32_t range_count;
 
 	/* Written by the helper. */
-	uint32_t tid;	     /* written by the kernel: CLONE_PARENT_SETTID */
-	uint32_t ready;	     /* 1: running; negative errno: it cannot run */
-	uint32_t batch_done; /* equals batch once the batch is done */
+	uint32_t tid;	      /* written by the kernel: CLONE_PARENT_SETTID */
+	uint32_t ready;	      /* 1: running; negative errno: it cannot run */
+	uint32_t batch_done;  /* equals batch once the batch is done */
+	uint32_t tick_signal; /* the signal that interrupts the helper's system calls */
 	/* CLOCK_MONOTONIC. chunk_started_ns is when the ranges' "done" last changed. */
 	uint64_t batch_started_ns, chunk_started_ns, batch_finished_ns;
 	struct prefault_range ranges[PREFAULT_RANGES_MAX];

@@ -197,24 +197,26 @@ static long prepare(struct helper *helper)
 {
 	struct prefault_control *control = helper->control;
 	char name[16] = { 'q', 'e', 'm', 'u', '-', 'p', 'r', 'e', 'f', 'a', 'u', 'l', 't', 0 };
-	int32_t self = (int32_t)prefault_syscall3(__NR_gettid, 0, 0, 0);
+	int32_t self = (int32_t)control->tid;
 	long signal = claim_signal(control);
 	long result;
 
 	prefault_syscall3(__NR_prctl, PR_SET_NAME_OPTION, (long)name, 0);
 	if (signal < 0)
 		return signal;
-	result = timer_make((int32_t)signal, self, &helper->tick_timer);
+	control->tick_signal = (uint32_t)signal;
+	result = control->tick_ns ? timer_make((int32_t)signal, self, &helper->tick_timer) : 0;
 	if (result)
 		return result;
-	if (control->vcpu_tid &&
+	if (control->tick_ns && control->vcpu_tid &&
 	    timer_make(control->kick_signal, control->vcpu_tid, &helper->kick_timer))
 		helper->kick_timer = -1;
 
 	uint64_t mask = ~(1ull << (signal - 1));
 
 	prefault_syscall4(__NR_rt_sigprocmask, SIG_SETMASK_HOW, (long)&mask, 0, sizeof(mask));
-	timer_start(helper->tick_timer, control->tick_ns);
+	if (control->tick_ns)
+		timer_start(helper->tick_timer, control->tick_ns);
 	return 0;
 }
 

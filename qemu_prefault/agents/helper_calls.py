@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""List the system calls of an injection and its helper, and check that QEMU's filters allow them.
+
+A seccomp filter may kill QEMU for a system call that it does not expect. So all filters of a
+thread are read and evaluated for each of these calls before anything is injected.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .._native import ffi, lib
+from ..errors import Code, FailedError, GoneError, UnsupportedError
+from ..host.procfs import Process
+from ..host.ptrace_access import ptrace_denied
+from .control_page import AREA_SIZE, CODE_SIZE
+from .gadgets import AREAS_FROM
+from .seccomp import BadFilterError, Call, Filter, Number, denied, parse_filters
+
+PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
+MAP_FLAGS = 0x100022  # MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED_NOREPLACE
+CLONE_FLAGS = 0x3D0F00  # those of pthread_create(), see native/ptrace/inject.c
+SIG_SETMASK, TICK_SIGNAL = 2, 64
+PR_SET_NAME = 15
+CLOCK_MONOTONIC = 1
+MADV_POPULATE_WRITE = 23
+CHUNK = 32 << 20
+TIMERS = frozenset({"timer_create", "timer_settime", "timer_delete"})
+#: In older kernels (before commit 3ccbf6f47098) the ioctl can retry without end. Then the helper
+#: must have its own timer.
+ENDLESS_IOCTL_UNTIL = (6, 18)
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """Which optional system calls the filters allow.
+
+    :ivar timers: The helper may create timers that interrupt it.
+    :ivar kill: The helper may check by ``kill(PID, 0)`` whether the tool exists.
+    """
+
+    timers: bool = True
+    kill: bool = True
+
+
+def required_calls(descriptors: Iterable[int], *, area: int, gadget: int) -> tuple[Call, ...]:
+    """Return the system calls that a helper needs.
+
+    :param descriptors: QEMU's file descriptors of the vCPUs; -1 if the vCPU is not prefaulted.
+    :param area: The address of the helper's memory.
+    :param gadget: The address of "syscall; ret".
+    """
+    control, after = area + CODE_SIZE, gadget + 2
+    inside = area + 0x100  # an address in the helper's code
+    calls = [
+        Call(
+            Number.mmap, (area, CODE_SIZE, PROT_READ | PROT_EXEC, MAP_FLAGS, (1 << 64) - 1), after
+        ),
+        Call(
+            Number.mmap,
+            (control, AREA_SIZE - CODE_SIZE, PROT_READ | PROT_WRITE, MAP_FLAGS, (1 << 64) - 1),
+            after,
+        ),
+        Call(Number.clone, (CLONE_FLAGS, control, control, control, control), after),
+        Call(Number.munmap, (area, AREA_SIZE), after),
+        Call(Number.rt_sigreturn, (), after),
+        Call(Number.restart_syscall, (), after),
+        Call(Number.exit, (area,), after),
+        Call(Number.rt_sigprocmask, (SIG_SETMASK, control, 0, 8), inside),
+        Call(Number.rt_sigaction, (TICK_SIGNAL, 0, control, 8), inside),
+        Call(Number.rt_sigaction, (TICK_SIGNAL, control, 0, 8), inside),
+        Call(Number.prctl, (PR_SET_NAME, control), inside),
+        Call(Number.set_tid_address, (0,), inside),
+        Call(Number.clock_gettime, (CLOCK_MONOTONIC, control), inside),
+        Call(Number.nanosleep, (control, 0), inside),
+        Call(Number.madvise, (area, CHUNK, MADV_POPULATE_WRITE), inside),
+    ]
+    calls += [
+        Call(Number.ioctl, (descriptor, lib.PREFAULT_IOCTL, control), inside)
+        for descriptor in descriptors
+        if descriptor >= 0
+    ]
+    return tuple(calls)
+
+
+def optional_calls(*, area: int) -> tuple[Call, ...]:
+    """Return the system calls that a helper can do without, see :class:`Allowed`."""
+    control, inside = area + CODE_SIZE, area + 0x100
+    return (
+        Call(Number.timer_create, (CLOCK_MONOTONIC, control, control), inside),
+        Call(Number.timer_settime, (1, 0, control, 0), inside),
+        Call(Number.timer_delete, (1,), inside),
+        Call(Number.kill, (os.getpid(), 0), inside),
+    )
+
+
+def check_filters(
+    process: Process,
+    thread_ids: Sequence[int],
+    descriptors: Iterable[int] = (),
+    *,
+    area: int = AREAS_FROM,
+    gadget: int = 0,
+) -> Allowed:
+    """Check that the seccomp filters of these threads allow the system calls of a helper.
+
+    A thread that has filters is stopped briefly while they are read.
+
+    :raises UnsupportedError: if a filter denies a call or cannot be read (code ``seccomp``).
+    :raises FailedError: if a thread has exited or does not stop.
+    """
+    descriptors = tuple(descriptors)
+    calls = required_calls(descriptors, area=area, gadget=gadget)
+    optional = optional_calls(area=area)
+    not_allowed: set[str] = set()
+    for thread_id in thread_ids:
+        status = process.status(thread_id)
+        if not status.seccomp:
+            continue
+        filters = _read_filters(process, thread_id)
+        if filters is None:
+            if _is_own_sandbox(process, status.seccomp_filters):
+                continue
+            raise _unreadable(process, status.seccomp_filters)
+        names = denied(filters, calls)
+        if max(descriptors, default=-1) >= 0 and kernel_version() < ENDLESS_IOCTL_UNTIL:
+            names += tuple(name for name in denied(filters, optional) if name in TIMERS)
+        if names:
+            raise UnsupportedError(
+                f"a seccomp filter of QEMU (pid {process.pid}) does not allow {', '.join(names)}",
+                "use the plugin agent, or allow these system calls in the filter "
+                "(systemd: SystemCallFilter=)",
+                code=Code.SECCOMP,
+            )
+        not_allowed |= set(denied(filters, optional))
+    return Allowed(timers=not TIMERS & not_allowed, kill="kill" not in not_allowed)
+
+
+def kernel_version() -> tuple[int, int]:
+    """Return the version of the running kernel; (0, 0) if it cannot be parsed."""
+    match = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def _read_filters(process: Process, thread_id: int) -> list[Filter] | None:
+    """Return a thread's filters; None if this process cannot read them."""
+    buffer = ffi.new("unsigned char[]", lib.FILTERS_BYTES_MAX)
+    result = ffi.new("struct inject_result *")
+    size = lib.pf_read_filters(thread_id, buffer, len(buffer), result)
+    if size >= 0:
+        try:
+            return list(parse_filters(bytes(ffi.buffer(buffer, size))))
+        except BadFilterError:
+            return None
+    if result.stage == lib.INJECT_FILTERS:
+        return None
+    if result.stage == lib.INJECT_SEIZE and result.error == errno.EPERM:
+        raise ptrace_denied(process)
+    if result.error == errno.ESRCH:
+        raise GoneError(
+            f"thread {thread_id} of QEMU (pid {process.pid}) is gone",
+            "check whether QEMU has exited or unplugged that vCPU",
+        )
+    raise FailedError(
+        f"cannot read the seccomp filters of thread {thread_id} of QEMU (pid {process.pid}), "
+        f"because it did not stop: {os.strerror(result.error)}",
+        "QEMU is unchanged; run this again",
+        code=Code.AGENT,
+    )
+
+
+def has_sandbox(arguments: Sequence[str]) -> bool:
+    """Return whether a command line of QEMU enables QEMU's own seccomp filter."""
+    for option, value in itertools.pairwise(arguments):
+        if option in ("-sandbox", "--sandbox") and value.split(",")[0] in ("on", "enable=on"):
+            return True
+    return False
+
+
+def _is_own_sandbox(process: Process, filters: int | None) -> bool:
+    # seccomp_start() (system/qemu-seccomp.c) loads one filter into all threads. It allows all
+    # system calls of a helper.
+    return filters == 1 and has_sandbox(process.arguments())
+
+
+def _unreadable(process: Process, filters: int | None) -> UnsupportedError:
+    which = "seccomp filters" if filters is None or filters != 1 else "a seccomp filter"
+    return UnsupportedError(
+        f"QEMU (pid {process.pid}) has {which} that this process cannot read",
+        "run this as root on the host, outside containers (reading needs CAP_SYS_ADMIN), "
+        "or use the plugin agent",
+        code=Code.SECCOMP,
+    )

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Find in the kernel log why a process died."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from typing import Final
+
+from .procfs import Process
+
+KMSG: Final = "/dev/kmsg"
+MAX_RECORDS: Final = 100_000
+
+
+def read_log() -> list[str]:
+    """Return the kernel log's records, oldest first; empty if the log is not readable."""
+    records: list[str] = []
+    try:
+        fd = os.open(KMSG, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return records
+    try:
+        while len(records) < MAX_RECORDS:
+            try:
+                records.append(os.read(fd, 8192).decode(errors="replace"))
+            except BrokenPipeError:  # the record was overwritten
+                continue
+            except OSError:
+                break
+    finally:
+        os.close(fd)
+    return records
+
+
+def cause_of_death(process: Process) -> str | None:
+    """Return the kernel's message about the death of a process; None if not found."""
+    since = process.start_time / os.sysconf("SC_CLK_TCK")
+    return find_cause(read_log(), process.pid, since)
+
+
+def find_cause(records: Iterable[str], pid: int, since: float) -> str | None:
+    """Return the last message about the death of process `pid`; None if not found.
+
+    :param records: Records of ``/dev/kmsg``: ``PRIORITY,SEQUENCE,MICROSECONDS,-;TEXT``.
+    :param since: Ignore records before this time, in seconds since boot, because the pid may have
+        been used before.
+    """
+    kinds = (
+        rf"[Kk]illed process {pid} ",  # oom_kill_process(), mm/oom_kill.c
+        rf"\[{pid}\]: segfault at |\[{pid}\] general protection ",
+        rf"type=1326 .*\bpid={pid} .*\bsig=(?!0 )\d+ ",  # seccomp's audit record
+        rf"\bMCE: Killing \S*:{pid} ",  # kill_proc(), mm/memory-failure.c
+    )
+    pattern = re.compile("|".join(kinds))
+    found = None
+    for record in records:
+        head, _, text = record.partition(";")
+        fields = head.split(",")
+        text = text.split("\n")[0]
+        if len(fields) < 3 or not fields[2].isdecimal() or int(fields[2]) / 1e6 < since:
+            continue
+        if pattern.search(text):
+            found = text
+    return found

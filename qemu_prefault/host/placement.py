@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Set a helper thread's scheduling, CPUs and cgroup.
+
+The helper inherits those of its vCPU's thread, which are for the guest. A helper with a real-time
+policy takes the CPU from its vCPU. A helper that is bound to the CPU of a busy real-time vCPU gets
+no CPU time.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+
+from . import procfs
+from .headroom import Mount, cgroup_directories, parse_cgroups, parse_mountinfo
+from .procfs import Process, gone, read_optional
+
+CAP_SYS_NICE: Final = 23  # include/uapi/linux/capability.h
+NODES: Final = "/sys/devices/system/node"
+REAL_TIME: Final = frozenset({os.SCHED_FIFO, os.SCHED_RR, 6})  # 6: SCHED_DEADLINE
+
+
+def parse_cpu_list(text: str) -> frozenset[int]:
+    """Parse a list of CPUs or nodes as the kernel prints it: ``0-3,8``."""
+    numbers: set[int] = set()
+    for first, last in re.findall(r"(\d{1,6})(?:-(\d{1,6}))?", text):
+        numbers |= set(range(int(first), int(last or first) + 1))
+    return frozenset(numbers)
+
+
+def node_cpus() -> dict[int, frozenset[int]]:
+    """Return the CPUs of each NUMA node; empty if the kernel has no NUMA support."""
+    found = {}
+    for node in parse_cpu_list(read_optional(f"{NODES}/online") or ""):
+        text = read_optional(f"{NODES}/node{node}/cpulist")
+        if text is not None:
+            found[node] = parse_cpu_list(text)
+    return found
+
+
+def helper_cpus(
+    main: frozenset[int],
+    vcpu: frozenset[int],
+    nodes: Iterable[frozenset[int]],
+    real_time: frozenset[int],
+) -> list[frozenset[int]]:
+    """Return the sets of CPUs on which a helper may run, the best first.
+
+    The best ones are on the NUMA nodes of the vCPU's CPUs, so that the helper allocates memory
+    there, among the CPUs of QEMU's main thread, and free of real-time threads.
+
+    :param main: The affinity of QEMU's main thread.
+    :param vcpu: The affinity of the vCPU's thread.
+    :param nodes: The CPUs of each node.
+    :param real_time: The CPUs to which real-time threads of QEMU are bound.
+    """
+    near = frozenset[int]().union(*(cpus for cpus in nodes if cpus & vcpu)) or main
+    choices = [near & main, near, main]
+    free = [choice - real_time for choice in choices]
+    return [choice for choice in dict.fromkeys([free[0], free[1], *choices]) if choice]
+
+
+def real_time_cpus(process: Process) -> frozenset[int]:
+    """Return the CPUs to which real-time threads of a process are bound."""
+    bound: set[int] = set()
+    for tid in process.threads():
+        try:
+            if os.sched_getscheduler(tid) & 0xFF in REAL_TIME:
+                bound |= os.sched_getaffinity(tid)
+        except OSError:  # the thread has exited
+            continue
+    return frozenset(bound)
+
+
+def affinity(tid: int) -> frozenset[int]:
+    """Return the CPUs on which a thread may run.
+
+    :raises GoneError: if it has exited.
+    """
+    try:
+        return frozenset(os.sched_getaffinity(tid))
+    except ProcessLookupError:
+        raise gone(tid) from None
+
+
+def place(process: Process, tid: int, choices: Sequence[frozenset[int]]) -> list[str]:
+    """Give a helper thread ordinary scheduling, nice value 0, and other cgroups and CPUs.
+
+    :param choices: See :func:`helper_cpus`.
+    :returns: The properties that this process may not change.
+    """
+    refused = []
+    try:
+        if os.sched_getscheduler(tid) != os.SCHED_OTHER:
+            os.sched_setscheduler(tid, os.SCHED_OTHER, os.sched_param(0))
+    except PermissionError:
+        refused.append("its scheduling class")
+    except OSError:
+        return []  # the thread has exited
+    try:
+        if os.getpriority(os.PRIO_PROCESS, tid):
+            os.setpriority(os.PRIO_PROCESS, tid, 0)
+    except PermissionError:
+        refused.append("its nice value")
+    except OSError:
+        return []
+    if not leave_cgroups(process, tid):
+        refused.append("its cgroup")
+    if not _bind(tid, choices):
+        refused.append("its CPUs")
+    return refused
+
+
+def _bind(tid: int, choices: Sequence[frozenset[int]]) -> bool:
+    for choice in choices:
+        try:
+            # The kernel intersects the set with the cpuset. If nothing is left, it returns EINVAL.
+            os.sched_setaffinity(tid, choice)
+        except PermissionError:
+            return False
+        except OSError:
+            continue
+        return True
+    return False
+
+
+def leave_cgroups(process: Process, tid: int) -> bool:
+    """Move a thread to the cgroups of its process's main thread.
+
+    libvirt puts each vCPU into its own cgroup, with its own cpuset and cpu.max.
+
+    :returns: False if this process has no permission.
+    """
+    task = f"{procfs.PROC}/{process.pid}/task"
+    wanted = parse_cgroups(read_optional(f"{task}/{process.pid}/cgroup") or "")
+    current = parse_cgroups(read_optional(f"{task}/{tid}/cgroup") or "")
+    mounts = parse_mountinfo(read_optional(f"{procfs.PROC}/self/mountinfo") or "")
+    done = True
+    for file in threads_files(wanted, current, mounts):
+        try:
+            with open(file, "w") as threads:
+                threads.write(str(tid))
+        except OSError:
+            done = False
+    return done
+
+
+def threads_files(
+    wanted: Mapping[str, str], current: Mapping[str, str], mounts: Sequence[Mount]
+) -> list[str]:
+    """Return the files that take a thread's id to move it to the wanted cgroups.
+
+    :param wanted: The wanted path of each controller, see :func:`~.headroom.parse_cgroups`.
+    :param current: The thread's current paths.
+    """
+    files: dict[str, None] = {}
+    for controller, path in wanted.items():
+        if current.get(controller, path) == path:
+            continue
+        # The v2 hierarchy has the key "".
+        directories = cgroup_directories({controller: path}, mounts, controller or "cgroup.threads")
+        if directories:
+            directory, unified = directories[0]
+            files[f"{directory}/{'cgroup.threads' if unified else 'tasks'}"] = None
+    return list(files)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Detect that helper threads make no progress, and find the reason."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Final
+
+from . import procfs
+from .procfs import read_optional
+
+#: Seconds without progress after which the reason is reported.
+STALL_SECONDS: Final = 2.0
+
+
+class Stall:
+    """Detects that a state has not changed for :data:`STALL_SECONDS`."""
+
+    def __init__(self) -> None:
+        self._seen: object = None
+        self._since = 0.0
+        self._reported = False
+
+    def starts(self, state: object) -> bool:
+        """Return True once per stall, as soon as it is detected."""
+        now = time.monotonic()
+        if state != self._seen:
+            self._seen, self._since, self._reported = state, now, False
+        elif not self._reported and now - self._since > STALL_SECONDS:
+            self._reported = True
+            return True
+        return False
+
+
+def why_stalled(pid: int, tid: int, seconds: float = 0.05) -> str:
+    """Return why a helper thread makes no progress, as far as /proc shows it."""
+    task = f"{procfs.PROC}/{pid}/task/{tid}"
+    before = _cpu_time(task)
+    time.sleep(seconds)
+    stat = read_optional(f"{task}/stat") or ""
+    state = stat[stat.rfind(")") + 2 :][:1]
+    if state in "Tt" and state:
+        return "QEMU is stopped (by SIGSTOP, a debugger or the cgroup freezer)"
+    if state == "R" and _cpu_time(task) == before:
+        try:
+            cpus = ",".join(map(str, sorted(os.sched_getaffinity(tid))))
+        except OSError:
+            cpus = "?"
+        return f"helper {tid} gets no CPU time: other threads keep CPU {cpus} busy"
+    if state == "R":
+        return f"helper {tid} is running in the kernel, still with the same chunk"
+    where = (read_optional(f"{task}/wchan") or "").strip("0 \n")
+    return f"helper {tid} waits in the kernel" + (f" ({where})" if where else "")
+
+
+def _cpu_time(task: str) -> str:
+    return (read_optional(f"{task}/schedstat") or "").partition(" ")[0]

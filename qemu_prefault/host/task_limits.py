@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Compute how many further threads QEMU may start.
+
+QEMU aborts if it cannot start a thread (``qemu_thread_create()``, util/qemu-thread-posix.c). So
+helpers must leave enough of each limit to QEMU.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from . import procfs
+from .headroom import cgroup_directories, parse_cgroups, parse_mountinfo
+from .procfs import Process, parse_number, read_optional
+
+CAP_SYS_ADMIN: Final = 21  # include/uapi/linux/capability.h
+CAP_SYS_RESOURCE: Final = 24
+
+#: Tasks that helpers leave to QEMU: the maximum of its thread pool (util/thread-pool.c).
+RESERVE: Final = 64
+#: If a limit leaves fewer tasks, no helper is started.
+MIN_LEFT: Final = 4
+#: A timer takes one of the limit of pending signals.
+TIMERS_PER_HELPER: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class TaskLimit:
+    """What is left of a limit.
+
+    :ivar name: The limit, for messages.
+    :ivar left: How much is left: tasks, or pending signals.
+    :ivar detail: The limit's value and its use, for messages.
+    :ivar per_helper: How much of it a helper takes.
+    """
+
+    name: str
+    left: int
+    detail: str
+    per_helper: int = 1
+
+    def helpers(self, wanted: int) -> int:
+        """Return how many of the wanted helpers this limit allows."""
+        if self.left < MIN_LEFT * self.per_helper:
+            return 0
+        return max(1, min(wanted, (self.left - RESERVE) // self.per_helper))
+
+
+def task_limits(process: Process) -> list[TaskLimit]:
+    """Return all limits that a new thread of QEMU counts against."""
+    pid = process.pid
+    return [
+        *pids_limits(
+            read_optional(f"{procfs.PROC}/{pid}/cgroup") or "",
+            read_optional(f"{procfs.PROC}/self/mountinfo") or "",
+        ),
+        *_rlimits(process),
+        *_host_limits(
+            read_optional(f"{procfs.PROC}/loadavg") or "",
+            {
+                name: parse_number(read_optional(f"{procfs.PROC}/sys/kernel/{name}"))
+                for name in ("threads-max", "pid_max")
+            },
+        ),
+    ]
+
+
+def strictest(limits: Sequence[TaskLimit], wanted: int) -> tuple[int, TaskLimit | None]:
+    """Return how many helpers all limits allow, and the limit that allows the fewest.
+
+    The limit is None if all of the wanted helpers are allowed.
+    """
+    allowed, by = wanted, None
+    for limit in limits:
+        helpers = limit.helpers(wanted)
+        if helpers < allowed:
+            allowed, by = helpers, limit
+    return allowed, by
+
+
+def pids_limits(cgroup: str, mountinfo: str) -> list[TaskLimit]:
+    """Return the limits of the pids controller in a cgroup and its ancestors.
+
+    :param cgroup: The text of ``/proc/PID/cgroup``.
+    :param mountinfo: The text of ``/proc/self/mountinfo``.
+    """
+    limits = []
+    directories = cgroup_directories(parse_cgroups(cgroup), parse_mountinfo(mountinfo), "pids")
+    for directory, _ in directories:
+        most = parse_number(read_optional(f"{directory}/pids.max"))
+        used = parse_number(read_optional(f"{directory}/pids.current"))
+        if most is not None and used is not None:
+            limits.append(
+                TaskLimit(f"pids.max of {directory}", max(0, most - used), f"{most}, {used} in use")
+            )
+    return limits
+
+
+def parse_limits(text: str) -> dict[str, int]:
+    """Return the soft limits of ``/proc/PID/limits`` by name. Omit unlimited ones."""
+    found = re.findall(r"^(Max [a-z -]+?)\s{2,}(\d{1,19})\s", text, re.MULTILINE)
+    return {name: int(value) for name, value in found}
+
+
+def parse_pending(status: str) -> tuple[int, int] | None:
+    """Return the number of pending signals and its limit (SigQ of ``/proc/PID/status``)."""
+    match = re.search(r"^SigQ:\s+(\d{1,19})/(\d{1,20})$", status, re.MULTILINE)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def _rlimits(process: Process) -> list[TaskLimit]:
+    limits = []
+    status = process.status()
+    text = read_optional(f"{procfs.PROC}/{process.pid}/status") or ""
+    if pending := parse_pending(text):
+        used, most = pending
+        limits.append(
+            TaskLimit(
+                "the limit of pending signals (ulimit -i)",
+                max(0, most - used),
+                f"{most}, {used} in use",
+                TIMERS_PER_HELPER,
+            )
+        )
+    most_tasks = parse_limits(read_optional(f"{procfs.PROC}/{process.pid}/limits") or "").get(
+        "Max processes"
+    )
+    # copy_process(), kernel/fork.c: the limit does not apply to root or with these capabilities.
+    exempt = status.uids[0] == 0 or any(
+        status.has_capability(number) for number in (CAP_SYS_RESOURCE, CAP_SYS_ADMIN)
+    )
+    if most_tasks is not None and not exempt:
+        used = tasks_of_user(status.uids[0])
+        limits.append(
+            TaskLimit(
+                f"the limit of tasks of user {status.uids[0]} (ulimit -u)",
+                max(0, most_tasks - used),
+                f"{most_tasks}, {used} in use",
+            )
+        )
+    return limits
+
+
+def tasks_of_user(uid: int) -> int:
+    """Return the number of threads of all processes with this real user id."""
+    count = 0
+    for name in os.listdir(procfs.PROC):
+        if name.isdecimal():
+            text = read_optional(f"{procfs.PROC}/{name}/status") or ""
+            user = re.search(r"^Uid:\s+(\d+)\s", text, re.MULTILINE)
+            threads = re.search(r"^Threads:\s+(\d{1,9})$", text, re.MULTILINE)
+            if user and threads and int(user[1]) == uid:
+                count += int(threads[1])
+    return count
+
+
+def _host_limits(loadavg: str, most: dict[str, int | None]) -> list[TaskLimit]:
+    # loadavg_proc_show(), fs/proc/loadavg.c: "0.00 0.00 0.00 RUNNING/ALL LAST"
+    match = re.search(r" \d+/(\d{1,9}) \d+$", loadavg.strip())
+    if match is None:
+        return []
+    used = int(match[1])
+    return [
+        TaskLimit(f"kernel.{name}", max(0, limit - used), f"{limit}, {used} in use")
+        for name, limit in most.items()
+        if limit is not None
+    ]

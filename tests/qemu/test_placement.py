@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Helpers of real-time or pinned vCPUs, or of vCPUs in own cgroups, run as ordinary threads."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from qemu_prefault.agents.ptrace import helper_threads
+from support.process import leftovers
+from support.qemu import QemuVm, StartQemu, start_tool, start_vm
+from support.tool import Result
+
+JUMP_TO_ITSELF = b"\xeb\xfe".ljust(510, b"\0") + b"\x55\xaa"
+CPU_GROUPS = Path("/sys/fs/cgroup/cpu")
+
+
+@dataclass
+class Seen:
+    """A helper's properties, from /proc."""
+
+    policy: int
+    nice: int
+    cpus: set[int]
+    groups: str
+
+
+def busy_vm(start_qemu: StartQemu, tmp_path: Path, *arguments: str) -> tuple[QemuVm, int]:
+    """Return a guest whose vCPU never halts, and the vCPU's thread id."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(JUMP_TO_ITSELF)
+    drive = ("-drive", f"file={disk},format=raw,if=ide,snapshot=on")
+    vm = start_vm(start_qemu, tmp_path, "-m", "512M", *drive, *arguments, paused=False)
+    tid = vm.qmp.execute("query-cpus-fast")[0]["thread-id"]
+    return vm, int(tid)
+
+
+def watch(vm: QemuVm) -> tuple[Result, list[Seen]]:
+    """Populate the guest. Return the result, and each helper's properties.
+
+    The properties are those of the last sample, because the first ones may be from before the tool
+    has changed them.
+    """
+    seen: dict[int, Seen] = {}
+    tool = start_tool(vm.qemu, "--populate-only", "--chunk", "65536")
+    while tool.running():
+        for tid in helper_threads(vm.pid):
+            try:
+                seen[tid] = Seen(
+                    os.sched_getscheduler(tid),
+                    os.getpriority(os.PRIO_PROCESS, tid),
+                    set(os.sched_getaffinity(tid)),
+                    Path(f"/proc/{vm.pid}/task/{tid}/cgroup").read_text(),
+                )
+            except (ProcessLookupError, FileNotFoundError):
+                continue
+        time.sleep(0.002)
+    return tool.finish(), list(seen.values())
+
+
+@pytest.mark.parametrize("policy", [os.SCHED_FIFO, os.SCHED_RR, os.SCHED_BATCH, os.SCHED_IDLE])
+def test_helper_has_ordinary_scheduling(start_qemu: StartQemu, tmp_path: Path, policy: int) -> None:
+    every = os.sched_getaffinity(0)
+    if len(every) < 2:
+        pytest.skip("needs two CPUs")
+    vm, vcpu = busy_vm(start_qemu, tmp_path)
+    real_time = policy in (os.SCHED_FIFO, os.SCHED_RR)
+    os.sched_setaffinity(vcpu, {max(every)})
+    try:
+        if not real_time:
+            os.setpriority(os.PRIO_PROCESS, vcpu, 5)
+        os.sched_setscheduler(vcpu, policy, os.sched_param(1 if real_time else 0))
+    except PermissionError:
+        pytest.skip("needs CAP_SYS_NICE")
+    result, seen = watch(vm)
+    assert result.status == 0, result.stderr
+    assert result.report["warnings"] == []
+    assert seen
+    for helper in seen:
+        assert helper.policy == os.SCHED_OTHER
+        assert helper.nice == 0
+        assert helper.cpus == every - ({max(every)} if real_time else set())
+    assert os.sched_getscheduler(vcpu) == policy
+    assert os.sched_getaffinity(vcpu) == {max(every)}
+    assert leftovers(vm.pid) == []
+
+
+def test_stall_is_reported_with_reason(start_qemu: StartQemu, tmp_path: Path) -> None:
+    vm = start_vm(start_qemu, tmp_path, "-m", "512M")
+    tool = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")
+    while tool.running() and not helper_threads(vm.pid):
+        time.sleep(0.001)
+    time.sleep(0.1)
+    vm.qemu.pause()
+    time.sleep(2.6)
+    assert tool.has_said("no progress for 2 s: QEMU is stopped")
+    vm.qemu.resume()
+    result = tool.finish()
+    assert result.status == 0, result.stderr
+    assert result.warnings == {"no-progress"}
+
+
+@pytest.fixture
+def cpu_group() -> Iterator[Path]:
+    group = CPU_GROUPS / f"prefault-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("cannot create a cgroup with the cpu controller")
+    yield group
+    for _ in range(100):
+        try:
+            return group.rmdir()
+        except OSError:
+            time.sleep(0.05)
+
+
+def test_helper_leaves_the_vcpu_cgroup(
+    start_qemu: StartQemu, tmp_path: Path, cpu_group: Path
+) -> None:
+    vm, vcpu = busy_vm(start_qemu, tmp_path)
+    (cpu_group / "tasks").write_text(str(vcpu))
+    result, seen = watch(vm)
+    assert result.status == 0, result.stderr
+    wanted = Path(f"/proc/{vm.pid}/task/{vm.pid}/cgroup").read_text()
+    assert seen and {helper.groups for helper in seen} == {wanted}
+    assert Path(f"/proc/{vm.pid}/task/{vcpu}/cgroup").read_text() != wanted
+    vm.qemu.kill()

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Helpers leave enough tasks to QEMU, which aborts if it cannot start a thread."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.process import leftovers
+from support.qemu import MIB, QemuVm, StartQemu, start_tool, start_vm
+
+HIERARCHIES = (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup"))
+
+
+@pytest.fixture
+def pids_group() -> Iterator[Path]:
+    """A cgroup with the pids controller."""
+    for root in HIERARCHIES:
+        group = root / f"prefault-test-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        if (group / "pids.max").exists():
+            break
+        group.rmdir()
+    else:
+        pytest.skip("cannot create a cgroup with the pids controller")
+    yield group
+    group.rmdir()
+
+
+@pytest.fixture
+def vm(start_qemu: StartQemu, tmp_path: Path, pids_group: Path) -> Iterator[QemuVm]:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(16 * MIB))
+    drive = f"file={disk},format=raw,if=none,id=d0,aio=threads"
+    arguments = ("-drive", drive, "-device", "virtio-blk-pci,drive=d0")
+    prefix = ["sh", "-c", f'echo $$ >{pids_group}/cgroup.procs; exec "$@"', "sh"]
+    vm = start_vm(start_qemu, tmp_path, "-m", "1G", "-smp", "4", *arguments, prefix=prefix)
+    yield vm
+    vm.qemu.kill()
+
+
+def tasks(group: Path) -> int:
+    return int((group / "pids.current").read_text())
+
+
+def leave(group: Path, count: int) -> None:
+    # Workers of QEMU's thread pool exit after 10 s without work.
+    (group / "pids.max").write_text(str(tasks(group) + count))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_too_few_tasks_is_refused(vm: QemuVm, pids_group: Path, count: int) -> None:
+    leave(pids_group, count)
+    result = vm.prefault("--populate-only")
+    assert result.status == 5, result.stderr
+    assert result.error["code"] == "no-tasks"
+    assert f"only {count} more threads: pids.max of {pids_group}" in result.error["cause"]
+    assert vm.qmp.status() == "prelaunch"
+
+
+def test_last_tasks_are_left_to_qemu(vm: QemuVm, pids_group: Path) -> None:
+    """QEMU can start a thread during a run."""
+    leave(pids_group, 4)
+    before = tasks(pids_group)
+    tool = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")
+    while tool.running() and tasks(pids_group) == before:
+        time.sleep(0.001)
+    vm.qmp.execute("human-monitor-command", command_line='qemu-io d0 "read 0 4096"')
+    most = tasks(pids_group)
+    result = tool.finish()
+    assert result.status == 0, result.stderr
+    assert most <= before + 2
+    assert vm.qmp.status() == "prelaunch"
+    assert leftovers(vm.pid) == []
+
+
+def test_many_vcpus_have_few_helpers(start_qemu: StartQemu, tmp_path: Path) -> None:
+    vm = start_vm(start_qemu, tmp_path, "-m", "256M", "-smp", "64")
+    before = len(os.listdir(f"/proc/{vm.pid}/task"))
+    most = 0
+    tool = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")
+    while tool.running():
+        most = max(most, len(os.listdir(f"/proc/{vm.pid}/task")))
+        time.sleep(0.005)
+    assert tool.finish().status == 0
+    assert before < most <= before + 8

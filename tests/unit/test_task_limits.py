@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How many further threads QEMU may start, from files of /proc and cgroups."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qemu_prefault.agents import ptrace
+from qemu_prefault.agents.base import VcpuThread
+from qemu_prefault.errors import RefusedError
+from qemu_prefault.host.procfs import Process
+from qemu_prefault.host.task_limits import (
+    MIN_LEFT,
+    RESERVE,
+    TaskLimit,
+    parse_limits,
+    parse_pending,
+    pids_limits,
+    strictest,
+    task_limits,
+)
+
+
+def left(count: int, per_helper: int = 1) -> TaskLimit:
+    return TaskLimit("a limit", count, "", per_helper)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (left(0), 0),
+        (left(MIN_LEFT - 1), 0),
+        (left(MIN_LEFT), 1),
+        (left(RESERVE), 1),
+        (left(RESERVE + 1), 1),
+        (left(RESERVE + 2), 2),
+        (left(RESERVE + 8), 8),
+        (left(1 << 30), 8),
+        (left(2 * MIN_LEFT - 1, 2), 0),
+        (left(2 * MIN_LEFT, 2), 1),
+        (left(RESERVE + 5, 2), 2),
+    ],
+)
+def test_reserve_is_left(limit: TaskLimit, expected: int) -> None:
+    assert limit.helpers(8) == expected
+
+
+def test_strictest_limit_is_named() -> None:
+    plenty, few, none = left(1000), left(RESERVE + 3), left(1)
+    assert strictest([], 8) == (8, None)
+    assert strictest([plenty], 8) == (8, None)
+    assert strictest([plenty, few], 8) == (3, few)
+    assert strictest([few, none, plenty], 8) == (0, none)
+    assert strictest([few], 2) == (2, None)
+
+
+def write_group(directory: Path, most: str, used: int) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "pids.max").write_text(f"{most}\n")
+    (directory / "pids.current").write_text(f"{used}\n")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_ancestor_cgroups_count(tmp_path: Path, version: int) -> None:
+    write_group(tmp_path / "machine.slice/qemu/emulator", "max", 3)
+    write_group(tmp_path / "machine.slice/qemu", "20", 5)
+    write_group(tmp_path / "machine.slice", "8", 9)
+    if version == 1:
+        cgroup = "5:pids:/machine.slice/qemu/emulator\n0::/elsewhere\n"
+        mounts = f"1 2 0:3 / {tmp_path} rw - cgroup cgroup rw,pids\n"
+    else:
+        cgroup = "0::/machine.slice/qemu/emulator\n"
+        mounts = f"1 2 0:3 / {tmp_path} rw - cgroup2 cgroup2 rw\n"
+    limits = pids_limits(cgroup, mounts)
+    assert [(limit.left, limit.detail) for limit in limits] == [
+        (15, "20, 5 in use"),
+        (0, "8, 9 in use"),
+    ]
+    assert str(tmp_path / "machine.slice") in limits[1].name
+
+
+def test_rlimits_of_a_process() -> None:
+    text = (
+        "Limit                     Soft Limit           Hard Limit           Units     \n"
+        "Max cpu time              unlimited            unlimited            seconds   \n"
+        "Max processes             4711                 96365                processes \n"
+        "Max nice priority         0                    0                    \n"
+    )
+    assert parse_limits(text) == {"Max processes": 4711, "Max nice priority": 0}
+    assert parse_pending("Threads:\t1\nSigQ:\t3/96365\nSigPnd:\t0\n") == (3, 96365)
+    assert parse_pending("Threads:\t1\n") is None
+
+
+def test_limits_of_this_process() -> None:
+    names = " ".join(limit.name for limit in task_limits(Process.find(os.getpid())))
+    assert "pending signals" in names and "kernel.threads-max" in names
+
+
+@pytest.mark.parametrize(
+    ("cpus", "nodes", "expected"),
+    [
+        (1, [None], [0]),
+        (1, [None] * 4, [0, 1]),
+        (2, [None] * 288, [0, 1]),
+        (4, [0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 4, 5]),
+        (3, [0, 1, 2, 3], [0, 1, 2]),
+        (64, [0] * 32 + [1] * 32, [0, 1, 2, 3, 32, 33, 34, 35]),
+    ],
+)
+def test_chosen_vcpus(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, nodes: list[int | None], expected: list[int]
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)))
+    monkeypatch.setattr(ptrace, "task_limits", lambda process: [])
+    threads = [VcpuThread(100 + i, -1, None, node, index=i) for i, node in enumerate(nodes)]
+    chosen = ptrace.choose_threads(Process(os.getpid(), 0), threads)
+    assert [thread.index for thread in chosen] == expected
+
+
+def test_too_few_tasks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = TaskLimit("pids.max of /c", 3, "20, 17 in use")
+    monkeypatch.setattr(ptrace, "task_limits", lambda process: [limit])
+    with pytest.raises(
+        RefusedError, match=r"only 3 more threads: pids.max of /c is 20, 17"
+    ) as caught:
+        ptrace.choose_threads(Process(os.getpid(), 0), [VcpuThread(1, -1, None)])
+    assert caught.value.code == "no-tasks"
