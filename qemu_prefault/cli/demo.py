@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from ..errors import Code, UnsupportedError
@@ -26,7 +28,8 @@ def demo(as_json: bool, debug: bool) -> None:
                 raise
             raise UnsupportedError(
                 "the demo needs qemu-prefault-lab, which is not installed",
-                "in a checkout of qemu-prefault, install it: pip install ./lab\n"
+                "in a checkout of qemu-prefault, install it: "
+                f"{sys.executable} -m pip install ./lab\n"
                 "or run the demo there without installing it: make demo",
                 code=Code.NO_LAB,
             ) from None
