@@ -39,7 +39,8 @@ def module() -> Any:
     except ImportError:
         raise UnsupportedError(
             "this command needs libvirt's Python module, which is not installed",
-            "install it: apt-get install python3-libvirt, or pip install 'qemu-prefault[libvirt]'",
+            "install it: apt-get install python3-libvirt (a virtual environment sees it only if it "
+            "was made with --system-site-packages), or pip install 'qemu-prefault[libvirt]'",
             code=Code.NO_LIBVIRT_PYTHON,
         ) from None
     # Without a handler, libvirt prints every error to stderr.
@@ -79,7 +80,7 @@ def raise_error(error: Any, prefix: str = "") -> NoReturn:
     if number in (libvirt.VIR_ERR_NO_CONNECT, libvirt.VIR_ERR_SYSTEM_ERROR):
         remedy = (
             "start the daemon: systemctl start libvirtd (or virtqemud); "
-            "or give its address: --connect URI"
+            "or give its address: export LIBVIRT_DEFAULT_URI=URI"
         )
         raise LibvirtError(text, remedy, code=Code.NO_LIBVIRTD) from error
     raise LibvirtError(text, "see the daemon's log: journalctl -u libvirtd") from error
