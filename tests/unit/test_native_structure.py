@@ -34,6 +34,21 @@ ORDER = (*HEADERS_ONLY, *COMMON, *PLUGIN, *PTRACE, "ptrace/helper", "conformance
 
 #: The functions of libc that the plugin stands in for.
 INTERPOSED = frozenset({"ioctl", "madvise", "fallocate", "fallocate64", "mmap", "mmap64"})
+#: They work under pf_lock, which an allocator may wait for with its own locks held.
+UNDER_LOCK = tuple(
+    f"plugin/{name}"
+    for name in (
+        *("state", "event_log", "quirk", "firmware", "queue", "memslots", "qemu_memory"),
+        *("chunk", "guest_start", "vcpu", "watchdog"),
+    )
+)
+ALLOCATING = frozenset(
+    {
+        *("malloc", "calloc", "realloc", "free", "strdup", "asprintf", "pthread_create"),
+        *("fopen", "fopen64", "fdopen", "getline", "getdelim", "fprintf", "__fprintf_chk"),
+        *("fputs", "fwrite", "fflush", "puts", "printf", "__printf_chk", "opendir"),
+    }
+)
 ENTRIES = frozenset({"qemu_plugin_install", "qemu_plugin_version"})
 FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-fvisibility=hidden")
 
@@ -168,6 +183,12 @@ def test_interposed_functions_are_not_called_by_name(objects: Mapping[str, Objec
     for name in (*COMMON, *PLUGIN):
         if name in objects:
             assert objects[name].undefined & INTERPOSED == frozenset(), name
+
+
+@needs_tools
+@pytest.mark.parametrize("name", UNDER_LOCK)
+def test_nothing_is_allocated_under_the_lock(objects: Mapping[str, Object], name: str) -> None:
+    assert objects[name].undefined & ALLOCATING == frozenset()
 
 
 @needs_tools

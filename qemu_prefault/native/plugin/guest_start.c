@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 #include "guest_start.h"
 
-#include <stdio.h>
-
 #include "common/prefault_loop.h"
 #include "event_log.h"
 #include "headroom.h"
@@ -33,7 +31,7 @@ static void count_huge(struct huge_pages *sizes, const struct work_item *item)
 
 static void populate_no_more(uint64_t wanted, uint64_t left, const char *of, const char *where)
 {
-	fprintf(stderr,
+	pf_print_error(
 		"qemu-prefault: populating needs %llu MiB%s, the %s or the cgroup has %llu MiB: "
 		"only present pages are prefaulted\n",
 		(unsigned long long)wanted >> 20, of, where, (unsigned long long)left >> 20);

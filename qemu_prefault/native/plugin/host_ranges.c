@@ -4,6 +4,8 @@
 
 #include <fcntl.h>
 #include <linux/magic.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,6 +16,7 @@
 #include <unistd.h>
 
 #include "common/pagemap.h"
+#include "os.h"
 
 struct interval {
 	uint64_t start, end;
@@ -33,19 +36,114 @@ static struct intervals marks[2];
 
 static int pagemap_fd = -1;
 
+/* Guards the lists. No allocation, no other lock and no wait happens under it. */
+static pthread_mutex_t lists_lock = PTHREAD_MUTEX_INITIALIZER;
+
 static void intervals_add(struct intervals *list, struct interval item)
 {
-	if (list->count == list->room) {
-		size_t room = list->room ? 2 * list->room : 32;
-		struct interval *items = realloc(list->items, room * sizeof(*items));
-
-		if (!items)
-			return; /* forgotten: what is unknown is populated, or populated twice */
-		list->items = items;
-		list->room = room;
-	}
+	if (!pf_grow((void **)&list->items, &list->room, list->count, sizeof(*list->items)))
+		return; /* forgotten: what is unknown is populated, or populated twice */
 	list->items[list->count++] = item;
 }
+
+// -- what may be guest RAM -----------------------------------------------------------------
+
+/*
+ * Ranges and files that may be guest RAM, for readers without a lock. Entries are added and
+ * widened, never removed: a stale entry costs its readers only time.
+ */
+struct candidate {
+	atomic_uint_least64_t start, end;
+	dev_t device;
+	ino_t inode; /* 0: anonymous */
+};
+
+static struct candidates {
+	struct candidate items[127]; /* with the other two fields: not quite a page */
+	atomic_size_t count;
+	struct candidates *_Atomic next;
+} candidates;
+static atomic_bool candidates_incomplete; /* there was no memory for one */
+
+/* The lock is held. */
+static void add_candidate(const struct interval *item)
+{
+	struct candidates *block = &candidates, *next;
+	size_t count;
+
+	for (;; block = next) {
+		count = atomic_load(&block->count);
+		for (size_t i = 0; i < count; i++) {
+			struct candidate *known = &block->items[i];
+			uint64_t start = atomic_load(&known->start), end = atomic_load(&known->end);
+
+			if (known->inode != item->inode || known->device != item->device ||
+			    item->end < start || end < item->start)
+				continue;
+			if (item->start < start)
+				atomic_store(&known->start, item->start);
+			if (item->end > end)
+				atomic_store(&known->end, item->end);
+			return;
+		}
+		next = atomic_load(&block->next);
+		if (!next)
+			break;
+	}
+	if (count == sizeof(block->items) / sizeof(*block->items)) {
+		next = pf_raw_mmap(NULL, sizeof(*next), PROT_READ | PROT_WRITE,
+				   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		if (next == MAP_FAILED) {
+			atomic_store(&candidates_incomplete, true);
+			return;
+		}
+		atomic_store(&block->next, next);
+		block = next;
+		count = 0;
+	}
+	struct candidate *added = &block->items[count];
+
+	atomic_store(&added->start, item->start);
+	atomic_store(&added->end, item->end);
+	added->device = item->device;
+	added->inode = item->inode;
+	atomic_store(&block->count, count + 1);
+}
+
+bool pf_ranges_may_be_guest(uint64_t start, uint64_t size)
+{
+	for (struct candidates *block = &candidates; block; block = atomic_load(&block->next))
+		for (size_t i = 0, count = atomic_load(&block->count); i < count; i++)
+			if (atomic_load(&block->items[i].start) < start + size &&
+			    start < atomic_load(&block->items[i].end))
+				return true;
+	return atomic_load(&candidates_incomplete);
+}
+
+bool pf_ranges_file_may_be_guest(int fd)
+{
+	struct stat status;
+
+	if (fstat(fd, &status))
+		return false;
+	for (struct candidates *block = &candidates; block; block = atomic_load(&block->next))
+		for (size_t i = 0, count = atomic_load(&block->count); i < count; i++)
+			if (block->items[i].inode == status.st_ino &&
+			    block->items[i].device == status.st_dev)
+				return true;
+	return atomic_load(&candidates_incomplete);
+}
+
+void pf_ranges_are_guest(uint64_t start, uint64_t size)
+{
+	if (pf_ranges_may_be_guest(start, size))
+		return;
+	pthread_mutex_lock(&lists_lock);
+	add_candidate(&(struct interval){ .start = start, .end = start + size });
+	pthread_mutex_unlock(&lists_lock);
+}
+
+// -- facts ---------------------------------------------------------------------------------
 
 static void intervals_cut(struct intervals *list, uint64_t start, uint64_t end)
 {
@@ -118,8 +216,13 @@ void pf_ranges_learn(void)
 				item.facts |= MEMORY_OVERCOMMIT;
 			if (has_flag(line, "ht"))
 				item.facts |= MEMORY_HUGETLB;
+			pthread_mutex_lock(&lists_lock);
 			if (item.facts || item.inode)
 				intervals_add(&mappings, item);
+			/* QEMU marks its RAM MADV_DONTFORK (softmmu/physmem.c, ram_block_add()). */
+			if (item.facts || item.inode || has_flag(line, "dc"))
+				add_candidate(&item);
+			pthread_mutex_unlock(&lists_lock);
 		}
 	}
 	free(line);
@@ -133,9 +236,6 @@ void pf_ranges_mapped(uint64_t start, uint64_t size, int fd, int flags)
 	struct stat status;
 	struct statfs filesystem;
 
-	intervals_cut(&mappings, item.start, item.end);
-	intervals_cut(&marks[MEMORY_POPULATED], item.start, item.end);
-	intervals_cut(&marks[MEMORY_PREFAULTED], item.start, item.end);
 	if (flags & MAP_NORESERVE)
 		item.facts |= MEMORY_OVERCOMMIT;
 	if (fd >= 0 && !fstat(fd, &status) && !fstatfs(fd, &filesystem)) {
@@ -144,15 +244,23 @@ void pf_ranges_mapped(uint64_t start, uint64_t size, int fd, int flags)
 		item.page_size = (uint64_t)filesystem.f_bsize; /* hugetlbfs tells it so */
 		item.facts |= file_facts((unsigned long)filesystem.f_type, flags & MAP_SHARED);
 	}
+	pthread_mutex_lock(&lists_lock);
+	intervals_cut(&mappings, item.start, item.end);
+	intervals_cut(&marks[MEMORY_POPULATED], item.start, item.end);
+	intervals_cut(&marks[MEMORY_PREFAULTED], item.start, item.end);
 	if (item.facts || item.inode)
 		intervals_add(&mappings, item);
+	add_candidate(&item);
+	pthread_mutex_unlock(&lists_lock);
 }
 
 void pf_ranges_discarded(uint64_t start, uint64_t size)
 {
+	pthread_mutex_lock(&lists_lock);
 	intervals_add(&mappings, (struct interval){ .start = start,
 						    .end = start + size,
 						    .facts = MEMORY_HOLES });
+	pthread_mutex_unlock(&lists_lock);
 }
 
 bool pf_ranges_file_discarded(int fd)
@@ -162,6 +270,7 @@ bool pf_ranges_file_discarded(int fd)
 
 	if (fstat(fd, &status))
 		return false;
+	pthread_mutex_lock(&lists_lock);
 	for (size_t i = 0; i < mappings.count; i++) {
 		struct interval *item = &mappings.items[i];
 
@@ -170,6 +279,7 @@ bool pf_ranges_file_discarded(int fd)
 			known = true;
 		}
 	}
+	pthread_mutex_unlock(&lists_lock);
 	return known;
 }
 
@@ -177,21 +287,27 @@ unsigned int pf_ranges_facts(uint64_t start, uint64_t size)
 {
 	unsigned int facts = 0;
 
+	pthread_mutex_lock(&lists_lock);
 	for (size_t i = 0; i < mappings.count; i++)
 		if (mappings.items[i].start < start + size && start < mappings.items[i].end)
 			facts |= mappings.items[i].facts;
+	pthread_mutex_unlock(&lists_lock);
 	return facts;
 }
 
 uint64_t pf_ranges_huge_page_size(uint64_t start, uint64_t size)
 {
-	for (size_t i = 0; i < mappings.count; i++) {
+	uint64_t page_size = 0;
+
+	pthread_mutex_lock(&lists_lock);
+	for (size_t i = 0; i < mappings.count && !page_size; i++) {
 		const struct interval *item = &mappings.items[i];
 
 		if (item->facts & MEMORY_HUGETLB && item->start < start + size && start < item->end)
-			return item->page_size;
+			page_size = item->page_size;
 	}
-	return 0;
+	pthread_mutex_unlock(&lists_lock);
+	return page_size;
 }
 
 void pf_ranges_set_mark(enum memory_mark mark, uint64_t start, uint64_t size)
@@ -199,6 +315,7 @@ void pf_ranges_set_mark(enum memory_mark mark, uint64_t start, uint64_t size)
 	struct intervals *marked = &marks[mark];
 	uint64_t end = start + size;
 
+	pthread_mutex_lock(&lists_lock);
 	for (size_t i = 0; i < marked->count; i++) {
 		struct interval *item = &marked->items[i];
 
@@ -209,6 +326,7 @@ void pf_ranges_set_mark(enum memory_mark mark, uint64_t start, uint64_t size)
 	}
 	intervals_cut(marked, start, end);
 	intervals_add(marked, (struct interval){ .start = start, .end = end });
+	pthread_mutex_unlock(&lists_lock);
 }
 
 bool pf_ranges_unmarked(enum memory_mark mark, uint64_t start, uint64_t size, uint64_t *from,
@@ -217,6 +335,7 @@ bool pf_ranges_unmarked(enum memory_mark mark, uint64_t start, uint64_t size, ui
 	const struct intervals *marked = &marks[mark];
 	uint64_t end = start + size;
 
+	pthread_mutex_lock(&lists_lock);
 	for (bool moved = true; moved;) { /* past everything that covers start */
 		moved = false;
 		for (size_t i = 0; i < marked->count; i++) {
@@ -228,11 +347,12 @@ bool pf_ranges_unmarked(enum memory_mark mark, uint64_t start, uint64_t size, ui
 			}
 		}
 	}
-	if (start >= end)
-		return false;
 	for (size_t i = 0; i < marked->count; i++)
 		if (start < marked->items[i].start && marked->items[i].start < end)
 			end = marked->items[i].start;
+	pthread_mutex_unlock(&lists_lock);
+	if (start >= end)
+		return false;
 	*from = start;
 	*length = end - start;
 	return true;

@@ -5,7 +5,8 @@
  *
  * Learnt from QEMU's own mmap(), madvise() and fallocate(), because nothing else tells
  * at no cost: an anonymous mapping's overcommit, and the holes that virtio-mem and the
- * balloon punch. Not thread safe: pf_lock is held around every call.
+ * balloon punch. Thread safe, by a lock of its own under which nothing is allocated: an
+ * allocator's own mmap() takes it. pf_lock may be held, and is where two calls belong together.
  */
 #ifndef QEMU_PREFAULT_PLUGIN_HOST_RANGES_H
 #define QEMU_PREFAULT_PLUGIN_HOST_RANGES_H
@@ -35,6 +36,15 @@ void pf_ranges_mapped(uint64_t start, uint64_t size, int fd, int flags);
 void pf_ranges_discarded(uint64_t start, uint64_t size);
 /* QEMU punched a hole into a file; false: none of its mappings is known. */
 bool pf_ranges_file_discarded(int fd);
+
+/*
+ * Whether a range or a file may be guest RAM; false: it is none, and of no concern. They take no
+ * lock: allocators call madvise() and fallocate() with locks of their own held.
+ */
+bool pf_ranges_may_be_guest(uint64_t start, uint64_t size);
+bool pf_ranges_file_may_be_guest(int fd);
+/* A memslot was made of it. */
+void pf_ranges_are_guest(uint64_t start, uint64_t size);
 
 /* Facts that hold for any part of [start, start + size). */
 unsigned int pf_ranges_facts(uint64_t start, uint64_t size);

@@ -36,7 +36,13 @@ struct timespec pf_deadline_in(uint64_t ns);
 /* Whether QEMU's command line has that argument. */
 bool pf_has_argument(const char *wanted);
 
-/* Make room in an array for one more item; false: no memory. */
+/*
+ * Make room in an array for one more item; false: no memory. The array is mapped by system call,
+ * not allocated: an allocator that waits for pf_lock in one of our hooks holds its own locks.
+ */
 bool pf_grow(void **array, size_t *room, size_t count, size_t item);
+
+/* Print to stderr without stdio, which allocates and has locks of its own. */
+void pf_print_error(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 #endif

@@ -33,6 +33,9 @@ static void set_up(int fd)
 	pthread_cond_init(&pf_changed, &monotonic);
 	pf_vm_fd = fd;
 	pf_capable = pf_raw_ioctl(fd, KVM_CHECK_EXTENSION, (void *)CAP_PRE_FAULT_MEMORY) == 1;
+	pthread_mutex_unlock(&pf_lock);
+
+	/* What follows allocates. There is no vCPU, slot or thread yet that could need it. */
 	if (!pf_capable)
 		fprintf(stderr, "qemu-prefault: this KVM has no KVM_PRE_FAULT_MEMORY (Linux 6.11, "
 				"and EPT or NPT enabled): nothing will be prefaulted\n");
@@ -44,7 +47,6 @@ static void set_up(int fd)
 		fprintf(stderr, "qemu-prefault: no thread could be started\n");
 	if (!pf_options.socket_off)
 		pf_control_socket_start();
-	pthread_mutex_unlock(&pf_lock);
 }
 
 void pf_vm_created(int fd)
