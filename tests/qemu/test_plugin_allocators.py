@@ -3,20 +3,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from qemu_prefault.agents.plugin import plugin_path
-from support.qemu import QEMU, kvm_usable
-from support.qmp import QmpClient
+from support.qemu import QEMU, connect_monitor, kvm_usable
 
 HERE = Path(__file__).parent
 needs_kvm = pytest.mark.skipif(not kvm_usable(), reason="/dev/kvm cannot be opened")
@@ -78,16 +75,6 @@ def command(request: pytest.FixtureRequest) -> list[str]:
     return [str(QEMU), "-plugin", f"{plugin_path()},socket=off"]
 
 
-def connect(path: Path, qemu: subprocess.Popen[bytes]) -> QmpClient:
-    """Wait until QEMU's monitor accepts a connection."""
-    for _ in range(400):
-        with contextlib.suppress(OSError):
-            return QmpClient(str(path))
-        assert qemu.poll() is None, "QEMU exited"
-        time.sleep(0.05)
-    raise AssertionError("QEMU's monitor does not exist after 20 seconds")
-
-
 @needs_kvm
 def test_qemu_starts_and_quits(allocator: Allocator, command: list[str], tmp_path: Path) -> None:
     qmp = tmp_path / "qmp"
@@ -97,7 +84,7 @@ def test_qemu_starts_and_quits(allocator: Allocator, command: list[str], tmp_pat
         [*command, *arguments], env=allocator.environment(), stderr=subprocess.PIPE
     ) as qemu:
         try:
-            monitor = connect(qmp, qemu)
+            monitor = connect_monitor(qmp, qemu)
             assert monitor.execute("query-status")["running"]
             monitor.execute("quit")
             assert qemu.wait(20) == 0

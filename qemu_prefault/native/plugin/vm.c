@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "vm.h"
 
+#include <dirent.h>
 #include <linux/kvm.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -63,15 +64,19 @@ void pf_vm_created(int fd)
 
 void pf_vm_adopt(void)
 {
-	char name[64], target[64];
+	DIR *directory = opendir("/proc/self/fd");
+	const struct dirent *entry;
+	char target[64];
 
-	for (int fd = 3; fd < 256 && !atomic_load(&seen); fd++) {
-		snprintf(name, sizeof(name), "/proc/self/fd/%d", fd);
-		ssize_t length = readlink(name, target, sizeof(target) - 1);
+	while (directory && pf_vm_fd < 0 && (entry = readdir(directory))) {
+		ssize_t length =
+			readlinkat(dirfd(directory), entry->d_name, target, sizeof(target) - 1);
 
 		if (length > 0 && !strncmp(target, "anon_inode:kvm-vm", 17) && length == 17)
-			pf_vm_created(fd);
+			pf_vm_created(atoi(entry->d_name));
 	}
+	if (directory)
+		closedir(directory);
 }
 
 bool pf_vm_seen(void)
