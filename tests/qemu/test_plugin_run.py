@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,11 @@ from qemu_prefault.agents.plugin import plugin_path
 from support.qemu import QEMU, connect_monitor, kvm_usable
 
 needs_kvm = pytest.mark.skipif(not kvm_usable(), reason="/dev/kvm cannot be opened")
+RUN = (sys.executable, "-m", "qemu_prefault", "run")
 #: QEMU looks for firmware beside its program first.
 FIRMWARE = ("-L", "/usr/share/qemu", "-L", "/usr/share/seabios")
 BASE = (*FIRMWARE, "-nodefaults", "-no-user-config", "-display", "none", "-m", "64M")
+NO_KVM = "does not use KVM"
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -38,6 +43,14 @@ def start() -> Iterator[Start]:
         process.communicate()
 
 
+def named(directory: Path, name: str) -> Path:
+    """Return a link to QEMU by another name."""
+    assert QEMU
+    link = directory / name
+    link.symlink_to(QEMU)
+    return link
+
+
 def ask_status(path: Path) -> dict[str, Any]:
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(20)
@@ -50,6 +63,54 @@ def ask_status(path: Path) -> dict[str, Any]:
 
 def qmp_option(path: Path) -> Sequence[str]:
     return ("-qmp", f"unix:{path},server=on,wait=off")
+
+
+@needs_kvm
+@pytest.mark.parametrize(
+    "name", ["qemu-system-x86_64", "qemu-kvm", "qemu-lite-system-x86_64", "kvm", "machine"]
+)
+def test_options_hold_for_any_name(start: Start, tmp_path: Path, name: str) -> None:
+    control, qmp = tmp_path / "control", tmp_path / "qmp"
+    options = ("-o", f"socket={control}", "-o", "populate=resident")
+    program = named(tmp_path, name)
+    qemu = start(*RUN, *options, "--", program, *BASE, "-accel", "kvm", *qmp_option(qmp))
+    connect_monitor(qmp, qemu).close()
+    status = ask_status(control)
+    assert (status["pid"], status["populate"]) == (qemu.pid, "resident")
+
+
+@needs_kvm
+def test_options_hold_behind_a_shell(start: Start, tmp_path: Path) -> None:
+    """The shell's other children have the options as well, and do not use them."""
+    control, qmp = tmp_path / "control", tmp_path / "qmp"
+    script = 'cat /dev/null; "$@"; true'
+    shell = start(
+        *(*RUN, "-o", f"socket={control}", "--", "sh", "-c", script, "sh", QEMU or ""),
+        *(*BASE, "-accel", "kvm", *qmp_option(qmp)),
+    )
+    monitor = connect_monitor(qmp, shell)
+    assert ask_status(control)["pid"] != shell.pid
+    monitor.execute("quit")
+    _, errors = shell.communicate(timeout=20)
+    assert NO_KVM not in errors.decode()
+
+
+@needs_kvm
+@pytest.mark.parametrize("beside", ["", "/nonexistent.so"])
+def test_children_of_qemu_inherit_no_options(start: Start, tmp_path: Path, beside: str) -> None:
+    qmp, seen = tmp_path / "qmp", tmp_path / "environment"
+    environment = {**os.environ, "LD_PRELOAD": beside} if beside else None
+    qemu = start(
+        *(*RUN, "-o", "socket=off", "--", QEMU or "", *BASE, "-accel", "kvm", *qmp_option(qmp)),
+        env=environment,
+    )
+    monitor = connect_monitor(qmp, qemu)
+    monitor.execute("migrate", uri=f"exec:env >{seen}.new; mv {seen}.new {seen}; cat >/dev/null")
+    monitor.wait_event("STOP")
+    text = seen.read_text()
+    assert "PATH=" in text
+    assert "QEMU_PREFAULT_OPTIONS" not in text
+    assert ("LD_PRELOAD" in text) == bool(beside)
 
 
 @needs_kvm
@@ -69,3 +130,85 @@ def test_vm_is_found_behind_inherited_descriptors(start: Start, tmp_path: Path, 
             os.close(fd)
     connect_monitor(qmp, qemu).close()
     assert ask_status(control)["kvm"]
+
+
+# --- "this QEMU does not use KVM" ---
+
+
+def finish(*command: str | Path, status: int = 0) -> str:
+    """Run a command, tell QEMU's monitor to quit, and return the standard error."""
+    done = subprocess.run(command, input=b"quit\n", capture_output=True, timeout=60, check=False)
+    assert done.returncode == status, done.stderr
+    return done.stderr.decode()
+
+
+def quitting(*arguments: str) -> Sequence[str]:
+    """Arguments for a QEMU that reads its monitor's commands from standard input."""
+    return (*BASE, "-monitor", "stdio", *arguments)
+
+
+@pytest.mark.parametrize("how", ["run", "plugin"])
+@pytest.mark.parametrize("name", ["qemu-system-x86_64", "qemu-kvm"])
+def test_tcg_is_reported_once(how: str, name: str, tmp_path: Path) -> None:
+    program = named(tmp_path, name)
+    arguments = quitting("-accel", "tcg")
+    if how == "run":
+        errors = finish(*RUN, "--", program, *arguments)
+    else:
+        errors = finish(program, "-plugin", f"{plugin_path()}", *arguments)
+    assert errors.count(NO_KVM) == 1
+
+
+def test_tcg_behind_a_shell_is_reported_once() -> None:
+    arguments = quitting("-accel", "tcg")
+    command = ("sh", "-c", 'ls /; "$@"; true', "sh", QEMU or "", *arguments)
+    assert finish(*RUN, "--", *command).count(NO_KVM) == 1
+
+
+def test_other_programs_report_nothing() -> None:
+    assert finish(*RUN, "-o", "log=on", "--", "sh", "-c", "ls /; true") == ""
+
+
+@needs_kvm
+@pytest.mark.parametrize("how", ["run", "plugin"])
+def test_kvm_is_not_denied(how: str) -> None:
+    arguments = quitting("-accel", "kvm")
+    if how == "run":
+        errors = finish(*RUN, "-o", "socket=off", "--", QEMU or "", *arguments)
+    else:
+        errors = finish(QEMU or "", "-plugin", f"{plugin_path()},socket=off", *arguments)
+    assert NO_KVM not in errors
+
+
+@pytest.mark.parametrize(
+    ("status", "arguments"),
+    [
+        (0, ("--version",)),
+        (1, ("-accel", "kvm", "-device", "no-such-device")),
+        (1, ("-accel", "no-such-accelerator")),
+    ],
+)
+def test_qemu_that_never_started_is_not_judged(status: int, arguments: Sequence[str]) -> None:
+    command = (*RUN, "-o", "socket=off", "--", QEMU or "", *quitting(*arguments))
+    assert NO_KVM not in finish(*command, status=status)
+
+
+@pytest.mark.parametrize("accel", ["tcg", pytest.param("kvm", marks=needs_kvm)])
+@pytest.mark.parametrize("how", ["run", "plugin"])
+def test_processes_that_daemonize_deny_nothing(how: str, accel: str, tmp_path: Path) -> None:
+    """QEMU forks twice, and its first two processes end without a VM."""
+    pid_file, qmp, control = (tmp_path / name for name in ("pid", "qmp", "control"))
+    arguments = (*BASE, "-S", "-accel", accel, "-daemonize", "-pidfile", str(pid_file))
+    try:
+        if how == "run":
+            options = ("-o", f"socket={control}")
+            errors = finish(*RUN, *options, "--", QEMU or "", *arguments, *qmp_option(qmp))
+        else:
+            plugin = ("-plugin", f"{plugin_path()},socket={control}")
+            errors = finish(QEMU or "", *plugin, *arguments, *qmp_option(qmp))
+        assert errors.count(NO_KVM) == (1 if (accel, how) == ("tcg", "plugin") else 0)
+        if accel == "kvm":
+            assert ask_status(control)["pid"] == int(pid_file.read_text())
+    finally:
+        with suppress(OSError, ValueError):
+            os.kill(int(pid_file.read_text()), signal.SIGKILL)

@@ -134,6 +134,11 @@ bool pf_ranges_file_may_be_guest(int fd)
 	return atomic_load(&candidates_incomplete);
 }
 
+bool pf_ranges_exist(void)
+{
+	return atomic_load(&candidates.count) > 0;
+}
+
 void pf_ranges_are_guest(uint64_t start, uint64_t size)
 {
 	if (pf_ranges_may_be_guest(start, size))

@@ -43,6 +43,8 @@ bool pf_ranges_file_discarded(int fd);
  */
 bool pf_ranges_may_be_guest(uint64_t start, uint64_t size);
 bool pf_ranges_file_may_be_guest(int fd);
+/* There is some memory that may be. */
+bool pf_ranges_exist(void);
 /* A memslot was made of it. */
 void pf_ranges_are_guest(uint64_t start, uint64_t size);
 

@@ -9,7 +9,7 @@
 enum populate { POPULATE_AUTO, POPULATE_ALL, POPULATE_RESIDENT };
 
 /*
- * Changed by: options.c, main.c, while QEMU is single threaded. Later guest_start.c and
+ * Changed by: options.c, main.c, while QEMU has neither vCPUs nor memslots. Later guest_start.c and
  * commands.c change populate and keep, under pf_lock.
  */
 struct plugin_options {
@@ -28,7 +28,10 @@ extern const char *const pf_populate_names[3];
 
 /* "key=value"; says on stderr what is wrong with it. */
 bool pf_options_parse(const char *text);
-/* The same for a list of them, separated by commas. */
-void pf_options_parse_environment(const char *text);
+/*
+ * The same for QEMU_PREFAULT_OPTIONS, a list of them separated by commas. Removes the variable:
+ * what QEMU starts is not QEMU.
+ */
+void pf_options_take_environment(void);
 
 #endif

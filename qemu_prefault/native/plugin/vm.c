@@ -4,9 +4,11 @@
 
 #include <dirent.h>
 #include <linux/kvm.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include "control_socket.h"
@@ -18,7 +20,12 @@
 
 #define CAP_PRE_FAULT_MEMORY 236 /* a distribution's headers may be older */
 
-static atomic_bool seen;
+/* What this process and those that it forks know together, until they execute a program. */
+static struct family {
+	atomic_bool vm_seen;
+	atomic_int forks, children; /* begun; of which a child has run */
+	atomic_int youngest;	    /* 0: nobody forked */
+} alone, *family = &alone;
 
 static void set_up(int fd)
 {
@@ -54,7 +61,9 @@ void pf_vm_created(int fd)
 {
 	char *preload = getenv("LD_PRELOAD");
 
-	atomic_store(&seen, true);
+	atomic_store(&family->vm_seen, true);
+	if (pf_options.by_preload)
+		pf_options_take_environment();
 	/* This is the program it was meant for: what it starts need not load it. */
 	if (pf_options.by_preload && preload && strstr(preload, "qemu-prefault-plugin") &&
 	    !strpbrk(preload, ": "))
@@ -79,7 +88,48 @@ void pf_vm_adopt(void)
 		closedir(directory);
 }
 
-bool pf_vm_seen(void)
+// -- whether there was none ----------------------------------------------------------------
+
+static void before_fork(void)
 {
-	return atomic_load(&seen);
+	atomic_fetch_add(&family->forks, 1);
+}
+
+static void in_child(void)
+{
+	atomic_store(&family->youngest, getpid());
+	atomic_fetch_add(&family->children, 1);
+}
+
+void pf_vm_watch_forks(void)
+{
+	void *shared = pf_raw_mmap(NULL, sizeof(*family), PROT_READ | PROT_WRITE,
+				   MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+
+	if (shared != MAP_FAILED && !pthread_atfork(before_fork, NULL, in_child))
+		family = shared;
+}
+
+static bool runs_this_program(pid_t pid)
+{
+	char link[32], ours[4096], theirs[4096];
+	ssize_t length = readlink("/proc/self/exe", ours, sizeof(ours));
+
+	if (length < 0) /* no /proc here */
+		return !kill(pid, 0);
+	snprintf(link, sizeof(link), "/proc/%d/exe", pid);
+	return readlink(link, theirs, sizeof(theirs)) == length &&
+	       !memcmp(ours, theirs, (size_t)length);
+}
+
+bool pf_vm_never(void)
+{
+	pid_t youngest = atomic_load(&family->youngest);
+
+	if (atomic_load(&family->vm_seen))
+		return false;
+	/* As -daemonize does: it forks, and the child becomes QEMU. */
+	if (atomic_load(&family->forks) != atomic_load(&family->children))
+		return false;
+	return !youngest || youngest == getpid() || !runs_this_program(youngest);
 }

@@ -8,6 +8,10 @@
 void pf_vm_created(int vm_fd);
 /* The plugin came when QEMU had its VM already. */
 void pf_vm_adopt(void);
-bool pf_vm_seen(void);
+
+/* For pf_vm_never(), as early as possible. */
+void pf_vm_watch_forks(void);
+/* There was no VM, in this process or those that it forked, and none of them runs on. */
+bool pf_vm_never(void);
 
 #endif
