@@ -7,7 +7,7 @@ import click
 
 import qemu_prefault
 
-from .console import reporting
+from .console import PROGRAM, reporting, say
 from .options import debug_option
 
 
@@ -30,4 +30,6 @@ def run(options: tuple[str, ...], command: tuple[str, ...], debug: bool) -> None
     and QEMU takes this process's place, so signals and exit status are its own.
     """
     with reporting(False, debug):
-        qemu_prefault.replace_by(command, options)
+        qemu_prefault.replace_by(
+            command, options, warn=lambda text: say(f"{PROGRAM}: warning: {text}")
+        )
