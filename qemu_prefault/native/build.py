@@ -20,7 +20,10 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
-SOURCES = ("common/headroom.c", "common/pagemap.c", "conformance/vmm.c", "ptrace/inject.c")
+SOURCES = (
+    *("common/headroom.c", "common/memory_source.c", "common/pagemap.c", "conformance/vmm.c"),
+    "ptrace/inject.c",
+)
 
 # The helper has no libc, must not touch FPU state, and must not be given calls to
 # memset() by an optimizer that recognises loops.
@@ -62,6 +65,7 @@ def write_helper_header() -> None:
 # prototypes, and macros that are integers.
 SHARED_HEADERS = (
     "common/headroom.h",
+    "common/memory_source.h",
     "common/pagemap.h",
     "common/prefault_range.h",
     "conformance/vmm.h",

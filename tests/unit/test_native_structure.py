@@ -18,12 +18,22 @@ NATIVE = Path(qemu_prefault.__file__).parent / "native"
 
 # Lowest first: each file includes and calls only what comes before it. plugin/state.h says what
 # each of the plugin's files is about.
-COMMON = ("common/headroom", "common/pagemap")
+COMMON = ("common/headroom", "common/memory_source", "common/pagemap")
 PLUGIN = tuple(
     f"plugin/{name}"
     for name in (
-        *("os", "options", "errors", "state", "event_log", "host_ranges", "headroom", "quirk"),
-        *("firmware", "queue", "memslots", "qemu_memory", "chunk", "guest_start", "vcpu"),
+        *("os", "options", "errors", "state", "event_log", "guest_ranges", "host_ranges"),
+        *(
+            "headroom",
+            "quirk",
+            "firmware",
+            "queue",
+            "memslots",
+            "qemu_memory",
+            "chunk",
+            "guest_start",
+            "vcpu",
+        ),
         *("batch", "watchdog", "status", "commands", "control_socket", "vm", "got"),
         *("interpose", "main"),
     )

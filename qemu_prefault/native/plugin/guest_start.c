@@ -10,31 +10,35 @@
 #include "quirk.h"
 #include "state.h"
 
-enum { HUGE_SIZES = 4 }; /* different ones that a guest may have */
-
-struct huge_pages {
-	uint64_t page_size, wanted;
+/* What all that is to be populated takes from one source. */
+struct claim {
+	struct memory_source source;
+	uint64_t wanted, ours; /* bytes; of these, reserved for us */
 };
 
-static void count_huge(struct huge_pages *sizes, const struct work_item *item)
-{
-	uint64_t page_size = pf_ranges_huge_page_size(item->hva, item->size);
+static struct claim *claims;
+static size_t claim_count, claim_room;
 
-	for (int i = 0; page_size && i < HUGE_SIZES; i++) {
-		if (sizes[i].page_size && sizes[i].page_size != page_size)
-			continue;
-		sizes[i].page_size = page_size;
-		sizes[i].wanted += item->size - pf_ranges_present(item->hva, item->size);
-		return;
+static void add_claim(const struct memory_source *source, uint64_t absent)
+{
+	size_t at = 0;
+
+	while (at < claim_count && !pf_headroom_same(&claims[at].source, source))
+		at++;
+	if (at == claim_count) {
+		if (!pf_grow((void **)&claims, &claim_room, claim_count, sizeof(*claims)))
+			return; /* each chunk is checked again */
+		claims[claim_count++] = (struct claim){ .source = *source };
 	}
+	claims[at].wanted += absent;
+	claims[at].ours += source->reserved ? absent : 0;
 }
 
 static void populate_no_more(uint64_t wanted, uint64_t left, const char *of, const char *where)
 {
-	pf_print_error(
-		"qemu-prefault: populating needs %llu MiB%s, the %s or the cgroup has %llu MiB: "
-		"only present pages are prefaulted\n",
-		(unsigned long long)wanted >> 20, of, where, (unsigned long long)left >> 20);
+	pf_print_error("qemu-prefault: populating needs %llu MiB%s, the %s has %llu MiB: "
+		       "only present pages are prefaulted\n",
+		       (unsigned long long)wanted >> 20, of, where, (unsigned long long)left >> 20);
 	pf_log_event("held", "no memory to populate", ",\"bytes\":%llu",
 		     (unsigned long long)wanted);
 	pf_options.populate = POPULATE_RESIDENT;
@@ -43,30 +47,58 @@ static void populate_no_more(uint64_t wanted, uint64_t left, const char *of, con
 			pf_queue_memslot(&pf_memslots[i]);
 }
 
+/* Files of one file system share it; what they have been given already they need no more. */
+static void merge_files(void)
+{
+	for (size_t i = 0; i < claim_count; i++) {
+		uint64_t unallocated = pf_headroom_unallocated(&claims[i].source);
+
+		if (claims[i].wanted > unallocated)
+			claims[i].wanted = unallocated;
+	}
+	for (size_t i = 0; i < claim_count; i++)
+		for (size_t j = 0; j < i; j++)
+			if (claims[i].source.kind == SOURCE_FILE_SYSTEM &&
+			    claims[j].source.kind == SOURCE_FILE_SYSTEM &&
+			    claims[i].source.device == claims[j].source.device) {
+				claims[i].wanted += claims[j].wanted;
+				claims[j].wanted = 0;
+			}
+}
+
 /* Populating is spending: if the host cannot give that much, prefault what is there. */
 static void check_headroom(void)
 {
-	uint64_t wanted = 0, left = pf_headroom();
-	struct huge_pages huge[HUGE_SIZES] = { 0 };
+	static const char *const names[SOURCE_KINDS] = {
+		[SOURCE_HOST] = "host or the cgroup",
+		[SOURCE_NODES] = "NUMA nodes that it is bound to",
+		[SOURCE_POOL] = "pool or the cgroup",
+		[SOURCE_FILE_SYSTEM] = "file system",
+	};
 
+	claim_count = 0;
 	for (size_t i = 0; i < pf_queue_length; i++) {
 		const struct work_item *item = &pf_queue[i];
+		struct memory_source sources[SOURCE_KINDS];
+		uint64_t absent;
 
 		if (!item->populate)
 			continue;
-		if (pf_ranges_facts(item->hva, item->size) & MEMORY_HUGETLB)
-			count_huge(huge, item);
-		else
-			wanted += item->size - pf_ranges_present(item->hva, item->size);
+		absent = item->size - pf_ranges_present(item->hva, item->size);
+		for (size_t n = pf_headroom_sources(item->hva, item->size, sources); n; n--)
+			add_claim(&sources[n - 1], absent);
 	}
-	if (wanted > left) {
-		populate_no_more(wanted, left, "", "host");
-		return;
-	}
-	for (int i = 0; i < HUGE_SIZES && huge[i].page_size; i++) {
-		left = pf_headroom_huge(huge[i].page_size);
-		if (huge[i].wanted > left) {
-			populate_no_more(huge[i].wanted, left, " of huge pages", "pool");
+	merge_files();
+	for (size_t i = 0; i < claim_count; i++) {
+		const struct claim *claim = &claims[i];
+		/* MemAvailable and the cgroups have a margin of their own. */
+		uint64_t reserve = claim->source.kind == SOURCE_HOST ? 0 : RESERVE;
+		uint64_t left = pf_headroom_left(&claim->source, claim->ours, reserve);
+
+		if (claim->wanted > left) {
+			populate_no_more(claim->wanted, left,
+					 claim->source.page_size ? " of huge pages" : "",
+					 names[claim->source.kind]);
 			return;
 		}
 	}

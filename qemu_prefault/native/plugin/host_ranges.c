@@ -2,10 +2,10 @@
 #define _GNU_SOURCE
 #include "host_ranges.h"
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <linux/magic.h>
 #include <pthread.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "common/pagemap.h"
+#include "guest_ranges.h"
 #include "os.h"
 
 struct interval {
@@ -24,6 +25,7 @@ struct interval {
 	uint64_t page_size; /* of huge pages */
 	dev_t device;	    /* of the mapped file */
 	ino_t inode;	    /* 0: anonymous */
+	int fd;		    /* by which QEMU mapped it, and which it keeps open; -1: not known */
 };
 
 struct intervals {
@@ -45,110 +47,6 @@ static void intervals_add(struct intervals *list, struct interval item)
 		return; /* forgotten: what is unknown is populated, or populated twice */
 	list->items[list->count++] = item;
 }
-
-// -- what may be guest RAM -----------------------------------------------------------------
-
-/*
- * Ranges and files that may be guest RAM, for readers without a lock. Entries are added and
- * widened, never removed: a stale entry costs its readers only time.
- */
-struct candidate {
-	atomic_uint_least64_t start, end;
-	dev_t device;
-	ino_t inode; /* 0: anonymous */
-};
-
-static struct candidates {
-	struct candidate items[127]; /* with the other two fields: not quite a page */
-	atomic_size_t count;
-	struct candidates *_Atomic next;
-} candidates;
-static atomic_bool candidates_incomplete; /* there was no memory for one */
-
-/* The lock is held. */
-static void add_candidate(const struct interval *item)
-{
-	struct candidates *block = &candidates, *next;
-	size_t count;
-
-	for (;; block = next) {
-		count = atomic_load(&block->count);
-		for (size_t i = 0; i < count; i++) {
-			struct candidate *known = &block->items[i];
-			uint64_t start = atomic_load(&known->start), end = atomic_load(&known->end);
-
-			if (known->inode != item->inode || known->device != item->device ||
-			    item->end < start || end < item->start)
-				continue;
-			if (item->start < start)
-				atomic_store(&known->start, item->start);
-			if (item->end > end)
-				atomic_store(&known->end, item->end);
-			return;
-		}
-		next = atomic_load(&block->next);
-		if (!next)
-			break;
-	}
-	if (count == sizeof(block->items) / sizeof(*block->items)) {
-		next = pf_raw_mmap(NULL, sizeof(*next), PROT_READ | PROT_WRITE,
-				   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-		if (next == MAP_FAILED) {
-			atomic_store(&candidates_incomplete, true);
-			return;
-		}
-		atomic_store(&block->next, next);
-		block = next;
-		count = 0;
-	}
-	struct candidate *added = &block->items[count];
-
-	atomic_store(&added->start, item->start);
-	atomic_store(&added->end, item->end);
-	added->device = item->device;
-	added->inode = item->inode;
-	atomic_store(&block->count, count + 1);
-}
-
-bool pf_ranges_may_be_guest(uint64_t start, uint64_t size)
-{
-	for (struct candidates *block = &candidates; block; block = atomic_load(&block->next))
-		for (size_t i = 0, count = atomic_load(&block->count); i < count; i++)
-			if (atomic_load(&block->items[i].start) < start + size &&
-			    start < atomic_load(&block->items[i].end))
-				return true;
-	return atomic_load(&candidates_incomplete);
-}
-
-bool pf_ranges_file_may_be_guest(int fd)
-{
-	struct stat status;
-
-	if (fstat(fd, &status))
-		return false;
-	for (struct candidates *block = &candidates; block; block = atomic_load(&block->next))
-		for (size_t i = 0, count = atomic_load(&block->count); i < count; i++)
-			if (block->items[i].inode == status.st_ino &&
-			    block->items[i].device == status.st_dev)
-				return true;
-	return atomic_load(&candidates_incomplete);
-}
-
-bool pf_ranges_exist(void)
-{
-	return atomic_load(&candidates.count) > 0;
-}
-
-void pf_ranges_are_guest(uint64_t start, uint64_t size)
-{
-	if (pf_ranges_may_be_guest(start, size))
-		return;
-	pthread_mutex_lock(&lists_lock);
-	add_candidate(&(struct interval){ .start = start, .end = start + size });
-	pthread_mutex_unlock(&lists_lock);
-}
-
-// -- facts ---------------------------------------------------------------------------------
 
 static void intervals_cut(struct intervals *list, uint64_t start, uint64_t end)
 {
@@ -188,6 +86,27 @@ static bool has_flag(const char *line, const char *flag)
 	return found && found[-1] == ' ' && (found[2] == ' ' || found[2] == '\n');
 }
 
+/* By which descriptors the files were mapped. */
+static void learn_descriptors(void)
+{
+	DIR *directory = opendir("/proc/self/fd");
+	const struct dirent *entry;
+	struct stat status;
+
+	while (directory && (entry = readdir(directory))) {
+		if (fstatat(dirfd(directory), entry->d_name, &status, 0))
+			continue;
+		pthread_mutex_lock(&lists_lock);
+		for (size_t i = 0; i < mappings.count; i++)
+			if (mappings.items[i].inode && mappings.items[i].inode == status.st_ino &&
+			    mappings.items[i].device == status.st_dev)
+				mappings.items[i].fd = atoi(entry->d_name);
+		pthread_mutex_unlock(&lists_lock);
+	}
+	if (directory)
+		closedir(directory);
+}
+
 void pf_ranges_learn(void)
 {
 	struct interval item = { 0 };
@@ -206,7 +125,8 @@ void pf_ranges_learn(void)
 			item = (struct interval){ .start = start,
 						  .end = end,
 						  .inode = inode,
-						  .device = makedev(major, minor) };
+						  .device = makedev(major, minor),
+						  .fd = -1 };
 			line[strcspn(line, "\n")] = '\0';
 			/* A memfd has no path that could be asked; its flags tell of hugetlb. */
 			if (inode && strncmp(line + path, "/memfd:", 7))
@@ -226,18 +146,19 @@ void pf_ranges_learn(void)
 				intervals_add(&mappings, item);
 			/* QEMU marks its RAM MADV_DONTFORK (softmmu/physmem.c, ram_block_add()). */
 			if (item.facts || item.inode || has_flag(line, "dc"))
-				add_candidate(&item);
+				pf_guest_ranges_add(item.start, item.end, item.device, item.inode);
 			pthread_mutex_unlock(&lists_lock);
 		}
 	}
 	free(line);
 	if (file)
 		fclose(file);
+	learn_descriptors();
 }
 
 void pf_ranges_mapped(uint64_t start, uint64_t size, int fd, int flags)
 {
-	struct interval item = { .start = start, .end = start + size };
+	struct interval item = { .start = start, .end = start + size, .fd = fd };
 	struct stat status;
 	struct statfs filesystem;
 
@@ -255,7 +176,7 @@ void pf_ranges_mapped(uint64_t start, uint64_t size, int fd, int flags)
 	intervals_cut(&marks[MEMORY_PREFAULTED], item.start, item.end);
 	if (item.facts || item.inode)
 		intervals_add(&mappings, item);
-	add_candidate(&item);
+	pf_guest_ranges_add(item.start, item.end, item.device, item.inode);
 	pthread_mutex_unlock(&lists_lock);
 }
 
@@ -313,6 +234,37 @@ uint64_t pf_ranges_huge_page_size(uint64_t start, uint64_t size)
 	}
 	pthread_mutex_unlock(&lists_lock);
 	return page_size;
+}
+
+int pf_ranges_file(uint64_t start, uint64_t size, uint64_t *device, uint64_t *inode,
+		   uint64_t *inodes)
+{
+	struct interval found = { .fd = -1 };
+	struct stat status;
+
+	*inodes = 0;
+	pthread_mutex_lock(&lists_lock);
+	for (size_t i = 0; i < mappings.count && found.fd < 0; i++)
+		if (mappings.items[i].inode && mappings.items[i].start < start + size &&
+		    start < mappings.items[i].end)
+			found = mappings.items[i];
+	for (size_t i = 0; i < mappings.count; i++) {
+		const struct interval *item = &mappings.items[i];
+		bool again = !item->inode || item->device != found.device;
+
+		for (size_t j = 0; j < i && !again; j++)
+			again = mappings.items[j].inode == item->inode &&
+				mappings.items[j].device == item->device;
+		*inodes += !again;
+	}
+	pthread_mutex_unlock(&lists_lock);
+	/* The descriptor may be another file's by now. */
+	if (found.fd < 0 || fstat(found.fd, &status) || status.st_ino != found.inode ||
+	    status.st_dev != found.device)
+		return -1;
+	*device = found.device;
+	*inode = found.inode;
+	return found.fd;
 }
 
 void pf_ranges_set_mark(enum memory_mark mark, uint64_t start, uint64_t size)

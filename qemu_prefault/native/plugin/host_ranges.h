@@ -37,21 +37,17 @@ void pf_ranges_discarded(uint64_t start, uint64_t size);
 /* QEMU punched a hole into a file; false: none of its mappings is known. */
 bool pf_ranges_file_discarded(int fd);
 
-/*
- * Whether a range or a file may be guest RAM; false: it is none, and of no concern. They take no
- * lock: allocators call madvise() and fallocate() with locks of their own held.
- */
-bool pf_ranges_may_be_guest(uint64_t start, uint64_t size);
-bool pf_ranges_file_may_be_guest(int fd);
-/* There is some memory that may be. */
-bool pf_ranges_exist(void);
-/* A memslot was made of it. */
-void pf_ranges_are_guest(uint64_t start, uint64_t size);
-
 /* Facts that hold for any part of [start, start + size). */
 unsigned int pf_ranges_facts(uint64_t start, uint64_t size);
 /* Of the MEMORY_HUGETLB in [start, start + size); 0: there is none. */
 uint64_t pf_ranges_huge_page_size(uint64_t start, uint64_t size);
+
+/*
+ * QEMU's descriptor of the file that is mapped there; -1: none, or not known. *inodes: how many
+ * files of that device QEMU has mapped.
+ */
+int pf_ranges_file(uint64_t start, uint64_t size, uint64_t *device, uint64_t *inode,
+		   uint64_t *inodes);
 
 /* What was done to a range of it at least once. */
 enum memory_mark { MEMORY_POPULATED, MEMORY_PREFAULTED };

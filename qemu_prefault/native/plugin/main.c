@@ -14,7 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "host_ranges.h"
+#include "guest_ranges.h"
 #include "interpose.h"
 #include "options.h"
 #include "qemu_memory.h"
@@ -72,7 +72,7 @@ __attribute__((constructor)) static void loaded(void)
 /* Not for one that failed, or only printed its version: it may have been about to use KVM. */
 __attribute__((destructor)) static void unloaded(void)
 {
-	if (is_qemu && !exit_status && pf_ranges_exist())
+	if (is_qemu && !exit_status && pf_guest_ranges_exist())
 		say_if_no_vm();
 }
 

@@ -2,6 +2,7 @@
 #include "qemu_memory.h"
 
 #include "event_log.h"
+#include "guest_ranges.h"
 #include "host_ranges.h"
 #include "options.h"
 #include "queue.h"
@@ -33,7 +34,7 @@ void pf_qemu_memory_mapped(uint64_t start, uint64_t size, int fd, int flags)
 
 void pf_qemu_memory_discarded(uint64_t start, uint64_t size)
 {
-	if (!pf_ranges_may_be_guest(start, size))
+	if (!pf_guest_ranges_touch(start, size))
 		return;
 	pthread_mutex_lock(&pf_lock);
 	if (!(pf_ranges_facts(start, size) & MEMORY_HOLES)) {
@@ -51,7 +52,7 @@ void pf_qemu_memory_discarded(uint64_t start, uint64_t size)
 
 void pf_qemu_memory_file_discarded(int fd)
 {
-	if (!pf_ranges_file_may_be_guest(fd))
+	if (!pf_guest_ranges_have_file(fd))
 		return;
 	pthread_mutex_lock(&pf_lock);
 	if (pf_ranges_file_discarded(fd) && pf_options.populate == POPULATE_AUTO)
@@ -65,7 +66,7 @@ void pf_qemu_memory_file_discarded(int fd)
 /* virtio-mem with prealloc=on has plugged a block, or a backend was preallocated. */
 void pf_qemu_memory_populated(uint64_t start, uint64_t size)
 {
-	if (!pf_ranges_may_be_guest(start, size))
+	if (!pf_guest_ranges_touch(start, size))
 		return;
 	pthread_mutex_lock(&pf_lock);
 	struct memslot *slot = pf_memslot_at_hva(start);

@@ -11,6 +11,7 @@
  *   errors          why a request is not done
  *   state           this
  *   event_log       what happened, for the control socket and the log
+ *   guest_ranges    which memory may be the guest's
  *   host_ranges     what is known of QEMU's own memory
  *   headroom        what the host can still give
  *   quirk           KVM_X86_QUIRK_SLOT_ZAP_ALL
@@ -43,9 +44,10 @@
 
 #include "os.h"
 
-#define QUIET_NS MS(1000) /* no slot of RAM changed for so long: firmware is not at it */
-#define STUCK_NS MS(500)  /* in the ioctl without mapping a page */
-#define CHUNK MIB(8)	  /* between two looks at whether somebody wants the vCPU */
+#define QUIET_NS MS(1000)   /* no slot of RAM changed for so long: firmware is not at it */
+#define STUCK_NS MS(500)    /* in the ioctl without mapping a page */
+#define CHUNK MIB(8)	    /* between two looks at whether somebody wants the vCPU */
+#define RESERVE (4 * CHUNK) /* left to others, where what they were promised cannot be seen */
 #define MAX_VCPUS 4096
 
 enum memslot_state { SLOT_SKIPPED, SLOT_HELD, SLOT_KEPT };
