@@ -1,34 +1,59 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * A guest about to start on a file, linked with the plugin's files by
- * test_native_plugin_source.py: PATH SIZE shared|private hook|learn. Prints how it is populated.
+ * test_native_plugin_source.py: PATH SIZE shared|private hook|learn [NEIGHBOUR SIZE]. Prints how
+ * it is populated. With a neighbour, whose file takes its size as soon as the guest has started,
+ * prints how much is populated then.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <linux/kvm.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "plugin/chunk.h"
 #include "plugin/guest_start.h"
 #include "plugin/headroom.h"
 #include "plugin/host_ranges.h"
 #include "plugin/options.h"
+#include "plugin/queue.h"
 #include "plugin/state.h"
+
+/* Returns the bytes that are populated beside the neighbour. */
+static uint64_t populate_beside(const char *neighbour, uint64_t size)
+{
+	static struct kvm_run run;
+	struct vcpu vcpu = { .fd = -1, .run = &run };
+	struct run_ctx ctx = { .vcpu = &vcpu };
+	struct work_item item;
+	int fd = open(neighbour, O_RDWR | O_CREAT, 0600);
+
+	if (fd < 0 || (size && posix_fallocate(fd, 0, (off_t)size)))
+		return 0;
+	pthread_mutex_lock(&pf_lock);
+	while (pf_queue_take(&item))
+		pf_chunk_run(item, &ctx);
+	pthread_mutex_unlock(&pf_lock);
+	return pf_counters.populated;
+}
 
 int main(int argc, char **argv)
 {
-	int fd = argc == 5 ? open(argv[1], O_RDWR | O_CREAT, 0600) : -1;
-	uint64_t size = argc == 5 ? strtoull(argv[2], NULL, 10) : 0;
-	int flags = argc == 5 && !strcmp(argv[3], "shared") ? MAP_SHARED : MAP_PRIVATE;
+	int fd = argc >= 5 ? open(argv[1], O_RDWR | O_CREAT, 0600) : -1;
+	uint64_t size = argc >= 5 ? strtoull(argv[2], NULL, 10) : 0;
+	int flags = argc >= 5 && !strcmp(argv[3], "shared") ? MAP_SHARED : MAP_PRIVATE;
 	void *memory = MAP_FAILED;
 
 	if (fd >= 0 && !ftruncate(fd, (off_t)size))
 		memory = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, fd, 0);
 	if (memory == MAP_FAILED)
 		return 1;
-	struct memslot slot = { .size = size, .hva = (uint64_t)memory, .state = SLOT_KEPT };
+	struct memslot slot = {
+		.gpa = GIB(4), .size = size, .hva = (uint64_t)memory, .state = SLOT_KEPT
+	};
 
 	pf_ranges_open();
 	pf_headroom_open();
@@ -42,5 +67,10 @@ int main(int argc, char **argv)
 	pf_memslot_count = 1;
 	pf_guest_start();
 	printf("%s\n", pf_populate_names[pf_options.populate]);
+	if (argc == 7) {
+		uint64_t bytes = populate_beside(argv[5], strtoull(argv[6], NULL, 10));
+
+		printf("%llu\n", (unsigned long long)bytes >> 20);
+	}
 	return 0;
 }

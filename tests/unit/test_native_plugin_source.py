@@ -73,3 +73,31 @@ def test_file_system(
     )
     assert done.stdout == f"{expected}\n"
     assert ("the file system has" in done.stderr) == (expected == "resident")
+
+
+@pytest.mark.parametrize(
+    ("neighbour", "least", "most"),
+    [
+        (0, 16, 32),  # an empty file is a neighbour: it may grow, so 32 MiB are left to it
+        (10, 8, 24),
+        (40, 0, 0),
+    ],
+)
+def test_neighbour_that_grows_meanwhile(
+    program: Path, tmpfs: Path, neighbour: int, least: int, most: int
+) -> None:
+    """48 MiB fit when the guest starts; each chunk is checked again."""
+    done = subprocess.run(
+        [
+            *(program, tmpfs / "ram", str(48 * MIB), "shared", "hook"),
+            *(tmpfs / "neighbour", str(neighbour * MIB)),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    policy, populated = done.stdout.split()
+    assert policy == "all"
+    assert least <= int(populated) <= most
+    assert os.statvfs(tmpfs).f_bavail * 4096 >= min(32, 64 - neighbour) * MIB
