@@ -20,7 +20,10 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
-SOURCES = ("common/headroom.c", "common/pagemap.c", "conformance/vmm.c", "ptrace/inject.c")
+SOURCES = (
+    *("common/headroom.c", "common/memory_source.c", "common/pagemap.c", "conformance/vmm.c"),
+    "ptrace/inject.c",
+)
 
 #: Compiler flags of the helper. It has no libc and must not touch the FPU state, and the
 #: optimizer must not turn its loops into calls of memset().
@@ -63,6 +66,7 @@ def write_helper_header() -> None:
 #: parse: types, prototypes and integer macros.
 SHARED_HEADERS = (
     "common/headroom.h",
+    "common/memory_source.h",
     "common/pagemap.h",
     "common/prefault_range.h",
     "conformance/vmm.h",
