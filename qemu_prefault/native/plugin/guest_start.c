@@ -71,7 +71,7 @@ static void check_headroom(void)
 {
 	static const char *const names[SOURCE_KINDS] = {
 		[SOURCE_HOST] = "host or the cgroup",
-		[SOURCE_NODES] = "NUMA nodes that it is bound to",
+		[SOURCE_NODES] = "memory of its NUMA nodes",
 		[SOURCE_POOL] = "pool or the cgroup",
 		[SOURCE_FILE_SYSTEM] = "file system",
 	};
