@@ -4,6 +4,7 @@
 
 #include <fcntl.h>
 #include <linux/mempolicy.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -14,7 +15,7 @@
 
 enum { CGROUP_LEVELS = 16 };
 
-static int meminfo_fd = -1, pools_fd = -1, nodes_fd = -1;
+static int meminfo_fd = -1, pools_fd = -1, nodes_fd = -1, min_free_fd = -1;
 static struct source_nodes nodes_with_memory;
 static bool several_nodes;
 static struct headroom_files memory_groups[CGROUP_LEVELS];
@@ -124,6 +125,22 @@ bool pf_headroom_same(const struct memory_source *a, const struct memory_source 
 	       !memcmp(&a->nodes, &b->nodes, sizeof(a->nodes));
 }
 
+/*
+ * Return the free memory that the kernel keeps (min_free_kbytes). If a node has less than its share,
+ * an allocation that is bound to the node invokes the OOM killer (__setup_per_zone_wmarks() in
+ * mm/page_alloc.c).
+ */
+static uint64_t kernel_reserve(void)
+{
+	char text[32];
+	ssize_t length = min_free_fd < 0 ? -1 : pread(min_free_fd, text, sizeof(text) - 1, 0);
+
+	if (length <= 0)
+		return 0;
+	text[length] = '\0';
+	return strtoull(text, NULL, 10) << 10;
+}
+
 uint64_t pf_headroom_left(const struct memory_source *source, uint64_t ours, uint64_t reserve)
 {
 	uint64_t left = HEADROOM_UNLIMITED;
@@ -136,6 +153,7 @@ uint64_t pf_headroom_left(const struct memory_source *source, uint64_t ours, uin
 		break;
 	case SOURCE_NODES:
 		left = pf_source_nodes(nodes_fd, &source->nodes);
+		reserve += kernel_reserve();
 		break;
 	case SOURCE_POOL:
 		return hugetlb_left(source, ours); /* excludes pages reserved for others */
@@ -233,6 +251,8 @@ void pf_headroom_open(void)
 	if (meminfo_fd < 0)
 		meminfo_fd = open("/proc/meminfo", O_RDONLY | O_CLOEXEC);
 	open_nodes();
+	if (min_free_fd < 0)
+		min_free_fd = open("/proc/sys/vm/min_free_kbytes", O_RDONLY | O_CLOEXEC);
 	if (pools_fd < 0)
 		pools_fd = open("/sys/kernel/mm/hugepages", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (pf_headroom_find_group("/proc/self/cgroup", "/proc/self/mountinfo", "memory", &group))
