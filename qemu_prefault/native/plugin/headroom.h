@@ -23,7 +23,7 @@ enum source_kind { SOURCE_HOST, SOURCE_NODES, SOURCE_POOL, SOURCE_FILE_SYSTEM, S
 /* A source of the memory that populating a range allocates. */
 struct memory_source {
 	enum source_kind kind;
-	uint64_t page_size; /* SOURCE_POOL: of the huge pages; otherwise 0 */
+	uint64_t page_size; /* of huge pages, or 0 */
 	bool reserved;	    /* absent huge pages are reserved for the range */
 	bool confined;	    /* the memory must come from nodes */
 	struct source_nodes nodes;
@@ -37,7 +37,7 @@ struct memory_source {
 uint64_t pf_headroom_unallocated(const struct memory_source *source);
 /* Store all sources of a range. Returns their number, which is SOURCE_KINDS at most. */
 size_t pf_headroom_sources(uint64_t hva, uint64_t size, struct memory_source *sources);
-/* Return whether two claims compete for the same memory. */
+/* Return whether two sources are the same. Each file is a source of its own. */
 bool pf_headroom_same(const struct memory_source *a, const struct memory_source *b);
 /*
  * Return the bytes that a source still has. ours is the number of bytes that are reserved for us in

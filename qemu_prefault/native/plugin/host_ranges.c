@@ -38,7 +38,10 @@ static struct intervals marks[2];
 
 static int pagemap_fd = -1;
 
-/* Protects mappings and marks. While it is held, do not allocate or wait. */
+/*
+ * Protects mappings and marks. While it is held, only the lock of guest_ranges.c may be taken, and
+ * nothing may be allocated.
+ */
 static pthread_mutex_t lists_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static void intervals_add(struct intervals *list, struct interval item)

@@ -32,7 +32,7 @@
  * Set while this thread runs code of the plugin, whose own calls must not enter the hooks again.
  *
  * Allocators call the hooks of madvise(), fallocate() and mmap() with their locks held. These hooks
- * do not allocate, and take no lock for memory that cannot belong to the guest.
+ * do not allocate. They take pf_lock only for memory that may belong to the guest.
  */
 static __thread bool inside __attribute__((tls_model("initial-exec")));
 
