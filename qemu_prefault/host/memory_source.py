@@ -95,7 +95,9 @@ def confining_nodes(process: Process, bound: Sequence[int]) -> tuple[int, ...]:
     status = read_optional(f"{procfs.PROC}/{process.pid}/status") or ""
     cpuset = re.search(r"^Mems_allowed_list:\s*(\S+)$", status, re.MULTILINE)
     if cpuset is not None:
-        allowed &= set(parse_node_list(cpuset[1])) or allowed
+        permitted = with_memory & set(parse_node_list(cpuset[1]))
+        # If the cpuset permits none of the policy's nodes, mpol_rebind_nodemask() replaces them.
+        allowed = (allowed & permitted) or permitted or allowed
     return () if allowed == with_memory else tuple(sorted(allowed))
 
 
