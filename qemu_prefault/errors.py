@@ -152,6 +152,8 @@ class Code(enum.StrEnum):
     CONTROL_SOCKET = "control-socket"
     #: LD_PRELOAD has no effect on a program with set-user-id bits or file capabilities.
     SECURE_EXECUTION = "secure-execution"
+    #: LD_PRELOAD has no effect on a statically linked program.
+    STATIC_PROGRAM = "static-program"
     #: QEMU has no QMP command x-kvm-prefault-memory.
     NO_QMP_COMMAND = "no-qmp-command"
 

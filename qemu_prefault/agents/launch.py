@@ -6,21 +6,43 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, NoReturn
 
 from ..errors import Code, InputError, UnsupportedError
+from ..host.executable import is_static, script_interpreter
 from .plugin import plugin_path
 
 OPTIONS_VARIABLE = "QEMU_PREFAULT_OPTIONS"
 OPTIONS = ("keep", "populate", "quirk", "hold", "socket", "log")
+#: Wrappers that execute the program in their arguments with their own environment.
+WRAPPERS: Final = frozenset(
+    {
+        *("chrt", "env", "ionice", "nice", "nohup", "numactl", "prlimit", "setarch", "setpriv"),
+        *("setsid", "stdbuf", "taskset", "time", "timeout"),
+    }
+)
+#: Wrappers that change the environment, or let another process start the program.
+CLEARING_WRAPPERS: Final = frozenset(
+    {
+        *("doas", "pkexec", "runuser", "su", "sudo"),
+        *("machinectl", "run0", "systemd-run"),
+        *("docker", "flatpak", "nerdctl", "podman", "ssh"),
+    }
+)
 
 
-def replace_by(command: Sequence[str], options: Sequence[str]) -> NoReturn:
+def replace_by(
+    command: Sequence[str],
+    options: Sequence[str],
+    *,
+    warn: Callable[[str], None] | None = None,
+) -> NoReturn:
     """Replace this process by QEMU, with the plugin in ``LD_PRELOAD``.
 
     :param command: QEMU's command line.
     :param options: The plugin's options, each ``KEY=VALUE``.
+    :param warn: Called with a warning if ``LD_PRELOAD`` may not reach QEMU.
     :raises InputError: if the program does not exist, or the plugin does not know an option.
     :raises UnsupportedError: if ``LD_PRELOAD`` cannot load the plugin into the program.
     """
@@ -31,7 +53,12 @@ def replace_by(command: Sequence[str], options: Sequence[str]) -> NoReturn:
             "give QEMU's command line after --, e.g.: qemu-prefault run -- qemu-system-x86_64 …",
         )
     check_plugin_options(options)
-    _refuse_privileged(program)
+    for started in (program, *_wrapped_programs(command)):
+        _refuse_privileged(started)
+        _refuse_static(started)
+    for doubt in _doubts(command, program):
+        if warn is not None:
+            warn(f"{doubt}: the plugin may not be loaded")
     plugin = os.fspath(plugin_path())
     if any(mark in plugin for mark in ": "):
         raise UnsupportedError(
@@ -79,3 +106,64 @@ def _refuse_privileged(program: str) -> None:
             'use QEMU\'s own option instead: -plugin "$(qemu-prefault plugin-path)"',
             code=Code.SECURE_EXECUTION,
         )
+
+
+def _refuse_static(program: str) -> None:
+    """Raise an error if the program is statically linked: only ld.so reads LD_PRELOAD."""
+    if is_static(program):
+        raise UnsupportedError(
+            f"{program} is statically linked: it cannot load the plugin",
+            "use a dynamically linked QEMU, or prefault it after it has started: "
+            "qemu-prefault --qmp SOCKET\n"
+            f"if {os.path.basename(program)} starts QEMU, put 'qemu-prefault run --' before "
+            "QEMU's own command line instead",
+            code=Code.STATIC_PROGRAM,
+        )
+
+
+def _wrapped_programs(command: Sequence[str]) -> Iterator[str]:
+    """Yield the QEMU program that a known wrapper starts."""
+    if os.path.basename(command[0]) not in WRAPPERS:
+        return
+    for word in command[1:]:
+        name = os.path.basename(word)
+        found = shutil.which(word) if "qemu" in name or "kvm" in name else None
+        if found is not None:
+            yield found
+            return
+
+
+def _doubts(command: Sequence[str], program: str) -> Iterator[str]:
+    """Yield reasons why ``LD_PRELOAD`` may not reach QEMU."""
+    interpreter = script_interpreter(program)
+    if interpreter is not None and is_static(interpreter):
+        yield f"{program} is a script for {interpreter}, which is statically linked"
+    for number, word in enumerate(command):
+        name = os.path.basename(word)
+        if number and ("qemu" in name or "kvm" in name):
+            return
+        if name in CLEARING_WRAPPERS:
+            yield f"{name} may start QEMU without LD_PRELOAD"
+            return
+        if name == "env" and _env_clears(command[number + 1 :]):
+            yield "env removes LD_PRELOAD from the environment"
+            return
+        if number == 0 and name not in WRAPPERS:
+            return
+
+
+def _env_clears(arguments: Sequence[str]) -> bool:
+    """Return whether env(1) with these arguments removes our variables."""
+    words = list(arguments)
+    while words and (words[0].startswith("-") or "=" in words[0]):
+        word = words.pop(0)
+        if word in ("-u", "--unset", "-C", "--chdir") and words:
+            word += f"={words.pop(0)}"
+        short = not word.startswith(("--", "-u", "-C", "-S")) and word.startswith("-")
+        if word in ("-", "--ignore-environment") or (short and "i" in word):
+            return True
+        if word in ("-u=LD_PRELOAD", "-uLD_PRELOAD", "--unset=LD_PRELOAD"):
+            return True
+        if word.startswith("LD_PRELOAD="):
+            return "qemu-prefault-plugin" not in word
+    return False

@@ -7,7 +7,7 @@ import click
 
 import qemu_prefault
 
-from .console import reporting
+from .console import PROGRAM, reporting, say
 from .options import debug_option
 
 
@@ -32,4 +32,6 @@ def run(options: tuple[str, ...], command: tuple[str, ...], debug: bool) -> None
     LD_PRELOAD. QEMU replaces this process, so signals and the exit status are those of QEMU.
     """
     with reporting(False, debug):
-        qemu_prefault.replace_by(command, options)
+        qemu_prefault.replace_by(
+            command, options, warn=lambda text: say(f"{PROGRAM}: warning: {text}")
+        )

@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
 SOURCES = (
-    *("common/headroom.c", "common/pagemap.c", "conformance/vmm.c"),
+    *("common/headroom.c", "common/memory_source.c", "common/pagemap.c", "conformance/vmm.c"),
     *("ptrace/tracee.c", "ptrace/filters.c", "ptrace/inject.c"),
 )
 
@@ -66,6 +66,7 @@ def write_helper_header() -> None:
 #: parse: types, prototypes and integer macros.
 SHARED_HEADERS = (
     "common/headroom.h",
+    "common/memory_source.h",
     "common/pagemap.h",
     "common/prefault_range.h",
     "conformance/vmm.h",

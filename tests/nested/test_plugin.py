@@ -216,6 +216,39 @@ def test_overcommitted_memory_is_not_populated(make_plugin_guest: MakePluginGues
     check_memory(guest)
 
 
+@pytest.mark.parametrize(("tmpfs_mib", "populated"), [(256, True), (176, False)])
+def test_tmpfs_keeps_space_for_other_files(
+    make_plugin_guest: MakePluginGuest, tmp_path: Path, tmpfs_mib: int, populated: bool
+) -> None:
+    """The plugin populates a guest of 160 MiB only if 32 MiB remain free for other files."""
+    mount = tmp_path / "tmpfs"
+    mount.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={tmpfs_mib}M", "tmpfs", mount], check=True)
+    try:
+        other = mount / "other"
+        other.touch()
+        guest = make_plugin_guest(
+            machine="microvm,memory-backend=shared",
+            backing=None,
+            args=(
+                "-object",
+                f"memory-backend-file,id=shared,size=160M,share=on,mem-path={mount}/ram",
+            ),
+            memory_mib=160,
+            workload_mib=32,
+        )
+        guest.wait_ready()
+        counters = guest.wait_kept()["counters"]
+        assert (counters["populated"] > 150 * MIB) == populated
+        assert counters["errors"] == 0
+        with open(other, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 32 * MIB)
+        check_memory(guest)
+        guest.qmp("quit")
+    finally:
+        subprocess.run(["umount", "--lazy", mount], check=True)
+
+
 # --- deferred prefault ---
 
 

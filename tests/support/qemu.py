@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +100,16 @@ def launch(
     finally:
         ready.close()
     return Qemu(process, qmp, accel, arguments)
+
+
+def connect_monitor(path: str | Path, process: subprocess.Popen[bytes]) -> QmpClient:
+    """Connect to the monitor of a QEMU that the test has started, as soon as QEMU accepts it."""
+    for _ in range(400):
+        with contextlib.suppress(OSError):
+            return QmpClient(str(path))
+        assert process.poll() in (None, 0), "QEMU exited"
+        time.sleep(0.05)
+    raise AssertionError("QEMU's monitor does not exist after 20 seconds")
 
 
 #: The fixture ``start_qemu``. It takes QEMU's arguments and the keywords ``accel``, ``paused`` and

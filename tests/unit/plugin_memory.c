@@ -20,6 +20,17 @@
 
 #define SIZE (64ull << 30)
 
+static int short_of(const struct memslot *slot)
+{
+	struct memory_source sources[SOURCE_KINDS];
+	size_t count = pf_headroom_sources(slot->hva, slot->size, sources);
+
+	for (size_t i = 0; i < count; i++)
+		if (sources[i].kind == SOURCE_POOL)
+			return pf_headroom_left(&sources[i], 0, 0) < SIZE;
+	return 0;
+}
+
 int main(int argc, char **argv)
 {
 	int flags = MAP_SHARED | MAP_NORESERVE;
@@ -43,7 +54,7 @@ int main(int argc, char **argv)
 	pf_memslots = &slot;
 	pf_memslot_count = 1;
 	printf("%llu\n", (unsigned long long)pf_ranges_huge_page_size(slot.hva, SIZE));
-	printf("%d\n", pf_headroom_huge(2 << 20) < SIZE);
+	printf("%d\n", short_of(&slot));
 	pf_guest_start();
 	printf("%s\n", pf_populate_names[pf_options.populate]);
 	return 0;

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qemu_prefault._native import ffi, lib
+from qemu_prefault.host import memory_source
 from qemu_prefault.host.headroom import (
     cgroup_directories,
     cgroup_hugetlb_limit,
@@ -224,6 +226,145 @@ def test_host(tmp_path: Path) -> None:
     file.write_text("MemTotal:       16 kB\n")
     with opened(file) as fd:
         assert lib.pf_headroom_host(fd) == UNLIMITED
+
+
+# --- NUMA nodes ---
+
+KIB = 1 << 10
+NODE = "Node {0} MemTotal: 9 kB\nNode {0} MemFree:  {1} kB\nNode {0} Inactive: 8 kB\n\
+Node {0} Inactive(anon): 7 kB\nNode {0} Inactive(file):   {2} kB\nNode {0} HugePages_Free: 3\n"
+
+
+def nodes_in_c(*numbers: int) -> Any:
+    nodes = ffi.new("struct source_nodes *")
+    for number in numbers:
+        nodes.bits[number // 64] |= 1 << number % 64
+    return nodes
+
+
+def numbers(nodes: Any) -> tuple[int, ...]:
+    return tuple(n for n in range(lib.SOURCE_NODES_MAX) if nodes.bits[n // 64] >> n % 64 & 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0", (0,)),
+        ("0\n", (0,)),
+        ("0-2,5\n", (0, 1, 2, 5)),
+        ("63-65,1023", (63, 64, 65, 1023)),
+        ("", ()),
+        ("\n", ()),
+        ("1024", ()),
+        ("0-", ()),
+        ("0,", ()),
+        ("0,x", ()),
+        ("-1", ()),
+        ("0 1", ()),
+    ],
+)
+def test_node_lists(text: str, expected: tuple[int, ...]) -> None:
+    nodes = ffi.new("struct source_nodes *")
+    assert lib.pf_source_parse_nodes(text.encode(), nodes) == bool(expected)
+    assert numbers(nodes) == expected
+    if text != "1024":  # only C has a maximum
+        assert memory_source.parse_node_list(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("with_memory", "bound", "allowed", "expected"),
+    [
+        ((0,), (), (0,), ()),
+        ((0, 1), (), (0, 1), ()),
+        ((0, 1), (0, 1), (0, 1), ()),
+        ((0, 1), (1,), (0, 1), (1,)),
+        ((0, 1), (), (1,), (1,)),
+        ((0, 1), (0, 1), (1,), (1,)),
+        ((0, 1), (1,), (0,), (0,)),  # mpol_rebind_nodemask() replaces them by the cpuset's
+        ((0, 1), (1,), (), (1,)),  # the cpuset is unknown
+        ((0, 2), (1,), (0, 1, 2), ()),  # a node without memory
+        ((), (1,), (0, 1), ()),  # sysfs is not mounted
+    ],
+)
+def test_confining_nodes(
+    *,
+    with_memory: tuple[int, ...],
+    bound: tuple[int, ...],
+    allowed: tuple[int, ...],
+    expected: tuple[int, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write(tmp_path, {"has_memory": ",".join(map(str, with_memory))})
+    (tmp_path / "1").mkdir()
+    status = f"Mems_allowed_list:\t{','.join(map(str, allowed))}\n"
+    write(tmp_path / "1", {"status": status if allowed else ""})
+    monkeypatch.setattr(memory_source, "NODES", tmp_path)
+    monkeypatch.setattr("qemu_prefault.host.procfs.PROC", str(tmp_path))
+    assert memory_source.confining_nodes(Process(1, 0), bound) == expected
+    confined = ffi.new("struct source_nodes *")
+    found = lib.pf_source_confine(
+        nodes_in_c(*with_memory), nodes_in_c(*bound), nodes_in_c(*allowed), confined
+    )
+    assert found == bool(expected)
+    assert not found or numbers(confined) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [((0,), 110), ((1,), 202), ((0, 1), 312), ((7,), 0), ((1, 7), 202)]
+)
+def test_node_meminfo(
+    asked: tuple[int, ...], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for node, free, inactive in ((0, 100, 10), (1, 200, 2)):
+        write(tmp_path / f"node{node}", {"meminfo": NODE.format(node, free, inactive)})
+    monkeypatch.setattr(memory_source, "NODES", tmp_path)
+    assert memory_source.node_limit(asked).available == expected * KIB
+    with opened(tmp_path) as fd:
+        assert lib.pf_source_nodes(fd, nodes_in_c(*asked)) == expected * KIB
+
+
+@pytest.mark.parametrize(
+    ("nodes", "reserved", "ours", "overcommit", "expected"),
+    [
+        ((), 0, 0, 0, 260),
+        ((), 100, 0, 0, 160),
+        ((), 100, 100, 0, 260),
+        ((), 100, 30, 0, 190),
+        ((), 0, 0, 5, 265),
+        ((), 300, 0, 0, 0),
+        ((0,), 0, 0, 0, 200),
+        ((1,), 0, 0, 0, 60),
+        ((0, 1), 0, 0, 0, 260),
+        ((1,), 230, 0, 0, 30),
+        ((1,), 230, 128, 0, 60),
+        ((1,), 0, 0, 5, 60),  # surplus pages come from any node
+        ((3,), 0, 0, 0, 0),
+    ],
+)
+def test_hugetlb_pools_of_nodes(
+    *,
+    nodes: tuple[int, ...],
+    reserved: int,
+    ours: int,
+    overcommit: int,
+    expected: int,
+    tmp_path: Path,
+) -> None:
+    """Node 0 has 200 free pages, and node 1 has 60."""
+    size = 2 * MIB
+    pools, per_node = tmp_path / "hugepages", tmp_path / "node"
+    files = {"free": 260, "resv": reserved, "nr_overcommit": overcommit, "surplus": 0}
+    pools.mkdir()
+    write(pools / "hugepages-2048kB", {f"{k}_hugepages": v for k, v in files.items()})
+    for node, free in ((0, 200), (1, 60)):
+        pool = per_node / f"node{node}" / "hugepages" / "hugepages-2048kB"
+        pool.mkdir(parents=True)
+        write(pool, {"free_hugepages": free})
+    asked = nodes_in_c(*nodes) if nodes else ffi.NULL
+    with opened(pools) as pools_fd, opened(per_node) as nodes_fd:
+        left = lib.pf_source_hugetlb(pools_fd, nodes_fd, asked, size, ours * size)
+    assert left == expected * size
 
 
 # --- cgroup directories ---

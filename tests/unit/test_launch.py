@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from qemu_prefault.agents.plugin import bound_path, plugin_path
 from qemu_prefault.cli.format import event_line
+from qemu_prefault.host.executable import is_static, script_interpreter
 
 TABLE = """\
 Num       RefCount Protocol Flags    Type St Inode Path
@@ -107,6 +109,112 @@ def test_setuid_program_is_refused(tmp_path: Path) -> None:
     result = run("--", str(program))
     assert result.returncode == 4
     assert "-plugin" in result.stderr
+
+
+# --- programs that do not load the plugin ---
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a small program that is linked in several ways."""
+    if shutil.which("cc") is None:
+        pytest.skip("cc is not installed")
+    directory = tmp_path_factory.mktemp("programs")
+    source = directory / "main.c"
+    source.write_text("int main(void) { return 0; }\n")
+    for name, flags in (
+        ("qemu-static", ["-static"]),
+        ("qemu-static-pie", ["-static-pie"]),
+        ("qemu-dynamic", []),
+        ("qemu-fixed", ["-no-pie"]),
+    ):
+        subprocess.run(["cc", *flags, source, "-o", directory / name], check=True)
+    script = directory / "script"
+    script.write_text(f"#!{directory}/qemu-static\n")
+    second = directory / "second-script"
+    second.write_text(f"#! {script} -x\n")
+    for path in (script, second):
+        path.chmod(0o755)
+    return directory
+
+
+@pytest.mark.parametrize("wrapper", [(), ("nice", "-n", "5"), ("env", "A=b")])
+@pytest.mark.parametrize("name", ["qemu-static", "qemu-static-pie"])
+def test_static_program_is_refused(programs: Path, name: str, wrapper: tuple[str, ...]) -> None:
+    result = run("--", *wrapper, str(programs / name))
+    assert result.returncode == 4
+    assert f"{programs / name} is statically linked" in result.stderr
+    assert "qemu-prefault --qmp" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["qemu-dynamic", "qemu-fixed"])
+@pytest.mark.parametrize("wrapper", [(), ("nice",), ("env", "-u", "A", "B=c"), ("timeout", "9")])
+def test_dynamic_program_is_run(programs: Path, name: str, wrapper: tuple[str, ...]) -> None:
+    result = run("--", *wrapper, str(programs / name))
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_dynamic_linker_is_run(programs: Path) -> None:
+    """The dynamic linker has no interpreter, but reads LD_PRELOAD."""
+    linker = Path("/lib64/ld-linux-x86-64.so.2")
+    if not linker.exists():
+        pytest.skip("no glibc")
+    assert run("--", str(linker), str(programs / "qemu-dynamic")).returncode == 0
+
+
+def test_other_files_are_not_static(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    whole = Path("/bin/true").read_bytes()
+    for content in (b"", b"\x7fELF", whole[:40], whole[:64], b"#!/bin/sh\n", bytes(64)):
+        file.write_bytes(content)
+        assert not is_static(str(file))
+    assert not is_static(str(tmp_path)) and not is_static("/nonexistent")
+
+
+@pytest.mark.parametrize("name", ["script", "second-script"])
+def test_static_script_interpreter_causes_warning(programs: Path, name: str) -> None:
+    """The interpreter does not load the plugin, but the programs that it starts may."""
+    result = run("--", str(programs / name))
+    assert result.returncode == 0
+    assert "which is statically linked: the plugin may not be loaded" in result.stderr
+
+
+def test_script_interpreter_loop_ends(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text(f"#!{script}\n")
+    assert script_interpreter(str(script)) == str(script)
+
+
+@pytest.mark.parametrize(
+    ("command", "warned"),
+    [
+        ("env -i {qemu}", True),
+        ("env - {qemu}", True),
+        ("env -u LD_PRELOAD {qemu}", True),
+        ("env --unset=LD_PRELOAD {qemu}", True),
+        ("env LD_PRELOAD= {qemu}", True),
+        ("nice env -i {qemu}", True),
+        ("nice -n 1 env A=b {qemu}", False),
+        ("env {qemu} -i", False),
+        ("{qemu} -name sudo", False),
+        ("sh -c true sudo", False),
+    ],
+)
+def test_wrapper_that_clears_environment_causes_warning(
+    programs: Path, command: str, warned: bool
+) -> None:
+    result = run("--", *command.format(qemu=programs / "qemu-dynamic").split())
+    assert result.returncode == 0
+    assert ("the plugin may not be loaded" in result.stderr) == warned
+    assert result.stderr.count("\n") == warned
+
+
+@pytest.mark.parametrize("name", ["sudo", "systemd-run", "ssh"])
+def test_wrapper_that_may_drop_preload_causes_warning(tmp_path: Path, name: str) -> None:
+    wrapper = tmp_path / name
+    wrapper.symlink_to("/bin/true")
+    result = run("--", str(wrapper), "qemu-system-x86_64")
+    assert f"{name} may start QEMU without LD_PRELOAD" in result.stderr
 
 
 def test_plugin_path_is_loadable() -> None:

@@ -18,12 +18,13 @@ NATIVE = Path(qemu_prefault.__file__).parent / "native"
 
 # Lowest layer first. Each file may only include and call the files before it. plugin/state.h
 # describes each of the plugin's files.
-COMMON = ("common/headroom", "common/pagemap")
+COMMON = ("common/headroom", "common/memory_source", "common/pagemap")
 PLUGIN = tuple(
     f"plugin/{name}"
     for name in (
-        *("os", "options", "errors", "state", "event_log", "host_ranges", "headroom", "quirk"),
-        *("firmware", "queue", "memslots", "qemu_memory", "chunk", "guest_start", "vcpu"),
+        *("os", "options", "errors", "state", "event_log", "guest_ranges", "host_ranges"),
+        *("headroom", "quirk", "firmware", "queue", "memslots", "qemu_memory", "chunk"),
+        *("guest_start", "vcpu"),
         *("batch", "watchdog", "status", "commands", "control_socket", "vm", "got"),
         *("interpose", "main"),
     )
@@ -37,6 +38,22 @@ ORDER = (*HEADERS_ONLY, *COMMON, *PLUGIN, *PTRACE, "ptrace/helper", "conformance
 
 #: The libc functions that the plugin interposes.
 INTERPOSED = frozenset({"ioctl", "madvise", "fallocate", "fallocate64", "mmap", "mmap64"})
+#: Files that run with pf_lock held. They must not allocate: an allocator may wait for pf_lock in a
+#: hook while it holds its own locks.
+UNDER_LOCK = tuple(
+    f"plugin/{name}"
+    for name in (
+        *("state", "event_log", "quirk", "firmware", "queue", "memslots", "qemu_memory"),
+        *("chunk", "guest_start", "vcpu", "watchdog"),
+    )
+)
+ALLOCATING = frozenset(
+    {
+        *("malloc", "calloc", "realloc", "free", "strdup", "asprintf", "pthread_create"),
+        *("fopen", "fopen64", "fdopen", "getline", "getdelim", "fprintf", "__fprintf_chk"),
+        *("fputs", "fwrite", "fflush", "puts", "printf", "__printf_chk", "opendir"),
+    }
+)
 ENTRIES = frozenset({"qemu_plugin_install", "qemu_plugin_version"})
 FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-fvisibility=hidden")
 
@@ -171,6 +188,12 @@ def test_interposed_functions_are_not_called_by_name(objects: Mapping[str, Objec
     for name in (*COMMON, *PLUGIN):
         if name in objects:
             assert objects[name].undefined & INTERPOSED == frozenset(), name
+
+
+@needs_tools
+@pytest.mark.parametrize("name", UNDER_LOCK)
+def test_no_allocation_with_pf_lock_held(objects: Mapping[str, Object], name: str) -> None:
+    assert objects[name].undefined & ALLOCATING == frozenset()
 
 
 @needs_tools

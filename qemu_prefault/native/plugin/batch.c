@@ -130,11 +130,24 @@ size_t pf_batch_worker_count(void)
 	return pf_vcpu_count;
 }
 
+static void change_worker_count(int change)
+{
+	pthread_mutex_lock(&pf_lock);
+	batch.count += (size_t)change;
+	batch.running += (size_t)change;
+	pthread_cond_broadcast(&pf_changed);
+	pthread_mutex_unlock(&pf_lock);
+}
+
 enum request_error pf_batch_start(struct worker_ranges *assigned, size_t count,
 				  uint64_t chunk_bytes)
 {
+	struct batch_worker *workers = calloc(count, sizeof(*workers));
 	enum request_error problem = REQUEST_OK;
 	sigset_t mask, before;
+
+	if (!workers)
+		return REQUEST_NO_MEMORY;
 
 	sigfillset(&mask);
 	/* For pf_kick_thread(). QEMU's handler does nothing in a thread without a vCPU. */
@@ -142,36 +155,35 @@ enum request_error pf_batch_start(struct worker_ranges *assigned, size_t count,
 	pthread_mutex_lock(&pf_lock);
 	if (batch.workers) {
 		pthread_mutex_unlock(&pf_lock);
+		free(workers);
 		return REQUEST_BUSY;
 	}
-	batch.workers = calloc(count, sizeof(*batch.workers));
+	batch.workers = workers;
 	batch.count = batch.running = 0;
 	batch.chunk_bytes = chunk_bytes;
 	batch.started = prefault_now_ns();
 	atomic_store(&batch.abort, false);
+	pthread_mutex_unlock(&pf_lock);
 	pthread_sigmask(SIG_SETMASK, &mask, &before);
-	for (size_t i = 0; batch.workers && i < count; i++) {
-		struct batch_worker *worker = &batch.workers[batch.count];
+	for (size_t i = 0; i < count; i++) {
+		struct batch_worker *worker = &workers[batch.count];
 
 		if (!assigned[i].count)
 			continue;
 		worker->vcpu = &pf_vcpus[i];
 		worker->assigned = assigned[i];
+		change_worker_count(1);
+		/* pthread_create() allocates, so do not hold pf_lock. */
 		if (pthread_create(&worker->thread, NULL, run_worker, worker)) {
+			change_worker_count(-1);
 			problem = REQUEST_NO_THREAD;
 			atomic_store(&batch.abort, true);
 			break;
 		}
 		pthread_setname_np(worker->thread, "prefault-batch");
-		batch.count++;
-		batch.running++;
 	}
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
-	if (!batch.workers)
-		problem = REQUEST_NO_MEMORY;
-	pthread_cond_broadcast(&pf_changed);
-	pthread_mutex_unlock(&pf_lock);
-	if (problem && batch.workers)
+	if (problem)
 		pf_batch_end();
 	return problem;
 }
@@ -203,8 +215,10 @@ void pf_batch_end(void)
 	for (size_t i = 0; i < batch.count; i++)
 		pthread_join(batch.workers[i].thread, NULL);
 	pthread_mutex_lock(&pf_lock);
-	free(batch.workers);
+	struct batch_worker *workers = batch.workers;
+
 	batch.workers = NULL;
 	batch.count = 0;
 	pthread_mutex_unlock(&pf_lock);
+	free(workers);
 }

@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
+#define _GNU_SOURCE
 #include "chunk.h"
 
 #include <errno.h>
 #include <linux/kvm.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "common/prefault_loop.h"
 #include "event_log.h"
@@ -155,6 +158,42 @@ static void end_stage2(const struct work_item *item, struct vcpu *self,
 	}
 }
 
+/* Return whether all pages are allocated, in QEMU's mapping or in the shared file. */
+static bool is_allocated(const struct work_item *item)
+{
+	unsigned char resident[CHUNK / 4096];
+
+	if (pf_ranges_present(item->hva, item->size) == item->size)
+		return true;
+	if (pf_ranges_facts(item->hva, item->size) & MEMORY_PRIVATE || item->size > CHUNK ||
+	    syscall(SYS_mincore, item->hva, item->size, resident))
+		return false;
+	for (uint64_t page = 0; page < item->size / 4096; page++)
+		if (!(resident[page] & 1))
+			return false;
+	return true;
+}
+
+/*
+ * Return whether the sources of a chunk still have enough memory. Other users may have taken memory
+ * since the last check. If a source has too little, check whether the pages exist already.
+ */
+static bool has_memory(const struct work_item *item)
+{
+	struct memory_source sources[SOURCE_KINDS];
+
+	for (size_t n = pf_headroom_sources(item->hva, item->size, sources); n; n--) {
+		const struct memory_source *source = &sources[n - 1];
+		uint64_t need = item->size > source->page_size ? item->size : source->page_size;
+		uint64_t ours = source->reserved ? UINT64_MAX : 0;
+
+		if (pf_headroom_left(source, ours, RESERVE) < need &&
+		    pf_headroom_unallocated(source) && !is_allocated(item))
+			return false;
+	}
+	return true;
+}
+
 void pf_chunk_run(struct work_item item, struct run_ctx *ctx)
 {
 	struct vcpu *self = ctx->vcpu;
@@ -162,16 +201,13 @@ void pf_chunk_run(struct work_item item, struct run_ctx *ctx)
 					   .size = item.size,
 					   .kind = PREFAULT_POPULATE };
 	struct progress progress = { .started = prefault_now_ns() };
-	bool no_memory = item.populate && pf_guest_entered &&
-			 !(pf_ranges_facts(item.hva, item.size) & MEMORY_HUGETLB) &&
-			 pf_headroom() < 4 * CHUNK;
 
 	pf_in_flight++;
 	atomic_fetch_add(&pf_vcpus_working, 1);
 	self->in_progress = item;
 	pthread_mutex_unlock(&pf_lock);
 	if (item.populate) {
-		if (no_memory)
+		if (!has_memory(&item))
 			populate.error = ENOMEM;
 		else
 			run_range(&populate, ctx);

@@ -38,7 +38,7 @@ void pf_log_event(const char *name, const char *why, const char *format, ...)
 	event_count++;
 	pthread_cond_broadcast(&pf_changed);
 	if (pf_options.log)
-		fprintf(stderr, "qemu-prefault: %s\n", line);
+		pf_print_error("qemu-prefault: %s\n", line);
 }
 
 uint64_t pf_last_event(void)

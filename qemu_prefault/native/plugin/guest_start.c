@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 #include "guest_start.h"
 
-#include <stdio.h>
-
 #include "common/prefault_loop.h"
 #include "event_log.h"
 #include "headroom.h"
@@ -12,29 +10,35 @@
 #include "quirk.h"
 #include "state.h"
 
-enum { HUGE_SIZES = 4 }; /* maximum number of huge page sizes of a guest */
-
-struct huge_pages {
-	uint64_t page_size, wanted;
+/* Memory to populate that comes from one source. */
+struct claim {
+	struct memory_source source;
+	uint64_t wanted;   /* bytes to populate */
+	uint64_t reserved; /* bytes of wanted that are reserved for this guest */
 };
 
-static void count_huge(struct huge_pages *sizes, const struct work_item *item)
-{
-	uint64_t page_size = pf_ranges_huge_page_size(item->hva, item->size);
+static struct claim *claims;
+static size_t claim_count, claim_capacity;
 
-	for (int i = 0; page_size && i < HUGE_SIZES; i++) {
-		if (sizes[i].page_size && sizes[i].page_size != page_size)
-			continue;
-		sizes[i].page_size = page_size;
-		sizes[i].wanted += item->size - pf_ranges_present(item->hva, item->size);
-		return;
+static void add_claim(const struct memory_source *source, uint64_t absent)
+{
+	size_t at = 0;
+
+	while (at < claim_count && !pf_headroom_same(&claims[at].source, source))
+		at++;
+	if (at == claim_count) {
+		if (!pf_grow((void **)&claims, &claim_capacity, claim_count, sizeof(*claims)))
+			return; /* out of memory: chunk.c checks each chunk again */
+		claims[claim_count++] = (struct claim){ .source = *source };
 	}
+	claims[at].wanted += absent;
+	claims[at].reserved += source->reserved ? absent : 0;
 }
 
 static void populate_no_more(uint64_t wanted, uint64_t left, const char *of, const char *where)
 {
-	fprintf(stderr,
-		"qemu-prefault: populating needs %llu MiB%s, but the %s or the cgroup has only "
+	pf_print_error(
+		"qemu-prefault: populating needs %llu MiB%s, but the %s has only "
 		"%llu MiB: only present pages are prefaulted; free memory or raise the limit\n",
 		(unsigned long long)wanted >> 20, of, where, (unsigned long long)left >> 20);
 	pf_log_event("held", "no memory to populate", ",\"bytes\":%llu",
@@ -45,30 +49,61 @@ static void populate_no_more(uint64_t wanted, uint64_t left, const char *of, con
 			pf_queue_memslot(&pf_memslots[i]);
 }
 
-/* If the host does not have enough memory to populate all, prefault only present pages. */
+/*
+ * Limit each file's claim to the bytes without a block, and add up the claims on files of one file
+ * system.
+ */
+static void merge_files(void)
+{
+	for (size_t i = 0; i < claim_count; i++) {
+		uint64_t unallocated = pf_headroom_unallocated(&claims[i].source);
+
+		if (claims[i].wanted > unallocated)
+			claims[i].wanted = unallocated;
+	}
+	for (size_t i = 0; i < claim_count; i++)
+		for (size_t j = 0; j < i; j++)
+			if (claims[i].source.kind == SOURCE_FILE_SYSTEM &&
+			    claims[j].source.kind == SOURCE_FILE_SYSTEM &&
+			    claims[i].source.device == claims[j].source.device) {
+				claims[i].wanted += claims[j].wanted;
+				claims[j].wanted = 0;
+			}
+}
+
+/* If a source does not have enough memory to populate all, prefault only present pages. */
 static void check_headroom(void)
 {
-	uint64_t wanted = 0, left = pf_headroom();
-	struct huge_pages huge[HUGE_SIZES] = { 0 };
+	static const char *const names[SOURCE_KINDS] = {
+		[SOURCE_HOST] = "host or the cgroup",
+		[SOURCE_NODES] = "set of NUMA nodes that it is bound to",
+		[SOURCE_POOL] = "pool or the cgroup",
+		[SOURCE_FILE_SYSTEM] = "file system",
+	};
 
+	claim_count = 0;
 	for (size_t i = 0; i < pf_queue_length; i++) {
 		const struct work_item *item = &pf_queue[i];
+		struct memory_source sources[SOURCE_KINDS];
+		uint64_t absent;
 
 		if (!item->populate)
 			continue;
-		if (pf_ranges_facts(item->hva, item->size) & MEMORY_HUGETLB)
-			count_huge(huge, item);
-		else
-			wanted += item->size - pf_ranges_present(item->hva, item->size);
+		absent = item->size - pf_ranges_present(item->hva, item->size);
+		for (size_t n = pf_headroom_sources(item->hva, item->size, sources); n; n--)
+			add_claim(&sources[n - 1], absent);
 	}
-	if (wanted > left) {
-		populate_no_more(wanted, left, "", "host");
-		return;
-	}
-	for (int i = 0; i < HUGE_SIZES && huge[i].page_size; i++) {
-		left = pf_headroom_huge(huge[i].page_size);
-		if (huge[i].wanted > left) {
-			populate_no_more(huge[i].wanted, left, " of huge pages", "pool");
+	merge_files();
+	for (size_t i = 0; i < claim_count; i++) {
+		const struct claim *claim = &claims[i];
+		/* MemAvailable and cgroup limits already include a margin. */
+		uint64_t reserve = claim->source.kind == SOURCE_HOST ? 0 : RESERVE;
+		uint64_t left = pf_headroom_left(&claim->source, claim->reserved, reserve);
+
+		if (claim->wanted > left) {
+			populate_no_more(claim->wanted, left,
+					 claim->source.page_size ? " of huge pages" : "",
+					 names[claim->source.kind]);
 			return;
 		}
 	}

@@ -3,14 +3,21 @@
 #include "headroom.h"
 
 #include <fcntl.h>
-#include <stdbool.h>
+#include <linux/mempolicy.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "common/headroom.h"
+#include "host_ranges.h"
 
 enum { CGROUP_LEVELS = 16 };
 
-static int meminfo_fd = -1, pools_fd = -1;
+static int meminfo_fd = -1, pools_fd = -1, nodes_fd = -1, min_free_fd = -1;
+static struct source_nodes nodes_with_memory;
+static bool several_nodes;
 static struct headroom_files memory_groups[CGROUP_LEVELS];
 static int memory_group_count;
 static struct {
@@ -28,12 +35,13 @@ uint64_t pf_headroom(void)
 	return least;
 }
 
-uint64_t pf_headroom_huge(uint64_t page_size)
+static uint64_t hugetlb_left(const struct memory_source *source, uint64_t ours)
 {
-	uint64_t least = HEADROOM_UNLIMITED;
+	const struct source_nodes *nodes = source->confined ? &source->nodes : NULL;
+	uint64_t page_size = source->page_size, least = HEADROOM_UNLIMITED;
 
 	if (pools_fd >= 0)
-		least = pf_headroom_hugetlb_pool(pools_fd, page_size);
+		least = pf_source_hugetlb(pools_fd, nodes_fd, nodes, page_size, ours);
 	for (int i = 0; i < hugetlb_group_count; i++) {
 		uint64_t left = pf_headroom_hugetlb_group(hugetlb_groups[i].directory,
 							  hugetlb_groups[i].unified, page_size);
@@ -41,6 +49,154 @@ uint64_t pf_headroom_huge(uint64_t page_size)
 		least = left < least ? left : least;
 	}
 	return least;
+}
+
+/* --- sources of a range --- */
+
+/* Return the nodes that get_mempolicy() reports, or no nodes if it fails. */
+static struct source_nodes policy_nodes(void *address, unsigned long flags, int *mode)
+{
+	struct source_nodes nodes = { 0 };
+
+	*mode = MPOL_DEFAULT;
+	if (syscall(SYS_get_mempolicy, mode, nodes.bits, SOURCE_NODES_MAX + 1, address, flags))
+		memset(&nodes, 0, sizeof(nodes));
+	return nodes;
+}
+
+/* Return the nodes that the memory's or this thread's policy binds to, or none if not bound. */
+static struct source_nodes bound_nodes(uint64_t hva)
+{
+	const struct source_nodes none = { 0 };
+	int mode;
+	struct source_nodes nodes = policy_nodes((void *)hva, MPOL_F_ADDR, &mode);
+
+	if (mode == MPOL_DEFAULT)
+		nodes = policy_nodes(NULL, 0, &mode);
+	return (mode & ~MPOL_MODE_FLAGS) == MPOL_BIND ? nodes : none;
+}
+
+static bool confining_nodes(uint64_t hva, struct source_nodes *nodes)
+{
+	struct source_nodes bound, allowed;
+	int mode;
+
+	if (!several_nodes)
+		return false;
+	bound = bound_nodes(hva);
+	allowed = policy_nodes(NULL, MPOL_F_MEMS_ALLOWED, &mode);
+	return pf_source_confine(&nodes_with_memory, &bound, &allowed, nodes);
+}
+
+size_t pf_headroom_sources(uint64_t hva, uint64_t size, struct memory_source *sources)
+{
+	unsigned int facts = pf_ranges_facts(hva, size);
+	struct memory_source source = { .reserved = !(facts & MEMORY_OVERCOMMIT), .fd = -1 };
+	size_t count = 0;
+
+	source.confined = confining_nodes(hva, &source.nodes);
+	source.page_size = pf_ranges_huge_page_size(hva, size);
+	source.kind = source.page_size ? SOURCE_POOL : SOURCE_HOST;
+	sources[count++] = source;
+	if (source.confined && !source.page_size) {
+		source.kind = SOURCE_NODES;
+		sources[count++] = source;
+	}
+	/* hugetlbfs has already counted reserved huge pages as used. */
+	if (!(facts & MEMORY_PRIVATE) && !(source.page_size && source.reserved)) {
+		source.kind = SOURCE_FILE_SYSTEM;
+		source.fd =
+			pf_ranges_file(hva, size, &source.device, &source.inode, &source.inodes);
+		if (source.fd >= 0)
+			sources[count++] = source;
+	}
+	return count;
+}
+
+bool pf_headroom_same(const struct memory_source *a, const struct memory_source *b)
+{
+	if (a->kind != b->kind)
+		return false;
+	if (a->kind == SOURCE_HOST)
+		return true;
+	if (a->kind == SOURCE_FILE_SYSTEM)
+		return a->device == b->device && a->inode == b->inode;
+	return a->page_size == b->page_size && a->confined == b->confined &&
+	       !memcmp(&a->nodes, &b->nodes, sizeof(a->nodes));
+}
+
+/*
+ * Return the free memory that the kernel keeps (min_free_kbytes). If a node has less than its share,
+ * an allocation that is bound to the node invokes the OOM killer (__setup_per_zone_wmarks() in
+ * mm/page_alloc.c).
+ */
+static uint64_t kernel_reserve(void)
+{
+	char text[32];
+	ssize_t length = min_free_fd < 0 ? -1 : pread(min_free_fd, text, sizeof(text) - 1, 0);
+
+	if (length <= 0)
+		return 0;
+	text[length] = '\0';
+	return strtoull(text, NULL, 10) << 10;
+}
+
+uint64_t pf_headroom_left(const struct memory_source *source, uint64_t ours, uint64_t reserve)
+{
+	uint64_t left = HEADROOM_UNLIMITED;
+	int32_t others = 1;
+
+	switch (source->kind) {
+	case SOURCE_KINDS:
+	case SOURCE_HOST:
+		left = pf_headroom();
+		break;
+	case SOURCE_NODES:
+		left = pf_source_nodes(nodes_fd, &source->nodes);
+		reserve += kernel_reserve();
+		break;
+	case SOURCE_POOL:
+		return hugetlb_left(source, ours); /* excludes pages reserved for others */
+	case SOURCE_FILE_SYSTEM:
+		left = pf_source_file_system(source->fd, source->inodes, &others);
+		break;
+	}
+	if (left == HEADROOM_UNLIMITED || !others)
+		return left;
+	return left > reserve ? left - reserve : 0;
+}
+
+uint64_t pf_headroom_unallocated(const struct memory_source *source)
+{
+	struct stat status;
+	uint64_t allocated;
+
+	if (source->kind != SOURCE_FILE_SYSTEM || fstat(source->fd, &status))
+		return UINT64_MAX;
+	allocated = (uint64_t)status.st_blocks * 512;
+	return (uint64_t)status.st_size > allocated ? (uint64_t)status.st_size - allocated : 0;
+}
+
+/* --- files that stay open --- */
+
+static void open_nodes(void)
+{
+	char text[4096];
+	ssize_t length = -1;
+	int fd;
+
+	if (nodes_fd >= 0)
+		return;
+	nodes_fd = open("/sys/devices/system/node", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	fd = nodes_fd < 0 ? -1 : openat(nodes_fd, "has_memory", O_RDONLY | O_CLOEXEC);
+	if (fd >= 0) {
+		length = read(fd, text, sizeof(text) - 1);
+		close(fd);
+	}
+	if (length <= 0)
+		return;
+	text[length] = '\0';
+	several_nodes = pf_source_parse_nodes(text, &nodes_with_memory) && strpbrk(text, ",-");
 }
 
 /* Each cgroup from QEMU's up to the root may have a limit. */
@@ -94,6 +250,9 @@ void pf_headroom_open(void)
 	close_groups(); /* after a fork, those of the parent process */
 	if (meminfo_fd < 0)
 		meminfo_fd = open("/proc/meminfo", O_RDONLY | O_CLOEXEC);
+	open_nodes();
+	if (min_free_fd < 0)
+		min_free_fd = open("/proc/sys/vm/min_free_kbytes", O_RDONLY | O_CLOEXEC);
 	if (pools_fd < 0)
 		pools_fd = open("/sys/kernel/mm/hugepages", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (pf_headroom_find_group("/proc/self/cgroup", "/proc/self/mountinfo", "memory", &group))

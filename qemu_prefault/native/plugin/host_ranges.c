@@ -2,8 +2,10 @@
 #define _GNU_SOURCE
 #include "host_ranges.h"
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <linux/magic.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,6 +16,8 @@
 #include <unistd.h>
 
 #include "common/pagemap.h"
+#include "guest_ranges.h"
+#include "os.h"
 
 struct interval {
 	uint64_t start, end;
@@ -21,6 +25,7 @@ struct interval {
 	uint64_t page_size; /* huge page size, or 0 */
 	dev_t device;	    /* device of the mapped file */
 	ino_t inode;	    /* 0: anonymous */
+	int fd;		    /* QEMU's descriptor of the file, owned by QEMU; -1: unknown */
 };
 
 struct intervals {
@@ -33,17 +38,16 @@ static struct intervals marks[2];
 
 static int pagemap_fd = -1;
 
+/*
+ * Protects mappings and marks. While it is held, only the lock of guest_ranges.c may be taken, and
+ * nothing may be allocated.
+ */
+static pthread_mutex_t lists_lock = PTHREAD_MUTEX_INITIALIZER;
+
 static void intervals_add(struct intervals *list, struct interval item)
 {
-	if (list->count == list->capacity) {
-		size_t capacity = list->capacity ? 2 * list->capacity : 32;
-		struct interval *items = realloc(list->items, capacity * sizeof(*items));
-
-		if (!items)
-			return; /* out of memory: the fact is lost; pages may be populated twice */
-		list->items = items;
-		list->capacity = capacity;
-	}
+	if (!pf_grow((void **)&list->items, &list->capacity, list->count, sizeof(*list->items)))
+		return; /* out of memory: the fact is lost; pages may be populated twice */
 	list->items[list->count++] = item;
 }
 
@@ -85,6 +89,27 @@ static bool has_flag(const char *line, const char *flag)
 	return found && found[-1] == ' ' && (found[2] == ' ' || found[2] == '\n');
 }
 
+/* Find QEMU's descriptors of the mapped files. */
+static void learn_descriptors(void)
+{
+	DIR *directory = opendir("/proc/self/fd");
+	const struct dirent *entry;
+	struct stat status;
+
+	while (directory && (entry = readdir(directory))) {
+		if (fstatat(dirfd(directory), entry->d_name, &status, 0))
+			continue;
+		pthread_mutex_lock(&lists_lock);
+		for (size_t i = 0; i < mappings.count; i++)
+			if (mappings.items[i].inode && mappings.items[i].inode == status.st_ino &&
+			    mappings.items[i].device == status.st_dev)
+				mappings.items[i].fd = atoi(entry->d_name);
+		pthread_mutex_unlock(&lists_lock);
+	}
+	if (directory)
+		closedir(directory);
+}
+
 void pf_ranges_learn(void)
 {
 	struct interval item = { 0 };
@@ -103,7 +128,8 @@ void pf_ranges_learn(void)
 			item = (struct interval){ .start = start,
 						  .end = end,
 						  .inode = inode,
-						  .device = makedev(major, minor) };
+						  .device = makedev(major, minor),
+						  .fd = -1 };
 			line[strcspn(line, "\n")] = '\0';
 			/* A memfd has no path for statfs(). The "ht" flag below shows hugetlb. */
 			if (inode && strncmp(line + path, "/memfd:", 7))
@@ -118,24 +144,27 @@ void pf_ranges_learn(void)
 				item.facts |= MEMORY_OVERCOMMIT;
 			if (has_flag(line, "ht"))
 				item.facts |= MEMORY_HUGETLB;
+			pthread_mutex_lock(&lists_lock);
 			if (item.facts || item.inode)
 				intervals_add(&mappings, item);
+			/* QEMU sets MADV_DONTFORK on its RAM (ram_block_add() in softmmu/physmem.c). */
+			if (item.facts || item.inode || has_flag(line, "dc"))
+				pf_guest_ranges_add(item.start, item.end, item.device, item.inode);
+			pthread_mutex_unlock(&lists_lock);
 		}
 	}
 	free(line);
 	if (file)
 		fclose(file);
+	learn_descriptors();
 }
 
 void pf_ranges_mapped(uint64_t start, uint64_t size, int fd, int flags)
 {
-	struct interval item = { .start = start, .end = start + size };
+	struct interval item = { .start = start, .end = start + size, .fd = fd };
 	struct stat status;
 	struct statfs filesystem;
 
-	intervals_cut(&mappings, item.start, item.end);
-	intervals_cut(&marks[MEMORY_POPULATED], item.start, item.end);
-	intervals_cut(&marks[MEMORY_PREFAULTED], item.start, item.end);
 	if (flags & MAP_NORESERVE)
 		item.facts |= MEMORY_OVERCOMMIT;
 	if (fd >= 0 && !fstat(fd, &status) && !fstatfs(fd, &filesystem)) {
@@ -144,15 +173,23 @@ void pf_ranges_mapped(uint64_t start, uint64_t size, int fd, int flags)
 		item.page_size = (uint64_t)filesystem.f_bsize; /* on hugetlbfs: the page size */
 		item.facts |= file_facts((unsigned long)filesystem.f_type, flags & MAP_SHARED);
 	}
+	pthread_mutex_lock(&lists_lock);
+	intervals_cut(&mappings, item.start, item.end);
+	intervals_cut(&marks[MEMORY_POPULATED], item.start, item.end);
+	intervals_cut(&marks[MEMORY_PREFAULTED], item.start, item.end);
 	if (item.facts || item.inode)
 		intervals_add(&mappings, item);
+	pf_guest_ranges_add(item.start, item.end, item.device, item.inode);
+	pthread_mutex_unlock(&lists_lock);
 }
 
 void pf_ranges_discarded(uint64_t start, uint64_t size)
 {
+	pthread_mutex_lock(&lists_lock);
 	intervals_add(&mappings, (struct interval){ .start = start,
 						    .end = start + size,
 						    .facts = MEMORY_HOLES });
+	pthread_mutex_unlock(&lists_lock);
 }
 
 bool pf_ranges_file_discarded(int fd)
@@ -162,6 +199,7 @@ bool pf_ranges_file_discarded(int fd)
 
 	if (fstat(fd, &status))
 		return false;
+	pthread_mutex_lock(&lists_lock);
 	for (size_t i = 0; i < mappings.count; i++) {
 		struct interval *item = &mappings.items[i];
 
@@ -170,6 +208,7 @@ bool pf_ranges_file_discarded(int fd)
 			known = true;
 		}
 	}
+	pthread_mutex_unlock(&lists_lock);
 	return known;
 }
 
@@ -177,21 +216,58 @@ unsigned int pf_ranges_facts(uint64_t start, uint64_t size)
 {
 	unsigned int facts = 0;
 
+	pthread_mutex_lock(&lists_lock);
 	for (size_t i = 0; i < mappings.count; i++)
 		if (mappings.items[i].start < start + size && start < mappings.items[i].end)
 			facts |= mappings.items[i].facts;
+	pthread_mutex_unlock(&lists_lock);
 	return facts;
 }
 
 uint64_t pf_ranges_huge_page_size(uint64_t start, uint64_t size)
 {
-	for (size_t i = 0; i < mappings.count; i++) {
+	uint64_t page_size = 0;
+
+	pthread_mutex_lock(&lists_lock);
+	for (size_t i = 0; i < mappings.count && !page_size; i++) {
 		const struct interval *item = &mappings.items[i];
 
 		if (item->facts & MEMORY_HUGETLB && item->start < start + size && start < item->end)
-			return item->page_size;
+			page_size = item->page_size;
 	}
-	return 0;
+	pthread_mutex_unlock(&lists_lock);
+	return page_size;
+}
+
+int pf_ranges_file(uint64_t start, uint64_t size, uint64_t *device, uint64_t *inode,
+		   uint64_t *inodes)
+{
+	struct interval found = { .fd = -1 };
+	struct stat status;
+
+	*inodes = 0;
+	pthread_mutex_lock(&lists_lock);
+	for (size_t i = 0; i < mappings.count && found.fd < 0; i++)
+		if (mappings.items[i].inode && mappings.items[i].start < start + size &&
+		    start < mappings.items[i].end)
+			found = mappings.items[i];
+	for (size_t i = 0; i < mappings.count; i++) {
+		const struct interval *item = &mappings.items[i];
+		bool again = !item->inode || item->device != found.device;
+
+		for (size_t j = 0; j < i && !again; j++)
+			again = mappings.items[j].inode == item->inode &&
+				mappings.items[j].device == item->device;
+		*inodes += !again;
+	}
+	pthread_mutex_unlock(&lists_lock);
+	/* QEMU may have closed the descriptor and reused its number for another file. */
+	if (found.fd < 0 || fstat(found.fd, &status) || status.st_ino != found.inode ||
+	    status.st_dev != found.device)
+		return -1;
+	*device = found.device;
+	*inode = found.inode;
+	return found.fd;
 }
 
 void pf_ranges_set_mark(enum memory_mark mark, uint64_t start, uint64_t size)
@@ -199,6 +275,7 @@ void pf_ranges_set_mark(enum memory_mark mark, uint64_t start, uint64_t size)
 	struct intervals *marked = &marks[mark];
 	uint64_t end = start + size;
 
+	pthread_mutex_lock(&lists_lock);
 	for (size_t i = 0; i < marked->count; i++) {
 		struct interval *item = &marked->items[i];
 
@@ -209,6 +286,7 @@ void pf_ranges_set_mark(enum memory_mark mark, uint64_t start, uint64_t size)
 	}
 	intervals_cut(marked, start, end);
 	intervals_add(marked, (struct interval){ .start = start, .end = end });
+	pthread_mutex_unlock(&lists_lock);
 }
 
 bool pf_ranges_unmarked(enum memory_mark mark, uint64_t start, uint64_t size, uint64_t *from,
@@ -217,6 +295,7 @@ bool pf_ranges_unmarked(enum memory_mark mark, uint64_t start, uint64_t size, ui
 	const struct intervals *marked = &marks[mark];
 	uint64_t end = start + size;
 
+	pthread_mutex_lock(&lists_lock);
 	for (bool moved = true; moved;) { /* skip all intervals that cover start */
 		moved = false;
 		for (size_t i = 0; i < marked->count; i++) {
@@ -228,11 +307,12 @@ bool pf_ranges_unmarked(enum memory_mark mark, uint64_t start, uint64_t size, ui
 			}
 		}
 	}
-	if (start >= end)
-		return false;
 	for (size_t i = 0; i < marked->count; i++)
 		if (start < marked->items[i].start && marked->items[i].start < end)
 			end = marked->items[i].start;
+	pthread_mutex_unlock(&lists_lock);
+	if (start >= end)
+		return false;
 	*from = start;
 	*length = end - start;
 	return true;

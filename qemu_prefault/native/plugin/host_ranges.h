@@ -4,7 +4,11 @@
  *
  * The plugin learns them from QEMU's mmap(), madvise() and fallocate() calls, because no other
  * interface reports them cheaply: that an anonymous mapping is overcommitted, and the holes that
- * virtio-mem and the balloon punch. Not thread safe: call all functions with pf_lock held.
+ * virtio-mem and the balloon punch.
+ *
+ * Thread safe. The functions take a lock of their own and allocate nothing while they hold it,
+ * because an allocator's mmap() also gets here. They may be called with pf_lock held. Hold pf_lock
+ * if the facts must not change between two calls.
  */
 #ifndef QEMU_PREFAULT_PLUGIN_HOST_RANGES_H
 #define QEMU_PREFAULT_PLUGIN_HOST_RANGES_H
@@ -42,6 +46,14 @@ bool pf_ranges_file_discarded(int fd);
 unsigned int pf_ranges_facts(uint64_t start, uint64_t size);
 /* Return the huge page size in [start, start + size), or 0 if it has no hugetlb memory. */
 uint64_t pf_ranges_huge_page_size(uint64_t start, uint64_t size);
+
+/*
+ * Return QEMU's descriptor of the file that is mapped in [start, start + size), or -1 if there is
+ * no file or the descriptor is unknown. QEMU owns the descriptor: do not close it. Sets *inodes to
+ * the number of files on that device that QEMU has mapped.
+ */
+int pf_ranges_file(uint64_t start, uint64_t size, uint64_t *device, uint64_t *inode,
+		   uint64_t *inodes);
 
 /* Operations that were done on a range at least once. */
 enum memory_mark { MEMORY_POPULATED, MEMORY_PREFAULTED };

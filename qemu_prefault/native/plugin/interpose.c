@@ -2,9 +2,11 @@
 #define _GNU_SOURCE
 #include "interpose.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <linux/kvm.h>
 #include <stdarg.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -26,9 +28,33 @@
 #define USERFAULT_UNREGISTER 0x8010aa01ul
 #define POPULATE_WRITE PREFAULT_MADV_POPULATE_WRITE
 
+/*
+ * Set while this thread runs code of the plugin, whose own calls must not enter the hooks again.
+ *
+ * Allocators call the hooks of madvise(), fallocate() and mmap() with their locks held. These hooks
+ * do not allocate. They take pf_lock only for memory that may belong to the guest.
+ */
+static __thread bool inside __attribute__((tls_model("initial-exec")));
+
+static bool enter(int *error)
+{
+	if (inside)
+		return false;
+	*error = errno;
+	inside = true;
+	return true;
+}
+
+static void leave(int error)
+{
+	inside = false;
+	errno = error;
+}
+
 static int ioctl_hook(int fd, unsigned long request, void *argument)
 {
 	long result;
+	int error;
 
 	switch (request) {
 	case KVM_RUN:
@@ -38,8 +64,10 @@ static int ioctl_hook(int fd, unsigned long request, void *argument)
 		return (int)pf_memslots_change(fd, request, argument);
 	case KVM_CREATE_VM:
 		result = pf_raw_ioctl(fd, request, argument);
-		if (result >= 0)
+		if (result >= 0 && enter(&error)) {
 			pf_vm_created((int)result);
+			leave(error);
+		}
 		return (int)result;
 	case KVM_CREATE_VCPU:
 		result = pf_raw_ioctl(fd, request, argument);
@@ -79,21 +107,26 @@ EXPORT int ioctl(int fd, unsigned long request, ...)
 
 static int madvise_hook(void *start, size_t size, int advice)
 {
-	int result = (int)syscall(SYS_madvise, start, size, advice);
+	int result = (int)syscall(SYS_madvise, start, size, advice), error;
 
-	if (!result && (advice == MADV_DONTNEED || advice == MADV_REMOVE))
+	if (result || !enter(&error))
+		return result;
+	if (advice == MADV_DONTNEED || advice == MADV_REMOVE)
 		pf_qemu_memory_discarded((uint64_t)start, size);
-	else if (!result && advice == POPULATE_WRITE)
+	else if (advice == POPULATE_WRITE)
 		pf_qemu_memory_populated((uint64_t)start, size);
+	leave(error);
 	return result;
 }
 
 static int fallocate_hook(int fd, int mode, off_t offset, off_t length)
 {
-	int result = (int)syscall(SYS_fallocate, fd, mode, offset, length);
+	int result = (int)syscall(SYS_fallocate, fd, mode, offset, length), error;
 
-	if (!result && (mode & FALLOC_FL_PUNCH_HOLE))
+	if (!result && (mode & FALLOC_FL_PUNCH_HOLE) && enter(&error)) {
 		pf_qemu_memory_file_discarded(fd);
+		leave(error);
+	}
 	return result;
 }
 
@@ -101,10 +134,14 @@ static int fallocate_hook(int fd, int mode, off_t offset, off_t length)
 static void *mmap_hook(void *start, size_t size, int protection, int flags, int fd, off_t offset)
 {
 	void *result = pf_raw_mmap(start, size, protection, flags, fd, offset);
+	int error;
 
-	if (result != MAP_FAILED && (flags & MAP_FIXED) && (protection & PROT_WRITE))
+	if (result != MAP_FAILED && (flags & MAP_FIXED) && (protection & PROT_WRITE) &&
+	    enter(&error)) {
 		pf_qemu_memory_mapped((uint64_t)result, size, flags & MAP_ANONYMOUS ? -1 : fd,
 				      flags);
+		leave(error);
+	}
 	return result;
 }
 

@@ -7,15 +7,14 @@
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
-#include <errno.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
+#include "guest_ranges.h"
 #include "interpose.h"
 #include "options.h"
 #include "qemu_memory.h"
@@ -23,8 +22,8 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-static bool loaded_as_plugin;
-static pid_t loaded_by;
+static bool is_qemu;
+static int exit_status;
 
 /*
  * QEMU loads a plugin only if it supports this version: 0 to 1 until 8.2, 2 or more from 9.0 (4
@@ -33,9 +32,11 @@ static pid_t loaded_by;
  */
 EXPORT int qemu_plugin_version = 1;
 
-static void say_if_no_vm(void)
+static void report_no_kvm(void)
 {
-	if (!pf_vm_seen())
+	static atomic_bool printed;
+
+	if (pf_vm_never() && !atomic_exchange(&printed, true))
 		fprintf(stderr,
 			"qemu-prefault: this QEMU does not use KVM, so nothing is prefaulted; "
 			"start it with -accel kvm\n");
@@ -43,42 +44,38 @@ static void say_if_no_vm(void)
 
 static void vcpu_started(void)
 {
-	static atomic_bool told;
-
-	if (!atomic_exchange(&told, true))
-		say_if_no_vm();
+	report_no_kvm();
 }
 
-static bool program_is_qemu(void)
+static void note_status(int status, void *unused)
 {
-	return !strncmp(program_invocation_short_name, "qemu-system-", 12) ||
-	       !strcmp(program_invocation_short_name, "qemu") ||
-	       !strcmp(program_invocation_short_name, "kvm");
+	(void)unused;
+	exit_status = status;
 }
 
 __attribute__((constructor)) static void loaded(void)
 {
 	const char *preload = getenv("LD_PRELOAD");
-	const char *text = getenv("QEMU_PREFAULT_OPTIONS");
 
+	/* Identify QEMU by its symbols, because the name of the program can be any. */
+	is_qemu = dlsym(RTLD_DEFAULT, "qemu_plugin_register_vcpu_init_cb") ||
+		  dlsym(RTLD_DEFAULT, "qemu_init");
+	pf_vm_watch_forks();
 	if (dlsym(RTLD_DEFAULT, "qemu_plugin_set_pc"))
 		qemu_plugin_version = 7;
 	else if (dlsym(RTLD_DEFAULT, "qemu_plugin_scoreboard_new"))
 		qemu_plugin_version = 2;
 	pf_options.by_preload = preload && strstr(preload, "qemu-prefault-plugin");
-	if (!pf_options.by_preload || !program_is_qemu())
-		return;
-	loaded_by = getpid();
-	pf_vm_share();
-	if (text)
-		pf_options_parse_environment(text);
+	/* With -plugin, QEMU may unload the plugin, and the handler would remain. */
+	if (pf_options.by_preload)
+		on_exit(note_status, NULL);
 }
 
-/* With -daemonize, QEMU's first process ends when the daemon has its VM, and others end before. */
+/* Report nothing if QEMU failed or created no guest: it may have been meant to use KVM. */
 __attribute__((destructor)) static void unloaded(void)
 {
-	if (loaded_by == getpid() && !loaded_as_plugin)
-		say_if_no_vm();
+	if (is_qemu && !exit_status && pf_guest_ranges_exist())
+		report_no_kvm();
 }
 
 EXPORT int qemu_plugin_install(uint64_t id, const void *info, int argc, char **argv)
@@ -88,7 +85,9 @@ EXPORT int qemu_plugin_install(uint64_t id, const void *info, int argc, char **a
 			  void *))dlsym(RTLD_DEFAULT, "qemu_plugin_register_vcpu_init_cb");
 
 	(void)info;
-	loaded_as_plugin = true;
+	is_qemu = true;
+	if (pf_options.by_preload)
+		pf_options_take_environment();
 	for (int i = 0; i < argc; i++)
 		if (!pf_options_parse(argv[i]))
 			return -1;

@@ -6,6 +6,7 @@
 
 #include "common/prefault_loop.h"
 #include "event_log.h"
+#include "guest_ranges.h"
 #include "queue.h"
 #include "state.h"
 
@@ -65,6 +66,8 @@ static void slot_created(const struct kvm_userspace_memory_region *region)
 				  .size = region->memory_size,
 				  .hva = region->userspace_addr };
 	pf_counters.created++;
+	if (!pf_guest_ranges_touch(slot->hva, slot->size))
+		pf_guest_ranges_add(slot->hva, slot->hva + slot->size, 0, 0);
 	classify(slot);
 	pf_log_event("slot-created", slot->why, ",\"gpa\":%llu,\"size\":%llu",
 		     (unsigned long long)slot->gpa, (unsigned long long)slot->size);

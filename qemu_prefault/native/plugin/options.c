@@ -8,6 +8,8 @@
 
 #include "os.h"
 
+#define VARIABLE "QEMU_PREFAULT_OPTIONS"
+
 struct plugin_options pf_options = { .keep = true, .quirk_disable = true, .hold_ns = MS(1000) };
 
 const char *const pf_populate_names[3] = { "auto", "all", "resident" };
@@ -91,12 +93,14 @@ bool pf_options_parse(const char *text)
 	return fine;
 }
 
-void pf_options_parse_environment(const char *text)
+void pf_options_take_environment(void)
 {
-	char *copy = strdup(text), *rest = copy, *word;
+	const char *text = getenv(VARIABLE);
+	char *copy = text ? strdup(text) : NULL, *rest = copy, *word;
 
 	while (copy && (word = strsep(&rest, ",")))
 		if (*word)
 			pf_options_parse(word);
 	free(copy);
+	unsetenv(VARIABLE);
 }

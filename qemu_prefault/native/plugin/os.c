@@ -3,11 +3,15 @@
 #include "os.h"
 
 #include <signal.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#define PAGE 4096ul
 
 long pf_raw_ioctl(int fd, unsigned long request, void *argument)
 {
@@ -69,16 +73,42 @@ bool pf_has_argument(const char *wanted)
 	return found;
 }
 
+static size_t pages(size_t size)
+{
+	return (size + PAGE - 1) & ~(PAGE - 1);
+}
+
 bool pf_grow(void **array, size_t *capacity, size_t count, size_t item)
 {
 	if (count < *capacity)
 		return true;
-	size_t wanted = *capacity ? 2 * *capacity : 64;
-	void *more = realloc(*array, wanted * item);
+	size_t wanted = *capacity ? 2 * *capacity : (PAGE + item - 1) / item;
+	void *more;
 
-	if (!more)
+	if (*capacity)
+		more = (void *)syscall(SYS_mremap, *array, pages(*capacity * item),
+				       pages(wanted * item), MREMAP_MAYMOVE);
+	else
+		more = pf_raw_mmap(NULL, pages(wanted * item), PROT_READ | PROT_WRITE,
+				   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (more == MAP_FAILED)
 		return false;
 	*array = more;
 	*capacity = wanted;
 	return true;
+}
+
+void pf_print_error(const char *format, ...)
+{
+	char text[1024];
+	va_list arguments;
+
+	va_start(arguments, format);
+	int length = vsnprintf(text, sizeof(text), format, arguments);
+
+	va_end(arguments);
+	if (length >= (int)sizeof(text))
+		length = sizeof(text) - 1;
+	if (length > 0 && write(STDERR_FILENO, text, (size_t)length) < 0)
+		return; /* stderr is closed */
 }

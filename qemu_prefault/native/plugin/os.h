@@ -36,7 +36,15 @@ struct timespec pf_deadline_in(uint64_t ns);
 /* Return whether QEMU's command line contains the argument. */
 bool pf_has_argument(const char *wanted);
 
-/* Grow an array if needed, so that one more item fits. Returns false if out of memory. */
+/*
+ * Grow an array if needed, so that one more item fits. Returns false if out of memory.
+ *
+ * The array is mapped with system calls. malloc() could wait for a lock of the allocator while
+ * another thread holds that lock and waits for pf_lock in a hook.
+ */
 bool pf_grow(void **array, size_t *capacity, size_t count, size_t item);
+
+/* Print to stderr without stdio, which allocates and takes locks. */
+void pf_print_error(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 #endif

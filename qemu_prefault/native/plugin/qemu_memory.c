@@ -2,6 +2,7 @@
 #include "qemu_memory.h"
 
 #include "event_log.h"
+#include "guest_ranges.h"
 #include "host_ranges.h"
 #include "options.h"
 #include "queue.h"
@@ -23,20 +24,18 @@ void pf_qemu_memory_userfault(bool registered)
 
 void pf_qemu_memory_learn(void)
 {
-	pthread_mutex_lock(&pf_lock);
 	pf_ranges_learn();
-	pthread_mutex_unlock(&pf_lock);
 }
 
 void pf_qemu_memory_mapped(uint64_t start, uint64_t size, int fd, int flags)
 {
-	pthread_mutex_lock(&pf_lock);
 	pf_ranges_mapped(start, size, fd, flags);
-	pthread_mutex_unlock(&pf_lock);
 }
 
 void pf_qemu_memory_discarded(uint64_t start, uint64_t size)
 {
+	if (!pf_guest_ranges_touch(start, size))
+		return;
 	pthread_mutex_lock(&pf_lock);
 	if (!(pf_ranges_facts(start, size) & MEMORY_HOLES)) {
 		struct memslot *slot = pf_memslot_at_hva(start);
@@ -53,6 +52,8 @@ void pf_qemu_memory_discarded(uint64_t start, uint64_t size)
 
 void pf_qemu_memory_file_discarded(int fd)
 {
+	if (!pf_guest_ranges_have_file(fd))
+		return;
 	pthread_mutex_lock(&pf_lock);
 	if (pf_ranges_file_discarded(fd) && pf_options.populate == POPULATE_AUTO)
 		for (size_t i = 0; i < pf_memslot_count; i++)
@@ -65,6 +66,8 @@ void pf_qemu_memory_file_discarded(int fd)
 /* Called when virtio-mem with prealloc=on plugs a block, or QEMU preallocates a backend. */
 void pf_qemu_memory_populated(uint64_t start, uint64_t size)
 {
+	if (!pf_guest_ranges_touch(start, size))
+		return;
 	pthread_mutex_lock(&pf_lock);
 	struct memslot *slot = pf_memslot_at_hva(start);
 

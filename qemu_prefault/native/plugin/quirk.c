@@ -2,7 +2,6 @@
 #include "quirk.h"
 
 #include <linux/kvm.h>
-#include <stdio.h>
 
 #include "event_log.h"
 #include "options.h"
@@ -35,8 +34,8 @@ void pf_quirk_vfio_seen(void)
 	pthread_mutex_lock(&pf_lock);
 	vfio_seen = true;
 	if (pf_quirk == QUIRK_DISABLED)
-		fprintf(stderr, "qemu-prefault: a VFIO device was added after "
-				"KVM_X86_QUIRK_SLOT_ZAP_ALL was disabled, which cannot be undone; "
-				"start QEMU with quirk=keep for guests with VFIO devices\n");
+		pf_print_error("qemu-prefault: a VFIO device was added after "
+			       "KVM_X86_QUIRK_SLOT_ZAP_ALL was disabled, which cannot be undone; "
+			       "start QEMU with quirk=keep for guests with VFIO devices\n");
 	pthread_mutex_unlock(&pf_lock);
 }

@@ -11,6 +11,7 @@
  *   errors          errors of control socket requests
  *   state           this file
  *   event_log       events for the control socket and the log
+ *   guest_ranges    memory and files that may belong to the guest
  *   host_ranges     facts about QEMU's memory
  *   headroom        memory that the host still has
  *   quirk           KVM_X86_QUIRK_SLOT_ZAP_ALL
@@ -43,9 +44,10 @@
 
 #include "os.h"
 
-#define QUIET_NS MS(1000) /* if no RAM slot changes for this long, firmware has finished */
-#define STUCK_NS MS(500)  /* maximum time in the ioctl without progress */
-#define CHUNK MIB(8)	  /* a vCPU thread checks for other requests after each chunk */
+#define QUIET_NS MS(1000)   /* if no RAM slot changes for this long, firmware has finished */
+#define STUCK_NS MS(500)    /* maximum time in the ioctl without progress */
+#define CHUNK MIB(8)	    /* a vCPU thread checks for other requests after each chunk */
+#define RESERVE (4 * CHUNK) /* left for other users of a source whose claims are unknown */
 #define MAX_VCPUS 4096
 
 enum memslot_state { SLOT_SKIPPED, SLOT_HELD, SLOT_KEPT };

@@ -1,11 +1,46 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 #include "status.h"
 
+#include <stdarg.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "options.h"
 #include "queue.h"
 #include "state.h"
+
+/*
+ * The status is formatted with pf_lock held and written after pf_lock is released, because stdio
+ * allocates and the client may read slowly.
+ */
+struct text {
+	char *bytes;
+	size_t length, capacity;
+};
+
+static void add(struct text *text, const char *format, ...) __attribute__((format(printf, 2, 3)));
+static void add(struct text *text, const char *format, ...)
+{
+	for (;;) {
+		size_t left = text->capacity - text->length;
+		va_list arguments;
+
+		va_start(arguments, format);
+		int length = vsnprintf(text->bytes ? text->bytes + text->length : NULL, left,
+				       format, arguments);
+
+		va_end(arguments);
+		if (length < 0)
+			return;
+		if ((size_t)length < left) {
+			text->length += (size_t)length;
+			return;
+		}
+		if (!pf_grow((void **)&text->bytes, &text->capacity, text->capacity, 1))
+			return;
+	}
+}
 
 static bool has_item(uint32_t slot)
 {
@@ -27,12 +62,12 @@ static const char *slot_state(const struct memslot *slot)
 	return !pf_guest_started || has_item(slot->id) ? "pending" : "done";
 }
 
-static void print_text(FILE *out, const char *name, const char *text)
+static void print_text(struct text *out, const char *name, const char *text)
 {
 	if (text)
-		fprintf(out, ",\"%s\":\"%s\"", name, text);
+		add(out, ",\"%s\":\"%s\"", name, text);
 	else
-		fprintf(out, ",\"%s\":null", name);
+		add(out, ",\"%s\":null", name);
 }
 
 static const char *json_bool(bool value)
@@ -40,46 +75,56 @@ static const char *json_bool(bool value)
 	return value ? "true" : "false";
 }
 
-void pf_status_print(FILE *out)
+static void describe(struct text *out)
 {
-	pthread_mutex_lock(&pf_lock);
-	fprintf(out,
-		"{\"plugin\":1,\"pid\":%d,\"loaded_by\":\"%s\",\"kvm\":%s,\"pre_fault_memory\":%s,"
-		"\"keeping\":%s,\"populate\":\"%s\",\"quirk\":\"%s\"",
-		getpid(), pf_options.by_preload ? "preload" : "plugin", json_bool(pf_vm_fd >= 0),
-		json_bool(pf_capable), json_bool(pf_options.keep && !pf_paused),
-		pf_populate_names[pf_options.populate], pf_quirk_names[pf_quirk]);
+	add(out,
+	    "{\"plugin\":1,\"pid\":%d,\"loaded_by\":\"%s\",\"kvm\":%s,\"pre_fault_memory\":%s,"
+	    "\"keeping\":%s,\"populate\":\"%s\",\"quirk\":\"%s\"",
+	    getpid(), pf_options.by_preload ? "preload" : "plugin", json_bool(pf_vm_fd >= 0),
+	    json_bool(pf_capable), json_bool(pf_options.keep && !pf_paused),
+	    pf_populate_names[pf_options.populate], pf_quirk_names[pf_quirk]);
 	print_text(out, "held", pf_queue_held_reason());
-	fprintf(out, ",\"vcpus\":[");
+	add(out, ",\"vcpus\":[");
 	for (size_t i = 0; i < pf_vcpu_count; i++)
-		fprintf(out, "%s{\"id\":%lu,\"fd\":%d,\"tid\":%d,\"running\":%s}", i ? "," : "",
-			pf_vcpus[i].id, pf_vcpus[i].fd, pf_vcpus[i].tid,
-			json_bool(atomic_load(&pf_vcpus[i].in_guest)));
-	fprintf(out, "],\"slots\":[");
+		add(out, "%s{\"id\":%lu,\"fd\":%d,\"tid\":%d,\"running\":%s}", i ? "," : "",
+		    pf_vcpus[i].id, pf_vcpus[i].fd, pf_vcpus[i].tid,
+		    json_bool(atomic_load(&pf_vcpus[i].in_guest)));
+	add(out, "],\"slots\":[");
 	for (size_t i = 0; i < pf_memslot_count; i++) {
 		const struct memslot *slot = &pf_memslots[i];
 
-		fprintf(out,
-			"%s{\"slot\":%u,\"as\":%u,\"gpa\":%llu,\"size\":%llu,\"hva\":%llu,"
-			"\"flags\":%u,\"state\":\"%s\",\"resident_only\":%s,\"prefaulted\":%llu",
-			i ? "," : "", slot->id & 0xffff, slot->id >> 16,
-			(unsigned long long)slot->gpa, (unsigned long long)slot->size,
-			(unsigned long long)slot->hva, slot->flags, slot_state(slot),
-			json_bool(slot->resident_only), (unsigned long long)slot->prefaulted);
+		add(out,
+		    "%s{\"slot\":%u,\"as\":%u,\"gpa\":%llu,\"size\":%llu,\"hva\":%llu,"
+		    "\"flags\":%u,\"state\":\"%s\",\"resident_only\":%s,\"prefaulted\":%llu",
+		    i ? "," : "", slot->id & 0xffff, slot->id >> 16, (unsigned long long)slot->gpa,
+		    (unsigned long long)slot->size, (unsigned long long)slot->hva, slot->flags,
+		    slot_state(slot), json_bool(slot->resident_only),
+		    (unsigned long long)slot->prefaulted);
 		print_text(out, "why", slot->why);
-		fprintf(out, "}");
+		add(out, "}");
 	}
-	fprintf(out,
-		"],\"pending\":%llu,\"counters\":{\"slots_created\":%llu,\"slots_deleted\":%llu,"
-		"\"populated\":%llu,\"prefaulted\":%llu,\"again\":%llu,\"stuck\":%llu,"
-		"\"errors\":%llu,\"populate_seconds\":%.6f,\"prefault_seconds\":%.6f,"
-		"\"again_seconds\":%.6f}}",
-		(unsigned long long)pf_queue_pending_bytes(),
-		(unsigned long long)pf_counters.created, (unsigned long long)pf_counters.deleted,
-		(unsigned long long)pf_counters.populated,
-		(unsigned long long)pf_counters.prefaulted, (unsigned long long)pf_counters.again,
-		(unsigned long long)pf_counters.stuck, (unsigned long long)pf_counters.errors,
-		(double)pf_counters.populate_ns / 1e9, (double)pf_counters.prefault_ns / 1e9,
-		(double)pf_counters.again_ns / 1e9);
+	add(out,
+	    "],\"pending\":%llu,\"counters\":{\"slots_created\":%llu,\"slots_deleted\":%llu,"
+	    "\"populated\":%llu,\"prefaulted\":%llu,\"again\":%llu,\"stuck\":%llu,"
+	    "\"errors\":%llu,\"populate_seconds\":%.6f,\"prefault_seconds\":%.6f,"
+	    "\"again_seconds\":%.6f}}",
+	    (unsigned long long)pf_queue_pending_bytes(), (unsigned long long)pf_counters.created,
+	    (unsigned long long)pf_counters.deleted, (unsigned long long)pf_counters.populated,
+	    (unsigned long long)pf_counters.prefaulted, (unsigned long long)pf_counters.again,
+	    (unsigned long long)pf_counters.stuck, (unsigned long long)pf_counters.errors,
+	    (double)pf_counters.populate_ns / 1e9, (double)pf_counters.prefault_ns / 1e9,
+	    (double)pf_counters.again_ns / 1e9);
+}
+
+void pf_status_print(FILE *out)
+{
+	struct text text = { 0 };
+
+	pthread_mutex_lock(&pf_lock);
+	describe(&text);
 	pthread_mutex_unlock(&pf_lock);
+	if (!text.bytes)
+		return;
+	fwrite(text.bytes, 1, text.length, out);
+	syscall(SYS_munmap, text.bytes, text.capacity);
 }

@@ -2,7 +2,9 @@
 #define _GNU_SOURCE
 #include "vm.h"
 
+#include <dirent.h>
 #include <linux/kvm.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,8 +20,17 @@
 
 #define CAP_PRE_FAULT_MEMORY 236 /* the installed kernel headers may be older */
 
-static atomic_bool seen_here;
-static atomic_bool *seen = &seen_here;
+/*
+ * Memory shared by this process and all its forks that have not executed another program.
+ *
+ * Changed by: pf_vm_created() and the handlers of fork().
+ */
+static struct family {
+	atomic_bool vm_seen;
+	atomic_int forks;    /* calls of fork() */
+	atomic_int children; /* children that have run since */
+	atomic_int youngest; /* pid of the last child, or 0 */
+} alone, *family = &alone;
 
 static void set_up(int fd)
 {
@@ -35,6 +46,9 @@ static void set_up(int fd)
 	pthread_cond_init(&pf_changed, &monotonic);
 	pf_vm_fd = fd;
 	pf_capable = pf_raw_ioctl(fd, KVM_CHECK_EXTENSION, (void *)CAP_PRE_FAULT_MEMORY) == 1;
+	pthread_mutex_unlock(&pf_lock);
+
+	/* The code below allocates, so pf_lock is not held. No vCPU, slot or thread exists yet. */
 	if (!pf_capable)
 		fprintf(stderr,
 			"qemu-prefault: this KVM has no KVM_PRE_FAULT_MEMORY, so nothing is "
@@ -51,14 +65,15 @@ static void set_up(int fd)
 				"prefault is not interrupted; raise QEMU's limit on threads\n");
 	if (!pf_options.socket_off)
 		pf_control_socket_start();
-	pthread_mutex_unlock(&pf_lock);
 }
 
 void pf_vm_created(int fd)
 {
 	char *preload = getenv("LD_PRELOAD");
 
-	atomic_store(seen, true);
+	atomic_store(&family->vm_seen, true);
+	if (pf_options.by_preload)
+		pf_options_take_environment();
 	/* This is the intended program. Its child processes do not need the plugin. */
 	if (pf_options.by_preload && preload && strstr(preload, "qemu-prefault-plugin") &&
 	    !strpbrk(preload, ": "))
@@ -68,27 +83,63 @@ void pf_vm_created(int fd)
 
 void pf_vm_adopt(void)
 {
-	char name[64], target[64];
+	DIR *directory = opendir("/proc/self/fd");
+	const struct dirent *entry;
+	char target[64];
 
-	for (int fd = 3; fd < 256 && !atomic_load(seen); fd++) {
-		snprintf(name, sizeof(name), "/proc/self/fd/%d", fd);
-		ssize_t length = readlink(name, target, sizeof(target) - 1);
+	while (directory && pf_vm_fd < 0 && (entry = readdir(directory))) {
+		ssize_t length =
+			readlinkat(dirfd(directory), entry->d_name, target, sizeof(target) - 1);
 
 		if (length > 0 && !strncmp(target, "anon_inode:kvm-vm", 17) && length == 17)
-			pf_vm_created(fd);
+			pf_vm_created(atoi(entry->d_name));
 	}
+	if (directory)
+		closedir(directory);
 }
 
-void pf_vm_share(void)
-{
-	void *page = mmap(NULL, sizeof(*seen), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
-			  -1, 0);
+/* --- whether the process creates no VM --- */
 
-	if (page != MAP_FAILED)
-		seen = page;
+static void before_fork(void)
+{
+	atomic_fetch_add(&family->forks, 1);
 }
 
-bool pf_vm_seen(void)
+static void in_child(void)
 {
-	return atomic_load(seen);
+	atomic_store(&family->youngest, getpid());
+	atomic_fetch_add(&family->children, 1);
+}
+
+void pf_vm_watch_forks(void)
+{
+	void *shared = pf_raw_mmap(NULL, sizeof(*family), PROT_READ | PROT_WRITE,
+				   MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+
+	if (shared != MAP_FAILED && !pthread_atfork(before_fork, NULL, in_child))
+		family = shared;
+}
+
+static bool runs_this_program(pid_t pid)
+{
+	char link[32], ours[4096], theirs[4096];
+	ssize_t length = readlink("/proc/self/exe", ours, sizeof(ours));
+
+	if (length < 0) /* /proc is not mounted */
+		return !kill(pid, 0);
+	snprintf(link, sizeof(link), "/proc/%d/exe", pid);
+	return readlink(link, theirs, sizeof(theirs)) == length &&
+	       !memcmp(ours, theirs, (size_t)length);
+}
+
+bool pf_vm_never(void)
+{
+	pid_t youngest = atomic_load(&family->youngest);
+
+	if (atomic_load(&family->vm_seen))
+		return false;
+	/* With -daemonize, QEMU forks and the child creates the VM: wait until it runs. */
+	if (atomic_load(&family->forks) != atomic_load(&family->children))
+		return false;
+	return !youngest || youngest == getpid() || !runs_this_program(youngest);
 }

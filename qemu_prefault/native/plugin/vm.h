@@ -9,8 +9,13 @@
 void pf_vm_created(int vm_fd);
 /* Find a VM that QEMU created before it loaded the plugin. */
 void pf_vm_adopt(void);
-/* Let pf_vm_seen() also see the VM of a child process: -daemonize makes QEMU fork. */
-void pf_vm_share(void);
-bool pf_vm_seen(void);
+
+/* Install the handlers of fork() for pf_vm_never(). Call this as early as possible. */
+void pf_vm_watch_forks(void);
+/*
+ * Return whether neither this process nor its forks created a VM, and no fork that could still
+ * create one is running.
+ */
+bool pf_vm_never(void);
 
 #endif

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * Start a guest whose RAM is a file, and print the populate policy that the plugin chooses.
+ *
+ * Arguments: PATH SIZE shared|private hook|learn [OTHER-PATH OTHER-SIZE]. With the last two, another
+ * file is allocated after the guest has started, and the MiB that the plugin then populates are
+ * printed. test_native_plugin_source.py links this program with the plugin's files.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <linux/kvm.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "plugin/chunk.h"
+#include "plugin/guest_start.h"
+#include "plugin/headroom.h"
+#include "plugin/host_ranges.h"
+#include "plugin/options.h"
+#include "plugin/queue.h"
+#include "plugin/state.h"
+
+/* Allocate another file, populate, and return the bytes that were populated. */
+static uint64_t populate_after(const char *other, uint64_t size)
+{
+	static struct kvm_run run;
+	struct vcpu vcpu = { .fd = -1, .run = &run };
+	struct run_ctx ctx = { .vcpu = &vcpu };
+	struct work_item item;
+	int fd = open(other, O_RDWR | O_CREAT, 0600);
+
+	if (fd < 0 || (size && posix_fallocate(fd, 0, (off_t)size)))
+		return 0;
+	pthread_mutex_lock(&pf_lock);
+	while (pf_queue_take(&item))
+		pf_chunk_run(item, &ctx);
+	pthread_mutex_unlock(&pf_lock);
+	return pf_counters.populated;
+}
+
+int main(int argc, char **argv)
+{
+	int fd = argc >= 5 ? open(argv[1], O_RDWR | O_CREAT, 0600) : -1;
+	uint64_t size = argc >= 5 ? strtoull(argv[2], NULL, 10) : 0;
+	int flags = argc >= 5 && !strcmp(argv[3], "shared") ? MAP_SHARED : MAP_PRIVATE;
+	void *memory = MAP_FAILED;
+
+	if (fd >= 0 && !ftruncate(fd, (off_t)size))
+		memory = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, fd, 0);
+	if (memory == MAP_FAILED)
+		return 1;
+	struct memslot slot = {
+		.gpa = GIB(4), .size = size, .hva = (uint64_t)memory, .state = SLOT_KEPT
+	};
+
+	pf_ranges_open();
+	pf_headroom_open();
+	if (!strcmp(argv[4], "learn"))
+		pf_ranges_learn();
+	else
+		pf_ranges_mapped(slot.hva, size, fd, flags);
+	pf_options.populate = POPULATE_ALL;
+	pf_capable = true;
+	pf_memslots = &slot;
+	pf_memslot_count = 1;
+	pf_guest_start();
+	printf("%s\n", pf_populate_names[pf_options.populate]);
+	if (argc == 7) {
+		uint64_t bytes = populate_after(argv[5], strtoull(argv[6], NULL, 10));
+
+		printf("%llu\n", (unsigned long long)bytes >> 20);
+	}
+	return 0;
+}
