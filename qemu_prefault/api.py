@@ -139,7 +139,8 @@ def prefault(
 ) -> Report:
     """Prefault the guest behind a QMP socket, and block until the run is done.
 
-    This function runs its own event loop. Call :func:`prefault_async` where one is running.
+    This function runs its own event loop. If a loop is already running, await
+    :func:`prefault_async` instead.
 
     :param target: The QMP socket, as for :func:`connect`.
     :param options: As for :func:`prefault_async`.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Measure the three agents in turn on the same restored guest. Runs where KVM is.
+"""Measure the three agents in turn on the same restored guest. Requires KVM.
 
     agents.py LOOP
 
-The last line of output is JSON. The ways other than attach and plugin run in the patched QEMU,
-which an environment variable names. "job" is QEMU's job without the tool.
+The last line of output is JSON. "qmp", "job" and "prefault=on" run in the patched QEMU, whose path
+is in an environment variable. "job" is QEMU's job without the tool.
 """
 
 from __future__ import annotations

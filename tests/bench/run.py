@@ -390,7 +390,7 @@ def report(found: dict[str, Any]) -> tuple[str, list[str]]:
         "## First pass after a restore",
         "",
         f"A guest that has written 256 MiB is restored on 4K pages. Medians of {len(tool)} rounds; "
-        "the ways alternate within a round.",
+        "each round measures both rows.",
         "",
         "| done before the guest is resumed | stage-2 faults | first pass s | steady pass s | "
         "ratio | populate s | prefault s |",

@@ -275,7 +275,7 @@ def test_dirty_logging_defers_prefault(make_plugin_guest: MakePluginGuest) -> No
 
 
 def test_qemu_responds_while_populating(make_plugin_guest: MakePluginGuest) -> None:
-    """The vCPU thread that populates yields to QEMU as a guest would."""
+    """QMP stop and quit take effect while a vCPU thread populates."""
     guest = make_plugin_guest(machine="microvm", memory_mib=1536, paused=True)
     guest.qmp("cont")
     while not guest.control("status")["counters"]["populated"]:
