@@ -151,7 +151,10 @@ class Executor:
             for limit in limits:
                 share = limit.available // 16 if limit.contended else limit.available
                 budget = min(budget, share - taken.get(limit.name, 0))
-            budget = budget // page_size * page_size
+            if left < page_size:  # another range may have allocated this huge page
+                budget = left
+            elif budget < left:
+                budget = budget // page_size * page_size
             if budget < min(left, max(HUGE_PAGE_SIZE, page_size)):
                 self._warn_if_short({target: queue})
                 if batch:

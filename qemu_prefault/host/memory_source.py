@@ -60,10 +60,13 @@ class MemorySource:
         """
         nodes = confining_nodes(self.process, self.nodes)
         if self.page_size > PAGE_SIZE:
-            ours = absent if self.reserved else 0
-            limits = [hugetlb_pool_limit(self.page_size, nodes, ours)]
-            limits += hugetlb_cgroup_limits(self.process, self.page_size)
-            if self.reserved:  # hugetlbfs counts a reserved page as used already
+            limits = hugetlb_cgroup_limits(self.process, self.page_size)
+            if nodes or not self.reserved:
+                ours = self._reserved_bytes(absent) if self.reserved else 0
+                limits.append(hugetlb_pool_limit(self.page_size, nodes, ours))
+            # The kernel guarantees a reserved page, but not on which node. The pool, and the file
+            # system with a size, count it as used already (Documentation/mm/hugetlbfs_reserv.rst).
+            if self.reserved:
                 return limits
         else:
             limits = memory_headroom(self.process)
@@ -71,6 +74,16 @@ class MemorySource:
                 limits.append(node_limit(nodes))
         limits += file_system_limit(self.process, self.mapping)
         return limits
+
+    def _reserved_bytes(self, absent: int) -> int:
+        """Return the bytes of huge pages that are reserved for the mapping; at least `absent`.
+
+        If the process has huge pages in several mappings, this is a lower bound.
+        """
+        status = read_optional(f"{procfs.PROC}/{self.process.pid}/status") or ""
+        resident = re.search(r"^HugetlbPages:\s*([0-9]{1,18}) kB$", status, re.MULTILINE)
+        allocated = int(resident[1]) << 10 if resident else 0
+        return max(absent, self.mapping.size - allocated)
 
 
 # --- NUMA nodes ---

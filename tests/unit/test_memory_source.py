@@ -10,14 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qemu_prefault.errors import UnsupportedError
-from qemu_prefault.host import memory_source
+from qemu_prefault.host import memory_source, procfs
 from qemu_prefault.host.memory_source import (
+    MemorySource,
     confining_nodes,
     node_limit,
     parse_node_list,
     parse_numa_maps,
 )
-from qemu_prefault.host.procfs import Process
+from qemu_prefault.host.procfs import MemoryMapping, Process
 from qemu_prefault.libvirt.prelaunch import check_plain_layout
 
 MEMINFO = """\
@@ -97,6 +98,37 @@ def test_cpuset_limits_nodes(two_nodes: Path) -> None:
     assert confining_nodes(Process(7, 0), ()) == (0,)
     # A policy without a node of the cpuset has no effect.
     assert confining_nodes(Process(7, 0), (1,)) == (0,)
+
+
+HUGE = 2 << 20
+HUGETLB = MemoryMapping(0x7F0000000000, 0x7F0008000000, "rw-s", 0, (0, 9), 5, "/memfd:ram")
+
+
+@pytest.fixture
+def full_pool(two_nodes: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A pool of 64 free huge pages, all reserved: for the 128 MiB of HUGETLB."""
+    pool = two_nodes / "hugepages-2048kB"
+    pool.mkdir()
+    for name, pages in (("free", 64), ("resv", 64), ("nr_overcommit", 0), ("surplus", 0)):
+        (pool / f"{name}_hugepages").write_text(f"{pages}\n")
+    read = procfs.read_optional
+    system = "/sys/kernel/mm/hugepages/"
+
+    def redirected(path: str) -> str | None:
+        return read(path.replace(system, f"{two_nodes}/"))
+
+    monkeypatch.setattr("qemu_prefault.host.headroom.read_optional", redirected)
+    return two_nodes
+
+
+def test_reserved_huge_pages_are_guaranteed_to_every_part_of_the_mapping(full_pool: Path) -> None:
+    source = MemorySource(Process(7, 0), HUGETLB, HUGE, reserved=True)
+    assert [limit.name for limit in source.limits(640 << 10)] == []
+
+
+def test_huge_pages_reserved_for_others_are_not_available(full_pool: Path) -> None:
+    source = MemorySource(Process(7, 0), HUGETLB, HUGE, reserved=False)
+    assert [(limit.name, limit.available) for limit in source.limits(HUGE)] == [("hugetlb", 0)]
 
 
 @pytest.mark.parametrize(
