@@ -119,9 +119,8 @@ class Executor:
     async def _populate_in_batches(self, queues: dict[Target, list[Range]]) -> list[Outcome]:
         """Populate ranges, and read the limits again before each batch.
 
-        Other runs and other guests allocate memory at the same time. So a batch takes at most a
-        sixteenth of what a contended limit has left, and populating ends when that is less than a
-        huge page.
+        Other runs and other guests allocate memory at the same time. So a batch takes at most
+        :attr:`.Limit.per_batch`, and populating ends when that is less than a huge page.
         """
         total = sum(item.size for queue in queues.values() for item in queue)
         outcomes: list[Outcome] = []
@@ -149,8 +148,7 @@ class Executor:
             budget = min(left, BATCH_BYTES * max(1, len(self.agent.workers)))
             limits = self._limits(target, left)
             for limit in limits:
-                share = limit.available // 16 if limit.contended else limit.available
-                budget = min(budget, share - taken.get(limit.name, 0))
+                budget = min(budget, limit.per_batch - taken.get(limit.name, 0))
             if left < page_size:  # another range may have allocated this huge page
                 budget = left
             elif budget < left:
@@ -176,8 +174,10 @@ class Executor:
         for target, queue in queues.items():
             left = sum(item.size for item in queue)
             for limit in self._limits(target, left):
-                share = limit.available // 16 if limit.contended else limit.available
-                if share < min(left, HUGE_PAGE_SIZE) or limit.available < target.section.page_size:
+                if (
+                    limit.per_batch < min(left, HUGE_PAGE_SIZE)
+                    or limit.available < target.section.page_size
+                ):
                     self._tally.warnings[Code.MEMORY_SHORT] = (
                         f"{limit.name} ran short while memory was populated ({limit.detail}); "
                         "what was done stays"

@@ -86,6 +86,11 @@ class Limit:
     detail: str
     contended: bool = False
 
+    @property
+    def per_batch(self) -> int:
+        """The bytes that one batch may take: of a contended limit, a sixteenth."""
+        return self.available // 16 if self.contended else self.available
+
 
 def cgroup_directories(
     groups: MappingABC[str, str], mounts: Sequence[Mount], controller: str

@@ -191,11 +191,7 @@ def file_system_limit(process: Process, mapping: MemoryMapping) -> list[Limit]:
 
     A memfd and shared anonymous memory are on a mount internal to the kernel, without a size.
     """
-    if (
-        not mapping.shared
-        or mapping.inode == 0
-        or mapping.path.startswith(("/memfd:", "/dev/zero"))
-    ):
+    if not mapping.shared or mapping.inode == 0 or _is_internal(mapping):
         return []
     path = _reach(process, mapping)
     if path is None:
