@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Run all measurements, and write docs/benchmarks.md and docs/images/faults.svg.
+"""Run the measurements, and write docs/benchmarks.md and docs/images/faults.svg.
 
-``make bench`` calls this script. The exit status is 1 if a limit is missed.
+``make bench`` calls this script. It prints the results, and writes the page only if the cache has
+results of every part that the page needs. The exit status is 1 if a limit is missed.
 """
 
 from __future__ import annotations
@@ -164,8 +165,6 @@ def measure(wanted: Sequence[str]) -> dict[str, Any]:
             kept.write_text(json.dumps(result))
         if kept.exists():
             found[name] = json.loads(kept.read_text())
-        elif name not in OPTIONAL:
-            raise SystemExit(f"the cache has no results of {name}: add {name} to the parts")
     return found
 
 
@@ -277,8 +276,9 @@ def plugin_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
     return lines, bars
 
 
-def incoming_section(rounds: Sequence[dict[str, Any]]) -> tuple[list[str], Bars]:
+def incoming_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
     """Return the section about live migration, and its bars."""
+    rounds: Sequence[dict[str, Any]] = part["results"]
     nothing, tool = ([row[way] for row in rounds] for way in ("nothing", "qemu-prefault"))
     share = 100 * median(tool, "faults") / median(nothing, "faults")
     fast = statistics.median(row["first"] / row["steady"] for row in tool)
@@ -318,8 +318,8 @@ def incoming_section(rounds: Sequence[dict[str, Any]]) -> tuple[list[str], Bars]
     return lines, bars
 
 
-def agents_section(part: dict[str, Any]) -> list[str]:
-    """Return the section that compares the agents."""
+def agents_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
+    """Return the section that compares the agents. It has no bars."""
     ways = part["results"]
     lines = [
         "",
@@ -338,54 +338,26 @@ def agents_section(part: dict[str, Any]) -> list[str]:
         cells = [way, f"{median(rows, 'faults'):,.0f}"]
         cells += [f"{median(rows, key):.3f}" for key in ("first", "steady", "prefault", "blackout")]
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    return lines, []
 
 
-def report(found: dict[str, Any]) -> tuple[str, list[str]]:
-    """Return the text of docs/benchmarks.md, and the names of the bars that were missed."""
-    host, lab = found["host"], found["restore"]["results"]
+def restore_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
+    """Return the sections about a restored guest, and their bars."""
+    lab = part["results"]
     nothing, tool = lab["restore"]["nothing"], lab["restore"]["qemu-prefault"]
     share = 100 * median(tool, "faults") / median(nothing, "faults")
     slow = [row["first"] / row["steady"] for row in nothing]
     fast = [row["first"] / row["steady"] for row in tool]
     ratios = [pair["tool"] / pair["loop"] for pair in lab["loop"]]
-    peaks = [max(row[1:]) for row in host["memory"]]
-    growth = (max(peaks) - min(peaks)) / 1024
-    repeated = lab["repeated"]
-    incoming_lines, incoming_rows = incoming_section(found["incoming"]["results"])
-    plugin_lines, plugin_rows = [], []
-    for name in ("plugin", "plugin-sid") if "plugin-sid" in found else ("plugin",):
-        lines, rows = plugin_section(found[name])
-        plugin_lines += lines
-        plugin_rows += rows
-    all_rows: Bars = [
+    bars = [
         ("stage-2 faults of the first pass over 256 MiB after a restore, share of the "
          "unprefaulted run", f"{share:.3f} %", "<= 0.1 %", share <= 0.1),
         ("first pass / steady pass after prefault", f"{statistics.median(fast):.2f}", "<= 1.5",
          statistics.median(fast) <= 1.5),
         ("`seconds.prefault` / bare C loop, 1 GiB of 4K pages, one vCPU",
          f"{statistics.median(ratios):.3f}", "<= 1.1", statistics.median(ratios) <= 1.1),
-        ("`--dry-run` / `python -c 'import asyncio, click'`", f"{host['dry'][2]:.2f}", "<= 3",
-         host["dry"][2] <= 3),
-        ("`--help` / `python -c 'import click'`", f"{host['help'][2]:.2f}", "<= 2",
-         host["help"][2] <= 2),
-        ("the tool's peak memory, guest of 256 MiB to 16 GiB", f"+{growth:.1f} MiB", "flat (2 MiB)",
-         growth <= 2),
-        *incoming_rows,
-        *plugin_rows,
     ]  # fmt: skip
-    text = [
-        "# Benchmarks",
-        "",
-        "`make bench` writes this page. Unless a section names others, guests ran on kernel "
-        f"{found['restore']['kernel']} and QEMU {found['restore']['qemu']}. `make bench` uses the "
-        "nested lab unless the KVM of this machine can prefault. In the lab, counts are exact; "
-        "compare seconds only within one table.",
-        "",
-        "| quantity | measured | limit | result |",
-        "|---|--:|--:|---|",
-        *(f"| {what} | {got} | {bar} | {'met' if ok else '**missed**'} |"
-          for what, got, bar, ok in all_rows),
+    lines = [
         "",
         "## First pass after a restore",
         "",
@@ -424,7 +396,26 @@ def report(found: dict[str, Any]) -> tuple[str, list[str]]:
         "| run | populate s | prefault s | total s |",
         "|---|--:|--:|--:|",
         *(f"| {name} | {s['populate']:.3f} | {s['prefault']:.3f} | {s['total']:.3f} |"
-          for name, s in repeated.items()),
+          for name, s in lab["repeated"].items()),
+    ]  # fmt: skip
+    return lines, bars
+
+
+def host_section(host: dict[str, Any]) -> tuple[list[str], Bars]:
+    """Return the sections about the tool's own start-up time and memory, and their bars."""
+    peaks = [max(row[1:]) for row in host["memory"]]
+    growth = (max(peaks) - min(peaks)) / 1024
+    bars = [
+        ("`--dry-run` / `python -c 'import asyncio, click'`", f"{host['dry'][2]:.2f}", "<= 3",
+         host["dry"][2] <= 3),
+        ("`--help` / `python -c 'import click'`", f"{host['help'][2]:.2f}", "<= 2",
+         host["help"][2] <= 2),
+        ("the tool's peak memory, guest of 256 MiB to 16 GiB", f"+{growth:.1f} MiB", "flat (2 MiB)",
+         growth <= 2),
+    ]  # fmt: skip
+    lines = [
+        "",
+        "## Start-up time of the tool",
         "",
         f"On this machine, wall time, medians of {REPETITIONS} runs:",
         "",
@@ -442,11 +433,54 @@ def report(found: dict[str, Any]) -> tuple[str, list[str]]:
         "|--:|--:|--:|",
         *(f"| {mib} MiB | {dry / 1024:.1f} MiB | {ranged / 1024:.1f} MiB |"
           for mib, dry, ranged in host["memory"]),
-        *incoming_lines,
-        *plugin_lines,
-        *(agents_section(found["agents"]) if "agents" in found else []),
     ]  # fmt: skip
-    return "\n".join(text) + "\n", [what for what, _, _, ok in all_rows if not ok]
+    return lines, bars
+
+
+#: What writes the sections of each part, in the page's order.
+SECTIONS: dict[str, Callable[[dict[str, Any]], tuple[list[str], Bars]]] = {
+    "restore": restore_section,
+    "host": host_section,
+    "incoming": incoming_section,
+    "plugin": plugin_section,
+    "plugin-sid": plugin_section,
+    "agents": agents_section,
+}
+
+
+def report(found: dict[str, Any]) -> tuple[str, list[str]]:
+    """Return the text of docs/benchmarks.md, and the names of the bars that were missed.
+
+    :param found: The results of each part. The text has the sections of these parts only.
+    """
+    lines: list[str] = []
+    bars: Bars = []
+    for name, section in SECTIONS.items():
+        if name in found:
+            more_lines, more_bars = section(found[name])
+            lines += more_lines
+            bars += more_bars
+    lab = next((part for part in found.values() if "kernel" in part), None)
+    guests = (
+        f"Unless a section names others, guests ran on kernel {lab['kernel']} and QEMU "
+        f"{lab['qemu']}. "
+        if lab
+        else ""
+    )
+    text = [
+        "# Benchmarks",
+        "",
+        f"`make bench` writes this page. {guests}`make bench` uses the nested lab unless the KVM "
+        "of this machine can prefault. In the lab, counts are exact; compare seconds only within "
+        "one table.",
+        "",
+        "| quantity | measured | limit | result |",
+        "|---|--:|--:|---|",
+        *(f"| {what} | {got} | {bar} | {'met' if ok else '**missed**'} |"
+          for what, got, bar, ok in bars),
+        *lines,
+    ]  # fmt: skip
+    return "\n".join(text) + "\n", [what for what, _, _, ok in bars if not ok]
 
 
 def main() -> int:
@@ -456,12 +490,19 @@ def main() -> int:
         nargs="*",
         choices=[*PARTS, []],  # argparse checks an empty list against the choices
         metavar="PART",
-        help=f"measure only these ({', '.join(PARTS)}), and read the others from the cache; "
-        "default: measure all",
+        help=f"measure only these ({', '.join(PARTS)}), and read the others from the cache; if the "
+        "cache lacks one, print the results and write no page; default: measure all",
     )
-    text, missed = report(measure(parser.parse_args().parts or list(PARTS)))
-    TARGET.write_text(text)
-    subprocess.run([PYTHON, HERE / "picture.py"], check=True)
+    wanted = parser.parse_args().parts or list(PARTS)
+    found = measure(wanted)
+    absent = [name for name in PARTS if name not in found and name not in OPTIONAL]
+    if absent:
+        text, missed = report({name: found[name] for name in wanted})
+        log(f"docs/benchmarks.md is unchanged: the cache has no results of {', '.join(absent)}")
+    else:
+        text, missed = report(found)
+        TARGET.write_text(text)
+        subprocess.run([PYTHON, HERE / "picture.py"], check=True)
     print(text)
     for what in missed:
         log(f"bar missed: {what}")
