@@ -215,12 +215,6 @@ def hugetlb_cgroup_limits(process: Process, page_size: int) -> list[Limit]:
     return _cgroup_limits(process, "hugetlb", hugetlb_limit)
 
 
-def hugetlb_free(process: Process, page_size: int) -> list[Limit]:
-    """Return the limits for further huge pages of `page_size` bytes: pool and cgroups."""
-    pool = hugetlb_pool_limit(page_size, ours=1 << 62)
-    return [pool, *hugetlb_cgroup_limits(process, page_size)]
-
-
 def _cgroup_limits(
     process: Process, controller: str, read: Callable[[str, bool], Limit | None]
 ) -> list[Limit]:

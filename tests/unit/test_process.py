@@ -32,7 +32,7 @@ from qemu_prefault.host.headroom import (
     Limit,
     Mount,
     cgroup_directories,
-    hugetlb_free,
+    hugetlb_cgroup_limits,
     memory_headroom,
     parse_cgroups,
     parse_key_values,
@@ -242,13 +242,9 @@ def test_headroom_is_minimum_of_host_and_cgroups(fake_proc: Path) -> None:
 def test_hugetlb_cgroup(fake_proc: Path) -> None:
     name = "hugetlb__2MB__"
     cgroup(fake_proc / "cg/a/b", **{name + "max": 8 << 20, name + "current": 6 << 20})
-    limits = hugetlb_free(Process(7, 0), 2 << 20)
-    assert limits[0].name == "hugetlb"
-    if len(limits) > 1:  # without such pages, the pool reports the limit
-        assert limits[1] == Limit(
-            f"cgroup {fake_proc}/cg/a/b", 2 << 20, "hugetlb.2MB.max 8388608, 6291456 in use"
-        )
-    assert hugetlb_free(Process(7, 0), 12345)[0].available == 0
+    assert hugetlb_cgroup_limits(Process(7, 0), 2 << 20)[0] == Limit(
+        f"cgroup {fake_proc}/cg/a/b", 2 << 20, "hugetlb.2MB.max 8388608, 6291456 in use"
+    )
 
 
 def test_headroom_of_this_process() -> None:
