@@ -14,78 +14,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import itertools
 import logging
 import os
-import select
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from signal import SIGUSR1
 from typing import Any
 
-from .._native import ffi, lib
-from ..errors import AgentError, Code, FailedError, RefusedError, UnsupportedError
-from ..host.kernel_log import cause_of_death
-from ..host.placement import (
-    affinity,
-    helper_cpus,
-    node_cpus,
-    place,
-    real_time_cpus,
-)
-from ..host.procfs import Process, gone, thread_map, thread_names
-from ..host.ptrace_access import ptrace_denied
+from .._native import lib
+from ..errors import AgentError, Code, RefusedError
+from ..host.procfs import Process
 from ..host.stall import STALL_SECONDS, Stall, why_stalled
-from ..host.task_limits import RESERVE, strictest, task_limits
 from .base import BatchResult, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
-from .control_page import AREA_SIZE, CODE_SIZE, Helper, abandoned_areas, offset_of
-from .gadgets import Gadgets, find_gadgets, free_areas, prepare_exit_slot
-from .helper_calls import Allowed, check_filters
+from .control_page import Helper, offset_of
+from .helper_calls import Allowed
+from .injector import Injector
+from .qemu_process import HELPER_NAME, alive, exit_error, helper_threads, open_memory
 from .ticker import Ticker
 
-#: The helper threads' name, as ``ps -L`` and ``/proc/PID/task/TID/comm`` show it.
-HELPER_NAME = "qemu-prefault"
-
-#: Upper limit of helpers per run.
-MAX_HELPERS = 8
 #: Seconds between two reads of the control pages.
 POLL_SHORTEST, POLL_LONGEST = 0.001, 0.25
 #: Bytes per second that no host exceeds; the first read of the control pages is timed by it.
 FASTEST = 32 << 30
-
-
-def choose_threads(process: Process, threads: Sequence[VcpuThread]) -> list[VcpuThread]:
-    """Choose the vCPUs that get a helper.
-
-    Their number is that of the CPUs that QEMU may use, but at least 2, because a vCPU may be
-    unusable (e.g. in guest mode), and at most :data:`MAX_HELPERS`. They are spread over the
-    guest's NUMA nodes.
-
-    :raises RefusedError: if QEMU may start too few further threads (code ``no-tasks``).
-    """
-    try:
-        cpus = len(os.sched_getaffinity(process.pid))
-    except ProcessLookupError:
-        raise gone(process.pid) from None
-    wanted = min(len(threads), max(cpus, 2), MAX_HELPERS)
-    count, limit = strictest(task_limits(process), wanted)
-    if limit is not None and not count:
-        raise RefusedError(
-            f"QEMU (pid {process.pid}) may start only {limit.left} more threads: "
-            f"{limit.name} is {limit.detail}",
-            f"raise {limit.name}, or use the plugin agent",
-            code=Code.NO_TASKS,
-        )
-    nodes: dict[int | None, list[VcpuThread]] = {}
-    for thread in threads:
-        nodes.setdefault(thread.node, []).append(thread)
-    rounds = itertools.zip_longest(*nodes.values())
-    spread = [thread for round_ in rounds for thread in round_ if thread is not None]
-    chosen = {id(thread) for thread in spread[:count]}
-    return [thread for thread in threads if id(thread) in chosen]
 
 
 class PtraceAgent:
@@ -152,166 +103,20 @@ class PtraceAgent:
 
     def _inject_all(self) -> None:
         self._memory = open_memory(self.process)
-        maps = self.process.maps()
-        gadgets = find_gadgets(self._memory, maps)
-        if "shstk" in self.process.status().thread_features:
-            raise UnsupportedError(
-                f"QEMU (pid {self.process.pid}) runs with a hardware shadow stack",
-                "start QEMU with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off, or use the plugin agent",
-                code=Code.SHADOW_STACK,
-            )
-        areas = free_areas(maps, len(self._threads), AREA_SIZE)
-        self._allowed = check_filters(
-            self.process,
-            [thread.thread_id for thread in self._threads],
-            [thread.fd for thread in self._threads],
-            area=areas[0],
-            gadget=gadgets.syscall_ret,
-        )
-        exit_slot = prepare_exit_slot(self._memory, maps, gadgets)
-        request = ffi.new(
-            "struct inject_request *",
-            {
-                "pid": self.process.pid,
-                "tid": self._threads[0].thread_id,
-                "mem_fd": self._memory,
-                "gadgets": {
-                    "syscall_ret": gadgets.syscall_ret,
-                    "sigreturn": gadgets.sigreturn,
-                },
-                "area": areas[0],
-                "area_size": AREA_SIZE,
-                "code_size": CODE_SIZE,
-            },
-        )
-        # Read this before helpers start: they inherit real-time scheduling from their vCPUs.
-        main, nodes = affinity(self.process.pid), node_cpus().values()
-        real_time = real_time_cpus(self.process)
-        placement = [
-            helper_cpus(main, affinity(thread.thread_id), nodes, real_time)
-            for thread in self._threads
-        ]
-        for area in abandoned_areas(self.process, self._memory, maps):
-            request.area = area
-            self._inject(lib.pf_inject_munmap, request)
-        for worker, thread, area in zip(self.workers, self._threads, areas, strict=True):
-            image = ffi.from_buffer(self._image(area, gadgets, exit_slot, thread))
-            request.tid, request.area = thread.thread_id, area
-            request.image, request.image_size = image, len(image)
-            self._inject(lib.pf_inject_helper, request)
-            self._helpers[worker.index] = Helper(self._memory, area, CODE_SIZE)
+        injector = Injector(self.process, self._memory, self._threads, self.limits)
+        self._allowed = injector.allowed
+        injector.unmap_abandoned_areas()
+        for worker in self.workers:
+            helper = injector.start_helper(worker.index)
+            self._helpers[worker.index] = helper
             self._start_heart()
-            self._place(self._helpers[worker.index], placement[worker.index])
-
-    def _place(self, helper: Helper, cpus: Sequence[frozenset[int]]) -> None:
-        helper.thread_id = self._thread_of(self._header(helper).tid)
-        refused = place(self.process, helper.thread_id, cpus) if helper.thread_id else []
-        if refused:
-            self.warnings[Code.HELPER_PLACEMENT] = (
-                f"a helper runs like its vCPU's thread: no permission to change "
-                f"{', '.join(refused)} (this needs CAP_SYS_NICE, and write access to QEMU's "
-                "cgroups)"
-            )
-
-    def _thread_of(self, own_tid: int) -> int:
-        """Return the id in our pid namespace of a thread id in QEMU's; 0 if it does not exist."""
-        if same_pid_namespace(self.process.pid):
-            return own_tid
-        return thread_map(self.process).get(own_tid, 0)
-
-    def _inject(self, function: Any, request: Any) -> None:
-        result = ffi.new("struct inject_result *")
-        function(request, result)
-        self._check(result, request.tid)
-
-    def _image(self, area: int, gadgets: Gadgets, exit_slot: int, thread: VcpuThread) -> bytes:
-        """Return the helper's code, followed by the fields of its control page."""
-        # timer_create() takes the thread's id in QEMU's own pid namespace.
-        own_tid = self.process.status(thread.thread_id).ns_pids[-1]
-        control = ffi.new(
-            "struct prefault_control *",
-            {
-                "entry": area,
-                "stack_top": area + AREA_SIZE - 16,
-                "magic": lib.PREFAULT_CONTROL_MAGIC,
-                "area_start": area,
-                "area_size": AREA_SIZE,
-                "syscall_ret": gadgets.syscall_ret,
-                "sigreturn": gadgets.sigreturn,
-                "exit_slot": exit_slot,
-                "dead_man_ns": int(self.limits.dead_man * 1e9),
-                "tick_ns": int(self.limits.tick * 1e9) if self._allowed.timers else 0,
-                "kick_ns": int(self.limits.kick * 1e9),
-                "limits": {
-                    "chunk_bytes": self.limits.chunk_bytes,
-                    "stuck_ns": int(self.limits.stuck * 1e9),
-                },
-                "vcpu_fd": thread.fd,
-                "vcpu_tid": own_tid if thread.fd >= 0 else 0,
-                "kick_signal": int(SIGUSR1),
-                "tool_pid": os.getpid()
-                if self._allowed.kill and same_pid_namespace(self.process.pid)
-                else 0,
-            },
-        )
-        code = bytes(ffi.buffer(lib.helper_blob)).ljust(CODE_SIZE, b"\xcc")
-        return code + bytes(ffi.buffer(control, offset_of("ranges")))
-
-    def _check(self, result: Any, thread_id: int) -> None:
-        """Raise the error that matches a failed injection."""
-        if result.stage == lib.INJECT_OK:
-            return
-        what = f"thread {thread_id} of QEMU (pid {self.process.pid})"
-        reason = os.strerror(result.error)
-        if result.stage == lib.INJECT_SEIZE and result.error == errno.EPERM:
-            raise ptrace_denied(self.process)
-        if not stays_alive(self.process):
-            raise self._died(
-                f"QEMU (pid {self.process.pid}) exited while thread {thread_id} started a helper"
-            )
-        if result.error == errno.ESRCH:
-            raise FailedError(
-                f"{what} is gone",
-                "check whether QEMU has exited or unplugged that vCPU",
-                code=Code.QEMU_GONE,
-            )
-        if result.stage == lib.INJECT_INSPECT and result.error == errno.ENOSPC:
-            raise UnsupportedError(
-                f"{what} has {result.stack_left >> 10} KiB of stack left, but starting a helper "
-                f"needs {-(-result.stack_needed // 1024)} KiB",
-                "start QEMU with larger stacks (ulimit -s), or use the plugin agent",
-                code=Code.SMALL_STACK,
-            )
-        if result.stage == lib.INJECT_MMAP and result.error in (errno.EACCES, errno.EPERM):
-            raise UnsupportedError(
-                f"QEMU (pid {self.process.pid}) cannot map executable anonymous memory: {reason}",
-                "a security module forbids it (SELinux: execmem). Allow it for this domain, "
-                "or use the plugin agent",
-                code=Code.EXECMEM,
-            )
-        if result.stage == lib.INJECT_CLONE and result.error == errno.EAGAIN:
-            _, limit = strictest(task_limits(self.process), MAX_HELPERS + RESERVE)
-            raise RefusedError(
-                f"QEMU (pid {self.process.pid}) may not start another thread"
-                + (f": {limit.name} is {limit.detail}" if limit else f": {reason}"),
-                f"raise {limit.name if limit else 'pids.max, or ulimit -u'}, "
-                "or use the plugin agent",
-                code=Code.NO_TASKS,
-            )
-        stage = {
-            lib.INJECT_SEIZE: "PTRACE_SEIZE failed",
-            lib.INJECT_STOP: "the thread did not stop in time",
-            lib.INJECT_INSPECT: "the thread's registers or stack are not usable",
-            lib.INJECT_WRITE: "the thread's stack could not be written",
-            lib.INJECT_RESUME: "the end of the injected system calls could not be observed",
-            lib.INJECT_MMAP: "mmap failed in the thread",
-            lib.INJECT_IMAGE: "the helper's memory could not be written",
-            lib.INJECT_CLONE: "clone failed in the thread",
-        }[result.stage]
-        raise AgentError(
-            f"cannot start a helper from {what}: {stage} ({reason})",
-            "QEMU is unharmed; run this again, or use the plugin agent",
-        )
+            refused = injector.place(worker.index, helper, self._header(helper).tid)
+            if refused:
+                self.warnings[Code.HELPER_PLACEMENT] = (
+                    f"a helper runs like its vCPU's thread: no permission to change "
+                    f"{', '.join(refused)} (this needs CAP_SYS_NICE, and write access to QEMU's "
+                    "cgroups)"
+                )
 
     async def _wait_ready(self) -> None:
         deadline = time.monotonic() + 5
@@ -430,18 +235,9 @@ class PtraceAgent:
                     "suspended or the host is overloaded; run it again",
                     code=Code.AGENT_LEFT,
                 ) from error
-            raise self._died(f"QEMU (pid {self.process.pid}) exited during the prefault") from error
-
-    def _died(self, message: str) -> FailedError:
-        """Return the error, with the kernel's reason if the kernel log has one."""
-        cause = cause_of_death(self.process)
-        return FailedError(
-            message + (f": {cause}" if cause else ""),
-            "the kernel log has more about this: see dmesg"
-            if cause
-            else "check QEMU's log and the kernel log (dmesg) for the reason",
-            code=Code.QEMU_GONE,
-        )
+            raise exit_error(
+                self.process, f"QEMU (pid {self.process.pid}) exited during the prefault"
+            ) from error
 
     def abort(self) -> None:
         """See :meth:`.Agent.abort`."""
@@ -530,59 +326,3 @@ def _seconds_left(begun: float, header: Any, outcomes: Sequence[Outcome]) -> flo
         return now - begun
     wait: float = header.chunk_started_ns / 1e9 + spent * left / done - now
     return wait if done > left else wait * 0.9
-
-
-def same_pid_namespace(pid: int) -> bool:
-    """Return whether process ``pid`` and this process share a pid namespace."""
-    try:
-        return os.readlink(f"/proc/{pid}/ns/pid") == os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return False
-
-
-def stays_alive(process: Process, seconds: float = 0.2) -> bool:
-    """Return whether the process is alive now and does not exit within ``seconds``.
-
-    A process that is being killed still exists for a moment.
-    """
-    try:
-        pidfd = os.pidfd_open(process.pid)
-    except OSError:
-        return False
-    try:
-        ended, _, _ = select.select([pidfd], [], [], seconds)
-    finally:
-        os.close(pidfd)
-    return not ended and alive(process)
-
-
-def alive(process: Process) -> bool:
-    """Return whether the process is alive; a zombie is not."""
-    try:
-        process.check()
-    except FailedError:
-        return False
-    return True
-
-
-def helper_threads(pid: int) -> tuple[int, ...]:
-    """Return the ids of all runs' helper threads in process ``pid``."""
-    return tuple(tid for tid, name in thread_names(pid).items() if name == HELPER_NAME)
-
-
-def open_memory(process: Process) -> int:
-    """Open ``/proc/PID/mem`` for reading and writing.
-
-    :raises UnsupportedError: if this process has no permission to trace QEMU, which this needs.
-    :raises FailedError: if QEMU has exited.
-    """
-    try:
-        return os.open(f"/proc/{process.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
-    except PermissionError:
-        raise ptrace_denied(process) from None
-    except (FileNotFoundError, ProcessLookupError):
-        raise FailedError(
-            f"QEMU (pid {process.pid}) is gone",
-            "check QEMU's log for the reason",
-            code=Code.QEMU_GONE,
-        ) from None

@@ -12,8 +12,9 @@ from ..host.procfs import Process
 from ..qemu.memory_map import MemorySection
 from ..qemu.monitor import Monitor
 from .base import Agent, Limits, VcpuThread
+from .injector import choose_threads
 from .plugin import PluginAgent, find_control_socket
-from .ptrace import PtraceAgent, choose_threads
+from .ptrace import PtraceAgent
 from .qmp import QmpAgent, offers_command
 
 
@@ -33,7 +34,7 @@ class Selection:
     ) -> Sequence[VcpuThread]:
         """Return the vCPUs that the agent uses. The attach agent uses a subset.
 
-        :raises RefusedError: see :func:`~qemu_prefault.agents.ptrace.choose_threads`.
+        :raises RefusedError: see :func:`~qemu_prefault.agents.injector.choose_threads`.
         """
         return choose_threads(process, threads) if self.name == "attach" else threads
 

@@ -13,7 +13,7 @@ from typing import Any
 from ..agents.gadgets import find_gadgets
 from ..agents.helper_calls import check_filters
 from ..agents.plugin import Control, find_control_socket
-from ..agents.ptrace import open_memory
+from ..agents.qemu_process import open_memory
 from ..agents.qmp import offers_command
 from ..errors import ExitStatus, QemuPrefaultError
 from ..host import kvm

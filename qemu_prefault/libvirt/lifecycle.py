@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..agents.base import Limits, OrphanCleanup
 from ..agents.plugin import batch_threads
-from ..agents.ptrace import helper_threads
+from ..agents.qemu_process import helper_threads
 from ..engine.executor import Progress
 from ..engine.options import Options
 from ..engine.report import Report

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..agents.base import VcpuThread
-from ..agents.ptrace import PtraceAgent, choose_threads
+from ..agents.injector import choose_threads
+from ..agents.ptrace import PtraceAgent
 from ..engine.executor import Executor
 from ..engine.plan import Target
 from ..engine.tally import RunTally

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import pytest
 
-from qemu_prefault.agents.ptrace import helper_threads
+from qemu_prefault.agents.qemu_process import helper_threads
 from qemu_prefault.host.procfs import thread_names
 from qemu_prefault_lab.guest import Guest
 from support.guest import MakeGuest, check_memory, plug_dimm, prefault, start_tool, wait_migrated

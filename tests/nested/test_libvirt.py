@@ -15,7 +15,7 @@ from typing import Any, Unpack
 
 import pytest
 
-from qemu_prefault.agents.ptrace import helper_threads
+from qemu_prefault.agents.qemu_process import helper_threads
 from qemu_prefault.host.pagemap import Pagemap
 from qemu_prefault.libvirt.install import APPARMOR_RULE, RULE_TEXT, install
 from qemu_prefault.libvirt.prelaunch import ram_mapping

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_prefault.agents.ptrace import helper_threads
+from qemu_prefault.agents.qemu_process import helper_threads
 from support.process import leftovers
 from support.qemu import QemuVm, StartQemu, start_tool, start_vm
 from support.tool import Result

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from qemu_prefault.agents.base import VcpuThread
-from qemu_prefault.agents.ptrace import PtraceAgent, helper_threads
+from qemu_prefault.agents.ptrace import PtraceAgent
+from qemu_prefault.agents.qemu_process import helper_threads
 from qemu_prefault.host.procfs import Process
 from support import under_filter
 from support.process import leftovers

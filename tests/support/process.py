@@ -7,7 +7,7 @@ import contextlib
 from pathlib import Path
 
 from qemu_prefault.agents.gadgets import AREAS_FROM, AREAS_TO
-from qemu_prefault.agents.ptrace import helper_threads
+from qemu_prefault.agents.qemu_process import helper_threads
 from qemu_prefault_lab.wait import wait_for
 
 

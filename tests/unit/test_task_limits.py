@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_prefault.agents import ptrace
+from qemu_prefault.agents import injector
 from qemu_prefault.agents.base import VcpuThread
 from qemu_prefault.errors import RefusedError
 from qemu_prefault.host.procfs import Process
@@ -114,17 +114,17 @@ def test_chosen_vcpus(
     monkeypatch: pytest.MonkeyPatch, cpus: int, nodes: list[int | None], expected: list[int]
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)))
-    monkeypatch.setattr(ptrace, "task_limits", lambda process: [])
+    monkeypatch.setattr(injector, "task_limits", lambda process: [])
     threads = [VcpuThread(100 + i, -1, None, node, index=i) for i, node in enumerate(nodes)]
-    chosen = ptrace.choose_threads(Process(os.getpid(), 0), threads)
+    chosen = injector.choose_threads(Process(os.getpid(), 0), threads)
     assert [thread.index for thread in chosen] == expected
 
 
 def test_too_few_tasks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     limit = TaskLimit("pids.max of /c", 3, "20, 17 in use")
-    monkeypatch.setattr(ptrace, "task_limits", lambda process: [limit])
+    monkeypatch.setattr(injector, "task_limits", lambda process: [limit])
     with pytest.raises(
         RefusedError, match=r"only 3 more threads: pids.max of /c is 20, 17"
     ) as caught:
-        ptrace.choose_threads(Process(os.getpid(), 0), [VcpuThread(1, -1, None)])
+        injector.choose_threads(Process(os.getpid(), 0), [VcpuThread(1, -1, None)])
     assert caught.value.code == "no-tasks"

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Start helper threads in a QEMU by ptrace: choose the vCPUs, check QEMU, inject, place.
+
+The system calls are made by native/ptrace/inject.c; this module prepares its requests, and turns
+its results into errors.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from signal import SIGUSR1
+from typing import Any
+
+from .._native import ffi, lib
+from ..errors import AgentError, Code, FailedError, RefusedError, UnsupportedError
+from ..host.placement import affinity, helper_cpus, node_cpus, place, real_time_cpus
+from ..host.procfs import Process, gone, thread_map
+from ..host.ptrace_access import ptrace_denied
+from ..host.task_limits import RESERVE, strictest, task_limits
+from .base import Limits, VcpuThread
+from .control_page import AREA_SIZE, CODE_SIZE, Helper, abandoned_areas, offset_of
+from .gadgets import find_gadgets, free_areas, prepare_exit_slot
+from .helper_calls import check_filters
+from .qemu_process import exit_error, same_pid_namespace, stays_alive
+
+#: Upper limit of helpers per run.
+MAX_HELPERS = 8
+
+
+def choose_threads(process: Process, threads: Sequence[VcpuThread]) -> list[VcpuThread]:
+    """Choose the vCPUs that get a helper.
+
+    Their number is that of the CPUs that QEMU may use, but at least 2, because a vCPU may be
+    unusable (e.g. in guest mode), and at most :data:`MAX_HELPERS`. They are spread over the
+    guest's NUMA nodes.
+
+    :raises RefusedError: if QEMU may start too few further threads (code ``no-tasks``).
+    """
+    try:
+        cpus = len(os.sched_getaffinity(process.pid))
+    except ProcessLookupError:
+        raise gone(process.pid) from None
+    wanted = min(len(threads), max(cpus, 2), MAX_HELPERS)
+    count, limit = strictest(task_limits(process), wanted)
+    if limit is not None and not count:
+        raise RefusedError(
+            f"QEMU (pid {process.pid}) may start only {limit.left} more threads: "
+            f"{limit.name} is {limit.detail}",
+            f"raise {limit.name}, or use the plugin agent",
+            code=Code.NO_TASKS,
+        )
+    nodes: dict[int | None, list[VcpuThread]] = {}
+    for thread in threads:
+        nodes.setdefault(thread.node, []).append(thread)
+    rounds = itertools.zip_longest(*nodes.values())
+    spread = [thread for round_ in rounds for thread in round_ if thread is not None]
+    chosen = {id(thread) for thread in spread[:count]}
+    return [thread for thread in threads if id(thread) in chosen]
+
+
+class Injector:
+    """Starts the helpers of one run. One thread must make all calls: it is the tracer.
+
+    The constructor checks QEMU and changes nothing in it.
+
+    :ivar allowed: The system calls that QEMU's seccomp filters allow to helpers.
+    :raises UnsupportedError: if a helper cannot run in this QEMU, see :meth:`.PtraceAgent.start`.
+    :raises FailedError: if QEMU has exited.
+    """
+
+    def __init__(
+        self, process: Process, memory: int, threads: Sequence[VcpuThread], limits: Limits
+    ) -> None:
+        self._process = process
+        self._memory = memory
+        self._threads = threads
+        self._limits = limits
+        self._maps = process.maps()
+        self._gadgets = find_gadgets(memory, self._maps)
+        if "shstk" in process.status().thread_features:
+            raise UnsupportedError(
+                f"QEMU (pid {process.pid}) runs with a hardware shadow stack",
+                "start QEMU with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off, or use the plugin agent",
+                code=Code.SHADOW_STACK,
+            )
+        self._areas = free_areas(self._maps, len(threads), AREA_SIZE)
+        self.allowed = check_filters(
+            process,
+            [thread.thread_id for thread in threads],
+            [thread.fd for thread in threads],
+            area=self._areas[0],
+            gadget=self._gadgets.syscall_ret,
+        )
+        self._exit_slot = prepare_exit_slot(memory, self._maps, self._gadgets)
+        # Read this before helpers start: they inherit real-time scheduling from their vCPUs.
+        main, nodes = affinity(process.pid), node_cpus().values()
+        real_time = real_time_cpus(process)
+        self._cpus = [
+            helper_cpus(main, affinity(thread.thread_id), nodes, real_time) for thread in threads
+        ]
+
+    def unmap_abandoned_areas(self) -> None:
+        """Unmap the memory that helpers of killed runs may have left."""
+        for area in abandoned_areas(self._process, self._memory, self._maps):
+            self._inject(lib.pf_inject_munmap, self._threads[0].thread_id, area)
+
+    def start_helper(self, index: int) -> Helper:
+        """Start the helper of the thread with this index.
+
+        :raises AgentError: if the thread cannot be stopped, or makes no system calls.
+        :raises RefusedError: if QEMU may not start another thread.
+        :raises UnsupportedError: if this process may not trace QEMU, or QEMU may not map code.
+        :raises FailedError: if QEMU or the thread has exited.
+        """
+        thread, area = self._threads[index], self._areas[index]
+        image = ffi.from_buffer(self._image(area, thread))
+        self._inject(
+            lib.pf_inject_helper, thread.thread_id, area, image=image, image_size=len(image)
+        )
+        return Helper(self._memory, area, CODE_SIZE)
+
+    def place(self, index: int, helper: Helper, own_tid: int) -> list[str]:
+        """Give a helper ordinary scheduling, CPUs and cgroup; return what was not permitted.
+
+        :param own_tid: The helper's thread id in QEMU's pid namespace.
+        """
+        helper.thread_id = self._thread_of(own_tid)
+        if not helper.thread_id:
+            return []
+        return place(self._process, helper.thread_id, self._cpus[index])
+
+    def _thread_of(self, own_tid: int) -> int:
+        """Return the id in our pid namespace of a thread id in QEMU's; 0 if it does not exist."""
+        if same_pid_namespace(self._process.pid):
+            return own_tid
+        return thread_map(self._process).get(own_tid, 0)
+
+    def _inject(
+        self, function: Callable[[Any, Any], Any], thread_id: int, area: int, **fields: Any
+    ) -> None:
+        request = ffi.new(
+            "struct inject_request *",
+            {
+                "pid": self._process.pid,
+                "tid": thread_id,
+                "mem_fd": self._memory,
+                "gadgets": {
+                    "syscall_ret": self._gadgets.syscall_ret,
+                    "sigreturn": self._gadgets.sigreturn,
+                },
+                "area": area,
+                "area_size": AREA_SIZE,
+                "code_size": CODE_SIZE,
+                **fields,
+            },
+        )
+        result = ffi.new("struct inject_result *")
+        function(request, result)
+        check_injection(self._process, thread_id, result)
+
+    def _image(self, area: int, thread: VcpuThread) -> bytes:
+        """Return the helper's code, followed by the fields of its control page."""
+        # timer_create() takes the thread's id in QEMU's own pid namespace.
+        own_tid = self._process.status(thread.thread_id).ns_pids[-1]
+        control = ffi.new(
+            "struct prefault_control *",
+            {
+                "entry": area,
+                "stack_top": area + AREA_SIZE - 16,
+                "magic": lib.PREFAULT_CONTROL_MAGIC,
+                "area_start": area,
+                "area_size": AREA_SIZE,
+                "syscall_ret": self._gadgets.syscall_ret,
+                "sigreturn": self._gadgets.sigreturn,
+                "exit_slot": self._exit_slot,
+                "dead_man_ns": int(self._limits.dead_man * 1e9),
+                "tick_ns": int(self._limits.tick * 1e9) if self.allowed.timers else 0,
+                "kick_ns": int(self._limits.kick * 1e9),
+                "limits": {
+                    "chunk_bytes": self._limits.chunk_bytes,
+                    "stuck_ns": int(self._limits.stuck * 1e9),
+                },
+                "vcpu_fd": thread.fd,
+                "vcpu_tid": own_tid if thread.fd >= 0 else 0,
+                "kick_signal": int(SIGUSR1),
+                "tool_pid": os.getpid()
+                if self.allowed.kill and same_pid_namespace(self._process.pid)
+                else 0,
+            },
+        )
+        code = bytes(ffi.buffer(lib.helper_blob)).ljust(CODE_SIZE, b"\xcc")
+        return code + bytes(ffi.buffer(control, offset_of("ranges")))
+
+
+def check_injection(process: Process, thread_id: int, result: Any) -> None:
+    """Raise the error that matches a failed injection.
+
+    :param result: A ``struct inject_result`` of native/ptrace/inject.h.
+    """
+    if result.stage == lib.INJECT_OK:
+        return
+    what = f"thread {thread_id} of QEMU (pid {process.pid})"
+    reason = os.strerror(result.error)
+    if result.stage == lib.INJECT_SEIZE and result.error == errno.EPERM:
+        raise ptrace_denied(process)
+    if not stays_alive(process):
+        raise exit_error(
+            process, f"QEMU (pid {process.pid}) exited while thread {thread_id} started a helper"
+        )
+    if result.error == errno.ESRCH:
+        raise FailedError(
+            f"{what} is gone",
+            "check whether QEMU has exited or unplugged that vCPU",
+            code=Code.QEMU_GONE,
+        )
+    if result.stage == lib.INJECT_INSPECT and result.error == errno.ENOSPC:
+        raise UnsupportedError(
+            f"{what} has {result.stack_left >> 10} KiB of stack left, but starting a helper "
+            f"needs {-(-result.stack_needed // 1024)} KiB",
+            "start QEMU with larger stacks (ulimit -s), or use the plugin agent",
+            code=Code.SMALL_STACK,
+        )
+    if result.stage == lib.INJECT_MMAP and result.error in (errno.EACCES, errno.EPERM):
+        raise UnsupportedError(
+            f"QEMU (pid {process.pid}) cannot map executable anonymous memory: {reason}",
+            "a security module forbids it (SELinux: execmem). Allow it for this domain, "
+            "or use the plugin agent",
+            code=Code.EXECMEM,
+        )
+    if result.stage == lib.INJECT_CLONE and result.error == errno.EAGAIN:
+        _, limit = strictest(task_limits(process), MAX_HELPERS + RESERVE)
+        raise RefusedError(
+            f"QEMU (pid {process.pid}) may not start another thread"
+            + (f": {limit.name} is {limit.detail}" if limit else f": {reason}"),
+            f"raise {limit.name if limit else 'pids.max, or ulimit -u'}, or use the plugin agent",
+            code=Code.NO_TASKS,
+        )
+    stage = {
+        lib.INJECT_SEIZE: "PTRACE_SEIZE failed",
+        lib.INJECT_STOP: "the thread did not stop in time",
+        lib.INJECT_INSPECT: "the thread's registers or stack are not usable",
+        lib.INJECT_WRITE: "the thread's stack could not be written",
+        lib.INJECT_RESUME: "the end of the injected system calls could not be observed",
+        lib.INJECT_MMAP: "mmap failed in the thread",
+        lib.INJECT_IMAGE: "the helper's memory could not be written",
+        lib.INJECT_CLONE: "clone failed in the thread",
+    }[result.stage]
+    raise AgentError(
+        f"cannot start a helper from {what}: {stage} ({reason})",
+        "QEMU is unharmed; run this again, or use the plugin agent",
+    )

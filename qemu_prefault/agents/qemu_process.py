@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The QEMU that the attach agent works in: its helper threads, its memory, whether it is alive."""
+
+from __future__ import annotations
+
+import os
+import select
+
+from ..errors import Code, FailedError
+from ..host.kernel_log import cause_of_death
+from ..host.procfs import Process, thread_names
+from ..host.ptrace_access import ptrace_denied
+
+#: The helper threads' name, as ``ps -L`` and ``/proc/PID/task/TID/comm`` show it.
+HELPER_NAME = "qemu-prefault"
+
+
+def same_pid_namespace(pid: int) -> bool:
+    """Return whether process ``pid`` and this process share a pid namespace."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/pid") == os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return False
+
+
+def stays_alive(process: Process, seconds: float = 0.2) -> bool:
+    """Return whether the process is alive now and does not exit within ``seconds``.
+
+    A process that is being killed still exists for a moment.
+    """
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except OSError:
+        return False
+    try:
+        ended, _, _ = select.select([pidfd], [], [], seconds)
+    finally:
+        os.close(pidfd)
+    return not ended and alive(process)
+
+
+def alive(process: Process) -> bool:
+    """Return whether the process is alive; a zombie is not."""
+    try:
+        process.check()
+    except FailedError:
+        return False
+    return True
+
+
+def helper_threads(pid: int) -> tuple[int, ...]:
+    """Return the ids of all runs' helper threads in process ``pid``."""
+    return tuple(tid for tid, name in thread_names(pid).items() if name == HELPER_NAME)
+
+
+def open_memory(process: Process) -> int:
+    """Open ``/proc/PID/mem`` for reading and writing.
+
+    :raises UnsupportedError: if this process has no permission to trace QEMU, which this needs.
+    :raises FailedError: if QEMU has exited.
+    """
+    try:
+        return os.open(f"/proc/{process.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:
+        raise ptrace_denied(process) from None
+    except (FileNotFoundError, ProcessLookupError):
+        raise FailedError(
+            f"QEMU (pid {process.pid}) is gone",
+            "check QEMU's log for the reason",
+            code=Code.QEMU_GONE,
+        ) from None
+
+
+def exit_error(process: Process, message: str) -> FailedError:
+    """Return the error for a QEMU that has exited, with the reason from the kernel log."""
+    cause = cause_of_death(process)
+    return FailedError(
+        message + (f": {cause}" if cause else ""),
+        "the kernel log has more about this: see dmesg"
+        if cause
+        else "check QEMU's log and the kernel log (dmesg) for the reason",
+        code=Code.QEMU_GONE,
+    )
