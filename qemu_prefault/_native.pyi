@@ -69,6 +69,15 @@ class _Lib:
     # native/ptrace/inject.h
     def pf_inject_munmap(self, request: CData, result: CData) -> int: ...
     def pf_inject_helper(self, request: CData, result: CData) -> int: ...
+    # native/ptrace/run_gate.h
+    RUN_GATE_VCPUS_MAX: int
+    RUN_GATE_HOLD: int
+    RUN_GATE_HELD: int
+    RUN_GATE_OPEN: int
+    RUN_GATE_FAILED: int
+    RUN_GATE_RELEASE: int
+    RUN_GATE_RELEASED: int
+    def pf_run_gate_start(self, socket: int, mem_fd: int, vcpus: CData, count: int) -> int: ...
     # native/ptrace/filters.h
     FILTERS_BYTES_MAX: int
     def pf_read_filters(self, tid: int, buffer: CData, size: int, result: CData) -> int: ...

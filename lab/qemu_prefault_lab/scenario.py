@@ -110,6 +110,7 @@ async def bare_ioctl(guest: Guest) -> Cost:
         try:
             sections = [s for s in vm.state.sections if s.skipped is None]
             ranges = [Range(Kind.STAGE2, section.gpa, section.size) for section in sections]
+            await agent.hold_vcpus()
             result = await agent.run({0: ranges}, lambda done: None)
         finally:
             await agent.close()

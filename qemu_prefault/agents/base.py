@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..errors import Code, FailedError
+
 
 class Kind(enum.IntEnum):
     """The operation on a range, with the values of native/common/prefault_loop.h."""
@@ -86,8 +88,6 @@ class Limits:
     dead_man: float = 3.0
     #: A helper's timer interrupts its system calls at this interval.
     tick: float = 0.1
-    #: The vCPU's thread is kicked if the ioctl waits this long for the vCPU's mutex.
-    kick: float = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,15 @@ class BatchResult:
     seconds: float
 
 
+def resumed_error() -> FailedError:
+    """Return the error for a guest that another client has resumed during the run."""
+    return FailedError(
+        "another client resumed the guest while it was being prefaulted",
+        "the memory prefaulted so far stays mapped; run this again for the rest",
+        code=Code.RESUMED,
+    )
+
+
 class Agent(Protocol):
     """The common interface of the attach, plugin and qmp agents.
 
@@ -127,6 +136,22 @@ class Agent(Protocol):
 
     async def start(self) -> None:
         """Start the workers."""
+        ...
+
+    async def hold_vcpus(self) -> bool:
+        """Keep the workers' vCPUs from running beside a prefault, even if others resume the guest.
+
+        Call this when the guest has been paused, before the first batch that prefaults, and then
+        check that the guest is still paused. A vCPU that is to run afterwards first ends the
+        workers' batches, and all later ones.
+
+        :returns: Whether that check is necessary. It is not if the vCPUs' threads do the work.
+        :raises FailedError: if a vCPU is running (code ``resumed``), or cannot be held.
+        """
+        ...
+
+    async def release_vcpus(self) -> None:
+        """Let the vCPUs run again, before this process resumes the guest."""
         ...
 
     async def run(

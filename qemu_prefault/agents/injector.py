@@ -11,7 +11,6 @@ import errno
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from signal import SIGUSR1
 from typing import Any
 
 from .._native import ffi, lib
@@ -163,8 +162,6 @@ class Injector:
 
     def _image(self, area: int, thread: VcpuThread) -> bytes:
         """Return the helper's code, followed by the fields of its control page."""
-        # timer_create() takes the thread's id in QEMU's own pid namespace.
-        own_tid = self._process.status(thread.thread_id).ns_pids[-1]
         control = ffi.new(
             "struct prefault_control *",
             {
@@ -178,14 +175,11 @@ class Injector:
                 "exit_slot": self._exit_slot,
                 "dead_man_ns": int(self._limits.dead_man * 1e9),
                 "tick_ns": int(self._limits.tick * 1e9) if self.allowed.timers else 0,
-                "kick_ns": int(self._limits.kick * 1e9),
                 "limits": {
                     "chunk_bytes": self._limits.chunk_bytes,
                     "stuck_ns": int(self._limits.stuck * 1e9),
                 },
                 "vcpu_fd": thread.fd,
-                "vcpu_tid": own_tid if thread.fd >= 0 else 0,
-                "kick_signal": int(SIGUSR1),
                 "tool_pid": os.getpid()
                 if self.allowed.kill and same_pid_namespace(self._process.pid)
                 else 0,

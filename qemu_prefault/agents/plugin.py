@@ -248,7 +248,7 @@ class PluginAgent:
         self._socket = socket
         self._control: Control | None = None
         self._places: dict[int, int] = {}
-        self._working = self._aborted = False
+        self._working = self._aborted = self._lent = False
 
     async def start(self) -> None:
         """See :meth:`.Agent.start`.
@@ -270,6 +270,19 @@ class PluginAgent:
                     "QEMU may be plugging or unplugging this vCPU: try again",
                 )
 
+    async def hold_vcpus(self) -> bool:
+        """See :meth:`.Agent.hold_vcpus`. The plugin of an older release cannot hold vCPUs."""
+        assert self._control
+        try:
+            await self._control.ask("lend")
+        except AgentError:
+            return False
+        self._lent = True
+        return True
+
+    async def release_vcpus(self) -> None:
+        """See :meth:`.Agent.release_vcpus`. A vCPU that runs ends the plugin's use of it."""
+
     async def run(
         self, batch: Mapping[int, Sequence[Range]], on_progress: Callable[[int], None]
     ) -> BatchResult:
@@ -278,7 +291,8 @@ class PluginAgent:
         items = [(index, item) for index, ranges in batch.items() for item in ranges]
         if self._aborted:
             return _sort(batch, items, [(0, errno.ECANCELED)] * len(items), 0.0)
-        request = [f"work {len(items)} {self.limits.chunk_bytes}"]
+        command = "work-lent" if self._lent else "work"
+        request = [f"{command} {len(items)} {self.limits.chunk_bytes}"]
         request += [
             f"{self._places[index]} {int(item.kind)} {item.start} {item.size}"
             for index, item in items

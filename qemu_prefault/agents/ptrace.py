@@ -26,11 +26,12 @@ from .._native import lib
 from ..errors import AgentError, Code, RefusedError
 from ..host.procfs import Process
 from ..host.stall import STALL_SECONDS, Stall, why_stalled
-from .base import BatchResult, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
+from .base import BatchResult, Kind, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
 from .control_page import Helper, offset_of
 from .helper_calls import Allowed
 from .injector import Injector
 from .qemu_process import HELPER_NAME, alive, exit_error, helper_threads, open_memory
+from .run_gate import RunGate, lost_error
 from .ticker import Ticker
 
 #: Seconds between two reads of the control pages.
@@ -59,6 +60,7 @@ class PtraceAgent:
         self._memory = -1
         self._allowed = Allowed()
         self._ticker: Ticker | None = None
+        self._gate: RunGate | None = None
         self._aborted = False
         self._told_to_end = asyncio.Event()
         self._heart: threading.Thread | None = None
@@ -85,6 +87,13 @@ class PtraceAgent:
             await self._wait_ready()
             if not self._allowed.timers:
                 self._start_ticker()
+            if any(thread.fd >= 0 for thread in self._threads):
+                self._gate = RunGate(
+                    self.process,
+                    self._memory,
+                    [thread.thread_id for thread in self._threads],
+                    [self._helpers[worker.index] for worker in self.workers],
+                )
         except BaseException:
             await self.close()
             raise
@@ -156,13 +165,37 @@ class PtraceAgent:
             if self._heart_stop.wait(self.limits.dead_man / 10):
                 return
 
+    async def hold_vcpus(self) -> bool:
+        """See :meth:`.Agent.hold_vcpus`.
+
+        :raises UnsupportedError: if this process has no permission to trace QEMU.
+        :raises AgentError: if a vCPU's thread does not stop.
+        """
+        if self._gate is None:
+            return False
+        await self._gate.hold()
+        return True
+
+    async def release_vcpus(self) -> None:
+        """See :meth:`.Agent.release_vcpus`."""
+        if self._gate is not None:
+            await self._gate.release()
+
+    def _check_held(self, batch: Mapping[int, Sequence[Range]]) -> None:
+        prefaults = any(item.kind is Kind.STAGE2 for items in batch.values() for item in items)
+        if prefaults and (self._gate is None or not self._gate.holds()):
+            self.abort()
+            raise lost_error()
+
     async def run(
         self, batch: Mapping[int, Sequence[Range]], on_progress: Callable[[int], None]
     ) -> BatchResult:
-        """Run one batch, see :meth:`.Agent.run`.
+        """Run one batch, see :meth:`.Agent.run`. To prefault, call :meth:`hold_vcpus` before.
 
         :raises FailedError: if QEMU (code ``qemu-gone``) or a helper (code ``agent-left``) is gone.
+        :raises AgentError: if the vCPUs are not held.
         """
+        self._check_held(batch)
         if not self._aborted:
             self._told_to_end.clear()
             self._tell_all("abort", 0)
@@ -175,6 +208,7 @@ class PtraceAgent:
         stall = Stall()
         while len(finished) < len(batch):
             await self._wait(min(max(left, POLL_SHORTEST), POLL_LONGEST))
+            self._check_held(batch)
             left = 0.0
             done = 0
             chunks = 0
@@ -285,6 +319,9 @@ class PtraceAgent:
                 self._ticker.wait()
                 self._ticker = None
         finally:
+            if self._gate is not None:
+                await self._gate.close()
+                self._gate = None
             self._heart_stop.set()
             if self._heart is not None:
                 self._heart.join()

@@ -258,6 +258,13 @@ class QmpAgent:
         with contextlib.suppress(CommandError):  # the job has ended
             await self._monitor.execute("job-cancel", id=job)
 
+    async def hold_vcpus(self) -> bool:
+        """See :meth:`.Agent.hold_vcpus`. QEMU's vCPU threads prefault, so nothing must be held."""
+        return False
+
+    async def release_vcpus(self) -> None:
+        """See :meth:`.Agent.release_vcpus`."""
+
     def abort(self) -> None:
         """See :meth:`.Agent.abort`."""
         self._aborted = True

@@ -7,7 +7,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
-from ..errors import Code, FailedError, QemuPrefaultError, RefusedError
+from ..agents.base import resumed_error
+from ..errors import Code, QemuPrefaultError, RefusedError
 from ..qemu.monitor import EventStream
 from ..qemu.queries import MIGRATION_OVER, read_migration
 from .tally import RunTally
@@ -94,10 +95,4 @@ class InterferenceMonitor:
             elif event.name == "RESUME" and self._own_resumes:
                 self._own_resumes -= 1
             elif event.name == "RESUME" and paused and self.prefaulting:
-                self.interrupt(
-                    FailedError(
-                        "another client resumed the guest while it was being prefaulted",
-                        "the memory prefaulted so far stays mapped; run this again for the rest",
-                        code=Code.RESUMED,
-                    )
-                )
+                self.interrupt(resumed_error())

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
-from ..agents.base import Agent
+from ..agents.base import Agent, resumed_error
 from ..errors import Code, QemuPrefaultError, RefusedError
 from ..qemu.monitor import Monitor
 from ..qemu.queries import read_running, read_status
@@ -67,6 +67,7 @@ class Pauser:
         async def resume() -> None:
             nonlocal stopped_at
             interference.prefaulting = False
+            await agent.release_vcpus()
             # If another client has interfered, leave the guest in the state that it chose.
             if was_running or (self.cont and interference.reason is None):
                 await self.resume(was_running)
@@ -77,6 +78,7 @@ class Pauser:
         pause = Pause(resume, was_running or self.cont)
         if not was_running:
             interference.prefaulting = True
+            await self._hold_vcpus()
             yield pause
             return
         with ResumeGuard(monitor.fileno(), agent.orphan_cleanup()):
@@ -84,6 +86,7 @@ class Pauser:
             try:
                 await monitor.execute("stop")
                 interference.prefaulting = True
+                await self._hold_vcpus()
                 yield pause
             finally:
                 if stopped_at and monitor.alive:  # otherwise the block has resumed the guest
@@ -91,6 +94,10 @@ class Pauser:
                     with contextlib.suppress(QemuPrefaultError):
                         await agent.close()
                     await resume()
+
+    async def _hold_vcpus(self) -> None:
+        if await self._agent.hold_vcpus() and await read_running(self._monitor):
+            self._interference.interrupt(resumed_error())
 
     async def resume(self, was_running: bool) -> None:
         """Resume the guest, unless it has migrated away and runs at the destination.

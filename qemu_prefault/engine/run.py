@@ -288,10 +288,13 @@ class PrefaultRun:
                 runs = migration.runs
                 with executor.time_limit(self.options.max_downtime):
                     await populating
+                    if not runs and await executor.agent.hold_vcpus():
+                        runs = await read_running(monitor)
                     if not runs:
                         self.interference.prefaulting = begun = True
                         left = await executor.prefault(targets, skip_pagemap=True)
                         self.interference.prefaulting = False
+                    await executor.agent.release_vcpus()
             finally:
                 populating.cancel()
                 await asyncio.gather(populating, return_exceptions=True)

@@ -219,6 +219,7 @@ async def prefault_before_start(
         try:
             with executor.time_limit(max(0.0, seconds - (time.monotonic() - started))):
                 await executor.populate(targets)
+                await agent.hold_vcpus()
                 left = await executor.prefault(targets)
         finally:
             agent.abort()

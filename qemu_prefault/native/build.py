@@ -22,7 +22,7 @@ ROOT = HERE.parent.parent
 
 SOURCES = (
     *("common/headroom.c", "common/memory_source.c", "common/pagemap.c", "conformance/vmm.c"),
-    *("ptrace/tracee.c", "ptrace/filters.c", "ptrace/inject.c"),
+    *("ptrace/tracee.c", "ptrace/filters.c", "ptrace/inject.c", "ptrace/run_gate.c"),
 )
 
 #: Compiler flags of the helper. It has no libc and must not touch the FPU state, and the
@@ -74,6 +74,7 @@ SHARED_HEADERS = (
     "ptrace/inject_result.h",
     "ptrace/filters.h",
     "ptrace/inject.h",
+    "ptrace/run_gate.h",
 )
 LITERAL = re.compile(r"0x[0-9a-f]+[ul]*|[0-9]+", re.IGNORECASE)
 

@@ -6,6 +6,7 @@ tests/nested/test_plugin.py tests it where KVM can prefault.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -21,6 +22,7 @@ import pytest
 
 from qemu_prefault.agents.plugin import find_control_socket, plugin_path
 from qemu_prefault.host.procfs import Process
+from qemu_prefault_lab.wait import wait_for
 from support.qemu import QEMU, Qemu, StartQemu, kvm_usable, run_tool
 from support.qmp import QmpClient
 
@@ -268,6 +270,34 @@ def test_batch_ends_with_its_client(control: Callable[..., Control]) -> None:
     while "error" in (answer := other.ask("work 0 4096")):
         assert "another batch" in answer["error"]
     assert answer["ok"]
+
+
+@needs_kvm
+def test_vcpu_that_has_run_is_no_longer_lent(start_qemu: StartQemu, tmp_path: Path) -> None:
+    """The ioctl must not run between the end of KVM_RUN and QEMU's look at its result."""
+    qemu = start(start_qemu, f"socket={tmp_path}/control")
+    client, monitor = Control(tmp_path / "control"), QmpClient(qemu.qmp)
+
+    def prefault(request: str) -> int:
+        client.send(f"{request} 1 4096", "0 1 0 4096")
+        assert client.receive()["ok"]
+        while "done" not in (answer := client.receive()):
+            pass
+        return int(answer["done"][0][1])
+
+    def run_guest() -> None:
+        monitor.execute("cont")
+        wait_for(lambda: client.ask("status")["vcpus"][0]["running"], "the vCPU runs")
+        monitor.execute("stop")
+
+    assert client.ask("lend")["ok"]
+    assert prefault("work-lent") == errno.EOPNOTSUPP  # by this KVM
+    run_guest()
+    assert prefault("work-lent") == errno.EBUSY
+    assert prefault("work") == errno.EOPNOTSUPP
+    run_guest()
+    assert client.ask("lend")["ok"]
+    assert prefault("work-lent") == errno.EOPNOTSUPP
 
 
 @needs_kvm

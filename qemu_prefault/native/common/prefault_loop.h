@@ -34,7 +34,7 @@ struct kvm_pre_fault_memory_args {
 
 /*
  * Callbacks of the loop's caller. Both run between chunks. If go_on returns 0 the batch ends.
- * before_ioctl re-arms the timer that interrupts a stuck ioctl.
+ * before_ioctl may be NULL.
  */
 struct prefault_hooks {
 	int (*go_on)(void *context);
@@ -87,7 +87,8 @@ static inline void prefault_run_range(struct prefault_range *range, int vcpu_fd,
 			range->error = PREFAULT_ABORTED;
 			return;
 		}
-		hooks->before_ioctl(hooks->context);
+		if (hooks->before_ioctl)
+			hooks->before_ioctl(hooks->context);
 		uint64_t step = prefault_step(
 			range, left < limits->chunk_bytes ? left : limits->chunk_bytes, vcpu_fd,
 			&error);

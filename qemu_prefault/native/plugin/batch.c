@@ -33,14 +33,29 @@ bool pf_batch_running(void)
 	return batch.running;
 }
 
-/* Interrupt workers that are stuck in the ioctl, and vCPUs that were resumed under a batch. */
+/* Interrupt workers that are stuck in the ioctl. */
 void pf_batch_kick(void)
 {
-	for (size_t i = 0; batch.running && i < batch.count; i++) {
+	for (size_t i = 0; batch.running && i < batch.count; i++)
 		pf_kick_thread(batch.workers[i].tid);
-		if (batch.workers[i].in_stage2 && atomic_load(&batch.workers[i].vcpu->in_guest))
-			pf_kick_thread(batch.workers[i].vcpu->tid);
-	}
+}
+
+void pf_batch_lend_vcpus(void)
+{
+	pthread_mutex_lock(&pf_lock);
+	for (size_t i = 0; i < pf_vcpu_count; i++)
+		atomic_store(&pf_vcpus[i].lent, !atomic_load(&pf_vcpus[i].in_guest));
+	pthread_mutex_unlock(&pf_lock);
+}
+
+/* Call with pf_lock held. */
+static void leave_ioctl(struct batch_worker *worker)
+{
+	if (!worker->in_flight)
+		return;
+	worker->in_flight = false;
+	worker->vcpu->in_use = false;
+	pf_leave_ioctl();
 }
 
 /* Called between two chunks. Waits while QEMU changes a memslot. */
@@ -50,26 +65,18 @@ static int batch_goes_on(void *context)
 	bool go_on;
 
 	pthread_mutex_lock(&pf_lock);
-	if (worker->in_flight) {
-		worker->in_flight = false;
-		pf_leave_ioctl();
-	}
+	leave_ioctl(worker);
 	while (atomic_load(&pf_slot_changes))
 		pthread_cond_wait(&pf_changed, &pf_lock);
-	/* If the vCPU is in the guest, the ioctl would wait for it. Populating does not. */
 	go_on = !atomic_load(&batch.abort) &&
-		!(worker->in_stage2 && atomic_load(&worker->vcpu->in_guest));
+		!(worker->in_stage2 && !atomic_load(&worker->vcpu->lent));
 	if (go_on) {
 		worker->in_flight = true;
+		worker->vcpu->in_use = worker->in_stage2;
 		pf_in_flight++;
 	}
 	pthread_mutex_unlock(&pf_lock);
 	return go_on;
-}
-
-static void nothing(void *context)
-{
-	(void)context;
 }
 
 static void *run_worker(void *context)
@@ -78,7 +85,7 @@ static void *run_worker(void *context)
 	struct vcpu *vcpu = worker->vcpu;
 	const struct prefault_limits limits = { .chunk_bytes = batch.chunk_bytes,
 						.stuck_ns = STUCK_NS };
-	const struct prefault_hooks hooks = { batch_goes_on, nothing, worker };
+	const struct prefault_hooks hooks = { batch_goes_on, NULL, worker };
 	uint64_t mapped = 0, populated = 0;
 	bool stuck = false;
 
@@ -110,8 +117,7 @@ static void *run_worker(void *context)
 		}
 	}
 	pthread_mutex_lock(&pf_lock);
-	if (worker->in_flight)
-		pf_leave_ioctl();
+	leave_ioctl(worker);
 	if (mapped && vcpu->no_root_yet) {
 		vcpu->no_root_yet = false;
 		vcpu->seen_generation = atomic_load(&pf_root_generation);

@@ -16,6 +16,9 @@ struct worker_ranges {
 	size_t count;
 };
 
+/* Let batches use all vCPUs that are not in the guest, each until it runs again. */
+void pf_batch_lend_vcpus(void);
+
 /* Return the number of workers, one per vCPU. */
 size_t pf_batch_worker_count(void);
 /*
@@ -29,7 +32,7 @@ bool pf_batch_done(uint64_t *bytes, double *seconds);
 void pf_batch_abort(void);
 void pf_batch_end(void);
 
-/* For the watchdog: interrupt stuck workers of the batch, and vCPUs that block it. */
+/* For the watchdog: interrupt stuck workers of the batch. */
 bool pf_batch_running(void);
 void pf_batch_kick(void);
 

@@ -208,7 +208,14 @@ bool pf_command_answer(int fd, FILE *in, FILE *out, char *line)
 	} else if (!strcmp(line, "follow")) {
 		follow(out);
 		return false;
+	} else if (!strcmp(line, "lend")) {
+		pf_batch_lend_vcpus();
+		fprintf(out, "{\"ok\":true}\n");
 	} else if (sscanf(line, "work %zu %" SCNu64 " %c", &count, &chunk_bytes, &end) == 2 &&
+		   count <= MAX_RANGES) {
+		pf_batch_lend_vcpus(); /* for clients that do not know "lend" */
+		handle_work_request(fd, in, out, count, chunk_bytes);
+	} else if (sscanf(line, "work-lent %zu %" SCNu64 " %c", &count, &chunk_bytes, &end) == 2 &&
 		   count <= MAX_RANGES) {
 		handle_work_request(fd, in, out, count, chunk_bytes);
 	} else {

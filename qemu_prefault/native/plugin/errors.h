@@ -17,7 +17,8 @@
 	X(INCOMPLETE, "incomplete", "the connection ended before all ranges were sent")  \
 	X(UNKNOWN_REQUEST, "unknown-request",                                            \
 	  "unknown request; the requests are: status, pause, resume, prefault, follow, " \
-	  "populate auto|all|resident, work COUNT CHUNK_BYTES")
+	  "populate auto|all|resident, lend, work COUNT CHUNK_BYTES, "                   \
+	  "work-lent COUNT CHUNK_BYTES")
 
 #define REQUEST_ERROR_ENUM(name, code, text) REQUEST_##name,
 enum request_error { REQUEST_OK, REQUEST_ERRORS(REQUEST_ERROR_ENUM) };

@@ -77,6 +77,8 @@ struct vcpu {
 	pid_t tid;
 	struct kvm_run *run;
 	atomic_bool in_guest;
+	atomic_bool lent;		  /* a batch may use it: it has not run since it was lent */
+	bool in_use;			  /* a batch is in the prefault ioctl on it */
 	bool no_root_yet;		  /* KVM has no root for it, so none can be stale */
 	bool started;			  /* has entered the guest */
 	uint64_t seen_generation;	  /* pf_root_generation at its last return from the guest */

@@ -145,12 +145,28 @@ static struct vcpu *find_vcpu(int fd)
 	return NULL;
 }
 
+/*
+ * End a batch's use of the vCPU. The ioctl may write to kvm_run (kvm_handle_signal_exit(),
+ * include/linux/kvm_host.h), so it must not run between the end of KVM_RUN and QEMU's look at
+ * kvm_run.
+ */
+static void take_back(struct vcpu *self)
+{
+	pthread_mutex_lock(&pf_lock);
+	atomic_store(&self->lent, false);
+	while (self->in_use)
+		pthread_cond_wait(&pf_changed, &pf_lock);
+	pthread_mutex_unlock(&pf_lock);
+}
+
 long pf_vcpu_run(int fd)
 {
 	struct vcpu *self = find_vcpu(fd);
 
 	if (!self || !self->run)
 		return pf_raw_ioctl(fd, KVM_RUN, NULL);
+	if (atomic_load(&self->lent))
+		take_back(self);
 	/* QEMU also sets immediate_exit to complete an exit or to consume a signal. */
 	if (!self->run->immediate_exit) {
 		if (!self->started || atomic_load(&pf_work_available) ||

@@ -83,6 +83,12 @@ static inline uint64_t arch_free_stack(const struct user_regs_struct *regs)
 	return regs->rsp - ARCH_RED_ZONE;
 }
 
+/* Return whether the thread is in ioctl(fd, request), or stopped at its entry. */
+static inline int arch_is_ioctl(const struct user_regs_struct *regs, uint32_t request)
+{
+	return (long)regs->orig_rax == SYS_ioctl && (uint32_t)regs->rsi == request;
+}
+
 static inline long arch_result(const struct user_regs_struct *regs)
 {
 	return (long)regs->rax;

@@ -29,12 +29,9 @@ struct prefault_control {
 	uint64_t exit_slot;   /* address of the word that points to "mov $60,%eax; syscall" */
 	uint64_t dead_man_ns; /* exit if heartbeat does not change for this long */
 	uint64_t tick_ns;     /* the tick interrupts system calls at this interval; 0: no timers */
-	uint64_t kick_ns;     /* kick the vCPU thread if it holds the vCPU's mutex for this long */
 	struct prefault_limits limits;
 	int32_t vcpu_fd;
-	int32_t vcpu_tid;    /* 0: no thread to kick */
-	int32_t kick_signal; /* QEMU's SIG_IPI */
-	int32_t tool_pid;    /* in QEMU's PID namespace; 0: not visible there */
+	int32_t tool_pid; /* in QEMU's PID namespace; 0: not visible there */
 
 	/* Written by the tool. */
 	uint64_t heartbeat;
@@ -42,6 +39,9 @@ struct prefault_control {
 	uint32_t abort;	  /* stop each batch after the current chunk */
 	uint32_t release; /* exit when idle */
 	uint32_t range_count;
+
+	/* Written by the run gate: the guest has been resumed, so do no work any more. */
+	uint32_t vcpu_runs;
 
 	/* Written by the helper. */
 	uint32_t tid;	      /* written by the kernel: CLONE_PARENT_SETTID */

@@ -39,8 +39,7 @@ struct helper {
 	uint64_t heartbeat;
 	uint64_t heartbeat_at;
 	uint64_t looked_at;
-	int32_t tick_timer;
-	int32_t kick_timer; /* -1: none */
+	int32_t tick_timer; /* -1: none */
 	int32_t tool_pid;   /* 0: not visible to QEMU */
 };
 
@@ -108,27 +107,14 @@ static int batch_goes_on(void *context)
 	struct helper *helper = context;
 
 	helper->control->chunk_started_ns = prefault_now_ns();
-	return !load(&helper->control->abort) && tool_lives(helper);
-}
-
-static void arm_kick(void *context)
-{
-	struct helper *helper = context;
-
-	/*
-	 * The ioctl starts with mutex_lock_killable(&vcpu->mutex) (virt/kvm/kvm_main.c,
-	 * kvm_vcpu_ioctl()). Only SIGKILL interrupts that. If the guest is resumed meanwhile,
-	 * KVM_RUN holds the mutex, even during HLT. QEMU's IPI signal makes the vCPU thread
-	 * return from KVM_RUN and release it.
-	 */
-	if (helper->kick_timer >= 0)
-		timer_start(helper->kick_timer, helper->control->kick_ns);
+	return !load(&helper->control->abort) && !load(&helper->control->vcpu_runs) &&
+	       tool_lives(helper);
 }
 
 static void run_batch(struct helper *helper)
 {
 	struct prefault_control *control = helper->control;
-	const struct prefault_hooks hooks = { batch_goes_on, arm_kick, helper };
+	const struct prefault_hooks hooks = { batch_goes_on, 0, helper };
 	uint32_t batch = load(&control->batch);
 	uint32_t count = control->range_count;
 
@@ -141,8 +127,6 @@ static void run_batch(struct helper *helper)
 		if (control->ranges[i].error == PREFAULT_STUCK)
 			break;
 	}
-	if (helper->kick_timer >= 0)
-		timer_start(helper->kick_timer, 0);
 	control->batch_finished_ns = prefault_now_ns();
 	__atomic_store_n(&control->batch_done, batch, __ATOMIC_RELEASE);
 }
@@ -161,8 +145,6 @@ __attribute__((noreturn)) static void leave(struct helper *helper)
 	prefault_syscall4(__NR_rt_sigprocmask, SIG_SETMASK_HOW, (long)&all, 0, sizeof(all));
 	if (helper->tick_timer >= 0)
 		prefault_syscall3(__NR_timer_delete, helper->tick_timer, 0, 0);
-	if (helper->kick_timer >= 0)
-		prefault_syscall3(__NR_timer_delete, helper->kick_timer, 0, 0);
 	/* Otherwise mm_release() (kernel/fork.c) would clear a word of the unmapped memory. */
 	prefault_syscall3(__NR_set_tid_address, 0, 0, 0);
 	helper_unmap(control);
@@ -208,9 +190,6 @@ static long prepare(struct helper *helper)
 	result = control->tick_ns ? timer_make((int32_t)signal, self, &helper->tick_timer) : 0;
 	if (result)
 		return result;
-	if (control->tick_ns && control->vcpu_tid &&
-	    timer_make(control->kick_signal, control->vcpu_tid, &helper->kick_timer))
-		helper->kick_timer = -1;
 
 	uint64_t mask = ~(1ull << (signal - 1));
 
@@ -228,7 +207,6 @@ __attribute__((noreturn, used)) void pf_helper_main(struct prefault_control *con
 	struct helper helper = { .control = control,
 				 .heartbeat_at = prefault_now_ns(),
 				 .tick_timer = -1,
-				 .kick_timer = -1,
 				 .tool_pid = control->tool_pid };
 	long result = prepare(&helper);
 

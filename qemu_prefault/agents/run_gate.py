@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Keep the vCPUs that helpers use out of KVM_RUN, see native/ptrace/run_gate.h."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Sequence
+
+from .._native import ffi, lib
+from ..errors import AgentError, Code, FailedError
+from ..host.procfs import Process
+from ..host.ptrace_access import ptrace_denied
+from .base import resumed_error
+from .control_page import Helper
+
+#: Seconds to wait for an answer of the gate, which waits up to 2 s for each thread.
+ANSWER_SECONDS = 30.0
+ERRNO_BYTES = 4
+
+
+class RunGate:
+    """The process that holds the vCPU threads. It runs until :meth:`close`.
+
+    :raises AgentError: if the process cannot be started.
+    """
+
+    def __init__(
+        self, process: Process, memory: int, thread_ids: Sequence[int], helpers: Sequence[Helper]
+    ) -> None:
+        """
+        :param memory: A descriptor of QEMU's /proc/PID/mem.
+        :param thread_ids: The vCPUs' threads.
+        :param helpers: The helper of each of them.
+        """
+        self._process = process
+        self._held = False
+        vcpus = ffi.new(
+            "struct run_gate_vcpu[]",
+            [
+                {"tid": tid, "control": helper.control}
+                for tid, helper in zip(thread_ids, helpers, strict=True)
+            ],
+        )
+        self._socket, gates_end = socket.socketpair()
+        with gates_end:
+            self._child = lib.pf_run_gate_start(gates_end.fileno(), memory, vcpus, len(thread_ids))
+        if self._child < 0:
+            self._socket.close()
+            raise AgentError(
+                f"cannot start a process: {os.strerror(-self._child)}",
+                "check the limit of processes (ulimit -u, pids.max) of qemu-prefault",
+            )
+        self._socket.setblocking(False)
+
+    def holds(self) -> bool:
+        """Return whether the vCPUs are held, or one has run and thereby ended all work."""
+        if not self._held:
+            return False
+        try:
+            return self._socket.recv(1, socket.MSG_PEEK) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    async def hold(self) -> None:
+        """Hold the vCPUs.
+
+        :raises UnsupportedError: if this process has no permission to trace QEMU.
+        :raises FailedError: if a vCPU is running (code ``resumed``) or its thread has exited.
+        :raises AgentError: if a thread does not stop.
+        """
+        answer = await self._ask(lib.RUN_GATE_HOLD)
+        if answer == lib.RUN_GATE_FAILED:
+            code = int.from_bytes(await self._receive(ERRNO_BYTES), "little")
+            if code == errno.EPERM:
+                raise ptrace_denied(self._process)
+            if code == errno.ESRCH:
+                raise FailedError(
+                    f"a vCPU thread of QEMU (pid {self._process.pid}) is gone",
+                    "check whether QEMU has exited or unplugged that vCPU",
+                    code=Code.QEMU_GONE,
+                )
+            raise AgentError(
+                f"a vCPU thread of QEMU (pid {self._process.pid}) does not stop: "
+                f"{os.strerror(code)}",
+                "QEMU is unharmed; run this again",
+            )
+        self._held = True
+        if answer == lib.RUN_GATE_OPEN:
+            raise resumed_error()
+
+    async def release(self) -> None:
+        """Let the vCPUs run."""
+        if not self._held:
+            return
+        self._held = False
+        with contextlib.suppress(AgentError):  # without the gate, the vCPUs are free
+            while await self._ask(lib.RUN_GATE_RELEASE) != lib.RUN_GATE_RELEASED:
+                pass  # a vCPU has run meanwhile
+
+    async def close(self) -> None:
+        """End the gate, which lets the vCPUs run."""
+        self._socket.close()
+        with contextlib.suppress(ChildProcessError):
+            await asyncio.to_thread(os.waitpid, self._child, 0)
+
+    async def _ask(self, command: int) -> int:
+        with contextlib.suppress(OSError):
+            await asyncio.get_running_loop().sock_sendall(self._socket, bytes([command]))
+        return (await self._receive(1))[0]
+
+    async def _receive(self, size: int) -> bytes:
+        received = b""
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                while len(received) < size:
+                    data = await asyncio.get_running_loop().sock_recv(
+                        self._socket, size - len(received)
+                    )
+                    if not data:
+                        raise lost_error()
+                    received += data
+        except (OSError, TimeoutError):
+            raise lost_error() from None
+        return received
+
+
+def lost_error() -> AgentError:
+    """Return the error for a gate that was killed."""
+    return AgentError(
+        "the process that holds the paused guest's vCPUs has died",
+        "check dmesg for the reason, such as the OOM killer; QEMU is unharmed: run this again",
+    )

@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The vCPUs that helpers use stay out of KVM_RUN until the helpers' work has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import mmap
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from qemu_prefault._native import lib
+from qemu_prefault.agents.base import Kind, Limits, Range, VcpuThread, resumed_error
+from qemu_prefault.agents.control_page import Helper, offset_of
+from qemu_prefault.agents.ptrace import PtraceAgent
+from qemu_prefault.agents.run_gate import RunGate
+from qemu_prefault.errors import AgentError, Code, FailedError
+from qemu_prefault.host.fds import kvm_fds
+from qemu_prefault.host.procfs import Process
+from qemu_prefault_lab.wait import wait_for
+from support.process import leftovers, tracers, wait_clean
+from support.qemu import MIB, QemuVm, StartQemu, start_vm
+
+#: Stands for a vCPU's thread. It waits for commands, and its ioctl is refused (ENOTTY).
+THREAD = """
+import ctypes, mmap, signal, sys
+page = mmap.mmap(-1, 1 << 20)
+seen = []
+signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))
+libc = ctypes.CDLL(None)
+print(ctypes.addressof(ctypes.c_char.from_buffer(page)), flush=True)
+for line in sys.stdin:
+    libc.ioctl(0, int(line, 0), 0)
+    print(len(seen), flush=True)
+"""
+KVM_RUN, KVM_GET_REGS = 0xAE80, 0x8090AE81
+
+
+@dataclass
+class FakeVcpu:
+    """A process whose thread has a helper's control page that the test writes."""
+
+    process: subprocess.Popen[str]
+    memory: int
+    helper: Helper
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def read(self, field: str) -> int:
+        return int(getattr(self.helper.read_header(), field))
+
+    def ioctl(self, request: int) -> None:
+        assert self.process.stdin is not None
+        print(request, file=self.process.stdin, flush=True)
+
+    def signals_seen(self) -> int:
+        """Wait for the end of the ioctl, and return how many signals the thread has handled."""
+        assert self.process.stdout is not None
+        return int(self.process.stdout.readline())
+
+    def state(self) -> str:
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+    def gate(self) -> RunGate:
+        return RunGate(Process.find(self.pid), self.memory, [self.pid], [self.helper])
+
+
+@pytest.fixture
+def vcpu() -> Iterator[FakeVcpu]:
+    with subprocess.Popen(
+        [sys.executable, "-c", THREAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        address = int(process.stdout.readline())
+        memory = os.open(f"/proc/{process.pid}/mem", os.O_RDWR)
+        magic = lib.PREFAULT_CONTROL_MAGIC.to_bytes(8, "little")
+        os.pwrite(memory, magic, address + offset_of("magic"))
+        yield FakeVcpu(process, memory, Helper(memory, address, 0))
+        os.close(memory)
+        process.kill()
+
+
+@contextlib.asynccontextmanager
+async def held(vcpu: FakeVcpu) -> AsyncIterator[RunGate]:
+    gate = vcpu.gate()
+    try:
+        await gate.hold()
+        yield gate
+    finally:
+        await gate.close()
+
+
+def test_vcpu_waits_for_the_helper(vcpu: FakeVcpu) -> None:
+    async def check() -> None:
+        vcpu.helper.write_word("batch", 1)
+        async with held(vcpu) as gate:
+            vcpu.ioctl(KVM_RUN)
+            wait_for(lambda: vcpu.read("vcpu_runs") == 1, "the helper's work is ended")
+            assert vcpu.state() == "t"
+            vcpu.helper.write_word("batch_done", 1)
+            vcpu.signals_seen()
+            assert not tracers(vcpu.pid)
+            assert gate.holds()  # the work has been ended in order
+            await gate.release()
+
+    asyncio.run(check())
+
+
+def test_idle_helper_delays_nothing(vcpu: FakeVcpu) -> None:
+    async def check() -> None:
+        async with held(vcpu):
+            vcpu.ioctl(KVM_RUN)
+            vcpu.signals_seen()
+            assert vcpu.read("vcpu_runs") == 1
+
+    asyncio.run(check())
+
+
+def test_other_calls_and_signals_pass(vcpu: FakeVcpu) -> None:
+    async def check() -> None:
+        vcpu.helper.write_word("batch", 1)
+        async with held(vcpu) as gate:
+            for count in (1, 2, 3):
+                os.kill(vcpu.pid, signal.SIGUSR1)
+                wait_for(lambda: not pending(vcpu.pid), "the signal is delivered")
+                vcpu.ioctl(KVM_GET_REGS)
+                assert vcpu.signals_seen() == count
+            assert vcpu.read("vcpu_runs") == 0
+            vcpu.helper.write_word("batch_done", 1)
+            await gate.release()
+            assert not tracers(vcpu.pid)
+            vcpu.ioctl(KVM_RUN)
+            vcpu.signals_seen()
+            assert vcpu.read("vcpu_runs") == 0  # this process has resumed the guest
+
+    asyncio.run(check())
+
+
+def pending(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return any(
+        int(line.split()[1], 16)
+        for line in status.splitlines()
+        if line.startswith(("SigPnd:", "ShdPnd:"))
+    )
+
+
+def test_vcpus_can_be_held_again(vcpu: FakeVcpu) -> None:
+    async def check() -> None:
+        async with held(vcpu) as gate:
+            for _ in range(20):
+                await gate.release()
+                assert not gate.holds()
+                vcpu.ioctl(KVM_RUN)
+                vcpu.signals_seen()
+                await gate.hold()
+                assert gate.holds()
+        assert vcpu.read("vcpu_runs") == 0
+
+    asyncio.run(check())
+
+
+def test_stopped_process_stays_stopped(vcpu: FakeVcpu) -> None:
+    async def check() -> None:
+        async with held(vcpu) as gate:
+            os.kill(vcpu.pid, signal.SIGSTOP)
+            wait_for(lambda: vcpu.state() == "t", "the process is stopped")
+            vcpu.ioctl(KVM_GET_REGS)
+            await gate.release()
+            wait_for(lambda: vcpu.state() == "T", "the process is stopped without the gate")
+            os.kill(vcpu.pid, signal.SIGCONT)
+            vcpu.signals_seen()
+
+    asyncio.run(check())
+
+
+def test_killed_gate_frees_the_vcpu(vcpu: FakeVcpu) -> None:
+    async def check() -> None:
+        async with held(vcpu) as gate:
+            os.kill(int(tracers(vcpu.pid).pop()), signal.SIGKILL)
+            wait_for(lambda: not gate.holds(), "the gate's death is noticed")
+            vcpu.ioctl(KVM_RUN)
+            vcpu.signals_seen()
+            with pytest.raises(AgentError):
+                await gate.hold()
+
+    asyncio.run(check())
+
+
+TOOL = """
+import asyncio, os, sys
+from qemu_prefault.agents.control_page import Helper
+from qemu_prefault.agents.run_gate import RunGate
+from qemu_prefault.host.procfs import Process
+
+async def main():
+    pid, address = map(int, sys.argv[1:])
+    memory = os.open(f"/proc/{pid}/mem", os.O_RDWR)
+    gate = RunGate(Process.find(pid), memory, [pid], [Helper(memory, address, 0)])
+    await gate.hold()
+    print("held", flush=True)
+    await asyncio.sleep(3600)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_dead_or_stopped_tool_does_not_freeze_the_vcpu(
+    vcpu: FakeVcpu, number: signal.Signals
+) -> None:
+    vcpu.helper.write_word("batch", 1)
+    arguments = [sys.executable, "-c", TOOL, str(vcpu.pid), str(vcpu.helper.control)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as tool:
+        assert tool.stdout is not None
+        assert tool.stdout.readline() == "held\n"
+        tool.send_signal(number)
+        vcpu.ioctl(KVM_RUN)
+        wait_for(lambda: vcpu.read("vcpu_runs") == 1, "the helper's work is ended")
+        assert vcpu.state() == "t"
+        vcpu.helper.write_word("batch_done", 1)
+        vcpu.signals_seen()
+        tool.kill()
+
+
+def test_gate_inherits_nothing_of_the_tool(vcpu: FakeVcpu) -> None:
+    async def check() -> None:
+        async with held(vcpu):
+            gate = tracers(vcpu.pid).pop()
+            descriptors = sorted(Path(f"/proc/{gate}/fd").iterdir())
+            assert [path.name for path in descriptors] == ["0", "1", "2"]
+            assert os.readlink(descriptors[0]).startswith("socket:")
+            assert os.readlink(descriptors[1]) == f"/proc/{vcpu.pid}/mem"
+            assert os.getsid(int(gate)) == int(gate)  # Ctrl-C and Ctrl-Z do not reach it
+
+    asyncio.run(check())
+
+
+# --- with QEMU ---
+
+
+def start_guest(start_qemu: StartQemu, tmp_path: Path, *, paused: bool = True) -> QemuVm:
+    arguments = ("-m", "1G", "-smp", "2")
+    return start_vm(start_qemu, tmp_path, *arguments, accel="kvm", paused=paused)
+
+
+def is_in_guest(vm: QemuVm) -> bool:
+    """Return whether the first vCPU's thread is in KVM_RUN, or runs on a CPU."""
+    tid = vm.qmp.execute("query-cpus-fast")[0]["thread-id"]
+    call = Process.find(vm.pid).thread_syscall(int(tid)) or ""
+    return call.startswith("running") or hex(KVM_RUN) in call
+
+
+def make_agent(vm: QemuVm) -> PtraceAgent:
+    process = Process.find(vm.pid)
+    fds = sorted(kvm_fds(process).vcpus.items())
+    tids = [int(cpu["thread-id"]) for cpu in vm.qmp.execute("query-cpus-fast")]
+    threads = [VcpuThread(tid, fd, vcpu_id) for tid, (vcpu_id, fd) in zip(tids, fds, strict=True)]
+    return PtraceAgent(process, threads, Limits(chunk_bytes=mmap.PAGESIZE))
+
+
+def guest_ram(pid: int) -> int:
+    """Return the address of the guest's RAM in QEMU."""
+    return next(m.start for m in Process.find(pid).maps() if m.size == 1024 * MIB)
+
+
+def test_resumed_guest_ends_the_batch(start_qemu: StartQemu, tmp_path: Path) -> None:
+    vm = start_guest(start_qemu, tmp_path)
+
+    async def check() -> None:
+        agent = make_agent(vm)
+        await agent.start()
+        assert await agent.hold_vcpus()
+        begun = asyncio.Event()
+        start = guest_ram(vm.pid)
+        batch = asyncio.create_task(
+            agent.run(
+                {0: [Range(Kind.POPULATE, start, 1024 * MIB)]},
+                lambda done: begun.set() if done else None,
+            )
+        )
+        await begun.wait()
+        vm.qmp.execute("cont")
+        outcome = (await batch).outcomes[0][0]
+        assert outcome.error == errno.ECANCELED
+        assert 0 < outcome.done < 1024 * MIB
+        wait_for(lambda: is_in_guest(vm), "the guest runs")
+        await agent.close()
+
+    asyncio.run(check())
+    assert not leftovers(vm.pid)
+    assert not tracers(vm.pid)
+
+
+def test_running_guest_is_not_held(start_qemu: StartQemu, tmp_path: Path) -> None:
+    vm = start_guest(start_qemu, tmp_path, paused=False)
+    wait_for(lambda: is_in_guest(vm), "the guest runs")
+
+    async def check() -> None:
+        agent = make_agent(vm)
+        await agent.start()
+        try:
+            # The vCPU may be outside KVM_RUN when it is stopped, and reach it a moment later.
+            with pytest.raises(FailedError) as caught:
+                await agent.hold_vcpus()
+                populate = Range(Kind.POPULATE, guest_ram(vm.pid), 1024 * MIB)
+                result = await agent.run({0: [populate]}, lambda done: None)
+                assert result.outcomes[0][0].error == errno.ECANCELED
+                raise resumed_error()
+            assert caught.value.code is Code.RESUMED
+        finally:
+            await agent.close()
+
+    asyncio.run(check())
+    wait_for(lambda: is_in_guest(vm), "the guest runs on")
+    wait_clean(vm.pid)
+
+
+def test_monitor_works_while_vcpus_are_held(start_qemu: StartQemu, tmp_path: Path) -> None:
+    """Commands that QEMU executes in the vCPUs' threads are not delayed until the release."""
+    vm = start_guest(start_qemu, tmp_path)
+
+    def read_registers() -> str:
+        return str(vm.qmp.execute("human-monitor-command", command_line="info registers -a"))
+
+    async def check() -> None:
+        agent = make_agent(vm)
+        await agent.start()
+        await agent.hold_vcpus()
+        text = await asyncio.to_thread(read_registers)
+        assert "RIP=" in text or "EIP=" in text
+        await asyncio.to_thread(vm.qmp.execute, "system_reset")
+        await agent.release_vcpus()
+        await agent.close()
+
+    asyncio.run(check())
+
+
+def test_batch_needs_held_vcpus(start_qemu: StartQemu, tmp_path: Path) -> None:
+    vm = start_guest(start_qemu, tmp_path)
+
+    async def check() -> None:
+        agent = make_agent(vm)
+        await agent.start()
+        with pytest.raises(AgentError):
+            await agent.run({0: [Range(Kind.STAGE2, 0, MIB)]}, lambda done: None)
+        await agent.close()
+
+    asyncio.run(check())
+
+
+def test_killed_qemu_is_not_waited_for(start_qemu: StartQemu, tmp_path: Path) -> None:
+    vm = start_guest(start_qemu, tmp_path)
+
+    async def check() -> None:
+        agent = make_agent(vm)
+        await agent.start()
+        await agent.hold_vcpus()
+        vm.qemu.kill()
+        await agent.release_vcpus()
+        await agent.close()
+
+    asyncio.run(check())
