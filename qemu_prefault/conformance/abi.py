@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Numbers and structures of ``/dev/kvm``.
+"""Constants and structures of KVM's userspace API.
 
-Sources: include/uapi/linux/kvm.h and arch/x86/include/uapi/asm/kvm.h. They are repeated here
-because installed kernel headers are often older than the kernel.
+They are copied from include/uapi/linux/kvm.h and arch/x86/include/uapi/asm/kvm.h, because the
+installed kernel headers are often older than the running kernel.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ def _io(number: int, direction: int = 0, size: int = 0) -> int:
     return direction << 30 | size << 16 | _KVMIO << 8 | number
 
 
-# On /dev/kvm.
+# Ioctls on /dev/kvm.
 CREATE_VM = _io(0x01)
 CHECK_EXTENSION = _io(0x03)
 GET_VCPU_MMAP_SIZE = _io(0x04)
 GET_SUPPORTED_CPUID = _io(0x05, _READ | _WRITE, 8)
 
-# On a VM.
+# Ioctls on a VM.
 CREATE_VCPU = _io(0x41)
 GET_DIRTY_LOG = _io(0x42, _WRITE, 16)
 SET_NR_MMU_PAGES = _io(0x44)
@@ -38,7 +38,7 @@ GET_STATS_FD = _io(0xCE)
 SET_MEMORY_ATTRIBUTES = _io(0xD2, _WRITE, 32)
 CREATE_GUEST_MEMFD = _io(0xD4, _READ | _WRITE, 64)
 
-# On a vCPU.
+# Ioctls on a vCPU.
 RUN = _io(0x80)
 SET_REGS = _io(0x82, _WRITE, 144)
 GET_REGS = _io(0x81, _READ, 144)
@@ -61,7 +61,7 @@ QUIRK_SLOT_ZAP_ALL = 1 << 7
 MEM_LOG_DIRTY_PAGES, MEM_READONLY, MEM_GUEST_MEMFD = 1, 2, 4
 MEMORY_ATTRIBUTE_PRIVATE = 1 << 3
 GMEM_MMAP, GMEM_INIT_SHARED = 1, 2
-#: Part of a slot's number: the address space of system management mode.
+#: The bit in a slot number that selects the address space of system management mode.
 SMM_SPACE = 1 << 16
 
 EXIT_IO, EXIT_HLT, EXIT_MMIO, EXIT_INTR, EXIT_MEMORY_FAULT = 2, 5, 6, 10, 39
@@ -115,7 +115,7 @@ EFER_LME, EFER_LMA, EFER_SVME = 1 << 8, 1 << 10, 1 << 12
 
 @dataclass(frozen=True)
 class CpuMode:
-    """A CPU mode, as the fields of ``struct kvm_sregs``."""
+    """A CPU mode: the fields of ``struct kvm_sregs`` that differ between modes."""
 
     code: Segment
     data: Segment
@@ -141,7 +141,7 @@ FLAT32 = CpuMode(CODE_32, DATA, cr0=CR0_PE | CR0_NE | 1 << 4)
 
 
 def long_mode(cr3: int) -> CpuMode:
-    """Return 64-bit mode with the page tables at ``cr3``."""
+    """Return the 64-bit mode with page tables at the guest address ``cr3``."""
     cr0 = CR0_PE | CR0_NE | CR0_WP | CR0_PG | 1 << 4
     return CpuMode(CODE_64, DATA, cr0, cr3, CR4_PAE, EFER_LME | EFER_LMA)
 
@@ -151,7 +151,7 @@ REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",
 
 
 def pack_regs(**values: int) -> bytes:
-    """Return a ``struct kvm_regs``. Registers that are not given are 0."""
+    """Return a ``struct kvm_regs``. The default of ``rflags`` is 2, of all others 0."""
     values = {"rflags": 2, **values}
     return _REGS.pack(*(values.get(name, 0) for name in REGISTERS))
 

@@ -11,16 +11,18 @@ from .._native import ffi, lib
 from ..host.kvm import KVM_CAP_PRE_FAULT_MEMORY
 from . import abi
 
-#: Maximum duration of an ioctl. It takes longer only if it hangs, even in an emulated machine on a
-#: busy host: there, the first touch of a 1 GiB page has taken more than 20 s.
+#: Maximum duration of an ioctl in seconds. An ioctl that takes longer hangs. On an emulated machine
+#: on a busy host, the first touch of a 1 GiB page can take more than 20 s.
 IOCTL_LIMIT_SECONDS = 120.0
-#: Time after which a case interrupts an ioctl that may never end.
+#: Time in seconds after which a case interrupts an ioctl that may hang.
 HANG_SECONDS = 0.3
 
 
 def ioctl(fd: int, request: int, argument: int | bytearray | bytes = 0) -> int:
-    """Issue an ioctl and return its result. The kernel may write to a bytearray.
+    """Issue an ioctl and return its result.
 
+    :param argument: an integer, or a buffer whose address is passed to the kernel. The kernel can
+        write to a bytearray.
     :raises OSError: the ioctl failed.
     """
     value = argument if isinstance(argument, int) else address_of(argument)
@@ -54,5 +56,5 @@ def supported_cpuid() -> bytes:
 
 @functools.cache
 def offers_prefault() -> bool:
-    """Return whether this KVM has KVM_CAP_PRE_FAULT_MEMORY."""
+    """Return whether this KVM reports KVM_CAP_PRE_FAULT_MEMORY."""
     return ioctl(kvm_fd(), abi.CHECK_EXTENSION, KVM_CAP_PRE_FAULT_MEMORY) > 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Checks for cases. A failed check raises :class:`Unexpected`."""
+"""Checks that the cases use. A failed check raises :class:`Unexpected`."""
 
 from __future__ import annotations
 
@@ -16,26 +16,32 @@ class Unexpected(Exception):
 
 
 def error_name(number: int) -> str:
-    """Return the usual name of an errno. Python's table has other names for some."""
+    """Return the name of an errno, or "success" for 0.
+
+    ``errno.errorcode`` has the synonym ENOTSUP for EOPNOTSUPP, and may not have EHWPOISON.
+    """
     if number in _NAMES:
         return _NAMES[number]
     return errno.errorcode.get(number, str(number)) if number else "success"
 
 
 def expect(condition: object, text: str) -> None:
-    """Raise :class:`Unexpected` with a text unless the condition is true."""
+    """Raise :class:`Unexpected` with ``text`` if the condition is false."""
     if not condition:
         raise Unexpected(text)
 
 
 def expect_equal(seen: object, wanted: object, what: str) -> None:
-    """Raise :class:`Unexpected` unless the two values are equal."""
+    """Raise :class:`Unexpected` if the two values differ.
+
+    :param what: what the values are, for the message.
+    """
     if seen != wanted:
         raise Unexpected(f"{what}: got {seen}, expected {wanted}")
 
 
 def fails_with(call: Callable[[], object]) -> int:
-    """Return the errno of a call, or 0 if it succeeds."""
+    """Return the errno that a call fails with, or 0 if it succeeds."""
     try:
         call()
     except OSError as error:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The programs that the guests run, as machine code.
+"""Machine code of the programs that the guests run.
 
-Unless noted, the code is the same in 32-bit and 64-bit mode. ``rsi`` is the first address,
-``rdx`` the stride and ``rcx`` the number of pages. A program ends with a write to a port, which
-causes an exit from KVM_RUN in every mode.
+Code without the suffix ``_32`` or ``_64`` runs in both modes. ``rsi`` holds the first address,
+``rdx`` the stride in bytes and ``rcx`` the number of pages. A program that ends writes to an I/O
+port: in every mode, this makes KVM_RUN return.
 """
 
 from __future__ import annotations
@@ -39,19 +39,22 @@ COUNT = bytes.fromhex("ff03 ebfc")
 # hlt; jmp
 HALT = bytes.fromhex("f4 ebfd")
 
-# vmrun of the VMCB at rax, whose guest runs COUNT_AND_OUT; after its exit: out
+# vmrun (the VMCB at rax starts COUNT_AND_OUT); out %al, $PORT
 VMRUN = bytes.fromhex("0f01d8") + _END
-# 1: incl (%rbx); out %al, $PORT; jmp 1b. The exit to userspace does not leave guest mode.
+# 1: incl (%rbx); out %al, $PORT; jmp 1b. The vCPU stays in guest mode when KVM_RUN returns.
 COUNT_AND_OUT = bytes.fromhex("ff03") + _END + bytes.fromhex("ebfa")
 
 _PRESENT_RW_USER, _ACCESSED_DIRTY, _HUGE = 7, 0x60, 0x80
 
 
 def identity_tables(at: int, up_to: int) -> bytes:
-    """Return 4-level identity page tables for address ``at``, with 1 GiB pages.
+    """Return 4-level identity page tables with 1 GiB pages.
 
-    The user bit is set, so that they can also be nested page tables: the CPU treats nested walks
-    as user accesses.
+    The user bit is set, so that the tables can also be used as nested page tables. The CPU treats
+    nested walks as user accesses.
+
+    :param at: the guest address where the caller stores the tables.
+    :param up_to: the address in bytes up to which memory is mapped.
     """
     count = -(-up_to // (512 * GIB))
     top = [at + PAGE_SIZE * (1 + n) | _PRESENT_RW_USER for n in range(count)]
@@ -66,9 +69,9 @@ _VMCB_INTERCEPT_VMRUN = 1 << 0
 
 
 def vmcb(*, rip: int, cr3: int, nested_cr3: int | None) -> bytes:
-    """Return a VMCB (AMD APM 2, appendix B) for 64-bit code at ``rip``.
+    """Return a VMCB (AMD APM volume 2, appendix B) for 64-bit code at ``rip``.
 
-    :param nested_cr3: the nested page tables; None disables nested paging.
+    :param nested_cr3: the guest address of the nested page tables; None disables nested paging.
     """
     page = bytearray(PAGE_SIZE)
     struct.pack_into("<I", page, 0x010, _VMCB_INTERCEPT_VMRUN)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Features and settings of this host that cases depend on, as the kernel reports them."""
+"""Features and settings of this host that the cases depend on."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .vmm import KvmVm
 
 @dataclass(frozen=True)
 class HostFacts:
-    """The kernel, its KVM, and their settings.
+    """The kernel release, and the features and settings of the kernel and KVM.
 
-    :ivar capability: KVM has KVM_CAP_PRE_FAULT_MEMORY.
+    :ivar capability: KVM reports KVM_CAP_PRE_FAULT_MEMORY.
     :ivar refusal: the errno of a valid prefault; 0 if it succeeds.
     :ivar paging: ``NPT``, ``EPT`` or ``shadow``.
     :ivar tdp_mmu: KVM uses the TDP MMU (``kvm.tdp_mmu``).
-    :ivar ad_bits: entries have accessed and dirty bits (not with ``kvm_intel.eptad=0``).
+    :ivar ad_bits: stage-2 entries have accessed and dirty bits. False with ``kvm_intel.eptad=0``.
     :ivar thp: transparent huge pages are enabled.
-    :ivar hugepages: the number of free 2 MiB and 1 GiB hugetlb pages.
+    :ivar hugepages: the numbers of free 2 MiB and 1 GiB hugetlb pages.
     """
 
     kernel: str
@@ -49,7 +49,7 @@ class HostFacts:
 
     @property
     def mode(self) -> str:
-        """The name of the paging mode, from the parameters of the kvm modules."""
+        """The name of the paging mode for the output."""
         if self.paging == "shadow":
             return "shadow paging"
         return self.paging + ("" if self.tdp_mmu else ", tdp_mmu=0")
@@ -111,7 +111,7 @@ def read_host_facts() -> HostFacts:
 
 
 def _refusal() -> int:
-    """Return the errno of a valid prefault of a present page, or 0."""
+    """Return the errno of a valid prefault of a present page, or 0 if it succeeds."""
     vm = KvmVm()
     vcpu = vm.vcpu()
     arguments = bytearray(struct.pack("<8Q", 0, PAGE_SIZE, *[0] * 6))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Host memory of every kind, and operations on it before a guest uses it."""
+"""Kinds of host memory, and operations on them."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def system_call(number: int, *arguments: int) -> int:
 
 
 class Memory:
-    """A mapping of this process, aligned to ``align`` bytes.
+    """A memory mapping of this process, aligned to ``align`` bytes.
 
-    :ivar address: its host virtual address.
-    :ivar size: its size in bytes.
+    :ivar address: the host virtual address.
+    :ivar size: the size in bytes.
     """
 
     def __init__(
@@ -82,20 +82,20 @@ class Memory:
         return bytes(self._bytes[offset : offset + size])
 
     def word(self, offset: int) -> int:
-        """Return the 32-bit word at an offset."""
+        """Return the 32-bit word at an offset in bytes."""
         return int(struct.unpack_from("<I", self._bytes, offset)[0])
 
     def words(self, stride: int = PAGE_SIZE) -> list[int]:
-        """Return the first word of each page."""
+        """Return the first 32-bit word of each page."""
         return [self.word(offset) for offset in range(0, self.size, stride)]
 
     def write(self, stride: int = PAGE_SIZE) -> None:
-        """Write a different value to the first word of each page."""
+        """Write a unique value to the first word of each page."""
         for offset in range(0, self.size, stride):
             self.put(offset, struct.pack("<I", 0x1000 + offset // PAGE_SIZE))
 
     def read(self, stride: int = PAGE_SIZE) -> None:
-        """Read from each page."""
+        """Read the first word of each page."""
         self.words(stride)
 
     def populate(self) -> None:
@@ -124,14 +124,14 @@ def memfd(size: int, *, shared: bool = True) -> Memory:
 
 
 def memfd_with_contents(size: int, *, shared: bool) -> Memory:
-    """Return a memfd whose pages are in the page cache but not in this mapping."""
+    """Return a mapping of a memfd whose pages are in the page cache but not mapped."""
     source = memfd(size)
     source.write()
     return Memory(size, fd=source.fd, shared=shared)
 
 
 def file_private(size: int) -> Memory:
-    """Return a private mapping of a file on a disk: the C library of this process."""
+    """Return a private mapping of this process's C library, a file on a disk."""
     path = next(
         line.split(None, 5)[5]
         for line in Path("/proc/self/maps").read_text().splitlines()
@@ -155,7 +155,11 @@ _UFFD_FEATURE_PAGEFAULT_FLAG_WP = 1
 
 
 class Userfault:
-    """A userfaultfd on memory. A thread that touches a page waits until it is resolved."""
+    """A userfaultfd for a memory mapping.
+
+    A thread that touches a missing page, or writes to a write-protected one, waits until the fault
+    is resolved.
+    """
 
     def __init__(self, memory: Memory, *, write_protect: bool = False) -> None:
         self.memory = memory
@@ -177,12 +181,12 @@ class Userfault:
         self._call(_UFFDIO_WRITEPROTECT, struct.pack("<3Q", *span, 1 if on else 0))
 
     def wait(self) -> int:
-        """Wait for a fault and return the offset of its page."""
+        """Wait for a fault and return the offset of its page in bytes."""
         message = os.read(self.fd, 32)
         return int(struct.unpack_from("<Q", message, 16)[0] & -PAGE_SIZE) - self.memory.address
 
     def resolve(self, offset: int, size: int = PAGE_SIZE) -> None:
-        """Resolve faults with zero pages."""
+        """Map zero-filled pages and wake the threads that wait for them."""
         start = self.memory.address + offset
         self._call(_UFFDIO_ZEROPAGE, struct.pack("<4Q", start, size, 0, 0))
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Requirements of cases on the host.
+"""Requirements of cases.
 
-Each function returns why the host does not meet a requirement, or an empty string if it does.
+Each function checks one requirement. It returns the reason if the host does not meet the
+requirement, and an empty string if it does.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def hugetlb_2m(host: HostFacts) -> str:
 
 
 def hugetlb_1g(host: HostFacts) -> str:
-    return "" if host.hugepages[1] else "no free hugetlb page of 1 GiB"
+    return "" if host.hugepages[1] else "no free hugetlb page of 1 GiB (boot with hugepagesz=1G)"
 
 
 def ksm(host: HostFacts) -> str:
@@ -57,7 +58,7 @@ def ksm(host: HostFacts) -> str:
 
 
 def root(host: HostFacts) -> str:
-    return "" if host.root else "the case needs root"
+    return "" if host.root else "this case must run as root"
 
 
 def slot_quirk(host: HostFacts) -> str:
@@ -86,4 +87,4 @@ def mappable_guest_memfd(host: HostFacts) -> str:
 
 
 def nested_svm(host: HostFacts) -> str:
-    return "" if host.nested_svm else "nested virtualization of kvm_amd is off or not available"
+    return "" if host.nested_svm else "kvm_amd is not loaded, or its parameter nested is off"

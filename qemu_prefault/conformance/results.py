@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Output of results as a table and as JSON."""
+"""Output of the results as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def exit_status(results: Sequence[CaseResult]) -> ExitStatus:
 
 
 def to_json(host: HostFacts, results: Sequence[CaseResult], seconds: float) -> dict[str, Any]:
-    """Return the results as one JSON object. ``exit`` is the exit status."""
+    """Return the results as a JSON object. Its field ``exit`` is the exit status."""
     return {
         "schema": 1,
         "host": {**asdict(host), "mode": host.mode},
@@ -44,7 +44,7 @@ def to_json(host: HostFacts, results: Sequence[CaseResult], seconds: float) -> d
 
 
 def counts(results: Sequence[CaseResult]) -> dict[str, int]:
-    """Return the number of cases per outcome."""
+    """Return the number of cases for each outcome."""
     found = Counter(result.outcome for result in results)
     return {outcome.value: found[outcome] for outcome in CaseOutcome}
 

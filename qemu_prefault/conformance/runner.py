@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Run each case in a process of its own, so that a crash or hang affects only that case."""
+"""Execution of each case in a separate process.
+
+A crash or a hang therefore affects only one case.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ from .host_facts import HostFacts
 from .suite import CaseOutcome, ConformanceCase, KnownBad, Skip
 from .vmm import IoctlRefused
 
-#: A case that takes longer hangs. Even under emulation the slowest case takes a few seconds.
+#: Time in seconds after which a case counts as hung. Even under emulation, the slowest case takes
+#: only a few seconds.
 CASE_LIMIT_SECONDS = 60.0
 
 
@@ -28,7 +32,7 @@ CASE_LIMIT_SECONDS = 60.0
 class CaseResult:
     """The result of one case.
 
-    :ivar text: the reason of the outcome, or what the case observed.
+    :ivar text: the reason for the outcome, or what the case observed.
     """
 
     case: ConformanceCase
@@ -47,13 +51,14 @@ def run(
 ) -> list[CaseResult]:
     """Run cases one after the other.
 
-    :param destructive: also run cases that make the kernel warn or cost the host a page.
+    :param destructive: also run cases that make the kernel log a warning or leak a page.
+    :param limit_seconds: the time after which a case counts as hung.
     """
     results = []
     for case in cases:
         reason = case.obstacle(host)
         if case.destructive and not destructive:
-            reason = reason or "makes the kernel warn or costs the host a page; run with --harsh"
+            reason = reason or "the kernel would log a warning or leak a page; use --harsh to run"
         if reason:
             result = CaseResult(case, CaseOutcome.SKIP, reason, 0.0)
         else:
@@ -72,7 +77,7 @@ def _run_in_child(case: ConformanceCase, host: HostFacts, limit_seconds: float) 
     if child == 0:
         _child(case, host, writer)
     os.close(writer)
-    # The child makes the same call, so that the group exists whichever process runs first.
+    # The child makes the same call. The group must exist before either process continues.
     with contextlib.suppress(OSError):
         os.setpgid(child, child)
     pidfd = os.pidfd_open(child)
@@ -84,11 +89,12 @@ def _run_in_child(case: ConformanceCase, host: HostFacts, limit_seconds: float) 
         _, status = os.waitpid(child, 0)
         seconds = time.monotonic() - started
         if not ended:
-            return CaseResult(case, CaseOutcome.HANG, f"no end after {limit_seconds:g} s", seconds)
+            text = f"did not end within {limit_seconds:g} s"
+            return CaseResult(case, CaseOutcome.HANG, text, seconds)
         os.set_blocking(reader, False)
         try:
             data = os.read(reader, 1 << 16)
-        except BlockingIOError:  # a process that the case has started still holds the pipe
+        except BlockingIOError:  # a process that the case has started still has the pipe open
             data = b""
         if not data:
             code = os.waitstatus_to_exitcode(status)
@@ -137,10 +143,10 @@ def _run_case(case: ConformanceCase, host: HostFacts) -> tuple[CaseOutcome, str]
 def _check_refusal(refusal: IoctlRefused, case: ConformanceCase, host: HostFacts) -> str:
     """Check that the refusal has the expected errno and no side effects.
 
-    :meth:`~.vmm.KvmVcpu.prefault` has already checked that no leaf was added. This function checks
-    that a vCPU of the same VM runs and that the guest reads the right contents in the range.
+    :meth:`~.vmm.KvmVcpu.prefault` has already checked that KVM added no leaf. This function checks
+    that a new vCPU of the same VM runs and that the guest reads the right contents in the range.
 
-    :returns: the text of the result.
+    :returns: the text for the result.
     """
     expect_equal(error_name(refusal.error), error_name(host.refusal), "errno of the refusal")
     vm = refusal.vcpu.vm
@@ -156,6 +162,6 @@ def _check_refusal(refusal: IoctlRefused, case: ConformanceCase, host: HostFacts
                 )
                 seen = vcpu.read(refusal.gpa, pages)
                 words = (slot.memory.word(offset + PAGE_SIZE * page) for page in range(pages))
-                expect_equal(seen, sum(words) & 0xFFFFFFFF, "what the guest reads")
-                return f"{error_name(refusal.error)}; nothing was mapped, and the guest reads on"
-    return f"{error_name(refusal.error)}; nothing was mapped, and the guest continues"
+                expect_equal(seen, sum(words) & 0xFFFFFFFF, "the sum that the guest reads")
+                return f"{error_name(refusal.error)}; KVM mapped nothing, and the guest can read"
+    return f"{error_name(refusal.error)}; KVM mapped nothing, and the guest still runs"

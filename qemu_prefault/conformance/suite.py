@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The definition and registry of cases.
+"""Definition and registry of the cases.
 
 A case is a function that returns if the kernel behaves as the case states, and raises
 :class:`~.expectations.Unexpected` if it does not. If the behaviour may differ between kernels, the
-case returns a text with what it observed. A case detects a known bug by its effect, under a timer,
-and not by the kernel's version. It then raises :class:`KnownBad`.
+case returns a description of what it observed. A case raises :class:`KnownBad` if it observes a
+known bug. It does not check the kernel's version.
 """
 
 from __future__ import annotations
@@ -52,33 +52,33 @@ class CaseOutcome(Enum):
 
 
 class KnownBad(Exception):
-    """The kernel has a known bug, which is fixed in later kernels."""
+    """The kernel has a known bug, which later kernels do not have."""
 
 
 class Skip(Exception):
-    """The case cannot run on this host, for a reason that it found while running."""
+    """The case found during its run that the host does not meet its requirements."""
 
 
-#: A requirement: returns why the case cannot run on a host, or an empty string if it can.
+#: A function that returns why a host cannot run the case, or an empty string if it can.
 Need = Callable[[HostFacts], str]
 
 
 _NO_AD_BITS = (
-    "EPT without accessed and dirty bits: a prefaulted page still faults at its first access "
+    "EPT has no accessed and dirty bits, so the first access to a prefaulted page still faults "
     "(mmu/spte.c:mark_spte_for_access_track())"
 )
 
 
 @dataclass(frozen=True)
 class ConformanceCase:
-    """One statement about the kernel.
+    """One statement about the kernel, and the function that checks it.
 
-    :ivar id: ``area/name``; does not change between releases.
+    :ivar id: ``area/name``, which does not change between releases.
     :ivar says: the behaviour, in one sentence.
     :ivar source: the kernel code that causes it (``file:function``, commits).
     :ivar mapping: the case depends on mapped pages and fails if the ioctl does nothing.
-    :ivar destructive: the case makes the kernel warn or costs the host a page until its reboot.
-        It only runs on request.
+    :ivar destructive: the case makes the kernel log a warning or leak a page until reboot. It runs
+        only with ``--harsh``.
     """
 
     id: str
@@ -94,7 +94,7 @@ class ConformanceCase:
         return self.id.partition("/")[0]
 
     def obstacle(self, host: HostFacts) -> str:
-        """Return why the case cannot run on a host, or an empty string if it can."""
+        """Return why a host cannot run the case, or an empty string if it can."""
         if self.mapping and host.paging == "EPT" and not host.ad_bits:
             return _NO_AD_BITS
         return next((reason for need in self.needs if (reason := need(host))), "")
@@ -113,7 +113,7 @@ def add(
     mapping: bool = False,
     destructive: bool = False,
 ) -> None:
-    """Register a case that is created in a loop."""
+    """Register a function as a case."""
     if id in CASES:
         raise ValueError(f"two cases are named {id}")
     CASES[id] = ConformanceCase(id, says, source, run, mapping, destructive, needs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Background threads of a case, which run calls and guests, and functions to wait for them."""
+"""Background threads that run functions and guests, and functions that wait for them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ from .vmm import KvmVcpu
 def wait_for(
     condition: Callable[[], object], what: str, limit: float = IOCTL_LIMIT_SECONDS
 ) -> None:
-    """Poll a condition for which no event exists."""
+    """Poll a condition until it is true.
+
+    :param what: what the caller waits for, for the message.
+    :param limit: the maximum time in seconds.
+    :raises Unexpected: the condition is still false after the maximum time.
+    """
     deadline = time.monotonic() + limit
     while not condition():
         expect(time.monotonic() < deadline, f"timed out after {limit:g} s waiting for {what}")
@@ -28,7 +33,10 @@ def wait_for(
 
 
 class BackgroundCall(threading.Thread):
-    """A call in a background thread. :meth:`result` returns its value or raises its exception."""
+    """A function call in a background thread.
+
+    :meth:`result` returns the function's value or raises its exception.
+    """
 
     def __init__(self, what: Callable[[], Any]) -> None:
         super().__init__(daemon=True)
@@ -45,7 +53,7 @@ class BackgroundCall(threading.Thread):
 
     def result(self, limit: float = IOCTL_LIMIT_SECONDS) -> Any:
         self.join(limit)
-        expect(not self.is_alive(), f"a thread is still busy after {limit:g} s")
+        expect(not self.is_alive(), f"a background call did not return within {limit:g} s")
         if self._error is not None:
             raise self._error
         return self._value
@@ -62,12 +70,12 @@ class BackgroundCall(threading.Thread):
         return text.rpartition(")")[2].split()[0]
 
     def wait_state(self, letters: str, limit: float = IOCTL_LIMIT_SECONDS) -> None:
-        """Wait until the thread is in one of these states, which only /proc shows."""
+        """Wait until the thread's scheduler state is one of ``letters``."""
         wait_for(lambda: self.state() in letters, f"a thread in state {letters}", limit)
 
 
 class RunningVcpu:
-    """A context in which a vCPU runs an endless program in a background thread."""
+    """A context manager that runs an endless guest program in a background thread."""
 
     def __init__(self, vcpu: KvmVcpu, code: bytes, **registers: int) -> None:
         self.vcpu = vcpu
@@ -97,10 +105,10 @@ class RunningVcpu:
         return int(self.task.result())
 
     def wait_progress(self, rounds: int = 1) -> None:
-        """Wait until the guest's counter has increased."""
+        """Wait until the guest's counter has increased by ``rounds``."""
         start = self.vcpu.vm.counter
         wait_for(
             lambda: self.vcpu.vm.counter >= start + rounds or not self.task.is_alive(),
-            "progress of the guest",
+            "the guest to increment its counter",
         )
-        expect(self.vcpu.vm.counter >= start + rounds, "the guest makes no progress")
+        expect(self.vcpu.vm.counter >= start + rounds, "KVM_RUN ended too early")

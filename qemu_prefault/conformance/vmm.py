@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""VMs of a few pages, their vCPUs, and KVM's counters.
+"""A minimal VMM: VMs with a few pages of memory, their vCPUs, and KVM's counters.
 
-Slot 0 of a VM is its system memory, with programs, page tables and a counter. It is populated and
-touched before anything is counted, so that a case counts only faults on its own memory.
+Slot 0 of each VM is the system memory, which holds programs, page tables and a counter. Before a
+case counts faults, the VMM populates the system memory and makes the guest touch it. Therefore the
+case counts only faults on the memory that it tests.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ VMRUN_HOST_SAVE_MSR = 0xC0010117
 
 
 class IoctlRefused(Exception):
-    """The ioctl was refused on a host that does not offer it. The runner checks the refusal."""
+    """The ioctl failed on a host that does not offer it. The runner checks the errno."""
 
     def __init__(self, vcpu: KvmVcpu, error: int, gpa: int, size: int) -> None:
         super().__init__(f"refused: {error_name(error)}")
@@ -39,11 +40,11 @@ class IoctlRefused(Exception):
 
 @dataclass(frozen=True)
 class IoctlResult:
-    """The result of the ioctl.
+    """The result of one ``KVM_PRE_FAULT_MEMORY``.
 
-    :ivar error: its errno, or 0 for success.
+    :ivar error: the errno, or 0 for success.
     :ivar left: the ``size`` that the kernel wrote back, in bytes.
-    :ivar seconds: its duration.
+    :ivar seconds: the duration of the ioctl.
     """
 
     error: int
@@ -152,7 +153,7 @@ class KvmVm:
         ioctl(self.fd, abi.SET_MEMORY_ATTRIBUTES, struct.pack("<4Q", gpa, size, attributes, 0))
 
     def dirty_pages(self, number: int) -> set[int]:
-        """Read and clear a slot's dirty log. Returns the numbers of the dirty pages."""
+        """Read and clear a slot's dirty log, and return the numbers of the dirty pages."""
         count = self.slots[number].size // PAGE_SIZE
         bitmap = bytearray(-(-count // 64) * 8)
         ioctl(self.fd, abi.GET_DIRTY_LOG, struct.pack("<IIQ", number, 0, address_of(bitmap)))
@@ -167,7 +168,7 @@ class KvmVm:
         return vcpu
 
     def program(self, code: bytes) -> int:
-        """Return the guest address of a program. Copies the program there if needed."""
+        """Return the guest address of a program, after copying it there if necessary."""
         if code not in self._programs:
             self._programs[code] = self._next_program
             self.system.put(self._next_program, code)
@@ -214,7 +215,7 @@ class KvmVcpu:
         """Enter or leave system management mode by ``KVM_SET_VCPU_EVENTS``, as QEMU does."""
         events = bytearray(64)
         ioctl(self.fd, abi.GET_VCPU_EVENTS, events)
-        # struct kvm_vcpu_events: flags at 20 (KVM_VCPUEVENT_VALID_SMM = 8), smi.smm at 24
+        # struct kvm_vcpu_events: flags at offset 20 (KVM_VCPUEVENT_VALID_SMM is 8), smi.smm at 24.
         struct.pack_into("<I", events, 20, struct.unpack_from("<I", events, 20)[0] | 8)
         events[24] = on
         ioctl(self.fd, abi.SET_VCPU_EVENTS, bytes(events))
@@ -238,12 +239,12 @@ class KvmVcpu:
         call: Callable[[int, int, int], int] | None = None,
         any_error: bool = False,
     ) -> IoctlResult:
-        """Issue ``KVM_PRE_FAULT_MEMORY`` once. All prefaults of the suite use this method.
+        """Issue ``KVM_PRE_FAULT_MEMORY`` once.
 
-        :param limit: seconds after which signals interrupt it repeatedly.
-        :param call: a function that issues the ioctl in place of this thread.
-        :param any_error: return errors to the case even on hosts that do not offer the ioctl.
-        :raises IoctlRefused: the host does not offer the ioctl.
+        :param limit: the time in seconds after which repeated signals interrupt the ioctl.
+        :param call: a function that issues the ioctl; None to issue it in this thread.
+        :param any_error: return every error, even if the host does not offer the ioctl.
+        :raises IoctlRefused: the ioctl failed because the host does not offer it.
         """
         arguments = bytearray(struct.pack("<8Q", gpa, size, flags, *[padding] * 5))
         before = self.vm.leaves()
@@ -262,7 +263,10 @@ class KvmVcpu:
         return IoctlResult(max(0, -int(answer)), left, seconds)
 
     def prefault_all(self, gpa: int, size: int) -> None:
-        """Issue the ioctl until no bytes are left. Any error is unexpected."""
+        """Issue the ioctl until no bytes are left.
+
+        :raises Unexpected: the ioctl failed or made no progress.
+        """
         while size:
             result = self.prefault(gpa, size)
             expect_equal(error_name(result.error), "success", f"prefault of {gpa:#x}+{size:#x}")
@@ -275,7 +279,7 @@ class KvmVcpu:
         if answer < 0 and answer not in (-errno.EINTR, -errno.EFAULT):
             raise OSError(-answer, f"KVM_RUN: {os.strerror(-answer)}")
         if answer == -errno.EFAULT and self.exit_reason != abi.EXIT_MEMORY_FAULT:
-            raise OSError(errno.EFAULT, "KVM_RUN: a page of the guest has no host memory")
+            raise OSError(errno.EFAULT, "KVM_RUN: the host memory of a guest page is inaccessible")
         return abi.EXIT_INTR if answer == -errno.EINTR else self.exit_reason
 
     @property
@@ -284,13 +288,13 @@ class KvmVcpu:
 
     @property
     def mmio(self) -> tuple[int, bool]:
-        """After an MMIO exit: the address, and whether it is a write."""
+        """The address of the last MMIO exit, and whether it was a write."""
         address, is_write = struct.unpack_from("<Q12xB", self.kvm_run, 32)
         return address, bool(is_write)
 
     @property
     def memory_fault(self) -> tuple[int, int, int]:
-        """After a memory fault exit: flags, gpa and size."""
+        """The flags, guest address and size of the last memory fault exit."""
         flags, gpa, size = struct.unpack_from("<3Q", self.kvm_run, 32)
         return flags, gpa, size
 
@@ -316,13 +320,16 @@ class KvmVcpu:
         return bool(self.mode.efer & abi.EFER_LMA)
 
     def warm(self) -> None:
-        """Touch all system memory, so that it causes no faults later."""
+        """Make the guest touch all system memory, so that it causes no faults later."""
         self.call(guest_code.NOTHING)
         self.read(COUNTER, 1)
         self.read(0, SYSTEM_BYTES // PAGE_SIZE)
 
     def read(self, gpa: int, pages: int, stride: int = PAGE_SIZE) -> int:
-        """Make the guest read the first word of each page. Returns the sum modulo 2**32."""
+        """Make the guest read the first word of each page, and return the sum.
+
+        The sum is modulo 2**32.
+        """
         code = guest_code.READ_64 if self._long else guest_code.READ_32
         return self.call(code, rsi=gpa, rcx=pages, rdx=stride)["rbx"] & 0xFFFFFFFF
 
@@ -332,14 +339,14 @@ class KvmVcpu:
         self.call(code, rsi=gpa, rcx=pages, rdx=stride, rax=value)
 
     def faults_of(self, what: Callable[[], object]) -> int:
-        """Return the number of stage-2 faults (``pf_taken``) during a call."""
+        """Call a function, and return the number of stage-2 faults that it causes."""
         before = self.stat("pf_taken")
         what()
         return self.stat("pf_taken") - before
 
     def kick(self, on: bool = True) -> None:
-        """Set ``immediate_exit``, so that KVM_RUN returns at once.
+        """Set or clear ``immediate_exit``. While it is set, KVM_RUN returns immediately.
 
-        A thread that is already in KVM_RUN also needs a signal.
+        To make a thread leave KVM_RUN, also send it a signal.
         """
         self.kvm_run[1] = on

@@ -79,7 +79,7 @@ def test_unexpected_exception_fails_with_its_location() -> None:
 def test_hung_case_is_reported_and_ended() -> None:
     started = time.monotonic()
     seen, text = outcome(signal.pause, limit_seconds=0.2)
-    assert (seen, text) == (CaseOutcome.HANG, "no end after 0.2 s")
+    assert (seen, text) == (CaseOutcome.HANG, "did not end within 0.2 s")
     assert time.monotonic() - started < 10
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)

@@ -11,13 +11,13 @@ from ..expectations import expect_equal
 from ..memory import Memory, small
 from ..vmm import KvmVcpu, KvmVm
 
-#: The guest address of a case's memory: aligned for any leaf size, and far from the system memory.
+#: Guest address of a case's memory. It is aligned for any leaf size and outside the system memory.
 GPA = GIB
-#: The slot of a case's memory.
+#: Slot number of a case's memory.
 SLOT = 1
-#: Number and guest address of a second slot, in cases that have one.
+#: Slot number and guest address of a second memory, in cases that have one.
 OTHER_SLOT, OTHER_GPA = 2, 2 * GIB
-#: The number of pages of a case's memory, unless the case needs another size.
+#: Number of 4 KiB pages of a case's memory, unless the case needs another size.
 PAGES = 32
 
 
@@ -41,10 +41,10 @@ class Fixture:
 def make_fixture(
     memory: Memory | None = None, *, written: bool = True, flags: int = 0, vm: KvmVm | None = None
 ) -> Fixture:
-    """Return a new fixture, whose vCPU has run.
+    """Return a new fixture whose vCPU has run.
 
     :param memory: the memory; None for 32 anonymous 4 KiB pages.
-    :param written: write these anonymous pages first.
+    :param written: write to the anonymous pages first. Ignored if ``memory`` is given.
     """
     if memory is None:
         memory = small(PAGES * PAGE_SIZE)
@@ -58,33 +58,33 @@ def make_fixture(
 
 
 def expect_reads(vcpu: KvmVcpu, memory: Memory, faults: int | None, gpa: int = GPA) -> None:
-    """Check that the guest reads the contents of the memory, with this number of faults.
+    """Check that the guest reads the right data with the expected number of faults.
 
-    :param faults: the number of stage-2 faults; None for any.
+    :param faults: the expected number of stage-2 faults; None for any number.
     """
     wanted = sum(memory.words()) & 0xFFFFFFFF
     before = vcpu.stat("pf_taken")
     expect_equal(vcpu.read(gpa, memory.size // PAGE_SIZE), wanted, "the sum that the guest reads")
     if faults is not None:
-        expect_equal(vcpu.stat("pf_taken") - before, faults, "faults of a guest that reads")
+        expect_equal(vcpu.stat("pf_taken") - before, faults, "faults while the guest reads")
 
 
 def expect_writes(
     vcpu: KvmVcpu, memory: Memory, faults: int | None, gpa: int = GPA, value: int = 0xA5A50001
 ) -> int:
-    """Check that the guest's writes reach the memory, with this number of faults.
+    """Check that the guest's writes reach the memory with the expected number of faults.
 
-    :param faults: the number of stage-2 faults; None for any.
-    :returns: the number of stage-2 faults.
+    :param faults: the expected number of stage-2 faults; None for any number.
+    :returns: the number of stage-2 faults that the writes took.
     """
     pages = memory.size // PAGE_SIZE
     taken = vcpu.faults_of(lambda: vcpu.write(gpa, pages, value))
-    expect_equal(memory.words(), [value] * pages, "what the guest has written")
+    expect_equal(memory.words(), [value] * pages, "the memory after the guest's writes")
     if faults is not None:
-        expect_equal(taken, faults, "faults of a guest that writes")
+        expect_equal(taken, faults, "faults while the guest writes")
     return taken
 
 
 def expect_mapped(vm: KvmVm, before: Stage2Leaves, wanted: Stage2Leaves) -> None:
-    """Check the number of leaves that were added since ``before``."""
-    expect_equal(str(vm.leaves() - before), str(wanted), "leaves added by the prefault")
+    """Check which leaves KVM has added since ``before``."""
+    expect_equal(str(vm.leaves() - before), str(wanted), "leaves added")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The faults of a guest without a prefault, as the baseline of all other cases."""
+"""Faults of a guest without a prefault. The other cases are compared with them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def _faults(make: Callable[[], Memory], most: int, writes: bool) -> None:
     taken = fixture.vcpu.stat("pf_taken")
     check(fixture.vcpu, memory, None)
     taken = fixture.vcpu.stat("pf_taken") - taken
-    # The legacy MMU maps up to 8 neighbours of a touched page (direct_pte_prefetch()).
-    expect(most / 8 <= taken <= most, f"{taken} faults, expected at most {most}")
+    # The legacy MMU maps up to 8 neighbouring pages in one fault (direct_pte_prefetch()).
+    expect(most / 8 <= taken <= most, f"{taken} faults, expected {most / 8:g} to {most}")
     grown = fixture.vm.leaves() - before
-    expect(grown.bytes >= memory.size, f"only {grown} were mapped")
+    expect(grown.bytes >= memory.size, f"KVM mapped only {grown}")
     check(fixture.vcpu, memory, 0)
 
 
@@ -39,12 +39,13 @@ for name, make, most, required in (
     ("hugetlb", lambda: hugetlb(HUGE_PAGE_SIZE, shared=True), 1, (needs.hugetlb_2m,)),
 ):
     for writes in (False, True):
-        # With shadow paging, a guest without paging still gets huge pages: its tables are direct.
+        # This guest does not use paging. Its tables are direct and contain huge pages even with
+        # shadow paging.
         requirements: tuple[Need, ...] = required
-        verb = "writing" if writes else "reading"
+        verb = "write to" if writes else "read of"
         add(
             f"control/{name}-{'write' if writes else 'read'}",
-            f"without a prefault, {verb} takes one fault per leaf, at the first access only",
+            f"without a prefault, only the guest's first {verb} each leaf takes a fault",
             _SOURCE,
             lambda make=make, most=most, writes=writes: _faults(make, most, writes),  # type: ignore[misc]
             *requirements,
@@ -52,7 +53,7 @@ for name, make, most, required in (
 
 
 def _faults_with_paging() -> None:
-    """Check a guest in 64-bit mode with its own page tables."""
+    """Check the faults of a guest in 64-bit mode with its own page tables."""
     memory = small(PAGES * PAGE_SIZE)
     memory.write()
     vm = KvmVm()
@@ -61,7 +62,7 @@ def _faults_with_paging() -> None:
     vcpu.warm()
     before = vcpu.stat("pf_taken")
     expect_reads(vcpu, memory, None)
-    expect(vcpu.stat("pf_taken") > before, "no fault at all")
+    expect(vcpu.stat("pf_taken") > before, "the guest took no fault")
     expect_reads(vcpu, memory, 0)
     expect_writes(vcpu, memory, None)
     expect_writes(vcpu, memory, 0)
@@ -69,7 +70,7 @@ def _faults_with_paging() -> None:
 
 add(
     "control/long-mode",
-    "a guest with its own page tables takes faults only at its first accesses",
+    "a guest with its own page tables takes faults only when it first reads or writes the memory",
     _SOURCE,
     _faults_with_paging,
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Dirty logging, which QEMU enables for a migration source or a display."""
+"""Dirty logging, which QEMU enables on a migration source and for video memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .common import (
     make_fixture,
 )
 
-_MARK = "mmu/spte.c:make_spte(): a writable entry of a slot with a dirty log is dirty at once"
+_MARK = "mmu/spte.c:make_spte() marks a page dirty when it makes a writable entry for it"
 
 
 def _logging(fixture: Fixture, on: bool = True) -> None:
@@ -35,7 +35,7 @@ def _logging(fixture: Fixture, on: bool = True) -> None:
 
 @case(
     "dirty/log-marks-all",
-    "with dirty logging, each page that is prefaulted writable is marked dirty",
+    "with dirty logging, a prefault that maps a page writable marks the page dirty",
     _MARK,
     mapping=True,
 )
@@ -49,7 +49,7 @@ def log_marks_all() -> None:
 
 @case(
     "dirty/log-leaves-read-only-alone",
-    "pages that are prefaulted read-only are not marked dirty until the guest writes them",
+    "a prefault that maps a page read-only does not mark it dirty; the guest's first write does",
     _MARK,
     mapping=True,
 )
@@ -65,7 +65,7 @@ def log_leaves_read_only_alone() -> None:
 
 @case(
     "dirty/log-is-true-to-the-guest",
-    "after the dirty log is read, it records the guest's next writes, even after another prefault",
+    "after the dirty log is read, it records new guest writes, even after another prefault",
     "virt/kvm/kvm_main.c:kvm_get_dirty_log_protect() makes the entries read-only again",
     mapping=True,
 )
@@ -87,7 +87,7 @@ def log_is_true_to_the_guest() -> str:
 
 @case(
     "dirty/log-forces-4k",
-    "with dirty logging, huge pages are mapped with 4 KiB leaves",
+    "with dirty logging, a prefault maps huge pages with 4 KiB leaves",
     "mmu/mmu.c:kvm_mmu_hugepage_adjust(): kvm_slot_dirty_track_enabled()",
     needs.transparent_huge_pages,
     mapping=True,
@@ -104,7 +104,7 @@ def log_forces_4k() -> None:
 
 @case(
     "dirty/start-splits",
-    "enabling dirty logging splits prefaulted 2 MiB leaves, at once or at the guest's writes",
+    "enabling dirty logging splits prefaulted 2 MiB leaves, immediately or when the guest writes",
     "x86.c:kvm_mmu_slot_apply_flags()",
     needs.transparent_huge_pages,
     mapping=True,
@@ -120,7 +120,7 @@ def start_splits() -> str:
     kept = fixture.vm.leaves() - before
     expect_equal(kept.bytes, HUGE_PAGE_SIZE, "bytes mapped after logging was enabled")
     taken = expect_writes(fixture.vcpu, memory, None)
-    expect(taken > 0, "the guest's writes take no faults")
+    expect(taken > 0, "the guest's writes took no faults")
     expect_equal(len(fixture.vm.dirty_pages(SLOT)), 512, "dirty pages")
     return f"with logging enabled: {kept}; 512 writes of the guest take {taken} faults"
 
@@ -166,7 +166,10 @@ def start_keeps_4k() -> None:
 
 
 class _Ring:
-    """A vCPU's dirty ring: ``struct kvm_dirty_gfn`` {u32 flags, slot; u64 offset}."""
+    """The dirty ring of a vCPU.
+
+    Its entries are ``struct kvm_dirty_gfn`` {u32 flags, slot; u64 offset}.
+    """
 
     def __init__(self, vcpu: KvmVcpu) -> None:
         self.size = vcpu.vm.dirty_ring
@@ -183,7 +186,7 @@ class _Ring:
 
 @case(
     "dirty/ring-fills",
-    "with a dirty ring, each page that is prefaulted writable adds an entry",
+    "a prefault adds an entry to the dirty ring for each page that it maps writable",
     "virt/kvm/dirty_ring.c:kvm_dirty_ring_push()",
     needs.dirty_ring,
     mapping=True,
@@ -204,8 +207,8 @@ def ring_fills() -> None:
 
 @case(
     "dirty/ring-overflows",
-    "a prefault larger than the dirty ring overflows it without an error, and entries are lost",
-    "virt/kvm/dirty_ring.c:kvm_dirty_ring_push() only warns; only KVM_RUN checks soft_full",
+    "a prefault of more pages than the dirty ring can hold succeeds, but entries are lost",
+    "virt/kvm/dirty_ring.c:kvm_dirty_ring_push() only warns; only KVM_RUN checks soft_full()",
     needs.dirty_ring,
     mapping=True,
     destructive=True,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Each errno and its condition, and that a failed ioctl maps nothing."""
+"""The conditions for each errno, and the effects of a failed ioctl."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..vmm import IoctlResult, KvmVm
 from .common import GPA, PAGES, Fixture, expect_reads, make_fixture
 
 _CHECKS = "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory()"
-_HOLE = "mmu/mmu.c:kvm_tdp_map_page(): RET_PF_EMULATE is ENOENT"
+_HOLE = "mmu/mmu.c:kvm_tdp_map_page() returns ENOENT for RET_PF_EMULATE"
 
 
 def _unharmed(fixture: Fixture) -> None:
@@ -46,14 +46,14 @@ for name, what, gpa, size, flags in (
     ("size-unaligned", "size is not page-aligned", GPA, PAGE_SIZE + 1, 0),
     ("size-below-a-page", "size is half a page", GPA, 2048, 0),
     ("size-zero", "size is 0", GPA, 0, 0),
-    ("wraps", "gpa + size exceeds 2**64", 2**64 - PAGE_SIZE, 2 * PAGE_SIZE, 0),
+    ("wraps", "gpa + size is greater than 2**64", 2**64 - PAGE_SIZE, 2 * PAGE_SIZE, 0),
     ("ends-at-2-64", "gpa + size is 2**64", 2**64 - PAGE_SIZE, PAGE_SIZE, 0),
     ("flag-1", "bit 0 of flags is set", GPA, PAGE_SIZE, 1),
     ("flag-63", "bit 63 of flags is set", GPA, PAGE_SIZE, 1 << 63),
 ):
     add(
         f"errors/einval-{name}",
-        f"EINVAL: {what}; size does not change, and nothing is mapped",
+        f"EINVAL if {what}; KVM does not change size and maps nothing",
         _CHECKS,
         lambda gpa=gpa, size=size, flags=flags: _invalid(gpa, size, flags),  # type: ignore[misc]
     )
@@ -84,7 +84,7 @@ def _bad_pointer(address: int) -> None:
 for name, address in (("null", 0), ("kernel", 0xFFFF800000000000)):
     add(
         f"errors/efault-pointer-{name}",
-        "EFAULT: the kernel cannot read the structure",
+        "EFAULT if the kernel cannot read the structure",
         "virt/kvm/kvm_main.c:kvm_vcpu_ioctl()",
         lambda address=address: _bad_pointer(address),  # type: ignore[misc]
         needs.known_ioctl,
@@ -93,8 +93,8 @@ for name, address in (("null", 0), ("kernel", 0xFFFF800000000000)):
 
 @case(
     "errors/efault-structure-read-only",
-    "EFAULT: the kernel cannot write the structure back; the pages are still mapped",
-    "virt/kvm/kvm_main.c:kvm_vcpu_ioctl(): copy_to_user() comes last",
+    "EFAULT if the kernel cannot write the structure back; KVM has already mapped the pages",
+    "virt/kvm/kvm_main.c:kvm_vcpu_ioctl() calls copy_to_user() last",
     needs.capability,
 )
 def structure_read_only() -> None:
@@ -110,7 +110,10 @@ def structure_read_only() -> None:
 
 
 def _efault(spoil: Callable[[Fixture], None], first: int) -> None:
-    """Check that pages before ``first`` are mapped, and that the rest fails with EFAULT."""
+    """Check that pages before ``first`` are mapped and that the rest fail with EFAULT.
+
+    :param spoil: makes the pages from ``first`` on inaccessible.
+    """
     fixture = make_fixture(memfd(PAGES * PAGE_SIZE))
     fixture.memory.write()
     spoil(fixture)
@@ -128,13 +131,14 @@ def _efault(spoil: Callable[[Fixture], None], first: int) -> None:
 
 _HALF = PAGES // 2 * PAGE_SIZE
 for name, what, spoil in (
-    ("unmapped", "the memory is unmapped", lambda m: m.memory.unmap(_HALF)),
-    ("prot-none", "the memory is PROT_NONE", lambda m: m.memory.protect(PROT_NONE, _HALF)),
-    ("past-eof", "the file ends before the page", lambda m: os.truncate(m.memory.fd, _HALF)),
+    ("unmapped", "not mapped in the process", lambda m: m.memory.unmap(_HALF)),
+    ("prot-none", "PROT_NONE", lambda m: m.memory.protect(PROT_NONE, _HALF)),
+    ("past-eof", "beyond the end of the file", lambda m: os.truncate(m.memory.fd, _HALF)),
 ):
     add(
         f"errors/efault-{name}",
-        f"EFAULT: {what}; a first ioctl maps the earlier pages and succeeds",
+        f"EFAULT if the first page is {what}; an ioctl that starts earlier maps all pages before "
+        "that page",
         "mmu/mmu.c:kvm_handle_error_pfn(), KVM_PFN_ERR_FAULT",
         lambda spoil=spoil: _efault(spoil, PAGES // 2),  # type: ignore[misc]
         mapping=True,
@@ -148,7 +152,7 @@ def _enoent(gpa: int, irqchip: bool = False) -> None:
     result = fixture.vcpu.prefault(gpa, 4 * PAGE_SIZE)
     expect_equal(str(result), f"ENOENT, {4 * PAGE_SIZE:#x} bytes left", "the ioctl")
     expect_equal(fixture.vm.leaves(), before, "leaves")
-    expect(fixture.vcpu.stat("pf_mmio_spte_created") - holes <= 1, "more than one MMIO entry")
+    expect(fixture.vcpu.stat("pf_mmio_spte_created") - holes <= 1, "more MMIO entries than 1")
     _unharmed(fixture)
 
 
@@ -161,7 +165,7 @@ for name, gpa in (
 ):
     add(
         f"errors/enoent-{name}",
-        "ENOENT: no memory slot covers the address",
+        "ENOENT if no memory slot covers the address",
         _HOLE,
         lambda gpa=gpa: _enoent(gpa),  # type: ignore[misc]
     )
@@ -169,7 +173,7 @@ for name, gpa in (
 
 @case(
     "errors/enoent-makes-mmio-entry",
-    "prefaulting a hole adds an MMIO entry, which the guest's access then uses",
+    "a prefault outside all slots adds an MMIO entry, which the guest's next access uses",
     "mmu/tdp_mmu.c:tdp_mmu_map_handle_target_level(): pf_mmio_spte_created",
     needs.capability,
     mapping=True,
@@ -183,13 +187,13 @@ def makes_mmio_entry() -> None:
     fixture.vcpu.start_at(READ_32, rsi=GPA - 64 * PAGE_SIZE, rcx=1, rdx=PAGE_SIZE)
     expect_equal(fixture.vcpu.run(), abi.EXIT_MMIO, "the exit of a guest that reads the hole")
     expect_equal(fixture.vcpu.mmio, (GPA - 64 * PAGE_SIZE, False), "the MMIO")
-    expect_equal(fixture.vcpu.stat("pf_mmio_spte_created") - created, 1, "MMIO entries in the end")
+    expect_equal(fixture.vcpu.stat("pf_mmio_spte_created") - created, 1, "MMIO entries at the end")
 
 
 @case(
     "errors/enoent-mmio-then-slot",
-    "a slot created over a prefaulted hole can be mapped: its MMIO entry becomes invalid",
-    "x86.c:kvm_arch_memslots_updated(): the MMIO generation",
+    "creating a slot invalidates the MMIO entry of an earlier prefault, so the slot can be mapped",
+    "x86.c:kvm_arch_memslots_updated() updates the MMIO generation",
     mapping=True,
 )
 def mmio_then_slot() -> None:
@@ -205,7 +209,7 @@ def mmio_then_slot() -> None:
 
 @case(
     "errors/enoent-apic-page",
-    "the page of the local APIC cannot be prefaulted",
+    "ENOENT for the page of the local APIC",
     "mmu/mmu.c:kvm_mmu_faultin_pfn(): APIC_ACCESS_PAGE_PRIVATE_MEMSLOT",
 )
 def apic_page() -> None:
@@ -219,7 +223,7 @@ def _wrong_fd(which: str) -> None:
     answer = lib.pf_vmm_ioctl(fd, abi.PRE_FAULT_MEMORY, int(ffi.cast("uintptr_t", arguments)))
     expect(
         error_name(-answer) in ("ENOTTY", "EINVAL"),
-        f"{error_name(-answer)}, expected ENOTTY or EINVAL",
+        f"the ioctl: got {error_name(-answer)}, expected ENOTTY or EINVAL",
     )
     expect_equal(list(arguments)[1], PAGE_SIZE, "size")
     _unharmed(fixture)
@@ -228,7 +232,7 @@ def _wrong_fd(which: str) -> None:
 for which in ("vm", "kvm"):
     add(
         f"errors/not-a-vcpu-{which}",
-        "the ioctl is not defined for the descriptors of a VM or of /dev/kvm",
+        "the ioctl fails on a descriptor of a VM or of /dev/kvm",
         "virt/kvm/kvm_main.c:kvm_vm_ioctl(), kvm_dev_ioctl()",
         lambda which=which: _wrong_fd(which),  # type: ignore[misc]
     )
@@ -236,8 +240,8 @@ for which in ("vm", "kvm"):
 
 @case(
     "errors/sigbus-poisoned-page",
-    "for a poisoned page, the calling thread gets SIGBUS and the ioctl fails with EINTR",
-    "mmu/mmu.c:kvm_handle_error_pfn(), kvm_send_hwpoison_signal(); the retry then sees the signal",
+    "if a page is poisoned, the calling thread gets SIGBUS and the ioctl fails with EINTR",
+    "mmu/mmu.c:kvm_handle_error_pfn(), kvm_send_hwpoison_signal(); the retry finds the signal",
     needs.capability,
     needs.root,
     destructive=True,
@@ -266,7 +270,7 @@ def poisoned_page() -> None:
 
 
 def _mmu_page_limit() -> str:
-    """Prefault pages at such distances that each needs a separate page table."""
+    """Prefault pages at intervals of 2 MiB, so that each needs a separate page table."""
     count = 80
     memory = memfd(PAGE_SIZE)
     memory.write()
@@ -286,14 +290,13 @@ def _mmu_page_limit() -> str:
         done += 1
     vcpu.warm()
     seen = vcpu.read(GPA, done, stride=HUGE_PAGE_SIZE)
-    expect_equal(seen, done * memory.word(0) & 0xFFFFFFFF, "what the guest reads")
+    expect_equal(seen, done * memory.word(0) & 0xFFFFFFFF, "the sum that the guest reads")
     return f"{done} of {count} page tables created with a limit of {minimum}"
 
 
 add(
     "errors/enospc-mmu-pages",
-    "KVM_SET_NR_MMU_PAGES limits the legacy MMU (ENOSPC, or KVM drops older tables), but not the "
-    "TDP MMU",
+    "KVM_SET_NR_MMU_PAGES limits only the legacy MMU: KVM returns ENOSPC or drops older tables",
     "mmu/mmu.c:make_mmu_pages_available()",
     _mmu_page_limit,
     needs.capability,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which processes may issue the ioctl: only those that share the VM's memory."""
+"""Processes that may issue the ioctl: only those with the mm of the VM's creator."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ _MM = "virt/kvm/kvm_main.c:kvm_vcpu_ioctl(): kvm->mm != current->mm is EIO (6d4e
 def _in_a_child(body: Callable[[], int], between: Callable[[], object] = bool) -> int:
     """Return the errno that ``body`` returns in a forked child.
 
-    :param between: called in the parent after the fork, which unmaps pages, and before ``body``.
+    :param between: called in the parent before ``body`` runs in the child. The fork has unmapped
+        stage-2 leaves, and this function can map them again.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -62,7 +63,7 @@ def _foreign(fixture: Fixture, body: Callable[[], int]) -> None:
 
 @case(
     "foreign/forked-child",
-    "EIO in a forked child, which has the same file but another mm",
+    "EIO in a forked child, which has the same open file but a different mm",
     _MM,
     mapping=True,
 )
@@ -109,7 +110,7 @@ def scm_rights() -> None:
 
 @case(
     "foreign/running-vcpu",
-    "EIO at once even while the vCPU runs: the kernel checks the mm before it takes the mutex",
+    "EIO immediately even while the vCPU runs: KVM checks the mm before it takes the mutex",
     _MM,
 )
 def running_vcpu() -> None:
@@ -135,7 +136,7 @@ def vm_ioctls() -> None:
 
 @case(
     "foreign/clone-vm",
-    "a child process that shares the memory (clone(CLONE_VM)) may issue the ioctl",
+    "a child process with the same mm (CLONE_VM) may issue the ioctl",
     _MM,
     mapping=True,
 )
@@ -170,8 +171,8 @@ for run_there in (False, True):
 
 @case(
     "foreign/vm-descriptor-closed",
-    "the vCPU's descriptor is sufficient: the VM's descriptor may be closed",
-    "virt/kvm/kvm_main.c:kvm_get_kvm() by a vCPU's descriptor",
+    "the ioctl also works after the VM's descriptor is closed",
+    "virt/kvm/kvm_main.c:kvm_vm_ioctl_create_vcpu() takes a reference (kvm_get_kvm())",
     needs.capability,
     mapping=True,
 )
@@ -186,7 +187,7 @@ def vm_descriptor_closed() -> None:
 
 @case(
     "foreign/owner-forks",
-    "a fork of the owner unmaps prefaulted memory, because it becomes copy-on-write",
+    "if the VM's process forks, KVM unmaps prefaulted memory, because it becomes copy-on-write",
     "mm/memory.c:copy_page_range() calls the notifier",
     mapping=True,
 )

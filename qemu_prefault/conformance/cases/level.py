@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The size of leaves, which the host's pages and the slot's alignment limit."""
+"""The size of leaves. The host's page size and the slot's alignment limit it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ..vmm import KvmVm
 from .common import GPA, SLOT, expect_mapped, expect_reads, expect_writes, make_fixture
 
 _LEVEL = "mmu/mmu.c:kvm_mmu_max_mapping_level(), host_pfn_mapping_level()"
-_SLOT = "x86.c:kvm_alloc_memslot_metadata(): lpage_info of a slot's ends and misaligned slots"
+_SLOT = "x86.c:kvm_alloc_memslot_metadata() sets lpage_info of slot ends and misaligned slots"
 
 
 @case(
     "level/unaligned-slot",
-    "a slot whose gpa and hva differ modulo 2 MiB is mapped with 4 KiB leaves, even on huge pages",
+    "if gpa and hva of a slot differ modulo 2 MiB, KVM maps huge pages with 4 KiB leaves",
     _SLOT,
     needs.transparent_huge_pages,
     mapping=True,
@@ -47,7 +47,7 @@ def unaligned_slot() -> None:
 
 @case(
     "level/head-and-tail",
-    "the parts of a slot before its first and after its last 2 MiB boundary get 4 KiB leaves",
+    "KVM maps a slot before its first and after its last 2 MiB boundary with 4 KiB leaves",
     _SLOT,
     needs.transparent_huge_pages,
     mapping=True,
@@ -73,7 +73,7 @@ def head_and_tail() -> None:
     expect_equal(
         vcpu.faults_of(lambda: vcpu.write(GPA + HUGE_PAGE_SIZE - cut, pages, 5)),
         0,
-        "faults of a guest that writes",
+        "faults while the guest writes",
     )
     expect_equal(memory.word(HUGE_PAGE_SIZE - cut), 5, "the first word")
 
@@ -98,7 +98,7 @@ def one_page_of_a_huge_one() -> None:
 
 @case(
     "level/mixed",
-    "huge and small host pages in one slot get leaves of their own size",
+    "in one slot, KVM maps huge pages with 2 MiB leaves and 4 KiB pages with 4 KiB leaves",
     _LEVEL,
     needs.transparent_huge_pages,
     mapping=True,
@@ -116,7 +116,7 @@ def mixed() -> None:
 
 @case(
     "level/collapsed-later",
-    "collapsing memory unmaps its 4 KiB leaves; the next prefault maps a 2 MiB leaf",
+    "collapsing pages to a huge page unmaps the 4 KiB leaves; a prefault then maps a 2 MiB leaf",
     "mm/khugepaged.c:collapse_huge_page() calls the notifier",
     mapping=True,
 )
@@ -162,7 +162,7 @@ def split_later() -> None:
 
 @case(
     "level/guest-then-prefault",
-    "a prefault keeps a 2 MiB leaf that the guest's own fault has mapped",
+    "a prefault keeps a 2 MiB leaf that a guest's fault has mapped",
     _LEVEL,
     needs.transparent_huge_pages,
     mapping=True,
@@ -181,7 +181,7 @@ def guest_then_prefault() -> None:
 
 @case(
     "level/1g",
-    "a 1 GiB hugetlb page becomes one leaf if gpa and hva are aligned to 1 GiB",
+    "KVM maps a 1 GiB hugetlb page with one leaf if gpa and hva are aligned to 1 GiB",
     _LEVEL,
     needs.hugetlb_1g,
     mapping=True,
@@ -194,13 +194,13 @@ def one_gib() -> None:
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
     expect_mapped(fixture.vm, before, Stage2Leaves(0, 0, 1))
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.write(GPA, 64, 9, stride=16 << 20))
-    expect_equal(taken, 0, "faults of a guest that writes in it")
+    expect_equal(taken, 0, "faults while the guest writes")
     expect_equal(memory.word(63 * (16 << 20)), 9, "the guest's last write")
 
 
 @case(
     "level/1g-unaligned",
-    "a 1 GiB hugetlb page gets 2 MiB leaves if gpa and hva differ by 2 MiB",
+    "KVM maps a 1 GiB hugetlb page with 2 MiB leaves if gpa and hva differ by 2 MiB",
     _SLOT,
     needs.hugetlb_1g,
     mapping=True,
@@ -215,4 +215,4 @@ def one_gib_unaligned() -> None:
     vcpu.prefault_all(GPA + HUGE_PAGE_SIZE, GIB - HUGE_PAGE_SIZE)
     expect_mapped(vm, before, Stage2Leaves(0, 511))
     taken = vcpu.faults_of(lambda: vcpu.write(GPA + HUGE_PAGE_SIZE, 32, 9, stride=16 << 20))
-    expect_equal(taken, 0, "faults of a guest that writes")
+    expect_equal(taken, 0, "faults while the guest writes")

@@ -28,10 +28,10 @@ from .memory_kinds import COPIED, RULE, SMALL, touched
 
 
 def _twice(first_read_only: bool) -> str | None:
-    """Prefault twice.
+    """Prefault the same memory twice.
 
-    :param first_read_only: use private hugetlb memory and populate it in between. That makes the
-        page writable without a call of the mmu notifier, so the read-only leaf stays.
+    :param first_read_only: use private hugetlb memory, and populate it between the prefaults. This
+        makes the page writable without a call of the mmu notifier, so KVM keeps the read-only leaf.
     """
     if first_read_only:
         fixture = make_fixture(hugetlb(HUGE_PAGE_SIZE, shared=False))
@@ -61,8 +61,8 @@ add(
 )
 add(
     "mapping/again-upgrade",
-    "a second prefault makes a read-only leaf writable if its page is now writable (older kernels)",
-    "mmu/tdp_mmu.c:tdp_mmu_map_handle_target_level(): in newer kernels a prefetch of a "
+    "on older kernels, a second prefault makes a read-only leaf writable if its page is writable",
+    "mmu/tdp_mmu.c:tdp_mmu_map_handle_target_level(): in newer kernels, a prefetch of a "
     "mapped page is spurious",
     lambda: _twice(True),
     needs.hugetlb_2m,
@@ -87,7 +87,7 @@ def _readonly_slot(writes: bool) -> None:
 for writes in (False, True):
     add(
         f"mapping/readonly-slot-{'write' if writes else 'read'}",
-        "a read-only slot can be prefaulted; a guest's write to it is still MMIO",
+        "a read-only slot can be prefaulted; a guest's write to it still causes an MMIO exit",
         "virt/kvm/kvm_main.c:__kvm_faultin_pfn(): a read-only slot is not writable",
         lambda writes=writes: _readonly_slot(writes),  # type: ignore[misc]
         mapping=True,
@@ -96,8 +96,7 @@ for writes in (False, True):
 
 @case(
     "mapping/host-read-only",
-    "host memory without write permission is mapped read-only; a guest's write makes KVM_RUN fail "
-    "with EFAULT",
+    "host memory without write permission is mapped read-only; a write ends KVM_RUN with EFAULT",
     "virt/kvm/kvm_main.c:hva_to_pfn(), KVM_PFN_ERR_RO_FAULT",
     mapping=True,
 )
@@ -121,8 +120,8 @@ def host_read_only() -> None:
 
 @case(
     "mapping/userfault-write-protected",
-    "memory that userfaultfd write-protects is mapped read-only, and a write is still reported",
-    "virt/kvm/kvm_main.c:hva_to_pfn_slow(): the write is tried, not forced",
+    "memory that userfaultfd write-protects is mapped read-only, so userfaultfd gets guest writes",
+    "virt/kvm/kvm_main.c:hva_to_pfn_slow(): a read fault does not require write access",
     needs.root,
     mapping=True,
 )
@@ -139,12 +138,12 @@ def userfault_write_protected() -> None:
     expect_equal(userfault.wait(), 0, "the page of the write that userfaultfd reports")
     userfault.protect(False)
     writer.result()
-    expect_equal(memory.words(), [7] * PAGES, "what the guest has written")
+    expect_equal(memory.words(), [7] * PAGES, "the memory after the guest's writes")
 
 
 @case(
     "mapping/part-of-a-slot",
-    "only the range is mapped, not the neighbouring pages",
+    "the TDP MMU maps only the range, not the neighbouring pages",
     "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory()",
     needs.two_dimensional_mmu,
     mapping=True,
@@ -168,7 +167,7 @@ def part_of_a_slot() -> None:
 
 @case(
     "mapping/neighbours-on-the-legacy-mmu",
-    "the legacy MMU also maps present neighbours of a page, up to 8 pages in total",
+    "the legacy MMU also maps present pages next to a page, up to 8 pages in total",
     "mmu/mmu.c:direct_pte_prefetch()",
     needs.legacy_mmu,
     mapping=True,
@@ -178,7 +177,7 @@ def neighbours_on_the_legacy_mmu() -> str:
     before = fixture.vm.leaves()
     fixture.vcpu.prefault_all(GPA + 8 * PAGE_SIZE, PAGE_SIZE)
     grown = fixture.vm.leaves() - before
-    expect(1 <= grown.pages_4k <= 8, f"mapped {grown}")
+    expect(1 <= grown.pages_4k <= 8, f"KVM mapped {grown}, expected 1 to 8 pages")
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA + 8 * PAGE_SIZE, 8))
     expect(taken <= 8 - grown.pages_4k, f"{taken} faults although {grown.pages_4k} were mapped")
     return f"1 page requested, {grown.pages_4k} mapped"
@@ -200,7 +199,7 @@ def above_4g() -> None:
     before = vm.leaves()
     vcpu.prefault_all(at, memory.size)
     expect_mapped(vm, before, Stage2Leaves(PAGES))
-    # The guest also uses a page table for the first time, but that is system memory.
+    # The guest also uses a page table for the first time. It is in system memory: no fault.
     expect_reads(vcpu, memory, 0, gpa=at)
     expect_writes(vcpu, memory, 0, gpa=at)
 
@@ -227,7 +226,7 @@ def executed() -> None:
 
 @case(
     "mapping/discarded",
-    "MADV_DONTNEED unmaps prefaulted pages (mmu notifier); a new prefault maps the zero page",
+    "MADV_DONTNEED unmaps prefaulted pages; a new prefault maps the zero page",
     "virt/kvm/kvm_main.c:kvm_mmu_notifier_invalidate_range_start()",
     mapping=True,
 )
@@ -246,7 +245,7 @@ def discarded() -> None:
 
 @case(
     "mapping/protected-and-back",
-    "mprotect() unmaps prefaulted pages, even if the final protection is the same",
+    "mprotect() unmaps prefaulted pages, even if a second call restores the protection",
     "mm/mprotect.c:change_protection() calls the notifier",
     mapping=True,
 )
@@ -316,7 +315,7 @@ def truncated_file() -> None:
 
 @case(
     "mapping/punched-hole",
-    "punching a hole in a memfd unmaps its pages; a prefault allocates them and maps them writable",
+    "punching a hole in a memfd unmaps its pages; a prefault maps newly allocated, writable pages",
     "mm/shmem.c:shmem_fallocate()",
     mapping=True,
 )

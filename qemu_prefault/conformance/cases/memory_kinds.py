@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which pages are mapped, and whether writable, for each kind of memory and each access.
+"""The access rights of prefaulted pages for each kind of host memory.
 
-The ioctl is a *read* fault. A page that is not writable in the host's page table is mapped
-read-only. KVM's counters do not distinguish read-only from writable leaves, but the guest's first
+The ioctl simulates a *read* fault, so KVM maps a page read-only if it is not writable in the host's
+page table. KVM's counters do not distinguish read-only from writable leaves, but the guest's first
 write to a read-only leaf takes a fault.
 """
 
@@ -52,10 +52,11 @@ _COPY = "mm/memory.c:wp_page_copy() calls the notifier; mmu/mmu.c:is_page_fault_
 class MemoryKind:
     """A kind of memory, and the expected result of a prefault.
 
-    :ivar make: returns the memory, touched as the name states.
-    :ivar cost: the number of faults of the guest's first write to each prefaulted leaf.
-    :ivar leaf: the size of its leaves in bytes.
-    :ivar settled: the host does not change the memory while the guest writes it.
+    :ivar touched: how the host touches the memory before the prefault.
+    :ivar make: returns the memory after the host has touched it.
+    :ivar cost: the number of faults that the guest's first write to each leaf takes.
+    :ivar leaf: the size of the leaves in bytes.
+    :ivar settled: the host does not change the memory while the guest writes to it.
     """
 
     name: str
@@ -94,7 +95,7 @@ def _collapsed(size: int) -> Memory:
 
 
 def _shared_with_a_child(size: int) -> Memory:
-    """Return memory that is copy-on-write with a child process."""
+    """Return memory that a child process shares copy-on-write."""
     memory = touched(small(size), "write")
     child = os.fork()
     if child == 0:
@@ -103,7 +104,7 @@ def _shared_with_a_child(size: int) -> Memory:
 
 
 def _merged(size: int) -> Memory:
-    """Return memory with equal pages, which KSM has merged."""
+    """Return memory with equal pages that KSM has merged."""
     memory = small(size)
     for offset in range(0, size, PAGE_SIZE):
         memory.put(offset, b"the same everywhere")
@@ -127,9 +128,9 @@ def _soft_clean(size: int) -> Memory:
     return memory
 
 
-_ZERO_PAGE = "mm/memory.c:do_anonymous_page(): a read fault gets the zero page"
-_COW = "mm/memory.c:do_read_fault(): a private mapping gets the page cache's page, read-only"
-_HUGETLB = "mm/hugetlb.c:hugetlb_no_page(): write-protected unless shared"
+_ZERO_PAGE = "mm/memory.c:do_anonymous_page(): a read fault maps the zero page"
+_COW = "mm/memory.c:do_read_fault() maps the page cache's page read-only in a private mapping"
+_HUGETLB = "mm/hugetlb.c:hugetlb_no_page() write-protects the page unless the mapping is shared"
 
 MEMORY_KINDS = (
     MemoryKind("4k", "untouched", lambda: small(SMALL), COPIED, source=_ZERO_PAGE),
@@ -145,8 +146,8 @@ MEMORY_KINDS = (
     MemoryKind("thp", "populated", lambda: touched(thp(2 * HUGE_PAGE_SIZE), "populate"), FREE,
             HUGE_PAGE_SIZE, (needs.transparent_huge_pages,)),
     MemoryKind("memfd", "untouched", lambda: memfd(SMALL), FREE,
-            source="mm/memory.c:do_shared_fault(), mm/vma.c:vma_wants_writenotify(): shmem's "
-                   "pages are writable at once"),
+            source="mm/memory.c:do_shared_fault(), mm/vma.c:vma_wants_writenotify(): shmem needs "
+                   "no write notification, so its pages are mapped writable"),
     MemoryKind("memfd", "read", lambda: touched(memfd(SMALL), "read"), FREE),
     MemoryKind("memfd", "written", lambda: touched(memfd(SMALL), "write"), FREE),
     MemoryKind("memfd", "populated", lambda: touched(memfd(SMALL), "populate"), FREE),
@@ -179,12 +180,12 @@ MEMORY_KINDS = (
             lambda: touched(hugetlb(HUGE_PAGE_SIZE, shared=False), "populate"), FREE,
             HUGE_PAGE_SIZE, (needs.hugetlb_2m,)),
     MemoryKind("4k", "cow-with-child", lambda: _shared_with_a_child(SMALL), COPIED,
-            source="virt/kvm/kvm_main.c:hva_to_pfn(): copy-on-write is not broken by a read"),
-    # KSM keeps running and may merge pages again that the guest has just written.
+            source="virt/kvm/kvm_main.c:hva_to_pfn(): a read does not break copy-on-write"),
+    # KSM keeps running. It may merge a page again after the guest has written to it.
     MemoryKind("4k", "merged-by-ksm", lambda: _merged(SMALL), COPIED, needs=(needs.ksm,),
             settled=False),
     MemoryKind("4k", "soft-clean", lambda: _soft_clean(SMALL), UPGRADED,
-            source="fs/proc/task_mmu.c:clear_soft_dirty() write-protects"),
+            source="fs/proc/task_mmu.c:clear_soft_dirty() write-protects the page"),
 )  # fmt: skip
 
 
@@ -205,16 +206,17 @@ def _prefault_then(kind: MemoryKind, writes: bool) -> None:
             expect(taken >= faults, f"{taken} faults, expected at least {faults}")
 
 
-_COSTS = ("without faults", "with one fault per leaf", "with two faults per leaf")
+_COSTS = ("no faults", "one fault per leaf", "two faults per leaf")
 
 for kind in MEMORY_KINDS:
     entry = "read-only" if kind.cost else "writable"
-    for writes, verb in ((False, "reads"), (True, "writes")):
+    for writes, verb in ((False, "read"), (True, "write")):
         cost = _COSTS[kind.cost if writes else 0]
         size = "2 MiB" if kind.leaf == HUGE_PAGE_SIZE else "4 KiB"
         add(
-            f"mapping/{kind.name}-{kind.touched}-{verb[:-1]}",
-            f"{kind.name}, {kind.touched}: {size} leaves, {entry}; the guest {verb} {cost}",
+            f"mapping/{kind.name}-{kind.touched}-{verb}",
+            f"{kind.name} ({kind.touched}) is mapped {entry} with {size} leaves; the guest's first "
+            f"{verb} takes {cost}",
             f"{kind.source}; {_COPY}" if writes and kind.cost == COPIED else kind.source,
             lambda kind=kind, writes=writes: _prefault_then(kind, writes),  # type: ignore[misc]
             *kind.needs,
@@ -231,10 +233,10 @@ def _huge_zero_page(read_first: bool) -> str:
     fixture.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
     grown = fixture.vm.leaves() - before
     if grown != Stage2Leaves(0, 1):
-        raise Skip(f"the huge zero page is not used (use_zero_page is 0?): mapped as {grown}")
+        raise Skip(f"KVM mapped {grown}, not the huge zero page (set use_zero_page to 1)")
     fixture.vcpu.read(GPA, HUGE_PAGE_SIZE // PAGE_SIZE)
     faults = expect_writes(fixture.vcpu, memory, None)
-    # Two faults per page or huge page that must be copied: see COPIED.
+    # Each page or huge page that the host must copy takes up to two faults: see COPIED.
     expect(faults in (1, 2, 512, 1024), f"{faults} faults")
     kept = fixture.vm.leaves() - before
     return f"writing 2 MiB takes the guest {faults} faults; then mapped: {kept}"
@@ -243,9 +245,9 @@ def _huge_zero_page(read_first: bool) -> str:
 for read_first in (False, True):
     add(
         f"mapping/thp-{'read' if read_first else 'untouched'}-write",
-        "never-written THP memory is the huge zero page, mapped read-only; a write splits it or "
-        "allocates a huge page",
-        "mm/huge_memory.c:do_huge_pmd_wp_page(); 1ced09e0331f allocates a huge page instead",
+        "unwritten THP memory is mapped read-only as the huge zero page; a write splits this page "
+        "or allocates a new huge page",
+        "mm/huge_memory.c:do_huge_pmd_wp_page(); since 1ced09e0331f it allocates a huge page",
         lambda read_first=read_first: _huge_zero_page(read_first),  # type: ignore[misc]
         needs.transparent_huge_pages,
         mapping=True,
@@ -254,7 +256,7 @@ for read_first in (False, True):
 
 @case(
     "mapping/populate-after-the-zero-page",
-    "THP memory that is prefaulted untouched and then populated gets 4 KiB pages or a huge page",
+    "if untouched THP memory is prefaulted and then populated, it gets 4 KiB pages or a huge page",
     "mm/huge_memory.c:do_huge_pmd_wp_page(); 1ced09e0331f",
     needs.transparent_huge_pages,
     mapping=True,

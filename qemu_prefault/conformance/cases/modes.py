@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""System management mode and guest mode, in which a vCPU does not use the guest's own tables."""
+"""System management mode and guest mode, which have separate stage-2 tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _with_smm() -> Fixture:
 
 @case(
     "modes/smm-own-tables",
-    "a vCPU in system management mode prefaults only the tables of that mode",
+    "a prefault on a vCPU in system management mode fills only the tables of that mode",
     _SMM,
     needs.smm,
     mapping=True,
@@ -40,7 +40,7 @@ def smm_own_tables() -> None:
     fixture.vcpu.set_smm(False)
     fixture.vcpu.warm()
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, PAGES))
-    expect(taken >= PAGES / 8, f"only {taken} faults outside system management mode")
+    expect(taken >= PAGES / 8, f"the guest took only {taken} faults outside system management mode")
 
 
 @case(
@@ -57,7 +57,7 @@ def smm_not_covered() -> None:
     fixture.vcpu.set_smm(True)
     fixture.vcpu.warm()
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, PAGES))
-    expect(taken >= PAGES / 8, f"only {taken} faults in system management mode")
+    expect(taken >= PAGES / 8, f"the guest took only {taken} faults in system management mode")
     fixture.vcpu.set_smm(False)
     fixture.vcpu.warm()
     expect_writes(fixture.vcpu, fixture.memory, 0)
@@ -65,7 +65,7 @@ def smm_not_covered() -> None:
 
 @case(
     "modes/smm-hole",
-    "ENOENT in system management mode for memory that only the other address space has",
+    "ENOENT in system management mode if only the other address space has the memory",
     _SMM,
     needs.smm,
     mapping=True,
@@ -84,7 +84,7 @@ def smm_hole() -> None:
 
 @case(
     "modes/smm-slot-deleted",
-    "deleting a slot of one address space drops the tables of both address spaces",
+    "deleting a slot in one address space drops the tables of both address spaces",
     "mmu/mmu.c:kvm_mmu_zap_all_fast()",
     needs.smm,
     mapping=True,
@@ -107,7 +107,7 @@ _NESTED_SHADOW = "mmu/mmu.c: root_mmu with role.guest_mode is a TDP MMU with its
 
 
 def _in_guest_mode(npt: bool) -> tuple[Fixture, KvmVcpu]:
-    """Return a fixture whose vCPU runs a nested guest, and a vCPU outside of guest mode."""
+    """Return a fixture whose vCPU runs a nested guest, and a vCPU outside guest mode."""
     vm = KvmVm()
     memory = small(PAGES * PAGE_SIZE)
     memory.write()
@@ -140,7 +140,7 @@ def _goes_on(vcpu: KvmVcpu) -> None:
 
 @case(
     "modes/nested-npt",
-    "EOPNOTSUPP on a vCPU that runs a nested guest with nested NPT; nothing is mapped",
+    "EOPNOTSUPP on a vCPU that runs a nested guest with nested NPT; KVM maps nothing",
     _NESTED,
     needs.nested_svm,
     needs.nested_paging,
@@ -158,7 +158,7 @@ def nested_npt() -> None:
 
 @case(
     "modes/nested-npt-another-vcpu",
-    "another vCPU, outside of guest mode, can prefault for the VM; the nested guest continues",
+    "a vCPU outside guest mode can prefault for the VM; the nested guest on another vCPU continues",
     _NESTED,
     needs.nested_svm,
     needs.nested_paging,
@@ -175,7 +175,7 @@ def nested_npt_another_vcpu() -> None:
 
 @case(
     "modes/nested-shadow",
-    "on a vCPU whose nested guest is shadow-paged, the ioctl fills only the nested guest's root",
+    "on a vCPU that runs a nested guest with shadow paging, the ioctl fills only that guest's root",
     _NESTED_SHADOW,
     needs.nested_svm,
     needs.nested_paging,
@@ -190,12 +190,12 @@ def nested_shadow() -> None:
     expect_reads(fixture.vcpu, fixture.memory, 0)
     _goes_on(fixture.vcpu)
     taken = outside.faults_of(lambda: outside.read(GPA, PAGES))
-    expect(taken >= PAGES / 8, f"only {taken} faults of the guest itself")
+    expect(taken >= PAGES / 8, f"the guest itself took only {taken} faults")
 
 
 @case(
     "modes/nested-shadow-not-covered",
-    "a prefault outside of guest mode does not map pages for a shadow-paged nested guest",
+    "a prefault outside guest mode does not map pages for a nested guest with shadow paging",
     _NESTED_SHADOW,
     needs.nested_svm,
     needs.nested_paging,
@@ -207,12 +207,12 @@ def nested_shadow_not_covered() -> None:
     expect_reads(outside, fixture.memory, 0)
     fixture.vcpu.warm()
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, PAGES))
-    expect(taken >= PAGES / 8, f"only {taken} faults of the nested guest")
+    expect(taken >= PAGES / 8, f"the nested guest took only {taken} faults")
 
 
 @case(
     "modes/nested-slot-deleted",
-    "after a slot is deleted, a nested guest on NPT continues and another vCPU can prefault again",
+    "after a slot is deleted, a nested guest with nested NPT continues; another vCPU can prefault",
     "mmu/mmu.c:kvm_mmu_zap_all_fast()",
     needs.nested_svm,
     needs.nested_paging,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The capability, shadow paging, and the benefit of populating alone."""
+"""The capability, shadow paging, and host faults on populated memory."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..threads import RunningVcpu
 from ..vmm import COUNTER, LONG64, KvmVm
 from .common import GPA, PAGES, SLOT, expect_reads, expect_writes, make_fixture
 
-_ONLY_TDP = "mmu/mmu.c:kvm_tdp_map_page(): page_fault has to be kvm_tdp_page_fault()"
-_CAPABILITY = "x86.c:kvm_vm_ioctl_check_extension(): KVM_CAP_PRE_FAULT_MEMORY is tdp_enabled"
+_ONLY_TDP = "mmu/mmu.c:kvm_tdp_map_page(): page_fault must be kvm_tdp_page_fault()"
+_CAPABILITY = "x86.c:kvm_vm_ioctl_check_extension() returns tdp_enabled"
 
 
 @case(
     "paging/capability",
-    "the capability is the same on /dev/kvm and on a VM, and matches the ioctl's behaviour",
+    "/dev/kvm and a VM report the same capability, and the ioctl succeeds only with the capability",
     _CAPABILITY,
 )
 def capability() -> None:
@@ -37,7 +37,7 @@ def capability() -> None:
 
 @case(
     "paging/capability-protected-vm",
-    "the capability is also the same on a protected VM",
+    "/dev/kvm and a protected VM report the same capability",
     _CAPABILITY,
     needs.software_protected,
 )
@@ -75,7 +75,7 @@ for name, mode in (("real", abi.RESET), ("protected", abi.FLAT32), ("long", LONG
             continue
         add(
             f"paging/shadow-{name}-mode{'-after-run' if has_run else ''}",
-            f"shadow paging: EOPNOTSUPP for a vCPU in {name} mode; 100 attempts change nothing",
+            f"with shadow paging, EOPNOTSUPP on a vCPU in {name} mode; 100 attempts map nothing",
             _ONLY_TDP,
             lambda mode=mode, has_run=has_run: _shadow_refusal(mode, has_run),  # type: ignore[misc]
             needs.shadow_paging,
@@ -98,13 +98,13 @@ def _live_guest(mode: abi.CpuMode) -> None:
         running.wait_progress(10)
     rounds = fixture.vm.counter
     grown = {now - then for now, then in zip(fixture.memory.words(), start, strict=True)}
-    expect(grown <= {rounds, rounds + 1}, f"after {rounds} rounds, pages have increased by {grown}")
+    expect(grown <= {rounds, rounds + 1}, f"after {rounds} rounds, words have increased by {grown}")
 
 
 for name, mode in (("protected", abi.FLAT32), ("long", LONG64)):
     add(
         f"paging/live-guest-{name}-mode",
-        f"a running guest in {name} mode keeps its memory during 100 prefaults, refused or not",
+        f"a running guest in {name} mode loses no writes during 100 prefaults, even if all fail",
         _ONLY_TDP,
         lambda mode=mode: _live_guest(mode),  # type: ignore[misc]
     )
@@ -128,16 +128,16 @@ def _host_faults(populate: bool, mode: abi.CpuMode) -> None:
         expect(faults < PAGES / 2, f"{faults} host faults although the memory is populated")
     else:
         expect(faults >= PAGES, f"{faults} host faults, expected at least {PAGES}")
-    expect_equal(memory.words(), memory_words, "what the guest has written")
+    expect_equal(memory.words(), memory_words, "the memory after the guest's writes")
 
 
 for populate in (False, True):
     for name, mode in (("protected", abi.FLAT32), ("long", LONG64)):
         add(
             f"paging/host-faults-{'populated' if populate else 'untouched'}-{name}-mode",
-            "on populated memory the guest's first writes take no host faults, in any paging mode"
+            "on populated memory, the guest's first writes take no host faults in any paging mode"
             if populate
-            else "on untouched memory the guest's first writes take one host fault per page",
+            else "on untouched memory, the guest's first writes take one host fault per page",
             "virt/kvm/kvm_main.c:hva_to_pfn_slow(), mm/memory.c:mm_account_fault()",
             lambda populate=populate, mode=mode: _host_faults(populate, mode),  # type: ignore[misc]
         )
@@ -145,7 +145,7 @@ for populate in (False, True):
 
 @case(
     "paging/unknown-ioctl",
-    "EINVAL from a kernel without the ioctl; the structure does not change",
+    "a kernel without the ioctl returns EINVAL and does not change the structure",
     "x86.c:kvm_arch_vcpu_ioctl()",
     lambda host: "" if host.refusal == errno.EINVAL else "this kernel has the ioctl",
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Prefaults on several vCPUs at once: one range, stripes, and with a running guest."""
+"""Concurrent prefaults on several vCPUs, of the same range or of separate stripes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..vmm import COUNTER, KvmVm
 from .common import GPA, SLOT, expect_reads, expect_writes
 
 _LOCK = (
-    "mmu/mmu.c:kvm_tdp_mmu_page_fault(): mmu_lock for reading, so vCPUs run in parallel; the "
+    "mmu/mmu.c:kvm_tdp_mmu_page_fault() takes mmu_lock for reading, so vCPUs run in parallel; the "
     "legacy MMU takes it for writing"
 )
 _SIZE = 4 * MIB
@@ -55,7 +55,7 @@ def _parallel(count: int, stripes: bool, with_guest: bool) -> None:
         rounds = vm.counter
         grown = {now - then for now, then in zip(memory.words(), start, strict=True)}
         expect(
-            grown <= {rounds, rounds + 1}, f"after {rounds} rounds, pages have increased by {grown}"
+            grown <= {rounds, rounds + 1}, f"after {rounds} rounds, words have increased by {grown}"
         )
         reader.kick(False)
     else:
@@ -70,15 +70,15 @@ for count in (2, 3, 4):
     for stripes in (False, True):
         for with_guest in (False, True):
             where = "stripes" if stripes else "one-range"
-            guest_text = " while a guest adds to every page" if with_guest else ""
+            guest_text = " while a guest writes to every page" if with_guest else ""
             add(
                 f"parallel/{count}-{where}{'-with-guest' if with_guest else ''}",
-                f"{count} vCPUs prefault {where.replace('-', ' ')} at once{guest_text}: each page "
-                "is mapped once",
+                f"if {count} vCPUs prefault {where.replace('-', ' ')} concurrently{guest_text}, "
+                "KVM maps each page once",
                 _LOCK,
                 lambda count=count, stripes=stripes, with_guest=with_guest: _parallel(  # type: ignore[misc]
                     count, stripes, with_guest
                 ),
-                # A guest that touches all of the memory maps it even without a prefault.
+                # If the guest touches all memory, KVM maps it even without a prefault.
                 mapping=not with_guest,
             )

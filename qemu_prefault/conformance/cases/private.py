@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""guest_memfd: private memory of KVM_X86_SW_PROTECTED_VM, and mappable guest_memfd."""
+"""Private memory of a KVM_X86_SW_PROTECTED_VM, and mappable guest_memfd."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _protected(memory: Memory | None = None, *, bind: bool = True) -> tuple[Fixt
 
 @case(
     "private/shared-part",
-    "in a protected VM, shared memory is mapped from its host mapping, as in an ordinary VM",
+    "in a protected VM, KVM maps shared memory from the host mapping, as in an ordinary VM",
     "mmu/mmu.c:kvm_mmu_faultin_pfn()",
     needs.software_protected,
     mapping=True,
@@ -55,7 +55,7 @@ def shared_part() -> None:
 
 @case(
     "private/private-part",
-    "private memory is mapped writable from guest_memfd, separate from the host mapping",
+    "KVM maps private memory writable from guest_memfd, separate from the host mapping",
     _GMEM,
     needs.software_protected,
     mapping=True,
@@ -77,7 +77,7 @@ def private_part() -> None:
 
 @case(
     "private/4k-only",
-    "private memory is mapped with 4 KiB leaves, even if it is aligned to 2 MiB",
+    "KVM maps private memory with 4 KiB leaves, even if it is aligned to 2 MiB",
     "virt/kvm/guest_memfd.c:kvm_gmem_get_pfn(): max_order is 0",
     needs.software_protected,
     needs.transparent_huge_pages,
@@ -92,7 +92,7 @@ def four_kib_only() -> None:
     expect_equal(
         fixture.vcpu.faults_of(lambda: fixture.vcpu.write(GPA, 512, 1)),
         0,
-        "faults of a guest that writes",
+        "faults while the guest writes",
     )
 
 
@@ -181,7 +181,7 @@ def punched_hole() -> None:
 
 @case(
     "private/without-guest-memfd",
-    "private memory without a guest_memfd: EFAULT, and KVM_EXIT_MEMORY_FAULT in kvm_run",
+    "EFAULT if private memory has no guest_memfd; kvm_run has KVM_EXIT_MEMORY_FAULT",
     "mmu/mmu.c:kvm_mmu_prepare_memory_fault_exit()",
     needs.software_protected,
 )
@@ -222,7 +222,7 @@ def ordinary_vm() -> None:
 
 @case(
     "private/mapped-guest-memfd",
-    "a mappable guest_memfd that is shared from the start is mapped writable with 4 KiB leaves",
+    "KVM maps a mappable, initially shared guest_memfd writable with 4 KiB leaves",
     "mmu/mmu.c:kvm_mmu_faultin_pfn_gmem() (v6.18): map_writable unless the slot is read-only",
     needs.mappable_guest_memfd,
     mapping=True,
@@ -239,4 +239,4 @@ def mapped_guest_memfd() -> None:
     expect_mapped(vm, before, Stage2Leaves(PAGES))
     expect_writes(vcpu, memory, 0)
     memory.put(0, struct.pack("<I", 77))
-    expect_equal(vcpu.read(GPA, 1), 77, "what the guest reads after a write of the host")
+    expect_equal(vcpu.read(GPA, 1), 77, "the word that the guest reads after a write by the host")

@@ -37,7 +37,7 @@ def whole_slot() -> None:
 
 @case(
     "progress/past-the-slot",
-    "a range that extends past the slot is mapped up to its end (success); the rest is ENOENT",
+    "if a range extends past the slot, one ioctl maps the slot, and the next fails with ENOENT",
     _LOOP,
     mapping=True,
 )
@@ -71,7 +71,7 @@ def adjacent_slots() -> None:
 
 @case(
     "progress/huge-steps",
-    "with 2 MiB leaves, each step ends at a 2 MiB boundary, also if the range begins inside a leaf",
+    "with 2 MiB leaves, each step ends at a 2 MiB boundary, even if the range starts inside a leaf",
     "mmu/mmu.c:kvm_arch_vcpu_pre_fault_memory()",
     needs.transparent_huge_pages,
     mapping=True,
@@ -89,12 +89,12 @@ def huge_steps() -> None:
 
 @case(
     "progress/signal-in-the-middle",
-    "a signal ends the ioctl early with success; size holds the rest, and the other part is mapped",
+    "a signal ends the ioctl early with success; KVM has mapped all but the remaining size",
     "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory(): signal_pending() once per page",
     mapping=True,
 )
 def signal_in_the_middle() -> None:
-    # Under emulation this takes about a second, on hardware about 10 ms.
+    # A prefault of 256 MiB takes about 1 s under emulation and about 10 ms on hardware.
     memory = small(256 * MIB)
     memory.populate()
     fixture = make_fixture(memory)
@@ -102,7 +102,7 @@ def signal_in_the_middle() -> None:
     for limit in (0.004, 0.001, 0.0002):
         result = fixture.vcpu.prefault(GPA, memory.size, limit=limit)
         done = memory.size - result.left
-        # The legacy MMU has also mapped neighbours of the last page.
+        # The legacy MMU also maps pages next to the last page.
         extra = (fixture.vm.leaves() - before).bytes - done
         expect(
             0 <= extra < 8 * PAGE_SIZE, f"{extra:#x} more bytes are mapped than reported as done"
@@ -113,7 +113,7 @@ def signal_in_the_middle() -> None:
         fixture.vm.slot(SLOT, GPA, memory)
         fixture.vcpu.warm()
         before = fixture.vm.leaves()
-    expect(result.left > 0, "the ioctl was complete even with a limit of 0.2 ms")
+    expect(result.left > 0, "no signal interrupted the ioctl, even with a limit of 0.2 ms")
     if done:
         expect_equal(error_name(result.error), "success", "the ioctl")
         taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, done // PAGE_SIZE))
@@ -126,7 +126,7 @@ def signal_in_the_middle() -> None:
 
 @case(
     "progress/interrupted-waiting-for-a-page",
-    "EINTR: a signal ends the wait for a page of userfaultfd; a later prefault succeeds",
+    "EINTR if a signal arrives while the ioctl waits for userfaultfd; a later prefault succeeds",
     "virt/kvm/kvm_main.c:hva_to_pfn_slow() (FOLL_INTERRUPTIBLE), kvm_handle_signal_exit()",
     needs.root,
 )
@@ -147,7 +147,7 @@ def interrupted_waiting() -> None:
 
 @case(
     "progress/waits-for-a-page",
-    "the ioctl waits for a page of userfaultfd, and continues when the page is resolved",
+    "the ioctl waits for userfaultfd, and continues when the page is resolved",
     "fs/userfaultfd.c:handle_userfault()",
     needs.root,
     mapping=True,
@@ -170,7 +170,7 @@ def waits_for_a_page() -> None:
 
 @case(
     "progress/blocks-slot-changes",
-    "deleting any slot waits for a running ioctl, which is one SRCU read-side section",
+    "a running ioctl blocks the deletion of any slot, because it is one SRCU read-side section",
     "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory() (srcu_read_lock), kvm_swap_active_memslots()",
     needs.root,
     needs.capability,
@@ -185,7 +185,7 @@ def blocks_slot_changes() -> None:
     userfault.wait()
     deleter = BackgroundCall(lambda: fixture.vm.delete(2))
     deleter.wait_state("D")
-    expect(prefault.is_alive(), "the prefault has ended too early")
+    expect(prefault.is_alive(), "the prefault did not wait for the page")
     userfault.resolve(0, memory.size)
     expect_equal(str(prefault.result()), "success, 0x0 bytes left", "the ioctl")
     deleter.result()
@@ -220,8 +220,8 @@ def backwards() -> None:
 
 @case(
     "progress/counts-no-guest-faults",
-    "a prefault does not count as a fault: pf_taken counts only the guest's faults",
-    "mmu/mmu.c:kvm_mmu_page_fault() counts, kvm_mmu_do_page_fault() with prefetch does not",
+    "KVM does not count a prefault as a fault: pf_taken counts only the guest's faults",
+    "mmu/mmu.c:kvm_mmu_page_fault() counts; kvm_mmu_do_page_fault() with prefetch does not",
     needs.capability,
 )
 def counts_no_guest_faults() -> None:
@@ -233,9 +233,9 @@ def counts_no_guest_faults() -> None:
 
 
 def _selftest(kind: int) -> None:
-    """Do what pre_fault_memory_test.c does, and also check the mappings.
+    """Make the calls of pre_fault_memory_test.c, and also check the mappings.
 
-    The slot has 2 MiB and one page, near the highest gfn.
+    The slot's size is 2 MiB and one page, and its address is near the highest gfn.
     """
     vm = KvmVm(kind)
     vcpu = vm.vcpu(mode=LONG64)
@@ -278,7 +278,7 @@ for name, kind, required in (
 
 @case(
     "progress/signal-while-waiting-for-the-vcpu",
-    "EINTR: after a wait for a running vCPU, a pending signal ends the ioctl before the first page",
+    "EINTR if a signal arrives while the ioctl waits for a running vCPU; KVM maps nothing",
     "virt/kvm/kvm_main.c:kvm_vcpu_ioctl() (mutex_lock_killable), kvm_vcpu_pre_fault_memory()",
     needs.capability,
 )
@@ -290,7 +290,7 @@ def signal_while_waiting() -> None:
         task = BackgroundCall(lambda: fixture.vcpu.prefault(GPA, fixture.size))
         task.wait_state("D")
         task.interrupt()
-        expect(task.is_alive(), "the signal has ended the wait for the vCPU")
+        expect(task.is_alive(), "the signal ended the wait for the vCPU")
         running.wait_progress()
     expect_equal(str(task.result()), f"EINTR, {fixture.size:#x} bytes left", "the ioctl")
     expect_equal(fixture.vm.leaves(), before, "leaves")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Slots that change during the ioctl, or before a vCPU has entered the guest again.
 
-These cases detect two kernel bugs. In both, the ioctl retries forever until the thread gets a
-signal. One occurs on a vCPU whose root became obsolete (fixed by 20a6cff3b283, v6.15), the other
-if the slot is being deleted (fixed by 3ccbf6f47098, v6.18).
+These cases detect two kernel bugs. With both, the ioctl retries until its thread gets a signal.
+The first bug affects a vCPU whose root became obsolete (fixed by 20a6cff3b283, v6.15). The second
+affects a slot that is being deleted (fixed by 3ccbf6f47098, v6.18).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .common import (
 
 
 def _hangs(vcpu: KvmVcpu) -> bool:
-    """Prefault the slot. Return whether the ioctl hangs until it gets a signal."""
+    """Prefault the slot, and return whether the ioctl hangs until a signal arrives."""
     result = vcpu.prefault(GPA, PAGES * PAGE_SIZE, limit=HANG_SECONDS)
     if result.error == errno.EINTR and result.seconds >= HANG_SECONDS:
         return True
@@ -41,8 +41,8 @@ def _hangs(vcpu: KvmVcpu) -> bool:
 
 
 _STALE = (
-    "mmu/mmu.c:kvm_mmu_reload() until 20a6cff3b283 (v6.15) does not serve "
-    "KVM_REQ_MMU_FREE_OBSOLETE_ROOTS, so is_page_fault_stale() is always true"
+    "mmu/mmu.c:kvm_mmu_reload() handles KVM_REQ_MMU_FREE_OBSOLETE_ROOTS only since 20a6cff3b283 "
+    "(v6.15); before, is_page_fault_stale() is always true"
 )
 
 
@@ -69,7 +69,7 @@ def _stale_root(has_run: bool, remedy: str) -> str | None:
     expect_writes(reader, fixture.memory, 0)
     if hung:
         raise KnownBad(
-            "the ioctl retries until it gets a signal; it works again after the vCPU has run"
+            "the ioctl retries until a signal arrives; it works again after the vCPU has run"
         )
     return None
 
@@ -99,7 +99,7 @@ for remedy, name in (
     add(
         f"slots/stale-root-remedy-{remedy.lower().replace(' ', '-')}",
         f"after a slot is deleted, a prefault works {name}",
-        _STALE + "; x86.c:__set_sregs() resets the MMU context",
+        _STALE + "; x86.c:__set_sregs() also resets the MMU context",
         lambda remedy=remedy: _stale_root(True, remedy),  # type: ignore[misc]
         mapping=True,
     )
@@ -107,7 +107,8 @@ for remedy, name in (
 
 @case(
     "slots/stale-root-without-quirk",
-    "after a slot is deleted with the quirk disabled, a prefault works: no root becomes obsolete",
+    "after a slot is deleted with SLOT_ZAP_ALL disabled, a prefault works, because no root becomes "
+    "obsolete",
     _STALE,
     needs.slot_quirk,
     mapping=True,
@@ -133,7 +134,7 @@ def _deleted_meanwhile(quirk: bool, again: bool) -> str | None:
     expect_equal(userfault.wait(), 0, "the page that the ioctl waits for")
     deleter = BackgroundCall(lambda: fixture.vm.delete(SLOT))
     deleter.wait_state("D")
-    # Now the page is present, but the slot is KVM_MEMSLOT_INVALID.
+    # The page becomes present while the slot is KVM_MEMSLOT_INVALID.
     userfault.resolve(0, memory.size)
     result = prefault.result()
     deleter.result()
@@ -151,7 +152,7 @@ def _deleted_meanwhile(quirk: bool, again: bool) -> str | None:
         gone = fixture.vcpu.prefault(GPA, PAGE_SIZE)
         expect_equal(str(gone), "ENOENT, 0x1000 bytes left", "a prefault of the deleted slot")
     if hung:
-        raise KnownBad("ioctl and slot change wait for each other until a signal ends the ioctl")
+        raise KnownBad("ioctl and slot change block each other until a signal ends the ioctl")
     return None
 
 
@@ -160,10 +161,10 @@ for quirk in (True, False):
         add(
             f"slots/deleted-meanwhile{'-and-recreated' if again else ''}"
             f"{'' if quirk else '-without-quirk'}",
-            "deleting the slot during the ioctl ends it with EAGAIN; a later prefault "
-            + ("of the re-created slot succeeds" if again else "fails with ENOENT"),
-            "mmu/mmu.c:kvm_mmu_faultin_pfn(): until 3ccbf6f47098 (v6.18) it retries on "
-            "KVM_MEMSLOT_INVALID, holding the SRCU lock that the deleter waits for",
+            "if the slot is deleted during the ioctl, the ioctl fails with EAGAIN; a later "
+            "prefault " + ("of the re-created slot succeeds" if again else "fails with ENOENT"),
+            "mmu/mmu.c:kvm_mmu_faultin_pfn(): until 3ccbf6f47098 (v6.18), KVM retries on "
+            "KVM_MEMSLOT_INVALID and holds kvm->srcu, for which the deleting thread waits",
             lambda quirk=quirk, again=again: _deleted_meanwhile(quirk, again),  # type: ignore[misc]
             needs.root,
             needs.capability,
@@ -174,7 +175,8 @@ for quirk in (True, False):
 
 @case(
     "slots/moved-meanwhile",
-    "moving the slot during the ioctl ends it with EAGAIN; the old address is then ENOENT",
+    "if the slot is moved during the ioctl, the ioctl fails with EAGAIN; a prefault of the old "
+    "address then fails with ENOENT",
     "mmu/mmu.c:kvm_mmu_faultin_pfn(), virt/kvm/kvm_main.c:kvm_invalidate_memslot(); 3ccbf6f47098",
     needs.root,
     needs.capability,
@@ -198,14 +200,14 @@ def moved_meanwhile() -> None:
     fixture.vcpu.prefault_all(OTHER_GPA, memory.size)
     expect_reads(fixture.vcpu, memory, 0, gpa=OTHER_GPA)
     if result.seconds >= limit:
-        raise KnownBad("ioctl and slot change wait for each other until a signal ends the ioctl")
+        raise KnownBad("ioctl and slot change block each other until a signal ends the ioctl")
     expect(result.error in (errno.EAGAIN, 0), f"{result}, expected EAGAIN")
 
 
 @case(
     "slots/flags-changed-meanwhile",
-    "changing the slot's flags during the ioctl waits for the ioctl, and both succeed",
-    "virt/kvm/kvm_main.c:kvm_update_flags_memslot(): the slot is never invalid",
+    "a change of the slot's flags waits until the ioctl ends, and both succeed",
+    "virt/kvm/kvm_main.c:kvm_update_flags_memslot() does not invalidate the slot",
     needs.root,
     needs.capability,
 )
@@ -229,7 +231,7 @@ def flags_changed_meanwhile() -> None:
 
 @case(
     "slots/race",
-    "prefaults work while a thread deletes and re-creates the slot, as in the kernel's selftest",
+    "prefaults end while a thread deletes and re-creates the slot, as in the kernel's selftest",
     "tools/testing/selftests/kvm/pre_fault_memory_test.c; 3ccbf6f47098",
     needs.capability,
     mapping=True,
@@ -253,7 +255,7 @@ def race() -> None:
     fixture.vcpu.prefault_all(GPA, fixture.size)
     expect_writes(fixture.vcpu, fixture.memory, 0)
     if hung:
-        raise KnownBad("ioctl and slot change waited for each other until a signal ended the ioctl")
+        raise KnownBad("ioctl and slot change block each other until a signal ends the ioctl")
 
 
 @case(
@@ -281,5 +283,5 @@ def other_slot_deleted_meanwhile() -> str:
     fixture.vcpu.prefault_all(GPA, memory.size)
     expect_reads(fixture.vcpu, memory, 0)
     if result.seconds >= 10 * HANG_SECONDS:
-        raise KnownBad("ioctl and slot change wait for each other until a signal ends the ioctl")
+        raise KnownBad("ioctl and slot change block each other until a signal ends the ioctl")
     return f"the ioctl ends with {result}"

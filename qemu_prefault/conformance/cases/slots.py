@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Slots that are deleted, moved and re-created, as QEMU does for firmware, reset and hotplug.
+"""Deleting, moving and re-creating slots.
 
-slot_races.py has the cases of two kernel bugs that such changes can trigger.
+QEMU makes such changes for firmware, reset and hotplug. slot_races.py has the cases for two kernel
+bugs that they can trigger. KVM_X86_QUIRK_SLOT_ZAP_ALL is the quirk that makes KVM drop all tables
+when a slot is deleted or moved.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ _ZAP_ALL = "mmu/mmu.c:kvm_arch_flush_shadow_memslot(), KVM_X86_QUIRK_SLOT_ZAP_AL
 def _with_other_slot(
     *, quirk: bool = True, kind: int = abi.VM_DEFAULT
 ) -> tuple[Fixture, Stage2Leaves]:
-    """Return a fixture with a second slot, both prefaulted, and the leaves before the prefault."""
+    """Return a fixture with two prefaulted slots, and the leaves before the prefaults."""
     fixture = make_fixture(vm=KvmVm(kind, quirk=quirk))
     other = small(8 * PAGE_SIZE)
     other.write()
@@ -63,7 +65,7 @@ def delete_drops_all() -> None:
 
 @case(
     "slots/delete-drops-only-its-own",
-    "with the quirk disabled, deleting a slot drops only that slot's leaves",
+    "with SLOT_ZAP_ALL disabled, deleting a slot drops only that slot's leaves",
     _ZAP_ALL,
     needs.slot_quirk,
     mapping=True,
@@ -77,7 +79,7 @@ def delete_drops_only_its_own() -> None:
 
 @case(
     "slots/delete-in-a-protected-vm",
-    "in a KVM_X86_SW_PROTECTED_VM, which has no quirk, deleting a slot drops only its leaves",
+    "in a KVM_X86_SW_PROTECTED_VM, which lacks SLOT_ZAP_ALL, deleting a slot drops only its leaves",
     _ZAP_ALL,
     needs.software_protected,
     mapping=True,
@@ -91,7 +93,7 @@ def delete_in_a_protected_vm() -> None:
 
 @case(
     "slots/quirk-disabled-later",
-    "the quirk can be disabled after vCPUs have run and memory is prefaulted",
+    "SLOT_ZAP_ALL can be disabled after vCPUs have run and memory is prefaulted",
     "x86.c:kvm_vm_ioctl_enable_cap(), KVM_CAP_DISABLE_QUIRKS2",
     needs.slot_quirk,
     mapping=True,
@@ -107,8 +109,8 @@ def quirk_disabled_later() -> None:
 
 @case(
     "slots/quirk-stays-disabled",
-    "KVM_ENABLE_CAP without quirks keeps a quirk disabled, or (until 6.12.78) enables it again",
-    "x86.c:kvm_vm_ioctl_enable_cap(): |= or =",
+    "KVM_ENABLE_CAP with an empty mask keeps a quirk disabled, but enables it before 6.12.78",
+    "x86.c:kvm_vm_ioctl_enable_cap() sets disabled_quirks with |=, or with = in older kernels",
     needs.slot_quirk,
     mapping=True,
 )
@@ -125,7 +127,7 @@ def quirk_stays_disabled() -> str:
 
 @case(
     "slots/quirk-unknown",
-    "EINVAL for a quirk that this kernel does not know; no quirk is disabled then",
+    "EINVAL if the mask has a quirk that the kernel does not know; KVM then disables no quirk",
     "x86.c:kvm_vm_ioctl_enable_cap()",
     needs.slot_quirk,
     mapping=True,
@@ -143,7 +145,7 @@ def quirk_unknown() -> None:
 @case(
     "slots/create-drops-nothing",
     "creating a slot drops no tables",
-    "mmu/mmu.c:kvm_mmu_slot_... : only deleted and moved slots are flushed (x86.c)",
+    "virt/kvm/kvm_main.c:kvm_invalidate_memslot() flushes only deleted and moved slots",
     mapping=True,
 )
 def create_drops_nothing() -> None:
@@ -168,14 +170,14 @@ def _recreate(quirk: bool) -> None:
 
 add(
     "slots/recreate",
-    "a deleted and re-created slot is unmapped and can be prefaulted again",
+    "deleting and re-creating a slot unmaps it; it can be prefaulted again",
     _ZAP_ALL,
     lambda: _recreate(True),
     mapping=True,
 )
 add(
     "slots/recreate-without-quirk",
-    "a deleted and re-created slot is also unmapped with the quirk disabled",
+    "deleting and re-creating a slot unmaps it even with SLOT_ZAP_ALL disabled",
     _ZAP_ALL,
     lambda: _recreate(False),
     needs.slot_quirk,
@@ -198,14 +200,14 @@ def _move(quirk: bool) -> None:
 
 add(
     "slots/move",
-    "a moved slot is unmapped at its old address and can be prefaulted at the new one",
+    "moving a slot unmaps the old address; the slot can be prefaulted at the new address",
     _ZAP_ALL,
     lambda: _move(True),
     mapping=True,
 )
 add(
     "slots/move-without-quirk",
-    "a moved slot is also unmapped at its old address with the quirk disabled",
+    "moving a slot unmaps the old address even with SLOT_ZAP_ALL disabled",
     _ZAP_ALL,
     lambda: _move(False),
     needs.slot_quirk,
@@ -215,7 +217,7 @@ add(
 
 @case(
     "slots/replaced-memory",
-    "a slot that is re-created with other memory maps that memory",
+    "if a slot is re-created with other memory, a prefault maps that memory",
     _ZAP_ALL,
     mapping=True,
 )

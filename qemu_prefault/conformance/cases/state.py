@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Changes of a vCPU's state between the prefault and KVM_RUN, which the tables survive."""
+"""Changes of a vCPU's state between the prefault and KVM_RUN. KVM keeps the tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..vmm import LONG64, KvmVcpu, KvmVm
 from .common import GPA, PAGES, SLOT, Fixture, expect_reads, expect_writes, make_fixture
 
 _ROLE = (
-    "mmu/mmu.c:kvm_calc_tdp_mmu_root_page_role() has no CR0, CR3, CR4 or EFER; a root "
+    "mmu/mmu.c:kvm_calc_tdp_mmu_root_page_role() does not depend on CR0, CR3, CR4 or EFER; a root "
     "stays allocated without users (tdp_mmu.c:kvm_tdp_mmu_alloc_root())"
 )
 
@@ -88,7 +88,7 @@ for name, what, change in _CHANGES:
     for has_run in (False, True):
         add(
             f"state/{name}{'-after-run' if has_run else ''}",
-            f"the tables survive {what} on a vCPU that has {'' if has_run else 'not '}run",
+            f"KVM keeps the tables after {what} on a vCPU that has {'' if has_run else 'not '}run",
             _ROLE,
             lambda change=change, has_run=has_run: _survives(change, has_run),  # type: ignore[misc]
             mapping=True,
@@ -122,7 +122,7 @@ for first, first_mode in _MODES.items():
 
 @case(
     "state/init",
-    "the tables survive an INIT of the vCPU, which firmware sends to application processors",
+    "KVM keeps the tables after an INIT, which firmware sends to application processors",
     "x86.c:kvm_vcpu_reset()",
     mapping=True,
 )
@@ -140,7 +140,7 @@ def init() -> None:
 
 @case(
     "state/vcpu-closed",
-    "the tables survive after the vCPU that filled them is closed",
+    "KVM keeps the tables after the vCPU that filled them is closed",
     _ROLE,
     mapping=True,
 )
@@ -164,7 +164,7 @@ def _repeatedly(fixture: Fixture) -> None:
 
 @case(
     "state/many-resets",
-    "repeated resets and prefaults add no leaves: KVM finds the same root each time",
+    "repeated resets and prefaults add no leaves, because KVM finds the same root each time",
     _ROLE,
     mapping=True,
 )

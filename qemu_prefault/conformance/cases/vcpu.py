@@ -19,7 +19,7 @@ from ..vmm import COUNTER, KvmVcpu, KvmVm
 from .common import GPA, PAGES, SLOT, Fixture, expect_reads, expect_writes, make_fixture
 
 _MUTEX = "virt/kvm/kvm_main.c:kvm_vcpu_ioctl(): vcpu->mutex, mutex_lock_killable()"
-_ROOT = "mmu/tdp_mmu.c:kvm_tdp_mmu_alloc_root(): roots are found by their role and shared"
+_ROOT = "mmu/tdp_mmu.c:kvm_tdp_mmu_alloc_root() shares a root between vCPUs with the same role"
 
 
 def _fresh(*, cpuid: bool = True, mode: abi.CpuMode = abi.FLAT32) -> Fixture:
@@ -61,7 +61,7 @@ def just_created() -> None:
 
 @case(
     "vcpu/run-and-idle",
-    "a vCPU that has run and is out of KVM_RUN can prefault",
+    "a vCPU that has run and is outside KVM_RUN can prefault",
     _ROOT,
     mapping=True,
 )
@@ -109,15 +109,15 @@ def running_blocks() -> None:
     fixture = make_fixture()
     with RunningVcpu(fixture.vcpu, guest_code.COUNT, rbx=COUNTER) as running:
         running.wait_progress()
-        # Block signals: the case checks the wait for the mutex, not the ioctl after it.
+        # Block signals, because the case checks the wait for the mutex, not the ioctl after it.
         task = BackgroundCall(lambda: _without_signals(fixture.vcpu, fixture.size))
         task.wait_state("D")
         for _ in range(5):
             task.interrupt()
             running.wait_progress()
-            expect(task.is_alive(), "a signal has ended the wait for the vCPU")
+            expect(task.is_alive(), "a signal ended the wait for the vCPU")
     answer = task.result()
-    expect(_or_refused(answer), f"errno {answer} after KVM_RUN has returned")
+    expect(_or_refused(answer), f"the ioctl failed with errno {answer} after KVM_RUN returned")
     fixture.vcpu.kick(False)
     expect_reads(fixture.vcpu, fixture.memory, None if answer else 0)
 
@@ -133,7 +133,7 @@ def _or_refused(answer: int) -> bool:
 
 @case(
     "vcpu/running-killed",
-    "SIGKILL ends the wait for a vCPU in KVM_RUN: a process with both threads dies at once",
+    "SIGKILL ends the wait for a vCPU in KVM_RUN, and the process ends immediately",
     _MUTEX,
     needs.known_ioctl,
 )
@@ -159,8 +159,8 @@ def running_killed() -> None:
 
 @case(
     "vcpu/halted-blocks",
-    "on a vCPU that waits in hlt inside KVM_RUN, the ioctl also waits, although nothing runs",
-    _MUTEX + "; x86.c:vcpu_block() is inside KVM_RUN",
+    "on a vCPU that is halted inside KVM_RUN, the ioctl also waits until KVM_RUN returns",
+    _MUTEX + "; x86.c:vcpu_block() waits inside KVM_RUN",
     needs.known_ioctl,
 )
 def halted_blocks() -> None:
@@ -173,7 +173,7 @@ def halted_blocks() -> None:
     expect(task.is_alive(), "the ioctl did not wait for the vCPU")
     expect_equal(running.stop(), abi.EXIT_INTR, "the last exit of the halted vCPU")
     answer = task.result()
-    expect(_or_refused(answer), f"errno {answer} after KVM_RUN has returned")
+    expect(_or_refused(answer), f"the ioctl failed with errno {answer} after KVM_RUN returned")
     expect(fixture.vcpu.stat("halt_exits") > halts, "the vCPU did not halt")
     reader = fixture.vm.vcpu()
     reader.warm()
@@ -182,7 +182,7 @@ def halted_blocks() -> None:
 
 @case(
     "vcpu/halted-and-out",
-    "a halted vCPU that is out of KVM_RUN can prefault",
+    "a halted vCPU outside KVM_RUN can prefault",
     _ROOT,
     mapping=True,
 )
@@ -231,7 +231,7 @@ def immediate_exit() -> None:
 
 @case(
     "vcpu/another-runs",
-    "a vCPU out of KVM_RUN can prefault while another vCPU runs, and does not interrupt it",
+    "a vCPU outside KVM_RUN can prefault while another vCPU runs, without interrupting it",
     "mmu/mmu.c:kvm_tdp_mmu_page_fault() takes mmu_lock for reading",
     mapping=True,
 )
@@ -249,19 +249,19 @@ def another_runs() -> None:
 
 
 def _between_runs(times: int) -> None:
-    """Prefault one page and make the guest write it, for a number of pages."""
+    """Prefault a page and make the guest write to it, for each of ``times`` pages."""
     fixture = make_fixture()
     for page in range(times):
         fixture.vcpu.prefault_all(GPA + page * PAGE_SIZE, PAGE_SIZE)
         before = fixture.vcpu.stat("pf_taken")
         fixture.vcpu.write(GPA + page * PAGE_SIZE, 1, page)
         expect_equal(fixture.vcpu.stat("pf_taken") - before, 0, f"faults on page {page}")
-    expect_equal(fixture.memory.words()[:times], list(range(times)), "what was written")
+    expect_equal(fixture.memory.words()[:times], list(range(times)), "the words written")
 
 
 add(
     "vcpu/between-runs",
-    "prefaults and runs can alternate on one vCPU, page by page",
+    "on one vCPU, prefaults and KVM_RUN can alternate, page by page",
     _ROOT,
     lambda: _between_runs(16),
     mapping=True,
@@ -270,8 +270,8 @@ add(
 
 @case(
     "vcpu/with-an-exit-not-yet-completed",
-    "a prefault between an MMIO exit and its completion does not disturb the MMIO",
-    "x86.c:complete_emulated_mmio(); a prefault changes kvm_run only if it is interrupted",
+    "a prefault between an MMIO exit and its completion does not change the MMIO's result",
+    "x86.c:complete_emulated_mmio(); a prefault changes kvm_run only if a signal interrupts it",
     mapping=True,
 )
 def exit_not_yet_completed() -> None:
