@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Background threads that run functions and guests, and functions that wait for them."""
+"""Background threads that run functions and guests."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class BackgroundCall(threading.Thread):
         signal.pthread_kill(self.ident or 0, lib.pf_vmm_signal())
 
     def state(self) -> str:
-        """Return the scheduler's state letter: R running, S waiting, D waiting uninterruptibly."""
+        """Return the thread's state: R running, S waiting, D waiting uninterruptibly."""
         try:
             text = Path(f"/proc/self/task/{self.native_id}/stat").read_text()
         except OSError:

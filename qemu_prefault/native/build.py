@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Build ``qemu_prefault._native``: the C functions, and the helper's machine code as an array.
+"""Build ``qemu_prefault._native``.
 
-The helper is linked separately at address 0 with ``helper.lds``. The link fails if the code needs
-writable data or does not fit in one page.
+The module contains the C functions, and the helper's machine code as an array. The helper is linked
+separately at address 0 with ``helper.lds``. The link fails if the code needs writable data or does
+not fit in one page.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ SOURCES = (
     *("ptrace/tracee.c", "ptrace/filters.c", "ptrace/inject.c", "ptrace/run_gate.c"),
 )
 
-#: Compiler flags of the helper. It has no libc and must not touch the FPU state, and the
-#: optimizer must not turn its loops into calls of memset().
+#: Compiler flags of the helper. They prevent the use of FPU registers, and calls of libc functions,
+#: into which the optimizer could turn loops (memset()).
 HELPER_FLAGS = [
     *("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror"),
     *("-ffreestanding", "-fno-builtin", "-fPIE", "-fno-stack-protector"),
@@ -62,8 +63,8 @@ def write_helper_header() -> None:
     )
 
 
-#: The headers whose declarations are available in Python. They may contain only what cffi can
-#: parse: types, prototypes and integer macros.
+#: The headers whose declarations are available in Python. They may contain only types, prototypes
+#: and integer macros, because cffi parses them.
 SHARED_HEADERS = (
     "common/headroom.h",
     "common/memory_source.h",
@@ -80,12 +81,12 @@ LITERAL = re.compile(r"0x[0-9a-f]+[ul]*|[0-9]+", re.IGNORECASE)
 
 
 def declarations(header: str) -> str:
-    """Return a header without comments and directives, except ``#define NAME NUMBER``."""
+    """Return the declarations and the integer macros of a header, without comments."""
     text = re.sub(r"/\*.*?\*/|//[^\n]*", "", (HERE / header).read_text(), flags=re.DOTALL)
     lines = []
     for line in text.splitlines():
         if macro := re.match(r"#define (\w+)\s+(\S.*?)\s*$", line):
-            value = macro[2] if LITERAL.fullmatch(macro[2]) else "..."  # cffi asks the compiler
+            value = macro[2] if LITERAL.fullmatch(macro[2]) else "..."  # the compiler evaluates it
             lines.append(f"#define {macro[1]} {value}")
         elif not line.startswith("#"):
             lines.append(line)
@@ -139,7 +140,7 @@ static int take_fd(int32_t pidfd, int32_t number)
 	return fd < 0 ? -errno : (int)fd;
 }
 
-/* tgkill(2). Returns 0 or a negative errno. */
+/* Call tgkill(2). Returns 0 or a negative errno. */
 static int send_signal(int32_t pid, int32_t tid, int32_t number)
 {
 	return syscall(SYS_tgkill, pid, tid, number) < 0 ? -errno : 0;

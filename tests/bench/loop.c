@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * The baseline for the tool's seconds.prefault: a virtual machine monitor that only issues the
- * same chunks, from its main thread.
+ * A minimal virtual machine monitor, whose main thread issues the same chunks as the tool. Its time
+ * is the baseline for the tool's seconds.prefault.
  *
  * The VM has one vCPU and one slot of populated, writable anonymous memory with 4K pages. For each
  * line on stdin, the program creates a new VM with the same memory, prefaults it, and prints the

@@ -52,8 +52,8 @@ static void *allocate(void *argument)
 }
 
 /*
- * Request the status: the control socket's thread takes pf_lock and allocates. The plugin refuses a
- * client while as many earlier ones as it serves have not been closed yet.
+ * Request the status in a loop, because the control socket's thread takes pf_lock and allocates. A
+ * request can fail, because the plugin refuses clients while it still serves the maximum number.
  */
 static void *ask(void *path)
 {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * Threads that check that nothing changes their state: all registers, the red zone, flags, x87 and
- * SSE control words, errno, signal mask, alternate stack, and that no signal is lost.
+ * Run threads that check that nothing changes their state: all registers, the red zone, flags, x87
+ * and SSE control words, errno, signal mask and alternate stack. They also check that no signal is
+ * lost.
  *
  * The program prints its thread ids, runs until the end of stdin, and prints the result.
  * test_inject_victim.py builds it and injects system calls into its threads.
@@ -51,8 +52,8 @@ static int has_avx;
 
 /*
  * Load all registers from *in, make the system call (or count down from 20000 if number is
- * negative), and store all registers to *out. The function is in assembly, because the compiler
- * needs registers of its own.
+ * negative), and store all registers to *out. The function is in assembly, because compiled code
+ * would change registers.
  */
 void run_with_state(const struct state *in, struct state *out, long number, long avx);
 __asm__(".globl run_with_state\n"

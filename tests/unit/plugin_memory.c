@@ -3,7 +3,8 @@
  * Start a guest on huge pages that the host does not have. test_native_plugin_memory.py links this
  * file with the plugin's files.
  *
- * With "learn" the plugin finds the mapping in /proc/self/smaps, with "hook" by its mmap() hook.
+ * With "learn", the plugin reads the mapping from /proc/self/smaps. With "hook", its mmap() hook
+ * reports the mapping.
  * The program prints the page size, whether the pool is too small, and the populate option.
  */
 #define _GNU_SOURCE

@@ -2,9 +2,10 @@
 /*
  * Start a guest whose RAM is a file, and print the populate policy that the plugin chooses.
  *
- * Arguments: PATH SIZE shared|private hook|learn [OTHER-PATH OTHER-SIZE]. With the last two, another
- * file is allocated after the guest has started, and the MiB that the plugin then populates are
- * printed. test_native_plugin_source.py links this program with the plugin's files.
+ * Arguments: PATH SIZE shared|private hook|learn [OTHER-PATH OTHER-SIZE]. If the last two are
+ * given, the program allocates another file after the guest has started, and prints how many MiB
+ * the plugin then populates. test_native_plugin_source.py links this program with the plugin's
+ * files.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>

@@ -72,7 +72,7 @@ def expect_reads(vcpu: KvmVcpu, memory: Memory, faults: int | None, gpa: int = G
 def expect_writes(
     vcpu: KvmVcpu, memory: Memory, faults: int | None, gpa: int = GPA, value: int = 0xA5A50001
 ) -> int:
-    """Check that the guest's writes reach the memory with the expected number of faults.
+    """Check that the guest writes to the memory with the expected number of faults.
 
     :param faults: the expected number of stage-2 faults; None for any number.
     :returns: the number of stage-2 faults that the writes took.

@@ -110,7 +110,7 @@ def structure_read_only() -> None:
 
 
 def _efault(spoil: Callable[[Fixture], None], first: int) -> None:
-    """Check that pages before ``first`` are mapped and that the rest fail with EFAULT.
+    """Check that pages before ``first`` are mapped and later ones fail with EFAULT.
 
     :param spoil: makes the pages from ``first`` on inaccessible.
     """

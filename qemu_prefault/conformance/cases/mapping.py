@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Repeated, read-only, partial and double mappings, and operations that unmap pages."""
+"""Repeated, read-only and partial mappings, and operations that unmap pages."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def _merged(size: int) -> Memory:
 
 
 def _soft_clean(size: int) -> Memory:
-    """Return written memory that soft-dirty tracking (/proc/PID/clear_refs) write-protects."""
+    """Return memory that was written and that soft-dirty tracking write-protects."""
     memory = touched(small(size), "write")
     entry = 8 * (memory.address // PAGE_SIZE)
     with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:

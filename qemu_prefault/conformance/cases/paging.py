@@ -84,7 +84,7 @@ for name, mode in (("real", abi.RESET), ("protected", abi.FLAT32), ("long", LONG
 
 
 def _live_guest(mode: abi.CpuMode) -> None:
-    """Prefault repeatedly on one vCPU while another one adds 1 to each page in a loop."""
+    """Prefault repeatedly on one vCPU while another one increments a word per page."""
     fixture = make_fixture()
     runner = fixture.vm.vcpu(mode=mode)
     runner.warm()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Concurrent prefaults on several vCPUs, of the same range or of separate stripes."""
+"""Concurrent prefaults on several vCPUs: of the same range, or of separate parts."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Slots that change during the ioctl, or before a vCPU has entered the guest again.
+"""Slots that change during the ioctl, or before the vCPU enters the guest again.
 
 These cases detect two kernel bugs. With both, the ioctl retries until its thread gets a signal.
 The first bug affects a vCPU whose root became obsolete (fixed by 20a6cff3b283, v6.15). The second

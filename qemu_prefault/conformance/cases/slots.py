@@ -36,7 +36,7 @@ _ZAP_ALL = "mmu/mmu.c:kvm_arch_flush_shadow_memslot(), KVM_X86_QUIRK_SLOT_ZAP_AL
 def _with_other_slot(
     *, quirk: bool = True, kind: int = abi.VM_DEFAULT
 ) -> tuple[Fixture, Stage2Leaves]:
-    """Return a fixture with two prefaulted slots, and the leaves before the prefaults."""
+    """Return a fixture with two prefaulted slots, and the leaves before that."""
     fixture = make_fixture(vm=KvmVm(kind, quirk=quirk))
     other = small(8 * PAGE_SIZE)
     other.write()

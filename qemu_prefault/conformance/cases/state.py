@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Changes of a vCPU's state between the prefault and KVM_RUN. KVM keeps the tables."""
+"""Changes of a vCPU's state between a prefault and KVM_RUN."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ for name, what, change in _CHANGES:
 
 
 def _across_modes(first: abi.CpuMode, then: abi.CpuMode) -> None:
-    """Prefault on a vCPU in one CPU mode, and use the memory on a vCPU in another mode."""
+    """Prefault on a vCPU in one CPU mode, and use the memory in another CPU mode."""
     fixture = make_fixture()
     helper = fixture.vm.vcpu(mode=first)
     before = fixture.vm.leaves()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The state of the vCPU when the ioctl starts: never run, idle, running or halted."""
+"""Prefaults on vCPUs that have never run, are idle, run, or are halted."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ static bool parse_number(const char *text, uint64_t *number)
 	return true;
 }
 
-/* Read a file that holds one number. False if it holds "max" or could not be read. */
+/* Read a file that contains one number. Returns false for "max" or if the file is not readable. */
 static bool read_number(int fd, uint64_t *number)
 {
 	char text[64];
@@ -63,7 +63,7 @@ static bool read_number_at(int directory, const char *name, uint64_t *number)
 	return found;
 }
 
-/* Read the number after a key at the start of a line: memory.stat "key 1", meminfo "Key: 1 kB". */
+/* Read the number after a key at the start of a line, as in memory.stat and /proc/meminfo. */
 static bool read_value(int fd, const char *key, uint64_t *number)
 {
 	char text[8192];
@@ -104,7 +104,7 @@ static bool has_word(const char *list, const char *word)
 	return false;
 }
 
-/* Find the process's path in the hierarchy of the controller: its v1 hierarchy, else v2. */
+/* Find the process's path in the controller's v1 hierarchy, or in the v2 hierarchy without v1. */
 static bool find_path(const char *cgroup_file, const char *controller, char *path, size_t size,
 		      int32_t *unified)
 {
@@ -157,7 +157,7 @@ static void strip_slashes(char *text)
 		text[--length] = '\0';
 }
 
-/* Find a cgroup's directory below a mount point. False if the mount does not contain it. */
+/* Find a cgroup's directory below a mount point. Returns false if the mount does not show it. */
 static bool place(const char *root, const char *point, const char *path,
 		  struct headroom_group *group)
 {
@@ -237,8 +237,8 @@ void pf_headroom_open_group(const struct headroom_group *group, struct headroom_
 		return;
 	files->max = openat(directory, max, O_RDONLY | O_CLOEXEC);
 	/*
-	 * Exceeding memory.high kills nothing, but the kernel then throttles the thread that
-	 * populates (mm/memcontrol.c, mem_cgroup_handle_over_high()).
+	 * If the usage exceeds memory.high, the kernel does not kill a process, but it throttles
+	 * the thread that populates (mm/memcontrol.c, mem_cgroup_handle_over_high()).
 	 */
 	if (group->unified)
 		files->high = openat(directory, "memory.high", O_RDONLY | O_CLOEXEC);
@@ -269,7 +269,7 @@ uint64_t pf_headroom_group(const struct headroom_files *files, uint64_t least)
 		limit = high;
 	if (limit >= NO_LIMIT || !read_number(files->usage, &usage))
 		return least;
-	/* memory.stat is long and can only raise the result: read it only if needed. */
+	/* Read memory.stat only if necessary: it is long, and can only increase the result. */
 	if (left_of(limit, usage) >= least)
 		return least;
 	if (read_value(files->stat, files->unified ? "inactive_file" : "total_inactive_file",

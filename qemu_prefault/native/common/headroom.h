@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * Compute how much more memory a process may allocate, from /proc, sysfs and cgroup files. All
- * results are in bytes. HEADROOM_UNLIMITED means that no limit is set or none could be read.
+ * results are in bytes. HEADROOM_UNLIMITED means that no limit is set or that none could be read.
  *
- * In Python, memory_headroom() and hugetlb_free() (host/headroom.py) compute the same outside
- * QEMU. tests/unit/test_headroom_agreement.py checks both against one table.
+ * host/headroom.py is the Python implementation, for use outside QEMU.
+ * tests/unit/test_headroom_agreement.py checks that both return the same results.
  */
 #ifndef QEMU_PREFAULT_HEADROOM_H
 #define QEMU_PREFAULT_HEADROOM_H
@@ -13,10 +13,10 @@
 
 #define HEADROOM_UNLIMITED UINT64_MAX
 
-/* The directory of a process's cgroup. The directories of its ancestors are prefixes of it. */
+/* The directory of a process's cgroup, which also contains the paths of the cgroup's ancestors. */
 struct headroom_group {
 	char directory[4096];
-	uint32_t root_length; /* length of the hierarchy's mount point within directory */
+	uint32_t root_length; /* length of the mount point at the start of directory */
 	int32_t unified;      /* 1: cgroup v2; 0: v1 */
 };
 
@@ -30,9 +30,9 @@ struct headroom_files {
 uint64_t pf_headroom_host(int32_t meminfo_fd);
 
 /*
- * Find a process's cgroup. cgroup_file is the path of its /proc/PID/cgroup, mountinfo_file that
- * of our /proc/self/mountinfo. The controller is "memory" or "hugetlb". Returns 1, or 0 if no
- * mount shows the cgroup.
+ * Find a process's cgroup. cgroup_file is the path of the process's /proc/PID/cgroup, and
+ * mountinfo_file the path of /proc/self/mountinfo. The controller is "memory" or "hugetlb". Returns
+ * 1, or 0 if the cgroup is not below any mount point.
  */
 int pf_headroom_find_group(const char *cgroup_file, const char *mountinfo_file,
 			   const char *controller, struct headroom_group *group);
@@ -43,7 +43,7 @@ int pf_headroom_parent(struct headroom_group *group);
 void pf_headroom_open_group(const struct headroom_group *group, struct headroom_files *files);
 void pf_headroom_close_group(struct headroom_files *files);
 /*
- * Return the bytes that a memory cgroup still allows, or `least` if that is less. Inactive page
+ * Return the number of bytes that a memory cgroup still allows, but at most `least`. Inactive page
  * cache counts as available.
  */
 uint64_t pf_headroom_group(const struct headroom_files *files, uint64_t least);
@@ -51,8 +51,9 @@ uint64_t pf_headroom_group(const struct headroom_files *files, uint64_t least);
 /* Return the bytes that a hugetlb cgroup still allows. directory_fd is the cgroup's directory. */
 uint64_t pf_headroom_hugetlb_group(int32_t directory_fd, int32_t unified, uint64_t page_size);
 /*
- * Return the free bytes of the hugetlb pool of that page size, including pages that it may still
- * overcommit; 0 if no such pool exists. directory_fd is /sys/kernel/mm/hugepages.
+ * Return the free bytes of the hugetlb pool with this page size, or 0 if the pool does not exist.
+ * Pages that the kernel may still add by overcommit count as free. directory_fd is a descriptor of
+ * /sys/kernel/mm/hugepages.
  */
 uint64_t pf_headroom_hugetlb_pool(int32_t directory_fd, uint64_t page_size);
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * The free memory of sources smaller than the host: NUMA nodes, hugetlb pools and file systems.
- * All sizes are in bytes, or HEADROOM_UNLIMITED.
+ * The free memory of NUMA nodes, hugetlb pools and file systems. All sizes are in bytes.
+ * HEADROOM_UNLIMITED means that the source has no limit.
  *
- * host/memory_source.py computes the same for agents outside QEMU.
- * tests/unit/test_headroom_agreement.py checks both against one table.
+ * host/memory_source.py is the Python implementation, for agents outside QEMU.
+ * tests/unit/test_headroom_agreement.py checks that both return the same results.
  */
 #ifndef QEMU_PREFAULT_MEMORY_SOURCE_H
 #define QEMU_PREFAULT_MEMORY_SOURCE_H
@@ -27,21 +27,21 @@ int32_t pf_source_parse_nodes(const char *text, struct source_nodes *nodes);
 int32_t pf_source_confine(const struct source_nodes *with_memory, const struct source_nodes *bound,
 			  const struct source_nodes *allowed, struct source_nodes *confined);
 
-/* Return MemFree plus Inactive(file) of the nodes. nodes_fd is /sys/devices/system/node. */
+/* Return MemFree plus Inactive(file) of the nodes. nodes_fd refers to /sys/devices/system/node. */
 uint64_t pf_source_nodes(int32_t nodes_fd, const struct source_nodes *nodes);
 
 /*
- * Return the bytes in the pool of huge pages of that size that are free and not reserved for others.
+ * Return the bytes in free huge pages of this size that are not reserved for other mappings.
  *
- * pools_fd is /sys/kernel/mm/hugepages. nodes are the nodes that the pages must come from, NULL for
- * any. ours is the number of bytes that are reserved for the caller's mappings.
+ * pools_fd refers to /sys/kernel/mm/hugepages. nodes are the nodes that the pages must come from;
+ * NULL means any node. ours is the number of bytes that are reserved for the caller's mappings.
  */
 uint64_t pf_source_hugetlb(int32_t pools_fd, int32_t nodes_fd, const struct source_nodes *nodes,
 			   uint64_t page_size, uint64_t ours);
 
 /*
- * Return the free bytes of an open file's file system. Sets *others to 0 if the file system has no
- * more than `inodes` inodes besides its root directory, so that no other file can use free bytes.
+ * Return the free bytes of an open file's file system. Sets *others to 0 if the file system has at
+ * most `inodes` inodes besides its root directory, because then no other file uses the free bytes.
  */
 uint64_t pf_source_file_system(int32_t fd, uint64_t inodes, int32_t *others);
 

@@ -11,19 +11,20 @@ struct pagemap_region {
 
 /*
  * Find the pages of [start, end) that a read fault of KVM maps writable. Such a page is present
- * and not the zero page. In a private mapping it is also not a page of the file's page cache.
- * Fills regions[] with at most count regions in ascending order and sets *next to where the scan
- * stopped (end if it is complete). Returns the number of regions, or -errno.
+ * and is not the zero page. In a private mapping, it is also not in the file's page cache.
  *
- * Uses PAGEMAP_SCAN (Linux 6.7) if the kernel has it, else /proc/PID/pagemap entries. Those do
- * not distinguish the zero page from other pages.
+ * Fills regions[] with at most count regions in ascending order. Sets *next to the address at which
+ * the scan stopped, which is end if the scan is complete. Returns the number of regions, or -errno.
+ *
+ * If the kernel does not have PAGEMAP_SCAN (Linux 6.7), the function reads /proc/PID/pagemap
+ * entries, which do not distinguish the zero page from other pages.
  */
 long pf_pagemap_writable(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,
 			 struct pagemap_region *regions, size_t count, uint64_t *next);
 
 /*
- * Count bytes in [start, end): *present is mapped in the process, *writable is what
- * pf_pagemap_writable() finds. Returns 0 or -errno.
+ * Count the bytes in [start, end). Sets *present to the bytes that are mapped in the process, and
+ * *writable to the bytes that pf_pagemap_writable() finds. Returns 0 or -errno.
  */
 long pf_pagemap_sum(int32_t fd, uint64_t start, uint64_t end, int32_t is_private, uint64_t *present,
 		    uint64_t *writable);

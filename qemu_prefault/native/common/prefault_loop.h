@@ -2,12 +2,12 @@
 /*
  * The prefault loop, shared by the helper and the plugin.
  *
- * It processes ranges in bounded chunks: MADV_POPULATE_WRITE for a host range,
- * KVM_PRE_FAULT_MEMORY for a guest range. The helper runs inside QEMU without libc, so this file
- * is freestanding: no globals, no string literals, no code that a compiler could turn into a call
- * of memcpy().
+ * The loop processes each range in chunks, with MADV_POPULATE_WRITE for a host range and
+ * KVM_PRE_FAULT_MEMORY for a guest range. The helper runs inside QEMU without libc. Therefore this
+ * file must not use globals, string literals, or code that a compiler can turn into a call of
+ * memcpy().
  *
- * Chunks are bounded because KVM holds kvm->srcu during the whole ioctl
+ * The size of a chunk is limited because KVM holds kvm->srcu during the whole ioctl
  * (virt/kvm/kvm_main.c, kvm_vcpu_pre_fault_memory()), and every memslot change waits for it.
  * The loop measures time because on kernels without commits 20a6cff3b283 (v6.15) and
  * 3ccbf6f47098 (v6.18) the ioctl can retry forever, until the thread gets a signal.
@@ -30,11 +30,11 @@ struct kvm_pre_fault_memory_args {
 };
 #define PREFAULT_IOCTL 0xC040AED5ul	/* _IOWR(KVMIO, 0xd5, struct kvm_pre_fault_memory) */
 #define PREFAULT_MADV_POPULATE_WRITE 23 /* Linux 5.14 */
-#define PREFAULT_CLOCK_MONOTONIC 1	/* <time.h> belongs to libc */
+#define PREFAULT_CLOCK_MONOTONIC 1	/* <time.h> is not available without libc */
 
 /*
- * Callbacks of the loop's caller. Both run between chunks. If go_on returns 0 the batch ends.
- * before_ioctl may be NULL.
+ * Callbacks of the loop's caller. Both run before each chunk. If go_on returns 0, the range ends
+ * with PREFAULT_ABORTED. before_ioctl may be NULL.
  */
 struct prefault_hooks {
 	int (*go_on)(void *context);
@@ -48,12 +48,12 @@ static inline uint64_t prefault_now_ns(void)
 		int64_t seconds, nanoseconds;
 	} now;
 
-	/* A system call, because only libc knows the address of the vDSO's clock_gettime(). */
+	/* Use a system call, because only libc knows the address of the vDSO's clock_gettime(). */
 	prefault_syscall3(__NR_clock_gettime, PREFAULT_CLOCK_MONOTONIC, (long)&now, 0);
 	return (uint64_t)now.seconds * 1000000000u + (uint64_t)now.nanoseconds;
 }
 
-/* Do one bounded step. Returns the bytes done; *error is 0 or a positive errno. */
+/* Process one chunk. Returns the number of bytes done. Sets *error to 0 or a positive errno. */
 static inline uint64_t prefault_step(const struct prefault_range *range, uint64_t bytes,
 				     int vcpu_fd, int *error)
 {
@@ -97,7 +97,7 @@ static inline void prefault_run_range(struct prefault_range *range, int vcpu_fd,
 		range->done += step;
 		if (step)
 			progress_at = now;
-		/* EINTR: a signal. EAGAIN: the slot is being deleted (3ccbf6f47098, v6.18). */
+		/* EINTR: a signal arrived. EAGAIN: QEMU deletes the slot (3ccbf6f47098, v6.18). */
 		if (error == EINTR || error == EAGAIN) {
 			if (now - progress_at < limits->stuck_ns)
 				continue;

@@ -6,9 +6,9 @@
 #include <errno.h>
 #include <stdint.h>
 
-/* No progress within the time limit. Neither of the two system calls returns this errno. */
+/* The range made no progress within the time limit. Neither system call returns this errno. */
 #define PREFAULT_STUCK ETIME
-/* Stopped on request before this range was complete. Neither call returns this errno. */
+/* The loop was stopped before the range was complete. Neither system call returns this errno. */
 #define PREFAULT_ABORTED ECANCELED
 
 enum prefault_kind {
@@ -26,7 +26,7 @@ struct prefault_range {
 
 struct prefault_limits {
 	uint64_t chunk_bytes; /* maximum size of one system call */
-	uint64_t stuck_ns;    /* abandon a range after this time without progress */
+	uint64_t stuck_ns;    /* end a range after this time without progress */
 };
 
 #endif

@@ -5,7 +5,7 @@
 
 #include <asm/unistd.h>
 
-#define SYSCALL_BYTES 2 /* length of the instruction */
+#define SYSCALL_BYTES 2 /* length of the syscall instruction */
 
 static inline long prefault_syscall3(long number, long a, long b, long c)
 {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * C functions for qemu_prefault/conformance: ioctls with a time limit, and ioctls from a task
- * that shares only our memory.
+ * Functions for qemu_prefault/conformance: ioctls with a time limit, and ioctls in a child process
+ * that shares this process's memory.
  *
  * The time limit is needed because kernels without commits 20a6cff3b283 (v6.15) and 3ccbf6f47098
  * (v6.18) can retry KVM_PRE_FAULT_MEMORY forever, until the calling thread gets a signal.
@@ -95,7 +95,7 @@ long pf_vmm_ioctl_in_clone(int32_t fd, uint64_t request, uint64_t argument)
 
 	if (!stack)
 		return -ENOMEM;
-	/* CLONE_VFORK suspends this thread, because the child uses its errno. */
+	/* CLONE_VFORK suspends this thread, whose errno the child uses. */
 	int pid = clone(issue_ioctl, stack + STACK_BYTES, CLONE_VM | CLONE_VFORK | SIGCHLD, &call);
 
 	if (pid < 0)

@@ -7,16 +7,16 @@
 
 /* Install an empty handler for pf_vmm_signal(), which interrupts ioctls. Returns 0 or -errno. */
 int pf_vmm_init(void);
-/* Return the signal that ends an ioctl early. The timer sends it, and callers may too. */
+/* Return the signal by which pf_vmm_ioctl_limited() interrupts ioctls. Callers may also send it. */
 int pf_vmm_signal(void);
 
 /* Call ioctl(). Returns its result or a negative errno. */
 long pf_vmm_ioctl(int32_t fd, uint64_t request, uint64_t argument);
 
-/* Call ioctl() and interrupt it after limit_ns, then every 10 ms. 0 means no limit. */
+/* Call ioctl(). Interrupt it after limit_ns nanoseconds and then every 10 ms. 0 means no limit. */
 long pf_vmm_ioctl_limited(int32_t fd, uint64_t request, uint64_t argument, uint64_t limit_ns);
 
-/* Call ioctl() in a child process that shares only our memory (clone(CLONE_VM)). */
+/* Call ioctl() in a child process that shares this process's memory (clone(CLONE_VM)). */
 long pf_vmm_ioctl_in_clone(int32_t fd, uint64_t request, uint64_t argument);
 
 /*

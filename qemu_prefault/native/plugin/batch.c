@@ -156,7 +156,7 @@ enum request_error pf_batch_start(struct worker_ranges *assigned, size_t count,
 		return REQUEST_NO_MEMORY;
 
 	sigfillset(&mask);
-	/* For pf_kick_thread(). QEMU's handler does nothing in a thread without a vCPU. */
+	/* pf_kick_thread() sends SIGUSR1. QEMU's handler does nothing in threads without a vCPU. */
 	sigdelset(&mask, SIGUSR1);
 	pthread_mutex_lock(&pf_lock);
 	if (batch.workers) {

@@ -27,12 +27,12 @@ size_t pf_batch_worker_count(void);
  */
 enum request_error pf_batch_start(struct worker_ranges *assigned, size_t count,
 				  uint64_t chunk_bytes);
-/* Return whether the batch is done. Sets the bytes done so far and the time taken. */
+/* Return whether the batch is done. Sets *bytes to the bytes done, and *seconds to the duration. */
 bool pf_batch_done(uint64_t *bytes, double *seconds);
 void pf_batch_abort(void);
 void pf_batch_end(void);
 
-/* For the watchdog: interrupt stuck workers of the batch. */
+/* The watchdog calls these functions to interrupt stuck workers. */
 bool pf_batch_running(void);
 void pf_batch_kick(void);
 

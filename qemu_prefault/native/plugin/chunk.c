@@ -43,8 +43,8 @@ static void run_range(struct prefault_range *range, struct run_ctx *ctx)
 }
 
 /*
- * Map the item in stage 2. Returns the bytes done, and sets *mapped to the bytes mapped and *error
- * to the ioctl's errno. Absent pages of a resident-only item count as done.
+ * Map the item in stage 2. Returns the bytes done. Sets *mapped to the bytes mapped, and *error to
+ * the ioctl's errno. Absent pages of a resident-only item count as done.
  */
 static uint64_t run_stage2(const struct work_item *item, struct run_ctx *ctx, uint64_t *mapped,
 			   int *error)
@@ -81,10 +81,10 @@ struct progress {
 	uint64_t started, populated_at, ended;
 	uint64_t populated;    /* bytes */
 	uint64_t mapped, done; /* bytes; see run_stage2() */
-	int error;	       /* the ioctl's */
+	int error;	       /* errno of the ioctl */
 };
 
-/* Call this and the functions below with pf_lock held. */
+/* Call this function, end_populate() and end_stage2() with pf_lock held. */
 static void count_progress(const struct work_item *item, struct run_ctx *ctx,
 			   const struct progress *progress, struct memslot *slot)
 {
@@ -122,7 +122,7 @@ static void end_populate(const struct work_item *item, const struct prefault_ran
 		pf_log_event("error", "populate", ",\"errno\":%d,\"gpa\":%llu,\"size\":%llu",
 			     populate->error, (unsigned long long)(item->gpa + populate->done),
 			     (unsigned long long)(rest.size - populate->done));
-		if (slot) /* still prefault the pages that are present */
+		if (slot) /* prefault only the pages that are present */
 			pf_queue_make_resident_only(slot);
 	}
 }
@@ -147,7 +147,7 @@ static void end_stage2(const struct work_item *item, struct vcpu *self,
 	} else if (error) {
 		pf_counters.errors++;
 		if (slot && (error == EFAULT || error == ENOENT)) {
-			pf_queue_drop_memslot(slot->id); /* the memslot is not RAM */
+			pf_queue_drop_memslot(slot->id); /* not RAM */
 			slot->state = SLOT_SKIPPED;
 			slot->why = "not prefaultable";
 			pf_queue_update();

@@ -11,12 +11,12 @@
 /* The work of a vCPU thread before one KVM_RUN. */
 struct run_ctx {
 	struct vcpu *vcpu;
-	uint64_t deadline;		/* 0: no deadline */
+	uint64_t deadline;		/* CLOCK_MONOTONIC, in ns; 0: no deadline */
 	uint64_t populated, prefaulted; /* bytes */
 	bool in_ioctl, again;
 };
 
-/* Populate, then prefault. Call with pf_lock held; the function releases it during system calls. */
+/* Populate and prefault. Call with pf_lock held. The function releases it during system calls. */
 void pf_chunk_run(struct work_item item, struct run_ctx *ctx);
 
 #endif

@@ -30,7 +30,7 @@ static void set_paused(bool wanted)
 			if (pf_memslots[i].state == SLOT_KEPT)
 				pf_queue_memslot(&pf_memslots[i]);
 	}
-	pf_log_event(wanted ? "held" : "released", "asked for", "%s", "");
+	pf_log_event(wanted ? "held" : "released", "requested", "%s", "");
 	pf_queue_update();
 	pthread_mutex_unlock(&pf_lock);
 }
@@ -89,8 +89,8 @@ static void follow(FILE *out)
 }
 
 /*
- * Read COUNT lines "WORKER KIND START SIZE". ranges[] is sorted by worker; where[i] is the index in
- * ranges[] of input line i.
+ * Read count lines "WORKER KIND START SIZE" into ranges[], sorted by worker. Sets where[i] to the
+ * index in ranges[] of input line i.
  */
 static enum request_error read_ranges(FILE *in, size_t count, struct worker_ranges *assigned,
 				      size_t vcpus, struct prefault_range *ranges, size_t *where)

@@ -7,8 +7,8 @@
 #include <stdio.h>
 
 /*
- * Answer one request, a line of words, with lines of JSON. docs/usage/plugin.md lists the
- * requests. Returns false if the caller must close the connection.
+ * Answer one request. The request is a line of words, and the answer is one or more lines of JSON.
+ * docs/usage/plugin.md lists the requests. Returns false if the caller must close the connection.
  */
 bool pf_command_answer(int fd, FILE *in, FILE *out, char *line);
 

@@ -69,7 +69,7 @@ static void *listen_on(void *unused)
 
 		if (fd < 0) {
 			if (errno != EINTR && errno != ECONNABORTED)
-				poll(NULL, 0, 100); /* probably out of descriptors */
+				poll(NULL, 0, 100); /* too many open files: wait */
 			continue;
 		}
 		if (!welcome(fd) || atomic_fetch_add(&clients, 1) >= MAX_CLIENTS) {
@@ -95,7 +95,7 @@ static void remove_socket(void)
 		unlink(address.sun_path);
 }
 
-/* Bind the socket to a path. A socket without a listener was left by a killed QEMU: replace it. */
+/* Bind the socket to a path. Replaces a socket that a killed QEMU has left there. */
 static bool bind_here(const char *path)
 {
 	mode_t before;
@@ -151,8 +151,8 @@ void pf_control_socket_start(void)
 
 	if (!(pf_options.socket[0] ? bind_here(pf_options.socket) : bind_default())) {
 		fprintf(stderr,
-			"qemu-prefault: cannot create the control socket %s: %s; set socket=/PATH "
-			"or socket=off\n",
+			"qemu-prefault: cannot create the control socket %s: %s; use the option "
+			"socket=/PATH or socket=off\n",
 			address.sun_path, strerror(errno));
 		return;
 	}

@@ -2,7 +2,7 @@
 #ifndef QEMU_PREFAULT_PLUGIN_CONTROL_SOCKET_H
 #define QEMU_PREFAULT_PLUGIN_CONTROL_SOCKET_H
 
-/* Bind the control socket and serve it from new threads. A failure prints a warning. */
+/* Bind the control socket and serve it from new threads. Prints a warning if this fails. */
 void pf_control_socket_start(void);
 
 #endif

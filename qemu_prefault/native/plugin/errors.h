@@ -1,23 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * Errors of requests over the control socket: {"error": TEXT, "code": CODE}. Clients must decide
- * by the code, which is stable. The text is for users and may change.
+ * Errors of requests over the control socket: {"error": TEXT, "code": CODE}. Clients must check the
+ * code, which is stable. The text is for users and may change.
  */
 #ifndef QEMU_PREFAULT_PLUGIN_ERRORS_H
 #define QEMU_PREFAULT_PLUGIN_ERRORS_H
 
 /* X(name, code, text) */
-#define REQUEST_ERRORS(X)                                                                \
-	X(BUSY, "busy", "another batch is running; retry after it ends")                 \
-	X(NO_MEMORY, "no-memory", "QEMU has no memory for the request")                  \
-	X(NO_THREAD, "no-thread", "a worker thread could not be started")                \
-	X(BAD_RANGE, "bad-range",                                                        \
-	  "a range must be: WORKER KIND START SIZE, with START and SIZE page-aligned")   \
-	X(BAD_CHUNK, "bad-chunk", "CHUNK_BYTES must be a positive multiple of 4096")     \
-	X(INCOMPLETE, "incomplete", "the connection ended before all ranges were sent")  \
-	X(UNKNOWN_REQUEST, "unknown-request",                                            \
-	  "unknown request; the requests are: status, pause, resume, prefault, follow, " \
-	  "populate auto|all|resident, lend, work COUNT CHUNK_BYTES, "                   \
+#define REQUEST_ERRORS(X)                                                                        \
+	X(BUSY, "busy", "another batch is running; retry after it ends")                         \
+	X(NO_MEMORY, "no-memory", "QEMU could not allocate memory for the request; free memory") \
+	X(NO_THREAD, "no-thread",                                                                \
+	  "a worker thread could not be started; raise QEMU's limit on threads")                 \
+	X(BAD_RANGE, "bad-range",                                                                \
+	  "a range must be: WORKER KIND START SIZE, with START and SIZE page-aligned")           \
+	X(BAD_CHUNK, "bad-chunk", "CHUNK_BYTES must be a positive multiple of 4096")             \
+	X(INCOMPLETE, "incomplete", "the connection ended before all ranges were sent")          \
+	X(UNKNOWN_REQUEST, "unknown-request",                                                    \
+	  "unknown request; the requests are: status, pause, resume, prefault, follow, "         \
+	  "populate auto|all|resident, lend, work COUNT CHUNK_BYTES, "                           \
 	  "work-lent COUNT CHUNK_BYTES")
 
 #define REQUEST_ERROR_ENUM(name, code, text) REQUEST_##name,

@@ -8,7 +8,7 @@
 #include <stdint.h>
 
 /*
- * Log an event. The format gives further JSON fields, each preceded by a comma. Call with pf_lock
+ * Log an event. The format specifies more JSON fields, each preceded by a comma. Call with pf_lock
  * held.
  */
 void pf_log_event(const char *name, const char *why, const char *format, ...)
@@ -16,7 +16,7 @@ void pf_log_event(const char *name, const char *why, const char *format, ...)
 
 /* Return the sequence number of the latest event. */
 uint64_t pf_last_event(void);
-/* Get the event after *sequence as a line of JSON. Returns false if none arrives in time. */
+/* Get the event after *sequence as a line of JSON. Returns false if none arrives in timeout_ms. */
 bool pf_next_event(uint64_t *sequence, char *line, size_t size, int timeout_ms);
 
 #endif

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-/* The firmware's progress with low RAM, seen in QEMU's memslots. Call with pf_lock held. */
+/* The state of the firmware, derived from QEMU's memslots. Call all functions with pf_lock held. */
 #ifndef QEMU_PREFAULT_PLUGIN_FIRMWARE_H
 #define QEMU_PREFAULT_PLUGIN_FIRMWARE_H
 
@@ -8,7 +8,7 @@
 /* Return whether the firmware will still make QEMU change the low-RAM memslot. */
 bool pf_firmware_at_work(void);
 
-/* Return whether a reset at this moment would hang the guest. */
+/* Return whether a reset in the current state would hang the guest. */
 bool pf_firmware_copies_itself(void);
 
 #endif

@@ -97,7 +97,7 @@ static int redirect_program(struct dl_phdr_info *program, size_t size, void *con
 		}
 	if (relro)
 		mprotect((void *)relro, relro_end - relro, PROT_READ);
-	return 1; /* stop: the first object is the program itself */
+	return 1; /* end the iteration: the first object is the program itself */
 }
 
 unsigned int pf_got_redirect(const struct got_entry *entries, size_t count)

@@ -20,9 +20,9 @@ static struct candidates {
 	atomic_size_t count;
 	struct candidates *_Atomic next;
 } candidates;
-static atomic_bool candidates_incomplete; /* one was lost: out of memory */
+static atomic_bool candidates_incomplete; /* an entry was lost for lack of memory */
 
-/* Serializes add(). No other lock is taken while it is held. */
+/* Serializes add(). A thread that holds it takes no other lock. */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static void add(uint64_t from, uint64_t to, dev_t device, ino_t inode)

@@ -3,8 +3,8 @@
  * Memory and files of QEMU that may belong to the guest. The hooks ignore all others.
  *
  * Allocators call madvise(), fallocate() and mmap() while they hold their own locks, so the
- * functions that look up a range take no lock. Entries are added and widened, but never removed: a
- * stale entry only makes a lookup slower.
+ * functions that look up a range take no lock. Entries are added and extended, but never removed,
+ * because a stale entry only makes a hook slower.
  */
 #ifndef QEMU_PREFAULT_PLUGIN_GUEST_RANGES_H
 #define QEMU_PREFAULT_PLUGIN_GUEST_RANGES_H
@@ -20,7 +20,7 @@ void pf_guest_ranges_add(uint64_t start, uint64_t end, dev_t device, ino_t inode
 bool pf_guest_ranges_touch(uint64_t start, uint64_t size);
 /* Return whether an entry is a mapping of this file. */
 bool pf_guest_ranges_have_file(int fd);
-/* Return whether there is any entry. */
+/* Return whether at least one entry exists. */
 bool pf_guest_ranges_exist(void);
 
 #endif

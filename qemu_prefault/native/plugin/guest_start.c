@@ -28,7 +28,7 @@ static void add_claim(const struct memory_source *source, uint64_t absent)
 		at++;
 	if (at == claim_count) {
 		if (!pf_grow((void **)&claims, &claim_capacity, claim_count, sizeof(*claims)))
-			return; /* out of memory: chunk.c checks each chunk again */
+			return; /* no memory for the claim: chunk.c checks each chunk again */
 		claims[claim_count++] = (struct claim){ .source = *source };
 	}
 	claims[at].wanted += absent;
@@ -39,9 +39,9 @@ static void populate_no_more(uint64_t wanted, uint64_t left, const char *of, con
 {
 	pf_print_error(
 		"qemu-prefault: populating needs %llu MiB%s, but the %s has only "
-		"%llu MiB: only present pages are prefaulted; free memory or raise the limit\n",
+		"%llu MiB, so only present pages are prefaulted; free memory or raise the limit\n",
 		(unsigned long long)wanted >> 20, of, where, (unsigned long long)left >> 20);
-	pf_log_event("held", "no memory to populate", ",\"bytes\":%llu",
+	pf_log_event("held", "too little memory to populate", ",\"bytes\":%llu",
 		     (unsigned long long)wanted);
 	pf_options.populate = POPULATE_RESIDENT;
 	for (size_t i = 0; i < pf_memslot_count; i++)
@@ -71,7 +71,7 @@ static void merge_files(void)
 			}
 }
 
-/* If a source does not have enough memory to populate all, prefault only present pages. */
+/* If a source does not have enough memory to populate all items, prefault only present pages. */
 static void check_headroom(void)
 {
 	static const char *const names[SOURCE_KINDS] = {
@@ -114,7 +114,7 @@ void pf_guest_start(void)
 	pf_guest_started = true;
 	if (pf_options.keep && pf_capable)
 		pf_quirk_decide();
-	/* Mapping facts may be newer than the slots: queue all slots again. */
+	/* Queue all slots again, because facts about mappings may have changed since. */
 	for (size_t i = 0; i < pf_memslot_count; i++)
 		if (pf_memslots[i].state == SLOT_KEPT)
 			pf_queue_memslot(&pf_memslots[i]);

@@ -64,7 +64,7 @@ static struct source_nodes policy_nodes(void *address, unsigned long flags, int 
 	return nodes;
 }
 
-/* Return the nodes that the memory's or this thread's policy binds to, or none if not bound. */
+/* Return the nodes to which the policy of the memory or of this thread binds it, or no nodes. */
 static struct source_nodes bound_nodes(uint64_t hva)
 {
 	const struct source_nodes none = { 0 };
@@ -102,7 +102,7 @@ size_t pf_headroom_sources(uint64_t hva, uint64_t size, struct memory_source *so
 		source.kind = SOURCE_NODES;
 		sources[count++] = source;
 	}
-	/* hugetlbfs has already counted reserved huge pages as used. */
+	/* hugetlbfs already counts reserved huge pages as used. */
 	if (!(facts & MEMORY_PRIVATE) && !(source.page_size && source.reserved)) {
 		source.kind = SOURCE_FILE_SYSTEM;
 		source.fd =
@@ -247,7 +247,7 @@ void pf_headroom_open(void)
 {
 	static struct headroom_group group;
 
-	close_groups(); /* after a fork, those of the parent process */
+	close_groups(); /* after a fork, these are the parent's cgroups */
 	if (meminfo_fd < 0)
 		meminfo_fd = open("/proc/meminfo", O_RDONLY | O_CLOEXEC);
 	open_nodes();

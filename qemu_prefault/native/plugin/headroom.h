@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-/* The memory that the host and QEMU's cgroups still allow; see common/headroom.h. */
+/* The memory that QEMU can still allocate; see common/headroom.h. All sizes are in bytes. */
 #ifndef QEMU_PREFAULT_PLUGIN_HEADROOM_H
 #define QEMU_PREFAULT_PLUGIN_HEADROOM_H
 
@@ -10,12 +10,12 @@
 #include "common/memory_source.h"
 
 /*
- * Open files that may be inaccessible later (chroot, another user). May be called again after a
- * fork.
+ * Open files that QEMU may be unable to open later, after a chroot or a change of the user. May be
+ * called again after a fork.
  */
 void pf_headroom_open(void);
 
-/* Return the bytes still available, by MemAvailable and QEMU's cgroups. */
+/* Return the bytes that MemAvailable and the limits of QEMU's cgroups still allow. */
 uint64_t pf_headroom(void);
 
 enum source_kind { SOURCE_HOST, SOURCE_NODES, SOURCE_POOL, SOURCE_FILE_SYSTEM, SOURCE_KINDS };
@@ -30,18 +30,18 @@ struct memory_source {
 	/* SOURCE_FILE_SYSTEM only: */
 	uint64_t device, inode; /* of the file */
 	uint64_t inodes;	/* files that QEMU has mapped in the file system */
-	int fd;			/* QEMU's descriptor of the file; not owned by us */
+	int fd;			/* QEMU's descriptor of the file, owned by QEMU */
 };
 
-/* Return the bytes of its file that have no block yet, or UINT64_MAX for other sources. */
+/* Return the bytes of a source's file that have no block yet, or UINT64_MAX without a file. */
 uint64_t pf_headroom_unallocated(const struct memory_source *source);
 /* Store all sources of a range. Returns their number, which is SOURCE_KINDS at most. */
 size_t pf_headroom_sources(uint64_t hva, uint64_t size, struct memory_source *sources);
-/* Return whether two sources are the same. Each file is a source of its own. */
+/* Return whether two sources are the same. Each file is a separate source. */
 bool pf_headroom_same(const struct memory_source *a, const struct memory_source *b);
 /*
- * Return the bytes that a source still has. ours is the number of bytes that are reserved for us in
- * a pool. reserve is subtracted if other users of the source have claims that we cannot see.
+ * Return the free bytes of a source. ours is the number of bytes that are reserved for QEMU in a
+ * pool. reserve is subtracted if the source may have other users, whose claims are unknown.
  */
 uint64_t pf_headroom_left(const struct memory_source *source, uint64_t ours, uint64_t reserve);
 

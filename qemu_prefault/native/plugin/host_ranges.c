@@ -39,15 +39,15 @@ static struct intervals marks[2];
 static int pagemap_fd = -1;
 
 /*
- * Protects mappings and marks. While it is held, only the lock of guest_ranges.c may be taken, and
- * nothing may be allocated.
+ * Protects mappings and marks. A thread that holds it may only take the lock of guest_ranges.c, and
+ * must not allocate.
  */
 static pthread_mutex_t lists_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static void intervals_add(struct intervals *list, struct interval item)
 {
 	if (!pf_grow((void **)&list->items, &list->capacity, list->count, sizeof(*list->items)))
-		return; /* out of memory: the fact is lost; pages may be populated twice */
+		return; /* no memory: the fact is lost, and pages may be populated twice */
 	list->items[list->count++] = item;
 }
 
@@ -131,7 +131,7 @@ void pf_ranges_learn(void)
 						  .device = makedev(major, minor),
 						  .fd = -1 };
 			line[strcspn(line, "\n")] = '\0';
-			/* A memfd has no path for statfs(). The "ht" flag below shows hugetlb. */
+			/* A memfd has no path for statfs(). The flag "ht" below marks hugetlb. */
 			if (inode && strncmp(line + path, "/memfd:", 7))
 				statfs(line + path, &filesystem);
 			if (inode)
@@ -344,7 +344,7 @@ bool pf_ranges_next_resident(uint64_t *start, uint64_t end, uint64_t *length)
 
 void pf_ranges_open(void)
 {
-	if (pagemap_fd >= 0) /* after a fork it belongs to another address space */
+	if (pagemap_fd >= 0) /* after a fork, this is the parent's address space */
 		close(pagemap_fd);
 	pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 }

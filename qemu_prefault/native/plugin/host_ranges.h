@@ -3,12 +3,12 @@
  * Facts about QEMU's memory: which ranges may be touched, and which are populated already.
  *
  * The plugin learns them from QEMU's mmap(), madvise() and fallocate() calls, because no other
- * interface reports them cheaply: that an anonymous mapping is overcommitted, and the holes that
- * virtio-mem and the balloon punch.
+ * interface reports cheaply which anonymous mappings are overcommitted, and where virtio-mem and
+ * the balloon have punched holes.
  *
- * Thread safe. The functions take a lock of their own and allocate nothing while they hold it,
- * because an allocator's mmap() also gets here. They may be called with pf_lock held. Hold pf_lock
- * if the facts must not change between two calls.
+ * The functions are thread-safe. While they hold their lock, they do not allocate, because an
+ * allocator's mmap() may call them. They may be called with pf_lock held. Hold pf_lock if the facts
+ * must not change between two calls.
  */
 #ifndef QEMU_PREFAULT_PLUGIN_HOST_RANGES_H
 #define QEMU_PREFAULT_PLUGIN_HOST_RANGES_H
@@ -17,9 +17,9 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-/* Facts about a mapping. The first three mean that only its resident pages are prefaulted. */
+/* Facts about a mapping. With populate=auto, the first three limit prefaults to resident pages. */
 enum memory_fact {
-	MEMORY_OVERCOMMIT = 1, /* MAP_NORESERVE: pages are absent on purpose */
+	MEMORY_OVERCOMMIT = 1, /* MAP_NORESERVE: pages may be absent intentionally */
 	MEMORY_HOLES = 2,      /* partly discarded by virtio-mem or balloon */
 	MEMORY_DISK_FILE = 4,  /* shared file on a disk: touching a page would write it */
 	MEMORY_HUGETLB = 8,    /* allocated from the hugetlb pool */
@@ -27,19 +27,19 @@ enum memory_fact {
 };
 
 /*
- * Open files that may be inaccessible later (chroot, another user). May be called again after a
- * fork.
+ * Open files that QEMU may be unable to open later, after a chroot or a change of the user. May be
+ * called again after a fork.
  */
 void pf_ranges_open(void);
 
-/* Read from /proc/self/smaps the mappings made before the plugin was loaded. */
+/* Read the mappings that exist before the plugin is loaded from /proc/self/smaps. */
 void pf_ranges_learn(void);
 
-/* QEMU mapped [start, start + size). Forget its old facts. fd < 0 means anonymous memory. */
+/* Note that QEMU has mapped [start, start + size). fd < 0 means anonymous memory. */
 void pf_ranges_mapped(uint64_t start, uint64_t size, int fd, int flags);
-/* QEMU discarded [start, start + size). */
+/* Note that QEMU has discarded [start, start + size). */
 void pf_ranges_discarded(uint64_t start, uint64_t size);
-/* QEMU punched a hole into a file. Returns false if no mapping of the file is known. */
+/* Note that QEMU has punched a hole into a file. Returns false if the file is not mapped. */
 bool pf_ranges_file_discarded(int fd);
 
 /* Return the facts that hold for any part of [start, start + size). */
@@ -55,16 +55,16 @@ uint64_t pf_ranges_huge_page_size(uint64_t start, uint64_t size);
 int pf_ranges_file(uint64_t start, uint64_t size, uint64_t *device, uint64_t *inode,
 		   uint64_t *inodes);
 
-/* Operations that were done on a range at least once. */
+/* Operations that the plugin has done on a range at least once. */
 enum memory_mark { MEMORY_POPULATED, MEMORY_PREFAULTED };
 void pf_ranges_set_mark(enum memory_mark mark, uint64_t start, uint64_t size);
-/* Find the first part of [start, start + size) without the mark. False if all is marked. */
+/* Find the first part of [start, start + size) without the mark. Returns false if none exists. */
 bool pf_ranges_unmarked(enum memory_mark mark, uint64_t start, uint64_t size, uint64_t *from,
 			uint64_t *length);
 
 /* Return the number of present bytes in [start, start + size). */
 uint64_t pf_ranges_present(uint64_t start, uint64_t size);
-/* Find the next run of present, writable pages in [*start, end). False if there are no more. */
+/* Find the next present, writable pages in [*start, end). Returns false if none exist. */
 bool pf_ranges_next_resident(uint64_t *start, uint64_t end, uint64_t *length);
 
 #endif

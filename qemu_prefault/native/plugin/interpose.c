@@ -130,7 +130,7 @@ static int fallocate_hook(int fd, int mode, off_t offset, off_t length)
 	return result;
 }
 
-/* QEMU reserves addresses and then maps memory over them with MAP_FIXED: track only the latter. */
+/* Track only MAP_FIXED: QEMU reserves addresses first, and then maps memory with MAP_FIXED. */
 static void *mmap_hook(void *start, size_t size, int protection, int flags, int fd, off_t offset)
 {
 	void *result = pf_raw_mmap(start, size, protection, flags, fd, offset);

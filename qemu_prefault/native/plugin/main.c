@@ -2,8 +2,8 @@
 /*
  * qemu-prefault-plugin.so, which is loaded by QEMU's -plugin or by LD_PRELOAD.
  *
- * It keeps the stage-2 tables of the process's VM filled. It is not a TCG plugin: of that
- * interface it uses only the loader. state.h lists the source files.
+ * The plugin keeps the stage-2 tables of the process's VM filled. It is not a TCG plugin: it uses
+ * only the loader of that interface. state.h lists the source files.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -27,8 +27,8 @@ static int exit_status;
 
 /*
  * QEMU loads a plugin only if it supports this version: 0 to 1 until 8.2, 2 or more from 9.0 (4
- * in 10.0), 7 in 11.1. The plugin uses nothing of that interface, so any supported number works.
- * The constructor sets it before QEMU reads it, depending on the symbols that QEMU exports.
+ * in 10.0), 7 in 11.1. The plugin works with every version. The constructor sets a number that QEMU
+ * supports, depending on the symbols that QEMU exports.
  */
 EXPORT int qemu_plugin_version = 1;
 
@@ -66,12 +66,12 @@ __attribute__((constructor)) static void loaded(void)
 	else if (dlsym(RTLD_DEFAULT, "qemu_plugin_scoreboard_new"))
 		qemu_plugin_version = 2;
 	pf_options.by_preload = preload && strstr(preload, "qemu-prefault-plugin");
-	/* With -plugin, QEMU may unload the plugin, and the handler would remain. */
+	/* With -plugin, QEMU may unload the plugin, but the handler would stay registered. */
 	if (pf_options.by_preload)
 		on_exit(note_status, NULL);
 }
 
-/* Report nothing if QEMU failed or created no guest: it may have been meant to use KVM. */
+/* If QEMU failed or created no guest, report nothing, because it may be configured to use KVM. */
 __attribute__((destructor)) static void unloaded(void)
 {
 	if (is_qemu && !exit_status && pf_guest_ranges_exist())
@@ -95,7 +95,7 @@ EXPORT int qemu_plugin_install(uint64_t id, const void *info, int argc, char **a
 		if (!pf_interpose_by_got()) {
 			fprintf(stderr,
 				"qemu-prefault: cannot intercept this QEMU's ioctl() calls; "
-				"use LD_PRELOAD (qemu-prefault run)\n");
+				"start QEMU with qemu-prefault run, which uses LD_PRELOAD\n");
 			return -1;
 		}
 		pf_qemu_memory_learn(); /* QEMU creates memory backends before it loads plugins */

@@ -18,9 +18,9 @@ static void classify(struct memslot *slot)
 {
 	slot->state = SLOT_SKIPPED;
 	if (!pf_capable)
-		slot->why = "this KVM cannot";
+		slot->why = "this KVM has no KVM_PRE_FAULT_MEMORY";
 	else if (slot->id >> 16)
-		slot->why = "SMM's address space";
+		slot->why = "SMM address space";
 	else if (slot->flags & MEM_GUEST_MEMFD)
 		slot->why = "guest_memfd";
 	else if (slot->flags & KVM_MEM_LOG_DIRTY_PAGES) {
@@ -32,7 +32,7 @@ static void classify(struct memslot *slot)
 	}
 }
 
-/* KVM dropped all tables, as it does when a slot is deleted with the quirk: queue all again. */
+/* Queue all slots again. With the quirk, KVM drops all tables when a slot is deleted. */
 static void tables_dropped(void)
 {
 	atomic_fetch_add(&pf_root_generation, 1);
@@ -102,9 +102,9 @@ static void kick_busy(void)
 }
 
 /*
- * Before KVM changes a slot, it waits for every prefault ioctl that is running. Before commit
- * 3ccbf6f47098 (v6.18), that ioctl in turn waits for a slot that is being deleted. So no thread
- * may be in the ioctl now. A kicked thread returns after the current page.
+ * Before KVM changes a slot, it waits for every running prefault ioctl. Without commit 3ccbf6f47098
+ * (v6.18), such an ioctl in turn waits for a slot that is being deleted. Therefore no thread may be
+ * in the ioctl now. A kicked thread returns after the current page.
  */
 long pf_memslots_change(int fd, unsigned long request, void *argument)
 {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-/* The memslots of QEMU's VM, tracked by QEMU's ioctls. */
+/* The memslots of QEMU's VM, as QEMU's ioctls define them. */
 #ifndef QEMU_PREFAULT_PLUGIN_MEMSLOTS_H
 #define QEMU_PREFAULT_PLUGIN_MEMSLOTS_H
 

@@ -43,7 +43,7 @@ static bool parse_seconds(const char *value, uint64_t *ns)
 	return true;
 }
 
-/* "~/PATH": libvirt sets a home directory per domain, the only one where QEMU may write. */
+/* Accept "~/PATH", because libvirt sets HOME to the directory in which QEMU may write. */
 static bool parse_socket(const char *value)
 {
 	const char *home = "";
@@ -86,7 +86,7 @@ bool pf_options_parse(const char *text)
 #undef IS
 	if (!fine)
 		fprintf(stderr,
-			"qemu-prefault: '%s' is not an option; the options are: keep=on|off, "
+			"qemu-prefault: '%s' is not a valid option; the options are: keep=on|off, "
 			"populate=auto|all|resident, quirk=disable|keep, hold=SECONDS, "
 			"socket=/PATH|~/PATH|off, log=on|off\n",
 			text);

@@ -38,7 +38,7 @@ bool pf_start_thread(pthread_t *thread, const char *name, void *(*function)(void
 	sigset_t all, before;
 	bool started;
 
-	sigfillset(&all); /* QEMU's threads must handle its signals */
+	sigfillset(&all); /* QEMU's threads must receive QEMU's signals */
 	pthread_sigmask(SIG_SETMASK, &all, &before);
 	started = !pthread_create(thread, NULL, function, NULL);
 	if (started)

@@ -39,12 +39,12 @@ bool pf_has_argument(const char *wanted);
 /*
  * Grow an array if needed, so that one more item fits. Returns false if out of memory.
  *
- * The array is mapped with system calls. malloc() could wait for a lock of the allocator while
- * another thread holds that lock and waits for pf_lock in a hook.
+ * The array is mapped with system calls, because malloc() could cause a deadlock: it would wait for
+ * a lock of the allocator, while another thread holds that lock and waits for pf_lock in a hook.
  */
 bool pf_grow(void **array, size_t *capacity, size_t count, size_t item);
 
-/* Print to stderr without stdio, which allocates and takes locks. */
+/* Print to stderr without stdio, because stdio allocates and takes locks. */
 void pf_print_error(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 #endif

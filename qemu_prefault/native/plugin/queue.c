@@ -10,8 +10,8 @@
 #include "options.h"
 
 /*
- * The parts of low RAM that firmware touches: the start, and the end. SeaBIOS uses the last 16 MiB
- * (src/malloc.c) and some memory just below.
+ * The sizes of the start and the end of low RAM, which firmware touches. SeaBIOS uses the last
+ * 16 MiB (src/malloc.c) and some memory just below.
  */
 #define HEAD MIB(2)
 #define TAIL MIB(18)
@@ -84,7 +84,7 @@ bool pf_queue_take(struct work_item *taken)
 		/* Cut at a huge page boundary, so that two threads never populate the same page. */
 		if (taken->size > CHUNK)
 			taken->size = CHUNK - (taken->hva + CHUNK) % MIB(2);
-		/* A separate item may populate this memory later. Never issue the ioctl first. */
+		/* Another item may populate this memory later. Populate it before the ioctl. */
 		uint64_t from, length;
 
 		if (taken->stage2 && !taken->resident &&
@@ -114,9 +114,8 @@ void pf_queue_put_back(struct work_item item, uint64_t done)
 }
 
 /*
- * While firmware copies itself, QEMU deletes the low-RAM slot again. With the quirk, that drops all
- * tables. Whether this will happen is only known after QEMU's last change: see before_run() in
- * vcpu.c.
+ * Return whether to wait until the firmware has finished. While it copies itself, QEMU deletes the
+ * low-RAM slot. With the quirk, KVM then drops all tables. before_run() in vcpu.c ends the wait.
  */
 static bool to_be_deferred(const struct memslot *slot)
 {
@@ -132,8 +131,8 @@ static bool may_populate(uint64_t hva, uint64_t size)
 }
 
 /*
- * Queue both ends of the slot first, because firmware uses them. Memory that must be populated
- * while the guest runs is new, so the guest does not have to wait for it.
+ * Queue both ends of the slot first, because firmware uses them. If memory must be populated while
+ * the guest runs, the memory is new, and the guest does not have to wait for it.
  */
 void pf_queue_memslot(struct memslot *slot)
 {
@@ -150,7 +149,7 @@ void pf_queue_memslot(struct memslot *slot)
 	pf_queue_drop_memslot(slot->id);
 	slot->resident_only = !touch;
 	slot->prefaulted = 0;
-	/* An incoming guest is down until it starts: first map the pages that it brought along. */
+	/* An incoming guest is down until it starts. Map the migrated pages first. */
 	if (pf_incoming && !pf_guest_entered && touch)
 		pf_queue_add((struct work_item){ .gpa = slot->gpa,
 						 .hva = slot->hva,
@@ -175,7 +174,7 @@ void pf_queue_memslot(struct memslot *slot)
 			item.size = length;
 			item.populate = true;
 			new_bytes += length;
-			if (item.deferred) { /* dropped tables keep pages populated: populate now */
+			if (item.deferred) { /* pages stay populated if tables are dropped */
 				struct work_item now = item;
 
 				now.deferred = now.stage2 = false;
@@ -193,7 +192,7 @@ void pf_queue_memslot(struct memslot *slot)
 	if (!pf_guest_entered || new_bytes < HEAD)
 		pf_stall_start = 0;
 	else if (!pf_stall_start)
-		pf_stall_start = 1; /* a time long ago: work in slices */
+		pf_stall_start = 1; /* long ago, so that before_run() works in slices */
 }
 
 /* Called when the slots have stopped changing or the firmware has finished. */

@@ -12,14 +12,14 @@
 void pf_queue_memslot(struct memslot *slot);
 void pf_queue_add(struct work_item item);
 void pf_queue_drop_memslot(uint32_t slot);
-/* From now on prefault only resident pages of the slot. */
+/* Prefault only resident pages of the slot from now on. */
 void pf_queue_make_resident_only(struct memslot *slot);
 /* Make all deferred items ready. */
 void pf_queue_undefer(const char *why);
 /* Set pf_work_available to whether an item can be taken now. */
 void pf_queue_update(void);
 
-/* Take up to one chunk of the first item that is ready. False if none is ready. */
+/* Take up to one chunk of the first item that is ready. Returns false if none is ready. */
 bool pf_queue_take(struct work_item *taken);
 /* Put the rest of a chunk at the front of the queue. `done` is in bytes. */
 void pf_queue_put_back(struct work_item item, uint64_t done);

@@ -35,7 +35,7 @@ void pf_quirk_vfio_seen(void)
 	vfio_seen = true;
 	if (pf_quirk == QUIRK_DISABLED)
 		pf_print_error("qemu-prefault: a VFIO device was added after "
-			       "KVM_X86_QUIRK_SLOT_ZAP_ALL was disabled, which cannot be undone; "
-			       "start QEMU with quirk=keep for guests with VFIO devices\n");
+			       "KVM_X86_QUIRK_SLOT_ZAP_ALL was disabled, and the plugin cannot "
+			       "enable it again; use the option quirk=keep for this guest\n");
 	pthread_mutex_unlock(&pf_lock);
 }

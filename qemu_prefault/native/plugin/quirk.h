@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-/* KVM_X86_QUIRK_SLOT_ZAP_ALL: with it, deleting a slot drops all of the guest's tables. */
+/* KVM_X86_QUIRK_SLOT_ZAP_ALL, which makes KVM drop all tables when a slot is deleted. */
 #ifndef QEMU_PREFAULT_PLUGIN_QUIRK_H
 #define QEMU_PREFAULT_PLUGIN_QUIRK_H
 

@@ -13,9 +13,9 @@
  *   event_log       events for the control socket and the log
  *   guest_ranges    memory and files that may belong to the guest
  *   host_ranges     facts about QEMU's memory
- *   headroom        memory that the host still has
+ *   headroom        memory that QEMU can still allocate
  *   quirk           KVM_X86_QUIRK_SLOT_ZAP_ALL
- *   firmware        the firmware's progress with low RAM
+ *   firmware        the state of the firmware
  *   queue           memory to populate and prefault
  *   memslots        QEMU's changes of memslots
  *   qemu_memory     QEMU's changes of its memory
@@ -23,7 +23,7 @@
  *   guest_start     preparation before the guest's first instruction
  *   vcpu            the hook around KVM_RUN
  *   batch           batches of ranges from the control socket
- *   watchdog        the plugin's own thread
+ *   watchdog        the thread that interrupts vCPUs and stuck ioctls
  *   status          the control socket's status answer
  *   commands        the control socket's requests
  *   control_socket  the socket itself
@@ -44,10 +44,10 @@
 
 #include "os.h"
 
-#define QUIET_NS MS(1000)   /* if no RAM slot changes for this long, firmware has finished */
+#define QUIET_NS MS(1000)   /* if no RAM slot changes for this long, the firmware has finished */
 #define STUCK_NS MS(500)    /* maximum time in the ioctl without progress */
 #define CHUNK MIB(8)	    /* a vCPU thread checks for other requests after each chunk */
-#define RESERVE (4 * CHUNK) /* left for other users of a source whose claims are unknown */
+#define RESERVE (4 * CHUNK) /* left for other users of a source, whose claims are unknown */
 #define MAX_VCPUS 4096
 
 enum memslot_state { SLOT_SKIPPED, SLOT_HELD, SLOT_KEPT };
@@ -79,22 +79,22 @@ struct vcpu {
 	atomic_bool in_guest;
 	atomic_bool lent;		  /* a batch may use it: it has not run since it was lent */
 	bool in_use;			  /* a batch is in the prefault ioctl on it */
-	bool no_root_yet;		  /* KVM has no root for it, so none can be stale */
+	bool no_root_yet;		  /* the vCPU has no root that could be stale */
 	bool started;			  /* has entered the guest */
 	uint64_t seen_generation;	  /* pf_root_generation at its last return from the guest */
-	atomic_uint_least64_t busy_since; /* start of its thread's prefault ioctl; 0: not in it */
-	bool stuck; /* until it has entered the guest and retry_at has passed */
+	atomic_uint_least64_t busy_since; /* start of its thread's prefault ioctl; 0: no ioctl */
+	bool stuck; /* unusable until it has entered the guest and retry_at has passed */
 	uint64_t retry_at;
-	struct work_item in_progress; /* taken from the queue, not done; none if size is 0 */
+	struct work_item in_progress; /* the item that its thread processes; size 0: none */
 	uint64_t slice_ended;
 };
 
 extern pthread_mutex_t pf_lock;
-extern pthread_cond_t pf_changed; /* signals any change below; uses CLOCK_MONOTONIC */
+extern pthread_cond_t pf_changed; /* signals all changes below; uses CLOCK_MONOTONIC */
 
 /* Changed by: vm.c */
 extern int pf_vm_fd;	 /* -1: no VM yet */
-extern bool pf_capable;	 /* the kernel has the ioctl, and nested paging */
+extern bool pf_capable;	 /* KVM reports KVM_CAP_PRE_FAULT_MEMORY */
 extern bool pf_incoming; /* QEMU was started with -incoming */
 
 /* Changed by: quirk.c */
@@ -111,7 +111,7 @@ extern int pf_userfaults;
 /* Changed by: memslots.c. queue.c and chunk.c record their work in the slots. */
 extern struct memslot *pf_memslots;
 extern size_t pf_memslot_count;
-extern atomic_int pf_slot_changes; /* slot changes in progress: stay out of the ioctl */
+extern atomic_int pf_slot_changes; /* slot changes in progress; if not 0, no ioctl may start */
 extern atomic_uint_least64_t pf_root_generation; /* incremented when KVM drops all tables */
 
 /* Changed by: memslots.c, guest_start.c, vcpu.c */
@@ -131,7 +131,7 @@ extern atomic_size_t pf_vcpu_count;
 extern bool pf_guest_entered; /* a vCPU has entered the guest */
 
 /* Changed by: guest_start.c */
-extern bool pf_guest_started; /* pf_guest_start() has run; no vCPU may have entered yet */
+extern bool pf_guest_started; /* pf_guest_start() has run; see also pf_guest_entered */
 
 /* Changed by: chunk.c */
 extern atomic_int pf_vcpus_working; /* vCPUs with an item in progress */
@@ -139,7 +139,7 @@ extern atomic_int pf_vcpus_working; /* vCPUs with an item in progress */
 /* Changed by: chunk.c, batch.c, and state.c in pf_leave_ioctl() */
 extern int pf_in_flight; /* threads in a populate or prefault call */
 
-/* Each counter is changed by the file that does the counted work. */
+/* Changed by: the file that does the counted work. */
 extern struct counters {
 	uint64_t created, deleted, stuck, errors;
 	uint64_t populated, prefaulted, again;

@@ -11,8 +11,8 @@
 #include "state.h"
 
 /*
- * The status is formatted with pf_lock held and written after pf_lock is released, because stdio
- * allocates and the client may read slowly.
+ * The plugin formats the status with pf_lock held and writes it after it has released pf_lock,
+ * because stdio allocates, and because the client may read slowly.
  */
 struct text {
 	char *bytes;

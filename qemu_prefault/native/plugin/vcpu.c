@@ -32,13 +32,13 @@ bool pf_vcpu_can_prefault(const struct vcpu *self)
 	       (self->no_root_yet || self->seen_generation == atomic_load(&pf_root_generation));
 }
 
-/* In SMM and guest mode KVM uses other tables. The flags date from the last return of KVM_RUN. */
+/* In SMM and guest mode, KVM uses other tables. KVM sets the flags when KVM_RUN returns. */
 static bool on_own_tables(const struct vcpu *self)
 {
 	return !(self->run->flags & (RUN_SMM | RUN_GUEST_MODE));
 }
 
-/* Work since the guest last ran. It becomes one event, even if QEMU's kicks interrupted it. */
+/* Work since the guest last ran. The plugin reports one event, even if QEMU interrupts the work. */
 static struct {
 	uint64_t populated, prefaulted;
 	double seconds; /* sum over all vCPU threads */
@@ -50,7 +50,7 @@ static void report_prefaulted(bool started)
 	if (report_acc.populated || report_acc.prefaulted)
 		pf_log_event("prefaulted",
 			     !started	      ? "before the first instruction" :
-			     report_acc.again ? "tables had been dropped" :
+			     report_acc.again ? "the tables were dropped" :
 						"new memory",
 			     ",\"bytes\":%llu,\"populated\":%llu,\"seconds\":%.6f,\"pending\":%llu",
 			     (unsigned long long)report_acc.prefaulted,
@@ -60,9 +60,9 @@ static void report_prefaulted(bool started)
 }
 
 /*
- * Work until the queue is empty or the guest has waited long enough. Before the guest's first
- * instruction the time is unlimited. Later the limit is pf_options.hold_ns. After that the thread
- * works in slices.
+ * Work until the queue is empty or the time limit has expired. Before the guest's first
+ * instruction, the time is unlimited. Later, the limit is pf_options.hold_ns. After that, the
+ * thread works in slices.
  */
 static void before_run(struct vcpu *self)
 {
@@ -70,14 +70,14 @@ static void before_run(struct vcpu *self)
 	if (!pf_guest_started)
 		pf_guest_start();
 	if (!pf_firmware_at_work())
-		pf_queue_undefer("firmware has left low memory alone");
+		pf_queue_undefer("the firmware has finished");
 
 	uint64_t now = prefault_now_ns();
 	struct run_ctx ctx = { .vcpu = self };
 	struct work_item item;
 	bool first = !self->started && !pf_incoming, sliced = false;
 
-	/* On other tables the thread does no work, so the guest does not wait. */
+	/* In SMM or guest mode, the thread does no work, so the guest does not wait. */
 	if (!pf_stall_start && on_own_tables(self))
 		pf_stall_start = now;
 	if (!first)
@@ -104,9 +104,8 @@ static void before_run(struct vcpu *self)
 		} else if (first ? pf_in_flight || atomic_load(&pf_slot_changes) :
 				   !sliced && atomic_load(&pf_vcpus_working)) {
 			/*
-			 * Do not enter the guest before the other threads finish their items.
-			 * A thread that waits for a host CPU may hold the pages that the
-			 * firmware needs first.
+			 * Wait until the other threads finish their items. A thread that waits for
+			 * a host CPU may have the item with the pages that firmware needs first.
 			 */
 			struct timespec soon = pf_deadline_in(MS(2));
 
@@ -167,7 +166,7 @@ long pf_vcpu_run(int fd)
 		return pf_raw_ioctl(fd, KVM_RUN, NULL);
 	if (atomic_load(&self->lent))
 		take_back(self);
-	/* QEMU also sets immediate_exit to complete an exit or to consume a signal. */
+	/* With immediate_exit, QEMU only completes an exit or consumes a signal: do no work. */
 	if (!self->run->immediate_exit) {
 		if (!self->started || atomic_load(&pf_work_available) ||
 		    atomic_load(&pf_vcpus_working))
@@ -180,7 +179,7 @@ long pf_vcpu_run(int fd)
 	long result = pf_raw_ioctl(fd, KVM_RUN, NULL);
 
 	atomic_store(&self->in_guest, false);
-	if (!result) { /* it was in the guest, so KVM has handled its pending requests */
+	if (!result) { /* the vCPU entered the guest, so KVM has handled its pending requests */
 		self->started = true;
 		self->no_root_yet = false;
 		self->seen_generation = generation;

@@ -28,7 +28,7 @@
 static struct family {
 	atomic_bool vm_seen;
 	atomic_int forks;    /* calls of fork() */
-	atomic_int children; /* children that have run since */
+	atomic_int children; /* children that have started to run */
 	atomic_int youngest; /* pid of the last child, or 0 */
 } alone, *family = &alone;
 
@@ -37,7 +37,7 @@ static void set_up(int fd)
 	pthread_condattr_t monotonic;
 
 	pthread_mutex_lock(&pf_lock);
-	if (pf_vm_fd >= 0) { /* only the first VM of the process is handled */
+	if (pf_vm_fd >= 0) { /* the plugin handles only the first VM of the process */
 		pthread_mutex_unlock(&pf_lock);
 		return;
 	}
@@ -52,17 +52,18 @@ static void set_up(int fd)
 	if (!pf_capable)
 		fprintf(stderr,
 			"qemu-prefault: this KVM has no KVM_PRE_FAULT_MEMORY, so nothing is "
-			"prefaulted; it needs Linux 6.11 and EPT or NPT enabled\n");
+			"prefaulted; use Linux 6.11 or newer with EPT or NPT\n");
 	/*
-	 * No ioctl shows an incoming migration, so check the command line. Work before the first
-	 * KVM_RUN would then extend the downtime.
+	 * During an incoming migration, work before the first KVM_RUN would extend the downtime. No
+	 * ioctl shows an incoming migration, so check the command line.
 	 */
 	pf_incoming = pf_has_argument("-incoming");
 	pf_ranges_open();
 	pf_headroom_open();
 	if (!pf_watchdog_start())
-		fprintf(stderr, "qemu-prefault: the watchdog thread could not be started: a stuck "
-				"prefault is not interrupted; raise QEMU's limit on threads\n");
+		fprintf(stderr,
+			"qemu-prefault: the watchdog thread could not be started, so it cannot "
+			"interrupt a stuck prefault; raise QEMU's limit on threads\n");
 	if (!pf_options.socket_off)
 		pf_control_socket_start();
 }
@@ -74,7 +75,7 @@ void pf_vm_created(int fd)
 	atomic_store(&family->vm_seen, true);
 	if (pf_options.by_preload)
 		pf_options_take_environment();
-	/* This is the intended program. Its child processes do not need the plugin. */
+	/* This is the program that needs the plugin. Its child processes do not need it. */
 	if (pf_options.by_preload && preload && strstr(preload, "qemu-prefault-plugin") &&
 	    !strpbrk(preload, ": "))
 		unsetenv("LD_PRELOAD");
@@ -98,7 +99,7 @@ void pf_vm_adopt(void)
 		closedir(directory);
 }
 
-/* --- whether the process creates no VM --- */
+/* --- detection of a process without a VM --- */
 
 static void before_fork(void)
 {
@@ -138,7 +139,7 @@ bool pf_vm_never(void)
 
 	if (atomic_load(&family->vm_seen))
 		return false;
-	/* With -daemonize, QEMU forks and the child creates the VM: wait until it runs. */
+	/* With -daemonize, QEMU forks and the child creates the VM: wait until the child runs. */
 	if (atomic_load(&family->forks) != atomic_load(&family->children))
 		return false;
 	return !youngest || youngest == getpid() || !runs_this_program(youngest);

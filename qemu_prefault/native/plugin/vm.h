@@ -10,11 +10,11 @@ void pf_vm_created(int vm_fd);
 /* Find a VM that QEMU created before it loaded the plugin. */
 void pf_vm_adopt(void);
 
-/* Install the handlers of fork() for pf_vm_never(). Call this as early as possible. */
+/* Install the fork() handlers for pf_vm_never(). Call this as early as possible. */
 void pf_vm_watch_forks(void);
 /*
- * Return whether neither this process nor its forks created a VM, and no fork that could still
- * create one is running.
+ * Return true if neither this process nor its forks have created a VM, and no running fork can
+ * still create one.
  */
 bool pf_vm_never(void);
 

@@ -9,7 +9,7 @@
 #include "vcpu.h"
 
 /*
- * The watchdog does no prefault work. If work is available and no vCPU thread does it, the
+ * The watchdog does not prefault. If work is available and no vCPU thread processes it, the
  * watchdog kicks vCPUs out of the guest. It also interrupts stuck ioctls, and makes deferred items
  * ready when slots have not changed for QUIET_NS.
  */
@@ -39,7 +39,7 @@ static void *watchdog(void *unused)
 		pf_batch_kick();
 		if (deferred && pf_guest_entered && !pf_queue_held_reason() &&
 		    now > pf_slot_changed_at + QUIET_NS)
-			pf_queue_undefer("slots have been quiet");
+			pf_queue_undefer("no slot changed for 1 s");
 		bool kicked = false;
 
 		if (atomic_load(&pf_work_available) && !pf_in_flight &&

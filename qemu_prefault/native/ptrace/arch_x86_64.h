@@ -19,7 +19,7 @@
 #define ARCH_STACK_ALIGN 64	    /* alignment that XRSTOR requires */
 #define ARCH_XSTATE_MAX (16u << 10) /* maximum size of the FPU state in bytes */
 #define ARCH_XSTATE_NOTE NT_X86_XSTATE
-#define ARCH_XSTATE_TAIL sizeof(uint32_t) /* FP_XSTATE_MAGIC2 follows it in a signal frame */
+#define ARCH_XSTATE_TAIL sizeof(uint32_t) /* FP_XSTATE_MAGIC2 after the state in a signal frame */
 
 /* __USER_CS of arch/x86/include/asm/segment.h. A thread in 32-bit code has another selector. */
 #define USER_CS_64 0x33
@@ -39,7 +39,7 @@
 #define FXSAVE_SW_RESERVED 464
 #define XSAVE_HEADER_END 576
 
-/* An invalid ss_flags mode: do_sigaltstack() (kernel/signal.c) then changes nothing. */
+/* With this invalid ss_flags mode, do_sigaltstack() (kernel/signal.c) changes nothing. */
 #define ALTSTACK_LEFT_ALONE 0x7f
 
 struct sigcontext_64 {
@@ -66,7 +66,7 @@ struct fx_sw_bytes {
 	uint32_t xstate_size, padding[7];
 };
 
-/* Return whether this file supports the thread's state: 64-bit code, and XSAVE state. */
+/* Return whether the thread runs 64-bit code and has XSAVE state. This file supports no other. */
 static inline int arch_usable(const struct user_regs_struct *regs, size_t xstate_size)
 {
 	return regs->cs == USER_CS_64 && xstate_size >= XSAVE_HEADER_END;
@@ -119,7 +119,7 @@ static inline void arch_fix_up_restart(struct user_regs_struct *regs)
 /*
  * Convert the FPU state from ptrace's format to the one that rt_sigreturn reads
  * (arch/x86/kernel/fpu/signal.c, fpu__restore_sig()). Returns the new size, which is
- * ARCH_XSTATE_TAIL more.
+ * ARCH_XSTATE_TAIL bytes larger.
  */
 static inline size_t arch_seal_xstate(unsigned char *xstate, size_t size)
 {
@@ -128,7 +128,7 @@ static inline size_t arch_seal_xstate(unsigned char *xstate, size_t size)
 				  .xstate_size = (uint32_t)size };
 	uint32_t magic2 = FP_XSTATE_MAGIC2;
 
-	/* copy_xstate_to_uabi_buf() (arch/x86/kernel/fpu/xstate.c) stores the features there. */
+	/* copy_xstate_to_uabi_buf() (arch/x86/kernel/fpu/xstate.c) has stored the features here. */
 	memcpy(&sw.xfeatures, xstate + FXSAVE_SW_RESERVED, sizeof(sw.xfeatures));
 	memcpy(xstate + FXSAVE_SW_RESERVED, &sw, sizeof(sw));
 	memcpy(xstate + size, &magic2, sizeof(magic2));
@@ -136,8 +136,8 @@ static inline size_t arch_seal_xstate(unsigned char *xstate, size_t size)
 }
 
 /*
- * Set the registers for a system call by the "syscall; ret" at ip. The ret then jumps to the
- * address that the stack holds at sp. The child of clone() gets its control page in rbx.
+ * Set the registers for a system call with the "syscall; ret" at ip. The ret then jumps to the
+ * address that is stored at sp. The child of clone() gets the address of its control page in rbx.
  */
 static inline void arch_set_call(struct user_regs_struct *regs, long number, const uint64_t args[6],
 				 uint64_t rbx, uint64_t ip, uint64_t sp)
@@ -161,7 +161,7 @@ static inline void arch_skip_to(struct user_regs_struct *regs, uint64_t sp)
 	regs->orig_rax = (unsigned long)-1;
 }
 
-/* After arch_skip_to(): first call munmap() by the "syscall; ret" at ip. */
+/* Call this after arch_skip_to(). Before the frame, the thread calls munmap() at ip. */
 static inline void arch_insert_munmap(struct user_regs_struct *regs, uint64_t start, uint64_t size,
 				      uint64_t ip)
 {

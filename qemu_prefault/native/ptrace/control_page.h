@@ -2,8 +2,8 @@
 /*
  * The control page, which the tool and one helper thread share.
  *
- * The tool accesses it through /proc/PID/mem, the helper directly. No lock is needed: each field
- * has one writer, and 32- and 64-bit fields are naturally aligned.
+ * The tool accesses the page through /proc/PID/mem, and the helper accesses it directly. No lock is
+ * needed, because each field has only one writer, and 32-bit and 64-bit fields are aligned.
  */
 #ifndef QEMU_PREFAULT_CONTROL_PAGE_H
 #define QEMU_PREFAULT_CONTROL_PAGE_H
@@ -16,8 +16,8 @@
 struct prefault_control {
 	/*
 	 * Written once, before the helper starts. The child of clone() starts with its stack
-	 * pointer at entry, so its ret jumps to the address there. The code then sets the stack
-	 * pointer to stack_top.
+	 * pointer at entry, so its ret jumps to the address in this field. The code then sets the
+	 * stack pointer to stack_top.
 	 */
 	uint64_t entry;
 	uint64_t stack_top;
@@ -31,7 +31,7 @@ struct prefault_control {
 	uint64_t tick_ns;     /* the tick interrupts system calls at this interval; 0: no timers */
 	struct prefault_limits limits;
 	int32_t vcpu_fd;
-	int32_t tool_pid; /* in QEMU's PID namespace; 0: not visible there */
+	int32_t tool_pid; /* in QEMU's PID namespace; 0: the tool is not visible there */
 
 	/* Written by the tool. */
 	uint64_t heartbeat;
@@ -48,7 +48,7 @@ struct prefault_control {
 	uint32_t ready;	      /* 1: running; negative errno: it cannot run */
 	uint32_t batch_done;  /* equals batch once the batch is done */
 	uint32_t tick_signal; /* the signal that interrupts the helper's system calls */
-	/* CLOCK_MONOTONIC. chunk_started_ns is when the ranges' "done" last changed. */
+	/* Times of CLOCK_MONOTONIC. chunk_started_ns is the start of the current chunk. */
 	uint64_t batch_started_ns, chunk_started_ns, batch_finished_ns;
 	struct prefault_range ranges[PREFAULT_RANGES_MAX];
 };

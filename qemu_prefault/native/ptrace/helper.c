@@ -2,13 +2,13 @@
 /*
  * The helper thread that the attach agent starts inside QEMU.
  *
- * It must not harm QEMU, whatever happens to the tool:
- * - It has a mapping of its own for code, control page and stack.
- * - It blocks every signal except its own tick.
+ * The helper must not harm QEMU, even if the tool is killed:
+ * - Its code, control page and stack are in a separate mapping.
+ * - It blocks every signal except its tick.
  * - It never calls into QEMU or libc.
- * - It cannot fault: it accesses only its own mapping, and all other memory by system calls,
- *   which return errors.
- * - When it is released, or its heartbeat stops, it unmaps its memory and exits.
+ * - It cannot fault. It directly accesses only its mapping. It accesses other memory by system
+ *   calls, which return errors.
+ * - When the tool releases it, or the tool's heartbeat stops, it unmaps its memory and exits.
  */
 #include <asm/signal.h>
 #include <linux/time.h>
@@ -70,8 +70,8 @@ static long timer_make(int32_t signal, int32_t thread, int32_t *timer)
 }
 
 /*
- * Return whether the tool is alive. Its process id disappears as soon as it is killed. The
- * heartbeat also stops if the tool hangs, is stopped, or is not visible in QEMU's PID namespace.
+ * Return whether the tool is alive. If the tool is killed, kill() immediately fails with ESRCH. If
+ * the tool hangs, is stopped, or is killed outside QEMU's PID namespace, only the heartbeat stops.
  */
 static int tool_lives(struct helper *helper)
 {
@@ -82,7 +82,7 @@ static int tool_lives(struct helper *helper)
 
 		if (result == -ESRCH)
 			return 0;
-		if (result) /* a security module denies it and may log that: do not repeat */
+		if (result) /* a security module denies the call and may log it: do not repeat it */
 			helper->tool_pid = 0;
 	}
 
@@ -90,9 +90,9 @@ static int tool_lives(struct helper *helper)
 	uint64_t now = prefault_now_ns();
 
 	/*
-	 * During a long chunk the tool may be unable to update the heartbeat, so that time does
-	 * not count. /proc/PID/mem takes QEMU's mmap_lock for reading. Populating holds it, and
-	 * a writer that waits for it (khugepaged) blocks new readers.
+	 * The time of a long chunk does not count, because the tool may be unable to update the
+	 * heartbeat: a write to /proc/PID/mem takes QEMU's mmap_lock for reading. Populating holds
+	 * this lock for reading, and a waiting writer (khugepaged) blocks new readers.
 	 */
 	if (heartbeat != helper->heartbeat || now - helper->looked_at > control->dead_man_ns / 3) {
 		helper->heartbeat = heartbeat;
@@ -123,7 +123,7 @@ static void run_batch(struct helper *helper)
 	control->batch_started_ns = prefault_now_ns();
 	for (uint32_t i = 0; i < count; i++) {
 		prefault_run_range(&control->ranges[i], control->vcpu_fd, &control->limits, &hooks);
-		/* The vCPU is stuck, not the range: the tool retries the rest on another vCPU. */
+		/* Only this vCPU is stuck. The tool retries the other ranges on another vCPU. */
 		if (control->ranges[i].error == PREFAULT_STUCK)
 			break;
 	}
@@ -145,15 +145,15 @@ __attribute__((noreturn)) static void leave(struct helper *helper)
 	prefault_syscall4(__NR_rt_sigprocmask, SIG_SETMASK_HOW, (long)&all, 0, sizeof(all));
 	if (helper->tick_timer >= 0)
 		prefault_syscall3(__NR_timer_delete, helper->tick_timer, 0, 0);
-	/* Otherwise mm_release() (kernel/fork.c) would clear a word of the unmapped memory. */
+	/* Without this call, mm_release() (kernel/fork.c) would write to the unmapped memory. */
 	prefault_syscall3(__NR_set_tid_address, 0, 0, 0);
 	helper_unmap(control);
 }
 
 /*
- * Choose the tick's signal: a real-time signal that QEMU does not use. Its handler is a bare
- * "ret" in libc. The handler stays installed: if the default action were restored, a pending
- * tick would kill QEMU. The next helper uses the same signal.
+ * Choose the tick's signal: a real-time signal that QEMU does not use. The handler is only a "ret"
+ * in libc. The handler stays installed, because with the default action, a pending tick would kill
+ * QEMU. The next helper uses the same signal.
  */
 static long claim_signal(const struct prefault_control *control)
 {
@@ -174,7 +174,7 @@ static long claim_signal(const struct prefault_control *control)
 	return -EBUSY;
 }
 
-/* Name the thread and start its tick. Returns 0, or a negative errno if it can have no tick. */
+/* Set the thread's name and start its tick. Returns 0, or a negative errno if the tick fails. */
 static long prepare(struct helper *helper)
 {
 	struct prefault_control *control = helper->control;

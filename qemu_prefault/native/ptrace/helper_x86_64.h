@@ -6,7 +6,8 @@
 #include "common/syscall_x86_64.h"
 #include "control_page.h"
 
-_Static_assert(__builtin_offsetof(struct prefault_control, stack_top) == 8, "used below");
+_Static_assert(__builtin_offsetof(struct prefault_control, stack_top) == 8,
+	       "the assembly uses this offset");
 
 /* The child of clone() returns to this address, with its control page in rbx. */
 __asm__(".section .text.entry,\"ax\",@progbits\n"
@@ -19,8 +20,8 @@ __asm__(".section .text.entry,\"ax\",@progbits\n"
 	".text\n");
 
 /*
- * Unmap all of the helper's memory by the "syscall; ret" in QEMU's text. Its ret then jumps to the
- * exit system call.
+ * Unmap all of the helper's memory with the "syscall; ret" in QEMU's text. The ret then jumps to
+ * the exit system call.
  */
 __attribute__((noreturn)) static inline void helper_unmap(const struct prefault_control *control)
 {

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * Make a thread of another process execute a few system calls, in such a way that nothing needs
- * to be undone if this process is killed at any instant.
+ * Make a thread of another process execute a few system calls. If this process is killed at any
+ * time, the thread still gets its own registers back.
  *
- * First, all data is written below the red zone of the thread's stack: one signal frame per
- * system call. Each frame holds the registers of the next call, and the last one holds the
- * thread's own registers. Then one PTRACE_SETREGS makes the thread execute "syscall; ret". The
- * ret jumps to libc's signal restorer, whose rt_sigreturn loads the next frame, and so on until
- * the thread has its own registers again. From PTRACE_SETREGS on, the thread finishes this chain
- * without us. We trace it only to cut the chain short if a call fails.
+ * First, this process writes one signal frame per system call below the red zone of the thread's
+ * stack. Each frame contains the registers of the next call, and the last one contains the thread's
+ * own registers. Then one PTRACE_SETREGS makes the thread execute "syscall; ret". The ret jumps to
+ * libc's signal restorer, whose rt_sigreturn loads the next frame, and so on until the thread has
+ * its own registers again. After PTRACE_SETREGS, the thread finishes this chain without a tracer.
+ * This process traces it only to skip the rest of the chain if a call fails.
  *
- * The chain contains only system calls that QEMU makes itself, because a seccomp filter may kill
- * QEMU for any other one. It maps the helper's memory and unmaps it again. While the thread is
- * stopped at the end of the last mmap(), this process writes the helper's image to the new mapping
- * and starts the helper: a second PTRACE_SETREGS replaces munmap() by clone(). The last frame
- * follows in both cases.
+ * The chain contains only system calls that QEMU also makes, because a seccomp filter may kill QEMU
+ * for others. The chain maps the helper's memory and unmaps it again. While the thread is stopped
+ * at the end of the last mmap(), this process writes the helper's image to the new mapping and
+ * starts the helper: a second PTRACE_SETREGS replaces munmap() by clone(). In both cases, the
+ * thread then continues with the last frame.
  */
 #define _GNU_SOURCE
 #include "inject.h"
@@ -45,17 +45,17 @@
 struct call {
 	long number;
 	uint64_t args[6];
-	uint64_t rbx; /* clone()'s child expects its control page there */
+	uint64_t rbx; /* the child of clone() expects the address of its control page here */
 };
 
-/* What is written to the thread's stack below the FPU state. */
+/* The data on the thread's stack below the FPU state. */
 struct chain {
 	struct signal_frame frames[CALLS_MAX];
 };
 
 struct victim {
 	const struct inject_request *request;
-	struct user_regs_struct regs; /* the thread's own, with any system call restart set up */
+	struct user_regs_struct regs; /* the thread's own, prepared to restart its system call */
 	uint64_t mask;
 	size_t xstate_size;
 	unsigned char xstate[ARCH_XSTATE_MAX + ARCH_XSTATE_TAIL]
@@ -63,7 +63,7 @@ struct victim {
 	uint64_t chain_at, xstate_at; /* addresses on the thread's stack */
 };
 
-/* Return the bytes below the stack pointer; 0 if it is not in readable and writable memory. */
+/* Return the bytes below sp in its mapping; 0 if the mapping is not readable and writable. */
 static uint64_t stack_left(pid_t pid, uint64_t sp)
 {
 	char path[64], line[512];
@@ -208,8 +208,8 @@ static int next_syscall_stop(pid_t tid)
 		if (WSTOPSIG(status) == SYSCALL_STOP)
 			return 0;
 		if (status >> 16 == PTRACE_EVENT_STOP)
-			continue; /* SIGSTOP: takes effect after we detach */
-		errno = EINTR;	  /* all signals are blocked, so this one is fatal */
+			continue; /* SIGSTOP: it takes effect after PTRACE_DETACH */
+		errno = EINTR;	  /* all signals are blocked: this one is fatal */
 		return -1;
 	}
 }
@@ -278,7 +278,7 @@ static int watch_chain(struct victim *victim, const struct call *calls, size_t w
 			error = (int)-returned;
 			area_size = i ? area_size : 0;
 		} else if (calls[i].number == SYS_mmap && (uint64_t)returned != calls[i].args[0]) {
-			error = EEXIST; /* before Linux 4.17 MAP_FIXED_NOREPLACE is only a hint */
+			error = EEXIST; /* before Linux 4.17, the address is only a hint */
 			area = (uint64_t)returned;
 			area_size = calls[i].args[1];
 		}
@@ -290,7 +290,7 @@ static int watch_chain(struct victim *victim, const struct call *calls, size_t w
 	return 0;
 }
 
-/* At the end of the chain's last mmap(): replace munmap() by clone(), which starts the helper. */
+/* Start the helper: after the chain's last mmap(), replace munmap() by clone(). */
 static int start_helper(struct victim *victim, const struct call *clone, size_t count,
 			struct inject_result *result)
 {
@@ -345,14 +345,14 @@ int pf_inject_helper(const struct inject_request *request, struct inject_result 
 	uint64_t area = request->area;
 	uint64_t control = area + request->code_size;
 	uint64_t stack = control + offsetof(struct prefault_control, entry);
-	/* The flags of pthread_create(): QEMU's -sandbox spawn=deny allows no other ones. */
+	/* Use the flags of pthread_create(), because QEMU's -sandbox spawn=deny refuses others. */
 	const unsigned long flags = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND |
 				    CLONE_THREAD | CLONE_SYSVSEM | CLONE_SETTLS |
 				    CLONE_PARENT_SETTID | CLONE_CHILD_CLEARTID;
 	uint64_t tid_at = control + offsetof(struct prefault_control, tid);
 	/*
-	 * Map the code as executable at once: PR_SET_MDWE and systemd's MemoryDenyWriteExecute=
-	 * forbid mprotect() to executable.
+	 * Map the code executable from the start, because PR_SET_MDWE and systemd's
+	 * MemoryDenyWriteExecute= forbid mprotect() with PROT_EXEC.
 	 */
 	const struct call calls[] = {
 		{ SYS_mmap,

@@ -15,20 +15,21 @@ struct inject_request {
 	int32_t pid, tid; /* the thread that makes the calls */
 	int32_t mem_fd;	  /* /proc/PID/mem, read and write */
 	struct inject_gadgets gadgets;
-	uint64_t area, area_size; /* the helper's mapping: unused addresses */
-	const void *image; /* copied to the start of the area: code, start of the control page */
+	uint64_t area, area_size; /* address and size in bytes of the helper's mapping */
+	const void *image; /* code and start of the control page, copied to the start of the area */
 	uint64_t image_size, code_size;
 };
 
 /*
- * Make the thread unmap the area, which a helper of a killed run left behind. image and code_size
- * are ignored.
+ * Make the thread unmap the area that the helper of a killed run has left. image and code_size are
+ * ignored.
  */
 int pf_inject_munmap(const struct inject_request *request, struct inject_result *result);
 
 /*
- * Make the thread start a helper thread. It maps the area: code_size bytes of code (read and
- * execute), then control pages and stack (read and write). image is copied to its start.
+ * Make the thread map the area and start a helper thread. The first code_size bytes of the area are
+ * code (read and execute), and the rest is control page and stack (read and write). image is copied
+ * to the start of the area.
  */
 int pf_inject_helper(const struct inject_request *request, struct inject_result *result);
 

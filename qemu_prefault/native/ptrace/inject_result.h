@@ -9,20 +9,20 @@ enum inject_stage {
 	INJECT_OK,
 	INJECT_SEIZE,	/* PTRACE_SEIZE or PTRACE_INTERRUPT */
 	INJECT_STOP,	/* the thread did not stop in time */
-	INJECT_INSPECT, /* its registers or stack could not be read or are not usable */
-	INJECT_WRITE,	/* its stack could not be written */
-	INJECT_RESUME,	/* it could not be resumed */
-	INJECT_FILTERS, /* its seccomp filters could not be read */
-	INJECT_MMAP,	/* an injected mmap() or munmap() */
+	INJECT_INSPECT, /* the thread's registers or stack are not readable or not supported */
+	INJECT_WRITE,	/* the thread's stack could not be written */
+	INJECT_RESUME,	/* the thread could not be resumed */
+	INJECT_FILTERS, /* the thread's seccomp filters could not be read */
+	INJECT_MMAP,	/* an injected mmap() or munmap() failed */
 	INJECT_IMAGE,	/* the helper's memory could not be written */
-	INJECT_CLONE,	/* the injected clone() */
+	INJECT_CLONE,	/* the injected clone() failed */
 };
 
 struct inject_result {
 	int32_t stage;			   /* enum inject_stage */
 	int32_t error;			   /* errno at that stage, 0 if none applies */
 	uint64_t held_ns;		   /* how long the thread was stopped */
-	uint64_t stack_left, stack_needed; /* bytes below its stack pointer; 0: unknown */
+	uint64_t stack_left, stack_needed; /* bytes below the stack pointer; 0: unknown */
 };
 
 #endif

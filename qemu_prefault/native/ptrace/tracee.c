@@ -70,7 +70,7 @@ int pf_seize(int32_t tid, struct inject_result *result)
 			ptrace(PTRACE_DETACH, tid, NULL, NULL);
 			return pf_fail(result, INJECT_STOP, EBUSY);
 		}
-		/* A signal-delivery stop. The stop by PTRACE_INTERRUPT is still pending. */
+		/* The thread stopped for a signal. The PTRACE_INTERRUPT stop is still pending. */
 		if (ptrace(PTRACE_CONT, tid, NULL, (void *)(long)WSTOPSIG(status)))
 			return pf_fail(result, INJECT_STOP, errno);
 	}
