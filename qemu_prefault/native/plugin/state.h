@@ -139,7 +139,7 @@ extern atomic_int pf_vcpus_working; /* vCPUs with an item in progress */
 /* Changed by: chunk.c, batch.c, and state.c in pf_leave_ioctl() */
 extern int pf_in_flight; /* threads in a populate or prefault call */
 
-/* Changed by: the file that does the counted work. */
+/* The file that does the counted work changes the counter. */
 extern struct counters {
 	uint64_t created, deleted, stuck, errors;
 	uint64_t populated, prefaulted, again;
