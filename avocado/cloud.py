@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Boot cloud images of other distributions to their login, by ``avocado.utils.vmimage``.
+"""Boot cloud images of other distributions to their login prompt.
 
-The images are used as published, with their own boot loader and kernel, and without login
-credentials. If the network does not provide an image, its test is cancelled with the reason.
+The tests use the images as they are published, with their own boot loader and kernel, and do not
+log in. If an image cannot be downloaded, its test is cancelled and reports the reason.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class CloudTest(PrefaultTest):
     def prepare(self) -> None:
         self.distro = self.params.get("cloud", default="Fedora")
         self.boot_files = None
-        # The lab has no network: the images were fetched on the host.
+        # The lab has no network, so run.py has downloaded the images on the host.
         fetched = distro_directory("cloud")
         if fetched.is_dir():
             self.base_image = fetched / self.distro
@@ -47,6 +47,6 @@ class CloudTest(PrefaultTest):
 
     @fail_on(QemuPrefaultError)
     def test_boot(self) -> None:
-        """A boot with the plugin takes almost no faults on memory."""
+        """Check that a boot with the plugin takes almost no faults on memory."""
         without = self.boot_image(None)
         self.spared("boot", without, self.boot_image([]), DATA_PAGES, 0.01)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Fetch cloud images: ``avocado.utils.vmimage``, and a provider for Alpine that it lacks."""
+"""Download cloud images with ``avocado.utils.vmimage``, extended by Alpine."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class NoImageError(Exception):
 
 
 class AlpineImageProvider(vmimage.ImageProviderBase):
-    """A provider of Alpine's images without cloud-specific parts ("nocloud").
+    """A provider of Alpine's "nocloud" images, which have no cloud-specific parts.
 
-    The naming scheme: https://dl-cdn.alpinelinux.org/alpine/latest-stable/releases/cloud/
+    https://dl-cdn.alpinelinux.org/alpine/latest-stable/releases/cloud/ shows how they are named.
     """
 
     name = "Alpine"
@@ -41,7 +41,7 @@ vmimage.IMAGE_PROVIDERS.add(AlpineImageProvider)
 
 
 def base_image(name: str, cache_dir: str) -> Path:
-    """Return the newest image that the network provides, or a cached one.
+    """Return the newest image, downloaded or from the cache.
 
     :raises NoImageError: No image is available.
     """
@@ -50,7 +50,8 @@ def base_image(name: str, cache_dir: str) -> Path:
     try:
         found = vmimage.Image.from_parameters(name=name, cache_dir=cache_dir)
         return Path(found.base_image)
-    # An unknown image name raises AttributeError. A missing network raises one of the others.
+    # vmimage raises AttributeError for an unknown name. If the download fails, it raises one of
+    # the other exceptions.
     except (AttributeError, OSError, ValueError, vmimage.ImageProviderError) as error:
         raise NoImageError(f"no cloud image of {name} is available: {error}") from error
     finally:

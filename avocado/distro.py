@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Prefault whole distributions under KVM at each lifecycle event.
+"""Test prefaulting at each lifecycle event, with whole distributions as guests.
 
 Run ``avocado run avocado/distro.py -m avocado/variants.yaml``, or ``make avocado``, which also
 provides the images and a KVM that can prefault. Each test writes its figures to its log and,
 as JSON, to its whiteboard.
 
-The guests use 4K pages unless ``thp`` is set. With 2 MiB pages there are so few faults that the
-effect is hard to measure.
+The guests use 4K pages unless ``thp`` is set. With 2 MiB pages, a guest takes too few faults to
+measure the effect.
 """
 
 from __future__ import annotations
@@ -25,16 +25,20 @@ from qemu_prefault.errors import QemuPrefaultError
 from qemu_prefault_lab.system import SystemGuest, distro_directory, make_overlay
 
 DIMM_MIB = 128  # Linux adds memory in blocks of this size
-#: The share of the faults on memory without prefault that may remain with it.
+#: The fraction of a test's faults on memory that prefaulting may leave.
 MOST = 0.01
 MOST_OF_A_BOOT = 0.0005
-# OVMF decompresses 4 MiB of itself to RAM that is not prefaulted until it is done with its slots.
+# OVMF decompresses 4 MiB of code into RAM. The plugin prefaults that RAM later, when OVMF has
+# stopped changing its memslots.
 MOST_OF_A_UEFI_BOOT = 0.02
 
 
 @dataclass(frozen=True)
 class Saved:
-    """The files of a saved guest that has booted, with root logged in and a file in its memory."""
+    """The files of a saved guest.
+
+    The guest has booted, root is logged in, and its memory holds a file of known contents.
+    """
 
     directory: Path
     boot: Sample
@@ -63,7 +67,7 @@ class DistroTest(PrefaultTest):
         return overlay
 
     def boot(self, **options: Any) -> tuple[SystemGuest, Sample]:
-        """Boot a new guest, log in and check its health. Return it and the boot's sample."""
+        """Boot a new guest, log in and check it; return it and the sample of its boot."""
         guest = self.start(self.blank(), **options)
         stopwatch = Stopwatch(guest, from_its_start=True)
         guest.wait_login()
@@ -78,7 +82,7 @@ class DistroTest(PrefaultTest):
         return Path(common) / name.replace("/", "_")
 
     def save(self, guest: SystemGuest, boot: Sample) -> None:
-        """Save a guest that booted without prefault, for all tests of this job."""
+        """Save a guest that booted without prefaulting, for all tests of this job."""
         directory = self.saved_directory()
         directory.mkdir(exist_ok=True)
         guest.fill("data", DATA_MIB)
@@ -94,7 +98,7 @@ class DistroTest(PrefaultTest):
         return Path(next(arg for arg in guest.argv if arg.startswith("file=/")).split(",")[0][5:])
 
     def saved(self) -> Saved:
-        """Return the saved guest. The first test of a job that needs it boots and saves it."""
+        """Return the saved guest. Boot and save it if this job has not done so yet."""
         directory = self.saved_directory()
         if not (directory / "saved.json").exists():
             guest, boot = self.boot()
@@ -109,19 +113,19 @@ class DistroTest(PrefaultTest):
         return overlay
 
     def restored(self, saved: Saved, **options: Any) -> SystemGuest:
-        """Return a restored guest: memory loaded, paused, and with empty stage-2 tables."""
+        """Return a restored guest, which is paused and has empty stage-2 tables."""
         overlay = self.copy_of(saved, f"copy-{len(self.guests)}")
         guest = self.start(overlay, incoming=saved.state, paused=True, **options)
         guest.wait_restored(timeout=600)
         return guest
 
     def check_data(self, guest: SystemGuest, saved: Saved) -> None:
-        """Check that the file in memory is unchanged."""
+        """Check that the file in the guest's memory is unchanged."""
         self.assertEqual(guest.checksum("data"), saved.checksum)
 
     @fail_on(QemuPrefaultError)
     def test_attach(self) -> None:
-        """Prefault a running guest. Memory that it touches afterwards causes no faults."""
+        """Prefault a running guest, which then touches new memory."""
         guest, boot = self.boot()
         stopwatch = Stopwatch(guest)
         guest.fill("before", DATA_MIB)
@@ -139,7 +143,7 @@ class DistroTest(PrefaultTest):
 
     @fail_on(QemuPrefaultError)
     def test_boot(self) -> None:
-        """Boot with the plugin loaded, from power-on to the login."""
+        """Boot with the plugin loaded, from power-on to the login prompt."""
         saved = self.saved()
         guest, with_ = self.boot(plugin=[])
         self.wait_kept(guest)
@@ -187,16 +191,17 @@ class DistroTest(PrefaultTest):
 
     @fail_on(QemuPrefaultError)
     def test_migrate(self) -> None:
-        """Migrate a guest live while it works."""
+        """Migrate a guest live while it writes to its memory."""
         saved = self.saved()
         samples = []
         for prefault in (False, True):
             source = self.restored(saved)
             source.qmp("cont")
-            # Not a job of the shell, which would print a message when it ends.
+            # Start the loop in a subshell. If it were a job of the shell itself, the shell would
+            # print a message when the loop ends.
             source.shell("(while :; do date; done >/dev/shm/dates & echo $! >/dev/shm/worker)")
             source.qmp("migrate-set-parameters", max_bandwidth=1 << 40, downtime_limit=20_000)
-            uri = f"unix:{source.directory}/migration"  # the work directory's path is too long
+            uri = f"unix:{source.directory}/migration"  # self.workdir is too long for a socket
             target = self.start(self.overlay_of(source), incoming=uri)
             if prefault:
                 tool = self.start_tool(target, "--incoming")
@@ -218,7 +223,7 @@ class DistroTest(PrefaultTest):
 
     @fail_on(QemuPrefaultError)
     def test_hotplug(self) -> None:
-        """Plug memory and write to it, without and with a prefault in between."""
+        """Plug memory and write to it, once without and once with prefaulting it first."""
         if not self.can_plug:
             self.cancel(f"{self.hardware['machine']} has no slots for memory hotplug")
         saved = self.saved()
@@ -231,7 +236,7 @@ class DistroTest(PrefaultTest):
             size = DIMM_MIB * MIB
             guest.qmp("object-add", qom_type="memory-backend-ram", id=f"mem{number}", size=size)
             guest.qmp("device_add", driver="pc-dimm", id=f"dimm{number}", memdev=f"mem{number}")
-            # The guest reports the result by ACPI's _OST.
+            # The guest reports the result with the ACPI method _OST.
             info: dict[str, Any] = {}
             while info.get("device") != f"dimm{number}":
                 info = guest.wait_event("ACPI_DEVICE_OST", timeout=300)["data"]["info"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The base of these tests: guests, samples of their counters, and the tool."""
+"""The base class of the distribution tests, and the measurements of their guests."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Sample:
 
     :ivar seconds: Wall-clock time.
     :ivar faults: KVM's ``pf_taken``.
-    :ivar emulated: The faults among these that were accesses to device registers
-        (``pf_emulate``). No prefault can avoid those.
+    :ivar emulated: The number of these faults that were accesses to device registers
+        (``pf_emulate``). Prefaulting cannot avoid them.
     """
 
     seconds: float
@@ -48,7 +48,7 @@ class Sample:
 
     @property
     def memory_faults(self) -> int:
-        """The number of faults on memory."""
+        """The number of faults that were not accesses to device registers."""
         return self.faults - self.emulated
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class Sample:
 
 
 class Stopwatch:
-    """Measures a :class:`Sample` of a guest from its creation on."""
+    """A measurement that starts when the object is created."""
 
     def __init__(self, guest: SystemGuest, from_its_start: bool = False) -> None:
         self.guest = guest
@@ -74,7 +74,7 @@ class Stopwatch:
 
 
 class PrefaultTest(Test):
-    """A test of one guest on one kind of virtual machine, with the varianter's parameters."""
+    """A test on one kind of virtual machine, which the varianter's parameters select."""
 
     timeout = 7200
     distro: str
@@ -110,7 +110,7 @@ class PrefaultTest(Test):
         if self.hugetlb:
             self.undo.append(partial(reserve_hugepages, 0))
             if reserve_hugepages(HUGEPAGES) < HUGEPAGES:
-                self.cancel(f"the host has no {HUGEPAGES} free hugetlb pages of 2 MiB")
+                self.cancel(f"the host does not have {HUGEPAGES} free hugetlb pages of 2 MiB")
 
     def tearDown(self) -> None:
         for guest in self.guests:
@@ -128,15 +128,15 @@ class PrefaultTest(Test):
         return Tool(["--qmp", str(guest.qmp_path), "--json", *arguments], fork=False)
 
     def prefault(self, guest: SystemGuest, *arguments: str) -> dict[str, Any]:
-        """Run the tool until it ends. Check its report's byte counts and return the report."""
+        """Run the tool, check the byte counts in its report, and return the report."""
         return self.start_tool(guest, *arguments).finish(TOOL_SECONDS).complete()
 
     def check_health(self, guest: SystemGuest) -> None:
-        """Check that the system is up, no unit has failed and its kernel log shows no errors."""
+        """Check that the system is up, without failed units or kernel errors."""
         health.check_health(lambda command: guest.shell(command, HEALTH_SECONDS, check=False))
 
     def report(self, moment: str, without: Sample | None, with_: Sample) -> None:
-        """Log a row of the table. It is written to the whiteboard at the end of the test."""
+        """Log a row of the table, and keep it for the test's whiteboard."""
         row: dict[str, Any] = {"distro": self.distro, "moment": moment, "pages": self.pages}
         row |= {key: self.hardware[key] for key in ("machine", "backing", "firmware", "smp")}
         row |= {"without": without and asdict(without), "with": asdict(with_)}
@@ -144,7 +144,7 @@ class PrefaultTest(Test):
         self.log.info("%s: %s: without: %s; with: %s", self.distro, moment, without, with_)
 
     def start(self, overlay: Path, **options: Any) -> SystemGuest:
-        """Start a guest. The end of the test kills it and keeps its console log."""
+        """Start a guest, which tearDown() kills after it has saved the console log."""
         guest = SystemGuest(self.boot_files, overlay, **self.hardware, **options)
         self.guests.append(guest)
         return guest
@@ -160,7 +160,10 @@ class PrefaultTest(Test):
         return status
 
     def spared(self, moment: str, without: Sample, with_: Sample, least: int, part: float) -> None:
-        """Check that of at least ``least`` faults, prefault leaves no more than ``part``."""
+        """Check that prefaulting leaves at most the fraction ``part`` of the faults.
+
+        :param least: The least number of faults that the guest must take without prefaulting.
+        """
         self.report(moment, without, with_)
         if self.pages == "never" and not self.hugetlb:
             self.assertGreaterEqual(without.memory_faults, least)

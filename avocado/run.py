@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Run the avocado tests where KVM can prefault. Called by ``make``.
+"""Run the avocado tests on this host or in the lab, as ``make`` does.
 
     python avocado/run.py distro [--distro NAME]... [--profile NAME]... [-- AVOCADO-ARGUMENT...]
     python avocado/run.py vt [--tp-qemu DIRECTORY] [-- REFERENCE...]
@@ -38,7 +38,7 @@ from qemu_prefault_lab.patched import uefi_emulator
 from qemu_prefault_lab.system import DISTROS_VARIABLE, GUEST_KERNEL_ARGS
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE))  # PYTHONSAFEPATH, which make sets, excludes it
+sys.path.append(str(HERE))  # make sets PYTHONSAFEPATH, which excludes this directory
 
 from summary import summarize  # noqa: E402
 
@@ -53,7 +53,7 @@ MOMENTS = ("attach", "boot", "reset", "restore", "migrate", "hotplug")
 
 
 def wheels(*requirements: Path) -> list[Path]:
-    """Return wheels of the requirements, downloaded if not cached."""
+    """Return wheels of the requirements. Download them unless they are cached."""
 
     def fill(directory: Path) -> None:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q"]
@@ -65,7 +65,7 @@ def wheels(*requirements: Path) -> list[Path]:
 
 
 def site(*requirements: Path) -> Path:
-    """Return a directory with these wheels unpacked, for this host's Python."""
+    """Return a directory of the unpacked wheels, for this host's Python."""
     packed = wheels(*requirements)
 
     def fill(directory: Path) -> None:
@@ -77,7 +77,7 @@ def site(*requirements: Path) -> Path:
 
 
 def python_on(directory: Path, *argv: str) -> str:
-    """Run this Python with the modules of :func:`site` and of this directory; return its output."""
+    """Run Python with the modules in ``directory`` and ``HERE``; return its output."""
     with tempfile.TemporaryDirectory() as home:
         result = subprocess.run(
             [sys.executable, "-W", "ignore", *argv],
@@ -92,7 +92,7 @@ def python_on(directory: Path, *argv: str) -> str:
     return result.stdout
 
 
-# Print one line of JSON per name: the image's path, or the reason for its absence.
+# Print one line of JSON per name, with the image's path or the reason why it is absent.
 FETCH_CLOUD_IMAGES = """
 import json, sys
 from cloud_images import NoImageError, base_image
@@ -108,7 +108,7 @@ for name in sys.argv[2:]:
 
 
 def cloud_images() -> dict[str, Path | str]:
-    """Fetch the images that the network provides. Map each name to a path or a reason."""
+    """Download the images. Map each name to a path, or to the reason of a failure."""
     directory = cache.cache_dir() / "cloud-images"
     directory.mkdir(exist_ok=True)
     said = python_on(site(REQUIREMENTS), "-c", FETCH_CLOUD_IMAGES, str(directory), *CLOUDS)
@@ -120,7 +120,7 @@ def cloud_images() -> dict[str, Path | str]:
 class TestMachine:
     """The machine on which the tests run, and a directory on it.
 
-    :ivar distros: The value of ``QEMU_PREFAULT_DISTROS``, a directory on it.
+    :ivar distros: The value of ``QEMU_PREFAULT_DISTROS``, a directory on that machine.
     """
 
     machine: Machine
@@ -135,11 +135,11 @@ def open_test_machine(
     clouds: Mapping[str, Path | str] | None = None,
     uefi: bool = False,
 ) -> TestMachine:
-    """Open a machine that has these distributions and images, avocado, and this package.
+    """Open a machine with these distributions and images, avocado, and this package.
 
     The package is installed from the wheels that ``scripts/with-env`` built.
 
-    :param uefi: The machine must be able to run KVM guests with UEFI.
+    :param uefi: Whether the machine must be able to run KVM guests with UEFI.
     """
     package = [Path(wheel) for wheel in os.environ["QEMU_PREFAULT_WHEELS"].split()]
     images = {name: distro.build(distro.distro_named(name)) for name in names}
@@ -188,12 +188,12 @@ def avocado(target: TestMachine, arguments: Sequence[str], timeout: float = HOUR
         }.items()
     )
     text = f"[datadir.paths]\n{paths}cache_dirs = ['{base}/cache']\n"
-    # --config does not work: avocado-vt needs its directories before that file is read.
+    # Do not use --config: avocado-vt needs its directories before avocado reads that file.
     script = "mkdir -p .config/avocado && cat >.config/avocado/avocado.conf"
     target.machine.run(["sh", "-c", script], cwd=base, stdin=text.encode())
     argv = ["python3", "-m", "avocado", *arguments]
     if not isinstance(target.machine, Lab):
-        # avocado starts its runners with the system's Python, which lacks these modules.
+        # avocado starts its runners with the system's Python, which does not have these modules.
         script = 'export PYTHONPATH="$PYTHONPATH:$1"; shift; exec "$@"'
         argv = ["sh", "-c", script, "sh", ":".join(filter(None, sys.path)), *argv]
     env = {DISTROS_VARIABLE: target.distros, "HOME": base, "PYTHONUNBUFFERED": "1"}
@@ -246,7 +246,7 @@ def run_distro(options: argparse.Namespace) -> int:
 
 
 def sum_up(jobs: Sequence[Path]) -> int:
-    """Print the summary of jobs and return this program's exit status."""
+    """Print the summary of the jobs and return this program's exit status."""
     counts = Counter[str]()
     for results in jobs:
         lines, found = summarize(results)
@@ -256,7 +256,7 @@ def sum_up(jobs: Sequence[Path]) -> int:
     return 1 if counts["failed"] or not counts["passed"] else 0
 
 
-# The parameters avocado-vt needs for this guest and for an emulating host.
+# The parameters that avocado-vt needs for this guest and for a host that emulates KVM.
 VT_PARAMS = {
     "image_name": "images/guest",
     "image_format": "qcow2",
@@ -350,7 +350,7 @@ def run_vt_job(
 
 
 def put_python(machine: Machine, source: Path, destination: str) -> None:
-    """Copy a provider's Python and Cartesian configuration. Its other files are gigabytes."""
+    """Copy a provider's Python and configuration files, without its large data files."""
     with tempfile.TemporaryDirectory() as scratch:
         for path in source.rglob("*"):
             if path.suffix in (".py", ".cfg") and path.is_file():
@@ -362,7 +362,7 @@ def put_python(machine: Machine, source: Path, destination: str) -> None:
 
 @contextlib.contextmanager
 def huge_pages_off(machine: Machine) -> Iterator[None]:
-    """Disable 2 MiB pages, with which there are too few faults to measure the effect."""
+    """Disable 2 MiB pages, because guests would take too few faults for a comparison."""
     path = "/sys/kernel/mm/transparent_hugepage/enabled"
     before = machine.run(["cat", path]).text.partition("[")[2].partition("]")[0]
     machine.run(["sh", "-c", f"echo never >{path}"])
@@ -378,7 +378,7 @@ from pathlib import Path
 from virttest.cartesian_config import Parser
 
 provider = Path(sys.argv[1])
-# As avocado-vt does: its package qemu now hides the one of qemu.qmp.
+# avocado-vt also imports the provider's package "qemu", which hides the package of qemu.qmp.
 sys.path.insert(0, str(provider))
 import qemu
 for path in sorted((provider / "qemu/tests/cfg").glob("*.cfg")):
@@ -420,8 +420,8 @@ with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
 def run_check(_: argparse.Namespace) -> int:
     """Check that all tests, variants and images are found, without starting a guest.
 
-    avocado lists its tests and variants, and avocado-vt's parser lists the provider's tests. The
-    newest of Alpine's BIOS images is fetched from a local imitation of its mirror.
+    avocado lists its tests and variants, and avocado-vt's parser lists the provider's tests. A
+    local HTTP server imitates Alpine's mirror, to test that the newest BIOS image is downloaded.
     """
     modules = site(REQUIREMENTS, VT_REQUIREMENTS)
     listed = python_on(modules, "-m", "avocado", "list", "distro.py", "cloud.py").splitlines()
@@ -436,30 +436,30 @@ def run_check(_: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as mirror:
         fetched = python_on(site(REQUIREMENTS), "-c", CHECK_CLOUD, mirror).strip()
     if fetched != "3.22bios-cloudinit":
-        raise FailedError("the fetched Alpine image is not the newest", f"fetched: {fetched}")
+        raise FailedError("the downloaded Alpine image is not the newest", f"image: {fetched}")
     return 0
 
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="lab: %(message)s", stream=sys.stderr)
-    # A failure's reason may quote a guest's console.
+    # A failure's reason may quote a guest's console, with characters that stdout cannot encode.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     parser = argparse.ArgumentParser(description="Run the avocado tests.")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--nested", action="store_true", help="use the lab in any case")
-    common.add_argument("--hours", type=float, default=6.0, help="time limit of the whole job")
+    common.add_argument("--nested", action="store_true", help="do not use this host's KVM")
+    common.add_argument("--hours", type=float, default=6.0, help="time limit of a job, in hours")
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("distro", parents=[common], help="whole distributions")
     one.add_argument("--distro", action="append", choices=list(distro.DISTROS))
     one.add_argument("--profile", action="append", choices=PROFILES)
     one.add_argument("--test", action="append", choices=MOMENTS)
-    one.add_argument("arguments", nargs="*", help="further arguments for avocado run")
+    one.add_argument("arguments", nargs="*", help="more arguments for avocado run")
     one.set_defaults(run=run_distro)
-    two = commands.add_parser("vt", parents=[common], help="avocado-vt with its test provider")
+    two = commands.add_parser("vt", parents=[common], help="tests for avocado-vt")
     two.add_argument("--tp-qemu", type=Path, help="a checkout of avocado-vt's own provider")
-    two.add_argument("arguments", nargs="*", help="the tests (default: all of the provider's)")
+    two.add_argument("arguments", nargs="*", help="tests to run (default: all of this provider)")
     two.set_defaults(run=run_vt)
-    three = commands.add_parser("check", help="check without a guest that all tests are found")
+    three = commands.add_parser("check", help="only check that all tests are found")
     three.set_defaults(run=run_check)
     options = parser.parse_args()
     try:

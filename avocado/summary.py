@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Sum up an avocado job from its ``results.json``: the failures and a table of the figures.
+"""Summarize an avocado job: list its failures and print a table of the figures.
+
+The results are read from the job's ``results.json``.
 
 A test writes its figures to its whiteboard, as a JSON list of rows. A whiteboard is free text,
 so other tests may write anything: avocado-vt writes QEMU's and KVM's versions as a Python dict,
@@ -28,7 +30,7 @@ Row = dict[str, Any]
 
 
 def summarize(results: Path) -> tuple[list[str], Counter[str]]:
-    """Return the summary's lines, and how many tests passed, failed and were skipped."""
+    """Return the summary's lines and the numbers of passed, failed and skipped tests."""
     counts = Counter[str]()
     try:
         job = json.loads((results / "results.json").read_text())
@@ -52,7 +54,7 @@ def summarize(results: Path) -> tuple[list[str], Counter[str]]:
 
 
 def rows_of(test: dict[str, Any]) -> list[Row]:
-    """Return the rows in a test's whiteboard. Other text has no rows."""
+    """Return the rows in a test's whiteboard, or an empty list if it has other text."""
     try:
         found = json.loads(test["whiteboard"])
     except (KeyError, TypeError, ValueError, RecursionError):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Functions with which avocado-vt's tests prefault their guests and check the effect.
+"""Functions for avocado-vt's tests, to prefault guests and check the effect.
 
-``prefault = yes`` loads the plugin into each QEMU that a test starts, by LD_PRELOAD, and checks
-after the start that it is loaded. ``prefault_options = KEY=VALUE,…`` are the plugin's options.
+``prefault = yes`` loads the plugin into each QEMU that a test starts, with LD_PRELOAD, and checks
+after the start that it is loaded. ``prefault_options = KEY=VALUE,…`` sets the plugin's options.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HEALTH_SECONDS = 900.0
 
 
 def enable(params: Params) -> None:
-    """Implement ``prefault = yes``. Called before a test's QEMUs are started."""
+    """Prepare a test's parameters for ``prefault = yes``, before its QEMUs start."""
     if params.get("prefault", "no") != "yes":
         env_process.preprocess_vm_on_hook = env_process.postprocess_vm_on_hook = None
         return
@@ -52,7 +52,7 @@ def enable(params: Params) -> None:
 
 
 def _check(test: Any, params: Params, env: Any) -> None:
-    """Fail unless every QEMU has the plugin. Log the counters of the plugin and of KVM."""
+    """Fail unless every QEMU has the plugin. Log the plugin's and KVM's counters."""
     for vm in env.get_all_vms():
         if vm.is_alive():
             counters = plugin_status(test, vm)["counters"]
@@ -62,12 +62,12 @@ def _check(test: Any, params: Params, env: Any) -> None:
 
 
 def note(test: Any, moment: str, without: int | None, with_: int) -> None:
-    """Write the faults on memory without and with prefault to the test's whiteboard."""
+    """Write the faults on memory without and with prefaulting to the whiteboard."""
     test.whiteboard = json.dumps([{"moment": moment, "without": without, "with": with_}])
 
 
 def plugin_status(test: Any, vm: Any) -> dict[str, Any]:
-    """Return the status of the plugin in a VM's QEMU. Fail if it is not loaded."""
+    """Return the status of the plugin in a VM's QEMU. Fail if QEMU has no plugin."""
     process = Process.find(vm.get_pid())
     path = find_control_socket(process)
     if path is None:
@@ -104,7 +104,7 @@ def start_tool(vm: Any, *arguments: str) -> Tool:
 
 
 def finish_tool(test: Any, tool: Tool) -> dict[str, Any]:
-    """Wait until the tool ends. Check its report's byte counts and return the report."""
+    """Wait for the tool, check the byte counts in its report, and return the report."""
     report: dict[str, Any] = {}
     with failing(test):
         result = tool.finish(TOOL_SECONDS)
@@ -115,7 +115,7 @@ def finish_tool(test: Any, tool: Tool) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def failing(test: Any) -> Iterator[None]:
-    """Turn an AssertionError of tests/support into a test failure instead of a test error."""
+    """Report an AssertionError of tests/support as a test failure, not an error."""
     try:
         yield
     except AssertionError as error:
@@ -145,11 +145,11 @@ def log_in(params: Params, vm: Any) -> Any:
 
 
 def check_health(test: Any, session: Any) -> None:
-    """Check that the system is up, no unit has failed and its kernel log shows no errors."""
+    """Check that the system is up, without failed units or kernel errors."""
     with failing(test):
         health.check_health(
             lambda command: str(session.cmd_output(command, timeout=HEALTH_SECONDS)),
-            # Only warnings and worse: avocado-vt sends its job a message for each line printed.
+            # Print only warnings and errors: avocado-vt sends the job a message for each line.
             dmesg="dmesg --level=emerg,alert,crit,err,warn",
         )
 
@@ -168,13 +168,13 @@ def checksum(session: Any, name: str) -> str:
 
 
 def compare(test: Any, what: str, without: int, with_: int, least: int) -> None:
-    """Check that at least ``least`` faults were taken without prefault, and at most 1 % with it."""
+    """Check that prefaulting leaves at most 1 % of at least ``least`` faults."""
     LOG.info("prefault: %s: faults on memory: %d without, %d with", what, without, with_)
     note(test, what, without, with_)
     if without < least:
-        test.fail(f"{without} faults without prefault; the test needs at least {least}")
+        test.fail(f"{without} faults without prefaulting; the test needs at least {least}")
     if with_ > without / 100:
-        test.fail(f"{with_} faults with prefault, {without} without")
+        test.fail(f"prefaulting left {with_} of {without} faults, more than 1 %")
 
 
 def wait_running(test: Any, vm: Any) -> None:
@@ -184,7 +184,7 @@ def wait_running(test: Any, vm: Any) -> None:
 
 
 def read_back(test: Any, params: Params, vm: Any, wanted: str) -> int:
-    """Read the file of :func:`fill` on the VM, and return its faults on memory so far."""
+    """Read the file of :func:`fill`, and return the VM's faults on memory so far."""
     session = log_in(params, vm)
     if checksum(session, "file") != wanted:
         test.fail("the file in the guest's memory has changed")

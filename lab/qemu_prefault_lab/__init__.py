@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The nested lab: the real ``KVM_PRE_FAULT_MEMORY`` on a host without virtualization.
+"""The nested lab, which runs the real ioctl on a host without virtualization.
 
-The lab nests three machines. They are named by their nesting level throughout the project:
+The lab nests three machines. The project names them by their nesting level:
 
 L0
     The machine that imports this package. It needs no KVM. It runs QEMU's TCG,
@@ -13,8 +13,8 @@ L1
 L2
     The guests of the QEMU in L1 (:mod:`qemu_prefault_lab.guest`). The tests prefault these.
 
-If the host's own KVM has the capability, :func:`open_machine` returns a :class:`LocalMachine`
-with the same methods instead, and nothing is emulated.
+If the host's own KVM supports the ioctl, :func:`open_machine` returns a :class:`LocalMachine`
+instead. It has the same methods, and nothing is emulated.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    # L1 imports only the guest modules. An import there takes ten times as long as on L0.
+    # Import a module when it is first used. L1 needs only the guest modules, and an import takes
+    # ten times as long there as on L0.
     if name in _HOMES:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``python -m qemu_prefault_lab``: build the lab, run commands in it, and test that it boots."""
+"""The command line of the lab: ``python -m qemu_prefault_lab``."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from .patched import check as check_series
 
 _VARIANT = click.option(
     "--variant", type=click.Choice(list(VARIANTS)), default="trixie", show_default=True,
-    help="The Debian to run as L1.",
+    help="The Debian release to run as L1.",
 )  # fmt: skip
 _NPT = click.option(
-    "--npt/--no-npt", default=True, help="Nested paging, or shadow paging (cannot prefault)."
+    "--npt/--no-npt", default=True, help="Nested paging, or shadow paging without the ioctl."
 )
 _TDP_MMU = click.option(
-    "--tdp-mmu/--no-tdp-mmu", default=None, help="kvm.tdp_mmu (default: the kernel's own)."
+    "--tdp-mmu/--no-tdp-mmu", default=None, help="kvm's parameter tdp_mmu (default: the kernel's)."
 )
 _NESTED = click.option(
     "--nested", is_flag=True, help="Use the lab even if this host's own KVM can prefault."
 )
 _COMMAND = {"ignore_unknown_options": True, "allow_interspersed_args": False}
-# The path of the checkout in the lab.
+# The directory in the lab to which files of the checkout are copied.
 _CHECKOUT = "/root/tests"
 
 
@@ -54,7 +54,7 @@ class _Group(click.Group):
 @click.group(cls=_Group)
 @click.option("-v", "--verbose", is_flag=True, help="Print more.")
 def main(verbose: bool) -> None:
-    """Run the real prefault ioctl on a host without virtualization, in the nested lab."""
+    """Run the real prefault ioctl in the lab, on a host without virtualization."""
     level = logging.DEBUG if verbose else logging.INFO
     logging.basicConfig(level=level, format="lab: %(message)s", stream=sys.stderr)
 
@@ -62,7 +62,7 @@ def main(verbose: bool) -> None:
 @main.command("build")
 @click.argument("variants", nargs=-1, type=click.Choice(list(VARIANTS)))
 def build_command(variants: tuple[str, ...]) -> None:
-    """Build the files that VARIANTS (default: trixie) boot from, unless they are cached."""
+    """Build the images of VARIANTS (default: trixie), unless they are cached."""
     files_disk()
     for name in variants or ("trixie",):
         started = time.monotonic()
@@ -75,7 +75,7 @@ def build_command(variants: tuple[str, ...]) -> None:
 @click.option("--release", type=click.Choice(list(SUITES)), default="10.0", show_default=True)
 @click.option("--tcg-fix/--no-tcg-fix", default=True, show_default=True, help="patches/qemu-tcg*.")
 @click.option("--jobs", default=0, help="Number of parallel compilers (default: one per CPU).")
-@click.option("--check", is_flag=True, help="Run QEMU's checkpatch and its own tests instead.")
+@click.option("--check", is_flag=True, help="Only run QEMU's checkpatch and QEMU's own tests.")
 @click.argument("patches", type=click.Path(path_type=Path, exists=True), default="patches")
 def qemu_command(release: str, tcg_fix: bool, jobs: int, check: bool, patches: Path) -> None:
     """Build QEMU with the series in PATCHES, unless it is cached, and print its path."""
@@ -87,9 +87,9 @@ def qemu_command(release: str, tcg_fix: bool, jobs: int, check: bool, patches: P
 
 
 @main.command("prune")
-@click.option("--days", default=7.0, show_default=True, help="Keep entries used since then.")
+@click.option("--days", default=7.0, show_default=True, help="Keep entries used in this many days.")
 def prune_command(days: float) -> None:
-    """Remove images and snapshots that have not been used recently."""
+    """Remove images and snapshots that have not been used for some days."""
     for path in cache.prune(days):
         click.echo(path)
 
@@ -105,9 +105,9 @@ def _pass_on(fd: int, data: bytes) -> None:
 @_NPT
 @_TDP_MMU
 @_NESTED
-@click.option("--timeout", default=3600.0, show_default=True, help="Seconds.")
+@click.option("--timeout", default=3600.0, show_default=True, help="Time limit in seconds.")
 @click.option("--wheel", "wheels", multiple=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--source", is_flag=True, help="Install this source tree, if no wheel is given.")
+@click.option("--source", is_flag=True, help="Install this source tree if no wheel is given.")
 @click.argument("command", nargs=-1, required=True)
 def run_command(
     *,
@@ -170,7 +170,7 @@ def boots_command(variant: str, npt: bool, restore: bool, count: int) -> None:
 
 
 def _put_tests(machine: Machine, path: Path) -> str:
-    """Copy a test file with its conftest.py, or a directory; return its path in the lab."""
+    """Copy a directory, or a test file with its conftest.py; return its path in L1."""
     resolved, checkout = path.resolve(), Path.cwd()
     inside = resolved.is_relative_to(checkout)
     target = f"{_CHECKOUT}/{resolved.relative_to(checkout) if inside else path.name}"
@@ -189,9 +189,9 @@ def _put_tests(machine: Machine, path: Path) -> str:
 @click.option("--wheel", "wheels", multiple=True, type=click.Path(path_type=Path, exists=True),
               help="Install this wheel instead of this source tree.")  # fmt: skip
 @click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML to this file.")
-@click.option("--timeout", default=3600.0, show_default=True, help="Seconds for all tests.")
+@click.option("--timeout", default=3600.0, show_default=True, help="Limit of all tests in seconds.")
 @click.option("--qemu", "release", type=click.Choice(list(SUITES)), is_flag=False,
-              flag_value="10.0", help="Install this patched QEMU (10.0).")  # fmt: skip
+              flag_value="10.0", help="Install the patched QEMU (default: 10.0).")  # fmt: skip
 @click.option("--uefi", is_flag=True,
               help="Emulate L1 with the patched QEMU, which can run UEFI guests.")  # fmt: skip
 @click.option("--env", "variables", metavar="NAME=VALUE", multiple=True,
@@ -211,7 +211,7 @@ def pytest_command(
     variables: tuple[str, ...],
     arguments: tuple[str, ...],
 ) -> None:
-    """Copy the paths among ARGUMENTS into the lab and run pytest there with ARGUMENTS.
+    """Copy the paths in ARGUMENTS into the lab and run pytest there with ARGUMENTS.
 
     The paths in the lab are those of the checkout. The checkout's pyproject.toml, tests/support
     and qmp_scripts, which wheels do not contain, are copied as well.
@@ -236,7 +236,7 @@ def pytest_command(
             else:
                 words.append(argument)
         report = f"{_CHECKOUT}/junit.xml"
-        # --timeout limits all tests together, so single tests have no limit.
+        # --timeout limits all tests together, so disable pytest's limit for each test.
         argv = ["python3", "-m", "pytest", "-p", "no:cacheprovider", f"--rootdir={_CHECKOUT}",
                 "-o", "timeout=0", "-W", "ignore::pytest.PytestConfigWarning",
                 f"--junit-xml={report}", *words]  # fmt: skip

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A cache of build results, such as images, that are slow to make and never change.
+"""A cache of build results, such as images, that take long to build.
 
 An entry is a directory ``<name>-<key>``. The key is a hash of all inputs, so a changed recipe
-makes a new entry and entries are never updated in place. An entry is completed by one rename.
-A builder that is killed leaves only a ``tmp-`` directory, which the next builder of the same
-name removes. A file lock per name keeps two builders from building the same entry.
+makes a new entry and entries are never updated in place. A builder works in a ``tmp-`` directory
+and renames it when it is complete. If the builder is killed, the next builder of the same name
+removes that directory. A file lock per name keeps two builders from building the same entry.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ENTRIES = (
 
 
 def cache_dir() -> Path:
-    """Return the cache directory: ``$QEMU_PREFAULT_CACHE``, or one below the XDG cache."""
+    """Return ``$QEMU_PREFAULT_CACHE``, or the default in the XDG cache directory."""
     if configured := os.environ.get("QEMU_PREFAULT_CACHE"):
         path = Path(configured)
     else:
@@ -54,7 +54,7 @@ def cache_dir() -> Path:
 
 
 def key_of(*parts: str | bytes) -> str:
-    """Hash the inputs of an entry. Hashing the lengths, too, keeps adjacent parts distinct."""
+    """Return a hash of the inputs, and of their lengths, to separate adjacent inputs."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -74,7 +74,7 @@ def locked(name: str) -> Iterator[None]:
 
 
 def entry(name: str, key: str, build: Callable[[Path], None]) -> Path:
-    """Return the directory of an entry, built if it is missing.
+    """Return the directory of an entry. Build it if it is missing.
 
     :param build: A function that fills the empty directory passed to it. If it raises, the
         directory is removed.
@@ -82,7 +82,7 @@ def entry(name: str, key: str, build: Callable[[Path], None]) -> Path:
     root = cache_dir()
     final = root / f"{name}-{key}"
     if final.is_dir():
-        os.utime(final)  # keeps an entry in use from being pruned
+        os.utime(final)  # so that prune() keeps it
         return final
     with locked(name):
         if final.is_dir():
@@ -102,7 +102,7 @@ def entry(name: str, key: str, build: Callable[[Path], None]) -> Path:
 def discard(path: Path) -> None:
     """Remove an invalid entry, so that it is built again.
 
-    The entry is renamed first, so that a partly removed directory is never taken for an entry.
+    The entry is renamed first, so that no process uses a partly removed directory.
     """
     doomed = path.with_name(f"tmp-{path.name}")
     try:
@@ -113,14 +113,14 @@ def discard(path: Path) -> None:
 
 
 def prune(days: float) -> list[Path]:
-    """Remove the entries that were not used for a number of days, and return their paths.
+    """Remove entries that were not used for a number of days; return their paths.
 
     A running lab is not affected, because it keeps its files open.
     """
     oldest = time.time() - days * 86400
     gone = []
     for path in sorted(cache_dir().iterdir()):
-        # Other programs use the same directory and do not update the time of their entries.
+        # Skip entries of other programs, which do not update the times of their entries.
         if not path.name.startswith(_ENTRIES):
             continue
         with contextlib.suppress(FileNotFoundError):  # another process removed it

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""L0's side of a running L1: one thread owns QEMU, its console and the command server's port.
+"""L0's side of a running L1: QEMU, its console, and the command server's port.
 
-The thread starts QEMU itself, because the parent-death signal, which ends QEMU if the test run
-dies, is tied to the thread that forked. Every wait also ends if L1 is lost: QEMU ends, the console
-shows a kernel failure, or the command server's heartbeats stop. Then all requests fail immediately.
+One thread handles all three. It also starts QEMU. If the test run dies, QEMU is killed by its
+parent-death signal, which the kernel sends when the thread that forked QEMU exits. L1 is lost if
+QEMU ends, if the console shows a kernel failure, or if the command server's heartbeats stop. Then
+all requests fail immediately.
 
 The thread also sends POKE to the command server twice a second. With Linux 7.2 and about twenty L2
 guests, L1 can hang halted, with interrupts enabled and its timer pending in the local APIC. An
@@ -41,12 +42,12 @@ _FATAL = re.compile(
 _CONSOLE_BYTES = 1 << 20
 _OUTGOING_LIMIT = 1 << 21
 _TICK_SECONDS = 0.5
-# A failing kernel prints the reason in the lines that follow.
+# After a kernel failure is detected, the time to read the following lines, which have the reason.
 _LAST_WORDS_SECONDS = 3.0
 
 
 class Request:
-    """One command in L1: its number, and the frames received but not taken yet."""
+    """One command in L1, with its number and the received frames not yet returned."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -120,7 +121,7 @@ class Channel:
         assert self._process is not None
         self.pid = self._process.pid
 
-    # Methods for callers in any thread.
+    # Methods that any thread may call.
 
     def hello(self, timeout: float) -> None:
         """Reset the command server, set L1's clock, and wait for the server's answer."""
@@ -148,7 +149,7 @@ class Channel:
             return request
 
     def rest(self) -> None:
-        """Make the command server idle, with no data in transit in either direction."""
+        """Make the command server idle, so that no data is in transit afterwards."""
         with self._condition:
             self._poking = False
         request = self.open()
@@ -162,7 +163,7 @@ class Channel:
             self._requests.pop(request.number, None)
 
     def send(self, kind: int, number: int, payload: bytes = b"") -> None:
-        """Queue a frame. Waits while too much is queued, unless L1 is lost."""
+        """Queue a frame. Wait while the queue is too long, unless L1 is lost."""
         with self._condition:
             while len(self._outgoing) > _OUTGOING_LIMIT:
                 self._check()
@@ -186,11 +187,11 @@ class Channel:
         return item
 
     def text(self) -> str:
-        """Return the console output so far."""
+        """Return the console output received so far."""
         return self.console.decode(errors="replace").replace("\r", "")
 
     def give_up(self, reason: str) -> LabLostError:
-        """Mark L1 as lost, for a reason that the thread cannot detect."""
+        """Mark L1 as lost for a cause that the caller detected; return the error."""
         with self._condition:
             self._verdict = self._verdict or reason
             self._doomed = time.monotonic()
@@ -213,14 +214,14 @@ class Channel:
             end.close()
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # the thread is awake already, or has ended
+        with contextlib.suppress(OSError):  # the thread is already awake, or has ended
             self._wake_write.send(b"\0")
 
     def _check(self) -> None:
         if self.lost is not None:
             raise self.lost
 
-    # Methods of the thread.
+    # Methods that only the channel's own thread calls.
 
     def _pump(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
@@ -269,7 +270,7 @@ class Channel:
                 selector.modify(self._port, wanted)
             ready = {key.fd: mask for key, mask in selector.select(_TICK_SECONDS)}
             now = time.monotonic()
-            # If the host itself was suspended, count only a short silence.
+            # If the host was suspended, this process did not run either: count two ticks at most.
             self._silent += min(now - before, 2 * _TICK_SECONDS)
             before = now
             if self._wake_read.fileno() in ready:
@@ -291,7 +292,7 @@ class Channel:
                 break
 
     def _read_console(self, console: int) -> bool:
-        """Read console output and look for a kernel failure. Return False at the end of file."""
+        """Read console output and detect kernel failures; return False at end of file."""
         try:
             data = os.read(console, 1 << 16)
         except BlockingIOError:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command server in L1: it runs commands for the host, over a virtio-serial port.
+"""The command server, which runs commands in L1 for the host.
 
-It runs on L1's Python (3.11 to 3.14, standard library only) as the only child of the first process.
-The host also imports this module, for the protocol below.
+It communicates over a virtio-serial port. It runs on L1's Python (3.11 to 3.14, standard library
+only) as the only child of the first process. The host also imports this module, for the protocol.
 
 A frame is a header (type, request number, payload length; big endian) and its payload. Several
 requests can be in progress at the same time. The host assigns their numbers. Files are transferred
 as stdin and stdout of ``cat`` and ``tar``, so the server only runs commands.
 
-The loop never blocks on a command. It queues input that a command does not read yet. While the host
-does not read, the loop does not read the commands' output. It sends a heartbeat once a second. If
-none arrives, L1 itself hangs.
+The server's loop never blocks on a command. It queues input that a command does not read yet. While
+the host does not read, the loop does not read the commands' output. It sends a heartbeat once a
+second. If the host receives no heartbeat, L1 hangs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ HELLO = 1  # nonce + wall-clock time as a big endian double: reset all state
 RUN = 2  # JSON: argv, env, cwd, timeout, grace
 STDIN = 3  # bytes; empty is the end of file
 KILL = 4  # one byte: the signal number
-BYE = 5  # stop heartbeats and commands, because a snapshot follows
+BYE = 5  # stop heartbeats and commands before a snapshot
 POKE = 6  # no operation; its interrupt wakes L1 (see Channel)
 # Server to host. The answer to HELLO is MAGIC + nonce, which is not a frame (see Channel).
 STDOUT = 16
@@ -58,7 +58,7 @@ def frame(kind: int, number: int, payload: bytes = b"") -> bytes:
 
 
 class Frames:
-    """Splits a stream of bytes into frames."""
+    """A parser that splits a stream of bytes into frames."""
 
     def __init__(self) -> None:
         self.buffer = bytearray()
@@ -133,7 +133,7 @@ class Command:
         self.finish_if_done()
 
     def pause(self, paused: bool) -> None:
-        """Stop or resume reading the command's output, depending on whether the host reads."""
+        """Pause or resume reading the command's output."""
         if paused == self.paused:
             return
         self.paused = paused
@@ -160,7 +160,7 @@ class Command:
         except BlockingIOError:
             pass
         except BrokenPipeError:
-            # The command does not read its input. Its exit status shows whether that is an error.
+            # The command has closed its input. Its exit status shows whether that is an error.
             self.unread.clear()
             self.stdin_ended = True
         if self.unread and not self.stdin_selected:
@@ -187,8 +187,8 @@ class Command:
         self.returncode = self.process.wait()
         self.unread.clear()
         self.close_stdin()
-        # A daemon that the command has started may keep the pipes open. Output from before the exit
-        # is already in the pipes, so read them only for a short time.
+        # The command's output is in the pipes now. Read it for a short time only, because a daemon
+        # that the command started may keep the pipes open.
         self.drain_until = time.monotonic() + 0.5
         self.finish_if_done()
 
@@ -230,8 +230,8 @@ class Command:
 
 
 def _become_ordinary() -> None:
-    # The server has priority over processes that may use all CPU time or memory of L1. Its children
-    # must not inherit that.
+    # The server has a high priority and is exempt from the OOM killer, so that it responds even if
+    # commands use all CPU time or memory. The commands must not inherit this.
     os.nice(10)
     _write("/proc/self/oom_score_adj", "0")
 
@@ -289,7 +289,7 @@ class CommandServer:
         except BlockingIOError:
             return
         if not data:
-            # No host is connected, and poll() returns immediately each time.
+            # While no host is connected, poll() returns immediately. Sleep to avoid a busy loop.
             time.sleep(0.05)
             return
         for kind, number, payload in self.frames.feed(data):
@@ -344,13 +344,13 @@ class CommandServer:
                     self.send(BEAT, 0)
             pause = 0.1 if self.commands else BEAT_SECONDS / 2
             for key, mask in self.selector.select(pause if self.beating else None):
-                # An earlier callback of this round may have closed or reused the descriptor.
+                # A callback earlier in this loop may have closed or reused the descriptor.
                 if self.selector.get_map().get(key.fd) == key:
                     key.data(key.fd, mask)
 
 
 def open_port(name: str) -> int:
-    """Open the virtio-serial port of that name. L1 has no udev that would make its link."""
+    """Open the virtio-serial port of that name without udev, which L1 does not run."""
     for path in glob.glob("/sys/class/virtio-ports/*/name"):
         with open(path) as file:
             if file.read().strip() == name:
@@ -365,7 +365,7 @@ def main() -> None:
     # The driver allows only one open of the port.
     port = open_port(sys.argv[1])
     fcntl.fcntl(port, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
-    # The host detects by this line that L1 has booted.
+    # When the host reads this line, it knows that L1 has booted.
     print("lab-command-server: ready", flush=True)
     CommandServer(port).run()
 

@@ -28,7 +28,11 @@ HEADERS = ["guest", "way", "stage-2 faults", "first pass s", "steady pass s", "p
 
 
 class LiveTable:
-    """The table while it fills: redrawn in place on a terminal, else one line per change."""
+    """The table, updated while the demo runs.
+
+    On a terminal, the whole table is redrawn. Otherwise, the completed rows are printed one by
+    one, and the current row every five seconds.
+    """
 
     def __init__(self) -> None:
         self.machine: dict[str, str] = {}
@@ -137,7 +141,7 @@ def run_demo(as_json: bool) -> None:
         f"Kernel {progress.machine['kernel']}, QEMU {progress.machine['qemu']}."
     )
     if nested:
-        click.echo("KVM is emulated here: counts are exact, times only compare with each other.")
+        click.echo("The CPU is emulated. Counts are exact. Compare times only with each other.")
     click.echo()
     for line in progress.lines():
         click.echo(line)

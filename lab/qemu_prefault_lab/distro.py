@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Whole distributions as guests, with their own kernel, initramfs, systemd and login.
+"""Images of whole distributions, for guests with their own kernel and systemd.
 
 They are built from the Debian archive, like the lab's own images
-(:mod:`qemu_prefault_lab.image`). Unlike those, their packages are installed and not only
-unpacked: every package has run its scripts, and initramfs-tools made the initramfs.
+(:mod:`qemu_prefault_lab.image`). Here, however, every package is installed and not only unpacked:
+its scripts have run, and initramfs-tools has made the initramfs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PASSWORD = "prefault"
 _HOOK = Path(__file__).parent / "distro-hook.sh"
 _PACKAGES = ("dbus", "initramfs-tools", "kmod", "linux-image-cloud-amd64", "login", "passwd",
              "procps", "systemd-sysv", "udev")  # fmt: skip
-# Most of a kernel package is drivers for hardware that these guests do not have.
+# Omit the drivers for hardware that these guests do not have. They are most of a kernel package.
 _WITHOUT = tuple(
     f"/{prefix}lib/modules/*/kernel/{part}/*"
     for prefix in ("", "usr/")
@@ -36,7 +36,7 @@ _WITHOUT = tuple(
 
 @dataclass(frozen=True)
 class Distro:
-    """A distribution release. If a suite does not build, the next one is tried."""
+    """A distribution release. If the build of one suite fails, the next one is tried."""
 
     name: str
     suites: tuple[str, ...]
@@ -84,7 +84,7 @@ def distro_named(name: str) -> Distro:
 
 
 def build(distro: Distro) -> DistroImage:
-    """Return the disk and the boot files of a distribution, built if necessary."""
+    """Return the disk and boot files of a distribution. Build them if necessary."""
     host = image.tcg_host()
     key = cache.key_of(*distro.suites, *_PACKAGES, *_WITHOUT, _HOOK.read_bytes(), PASSWORD, "1")
 
@@ -116,7 +116,7 @@ def build(distro: Distro) -> DistroImage:
 
 
 def boot_disk(built: DistroImage) -> Path:
-    """Return the boot files as a raw ext4 image that a lab can mount, built if necessary."""
+    """Return a raw ext4 image of the boot files. Build it if necessary."""
 
     def fill(directory: Path) -> None:
         image.ext4_of_tree(built.boot, directory / "boot.ext4")

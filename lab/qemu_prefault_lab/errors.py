@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The lab's exception classes, a branch of the product's::
+"""The lab's exception classes, which are subclasses of qemu-prefault's::
 
     QemuPrefaultError
     └── FailedError
@@ -12,10 +12,10 @@
             ├── QmpError                 the lab's own QMP client failed
             └── LibvirtdError            a libvirtd of the lab or its domain failed
 
-The codes belong to the lab and are not in the product's catalogue. ``qemu-prefault demo``
-reports them like any other failure, with exit status 1. ``python -m qemu_prefault_lab`` exits
-with :data:`LAB_FAILED`. Neither qemu-prefault nor pytest uses this status, so it cannot be
-mistaken for the status of the command that ``run`` or ``pytest`` ran in the lab.
+Only the lab uses these codes, so qemu-prefault's list of error codes does not include them.
+``qemu-prefault demo`` reports them like any other failure, with exit status 1. ``python -m
+qemu_prefault_lab`` exits with :data:`LAB_FAILED`. Neither qemu-prefault nor pytest uses this
+status, so it cannot be mistaken for the status of a command that ``run`` or ``pytest`` runs.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ LAB_FAILED = 125
 
 
 class LabError(FailedError):
-    """A part of the lab does not work."""
+    """The base class of the lab's errors."""
 
     code = "lab"
 
 
 class LabLostError(LabError):
-    """L1 ended or hangs: QEMU ended, the kernel panicked, or the command server stopped responding.
+    """L1 has ended, or it hangs.
 
-    Commands that were running in L1 have no result. ``console`` holds the last console lines.
+    QEMU ended, the kernel panicked, or the command server stopped responding. Commands that were
+    running in L1 have no result. ``console`` holds the last console lines.
 
     :param qemu_status: QEMU's exit status if its end was detected first, else None.
     """

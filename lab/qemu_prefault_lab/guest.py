@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""L2 guests: unmodified QEMUs that the tool is tested on. Runs where KVM is, usually in L1.
+"""L2 guests, which are unmodified QEMUs on which the tests run the tool.
 
-A guest boots a distribution kernel whose only process is ``workload.c``. The lab controls the
-workload over the serial line. :class:`.qemu_guest.QemuGuest` manages the QEMU process.
+This module runs on the machine with KVM, which is usually L1. A guest boots a distribution kernel
+whose only process is ``workload.c``. The lab controls the workload over the serial line.
+:class:`.qemu_guest.QemuGuest` manages the QEMU process.
 """
 
 from __future__ import annotations
@@ -36,19 +37,20 @@ __all__ = [
     "thp",
 ]
 
-#: Environment variable naming the directory of the L2 kernel and initramfs.
+#: The environment variable with the path of the directory of the L2 kernel and initramfs.
 L2_VARIABLE = "QEMU_PREFAULT_L2"
-#: Environment variable naming the patched QEMU, if it is installed.
+#: The environment variable with the path of the patched QEMU, if it is installed.
 PATCHED_QEMU_VARIABLE = "QEMU_PREFAULT_QEMU"
-#: Debian's firmware directories. The patched QEMU has no firmware of its own.
+#: Debian's firmware directories, for the patched QEMU, which is built without firmware.
 FIRMWARE = ("/usr/share/seabios", "/usr/share/qemu")
 
-# Skip calibration, mitigations and address randomization, which are slow to emulate. Drivers'
-# errors are not logged, because they would mix with the workload's answers. An oops is logged.
+# Skip calibration, mitigations and address randomization, which are slow to emulate. Log an oops,
+# but not the errors of drivers, because they would mix with the workload's answers.
 KERNEL_ARGS = (
     "console=ttyS0 loglevel=3 panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check "
     "audit=0 cryptomgr.notests random.trust_cpu=on nowatchdog "
-    # These wait for hardware that microvm lacks: a clock (4 s) and a keyboard controller.
+    # These calls would wait for devices that microvm does not have: a clock, for 4 s, and a
+    # keyboard controller.
     "initcall_blacklist=cmos_init,i8042_init"
 )
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -61,14 +63,17 @@ def l2_directory() -> Path:
 
 
 def thp(mode: str) -> str:
-    """Set transparent huge pages to ``always``, ``madvise`` or ``never``; return the old mode."""
+    """Set transparent huge pages to a mode, and return the previous one.
+
+    :param mode: ``always``, ``madvise`` or ``never``.
+    """
     before = _THP.read_text().partition("[")[2].partition("]")[0]
     _THP.write_text(mode)
     return before
 
 
 def reserve_hugepages(count: int) -> int:
-    """Set the number of 2 MiB hugetlb pages. Return the number that the kernel could reserve."""
+    """Reserve 2 MiB hugetlb pages; return the number that the kernel has reserved."""
     _HUGEPAGES.write_text(str(count))
     return int(_HUGEPAGES.read_text())
 
@@ -85,7 +90,7 @@ defaults = Defaults()
 
 
 def patched_qemu() -> list[str] | None:
-    """Return the command of the patched QEMU (see ``patched.py``), or None if not installed."""
+    """Return the patched QEMU's command (``patched.py``), or None if not installed."""
     binary = os.environ.get(PATCHED_QEMU_VARIABLE)
     return None if binary is None else [binary, *(w for p in FIRMWARE for w in ("-L", p))]
 
@@ -96,7 +101,7 @@ class GuestConfig(QemuConfig):
 
     :ivar accel: ``kvm`` or ``tcg``.
     :ivar workload_mib: MiB that the guest allocates and writes before it is ready.
-    :ivar kvm: Give the guest a KVM of its own, for the workload's ``nest``.
+    :ivar kvm: Enable nested virtualization in the guest, for the workload's ``nest``.
     :ivar ovmf: Boot with UEFI, on ``q35`` (the OVMF build that protects its variables by SMM)
         or ``q35,smm=off``. The kernel must be ``vmlinuz``.
     :ivar qemu: QEMU's command and its first arguments. None means those of :data:`defaults`.
@@ -140,7 +145,7 @@ class GuestConfig(QemuConfig):
 
 
 class Guest(QemuGuest):
-    """A QEMU that runs the workload. A context manager that kills QEMU at its end.
+    """A QEMU that runs the workload. It is killed when the context manager exits.
 
     :param config: The configuration. None means :class:`GuestConfig` with its defaults.
     :param changes: Fields of the configuration to replace for this guest.
@@ -153,7 +158,7 @@ class Guest(QemuGuest):
         super().__init__(config)
 
     def wait_kept(self, timeout: float = 60.0) -> dict[str, Any]:
-        """Wait until the plugin has prefaulted a running guest completely; return its status."""
+        """Wait until the plugin has prefaulted all of a running guest; return its status."""
         deadline = time.monotonic() + timeout
         while (status := self.control("status"))["pending"]:
             if time.monotonic() > deadline:
@@ -169,11 +174,11 @@ class Guest(QemuGuest):
         self.qmp("system_reset")
         while self.wait_event("RESET")["data"]["reason"] != "host-qmp-system-reset":
             pass
-        # The guest was stopped, so all output of the previous boot has been received.
+        # The guest is stopped, so all output of the previous boot has been received.
         self._serial.forget()
 
     def wait_ready(self, timeout: float = 240.0) -> Answer:
-        """Wait for a booting guest's ``ready``. Its ``uptime`` is in seconds."""
+        """Wait for a booting guest's ``ready`` and return it. ``uptime`` is in seconds."""
         return self._serial.answer("ready", timeout)
 
     def command(self, line: str, timeout: float = 120.0) -> Answer:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The files the lab boots: Debian root file systems, kernels, initramfs, and L0's QEMU.
+"""The files from which the lab boots, and the QEMU that runs on L0.
 
-Building needs no loop mounts and no second machine: mmdebstrap makes a tar file and
-``mke2fs -d`` makes an ext4 image of it. Without root, both run in a user namespace.
+The files are Debian root file systems, kernels and initramfs. mmdebstrap makes a tar file, and
+``mke2fs -d`` makes an ext4 image of it, so nothing is mounted. If the user is not root, both run in
+a user namespace.
 
 Kernels are booted as the ELF file inside their bzImage (PVH entry), because running the
 decompressor under TCG adds seconds to every cold boot.
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
 _SNAPSHOT_SAFE_APT = (
-    # Mirrors of the development suites are sometimes past their own expiry date.
+    # A mirror of sid or testing may be older than the expiry date in its Release file.
     'Acquire::Check-Valid-Until "false"',
     'Acquire::Retries "3"',
     'APT::Install-Recommends "false"',
@@ -80,22 +81,23 @@ _LIBVIRT_PACKAGES = (
     "python3-prometheus-client",
     "systemd",
 )
-# Modules needed to mount the root file system. Those built into the kernel are skipped.
+# Modules needed to mount the root file system. Modules built into the kernel are skipped.
 _BOOT_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4", "overlay")
 _BOOT_MODULES_IF_THERE = ("crc32c_generic", "crc32c_intel", "crc32c")
 # Modules that an L2 guest loads on request, in this order, for a balloon or virtio-mem device.
 _L2_MODULES = ("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev",
                "virtio_pci", "virtio_balloon", "virtio_mem")  # fmt: skip
-# Modules that an L2 guest needs for a KVM of its own.
+# Modules that an L2 guest needs to run KVM.
 _L2_KVM_MODULES = ("irqbypass", "kvm", "kvm-amd")
-# Driver directories that a lab may need. The rest of a kernel package is for real hardware.
+# Driver directories that a lab may need. The other drivers of a kernel package are for hardware
+# that QEMU does not emulate here.
 _KEPT_DRIVERS = ("block/", "char/", "crypto/", "dax/", "net/tap", "net/tun", "nvdimm/", "vfio/",
                  "vhost/", "virtio/")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A Debian release to run as L1. If a suite does not build, the next one is tried."""
+    """A Debian release to run as L1. If building one suite fails, the next is tried."""
 
     name: str
     suites: tuple[str, ...]
@@ -109,7 +111,7 @@ VARIANTS = {
         Variant("bookworm", ("bookworm",)),  # kernel 6.1 (without the ioctl), QEMU 7.2
         Variant("trixie", ("trixie",)),  # kernel 6.12, QEMU 10.0
         Variant("libvirt", ("trixie",), (*_L1_PACKAGES, *_LIBVIRT_PACKAGES)),  # libvirt 11.3
-        # The index of unstable is sometimes newer than its pool, and packages are missing.
+        # The package index of sid is sometimes newer than the pool, so downloads fail. Try again.
         Variant("sid", ("sid", "sid", "testing")),
         # Trixie with the packages that the tests in avocado/ need.
         Variant("avocado", ("trixie",), (*_L1_PACKAGES, *_AVOCADO_PACKAGES)),
@@ -129,7 +131,7 @@ def variant_named(name: str) -> Variant:
 class TcgHost:
     """QEMU 7.2 and a few tools of Debian 12, run with their own loader and libraries.
 
-    The lab includes the QEMU that emulates L1, because newer releases do not work. Since 9.1,
+    The lab includes this QEMU to emulate L1, because newer releases do not work. Since 9.1,
     QEMU's TCG never intercepts reads of CR2, CR3 and CR4 in SVM guests
     (target/i386/tcg/decode-new.c.inc: X86_TYPE_C tests whether ``intercept`` is non-zero, and
     SVM_EXIT_READ_CR0 is 0), so a shadow-paged L2 triple-faults.
@@ -155,7 +157,7 @@ class TcgHost:
         ]
 
     def qemu(self, *arguments: str, binary: Path | None = None) -> list[str]:
-        """Return the argument list that runs this or another QEMU with this tree's firmware."""
+        """Return arguments that run QEMU, or ``binary``, with this tree's firmware."""
         share = self.directory / "usr/share"
         words = ["-L", f"{share}/qemu", "-L", f"{share}/seabios", *arguments]
         return [str(binary), *words] if binary else self.command("qemu-system-x86_64", *words)
@@ -256,7 +258,10 @@ def compile_static(source: Path) -> Path:
 
 
 def cpio_newc(entries: Sequence[tuple[str, int, bytes]]) -> bytes:
-    """Return an initramfs with entries ``(name, mode, content)``. The mode has the file type."""
+    """Return an initramfs with these entries.
+
+    :param entries: The name, the mode (including the file type) and the content of each file.
+    """
     archive = bytearray()
     trailer = ("TRAILER!!!", 0, b"")
     for inode, (name, mode, content) in enumerate([*entries, trailer], start=1):
@@ -271,7 +276,10 @@ def cpio_newc(entries: Sequence[tuple[str, int, bytes]]) -> bytes:
 
 
 def extract_vmlinux(bzimage: bytes, tools: TcgHost) -> bytes:
-    """Extract the ELF kernel from a bzImage (Documentation/arch/x86/boot.rst, payload_offset)."""
+    """Return the ELF kernel in a bzImage.
+
+    Documentation/arch/x86/boot.rst in Linux describes the format (``payload_offset``).
+    """
     setup_sectors = bzimage[0x1F1] or 4
     offset, length = struct.unpack_from("<II", bzimage, 0x248)
     start = (setup_sectors + 1) * 512 + offset
@@ -314,7 +322,7 @@ class _Modules:
         return path.rsplit("/", 1)[-1].partition(".ko")[0].replace("-", "_")
 
     def load_order(self, wanted: Sequence[str], optional: Sequence[str]) -> list[str]:
-        """Return module names in load order, each after the modules it depends on."""
+        """Return module names in load order: each one follows its dependencies."""
         order: list[str] = []
 
         def visit(name: str) -> None:
@@ -359,7 +367,7 @@ def _l1_initramfs(tar: tarfile.TarFile, release: str, init: Path) -> bytes:
 
 
 def tcg_host() -> TcgHost:
-    """Return the tree with L0's QEMU and the L2 kernel, built if necessary."""
+    """Return the tree with L0's QEMU and the L2 kernel. Build it if necessary."""
     packages = ("linux-image-cloud-amd64", "lz4", "qemu-system-x86", "seabios", "zstd")
     key = cache.key_of("bookworm", *packages, *_WITHOUT, *_SNAPSHOT_SAFE_APT, *_L2_MODULES,
                        *_L2_KVM_MODULES, "2")  # fmt: skip
@@ -411,7 +419,7 @@ def l2_kernel(host: TcgHost) -> Path:
 
 
 def build(variant: Variant) -> Image:
-    """Return the root file system, kernel and initramfs of a variant, built if necessary."""
+    """Return the image of a variant. Build it if necessary."""
     host = tcg_host()
     init = compile_static(_HERE / "init.c")
     hook = (_HERE / "kernel-hook.sh").read_bytes()
@@ -441,7 +449,7 @@ def build(variant: Variant) -> Image:
 
 
 def l2_initramfs(host: TcgHost) -> bytes:
-    """Return an L2 guest's whole user space: the workload as init, and a few drivers."""
+    """Return the user space of an L2 guest: the workload as init, and a few drivers."""
     workload = compile_static(_HERE / "workload.c")
     entries = [("dev", 0o040755, b""), ("init", 0o100755, workload.read_bytes())]
     return cpio_newc([*entries, *_modules_directory(host, "modules", _L2_MODULES)])
@@ -459,11 +467,11 @@ def _modules_directory(
 
 
 def l2_files() -> Path:
-    """Return the directory with the L2 guests' kernel and initramfs, built if necessary."""
+    """Return the directory of L2's kernel and initramfs. Build it if necessary."""
     host = tcg_host()
     bzimage = l2_kernel(host)
     initramfs = l2_initramfs(host)
-    # A separate initramfs: KVM is the largest part, and guests without it boot faster.
+    # KVM's modules are in a separate initramfs, because guests boot faster without them.
     kvm = cpio_newc(_modules_directory(host, "kvm", _L2_KVM_MODULES))
 
     def fill(directory: Path) -> None:
@@ -476,7 +484,7 @@ def l2_files() -> Path:
 
 
 def files_disk() -> Path:
-    """Return the disk that is overlaid on every root file system as ``/lab``, built if necessary.
+    """Return the disk with the contents of ``/lab``. Build it if necessary.
 
     It is separate from the images, so that a change of the command server does not rebuild them.
     """

@@ -7,8 +7,8 @@
  * The disks must not change: several labs share them, and a lab's snapshot holds only memory.
  * The program then stays as process 1 to reap orphans.
  *
- * /modules/order lists the modules in load order. vda holds Debian. vdb holds the lab's own files
- * and is mounted over vda.
+ * /modules/order lists the modules in load order. /dev/vda holds Debian. /dev/vdb holds the lab's
+ * files, which the overlay adds to it.
  */
 #define _GNU_SOURCE
 #include <errno.h>

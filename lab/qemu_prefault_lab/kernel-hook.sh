@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 # mmdebstrap customize hook: kernel-hook.sh ROOT PACKAGE DRIVER...
 #
-# Unpack the kernel without installing it: an installation needs initramfs-tools, and spends most
-# of the build's time on an initramfs that is never booted. Keep only the drivers under
-# drivers/DRIVER, because drivers are most of the size.
+# Unpack the kernel without installing it. An installation needs initramfs-tools, and spends most
+# of the build's time on an initramfs that the lab does not use. Keep only the drivers under
+# drivers/DRIVER, because the drivers are most of a kernel package.
 set -e
 root=$1 package=$2
 shift 2
@@ -11,7 +11,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
-# One package up to Debian 13; image, binary and modules are separate in later kernels.
+# Up to Debian 13, the kernel is one package. Later kernels have separate packages for the image,
+# the binary and the modules.
 names=$(apt-get -qq --print-uris --no-install-recommends install "$package" |
 	sed -n "s/^'[^']*' \(linux-[a-z]*-[^_]*\)_.*/\1/p")
 apt-get -qq -o APT::Sandbox::User=root download $names

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A libvirt daemon and its domains, for tests. Runs where KVM is, in the variant ``libvirt``.
+"""A libvirt daemon and its domains, for tests in the lab's variant ``libvirt``.
 
-The daemon is Debian's. It is started with the arguments of its systemd unit, and AppArmor enforces
-its profiles. A second daemon runs in its own mount, UTS and AppArmor namespaces, so it appears to
-be another host. Domains boot the same guests as :mod:`qemu_prefault_lab.guest`. The lab has no
-systemd as PID 1. Where tests need one, :class:`Systemd` runs it as PID 1 of a PID namespace.
+This module runs on the machine with KVM. The daemon is Debian's. It is started with the arguments
+of its systemd unit, and AppArmor enforces its profiles. A second daemon runs in separate mount,
+UTS and AppArmor namespaces, so it appears to be another host. Domains boot the same guests as
+:mod:`qemu_prefault_lab.guest`. The lab does not run systemd. For tests that need it,
+:class:`Systemd` runs it as PID 1 of a PID namespace.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from .wait import wait_for
 SERIALS = Path("/run/lab-serial")
 PROFILES = ("usr.sbin.libvirtd", "usr.lib.libvirt.virt-aa-helper")
 LOG = Path("/var/log/libvirt/qemu")
-# Let QEMU write its own log files instead of virtlogd. Other settings are the package's.
+# Make QEMU write its log files itself, without virtlogd. All other settings are defaults.
 _QEMU_CONF = 'stdio_handler = "file"\n'
 
 
@@ -43,7 +44,7 @@ def wait_until(condition: Callable[[], object], what: str, limit: float = 120.0)
 
 
 class Libvirtd:
-    """A libvirt daemon. A context manager that destroys its domains at its end.
+    """A libvirt daemon. The context manager destroys its domains when it exits.
 
     :param host: The name of another host to simulate, in separate namespaces.
     :param systemd: Run the daemon in a scope of this systemd, and in its namespaces.
@@ -59,7 +60,7 @@ class Libvirtd:
         self._qemu_conf = _QEMU_CONF
         _load_profiles(host)
         if host is not None:
-            # Both hosts share one cgroup tree, which only one of them may manage.
+            # Both daemons share one cgroup tree, and only one of them may manage it.
             self._qemu_conf += "cgroup_controllers = []\n"
         self.start()
 
@@ -85,7 +86,8 @@ class Libvirtd:
                 host=self._host, host_uuid=uuid.uuid4(), serials=SERIALS,
                 conf=shlex.quote(self._qemu_conf),
             )  # fmt: skip
-            # AppArmor profiles are named after domain UUIDs, and both hosts share a kernel.
+            # A profile is named after a domain's UUID. Both daemons may have the same domain, so
+            # each one needs its own AppArmor namespace.
             words = ["aa-exec", "-n", host_namespace(self._host), "-p", "unconfined", "--",
                      "unshare", "--mount", "--uts", "sh", "-ec", script]  # fmt: skip
         if self._systemd is not None:
@@ -110,7 +112,7 @@ class Libvirtd:
     def stop(self, number: int = signal.SIGTERM) -> None:
         """Stop the daemon. Its domains keep running."""
         if self._process is not None:
-            if self._systemd is not None:  # the started process only entered its namespaces
+            if self._systemd is not None:  # the started process is nsenter, not libvirtd
                 words = ("systemctl", "kill", f"--signal={number}", "libvirtd.scope")
                 self._systemd.run(*words)
             else:
@@ -144,7 +146,7 @@ class Libvirtd:
             path.unlink()
 
 
-# Mount a tmpfs over every directory that libvirtd uses on its host.
+# Hide the first daemon's files: mount a tmpfs over every directory that libvirtd uses.
 _OTHER_HOST = """
 hostname {host}
 mount --make-rprivate /
@@ -172,7 +174,7 @@ class Systemd:
     devices, clocks, users or D-Bus as a full Debian does. Its ``/run`` is separate, except for the
     directories that libvirtd and the tests share.
 
-    :ivar enter: The words to put before a command that is to run in the namespaces.
+    :ivar enter: The arguments to prepend to a command, so that it runs in the namespaces.
     """
 
     def __init__(self) -> None:
@@ -206,8 +208,8 @@ class Systemd:
             return False
         if not Path(f"/proc/{pids[0]}/root/run/systemd/private").exists():
             return False
-        # Entering the namespaces does not change the cgroup. libvirt and systemd cannot handle a
-        # process in "/..".
+        # nsenter does not change a process's cgroup. Within the namespace, that cgroup is "/..",
+        # which libvirt and systemd do not support, so move the process to a cgroup of systemd.
         join = 'echo 0 >/sys/fs/cgroup/init.scope/cgroup.procs; exec "$@"'
         self.enter = ["nsenter", "--target", pids[0], "--all", "sh", "-c", join, "sh"]
         return self.run("systemctl", "is-system-running", check=False).strip() in (
@@ -226,7 +228,8 @@ class Systemd:
         return done.stdout
 
 
-# When the namespaces are created, only their PID 1 may be in their root cgroup.
+# The cgroup of the process that creates the cgroup namespace becomes the namespace's root. Only
+# systemd may be in it.
 _SYSTEMD = """
 mkdir -p /sys/fs/cgroup/systemd /tmp/systemd/units/sysinit.target.wants
 echo 0 >/sys/fs/cgroup/systemd/cgroup.procs
@@ -257,7 +260,7 @@ exec unshare --cgroup sh -ec '
 
 
 def _prepare_machine() -> None:
-    """Do what udev, systemd and tmpfiles do on a full Debian."""
+    """Prepare files that udev, systemd and tmpfiles prepare on a full Debian."""
     os.chmod("/dev/kvm", 0o666)
     SERIALS.mkdir(exist_ok=True)
     SERIALS.chmod(0o755)
@@ -269,7 +272,7 @@ def _prepare_machine() -> None:
 
 
 def host_namespace(host: str) -> str:
-    """Return the name of another host's AppArmor policy namespace."""
+    """Return the name of the AppArmor policy namespace of a simulated host."""
     return f"lab-{host}"
 
 
@@ -286,7 +289,7 @@ class LabDomain:
     :param workload_mib: MiB that the guest writes before it is ready. 0 means none.
     :param max_mib: The maximum memory in MiB, for hotplugged devices.
     :param firmware_only: Boot no kernel, so that the guest stays in its firmware.
-    :param edit: Applied to the XML before the domain is defined.
+    :param edit: A function that returns the changed XML before the domain is defined.
     """
 
     def __init__(
@@ -364,7 +367,7 @@ class LabDomain:
             self.daemon.virsh(command[0], self.name, *command[1:], check=False)
 
     def moved_to(self, daemon: Libvirtd) -> LabDomain:
-        """Return the domain on the daemon it has migrated to."""
+        """Return an object for the domain on the daemon to which it has migrated."""
         moved = copy.copy(self)
         moved.daemon = daemon
         moved._serial = None
@@ -374,7 +377,7 @@ class LabDomain:
     def reset(self) -> None:
         """Reset the guest and discard the output of its previous boot.
 
-        The guest is stopped meanwhile, so that no output of the new boot is discarded.
+        The guest is paused during this, so that no output of the new boot is discarded.
         """
         assert self._serial is not None
         self.virsh("suspend")
@@ -432,14 +435,14 @@ class LabDomain:
         return self._serial.command(line, timeout)
 
     def check_memory(self) -> None:
-        """Check that the guest answers and its memory still holds what it wrote."""
+        """Check that the guest answers and that its memory is unchanged."""
         answer = self.command("pass")
         if answer["bad"]:
             raise LibvirtdError(f"{answer['bad']} pages of {self.name} have changed")
 
 
 def denials(since: int) -> list[str]:
-    """Return AppArmor's denials in the kernel log after the given number of lines."""
+    """Return AppArmor's denials in the kernel log, without its first ``since`` lines."""
     lines = kernel_log()[since:]
     return [line for line in lines if 'apparmor="DENIED"' in line]
 
@@ -471,7 +474,7 @@ class Syslog:
         self._path.unlink()
 
     def lines(self, having: str = "") -> list[str]:
-        """Return the messages so far that contain a string."""
+        """Return the messages received so far that contain a string."""
         with contextlib.suppress(BlockingIOError):
             while data := self._socket.recv(1 << 16):
                 self._lines.append(data.decode(errors="replace"))

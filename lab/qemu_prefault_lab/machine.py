@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Machines whose KVM can prefault: the nested lab's L1, or this host.
 
-Both run commands, copy files and install wheels through the same methods, so the demo, the
-benchmark and the tests work on either.
+Both have the same methods to run commands, copy files and install wheels, so the demo, the
+benchmark and the tests work on either of them.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Invocation:
 
 @dataclass(frozen=True)
 class Completed:
-    """A command that has ended. ``returncode`` is negative for a signal, as in subprocess."""
+    """A command that has ended. ``returncode`` is negative for a signal."""
 
     argv: tuple[str, ...]
     returncode: int
@@ -81,7 +81,7 @@ class Completed:
 
 
 class Machine(abc.ABC):
-    """A machine with a KVM to test, on which commands run as root."""
+    """A machine on which tests of its KVM run as root."""
 
     #: The directory of the L2 guests' kernel and initramfs on that machine.
     l2_directory: str
@@ -155,7 +155,7 @@ class Machine(abc.ABC):
         return result
 
     def put(self, source: Path, destination: str) -> None:
-        """Copy a file to a path on the machine, or a directory's content into a directory there."""
+        """Copy a file, or the content of a directory, to a path on the machine."""
         with tempfile.TemporaryFile() as packed:
             if source.is_dir():
                 with tarfile.open(fileobj=packed, mode="w") as tar:
@@ -170,7 +170,7 @@ class Machine(abc.ABC):
             self.run(["sh", "-c", script, "sh", destination, mode], stdin=packed)
 
     def get(self, source: str, destination: Path) -> None:
-        """Copy a file from the machine to a path, or a directory's content into a directory."""
+        """Copy a file, or the content of a directory, from the machine to a path."""
         is_directory = self.run(["test", "-d", source], check=False).returncode == 0
         if not is_directory:
             destination.parent.mkdir(parents=True, exist_ok=True)
@@ -181,12 +181,12 @@ class Machine(abc.ABC):
         with tempfile.TemporaryFile() as packed:
             self.run(["tar", "-C", source, "-cf", "-", "."], stdout=packed)
             packed.seek(0)
-            # tarfile in Debian 12's Python lacks safe extraction.
+            # The tarfile module of Debian 12's Python has no filter for unsafe members.
             unpack = ["tar", "-C", str(destination), "--no-same-owner", "-xf", "-"]
             subprocess.run(unpack, stdin=packed, check=True)
 
     def install(self, wheels: Sequence[Path]) -> None:
-        """Install wheels: make their modules importable and their console scripts commands.
+        """Install wheels: their modules and their console scripts.
 
         The wheels are unpacked on L0, because pip takes a minute under TCG.
         """
@@ -196,9 +196,9 @@ class Machine(abc.ABC):
             self._install_tree(Path(scratch))
 
     def install_source(self) -> None:
-        """Make this package and qemu_prefault importable, as they are in this source tree.
+        """Install this package and qemu_prefault from this source tree.
 
-        qemu.qmp is copied as well: it is a dependency that Debian does not package.
+        qemu.qmp is copied as well, because Debian does not package this dependency.
         """
         packages = [Path(__file__).parent, Path(qemu_prefault.__file__).parent]
         with tempfile.TemporaryDirectory() as scratch:
@@ -206,7 +206,7 @@ class Machine(abc.ABC):
             skip = shutil.ignore_patterns("__pycache__")
             for package in packages:
                 shutil.copytree(package, site / package.name, ignore=skip)
-            with contextlib.suppress(ModuleNotFoundError):  # the lab itself does not use qemu.qmp
+            with contextlib.suppress(ModuleNotFoundError):  # only qemu_prefault needs qemu.qmp
                 spec = importlib.util.find_spec("qemu.qmp")
                 if spec is not None and spec.origin is not None:
                     shutil.copytree(Path(spec.origin).parent, site / "qemu" / "qmp", ignore=skip)
@@ -235,7 +235,7 @@ def _write_script(tree: Path, name: str, module: str, function: str) -> None:
 
 
 def _adopt_script(script: Path) -> None:
-    """Make a wheel's script executable, and replace ``#!python`` with the interpreter's path."""
+    """Make a wheel's script executable, and insert the interpreter's path."""
     content = script.read_bytes()
     if content.startswith(b"#!python"):
         script.write_bytes(b"#!/usr/bin/python3" + content.removeprefix(b"#!python"))
@@ -266,7 +266,7 @@ def _unpack_wheel(wheel: Path, tree: Path) -> None:
 
 
 def kvm_can_prefault() -> bool:
-    """Ask this host's KVM for KVM_CAP_PRE_FAULT_MEMORY (include/uapi/linux/kvm.h)."""
+    """Return whether this host's KVM has KVM_CAP_PRE_FAULT_MEMORY (uapi/linux/kvm.h)."""
     try:
         with open("/dev/kvm", "rb+", buffering=0) as kvm:
             return fcntl.ioctl(kvm, _KVM_CHECK_EXTENSION, _KVM_CAP_PRE_FAULT_MEMORY) == 1
@@ -275,11 +275,11 @@ def kvm_can_prefault() -> bool:
 
 
 def is_emulated() -> bool:
-    """Return whether this host's CPU is emulated by QEMU, as the lab's is."""
+    """Return whether QEMU emulates this host's CPU, as it does in the lab."""
     return "QEMU TCG" in Path("/proc/cpuinfo").read_text()
 
 
-#: Environment variable set on a lab whose emulator can run KVM guests with UEFI.
+#: The environment variable that the lab sets if its emulator can run KVM guests with UEFI.
 UEFI_VARIABLE: Final = "QEMU_PREFAULT_UEFI"
 NO_UEFI: Final = (
     "UEFI under KVM makes this host's emulator (TCG) abort: use a QEMU with patches/qemu-tcg-cr8"
@@ -287,7 +287,7 @@ NO_UEFI: Final = (
 
 
 def uefi_aborts() -> bool:
-    """Return whether a guest with UEFI would make the QEMU that emulates this host abort.
+    """Return whether a UEFI guest would abort the QEMU that emulates this host.
 
     QEMU 7.2, 10.0 and 11.1 abort: helper_write_crN() calls cpu_interrupt() without the lock when
     a KVM guest writes CR8. UEFI writes CR8 after each interrupt if another one is pending.
@@ -360,7 +360,7 @@ class LocalMachine(Machine):
         finally:
             returncode = process.wait()
             for thread in threads:
-                # A daemon that the command left may hold the pipes open. Ignore its output.
+                # A daemon that the command started may keep the pipes open. Ignore its output.
                 thread.join(0.5)
         return returncode, timed_out
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The nested lab: start L1 under TCG and run commands in it through its command server.
+"""The nested lab: start L1 under TCG and run commands through its command server.
 
-The first start of a kind of L1 boots it, saves its memory and ends it. Every start, including
-this one, then restores the memory within two seconds. The memory file is mapped privately, so
-any number of labs can share one snapshot without copying it.
+The first start of an L1 configuration boots the machine, saves its memory and discards the machine.
+Every start, including the first, then restores the memory within two seconds. The memory file is
+mapped privately, so any number of labs can share one snapshot without copying it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 
 _INSTALLED = "/opt/qemu-prefault"
 _STDIN_BYTES = 1 << 16
-# Disable CPU bug mitigations, calibrations and self-tests, which are slow to emulate. The
-# watchdog is slow because a loaded host stalls all of L1, which is not a lockup.
+# Disable CPU bug mitigations, calibrations and self-tests, which are slow to emulate. Give the
+# watchdog a long limit: a loaded host may stall all of L1, which is not a lockup.
 _KERNEL_ARGS = (
     "console=ttyS0 panic=-1 oops=panic watchdog_thresh=60 mitigations=off nokaslr "
     "tsc=reliable no_timer_check audit=0 cryptomgr.notests random.trust_cpu=on "
@@ -47,7 +47,7 @@ _KERNEL_ARGS = (
 
 @dataclass(frozen=True)
 class _Recipe:
-    """Everything that determines an L1. Equal recipes share a snapshot."""
+    """The configuration of an L1. Equal recipes share a snapshot."""
 
     host: image.TcgHost
     image: image.Image
@@ -58,7 +58,10 @@ class _Recipe:
     emulator: Path | None = None
 
     def argv(self, memory_file: Path | None, shared: bool) -> list[str]:
-        """Return QEMU's command line. L1 has one vCPU, because with two it oopses occasionally."""
+        """Return QEMU's command line.
+
+        L1 has one vCPU, because with two vCPUs its kernel occasionally oopses.
+        """
         machine = "pc"
         memory: list[str] = []
         if memory_file is not None:
@@ -83,14 +86,17 @@ class _Recipe:
         )
 
     def key(self) -> str:
-        """Hash the recipe and the disks' versions, because a snapshot contains cached disk data."""
+        """Return a hash of the recipe and of the disks' sizes and times.
+
+        The disks are included because a snapshot contains data that L1 has read from them.
+        """
         disks = [path.stat() for path in self.disks]
         versions = [f"{disk.st_size} {disk.st_mtime_ns}" for disk in disks]
         return cache.key_of(*self.argv(Path("ram"), shared=True), *versions)
 
 
 class Lab(Machine):
-    """A booted L1. Use :meth:`start`, as a context manager.
+    """A booted L1, returned by :meth:`start`. It is a context manager.
 
     :ivar qemu_pid: The process id of the emulating QEMU.
     """
@@ -122,7 +128,7 @@ class Lab(Machine):
 
         :param variant: The Debian to boot, a name in :data:`qemu_prefault_lab.image.VARIANTS`.
         :param npt: Nested paging for L2. Without it, KVM in L1 shadows page tables.
-        :param tdp_mmu: kvm's parameter of that name. None means the kernel's default.
+        :param tdp_mmu: The value of kvm's parameter ``tdp_mmu``. None means the default.
         :param memory_mib: L1's memory in MiB.
         :param kernel_args: Arguments to add to L1's kernel command line.
         :param disks: Raw images that L1 sees read-only as ``/dev/vdc`` and following.
@@ -178,7 +184,7 @@ class Lab(Machine):
         return self._channel.text()
 
     def power_off(self, timeout: float = 60.0) -> None:
-        """Power L1 off and wait for QEMU's end. Only a test of booting needs this."""
+        """Power L1 off and wait until QEMU ends. Only tests of booting need this."""
         script = "echo o >/proc/sysrq-trigger; sleep 60"
         try:
             self.run(["sh", "-c", script], timeout=timeout, check=False)
@@ -198,7 +204,8 @@ class Lab(Machine):
             "timeout": command.timeout,
             "grace": GRACE_SECONDS,
         }
-        # The command server enforces the time limit. This limit covers a server that fails to.
+        # The command server enforces the command's time limit. If it fails to do so, the lab
+        # stops waiting at this deadline.
         deadline = time.monotonic() + command.timeout + 3 * GRACE_SECONDS + channel.heartbeat_limit
         kinds = {command_server.STDOUT: 1, command_server.STDERR: 2}
         try:
@@ -209,7 +216,7 @@ class Lab(Machine):
             while True:
                 item = channel.take(request, deadline - time.monotonic())
                 if item is None:
-                    raise channel.give_up(f"L1's command server lost track of {command.argv[0]}")
+                    raise channel.give_up(f"L1 did not report the end of {command.argv[0]}")
                 kind, payload = item
                 if kind in kinds:
                     sink(kinds[kind], payload)
@@ -219,7 +226,7 @@ class Lab(Machine):
                         raise OSError(status["strerror"])
                     return status["returncode"], status["timed_out"]
         except BaseException:
-            # The caller was interrupted (by an error or Ctrl-C) and needs no result.
+            # After an error or Ctrl-C, the caller does not need the command's result.
             if channel.lost is None:
                 channel.send(command_server.KILL, request.number, bytes([signal.SIGKILL]))
             raise
@@ -239,7 +246,7 @@ class Lab(Machine):
 
 
 def _save(recipe: _Recipe, directory: Path, boot: Callable[[list[str]], Channel]) -> None:
-    """Boot once with the memory in a file, and save the rest of the state beside it."""
+    """Boot with the memory in a file, and save the rest of the state to another file."""
     log.info("booting the lab once to take its snapshot")
     memory = directory / "ram"
     started = time.monotonic()
@@ -307,10 +314,11 @@ def open_machine(
 ) -> Machine:
     """Return a machine that can prefault: this host if it can, else a booted lab.
 
-    :param nested: Use the lab in any case. ``npt=False`` and any ``tdp_mmu`` imply this.
+    :param nested: Use the lab even if this host can prefault. ``npt=False`` and any ``tdp_mmu``
+        imply this.
     :param disks: Disks for the lab, see :meth:`Lab.start`.
-    :param emulator: Return the emulator for the lab. Only called for a lab, because it may have
-        to build QEMU.
+    :param emulator: A function that returns the emulator for the lab. It is not called for this
+        host, because it may have to build QEMU.
     """
     if kvm_can_prefault() and npt and tdp_mmu is None and not nested:
         return LocalMachine()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A patched QEMU: Debian's source with the series in patches/, in a minimal configuration.
+"""A patched QEMU: Debian's source with the series in patches/.
 
-It is built on L0, cached like the images, and runs in L1. It links only to libraries that
-Debian's own QEMU in L1 depends on. Debian's source package has no firmware, so the firmware
-of Debian's binary packages is used (``-L``).
+It has a minimal configuration. It is built on L0, cached like the images, and runs in L1. It links
+only to libraries on which the Debian QEMU in L1 depends. Debian's source package does not contain
+firmware, so QEMU uses the firmware of Debian's binary packages (``-L``).
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ _CONFIGURE: Final = (
     "--disable-tools",
     "--disable-guest-agent",
     "--disable-install-blobs",
-    # Compiling takes half the time. QEMU's speed does not matter: the kernel's is measured.
+    # This halves the compile time. QEMU's speed does not matter, because the tests measure the
+    # kernel.
     "--disable-debug-info",
     "-Doptimization=1",
     "--cc=ccache gcc",
@@ -99,7 +100,7 @@ class PatchedQemu:
     svm_tests: tuple[Path, ...]
 
     def put_on(self, machine: Machine) -> dict[str, str]:
-        """Copy QEMU and its tests to a machine; return the environment variable that names it."""
+        """Copy QEMU and its tests to a machine; return the variable with its path."""
         files = {"": self.binary, "-test": self.qtest}
         files |= {f"-{path.name}": path for path in self.svm_tests}
         for suffix, path in files.items():
@@ -125,7 +126,7 @@ def series(patches: Path, release: str, tcg: bool) -> list[Path]:
 
 
 def build(patches: Path, release: str = "10.0", *, tcg: bool = True, jobs: int = 0) -> PatchedQemu:
-    """Return a patched QEMU, built if it is not cached.
+    """Return a patched QEMU. Build it if it is not cached.
 
     :param patches: The checkout's ``patches`` directory.
     :param release: QEMU's release, a key of :data:`SUITES`.
@@ -156,12 +157,15 @@ def build(patches: Path, release: str = "10.0", *, tcg: bool = True, jobs: int =
 
 
 def uefi_emulator(patches: Path) -> Path:
-    """Return an L0 QEMU that can emulate KVM guests with UEFI, built if it is not cached."""
+    """Return an emulator for L1 that can run KVM guests with UEFI.
+
+    It is built if it is not cached.
+    """
     return build(patches).binary
 
 
 def check(patches: Path, release: str = "10.0", *, jobs: int = 0) -> list[str]:
-    """Run QEMU's own checks of the series: checkpatch, and the tests of changed subsystems.
+    """Run checkpatch on the series, and QEMU's own tests of the changed subsystems.
 
     :returns: One line per check with its result.
     :raises ImageError: A check failed. The error includes its output.
@@ -171,14 +175,14 @@ def check(patches: Path, release: str = "10.0", *, jobs: int = 0) -> list[str]:
     with _workspace(release) as work:
         source = _patched_source(work, release, applied)
         for patch in applied:
-            # checkpatch warns about MAINTAINERS, but its patterns cover the new files.
+            # Ignore checkpatch's warning about MAINTAINERS: patterns there match the new files.
             argv = ["perl", "scripts/checkpatch.pl", "--no-tree", str(patch.resolve())]
             output = run_step(argv, f"checkpatch of {patch}", source)
             total = next(line for line in output.splitlines() if line.startswith("total:"))
             told.append(f"{patch.name}: {total.removeprefix('total: ')}")
         _compile(work, source, release, jobs, [*_TARGETS, *_TESTS])
         tree = work / "build"
-        qemu = work / "qemu-system-x86_64"  # the tests start it without firmware
+        qemu = work / "qemu-system-x86_64"  # the tests do not pass -L
         firmware = " ".join(f"-L {path}" for path in FIRMWARE)
         qemu.write_text(f'#!/bin/sh\nexec {tree}/qemu-system-x86_64 {firmware} "$@"\n')
         qemu.chmod(0o755)
@@ -192,7 +196,10 @@ def check(patches: Path, release: str = "10.0", *, jobs: int = 0) -> list[str]:
 
 @contextlib.contextmanager
 def _workspace(release: str) -> Iterator[Path]:
-    """Yield an empty directory. Its path is always the same, so that ccache finds its entries."""
+    """Yield an empty directory.
+
+    Its path is the same each time, so that ccache finds the results of earlier builds.
+    """
     with cache.locked(f"qemu-{release}"):
         work = cache.cache_dir() / "scratch" / f"qemu-{release}"
         shutil.rmtree(work, ignore_errors=True)
@@ -218,7 +225,7 @@ def _archive() -> str:
         if origin == "Debian/Debian":
             return uri
     raise ImageError(
-        "apt has no Debian archive configured on this host",
+        "apt on this host is not configured to use a Debian archive",
         "add one to /etc/apt/sources.list and run apt-get update",
     )
 
@@ -250,8 +257,8 @@ def _source(work: Path, release: str) -> Path:
     fitting = [version for version in versions if f":{release}." in version]
     if not fitting:
         raise ImageError(
-            f"Debian {SUITES[release]} has no source of QEMU {release}, only of {versions}",
-            "the series may still apply to another version: see patches/qemu",
+            f"Debian {SUITES[release]} has the source of QEMU {versions}, not of {release}",
+            "the series for another release may apply: see patches/qemu",
         )
     run_step(
         ["apt-get", *options, "-qq", "source", "--download-only", f"qemu={fitting[-1]}"],
@@ -259,7 +266,7 @@ def _source(work: Path, release: str) -> Path:
         work,
     )
     description = next(work.glob("*.dsc"))
-    # apt has already verified the signature.
+    # --no-check: apt has already verified the signature.
     arguments = ["--no-check", "-x", description.name, "source"]
     run_step([need("dpkg-source", "dpkg-dev"), *arguments], "unpacking it", work)
     return work / "source"

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A QEMU process with a guest: its monitors and its serial line. Runs where KVM is.
+"""A QEMU process with a guest, its monitors and its serial line.
 
-The subclasses :class:`.guest.Guest` and :class:`.system.SystemGuest` decide what the guest runs
-and how it is controlled on the serial line. Each QEMU has two monitors. ``qmp_path`` is for the
-tool under test. This class uses the other one, so that it can observe QEMU while the tool is
-connected.
+This module runs on the machine with KVM. The subclasses :class:`.guest.Guest` and
+:class:`.system.SystemGuest` define the guest's software and control it over the serial line. Each
+QEMU has two monitors. ``qmp_path`` is for the tool under test. This class uses the other one, so
+that it can observe QEMU while the tool is connected.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ _OVMF_VARIABLES = "/usr/share/OVMF/OVMF_VARS_4M.fd"
 
 @dataclass(frozen=True, kw_only=True)
 class QemuConfig(abc.ABC):
-    """The configuration that all kinds of guest have in common.
+    """The options that all kinds of guest have in common.
 
-    :ivar machine: ``pc``, ``q35`` or ``microvm``, and further properties after a comma.
-    :ivar backing: ``ram``, ``memfd``, ``file``, ``file-private`` or ``hugetlb``, and further
+    :ivar machine: ``pc``, ``q35`` or ``microvm``, and more properties after a comma.
+    :ivar backing: ``ram``, ``memfd``, ``file``, ``file-private`` or ``hugetlb``, and more
         properties after a comma (``ram,prealloc=on``). None means a plain ``-m``.
-    :ivar memory: Further parts of the ``-m`` argument (``slots=2,maxmem=2G``).
-    :ivar paused: Start with ``-S``: the run state is ``prelaunch`` and no vCPU has run.
+    :ivar memory: More parts of the ``-m`` argument (``slots=2,maxmem=2G``).
+    :ivar paused: Start with ``-S``, so that the run state is ``prelaunch`` and no vCPU runs.
     :ivar incoming: A URI, ``defer``, or the path of a file written by :meth:`QemuGuest.save`.
-    :ivar args: Further arguments for QEMU.
-    :ivar plugin: Load this project's plugin with these options (``["keep=off"]``). None means no
-        plugin.
+    :ivar args: More arguments for QEMU.
+    :ivar plugin: Options of this project's plugin (``["keep=off"]``). None means that QEMU does
+        not load the plugin.
     """
 
     machine: str = "pc"
@@ -75,11 +75,11 @@ class QemuConfig(abc.ABC):
 
     @property
     def memory_argument(self) -> str:
-        """The argument of ``-m``."""
+        """The argument of QEMU's option ``-m``."""
         return f"{self.memory_mib}M" + (f",{self.memory}" if self.memory else "")
 
     def backing_arguments(self, directory: Path) -> list[str]:
-        """Return the ``-object`` of the memory backend ``ram``. Empty for a plain ``-m``."""
+        """Return the ``-object`` arguments of the memory backend, or an empty list."""
         if self.backing is None:
             return []
         kind, _, properties = self.backing.partition(",")
@@ -88,7 +88,7 @@ class QemuConfig(abc.ABC):
         return ["-object", text]
 
     def flash_arguments(self, directory: Path) -> list[str]:
-        """Return the arguments that make UEFI the firmware. Its variable store is copied."""
+        """Copy UEFI's variable store, and return the arguments that select UEFI."""
         smm = "smm=off" not in self.machine
         variables = directory / "variables"
         shutil.copy(_OVMF_VARIABLES, variables)
@@ -100,14 +100,14 @@ class QemuConfig(abc.ABC):
         ]
 
     def plugin_arguments(self, directory: Path) -> list[str]:
-        """Return the ``-plugin`` that loads this project's plugin, if requested."""
+        """Return the ``-plugin`` arguments that load this project's plugin, if any."""
         if self.plugin is None:
             return []
         return ["-plugin", f"{plugin_path()},{plugin_options(directory, self.plugin)}"]
 
 
 def plugin_options(directory: Path, options: Sequence[str]) -> str:
-    """Return the plugin's options as ``-plugin`` and ``QEMU_PREFAULT_OPTIONS`` take them."""
+    """Return options in the format of ``-plugin`` and ``QEMU_PREFAULT_OPTIONS``."""
     return ",".join([f"socket={_control_path(directory)}", *options])
 
 
@@ -116,7 +116,7 @@ def _control_path(directory: Path) -> Path:
 
 
 class QemuGuest:
-    """A QEMU with a guest. A context manager that kills QEMU at its end.
+    """A QEMU with a guest. It is killed when the context manager exits.
 
     :ivar pid: QEMU's process id.
     :ivar qmp_path: The monitor for the tool under test. The lab does not use it.
@@ -137,7 +137,7 @@ class QemuGuest:
             argv += ["-incoming", "defer" if isinstance(incoming, Path) else incoming]
         self._start([*argv, *config.args])
         try:
-            # Failed migrations and restores are detected by events, not by polling.
+            # The lab detects failed migrations and restores by events, not by polling.
             self.qmp(
                 "migrate-set-capabilities",
                 capabilities=[{"capability": "events", "state": True}],
@@ -149,8 +149,8 @@ class QemuGuest:
             raise
 
     def _start(self, argv: list[str]) -> None:
-        # The lab's ends are socket pairs, so it need not wait for a socket. QEMU itself binds
-        # the tool's monitor, because the tests check its peer credentials.
+        # The serial line and the lab's monitor are socket pairs, which are connected when QEMU
+        # starts. QEMU itself binds the tool's monitor, because tests check its peer credentials.
         serial, serial_far = socket.socketpair()
         monitor, monitor_far = socket.socketpair()
         argv = [
@@ -196,12 +196,12 @@ class QemuGuest:
 
     @property
     def stderr(self) -> str:
-        """QEMU's output on stdout and stderr so far."""
+        """The output of QEMU on stdout and stderr so far."""
         return self._stderr_path.read_text(errors="replace")
 
     @property
     def serial_log(self) -> bytes:
-        """Everything the guest has sent on its serial line."""
+        """The output of the guest on its serial line so far."""
         return self._serial.log
 
     @property
@@ -223,7 +223,7 @@ class QemuGuest:
             self._scratch.cleanup()
 
     def wait_exit(self, timeout: float = 60.0) -> int:
-        """Wait for QEMU to end by itself, and return its exit code."""
+        """Wait until QEMU ends by itself, and return its exit code."""
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -231,7 +231,7 @@ class QemuGuest:
 
     def _make_error(self, cause: str) -> GuestError:
         try:
-            # When QEMU ends, its sockets close before the process is gone.
+            # When QEMU ends, the kernel closes its sockets before the process can be reaped.
             code: int | None = self.process.wait(1.0)
         except subprocess.TimeoutExpired:
             code = None
@@ -268,7 +268,7 @@ class QemuGuest:
     def save(self, path: Path, timeout: float = 120.0) -> None:
         """Stop the guest and write its state to a file, for ``Guest(incoming=path)``.
 
-        The migration's default bandwidth limit is meant for networks, so it is raised.
+        This raises the bandwidth limit, whose default is meant for networks.
         """
         self.qmp("stop")
         self.qmp("migrate-set-parameters", max_bandwidth=1 << 40)
@@ -284,8 +284,8 @@ class QemuGuest:
         self._wait_migration(timeout, "restore")
 
     def _migrate(self, command: str, path: Path) -> None:
-        # QEMU before 8.2 has no "file:", and newer releases refuse a file as "fd:". A pipe
-        # works with all of them but takes more than twice as long under TCG.
+        # QEMU before 8.2 does not support "file:", and newer releases refuse a file as "fd:". A
+        # pipe works with all releases, but takes more than twice as long under TCG.
         try:
             self.qmp(command, uri=f"file:{path}")
         except QmpError:
@@ -310,7 +310,7 @@ class QemuGuest:
         """Return KVM's counters of the VM, and the sums of its vCPUs' counters.
 
         ``pages_4k``, ``pages_2m`` and ``pages_1g`` are the present entries in the stage-2 tables.
-        ``pf_taken`` and similar counters count since the guest was started.
+        ``pf_taken`` and the other event counters start at 0 when the guest is created.
         """
         totals: dict[str, int] = {}
         for target in ("vm", "vcpu"):
@@ -324,7 +324,7 @@ class QemuGuest:
     # The plugin.
 
     def control(self, request: str, timeout: float = 30.0) -> dict[str, Any]:
-        """Send one request to the plugin's control socket, on a connection of its own."""
+        """Connect to the plugin's control socket, send one request, and disconnect."""
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(timeout)
             client.connect(str(self.control_path))

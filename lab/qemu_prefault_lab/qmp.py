@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A small blocking QMP client for the lab.
 
-The lab does not use the product's client (``qemu_prefault.qemu.monitor``), because the tests
-check that one. With a separate client, a bug in the product cannot hide itself.
+The lab does not use the client of qemu-prefault (``qemu_prefault.qemu.monitor``), because the
+tests must detect that client's bugs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Qmp:
         return self._answer(command, deadline)
 
     def send_fd(self, name: str, fd: int) -> None:
-        """Pass QEMU a file descriptor under a name (``getfd``), for ``fd:NAME`` addresses."""
+        """Pass a file descriptor to QEMU under a name (``getfd``), for ``fd:NAME``."""
         self._number += 1
         message = {"execute": "getfd", "id": self._number, "arguments": {"fdname": name}}
         socket.send_fds(self.connection, [json.dumps(message).encode() + b"\n"], [fd])
@@ -109,4 +109,4 @@ class Qmp:
         poll = select.poll()
         poll.register(self.connection, mask)
         if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise QmpError(f"QMP did not answer in time ({what})")
+            raise QmpError(f"timed out while waiting for QMP ({what})")

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The part of the demo that runs where KVM is: ``python -m qemu_prefault_lab.scenario``.
+"""The part of the demo that runs on the machine with KVM.
 
-A guest on 4K pages writes 256 MiB for the first time, in three ways: without any prefault,
-after the bare ioctl over all of its RAM, and after qemu-prefault. Each way runs once at boot
-(the memory is untouched) and once after a restore from a file (QEMU has just written the
-memory). The scenario prints its events to stdout, one JSON object per line.
-:mod:`qemu_prefault_lab.demo` displays them.
+A guest on 4K pages writes 256 MiB for the first time. The scenario compares three cases: without
+prefaulting, after the bare ioctl over all of its RAM, and after qemu-prefault. It measures each
+case at boot, when the memory is untouched, and after a restore from a file, when QEMU has just
+written the memory. ``python -m qemu_prefault_lab.scenario`` prints events to stdout, one JSON
+object per line. :mod:`qemu_prefault_lab.demo` displays them.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from .guest import Guest
 
 WORKLOAD_MIB: Final = 256
 MEMORY_MIB: Final = 352
-# microvm's firmware does not delete and re-create memslots, so the mappings made before the
-# first instruction are still present afterwards.
+# microvm's firmware does not make QEMU delete memslots, so tables that are filled before the first
+# instruction remain filled.
 MACHINE: Final = "microvm"
 STEADY_PASSES: Final = 5
 
@@ -57,7 +57,7 @@ CASES: Final = tuple(DemoCase(moment, way) for moment in ("boot", "restore") for
 
 @dataclass(frozen=True)
 class Cost:
-    """The seconds that a way of prefaulting took, measured by the helpers inside QEMU."""
+    """The duration of prefaulting in seconds, measured by the helpers inside QEMU."""
 
     populate: float = 0.0
     prefault: float = 0.0
@@ -86,9 +86,10 @@ def tell(event: str, **values: Any) -> None:
 
 @contextlib.contextmanager
 def small_pages() -> Iterator[None]:
-    """Start processes in this block with 4K pages only, without changing the machine's setting.
+    """Disable transparent huge pages for processes that are started in the block.
 
-    prctl(PR_SET_THP_DISABLE) is inherited and kept across execve().
+    prctl(PR_SET_THP_DISABLE) is inherited by children and kept across execve(). It does not change
+    the machine's setting.
     """
     prctl = ctypes.CDLL(None).prctl
 
@@ -123,7 +124,7 @@ def run_tool(guest: Guest) -> Cost:
     result = subprocess.run(argv, capture_output=True, text=True, check=False)
     if result.returncode:
         raise FailedError(
-            f"qemu-prefault ended with {result.returncode}", result.stderr or result.stdout
+            f"qemu-prefault exited with {result.returncode}", result.stderr or result.stdout
         )
     seconds = json.loads(result.stdout)["seconds"]
     return Cost(seconds["populate"], seconds["prefault"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A guest's serial line: a console, or the line on which the workload (workload.c) answers."""
+"""A guest's serial line, which is a console or the workload's command line."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Serial:
     """One serial line.
 
     :param line: A connected socket. This object closes it.
-    :param make_error: Return the exception to raise for the given cause.
-    :param pidfd: The QEMU process. Every wait ends when it ends. If None, waits end only when
-        the socket is closed.
-    :ivar log: Everything received so far.
+    :param make_error: A function that returns the exception to raise for a cause.
+    :param pidfd: The QEMU process. Every wait ends when the process ends. If None, a wait ends
+        early only when the socket is closed.
+    :ivar log: All bytes received so far.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Serial:
         self._socket.close()
 
     def forget(self) -> None:
-        """Discard everything received so far."""
+        """Discard the output received so far."""
         with contextlib.suppress(BlockingIOError):
             while data := self._socket.recv(1 << 16):
                 self.log += data
@@ -56,7 +56,7 @@ class Serial:
             raise self._make_error("QEMU ended") from error
 
     def expect(self, pattern: str, timeout: float) -> re.Match[bytes]:
-        """Wait until the console output matches a pattern. Discard the output up to the match."""
+        """Wait until the console output matches, and discard it up to that match."""
         expression = re.compile(pattern.encode())
         deadline = time.monotonic() + timeout
         late = f"the console did not show {pattern!r} within {timeout:g} s"
@@ -103,7 +103,7 @@ class Serial:
             raise self._make_error(late)
         data = b""
         if self._socket.fileno() in ready:
-            with contextlib.suppress(ConnectionError):  # QEMU was killed: same as the end of file
+            with contextlib.suppress(ConnectionError):  # QEMU was killed: as at end of file
                 data = self._socket.recv(1 << 16)
         if not data:
             raise self._make_error(f"QEMU ended while the lab waited for {awaited!r}")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-# Run once by the first process of L1: what a distribution's init would do, and no more.
+# The first process of L1 runs this script once. It does the minimum of what a distribution's init
+# does, and starts the command server.
 set -e
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
 mkdir -p /dev/pts /dev/shm /dev/hugepages
@@ -14,12 +15,13 @@ mount -t tracefs tracefs /sys/kernel/tracing || true
 ln -sfn /proc/self/fd /dev/fd
 mkdir -p /run/lock
 hostname lab
-# Made when first read: before the snapshot, so that all who restore it have the same.
+# The kernel makes the boot id when it is first read. Read it before the snapshot, so that all labs
+# that restore the snapshot have the same boot id.
 cat /proc/sys/kernel/random/boot_id >/run/boot_id
 ip link set lo up
-# What a test needs to hold QEMU in a cgroup of its own.
+# Enable the controllers that tests need in QEMU's cgroup.
 echo '+memory +cpu +pids' >/sys/fs/cgroup/cgroup.subtree_control
-# kvm.* and kvm_amd.* on the kernel's command line are read by modprobe. The lab stays
-# useful without KVM (a TCG guest), so a kernel that refuses is reported, not fatal.
+# modprobe applies kvm.* and kvm_amd.* from the kernel's command line. If it fails, print a message
+# and continue, because TCG guests work without KVM.
 modprobe kvm_amd || echo "lab-init: modprobe kvm_amd failed"
 exec python3 -S -E /lab/command_server.py lab

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Run the build steps, which are other programs."""
+"""Run the programs that build the lab."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def need(program: str, package: str) -> str:
     if path is None:
         raise UnsupportedError(
             f"the lab needs {program}, which is not installed",
-            f"apt-get install {package}\n(or your distribution's package of that program)",
+            f"apt-get install {package}\n(or your distribution's package that contains it)",
         )
     return path
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Guests that run whole distributions (:mod:`qemu_prefault_lab.distro`), and their console.
+"""Guests that run whole distributions, and their consoles.
 
+:mod:`qemu_prefault_lab.distro` builds the distributions.
 On the machine with KVM, the directory named by ``QEMU_PREFAULT_DISTROS`` has one directory per
 distribution, with ``disk`` (a file or block device, never written to) and ``boot/``.
 """
@@ -19,15 +20,15 @@ from .errors import GuestError
 from .guest import KERNEL_ARGS
 from .qemu_guest import QemuConfig, QemuGuest
 
-#: Environment variable naming the directory of the distributions.
+#: The environment variable with the path of the directory of the distributions.
 DISTROS_VARIABLE = "QEMU_PREFAULT_DISTROS"
 
-# Emulation can delay CPUs and services for long, so disable the stall and service watchdogs.
+# Disable the watchdogs of RCU and services, because emulation can delay CPUs for a long time.
 GUEST_KERNEL_ARGS = (
     f"{KERNEL_ARGS} root=/dev/vda rw rcupdate.rcu_cpu_stall_suppress=1 systemd.service_watchdogs=0 "
-    # TCG does not let KVM intercept XSETBV: CPUID reports a stale size and Linux warns.
+    # TCG does not intercept XSETBV for KVM, so CPUID reports a stale size and Linux warns.
     "noxsave "
-    # Online a hotplugged DIMM at once, as movable memory.
+    # Put the memory of a plugged DIMM online automatically, as movable memory.
     "memhp_default_state=online_movable"
 )
 
@@ -73,7 +74,7 @@ class SystemConfig(QemuConfig):
         argv += ["-m", self.memory_argument, "-smp", str(self.smp)]
         if self.distro is not None:
             boot = distro_directory(self.distro) / "boot"
-            # microvm's firmware can only start an uncompressed kernel.
+            # microvm's firmware can only start a kernel that is not compressed.
             argv += ["-kernel", str(boot / ("vmlinux" if microvm else "vmlinuz"))]
             argv += ["-initrd", str(boot / "initrd"), "-append", GUEST_KERNEL_ARGS]
         argv += ["-drive", f"file={self.overlay},format=qcow2,if=none,id=disk,cache=unsafe"]
@@ -86,7 +87,7 @@ class SystemGuest(QemuGuest):
 
     :param distro: See :class:`SystemConfig`.
     :param overlay: See :class:`SystemConfig`.
-    :param changes: Further fields of its :class:`SystemConfig`.
+    :param changes: More fields of :class:`SystemConfig`.
     """
 
     def __init__(self, distro: str | None, overlay: Path, **changes: Any) -> None:
@@ -96,7 +97,7 @@ class SystemGuest(QemuGuest):
     # The console.
 
     def expect(self, pattern: str, timeout: float) -> re.Match[bytes]:
-        """Wait until the console output matches a pattern. Discard the output up to the match."""
+        """Wait until the console output matches, and discard it up to that match."""
         return self._serial.expect(pattern, timeout)
 
     def type(self, text: str) -> None:
@@ -113,7 +114,8 @@ class SystemGuest(QemuGuest):
         self.expect(r"Password: ", timeout)
         self.type(f"{PASSWORD}\n")
         self.expect(r"# ", timeout)
-        # Start a shell without echo and prompts. Quoting keeps the mark's echo from matching.
+        # Start a shell without echo and prompts. The quotes make the echo of the command differ
+        # from its output, for which expect() waits.
         self.type("stty -echo; exec env PS1= PS2= sh\n")
         self.type("echo '@''ready@'\n")
         self.expect("@ready@", timeout)
@@ -136,9 +138,9 @@ class SystemGuest(QemuGuest):
     # The guest's state.
 
     def reboot(self, timeout: float = 900.0) -> None:
-        """Reboot the system of :meth:`shell`, and return at the reset."""
+        """Reboot the guest, and return when QEMU has reset it."""
         self.type("systemctl reboot\n")
-        # Read the console all the time: a full console buffer would block the guest's writers.
+        # Read the console until the reset. If its buffer were full, the guest would block.
         self.expect("reboot: Restarting system", timeout)
         self.wait_event("RESET", timeout=timeout)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Wait for another process."""
+"""A function that waits for a condition of another process."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 from qemu_prefault.agents.base import Limits
 
-#: Seconds after which helpers have left in any case: their dead man's time and a margin.
+#: Seconds after which all helpers have exited: the limit of the dead man's switch, and a margin.
 GRACE = Limits().dead_man + 9
 
 
 def wait_for(condition: Callable[[], object], what: str, limit: float = GRACE) -> float:
-    """Poll a condition of another process until it holds, and return the seconds that took."""
+    """Poll until a condition of another process holds; return the elapsed seconds."""
     started = time.monotonic()
     while not condition():
-        assert time.monotonic() - started < limit, f"not within {limit:g} s: {what}"
+        assert time.monotonic() - started < limit, f"timed out after {limit:g} s: {what}"
         time.sleep(0.01)
     return time.monotonic() - started

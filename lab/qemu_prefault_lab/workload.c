@@ -129,7 +129,7 @@ static const char *allocate(size_t mib, bool huge)
 static void *run(void *unused)
 {
 	(void)unused;
-	/* Keep the commands responsive on a single vCPU. */
+	/* Commands must run promptly even if the guest has only one vCPU. */
 	setpriority(PRIO_PROCESS, 0, 10);
 	while (atomic_load(&running))
 		pass();
@@ -195,7 +195,7 @@ static void *run_l3(void *unused)
 {
 	(void)unused;
 	setpriority(PRIO_PROCESS, 0, 10);
-	/* The program causes no exits: enter it again only after a signal. */
+	/* The L3's program causes no exits. Call KVM_RUN again only after a signal. */
 	while (ioctl(l3.vcpu, KVM_RUN, NULL) && errno == EINTR)
 		;
 	l3.exit = l3.run->exit_reason;
@@ -249,7 +249,7 @@ static const char *start_l3(const char *parameters)
 						    .userspace_addr = (uintptr_t)l3.memory };
 	l3_put(L3_PML4, L3_PDPT | 3); /* present, writable */
 	l3_put(L3_PDPT, L3_PD | 3);
-	l3_put(L3_PD, 0x83); /* the same, and 2 MiB */
+	l3_put(L3_PD, 0x83); /* present, writable, 2 MiB page */
 	memcpy(l3.memory + L3_CODE, code, sizeof(code));
 	if (ioctl(vm, KVM_SET_USER_MEMORY_REGION, &slot) || l3_set_registers(kvm))
 		return strerror(errno);
@@ -345,7 +345,7 @@ int main(void)
 	mount("proc", "/proc", "proc", 0, NULL);
 	serial = open("/dev/ttyS0", O_RDWR | O_NOCTTY);
 	if (serial < 0)
-		return 1; /* the kernel panics, which the test harness detects */
+		return 1; /* The kernel panics, and the lab detects this. */
 	struct termios tty;
 	tcgetattr(serial, &tty);
 	cfmakeraw(&tty);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Check that boots and resets with prefault = yes take almost no faults."""
+"""Test that boots and resets with ``prefault = yes`` take almost no faults."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ import prefault_vt
 
 
 def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
-    """
+    """Boot a guest with the plugin, and reset it if a variant requires this.
+
     1) Log in and check the system's health
     2) Write a file in the guest's memory and read it back
     3) If reboot_method is set, reset the guest and repeat
@@ -29,5 +30,5 @@ def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
         taken = prefault_vt.memory_faults(vm) - before
         test.log.info("prefault: boot %d: %d faults on memory", boot + 1, taken)
         if taken > most:
-            test.fail(f"boot {boot + 1} took {taken} faults on memory")
+            test.fail(f"boot {boot + 1} took {taken} faults on memory, more than {most}")
     session.close()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Prefault a migrated guest before it resumes on its destination."""
+"""Test prefaulting a migrated guest before it resumes on its destination."""
 
 from typing import Any
 
@@ -7,10 +7,11 @@ import prefault_vt
 
 
 def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
-    """
+    """Migrate a guest twice, once without and once with qemu-prefault.
+
     1) Log in and write a file in the guest's memory
-    2) Migrate to a second QEMU without prefault and read the file: one fault per page
-    3) Migrate to a third QEMU with qemu-prefault --incoming and read it: almost no faults
+    2) Migrate to a second QEMU without qemu-prefault. Reading the file causes one fault per page
+    3) Migrate to a third QEMU with qemu-prefault --incoming. Reading it causes almost no faults
     """
     vm = env.get_vm(params["main_vm"])
     size = int(params["file_size_mib"])
@@ -27,7 +28,7 @@ def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
 
 
 def migrate(test: Any, params: prefault_vt.Params, vm: Any, prefault: bool) -> None:
-    """Do the steps of VM.migrate() one by one. The object then represents the destination."""
+    """Migrate as VM.migrate() does, and make ``vm`` represent the destination."""
     protocol = params["migration_protocol"]
     target = vm.clone(copy_state=False)
     prefault_vt.give_monitor(target)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Prefault a restored guest before it resumes."""
+"""Test prefaulting a restored guest before it resumes."""
 
 import os
 from typing import Any
@@ -8,10 +8,11 @@ import prefault_vt
 
 
 def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
-    """
+    """Restore a guest twice, once without and once with qemu-prefault.
+
     1) Log in, write a file in the guest's memory and save the guest to a file
-    2) Restore and resume it without prefault, and read the file: one fault per page
-    3) Restore it, prefault and resume it (--cont), and read the file: almost no faults
+    2) Restore and resume the guest. Reading the file causes one fault per page
+    3) Restore it, and prefault and resume it with --cont. Reading causes almost no faults
     """
     vm = env.get_vm(params["main_vm"])
     size = int(params["file_size_mib"])
@@ -22,7 +23,7 @@ def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
     session.close()
     state = os.path.join(test.workdir, "state")
     vm.pause()
-    # VM.save_to_file() uses a command that QEMU has removed.
+    # Do not call VM.save_to_file(): it uses a command that QEMU has removed.
     vm.monitor.migrate(f"file:{state}")
     vm.wait_for_migration(900)
     if not vm.mig_succeeded():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Prefault before the guest's first instruction."""
+"""Test prefaulting before the guest's first instruction."""
 
 from typing import Any
 
@@ -7,13 +7,14 @@ import prefault_vt
 
 
 def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
-    """
+    """Prefault a guest that has not run yet, and boot it.
+
     1) Start the VM paused (paused_after_start_vm), with a monitor for the tool
-    2) Prefault and start it: qemu-prefault --cont
+    2) Prefault and start it with qemu-prefault --cont
     3) Log in and check the system's health
 
-    The firmware drops part of the prefaulted memory. This test does not count those faults;
-    prefault = yes avoids them.
+    The firmware makes KVM drop part of the tables, so the guest takes some faults. This test does
+    not count them. With prefault = yes, the plugin fills those tables again.
     """
     vm = env.get_vm(params["main_vm"])
     report = prefault_vt.finish_tool(test, prefault_vt.start_tool(vm, "--cont"))
