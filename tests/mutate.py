@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Check that the tests detect mutants: apply each one of tests/mutants.toml and run its tests.
+"""Check that the tests detect mutants.
 
     python tests/mutate.py [--list | --check] [--tier TIER]... [--jobs N] [ID...]
 
-A mutant is one small mistake in the product. It is applied to a copy of the checkout, which
-``scripts/with-env`` builds and installs. The mutant is killed if one of its tests fails there.
-The same tests must pass on an unchanged copy, or a failure would prove nothing.
+A mutant is a small mistake in qemu-prefault. Each entry of tests/mutants.toml describes one. It is
+applied to a copy of the checkout, which ``scripts/with-env`` builds and installs, and its tests run
+there. The mutant is killed if one of its tests fails. The same tests must pass on an unchanged
+copy. Otherwise a failure would not show that the tests detect the mutant.
 
-Test node ids are those from the time when the mutants were chosen. tests/history/*.tsv (columns:
-old node id, new node id; files in order of their names) maps them to the current ids.
+An entry lists the node ids that its tests had when the mutant was chosen. The files
+tests/history/*.tsv, in the order of their names, map old node ids (first column) to new ones
+(second column).
 
-The exit status is 0 if every selected mutant is killed, 1 if one survives, does not apply
-exactly once or could not be tested, and 2 for an invalid command line.
+The exit status is 0 if every selected mutant is killed. It is 1 if a mutant survives, does not
+apply exactly once, or could not be tested. It is 2 if the command line is invalid.
 """
 
 from __future__ import annotations
@@ -36,20 +38,20 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 MUTANTS = ROOT / "tests" / "mutants.toml"
 HISTORY = ROOT / "tests" / "history"
-#: The directory that mutants are applied to.
+#: The directory with the files that mutants change.
 PRODUCT = "qemu_prefault"
 SUFFIXES = frozenset({".py", ".c", ".h"})
 GENERATED = frozenset({"helper_blob.h"})
-#: A statement that fails if the product was not built and installed.
+#: A statement that fails if qemu-prefault was not built and installed.
 IMPORT = "import qemu_prefault._native"
-#: Seconds for all tests of one mutant, including the build.
+#: The time limit of the build and of all tests of one mutant, in seconds.
 TIMEOUT = 1200
 #: The variant of the nested lab that tier "nested" boots.
 VARIANT = "trixie"
 
 
 class Tier(enum.StrEnum):
-    """The needs of a mutant's tests: nothing, a QEMU on this host, or KVM in the nested lab."""
+    """The place where a mutant's tests run: without QEMU, with QEMU, or in the lab."""
 
     UNIT = "unit"
     QEMU = "qemu"
@@ -65,21 +67,21 @@ class Verdict(enum.StrEnum):
 
 
 class MutantError(Exception):
-    """A mutant cannot be tested. The text gives the reason."""
+    """A mutant cannot be tested. The message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
     """One entry of mutants.toml.
 
-    :ivar subject: The part of the product that it damages.
-    :ivar function: The changed function, for the reader. Only the pattern is used.
+    :ivar subject: The part of qemu-prefault that the mutant changes.
+    :ivar function: The changed function, as information for readers of the file.
     :ivar harm: The effect on a user.
-    :ivar behaviour: The behaviour that its tests check, in words that stay valid after renames.
-    :ivar find: A multi-line regular expression that matches exactly once in the product.
-    :ivar replace: The replacement for the match. ``\\1`` is a group.
-    :ivar tests: Node ids from the time when the mutant was chosen.
-    :ivar before: The verdict recorded then.
+    :ivar behaviour: The behaviour that the tests check, without names that may change.
+    :ivar find: A multi-line regular expression that matches exactly once in the package.
+    :ivar replace: The replacement for the match. ``\\1`` stands for the first group.
+    :ivar tests: The node ids that the tests had when the mutant was chosen.
+    :ivar before: The verdict when the mutant was chosen.
     """
 
     id: str
@@ -96,7 +98,7 @@ class Mutant:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The verdict on a mutant, with the tests that failed or the reason for an error."""
+    """The verdict on a mutant, with the failed tests or the reason for an error."""
 
     mutant: Mutant
     verdict: Verdict
@@ -110,7 +112,7 @@ class Result:
 def read_mutants(path: Path = MUTANTS) -> tuple[Mutant, ...]:
     """Return the mutants in the order of the file.
 
-    :raises MutantError: An entry lacks a key, has an unknown one, or an id occurs twice.
+    :raises MutantError: A key is missing or unknown, or an id occurs twice.
     """
     wanted = {field.name for field in fields(Mutant)}
     mutants: list[Mutant] = []
@@ -126,7 +128,7 @@ def read_mutants(path: Path = MUTANTS) -> tuple[Mutant, ...]:
 
 
 def read_history(directory: Path = HISTORY) -> tuple[Mapping[str, tuple[str, ...]], ...]:
-    """Return one table per file, which maps old node ids to new ones."""
+    """Return one table per file. Each table maps old node ids to new ones."""
     tables = []
     for path in sorted(directory.glob("*.tsv")):
         table: dict[str, tuple[str, ...]] = {}
@@ -165,7 +167,7 @@ def _renamed(node: str, table: Mapping[str, tuple[str, ...]]) -> Sequence[str]:
 
 
 def product_texts(root: Path) -> Mapping[Path, str]:
-    """Return the text of each file that mutants are searched in."""
+    """Return the text of each file that a mutant may change."""
     paths = (path for path in sorted((root / PRODUCT).rglob("*")) if path.suffix in SUFFIXES)
     return {path: path.read_text() for path in paths if path.name not in GENERATED}
 
@@ -189,7 +191,7 @@ def mutated(mutant: Mutant, texts: Mapping[Path, str]) -> tuple[Path, str]:
 
 @contextmanager
 def copy_of_checkout() -> Iterator[Path]:
-    """Yield a copy of the tracked files and of new files that git does not ignore."""
+    """Yield a copy of all tracked files, and of new files that git does not ignore."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -209,9 +211,9 @@ def copy_of_checkout() -> Iterator[Path]:
 
 
 def pytest_command(tier: Tier, nodes: Sequence[str], junit: Path) -> list[str]:
-    """Return the command that runs tests inside with-env and writes their results to ``junit``.
+    """Return the command that runs tests with scripts/with-env.
 
-    The command fails before running tests if the product is not installed.
+    The command writes the results to ``junit``. It fails if qemu-prefault is not installed.
     """
     words = ["-q", "--color=no", "-p", "no:cacheprovider", *nodes]
     if tier is Tier.NESTED:
@@ -226,7 +228,7 @@ def pytest_command(tier: Tier, nodes: Sequence[str], junit: Path) -> list[str]:
 
 
 def run_tests(root: Path, tier: Tier, nodes: Sequence[str]) -> tuple[list[str], int]:
-    """Run tests of a checkout; return the names of those that failed, and how many passed.
+    """Run tests of a checkout; return the names of failed tests and the passed count.
 
     :raises MutantError: The tests could not be run to their end.
     """
@@ -245,11 +247,12 @@ def run_tests(root: Path, tier: Tier, nodes: Sequence[str]) -> tuple[list[str], 
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise MutantError(f"no result within {TIMEOUT} s") from None
+        raise MutantError(f"the tests did not finish within {TIMEOUT} s") from None
     tail = "\n".join(done.stdout.splitlines()[-15:])
-    # pytest's status: 0 all passed, 1 some failed, others mean that the tests did not run.
+    # pytest exits with 0 if all tests passed, with 1 if some failed, and with another status if it
+    # could not run the tests.
     if done.returncode not in (0, 1) or not junit.exists():
-        raise MutantError(f"status {done.returncode}, the tests were not run:\n{tail}")
+        raise MutantError(f"the tests did not run (exit status {done.returncode}):\n{tail}")
     failed, passed = [], 0
     for case in ElementTree.parse(junit).getroot().iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
@@ -273,7 +276,7 @@ def check_unmutated(mutants: Sequence[Mutant], nodes: Mapping[str, Sequence[str]
         with copy_of_checkout() as root:
             failed, passed = run_tests(root, tier, wanted)
         if failed:
-            raise MutantError(f"without a mutant these tests fail: {', '.join(failed)}")
+            raise MutantError(f"these tests fail even without a mutant: {', '.join(failed)}")
         print(f"without a mutant: {passed} tests of tier {tier} pass", flush=True)
 
 
@@ -297,7 +300,7 @@ def try_mutant(mutant: Mutant, nodes: Sequence[str]) -> Result:
 
 
 def check_applicable(mutants: Sequence[Mutant]) -> list[str]:
-    """Print the file that each mutant changes; return the problems. Builds and runs nothing."""
+    """Print the file that each mutant changes, without running tests; return errors."""
     texts = product_texts(ROOT)
     problems = []
     for mutant in mutants:
@@ -313,9 +316,9 @@ def check_applicable(mutants: Sequence[Mutant]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Check that the tests kill the mutants.")
     parser.add_argument("--list", action="store_true", help="print the mutants and their tests")
-    parser.add_argument("--check", action="store_true", help="only check that each applies once")
+    parser.add_argument("--check", action="store_true", help="only check that each mutant applies")
     parser.add_argument("--tier", action="append", type=Tier, choices=list(Tier), default=[])
-    parser.add_argument("--jobs", type=int, default=1, help="mutants at a time (tier unit only)")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel mutants, in tier unit only")
     parser.add_argument("ids", nargs="*", metavar="ID", help="only these mutants")
     options = parser.parse_args()
     mutants = read_mutants()

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Run the suites of tests/suites.toml, two at a time, and sum up their results.
+"""Run the suites of tests/suites.toml in parallel, and summarize their results.
 
     python tests/run.py [--full] [NAME...]
 
-Called by ``make``, inside ``scripts/with-env``. Every line of output is prefixed with its suite.
-The last line is ``N passed, N failed, N skipped`` for all suites. The exit status is 0 only if
-nothing failed. A pytest suite that ran no test has failed.
+``make`` runs this program with ``scripts/with-env``. Every line of output is prefixed with its
+suite. The last line is ``N passed, N failed, N skipped`` for all suites. The exit status is 0 only
+if nothing failed. A pytest suite that ran no test counts as failed.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Suite:
         return [*self.needs, *([f"image-{self.nested}"] if self.nested else [])]
 
     def limit(self) -> float:
-        """Return the seconds until the suite is killed. The lab has a shorter limit of its own."""
+        """Return the time limit in seconds, which is longer than the lab's own limit."""
         return 60 * (self.minutes or (20 if self.nested else 10)) + (300 if self.nested else 0)
 
     def argv(self, junit: Path) -> list[str]:
-        """Return the suite's command. If it is pytest, it writes its results to ``junit``."""
+        """Return the suite's command. pytest writes its results to ``junit``."""
         if self.command:
             return shlex.split(self.command)
         if self.tests:
@@ -85,7 +85,7 @@ class Result:
         return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
 
     def read(self, junit: Path) -> None:
-        """Add the results that pytest wrote."""
+        """Add the results in the file that pytest wrote."""
         for suite in JUnitXml.fromfile(str(junit)):
             bad = suite.failures + suite.errors
             self.failed += bad
@@ -133,7 +133,7 @@ def judge(suite: Suite, status: int, junit: Path) -> Result:
     if suite.command:
         result.passed = 0 if status else 1
     elif junit.exists():
-        with contextlib.suppress(SyntaxError):  # pytest was killed while writing
+        with contextlib.suppress(SyntaxError):  # pytest was killed while it wrote the file
             result.read(junit)
     if status and not result.failed:
         result.failed, result.note = 1, f"ended with status {status}"
@@ -143,7 +143,7 @@ def judge(suite: Suite, status: int, junit: Path) -> Result:
 
 
 def run(suite: Suite, jobs: dict[str, Future[Result]], directory: Path) -> Result:
-    """Run one suite after the suites it needs, which were submitted before it."""
+    """Run a suite after the suites that it needs, which were submitted before it."""
     broken = [name for name in suite.all_needs() if name in jobs and jobs[name].result().failed]
     started = time.monotonic()
     if broken:
@@ -159,7 +159,7 @@ def run(suite: Suite, jobs: dict[str, Future[Result]], directory: Path) -> Resul
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the test suites.")
     parser.add_argument("--full", action="store_true", help="run all suites, on every kernel")
-    parser.add_argument("--jobs", type=int, default=2, help="suites to run at a time (default 2)")
+    parser.add_argument("--jobs", type=int, default=2, help="number of parallel suites (default 2)")
     parser.add_argument("names", nargs="*", help="only these suites, or: lint")
     options = parser.parse_args()
     table = tomllib.loads((ROOT / "tests" / "suites.toml").read_text())["suite"]

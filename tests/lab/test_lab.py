@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the nested lab: commands, files and snapshots, and that a lost L1 is detected at once.
+"""Test the nested lab: commands, files, snapshots, and detection of a lost L1.
 
-The tests need the lab's build tools (mmdebstrap, mke2fs, a C compiler) but no KVM. The first run
-builds the images, see ``python -m qemu_prefault_lab build``.
+The tests need the lab's build tools (mmdebstrap, mke2fs, a C compiler) but not KVM. The first run
+builds the images, as ``python -m qemu_prefault_lab build`` does.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def lab() -> Iterator[Lab]:
 
 @pytest.fixture(params=["nested", "local"])
 def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
-    """Yield each kind of machine, for the methods they have in common."""
+    """Yield each kind of machine, to test the methods that they have in common."""
     if request.param == "nested":
         yield request.getfixturevalue("lab")
     elif not kvm_can_prefault():
@@ -104,7 +104,7 @@ class TestRun:
         lab.run(["kill", result.text.strip()])
 
     def test_concurrent_commands(self, lab: Lab) -> None:
-        # The first command ends only after the second ran, so they must run at the same time.
+        # The first command waits for the second one, so the lab must run them concurrently.
         lab.run(["mkfifo", "/tmp/fifo"])
         results: dict[str, bytes] = {}
 
@@ -170,7 +170,7 @@ class TestFiles:
 
 
 class TestLost:
-    """Each command would run forever, so the test ends only if the loss of L1 is detected."""
+    """Tests that lose L1. Their commands never end, so the lab must detect the loss."""
 
     def test_kernel_panic_is_reported_with_the_console(self) -> None:
         with Lab.start("trixie") as lab, pytest.raises(LabLostError) as caught:
@@ -248,8 +248,8 @@ class TestSnapshot:
     ("variant", "npt", "capability"),
     [
         ("trixie", True, 1),
-        ("trixie", False, 0),  # shadow paging: the ioctl needs the TDP MMU
-        ("bookworm", True, 0),  # before Linux 6.11
+        ("trixie", False, 0),  # shadow paging, but the ioctl needs the TDP MMU
+        ("bookworm", True, 0),  # a kernel older than Linux 6.11
         ("sid", True, 1),
     ],
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Fixtures for tests with the real ioctl: in the lab, or on a host with the TDP MMU."""
+"""Fixtures for tests with the real ioctl, in the lab or on a suitable host."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """Return the seed of random times: ``--seed``, or a random one, which is printed."""
+    """Return the seed for random times, from ``--seed`` or at random, and print it."""
     wanted: int = request.config.getoption("seed")
     value = wanted or random.SystemRandom().getrandbits(32)
     print(f"\n--seed {value}")
@@ -52,7 +52,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(autouse=True)
 def agent(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Set up the agent of this test's guests, see ``--agents``."""
+    """Set up the agent that the test's guests use, as ``--agents`` selects."""
     name: str = getattr(request, "param", "attach")
     before = Defaults(defaults.qemu, defaults.plugin)
     if name == "plugin":
@@ -67,7 +67,7 @@ def agent(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def four_kilobyte_pages() -> Iterator[None]:
-    """Disable 2 MiB pages, with which there are too few faults to measure the effect."""
+    """Disable 2 MiB pages, because guests would take too few faults for a comparison."""
     before = thp("never")
     yield
     thp(before)
@@ -84,9 +84,10 @@ def set_thp() -> Iterator[SetThp]:
 def make_saved_state(
     four_kilobyte_pages: None, tmp_path_factory: pytest.TempPathFactory
 ) -> MakeSavedState:
-    """Return a function that saves a guest which has written some MiB, and returns the state.
+    """Return a function that saves a guest with a workload and returns the file.
 
-    Each kind of guest is booted once per QEMU, because the patched QEMU lacks devices of Debian's.
+    Each kind of guest is booted and saved once for each QEMU: a state of Debian's QEMU cannot be
+    restored in the patched QEMU, which has fewer devices.
     """
     states: dict[tuple[int, int, bool, str], Path] = {}
 
@@ -107,7 +108,7 @@ def make_saved_state(
 
 @pytest.fixture
 def make_restored_guest(make_saved_state: MakeSavedState) -> Iterator[MakeGuest]:
-    """Make restored guests: memory loaded, paused, and with empty stage-2 tables."""
+    """Make restored guests, which are paused and have empty stage-2 tables."""
     guests: list[Guest] = []
 
     def restore(**options: Unpack[GuestOptions]) -> Guest:
@@ -127,7 +128,7 @@ def make_restored_guest(make_saved_state: MakeSavedState) -> Iterator[MakeGuest]
         guest.kill()
 
 
-# --- fixtures for libvirt, which only the lab's variant of that name has ---
+# --- fixtures for libvirt, which is only in the lab's variant "libvirt" ---
 
 
 @pytest.fixture(scope="module")

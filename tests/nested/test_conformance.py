@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Run the conformance suite on this kernel, and check that it detects an ioctl without effect."""
+"""Test the conformance suite on this kernel, and with an ioctl that does nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.tool import Tool
 pytestmark = pytest.mark.conformance
 
 AreaResults = Callable[[str], list[CaseResult]]
-#: Cases for the mutation check in ``make test``: a few of each kind, and none that waits.
+#: The cases that ``make test`` runs with an ioctl that does nothing: a few fast cases of each kind.
 QUICK_MUTATION = ("mapping/4k", "mapping/memfd", "level/", "vcpu/never", "state/cpuid")
 AREA_MARKS = {
     "mapping": pytest.mark.every_kernel,
@@ -37,7 +37,7 @@ def this_host(four_kilobyte_pages: None) -> Iterator[HostFacts]:
 
 @pytest.fixture(scope="module")
 def results(this_host: HostFacts) -> AreaResults:
-    """Return a function that runs the cases of an area once and returns their results."""
+    """Return a function that returns an area's results, and runs each area once."""
     found: dict[str, list[CaseResult]] = {}
     cases = suite.all_cases()
 
@@ -88,11 +88,11 @@ def test_command_line() -> None:
     assert "2 cases" in result.stdout
 
 
-# Does the suite detect an ioctl that does nothing? The kernel's own selftest does not.
+# Check that the suite detects an ioctl that does nothing. The kernel's own selftest does not.
 
 
 def do_nothing(self: KvmVcpu, gpa: int, size: int, **_: object) -> IoctlResult:
-    """Advance ``size`` as if everything were mapped."""
+    """Return success without mapping pages."""
     return IoctlResult(error=0, left=0, seconds=0.0)
 
 

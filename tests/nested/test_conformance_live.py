@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that a live Linux guest keeps running and keeps its memory, on any KVM.
+"""Test that a running Linux guest continues and keeps its memory, on any KVM.
 
-If KVM does not offer the ioctl (``npt=0``, old kernels), the tests check the exact refusal, that
-it has no side effect, and the remaining benefit of ``--populate-only``.
+If KVM does not support the ioctl (``npt=0``, old kernels), the tests check the error, that the
+refused run has no side effects, and the effect of ``--populate-only``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ALLOC_MIB = 64
 
 
 def minor_faults(guest: Guest) -> int:
-    """Return QEMU's host page faults, including those that KVM takes for its guest."""
+    """Return QEMU's page faults on the host, including faults that KVM handles."""
     fields = Path(f"/proc/{guest.pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[7])
 
@@ -66,7 +66,7 @@ def test_refusal_leaves_no_trace() -> None:
 
 
 def host_faults_of_new_memory(populate: bool) -> tuple[int, int]:
-    """Return the host faults and the stage-2 faults of a guest's first use of 64 MiB."""
+    """Return the host faults and stage-2 faults of a guest that first uses 64 MiB."""
     with Guest(machine="microvm", memory_mib=256) as guest:
         guest.wait_ready()
         if populate:
@@ -88,13 +88,13 @@ def test_populate_only_avoids_host_faults() -> None:
     # The guest's kernel used some of these pages while it booted.
     assert without >= pages / 2
     assert populated <= without / 10
-    # KVM's part of each fault remains. Only the ioctl avoids it.
+    # --populate-only does not avoid stage-2 faults. Only the ioctl does.
     assert stage2 >= stage2_without / 2
 
 
 @pytest.mark.full
 def test_suite_beside_live_guest() -> None:
-    """The suite and the guest do not disturb each other."""
+    """Check that the suite passes beside a running guest and does not affect it."""
     this = host_facts.read_host_facts()
     cases = [case for case in suite.all_cases() if case.area in ("paging", "slots", "foreign")]
     with Guest(machine="microvm", memory_mib=128, workload_mib=16) as guest:

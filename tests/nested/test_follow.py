@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that ``--follow`` without the plugin prefaults again after resets and hotplug."""
+"""Test that ``--follow`` prefaults again after resets and hotplug."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DIMM = 128 * MIB  # the smallest size that Linux accepts
 
 
 def wait_complete(follower: Follower, guest: Guest) -> dict[str, Any]:
-    """Wait for a run that leaves nothing to do, and return its event."""
+    """Wait for a run after which all memory is prefaulted, and return its event."""
     while True:
         event = follower.event()
         assert event["event"] == "prefaulted", event

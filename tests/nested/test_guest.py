@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the lab's L2 guests, which the other tests use. Runs inside L1."""
+"""Test the lab's L2 guests, which the other tests of this directory use."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_save_and_restore(tmp_path: Path) -> None:
         guest.qmp("cont")
         assert guest.command("checksum")["sum"] == before
         check_memory(guest)
-        # Each page of the workload caused a fault. These are the faults that prefault avoids.
+        # Each page of the workload has caused a fault. Prefaulting avoids these faults.
         assert faults(guest) >= WORKLOAD_MIB * 256
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that incoming guests (by migration or restore) are prefaulted before they start."""
+"""Test that migrated and restored guests are prefaulted before they start."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PAGES = WORKLOAD_MIB << 8
 
 
 class Migration:
-    """A working guest and the QEMU that it migrates to."""
+    """A guest that writes to its memory, and the QEMU to which it migrates."""
 
     def __init__(self, source: Guest, directory: Path, **options: Unpack[GuestOptions]) -> None:
         self.uri = f"unix:{directory / 'migration'}"
@@ -56,18 +56,18 @@ class Migration:
         self.source.qmp("migrate", uri=self.uri)
 
     def finish(self) -> None:
-        """Wait until the migration has completed. The workload then runs on the destination."""
+        """Wait until the migration has completed and the destination has the guest."""
         wait_migrated(self.source)
 
     def faults(self) -> int:
-        """Return the guest's faults on the destination until it has written each page."""
+        """Write each page on the destination, and return the guest's faults there."""
         assert self.target.command("stop")["bad"] == 0
         check_memory(self.target)
         return faults(self.target)
 
 
 class MakeMigration(Protocol):
-    """Make a migration. The options are those of the destination."""
+    """A function that makes a migration. The options apply to the destination."""
 
     def __call__(self, **options: Unpack[GuestOptions]) -> Migration: ...
 
@@ -200,7 +200,10 @@ def test_resume_during_prefault_fails(make_migration: MakeMigration) -> None:
 
 @pytest.mark.full
 def test_cont_before_arrival(make_migration: MakeMigration) -> None:
-    """`cont` during the migration undoes the tool's `stop`. The guest is prefaulted as it runs."""
+    """Run `cont` while the tool waits for the guest.
+
+    This cancels the tool's `stop`, so the tool prefaults the guest while it runs.
+    """
     migration = make_migration()
     tool = migration.start_tool()
     migration.target.qmp("cont")
@@ -216,7 +219,10 @@ def test_cont_before_arrival(make_migration: MakeMigration) -> None:
 
 @pytest.mark.full
 def test_unresponsive_qemu_is_waited_for(make_migration: MakeMigration) -> None:
-    """Loading a slow file may take minutes, longer than the usual limit of 30 s for an answer."""
+    """Stop QEMU for longer than the tool's usual time limit of 30 s for an answer.
+
+    QEMU may not answer for minutes while it loads a guest from a slow file.
+    """
     migration = make_migration()
     tool = migration.start_tool()
     migration.target.process.send_signal(signal.SIGSTOP)
@@ -257,7 +263,7 @@ def test_restore_from_file(
 
 
 def test_loadvm(tmp_path: Path) -> None:
-    """Loading a snapshot resets the machine, which drops the tables of a guest that ran."""
+    """Prefault after `loadvm`, which resets the machine and so drops the tables."""
     with Guest(workload_mib=WORKLOAD_MIB, memory_mib=MEMORY_MIB) as guest:
         add_disk(guest, tmp_path / "disk")
         guest.wait_ready()

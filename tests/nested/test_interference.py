@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test actions of others on the guest during a run: the run ends clearly, and QEMU never hangs."""
+"""Test events during a run: the run must report them, and QEMU must not hang."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.any_agent
 class ThrottledRun:
     """A run of the tool that is slowed down after it has begun to prefault.
 
-    Until :meth:`finish`, the threads that work for it in QEMU get almost no CPU time.
+    Until :meth:`finish`, the threads in QEMU that prefault get almost no CPU time.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class ThrottledRun:
         while guest.stats()["pages_4k"] < pages:
             assert self._tool.running(), self._tool.finish()
             assert time.monotonic() < deadline, "the run made no progress"
-        # In a patched QEMU, the vCPU threads prefault.
+        # A patched QEMU has no helpers. Its vCPU threads prefault.
         others = [tid for tid in thread_names(guest.pid) if tid != guest.pid]
         for tid in helper_threads(guest.pid) if agent == "attach" else others:
             os.setpriority(os.PRIO_PROCESS, tid, 19)
-        # Load each CPU. The helpers then get a 70th of the time.
+        # Load each CPU, so that the threads above get a 70th of its time.
         self._competitors = [
             subprocess.Popen(["taskset", "--cpu-list", str(cpu), "sh", "-c", "while :; do :; done"])
             for cpu in os.sched_getaffinity(0)
@@ -51,12 +51,12 @@ class ThrottledRun:
         self._tool.send_signal(number)
 
     def finish(self) -> Result:
-        """Stop slowing the run down, and wait for its end."""
+        """Run at full speed again, and wait until the run ends."""
         self.close()
         return self._tool.finish()
 
     def wait(self) -> Result:
-        """Wait for the run's end while it is slowed down. It must end early by itself."""
+        """Wait until the slow run ends by itself, before it has prefaulted everything."""
         return self._tool.finish()
 
     def close(self) -> None:
@@ -71,7 +71,7 @@ class StartRun(Protocol):
 
 @pytest.fixture
 def throttled_run(agent: str) -> Iterator[StartRun]:
-    """Start a run on a guest, and wait until it has prefaulted some pages."""
+    """Return a function that starts a run and waits until some pages are prefaulted."""
     runs: list[ThrottledRun] = []
 
     def start(guest: Guest, *options: str) -> ThrottledRun:
@@ -84,7 +84,7 @@ def throttled_run(agent: str) -> Iterator[StartRun]:
 
 
 def check_usable(guest: Guest) -> None:
-    """Check that QEMU answers, the helpers have left, and a new run completes."""
+    """Check that the helpers have exited and that a new run completes."""
     wait_clean(guest.pid)
     again = prefault(guest)
     assert again.status == 0, again.stderr
@@ -143,7 +143,7 @@ def test_migration_started(
     options: tuple[str, ...],
     throttled_run: StartRun,
 ) -> None:
-    """A guest that was found paused stays paused. The tool must not start it during a migration."""
+    """Check that the tool does not start a guest while it is migrated away."""
     guest = make_restored_guest()
     run = throttled_run(guest, *options)
     guest.qmp("migrate-set-parameters", max_bandwidth=1 << 16)
@@ -159,7 +159,7 @@ def test_migration_started(
 def test_migrated_guest_is_not_resumed(
     make_restored_guest: MakeGuest, throttled_run: StartRun
 ) -> None:
-    """The guest runs at its destination. Two instances would write to one disk."""
+    """Check that a migrated guest stays stopped, as it already runs elsewhere."""
     guest = make_restored_guest()
     guest.qmp("cont")
     run = throttled_run(guest)
@@ -176,7 +176,7 @@ def test_migrated_guest_is_not_resumed(
 def test_late_migration_keeps_guest_paused(
     make_restored_guest: MakeGuest, throttled_run: StartRun
 ) -> None:
-    """The migration starts too late for the run to notice, but the guest is not started."""
+    """Check that ``--cont`` does not start a guest whose migration has begun."""
     guest = make_restored_guest()
     run = throttled_run(guest, "--cont")
     guest.qmp("migrate-set-parameters", max_bandwidth=1 << 16)
@@ -203,7 +203,7 @@ def test_dimm_plugged(throttled_run: StartRun) -> None:
 def test_stopped_tool_loses_helpers(
     make_restored_guest: MakeGuest, throttled_run: StartRun
 ) -> None:
-    """SIGSTOP triggers the dead man's switch. A guest that the operator paused stays paused."""
+    """Stop the tool with SIGSTOP. Its helpers must exit by the dead man's switch."""
     guest = make_restored_guest()
     run = throttled_run(guest)
     run.send_signal(signal.SIGSTOP)
@@ -236,8 +236,8 @@ def test_interrupted_tool_resumes_guest(
 def stale_root(guest: Guest) -> Result:
     """Delete a memslot while no vCPU runs, then prefault again.
 
-    The slot is the VGA's memory. Writing the VGA's PCI command register (0x04 of 00:02.0) through
-    the monitor unmaps it.
+    The memslot is the VGA's memory. A write to the VGA's PCI command register (0x04 of 00:02.0)
+    through the monitor unmaps it.
     """
     assert prefault(guest).status == 0
     for value in ("0x0", "0x3"):
@@ -250,7 +250,10 @@ def stale_root(guest: Guest) -> Result:
 @pytest.mark.full
 @pytest.mark.agents("attach")
 def test_stale_root_is_reported() -> None:
-    """Kernels without 20a6cff3b283 (v6.15) retry forever on an obsolete root."""
+    """Check that the tool detects a kernel that retries forever on an obsolete root.
+
+    20a6cff3b283 (v6.15) fixes this in the kernel.
+    """
     with Guest(machine="pc", paused=True, args=["-device", "VGA,addr=2"]) as guest:
         guest.hmp("o /w 0xcf8 0x80001010")
         guest.hmp("o /w 0xcfc 0xfd000000")
@@ -266,7 +269,7 @@ def test_stale_root_is_reported() -> None:
         assert guest.status() == "prelaunch"
         wait_clean(guest.pid)
         assert not helper_threads(guest.pid)
-        guest.qmp("cont")  # running the guest once makes the root valid
+        guest.qmp("cont")  # KVM replaces the obsolete root when the vCPU runs
         guest.wait_ready()
         assert prefault(guest).status == 0
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test ``kill -9`` of the tool at random times: the guest survives and nothing is left in QEMU.
+"""Test ``kill -9`` of the tool at random times: nothing is left in QEMU.
 
-``--kills`` sets the number of kills (default 100; 1,000 in ``make test-full``). ``--seed``
-repeats a run.
+``--kills`` sets the number of kills. The default is 100, and ``make test-full`` uses 1,000.
+``--seed`` repeats a run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FALLOC_FL_PUNCH_HOLE = 0x02 | 0x01  # with KEEP_SIZE
 
 
 def punch_spare_memory(guest: Guest) -> None:
-    """Free the memory of a device that the guest does not use, so that it can be repopulated."""
+    """Free the memory of a device that the guest does not use, to populate it again."""
     for link in Path(f"/proc/{guest.pid}/fd").iterdir():
         if os.readlink(link).startswith("/memfd:memory-backend-memfd"):
             fd = os.open(link, os.O_RDWR)
@@ -54,7 +54,7 @@ def test_kill_at_random_moments(request: pytest.FixtureRequest, seed: int) -> No
     args += ["-device", "nvdimm,memdev=spare"]
     run = ("--populate", "all")
     moments = random.Random(seed)
-    # A machine that may grow above 4 GiB reserves 64 MiB for DMA bounce buffers.
+    # This machine may have memory above 4 GiB, so Linux reserves 64 MiB for DMA bounce buffers.
     with Guest(
         machine="pc,nvdimm=on",
         memory_mib=192,
@@ -76,7 +76,7 @@ def test_kill_at_random_moments(request: pytest.FixtureRequest, seed: int) -> No
             begun = time.monotonic()
             if tool.running(moments.uniform(0, duration)):
                 killed += 1
-            else:  # the first run was slower, because the host was busy
+            else:  # this run was faster than the first one, and ended before it was killed
                 duration = time.monotonic() - begun
             tool.send_signal(signal.SIGKILL)
             assert not tool.running(10)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test machine types and backends: RAM is mapped, and absent memory stays absent."""
+"""Test that exactly the present RAM of each machine and backend is mapped."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test libvirtd, virsh and confined QEMUs: the plugin in a domain, the hook, and ``--domain``."""
+"""Test the plugin, the hook and ``--domain`` with libvirtd and confined QEMUs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from support.libvirt import (
 
 pytestmark = pytest.mark.libvirt
 
-full = pytest.mark.full  # only in make test-full: starting a confined domain takes seconds
+full = pytest.mark.full  # only in make test-full, because starting a domain takes seconds
 
 
 # --- the plugin in a domain ---
@@ -140,7 +140,7 @@ def test_restored_guest_above_4_gib(
     with Pagemap(guest.process) as pagemap:
         ram = ram_mapping(guest.process.maps(), mib << 20)
         high = pagemap.sums(ram.start + (low_mib << 20), (mib - low_mib) << 20, True)
-    # Linux allocates memory from the top, so the written memory is there.
+    # Linux allocates from the highest addresses, so the workload's memory is in this range.
     assert high.writable >= WORKLOAD_MIB << 20
 
 
@@ -199,7 +199,7 @@ def test_guest_starts_with_broken_config(
 def test_libvirtd_restart_keeps_guest(
     make_domain: MakeDomain, write_hook_config: WriteHookConfig, syslog: Syslog, libvirtd: Libvirtd
 ) -> None:
-    """libvirtd calls the hook for each domain ("reconnect"). A failing hook would end the guest."""
+    """Check that guests keep running when libvirtd calls the hook with "reconnect"."""
     write_hook_config('[default]\nrestore = "now"\nstart = "follow"\n')
     guest = make_domain("stays")
     guest.start()
@@ -242,7 +242,7 @@ def test_probe_reports_missing_apparmor_rule(make_domain: MakeDomain) -> None:
         assert findings["apparmor"]["verdict"] == "no"
         assert RULE_TEXT.strip() in findings["apparmor"]["remedy"]
         assert done.returncode == 4
-        # The guest starts without the rule, too.
+        # QEMU starts even without the rule.
         guest.start()
         guest.wait_ready()
     finally:
@@ -368,7 +368,7 @@ def test_watch_writes_textfile(make_domain: MakeDomain, tmp_path: Path) -> None:
         with path.open() as first:
             inode = os.fstat(first.fileno()).st_ino
             wait_until(lambda: path.stat().st_ino != inode, "the file is replaced")
-            # The file is replaced, not overwritten, so that a reader sees one version.
+            # The tool replaces the file instead of overwriting it, so a reader sees one version.
             assert ("qemu_prefault_libvirt_up", "") in samples(first.read())
         values = samples(path.read_text())
         assert values["qemu_prefault_libvirt_up", ""] == 1
@@ -377,5 +377,5 @@ def test_watch_writes_textfile(make_domain: MakeDomain, tmp_path: Path) -> None:
     finally:
         child.terminate()
         assert child.wait(60) == 0
-    # Stale figures must not be taken for current ones.
+    # The tool must remove the file, because its figures are no longer current.
     assert list(tmp_path.iterdir()) == []

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Measure the benefit of each route at each lifecycle event: the table in docs/usage/libvirt.md.
+"""Measure the faults of each way to prefault a domain, at each lifecycle event.
 
-Faults are KVM's ``pf_taken``. Each guest writes 64 MiB of 4K pages, which causes 16,384 faults
-without prefault. Rows are printed as lines ``libvirt-table: MOMENT | ROUTE | FAULTS``.
+The results are in a table of docs/usage/libvirt.md. Faults are KVM's ``pf_taken``. Each guest
+writes 64 MiB of 4K pages, which causes 16,384 faults without prefaulting. Rows are printed as lines
+``libvirt-table: MOMENT | ROUTE | FAULTS``.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def report_row(capsys: pytest.CaptureFixture[str]) -> ReportRow:
 def make_routed_domain(
     make_domain: MakeDomain, route: str, name: str, **options: Unpack[DomainOptions]
 ) -> LabDomain:
-    """Make a domain, with the plugin if that is the route."""
+    """Make a domain, and enable the plugin if this is the route."""
     guest = make_domain(name, **options)
     if route == PLUGIN:
         tool_output("libvirt", "enable", name)
@@ -69,7 +70,7 @@ def make_routed_domain(
 
 @pytest.fixture
 def hook_calls() -> Iterator[HookCalls]:
-    """Return the calls of libvirt's hooks, as logged by another script beside this project's."""
+    """Return a function that lists libvirt's hook calls, logged by an extra hook."""
     script = Path("/") / HOOK_FILE.with_name("99-calls")
     log = Path("/run/hook-calls")
     log.write_text("")
@@ -85,7 +86,7 @@ def hook_calls() -> Iterator[HookCalls]:
 
 
 def start_timed(guest: LabDomain, route: str) -> float:
-    """Start the domain by the route's command; return the seconds that took."""
+    """Start the domain with the route's command; return the elapsed seconds."""
     began = time.monotonic()
     if route == COMMAND:
         tool_output("libvirt", "start", guest.name)
@@ -97,7 +98,10 @@ def start_timed(guest: LabDomain, route: str) -> float:
 
 
 def check_nothing_left_to_fault(guest: LabDomain, mib: int) -> None:
-    """Check that memory which the guest writes for the first time causes no faults."""
+    """Check that the guest takes no faults when it writes new memory.
+
+    :param mib: The MiB to write.
+    """
     before = guest.faults()
     guest.command(f"alloc {mib}")
     assert guest.faults() - before < MAX_RESIDUAL_FAULTS
@@ -118,7 +122,8 @@ def test_cold_start(
     guest.wait_ready()
     report_row("cold start", route, guest.faults(), f"start {seconds:.2f} s")
     if route == HOOK:
-        # The vCPUs already run when the hook is called, so the guest's progress is a race.
+        # The hook is called after the vCPUs have started, so the guest takes some faults before
+        # the hook's run.
         assert guest.faults() > MAX_RESIDUAL_FAULTS
         wait_until(lambda: syslog.lines(VERIFIED), "the hook's run has ended")
         check_nothing_left_to_fault(guest, 96)
@@ -166,7 +171,7 @@ def test_restore_saved_file(make_domain: MakeDomain, report_row: ReportRow, tmp_
 def test_hook_latency(
     libvirtd: Libvirtd, write_hook_config: WriteHookConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """libvirt waits for each call of the hook. The times are printed but not checked."""
+    """Print the duration of the hook's calls, for which libvirt waits."""
     plain = "<domain type='kvm'><name>a</name><uuid>u</uuid><memory>1024</memory></domain>"
     asked = plain.replace("<name>", "<!-- qemu-prefault --><name>")
 
@@ -223,7 +228,7 @@ def test_reset_does_not_call_hook(
     hook_calls: HookCalls,
     report_row: ReportRow,
 ) -> None:
-    """libvirt does not call the hook, and the reset drops what the hook has prefaulted."""
+    """Check that libvirt does not call the hook, so the guest takes faults again."""
     guest = make_domain(f"reset-{HOOK}")
     write_hook_config('[default]\nstart = "later"\n')
     guest.start()
@@ -279,7 +284,7 @@ def test_hotplug(
         if follower is not None:
             assert follower.prefaulted()["why"] == "memory was added"
         before = guest.faults()
-        guest.command("alloc 320")  # more than fits without the DIMM
+        guest.command("alloc 320")  # more than the guest's memory without the DIMM
         faults = guest.faults() - before
     report_row("hotplug", route, faults)
     assert hook_calls() == calls
@@ -353,15 +358,16 @@ def test_hook_prefaults_after_migration(
     syslog: Syslog,
     report_row: ReportRow,
 ) -> None:
-    """The hook is called before RAM is loaded, so the run that it starts must wait.
+    """Check that the run which the hook starts waits until the guest has arrived.
 
-    libvirt lets a client wait at most 30 s for a busy domain. The run waits longer than that.
+    libvirt calls the hook before RAM is loaded. A client can wait for a busy domain for at most
+    30 s, but the run must wait longer.
     """
     guest = make_domain("move-hook")
     guest.start()
     guest.wait_ready()
     write_hook_config('[default]\nmigrate = "later"\n')
-    guest.command("run")  # it writes all of its memory repeatedly on both hosts
+    guest.command("run")  # write all of the workload's memory repeatedly, on both hosts
     guest.virsh(
         *("migrate", "--live", *MIGRATE, "--desturi", other_host.uri),
         *("--bandwidth", "4", "--timeout", "80", "--timeout-suspend"),

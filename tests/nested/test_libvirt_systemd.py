@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test with systemd: the unit that the hook starts, and the daemon's unit."""
+"""Test the unit that the hook starts, and the daemon's unit, with a real systemd."""
 
 from __future__ import annotations
 

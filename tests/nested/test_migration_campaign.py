@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Migrate a running guest repeatedly. The tool waits on each destination, and is often killed.
+"""Test repeated migration of a running guest, while the tool is sometimes killed.
 
-``--boots`` sets the number of migrations (default 6; 100 in ``make test-full``). ``--seed``
-repeats a run.
+The tool waits on each destination. ``--boots`` sets the number of migrations. The default is 6, and
+``make test-full`` uses 100. ``--seed`` repeats a run.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ OPTIONS = [(), ("--chunk", "64K"), ("--max-downtime", "0.02", "--chunk", "1M")]
 
 
 def migrate(source: Guest, directory: Path, moments: random.Random) -> tuple[Guest, str]:
-    """Migrate to a new QEMU, on which the tool waits; return its guest and the run's history."""
+    """Migrate to a new QEMU on which the tool waits; return its guest and a history."""
     uri = f"unix:{directory / 'migration'}"
     target = Guest(workload_mib=WORKLOAD_MIB, memory_mib=WORKLOAD_MIB + OTHER_MIB, incoming=uri)
     try:
         options = moments.choice(OPTIONS)
         tool = start_tool(target, "--incoming", *options)
-        if moments.random() < 0.5:  # otherwise the tool may start too late to wait
+        if moments.random() < 0.5:  # without this delay, the guest may arrive before the tool waits
             time.sleep(moments.uniform(0, 0.5))
         source.qmp("migrate", uri=uri)
         history = " ".join(options) or "plain"
         if moments.random() < 0.5:
-            time.sleep(moments.uniform(0, 4))  # at any time of the migration
+            time.sleep(moments.uniform(0, 4))  # kill the tool at any time during the migration
             tool.send_signal(signal.SIGKILL)
             tool.running(30)
             history += f", killed ({tool.status})"

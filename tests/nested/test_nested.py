@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test guests that run a nested guest: a vCPU in guest mode has other page tables loaded.
+"""Test guests that run a nested guest, whose vCPUs have other page tables loaded.
 
-The lab then has a further level: L1 runs the prefaulted guest (L2), which runs an L3 that
-counts in memory forever.
+These tests use another level of the lab: L1 runs the prefaulted guest (L2), which runs an L3. The
+L3 increments a counter in memory in an endless loop.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from support.tool import Result
 pytestmark = pytest.mark.any_agent
 
 WORKLOAD_MIB = 32
-PAGES = WORKLOAD_MIB << 8  # of the workload, untouched since the restore
-#: The number of stops to try. About two of three stops find a busy L3 in guest mode.
+PAGES = WORKLOAD_MIB << 8  # the workload's pages, which the restored guest has not touched
+#: The maximum number of stops. About two of three stops find a vCPU in guest mode.
 STOP_ATTEMPTS = 200
 KILLS = 8
 
@@ -72,7 +72,7 @@ def in_guest_mode(guest: Guest) -> int:
 
 
 def stop_in_guest_mode(guest: Guest, wanted: int = 1) -> None:
-    """Stop the guest with this many vCPUs in guest mode, where a running L3 is most of the time."""
+    """Stop the guest repeatedly until the wanted number of vCPUs is in guest mode."""
     for _ in range(STOP_ATTEMPTS):
         guest.qmp("stop")
         if in_guest_mode(guest) == wanted:
@@ -82,7 +82,10 @@ def stop_in_guest_mode(guest: Guest, wanted: int = 1) -> None:
 
 
 def check_guest_runs(guest: Guest, *, prefaulted: bool) -> None:
-    """Check that the guest has its memory, with or without a fault per page, and its L3 counts."""
+    """Check that the guest and its L3 run, and that the guest's memory is unchanged.
+
+    :param prefaulted: False if the guest must take a fault for each page of the workload.
+    """
     first = guest.command("nest-count")
     assert first["running"] == 1, first
     taken = faults_of_pass(guest)
@@ -102,7 +105,7 @@ def guest_mode_warning(result: Result) -> str:
 
 
 def any_section_skipped(result: Result, text: str) -> bool:
-    """Return whether a section was skipped for a reason that contains the text."""
+    """Return whether the run skipped a section for a reason that contains the text."""
     return any(text in (section["skipped"] or "") for section in result.report["sections"])
 
 
@@ -111,7 +114,7 @@ def mapped_pages(guest: Guest) -> int:
 
 
 def test_paused_npt_guest_is_not_prefaulted(make_nested_guest: MakeNestedGuest) -> None:
-    """The ioctl returns EOPNOTSUPP. The tool reports the cause and a remedy."""
+    """Check the warning if the ioctl returns EOPNOTSUPP because of guest mode."""
     guest = make_nested_guest(npt=True)
     stop_in_guest_mode(guest)
     before = mapped_pages(guest)
@@ -124,7 +127,7 @@ def test_paused_npt_guest_is_not_prefaulted(make_nested_guest: MakeNestedGuest) 
     assert result.warnings == {"guest-mode"}
     assert "every vCPU ran a nested guest" in guest_mode_warning(result)
     assert "--cont" in guest_mode_warning(result)
-    # Populating may replace mapped pages, such as the zero page.
+    # Populating may replace mapped pages, such as the zero page, so the number may fall.
     assert mapped_pages(guest) <= before and in_guest_mode(guest) == 1
     guest.qmp("cont")
     check_guest_runs(guest, prefaulted=False)
@@ -133,9 +136,10 @@ def test_paused_npt_guest_is_not_prefaulted(make_nested_guest: MakeNestedGuest) 
 def test_paused_shadow_guest_fills_guest_mode_tables(
     make_nested_guest: MakeNestedGuest, agent: str
 ) -> None:
-    """The ioctl succeeds on the root of guest mode, which does not count as prefaulted.
+    """Check that filling the tables of guest mode does not count as prefaulting.
 
-    A patched QEMU detects guest mode from kvm_run and does not start.
+    The ioctl succeeds, but fills the tables that the vCPU uses in guest mode. A patched QEMU
+    detects guest mode from kvm_run and does not issue the ioctl.
     """
     guest = make_nested_guest(npt=False)
     stop_in_guest_mode(guest)
@@ -148,7 +152,7 @@ def test_paused_shadow_guest_fills_guest_mode_tables(
         assert mapped_pages(guest) <= before and report["bytes"]["prefaulted"] == 0
         assert "every vCPU ran a nested guest" in guest_mode_warning(result)
     else:
-        # The L3 has touched little memory through this root, so nearly all leaves are new.
+        # The L3 has touched few pages, so nearly all leaves of its tables are new.
         assert mapped_pages(guest) - before > 0.9 * report["bytes"]["requested"] / 4096
         assert report["stage2"]["after"]["4k"] == mapped_pages(guest)
         assert report["bytes"]["prefaulted"] == report["bytes"]["requested"]
@@ -164,7 +168,7 @@ def test_running_guest_is_stopped_outside_guest_mode(
 ) -> None:
     guest = make_nested_guest(npt)
     tried: set[bool] = set()
-    while len(tried) < 2:  # until there were runs with a suitable first stop and runs without
+    while len(tried) < 2:  # until some runs needed only one stop, and others more
         result = prefault(guest)
         assert result.status == 0, result.stderr
         assert result.report["bytes"]["remaining"] == 0
@@ -193,7 +197,7 @@ def test_cont_leaves_guest_mode(make_nested_guest: MakeNestedGuest, npt: bool) -
 def test_incoming_guest_with_nested_guest(
     make_nested_guest: MakeNestedGuest, npt: bool, tmp_path: Path
 ) -> None:
-    """Whether or not a vCPU is in guest mode, the guest is prefaulted and its L3 continues."""
+    """Prefault an incoming guest whose vCPU may be in guest mode."""
     source = make_nested_guest(npt)
     uri = f"unix:{tmp_path / 'migration'}"
     with Guest(memory_mib=WORKLOAD_MIB + OTHER_MIB, kvm=True, incoming=uri) as target:
@@ -245,7 +249,7 @@ def test_vcpu_outside_guest_mode_is_used(make_nested_guest: MakeNestedGuest, npt
 def test_retries_are_bounded(
     make_nested_guest: MakeNestedGuest, npt: bool, agent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With one attempt most runs fail. The result is reported and the guest resumes."""
+    """Allow one stop only, so that most runs find a vCPU in guest mode and fail."""
     monkeypatch.setattr(qemu_prefault.engine.guest_mode, "GUEST_MODE_TRIES", 1)
     guest = make_nested_guest(npt)
     verified = False
@@ -255,7 +259,7 @@ def test_retries_are_bounded(
     assert result.status == 3, result.stderr
     assert guest.status() == "running"
     assert "stopped once" in guest_mode_warning(result)
-    # QEMU's own job does not start in guest mode with either kind of paging.
+    # QEMU's own job does nothing in guest mode, with either kind of paging.
     nothing_done = npt or agent == "qmp"
     assert (result.report["bytes"]["prefaulted"] == 0) == nothing_done
     check_guest_runs(guest, prefaulted=verified)
@@ -265,10 +269,10 @@ def test_retries_are_bounded(
 def test_ioctl_detects_guest_mode(
     make_nested_guest: MakeNestedGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the counter (old kernels, old QEMU), only EOPNOTSUPP shows guest mode.
+    """Detect guest mode by EOPNOTSUPP, as on hosts without KVM's guest_mode counter.
 
-    An attempt is then a whole prefault, which takes a second in the lab. Few attempts fit into
-    the limit.
+    Each attempt then prefaults all memory, which takes a second in the lab. The test raises the
+    time limit to allow enough attempts.
     """
 
     async def nothing(*_: object) -> set[int]:
@@ -293,7 +297,7 @@ def test_ioctl_detects_guest_mode(
 def test_guest_runs_if_tool_dies_between_stops(
     make_nested_guest: MakeNestedGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each pause has a guard of its own."""
+    """Kill the tool between two stops. Each pause must have its own guard process."""
 
     async def always(*_: object) -> set[int]:
         return {0}
@@ -315,7 +319,7 @@ def test_guest_runs_if_tool_dies_between_stops(
 @both_paging_modes
 @pytest.mark.agents("attach")  # this test loads the plugin itself
 def test_plugin_leaves_guest_mode(make_nested_guest: MakeNestedGuest, npt: bool) -> None:
-    """The vCPU was in guest mode at its last exit, and it rarely leaves guest mode by itself."""
+    """Check that the plugin makes a vCPU leave guest mode to prefault."""
     guest = make_nested_guest(npt, plugin=["keep=off", "populate=resident"])
     stop_in_guest_mode(guest)
     guest.qmp("cont")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the patched QEMU (patches/): its job, its prefault=on, and the fix of TCG.
+"""Test the patched QEMU (patches/): its job, ``prefault=on``, and TCG's fixes.
 
-The other files test the tool with it, by ``--agents qmp``.
+With ``--agents qmp``, the other files test the tool with it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def patched() -> Iterator[None]:
 
 
 def run_prefault_job(guest: Guest, **arguments: Any) -> list[dict[str, Any]]:
-    """Run the job until it ends, and return its results per range."""
+    """Run the job until it ends, and return the result of each range."""
     guest.qmp("x-kvm-prefault-memory", job_id="job", **arguments)
     ranges = wait_prefault_job(guest)
     guest.qmp("job-dismiss", id="job")
@@ -102,7 +102,7 @@ def test_cancelled_job_reports_progress(make_restored_guest: MakeGuest) -> None:
     assert total(ranges, "mapped") < total(ranges, "size")
     guest.qmp("job-dismiss", id="job")
     assert guest.qmp("query-jobs") == []
-    ranges = run_prefault_job(guest)  # another job can follow
+    ranges = run_prefault_job(guest)  # a second job must work
     assert total(ranges, "mapped") == total(ranges, "size")
 
 
@@ -161,7 +161,7 @@ def test_monitor_commands(make_restored_guest: MakeGuest) -> None:
 
 
 def wait_all_prefaulted(guest: Guest) -> dict[str, Any]:
-    """Wait until QEMU has prefaulted a running guest completely; return its answer."""
+    """Wait until QEMU has prefaulted all of a running guest; return its answer."""
     deadline = time.monotonic() + 60
     while (info := guest.qmp("x-query-kvm-prefault"))["pending"]:
         assert time.monotonic() < deadline, info
@@ -197,7 +197,7 @@ def test_restored_guest_is_prefaulted(make_restored_guest: MakeGuest) -> None:
 
 
 def test_incoming_guest_is_prefaulted(make_restored_guest: MakeGuest, tmp_path: Path) -> None:
-    """The guest is not paused. It starts by itself as soon as it is loaded."""
+    """Check that QEMU prefaults an incoming guest before it starts the guest."""
     source = make_restored_guest(workload_mib=64)
     source.qmp("cont")
     source.command("run")
@@ -283,7 +283,7 @@ def test_stock_qemu_is_refused() -> None:
 
 def test_qtest(tmp_path: Path) -> None:
     (binary, *firmware) = patched_qemu() or [""]
-    wrapper = tmp_path / "qemu-system-x86_64"  # the test starts QEMU without -L
+    wrapper = tmp_path / "qemu-system-x86_64"  # adds -L, which the test does not pass
     wrapper.write_text(f'#!/bin/sh\nexec {binary} {" ".join(firmware)} "$@"\n')
     wrapper.chmod(0o755)
     environment = {**os.environ, "QTEST_QEMU_BINARY": str(wrapper)}
@@ -292,13 +292,13 @@ def test_qtest(tmp_path: Path) -> None:
         env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "virtio-mem" in result.stdout  # the tests that need KVM were run
+    assert "virtio-mem" in result.stdout  # only tests with KVM print this
 
 
 @pytest.mark.parametrize("fixed", [True, False])
 @pytest.mark.parametrize("test", ["svm-cr-read", "svm-cr8-write"])
 def test_tcg_svm_intercepts(test: str, fixed: bool, tmp_path: Path) -> None:
-    """Reads of control registers are intercepted. CR8 can be written while an interrupt waits."""
+    """Test that CR reads are intercepted and CR8 writes do not abort QEMU."""
     (binary, *firmware) = patched_qemu() or [""]
     kernel = f"{binary}-{test}"
     command = [binary, *firmware] if fixed else ["qemu-system-x86_64"]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the plugin with the real ioctl: guests are prefaulted before they start, and stay so.
+"""Test the plugin with the real ioctl: it keeps guests prefaulted.
 
 Faults are KVM's ``pf_taken`` from the first instruction until the guest has booted and
-written 256 MiB. A few of them are accesses to device registers (``pf_emulate``), which no
-prefault can avoid.
+written 256 MiB. A few of them are accesses to device registers (``pf_emulate``), which
+prefaulting cannot avoid.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def make_plugin_guest() -> Iterator[MakePluginGuest]:
         yield start
 
 
-# The minimum number of faults of a guest that writes its workload without the plugin, on 4K pages.
+# A guest on 4K pages takes at least this many faults if it writes its workload without the plugin.
 FAULTS_WITHOUT_PLUGIN = WORKLOAD_MIB * 256
 full = pytest.mark.full  # only in make test-full
 
@@ -94,7 +94,7 @@ def test_boot_on_huge_pages(
 
 
 def test_reset_takes_few_faults(make_plugin_guest: MakePluginGuest) -> None:
-    """Firmware runs again after a reset, and again drops the tables of low RAM."""
+    """Reset a guest, whose firmware makes KVM drop the tables of low RAM again."""
     guest = make_plugin_guest(machine="q35", args=["-action", "reboot=reset"])
     guest.wait_ready()
     before = faults(guest)
@@ -102,13 +102,16 @@ def test_reset_takes_few_faults(make_plugin_guest: MakePluginGuest) -> None:
     guest.wait_ready()
     assert faults(guest) - before <= 0.0005 * FAULTS_WITHOUT_PLUGIN
     status = check_kept(guest)
-    # Firmware dropped only a small part again.
+    # KVM dropped only a small part of the tables, so the plugin prefaulted little memory again.
     assert status["counters"]["again"] <= 2.5 * sum(slot["size"] for slot in ram_slots(status))
 
 
 @pytest.mark.every_kernel
 def test_no_hang_with_the_quirk(make_plugin_guest: MakePluginGuest) -> None:
-    """With the quirk each slot deletion drops all tables, which can trigger 6.12's livelock."""
+    """Run with the quirk, which can trigger the livelock of Linux 6.12.
+
+    Each memslot deletion then drops all tables.
+    """
     guest = make_plugin_guest("quirk=keep", machine="pc", args=["-action", "reboot=reset"])
     guest.wait_ready()
     guest.qmp("system_reset")
@@ -171,14 +174,14 @@ def test_restored_guest_is_prefaulted(make_plugin_guest: MakePluginGuest, tmp_pa
     assert faults(guest) - before <= 0.001 * 64 * 256
 
 
-# --- hotplugged memory, and memory that is absent on purpose ---
+# --- hotplugged memory, and memory that must stay absent ---
 
 
 @pytest.mark.parametrize(("smp", "options"), [(1, []), pytest.param(2, ["quirk=keep"], marks=full)])
 def test_plugged_dimm_is_prefaulted(
     make_plugin_guest: MakePluginGuest, smp: int, options: list[str]
 ) -> None:
-    """The DIMM is populated first, also if several vCPUs do it and the ioctl was deferred."""
+    """Plug a DIMM, with one vCPU and with several vCPUs that share the work."""
     guest = make_plugin_guest(
         *options, machine="pc", smp=smp, memory="slots=2,maxmem=2G", workload_mib=32
     )
@@ -220,7 +223,7 @@ def test_overcommitted_memory_is_not_populated(make_plugin_guest: MakePluginGues
 def test_tmpfs_keeps_space_for_other_files(
     make_plugin_guest: MakePluginGuest, tmp_path: Path, tmpfs_mib: int, populated: bool
 ) -> None:
-    """The plugin populates a guest of 160 MiB only if 32 MiB remain free for other files."""
+    """Populate a 160 MiB guest only if this leaves 32 MiB free for other files."""
     mount = tmp_path / "tmpfs"
     mount.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={tmpfs_mib}M", "tmpfs", mount], check=True)
@@ -275,7 +278,7 @@ def test_dirty_logging_defers_prefault(make_plugin_guest: MakePluginGuest) -> No
 
 
 def test_qemu_responds_while_populating(make_plugin_guest: MakePluginGuest) -> None:
-    """QMP stop and quit take effect while a vCPU thread populates."""
+    """Check that QMP's stop and quit take effect while a vCPU thread populates."""
     guest = make_plugin_guest(machine="microvm", memory_mib=1536, paused=True)
     guest.qmp("cont")
     while not guest.control("status")["counters"]["populated"]:
@@ -329,7 +332,7 @@ def test_confined_qemu(make_plugin_guest: MakePluginGuest, way: str, tmp_path: P
 
 @full
 def test_daemonized(tmp_path: Path) -> None:
-    """The thread, the socket and the pagemap must belong to the child process that continues."""
+    """Check that the plugin's thread and files belong to QEMU's daemon process."""
     path, pidfile, qmp = tmp_path / "control", tmp_path / "pid", tmp_path / "qmp"
     subprocess.run(
         ["qemu-system-x86_64", "-nodefaults", "-display", "none", "-machine", "microvm",

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the plugin under random interference: no hang, no crash, and all is prefaulted in the end.
+"""Test that the plugin neither hangs nor crashes QEMU under random interference.
 
-``--boots`` sets the number of guests (default 6; 100 in ``make test-full``). ``--seed`` repeats
-a run.
+At the end, all memory must be prefaulted. ``--boots`` sets the number of guests. The default is 6,
+and ``make test-full`` uses 100. ``--seed`` repeats a run.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ MIB = 1 << 20
 KVM_RAM = re.compile(
     r"^  ([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, (?:ram|rom)\): .* KVM\b", re.M
 )
-# The host bridge's register for 0xf0000: its CONFIG_ADDRESS, and the I/O port of its data.
+# The host bridge's PAM register of 0xf0000: its CONFIG_ADDRESS, and the I/O port of its data.
 PAM0 = {"pc": ("0x80000058", "0xcfd"), "q35": ("0x80000090", "0xcfc")}
 RESET_VECTOR = "0xea"  # a far jump
 
 
 class Campaign:
-    """A guest, and the actions that may disturb it at any time."""
+    """A guest, and actions that may interfere with it at any time."""
 
     def __init__(self, moments: random.Random) -> None:
         self.moments = moments
@@ -66,7 +66,10 @@ class Campaign:
         self.ready = False
 
     def turn_pam_off(self) -> None:
-        """Disable PAM, which QEMU's reset fails to do. Otherwise the guest starts in empty RAM."""
+        """Disable PAM, which QEMU's reset does not do.
+
+        If PAM stays enabled, the guest starts in RAM to which SeaBIOS has not been copied.
+        """
         address, port = PAM0[self.machine]
         self.guest.qmp("stop")
         self.guest.hmp(f"o /w 0xcf8 {address}")
@@ -106,7 +109,7 @@ class Campaign:
             client.connect(str(self.guest.qmp_path))
             client.sendall(b'{"execute": "qmp_capabilities"}{"execute": "query-commands"}\n')
             received = b""
-            while b'"name": ' not in received:  # the last answer has begun; it is long
+            while b'"name": ' not in received:  # until the last, long answer begins
                 received += client.recv(1024)
 
     def drop_a_client(self) -> None:
@@ -119,7 +122,7 @@ class Campaign:
             self.ready = True
 
     def wait_a_moment(self) -> None:
-        """Wait for a random time."""
+        """Sleep for a random time of up to half a second."""
         time.sleep(self.moments.uniform(0, 0.5))
 
     def run(self) -> None:
@@ -161,7 +164,7 @@ def send_and_disconnect(path: str, text: str) -> None:
 
 
 def thread_states(pid: int) -> str:
-    """Return where each thread of QEMU is in the kernel, to diagnose a hang."""
+    """Return the system call and kernel stack of each thread, to diagnose a hang."""
     lines = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         facts = [(task / name).read_text().strip() for name in ("comm", "syscall", "stack")]
@@ -170,14 +173,14 @@ def thread_states(pid: int) -> str:
 
 
 def host_events() -> str:
-    """Return the host's page migrations and similar events, which also drop tables."""
+    """Return counters of host events that also drop tables, such as page migrations."""
     wanted = re.compile(r"^(pgmigrate|compact|pswp|thp)", re.M)
     lines = Path("/proc/vmstat").read_text().splitlines()
     return "; ".join(line for line in lines if wanted.match(line) and not line.endswith(" 0"))
 
 
 def kvm_ranges(guest: Guest) -> set[tuple[int, int]]:
-    """Return the ranges for which KVM has memslots, as reported by QEMU."""
+    """Return the ranges for which KVM has memslots, as QEMU reports them."""
     views = guest.hmp("info mtree -f").replace("\r", "").split("FlatView")
     memory = next(view for view in views if 'AS "memory"' in view)
     return {

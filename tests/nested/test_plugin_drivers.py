@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the plugin with memory that guest drivers plug and unplug: virtio-mem and balloon."""
+"""Test the plugin with virtio-mem and balloon devices."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from support.guest import GuestOptions, MakeGuest, check_memory
 
 MIB = 1 << 20
 VIRTIO_MEM = 256 * MIB
-# The tolerance: QEMU allocates some memory meanwhile, and the guest's kernel writes metadata.
+# The tolerance in bytes: QEMU allocates memory, too, and the guest's kernel writes metadata.
 SLACK = 8 * MIB
 
 
 @pytest.fixture
 def make_guest() -> Iterator[MakeGuest]:
-    """Start guests with the plugin; wait until drivers are loaded and everything is prefaulted."""
+    """Start guests with the plugin and the drivers; wait until they are prefaulted."""
     guests: list[Guest] = []
 
     def start(**options: Unpack[GuestOptions]) -> Guest:
@@ -57,7 +57,7 @@ def make_virtio_mem_guest(
 
 
 def request_size(guest: Guest, size: int) -> None:
-    """Request a plugged size, and wait until the guest has followed."""
+    """Request a size from virtio-mem, and wait until the guest has plugged it."""
     guest.qmp("qom-set", path="/machine/peripheral/vmem", property="requested-size", value=size)
     while guest.qmp("query-memory-devices")[0]["data"]["size"] != size:
         guest.wait_event("MEMORY_DEVICE_SIZE_CHANGE")
@@ -110,7 +110,7 @@ def test_ballooned_memory_stays_absent(make_guest: MakeGuest) -> None:
     guest.wait_kept()
     assert resident(guest) - inflated < SLACK
     check_memory(guest)
-    # The balloon is deflated now, but the plugin must still leave the memory to the guest.
+    # The reset deflates the balloon. The plugin must not populate the memory that it returns.
     guest.reset()
     guest.wait_ready()
     guest.wait_kept()

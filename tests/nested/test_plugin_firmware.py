@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the plugin with UEFI firmware, which drops low RAM's tables in other ways."""
+"""Test the plugin with UEFI firmware, which changes memslots in other ways."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def test_uefi(machine: str) -> None:
         guest.wait_ready(600)
         taken = faults(guest)
         print(f"UEFI on {machine}: {taken} of {without} faults")
-        # The rest is MMIO, and memory that firmware touches before its slots are stable.
+        # The other faults are on device registers, and on memory that the firmware touches while
+        # it still changes memslots.
         assert taken <= 0.1 * without
         status = guest.wait_kept()
         assert status["counters"]["errors"] == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the tool's purpose: guests take no stage-2 faults, as KVM's counters show."""
+"""Test with KVM's counters that prefaulted guests take no stage-2 faults."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from support.process import leftovers
 
 pytestmark = pytest.mark.any_agent
 
-ALL = (32 + OTHER_MIB - 1) << 20  # all RAM of a default guest without the firmware's
+ALL = (32 + OTHER_MIB - 1) << 20  # the bytes of a default guest's RAM, without the firmware's
 
 
 def faults_of_first_pass(guest: Guest) -> int:
-    """Resume the guest; return its stage-2 faults while it writes all its memory."""
+    """Resume the guest; return its stage-2 faults when it has written its memory."""
     guest.qmp("cont")
     return faults_of_pass(guest)
 
@@ -23,7 +23,7 @@ def faults_of_first_pass(guest: Guest) -> int:
 @pytest.mark.every_kernel
 def test_restored_guest_takes_no_faults(make_restored_guest: MakeGuest) -> None:
     control = faults_of_first_pass(make_restored_guest(workload_mib=64))
-    assert control >= 64 << 8  # at least one per page without prefault
+    assert control >= 64 << 8  # at least one per page without prefaulting
 
     guest = make_restored_guest(workload_mib=64)
     result = prefault(guest)
@@ -131,13 +131,17 @@ def test_chunk_sizes(make_restored_guest: MakeGuest, chunk: str) -> None:
 
 
 def test_untouched_memory_is_populated() -> None:
-    """Without populating, the zero page is mapped and every write would fault again."""
+    """Check that untouched memory is populated before it is prefaulted.
+
+    Otherwise the ioctl would map the zero page, and every write would fault again.
+    """
     with Guest(machine="microvm", memory_mib=128, workload_mib=64, paused=True) as guest:
         result = prefault(guest, "--cont")
         assert result.status == 0, result.stderr
         assert result.report["bytes"]["populated"] >= 80 << 20
         guest.wait_ready()
-        # Without populating, there is one fault for each of 16,384 pages. The rest is mostly MMIO.
+        # Without populating, the guest takes 16,384 faults, one for each page. The faults that
+        # remain are mostly on device registers.
         assert faults(guest) < 1000
 
 
@@ -146,7 +150,7 @@ def test_resident_skips_untouched_memory() -> None:
         result = prefault(guest, "--populate", "resident")
         assert result.status == 0, result.stderr
         assert result.report["bytes"]["populated"] == 0
-        # Only the kernel image and the initramfs, which QEMU loaded, are present.
+        # Only the kernel image and the initramfs are present, because QEMU has loaded them.
         requested = result.report["bytes"]["requested"]
         assert 0 < requested < 100 << 20
         assert guest.stats()["pages_4k"] * 4096 == requested

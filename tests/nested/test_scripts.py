@@ -50,7 +50,7 @@ def test_prefault_and_cont(make_restored_guest: MakeGuest) -> None:
     assert done.stdout.endswith("started\n") and "verified: all" in done.stdout
     assert guest.status() == "running"
     check_memory(guest)
-    assert faults(guest) <= PAGES / 1000  # one per page without prefault
+    assert faults(guest) <= PAGES / 1000  # one per page without prefaulting
 
 
 @pytest.mark.full
@@ -128,11 +128,11 @@ def test_missing_snapshot() -> None:
     "running", [False, pytest.param(True, marks=pytest.mark.full)], ids=["stopped", "running"]
 )
 def test_vcpu_fds_give_eio(make_restored_guest: MakeGuest, running: bool) -> None:
-    """Only the calling process matters: the kernel has the ioctl, and QEMU's threads may use it."""
+    """Check that the ioctl fails with EIO if a process other than QEMU calls it."""
     guest = make_restored_guest(smp=2, workload_mib=WORKLOAD_MIB)
     if running:
         guest.qmp("cont")
-        guest.command("run")  # KVM_RUN holds vcpu->mutex, so a waiting ioctl would hang
+        guest.command("run")  # KVM_RUN holds vcpu->mutex, so an ioctl that waits for it would hang
     before = guest.stats()["pages_4k"]
     done = run_script("vcpu-fds", guest)
     assert done.returncode == 0, done.stderr
@@ -148,7 +148,7 @@ def test_vcpu_fds_give_eio(make_restored_guest: MakeGuest, running: bool) -> Non
 @pytest.mark.unsupported
 @pytest.mark.skipif(CAPABILITY.available is True, reason="KVM_PRE_FAULT_MEMORY works here")
 def test_vcpu_fds_give_eio_where_unsupported() -> None:
-    """EIO, not ENOTTY or EOPNOTSUPP: KVM checks the caller before the request."""
+    """Check for EIO, because KVM checks the calling process before the request."""
     with Guest(machine="microvm", memory_mib=128, paused=True) as guest:
         done = run_script("vcpu-fds", guest)
         assert done.returncode == 0, done.stderr
@@ -162,7 +162,7 @@ def test_vcpu_fds_give_eio_where_unsupported() -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of watch-stage2."""
+    """A line of watch-stage2's output."""
 
     pages_4k: int
     growth: str
@@ -179,7 +179,7 @@ StartWatch = Callable[[str], subprocess.Popen[str]]
 
 @pytest.fixture
 def start_watch() -> Iterator[StartWatch]:
-    """Start watch-stage2 on a socket, and wait until it has printed its header."""
+    """Return a function that starts watch-stage2 and waits for its header."""
     watching: list[subprocess.Popen[str]] = []
 
     def start(socket: str) -> subprocess.Popen[str]:
@@ -212,7 +212,7 @@ def rows_until(process: subprocess.Popen[str], condition: Callable[[Row], bool])
 def test_watch_stage2(
     make_restored_guest: MakeGuest, start_watch: StartWatch, tmp_path: Path
 ) -> None:
-    """The tables are filled once by prefault, without faults, and once by the vCPU, with faults."""
+    """Watch tables that the tool fills, and tables that a vCPU fills by its faults."""
     sockets = [str(tmp_path / f"watch{number}") for number in range(2)]
     prefaulted, left_alone = (
         make_restored_guest(

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test hosts without the ioctl: a clear error, no harm, and --populate-only still works.
+"""Test the refusal and ``--populate-only`` on hosts without the ioctl.
 
-For old kernels (Debian 12) and shadow paging (``npt=0``). Skipped if the ioctl works.
+These are hosts with an old kernel (Debian 12) or shadow paging (``npt=0``). If the ioctl works, the
+tests are skipped.
 """
 
 from __future__ import annotations
