@@ -257,7 +257,7 @@ class QemuGuest:
         return text
 
     def status(self) -> str:
-        """Return the run state: ``running``, ``paused``, ``prelaunch``, ``inmigrate``…"""
+        """Return QEMU's run state, such as ``running``, ``paused`` or ``prelaunch``."""
         text: str = self.qmp("query-status")["status"]
         return text
 

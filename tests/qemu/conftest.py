@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Fixtures that start real QEMUs: stopped (-S), on private sockets, and killed at the end."""
+"""Fixtures that start real QEMUs with ``-S`` and kill them at the test's end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def start_qemu(tmp_path: Path) -> Iterator[StartQemu]:
-    """Start QEMUs: ``start_qemu("-m", "256M", accel="tcg")`` returns when QMP listens."""
+    """Return a function that starts a QEMU and returns when its QMP socket listens.
+
+    For example: ``start_qemu("-m", "256M", accel="tcg")``.
+    """
     running: list[Qemu] = []
 
     def start(
@@ -41,7 +44,7 @@ def start_qemu(tmp_path: Path) -> Iterator[StartQemu]:
 
 @pytest.fixture(params=["tcg", "kvm"])
 def accel(request: pytest.FixtureRequest) -> str:
-    """Return each accelerator. KVM is skipped if it is not usable."""
+    """Return each accelerator in turn. Skip the test with KVM if KVM is not usable."""
     if request.param == "kvm" and not kvm_usable():
         pytest.skip("/dev/kvm is not usable")
     return str(request.param)

@@ -143,7 +143,7 @@ def test_thirty_runs(vm_of: StartVm, accel: str, paused: bool) -> None:
 
 
 def spare_memory_of(vm: QemuVm, size: int) -> int:
-    """Return a descriptor of QEMU's memfd of this size, with which it can be emptied."""
+    """Return a file descriptor of QEMU's memfd that has this size in bytes."""
     for link in Path(f"/proc/{vm.pid}/fd").iterdir():
         if "memfd:memory-backend" in os.readlink(link):
             fd = os.open(link, os.O_RDWR)
@@ -162,12 +162,12 @@ def punch(fd: int, size: int) -> None:
 
 
 def has_started_helpers(tool: Tool, pid: int) -> bool:
-    """Return whether helpers exist, or the run has ended: on a busy host, between two calls."""
+    """Return whether helpers exist, or the run has ended between two polls."""
     return bool(leftovers(pid)) or not tool.running()
 
 
 def test_kill_at_random_moments_leaves_guests_running(vm_of: StartVm, accel: str) -> None:
-    """Kill runs on two guests in turn, so that one can be cleaned up meanwhile.
+    """Kill runs on two guests in turn. One guest's helpers exit during the next run.
 
     Half of the kills are at a random time of the run, and half while helpers exist.
     """
@@ -257,7 +257,7 @@ def test_qemu_exit_during_a_run_is_reported(vm_of: StartVm) -> None:
 
 @pytest.fixture
 def tracer_of() -> Iterator[Callable[[int], int]]:
-    """Start a process that seizes a thread as strace does, and return its pid."""
+    """Return a function that starts a tracer of a thread and returns its pid."""
     program = (
         "import ctypes, sys\n"
         "libc = ctypes.CDLL(None, use_errno=True)\n"
@@ -292,7 +292,7 @@ def test_other_tracer_is_named(
     assert vm.qmp.status() == "running"
     assert leftovers(vm.pid) == []
     if traced != "the vCPU":
-        assert result.status == 0  # only vCPU threads are traced
+        assert result.status == 0  # the tool traces only vCPU threads
         return
     assert result.status == 4
     assert result.error["code"] == "ptrace-denied"
@@ -324,7 +324,7 @@ def test_missing_right_is_reported(vm_of: StartVm, command: str) -> None:
 
 
 def test_stopped_qemu_fails_fast(vm_of: StartVm) -> None:
-    """With SIGSTOP, neither QEMU's monitor nor its threads answer."""
+    """Check that the tool fails within 10 s if QEMU was stopped by SIGSTOP."""
     vm = vm_of("-m", "64M", paused=False)
     vm.qemu.pause()
     try:
@@ -344,7 +344,7 @@ def test_qemu_stopped_during_a_run(vm_of: StartVm) -> None:
     tool = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")
     wait_for(lambda: bool(leftovers(vm.pid)), "the helpers run")
     vm.qemu.pause()
-    assert tool.running(1)  # it waits, as the operator may continue QEMU
+    assert tool.running(1)  # the tool waits, because QEMU may be continued
     vm.qemu.resume()
     assert tool.finish().status == 0
     assert leftovers(vm.pid) == []
@@ -352,7 +352,7 @@ def test_qemu_stopped_during_a_run(vm_of: StartVm) -> None:
 
 
 def test_concurrent_runs_on_two_monitors(start_qemu: StartQemu, tmp_path: Path) -> None:
-    """The second run waits for the first one or is refused. They never both work."""
+    """Check that a second run waits for the first one or is refused."""
     other = tmp_path / "other"
     vm = start_vm(
         start_qemu, tmp_path, "-m", "1G", "-qmp", f"unix:{other},server=on,wait=off", paused=False

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the command line with servers that are not QEMU, and with a proxy that falsifies answers.
+"""Test the command line with servers that are not QEMU or that falsify answers.
 
-The tool must exit soon with a status, a cause and a remedy. It must not print a traceback or harm
-a process.
+The tool must exit within seconds, with a status, a cause and a remedy. It must neither print a
+traceback nor harm a process.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ GREETING = (
     b'"capabilities": []}}\r\n'
 )
 Talk = Callable[[socket.socket], None]
-#: A function of (command, its arguments, the true answer) that returns the false answer.
+#: A function that gets a command, its arguments and the true answer, and returns a false answer.
 Lie = Callable[[str, dict[str, Any], Any], Any]
 
 
 @contextlib.contextmanager
 def serve(path: Path, talk: Talk) -> Iterator[str]:
-    """Pass one client after another to ``talk``, in a thread."""
+    """Listen on a socket, and pass one client after another to ``talk`` in a thread."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     listener.listen(4)
 
     def main() -> None:
-        with contextlib.suppress(OSError):  # the listener was shut down
+        with contextlib.suppress(OSError):  # accept() fails when the listener is shut down
             while True:
                 client = listener.accept()[0]
                 with client, contextlib.suppress(OSError):  # the client disconnected, as expected
@@ -60,7 +60,7 @@ def serve(path: Path, talk: Talk) -> Iterator[str]:
 
 
 def tool(*arguments: str) -> Result:
-    """Run the tool. tool.py checks that it shows no traceback and no internal error."""
+    """Run the tool. finish() checks that it reports no traceback or internal error."""
     return Tool([*arguments, "--json"]).finish(20)
 
 
@@ -129,7 +129,7 @@ def test_non_qemu_server_fails_other_commands(tmp_path: Path, command: str) -> N
 
 
 def requests_of(client: socket.socket) -> Iterator[dict[str, Any]]:
-    """Yield requests. QMP needs no line ends between them, and qemu.qmp sends none."""
+    """Yield requests, which qemu.qmp sends without line ends between them."""
     text = ""
     while data := client.recv(65536):
         text += data.decode()
@@ -143,7 +143,7 @@ def requests_of(client: socket.socket) -> Iterator[dict[str, Any]]:
 
 
 def liar(real: str, lie: Lie) -> Talk:
-    """Forward all messages, but replace each answer by the result of ``lie``."""
+    """Return a proxy that replaces each answer with the result of ``lie``."""
 
     def talk(client: socket.socket) -> None:
         with socket.socket(socket.AF_UNIX) as upstream:
@@ -179,7 +179,7 @@ def liar(real: str, lie: Lie) -> Talk:
 
 
 class Error(str):
-    """An answer that is an error of QEMU with this text."""
+    """A false answer that the proxy sends as a QMP error with this text."""
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def vm(start_qemu: StartQemu, tmp_path: Path) -> QemuVm:
 
 @pytest.fixture
 def through(vm: QemuVm, tmp_path: Path) -> Callable[..., Result]:
-    """Yield a function that runs the tool through the proxy. Check QEMU afterwards."""
+    """Return a function that runs the tool through the proxy and then checks QEMU."""
 
     def run(lie: Lie, *arguments: str, pid: bool = True) -> Result:
         with serve(tmp_path / "liar", liar(vm.qemu.qmp, lie)) as path:
@@ -214,7 +214,10 @@ def honest(command: str, arguments: dict[str, Any], answer: Any) -> Any:
 
 
 def instead(wanted: str, change: Callable[[Any], Any]) -> Lie:
-    """Falsify the answer of one command. A human monitor command is named by its line."""
+    """Return a function that changes the answers of one command.
+
+    :param wanted: The QMP command, or the beginning of a human monitor command.
+    """
 
     def lie(command: str, arguments: dict[str, Any], answer: Any) -> Any:
         name = arguments.get("command-line", command)
@@ -254,12 +257,12 @@ FOREIGN: dict[str, Callable[[], list[int]]] = {
     ("whose", "pid"),
     [
         *((whose, True) for whose in FOREIGN),
-        # A server that names its own thread would be believed, and could only harm itself.
+        # Without --pid, the tool accepts the server's own threads. The server can harm only itself.
         *((whose, False) for whose in FOREIGN if whose != "of the tool"),
     ],
 )
 def test_foreign_threads_are_never_touched(through: Through, whose: str, pid: bool) -> None:
-    """If the tool trusted the server, the server could make root inject into any process."""
+    """Check that a server cannot make the tool inject code into another process."""
     foreign = FOREIGN[whose]()
     result = through(with_threads(foreign), pid=pid)
     assert result.status in (4, 5), result.stderr
@@ -275,7 +278,10 @@ def test_foreign_pid_is_refused(vm: QemuVm) -> None:
 
 
 def test_main_thread_as_vcpu_is_harmless(through: Through, vm: QemuVm) -> None:
-    """The thread waits in ppoll() instead of a futex, but it belongs to QEMU."""
+    """Check that QEMU survives if its main thread is reported as a vCPU.
+
+    The main thread waits in ppoll() instead of a futex.
+    """
     through(with_threads([vm.pid]))
     assert vm.qmp.execute("query-version")
 
@@ -287,14 +293,14 @@ def test_invalid_vcpus(through: Through, names: Any) -> None:
 
 
 def move_ram(target: int) -> Lie:
-    """Pretend that all of guest RAM is at another address in QEMU."""
+    """Return a function that moves all of guest RAM to another address in QEMU."""
 
     def lie(command: str, arguments: dict[str, Any], answer: Any) -> Any:
         line = arguments.get("command-line", "")
         if line.startswith("gpa2hva"):
             where = target + int(line.split()[1], 16)
             return re.sub(r"is 0x[0-9a-f]+", f"is {where:#x}", answer)
-        if line == "info ramblock":  # QEMU 8.1 and later show the address here, too
+        if line == "info ramblock":  # QEMU 8.1 and later also print the address here
             return "\n".join(
                 re.sub(r"0x[0-9a-f]{12,}\s+(?=r[wo])", f"{target:#018x} ", row)
                 if " pc.ram " in f" {row.strip()} "
@@ -307,7 +313,7 @@ def move_ram(target: int) -> Lie:
 
 
 def mapping(pid: int, pattern: str) -> int:
-    """Return the start of the process's first mapping whose line in maps matches."""
+    """Return the start of the first mapping whose line in /proc/PID/maps matches."""
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         if re.search(pattern, line):
             return int(line.split("-")[0], 16)
@@ -343,7 +349,7 @@ def test_ram_at_a_wrong_address(through: Through, vm: QemuVm, where: str, comman
 
 @pytest.mark.parametrize("where", ["the heap", "QEMU's text"])
 def test_small_ram_at_a_wrong_address(through: Through, vm: QemuVm, where: str) -> None:
-    """A mapping covers all of this RAM. Populating does not change its content."""
+    """Check that populating a wrong mapping, which covers the RAM, is harmless."""
     target = ELSEWHERE[where](vm.pid)
 
     def lie(command: str, arguments: dict[str, Any], answer: Any) -> Any:
@@ -360,7 +366,7 @@ def test_small_ram_at_a_wrong_address(through: Through, vm: QemuVm, where: str) 
 
 
 def test_overstated_ram_size(through: Through) -> None:
-    """The pretended range extends beyond the mapping."""
+    """Report a RAM range that extends beyond its mapping."""
     result = through(
         instead("info mtree", lambda text: text.replace("0000000003ffffff", "0000000043ffffff"))
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the resume guard: if the process that paused a guest dies, the guest is resumed.
+"""Test that the guard resumes a guest if the process that paused it dies.
 
-These tests run the guard itself on a real QEMU. The lab's tests kill whole runs.
+These tests run only the guard, on a real QEMU. The tests in tests/nested kill whole runs.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def test_guest_is_resumed_if_holder_is_killed(vm: QemuVm, hold: Callable[..., Ho
     holder = hold()
     holder.kill()
     check_resumed(vm, holder)
-    # The monitor must be free for the next client.
+    # The guard must have disconnected, so that the monitor accepts the next client.
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(10)
         client.connect(vm.qemu.qmp)
@@ -140,7 +140,7 @@ def test_holder_killed_in_mid_message(vm: QemuVm, hold: Callable[..., Holder], n
 @pytest.mark.parametrize("accel", ["tcg"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_guard_survives_job_signals(vm: QemuVm, hold: Callable[..., Holder], number: int) -> None:
-    """Ctrl-C or the end of a session signals the whole process group."""
+    """Send the signals that a terminal sends to the whole process group."""
     holder = hold()
     os.kill(holder.guard, number)
     assert not holder.guard_gone(0.2)
@@ -150,7 +150,7 @@ def test_guard_survives_job_signals(vm: QemuVm, hold: Callable[..., Holder], num
 
 @pytest.mark.parametrize("accel", ["tcg"])
 def test_migrated_guest_is_not_resumed(vm: QemuVm, hold: Callable[..., Holder]) -> None:
-    """The guest runs at its destination. Two instances would write to one disk."""
+    """Check that a migrated guest stays stopped, as it already runs elsewhere."""
     holder = hold()
     vm.qmp.execute("migrate", uri="exec:cat >/dev/null")
     wait_for(lambda: vm.qmp.status() == "postmigrate", "the guest has migrated")
@@ -210,13 +210,13 @@ def test_guard_ends_after_a_normal_run(vm: QemuVm) -> None:
             with ResumeGuard(monitor.fileno(), NOTHING_LEFT):
                 await monitor.execute("stop")
                 assert len(children.read_text().split()) == len(before) + 1
-            assert children.read_text().split() == before  # no zombie is left either
+            assert children.read_text().split() == before  # also checks that no zombie is left
             assert await monitor.execute("query-version")
 
     fds = set(os.listdir("/proc/self/fd"))
     for _ in range(5):
         asyncio.run(pause())
-        # The holder left the guest paused on purpose. The guard is only for crashes.
+        # The block exited normally, so the guard must not resume the guest.
         assert vm.qmp.status() == "paused"
     assert {event["event"] for event in vm.qmp.events} <= {"STOP"}
     assert set(os.listdir("/proc/self/fd")) == fds
@@ -224,7 +224,7 @@ def test_guard_ends_after_a_normal_run(vm: QemuVm) -> None:
 
 @pytest.mark.parametrize("accel", ["tcg"])
 def test_exception_does_not_trigger_guard(vm: QemuVm) -> None:
-    """The engine resumes the guest itself in this case. A second resume would be wrong."""
+    """Check that the guest stays paused. After an exception, the engine resumes it."""
 
     async def fail() -> None:
         async with Monitor.connect(vm.qemu.qmp) as monitor:

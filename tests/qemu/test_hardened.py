@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""QEMU with MDWE or small stacks, and with memory that a killed run left behind."""
+"""Test QEMUs with MDWE, with small stacks, and with leftovers of a killed run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MDWE = (
     "if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0): sys.exit('no PR_SET_MDWE')\n"
     "os.execvp(sys.argv[1], sys.argv[1:])"
 )
-# Map the memory of two helpers: one that never started, and one that is running (tid is not 0).
+# Map the memory of two helpers. The first one never started. The second one runs: its tid is set.
 ABANDONED = f"""
 import ctypes, sys
 from qemu_prefault._native import ffi, lib
@@ -56,7 +56,10 @@ def test_memory_deny_write_execute(start_qemu: StartQemu, tmp_path: Path) -> Non
 
 
 def test_small_stacks(start_qemu: StartQemu, tmp_path: Path) -> None:
-    """musl's default is 128 KiB. An injection writes about 6 KiB to a stack, 15 KiB with AMX."""
+    """Inject into threads with stacks of 128 KiB, the default size of musl.
+
+    An injection writes about 6 KiB to a stack, or 15 KiB with AMX.
+    """
     prefix = ["sh", "-c", 'ulimit -s 128; exec "$@"', "sh"]
     vm = start_vm(start_qemu, tmp_path, "-m", "64M", "-smp", "2", prefix=prefix)
     result = vm.prefault("--populate-only")

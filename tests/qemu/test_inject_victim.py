@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Inject helpers repeatedly into a program that monitors the state of all its threads."""
+"""Test injection into a program that monitors the state of all its threads."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Victim:
         return PtraceAgent(Process.find(self.pid), threads, Limits())
 
     def verdict(self) -> str:
-        """End the program and return its findings."""
+        """End the program and return the line in which it reports changes."""
         return self.process.communicate(timeout=30)[0].strip()
 
 
@@ -67,9 +67,10 @@ def victim(program: Path) -> Iterator[Victim]:
 
 
 def test_injection_is_invisible_to_threads(victim: Victim) -> None:
-    """No register, flag, red zone, errno, signal mask, alternate stack or signal changes.
+    """Check that repeated injections do not change the state of any thread.
 
-    The threads compute, sleep, wait for futexes, read from a pipe, and receive signals.
+    The state is the registers, flags, red zone, errno, signal mask, alternate stack and pending
+    signals. The threads compute, sleep, wait for futexes, read from a pipe, and receive signals.
     """
     started = time.monotonic()
 
@@ -93,7 +94,7 @@ def test_injection_is_invisible_to_threads(victim: Victim) -> None:
 
 
 def test_killed_injector_is_invisible_to_threads(victim: Victim) -> None:
-    """The injector is killed at any instant, even within the injected system calls."""
+    """Kill the injector at any instant, even within the injected system calls."""
     for number in range(ROUNDS // 3):
         pid = os.fork()
         if pid == 0:
@@ -102,7 +103,7 @@ def test_killed_injector_is_invisible_to_threads(victim: Victim) -> None:
                     asyncio.run(victim.agent().start())
             finally:
                 os._exit(1)
-        time.sleep(number * 0.0005)  # varies the moment of the kill
+        time.sleep(number * 0.0005)  # kill it at a different instant each time
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         assert victim.process.poll() is None, victim.verdict()
@@ -141,7 +142,7 @@ def test_helpers_end_if_a_later_thread_is_gone(victim: Victim) -> None:
 
 
 def test_stopped_thread_is_skipped_and_stays_stopped(victim: Victim) -> None:
-    """A thread stopped by SIGSTOP causes an error at once, and stays stopped."""
+    """Check that a thread stopped by SIGSTOP causes an error and stays stopped."""
     os.kill(victim.pid, signal.SIGSTOP)
     os.waitid(os.P_PID, victim.pid, os.WSTOPPED | os.WNOWAIT)
     with pytest.raises(AgentError, match="did not stop in time") as caught:
@@ -154,7 +155,7 @@ def test_stopped_thread_is_skipped_and_stays_stopped(victim: Victim) -> None:
 
 
 def test_run_waits_for_helpers_of_a_hung_run(victim: Victim) -> None:
-    """They leave when the hung run's heartbeat stops. Only then are new ones started."""
+    """Check that new helpers start only after those of a hung run have exited."""
     read_end, write_end = os.pipe()
     hung = os.fork()
     if hung == 0:

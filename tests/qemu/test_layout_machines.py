@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Compare the layout of real machines, as QEMU reports it, with what the kernel shows."""
+"""Test the layout that QEMU reports for real machines, and the kernel's mappings."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def ram(machine: VmState) -> list[MemorySection]:
 
 
 def backings(qemu: Any, machine: VmState) -> dict[str | None, str]:
-    """Return the kernel's backing of each backend, and check that every byte is mapped."""
+    """Check that every byte of RAM is mapped; return the backing of each backend."""
     maps = Process.find(qemu.pid).maps()
     found: dict[str | None, str] = {}
     for section in ram(machine):
@@ -78,7 +78,7 @@ def test_microvm(start_qemu: StartQemu, accel: str) -> None:
 
 @pytest.mark.parametrize(("machine_type", "low"), [("pc", 3), ("q35", 2), ("microvm", 3)])
 def test_above_4g(start_qemu: StartQemu, machine_type: str, low: int) -> None:
-    """The guest is sparse: its memory is never touched."""
+    """Check RAM above 4 GiB. The guest never touches it, so it needs no host memory."""
     machine = read(start_qemu("-M", machine_type, "-m", "5G"))
     *_, below, above = ram(machine)
     assert (below.gpa, below.end) == (MIB, low * GIB)
@@ -172,7 +172,7 @@ def test_memory_devices(start_qemu: StartQemu, accel: str, tmp_path: Path, kind:
     assert section.reserve is (kind != "virtio-mem")
     (found,) = machine.memory_devices
     assert found.gpa == section.gpa
-    if kind == "virtio-mem":  # nothing is plugged, but it has a memslot
+    if kind == "virtio-mem":  # it has a memslot, although nothing is plugged
         assert (found.plugged, found.requested, found.size) == (0, 32 * MIB, 128 * MIB)
     assert len(backings(qemu, machine)) == 2
 
@@ -201,7 +201,7 @@ def test_hotplugged_dimm_appears(start_qemu: StartQemu, accel: str) -> None:
 
 
 def test_seabios_finishes(start_qemu: StartQemu) -> None:
-    """firmware_ahead() becomes false when SeaBIOS has finished with its memslots."""
+    """Check that firmware_ahead() becomes false when SeaBIOS has set up its memslots."""
     qemu = start_qemu("-M", "q35", "-m", "128M", "-vga", "std", accel="kvm", paused=False)
 
     async def main() -> None:
@@ -210,7 +210,7 @@ def test_seabios_finishes(start_qemu: StartQemu) -> None:
                 machine = await read_vm_state(monitor)
                 if firmware_ahead(machine.ranges) is False:
                     break
-                await asyncio.sleep(0.05)  # QEMU sends no event for this
+                await asyncio.sleep(0.05)  # poll, because QEMU sends no event
             else:
                 pytest.fail("SeaBIOS did not finish within 30 s")
             codes = {section.skip_code for section in machine.sections}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that the limit of each source of memory is respected: tmpfs, hugetlb pool, disk file.
+"""Test that populating respects the limits of tmpfs, hugetlb pools and disks.
 
-The reports that these set-ups come from are named at each test.
+Some tests name the bug reports from which their setup is taken.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def vm_of(start_qemu: StartQemu, tmp_path: Path) -> StartVm:
 
 @pytest.fixture
 def tmpfs(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 200 MiB."""
+    """Mount a tmpfs of 200 MiB."""
     path = tmp_path / "shm"
     path.mkdir()
     mounted = subprocess.run(
@@ -56,7 +56,10 @@ def used(directory: Path) -> int:
 
 @needs_root
 def test_too_small_tmpfs_is_refused(vm_of: StartVm, tmpfs: Path) -> None:
-    """If /dev/shm is full, guests get SIGBUS (kata-containers#12919, zTrix/qemu-compose#26)."""
+    """Check that a tmpfs which is too small is refused before QEMU gets SIGBUS.
+
+    Reports: kata-containers#12919, zTrix/qemu-compose#26.
+    """
     vm = vm_of(*ram_in(tmpfs, 256))
     result = vm.prefault("--populate-only")
     assert result.status == 5 and result.error["code"] == "no-memory"
@@ -70,7 +73,7 @@ def test_memory_committed_to_other_files_is_not_used(
     vm_of: StartVm, tmpfs: Path, unlinked: bool
 ) -> None:
     neighbour = vm_of(*ram_in(tmpfs, 64, "" if unlinked else "neighbour"), paused=False)
-    vm = vm_of(*ram_in(tmpfs, 150))  # fits without the other file
+    vm = vm_of(*ram_in(tmpfs, 150))  # the tmpfs has space for this file, but not for both
     result = vm.prefault("--populate-only")
     assert result.status == 5 and "committed to other files" in result.error["cause"]
     assert neighbour.qmp.status() == "running"
@@ -95,7 +98,7 @@ def test_force_overrides_the_file_system(vm_of: StartVm, tmpfs: Path) -> None:
 
 @needs_root
 def test_memory_shortage_ends_the_run(vm_of: StartVm, tmpfs: Path) -> None:
-    """A file that grows during populating uses memory that the first check counted as free."""
+    """Write a file after a successful dry run, so that too little space remains."""
     vm = vm_of(*ram_in(tmpfs, 190))
     report = vm.prefault("--populate-only", "--dry-run").report
     assert report["bytes"]["populated"] > 180 * MIB
@@ -105,7 +108,7 @@ def test_memory_shortage_ends_the_run(vm_of: StartVm, tmpfs: Path) -> None:
 
 
 def test_disk_file_is_not_populated(vm_of: StartVm, tmp_path: Path) -> None:
-    """With `auto`, populating does not write files on disks (LookingGlass#403)."""
+    """Check that `auto` does not write files on disks. Report: LookingGlass#403."""
     fields = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     device = os.stat(tmp_path).st_dev
     own = [f for f in fields if f[2] == f"{os.major(device)}:{os.minor(device)}"]
@@ -170,7 +173,10 @@ again: movl $0x80001010, %eax # bus 0, device 2, function 0, register 0x10: its 
 
 
 def test_moved_bar_does_not_stop_populating(vm_of: StartVm, tmp_path: Path) -> None:
-    """Devices change the memory map during the run (rust-vmm/vhost#245, NVIDIA/QEMU#39)."""
+    """Change the memory map during the run by moving a device's BAR.
+
+    Reports: rust-vmm/vhost#245, NVIDIA/QEMU#39.
+    """
     for name in ("as", "ld"):
         if shutil.which(name) is None:
             pytest.skip(f"{name} is not installed (binutils)")
@@ -183,14 +189,17 @@ def test_moved_bar_does_not_stop_populating(vm_of: StartVm, tmp_path: Path) -> N
     vm = vm_of("-M", "pc", "-m", "64M", *drive, paused=False)
     mtree: dict[str, Any] = {"command-line": "info mtree -f"}
     maps: set[str] = set()
-    while len(maps) < 3:  # until it moves
+    while len(maps) < 3:  # until the guest moves the BAR
         maps.add(str(vm.qmp.execute("human-monitor-command", **mtree)))
     result = vm.prefault("--populate-only")
     assert result.status == 0, result.stderr
 
 
 def test_names_need_not_be_utf8(vm_of: StartVm) -> None:
-    """The kernel cuts a thread's name at 15 bytes, here within a character (thrash-protect#25)."""
+    """Use a thread name that the kernel cuts within a character, after 15 bytes.
+
+    Report: thrash-protect#25.
+    """
     vm = vm_of("-name", "process=vm-прод-сервер", "-m", "64M")
     assert vm.prefault("--populate-only").status == 0
     assert vm.command("map").status == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the QMP session with a real QEMU: shared use, QEMU's end, events and counters."""
+"""Test the QMP session with a real QEMU: clients, events, counters, and its end."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_second_client_is_refused_and_can_retry(start_qemu: StartQemu) -> None:
 
     async def main() -> None:
         async with Monitor.connect(qemu.qmp) as first:
-            for _ in range(3):  # a failed attempt must have no effect
+            for _ in range(3):  # a failed attempt must not affect the next one
                 start = time.monotonic()
                 with pytest.raises(MonitorBusyError, match="one at a time") as caught:
                     async with Monitor.connect(qemu.qmp):
@@ -75,7 +75,7 @@ def test_second_client_is_refused_and_can_retry(start_qemu: StartQemu) -> None:
                 assert caught.value.exit_status == ExitStatus.REFUSED
                 assert caught.value.code == "monitor-busy"
                 assert "second" in caught.value.remedy
-            # QEMU executed nothing that a waiting client might have sent.
+            # QEMU must not have executed commands of the waiting clients.
             assert await first.execute("query-name") == {}
         async with Monitor.connect(qemu.qmp) as again:
             assert again.alive
@@ -96,7 +96,7 @@ def test_full_backlog_fails_fast(start_qemu: StartQemu) -> None:
                 if sock.connect_ex(qemu.qmp) != 0:
                     break
             else:
-                pytest.skip("the backlog is longer here")
+                pytest.skip("QEMU's backlog is longer than eight clients")
             start = time.monotonic()
             with pytest.raises(MonitorBusyError, match="more clients waiting"):
                 async with Monitor.connect(qemu.qmp):
@@ -133,13 +133,13 @@ async def _await_end(monitor: Monitor) -> int:
 
 @pytest.mark.parametrize("command", ["query-status", "human-monitor-command"])
 def test_qemu_killed_during_a_command(start_qemu: StartQemu, command: str) -> None:
-    """Pending commands, later commands and event streams fail. The block can be left."""
+    """Check that pending and later commands fail, and that the session can be closed."""
     qemu = start_qemu("-m", "64M")
 
     async def main() -> None:
         async with Monitor.connect(qemu.qmp) as monitor:
             waiting = asyncio.create_task(_await_end(monitor))
-            qemu.pause()  # so that the commands cannot be answered
+            qemu.pause()  # so that QEMU cannot answer the commands
             arguments = {"command-line": "info mtree"} if "human" in command else {}
             tasks = [
                 asyncio.create_task(monitor.execute_raw(command, arguments)) for _ in range(12)
@@ -190,7 +190,7 @@ def test_stopped_qemu_times_out(start_qemu: StartQemu) -> None:
 
 
 def test_connect_to_stopped_qemu_times_out(start_qemu: StartQemu) -> None:
-    """QEMU accepts no connection. This must not be reported as a busy socket."""
+    """Check that a stopped QEMU is not reported as a busy socket."""
     qemu = start_qemu("-m", "64M")
 
     async def main() -> None:
@@ -247,7 +247,7 @@ def test_tcp(start_qemu: StartQemu) -> None:
 
 
 def test_proxy_is_detected(start_qemu: StartQemu, tmp_path: Path) -> None:
-    """If another process forwards the socket, the peer does not own the vCPU threads."""
+    """Check that a process which forwards the socket is not mistaken for QEMU."""
     qemu = start_qemu("-m", "64M")
     front = str(tmp_path / "front")
     ready, tell = os.pipe()
@@ -275,7 +275,7 @@ def test_proxy_is_detected(start_qemu: StartQemu, tmp_path: Path) -> None:
 
 
 def _forward(front: str, back: str, tell: int) -> None:
-    """Forward one client of ``front`` to ``back``, in a process of its own."""
+    """Forward one client of ``front`` to ``back``, and exit. Runs in a child process."""
     import select  # noqa: PLC0415
 
     try:

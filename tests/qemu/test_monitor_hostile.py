@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test servers that are not QEMU or send false answers: the client fails soon, in bounded memory.
+"""Test the QMP client with servers that are not QEMU or that send false answers.
 
-The servers are threads with plain sockets, so that these tests control every byte.
+The client must fail within seconds and use little memory. The servers are threads with plain
+sockets, so that these tests control every byte.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def serve(path: Path, talk: Callable[[socket.socket], None]) -> Iterator[str]:
 def memory_growth_below(limit: int) -> Iterator[None]:
     """Check that resident memory grows by less than ``limit`` bytes within the block.
 
-    ru_maxrss is not suitable, because it includes the peak of earlier tests.
+    The test does not use ru_maxrss, because it includes the peak of earlier tests.
     """
     status = Path("/proc/self/status")
 
@@ -98,7 +99,7 @@ def say(data: bytes, wait: bool = True) -> Callable[[socket.socket], None]:
 
 
 def silent_then_check(client: socket.socket) -> None:
-    """Send nothing, and check that the client sends nothing either."""
+    """Check that the client sends no data to a server that sends no data."""
     assert client.recv(1) == b""
 
 
@@ -199,7 +200,10 @@ HONEST: dict[str, object] = {
 
 
 def qmp_server(lies: Mapping[str, object]) -> Callable[[socket.socket], None]:
-    """Answer as QEMU does, except for the given false answers. Bytes are sent unchanged."""
+    """Return a server that answers as QEMU does, except for the given false answers.
+
+    :param lies: A false answer for each command. An answer of type bytes is sent unchanged.
+    """
 
     def answer(request: dict[str, Any]) -> bytes:
         name, arguments = request["execute"], request.get("arguments", {})
@@ -249,14 +253,14 @@ def test_honest_server_works(tmp_path: Path) -> None:
 
 
 NONSENSE: list[object] = [None, 7, -1, 1.5, "x", True, [], {}, [[]], [{}], {"return": 1}, [None]]
-#: Valid answers of these commands, besides those of HONEST.
+#: Valid answers to these commands, in addition to those in HONEST.
 LEGAL: dict[str, list[object]] = {
     "query-memory-devices": [[]],
-    "query-balloon": [None],  # null means that it is absent
+    "query-balloon": [None],  # null means that the device is absent
     "query-migrate": [None, {}, {"return": 1}],
     "query-dirty-rate": [None, {}, {"return": 1}],
-    "query-stats": [[], [{}]],  # may belong to another provider
-    "query-memdev": [[], [{}]],  # no known RAM, but no contradiction
+    "query-stats": [[], [{}]],  # the answer may be of another provider
+    "query-memdev": [[], [{}]],  # no known RAM, which does not contradict other answers
     "info numa": ["x"],
     "qom-get": NONSENSE,
 }
@@ -376,7 +380,7 @@ def test_malformed_events_are_ignored(tmp_path: Path) -> None:
 
 
 def test_event_flood_is_bounded(tmp_path: Path) -> None:
-    """100 MB of events arrive while the reader does not read."""
+    """Send 100 MB of events while the reader does not read."""
     event = b'{"event": "NOISE", "data": {"a": "%s"}}\n' % (b"x" * 1000)
     reply = b'{"return": {}, "id": "__qmp#00000"}\n'
 
@@ -411,7 +415,7 @@ def test_unstable_map_fails(tmp_path: Path) -> None:
         inner = qmp_server(lies)
 
         class Tap:
-            """Change the map after each query."""
+            """A connection that changes the memory map after each query."""
 
             def sendall(self, data: bytes) -> None:
                 nonlocal calls

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Helpers of real-time or pinned vCPUs, or of vCPUs in own cgroups, run as ordinary threads."""
+"""Test the CPUs, cgroups and scheduling of helpers.
+
+They run as ordinary threads, even if vCPUs are real-time, pinned, or in separate cgroups.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +44,9 @@ def busy_vm(start_qemu: StartQemu, tmp_path: Path, *arguments: str) -> tuple[Qem
 
 
 def watch(vm: QemuVm) -> tuple[Result, list[Seen]]:
-    """Populate the guest. Return the result, and each helper's properties.
+    """Populate the guest; return the result and the last sample of each helper.
 
-    The properties are those of the last sample, because the first ones may be from before the tool
-    has changed them.
+    Earlier samples may show properties that the tool has not changed yet.
     """
     seen: dict[int, Seen] = {}
     tool = start_tool(vm.qemu, "--populate-only", "--chunk", "65536")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The plugin with other allocators, whose system calls also pass through the hooks."""
+"""Test the plugin with allocators whose system calls pass through its hooks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ needs_kvm = pytest.mark.skipif(not kvm_usable(), reason="/dev/kvm cannot be open
 
 @dataclass(frozen=True)
 class Allocator:
-    """A library to preload, a variable that configures it, and its Debian package."""
+    """An allocator: its library, Debian package, and a variable that configures it."""
 
     name: str
     library: str = ""
@@ -29,7 +29,10 @@ class Allocator:
     setting: str = ""
 
     def environment(self, preload: str = "") -> dict[str, str]:
-        """Return the environment that preloads the allocator after `preload`, or skip the test."""
+        """Return an environment with LD_PRELOAD: ``preload``, then the allocator.
+
+        Skip the test if the allocator is not installed.
+        """
         names = [preload] if preload else []
         if self.library:
             directories = ("/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib")
@@ -69,7 +72,7 @@ def allocator(request: pytest.FixtureRequest) -> Allocator:
 
 @pytest.fixture(params=["run", "plugin"])
 def command(request: pytest.FixtureRequest) -> list[str]:
-    """The start of a QEMU command line that loads the plugin."""
+    """Return the beginning of a command line that starts QEMU with the plugin."""
     if request.param == "run":
         return [sys.executable, "-m", "qemu_prefault", "run", "-o", "socket=off", "--", str(QEMU)]
     return [str(QEMU), "-plugin", f"{plugin_path()},socket=off"]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the plugin in a real QEMU that cannot prefault: with TCG, or with a KVM without the ioctl.
+"""Test the plugin in a QEMU with TCG, or with a KVM that does not have the ioctl.
 
-tests/nested/test_plugin.py tests it where KVM can prefault.
+tests/nested/test_plugin.py tests the plugin with the real ioctl.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def plugin(*options: str) -> list[str]:
 
 
 def start(start_qemu: StartQemu, *options: str) -> Qemu:
-    """Start a QEMU under KVM with the plugin. QMP answers once its machine is complete."""
+    """Start a QEMU under KVM with the plugin, and wait until its machine is complete."""
     qemu = start_qemu("-m", "64M", *plugin(*options), accel="kvm")
     QmpClient(qemu.qmp).close()
     return qemu
 
 
 class Control:
-    """A plain client of the control socket."""
+    """A simple client of the plugin's control socket."""
 
     def __init__(self, path: str | Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
@@ -78,7 +78,7 @@ def control(start_qemu: StartQemu, tmp_path: Path) -> Iterator[Callable[..., Con
 
 
 def run_qemu(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a QEMU that quits at once."""
+    """Run a QEMU that quits immediately."""
     assert QEMU
     return subprocess.run(
         [QEMU, "-nodefaults", "-display", "none", "-S", "-qmp", "stdio", *arguments],
@@ -103,7 +103,7 @@ def test_no_kvm_disables_the_plugin(way: str) -> None:
 
 @needs_kvm
 def test_daemonized_kvm_is_seen(tmp_path: Path) -> None:
-    """Only the daemon has a VM, and not the processes that fork it."""
+    """Check that only the daemon reports its VM, and not its parent processes."""
     assert QEMU
     pidfile = tmp_path / "pid"
     machine = ["-nodefaults", "-display", "none", "-S", "-accel", "kvm", "-m", "64M"]
@@ -178,7 +178,7 @@ def test_stale_socket_is_reused(start_qemu: StartQemu, tmp_path: Path) -> None:
 
 @needs_kvm
 def test_other_user_is_rejected(control: Callable[..., Control], tmp_path: Path) -> None:
-    """The plugin rejects the user even if the file's mode allows access."""
+    """Check that the plugin rejects other users, whatever the mode of its socket."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
     control()
@@ -302,7 +302,7 @@ def test_vcpu_that_has_run_is_no_longer_lent(start_qemu: StartQemu, tmp_path: Pa
 
 @needs_kvm
 def test_tool_uses_the_plugin(start_qemu: StartQemu) -> None:
-    """The tool needs no right to trace, because the plugin is already in QEMU."""
+    """Check that the tool uses a plugin that is loaded, instead of ptrace."""
     qemu = start(start_qemu)
     found = find_control_socket(Process.find(qemu.pid))
     assert found and found.exists()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How the plugin recognizes QEMU, and what it reports if QEMU creates no VM."""
+"""Test how the plugin detects QEMU, and its message if QEMU does not use KVM."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.qemu import QEMU, connect_monitor, kvm_usable
 
 needs_kvm = pytest.mark.skipif(not kvm_usable(), reason="/dev/kvm cannot be opened")
 RUN = (sys.executable, "-m", "qemu_prefault", "run")
-#: QEMU searches for firmware relative to its program, which is a symbolic link here.
+#: Paths of the firmware. QEMU does not find it by itself if it is started by a symbolic link.
 FIRMWARE = ("-L", "/usr/share/qemu", "-L", "/usr/share/seabios")
 BASE = (*FIRMWARE, "-nodefaults", "-no-user-config", "-display", "none", "-m", "64M")
 NO_KVM = "does not use KVM"
@@ -81,7 +81,7 @@ def test_options_apply_to_any_program_name(start: Start, tmp_path: Path, name: s
 
 @needs_kvm
 def test_options_apply_to_qemu_started_by_a_shell(start: Start, tmp_path: Path) -> None:
-    """Other children of the shell inherit the options, but ignore them."""
+    """Check that other children of the shell ignore the options that they inherit."""
     control, qmp = tmp_path / "control", tmp_path / "qmp"
     script = 'cat /dev/null; "$@"; true'
     shell = start(
@@ -138,7 +138,7 @@ def test_vm_is_found_with_many_inherited_descriptors(
 
 
 def finish(*command: str | Path, status: int = 0) -> str:
-    """Run a command, send quit to QEMU's monitor, and return the standard error."""
+    """Run a command, send quit to QEMU's monitor, and return its standard error."""
     done = subprocess.run(command, input=b"quit\n", capture_output=True, timeout=60, check=False)
     assert done.returncode == status, done.stderr
     return done.stderr.decode()
@@ -198,7 +198,10 @@ def test_qemu_without_a_guest_reports_nothing(status: int, arguments: Sequence[s
 @pytest.mark.parametrize("accel", ["tcg", pytest.param("kvm", marks=needs_kvm)])
 @pytest.mark.parametrize("how", ["run", "plugin"])
 def test_parents_of_daemon_report_nothing(how: str, accel: str, tmp_path: Path) -> None:
-    """With -daemonize, QEMU forks twice, and only the last process creates the VM."""
+    """Check that the processes which ``-daemonize`` forks first do not report TCG.
+
+    QEMU forks twice, and only the last process creates the VM.
+    """
     pid_file, qmp, control = (tmp_path / name for name in ("pid", "qmp", "control"))
     arguments = (*BASE, "-S", "-accel", accel, "-daemonize", "-pidfile", str(pid_file))
     try:

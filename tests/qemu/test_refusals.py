@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the guest states and hosts in which the tool must refuse, with the status and reason."""
+"""Test that the tool refuses unsuitable guests and hosts, and reports the reason."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_incoming_ram_not_loaded(vm_of: StartVm) -> None:
 
 
 def test_incoming_ram_while_loading(vm_of: StartVm, tmp_path: Path) -> None:
-    """The source sends very slowly."""
+    """Refuse a destination whose RAM is still being loaded from a slow source."""
     source = vm_of("-m", "64M", paused=False)
     target = vm_of("-m", "64M", "-incoming", f"unix:{tmp_path}/migration")
     source.qmp.execute("migrate-set-parameters", max_bandwidth=4096)
@@ -138,7 +138,7 @@ def test_incoming_ram_while_loading(vm_of: StartVm, tmp_path: Path) -> None:
 
 
 def test_postcopy(vm_of: StartVm, tmp_path: Path) -> None:
-    """On the destination, missing pages must come from the source first."""
+    """Refuse postcopy, because the destination still needs pages of the source."""
     source = vm_of("-m", "64M", paused=False)
     target = vm_of("-m", "64M", "-incoming", "defer")
     capabilities = [{"capability": name, "state": True} for name in ("postcopy-ram", "events")]
@@ -216,7 +216,7 @@ def test_busy_monitor_fails_fast(vm_of: StartVm) -> None:
 
 @pytest.fixture
 def memory_cgroup() -> Iterator[Callable[[int], Path]]:
-    """Yield a function that makes memory cgroups (v1 or v2) with a limit in bytes below our own."""
+    """Yield a function that makes a memory cgroup (v1 or v2) with a limit in bytes."""
     made: list[Path] = []
 
     def ours() -> tuple[Path, bool]:
@@ -233,14 +233,14 @@ def memory_cgroup() -> Iterator[Callable[[int], Path]]:
 
     def make(limit: int) -> Path:
         if os.geteuid() != 0:
-            pytest.skip("only root can make a cgroup")
+            pytest.skip("only root can create a cgroup")
         parent, v2 = ours()
         group = parent / f"qemu-prefault-test-{os.getpid()}-{len(made)}"
         try:
             group.mkdir()
             (group / ("memory.max" if v2 else "memory.limit_in_bytes")).write_text(str(limit))
         except OSError as error:
-            pytest.skip(f"cannot make a memory cgroup: {error}")
+            pytest.skip(f"cannot create a memory cgroup: {error}")
         made.append(group)
         return group
 
@@ -261,13 +261,16 @@ def out_of_memory_kills(group: Path) -> int:
 
 
 def test_cgroup_limit_is_respected(vm_of: StartVm, memory_cgroup: Callable[[int], Path]) -> None:
-    """A 512 MiB guest is in a 200 MiB cgroup. Populating all of it would get QEMU killed."""
+    """Refuse to populate a 512 MiB guest in a 200 MiB cgroup.
+
+    Otherwise the kernel would kill QEMU.
+    """
     group = memory_cgroup(200 * MIB)
     vm = vm_of("-m", "512M")
     (group / "cgroup.procs").write_text(str(vm.pid))
     check_refused(vm, "no-memory", group.name, "needs 511.", "--force", "--max-bytes")
     assert out_of_memory_kills(group) == 0
-    # The part that fits is populated.
+    # The tool populates a part that fits into the limit.
     assert vm.prefault("--populate-only", "--max-bytes", "64M").status == 0
     assert vm.prefault("--populate-only", "--populate", "resident").status == 0
     assert out_of_memory_kills(group) == 0
@@ -284,14 +287,14 @@ def test_ancestor_cgroup_limit_is_respected(
         vm = vm_of("-m", "512M")
         (inner / "cgroup.procs").write_text(str(vm.pid))
     except OSError as error:
-        pytest.skip(f"cannot make a nested cgroup: {error}")
+        pytest.skip(f"cannot create a nested cgroup: {error}")
     check_refused(vm, "no-memory", group.name)
     vm.qemu.kill()
     inner.rmdir()
 
 
 def test_force_overrides_the_limit(vm_of: StartVm, memory_cgroup: Callable[[int], Path]) -> None:
-    """The operator may know that the limit is about to be raised."""
+    """Use ``--force``, which the operator needs if the limit is raised later."""
     group = memory_cgroup(200 * MIB)
     vm = vm_of("-m", "256M")
     (group / "cgroup.procs").write_text(str(vm.pid))
@@ -304,7 +307,7 @@ def test_force_overrides_the_limit(vm_of: StartVm, memory_cgroup: Callable[[int]
 
 
 def test_guest_larger_than_the_host(vm_of: StartVm) -> None:
-    """An overcommitted guest is not populated, and `--populate all` is refused."""
+    """Check that an overcommitted guest is not populated and ``all`` is refused."""
     total = int(Path("/proc/meminfo").read_text().split()[1]) >> 10  # MiB
     size = f"{total + 1024}M"
     backend = f"memory-backend-ram,id=ram,size={size},reserve=off"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the scripts of qmp_scripts/ on a real QEMU. tests/nested has the tests with the ioctl."""
+"""Test the scripts of qmp_scripts/ on a real QEMU, without the ioctl."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support.qemu import MIB, QemuVm, StartQemu, kvm_usable, start_vm
 
 SCRIPTS = Path(__file__).parents[2] / "qmp_scripts"
 NAMES = sorted(path.name for path in SCRIPTS.iterdir() if os.access(path, os.X_OK))
-#: Arguments that a script needs besides its socket.
+#: Arguments that a script needs in addition to its socket.
 MORE_ARGUMENTS = {"prefault-incoming": ["tcp:127.0.0.1:0"], "prefault-restore": ["/no/state"]}
 QMP_SHELL = shutil.which("qmp-shell", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
@@ -180,11 +180,11 @@ Watch = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def watch() -> Iterator[Watch]:
-    """Start watch-stage2, and wait until it has printed its first line of numbers."""
+    """Return a function that starts watch-stage2 and waits for its first numbers."""
     watching: list[subprocess.Popen[str]] = []
 
     def start(vm: QemuVm, *arguments: str) -> subprocess.Popen[str]:
-        # A background job ignores SIGINT, and so do the processes it starts.
+        # If the tests run as a background job, they ignore SIGINT, and the child inherits this.
         command = ["env", "--default-signal=INT", sys.executable, str(SCRIPTS / "watch-stage2")]
         command += [*arguments, vm.qemu.qmp]
         process = subprocess.Popen(

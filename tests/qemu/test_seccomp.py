@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Filters that kill QEMU for a system call: the run is refused, or the helper omits the call."""
+"""Test QEMUs with seccomp filters that deny system calls or kill the process.
+
+The tool refuses the run if helpers need the call. Otherwise the helpers do not make it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from support.process import leftovers
 from support.qemu import QemuVm, StartQemu, start_vm
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-# QEMU makes some of these calls itself. The arguments distinguish the helper's calls.
+# QEMU itself makes some of these calls, so the filters compare arguments of the helper's calls.
 NEEDED = {
     "clone": "56",
     "executable mmap": "9:3=0x100022",
@@ -81,7 +84,7 @@ def test_killing_another_call_is_harmless(
 
 
 def test_helper_without_timers_has_a_ticker(start_qemu: StartQemu, tmp_path: Path) -> None:
-    """The ticker exits with the helpers."""
+    """Check that the ticker runs and that it exits with the helpers."""
     vm = vm_under(start_qemu, tmp_path, "kill", "222", "62")
     process = Process.find(vm.pid)
 
@@ -138,7 +141,10 @@ def test_stacked_filters(
 def test_unreadable_filters(
     start_qemu: StartQemu, tmp_path: Path, filters: tuple[str, ...], sandbox: bool, status: int
 ) -> None:
-    """Without CAP_SYS_ADMIN, only QEMU's own filter is accepted."""
+    """Check that only QEMU's own filter is accepted without CAP_SYS_ADMIN.
+
+    The tool cannot read filters without this capability.
+    """
     if shutil.which("setpriv") is None:
         pytest.skip("setpriv is not installed")
     vm = vm_under(start_qemu, tmp_path, *filters, sandbox=sandbox)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Helpers leave enough tasks to QEMU, which aborts if it cannot start a thread."""
+"""Test that helpers leave enough tasks to QEMU.
+
+QEMU aborts if it cannot start a thread.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ HIERARCHIES = (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup"))
 
 @pytest.fixture
 def pids_group() -> Iterator[Path]:
-    """A cgroup with the pids controller."""
+    """Yield a cgroup with the pids controller."""
     for root in HIERARCHIES:
         group = root / f"prefault-test-{os.getpid()}"
         try:
@@ -51,7 +54,7 @@ def tasks(group: Path) -> int:
 
 
 def leave(group: Path, count: int) -> None:
-    # Workers of QEMU's thread pool exit after 10 s without work.
+    # This count includes workers of QEMU's thread pool, which exit after 10 s without work.
     (group / "pids.max").write_text(str(tasks(group) + count))
 
 
@@ -66,7 +69,7 @@ def test_too_few_tasks_is_refused(vm: QemuVm, pids_group: Path, count: int) -> N
 
 
 def test_last_tasks_are_left_to_qemu(vm: QemuVm, pids_group: Path) -> None:
-    """QEMU can start a thread during a run."""
+    """Check that QEMU can start a thread during a run."""
     leave(pids_group, 4)
     before = tasks(pids_group)
     tool = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * Run threads that check that nothing changes their state: all registers, the red zone, flags, x87
- * and SSE control words, errno, signal mask and alternate stack. They also check that no signal is
- * lost.
+ * A program whose threads check that their state does not change and that no signal is lost. The
+ * state is all registers, the red zone, flags, x87 and SSE control words, errno, the signal mask
+ * and the alternate stack.
  *
  * The program prints its thread ids, runs until the end of stdin, and prints the result.
  * test_inject_victim.py builds it and injects system calls into its threads.
@@ -53,7 +53,7 @@ static int has_avx;
 /*
  * Load all registers from *in, make the system call (or count down from 20000 if number is
  * negative), and store all registers to *out. The function is in assembly, because compiled code
- * would change registers.
+ * would use some of the registers itself.
  */
 void run_with_state(const struct state *in, struct state *out, long number, long avx);
 __asm__(".globl run_with_state\n"
@@ -142,7 +142,7 @@ static void check_result(const struct thread *thread, long result)
 	case NANOSLEEP:
 		/*
 		 * rt_sigreturn sets the restart function do_no_restart_syscall(), so a relative
-		 * sleep ends with EINTR, as after any signal handler.
+		 * sleep returns EINTR. Any signal handler has this effect.
 		 */
 		if (result != 0 && result != -EINTR)
 			die(thread, "result", 0, (uint64_t)result);

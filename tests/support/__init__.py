@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Code that the tests share: the tool, QEMU, guests, libvirt, and a guest's health.
+"""Code that the tests share, for the tool, QEMU, guests and libvirt.
 
 Tests import this package as ``support``. :mod:`support.tool` and :mod:`support.health` need only
 the product and the standard library, so other test runners can use them as well.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Guests on a machine with the real ioctl, and runs of the tool on them."""
+"""Functions for guests on a machine with the real ioctl, and for the tool's runs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from qemu_prefault_lab.guest import Guest
 from .process import resident_bytes
 from .tool import Result, Tool
 
-#: MiB of a guest beside its workload's memory: its kernel, and memory that it never touches.
+#: MiB of a guest in addition to its workload, for its kernel and for untouched memory.
 OTHER_MIB = 96
 #: Arguments of snapshot-save and snapshot-load, for the disk of :func:`add_disk`.
 SNAPSHOT = {"tag": "s", "vmstate": "disk", "devices": ["disk"]}
 
 
 class GuestOptions(TypedDict, total=False):
-    """Keywords of :class:`Guest`, for functions that pass them on."""
+    """The keywords of :class:`Guest`, for functions that pass them on."""
 
     machine: str
     accel: str
@@ -53,7 +53,7 @@ class MakeGuest(Protocol):
     def __call__(self, **options: Unpack[GuestOptions]) -> Guest: ...
 
 
-#: Called with the number of vCPUs, the workload's MiB, and ``kvm``.
+#: A function of the number of vCPUs, the workload's MiB, and ``kvm``.
 MakeSavedState = Callable[[int, int, bool], Path]
 SetThp = Callable[[str], str]
 
@@ -86,7 +86,7 @@ def faults(guest: Guest) -> int:
 
 
 def check_memory(guest: Guest) -> None:
-    """Check that the guest answers and its memory still holds what it wrote."""
+    """Check that the guest answers and that its memory is unchanged."""
     assert guest.command("pass")["bad"] == 0
 
 
@@ -98,7 +98,9 @@ def faults_of_pass(guest: Guest) -> int:
 
 
 class Follower:
-    """``qemu-prefault --follow --json``. A context manager that waits for the first run.
+    """A run of ``qemu-prefault --follow --json``, as a context manager.
+
+    Entering the context waits for the first event.
 
     :param target: ``--qmp PATH`` or ``--domain NAME``.
     """
@@ -141,7 +143,7 @@ def mapped_bytes(guest: Guest) -> int:
 
 
 def plug_dimm(guest: Guest, size: int, name: str = "d0") -> None:
-    """Plug the DIMM ``dimm-NAME`` with the backend NAME. The guest must run to accept it."""
+    """Plug a DIMM named ``dimm-NAME``. A guest accepts it only while it runs."""
     guest.qmp("object-add", qom_type="memory-backend-ram", id=name, size=size)
     guest.qmp("device_add", driver="pc-dimm", id=f"dimm-{name}", memdev=name)
 
@@ -173,7 +175,7 @@ def ram_resident(guest: Guest) -> int:
 
 
 def ram_checksum(guest: Guest, backend: str = "ram") -> int:
-    """Return the CRC of the guest's RAM, read from QEMU's memory without using the monitor."""
+    """Return the CRC of the guest's RAM, which is read through /proc/PID/mem."""
     size = next(m["size"] for m in guest.qmp("query-memdev") if m["id"] == backend)
     hva = ram_hva(guest)
     value = 0

@@ -6,7 +6,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-# Every WARN() prints a "cut here" line. "WARNING:" alone is also printed for CPU vulnerabilities.
+# Search for the "cut here" line that every WARN() prints. "WARNING:" would also match messages
+# about CPU vulnerabilities.
 TROUBLE = re.compile(
     r"cut here|BUG:|Oops:|Call Trace:|general protection fault|Bad page|Out of memory|"
     r"EXT4-fs error|I/O error|blocked for more than|Machine Check"
@@ -20,8 +21,8 @@ class UnhealthyGuestError(AssertionError):
 def check_log(log: str) -> None:
     """Check that the kernel's log has no errors.
 
-    :raises UnhealthyGuestError: The log has errors. The message has their lines, the exception has
-        the whole log.
+    :raises UnhealthyGuestError: The log has errors. The message quotes them, and the exception
+        holds the whole log.
     """
     lines = log.splitlines()
     for number, line in enumerate(lines):
@@ -31,11 +32,11 @@ def check_log(log: str) -> None:
 
 
 def check_health(shell: Callable[[str], str], dmesg: str = "dmesg") -> None:
-    """Check that the system is up, no unit has failed, and the kernel's log has no errors.
+    """Check that the system is up, without failed units or kernel errors.
 
-    :param shell: Run a command in the guest and return its output, whatever its exit status. It
-        must wait long enough for a boot to finish.
-    :param dmesg: The command that prints the log.
+    :param shell: A function that runs a command in the guest and returns its output, for any exit
+        status. Its time limit must be long enough for a boot to finish.
+    :param dmesg: The command that prints the kernel's log.
     :raises UnhealthyGuestError: One of these checks failed.
     """
     state = shell("systemctl is-system-running --wait").strip()

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Code that the libvirt tests share. They rewrite the host's libvirt, so they run in the lab."""
+"""Code that the libvirt tests share.
+
+These tests change the host's libvirt configuration, so they run only in the lab.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,17 @@ if not Path("/lab/command_server.py").exists() or not Path("/usr/sbin/libvirtd")
 
 WORKLOAD_MIB = 64
 PAGES = WORKLOAD_MIB * 256
-#: Faults that cannot be avoided: on device registers and on some memory of the firmware.
+#: The maximum number of faults that prefaulting cannot avoid. They are on device registers and on
+#: some memory of the firmware.
 MAX_RESIDUAL_FAULTS = 60
-#: The address on which the tests' daemon serves metrics. Its unit uses the same one by default.
+#: The address on which the tests' daemon serves metrics, which is also the default of its unit.
 METRICS_ADDRESS = "127.0.0.1:9469"
 
 WriteHookConfig = Callable[[str], None]
 
 
 class DomainOptions(TypedDict, total=False):
-    """Keywords of :class:`LabDomain`."""
+    """The keywords of :class:`LabDomain`."""
 
     machine: str
     memory_mib: int
@@ -67,7 +71,7 @@ def tool_output(*arguments: str, timeout: float = 300) -> str:
 
 
 def apparmor_label(domain: LabDomain) -> str:
-    """Return the AppArmor profile of the domain's QEMU with its mode."""
+    """Return the AppArmor profile of the domain's QEMU, and the profile's mode."""
     return Path(f"/proc/{domain.process.pid}/attr/current").read_text().strip("\0\n")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Build test programs that are linked with the plugin's C files."""
+"""A function that builds test programs with the plugin's C files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FLAGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}"
 
 
 def link_with_plugin(source: Path, output: Path, *flags: str) -> Path:
-    """Compile a C file together with the plugin's, and return the output's path.
+    """Compile a C file with the plugin's C files, and return the program's path.
 
     Skip the test if no C compiler is installed.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Read a QEMU's state from /proc: its memory, and anything that the tool left in it."""
+"""Functions that read a QEMU's memory use and the tool's leftovers from /proc."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qemu_prefault_lab.wait import wait_for
 
 
 def leftovers(pid: int) -> list[str]:
-    """List the helper threads and helper mappings in a process."""
+    """Return the helper threads and the helper mappings in a process."""
     found = [f"thread {tid}" for tid in helper_threads(pid)]
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         if AREAS_FROM <= int(line.split("-")[0], 16) < AREAS_TO:
@@ -21,12 +21,12 @@ def leftovers(pid: int) -> list[str]:
 
 
 def wait_clean(pid: int) -> float:
-    """Wait until a process has no helper threads and mappings; return the seconds that took."""
+    """Wait until a process has no helpers; return the elapsed seconds."""
     return wait_for(lambda: not leftovers(pid), f"the helpers have left process {pid}")
 
 
 def resident_bytes(pid: int, address: int) -> int:
-    """Return the Rss of the mapping that contains the address, from smaps."""
+    """Return the resident bytes (Rss) of the mapping that contains the address."""
     inside = False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         first = line.split()[0]
@@ -39,7 +39,7 @@ def resident_bytes(pid: int, address: int) -> int:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Return RssAnon, the process's private resident memory."""
+    """Return the process's private resident memory (RssAnon) in bytes."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) << 10

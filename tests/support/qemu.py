@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A real QEMU of this machine, and runs of the tool on it."""
+"""Functions that start a real QEMU on this machine and run the tool on it."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ class Qemu:
         return self.process.pid
 
     def kill(self) -> None:
-        """Kill QEMU with SIGKILL and wait until it is gone."""
+        """Kill QEMU with SIGKILL and wait until it has ended."""
         self.process.kill()
         self.process.wait(20)
 
     def pause(self) -> None:
-        """Stop the whole process, as a debugger or an overloaded host does."""
+        """Stop the process with SIGSTOP."""
         self.process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
 
     def resume(self) -> None:
-        """Continue the process."""
+        """Continue the process with SIGCONT."""
         self.process.send_signal(signal.SIGCONT)
 
 
 def _await_listening(process: subprocess.Popen[bytes], ready: socket.socket) -> None:
-    """Wait until QEMU has connected to a socket, which it does after it listens on its others."""
+    """Wait until QEMU connects to this socket. Its other sockets then listen."""
     pidfd = os.pidfd_open(process.pid)
     try:
         readable, _, _ = select.select([ready.fileno(), pidfd], [], [], 30)
@@ -82,8 +82,8 @@ def launch(
 ) -> Qemu:
     """Start a QEMU with its sockets in a directory, and wait until it listens.
 
-    :param number: Distinguishes several QEMUs in one directory.
-    :param prefix: A program and its arguments, which executes QEMU.
+    :param number: A number that distinguishes several QEMUs in one directory.
+    :param prefix: A program that executes QEMU, and its arguments.
     """
     qmp, ready_path = str(directory / f"qmp{number}"), str(directory / f"ready{number}")
     ready = socket.socket(socket.AF_UNIX)
@@ -92,7 +92,7 @@ def launch(
     command = [*prefix, QEMU or "", "-nodefaults", "-display", "none", "-accel", accel]
     command += ["-S"] if paused else []
     command += ["-qmp", f"unix:{qmp},server=on,wait=off", *arguments]
-    # Chardevs are created in order: when this one connects, -qmp already listens.
+    # QEMU creates chardevs in order. When this one connects, the socket of -qmp listens.
     command += ["-chardev", f"socket,id=ready,path={ready_path}", "-mon", "ready,mode=control"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
     try:
@@ -103,7 +103,7 @@ def launch(
 
 
 def connect_monitor(path: str | Path, process: subprocess.Popen[bytes]) -> QmpClient:
-    """Connect to the monitor of a QEMU that the test has started, as soon as QEMU accepts it."""
+    """Wait for the monitor of a QEMU that the test has started, and connect to it."""
     for _ in range(400):
         with contextlib.suppress(OSError):
             return QmpClient(str(path))
@@ -140,7 +140,7 @@ class QemuVm:
         return run_tool(self.qemu, *arguments)
 
     def command(self, name: str, *arguments: str) -> Result:
-        """Run another command than the main one: probe, map or stats."""
+        """Run one of the other commands: probe, map or stats."""
         return Tool([name, "--qmp", self.qemu.qmp, "--json", *arguments]).finish()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Run the command line as a process, and collect its result."""
+"""A class that runs the command line as a process and collects its result."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from typing import Any, NoReturn
 
 
 def _import_product() -> Callable[[], None]:
-    """Import the modules that runs need before forking them; return the entry point.
+    """Import the modules that a run needs before it is forked; return its main().
 
-    The imports are not at the top, because avocado-vt has a package ``qemu`` that hides qemu.qmp.
+    The imports are not at the top of the file, because avocado-vt has a package ``qemu`` that hides
+    qemu.qmp.
     """
     import qemu_prefault.api  # noqa: F401, PLC0415
     from qemu_prefault.cli.main import main  # noqa: PLC0415
@@ -29,7 +30,7 @@ def _import_product() -> Callable[[], None]:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The result of a run. ``stdout`` holds JSON if the run was asked for it."""
+    """The result of a run. ``stdout`` holds JSON if the arguments include ``--json``."""
 
     status: int
     stdout: str
@@ -51,7 +52,7 @@ class Result:
         return error
 
     def complete(self) -> dict[str, Any]:
-        """The report of a run that succeeded for every requested byte."""
+        """Check that the run succeeded for every requested byte, and return its report."""
         assert self.status == 0, (self.status, self.stdout, self.stderr)
         report = self.report
         assert report["bytes"]["remaining"] == 0, report
@@ -59,13 +60,13 @@ class Result:
 
 
 class Tool:
-    """A run of the command line in a process of its own.
+    """A run of the command line in a child process.
 
-    By default it is forked instead of executed, because starting Python takes most of the time
-    under emulation.
+    By default the child is forked and does not execute a new Python, because starting Python takes
+    most of the time under emulation.
 
-    :param uid: Become this user first. The user need not be able to read the Python installation.
-    :param fork: False executes a new Python, for a caller that has threads.
+    :param uid: The user to become first. This user need not be able to read Python's files.
+    :param fork: False executes a new Python. A caller with threads needs this.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Tool:
                 os.setgroups([])
                 os.setresgid(self._uid, self._uid, self._uid)
                 os.setresuid(self._uid, self._uid, self._uid)
-            # A background job ignores SIGINT, and so do the processes it forks.
+            # If the tests run as a background job, they ignore SIGINT, and the child inherits this.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             faulthandler.register(signal.SIGUSR2, file=2)
             main()
@@ -128,7 +129,7 @@ class Tool:
         )
 
     def running(self, timeout: float = 0) -> bool:
-        """Return whether the run still continues ``timeout`` seconds from now."""
+        """Wait for up to ``timeout`` seconds, and return whether the run continues."""
         if self.status is None and select.select([self._pidfd], [], [], timeout)[0]:
             self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
             os.close(self._pidfd)
@@ -148,7 +149,7 @@ class Tool:
         assert self.has_said("ready"), f"the tool is not ready for a guest: {self._read(1)}"
 
     def finish(self, timeout: float = 120) -> Result:
-        """Wait until the run ends. A run that hangs fails the test with its stack trace."""
+        """Wait until the run ends. If it hangs, fail the test with its stack trace."""
         hung = self.running(timeout)
         if hung:
             self.send_signal(signal.SIGUSR2)
@@ -162,9 +163,9 @@ class Tool:
         return Result(self.status, stdout, stderr)
 
     def has_said(self, text: str) -> bool:
-        """Return whether stderr contains a text so far."""
+        """Return whether the run has printed a text on stderr."""
         return text in self._read(1)
 
     def _read(self, index: int) -> str:
-        fd = self._files[index].fileno()  # do not move the run's file offset
+        fd = self._files[index].fileno()  # pread() does not move the run's file offset
         return os.pread(fd, os.fstat(fd).st_size, 0).decode()

@@ -3,8 +3,8 @@
 
 usage: under_filter.py ACTION[,ACTION...] CALL... -- PROGRAM...
 
-Each ACTION (kill, errno, trap, log or allow) adds one filter with this result for each CALL. A CALL
-is the number of a system call, or NUMBER:INDEX=VALUE for calls with this argument only.
+Each ACTION (kill, errno, trap, log or allow) adds one filter. The filter takes this action for each
+CALL. A CALL is the number of a system call, or NUMBER:INDEX=VALUE for calls with this argument.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Program(ctypes.Structure):
 
 
 def filter_of(action: str, calls: list[str]) -> bytes:
-    """Assemble one filter."""
+    """Return the instructions of one filter."""
     code = []
     for call in calls:
         number, _, condition = call.partition(":")
