@@ -3,9 +3,9 @@
  * Start a guest on huge pages that the host does not have. test_native_plugin_memory.py links this
  * file with the plugin's files.
  *
- * With "learn", the plugin reads the mapping from /proc/self/smaps. With "hook", its mmap() hook
- * reports the mapping.
- * The program prints the page size, whether the pool is too small, and the populate option.
+ * With the argument "learn", the plugin finds the mapping in /proc/self/smaps. With "hook", it
+ * finds the mapping by its mmap() hook. The program prints the page size in bytes, whether the pool
+ * is too small (1 or 0), and the value of the populate option.
  */
 #define _GNU_SOURCE
 #include <stdio.h>

@@ -2,10 +2,9 @@
 /*
  * Start a guest whose RAM is a file, and print the populate policy that the plugin chooses.
  *
- * Arguments: PATH SIZE shared|private hook|learn [OTHER-PATH OTHER-SIZE]. If the last two are
- * given, the program allocates another file after the guest has started, and prints how many MiB
- * the plugin then populates. test_native_plugin_source.py links this program with the plugin's
- * files.
+ * Arguments: PATH SIZE shared|private hook|learn [OTHER-PATH OTHER-SIZE]. With the last two, the
+ * program allocates another file after the guest has started, and also prints the MiB that the
+ * plugin then populates. test_native_plugin_source.py links this program with the plugin's files.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -24,7 +23,7 @@
 #include "plugin/queue.h"
 #include "plugin/state.h"
 
-/* Allocate another file, populate, and return the bytes that were populated. */
+/* Allocate another file, populate guest RAM, and return the bytes that were populated. */
 static uint64_t populate_after(const char *other, uint64_t size)
 {
 	static struct kvm_run run;

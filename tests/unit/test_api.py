@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the public API from a user's view: complete, typed, and with 0.1's names."""
+"""Test that the public API is complete, is typed, and includes the names of 0.1."""
 
 from __future__ import annotations
 

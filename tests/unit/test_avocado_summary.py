@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the summary of an avocado job on results that avocado wrote."""
+"""Test the summary of an avocado job with results that avocado has written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DISTRO_ROW = {"distro": "debian13", "moment": "boot", "pages": "never", "machine
               "with": SAMPLE}  # fmt: skip
 VT_ROW = {"moment": "restore", "without": 19740, "with": 0}
 
-# Whiteboards that other tests may write. Each one is written by one test of the job below.
+# Whiteboards that other tests may write. The job below has one test for each of them.
 STORED = {
     "empty": "",
     "text": "KVM version: 6.12\nQEMU version: 10.0",
@@ -37,7 +37,7 @@ OTHER = [
     json.dumps([VT_ROW]) * 2,
 ]
 OWN = {"own_vt": json.dumps([VT_ROW]), "own_distro": json.dumps([DISTRO_ROW])}
-# avocado cannot store this whiteboard. The test ends with an error.
+# A whiteboard that avocado cannot store, so that its test ends with an error.
 UNSTORABLE = {"none": None}
 PASSING = 1 + len(STORED) + len(OWN)
 JOB = f"""
@@ -63,14 +63,14 @@ def runner() -> ModuleType:
     spec = importlib.util.spec_from_file_location("avocado_run", AVOCADO / "run.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # the module's dataclasses need this
+    sys.modules[spec.name] = module  # dataclasses look up their module here
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
 def job(runner: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return the results.json of a job with one test per whiteboard."""
+    """Run a job with one test for each whiteboard, and return its results.json."""
     directory = tmp_path_factory.mktemp("job")
     (directory / "job.py").write_text(JOB)
     with contextlib.suppress(FailedError):  # some tests of the job fail
@@ -83,10 +83,16 @@ def job(runner: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 class SumUp(Protocol):
-    """Sum up some of the job's tests; return the exit status and the printed lines."""
+    """A function that summarizes the job's tests with certain statuses.
+
+    It returns the exit status and the printed lines.
+    """
 
     def __call__(self, *statuses: str, whiteboard: str | None = None) -> tuple[int, list[str]]:
-        """:param whiteboard: The whiteboard of those tests, instead of their own."""
+        """Summarize the tests with these statuses.
+
+        :param whiteboard: The text that replaces the whiteboard of each test.
+        """
 
 
 @pytest.fixture
@@ -129,7 +135,7 @@ def test_own_rows_are_a_table(sum_up: SumUp, row: dict[str, Any], cells: str) ->
 
 
 def test_whole_job_is_summed_up(sum_up: SumUp) -> None:
-    """The job has this project's rows, other whiteboards and a failed test."""
+    """Summarize a job with this project's rows, other whiteboards and a failed test."""
     status, lines = sum_up("PASS", "FAIL", "ERROR", "CANCEL")
     assert status == 1
     assert any(line.startswith("| debian13 | pc |") for line in lines)
@@ -141,6 +147,6 @@ def test_whole_job_is_summed_up(sum_up: SumUp) -> None:
 def test_job_without_results_failed(
     runner: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """avocado writes no results.json if it finds no test to run."""
+    """Check a job without results.json, which avocado omits if it finds no test."""
     assert runner.sum_up([tmp_path]) == 1
     assert "ran no test" in capsys.readouterr().out

@@ -41,7 +41,7 @@ def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def shell(script: str) -> subprocess.CompletedProcess[str]:
-    """Run a shell script that finds the tool's command in ``$tool``."""
+    """Run a shell script in which ``$tool`` is the tool's command."""
     return spawn(["bash", "-c", script], env=os.environ | {"tool": " ".join(TOOL)})
 
 
@@ -240,7 +240,7 @@ def test_missing_socket_option_is_a_usage_error(command: list[str]) -> None:
 
 @pytest.fixture
 def foreign_socket(tmp_path: Path) -> Path:
-    """Return a listening socket that only root may connect to."""
+    """Return the path of a listening socket to which only root may connect."""
     path = tmp_path / "private"
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
@@ -339,7 +339,7 @@ def test_json_error_is_one_object(arguments: list[str]) -> None:
     assert answer["exit"] == done.returncode > 0
     assert set(answer["error"]) == {"code", "cause", "remedy"}
     assert all(answer["error"].values())
-    assert answer["error"]["cause"] in done.stderr  # also printed for people
+    assert answer["error"]["cause"] in done.stderr  # stderr also has it, as text
 
 
 def test_probe_pid_prints_json() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the machinery of the conformance suite: cases that end badly, and hosts without KVM."""
+"""Test how the conformance suite handles failing cases and hosts without KVM."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Check that links in Markdown files resolve, and that the FAQ quotes existing messages."""
+"""Test that links in Markdown files resolve and the FAQ quotes real messages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MESSAGES = re.findall(r"^## `(.*)`$", FAQ.read_text(), re.MULTILINE)
 
 @cache
 def sources() -> str:
-    """Return all string literals of the package; ``…`` stands for a replacement field."""
+    """Return all string literals of the package, with ``…`` for replacement fields."""
     return "\n".join(
         text
         for path in (ROOT / "qemu_prefault").rglob("*.py")

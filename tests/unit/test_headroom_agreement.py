@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Check that Python and the C plugin compute the same headroom for the memory of QEMU."""
+"""Test that Python and the C plugin compute the same headroom for QEMU's memory."""
 
 from __future__ import annotations
 
@@ -183,7 +183,10 @@ def test_hugetlb_sizes_have_the_same_names(page_size: int, tmp_path: Path) -> No
 
 
 def test_least_of_several_is_kept(tmp_path: Path) -> None:
-    """The plugin reads memory.stat only if it could change the result."""
+    """Check the minimum of several limits.
+
+    The plugin reads memory.stat only if that can change the minimum.
+    """
     write(tmp_path, {"memory.max": 500, "memory.current": 300, "memory.stat": "inactive_file 50"})
     assert memory_in_c(tmp_path, True, 1000) == 250
     assert memory_in_c(tmp_path, True, 250) == 250
@@ -280,9 +283,9 @@ def test_node_lists(text: str, expected: tuple[int, ...]) -> None:
         ((0, 1), (1,), (0, 1), (1,)),
         ((0, 1), (), (1,), (1,)),
         ((0, 1), (0, 1), (1,), (1,)),
-        ((0, 1), (1,), (0,), (0,)),  # mpol_rebind_nodemask() replaces them by the cpuset's
+        ((0, 1), (1,), (0,), (0,)),  # mpol_rebind_nodemask() uses the cpuset's nodes instead
         ((0, 1), (1,), (), (1,)),  # the cpuset is unknown
-        ((0, 2), (1,), (0, 1, 2), ()),  # a node without memory
+        ((0, 2), (1,), (0, 1, 2), ()),  # the policy's node has no memory
         ((), (1,), (0, 1), ()),  # sysfs is not mounted
     ],
 )
@@ -319,7 +322,7 @@ def test_node_meminfo(
     for node, free, inactive in ((0, 100, 10), (1, 200, 2)):
         write(tmp_path / f"node{node}", {"meminfo": NODE.format(node, free, inactive)})
     monkeypatch.setattr(memory_source, "NODES", tmp_path)
-    # The C code subtracts what the kernel keeps in another place.
+    # Disable the subtraction of min_free_kbytes, which the C code does in another function.
     monkeypatch.setattr(memory_source, "MIN_FREE", tmp_path / "missing")
     assert memory_source.node_limit(asked).available == expected * KIB
     with opened(tmp_path) as fd:
@@ -340,7 +343,7 @@ def test_node_meminfo(
         ((0, 1), 0, 0, 0, 260),
         ((1,), 230, 0, 0, 30),
         ((1,), 230, 128, 0, 60),
-        ((1,), 0, 0, 5, 60),  # surplus pages come from any node
+        ((1,), 0, 0, 5, 60),  # the kernel may allocate surplus pages on any node
         ((3,), 0, 0, 0, 0),
     ],
 )
@@ -353,7 +356,7 @@ def test_hugetlb_pools_of_nodes(
     expected: int,
     tmp_path: Path,
 ) -> None:
-    """Node 0 has 200 free pages, and node 1 has 60."""
+    """Count the pages of two nodes. Node 0 has 200 free pages, and node 1 has 60."""
     size = 2 * MIB
     pools, per_node = tmp_path / "hugepages", tmp_path / "node"
     files = {"free": 260, "resv": reserved, "nr_overcommit": overcommit, "surplus": 0}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Find the reason of a process's death in the kernel log."""
+"""Test the search for the cause of a process's death in the kernel log."""
 
 from __future__ import annotations
 

@@ -16,7 +16,10 @@ open_file = os.open
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[int]:
-    """Return the list of KVM_CHECK_EXTENSION's arguments. The parameter is KVM's answer."""
+    """Return a list that collects the arguments of KVM_CHECK_EXTENSION.
+
+    The fixture's parameter is the simulated answer of KVM.
+    """
     numbers: list[int] = []
 
     def check_extension(_fd: int, number: int) -> int:

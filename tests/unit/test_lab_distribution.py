@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Check that the product and the lab are separate distributions."""
+"""Test that qemu-prefault and its lab are separate distributions."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def test_product_excludes_lab() -> None:
 
 
 def test_lab_requires_this_version_of_the_product() -> None:
-    """The lab uses the product's internals, so the two are released together."""
+    """Check the lab's requirement. It uses internals, so both are released together."""
     project = tomllib.loads((LAB / "pyproject.toml").read_text())["project"]
     assert project["version"] == qemu_prefault.__version__
     assert f"qemu-prefault=={qemu_prefault.__version__}" in project["dependencies"]
 
 
 def test_lab_failure_has_its_own_exit_status(tmp_path: Path) -> None:
-    """The exit status of ``run`` and ``pytest`` is that of the command in the lab."""
+    """Check that a failure of the lab is distinct from the status of a command in it."""
     done = subprocess.run(
         [sys.executable, "-m", "qemu_prefault_lab", "qemu", str(tmp_path)],
         capture_output=True,

@@ -23,7 +23,7 @@ def default_plugin() -> Iterator[None]:
 
 
 def started(monkeypatch: pytest.MonkeyPatch, config: GuestConfig | None, **changes: object) -> str:
-    """Return the command line of a Guest without starting it."""
+    """Return the command line of a Guest, without starting QEMU."""
 
     def stop(_: Guest, argv: list[str]) -> None:
         raise RuntimeError(" ".join(argv))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test ``run``, ``plugin-path`` and the parsing that finds the plugin."""
+"""Test ``run``, ``plugin-path`` and the detection of the plugin."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def test_run_execs_the_command() -> None:
-    """The command keeps the process id and its arguments, and its exit status is returned."""
+    """Check the command's process id, arguments, environment and exit status."""
     script = 'echo $$ "$@" "$LD_PRELOAD" "$QEMU_PREFAULT_OPTIONS"; exit 7'
     argv = [sys.executable, "-m", "qemu_prefault", "run", "-o", "hold=2", "-o", "log=on"]
     with subprocess.Popen(
@@ -105,7 +105,7 @@ def test_setuid_program_is_refused(tmp_path: Path) -> None:
         os.chown(program, 65534, 65534)
         program.chmod(0o6755)
     else:
-        pytest.skip("only root can make a program set-uid to another user")
+        pytest.skip("only root can make a set-user-ID program of another user")
     result = run("--", str(program))
     assert result.returncode == 4
     assert "-plugin" in result.stderr
@@ -116,7 +116,7 @@ def test_setuid_program_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a small program that is linked in several ways."""
+    """Return a directory with a small program that is linked in several ways."""
     if shutil.which("cc") is None:
         pytest.skip("cc is not installed")
     directory = tmp_path_factory.mktemp("programs")
@@ -155,7 +155,7 @@ def test_dynamic_program_is_run(programs: Path, name: str, wrapper: tuple[str, .
 
 
 def test_dynamic_linker_is_run(programs: Path) -> None:
-    """The dynamic linker has no interpreter, but reads LD_PRELOAD."""
+    """Run the dynamic linker, which reads LD_PRELOAD although it has no interpreter."""
     linker = Path("/lib64/ld-linux-x86-64.so.2")
     if not linker.exists():
         pytest.skip("no glibc")
@@ -173,7 +173,10 @@ def test_other_files_are_not_static(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["script", "second-script"])
 def test_static_script_interpreter_causes_warning(programs: Path, name: str) -> None:
-    """The interpreter does not load the plugin, but the programs that it starts may."""
+    """Check that a script with a static interpreter runs, with a warning.
+
+    The interpreter does not load the plugin, but the programs that it starts may.
+    """
     result = run("--", str(programs / name))
     assert result.returncode == 0
     assert "which is statically linked: the plugin may not be loaded" in result.stderr

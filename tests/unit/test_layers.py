@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Check what import-linter does not: imports for type checkers, and error codes given as text."""
+"""Test rules that import-linter does not check.
+
+These rules are for imports in TYPE_CHECKING blocks, and for error codes that are given as text.
+"""
 
 from __future__ import annotations
 

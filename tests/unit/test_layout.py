@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the layout parsers on captured QEMU output and on variations between releases."""
+"""Test the layout parsers on captured output of several QEMU releases."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
 def capture(name: str) -> dict[str, str]:
-    """Return the answers of one capture by command."""
+    """Return the answers in one capture, as a mapping from command to answer."""
     text = (DATA / name).read_text()
     parts = re.split(r"^### (?:HMP|QMP) (.*)\n", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
@@ -158,7 +158,7 @@ def test_line_endings_are_ignored(name: str) -> None:
 
 @pytest.mark.parametrize("name", CAPTURES)
 def test_gpa2hva_supplies_missing_host_addresses(name: str) -> None:
-    """QEMU 7.2 has neither the HVA nor the RO column."""
+    """Remove the columns HVA and RO, which QEMU 7.2 does not print."""
     answers = capture(name)
     width = answers["info ramblock"].index("Total") + len("Total")
     old = "\n".join(line[:width] for line in answers["info ramblock"].split("\n"))
@@ -330,7 +330,7 @@ def test_nodes_of_boot_backends_follow_address_order() -> None:
     dimm = MemoryDevice("dimm", "dimm0", "d", 4 * GIB, 512 * MIB, 1)
     nodes = parse_numa(INFO_NUMA)
     assert memdev_nodes(ranges, memdevs, [dimm], nodes) == {"a": 0, "b": 1, "d": 1}
-    # If the sizes disagree, the rule does not apply, and only certain facts are reported.
+    # If the sizes do not match, only the nodes of DIMMs are certain.
     swapped = (NumaNode(0, GIB, 0), nodes[1])
     assert memdev_nodes(ranges, memdevs, [dimm], swapped) == {"d": 1}
     assert memdev_nodes(ranges, memdevs, [], ()) == {}

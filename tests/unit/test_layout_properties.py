@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test properties that hold for any input: round trips, one exception type, linear time."""
+"""Test properties of the layout parsers that hold for any input.
+
+They are round trips, a single exception type, and linear time.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +39,8 @@ from qemu_prefault.qemu.memory_map import (
 DATA = Path(__file__).parents[1] / "data" / "monitor"
 PAGE = 4096
 
-# Text that QEMU may print between "): " and the offset. It has no line ends, and its end differs
-# from the parts that follow it.
+# Names that QEMU may print between "): " and the offset. They have no line ends, and do not end
+# like the parts that follow a name.
 names: st.SearchStrategy[str] = st.text(
     st.characters(codec="ascii", categories=["L", "N", "P", "S", "Zs"]), min_size=1, max_size=30
 ).filter(lambda name: re.search(r"( KVM| @[0-9a-f]{16})$", name) is None)
@@ -63,7 +66,7 @@ def flat_views(draw: st.DrawFn) -> tuple[FlatRange, ...]:
 
 
 def render(ranges: tuple[FlatRange, ...], newline: str = "\n") -> str:
-    """Print ranges in the format of mtree_print_flatview()."""
+    """Return the text that mtree_print_flatview() would print for these ranges."""
     lines = ["FlatView #0", ' AS "memory", root: system', " Root memory region: system"]
     for item in ranges:
         lines.append(
@@ -143,7 +146,7 @@ def test_arbitrary_json_raises_only_layout_errors(value: object) -> None:
 
 @given(flat_views(), st.dictionaries(st.integers(0, 1 << 42), st.integers(-1, 1 << 60)))
 def test_sections_of_arbitrary_views(ranges: tuple[FlatRange, ...], hva_of: dict[int, int]) -> None:
-    """Sections do not overlap in QEMU, have an address, and keep their order."""
+    """Check that sections have an aligned address and keep the order of their ranges."""
     memdevs = parse_memdevs([{"id": item.name, "size": PAGE} for item in ranges[:1]])
     blocks = [RamBlock(ranges[0].name, PAGE, 1 << 41, 1 << 41, None)]
     hva_of |= {item.start: item.start + (1 << 44) for item in ranges[::2]}
@@ -175,7 +178,7 @@ def swallow(answers: dict[str, str]) -> bool:
         firmware_ahead(ranges)
         memdev_nodes(ranges, memdevs, devices, ())
         build_sections(ranges, blocks, memdevs, devices, {})
-    except (LayoutError, json.JSONDecodeError, AttributeError):  # the last two are this test's own
+    except (LayoutError, json.JSONDecodeError, AttributeError):  # this code raises the last two
         return False
     return True
 
@@ -204,7 +207,10 @@ def mutate(text: str, rng: random.Random) -> str:
 
 
 def test_mutated_captures_raise_only_layout_errors() -> None:
-    """Mutate captured answers for five seconds. The seed is fixed, but not the number of runs."""
+    """Mutate captured answers for five seconds.
+
+    The seed is fixed, but the number of mutations depends on the machine's speed.
+    """
     texts = [path.read_text() for path in sorted(DATA.glob("*.txt"))]
     assert all(swallow(split(text)) for text in texts)
     rng = random.Random(20261122)
@@ -215,7 +221,7 @@ def test_mutated_captures_raise_only_layout_errors() -> None:
             good += 1
         else:
             bad += 1
-    assert good > 10 and bad > 10  # otherwise the mutations are too weak or too strong
+    assert good > 10 and bad > 10  # the mutations are neither too weak nor too strong
 
 
 BIG = 1_000_000
@@ -231,7 +237,7 @@ CASES: dict[str, tuple[Callable[[str], object], Callable[[int], str]]] = {
         ),
     ),
     "many views": (parse_mtree, lambda n: 'FlatView #0\n AS "x", root: y\n\n' * (n // 30)),
-    # The suffix " KVM" may repeat. If other text follows, the pattern backtracks.
+    # Repeat the suffix " KVM" and add other text, which makes the pattern backtrack.
     "many suffixes": (parse_mtree, lambda n: LINE + " KVM" * (n // 40) + "x\n"),
     "many lines of suffixes": (parse_mtree, lambda n: (LINE + " KVM" * 200 + "x\n") * (n // 900)),
     "many blocks": (
@@ -249,7 +255,10 @@ CASES: dict[str, tuple[Callable[[str], object], Callable[[int], str]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_parsing_takes_linear_time(case: str) -> None:
-    """Ten times the input takes at most ten times as long, with a factor of three for noise."""
+    """Check that ten times the input takes at most 30 times as long.
+
+    Linear time is ten times as long. The factor of three allows for noise.
+    """
     parse, make = CASES[case]
 
     def seconds(size: int) -> float:

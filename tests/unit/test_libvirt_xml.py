@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that installing and removing the plugin changes nothing else in the domain XML."""
+"""Test that enabling and disabling the plugin preserves the rest of the XML."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ WITH_ARGUMENTS = b"""<domain type='kvm' xmlns:q='http://libvirt.org/schemas/doma
 
 
 def arguments(xml: bytes) -> list[str]:
-    """Return QEMU's extra arguments as libvirt reads them, by XPath with any prefix."""
+    """Return QEMU's extra arguments, for any namespace prefix, as libvirt does."""
     tree = ElementTree.fromstring(xml)
     name = f"{{{QEMU_NAMESPACE}}}"
     return [a.attrib["value"] for a in tree.findall(f"{name}commandline/{name}arg")]
@@ -75,7 +75,7 @@ def test_add_and_remove_restores_every_byte() -> None:
 def test_only_adds_lines() -> None:
     before, after = PLAIN.splitlines(), enable(PLAIN, PATH).xml.splitlines()
     added = [line for line in after if line not in before]
-    assert len(added) == 5, added  # the root with its namespace, and four new lines
+    assert len(added) == 5, added  # the changed root element, and four new lines
     assert [line for line in before if line not in after] == [b"<domain type='kvm'>"]
 
 
@@ -95,7 +95,7 @@ def test_options_change_in_place() -> None:
 
 
 def test_arguments_precede_environment() -> None:
-    """The schema requires this order (virsh define --validate)."""
+    """Check the order that the schema requires (``virsh define --validate``)."""
     edited = enable(WITH_ARGUMENTS, PATH).xml
     assert edited.index(PATH.encode()) < edited.index(b"<q:env")
     assert arguments(edited)[:2] == ["-plugin", "/usr/lib/other.so,x=1"]
@@ -183,7 +183,7 @@ def test_stdin_to_stdout() -> None:
 
 
 def test_refusal_prints_no_xml() -> None:
-    """Otherwise a pipe into `virsh define` would define a truncated domain."""
+    """Check that a refusal prints no XML, which a pipe into `virsh define` would use."""
     refused = run("enable", "-", xml=b"<domain type='qemu'/>")
     assert refused.returncode == 4 and refused.stdout == b""
     assert b"KVM" in refused.stderr

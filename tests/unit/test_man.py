@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Check that the man pages are up to date, complete, and readable at 80 columns."""
+"""Test that the man pages are current and complete and fit into 80 columns."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_man_page_has_every_option(name: str) -> None:
 @pytest.mark.parametrize("name", PAGES)
 def test_man_page_has_every_section(name: str) -> None:
     found = re.findall(r"^\.SH \"?([^\"\n]+)", read(name), re.MULTILINE)
-    if "COMMANDS" in found:  # the page of a group has options below each command
+    if "COMMANDS" in found:  # the page of a command group lists options below each command
         found.append("OPTIONS")
     assert [section for section in SECTIONS if section not in found] == []
 

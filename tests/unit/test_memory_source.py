@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test sources of memory: parsers, and simulated NUMA nodes and huge page pools."""
+"""Test the sources of memory with simulated NUMA nodes and huge page pools."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_policy_limits_nodes(two_nodes: Path) -> None:
 def test_cpuset_limits_nodes(two_nodes: Path) -> None:
     (two_nodes / "proc/7/status").write_text("Mems_allowed_list:\t0\n")
     assert confining_nodes(Process(7, 0), ()) == (0,)
-    # A policy without a node of the cpuset has no effect.
+    # A policy has no effect if none of its nodes is in the cpuset.
     assert confining_nodes(Process(7, 0), (1,)) == (0,)
 
 
@@ -106,7 +106,7 @@ HUGETLB = MemoryMapping(0x7F0000000000, 0x7F0008000000, "rw-s", 0, (0, 9), 5, "/
 
 @pytest.fixture
 def full_pool(two_nodes: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A pool of 64 free huge pages, all reserved: for the 128 MiB of HUGETLB."""
+    """Simulate a pool of 64 free huge pages, all reserved for the mapping HUGETLB."""
     pool = two_nodes / "hugepages-2048kB"
     pool.mkdir()
     for name, pages in (("free", 64), ("resv", 64), ("nr_overcommit", 0), ("surplus", 0)):

@@ -36,7 +36,7 @@ def test_cancel_while_answer_arrives(answered: bool) -> None:
         await asyncio.sleep(0)
         if answered:
             client.answer.set_result({})
-            await asyncio.sleep(0)  # wait_for() has its answer but has not returned
+            await asyncio.sleep(0)  # wait_for() has the answer but has not returned yet
         task.cancel()
         if not task.done():
             with pytest.raises(asyncio.CancelledError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Check that every mutant applies to the source, and that renamed tests are followed."""
+"""Test that every mutant applies to the source, and that renamed tests are found."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the built C parts: a helper without dependencies, and a library that needs only libc."""
+"""Test that the helper has no dependencies and that the library needs only libc."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_helper_fits_in_one_page() -> None:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Yield the helper, compiled and linked as build.py does."""
+    """Compile and link the helper as build.py does; yield the directory."""
     directory = tmp_path_factory.mktemp("helper")
     source = NATIVE / "ptrace/helper.c"
     tool("cc", *HELPER_FLAGS, f"-I{NATIVE}", "-c", source, "-o", directory / "helper.o")
@@ -70,7 +70,7 @@ def test_helper_has_no_external_symbols(compiled: Path) -> None:
 
 
 def test_helper_uses_no_fpu_or_thread_pointer(compiled: Path) -> None:
-    """It runs beside another thread's FPU state and without a TLS block."""
+    """Check the helper's code. It has neither FPU state nor a TLS block of its own."""
     code = tool("objdump", "-d", "--no-show-raw-insn", compiled / "helper.elf")
     assert "syscall" in code
     assert re.findall(r"%[xyz]mm\d+|%st\b|%[fg]s:|\bf(?:ld|st|xsave)\w*\b", code) == []
@@ -83,7 +83,7 @@ def test_helper_starts_with_its_entry(compiled: Path) -> None:
 
 # --- shared structures ---
 
-# The kernel's struct kvm_pre_fault_memory is tested in the lab by the ioctl itself.
+# The tests in the lab check the kernel's struct kvm_pre_fault_memory by calling the ioctl.
 STRUCTS = {
     "struct prefault_range": (
         32,
@@ -92,7 +92,7 @@ STRUCTS = {
     "struct prefault_control": (
         None,
         {
-            # The assembly of clone()'s child uses the offsets of these two.
+            # The assembly that runs in clone()'s child uses the first two offsets.
             "entry": 0,
             "stack_top": 8,
             "magic": 16,

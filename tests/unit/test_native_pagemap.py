@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the pagemap scanner on memory with known contents, of this process and of a child."""
+"""Test the pagemap scanner on known memory of this process and of a child."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEMOTE = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 PAGEMAP_SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg), Linux 6.7
 PAGE_IS_PRESENT = 1 << 3
 
-#: (first page, number of pages), relative to the start of the mapping.
+#: The first page and the number of pages of each range, relative to the start of the mapping.
 Regions = list[tuple[int, int]]
 
 
@@ -46,7 +46,7 @@ def has_scan(fd: int) -> bool:
 
 
 class Area:
-    """A mapping of this process: its address and its memory."""
+    """A mapping of this process, with its address and its memory."""
 
     def __init__(
         self, pages: int, flags: int = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, fd: int = -1
@@ -67,7 +67,7 @@ class Area:
 
 
 class Scanner:
-    """The two C functions on a pagemap, which is real or simulated by a file."""
+    """The two C functions, applied to a real pagemap or to a file that simulates it."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -106,7 +106,7 @@ def real() -> Iterator[Scanner]:
 
 @pytest.fixture
 def entries_only(real: Scanner) -> Iterator[Callable[[Area], Scanner]]:
-    """Yield a copy of the pagemap's entries in a sparse file. It has no PAGEMAP_SCAN."""
+    """Yield a function that copies pagemap entries to a file, without PAGEMAP_SCAN."""
     fd = os.memfd_create("pagemap")
 
     def copy(area: Area) -> Scanner:
@@ -122,7 +122,7 @@ def entries_only(real: Scanner) -> Iterator[Callable[[Area], Scanner]]:
 def scanner_of(
     request: pytest.FixtureRequest, real: Scanner, entries_only: Callable[[Area], Scanner]
 ) -> Callable[[Area], Scanner]:
-    """Yield each of the two implementations. Both must meet each test's expectation."""
+    """Return each implementation in turn. Each test must pass with both of them."""
     if request.param == "entries":
         return entries_only
     if not has_scan(real.fd):
@@ -157,7 +157,10 @@ def test_written_memory_is_writable(scanner_of: ScannerOf) -> None:
 
 
 def test_zero_page_is_present_not_writable(real: Scanner) -> None:
-    """KVM's read fault would map the zero page read-only at 4 KiB and report success."""
+    """Check that the zero page counts as present but not as writable.
+
+    The ioctl would map it read-only and report success.
+    """
     if not has_scan(real.fd):
         pytest.skip("this kernel has no PAGEMAP_SCAN (Linux 6.7)")
     area = Area(16)
@@ -213,7 +216,10 @@ def test_huge_page_counts_in_full(scanner_of: ScannerOf) -> None:
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 7, 64, 2000])
 def test_fragmented_map_is_read_in_any_chunk_size(scanner_of: ScannerOf, at_once: int) -> None:
-    """There are more ranges than one call or one ioctl returns. None is lost or repeated."""
+    """Read more ranges than one call or one ioctl returns.
+
+    No range may be lost or repeated.
+    """
     area = Area(3000)
     area.write(*range(1, 3000, 2))
     scanner = scanner_of(area)
@@ -226,7 +232,7 @@ def test_map_larger_than_one_read(scanner_of: ScannerOf) -> None:
     area.write(0, 8191, 8192, 8193, 16383, 16384, 19_999)
     expected = [(0, 1), (8191, 3), (16383, 2), (19_999, 1)]
     found: Regions = []
-    for start, count in scanner_of(area).writable(area):  # a range ends where a read ended
+    for start, count in scanner_of(area).writable(area):  # join ranges that a read has split
         if found and sum(found[-1]) == start:
             found[-1] = (found[-1][0], found[-1][1] + count)
         else:
@@ -258,7 +264,10 @@ sys.stdin.read()
 
 @pytest.fixture
 def child() -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """Yield a process that wrote 4 MiB and one page at 32 and 48 MiB each, and the address."""
+    """Yield a process that has written to 64 MiB of memory, and the memory's address.
+
+    It has written the first 4 MiB, one page at 32 MiB, and one page at 48 MiB.
+    """
     process = subprocess.Popen(
         [sys.executable, "-c", VICTIM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -285,7 +294,7 @@ def test_gaps_complement_ranges(child: tuple[subprocess.Popen[str], int]) -> Non
     with Pagemap(Process.find(process.pid)) as pagemap:
         assert list(pagemap.unwritable(start, 4 * MIB, True)) == []
         assert list(pagemap.unwritable(start, 64 * MIB, True)) == [
-            # A single page in between is populated again instead of being excluded.
+            # Single pages between gaps are not excluded, so they are populated again.
             (start + 4 * MIB, 60 * MIB)
         ]
         assert list(pagemap.unwritable(start + 4 * MIB, 28 * MIB, True)) == [
@@ -294,7 +303,7 @@ def test_gaps_complement_ranges(child: tuple[subprocess.Popen[str], int]) -> Non
 
 
 def test_distant_gaps_stay_separate() -> None:
-    """A large range between two gaps is not populated again."""
+    """Check that a large range between two gaps is excluded from populating."""
     island = MERGE_DISTANCE + 4 * PAGE
     area = Area((island + 2 * MIB) // PAGE)
     area.write(*range(256, 256 + island // PAGE))
@@ -306,7 +315,7 @@ def test_distant_gaps_stay_separate() -> None:
 
 
 def test_memory_use_is_constant() -> None:
-    """25,000 ranges are returned one at a time."""
+    """Check that 25,000 ranges, returned one at a time, need little memory."""
     area = Area(50_000)
     area.write(*range(0, 50_000, 2))
     with Pagemap(Process.find(os.getpid())) as pagemap:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the plugin's control socket without QEMU: every refusal has a code."""
+"""Test that every refusal of the plugin's control socket has a code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Server:
-    """The running program: the paths of its socket and its memory."""
+    """The running program, with the path of its socket and the address of its memory."""
 
     def __init__(self, process: subprocess.Popen[str], path: Path) -> None:
         assert process.stdout

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The plugin does not populate more than the file system of guest RAM has."""
+"""Test that the plugin respects the free space of the file system of guest RAM."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tmpfs(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 64 MiB."""
+    """Mount a tmpfs of 64 MiB."""
     command = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(tmp_path)]
     if os.geteuid() != 0 or subprocess.run(command, check=False).returncode != 0:
         pytest.skip("only root may mount a tmpfs")
@@ -40,7 +40,7 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
         (64, "shared", 0, 0, "all"),
         (80, "shared", 0, 0, "resident"),
         (64, "shared", 64, 0, "all"),
-        (16, "shared", 0, 48, "all"),  # leaves 32 MiB to the other file
+        (16, "shared", 0, 48, "all"),  # leaves 48 MiB, the size of the other file
         (48, "shared", 0, 48, "resident"),
         (48, "shared", 48, 16, "all"),
         (80, "private", 0, 0, "all"),
@@ -78,7 +78,7 @@ def test_file_system(
 @pytest.mark.parametrize(
     ("other", "least", "most"),
     [
-        (0, 16, 32),  # an empty file may grow, so 32 MiB are left
+        (0, 16, 32),  # leaves 32 MiB, because an empty file may grow
         (10, 8, 24),
         (40, 0, 0),
     ],
@@ -86,7 +86,10 @@ def test_file_system(
 def test_other_file_grows_during_populate(
     program: Path, tmpfs: Path, other: int, least: int, most: int
 ) -> None:
-    """48 MiB are free when the guest starts. The plugin checks again before each chunk."""
+    """Allocate another file during populating.
+
+    The 48 MiB of the guest are free at its start, so the plugin must check before each chunk.
+    """
     done = subprocess.run(
         [
             *(program, tmpfs / "ram", str(48 * MIB), "shared", "hook"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Check the layers of the C files, by their includes and by the symbols of their objects."""
+"""Test the layers of the C files by their includes and their symbols."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import qemu_prefault
 
 NATIVE = Path(qemu_prefault.__file__).parent / "native"
 
-# Lowest layer first. Each file may only include and call the files before it. plugin/state.h
+# The lowest layer is first. Each file may only include and call the files before it. plugin/state.h
 # describes each of the plugin's files.
 COMMON = ("common/headroom", "common/memory_source", "common/pagemap")
 PLUGIN = tuple(
@@ -38,8 +38,8 @@ ORDER = (*HEADERS_ONLY, *COMMON, *PLUGIN, *PTRACE, "ptrace/helper", "conformance
 
 #: The libc functions that the plugin interposes.
 INTERPOSED = frozenset({"ioctl", "madvise", "fallocate", "fallocate64", "mmap", "mmap64"})
-#: Files that run with pf_lock held. They must not allocate: an allocator may wait for pf_lock in a
-#: hook while it holds its own locks.
+#: Files that run with pf_lock held. They must not allocate memory: another thread may wait for
+#: pf_lock in a hook while it holds the allocator's locks.
 UNDER_LOCK = tuple(
     f"plugin/{name}"
     for name in (
@@ -65,7 +65,7 @@ needs_tools = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Object:
-    """The symbols of one compiled file."""
+    """The defined and undefined symbols of one compiled file."""
 
     defined: frozenset[str]
     undefined: frozenset[str]
@@ -80,7 +80,7 @@ def symbols(path: Path, *options: str) -> frozenset[str]:
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Object]:
-    """Compile each C file with the plugin's flags."""
+    """Compile each C file with the plugin's flags, and return its symbols."""
     directory = tmp_path_factory.mktemp("objects")
     found = {}
     for name in ORDER:
@@ -169,7 +169,7 @@ def test_calls_point_down(objects: Mapping[str, Object], name: str) -> None:
 
 @needs_tools
 def test_external_symbols_have_prefix(objects: Mapping[str, Object]) -> None:
-    """They are loaded into QEMU's process."""
+    """Check the prefix of external symbols, because they are loaded into QEMU."""
     for name, found in objects.items():
         allowed = {"plugin/interpose": INTERPOSED, "plugin/main": ENTRIES}.get(name, frozenset())
         strange = {s for s in found.defined if not s.startswith("pf_")}
@@ -184,7 +184,10 @@ def test_symbols_are_defined_once(objects: Mapping[str, Object]) -> None:
 
 @needs_tools
 def test_interposed_functions_are_not_called_by_name(objects: Mapping[str, Object]) -> None:
-    """A call by name would reach libc's or the plugin's function, depending on the load method."""
+    """Check that no file calls an interposed function by its name.
+
+    Depending on how the plugin is loaded, such a call would reach libc's or the plugin's function.
+    """
     for name in (*COMMON, *PLUGIN):
         if name in objects:
             assert objects[name].undefined & INTERPOSED == frozenset(), name
@@ -203,7 +206,7 @@ def test_plugin_exports_only_its_entries(plugin: Path) -> None:
 
 @needs_tools
 def test_plugin_binds_no_interposed_function(plugin: Path) -> None:
-    """It binds neither libc's function nor, by a relocation, the dynamic linker's choice."""
+    """Check that the plugin has no import of, or relocation to, such a function."""
     assert symbols(plugin, "--dynamic", "--undefined-only") & INTERPOSED == frozenset()
     done = subprocess.run(
         ["readelf", "--relocs", "--wide", plugin], capture_output=True, text=True, check=True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""CPUs and cgroups of helpers."""
+"""Test the choice of CPUs and cgroups for helpers."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def test_cpu_list(text: str, expected: set[int]) -> None:
     ("main", "vcpu", "real_time", "best"),
     [
         (ALL, ALL, cpus(), ALL),
-        (ALL, cpus(5), cpus(), NODES[1]),  # pinned: all CPUs of the node
-        (ALL, cpus(5), cpus(5), cpus(4, 6, 7)),  # a real-time vCPU keeps its CPU
+        (ALL, cpus(5), cpus(), NODES[1]),  # pinned vCPU: all CPUs of its node
+        (ALL, cpus(5), cpus(5), cpus(4, 6, 7)),  # real-time vCPU: the other CPUs of its node
         (cpus(0, 4), cpus(5), cpus(5), cpus(4)),  # <emulatorpin>
         (
             cpus(0, 1),
             cpus(5),
             cpus(5),
             cpus(4, 6, 7),
-        ),  # the vCPU's node is preferred to QEMU's CPUs
-        (ALL, cpus(5), ALL, NODES[1]),  # real-time threads on all CPUs
+        ),  # the node of the vCPU has priority over the CPUs of QEMU's main thread
+        (ALL, cpus(5), ALL, NODES[1]),  # real-time threads run on all CPUs
         (cpus(0), cpus(0), cpus(0), cpus(1, 2, 3)),
     ],
 )

@@ -215,7 +215,7 @@ def cgroup(path: Path, **files: object) -> None:
 
 @pytest.fixture
 def fake_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make a /proc whose process 7 is in cgroup /a/b of a v2 hierarchy in tmp_path/cg."""
+    """Simulate a /proc whose process 7 is in cgroup /a/b of tmp_path/cg (v2)."""
     proc = tmp_path / "proc"
     (proc / "7").mkdir(parents=True)
     (proc / "self").mkdir()
@@ -260,7 +260,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes users or name
 
 @contextlib.contextmanager
 def child(**options: object) -> Iterator[subprocess.Popen[bytes]]:
-    """Yield a process that waits for its standard input to be closed."""
+    """Yield a process that runs until its standard input is closed."""
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, **options) as process:  # type: ignore[call-overload]
         yield process
         process.kill()
@@ -285,7 +285,7 @@ def test_own_mappings_are_found() -> None:
 
 
 def test_ending_threads_do_not_hide_others() -> None:
-    # The kernel's own list of threads omits one in a thousand here.
+    # One read of /proc/PID/task omits a thread in about one of a thousand cases.
     process = Process.find(os.getpid())
     for _ in range(1500):
         ends = threading.Thread(target=time.sleep, args=(0.0002,))
@@ -374,7 +374,7 @@ def test_identify_finds_thread_owner() -> None:
     with child() as qemu, child() as proxy:
         assert identify(qemu.pid, None, [qemu.pid]).pid == qemu.pid
         assert thread_map(Process.find(qemu.pid)) == {qemu.pid: qemu.pid}
-        # The socket belongs to a proxy, but the user gave the process, so this is accepted.
+        # The socket belongs to a proxy, but the user has specified the process with --pid.
         assert identify(proxy.pid, qemu.pid, [qemu.pid]).pid == qemu.pid
         for peer, given, threads in (
             (proxy.pid, None, [qemu.pid]),
@@ -388,7 +388,7 @@ def test_identify_finds_thread_owner() -> None:
             assert caught.value.code == "proxy"
         with pytest.raises(RefusedError, match=rf"process {qemu.pid} \(cat\)"):
             identify(proxy.pid, None, [qemu.pid])
-        with pytest.raises(UnsupportedError):  # TCP, and the owner is not QEMU
+        with pytest.raises(UnsupportedError):  # a TCP socket whose owner is not QEMU
             identify(None, None, [qemu.pid])
         with pytest.raises(RefusedError):
             identify(os.getpid(), None, [os.getpid()])
@@ -480,7 +480,10 @@ def become_nobody() -> None:
 
 @pytest.fixture
 def nobody() -> Iterator[ProcessPoolExecutor]:
-    """Yield an executor that runs functions as another user, forked as Python may be unreadable."""
+    """Yield an executor that runs functions as another user.
+
+    It forks its processes, because that user may not be able to read Python's files.
+    """
     from qemu_prefault import _native  # noqa: F401, PLC0415
 
     fork = multiprocessing.get_context("fork")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the report: its JSON for scripts, its table for people, and the exit status."""
+"""Test the report as JSON and as a table, and the exit status."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DONE = Report(
 )
 PARTIAL = replace(DONE, bytes=replace(DONE.bytes, remaining=4096))
 
-# The JSON contract with the types of its values. Fields may be added but not renamed.
+# The fields of the JSON report and their types. Fields may be added, but not renamed.
 COUNT = {"4k": int, "2m": int, "1g": int}
 CONTRACT: dict[str, Any] = {
     "schema": int,
@@ -92,7 +92,7 @@ def check_shape(value: object, shape: Any, where: str = "") -> None:
 
 
 def printed(report: Report) -> Any:
-    """Return what --json prints."""
+    """Return the object that ``--json`` prints."""
     return json.loads(json.dumps(report.to_json()))
 
 
@@ -185,12 +185,12 @@ def test_error_code_can_be_given() -> None:
 
 
 def errors_without_remedy(path: Path) -> list[str]:
-    """List the calls of error classes that give only a cause."""
+    """Return the calls of error classes that have a cause but no remedy."""
     ours = {
         name
         for name, value in vars(errors).items()
         if isinstance(value, type) and issubclass(value, QemuPrefaultError)
-    } - {"LayoutError"}  # which has its own remedy
+    } - {"LayoutError"}  # this class sets its remedy itself
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ours:
@@ -207,7 +207,7 @@ def test_every_error_has_a_remedy() -> None:
     assert [place for path in modules for place in errors_without_remedy(path)] == []
 
 
-# --- text for people ---
+# --- the table ---
 
 
 @pytest.mark.parametrize(

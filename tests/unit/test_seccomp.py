@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Evaluation of seccomp filters."""
+"""Test the evaluation of seccomp filters."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def parsed(action: str, *calls: str) -> list[Instruction]:
 
 
 def result(*code: tuple[int, int, int, int]) -> int:
-    """Return the accumulator after these instructions."""
+    """Return the value of the accumulator after these instructions."""
     return run_filter([*(Instruction(*i) for i in code), Instruction(0x16, 0, 0, 0)], DATA)
 
 
@@ -123,7 +123,10 @@ def test_arguments_matter() -> None:
 
 
 def test_memory_deny_write_execute() -> None:
-    """systemd's MemoryDenyWriteExecute= denies mprotect() to executable, and mmap() of W with X."""
+    """Evaluate the filter of systemd's MemoryDenyWriteExecute=.
+
+    It denies mprotect() with PROT_EXEC, and mmap() with both PROT_WRITE and PROT_EXEC.
+    """
     calls = required_calls([], area=1 << 44, gadget=0)
     assert denied([parsed("kill", "10", "9:2=6", "9:2=7")], calls) == ()
     assert denied([parsed("kill", "9:2=5")], calls) == ("mmap",)
@@ -139,7 +142,7 @@ def test_truncated_filters_are_refused() -> None:
 
 
 def test_random_programs() -> None:
-    """Random programs are evaluated or raise BadFilterError."""
+    """Check that a random program is evaluated or raises BadFilterError."""
     chance = random.Random(17)
     for _ in range(5000):
         program = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Detection of helpers without progress, and the reason."""
+"""Test the detection of helpers that make no progress, and of the reason."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that a run's results are checked against KVM's counters."""
+"""Test the comparison of a run's results with KVM's counters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def section(gpa: int, size: int) -> MemorySection:
 
 @pytest.fixture
 def tally() -> RunTally:
-    """Make a tally of two sections, of 4 and 8 MiB, that are prefaulted completely."""
+    """Make a tally of two completely prefaulted sections, of 4 MiB and of 8 MiB."""
     tally = RunTally()
     for part in (section(0, 4 * MIB), section(16 * MIB, 8 * MIB)):
         done = tally.of(part)

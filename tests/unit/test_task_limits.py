@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How many further threads QEMU may start, from files of /proc and cgroups."""
+"""Test how many more threads QEMU may start, from files of /proc and cgroups."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The process that interrupts helpers that cannot create timers."""
+"""Test the process that interrupts helpers which cannot create timers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from qemu_prefault.agents.ticker import Ticker, is_pending
 
 NAME, SIGNAL = "qemu-prefault", 64
-# Count signals, and exit after a given number.
+# A program that counts signals and exits after a given number of them.
 HELPER = f"""
 import signal, sys
 got = []
