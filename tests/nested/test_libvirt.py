@@ -377,5 +377,5 @@ def test_watch_writes_textfile(make_domain: MakeDomain, tmp_path: Path) -> None:
     finally:
         child.terminate()
         assert child.wait(60) == 0
-    # The tool must remove the file, because its figures are no longer current.
+    # The tool must remove the file, so that no reader uses outdated figures.
     assert list(tmp_path.iterdir()) == []
