@@ -456,7 +456,7 @@ def main() -> int:
     one.add_argument("arguments", nargs="*", help="more arguments for avocado run")
     one.set_defaults(run=run_distro)
     two = commands.add_parser("vt", parents=[common], help="tests for avocado-vt")
-    two.add_argument("--tp-qemu", type=Path, help="a checkout of avocado-vt's own provider")
+    two.add_argument("--tp-qemu", type=Path, help="a checkout of avocado-vt's provider tp-qemu")
     two.add_argument("arguments", nargs="*", help="tests to run (default: all of this provider)")
     two.set_defaults(run=run_vt)
     three = commands.add_parser("check", help="only check that all tests are found")

@@ -160,7 +160,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run the test suites.")
     parser.add_argument("--full", action="store_true", help="run all suites, on every kernel")
     parser.add_argument("--jobs", type=int, default=2, help="number of parallel suites (default 2)")
-    parser.add_argument("names", nargs="*", help="only these suites, or: lint")
+    parser.add_argument("names", nargs="*", help="suites to run, or lint for all linters")
     options = parser.parse_args()
     table = tomllib.loads((ROOT / "tests" / "suites.toml").read_text())["suite"]
     tier = "full" if options.full else "test"

@@ -94,7 +94,7 @@ def test_populate_only_avoids_host_faults() -> None:
 
 @pytest.mark.full
 def test_suite_beside_live_guest() -> None:
-    """Check that the suite passes beside a running guest and does not affect it."""
+    """Check that the suite passes while a guest runs, and does not affect the guest."""
     this = host_facts.read_host_facts()
     cases = [case for case in suite.all_cases() if case.area in ("paging", "slots", "foreign")]
     with Guest(machine="microvm", memory_mib=128, workload_mib=16) as guest:

@@ -93,7 +93,7 @@ def test_kill_at_random_moments(request: pytest.FixtureRequest, seed: int) -> No
         final = guest.command("stop")
         print(f"{killed} of {kills} runs killed, {resumed_by_guard} while paused; {final}")
         print(f"mean seconds: run {duration:.2f}, until resumed {resuming / kills:.2f}, ", end="")
-        print(f"until the helpers had left {leaving / kills:.2f}")
+        print(f"until the helpers had exited {leaving / kills:.2f}")
         assert final["bad"] == 0 and float(final["passes"]) > 0
         assert killed >= kills // 2
         assert prefault(guest, *run).status == 0

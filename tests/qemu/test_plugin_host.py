@@ -178,7 +178,7 @@ def test_stale_socket_is_reused(start_qemu: StartQemu, tmp_path: Path) -> None:
 
 @needs_kvm
 def test_other_user_is_rejected(control: Callable[..., Control], tmp_path: Path) -> None:
-    """Check that the plugin rejects other users, whatever the mode of its socket."""
+    """Check that other users are rejected even if the socket's mode allows them."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
     control()

@@ -22,7 +22,7 @@ def leftovers(pid: int) -> list[str]:
 
 def wait_clean(pid: int) -> float:
     """Wait until a process has no helpers; return the elapsed seconds."""
-    return wait_for(lambda: not leftovers(pid), f"the helpers have left process {pid}")
+    return wait_for(lambda: not leftovers(pid), f"all helpers in process {pid} have exited")
 
 
 def resident_bytes(pid: int, address: int) -> int:

@@ -70,7 +70,7 @@ def test_helper_has_no_external_symbols(compiled: Path) -> None:
 
 
 def test_helper_uses_no_fpu_or_thread_pointer(compiled: Path) -> None:
-    """Check the helper's code. It has neither FPU state nor a TLS block of its own."""
+    """Check that the helper's code uses neither the FPU nor thread-local storage."""
     code = tool("objdump", "-d", "--no-show-raw-insn", compiled / "helper.elf")
     assert "syscall" in code
     assert re.findall(r"%[xyz]mm\d+|%st\b|%[fg]s:|\bf(?:ld|st|xsave)\w*\b", code) == []

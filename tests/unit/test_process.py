@@ -404,7 +404,7 @@ def test_thread_ids_are_translated_across_pid_namespaces() -> None:
         inner = int(children[0])
         assert thread_map(Process.find(inner)) == {1: inner}
         assert identify(inner, None, [1]).pid == inner
-        with pytest.raises(RefusedError):  # the untranslated ids belong to other threads
+        with pytest.raises(RefusedError):  # without translation, the ids belong to other threads
             identify(inner, None, [inner])
         outer.kill()
 
