@@ -24,7 +24,7 @@ def test_short_hugetlb_pool_is_not_populated(program: Path, how: str) -> None:
         pytest.skip("this kernel has no huge pages")
     page_size, short, populate = done.stdout.split()
     if page_size != str(2 << 20) or short != "1":
-        pytest.skip("the host has no 2 MiB huge pages, or 64 GiB of them are free")
+        pytest.skip("the default huge pages are not of 2 MiB, or 64 GiB of them are free")
     assert populate == "resident"
     assert "populating needs 65536 MiB of huge pages" in done.stderr
     assert "only present pages are prefaulted" in done.stderr
