@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Configuration of the documentation site and of the man pages (`make docs`, `make man`)."""
+"""Sphinx configuration of the documentation site and of the man pages."""
 
 import sys
 from pathlib import Path

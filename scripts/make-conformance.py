@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Write docs/conformance.md from runs of the suite on three kernels, in three modes each.
+"""Run the suite on three kernels in three modes, and write docs/conformance.md.
 
-    make conformance                                     run all in the lab, about ten minutes
-    scripts/make-conformance.py --keep DIR               keep each run's JSON in DIR
+    make conformance                                     run the suite in the lab (10 minutes)
+    scripts/make-conformance.py --keep DIR               run it, and keep each run's JSON in DIR
     scripts/make-conformance.py --keep DIR --render      write the page from the JSON in DIR
 
-The text around the tables is in scripts/conformance.md.in.
+scripts/conformance.md.in has the text around the tables.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ Runs = dict[tuple[str, str], dict[str, Any]]
 
 
 def run(variant: str, mode: str) -> dict[str, Any]:
-    """Run the suite in the lab. Return its report, with the duration including the lab's start."""
+    """Run the suite in the lab, and return its report.
+
+    The report's ``with_lab`` is the duration in seconds, including the start of the lab.
+    """
     command = [sys.executable, "-m", "qemu_prefault_lab", "run", "--variant", variant, "--nested"]
     command += MODES[mode]
     for wheel in os.environ.get("QEMU_PREFAULT_WHEELS", "").split():
@@ -70,7 +73,7 @@ def short(kernel: str) -> str:
 
 
 def summary(runs: Runs) -> Iterator[str]:
-    """Yield the table of runs with the number of cases per outcome."""
+    """Yield a table of the runs, with the number of cases per outcome."""
     head = ["kernel", "mode", "ioctl offered", "cases", "✓", "≠", "r", "B", "·", "F, H", "seconds",
             "with the lab"]  # fmt: skip
     table = [head]
@@ -87,7 +90,7 @@ def summary(runs: Runs) -> Iterator[str]:
 
 
 def observed(runs: Runs) -> Iterator[str]:
-    """Yield what the cases observed where it may differ, with the runs that observed it."""
+    """Yield a table of the observations that differ, with the runs that made each."""
     answers: dict[str, dict[str, list[str]]] = {}
     for (_, mode), report in runs.items():
         for case in report["cases"]:
@@ -102,7 +105,7 @@ def observed(runs: Runs) -> Iterator[str]:
 
 
 def bugs(runs: Runs) -> Iterator[str]:
-    """Yield the known bugs that each run detected."""
+    """Yield a list of the known bugs that each run detected."""
     for (_, mode), report in runs.items():
         names = [case["id"] for case in report["cases"] if case["outcome"] == "known bad"]
         if names:
@@ -111,7 +114,7 @@ def bugs(runs: Runs) -> Iterator[str]:
 
 
 def skips(runs: Runs) -> Iterator[str]:
-    """Yield the cases that no run could execute, with the reasons."""
+    """Yield a list of the cases that no run could execute, with the reasons."""
     reasons: dict[str, set[str]] = {}
     ran = set()
     for report in runs.values():

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Build the documentation from docs/: ``html``, a site in the cache, or ``man``, the pages in man/.
+"""Build the documentation from docs/ with Sphinx.
 
-Called by ``make docs`` and ``make man``. Sphinx and its extensions are installed into the cache.
+    make-docs.py html    build the site in the cache (``make docs``)
+    make-docs.py man     write the man pages in man/ (``make man``)
+
+The script installs Sphinx and its extensions into the cache.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = DOCS / "reference" / "commands"
 MAN = ROOT / "man"
-#: What a man page is made of besides its own source.
+#: Files that all man pages depend on.
 COMMON = (DOCS / "conf.py", DOCS / "_ext" / "prefault_docs.py")
 GENERATED = r".\" Written by `make man` from docs/reference/commands; do not edit. Sources: "
 
@@ -51,7 +54,7 @@ def _help_texts(command: click.Command) -> Iterator[str]:
 
 
 def _field_comments(page: str) -> Iterator[str]:
-    """Yield the fields and their comments in the modules that the page's directives name."""
+    """Yield fields and comments of the modules in the page's directives."""
     for module in sorted(set(re.findall(r"json-fields:?:?\}? (?:qemu_prefault\.)([\w.]+):", page))):
         path = ROOT / "qemu_prefault" / f"{module.replace('.', '/')}.py"
         text = path.read_text()
@@ -60,7 +63,7 @@ def _field_comments(page: str) -> Iterator[str]:
 
 
 def digest(name: str) -> str:
-    """Return a hash of everything that the man page shows."""
+    """Return a hash of all sources of the man page."""
     page = (PAGES / f"{name}.md").read_text()
     parts = [__version__, page, *(path.read_text() for path in COMMON)]
     parts += _help_texts(cli)
@@ -78,7 +81,10 @@ def cache() -> Path:
 
 
 def install_sphinx() -> Path:
-    """Return a directory that has the packages of docs/requirements.txt; fill it if necessary."""
+    """Return a directory with the packages of docs/requirements.txt.
+
+    Install the packages if the directory does not have them.
+    """
     requirements = DOCS / "requirements.txt"
     key = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()[:16]
     directory = cache() / f"docs-{key}"
@@ -94,7 +100,10 @@ def install_sphinx() -> Path:
 
 
 def sphinx(builder: str, output: Path, scratch: Path, *options: str) -> int:
-    """Run Sphinx from scratch, since the pages depend on the code."""
+    """Run Sphinx without its cache, because the pages depend on the code.
+
+    Return Sphinx's exit status.
+    """
     argv = [sys.executable, "-m", "sphinx", "-q", "-E", *options, "-b", builder]
     argv += ["-d", str(scratch / "doctrees"), str(DOCS), str(output)]
     environment = {**os.environ, "PYTHONPATH": str(install_sphinx())}
@@ -102,7 +111,10 @@ def sphinx(builder: str, output: Path, scratch: Path, *options: str) -> int:
 
 
 def make_man(scratch: Path) -> int:
-    """Write the man pages. The intermediate files of two checkouts must not be mixed."""
+    """Write the man pages, and return an exit status.
+
+    :param scratch: A directory for intermediate files. Two checkouts must not share it.
+    """
     output = scratch / "man"
     status = sphinx("man", output, scratch)
     if status:
@@ -112,7 +124,8 @@ def make_man(scratch: Path) -> int:
         old.unlink()
     for name in names():
         text = (output / f"{name}.1").read_text()
-        # The date of the build would be a change each day. Names of commands are not hyphenated.
+        # Omit the build date, so that a rebuild does not change the page. Disable hyphenation,
+        # which would also divide the names of commands.
         header = re.compile(r'^(\.TH "[^"]*" "1") "[^"]*"(.*)', re.MULTILINE)
         text, count = header.subn(r'\1 ""\2\n.nr HY 0\n.ad l', text)
         assert count == 1, name
@@ -122,7 +135,10 @@ def make_man(scratch: Path) -> int:
 
 
 def make_html(scratch: Path) -> int:
-    """Build the site, into one directory for all checkouts: one build at a time."""
+    """Build the site, and return an exit status.
+
+    All checkouts use the same output directory, so only one build runs at a time.
+    """
     output = cache() / "docs"
     with (cache() / ".lock-docs-html").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Sphinx directives that document qemu-prefault from its own code.
 
-``command-options``  the options of a click command, by sphinx-click, without a section of their own
-``error-codes``      every ``errors.Code`` with its comment, and the errors that carry it
+``command-options``  the options of a click command, without the section that sphinx-click adds
+``error-codes``      every ``errors.Code`` with its comment, and the errors that have it
 ``json-fields``      the fields of the object that a ``to_json()`` method returns
 ``event-fields``     the events of ``--follow``, with the fields that the code gives them
 
-A description that is missing in the code, or that describes something the code does not have, is a
-warning. `make docs` treats warnings as errors.
+A directive logs a warning if a description is missing, or if it describes a name that the code
+does not have. `make docs` treats warnings as errors.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def parse(directive: Directive, lines: list[str]) -> list[nodes.Node]:
-    """Parse reStructuredText."""
+    """Parse reStructuredText, and return its nodes."""
     parent = nodes.Element()
     directive.state.nested_parse(StringList(lines, "generated"), directive.content_offset, parent)
     return parent.children
@@ -70,12 +70,15 @@ class CommandOptions(ClickDirective):
 
 
 def drop_lines(app: Sphinx, context: Any, lines: list[str]) -> None:
-    """Leave out what the pages themselves contain."""
+    """Remove text of sphinx-click that the pages themselves contain."""
     lines.clear()
 
 
 def edit_options(app: Sphinx, context: Any, lines: list[str]) -> None:
-    """Show choices as the option's value, and the default as a sentence; add ``--help``."""
+    """Edit sphinx-click's text of the options.
+
+    Show choices as the option's value, show the default as a sentence, and add ``--help``.
+    """
     found: list[str] = []
     option = 0
     for line in lines:
@@ -99,13 +102,13 @@ def edit_options(app: Sphinx, context: Any, lines: list[str]) -> None:
 
 
 def attribute_docs(module: str) -> dict[tuple[str, str], str]:
-    """Return the ``#:`` comments and docstrings of a module's attributes, by class and name."""
+    """Return the comments and docstrings of attributes, by class and name."""
     docs = ModuleAnalyzer.for_module(module).find_attr_docs()
     return {key: " ".join(line.strip() for line in text).strip() for key, text in docs.items()}
 
 
 def field_doc(owner: type, field: str) -> str:
-    """Return the description of a dataclass's field: ``:ivar`` in its docstring, or ``#:``."""
+    """Return the description of a dataclass field, from ``:ivar`` or ``#:``."""
     text = re.search(rf":ivar {field}: (.+?)(?=\n\s*:|\n\s*\n|\Z)", owner.__doc__ or "", re.DOTALL)
     if text:
         return " ".join(text[1].split())
@@ -113,7 +116,7 @@ def field_doc(owner: type, field: str) -> str:
 
 
 def code_users() -> dict[str, set[str]]:
-    """Return the classes of errors and warnings that carry each member of ``errors.Code``."""
+    """Return the classes of errors and warnings that use each ``errors.Code``."""
     users: dict[str, set[str]] = {}
 
     def members(node: ast.AST) -> Iterator[str]:
@@ -130,7 +133,7 @@ def code_users() -> dict[str, set[str]]:
                     for member in members(argument):
                         users.setdefault(member, set()).add(name)
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
-            # Warnings are collected by code: warnings[Code.RESET] = "…"
+            # The engine collects warnings by code: warnings[Code.RESET] = "…"
             for member in members(node.targets[0].slice):
                 users.setdefault(member, set()).add("RunWarning")
         elif isinstance(node, ast.ClassDef) and node.name.endswith("Error"):
@@ -148,7 +151,7 @@ def code_users() -> dict[str, set[str]]:
 
 
 def carried_by(names: set[str]) -> tuple[str, str]:
-    """Return the classes, and the exit statuses, as text."""
+    """Return the names of the classes, and their exit statuses, as text."""
     statuses = set()
     for name in names:
         kind = getattr(errors, name, None)
@@ -158,7 +161,10 @@ def carried_by(names: set[str]) -> tuple[str, str]:
 
 
 class ErrorCodes(Directive):
-    """``error-codes::`` a table of every code; the body has classes that are chosen at run time."""
+    """``error-codes::``, a table of all codes.
+
+    The body lists the codes whose class is chosen at run time, with this class.
+    """
 
     has_content = True
 
@@ -193,13 +199,16 @@ JSON_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean", d
 
 
 class Sample:
-    """Objects of dataclasses in which every value is unique, so that it is found again in JSON."""
+    """A factory of dataclass objects in which each value is unique.
+
+    A value in the JSON output therefore identifies the field that it comes from.
+    """
 
     def __init__(self) -> None:
         self._number = itertools.count(1001)
-        #: Class, field and type of each value.
+        #: The class, field name and type of each unique value.
         self.origins: dict[Any, tuple[type, str, str]] = {}
-        #: The same, by the name of the field; for values that cannot be unique.
+        #: The same by field name, for values that cannot be unique, for example Booleans.
         self.by_name: dict[str, tuple[type, str, str]] = {}
 
     def make(self, kind: type) -> Any:
@@ -243,7 +252,10 @@ class Sample:
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every field of a JSON value with its path: ``bytes.requested``, ``sections[].gpa``."""
+    """Yield the path and the value of each field of a JSON value.
+
+    Examples of paths are ``bytes.requested`` and ``sections[].gpa``.
+    """
     if isinstance(value, dict) and value:
         for name, inner in value.items():
             yield from leaves(inner, f"{path}.{name}" if path else name)
@@ -253,7 +265,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-#: Fields that every object has.
+#: Descriptions of the fields that every object has.
 COMMON = {
     "schema": "The version of this format.",
     "exit": "The exit status of the command.",
@@ -261,7 +273,10 @@ COMMON = {
 
 
 def described(content: StringList) -> dict[str, str]:
-    """Parse a directive's ``NAME: description`` lines; indented lines continue the one before."""
+    """Return the descriptions in a directive's ``NAME: description`` lines.
+
+    An indented line continues the line before.
+    """
     found: dict[str, str] = {}
     name = ""
     for line in content:
@@ -274,7 +289,10 @@ def described(content: StringList) -> dict[str, str]:
 
 
 class JsonFields(Directive):
-    """``json-fields:: MODULE:DATACLASS``; the body describes what has no ``#:`` comment."""
+    """``json-fields:: MODULE:DATACLASS``, a list of the fields.
+
+    The body describes the fields that have no ``#:`` comment.
+    """
 
     required_arguments = 1
     has_content = True
@@ -309,7 +327,10 @@ class JsonFields(Directive):
 
 
 def tool_events() -> dict[str, set[str]]:
-    """Return the events that engine/follow.py makes: dictionaries with a literal ``event``."""
+    """Return the events that engine/follow.py creates, with their fields.
+
+    An event is a dictionary with a literal ``event`` key.
+    """
     found: dict[str, set[str]] = {}
     follow = importlib.import_module("qemu_prefault.engine.follow")
     for node in ast.walk(ast.parse(inspect.getsource(follow))):
@@ -322,7 +343,7 @@ def tool_events() -> dict[str, set[str]]:
 
 
 def plugin_events() -> dict[str, set[str]]:
-    """Return the events that the plugin's calls of ``pf_log_event()`` make."""
+    """Return the events that the plugin logs, with their fields."""
     found: dict[str, set[str]] = {}
     for path in sorted((PACKAGE / "native" / "plugin").glob("*.c")):
         if path.name == "event_log.c":
@@ -338,7 +359,10 @@ def plugin_events() -> dict[str, set[str]]:
 
 
 class EventFields(Directive):
-    """``event-fields:: tool|plugin``; the body describes each event."""
+    """``event-fields:: tool|plugin``, a list of events.
+
+    The body describes each event.
+    """
 
     required_arguments = 1
     has_content = True
@@ -363,7 +387,7 @@ LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)(?:#[^)\s]*)?\)")
 
 
 def resolve_source_links(app: Sphinx, document: str, source: list[str]) -> None:
-    """Show links to files outside docs/ as paths, because the site does not have these files."""
+    """Replace links to files outside docs/ by paths; the site lacks these files."""
     folder = (Path(app.srcdir) / document).parent
 
     def replace(match: re.Match[str]) -> str:

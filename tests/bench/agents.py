@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Measure the three agents in turn on the same restored guest. Requires KVM.
+"""Measure the three agents in turn on the same restored guest.
 
     agents.py LOOP
 
-The last line of output is JSON. "qmp", "job" and "prefault=on" run in the patched QEMU, whose path
-is in an environment variable. "job" is QEMU's job without the tool.
+The script needs KVM, so run.py runs it in the lab or on a host that can prefault. It prints its
+results as JSON, in the last line. The rows "qmp", "job" and "prefault=on" use the patched QEMU,
+whose path is in an environment variable. "job" is QEMU's job without the tool. The script does not
+use LOOP.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ def measure(way: str, state: Path) -> dict[str, float]:
         before = guest.stats()["pf_taken"]
         resuming = time.monotonic()
         guest.qmp("cont")
-        resumed = time.monotonic() - resuming  # includes the work of prefault=on
+        resumed = time.monotonic() - resuming  # prefault=on does its work during cont
         first = guest.command("pass")
         faults = guest.stats()["pf_taken"] - before
         steady = statistics.median(float(guest.command("pass")["seconds"]) for _ in range(3))

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Measure the time that ``--incoming`` adds to a migration's blackout. Runs where KVM is.
+"""Measure the time that ``--incoming`` adds to a migration's blackout.
 
     incoming.py LOOP
 
-The last line of output is JSON. A guest migrates without the tool and with it, in an order that
-changes from round to round. The guest writes continuously in one migration. In a second one it
-does not write, so that its first pass on the destination can be timed. LOOP is the program that
-calls the bare ioctl over the same amount of memory.
+The script needs KVM, so run.py runs it in the lab or on a host that can prefault. It prints its
+results as JSON, in the last line. LOOP is the program that calls the bare ioctl over the same
+amount of memory.
+
+A guest migrates without the tool and with it, in an order that changes from round to round. In one
+migration, the guest writes continuously. In a second one it does not write, so that the script can
+measure its first pass at the target.
 """
 
 from __future__ import annotations
@@ -31,7 +34,10 @@ CHUNK_MIB: Final = 32
 
 
 def seconds_of(event: dict[str, Any]) -> float:
-    """Return QEMU's timestamp of an event. Both QEMUs run on one host, so they are comparable."""
+    """Return QEMU's timestamp of an event, in seconds since 1970.
+
+    Both QEMUs run on one host, so their timestamps are comparable.
+    """
     stamp = event["timestamp"]
     return float(stamp["seconds"]) + float(stamp["microseconds"]) / 1e6
 
@@ -43,7 +49,12 @@ def save(state: Path) -> None:
 
 
 def migrate(way: str, state: Path, directory: Path, busy: bool) -> dict[str, Any]:
-    """Run one migration. ``faults`` counts until the guest has written each page there."""
+    """Run one migration, and return its measurements.
+
+    :param busy: Whether the guest writes during the migration.
+    :returns: Times in seconds. ``faults`` are the stage-2 faults at the target until the guest has
+        written all its pages.
+    """
     uri = f"unix:{directory / 'migration'}"
     with (
         Guest(memory_mib=MEMORY_MIB, incoming=state, paused=True) as source,
@@ -60,14 +71,15 @@ def migrate(way: str, state: Path, directory: Path, busy: bool) -> dict[str, Any
             tool = Tool(["--qmp", str(target.qmp_path), "--incoming", "--json"])
             wait_for(lambda: tool.has_said("ready"), "the tool is ready", 60)
         source.qmp("migrate", uri=uri)
-        # All memory has been sent once and is populated before the guest may switch over.
+        # Wait until QEMU has sent all memory once, so that the memory is populated before the
+        # guest may switch over.
         wait_for(
             lambda: source.qmp("query-migrate").get("ram", {}).get("dirty-sync-count", 0) > 1,
             "a second round",
             60,
         )
         source.qmp("migrate-set-parameters", downtime_limit=60_000)
-        # There may be only one CPU, so values that are not needed yet are read afterwards.
+        # Read the values after the tool has ended, because the machine may have only one CPU.
         if tool is not None:
             result = tool.finish()
             if result.status:
@@ -79,7 +91,8 @@ def migrate(way: str, state: Path, directory: Path, busy: bool) -> dict[str, Any
         if tool is not None:
             while (arrived := target.wait_event("MIGRATION"))["data"]["status"] != "completed":
                 pass
-            # Without the tool, QEMU would start the guest at this event. The blackout varies more.
+            # Without the tool, QEMU would start the guest at this event. Measure the tool's part
+            # from here, because the blackout varies more.
             found["added"] = resumed - seconds_of(arrived)
         if busy:
             target.command("stop")

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * A minimal virtual machine monitor, whose main thread issues the same chunks as the tool. Its time
- * is the baseline for the tool's seconds.prefault.
+ * A minimal virtual machine monitor that only calls KVM_PRE_FAULT_MEMORY, from its main thread.
+ * It uses the same chunk size as the tool, so its time is the baseline for seconds.prefault.
  *
  * The VM has one vCPU and one slot of populated, writable anonymous memory with 4K pages. For each
  * line on stdin, the program creates a new VM with the same memory, prefaults it, and prints the
- * seconds.
+ * time of the prefault in seconds.
  */
 #define _GNU_SOURCE
 #include <err.h>
@@ -20,7 +20,7 @@
 #include <time.h>
 #include <unistd.h>
 
-/* Linux 6.11. Defined here because the installed kernel headers may be older. */
+/* New in Linux 6.11. Defined here because the installed kernel headers may be older. */
 struct args {
 	uint64_t gpa, size, flags, padding[5];
 };
@@ -70,12 +70,12 @@ int main(int argc, char **argv)
 	uint64_t size = strtoull(argv[1], NULL, 0) << 20, chunk = strtoull(argv[2], NULL, 0) << 20;
 	int kvm = open("/dev/kvm", O_RDWR);
 	if (kvm < 0)
-		err(1, "/dev/kvm");
+		err(1, "cannot open /dev/kvm");
 	void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE,
 			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (memory == MAP_FAILED || madvise(memory, size, MADV_NOHUGEPAGE) ||
 	    madvise(memory, size, POPULATE_WRITE))
-		err(1, "memory");
+		err(1, "cannot map and populate the guest's memory");
 	for (int c; (c = getchar()) != EOF;) {
 		if (c == '\n') {
 			printf("%.6f\n", run(kvm, memory, size, chunk));

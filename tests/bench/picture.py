@@ -16,7 +16,7 @@ DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
 
 WIDTH, LEFT, RIGHT, TOP, ROW, BAR = 760, 210, 90, 76, 50, 15
 
-#: The picture has its own background, so that it is readable in a viewer that ignores the query.
+#: The picture has a background, so that it is readable in viewers that ignore the media query.
 STYLE = """
     .page { fill: #ffffff } .text { fill: #1f2328 } .note { fill: #59636e }
     .without { fill: #9a6700 } .with { fill: #0969da }
@@ -31,7 +31,7 @@ STYLE = """
 
 @dataclass(frozen=True)
 class Pair:
-    """Stage-2 faults of one situation, without and with qemu-prefault."""
+    """The stage-2 faults in one situation, without and with qemu-prefault."""
 
     name: str
     detail: str
@@ -40,7 +40,7 @@ class Pair:
 
 
 def rows_of(page: str, heading: str) -> Iterator[list[str]]:
-    """Yield the cells of the table rows below the first heading that begins with this text."""
+    """Yield the cells of each table row below the first heading with this prefix."""
     inside = False
     for line in page.splitlines():
         if line.startswith("## "):
@@ -58,8 +58,8 @@ def count(cell: str) -> int:
 def read_pairs(page: str) -> list[Pair]:
     """Return the pairs that the picture shows.
 
-    :param page: the text of docs/benchmarks.md.
-    :raises StopIteration, ValueError: a table has another form than tests/bench/run.py writes.
+    :param page: The text of docs/benchmarks.md.
+    :raises StopIteration, ValueError: A table differs from the form that run.py writes.
     """
 
     def two(heading: str, tool: str) -> tuple[int, int]:
@@ -119,7 +119,7 @@ def draw(pairs: list[Pair]) -> str:
 
 
 def write(page: str) -> Path:
-    """Draw the figures of this page, and return the file."""
+    """Draw the picture from the text of docs/benchmarks.md, and return its path."""
     target = DOCS / "images" / "faults.svg"
     target.parent.mkdir(exist_ok=True)
     target.write_text(draw(read_pairs(page)))

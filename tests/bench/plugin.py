@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Measure boots with the plugin. Runs where KVM is. The last line of output is JSON.
+"""Measure boots with and without the plugin.
 
     plugin.py LOOP [WAY...]
 
-On 4K pages all ways are measured in turn, in an order that changes from round to round. Times are
-in seconds from QEMU's start until the guest has booted and written its memory.
+The script needs KVM, so run.py runs it in the lab or on a host that can prefault. It prints its
+results as JSON, in the last line. On 4K pages, each round measures all values of WAY, in an order
+that changes from round to round. Times are in seconds from QEMU's start until the guest has booted
+and written its memory. The script does not use LOOP.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def start(machine: str, way: str) -> Guest:
 
 
 def anonymous_mib(pid: int) -> float:
-    """Return QEMU's private memory in MiB, including the guest's."""
+    """Return QEMU's anonymous resident memory in MiB, including the guest's."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("RssAnon:")[2].split()[0]) / 1024
 
@@ -48,7 +50,7 @@ def boot(machine: str, way: str, again: bool = False) -> dict[str, Any]:
         guest.wait_ready()
         found: dict[str, Any] = {"seconds": time.monotonic() - started}
         stats = guest.stats()
-        # Exclude the host's own interrupts, which depend only on the elapsed time.
+        # Exclude exits for the host's interrupts, because their number depends only on the time.
         exits = stats["exits"] - stats["irq_exits"]
         found |= {"faults": stats["pf_taken"], "exits": exits}
         found["anonymous_mib"] = anonymous_mib(guest.pid)

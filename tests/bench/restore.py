@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Measure restored guests, and the tool against a bare loop. Runs where KVM is.
+"""Measure restored guests, and compare the tool with a bare ioctl loop.
 
     restore.py LOOP
 
-The last line of output is JSON.
+The script needs KVM, so run.py runs it in the lab or on a host that can prefault. It prints its
+results as JSON, in the last line. LOOP is the program that calls the bare ioctl.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def run_tool(guest: Guest, *arguments: str) -> dict[str, Any]:
 
 
 def after_restore(state: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the faults and times of the first pass after a restore, without and with the tool."""
+    """Return the faults and times of restored guests, without and with the tool."""
     measure(DemoCase("boot", TOOL), 0, state)  # writes the state
     found: dict[str, list[dict[str, Any]]] = {NOTHING: [], TOOL: []}
     for _ in range(ROUNDS):
@@ -51,7 +52,7 @@ def after_restore(state: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def compare_with_loop(program: str) -> list[dict[str, float]]:
-    """Compare seconds.prefault per GiB with the reference program's, in pairs."""
+    """Return pairs of the tool's and the loop's seconds per GiB."""
     pairs: list[dict[str, float]] = []
     with small_pages():
         loop = subprocess.Popen(
@@ -65,7 +66,7 @@ def compare_with_loop(program: str) -> list[dict[str, float]]:
         with small_pages():
             guest = Guest(machine="microvm", memory_mib=LOOP_MIB, paused=True)
         with guest:
-            # Populate the memory first, so that both start from the same state.
+            # Populate the memory first, because the loop also starts with populated memory.
             run_tool(guest, "--populate-only")
             order = ("loop", "tool") if number % 2 else ("tool", "loop")
             pair: dict[str, float] = {}
@@ -85,7 +86,10 @@ def compare_with_loop(program: str) -> list[dict[str, float]]:
 
 
 def repeated(state: Path) -> dict[str, dict[str, float]]:
-    """Measure a first, a second and a dry run on one guest, which shows the fixed costs."""
+    """Return the seconds of a dry, a first and a second run on one guest.
+
+    The dry run and the second run show the cost of the tool's other work.
+    """
     with small_pages():
         guest = Guest(machine="microvm", memory_mib=352, incoming=state, paused=True)
     with guest:

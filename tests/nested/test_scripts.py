@@ -137,7 +137,7 @@ def test_vcpu_fds_give_eio(make_restored_guest: MakeGuest, running: bool) -> Non
     done = run_script("vcpu-fds", guest)
     assert done.returncode == 0, done.stderr
     assert "= EIO\n" in done.stdout and "kvm->mm" in done.stdout
-    assert "cannot prefault in any case" not in done.stdout
+    assert "cannot prefault from any process" not in done.stdout
     if running:
         assert guest.command("stop")["bad"] == 0
     else:
@@ -153,7 +153,7 @@ def test_vcpu_fds_give_eio_where_unsupported() -> None:
         done = run_script("vcpu-fds", guest)
         assert done.returncode == 0, done.stderr
         assert "= EIO\n" in done.stdout and "kvm->mm" in done.stdout
-        assert f"cannot prefault in any case: {CAPABILITY.reason}" in done.stdout
+        assert f"cannot prefault from any process: {CAPABILITY.reason}" in done.stdout
         assert guest.status() == "prelaunch"
 
 
