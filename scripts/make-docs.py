@@ -33,7 +33,7 @@ COMMON = (DOCS / "conf.py", DOCS / "_ext" / "prefault_docs.py")
 GENERATED = r".\" Written by `make man` from docs/reference/commands; do not edit. Sources: "
 
 
-# --- whether a man page is up to date ---
+# --- hashes of man pages ---
 
 
 def names() -> list[str]:
