@@ -59,7 +59,7 @@ static bool is_busy(const struct run_gate_vcpu *vcpu)
 }
 
 /*
- * End the helpers' work for good, and wait for that. The wait is limited because a helper may be
+ * End the helpers' work permanently, and wait until it has ended. The wait is limited because a helper may be
  * blocked inside the ioctl; KVM_RUN then waits for the ioctl in the kernel (vcpu->mutex).
  */
 static void end_work(const struct gate *gate)
