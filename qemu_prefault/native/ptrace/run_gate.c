@@ -59,8 +59,8 @@ static bool is_busy(const struct run_gate_vcpu *vcpu)
 }
 
 /*
- * End the helpers' work permanently, and wait until it has ended. The wait is limited because a helper may be
- * blocked inside the ioctl; KVM_RUN then waits for the ioctl in the kernel (vcpu->mutex).
+ * End the helpers' work permanently, and wait until it has ended. The wait is limited because a
+ * helper may be blocked inside the ioctl. In this case KVM_RUN waits for the ioctl (vcpu->mutex).
  */
 static void end_work(const struct gate *gate)
 {
@@ -137,7 +137,7 @@ static bool handle_stop(int32_t tid, int status)
 			return true;
 		signal = 0;
 	} else if (EVENT_OF(status) == PTRACE_EVENT_STOP && signal != SIGTRAP) {
-		ptrace(PTRACE_LISTEN, tid, NULL, NULL); /* somebody stopped QEMU with SIGSTOP */
+		ptrace(PTRACE_LISTEN, tid, NULL, NULL); /* QEMU was stopped by SIGSTOP */
 		return false;
 	} else if (EVENT_OF(status)) {
 		signal = 0;
