@@ -290,7 +290,7 @@ class PtraceAgent:
 
     def orphan_cleanup(self) -> OrphanCleanup:
         """See :meth:`.Agent.orphan_cleanup`."""
-        memory, pid = self._memory, self.process.pid
+        memory, pid, gate = self._memory, self.process.pid, self._gate
         where = tuple(
             helper.control + offset_of(field)
             for helper in self._helpers.values()
@@ -301,6 +301,8 @@ class PtraceAgent:
             for address in where:
                 with contextlib.suppress(OSError):
                     os.pwrite(memory, (1).to_bytes(4, "little"), address)
+            if gate is not None:
+                gate.end()
 
         return OrphanCleanup(
             stop_helpers, lambda: not helper_threads(pid), self.limits.stuck + self.limits.dead_man

@@ -103,8 +103,15 @@ class RunGate:
             while await self._ask(lib.RUN_GATE_RELEASE) != lib.RUN_GATE_RELEASED:
                 pass  # a vCPU has run meanwhile
 
+    def end(self) -> None:
+        """Make the gate let the vCPUs run and exit. A fork of this process can do this, too."""
+        with contextlib.suppress(OSError):  # the gate has exited
+            # close() is not enough: forks of this process have copies of the descriptor.
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     async def close(self) -> None:
-        """End the gate, which lets the vCPUs run."""
+        """Make the gate let the vCPUs run, and wait until it has exited."""
+        self.end()
         self._socket.close()
         with contextlib.suppress(ChildProcessError):
             await asyncio.to_thread(os.waitpid, self._child, 0)

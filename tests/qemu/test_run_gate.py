@@ -233,6 +233,21 @@ def test_dead_or_stopped_tool_does_not_freeze_the_vcpu(
         tool.kill()
 
 
+def test_gate_ends_beside_a_fork_of_the_tool(vcpu: FakeVcpu) -> None:
+    """The guard process has copies of the tool's descriptors."""
+
+    async def check() -> None:
+        async with held(vcpu):
+            fork = os.fork()
+            if not fork:
+                signal.pause()
+        assert not tracers(vcpu.pid)
+        os.kill(fork, signal.SIGKILL)
+        os.waitpid(fork, 0)
+
+    asyncio.run(check())
+
+
 def test_gate_inherits_nothing_of_the_tool(vcpu: FakeVcpu) -> None:
     async def check() -> None:
         async with held(vcpu):
