@@ -138,8 +138,18 @@ def give_monitor(vm: Any) -> None:
 
 def log_in(params: Params, vm: Any) -> Any:
     """Return a root session on the serial console."""
-    session = vm.wait_for_serial_login(timeout=float(params.get("login_timeout", 360)))
-    # Without this, bash prints escape sequences between a command and its output.
+    timeout = float(params.get("login_timeout", 360))
+    return with_plain_output(vm.wait_for_serial_login(timeout=timeout))
+
+
+def reboot(params: Params, vm: Any, session: Any) -> Any:
+    """Reboot as ``reboot_method`` requires, and return a new session on the serial console."""
+    timeout = float(params["login_timeout"])
+    return with_plain_output(vm.reboot(session, params["reboot_method"], 0, timeout, serial=True))
+
+
+def with_plain_output(session: Any) -> Any:
+    """Keep bash from printing escape sequences between a command and its output."""
     session.cmd_output("bind 'set enable-bracketed-paste off'", timeout=300)
     return session
 

@@ -21,8 +21,7 @@ def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
     for boot in range(1 + bool(params.get("reboot_method"))):
         if boot:
             before = prefault_vt.memory_faults(vm)
-            timeout = float(params["login_timeout"])
-            session = vm.reboot(session, params["reboot_method"], 0, timeout, serial=True)
+            session = prefault_vt.reboot(params, vm, session)
         prefault_vt.check_health(test, session)
         first = prefault_vt.fill(session, "file", size)
         if prefault_vt.checksum(session, "file") != first:
