@@ -5,9 +5,8 @@
 
     report = qemu_prefault.prefault("/run/vm.qmp")
 
-This package exports everything in :mod:`qemu_prefault.api`: :func:`prefault`, :func:`connect`,
-:class:`Options`, :class:`Report` and so on. It also exports the errors of
-:mod:`qemu_prefault.errors`.
+This package exports every name in :mod:`qemu_prefault.api`, and the exceptions, ``Code`` and
+``ExitStatus`` of :mod:`qemu_prefault.errors`.
 """
 
 from importlib import import_module
@@ -132,15 +131,15 @@ __all__ = [
 ]
 
 _ERRORS = frozenset(name for name in __all__ if name.endswith("Error")) | {"Code", "ExitStatus"}
-#: Names of version 0.1, each with the module of qemu_prefault.deprecated that defines it.
+#: Maps a name of version 0.1 to the module of qemu_prefault.deprecated that defines it.
 _DEPRECATED = {"Policy": "session", "Session": "session"}
 
-# Makes qemu_prefault.survey and qemu_prefault.scripting, modules of version 0.1, importable.
+# Make modules of version 0.1, such as qemu_prefault.survey, importable.
 __path__.append(str(Path(__file__).parent / "deprecated"))
 
 
 def __getattr__(name: str) -> object:
-    # `qemu-prefault --help` imports this package and must stay fast, so names load on first use.
+    # Load names on first use, so that `qemu-prefault --help` does not import the whole API.
     if name in _DEPRECATED:
         home = f"deprecated.{_DEPRECATED[name]}"
     elif name in _ERRORS:

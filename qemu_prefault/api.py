@@ -5,7 +5,7 @@ Most callers need one blocking call::
 
     report = qemu_prefault.prefault("/run/vm.qmp")
 
-The asynchronous form gives access to the connection, the options and the progress::
+The asynchronous functions give access to the connection and to progress reports::
 
     async with qemu_prefault.connect("/run/vm.qmp") as vm:
         options = qemu_prefault.Options(max_downtime=0.1, cont=True)
@@ -79,20 +79,20 @@ __all__ = [
 def connect(
     qmp: str, pid: int | None = None, *, dial: Dial | None = None
 ) -> AbstractAsyncContextManager[Vm]:
-    """Connect to a QMP socket and identify the QEMU process behind it.
+    """Return a context manager that connects to QEMU over QMP and finds its process.
 
     The connection is closed when the ``async with`` block ends. QEMU serves one client at a
     time on each QMP socket.
 
     :param qmp: The path of a UNIX socket (``PATH`` or ``unix:PATH``), or a TCP address
         (``HOST:PORT`` or ``tcp:HOST:PORT``).
-    :param pid: QEMU's process id. Only needed if the socket does not reveal it, as over TCP.
-    :param dial: A function that makes the connection. If given, ``qmp`` only names the
+    :param pid: QEMU's process id. Only needed if the socket does not report it (TCP).
+    :param dial: A function that opens the connection. If given, ``qmp`` is only the name of the
         connection in messages.
     :returns: An asynchronous context manager that yields a :class:`Vm`.
     :raises InputError: The address is malformed, or the socket does not exist.
     :raises MonitorBusyError: Another client holds the socket.
-    :raises MonitorError: The peer does not answer, or is not a QMP server.
+    :raises MonitorError: The peer does not respond, or is not a QMP server.
     :raises RefusedError: The process behind the socket, or ``pid``, is not this QEMU.
     :raises UnsupportedError: QEMU runs on another host or in another pid namespace.
     :raises GoneError: The process does not exist.
@@ -110,17 +110,19 @@ async def prefault_async(
     """Prefault the guest of a connected QEMU.
 
     :param vm: The QEMU, from :func:`connect`.
-    :param options: What to prefault, and how. Default: all RAM, as the command line does.
+    :param options: The memory to prefault, and the method. Default: the defaults of the command
+        line, which prefault all RAM.
     :param on_progress: A function that is called with the phase (``"populate"`` or
         ``"prefault"``), the bytes done so far in that phase, and the total bytes of that phase.
     :param on_ready: A coroutine function that is awaited once, when the run is ready for the
         incoming guest. Only used if ``options.incoming`` is set.
-    :returns: What was done. ``report.exit_status`` is ``PARTIAL`` if some of the requested bytes
-        could not be prefaulted and verified, else ``VERIFIED``.
+    :returns: The report of the run. ``report.exit_status`` is ``PARTIAL`` if some of the requested
+        bytes could not be prefaulted and verified, else ``VERIFIED``.
     :raises UnsupportedError: This host, kernel or QEMU cannot prefault. Nothing was changed.
-    :raises RefusedError: Prefaulting now would hurt the guest or the host.
-    :raises InputError: An option does not fit this guest, for example a vCPU that does not exist.
-    :raises FailedError: A step failed. The guest's run state is as it was found.
+    :raises RefusedError: Prefaulting now would harm the guest or the host.
+    :raises InputError: An option names an object that this guest does not have, for example a
+        vCPU.
+    :raises FailedError: A step failed. The guest's run state is the same as before the run.
     """
     return await run.prefault(
         vm,
@@ -137,7 +139,7 @@ def prefault(
     pid: int | None = None,
     on_progress: Progress | None = None,
 ) -> Report:
-    """Prefault the guest behind a QMP socket, and block until the run is done.
+    """Prefault the guest of the QEMU at a QMP socket. Return when the run is done.
 
     This function runs its own event loop. If a loop is already running, await
     :func:`prefault_async` instead.
@@ -146,7 +148,7 @@ def prefault(
     :param options: As for :func:`prefault_async`.
     :param pid: As for :func:`connect`.
     :param on_progress: As for :func:`prefault_async`.
-    :returns: As :func:`prefault_async`.
+    :returns: As for :func:`prefault_async`.
     :raises QemuPrefaultError: Any error of :func:`connect` or :func:`prefault_async`.
     """
 

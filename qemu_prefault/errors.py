@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The tree of errors. Every error states what failed, on what, and what to do now.
+"""The exceptions of this package, the exit statuses, and the stable error codes.
 
-Errors are grouped by what the operator can conclude from them. Each group has one exit status
-of the command line, shown in the second column::
+Each exception has a cause (the operation that failed, and the object) and a remedy. Each direct
+subclass of ``QemuPrefaultError`` has one exit status of the command line, shown in the second
+column::
 
     QemuPrefaultError
-    ├── FailedError              1  a step that should work failed
+    ├── FailedError              1  a step of the run failed
     │   ├── MonitorError            the QMP connection failed
     │   │   └── CommandError        QEMU understood a command and refused it
-    │   ├── LayoutError             QEMU's description of guest memory cannot be understood
-    │   ├── GoneError               QEMU, or one of its threads, does not exist any more
+    │   ├── LayoutError             QEMU's description of guest memory is unusable
+    │   ├── GoneError               QEMU, or one of its threads, has exited
     │   ├── AgentError              the helper inside QEMU failed
     │   └── LibvirtError            libvirt failed or refused a request
-    ├── InputError               2  the command line is wrong, or a file that it names
+    ├── InputError               2  the command line, or a file that it names, is wrong
     ├── PartialError             3  some requested bytes are not accounted for
     ├── UnsupportedError         4  this host, kernel or QEMU lacks a feature
     │   └── PtraceDeniedError       the kernel does not let this process trace QEMU
-    └── RefusedError             5  prefaulting now would hurt the guest or the host
+    └── RefusedError             5  prefaulting now would harm the guest or the host
         └── MonitorBusyError        another client holds the QMP socket
 
 :class:`Code` lists every ``code`` of these errors and of a report's warnings.
@@ -33,7 +34,7 @@ class ExitStatus(enum.IntEnum):
 
     #: Every requested byte was prefaulted and verified.
     VERIFIED = 0
-    #: A step that should work failed.
+    #: A step of the run failed.
     FAILED = 1
     #: The command line is wrong, or names something that does not exist.
     USAGE = 2
@@ -41,18 +42,18 @@ class ExitStatus(enum.IntEnum):
     PARTIAL = 3
     #: This host, kernel or QEMU lacks a feature that the run needs.
     UNSUPPORTED = 4
-    #: Prefaulting now would hurt the guest or the host.
+    #: Prefaulting now would harm the guest or the host.
     REFUSED = 5
 
 
 class Code(enum.StrEnum):
-    """The stable codes that JSON output has in ``error.code`` and ``warnings[].code``.
+    """The stable values of ``error.code`` and ``warnings[].code`` in JSON output.
 
     New codes may be added. Existing codes are never renamed or removed.
     """
 
-    # --- one code for each class of errors ---
-    #: A step that should work failed.
+    # --- default codes of the exception classes ---
+    #: A step of the run failed.
     FAILED = "failed"
     #: The command line is wrong, or names something that does not exist.
     USAGE = "usage"
@@ -60,19 +61,19 @@ class Code(enum.StrEnum):
     PARTIAL = "partial"
     #: This host, kernel or QEMU lacks a feature that the run needs.
     UNSUPPORTED = "unsupported"
-    #: Prefaulting now would hurt the guest or the host.
+    #: Prefaulting now would harm the guest or the host.
     REFUSED = "refused"
 
     # --- the tool itself ---
     #: An internal error. Please report it.
     BUG = "bug"
-    #: The run was ended by Ctrl-C, SIGTERM or SIGHUP.
+    #: Ctrl-C, SIGTERM or SIGHUP ended the run.
     INTERRUPTED = "interrupted"
     #: The result could not be written to standard output.
     OUTPUT = "output"
     #: The guard process, which resumes a paused guest, died before the guest was paused.
     GUARD = "guard"
-    #: ``demo`` needs the lab, which is not installed.
+    #: The command ``demo`` needs qemu-prefault-lab, which is not installed.
     NO_LAB = "no-lab"
 
     # --- the monitor ---
@@ -90,27 +91,27 @@ class Code(enum.StrEnum):
     MONITOR_SILENT = "monitor-silent"
     #: QEMU did not answer a command in time.
     MONITOR_TIMEOUT = "monitor-timeout"
-    #: QEMU's description of guest memory cannot be understood, or contradicts itself.
+    #: QEMU's description of guest memory cannot be parsed or is inconsistent.
     LAYOUT = "layout"
-    #: The memory map kept changing while it was read.
+    #: The memory map changed on every attempt to read it.
     LAYOUT_UNSTABLE = "layout-unstable"
 
     # --- the process ---
-    #: QEMU, or one of its threads or file descriptors, does not exist any more.
+    #: QEMU or one of its threads has exited, or QEMU has closed a file descriptor.
     QEMU_GONE = "qemu-gone"
     #: A file in /proc could not be read, or has an unknown format.
     PROC = "proc"
-    #: The caller may not read a file in /proc.
+    #: The caller has no permission to read a file in /proc.
     PROC_PERMISSION = "proc-permission"
-    #: The process behind the socket does not own the vCPU threads, as with a QMP proxy.
+    #: The process behind the socket is not QEMU: it does not own the vCPU threads.
     PROXY = "proxy"
-    #: QEMU cannot be seen from this pid namespace.
+    #: QEMU is not visible in this pid namespace.
     PID_NAMESPACE = "pid-namespace"
     #: QEMU runs on another host.
     OTHER_HOST = "other-host"
     #: A file descriptor of QEMU could not be duplicated with pidfd_getfd(2).
     PIDFD = "pidfd"
-    #: QEMU has nothing mapped where guest RAM should be.
+    #: QEMU has no mapping at the address that it reports for guest RAM.
     UNMAPPED = "unmapped"
 
     # --- KVM ---
@@ -120,13 +121,13 @@ class Code(enum.StrEnum):
     NOT_KVM = "not-kvm"
     #: This machine is not x86-64.
     NOT_X86 = "not-x86"
-    #: KVM in this kernel does not support KVM_PRE_FAULT_MEMORY.
+    #: This kernel's KVM does not support KVM_PRE_FAULT_MEMORY.
     NO_CAPABILITY = "no-capability"
 
     # --- agents ---
-    #: The helper inside QEMU could not be started, or stopped answering.
+    #: The helper inside QEMU could not be started, or stopped responding.
     AGENT = "agent"
-    #: A helper left QEMU before its work was done.
+    #: A helper thread in QEMU exited before its work was done.
     AGENT_LEFT = "agent-left"
     #: Another client is prefaulting this QEMU.
     BUSY_AGENT = "busy-agent"
@@ -134,15 +135,15 @@ class Code(enum.StrEnum):
     PTRACE_DENIED = "ptrace-denied"
     #: A security module forbids executable anonymous memory in QEMU.
     EXECMEM = "execmem"
-    #: A seccomp filter of QEMU denies a system call that a helper needs, or cannot be read.
+    #: QEMU's seccomp filter cannot be read, or denies a system call that a helper needs.
     SECCOMP = "seccomp"
     #: The stack of a vCPU thread is too small to start a helper.
     SMALL_STACK = "small-stack"
     #: QEMU runs with a hardware shadow stack.
     SHADOW_STACK = "shadow-stack"
-    #: QEMU's libc lacks the instructions that the attach agent looks for.
+    #: QEMU's libc does not contain the instructions that the attach agent uses.
     UNKNOWN_LIBC = "unknown-libc"
-    #: QEMU's main stack is not laid out as expected.
+    #: QEMU's main stack does not have the expected layout.
     UNKNOWN_LAYOUT = "unknown-layout"
     #: The plugin is not loaded in this QEMU, or is missing from this installation.
     NO_PLUGIN = "no-plugin"
@@ -162,13 +163,13 @@ class Code(enum.StrEnum):
     GUEST_STATE = "guest-state"
     #: The guest is already running.
     RUNNING = "running"
-    #: Something else resumed the guest while it was being prefaulted.
+    #: Another program resumed the guest during the prefault.
     RESUMED = "resumed"
     #: The guest's memory is still being loaded.
     INCOMING = "incoming"
     #: QEMU is not waiting for an incoming migration or restore.
     NOT_INCOMING = "not-incoming"
-    #: A migration is under way, or the guest has migrated away.
+    #: A migration is in progress, or the guest has migrated to another QEMU.
     MIGRATION = "migration"
     #: The incoming migration failed.
     MIGRATION_FAILED = "migration-failed"
@@ -176,7 +177,7 @@ class Code(enum.StrEnum):
     POSTCOPY = "postcopy"
     #: KVM is logging dirty pages.
     DIRTY_LOGGING = "dirty-logging"
-    #: QEMU may start so few further threads that a helper could take the last one.
+    #: QEMU is so close to a limit on its threads that helper threads could exhaust it.
     NO_TASKS = "no-tasks"
     #: The host does not have enough memory to populate the guest's RAM.
     NO_MEMORY = "no-memory"
@@ -190,13 +191,13 @@ class Code(enum.StrEnum):
     NO_LIBVIRT = "no-libvirt"
     #: libvirt's Python module is not installed.
     NO_LIBVIRT_PYTHON = "no-libvirt-python"
-    #: The libvirt daemon does not answer.
+    #: The libvirt daemon does not respond.
     NO_LIBVIRTD = "no-libvirtd"
     #: prometheus_client is not installed.
     NO_PROMETHEUS = "no-prometheus"
     #: The QEMU process of the domain was not found.
     NO_QEMU = "no-qemu"
-    #: The plugin is not at the path that the domain would load it from.
+    #: The plugin does not exist at the path from which the domain would load it.
     NOT_INSTALLED = "not-installed"
     #: The domain already loads the plugin with LD_PRELOAD.
     PRELOADED = "preloaded"
@@ -204,7 +205,7 @@ class Code(enum.StrEnum):
     BAD_XML = "bad-xml"
 
     # --- warnings of a report ---
-    #: The firmware has not run yet. It will make KVM drop stage-2 tables.
+    #: The firmware has not run yet. When it runs, KVM will drop stage-2 tables.
     FIRMWARE_AHEAD = "firmware-ahead"
     #: KVM can never use huge pages for some sections.
     NEVER_HUGE = "never-huge"
@@ -218,7 +219,7 @@ class Code(enum.StrEnum):
     LAYOUT_CHANGED = "layout-changed"
     #: vCPUs were running nested guests.
     GUEST_MODE = "guest-mode"
-    #: The tool has no permission to change a helper's scheduling, CPUs or cgroup.
+    #: The caller has no permission to change a helper's scheduling, CPUs or cgroup.
     HELPER_PLACEMENT = "helper-placement"
     #: Helpers made no progress for more than 2 seconds.
     NO_PROGRESS = "no-progress"
@@ -230,15 +231,15 @@ class Code(enum.StrEnum):
     ZAPPED = "zapped"
     #: The guest was reset during the run.
     RESET = "reset"
-    #: Memory ran short while it was being populated.
+    #: Free memory became scarce while guest RAM was being populated.
     MEMORY_SHORT = "memory-short"
 
 
 class QemuPrefaultError(Exception):
-    """Base class of all errors of this package.
+    """Base class of all exceptions of this package.
 
-    :param cause: What failed, and on what. One sentence without a full stop.
-    :param remedy: What the operator can do now. May have several lines, or be empty.
+    :param cause: The operation that failed, and the object. One sentence without a full stop.
+    :param remedy: The action that the operator can take. May have several lines, or be empty.
     :param code: The stable name of the error in JSON, one of :class:`Code`. Default: the code
         of the class.
     :ivar exit_status: The exit status of the command line for this error.
@@ -259,7 +260,7 @@ class QemuPrefaultError(Exception):
 
 
 class FailedError(QemuPrefaultError):
-    """A step that should work failed."""
+    """A step of the run failed."""
 
 
 class MonitorError(FailedError):
@@ -273,7 +274,7 @@ class CommandError(MonitorError):
 
     :param command: The name of the QMP command.
     :ivar error_class: The error class of QMP, for example ``CommandNotFound``.
-    :ivar desc: QEMU's description of the error.
+    :ivar desc: QEMU's error message.
     """
 
     code = Code.MONITOR_COMMAND
@@ -287,17 +288,17 @@ class CommandError(MonitorError):
     def _remedy(error_class: str) -> str:
         if error_class == "CommandNotFound":
             return (
-                "give the monitor of a QEMU that runs a guest: qemu-storage-daemon has none, and "
-                "with -preconfig QEMU has none until x-exit-preconfig"
+                "connect to the monitor of a QEMU that has a guest: qemu-storage-daemon never has "
+                "one, and a QEMU started with -preconfig has one only after x-exit-preconfig"
             )
-        return "see QEMU's own log; the guest's run state is as it was found"
+        return "see QEMU's log; the guest's run state is the same as before the run"
 
 
 _REMEDY_PEER: Final = "check that the socket is QEMU's own QMP monitor, then report this answer"
 
 
 class LayoutError(FailedError):
-    """QEMU's description of guest memory cannot be understood, or contradicts itself."""
+    """QEMU's description of guest memory cannot be parsed or is inconsistent."""
 
     code = Code.LAYOUT
 
@@ -306,13 +307,13 @@ class LayoutError(FailedError):
 
 
 class GoneError(FailedError):
-    """QEMU, or one of its threads, does not exist any more."""
+    """QEMU, or one of its threads, has exited."""
 
     code = Code.QEMU_GONE
 
 
 class AgentError(FailedError):
-    """The helper inside QEMU could not be started, or stopped answering."""
+    """The helper inside QEMU could not be started, or stopped responding."""
 
     code = Code.AGENT
 
@@ -351,7 +352,7 @@ class PtraceDeniedError(UnsupportedError):
 
 
 class RefusedError(QemuPrefaultError):
-    """Prefaulting now would hurt the guest or the host."""
+    """Prefaulting now would harm the guest or the host."""
 
     exit_status = ExitStatus.REFUSED
     code = Code.REFUSED

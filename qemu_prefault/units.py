@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Sizes in bytes, and text that is safe to print on a terminal."""
+"""Constants and formatting for sizes, and escaping of text for a terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 
 #: Size of the smallest x86 page, in bytes.
 PAGE_SIZE: Final = 4096
-#: Size of the next larger page that KVM can map with one leaf entry, in bytes.
+#: Size of the x86 page that one entry of a page directory maps, in bytes.
 HUGE_PAGE_SIZE: Final = 2 << 20
 
 #: Bytes in one MiB.
@@ -17,7 +17,7 @@ GIB: Final = 1 << 30
 
 
 def format_size(number: int) -> str:
-    """Return a number of bytes with a binary unit: ``402653184`` -> ``384.0 MiB``."""
+    """Format a number of bytes with a binary unit: ``402653184`` -> ``384.0 MiB``."""
     value, unit = float(number), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":
@@ -27,5 +27,5 @@ def format_size(number: int) -> str:
 
 
 def printable(text: str) -> str:
-    """Return the text with non-printable characters escaped, so it cannot control a terminal."""
+    """Escape non-printable characters, so that the text cannot control a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""All output of the command line: results on stdout, the rest on stderr, and exit statuses."""
+"""Output of the command line: results go to stdout, messages and progress to stderr."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def drop_stdout() -> None:
 
 @atexit.register
 def _drop_unwritable_stderr() -> None:
-    """Redirect a stderr that cannot be flushed: Python 3.11.2 would end with status 120."""
+    """Redirect stderr to /dev/null if it cannot be flushed.
+
+    Without this redirection, Python 3.11.2 exits with status 120.
+    """
     if sys.stderr is not None:
         try:
             sys.stderr.flush()
@@ -63,12 +66,16 @@ class Printer:
             drop_stdout()
             raise FailedError(
                 f"the result could not be written: {error.strerror}",
-                "the run itself is complete; `qemu-prefault stats` shows its effect",
+                "only the output failed, the run is complete; to see its effect: "
+                "qemu-prefault stats",
                 code=Code.OUTPUT,
             ) from error
 
     def progress(self, phase: str, done: int, total: int) -> None:
-        """Print bytes, GiB/s and remaining time; once a second if stderr is not a terminal."""
+        """Print the bytes done, the rate in GiB/s and the remaining time.
+
+        If stderr is a terminal, print at most every 0.1 seconds, otherwise every second.
+        """
         now = time.monotonic()
         if phase != self._phase:
             self._phase, self._started, self._base = phase, now, done
@@ -106,7 +113,7 @@ def fail(error: QemuPrefaultError, as_json: bool, program: str = PROGRAM) -> NoR
 
 @contextlib.contextmanager
 def reporting(as_json: bool, debug: bool, program: str = PROGRAM) -> Iterator[None]:
-    """Report exceptions of the block as messages. Print tracebacks only with --debug."""
+    """Print exceptions of the block as messages, or as tracebacks if ``debug`` is set."""
     try:
         yield
     except QemuPrefaultError as error:
@@ -124,7 +131,7 @@ def reporting(as_json: bool, debug: bool, program: str = PROGRAM) -> Iterator[No
         fail(
             QemuPrefaultError(
                 f"internal error: {type(error).__name__}: {error}",
-                "this is a bug; please report it with the output of --debug",
+                "this is a bug; please run the command again with --debug and report the output",
                 code=Code.BUG,
             ),
             as_json,
@@ -133,7 +140,7 @@ def reporting(as_json: bool, debug: bool, program: str = PROGRAM) -> Iterator[No
 
 
 def print_warnings() -> None:
-    """Print the warnings that the package logs, as soon as they are logged."""
+    """Print each warning of the package when it is logged."""
     import logging  # noqa: PLC0415
 
     class Handler(logging.Handler):
@@ -163,5 +170,7 @@ def run_async(main: Coroutine[Any, Any, None]) -> None:
         asyncio.run(guarded())
     except (asyncio.CancelledError, KeyboardInterrupt):
         raise QemuPrefaultError(
-            "interrupted", "the guest's run state is as it was found", code=Code.INTERRUPTED
+            "a signal interrupted the run",
+            "the guest's run state is the same as before the run",
+            code=Code.INTERRUPTED,
         ) from None

@@ -16,9 +16,9 @@ from .options import debug_option, json_option
 @json_option
 @debug_option
 def demo(as_json: bool, debug: bool) -> None:
-    """Demonstrate the effect with a restored and a booting guest.
+    """Show the effect of prefaulting on a restored guest and on a booting guest.
 
-    The demo runs on any x86-64 Linux. It does not need hardware virtualization.
+    The demo runs on any x86-64 Linux host. It does not need hardware virtualization.
     """
     with reporting(as_json, debug):
         try:
@@ -30,7 +30,7 @@ def demo(as_json: bool, debug: bool) -> None:
                 "the demo needs qemu-prefault-lab, which is not installed",
                 "in a checkout of qemu-prefault, install it: "
                 f"{sys.executable} -m pip install ./lab\n"
-                "or run the demo there without installing it: make demo",
+                "or run the demo in the checkout without installing it: make demo",
                 code=Code.NO_LAB,
             ) from None
         run_demo(as_json)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def error_json(error: QemuPrefaultError) -> dict[str, Any]:
-    """Return the object that ``--json`` prints instead of a report."""
+    """Return the object that ``--json`` prints if the command fails."""
     return {
         "schema": qemu_prefault.SCHEMA,
         "error": {"code": error.code, "cause": error.cause, "remedy": error.remedy},
@@ -27,7 +27,7 @@ def error_json(error: QemuPrefaultError) -> dict[str, Any]:
 
 
 def table(headers: list[str], rows: list[list[str]]) -> Iterator[str]:
-    """Format a table, one line per row: text is left-aligned, numbers are right-aligned."""
+    """Yield the lines of a table. Align text to the left and numbers to the right."""
     widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
 
     def is_number(text: str) -> bool:
@@ -107,7 +107,7 @@ def event_line(event: dict[str, Any]) -> str:
 
 
 def ram_map_lines(found: RamMap) -> Iterator[str]:
-    """Format a line for each section, and the memory that stage 2 maps."""
+    """Format the RAM map: one line for each section, then the size that stage 2 maps."""
     rows = [
         [
             section.name,
@@ -130,7 +130,7 @@ def ram_map_lines(found: RamMap) -> Iterator[str]:
 
 
 def counters_line(now: Counters) -> Iterator[str]:
-    """Format the counters as one line that fits below :func:`counters_header`."""
+    """Format the counters as one line, in the columns of :func:`counters_header`."""
     stage2 = now.stage2
     leaves = (stage2.pages_4k, stage2.pages_2m, stage2.pages_1g) if stage2 else ("-",) * 3
     values = [*leaves, *(now.vcpus.get(name, "-") for name in qemu_prefault.VCPU_COUNTERS)]
@@ -138,7 +138,7 @@ def counters_line(now: Counters) -> Iterator[str]:
 
 
 def counters_header() -> str:
-    """Return the header of the columns of :func:`counters_line`."""
+    """Return the column headers of :func:`counters_line`."""
     names = ("pages_4k", "pages_2m", "pages_1g", *qemu_prefault.VCPU_COUNTERS)
     return "".join(f"{name:>12}" for name in names)
 
@@ -168,7 +168,7 @@ def status_lines(status: DomainStatus) -> Iterator[str]:
         counters = status.plugin["counters"]
         yield (
             f"  running, {format_size(counters['prefaulted'])} prefaulted, "
-            f"{format_size(counters['again'])} of it again, "
+            f"including {format_size(counters['again'])} prefaulted again, "
             f"{format_size(status.plugin['pending'])} pending"
         )
         if status.plugin["held"]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault libvirt …``. Modules that load slowly are imported when a command runs."""
+"""The commands of ``qemu-prefault libvirt``. Each one imports the modules that it needs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def libvirt() -> None:
 @click.option(
     "--plugin",
     metavar="PATH",
-    help="Path of the plugin. Default: the path where `install` puts it.",
+    help="Path of the plugin. Default: the path to which `install` copies it.",
 )
 @debug_option
 @click.argument("domain")
@@ -63,7 +63,7 @@ def enable(
 
     DOMAIN is a name, a UUID, or - to edit XML from stdin to stdout. The command adds -plugin to
     the <qemu:commandline> of the definition and changes nothing else. The change takes effect
-    when the domain starts the next time.
+    the next time that the domain is started.
     """
     with reporting(False, debug):
         from ..libvirt.domain_xml import enable as edit  # noqa: PLC0415
@@ -89,7 +89,10 @@ def enable(
                 code=Code.NOT_INSTALLED,
             )
         if not plugin and not is_current(path):
-            say(f"{path} is of a different version; to update it: qemu-prefault libvirt install")
+            say(
+                f"{path} and qemu-prefault have different versions; to update the file: "
+                "qemu-prefault libvirt install"
+            )
         _define(domain, uri, lambda xml: edit(xml, str(path), options), "enabled")
 
 
@@ -117,19 +120,20 @@ def _define(domain: str, uri: str | None, edit: Any, what: str) -> None:
     known = definitions(uri)
     edited = edit(known.read(domain))
     if not edited.changed:
-        say(f"{domain}: already {what}, nothing to change")
+        say(f"{domain}: already {what}; the definition was not changed")
         return
     known.write(domain, edited.xml)
     say(f"{domain}: {what}")
     if known.running(domain):
         say(
-            "  the domain is running: the change takes effect when it is next started "
-            "(a reboot inside the guest is not enough)"
+            "  the domain is running: the change takes effect after the domain is shut down and "
+            "started; a reboot inside the guest is not enough"
         )
     if known.saved(domain):
         say(
-            "  the domain has a managed save image, which keeps the old definition: "
-            f"edit it with virsh managedsave-edit {domain}, or remove it with managedsave-remove"
+            "  the domain has a managed save image, which contains the old definition: edit the "
+            f"image with virsh managedsave-edit {domain}, or remove it with virsh "
+            f"managedsave-remove {domain}"
         )
 
 
@@ -142,7 +146,7 @@ def status(domain: str, uri: str | None, as_json: bool, debug: bool) -> None:
     """Show whether DOMAIN loads the plugin, and the plugin's state.
 
     DOMAIN is a name, a UUID, or - to read XML from stdin. Only a running domain has a plugin
-    state. The exit status is 0 if the domain loads the plugin, 3 if not.
+    state. The exit status is 0 if the domain loads the plugin, and 3 if it does not.
     """
     with reporting(as_json, debug):
         from ..libvirt.status import read_domain_status  # noqa: PLC0415
@@ -161,14 +165,14 @@ def status(domain: str, uri: str | None, as_json: bool, debug: bool) -> None:
     "--root",
     type=click.Path(path_type=Path),
     default=Path("/"),
-    help="Root directory to install below, for packaging. Default: /.",
+    help="Root directory of the installation, for packaging. Default: /.",
 )
 @debug_option
 def install(hook: bool, watch: bool, remove: bool, root: Path, debug: bool) -> None:
     """Install the plugin for libvirt's QEMU.
 
-    The plugin is copied to a directory that QEMU may load it from. If the host uses AppArmor,
-    the command also installs the rule that the plugin needs.
+    The command copies the plugin to a directory from which QEMU may load it. If the host uses
+    AppArmor, the command also installs the rule that the plugin needs.
     """
     with reporting(False, debug):
         from ..libvirt.install import install as put  # noqa: PLC0415
@@ -226,7 +230,7 @@ def _prefault_at(begin: Any, uri: str | None, populate: str, as_json: bool, debu
     with reporting(as_json, debug):
         from ..libvirt.connection import default_uri  # noqa: PLC0415
 
-        # The QMP proxy is another process and must connect to the same libvirt.
+        # The QMP proxy is another process, and reads the URI from its environment.
         os.environ["LIBVIRT_DEFAULT_URI"] = default_uri(uri)
         printer = Printer(as_json)
         reports = []
@@ -253,8 +257,8 @@ def _prefault_at(begin: Any, uri: str | None, populate: str, as_json: bool, debu
 def start(domain: str, uri: str | None, populate: str, as_json: bool, debug: bool) -> None:
     """Start DOMAIN paused, prefault its guest, and resume it.
 
-    Use this for a domain with a managed save image. If the guest boots instead, its firmware
-    makes KVM drop most of what was prefaulted; use `enable` for that.
+    Use this command for a domain with a managed save image. If the guest boots instead, its
+    firmware makes KVM drop most of the prefaulted entries. For such guests, use `enable`.
     """
 
     def begin(policy: Any, on_progress: Any) -> Any:
@@ -269,7 +273,7 @@ def start(domain: str, uri: str | None, populate: str, as_json: bool, debug: boo
 @click.argument("file", type=click.Path(path_type=Path))
 @_moment
 def restore(file: Path, uri: str | None, populate: str, as_json: bool, debug: bool) -> None:
-    """Restore FILE of `virsh save`, prefault its guest, and resume it."""
+    """Restore a guest from a FILE of `virsh save`, prefault it, and resume it."""
 
     def begin(policy: Any, on_progress: Any) -> Any:
         from ..libvirt.lifecycle import restore as act  # noqa: PLC0415
@@ -285,7 +289,9 @@ def restore(file: Path, uri: str | None, populate: str, as_json: bool, debug: bo
     "--from", "source", metavar="URI", required=True, help="libvirt connection of the source host."
 )
 @click.option(
-    "--migrate-uri", metavar="URI", help="Migration URI, as virsh's --migrateuri: tcp://THIS_HOST."
+    "--migrate-uri",
+    metavar="URI",
+    help="URI of the migration data, as for virsh's --migrateuri, e.g. tcp://THIS_HOST.",
 )
 @click.option("--persistent", is_flag=True, help="Also define the domain on this host.")
 @click.option("--undefine-source", is_flag=True, help="Undefine the domain on the source host.")
@@ -331,13 +337,14 @@ def migrate(  # noqa: PLR0917
 @click.option(
     "--textfile",
     type=click.Path(path_type=Path),
-    help="Write metrics to this file every 15 seconds, for node_exporter. It is removed at exit.",
+    help="Write metrics to this file every 15 seconds, for node_exporter. The daemon removes the "
+    "file when it exits.",
 )
 @click.option(
     "--act",
     is_flag=True,
-    help='Perform the actions "later" and "follow" of the hook configuration. For hosts without '
-    "the hook.",
+    help='Perform the actions "later" and "follow" of the hook configuration. Use this on hosts '
+    "without the hook.",
 )
 @debug_option
 def watch(

@@ -37,8 +37,8 @@ Examples:
 \b
 Exit status:
   0 every requested byte verified    3 partial
-  1 failed                           4 this host, kernel or QEMU cannot
-  2 usage                            5 refused, to protect guest or host
+  1 failed                           4 not supported by host, kernel or QEMU
+  2 usage error                      5 refused, to protect guest or host
 
 \b
 Shell completion (for other shells: zsh_source, fish_source):
@@ -74,7 +74,7 @@ for _command in (conformance, demo, libvirt, map_, plugin_path, probe, run, stat
 
 
 def main() -> None:
-    """Run the command line. Also handle --json for usage errors, and an unwritable stdout."""
+    """Run the command line, and report usage errors and an unwritable stdout."""
     as_json = "--json" in sys.argv[1:]
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -71,7 +71,7 @@ qmp_option = click.option(
 domain_option = click.option(
     "--domain",
     metavar="NAME",
-    help="libvirt domain, instead of --qmp. QMP commands go through libvirt.",
+    help="Name of a libvirt domain, instead of --qmp. libvirt forwards the QMP commands.",
 )
 pid_option = click.option("--pid", type=click.IntRange(1), help="Process id of QEMU.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -97,7 +97,7 @@ def required_address(qmp: str | None, domain: str | None) -> str:
 
 
 def connect(address: str, pid: int | None = None) -> AbstractAsyncContextManager[Vm]:
-    """Connect to QEMU at an address of :func:`monitor_address`."""
+    """Connect to QEMU at an address that :func:`monitor_address` returned."""
     return qemu_prefault.connect(address, pid, dial=_dial(address))
 
 

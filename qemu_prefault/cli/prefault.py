@@ -54,7 +54,7 @@ _OPTIONS = (
         default="auto",
         show_default=True,
         help="Memory that may be populated. auto: all RAM, except memory that is absent on "
-        "purpose (virtio-mem, balloon, reserve=off); all: everything; resident: nothing, so only "
+        "purpose (virtio-mem, balloon, reserve=off); all: all RAM; resident: none, so only "
         "resident memory is prefaulted.",
     ),
     click.option(
@@ -84,35 +84,36 @@ _OPTIONS = (
         "--chunk",
         type=size_type,
         metavar="SIZE",
-        help="Largest size for one system call. A change of memory slots has to wait for the "
-        "call to end. Default: 32M.",
+        help="Most bytes to prefault with one system call. A change of memory slots waits until "
+        "the call returns. Default: 32M.",
     ),
     click.option(
         "--force", is_flag=True, help="Populate even if the host seems to have too little memory."
     ),
     click.option(
-        "--cont", is_flag=True, help="Resume the guest afterwards, even if it was paused."
+        "--cont", is_flag=True, help="Resume the guest after the run, even if it was paused before."
     ),
     click.option(
         "--incoming",
         is_flag=True,
-        help="Wait for the incoming guest of a QEMU that was started with -incoming. Populate its "
-        "RAM while it is loaded, prefault it afterwards, and then let the guest start. If QEMU "
-        "was started with -S, the guest starts only with --cont.",
+        help="Wait for the incoming guest of a QEMU that was started with -incoming. Populate the "
+        "RAM while QEMU loads the guest, then prefault the guest, then start it. If QEMU was "
+        "started with -S, the guest starts only with --cont.",
     ),
     click.option(
         "--max-downtime",
         type=click.FloatRange(0.001),
         metavar="SECONDS",
-        help="Longest single pause of the guest, in seconds. The rest of the work is done in "
-        "further pauses.",
+        help="Longest single pause of the guest, in seconds. If one pause is not enough, the run "
+        "pauses the guest repeatedly.",
     ),
-    click.option("--dry-run", is_flag=True, help="Show what would be done, and change nothing."),
+    click.option("--dry-run", is_flag=True, help="Show what a run would do. Change nothing."),
     click.option(
         "--follow",
         is_flag=True,
-        help="Run until QEMU ends or Ctrl-C, and print what is prefaulted again and why. If QEMU "
-        "has no plugin, prefault now, and again whenever tables are dropped or memory is added.",
+        help="Run until QEMU exits or Ctrl-C. Print each further prefault and its reason. If QEMU "
+        "has no plugin, prefault now, and again whenever KVM drops stage-2 tables or memory is "
+        "added.",
     ),
     json_option,
     debug_option,

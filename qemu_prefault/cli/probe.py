@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault probe``: check what works on this host, and why the rest does not."""
+"""``qemu-prefault probe``: check whether this host supports prefaulting."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .options import (
 @json_option
 @debug_option
 def probe(qmp: str | None, domain: str | None, pid: int | None, as_json: bool, debug: bool) -> None:
-    """Check what works on this host, and show how to fix the rest.
+    """Check whether this host supports prefaulting. Show a remedy for each problem.
 
     With --domain, the command also checks what libvirt, AppArmor and SELinux allow, even if the
     domain is not running.

@@ -28,8 +28,8 @@ def run(options: tuple[str, ...], command: tuple[str, ...], debug: bool) -> None
 
     The plugin prefaults the guest before its first instruction, and keeps it prefaulted.
 
-    COMMAND is the command line of QEMU, which is not changed: the plugin is loaded with
-    LD_PRELOAD. QEMU replaces this process, so signals and the exit status are those of QEMU.
+    COMMAND is the command line of QEMU. It stays unchanged, because LD_PRELOAD loads the plugin.
+    QEMU replaces this process, so signals reach QEMU, and the exit status is QEMU's.
     """
     with reporting(False, debug):
         qemu_prefault.replace_by(

@@ -44,7 +44,7 @@ def parser(description: str | None) -> ArgumentParser:
 
 
 def show(lines: Iterable[str]) -> None:
-    """Print lines to stdout and flush. Escape control characters other than line ends.
+    """Print lines to stdout and flush. Escape control characters other than newlines.
 
     :raises FailedError: The lines cannot be written (code ``output``).
     """
@@ -55,8 +55,9 @@ def show(lines: Iterable[str]) -> None:
 def run(main: Main, arguments: ArgumentParser) -> NoReturn:
     """Parse the command line, run ``main``, and exit.
 
-    The exit status is 0, or that of the error that ``main`` raised. Ctrl-C, SIGTERM and SIGHUP
-    cancel ``main``, so that it resumes a paused guest and removes helper threads from QEMU.
+    The exit status is 0 if ``main`` returns, or the exit status of the error that it raises.
+    Ctrl-C, SIGTERM and SIGHUP cancel ``main``, so that it resumes a paused guest and removes
+    helper threads from QEMU.
 
     :param main: The coroutine function of the script. Its argument holds the parsed arguments.
     :param arguments: A parser from :func:`parser`, to which the script may add arguments.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Names and modules of version 0.1 that have moved.
+"""Names and modules of version 0.1 that have been renamed.
 
-They work in version 0.2 with a DeprecationWarning, and are removed after it. ``session`` defines
-``qemu_prefault.Session`` and ``qemu_prefault.Policy``. ``survey``, ``scripting`` and ``lab`` are
-importable as ``qemu_prefault.survey`` and so on, because this directory is on the package's
-``__path__``.
+The old names still work in version 0.2, but raise a DeprecationWarning. They will be removed in the
+next version. ``session`` defines ``qemu_prefault.Session`` and ``qemu_prefault.Policy``. This
+directory is on the package's ``__path__``, so ``survey``, ``scripting`` and ``lab`` are also
+importable as ``qemu_prefault.survey``, ``qemu_prefault.scripting`` and ``qemu_prefault.lab``.
 """

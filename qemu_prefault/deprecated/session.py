@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``Session`` and ``Policy`` of version 0.1, now :class:`Vm` and :class:`Options`."""
+"""``Session`` and ``Policy`` of version 0.1; :class:`Vm` and :class:`Options` replace them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..qemu.queries import VmState
 
 
 class Policy(Options):
-    """The name of :class:`Options` in version 0.1."""
+    """:class:`Options` under its name of version 0.1."""
 
     def __new__(cls, *_: object, **__: object) -> Self:
         _warn("Policy", "Options")
@@ -25,12 +25,12 @@ class Policy(Options):
 
 
 class Session(Vm):
-    """The name of :class:`Vm` in version 0.1, with its method :meth:`prefault`."""
+    """:class:`Vm` under its name of version 0.1, with the method :meth:`prefault`."""
 
     @classmethod
     @contextlib.asynccontextmanager
     async def open(cls, qmp: str, pid: int | None = None) -> AsyncIterator[Session]:
-        """Call :func:`qemu_prefault.connect`. Also accept the address ``libvirt:DOMAIN``."""
+        """Connect as :func:`qemu_prefault.connect` does. Also accept ``libvirt:DOMAIN``."""
         _warn("Session", "connect() and prefault_async()")
         if qmp.startswith("libvirt:"):
             opened = connect_vm(qmp.removeprefix("libvirt:"), pid)
@@ -41,7 +41,7 @@ class Session(Vm):
 
     @property
     def machine(self) -> VmState:
-        """The name of :attr:`state` in version 0.1."""
+        """:attr:`state` under its name of version 0.1."""
         return self.state
 
     async def prefault(

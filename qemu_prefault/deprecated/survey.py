@@ -35,7 +35,7 @@ warnings.warn(
 
 
 class RamMap(inspect.RamMap):
-    """A RAM map that can format itself."""
+    """A RAM map with the method :meth:`lines` of version 0.1."""
 
     def lines(self) -> Iterator[str]:
         """Return the text that the command line prints."""
@@ -43,7 +43,7 @@ class RamMap(inspect.RamMap):
 
 
 class Counters(inspect.Counters):
-    """Counters that can format themselves."""
+    """Counters with the method :meth:`lines` of version 0.1."""
 
     def lines(self) -> Iterator[str]:
         """Return the text that the command line prints."""
@@ -51,13 +51,13 @@ class Counters(inspect.Counters):
 
 
 async def ram_map(qmp: str, pid: int | None = None) -> RamMap:
-    """Return the RAM of the QEMU behind a QMP socket."""
+    """Return the RAM map of the QEMU at a QMP socket."""
     async with qemu_prefault.connect(qmp, pid) as vm:
         found = await inspect.ram_map(vm)
     return RamMap(*(getattr(found, field.name) for field in fields(found)))
 
 
 async def counters(monitor: Monitor) -> Counters:
-    """Return KVM's counters, read with the QMP command ``query-stats``."""
+    """Return KVM's counters. Read them with the QMP command ``query-stats``."""
     found = await inspect.counters(monitor)
     return Counters(found.stage2, found.vcpus)

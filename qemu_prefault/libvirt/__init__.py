@@ -6,7 +6,7 @@ install.py       Installs the plugin, the AppArmor rule, the hook and the system
 connection.py    Connects to libvirt with libvirt-python or virsh.
 find_qemu.py     Finds the QEMU process of a domain without calling libvirt.
 qmp_proxy.py     Serves QMP through libvirt's connection to QEMU, for --domain.
-hook_config.py   Reads which domains to prefault, and when.
+hook_config.py   Reads the configuration of the hook and the daemon.
 hook.py          Implements the hook in /etc/libvirt/hooks/qemu.d.
 prelaunch.py     Prefaults a restored guest before it runs, without a monitor.
 lifecycle.py     Implements libvirt start, restore and migrate.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Connect to libvirt with libvirt-python. Definitions are also accessible with virsh."""
+"""Connect to libvirt with libvirt-python. Read and write definitions also with virsh."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ def module() -> Any:
     except ImportError:
         raise UnsupportedError(
             "this command needs libvirt's Python module, which is not installed",
-            "install it: apt-get install python3-libvirt (a virtual environment sees it only if it "
-            "was made with --system-site-packages), or pip install 'qemu-prefault[libvirt]'",
+            "install it: pip install 'qemu-prefault[libvirt]'; or apt-get install python3-libvirt, "
+            "which a virtual environment contains only if it was created with "
+            "--system-site-packages",
             code=Code.NO_LIBVIRT_PYTHON,
         ) from None
     # Without a handler, libvirt prints every error to stderr.
@@ -51,7 +52,7 @@ def module() -> Any:
 def connect(uri: str | None = None) -> libvirt.virConnect:
     """Connect to libvirt.
 
-    :raises LibvirtError: The daemon does not answer.
+    :raises LibvirtError: The daemon does not respond.
     """
     name = default_uri(uri)
     with errors(f"{name}: "):
@@ -105,7 +106,7 @@ def lookup(connection: libvirt.virConnect, name: str) -> libvirt.virDomain:
 
 
 class Definitions(Protocol):
-    """Access to the definition and state of domains, for ``enable``, ``disable``, ``status``."""
+    """Reads and writes definitions of domains for ``enable``, ``disable`` and ``status``."""
 
     def read(self, domain: str) -> bytes:
         """Return the persistent XML, including secrets, so that it can be defined again."""
@@ -125,9 +126,9 @@ class Definitions(Protocol):
 
 
 def definitions(uri: str | None = None) -> Definitions:
-    """Return access to definitions, with libvirt-python if it is installed, else with virsh.
+    """Return :class:`ByModule` if libvirt-python is installed, else :class:`ByVirsh`.
 
-    :raises UnsupportedError: Neither is installed.
+    :raises UnsupportedError: Neither libvirt-python nor virsh is installed.
     """
     try:
         module()
@@ -158,7 +159,7 @@ class ByModule:
             if not found.isPersistent():
                 raise InputError(
                     f"domain {domain} is transient, so it has no definition to change",
-                    "edit the XML that creates it: "
+                    "edit the XML from which it is created: "
                     "qemu-prefault libvirt enable - <old.xml >new.xml",
                 )
             return str(found.XMLDesc(flags)).encode()

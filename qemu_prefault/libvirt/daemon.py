@@ -3,7 +3,7 @@
 
 The metrics are the faults and stage-2 entries of every running domain, and the counters of its
 plugin. With ``act``, the daemon also performs the configured action after a start, a restore or a
-migration. It acts later than the hook, but libvirt does not wait for it.
+migration. The daemon acts later than the hook, but it does not delay libvirt.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OUTCOMES: Final = {0: "verified", 1: "failed", 3: "partial", 4: "unsupported", 5
 
 
 def run(uri: str | None, *, listen: str | None, textfile: Path | None, act: bool) -> None:
-    """Watch all domains until SIGTERM.
+    """Handle the events of all domains until SIGTERM.
 
     :param uri: The libvirt connection, or None for the default.
     :param listen: Serve metrics at this ``ADDRESS:PORT``.
@@ -63,7 +63,7 @@ class Daemon:
     """The connection to libvirt, and the handling of its events.
 
     :ivar running: Names of the running domains, by UUID.
-    :ivar connected: Whether libvirt answers.
+    :ivar connected: Whether the daemon is connected to libvirt.
     :ivar on_run: Functions to call with the result of each run.
     """
 
@@ -77,7 +77,7 @@ class Daemon:
         self._libvirt = module()
 
     def run(self) -> None:
-        """Handle events, and reconnect when the connection is lost. Never returns."""
+        """Handle events, and reconnect when the connection is lost. This never returns."""
         self._libvirt.virEventRegisterDefaultImpl()
         threading.Thread(target=self._run_events, daemon=True).start()
         while True:
@@ -184,7 +184,7 @@ def _brief(error: Exception) -> str:
 
 
 class _Formatter(logging.Formatter):
-    """Prefixes a line with its priority for the journal (sd-daemon(3)), else with the time."""
+    """Adds a prefix to each line: the priority in the journal (sd-daemon(3)), else the time."""
 
     _PRIORITY: Final = {logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Add the plugin to domain XML, remove it, and read the domain's properties from the XML.
 
-The XML is edited as text, at offsets that a parser has found. Everything else (comments,
-prefixes, order, white space, unknown elements) stays unchanged, byte for byte. An element tree
-would not preserve that: it loses prefixes and moves namespace declarations.
+This module edits the XML as text, at byte offsets that a parser reports. All other bytes stay
+unchanged, including comments, prefixes and white space. If the module wrote the XML from an element
+tree, prefixes would be lost and namespace declarations would move.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Element:
     children: list[Element] = field(default_factory=list)
 
     def find(self, path: str, namespace: str = "") -> Element | None:
-        """Return the first child ``a`` or descendant ``a/b``, or None."""
+        """Return the first element with the path ``a`` or ``a/b`` below this one, or None."""
         found: Element | None = self
         for name in path.split("/"):
             found = next(found.all(name, namespace), None) if found else None
@@ -83,8 +83,8 @@ class Domain:
     """The properties of a domain that the hook, the daemon and probe use.
 
     :ivar memory: Boot memory of all NUMA nodes, in bytes.
-    :ivar current: Current memory in bytes: boot memory and memory devices, less what the balloon
-        holds and what is unplugged.
+    :ivar current: Current memory in bytes: boot memory and memory devices, without the memory in
+        the balloon and without unplugged memory.
     :ivar huge: Whether hugetlb pages back the memory.
     :ivar devices: Models of the memory devices.
     :ivar nodes: Number of NUMA nodes.
@@ -106,13 +106,13 @@ class Domain:
 def parse(xml: bytes) -> Element:
     """Parse domain XML.
 
-    :raises InputError: The input is not XML, or not the XML of a domain.
+    :raises InputError: The input is not valid XML, or its root element is not ``<domain>``.
     """
     root = _Reader(xml).read()
     if (root.namespace, root.name) != ("", "domain"):
         raise InputError(
             f"the root element of this XML is <{root.name}>, not <domain>",
-            "give what `virsh dumpxml --inactive DOMAIN` prints",
+            "pass the output of: virsh dumpxml --inactive DOMAIN",
         )
     return root
 
@@ -197,7 +197,7 @@ def enable(xml: bytes, path: str, options: Sequence[str] = ()) -> Edited:
         opened = xml[commandline.start : commandline.tag_end - 2].rstrip() + b">"
         closed = b"\n%s</%s>" % (indent[:-2], _raw_name(xml, commandline))
         return _checked(_splice(xml, (commandline.start, commandline.end, opened + text + closed)))
-    # The schema wants the arguments before the environment variables.
+    # libvirt's schema requires the arguments before the environment variables.
     arguments = list(commandline.all("arg", QEMU_NAMESPACE))
     place = arguments[-1].end if arguments else commandline.tag_end
     return _checked(_splice(xml, (place, place, text)))
@@ -251,7 +251,7 @@ class _Reader:
         except expat.ExpatError as error:
             raise InputError(
                 f"the input is not valid XML: {error}",
-                "give what `virsh dumpxml --inactive DOMAIN` prints",
+                "pass the output of: virsh dumpxml --inactive DOMAIN",
                 code=Code.BAD_XML,
             ) from None
         assert self._root is not None
@@ -285,7 +285,7 @@ class _Reader:
 
     def _doctype(self, *_: object) -> None:
         raise InputError(
-            "this XML has a DOCTYPE, which domain XML never has",
+            "this XML has a DOCTYPE, which domain XML must not have",
             "remove the DOCTYPE",
             code=Code.BAD_XML,
         )
@@ -309,7 +309,7 @@ def _size(element: Element | None) -> int:
     except (ValueError, KeyError):
         raise InputError(
             f"<{element.name}> of the domain is not a size: {_text(element)[:40]!r}",
-            "see: virsh dumpxml DOMAIN",
+            "correct the size: virsh edit DOMAIN",
             code=Code.BAD_XML,
         ) from None
 
@@ -319,7 +319,7 @@ def _refuse(root: Element) -> None:
     if kind != "kvm":
         raise UnsupportedError(
             f"this domain has type {kind!r}, so its guest does not run under KVM",
-            "only guests of <domain type='kvm'> have stage-2 tables to fill",
+            "use <domain type='kvm'>: other guests have no stage-2 tables",
             code=Code.NOT_KVM,
         )
     machine = root.find("os/type")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Events of domains that the daemon handles, and its logger."""
+"""The domain events that the daemon handles, and the daemon's logger."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ log = logging.getLogger("qemu-prefault")
 
 @dataclass(frozen=True, slots=True)
 class DomainEvent:
-    """A change in the life of a domain.
+    """A lifecycle event of a domain.
 
-    :ivar what: The change, as it is logged after the domain's name.
-    :ivar moment: The event that an action can be configured for, or None.
+    :ivar what: The text that the daemon logs after the domain's name.
+    :ivar moment: The name of the event in the hook configuration, or None if no action can be
+        configured for it.
     """
 
     uuid: str

@@ -12,14 +12,14 @@ from ..host.procfs import Process
 
 
 def pid_files(name: str) -> Iterator[Path]:
-    """Yield the paths of a domain's pid file: of the system daemon, and of a session daemon."""
+    """Yield the paths of a domain's pid file for the system daemon and a session daemon."""
     yield Path(f"/run/libvirt/qemu/{name}.pid")
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         yield Path(f"{runtime}/libvirt/qemu/run/{name}.pid")
 
 
 def find_qemu(name: str, uuid: str) -> Process:
-    """Return the process, after checking that its command line contains the UUID.
+    """Return the QEMU process of a domain. Check that its command line contains the UUID.
 
     :param uuid: The domain's UUID. If empty, the process is not checked.
     :raises FailedError: No process of this domain was found (code ``no-qemu``).
@@ -37,7 +37,7 @@ def find_qemu(name: str, uuid: str) -> Process:
             process = Process.find(pid)
             arguments = process.arguments()
         except GoneError:
-            problem = f"process {pid} from {path} does not exist any more"
+            problem = f"process {pid} from {path} has exited"
             continue
         if not uuid or uuid in arguments:
             return process

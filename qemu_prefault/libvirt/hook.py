@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The hook that libvirt calls: /etc/libvirt/hooks/qemu.d/50-qemu-prefault.
+"""The libvirt hook /etc/libvirt/hooks/qemu.d/50-qemu-prefault.
 
 libvirt waits for the hook, and stops the guest if the hook fails. Therefore:
 
-* The hook never calls libvirt, which would wait for the job that called the hook. It reads the
-  XML on stdin, the pid file and ``/proc`` instead.
-* Longer work is handed over to another process: a transient systemd unit, if possible.
-* The hook logs every error and always returns 0. It ignores ``reconnect``.
+* The hook never calls libvirt, because the call would wait for the job that called the hook. The
+  hook reads the XML on stdin, the pid file and ``/proc`` instead.
+* If a prefault would delay the guest, the hook starts another process for it. That process is a
+  transient systemd unit if the host runs systemd.
+* The hook logs every error and always returns 0.
 
-The calls, in the order in which libvirt makes them (src/qemu/qemu_process.c, qemu_saveimage.c,
-qemu_migration.c):
+libvirt calls the hook at these events, in this order (src/qemu/qemu_process.c, qemu_saveimage.c,
+qemu_migration.c). The hook ignores other events, for example ``reconnect``.
 
 ``restore begin``, ``migrate begin``
-    A restore or an incoming migration starts. stdin has the domain XML, and the hook may print
-    other XML. If the XML names a plugin file that does not exist on this host, the hook removes
-    the plugin from the XML.
+    A restore or an incoming migration starts. libvirt passes the domain XML on stdin, and uses the
+    XML that the hook prints. If the XML names a plugin file that does not exist on this host, the
+    hook removes the plugin from the XML.
 ``started begin``
-    QEMU is running. After a boot, the vCPUs already run. After a restore, RAM is loaded and the
-    vCPUs wait until the hook returns. During a migration, RAM is not loaded yet.
+    QEMU is running. At a boot, the vCPUs already run. At a restore, RAM is loaded and the vCPUs
+    wait until the hook returns. At a migration, RAM is not loaded yet.
 ``release end``
     The domain has ended.
 """
@@ -43,10 +44,10 @@ if TYPE_CHECKING:
     from ..host.procfs import Process
     from .prelaunch import PrelaunchResult
 
-#: Directory with a file for each domain that is being restored or is migrating in. The file is
-#: removed when the domain has started.
+#: Directory with a file for each domain that is being restored or is migrating in. The hook
+#: removes the file when the domain has started.
 MARKS = Path("/run/qemu-prefault")
-#: Exists if the host runs systemd (sd_booted(3)).
+#: A directory that exists if the host runs systemd (sd_booted(3)).
 SYSTEMD = Path("/run/systemd/system")
 #: Maximum size of the XML on stdin, in bytes.
 LONGEST_XML = 16 << 20
@@ -55,7 +56,7 @@ Log = Callable[[str], None]
 
 
 def main(arguments: Sequence[str], stdin: int = 0) -> bytes:
-    """Run the hook. Errors are logged and never raised.
+    """Run the hook. Log errors, and never raise them.
 
     :param arguments: The domain's name, the operation, its phase, and further arguments.
     :param stdin: The file descriptor to read the domain XML from.
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str], stdin: int = 0) -> bytes:
             _mark(about.uuid).unlink(missing_ok=True)
     except QemuPrefaultError as error:
         log(f"{operation}: {error.cause}; {error.remedy}")
-    except Exception as error:  # a hook that fails would stop the guest
+    except Exception as error:  # libvirt stops the guest if the hook fails
         log(f"{operation}: {type(error).__name__}: {error}; please report this")
     return b""
 
@@ -86,7 +87,7 @@ def _coming(moment: LifecycleEvent, xml: bytes, log: Log) -> bytes:
         MARKS.mkdir(mode=0o700, exist_ok=True)
         _mark(about.uuid).write_text(moment.value)
     except OSError as error:
-        log(f"the {moment} will be handled as a start: {error}")
+        log(f"cannot record the {moment}, so the hook will handle it as a start: {error}")
     found = domain_xml.loaded(xml)
     if found is None or os.path.exists(found.path):
         return b""
@@ -102,19 +103,19 @@ def _started(name: str, xml: bytes, log: Log) -> None:
     when = policy.at(moment)
     if when is When.OFF or not about.kvm:
         return
-    # Imported here, because most calls end above and libvirt waits for them.
+    # Import these modules late: libvirt waits for every call, and most calls return above.
     from ..agents.plugin import find_control_socket  # noqa: PLC0415
     from .find_qemu import find_qemu  # noqa: PLC0415
 
     process = find_qemu(name, about.uuid)
     if find_control_socket(process) is not None:
-        log(f"{moment}: left to the plugin in QEMU (pid {process.pid})")
+        log(f"{moment}: nothing to do, because QEMU (pid {process.pid}) has loaded the plugin")
         return
     if when is When.NOW:
         try:
             done = _in_window(process, about, policy)
         except QemuPrefaultError as error:
-            log(f"{moment}: {error.cause}; prefaulting after the guest starts instead")
+            log(f"{moment}: {error.cause}; the guest will be prefaulted after it starts instead")
         else:
             log(
                 f"{moment}: {done.prefaulted >> 20} of {done.requested >> 20} MiB prefaulted "
@@ -152,7 +153,7 @@ def _hand_over(about: Domain, pid: int, policy: HookConfig, when: When, log: Log
     if logger := shutil.which("logger"):
         script = f'"$@" 2>&1 | {logger} -t qemu-prefault'
         words = ["sh", "-c", script, "qemu-prefault", *words]
-    # libvirt waits until the hook's pipes are closed, so the child must not hold them.
+    # libvirt waits until the hook's pipes are closed, so the child must not inherit them.
     child = subprocess.Popen(
         words,
         stdin=subprocess.DEVNULL,
@@ -173,7 +174,7 @@ def _read_all(descriptor: int) -> bytes:
     while part := os.read(descriptor, 1 << 16):
         parts.append(part)
         if len(parts) > LONGEST_XML >> 16:
-            break  # incomplete XML, which the parser refuses
+            break  # the parser refuses truncated XML
     return b"".join(parts)
 
 
@@ -191,7 +192,7 @@ def _take_mark(uuid: str) -> LifecycleEvent:
 
 
 def _logger(name: str) -> Log:
-    """Return a function that logs to syslog, and to stderr, which libvirt may log."""
+    """Return a function that logs to syslog and to stderr."""
     syslog.openlog("qemu-prefault", syslog.LOG_PID, syslog.LOG_DAEMON)
 
     def log(text: str) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The configuration of the hook and the daemon: which domains to prefault, and when.
+"""The configuration of the hook and the daemon: at which events they prefault a domain.
 
-A domain's metadata may contain one element whose attributes are the configuration. To set it:
+A domain's metadata may contain one element whose attributes are the configuration. The command
 ``virsh metadata DOMAIN urn:qemu-prefault:1 --key prefault --set '<hook restore="now"/>'
---config``. The result::
+--config`` adds this element::
 
     <metadata><prefault:hook xmlns:prefault="urn:qemu-prefault:1" restore="now"/></metadata>
 
@@ -30,12 +30,12 @@ from ..errors import InputError
 from .domain_xml import Domain
 from .install import CONFIG
 
-#: Maximum of ``wait``, in seconds. The hook is killed after 60 seconds (install.HOOK_TEXT).
+#: Maximum of ``wait``, in seconds. timeout(1) ends the hook after 60 seconds (install.HOOK_TEXT).
 LONGEST_WAIT = 50.0
 
 
 class LifecycleEvent(enum.StrEnum):
-    """An event that an action can be configured for."""
+    """A lifecycle event for which an action can be configured."""
 
     START = "start"
     RESTORE = "restore"
@@ -43,7 +43,7 @@ class LifecycleEvent(enum.StrEnum):
 
 
 class When(enum.StrEnum):
-    """Whether to prefault at an event, and how."""
+    """The action at a lifecycle event."""
 
     #: Do not prefault.
     OFF = "off"
@@ -51,7 +51,7 @@ class When(enum.StrEnum):
     NOW = "now"
     #: Prefault in another process, after the guest has started.
     LATER = "later"
-    #: As ``LATER``, and prefault again whenever the stage-2 tables are dropped.
+    #: Like ``LATER``, and prefault again whenever KVM drops stage-2 tables.
     FOLLOW = "follow"
 
 
@@ -84,7 +84,7 @@ def read(domain: Domain, config: Path = CONFIG) -> HookConfig:
     The domain's metadata takes precedence over the domain's table in the file, which takes
     precedence over ``[default]``.
 
-    :raises InputError: The metadata or the file has an error.
+    :raises InputError: The metadata or the file is invalid.
     """
     words: dict[str, Any] = {}
     for source, said in (*_in_file(config, domain.name), ("<metadata>", domain.own or {})):
@@ -124,7 +124,7 @@ def _in_file(config: Path, name: str) -> list[tuple[str, Mapping[str, Any]]]:
 
 def _check(source: str, said: Any) -> None:
     known: dict[str, tuple[str, ...]] = {
-        "start": ("off", "later", "follow"),  # libvirt calls the hook when the guest already runs
+        "start": ("off", "later", "follow"),  # not "now": libvirt calls the hook after the start
         "restore": ("off", "now", "later", "follow"),
         "migrate": ("off", "later", "follow"),
         "populate": ("auto", "all", "resident"),
@@ -137,7 +137,7 @@ def _check(source: str, said: Any) -> None:
                 fine = 0 < float(value) <= LONGEST_WAIT
             except (TypeError, ValueError):
                 fine = False
-            wanted = f"a number of seconds, at most {LONGEST_WAIT:g}"
+            wanted = f"numbers of seconds greater than 0, up to {LONGEST_WAIT:g}"
         elif key in known:
             fine, wanted = value in known[key], ", ".join(known[key])
         else:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Install the files that libvirt's QEMU needs on a host.
 
-The AppArmor profile of guests (abstractions/base, abstractions/libvirt-qemu) lets QEMU map
-shared objects below /usr/lib only, not from a virtual environment, so the plugin is copied
-there. The profile lets QEMU create files only in the domain's directory, which is its ``$HOME``
-(/var/lib/libvirt/qemu/domain-ID-NAME), so the plugin creates its control socket there. The
-plugin also reads files in ``/proc/self`` and /sys/fs/cgroup, which needs an additional rule.
+The AppArmor profile of guests (abstractions/base, abstractions/libvirt-qemu) allows QEMU to map
+shared objects only below /usr/lib. Therefore :func:`install` copies the plugin there. The profile
+allows QEMU to create files only in the domain's directory, which is QEMU's ``$HOME``
+(/var/lib/libvirt/qemu/domain-ID-NAME). Therefore the plugin creates its control socket there. The
+plugin also reads files in ``/proc/self`` and /sys/fs/cgroup, which requires an additional rule.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .domain_xml import PLUGIN_NAME
 
 #: Path of the plugin's control socket, below QEMU's ``$HOME``.
 CONTROL_SOCKET = "~/qemu-prefault.sock"
-#: Exists if the host has AppArmor profiles for libvirt's guests.
+#: A file that exists if the host has AppArmor profiles for libvirt's guests.
 APPARMOR_ABSTRACTION = Path("etc/apparmor.d/abstractions/libvirt-qemu")
 APPARMOR_RULE = Path("etc/apparmor.d/abstractions/libvirt-qemu.d/qemu-prefault")
 HOOK = Path("etc/libvirt/hooks/qemu.d/50-qemu-prefault")
@@ -30,8 +30,8 @@ UNIT = Path("etc/systemd/system/qemu-prefault-watch.service")
 CONFIG = Path("/etc/qemu-prefault/libvirt.toml")
 
 
-#: AppArmor rule for the files that the plugin reads. They show which pages are present, which
-#: memory is absent on purpose, and how much memory the cgroup has left.
+#: AppArmor rule for the files that the plugin reads. These files show which pages are present,
+#: which memory is absent on purpose, and how much memory the cgroup may still use.
 RULE_TEXT = """\
 # qemu-prefault: what its plugin reads inside QEMU. Installed by `qemu-prefault libvirt install`.
   owner @{PROC}/@{pid}/{pagemap,smaps,cgroup} r,
@@ -41,8 +41,8 @@ RULE_TEXT = """\
 
 #: The hook. It always exits with status 0, because libvirt stops the guest if a hook fails. It
 #: starts Python only if the domain or the host has a configuration, because libvirt waits for the
-#: hook. `timeout` also leaves the AppArmor profile of libvirtd, which allows that for programs in
-#: /usr/bin.
+#: hook. `timeout` also ends the confinement by libvirtd's AppArmor profile, because that profile
+#: runs programs in /usr/bin without confinement.
 HOOK_TEXT = """\
 #!/bin/sh
 # Installed by `qemu-prefault libvirt install --hook`.
@@ -112,7 +112,7 @@ def is_current(path: Path) -> bool:
 
 
 def install(root: Path = Path("/"), *, hook: bool = False, unit: bool = False) -> list[Installed]:
-    """Install the plugin, the AppArmor rule if the host needs it, and optionally more.
+    """Install the plugin, and the AppArmor rule if the host uses AppArmor.
 
     :param root: The directory to install below.
     :param hook: Also install the hook.
@@ -134,7 +134,9 @@ def install(root: Path = Path("/"), *, hook: bool = False, unit: bool = False) -
 
 
 def uninstall(root: Path = Path("/")) -> list[Path]:
-    """Remove the files that :func:`install` wrote. Domains that load the plugin cannot start then.
+    """Remove the files that :func:`install` wrote.
+
+    Domains that load the plugin cannot start afterwards.
 
     :raises FailedError: A file could not be removed.
     """
@@ -176,7 +178,7 @@ def _write(path: Path, content: bytes, mode: int) -> Installed:
             return Installed(path, False)
     except OSError:
         pass
-    # Write a new file and rename it: a running QEMU keeps the old file mapped.
+    # Rename a new file over the old one, because a running QEMU maps the old file.
     beside = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,4 +191,4 @@ def _write(path: Path, content: bytes, mode: int) -> Installed:
 
 
 def _cannot(what: str, path: Path, error: OSError) -> FailedError:
-    return FailedError(f"{path} could not be {what}: {error.strerror}", "run as root")
+    return FailedError(f"{path} could not be {what}: {error.strerror}", "run this command as root")

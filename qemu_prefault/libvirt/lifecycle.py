@@ -2,9 +2,9 @@
 """Start, restore or migrate a domain, and prefault its guest before the guest runs.
 
 libvirt leaves the guest paused, as with ``virsh start --paused``, ``restore --paused`` and
-``migrate --suspend``: its RAM is loaded and its vCPUs do not run. The guest is then prefaulted
-and resumed. It is also resumed if the prefault fails. If this process is killed, its guard
-resumes the guest (see engine/resume_guard.py).
+``migrate --suspend``. At that time, RAM is loaded and the vCPUs do not run. The functions then
+prefault the guest and resume it. They also resume it if the prefault fails. If this process is
+killed, the guard process resumes the guest (see engine/resume_guard.py).
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ async def migrate(
 ) -> Report:
     """Migrate a domain live to this host, prefault the guest, and resume it.
 
-    This runs on the destination host, because the QEMU process to prefault is there.
+    Call this on the destination host, because it prefaults the QEMU process there.
 
-    :param source: The libvirt connection of the host that the domain runs on.
+    :param source: The libvirt connection of the host on which the domain runs.
     :param uri: The libvirt connection of this host, or None for the default.
     :param migrate_uri: The URI for the migration data, or None to let libvirt choose.
     :param persistent: Also define the domain on this host.
@@ -116,7 +116,7 @@ async def _prefault_and_resume(
 def _cleanup(pid: int) -> OrphanCleanup:
     limits = Limits()
     return OrphanCleanup(
-        stop_helpers=lambda: None,  # helpers exit on their own if this process has died
+        stop_helpers=lambda: None,  # helpers exit by themselves after this process has died
         helpers_gone=lambda: not helper_threads(pid) and not batch_threads(pid),
         timeout=limits.stuck + limits.dead_man,
     )

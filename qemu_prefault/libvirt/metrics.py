@@ -24,7 +24,7 @@ class Watched(Protocol):
     """The attributes of the daemon that the metrics use.
 
     :ivar running: Names of the running domains, by UUID.
-    :ivar connected: Whether libvirt answers.
+    :ivar connected: Whether the daemon is connected to libvirt.
     :ivar on_run: Functions to call with the result of each run.
     """
 
@@ -34,7 +34,7 @@ class Watched(Protocol):
 
 
 class Metrics:
-    """A registry of all metrics, which are collected on each scrape.
+    """A registry that collects all metrics on each scrape.
 
     :raises UnsupportedError: prometheus_client is not installed.
     """
@@ -81,18 +81,20 @@ class Metrics:
         self._paused.labels(event.name).inc(paused)
 
     def describe(self) -> list[Any]:
-        """Return no metrics, so that registering does not collect any."""
+        """Return an empty list, so that the registry does not call collect() to describe it."""
         return []
 
     def collect(self) -> Iterator[Any]:
-        """Collect the metrics of every running domain. prometheus_client calls it per scrape."""
+        """Yield the metrics of every running domain. prometheus_client calls this per scrape."""
         gauge, counter = self._core.GaugeMetricFamily, self._core.CounterMetricFamily
-        up = gauge("qemu_prefault_libvirt_up", "Whether libvirt answers")
+        up = gauge("qemu_prefault_libvirt_up", "Whether the daemon is connected to libvirt")
         up.add_metric([], float(self._daemon.connected))
         leaves = gauge(
             "qemu_prefault_stage2_bytes", "Bytes mapped in stage 2", labels=["domain", "page_size"]
         )
-        faults = counter("qemu_prefault_stage2_faults", "KVM's pf_taken", labels=["domain"])
+        faults = counter(
+            "qemu_prefault_stage2_faults", "Stage-2 faults (KVM's pf_taken)", labels=["domain"]
+        )
         plugin = gauge(
             "qemu_prefault_plugin", "Whether QEMU has loaded the plugin", labels=["domain"]
         )

@@ -4,9 +4,9 @@
 After RAM is loaded and before the vCPUs run, libvirt calls its hook and waits for it. At that time,
 only libvirt is connected to QEMU's monitor, and a hook must not call libvirt. This module therefore
 uses other sources: the names of the vCPU threads, and the file descriptors in ``/proc``. The
-addresses of a PC's RAM follow from its machine type and RAM size (pc_init1(), hw/i386/pc_piix.c;
+addresses of a PC's RAM depend on its machine type and RAM size (pc_init1(), hw/i386/pc_piix.c;
 pc_q35_init(), hw/i386/pc_q35.c). Wrong addresses do no harm: the ioctl returns ENOENT for an
-address without a memory slot, and memory is populated by QEMU's virtual addresses.
+address without a memory slot, and populating memory needs only QEMU's virtual addresses.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PrelaunchResult:
     """The result of :func:`prefault_before_start`. Sizes are in bytes, times in seconds.
 
     :ivar remaining: Requested bytes that were not prefaulted and verified.
-    :ivar notes: Why bytes remain, and warnings.
+    :ivar notes: The reasons why bytes remain, and warnings.
     """
 
     requested: int
@@ -62,7 +62,7 @@ class PrelaunchResult:
 def boot_ram(machine: str, memory: int) -> tuple[tuple[int, int, int], ...]:
     """Return the ranges of a PC's RAM: (gpa, size, offset in the RAM block), in bytes.
 
-    The range from 640 KiB to 1 MiB is left out, because firmware remaps it.
+    The result does not contain the range from 640 KiB to 1 MiB, because firmware remaps it.
 
     :param machine: The machine type, for example ``pc-q35-8.2``.
     :param memory: The boot memory in bytes.
@@ -75,7 +75,7 @@ def boot_ram(machine: str, memory: int) -> tuple[tuple[int, int, int], ...]:
     else:
         raise UnsupportedError(
             f"the RAM addresses of machine type {machine or '(none)'} are not known",
-            'use restore="later"',
+            'set restore="later" in the hook configuration',
             code=Code.LAYOUT,
         )
     ranges = [(0, min(KIB_640, low), 0)]
@@ -91,16 +91,20 @@ def check_plain_layout(arguments: Sequence[str], memory: int) -> None:
 
     :param arguments: QEMU's command line.
     :param memory: The boot memory in bytes.
-    :raises UnsupportedError: ``max-ram-below-4g`` is set, or RAM reaches the addresses that AMD
-        hosts keep for HyperTransport, just below 1 TiB (pc_set_amd_above_4g_mem_start(),
+    :raises UnsupportedError: ``max-ram-below-4g`` is set, or RAM reaches the addresses just below
+        1 TiB that AMD hosts reserve for HyperTransport (pc_set_amd_above_4g_mem_start(),
         hw/i386/pc.c, since QEMU 7.1).
     """
     moved = any("max-ram-below-4g" in argument for argument in arguments)
     if moved or memory > AMD_HOLE - GIB_4:
-        why = "max-ram-below-4g is set" if moved else "it may reach AMD's hole below 1 TiB"
+        why = (
+            "max-ram-below-4g is set"
+            if moved
+            else "RAM may reach the range below 1 TiB that AMD hosts reserve"
+        )
         raise UnsupportedError(
             f"the RAM addresses of this guest are not known: {why}",
-            'use restore="later"',
+            'set restore="later" in the hook configuration',
             code=Code.LAYOUT,
         )
 
@@ -113,15 +117,16 @@ def ram_mapping(maps: Sequence[MemoryMapping], memory: int) -> MemoryMapping:
     found = [m for m in maps if m.writable and m.size == memory]
     if len(found) != 1:
         raise RefusedError(
-            f"{len(found)} mappings of QEMU have the size of the guest's RAM ({memory >> 20} MiB)",
-            'use restore="later"',
+            f"QEMU has {len(found)} mappings of the size of the guest's RAM ({memory >> 20} MiB) "
+            "instead of one",
+            'set restore="later" in the hook configuration',
             code=Code.LAYOUT,
         )
     return found[0]
 
 
 def vcpu_threads(process: Process) -> list[VcpuThread]:
-    """Return QEMU's vCPUs, by the names of their threads and the order of KVM's descriptors.
+    """Return QEMU's vCPUs. Match thread names with KVM's vCPU descriptors by number.
 
     :raises UnsupportedError: The vCPU threads and KVM's vCPUs do not match.
     :raises RefusedError: A vCPU is running.
@@ -143,7 +148,7 @@ def vcpu_threads(process: Process) -> list[VcpuThread]:
         if not (process.thread_syscall(tid) or "").startswith(_FUTEX):
             raise RefusedError(
                 "the guest is already running, so it cannot be prefaulted before it starts",
-                'use "later" or "follow"',
+                'set "later" or "follow" in the hook configuration',
                 code=Code.RUNNING,
             )
         threads.append(VcpuThread(tid, fd, vcpu_id))
@@ -151,7 +156,7 @@ def vcpu_threads(process: Process) -> list[VcpuThread]:
 
 
 class _OneMapping:
-    """Gives every memory section the backing of one mapping."""
+    """Returns the backing of the same mapping for every memory section."""
 
     def __init__(self, source: MemorySource) -> None:
         mapping = source.mapping
@@ -170,9 +175,10 @@ async def prefault_before_start(
 ) -> PrelaunchResult:
     """Populate and prefault a guest that is loaded and does not run.
 
-    :param seconds: Time limit. Memory that is left then counts as remaining.
+    :param seconds: Time limit in seconds. Memory that is not prefaulted in time counts as
+        remaining.
     :param populate: Memory that may be populated, as for ``--populate``.
-    :raises UnsupportedError: The domain or the host does not allow it. Nothing was changed.
+    :raises UnsupportedError: The domain or the host does not support it. Nothing was changed.
     :raises RefusedError: The guest runs, or its RAM was not found. Nothing was changed.
     :raises FailedError: A step failed, or QEMU has ended.
     """
@@ -183,7 +189,7 @@ async def prefault_before_start(
     if domain.nodes > 1:
         raise UnsupportedError(
             "the domain has several NUMA nodes, and only QEMU's monitor can report their RAM",
-            'use restore="later"',
+            'set restore="later" in the hook configuration',
             code=Code.LAYOUT,
         )
     check_plain_layout(process.arguments(), domain.memory)
@@ -228,7 +234,7 @@ async def prefault_before_start(
     if tally.after is not None:
         tally.verify()
     if left:
-        notes.append(f"no time for {sum(target.size for target in left) >> 20} MiB")
+        notes.append(f"the time limit left no time for {sum(t.size for t in left) >> 20} MiB")
     sections = tally.tallies.values()
     notes += sorted({s.note for s in sections if s.note and s.note != why_not})
     notes += tally.warnings.values()
@@ -251,9 +257,9 @@ def _reason_not_to_populate(
     if populate == "resident":
         return 'populate="resident"'
     if populate == "auto" and domain.current < domain.memory:
-        return "the balloon holds some of the guest's memory"
+        return "the balloon is inflated: memory is absent on purpose"
     if populate == "auto" and is_disk_file(source.process, source.mapping):
-        return "a shared file: touching it would write it"
+        return "RAM is a shared file: populating it would write to the file"
     for limit in source.limits(absent):
         if absent > limit.available:
             return f"{limit.name} has only {limit.available >> 20} MiB available"

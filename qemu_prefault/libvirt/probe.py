@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``probe --domain``: check what this host allows libvirt's QEMU, for each way to prefault.
+"""``probe --domain``: check whether this host supports prefaulting a libvirt domain.
 
-The checks read files, ``/proc`` and libvirt's answers. They change nothing.
+The checks read files, read ``/proc`` and query libvirt. They change nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 async def probe_domain(name: str) -> Findings:
     """Check this host for one domain, and the domain's QEMU if it is running.
 
-    :raises QemuPrefaultError: libvirt does not answer, or the domain does not exist.
+    :raises QemuPrefaultError: libvirt does not respond, or the domain does not exist.
     """
     libvirt = module()
     connection = connect()
@@ -55,7 +55,7 @@ async def probe_domain(name: str) -> Findings:
         return Findings(0, tuple(findings), _status(findings))
     async with connect_vm(about.uuid, process.pid) as vm:
         inner = await probe(vm)
-    # Its advice on loading the plugin is for QEMUs that libvirt does not manage.
+    # Drop the advice on how to load the plugin. It is for QEMUs that libvirt does not manage.
     rest = [f for f in inner.findings if not (f.check == "plugin" and f.verdict == "note")]
     return Findings(process.pid, (*findings, *rest), inner.exit_status)
 
@@ -97,8 +97,9 @@ def _lsm(host_xml: bytes, process: Process | None, plugin: bool) -> Iterator[Fin
             "note",
             f"SELinux confines guests{f' ({label})' if label else ''}: a hook runs as virtqemud_t, "
             "which may not trace them",
-            'use the plugin, or "later" or "follow" in the hook, which hand over to systemd; to '
-            f"label the plugin: restorecon -Rv {install.installed_plugin().parent}",
+            'use the plugin, or set "later" or "follow" for the hook, so that systemd starts the '
+            "prefault; to label the plugin: "
+            f"restorecon -Rv {install.installed_plugin().parent}",
         )
     else:
         yield Finding("lsm", "ok", "libvirt confines guests with neither AppArmor nor SELinux")
@@ -140,18 +141,23 @@ def _seccomp(process: Process | None) -> Iterator[Finding]:
 def _pages(domain: Domain) -> Finding:
     if domain.huge:
         return Finding(
-            "pages", "note", "hugetlb pages: prefaulting saves only a few hundred faults"
+            "pages",
+            "note",
+            "the domain uses hugetlb pages, so prefaulting saves only a few hundred faults",
         )
     try:
         mode = THP.read_text().partition("[")[2].partition("]")[0]
     except OSError:
         mode = "never"
     if mode == "never":
-        return Finding("pages", "ok", "4K pages (THP is off): prefaulting saves the most faults")
+        return Finding(
+            "pages", "ok", "THP is off: RAM has only 4K pages, so prefaulting saves the most faults"
+        )
     return Finding(
         "pages",
         "note",
-        f"THP is {mode}: prefaulting saves few faults where the host finds huge pages",
+        f"THP is {mode}: prefaulting saves few faults in memory that the host backs with huge "
+        "pages",
     )
 
 
@@ -180,7 +186,10 @@ def _plugin_route(domain: Domain, found: Loaded | None) -> Finding:
         )
     if not install.is_current(path):
         return Finding(
-            "enable", "note", f"{path} is of a different version", "qemu-prefault libvirt install"
+            "enable",
+            "note",
+            f"{path} and qemu-prefault have different versions",
+            "qemu-prefault libvirt install",
         )
     return Finding("enable", "ok", f"the domain loads {path}")
 
@@ -211,7 +220,12 @@ def _hook_route(domain: Domain) -> Iterator[Finding]:
         except QemuPrefaultError as error:
             yield Finding("hook", "note", f"restore=now: {error.cause}", error.remedy)
     if not shutil.which("systemd-run"):
-        yield Finding("hook", "note", "no systemd: the hook hands over to a background process")
+        yield Finding(
+            "hook",
+            "note",
+            "systemd-run is not installed, so the hook prefaults in a background process instead "
+            "of a systemd unit",
+        )
 
 
 def _commands_route(domain: Domain, active: bool) -> Finding:

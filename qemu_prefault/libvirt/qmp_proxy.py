@@ -3,9 +3,9 @@
 
 libvirt owns the monitor of its QEMUs, and forwards commands and events for other programs
 (virDomainQemuMonitorCommand(), which taints the domain "custom-monitor"). The rest of this package
-uses QMP over a socket. The proxy forwards between both in a separate process. If the tool is killed
-while the guest is paused, the guard's ``cont`` (see engine/resume_guard.py) still reaches QEMU. The
-proxy exits when every process has closed the other end of its socket.
+uses QMP over a socket. The proxy is a separate process that translates between the two. If the tool
+is killed while the guest is paused, the proxy still forwards the ``cont`` that the guard sends (see
+engine/resume_guard.py). The proxy exits when every process has closed the other end of its socket.
 
 If libvirtd restarts, the proxy reconnects and sends the command again. This is safe for the
 commands that this package uses: queries, ``stop`` and ``cont``.
@@ -33,8 +33,8 @@ from .connection import connect, default_uri, lookup, module
 
 #: Seconds to wait for a daemon that is being restarted.
 PATIENCE: Final = 30.0
-#: Seconds to wait for a message of the proxy. libvirt itself gives up on a busy domain after 30
-#: seconds (QEMU_JOB_WAIT_TIME, src/qemu/qemu_domain.c).
+#: Seconds to wait for a message of the proxy. If a domain is busy, libvirt fails the command after
+#: 30 seconds (QEMU_JOB_WAIT_TIME, src/qemu/qemu_domain.c).
 ANSWER_SECONDS: Final = 60.0
 #: Maximum size of a request, in bytes.
 LONGEST_MESSAGE: Final = 16 << 20
@@ -58,10 +58,10 @@ async def dial(domain: str) -> tuple[socket.socket, str]:
     """Start a proxy, and return its socket and the domain's UUID.
 
     The next message on the socket is QEMU's QMP greeting. If the domain is migrating in, this
-    waits until the migration is done; otherwise it takes at most a minute.
+    function waits until the migration is done. Otherwise it takes at most a minute.
 
     :raises QemuPrefaultError: The domain does not exist or is not running, or libvirt does not
-        answer.
+        respond.
     """
     import subprocess  # noqa: PLC0415
 
@@ -70,7 +70,7 @@ async def dial(domain: str) -> tuple[socket.socket, str]:
     with theirs:
         words = [sys.executable, "-P", "-m", __name__, default_uri(), domain]
         child = subprocess.Popen(words, stdin=theirs.fileno(), start_new_session=True)
-    child.returncode = 0  # so that Popen does not warn: the proxy outlives this process
+    child.returncode = 0  # prevents a warning of Popen: the proxy outlives this process
     ours.setblocking(False)
     try:
         answer: dict[str, Any] = {"waiting": True}
@@ -81,7 +81,7 @@ async def dial(domain: str) -> tuple[socket.socket, str]:
         ours.close()
         raise FailedError(
             f"the QMP proxy for domain {domain} did not start",
-            "see its message above",
+            "see the proxy's message above",
             code=Code.LIBVIRT,
         ) from None
     except BaseException:
@@ -177,7 +177,7 @@ class QmpProxy:
             return answer | identity  # type: ignore[no-any-return]
 
     def _is_lost(self, error: Any) -> bool:
-        """Return whether the connection has failed, and not the command."""
+        """Return whether the connection to libvirt has failed, not only the command."""
         try:
             return not self._connection.isAlive()
         except self._libvirt.libvirtError:
@@ -215,7 +215,7 @@ class QmpProxy:
                     code=Code.LIBVIRT,
                 )
             if not told:
-                text = f"domain {self._domain.name()} is migrating in: waiting for it to arrive"
+                text = f"domain {self._domain.name()} is migrating in: waiting until it is done"
                 print(printable(text), file=sys.stderr)
                 told = True
             self._send({"waiting": True})

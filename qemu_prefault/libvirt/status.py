@@ -23,12 +23,12 @@ class DomainStatus:
     """Whether a domain loads the plugin, and the plugin's state.
 
     :ivar domain: The domain's name.
-    :ivar in_xml: The plugin in the domain's definition, or None.
+    :ivar in_xml: The plugin's path and options in the domain's definition, or None.
     :ivar present: Whether the plugin's file exists on this host.
-    :ivar current: Whether the plugin's file is that of this installation.
+    :ivar current: Whether the plugin's file is identical to the one of this installation.
     :ivar running: Whether the domain is running.
     :ivar plugin: The status that the plugin in a running QEMU reports, or None.
-    :ivar problem: Why a running QEMU has no plugin status, or empty.
+    :ivar problem: The reason why a running QEMU has no plugin status, or empty.
     """
 
     domain: str
@@ -60,11 +60,11 @@ class DomainStatus:
 
 
 def read_domain_status(domain: str, uri: str | None = None) -> DomainStatus:
-    """Read the domain's definition, and ask the plugin in its QEMU if the domain is running.
+    """Read the domain's definition. If the domain is running, also ask the plugin in its QEMU.
 
     :param domain: A name, a UUID, or ``-`` to read XML from stdin.
     :param uri: The libvirt connection, or None for the default.
-    :raises QemuPrefaultError: The domain does not exist, or libvirt does not answer.
+    :raises QemuPrefaultError: The domain does not exist, or libvirt does not respond.
     """
     if domain == "-":
         xml, running = sys.stdin.buffer.read(), False
@@ -87,7 +87,7 @@ def _ask(name: str, uuid: str) -> tuple[dict[str, Any] | None, str]:
         socket = find_control_socket(process)
         if socket is None:
             return None, (
-                "running without the plugin; QEMU loads it when the domain is next started"
+                "running without the plugin; QEMU loads the plugin only when the domain starts"
             )
 
         async def ask() -> dict[str, Any]:
