@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Populate and prefault memory through an agent, and record the result.
 
-An agent runs batches of ranges, which are divided among the vCPUs. Pages that are not writable yet
-are populated, and writable pages are prefaulted. If a vCPU cannot process a range, another vCPU
-does. Targets that exceed the time limit are returned to the caller.
+The executor divides ranges among the vCPUs and passes them to an agent in batches. It populates
+pages that are not writable yet, and prefaults writable pages. If a vCPU cannot process a range,
+another vCPU processes it. If the time limit passes, the executor returns the remaining targets to
+the caller.
 """
 
 from __future__ import annotations
@@ -27,18 +28,19 @@ from .plan import Target, partition_by_node
 from .tally import RunTally
 from .vm import Backing
 
-#: Called with the phase ("populate", "prefault"), the bytes done, and the total bytes.
+#: A function that is called with the phase ("populate" or "prefault"), the bytes done so far in
+#: that phase, and the total bytes of that phase.
 Progress = Callable[[str, int, int], None]
 
-#: Errors that are due to the vCPU and not to the range, so that another vCPU may succeed.
+#: Errors that the vCPU causes and not the range. Another vCPU may succeed with the same range.
 VCPU_ERRORS: Final = (kvm.STUCK, errno.EOPNOTSUPP)
-#: Most that a worker populates before the limits are read again, in bytes.
+#: Maximum bytes that a worker populates before the executor reads the memory limits again.
 BATCH_BYTES: Final = 64 << 20
 NO_VCPU: Final = "prefault: no vCPU could be used"
 
 
 class Backings(Protocol):
-    """An object that knows the backing of a guest's sections; usually a :class:`.Vm`."""
+    """An object that returns the backing of memory sections, usually a :class:`.Vm`."""
 
     def backing(self, section: MemorySection) -> Backing:
         """Return the backing of a section."""
@@ -66,7 +68,7 @@ class Executor:
         check_headroom: bool = True,
     ) -> None:
         """
-        :param check_headroom: Stop populating when memory runs short. False with ``--force``.
+        :param check_headroom: Stop populating when little memory is left. False with ``--force``.
         """
         self.agent = agent
         self.unusable: dict[int, int] = {}
@@ -83,10 +85,11 @@ class Executor:
     async def populate(self, targets: Sequence[Target], *, only: bool = False) -> None:
         """Make all pages that may be populated present and writable in QEMU.
 
-        The prefault ioctl is a read fault. On untouched memory it would map the zero page
+        The prefault ioctl acts as a read fault. On untouched memory it would map the zero page
         read-only, and the guest's first write to each 4 KiB page would still fault.
 
-        :param only: Whether the run only populates, so that the tally counts these bytes.
+        :param only: Whether the run only populates. If so, the tally counts the writable bytes as
+            completed.
         """
         queues: dict[Target, list[Range]] = {}
         present = {}
@@ -117,10 +120,11 @@ class Executor:
                 tally.note = f"populate: {kvm.describe_errno(error)}"
 
     async def _populate_in_batches(self, queues: dict[Target, list[Range]]) -> list[Outcome]:
-        """Populate ranges, and read the limits again before each batch.
+        """Populate ranges in batches. Read the memory limits again before each batch.
 
-        Other runs and other guests allocate memory at the same time. So a batch takes at most
-        :attr:`.Limit.per_batch`, and populating ends when that is less than a huge page.
+        Other runs and other guests allocate memory at the same time. Therefore a batch allocates
+        at most :attr:`.Limit.per_batch` bytes, and populating ends when that is less than a huge
+        page.
         """
         total = sum(item.size for queue in queues.values() for item in queue)
         outcomes: list[Outcome] = []
@@ -137,7 +141,7 @@ class Executor:
         return outcomes
 
     def _next_batch(self, queues: dict[Target, list[Range]]) -> list[tuple[int | None, Range]]:
-        """Take the next ranges off the queues; return none if memory has run short."""
+        """Remove the next ranges from the queues. Return no ranges if too little memory is left."""
         batch: list[tuple[int | None, Range]] = []
         taken: dict[str, int] = {}
         for target, queue in queues.items():
@@ -170,7 +174,7 @@ class Executor:
         return self._backings.memory_source(target.section).limits(absent)
 
     def _warn_if_short(self, queues: dict[Target, list[Range]]) -> None:
-        """Record which limit keeps memory from being populated, if there is one."""
+        """Record a warning if a memory limit ended populating."""
         for target, queue in queues.items():
             left = sum(item.size for item in queue)
             for limit in self._limits(target, left):
@@ -179,20 +183,22 @@ class Executor:
                     or limit.available < target.section.page_size
                 ):
                     self._tally.warnings[Code.MEMORY_SHORT] = (
-                        f"{limit.name} ran short while memory was populated ({limit.detail}); "
-                        "what was done stays"
+                        f"populating ended early, because {limit.name} has too little memory left "
+                        f"({limit.detail}); the memory populated so far stays populated"
                     )
-                    self._tally.of(target.section).note = f"populate: {limit.name} ran short"
+                    self._tally.of(target.section).note = (
+                        f"populate: {limit.name} has too little memory left"
+                    )
 
     async def prefault(
         self, targets: Sequence[Target], *, again: bool = False, skip_pagemap: bool = False
     ) -> list[Target]:
-        """Prefault the pages that are writable now; KVM would map the others read-only.
+        """Prefault the writable pages. KVM would map the other pages read-only.
 
         :param again: Whether a previous call has already counted the targets as requested.
         :param skip_pagemap: Reuse the result of :meth:`populate` instead of reading pagemap again.
             This is only valid if the guest has not run since.
-        :returns: The targets that exceeded the time limit, see :meth:`time_limit`.
+        :returns: The targets that were not prefaulted within the limit of :meth:`time_limit`.
         """
         total = sum(target.size for target in targets)
         batch: list[tuple[Range, Target]] = []
@@ -224,7 +230,7 @@ class Executor:
         limit = self.agent.ranges_per_batch // 2  # partition() may split ranges
         for target in targets:
             tally = self._tally.of(target.section)
-            if self._time_is_up:  # perhaps before it was populated
+            if self._time_is_up:  # the target may not have been populated yet
                 left.append(target)
                 if not again:
                     requested = target.size if target.may_populate else self._sums(target).writable
@@ -268,9 +274,11 @@ class Executor:
         total: int,
         base: int = 0,
     ) -> tuple[list[Outcome], list[Range]]:
-        """Run ranges, each with its NUMA node, on all usable workers.
+        """Run ranges on all usable workers.
 
-        :returns: The outcomes, and the ranges that exceeded the time limit.
+        :param ranges: Each range with its guest NUMA node, or None if unknown.
+        :param base: Bytes that the phase had done before this call.
+        :returns: The outcomes, and the ranges that were not processed within the time limit.
         """
         outcomes: list[Outcome] = []
         todo = list(ranges)
@@ -300,11 +308,11 @@ class Executor:
         return outcomes, [item for _, item in todo] if self._time_is_up else []
 
     def _goes_on(self, index: int, outcome: Outcome) -> bool:
-        """Return whether the rest of a range must be processed (by any worker)."""
+        """Return whether a worker must process the rest of a range."""
         if outcome.range.kind is Kind.STAGE2 and outcome.error in VCPU_ERRORS:
             self.unusable[index] = outcome.error
             return True
-        # The range was interrupted, or not started because the batch ended before it.
+        # The time limit interrupted the range, or the batch ended before it was started.
         return (self._time_is_up and outcome.error == kvm.ABORTED) or not outcome.error
 
     def usable(self) -> list[Worker]:
@@ -315,13 +323,13 @@ class Executor:
                 f"vCPU {index} ({kvm.describe_errno(error)})"
                 for index, error in sorted(self.unusable.items())
             )
-            self._tally.warnings[Code.VCPU_UNUSABLE] = f"not used: {names}" + (
-                "" if usable else "; let the guest run for a moment (cont), then run this again"
+            self._tally.warnings[Code.VCPU_UNUSABLE] = f"could not use {names}" + (
+                "" if usable else "; resume the guest for a moment, then run qemu-prefault again"
             )
         return usable
 
     def reconsider_vcpus(self) -> None:
-        """Treat all vCPUs as usable again, after the guest has run."""
+        """Mark all vCPUs as usable again. Call this after the guest has run."""
         self.unusable.clear()
         self._tally.warnings.pop(Code.VCPU_UNUSABLE, None)
         for tally in self._tally.tallies.values():
@@ -330,9 +338,9 @@ class Executor:
 
     @contextlib.contextmanager
     def time_limit(self, seconds: float | None) -> Iterator[None]:
-        """Limit the time of the work in the block.
+        """Limit the time of the work in the block. The current chunks may exceed it.
 
-        After that time, the work ends when the current chunks are done.
+        :param seconds: The limit in seconds, or None for no limit.
         """
 
         def end() -> None:
@@ -354,7 +362,7 @@ class Executor:
 
 
 def _take(queue: list[Range], size: int) -> list[Range]:
-    """Remove the first ``size`` bytes of ranges from a queue; the last range may be cut."""
+    """Remove the first ``size`` bytes of ranges from a queue. Split the last range if needed."""
     taken = []
     while queue and size:
         first = queue.pop(0)

@@ -3,7 +3,7 @@
 
 If QEMU has loaded the plugin, the plugin keeps the guest prefaulted, and this module forwards the
 plugin's events. Otherwise, this process polls the memory layout and KVM's counters, and prefaults
-the guest when stage-2 tables were dropped or memory was added. This reacts up to a few seconds
+the guest when KVM has dropped stage-2 tables or memory was added. It reacts up to a few seconds
 later than the plugin, and pauses the guest for each run.
 """
 
@@ -31,12 +31,12 @@ Event = dict[str, Any]
 
 #: Seconds between two polls.
 LOOK_SECONDS: Final = 1.0
-#: Seconds between two runs at least. If the guest's tables are dropped repeatedly, this limits how
-#: often the guest is paused.
+#: Minimum time between two runs, in seconds. If KVM drops the guest's tables repeatedly, this
+#: limits the number of pauses.
 LEAST_SECONDS_BETWEEN_RUNS: Final = 5.0
-#: The tables count as dropped if less than this share of the mapped bytes is left.
+#: The tables count as dropped if less than this share of the bytes is still mapped.
 DROPPED: Final = 0.5
-#: Events after which the guest is polled immediately.
+#: QMP events that cause an immediate poll.
 WAKE_UP: Final = (
     "RESET",
     "RESUME",
@@ -53,7 +53,7 @@ def follow(vm: Vm, options: Options) -> AsyncIterator[Event]:
 
     :param options: The options of each run. The plugin uses its own options instead.
     :returns: The events of the runs; docs/reference/events.md lists their fields.
-    :raises QemuPrefaultError: in the cases of :func:`follow_from_outside`.
+    :raises QemuPrefaultError: As for :func:`follow_from_outside`.
     """
     attach = options.agent is AgentChoice.ATTACH
     socket = None if attach else find_control_socket(vm.process)
@@ -74,10 +74,10 @@ async def follow_plugin(process: Process, socket: Path) -> AsyncIterator[Event]:
 
 
 async def follow_from_outside(vm: Vm, options: Options) -> AsyncIterator[Event]:
-    """Prefault the guest once, and then again when necessary, until QEMU exits.
+    """Prefault the guest now, and again when necessary, until QEMU exits.
 
-    :raises QemuPrefaultError: if the first run fails. If a later run is refused, an event reports
-        it.
+    :raises QemuPrefaultError: The first run failed. If a later run is refused or fails, the
+        function yields an event instead.
     """
     with vm.monitor.events(*WAKE_UP) as events:
         loop = _FollowLoop(vm, options)
@@ -95,7 +95,7 @@ async def follow_from_outside(vm: Vm, options: Options) -> AsyncIterator[Event]:
 
 
 async def _wait(events: EventStream) -> None:
-    """Wait for an event, but not longer than until the next poll."""
+    """Wait for an event, but at most until the next poll."""
     try:
         async with asyncio.timeout(LOOK_SECONDS):
             await anext(events)
@@ -138,7 +138,7 @@ class _FollowLoop:
         if shape == before and set(shape) - set(self._layout):
             self._need = "memory was added"
         elif stage2 is not None and stage2.bytes < self._kept * DROPPED:
-            # Remember this if the run must wait: the guest's faults fill the tables in between.
+            # Store the need: if the run must wait, the guest's faults refill the tables meanwhile.
             self._need = "the tables were dropped"
         if not self._need or shape != before or firmware_ahead(state.ranges):
             return None  # no run is needed, or the layout is still changing

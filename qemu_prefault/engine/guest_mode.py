@@ -4,7 +4,7 @@
 While a vCPU runs a nested (L2) guest, KVM has L2's page tables loaded. If the guest's hypervisor
 uses nested paging, the ioctl fails with EOPNOTSUPP. If the hypervisor uses shadow paging, the ioctl
 succeeds, but it fills the root for guest mode (``role.guest_mode``, arch/x86/kvm/mmu) and not the
-root on which the guest itself runs. :mod:`.run` has the loops that pause the guest again.
+root on which the guest itself runs. The loops that pause the guest again are in :mod:`.run`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ..qemu.queries import read_vcpu_stats
 from .executor import Executor
 from .tally import RunTally
 
-#: How many times the guest is stopped, at most, to find a vCPU that is not in guest mode. In the
-#: lab, two of three attempts find a busy nested guest in guest mode.
+#: Maximum number of times that a run stops the guest to find a vCPU that is not in guest mode. If
+#: the only vCPU runs a busy nested guest, about two of three attempts fail in the lab.
 GUEST_MODE_TRIES: Final = 50
-#: How many seconds such attempts continue at most.
+#: Maximum total time of these attempts, in seconds.
 GUEST_MODE_SECONDS: Final = 5.0
-#: Bounds of the random time, in seconds, for which the guest runs between two attempts. It is
-#: random to avoid the same phase of the guest's timer each time.
+#: Bounds of the random time, in seconds, for which the guest runs between two attempts. With a
+#: constant time, every attempt could hit the same phase of the guest's timer.
 GUEST_MODE_WAIT: Final = (0.002, 0.02)
 
 
@@ -51,7 +51,7 @@ class GuestMode:
 
         :param threads: The workers' vCPUs, in the order of the workers.
         :param stats: The vCPUs' counters in the same order, or None if they must be read over QMP.
-        :param chosen: Whether the user chose these vCPUs, so that the guest may have others.
+        :param chosen: Whether the user chose these vCPUs. The guest may then have other vCPUs too.
         """
         self._monitor = monitor
         self._executor = executor
@@ -66,7 +66,7 @@ class GuestMode:
 
     @staticmethod
     def worth_another_try(tries: int, began: float) -> bool:
-        """Return whether another attempt is within the limits.
+        """Return whether the limits of number and time allow another attempt.
 
         :param tries: The number of attempts so far.
         :param began: ``time.monotonic()`` at the first attempt.
@@ -83,7 +83,7 @@ class GuestMode:
 
         A vCPU does not change its mode while the guest is paused.
 
-        :returns: False if all vCPUs are in guest mode; then none is marked.
+        :returns: False if all vCPUs are in guest mode. In this case, no vCPU is marked.
         """
         self._executor.reconsider_vcpus()
         in_guest_mode = await self.workers()
@@ -128,28 +128,28 @@ class GuestMode:
             if tries > 1:
                 notes[Code.GUEST_MODE] = (
                     f"the guest was stopped {_times(tries - 1)} while {every} ran a nested "
-                    "guest; it was resumed and stopped again"
+                    "guest, so it was resumed and stopped again"
                 )
             return
         unusable = self._executor.unusable
         if not unusable:  # the ioctl succeeded
-            why = "so KVM filled the tables that the nested guest runs on, not the guest's own"
+            why = "so KVM filled the nested guest's tables, not the guest's own"
             self._tally.discard_accounted()
         else:
-            why = "where KVM cannot fill the guest's own tables"
+            why = "so KVM could not fill the guest's own tables"
             if set(unusable.values()) == {errno.EOPNOTSUPP}:
                 notes.pop(Code.VCPU_UNUSABLE, None)  # this warning includes that one
         if will_resume:
             notes[Code.GUEST_MODE] = (
                 f"the guest was stopped {_times(tries)} within {seconds:.1f} s; each time {every} "
-                f"ran a nested guest, {why}. The guest is running: try again when its nested "
-                "guests are less busy"
+                f"ran a nested guest, {why}. Run qemu-prefault again when the nested guests are "
+                "less busy"
             )
         else:
             notes[Code.GUEST_MODE] = (
                 f"the guest was paused while {every} ran a nested guest, {why}. Use --cont, "
-                "which resumes the guest and stops it again at a better moment, or run this while "
-                "the guest is running"
+                "which resumes the guest and stops it again, or resume the guest and run "
+                "qemu-prefault again"
             )
 
 

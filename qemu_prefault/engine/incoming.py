@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Keep an incoming guest paused after its RAM is loaded, to prefault it.
 
-A QEMU that waits for a migration or a restore starts the guest when everything is loaded, unless
+A QEMU that waits for a migration or a restore starts the guest when the guest is loaded, unless
 QEMU was started with ``-S``. In the state ``inmigrate``, the commands ``stop`` and ``cont`` only
-set ``autostart`` (qmp_stop() and qmp_cont(), monitor/qmp-cmds.c). So ``stop`` makes QEMU leave the
-guest paused when it is loaded, and ``cont`` restores the automatic start at any time before that.
+set ``autostart`` (qmp_stop() and qmp_cont(), monitor/qmp-cmds.c). After ``stop``, QEMU leaves the
+guest paused when it is loaded. Until then, ``cont`` restores the automatic start.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from ..qemu.queries import read_migration, read_status
 from .preflight import check_status
 from .resume_guard import ResumeGuard
 
-#: The limit for each command in seconds. A QEMU that loads a guest from a file may not answer
-#: until it is loaded.
+#: Time limit for each command in seconds. A QEMU that loads a guest from a file may not respond
+#: until the guest is loaded.
 LOAD_SECONDS = 7 * 24 * 3600.0
 #: Seconds between two queries if QEMU sends MIGRATION events.
 EVENT_SECONDS = 1.0
@@ -31,10 +31,11 @@ POLL_SECONDS = 0.01
 
 
 class IncomingMigration:
-    """A guest whose RAM is being loaded. Use :func:`hold_incoming` to get one.
+    """A guest whose RAM is being loaded. :func:`hold_incoming` creates the object.
 
-    :ivar starts_by_itself: Whether QEMU would start the guest, so that the caller must resume it.
-    :ivar loaded_at: ``time.monotonic()`` when the guest's RAM was found loaded.
+    :ivar starts_by_itself: Whether QEMU was started without ``-S``. The caller must then resume
+        the guest.
+    :ivar loaded_at: The value of ``time.monotonic()`` when the end of loading was detected.
     :ivar runs: Whether the guest already ran at that time, because another client started it.
     """
 
@@ -49,8 +50,8 @@ class IncomingMigration:
     async def loaded(self) -> None:
         """Wait until the guest is loaded.
 
-        :raises FailedError: if the migration failed or was cancelled.
-        :raises RefusedError: if the loaded guest is in a state in which it cannot run.
+        :raises FailedError: The migration failed or was cancelled.
+        :raises RefusedError: The loaded guest is in a state in which it cannot run.
         """
         with self._monitor.patience(LOAD_SECONDS):
             while not (await self._is_loaded() or await self._is_told()):
@@ -69,14 +70,14 @@ class IncomingMigration:
         return False
 
     async def _is_told(self) -> bool:
-        """Wait for a MIGRATION event; return whether it reports the end of loading.
+        """Wait for a MIGRATION event. Return whether it reports the end of loading.
 
         QEMU sends this event after it has set the guest's new run state
-        (process_incoming_migration_bh(), migration/migration.c). So no further query is needed,
-        each of which would delay the guest.
+        (process_incoming_migration_bh(), migration/migration.c). A further query is not necessary,
+        and would delay the guest.
         """
         with contextlib.suppress(TimeoutError):
-            # None means that the connection has ended; the next query raises the error for it.
+            # None means that the connection has ended. The next query raises the error.
             while event := await self._events.get(EVENT_SECONDS if self._told else POLL_SECONDS):
                 if event.name == "RESUME":
                     self.runs = True
@@ -87,7 +88,7 @@ class IncomingMigration:
         return False
 
     async def tell_events(self) -> bool:
-        """Enable MIGRATION events; return True if they were disabled before."""
+        """Enable MIGRATION events. Return True if this call changed the setting."""
         self._told = (await _capabilities(self._monitor)).get("events", False)
         if self._told:
             return False
@@ -102,7 +103,8 @@ class IncomingMigration:
 def _failed(cause: str) -> FailedError:
     return FailedError(
         cause,
-        "nothing was prefaulted; the guest is still at the source or in its file",
+        "start a new QEMU and repeat the migration or restore; the guest is still at the source or "
+        "in its file",
         code=Code.MIGRATION_FAILED,
     )
 
@@ -112,11 +114,11 @@ async def check_no_postcopy(monitor: Monitor) -> None:
 
     In postcopy, QEMU would request each page that populating touches from the source.
 
-    :raises RefusedError: if the capability ``postcopy-ram`` is set.
+    :raises RefusedError: The capability ``postcopy-ram`` is set.
     """
     if (await _capabilities(monitor)).get("postcopy-ram"):
         raise RefusedError(
-            "this migration may switch to postcopy, in which pages are fetched from the source",
+            "this migration may switch to postcopy, in which QEMU fetches pages from the source",
             "migrate without the capability postcopy-ram, or prefault after the migration",
             code=Code.POSTCOPY,
         )
@@ -143,8 +145,8 @@ async def hold_incoming(
     If the block raises or this process dies, QEMU starts the guest as it would have done otherwise.
     If the block exits normally, the caller must resume the guest.
 
-    :param cleanup: What to do if this process dies.
-    :raises FailedError: if the migration fails or is cancelled, after which QEMU exits.
+    :param cleanup: The functions that stop the agent's helpers if this process dies.
+    :raises FailedError: The migration failed or was cancelled. QEMU exits.
     """
     with contextlib.ExitStack() as stack:
         events = stack.enter_context(monitor.events("MIGRATION", "RESUME"))

@@ -15,18 +15,18 @@ from ..units import HUGE_PAGE_SIZE
 from .report import SCHEMA, stage2_json
 from .vm import Vm
 
-#: The counters that :func:`counters` sums up.
+#: The vCPU counters of which :func:`counters` returns the sums.
 VCPU_COUNTERS = ("pf_taken", "pf_fixed", "pf_spurious", "exits")
 
 
 @dataclass(frozen=True, slots=True)
 class MappedSection:
-    """A section of guest memory; sizes are in bytes.
+    """A section of guest memory. Sizes and addresses are in bytes.
 
     :ivar huge: Whether guest and host addresses allow 2 MiB leaves.
     :ivar resident: Bytes that are present in QEMU's page tables, or None if unknown.
-    :ivar writable: Of these, the bytes that a prefault would map writable.
-    :ivar skipped: Why the section is not prefaulted, or None.
+    :ivar writable: Resident bytes that a prefault would map writable, or None if unknown.
+    :ivar skipped: The reason why a run skips the section, or None.
     """
 
     #: QEMU's name of the memory region.
@@ -37,7 +37,7 @@ class MappedSection:
     size: int
     #: The virtual address of the section in QEMU, or 0 if it is not mapped.
     hva: int
-    #: What backs the section in QEMU, for example ``anonymous``.
+    #: The kind of memory that backs the section in QEMU, for example ``anonymous``.
     backing: str
     #: The page size of the backing.
     page_size: int
@@ -53,7 +53,10 @@ class MappedSection:
 
 @dataclass(frozen=True, slots=True)
 class RamMap:
-    """The map of a guest's RAM; `stage2` is None without KVM's counters."""
+    """The map of a guest's RAM.
+
+    :ivar stage2: The current leaves in the stage-2 tables, or None if unknown.
+    """
 
     #: QEMU's process id.
     pid: int
@@ -77,7 +80,7 @@ class RamMap:
 async def ram_map(vm: Vm) -> RamMap:
     """Return the map of a guest's RAM, including the skipped sections.
 
-    :raises UnsupportedError: if this process has no permission to trace QEMU.
+    :raises UnsupportedError: This process has no permission to trace QEMU.
     """
     state = vm.state
     found = []

@@ -18,8 +18,8 @@ from .vm import Vm
 class InterferenceMonitor:
     """Ends a run when another client resumes or migrates the guest.
 
-    :ivar reason: Why the run was ended, or None if it was not.
-    :ivar prefaulting: Whether the guest is being prefaulted, so that it must not be resumed.
+    :ivar reason: The error that ended the run, or None.
+    :ivar prefaulting: Whether the guest is being prefaulted. A resume then ends the run.
     """
 
     def __init__(self, vm: Vm, tally: RunTally, end: Callable[[], None]) -> None:
@@ -33,11 +33,11 @@ class InterferenceMonitor:
 
     @contextlib.asynccontextmanager
     async def watched(self, *, abort_on_migration: bool) -> AsyncIterator[None]:
-        """Detect interference during the block, and raise the reason at its end.
+        """Detect interference during the block, and raise :attr:`reason` at the end of the block.
 
         :param abort_on_migration: End the run if a migration starts. False for an incoming
             migration.
-        :raises QemuPrefaultError: if the run was ended.
+        :raises QemuPrefaultError: Interference has ended the run.
         """
         names = ("RESUME", "STOP", "RESET", "SHUTDOWN", "MIGRATION")
         with self._vm.monitor.events(*names) as events:
@@ -54,7 +54,7 @@ class InterferenceMonitor:
             raise self.reason
 
     def interrupt(self, reason: QemuPrefaultError) -> None:
-        """End the run; if it has been ended before, keep the first reason."""
+        """End the run. If it has already been ended, keep the first reason."""
         if self.reason is None:
             self.reason = reason
             self._end()
@@ -71,15 +71,15 @@ class InterferenceMonitor:
         self.interrupt(
             RefusedError(
                 f"a migration was started during the run (query-migrate: {status})",
-                "the run was ended so that it does not mark every page as dirty; prefault at the "
-                "destination",
+                "prefault the guest at the destination; during the migration, prefaulting would "
+                "mark every page as dirty",
                 code=Code.MIGRATION,
             )
         )
         return True
 
     async def _follow_migrations(self) -> None:
-        """Poll for a migration; its events need the capability ``events``."""
+        """Poll query-migrate, because MIGRATION events require the capability ``events``."""
         while not await self.migration_started():
             await asyncio.sleep(1)
 
@@ -90,7 +90,8 @@ class InterferenceMonitor:
                 paused = True
             elif event.name == "RESET":
                 self._tally.warnings[Code.RESET] = (
-                    "the guest was reset during the run: firmware will run again"
+                    "the guest was reset during the run, so KVM will drop stage-2 tables when the "
+                    "firmware runs again"
                 )
             elif event.name == "RESUME" and self._own_resumes:
                 self._own_resumes -= 1

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 
 class Populate(enum.StrEnum):
-    """Which absent memory may be populated."""
+    """The absent memory that a run may populate."""
 
     #: All RAM, except memory that is absent on purpose (virtio-mem, balloon, overcommit).
     AUTO = "auto"
     #: All memory in the memory slots.
     ALL = "all"
-    #: None: only memory that is present and writable is prefaulted.
+    #: No memory. The run prefaults only memory that is present and writable.
     RESIDENT = "resident"
 
 
 class AgentChoice(enum.StrEnum):
-    """Which agent issues the ioctl inside QEMU."""
+    """The agent that calls the ioctl inside QEMU."""
 
     #: The plugin if QEMU has loaded it, else QEMU's own command if it is patched, else attach.
     AUTO = "auto"
@@ -33,21 +33,21 @@ class AgentChoice(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options of a run, with the names of the command line's options.
+    """The options of a run. The names are those of the command line's options.
 
-    :ivar populate: Which absent memory may be populated.
+    :ivar populate: The absent memory that the run may populate.
     :ivar ranges: Guest-physical ranges (start, size) in bytes; empty means all RAM.
     :ivar max_bytes: Prefault at most this many bytes, lowest addresses first; None means all.
     :ivar vcpus: Indexes of vCPUs to use, from ``query-cpus-fast``; empty means all.
     :ivar populate_only: Fill QEMU's own page tables, but not the stage-2 tables.
     :ivar force: Populate even if the host seems to have too little memory.
-    :ivar chunk_bytes: Bytes that one system call processes at most; None means 32 MiB.
-    :ivar max_downtime: Seconds for which the guest may be paused at a time; None means no limit.
+    :ivar chunk_bytes: Most bytes to prefault with one system call; None means 32 MiB.
+    :ivar max_downtime: Longest single pause of the guest, in seconds; None means no limit.
     :ivar cont: Resume the guest after the run, even if it was paused before.
     :ivar incoming: Wait for the guest of a QEMU started with ``-incoming``, and prefault it before
         it starts.
-    :ivar dry_run: Report what would be done, and change nothing.
-    :ivar agent: Which agent issues the ioctl inside QEMU.
+    :ivar dry_run: Report what a run would do. Change nothing.
+    :ivar agent: The agent that calls the ioctl inside QEMU.
     """
 
     populate: Populate = Populate.AUTO

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Pause the guest for a while, and restore its run state."""
+"""Pause the guest, and restore its run state afterwards."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from .tally import RunTally
 class Pause:
     """A pause of the guest.
 
-    :ivar resume: Resumes the guest if it ran before or if the user asked for that.
-    :ivar will_resume: Whether `resume` resumes the guest.
+    :ivar resume: A coroutine function that ends the pause. It resumes the guest if `will_resume`
+        is set.
+    :ivar will_resume: Whether the guest ran before the pause, or ``--cont`` was given.
     """
 
     resume: Callable[[], Awaitable[None]]
@@ -68,7 +69,7 @@ class Pauser:
             nonlocal stopped_at
             interference.prefaulting = False
             await agent.release_vcpus()
-            # If another client has interfered, leave the guest in the state that it chose.
+            # If another client has interfered, leave the guest in the state that the client chose.
             if was_running or (self.cont and interference.reason is None):
                 await self.resume(was_running)
             if stopped_at:
@@ -89,7 +90,7 @@ class Pauser:
                 await self._hold_vcpus()
                 yield pause
             finally:
-                if stopped_at and monitor.alive:  # otherwise the block has resumed the guest
+                if stopped_at and monitor.alive:  # the block has not resumed the guest
                     agent.abort()
                     with contextlib.suppress(QemuPrefaultError):
                         await agent.close()
@@ -102,16 +103,16 @@ class Pauser:
     async def resume(self, was_running: bool) -> None:
         """Resume the guest, unless it has migrated away and runs at the destination.
 
-        :param was_running: Whether the guest ran before the pause. If it did not, it is not resumed
-            during a migration either.
+        :param was_running: Whether the guest ran before the pause. If it did not, the method also
+            leaves it paused while a migration is running.
         """
         monitor = self._monitor
         status = await read_status(monitor)
         if status in MIGRATED_AWAY:
             self._interference.interrupt(
                 RefusedError(
-                    f"the guest migrated away during the run (query-status: {status}), and is "
-                    "not resumed on this host",
+                    f"the guest migrated away during the run (query-status: {status}), so it was "
+                    "not resumed here",
                     "prefault it at the destination",
                     code=Code.MIGRATION,
                 ),

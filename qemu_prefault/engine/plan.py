@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 class Target:
     """A part of one section that should be prefaulted.
 
-    :ivar gpa: Guest-physical address in bytes.
-    :ivar size: Bytes.
+    :ivar gpa: The guest-physical address of the part.
+    :ivar size: The size of the part in bytes.
     :ivar may_populate: Whether absent pages may be populated.
-    :ivar why_not: The reason if they may not, or None.
+    :ivar why_not: The reason why absent pages may not be populated, or None.
     """
 
     section: MemorySection
@@ -46,7 +46,7 @@ class Target:
 def select(state: VmState, options: Options) -> tuple[Target, ...]:
     """Return the targets to prefault, ascending by guest-physical address.
 
-    :raises InputError: if the chosen ranges contain no guest RAM.
+    :raises InputError: The chosen ranges contain no guest RAM.
     """
     targets = []
     left = None if options.max_bytes is None else options.max_bytes // PAGE_SIZE * PAGE_SIZE
@@ -63,13 +63,13 @@ def select(state: VmState, options: Options) -> tuple[Target, ...]:
     if options.ranges and left != 0 and not targets:
         raise InputError(
             "the given ranges contain no guest RAM",
-            "`qemu-prefault map` shows the addresses of guest RAM",
+            "give ranges within guest RAM; to show its addresses: qemu-prefault map",
         )
     return tuple(targets)
 
 
 def subtract(targets: Iterable[Target], done: Iterable[Target]) -> tuple[Target, ...]:
-    """Return the parts of the targets that are not part of any done target."""
+    """Return the parts of the targets that overlap no target in ``done``."""
     left = []
     spans = sorted((target.gpa, target.gpa + target.size) for target in done)
     for target in targets:
@@ -108,7 +108,7 @@ def _reason_not_to_populate(
         "the balloon is inflated: memory is absent on purpose": balloon is not None
         and balloon.actual < balloon.total,
         "reserve=off: memory is overcommitted on purpose": section.reserve is False,
-        "a shared file: populating would write it": section.disk_file
+        "a shared file: populating would write to it": section.disk_file
         or (section.device in ("nvdimm", "virtio-pmem") and section.share is not False),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
@@ -125,8 +125,8 @@ def partition(ranges: Sequence[Range], workers: Sequence[Worker]) -> dict[int, l
     for item in ranges:
         start, end = item.start, item.start + item.size
         while start < end:
-            # The ends of shares are computed from the total, so that rounding up several cuts does
-            # not reduce the last share.
+            # Compute the ends of shares from the total. Otherwise rounding up each cut would reduce
+            # the last share.
             while (due := total * (position + 1) // len(workers) - done) <= 0:
                 position += 1
             cut = min(end, -(-(start + due) // HUGE_PAGE_SIZE) * HUGE_PAGE_SIZE)
@@ -142,7 +142,7 @@ def partition_by_node(
     """Divide the ranges of each guest NUMA node among the node's vCPUs.
 
     A helper has its vCPU's CPU affinity, and the first access determines the host node of a page.
-    So memory is allocated on the host node to which the vCPUs of its guest node are pinned.
+    Therefore the host allocates memory on the node to which the vCPUs of the guest node are pinned.
 
     :param ranges: Each range with its guest NUMA node, or None if unknown.
     """

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 _UNFIT_STATUS: Final = {
     "inmigrate": (
         "the incoming guest's RAM is not loaded yet",
-        "run this with --incoming, which waits for it; or start QEMU with -S (or send `stop` now), "
-        "and run this when query-status reports paused",
+        "run qemu-prefault with --incoming, which waits until the guest is loaded; or start QEMU "
+        "with -S (or send `stop` now), and run qemu-prefault when query-status reports paused",
         Code.INCOMING,
     ),
     "postmigrate": (
@@ -64,7 +64,7 @@ MIGRATED_AWAY: Final = frozenset({"finish-migrate", "postmigrate"})
 def check_status(status: str) -> None:
     """Raise an error if a guest with this ``query-status`` cannot run.
 
-    :raises RefusedError: with the reason, and what to wait for.
+    :raises RefusedError: The guest cannot run.
     """
     if status in _UNFIT_STATUS:
         cause, remedy, code = _UNFIT_STATUS[status]
@@ -74,13 +74,13 @@ def check_status(status: str) -> None:
 def check_awaits_incoming(state: VmState) -> None:
     """Raise an error if QEMU does not wait for an incoming migration or restore.
 
-    :raises RefusedError: with the guest's run state.
+    :raises RefusedError: QEMU is not in the state ``inmigrate``.
     """
     if state.status != "inmigrate":
         raise RefusedError(
             f"this QEMU does not wait for a migration or restore (query-status: {state.status})",
-            "start QEMU with -incoming, and run this before the migration; for a guest that is "
-            "already loaded, leave out --incoming",
+            "start QEMU with -incoming, and run qemu-prefault before the migration; for a guest "
+            "that is already loaded, omit --incoming",
             code=Code.NOT_INCOMING,
         )
 
@@ -89,16 +89,18 @@ def check_vm_state(state: VmState, dirty_limit: bool = False) -> None:
     """Raise an error if prefaulting now would harm the guest, or have no effect.
 
     While dirty pages are logged, KVM maps only 4 KiB pages, and marks each page that it maps as
-    dirty (``make_spte()``, arch/x86/kvm/mmu/spte.c). A migration would send all of them again.
+    dirty (``make_spte()``, arch/x86/kvm/mmu/spte.c). A migration would send all these pages again.
 
     :param dirty_limit: Whether ``query-vcpu-dirty-limit`` shows an active limit.
-    :raises RefusedError: with the reason, and what to wait for.
+    :raises RefusedError: A migration or a dirty-rate measurement is running, or the guest cannot
+        run.
     """
     migration = state.migration or "none"
     if "postcopy" in migration:
         raise RefusedError(
             f"a postcopy migration is running (query-migrate: {migration})",
-            "wait until it has completed: until then, missing pages are fetched from the source",
+            "wait until it has completed, because QEMU fetches missing pages from the source until "
+            "then",
             code=Code.POSTCOPY,
         )
     check_status(state.status)
@@ -112,7 +114,8 @@ def check_vm_state(state: VmState, dirty_limit: bool = False) -> None:
         what = "measured" if state.dirty_rate == "measuring" else "limited"
         raise RefusedError(
             f"the dirty page rate is being {what}: dirty pages are logged",
-            "wait until that has ended (query-dirty-rate, query-vcpu-dirty-limit)",
+            "wait until the measurement or the limit has ended (query-dirty-rate, "
+            "query-vcpu-dirty-limit)",
             code=Code.DIRTY_LOGGING,
         )
 
@@ -120,13 +123,13 @@ def check_vm_state(state: VmState, dirty_limit: bool = False) -> None:
 def check_supported(vm: Vm) -> None:
     """Raise an error if this guest or this kernel does not support prefaulting.
 
-    :raises UnsupportedError: with the alternative.
+    :raises UnsupportedError: The guest does not run under KVM, or KVM lacks the ioctl.
     """
     if not vm.state.kvm:
         raise UnsupportedError(
             "this guest does not run under KVM",
-            "it has no stage-2 tables to fill; start QEMU with -accel kvm. "
-            "Without it --populate-only still helps: it saves the guest the host's page faults.",
+            "start QEMU with -accel kvm; or use --populate-only, which works without KVM and "
+            "allocates the guest's memory in advance",
             code=Code.NOT_KVM,
         )
     capability = vm.capability
@@ -141,7 +144,7 @@ def check_headroom(
 
     :param force: Skip the check.
     :returns: The bytes that populating would allocate for each target.
-    :raises RefusedError: with the bytes needed, the bytes available, and the limit.
+    :raises RefusedError: Too little memory is available.
     """
     absent = {}
     for target in targets:
@@ -161,8 +164,8 @@ def check_headroom(
                 raise RefusedError(
                     f"populating needs {format_size(needs[limit.name])}, but {limit.name} has only "
                     f"{format_size(limit.available)} available ({limit.detail})",
-                    "free memory, raise the limit, use --populate resident or --max-bytes; "
-                    "--force skips this check",
+                    "free memory, raise the limit, or use --populate resident or --max-bytes; to "
+                    "skip this check, use --force",
                     code=Code.NO_MEMORY,
                 )
     return absent
@@ -175,8 +178,9 @@ def find_warnings(options: Options, targets: Sequence[Target], state: VmState) -
     found: dict[str, str] = {}
     if firmware_ahead(state.ranges) and not options.incoming:
         found[Code.FIRMWARE_AHEAD] = (
-            "the guest's firmware has not finished: it makes QEMU delete and re-create the slot of "
-            "low RAM, and each time KVM drops every stage-2 table. Run this after boot"
+            "the guest's firmware has not finished. It will make QEMU delete and re-create the "
+            "slot of low RAM, and KVM then drops every stage-2 table. Run qemu-prefault again "
+            "after the boot"
         )
     crooked = [
         t.section.name
@@ -185,24 +189,24 @@ def find_warnings(options: Options, targets: Sequence[Target], state: VmState) -
     ]
     if crooked:
         found[Code.NEVER_HUGE] = (
-            f"{', '.join(dict.fromkeys(crooked))}: guest and host addresses differ modulo "
-            "2 MiB, so KVM can never use huge pages there (memory-backend-file,align=2M)"
+            f"KVM cannot use huge pages for {', '.join(dict.fromkeys(crooked))}, because guest and "
+            "host addresses differ modulo 2 MiB; to align them, use memory-backend-file,align=2M"
         )
     if kvm.parameter("kvm_intel", "eptad") == "N":
         found[Code.NO_EPT_AD] = (
-            "this CPU's EPT has no accessed/dirty bits: the first access to a prefaulted page "
-            "still takes one exit"
+            "this CPU's EPT has no accessed/dirty bits, so the first access to a prefaulted page "
+            "still causes one exit"
         )
     if kvm.parameter("kvm", "nx_huge_pages") == "Y":
         found[Code.NX_HUGE_PAGES] = (
-            "kvm.nx_huge_pages is on: huge pages are mapped non-executable, and the guest's "
-            "first execution from each still faults"
+            "kvm.nx_huge_pages is on, so KVM maps huge pages non-executable, and the first "
+            "instruction fetch from each huge page still faults"
         )
     return found | _resident_only(options, targets)
 
 
 def _resident_only(options: Options, targets: Sequence[Target]) -> dict[str, str]:
-    """Return why some memory is not populated; empty if the user requested that."""
+    """Return a warning if memory is not populated although the user did not request that."""
     found: dict[str, str] = {}
     if any(t.why_not for t in targets):
         reasons = dict.fromkeys(f"{t.section.name}: {t.why_not}" for t in targets if t.why_not)

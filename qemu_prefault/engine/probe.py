@@ -27,21 +27,21 @@ from .vm import Vm
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The result of one check; ``verdict`` is ``ok``, ``no`` or ``note``."""
+    """The result of one check."""
 
-    #: What was examined, for example ``kvm``.
+    #: The name of the check, for example ``kvm``.
     check: str
     #: ``ok``, ``no`` or ``note``.
     verdict: str
-    #: What was found.
+    #: The result of the check as text.
     text: str
-    #: What to do about it; empty if nothing has to be done.
+    #: The action that solves the problem, or empty.
     remedy: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """The results of all checks, and the exit status that follows from them."""
+    """The results of all checks, and the exit status of the command."""
 
     #: QEMU's process id, or 0 if QEMU was not examined.
     pid: int
@@ -59,15 +59,15 @@ class Findings:
 
 
 async def probe_process(pid: int) -> Findings:
-    """Check this host and a QEMU whose monitor is not known.
+    """Check this host and a QEMU process without using its monitor.
 
-    :raises GoneError: if no such process exists.
+    :raises GoneError: The process does not exist.
     """
     process = Process.find(pid)
     findings, status = _host(process)
     findings.append(await _plugin(process))
     findings.append(
-        Finding("qmp", "note", "not checked", "give --qmp SOCK to check the guest, too")
+        Finding("qmp", "note", "the guest was not checked", "to check the guest, give --qmp SOCK")
     )
     return Findings(process.pid, tuple(findings), status)
 
@@ -106,15 +106,15 @@ async def probe(vm: Vm) -> Findings:
 
 
 async def _plugin(process: Process) -> Finding:
-    """Return whether QEMU has loaded the plugin, and the plugin's state."""
+    """Check whether QEMU has loaded the plugin, and read the plugin's state."""
     socket = find_control_socket(process)
     if socket is None:
         return Finding(
             "plugin",
             "note",
-            "not loaded: memory that firmware, a reset or a migration drops from the stage-2 "
-            "tables is not prefaulted again",
-            "start QEMU by `qemu-prefault run -- …`, or with "
+            "QEMU has not loaded the plugin, so memory that firmware, a reset or a migration "
+            "drops from the stage-2 tables is not prefaulted again",
+            "start QEMU with `qemu-prefault run -- …`, or with "
             '-plugin "$(qemu-prefault plugin-path)"',
         )
     try:
@@ -134,7 +134,7 @@ async def _plugin(process: Process) -> Finding:
         "ok" if status["pre_fault_memory"] else "no",
         f"{state}; {status['pending'] >> 20} MiB pending, slot-zap-all quirk {status['quirk']}, "
         f"control socket {socket}",
-        "" if status["pre_fault_memory"] else "KVM does not support it: see the finding on kvm",
+        "" if status["pre_fault_memory"] else "see the remedy of the check kvm",
     )
 
 
@@ -163,7 +163,10 @@ def _host(process: Process) -> tuple[list[Finding], ExitStatus]:
     else:
         findings.append(Finding("attach", "ok", "this process can trace QEMU"))
         if not Process.find(os.getpid()).status().has_capability(CAP_SYS_NICE):
-            text = "CAP_SYS_NICE is missing: helpers may keep the vCPUs' scheduling and CPUs"
+            text = (
+                "this process lacks CAP_SYS_NICE, so helpers may keep the vCPUs' scheduling policy "
+                "and CPU affinity"
+            )
             remedy = "if vCPUs are real-time or pinned, run as root, or use the plugin agent"
             findings.append(Finding("scheduling", "note", text, remedy))
     return findings, status

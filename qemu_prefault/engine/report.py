@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The report of a run, and its JSON.
 
-The JSON is stable (``schema`` 1): fields may be added, but are never renamed or removed. Times are
-in seconds, sizes in bytes.
+The JSON is stable (``schema`` 1): fields may be added, but are never renamed or removed. Sizes are
+in bytes, times in seconds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class SectionReport:
 
     :ivar populated: Bytes that were newly allocated in QEMU's own page tables.
     :ivar prefaulted: Bytes that were mapped in the stage-2 tables.
-    :ivar skipped: Why the section was skipped or is incomplete, or None.
+    :ivar skipped: The reason why the section was skipped or is incomplete, or None.
     """
 
     #: QEMU's name of the memory region.
@@ -34,7 +34,7 @@ class SectionReport:
     size: int
     #: The virtual address of the section in QEMU.
     hva: int
-    #: What backs the section in QEMU, for example ``anonymous``.
+    #: The kind of memory that backs the section in QEMU, for example ``anonymous``.
     backing: str
     populated: int
     prefaulted: int
@@ -45,10 +45,11 @@ class SectionReport:
 class ByteSums:
     """Sums over all sections.
 
-    :ivar requested: Bytes that the run should prefault (or populate, if it only populates).
+    :ivar requested: Bytes that the run should prefault. With ``--populate-only``, bytes that it
+        should populate.
     :ivar populated: Bytes that were newly allocated in QEMU's own page tables.
     :ivar prefaulted: Bytes that were mapped in the stage-2 tables.
-    :ivar remaining: Requested bytes that were not done or not verified.
+    :ivar remaining: Requested bytes that the run did not complete or could not verify.
     """
 
     requested: int
@@ -58,7 +59,7 @@ class ByteSums:
 
 
 def stage2_json(stage2: Stage2Leaves | None) -> dict[str, int] | None:
-    """Return ``{"4k": …, "2m": …, "1g": …}``, or None without counters."""
+    """Return ``{"4k": …, "2m": …, "1g": …}``, or None if ``stage2`` is None."""
     if stage2 is None:
         return None
     return {"4k": stage2.pages_4k, "2m": stage2.pages_2m, "1g": stage2.pages_1g}
@@ -66,12 +67,12 @@ def stage2_json(stage2: Stage2Leaves | None) -> dict[str, int] | None:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """The times of a run.
+    """The times of a run, in seconds.
 
-    :ivar populate: Time of populating, by the workers' clocks.
-    :ivar prefault: Time of prefaulting, by the workers' clocks.
+    :ivar populate: Time spent on populating, as the workers measured it.
+    :ivar prefault: Time spent on prefaulting, as the workers measured it.
     :ivar paused: Sum of all pauses of the guest by this run. For an incoming guest, this is the
-        time from when its RAM was found loaded until it was resumed.
+        time between the end of loading and the resume.
     :ivar longest_pause: The longest of these pauses.
     :ivar total: Time of the whole run.
     """
@@ -85,7 +86,7 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True)
 class RunWarning:
-    """A problem that did not stop the run; ``code`` is stable."""
+    """A problem that did not end the run."""
 
     #: A member of :class:`~qemu_prefault.errors.Code`.
     code: str
@@ -95,16 +96,16 @@ class RunWarning:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a run did, and what its effect was.
+    """The result of a run.
 
     :ivar agent: ``attach``, ``plugin`` or ``qmp``.
     :ivar pid: QEMU's process id.
     :ivar qemu_version: For example ``10.0.13``.
-    :ivar qemu_status: The run state (``query-status``) as it was last read.
+    :ivar qemu_status: The guest's run state at the last ``query-status``.
     :ivar kernel_release: The release of the running kernel (``uname -r``).
-    :ivar pre_fault_memory: Whether KVM has KVM_PRE_FAULT_MEMORY, or None if unknown.
-    :ivar before: Leaves in the stage-2 tables before the run, or None without counters.
-    :ivar after: The same after the run.
+    :ivar pre_fault_memory: Whether KVM supports KVM_PRE_FAULT_MEMORY, or None if unknown.
+    :ivar before: Leaves in the stage-2 tables before the run, or None if unknown.
+    :ivar after: Leaves in the stage-2 tables after the run, or None if unknown.
     :ivar dry_run: Whether the report describes what a run would do.
     """
 
@@ -124,7 +125,7 @@ class Report:
 
     @property
     def exit_status(self) -> ExitStatus:
-        """VERIFIED if every requested byte is done and verified, otherwise PARTIAL."""
+        """``PARTIAL`` if requested bytes remain, otherwise ``VERIFIED``."""
         if self.dry_run or self.bytes.remaining == 0:
             return ExitStatus.VERIFIED
         return ExitStatus.PARTIAL

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Resume a guest that this process has paused, even if this process is killed.
 
-Before it sends ``stop``, this process forks a child, the guard. The guard inherits the read end of
-a pipe, whose write end only this process has. It also inherits this process's QMP connection,
-because QEMU accepts no other client while that is open. If the pipe is closed without data, this
-process has died. The guard then stops the helpers, waits until they have exited, and sends ``cont``
-on the QMP connection unless the guest has migrated away.
+Before this process sends ``stop``, it forks a child, the guard. The guard inherits the read end of
+a pipe. Only this process has the write end. The guard also inherits this process's QMP connection,
+because QEMU accepts no other client while that connection is open. If the pipe is closed without
+data, this process has died. The guard then stops the helpers, waits until they have exited, and
+sends ``cont`` on the QMP connection unless the guest has migrated away.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .preflight import MIGRATED_AWAY
 #: This byte resets QEMU's JSON parser after an incomplete command.
 RESET_PARSER = b"\xff"
 REPLY_ID = "qemu-prefault-guard"
-#: Bytes; the answers to query-status and cont are shorter.
+#: Upper bound of the size of the answers to query-status and cont, in bytes.
 LONGEST_ANSWER = 4096
 
 
@@ -33,11 +33,11 @@ class ResumeGuard:
     """A context manager for the time during which the guest is paused."""
 
     def __init__(self, qmp_fd: int, cleanup: OrphanCleanup) -> None:
-        """Store what the guard needs; the guard starts at the beginning of the block.
+        """Store the arguments. The guard starts when the block is entered.
 
-        :param qmp_fd: The negotiated QMP connection of this process.
-        :param cleanup: How to stop the agent's work. The guard resumes the guest when the work has
-            ended, or when the cleanup's timeout has passed.
+        :param qmp_fd: The file descriptor of this process's negotiated QMP connection.
+        :param cleanup: The functions that stop the agent's helpers. The guard resumes the guest
+            when the helpers have exited, or when the cleanup's timeout has passed.
         """
         self._qmp_fd = qmp_fd
         self._cleanup = cleanup
@@ -47,7 +47,7 @@ class ResumeGuard:
     def __enter__(self) -> ResumeGuard:
         """Start the guard, and wait until it is ready.
 
-        :raises FailedError: if the guard dies before it is ready; the guest is not paused yet.
+        :raises FailedError: The guard died before it was ready. The guest is not paused yet.
         """
         read_end, self._pipe = os.pipe2(os.O_CLOEXEC)
         ready, is_ready = os.pipe2(os.O_CLOEXEC)
@@ -64,8 +64,9 @@ class ResumeGuard:
             if not os.read(ready, 1):
                 self.__exit__()
                 raise FailedError(
-                    "the process that guards the paused guest died before the pause",
-                    "check dmesg for the reason, such as the OOM killer; the guest was not paused",
+                    "the guard process, which resumes the guest if this process is killed, died",
+                    "look for the reason in dmesg, for example the OOM killer; the guest was not "
+                    "paused",
                     code=Code.GUARD,
                 )
         finally:
@@ -81,8 +82,8 @@ class ResumeGuard:
             os.waitpid(self._child, 0)
 
     def _watch(self, read_end: int, is_ready: int) -> None:
-        """Wait in the child process for the parent's end; clean up if it has died."""
-        os.setsid()  # signals to the terminal's session and to the job do not reach the guard
+        """Wait in the child process until the parent ends. Clean up if the parent has died."""
+        os.setsid()  # so that signals to the terminal's session or job do not reach the guard
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         os.write(is_ready, b"s")

@@ -52,14 +52,14 @@ from .report import Report
 from .tally import RunTally
 from .vm import Vm
 
-#: How many times the memory is prefaulted, at most, because the layout keeps changing.
+#: Maximum number of rounds in which a run prefaults the memory if the layout changes each time.
 LAYOUT_ROUNDS: Final = 4
-#: Between two pauses the guest runs for the limit of a pause times this factor.
+#: Between two pauses, the guest runs for this factor times the maximum length of a pause.
 RUN_PER_PAUSE: Final = 2
-#: The memory that firmware uses ends here; a few hundred KiB of it are RAM.
+#: End of the memory that firmware uses. A few hundred KiB below this address are RAM.
 LOW_MEMORY: Final = 1 << 20
 
-#: Called and awaited when QEMU is ready for an incoming migration.
+#: A coroutine function that is awaited when QEMU is ready for an incoming migration.
 OnReady = Callable[[], Awaitable[None]]
 
 
@@ -72,13 +72,14 @@ async def prefault(
 ) -> Report:
     """Prefault a guest.
 
-    :param on_ready: Called and awaited when an incoming migration may start.
-    :param on_progress: Called with the phase, the bytes done, and the total bytes.
+    :param on_ready: A coroutine function that is awaited when an incoming migration may start.
+    :param on_progress: A function that is called with the phase, the bytes done and the total
+        bytes.
     :returns: The report.
-    :raises UnsupportedError: if this host, kernel or QEMU does not support prefaulting.
-    :raises RefusedError: if prefaulting would harm the guest or the host now, or if another client
+    :raises UnsupportedError: This host, kernel or QEMU does not support prefaulting.
+    :raises RefusedError: Prefaulting now would harm the guest or the host, or another client
         migrates the guest during the run.
-    :raises FailedError: if a step fails. The guest's run state is restored.
+    :raises FailedError: A step failed. The guest's run state is the same as before the run.
     """
     selection = await select_agent(options.agent, vm.process, vm.monitor, kvm=vm.state.kvm)
     tally = RunTally()
@@ -175,7 +176,7 @@ async def _act(  # noqa: PLR0917
 
 @dataclass(frozen=True, slots=True)
 class PrefaultRun:
-    """The prefault of one guest, with all objects that it uses."""
+    """The prefault of one guest, and the objects that it uses."""
 
     vm: Vm
     options: Options
@@ -224,7 +225,7 @@ class PrefaultRun:
                 await pause.resume()
 
     async def prefault_until_stable(self, targets: tuple[Target, ...]) -> None:
-        """Prefault, and repeat this if the layout has changed meanwhile (hotplug)."""
+        """Prefault the guest. Repeat this if the memory layout changes meanwhile (hotplug)."""
         done: tuple[Target, ...] = ()
         for _ in range(LAYOUT_ROUNDS):
             fresh = select(await self.vm.refresh(), self.options)
@@ -232,7 +233,8 @@ class PrefaultRun:
                 break
             if fresh != targets:
                 self.tally.warnings[Code.LAYOUT_CHANGED] = (
-                    "the guest's memory layout changed during the run; new memory was included"
+                    "the guest's memory layout changed during the run, which also prefaulted the "
+                    "new memory"
                 )
                 await self.executor.populate(fresh)
             self.tally.discard_requests()
@@ -273,7 +275,7 @@ class PrefaultRun:
                 await guest_mode.let_the_guest_run(RUN_PER_PAUSE * (limit or 0))
 
     async def receive(self, targets: tuple[Target, ...]) -> None:
-        """Populate an incoming guest while it is loaded; prefault before it starts."""
+        """Populate an incoming guest while it is loaded. Prefault it before it starts."""
         monitor, executor, tally = self.vm.monitor, self.executor, self.tally
         left: Sequence[Target] = targets
         begun = False
@@ -320,7 +322,7 @@ class PrefaultRun:
         try:
             await monitor.execute("cont")
         except CommandError:
-            check_status(await read_status(monitor))  # if the guest cannot run, this raises why
+            check_status(await read_status(monitor))  # raises the reason if the guest cannot run
             raise
 
     async def _prefault_rest(
@@ -328,8 +330,8 @@ class PrefaultRun:
     ) -> None:
         """Prefault targets that exceeded the time limit, and new sections.
 
-        The state of firmware's areas in low memory is known only after the devices have been
-        loaded. These are a few pages, for which a running guest is not paused again.
+        The state of the firmware's areas in low memory is known only after the devices have been
+        loaded. They are only a few pages, so the run does not pause a running guest again for them.
         """
         if left:
             await self.executor.populate(left)

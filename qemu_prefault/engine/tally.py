@@ -19,11 +19,11 @@ from .vm import Vm
 class SectionTally:
     """The progress of one section, in bytes.
 
-    :ivar requested: Bytes that should be prefaulted (or populated, if the run only populates).
+    :ivar requested: Bytes that the run should prefault, or populate if it only populates.
     :ivar populated: Bytes that were newly allocated.
     :ivar prefaulted: Bytes that the ioctl has mapped.
-    :ivar accounted: Bytes of `requested` that are done.
-    :ivar note: Why the section is incomplete, or None.
+    :ivar accounted: Bytes of `requested` that the run has completed.
+    :ivar note: The reason why the section is incomplete, or None.
     """
 
     requested: int = 0
@@ -38,8 +38,8 @@ class RunTally:
 
     :ivar tallies: The tallies of sections, by their guest-physical address in hexadecimal.
     :ivar warnings: Warnings for the operator, by code.
-    :ivar before: KVM's counters before the run, or None without counters.
-    :ivar after: The same after the run.
+    :ivar before: Leaves in the stage-2 tables before the run, or None if unknown.
+    :ivar after: Leaves in the stage-2 tables after the run, or None if unknown.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class RunTally:
         return self.tallies.setdefault(f"{section.gpa:#x}", SectionTally())
 
     def count_work(self, phase: str, seconds: float) -> None:
-        """Add to the time of a phase, ``populate`` or ``prefault``."""
+        """Add seconds to the time of a phase, ``populate`` or ``prefault``."""
         self._seconds[phase] += seconds
 
     def count_pause(self, began: float) -> None:
@@ -80,24 +80,24 @@ class RunTally:
             tally.prefaulted = tally.accounted = 0
 
     def discard_accounted(self) -> None:
-        """Count nothing as done: KVM filled tables that the guest does not run on."""
+        """Reset the completed bytes, because KVM filled tables that the guest does not use."""
         for tally in self.tallies.values():
             tally.accounted = 0
 
     def verify(self) -> None:
-        """Compare the result with KVM's counters, and correct it if entries were dropped."""
+        """Compare the result with KVM's counters. Subtract entries that KVM has dropped."""
         if self.after is None:
             self.warnings[Code.NO_COUNTERS] = (
-                "this QEMU or kernel has no query-stats: the result is not verified by KVM's "
-                "counters"
+                "this QEMU or kernel does not provide query-stats, so the result is not verified "
+                "with KVM's counters"
             )
             return
         missing = sum(tally.prefaulted for tally in self.tallies.values()) - self.after.bytes
         if missing <= 0:
             return
         self.warnings[Code.ZAPPED] = (
-            f"{format_size(missing)} were dropped from the stage-2 tables during the run: a memory "
-            "slot was deleted (firmware, reset, hot-unplug), or the host reclaimed memory"
+            f"KVM dropped {format_size(missing)} from the stage-2 tables during the run, because "
+            "QEMU deleted a memory slot (firmware, reset, hot-unplug) or the host reclaimed memory"
         )
         for tally in self.tallies.values():
             lost = min(missing, tally.prefaulted)

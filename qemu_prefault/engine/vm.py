@@ -55,7 +55,7 @@ class Vm:
 
     :ivar monitor: The QMP connection.
     :ivar process: QEMU's process.
-    :ivar state: QEMU's state as it was last read.
+    :ivar state: QEMU's state when it was last queried.
     :ivar capability: Whether KVM_PRE_FAULT_MEMORY can work on this host.
     """
 
@@ -76,7 +76,7 @@ class Vm:
         :param qmp: The socket's address, see :meth:`Monitor.connect`.
         :param pid: QEMU's process id, if the socket does not identify it.
         :param dial: See :meth:`Monitor.connect`.
-        :raises QemuPrefaultError: in the cases of :meth:`Monitor.connect`,
+        :raises QemuPrefaultError: As for :meth:`Monitor.connect`,
             :func:`~qemu_prefault.qemu.queries.read_vm_state` and
             :func:`~qemu_prefault.host.identify.identify`.
         """
@@ -94,7 +94,7 @@ class Vm:
         return self.state
 
     def _with_disk_files(self, state: VmState) -> VmState:
-        """Note which sections are shared files on a disk, if QEMU's memory map may be read."""
+        """Mark the sections that are shared files on a disk, if QEMU's mappings are readable."""
         try:
             sections = tuple(
                 replace(section, disk_file=True)
@@ -102,7 +102,7 @@ class Vm:
                 else section
                 for section in state.sections
             )
-        except UnsupportedError:  # steps that need this permission fail later
+        except UnsupportedError:  # a later step that needs this permission raises the error
             return state
         return replace(state, sections=sections)
 
@@ -119,7 +119,7 @@ class Vm:
         return Backing(backing_of(mapping, section.page_size), not mapping.shared)
 
     def memory_source(self, section: MemorySection) -> MemorySource:
-        """The source from which the section takes its memory."""
+        """Return the source that provides the section's memory."""
         mapping = self._mapping(section)
         return MemorySource(
             self.process,
@@ -154,10 +154,10 @@ class Vm:
         KVM identifies a vCPU by its APIC id, and QEMU by its index. The CPU's QOM object has both.
 
         :param wanted: Indexes of vCPUs; empty means all.
-        :param needs_fds: Whether the run prefaults, for which the descriptors are needed.
-        :raises InputError: if no vCPU has a given index.
-        :raises UnsupportedError: if QEMU has no KVM vCPUs.
-        :raises FailedError: if a vCPU has no descriptor.
+        :param needs_fds: Whether the descriptors are needed. Populating does not need them.
+        :raises InputError: No vCPU has a given index.
+        :raises UnsupportedError: QEMU has no KVM vCPUs.
+        :raises FailedError: A vCPU has no descriptor.
         """
         known = {vcpu.index: vcpu for vcpu in self.state.vcpus}
         if missing := [index for index in wanted if index not in known]:
@@ -173,7 +173,7 @@ class Vm:
         if not fds:
             raise UnsupportedError(
                 f"QEMU (pid {self.process.pid}) has no KVM vCPUs",
-                "start it with -accel kvm",
+                "start QEMU with -accel kvm",
                 code=Code.NOT_KVM,
             )
         ids = await asyncio.gather(
@@ -184,7 +184,7 @@ class Vm:
             if not isinstance(vcpu_id, int) or vcpu_id not in fds:
                 raise FailedError(
                     f"QEMU (pid {self.process.pid}) has no KVM descriptor for vCPU {vcpu.index}",
-                    "QEMU may be plugging or unplugging this vCPU: try again",
+                    "QEMU may be plugging or unplugging this vCPU: run qemu-prefault again",
                 )
             tid, fd = tids[vcpu.thread_id], fds[vcpu_id]
             thread = VcpuThread(tid, fd, vcpu_id, vcpu.node, vcpu.qom_path, vcpu.index)
@@ -192,10 +192,10 @@ class Vm:
         return threads
 
     def take_fd(self, number: int) -> int:
-        """Duplicate QEMU's descriptor ``number`` into this process; the caller closes it.
+        """Duplicate QEMU's descriptor ``number`` into this process. The caller must close it.
 
-        :raises PtraceDeniedError: if this process has no permission to trace QEMU; with the cause.
-        :raises GoneError: if QEMU or the descriptor no longer exists.
+        :raises PtraceDeniedError: This process has no permission to trace QEMU.
+        :raises GoneError: QEMU or the descriptor no longer exists.
         """
         try:
             return take_fd(self.process, number)
@@ -237,6 +237,6 @@ def _identify(monitor: Monitor, pid: int | None, thread_ids: Sequence[int]) -> P
         pass
     raise UnsupportedError(
         f"the QEMU of domain {monitor.vm_uuid} is not on this host",
-        "run this as root on the host of that QEMU",
+        "run qemu-prefault as root on the host of that QEMU",
         code=Code.OTHER_HOST,
     )

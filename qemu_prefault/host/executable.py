@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Find out whether a program is started by the dynamic linker."""
+"""Check whether the dynamic linker starts a program, and find a script's interpreter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import struct
 from typing import BinaryIO, Final
 
-#: Maximum depth of script interpreters that are scripts (exec_binprm() in fs/exec.c).
+#: Maximum number of nested script interpreters (exec_binprm() in fs/exec.c).
 MAX_SCRIPTS: Final = 5
 _ET_EXEC, _ET_DYN = 2, 3
 _PT_DYNAMIC, _PT_INTERP = 2, 3
@@ -19,9 +19,9 @@ _MAX_DYNAMIC: Final = 1 << 16
 def is_static(path: str) -> bool:
     """Return whether a file is an ELF program without a dynamic linker.
 
-    Returns False for unreadable files, scripts and other formats. A shared object without an
-    interpreter is static only if it has the flag DF_1_PIE (static PIE), which the dynamic linker
-    itself does not have.
+    The result is False for unreadable files, scripts and other formats. A shared object without an
+    interpreter is a static program only if it has the flag DF_1_PIE (static PIE). The dynamic
+    linker itself does not have this flag.
     """
     try:
         with open(path, "rb") as file:

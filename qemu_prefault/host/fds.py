@@ -37,7 +37,7 @@ def parse_kvm_fds(links: Iterable[tuple[int, str]]) -> KvmFds:
 
     The link targets are those of virt/kvm/kvm_main.c.
 
-    :raises UnsupportedError: if the process has two VMs, because their vCPU ids overlap.
+    :raises UnsupportedError: The process has two VMs, and their vCPU ids overlap.
     """
     vm = kvm = None
     vcpus: dict[int, int] = {}
@@ -50,7 +50,7 @@ def parse_kvm_fds(links: Iterable[tuple[int, str]]) -> KvmFds:
             if vm is not None:
                 raise UnsupportedError(
                     "the process runs more than one KVM guest",
-                    "prefault a QEMU that runs one guest",
+                    "use a QEMU process that runs only one guest",
                 )
             vm = number
         elif target == "/dev/kvm" and kvm is None:
@@ -61,7 +61,7 @@ def parse_kvm_fds(links: Iterable[tuple[int, str]]) -> KvmFds:
 def kvm_fds(process: Process) -> KvmFds:
     """Return the numbers of a process's KVM descriptors.
 
-    :raises UnsupportedError: if this process has no permission to list them.
+    :raises UnsupportedError: This process has no permission to list them.
     """
     links = ((int(n), process.link(f"fd/{n}")) for n in process.listdir("fd") if n.isdecimal())
     return parse_kvm_fds((number, link) for number, link in links if link is not None)
@@ -73,9 +73,9 @@ def take_fd(process: Process, number: int) -> int:
     This uses pidfd_getfd(2), which needs Linux 5.6. The caller must close the duplicate: while
     it is open, the kernel keeps the object behind it alive, even after QEMU has exited.
 
-    :raises GoneError: if the process or the descriptor no longer exists.
-    :raises PtraceDeniedError: if this process has no permission to trace the other one.
-    :raises FailedError: if pidfd_getfd(2) fails for another reason.
+    :raises GoneError: The process or the descriptor no longer exists.
+    :raises PtraceDeniedError: This process has no permission to trace the other one.
+    :raises FailedError: The kernel refuses pidfd_getfd(2) for another reason.
     """
     from .._native import lib  # noqa: PLC0415
 
@@ -97,10 +97,12 @@ def take_fd(process: Process, number: int) -> int:
         )
     if answer in (-errno.ESRCH, -errno.EBADF):
         raise GoneError(
-            f"descriptor {number} of process {process.pid} is closed", "try again while QEMU runs"
+            f"descriptor {number} of process {process.pid} is closed",
+            "check whether QEMU is still running, and run qemu-prefault again",
         )
     raise FailedError(
         f"cannot duplicate descriptor {number} of process {process.pid}: {os.strerror(-answer)}",
-        "pidfd_getfd(2) needs Linux 5.6; a seccomp filter may also forbid it",
+        "check that the kernel is Linux 5.6 or newer, and that no seccomp filter of this process "
+        "forbids pidfd_getfd(2)",
         code=Code.PIDFD,
     )

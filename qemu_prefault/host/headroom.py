@@ -76,9 +76,12 @@ def parse_key_values(text: str) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """The bytes that can be populated before `name` (host, cgroup, …) is full.
+    """A limit on the memory that can be populated.
 
-    :ivar contended: Whether others can take from it at any time, without a reservation.
+    :ivar name: The object that has the limit (host, cgroup, …), for messages.
+    :ivar available: The bytes that can be populated before the limit is reached.
+    :ivar detail: The values from which `available` was computed, for messages.
+    :ivar contended: Whether other processes can use the same memory at any time.
     """
 
     name: str
@@ -88,7 +91,7 @@ class Limit:
 
     @property
     def per_batch(self) -> int:
-        """The bytes that one batch may take: of a contended limit, a sixteenth."""
+        """The bytes that one batch may use: all, or a sixteenth if the limit is contended."""
         return self.available // 16 if self.contended else self.available
 
 
@@ -100,8 +103,8 @@ def cgroup_directories(
     :param groups: The result of :func:`parse_cgroups` for the process.
     :param mounts: The result of :func:`parse_mountinfo` for this process.
     :returns: Pairs (directory, whether it belongs to the v2 hierarchy). In a cgroup namespace
-        or a container, the mount may show only a part of the tree. Ancestors outside that part
-        cannot be read and are left out.
+        or a container, the mount may show only a part of the tree. The result omits ancestors
+        outside that part, because they cannot be read.
     """
     unified = controller not in groups
     path = groups.get(controller, groups.get(""))
@@ -128,7 +131,7 @@ def cgroup_directories(
 
 
 def memory_limit(directory: str, unified: bool) -> Limit | None:
-    """Return a memory cgroup's limit, or None if it has none."""
+    """Return a memory cgroup's limit, or None if the cgroup has no limit."""
     names = ("memory.max", "memory.high") if unified else ("memory.limit_in_bytes",)
     # Exceeding memory.high does not kill QEMU, but the kernel throttles the populating thread.
     limits = {name: parse_number(read_optional(f"{directory}/{name}")) for name in names}
@@ -147,7 +150,7 @@ def memory_limit(directory: str, unified: bool) -> Limit | None:
 
 
 def cgroup_hugetlb_limit(directory: str, unified: bool, page_size: int) -> Limit | None:
-    """Return a hugetlb cgroup's limit for one page size, or None if it has none."""
+    """Return a hugetlb cgroup's limit for one page size, or None if it has no limit."""
     kib = page_size >> 10
     size = next(f"{kib >> s}{u}" for s, u in ((20, "GB"), (10, "MB"), (0, "KB")) if kib >> s)
     limit_name, usage_name = ("max", "current") if unified else ("limit_in_bytes", "usage_in_bytes")
@@ -160,7 +163,7 @@ def cgroup_hugetlb_limit(directory: str, unified: bool, page_size: int) -> Limit
 
 
 def memory_headroom(process: Process) -> list[Limit]:
-    """Return every limit that memory populated by QEMU counts against.
+    """Return every limit that applies to memory that QEMU populates.
 
     These are the host's MemAvailable, and the limits of QEMU's memory cgroup and all its
     ancestors. Inactive page cache counts as available, because the kernel can reclaim it.
@@ -175,13 +178,14 @@ def memory_headroom(process: Process) -> list[Limit]:
 
 
 def hugetlb_pool_limit(page_size: int, nodes: Sequence[int] = (), ours: int = 0) -> Limit:
-    """Return the bytes that the pool of huge pages of one size has available.
+    """Return the limit of the pool of huge pages of one size.
 
     Reserved pages (resv_hugepages) are free, but only mappings that hold the reservation can use
     them.
 
-    :param nodes: The NUMA nodes that the pages must come from; empty means any.
-    :param ours: The bytes that are reserved for the mapping in question.
+    :param page_size: The size of a huge page in bytes.
+    :param nodes: The NUMA nodes from which the pages must come; empty means any.
+    :param ours: The bytes that are reserved for the mapping that is to be populated.
     """
     pool = f"/sys/kernel/mm/hugepages/hugepages-{page_size >> 10}kB"
     free, reserved, overcommit, surplus = (
@@ -200,7 +204,10 @@ def hugetlb_pool_limit(page_size: int, nodes: Sequence[int] = (), ours: int = 0)
         ]
         names = ",".join(map(str, nodes))
         usable = min(sum(on_nodes), max(0, free - promised))
-        detail = f"{sum(on_nodes)} free there; {free} free in total, {promised} reserved by others"
+        detail = (
+            f"{sum(on_nodes)} free on these nodes; {free} free in total, {promised} of them "
+            "reserved for others"
+        )
         return Limit(f"hugetlb on NUMA node {names}", usable * page_size, detail)
     detail = f"{free} free, {promised} of them reserved for others, {more} by overcommit in {pool}"
     return Limit("hugetlb", max(0, free - promised + more) * page_size, detail)

@@ -24,10 +24,9 @@ def identify(peer_pid: int | None, given_pid: int | None, thread_ids: Sequence[i
     :param given_pid: The user's ``--pid``. It overrides `peer_pid`, so that a monitor behind a
         proxy can be used.
     :param thread_ids: The vCPU threads from ``query-cpus-fast``, in QEMU's own pid namespace.
-    :raises RefusedError: with code ``proxy`` if the process does not own these threads.
-    :raises UnsupportedError: with code ``pid-namespace`` if QEMU is not visible in this pid
-        namespace.
-    :raises GoneError: if the process has exited.
+    :raises RefusedError: The process does not own these threads (code ``proxy``).
+    :raises UnsupportedError: QEMU is not visible in this pid namespace (code ``pid-namespace``).
+    :raises GoneError: The process has exited.
     """
     pid = peer_pid if given_pid is None else given_pid
     if pid is None:
@@ -40,7 +39,7 @@ def identify(peer_pid: int | None, given_pid: int | None, thread_ids: Sequence[i
             )
     if pid == os.getpid():
         raise RefusedError(
-            "the QMP server identifies itself as this process",
+            "the process that listens on the QMP socket is qemu-prefault itself",
             "use QEMU's own QMP socket, or give QEMU's --pid",
             code=Code.PROXY,
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Find in the kernel log why a process died."""
+"""Search the kernel log for the reason why a process died."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_RECORDS: Final = 100_000
 
 
 def read_log() -> list[str]:
-    """Return the kernel log's records, oldest first; empty if the log is not readable."""
+    """Return the records of the kernel log, oldest first; empty if it is not readable."""
     records: list[str] = []
     try:
         fd = os.open(KMSG, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -35,13 +35,13 @@ def read_log() -> list[str]:
 
 
 def cause_of_death(process: Process) -> str | None:
-    """Return the kernel's message about the death of a process; None if not found."""
+    """Return the kernel's message about the death of a process, or None."""
     since = process.start_time / os.sysconf("SC_CLK_TCK")
     return find_cause(read_log(), process.pid, since)
 
 
 def find_cause(records: Iterable[str], pid: int, since: float) -> str | None:
-    """Return the last message about the death of process `pid`; None if not found.
+    """Return the last message about the death of process `pid`, or None.
 
     :param records: Records of ``/dev/kmsg``: ``PRIORITY,SEQUENCE,MICROSECONDS,-;TEXT``.
     :param since: Ignore records before this time, in seconds since boot, because the pid may have

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Query KVM's capabilities and counters, and describe its ioctl's errors.
+"""Query KVM's capabilities and counters, and describe the errors of its ioctl.
 
-All answers come from the running kernel; none is derived from its version.
+All results come from the running kernel. No result depends on the kernel's version number.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 #: two-dimensional paging is in use.
 KVM_CAP_PRE_FAULT_MEMORY = 236
 
-#: Set by the prefault loop (native/common/prefault_loop.h), never by the ioctl: a range made no
-#: progress within the time limit.
+#: Error of the prefault loop (native/common/prefault_loop.h): a range made no progress within the
+#: time limit. The ioctl never returns this error.
 STUCK = errno.ETIME
-#: Set by the prefault loop, never by the ioctl: the batch was aborted.
+#: Error of the prefault loop: the batch was aborted. The ioctl never returns this error.
 ABORTED = errno.ECANCELED
 
-#: Missing from the errno module of some Python versions.
+#: The errno ``EHWPOISON``, which the errno module of some Python versions does not define.
 EHWPOISON = 133
 
 
@@ -46,7 +46,7 @@ class Capability:
 
 
 def parameter(module: str, name: str) -> str | None:
-    """Return a module parameter (``Y``, ``N``, ``1`` …) from sysfs, or None."""
+    """Return a module parameter (``Y``, ``N``, ``1`` …) from sysfs, or None if unreadable."""
     try:
         return Path(f"/sys/module/{module}/parameters/{name}").read_text().strip()
     except OSError:
@@ -58,10 +58,10 @@ def _off(value: str | None) -> bool:
 
 
 def pre_fault_capability(process: Process | None = None) -> Capability:
-    """Query ``KVM_CAP_PRE_FAULT_MEMORY``, and explain why it is not available.
+    """Query ``KVM_CAP_PRE_FAULT_MEMORY``. If it is not available, explain why.
 
-    The answer is the same for the whole kernel (arch/x86/kvm/x86.c returns ``tdp_enabled``), so
-    the ``/dev/kvm`` in QEMU's root directory is used if this process's own cannot be opened.
+    The result is the same for the whole kernel (arch/x86/kvm/x86.c returns ``tdp_enabled``). If
+    this process cannot open its own ``/dev/kvm``, it uses the one in QEMU's root directory.
 
     :param process: QEMU, or None to try only this process's ``/dev/kvm``.
     """
@@ -82,7 +82,9 @@ def pre_fault_capability(process: Process | None = None) -> Capability:
         finally:
             os.close(fd)
         return Capability(True, "") if answer > 0 else _why_not()
-    return Capability(None, f"KVM cannot be queried ({problem})", "run as root, or in group kvm")
+    return Capability(
+        None, f"KVM cannot be queried ({problem})", "run as root, or as a member of the group kvm"
+    )
 
 
 def _why_not() -> Capability:
@@ -91,15 +93,14 @@ def _why_not() -> Capability:
             return Capability(
                 False,
                 f"KVM on this host uses shadow paging ({module}.{name}={parameter(module, name)})",
-                f"Load {module} with {name}=1 if the hardware has {paging}. "
-                "Without it --populate-only still helps: it saves the guest the host's page "
-                "faults.",
+                f"load {module} with {name}=1 if the hardware has {paging}; or use "
+                "--populate-only, which needs no ioctl and allocates the guest's memory in advance",
             )
     return Capability(
         False,
         "this kernel's KVM has no KVM_PRE_FAULT_MEMORY (KVM_CAP_PRE_FAULT_MEMORY is 0)",
-        "It needs Linux 6.11 or newer and two-dimensional paging (EPT or NPT). "
-        "Without it --populate-only still helps: it saves the guest the host's page faults.",
+        "use Linux 6.11 or newer and two-dimensional paging (EPT or NPT); or use --populate-only, "
+        "which needs no ioctl and allocates the guest's memory in advance",
     )
 
 
@@ -109,7 +110,7 @@ class BinaryStats:
     The format is described in Documentation/virt/kvm/api.rst, 4.133. The caller opens and closes
     the descriptor.
 
-    :raises OSError: if the descriptor cannot be read, or is not a statistics descriptor.
+    :raises OSError: The descriptor cannot be read, or is not a statistics descriptor.
     """
 
     _HEADER = struct.Struct("<6I")  # struct kvm_stats_header
@@ -130,23 +131,23 @@ class BinaryStats:
         self._length = max(self._offsets.values()) + 8
 
     def read(self, *names: str) -> list[int]:
-        """Read these counters together, and return their values; 0 for unknown counters."""
+        """Return the values of counters, all read at one time. Unknown counters are 0."""
         data = os.pread(self.fd, self._length, self._data)
         offsets = [self._offsets.get(name) for name in names]
         return [0 if at is None else int(struct.unpack_from("<Q", data, at)[0]) for at in offsets]
 
 
 def pre_fault_here(vcpu_fd: int, gpa: int, size: int) -> int:
-    """Call ``KVM_PRE_FAULT_MEMORY`` from this process, and return the errno or 0.
+    """Call ``KVM_PRE_FAULT_MEMORY`` from this process. Return the errno, or 0.
 
     If the vCPU belongs to another process's VM, the ioctl fails immediately with EIO.
     ``kvm_vcpu_ioctl()`` (virt/kvm/kvm_main.c) compares ``kvm->mm`` with the caller's mm before it
     decodes the request, and before it waits for ``vcpu->mutex``, which a running vCPU holds (kernel
-    commit 6d4e4c4fca5b, 2.6.25). This function only demonstrates that. Agents issue the ioctl
-    inside QEMU.
+    commit 6d4e4c4fca5b, 2.6.25). The purpose of this function is to demonstrate this error. Agents
+    call the ioctl inside QEMU.
 
-    :param gpa: Guest-physical address in bytes, page aligned.
-    :param size: Bytes, page aligned.
+    :param gpa: Guest-physical address, page aligned.
+    :param size: Size in bytes, page aligned.
     """
     from .._native import lib  # noqa: PLC0415
 
@@ -154,14 +155,14 @@ def pre_fault_here(vcpu_fd: int, gpa: int, size: int) -> int:
 
 
 def describe_errno(number: int) -> str:
-    """Return a one-line explanation of the error of a prefault range."""
+    """Return a one-line explanation of an error of the prefault loop or the ioctl."""
     return _OUTCOMES.get(number) or f"{errno.errorcode.get(number, number)}: {os.strerror(number)}"
 
 
 _OUTCOMES = {
-    STUCK: "no progress within the time limit: the vCPU holds a stale root, or its slot is being "
-    "deleted (kernels without commits 20a6cff3b283 and 3ccbf6f47098)",
-    ABORTED: "stopped before it was complete",
+    STUCK: "no progress within the time limit: the vCPU holds a stale root, or QEMU is deleting "
+    "the memory slot (kernels without commits 20a6cff3b283 and 3ccbf6f47098)",
+    ABORTED: "the run ended before the range was complete",
     errno.ENOENT: "KVM has no memory slot at this address",
     errno.EOPNOTSUPP: "the vCPU runs a nested guest, or KVM uses shadow paging",
     errno.EIO: "KVM refuses: the VM is dead, or belongs to another process",
@@ -207,21 +208,21 @@ DEBUGFS: Final = Path("/sys/kernel/debug/kvm")
 
 
 def debugfs_leaves(process: Process) -> Stage2Leaves | None:
-    """Return KVM's counts of stage-2 leaves from debugfs, or None."""
+    """Return KVM's counts of stage-2 leaves from debugfs, or None if unreadable."""
     counts = _read_counts(process, tuple(Stage2Leaves.__dataclass_fields__))
     return None if counts is None else Stage2Leaves(*counts)
 
 
 def debugfs_faults(process: Process) -> int | None:
-    """Return the sum of all vCPUs' ``pf_taken`` from debugfs, or None."""
+    """Return the sum of all vCPUs' ``pf_taken`` from debugfs, or None if unreadable."""
     counts = _read_counts(process, ("pf_taken",))
     return None if counts is None else counts[0]
 
 
 def _read_counts(process: Process, names: Sequence[str]) -> list[int] | None:
-    """Read counters from the VM's debugfs directory; None if it has none."""
-    # kvm_create_vm_debugfs(), virt/kvm/kvm_main.c, names the directory after the pid and the
-    # descriptor that the VM was created with.
+    """Return counters from the VM's debugfs directory, or None if unreadable."""
+    # kvm_create_vm_debugfs(), virt/kvm/kvm_main.c, names the directory after the pid of the process
+    # that created the VM and the VM's file descriptor.
     try:
         directory = DEBUGFS / f"{process.pid}-{kvm_fds(process).vm}"
         return [int((directory / name).read_text()) for name in names]

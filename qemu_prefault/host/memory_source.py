@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Find where a mapping takes its memory from, and how much of it is still available.
+"""Find the source of a mapping's memory, and compute how much memory is still available.
 
-A mapping takes its memory from the host. It may be limited further: to the file system of a shared
-file, to the hugetlb pool, or to the NUMA nodes that its policy or its process's cpuset allows.
-Other processes use the same sources. Memory that is committed to them is not available: the
-unwritten part of their files, and the huge pages that are reserved for their mappings.
+The source is the host, and sometimes a part of the host's memory: the file system of a shared file,
+the hugetlb pool, or the NUMA nodes that the mapping's policy or its process's cpuset allows. Other
+processes use the same sources. Memory that is committed to them is not available: the unwritten
+part of their files, and the huge pages that are reserved for their mappings.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from .procfs import MemoryMapping, Process, parse_number, read_optional
 
 NODES: Final = Path("/sys/devices/system/node")
 MIN_FREE: Final = Path("/proc/sys/vm/min_free_kbytes")
-#: The number of files of a file system that are examined at most.
+#: Maximum number of files of a file system to examine.
 MAX_FILES: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class MemorySource:
-    """The source from which one mapping takes its memory.
+    """The source of one mapping's memory.
 
     :ivar process: The process that has the mapping.
     :ivar page_size: The page size of the backing, in bytes.
-    :ivar nodes: The NUMA nodes to which its policy binds it; empty means not bound.
-    :ivar reserved: Whether its absent huge pages are reserved for it.
+    :ivar nodes: The NUMA nodes to which the mapping's policy binds it; empty means not bound.
+    :ivar reserved: Whether the mapping's absent huge pages are reserved for it.
     """
 
     process: Process
@@ -53,10 +53,10 @@ class MemorySource:
     reserved: bool = True
 
     def limits(self, absent: int) -> list[Limit]:
-        """Return every limit that memory populated in the mapping counts against.
+        """Return every limit that applies to populating the mapping.
 
         :param absent: The bytes of the mapping that are not allocated yet.
-        :raises GoneError: if the process has exited.
+        :raises GoneError: The process has exited.
         """
         nodes = confining_nodes(self.process, self.nodes)
         if self.page_size > PAGE_SIZE:
@@ -64,8 +64,8 @@ class MemorySource:
             if nodes or not self.reserved:
                 ours = self._reserved_bytes(absent) if self.reserved else 0
                 limits.append(hugetlb_pool_limit(self.page_size, nodes, ours))
-            # The kernel guarantees a reserved page, but not on which node. The pool, and the file
-            # system with a size, count it as used already (Documentation/mm/hugetlbfs_reserv.rst).
+            # The kernel guarantees a reserved page, but not its node. The pool, and a file system
+            # with a size, count the page as used (Documentation/mm/hugetlbfs_reserv.rst).
             if self.reserved:
                 return limits
         else:
@@ -76,7 +76,7 @@ class MemorySource:
         return limits
 
     def _reserved_bytes(self, absent: int) -> int:
-        """Return the bytes of huge pages that are reserved for the mapping; at least `absent`.
+        """Return the bytes of huge pages that are reserved for the mapping, at least `absent`.
 
         If the process has huge pages in several mappings, this is a lower bound.
         """
@@ -102,7 +102,7 @@ def parse_node_list(text: str) -> tuple[int, ...]:
 
 
 def confining_nodes(process: Process, bound: Sequence[int]) -> tuple[int, ...]:
-    """Return the nodes that memory must come from; empty means any node of the host.
+    """Return the nodes from which memory must come; empty means any node of the host.
 
     :param bound: The nodes that the mapping's policy allows; empty means all.
     """
@@ -117,10 +117,10 @@ def confining_nodes(process: Process, bound: Sequence[int]) -> tuple[int, ...]:
 
 
 def node_limit(nodes: Sequence[int]) -> Limit:
-    """Return the bytes that these nodes can give together: free memory and inactive files.
+    """Return the available memory of these nodes: free memory and inactive page cache.
 
-    The kernel keeps ``vm.min_free_kbytes`` of it: an allocation that is bound to a node and goes
-    below its share ends in the OOM killer (mm/page_alloc.c, ``__setup_per_zone_wmarks()``).
+    ``vm.min_free_kbytes`` is not available. If an allocation that is bound to a node reaches the
+    node's share of it, the OOM killer runs (mm/page_alloc.c, ``__setup_per_zone_wmarks()``).
     """
     kept = parse_number(read_optional(f"{MIN_FREE}")) or 0
     available = -(kept << 10)
@@ -137,7 +137,7 @@ def node_limit(nodes: Sequence[int]) -> Limit:
 
 
 def parse_numa_maps(text: str, start: int) -> tuple[tuple[int, ...], int]:
-    """Return the nodes that the mapping at `start` is bound to, and its page size in bytes.
+    """Return the nodes to which the mapping at `start` is bound, and its page size in bytes.
 
     :param text: ``/proc/PID/numa_maps`` (mm/mempolicy.c, ``mpol_to_str()``).
     :returns: The nodes are empty unless the policy is ``bind``.
@@ -220,7 +220,7 @@ def _reach(process: Process, mapping: MemoryMapping) -> str | None:
     return None
 
 
-#: Examining every file takes time, so a result is reused for this many seconds.
+#: Seconds for which a result is reused, because examining every file takes time.
 PROMISE_SECONDS: Final = 1.0
 _promises: dict[tuple[int, int, int], tuple[float, int]] = {}
 
@@ -268,7 +268,7 @@ def _files_beside(process: Process, mapping: MemoryMapping) -> Iterator[os.stat_
 
 
 def _open_in_other_processes(process: Process, device: int) -> Iterator[os.stat_result]:
-    """Yield the files of the file system that other QEMUs have mapped, also deleted ones."""
+    """Yield the files of the file system that other QEMUs map, including deleted files."""
     for entry in os.listdir(procfs.PROC):
         if not entry.isdecimal() or int(entry) == process.pid:
             continue

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Find QEMU's pages that are present, and those that KVM would map writable.
+"""Find the pages that are present in QEMU, and the pages that KVM would map writable.
 
 KVM's prefault ioctl is a read fault. It maps a page writable only if the page is writable in QEMU's
 own page tables.
@@ -23,8 +23,8 @@ from .ptrace_access import ptrace_denied
 
 #: Regions read by one call into native code.
 REGIONS_AT_ONCE = 256
-#: Bytes. Gaps closer than this are populated by one system call: populating a present page again
-#: is cheap, but one system call per gap of a fragmented mapping is expensive.
+#: Maximum distance in bytes between gaps that one system call populates. Populating a present page
+#: again is cheap, but one system call per gap of a fragmented mapping is expensive.
 MERGE_DISTANCE = 2 << 20
 
 
@@ -33,7 +33,7 @@ class Sums:
     """Sums over a range of memory, in bytes.
 
     :ivar present: Bytes that are present in the process's page tables.
-    :ivar writable: Of these, the bytes that a KVM read fault maps writable.
+    :ivar writable: Present bytes that a KVM read fault maps writable.
     """
 
     present: int
@@ -43,8 +43,8 @@ class Sums:
 class Pagemap:
     """``/proc/PID/pagemap`` of QEMU, as a context manager.
 
-    :raises UnsupportedError: if this process has no permission to trace QEMU, which reading it
-        needs.
+    :raises UnsupportedError: This process has no permission to trace QEMU, which is necessary to
+        read the file.
     """
 
     def __init__(self, process: Process) -> None:
@@ -113,7 +113,7 @@ class Pagemap:
             yield pending_start, pending_end - pending_start
 
     def _check_alive(self) -> None:
-        """Raise an error if an empty result is due to the end of the process.
+        """Raise an error if the result is empty because the process has exited.
 
         Unlike read(), PAGEMAP_SCAN reports an exited process's memory as empty, because
         do_pagemap_cmd(), fs/proc/task_mmu.c, does not check whether the address space is in use.
@@ -125,5 +125,5 @@ class Pagemap:
             self._process.check()
             raise FailedError(
                 f"QEMU's page map at {start:#x} could not be read: {os.strerror(-result)}",
-                "the memory layout may have changed: try again",
+                "run qemu-prefault again; the memory layout may have changed",
             )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Set a helper thread's scheduling, CPUs and cgroup.
 
-The helper inherits those of its vCPU's thread, which are for the guest. A helper with a real-time
-policy takes the CPU from its vCPU. A helper that is bound to the CPU of a busy real-time vCPU gets
-no CPU time.
+A helper inherits these properties from its vCPU's thread, but they are meant for the guest. With a
+real-time policy, the helper would take CPU time from its vCPU. If the helper were bound to the CPU
+of a busy real-time vCPU, it would get no CPU time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REAL_TIME: Final = frozenset({os.SCHED_FIFO, os.SCHED_RR, 6})  # 6: SCHED_DEADLI
 
 
 def parse_cpu_list(text: str) -> frozenset[int]:
-    """Parse a list of CPUs or nodes as the kernel prints it: ``0-3,8``."""
+    """Parse a list of CPUs or nodes in the kernel's format: ``0-3,8``."""
     numbers: set[int] = set()
     for first, last in re.findall(r"(\d{1,6})(?:-(\d{1,6}))?", text):
         numbers |= set(range(int(first), int(last or first) + 1))
@@ -48,8 +48,9 @@ def helper_cpus(
 ) -> list[frozenset[int]]:
     """Return the sets of CPUs on which a helper may run, the best first.
 
-    The best ones are on the NUMA nodes of the vCPU's CPUs, so that the helper allocates memory
-    there, among the CPUs of QEMU's main thread, and free of real-time threads.
+    The best CPUs are on the NUMA nodes of the vCPU's CPUs, so that the helper allocates memory on
+    these nodes. They are also in the affinity of QEMU's main thread, and no real-time thread is
+    bound to them.
 
     :param main: The affinity of QEMU's main thread.
     :param vcpu: The affinity of the vCPU's thread.
@@ -77,7 +78,7 @@ def real_time_cpus(process: Process) -> frozenset[int]:
 def affinity(tid: int) -> frozenset[int]:
     """Return the CPUs on which a thread may run.
 
-    :raises GoneError: if it has exited.
+    :raises GoneError: The thread has exited.
     """
     try:
         return frozenset(os.sched_getaffinity(tid))
@@ -86,10 +87,10 @@ def affinity(tid: int) -> frozenset[int]:
 
 
 def place(process: Process, tid: int, choices: Sequence[frozenset[int]]) -> list[str]:
-    """Give a helper thread ordinary scheduling, nice value 0, and other cgroups and CPUs.
+    """Set a helper thread's policy to SCHED_OTHER and nice 0, and set its cgroups and CPUs.
 
     :param choices: See :func:`helper_cpus`.
-    :returns: The properties that this process may not change.
+    :returns: The properties that this process has no permission to change.
     """
     refused = []
     try:
@@ -150,7 +151,7 @@ def leave_cgroups(process: Process, tid: int) -> bool:
 def threads_files(
     wanted: Mapping[str, str], current: Mapping[str, str], mounts: Sequence[Mount]
 ) -> list[str]:
-    """Return the files that take a thread's id to move it to the wanted cgroups.
+    """Return the files to which a thread's id must be written to move it to other cgroups.
 
     :param wanted: The wanted path of each controller, see :func:`~.headroom.parse_cgroups`.
     :param current: The thread's current paths.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Read QEMU's threads, memory map and status from ``/proc/PID``.
 
-The parsers (``parse_*``) are pure functions of text; :class:`Process` reads the files and passes
-their text to the parsers. A process can exit between any two reads. That raises
-:class:`GoneError` (code ``qemu-gone``). Its pid can also be reused, so a :class:`Process` stores
+The parsers (``parse_*``) are pure functions of text. :class:`Process` reads the files and passes
+their text to the parsers. If the process exits between two reads, the next read raises
+:class:`GoneError` (code ``qemu-gone``). The kernel can reuse the pid, so a :class:`Process` stores
 the start time, which :meth:`Process.check` compares.
 
 File formats are those of proc(5).
@@ -24,21 +24,21 @@ from ..units import PAGE_SIZE
 BackingKind = Literal["anonymous", "memfd", "shmem", "hugetlb", "file", "device"]
 
 PROC: Final = "/proc"
-#: Attempts to list all threads of a process that keeps starting and ending threads.
+#: Maximum number of attempts to list all threads of a process.
 MOST_LISTINGS: Final = 16
 
 
 def gone(pid: int) -> GoneError:
     """Return the error for a process that has exited."""
     return GoneError(
-        f"process {pid} is gone", "check whether QEMU has exited; its log has the reason"
+        f"process {pid} has exited", "if the process is QEMU, see QEMU's log for the reason"
     )
 
 
 def exists(pid: int) -> bool:
-    """Return whether a process or thread exists, even if /proc does not show it."""
+    """Return whether a process or thread exists although /proc does not show it."""
     if os.path.isdir(f"{PROC}/{pid}"):
-        return False  # it has exited and is not hidden
+        return False  # /proc shows the process, which is exiting
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -49,15 +49,16 @@ def exists(pid: int) -> bool:
 
 
 def hidden(pid: int) -> UnsupportedError:
+    """Return the error for a process that /proc does not show."""
     return UnsupportedError(
         f"process {pid} exists, but /proc does not show it",
-        "/proc is mounted with hidepid=, or this service has ProtectProc=: run as root on the host",
+        "run as root on the host; /proc is mounted with hidepid=, or this service has ProtectProc=",
         code=Code.PROC_PERMISSION,
     )
 
 
 def denied(path: str) -> UnsupportedError:
-    """Return the error for a file of /proc that must not be read."""
+    """Return the error for a file of /proc that this process has no permission to read."""
     return UnsupportedError(
         f"no permission to read {path}",
         "run as root, or as QEMU's user with CAP_SYS_PTRACE",
@@ -68,9 +69,9 @@ def denied(path: str) -> UnsupportedError:
 def read_file(path: str, pid: int) -> str:
     """Return the text of a file of /proc/PID.
 
-    :raises GoneError: if the process has exited.
-    :raises UnsupportedError: if this process has no permission to read the file.
-    :raises FailedError: if reading fails for another reason.
+    :raises GoneError: The process has exited.
+    :raises UnsupportedError: This process has no permission to read the file.
+    :raises FailedError: Reading fails for another reason.
     """
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
@@ -134,7 +135,7 @@ class Status:
 def parse_status(text: str) -> Status:
     """Parse ``/proc/PID/status``.
 
-    :raises FailedError: if the text has another format.
+    :raises FailedError: The text has another format.
     """
     fields: dict[str, str] = {}
     for line in text.split("\n"):
@@ -166,7 +167,7 @@ def parse_status(text: str) -> Status:
 def parse_start_time(text: str) -> int:
     """Return field 22 of ``/proc/PID/stat``, the start time in ticks since boot.
 
-    :raises FailedError: if the text has another format.
+    :raises FailedError: The text has another format.
     """
     # The command name is in parentheses and may contain any character, even ')' and '\n'.
     fields = text[text.rfind(")") + 1 :].split()
@@ -200,7 +201,7 @@ class MemoryMapping:
 
     @property
     def writable(self) -> bool:
-        """Whether the process may write to it."""
+        """Whether the process may write to the memory."""
         return self.perms[1] == "w"
 
 
@@ -214,7 +215,7 @@ _MAPPING: Final = re.compile(
 def parse_maps(text: str) -> tuple[MemoryMapping, ...]:
     """Parse ``/proc/PID/maps``.
 
-    :raises FailedError: if a line has another format.
+    :raises FailedError: A line has another format.
     """
     return tuple(_parse_mapping(line) for line in text.split("\n") if line)
 
@@ -262,8 +263,7 @@ def backing_of(mapping: MemoryMapping, page_size: int = PAGE_SIZE) -> BackingKin
 def mappings_of(maps: Sequence[MemoryMapping], start: int, size: int) -> tuple[MemoryMapping, ...]:
     """Return the mappings that together cover ``start..start+size-1`` without a gap.
 
-    :raises FailedError: with code ``unmapped`` if some byte is not mapped, so that the monitor
-        and the process disagree.
+    :raises FailedError: Some byte is not mapped (code ``unmapped``).
     """
     found = tuple(m for m in maps if m.start < start + size and m.end > start)
     reached = start
@@ -273,15 +273,15 @@ def mappings_of(maps: Sequence[MemoryMapping], start: int, size: int) -> tuple[M
         reached = mapping.end
     if reached < start + size:
         raise FailedError(
-            f"QEMU has nothing mapped at {reached:#x}, where guest RAM should be",
-            "the memory layout may have changed: try again",
+            f"QEMU has no mapping at {reached:#x}, although its monitor reports guest RAM there",
+            "run qemu-prefault again; the memory layout may have changed",
             code=Code.UNMAPPED,
         )
     return found
 
 
 def thread_names(pid: int) -> dict[int, str]:
-    """Return the names (``comm``) of a process's threads by id; empty if it is gone."""
+    """Return the names (``comm``) of a process's threads by id; empty if it has exited."""
     names = {}
     with contextlib.suppress(OSError, QemuPrefaultError):
         for tid in _list_threads(pid, lambda: os.listdir(f"{PROC}/{pid}/task")):
@@ -292,16 +292,16 @@ def thread_names(pid: int) -> dict[int, str]:
 
 
 def _list_threads(pid: int, list_tasks: Callable[[], list[str]]) -> list[str]:
-    """List a process's threads again until the list is complete.
+    """List a process's threads. Repeat this until the list is complete.
 
     The kernel's list can omit a live thread if another thread exits while the list is read. The
     kernel finds its position by counting threads, and counts the exiting thread even if it skips
     it (proc_task_readdir(), first_tid() and next_tid(), fs/proc/base.c). While a CPU is preempted
-    in the middle of __unhash_process() (kernel/exit.c), every list is short in the same way.
+    in the middle of __unhash_process() (kernel/exit.c), every list omits a thread in this way.
 
-    At that point the exiting thread is no longer part of ``Threads:`` in /proc/PID/status, and
-    its number is no longer found. So the threads are counted after the list was read, and the
-    list is complete if at least that many of its threads still exist after that.
+    At that time ``Threads:`` in /proc/PID/status no longer counts the exiting thread, and a lookup
+    of its id fails. Therefore this function counts the threads after it has read the list. The list
+    is complete if at least that many of its threads still exist afterwards.
     """
     found: list[str] = []
     for _ in range(MOST_LISTINGS):
@@ -320,7 +320,7 @@ def _count_threads(pid: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process, identified by pid and start time; use :meth:`find` to get one."""
+    """A process, identified by its pid and start time. :meth:`find` creates the object."""
 
     pid: int
     start_time: int
@@ -329,14 +329,14 @@ class Process:
     def find(cls, pid: int) -> Process:
         """Return the process with this id.
 
-        :raises GoneError: if no such process exists.
+        :raises GoneError: No such process exists.
         """
         return cls(pid, parse_start_time(read_file(f"{PROC}/{pid}/stat", pid)))
 
     def check(self) -> None:
         """Check that the pid still belongs to the same process, and that it is alive.
 
-        :raises GoneError: if it has exited (a zombie counts as exited) or the pid was reused.
+        :raises GoneError: The process has exited (a zombie counts as exited).
         """
         text = read_file(f"{PROC}/{self.pid}/stat", self.pid)
         state = text[text.rfind(")") + 1 :].split()[:1]
@@ -374,24 +374,24 @@ class Process:
     def thread_syscall(self, tid: int) -> str | None:
         """Return ``/proc/PID/task/TID/syscall`` (``202 0x… …`` or ``running``).
 
-        :returns: None if it cannot be read, because this process lacks CAP_SYS_PTRACE or the
+        :returns: None if the file cannot be read, because this process lacks CAP_SYS_PTRACE or the
             kernel lacks CONFIG_HAVE_ARCH_TRACEHOOK.
         """
         text = read_optional(f"{PROC}/{self.pid}/task/{tid}/syscall")
         return None if text is None else text.strip()
 
     def link(self, name: str) -> str | None:
-        """Return the target of a link of /proc/PID, or None if it cannot be read."""
+        """Return the target of a link in /proc/PID, or None if the link cannot be read."""
         try:
             return os.readlink(f"{PROC}/{self.pid}/{name}")
         except OSError:
             return None
 
     def listdir(self, name: str) -> list[str]:
-        """Return the entries of a directory of /proc/PID.
+        """Return the entries of a directory in /proc/PID.
 
-        :raises GoneError: if the process has exited.
-        :raises UnsupportedError: if this process has no permission to list the directory.
+        :raises GoneError: The process has exited.
+        :raises UnsupportedError: This process has no permission to list the directory.
         """
         path = f"{PROC}/{self.pid}/{name}"
         try:
@@ -403,13 +403,13 @@ class Process:
 
 
 def parse_number(text: str | None) -> int | None:
-    """Return the number in a file's text, or None for other text (``max``)."""
+    """Return the number in a file's text, or None if the text is no number (``max``)."""
     text = (text or "").strip()
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
 
 
 def thread_map(process: Process) -> dict[int, int]:
-    """Return a map from thread ids in the process's pid namespace to ids in this one.
+    """Map thread ids of the process's pid namespace to thread ids of this pid namespace.
 
     They differ if the process runs in its own pid namespace (NSpid of ``/proc/PID/status``).
     """

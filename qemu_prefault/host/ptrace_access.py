@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Explain why the kernel refused ptrace, and which command fixes it."""
+"""Find the reason why the kernel refused ptrace, and a remedy."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def diagnose_ptrace(process: Process) -> tuple[str, str]:
     """Explain why PTRACE_SEIZE of the process failed with EPERM.
 
     :returns: The cause, and the remedy with the command.
-    :raises GoneError: if the process has exited.
+    :raises GoneError: The process has exited.
     """
     own = parse_status(read_file(f"{PROC}/self/status", os.getpid()))
     target = process.status()
@@ -79,13 +79,14 @@ def diagnose_ptrace(process: Process) -> tuple[str, str]:
 
 
 def explain_ptrace(facts: PtraceFacts) -> tuple[str, str]:
-    """Return cause and remedy of the kernel's first rule that forbids tracing."""
+    """Return the cause and the remedy for the first kernel rule that forbids tracing."""
     who = f"QEMU (pid {facts.pid})"
     as_root = "run as root: sudo qemu-prefault …"
     if facts.tracer is not None:
         pid, name = facts.tracer
         return (
-            f"{who} is already traced by process {pid} ({name}); the kernel allows one tracer",
+            f"{who} is already traced by process {pid} ({name}), and the kernel allows only one "
+            "tracer",
             f"end or detach that tracer: kill {pid}",
         )
     if facts.yama_scope == 3:
@@ -116,7 +117,7 @@ def _with_capability(facts: PtraceFacts, who: str) -> tuple[str, str]:
         )
     return _confinement(facts) or (
         f"the kernel forbids tracing {who} for a reason that is not visible to this process",
-        "look at the kernel log and the audit log: dmesg | tail; ausearch -m avc -ts recent",
+        "see the kernel log and the audit log: dmesg | tail; ausearch -m avc -ts recent",
     )
 
 
@@ -130,15 +131,19 @@ def _without_capability(facts: PtraceFacts, who: str, as_root: str) -> tuple[str
     same_user = set(facts.target_uids[:3]) == {facts.own_uid}
     if not same_user or set(facts.target_gids[:3]) != {facts.own_gid}:
         return (
-            f"{who} runs as uid {facts.target_uids[0]}, gid {facts.target_gids[0]}, "
-            f"this tool as uid {facts.own_uid}, gid {facts.own_gid} without CAP_SYS_PTRACE",
+            f"{who} runs as uid {facts.target_uids[0]}, gid {facts.target_gids[0]}, but "
+            f"qemu-prefault runs as uid {facts.own_uid}, gid {facts.own_gid} without "
+            "CAP_SYS_PTRACE",
             as_root,
         )
     if facts.same_user_ns is False:
-        return (f"{who} is in another user namespace, and CAP_SYS_PTRACE is missing", as_root)
+        return (
+            f"{who} is in another user namespace, and this process lacks CAP_SYS_PTRACE",
+            as_root,
+        )
     if not facts.target_dumpable:
         return (
-            f"{who} is not dumpable: it changed its user or runs with file capabilities",
+            f"{who} is not dumpable, because it changed its user or has file capabilities",
             as_root,
         )
     if facts.yama_scope in (1, 2):
@@ -160,12 +165,12 @@ def _confinement(facts: PtraceFacts) -> tuple[str, str] | None:
             f"SELinux probably forbids {own} to trace {target or 'QEMU'}",
             "check: ausearch -m avc -ts recent; getsebool deny_ptrace; setsebool deny_ptrace off",
         )
-    # AppArmor lets an unconfined tracer trace any process (profile_tracee_perm(),
-    # security/apparmor/ipc.c), so only this process's own profile can forbid it.
+    # AppArmor allows an unconfined tracer to trace any process (profile_tracee_perm(),
+    # security/apparmor/ipc.c). Only this process's own profile can forbid it.
     if own not in ("", "unconfined", "kernel"):
         return (
-            f"AppArmor probably forbids it: the profile {own} confines this process",
-            "check: journalctl -k -g apparmor; run this from an unconfined root shell",
+            f"AppArmor probably forbids tracing, because the profile {own} confines this process",
+            "check: journalctl -k -g apparmor; run qemu-prefault from an unconfined root shell",
         )
     return None
 
@@ -197,6 +202,6 @@ def _label(who: str) -> str | None:
 
 
 def ptrace_denied(process: Process) -> PtraceDeniedError:
-    """Return the error for a refused trace, with its cause and remedy."""
+    """Return the error for a process that this process may not trace."""
     cause, remedy = diagnose_ptrace(process)
     return PtraceDeniedError(cause, remedy)

@@ -10,7 +10,7 @@ from typing import Final
 from . import procfs
 from .procfs import read_optional
 
-#: Seconds without progress after which the reason is reported.
+#: Seconds without progress after which the run reports the reason.
 STALL_SECONDS: Final = 2.0
 
 
@@ -23,7 +23,7 @@ class Stall:
         self._reported = False
 
     def starts(self, state: object) -> bool:
-        """Return True once per stall, as soon as it is detected."""
+        """Return True at the first call that detects a stall, and False at other calls."""
         now = time.monotonic()
         if state != self._seen:
             self._seen, self._since, self._reported = state, now, False
@@ -34,7 +34,7 @@ class Stall:
 
 
 def why_stalled(pid: int, tid: int, seconds: float = 0.05) -> str:
-    """Return why a helper thread makes no progress, as far as /proc shows it."""
+    """Return the reason why a helper thread makes no progress, according to /proc."""
     task = f"{procfs.PROC}/{pid}/task/{tid}"
     before = _cpu_time(task)
     time.sleep(seconds)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Compute how many further threads QEMU may start.
+"""Compute how many more threads QEMU may start.
 
-QEMU aborts if it cannot start a thread (``qemu_thread_create()``, util/qemu-thread-posix.c). So
-helpers must leave enough of each limit to QEMU.
+QEMU aborts if it cannot start a thread (``qemu_thread_create()``, util/qemu-thread-posix.c).
+Therefore helpers must leave enough of each limit for QEMU.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from .procfs import Process, parse_number, read_optional
 CAP_SYS_ADMIN: Final = 21  # include/uapi/linux/capability.h
 CAP_SYS_RESOURCE: Final = 24
 
-#: Tasks that helpers leave to QEMU: the maximum of its thread pool (util/thread-pool.c).
+#: Tasks that helpers leave for QEMU: the maximum size of its thread pool (util/thread-pool.c).
 RESERVE: Final = 64
-#: If a limit leaves fewer tasks, no helper is started.
+#: Minimum number of tasks that must be left to start a helper.
 MIN_LEFT: Final = 4
-#: A timer takes one of the limit of pending signals.
+#: Number of timers of a helper. Each timer counts as one pending signal.
 TIMERS_PER_HELPER: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
 class TaskLimit:
-    """What is left of a limit.
+    """A limit on tasks or pending signals, and the number that is left.
 
-    :ivar name: The limit, for messages.
-    :ivar left: How much is left: tasks, or pending signals.
-    :ivar detail: The limit's value and its use, for messages.
-    :ivar per_helper: How much of it a helper takes.
+    :ivar name: The name of the limit, for messages.
+    :ivar left: The number of tasks or pending signals that are left.
+    :ivar detail: The value and the current use of the limit, for messages.
+    :ivar per_helper: The number of tasks or pending signals that one helper uses.
     """
 
     name: str
@@ -44,14 +44,14 @@ class TaskLimit:
     per_helper: int = 1
 
     def helpers(self, wanted: int) -> int:
-        """Return how many of the wanted helpers this limit allows."""
+        """Return the number of helpers that this limit allows, at most ``wanted``."""
         if self.left < MIN_LEFT * self.per_helper:
             return 0
         return max(1, min(wanted, (self.left - RESERVE) // self.per_helper))
 
 
 def task_limits(process: Process) -> list[TaskLimit]:
-    """Return all limits that a new thread of QEMU counts against."""
+    """Return all limits that apply to a new thread of QEMU."""
     pid = process.pid
     return [
         *pids_limits(
@@ -70,9 +70,9 @@ def task_limits(process: Process) -> list[TaskLimit]:
 
 
 def strictest(limits: Sequence[TaskLimit], wanted: int) -> tuple[int, TaskLimit | None]:
-    """Return how many helpers all limits allow, and the limit that allows the fewest.
+    """Return the number of helpers that all limits allow, and the strictest limit.
 
-    The limit is None if all of the wanted helpers are allowed.
+    The limit is None if the limits allow all ``wanted`` helpers.
     """
     allowed, by = wanted, None
     for limit in limits:
@@ -101,7 +101,7 @@ def pids_limits(cgroup: str, mountinfo: str) -> list[TaskLimit]:
 
 
 def parse_limits(text: str) -> dict[str, int]:
-    """Return the soft limits of ``/proc/PID/limits`` by name. Omit unlimited ones."""
+    """Return the soft limits of ``/proc/PID/limits`` by name, except unlimited ones."""
     found = re.findall(r"^(Max [a-z -]+?)\s{2,}(\d{1,19})\s", text, re.MULTILINE)
     return {name: int(value) for name, value in found}
 

@@ -259,7 +259,7 @@ def _reason_not_to_populate(
     if populate == "auto" and domain.current < domain.memory:
         return "the balloon is inflated: memory is absent on purpose"
     if populate == "auto" and is_disk_file(source.process, source.mapping):
-        return "RAM is a shared file: populating it would write to the file"
+        return "a shared file: populating would write to it"
     for limit in source.limits(absent):
         if absent > limit.available:
             return f"{limit.name} has only {limit.available >> 20} MiB available"

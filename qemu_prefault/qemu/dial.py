@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Connect to a QMP server's socket, and wait for its greeting.
 
-A QMP socket serves one client at a time: a second client's connect() succeeds, but QEMU sends it no
-greeting. :func:`await_greeting` distinguishes this case from a slow or silent server, and from a
-peer that is not a QMP server.
+A QMP socket serves one client at a time. A second client's connect() succeeds, but QEMU does not
+send it a greeting. :func:`await_greeting` distinguishes this case from a slow or silent server, and
+from a peer that is not a QMP server.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from qemu.qmp import ConnectError
 
 from ..errors import Code, InputError, MonitorBusyError, MonitorError, QemuPrefaultError
 
-#: Opens a connection on which QEMU will send its greeting. Returns the non-blocking socket, and
-#: the UUID of the VM that must be at the other end.
+#: A coroutine function that opens a connection on which QEMU will send its greeting. It returns the
+#: non-blocking socket, and the UUID of the VM that must be at the other end.
 Dial = Callable[[], Awaitable[tuple[socket.socket, str]]]
 
-#: A longer reply (in bytes) ends the connection. ``info mtree -f`` of a guest with hundreds of
-#: vCPUs and devices stays below 1 MiB; asyncio buffers at most twice the limit.
+#: Maximum size of a reply, in bytes. A longer reply ends the connection. ``info mtree -f`` of a
+#: guest with hundreds of vCPUs and devices stays below 1 MiB. asyncio buffers at most twice this
+#: size.
 MAX_REPLY: Final = 4 << 20
 
 #: Seconds that an accepted QMP client waits for the greeting. QEMU sends it from its main loop,
 #: within microseconds if nothing blocks that loop.
 GREETING_TIMEOUT: Final = 2.0
-#: After this many seconds without a greeting, check in /proc/net/unix which client is served.
+#: Seconds without a greeting after which /proc/net/unix is checked for another client.
 BUSY_GRACE: Final = 0.25
 
 
 _REMEDY_ADDRESS: Final = "give the socket of QEMU's option -qmp unix:PATH,server=on,wait=off"
 _REMEDY_BUSY: Final = (
     "close the other client (libvirt, a QMP shell), or start QEMU with a second "
-    "-qmp unix:PATH,server=on,wait=off for this tool"
+    "-qmp unix:PATH,server=on,wait=off for qemu-prefault"
 )
 REMEDY_SILENT: Final = (
     "check that the socket is a QMP monitor (a guest agent sends no greeting), and that QEMU is "
@@ -51,15 +52,15 @@ async def connect(address: str, deadline: float) -> socket.socket:
     :param address: See :func:`parse_address`.
     :param deadline: The event loop's time at which the attempt fails.
     :returns: A connected, non-blocking socket.
-    :raises InputError: if the address is malformed, or names no socket or host.
-    :raises MonitorBusyError: if the socket's backlog stays full.
-    :raises MonitorError: if the connection fails for another reason.
+    :raises InputError: The address is malformed, or names no socket or host.
+    :raises MonitorBusyError: The socket's backlog stays full.
+    :raises MonitorError: The connection fails for another reason.
     """
     target = parse_address(address)
     loop = asyncio.get_running_loop()
     if isinstance(target, str):
-        # Clients that gave up stay in the backlog until QEMU accepts and discards them, which it
-        # does when it serves no client. So retry for a moment if the backlog is full.
+        # Connections that clients have closed stay in the backlog until QEMU accepts them, which it
+        # does while it serves no client. Therefore retry for a short time if the backlog is full.
         retry_until = min(deadline, loop.time() + 2 * BUSY_GRACE)
         while (sock := _connect_unix(target)) is None:
             if loop.time() >= retry_until:
@@ -77,7 +78,7 @@ async def connect(address: str, deadline: float) -> socket.socket:
         ) from error
     except TimeoutError as error:
         raise MonitorError(
-            f"{address} does not answer", "check the host, the port and the firewall"
+            f"{address} does not respond", "check the host, the port and the firewall"
         ) from error
     except OSError as error:
         raise MonitorError(
@@ -92,7 +93,7 @@ def parse_address(address: str) -> str | tuple[str, int]:
     Without the prefix ``unix:`` or ``tcp:``, an address means TCP if it has the form
     ``HOST:PORT``, contains no slash before the colon, and no file of this name exists.
 
-    :raises InputError: if the address is empty or has an impossible port or path.
+    :raises InputError: The address is empty or has an impossible port or path.
     """
     if address.startswith("unix:"):
         return _checked_path(address.removeprefix("unix:"), address)
@@ -187,8 +188,8 @@ def _busy(address: str, detail: str = "") -> MonitorBusyError:
 async def await_greeting(sock: socket.socket, address: str, deadline: float) -> None:
     """Wait for the peer's first bytes, and check that they begin a JSON object.
 
-    :raises MonitorBusyError: if QEMU serves another client.
-    :raises MonitorError: if the peer is silent, closes the connection, or is not a QMP server.
+    :raises MonitorBusyError: QEMU serves another client.
+    :raises MonitorError: The peer is silent, closes the connection, or is not a QMP server.
     """
     loop = asyncio.get_running_loop()
     limit = min(deadline, loop.time() + GREETING_TIMEOUT)
@@ -197,7 +198,7 @@ async def await_greeting(sock: socket.socket, address: str, deadline: float) -> 
         if place is _Place.BEHIND:
             raise _busy(address)
         if place is _Place.QUEUED:
-            limit = deadline  # QEMU serves no client: its main loop is busy, and may continue
+            limit = deadline  # QEMU serves no client, so its main loop may only be busy
         if not await _readable(sock, limit):
             raise _silent(address, _place(sock))
     try:
@@ -250,7 +251,7 @@ def brief(error: BaseException) -> str:
 
 
 async def _readable(sock: socket.socket, until: float) -> bool:
-    """Wait for data or EOF; return False if the loop's time reaches `until`."""
+    """Wait for data or EOF. Return False if the loop's time reaches `until`."""
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
 
@@ -307,11 +308,12 @@ def _silent(address: str, place: _Place) -> QemuPrefaultError:
         return _busy(address)
     if place is _Place.UNKNOWN:  # on TCP, a busy monitor and a silent listener look the same
         return MonitorBusyError(
-            f"{address} sends no greeting: most likely another QMP client uses it", _REMEDY_BUSY
+            f"{address} sends no greeting, probably because another QMP client uses it",
+            _REMEDY_BUSY,
         )
     what = (
         "accepted the connection, but sent no QMP greeting"
         if place is _Place.ACCEPTED
-        else "does not accept connections: QEMU is stopped or blocked"
+        else "does not accept connections, because QEMU is stopped or blocked"
     )
     return MonitorError(f"{address} {what}", REMEDY_SILENT, code=Code.MONITOR_SILENT)

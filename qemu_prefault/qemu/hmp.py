@@ -19,13 +19,14 @@ MAX_GPA: Final = 1 << 52
 #: The end of user space on an x86-64 host with 5-level page tables.
 MAX_HVA: Final = 1 << 56
 
-#: Longer lines are refused before they are matched, so that every pattern below takes linear
-#: time. A RAM block's name has at most 256 characters (include/exec/ramblock.h).
+#: Maximum length of a line. The parsers check the length before they match a line, so that every
+#: pattern below takes linear time. A RAM block's name has at most 256 characters
+#: (include/exec/ramblock.h).
 MAX_LINE: Final = 1024
 
 
 def _lines(text: str, what: str) -> Iterator[str]:
-    """Yield the lines of an answer without LF or CRLF; refuse very long ones."""
+    """Yield the lines of an answer without LF or CRLF. Refuse lines that are too long."""
     for line in text.split("\n"):
         if len(line) > MAX_LINE:
             raise LayoutError(f'"{what}" has a line of {len(line)} characters')
@@ -36,8 +37,8 @@ def _lines(text: str, what: str) -> Iterator[str]:
 class FlatRange:
     """One line of a FlatView: the memory at guest-physical ``start..start+size-1``.
 
-    :ivar offset: Bytes from the start of the memory region `name`; for RAM, this is the offset in
-        its RAM block.
+    :ivar offset: Bytes from the start of the memory region `name`. For RAM, this is the offset in
+        the RAM block.
     :ivar kvm: Whether KVM has a memslot of exactly this range (``kvm_accel_has_memory()``,
         accel/kvm/kvm-all.c).
     """
@@ -68,11 +69,12 @@ def parse_mtree(text: str) -> tuple[FlatRange, ...]:
     """Return the ranges of guest-physical memory in ``info mtree -f``, ascending.
 
     The text has one FlatView per distinct address space, in hash order. This function reads the
-    one of the address space ``memory`` with root ``system``. Others have the same form but must
-    not be used: ``device-memory`` has relative addresses, and ``cpu-smm-0`` is the view of SMM.
+    FlatView of the address space ``memory`` with root ``system``. Other FlatViews have the same
+    format but other addresses: those of ``device-memory`` are relative, and ``cpu-smm-0`` is the
+    view of SMM.
 
-    :param text: The answer of the HMP command; lines end in LF or CRLF.
-    :raises LayoutError: if the view is missing, or if a line of it is malformed or impossible.
+    :param text: The answer of the HMP command, in lines that end with LF or CRLF.
+    :raises LayoutError: The view is missing, or a line of the view is malformed or impossible.
     """
     lines = list(_lines(text, "info mtree -f"))
     index = 0
@@ -89,7 +91,9 @@ def parse_mtree(text: str) -> tuple[FlatRange, ...]:
         if line.startswith((" AS ", " Root memory region:")):
             continue
         if line.strip() == "No rendered FlatView":
-            raise LayoutError("this QEMU has no machine (-M none)", "start it with a machine")
+            raise LayoutError(
+                "this QEMU has no machine (-M none)", "start QEMU with a machine type, e.g. -M q35"
+            )
         found = _parse_range(line)
         if ranges and found.start < ranges[-1].end:
             raise _bad_line(line, "overlaps the range before it")
@@ -131,8 +135,7 @@ def _bad_line(line: str, why: str) -> LayoutError:
 class RamBlock:
     """One RAM block of QEMU, which is a contiguous mapping in its address space.
 
-    `page_size`, `used` and `total` are in bytes. `hva` is None before QEMU 8.1, which does not
-    print it.
+    `page_size`, `used` and `total` are in bytes. `hva` is None if QEMU is older than 8.1.
     """
 
     name: str
@@ -150,10 +153,10 @@ _HEX: Final = re.compile(r"0x[0-9a-f]{1,16}")
 def parse_ramblocks(text: str) -> tuple[RamBlock, ...]:
     """Return the RAM blocks of ``info ramblock`` (or ``x-query-ramblock``).
 
-    The heading gives the columns: QEMU 7.2 prints no host address, 10.0 does
+    The heading shows which columns exist. QEMU prints the host address since 8.1
     (``ram_block_format()``, system/physmem.c).
 
-    :raises LayoutError: if the heading or a line has an unknown format.
+    :raises LayoutError: The heading or a line has an unknown format.
     """
     lines = list(_lines(text, "info ramblock"))
     heading = 0
@@ -199,7 +202,7 @@ _GPA2HVA: Final = re.compile(
 def parse_gpa2hva(text: str) -> tuple[str, int]:
     """Return the memory region's name and the host address from ``gpa2hva``.
 
-    :raises LayoutError: if the address is not mapped, or is not RAM
+    :raises LayoutError: The address is not mapped, or is not RAM
         (``gpa2hva()``, monitor/hmp-cmds-target.c).
     """
     text = text.strip()
@@ -214,7 +217,7 @@ def parse_gpa2hva(text: str) -> tuple[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class NumaNode:
-    """One guest NUMA node, with its boot and plugged RAM in bytes (whole MiB)."""
+    """One guest NUMA node, with the sizes of its boot RAM and plugged RAM in bytes."""
 
     node: int
     base: int
@@ -225,9 +228,9 @@ _NUMA_SIZE: Final = re.compile(r"node ([0-9]{1,4}) (size|plugged): ([0-9]{1,12})
 
 
 def parse_numa(text: str) -> tuple[NumaNode, ...]:
-    """Return the guest's NUMA nodes from HMP ``info numa``; empty without NUMA.
+    """Return the guest's NUMA nodes from ``info numa``; empty if the guest has no NUMA.
 
-    :raises LayoutError: if a node has more plugged memory than memory in total.
+    :raises LayoutError: A node has more plugged memory than memory in total.
     """
     sizes: dict[int, dict[str, int]] = {}
     for line in _lines(text, "info numa"):
@@ -239,6 +242,6 @@ def parse_numa(text: str) -> tuple[NumaNode, ...]:
         # "size" includes "plugged" (query_numa_node_mem(), hw/core/numa.c).
         base = found.get("size", 0) - found.get("plugged", 0)
         if base < 0:
-            raise LayoutError(f'"info numa" gives node {node} more plugged memory than memory')
+            raise LayoutError(f'"info numa" reports more plugged than total memory on node {node}')
         nodes.append(NumaNode(node, base, found.get("plugged", 0)))
     return tuple(nodes)

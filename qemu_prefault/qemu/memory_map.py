@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Build the map of a guest's memory from the monitor's answers.
 
-No QMP command returns the guest-physical memory map. It is built from four answers, each of which
-has information that the others lack:
+No QMP command returns the guest-physical memory map. This module builds the map from four answers.
+Each answer has information that the others lack:
 
 ==========================  ==================================================================
 ``info mtree -f``           the guest's *current* view of each address (PAM, holes, ROM on
                             top), and which ranges are KVM memslots
 ``info ramblock``           the page size of the backing, and (QEMU >= 8.1) its host address
-``query-memdev``            which of the blocks are guest RAM, and how they are backed
-``query-memory-devices``    which of those are DIMMs, NVDIMMs, virtio-mem or virtio-pmem
+``query-memdev``            which of the blocks are guest RAM, and the kind of their backing
+``query-memory-devices``    which of these blocks are DIMMs, NVDIMMs, virtio-mem or
+                            virtio-pmem
 ==========================  ==================================================================
 
 The host address of every range comes from ``gpa2hva``. :func:`build_sections` joins these answers
@@ -18,8 +19,8 @@ QEMU's address space. Memory that must not be touched is also kept as a section,
 ``skipped``, so that users can see the whole map.
 
 The functions of this module are pure: they take text and decoded JSON, and return frozen
-dataclasses. The peer may be any program that listens on a socket, so all input is checked. The only
-exception that is raised is :class:`LayoutError`, and the time is linear in the size of the input.
+dataclasses. The peer may be any program that listens on a socket, so the functions check all input.
+They raise only :class:`LayoutError`, and their time is linear in the size of the input.
 
 All addresses and sizes are in bytes.
 """
@@ -39,14 +40,14 @@ from .qapi import expect_array, expect_bool, expect_int, expect_object, expect_s
 #: QEMU's default names for the RAM that machines create without an explicit backend.
 MAIN_RAM_NAMES: Final = frozenset({"pc.ram", "microvm.ram"})
 
-#: The address of SeaBIOS below 1 MiB. This is the last PAM area that SeaBIOS write-protects, see
-#: :func:`firmware_ahead`.
+#: The address of SeaBIOS below 1 MiB. SeaBIOS write-protects this PAM area last (see
+#: :func:`firmware_ahead`).
 BIOS_AREA: Final = 0xF0000
 
 
 @dataclass(frozen=True, slots=True)
 class Memdev:
-    """A memory backend (``query-memdev``); fields that QEMU does not report are None."""
+    """A memory backend (``query-memdev``). Fields that QEMU does not report are None."""
 
     id: str
     size: int
@@ -59,7 +60,7 @@ class Memdev:
 def parse_memdevs(value: object) -> tuple[Memdev, ...]:
     """Return the memory backends of a decoded ``query-memdev`` answer.
 
-    :raises LayoutError: if the JSON does not match ``Memdev`` of qapi/machine.json.
+    :raises LayoutError: The JSON does not match ``Memdev`` of qapi/machine.json.
     """
     memdevs = []
     for item in expect_array(value, "query-memdev"):
@@ -113,7 +114,7 @@ class MemoryDevice:
 def parse_memory_devices(value: object) -> tuple[MemoryDevice, ...]:
     """Return the memory devices of a decoded ``query-memory-devices`` answer.
 
-    :raises LayoutError: if the JSON does not match ``MemoryDeviceInfo`` of qapi/machine.json.
+    :raises LayoutError: The JSON does not match ``MemoryDeviceInfo`` of qapi/machine.json.
     """
     devices = []
     for item in expect_array(value, "query-memory-devices"):
@@ -159,8 +160,8 @@ def memdev_nodes(
     ``query-memory-devices`` reports the node of each memory device. No monitor command reports the
     node of a backend of ``-numa node,memdev=``. But QEMU lays out boot memory in node order
     (``numa_init_memdev_container()``, hw/core/numa.c), so the backends in address order belong to
-    the nodes in number order. If the sizes of these do not match, no node is returned for any of
-    them.
+    the nodes in number order. If their sizes do not match, the result contains none of these
+    backends.
     """
     found = {d.memdev: d.node for d in devices if d.memdev is not None and d.node is not None}
     plugged = {device.memdev for device in devices}
@@ -183,8 +184,8 @@ class MemorySection:
 
     :ivar name: The memory region's name in the monitor.
     :ivar gpa: Guest-physical address.
-    :ivar size: Bytes.
-    :ivar hva: Address in QEMU, or 0 if unknown; it is known unless the section is skipped.
+    :ivar size: Size in bytes.
+    :ivar hva: Address in QEMU, or 0 if unknown. Only skipped sections have an unknown address.
     :ivar offset: Offset in the RAM block.
     :ivar page_size: Page size of the backing in bytes (4096 also under THP).
     :ivar memdev: Id of the memory backend, or None if the section has none.
@@ -193,12 +194,12 @@ class MemorySection:
     :ivar reserve: False if the memory is overcommitted on purpose (``reserve=off``); None if
         unknown.
     :ivar node: Guest NUMA node, or None if unknown.
-    :ivar skipped: Why this section must not be touched, or None if it can be prefaulted.
+    :ivar skipped: The reason why this section must not be touched, or None if it can be prefaulted.
     :ivar skip_code: A stable name for the value of `skipped`: ``rom``, ``read-only``,
         ``read-only-backend``, ``device-memory``, ``rom-device``, ``vfio-bar``, ``no-memslot``,
         ``unaligned``, ``no-ram-block``, ``no-host-address``, ``enclave``.
-    :ivar disk_file: Whether it is a shared file on a disk, which populating would write.
-    :ivar bound_nodes: The host NUMA nodes that the backend binds its memory to; empty means any.
+    :ivar disk_file: Whether the section is a shared file on a disk. Populating would write to it.
+    :ivar bound_nodes: The host NUMA nodes to which the backend binds its memory; empty means any.
     """
 
     name: str
@@ -230,10 +231,10 @@ _SKIP_TEXT: Final = {
     "device-memory": "memory of a device, not guest RAM",
     "rom-device": "flash or another ROM device",
     "vfio-bar": "a BAR of an assigned device",
-    "no-memslot": "not a KVM memslot of its own",
+    "no-memslot": "not exactly one KVM memslot",
     "unaligned": "not a whole number of 4 KiB pages",
-    "no-ram-block": "QEMU lists no RAM block for it",
-    "no-host-address": "its address in QEMU is unknown",
+    "no-ram-block": "QEMU lists no RAM block for this section",
+    "no-host-address": "the address in QEMU is unknown",
     "enclave": "SGX enclave memory",
 }
 
@@ -251,17 +252,17 @@ def build_sections(
 ) -> tuple[MemorySection, ...]:
     """Join the monitor's answers into sections of guest memory, ascending by address.
 
-    Every range except plain I/O becomes a section. Sections that must not be touched have `skipped`
-    set.
+    Every range except plain I/O becomes a section. If a section must not be touched, its `skipped`
+    is set.
 
-    :param hva_of: The host address of the first byte of a range, by guest-physical address. If a
-        range is missing, the RAM block's address is used if QEMU reports it.
+    :param hva_of: The host address of the first byte of a range, by guest-physical address. For a
+        missing range, the function uses the RAM block's address if QEMU reports it.
     :param kvm: Whether the guest runs under KVM (``query-kvm``). If so, RAM that is not a memslot
-        is skipped. None means that it does if any range is a memslot.
+        is skipped. None means: under KVM if any range is a memslot.
     :param node_of: The guest NUMA node by backend id (:func:`memdev_nodes`).
     :param device_owned: The ids of backends that a device other than a memory device uses, such as
-        ivshmem. They are the device's memory and not guest RAM.
-    :raises LayoutError: if the answers contradict each other: a range ends beyond its block, the
+        ivshmem. These backends are the device's memory and not guest RAM.
+    :raises LayoutError: The answers contradict each other: a range ends beyond its block, the
         address of ``gpa2hva`` differs from the block's, or RAM ranges share host memory.
     """
     if kvm is None:
@@ -275,7 +276,7 @@ def build_sections(
 
 
 class _Join:
-    """Lookup tables by name, which let :func:`build_sections` run in linear time."""
+    """Lookup tables by name, so that :func:`build_sections` runs in linear time."""
 
     def __init__(
         self,
@@ -348,13 +349,13 @@ class _Join:
             raise LayoutError(
                 f"{quote(item.name)} at {item.start:#x} is at {reported:#x} in QEMU according to "
                 f"gpa2hva, but at {computed:#x} according to its RAM block",
-                "the memory layout may have changed: try again",
+                "run qemu-prefault again; the memory layout may have changed",
             )
         return reported or computed
 
 
 def is_ram_region(name: str, memdevs: Collection[str]) -> bool:
-    """Return whether a memory region has a backend, or is a machine's RAM that has none.
+    """Return whether a memory region has a backend, or is a machine's RAM without one.
 
     :param memdevs: The ids of all backends.
     """
@@ -410,15 +411,16 @@ def _check_disjoint(sections: Sequence[MemorySection]) -> None:
 
 
 def firmware_ahead(ranges: Sequence[FlatRange]) -> bool | None:
-    """Return whether the firmware still has to rewrite the memslots of low RAM.
+    """Return whether the firmware will still change the memslots of low RAM.
 
     On pc and q35, SeaBIOS makes QEMU delete and re-create the low-RAM memslot three times, which
     drops prefaulted entries. In its last step, SeaBIOS write-protects the area at 0xf0000
     (``make_bios_readonly()``, src/fw/shadow.c). Afterwards this area is ``rom`` and has the name of
     main RAM.
 
-    :returns: True before that step. False after it, and for microvm, whose firmware does not
-        change memslots. None if the layout does not show it, as with OVMF in flash.
+    :returns: True before that step. False after that step, and for microvm, because its firmware
+        does not change memslots. None if the layout does not show it, for example with OVMF in
+        flash.
     """
     low = _range_at(ranges, 0)
     area = _range_at(ranges, BIOS_AREA)
@@ -430,7 +432,7 @@ def firmware_ahead(ranges: Sequence[FlatRange]) -> bool | None:
         return None
     if area.name == low.name:  # the PAM areas are writable RAM while SeaBIOS runs
         return True if area.kind == "ram" else None
-    if area.kind == "rom":  # the ROM itself is mapped until SeaBIOS starts
+    if area.kind == "rom":  # QEMU maps the ROM itself until SeaBIOS starts
         return True
     # microvm maps its firmware as plain RAM on top of main RAM, and has no PAM.
     return False if area.kind == "ram" else None

@@ -9,12 +9,12 @@ This module handles cases that ``qemu.qmp`` does not:
   hang: it raises :class:`MonitorBusyError` within two seconds. Usually ``/proc/net/unix`` shows
   immediately that another client was accepted and this one was not.
 * **Nothing is sent before the greeting.** If a client in the backlog sent a command, QEMU would
-  execute it when it accepts the connection, long after the client gave up.
+  execute it when it accepts the connection, long after the client has disconnected.
 * **The peer may be any program**, such as a guest agent, a human monitor, a proxy, or a program
-  that sends 100 MB of noise. Replies have a maximum length, every wait has a time limit, and every
-  failure raises a :class:`~qemu_prefault.errors.QemuPrefaultError` with a remedy.
-* **QEMU may die during a command.** The event streams of ``qemu.qmp`` then wait forever; those of
-  this module end.
+  that sends large amounts of other data. Replies have a maximum length, every wait has a time
+  limit, and every failure raises a :class:`~qemu_prefault.errors.QemuPrefaultError` with a remedy.
+* **QEMU may die during a command.** The event streams of ``qemu.qmp`` then never end. The event
+  streams of this module end.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ from .dial import (
 )
 from .qapi import expect_int, expect_object, expect_str
 
-#: The maximum number of unread events in a stream. Beyond it, the oldest events are dropped.
+#: Maximum number of unread events in a stream. If more arrive, the stream drops the oldest events.
 MAX_EVENTS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """An event of QEMU; `seconds` is the time since the Epoch by QEMU's clock."""
+    """An event of QEMU. `seconds` is the time by QEMU's clock, in seconds since the Epoch."""
 
     name: str
     data: Mapping[str, object]
@@ -73,8 +73,8 @@ class Event:
 class EventStream:
     """An async iterator over the chosen events, which ends when the connection ends.
 
-    Use :meth:`Monitor.events` to get one. It keeps the newest :data:`MAX_EVENTS` unread events;
-    `dropped` counts the events that were dropped before they were read.
+    :meth:`Monitor.events` creates the stream. A stream keeps the newest :data:`MAX_EVENTS` unread
+    events. `dropped` counts the events that it dropped before they were read.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -99,7 +99,7 @@ class EventStream:
         """Return the next event, or None if the connection has ended.
 
         :param timeout: Seconds to wait, or None to wait without a limit.
-        :raises TimeoutError: if no event arrives in time.
+        :raises TimeoutError: No event arrives in time.
         """
         if not self._events and not self._ended:
             self._changed.clear()
@@ -134,8 +134,8 @@ class _Dispatcher(EventListener):
 class _Client(QMPClient):
     """A QMPClient that does not format every message for the debug log.
 
-    For large replies, formatting takes most of the time and memory. The ``_cb_`` methods are
-    qemu.qmp's hooks for that.
+    For large replies, formatting takes most of the time and memory. The overridden ``_cb_`` methods
+    of qemu.qmp log each message.
 
     :ivar cause: The exception that ended the connection. ``disconnect()`` should raise it, but if
         commands are pending, it may raise an AssertionError instead (qemu.qmp 0.0.6).
@@ -158,7 +158,7 @@ class _Client(QMPClient):
 
 
 class Monitor:
-    """An established QMP session. Use :meth:`connect` to open one.
+    """An established QMP session. :meth:`connect` creates the object.
 
     :ivar address: The address that the user gave.
     :ivar version: QEMU's version, e.g. ``10.0.13``.
@@ -181,7 +181,7 @@ class Monitor:
         self.vm_uuid = vm_uuid
         self.command_timeout = command_timeout
         self.version, self.package = _version(client.greeting)
-        # The peer of a connection made by `dial` may be a helper process of this one.
+        # The peer of a connection made by `dial` may be a helper process of this process.
         self.peer_pid = None if vm_uuid else _peer_pid(sock)
         self._client = client
         self._sock = sock
@@ -199,18 +199,19 @@ class Monitor:
         command_timeout: float = 30.0,
         dial: Dial | None = None,
     ) -> AsyncIterator[Monitor]:
-        """Connect to QEMU's QMP socket and negotiate; disconnect at the end of the block.
+        """Connect to QEMU's QMP socket and negotiate. Disconnect at the end of the block.
 
         :param address: The path of a UNIX socket, ``unix:PATH``, ``HOST:PORT`` or
             ``tcp:HOST:PORT``.
-        :param connect_timeout: The limit for establishing the session, in seconds. A socket that
-            sends no greeting is given up after at most :data:`GREETING_TIMEOUT`.
-        :param command_timeout: The default limit for each command, in seconds.
+        :param connect_timeout: The time limit for establishing the session, in seconds. If an
+            accepted connection receives no greeting, the method fails after at most
+            :data:`GREETING_TIMEOUT`.
+        :param command_timeout: The default time limit for each command, in seconds.
         :param dial: A function that opens the connection instead, without a time limit. `address`
             is then only the connection's name in messages.
-        :raises InputError: if the address is malformed, or names no socket or host.
-        :raises MonitorBusyError: if QEMU serves another client.
-        :raises MonitorError: if no QMP session can be established for another reason.
+        :raises InputError: The address is malformed, or names no socket or host.
+        :raises MonitorBusyError: QEMU serves another client.
+        :raises MonitorError: No QMP session can be established for another reason.
         """
         monitor = await cls._open(address, connect_timeout, command_timeout, dial)
         try:
@@ -259,10 +260,10 @@ class Monitor:
         return self._client.runstate == Runstate.RUNNING
 
     def fileno(self) -> int:
-        """Return the socket's file descriptor, e.g. for a guard process to inherit.
+        """Return the socket's file descriptor, for example for the guard process.
 
-        QEMU serves no other client while a copy of it is open. Do not read from it or write to it
-        while this object is in use.
+        QEMU serves no other client while a copy of the descriptor is open. Do not read from it or
+        write to it while this object is in use.
         """
         return self._sock.fileno()
 
@@ -271,13 +272,13 @@ class Monitor:
     ) -> object:
         """Execute a QMP command, and return its decoded answer.
 
-        Concurrent calls are pipelined; QEMU answers in order.
+        Concurrent calls are pipelined. QEMU answers them in order.
 
-        :param timeout: The limit in seconds; the default is `command_timeout`.
+        :param timeout: The time limit in seconds; the default is `command_timeout`.
         :param arguments: The command's arguments, with underscores instead of dashes in their
             names (``command_line``).
-        :raises CommandError: if QEMU refuses the command.
-        :raises MonitorError: if the connection ends, or QEMU does not answer in time.
+        :raises CommandError: QEMU refuses the command.
+        :raises MonitorError: The connection ends, or QEMU does not answer in time.
         """
         args = {name.replace("_", "-"): value for name, value in arguments.items()}
         return await self.execute_raw(command, args, timeout=timeout)
@@ -295,7 +296,8 @@ class Monitor:
         except TimeoutError as error:
             raise MonitorError(
                 f"QEMU did not answer {command} within {limit:g} s",
-                "its main loop may be blocked; the command may still be executed later",
+                "check whether QEMU is stopped or its main loop is blocked; QEMU may still execute "
+                "the command later",
                 code=Code.MONITOR_TIMEOUT,
             ) from error
         except ExecuteError as error:
@@ -308,7 +310,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def patience(self, seconds: float) -> Iterator[None]:
-        """Set the default limit for each command within the block, in seconds."""
+        """Set the default time limit for each command within the block, in seconds."""
         before, self.command_timeout = self.command_timeout, seconds
         try:
             yield
@@ -320,7 +322,7 @@ class Monitor:
 
         The human monitor reports its own errors only in this text.
 
-        :raises MonitorError: in the cases of :meth:`execute`.
+        :raises MonitorError: As for :meth:`execute`.
         """
         answer = await self.execute("human-monitor-command", command_line=line, timeout=timeout)
         return expect_str(answer, f'the answer to "{line}"')
@@ -338,7 +340,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def events(self, *names: str) -> Iterator[EventStream]:
-        """Subscribe to the named events within the block; without names, to all."""
+        """Subscribe to the named events within the block, or to all if no name is given."""
         stream = EventStream(names)
         if not self.alive:
             stream._end()

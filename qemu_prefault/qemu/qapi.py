@@ -12,7 +12,7 @@ from ..errors import LayoutError
 def expect_object(value: object, what: str) -> Mapping[str, object]:
     """Return `value` if it is a JSON object.
 
-    :raises LayoutError: if it is not.
+    :raises LayoutError: `value` is of another type.
     """
     if not isinstance(value, dict):
         raise _wrong(value, what, "an object")
@@ -22,7 +22,7 @@ def expect_object(value: object, what: str) -> Mapping[str, object]:
 def expect_array(value: object, what: str) -> Sequence[object]:
     """Return `value` if it is a JSON array.
 
-    :raises LayoutError: if it is not.
+    :raises LayoutError: `value` is of another type.
     """
     if not isinstance(value, list):
         raise _wrong(value, what, "an array")
@@ -32,7 +32,7 @@ def expect_array(value: object, what: str) -> Sequence[object]:
 def expect_str(value: object, what: str) -> str:
     """Return `value` if it is a JSON string.
 
-    :raises LayoutError: if it is not.
+    :raises LayoutError: `value` is of another type.
     """
     if not isinstance(value, str):
         raise _wrong(value, what, "a string")
@@ -42,7 +42,7 @@ def expect_str(value: object, what: str) -> str:
 def expect_bool(value: object, what: str) -> bool:
     """Return `value` if it is a JSON boolean.
 
-    :raises LayoutError: if it is not.
+    :raises LayoutError: `value` is of another type.
     """
     if not isinstance(value, bool):
         raise _wrong(value, what, "a boolean")
@@ -52,7 +52,7 @@ def expect_bool(value: object, what: str) -> bool:
 def expect_int(value: object, what: str, low: int = 0, high: int = (1 << 64) - 1) -> int:
     """Return `value` if it is a JSON integer within ``low..high`` (inclusive).
 
-    :raises LayoutError: if it is not; ``true`` and ``1.0`` are not integers.
+    :raises LayoutError: `value` is out of range or of another type (such as ``true`` or ``1.0``).
     """
     if type(value) is not int:
         raise _wrong(value, what, "an integer")
@@ -62,7 +62,7 @@ def expect_int(value: object, what: str, low: int = 0, high: int = (1 << 64) - 1
 
 
 def _wrong(value: object, what: str, wanted: str) -> LayoutError:
-    # Do not call repr() on a container: it recurses into nested ones.
+    # Do not call repr() on a container, because it recurses into nested containers.
     if isinstance(value, (dict, list)):
         shown = "an object" if isinstance(value, dict) else "an array"
     elif isinstance(value, int) and value.bit_length() > 64:

@@ -30,7 +30,7 @@ from .memory_map import (
 from .monitor import Monitor
 from .qapi import expect_array, expect_bool, expect_int, expect_object, expect_str
 
-#: A guest whose memory has more ranges is refused; no known machine comes near this number.
+#: Maximum number of memory ranges of a guest. Known machines have far fewer.
 MAX_RANGES: Final = 4096
 
 #: The values of ``status`` in ``query-migrate`` if no migration is running.
@@ -39,7 +39,7 @@ MIGRATION_OVER: Final = frozenset({"none", "completed", "failed", "cancelled"})
 
 @dataclass(frozen=True, slots=True)
 class Vcpu:
-    """A vCPU; `thread_id` is its thread's id in QEMU's own pid namespace."""
+    """A vCPU. `thread_id` is the id of its thread in QEMU's own pid namespace."""
 
     index: int
     thread_id: int
@@ -49,7 +49,11 @@ class Vcpu:
 
 @dataclass(frozen=True, slots=True)
 class Balloon:
-    """The guest's memory in bytes: now, and if the balloon were fully deflated."""
+    """The balloon of a guest.
+
+    :ivar actual: The guest's current memory in bytes.
+    :ivar total: The guest's memory with a fully deflated balloon, in bytes.
+    """
 
     actual: int
     total: int
@@ -87,19 +91,19 @@ class VmState:
 async def read_vm_state(monitor: Monitor) -> VmState:
     """Read the state of QEMU that the plan needs.
 
-    The queries are pipelined. The memory map is read before and after the host addresses. If
-    firmware or hotplug has changed it in between, everything is read again.
+    The queries are pipelined. The function reads the memory map before and after the host
+    addresses. If firmware or hotplug has changed the map in between, it repeats all queries.
 
-    :raises LayoutError: if the answers contradict each other.
-    :raises MonitorError: if a query fails, or if the memory map changes during every attempt.
+    :raises LayoutError: The answers contradict each other.
+    :raises MonitorError: A query failed, or the memory map changed during every attempt.
     """
     for _ in range(10):
         state = await _read_once(monitor)
         if state is not None:
             return state
     raise MonitorError(
-        "the guest's memory map kept changing while it was read",
-        "the guest's firmware is probably still running: try again in a few seconds",
+        "the guest's memory map changed during every attempt to read it",
+        "run qemu-prefault again in a few seconds; the guest's firmware is probably still running",
         code=Code.LAYOUT_UNSTABLE,
     )
 
@@ -111,7 +115,7 @@ async def read_running(monitor: Monitor) -> bool:
 
 
 async def read_status(monitor: Monitor) -> str:
-    """Return the current run state, as ``query-status`` spells it."""
+    """Return the current run state, the ``status`` of ``query-status``."""
     run = expect_object(await monitor.execute("query-status"), "query-status")
     return expect_str(run.get("status"), "status of query-status")
 
@@ -202,7 +206,7 @@ async def _read_once(monitor: Monitor) -> VmState | None:
 
 
 async def _all(*awaitables: Awaitable[object]) -> list[object]:
-    """Await all; if one fails, cancel the others and wait for their end."""
+    """Await all awaitables. If one fails, cancel the others and wait until they have ended."""
     tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     try:
         return list(await asyncio.gather(*tasks))
@@ -224,11 +228,11 @@ async def _optional(awaitable: Awaitable[object]) -> object | None:
 async def _host_addresses(
     monitor: Monitor, ranges: Sequence[FlatRange], memdevs: Collection[str]
 ) -> dict[int, int] | None:
-    """Return the host addresses of RAM and ROM ranges; None if guest RAM has moved.
+    """Return the host addresses of RAM and ROM ranges, or None if guest RAM has moved.
 
-    The addresses of the first and the last page are queried, to check that each range is also
-    contiguous in QEMU's address space. A range of device memory (a BAR that the guest moves) is
-    left out if its address cannot be found.
+    The function queries the addresses of the first and the last page, to check that each range is
+    also contiguous in QEMU's address space. If the address of device memory cannot be found (a BAR
+    that the guest moves), the result omits this range.
 
     :param memdevs: The ids of all memory backends.
     """
@@ -264,7 +268,7 @@ def _host_address(item: FlatRange, first: object, last: object) -> int:
     if {name, last_name} != {item.name} or last_hva - hva != distance:
         raise LayoutError(
             f"memory {item.name!r} at {item.start:#x} is not contiguous in QEMU",
-            "the memory map may have changed twice during the queries: try again",
+            "run qemu-prefault again; the memory map may have changed during the queries",
         )
     return hva
 
@@ -272,11 +276,11 @@ def _host_address(item: FlatRange, first: object, last: object) -> int:
 async def _device_owned(
     monitor: Monitor, memdevs: Collection[str], memory_devices: Sequence[MemoryDevice]
 ) -> frozenset[str]:
-    """Return which of these backends belong to a device that is not a memory device.
+    """Return the backends that belong to a device that is not a memory device.
 
     The machine (its property memory-backend, or -numa node,memdev=) and memory devices own the
-    backends of guest RAM. Other devices also own backends: ivshmem-plain, pmrdev of NVMe, CXL. QEMU
-    has no query for that, so this function reads the links of all devices (QOM).
+    backends of guest RAM. Other devices also own backends: ivshmem-plain, pmrdev of NVMe, CXL. No
+    query reports these owners, so this function reads the links of all devices (QOM).
     """
     unclaimed = set(memdevs) - {device.memdev for device in memory_devices}
     boot = await _optional(monitor.execute("qom-get", path="/machine", property="memory-backend"))
@@ -299,7 +303,7 @@ async def _device_owned(
 
 
 async def _qom_list(monitor: Monitor, path: str) -> list[tuple[str, str]]:
-    """Return names and types of an object's properties; empty if the object does not exist."""
+    """Return the names and types of an object's properties; empty if it does not exist."""
     answer = await _optional(monitor.execute("qom-list", path=path))
     if answer is None:
         return []
@@ -360,12 +364,12 @@ def _str_or_none(value: object) -> str | None:
 
 
 async def read_stage2(monitor: Monitor) -> Stage2Leaves | None:
-    """Return KVM's counts of stage-2 leaves, or None if this QEMU or kernel has none.
+    """Return KVM's counts of stage-2 leaves, or None if they are not available.
 
     ``query-stats`` reports them since QEMU 7.1 if the kernel has KVM_CAP_BINARY_STATS_FD. KVM
     counts leaf SPTEs (``kvm_update_page_stats()``, arch/x86/kvm/mmu).
 
-    :raises MonitorError: if the query fails.
+    :raises MonitorError: The query fails.
     """
     names = ("pages_4k", "pages_2m", "pages_1g")
     answer = await _query_stats(monitor, "vm", names)
@@ -378,10 +382,10 @@ async def read_stage2(monitor: Monitor) -> Stage2Leaves | None:
 
 
 async def read_vcpu_stats(monitor: Monitor, names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Return KVM's counters of each vCPU by QOM path; empty without counters.
+    """Return KVM's counters of each vCPU by QOM path; empty if they are not available.
 
-    :param names: For example ``pf_taken``, ``pf_fixed``, ``exits``. The result lacks unknown ones.
-    :raises MonitorError: if the query fails.
+    :param names: For example ``pf_taken``, ``pf_fixed``, ``exits``. The result omits unknown names.
+    :raises MonitorError: The query failed.
     """
     found = {}
     for item in await _query_stats(monitor, "vcpu", names):
@@ -391,7 +395,7 @@ async def read_vcpu_stats(monitor: Monitor, names: Sequence[str]) -> dict[str, d
 
 
 async def _query_stats(monitor: Monitor, target: str, names: Sequence[str]) -> Sequence[object]:
-    """Return the ``query-stats`` entries of the provider kvm; empty if QEMU refuses."""
+    """Return KVM's entries of ``query-stats``; empty if QEMU refuses the query."""
     providers = [{"provider": "kvm", "names": list(names)}]
     try:
         answer = await monitor.execute("query-stats", target=target, providers=providers)

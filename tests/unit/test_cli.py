@@ -293,7 +293,7 @@ def test_socket_without_permission(foreign_socket: Path) -> None:
 def test_absent_pid(number: int) -> None:
     done = run("probe", "--pid", str(number))
     assert done.returncode == 1
-    assert f"process {number} is gone" in done.stderr
+    assert f"process {number} has exited" in done.stderr
 
 
 def test_control_bytes_in_paths_are_escaped(tmp_path: Path) -> None:

@@ -333,11 +333,11 @@ def test_exited_process_is_named(child: tuple[subprocess.Popen[str], int]) -> No
     with Pagemap(Process.find(process.pid)) as pagemap:
         process.kill()
         process.wait()
-        with pytest.raises(FailedError, match=f"{process.pid} is gone"):
+        with pytest.raises(FailedError, match=f"{process.pid} has exited"):
             pagemap.sums(start, 64 * MIB, True)
-        with pytest.raises(FailedError, match=f"{process.pid} is gone"):
+        with pytest.raises(FailedError, match=f"{process.pid} has exited"):
             list(pagemap.writable(start, 64 * MIB, True))
-    with pytest.raises(FailedError, match=f"{process.pid} is gone"):
+    with pytest.raises(FailedError, match=f"{process.pid} has exited"):
         Pagemap(Process.find(process.pid))
 
 
