@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Fill the stage-2 page tables of a running QEMU/KVM guest before the guest needs them.
+"""Fill the stage-2 page tables of a QEMU/KVM guest before the guest needs them.
 
 ::
 

@@ -30,7 +30,7 @@ from typing import Final
 
 
 class ExitStatus(enum.IntEnum):
-    """Exit statuses of the command line. Scripts depend on them, so they never change."""
+    """Exit statuses of the command line. The values never change."""
 
     #: Every requested byte was prefaulted and verified.
     VERIFIED = 0

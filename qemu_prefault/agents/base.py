@@ -2,8 +2,8 @@
 """The interface of the agents, which issue system calls inside QEMU.
 
 Only a thread in QEMU's own address space can prefault: KVM checks ``kvm->mm``, and the ioctl fails
-with EIO in other processes. Every agent offers *workers*, one per vCPU. A worker takes ranges, and
-reports for each range how many bytes it completed and which error stopped it.
+with EIO in other processes. Every agent has *workers*, one per vCPU. A worker processes ranges. For
+each range, it reports the completed bytes, and the error if one stopped it.
 :mod:`qemu_prefault.engine` decides which ranges to process.
 """
 
@@ -28,7 +28,7 @@ class Kind(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """A range to process; `start` and `size` are in bytes and page aligned."""
+    """A range to process. `start` and `size` are in bytes and page aligned."""
 
     kind: Kind
     start: int
@@ -78,21 +78,21 @@ class VcpuThread:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits of an agent's work; times are in seconds."""
+    """The limits of an agent's work. Times are in seconds."""
 
-    #: Bytes that one system call processes at most.
+    #: Maximum bytes that one system call processes.
     chunk_bytes: int = 32 << 20
-    #: A range that makes no progress for this long is given up.
+    #: Time without progress after which a worker stops processing a range.
     stuck: float = 2.0
-    #: A helper leaves QEMU if this process's heartbeat stops for this long.
+    #: Time without this process's heartbeat after which a helper exits.
     dead_man: float = 3.0
-    #: A helper's timer interrupts its system calls at this interval.
+    #: Interval at which a helper's timer interrupts the helper's system calls.
     tick: float = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class OrphanCleanup:
-    """What :mod:`qemu_prefault.engine.resume_guard` must do if this process dies.
+    """The cleanup by :mod:`qemu_prefault.engine.resume_guard` if this process dies.
 
     ``stop_helpers`` ends the agent's current work, ``helpers_gone`` returns whether the work has
     ended, and ``timeout`` is the longest time to wait for that, in seconds.
@@ -105,7 +105,11 @@ class OrphanCleanup:
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """The outcomes by worker index, and the seconds from first start to last end."""
+    """The outcomes of a batch.
+
+    :ivar outcomes: The outcomes of each worker's ranges, by worker index.
+    :ivar seconds: The time between the first start and the last end of a worker.
+    """
 
     outcomes: dict[int, tuple[Outcome, ...]]
     seconds: float
@@ -160,7 +164,7 @@ class Agent(Protocol):
         """Run one batch.
 
         :param batch: The ranges for each worker, by worker index.
-        :param on_progress: Called with the bytes that are done so far.
+        :param on_progress: A function that is called with the bytes of the batch done so far.
         """
         ...
 
@@ -172,13 +176,13 @@ class Agent(Protocol):
         ...
 
     def interrupt(self) -> None:
-        """End the current batch after its current chunks; later batches run."""
+        """End the current batch after its current chunks. Later batches still run."""
         ...
 
     def orphan_cleanup(self) -> OrphanCleanup:
-        """Return what must be done if this process dies while the guest is paused."""
+        """Return the cleanup for a death of this process while the guest is paused."""
         ...
 
     async def close(self) -> None:
-        """Release the workers, and wait until all of them have left QEMU."""
+        """Release the workers, and wait until all of them have ended."""
         ...

@@ -15,7 +15,7 @@ from ..host.procfs import MemoryMapping, Process
 from .base import Outcome, Range
 from .gadgets import AREAS_FROM, AREAS_TO, round_to_pages
 
-#: A helper's stack. A signal frame with AMX state takes 11 KiB of it.
+#: Size of a helper's stack, in bytes. A signal frame with AMX state uses 11 KiB of the stack.
 STACK_BYTES = 32 << 10
 
 
@@ -37,7 +37,7 @@ class Helper:
     def read_header(self) -> Any:
         """Return the control page's fields before the ranges.
 
-        :raises OSError: if the page is no longer mapped, or is not a control page.
+        :raises OSError: The page is no longer mapped, or is not a control page.
         """
         header = ffi.new("struct prefault_control *")
         data = os.pread(self._memory, offset_of("ranges"), self.control)
@@ -47,7 +47,7 @@ class Helper:
         return header
 
     def is_there(self) -> bool:
-        """Return whether the page is mapped; a helper unmaps it before it exits."""
+        """Return whether the page is mapped. A helper unmaps the page before it exits."""
         try:
             self.read_header()
         except OSError:
@@ -60,7 +60,7 @@ class Helper:
         os.pwrite(self._memory, value.to_bytes(size, "little"), self.control + offset_of(field))
 
     def submit(self, ranges: Sequence[Range]) -> None:
-        """Write a batch of ranges, and make the helper start on it."""
+        """Write a batch of ranges to the page, so that the helper starts the batch."""
         array = ffi.new("struct prefault_range[]", max(len(ranges), 1))
         for slot, item in zip(array, ranges, strict=False):
             slot.kind, slot.start, slot.size = item.kind, item.start, item.size
@@ -71,7 +71,10 @@ class Helper:
         self.write_word("batch", self.batch)
 
     def outcomes(self, ranges: Sequence[Range]) -> tuple[Outcome, ...]:
-        """Read the outcomes so far of the ranges that were submitted last."""
+        """Return the outcomes so far.
+
+        :param ranges: The ranges of the last :meth:`submit`.
+        """
         size = ffi.sizeof("struct prefault_range")
         array = ffi.new("struct prefault_range[]", max(len(ranges), 1))
         data = os.pread(self._memory, len(ranges) * size, self.control + offset_of("ranges"))
@@ -95,11 +98,12 @@ AREA_SIZE = CODE_SIZE + CONTROL_SIZE + STACK_BYTES
 def abandoned_areas(
     process: Process, memory: int, maps: Sequence[MemoryMapping]
 ) -> tuple[int, ...]:
-    """Return the addresses of helper memory without a helper.
+    """Return the addresses of helper mappings that have no helper.
 
-    It remains if clone() fails after the tool was killed. The kernel writes the thread id of a
-    helper to its control page before the helper runs. While another run starts a helper, it traces
-    a thread of QEMU; in this case the result is empty.
+    Such a mapping remains if clone() fails after the tool was killed. Its control page has no
+    thread id: the kernel writes a helper's thread id to the page before the helper runs. While
+    another run starts a helper, that run traces a thread of QEMU. In this case, the result is
+    empty.
     """
     candidates = [
         first.start

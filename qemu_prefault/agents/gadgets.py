@@ -45,7 +45,7 @@ def find_gadgets(memory: int, maps: Sequence[MemoryMapping]) -> Gadgets:
     """Find the instructions that the helpers use, preferably in libc.
 
     :param memory: A descriptor of QEMU's /proc/PID/mem.
-    :raises UnsupportedError: if QEMU's text does not contain them, as with an unknown libc.
+    :raises UnsupportedError: QEMU's text does not contain them, because its libc is unknown.
     """
     text = [m for m in maps if m.perms.startswith("r-x") and m.path.startswith("/")]
     text.sort(key=lambda mapping: "libc" not in mapping.path)
@@ -66,7 +66,7 @@ def find_gadgets(memory: int, maps: Sequence[MemoryMapping]) -> Gadgets:
         if syscall_ret and sigreturn and exit_thread:
             return Gadgets(syscall_ret, sigreturn, exit_thread)
     raise UnsupportedError(
-        "the attach agent does not support QEMU's libc (its text has no known signal restorer)",
+        "the attach agent does not support QEMU's libc, which lacks instructions that helpers need",
         "use the plugin agent",
         code=Code.UNKNOWN_LIBC,
     )
@@ -75,18 +75,18 @@ def find_gadgets(memory: int, maps: Sequence[MemoryMapping]) -> Gadgets:
 def prepare_exit_slot(memory: int, maps: Sequence[MemoryMapping], gadgets: Gadgets) -> int:
     """Write the address of the exit instructions to the end of QEMU's main stack.
 
-    A helper unmaps its own stack before it exits, and takes its exit address from the last word of
-    the main stack instead. The kernel puts a null pointer there (``__bprm_mm_init()``, fs/exec.c),
-    which no program reads.
+    A helper unmaps its own stack before it exits, so it reads its exit address from the last word
+    of the main stack instead. The kernel stores a null pointer there (``__bprm_mm_init()``,
+    fs/exec.c), which no program reads.
 
     :param memory: A descriptor of QEMU's /proc/PID/mem.
     :returns: The address of that word.
-    :raises UnsupportedError: if the word has another value.
+    :raises UnsupportedError: The word has another value.
     """
     stack = next((m for m in maps if m.path == "[stack]"), None)
     if stack is None:
         raise UnsupportedError(
-            "QEMU has no main stack in /proc/PID/maps",
+            "QEMU's /proc/PID/maps has no main stack",
             "use the plugin agent, and report this",
             code=Code.UNKNOWN_LAYOUT,
         )
@@ -107,10 +107,10 @@ def prepare_exit_slot(memory: int, maps: Sequence[MemoryMapping], gadgets: Gadge
 def free_areas(maps: Sequence[MemoryMapping], count: int, size: int) -> tuple[int, ...]:
     """Return unused addresses for ``count`` mappings of ``size`` bytes.
 
-    They are random, so that two runs rarely choose the same ones. If they do, or if QEMU maps
-    something there, mmap() fails because of MAP_FIXED_NOREPLACE.
+    The addresses are random, so that two runs rarely choose the same addresses. If they do, or if
+    QEMU maps memory there, mmap() fails because of MAP_FIXED_NOREPLACE.
 
-    :raises AgentError: if no unused addresses are found.
+    :raises AgentError: No unused addresses were found.
     """
     stride = round_to_pages(size) + 16 * PAGE_SIZE
     for _ in range(64):
@@ -118,4 +118,6 @@ def free_areas(maps: Sequence[MemoryMapping], count: int, size: int) -> tuple[in
         end = base + stride * count
         if not any(m.start < end and base < m.end for m in maps):
             return tuple(base + stride * index for index in range(count))
-    raise AgentError("no free addresses found in QEMU", "report this with its /proc/PID/maps")
+    raise AgentError(
+        "no free addresses were found in QEMU", "report this with QEMU's /proc/PID/maps"
+    )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""List the system calls of an injection and its helper, and check that QEMU's filters allow them.
+"""Check that QEMU's seccomp filters allow the system calls of a helper.
 
-A seccomp filter may kill QEMU for a system call that it does not expect. So all filters of a
-thread are read and evaluated for each of these calls before anything is injected.
+A seccomp filter may kill QEMU for a system call that the filter does not allow. Therefore this
+module reads all filters of a thread, and evaluates them for each system call of the injection and
+of the helper, before the tool injects anything.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ CLOCK_MONOTONIC = 1
 MADV_POPULATE_WRITE = 23
 CHUNK = 32 << 20
 TIMERS = frozenset({"timer_create", "timer_settime", "timer_delete"})
-#: In older kernels (before commit 3ccbf6f47098) the ioctl can retry without end. Then the helper
-#: must have its own timer.
+#: In kernels before this version (commit 3ccbf6f47098), the ioctl can retry endlessly. On these
+#: kernels, the helper must have its own timer.
 ENDLESS_IOCTL_UNTIL = (6, 18)
 
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """Which optional system calls the filters allow.
+    """The optional system calls that the filters allow.
 
-    :ivar timers: The helper may create timers that interrupt it.
-    :ivar kill: The helper may check by ``kill(PID, 0)`` whether the tool exists.
+    :ivar timers: Whether the helper may create timers that interrupt it.
+    :ivar kill: Whether the helper may call ``kill(PID, 0)`` to check whether the tool exists.
     """
 
     timers: bool = True
@@ -89,7 +90,7 @@ def required_calls(descriptors: Iterable[int], *, area: int, gadget: int) -> tup
 
 
 def optional_calls(*, area: int) -> tuple[Call, ...]:
-    """Return the system calls that a helper can do without, see :class:`Allowed`."""
+    """Return the system calls that a helper makes only if they are allowed."""
     control, inside = area + CODE_SIZE, area + 0x100
     return (
         Call(Number.timer_create, (CLOCK_MONOTONIC, control, control), inside),
@@ -107,12 +108,12 @@ def check_filters(
     area: int = AREAS_FROM,
     gadget: int = 0,
 ) -> Allowed:
-    """Check that the seccomp filters of these threads allow the system calls of a helper.
+    """Check that the filters of these threads allow the system calls of a helper.
 
-    A thread that has filters is stopped briefly while they are read.
+    If a thread has filters, this function stops it briefly to read them.
 
-    :raises UnsupportedError: if a filter denies a call or cannot be read (code ``seccomp``).
-    :raises FailedError: if a thread has exited or does not stop.
+    :raises UnsupportedError: A filter denies a call or cannot be read (code ``seccomp``).
+    :raises FailedError: A thread has exited or does not stop.
     """
     descriptors = tuple(descriptors)
     calls = required_calls(descriptors, area=area, gadget=gadget)
@@ -142,13 +143,13 @@ def check_filters(
 
 
 def kernel_version() -> tuple[int, int]:
-    """Return the version of the running kernel; (0, 0) if it cannot be parsed."""
+    """Return the version of the running kernel, or (0, 0) if it cannot be parsed."""
     match = re.match(r"(\d+)\.(\d+)", os.uname().release)
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def _read_filters(process: Process, thread_id: int) -> list[Filter] | None:
-    """Return a thread's filters; None if this process cannot read them."""
+    """Return a thread's filters, or None if this process cannot read them."""
     buffer = ffi.new("unsigned char[]", lib.FILTERS_BYTES_MAX)
     result = ffi.new("struct inject_result *")
     size = lib.pf_read_filters(thread_id, buffer, len(buffer), result)
@@ -163,13 +164,13 @@ def _read_filters(process: Process, thread_id: int) -> list[Filter] | None:
         raise ptrace_denied(process)
     if result.error == errno.ESRCH:
         raise GoneError(
-            f"thread {thread_id} of QEMU (pid {process.pid}) is gone",
+            f"thread {thread_id} of QEMU (pid {process.pid}) has exited",
             "check whether QEMU has exited or unplugged that vCPU",
         )
     raise FailedError(
         f"cannot read the seccomp filters of thread {thread_id} of QEMU (pid {process.pid}), "
         f"because it did not stop: {os.strerror(result.error)}",
-        "QEMU is unchanged; run this again",
+        "run qemu-prefault again; QEMU is unchanged",
         code=Code.AGENT,
     )
 
@@ -192,7 +193,7 @@ def _unreadable(process: Process, filters: int | None) -> UnsupportedError:
     which = "seccomp filters" if filters is None or filters != 1 else "a seccomp filter"
     return UnsupportedError(
         f"QEMU (pid {process.pid}) has {which} that this process cannot read",
-        "run this as root on the host, outside containers (reading needs CAP_SYS_ADMIN), "
-        "or use the plugin agent",
+        "run qemu-prefault as root on the host, outside containers, because CAP_SYS_ADMIN is "
+        "necessary to read filters; or use the plugin agent",
         code=Code.SECCOMP,
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Start helper threads in a QEMU by ptrace: choose the vCPUs, check QEMU, inject, place.
+"""Start helper threads in QEMU with ptrace.
 
-The system calls are made by native/ptrace/inject.c; this module prepares its requests, and turns
-its results into errors.
+This module chooses the vCPUs, checks QEMU, and sets the helpers' scheduling. native/ptrace/inject.c
+makes the ptrace calls. This module prepares its requests, and converts its results into errors.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from .gadgets import find_gadgets, free_areas, prepare_exit_slot
 from .helper_calls import check_filters
 from .qemu_process import exit_error, same_pid_namespace, stays_alive
 
-#: Upper limit of helpers per run.
+#: Maximum number of helpers per run.
 MAX_HELPERS = 8
 
 
 def choose_threads(process: Process, threads: Sequence[VcpuThread]) -> list[VcpuThread]:
     """Choose the vCPUs that get a helper.
 
-    Their number is that of the CPUs that QEMU may use, but at least 2, because a vCPU may be
-    unusable (e.g. in guest mode), and at most :data:`MAX_HELPERS`. They are spread over the
-    guest's NUMA nodes.
+    The number of helpers is the number of CPUs that QEMU may use, but at least 2 and at most
+    :data:`MAX_HELPERS`. The minimum is 2 because one vCPU may be unusable, for example in guest
+    mode. The vCPUs are spread over the guest's NUMA nodes.
 
-    :raises RefusedError: if QEMU may start too few further threads (code ``no-tasks``).
+    :raises RefusedError: QEMU may start too few more threads (code ``no-tasks``).
     """
     try:
         cpus = len(os.sched_getaffinity(process.pid))
@@ -61,13 +61,14 @@ def choose_threads(process: Process, threads: Sequence[VcpuThread]) -> list[Vcpu
 
 
 class Injector:
-    """Starts the helpers of one run. One thread must make all calls: it is the tracer.
+    """Starts the helpers of one run.
 
-    The constructor checks QEMU and changes nothing in it.
+    The same thread must make all calls, because the kernel attaches tracees to a thread. The
+    constructor checks QEMU and writes only the exit slot.
 
-    :ivar allowed: The system calls that QEMU's seccomp filters allow to helpers.
-    :raises UnsupportedError: if a helper cannot run in this QEMU, see :meth:`.PtraceAgent.start`.
-    :raises FailedError: if QEMU has exited.
+    :ivar allowed: The optional system calls that QEMU's seccomp filters allow.
+    :raises UnsupportedError: A helper cannot run in this QEMU, see :meth:`.PtraceAgent.start`.
+    :raises FailedError: QEMU has exited.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Injector:
             gadget=self._gadgets.syscall_ret,
         )
         self._exit_slot = prepare_exit_slot(memory, self._maps, self._gadgets)
-        # Read this before helpers start: they inherit real-time scheduling from their vCPUs.
+        # Read this before helpers start, because helpers inherit real-time scheduling.
         main, nodes = affinity(process.pid), node_cpus().values()
         real_time = real_time_cpus(process)
         self._cpus = [
@@ -102,17 +103,17 @@ class Injector:
         ]
 
     def unmap_abandoned_areas(self) -> None:
-        """Unmap the memory that helpers of killed runs may have left."""
+        """Unmap the helper mappings that killed runs have left in QEMU."""
         for area in abandoned_areas(self._process, self._memory, self._maps):
             self._inject(lib.pf_inject_munmap, self._threads[0].thread_id, area)
 
     def start_helper(self, index: int) -> Helper:
         """Start the helper of the thread with this index.
 
-        :raises AgentError: if the thread cannot be stopped, or makes no system calls.
-        :raises RefusedError: if QEMU may not start another thread.
-        :raises UnsupportedError: if this process may not trace QEMU, or QEMU may not map code.
-        :raises FailedError: if QEMU or the thread has exited.
+        :raises AgentError: The thread cannot be stopped, or cannot make system calls.
+        :raises RefusedError: QEMU may not start another thread.
+        :raises UnsupportedError: This process may not trace QEMU, or QEMU may not map code.
+        :raises FailedError: QEMU or the thread has exited.
         """
         thread, area = self._threads[index], self._areas[index]
         image = ffi.from_buffer(self._image(area, thread))
@@ -122,9 +123,10 @@ class Injector:
         return Helper(self._memory, area, CODE_SIZE)
 
     def place(self, index: int, helper: Helper, own_tid: int) -> list[str]:
-        """Give a helper ordinary scheduling, CPUs and cgroup; return what was not permitted.
+        """Set a helper's scheduling, CPUs and cgroup, see :func:`.host.placement.place`.
 
         :param own_tid: The helper's thread id in QEMU's pid namespace.
+        :returns: The properties that this process has no permission to change.
         """
         helper.thread_id = self._thread_of(own_tid)
         if not helper.thread_id:
@@ -132,7 +134,7 @@ class Injector:
         return place(self._process, helper.thread_id, self._cpus[index])
 
     def _thread_of(self, own_tid: int) -> int:
-        """Return the id in our pid namespace of a thread id in QEMU's; 0 if it does not exist."""
+        """Convert a thread id of QEMU's pid namespace to ours. Return 0 if it is unknown."""
         if same_pid_namespace(self._process.pid):
             return own_tid
         return thread_map(self._process).get(own_tid, 0)
@@ -206,7 +208,7 @@ def check_injection(process: Process, thread_id: int, result: Any) -> None:
         )
     if result.error == errno.ESRCH:
         raise FailedError(
-            f"{what} is gone",
+            f"{what} has exited",
             "check whether QEMU has exited or unplugged that vCPU",
             code=Code.QEMU_GONE,
         )
@@ -220,8 +222,8 @@ def check_injection(process: Process, thread_id: int, result: Any) -> None:
     if result.stage == lib.INJECT_MMAP and result.error in (errno.EACCES, errno.EPERM):
         raise UnsupportedError(
             f"QEMU (pid {process.pid}) cannot map executable anonymous memory: {reason}",
-            "a security module forbids it (SELinux: execmem). Allow it for this domain, "
-            "or use the plugin agent",
+            "allow it in the security module that forbids it (SELinux: execmem), or use the plugin "
+            "agent",
             code=Code.EXECMEM,
         )
     if result.stage == lib.INJECT_CLONE and result.error == errno.EAGAIN:
@@ -244,5 +246,5 @@ def check_injection(process: Process, thread_id: int, result: Any) -> None:
     }[result.stage]
     raise AgentError(
         f"cannot start a helper from {what}: {stage} ({reason})",
-        "QEMU is unharmed; run this again, or use the plugin agent",
+        "run qemu-prefault again, or use the plugin agent; QEMU is unharmed",
     )

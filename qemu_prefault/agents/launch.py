@@ -15,14 +15,14 @@ from .plugin import plugin_path
 
 OPTIONS_VARIABLE = "QEMU_PREFAULT_OPTIONS"
 OPTIONS = ("keep", "populate", "quirk", "hold", "socket", "log")
-#: Wrappers that execute the program in their arguments with their own environment.
+#: Wrappers that pass their own environment to the program in their arguments.
 WRAPPERS: Final = frozenset(
     {
         *("chrt", "env", "ionice", "nice", "nohup", "numactl", "prlimit", "setarch", "setpriv"),
         *("setsid", "stdbuf", "taskset", "time", "timeout"),
     }
 )
-#: Wrappers that change the environment, or let another process start the program.
+#: Wrappers that change the environment, or make another process start the program.
 CLEARING_WRAPPERS: Final = frozenset(
     {
         *("doas", "pkexec", "runuser", "su", "sudo"),
@@ -42,9 +42,9 @@ def replace_by(
 
     :param command: QEMU's command line.
     :param options: The plugin's options, each ``KEY=VALUE``.
-    :param warn: Called with a warning if ``LD_PRELOAD`` may not reach QEMU.
-    :raises InputError: if the program does not exist, or the plugin does not know an option.
-    :raises UnsupportedError: if ``LD_PRELOAD`` cannot load the plugin into the program.
+    :param warn: A function that is called with a warning if ``LD_PRELOAD`` may not reach QEMU.
+    :raises InputError: The program does not exist, or the plugin does not know an option.
+    :raises UnsupportedError: ``LD_PRELOAD`` cannot load the plugin into the program.
     """
     program = shutil.which(command[0])
     if program is None:
@@ -62,8 +62,9 @@ def replace_by(
     plugin = os.fspath(plugin_path())
     if any(mark in plugin for mark in ": "):
         raise UnsupportedError(
-            f"LD_PRELOAD cannot load {plugin}: the path contains a space or a colon",
-            'install it elsewhere, or use QEMU\'s -plugin "$(qemu-prefault plugin-path)"',
+            f"LD_PRELOAD cannot load {plugin}, because the path contains a space or a colon",
+            "install qemu-prefault in another directory, or use QEMU's "
+            '-plugin "$(qemu-prefault plugin-path)"',
         )
     before = os.environ.get("LD_PRELOAD")
     environment = {**os.environ, "LD_PRELOAD": f"{plugin}:{before}" if before else plugin}
@@ -75,7 +76,7 @@ def replace_by(
 def check_plugin_options(options: Sequence[str]) -> None:
     """Check the syntax and the keys of the plugin's options.
 
-    :raises InputError: if an option is not ``KEY=VALUE`` with a key that the plugin knows.
+    :raises InputError: An option is not ``KEY=VALUE`` with a key that the plugin knows.
     """
     for option in options:
         key, equals, _ = option.partition("=")
@@ -101,18 +102,18 @@ def _refuse_privileged(program: str) -> None:
     )
     if raised or (capabilities and os.geteuid() != 0):
         raise UnsupportedError(
-            f"{program} is set-uid or has file capabilities: the dynamic linker ignores "
-            "LD_PRELOAD for it",
+            f"{program} is set-uid or has file capabilities, so the dynamic linker ignores "
+            "LD_PRELOAD",
             'use QEMU\'s own option instead: -plugin "$(qemu-prefault plugin-path)"',
             code=Code.SECURE_EXECUTION,
         )
 
 
 def _refuse_static(program: str) -> None:
-    """Raise an error if the program is statically linked: only ld.so reads LD_PRELOAD."""
+    """Raise an error if the program is static. Only ld.so reads LD_PRELOAD."""
     if is_static(program):
         raise UnsupportedError(
-            f"{program} is statically linked: it cannot load the plugin",
+            f"{program} is statically linked, so it cannot load the plugin",
             "use a dynamically linked QEMU, or prefault it after it has started: "
             "qemu-prefault --qmp SOCKET\n"
             f"if {os.path.basename(program)} starts QEMU, put 'qemu-prefault run --' before "
@@ -153,7 +154,7 @@ def _doubts(command: Sequence[str], program: str) -> Iterator[str]:
 
 
 def _env_clears(arguments: Sequence[str]) -> bool:
-    """Return whether env(1) with these arguments removes our variables."""
+    """Return whether env(1) with these arguments removes the plugin from LD_PRELOAD."""
     words = list(arguments)
     while words and (words[0].startswith("-") or "=" in words[0]):
         word = words.pop(0)

@@ -2,8 +2,8 @@
 """The plugin agent, which uses ``qemu-prefault-plugin.so`` in QEMU.
 
 The plugin keeps the guest prefaulted without this process (native/plugin/vcpu.c). This module finds
-the plugin's control socket, implements its protocol, and has the :class:`Agent` that sends batches
-of ranges to the plugin. Nothing is injected, so no permission to trace QEMU is needed.
+the plugin's control socket, implements its protocol, and defines the :class:`Agent` that sends
+batches of ranges to the plugin. The agent does not need permission to trace QEMU.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from .base import BatchResult, Limits, OrphanCleanup, Outcome, Range, VcpuThread
 
 #: The version of the control socket's protocol.
 PROTOCOL: Final = 1
-#: The name of the plugin's control thread, up to the number of the listening socket's descriptor.
+#: Prefix of the name of the plugin's control thread. The listening descriptor's number follows.
 CONTROL_THREAD: Final = "prefault/"
 #: The name of the threads that run a batch.
 BATCH_THREAD: Final = "prefault-batch"
 #: Seconds to wait for an answer.
 ANSWER_SECONDS: Final = 10.0
-#: The code of an error answer (native/plugin/errors.h): another client's batch is running.
+#: The code of the error answer for a running batch of another client (native/plugin/errors.h).
 BUSY: Final = "busy"
-#: Bytes. The answer to a batch reports on each of its ranges in one line.
+#: Maximum length of an answer, in bytes. The answer to a batch contains the results of all ranges.
 LONGEST_LINE: Final = 64 << 20
-#: From struct sockaddr_un, without the terminating zero.
+#: Maximum length of the path of a UNIX socket, in bytes, without the terminating zero (unix(7)).
 LONGEST_SOCKET_PATH: Final = 107
 
 
 def plugin_path() -> Path:
     """Return the plugin's path, for QEMU's ``-plugin`` or ``LD_PRELOAD``.
 
-    :raises UnsupportedError: if this installation was built without it.
+    :raises UnsupportedError: This installation was built without the plugin.
     """
     path = Path(__file__).resolve().parent.parent / "qemu-prefault-plugin.so"
     if not path.exists():
         raise UnsupportedError(
             f"this installation has no plugin: {path} does not exist",
-            "install it from the source tree: pip install .",
+            "install qemu-prefault from the source tree: pip install .",
             code=Code.NO_PLUGIN,
         )
     return path
@@ -57,7 +57,7 @@ def find_control_socket(process: Process) -> Path | None:
     """Return the path of the plugin's control socket, or None if QEMU has no plugin.
 
     The name of the plugin's control thread contains the listening descriptor, and
-    ``/proc/PID/net/unix`` has the path that the socket is bound to. The result leads through
+    ``/proc/PID/net/unix`` contains the path of the socket. If possible, the result is a path below
     ``/proc/PID/root``, because QEMU may run in its own mount namespace.
     """
     proc = Path("/proc") / str(process.pid)
@@ -92,7 +92,7 @@ def batch_threads(pid: int) -> bool:
 
 
 class Control:
-    """A connection to the plugin's control socket. Use :meth:`open`."""
+    """A connection to the plugin's control socket. :meth:`open` creates the object."""
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pid: int
@@ -105,22 +105,22 @@ class Control:
     async def connect(cls, path: Path, pid: int) -> Control:
         """Connect, and check that the plugin uses the same version of the protocol.
 
-        :raises UnsupportedError: if this process has no permission to connect, or if the plugin has
-            a different version.
-        :raises FailedError: if the socket refuses the connection or does not answer.
+        :raises UnsupportedError: This process has no permission to connect, or the plugin has a
+            different version.
+        :raises FailedError: The connection failed, or the plugin does not answer.
         """
         try:
             reader, writer = await _open(path)
         except PermissionError as error:
             raise UnsupportedError(
                 f"cannot connect to the plugin's control socket {path}: {error.strerror}",
-                "run this as root, or as QEMU's user",
+                "run qemu-prefault as root, or as QEMU's user",
                 code=Code.CONTROL_SOCKET,
             ) from error
         except OSError as error:
             raise FailedError(
-                f"the plugin's control socket {path} does not answer: {error.strerror}",
-                "check QEMU's log for whether it has exited, or use --agent attach, which works "
+                f"cannot connect to the plugin's control socket {path}: {error.strerror}",
+                "check whether QEMU has exited (see its log), or use --agent attach, which works "
                 "without the plugin",
                 code=Code.CONTROL_SOCKET,
             ) from error
@@ -134,7 +134,7 @@ class Control:
             writer.close()
             raise UnsupportedError(
                 f"the plugin in QEMU (pid {pid}) and this qemu-prefault have different versions",
-                "use the qemu-prefault release that the plugin is part of, or --agent attach",
+                "use the qemu-prefault release that contains this plugin, or --agent attach",
                 code=Code.PLUGIN_VERSION,
             )
         return control
@@ -152,8 +152,8 @@ class Control:
     async def ask(self, request: str) -> dict[str, Any]:
         """Send a request, and return the plugin's answer.
 
-        :raises FailedError: if the plugin refuses the request, does not answer, or is gone.
-        :raises RefusedError: if another client's batch is running.
+        :raises FailedError: The plugin refused the request or does not answer, or QEMU has exited.
+        :raises RefusedError: Another client's batch is running.
         """
         self.send(request)
         try:
@@ -161,7 +161,7 @@ class Control:
                 return await self.receive()
         except TimeoutError:
             raise FailedError(
-                f"the plugin in QEMU (pid {self._pid}) does not answer",
+                f"the plugin in QEMU (pid {self._pid}) did not answer within {ANSWER_SECONDS:g} s",
                 "check whether QEMU is stopped (SIGSTOP): ps -o stat -p PID",
                 code=Code.CONTROL_SOCKET,
             ) from None
@@ -171,7 +171,7 @@ class Control:
         self._writer.write(text.encode() + b"\n")
 
     async def receive(self) -> dict[str, Any]:
-        """Return the next line of the plugin, and raise ``{"error": …}`` as an exception."""
+        """Return the next answer of the plugin. Raise ``{"error": …}`` as an exception."""
         try:
             line = await self._reader.readline()
         except (OSError, ValueError) as error:
@@ -189,7 +189,7 @@ class Control:
             if answer.get("code") == BUSY:
                 raise RefusedError(
                     f"another qemu-prefault is working in QEMU (pid {self._pid})",
-                    "wait until it is done, then run this again",
+                    "wait until it has finished, then run qemu-prefault again",
                     code=Code.BUSY_AGENT,
                 )
             raise AgentError(f"the plugin refused the request: {answer['error']}", "report this")
@@ -198,13 +198,13 @@ class Control:
     def _gone(self) -> FailedError:
         return FailedError(
             f"QEMU (pid {self._pid}) closed the plugin's control socket",
-            "check QEMU's log for whether it has exited; the plugin accepts only root and QEMU's "
-            "own user",
+            "check whether QEMU has exited (see its log); the plugin accepts only clients that run "
+            "as root or as QEMU's user",
             code=Code.QEMU_GONE,
         )
 
     def fileno(self) -> int:
-        """Return the socket's descriptor; a batch runs as long as a copy of it is open."""
+        """Return the socket's descriptor. A batch runs as long as a copy of it is open."""
         return int(self._writer.get_extra_info("socket").fileno())
 
     def close(self) -> None:
@@ -253,7 +253,7 @@ class PluginAgent:
     async def start(self) -> None:
         """See :meth:`.Agent.start`.
 
-        :raises AgentError: if the plugin does not know a vCPU.
+        :raises AgentError: The plugin does not know a vCPU.
         """
         self._control = await Control.connect(self._socket, self.process.pid)
         status = await self._control.ask("status")
@@ -267,7 +267,7 @@ class PluginAgent:
                 raise AgentError(
                     f"the plugin in QEMU (pid {self.process.pid}) does not know vCPU "
                     f"{worker.vcpu_id}",
-                    "QEMU may be plugging or unplugging this vCPU: try again",
+                    "QEMU may be plugging or unplugging this vCPU: run qemu-prefault again",
                 )
 
     async def hold_vcpus(self) -> bool:
@@ -322,7 +322,7 @@ class PluginAgent:
         assert self._control
         descriptor, pid = self._control.fileno(), self.process.pid
         return OrphanCleanup(
-            stop_helpers=lambda: os.close(descriptor),  # the last copy after this process's death
+            stop_helpers=lambda: os.close(descriptor),  # the last copy, as this process has died
             helpers_gone=lambda: not batch_threads(pid),
             timeout=self.limits.stuck + self.limits.dead_man,
         )

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The attach agent: start helper threads inside a running QEMU by ptrace.
+"""The attach agent, which starts helper threads in a running QEMU with ptrace.
 
 This module stops a vCPU thread and makes it execute three system calls, which start a helper thread
 and leave the vCPU thread unchanged (native/ptrace/inject.c). After that, the helper and this
 process communicate through one control page, which this process accesses through ``/proc/PID/mem``.
 If this process's heartbeat stops, the helper finishes its chunk, unmaps itself and exits, so
-nothing is left in QEMU if this process is killed. The vCPU thread is the parent of its helper,
-which inherits the thread's memory policy. The helper also inherits scheduling class, CPUs and
-cgroup; this process sets ordinary ones at once (host/placement.py).
+nothing remains in QEMU if this process is killed. The vCPU thread is the parent of its helper,
+which inherits the thread's memory policy. The helper also inherits the scheduling class, CPUs and
+cgroup, but this process changes them immediately (host/placement.py).
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ from .qemu_process import HELPER_NAME, alive, exit_error, helper_threads, open_m
 from .run_gate import RunGate, lost_error
 from .ticker import Ticker
 
-#: Seconds between two reads of the control pages.
+#: Shortest and longest time between two reads of the control pages, in seconds.
 POLL_SHORTEST, POLL_LONGEST = 0.001, 0.25
-#: Bytes per second that no host exceeds; the first read of the control pages is timed by it.
+#: A rate in bytes per second that no host exceeds. It determines when the control pages are first
+#: read.
 FASTEST = 32 << 30
 
 
 class PtraceAgent:
-    """The :class:`.Agent` that uses helper threads, see the module."""
+    """The :class:`.Agent` that uses helper threads."""
 
     name = "attach"
     ranges_per_batch = int(lib.PREFAULT_RANGES_MAX)
@@ -67,20 +68,20 @@ class PtraceAgent:
         self._heart_stop = threading.Event()
 
     async def start(self) -> None:
-        """Start one helper per vCPU; its thread is stopped for less than 1 ms.
+        """Start one helper per vCPU. Each vCPU thread is stopped for less than 1 ms.
 
-        :raises UnsupportedError: if this process has no permission to trace QEMU, the agent does
-            not know QEMU's libc, a security module forbids executable anonymous memory, a seccomp
+        :raises UnsupportedError: This process has no permission to trace QEMU, the agent does not
+            know QEMU's libc, a security module forbids executable anonymous memory, a seccomp
             filter denies a system call, QEMU's stacks are too small, or QEMU runs with a hardware
             shadow stack.
-        :raises RefusedError: if another qemu-prefault is working in this QEMU, or QEMU may not
-            start another thread.
-        :raises AgentError: if a thread cannot be stopped, or a helper does not start.
-        :raises FailedError: if QEMU or a vCPU thread has exited.
+        :raises RefusedError: Another qemu-prefault is working in this QEMU, or QEMU may not start
+            another thread.
+        :raises AgentError: A thread cannot be stopped, or a helper does not start.
+        :raises FailedError: QEMU or a vCPU thread has exited.
         """
         await self._wait_until_alone()
-        # For ptrace, the tracer is a thread, and the kernel detaches all its tracees when it
-        # exits. So one thread makes all ptrace calls and then exits.
+        # The kernel attaches tracees to a thread, and detaches them when the thread exits.
+        # Therefore one thread makes all ptrace calls and then exits.
         try:
             with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ptrace") as executor:
                 await asyncio.get_running_loop().run_in_executor(executor, self._inject_all)
@@ -99,13 +100,13 @@ class PtraceAgent:
             raise
 
     async def _wait_until_alone(self) -> None:
-        """Wait until a killed run's helpers have exited; refuse if they do not."""
+        """Wait until the helpers of a killed run have exited. Refuse if they do not exit."""
         deadline = time.monotonic() + self.limits.dead_man + self.limits.stuck + 1
         while helper_threads(self.process.pid):
             if time.monotonic() > deadline:
                 raise RefusedError(
                     f"another qemu-prefault is working in QEMU (pid {self.process.pid})",
-                    "wait until it is done, then run this again",
+                    "wait until it has finished, then run qemu-prefault again",
                     code=Code.BUSY_AGENT,
                 )
             await asyncio.sleep(0.05)
@@ -122,9 +123,9 @@ class PtraceAgent:
             refused = injector.place(worker.index, helper, self._header(helper).tid)
             if refused:
                 self.warnings[Code.HELPER_PLACEMENT] = (
-                    f"a helper runs like its vCPU's thread: no permission to change "
-                    f"{', '.join(refused)} (this needs CAP_SYS_NICE, and write access to QEMU's "
-                    "cgroups)"
+                    "a helper runs like its vCPU's thread, because this process has no permission "
+                    f"to change {', '.join(refused)}; run qemu-prefault with CAP_SYS_NICE and "
+                    "write access to QEMU's cgroups"
                 )
 
     async def _wait_ready(self) -> None:
@@ -134,14 +135,14 @@ class PtraceAgent:
                 if time.monotonic() > deadline:
                     raise AgentError(
                         "a helper thread did not start within 5 s",
-                        "QEMU is unharmed; the host may be overloaded: run this again",
+                        "run qemu-prefault again; the host may be overloaded, and QEMU is unharmed",
                     )
                 await asyncio.sleep(0.001)
             if ready != 1:
                 error = (1 << 32) - ready
                 raise AgentError(
                     f"a helper thread could not set its timer: {os.strerror(error)}",
-                    "QEMU is unharmed; check QEMU's limit of pending signals (ulimit -i)",
+                    "check QEMU's limit of pending signals (ulimit -i); QEMU is unharmed",
                 )
 
     def _start_ticker(self) -> None:
@@ -154,7 +155,7 @@ class PtraceAgent:
             self._heart.start()
 
     def _beat(self) -> None:
-        """Write the heartbeat of every helper, from a thread that nothing else delays."""
+        """Write the heartbeat of every helper, in a separate thread without delays."""
         beat = 0
         while True:
             beat += 1
@@ -192,8 +193,8 @@ class PtraceAgent:
     ) -> BatchResult:
         """Run one batch, see :meth:`.Agent.run`. To prefault, call :meth:`hold_vcpus` before.
 
-        :raises FailedError: if QEMU (code ``qemu-gone``) or a helper (code ``agent-left``) is gone.
-        :raises AgentError: if the vCPUs are not held.
+        :raises FailedError: QEMU (code ``qemu-gone``) or a helper (code ``agent-left``) has exited.
+        :raises AgentError: The vCPUs are not held.
         """
         self._check_held(batch)
         if not self._aborted:
@@ -233,16 +234,17 @@ class PtraceAgent:
         return BatchResult(finished, seconds)
 
     def _report_stall(self, helpers: Sequence[Helper]) -> None:
-        """Log and record why these helpers make no progress."""
+        """Log and record the reasons why these helpers make no progress."""
         reasons = {why_stalled(self.process.pid, helper.thread_id) for helper in helpers}
         text = f"no progress for {STALL_SECONDS:g} s: {'; '.join(sorted(reasons))}"
         self.warnings[Code.NO_PROGRESS] = text
         logging.getLogger(__name__).warning(text)
 
     async def _wait(self, seconds: float) -> None:
-        """Wait between two reads; after an abort, only briefly.
+        """Wait between two reads of the control pages.
 
-        An aborted helper ends its batch after its current chunk, and the guest may be paused.
+        After an abort, wait only briefly, because helpers end their batches after the current
+        chunk, and the guest may be paused.
         """
         if self._told_to_end.is_set():
             await asyncio.sleep(POLL_SHORTEST)
@@ -264,9 +266,9 @@ class PtraceAgent:
         except (OSError, ValueError) as error:
             if alive(self.process):
                 raise AgentError(
-                    "a helper thread left QEMU before its work was done",
-                    f"this process did not run for {self.limits.dead_man:g} s, because it was "
-                    "suspended or the host is overloaded; run it again",
+                    "a helper thread in QEMU exited before its work was done",
+                    f"run qemu-prefault again; it did not run for {self.limits.dead_man:g} s, "
+                    "because it was suspended or the host is overloaded",
                     code=Code.AGENT_LEFT,
                 ) from error
             raise exit_error(
@@ -311,7 +313,7 @@ class PtraceAgent:
     async def close(self) -> None:
         """Release the helpers, and wait until all of them have exited.
 
-        :raises AgentError: if a helper is blocked in the kernel. It exits when its system call
+        :raises AgentError: A helper is blocked in the kernel. It exits when its system call
             returns.
         """
         self._tell_all("release")
@@ -336,7 +338,7 @@ class PtraceAgent:
     async def _wait_gone(self) -> None:
         deadline = time.monotonic() + self.limits.stuck + self.limits.dead_man + 2
         pause = 0.0005
-        # A helper that was started just before may not have set its name yet.
+        # A helper that has just been started may not have set its name yet.
         while any(helper.is_there() for helper in self._helpers.values()) or (
             self._helpers and helper_threads(self.process.pid)
         ):
@@ -352,7 +354,7 @@ class PtraceAgent:
 def _seconds_left(begun: float, header: Any, outcomes: Sequence[Outcome]) -> float:
     """Return the seconds until the helper's control page should be read again.
 
-    Reads are rare, because this process may share a CPU with the helper.
+    This process reads rarely, because it may share a CPU with the helper.
 
     :param begun: ``time.monotonic()`` when the batch was submitted.
     :param header: The helper's control page.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The QEMU that the attach agent works in: its helper threads, its memory, whether it is alive."""
+"""Check, open and describe the QEMU process in which the attach agent works."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..host.kernel_log import cause_of_death
 from ..host.procfs import Process, thread_names
 from ..host.ptrace_access import ptrace_denied
 
-#: The helper threads' name, as ``ps -L`` and ``/proc/PID/task/TID/comm`` show it.
+#: The name of the helper threads (``ps -L``, ``/proc/PID/task/TID/comm``).
 HELPER_NAME = "qemu-prefault"
 
 
@@ -26,7 +26,7 @@ def same_pid_namespace(pid: int) -> bool:
 def stays_alive(process: Process, seconds: float = 0.2) -> bool:
     """Return whether the process is alive now and does not exit within ``seconds``.
 
-    A process that is being killed still exists for a moment.
+    A process that is being killed still exists for a short time.
     """
     try:
         pidfd = os.pidfd_open(process.pid)
@@ -40,7 +40,7 @@ def stays_alive(process: Process, seconds: float = 0.2) -> bool:
 
 
 def alive(process: Process) -> bool:
-    """Return whether the process is alive; a zombie is not."""
+    """Return whether the process is alive. A zombie is not alive."""
     try:
         process.check()
     except FailedError:
@@ -56,8 +56,9 @@ def helper_threads(pid: int) -> tuple[int, ...]:
 def open_memory(process: Process) -> int:
     """Open ``/proc/PID/mem`` for reading and writing.
 
-    :raises UnsupportedError: if this process has no permission to trace QEMU, which this needs.
-    :raises FailedError: if QEMU has exited.
+    :raises UnsupportedError: This process has no permission to trace QEMU, which is necessary to
+        open the file.
+    :raises FailedError: QEMU has exited.
     """
     try:
         return os.open(f"/proc/{process.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
@@ -65,19 +66,19 @@ def open_memory(process: Process) -> int:
         raise ptrace_denied(process) from None
     except (FileNotFoundError, ProcessLookupError):
         raise FailedError(
-            f"QEMU (pid {process.pid}) is gone",
-            "check QEMU's log for the reason",
+            f"QEMU (pid {process.pid}) has exited",
+            "see QEMU's log for the reason",
             code=Code.QEMU_GONE,
         ) from None
 
 
 def exit_error(process: Process, message: str) -> FailedError:
-    """Return the error for a QEMU that has exited, with the reason from the kernel log."""
+    """Return the error for an exited QEMU, with the reason from the kernel log."""
     cause = cause_of_death(process)
     return FailedError(
         message + (f": {cause}" if cause else ""),
-        "the kernel log has more about this: see dmesg"
+        "see the kernel log (dmesg) for details"
         if cause
-        else "check QEMU's log and the kernel log (dmesg) for the reason",
+        else "see QEMU's log and the kernel log (dmesg) for the reason",
         code=Code.QEMU_GONE,
     )

@@ -27,7 +27,7 @@ from .base import BatchResult, Kind, Limits, OrphanCleanup, Outcome, Range, Vcpu
 
 COMMAND: Final = "x-kvm-prefault-memory"
 QUERY: Final = "x-query-kvm-prefault"
-#: The start of a job's id. This process's pid namespace, its pid and a number follow.
+#: Prefix of a job's id. This process's pid namespace, its pid and a number follow.
 JOB_PREFIX: Final = "qemu-prefault-"
 #: Seconds between two progress reports.
 PROGRESS_SECONDS: Final = 0.25
@@ -40,7 +40,7 @@ _NUMBERS: Final = itertools.count()
 
 
 async def offers_command(monitor: Monitor) -> bool:
-    """Return whether QEMU has the command (under TCG it has, but refuses it)."""
+    """Return whether QEMU has the command. Under TCG, QEMU has it but refuses it."""
     try:
         await monitor.execute(QUERY)
     except CommandError:
@@ -78,11 +78,11 @@ class QmpAgent:
         threads: Sequence[VcpuThread],
         limits: Limits | None = None,
     ) -> None:
-        """Store what the jobs need; :meth:`start` is the first to access QEMU.
+        """Store the arguments. :meth:`start` is the first method that accesses QEMU.
 
-        :param sections: Returns the guest's memory sections as they were last read. They
-            translate host virtual addresses of ranges to populate into guest-physical addresses,
-            which QEMU's command takes.
+        :param sections: A function that returns the guest's memory sections at the last query. The
+            agent uses them to convert host virtual addresses of ranges into guest-physical
+            addresses, which QEMU's command requires.
         """
         self.limits = limits or Limits()
         self.workers = tuple(
@@ -160,7 +160,7 @@ class QmpAgent:
                 raise await self._explain(error) from error
             self._job = job
             try:
-                if self._aborted:  # during the command above
+                if self._aborted:  # abort() was called during the command above
                     self.interrupt()
                 await self._wait(job, events, on_progress)
             except BaseException:
@@ -219,8 +219,9 @@ class QmpAgent:
                 mine = next((found for found in jobs if found["id"] == job), None)
                 if mine is None:
                     raise AgentError(
-                        f"QEMU's job {job} is gone",
-                        "another QMP client dismissed it (job-dismiss); run this again",
+                        f"QEMU's job {job} no longer exists",
+                        "run qemu-prefault again; another QMP client dismissed the job "
+                        "(job-dismiss)",
                     ) from None
                 on_progress(mine["current-progress"])
                 if mine["status"] in OVER:
@@ -242,7 +243,7 @@ class QmpAgent:
                 return section.gpa + (item.start - section.hva)
         raise AgentError(
             f"QEMU's memory at {item.start:#x} is no longer guest memory",
-            "memory was unplugged during the run: run this again",
+            "run qemu-prefault again; memory was unplugged during the run",
         )
 
     async def _end(self, job: str) -> None:
@@ -293,7 +294,7 @@ class QmpAgent:
 def _match(
     items: Sequence[Range], reported: Sequence[Mapping[str, Any]], kind: Kind
 ) -> list[Outcome]:
-    """Return the outcomes of ranges, which QEMU reports in order and in pieces."""
+    """Return the outcomes of ranges. QEMU reports a range in one or more pieces."""
     pieces = iter(reported)
     outcomes = []
     for item in items:

@@ -46,9 +46,9 @@ class Number(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A system call, as a filter sees it.
+    """The properties of a system call that a filter evaluates.
 
-    :ivar address: The instruction pointer, behind the ``syscall`` instruction.
+    :ivar address: The instruction pointer after the ``syscall`` instruction.
     """
 
     number: Number
@@ -56,7 +56,7 @@ class Call:
     address: int = 0
 
     def data(self) -> bytes:
-        """Return the ``struct seccomp_data`` that a filter sees."""
+        """Return the ``struct seccomp_data`` that the kernel passes to filters."""
         arguments = [value & (1 << 64) - 1 for value in (*self.arguments, *[0] * 6)[:6]]
         return struct.pack("<iIQ6Q", self.number, AUDIT_ARCH_X86_64, self.address, *arguments)
 
@@ -81,7 +81,7 @@ class BadFilterError(Exception):
 def parse_filters(data: bytes) -> list[list[Instruction]]:
     """Parse the output of ``pf_read_filters()``.
 
-    :raises BadFilterError: if it is truncated.
+    :raises BadFilterError: The output is truncated.
     """
     filters = []
     at = 0
@@ -106,8 +106,8 @@ def denied(filters: Sequence[Filter], calls: Sequence[Call]) -> tuple[str, ...]:
     """Return the names of the calls that at least one filter denies, in order.
 
     The kernel runs all filters and applies the strictest result. ALLOW and LOG allow a call. All
-    other results count as denied; this includes TRACE and USER_NOTIF, because a tracer or
-    supervisor may deny the call.
+    other results count as denied, including TRACE and USER_NOTIF, because a tracer or supervisor
+    may deny the call.
     """
     names: dict[str, None] = {}
     for call in calls:
@@ -134,11 +134,11 @@ _JA = 0x00
 def run_filter(program: Filter, data: bytes) -> int:
     """Run one filter on a ``struct seccomp_data`` and return its result.
 
-    :raises BadFilterError: if it jumps out of the program, or has an unsupported instruction.
+    :raises BadFilterError: The filter jumps out of the program, or has an unsupported instruction.
     """
     accumulator = index = at = 0
     memory = [0] * 16
-    # Jumps go forward only, so each instruction runs at most once.
+    # All jumps are forward jumps, so each instruction runs at most once.
     while at < len(program):
         i = program[at]
         at += 1

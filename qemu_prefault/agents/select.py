@@ -34,7 +34,7 @@ class Selection:
     ) -> Sequence[VcpuThread]:
         """Return the vCPUs that the agent uses. The attach agent uses a subset.
 
-        :raises RefusedError: see :func:`~qemu_prefault.agents.injector.choose_threads`.
+        :raises RefusedError: As for :func:`~qemu_prefault.agents.injector.choose_threads`.
         """
         return choose_threads(process, threads) if self.name == "attach" else threads
 
@@ -49,7 +49,7 @@ class Selection:
         """Return a new agent of this kind, which is not started yet.
 
         :param sections: See :class:`QmpAgent`.
-        :param chunk_bytes: Bytes that one system call processes at most, or None for the default.
+        :param chunk_bytes: Maximum bytes that one system call processes, or None for the default.
         """
         limits = Limits()
         if chunk_bytes:
@@ -69,7 +69,7 @@ async def select_agent(wanted: str, process: Process, monitor: Monitor, *, kvm: 
 
     :param wanted: ``auto``, ``attach``, ``plugin`` or ``qmp``.
     :param kvm: Whether the guest runs under KVM.
-    :raises UnsupportedError: if the wanted agent is not available in this QEMU.
+    :raises UnsupportedError: The wanted agent is not available in this QEMU.
     """
     socket = find_control_socket(process) if wanted in ("auto", "plugin") else None
     if socket is not None:
@@ -79,13 +79,14 @@ async def select_agent(wanted: str, process: Process, monitor: Monitor, *, kvm: 
     if wanted == "qmp":
         raise UnsupportedError(
             f"QEMU (pid {process.pid}) has no x-kvm-prefault-memory, or does not use KVM",
-            "use a QEMU with patches/qemu (make qemu), or --agent attach, which needs no patch",
+            "use a QEMU that was built with patches/qemu (make qemu), or use --agent attach, which "
+            "needs no patch",
             code=Code.NO_QMP_COMMAND,
         )
     if wanted == "plugin":
         raise UnsupportedError(
             f"QEMU (pid {process.pid}) has no qemu-prefault plugin",
-            "start it by `qemu-prefault run -- qemu-system-x86_64 …`, or with "
+            "start QEMU with `qemu-prefault run -- qemu-system-x86_64 …`, or with "
             '-plugin "$(qemu-prefault plugin-path)", or use --agent attach, which needs no plugin',
             code=Code.NO_PLUGIN,
         )

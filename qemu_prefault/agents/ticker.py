@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Interrupt helpers that cannot create timers, from a separate process.
 
-A helper interrupts an ioctl that does not return with its own timer. If a seccomp filter denies
-timer_create(), this process sends the same signal instead. If the tool is killed, this process
-continues until the last helper has exited.
+If an ioctl does not return, the helper's own timer interrupts it. If a seccomp filter denies
+timer_create(), this separate process sends the same signal instead. If the tool is killed, the
+process continues until the last helper has exited.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..host.procfs import PROC, read_optional
 
 
 class Ticker:
-    """The process. It exits when all helpers have exited."""
+    """The process that sends the signals. It exits when all helpers have exited."""
 
     def __init__(self, pid: int, helpers: Iterable[tuple[int, int]], name: str, seconds: float):
         """Start the process.
@@ -38,7 +38,7 @@ class Ticker:
                 os._exit(0)
 
     def wait(self) -> None:
-        """Wait for its exit. Call this only after the helpers have exited."""
+        """Wait until the process exits. Call this only after the helpers have exited."""
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self._child, 0)
 
@@ -50,7 +50,8 @@ def _become_independent() -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in range(3):
         os.dup2(nothing, fd)
-    # Close the QMP connection and all others, so that QEMU notices if the tool is killed.
+    # Close the QMP connection and all other descriptors. Otherwise the QMP connection would stay
+    # open if the tool is killed.
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
 
 
@@ -66,6 +67,9 @@ def _tick(pid: int, helpers: set[tuple[int, int]], name: str, seconds: float) ->
 
 
 def is_pending(status: str, number: int) -> bool:
-    """Return whether the signal is pending in a thread. Real-time signals would queue."""
+    """Return whether the signal is pending in a thread.
+
+    A pending real-time signal that is sent again would be queued twice.
+    """
     match = re.search(r"^SigPnd:\s+([0-9a-f]+)$", status, re.MULTILINE)
     return bool(match and int(match[1], 16) >> (number - 1) & 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault conformance``: test the kernel's KVM_PRE_FAULT_MEMORY on this host."""
+"""``qemu-prefault conformance``: test this kernel's KVM_PRE_FAULT_MEMORY."""
 
 from __future__ import annotations
 

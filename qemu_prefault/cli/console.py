@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Output of the command line: results go to stdout, messages and progress to stderr."""
+"""Output of the command line: results on stdout, other messages on stderr."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ PROGRAM = "qemu-prefault"
 
 
 def say(text: str) -> None:
-    """Print a line to stderr. Ignore errors, so that a closed stderr does not end the run."""
+    """Print a line to stderr. Do not fail if stderr is closed."""
     with contextlib.suppress(OSError):
         click.echo(printable(text), err=True)
 
 
 def drop_stdout() -> None:
-    """Redirect stdout to /dev/null, so that the interpreter does not fail to flush it at exit."""
+    """Redirect stdout to /dev/null. Python flushes stdout at exit, which would fail."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -113,7 +113,7 @@ def fail(error: QemuPrefaultError, as_json: bool, program: str = PROGRAM) -> NoR
 
 @contextlib.contextmanager
 def reporting(as_json: bool, debug: bool, program: str = PROGRAM) -> Iterator[None]:
-    """Print exceptions of the block as messages, or as tracebacks if ``debug`` is set."""
+    """Print exceptions of the block as messages, or as tracebacks with ``debug``."""
     try:
         yield
     except QemuPrefaultError as error:

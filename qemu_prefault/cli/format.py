@@ -87,7 +87,7 @@ def report_lines(report: Report) -> Iterator[str]:
 
 
 def event_line(event: dict[str, Any]) -> str:
-    """Format an event of ``--follow`` as a line: local time, event, figures and reason."""
+    """Format an event of ``--follow`` as a line with time, event, sizes and reason."""
     stamp = datetime.fromtimestamp(float(event.get("time", 0))).strftime("%H:%M:%S")
     parts = [f"{stamp} {event.get('event', ''):<13}"]
     if "gpa" in event:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The commands of ``qemu-prefault libvirt``. Each one imports the modules that it needs."""
+"""The commands of ``qemu-prefault libvirt``."""
 
 from __future__ import annotations
 

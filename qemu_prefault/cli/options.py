@@ -34,7 +34,7 @@ def _bytes(text: str) -> int | None:
 
 
 def size_type(text: str) -> int:
-    """Parse a size such as ``0x100000``, ``4096``, ``512M`` or ``2GiB``; return bytes."""
+    """Parse a size such as ``0x1000``, ``4096``, ``512M`` or ``2GiB``. Return bytes."""
     number = _bytes(text)
     if number is None:
         raise click.BadParameter(f"{text!r} is not a size; write e.g. 65536, 0x10000, 512M or 2G")
@@ -42,7 +42,7 @@ def size_type(text: str) -> int:
 
 
 def range_type(text: str) -> tuple[int, int]:
-    """Parse ``GPA+SIZE``; return (start, size) in bytes."""
+    """Parse ``GPA+SIZE``. Return (start, size) in bytes."""
     start, _, length = text.partition("+")
     first, count = _bytes(start), _bytes(length)
     if first is None or not count or first + count > 1 << 52:
@@ -79,7 +79,7 @@ debug_option = click.option("--debug", is_flag=True, help="Show tracebacks of er
 
 
 def monitor_address(qmp: str | None, domain: str | None) -> str | None:
-    """Return the address of the monitor: a socket address, or ``libvirt:DOMAIN``, or None."""
+    """Return the monitor's address: a socket address, ``libvirt:DOMAIN``, or None."""
     if qmp and domain:
         raise click.UsageError("give either --qmp SOCK or --domain NAME")
     return f"{LIBVIRT}{domain}" if domain else qmp

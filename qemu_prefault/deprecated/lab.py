@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``python -m qemu_prefault.lab``: print the command that replaces this one, and fail."""
+"""``python -m qemu_prefault.lab``: print the new command, and fail."""
 
 from __future__ import annotations
 

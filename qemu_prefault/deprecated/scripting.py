@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu_prefault.scripting`` of version 0.1; :mod:`qemu_prefault.cli.scripting` replaces it."""
+"""The old name of :mod:`qemu_prefault.cli.scripting` in version 0.1."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``Session`` and ``Policy`` of version 0.1; :class:`Vm` and :class:`Options` replace them."""
+"""``Session`` and ``Policy``, the names of Vm and Options in version 0.1."""
 
 from __future__ import annotations
 

@@ -67,7 +67,8 @@ class Executor:
         *,
         check_headroom: bool = True,
     ) -> None:
-        """
+        """Store the arguments.
+
         :param check_headroom: Stop populating when little memory is left. False with ``--force``.
         """
         self.agent = agent
@@ -141,7 +142,10 @@ class Executor:
         return outcomes
 
     def _next_batch(self, queues: dict[Target, list[Range]]) -> list[tuple[int | None, Range]]:
-        """Remove the next ranges from the queues. Return no ranges if too little memory is left."""
+        """Remove the next ranges from the queues, and return them.
+
+        Return no ranges if too little memory is left.
+        """
         batch: list[tuple[int | None, Range]] = []
         taken: dict[str, int] = {}
         for target, queue in queues.items():
@@ -362,7 +366,7 @@ class Executor:
 
 
 def _take(queue: list[Range], size: int) -> list[Range]:
-    """Remove the first ``size`` bytes of ranges from a queue. Split the last range if needed."""
+    """Remove ``size`` bytes of ranges from a queue. Split the last range if needed."""
     taken = []
     while queue and size:
         first = queue.pop(0)

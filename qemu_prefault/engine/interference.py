@@ -33,7 +33,7 @@ class InterferenceMonitor:
 
     @contextlib.asynccontextmanager
     async def watched(self, *, abort_on_migration: bool) -> AsyncIterator[None]:
-        """Detect interference during the block, and raise :attr:`reason` at the end of the block.
+        """Detect interference during the block. Raise :attr:`reason` at its end.
 
         :param abort_on_migration: End the run if a migration starts. False for an incoming
             migration.

@@ -206,7 +206,7 @@ def find_warnings(options: Options, targets: Sequence[Target], state: VmState) -
 
 
 def _resident_only(options: Options, targets: Sequence[Target]) -> dict[str, str]:
-    """Return a warning if memory is not populated although the user did not request that."""
+    """Return a warning for memory that is not populated with ``--populate auto``."""
     found: dict[str, str] = {}
     if any(t.why_not for t in targets):
         reasons = dict.fromkeys(f"{t.section.name}: {t.why_not}" for t in targets if t.why_not)

@@ -82,7 +82,7 @@ class ResumeGuard:
             os.waitpid(self._child, 0)
 
     def _watch(self, read_end: int, is_ready: int) -> None:
-        """Wait in the child process until the parent ends. Clean up if the parent has died."""
+        """Wait in the child process until the parent ends. Clean up if it has died."""
         os.setsid()  # so that signals to the terminal's session or job do not reach the guard
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)

@@ -225,7 +225,7 @@ class PrefaultRun:
                 await pause.resume()
 
     async def prefault_until_stable(self, targets: tuple[Target, ...]) -> None:
-        """Prefault the guest. Repeat this if the memory layout changes meanwhile (hotplug)."""
+        """Prefault the guest. Repeat this if hotplug changes the memory layout."""
         done: tuple[Target, ...] = ()
         for _ in range(LAYOUT_ROUNDS):
             fresh = select(await self.vm.refresh(), self.options)

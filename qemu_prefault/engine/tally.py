@@ -80,7 +80,7 @@ class RunTally:
             tally.prefaulted = tally.accounted = 0
 
     def discard_accounted(self) -> None:
-        """Reset the completed bytes, because KVM filled tables that the guest does not use."""
+        """Reset the completed bytes. KVM filled tables that the guest does not use."""
         for tally in self.tallies.values():
             tally.accounted = 0
 

@@ -94,7 +94,7 @@ class Vm:
         return self.state
 
     def _with_disk_files(self, state: VmState) -> VmState:
-        """Mark the sections that are shared files on a disk, if QEMU's mappings are readable."""
+        """Mark sections that are shared files on a disk, if /proc/PID/maps is readable."""
         try:
             sections = tuple(
                 replace(section, disk_file=True)
@@ -192,7 +192,7 @@ class Vm:
         return threads
 
     def take_fd(self, number: int) -> int:
-        """Duplicate QEMU's descriptor ``number`` into this process. The caller must close it.
+        """Return a duplicate of QEMU's descriptor ``number``. The caller must close it.
 
         :raises PtraceDeniedError: This process has no permission to trace QEMU.
         :raises GoneError: QEMU or the descriptor no longer exists.

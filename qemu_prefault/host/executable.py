@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Check whether the dynamic linker starts a program, and find a script's interpreter."""
+"""Check whether a program is static, and find a script's interpreter."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class Limit:
 
     @property
     def per_batch(self) -> int:
-        """The bytes that one batch may use: all, or a sixteenth if the limit is contended."""
+        """The bytes that one batch may use: 1/16 if the limit is contended, else all."""
         return self.available // 16 if self.contended else self.available
 
 

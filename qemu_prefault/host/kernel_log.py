@@ -15,7 +15,7 @@ MAX_RECORDS: Final = 100_000
 
 
 def read_log() -> list[str]:
-    """Return the records of the kernel log, oldest first; empty if it is not readable."""
+    """Return the records of the kernel log, oldest first; empty if unreadable."""
     records: list[str] = []
     try:
         fd = os.open(KMSG, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -46,7 +46,7 @@ class Capability:
 
 
 def parameter(module: str, name: str) -> str | None:
-    """Return a module parameter (``Y``, ``N``, ``1`` …) from sysfs, or None if unreadable."""
+    """Return a module parameter from sysfs (``Y``, ``N``, ``1`` …), or None."""
     try:
         return Path(f"/sys/module/{module}/parameters/{name}").read_text().strip()
     except OSError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Find the source of a mapping's memory, and compute how much memory is still available.
+"""Find the source of a mapping's memory, and compute the available memory.
 
 The source is the host, and sometimes a part of the host's memory: the file system of a shared file,
 the hugetlb pool, or the NUMA nodes that the mapping's policy or its process's cpuset allows. Other
@@ -76,7 +76,7 @@ class MemorySource:
         return limits
 
     def _reserved_bytes(self, absent: int) -> int:
-        """Return the bytes of huge pages that are reserved for the mapping, at least `absent`.
+        """Return the bytes of huge pages reserved for the mapping, at least `absent`.
 
         If the process has huge pages in several mappings, this is a lower bound.
         """
@@ -117,7 +117,7 @@ def confining_nodes(process: Process, bound: Sequence[int]) -> tuple[int, ...]:
 
 
 def node_limit(nodes: Sequence[int]) -> Limit:
-    """Return the available memory of these nodes: free memory and inactive page cache.
+    """Return the available memory of nodes: free memory and inactive page cache.
 
     ``vm.min_free_kbytes`` is not available. If an allocation that is bound to a node reaches the
     node's share of it, the OOM killer runs (mm/page_alloc.c, ``__setup_per_zone_wmarks()``).
@@ -137,7 +137,7 @@ def node_limit(nodes: Sequence[int]) -> Limit:
 
 
 def parse_numa_maps(text: str, start: int) -> tuple[tuple[int, ...], int]:
-    """Return the nodes to which the mapping at `start` is bound, and its page size in bytes.
+    """Return the NUMA nodes and the page size in bytes of the mapping at `start`.
 
     :param text: ``/proc/PID/numa_maps`` (mm/mempolicy.c, ``mpol_to_str()``).
     :returns: The nodes are empty unless the policy is ``bind``.
@@ -155,7 +155,7 @@ def parse_numa_maps(text: str, start: int) -> tuple[tuple[int, ...], int]:
 
 
 def source_of(process: Process, mapping: MemoryMapping) -> MemorySource:
-    """Return the source of a mapping as /proc shows it, for callers without a monitor.
+    """Return the source of a mapping according to /proc, without a monitor.
 
     Reading numa_maps walks QEMU's page tables, so do not call this in a loop.
     """
@@ -187,7 +187,7 @@ def _is_internal(mapping: MemoryMapping) -> bool:
 
 
 def file_system_limit(process: Process, mapping: MemoryMapping) -> list[Limit]:
-    """Return the limit that the file system of a shared file sets; empty if it sets none.
+    """Return the limit of a shared file's file system, or an empty list.
 
     A memfd and shared anonymous memory are on a mount internal to the kernel, without a size.
     """
@@ -268,7 +268,7 @@ def _files_beside(process: Process, mapping: MemoryMapping) -> Iterator[os.stat_
 
 
 def _open_in_other_processes(process: Process, device: int) -> Iterator[os.stat_result]:
-    """Yield the files of the file system that other QEMUs map, including deleted files."""
+    """Yield files of the file system that other QEMUs map, including deleted files."""
     for entry in os.listdir(procfs.PROC):
         if not entry.isdecimal() or int(entry) == process.pid:
             continue

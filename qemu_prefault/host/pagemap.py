@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Find the pages that are present in QEMU, and the pages that KVM would map writable.
+"""Find pages that are present in QEMU, and pages that KVM would map writable.
 
 KVM's prefault ioctl is a read fault. It maps a page writable only if the page is writable in QEMU's
 own page tables.

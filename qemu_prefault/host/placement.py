@@ -87,7 +87,7 @@ def affinity(tid: int) -> frozenset[int]:
 
 
 def place(process: Process, tid: int, choices: Sequence[frozenset[int]]) -> list[str]:
-    """Set a helper thread's policy to SCHED_OTHER and nice 0, and set its cgroups and CPUs.
+    """Set a helper thread to SCHED_OTHER and nice 0, and set its cgroups and CPUs.
 
     :param choices: See :func:`helper_cpus`.
     :returns: The properties that this process has no permission to change.
@@ -151,7 +151,7 @@ def leave_cgroups(process: Process, tid: int) -> bool:
 def threads_files(
     wanted: Mapping[str, str], current: Mapping[str, str], mounts: Sequence[Mount]
 ) -> list[str]:
-    """Return the files to which a thread's id must be written to move it to other cgroups.
+    """Return the files that move a thread to other cgroups if its id is written.
 
     :param wanted: The wanted path of each controller, see :func:`~.headroom.parse_cgroups`.
     :param current: The thread's current paths.

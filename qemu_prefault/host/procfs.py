@@ -58,7 +58,7 @@ def hidden(pid: int) -> UnsupportedError:
 
 
 def denied(path: str) -> UnsupportedError:
-    """Return the error for a file of /proc that this process has no permission to read."""
+    """Return the error for a file of /proc that this process may not read."""
     return UnsupportedError(
         f"no permission to read {path}",
         "run as root, or as QEMU's user with CAP_SYS_PTRACE",
@@ -281,7 +281,7 @@ def mappings_of(maps: Sequence[MemoryMapping], start: int, size: int) -> tuple[M
 
 
 def thread_names(pid: int) -> dict[int, str]:
-    """Return the names (``comm``) of a process's threads by id; empty if it has exited."""
+    """Return the names of a process's threads by id; empty if it has exited."""
     names = {}
     with contextlib.suppress(OSError, QemuPrefaultError):
         for tid in _list_threads(pid, lambda: os.listdir(f"{PROC}/{pid}/task")):
@@ -320,7 +320,7 @@ def _count_threads(pid: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process, identified by its pid and start time. :meth:`find` creates the object."""
+    """A process, identified by its pid and start time. Created by :meth:`find`."""
 
     pid: int
     start_time: int
@@ -403,13 +403,13 @@ class Process:
 
 
 def parse_number(text: str | None) -> int | None:
-    """Return the number in a file's text, or None if the text is no number (``max``)."""
+    """Return the number in a file's text, or None for other text such as ``max``."""
     text = (text or "").strip()
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
 
 
 def thread_map(process: Process) -> dict[int, int]:
-    """Map thread ids of the process's pid namespace to thread ids of this pid namespace.
+    """Map thread ids of the process's pid namespace to those of this one.
 
     They differ if the process runs in its own pid namespace (NSpid of ``/proc/PID/status``).
     """

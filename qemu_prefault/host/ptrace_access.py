@@ -26,7 +26,7 @@ CAP_SYS_PTRACE: Final = 19
 
 @dataclass(frozen=True, slots=True)
 class PtraceFacts:
-    """The facts from which ``__ptrace_may_access()`` decides whether tracing is allowed."""
+    """The facts from which ``__ptrace_may_access()`` decides."""
 
     pid: int
     own_uid: int

@@ -107,7 +107,7 @@ def parse_limits(text: str) -> dict[str, int]:
 
 
 def parse_pending(status: str) -> tuple[int, int] | None:
-    """Return the number of pending signals and its limit (SigQ of ``/proc/PID/status``)."""
+    """Return the number of pending signals and its limit (``SigQ`` of the status)."""
     match = re.search(r"^SigQ:\s+(\d{1,19})/(\d{1,20})$", status, re.MULTILINE)
     return (int(match[1]), int(match[2])) if match else None
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Connect to libvirt with libvirt-python. Read and write definitions also with virsh."""
+"""Connect to libvirt with libvirt-python, or access definitions with virsh."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEFAULT_URI = "qemu:///system"
 
 
 def default_uri(uri: str | None = None) -> str:
-    """Return the given URI, else $LIBVIRT_DEFAULT_URI, else the URI of the system daemon."""
+    """Return the given URI, or $LIBVIRT_DEFAULT_URI, or the system daemon's URI."""
     return uri or os.environ.get("LIBVIRT_DEFAULT_URI") or DEFAULT_URI
 
 
@@ -106,7 +106,7 @@ def lookup(connection: libvirt.virConnect, name: str) -> libvirt.virDomain:
 
 
 class Definitions(Protocol):
-    """Reads and writes definitions of domains for ``enable``, ``disable`` and ``status``."""
+    """Access to the definitions of domains, for ``enable``, ``disable``, ``status``."""
 
     def read(self, domain: str) -> bytes:
         """Return the persistent XML, including secrets, so that it can be defined again."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The daemon ``libvirt watch``: logs the events of all domains, and exports metrics.
+"""The daemon ``libvirt watch``, which logs domain events and exports metrics.
 
 The metrics are the faults and stage-2 entries of every running domain, and the counters of its
 plugin. With ``act``, the daemon also performs the configured action after a start, a restore or a
@@ -184,7 +184,7 @@ def _brief(error: Exception) -> str:
 
 
 class _Formatter(logging.Formatter):
-    """Adds a prefix to each line: the priority in the journal (sd-daemon(3)), else the time."""
+    """Prefixes lines with the priority (sd-daemon(3)) in the journal, or the time."""
 
     _PRIORITY: Final = {logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Add the plugin to domain XML, remove it, and read the domain's properties from the XML.
+"""Add the plugin to domain XML, remove it, and read the domain's properties.
 
 This module edits the XML as text, at byte offsets that a parser reports. All other bytes stay
 unchanged, including comments, prefixes and white space. If the module wrote the XML from an element
@@ -51,7 +51,7 @@ class Element:
     children: list[Element] = field(default_factory=list)
 
     def find(self, path: str, namespace: str = "") -> Element | None:
-        """Return the first element with the path ``a`` or ``a/b`` below this one, or None."""
+        """Return the first element at the path ``a`` or ``a/b`` below this one, or None."""
         found: Element | None = self
         for name in path.split("/"):
             found = next(found.all(name, namespace), None) if found else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Find the QEMU process that libvirt started for a domain, without calling libvirt."""
+"""Find the QEMU process of a libvirt domain, without calling libvirt."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..host.procfs import Process
 
 
 def pid_files(name: str) -> Iterator[Path]:
-    """Yield the paths of a domain's pid file for the system daemon and a session daemon."""
+    """Yield the possible paths of a domain's pid file: system and session daemon."""
     yield Path(f"/run/libvirt/qemu/{name}.pid")
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         yield Path(f"{runtime}/libvirt/qemu/run/{name}.pid")
 
 
 def find_qemu(name: str, uuid: str) -> Process:
-    """Return the QEMU process of a domain. Check that its command line contains the UUID.
+    """Return the QEMU process of a domain. Its command line must contain the UUID.
 
     :param uuid: The domain's UUID. If empty, the process is not checked.
     :raises FailedError: No process of this domain was found (code ``no-qemu``).

@@ -81,7 +81,10 @@ def main(arguments: Sequence[str], stdin: int = 0) -> bytes:
 
 
 def _coming(moment: LifecycleEvent, xml: bytes, log: Log) -> bytes:
-    """Record the event for ``started begin``. Return XML without the plugin if it is missing."""
+    """Record the event for ``started begin``.
+
+    :returns: The XML without the plugin if the plugin's file is missing, else nothing.
+    """
     about = domain_xml.describe(xml)
     try:
         MARKS.mkdir(mode=0o700, exist_ok=True)
@@ -136,7 +139,7 @@ def _in_window(process: Process, about: Domain, policy: HookConfig) -> Prelaunch
 
 
 def _hand_over(about: Domain, pid: int, policy: HookConfig, when: When, log: Log) -> None:
-    """Start a process that prefaults the guest. libvirt does not wait for that process."""
+    """Start a process that prefaults the guest and for which libvirt does not wait."""
     import shutil  # noqa: PLC0415
     import subprocess  # noqa: PLC0415
 

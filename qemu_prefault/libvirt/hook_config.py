@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The configuration of the hook and the daemon: at which events they prefault a domain.
+"""The configuration of the hook and the daemon: when to prefault which domains.
 
 A domain's metadata may contain one element whose attributes are the configuration. The command
 ``virsh metadata DOMAIN urn:qemu-prefault:1 --key prefault --set '<hook restore="now"/>'

@@ -86,7 +86,7 @@ class Installed:
 
 
 def library_directory(root: Path = Path("/")) -> Path:
-    """Return the directory of the distribution's shared objects: multiarch, lib64 or lib."""
+    """Return the directory of the distribution's shared objects."""
     for name in ("usr/lib/x86_64-linux-gnu", "usr/lib64"):
         if (root / name).is_dir() and not (root / name).is_symlink():
             return root / name
@@ -156,7 +156,7 @@ def uninstall(root: Path = Path("/")) -> list[Path]:
 
 
 def program_words() -> list[str]:
-    """Return the command that starts this installation from a shell or a systemd unit.
+    """Return the command that starts qemu-prefault in a shell or a systemd unit.
 
     :raises UnsupportedError: The path contains characters that would need quoting.
     """

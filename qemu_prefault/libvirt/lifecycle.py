@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Start, restore or migrate a domain, and prefault its guest before the guest runs.
+"""Start, restore or migrate a domain, and prefault its guest before it runs.
 
 libvirt leaves the guest paused, as with ``virsh start --paused``, ``restore --paused`` and
 ``migrate --suspend``. At that time, RAM is loaded and the vCPUs do not run. The functions then
@@ -42,7 +42,7 @@ async def start(name: str, uri: str | None, options: Options, on_progress: Progr
 
 
 async def restore(file: str, uri: str | None, options: Options, on_progress: Progress) -> Report:
-    """Restore a domain from a file of ``virsh save``, prefault the guest, and resume it.
+    """Restore a domain from a ``virsh save`` file, prefault the guest, and resume it.
 
     :raises QemuPrefaultError: As for :func:`start`.
     """

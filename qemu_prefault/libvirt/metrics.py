@@ -81,11 +81,11 @@ class Metrics:
         self._paused.labels(event.name).inc(paused)
 
     def describe(self) -> list[Any]:
-        """Return an empty list, so that the registry does not call collect() to describe it."""
+        """Return an empty list, so that register() does not call collect()."""
         return []
 
     def collect(self) -> Iterator[Any]:
-        """Yield the metrics of every running domain. prometheus_client calls this per scrape."""
+        """Yield the metrics of all running domains. Called for each scrape."""
         gauge, counter = self._core.GaugeMetricFamily, self._core.CounterMetricFamily
         up = gauge("qemu_prefault_libvirt_up", "Whether the daemon is connected to libvirt")
         up.add_metric([], float(self._daemon.connected))

@@ -45,7 +45,7 @@ _FUTEX: Final = "202 "
 
 @dataclass(frozen=True, slots=True)
 class PrelaunchResult:
-    """The result of :func:`prefault_before_start`. Sizes are in bytes, times in seconds.
+    """The result of :func:`prefault_before_start`, in bytes and seconds.
 
     :ivar remaining: Requested bytes that were not prefaulted and verified.
     :ivar notes: The reasons why bytes remain, and warnings.
@@ -60,7 +60,7 @@ class PrelaunchResult:
 
 
 def boot_ram(machine: str, memory: int) -> tuple[tuple[int, int, int], ...]:
-    """Return the ranges of a PC's RAM: (gpa, size, offset in the RAM block), in bytes.
+    """Return the ranges of a PC's RAM: (gpa, size, offset in the RAM block).
 
     The result does not contain the range from 640 KiB to 1 MiB, because firmware remaps it.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``probe --domain``: check whether this host supports prefaulting a libvirt domain.
+"""``probe --domain``: check whether a libvirt domain can be prefaulted.
 
 The checks read files, read ``/proc`` and query libvirt. They change nothing.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A QMP server that forwards commands through libvirt's connection to QEMU, for ``--domain``.
+"""A QMP server that forwards commands through libvirt, for ``--domain``.
 
 libvirt owns the monitor of its QEMUs, and forwards commands and events for other programs
 (virDomainQemuMonitorCommand(), which taints the domain "custom-monitor"). The rest of this package

@@ -60,7 +60,7 @@ class DomainStatus:
 
 
 def read_domain_status(domain: str, uri: str | None = None) -> DomainStatus:
-    """Read the domain's definition. If the domain is running, also ask the plugin in its QEMU.
+    """Read the domain's definition, and query the plugin if the domain is running.
 
     :param domain: A name, a UUID, or ``-`` to read XML from stdin.
     :param uri: The libvirt connection, or None for the default.

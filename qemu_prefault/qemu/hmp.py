@@ -26,7 +26,7 @@ MAX_LINE: Final = 1024
 
 
 def _lines(text: str, what: str) -> Iterator[str]:
-    """Yield the lines of an answer without LF or CRLF. Refuse lines that are too long."""
+    """Yield the lines of an answer without LF or CRLF. Refuse too long lines."""
     for line in text.split("\n"):
         if len(line) > MAX_LINE:
             raise LayoutError(f'"{what}" has a line of {len(line)} characters')
@@ -228,7 +228,7 @@ _NUMA_SIZE: Final = re.compile(r"node ([0-9]{1,4}) (size|plugged): ([0-9]{1,12})
 
 
 def parse_numa(text: str) -> tuple[NumaNode, ...]:
-    """Return the guest's NUMA nodes from ``info numa``; empty if the guest has no NUMA.
+    """Return the guest's NUMA nodes from ``info numa``; empty if it has none.
 
     :raises LayoutError: A node has more plugged memory than memory in total.
     """

@@ -355,7 +355,7 @@ class _Join:
 
 
 def is_ram_region(name: str, memdevs: Collection[str]) -> bool:
-    """Return whether a memory region has a backend, or is a machine's RAM without one.
+    """Return whether a memory region has a backend or is the machine's main RAM.
 
     :param memdevs: The ids of all backends.
     """

@@ -63,7 +63,7 @@ MAX_EVENTS: Final = 1024
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """An event of QEMU. `seconds` is the time by QEMU's clock, in seconds since the Epoch."""
+    """An event of QEMU. `seconds` is QEMU's time in seconds since the Epoch."""
 
     name: str
     data: Mapping[str, object]

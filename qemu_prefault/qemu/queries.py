@@ -206,7 +206,7 @@ async def _read_once(monitor: Monitor) -> VmState | None:
 
 
 async def _all(*awaitables: Awaitable[object]) -> list[object]:
-    """Await all awaitables. If one fails, cancel the others and wait until they have ended."""
+    """Await all awaitables. If one fails, cancel the others and await their end."""
     tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     try:
         return list(await asyncio.gather(*tasks))
@@ -228,7 +228,7 @@ async def _optional(awaitable: Awaitable[object]) -> object | None:
 async def _host_addresses(
     monitor: Monitor, ranges: Sequence[FlatRange], memdevs: Collection[str]
 ) -> dict[int, int] | None:
-    """Return the host addresses of RAM and ROM ranges, or None if guest RAM has moved.
+    """Return the host addresses of RAM and ROM, or None if guest RAM has moved.
 
     The function queries the addresses of the first and the last page, to check that each range is
     also contiguous in QEMU's address space. If the address of device memory cannot be found (a BAR
@@ -303,7 +303,7 @@ async def _device_owned(
 
 
 async def _qom_list(monitor: Monitor, path: str) -> list[tuple[str, str]]:
-    """Return the names and types of an object's properties; empty if it does not exist."""
+    """Return names and types of an object's properties; empty if it does not exist."""
     answer = await _optional(monitor.execute("qom-list", path=path))
     if answer is None:
         return []
@@ -382,7 +382,7 @@ async def read_stage2(monitor: Monitor) -> Stage2Leaves | None:
 
 
 async def read_vcpu_stats(monitor: Monitor, names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Return KVM's counters of each vCPU by QOM path; empty if they are not available.
+    """Return KVM's counters of each vCPU by QOM path; empty if not available.
 
     :param names: For example ``pf_taken``, ``pf_fixed``, ``exits``. The result omits unknown names.
     :raises MonitorError: The query failed.
