@@ -16,7 +16,7 @@ column::
     ├── InputError               2  the command line, or a file that it names, is wrong
     ├── PartialError             3  some requested bytes are not accounted for
     ├── UnsupportedError         4  this host, kernel or QEMU lacks a feature
-    │   └── PtraceDeniedError       the kernel does not let this process trace QEMU
+    │   └── PtraceDeniedError       the kernel does not allow this process to trace QEMU
     └── RefusedError             5  prefaulting now would harm the guest or the host
         └── MonitorBusyError        another client holds the QMP socket
 
@@ -131,7 +131,7 @@ class Code(enum.StrEnum):
     AGENT_LEFT = "agent-left"
     #: Another client is prefaulting this QEMU.
     BUSY_AGENT = "busy-agent"
-    #: The kernel does not let this process trace QEMU.
+    #: The kernel does not allow this process to trace QEMU.
     PTRACE_DENIED = "ptrace-denied"
     #: A security module forbids executable anonymous memory in QEMU.
     EXECMEM = "execmem"
@@ -209,7 +209,7 @@ class Code(enum.StrEnum):
     FIRMWARE_AHEAD = "firmware-ahead"
     #: KVM can never use huge pages for some sections.
     NEVER_HUGE = "never-huge"
-    #: EPT has no accessed/dirty bits, so each prefaulted page still costs one exit.
+    #: EPT has no accessed/dirty bits, so the first access to each page still exits.
     NO_EPT_AD = "no-ept-ad"
     #: kvm.nx_huge_pages is on.
     NX_HUGE_PAGES = "nx-huge-pages"
@@ -346,7 +346,7 @@ class UnsupportedError(QemuPrefaultError):
 
 
 class PtraceDeniedError(UnsupportedError):
-    """The kernel does not let this process trace QEMU."""
+    """The kernel does not allow this process to trace QEMU."""
 
     code = Code.PTRACE_DENIED
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Agents issue system calls inside QEMU by ptrace, the plugin or QEMU's jobs."""
+"""The agents, which make system calls inside QEMU (attach, plugin and qmp)."""

@@ -37,7 +37,7 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result of a range: bytes done from its start, and an errno or 0."""
+    """The result of a range: the bytes done from its start, and an errno or 0."""
 
     range: Range
     done: int
@@ -169,7 +169,7 @@ class Agent(Protocol):
         ...
 
     def abort(self) -> None:
-        """End the current batch after its current chunks, and skip all later ones.
+        """End the current batch after its current chunks, and skip all later batches.
 
         This is safe to call at any time.
         """

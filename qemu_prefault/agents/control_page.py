@@ -32,7 +32,7 @@ class Helper:
         self.area = area
         self.control = area + code_size
         self.batch = 0
-        self.thread_id = 0  # in our pid namespace; 0: unknown
+        self.thread_id = 0  # in this process's pid namespace, or 0 if unknown
 
     def read_header(self) -> Any:
         """Return the control page's fields before the ranges.

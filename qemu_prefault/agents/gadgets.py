@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Find instructions, an exit slot and free addresses in QEMU for helpers."""
+"""Find the instructions and addresses in QEMU that helpers use."""
 
 from __future__ import annotations
 

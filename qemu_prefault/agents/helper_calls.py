@@ -25,7 +25,7 @@ from .seccomp import BadFilterError, Call, Filter, Number, denied, parse_filters
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_FLAGS = 0x100022  # MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED_NOREPLACE
-CLONE_FLAGS = 0x3D0F00  # those of pthread_create(), see native/ptrace/inject.c
+CLONE_FLAGS = 0x3D0F00  # the flags of pthread_create(), see native/ptrace/inject.c
 SIG_SETMASK, TICK_SIGNAL = 2, 64
 PR_SET_NAME = 15
 CLOCK_MONOTONIC = 1

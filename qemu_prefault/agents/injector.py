@@ -64,7 +64,7 @@ class Injector:
     """Starts the helpers of one run.
 
     The same thread must make all calls, because the kernel attaches tracees to a thread. The
-    constructor checks QEMU and writes only the exit slot.
+    constructor checks QEMU. It writes only the exit slot, see :func:`.prepare_exit_slot`.
 
     :ivar allowed: The optional system calls that QEMU's seccomp filters allow.
     :raises UnsupportedError: A helper cannot run in this QEMU, see :meth:`.PtraceAgent.start`.

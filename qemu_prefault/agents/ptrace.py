@@ -100,7 +100,7 @@ class PtraceAgent:
             raise
 
     async def _wait_until_alone(self) -> None:
-        """Wait until the helpers of a killed run have exited. Refuse if they do not exit."""
+        """Wait until the helpers of a killed run have exited. Raise an error if they stay."""
         deadline = time.monotonic() + self.limits.dead_man + self.limits.stuck + 1
         while helper_threads(self.process.pid):
             if time.monotonic() > deadline:
@@ -155,7 +155,7 @@ class PtraceAgent:
             self._heart.start()
 
     def _beat(self) -> None:
-        """Write the heartbeat of every helper, in a separate thread without delays."""
+        """Write the heartbeat of every helper. This runs in a separate thread."""
         beat = 0
         while True:
             beat += 1
@@ -259,7 +259,7 @@ class PtraceAgent:
     def _guarded(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function that accesses QEMU's memory.
 
-        If it fails, raise the error for an exited QEMU or an exited helper.
+        If the call fails, raise the error for an exited QEMU or an exited helper.
         """
         try:
             return function(*args)

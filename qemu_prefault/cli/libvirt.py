@@ -84,7 +84,7 @@ def enable(
         if not path.exists():
             raise InputError(
                 f"the plugin is not installed at {path}, so QEMU would not start",
-                "install it on every host that this domain may run on: "
+                "install it on every host on which this domain may run: "
                 "qemu-prefault libvirt install",
                 code=Code.NOT_INSTALLED,
             )

@@ -32,7 +32,7 @@ from .vm import Backing
 #: that phase, and the total bytes of that phase.
 Progress = Callable[[str, int, int], None]
 
-#: Errors that the vCPU causes and not the range. Another vCPU may succeed with the same range.
+#: Errors that depend on the vCPU. Another vCPU may succeed with the same range.
 VCPU_ERRORS: Final = (kvm.STUCK, errno.EOPNOTSUPP)
 #: Maximum bytes that a worker populates before the executor reads the memory limits again.
 BATCH_BYTES: Final = 64 << 20

@@ -138,7 +138,7 @@ class GuestMode:
         else:
             why = "so KVM could not fill the guest's own tables"
             if set(unusable.values()) == {errno.EOPNOTSUPP}:
-                notes.pop(Code.VCPU_UNUSABLE, None)  # this warning includes that one
+                notes.pop(Code.VCPU_UNUSABLE, None)  # the warning below covers these vCPUs
         if will_resume:
             notes[Code.GUEST_MODE] = (
                 f"the guest was stopped {_times(tries)} within {seconds:.1f} s; each time {every} "

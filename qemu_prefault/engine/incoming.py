@@ -142,7 +142,7 @@ async def hold_incoming(
 ) -> AsyncIterator[IncomingMigration]:
     """Keep an incoming guest paused after it is loaded, until the end of the block.
 
-    If the block raises or this process dies, QEMU starts the guest as it would have done otherwise.
+    If the block raises or this process dies, the guest starts as it would without this function.
     If the block exits normally, the caller must resume the guest.
 
     :param cleanup: The functions that stop the agent's helpers if this process dies.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Run the steps of a prefault.
 
-:func:`prefault` takes these steps::
+:func:`prefault` performs these steps::
 
     check the guest, KVM and the kernel        preflight.check_supported
     check the guest's state                    preflight.check_vm_state
@@ -17,7 +17,7 @@
 
 An incoming guest (:meth:`PrefaultRun.receive`) is populated while its RAM is being loaded, and
 prefaulted after that, before it starts. If the time of a pause is limited, the guest is prefaulted
-in several pauses. During all of this, :class:`InterferenceMonitor` detects whether another client
+in several pauses. During the whole run, :class:`InterferenceMonitor` detects whether another client
 resumes, resets or migrates the guest.
 """
 
@@ -202,7 +202,7 @@ class PrefaultRun:
     async def prefault_in_one_pause(self, targets: tuple[Target, ...]) -> None:
         """Pause the guest and prefault it.
 
-        If all vCPUs are in guest mode, resume the guest and try again within limits.
+        If all vCPUs are in guest mode, resume the guest and try again, see :class:`.GuestMode`.
         """
         guest_mode = self.guest_mode
         started = time.monotonic()

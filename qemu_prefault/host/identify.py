@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Find the QEMU process behind a QMP monitor.
 
-SO_PEERCRED gives the process that listens on the QMP socket, and ``query-cpus-fast`` gives the vCPU
-threads. Before anything is injected into a process, :func:`identify` checks in ``/proc`` that this
-process owns these threads. The check fails for a proxy and for a server that reports wrong thread
-ids.
+SO_PEERCRED identifies the process that listens on the QMP socket, and ``query-cpus-fast`` lists the
+vCPU threads. Before the tool injects code into a process, :func:`identify` checks in ``/proc`` that
+this process owns these threads. The check fails for a proxy, and for a server that reports wrong
+thread ids.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .procfs import Process, comm_of, tgid_of, thread_map
 
 
 def identify(peer_pid: int | None, given_pid: int | None, thread_ids: Sequence[int]) -> Process:
-    """Return QEMU's process if the monitor, the socket and the kernel agree on it.
+    """Return QEMU's process, after checking that it owns the vCPU threads.
 
     :param peer_pid: The process that listens on the monitor socket (SO_PEERCRED), or None if
         unknown (TCP).

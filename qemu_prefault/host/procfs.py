@@ -411,7 +411,7 @@ def parse_number(text: str | None) -> int | None:
 def thread_map(process: Process) -> dict[int, int]:
     """Map thread ids of the process's pid namespace to those of this one.
 
-    They differ if the process runs in its own pid namespace (NSpid of ``/proc/PID/status``).
+    The ids differ if the process runs in its own pid namespace (NSpid of ``/proc/PID/status``).
     """
     threads = process.threads()
     if len(process.status().ns_pids) <= 1:

@@ -12,7 +12,7 @@ from ..host.procfs import Process
 
 
 def pid_files(name: str) -> Iterator[Path]:
-    """Yield the possible paths of a domain's pid file: system and session daemon."""
+    """Yield the paths at which libvirt daemons store the pid file of a domain."""
     yield Path(f"/run/libvirt/qemu/{name}.pid")
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         yield Path(f"{runtime}/libvirt/qemu/run/{name}.pid")

@@ -114,7 +114,7 @@ def is_current(path: Path) -> bool:
 def install(root: Path = Path("/"), *, hook: bool = False, unit: bool = False) -> list[Installed]:
     """Install the plugin, and the AppArmor rule if the host uses AppArmor.
 
-    :param root: The directory to install below.
+    :param root: The root directory of the installation.
     :param hook: Also install the hook.
     :param unit: Also install the systemd unit of the daemon.
     :raises FailedError: A file could not be written.

@@ -72,7 +72,7 @@ async def migrate(
 
     :param source: The libvirt connection of the host on which the domain runs.
     :param uri: The libvirt connection of this host, or None for the default.
-    :param migrate_uri: The URI for the migration data, or None to let libvirt choose.
+    :param migrate_uri: The URI for the migration data, or None if libvirt should choose it.
     :param persistent: Also define the domain on this host.
     :param undefine: Also undefine the domain on the source host.
     :raises QemuPrefaultError: As for :func:`start`.

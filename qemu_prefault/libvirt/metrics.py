@@ -85,7 +85,7 @@ class Metrics:
         return []
 
     def collect(self) -> Iterator[Any]:
-        """Yield the metrics of all running domains. Called for each scrape."""
+        """Yield the metrics of all running domains, for one scrape."""
         gauge, counter = self._core.GaugeMetricFamily, self._core.CounterMetricFamily
         up = gauge("qemu_prefault_libvirt_up", "Whether the daemon is connected to libvirt")
         up.add_metric([], float(self._daemon.connected))

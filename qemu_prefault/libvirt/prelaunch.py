@@ -39,7 +39,7 @@ AMD_HOLE = 0xFD_0000_0000
 
 #: Name of a vCPU thread with `-name …,debug-threads=on`, which libvirt always passes.
 _VCPU_NAME: Final = re.compile(r"CPU ([0-9]+)/KVM")
-#: Prefix of /proc/PID/task/TID/syscall while the thread is in futex(2), as a stopped vCPU is.
+#: Prefix of /proc/PID/task/TID/syscall while the thread waits in futex(2), as stopped vCPUs do.
 _FUTEX: Final = "202 "
 
 
@@ -180,7 +180,7 @@ async def prefault_before_start(
     :param populate: Memory that may be populated, as for ``--populate``.
     :raises UnsupportedError: The domain or the host does not support it. Nothing was changed.
     :raises RefusedError: The guest runs, or its RAM was not found. Nothing was changed.
-    :raises FailedError: A step failed, or QEMU has ended.
+    :raises FailedError: A step failed, or QEMU has exited.
     """
     started = time.monotonic()
     capability = kvm.pre_fault_capability(process)
@@ -253,7 +253,7 @@ async def prefault_before_start(
 def _reason_not_to_populate(
     source: MemorySource, domain: Domain, absent: int, populate: str
 ) -> str | None:
-    """Return why absent memory may not be populated, or None if it may."""
+    """Return the reason why absent memory may not be populated, or None."""
     if populate == "resident":
         return 'populate="resident"'
     if populate == "auto" and domain.current < domain.memory:

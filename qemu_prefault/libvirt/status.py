@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``libvirt status``: whether a domain loads the plugin, and the plugin's state."""
+"""``libvirt status``: read whether a domain loads the plugin, and its state."""
 
 from __future__ import annotations
 

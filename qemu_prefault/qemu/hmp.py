@@ -26,7 +26,7 @@ MAX_LINE: Final = 1024
 
 
 def _lines(text: str, what: str) -> Iterator[str]:
-    """Yield the lines of an answer without LF or CRLF. Refuse too long lines."""
+    """Yield the lines of an answer without LF or CRLF. Check their lengths."""
     for line in text.split("\n"):
         if len(line) > MAX_LINE:
             raise LayoutError(f'"{what}" has a line of {len(line)} characters')
