@@ -209,7 +209,7 @@ class Code(enum.StrEnum):
     FIRMWARE_AHEAD = "firmware-ahead"
     #: KVM can never use huge pages for some sections.
     NEVER_HUGE = "never-huge"
-    #: EPT has no accessed/dirty bits, so the first access to each page still exits.
+    #: EPT has no accessed/dirty bits, so the first access to each prefaulted page causes one exit.
     NO_EPT_AD = "no-ept-ad"
     #: kvm.nx_huge_pages is on.
     NX_HUGE_PAGES = "nx-huge-pages"

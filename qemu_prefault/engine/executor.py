@@ -190,9 +190,7 @@ class Executor:
                         f"populating ended early, because {limit.name} has too little memory left "
                         f"({limit.detail}); the memory populated so far stays populated"
                     )
-                    self._tally.of(target.section).note = (
-                        f"populate: {limit.name} has too little memory left"
-                    )
+                    self._tally.of(target.section).note = f"populate: {limit.name} lacks memory"
 
     async def prefault(
         self, targets: Sequence[Target], *, again: bool = False, skip_pagemap: bool = False
