@@ -119,7 +119,7 @@ def resumed_error() -> FailedError:
     """Return the error for a guest that another client has resumed during the run."""
     return FailedError(
         "another client resumed the guest while it was being prefaulted",
-        "the memory prefaulted so far stays mapped; run this again for the rest",
+        "run qemu-prefault again to prefault the rest; the memory prefaulted so far stays mapped",
         code=Code.RESUMED,
     )
 
@@ -143,19 +143,19 @@ class Agent(Protocol):
         ...
 
     async def hold_vcpus(self) -> bool:
-        """Keep the workers' vCPUs from running beside a prefault, even if others resume the guest.
+        """Prevent the workers' vCPUs from running during a prefault.
 
-        Call this when the guest has been paused, before the first batch that prefaults, and then
-        check that the guest is still paused. A vCPU that is to run afterwards first ends the
-        workers' batches, and all later ones.
+        Call this when the guest has been paused, before the first batch that prefaults. Then check
+        that the guest is still paused. If another client resumes the guest later, the workers'
+        batches end before a vCPU runs, and later batches are skipped.
 
         :returns: Whether that check is necessary. It is not if the vCPUs' threads do the work.
-        :raises FailedError: if a vCPU is running (code ``resumed``), or cannot be held.
+        :raises FailedError: A vCPU is running (code ``resumed``), or cannot be held.
         """
         ...
 
     async def release_vcpus(self) -> None:
-        """Let the vCPUs run again, before this process resumes the guest."""
+        """Allow the vCPUs to run. Call this before this process resumes the guest."""
         ...
 
     async def run(

@@ -281,7 +281,7 @@ class PluginAgent:
         return True
 
     async def release_vcpus(self) -> None:
-        """See :meth:`.Agent.release_vcpus`. A vCPU that runs ends the plugin's use of it."""
+        """Do nothing, because the plugin stops using a vCPU when the vCPU runs."""
 
     async def run(
         self, batch: Mapping[int, Sequence[Range]], on_progress: Callable[[int], None]

@@ -169,8 +169,8 @@ class PtraceAgent:
     async def hold_vcpus(self) -> bool:
         """See :meth:`.Agent.hold_vcpus`.
 
-        :raises UnsupportedError: if this process has no permission to trace QEMU.
-        :raises AgentError: if a vCPU's thread does not stop.
+        :raises UnsupportedError: This process has no permission to trace QEMU.
+        :raises AgentError: A vCPU's thread does not stop.
         """
         if self._gate is None:
             return False
@@ -191,7 +191,7 @@ class PtraceAgent:
     async def run(
         self, batch: Mapping[int, Sequence[Range]], on_progress: Callable[[int], None]
     ) -> BatchResult:
-        """Run one batch, see :meth:`.Agent.run`. To prefault, call :meth:`hold_vcpus` before.
+        """Run one batch, see :meth:`.Agent.run`. If it prefaults, hold the vCPUs first.
 
         :raises FailedError: QEMU (code ``qemu-gone``) or a helper (code ``agent-left``) has exited.
         :raises AgentError: The vCPUs are not held.

@@ -260,11 +260,11 @@ class QmpAgent:
             await self._monitor.execute("job-cancel", id=job)
 
     async def hold_vcpus(self) -> bool:
-        """See :meth:`.Agent.hold_vcpus`. QEMU's vCPU threads prefault, so nothing must be held."""
+        """Return False, because QEMU's vCPU threads do the work themselves."""
         return False
 
     async def release_vcpus(self) -> None:
-        """See :meth:`.Agent.release_vcpus`."""
+        """Do nothing, see :meth:`hold_vcpus`."""
 
     def abort(self) -> None:
         """See :meth:`.Agent.abort`."""

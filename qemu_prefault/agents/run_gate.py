@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Keep the vCPUs that helpers use out of KVM_RUN, see native/ptrace/run_gate.h."""
+"""Keep the vCPUs that helpers use out of KVM_RUN (native/ptrace/run_gate.h)."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ ERRNO_BYTES = 4
 class RunGate:
     """The process that holds the vCPU threads. It runs until :meth:`close`.
 
-    :raises AgentError: if the process cannot be started.
+    :raises AgentError: The process cannot be started.
     """
 
     def __init__(
         self, process: Process, memory: int, thread_ids: Sequence[int], helpers: Sequence[Helper]
     ) -> None:
-        """
+        """Start the process.
+
         :param memory: A descriptor of QEMU's /proc/PID/mem.
-        :param thread_ids: The vCPUs' threads.
-        :param helpers: The helper of each of them.
+        :param thread_ids: The ids of the vCPUs' threads.
+        :param helpers: The helper of each thread.
         """
         self._process = process
         self._held = False
@@ -51,13 +52,13 @@ class RunGate:
         if self._child < 0:
             self._socket.close()
             raise AgentError(
-                f"cannot start a process: {os.strerror(-self._child)}",
+                f"cannot start the process that holds vCPUs: {os.strerror(-self._child)}",
                 "check the limit of processes (ulimit -u, pids.max) of qemu-prefault",
             )
         self._socket.setblocking(False)
 
     def holds(self) -> bool:
-        """Return whether the vCPUs are held, or one has run and thereby ended all work."""
+        """Return whether the vCPUs are held, or a vCPU has run and has ended all work."""
         if not self._held:
             return False
         try:
@@ -70,9 +71,9 @@ class RunGate:
     async def hold(self) -> None:
         """Hold the vCPUs.
 
-        :raises UnsupportedError: if this process has no permission to trace QEMU.
-        :raises FailedError: if a vCPU is running (code ``resumed``) or its thread has exited.
-        :raises AgentError: if a thread does not stop.
+        :raises UnsupportedError: This process has no permission to trace QEMU.
+        :raises FailedError: A vCPU is running (code ``resumed``), or its thread has exited.
+        :raises AgentError: A thread does not stop.
         """
         answer = await self._ask(lib.RUN_GATE_HOLD)
         if answer == lib.RUN_GATE_FAILED:
@@ -81,36 +82,36 @@ class RunGate:
                 raise ptrace_denied(self._process)
             if code == errno.ESRCH:
                 raise FailedError(
-                    f"a vCPU thread of QEMU (pid {self._process.pid}) is gone",
+                    f"a vCPU thread of QEMU (pid {self._process.pid}) has exited",
                     "check whether QEMU has exited or unplugged that vCPU",
                     code=Code.QEMU_GONE,
                 )
             raise AgentError(
                 f"a vCPU thread of QEMU (pid {self._process.pid}) does not stop: "
                 f"{os.strerror(code)}",
-                "QEMU is unharmed; run this again",
+                "run qemu-prefault again; QEMU is unharmed",
             )
         self._held = True
         if answer == lib.RUN_GATE_OPEN:
             raise resumed_error()
 
     async def release(self) -> None:
-        """Let the vCPUs run."""
+        """Allow the vCPUs to run."""
         if not self._held:
             return
         self._held = False
-        with contextlib.suppress(AgentError):  # without the gate, the vCPUs are free
+        with contextlib.suppress(AgentError):  # if the process has died, the vCPUs can run
             while await self._ask(lib.RUN_GATE_RELEASE) != lib.RUN_GATE_RELEASED:
                 pass  # a vCPU has run meanwhile
 
     def end(self) -> None:
-        """Make the gate let the vCPUs run and exit. A fork of this process can do this, too."""
-        with contextlib.suppress(OSError):  # the gate has exited
+        """End the process, so that the vCPUs can run. A fork of this process may call this."""
+        with contextlib.suppress(OSError):  # the process has exited
             # close() is not enough: forks of this process have copies of the descriptor.
             self._socket.shutdown(socket.SHUT_RDWR)
 
     async def close(self) -> None:
-        """Make the gate let the vCPUs run, and wait until it has exited."""
+        """End the process, and wait until it has exited."""
         self.end()
         self._socket.close()
         with contextlib.suppress(ChildProcessError):
@@ -138,8 +139,9 @@ class RunGate:
 
 
 def lost_error() -> AgentError:
-    """Return the error for a gate that was killed."""
+    """Return the error for a :class:`RunGate` process that was killed."""
     return AgentError(
         "the process that holds the paused guest's vCPUs has died",
-        "check dmesg for the reason, such as the OOM killer; QEMU is unharmed: run this again",
+        "run qemu-prefault again, and look for the reason in dmesg, for example the OOM killer; "
+        "QEMU is unharmed",
     )
