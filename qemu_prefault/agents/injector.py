@@ -29,13 +29,18 @@ from .qemu_process import exit_error, same_pid_namespace, stays_alive
 MAX_HELPERS = 8
 
 
-def choose_threads(process: Process, threads: Sequence[VcpuThread]) -> list[VcpuThread]:
-    """Choose the vCPUs that get a helper.
+def choose_threads(
+    process: Process,
+    threads: Sequence[VcpuThread],
+    or_else: str = "use the plugin agent",
+) -> list[VcpuThread]:
+    """Choose the vCPUs that get a helper, or a worker thread of the plugin.
 
     The number of helpers is the number of CPUs that QEMU may use, but at least 2 and at most
     :data:`MAX_HELPERS`. The minimum is 2 because one vCPU may be unusable, for example in guest
     mode. The vCPUs are spread over the guest's NUMA nodes.
 
+    :param or_else: An alternative to a higher limit, for the error message.
     :raises RefusedError: QEMU may start too few more threads (code ``no-tasks``).
     """
     try:
@@ -48,7 +53,7 @@ def choose_threads(process: Process, threads: Sequence[VcpuThread]) -> list[Vcpu
         raise RefusedError(
             f"QEMU (pid {process.pid}) may start only {limit.left} more threads: "
             f"{limit.name} is {limit.detail}",
-            f"raise {limit.name}, or use the plugin agent",
+            f"raise {limit.name}, or {or_else}",
             code=Code.NO_TASKS,
         )
     nodes: dict[int | None, list[VcpuThread]] = {}

@@ -32,11 +32,14 @@ class Selection:
     def choose_threads(
         self, process: Process, threads: Sequence[VcpuThread]
     ) -> Sequence[VcpuThread]:
-        """Return the vCPUs that the agent uses. The attach agent uses a subset.
+        """Return the vCPUs that the agent uses. An agent that starts threads uses a subset.
 
         :raises RefusedError: As for :func:`~qemu_prefault.agents.injector.choose_threads`.
         """
-        return choose_threads(process, threads) if self.name == "attach" else threads
+        if self.name == "qmp":
+            return threads
+        or_else = "start fewer threads in QEMU" if self.name == "plugin" else "use the plugin agent"
+        return choose_threads(process, threads, or_else)
 
     def make(
         self,

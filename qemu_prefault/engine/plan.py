@@ -104,6 +104,8 @@ def _reason_not_to_populate(
     balloon = state.balloon
     reasons = {
         "--populate resident": populate is Populate.RESIDENT,
+        f"{state.private_memory}: private memory is not in QEMU's mapping": state.private_memory
+        is not None,
         "virtio-mem: unplugged blocks are absent on purpose": section.device == "virtio-mem",
         "the balloon is inflated: memory is absent on purpose": balloon is not None
         and balloon.actual < balloon.total,

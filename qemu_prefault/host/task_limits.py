@@ -24,30 +24,28 @@ CAP_SYS_RESOURCE: Final = 24
 RESERVE: Final = 64
 #: Minimum number of tasks that must be left to start a helper.
 MIN_LEFT: Final = 4
-#: Number of timers of a helper. Each timer counts as one pending signal.
-TIMERS_PER_HELPER: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
 class TaskLimit:
     """A limit on tasks or pending signals, and the number that is left.
 
+    A helper uses one task, and one pending signal for its timer.
+
     :ivar name: The name of the limit, for messages.
     :ivar left: The number of tasks or pending signals that are left.
     :ivar detail: The value and the current use of the limit, for messages.
-    :ivar per_helper: The number of tasks or pending signals that one helper uses.
     """
 
     name: str
     left: int
     detail: str
-    per_helper: int = 1
 
     def helpers(self, wanted: int) -> int:
         """Return the number of helpers that this limit allows, at most ``wanted``."""
-        if self.left < MIN_LEFT * self.per_helper:
+        if self.left < MIN_LEFT:
             return 0
-        return max(1, min(wanted, (self.left - RESERVE) // self.per_helper))
+        return max(1, min(wanted, self.left - RESERVE))
 
 
 def task_limits(process: Process) -> list[TaskLimit]:
@@ -123,7 +121,6 @@ def _rlimits(process: Process) -> list[TaskLimit]:
                 "the limit of pending signals (ulimit -i)",
                 max(0, most - used),
                 f"{most}, {used} in use",
-                TIMERS_PER_HELPER,
             )
         )
     most_tasks = parse_limits(read_optional(f"{procfs.PROC}/{process.pid}/limits") or "").get(

@@ -36,6 +36,8 @@ from .domain_xml import Domain
 
 KIB_640, MIB, GIB_4 = 0xA0000, 1 << 20, 4 << 30
 AMD_HOLE = 0xFD_0000_0000
+#: The machine's property that makes a confidential guest, in QEMU's command line.
+CONFIDENTIAL: Final = "confidential-guest-support"
 
 #: Name of a vCPU thread with `-name …,debug-threads=on`, which libvirt always passes.
 _VCPU_NAME: Final = re.compile(r"CPU ([0-9]+)/KVM")
@@ -258,6 +260,8 @@ def _reason_not_to_populate(
         return 'populate="resident"'
     if populate == "auto" and domain.current < domain.memory:
         return "the balloon is inflated: memory is absent on purpose"
+    if populate == "auto" and any(CONFIDENTIAL in text for text in source.process.arguments()):
+        return f"{CONFIDENTIAL}: private memory is not in QEMU's mapping"
     if populate == "auto" and is_disk_file(source.process, source.mapping):
         return "a shared file: populating would write to it"
     for limit in source.limits(absent):

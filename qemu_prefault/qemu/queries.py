@@ -33,6 +33,10 @@ from .qapi import expect_array, expect_bool, expect_int, expect_object, expect_s
 #: Maximum number of memory ranges of a guest. Known machines have far fewer.
 MAX_RANGES: Final = 4096
 
+#: Types of confidential guests whose memory is in QEMU's ordinary mappings (target/i386/sev.c,
+#: target/s390x/kvm/pv.c, hw/ppc/pef.c of QEMU).
+WITHOUT_GUEST_MEMFD: Final = frozenset({"sev-guest", "s390-pv-guest", "pef-guest"})
+
 #: The values of ``status`` in ``query-migrate`` if no migration is running.
 MIGRATION_OVER: Final = frozenset({"none", "completed", "failed", "cancelled"})
 
@@ -72,6 +76,8 @@ class VmState:
     :ivar dirty_rate: The status of dirty-rate measuring (``query-dirty-rate``), or None if
         unknown.
     :ivar balloon: None if the guest has no working balloon.
+    :ivar private_memory: The type of a confidential guest whose private memory is in guest_memfd
+        (for example ``sev-snp-guest``), or None for other guests.
     """
 
     version: str
@@ -86,6 +92,7 @@ class VmState:
     balloon: Balloon | None
     migration: str | None
     dirty_rate: str | None
+    private_memory: str | None = None
 
 
 async def read_vm_state(monitor: Monitor) -> VmState:
@@ -202,7 +209,19 @@ async def _read_once(monitor: Monitor) -> VmState | None:
         balloon=_balloon(balloon, summary, memory_devices),
         migration=_member(migrate, "status", "query-migrate"),
         dirty_rate=_member(dirty_rate, "status", "query-dirty-rate"),
+        private_memory=await _private_memory(monitor),
     )
+
+
+async def _private_memory(monitor: Monitor) -> str | None:
+    """Return the type of a confidential guest with guest_memfd, see :class:`VmState`."""
+    prop = "confidential-guest-support"
+    link = await _optional(monitor.execute("qom-get", path="/machine", property=prop))
+    if not isinstance(link, str) or not link.startswith("/"):
+        return None
+    kind = await _optional(monitor.execute("qom-get", path=link, property="type"))
+    name = kind if isinstance(kind, str) else "confidential guest"
+    return None if name in WITHOUT_GUEST_MEMFD else name
 
 
 async def _all(*awaitables: Awaitable[object]) -> list[object]:

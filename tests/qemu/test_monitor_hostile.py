@@ -250,6 +250,11 @@ def test_honest_server_works(tmp_path: Path) -> None:
     assert machine.balloon is not None
     assert (machine.balloon.actual, machine.balloon.total) == (128 * MIB, 256 * MIB)
     assert (machine.version, machine.machine_type) == ("10.0.0", "pc-machine")
+    assert machine.private_memory is None
+
+
+def test_unknown_confidential_guest_has_private_memory(tmp_path: Path) -> None:
+    assert ask(tmp_path, {"qom-get": "/objects/future0"}).private_memory == "/objects/future0"
 
 
 NONSENSE: list[object] = [None, 7, -1, 1.5, "x", True, [], {}, [[]], [{}], {"return": 1}, [None]]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from qemu_prefault.agents.plugin import plugin_path
 from support.process import leftovers
 from support.qemu import MIB, QemuVm, StartQemu, start_tool, start_vm
 
@@ -37,14 +38,27 @@ def pids_group() -> Iterator[Path]:
     group.rmdir()
 
 
-@pytest.fixture
-def vm(start_qemu: StartQemu, tmp_path: Path, pids_group: Path) -> Iterator[QemuVm]:
+@pytest.fixture(params=["attach", "plugin"])
+def vm(
+    request: pytest.FixtureRequest, start_qemu: StartQemu, tmp_path: Path, pids_group: Path
+) -> Iterator[QemuVm]:
+    """Yield a QEMU in the cgroup, for each agent that starts threads in it."""
+    with_plugin = request.param == "plugin"
+    plugin = ["-plugin", str(plugin_path())] if with_plugin else []
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(16 * MIB))
     drive = f"file={disk},format=raw,if=none,id=d0,aio=threads"
     arguments = ("-drive", drive, "-device", "virtio-blk-pci,drive=d0")
     prefix = ["sh", "-c", f'echo $$ >{pids_group}/cgroup.procs; exec "$@"', "sh"]
-    vm = start_vm(start_qemu, tmp_path, "-m", "1G", "-smp", "4", *arguments, prefix=prefix)
+    vm = start_vm(
+        start_qemu,
+        tmp_path,
+        *("-m", "1G", "-smp", "4"),
+        *arguments,
+        *plugin,
+        prefix=prefix,
+        accel="kvm" if with_plugin else "tcg",
+    )
     yield vm
     vm.qemu.kill()
 

@@ -286,6 +286,14 @@ def test_auto_skips_intentionally_absent_memory(name: str) -> None:
     assert target.why_not
 
 
+def test_auto_skips_the_shared_copy_of_private_memory() -> None:
+    vm = machine(section(MIB, GIB), private_memory="sev-snp-guest")
+    (target,) = select(vm, Options(Populate.AUTO))
+    assert not target.may_populate
+    assert "sev-snp-guest" in (target.why_not or "")
+    assert select(vm, Options(Populate.ALL))[0].may_populate
+
+
 @pytest.mark.parametrize("name", PRESENT)
 def test_auto_populates_ordinary_memory(name: str) -> None:
     ram, balloon = PRESENT[name]

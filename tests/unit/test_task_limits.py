@@ -24,8 +24,8 @@ from qemu_prefault.host.task_limits import (
 )
 
 
-def left(count: int, per_helper: int = 1) -> TaskLimit:
-    return TaskLimit("a limit", count, "", per_helper)
+def left(count: int) -> TaskLimit:
+    return TaskLimit("a limit", count, "")
 
 
 @pytest.mark.parametrize(
@@ -39,9 +39,6 @@ def left(count: int, per_helper: int = 1) -> TaskLimit:
         (left(RESERVE + 2), 2),
         (left(RESERVE + 8), 8),
         (left(1 << 30), 8),
-        (left(2 * MIN_LEFT - 1, 2), 0),
-        (left(2 * MIN_LEFT, 2), 1),
-        (left(RESERVE + 5, 2), 2),
     ],
 )
 def test_reserve_is_left(limit: TaskLimit, expected: int) -> None:
