@@ -194,7 +194,7 @@ def hugetlb_pool_limit(page_size: int, nodes: Sequence[int] = (), ours: int = 0)
     )
     if free is None:
         return Limit("hugetlb", 0, f"this kernel does not offer {page_size >> 10} KiB huge pages")
-    promised = max(0, (reserved or 0) - ours // page_size)
+    promised = max(0, (reserved or 0) - -(-ours // page_size))
     more = max(0, (overcommit or 0) - (surplus or 0))
     if nodes:
         here = "/sys/devices/system/node/node{}/hugepages/" + os.path.basename(pool)

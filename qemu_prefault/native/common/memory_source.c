@@ -154,7 +154,8 @@ uint64_t pf_source_hugetlb(int32_t pools_fd, int32_t nodes_fd, const struct sour
 
 	snprintf(name, sizeof(name), "hugepages-%llukB/resv_hugepages", kib);
 	reserved = number_at(pools_fd, name);
-	reserved = reserved > ours / page_size ? reserved - ours / page_size : 0;
+	ours = ours / page_size + (ours % page_size != 0); /* the guest has part of a page */
+	reserved = reserved > ours ? reserved - ours : 0;
 	if (!nodes) {
 		in_pool = pf_headroom_hugetlb_pool(pools_fd, page_size) / page_size;
 		return in_pool > reserved ? (in_pool - reserved) * page_size : 0;

@@ -40,7 +40,8 @@ static uint64_t hugetlb_left(const struct memory_source *source, uint64_t ours)
 	const struct source_nodes *nodes = source->confined ? &source->nodes : NULL;
 	uint64_t page_size = source->page_size, least = HEADROOM_UNLIMITED;
 
-	if (pools_fd >= 0)
+	/* The kernel guarantees a reserved page, but not on which node. */
+	if (pools_fd >= 0 && (nodes || !source->reserved))
 		least = pf_source_hugetlb(pools_fd, nodes_fd, nodes, page_size, ours);
 	for (int i = 0; i < hugetlb_group_count; i++) {
 		uint64_t left = pf_headroom_hugetlb_group(hugetlb_groups[i].directory,
