@@ -217,6 +217,15 @@ def _reach(process: Process, mapping: MemoryMapping) -> str | None:
         with contextlib.suppress(OSError):
             if os.stat(path).st_ino == mapping.inode:
                 return path
+    # map_files needs CAP_SYS_ADMIN, and a deleted file has no path: QEMU keeps it open.
+    wanted = (mapping.inode, os.makedev(*mapping.device))
+    with contextlib.suppress(OSError):
+        for number in os.listdir(f"{procfs.PROC}/{process.pid}/fd"):
+            path = f"{procfs.PROC}/{process.pid}/fd/{number}"
+            with contextlib.suppress(OSError):
+                status = os.stat(path)
+                if (status.st_ino, status.st_dev) == wanted:
+                    return path
     return None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,21 @@ def test_too_small_tmpfs_is_refused(vm_of: StartVm, tmpfs: Path) -> None:
     result = vm.prefault("--populate-only")
     assert result.status == 5 and result.error["code"] == "no-memory"
     assert f"the file system of {tmpfs} has only 200.0 MiB" in result.error["cause"]
+    assert used(tmpfs) == 0
+
+
+@needs_root
+def test_deleted_file_is_found_without_cap_sys_admin(vm_of: StartVm, tmpfs: Path) -> None:
+    """Only CAP_SYS_ADMIN may follow the links of map_files."""
+    if shutil.which("setpriv") is None:
+        pytest.skip("setpriv is not installed")
+    vm = vm_of(*ram_in(tmpfs, 256))
+    capabilities = "-sys_admin,-checkpoint_restore"
+    without = ["setpriv", "--bounding-set", capabilities, "--inh-caps", capabilities]
+    tool = [sys.executable, "-m", "qemu_prefault", "--qmp", vm.qemu.qmp, "--populate-only"]
+    done = subprocess.run([*without, *tool], capture_output=True, text=True, check=False)
+    assert done.returncode == 5, done.stderr
+    assert f"the file system of {tmpfs} has only 200.0 MiB" in done.stderr
     assert used(tmpfs) == 0
 
 
