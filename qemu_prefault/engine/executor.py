@@ -20,7 +20,7 @@ from ..agents.base import Agent, Kind, Outcome, Range, Worker
 from ..errors import Code
 from ..host import kvm
 from ..host.headroom import Limit
-from ..host.memory_source import MemorySource
+from ..host.memory_source import FileId, MemorySource
 from ..host.pagemap import Pagemap, Sums
 from ..qemu.memory_map import MemorySection
 from ..units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
@@ -80,6 +80,8 @@ class Executor:
         self._check_headroom = check_headroom
         self._ended = False
         self._time_is_up = False
+        #: The files that this run populates.
+        self._together: set[FileId] = set()
         #: Targets that were entirely writable after populate().
         self._all_writable: set[Target] = set()
 
@@ -94,6 +96,12 @@ class Executor:
         """
         queues: dict[Target, list[Range]] = {}
         present = {}
+        if self._check_headroom:
+            self._together = {
+                self._backings.memory_source(target.section).file
+                for target in targets
+                if target.may_populate
+            }
         for target in targets:
             if not target.may_populate:
                 if only:
@@ -147,7 +155,7 @@ class Executor:
         Return no ranges if too little memory is left.
         """
         batch: list[tuple[int | None, Range]] = []
-        taken: dict[str, int] = {}
+        taken: dict[str | int, int] = {}
         for target, queue in queues.items():
             if not queue:
                 continue
@@ -156,7 +164,7 @@ class Executor:
             budget = min(left, BATCH_BYTES * max(1, len(self.agent.workers)))
             limits = self._limits(target, left)
             for limit in limits:
-                budget = min(budget, limit.per_batch - taken.get(limit.name, 0))
+                budget = min(budget, (limit.per_batch - taken.get(limit.key, 0)) // limit.cost)
             if left < page_size:  # another range may have allocated this huge page
                 budget = left
             elif budget < left:
@@ -168,14 +176,14 @@ class Executor:
                 queues[target] = []
                 continue
             for limit in limits:
-                taken[limit.name] = taken.get(limit.name, 0) + budget
+                taken[limit.key] = taken.get(limit.key, 0) + budget * limit.cost
             batch += [(target.section.node, item) for item in _take(queue, budget)]
         return batch
 
     def _limits(self, target: Target, absent: int) -> list[Limit]:
         if not self._check_headroom:
             return []
-        return self._backings.memory_source(target.section).limits(absent)
+        return self._backings.memory_source(target.section).limits(absent, self._together)
 
     def _warn_if_short(self, queues: dict[Target, list[Range]]) -> None:
         """Record a warning if a memory limit ended populating."""
@@ -183,7 +191,7 @@ class Executor:
             left = sum(item.size for item in queue)
             for limit in self._limits(target, left):
                 if (
-                    limit.per_batch < min(left, HUGE_PAGE_SIZE)
+                    limit.per_batch < min(left, HUGE_PAGE_SIZE) * limit.cost
                     or limit.available < target.section.page_size
                 ):
                     self._tally.warnings[Code.MEMORY_SHORT] = (

@@ -154,15 +154,17 @@ def check_headroom(
         absent[target] = min(target.size - mapped.present, elsewhere) if target.may_populate else 0
     if force:
         return absent
-    needs: dict[str, int] = {}
+    needs: dict[str | int, int] = {}
+    sources = {target: vm.memory_source(target.section) for target in absent}
+    together = {sources[target].file for target in absent if target.may_populate}
     for target, needed in absent.items():
         if not needed:
             continue
-        for limit in vm.memory_source(target.section).limits(needed):
-            needs[limit.name] = needs.get(limit.name, 0) + needed
-            if needs[limit.name] > limit.available:
+        for limit in sources[target].limits(needed, together):
+            needs[limit.key] = needs.get(limit.key, 0) + needed * limit.cost
+            if needs[limit.key] > limit.available:
                 raise RefusedError(
-                    f"populating needs {format_size(needs[limit.name])}, but {limit.name} has only "
+                    f"populating needs {format_size(needs[limit.key])}, but {limit.name} has only "
                     f"{format_size(limit.available)} available ({limit.detail})",
                     "free memory, raise the limit, or use --populate resident or --max-bytes; to "
                     "skip this check, use --force",

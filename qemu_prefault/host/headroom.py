@@ -82,12 +82,21 @@ class Limit:
     :ivar available: The bytes that can be populated before the limit is reached.
     :ivar detail: The values from which `available` was computed, for messages.
     :ivar contended: Whether other processes can use the same memory at any time.
+    :ivar cost: The bytes that it loses for each byte that is populated.
+    :ivar device: The device number of a limiting file system, which may have several names.
     """
 
     name: str
     available: int
     detail: str
     contended: bool = False
+    cost: int = 1
+    device: int | None = None
+
+    @property
+    def key(self) -> str | int:
+        """Equal for two limits if memory that counts against one counts against the other."""
+        return self.name if self.device is None else self.device
 
     @property
     def per_batch(self) -> int:

@@ -15,7 +15,8 @@ import re
 import stat
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -34,6 +35,10 @@ NODES: Final = Path("/sys/devices/system/node")
 MIN_FREE: Final = Path("/proc/sys/vm/min_free_kbytes")
 #: Maximum number of files of a file system to examine.
 MAX_FILES: Final = 10_000
+#: File systems whose files exist only in memory, in pages of the usual size.
+IN_MEMORY: Final = frozenset({"tmpfs", "ramfs", "devtmpfs"})
+#: A mapped file: its device (major, minor) and its inode.
+FileId = tuple[tuple[int, int], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +57,16 @@ class MemorySource:
     nodes: tuple[int, ...] = ()
     reserved: bool = True
 
-    def limits(self, absent: int) -> list[Limit]:
+    @property
+    def file(self) -> FileId:
+        """The mapped file. Its inode is 0 for anonymous memory."""
+        return self.mapping.device, self.mapping.inode
+
+    def limits(self, absent: int, together: AbstractSet[FileId] = frozenset()) -> list[Limit]:
         """Return every limit that applies to populating the mapping.
 
         :param absent: The bytes of the mapping that are not allocated yet.
+        :param together: Files that the caller also populates, and whose needs it adds up itself.
         :raises GoneError: The process has exited.
         """
         nodes = confining_nodes(self.process, self.nodes)
@@ -72,7 +83,9 @@ class MemorySource:
             limits = memory_headroom(self.process)
             if nodes:
                 limits.append(node_limit(nodes))
-        limits += file_system_limit(self.process, self.mapping)
+            if is_copied(self.process, self.mapping):
+                limits = [replace(limit, cost=2) for limit in limits]
+        limits += file_system_limit(self.process, self.mapping, together)
         return limits
 
     def _reserved_bytes(self, absent: int) -> int:
@@ -171,14 +184,42 @@ def is_disk_file(process: Process, mapping: MemoryMapping) -> bool:
     """Return whether a mapping is a shared file on a disk, not on tmpfs or hugetlbfs."""
     if not mapping.shared or mapping.inode == 0 or _is_internal(mapping):
         return False
+    kind = _file_system(process, mapping)
+    if kind is not None:
+        return kind not in IN_MEMORY | {"hugetlbfs"}
+    return mapping.path.startswith("/") and not mapping.path.startswith("/dev/")
+
+
+def is_copied(process: Process, mapping: MemoryMapping) -> bool:
+    """Return whether populating allocates a page of a file, and a private copy of it.
+
+    That is so for a private mapping of a file that exists only in memory and has holes: the page
+    fault first allocates the file's page (mm/shmem.c, ``shmem_fault()``).
+    """
+    if mapping.shared or mapping.inode == 0:
+        return False
+    if not mapping.path.startswith("/memfd:") and (
+        _is_internal(mapping) or _file_system(process, mapping) not in IN_MEMORY
+    ):
+        return False
+    path = _reach(process, mapping)
+    try:
+        status = os.stat(path) if path else None
+    except OSError:
+        status = None
+    return status is None or status.st_blocks * 512 < status.st_size
+
+
+def _file_system(process: Process, mapping: MemoryMapping) -> str | None:
+    """Return the type of the file system of a mapped file, or None if it is not mounted."""
     major, minor = mapping.device
     mounts = read_optional(f"{procfs.PROC}/{process.pid}/mountinfo") or ""
     for line in mounts.split("\n"):
         before, dash, after = line.partition(" - ")
         fields = before.split(" ")
         if dash and len(fields) > 2 and fields[2] == f"{major}:{minor}":
-            return after.split(" ")[0] not in ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
-    return mapping.path.startswith("/") and not mapping.path.startswith("/dev/")
+            return after.split(" ")[0]
+    return None
 
 
 def _is_internal(mapping: MemoryMapping) -> bool:
@@ -186,12 +227,20 @@ def _is_internal(mapping: MemoryMapping) -> bool:
     return mapping.path.startswith(("/memfd:", "/dev/zero", "/SYSV", "/anon_hugepage"))
 
 
-def file_system_limit(process: Process, mapping: MemoryMapping) -> list[Limit]:
-    """Return the limit of a shared file's file system, or an empty list.
+def file_system_limit(
+    process: Process, mapping: MemoryMapping, together: AbstractSet[FileId] = frozenset()
+) -> list[Limit]:
+    """Return the limit of a mapped file's file system, or an empty list.
 
     A memfd and shared anonymous memory are on a mount internal to the kernel, without a size.
+
+    :param together: Files whose unwritten part does not count as committed to others.
     """
-    if not mapping.shared or mapping.inode == 0 or _is_internal(mapping):
+    if mapping.inode == 0 or _is_internal(mapping):
+        return []
+    # The size of a hugetlbfs also limits private mappings (mm/hugetlb.c, subpools).
+    allocates_file = mapping.shared or _file_system(process, mapping) == "hugetlbfs"
+    if not allocates_file and not is_copied(process, mapping):
         return []
     path = _reach(process, mapping)
     if path is None:
@@ -203,10 +252,11 @@ def file_system_limit(process: Process, mapping: MemoryMapping) -> list[Limit]:
     if figures.f_blocks == 0:  # no size= was given
         return []
     free = figures.f_bavail * figures.f_frsize
-    promised = _promised_to_others(process, mapping)
+    promised = _promised_to_others(process, mapping, together)
     place = os.path.dirname(mapping.path.removesuffix(" (deleted)")) or "/"
     detail = f"{free} bytes are free, of which {promised} are committed to other files"
-    return [Limit(f"the file system of {place}", max(0, free - promised), detail)]
+    left = max(0, free - promised)
+    return [Limit(f"the file system of {place}", left, detail, device=os.makedev(*mapping.device))]
 
 
 def _reach(process: Process, mapping: MemoryMapping) -> str | None:
@@ -231,18 +281,21 @@ def _reach(process: Process, mapping: MemoryMapping) -> str | None:
 
 #: Seconds for which a result is reused, because examining every file takes time.
 PROMISE_SECONDS: Final = 1.0
-_promises: dict[tuple[int, int, int], tuple[float, int]] = {}
+_promises: dict[tuple[int, int, AbstractSet[FileId]], tuple[float, int]] = {}
 
 
-def _promised_to_others(process: Process, mapping: MemoryMapping) -> int:
+def _promised_to_others(
+    process: Process, mapping: MemoryMapping, together: AbstractSet[FileId]
+) -> int:
     """Return the bytes that other files of the file system have not allocated yet."""
-    key = (process.pid, mapping.start, mapping.inode)
+    ours = frozenset({(mapping.device, mapping.inode), *together})
+    key = (process.pid, mapping.start, ours)
     known = _promises.get(key)
     if known is not None and time.monotonic() - known[0] < PROMISE_SECONDS:
         return known[1]
     found: dict[int, int] = {}
     for status in _files_beside(process, mapping):
-        if status.st_ino != mapping.inode:
+        if (mapping.device, status.st_ino) not in ours:
             found[status.st_ino] = max(0, status.st_size - status.st_blocks * 512)
     _promises[key] = (time.monotonic(), sum(found.values()))
     return sum(found.values())

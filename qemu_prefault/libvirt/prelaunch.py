@@ -265,7 +265,7 @@ def _reason_not_to_populate(
     if populate == "auto" and is_disk_file(source.process, source.mapping):
         return "a shared file: populating would write to it"
     for limit in source.limits(absent):
-        if absent > limit.available:
+        if absent * limit.cost > limit.available:
             return f"{limit.name} has only {limit.available >> 20} MiB available"
     return None
 

@@ -43,7 +43,11 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
         (16, "shared", 0, 48, "all"),  # leaves 48 MiB, the size of the other file
         (48, "shared", 0, 48, "resident"),
         (48, "shared", 48, 16, "all"),
-        (80, "private", 0, 0, "all"),
+        (64, "private", 0, 0, "all"),
+        (64, "private", 64, 0, "all"),
+        # The page fault of a private mapping also allocates the file's page.
+        (80, "private", 0, 0, "resident"),
+        (48, "private", 0, 48, "resident"),
     ],
 )
 def test_file_system(

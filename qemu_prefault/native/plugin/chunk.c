@@ -184,7 +184,8 @@ static bool has_memory(const struct work_item *item)
 
 	for (size_t n = pf_headroom_sources(item->hva, item->size, sources); n; n--) {
 		const struct memory_source *source = &sources[n - 1];
-		uint64_t need = item->size > source->page_size ? item->size : source->page_size;
+		uint64_t bytes = item->size > source->page_size ? item->size : source->page_size;
+		uint64_t need = bytes * source->cost;
 		uint64_t ours = source->reserved ? UINT64_MAX : 0;
 
 		if (pf_headroom_left(source, ours, RESERVE) < need &&

@@ -31,7 +31,7 @@ static void add_claim(const struct memory_source *source, uint64_t absent)
 			return; /* no memory for the claim: chunk.c checks each chunk again */
 		claims[claim_count++] = (struct claim){ .source = *source };
 	}
-	claims[at].wanted += absent;
+	claims[at].wanted += absent * source->cost;
 	claims[at].reserved += source->reserved ? absent : 0;
 }
 

@@ -92,25 +92,33 @@ static bool confining_nodes(uint64_t hva, struct source_nodes *nodes)
 size_t pf_headroom_sources(uint64_t hva, uint64_t size, struct memory_source *sources)
 {
 	unsigned int facts = pf_ranges_facts(hva, size);
-	struct memory_source source = { .reserved = !(facts & MEMORY_OVERCOMMIT), .fd = -1 };
+	struct memory_source source = { .reserved = !(facts & MEMORY_OVERCOMMIT), .cost = 1 };
+	struct memory_source file = { .kind = SOURCE_FILE_SYSTEM, .cost = 1 };
 	size_t count = 0;
+	bool allocates_file = !(facts & MEMORY_PRIVATE);
 
 	source.confined = confining_nodes(hva, &source.nodes);
 	source.page_size = pf_ranges_huge_page_size(hva, size);
 	source.kind = source.page_size ? SOURCE_POOL : SOURCE_HOST;
+	file.fd = pf_ranges_file(hva, size, &file.device, &file.inode, &file.inodes);
+	/* The fault allocates the file's page and its copy (mm/shmem.c, shmem_fault()). */
+	if (facts & MEMORY_COPIED && pf_headroom_unallocated(&file)) {
+		allocates_file = true;
+		source.cost = 2;
+	}
 	sources[count++] = source;
 	if (source.confined && !source.page_size) {
 		source.kind = SOURCE_NODES;
 		sources[count++] = source;
 	}
-	/* hugetlbfs already counts reserved huge pages as used. */
-	if (!(facts & MEMORY_PRIVATE) && !(source.page_size && source.reserved)) {
-		source.kind = SOURCE_FILE_SYSTEM;
-		source.fd =
-			pf_ranges_file(hva, size, &source.device, &source.inode, &source.inodes);
-		if (source.fd >= 0)
-			sources[count++] = source;
-	}
+	/*
+	 * The size of a hugetlbfs also limits private mappings (subpools in mm/hugetlb.c). Reserved
+	 * huge pages are counted as used already.
+	 */
+	if (source.page_size)
+		allocates_file = !source.reserved;
+	if (allocates_file && file.fd >= 0)
+		sources[count++] = file;
 	return count;
 }
 

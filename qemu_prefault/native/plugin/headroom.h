@@ -26,6 +26,7 @@ struct memory_source {
 	uint64_t page_size; /* of huge pages, or 0 */
 	bool reserved;	    /* absent huge pages are reserved for the range */
 	bool confined;	    /* the memory must come from nodes */
+	uint64_t cost;	    /* bytes taken for each byte that is populated */
 	struct source_nodes nodes;
 	/* SOURCE_FILE_SYSTEM only: */
 	uint64_t device, inode; /* of the file */

@@ -72,14 +72,20 @@ static void intervals_cut(struct intervals *list, uint64_t start, uint64_t end)
 	}
 }
 
-/* Return the facts of a file mapping. Files on tmpfs and hugetlbfs exist only in memory. */
+/* Return the facts of a file mapping. */
 static unsigned int file_facts(unsigned long filesystem, bool shared)
 {
 	unsigned int facts = shared ? 0 : MEMORY_PRIVATE;
 
-	if (filesystem == HUGETLBFS_MAGIC)
+	switch (filesystem) {
+	case HUGETLBFS_MAGIC:
 		return facts | MEMORY_HUGETLB;
-	return facts | (filesystem != TMPFS_MAGIC && shared ? MEMORY_DISK_FILE : 0);
+	case TMPFS_MAGIC: /* also devtmpfs, and memfds */
+	case RAMFS_MAGIC:
+		return facts | (shared ? 0 : MEMORY_COPIED);
+	default:
+		return facts | (shared ? MEMORY_DISK_FILE : 0);
+	}
 }
 
 static bool has_flag(const char *line, const char *flag)
@@ -89,21 +95,31 @@ static bool has_flag(const char *line, const char *flag)
 	return found && found[-1] == ' ' && (found[2] == ' ' || found[2] == '\n');
 }
 
-/* Find QEMU's descriptors of the mapped files. */
+/* Find QEMU's descriptors of the mapped files. They also show the file system of a deleted file. */
 static void learn_descriptors(void)
 {
+	const unsigned int of_file = MEMORY_DISK_FILE | MEMORY_COPIED;
 	DIR *directory = opendir("/proc/self/fd");
 	const struct dirent *entry;
 	struct stat status;
+	struct statfs filesystem;
 
 	while (directory && (entry = readdir(directory))) {
-		if (fstatat(dirfd(directory), entry->d_name, &status, 0))
+		if (fstatat(dirfd(directory), entry->d_name, &status, 0) ||
+		    fstatfs(atoi(entry->d_name), &filesystem))
 			continue;
 		pthread_mutex_lock(&lists_lock);
-		for (size_t i = 0; i < mappings.count; i++)
-			if (mappings.items[i].inode && mappings.items[i].inode == status.st_ino &&
-			    mappings.items[i].device == status.st_dev)
-				mappings.items[i].fd = atoi(entry->d_name);
+		for (size_t i = 0; i < mappings.count; i++) {
+			struct interval *item = &mappings.items[i];
+
+			if (!item->inode || item->inode != status.st_ino ||
+			    item->device != status.st_dev)
+				continue;
+			item->fd = atoi(entry->d_name);
+			item->facts &= ~of_file;
+			item->facts |= file_facts((unsigned long)filesystem.f_type,
+						  !(item->facts & MEMORY_PRIVATE));
+		}
 		pthread_mutex_unlock(&lists_lock);
 	}
 	if (directory)

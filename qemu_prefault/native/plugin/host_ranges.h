@@ -24,6 +24,7 @@ enum memory_fact {
 	MEMORY_DISK_FILE = 4,  /* shared file on a disk: touching a page would write it */
 	MEMORY_HUGETLB = 8,    /* allocated from the hugetlb pool */
 	MEMORY_PRIVATE = 16,   /* private mapping of a file */
+	MEMORY_COPIED = 32,    /* private mapping of a file that exists only in memory */
 };
 
 /*
