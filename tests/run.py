@@ -59,7 +59,8 @@ class Suite:
         if self.command:
             return shlex.split(self.command)
         if self.tests:
-            return ["python", "-m", "pytest", *PYTEST, f"--junit-xml={junit}", self.tests]
+            marks = ["-m", self.marks] if self.marks else []
+            return ["python", "-m", "pytest", *PYTEST, f"--junit-xml={junit}", self.tests, *marks]
         wheels = os.environ.get("QEMU_PREFAULT_WHEELS", "").split()
         return [
             *("python", "-m", "qemu_prefault_lab", "pytest", "--variant", self.nested),
