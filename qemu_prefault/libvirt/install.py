@@ -31,11 +31,15 @@ CONFIG = Path("/etc/qemu-prefault/libvirt.toml")
 
 
 #: AppArmor rule for the files that the plugin reads. These files show which pages are present,
-#: which memory is absent on purpose, and how much memory the cgroup may still use.
+#: which memory is absent on purpose, and how much memory remains.
 RULE_TEXT = """\
 # qemu-prefault: what its plugin reads inside QEMU. Installed by `qemu-prefault libvirt install`.
-  owner @{PROC}/@{pid}/{pagemap,smaps,cgroup} r,
-  /sys/fs/cgroup/** r,
+  owner @{PROC}/@{pid}/{pagemap,smaps,cgroup,mountinfo} r,
+  owner @{PROC}/@{pid}/fd/ r,
+  @{PROC}/sys/vm/min_free_kbytes r,
+  /sys/fs/cgroup/{,**} r,
+  /sys/devices/system/node/{,**} r,
+  /sys/kernel/mm/hugepages/{,**} r,
 """
 
 

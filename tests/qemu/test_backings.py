@@ -40,6 +40,10 @@ from support.qmp import QmpClient
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="mounts and cgroups take root"),
     pytest.mark.skipif(not kvm_usable(), reason="/dev/kvm cannot be opened"),
+    pytest.mark.skipif(
+        not Path("/proc/self/ns/cgroup").readlink().name.endswith("[4026531835]"),
+        reason="the plugin does not populate in a cgroup namespace",
+    ),
 ]
 SIZE = 64  # MiB of guest RAM
 
@@ -103,6 +107,11 @@ class Host:
         name = "hugetlb.2MB.max" if unified else "hugetlb.2MB.limit_in_bytes"
         (group / name).write_text(str(SIZE // 2 * MIB))
         self.prefix = in_group(group)
+
+    def hide_groups(self, *how: str) -> None:
+        """Limit QEMU's cgroup, and let only other processes see that."""
+        self.memory_group(60)
+        self.prefix = [*self.prefix, *how]
 
     def _mount(self, kind: str, options: str) -> None:
         self.place = self.stack.enter_context(mounted(kind, self.place / kind, options))
@@ -184,6 +193,14 @@ class Row:
 QUICK: Sequence[pytest.MarkDecorator] = ()
 POPULATED, PRESENT, ABSENT, REFUSED = Verdict
 FILE_SYSTEM, GROUP = ("the file system of", "the file system has only"), ("cgroup", "host or the")
+HIDDEN = ("cgroup", "the limits of all cgroups of QEMU cannot be read")
+NO_CGROUPS = 'mount -t tmpfs none /sys/fs/cgroup && exec "$@"'
+CONTAINER = """
+type=cgroup2 options=
+if grep -q :memory: /proc/self/cgroup; then type=cgroup options=memory; fi
+mount -t tmpfs none /sys/fs/cgroup && mkdir /sys/fs/cgroup/x &&
+mount -t $type -o "$options" none /sys/fs/cgroup/x && exec "$@"
+"""
 POOL = ("hugetlb has only", "pool or the cgroup has only")
 
 
@@ -259,6 +276,41 @@ ROWS = (
         lambda h: h.memory_group(SIZE + 50),
         GROUP,
         marks=QUICK,
+    ),
+    # QEMU cannot see the limits of its cgroups, so the plugin refuses.
+    refused(
+        "cgroup namespace",
+        plain(),
+        lambda h: h.hide_groups("unshare", "--cgroup"),
+        HIDDEN,
+        marks=QUICK,
+    ),
+    refused(
+        "container",
+        plain(),
+        lambda h: h.hide_groups("unshare", "--cgroup", "--mount", "sh", "-c", CONTAINER, "sh"),
+        HIDDEN,
+    ),
+    refused(
+        "no cgroup file system",
+        plain(),
+        lambda h: h.hide_groups("unshare", "--mount", "sh", "-c", NO_CGROUPS, "sh"),
+        HIDDEN,
+    ),
+    Row(
+        "cgroup namespace without a limit",
+        plain(),
+        POPULATED,
+        lambda h: setattr(h, "prefix", ["unshare", "--cgroup"]),
+        plugin_source=HIDDEN[1],
+        plugin=REFUSED,
+    ),
+    Row(
+        "cgroup namespace, all",
+        plain(),
+        POPULATED,
+        lambda h: setattr(h, "prefix", ["unshare", "--cgroup"]),
+        populate="all",
     ),
     # Huge pages.
     Row(

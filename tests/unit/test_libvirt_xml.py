@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ from qemu_prefault.libvirt.domain_xml import (
     enable,
     loaded,
 )
+from qemu_prefault.libvirt.install import RULE_TEXT
+from support.native import NATIVE
 
 TOOL = [sys.executable, "-m", "qemu_prefault", "libvirt"]
 PATH = "/usr/lib/x86_64-linux-gnu/qemu-prefault/qemu-prefault-plugin.so"
@@ -209,6 +212,22 @@ def test_install_and_remove(tmp_path: Path) -> None:
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [
         tmp_path / "etc/apparmor.d/abstractions/libvirt-qemu"
     ]
+
+
+def test_apparmor_rule_permits_what_the_plugin_reads() -> None:
+    """libvirt's own rules permit the files in `elsewhere`, and AppArmor does not mediate links."""
+    elsewhere = {"/proc/meminfo", "/proc/self/cmdline", "/proc/self/exe", "/proc/%d/exe"}
+    elsewhere |= {"/proc/self/ns/cgroup"}
+    sources = [*NATIVE.glob("plugin/*.c"), *NATIVE.glob("common/*.c")]
+    text = "".join(source.read_text() for source in sources)
+    read = set(re.findall(r'"(/(?:proc|sys)/[^"]+)"', text)) - elsewhere
+    rules = RULE_TEXT.replace("@{PROC}/@{pid}", "/proc/self").replace("@{PROC}", "/proc")
+    permitted = set()
+    for rule in re.findall(r"(/\S+) r,", rules):
+        head, brace, rest = rule.partition("{")
+        permitted |= {head + part for part in rest.rstrip("}").split(",")} if brace else {rule}
+    assert len(read) > 5
+    assert {path for path in read if not {path, f"{path}/"} & permitted} == set()
 
 
 def test_help_imports_no_libvirt() -> None:

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "headroom.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -11,6 +12,7 @@
 
 #define NO_LIMIT (1ull << 62) /* cgroup v1 reports "no limit" as LONG_MAX rounded down to a page */
 #define DIGITS_MAX 19
+#define INITIAL_NAMESPACE "cgroup:[4026531835]" /* PROC_CGROUP_INIT_INO (linux/proc_ns.h) */
 
 static bool read_text(int fd, char *text, size_t size)
 {
@@ -214,6 +216,31 @@ int pf_headroom_find_group(const char *cgroup_file, const char *mountinfo_file,
 	if (file)
 		fclose(file);
 	return found;
+}
+
+int pf_headroom_sees_group(const char *cgroup_file, const char *mountinfo_file,
+			   const char *namespace_link, const char *controller)
+{
+	static struct headroom_group group;
+	char path[sizeof(group.directory)], link[64];
+	ssize_t length = readlink(namespace_link, link, sizeof(link) - 1);
+	int32_t unified;
+	int directory;
+
+	if (access(cgroup_file, F_OK) && errno == ENOENT) /* a kernel without cgroups */
+		return 1;
+	link[length > 0 ? length : 0] = '\0';
+	if (strcmp(link, INITIAL_NAMESPACE) ||
+	    !find_path(cgroup_file, controller, path, sizeof(path), &unified))
+		return 0;
+	if (!strcmp(path, "/"))
+		return 1;
+	if (!pf_headroom_find_group(cgroup_file, mountinfo_file, controller, &group))
+		return 0;
+	directory = open(group.directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (directory >= 0)
+		close(directory);
+	return directory >= 0;
 }
 
 int pf_headroom_parent(struct headroom_group *group)

@@ -35,12 +35,32 @@ static void add_claim(const struct memory_source *source, uint64_t absent)
 	claims[at].reserved += source->reserved ? absent : 0;
 }
 
-static void populate_no_more(uint64_t wanted, uint64_t left, const char *of, const char *where)
+static void print_short(const struct claim *claim, uint64_t left)
 {
-	pf_print_error(
-		"qemu-prefault: populating needs %llu MiB%s, but the %s has only "
-		"%llu MiB, so only present pages are prefaulted; free memory or raise the limit\n",
-		(unsigned long long)wanted >> 20, of, where, (unsigned long long)left >> 20);
+	static const char *const names[SOURCE_KINDS] = {
+		[SOURCE_HOST] = "host or the cgroup",
+		[SOURCE_NODES] = "set of NUMA nodes that it is bound to",
+		[SOURCE_POOL] = "pool or the cgroup",
+		[SOURCE_FILE_SYSTEM] = "file system",
+	};
+	unsigned long long mib = claim->wanted >> 20;
+	const char *of = claim->source.page_size ? " of huge pages" : "";
+
+	if (!pf_headroom_visible(&claim->source))
+		pf_print_error("qemu-prefault: populating needs %llu MiB%s, but the limits of all "
+			       "cgroups of QEMU cannot be read (a cgroup namespace, or a missing "
+			       "AppArmor rule), so only present pages are prefaulted; set "
+			       "populate=all if the limits are high enough\n",
+			       mib, of);
+	else
+		pf_print_error("qemu-prefault: populating needs %llu MiB%s, but the %s has only "
+			       "%llu MiB, so only present pages are prefaulted; free memory or "
+			       "raise the limit\n",
+			       mib, of, names[claim->source.kind], (unsigned long long)left >> 20);
+}
+
+static void populate_no_more(uint64_t wanted)
+{
 	pf_log_event("held", "too little memory to populate", ",\"bytes\":%llu",
 		     (unsigned long long)wanted);
 	pf_options.populate = POPULATE_RESIDENT;
@@ -74,13 +94,6 @@ static void merge_files(void)
 /* If a source does not have enough memory to populate all items, prefault only present pages. */
 static void check_headroom(void)
 {
-	static const char *const names[SOURCE_KINDS] = {
-		[SOURCE_HOST] = "host or the cgroup",
-		[SOURCE_NODES] = "set of NUMA nodes that it is bound to",
-		[SOURCE_POOL] = "pool or the cgroup",
-		[SOURCE_FILE_SYSTEM] = "file system",
-	};
-
 	claim_count = 0;
 	for (size_t i = 0; i < pf_queue_length; i++) {
 		const struct work_item *item = &pf_queue[i];
@@ -101,9 +114,8 @@ static void check_headroom(void)
 		uint64_t left = pf_headroom_left(&claim->source, claim->reserved, reserve);
 
 		if (claim->wanted > left) {
-			populate_no_more(claim->wanted, left,
-					 claim->source.page_size ? " of huge pages" : "",
-					 names[claim->source.kind]);
+			print_short(claim, left);
+			populate_no_more(claim->wanted);
 			return;
 		}
 	}

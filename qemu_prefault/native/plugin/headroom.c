@@ -12,6 +12,7 @@
 
 #include "common/headroom.h"
 #include "host_ranges.h"
+#include "options.h"
 
 enum { CGROUP_LEVELS = 16 };
 
@@ -25,6 +26,7 @@ static struct {
 	int unified;
 } hugetlb_groups[CGROUP_LEVELS];
 static int hugetlb_group_count;
+static bool sees_memory_groups = true, sees_hugetlb_groups = true;
 
 uint64_t pf_headroom(void)
 {
@@ -155,6 +157,8 @@ uint64_t pf_headroom_left(const struct memory_source *source, uint64_t ours, uin
 	uint64_t left = HEADROOM_UNLIMITED;
 	int32_t others = 1;
 
+	if (!pf_headroom_visible(source) && pf_options.populate != POPULATE_ALL)
+		return 0;
 	switch (source->kind) {
 	case SOURCE_KINDS:
 	case SOURCE_HOST:
@@ -173,6 +177,13 @@ uint64_t pf_headroom_left(const struct memory_source *source, uint64_t ours, uin
 	if (left == HEADROOM_UNLIMITED || !others)
 		return left;
 	return left > reserve ? left - reserve : 0;
+}
+
+bool pf_headroom_visible(const struct memory_source *source)
+{
+	if (source->kind == SOURCE_POOL)
+		return sees_hugetlb_groups;
+	return source->kind != SOURCE_HOST || sees_memory_groups;
 }
 
 uint64_t pf_headroom_unallocated(const struct memory_source *source)
@@ -252,6 +263,12 @@ static void close_groups(void)
 		close(hugetlb_groups[--hugetlb_group_count].directory);
 }
 
+static bool sees(const char *controller)
+{
+	return pf_headroom_sees_group("/proc/self/cgroup", "/proc/self/mountinfo",
+				      "/proc/self/ns/cgroup", controller);
+}
+
 void pf_headroom_open(void)
 {
 	static struct headroom_group group;
@@ -264,6 +281,8 @@ void pf_headroom_open(void)
 		min_free_fd = open("/proc/sys/vm/min_free_kbytes", O_RDONLY | O_CLOEXEC);
 	if (pools_fd < 0)
 		pools_fd = open("/sys/kernel/mm/hugepages", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	sees_memory_groups = sees("memory");
+	sees_hugetlb_groups = sees("hugetlb");
 	if (pf_headroom_find_group("/proc/self/cgroup", "/proc/self/mountinfo", "memory", &group))
 		open_memory_groups(&group);
 	if (pf_headroom_find_group("/proc/self/cgroup", "/proc/self/mountinfo", "hugetlb", &group))

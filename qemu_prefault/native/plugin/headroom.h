@@ -34,6 +34,12 @@ struct memory_source {
 	int fd;			/* QEMU's descriptor of the file, owned by QEMU */
 };
 
+/*
+ * Return whether the limits of all cgroups that a source counts against can be read. If not, and
+ * unless populate=all is set, pf_headroom_left() returns 0.
+ */
+bool pf_headroom_visible(const struct memory_source *source);
+
 /* Return the bytes of a source's file that have no block yet, or UINT64_MAX without a file. */
 uint64_t pf_headroom_unallocated(const struct memory_source *source);
 /* Store all sources of a range. Returns their number, which is SOURCE_KINDS at most. */
