@@ -8,9 +8,7 @@ ioctl, support/capable_kvm.py answers it.
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,9 +19,6 @@ from typing import Any
 import pytest
 
 from qemu_prefault.agents.plugin import plugin_path
-from qemu_prefault.host import kvm
-from qemu_prefault_lab.wait import wait_for
-from support import capable_kvm
 from support.limits import (
     MIB,
     cgroups,
@@ -33,9 +28,9 @@ from support.limits import (
     mounted,
     out_of_memory_kills,
 )
+from support.plugin import capable_prefix, wait_started
 from support.process import leftovers
 from support.qemu import Qemu, StartQemu, kvm_usable, run_tool
-from support.qmp import QmpClient
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="mounts and cgroups take root"),
@@ -421,26 +416,8 @@ def by_attach(qemu: Qemu, row: Row) -> Verdict:
     return ABSENT if result.warnings == {"resident-only"} else PRESENT
 
 
-def ask_status(path: Path) -> dict[str, Any]:
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(20)
-        client.connect(str(path))
-        client.sendall(b"status\n")
-        with client.makefile() as answers:
-            answer: dict[str, Any] = json.loads(answers.readline())
-    return answer
-
-
 def by_plugin(qemu: Qemu, row: Row, control: Path) -> Verdict:
-    QmpClient(qemu.qmp).close()  # QMP answers once the machine is complete
-    status: dict[str, Any] = {}
-
-    def has_started() -> bool:
-        assert qemu.process.poll() is None, "QEMU ended"
-        status.update(ask_status(control))
-        return bool(status["vcpus"][0]["running"] and status["counters"]["prefaulted"])
-
-    wait_for(has_started, "the guest has started")
+    status = wait_started(qemu, control)
     qemu.kill()
     assert qemu.process.stderr is not None
     said = qemu.process.stderr.read().decode(errors="replace")
@@ -470,9 +447,7 @@ def test_attach_and_plugin_agree(
     clear(host.place)
     control = tmp_path / "control"
     plugin = ("-plugin", f"{plugin_path()},socket={control},populate={row.populate}")
-    prefix = list(host.prefix)
-    if kvm.pre_fault_capability().available is False:
-        prefix += capable_kvm.prefix()
+    prefix = [*host.prefix, *capable_prefix()]
     with running(start_qemu(*plugin, *arguments, accel="kvm", paused=False, prefix=prefix)) as qemu:
         verdict = by_plugin(qemu, row, control)
         expected = row.plugin or row.verdict
