@@ -280,13 +280,13 @@ class CommandError(MonitorError):
     code = Code.MONITOR_COMMAND
 
     def __init__(self, command: str, error_class: str, desc: str) -> None:
-        super().__init__(f"QEMU refused {command}: {desc}", self._remedy(error_class))
+        super().__init__(f"QEMU refused {command}: {desc}", self._remedy(error_class, desc))
         self.error_class = error_class
         self.desc = desc
 
     @staticmethod
-    def _remedy(error_class: str) -> str:
-        if error_class == "CommandNotFound":
+    def _remedy(error_class: str, desc: str) -> str:
+        if error_class == "CommandNotFound" or "machine initialization" in desc:
             return (
                 "connect to the monitor of a QEMU that has a guest: qemu-storage-daemon never has "
                 "one, and a QEMU started with -preconfig has one only after x-exit-preconfig"

@@ -77,6 +77,13 @@ def read_file(path: str, pid: int) -> str:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             return file.read()
     except (FileNotFoundError, ProcessLookupError) as error:
+        if not path.startswith(f"{PROC}/{pid}/"):
+            raise UnsupportedError(
+                f"/proc does not show {path}",
+                "/proc is mounted with subset=pid, or this service has ProcSubset=pid: run as root "
+                "on the host",
+                code=Code.PROC_PERMISSION,
+            ) from error
         raise (hidden(pid) if exists(pid) else gone(pid)) from error
     except PermissionError as error:
         raise denied(path) from error

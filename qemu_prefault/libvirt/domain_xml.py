@@ -244,7 +244,8 @@ class _Reader:
         parser.CharacterDataHandler = self._text
         parser.StartDoctypeDeclHandler = self._doctype
         parser.buffer_text = True
-        if self._xml.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16, which libvirt never writes
+        # UTF-16, with or without a byte order mark. libvirt never writes it.
+        if self._xml.startswith((b"\xff\xfe", b"\xfe\xff", b"<\0", b"\0<")):
             raise _not_utf8()
         try:
             parser.Parse(self._xml, True)
