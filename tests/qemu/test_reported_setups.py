@@ -192,7 +192,14 @@ def test_preconfig_has_no_guest(start_qemu: StartQemu) -> None:
 @pytest.mark.parametrize(
     "options", ["hidepid=1", "hidepid=2", "hidepid=invisible", "hidepid=ptraceable", "subset=pid"]
 )
-@pytest.mark.parametrize("command", [("--populate-only",), ("probe",), ("map",)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("--populate-only",),
+        pytest.param(("probe",), marks=pytest.mark.full),
+        pytest.param(("map",), marks=pytest.mark.full),
+    ],
+)
 def test_hidden_proc_is_reported(
     start_qemu: StartQemu, tmp_path: Path, options: str, command: tuple[str, ...]
 ) -> None:
