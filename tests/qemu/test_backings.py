@@ -365,7 +365,7 @@ ROWS = (
         "cgroup",
         POOL[1],
     ),
-    # The plugin does not see which files need the space, so it leaves 32 MiB.
+    # The plugin leaves 32 MiB if there are other files.
     Row(
         "tmpfs, the rest is not promised",
         file("share=on"),

@@ -47,9 +47,9 @@ def ram_in(directory: Path, mib: int, share: str = "on") -> tuple[str, ...]:
         ("attach", 256, "on"),
         ("attach", 150, "on"),
         ("attach", 150, "off"),
-        # The plugin cannot see what the neighbour's deleted file may need. It leaves 32 MiB.
         ("plugin", 256, "on"),
-        ("plugin", 170, "off"),
+        ("plugin", 150, "on"),
+        ("plugin", 150, "off"),
     ],
 )
 def test_neighbour_in_tmpfs_gets_its_memory(

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from qemu_prefault._native import ffi, lib
 from support.native import link_with_plugin
 
 MIB = 1 << 20
 SIZE = 64 * MIB
+UNLIMITED = int(lib.HEADROOM_UNLIMITED)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,9 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
         (64, "shared", 0, 0, "all"),
         (80, "shared", 0, 0, "resident"),
         (64, "shared", 64, 0, "all"),
-        (16, "shared", 0, 48, "all"),  # leaves 48 MiB, the size of the other file
+        # The plugin leaves free what the other file may allocate, and 32 MiB.
+        (16, "shared", 0, 16, "all"),
+        (16, "shared", 0, 18, "resident"),
         (48, "shared", 0, 48, "resident"),
         (48, "shared", 48, 16, "all"),
         (64, "private", 0, 0, "all"),
@@ -108,3 +112,51 @@ def test_other_file_grows_during_populate(
     assert policy == "all"
     assert least <= int(populated) <= most
     assert os.statvfs(tmpfs).f_bavail * 4096 >= min(32, 64 - other) * MIB
+
+
+def committed(path: Path) -> tuple[int, int]:
+    """Return what files beside this one may still allocate in bytes, and the number of inodes."""
+    with open(path, "rb") as file:
+        ours = ffi.new("uint64_t[]", [os.fstat(file.fileno()).st_ino])
+        inodes = ffi.new("uint64_t *")
+        return lib.pf_source_committed(file.fileno(), ours, 1, inodes), int(inodes[0])
+
+
+def test_committed_bytes_and_inodes_of_a_tmpfs(tmpfs: Path) -> None:
+    ram = tmpfs / "a/b/ram"
+    ram.parent.mkdir(parents=True)
+    (tmpfs / "link").symlink_to("nowhere")
+    for path, size, allocated in (
+        (ram, 32, 0),
+        (tmpfs / "a/sparse", 16, 0),
+        (tmpfs / "half", 8, 4),
+        (tmpfs / "full", 2, 2),
+    ):
+        with open(path, "wb") as file:
+            file.truncate(size * MIB)
+            if allocated:
+                os.posix_fallocate(file.fileno(), 0, allocated * MIB)
+    figures = os.statvfs(tmpfs)
+    assert committed(ram) == (20 * MIB, figures.f_files - figures.f_ffree)
+
+
+def test_deleted_file_is_not_counted_as_found(tmpfs: Path) -> None:
+    ram, other = tmpfs / "ram", tmpfs / "other"
+    ram.touch()
+    with open(other, "wb") as file:
+        file.truncate(MIB)
+        other.unlink()
+        figures = os.statvfs(tmpfs)
+        assert committed(ram) == (0, figures.f_files - figures.f_ffree - 1)
+
+
+def test_deep_tree_and_hard_links_are_unknown(tmpfs: Path) -> None:
+    ram = tmpfs / "ram"
+    ram.touch()
+    (tmpfs / "1/2/3/4/5/6/7/8").mkdir(parents=True)
+    assert committed(ram)[0] == 0
+    (tmpfs / "1/2/3/4/5/6/7/8/9").mkdir()
+    assert committed(ram)[0] == UNLIMITED
+    (tmpfs / "1/2/3/4/5/6/7/8/9").rmdir()
+    os.link(ram, tmpfs / "again")
+    assert committed(ram)[0] == UNLIMITED

@@ -2,17 +2,24 @@
 #define _GNU_SOURCE
 #include "memory_source.h"
 
+#include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
 #include "headroom.h"
 
 #define DIGITS_MAX 19
+#define LEVELS_MAX 8	 /* nested directories */
+#define ENTRIES_MAX 4096 /* of a file system */
+#define DIRECTORY_FLAGS (O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC)
 
 /* --- reading files --- */
 
@@ -175,14 +182,154 @@ uint64_t pf_source_hugetlb(int32_t pools_fd, int32_t nodes_fd, const struct sour
 
 /* --- file systems --- */
 
-uint64_t pf_source_file_system(int32_t fd, uint64_t inodes, int32_t *others)
+uint64_t pf_source_file_system(int32_t fd, uint64_t *inodes)
 {
 	struct statfs figures;
 
-	*others = 0;
+	*inodes = 0;
 	if (fd < 0 || fstatfs(fd, &figures) || !figures.f_blocks) /* mounted without a size limit */
 		return HEADROOM_UNLIMITED;
-	*others = !figures.f_files || figures.f_files - figures.f_ffree > inodes + 1;
+	if (figures.f_files)
+		*inodes = (uint64_t)figures.f_files - (uint64_t)figures.f_ffree;
 	return (uint64_t)figures.f_bavail *
 	       (uint64_t)(figures.f_frsize ? figures.f_frsize : figures.f_bsize);
+}
+
+struct walk {
+	dev_t device;
+	const uint64_t *ours;
+	uint32_t our_count;
+	uint64_t inodes, committed;
+};
+
+struct directory_entry { /* struct linux_dirent64, fs/readdir.c */
+	uint64_t inode;
+	int64_t offset;
+	uint16_t length;
+	uint8_t type;
+	char name[];
+};
+
+static bool is_ours(const struct walk *walk, uint64_t inode)
+{
+	for (uint32_t i = 0; i < walk->our_count; i++)
+		if (walk->ours[i] == inode)
+			return true;
+	return false;
+}
+
+static bool walk_directory(struct walk *walk, int fd, unsigned int depth);
+
+static bool walk_entry(struct walk *walk, int directory, const char *name, unsigned int depth)
+{
+	struct stat status;
+
+	if (fstatat(directory, name, &status, AT_SYMLINK_NOFOLLOW))
+		return errno == ENOENT; /* removed meanwhile */
+	if (++walk->inodes > ENTRIES_MAX)
+		return false;
+	if (status.st_dev != walk->device)
+		return true; /* a mount point */
+	if (S_ISREG(status.st_mode)) {
+		uint64_t size = (uint64_t)status.st_size, blocks = (uint64_t)status.st_blocks * 512;
+
+		if (status.st_nlink > 1) /* it would be counted more than once */
+			return false;
+		if (size > blocks && !is_ours(walk, status.st_ino))
+			walk->committed += size - blocks;
+	}
+	if (!S_ISDIR(status.st_mode))
+		return true;
+
+	int fd = depth ? openat(directory, name, DIRECTORY_FLAGS) : -1;
+	bool complete = fd >= 0 && walk_directory(walk, fd, depth - 1);
+
+	if (fd >= 0)
+		close(fd);
+	return complete;
+}
+
+/* Read a directory with a system call, because opendir() allocates memory. */
+static bool walk_directory(struct walk *walk, int fd, unsigned int depth)
+{
+	_Alignas(struct directory_entry) char buffer[4096];
+	long length;
+
+	while ((length = syscall(SYS_getdents64, fd, buffer, sizeof(buffer))) > 0) {
+		const struct directory_entry *entry;
+
+		for (long at = 0; at < length; at += entry->length) {
+			entry = (const struct directory_entry *)&buffer[at];
+			if (strcmp(entry->name, ".") && strcmp(entry->name, "..") &&
+			    !walk_entry(walk, fd, entry->name, depth))
+				return false;
+		}
+	}
+	return length == 0;
+}
+
+/* Open the directory of a file that QEMU has open, also of a deleted one. Returns -1 on error. */
+static int open_directory_of(int fd)
+{
+	char link[32], path[PATH_MAX];
+	ssize_t length;
+	char *end;
+
+	snprintf(link, sizeof(link), "/proc/self/fd/%d", fd);
+	length = readlink(link, path, sizeof(path) - 1);
+	if (length <= 0 || path[0] != '/')
+		return -1;
+	path[length] = '\0';
+	end = strrchr(path, '/');
+	end[end == path] = '\0';
+	return open(path, DIRECTORY_FLAGS);
+}
+
+/* Open the root directory of a file's mount. Returns -1 on error. */
+static int open_mount_root(int fd, dev_t device)
+{
+	int directory = open_directory_of(fd);
+	struct stat here, above;
+
+	for (int level = 0; directory >= 0 && level < LEVELS_MAX; level++) {
+		int parent = openat(directory, "..", DIRECTORY_FLAGS);
+
+		if (parent < 0 || fstat(directory, &here) || fstat(parent, &above) ||
+		    here.st_dev != device) {
+			close(directory);
+			directory = -1;
+		} else if (above.st_dev != device || above.st_ino == here.st_ino) {
+			close(parent);
+			return directory;
+		} else {
+			close(directory);
+			directory = parent;
+			continue;
+		}
+		if (parent >= 0)
+			close(parent);
+	}
+	if (directory >= 0)
+		close(directory);
+	return -1;
+}
+
+uint64_t pf_source_committed(int32_t fd, const uint64_t *ours, uint32_t count, uint64_t *inodes)
+{
+	struct walk walk = { .ours = ours, .our_count = count, .inodes = 1 };
+	struct stat status;
+	int root;
+	bool complete;
+
+	*inodes = 0;
+	if (fstat(fd, &status))
+		return HEADROOM_UNLIMITED;
+	walk.device = status.st_dev;
+	root = open_mount_root(fd, status.st_dev);
+	if (root < 0)
+		return HEADROOM_UNLIMITED;
+	complete = walk_directory(&walk, root, LEVELS_MAX);
+	close(root);
+	*inodes = walk.inodes;
+	return complete ? walk.committed : HEADROOM_UNLIMITED;
 }

@@ -39,10 +39,14 @@ uint64_t pf_source_nodes(int32_t nodes_fd, const struct source_nodes *nodes);
 uint64_t pf_source_hugetlb(int32_t pools_fd, int32_t nodes_fd, const struct source_nodes *nodes,
 			   uint64_t page_size, uint64_t ours);
 
+/* Return the free bytes of an open file's file system, and the number of its inodes, 0: unknown. */
+uint64_t pf_source_file_system(int32_t fd, uint64_t *inodes);
+
 /*
- * Return the free bytes of an open file's file system. Sets *others to 0 if the file system has at
- * most `inodes` inodes besides its root directory, because then no other file uses the free bytes.
+ * Return the bytes by which the files of an open file's file system can grow without ftruncate():
+ * size minus blocks of each file whose inode is not in `ours`. Returns HEADROOM_UNLIMITED if not
+ * all directories can be read. Sets *inodes to the number of inodes found, with the root directory.
  */
-uint64_t pf_source_file_system(int32_t fd, uint64_t inodes, int32_t *others);
+uint64_t pf_source_committed(int32_t fd, const uint64_t *ours, uint32_t count, uint64_t *inodes);
 
 #endif

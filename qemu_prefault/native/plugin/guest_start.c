@@ -46,7 +46,14 @@ static void print_short(const struct claim *claim, uint64_t left)
 	unsigned long long mib = claim->wanted >> 20;
 	const char *of = claim->source.page_size ? " of huge pages" : "";
 
-	if (!pf_headroom_visible(&claim->source))
+	bool hidden = !pf_headroom_visible(&claim->source) && pf_options.populate != POPULATE_ALL;
+
+	if (hidden && claim->source.kind == SOURCE_FILE_SYSTEM)
+		pf_print_error("qemu-prefault: populating needs %llu MiB of a file system that "
+			       "has files that QEMU cannot see, so only present pages are "
+			       "prefaulted; set populate=all if the file system is large enough\n",
+			       mib);
+	else if (hidden)
 		pf_print_error("qemu-prefault: populating needs %llu MiB%s, but the limits of all "
 			       "cgroups of QEMU cannot be read (a cgroup namespace, or a missing "
 			       "AppArmor rule), so only present pages are prefaulted; set "

@@ -14,7 +14,7 @@
 #include "host_ranges.h"
 #include "options.h"
 
-enum { CGROUP_LEVELS = 16 };
+enum { CGROUP_LEVELS = 16, FILES_MAX = 64 };
 
 static int meminfo_fd = -1, pools_fd = -1, nodes_fd = -1, min_free_fd = -1;
 static struct source_nodes nodes_with_memory;
@@ -102,7 +102,7 @@ size_t pf_headroom_sources(uint64_t hva, uint64_t size, struct memory_source *so
 	source.confined = confining_nodes(hva, &source.nodes);
 	source.page_size = pf_ranges_huge_page_size(hva, size);
 	source.kind = source.page_size ? SOURCE_POOL : SOURCE_HOST;
-	file.fd = pf_ranges_file(hva, size, &file.device, &file.inode, &file.inodes);
+	file.fd = pf_ranges_file(hva, size, &file.device, &file.inode);
 	/* The fault allocates the file's page and its copy (mm/shmem.c, shmem_fault()). */
 	if (facts & MEMORY_COPIED && pf_headroom_unallocated(&file)) {
 		allocates_file = true;
@@ -152,10 +152,32 @@ static uint64_t kernel_reserve(void)
 	return strtoull(text, NULL, 10) << 10;
 }
 
+/*
+ * Compute the free bytes of a file system, without those that other files may still allocate. Sets
+ * *shared if it has other files. Returns whether the plugin sees all of them: it must find as many
+ * inodes as the file system has, because a file that another process has deleted is not found.
+ */
+static bool file_system_left(const struct memory_source *source, uint64_t *left, bool *shared)
+{
+	uint64_t ours[FILES_MAX], used, found, committed;
+	size_t deleted;
+	size_t count = pf_ranges_inodes(source->device, ours, FILES_MAX, &deleted);
+
+	*left = pf_source_file_system(source->fd, &used);
+	*shared = *left != HEADROOM_UNLIMITED && (!used || used > count + 1);
+	if (!*shared)
+		return true;
+	committed = pf_source_committed(source->fd, ours, (uint32_t)count, &found);
+	if (committed == HEADROOM_UNLIMITED || !used || found + deleted < used)
+		return false;
+	*left = *left > committed ? *left - committed : 0;
+	return true;
+}
+
 uint64_t pf_headroom_left(const struct memory_source *source, uint64_t ours, uint64_t reserve)
 {
 	uint64_t left = HEADROOM_UNLIMITED;
-	int32_t others = 1;
+	bool shared = true;
 
 	if (!pf_headroom_visible(source) && pf_options.populate != POPULATE_ALL)
 		return 0;
@@ -171,19 +193,31 @@ uint64_t pf_headroom_left(const struct memory_source *source, uint64_t ours, uin
 	case SOURCE_POOL:
 		return hugetlb_left(source, ours); /* excludes pages reserved for others */
 	case SOURCE_FILE_SYSTEM:
-		left = pf_source_file_system(source->fd, source->inodes, &others);
+		file_system_left(source, &left, &shared);
 		break;
 	}
-	if (left == HEADROOM_UNLIMITED || !others)
+	if (left == HEADROOM_UNLIMITED || !shared)
 		return left;
 	return left > reserve ? left - reserve : 0;
 }
 
 bool pf_headroom_visible(const struct memory_source *source)
 {
-	if (source->kind == SOURCE_POOL)
+	uint64_t left;
+	bool shared;
+
+	switch (source->kind) {
+	case SOURCE_HOST:
+		return sees_memory_groups;
+	case SOURCE_POOL:
 		return sees_hugetlb_groups;
-	return source->kind != SOURCE_HOST || sees_memory_groups;
+	case SOURCE_FILE_SYSTEM:
+		return file_system_left(source, &left, &shared);
+	case SOURCE_NODES:
+	case SOURCE_KINDS:
+		break;
+	}
+	return true;
 }
 
 uint64_t pf_headroom_unallocated(const struct memory_source *source)

@@ -30,13 +30,13 @@ struct memory_source {
 	struct source_nodes nodes;
 	/* SOURCE_FILE_SYSTEM only: */
 	uint64_t device, inode; /* of the file */
-	uint64_t inodes;	/* files that QEMU has mapped in the file system */
 	int fd;			/* QEMU's descriptor of the file, owned by QEMU */
 };
 
 /*
- * Return whether the limits of all cgroups that a source counts against can be read. If not, and
- * unless populate=all is set, pf_headroom_left() returns 0.
+ * Return whether all limits of a source can be read: those of its cgroups, and what other files of
+ * its file system may still allocate. If not, and unless populate=all is set, pf_headroom_left()
+ * returns 0.
  */
 bool pf_headroom_visible(const struct memory_source *source);
 

@@ -255,27 +255,16 @@ uint64_t pf_ranges_huge_page_size(uint64_t start, uint64_t size)
 	return page_size;
 }
 
-int pf_ranges_file(uint64_t start, uint64_t size, uint64_t *device, uint64_t *inode,
-		   uint64_t *inodes)
+int pf_ranges_file(uint64_t start, uint64_t size, uint64_t *device, uint64_t *inode)
 {
 	struct interval found = { .fd = -1 };
 	struct stat status;
 
-	*inodes = 0;
 	pthread_mutex_lock(&lists_lock);
 	for (size_t i = 0; i < mappings.count && found.fd < 0; i++)
 		if (mappings.items[i].inode && mappings.items[i].start < start + size &&
 		    start < mappings.items[i].end)
 			found = mappings.items[i];
-	for (size_t i = 0; i < mappings.count; i++) {
-		const struct interval *item = &mappings.items[i];
-		bool again = !item->inode || item->device != found.device;
-
-		for (size_t j = 0; j < i && !again; j++)
-			again = mappings.items[j].inode == item->inode &&
-				mappings.items[j].device == item->device;
-		*inodes += !again;
-	}
 	pthread_mutex_unlock(&lists_lock);
 	/* QEMU may have closed the descriptor and reused its number for another file. */
 	if (found.fd < 0 || fstat(found.fd, &status) || status.st_ino != found.inode ||
@@ -284,6 +273,30 @@ int pf_ranges_file(uint64_t start, uint64_t size, uint64_t *device, uint64_t *in
 	*device = found.device;
 	*inode = found.inode;
 	return found.fd;
+}
+
+size_t pf_ranges_inodes(uint64_t device, uint64_t *inodes, size_t most, size_t *deleted)
+{
+	size_t count = 0;
+
+	*deleted = 0;
+	pthread_mutex_lock(&lists_lock);
+	for (size_t i = 0; i < mappings.count && count < most; i++) {
+		const struct interval *item = &mappings.items[i];
+		bool again = !item->inode || item->device != device;
+		struct stat status;
+
+		for (size_t j = 0; j < count && !again; j++)
+			again = inodes[j] == item->inode;
+		if (again)
+			continue;
+		inodes[count++] = item->inode;
+		*deleted += item->fd >= 0 && !fstat(item->fd, &status) &&
+			    status.st_ino == item->inode && status.st_dev == item->device &&
+			    !status.st_nlink;
+	}
+	pthread_mutex_unlock(&lists_lock);
+	return count;
 }
 
 void pf_ranges_set_mark(enum memory_mark mark, uint64_t start, uint64_t size)

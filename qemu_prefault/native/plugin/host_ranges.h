@@ -50,11 +50,14 @@ uint64_t pf_ranges_huge_page_size(uint64_t start, uint64_t size);
 
 /*
  * Return QEMU's descriptor of the file that is mapped in [start, start + size), or -1 if there is
- * no file or the descriptor is unknown. QEMU owns the descriptor: do not close it. Sets *inodes to
- * the number of files on that device that QEMU has mapped.
+ * no file or the descriptor is unknown. QEMU owns the descriptor: do not close it.
  */
-int pf_ranges_file(uint64_t start, uint64_t size, uint64_t *device, uint64_t *inode,
-		   uint64_t *inodes);
+int pf_ranges_file(uint64_t start, uint64_t size, uint64_t *device, uint64_t *inode);
+/*
+ * Store the inodes of the files on a device that QEMU has mapped. Returns their number. Sets
+ * *deleted to how many of them have no directory entry.
+ */
+size_t pf_ranges_inodes(uint64_t device, uint64_t *inodes, size_t most, size_t *deleted);
 
 /* Operations that the plugin has done on a range at least once. */
 enum memory_mark { MEMORY_POPULATED, MEMORY_PREFAULTED };
