@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Run the suite on three kernels in three modes, and write docs/conformance.md.
+"""Run the conformance suite on three kernels, and write docs/conformance.md.
+
+The suite runs in three modes of KVM on each kernel.
 
     make conformance                                     run the suite in the lab (10 minutes)
     scripts/make-conformance.py --keep DIR               run it, and keep each run's JSON in DIR
@@ -37,7 +39,7 @@ Runs = dict[tuple[str, str], dict[str, Any]]
 
 
 def run(variant: str, mode: str) -> dict[str, Any]:
-    """Run the suite in the lab, and return its report.
+    """Run the conformance suite in the lab, and return its report.
 
     The report's ``with_lab`` is the duration in seconds, including the start of the lab.
     """
@@ -51,8 +53,8 @@ def run(variant: str, mode: str) -> dict[str, Any]:
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if not result.stdout.strip():
         sys.exit(
-            f"{variant}, {mode}: the run printed no report (exit status {result.returncode}); "
-            "see its messages above"
+            f"{variant}, {mode}: the run exited with status {result.returncode} and printed no "
+            "report"
         )
     report: dict[str, Any] = json.loads(result.stdout)
     report["with_lab"] = round(time.monotonic() - started, 1)
@@ -164,7 +166,7 @@ def main() -> int:
     parser.add_argument(
         "--render",
         action="store_true",
-        help="do not run the suite; use the JSON in the --keep directory",
+        help="read the JSON in the --keep directory instead of running the suite",
     )
     options = parser.parse_args()
     runs: Runs = {}

@@ -75,7 +75,7 @@ def digest(name: str) -> str:
 
 
 def cache() -> Path:
-    """Return the cache of scripts/with-env."""
+    """Return the cache directory that scripts/with-env uses."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("QEMU_PREFAULT_CACHE") or Path(base) / "qemu-prefault")
 

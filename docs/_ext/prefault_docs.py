@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Sphinx directives that document qemu-prefault from its own code.
 
-``command-options``  the options of a click command, without the section that sphinx-click adds
-``error-codes``      every ``errors.Code`` with its comment, and the errors that have it
-``json-fields``      the fields of the object that a ``to_json()`` method returns
-``event-fields``     the events of ``--follow``, with the fields that the code gives them
+``command-options`` shows the options of a click command, without the section that sphinx-click
+adds. ``error-codes`` shows every ``errors.Code`` with its comment, and the errors that have the
+code. ``json-fields`` shows the fields of the object that a ``to_json()`` method returns.
+``event-fields`` shows the events of ``--follow`` with their fields.
 
-A directive logs a warning if a description is missing, or if it describes a name that the code
-does not have. `make docs` treats warnings as errors.
+A directive logs a warning if a description is missing, or if a description is for a name that the
+code does not have. `make docs` treats warnings as errors.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def definition(term: str, kind: str, text: str) -> list[str]:
 
 
 class CommandOptions(ClickDirective):
-    """``command-options:: MODULE:COMMAND`` with ``:prog: NAME``."""
+    """The directive ``command-options:: MODULE:COMMAND`` with ``:prog: NAME``."""
 
     def run(self) -> list[nodes.Node]:
         self.options["nested"] = "none"
@@ -70,14 +70,14 @@ class CommandOptions(ClickDirective):
 
 
 def drop_lines(app: Sphinx, context: Any, lines: list[str]) -> None:
-    """Remove text of sphinx-click that the pages themselves contain."""
+    """Remove a part of sphinx-click's text, because the pages have their own text."""
     lines.clear()
 
 
 def edit_options(app: Sphinx, context: Any, lines: list[str]) -> None:
-    """Edit sphinx-click's text of the options.
+    """Edit the text that sphinx-click generates for the options.
 
-    Show choices as the option's value, show the default as a sentence, and add ``--help``.
+    Show the choices of an option as its value, show its default as a sentence, and add ``--help``.
     """
     found: list[str] = []
     option = 0
@@ -102,13 +102,13 @@ def edit_options(app: Sphinx, context: Any, lines: list[str]) -> None:
 
 
 def attribute_docs(module: str) -> dict[tuple[str, str], str]:
-    """Return the comments and docstrings of attributes, by class and name."""
+    """Return the docs of a module's attributes, by class and name."""
     docs = ModuleAnalyzer.for_module(module).find_attr_docs()
     return {key: " ".join(line.strip() for line in text).strip() for key, text in docs.items()}
 
 
 def field_doc(owner: type, field: str) -> str:
-    """Return the description of a dataclass field, from ``:ivar`` or ``#:``."""
+    """Return the description of a dataclass field from ``:ivar`` or ``#:``."""
     text = re.search(rf":ivar {field}: (.+?)(?=\n\s*:|\n\s*\n|\Z)", owner.__doc__ or "", re.DOTALL)
     if text:
         return " ".join(text[1].split())
@@ -116,7 +116,10 @@ def field_doc(owner: type, field: str) -> str:
 
 
 def code_users() -> dict[str, set[str]]:
-    """Return the classes of errors and warnings that use each ``errors.Code``."""
+    """Return the names of error classes that use a code, by name in ``errors.Code``.
+
+    A warning that uses the code adds the name ``RunWarning``.
+    """
     users: dict[str, set[str]] = {}
 
     def members(node: ast.AST) -> Iterator[str]:
@@ -151,7 +154,7 @@ def code_users() -> dict[str, set[str]]:
 
 
 def carried_by(names: set[str]) -> tuple[str, str]:
-    """Return the names of the classes, and their exit statuses, as text."""
+    """Return two texts with the names of error classes and with their exit statuses."""
     statuses = set()
     for name in names:
         kind = getattr(errors, name, None)
@@ -161,9 +164,9 @@ def carried_by(names: set[str]) -> tuple[str, str]:
 
 
 class ErrorCodes(Directive):
-    """``error-codes::``, a table of all codes.
+    """The directive ``error-codes::``, which writes a table of all codes.
 
-    The body lists the codes whose class is chosen at run time, with this class.
+    Each line of the body names a code whose class is chosen at run time, and this class.
     """
 
     has_content = True
@@ -201,7 +204,7 @@ JSON_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean", d
 class Sample:
     """A factory of dataclass objects in which each value is unique.
 
-    A value in the JSON output therefore identifies the field that it comes from.
+    A value in the JSON output therefore identifies the field that has this value.
     """
 
     def __init__(self) -> None:
@@ -212,7 +215,7 @@ class Sample:
         self.by_name: dict[str, tuple[type, str, str]] = {}
 
     def make(self, kind: type) -> Any:
-        """Return an object of a dataclass."""
+        """Return an object of the dataclass ``kind``, with unique values."""
         hints = typing.get_type_hints(kind)
         values = {}
         for field in dataclasses.fields(kind):
@@ -275,7 +278,7 @@ COMMON = {
 def described(content: StringList) -> dict[str, str]:
     """Return the descriptions in a directive's ``NAME: description`` lines.
 
-    An indented line continues the line before.
+    An indented line continues the previous line.
     """
     found: dict[str, str] = {}
     name = ""
@@ -289,7 +292,7 @@ def described(content: StringList) -> dict[str, str]:
 
 
 class JsonFields(Directive):
-    """``json-fields:: MODULE:DATACLASS``, a list of the fields.
+    """The directive ``json-fields:: MODULE:DATACLASS``, which lists the fields.
 
     The body describes the fields that have no ``#:`` comment.
     """
@@ -359,9 +362,9 @@ def plugin_events() -> dict[str, set[str]]:
 
 
 class EventFields(Directive):
-    """``event-fields:: tool|plugin``, a list of events.
+    """The directive ``event-fields:: tool|plugin``, which lists the events.
 
-    The body describes each event.
+    The body of the directive describes each event.
     """
 
     required_arguments = 1
@@ -387,7 +390,10 @@ LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)(?:#[^)\s]*)?\)")
 
 
 def resolve_source_links(app: Sphinx, document: str, source: list[str]) -> None:
-    """Replace links to files outside docs/ by paths; the site lacks these files."""
+    """Replace links to files outside docs/ by paths.
+
+    The site does not contain these files.
+    """
     folder = (Path(app.srcdir) / document).parent
 
     def replace(match: re.Match[str]) -> str:

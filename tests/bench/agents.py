@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Measure the three agents in turn on the same restored guest.
+"""Measure restored guests with each of the three agents.
 
     agents.py LOOP
 
 The script needs KVM, so run.py runs it in the lab or on a host that can prefault. It prints its
-results as JSON, in the last line. The rows "qmp", "job" and "prefault=on" use the patched QEMU,
-whose path is in an environment variable. "job" is QEMU's job without the tool. The script does not
-use LOOP.
+results as JSON, in the last line. For the results "qmp", "job" and "prefault=on", it uses the
+patched QEMU. An environment variable has the path of this QEMU. For the result "job", it starts
+QEMU's job x-kvm-prefault-memory without the tool. run.py passes LOOP to every script. This script
+ignores LOOP.
 """
 
 from __future__ import annotations

@@ -4,12 +4,13 @@
     incoming.py LOOP
 
 The script needs KVM, so run.py runs it in the lab or on a host that can prefault. It prints its
-results as JSON, in the last line. LOOP is the program that calls the bare ioctl over the same
-amount of memory.
+results as JSON, in the last line. LOOP is a program that only issues the ioctl. The
+script runs it on the same amount of memory.
 
-A guest migrates without the tool and with it, in an order that changes from round to round. In one
-migration, the guest writes continuously. In a second one it does not write, so that the script can
-measure its first pass at the target.
+The script measures five rounds. In each round, a guest migrates without the tool and with the tool.
+The order changes from round to round. In one migration, the guest writes continuously. In a second
+migration, it does not write, so that the script can measure the guest's first pass over its memory
+at the target.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def migrate(way: str, state: Path, directory: Path, busy: bool) -> dict[str, Any
     """Run one migration, and return its measurements.
 
     :param busy: Whether the guest writes during the migration.
-    :returns: Times in seconds. ``faults`` are the stage-2 faults at the target until the guest has
-        written all its pages.
+    :returns: Times in seconds, except for ``faults``. This value is the number of stage-2 faults at
+        the target until the guest has made two passes over its memory.
     """
     uri = f"unix:{directory / 'migration'}"
     with (

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Draw docs/images/faults.svg from the tables of docs/benchmarks.md.
 
-``make bench`` runs this after it has written the page.
+``make bench`` draws the picture after it has written docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def read_pairs(page: str) -> list[Pair]:
     """Return the pairs that the picture shows.
 
     :param page: The text of docs/benchmarks.md.
-    :raises StopIteration, ValueError: A table differs from the form that run.py writes.
+    :raises StopIteration, ValueError: if a table differs from the form that run.py writes.
     """
 
     def two(heading: str, tool: str) -> tuple[int, int]:
@@ -80,7 +80,7 @@ def read_pairs(page: str) -> list[Pair]:
 
 
 def draw(pairs: list[Pair]) -> str:
-    """Return the picture as SVG: two bars for each pair, on one linear scale."""
+    """Return the picture as SVG, with two bars for each pair on one linear scale."""
     height = TOP + ROW * len(pairs) + 8
     scale = (WIDTH - LEFT - RIGHT) / max(pair.without for pair in pairs)
     summary = "; ".join(f"{p.name}: {p.without:,} without, {p.prefaulted:,} with" for p in pairs)

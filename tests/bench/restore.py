@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Measure restored guests, and compare the tool with a bare ioctl loop.
+"""Measure restored guests, and compare the tool with a loop of ioctls.
 
     restore.py LOOP
 
 The script needs KVM, so run.py runs it in the lab or on a host that can prefault. It prints its
-results as JSON, in the last line. LOOP is the program that calls the bare ioctl.
+results as JSON, in the last line. LOOP is a program that only issues the ioctl.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def run_tool(guest: Guest, *arguments: str) -> dict[str, Any]:
 
 
 def after_restore(state: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the faults and times of restored guests, without and with the tool."""
+    """Return the faults and seconds of restored guests, without and with the tool."""
     measure(DemoCase("boot", TOOL), 0, state)  # writes the state
     found: dict[str, list[dict[str, Any]]] = {NOTHING: [], TOOL: []}
     for _ in range(ROUNDS):
@@ -52,7 +52,10 @@ def after_restore(state: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def compare_with_loop(program: str) -> list[dict[str, float]]:
-    """Return pairs of the tool's and the loop's seconds per GiB."""
+    """Return the seconds per GiB of the tool and of the loop, in pairs.
+
+    :param program: The path of the loop.
+    """
     pairs: list[dict[str, float]] = []
     with small_pages():
         loop = subprocess.Popen(
@@ -86,9 +89,9 @@ def compare_with_loop(program: str) -> list[dict[str, float]]:
 
 
 def repeated(state: Path) -> dict[str, dict[str, float]]:
-    """Return the seconds of a dry, a first and a second run on one guest.
+    """Return the seconds of a dry run, a first run and a second run on one guest.
 
-    The dry run and the second run show the cost of the tool's other work.
+    The dry run and the second run show how long the tool's work other than prefaulting takes.
     """
     with small_pages():
         guest = Guest(machine="microvm", memory_mib=352, incoming=state, paused=True)

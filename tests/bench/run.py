@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Run the measurements, and write docs/benchmarks.md and docs/images/faults.svg.
 
-``make bench`` calls this script. It prints the results, and writes the page only if the cache has
-results of every part that the page needs. The exit status is 1 if a value
-exceeds its limit.
+``make bench`` calls this script. The script prints the results. It writes the page only if the
+cache has results of every part that the page needs. The exit status is 1 if a value exceeds its
+limit.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def log(text: str) -> None:
 def qemu(mib: int) -> Iterator[str]:
     """Start a paused QEMU without KVM, and yield the path of its QMP socket.
 
-    QEMU runs on this machine. The guest's memory stays untouched.
+    QEMU runs on this machine. The guest does not touch its memory.
     """
     with tempfile.TemporaryDirectory() as scratch:
         socket = f"{scratch}/qmp"
@@ -78,7 +78,7 @@ def wall_seconds(argv: Sequence[str]) -> float:
 
 
 def compare(argv: Sequence[str], base: Sequence[str]) -> tuple[float, float, float]:
-    """Run two commands alternately, and return their median seconds and the ratio."""
+    """Run two commands alternately, and return their median seconds and their ratio."""
     wall_seconds(argv), wall_seconds(base)  # fill the page cache
     pairs = [(wall_seconds(argv), wall_seconds(base)) for _ in range(REPETITIONS)]
     one, other = (statistics.median(column) for column in zip(*pairs, strict=True))
@@ -95,7 +95,7 @@ def peak_kib(*arguments: str) -> int:
 
 
 def measure_host() -> dict[str, Any]:
-    log("start-up times")
+    log("measure start-up times")
     with qemu(256) as socket:
         dry = [*TOOL, "--qmp", socket, "--populate-only", "--dry-run"]
         found: dict[str, Any] = {
@@ -104,7 +104,7 @@ def measure_host() -> dict[str, Any]:
             "memory": [],
         }
     for mib in GUEST_MIB:
-        log(f"memory of the tool, guest of {mib} MiB")
+        log(f"measure the memory of the tool with a guest of {mib} MiB")
         with qemu(mib) as socket:
             common = ("--qmp", socket, "--populate-only")
             found["memory"].append(
@@ -211,7 +211,10 @@ IDLE = (
 def idle_bar(
     where: str, boots: dict[str, list[dict[str, Any]]], key: str, name: str, more: float
 ) -> tuple[str, str, str, bool]:
-    """Compare a value of an idle plugin with the maximum without the plugin."""
+    """Return a limit for a value of the idle plugin.
+
+    The limit is the maximum of the value without the plugin.
+    """
     most = max(row[key] for row in boots["nothing"]) + more
     off = median(boots["keep=off"], key)
     bar = f"<= {most:,.1f}, the maximum without the plugin" + (f" + {more:g}" if more else "")
@@ -223,9 +226,10 @@ def second_boots(boots: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def median_ratio(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> float:
-    """Return the median of the ratios of each round.
+    """Return the median of the ratios that the rounds have between their two times.
 
-    The ratios are within a round, because the host's load is similar there.
+    The function compares times of the same round, because the host's load is similar within a
+    round.
     """
     return statistics.median(
         float(row["seconds"]) / float(other["seconds"])
@@ -246,11 +250,12 @@ def plugin_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
         f"## The plugin, on kernel {part['kernel']}, QEMU {part['qemu']}",
         "",
         "A guest of 384 MiB boots and writes 256 MiB on 4K pages. Each value is the median of "
-        f"{len(next(iter(plugin['4k'].values()))['nothing'])} rounds, and each round measures all "
-        "rows of a machine type. Seconds are counted from the start of QEMU and include "
-        "prefaulting. *ratio* is the median of the ratios to *nothing* in the same round. *again* "
-        "is the time that the plugin spent on prefaulting memory again. `prealloc=on` is an "
-        "option of QEMU, which fills the host's page tables and leaves the stage-2 tables empty.",
+        f"{len(next(iter(plugin['4k'].values()))['nothing'])} rounds. A round measures each row of "
+        "a machine type once. *seconds* is the time from the start of QEMU until the guest has "
+        "written the memory, and includes prefaulting. *ratio* is the median of the rounds' ratios "
+        "to *nothing*. *again* is the time that the plugin spent on prefaulting memory again. "
+        "QEMU's option `prealloc=on` fills the host's page tables and leaves the stage-2 tables "
+        "empty.",
         "",
         "| machine | option | seconds | ratio | stage-2 faults | second boot s | "
         "second boot faults | populate s | again s |",
@@ -304,14 +309,15 @@ def incoming_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
         "## Live migration",
         "",
         "A guest of 512 MiB writes 384 MiB repeatedly, on 4K pages, and migrates within one host. "
-        f"Each value is the median of {len(rounds)} rounds, and each round measures both rows.",
+        f"Each value is the median of {len(rounds)} rounds. A round measures each row once.",
         "",
-        "- *blackout* is the time from the source's STOP event to the target's RESUME event, by "
-        "QEMU's timestamps. It varies, because the guest writes faster than QEMU can send.",
+        "- *blackout* is the time between the source's STOP event and the target's RESUME event, "
+        "according to QEMU's timestamps. It varies, because the guest writes faster than QEMU can "
+        "send.",
         "- *added* is the part of the blackout after the target has reported that all RAM is "
         "loaded.",
-        "- The two passes are from a second migration, in which the guest does not write until "
-        "the migration has ended.",
+        "- *first pass* and *steady pass* are two loops of the guest over its memory after a second "
+        "migration. In this migration, the guest does not write until the migration has ended.",
         "",
         "| at the target | stage-2 faults | first pass s | steady pass s | blackout s | added s | "
         "prefault s | the bare ioctl s |",
@@ -328,18 +334,18 @@ def incoming_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
 
 
 def agents_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
-    """Return the section that compares the agents. It has no limits."""
+    """Return the section that compares the agents, and an empty list of limits."""
     ways = part["results"]
     lines = [
         "",
         "## Comparison of the agents",
         "",
         "A guest of 352 MiB (microvm) that has written 256 MiB is restored on 4K pages. Each value "
-        f"is the median of {len(ways['nothing'])} rounds, and each round measures all rows. "
+        f"is the median of {len(ways['nothing'])} rounds. A round measures each row once. "
         "*nothing*, *attach* and *plugin* use Debian's QEMU. *qmp*, *job* and *prefault=on* use "
-        "the [patched QEMU](usage/patched-qemu.md). *job* is QEMU's job without the tool. The "
-        "blackout is the time from the end of the restore to the guest's first instruction, "
-        "without the start of Python.",
+        "the [patched QEMU](usage/patched-qemu.md). *job* is QEMU's job without the tool. "
+        "*blackout* is the time from the end of the restore to the guest's first instruction. It "
+        "does not include the start of Python.",
         "",
         "| agent or option | stage-2 faults | first pass s | steady pass s | prefault s | "
         "blackout s |",
@@ -372,9 +378,10 @@ def restore_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
         "",
         "## First pass after a restore",
         "",
-        "A guest that has written 256 MiB is restored on 4K pages. Each value is the median of "
-        f"{len(tool)} rounds, and each round measures both rows. *ratio* is the first pass "
-        "divided by the steady pass.",
+        "A guest that has written 256 MiB is restored on 4K pages. *first pass* is the guest's "
+        "first loop over this memory, and *steady pass* is the median of the following loops. "
+        f"Each value is the median of {len(tool)} rounds. A round measures each row once. *ratio* "
+        "is the first pass divided by the steady pass.",
         "",
         "| done before the guest is resumed | stage-2 faults | first pass s | steady pass s | "
         "ratio | populate s | prefault s |",
@@ -388,19 +395,19 @@ def restore_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
         "## Comparison with a bare loop",
         "",
         "`tests/bench/loop.c` is a minimal VMM that issues the ioctl for the same chunks of "
-        "32 MiB. The table shows seconds per GiB of 4K pages with one vCPU. Both programs run "
-        "once for each row, in an order that alternates:",
+        "32 MiB. The table shows seconds per GiB of 4K pages with one vCPU. For each row, both "
+        "programs run once. Their order alternates from row to row:",
         "",
         "| qemu-prefault | loop | ratio |",
         "|--:|--:|--:|",
         *(f"| {p['tool']:.3f} | {p['loop']:.3f} | {p['tool'] / p['loop']:.3f} |"
           for p in lab["loop"]),
         "",
-        f"The fastest times are {min(p['tool'] for p in lab['loop']):.3f} and "
-        f"{min(p['loop'] for p in lab['loop']):.3f}, and their ratio is "
+        f"The fastest time of qemu-prefault is {min(p['tool'] for p in lab['loop']):.3f}. The "
+        f"fastest time of the loop is {min(p['loop'] for p in lab['loop']):.3f}. Their ratio is "
         f"{min(p['tool'] for p in lab['loop']) / min(p['loop'] for p in lab['loop']):.3f}. "
-        "The lab has one CPU, so other work of the tool increases its time, especially on a "
-        "busy host.",
+        "The lab has one CPU, so other work of the tool increases the tool's time, especially on "
+        "a busy host.",
         "",
         "## Other work of the tool",
         "",
@@ -431,7 +438,7 @@ def host_section(host: dict[str, Any]) -> tuple[list[str], Bars]:
         "",
         "## Start-up time of the tool",
         "",
-        "The next table shows the start-up time of two commands, on the machine that runs "
+        "The next table shows the start-up time of two commands on the machine that runs "
         f"`make bench`. Each value is the median of {REPETITIONS} runs, in seconds of wall time:",
         "",
         "| command | s | compared with | s |",
@@ -442,7 +449,7 @@ def host_section(host: dict[str, Any]) -> tuple[list[str], Bars]:
         "",
         "## Memory of the tool",
         "",
-        "This table shows the tool's peak resident set (VmHWM) with `--populate-only`, on the "
+        "This table shows the tool's peak resident set (VmHWM) with `--populate-only` on the "
         "machine that runs `make bench`. The guests have not touched their memory:",
         "",
         "| guest | `--dry-run` over all memory | `--range 0+128M` |",
@@ -467,7 +474,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], tuple[list[str], Bars]]] = {
 def report(found: dict[str, Any]) -> tuple[str, list[str]]:
     """Return the text of docs/benchmarks.md, and the names of the missed limits.
 
-    :param found: The results of each part. The text has the sections of these parts only.
+    :param found: The results by name of the part. The text has only the sections of these parts.
     """
     lines: list[str] = []
     bars: Bars = []
@@ -478,17 +485,17 @@ def report(found: dict[str, Any]) -> tuple[str, list[str]]:
             bars += more_bars
     lab = next((part for part in found.values() if "kernel" in part), None)
     guests = (
-        f"Unless a section states others, the kernel is {lab['kernel']} and QEMU is {lab['qemu']}. "
+        f"The kernel is {lab['kernel']} and QEMU is {lab['qemu']}, unless a section names others. "
         if lab
         else ""
     )
     text = [
         "# Benchmarks",
         "",
-        "`make bench` writes this page. It runs guests in the nested lab, or on this machine if "
-        f"its KVM can prefault. {guests}The counts of each run are exact. Two runs count slightly "
-        "different numbers, because the guest's own behaviour differs between runs. In the lab, "
-        "compare seconds only within one table.",
+        "`make bench` writes this page. If the KVM of the machine that runs `make bench` can "
+        "prefault, the guests run on this machine. Otherwise they run in the nested lab. "
+        f"{guests}The counts of each run are exact. They differ slightly between runs, because the "
+        "guest's own behaviour differs. Compare seconds from the lab only within one table.",
         "",
         "| quantity | measured | limit | result |",
         "|---|--:|--:|---|",
@@ -506,15 +513,15 @@ def main() -> int:
         nargs="*",
         choices=[*PARTS, []],  # argparse checks an empty list against the choices
         metavar="PART",
-        help=f"measure only these ({', '.join(PARTS)}), and read the others from the cache; if the "
-        "cache lacks one, print the results and write no page; default: measure all",
+        help=f"measure only these parts ({', '.join(PARTS)}), and read the others from the cache. "
+        "If the cache lacks a part, print the results and write no page. Default: all parts.",
     )
     wanted = parser.parse_args().parts or list(PARTS)
     found = measure(wanted)
     absent = [name for name in PARTS if name not in found and name not in OPTIONAL]
     if absent:
         text, missed = report({name: found[name] for name in wanted})
-        log(f"docs/benchmarks.md is unchanged: the cache has no results of {', '.join(absent)}")
+        log(f"docs/benchmarks.md is unchanged, because the cache lacks {', '.join(absent)}")
     else:
         text, missed = report(found)
         TARGET.write_text(text)
