@@ -4,7 +4,7 @@
 The suite runs in three modes of KVM on each kernel.
 
     make conformance                                     run the suite in the lab (10 minutes)
-    scripts/make-conformance.py --keep DIR               run it, and keep each run's JSON in DIR
+    scripts/make-conformance.py --keep DIR               run the suite; keep each run's JSON in DIR
     scripts/make-conformance.py --keep DIR --render      write the page from the JSON in DIR
 
 scripts/conformance.md.in has the text around the tables.

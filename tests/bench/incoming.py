@@ -4,8 +4,8 @@
     incoming.py LOOP
 
 The script needs KVM, so run.py runs it in the lab or on a host that can prefault. It prints its
-results as JSON, in the last line. LOOP is a program that only issues the ioctl. The
-script runs it on the same amount of memory.
+results as JSON, in the last line. LOOP is a program that only issues the ioctl. The script runs
+LOOP on the same amount of memory.
 
 The script measures five rounds. In each round, a guest migrates without the tool and with the tool.
 The order changes from round to round. In one migration, the guest writes continuously. In a second

@@ -4,11 +4,12 @@
     plugin.py LOOP [WAY...]
 
 The script needs KVM, so run.py runs it in the lab or on a host that can prefault. It prints its
-results as JSON, in the last line. WAY is ``nothing``, ``plugin``,
-``keep=off`` or ``prealloc=on``. The script measures five rounds on 4K pages. Each round measures
-one boot for each WAY. The order changes from round to round. Times are in seconds from QEMU's start
-until the guest has booted and written its memory. run.py passes LOOP to every script. This script
-ignores LOOP.
+results as JSON, in the last line. Times are in seconds from QEMU's start until the guest has booted
+and written its memory.
+
+WAY is ``nothing``, ``plugin``, ``keep=off`` or ``prealloc=on``. The script measures five rounds on
+4K pages. Each round measures one boot for each WAY. The order changes from round to round. run.py
+passes LOOP to every script. This script ignores LOOP.
 """
 
 from __future__ import annotations

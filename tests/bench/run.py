@@ -316,8 +316,9 @@ def incoming_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
         "send.",
         "- *added* is the part of the blackout after the target has reported that all RAM is "
         "loaded.",
-        "- *first pass* and *steady pass* are two loops of the guest over its memory after a second "
-        "migration. In this migration, the guest does not write until the migration has ended.",
+        "- *first pass* and *steady pass* are two loops of the guest over its memory after a "
+        "second migration. In this migration, the guest does not write until the migration has "
+        "ended.",
         "",
         "| at the target | stage-2 faults | first pass s | steady pass s | blackout s | added s | "
         "prefault s | the bare ioctl s |",
