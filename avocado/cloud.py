@@ -18,7 +18,7 @@ from qemu_prefault_lab.system import distro_directory, make_overlay
 
 
 class CloudTest(PrefaultTest):
-    """Boot one image without the plugin and with it."""
+    """A test that boots one image twice, without the plugin and with it."""
 
     def prepare(self) -> None:
         self.distro = self.params.get("cloud", default="Fedora")
@@ -47,6 +47,6 @@ class CloudTest(PrefaultTest):
 
     @fail_on(QemuPrefaultError)
     def test_boot(self) -> None:
-        """Check that a boot with the plugin takes almost no faults on memory."""
+        """Check that a guest takes few faults on memory if it boots with the plugin."""
         without = self.boot_image(None)
         self.spared("boot", without, self.boot_image([]), DATA_PAGES, 0.01)

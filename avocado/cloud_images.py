@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Download cloud images with ``avocado.utils.vmimage``, extended by Alpine."""
+"""Download cloud images with ``avocado.utils.vmimage`` and a provider for Alpine."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ NETWORK_SECONDS = 60.0
 
 
 class NoImageError(Exception):
-    """No image of that name is available. The message gives the reason."""
+    """An error whose message gives the reason why an image is not available."""
 
 
 class AlpineImageProvider(vmimage.ImageProviderBase):
     """A provider of Alpine's "nocloud" images, which have no cloud-specific parts.
 
-    https://dl-cdn.alpinelinux.org/alpine/latest-stable/releases/cloud/ shows how they are named.
+    https://dl-cdn.alpinelinux.org/alpine/latest-stable/releases/cloud/ lists the images' file
+    names.
     """
 
     name = "Alpine"
@@ -41,9 +42,9 @@ vmimage.IMAGE_PROVIDERS.add(AlpineImageProvider)
 
 
 def base_image(name: str, cache_dir: str) -> Path:
-    """Return the newest image, downloaded or from the cache.
+    """Return the newest image of a distribution. Download it unless it is cached.
 
-    :raises NoImageError: No image is available.
+    :raises NoImageError: if no image of the distribution is available.
     """
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NETWORK_SECONDS)

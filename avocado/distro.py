@@ -5,8 +5,8 @@ Run ``avocado run avocado/distro.py -m avocado/variants.yaml``, or ``make avocad
 provides the images and a KVM that can prefault. Each test writes its figures to its log and,
 as JSON, to its whiteboard.
 
-The guests use 4K pages unless ``thp`` is set. With 2 MiB pages, a guest takes too few faults to
-measure the effect.
+The guests use 4K pages unless the parameter ``thp`` is set. With 2 MiB pages, a guest takes too few
+faults to measure the effect.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class Saved:
 
 
 class DistroTest(PrefaultTest):
-    """Test one distribution on one kind of virtual machine, at six lifecycle events."""
+    """Tests of six lifecycle events, with one distribution on one kind of machine."""
 
     def prepare(self) -> None:
         self.distro = self.boot_files = self.params.get("distro", default="debian13")
         if not (distro_directory(self.distro) / "disk").exists():
-            self.cancel(f"no image of {self.distro}: run make avocado, which builds it")
+            self.cancel(f"no image of {self.distro} exists. Run make avocado to build it.")
 
     def blank(self, name: str = "overlay") -> Path:
         overlay = Path(self.workdir) / name
@@ -67,7 +67,7 @@ class DistroTest(PrefaultTest):
         return overlay
 
     def boot(self, **options: Any) -> tuple[SystemGuest, Sample]:
-        """Boot a new guest, log in and check it; return it and the sample of its boot."""
+        """Boot a new guest and log in. Return the guest and the sample of its boot."""
         guest = self.start(self.blank(), **options)
         stopwatch = Stopwatch(guest, from_its_start=True)
         guest.wait_login()
@@ -143,7 +143,7 @@ class DistroTest(PrefaultTest):
 
     @fail_on(QemuPrefaultError)
     def test_boot(self) -> None:
-        """Boot with the plugin loaded, from power-on to the login prompt."""
+        """Boot with the plugin, and compare the faults until the login prompt."""
         saved = self.saved()
         guest, with_ = self.boot(plugin=[])
         self.wait_kept(guest)
@@ -153,7 +153,7 @@ class DistroTest(PrefaultTest):
 
     @fail_on(QemuPrefaultError)
     def test_reset(self) -> None:
-        """Reset a guest whose QEMU has the plugin loaded."""
+        """Reset a guest whose QEMU has loaded the plugin."""
         saved = self.saved()
         guest = self.restored(saved, plugin=[])
         guest.qmp("cont")
@@ -223,7 +223,7 @@ class DistroTest(PrefaultTest):
 
     @fail_on(QemuPrefaultError)
     def test_hotplug(self) -> None:
-        """Plug memory and write to it, once without and once with prefaulting it first."""
+        """Write to two plugged DIMMs, the second of which is prefaulted first."""
         if not self.can_plug:
             self.cancel(f"{self.hardware['machine']} has no slots for memory hotplug")
         saved = self.saved()

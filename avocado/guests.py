@@ -34,10 +34,10 @@ PLUGGABLE = "slots=2,maxmem=2G"
 
 @dataclass(frozen=True)
 class Sample:
-    """The time and the faults of one phase of a guest.
+    """The duration of one phase of a guest, and the faults that the guest took in it.
 
-    :ivar seconds: Wall-clock time.
-    :ivar faults: KVM's ``pf_taken``.
+    :ivar seconds: The wall-clock time in seconds.
+    :ivar faults: The increase of KVM's counter ``pf_taken``.
     :ivar emulated: The number of these faults that were accesses to device registers
         (``pf_emulate``). Prefaulting cannot avoid them.
     """
@@ -56,7 +56,7 @@ class Sample:
 
 
 class Stopwatch:
-    """A measurement that starts when the object is created."""
+    """A measurement of a guest's time and faults, which starts in the constructor."""
 
     def __init__(self, guest: SystemGuest, from_its_start: bool = False) -> None:
         self.guest = guest
@@ -74,7 +74,7 @@ class Stopwatch:
 
 
 class PrefaultTest(Test):
-    """A test on one kind of virtual machine, which the varianter's parameters select."""
+    """A test on the kind of virtual machine that the varianter's parameters select."""
 
     timeout = 7200
     distro: str
@@ -103,7 +103,7 @@ class PrefaultTest(Test):
         self.hugetlb = self.hardware["backing"] == "hugetlb"
         self.prepare()
         if not kvm_can_prefault():
-            self.cancel("this host's KVM cannot prefault: run make avocado, which uses the lab")
+            self.cancel("this host's KVM cannot prefault. Run make avocado, which uses the lab.")
         if self.hardware["firmware"] == "ovmf" and uefi_aborts():
             self.cancel(NO_UEFI)
         self.undo.append(partial(thp, thp(self.pages)))
@@ -132,11 +132,11 @@ class PrefaultTest(Test):
         return self.start_tool(guest, *arguments).finish(TOOL_SECONDS).complete()
 
     def check_health(self, guest: SystemGuest) -> None:
-        """Check that the system is up, without failed units or kernel errors."""
+        """Check that the guest's system is up, without failed units or kernel errors."""
         health.check_health(lambda command: guest.shell(command, HEALTH_SECONDS, check=False))
 
     def report(self, moment: str, without: Sample | None, with_: Sample) -> None:
-        """Log a row of the table, and keep it for the test's whiteboard."""
+        """Log a row of the results table, and keep the row for the test's whiteboard."""
         row: dict[str, Any] = {"distro": self.distro, "moment": moment, "pages": self.pages}
         row |= {key: self.hardware[key] for key in ("machine", "backing", "firmware", "smp")}
         row |= {"without": without and asdict(without), "with": asdict(with_)}
@@ -150,7 +150,7 @@ class PrefaultTest(Test):
         return guest
 
     def wait_kept(self, guest: SystemGuest) -> dict[str, Any]:
-        """Wait until the plugin has nothing left to do, and return its status."""
+        """Wait until the plugin has prefaulted all memory, and return its status."""
         deadline = time.monotonic() + 300
         while (status := guest.control("status"))["pending"]:
             self.assertLess(time.monotonic(), deadline, status)
@@ -162,7 +162,7 @@ class PrefaultTest(Test):
     def spared(self, moment: str, without: Sample, with_: Sample, least: int, part: float) -> None:
         """Check that prefaulting leaves at most the fraction ``part`` of the faults.
 
-        :param least: The least number of faults that the guest must take without prefaulting.
+        :param least: The minimum number of faults that the guest must take without prefaulting.
         """
         self.report(moment, without, with_)
         if self.pages == "never" and not self.hugetlb:

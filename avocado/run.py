@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Run the avocado tests on this host or in the lab, as ``make`` does.
+"""Run the avocado tests on this host or in the lab. ``make`` uses this program.
 
     python avocado/run.py distro [--distro NAME]... [--profile NAME]... [-- AVOCADO-ARGUMENT...]
     python avocado/run.py vt [--tp-qemu DIRECTORY] [-- REFERENCE...]
     python avocado/run.py check
 
-The tests run on this host if its KVM can prefault, else in the nested lab. The job's results
-(HTML, JSON, xunit, each test's log) are kept in the cache, and their path is printed. The last
-line is ``N passed, N failed, N skipped``. The exit status is 0 only if nothing failed.
+If this host's KVM can prefault, the tests run on this host. Otherwise they run in the nested lab.
+The program keeps the job's results in the cache (HTML, JSON, xunit, each test's log) and prints
+their path. The last line of output is ``N passed, N failed, N skipped``. The exit status is 0 only
+if nothing failed.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ MOMENTS = ("attach", "boot", "reset", "restore", "migrate", "hotplug")
 
 
 def wheels(*requirements: Path) -> list[Path]:
-    """Return wheels of the requirements. Download them unless they are cached."""
+    """Return wheels of the required packages. Download them unless they are cached."""
 
     def fill(directory: Path) -> None:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q"]
@@ -77,7 +78,7 @@ def site(*requirements: Path) -> Path:
 
 
 def python_on(directory: Path, *argv: str) -> str:
-    """Run Python with the modules in ``directory`` and ``HERE``; return its output."""
+    """Run Python with the modules in ``directory`` and ``HERE``. Return its output."""
     with tempfile.TemporaryDirectory() as home:
         result = subprocess.run(
             [sys.executable, "-W", "ignore", *argv],
@@ -108,7 +109,7 @@ for name in sys.argv[2:]:
 
 
 def cloud_images() -> dict[str, Path | str]:
-    """Download the images. Map each name to a path, or to the reason of a failure."""
+    """Download the images. Map each name to a path, or to the reason for a failure."""
     directory = cache.cache_dir() / "cloud-images"
     directory.mkdir(exist_ok=True)
     said = python_on(site(REQUIREMENTS), "-c", FETCH_CLOUD_IMAGES, str(directory), *CLOUDS)
@@ -118,9 +119,9 @@ def cloud_images() -> dict[str, Path | str]:
 
 @dataclass(frozen=True)
 class TestMachine:
-    """The machine on which the tests run, and a directory on it.
+    """The machine on which the tests run, and its directories for them.
 
-    :ivar distros: The value of ``QEMU_PREFAULT_DISTROS``, a directory on that machine.
+    :ivar distros: The directory of the distributions, for ``QEMU_PREFAULT_DISTROS``.
     """
 
     machine: Machine
@@ -135,9 +136,9 @@ def open_test_machine(
     clouds: Mapping[str, Path | str] | None = None,
     uefi: bool = False,
 ) -> TestMachine:
-    """Open a machine with these distributions and images, avocado, and this package.
+    """Open a machine, and install avocado, this package and the images on it.
 
-    The package is installed from the wheels that ``scripts/with-env`` built.
+    This package is installed from the wheels that ``scripts/with-env`` has built.
 
     :param uefi: Whether the machine must be able to run KVM guests with UEFI.
     """
@@ -362,7 +363,7 @@ def put_python(machine: Machine, source: Path, destination: str) -> None:
 
 @contextlib.contextmanager
 def huge_pages_off(machine: Machine) -> Iterator[None]:
-    """Disable 2 MiB pages, because guests would take too few faults for a comparison."""
+    """Disable 2 MiB pages, with which guests take too few faults for a comparison."""
     path = "/sys/kernel/mm/transparent_hugepage/enabled"
     before = machine.run(["cat", path]).text.partition("[")[2].partition("]")[0]
     machine.run(["sh", "-c", f"echo never >{path}"])
@@ -418,7 +419,7 @@ with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
 
 
 def run_check(_: argparse.Namespace) -> int:
-    """Check that all tests, variants and images are found, without starting a guest.
+    """Check, without starting a guest, that all tests, variants and images are found.
 
     avocado lists its tests and variants, and avocado-vt's parser lists the provider's tests. A
     local HTTP server imitates Alpine's mirror, to test that the newest BIOS image is downloaded.
@@ -456,7 +457,7 @@ def main() -> int:
     one.add_argument("arguments", nargs="*", help="more arguments for avocado run")
     one.set_defaults(run=run_distro)
     two = commands.add_parser("vt", parents=[common], help="tests for avocado-vt")
-    two.add_argument("--tp-qemu", type=Path, help="a checkout of avocado-vt's provider tp-qemu")
+    two.add_argument("--tp-qemu", type=Path, help="directory of the test provider tp-qemu")
     two.add_argument("arguments", nargs="*", help="tests to run (default: all of this provider)")
     two.set_defaults(run=run_vt)
     three = commands.add_parser("check", help="only check that all tests are found")

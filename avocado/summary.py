@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Summarize an avocado job: list its failures and print a table of the figures.
+"""List the failures of an avocado job, and format the figures of its tests.
 
-The results are read from the job's ``results.json``.
+This module reads the results from the job's ``results.json``.
 
-A test writes its figures to its whiteboard, as a JSON list of rows. A whiteboard is free text,
-so other tests may write anything: avocado-vt writes QEMU's and KVM's versions as a Python dict,
-and an interrupted test writes nothing. Such whiteboards have no rows and are not an error.
+A test of this project writes its figures to its whiteboard, as a JSON list of rows. A whiteboard is
+free text, so other tests may write anything. For example, avocado-vt writes QEMU's and KVM's
+versions as a Python dict. An interrupted test writes nothing. Such whiteboards have no rows and are
+not an error.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def summarize(results: Path) -> tuple[list[str], Counter[str]]:
 
 
 def rows_of(test: dict[str, Any]) -> list[Row]:
-    """Return the rows in a test's whiteboard, or an empty list if it has other text."""
+    """Return a whiteboard's rows, or an empty list if the whiteboard has other text."""
     try:
         found = json.loads(test["whiteboard"])
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -76,7 +77,7 @@ def _has(found: Row, fields: dict[str, Any]) -> bool:
 
 
 def distro_table(rows: Sequence[Row]) -> list[str]:
-    """Format the rows of a job of distro.py or cloud.py as a Markdown table."""
+    """Format the rows that distro.py or cloud.py wrote as a Markdown table."""
     lines = [
         "| distribution | machine | moment | seconds, without | with | faults on memory, without "
         "| with | device accesses, without | with |",
@@ -97,7 +98,7 @@ def distro_table(rows: Sequence[Row]) -> list[str]:
 
 
 def vt_table(tests: Sequence[dict[str, Any]]) -> list[str]:
-    """Format a job of avocado-vt as a Markdown table, with one line per test."""
+    """Format avocado-vt's results as a Markdown table with one line per test."""
     lines = [
         "| test | seconds | measured | faults on memory, without | with |",
         "|---|--:|---|--:|--:|",

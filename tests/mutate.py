@@ -3,10 +3,11 @@
 
     python tests/mutate.py [--list | --check] [--tier TIER]... [--jobs N] [ID...]
 
-A mutant is a small mistake in qemu-prefault. Each entry of tests/mutants.toml describes one. It is
-applied to a copy of the checkout, which ``scripts/with-env`` builds and installs, and its tests run
-there. The mutant is killed if one of its tests fails. The same tests must pass on an unchanged
-copy. Otherwise a failure would not show that the tests detect the mutant.
+A mutant is a small mistake in qemu-prefault. Each entry of tests/mutants.toml describes a mutant
+and lists its tests. This program applies the mutant to a copy of the checkout. ``scripts/with-env``
+builds and installs the copy, and the program runs the mutant's tests there. The mutant is killed if
+one of its tests fails. The same tests must pass on an unchanged copy. Otherwise a failure would not
+show that the tests detect the mutant.
 
 An entry lists the node ids that its tests had when the mutant was chosen. The files
 tests/history/*.tsv, in the order of their names, map old node ids (first column) to new ones
@@ -51,7 +52,7 @@ VARIANT = "trixie"
 
 
 class Tier(enum.StrEnum):
-    """The place where a mutant's tests run: without QEMU, with QEMU, or in the lab."""
+    """What a mutant's tests need, which is no QEMU, a QEMU, or the nested lab."""
 
     UNIT = "unit"
     QEMU = "qemu"
@@ -59,7 +60,7 @@ class Tier(enum.StrEnum):
 
 
 class Verdict(enum.StrEnum):
-    """The outcome for a mutant."""
+    """The outcome of a mutant's tests."""
 
     KILLED = "killed"
     SURVIVED = "SURVIVED"
@@ -67,7 +68,7 @@ class Verdict(enum.StrEnum):
 
 
 class MutantError(Exception):
-    """A mutant cannot be tested. The message gives the reason."""
+    """An error whose message gives the reason why a mutant cannot be tested."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class Mutant:
 
     :ivar subject: The part of qemu-prefault that the mutant changes.
     :ivar function: The changed function, as information for readers of the file.
-    :ivar harm: The effect on a user.
+    :ivar harm: The effect of the mistake on a user.
     :ivar behaviour: The behaviour that the tests check, without names that may change.
     :ivar find: A multi-line regular expression that matches exactly once in the package.
     :ivar replace: The replacement for the match. ``\\1`` stands for the first group.
@@ -112,7 +113,7 @@ class Result:
 def read_mutants(path: Path = MUTANTS) -> tuple[Mutant, ...]:
     """Return the mutants in the order of the file.
 
-    :raises MutantError: A key is missing or unknown, or an id occurs twice.
+    :raises MutantError: if a key is missing or unknown, or if an id occurs twice.
     """
     wanted = {field.name for field in fields(Mutant)}
     mutants: list[Mutant] = []
@@ -175,7 +176,8 @@ def product_texts(root: Path) -> Mapping[Path, str]:
 def mutated(mutant: Mutant, texts: Mapping[Path, str]) -> tuple[Path, str]:
     """Return the file that the mutant changes, and its new text.
 
-    :raises MutantError: The pattern does not match exactly once, or changes nothing.
+    :raises MutantError: if the pattern does not match exactly once, or if the mutant changes
+        nothing.
     """
     pattern = re.compile(mutant.find, re.MULTILINE)
     places = [path for path, text in texts.items() for _ in pattern.finditer(text)]
@@ -213,7 +215,8 @@ def copy_of_checkout() -> Iterator[Path]:
 def pytest_command(tier: Tier, nodes: Sequence[str], junit: Path) -> list[str]:
     """Return the command that runs tests with scripts/with-env.
 
-    The command writes the results to ``junit``. It fails if qemu-prefault is not installed.
+    The command writes the results to the file ``junit``. It fails if qemu-prefault is not
+    installed.
     """
     words = ["-q", "--color=no", "-p", "no:cacheprovider", *nodes]
     if tier is Tier.NESTED:
@@ -228,9 +231,9 @@ def pytest_command(tier: Tier, nodes: Sequence[str], junit: Path) -> list[str]:
 
 
 def run_tests(root: Path, tier: Tier, nodes: Sequence[str]) -> tuple[list[str], int]:
-    """Run tests of a checkout; return the names of failed tests and the passed count.
+    """Run tests of a checkout. Return the failed tests and the number of passed ones.
 
-    :raises MutantError: The tests could not be run to their end.
+    :raises MutantError: if the tests did not run to their end.
     """
     junit = root / "mutate.xml"
     command = ["scripts/with-env", "", *pytest_command(tier, nodes, junit)]
@@ -267,7 +270,7 @@ def run_tests(root: Path, tier: Tier, nodes: Sequence[str]) -> tuple[list[str], 
 def check_unmutated(mutants: Sequence[Mutant], nodes: Mapping[str, Sequence[str]]) -> None:
     """Run the mutants' tests on an unchanged copy.
 
-    :raises MutantError: A test fails, or all tests of a mutant are skipped.
+    :raises MutantError: if a test fails, or if all tests of a mutant are skipped.
     """
     for tier in Tier:
         wanted = sorted({n for m in mutants if m.tier is tier for n in nodes[m.id]})
@@ -277,7 +280,7 @@ def check_unmutated(mutants: Sequence[Mutant], nodes: Mapping[str, Sequence[str]
             failed, passed = run_tests(root, tier, wanted)
         if failed:
             raise MutantError(f"these tests fail even without a mutant: {', '.join(failed)}")
-        print(f"without a mutant: {passed} tests of tier {tier} pass", flush=True)
+        print(f"{passed} tests of tier {tier} pass without a mutant", flush=True)
 
 
 def try_mutant(mutant: Mutant, nodes: Sequence[str]) -> Result:
@@ -300,7 +303,7 @@ def try_mutant(mutant: Mutant, nodes: Sequence[str]) -> Result:
 
 
 def check_applicable(mutants: Sequence[Mutant]) -> list[str]:
-    """Print the file that each mutant changes, without running tests; return errors."""
+    """Print the file that each mutant changes. Return errors. Run no tests."""
     texts = product_texts(ROOT)
     problems = []
     for mutant in mutants:
@@ -318,7 +321,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the mutants and their tests")
     parser.add_argument("--check", action="store_true", help="only check that each mutant applies")
     parser.add_argument("--tier", action="append", type=Tier, choices=list(Tier), default=[])
-    parser.add_argument("--jobs", type=int, default=1, help="parallel mutants, in tier unit only")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants to test at once (tier unit)")
     parser.add_argument("ids", nargs="*", metavar="ID", help="only these mutants")
     options = parser.parse_args()
     mutants = read_mutants()
@@ -359,7 +362,7 @@ def main() -> int:
 def _try_all(
     mutants: Sequence[Mutant], nodes: Mapping[str, Sequence[str]], jobs: int
 ) -> Iterator[Result]:
-    """Test the mutants: several at a time in tier unit, then the others one by one."""
+    """Test the mutants of tier unit in parallel, and then the others one by one."""
     several = [mutant for mutant in mutants if mutant.tier is Tier.UNIT]
     with concurrent.futures.ThreadPoolExecutor(jobs) as executor:
         for result in executor.map(lambda mutant: try_mutant(mutant, nodes[mutant.id]), several):

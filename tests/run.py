@@ -3,9 +3,9 @@
 
     python tests/run.py [--full] [NAME...]
 
-``make`` runs this program with ``scripts/with-env``. Every line of output is prefixed with its
-suite. The last line is ``N passed, N failed, N skipped`` for all suites. The exit status is 0 only
-if nothing failed. A pytest suite that ran no test counts as failed.
+``make`` runs this program with ``scripts/with-env``. It prefixes every line of output with the name
+of its suite. The last line is ``N passed, N failed, N skipped`` for all suites. The exit status is
+0 only if nothing failed. A pytest suite that ran no test counts as failed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PYTEST = ("-ra", "-q", "--color=no")
 
 @dataclass(frozen=True)
 class Suite:
-    """An entry of tests/suites.toml, which documents the fields."""
+    """An entry of tests/suites.toml. That file documents the fields."""
 
     name: str
     run: str = "both"
@@ -51,7 +51,7 @@ class Suite:
         return [*self.needs, *([f"image-{self.nested}"] if self.nested else [])]
 
     def limit(self) -> float:
-        """Return the time limit in seconds, which is longer than the lab's own limit."""
+        """Return the suite's time limit in seconds, which exceeds the lab's own limit."""
         return 60 * (self.minutes or (20 if self.nested else 10)) + (300 if self.nested else 0)
 
     def argv(self, junit: Path) -> list[str]:
@@ -73,7 +73,7 @@ class Suite:
 
 @dataclass
 class Result:
-    """The result of a suite. A suite that is not pytest counts as one test."""
+    """The result of a suite. A suite that does not run pytest counts as one test."""
 
     passed: int = 0
     failed: int = 0
@@ -144,7 +144,7 @@ def judge(suite: Suite, status: int, junit: Path) -> Result:
 
 
 def run(suite: Suite, jobs: dict[str, Future[Result]], directory: Path) -> Result:
-    """Run a suite after the suites that it needs, which were submitted before it."""
+    """Wait for the suites that this suite needs, and run this suite."""
     broken = [name for name in suite.all_needs() if name in jobs and jobs[name].result().failed]
     started = time.monotonic()
     if broken:
@@ -161,7 +161,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run the test suites.")
     parser.add_argument("--full", action="store_true", help="run all suites, on every kernel")
     parser.add_argument("--jobs", type=int, default=2, help="number of parallel suites (default 2)")
-    parser.add_argument("names", nargs="*", help="suites to run, or lint for all linters")
+    parser.add_argument("names", nargs="*", help="names of suites, or lint for all linters")
     options = parser.parse_args()
     table = tomllib.loads((ROOT / "tests" / "suites.toml").read_text())["suite"]
     tier = "full" if options.full else "test"

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Functions for avocado-vt's tests, to prefault guests and check the effect.
+"""Prefault the guests of avocado-vt's tests, and check the effect.
 
-``prefault = yes`` loads the plugin into each QEMU that a test starts, with LD_PRELOAD, and checks
-after the start that it is loaded. ``prefault_options = KEY=VALUE,…`` sets the plugin's options.
+If a test has the parameter ``prefault = yes``, this module loads the plugin with LD_PRELOAD into
+each QEMU that the test starts. After the start, the module checks that QEMU has loaded the plugin.
+The parameter ``prefault_options = KEY=VALUE,…`` sets the plugin's options.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ HEALTH_SECONDS = 900.0
 
 
 def enable(params: Params) -> None:
-    """Prepare a test's parameters for ``prefault = yes``, before its QEMUs start."""
+    """If ``prefault = yes`` is set, make the test start each QEMU with the plugin."""
     if params.get("prefault", "no") != "yes":
         env_process.preprocess_vm_on_hook = env_process.postprocess_vm_on_hook = None
         return
@@ -52,7 +53,7 @@ def enable(params: Params) -> None:
 
 
 def _check(test: Any, params: Params, env: Any) -> None:
-    """Fail unless every QEMU has the plugin. Log the plugin's and KVM's counters."""
+    """Check that every QEMU has the plugin. Log the plugin's and KVM's counters."""
     for vm in env.get_all_vms():
         if vm.is_alive():
             counters = plugin_status(test, vm)["counters"]
@@ -62,7 +63,7 @@ def _check(test: Any, params: Params, env: Any) -> None:
 
 
 def note(test: Any, moment: str, without: int | None, with_: int) -> None:
-    """Write the faults on memory without and with prefaulting to the whiteboard."""
+    """Write the faults without prefaulting, and those with it, to the whiteboard."""
     test.whiteboard = json.dumps([{"moment": moment, "without": without, "with": with_}])
 
 
@@ -71,7 +72,7 @@ def plugin_status(test: Any, vm: Any) -> dict[str, Any]:
     process = Process.find(vm.get_pid())
     path = find_control_socket(process)
     if path is None:
-        test.error(f"prefault = yes, but the plugin is not in {vm.name}'s QEMU")
+        test.error(f"prefault = yes is set, but {vm.name}'s QEMU has no plugin")
     assert path is not None  # error() has raised
 
     async def ask(path: Path) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def plugin_status(test: Any, vm: Any) -> dict[str, Any]:
 
 
 def faults(vm: Any) -> dict[str, int]:
-    """Return KVM's fault counters, summed over the vCPUs."""
+    """Return KVM's fault counters, each summed over the VM's vCPUs."""
     found = {"pf_taken": 0, "pf_emulate": 0}
     for vcpu in vm.monitor.cmd("query-stats", {"target": "vcpu"}):
         for stat in vcpu["stats"]:
@@ -93,13 +94,13 @@ def faults(vm: Any) -> dict[str, int]:
 
 
 def memory_faults(vm: Any) -> int:
-    """Return the number of faults on memory, without accesses to device registers."""
+    """Return the number of the VM's faults on memory, not on device registers."""
     counters = faults(vm)
     return counters["pf_taken"] - counters["pf_emulate"]
 
 
 def start_tool(vm: Any, *arguments: str) -> Tool:
-    """Start ``qemu-prefault`` on the monitor that the tests do not use."""
+    """Start ``qemu-prefault`` on the VM's monitor that avocado-vt does not use."""
     return Tool(["--json", "--qmp", monitor_of(vm), *arguments], fork=False)
 
 
@@ -137,13 +138,13 @@ def give_monitor(vm: Any) -> None:
 
 
 def log_in(params: Params, vm: Any) -> Any:
-    """Return a root session on the serial console."""
+    """Log in as root on the serial console, and return the session."""
     timeout = float(params.get("login_timeout", 360))
     return with_plain_output(vm.wait_for_serial_login(timeout=timeout))
 
 
 def reboot(params: Params, vm: Any, session: Any) -> Any:
-    """Reboot as ``reboot_method`` requires, and return a new session on the serial console."""
+    """Reboot with ``reboot_method``. Return a new session on the serial console."""
     timeout = float(params["login_timeout"])
     return with_plain_output(vm.reboot(session, params["reboot_method"], 0, timeout, serial=True))
 
@@ -155,7 +156,7 @@ def with_plain_output(session: Any) -> Any:
 
 
 def check_health(test: Any, session: Any) -> None:
-    """Check that the system is up, without failed units or kernel errors."""
+    """Check that the guest's system is up, without failed units or kernel errors."""
     with failing(test):
         health.check_health(
             lambda command: str(session.cmd_output(command, timeout=HEALTH_SECONDS)),
@@ -173,16 +174,18 @@ def fill(session: Any, name: str, mib: int) -> str:
 
 
 def checksum(session: Any, name: str) -> str:
-    """Read a file of :func:`fill` completely, and return its checksum."""
+    """Read the whole file that :func:`fill` has written, and return its checksum."""
     return str(session.cmd(f"sha256sum </dev/shm/{name}", timeout=900)).split()[0]
 
 
 def compare(test: Any, what: str, without: int, with_: int, least: int) -> None:
-    """Check that prefaulting leaves at most 1 % of at least ``least`` faults."""
-    LOG.info("prefault: %s: faults on memory: %d without, %d with", what, without, with_)
+    """Check that prefaulting avoids 99 % of the faults.
+
+    :param least: The minimum number of faults that the guest must take without prefaulting."""
+    LOG.info("prefault: %s: %d faults without prefaulting, %d with it", what, without, with_)
     note(test, what, without, with_)
     if without < least:
-        test.fail(f"{without} faults without prefaulting; the test needs at least {least}")
+        test.fail(f"only {without} faults without prefaulting, but the test needs {least}")
     if with_ > without / 100:
         test.fail(f"prefaulting left {with_} of {without} faults, more than 1 %")
 
@@ -194,7 +197,7 @@ def wait_running(test: Any, vm: Any) -> None:
 
 
 def read_back(test: Any, params: Params, vm: Any, wanted: str) -> int:
-    """Read the file of :func:`fill`, and return the VM's faults on memory so far."""
+    """Read the file that :func:`fill` has written. Return the VM's faults on memory."""
     session = log_in(params, vm)
     if checksum(session, "file") != wanted:
         test.fail("the file in the guest's memory has changed")

@@ -11,10 +11,10 @@ L1
     the ioctl, the stage-2 tables and their counters are real. Absolute times are not
     comparable to those of real hardware.
 L2
-    The guests of the QEMU in L1 (:mod:`qemu_prefault_lab.guest`). The tests prefault these.
+    The guests of the QEMU in L1 (:mod:`qemu_prefault_lab.guest`). The tests prefault these guests.
 
 If the host's own KVM supports the ioctl, :func:`open_machine` returns a :class:`LocalMachine`
-instead. It has the same methods, and nothing is emulated.
+instead. That class has the same methods as :class:`Lab`, but emulates nothing.
 """
 
 from __future__ import annotations

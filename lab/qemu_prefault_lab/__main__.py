@@ -29,7 +29,7 @@ _VARIANT = click.option(
     help="The Debian release to run as L1.",
 )  # fmt: skip
 _NPT = click.option(
-    "--npt/--no-npt", default=True, help="Nested paging, or shadow paging without the ioctl."
+    "--npt/--no-npt", default=True, help="Use nested paging, or shadow paging without the ioctl."
 )
 _TDP_MMU = click.option(
     "--tdp-mmu/--no-tdp-mmu", default=None, help="kvm's parameter tdp_mmu (default: the kernel's)."
@@ -87,9 +87,9 @@ def qemu_command(release: str, tcg_fix: bool, jobs: int, check: bool, patches: P
 
 
 @main.command("prune")
-@click.option("--days", default=7.0, show_default=True, help="Keep entries used in this many days.")
+@click.option("--days", default=7.0, show_default=True, help="Number of days without use.")
 def prune_command(days: float) -> None:
-    """Remove images and snapshots that have not been used for some days."""
+    """Remove images and snapshots that have not been used for a number of days."""
     for path in cache.prune(days):
         click.echo(path)
 
@@ -141,7 +141,7 @@ def _install(machine: Machine, wheels: Sequence[Path]) -> None:
 @click.option("--restore", is_flag=True, help="Restore the snapshot instead of booting.")
 @click.argument("count", type=click.IntRange(min=1))
 def boots_command(variant: str, npt: bool, restore: bool, count: int) -> None:
-    """Boot the lab COUNT times in a row. Run a command and power off each time."""
+    """Boot the lab COUNT times. Each time, run a command in it and power it off."""
     failures = 0
     times: list[float] = []
     click.echo("boot    ready s  command s    off s  kernel")
@@ -170,7 +170,7 @@ def boots_command(variant: str, npt: bool, restore: bool, count: int) -> None:
 
 
 def _put_tests(machine: Machine, path: Path) -> str:
-    """Copy a directory, or a test file with its conftest.py; return its path in L1."""
+    """Copy a directory, or a test file with its conftest.py. Return its path in L1."""
     resolved, checkout = path.resolve(), Path.cwd()
     inside = resolved.is_relative_to(checkout)
     target = f"{_CHECKOUT}/{resolved.relative_to(checkout) if inside else path.name}"
@@ -189,7 +189,7 @@ def _put_tests(machine: Machine, path: Path) -> str:
 @click.option("--wheel", "wheels", multiple=True, type=click.Path(path_type=Path, exists=True),
               help="Install this wheel instead of this source tree.")  # fmt: skip
 @click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML to this file.")
-@click.option("--timeout", default=3600.0, show_default=True, help="Limit of all tests in seconds.")
+@click.option("--timeout", default=3600.0, show_default=True, help="Time limit in seconds.")
 @click.option("--qemu", "release", type=click.Choice(list(SUITES)), is_flag=False,
               flag_value="10.0", help="Install the patched QEMU (default: 10.0).")  # fmt: skip
 @click.option("--uefi", is_flag=True,
@@ -213,8 +213,8 @@ def pytest_command(
 ) -> None:
     """Copy the paths in ARGUMENTS into the lab and run pytest there with ARGUMENTS.
 
-    The paths in the lab are those of the checkout. The checkout's pyproject.toml, tests/support
-    and qmp_scripts, which wheels do not contain, are copied as well.
+    The paths in the lab are those of the checkout. The command also copies the checkout's
+    pyproject.toml, tests/support and qmp_scripts, because wheels do not contain these files.
     """
     patched = build_qemu(Path("patches"), release) if release else None
     emulator = partial(uefi_emulator, Path("patches")) if uefi else None

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A cache of build results, such as images, that take long to build.
+"""A cache of build results that take long to build, such as images.
 
-An entry is a directory ``<name>-<key>``. The key is a hash of all inputs, so a changed recipe
-makes a new entry and entries are never updated in place. A builder works in a ``tmp-`` directory
-and renames it when it is complete. If the builder is killed, the next builder of the same name
-removes that directory. A file lock per name keeps two builders from building the same entry.
+An entry is a directory ``<name>-<key>``. The key is a hash of all inputs. A changed recipe
+therefore makes a new entry, and entries are never updated in place. A builder works in a ``tmp-``
+directory and renames this directory when it is complete. If the builder is killed, the next builder
+of the same name removes that directory. A file lock per name keeps two builders from building the
+same entry.
 """
 
 from __future__ import annotations
@@ -54,7 +55,11 @@ def cache_dir() -> Path:
 
 
 def key_of(*parts: str | bytes) -> str:
-    """Return a hash of the inputs, and of their lengths, to separate adjacent inputs."""
+    """Return a hash of the inputs.
+
+    The hash includes the length of each input. Otherwise ``("ab", "c")`` and ``("a", "bc")`` would
+    have the same hash.
+    """
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -65,7 +70,7 @@ def key_of(*parts: str | bytes) -> str:
 
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Hold a lock of this name, exclusive among threads and processes."""
+    """Hold the lock of this name. Only one thread of one process can hold it."""
     path = cache_dir() / "locks" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
@@ -76,8 +81,8 @@ def locked(name: str) -> Iterator[None]:
 def entry(name: str, key: str, build: Callable[[Path], None]) -> Path:
     """Return the directory of an entry. Build it if it is missing.
 
-    :param build: A function that fills the empty directory passed to it. If it raises, the
-        directory is removed.
+    :param build: A function that fills the empty directory passed to it. If the function raises an
+        exception, the directory is removed.
     """
     root = cache_dir()
     final = root / f"{name}-{key}"
@@ -100,9 +105,9 @@ def entry(name: str, key: str, build: Callable[[Path], None]) -> Path:
 
 
 def discard(path: Path) -> None:
-    """Remove an invalid entry, so that it is built again.
+    """Remove an invalid entry, so that the next user of the entry builds it again.
 
-    The entry is renamed first, so that no process uses a partly removed directory.
+    This function renames the entry first, so that no process uses a partly removed directory.
     """
     doomed = path.with_name(f"tmp-{path.name}")
     try:
@@ -113,7 +118,7 @@ def discard(path: Path) -> None:
 
 
 def prune(days: float) -> list[Path]:
-    """Remove entries that were not used for a number of days; return their paths.
+    """Remove entries that were not used for a number of days. Return their paths.
 
     A running lab is not affected, because it keeps its files open.
     """

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""L0's side of a running L1: QEMU, its console, and the command server's port.
+"""L0's connection to a running L1.
 
-One thread handles all three. It also starts QEMU. If the test run dies, QEMU is killed by its
-parent-death signal, which the kernel sends when the thread that forked QEMU exits. L1 is lost if
-QEMU ends, if the console shows a kernel failure, or if the command server's heartbeats stop. Then
-all requests fail immediately.
+The connection consists of the QEMU process, its console, and the command server's port.
+
+One thread handles all three, and also starts QEMU. If the test run dies, the kernel kills QEMU with
+its parent-death signal. The kernel sends this signal when the thread that forked QEMU exits. L1 is
+lost if QEMU ends, if the console shows a kernel failure, or if the command server's heartbeats
+stop. Then all requests fail immediately.
 
 The thread also sends POKE to the command server twice a second. With Linux 7.2 and about twenty L2
-guests, L1 can hang halted, with interrupts enabled and its timer pending in the local APIC. An
-interrupt of any device wakes it. The likely cause is in TCG's helper_vmrun()
-(target/i386/tcg/sysemu/svm_helper.c): it sets CPU_INTERRUPT_VIRQ in the vCPU's pending interrupts
-without the lock, so a timer interrupt raised by another thread at that moment is lost.
+guests, L1 can hang. Its CPU is then halted although interrupts are enabled and the timer interrupt
+is pending in the local APIC. An interrupt from any device wakes the CPU. The likely cause is in
+TCG's helper_vmrun() (target/i386/tcg/sysemu/svm_helper.c). This function sets CPU_INTERRUPT_VIRQ in
+the vCPU's pending interrupts without the lock. If another thread raises a timer interrupt at that
+moment, the interrupt is lost.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ _LAST_WORDS_SECONDS = 3.0
 
 
 class Request:
-    """One command in L1, with its number and the received frames not yet returned."""
+    """A command in L1, with its number and the frames that take() will return."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -57,9 +60,10 @@ class Request:
 class Channel:
     """A QEMU process and the connection to the command server in it.
 
-    :param argv: QEMU's command line. ``stdio`` is the console. ``{port}`` and ``{monitor}`` are
-        replaced by the file descriptors of the two sockets.
-    :param heartbeat_limit: Seconds without a message from L1 after which it counts as lost.
+    :param argv: QEMU's command line. ``stdio`` is the console. The class replaces ``{port}`` and
+        ``{monitor}`` by the file descriptors of the command server's socket and of the monitor's
+        socket.
+    :param heartbeat_limit: Seconds without a message from L1, after which L1 counts as lost.
     """
 
     def __init__(
@@ -149,7 +153,7 @@ class Channel:
             return request
 
     def rest(self) -> None:
-        """Make the command server idle, so that no data is in transit afterwards."""
+        """Make the command server idle. Afterwards, no data is in transit."""
         with self._condition:
             self._poking = False
         request = self.open()
@@ -173,9 +177,9 @@ class Channel:
         self._wake()
 
     def take(self, request: Request, timeout: float) -> tuple[int, bytes] | None:
-        """Return the next frame of a request, or None if none arrives in time.
+        """Return the next frame of a request, or None if no frame arrives in time.
 
-        :raises LabLostError: L1 is lost, and no more frames will arrive.
+        :raises LabLostError: if L1 is lost, so that no more frames can arrive.
         """
         try:
             item = request.frames.get(timeout=max(0.0, timeout))
@@ -191,7 +195,7 @@ class Channel:
         return self.console.decode(errors="replace").replace("\r", "")
 
     def give_up(self, reason: str) -> LabLostError:
-        """Mark L1 as lost for a cause that the caller detected; return the error."""
+        """Mark L1 as lost for a reason that the caller detected. Return the error."""
         with self._condition:
             self._verdict = self._verdict or reason
             self._doomed = time.monotonic()
@@ -206,7 +210,7 @@ class Channel:
         return not self._thread.is_alive()
 
     def close(self) -> None:
-        """Kill QEMU. A lab keeps no state, so L1 is not shut down."""
+        """Kill QEMU without shutting down L1, because a lab keeps no state."""
         self.closing = True
         self._wake()
         self._thread.join()
@@ -292,7 +296,7 @@ class Channel:
                 break
 
     def _read_console(self, console: int) -> bool:
-        """Read console output and detect kernel failures; return False at end of file."""
+        """Read console output and detect kernel failures. Return False at end of file."""
         try:
             data = os.read(console, 1 << 16)
         except BlockingIOError:
@@ -345,6 +349,6 @@ class Channel:
 
 
 def exit_status(payload: bytes) -> dict[str, Any]:
-    """Unpack an EXIT frame."""
+    """Return the exit status in the payload of an EXIT frame."""
     status: dict[str, Any] = json.loads(payload)
     return status

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The command server, which runs commands in L1 for the host.
 
-It communicates over a virtio-serial port. It runs on L1's Python (3.11 to 3.14, standard library
-only) as the only child of the first process. The host also imports this module, for the protocol.
+The command server communicates over a virtio-serial port. It is the only child of L1's init. It
+runs on Python 3.11 to 3.14 and uses only the standard library. The host also imports this module,
+because both sides use its definitions of the protocol.
 
 A frame is a header (type, request number, payload length; big endian) and its payload. Several
-requests can be in progress at the same time. The host assigns their numbers. Files are transferred
-as stdin and stdout of ``cat`` and ``tar``, so the server only runs commands.
+requests can be in progress at the same time. The host assigns the request numbers. The server only
+runs commands. The host transfers files as the stdin and stdout of ``cat`` and ``tar``.
 
-The server's loop never blocks on a command. It queues input that a command does not read yet. While
-the host does not read, the loop does not read the commands' output. It sends a heartbeat once a
-second. If the host receives no heartbeat, L1 hangs.
+The server's loop never blocks on a command. The loop queues input that a command has not read yet.
+While the host does not read from the port, the loop does not read the commands' output. The loop
+sends a heartbeat once a second. If the heartbeats stop, the host concludes that L1 hangs.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _PENDING_LIMIT = 1 << 22
 
 
 def frame(kind: int, number: int, payload: bytes = b"") -> bytes:
-    """Pack one frame."""
+    """Return a frame of this type, request number and payload as bytes."""
     return HEADER.pack(kind, number, len(payload)) + payload
 
 
@@ -197,7 +198,7 @@ class Command:
             os.killpg(self.process.pid, number)
 
     def on_time(self, now: float) -> None:
-        """Enforce the time limit and the grace period. Stop reading pipes that stay open."""
+        """Apply the time limit, the grace period, and the limit for draining the pipes."""
         if self.returncode is not None:
             if now >= self.drain_until and not self.paused:
                 self.finish()
@@ -350,7 +351,7 @@ class CommandServer:
 
 
 def open_port(name: str) -> int:
-    """Open the virtio-serial port of that name without udev, which L1 does not run."""
+    """Open the virtio-serial port of this name. L1 does not run udev."""
     for path in glob.glob("/sys/class/virtio-ports/*/name"):
         with open(path) as file:
             if file.read().strip() == name:

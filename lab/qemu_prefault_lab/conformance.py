@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Run the conformance suite on a machine with huge pages and KSM.
 
-``python -m qemu_prefault_lab.conformance`` enables both and runs ``qemu-prefault conformance``, so
-that every supported case runs. It produces the results in docs/conformance.md.
+``python -m qemu_prefault_lab.conformance`` enables huge pages and KSM, so that every supported case
+can run. Then it runs ``qemu-prefault conformance``. docs/conformance.md shows its results.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _read(path: Path) -> str:
 
 @contextlib.contextmanager
 def prepared() -> Iterator[None]:
-    """Enable huge pages and KSM within the block. Needs root."""
+    """Enable huge pages and KSM within the block. The caller must be root."""
     before = {path: _read(path) for path in _SETTINGS if path.exists()}
     try:
         for path in before:

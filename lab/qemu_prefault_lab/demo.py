@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault demo``: show the effect of prefaulting on any x86-64 Linux.
+"""Show the effect of prefaulting on any x86-64 Linux (``qemu-prefault demo``).
 
-The demo runs :mod:`qemu_prefault_lab.scenario` on this host if its KVM can prefault, else in
-the nested lab. It displays the scenario's events while it runs, and a table at the end.
+If this host's KVM can prefault, the demo runs :mod:`qemu_prefault_lab.scenario` on this host.
+Otherwise it runs the scenario in the nested lab. The demo displays the scenario's events while the
+scenario runs, and a table at the end.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ HEADERS = ["guest", "way", "stage-2 faults", "first pass s", "steady pass s", "p
 
 
 class LiveTable:
-    """The table, updated while the demo runs.
+    """The demo's table of results, which changes while the demo runs.
 
-    On a terminal, the whole table is redrawn. Otherwise, the completed rows are printed one by
-    one, and the current row every five seconds.
+    On a terminal, this class redraws the whole table. Otherwise it prints each row when the row is
+    complete, and the current row every five seconds.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class LiveTable:
         self._rest = b""
 
     def feed(self, fd: int, data: bytes) -> None:
-        """Process output of the scenario."""
+        """Process the events in the scenario's output."""
         if fd != 1:
             return
         *lines, self._rest = (self._rest + data).split(b"\n")
@@ -108,7 +109,7 @@ class LiveTable:
 def run_demo(as_json: bool) -> None:
     """Run the demo and print its table or its JSON.
 
-    :raises QemuPrefaultError: A requirement is missing, or the scenario failed.
+    :raises QemuPrefaultError: if a requirement is missing, or if the scenario failed.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     progress = LiveTable()
@@ -125,7 +126,7 @@ def run_demo(as_json: bool) -> None:
     progress.wipe()
     if result.returncode or len(progress.rows) != len(CASES):
         raise FailedError(
-            progress.error.get("cause", f"the demo's scenario ended with {result.returncode}"),
+            progress.error.get("cause", f"the scenario ended with status {result.returncode}"),
             progress.error.get("remedy") or result.error_text[-2000:],
             code="demo",
         )

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Images of whole distributions, for guests with their own kernel and systemd.
 
-They are built from the Debian archive, like the lab's own images
-(:mod:`qemu_prefault_lab.image`). Here, however, every package is installed and not only unpacked:
-its scripts have run, and initramfs-tools has made the initramfs.
+The lab builds these images from the Debian archive, like its own images
+(:mod:`qemu_prefault_lab.image`). In its own images, packages are only unpacked. In these images,
+packages are installed. Their maintainer scripts have run, and initramfs-tools has made the
+initramfs.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _WITHOUT = tuple(
 
 @dataclass(frozen=True)
 class Distro:
-    """A distribution release. If the build of one suite fails, the next one is tried."""
+    """A distribution release, with its suites in the order in which they are tried."""
 
     name: str
     suites: tuple[str, ...]
@@ -54,10 +55,10 @@ DISTROS = {
 
 @dataclass(frozen=True)
 class DistroImage:
-    """A built distribution.
+    """A directory with the built image of a distribution.
 
-    :ivar suite: The Debian suite it was built from.
-    :ivar kernel_release: The release of its own kernel.
+    :ivar suite: The Debian suite from which the lab built the image.
+    :ivar kernel_release: The release of the distribution's kernel.
     """
 
     directory: Path
@@ -66,7 +67,7 @@ class DistroImage:
 
     @property
     def disk(self) -> Path:
-        """The raw ext4 image without partitions. It is never written to."""
+        """The raw ext4 image without partitions, to which guests do not write."""
         return self.directory / "disk.ext4"
 
     @property
@@ -76,7 +77,7 @@ class DistroImage:
 
 
 def distro_named(name: str) -> Distro:
-    """Return the distribution with a name."""
+    """Return the distribution with this name."""
     try:
         return DISTROS[name]
     except KeyError:
@@ -84,7 +85,7 @@ def distro_named(name: str) -> Distro:
 
 
 def build(distro: Distro) -> DistroImage:
-    """Return the disk and boot files of a distribution. Build them if necessary."""
+    """Return the disk and boot files of a distribution. Build them unless cached."""
     host = image.tcg_host()
     key = cache.key_of(*distro.suites, *_PACKAGES, *_WITHOUT, _HOOK.read_bytes(), PASSWORD, "1")
 

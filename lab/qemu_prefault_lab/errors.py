@@ -12,8 +12,8 @@
             ├── QmpError                 the lab's own QMP client failed
             └── LibvirtdError            a libvirtd of the lab or its domain failed
 
-Only the lab uses these codes, so qemu-prefault's list of error codes does not include them.
-``qemu-prefault demo`` reports them like any other failure, with exit status 1. ``python -m
+Only the lab uses the ``lab-*`` codes, so qemu-prefault's list of error codes does not include them.
+``qemu-prefault demo`` reports these errors like any other failure, with exit status 1. ``python -m
 qemu_prefault_lab`` exits with :data:`LAB_FAILED`. Neither qemu-prefault nor pytest uses this
 status, so it cannot be mistaken for the status of a command that ``run`` or ``pytest`` runs.
 """
@@ -33,12 +33,14 @@ class LabError(FailedError):
 
 
 class LabLostError(LabError):
-    """L1 has ended, or it hangs.
+    """An error that reports that L1 has ended or hangs.
 
-    QEMU ended, the kernel panicked, or the command server stopped responding. Commands that were
-    running in L1 have no result. ``console`` holds the last console lines.
+    The cause is that QEMU ended, that the kernel panicked, or that the command server stopped
+    responding. Commands that were     running in L1 have no result. ``console`` holds the last
+    console lines.
 
-    :param qemu_status: QEMU's exit status if its end was detected first, else None.
+    :param qemu_status: QEMU's exit status if the lab first detected that QEMU had ended. Otherwise
+        None.
     """
 
     code = "lab-lost"
@@ -46,19 +48,22 @@ class LabLostError(LabError):
     def __init__(self, cause: str, console: str = "", *, qemu_status: int | None = None) -> None:
         tail = console.rstrip().splitlines()[-40:]
         shown = "\n".join(f"    {line}" for line in tail) or "    (empty)"
-        super().__init__(cause, f"the last lines of its console:\n{shown}")
+        super().__init__(cause, f"these are the last lines of L1's console:\n{shown}")
         self.console = console
         self.qemu_status = qemu_status
 
 
 class ImageError(LabError):
-    """A part of the lab (a root file system, kernel or C program) could not be built."""
+    """An error in the build of a root file system, a kernel or a C program."""
 
     code = "lab-image"
 
 
 class RemoteCommandError(LabError):
-    """A command on the machine failed. ``stdout`` and ``stderr`` hold its output."""
+    """A failure of a command on a machine, with the command's output.
+
+    ``stdout`` and ``stderr`` hold the output.
+    """
 
     code = "lab-command"
 
@@ -70,24 +75,24 @@ class RemoteCommandError(LabError):
 
 
 class RemoteTimeoutError(RemoteCommandError):
-    """A command was killed because it was still running at its time limit."""
+    """A failure of a command, which was killed when it exceeded its time limit."""
 
     code = "lab-command-timeout"
 
 
 class GuestError(LabError):
-    """QEMU ended, or its guest returned an error or did not answer."""
+    """An error because QEMU ended, or its guest reported an error or did not answer."""
 
     code = "lab-guest"
 
 
 class QmpError(LabError):
-    """QEMU returned an error, or the QMP connection failed."""
+    """An error that QEMU returned, or a failure of the QMP connection."""
 
     code = "lab-qmp"
 
 
 class LibvirtdError(LabError):
-    """libvirtd, virsh or a domain failed."""
+    """A failure of libvirtd, virsh or a domain."""
 
     code = "lab-libvirtd"

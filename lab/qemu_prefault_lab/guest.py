@@ -63,7 +63,7 @@ def l2_directory() -> Path:
 
 
 def thp(mode: str) -> str:
-    """Set transparent huge pages to a mode, and return the previous one.
+    """Set the mode of transparent huge pages, and return the previous mode.
 
     :param mode: ``always``, ``madvise`` or ``never``.
     """
@@ -73,14 +73,14 @@ def thp(mode: str) -> str:
 
 
 def reserve_hugepages(count: int) -> int:
-    """Reserve 2 MiB hugetlb pages; return the number that the kernel has reserved."""
+    """Reserve 2 MiB hugetlb pages. Return the number that the kernel has reserved."""
     _HUGEPAGES.write_text(str(count))
     return int(_HUGEPAGES.read_text())
 
 
 @dataclass
 class Defaults:
-    """Defaults of :class:`GuestConfig`: QEMU's command, and the plugin's options."""
+    """The default command of QEMU and the plugin's default options for a guest."""
 
     qemu: Sequence[str] = ("qemu-system-x86_64",)
     plugin: Sequence[str] | None = None
@@ -90,7 +90,7 @@ defaults = Defaults()
 
 
 def patched_qemu() -> list[str] | None:
-    """Return the patched QEMU's command (``patched.py``), or None if not installed."""
+    """Return the command of the patched QEMU, or None if no such QEMU is installed."""
     binary = os.environ.get(PATCHED_QEMU_VARIABLE)
     return None if binary is None else [binary, *(w for p in FIRMWARE for w in ("-L", p))]
 
@@ -99,11 +99,12 @@ def patched_qemu() -> list[str] | None:
 class GuestConfig(QemuConfig):
     """The configuration of a guest that runs the workload.
 
-    :ivar accel: ``kvm`` or ``tcg``.
+    :ivar accel: The accelerator, ``kvm`` or ``tcg``.
     :ivar workload_mib: MiB that the guest allocates and writes before it is ready.
-    :ivar kvm: Enable nested virtualization in the guest, for the workload's ``nest``.
-    :ivar ovmf: Boot with UEFI, on ``q35`` (the OVMF build that protects its variables by SMM)
-        or ``q35,smm=off``. The kernel must be ``vmlinuz``.
+    :ivar kvm: Enable nested virtualization in the guest, for the workload's command ``nest``.
+    :ivar ovmf: Boot with UEFI. The machine must be ``q35`` or ``q35,smm=off``, and the kernel must
+        be ``vmlinuz``. With ``q35``, the guest uses the build of OVMF that protects its variables
+        by SMM.
     :ivar qemu: QEMU's command and its first arguments. None means those of :data:`defaults`.
     :ivar plugin: The plugin's options. None means those of :data:`defaults`.
     :ivar preload: Load the plugin with ``LD_PRELOAD`` instead of ``-plugin``.
@@ -145,7 +146,7 @@ class GuestConfig(QemuConfig):
 
 
 class Guest(QemuGuest):
-    """A QEMU that runs the workload. It is killed when the context manager exits.
+    """A QEMU that runs the workload. The context manager kills QEMU when it exits.
 
     :param config: The configuration. None means :class:`GuestConfig` with its defaults.
     :param changes: Fields of the configuration to replace for this guest.
@@ -158,7 +159,7 @@ class Guest(QemuGuest):
         super().__init__(config)
 
     def wait_kept(self, timeout: float = 60.0) -> dict[str, Any]:
-        """Wait until the plugin has prefaulted all of a running guest; return its status."""
+        """Wait until the plugin has prefaulted a running guest. Return its status."""
         deadline = time.monotonic() + timeout
         while (status := self.control("status"))["pending"]:
             if time.monotonic() > deadline:
@@ -169,7 +170,7 @@ class Guest(QemuGuest):
     def reset(self) -> None:
         """Reset the guest and discard the output of its previous boot.
 
-        The guest must have been started with ``-action reboot=reset``.
+        QEMU must have been started with ``-action reboot=reset``.
         """
         self.qmp("system_reset")
         while self.wait_event("RESET")["data"]["reason"] != "host-qmp-system-reset":
@@ -178,7 +179,10 @@ class Guest(QemuGuest):
         self._serial.forget()
 
     def wait_ready(self, timeout: float = 240.0) -> Answer:
-        """Wait for a booting guest's ``ready`` and return it. ``uptime`` is in seconds."""
+        """Wait until a booting guest prints ``ready``. Return the values of this line.
+
+        The value ``uptime`` is in seconds.
+        """
         return self._serial.answer("ready", timeout)
 
     def command(self, line: str, timeout: float = 120.0) -> Answer:

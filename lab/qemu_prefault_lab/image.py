@@ -2,11 +2,11 @@
 """The files from which the lab boots, and the QEMU that runs on L0.
 
 The files are Debian root file systems, kernels and initramfs. mmdebstrap makes a tar file, and
-``mke2fs -d`` makes an ext4 image of it, so nothing is mounted. If the user is not root, both run in
-a user namespace.
+``mke2fs -d`` makes an ext4 image of the tar file. Nothing is mounted. If the user is not root, both
+programs run in a user namespace.
 
-Kernels are booted as the ELF file inside their bzImage (PVH entry), because running the
-decompressor under TCG adds seconds to every cold boot.
+QEMU boots the ELF file inside a kernel's bzImage at the PVH entry, because running the decompressor
+under TCG adds seconds to every cold boot.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ _KEPT_DRIVERS = ("block/", "char/", "crypto/", "dax/", "net/tap", "net/tun", "nv
 
 @dataclass(frozen=True)
 class Variant:
-    """A Debian release to run as L1. If building one suite fails, the next is tried."""
+    """A Debian release for L1, with its suites in the order in which they are tried."""
 
     name: str
     suites: tuple[str, ...]
@@ -120,7 +120,7 @@ VARIANTS = {
 
 
 def variant_named(name: str) -> Variant:
-    """Return the variant with a name."""
+    """Return the variant with this name."""
     try:
         return VARIANTS[name]
     except KeyError:
@@ -129,12 +129,12 @@ def variant_named(name: str) -> Variant:
 
 @dataclass(frozen=True)
 class TcgHost:
-    """QEMU 7.2 and a few tools of Debian 12, run with their own loader and libraries.
+    """QEMU 7.2 and a few tools of Debian 12, with their own loader and libraries.
 
-    The lab includes this QEMU to emulate L1, because newer releases do not work. Since 9.1,
-    QEMU's TCG never intercepts reads of CR2, CR3 and CR4 in SVM guests
-    (target/i386/tcg/decode-new.c.inc: X86_TYPE_C tests whether ``intercept`` is non-zero, and
-    SVM_EXIT_READ_CR0 is 0), so a shadow-paged L2 triple-faults.
+    The lab uses this QEMU to emulate L1, because newer releases cannot run an L2 guest with shadow
+    paging. Since QEMU 9.1, TCG does not intercept reads of CR2, CR3 and CR4 in SVM guests, and such
+    an L2 guest triple-faults. The reason is in target/i386/tcg/decode-new.c.inc. X86_TYPE_C tests
+    whether ``intercept`` is non-zero, but SVM_EXIT_READ_CR0 is 0.
     """
 
     directory: Path
@@ -165,7 +165,7 @@ class TcgHost:
 
 @dataclass(frozen=True)
 class Image:
-    """A built variant."""
+    """A directory with the built image of a variant."""
 
     directory: Path
     suite: str
@@ -173,7 +173,7 @@ class Image:
 
     @property
     def rootfs(self) -> Path:
-        """The raw ext4 root file system. It is never written to."""
+        """The raw ext4 root file system, to which L1 does not write."""
         return self.directory / "rootfs.ext4"
 
     @property
@@ -196,7 +196,7 @@ def mmdebstrap(target: Path, suite: str, *options: str) -> None:
 
 
 def mmdebstrap_any(target: Path, suites: Sequence[str], *options: str) -> str:
-    """Build the first of these suites that succeeds, and return its name."""
+    """Build the suites in order until one build succeeds, and return its suite."""
     for attempt, suite in enumerate(suites, start=1):
         try:
             mmdebstrap(target, suite, *options)
@@ -226,7 +226,7 @@ def ext4_of_tree(tree: Path, image: Path) -> None:
 
 
 def ext4_of_tar(tar: Path, image: Path) -> None:
-    """Pack a tar file as a raw ext4 image with some free space and without a journal."""
+    """Pack a tar file as a raw ext4 image without a journal, with some free space."""
     mke2fs = need("mke2fs", "e2fsprogs")
     size = tar.stat().st_size // (1 << 20) * 12 // 10 + 64
     script = (
@@ -242,7 +242,7 @@ def ext4_of_tar(tar: Path, image: Path) -> None:
 
 
 def compile_static(source: Path) -> Path:
-    """Compile one C file into a static program, cached by its text."""
+    """Compile a C file into a static program. Cache the program by the file's text."""
     text = source.read_bytes()
     flags = ["-static", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
 
@@ -290,7 +290,7 @@ def extract_vmlinux(bzimage: bytes, tools: TcgHost) -> bytes:
     else:
         tool = {b"\x02\x21\x4c\x18": "lz4", b"\x28\xb5\x2f\xfd": "zstd"}.get(payload[:4])
         if tool is None:
-            raise ImageError(f"unknown compression of the kernel ({payload[:6].hex()})")
+            raise ImageError(f"the kernel has an unknown compression ({payload[:6].hex()})")
         result = subprocess.run(
             tools.command(tool, "-d", "-c"), input=payload, capture_output=True, check=False
         )
@@ -303,7 +303,7 @@ def extract_vmlinux(bzimage: bytes, tools: TcgHost) -> bytes:
 
 
 class _Modules:
-    """The modules of one kernel, read from the root file system's tar file."""
+    """The modules of one kernel, in the tar file of the root file system."""
 
     def __init__(self, tar: tarfile.TarFile, release: str) -> None:
         self.tar = tar
@@ -322,7 +322,7 @@ class _Modules:
         return path.rsplit("/", 1)[-1].partition(".ko")[0].replace("-", "_")
 
     def load_order(self, wanted: Sequence[str], optional: Sequence[str]) -> list[str]:
-        """Return module names in load order: each one follows its dependencies."""
+        """Return module names in load order. Each module follows its dependencies."""
         order: list[str] = []
 
         def visit(name: str) -> None:
@@ -367,7 +367,7 @@ def _l1_initramfs(tar: tarfile.TarFile, release: str, init: Path) -> bytes:
 
 
 def tcg_host() -> TcgHost:
-    """Return the tree with L0's QEMU and the L2 kernel. Build it if necessary."""
+    """Return the tree with L0's QEMU and the L2 kernel. Build it unless cached."""
     packages = ("linux-image-cloud-amd64", "lz4", "qemu-system-x86", "seabios", "zstd")
     key = cache.key_of("bookworm", *packages, *_WITHOUT, *_SNAPSHOT_SAFE_APT, *_L2_MODULES,
                        *_L2_KVM_MODULES, "2")  # fmt: skip
@@ -414,7 +414,7 @@ def tcg_host() -> TcgHost:
 
 
 def l2_kernel(host: TcgHost) -> Path:
-    """Return the kernel of L2 guests: Debian 12's, as a bzImage."""
+    """Return the kernel of L2 guests, which is Debian 12's kernel as a bzImage."""
     return next((host.directory / "boot").glob("vmlinuz-*"))
 
 
@@ -486,7 +486,8 @@ def l2_files() -> Path:
 def files_disk() -> Path:
     """Return the disk with the contents of ``/lab``. Build it if necessary.
 
-    It is separate from the images, so that a change of the command server does not rebuild them.
+    The disk is separate from the images, so that a change of the command server does not rebuild
+    the images.
     """
     l2 = l2_files()
     own = [_HERE / "command_server.py", _HERE / "start.sh"]

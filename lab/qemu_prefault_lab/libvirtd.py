@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A libvirt daemon and its domains, for tests in the lab's variant ``libvirt``.
 
-This module runs on the machine with KVM. The daemon is Debian's. It is started with the arguments
-of its systemd unit, and AppArmor enforces its profiles. A second daemon runs in separate mount,
+This module runs on the machine with KVM. It starts Debian's libvirtd with the arguments of its
+systemd unit, and AppArmor enforces the daemon's profiles. A second daemon runs in separate mount,
 UTS and AppArmor namespaces, so it appears to be another host. Domains boot the same guests as
-:mod:`qemu_prefault_lab.guest`. The lab does not run systemd. For tests that need it,
+:mod:`qemu_prefault_lab.guest`. The lab does not run systemd. For tests that need systemd,
 :class:`Systemd` runs it as PID 1 of a PID namespace.
 """
 
@@ -39,15 +39,15 @@ _QEMU_CONF = 'stdio_handler = "file"\n'
 
 
 def wait_until(condition: Callable[[], object], what: str, limit: float = 120.0) -> None:
-    """Wait like :func:`wait_for`, with a limit that suits libvirtd."""
+    """Wait like :func:`wait_for`, with a time limit that suits libvirtd."""
     wait_for(condition, what, limit)
 
 
 class Libvirtd:
-    """A libvirt daemon. The context manager destroys its domains when it exits.
+    """A libvirt daemon. The context manager destroys the daemon's domains on exit.
 
     :param host: The name of another host to simulate, in separate namespaces.
-    :param systemd: Run the daemon in a scope of this systemd, and in its namespaces.
+    :param systemd: The systemd in whose scope and namespaces the daemon runs. None means neither.
     """
 
     def __init__(self, *, host: str | None = None, systemd: Systemd | None = None) -> None:
@@ -168,13 +168,13 @@ exec /usr/sbin/libvirtd --pid-file /run/libvirtd-{host}.pid
 
 
 class Systemd:
-    """systemd as PID 1 of a new PID namespace. A context manager.
+    """A context manager that runs systemd as PID 1 of a new PID namespace.
 
-    It has only the units that a service needs: its targets and the journal. It does not set up
-    devices, clocks, users or D-Bus as a full Debian does. Its ``/run`` is separate, except for the
-    directories that libvirtd and the tests share.
+    This systemd has only the units that a service needs, which are its targets and the journal. It
+    does not set up devices, clocks, users or D-Bus as a full Debian does. Its ``/run`` is separate,
+    except for the directories that libvirtd and the tests share.
 
-    :ivar enter: The arguments to prepend to a command, so that it runs in the namespaces.
+    :ivar enter: The arguments to prepend to a command, so that the command runs in the namespaces.
     """
 
     def __init__(self) -> None:
@@ -289,7 +289,8 @@ class LabDomain:
     :param workload_mib: MiB that the guest writes before it is ready. 0 means none.
     :param max_mib: The maximum memory in MiB, for hotplugged devices.
     :param firmware_only: Boot no kernel, so that the guest stays in its firmware.
-    :param edit: A function that returns the changed XML before the domain is defined.
+    :param edit: A function that gets the domain's XML and returns the XML with which the domain is
+        defined.
     """
 
     def __init__(
@@ -367,7 +368,7 @@ class LabDomain:
             self.daemon.virsh(command[0], self.name, *command[1:], check=False)
 
     def moved_to(self, daemon: Libvirtd) -> LabDomain:
-        """Return an object for the domain on the daemon to which it has migrated."""
+        """Return an object for this domain on the daemon to which the domain migrated."""
         moved = copy.copy(self)
         moved.daemon = daemon
         moved._serial = None
@@ -377,7 +378,7 @@ class LabDomain:
     def reset(self) -> None:
         """Reset the guest and discard the output of its previous boot.
 
-        The guest is paused during this, so that no output of the new boot is discarded.
+        This method pauses the guest for the reset, so that it discards no output of the new boot.
         """
         assert self._serial is not None
         self.virsh("suspend")
@@ -386,7 +387,7 @@ class LabDomain:
         self.virsh("resume")
 
     def log(self) -> str:
-        """Return the domain's log, written by libvirt and QEMU."""
+        """Return the domain's log, which libvirt and QEMU write."""
         path = self.daemon.root / f"var/log/libvirt/qemu/{self.name}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
@@ -394,14 +395,14 @@ class LabDomain:
 
     @property
     def process(self) -> Process:
-        """The domain's QEMU."""
+        """The process of the domain's QEMU."""
         if self.daemon.root == Path("/"):
             return find_qemu(self.name, self.uuid)
         pid = (self.daemon.root / f"run/libvirt/qemu/{self.name}.pid").read_text()
         return Process.find(int(pid))
 
     def faults(self) -> int:
-        """Return KVM's ``pf_taken`` since this QEMU started."""
+        """Return the value of KVM's ``pf_taken`` since this QEMU started."""
         count = debugfs_faults(self.process)
         if count is None:
             raise LibvirtdError("KVM's counters are not in debugfs")
@@ -442,7 +443,7 @@ class LabDomain:
 
 
 def denials(since: int) -> list[str]:
-    """Return AppArmor's denials in the kernel log, without its first ``since`` lines."""
+    """Return AppArmor's denials in the kernel log after its first ``since`` lines."""
     lines = kernel_log()[since:]
     return [line for line in lines if 'apparmor="DENIED"' in line]
 
@@ -453,7 +454,7 @@ def kernel_log() -> list[str]:
 
 
 class Syslog:
-    """A socket at ``/dev/log`` that collects log messages. A context manager."""
+    """A context manager that collects log messages from a socket at ``/dev/log``."""
 
     def __init__(self, path: Path = Path("/dev/log")) -> None:
         self._path = path

@@ -48,8 +48,8 @@ _KVM_CAP_PRE_FAULT_MEMORY = 236
 class Invocation:
     """A command to run, with the arguments of :meth:`Machine.run`.
 
-    :ivar timeout: Seconds.
-    :ivar env: Variables added to the machine's environment.
+    :ivar timeout: The time limit in seconds.
+    :ivar env: Variables to add to the machine's environment.
     """
 
     argv: tuple[str, ...]
@@ -61,7 +61,7 @@ class Invocation:
 
 @dataclass(frozen=True)
 class Completed:
-    """A command that has ended. ``returncode`` is negative for a signal."""
+    """A command that has ended. If a signal killed it, ``returncode`` is negative."""
 
     argv: tuple[str, ...]
     returncode: int
@@ -71,12 +71,12 @@ class Completed:
 
     @property
     def text(self) -> str:
-        """Standard output as text."""
+        """The command's standard output as text."""
         return self.stdout.decode(errors="replace")
 
     @property
     def error_text(self) -> str:
-        """Standard error as text."""
+        """The command's standard error as text."""
         return self.stderr.decode(errors="replace")
 
 
@@ -115,14 +115,15 @@ class Machine(abc.ABC):
         """Run a command until it ends. Several threads may call this at the same time.
 
         :param timeout: Seconds after which the command and its process group are killed.
-        :param check: Raise if the exit code is not 0.
+        :param check: Raise RemoteCommandError if the exit code is not 0.
         :param env: Variables to add to the machine's environment.
-        :param stdin: The command's standard input. None means empty.
+        :param stdin: The command's standard input. None means an empty input.
         :param stdout: A file that receives standard output instead of ``Completed.stdout``.
-        :param on_output: Called with output while the command runs.
-        :raises RemoteCommandError: The command could not be started or, with ``check``, failed.
-        :raises RemoteTimeoutError: The command exceeded its time limit.
-        :raises LabLostError: The machine has ended or hangs.
+        :param on_output: A function that is called with the output while the command runs.
+        :raises RemoteCommandError: if the command could not be started, or if it failed and
+            ``check`` is set.
+        :raises RemoteTimeoutError: if the command exceeded its time limit.
+        :raises LabLostError: if the machine has ended or hangs.
         """
         captured = {1: stdout or io.BytesIO(), 2: io.BytesIO()}
 
@@ -186,9 +187,9 @@ class Machine(abc.ABC):
             subprocess.run(unpack, stdin=packed, check=True)
 
     def install(self, wheels: Sequence[Path]) -> None:
-        """Install wheels: their modules and their console scripts.
+        """Install the modules and the console scripts of wheels.
 
-        The wheels are unpacked on L0, because pip takes a minute under TCG.
+        This method unpacks the wheels on L0, because pip takes a minute under TCG.
         """
         with tempfile.TemporaryDirectory() as scratch:
             for wheel in wheels:
@@ -198,7 +199,7 @@ class Machine(abc.ABC):
     def install_source(self) -> None:
         """Install this package and qemu_prefault from this source tree.
 
-        qemu.qmp is copied as well, because Debian does not package this dependency.
+        This method also copies the dependency qemu.qmp, which Debian does not package.
         """
         packages = [Path(__file__).parent, Path(qemu_prefault.__file__).parent]
         with tempfile.TemporaryDirectory() as scratch:
@@ -282,21 +283,21 @@ def is_emulated() -> bool:
 #: The environment variable that the lab sets if its emulator can run KVM guests with UEFI.
 UEFI_VARIABLE: Final = "QEMU_PREFAULT_UEFI"
 NO_UEFI: Final = (
-    "UEFI under KVM makes this host's emulator (TCG) abort: use a QEMU with patches/qemu-tcg-cr8"
+    "UEFI under KVM makes this host's emulator (TCG) abort. Use a QEMU with patches/qemu-tcg-cr8."
 )
 
 
 def uefi_aborts() -> bool:
     """Return whether a UEFI guest would abort the QEMU that emulates this host.
 
-    QEMU 7.2, 10.0 and 11.1 abort: helper_write_crN() calls cpu_interrupt() without the lock when
-    a KVM guest writes CR8. UEFI writes CR8 after each interrupt if another one is pending.
+    QEMU 7.2, 10.0 and 11.1 abort. Their helper_write_crN() calls cpu_interrupt() without the lock
+    when a KVM guest writes CR8. UEFI writes CR8 after an interrupt if another interrupt is pending.
     """
     return is_emulated() and UEFI_VARIABLE not in os.environ
 
 
 class LocalMachine(Machine):
-    """This host, if its own KVM can prefault. Nothing is emulated."""
+    """This host, whose own KVM must be able to prefault. Nothing is emulated."""
 
     def __init__(self) -> None:
         if not kvm_can_prefault():

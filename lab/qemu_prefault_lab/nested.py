@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The nested lab: start L1 under TCG and run commands through its command server.
+"""Start L1 under TCG, and run commands in L1 through its command server.
 
 The first start of an L1 configuration boots the machine, saves its memory and discards the machine.
-Every start, including the first, then restores the memory within two seconds. The memory file is
-mapped privately, so any number of labs can share one snapshot without copying it.
+Every start, including the first, then restores the memory within two seconds. QEMU maps the memory
+file privately, so any number of labs can share one snapshot without copying it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class _Recipe:
     def key(self) -> str:
         """Return a hash of the recipe and of the disks' sizes and times.
 
-        The disks are included because a snapshot contains data that L1 has read from them.
+        The hash covers the disks because a snapshot contains data that L1 has read from them.
         """
         disks = [path.stat() for path in self.disks]
         versions = [f"{disk.st_size} {disk.st_mtime_ns}" for disk in disks]
@@ -96,7 +96,7 @@ class _Recipe:
 
 
 class Lab(Machine):
-    """A booted L1, returned by :meth:`start`. It is a context manager.
+    """A booted L1, which :meth:`start` returns. Leaving the context kills L1.
 
     :ivar qemu_pid: The process id of the emulating QEMU.
     """
@@ -127,17 +127,19 @@ class Lab(Machine):
         """Boot L1, or restore it from the snapshot of an earlier boot.
 
         :param variant: The Debian to boot, a name in :data:`qemu_prefault_lab.image.VARIANTS`.
-        :param npt: Nested paging for L2. Without it, KVM in L1 shadows page tables.
+        :param npt: Use nested paging for L2. If False, KVM in L1 uses shadow paging.
         :param tdp_mmu: The value of kvm's parameter ``tdp_mmu``. None means the default.
         :param memory_mib: L1's memory in MiB.
         :param kernel_args: Arguments to add to L1's kernel command line.
         :param disks: Raw images that L1 sees read-only as ``/dev/vdc`` and following.
         :param emulator: A QEMU to use instead of the lab's own, for guests with UEFI.
-        :param snapshot: False boots from power-on and saves no snapshot.
-        :param boot_timeout: Seconds after which an unfinished boot fails.
-        :param heartbeat_limit: Seconds without a message from L1 after which it counts as lost.
+        :param snapshot: Restore L1 from a snapshot. If False, boot L1 from power-on and save no
+            snapshot.
+        :param boot_timeout: The time limit of a boot in seconds.
+        :param heartbeat_limit: Seconds without a message from L1, after which L1 counts as lost.
         :param console_log: A file to which the console output is written.
-        :raises LabLostError: L1 failed while it started. The error includes the end of the console.
+        :raises LabLostError: if L1 failed while it started. The error includes the end of the
+            console output.
         """
         parameters = [_KERNEL_ARGS, f"kvm_amd.npt={int(npt)}"]
         if tdp_mmu is not None:
@@ -168,7 +170,7 @@ class Lab(Machine):
             try:
                 return cls(_restore(recipe, saved, heartbeat_limit, console_log), env)
             except FailedError as error:
-                log.warning("cannot restore the snapshot, booting instead: %s", error)
+                log.warning("cannot restore the snapshot (%s). Booting instead.", error)
                 cache.discard(saved)
         return cls(cold(recipe.argv(None, shared=False)), env)
 
@@ -184,7 +186,7 @@ class Lab(Machine):
         return self._channel.text()
 
     def power_off(self, timeout: float = 60.0) -> None:
-        """Power L1 off and wait until QEMU ends. Only tests of booting need this."""
+        """Power L1 off and wait until QEMU ends. Only tests of booting call this method."""
         script = "echo o >/proc/sysrq-trigger; sleep 60"
         try:
             self.run(["sh", "-c", script], timeout=timeout, check=False)
@@ -246,7 +248,7 @@ class Lab(Machine):
 
 
 def _save(recipe: _Recipe, directory: Path, boot: Callable[[list[str]], Channel]) -> None:
-    """Boot with the memory in a file, and save the rest of the state to another file."""
+    """Boot L1 with its memory in a file. Save the rest of its state to another file."""
     log.info("booting the lab once to take its snapshot")
     memory = directory / "ram"
     started = time.monotonic()
@@ -312,13 +314,13 @@ def open_machine(
     disks: Sequence[Path] = (),
     emulator: Callable[[], Path] | None = None,
 ) -> Machine:
-    """Return a machine that can prefault: this host if it can, else a booted lab.
+    """Return this host if its KVM can prefault, or else a booted lab.
 
-    :param nested: Use the lab even if this host can prefault. ``npt=False`` and any ``tdp_mmu``
-        imply this.
-    :param disks: Disks for the lab, see :meth:`Lab.start`.
-    :param emulator: A function that returns the emulator for the lab. It is not called for this
-        host, because it may have to build QEMU.
+    :param nested: Use the lab even if this host can prefault. ``npt=False`` and any value of
+        ``tdp_mmu`` also select the lab.
+    :param disks: Disks for the lab, as in :meth:`Lab.start`.
+    :param emulator: A function that returns the emulator for the lab. It may have to build QEMU, so
+        it is not called if the machine is this host.
     """
     if kvm_can_prefault() and npt and tdp_mmu is None and not nested:
         return LocalMachine()

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A patched QEMU: Debian's source with the series in patches/.
+"""Build a patched QEMU from Debian's source and the series in patches/.
 
-It has a minimal configuration. It is built on L0, cached like the images, and runs in L1. It links
-only to libraries on which the Debian QEMU in L1 depends. Debian's source package does not contain
-firmware, so QEMU uses the firmware of Debian's binary packages (``-L``).
+The patched QEMU has a minimal configuration. The lab builds it on L0, caches it like the images,
+and runs it in L1. It links only to libraries on which the Debian QEMU in L1 depends. Debian's
+source package does not contain firmware, so QEMU uses the firmware of Debian's binary packages
+(``-L``).
 """
 
 from __future__ import annotations
@@ -89,10 +90,11 @@ _TESTS: Final = (
 
 @dataclass(frozen=True)
 class PatchedQemu:
-    """A built QEMU and some of its own tests.
+    """A built QEMU and some of QEMU's own tests.
 
-    :ivar qtest: The qtest of the new QMP command.
-    :ivar svm_tests: Kernels that test the TCG fixes, one per fix. Empty without the fixes.
+    :ivar qtest: The program with the qtest of the new QMP command.
+    :ivar svm_tests: Kernels that test the fixes of TCG, one per fix. Empty if QEMU is built without
+        these fixes.
     """
 
     binary: Path
@@ -100,7 +102,7 @@ class PatchedQemu:
     svm_tests: tuple[Path, ...]
 
     def put_on(self, machine: Machine) -> dict[str, str]:
-        """Copy QEMU and its tests to a machine; return the variable with its path."""
+        """Copy QEMU and its tests to a machine. Return the variable with QEMU's path."""
         files = {"": self.binary, "-test": self.qtest}
         files |= {f"-{path.name}": path for path in self.svm_tests}
         for suffix, path in files.items():
@@ -109,10 +111,10 @@ class PatchedQemu:
 
 
 def series(patches: Path, release: str, tcg: bool) -> list[Path]:
-    """Return the patches for a release, in order.
+    """Return the patches for a release of QEMU in the order to apply them.
 
     :param tcg: Include the fixes of TCG.
-    :raises InputError: The directory has no patches for this release.
+    :raises InputError: if the directory has no patches for this release.
     """
     found = sorted((patches / "qemu" / release).glob("*.patch"))
     for name in _TCG_SERIES if tcg else ():
@@ -120,7 +122,7 @@ def series(patches: Path, release: str, tcg: bool) -> list[Path]:
     if not found:
         raise InputError(
             f"{patches} has no series for QEMU {release}",
-            "run this in a checkout of the project, which has patches/qemu",
+            "run the command in a checkout of the project, which has patches/qemu",
         )
     return found
 
@@ -131,7 +133,7 @@ def build(patches: Path, release: str = "10.0", *, tcg: bool = True, jobs: int =
     :param patches: The checkout's ``patches`` directory.
     :param release: QEMU's release, a key of :data:`SUITES`.
     :param jobs: The number of parallel compilers. 0 means one per CPU.
-    :raises ImageError: A build step failed. The error includes the step's output.
+    :raises ImageError: if a build step failed. The error includes the step's output.
     """
     applied = series(patches, release, tcg)
     svm_tests = _SVM_TESTS if tcg else ()
@@ -159,16 +161,16 @@ def build(patches: Path, release: str = "10.0", *, tcg: bool = True, jobs: int =
 def uefi_emulator(patches: Path) -> Path:
     """Return an emulator for L1 that can run KVM guests with UEFI.
 
-    It is built if it is not cached.
+    This function builds the emulator if it is not cached.
     """
     return build(patches).binary
 
 
 def check(patches: Path, release: str = "10.0", *, jobs: int = 0) -> list[str]:
-    """Run checkpatch on the series, and QEMU's own tests of the changed subsystems.
+    """Run checkpatch on the series, and run QEMU's tests of the changed subsystems.
 
-    :returns: One line per check with its result.
-    :raises ImageError: A check failed. The error includes its output.
+    :returns: A line for each check, with the check's result.
+    :raises ImageError: if a check failed. The error includes the check's output.
     """
     applied = series(patches, release, tcg=True)
     told = []
@@ -198,7 +200,7 @@ def check(patches: Path, release: str = "10.0", *, jobs: int = 0) -> list[str]:
 def _workspace(release: str) -> Iterator[Path]:
     """Yield an empty directory.
 
-    Its path is the same each time, so that ccache finds the results of earlier builds.
+    The path is the same each time, so that ccache finds the results of earlier builds.
     """
     with cache.locked(f"qemu-{release}"):
         work = cache.cache_dir() / "scratch" / f"qemu-{release}"
@@ -226,7 +228,7 @@ def _archive() -> str:
             return uri
     raise ImageError(
         "apt on this host is not configured to use a Debian archive",
-        "add one to /etc/apt/sources.list and run apt-get update",
+        "add a Debian archive to /etc/apt/sources.list and run apt-get update",
     )
 
 
@@ -257,8 +259,8 @@ def _source(work: Path, release: str) -> Path:
     fitting = [version for version in versions if f":{release}." in version]
     if not fitting:
         raise ImageError(
-            f"Debian {SUITES[release]} has the source of QEMU {versions}, not of {release}",
-            "the series for another release may apply: see patches/qemu",
+            f"Debian {SUITES[release]} has the source of QEMU {versions}, but not of {release}",
+            "try a series for another release, from patches/qemu",
         )
     run_step(
         ["apt-get", *options, "-qq", "source", "--download-only", f"qemu={fitting[-1]}"],

@@ -3,8 +3,8 @@
 
 This module runs on the machine with KVM. The subclasses :class:`.guest.Guest` and
 :class:`.system.SystemGuest` define the guest's software and control it over the serial line. Each
-QEMU has two monitors. ``qmp_path`` is for the tool under test. This class uses the other one, so
-that it can observe QEMU while the tool is connected.
+QEMU has two monitors. The monitor at ``qmp_path`` is for the tool under test. The lab uses the
+other monitor, so that it can observe QEMU while the tool is connected.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ _OVMF_VARIABLES = "/usr/share/OVMF/OVMF_VARS_4M.fd"
 class QemuConfig(abc.ABC):
     """The options that all kinds of guest have in common.
 
-    :ivar machine: ``pc``, ``q35`` or ``microvm``, and more properties after a comma.
-    :ivar backing: ``ram``, ``memfd``, ``file``, ``file-private`` or ``hugetlb``, and more
-        properties after a comma (``ram,prealloc=on``). None means a plain ``-m``.
-    :ivar memory: More parts of the ``-m`` argument (``slots=2,maxmem=2G``).
+    :ivar machine: ``pc``, ``q35`` or ``microvm``, optionally with more properties after a comma.
+    :ivar backing: ``ram``, ``memfd``, ``file``, ``file-private`` or ``hugetlb``, optionally with
+        more properties after a comma (``ram,prealloc=on``). None means that QEMU gets only ``-m``
+        and no memory backend.
+    :ivar memory: More parts of the ``-m`` argument, such as ``slots=2,maxmem=2G``.
     :ivar paused: Start with ``-S``, so that the run state is ``prelaunch`` and no vCPU runs.
     :ivar incoming: A URI, ``defer``, or the path of a file written by :meth:`QemuGuest.save`.
     :ivar args: More arguments for QEMU.
@@ -70,7 +71,7 @@ class QemuConfig(abc.ABC):
     def argv(self, directory: Path) -> list[str]:
         """Return QEMU's command line without the arguments common to all guests.
 
-        :param directory: A directory for files of this QEMU, which this method creates.
+        :param directory: The directory in which this method creates files for QEMU.
         """
 
     @property
@@ -88,7 +89,7 @@ class QemuConfig(abc.ABC):
         return ["-object", text]
 
     def flash_arguments(self, directory: Path) -> list[str]:
-        """Copy UEFI's variable store, and return the arguments that select UEFI."""
+        """Copy UEFI's variable store. Return the arguments with which QEMU boots UEFI."""
         smm = "smm=off" not in self.machine
         variables = directory / "variables"
         shutil.copy(_OVMF_VARIABLES, variables)
@@ -100,7 +101,7 @@ class QemuConfig(abc.ABC):
         ]
 
     def plugin_arguments(self, directory: Path) -> list[str]:
-        """Return the ``-plugin`` arguments that load this project's plugin, if any."""
+        """Return the ``-plugin`` arguments, or an empty list if no plugin is configured."""
         if self.plugin is None:
             return []
         return ["-plugin", f"{plugin_path()},{plugin_options(directory, self.plugin)}"]
@@ -116,10 +117,11 @@ def _control_path(directory: Path) -> Path:
 
 
 class QemuGuest:
-    """A QEMU with a guest. It is killed when the context manager exits.
+    """A QEMU with a guest. The context manager kills QEMU when it exits.
 
     :ivar pid: QEMU's process id.
-    :ivar qmp_path: The monitor for the tool under test. The lab does not use it.
+    :ivar qmp_path: The socket of the monitor for the tool under test. The lab does not use this
+        monitor.
     :ivar control_path: The plugin's control socket.
     """
 
@@ -196,12 +198,12 @@ class QemuGuest:
 
     @property
     def stderr(self) -> str:
-        """The output of QEMU on stdout and stderr so far."""
+        """The output that QEMU has written to stdout and stderr so far."""
         return self._stderr_path.read_text(errors="replace")
 
     @property
     def serial_log(self) -> bytes:
-        """The output of the guest on its serial line so far."""
+        """The output that the guest has written to its serial line so far."""
         return self._serial.log
 
     @property
@@ -210,7 +212,7 @@ class QemuGuest:
         return self.process.poll() is None
 
     def kill(self) -> None:
-        """Kill QEMU and remove its files. May be called repeatedly."""
+        """Kill QEMU and remove its files. Callers may call this method repeatedly."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait()
@@ -268,7 +270,8 @@ class QemuGuest:
     def save(self, path: Path, timeout: float = 120.0) -> None:
         """Stop the guest and write its state to a file, for ``Guest(incoming=path)``.
 
-        This raises the bandwidth limit, whose default is meant for networks.
+        This method raises QEMU's limit of the migration bandwidth, whose default is meant for
+        networks.
         """
         self.qmp("stop")
         self.qmp("migrate-set-parameters", max_bandwidth=1 << 40)
@@ -279,7 +282,8 @@ class QemuGuest:
     def wait_restored(self, timeout: float = 120.0) -> None:
         """Wait until an incoming state is loaded.
 
-        The guest is then ``paused``, as :meth:`save` left it. ``cont`` resumes it.
+        The guest's run state is then ``paused``, as :meth:`save` left it. The command ``cont``
+        resumes the guest.
         """
         self._wait_migration(timeout, "restore")
 
@@ -307,7 +311,7 @@ class QemuGuest:
                 raise self._make_error(f"{what} {status}")
 
     def stats(self) -> dict[str, int]:
-        """Return KVM's counters of the VM, and the sums of its vCPUs' counters.
+        """Return KVM's counters of the VM, and the sums of the vCPUs' counters.
 
         ``pages_4k``, ``pages_2m`` and ``pages_1g`` are the present entries in the stage-2 tables.
         ``pf_taken`` and the other event counters start at 0 when the guest is created.

@@ -19,7 +19,7 @@ from .errors import QmpError
 class Qmp:
     """A connected QMP client. Every wait has a deadline.
 
-    :ivar events: The events received so far that :meth:`wait_event` has not returned yet.
+    :ivar events: The events that this object has received and :meth:`wait_event` has not returned.
     """
 
     def __init__(self, connection: socket.socket, timeout: float = 30.0) -> None:
@@ -41,7 +41,7 @@ class Qmp:
     def execute(self, command: str, timeout: float = 60.0, **arguments: Any) -> Any:
         """Run a command and return its result.
 
-        :raises QmpError: QEMU returned an error, or did not answer in time.
+        :raises QmpError: if QEMU returned an error, or did not answer in time.
         """
         self._number += 1
         message: dict[str, Any] = {"execute": command, "id": self._number}

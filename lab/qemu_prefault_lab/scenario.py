@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The part of the demo that runs on the machine with KVM.
 
-A guest on 4K pages writes 256 MiB for the first time. The scenario compares three cases: without
-prefaulting, after the bare ioctl over all of its RAM, and after qemu-prefault. It measures each
-case at boot, when the memory is untouched, and after a restore from a file, when QEMU has just
-written the memory. ``python -m qemu_prefault_lab.scenario`` prints events to stdout, one JSON
-object per line. :mod:`qemu_prefault_lab.demo` displays them.
+A guest on 4K pages writes 256 MiB for the first time. The scenario measures this guest without
+prefaulting, after the bare ioctl over all guest RAM, and after qemu-prefault. It measures each of
+these three cases at boot and after a restore from a file. At boot the memory is untouched. After a
+restore, QEMU has just written the memory. ``python -m qemu_prefault_lab.scenario`` prints events to
+stdout, one JSON object per line. :mod:`qemu_prefault_lab.demo` displays them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NOTHING, BARE, TOOL = WAYS = ("nothing", "bare ioctl", "qemu-prefault")
 
 @dataclass(frozen=True)
 class DemoCase:
-    """One row of the demo."""
+    """One row of the demo's table."""
 
     moment: str
     way: str
@@ -57,7 +57,7 @@ CASES: Final = tuple(DemoCase(moment, way) for moment in ("boot", "restore") for
 
 @dataclass(frozen=True)
 class Cost:
-    """The duration of prefaulting in seconds, measured by the helpers inside QEMU."""
+    """The durations of populating and prefaulting in seconds, as the agent measured."""
 
     populate: float = 0.0
     prefault: float = 0.0
@@ -67,10 +67,11 @@ class Cost:
 class Measured:
     """The result of a case. Times are in seconds.
 
-    :ivar faults: Stage-2 faults (``pf_taken``) from power-on or ``cont`` to the end of the first
-        pass.
-    :ivar first_pass: The time of the guest's first write to each of its 256 MiB.
-    :ivar steady_pass: The median time of the following passes.
+    :ivar faults: The number of stage-2 faults (``pf_taken``) from power-on or ``cont`` to the end
+        of the first pass.
+    :ivar first_pass: The time of the first pass, in which the guest writes its 256 MiB for the
+        first time.
+    :ivar steady_pass: The median time of the following passes over the same memory.
     :ivar spent: The time that prefaulting took.
     """
 
@@ -88,8 +89,8 @@ def tell(event: str, **values: Any) -> None:
 def small_pages() -> Iterator[None]:
     """Disable transparent huge pages for processes that are started in the block.
 
-    prctl(PR_SET_THP_DISABLE) is inherited by children and kept across execve(). It does not change
-    the machine's setting.
+    Children inherit the setting of prctl(PR_SET_THP_DISABLE), and execve() keeps it. It does not
+    change the machine's setting.
     """
     prctl = ctypes.CDLL(None).prctl
 
@@ -104,7 +105,7 @@ def small_pages() -> Iterator[None]:
 
 
 async def bare_ioctl(guest: Guest) -> Cost:
-    """Call KVM_PRE_FAULT_MEMORY over all RAM without populating it first."""
+    """Call KVM_PRE_FAULT_MEMORY over all guest RAM, which is not populated first."""
     async with connect(str(guest.qmp_path)) as vm:
         agent = PtraceAgent(vm.process, await vm.vcpu_threads((), True))
         await agent.start()
@@ -119,7 +120,7 @@ async def bare_ioctl(guest: Guest) -> Cost:
 
 
 def run_tool(guest: Guest) -> Cost:
-    """Run the command line, as a user would."""
+    """Run the command ``qemu-prefault``, as a user would."""
     argv = [sys.executable, "-m", "qemu_prefault", "--qmp", str(guest.qmp_path), "--json"]
     result = subprocess.run(argv, capture_output=True, text=True, check=False)
     if result.returncode:
@@ -155,7 +156,7 @@ def counting(guest: Guest, row: int) -> Iterator[None]:
 
 
 def measure(case: DemoCase, row: int, state: Path) -> Measured:
-    """Run one case. The first boot writes ``state``, and the restores read it."""
+    """Run one case. The first boot saves the guest in ``state``, for the restores."""
     restored = case.moment == "restore"
     tell("step", row=row, text="restoring" if restored else "starting")
     with small_pages():
@@ -181,7 +182,7 @@ def measure(case: DemoCase, row: int, state: Path) -> Measured:
         tell("step", row=row, text="steady passes")
         passes = [guest.command("pass") for _ in range(STEADY_PASSES)]
         if any(answer["bad"] for answer in (*([first] if restored else []), *passes)):
-            raise FailedError("the guest's memory is not what it wrote", "please report this bug")
+            raise FailedError("the guest's memory has changed", "please report this bug")
         if not restored and not state.exists():
             tell("step", row=row, text="saving the guest")
             guest.save(state)

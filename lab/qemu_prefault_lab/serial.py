@@ -20,8 +20,8 @@ class Serial:
 
     :param line: A connected socket. This object closes it.
     :param make_error: A function that returns the exception to raise for a cause.
-    :param pidfd: The QEMU process. Every wait ends when the process ends. If None, a wait ends
-        early only when the socket is closed.
+    :param pidfd: A file descriptor of the QEMU process. Every wait ends when the process ends. If
+        this is None, a wait ends early only when the socket is closed.
     :ivar log: All bytes received so far.
     """
 
@@ -49,14 +49,14 @@ class Serial:
         self._buffer = b""
 
     def send(self, text: str) -> None:
-        """Send all of the text. A closed connection is reported as the end of QEMU."""
+        """Send all of the text. Report a closed connection as the end of QEMU."""
         try:
             self._send(text)
         except ConnectionError as error:
             raise self._make_error("QEMU ended") from error
 
     def expect(self, pattern: str, timeout: float) -> re.Match[bytes]:
-        """Wait until the console output matches, and discard it up to that match."""
+        """Wait until the output matches a pattern. Discard the output up to this match."""
         expression = re.compile(pattern.encode())
         deadline = time.monotonic() + timeout
         late = f"the console did not show {pattern!r} within {timeout:g} s"

@@ -2,8 +2,9 @@
 """Guests that run whole distributions, and their consoles.
 
 :mod:`qemu_prefault_lab.distro` builds the distributions.
-On the machine with KVM, the directory named by ``QEMU_PREFAULT_DISTROS`` has one directory per
-distribution, with ``disk`` (a file or block device, never written to) and ``boot/``.
+On the machine with KVM, the variable ``QEMU_PREFAULT_DISTROS`` names a directory. It has one
+subdirectory per distribution, with ``disk`` and ``boot/``. The disk is a file or a block device, to
+which guests do not write.
 """
 
 from __future__ import annotations
@@ -52,10 +53,11 @@ def make_overlay(disk: Path, overlay: Path, disk_format: str = "raw") -> None:
 class SystemConfig(QemuConfig):
     """The configuration of a guest that runs a whole distribution.
 
-    :ivar distro: A directory name below :data:`DISTROS_VARIABLE`, whose kernel is booted. None
-        means that the firmware boots from the disk.
-    :ivar overlay: A file made by :func:`make_overlay`. The two guests of a migration share it, and
-        so do a saved guest and its restored one.
+    :ivar distro: The name of a distribution's directory, which is below the directory in the
+        variable :data:`DISTROS_VARIABLE`. QEMU boots the distribution's kernel. None means that the
+        firmware boots from the disk.
+    :ivar overlay: A file made by :func:`make_overlay`. The two guests of a migration share this
+        file. A saved guest and the guest restored from it also share one.
     :ivar firmware: ``seabios`` or ``ovmf`` (for ``q35``).
     """
 
@@ -97,7 +99,7 @@ class SystemGuest(QemuGuest):
     # The console.
 
     def expect(self, pattern: str, timeout: float) -> re.Match[bytes]:
-        """Wait until the console output matches, and discard it up to that match."""
+        """Wait until the output matches a pattern. Discard the output up to this match."""
         return self._serial.expect(pattern, timeout)
 
     def type(self, text: str) -> None:
@@ -109,7 +111,7 @@ class SystemGuest(QemuGuest):
         self.expect(r"login: ", timeout)
 
     def log_in(self, timeout: float = 300.0) -> None:
-        """Log in as root at the prompt of :meth:`wait_login`. :meth:`shell` needs this."""
+        """Log in as root at the login prompt. :meth:`shell` needs this session."""
         self.type("root\n")
         self.expect(r"Password: ", timeout)
         self.type(f"{PASSWORD}\n")
@@ -123,7 +125,8 @@ class SystemGuest(QemuGuest):
     def shell(self, command: str, timeout: float = 300.0, check: bool = True) -> str:
         """Run a command in the shell of :meth:`log_in` and return its output.
 
-        :raises GuestError: The command failed and ``check`` is set, or it did not end in time.
+        :raises GuestError: if the command failed and ``check`` is set, or if it did not end in
+            time.
         """
         self._commands += 1
         mark = f"@{self._commands}"
@@ -132,7 +135,7 @@ class SystemGuest(QemuGuest):
         found = self.expect(rf"(?s)\A(.*)\n{mark}:(\d+)@\r?\n", timeout)
         output = found[1].decode(errors="replace").replace("\r", "").strip()
         if check and int(found[2]):
-            raise GuestError(f"in the guest: {command!r} ended with {int(found[2])}", output)
+            raise GuestError(f"in the guest, {command!r} ended with status {found[2]}", output)
         return output
 
     # The guest's state.
@@ -161,5 +164,5 @@ class SystemGuest(QemuGuest):
                    f"[ $(stat -c %s /dev/shm/{name}) = {size} ]", timeout)  # fmt: skip
 
     def checksum(self, name: str, timeout: float = 600.0) -> str:
-        """Read a file of :meth:`fill` completely, and return its checksum."""
+        """Read the whole file that :meth:`fill` has written, and return its checksum."""
         return self.shell(f"sha256sum </dev/shm/{name}", timeout).split()[0]

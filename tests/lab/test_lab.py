@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the nested lab: commands, files, snapshots, and detection of a lost L1.
+"""Test the lab's commands, files and snapshots, and its detection of a lost L1.
 
 The tests need the lab's build tools (mmdebstrap, mke2fs, a C compiler) but not KVM. The first run
-builds the images, as ``python -m qemu_prefault_lab build`` does.
+of the tests builds the images, as ``python -m qemu_prefault_lab build`` does.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def lab() -> Iterator[Lab]:
 
 @pytest.fixture(params=["nested", "local"])
 def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
-    """Yield each kind of machine, to test the methods that they have in common."""
+    """Yield L1 or this host. The tests must pass on both kinds of machine."""
     if request.param == "nested":
         yield request.getfixturevalue("lab")
     elif not kvm_can_prefault():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Fixtures for tests with the real ioctl, in the lab or on a suitable host."""
+"""Fixtures for tests with the real ioctl, in the lab or on a host that has it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=100, help="number of times to kill the tool")
     parser.addoption("--boots", type=int, default=6, help="number of guests of a campaign")
     parser.addoption(
-        "--agents", help="the agents to test, in turn: attach,plugin,qmp (default: attach)"
+        "--agents", help="a list of agents to test, from attach,plugin,qmp (default: attach)"
     )
-    parser.addoption("--seed", type=int, default=0, help="seed of random times; 0 means random")
+    parser.addoption("--seed", type=int, default=0, help="seed of random times (0 is random)")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -43,7 +43,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """Return the seed for random times, from ``--seed`` or at random, and print it."""
+    """Print and return the seed for random times. Without ``--seed``, it is random."""
     wanted: int = request.config.getoption("seed")
     value = wanted or random.SystemRandom().getrandbits(32)
     print(f"\n--seed {value}")
@@ -52,14 +52,14 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(autouse=True)
 def agent(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Set up the agent that the test's guests use, as ``--agents`` selects."""
+    """Make the test's guests use one of the agents that ``--agents`` selects."""
     name: str = getattr(request, "param", "attach")
     before = Defaults(defaults.qemu, defaults.plugin)
     if name == "plugin":
         defaults.plugin = ["keep=off"]
     elif name == "qmp":
         if (command := patched_qemu()) is None:
-            pytest.skip("no patched QEMU is installed: use lab pytest --qemu")
+            pytest.skip("no patched QEMU is installed (lab pytest --qemu installs one)")
         defaults.qemu = command
     yield name
     defaults.qemu, defaults.plugin = before.qemu, before.plugin
@@ -67,7 +67,7 @@ def agent(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def four_kilobyte_pages() -> Iterator[None]:
-    """Disable 2 MiB pages, because guests would take too few faults for a comparison."""
+    """Disable 2 MiB pages, with which guests take too few faults for a comparison."""
     before = thp("never")
     yield
     thp(before)
@@ -75,7 +75,7 @@ def four_kilobyte_pages() -> Iterator[None]:
 
 @pytest.fixture
 def set_thp() -> Iterator[SetThp]:
-    """Return a function that sets transparent huge pages until the end of the test."""
+    """Return a function that sets the mode of transparent huge pages for the test."""
     yield thp
     thp("never")
 
@@ -84,10 +84,10 @@ def set_thp() -> Iterator[SetThp]:
 def make_saved_state(
     four_kilobyte_pages: None, tmp_path_factory: pytest.TempPathFactory
 ) -> MakeSavedState:
-    """Return a function that saves a guest with a workload and returns the file.
+    """Return a function that saves a guest with a workload and returns its file.
 
-    Each kind of guest is booted and saved once for each QEMU: a state of Debian's QEMU cannot be
-    restored in the patched QEMU, which has fewer devices.
+    The function boots and saves each kind of guest once for each QEMU. The patched QEMU cannot
+    restore a state of Debian's QEMU, because it has fewer devices.
     """
     states: dict[tuple[int, int, bool, str], Path] = {}
 
@@ -108,7 +108,7 @@ def make_saved_state(
 
 @pytest.fixture
 def make_restored_guest(make_saved_state: MakeSavedState) -> Iterator[MakeGuest]:
-    """Make restored guests, which are paused and have empty stage-2 tables."""
+    """Return a function that restores paused guests, which have empty stage-2 tables."""
     guests: list[Guest] = []
 
     def restore(**options: Unpack[GuestOptions]) -> Guest:
@@ -143,7 +143,7 @@ def libvirtd() -> Iterator[Libvirtd]:
 
 @pytest.fixture
 def make_domain(libvirtd: Libvirtd) -> Iterator[MakeDomain]:
-    """Make domains whose guests write some memory."""
+    """Return a function that makes domains whose guests write some memory."""
     from qemu_prefault_lab.libvirtd import LabDomain  # noqa: PLC0415
     from support.libvirt import WORKLOAD_MIB  # noqa: PLC0415
 

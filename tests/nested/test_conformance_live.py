@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that a running Linux guest continues and keeps its memory, on any KVM.
+"""Test on any KVM that a running Linux guest keeps running and keeps its memory.
 
-If KVM does not support the ioctl (``npt=0``, old kernels), the tests check the error, that the
-refused run has no side effects, and the effect of ``--populate-only``.
+If KVM does not support the ioctl (``npt=0``, old kernels), the tests check the error and the effect
+of ``--populate-only``. They also check that the refused run has no side effects.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ALLOC_MIB = 64
 
 
 def minor_faults(guest: Guest) -> int:
-    """Return QEMU's page faults on the host, including faults that KVM handles."""
+    """Return the number of QEMU's page faults on the host, including those in KVM."""
     fields = Path(f"/proc/{guest.pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[7])
 
@@ -66,7 +66,7 @@ def test_refusal_leaves_no_trace() -> None:
 
 
 def host_faults_of_new_memory(populate: bool) -> tuple[int, int]:
-    """Return the host faults and stage-2 faults of a guest that first uses 64 MiB."""
+    """Let a guest use 64 MiB of new memory. Return the host and stage-2 faults."""
     with Guest(machine="microvm", memory_mib=256) as guest:
         guest.wait_ready()
         if populate:
@@ -94,7 +94,7 @@ def test_populate_only_avoids_host_faults() -> None:
 
 @pytest.mark.full
 def test_suite_beside_live_guest() -> None:
-    """Check that the suite passes while a guest runs, and does not affect the guest."""
+    """Check that the suite passes beside a running guest without affecting it."""
     this = host_facts.read_host_facts()
     cases = [case for case in suite.all_cases() if case.area in ("paging", "slots", "foreign")]
     with Guest(machine="microvm", memory_mib=128, workload_mib=16) as guest:

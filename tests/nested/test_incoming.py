@@ -60,14 +60,14 @@ class Migration:
         wait_migrated(self.source)
 
     def faults(self) -> int:
-        """Write each page on the destination, and return the guest's faults there."""
+        """Let the guest write each page on the destination. Return its faults there."""
         assert self.target.command("stop")["bad"] == 0
         check_memory(self.target)
         return faults(self.target)
 
 
 class MakeMigration(Protocol):
-    """A function that makes a migration. The options apply to the destination."""
+    """A function that makes a migration. The options apply to the destination's QEMU."""
 
     def __call__(self, **options: Unpack[GuestOptions]) -> Migration: ...
 
@@ -202,7 +202,7 @@ def test_resume_during_prefault_fails(make_migration: MakeMigration) -> None:
 def test_cont_before_arrival(make_migration: MakeMigration) -> None:
     """Run `cont` while the tool waits for the guest.
 
-    This cancels the tool's `stop`, so the tool prefaults the guest while it runs.
+    `cont` cancels the tool's `stop`, so the tool prefaults the guest while the guest runs.
     """
     migration = make_migration()
     tool = migration.start_tool()
@@ -219,7 +219,7 @@ def test_cont_before_arrival(make_migration: MakeMigration) -> None:
 
 @pytest.mark.full
 def test_unresponsive_qemu_is_waited_for(make_migration: MakeMigration) -> None:
-    """Stop QEMU for longer than the tool's usual time limit of 30 s for an answer.
+    """Stop QEMU for more than 30 s, the tool's usual time limit for an answer.
 
     QEMU may not answer for minutes while it loads a guest from a slow file.
     """
@@ -263,7 +263,7 @@ def test_restore_from_file(
 
 
 def test_loadvm(tmp_path: Path) -> None:
-    """Prefault after `loadvm`, which resets the machine and so drops the tables."""
+    """Prefault after `loadvm`, which resets the machine and drops the stage-2 tables."""
     with Guest(workload_mib=WORKLOAD_MIB, memory_mib=MEMORY_MIB) as guest:
         add_disk(guest, tmp_path / "disk")
         guest.wait_ready()
@@ -285,5 +285,5 @@ def test_loadvm(tmp_path: Path) -> None:
         result = prefault(guest, "--cont")
         assert result.status == 0, (result.stdout, result.stderr)
         check_memory(guest)
-        print(f"faults after loadvm: {without} without, {faults(guest) - before} with")
+        print(f"faults after loadvm: {without}, prefaulted: {faults(guest) - before}")
         assert faults(guest) - before <= max(without, PAGES) / 100

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test events during a run: the run must report them, and QEMU must not hang."""
+"""Test that a run reports events that disturb it, and that QEMU does not hang."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.any_agent
 
 
 class ThrottledRun:
-    """A run of the tool that is slowed down after it has begun to prefault.
+    """A run of the tool, which is slowed down after it has begun to prefault.
 
     Until :meth:`finish`, the threads in QEMU that prefault get almost no CPU time.
     """
@@ -51,7 +51,7 @@ class ThrottledRun:
         self._tool.send_signal(number)
 
     def finish(self) -> Result:
-        """Run at full speed again, and wait until the run ends."""
+        """Let the run continue at full speed, and wait until it ends."""
         self.close()
         return self._tool.finish()
 
@@ -159,7 +159,7 @@ def test_migration_started(
 def test_migrated_guest_is_not_resumed(
     make_restored_guest: MakeGuest, throttled_run: StartRun
 ) -> None:
-    """Check that a migrated guest stays stopped, as it already runs elsewhere."""
+    """Check that a migrated guest stays stopped, because it runs on its destination."""
     guest = make_restored_guest()
     guest.qmp("cont")
     run = throttled_run(guest)
@@ -203,7 +203,7 @@ def test_dimm_plugged(throttled_run: StartRun) -> None:
 def test_stopped_tool_loses_helpers(
     make_restored_guest: MakeGuest, throttled_run: StartRun
 ) -> None:
-    """Stop the tool with SIGSTOP. Its helpers must exit by the dead man's switch."""
+    """Stop the tool with SIGSTOP. Its helpers must exit, because the tool is silent."""
     guest = make_restored_guest()
     run = throttled_run(guest)
     run.send_signal(signal.SIGSTOP)
@@ -234,10 +234,10 @@ def test_interrupted_tool_resumes_guest(
 
 
 def stale_root(guest: Guest) -> Result:
-    """Delete a memslot while no vCPU runs, then prefault again.
+    """Prefault, delete a memslot while no vCPU runs, and prefault again.
 
     The memslot is the VGA's memory. A write to the VGA's PCI command register (0x04 of 00:02.0)
-    through the monitor unmaps it.
+    through the monitor unmaps this memory.
     """
     assert prefault(guest).status == 0
     for value in ("0x0", "0x3"):
@@ -252,7 +252,7 @@ def stale_root(guest: Guest) -> Result:
 def test_stale_root_is_reported() -> None:
     """Check that the tool detects a kernel that retries forever on an obsolete root.
 
-    20a6cff3b283 (v6.15) fixes this in the kernel.
+    Linux v6.15 fixes this bug (commit 20a6cff3b283).
     """
     with Guest(machine="pc", paused=True, args=["-device", "VGA,addr=2"]) as guest:
         guest.hmp("o /w 0xcf8 0x80001010")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test ``kill -9`` of the tool at random times: nothing is left in QEMU.
+"""Test that nothing is left in QEMU if the tool is killed at random times.
 
 ``--kills`` sets the number of kills. The default is 100, and ``make test-full`` uses 1,000.
-``--seed`` repeats a run.
+``--seed`` repeats the random times of an earlier run of the test.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FALLOC_FL_PUNCH_HOLE = 0x02 | 0x01  # with KEEP_SIZE
 
 
 def punch_spare_memory(guest: Guest) -> None:
-    """Free the memory of a device that the guest does not use, to populate it again."""
+    """Free the memory of an unused device, so that the next run populates it again."""
     for link in Path(f"/proc/{guest.pid}/fd").iterdir():
         if os.readlink(link).startswith("/memfd:memory-backend-memfd"):
             fd = os.open(link, os.O_RDWR)

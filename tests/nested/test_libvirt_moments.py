@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Measure the faults of each way to prefault a domain, at each lifecycle event.
+"""Measure a guest's faults at each lifecycle event, for each way to prefault it.
 
-The results are in a table of docs/usage/libvirt.md. Faults are KVM's ``pf_taken``. Each guest
-writes 64 MiB of 4K pages, which causes 16,384 faults without prefaulting. Rows are printed as lines
-``libvirt-table: MOMENT | ROUTE | FAULTS``.
+A table of docs/usage/libvirt.md shows the results. The number of faults is KVM's ``pf_taken``. Each
+guest writes 64 MiB of 4K pages, which causes 16,384 faults without prefaulting. The tests print
+each row of the table as a line ``libvirt-table: MOMENT | ROUTE | FAULTS``.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def report_row(capsys: pytest.CaptureFixture[str]) -> ReportRow:
 def make_routed_domain(
     make_domain: MakeDomain, route: str, name: str, **options: Unpack[DomainOptions]
 ) -> LabDomain:
-    """Make a domain, and enable the plugin if this is the route."""
+    """Make a domain. If the route is ``plugin``, enable the plugin in it."""
     guest = make_domain(name, **options)
     if route == PLUGIN:
         tool_output("libvirt", "enable", name)
@@ -70,7 +70,7 @@ def make_routed_domain(
 
 @pytest.fixture
 def hook_calls() -> Iterator[HookCalls]:
-    """Return a function that lists libvirt's hook calls, logged by an extra hook."""
+    """Return a function that lists libvirt's calls of hooks. An extra hook logs them."""
     script = Path("/") / HOOK_FILE.with_name("99-calls")
     log = Path("/run/hook-calls")
     log.write_text("")
@@ -86,7 +86,7 @@ def hook_calls() -> Iterator[HookCalls]:
 
 
 def start_timed(guest: LabDomain, route: str) -> float:
-    """Start the domain with the route's command; return the elapsed seconds."""
+    """Start the domain with the route's command. Return the elapsed seconds."""
     began = time.monotonic()
     if route == COMMAND:
         tool_output("libvirt", "start", guest.name)
@@ -171,7 +171,7 @@ def test_restore_saved_file(make_domain: MakeDomain, report_row: ReportRow, tmp_
 def test_hook_latency(
     libvirtd: Libvirtd, write_hook_config: WriteHookConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Print the duration of the hook's calls, for which libvirt waits."""
+    """Print the durations of the hook's calls, because libvirt waits for the hook."""
     plain = "<domain type='kvm'><name>a</name><uuid>u</uuid><memory>1024</memory></domain>"
     asked = plain.replace("<name>", "<!-- qemu-prefault --><name>")
 
@@ -228,7 +228,7 @@ def test_reset_does_not_call_hook(
     hook_calls: HookCalls,
     report_row: ReportRow,
 ) -> None:
-    """Check that libvirt does not call the hook, so the guest takes faults again."""
+    """Check that a reset causes faults, because libvirt does not call the hook."""
     guest = make_domain(f"reset-{HOOK}")
     write_hook_config('[default]\nstart = "later"\n')
     guest.start()
@@ -360,8 +360,8 @@ def test_hook_prefaults_after_migration(
 ) -> None:
     """Check that the run which the hook starts waits until the guest has arrived.
 
-    libvirt calls the hook before RAM is loaded. A client can wait for a busy domain for at most
-    30 s, but the run must wait longer.
+    libvirt calls the hook before QEMU has loaded the guest's RAM. libvirt lets a client wait for a
+    busy domain for at most 30 s, but the run must wait longer.
     """
     guest = make_domain("move-hook")
     guest.start()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test repeated migration of a running guest, while the tool is sometimes killed.
+"""Test repeated migration of a running guest. Some of the tool's runs are killed.
 
 The tool waits on each destination. ``--boots`` sets the number of migrations. The default is 6, and
-``make test-full`` uses 100. ``--seed`` repeats a run.
+``make test-full`` uses 100. ``--seed`` repeats the random choices of an earlier run of the test.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OPTIONS = [(), ("--chunk", "64K"), ("--max-downtime", "0.02", "--chunk", "1M")]
 
 
 def migrate(source: Guest, directory: Path, moments: random.Random) -> tuple[Guest, str]:
-    """Migrate to a new QEMU on which the tool waits; return its guest and a history."""
+    """Migrate to a new QEMU on which the tool waits. Return the guest and a history."""
     uri = f"unix:{directory / 'migration'}"
     target = Guest(workload_mib=WORKLOAD_MIB, memory_mib=WORKLOAD_MIB + OTHER_MIB, incoming=uri)
     try:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test guests that run a nested guest, whose vCPUs have other page tables loaded.
+"""Test guests that run a nested guest.
+
+A vCPU that runs a nested guest has other page tables loaded.
 
 These tests use another level of the lab: L1 runs the prefaulted guest (L2), which runs an L3. The
 L3 increments a counter in memory in an endless loop.
@@ -47,7 +49,7 @@ class MakeNestedGuest(Protocol):
 
 @pytest.fixture
 def make_nested_guest(make_restored_guest: MakeGuest) -> MakeNestedGuest:
-    """Restore guests and start an L3 in each, with nested or shadow paging."""
+    """Return a function that restores a guest and starts an L3 in it."""
 
     def start(npt: bool, **options: Unpack[GuestOptions]) -> Guest:
         options["kvm"] = True
@@ -114,7 +116,7 @@ def mapped_pages(guest: Guest) -> int:
 
 
 def test_paused_npt_guest_is_not_prefaulted(make_nested_guest: MakeNestedGuest) -> None:
-    """Check the warning if the ioctl returns EOPNOTSUPP because of guest mode."""
+    """Check the warning if the ioctl fails with EOPNOTSUPP because of guest mode."""
     guest = make_nested_guest(npt=True)
     stop_in_guest_mode(guest)
     before = mapped_pages(guest)
@@ -197,7 +199,7 @@ def test_cont_leaves_guest_mode(make_nested_guest: MakeNestedGuest, npt: bool) -
 def test_incoming_guest_with_nested_guest(
     make_nested_guest: MakeNestedGuest, npt: bool, tmp_path: Path
 ) -> None:
-    """Prefault an incoming guest whose vCPU may be in guest mode."""
+    """Check that a guest is prefaulted although its vCPU may arrive in guest mode."""
     source = make_nested_guest(npt)
     uri = f"unix:{tmp_path / 'migration'}"
     with Guest(memory_mib=WORKLOAD_MIB + OTHER_MIB, kvm=True, incoming=uri) as target:
@@ -269,10 +271,10 @@ def test_retries_are_bounded(
 def test_ioctl_detects_guest_mode(
     make_nested_guest: MakeNestedGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Detect guest mode by EOPNOTSUPP, as on hosts without KVM's guest_mode counter.
+    """Check that the tool detects guest mode by EOPNOTSUPP, without KVM's counter.
 
-    Each attempt then prefaults all memory, which takes a second in the lab. The test raises the
-    time limit to allow enough attempts.
+    Some hosts have no counter ``guest_mode``. Each attempt then prefaults all memory, which takes a
+    second in the lab. The test raises the time limit to allow enough attempts.
     """
 
     async def nothing(*_: object) -> set[int]:

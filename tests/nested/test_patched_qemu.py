@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the patched QEMU (patches/): its job, ``prefault=on``, and TCG's fixes.
+"""Test the job, ``prefault=on`` and the TCG fixes of the patched QEMU (patches/).
 
-With ``--agents qmp``, the other files test the tool with it.
+With ``--agents qmp``, the other test files test the tool with the patched QEMU.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WORKLOAD_MIB = 256
 pytestmark = [
     pytest.mark.patched_qemu,
     pytest.mark.skipif(
-        patched_qemu() is None, reason="no patched QEMU is installed: use lab pytest --qemu"
+        patched_qemu() is None, reason="no patched QEMU is installed"
     ),
 ]
 
@@ -161,7 +161,7 @@ def test_monitor_commands(make_restored_guest: MakeGuest) -> None:
 
 
 def wait_all_prefaulted(guest: Guest) -> dict[str, Any]:
-    """Wait until QEMU has prefaulted all of a running guest; return its answer."""
+    """Wait until QEMU has prefaulted a running guest. Return QEMU's answer."""
     deadline = time.monotonic() + 60
     while (info := guest.qmp("x-query-kvm-prefault"))["pending"]:
         assert time.monotonic() < deadline, info
@@ -197,7 +197,7 @@ def test_restored_guest_is_prefaulted(make_restored_guest: MakeGuest) -> None:
 
 
 def test_incoming_guest_is_prefaulted(make_restored_guest: MakeGuest, tmp_path: Path) -> None:
-    """Check that QEMU prefaults an incoming guest before it starts the guest."""
+    """Check that QEMU prefaults an incoming guest before QEMU starts it."""
     source = make_restored_guest(workload_mib=64)
     source.qmp("cont")
     source.command("run")
@@ -298,7 +298,7 @@ def test_qtest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fixed", [True, False])
 @pytest.mark.parametrize("test", ["svm-cr-read", "svm-cr8-write"])
 def test_tcg_svm_intercepts(test: str, fixed: bool, tmp_path: Path) -> None:
-    """Test that CR reads are intercepted and CR8 writes do not abort QEMU."""
+    """Test that the patched QEMU intercepts CR reads and survives CR8 writes."""
     (binary, *firmware) = patched_qemu() or [""]
     kernel = f"{binary}-{test}"
     command = [binary, *firmware] if fixed else ["qemu-system-x86_64"]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the plugin with the real ioctl: it keeps guests prefaulted.
+"""Test that the plugin keeps guests prefaulted with the real ioctl.
 
-Faults are KVM's ``pf_taken`` from the first instruction until the guest has booted and
-written 256 MiB. A few of them are accesses to device registers (``pf_emulate``), which
-prefaulting cannot avoid.
+The number of faults is KVM's ``pf_taken``, counted from the first instruction until the guest has
+booted and written 256 MiB. A few faults are accesses to device registers (``pf_emulate``).
+Prefaulting cannot avoid these faults.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class MakePluginGuest(Protocol):
 
 @pytest.fixture
 def make_plugin_guest() -> Iterator[MakePluginGuest]:
-    """Start guests whose QEMU has the plugin, with the given plugin options."""
+    """Return a function that starts a guest and passes options to the plugin."""
     with contextlib.ExitStack() as stack:
 
         def start(*plugin_options: str, **options: Unpack[GuestOptions]) -> Guest:
@@ -94,7 +94,7 @@ def test_boot_on_huge_pages(
 
 
 def test_reset_takes_few_faults(make_plugin_guest: MakePluginGuest) -> None:
-    """Reset a guest, whose firmware makes KVM drop the tables of low RAM again."""
+    """Reset a guest. Its firmware makes KVM drop the tables of low RAM again."""
     guest = make_plugin_guest(machine="q35", args=["-action", "reboot=reset"])
     guest.wait_ready()
     before = faults(guest)
@@ -108,9 +108,9 @@ def test_reset_takes_few_faults(make_plugin_guest: MakePluginGuest) -> None:
 
 @pytest.mark.every_kernel
 def test_no_hang_with_the_quirk(make_plugin_guest: MakePluginGuest) -> None:
-    """Run with the quirk, which can trigger the livelock of Linux 6.12.
+    """Keep KVM's quirk, which can trigger the livelock of Linux 6.12.
 
-    Each memslot deletion then drops all tables.
+    With this quirk, KVM drops all tables when a memslot is deleted.
     """
     guest = make_plugin_guest("quirk=keep", machine="pc", args=["-action", "reboot=reset"])
     guest.wait_ready()
@@ -181,7 +181,7 @@ def test_restored_guest_is_prefaulted(make_plugin_guest: MakePluginGuest, tmp_pa
 def test_plugged_dimm_is_prefaulted(
     make_plugin_guest: MakePluginGuest, smp: int, options: list[str]
 ) -> None:
-    """Plug a DIMM, with one vCPU and with several vCPUs that share the work."""
+    """Plug a DIMM into a guest with one vCPU, or with vCPUs that share the work."""
     guest = make_plugin_guest(
         *options, machine="pc", smp=smp, memory="slots=2,maxmem=2G", workload_mib=32
     )
@@ -223,7 +223,7 @@ def test_overcommitted_memory_is_not_populated(make_plugin_guest: MakePluginGues
 def test_tmpfs_keeps_space_for_other_files(
     make_plugin_guest: MakePluginGuest, tmp_path: Path, tmpfs_mib: int, populated: bool
 ) -> None:
-    """Populate a 160 MiB guest only if this leaves 32 MiB free for other files."""
+    """Check that a 160 MiB guest is populated only if 32 MiB of the tmpfs stay free."""
     mount = tmp_path / "tmpfs"
     mount.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={tmpfs_mib}M", "tmpfs", mount], check=True)

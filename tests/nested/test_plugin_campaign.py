@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that the plugin neither hangs nor crashes QEMU under random interference.
+"""Test that QEMU survives random interference while the plugin prefaults.
 
 At the end, all memory must be prefaulted. ``--boots`` sets the number of guests. The default is 6,
-and ``make test-full`` uses 100. ``--seed`` repeats a run.
+and ``make test-full`` uses 100. ``--seed`` repeats the random choices of an earlier run of the
+test.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Campaign:
         self.ready = False
 
     def turn_pam_off(self) -> None:
-        """Disable PAM, which QEMU's reset does not do.
+        """Disable PAM, because a reset in QEMU does not disable it.
 
         If PAM stays enabled, the guest starts in RAM to which SeaBIOS has not been copied.
         """
@@ -164,7 +165,7 @@ def send_and_disconnect(path: str, text: str) -> None:
 
 
 def thread_states(pid: int) -> str:
-    """Return the system call and kernel stack of each thread, to diagnose a hang."""
+    """Return each thread's system call and kernel stack, to diagnose a hang."""
     lines = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         facts = [(task / name).read_text().strip() for name in ("comm", "syscall", "stack")]
@@ -173,7 +174,10 @@ def thread_states(pid: int) -> str:
 
 
 def host_events() -> str:
-    """Return counters of host events that also drop tables, such as page migrations."""
+    """Return counters of host events that also drop stage-2 tables.
+
+    Examples are page migration and compaction.
+    """
     wanted = re.compile(r"^(pgmigrate|compact|pswp|thp)", re.M)
     lines = Path("/proc/vmstat").read_text().splitlines()
     return "; ".join(line for line in lines if wanted.match(line) and not line.endswith(" 0"))

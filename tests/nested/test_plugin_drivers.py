@@ -20,7 +20,10 @@ SLACK = 8 * MIB
 
 @pytest.fixture
 def make_guest() -> Iterator[MakeGuest]:
-    """Start guests with the plugin and the drivers; wait until they are prefaulted."""
+    """Return a function that starts a guest and waits until it is prefaulted.
+
+    The guest's QEMU has the plugin, and the guest has loaded the drivers.
+    """
     guests: list[Guest] = []
 
     def start(**options: Unpack[GuestOptions]) -> Guest:
@@ -40,7 +43,7 @@ def make_guest() -> Iterator[MakeGuest]:
 
 
 def resident(guest: Guest) -> int:
-    """Return QEMU's resident bytes."""
+    """Return the number of QEMU's resident bytes."""
     status = Path(f"/proc/{guest.pid}/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) << 10
 

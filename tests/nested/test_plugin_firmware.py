@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the plugin with UEFI firmware, which changes memslots in other ways."""
+"""Test the plugin with UEFI, which changes memslots differently than SeaBIOS."""
 
 from __future__ import annotations
 

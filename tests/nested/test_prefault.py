@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test with KVM's counters that prefaulted guests take no stage-2 faults."""
+"""Test, by KVM's counters, that prefaulted guests take no stage-2 faults."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ALL = (32 + OTHER_MIB - 1) << 20  # the bytes of a default guest's RAM, without 
 
 
 def faults_of_first_pass(guest: Guest) -> int:
-    """Resume the guest; return its stage-2 faults when it has written its memory."""
+    """Resume the guest. Return its stage-2 faults after it has written its memory."""
     guest.qmp("cont")
     return faults_of_pass(guest)
 

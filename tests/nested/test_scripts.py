@@ -148,7 +148,10 @@ def test_vcpu_fds_give_eio(make_restored_guest: MakeGuest, running: bool) -> Non
 @pytest.mark.unsupported
 @pytest.mark.skipif(CAPABILITY.available is True, reason="KVM_PRE_FAULT_MEMORY works here")
 def test_vcpu_fds_give_eio_where_unsupported() -> None:
-    """Check for EIO, because KVM checks the calling process before the request."""
+    """Check that the ioctl fails with EIO on a KVM that does not support it.
+
+    KVM checks the calling process before it checks the request.
+    """
     with Guest(machine="microvm", memory_mib=128, paused=True) as guest:
         done = run_script("vcpu-fds", guest)
         assert done.returncode == 0, done.stderr
@@ -212,7 +215,7 @@ def rows_until(process: subprocess.Popen[str], condition: Callable[[Row], bool])
 def test_watch_stage2(
     make_restored_guest: MakeGuest, start_watch: StartWatch, tmp_path: Path
 ) -> None:
-    """Watch tables that the tool fills, and tables that a vCPU fills by its faults."""
+    """Check that the script shows tables that the tool or a vCPU's faults fill."""
     sockets = [str(tmp_path / f"watch{number}") for number in range(2)]
     prefaulted, left_alone = (
         make_restored_guest(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the refusal and ``--populate-only`` on hosts without the ioctl.
+"""Test the tool on hosts whose KVM does not support the ioctl.
 
-These are hosts with an old kernel (Debian 12) or shadow paging (``npt=0``). If the ioctl works, the
-tests are skipped.
+These hosts have an old kernel (Debian 12) or use shadow paging (``npt=0``). The tool must refuse to
+prefault, but ``--populate-only`` must work. The tests are skipped if the ioctl works.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from support.qemu import QEMU, Qemu, StartQemu, kvm_usable, launch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests that need QEMU if it is not installed."""
+    """Skip the tests of this directory if QEMU is not installed."""
     if QEMU is None:
         for item in items:
             if Path(__file__).parent in item.path.parents:
@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def start_qemu(tmp_path: Path) -> Iterator[StartQemu]:
-    """Return a function that starts a QEMU and returns when its QMP socket listens.
+    """Return a function that starts a QEMU and waits until its QMP socket listens.
 
     For example: ``start_qemu("-m", "256M", accel="tcg")``.
     """
@@ -44,7 +44,7 @@ def start_qemu(tmp_path: Path) -> Iterator[StartQemu]:
 
 @pytest.fixture(params=["tcg", "kvm"])
 def accel(request: pytest.FixtureRequest) -> str:
-    """Return each accelerator in turn. Skip the test with KVM if KVM is not usable."""
+    """Return ``tcg`` or ``kvm``. Skip the test with ``kvm`` if KVM is not usable."""
     if request.param == "kvm" and not kvm_usable():
         pytest.skip("/dev/kvm is not usable")
     return str(request.param)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the helpers in a real QEMU: they populate memory and leave QEMU unchanged.
+"""Test that helpers in a real QEMU populate memory and leave QEMU unchanged.
 
-The tests use --populate-only, which starts the same helpers on any host. The lab tests the ioctl
-and the guest's own memory.
+The tests use --populate-only, which starts the same helpers on any host. tests/nested tests the
+ioctl and the guest's own memory.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def spare_memory_of(vm: QemuVm, size: int) -> int:
 
 
 def punch(fd: int, size: int) -> None:
-    """Free all of a memfd's memory."""
+    """Free all memory of a memfd."""
     libc = ctypes.CDLL(None, use_errno=True)
     keep_size, punch_hole = 1, 2
     if libc.fallocate(fd, keep_size | punch_hole, ctypes.c_long(0), ctypes.c_long(size)):
@@ -167,9 +167,11 @@ def has_started_helpers(tool: Tool, pid: int) -> bool:
 
 
 def test_kill_at_random_moments_leaves_guests_running(vm_of: StartVm, accel: str) -> None:
-    """Kill runs on two guests in turn. One guest's helpers exit during the next run.
+    """Kill runs on two guests alternately.
 
-    Half of the kills are at a random time of the run, and half while helpers exist.
+    While a run on one guest is in progress, the helpers in the other guest's QEMU exit.
+
+    The test kills half of the runs at a random time, and the others while helpers exist.
     """
     spare, several = 16 * MIB, 2
     arguments = ["-M", "pc", "-m", "16M,slots=1,maxmem=1G", "-smp", "2"]
@@ -257,7 +259,7 @@ def test_qemu_exit_during_a_run_is_reported(vm_of: StartVm) -> None:
 
 @pytest.fixture
 def tracer_of() -> Iterator[Callable[[int], int]]:
-    """Return a function that starts a tracer of a thread and returns its pid."""
+    """Return a function that starts a tracer of a thread and returns its process id."""
     program = (
         "import ctypes, sys\n"
         "libc = ctypes.CDLL(None, use_errno=True)\n"
@@ -352,7 +354,7 @@ def test_qemu_stopped_during_a_run(vm_of: StartVm) -> None:
 
 
 def test_concurrent_runs_on_two_monitors(start_qemu: StartQemu, tmp_path: Path) -> None:
-    """Check that a second run waits for the first one or is refused."""
+    """Check that a second run waits for the first run or is refused."""
     other = tmp_path / "other"
     vm = start_vm(
         start_qemu, tmp_path, "-m", "1G", "-qmp", f"unix:{other},server=on,wait=off", paused=False

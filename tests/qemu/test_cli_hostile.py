@@ -60,7 +60,7 @@ def serve(path: Path, talk: Talk) -> Iterator[str]:
 
 
 def tool(*arguments: str) -> Result:
-    """Run the tool. finish() checks that it reports no traceback or internal error."""
+    """Run the tool, and check that it reports no traceback or internal error."""
     return Tool([*arguments, "--json"]).finish(20)
 
 
@@ -129,7 +129,7 @@ def test_non_qemu_server_fails_other_commands(tmp_path: Path, command: str) -> N
 
 
 def requests_of(client: socket.socket) -> Iterator[dict[str, Any]]:
-    """Yield requests, which qemu.qmp sends without line ends between them."""
+    """Yield the client's requests. qemu.qmp sends no line ends between them."""
     text = ""
     while data := client.recv(65536):
         text += data.decode()
@@ -189,7 +189,7 @@ def vm(start_qemu: StartQemu, tmp_path: Path) -> QemuVm:
 
 @pytest.fixture
 def through(vm: QemuVm, tmp_path: Path) -> Callable[..., Result]:
-    """Return a function that runs the tool through the proxy and then checks QEMU."""
+    """Return a function that runs the tool through the proxy, and then checks QEMU."""
 
     def run(lie: Lie, *arguments: str, pid: bool = True) -> Result:
         with serve(tmp_path / "liar", liar(vm.qemu.qmp, lie)) as path:
@@ -293,7 +293,7 @@ def test_invalid_vcpus(through: Through, names: Any) -> None:
 
 
 def move_ram(target: int) -> Lie:
-    """Return a function that moves all of guest RAM to another address in QEMU."""
+    """Return a function that changes answers to report guest RAM at another address."""
 
     def lie(command: str, arguments: dict[str, Any], answer: Any) -> Any:
         line = arguments.get("command-line", "")
@@ -349,7 +349,10 @@ def test_ram_at_a_wrong_address(through: Through, vm: QemuVm, where: str, comman
 
 @pytest.mark.parametrize("where", ["the heap", "QEMU's text"])
 def test_small_ram_at_a_wrong_address(through: Through, vm: QemuVm, where: str) -> None:
-    """Check that populating a wrong mapping, which covers the RAM, is harmless."""
+    """Check that the tool does no harm if RAM seems to be in another mapping.
+
+    The other mapping is as large as the RAM section, so the tool populates it.
+    """
     target = ELSEWHERE[where](vm.pid)
 
     def lie(command: str, arguments: dict[str, Any], answer: Any) -> Any:
@@ -366,7 +369,7 @@ def test_small_ram_at_a_wrong_address(through: Through, vm: QemuVm, where: str) 
 
 
 def test_overstated_ram_size(through: Through) -> None:
-    """Report a RAM range that extends beyond its mapping."""
+    """Check that the tool fails if a reported RAM range extends beyond its mapping."""
     result = through(
         instead("info mtree", lambda text: text.replace("0000000003ffffff", "0000000043ffffff"))
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test that the guard resumes a guest if the process that paused it dies.
 
-These tests run only the guard, on a real QEMU. The tests in tests/nested kill whole runs.
+These tests run only the guard process, on a real QEMU. The tests in tests/nested kill whole runs.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def test_guard_survives_job_signals(vm: QemuVm, hold: Callable[..., Holder], num
 
 @pytest.mark.parametrize("accel", ["tcg"])
 def test_migrated_guest_is_not_resumed(vm: QemuVm, hold: Callable[..., Holder]) -> None:
-    """Check that a migrated guest stays stopped, as it already runs elsewhere."""
+    """Check that a migrated guest stays stopped, because it runs on its destination."""
     holder = hold()
     vm.qmp.execute("migrate", uri="exec:cat >/dev/null")
     wait_for(lambda: vm.qmp.status() == "postmigrate", "the guest has migrated")
@@ -224,7 +224,10 @@ def test_guard_ends_after_a_normal_run(vm: QemuVm) -> None:
 
 @pytest.mark.parametrize("accel", ["tcg"])
 def test_exception_does_not_trigger_guard(vm: QemuVm) -> None:
-    """Check that the guest stays paused. After an exception, the engine resumes it."""
+    """Check that the guard leaves the guest paused after an exception.
+
+    In this case, the engine resumes the guest.
+    """
 
     async def fail() -> None:
         async with Monitor.connect(vm.qemu.qmp) as monitor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test QEMUs with MDWE, with small stacks, and with leftovers of a killed run."""
+"""Test QEMUs with MDWE, with small stacks, and with memory of abandoned helpers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_memory_deny_write_execute(start_qemu: StartQemu, tmp_path: Path) -> Non
 
 
 def test_small_stacks(start_qemu: StartQemu, tmp_path: Path) -> None:
-    """Inject into threads with stacks of 128 KiB, the default size of musl.
+    """Check that helpers start from threads with stacks of 128 KiB, musl's default.
 
     An injection writes about 6 KiB to a stack, or 15 KiB with AMX.
     """

@@ -94,7 +94,10 @@ def test_injection_is_invisible_to_threads(victim: Victim) -> None:
 
 
 def test_killed_injector_is_invisible_to_threads(victim: Victim) -> None:
-    """Kill the injector at any instant, even within the injected system calls."""
+    """Check the threads after the injector is killed at any instant.
+
+    An instant may be within an injected system call.
+    """
     for number in range(ROUNDS // 3):
         pid = os.fork()
         if pid == 0:
@@ -114,7 +117,7 @@ def test_killed_injector_is_invisible_to_threads(victim: Victim) -> None:
 
 
 def test_victim_detects_a_change(victim: Victim) -> None:
-    """Change one register of one thread once, to prove that the tests above can fail."""
+    """Check that the victim reports one changed register of one thread."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
     tid = victim.threads[0]

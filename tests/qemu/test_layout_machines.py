@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the layout that QEMU reports for real machines, and the kernel's mappings."""
+"""Test that the layouts of real machines agree with the kernel's mappings."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def ram(machine: VmState) -> list[MemorySection]:
 
 
 def backings(qemu: Any, machine: VmState) -> dict[str | None, str]:
-    """Check that every byte of RAM is mapped; return the backing of each backend."""
+    """Check that all RAM is mapped. Return the kind of mapping of each backend."""
     maps = Process.find(qemu.pid).maps()
     found: dict[str | None, str] = {}
     for section in ram(machine):

@@ -59,7 +59,7 @@ def used(directory: Path) -> int:
 def test_too_small_tmpfs_is_refused(vm_of: StartVm, tmpfs: Path) -> None:
     """Check that a tmpfs which is too small is refused before QEMU gets SIGBUS.
 
-    Reports: kata-containers#12919, zTrix/qemu-compose#26.
+    The setup is from the reports kata-containers#12919 and zTrix/qemu-compose#26.
     """
     vm = vm_of(*ram_in(tmpfs, 256))
     result = vm.prefault("--populate-only")
@@ -114,7 +114,7 @@ def test_force_overrides_the_file_system(vm_of: StartVm, tmpfs: Path) -> None:
 
 @needs_root
 def test_memory_shortage_ends_the_run(vm_of: StartVm, tmpfs: Path) -> None:
-    """Write a file after a successful dry run, so that too little space remains."""
+    """Fill the tmpfs after a successful dry run, so that too little space remains."""
     vm = vm_of(*ram_in(tmpfs, 190))
     report = vm.prefault("--populate-only", "--dry-run").report
     assert report["bytes"]["populated"] > 180 * MIB
@@ -124,7 +124,10 @@ def test_memory_shortage_ends_the_run(vm_of: StartVm, tmpfs: Path) -> None:
 
 
 def test_disk_file_is_not_populated(vm_of: StartVm, tmp_path: Path) -> None:
-    """Check that `auto` does not write files on disks. Report: LookingGlass#403."""
+    """Check that `auto` does not write files on disks.
+
+    The setup is from the report LookingGlass#403.
+    """
     fields = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     device = os.stat(tmp_path).st_dev
     own = [f for f in fields if f[2] == f"{os.major(device)}:{os.minor(device)}"]
@@ -191,7 +194,7 @@ again: movl $0x80001010, %eax # bus 0, device 2, function 0, register 0x10: its 
 def test_moved_bar_does_not_stop_populating(vm_of: StartVm, tmp_path: Path) -> None:
     """Change the memory map during the run by moving a device's BAR.
 
-    Reports: rust-vmm/vhost#245, NVIDIA/QEMU#39.
+    The setup is from the reports rust-vmm/vhost#245 and NVIDIA/QEMU#39.
     """
     for name in ("as", "ld"):
         if shutil.which(name) is None:
@@ -212,9 +215,9 @@ def test_moved_bar_does_not_stop_populating(vm_of: StartVm, tmp_path: Path) -> N
 
 
 def test_names_need_not_be_utf8(vm_of: StartVm) -> None:
-    """Use a thread name that the kernel cuts within a character, after 15 bytes.
+    """Use a thread name that the kernel truncates within a character, at 15 bytes.
 
-    Report: thrash-protect#25.
+    The setup is from the report thrash-protect#25.
     """
     vm = vm_of("-name", "process=vm-прод-сервер", "-m", "64M")
     assert vm.prefault("--populate-only").status == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the QMP session with a real QEMU: clients, events, counters, and its end."""
+"""Test the clients, events, counters and end of a QMP session with a real QEMU."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def test_proxy_is_detected(start_qemu: StartQemu, tmp_path: Path) -> None:
 
 
 def _forward(front: str, back: str, tell: int) -> None:
-    """Forward one client of ``front`` to ``back``, and exit. Runs in a child process."""
+    """Forward one client of ``front`` to ``back``, and exit this child process."""
     import select  # noqa: PLC0415
 
     try:

@@ -61,7 +61,7 @@ def serve(path: Path, talk: Callable[[socket.socket], None]) -> Iterator[str]:
 def memory_growth_below(limit: int) -> Iterator[None]:
     """Check that resident memory grows by less than ``limit`` bytes within the block.
 
-    The test does not use ru_maxrss, because it includes the peak of earlier tests.
+    The check does not use ru_maxrss, because that value includes the peak of earlier tests.
     """
     status = Path("/proc/self/status")
 
@@ -202,7 +202,8 @@ HONEST: dict[str, object] = {
 def qmp_server(lies: Mapping[str, object]) -> Callable[[socket.socket], None]:
     """Return a server that answers as QEMU does, except for the given false answers.
 
-    :param lies: A false answer for each command. An answer of type bytes is sent unchanged.
+    :param lies: The false answer for each command. The server sends an answer of type bytes
+        unchanged.
     """
 
     def answer(request: dict[str, Any]) -> bytes:
@@ -385,7 +386,7 @@ def test_malformed_events_are_ignored(tmp_path: Path) -> None:
 
 
 def test_event_flood_is_bounded(tmp_path: Path) -> None:
-    """Send 100 MB of events while the reader does not read."""
+    """Send 100 MB of events while the session's user reads no events."""
     event = b'{"event": "NOISE", "data": {"a": "%s"}}\n' % (b"x" * 1000)
     reply = b'{"return": {}, "id": "__qmp#00000"}\n'
 

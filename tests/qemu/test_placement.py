@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test the CPUs, cgroups and scheduling of helpers.
 
-They run as ordinary threads, even if vCPUs are real-time, pinned, or in separate cgroups.
+Helpers must run as ordinary threads, even if vCPUs are real-time, pinned, or in separate cgroups.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CPU_GROUPS = Path("/sys/fs/cgroup/cpu")
 
 @dataclass
 class Seen:
-    """A helper's properties, from /proc."""
+    """The scheduling policy, nice value, CPUs and cgroups of a helper."""
 
     policy: int
     nice: int
@@ -44,7 +44,7 @@ def busy_vm(start_qemu: StartQemu, tmp_path: Path, *arguments: str) -> tuple[Qem
 
 
 def watch(vm: QemuVm) -> tuple[Result, list[Seen]]:
-    """Populate the guest; return the result and the last sample of each helper.
+    """Populate the guest. Return the result and the last sample of each helper.
 
     Earlier samples may show properties that the tool has not changed yet.
     """

@@ -21,7 +21,7 @@ needs_kvm = pytest.mark.skipif(not kvm_usable(), reason="/dev/kvm cannot be open
 
 @dataclass(frozen=True)
 class Allocator:
-    """An allocator: its library, Debian package, and a variable that configures it."""
+    """An allocator's library and Debian package, and a variable that configures it."""
 
     name: str
     library: str = ""
@@ -29,7 +29,7 @@ class Allocator:
     setting: str = ""
 
     def environment(self, preload: str = "") -> dict[str, str]:
-        """Return an environment with LD_PRELOAD: ``preload``, then the allocator.
+        """Return an environment whose LD_PRELOAD has ``preload`` and then the allocator.
 
         Skip the test if the allocator is not installed.
         """
@@ -72,7 +72,7 @@ def allocator(request: pytest.FixtureRequest) -> Allocator:
 
 @pytest.fixture(params=["run", "plugin"])
 def command(request: pytest.FixtureRequest) -> list[str]:
-    """Return the beginning of a command line that starts QEMU with the plugin."""
+    """Return the first arguments of a command that starts QEMU with the plugin."""
     if request.param == "run":
         return [sys.executable, "-m", "qemu_prefault", "run", "-o", "socket=off", "--", str(QEMU)]
     return [str(QEMU), "-plugin", f"{plugin_path()},socket=off"]

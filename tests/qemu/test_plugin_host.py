@@ -103,7 +103,7 @@ def test_no_kvm_disables_the_plugin(way: str) -> None:
 
 @needs_kvm
 def test_daemonized_kvm_is_seen(tmp_path: Path) -> None:
-    """Check that only the daemon reports its VM, and not its parent processes."""
+    """Check that only QEMU's daemon process reports a VM, and not its parents."""
     assert QEMU
     pidfile = tmp_path / "pid"
     machine = ["-nodefaults", "-display", "none", "-S", "-accel", "kvm", "-m", "64M"]
@@ -274,7 +274,10 @@ def test_batch_ends_with_its_client(control: Callable[..., Control]) -> None:
 
 @needs_kvm
 def test_vcpu_that_has_run_is_no_longer_lent(start_qemu: StartQemu, tmp_path: Path) -> None:
-    """The ioctl must not run between the end of KVM_RUN and QEMU's look at its result."""
+    """Check that a lent vCPU is refused after it has run.
+
+    The ioctl must not run between the end of KVM_RUN and the time when QEMU reads its result.
+    """
     qemu = start(start_qemu, f"socket={tmp_path}/control")
     client, monitor = Control(tmp_path / "control"), QmpClient(qemu.qmp)
 
@@ -302,7 +305,7 @@ def test_vcpu_that_has_run_is_no_longer_lent(start_qemu: StartQemu, tmp_path: Pa
 
 @needs_kvm
 def test_tool_uses_the_plugin(start_qemu: StartQemu) -> None:
-    """Check that the tool uses a plugin that is loaded, instead of ptrace."""
+    """Check that the tool uses the plugin instead of ptrace if the plugin is loaded."""
     qemu = start(start_qemu)
     found = find_control_socket(Process.find(qemu.pid))
     assert found and found.exists()

@@ -81,7 +81,7 @@ def test_options_apply_to_any_program_name(start: Start, tmp_path: Path, name: s
 
 @needs_kvm
 def test_options_apply_to_qemu_started_by_a_shell(start: Start, tmp_path: Path) -> None:
-    """Check that other children of the shell ignore the options that they inherit."""
+    """Check that only QEMU uses the options, which all children of the shell inherit."""
     control, qmp = tmp_path / "control", tmp_path / "qmp"
     script = 'cat /dev/null; "$@"; true'
     shell = start(
@@ -198,9 +198,9 @@ def test_qemu_without_a_guest_reports_nothing(status: int, arguments: Sequence[s
 @pytest.mark.parametrize("accel", ["tcg", pytest.param("kvm", marks=needs_kvm)])
 @pytest.mark.parametrize("how", ["run", "plugin"])
 def test_parents_of_daemon_report_nothing(how: str, accel: str, tmp_path: Path) -> None:
-    """Check that the processes which ``-daemonize`` forks first do not report TCG.
+    """Check that the parent processes of the daemon do not report that QEMU uses TCG.
 
-    QEMU forks twice, and only the last process creates the VM.
+    With ``-daemonize``, QEMU forks twice, and only the last process creates the VM.
     """
     pid_file, qmp, control = (tmp_path / name for name in ("pid", "qmp", "control"))
     arguments = (*BASE, "-S", "-accel", accel, "-daemonize", "-pidfile", str(pid_file))

@@ -119,7 +119,7 @@ def test_migrated_guest(vm_of: StartVm, tmp_path: Path) -> None:
     )
     vm.qmp.execute("migrate", uri=f"exec:cat >{tmp_path}/state")
     vm.qmp.wait_migration("completed")
-    wait_for(lambda: vm.qmp.status() == "postmigrate", "the run state follows the completion event")
+    wait_for(lambda: vm.qmp.status() == "postmigrate", "the run state is postmigrate")
     check_refused(vm, "migration", "query-status: postmigrate", "destination")
 
 
@@ -294,7 +294,10 @@ def test_ancestor_cgroup_limit_is_respected(
 
 
 def test_force_overrides_the_limit(vm_of: StartVm, memory_cgroup: Callable[[int], Path]) -> None:
-    """Use ``--force``, which the operator needs if the limit is raised later."""
+    """Check that ``--force`` populates the guest in spite of the limit.
+
+    The operator needs this option if the limit is raised later.
+    """
     group = memory_cgroup(200 * MIB)
     vm = vm_of("-m", "256M")
     (group / "cgroup.procs").write_text(str(vm.pid))
@@ -307,7 +310,10 @@ def test_force_overrides_the_limit(vm_of: StartVm, memory_cgroup: Callable[[int]
 
 
 def test_guest_larger_than_the_host(vm_of: StartVm) -> None:
-    """Check that an overcommitted guest is not populated and ``all`` is refused."""
+    """Check that the tool does not populate an overcommitted guest.
+
+    It must refuse ``--populate all``.
+    """
     total = int(Path("/proc/meminfo").read_text().split()[1]) >> 10  # MiB
     size = f"{total + 1024}M"
     backend = f"memory-backend-ram,id=ram,size={size},reserve=off"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The vCPUs that helpers use stay out of KVM_RUN until the helpers' work has ended."""
+"""Test that a vCPU stays out of KVM_RUN until its helper's batch has ended."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ KVM_RUN, KVM_GET_REGS = 0xAE80, 0x8090AE81
 
 @dataclass
 class FakeVcpu:
-    """A process whose thread has a helper's control page that the test writes."""
+    """A process that has a helper's control page, which the test writes."""
 
     process: subprocess.Popen[str]
     memory: int
@@ -64,7 +64,7 @@ class FakeVcpu:
         print(request, file=self.process.stdin, flush=True)
 
     def signals_seen(self) -> int:
-        """Wait for the end of the ioctl, and return how many signals the thread has handled."""
+        """Wait for the end of the ioctl. Return the number of signals that were handled."""
         assert self.process.stdout is not None
         return int(self.process.stdout.readline())
 
@@ -105,7 +105,7 @@ def test_vcpu_waits_for_the_helper(vcpu: FakeVcpu) -> None:
         vcpu.helper.write_word("batch", 1)
         async with held(vcpu) as gate:
             vcpu.ioctl(KVM_RUN)
-            wait_for(lambda: vcpu.read("vcpu_runs") == 1, "the helper's work is ended")
+            wait_for(lambda: vcpu.read("vcpu_runs") == 1, "the gate ends the helper's batch")
             assert vcpu.state() == "t"
             vcpu.helper.write_word("batch_done", 1)
             vcpu.signals_seen()
@@ -188,7 +188,7 @@ def test_killed_gate_frees_the_vcpu(vcpu: FakeVcpu) -> None:
     async def check() -> None:
         async with held(vcpu) as gate:
             os.kill(int(tracers(vcpu.pid).pop()), signal.SIGKILL)
-            wait_for(lambda: not gate.holds(), "the gate's death is noticed")
+            wait_for(lambda: not gate.holds(), "the tool detects the gate's exit")
             vcpu.ioctl(KVM_RUN)
             vcpu.signals_seen()
             with pytest.raises(AgentError):
@@ -226,7 +226,7 @@ def test_dead_or_stopped_tool_does_not_freeze_the_vcpu(
         assert tool.stdout.readline() == "held\n"
         tool.send_signal(number)
         vcpu.ioctl(KVM_RUN)
-        wait_for(lambda: vcpu.read("vcpu_runs") == 1, "the helper's work is ended")
+        wait_for(lambda: vcpu.read("vcpu_runs") == 1, "the gate ends the helper's batch")
         assert vcpu.state() == "t"
         vcpu.helper.write_word("batch_done", 1)
         vcpu.signals_seen()
@@ -234,7 +234,10 @@ def test_dead_or_stopped_tool_does_not_freeze_the_vcpu(
 
 
 def test_gate_ends_beside_a_fork_of_the_tool(vcpu: FakeVcpu) -> None:
-    """The guard process has copies of the tool's descriptors."""
+    """Check that the gate exits although a forked process holds its socket.
+
+    The guard process is such a fork of the tool and has copies of its descriptors.
+    """
 
     async def check() -> None:
         async with held(vcpu):
@@ -342,7 +345,7 @@ def test_running_guest_is_not_held(start_qemu: StartQemu, tmp_path: Path) -> Non
 
 
 def test_monitor_works_while_vcpus_are_held(start_qemu: StartQemu, tmp_path: Path) -> None:
-    """Commands that QEMU executes in the vCPUs' threads are not delayed until the release."""
+    """Check that QEMU can execute commands in vCPU threads before the gate's release."""
     vm = start_guest(start_qemu, tmp_path)
 
     def read_registers() -> str:

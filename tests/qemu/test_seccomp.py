@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test QEMUs with seccomp filters that deny system calls or kill the process.
 
-The tool refuses the run if helpers need the call. Otherwise the helpers do not make it.
+If helpers need the denied system call, the tool refuses the run. Otherwise the helpers do not make
+the call.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def test_killing_another_call_is_harmless(
 
 
 def test_helper_without_timers_has_a_ticker(start_qemu: StartQemu, tmp_path: Path) -> None:
-    """Check that the ticker runs and that it exits with the helpers."""
+    """Check that the ticker runs and that it exits together with the helpers."""
     vm = vm_under(start_qemu, tmp_path, "kill", "222", "62")
     process = Process.find(vm.pid)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Functions for guests on a machine with the real ioctl, and for the tool's runs."""
+"""Run the tool on guests with the real ioctl, and inspect the guests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SNAPSHOT = {"tag": "s", "vmstate": "disk", "devices": ["disk"]}
 
 
 class GuestOptions(TypedDict, total=False):
-    """The keywords of :class:`Guest`, for functions that pass them on."""
+    """The keyword arguments of :class:`Guest`, for functions that pass them on."""
 
     machine: str
     accel: str
@@ -48,7 +48,7 @@ class GuestOptions(TypedDict, total=False):
 
 
 class MakeGuest(Protocol):
-    """A fixture that makes guests, which are killed at the end of the test."""
+    """A function that makes a guest. Its fixture kills the guest after the test."""
 
     def __call__(self, **options: Unpack[GuestOptions]) -> Guest: ...
 
@@ -81,7 +81,7 @@ def wait_migrated(source: Guest) -> None:
 
 
 def faults(guest: Guest) -> int:
-    """Return the stage-2 faults since QEMU started."""
+    """Return the number of stage-2 faults since QEMU started."""
     return guest.stats()["pf_taken"]
 
 
@@ -91,16 +91,16 @@ def check_memory(guest: Guest) -> None:
 
 
 def faults_of_pass(guest: Guest) -> int:
-    """Return the stage-2 faults of a running guest while it writes all of its memory."""
+    """Let a guest write all of its memory. Return the number of stage-2 faults."""
     before = faults(guest)
     check_memory(guest)
     return faults(guest) - before
 
 
 class Follower:
-    """A run of ``qemu-prefault --follow --json``, as a context manager.
+    """A context manager that runs ``qemu-prefault --follow --json``.
 
-    Entering the context waits for the first event.
+    Entering the context waits for the tool's first event.
 
     :param target: ``--qmp PATH`` or ``--domain NAME``.
     """
@@ -130,20 +130,20 @@ class Follower:
         return event
 
     def prefaulted(self) -> dict[str, Any]:
-        """Wait for the next run's event, skipping others."""
+        """Wait for the next ``prefaulted`` event, and skip other events."""
         while (event := self.event())["event"] != "prefaulted":
             pass
         return event
 
 
 def mapped_bytes(guest: Guest) -> int:
-    """Return the number of bytes mapped in the stage-2 tables."""
+    """Return the number of bytes that the guest's stage-2 tables map."""
     stats = guest.stats()
     return (stats["pages_4k"] << 12) + (stats["pages_2m"] << 21) + (stats["pages_1g"] << 30)
 
 
 def plug_dimm(guest: Guest, size: int, name: str = "d0") -> None:
-    """Plug a DIMM named ``dimm-NAME``. A guest accepts it only while it runs."""
+    """Plug a DIMM named ``dimm-NAME``. Only a running guest accepts the DIMM."""
     guest.qmp("object-add", qom_type="memory-backend-ram", id=name, size=size)
     guest.qmp("device_add", driver="pc-dimm", id=f"dimm-{name}", memdev=name)
 
@@ -165,7 +165,7 @@ def add_disk(guest: Guest, path: Path) -> None:
 
 
 def ram_hva(guest: Guest) -> int:
-    """Return the host virtual address of the guest's first byte in QEMU."""
+    """Return the host virtual address of guest physical address 0."""
     return int(guest.hmp("gpa2hva 0").split()[-1], 16)
 
 

@@ -15,32 +15,32 @@ TROUBLE = re.compile(
 
 
 class UnhealthyGuestError(AssertionError):
-    """A unit of the guest has failed, or its kernel has logged an error."""
+    """An error because a unit of the guest failed, or its kernel logged an error."""
 
 
 def check_log(log: str) -> None:
     """Check that the kernel's log has no errors.
 
-    :raises UnhealthyGuestError: The log has errors. The message quotes them, and the exception
-        holds the whole log.
+    :raises UnhealthyGuestError: if the log has errors. The message quotes the errors, and the
+        exception holds the whole log.
     """
     lines = log.splitlines()
     for number, line in enumerate(lines):
         if TROUBLE.search(line):
             excerpt = " / ".join(lines[number : number + 4])
-            raise UnhealthyGuestError(f"in the guest: the kernel complains: {excerpt}", log)
+            raise UnhealthyGuestError(f"the guest's kernel log has an error: {excerpt}", log)
 
 
 def check_health(shell: Callable[[str], str], dmesg: str = "dmesg") -> None:
-    """Check that the system is up, without failed units or kernel errors.
+    """Check that the guest's system is up, without failed units or kernel errors.
 
     :param shell: A function that runs a command in the guest and returns its output, for any exit
         status. Its time limit must be long enough for a boot to finish.
     :param dmesg: The command that prints the kernel's log.
-    :raises UnhealthyGuestError: One of these checks failed.
+    :raises UnhealthyGuestError: if one of these checks fails.
     """
     state = shell("systemctl is-system-running --wait").strip()
     failed = shell("systemctl --failed --no-legend --plain").strip()
     if state.split("\n")[-1].strip() != "running" or failed:
-        raise UnhealthyGuestError(f"in the guest: systemd is {state!r}", failed)
+        raise UnhealthyGuestError(f"the state of the guest's systemd is {state!r}", failed)
     check_log(shell(dmesg))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Code that the libvirt tests share.
+"""Run the tool for libvirt's domains, and read AppArmor labels and metrics.
 
-These tests change the host's libvirt configuration, so they run only in the lab.
+The libvirt tests change the host's libvirt configuration, so they run only in the lab.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WriteHookConfig = Callable[[str], None]
 
 
 class DomainOptions(TypedDict, total=False):
-    """The keywords of :class:`LabDomain`."""
+    """The keyword arguments of :class:`LabDomain`."""
 
     machine: str
     memory_mib: int
@@ -43,13 +43,13 @@ class DomainOptions(TypedDict, total=False):
 
 
 class MakeDomain(Protocol):
-    """A fixture that makes domains, which are destroyed at the end of the test."""
+    """A function that makes a domain. Its fixture destroys the domain after the test."""
 
     def __call__(self, name: str, **options: Unpack[DomainOptions]) -> LabDomain: ...
 
 
 def run_tool(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run the command line and check that it prints no traceback."""
+    """Run ``qemu-prefault`` and check that it prints no traceback."""
     done = subprocess.run(
         ["qemu-prefault", *arguments],
         capture_output=True,
@@ -64,7 +64,7 @@ def run_tool(*arguments: str, timeout: float = 300) -> subprocess.CompletedProce
 
 
 def tool_output(*arguments: str, timeout: float = 300) -> str:
-    """Run the command line, which must succeed, and return its stdout."""
+    """Run ``qemu-prefault``, check that it succeeds, and return its stdout."""
     done = run_tool(*arguments, timeout=timeout)
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
     return done.stdout

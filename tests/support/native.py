@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A function that builds test programs with the plugin's C files."""
+"""Build test programs from the plugin's C files."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Functions that read a QEMU's memory use and the tool's leftovers from /proc."""
+"""Read from /proc QEMU's memory use and what the tool left in QEMU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qemu_prefault_lab.wait import wait_for
 
 
 def leftovers(pid: int) -> list[str]:
-    """Return the helper threads and the helper mappings in a process."""
+    """Return descriptions of the helper threads and helper mappings in a process."""
     found = [f"thread {tid}" for tid in helper_threads(pid)]
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         if AREAS_FROM <= int(line.split("-")[0], 16) < AREAS_TO:
@@ -21,7 +21,7 @@ def leftovers(pid: int) -> list[str]:
 
 
 def wait_clean(pid: int) -> float:
-    """Wait until a process has no helpers; return the elapsed seconds."""
+    """Wait until a process has no helpers. Return the elapsed seconds."""
     return wait_for(lambda: not leftovers(pid), f"all helpers in process {pid} have exited")
 
 
@@ -39,7 +39,7 @@ def resident_bytes(pid: int, address: int) -> int:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Return the process's private resident memory (RssAnon) in bytes."""
+    """Return the private resident memory (RssAnon) of a process in bytes."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) << 10
@@ -47,7 +47,7 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def tracers(pid: int) -> set[str]:
-    """Return the processes that trace any thread of the process."""
+    """Return the ids of the processes that trace a thread of this process."""
     found = set()
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended

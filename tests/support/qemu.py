@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Functions that start a real QEMU on this machine and run the tool on it."""
+"""Start a real QEMU on this machine, and run the tool on it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def kvm_usable() -> bool:
 
 @dataclass
 class Qemu:
-    """A running QEMU, with the path of its socket and its arguments."""
+    """A running QEMU, with the path of its QMP socket and its arguments."""
 
     process: subprocess.Popen[bytes]
     qmp: str
@@ -46,17 +46,17 @@ class Qemu:
         self.process.wait(20)
 
     def pause(self) -> None:
-        """Stop the process with SIGSTOP."""
+        """Stop the QEMU process with SIGSTOP."""
         self.process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
 
     def resume(self) -> None:
-        """Continue the process with SIGCONT."""
+        """Continue the QEMU process with SIGCONT."""
         self.process.send_signal(signal.SIGCONT)
 
 
 def _await_listening(process: subprocess.Popen[bytes], ready: socket.socket) -> None:
-    """Wait until QEMU connects to this socket. Its other sockets then listen."""
+    """Wait until QEMU connects to this socket. QEMU's other sockets then listen."""
     pidfd = os.pidfd_open(process.pid)
     try:
         readable, _, _ = select.select([ready.fileno(), pidfd], [], [], 30)
@@ -80,7 +80,7 @@ def launch(
     *,
     prefix: Sequence[str] = (),
 ) -> Qemu:
-    """Start a QEMU with its sockets in a directory, and wait until it listens.
+    """Start a QEMU with its sockets in a directory, and wait until QEMU listens.
 
     :param number: A number that distinguishes several QEMUs in one directory.
     :param prefix: A program that executes QEMU, and its arguments.
@@ -103,13 +103,13 @@ def launch(
 
 
 def connect_monitor(path: str | Path, process: subprocess.Popen[bytes]) -> QmpClient:
-    """Wait for the monitor of a QEMU that the test has started, and connect to it."""
+    """Connect to the monitor of a QEMU that the test started. Retry for 20 seconds."""
     for _ in range(400):
         with contextlib.suppress(OSError):
             return QmpClient(str(path))
         assert process.poll() in (None, 0), "QEMU exited"
         time.sleep(0.05)
-    raise AssertionError("QEMU's monitor does not exist after 20 seconds")
+    raise AssertionError("QEMU did not create its monitor within 20 seconds")
 
 
 #: The fixture ``start_qemu``. It takes QEMU's arguments and the keywords ``accel``, ``paused`` and
@@ -140,7 +140,7 @@ class QemuVm:
         return run_tool(self.qemu, *arguments)
 
     def command(self, name: str, *arguments: str) -> Result:
-        """Run one of the other commands: probe, map or stats."""
+        """Run the command ``probe``, ``map`` or ``stats`` on this QEMU."""
         return Tool([name, "--qmp", self.qemu.qmp, "--json", *arguments]).finish()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A QMP client, which observes a QEMU on a monitor that the tool does not use."""
+"""A QMP client that observes a QEMU on a monitor that the tool does not use."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ class QmpClient(Qmp):
         return status
 
     def wait_migration(self, status: str) -> None:
-        """Wait for the MIGRATION event with this status, and discard earlier ones."""
+        """Wait for the MIGRATION event with this status, and discard earlier events."""
         while self.wait_event("MIGRATION")["data"]["status"] != status:
             pass

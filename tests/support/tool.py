@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A class that runs the command line as a process and collects its result."""
+"""Run ``qemu-prefault`` as a process and collect its result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 
 def _import_product() -> Callable[[], None]:
-    """Import the modules that a run needs before it is forked; return its main().
+    """Import the modules that a forked run needs. Return the tool's main().
 
     The imports are not at the top of the file, because avocado-vt has a package ``qemu`` that hides
     qemu.qmp.
@@ -30,7 +30,7 @@ def _import_product() -> Callable[[], None]:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The result of a run. ``stdout`` holds JSON if the arguments include ``--json``."""
+    """The result of a run. With ``--json``, its ``stdout`` holds JSON."""
 
     status: int
     stdout: str
@@ -60,13 +60,14 @@ class Result:
 
 
 class Tool:
-    """A run of the command line in a child process.
+    """A run of ``qemu-prefault`` in a child process.
 
-    By default the child is forked and does not execute a new Python, because starting Python takes
-    most of the time under emulation.
+    By default, the class forks the child and does not execute a new Python, because starting Python
+    takes most of the time under emulation.
 
-    :param uid: The user to become first. This user need not be able to read Python's files.
-    :param fork: False executes a new Python. A caller with threads needs this.
+    :param uid: The id of the user as which the tool runs. This user need not be able to read
+        Python's files.
+    :param fork: Fork without executing a new Python. A caller that has threads must pass False.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class Tool:
         assert self.has_said("ready"), f"the tool is not ready for a guest: {self._read(1)}"
 
     def finish(self, timeout: float = 120) -> Result:
-        """Wait until the run ends. If it hangs, fail the test with its stack trace."""
+        """Wait until the run ends. If it hangs, fail with the stack trace of the run."""
         hung = self.running(timeout)
         if hung:
             self.send_signal(signal.SIGUSR2)

@@ -3,8 +3,9 @@
 
 usage: under_filter.py ACTION[,ACTION...] CALL... -- PROGRAM...
 
-Each ACTION (kill, errno, trap, log or allow) adds one filter. The filter takes this action for each
-CALL. A CALL is the number of a system call, or NUMBER:INDEX=VALUE for calls with this argument.
+Each ACTION adds one filter, which takes this action for each CALL. An ACTION is kill, errno, trap,
+log or allow. A CALL is the number of a system call, or NUMBER:INDEX=VALUE for calls with this
+argument.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def job(runner: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 class SumUp(Protocol):
     """A function that summarizes the job's tests with certain statuses.
 
-    It returns the exit status and the printed lines.
+    The function returns the exit status and the printed lines.
     """
 
     def __call__(self, *statuses: str, whiteboard: str | None = None) -> tuple[int, list[str]]:

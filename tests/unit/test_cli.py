@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the command line as a process with real streams."""
+"""Test ``qemu-prefault`` as a process with real streams."""
 
 from __future__ import annotations
 

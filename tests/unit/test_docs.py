@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that links in Markdown files resolve and the FAQ quotes real messages."""
+"""Test that Markdown links resolve and that the FAQ quotes real messages."""
 
 from __future__ import annotations
 

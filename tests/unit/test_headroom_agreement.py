@@ -31,7 +31,10 @@ V1_NONE = 0x7FFFFFFFFFFFF000  # LONG_MAX, rounded down to a page
 
 @dataclass(frozen=True)
 class Case:
-    """The files of one cgroup, and the bytes available in it. None means no limit."""
+    """The files of one cgroup, and the bytes available in this cgroup.
+
+    If ``expected`` is None, the cgroup has no limit.
+    """
 
     name: str
     expected: int | None
@@ -183,9 +186,9 @@ def test_hugetlb_sizes_have_the_same_names(page_size: int, tmp_path: Path) -> No
 
 
 def test_least_of_several_is_kept(tmp_path: Path) -> None:
-    """Check the minimum of several limits.
+    """Check that the plugin returns the minimum of two limits.
 
-    The plugin reads memory.stat only if that can change the minimum.
+    The plugin reads memory.stat only if that file can change the minimum.
     """
     write(tmp_path, {"memory.max": 500, "memory.current": 300, "memory.stat": "inactive_file 50"})
     assert memory_in_c(tmp_path, True, 1000) == 250

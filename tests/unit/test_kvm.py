@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test how KVM's answers are interpreted, with a simulated KVM."""
+"""Test with a simulated KVM how the tool interprets KVM's answers."""
 
 from __future__ import annotations
 

@@ -58,14 +58,17 @@ def test_product_excludes_lab() -> None:
 
 
 def test_lab_requires_this_version_of_the_product() -> None:
-    """Check the lab's requirement. It uses internals, so both are released together."""
+    """Check that the lab requires the same version of qemu-prefault.
+
+    The lab uses internals of qemu-prefault, so both are released together.
+    """
     project = tomllib.loads((LAB / "pyproject.toml").read_text())["project"]
     assert project["version"] == qemu_prefault.__version__
     assert f"qemu-prefault=={qemu_prefault.__version__}" in project["dependencies"]
 
 
 def test_lab_failure_has_its_own_exit_status(tmp_path: Path) -> None:
-    """Check that a failure of the lab is distinct from the status of a command in it."""
+    """Check that the status of a lab failure differs from that of a failed command."""
     done = subprocess.run(
         [sys.executable, "-m", "qemu_prefault_lab", "qemu", str(tmp_path)],
         capture_output=True,

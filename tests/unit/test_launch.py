@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test ``run``, ``plugin-path`` and the detection of the plugin."""
+"""Test the commands ``run`` and ``plugin-path``, and the detection of the plugin."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_setuid_program_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with a small program that is linked in several ways."""
+    """Return a directory with programs that are linked in several ways."""
     if shutil.which("cc") is None:
         pytest.skip("cc is not installed")
     directory = tmp_path_factory.mktemp("programs")
@@ -155,7 +155,7 @@ def test_dynamic_program_is_run(programs: Path, name: str, wrapper: tuple[str, .
 
 
 def test_dynamic_linker_is_run(programs: Path) -> None:
-    """Run the dynamic linker, which reads LD_PRELOAD although it has no interpreter."""
+    """Run the dynamic linker. It reads LD_PRELOAD although it has no interpreter."""
     linker = Path("/lib64/ld-linux-x86-64.so.2")
     if not linker.exists():
         pytest.skip("no glibc")

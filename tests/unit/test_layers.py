@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test rules that import-linter does not check.
 
-These rules are for imports in TYPE_CHECKING blocks, and for error codes that are given as text.
+These rules are for imports in TYPE_CHECKING blocks, and for error codes that the source gives as
+text.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test properties of the layout parsers that hold for any input.
 
-They are round trips, a single exception type, and linear time.
+These properties are round trips, a single exception type, and linear time.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def split(text: str) -> dict[str, str]:
 
 
 def swallow(answers: dict[str, str]) -> bool:
-    """Run all parsers over the answers; return whether they found sections."""
+    """Run all parsers over the answers. Return whether they succeed."""
     try:
         ranges = parse_mtree(answers.get("info mtree -f", ""))
         blocks = parse_ramblocks(answers.get("info ramblock", ""))
@@ -257,7 +257,7 @@ CASES: dict[str, tuple[Callable[[str], object], Callable[[int], str]]] = {
 def test_parsing_takes_linear_time(case: str) -> None:
     """Check that ten times the input takes at most 30 times as long.
 
-    Linear time is ten times as long. The factor of three allows for noise.
+    In linear time, parsing takes ten times as long. The factor of three allows for noise.
     """
     parse, make = CASES[case]
 

@@ -61,7 +61,7 @@ WITH_ARGUMENTS = b"""<domain type='kvm' xmlns:q='http://libvirt.org/schemas/doma
 
 
 def arguments(xml: bytes) -> list[str]:
-    """Return QEMU's extra arguments, for any namespace prefix, as libvirt does."""
+    """Return QEMU's extra arguments. Like libvirt, accept any namespace prefix."""
     tree = ElementTree.fromstring(xml)
     name = f"{{{QEMU_NAMESPACE}}}"
     return [a.attrib["value"] for a in tree.findall(f"{name}commandline/{name}arg")]
@@ -98,7 +98,7 @@ def test_options_change_in_place() -> None:
 
 
 def test_arguments_precede_environment() -> None:
-    """Check the order that the schema requires (``virsh define --validate``)."""
+    """Check that arguments precede the environment, as libvirt's schema requires."""
     edited = enable(WITH_ARGUMENTS, PATH).xml
     assert edited.index(PATH.encode()) < edited.index(b"<q:env")
     assert arguments(edited)[:2] == ["-plugin", "/usr/lib/other.so,x=1"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the sources of memory with simulated NUMA nodes and huge page pools."""
+"""Test the limits of host memory with simulated NUMA nodes and huge page pools."""
 
 from __future__ import annotations
 

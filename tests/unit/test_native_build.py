@@ -30,7 +30,7 @@ HELPER_FLAGS = re.findall(
 
 
 def tool(name: str, *arguments: str | Path) -> str:
-    """Return the output of a compiler or binutils program."""
+    """Run a program of the compiler or of binutils, and return its output."""
     if shutil.which(name) is None:
         pytest.skip(f"{name} is not installed")
     done = subprocess.run([name, *arguments], capture_output=True, text=True, check=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the pagemap scanner on known memory of this process and of a child."""
+"""Test the pagemap scanner on memory of this process and of a child process."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Area:
 
 
 class Scanner:
-    """The two C functions, applied to a real pagemap or to a file that simulates it."""
+    """The C functions of the scanner, applied to a pagemap or to a file like it."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -122,7 +122,10 @@ def entries_only(real: Scanner) -> Iterator[Callable[[Area], Scanner]]:
 def scanner_of(
     request: pytest.FixtureRequest, real: Scanner, entries_only: Callable[[Area], Scanner]
 ) -> Callable[[Area], Scanner]:
-    """Return each implementation in turn. Each test must pass with both of them."""
+    """Return a scanner that uses PAGEMAP_SCAN, or one that uses pagemap's entries.
+
+    The tests must pass with both.
+    """
     if request.param == "entries":
         return entries_only
     if not has_scan(real.fd):
@@ -159,7 +162,7 @@ def test_written_memory_is_writable(scanner_of: ScannerOf) -> None:
 def test_zero_page_is_present_not_writable(real: Scanner) -> None:
     """Check that the zero page counts as present but not as writable.
 
-    The ioctl would map it read-only and report success.
+    The ioctl would map the zero page read-only and report success.
     """
     if not has_scan(real.fd):
         pytest.skip("this kernel has no PAGEMAP_SCAN (Linux 6.7)")
@@ -216,9 +219,7 @@ def test_huge_page_counts_in_full(scanner_of: ScannerOf) -> None:
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 7, 64, 2000])
 def test_fragmented_map_is_read_in_any_chunk_size(scanner_of: ScannerOf, at_once: int) -> None:
-    """Read more ranges than one call or one ioctl returns.
-
-    No range may be lost or repeated.
+    """Check that no range is lost or repeated if one call cannot return all ranges.
     """
     area = Area(3000)
     area.write(*range(1, 3000, 2))

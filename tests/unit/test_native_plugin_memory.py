@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that the plugin does not populate huge pages that the host does not have."""
+"""Test that the plugin populates only huge pages that the host has."""
 
 from __future__ import annotations
 

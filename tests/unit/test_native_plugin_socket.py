@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that every refusal of the plugin's control socket has a code."""
+"""Test that the plugin gives a code whenever it refuses a request on its socket."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Server:
-    """The running program, with the path of its socket and the address of its memory."""
+    """The running test program, its socket's path, and the address of its memory."""
 
     def __init__(self, process: subprocess.Popen[str], path: Path) -> None:
         assert process.stdout

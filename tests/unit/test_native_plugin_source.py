@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that the plugin respects the free space of the file system of guest RAM."""
+"""Test that the plugin respects the free space of the file system with guest RAM."""
 
 from __future__ import annotations
 
@@ -94,9 +94,10 @@ def test_file_system(
 def test_other_file_grows_during_populate(
     program: Path, tmpfs: Path, other: int, least: int, most: int
 ) -> None:
-    """Allocate another file during populating.
+    """Allocate another file while the plugin populates the guest.
 
-    The 48 MiB of the guest are free at its start, so the plugin must check before each chunk.
+    When populating starts, the guest's 48 MiB are free. The plugin must therefore check before each
+    chunk.
     """
     done = subprocess.run(
         [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the layers of the C files by their includes and their symbols."""
+"""Test the layers of the C files by the files' includes and symbols."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_calls_point_down(objects: Mapping[str, Object], name: str) -> None:
 
 @needs_tools
 def test_external_symbols_have_prefix(objects: Mapping[str, Object]) -> None:
-    """Check the prefix of external symbols, because they are loaded into QEMU."""
+    """Check that external symbols have a prefix, because QEMU loads them."""
     for name, found in objects.items():
         allowed = {"plugin/interpose": INTERPOSED, "plugin/main": ENTRIES}.get(name, frozenset())
         strange = {s for s in found.defined if not s.startswith("pf_")}
@@ -186,7 +186,8 @@ def test_symbols_are_defined_once(objects: Mapping[str, Object]) -> None:
 def test_interposed_functions_are_not_called_by_name(objects: Mapping[str, Object]) -> None:
     """Check that no file calls an interposed function by its name.
 
-    Depending on how the plugin is loaded, such a call would reach libc's or the plugin's function.
+    The way in which the plugin is loaded would decide whether such a call reaches libc's or the
+    plugin's function.
     """
     for name in (*COMMON, *PLUGIN):
         if name in objects:
@@ -206,7 +207,7 @@ def test_plugin_exports_only_its_entries(plugin: Path) -> None:
 
 @needs_tools
 def test_plugin_binds_no_interposed_function(plugin: Path) -> None:
-    """Check that the plugin has no import of, or relocation to, such a function."""
+    """Check that the plugin has no undefined symbol or relocation of such a function."""
     assert symbols(plugin, "--dynamic", "--undefined-only") & INTERPOSED == frozenset()
     done = subprocess.run(
         ["readelf", "--relocs", "--wide", plugin], capture_output=True, text=True, check=True

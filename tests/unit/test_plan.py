@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the planning of a run: its preconditions, its memory and its workers."""
+"""Test the preconditions of a run, the choice of its memory, and its workers."""
 
 from __future__ import annotations
 
@@ -89,7 +89,10 @@ NOT_MEASURING = [None, "unstarted", "measured"]
 
 
 def expected_refusal(status: str, migration: str | None, rate: str | None, limit: bool) -> str:
-    """Return the expected code, or "". The most specific state has priority."""
+    """Return the code of the expected refusal, or "" if the state is accepted.
+
+    The most specific state has priority.
+    """
     if migration in POSTCOPY:
         return "postcopy"
     if status in UNFIT_STATUS:
@@ -349,7 +352,10 @@ def test_absent_section_does_not_affect_others() -> None:
 
 @st.composite
 def work(draw: st.DrawFn) -> list[Range]:
-    """Draw disjoint page-aligned ranges in ascending order, of one page to gigabytes."""
+    """Draw disjoint page-aligned ranges in ascending order.
+
+    A range has a size of one page to a gigabyte.
+    """
     found = []
     page = draw(st.integers(0, 1 << 20))
     for _ in range(draw(st.integers(0, 12))):
@@ -369,7 +375,7 @@ def flat(shares: dict[int, list[Range]]) -> list[Range]:
 
 
 def check_exactly_once(shares: dict[int, list[Range]], ranges: Sequence[Range]) -> None:
-    """Check that the shares contain each byte of the ranges exactly once."""
+    """Check that the workers' shares contain each byte of the ranges exactly once."""
 
     def joined(items: Sequence[Range]) -> list[tuple[int, int]]:
         found: list[tuple[int, int]] = []
@@ -412,7 +418,7 @@ def test_shares_are_equal_within_a_huge_page(ranges: list[Range], count: int) ->
 
 
 def test_unaligned_memory_is_shared_evenly() -> None:
-    """Check that the last share is not empty although others are rounded up to 2 MiB."""
+    """Check that the last worker gets memory although shares are rounded up to 2 MiB."""
     ranges = [Range(Kind.POPULATE, HVA + PAGE_SIZE, 64 * MIB)]
     sizes = [sum(r.size for r in s) for s in partition(ranges, worker_list([None] * 24)).values()]
     assert max(sizes) <= 64 * MIB / 24 + HUGE_PAGE_SIZE

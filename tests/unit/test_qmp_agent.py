@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test how the tool interprets the results of a QEMU that prefaults by itself."""
+"""Test how the tool interprets the results of a patched QEMU's prefault job."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test how tests/run.py judges the end of a suite."""
+"""Test how tests/run.py determines the result of a suite."""
 
 from __future__ import annotations
 

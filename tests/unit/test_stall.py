@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the detection of helpers that make no progress, and of the reason."""
+"""Test how the tool detects helpers without progress, and the reason for it."""
 
 from __future__ import annotations
 

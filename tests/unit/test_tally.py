@@ -41,7 +41,7 @@ def tally() -> RunTally:
 
 
 def sums(tally: RunTally) -> tuple[int, int, int]:
-    """Return the bytes requested, prefaulted and accounted for."""
+    """Return the numbers of requested, prefaulted and accounted bytes."""
     sections = tally.tallies.values()
     return (
         sum(section.requested for section in sections),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test how many more threads QEMU may start, from files of /proc and cgroups."""
+"""Test how the tool computes the number of threads that QEMU may still start."""
 
 from __future__ import annotations
 

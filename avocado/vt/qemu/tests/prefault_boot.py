@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that boots and resets with ``prefault = yes`` take almost no faults."""
+"""Test that a guest takes almost no faults if it boots with ``prefault = yes``."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ import prefault_vt
 
 
 def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
-    """Boot a guest with the plugin, and reset it if a variant requires this.
+    """Boot a guest with the plugin. Reset it if the variant sets reboot_method.
 
     1) Log in and check the system's health
     2) Write a file in the guest's memory and read it back
-    3) If reboot_method is set, reset the guest and repeat
+    3) If reboot_method is set, reset the guest and repeat the steps
     """
     vm = env.get_vm(params["main_vm"])
     size = int(params["file_size_mib"])

@@ -7,11 +7,11 @@ import prefault_vt
 
 
 def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
-    """Migrate a guest twice, once without and once with qemu-prefault.
+    """Migrate a guest twice, first without and then with qemu-prefault.
 
     1) Log in and write a file in the guest's memory
     2) Migrate to a second QEMU without qemu-prefault. Reading the file causes one fault per page
-    3) Migrate to a third QEMU with qemu-prefault --incoming. Reading it causes almost no faults
+    3) Migrate to a third QEMU with qemu-prefault --incoming. Reading the file causes few faults
     """
     vm = env.get_vm(params["main_vm"])
     size = int(params["file_size_mib"])

@@ -8,11 +8,11 @@ import prefault_vt
 
 
 def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
-    """Restore a guest twice, once without and once with qemu-prefault.
+    """Restore a guest twice, first without and then with qemu-prefault.
 
     1) Log in, write a file in the guest's memory and save the guest to a file
     2) Restore and resume the guest. Reading the file causes one fault per page
-    3) Restore it, and prefault and resume it with --cont. Reading causes almost no faults
+    3) Restore the guest, and run qemu-prefault --cont. Reading the file causes few faults
     """
     vm = env.get_vm(params["main_vm"])
     size = int(params["file_size_mib"])

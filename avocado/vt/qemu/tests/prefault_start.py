@@ -10,11 +10,11 @@ def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
     """Prefault a guest that has not run yet, and boot it.
 
     1) Start the VM paused (paused_after_start_vm), with a monitor for the tool
-    2) Prefault and start it with qemu-prefault --cont
+    2) Prefault and start the guest with qemu-prefault --cont
     3) Log in and check the system's health
 
-    The firmware makes KVM drop part of the tables, so the guest takes some faults. This test does
-    not count them. With prefault = yes, the plugin fills those tables again.
+    The firmware makes KVM drop part of the stage-2 tables, so the guest takes some faults. This
+    test does not count these faults. With prefault = yes, the plugin fills the tables again.
     """
     vm = env.get_vm(params["main_vm"])
     report = prefault_vt.finish_tool(test, prefault_vt.start_tool(vm, "--cont"))
