@@ -34,7 +34,7 @@ PLUGGABLE = "slots=2,maxmem=2G"
 
 @dataclass(frozen=True)
 class Sample:
-    """The duration of one phase of a guest, and the faults that the guest took in it.
+    """The duration of one phase of a guest, and the guest's faults in this phase.
 
     :ivar seconds: The wall-clock time in seconds.
     :ivar faults: The increase of KVM's counter ``pf_taken``.

@@ -109,7 +109,7 @@ for name in sys.argv[2:]:
 
 
 def cloud_images() -> dict[str, Path | str]:
-    """Download the images. Map each name to a path, or to the reason for a failure."""
+    """Download the cloud images. Return the path or the error message of each."""
     directory = cache.cache_dir() / "cloud-images"
     directory.mkdir(exist_ok=True)
     said = python_on(site(REQUIREMENTS), "-c", FETCH_CLOUD_IMAGES, str(directory), *CLOUDS)
@@ -121,7 +121,8 @@ def cloud_images() -> dict[str, Path | str]:
 class TestMachine:
     """The machine on which the tests run, and its directories for them.
 
-    :ivar distros: The directory of the distributions, for ``QEMU_PREFAULT_DISTROS``.
+    :ivar distros: The directory of the distributions, which is the value of
+        ``QEMU_PREFAULT_DISTROS``.
     """
 
     machine: Machine
@@ -458,7 +459,7 @@ def main() -> int:
     one.set_defaults(run=run_distro)
     two = commands.add_parser("vt", parents=[common], help="tests for avocado-vt")
     two.add_argument("--tp-qemu", type=Path, help="directory of the test provider tp-qemu")
-    two.add_argument("arguments", nargs="*", help="tests to run (default: all of this provider)")
+    two.add_argument("arguments", nargs="*", help="names of tests to run (default: all)")
     two.set_defaults(run=run_vt)
     three = commands.add_parser("check", help="only check that all tests are found")
     three.set_defaults(run=run_check)

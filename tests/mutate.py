@@ -52,7 +52,7 @@ VARIANT = "trixie"
 
 
 class Tier(enum.StrEnum):
-    """What a mutant's tests need, which is no QEMU, a QEMU, or the nested lab."""
+    """The environment of a mutant's tests: without QEMU, with QEMU, or in the lab."""
 
     UNIT = "unit"
     QEMU = "qemu"
@@ -303,7 +303,7 @@ def try_mutant(mutant: Mutant, nodes: Sequence[str]) -> Result:
 
 
 def check_applicable(mutants: Sequence[Mutant]) -> list[str]:
-    """Print the file that each mutant changes. Return errors. Run no tests."""
+    """Print the file that each mutant changes, and return errors. No tests are run."""
     texts = product_texts(ROOT)
     problems = []
     for mutant in mutants:
@@ -321,7 +321,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the mutants and their tests")
     parser.add_argument("--check", action="store_true", help="only check that each mutant applies")
     parser.add_argument("--tier", action="append", type=Tier, choices=list(Tier), default=[])
-    parser.add_argument("--jobs", type=int, default=1, help="mutants to test at once (tier unit)")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel mutants, only in tier unit")
     parser.add_argument("ids", nargs="*", metavar="ID", help="only these mutants")
     options = parser.parse_args()
     mutants = read_mutants()

@@ -3,9 +3,9 @@
 
     python tests/run.py [--full] [NAME...]
 
-``make`` runs this program with ``scripts/with-env``. It prefixes every line of output with the name
-of its suite. The last line is ``N passed, N failed, N skipped`` for all suites. The exit status is
-0 only if nothing failed. A pytest suite that ran no test counts as failed.
+``make`` runs this program with ``scripts/with-env``. The program prefixes every line of output with
+the name of the line's suite. The last line is ``N passed, N failed, N skipped`` for all suites. The
+exit status is 0 only if nothing failed. A pytest suite that ran no test counts as failed.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Result:
         return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
 
     def read(self, junit: Path) -> None:
-        """Add the results in the file that pytest wrote."""
+        """Add the results from the file that pytest wrote."""
         for suite in JUnitXml.fromfile(str(junit)):
             bad = suite.failures + suite.errors
             self.failed += bad

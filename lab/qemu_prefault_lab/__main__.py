@@ -32,7 +32,7 @@ _NPT = click.option(
     "--npt/--no-npt", default=True, help="Use nested paging, or shadow paging without the ioctl."
 )
 _TDP_MMU = click.option(
-    "--tdp-mmu/--no-tdp-mmu", default=None, help="kvm's parameter tdp_mmu (default: the kernel's)."
+    "--tdp-mmu/--no-tdp-mmu", default=None, help="Value of kvm's tdp_mmu (default: the kernel's)."
 )
 _NESTED = click.option(
     "--nested", is_flag=True, help="Use the lab even if this host's own KVM can prefault."

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """L0's connection to a running L1.
 
-The connection consists of the QEMU process, its console, and the command server's port.
-
-One thread handles all three, and also starts QEMU. If the test run dies, the kernel kills QEMU with
-its parent-death signal. The kernel sends this signal when the thread that forked QEMU exits. L1 is
-lost if QEMU ends, if the console shows a kernel failure, or if the command server's heartbeats
-stop. Then all requests fail immediately.
+The connection consists of the QEMU process, its console, and the command server's port. One thread
+handles all three, and also starts QEMU. If the test run dies, the kernel kills QEMU with its
+parent-death signal. The kernel sends this signal when the thread that forked QEMU exits. L1 is lost
+if QEMU ends, if the console shows a kernel failure, or if the command server's heartbeats stop.
+Then all requests fail immediately.
 
 The thread also sends POKE to the command server twice a second. With Linux 7.2 and about twenty L2
 guests, L1 can hang. Its CPU is then halted although interrupts are enabled and the timer interrupt
@@ -162,7 +161,7 @@ class Channel:
             raise self.give_up("L1's command server did not become idle")
 
     def forget(self, request: Request) -> None:
-        """End a request. Frames that still arrive for it are dropped."""
+        """End a request. Drop frames that still arrive for it."""
         with self._condition:
             self._requests.pop(request.number, None)
 

@@ -5,9 +5,10 @@ The command server communicates over a virtio-serial port. It is the only child 
 runs on Python 3.11 to 3.14 and uses only the standard library. The host also imports this module,
 because both sides use its definitions of the protocol.
 
-A frame is a header (type, request number, payload length; big endian) and its payload. Several
-requests can be in progress at the same time. The host assigns the request numbers. The server only
-runs commands. The host transfers files as the stdin and stdout of ``cat`` and ``tar``.
+A frame consists of a header and a payload. The header is big-endian and has the frame's type, the
+request number and the length of the payload. Several requests can be in progress at the same time.
+The host assigns the request numbers. The server only runs commands. The host transfers files as the
+stdin and stdout of ``cat`` and ``tar``.
 
 The server's loop never blocks on a command. The loop queues input that a command has not read yet.
 While the host does not read from the port, the loop does not read the commands' output. The loop

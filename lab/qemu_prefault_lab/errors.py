@@ -36,7 +36,7 @@ class LabLostError(LabError):
     """An error that reports that L1 has ended or hangs.
 
     The cause is that QEMU ended, that the kernel panicked, or that the command server stopped
-    responding. Commands that were     running in L1 have no result. ``console`` holds the last
+    responding. Commands that were running in L1 have no result. ``console`` holds the last
     console lines.
 
     :param qemu_status: QEMU's exit status if the lab first detected that QEMU had ended. Otherwise

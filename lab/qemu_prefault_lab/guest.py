@@ -159,7 +159,10 @@ class Guest(QemuGuest):
         super().__init__(config)
 
     def wait_kept(self, timeout: float = 60.0) -> dict[str, Any]:
-        """Wait until the plugin has prefaulted a running guest. Return its status."""
+        """Wait until the plugin has prefaulted the guest. Return the plugin's status.
+
+        The guest must be running.
+        """
         deadline = time.monotonic() + timeout
         while (status := self.control("status"))["pending"]:
             if time.monotonic() > deadline:

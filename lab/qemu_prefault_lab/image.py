@@ -449,7 +449,7 @@ def build(variant: Variant) -> Image:
 
 
 def l2_initramfs(host: TcgHost) -> bytes:
-    """Return the user space of an L2 guest: the workload as init, and a few drivers."""
+    """Return an L2 guest's initramfs, with the workload as init and a few drivers."""
     workload = compile_static(_HERE / "workload.c")
     entries = [("dev", 0o040755, b""), ("init", 0o100755, workload.read_bytes())]
     return cpio_newc([*entries, *_modules_directory(host, "modules", _L2_MODULES)])

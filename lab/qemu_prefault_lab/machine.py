@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Machines whose KVM can prefault: the nested lab's L1, or this host.
+"""Machines whose KVM can prefault, which are the nested lab's L1 and this host.
 
-Both have the same methods to run commands, copy files and install wheels, so the demo, the
+Both classes have the same methods to run commands, copy files and install wheels, so the demo, the
 benchmark and the tests work on either of them.
 """
 
@@ -112,7 +112,7 @@ class Machine(abc.ABC):
         stdout: BinaryIO | None = None,
         on_output: OnOutput | None = None,
     ) -> Completed:
-        """Run a command until it ends. Several threads may call this at the same time.
+        """Run a command until it ends. Several threads may call this method.
 
         :param timeout: Seconds after which the command and its process group are killed.
         :param check: Raise RemoteCommandError if the exit code is not 0.

@@ -126,7 +126,8 @@ class Lab(Machine):
     ) -> Lab:
         """Boot L1, or restore it from the snapshot of an earlier boot.
 
-        :param variant: The Debian to boot, a name in :data:`qemu_prefault_lab.image.VARIANTS`.
+        :param variant: The name of the Debian to boot, from
+            :data:`qemu_prefault_lab.image.VARIANTS`.
         :param npt: Use nested paging for L2. If False, KVM in L1 uses shadow paging.
         :param tdp_mmu: The value of kvm's parameter ``tdp_mmu``. None means the default.
         :param memory_mib: L1's memory in MiB.

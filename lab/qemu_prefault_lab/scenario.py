@@ -2,10 +2,11 @@
 """The part of the demo that runs on the machine with KVM.
 
 A guest on 4K pages writes 256 MiB for the first time. The scenario measures this guest without
-prefaulting, after the bare ioctl over all guest RAM, and after qemu-prefault. It measures each of
-these three cases at boot and after a restore from a file. At boot the memory is untouched. After a
-restore, QEMU has just written the memory. ``python -m qemu_prefault_lab.scenario`` prints events to
-stdout, one JSON object per line. :mod:`qemu_prefault_lab.demo` displays them.
+prefaulting, after a bare ``KVM_PRE_FAULT_MEMORY`` over all guest RAM, and after qemu-prefault. It
+measures each of these three cases at boot and after a restore from a file. At boot the memory is
+untouched. After a restore, QEMU has just written the memory. ``python -m
+qemu_prefault_lab.scenario`` prints events to stdout, one JSON object per line.
+:mod:`qemu_prefault_lab.demo` displays them.
 """
 
 from __future__ import annotations
@@ -89,8 +90,8 @@ def tell(event: str, **values: Any) -> None:
 def small_pages() -> Iterator[None]:
     """Disable transparent huge pages for processes that are started in the block.
 
-    Children inherit the setting of prctl(PR_SET_THP_DISABLE), and execve() keeps it. It does not
-    change the machine's setting.
+    Children inherit the setting of prctl(PR_SET_THP_DISABLE), and execve() keeps it. The prctl()
+    does not change the machine's setting.
     """
     prctl = ctypes.CDLL(None).prctl
 

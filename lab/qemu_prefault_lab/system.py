@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Guests that run whole distributions, and their consoles.
 
-:mod:`qemu_prefault_lab.distro` builds the distributions.
-On the machine with KVM, the variable ``QEMU_PREFAULT_DISTROS`` names a directory. It has one
-subdirectory per distribution, with ``disk`` and ``boot/``. The disk is a file or a block device, to
-which guests do not write.
+:mod:`qemu_prefault_lab.distro` builds the distributions. On the machine with KVM, the variable
+``QEMU_PREFAULT_DISTROS`` names a directory. This directory has one subdirectory per distribution,
+with ``disk`` and ``boot/``. The disk is a file or a block device, to which guests do not write.
 """
 
 from __future__ import annotations
@@ -111,7 +110,7 @@ class SystemGuest(QemuGuest):
         self.expect(r"login: ", timeout)
 
     def log_in(self, timeout: float = 300.0) -> None:
-        """Log in as root at the login prompt. :meth:`shell` needs this session."""
+        """Log in as root at the login prompt, and start the shell for :meth:`shell`."""
         self.type("root\n")
         self.expect(r"Password: ", timeout)
         self.type(f"{PASSWORD}\n")
@@ -135,7 +134,7 @@ class SystemGuest(QemuGuest):
         found = self.expect(rf"(?s)\A(.*)\n{mark}:(\d+)@\r?\n", timeout)
         output = found[1].decode(errors="replace").replace("\r", "").strip()
         if check and int(found[2]):
-            raise GuestError(f"in the guest, {command!r} ended with status {found[2]}", output)
+            raise GuestError(f"in the guest, {command!r} ended with status {int(found[2])}", output)
         return output
 
     # The guest's state.

@@ -75,7 +75,7 @@ def four_kilobyte_pages() -> Iterator[None]:
 
 @pytest.fixture
 def set_thp() -> Iterator[SetThp]:
-    """Return a function that sets the mode of transparent huge pages for the test."""
+    """Return a function that sets the transparent huge page mode until the test ends."""
     yield thp
     thp("never")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that exactly the present RAM of each machine and backend is mapped."""
+"""Test for each machine and backend that the tool maps its RAM and nothing else."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_transparent_huge_pages(set_thp: SetThp) -> None:
 
 def test_hugetlb() -> None:
     if reserve_hugepages(64) < 64:
-        pytest.skip("the kernel has no 64 free huge pages")
+        pytest.skip("the kernel does not have 64 free huge pages")
     try:
         with Guest(machine="microvm", backing="hugetlb", memory_mib=128, paused=True) as guest:
             result = prefault(guest)

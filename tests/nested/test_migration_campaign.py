@@ -26,7 +26,10 @@ OPTIONS = [(), ("--chunk", "64K"), ("--max-downtime", "0.02", "--chunk", "1M")]
 
 
 def migrate(source: Guest, directory: Path, moments: random.Random) -> tuple[Guest, str]:
-    """Migrate to a new QEMU on which the tool waits. Return the guest and a history."""
+    """Migrate to a new QEMU on which the tool waits.
+
+    Return the migrated guest and a description of the migration.
+    """
     uri = f"unix:{directory / 'migration'}"
     target = Guest(workload_mib=WORKLOAD_MIB, memory_mib=WORKLOAD_MIB + OTHER_MIB, incoming=uri)
     try:

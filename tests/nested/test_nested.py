@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test guests that run a nested guest.
 
-A vCPU that runs a nested guest has other page tables loaded.
-
-These tests use another level of the lab: L1 runs the prefaulted guest (L2), which runs an L3. The
-L3 increments a counter in memory in an endless loop.
+While a vCPU runs a nested guest, KVM has the nested guest's page tables loaded. These tests use
+another level of the lab. L1 runs the prefaulted guest (L2), which runs an L3 guest. The L3 guest
+increments a counter in memory in an endless loop.
 """
 
 from __future__ import annotations

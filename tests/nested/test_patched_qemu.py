@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the job, ``prefault=on`` and the TCG fixes of the patched QEMU (patches/).
+"""Test the patched QEMU's prefault job, ``prefault=on`` and TCG fixes (patches/).
 
 With ``--agents qmp``, the other test files test the tool with the patched QEMU.
 """
@@ -39,7 +39,8 @@ WORKLOAD_MIB = 256
 pytestmark = [
     pytest.mark.patched_qemu,
     pytest.mark.skipif(
-        patched_qemu() is None, reason="no patched QEMU is installed"
+        patched_qemu() is None,
+        reason="no patched QEMU is installed (lab pytest --qemu installs one)",
     ),
 ]
 

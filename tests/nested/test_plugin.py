@@ -108,9 +108,10 @@ def test_reset_takes_few_faults(make_plugin_guest: MakePluginGuest) -> None:
 
 @pytest.mark.every_kernel
 def test_no_hang_with_the_quirk(make_plugin_guest: MakePluginGuest) -> None:
-    """Keep KVM's quirk, which can trigger the livelock of Linux 6.12.
+    """Keep the quirk KVM_X86_QUIRK_SLOT_ZAP_ALL.
 
-    With this quirk, KVM drops all tables when a memslot is deleted.
+    With this quirk, KVM drops all tables whenever a memslot is deleted. This can trigger the
+    livelock of Linux 6.12.
     """
     guest = make_plugin_guest("quirk=keep", machine="pc", args=["-action", "reboot=reset"])
     guest.wait_ready()

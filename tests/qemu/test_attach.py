@@ -169,9 +169,8 @@ def has_started_helpers(tool: Tool, pid: int) -> bool:
 def test_kill_at_random_moments_leaves_guests_running(vm_of: StartVm, accel: str) -> None:
     """Kill runs on two guests alternately.
 
-    While a run on one guest is in progress, the helpers in the other guest's QEMU exit.
-
-    The test kills half of the runs at a random time, and the others while helpers exist.
+    While a run on one guest is in progress, the helpers in the other guest's QEMU exit. The test
+    kills half of the runs at a random time, and the others while helpers exist.
     """
     spare, several = 16 * MIB, 2
     arguments = ["-M", "pc", "-m", "16M,slots=1,maxmem=1G", "-smp", "2"]
@@ -259,7 +258,7 @@ def test_qemu_exit_during_a_run_is_reported(vm_of: StartVm) -> None:
 
 @pytest.fixture
 def tracer_of() -> Iterator[Callable[[int], int]]:
-    """Return a function that starts a tracer of a thread and returns its process id."""
+    """Return a function that starts a thread's tracer and returns the tracer's pid."""
     program = (
         "import ctypes, sys\n"
         "libc = ctypes.CDLL(None, use_errno=True)\n"

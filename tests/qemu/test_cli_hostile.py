@@ -313,7 +313,10 @@ def move_ram(target: int) -> Lie:
 
 
 def mapping(pid: int, pattern: str) -> int:
-    """Return the start of the first mapping whose line in /proc/PID/maps matches."""
+    """Return the start of the first mapping whose line in /proc/PID/maps matches.
+
+    :param pattern: A regular expression.
+    """
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         if re.search(pattern, line):
             return int(line.split("-")[0], 16)
@@ -351,7 +354,7 @@ def test_ram_at_a_wrong_address(through: Through, vm: QemuVm, where: str, comman
 def test_small_ram_at_a_wrong_address(through: Through, vm: QemuVm, where: str) -> None:
     """Check that the tool does no harm if RAM seems to be in another mapping.
 
-    The other mapping is as large as the RAM section, so the tool populates it.
+    The other mapping covers the RAM section, so the tool may populate the mapping.
     """
     target = ELSEWHERE[where](vm.pid)
 

@@ -94,9 +94,9 @@ def test_injection_is_invisible_to_threads(victim: Victim) -> None:
 
 
 def test_killed_injector_is_invisible_to_threads(victim: Victim) -> None:
-    """Check the threads after the injector is killed at any instant.
+    """Kill the injector at any instant, and check that no thread has changed.
 
-    An instant may be within an injected system call.
+    The instant may be within an injected system call.
     """
     for number in range(ROUNDS // 3):
         pid = os.fork()

@@ -128,7 +128,7 @@ def test_incoming_ram_not_loaded(vm_of: StartVm) -> None:
 
 
 def test_incoming_ram_while_loading(vm_of: StartVm, tmp_path: Path) -> None:
-    """Refuse a destination whose RAM is still being loaded from a slow source."""
+    """Check that a destination is refused while its RAM loads from a slow source."""
     source = vm_of("-m", "64M", paused=False)
     target = vm_of("-m", "64M", "-incoming", f"unix:{tmp_path}/migration")
     source.qmp.execute("migrate-set-parameters", max_bandwidth=4096)
@@ -138,7 +138,7 @@ def test_incoming_ram_while_loading(vm_of: StartVm, tmp_path: Path) -> None:
 
 
 def test_postcopy(vm_of: StartVm, tmp_path: Path) -> None:
-    """Refuse postcopy, because the destination still needs pages of the source."""
+    """Check that postcopy is refused. The destination still needs the source's pages."""
     source = vm_of("-m", "64M", paused=False)
     target = vm_of("-m", "64M", "-incoming", "defer")
     capabilities = [{"capability": name, "state": True} for name in ("postcopy-ram", "events")]
@@ -261,7 +261,7 @@ def out_of_memory_kills(group: Path) -> int:
 
 
 def test_cgroup_limit_is_respected(vm_of: StartVm, memory_cgroup: Callable[[int], Path]) -> None:
-    """Refuse to populate a 512 MiB guest in a 200 MiB cgroup.
+    """Check that populating a 512 MiB guest in a 200 MiB cgroup is refused.
 
     Otherwise the kernel would kill QEMU.
     """

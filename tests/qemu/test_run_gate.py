@@ -234,9 +234,9 @@ def test_dead_or_stopped_tool_does_not_freeze_the_vcpu(
 
 
 def test_gate_ends_beside_a_fork_of_the_tool(vcpu: FakeVcpu) -> None:
-    """Check that the gate exits although a forked process holds its socket.
+    """Check that the gate exits although a forked process has the gate's socket.
 
-    The guard process is such a fork of the tool and has copies of its descriptors.
+    The guard process is such a process. It has copies of the tool's descriptors.
     """
 
     async def check() -> None:

@@ -17,7 +17,7 @@ import pytest
 from qemu_prefault_lab.libvirtd import LabDomain
 
 if not Path("/lab/command_server.py").exists() or not Path("/usr/sbin/libvirtd").exists():
-    pytest.skip("needs the lab's variant libvirt", allow_module_level=True)
+    pytest.skip("these tests need the lab's variant libvirt", allow_module_level=True)
 
 WORKLOAD_MIB = 64
 PAGES = WORKLOAD_MIB * 256
@@ -76,7 +76,7 @@ def apparmor_label(domain: LabDomain) -> str:
 
 
 def read_metrics() -> str:
-    """Return the daemon's metrics, or an empty string if it does not listen."""
+    """Return the daemon's metrics, or an empty string if the daemon does not listen."""
     try:
         with urllib.request.urlopen(f"http://{METRICS_ADDRESS}/metrics", timeout=30) as page:
             text: str = page.read().decode()

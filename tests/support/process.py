@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Read from /proc QEMU's memory use and what the tool left in QEMU."""
+"""Read QEMU's memory use, and helpers that the tool left in QEMU, from /proc."""
 
 from __future__ import annotations
 

@@ -147,6 +147,9 @@ def test_whole_job_is_summed_up(sum_up: SumUp) -> None:
 def test_job_without_results_failed(
     runner: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Check a job without results.json, which avocado omits if it finds no test."""
+    """Check that a job counts as failed if avocado writes no results.json.
+
+    avocado does not write this file if it finds no test.
+    """
     assert runner.sum_up([tmp_path]) == 1
     assert "ran no test" in capsys.readouterr().out

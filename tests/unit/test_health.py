@@ -28,7 +28,7 @@ def test_healthy_guest_passes() -> None:
 
 @pytest.mark.parametrize("state", ["degraded", "starting", "", "not running"])
 def test_other_states_are_unhealthy(state: str) -> None:
-    with pytest.raises(UnhealthyGuestError, match="the state of the guest.s systemd is"):
+    with pytest.raises(UnhealthyGuestError, match="the state of the guest's systemd is"):
         check_health(shell(state=state))
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test that a wait for QEMU's answer can be cancelled while the answer arrives.
 
-asyncio.wait_for() of Python 3.11 loses such a cancellation. The bug made a run that had finished
-query QEMU's migration status forever.
+asyncio.wait_for() of Python 3.11 loses such a cancellation. Because of this bug, a finished run
+continued to query QEMU's migration status forever.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def test_helper_fits_in_one_page() -> None:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Compile and link the helper as build.py does; yield the directory."""
+    """Compile and link the helper as build.py does, and yield the directory."""
     directory = tmp_path_factory.mktemp("helper")
     source = NATIVE / "ptrace/helper.c"
     tool("cc", *HELPER_FLAGS, f"-I{NATIVE}", "-c", source, "-o", directory / "helper.o")

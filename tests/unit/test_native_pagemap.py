@@ -67,7 +67,7 @@ class Area:
 
 
 class Scanner:
-    """The C functions of the scanner, applied to a pagemap or to a file like it."""
+    """The C functions of the scanner, for a pagemap or a file that simulates one."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -106,7 +106,10 @@ def real() -> Iterator[Scanner]:
 
 @pytest.fixture
 def entries_only(real: Scanner) -> Iterator[Callable[[Area], Scanner]]:
-    """Yield a function that copies pagemap entries to a file, without PAGEMAP_SCAN."""
+    """Yield a function that copies pagemap entries to a plain file.
+
+    A plain file does not support PAGEMAP_SCAN.
+    """
     fd = os.memfd_create("pagemap")
 
     def copy(area: Area) -> Scanner:
@@ -219,8 +222,7 @@ def test_huge_page_counts_in_full(scanner_of: ScannerOf) -> None:
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 7, 64, 2000])
 def test_fragmented_map_is_read_in_any_chunk_size(scanner_of: ScannerOf, at_once: int) -> None:
-    """Check that no range is lost or repeated if one call cannot return all ranges.
-    """
+    """Check that no range is lost or repeated if one call cannot return all ranges."""
     area = Area(3000)
     area.write(*range(1, 3000, 2))
     scanner = scanner_of(area)
@@ -265,9 +267,9 @@ sys.stdin.read()
 
 @pytest.fixture
 def child() -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """Yield a process that has written to 64 MiB of memory, and the memory's address.
+    """Yield a process with 64 MiB of memory, and the memory's address.
 
-    It has written the first 4 MiB, one page at 32 MiB, and one page at 48 MiB.
+    The process has written the first 4 MiB, one page at 32 MiB, and one page at 48 MiB.
     """
     process = subprocess.Popen(
         [sys.executable, "-c", VICTIM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -316,7 +318,7 @@ def test_distant_gaps_stay_separate() -> None:
 
 
 def test_memory_use_is_constant() -> None:
-    """Check that 25,000 ranges, returned one at a time, need little memory."""
+    """Check that returning 25,000 ranges one at a time needs little memory."""
     area = Area(50_000)
     area.write(*range(0, 50_000, 2))
     with Pagemap(Process.find(os.getpid())) as pagemap:

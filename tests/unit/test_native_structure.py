@@ -160,7 +160,7 @@ def test_state_is_changed_only_by_documented_files() -> None:
 @pytest.mark.parametrize("name", [n for n in ORDER if n not in HEADERS_ONLY])
 def test_calls_point_down(objects: Mapping[str, Object], name: str) -> None:
     if name not in objects:
-        pytest.skip("a header without a source file")
+        pytest.skip("this header has no source file")
     below = ORDER[: ORDER.index(name)]
     reachable = {s for n in below if n in objects for s in objects[n].defined}
     used = {symbol for symbol in objects[name].undefined if symbol.startswith("pf_")}

@@ -482,7 +482,7 @@ def become_nobody() -> None:
 def nobody() -> Iterator[ProcessPoolExecutor]:
     """Yield an executor that runs functions as another user.
 
-    It forks its processes, because that user may not be able to read Python's files.
+    The executor forks its processes, because that user may not be able to read Python's files.
     """
     from qemu_prefault import _native  # noqa: F401, PLC0415
 

@@ -125,7 +125,7 @@ def test_arguments_matter() -> None:
 def test_memory_deny_write_execute() -> None:
     """Evaluate the filter of systemd's MemoryDenyWriteExecute=.
 
-    It denies mprotect() with PROT_EXEC, and mmap() with both PROT_WRITE and PROT_EXEC.
+    The filter denies mprotect() with PROT_EXEC, and mmap() with both PROT_WRITE and PROT_EXEC.
     """
     calls = required_calls([], area=1 << 44, gadget=0)
     assert denied([parsed("kill", "10", "9:2=6", "9:2=7")], calls) == ()
@@ -142,7 +142,7 @@ def test_truncated_filters_are_refused() -> None:
 
 
 def test_random_programs() -> None:
-    """Check that a random program is evaluated or raises BadFilterError."""
+    """Check that a random program returns a value or raises BadFilterError."""
     chance = random.Random(17)
     for _ in range(5000):
         program = [
