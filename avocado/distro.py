@@ -67,7 +67,7 @@ class DistroTest(PrefaultTest):
         return overlay
 
     def boot(self, **options: Any) -> tuple[SystemGuest, Sample]:
-        """Boot a new guest and log in. Return the guest and the sample of its boot."""
+        """Boot a new guest and log in. Return the guest and the measurements of its boot."""
         guest = self.start(self.blank(), **options)
         stopwatch = Stopwatch(guest, from_its_start=True)
         guest.wait_login()
@@ -143,7 +143,7 @@ class DistroTest(PrefaultTest):
 
     @fail_on(QemuPrefaultError)
     def test_boot(self) -> None:
-        """Boot with the plugin, and compare the faults until the login prompt."""
+        """Boot to the login prompt with the plugin, and compare the numbers of faults."""
         saved = self.saved()
         guest, with_ = self.boot(plugin=[])
         self.wait_kept(guest)
@@ -223,7 +223,7 @@ class DistroTest(PrefaultTest):
 
     @fail_on(QemuPrefaultError)
     def test_hotplug(self) -> None:
-        """Write to two plugged DIMMs, the second of which is prefaulted first."""
+        """Plug two DIMMs, and prefault only the second one before the guest writes to it."""
         if not self.can_plug:
             self.cancel(f"{self.hardware['machine']} has no slots for memory hotplug")
         saved = self.saved()

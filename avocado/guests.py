@@ -150,7 +150,7 @@ class PrefaultTest(Test):
         return guest
 
     def wait_kept(self, guest: SystemGuest) -> dict[str, Any]:
-        """Wait until the plugin has prefaulted all memory, and return its status."""
+        """Wait until the plugin has prefaulted all memory. Return the plugin's status."""
         deadline = time.monotonic() + 300
         while (status := guest.control("status"))["pending"]:
             self.assertLess(time.monotonic(), deadline, status)

@@ -143,7 +143,7 @@ def read_history(directory: Path = HISTORY) -> tuple[Mapping[str, tuple[str, ...
 
 
 def current_ids(node: str, history: Iterable[Mapping[str, tuple[str, ...]]]) -> tuple[str, ...]:
-    """Return the current node ids of an old one, without duplicates.
+    """Return the current node ids for an old node id, without duplicates.
 
     A table may list a parametrized test as a whole (``file::test``) or case by case
     (``file::test[case]``).

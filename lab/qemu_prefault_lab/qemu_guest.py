@@ -264,7 +264,10 @@ class QemuGuest:
         return text
 
     def wait_event(self, *names: str, timeout: float = 60.0) -> dict[str, Any]:
-        """Return the first event with one of these names. Wait for it if necessary."""
+        """Wait for an event with one of these names, and return it.
+
+        If such events have arrived already, return the first one.
+        """
         return self.monitor.wait_event(*names, timeout=timeout)
 
     def save(self, path: Path, timeout: float = 120.0) -> None:

@@ -59,7 +59,10 @@ class Qmp:
         self._answer("getfd", time.monotonic() + 60.0)
 
     def wait_event(self, *names: str, timeout: float = 60.0) -> dict[str, Any]:
-        """Return the first event with one of these names. Wait for it if necessary."""
+        """Wait for an event with one of these names, and return it.
+
+        If such events have arrived already, return the first one.
+        """
         deadline = time.monotonic() + timeout
         while True:
             for index, event in enumerate(self.events):

@@ -58,7 +58,7 @@ CASES: Final = tuple(DemoCase(moment, way) for moment in ("boot", "restore") for
 
 @dataclass(frozen=True)
 class Cost:
-    """The durations of populating and prefaulting in seconds, as the agent measured."""
+    """The durations of populating and prefaulting in seconds, which helpers measure."""
 
     populate: float = 0.0
     prefault: float = 0.0

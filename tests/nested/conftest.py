@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=100, help="number of times to kill the tool")
-    parser.addoption("--boots", type=int, default=6, help="number of guests of a campaign")
+    parser.addoption("--boots", type=int, default=6, help="number of guests in a campaign")
     parser.addoption(
         "--agents", help="a list of agents to test, from attach,plugin,qmp (default: attach)"
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test on any KVM that a running Linux guest keeps running and keeps its memory.
 
-If KVM does not support the ioctl (``npt=0``, old kernels), the tests check the error and the effect
-of ``--populate-only``. They also check that the refused run has no side effects.
+On old kernels and with ``npt=0``, KVM does not support the ioctl. There, the tests check the error
+and the effect of ``--populate-only``. They also check that the refused run has no side effects.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.any_agent
 
 
 class ThrottledRun:
-    """A run of the tool, which is slowed down after it has begun to prefault.
+    """A run of the tool whose threads are slowed down after prefaulting has begun.
 
     Until :meth:`finish`, the threads in QEMU that prefault get almost no CPU time.
     """
@@ -143,7 +143,7 @@ def test_migration_started(
     options: tuple[str, ...],
     throttled_run: StartRun,
 ) -> None:
-    """Check that the tool does not start a guest while it is migrated away."""
+    """Check that the tool does not start a guest while the guest is migrated away."""
     guest = make_restored_guest()
     run = throttled_run(guest, *options)
     guest.qmp("migrate-set-parameters", max_bandwidth=1 << 16)

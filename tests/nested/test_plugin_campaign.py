@@ -33,7 +33,7 @@ RESET_VECTOR = "0xea"  # a far jump
 
 
 class Campaign:
-    """A guest, and actions that may interfere with it at any time."""
+    """A guest, and actions that may interfere with prefaulting at any time."""
 
     def __init__(self, moments: random.Random) -> None:
         self.moments = moments

@@ -15,7 +15,7 @@ ALL = (32 + OTHER_MIB - 1) << 20  # the bytes of a default guest's RAM, without 
 
 
 def faults_of_first_pass(guest: Guest) -> int:
-    """Resume the guest. Return its stage-2 faults after it has written its memory."""
+    """Resume the guest, let it write its memory, and return its stage-2 faults."""
     guest.qmp("cont")
     return faults_of_pass(guest)
 

@@ -278,7 +278,7 @@ def test_foreign_pid_is_refused(vm: QemuVm) -> None:
 
 
 def test_main_thread_as_vcpu_is_harmless(through: Through, vm: QemuVm) -> None:
-    """Check that QEMU survives if its main thread is reported as a vCPU.
+    """Check that QEMU survives if the proxy reports its main thread as a vCPU.
 
     The main thread waits in ppoll() instead of a futex.
     """
