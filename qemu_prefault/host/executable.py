@@ -26,7 +26,7 @@ def is_static(path: str) -> bool:
     try:
         with open(path, "rb") as file:
             return _elf_is_static(file)
-    except (OSError, struct.error):
+    except (OSError, ValueError, struct.error):  # ValueError: an offset that no file has
         return False
 
 
@@ -72,7 +72,7 @@ def script_interpreter(path: str) -> str | None:
         try:
             with open(path, "rb") as file:
                 line = file.read(256).partition(b"\n")[0]
-        except OSError:
+        except (OSError, ValueError):  # ValueError: the path contains a null byte
             return None
         if not line.startswith(b"#!") or not line[2:].split():
             return path if depth else None

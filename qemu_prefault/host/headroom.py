@@ -13,9 +13,12 @@ import re
 from collections.abc import Callable, Sequence
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass
+from typing import Final
 
 from . import procfs
 from .procfs import Process, parse_number, read_file, read_optional
+
+PATH_MAX: Final = 4096  # include/uapi/linux/limits.h
 
 
 def parse_cgroups(text: str) -> dict[str, str]:
@@ -117,7 +120,7 @@ def cgroup_directories(
     """
     unified = controller not in groups
     path = groups.get(controller, groups.get(""))
-    if path is None:
+    if path is None or len(path) >= PATH_MAX:
         return []
     for mount in mounts:
         fits = (

@@ -8,10 +8,11 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-from .procfs import Process
+from .procfs import Process, parse_number
 
 KMSG: Final = "/dev/kmsg"
 MAX_RECORDS: Final = 100_000
+MAX_TEXT: Final = 2048  # PRINTK_MESSAGE_MAX, kernel/printk/internal.h
 
 
 def read_log() -> list[str]:
@@ -50,7 +51,6 @@ def find_cause(records: Iterable[str], pid: int, since: float) -> str | None:
     kinds = (
         rf"[Kk]illed process {pid} ",  # oom_kill_process(), mm/oom_kill.c
         rf"\[{pid}\]: segfault at |\[{pid}\] general protection ",
-        rf"type=1326 .*\bpid={pid} .*\bsig=(?!0 )\d+ ",  # seccomp's audit record
         rf"\bMCE: Killing \S*:{pid} ",  # kill_proc(), mm/memory-failure.c
     )
     pattern = re.compile("|".join(kinds))
@@ -58,9 +58,20 @@ def find_cause(records: Iterable[str], pid: int, since: float) -> str | None:
     for record in records:
         head, _, text = record.partition(";")
         fields = head.split(",")
-        text = text.split("\n")[0]
-        if len(fields) < 3 or not fields[2].isdecimal() or int(fields[2]) / 1e6 < since:
+        text = text.split("\n")[0][:MAX_TEXT]
+        microseconds = parse_number(fields[2]) if len(fields) > 2 else None
+        if microseconds is None or microseconds / 1e6 < since:
             continue
-        if pattern.search(text):
+        if pattern.search(text) or _is_seccomp_kill(text, pid):
             found = text
     return found
+
+
+def _is_seccomp_kill(text: str, pid: int) -> bool:
+    """Return whether a message is the audit record of a process that a seccomp filter killed."""
+    words = text.split()
+    return (
+        "type=1326" in words  # AUDIT_SECCOMP, include/uapi/linux/audit.h
+        and f"pid={pid}" in words
+        and any(word.startswith("sig=") and word != "sig=0" for word in words)
+    )

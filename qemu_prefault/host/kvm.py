@@ -48,7 +48,7 @@ class Capability:
 def parameter(module: str, name: str) -> str | None:
     """Return a module parameter from sysfs (``Y``, ``N``, ``1`` …), or None."""
     try:
-        return Path(f"/sys/module/{module}/parameters/{name}").read_text().strip()
+        return Path(f"/sys/module/{module}/parameters/{name}").read_text(errors="replace").strip()
     except OSError:
         return None
 
@@ -113,6 +113,9 @@ class BinaryStats:
     :raises OSError: The descriptor cannot be read, or is not a statistics descriptor.
     """
 
+    #: KVM has about 60 counters, with names of 48 bytes (KVM_STATS_NAME_SIZE).
+    _MAX_COUNTERS, _MAX_NAME, _MAX_DATA = 4096, 256, 1 << 20
+
     _HEADER = struct.Struct("<6I")  # struct kvm_stats_header
     _DESCRIPTOR = struct.Struct("<IhHII")  # struct kvm_stats_desc; the name follows it
 
@@ -120,19 +123,35 @@ class BinaryStats:
         self.fd = fd
         header = os.pread(fd, self._HEADER.size, 0)
         if len(header) != self._HEADER.size:
-            raise OSError(errno.EINVAL, "not a KVM statistics descriptor")
+            raise self._malformed()
         _, name_size, count, _, at, self._data = self._HEADER.unpack(header)
+        if name_size > self._MAX_NAME or not 0 < count <= self._MAX_COUNTERS:
+            raise self._malformed()
         size = self._DESCRIPTOR.size + name_size
         table = os.pread(fd, size * count, at)
+        if len(table) != size * count:
+            raise self._malformed()
         self._offsets: dict[str, int] = {}
         for start in range(0, len(table), size):
-            name = table[start + self._DESCRIPTOR.size : start + size].split(b"\0")[0].decode()
-            self._offsets[name] = self._DESCRIPTOR.unpack_from(table, start)[3]
+            name = table[start + self._DESCRIPTOR.size : start + size].split(b"\0")[0]
+            offset = self._DESCRIPTOR.unpack_from(table, start)[3]
+            self._offsets[name.decode(errors="replace")] = offset
         self._length = max(self._offsets.values()) + 8
+        if self._length > self._MAX_DATA:
+            raise self._malformed()
+
+    @staticmethod
+    def _malformed() -> OSError:
+        return OSError(errno.EINVAL, "not a KVM statistics descriptor")
 
     def read(self, *names: str) -> list[int]:
-        """Return the values of counters, all read at one time. Unknown counters are 0."""
+        """Return the values of counters, all read at one time. Unknown counters are 0.
+
+        :raises OSError: The descriptor cannot be read.
+        """
         data = os.pread(self.fd, self._length, self._data)
+        if len(data) != self._length:
+            raise self._malformed()
         offsets = [self._offsets.get(name) for name in names]
         return [0 if at is None else int(struct.unpack_from("<Q", data, at)[0]) for at in offsets]
 

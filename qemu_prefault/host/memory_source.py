@@ -29,10 +29,12 @@ from .headroom import (
     memory_headroom,
     parse_key_values,
 )
-from .procfs import MemoryMapping, Process, parse_number, read_optional
+from .procfs import MemoryMapping, Process, parse_number, parse_number_list, read_optional
 
 NODES: Final = Path("/sys/devices/system/node")
 MIN_FREE: Final = Path("/proc/sys/vm/min_free_kbytes")
+#: CONFIG_NODES_SHIFT is 10 at most.
+MAX_NODES: Final = 1024
 #: Maximum number of files of a file system to examine.
 MAX_FILES: Final = 10_000
 #: File systems whose files exist only in memory, in pages of the usual size.
@@ -104,14 +106,7 @@ class MemorySource:
 
 def parse_node_list(text: str) -> tuple[int, ...]:
     """Return the numbers of a kernel list such as ``0-2,5``; empty for other text."""
-    found: list[int] = []
-    for part in text.strip().split(","):
-        match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part)
-        if match is None:
-            return ()
-        first, last = int(match[1]), int(match[2] or match[1])
-        found += range(first, last + 1)
-    return tuple(found)
+    return parse_number_list(text, MAX_NODES)
 
 
 def confining_nodes(process: Process, bound: Sequence[int]) -> tuple[int, ...]:

@@ -9,25 +9,22 @@ of a busy real-time vCPU, it would get no CPU time.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from . import procfs
 from .headroom import Mount, cgroup_directories, parse_cgroups, parse_mountinfo
-from .procfs import Process, gone, read_optional
+from .procfs import Process, gone, parse_number_list, read_optional
 
 CAP_SYS_NICE: Final = 23  # include/uapi/linux/capability.h
+MAX_CPUS: Final = 8192  # CONFIG_NR_CPUS, arch/x86/Kconfig
 NODES: Final = "/sys/devices/system/node"
 REAL_TIME: Final = frozenset({os.SCHED_FIFO, os.SCHED_RR, 6})  # 6: SCHED_DEADLINE
 
 
 def parse_cpu_list(text: str) -> frozenset[int]:
-    """Parse a list of CPUs or nodes in the kernel's format: ``0-3,8``."""
-    numbers: set[int] = set()
-    for first, last in re.findall(r"(\d{1,6})(?:-(\d{1,6}))?", text):
-        numbers |= set(range(int(first), int(last or first) + 1))
-    return frozenset(numbers)
+    """Parse a list of CPUs or nodes in the kernel's format, ``0-3,8``; empty for other text."""
+    return frozenset(parse_number_list(text, MAX_CPUS))
 
 
 def node_cpus() -> dict[int, frozenset[int]]:

@@ -100,7 +100,7 @@ def read_optional(path: str) -> str | None:
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             return file.read()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a path from another file contains a null character
         return None
 
 
@@ -152,7 +152,8 @@ def parse_status(text: str) -> Status:
     try:
         tgid = int(fields["Tgid"])
         uids, gids = (tuple(map(int, fields[key].split())) for key in ("Uid", "Gid"))
-        if len(uids) != 4 or len(gids) != 4:
+        ns_pids = tuple(map(int, fields.get("NSpid", fields.get("Pid", str(tgid))).split()))
+        if len(uids) != 4 or len(gids) != 4 or not ns_pids:
             raise malformed("/proc/PID/status", text)
         return Status(
             name=fields["Name"],
@@ -160,7 +161,7 @@ def parse_status(text: str) -> Status:
             tracer_pid=int(fields.get("TracerPid", "0")),
             uids=(uids[0], uids[1], uids[2], uids[3]),
             gids=(gids[0], gids[1], gids[2], gids[3]),
-            ns_pids=tuple(map(int, fields.get("NSpid", fields.get("Pid", str(tgid))).split())),
+            ns_pids=ns_pids,
             sig_blocked=int(fields["SigBlk"], 16),
             cap_effective=int(fields["CapEff"], 16),
             seccomp=int(fields.get("Seccomp", "0")),
@@ -214,8 +215,7 @@ class MemoryMapping:
 
 _MAPPING: Final = re.compile(
     r"([0-9a-f]{1,16})-([0-9a-f]{1,16}) ([r-][w-][x-][ps]) ([0-9a-f]{1,16}) "
-    r"([0-9a-f]{2,8}):([0-9a-f]{2,8}) ([0-9]{1,20}) *(.*)",
-    re.DOTALL,
+    r"([0-9a-f]{2,8}):([0-9a-f]{2,8}) ([0-9]{1,20}) *([^\0]*)",
 )
 
 
@@ -413,6 +413,25 @@ def parse_number(text: str | None) -> int | None:
     """Return the number in a file's text, or None for other text such as ``max``."""
     text = (text or "").strip()
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
+
+
+def parse_number_list(text: str, most: int) -> tuple[int, ...]:
+    """Return the numbers of a kernel list such as ``0-2,5``; empty for other text.
+
+    The kernel prints such a list in ascending order (bitmap_list_string(), lib/vsprintf.c).
+
+    :param most: The first number that is too large.
+    """
+    found: list[int] = []
+    for part in text.strip().split(","):
+        match = re.fullmatch(r"([0-9]{1,7})(?:-([0-9]{1,7}))?", part)
+        if match is None:
+            return ()
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last >= most or (found and first <= found[-1]):
+            return ()
+        found += range(first, last + 1)
+    return tuple(found)
 
 
 def thread_map(process: Process) -> dict[int, int]:

@@ -100,8 +100,12 @@ def pids_limits(cgroup: str, mountinfo: str) -> list[TaskLimit]:
 
 def parse_limits(text: str) -> dict[str, int]:
     """Return the soft limits of ``/proc/PID/limits`` by name, except unlimited ones."""
-    found = re.findall(r"^(Max [a-z -]+?)\s{2,}(\d{1,19})\s", text, re.MULTILINE)
-    return {name: int(value) for name, value in found}
+    limits = {}
+    for line in text.split("\n"):  # "%-25s %-20lu ": proc_pid_limits(), fs/proc/base.c
+        value = parse_number(line[26:47])
+        if value is not None:
+            limits[line[:26].rstrip()] = value
+    return limits
 
 
 def parse_pending(status: str) -> tuple[int, int] | None:

@@ -78,6 +78,8 @@ static bool has(const struct source_nodes *nodes, unsigned int node)
 
 int32_t pf_source_parse_nodes(const char *text, struct source_nodes *nodes)
 {
+	uint64_t next = 0; /* the kernel prints the numbers in ascending order */
+
 	memset(nodes, 0, sizeof(*nodes));
 	for (;;) {
 		uint64_t first, last;
@@ -91,8 +93,9 @@ int32_t pf_source_parse_nodes(const char *text, struct source_nodes *nodes)
 				break;
 			text += strspn(text, "0123456789");
 		}
-		if (last >= SOURCE_NODES_MAX)
+		if (first < next || last >= SOURCE_NODES_MAX)
 			break;
+		next = last + 1;
 		for (; first <= last; first++)
 			nodes->bits[first / 64] |= 1ull << first % 64;
 		if (!*text || *text == '\n')
