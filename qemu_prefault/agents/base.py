@@ -12,9 +12,11 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from ..errors import Code, FailedError
+
+MAX_ERRNO: Final = 4095  # include/linux/err.h
 
 
 class Kind(enum.IntEnum):

@@ -13,14 +13,15 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from ..errors import AgentError, Code, FailedError, RefusedError, UnsupportedError
+from ..errors import AgentError, Code, FailedError, LayoutError, RefusedError, UnsupportedError
 from ..host.procfs import Process, thread_names
-from .base import BatchResult, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
+from ..qemu.qapi import expect_array, expect_bool, expect_int, expect_object, expect_str
+from .base import MAX_ERRNO, BatchResult, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
 
 #: The version of the control socket's protocol.
 PROTOCOL: Final = 1
@@ -130,7 +131,7 @@ class Control:
         except BaseException:
             writer.close()
             raise
-        if status.get("plugin") != PROTOCOL:
+        if status.get("plugin") != PROTOCOL:  # status() expects this version's fields
             writer.close()
             raise UnsupportedError(
                 f"the plugin in QEMU (pid {pid}) and this qemu-prefault have different versions",
@@ -166,6 +167,82 @@ class Control:
                 code=Code.CONTROL_SOCKET,
             ) from None
 
+    async def status(self) -> dict[str, Any]:
+        """Return the plugin's status.
+
+        :raises AgentError: A field that this package uses is absent or has another type.
+        :raises FailedError: As for :meth:`ask`.
+        """
+        answer = await self.ask("status")
+        with self._well_formed():
+            for vcpu in expect_array(answer.get("vcpus"), "vcpus"):
+                expect_int(expect_object(vcpu, "an entry of vcpus").get("id"), "id of a vCPU")
+            for key in ("keeping", "pre_fault_memory"):
+                expect_bool(answer.get(key), key)
+            expect_str(answer.get("quirk"), "quirk")
+            if answer.get("held") is not None:
+                expect_str(answer["held"], "held")
+            answer.setdefault("held", None)
+            expect_int(answer.get("pending"), "pending")
+            counters = expect_object(answer.get("counters"), "counters")
+            for key in ("prefaulted", "again", "errors"):
+                expect_int(counters.get(key), f"counter {key}")
+        return answer
+
+    async def event(self) -> dict[str, Any]:
+        """Return the next event after the request ``follow`` (docs/reference/events.md).
+
+        :raises AgentError: The event is malformed.
+        :raises FailedError: As for :meth:`receive`.
+        """
+        event = await self.receive()
+        with self._well_formed():
+            expect_str(event.get("event"), "event")
+            for key in ("gpa", "size", "bytes", "populated", "pending", "remaining"):
+                if key in event:
+                    expect_int(event[key], f"{key} of an event")
+            for key in ("time", "seconds"):
+                if key in event:
+                    _expect_seconds(event[key], f"{key} of an event")
+        return event
+
+    async def done(
+        self, count: int, on_progress: Callable[[int], None]
+    ) -> tuple[list[tuple[int, int]], float]:
+        """Wait for the end of a batch.
+
+        :param count: The number of its ranges.
+        :returns: Bytes done and errno of each range, and the seconds that the batch took.
+        :raises AgentError: The answer is malformed.
+        :raises FailedError: As for :meth:`receive`.
+        """
+        while "done" not in (answer := await self.receive()):
+            if "progress" in answer:
+                with self._well_formed():
+                    progress = expect_int(answer["progress"], "progress")
+                on_progress(progress)
+        with self._well_formed():
+            ranges = []
+            for item in expect_array(answer["done"], "done"):
+                size, error = (*expect_array(item, "an entry of done"), None, None)[:2]
+                ranges.append(
+                    (expect_int(size, "bytes done"), expect_int(error, "an errno", 0, MAX_ERRNO))
+                )
+            if len(ranges) != count:
+                raise LayoutError(f"done has {len(ranges)} entries for {count} ranges")
+            return ranges, _expect_seconds(answer.get("seconds"), "seconds")
+
+    @contextlib.contextmanager
+    def _well_formed(self) -> Iterator[None]:
+        """Raise the error for a malformed answer if a check in the block fails."""
+        try:
+            yield
+        except LayoutError as error:
+            raise AgentError(
+                f"the plugin in QEMU (pid {self._pid}) sent a malformed answer: {error.cause}",
+                "report this",
+            ) from error
+
     def send(self, text: str) -> None:
         """Send a request without waiting for an answer."""
         self._writer.write(text.encode() + b"\n")
@@ -179,12 +256,14 @@ class Control:
         if not line.endswith(b"\n"):
             raise self._gone()
         try:
-            answer: dict[str, Any] = json.loads(line)
-        except ValueError as error:
+            found = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise AgentError(
                 f"the plugin in QEMU (pid {self._pid}) sent an answer that is not JSON",
                 "report this",
             ) from error
+        with self._well_formed():
+            answer = dict(expect_object(found, "the answer"))
         if "error" in answer:
             if answer.get("code") == BUSY:
                 raise RefusedError(
@@ -256,7 +335,7 @@ class PluginAgent:
         :raises AgentError: The plugin does not know a vCPU.
         """
         self._control = await Control.connect(self._socket, self.process.pid)
-        status = await self._control.ask("status")
+        status = await self._control.status()
         places = {vcpu["id"]: place for place, vcpu in enumerate(status["vcpus"])}
         for worker in self.workers:
             if worker.vcpu_id is None:  # a run that only populates can use any thread
@@ -300,12 +379,10 @@ class PluginAgent:
         self._working = True
         try:
             self._control.send("\n".join(request))
-            while "done" not in (answer := await self._control.receive()):
-                if "progress" in answer:
-                    on_progress(answer["progress"])
+            done, seconds = await self._control.done(len(items), on_progress)
         finally:
             self._working = False
-        return _sort(batch, items, answer["done"], answer["seconds"])
+        return _sort(batch, items, done, seconds)
 
     def abort(self) -> None:
         """See :meth:`.Agent.abort`."""
@@ -336,6 +413,12 @@ class PluginAgent:
         async with asyncio.timeout(self.limits.stuck + self.limits.dead_man):
             while batch_threads(self.process.pid):
                 await asyncio.sleep(0.005)
+
+
+def _expect_seconds(value: object, what: str) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1 << 35:
+        return float(value)
+    raise LayoutError(f"{what} is not a time")
 
 
 def _sort(

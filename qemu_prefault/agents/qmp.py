@@ -15,15 +15,27 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 from ..errors import AgentError, Code, CommandError, FailedError, RefusedError
 from ..qemu.memory_map import MemorySection
 from ..qemu.monitor import EventStream, Monitor
+from ..qemu.qapi import expect_array, expect_int, expect_object, expect_str
 from ..qemu.queries import MIGRATION_OVER, read_migration, read_status
-from .base import BatchResult, Kind, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
+from .base import (
+    MAX_ERRNO,
+    BatchResult,
+    Kind,
+    Limits,
+    OrphanCleanup,
+    Outcome,
+    Range,
+    VcpuThread,
+    Worker,
+)
 
 COMMAND: Final = "x-kvm-prefault-memory"
 QUERY: Final = "x-query-kvm-prefault"
@@ -64,6 +76,28 @@ def is_orphan(job: str) -> bool:
     return not Path("/proc", pid).exists()
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job of QEMU (``query-jobs``)."""
+
+    id: str
+    type: str
+    status: str
+    progress: int
+
+
+async def _read_jobs(monitor: Monitor) -> list[Job]:
+    jobs = []
+    for item in expect_array(await monitor.execute("query-jobs"), "query-jobs"):
+        entry = expect_object(item, "an entry of query-jobs")
+        id_, type_, status = (
+            expect_str(entry.get(key), f"{key} of query-jobs") for key in ("id", "type", "status")
+        )
+        progress = expect_int(entry.get("current-progress"), "current-progress of query-jobs")
+        jobs.append(Job(id_, type_, status, progress))
+    return jobs
+
+
 class QmpAgent:
     """The :class:`.Agent` that runs batches as jobs of QEMU."""
 
@@ -97,14 +131,13 @@ class QmpAgent:
 
     async def start(self) -> None:
         """Cancel and dismiss the jobs of qemu-prefault processes that were killed."""
-        jobs: Any = await self._monitor.execute("query-jobs")
-        for job in jobs:
-            if is_orphan(job["id"]):
-                if job["status"] not in OVER:
+        for job in await _read_jobs(self._monitor):
+            if is_orphan(job.id):
+                if job.status not in OVER:
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(END_SECONDS):
-                            await self._end(job["id"])
-                await self._dismiss(job["id"])
+                            await self._end(job.id)
+                await self._dismiss(job.id)
 
     async def run(
         self, batch: Mapping[int, Sequence[Range]], on_progress: Callable[[int], None]
@@ -169,17 +202,18 @@ class QmpAgent:
                 raise
             finally:
                 self._job = None
-        answer: Any = await self._monitor.execute_raw(QUERY, {"job-id": job})
+        answer = expect_object(await self._monitor.execute_raw(QUERY, {"job-id": job}), QUERY)
         await self._dismiss(job)
-        return _match([item for _, item in items], answer["ranges"], kind)
+        reported = expect_array(answer.get("ranges"), f"ranges of {QUERY}")
+        return _match([item for _, item in items], reported, kind)
 
     async def _explain(self, error: CommandError) -> FailedError | RefusedError:
         """Return an error for a job that QEMU refused.
 
         QEMU's errors have no codes, so the reason is derived from QEMU's state.
         """
-        jobs: Any = await self._monitor.execute("query-jobs")
-        if any(job["type"] == JOB_TYPE and job["status"] not in OVER for job in jobs):
+        jobs = await _read_jobs(self._monitor)
+        if any(job.type == JOB_TYPE and job.status not in OVER for job in jobs):
             return RefusedError(
                 "QEMU is prefaulting memory for another client",
                 "wait until its job has ended (query-jobs), or cancel it (job-cancel)",
@@ -215,16 +249,16 @@ class QmpAgent:
             try:
                 event = await events.get(PROGRESS_SECONDS)
             except TimeoutError:
-                jobs: Any = await self._monitor.execute("query-jobs")
-                mine = next((found for found in jobs if found["id"] == job), None)
+                jobs = await _read_jobs(self._monitor)
+                mine = next((found for found in jobs if found.id == job), None)
                 if mine is None:
                     raise AgentError(
                         f"QEMU's job {job} no longer exists",
                         "run qemu-prefault again; another QMP client dismissed the job "
                         "(job-dismiss)",
                     ) from None
-                on_progress(mine["current-progress"])
-                if mine["status"] in OVER:
+                on_progress(mine.progress)
+                if mine.status in OVER:
                     return
                 continue
             if event is None:
@@ -291,19 +325,27 @@ class QmpAgent:
         await asyncio.gather(*self._cancelling, return_exceptions=True)
 
 
-def _match(
-    items: Sequence[Range], reported: Sequence[Mapping[str, Any]], kind: Kind
-) -> list[Outcome]:
-    """Return the outcomes of ranges. QEMU reports a range in one or more pieces."""
+def _match(items: Sequence[Range], reported: Sequence[object], kind: Kind) -> list[Outcome]:
+    """Return the outcomes of ranges. QEMU reports a range in one or more pieces.
+
+    :raises LayoutError: The report is malformed or incomplete.
+    """
     pieces = iter(reported)
+    bytes_done = "mapped" if kind is Kind.STAGE2 else "populated"
     outcomes = []
     for item in items:
         size = done = error = 0
         while size < item.size:
-            piece = next(pieces)
-            size += piece["size"]
+            piece = expect_object(next(pieces, None), f"a range of {QUERY}")
+            sizes = {
+                key: expect_int(piece.get(key), f"{key} of {QUERY}")
+                for key in ("size", bytes_done, "absent")
+            }
+            size += sizes["size"]
             if not error:  # an outcome counts bytes from the start of the range to the first error
-                done += piece["mapped" if kind is Kind.STAGE2 else "populated"] + piece["absent"]
-                error = piece.get("error-number", 0)
+                done += sizes[bytes_done] + sizes["absent"]
+                error = expect_int(
+                    piece.get("error-number", 0), f"error-number of {QUERY}", 0, MAX_ERRNO
+                )
         outcomes.append(Outcome(item, min(done, item.size), error))
     return outcomes

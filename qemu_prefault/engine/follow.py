@@ -68,7 +68,7 @@ async def follow_plugin(process: Process, socket: Path) -> AsyncIterator[Event]:
         await control.ask("follow")
         while True:
             try:
-                yield await control.receive()
+                yield await control.event()
             except FailedError:
                 return
 

@@ -17,6 +17,7 @@ from ..agents.base import OrphanCleanup
 from ..errors import Code, CommandError, FailedError, MonitorError, QemuPrefaultError, RefusedError
 from ..host.procfs import Process
 from ..qemu.monitor import EventStream, Monitor
+from ..qemu.qapi import expect_array, expect_bool, expect_object, expect_str
 from ..qemu.queries import read_migration, read_status
 from .preflight import check_status
 from .resume_guard import ResumeGuard
@@ -125,9 +126,17 @@ async def check_no_postcopy(monitor: Monitor) -> None:
 
 
 async def _capabilities(monitor: Monitor) -> dict[str, bool]:
-    answer = await monitor.execute("query-migrate-capabilities")
-    items = answer if isinstance(answer, list) else []
-    return {str(item.get("capability")): bool(item.get("state")) for item in items}
+    what = "query-migrate-capabilities"
+    items = [
+        expect_object(item, f"an entry of {what}")
+        for item in expect_array(await monitor.execute(what), what)
+    ]
+    return {
+        expect_str(item.get("capability"), f"a capability of {what}"): expect_bool(
+            item.get("state"), f"a state of {what}"
+        )
+        for item in items
+    }
 
 
 async def _set_events(monitor: Monitor, state: bool) -> None:

@@ -119,7 +119,7 @@ async def _plugin(process: Process) -> Finding:
         )
     try:
         async with Control.open(socket, process.pid) as control:
-            status = await control.ask("status")
+            status = await control.status()
     except QemuPrefaultError as error:
         return Finding("plugin", "no", error.cause, error.remedy)
     state = (

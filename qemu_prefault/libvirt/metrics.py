@@ -137,7 +137,7 @@ class Metrics:
 
         async def ask() -> dict[str, Any]:
             async with Control.open(socket, process.pid) as control:
-                return await control.ask("status")
+                return await control.status()
 
         return asyncio.run(ask())
 

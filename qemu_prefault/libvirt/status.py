@@ -92,7 +92,7 @@ def _ask(name: str, uuid: str) -> tuple[dict[str, Any] | None, str]:
 
         async def ask() -> dict[str, Any]:
             async with Control.open(socket, process.pid) as control:
-                return await control.ask("status")
+                return await control.status()
 
         return asyncio.run(ask()), ""
     except QemuPrefaultError as error:
