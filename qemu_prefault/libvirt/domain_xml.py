@@ -249,7 +249,8 @@ class _Reader:
             raise _not_utf8()
         try:
             parser.Parse(self._xml, True)
-        except expat.ExpatError as error:
+        except (expat.ExpatError, LookupError, ValueError) as error:
+            # The last two: an encoding that Python does not know, or that expat does not support.
             raise InputError(
                 f"the input is not valid XML: {error}",
                 "pass the output of: virsh dumpxml --inactive DOMAIN",

@@ -6,9 +6,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 from ..errors import Code, FailedError, GoneError
-from ..host.procfs import Process
+from ..host.procfs import Process, parse_number
+
+PID_MAX: Final = 1 << 22  # PID_MAX_LIMIT, include/linux/threads.h
 
 
 def pid_files(name: str) -> Iterator[Path]:
@@ -27,11 +30,14 @@ def find_qemu(name: str, uuid: str) -> Process:
     problem = "libvirt wrote no pid file"
     for path in pid_files(name):
         try:
-            pid = int(path.read_text().strip())
-        except (FileNotFoundError, ValueError):
+            pid = parse_number(path.read_text(errors="replace"))
+        except (FileNotFoundError, ValueError):  # ValueError: the name contains a null character
             continue
         except OSError as error:
             problem = f"{path}: {error.strerror}"
+            continue
+        if pid is None or not 0 < pid <= PID_MAX:
+            problem = f"{path} contains no process id"
             continue
         try:
             process = Process.find(pid)

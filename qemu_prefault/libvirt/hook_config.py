@@ -105,7 +105,8 @@ def _in_file(config: Path, name: str) -> list[tuple[str, Mapping[str, Any]]]:
         text = tomllib.loads(config.read_text())
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    # TOMLDecodeError is a ValueError. Deep nesting raises RecursionError.
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{config} could not be read: {error}", "see docs/usage/libvirt.md for the format"
         ) from None
@@ -135,7 +136,7 @@ def _check(source: str, said: Any) -> None:
         if key == "wait":
             try:
                 fine = 0 < float(value) <= LONGEST_WAIT
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 fine = False
             wanted = f"numbers of seconds greater than 0, up to {LONGEST_WAIT:g}"
         elif key in known:
@@ -147,5 +148,11 @@ def _check(source: str, said: Any) -> None:
             )
         if not fine:
             raise InputError(
-                f"{key}={value!r} in {source} is not a valid value", f"the values are: {wanted}"
+                f"{key}={_shown(value)} in {source} is not a valid value",
+                f"the values are: {wanted}",
             )
+
+
+def _shown(value: object) -> str:
+    # str() refuses very long integers.
+    return "a very large number" if isinstance(value, int) and abs(value) >> 64 else repr(value)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..engine.probe import Finding, Findings, probe
-from ..errors import ExitStatus, QemuPrefaultError
+from ..errors import ExitStatus, LibvirtError, QemuPrefaultError
 from ..host.procfs import Process
 from . import domain_xml, install
 from .connection import connect, default_uri, errors, lookup, module
@@ -86,7 +86,7 @@ def _lsm(host_xml: bytes, process: Process | None, plugin: bool) -> Iterator[Fin
     if process is not None:
         try:
             path = Path(f"/proc/{process.pid}/attr/current")
-            label = path.read_text().strip("\0\n ")
+            label = path.read_text(errors="replace").strip("\0\n ")
         except OSError:
             label = ""
     if "apparmor" in models:
@@ -108,7 +108,14 @@ def _lsm(host_xml: bytes, process: Process | None, plugin: bool) -> Iterator[Fin
 def _security_models(host_xml: bytes) -> set[str]:
     from xml.etree import ElementTree  # noqa: PLC0415
 
-    return {e.text or "" for e in ElementTree.fromstring(host_xml).findall("host/secmodel/model")}
+    try:
+        root = ElementTree.fromstring(host_xml)
+    except (ElementTree.ParseError, LookupError, ValueError) as error:
+        raise LibvirtError(
+            f"libvirt describes this host in XML that cannot be parsed: {error}",
+            "see: virsh capabilities",
+        ) from None
+    return {e.text or "" for e in root.findall("host/secmodel/model")}
 
 
 def _apparmor(label: str, plugin: bool) -> Iterator[Finding]:
