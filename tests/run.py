@@ -59,8 +59,8 @@ class Suite:
         if self.command:
             return shlex.split(self.command)
         if self.tests:
-            marks = ["-m", self.marks] if self.marks else []
-            return ["python", "-m", "pytest", *PYTEST, f"--junit-xml={junit}", self.tests, *marks]
+            more = [*(["-m", self.marks] if self.marks else []), *shlex.split(self.options)]
+            return ["python", "-m", "pytest", *PYTEST, f"--junit-xml={junit}", self.tests, *more]
         wheels = os.environ.get("QEMU_PREFAULT_WHEELS", "").split()
         return [
             *("python", "-m", "qemu_prefault_lab", "pytest", "--variant", self.nested),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,20 @@ NATIVE = Path(qemu_prefault.__file__).parent / "native"
 _FLAGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}")
 
 
-def link_with_plugin(source: Path, output: Path, *flags: str) -> Path:
+def link_with_plugin(
+    source: Path,
+    output: Path,
+    *flags: str,
+    parts: Sequence[str] = ("plugin/*.c", "common/*.c"),
+) -> Path:
     """Compile a C file with the plugin's C files, and return the program's path.
 
     Skip the test if no C compiler is installed.
+
+    :param parts: Patterns of the files of the plugin.
     """
     if shutil.which("cc") is None:
         pytest.skip("cc is not installed")
-    parts = [*NATIVE.glob("plugin/*.c"), *NATIVE.glob("common/*.c")]
-    subprocess.run(["cc", *_FLAGS, *flags, source, *parts, "-o", output], check=True)
+    files = [path for part in parts for path in NATIVE.glob(part)]
+    subprocess.run(["cc", *_FLAGS, *flags, source, *files, "-o", output], check=True)
     return output
