@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A conformance suite for ``KVM_PRE_FAULT_MEMORY``, based on a minimal VMM.
+"""A conformance suite for ``KVM_PRE_FAULT_MEMORY``.
 
 The kernel's own selftest does not check that the ioctl maps pages. Each case of this suite creates
-a VM with a few pages of memory. It then checks KVM's counters, the faults that the guest takes
-when it reads or writes, and the contents of the guest's memory.
+a VM with a few pages of memory. The case then checks KVM's counters, the faults that the guest
+takes when it reads or writes, and the contents of the guest's memory. The suite uses a minimal VMM
+and does not need QEMU.
 
     abi.py           constants and structures of KVM's userspace API
     device.py        access to ``/dev/kvm`` and its ioctls
-    memory.py        kinds of host memory, and operations on them
+    memory.py        kinds of host memory and the operations on them
     guest_code.py    machine code of the guests' programs
     vmm.py           VMs, vCPUs and KVM's counters
     threads.py       background threads that run functions and guests
@@ -16,6 +17,6 @@ when it reads or writes, and the contents of the guest's memory.
     host_facts.py    features and settings of this host
     needs.py         requirements of cases
     runner.py        execution of each case in a separate process
-    results.py       output of the results as a table and as JSON
+    results.py       conversion of the results to a table and to JSON
     cases/           the cases, one or two modules per area
 """

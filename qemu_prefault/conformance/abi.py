@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Constants and structures of KVM's userspace API.
 
-They are copied from include/uapi/linux/kvm.h and arch/x86/include/uapi/asm/kvm.h, because the
+The values are copied from include/uapi/linux/kvm.h and arch/x86/include/uapi/asm/kvm.h, because the
 installed kernel headers are often older than the running kernel.
 """
 
@@ -80,7 +80,10 @@ _REGS = struct.Struct("<18Q")
 
 @dataclass(frozen=True)
 class Segment:
-    """A ``struct kvm_segment``. The default is a flat data segment of 4 GiB."""
+    """A ``struct kvm_segment``.
+
+    The default values describe a flat data segment of 4 GiB.
+    """
 
     base: int = 0
     limit: int = 0xFFFFFFFF
@@ -115,7 +118,7 @@ EFER_LME, EFER_LMA, EFER_SVME = 1 << 8, 1 << 10, 1 << 12
 
 @dataclass(frozen=True)
 class CpuMode:
-    """A CPU mode: the fields of ``struct kvm_sregs`` that differ between modes."""
+    """The fields of ``struct kvm_sregs`` that differ between CPU modes."""
 
     code: Segment
     data: Segment
@@ -125,7 +128,7 @@ class CpuMode:
     efer: int = 0
 
     def pack(self) -> bytes:
-        """Return the mode as a ``struct kvm_sregs``."""
+        """Return a ``struct kvm_sregs`` that contains these fields."""
         segments = [self.code, *[self.data] * 5, _TASK, _LDT]
         return b"".join(segment.pack() for segment in segments) + _SREGS_TAIL.pack(
             0, 0xFFFF, 0, 0xFFFF, self.cr0, 0, self.cr3, self.cr4, 0, self.efer, 0xFEE00900,
@@ -151,7 +154,10 @@ REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",
 
 
 def pack_regs(**values: int) -> bytes:
-    """Return a ``struct kvm_regs``. The default of ``rflags`` is 2, of all others 0."""
+    """Return a ``struct kvm_regs`` with the given values.
+
+    The default of ``rflags`` is 2. The default of every other register is 0.
+    """
     values = {"rflags": 2, **values}
     return _REGS.pack(*(values.get(name, 0) for name in REGISTERS))
 

@@ -19,11 +19,11 @@ HANG_SECONDS = 0.3
 
 
 def ioctl(fd: int, request: int, argument: int | bytearray | bytes = 0) -> int:
-    """Issue an ioctl and return its result.
+    """Issue an ioctl and return the result of the system call.
 
-    :param argument: an integer, or a buffer whose address is passed to the kernel. The kernel can
-        write to a bytearray.
-    :raises OSError: the ioctl failed.
+    :param argument: an integer, or a buffer whose address is passed to the kernel. Pass a
+        bytearray if the kernel writes to the buffer.
+    :raises OSError: if the ioctl fails.
     """
     value = argument if isinstance(argument, int) else address_of(argument)
     answer = int(lib.pf_vmm_ioctl(fd, request, value))
@@ -39,7 +39,7 @@ def address_of(data: bytearray | bytes) -> int:
 
 @functools.cache
 def kvm_fd() -> int:
-    """Return a descriptor of /dev/kvm."""
+    """Return a file descriptor of ``/dev/kvm``, which is opened only once."""
     lib.pf_vmm_init()
     return os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Checks that the cases use. A failed check raises :class:`Unexpected`."""
+"""Checks that the cases use.
+
+A failed check raises :class:`Unexpected`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ class Unexpected(Exception):
 def error_name(number: int) -> str:
     """Return the name of an errno, or "success" for 0.
 
-    ``errno.errorcode`` has the synonym ENOTSUP for EOPNOTSUPP, and may not have EHWPOISON.
+    ``errno.errorcode`` contains the synonym ENOTSUP instead of EOPNOTSUPP, and may not contain
+    EHWPOISON.
     """
     if number in _NAMES:
         return _NAMES[number]
@@ -34,7 +38,7 @@ def expect(condition: object, text: str) -> None:
 def expect_equal(seen: object, wanted: object, what: str) -> None:
     """Raise :class:`Unexpected` if the two values differ.
 
-    :param what: what the values are, for the message.
+    :param what: the first part of the message, which names the values or states the problem.
     """
     if seen != wanted:
         raise Unexpected(f"{what}: got {seen}, expected {wanted}")

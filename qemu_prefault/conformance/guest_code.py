@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Machine code of the programs that the guests run.
 
-Code without the suffix ``_32`` or ``_64`` runs in both modes. ``rsi`` holds the first address,
-``rdx`` the stride in bytes and ``rcx`` the number of pages. A program that ends writes to an I/O
-port: in every mode, this makes KVM_RUN return.
+Code without the suffix ``_32`` or ``_64`` runs in 32-bit mode and in 64-bit mode. ``rsi`` holds
+the first address, ``rdx`` the stride in bytes and ``rcx`` the number of pages. The last instruction
+of a program writes to an I/O port, because this makes KVM_RUN return in every mode. Some programs
+run in an endless loop instead.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def identity_tables(at: int, up_to: int) -> bytes:
     nested walks as user accesses.
 
     :param at: the guest address where the caller stores the tables.
-    :param up_to: the address in bytes up to which memory is mapped.
+    :param up_to: the number of bytes that the tables map, rounded up to a multiple of 512 GiB.
     """
     count = -(-up_to // (512 * GIB))
     top = [at + PAGE_SIZE * (1 + n) | _PRESENT_RW_USER for n in range(count)]
@@ -71,7 +72,10 @@ _VMCB_INTERCEPT_VMRUN = 1 << 0
 def vmcb(*, rip: int, cr3: int, nested_cr3: int | None) -> bytes:
     """Return a VMCB (AMD APM volume 2, appendix B) for 64-bit code at ``rip``.
 
-    :param nested_cr3: the guest address of the nested page tables; None disables nested paging.
+    :param rip: the guest address of the first instruction.
+    :param cr3: the guest address of the page tables.
+    :param nested_cr3: the guest address of the nested page tables, or None to disable nested
+        paging.
     """
     page = bytearray(PAGE_SIZE)
     struct.pack_into("<I", page, 0x010, _VMCB_INTERCEPT_VMRUN)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Features and settings of this host that the cases depend on."""
+"""Features and settings of this host on which the cases depend."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from .vmm import KvmVm
 class HostFacts:
     """The kernel release, and the features and settings of the kernel and KVM.
 
-    :ivar capability: KVM reports KVM_CAP_PRE_FAULT_MEMORY.
-    :ivar refusal: the errno of a valid prefault; 0 if it succeeds.
+    :ivar capability: True if KVM reports KVM_CAP_PRE_FAULT_MEMORY.
+    :ivar refusal: the errno with which a valid prefault fails, or 0 if the prefault succeeds.
     :ivar paging: ``NPT``, ``EPT`` or ``shadow``.
-    :ivar tdp_mmu: KVM uses the TDP MMU (``kvm.tdp_mmu``).
-    :ivar ad_bits: stage-2 entries have accessed and dirty bits. False with ``kvm_intel.eptad=0``.
-    :ivar thp: transparent huge pages are enabled.
+    :ivar tdp_mmu: True if KVM uses the TDP MMU (``kvm.tdp_mmu``).
+    :ivar ad_bits: True if stage-2 entries have accessed and dirty bits. With
+        ``kvm_intel.eptad=0``, they do not have these bits.
+    :ivar thp: True if transparent huge pages are enabled.
     :ivar hugepages: the numbers of free 2 MiB and 1 GiB hugetlb pages.
     """
 
@@ -49,7 +50,7 @@ class HostFacts:
 
     @property
     def mode(self) -> str:
-        """The name of the paging mode for the output."""
+        """The paging mode, as the commands print it."""
         if self.paging == "shadow":
             return "shadow paging"
         return self.paging + ("" if self.tdp_mmu else ", tdp_mmu=0")
@@ -71,17 +72,17 @@ def _on(value: str | None) -> bool:
 
 
 def read_host_facts() -> HostFacts:
-    """Read the facts from the kernel.
+    """Return the features and settings of this host.
 
-    :raises UnsupportedError: /dev/kvm cannot be opened.
+    :raises UnsupportedError: if ``/dev/kvm`` cannot be opened.
     """
     try:
         kvm_fd = device.kvm_fd()
     except OSError as error:
         raise UnsupportedError(
             f"/dev/kvm cannot be opened: {error.strerror}",
-            "if KVM is absent, load kvm_amd or kvm_intel or enable virtualization in the firmware; "
-            "if permission is denied, run as root or in group kvm",
+            "if KVM is absent, load kvm_amd or kvm_intel, or enable virtualization in the "
+            "firmware. If permission is denied, run as root or in group kvm",
             code=Code.NO_KVM,
         ) from error
 
@@ -111,7 +112,7 @@ def read_host_facts() -> HostFacts:
 
 
 def _refusal() -> int:
-    """Return the errno of a valid prefault of a present page, or 0 if it succeeds."""
+    """Prefault a present page, and return the errno, or 0 if the ioctl succeeds."""
     vm = KvmVm()
     vcpu = vm.vcpu()
     arguments = bytearray(struct.pack("<8Q", 0, PAGE_SIZE, *[0] * 6))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Kinds of host memory, and operations on them."""
+"""Kinds of host memory and the operations on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POPULATE_READ, POPULATE_WRITE, COLLAPSE, HWPOISON = 22, 23, 25, 100
 def system_call(number: int, *arguments: int) -> int:
     """Make a system call and return its result.
 
-    :raises OSError: the system call failed.
+    :raises OSError: if the system call fails.
     """
     answer = int(lib.pf_vmm_syscall(number, *arguments, *[0] * (6 - len(arguments))))
     if answer < 0:
@@ -90,12 +90,12 @@ class Memory:
         return [self.word(offset) for offset in range(0, self.size, stride)]
 
     def write(self, stride: int = PAGE_SIZE) -> None:
-        """Write a unique value to the first word of each page."""
+        """Write a different value to the first 32-bit word of each page."""
         for offset in range(0, self.size, stride):
             self.put(offset, struct.pack("<I", 0x1000 + offset // PAGE_SIZE))
 
     def read(self, stride: int = PAGE_SIZE) -> None:
-        """Read the first word of each page."""
+        """Read the first 32-bit word of each page."""
         self.words(stride)
 
     def populate(self) -> None:
@@ -111,7 +111,7 @@ def small(size: int) -> Memory:
 
 
 def thp(size: int) -> Memory:
-    """Return anonymous memory with MADV_HUGEPAGE."""
+    """Return anonymous memory that is advised with MADV_HUGEPAGE."""
     memory = Memory(size)
     memory.advise(WITH_HUGEPAGES)
     return memory
@@ -124,14 +124,14 @@ def memfd(size: int, *, shared: bool = True) -> Memory:
 
 
 def memfd_with_contents(size: int, *, shared: bool) -> Memory:
-    """Return a mapping of a memfd whose pages are in the page cache but not mapped."""
+    """Return an untouched mapping of a memfd whose pages are in the page cache."""
     source = memfd(size)
     source.write()
     return Memory(size, fd=source.fd, shared=shared)
 
 
 def file_private(size: int) -> Memory:
-    """Return a private mapping of this process's C library, a file on a disk."""
+    """Return a private mapping of the file that holds this process's C library."""
     path = next(
         line.split(None, 5)[5]
         for line in Path("/proc/self/maps").read_text().splitlines()
@@ -157,8 +157,10 @@ _UFFD_FEATURE_PAGEFAULT_FLAG_WP = 1
 class Userfault:
     """A userfaultfd for a memory mapping.
 
-    A thread that touches a missing page, or writes to a write-protected one, waits until the fault
-    is resolved.
+    A thread that touches a missing page waits until :meth:`resolve` maps the page.
+
+    :param write_protect: True to make a thread wait when it writes to a write-protected page, and
+        not when it touches a missing page.
     """
 
     def __init__(self, memory: Memory, *, write_protect: bool = False) -> None:
@@ -181,7 +183,7 @@ class Userfault:
         self._call(_UFFDIO_WRITEPROTECT, struct.pack("<3Q", *span, 1 if on else 0))
 
     def wait(self) -> int:
-        """Wait for a fault and return the offset of its page in bytes."""
+        """Wait for a fault, and return the offset of the faulting page in bytes."""
         message = os.read(self.fd, 32)
         return int(struct.unpack_from("<Q", message, 16)[0] & -PAGE_SIZE) - self.memory.address
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Requirements of cases.
+"""Functions that check the requirements of cases.
 
-Each function checks one requirement. It returns the reason if the host does not meet the
-requirement, and an empty string if it does.
+Each function checks one requirement. If the host does not meet the requirement, the function
+returns the reason. Otherwise it returns an empty string.
 """
 
 from __future__ import annotations

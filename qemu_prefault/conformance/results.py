@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Output of the results as a table and as JSON."""
+"""Functions that convert results to a table and to JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def exit_status(results: Sequence[CaseResult]) -> ExitStatus:
 
 
 def to_json(host: HostFacts, results: Sequence[CaseResult], seconds: float) -> dict[str, Any]:
-    """Return the results as a JSON object. Its field ``exit`` is the exit status."""
+    """Return the results as a JSON object.
+
+    :param seconds: the duration of the run.
+    """
     return {
         "schema": 1,
         "host": {**asdict(host), "mode": host.mode},
@@ -44,7 +47,7 @@ def to_json(host: HostFacts, results: Sequence[CaseResult], seconds: float) -> d
 
 
 def counts(results: Sequence[CaseResult]) -> dict[str, int]:
-    """Return the number of cases for each outcome."""
+    """Return the number of cases that have each outcome."""
     found = Counter(result.outcome for result in results)
     return {outcome.value: found[outcome] for outcome in CaseOutcome}
 
@@ -55,7 +58,7 @@ def header(host: HostFacts) -> str:
 
 
 def line(result: CaseResult) -> str:
-    """Return the result as a row of the table."""
+    """Return a row of the table, which shows one result."""
     text = result.text or result.case.says
     return f"{result.outcome.value:9}  {result.case.id:44}  {text}"
 

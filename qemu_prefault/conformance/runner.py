@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Execution of each case in a separate process.
+"""Runner that executes each case in a separate process.
 
-A crash or a hang therefore affects only one case.
+If a case crashes or hangs, the other cases are not affected.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ CASE_LIMIT_SECONDS = 60.0
 class CaseResult:
     """The result of one case.
 
-    :ivar text: the reason for the outcome, or what the case observed.
+    :ivar text: the reason for the outcome, or a description of what the case observed. It can be
+        empty.
+    :ivar seconds: the duration of the case.
     """
 
     case: ConformanceCase
@@ -49,16 +51,21 @@ def run(
     limit_seconds: float = CASE_LIMIT_SECONDS,
     on_result: Callable[[CaseResult], None] = lambda result: None,
 ) -> list[CaseResult]:
-    """Run cases one after the other.
+    """Run cases one after the other, and return their results in the same order.
 
-    :param destructive: also run cases that make the kernel log a warning or leak a page.
-    :param limit_seconds: the time after which a case counts as hung.
+    :param destructive: True to run also the cases that make the kernel log a warning or leak a
+        page.
+    :param limit_seconds: the time after which a case has the outcome ``HANG``.
+    :param on_result: a function that is called with each result as soon as it is available.
     """
     results = []
     for case in cases:
         reason = case.obstacle(host)
         if case.destructive and not destructive:
-            reason = reason or "the kernel would log a warning or leak a page; use --harsh to run"
+            reason = (
+                reason
+                or "the kernel would log a warning or leak a page (use --harsh to run the case)"
+            )
         if reason:
             result = CaseResult(case, CaseOutcome.SKIP, reason, 0.0)
         else:
@@ -144,9 +151,10 @@ def _check_refusal(refusal: IoctlRefused, case: ConformanceCase, host: HostFacts
     """Check that the refusal has the expected errno and no side effects.
 
     :meth:`~.vmm.KvmVcpu.prefault` has already checked that KVM added no leaf. This function checks
-    that a new vCPU of the same VM runs and that the guest reads the right contents in the range.
+    that a new vCPU of the same VM runs. If the case depends on mapped pages, this function also
+    checks that the guest reads the right contents in the range.
 
-    :returns: the text for the result.
+    :returns: the text of the result.
     """
     expect_equal(error_name(refusal.error), error_name(host.refusal), "errno of the refusal")
     vm = refusal.vcpu.vm
@@ -162,6 +170,8 @@ def _check_refusal(refusal: IoctlRefused, case: ConformanceCase, host: HostFacts
                 )
                 seen = vcpu.read(refusal.gpa, pages)
                 words = (slot.memory.word(offset + PAGE_SIZE * page) for page in range(pages))
-                expect_equal(seen, sum(words) & 0xFFFFFFFF, "the sum that the guest reads")
+                expect_equal(
+                    seen, sum(words) & 0xFFFFFFFF, "the guest read wrong data (sum of words)"
+                )
                 return f"{error_name(refusal.error)}; KVM mapped nothing, and the guest can read"
     return f"{error_name(refusal.error)}; KVM mapped nothing, and the guest still runs"

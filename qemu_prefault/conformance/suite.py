@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Definition and registry of the cases.
 
-A case is a function that returns if the kernel behaves as the case states, and raises
-:class:`~.expectations.Unexpected` if it does not. If the behaviour may differ between kernels, the
-case returns a description of what it observed. A case raises :class:`KnownBad` if it observes a
-known bug. It does not check the kernel's version.
+A case is a function that checks one statement about the kernel. The function raises
+:class:`~.expectations.Unexpected` if the kernel does not behave as the case states, and
+:class:`KnownBad` if the kernel has a known bug. If the behaviour may differ between kernels, the
+function returns a description of what it observed. Otherwise it returns None. A case does not check
+the kernel's version.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ AREAS = {
 
 
 class CaseOutcome(Enum):
-    """The outcome of a case. All except ``FAIL`` and ``HANG`` are expected."""
+    """The outcome of a case.
+
+    All outcomes except ``FAIL`` and ``HANG`` are expected.
+    """
 
     PASS = "pass"
     DIFFERS = "differs"
@@ -52,11 +56,11 @@ class CaseOutcome(Enum):
 
 
 class KnownBad(Exception):
-    """The kernel has a known bug, which later kernels do not have."""
+    """The kernel has a known bug that later kernels do not have."""
 
 
 class Skip(Exception):
-    """The case found during its run that the host does not meet its requirements."""
+    """The host does not meet a requirement that the case checks while it runs."""
 
 
 #: A function that returns why a host cannot run the case, or an empty string if it can.
@@ -74,11 +78,12 @@ class ConformanceCase:
     """One statement about the kernel, and the function that checks it.
 
     :ivar id: ``area/name``, which does not change between releases.
-    :ivar says: the behaviour, in one sentence.
-    :ivar source: the kernel code that causes it (``file:function``, commits).
-    :ivar mapping: the case depends on mapped pages and fails if the ioctl does nothing.
-    :ivar destructive: the case makes the kernel log a warning or leak a page until reboot. It runs
-        only with ``--harsh``.
+    :ivar says: the statement about the kernel, in one sentence.
+    :ivar source: the kernel code that causes this behaviour (``file:function`` and commits).
+    :ivar mapping: True if the case depends on mapped pages, and therefore fails if the ioctl maps
+        nothing.
+    :ivar destructive: True if the case makes the kernel log a warning, or leak a page until the
+        host is rebooted. Such a case runs only with ``--harsh``.
     """
 
     id: str
@@ -94,7 +99,7 @@ class ConformanceCase:
         return self.id.partition("/")[0]
 
     def obstacle(self, host: HostFacts) -> str:
-        """Return why a host cannot run the case, or an empty string if it can."""
+        """Return why a host cannot run the case, or an empty string if the host can."""
         if self.mapping and host.paging == "EPT" and not host.ad_bits:
             return _NO_AD_BITS
         return next((reason for need in self.needs if (reason := need(host))), "")
@@ -113,9 +118,9 @@ def add(
     mapping: bool = False,
     destructive: bool = False,
 ) -> None:
-    """Register a function as a case."""
+    """Register the function ``run`` as a case."""
     if id in CASES:
-        raise ValueError(f"two cases are named {id}")
+        raise ValueError(f"two cases have the id {id}")
     CASES[id] = ConformanceCase(id, says, source, run, mapping, destructive, needs)
 
 
@@ -137,7 +142,7 @@ def case(
 
 
 def all_cases() -> list[ConformanceCase]:
-    """Return all cases, ordered by area."""
+    """Return all cases in the order of :data:`AREAS`."""
     for modules in AREAS.values():
         for module in modules:
             importlib.import_module(f"{__package__}.cases.{module}")

@@ -22,20 +22,21 @@ def wait_for(
 ) -> None:
     """Poll a condition until it is true.
 
-    :param what: what the caller waits for, for the message.
+    :param what: the first part of the message, which states what has not happened.
     :param limit: the maximum time in seconds.
-    :raises Unexpected: the condition is still false after the maximum time.
+    :raises Unexpected: if the condition is still false after the maximum time.
     """
     deadline = time.monotonic() + limit
     while not condition():
-        expect(time.monotonic() < deadline, f"timed out after {limit:g} s waiting for {what}")
+        expect(time.monotonic() < deadline, f"{what} within {limit:g} s")
         time.sleep(0.001)
 
 
 class BackgroundCall(threading.Thread):
-    """A function call in a background thread.
+    """A background thread that calls a function.
 
-    :meth:`result` returns the function's value or raises its exception.
+    :meth:`result` returns the value of the function, or raises the exception that the function
+    raised.
     """
 
     def __init__(self, what: Callable[[], Any]) -> None:
@@ -53,7 +54,7 @@ class BackgroundCall(threading.Thread):
 
     def result(self, limit: float = IOCTL_LIMIT_SECONDS) -> Any:
         self.join(limit)
-        expect(not self.is_alive(), f"a background call did not return within {limit:g} s")
+        expect(not self.is_alive(), f"a background thread did not end within {limit:g} s")
         if self._error is not None:
             raise self._error
         return self._value
@@ -62,7 +63,11 @@ class BackgroundCall(threading.Thread):
         signal.pthread_kill(self.ident or 0, lib.pf_vmm_signal())
 
     def state(self) -> str:
-        """Return the thread's state: R running, S waiting, D waiting uninterruptibly."""
+        """Return the thread's state from ``/proc/self/task/TID/stat``.
+
+        Examples are ``R`` (running), ``S`` (interruptible sleep) and ``D`` (uninterruptible sleep).
+        If the thread has exited, the state is ``X``.
+        """
         try:
             text = Path(f"/proc/self/task/{self.native_id}/stat").read_text()
         except OSError:
@@ -70,8 +75,11 @@ class BackgroundCall(threading.Thread):
         return text.rpartition(")")[2].split()[0]
 
     def wait_state(self, letters: str, limit: float = IOCTL_LIMIT_SECONDS) -> None:
-        """Wait until the thread's scheduler state is one of ``letters``."""
-        wait_for(lambda: self.state() in letters, f"a thread in state {letters}", limit)
+        """Wait until the state of the thread is one of ``letters``.
+
+        :param limit: the maximum time in seconds.
+        """
+        wait_for(lambda: self.state() in letters, f"a thread did not enter state {letters}", limit)
 
 
 class RunningVcpu:
@@ -105,10 +113,13 @@ class RunningVcpu:
         return int(self.task.result())
 
     def wait_progress(self, rounds: int = 1) -> None:
-        """Wait until the guest's counter has increased by ``rounds``."""
+        """Wait until the guest has increased its counter by ``rounds``."""
         start = self.vcpu.vm.counter
         wait_for(
             lambda: self.vcpu.vm.counter >= start + rounds or not self.task.is_alive(),
-            "the guest to increment its counter",
+            "the guest did not increment its counter",
         )
-        expect(self.vcpu.vm.counter >= start + rounds, "KVM_RUN ended too early")
+        expect(
+            self.vcpu.vm.counter >= start + rounds,
+            "KVM_RUN returned before the guest had increased its counter",
+        )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A minimal VMM: VMs with a few pages of memory, their vCPUs, and KVM's counters.
+"""A minimal VMM that creates VMs with a few pages of memory.
 
-Slot 0 of each VM is the system memory, which holds programs, page tables and a counter. Before a
-case counts faults, the VMM populates the system memory and makes the guest touch it. Therefore the
-case counts only faults on the memory that it tests.
+Slot 0 of each VM is the system memory, which holds programs, page tables and a counter. The VMM
+populates the system memory, and the guest touches it before a case counts faults. The case
+therefore counts only faults on the memory that it tests.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ VMRUN_HOST_SAVE_MSR = 0xC0010117
 
 
 class IoctlRefused(Exception):
-    """The ioctl failed on a host that does not offer it. The runner checks the errno."""
+    """The ioctl failed on a host that does not offer it.
+
+    The runner checks the errno.
+    """
 
     def __init__(self, vcpu: KvmVcpu, error: int, gpa: int, size: int) -> None:
         super().__init__(f"refused: {error_name(error)}")
@@ -40,7 +43,7 @@ class IoctlRefused(Exception):
 
 @dataclass(frozen=True)
 class IoctlResult:
-    """The result of one ``KVM_PRE_FAULT_MEMORY``.
+    """The result of one ``KVM_PRE_FAULT_MEMORY`` ioctl.
 
     :ivar error: the errno, or 0 for success.
     :ivar left: the ``size`` that the kernel wrote back, in bytes.
@@ -67,12 +70,12 @@ class Slot:
 
 
 class KvmVm:
-    """A VM with its system memory.
+    """A VM that initially has only the system memory.
 
     :param kind: ``abi.VM_DEFAULT`` or ``abi.VM_SW_PROTECTED``.
-    :param irqchip: create a local APIC in the kernel, so that ``hlt`` waits inside KVM_RUN.
-    :param dirty_ring: the size of each vCPU's dirty ring in bytes; 0 for none.
-    :param quirk: False disables KVM_X86_QUIRK_SLOT_ZAP_ALL.
+    :param irqchip: True to create a local APIC in the kernel, so that ``hlt`` waits inside KVM_RUN.
+    :param dirty_ring: the size of each vCPU's dirty ring in bytes, or 0 to use no dirty ring.
+    :param quirk: False to disable KVM_X86_QUIRK_SLOT_ZAP_ALL.
     """
 
     def __init__(
@@ -123,7 +126,14 @@ class KvmVm:
         flags: int = 0,
         gmem: int = -1,
     ) -> Slot:
-        """Create a slot, move it, or change its flags."""
+        """Create a slot, or change the address or flags of an existing slot.
+
+        :param number: the slot number. Bit 16 selects the address space.
+        :param gpa: the guest address of the slot.
+        :param offset: the offset in bytes at which the slot starts in ``memory``.
+        :param size: the size in bytes, or None for the rest of ``memory``.
+        :param gmem: the descriptor of a guest_memfd for private memory, or -1.
+        """
         slot = Slot(number, gpa, memory.size - offset if size is None else size, memory, flags,
                     offset, gmem)  # fmt: skip
         self._set(slot)
@@ -168,7 +178,10 @@ class KvmVm:
         return vcpu
 
     def program(self, code: bytes) -> int:
-        """Return the guest address of a program, after copying it there if necessary."""
+        """Copy a program to the system memory, and return the program's guest address.
+
+        A program that is already in the system memory is not copied again.
+        """
         if code not in self._programs:
             self._programs[code] = self._next_program
             self.system.put(self._next_program, code)
@@ -177,7 +190,7 @@ class KvmVm:
 
     @property
     def counter(self) -> int:
-        """The counter that some guest programs increment."""
+        """The value of the counter that some guest programs increment."""
         return self.system.word(COUNTER)
 
 
@@ -185,7 +198,10 @@ LONG64 = abi.long_mode(TABLES)
 
 
 class KvmVcpu:
-    """One vCPU. Its default mode is 32-bit protected mode without paging."""
+    """A vCPU of a :class:`KvmVm`.
+
+    By default, :meth:`KvmVm.vcpu` creates a vCPU in 32-bit protected mode without paging.
+    """
 
     def __init__(self, vm: KvmVm, number: int, cpuid: bool, mode: abi.CpuMode) -> None:
         self.vm = vm
@@ -212,7 +228,7 @@ class KvmVcpu:
         ioctl(self.fd, abi.SET_MSRS, struct.pack("<IIIIQ", 1, 0, index, 0, value))
 
     def set_smm(self, on: bool) -> None:
-        """Enter or leave system management mode by ``KVM_SET_VCPU_EVENTS``, as QEMU does."""
+        """Enter or leave SMM with ``KVM_SET_VCPU_EVENTS``, as QEMU does."""
         events = bytearray(64)
         ioctl(self.fd, abi.GET_VCPU_EVENTS, events)
         # struct kvm_vcpu_events: flags at offset 20 (KVM_VCPUEVENT_VALID_SMM is 8), smi.smm at 24.
@@ -242,9 +258,10 @@ class KvmVcpu:
         """Issue ``KVM_PRE_FAULT_MEMORY`` once.
 
         :param limit: the time in seconds after which repeated signals interrupt the ioctl.
-        :param call: a function that issues the ioctl; None to issue it in this thread.
-        :param any_error: return every error, even if the host does not offer the ioctl.
-        :raises IoctlRefused: the ioctl failed because the host does not offer it.
+        :param padding: the value of each 64-bit word in the structure's padding.
+        :param call: a function that issues the ioctl, or None to issue the ioctl in this thread.
+        :param any_error: True to return every error, even if the host does not offer the ioctl.
+        :raises IoctlRefused: if the ioctl fails on a host that does not offer it.
         """
         arguments = bytearray(struct.pack("<8Q", gpa, size, flags, *[padding] * 5))
         before = self.vm.leaves()
@@ -257,7 +274,7 @@ class KvmVcpu:
             )
         seconds = time.monotonic() - started
         if answer < 0 and not any_error and not offers_prefault():
-            expect_equal(self.vm.leaves(), before, "stage-2 leaves after the refusal")
+            expect_equal(self.vm.leaves(), before, "the refused ioctl changed the leaves")
             raise IoctlRefused(self, -int(answer), gpa, size)
         left = struct.unpack_from("<Q", arguments, 8)[0]
         return IoctlResult(max(0, -int(answer)), left, seconds)
@@ -265,21 +282,27 @@ class KvmVcpu:
     def prefault_all(self, gpa: int, size: int) -> None:
         """Issue the ioctl until no bytes are left.
 
-        :raises Unexpected: the ioctl failed or made no progress.
+        :raises Unexpected: if the ioctl fails or makes no progress.
         """
         while size:
             result = self.prefault(gpa, size)
-            expect_equal(error_name(result.error), "success", f"prefault of {gpa:#x}+{size:#x}")
-            expect(result.left < size, f"prefault of {gpa:#x}+{size:#x} made no progress")
+            expect_equal(error_name(result.error), "success", f"the prefault of {gpa:#x}+{size:#x}")
+            expect(result.left < size, f"the prefault of {gpa:#x}+{size:#x} made no progress")
             gpa, size = gpa + size - result.left, result.left
 
     def run(self, limit: float = IOCTL_LIMIT_SECONDS) -> int:
-        """Issue KVM_RUN once and return the exit reason, ``abi.EXIT_INTR`` for a signal."""
+        """Issue KVM_RUN once, and return the exit reason.
+
+        If a signal interrupts KVM_RUN, the exit reason is ``abi.EXIT_INTR``.
+
+        :param limit: the time in seconds after which repeated signals interrupt KVM_RUN. 0 means
+            no limit.
+        """
         answer = lib.pf_vmm_ioctl_limited(self.fd, abi.RUN, 0, int(limit * 1e9))
         if answer < 0 and answer not in (-errno.EINTR, -errno.EFAULT):
             raise OSError(-answer, f"KVM_RUN: {os.strerror(-answer)}")
         if answer == -errno.EFAULT and self.exit_reason != abi.EXIT_MEMORY_FAULT:
-            raise OSError(errno.EFAULT, "KVM_RUN: the host memory of a guest page is inaccessible")
+            raise OSError(errno.EFAULT, "KVM_RUN cannot access the host memory of a guest page")
         return abi.EXIT_INTR if answer == -errno.EINTR else self.exit_reason
 
     @property
@@ -288,7 +311,7 @@ class KvmVcpu:
 
     @property
     def mmio(self) -> tuple[int, bool]:
-        """The address of the last MMIO exit, and whether it was a write."""
+        """The address of the last MMIO exit, and True if the access was a write."""
         address, is_write = struct.unpack_from("<Q12xB", self.kvm_run, 32)
         return address, bool(is_write)
 
@@ -303,7 +326,7 @@ class KvmVcpu:
         ioctl(self.fd, abi.SET_REGS, abi.pack_regs(rip=rip, **registers))
 
     def call(self, code: bytes, **registers: int) -> dict[str, int]:
-        """Run a program to its end and return the registers."""
+        """Run a program to its end, and return the registers of the vCPU."""
         self.start_at(code, **registers)
         reason = self.run()
         expect(
@@ -311,7 +334,9 @@ class KvmVcpu:
             f"the guest's program did not end within {IOCTL_LIMIT_SECONDS:g} s",
         )
         expect_equal(
-            abi.EXIT_NAMES.get(reason, str(reason)), "IO", "the exit of the guest's program"
+            abi.EXIT_NAMES.get(reason, str(reason)),
+            "IO",
+            "the guest's program ended with a wrong exit",
         )
         return self.registers()
 
@@ -320,21 +345,25 @@ class KvmVcpu:
         return bool(self.mode.efer & abi.EFER_LMA)
 
     def warm(self) -> None:
-        """Make the guest touch all system memory, so that it causes no faults later."""
+        """Make the guest touch all system memory, so that later accesses do not fault."""
         self.call(guest_code.NOTHING)
         self.read(COUNTER, 1)
         self.read(0, SYSTEM_BYTES // PAGE_SIZE)
 
     def read(self, gpa: int, pages: int, stride: int = PAGE_SIZE) -> int:
-        """Make the guest read the first word of each page, and return the sum.
+        """Make the guest read the first word of each page, and return their sum.
 
-        The sum is modulo 2**32.
+        :param stride: the distance in bytes between two words.
+        :returns: the sum of the 32-bit words modulo 2**32.
         """
         code = guest_code.READ_64 if self._long else guest_code.READ_32
         return self.call(code, rsi=gpa, rcx=pages, rdx=stride)["rbx"] & 0xFFFFFFFF
 
     def write(self, gpa: int, pages: int, value: int, stride: int = PAGE_SIZE) -> None:
-        """Make the guest write the first word of each page."""
+        """Make the guest write ``value`` to the first 32-bit word of each page.
+
+        :param stride: the distance in bytes between two words.
+        """
         code = guest_code.WRITE_64 if self._long else guest_code.WRITE_32
         self.call(code, rsi=gpa, rcx=pages, rdx=stride, rax=value)
 
@@ -345,8 +374,9 @@ class KvmVcpu:
         return self.stat("pf_taken") - before
 
     def kick(self, on: bool = True) -> None:
-        """Set or clear ``immediate_exit``. While it is set, KVM_RUN returns immediately.
+        """Set or clear ``immediate_exit`` in kvm_run.
 
-        To make a thread leave KVM_RUN, also send it a signal.
+        While ``immediate_exit`` is set, KVM_RUN returns immediately. A thread that is already in
+        KVM_RUN returns only if it also gets a signal.
         """
         self.kvm_run[1] = on

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The fixture of most cases: a VM with one slot of a few pages."""
+"""The fixture that most cases use, and checks of reads and writes by the guest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAGES = 32
 
 @dataclass
 class Fixture:
-    """A VM with memory in slot :data:`SLOT` at :data:`GPA`, and a vCPU."""
+    """A VM that has one vCPU, and memory in slot :data:`SLOT` at :data:`GPA`."""
 
     vm: KvmVm
     vcpu: KvmVcpu
@@ -43,8 +43,11 @@ def make_fixture(
 ) -> Fixture:
     """Return a new fixture whose vCPU has run.
 
-    :param memory: the memory; None for 32 anonymous 4 KiB pages.
-    :param written: write to the anonymous pages first. Ignored if ``memory`` is given.
+    :param memory: the memory of the slot, or None to allocate :data:`PAGES` anonymous 4 KiB pages.
+    :param written: True to write to the anonymous pages before the VM runs. Ignored if ``memory``
+        is given.
+    :param flags: the flags of the slot.
+    :param vm: the VM to use, or None to create a VM.
     """
     if memory is None:
         memory = small(PAGES * PAGE_SIZE)
@@ -60,13 +63,20 @@ def make_fixture(
 def expect_reads(vcpu: KvmVcpu, memory: Memory, faults: int | None, gpa: int = GPA) -> None:
     """Check that the guest reads the right data with the expected number of faults.
 
-    :param faults: the expected number of stage-2 faults; None for any number.
+    :param faults: the expected number of stage-2 faults, or None to allow any number.
+    :param gpa: the guest address of the memory.
     """
     wanted = sum(memory.words()) & 0xFFFFFFFF
     before = vcpu.stat("pf_taken")
-    expect_equal(vcpu.read(gpa, memory.size // PAGE_SIZE), wanted, "the sum that the guest reads")
+    expect_equal(
+        vcpu.read(gpa, memory.size // PAGE_SIZE), wanted, "the guest read wrong data (sum of words)"
+    )
     if faults is not None:
-        expect_equal(vcpu.stat("pf_taken") - before, faults, "faults while the guest reads")
+        expect_equal(
+            vcpu.stat("pf_taken") - before,
+            faults,
+            "the guest's reads took a wrong number of faults",
+        )
 
 
 def expect_writes(
@@ -74,17 +84,21 @@ def expect_writes(
 ) -> int:
     """Check that the guest writes to the memory with the expected number of faults.
 
-    :param faults: the expected number of stage-2 faults; None for any number.
+    :param faults: the expected number of stage-2 faults, or None to allow any number.
+    :param gpa: the guest address of the memory.
+    :param value: the 32-bit word that the guest writes to each page.
     :returns: the number of stage-2 faults that the writes took.
     """
     pages = memory.size // PAGE_SIZE
     taken = vcpu.faults_of(lambda: vcpu.write(gpa, pages, value))
-    expect_equal(memory.words(), [value] * pages, "the memory after the guest's writes")
+    expect_equal(
+        memory.words(), [value] * pages, "the memory has wrong words after the guest's writes"
+    )
     if faults is not None:
-        expect_equal(taken, faults, "faults while the guest writes")
+        expect_equal(taken, faults, "the guest's writes took a wrong number of faults")
     return taken
 
 
 def expect_mapped(vm: KvmVm, before: Stage2Leaves, wanted: Stage2Leaves) -> None:
-    """Check which leaves KVM has added since ``before``."""
-    expect_equal(str(vm.leaves() - before), str(wanted), "leaves added")
+    """Check that KVM has added the leaves ``wanted`` since ``before``."""
+    expect_equal(str(vm.leaves() - before), str(wanted), "KVM added wrong leaves")

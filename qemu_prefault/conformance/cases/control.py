@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Faults of a guest without a prefault. The other cases are compared with them."""
+"""Cases that count the faults of a guest without a prefault.
+
+The results of these cases show which faults a prefault avoids in the other cases.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ def _faults(make: Callable[[], Memory], most: int, writes: bool) -> None:
     check(fixture.vcpu, memory, None)
     taken = fixture.vcpu.stat("pf_taken") - taken
     # The legacy MMU maps up to 8 neighbouring pages in one fault (direct_pte_prefetch()).
-    expect(most / 8 <= taken <= most, f"{taken} faults, expected {most / 8:g} to {most}")
+    expect(
+        most / 8 <= taken <= most, f"the guest took {taken} faults, expected {most / 8:g} to {most}"
+    )
     grown = fixture.vm.leaves() - before
     expect(grown.bytes >= memory.size, f"KVM mapped only {grown}")
     check(fixture.vcpu, memory, 0)
@@ -42,10 +47,11 @@ for name, make, most, required in (
         # This guest does not use paging. Its tables are direct and contain huge pages even with
         # shadow paging.
         requirements: tuple[Need, ...] = required
-        verb = "write to" if writes else "read of"
+        verb = "writes to" if writes else "reads"
         add(
             f"control/{name}-{'write' if writes else 'read'}",
-            f"without a prefault, only the guest's first {verb} each leaf takes a fault",
+            f"without a prefault, the guest takes faults when it first {verb} the memory, but no "
+            f"faults when it {verb} the memory again",
             _SOURCE,
             lambda make=make, most=most, writes=writes: _faults(make, most, writes),  # type: ignore[misc]
             *requirements,
@@ -62,7 +68,7 @@ def _faults_with_paging() -> None:
     vcpu.warm()
     before = vcpu.stat("pf_taken")
     expect_reads(vcpu, memory, None)
-    expect(vcpu.stat("pf_taken") > before, "the guest took no fault")
+    expect(vcpu.stat("pf_taken") > before, "the guest's first reads took no fault")
     expect_reads(vcpu, memory, 0)
     expect_writes(vcpu, memory, None)
     expect_writes(vcpu, memory, 0)

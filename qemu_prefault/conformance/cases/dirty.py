@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Dirty logging, which QEMU enables on a migration source and for video memory."""
+"""Cases about dirty logging.
+
+QEMU enables dirty logging on the source of a migration, and for video memory.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +38,13 @@ def _logging(fixture: Fixture, on: bool = True) -> None:
 
 @case(
     "dirty/log-marks-all",
-    "with dirty logging, a prefault that maps a page writable marks the page dirty",
+    "if dirty logging is enabled, a prefault that maps a page writable also marks the page dirty",
     _MARK,
     mapping=True,
 )
 def log_marks_all() -> None:
     fixture = make_fixture(flags=abi.MEM_LOG_DIRTY_PAGES)
-    expect_equal(fixture.vm.dirty_pages(SLOT), set(), "dirty pages before the prefault")
+    expect_equal(fixture.vm.dirty_pages(SLOT), set(), "pages are dirty before the prefault")
     fixture.vcpu.prefault_all(GPA, fixture.size)
     expect_equal(fixture.vm.dirty_pages(SLOT), set(range(PAGES)), "dirty pages")
     expect_reads(fixture.vcpu, fixture.memory, 0)
@@ -49,7 +52,8 @@ def log_marks_all() -> None:
 
 @case(
     "dirty/log-leaves-read-only-alone",
-    "a prefault that maps a page read-only does not mark it dirty; the guest's first write does",
+    "a prefault that maps a page read-only does not mark the page dirty, but the guest's first "
+    "write marks it",
     _MARK,
     mapping=True,
 )
@@ -60,12 +64,15 @@ def log_leaves_read_only_alone() -> None:
     expect_mapped(fixture.vm, before, Stage2Leaves(PAGES))
     expect_equal(fixture.vm.dirty_pages(SLOT), set(), "dirty pages")
     fixture.vcpu.write(GPA, 4, 9)
-    expect_equal(fixture.vm.dirty_pages(SLOT), {0, 1, 2, 3}, "dirty pages after four writes")
+    expect_equal(
+        fixture.vm.dirty_pages(SLOT), {0, 1, 2, 3}, "wrong pages are dirty after four guest writes"
+    )
 
 
 @case(
     "dirty/log-is-true-to-the-guest",
-    "after the dirty log is read, it records new guest writes, even after another prefault",
+    "after the VMM has read the dirty log, KVM logs new writes of the guest, even if the pages are "
+    "prefaulted again",
     "virt/kvm/kvm_main.c:kvm_get_dirty_log_protect() makes the entries read-only again",
     mapping=True,
 )
@@ -73,21 +80,25 @@ def log_is_true_to_the_guest() -> str:
     fixture = make_fixture(flags=abi.MEM_LOG_DIRTY_PAGES)
     fixture.vcpu.prefault_all(GPA, fixture.size)
     expect_equal(len(fixture.vm.dirty_pages(SLOT)), PAGES, "dirty pages")
-    expect_equal(fixture.vm.dirty_pages(SLOT), set(), "dirty pages when read again")
+    expect_equal(
+        fixture.vm.dirty_pages(SLOT), set(), "the dirty log is not empty after it was read"
+    )
     fixture.vcpu.write(GPA, 2, 5)
-    expect_equal(fixture.vm.dirty_pages(SLOT), {0, 1}, "dirty pages after two writes")
+    expect_equal(
+        fixture.vm.dirty_pages(SLOT), {0, 1}, "wrong pages are dirty after two guest writes"
+    )
     fixture.vcpu.prefault_all(GPA, fixture.size)
     marked = len(fixture.vm.dirty_pages(SLOT))
-    expect(marked in (0, PAGES), f"a second prefault marks {marked} pages")
+    expect(marked in (0, PAGES), f"a second prefault marked {marked} pages, expected 0 or {PAGES}")
     fixture.vcpu.write(GPA, 3, 6)
     after = fixture.vm.dirty_pages(SLOT)
-    expect_equal(after, {0, 1, 2}, "dirty pages after three more writes")
+    expect_equal(after, {0, 1, 2}, "wrong pages are dirty after three more writes")
     return f"a second prefault marks {marked} of {PAGES} pages"
 
 
 @case(
     "dirty/log-forces-4k",
-    "with dirty logging, a prefault maps huge pages with 4 KiB leaves",
+    "if dirty logging is enabled, a prefault maps huge pages with 4 KiB leaves",
     "mmu/mmu.c:kvm_mmu_hugepage_adjust(): kvm_slot_dirty_track_enabled()",
     needs.transparent_huge_pages,
     mapping=True,
@@ -104,7 +115,8 @@ def log_forces_4k() -> None:
 
 @case(
     "dirty/start-splits",
-    "enabling dirty logging splits prefaulted 2 MiB leaves, immediately or when the guest writes",
+    "if dirty logging is enabled after a prefault, KVM splits the 2 MiB leaves immediately or when "
+    "the guest writes",
     "x86.c:kvm_mmu_slot_apply_flags()",
     needs.transparent_huge_pages,
     mapping=True,
@@ -118,7 +130,9 @@ def start_splits() -> str:
     expect_mapped(fixture.vm, before, Stage2Leaves(0, 1))
     _logging(fixture)
     kept = fixture.vm.leaves() - before
-    expect_equal(kept.bytes, HUGE_PAGE_SIZE, "bytes mapped after logging was enabled")
+    expect_equal(
+        kept.bytes, HUGE_PAGE_SIZE, "KVM maps a wrong number of bytes after logging was enabled"
+    )
     taken = expect_writes(fixture.vcpu, memory, None)
     expect(taken > 0, "the guest's writes took no faults")
     expect_equal(len(fixture.vm.dirty_pages(SLOT)), 512, "dirty pages")
@@ -127,8 +141,8 @@ def start_splits() -> str:
 
 @case(
     "dirty/stop-recovers",
-    "after dirty logging is disabled, a prefault maps the 2 MiB leaf again",
-    "x86.c:kvm_mmu_slot_apply_flags(): collapsible entries are zapped, or recovered in place",
+    "after dirty logging is disabled, a prefault maps huge pages with 2 MiB leaves again",
+    "x86.c:kvm_mmu_slot_apply_flags() zaps collapsible entries or recovers them in place",
     needs.transparent_huge_pages,
     mapping=True,
 )
@@ -149,7 +163,8 @@ def stop_recovers() -> str:
 
 @case(
     "dirty/start-keeps-4k",
-    "enabling dirty logging keeps prefaulted 4 KiB leaves and write-protects them",
+    "if dirty logging is enabled after a prefault, KVM keeps the 4 KiB leaves and write-protects "
+    "them",
     "x86.c:kvm_mmu_slot_apply_flags()",
     mapping=True,
 )
@@ -168,7 +183,7 @@ def start_keeps_4k() -> None:
 class _Ring:
     """The dirty ring of a vCPU.
 
-    Its entries are ``struct kvm_dirty_gfn`` {u32 flags, slot; u64 offset}.
+    Each entry is a ``struct kvm_dirty_gfn`` with the fields u32 flags, u32 slot and u64 offset.
     """
 
     def __init__(self, vcpu: KvmVcpu) -> None:
@@ -176,7 +191,7 @@ class _Ring:
         self.ring = mmap.mmap(vcpu.fd, self.size, offset=abi.DIRTY_RING_PAGE_OFFSET * PAGE_SIZE)
 
     def take(self) -> Iterator[tuple[int, int]]:
-        """Yield the (slot, page) pairs of the ring and mark them as collected."""
+        """Yield the slot and page of each dirty entry, and mark the entry as collected."""
         for at in range(0, self.size, abi.DIRTY_GFN_SIZE):
             flags, slot, offset = struct.unpack_from("<IIQ", self.ring, at)
             if flags & 3 == 1:  # KVM_DIRTY_GFN_F_DIRTY, not yet collected
@@ -186,7 +201,7 @@ class _Ring:
 
 @case(
     "dirty/ring-fills",
-    "a prefault adds an entry to the dirty ring for each page that it maps writable",
+    "KVM adds an entry to the dirty ring for each page that a prefault maps writable",
     "virt/kvm/dirty_ring.c:kvm_dirty_ring_push()",
     needs.dirty_ring,
     mapping=True,
@@ -202,13 +217,17 @@ def ring_fills() -> None:
     expect_equal(sorted(taken), list(range(PAGES)), "pages in the ring")
     ioctl(vm.fd, abi.RESET_DIRTY_RINGS)
     expect_writes(fixture.vcpu, fixture.memory, PAGES)
-    expect_equal(len(list(ring.take())), PAGES, "pages in the ring after the guest's writes")
+    expect_equal(
+        len(list(ring.take())), PAGES, "the ring has a wrong number of entries after the writes"
+    )
 
 
 @case(
     "dirty/ring-overflows",
-    "a prefault of more pages than the dirty ring can hold succeeds, but entries are lost",
-    "virt/kvm/dirty_ring.c:kvm_dirty_ring_push() only warns; only KVM_RUN checks soft_full()",
+    "if a prefault maps more pages than the dirty ring can hold, the ioctl succeeds, but KVM "
+    "overwrites entries",
+    "virt/kvm/dirty_ring.c:kvm_dirty_ring_push() warns and does not fail, and only KVM_RUN checks "
+    "kvm_dirty_ring_soft_full()",
     needs.dirty_ring,
     mapping=True,
     destructive=True,
@@ -223,5 +242,5 @@ def ring_overflows() -> str:
     result = fixture.vcpu.prefault(GPA, memory.size)
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
     kept = len({page for slot, page in ring.take() if slot == SLOT})
-    expect(0 < kept <= entries, f"{kept} pages in a ring of {entries}")
+    expect(0 < kept <= entries, f"a ring of {entries} entries has {kept} pages")
     return f"{memory.size // PAGE_SIZE} pages marked dirty, {kept} recorded in a ring of {entries}"

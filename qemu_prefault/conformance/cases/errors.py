@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The conditions for each errno, and the effects of a failed ioctl."""
+"""Cases about the conditions for each errno, and the effects of a failed ioctl."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ _HOLE = "mmu/mmu.c:kvm_tdp_map_page() returns ENOENT for RET_PF_EMULATE"
 
 
 def _unharmed(fixture: Fixture) -> None:
-    """Check that the vCPU can still prefault and that its guest runs."""
+    """Check that the guest can still read the memory.
+
+    If a prefault succeeds, the guest must read the memory without faults.
+    """
     if fixture.vcpu.prefault(GPA, fixture.size, any_error=True).error == 0:
         expect_reads(fixture.vcpu, fixture.memory, 0)
     expect_reads(fixture.vcpu, fixture.memory, None)
@@ -53,7 +56,7 @@ for name, what, gpa, size, flags in (
 ):
     add(
         f"errors/einval-{name}",
-        f"EINVAL if {what}; KVM does not change size and maps nothing",
+        f"if {what}, the ioctl fails with EINVAL, maps no page and does not change the field size",
         _CHECKS,
         lambda gpa=gpa, size=size, flags=flags: _invalid(gpa, size, flags),  # type: ignore[misc]
     )
@@ -61,7 +64,7 @@ for name, what, gpa, size, flags in (
 
 @case(
     "errors/padding-ignored",
-    "the kernel ignores the structure's padding",
+    "the kernel ignores the padding of struct kvm_pre_fault_memory",
     _CHECKS,
     mapping=True,
 )
@@ -84,7 +87,7 @@ def _bad_pointer(address: int) -> None:
 for name, address in (("null", 0), ("kernel", 0xFFFF800000000000)):
     add(
         f"errors/efault-pointer-{name}",
-        "EFAULT if the kernel cannot read the structure",
+        "the ioctl fails with EFAULT if the kernel cannot read struct kvm_pre_fault_memory",
         "virt/kvm/kvm_main.c:kvm_vcpu_ioctl()",
         lambda address=address: _bad_pointer(address),  # type: ignore[misc]
         needs.known_ioctl,
@@ -93,7 +96,8 @@ for name, address in (("null", 0), ("kernel", 0xFFFF800000000000)):
 
 @case(
     "errors/efault-structure-read-only",
-    "EFAULT if the kernel cannot write the structure back; KVM has already mapped the pages",
+    "if the kernel cannot write struct kvm_pre_fault_memory back, the ioctl fails with EFAULT, "
+    "although KVM has mapped the pages",
     "virt/kvm/kvm_main.c:kvm_vcpu_ioctl() calls copy_to_user() last",
     needs.capability,
 )
@@ -110,9 +114,10 @@ def structure_read_only() -> None:
 
 
 def _efault(spoil: Callable[[Fixture], None], first: int) -> None:
-    """Check that pages before ``first`` are mapped and later ones fail with EFAULT.
+    """Check that the ioctl maps the pages before ``first`` and fails with EFAULT.
 
-    :param spoil: makes the pages from ``first`` on inaccessible.
+    :param spoil: a function that makes page ``first`` and all later pages inaccessible.
+    :param first: the number of a page in the slot.
     """
     fixture = make_fixture(memfd(PAGES * PAGE_SIZE))
     fixture.memory.write()
@@ -124,21 +129,25 @@ def _efault(spoil: Callable[[Fixture], None], first: int) -> None:
     expect_equal((fixture.vm.leaves() - before).pages_4k, first, "pages mapped")
     result = fixture.vcpu.prefault(GPA + first * PAGE_SIZE, bad)
     expect_equal(str(result), f"EFAULT, {bad:#x} bytes left", "the second ioctl")
-    expect_equal((fixture.vm.leaves() - before).pages_4k, first, "pages mapped after the error")
+    expect_equal(
+        (fixture.vm.leaves() - before).pages_4k,
+        first,
+        "the failed ioctl changed the number of mapped pages",
+    )
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, first))
-    expect_equal(taken, 0, "faults on the mapped pages")
+    expect_equal(taken, 0, "the guest took faults on mapped pages")
 
 
 _HALF = PAGES // 2 * PAGE_SIZE
 for name, what, spoil in (
     ("unmapped", "not mapped in the process", lambda m: m.memory.unmap(_HALF)),
-    ("prot-none", "PROT_NONE", lambda m: m.memory.protect(PROT_NONE, _HALF)),
+    ("prot-none", "protected with PROT_NONE", lambda m: m.memory.protect(PROT_NONE, _HALF)),
     ("past-eof", "beyond the end of the file", lambda m: os.truncate(m.memory.fd, _HALF)),
 ):
     add(
         f"errors/efault-{name}",
-        f"EFAULT if the first page is {what}; an ioctl that starts earlier maps all pages before "
-        "that page",
+        f"the ioctl maps the pages before a page that is {what}, and fails with EFAULT if the "
+        "range starts at this page",
         "mmu/mmu.c:kvm_handle_error_pfn(), KVM_PFN_ERR_FAULT",
         lambda spoil=spoil: _efault(spoil, PAGES // 2),  # type: ignore[misc]
         mapping=True,
@@ -152,7 +161,10 @@ def _enoent(gpa: int, irqchip: bool = False) -> None:
     result = fixture.vcpu.prefault(gpa, 4 * PAGE_SIZE)
     expect_equal(str(result), f"ENOENT, {4 * PAGE_SIZE:#x} bytes left", "the ioctl")
     expect_equal(fixture.vm.leaves(), before, "leaves")
-    expect(fixture.vcpu.stat("pf_mmio_spte_created") - holes <= 1, "more MMIO entries than 1")
+    expect(
+        fixture.vcpu.stat("pf_mmio_spte_created") - holes <= 1,
+        "KVM created more than one MMIO entry",
+    )
     _unharmed(fixture)
 
 
@@ -165,7 +177,7 @@ for name, gpa in (
 ):
     add(
         f"errors/enoent-{name}",
-        "ENOENT if no memory slot covers the address",
+        "the ioctl fails with ENOENT if no memory slot covers the address",
         _HOLE,
         lambda gpa=gpa: _enoent(gpa),  # type: ignore[misc]
     )
@@ -173,7 +185,8 @@ for name, gpa in (
 
 @case(
     "errors/enoent-makes-mmio-entry",
-    "a prefault outside all slots adds an MMIO entry, which the guest's next access uses",
+    "a prefault outside all slots creates an MMIO entry, which KVM uses for the guest's next "
+    "access",
     "mmu/tdp_mmu.c:tdp_mmu_map_handle_target_level(): pf_mmio_spte_created",
     needs.capability,
     mapping=True,
@@ -185,14 +198,19 @@ def makes_mmio_entry() -> None:
     expect_equal(error_name(result.error), "ENOENT", "the ioctl")
     expect_equal(fixture.vcpu.stat("pf_mmio_spte_created") - created, 1, "MMIO entries")
     fixture.vcpu.start_at(READ_32, rsi=GPA - 64 * PAGE_SIZE, rcx=1, rdx=PAGE_SIZE)
-    expect_equal(fixture.vcpu.run(), abi.EXIT_MMIO, "the exit of a guest that reads the hole")
+    expect_equal(fixture.vcpu.run(), abi.EXIT_MMIO, "a read outside all slots caused a wrong exit")
     expect_equal(fixture.vcpu.mmio, (GPA - 64 * PAGE_SIZE, False), "the MMIO")
-    expect_equal(fixture.vcpu.stat("pf_mmio_spte_created") - created, 1, "MMIO entries at the end")
+    expect_equal(
+        fixture.vcpu.stat("pf_mmio_spte_created") - created,
+        1,
+        "KVM created a wrong number of MMIO entries",
+    )
 
 
 @case(
     "errors/enoent-mmio-then-slot",
-    "creating a slot invalidates the MMIO entry of an earlier prefault, so the slot can be mapped",
+    "if a prefault has created an MMIO entry and a slot is then created at this address, a later "
+    "prefault maps the slot",
     "x86.c:kvm_arch_memslots_updated() updates the MMIO generation",
     mapping=True,
 )
@@ -209,7 +227,7 @@ def mmio_then_slot() -> None:
 
 @case(
     "errors/enoent-apic-page",
-    "ENOENT for the page of the local APIC",
+    "the ioctl fails with ENOENT for the page of the local APIC",
     "mmu/mmu.c:kvm_mmu_faultin_pfn(): APIC_ACCESS_PAGE_PRIVATE_MEMSLOT",
 )
 def apic_page() -> None:
@@ -232,7 +250,7 @@ def _wrong_fd(which: str) -> None:
 for which in ("vm", "kvm"):
     add(
         f"errors/not-a-vcpu-{which}",
-        "the ioctl fails on a descriptor of a VM or of /dev/kvm",
+        "the ioctl fails with ENOTTY or EINVAL on a descriptor of a VM or of /dev/kvm",
         "virt/kvm/kvm_main.c:kvm_vm_ioctl(), kvm_dev_ioctl()",
         lambda which=which: _wrong_fd(which),  # type: ignore[misc]
     )
@@ -240,8 +258,10 @@ for which in ("vm", "kvm"):
 
 @case(
     "errors/sigbus-poisoned-page",
-    "if a page is poisoned, the calling thread gets SIGBUS and the ioctl fails with EINTR",
-    "mmu/mmu.c:kvm_handle_error_pfn(), kvm_send_hwpoison_signal(); the retry finds the signal",
+    "if the range starts at a poisoned page, the calling thread gets SIGBUS, and the ioctl fails "
+    "with EINTR",
+    "mmu/mmu.c:kvm_handle_error_pfn(), kvm_send_hwpoison_signal(): KVM sends SIGBUS and retries, "
+    "and the retry fails because a signal is pending",
     needs.capability,
     needs.root,
     destructive=True,
@@ -253,24 +273,34 @@ def poisoned_page() -> None:
     try:
         fixture.memory.advise(HWPOISON, 4 * PAGE_SIZE, PAGE_SIZE)
     except OSError as error:
-        raise Skip(f"MADV_HWPOISON: {error.strerror}") from None
+        raise Skip(f"MADV_HWPOISON failed: {error.strerror}") from None
     left = fixture.size - 4 * PAGE_SIZE
     result = fixture.vcpu.prefault(GPA, fixture.size)
-    expect_equal(str(result), f"success, {left:#x} bytes left", "the ioctl up to the poisoned page")
     expect_equal(
-        fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, 4)), 0, "faults before that page"
+        str(result),
+        f"success, {left:#x} bytes left",
+        "the ioctl that starts before the poisoned page returned a wrong result",
+    )
+    expect_equal(
+        fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, 4)),
+        0,
+        "the guest took faults before the poisoned page",
     )
     got.clear()
     result = fixture.vcpu.prefault(GPA + 4 * PAGE_SIZE, left)
-    expect_equal(str(result), f"EINTR, {left:#x} bytes left", "the ioctl from the poisoned page on")
+    expect_equal(
+        str(result),
+        f"EINTR, {left:#x} bytes left",
+        "the ioctl that starts at the poisoned page returned a wrong result",
+    )
     expect_equal(got, [signal.SIGBUS], "signals")
     fixture.vcpu.prefault_all(GPA + 5 * PAGE_SIZE, left - PAGE_SIZE)
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA + 5 * PAGE_SIZE, PAGES - 5))
-    expect_equal(taken, 0, "faults after the poisoned page")
+    expect_equal(taken, 0, "the guest took faults after the poisoned page")
 
 
 def _mmu_page_limit() -> str:
-    """Prefault pages at intervals of 2 MiB, so that each needs a separate page table."""
+    """Prefault pages that are 2 MiB apart, so that each page needs a page table."""
     count = 80
     memory = memfd(PAGE_SIZE)
     memory.write()
@@ -285,18 +315,21 @@ def _mmu_page_limit() -> str:
         vm.slot(1 + number, gpa, memory)
         result = vcpu.prefault(gpa, PAGE_SIZE)
         if result.error:
-            expect_equal(error_name(result.error), "ENOSPC", "the error at the limit")
+            expect_equal(error_name(result.error), "ENOSPC", "the ioctl failed with a wrong errno")
             break
         done += 1
     vcpu.warm()
     seen = vcpu.read(GPA, done, stride=HUGE_PAGE_SIZE)
-    expect_equal(seen, done * memory.word(0) & 0xFFFFFFFF, "the sum that the guest reads")
+    expect_equal(
+        seen, done * memory.word(0) & 0xFFFFFFFF, "the guest read wrong data (sum of words)"
+    )
     return f"{done} of {count} page tables created with a limit of {minimum}"
 
 
 add(
     "errors/enospc-mmu-pages",
-    "KVM_SET_NR_MMU_PAGES limits only the legacy MMU: KVM returns ENOSPC or drops older tables",
+    "the TDP MMU ignores the limit of KVM_SET_NR_MMU_PAGES, and the legacy MMU drops older tables "
+    "or fails with ENOSPC",
     "mmu/mmu.c:make_mmu_pages_available()",
     _mmu_page_limit,
     needs.capability,

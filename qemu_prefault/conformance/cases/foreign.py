@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Processes that may issue the ioctl: only those with the mm of the VM's creator."""
+"""Cases that check which processes may issue the ioctl.
+
+Only processes that share the mm of the VM's creator may issue it.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,9 @@ _MM = "virt/kvm/kvm_main.c:kvm_vcpu_ioctl(): kvm->mm != current->mm is EIO (6d4e
 def _in_a_child(body: Callable[[], int], between: Callable[[], object] = bool) -> int:
     """Return the errno that ``body`` returns in a forked child.
 
-    :param between: called in the parent before ``body`` runs in the child. The fork has unmapped
-        stage-2 leaves, and this function can map them again.
+    :param body: a function that the child calls.
+    :param between: a function that the parent calls after the fork and before the child calls
+        ``body``. It can map the stage-2 leaves that the fork has unmapped.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -63,7 +67,7 @@ def _foreign(fixture: Fixture, body: Callable[[], int]) -> None:
 
 @case(
     "foreign/forked-child",
-    "EIO in a forked child, which has the same open file but a different mm",
+    "the ioctl fails with EIO in a forked child, which has the same open file but a different mm",
     _MM,
     mapping=True,
 )
@@ -74,7 +78,7 @@ def forked_child() -> None:
 
 @case(
     "foreign/pidfd-getfd",
-    "EIO in a process that got the descriptor by pidfd_getfd()",
+    "the ioctl fails with EIO in a process that got the vCPU's descriptor with pidfd_getfd()",
     _MM,
     needs.root,
     mapping=True,
@@ -92,7 +96,7 @@ def pidfd_getfd() -> None:
 
 @case(
     "foreign/scm-rights",
-    "EIO in a process that got the descriptor over a socket",
+    "the ioctl fails with EIO in a process that received the vCPU's descriptor over a socket",
     _MM,
     mapping=True,
 )
@@ -110,7 +114,8 @@ def scm_rights() -> None:
 
 @case(
     "foreign/running-vcpu",
-    "EIO immediately even while the vCPU runs: KVM checks the mm before it takes the mutex",
+    "in another process, the ioctl fails with EIO even while the vCPU runs, because KVM checks the "
+    "mm before it takes the mutex",
     _MM,
 )
 def running_vcpu() -> None:
@@ -124,7 +129,7 @@ def running_vcpu() -> None:
 
 @case(
     "foreign/vm-ioctls",
-    "other ioctls of a VM also fail with EIO in another process",
+    "ioctls on the VM's descriptor, such as KVM_CREATE_VCPU, also fail with EIO in another process",
     "virt/kvm/kvm_main.c:kvm_vm_ioctl()",
 )
 def vm_ioctls() -> None:
@@ -136,7 +141,7 @@ def vm_ioctls() -> None:
 
 @case(
     "foreign/clone-vm",
-    "a child process with the same mm (CLONE_VM) may issue the ioctl",
+    "a child process that shares the mm (CLONE_VM) may issue the ioctl",
     _MM,
     mapping=True,
 )
@@ -144,7 +149,11 @@ def clone_vm() -> None:
     fixture = make_fixture()
     before = fixture.vm.leaves()
     result = fixture.vcpu.prefault(GPA, fixture.size, call=lib.pf_vmm_ioctl_in_clone)
-    expect_equal(str(result), "success, 0x0 bytes left", "the ioctl in a CLONE_VM child")
+    expect_equal(
+        str(result),
+        "success, 0x0 bytes left",
+        "the ioctl in the CLONE_VM child returned a wrong result",
+    )
     expect_equal((fixture.vm.leaves() - before).pages_4k, fixture.pages, "pages mapped")
     expect_reads(fixture.vcpu, fixture.memory, 0)
 
@@ -162,7 +171,7 @@ def _in_a_thread(run_there: bool) -> None:
 for run_there in (False, True):
     add(
         f"foreign/thread{'-after-another-ran-it' if run_there else ''}",
-        "any thread of the process may issue the ioctl, not only the one that runs the vCPU",
+        "any thread of the process may issue the ioctl, not only the thread that runs the vCPU",
         "virt/kvm/kvm_main.c:vcpu_load()",
         lambda run_there=run_there: _in_a_thread(run_there),  # type: ignore[misc]
         mapping=True,
@@ -171,7 +180,7 @@ for run_there in (False, True):
 
 @case(
     "foreign/vm-descriptor-closed",
-    "the ioctl also works after the VM's descriptor is closed",
+    "the ioctl succeeds even after the VM's descriptor is closed",
     "virt/kvm/kvm_main.c:kvm_vm_ioctl_create_vcpu() takes a reference (kvm_get_kvm())",
     needs.capability,
     mapping=True,
@@ -187,7 +196,8 @@ def vm_descriptor_closed() -> None:
 
 @case(
     "foreign/owner-forks",
-    "if the VM's process forks, KVM unmaps prefaulted memory, because it becomes copy-on-write",
+    "if the VM's process forks, KVM unmaps prefaulted memory, because the fork makes the memory "
+    "copy-on-write",
     "mm/memory.c:copy_page_range() calls the notifier",
     mapping=True,
 )
@@ -197,7 +207,9 @@ def owner_forks() -> None:
     before = fixture.vm.leaves()
     _in_a_child(lambda: 0)
     lost = (before - fixture.vm.leaves()).pages_4k
-    expect(lost >= fixture.pages, f"{lost} leaves were unmapped, expected at least {fixture.pages}")
+    expect(
+        lost >= fixture.pages, f"the fork unmapped {lost} leaves, expected at least {fixture.pages}"
+    )
     fixture.vcpu.warm()
     fixture.vcpu.prefault_all(GPA, fixture.size)
     expect_reads(fixture.vcpu, fixture.memory, 0)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The size of leaves. The host's page size and the slot's alignment limit it."""
+"""Cases that check the size of leaves.
+
+The host's page size and the slot's alignment limit the size of a leaf.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ _SLOT = "x86.c:kvm_alloc_memslot_metadata() sets lpage_info of slot ends and mis
 
 @case(
     "level/unaligned-slot",
-    "if gpa and hva of a slot differ modulo 2 MiB, KVM maps huge pages with 4 KiB leaves",
+    "if the gpa and the hva of a slot differ modulo 2 MiB, KVM maps huge pages with 4 KiB leaves",
     _SLOT,
     needs.transparent_huge_pages,
     mapping=True,
@@ -47,7 +50,8 @@ def unaligned_slot() -> None:
 
 @case(
     "level/head-and-tail",
-    "KVM maps a slot before its first and after its last 2 MiB boundary with 4 KiB leaves",
+    "KVM uses 4 KiB leaves for the parts of a slot before the first and after the last 2 MiB "
+    "boundary",
     _SLOT,
     needs.transparent_huge_pages,
     mapping=True,
@@ -73,15 +77,15 @@ def head_and_tail() -> None:
     expect_equal(
         vcpu.faults_of(lambda: vcpu.write(GPA + HUGE_PAGE_SIZE - cut, pages, 5)),
         0,
-        "faults while the guest writes",
+        "the guest's writes took faults",
     )
     expect_equal(memory.word(HUGE_PAGE_SIZE - cut), 5, "the first word")
 
 
 @case(
     "level/one-page-of-a-huge-one",
-    "a prefault of one page maps the whole huge page that contains it",
-    "mmu/mmu.c:kvm_arch_vcpu_pre_fault_memory(): the end of the level that was mapped",
+    "a prefault of one 4 KiB page maps the whole huge page that contains the 4 KiB page",
+    "mmu/mmu.c:kvm_arch_vcpu_pre_fault_memory() returns the size up to the end of the leaf",
     needs.transparent_huge_pages,
     mapping=True,
 )
@@ -116,7 +120,8 @@ def mixed() -> None:
 
 @case(
     "level/collapsed-later",
-    "collapsing pages to a huge page unmaps the 4 KiB leaves; a prefault then maps a 2 MiB leaf",
+    "if the host collapses pages to a huge page, KVM unmaps the 4 KiB leaves, and a later prefault "
+    "maps a 2 MiB leaf",
     "mm/khugepaged.c:collapse_huge_page() calls the notifier",
     mapping=True,
 )
@@ -131,7 +136,7 @@ def collapsed_later() -> None:
     try:
         memory.advise(COLLAPSE)
     except OSError as error:
-        raise Skip(f"MADV_COLLAPSE: {error.strerror}") from None
+        raise Skip(f"MADV_COLLAPSE failed: {error.strerror}") from None
     expect_mapped(fixture.vm, before, Stage2Leaves(0))
     fixture.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
     expect_mapped(fixture.vm, before, Stage2Leaves(0, 1))
@@ -140,7 +145,8 @@ def collapsed_later() -> None:
 
 @case(
     "level/split-later",
-    "discarding one page of a huge page unmaps the 2 MiB leaf; a prefault then maps 4 KiB leaves",
+    "if one page of a huge page is discarded, KVM unmaps the 2 MiB leaf, and a later prefault maps "
+    "4 KiB leaves",
     "mm/huge_memory.c:__split_huge_pmd() calls the notifier",
     needs.transparent_huge_pages,
     mapping=True,
@@ -162,7 +168,7 @@ def split_later() -> None:
 
 @case(
     "level/guest-then-prefault",
-    "a prefault keeps a 2 MiB leaf that a guest's fault has mapped",
+    "a prefault keeps a 2 MiB leaf that KVM has mapped for a guest's fault",
     _LEVEL,
     needs.transparent_huge_pages,
     mapping=True,
@@ -181,7 +187,7 @@ def guest_then_prefault() -> None:
 
 @case(
     "level/1g",
-    "KVM maps a 1 GiB hugetlb page with one leaf if gpa and hva are aligned to 1 GiB",
+    "KVM maps a 1 GiB hugetlb page with one leaf if the gpa and the hva are aligned to 1 GiB",
     _LEVEL,
     needs.hugetlb_1g,
     mapping=True,
@@ -194,13 +200,14 @@ def one_gib() -> None:
     expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
     expect_mapped(fixture.vm, before, Stage2Leaves(0, 0, 1))
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.write(GPA, 64, 9, stride=16 << 20))
-    expect_equal(taken, 0, "faults while the guest writes")
+    expect_equal(taken, 0, "the guest's writes took faults")
     expect_equal(memory.word(63 * (16 << 20)), 9, "the guest's last write")
 
 
 @case(
     "level/1g-unaligned",
-    "KVM maps a 1 GiB hugetlb page with 2 MiB leaves if gpa and hva differ by 2 MiB",
+    "KVM maps a 1 GiB hugetlb page with 2 MiB leaves if the gpa and the hva differ by 2 MiB modulo "
+    "1 GiB",
     _SLOT,
     needs.hugetlb_1g,
     mapping=True,
@@ -215,4 +222,4 @@ def one_gib_unaligned() -> None:
     vcpu.prefault_all(GPA + HUGE_PAGE_SIZE, GIB - HUGE_PAGE_SIZE)
     expect_mapped(vm, before, Stage2Leaves(0, 511))
     taken = vcpu.faults_of(lambda: vcpu.write(GPA + HUGE_PAGE_SIZE, 32, 9, stride=16 << 20))
-    expect_equal(taken, 0, "faults while the guest writes")
+    expect_equal(taken, 0, "the guest's writes took faults")

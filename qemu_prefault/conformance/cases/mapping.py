@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Repeated, read-only and partial mappings, and operations that unmap pages."""
+"""Cases about repeated, read-only and partial mappings, and about unmapped pages."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ from .memory_kinds import COPIED, RULE, SMALL, touched
 def _twice(first_read_only: bool) -> str | None:
     """Prefault the same memory twice.
 
-    :param first_read_only: use private hugetlb memory, and populate it between the prefaults. This
-        makes the page writable without a call of the mmu notifier, so KVM keeps the read-only leaf.
+    :param first_read_only: True to use private hugetlb memory, which the first prefault maps
+        read-only, and to populate it before the second prefault. Populating makes the page writable
+        without a call of the mmu notifier, so KVM keeps the read-only leaf.
     """
     if first_read_only:
         fixture = make_fixture(hugetlb(HUGE_PAGE_SIZE, shared=False))
@@ -41,7 +42,9 @@ def _twice(first_read_only: bool) -> str | None:
         fixture.memory.populate()
         fixture.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
         faults = expect_writes(fixture.vcpu, fixture.memory, None)
-        expect(faults in (0, 1), f"{faults} faults on one huge page")
+        expect(
+            faults in (0, 1), f"the guest took {faults} faults on one huge page, expected 0 or 1"
+        )
         return "the leaf is made writable" if faults == 0 else "the leaf stays read-only"
     fixture = make_fixture()
     fixture.vcpu.prefault_all(GPA, fixture.size)
@@ -61,9 +64,10 @@ add(
 )
 add(
     "mapping/again-upgrade",
-    "on older kernels, a second prefault makes a read-only leaf writable if its page is writable",
-    "mmu/tdp_mmu.c:tdp_mmu_map_handle_target_level(): in newer kernels, a prefetch of a "
-    "mapped page is spurious",
+    "on older kernels, a second prefault makes a read-only leaf writable if the page is now "
+    "writable",
+    "mmu/tdp_mmu.c:tdp_mmu_map_handle_target_level(): newer kernels treat a prefetch "
+    "of a mapped page as spurious",
     lambda: _twice(True),
     needs.hugetlb_2m,
     mapping=True,
@@ -79,7 +83,7 @@ def _readonly_slot(writes: bool) -> None:
     if writes:
         words = fixture.memory.words()
         fixture.vcpu.start_at(WRITE_32, rsi=GPA, rcx=1, rdx=PAGE_SIZE, rax=1)
-        expect_equal(fixture.vcpu.run(), abi.EXIT_MMIO, "the exit of the write")
+        expect_equal(fixture.vcpu.run(), abi.EXIT_MMIO, "the guest's write caused a wrong exit")
         expect_equal(fixture.vcpu.mmio, (GPA, True), "the MMIO")
         expect_equal(fixture.memory.words(), words, "the slot's memory")
 
@@ -87,8 +91,9 @@ def _readonly_slot(writes: bool) -> None:
 for writes in (False, True):
     add(
         f"mapping/readonly-slot-{'write' if writes else 'read'}",
-        "a read-only slot can be prefaulted; a guest's write to it still causes an MMIO exit",
-        "virt/kvm/kvm_main.c:__kvm_faultin_pfn(): a read-only slot is not writable",
+        "a read-only slot can be prefaulted, and a guest's write to the slot still causes an MMIO "
+        "exit",
+        "virt/kvm/kvm_main.c:__kvm_faultin_pfn() maps the pages of a read-only slot read-only",
         lambda writes=writes: _readonly_slot(writes),  # type: ignore[misc]
         mapping=True,
     )
@@ -96,7 +101,8 @@ for writes in (False, True):
 
 @case(
     "mapping/host-read-only",
-    "host memory without write permission is mapped read-only; a write ends KVM_RUN with EFAULT",
+    "KVM maps host memory without write permission read-only, and KVM_RUN fails with EFAULT if the "
+    "guest writes to it",
     "virt/kvm/kvm_main.c:hva_to_pfn(), KVM_PFN_ERR_RO_FAULT",
     mapping=True,
 )
@@ -114,13 +120,14 @@ def host_read_only() -> None:
     except OSError as error:
         expect_equal(error.errno, 14, "errno of KVM_RUN")
     else:
-        expect(False, "the guest's write succeeded")
+        expect(False, "the guest's write to read-only memory succeeded")
     expect_equal(memory.words(), words, "the memory")
 
 
 @case(
     "mapping/userfault-write-protected",
-    "memory that userfaultfd write-protects is mapped read-only, so userfaultfd gets guest writes",
+    "if userfaultfd write-protects memory, KVM maps the memory read-only, and userfaultfd reports "
+    "the guest's writes",
     "virt/kvm/kvm_main.c:hva_to_pfn_slow(): a read fault does not require write access",
     needs.root,
     mapping=True,
@@ -135,15 +142,15 @@ def userfault_write_protected() -> None:
     expect_mapped(fixture.vm, before, Stage2Leaves(fixture.pages))
     expect_reads(fixture.vcpu, memory, 0)
     writer = BackgroundCall(lambda: fixture.vcpu.write(GPA, PAGES, 7))
-    expect_equal(userfault.wait(), 0, "the page of the write that userfaultfd reports")
+    expect_equal(userfault.wait(), 0, "userfaultfd reported a write to a wrong page")
     userfault.protect(False)
     writer.result()
-    expect_equal(memory.words(), [7] * PAGES, "the memory after the guest's writes")
+    expect_equal(memory.words(), [7] * PAGES, "the memory has wrong words after the guest's writes")
 
 
 @case(
     "mapping/part-of-a-slot",
-    "the TDP MMU maps only the range, not the neighbouring pages",
+    "the TDP MMU maps only the pages of the range, and no neighbouring pages",
     "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory()",
     needs.two_dimensional_mmu,
     mapping=True,
@@ -156,18 +163,18 @@ def part_of_a_slot() -> None:
     expect_equal(
         fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA + 8 * PAGE_SIZE, 4)),
         0,
-        "faults inside the range",
+        "the guest took faults inside the range",
     )
     expect_equal(
         fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, PAGES)),
         PAGES - 4,
-        "faults outside the range",
+        "the guest took a wrong number of faults outside the range",
     )
 
 
 @case(
     "mapping/neighbours-on-the-legacy-mmu",
-    "the legacy MMU also maps present pages next to a page, up to 8 pages in total",
+    "the legacy MMU also maps present pages next to a requested page, up to 8 pages in total",
     "mmu/mmu.c:direct_pte_prefetch()",
     needs.legacy_mmu,
     mapping=True,
@@ -179,13 +186,17 @@ def neighbours_on_the_legacy_mmu() -> str:
     grown = fixture.vm.leaves() - before
     expect(1 <= grown.pages_4k <= 8, f"KVM mapped {grown}, expected 1 to 8 pages")
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA + 8 * PAGE_SIZE, 8))
-    expect(taken <= 8 - grown.pages_4k, f"{taken} faults although {grown.pages_4k} were mapped")
+    expect(
+        taken <= 8 - grown.pages_4k,
+        f"the guest took {taken} faults although KVM had mapped {grown.pages_4k} of 8 pages",
+    )
     return f"1 page requested, {grown.pages_4k} mapped"
 
 
 @case(
     "mapping/above-4g",
-    "memory above 4 GiB can be prefaulted for a guest in 64-bit mode with its own page tables",
+    "a prefault maps memory above 4 GiB for a guest that runs in 64-bit mode with its own page "
+    "tables",
     RULE,
     mapping=True,
 )
@@ -207,7 +218,7 @@ def above_4g() -> None:
 @case(
     "mapping/executed",
     "a guest executes code in prefaulted 4 KiB pages without faults",
-    "mmu/spte.c:make_spte(): with nx_huge_pages a huge leaf is not executable",
+    "mmu/spte.c:make_spte() makes a huge leaf non-executable if nx_huge_pages is enabled",
     mapping=True,
 )
 def executed() -> None:
@@ -221,12 +232,13 @@ def executed() -> None:
             guest_code.EXECUTE_32, rsi=GPA, rcx=PAGES, rdx=PAGE_SIZE, rdi=back
         )
     )
-    expect_equal(taken, 0, "faults of a guest that executes 4 KiB pages")
+    expect_equal(taken, 0, "the guest took faults when it executed the pages")
 
 
 @case(
     "mapping/discarded",
-    "MADV_DONTNEED unmaps prefaulted pages; a new prefault maps the zero page",
+    "if MADV_DONTNEED discards prefaulted pages, KVM unmaps them, and a later prefault maps the "
+    "zero page",
     "virt/kvm/kvm_main.c:kvm_mmu_notifier_invalidate_range_start()",
     mapping=True,
 )
@@ -245,7 +257,8 @@ def discarded() -> None:
 
 @case(
     "mapping/protected-and-back",
-    "mprotect() unmaps prefaulted pages, even if a second call restores the protection",
+    "if mprotect() changes the protection of prefaulted pages, KVM unmaps them, even if a second "
+    "call restores the protection",
     "mm/mprotect.c:change_protection() calls the notifier",
     mapping=True,
 )
@@ -262,7 +275,7 @@ def protected_and_back() -> None:
 
 @case(
     "mapping/two-slots-one-memory",
-    "two slots with the same memory are mapped separately",
+    "if two slots have the same host memory, a prefault of one slot does not map the other slot",
     "virt/kvm/kvm_main.c:__kvm_set_memory_region()",
     mapping=True,
 )
@@ -280,7 +293,7 @@ def two_slots_one_memory() -> None:
 
 @case(
     "mapping/two-vms",
-    "two VMs with the same memory have separate tables",
+    "if two VMs have the same host memory, a prefault in one VM maps nothing in the other VM",
     "mmu/mmu.c:kvm_mmu_load()",
     mapping=True,
 )
@@ -289,7 +302,7 @@ def two_vms() -> None:
     other = make_fixture(fixture.memory)
     before = other.vm.leaves()
     fixture.vcpu.prefault_all(GPA, fixture.size)
-    expect_equal(other.vm.leaves(), before, "leaves of the other VM")
+    expect_equal(other.vm.leaves(), before, "the prefault changed the leaves of the other VM")
     expect_writes(fixture.vcpu, fixture.memory, 0)
     other.vcpu.prefault_all(GPA, fixture.size)
     expect_reads(other.vcpu, fixture.memory, 0)
@@ -297,7 +310,8 @@ def two_vms() -> None:
 
 @case(
     "mapping/truncated-file",
-    "truncating a memfd unmaps its prefaulted pages; a prefault of them then fails with EFAULT",
+    "if a memfd is truncated, KVM unmaps the removed pages, and a later prefault of these pages "
+    "fails with EFAULT",
     "mm/memory.c:unmap_mapping_range() calls the notifier",
     mapping=True,
 )
@@ -309,13 +323,16 @@ def truncated_file() -> None:
     expect_mapped(fixture.vm, before, Stage2Leaves(PAGES // 2))
     result = fixture.vcpu.prefault(GPA + SMALL // 2, SMALL // 2)
     expect_equal(
-        str(result), f"EFAULT, {SMALL // 2:#x} bytes left", "a prefault beyond the end of the file"
+        str(result),
+        f"EFAULT, {SMALL // 2:#x} bytes left",
+        "a prefault beyond the end of the file returned a wrong result",
     )
 
 
 @case(
     "mapping/punched-hole",
-    "punching a hole in a memfd unmaps its pages; a prefault maps newly allocated, writable pages",
+    "if a hole is punched in a memfd, KVM unmaps the pages of the hole, and a later prefault maps "
+    "new pages writable",
     "mm/shmem.c:shmem_fallocate()",
     mapping=True,
 )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The access rights of prefaulted pages for each kind of host memory.
+"""Cases that check the access rights of leaves for each kind of host memory.
 
-The ioctl simulates a *read* fault, so KVM maps a page read-only if it is not writable in the host's
-page table. KVM's counters do not distinguish read-only from writable leaves, but the guest's first
-write to a read-only leaf takes a fault.
+The ioctl simulates a *read* fault. KVM therefore maps a page read-only if the page is not writable
+in the host's page table. KVM's counters do not distinguish read-only leaves from writable leaves.
+The cases distinguish them by the faults that the guest's first write takes.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ _COPY = "mm/memory.c:wp_page_copy() calls the notifier; mmu/mmu.c:is_page_fault_
 
 @dataclass(frozen=True)
 class MemoryKind:
-    """A kind of memory, and the expected result of a prefault.
+    """A kind of host memory, and the result that a prefault of this memory must have.
 
     :ivar touched: how the host touches the memory before the prefault.
-    :ivar make: returns the memory after the host has touched it.
-    :ivar cost: the number of faults that the guest's first write to each leaf takes.
+    :ivar make: a function that allocates the memory, touches it and returns it.
+    :ivar cost: the number of stage-2 faults that the guest's first write to each leaf takes.
     :ivar leaf: the size of the leaves in bytes.
-    :ivar settled: the host does not change the memory while the guest writes to it.
+    :ivar settled: False if the host may change the pages while the guest writes to them.
     """
 
     name: str
@@ -90,12 +90,12 @@ def _collapsed(size: int) -> Memory:
     try:
         memory.advise(COLLAPSE)
     except OSError as error:
-        raise Skip(f"MADV_COLLAPSE of a memfd: {error.strerror}") from None
+        raise Skip(f"MADV_COLLAPSE failed on a memfd: {error.strerror}") from None
     return memory
 
 
 def _shared_with_a_child(size: int) -> Memory:
-    """Return memory that a child process shares copy-on-write."""
+    """Return memory that this process shares copy-on-write with a child process."""
     memory = touched(small(size), "write")
     child = os.fork()
     if child == 0:
@@ -104,7 +104,7 @@ def _shared_with_a_child(size: int) -> Memory:
 
 
 def _merged(size: int) -> Memory:
-    """Return memory with equal pages that KSM has merged."""
+    """Return memory whose pages have equal contents and are merged by KSM."""
     memory = small(size)
     for offset in range(0, size, PAGE_SIZE):
         memory.put(offset, b"the same everywhere")
@@ -112,12 +112,14 @@ def _merged(size: int) -> Memory:
     merged = Path("/proc/self/ksm_merging_pages")
     if not merged.exists():
         raise Skip("this kernel has no /proc/PID/ksm_merging_pages")
-    wait_for(lambda: int(merged.read_text()) >= size // PAGE_SIZE, "KSM to merge the pages", 30)
+    wait_for(
+        lambda: int(merged.read_text()) >= size // PAGE_SIZE, "KSM did not merge the pages", 30
+    )
     return memory
 
 
 def _soft_clean(size: int) -> Memory:
-    """Return memory that was written and that soft-dirty tracking write-protects."""
+    """Return written memory that soft-dirty tracking has write-protected."""
     memory = touched(small(size), "write")
     entry = 8 * (memory.address // PAGE_SIZE)
     with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
@@ -146,8 +148,8 @@ MEMORY_KINDS = (
     MemoryKind("thp", "populated", lambda: touched(thp(2 * HUGE_PAGE_SIZE), "populate"), FREE,
             HUGE_PAGE_SIZE, (needs.transparent_huge_pages,)),
     MemoryKind("memfd", "untouched", lambda: memfd(SMALL), FREE,
-            source="mm/memory.c:do_shared_fault(), mm/vma.c:vma_wants_writenotify(): shmem needs "
-                   "no write notification, so its pages are mapped writable"),
+            source="mm/memory.c:do_shared_fault(), mm/vma.c:vma_wants_writenotify(): shmem does "
+                   "not need write notifications, so the kernel maps its pages writable"),
     MemoryKind("memfd", "read", lambda: touched(memfd(SMALL), "read"), FREE),
     MemoryKind("memfd", "written", lambda: touched(memfd(SMALL), "write"), FREE),
     MemoryKind("memfd", "populated", lambda: touched(memfd(SMALL), "populate"), FREE),
@@ -203,7 +205,7 @@ def _prefault_then(kind: MemoryKind, writes: bool) -> None:
             expect_writes(fixture.vcpu, memory, 0, value=0x5A5A0001)
         else:
             taken = expect_writes(fixture.vcpu, memory, None)
-            expect(taken >= faults, f"{taken} faults, expected at least {faults}")
+            expect(taken >= faults, f"the guest took {taken} faults, expected at least {faults}")
 
 
 _COSTS = ("no faults", "one fault per leaf", "two faults per leaf")
@@ -215,8 +217,8 @@ for kind in MEMORY_KINDS:
         size = "2 MiB" if kind.leaf == HUGE_PAGE_SIZE else "4 KiB"
         add(
             f"mapping/{kind.name}-{kind.touched}-{verb}",
-            f"{kind.name} ({kind.touched}) is mapped {entry} with {size} leaves; the guest's first "
-            f"{verb} takes {cost}",
+            f"KVM maps {kind.name} memory ({kind.touched}) {entry} with {size} leaves, and the "
+            f"guest's first {verb} takes {cost}",
             f"{kind.source}; {_COPY}" if writes and kind.cost == COPIED else kind.source,
             lambda kind=kind, writes=writes: _prefault_then(kind, writes),  # type: ignore[misc]
             *kind.needs,
@@ -233,11 +235,11 @@ def _huge_zero_page(read_first: bool) -> str:
     fixture.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
     grown = fixture.vm.leaves() - before
     if grown != Stage2Leaves(0, 1):
-        raise Skip(f"KVM mapped {grown}, not the huge zero page (set use_zero_page to 1)")
+        raise Skip(f"KVM mapped {grown} instead of the huge zero page (set use_zero_page to 1)")
     fixture.vcpu.read(GPA, HUGE_PAGE_SIZE // PAGE_SIZE)
     faults = expect_writes(fixture.vcpu, memory, None)
     # Each page or huge page that the host must copy takes up to two faults: see COPIED.
-    expect(faults in (1, 2, 512, 1024), f"{faults} faults")
+    expect(faults in (1, 2, 512, 1024), f"the guest took {faults} faults")
     kept = fixture.vm.leaves() - before
     return f"writing 2 MiB takes the guest {faults} faults; then mapped: {kept}"
 
@@ -245,9 +247,9 @@ def _huge_zero_page(read_first: bool) -> str:
 for read_first in (False, True):
     add(
         f"mapping/thp-{'read' if read_first else 'untouched'}-write",
-        "unwritten THP memory is mapped read-only as the huge zero page; a write splits this page "
-        "or allocates a new huge page",
-        "mm/huge_memory.c:do_huge_pmd_wp_page(); since 1ced09e0331f it allocates a huge page",
+        "KVM maps the huge zero page read-only for unwritten THP memory, and the guest's first "
+        "write splits this page or allocates a new huge page",
+        "mm/huge_memory.c:do_huge_pmd_wp_page() allocates a huge page since 1ced09e0331f",
         lambda read_first=read_first: _huge_zero_page(read_first),  # type: ignore[misc]
         needs.transparent_huge_pages,
         mapping=True,
@@ -256,7 +258,8 @@ for read_first in (False, True):
 
 @case(
     "mapping/populate-after-the-zero-page",
-    "if untouched THP memory is prefaulted and then populated, it gets 4 KiB pages or a huge page",
+    "if untouched THP memory is populated after a prefault, the kernel allocates 4 KiB pages or a "
+    "huge page",
     "mm/huge_memory.c:do_huge_pmd_wp_page(); 1ced09e0331f",
     needs.transparent_huge_pages,
     mapping=True,

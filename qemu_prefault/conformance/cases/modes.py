@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""System management mode and guest mode, which have separate stage-2 tables."""
+"""Cases about SMM and guest mode, which have separate stage-2 tables."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def smm_not_covered() -> None:
 
 @case(
     "modes/smm-hole",
-    "ENOENT in system management mode if only the other address space has the memory",
+    "in system management mode, the ioctl fails with ENOENT if only the other address space has a "
+    "slot at the address",
     _SMM,
     needs.smm,
     mapping=True,
@@ -84,7 +85,7 @@ def smm_hole() -> None:
 
 @case(
     "modes/smm-slot-deleted",
-    "deleting a slot in one address space drops the tables of both address spaces",
+    "if a slot is deleted in one address space, KVM drops the tables of both address spaces",
     "mmu/mmu.c:kvm_mmu_zap_all_fast()",
     needs.smm,
     mapping=True,
@@ -107,7 +108,10 @@ _NESTED_SHADOW = "mmu/mmu.c: root_mmu with role.guest_mode is a TDP MMU with its
 
 
 def _in_guest_mode(npt: bool) -> tuple[Fixture, KvmVcpu]:
-    """Return a fixture whose vCPU runs a nested guest, and a vCPU outside guest mode."""
+    """Return a fixture whose vCPU runs a nested guest, and a vCPU outside guest mode.
+
+    :param npt: True if the nested guest uses nested NPT, False if it uses shadow paging.
+    """
     vm = KvmVm()
     memory = small(PAGES * PAGE_SIZE)
     memory.write()
@@ -123,24 +127,25 @@ def _in_guest_mode(npt: bool) -> tuple[Fixture, KvmVcpu]:
     vm.system.put(VMCB, code)
     vcpu.set_msr(VMRUN_HOST_SAVE_MSR, HOST_SAVE)
     vcpu.start_at(guest_code.VMRUN, rax=VMCB, rbx=COUNTER)
-    expect_equal(vcpu.run(), abi.EXIT_IO, "the exit of the nested guest")
+    expect_equal(vcpu.run(), abi.EXIT_IO, "the nested guest caused a wrong exit")
     expect_equal(vcpu.stat("guest_mode"), 1, "guest_mode")
-    expect_equal(vm.counter, 1, "the nested guest's count")
+    expect_equal(vm.counter, 1, "the nested guest has a wrong count")
     return Fixture(vm, vcpu, memory), outside
 
 
 def _goes_on(vcpu: KvmVcpu) -> None:
-    """Check that the nested guest continues to count."""
+    """Check that the nested guest still runs and increments its counter."""
     before = vcpu.vm.counter
     vcpu.start_at(guest_code.COUNT_AND_OUT, rbx=COUNTER)
-    expect_equal(vcpu.run(), abi.EXIT_IO, "the exit of the nested guest")
-    expect_equal(vcpu.vm.counter, before + 1, "the nested guest's count")
+    expect_equal(vcpu.run(), abi.EXIT_IO, "the nested guest caused a wrong exit")
+    expect_equal(vcpu.vm.counter, before + 1, "the nested guest has a wrong count")
     expect_equal(vcpu.stat("guest_mode"), 1, "guest_mode")
 
 
 @case(
     "modes/nested-npt",
-    "EOPNOTSUPP on a vCPU that runs a nested guest with nested NPT; KVM maps nothing",
+    "on a vCPU that runs a nested guest with nested NPT, the ioctl fails with EOPNOTSUPP and maps "
+    "no page",
     _NESTED,
     needs.nested_svm,
     needs.nested_paging,
@@ -158,7 +163,8 @@ def nested_npt() -> None:
 
 @case(
     "modes/nested-npt-another-vcpu",
-    "a vCPU outside guest mode can prefault for the VM; the nested guest on another vCPU continues",
+    "the ioctl succeeds on a vCPU outside guest mode while another vCPU is in guest mode, and the "
+    "nested guest continues to run",
     _NESTED,
     needs.nested_svm,
     needs.nested_paging,
@@ -175,7 +181,8 @@ def nested_npt_another_vcpu() -> None:
 
 @case(
     "modes/nested-shadow",
-    "on a vCPU that runs a nested guest with shadow paging, the ioctl fills only that guest's root",
+    "on a vCPU that runs a nested guest with shadow paging, the ioctl fills only the tables that "
+    "KVM uses in guest mode",
     _NESTED_SHADOW,
     needs.nested_svm,
     needs.nested_paging,
@@ -190,7 +197,7 @@ def nested_shadow() -> None:
     expect_reads(fixture.vcpu, fixture.memory, 0)
     _goes_on(fixture.vcpu)
     taken = outside.faults_of(lambda: outside.read(GPA, PAGES))
-    expect(taken >= PAGES / 8, f"the guest itself took only {taken} faults")
+    expect(taken >= PAGES / 8, f"the guest took only {taken} faults outside guest mode")
 
 
 @case(
@@ -212,7 +219,8 @@ def nested_shadow_not_covered() -> None:
 
 @case(
     "modes/nested-slot-deleted",
-    "after a slot is deleted, a nested guest with nested NPT continues; another vCPU can prefault",
+    "after a slot is deleted, a nested guest with nested NPT continues to run, and the ioctl "
+    "succeeds on another vCPU",
     "mmu/mmu.c:kvm_mmu_zap_all_fast()",
     needs.nested_svm,
     needs.nested_paging,

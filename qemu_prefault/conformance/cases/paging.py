@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The capability, shadow paging, and host faults on populated memory."""
+"""Cases about the capability, shadow paging, and host faults on populated memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _CAPABILITY = "x86.c:kvm_vm_ioctl_check_extension() returns tdp_enabled"
 
 @case(
     "paging/capability",
-    "/dev/kvm and a VM report the same capability, and the ioctl succeeds only with the capability",
+    "/dev/kvm and a VM report the same value of KVM_CAP_PRE_FAULT_MEMORY, and the ioctl succeeds "
+    "only if the value is not 0",
     _CAPABILITY,
 )
 def capability() -> None:
@@ -37,7 +38,7 @@ def capability() -> None:
 
 @case(
     "paging/capability-protected-vm",
-    "/dev/kvm and a protected VM report the same capability",
+    "/dev/kvm and a protected VM report the same value of KVM_CAP_PRE_FAULT_MEMORY",
     _CAPABILITY,
     needs.software_protected,
 )
@@ -75,7 +76,8 @@ for name, mode in (("real", abi.RESET), ("protected", abi.FLAT32), ("long", LONG
             continue
         add(
             f"paging/shadow-{name}-mode{'-after-run' if has_run else ''}",
-            f"with shadow paging, EOPNOTSUPP on a vCPU in {name} mode; 100 attempts map nothing",
+            f"if KVM uses shadow paging, the ioctl fails with EOPNOTSUPP on a vCPU in {name} mode, "
+            "and 100 attempts map no page",
             _ONLY_TDP,
             lambda mode=mode, has_run=has_run: _shadow_refusal(mode, has_run),  # type: ignore[misc]
             needs.shadow_paging,
@@ -84,7 +86,7 @@ for name, mode in (("real", abi.RESET), ("protected", abi.FLAT32), ("long", LONG
 
 
 def _live_guest(mode: abi.CpuMode) -> None:
-    """Prefault repeatedly on one vCPU while another one increments a word per page."""
+    """Prefault on one vCPU while the guest increments words on another vCPU."""
     fixture = make_fixture()
     runner = fixture.vm.vcpu(mode=mode)
     runner.warm()
@@ -98,20 +100,24 @@ def _live_guest(mode: abi.CpuMode) -> None:
         running.wait_progress(10)
     rounds = fixture.vm.counter
     grown = {now - then for now, then in zip(fixture.memory.words(), start, strict=True)}
-    expect(grown <= {rounds, rounds + 1}, f"after {rounds} rounds, words have increased by {grown}")
+    expect(
+        grown <= {rounds, rounds + 1},
+        f"the guest counted {rounds} passes, but words have increased by {grown}",
+    )
 
 
 for name, mode in (("protected", abi.FLAT32), ("long", LONG64)):
     add(
         f"paging/live-guest-{name}-mode",
-        f"a running guest in {name} mode loses no writes during 100 prefaults, even if all fail",
+        f"a running guest in {name} mode loses no writes during 100 prefaults, even if all "
+        "prefaults fail",
         _ONLY_TDP,
         lambda mode=mode: _live_guest(mode),  # type: ignore[misc]
     )
 
 
 def _host_faults(populate: bool, mode: abi.CpuMode) -> None:
-    """Check the minor faults of this thread during the guest's first writes."""
+    """Check how many minor host faults the guest's first writes take."""
     memory = small(PAGES * PAGE_SIZE)
     vm = KvmVm()
     vcpu = vm.vcpu(mode=mode)
@@ -125,10 +131,17 @@ def _host_faults(populate: bool, mode: abi.CpuMode) -> None:
     vcpu.write(GPA, PAGES, 0x51)
     faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
     if populate:
-        expect(faults < PAGES / 2, f"{faults} host faults although the memory is populated")
+        expect(
+            faults < PAGES / 2, f"the guest's writes took {faults} host faults on populated memory"
+        )
     else:
-        expect(faults >= PAGES, f"{faults} host faults, expected at least {PAGES}")
-    expect_equal(memory.words(), memory_words, "the memory after the guest's writes")
+        expect(
+            faults >= PAGES,
+            f"the guest's writes took {faults} host faults, expected at least {PAGES}",
+        )
+    expect_equal(
+        memory.words(), memory_words, "the memory has wrong words after the guest's writes"
+    )
 
 
 for populate in (False, True):
@@ -145,7 +158,7 @@ for populate in (False, True):
 
 @case(
     "paging/unknown-ioctl",
-    "a kernel without the ioctl returns EINVAL and does not change the structure",
+    "a kernel without the ioctl returns EINVAL and does not change struct kvm_pre_fault_memory",
     "x86.c:kvm_arch_vcpu_ioctl()",
     lambda host: "" if host.refusal == errno.EINVAL else "this kernel has the ioctl",
 )

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Concurrent prefaults on several vCPUs: of the same range, or of separate parts."""
+"""Cases that prefault on several vCPUs concurrently.
+
+The vCPUs prefault the same range, or separate parts of a range.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from ..vmm import COUNTER, KvmVm
 from .common import GPA, SLOT, expect_reads, expect_writes
 
 _LOCK = (
-    "mmu/mmu.c:kvm_tdp_mmu_page_fault() takes mmu_lock for reading, so vCPUs run in parallel; the "
-    "legacy MMU takes it for writing"
+    "mmu/mmu.c:kvm_tdp_mmu_page_fault() takes mmu_lock for reading, so vCPUs run in parallel, but "
+    "the legacy MMU takes mmu_lock for writing"
 )
 _SIZE = 4 * MIB
 
@@ -55,7 +58,8 @@ def _parallel(count: int, stripes: bool, with_guest: bool) -> None:
         rounds = vm.counter
         grown = {now - then for now, then in zip(memory.words(), start, strict=True)}
         expect(
-            grown <= {rounds, rounds + 1}, f"after {rounds} rounds, words have increased by {grown}"
+            grown <= {rounds, rounds + 1},
+            f"the guest counted {rounds} passes, but words have increased by {grown}",
         )
         reader.kick(False)
     else:
@@ -70,10 +74,11 @@ for count in (2, 3, 4):
     for stripes in (False, True):
         for with_guest in (False, True):
             where = "stripes" if stripes else "one-range"
+            what = "separate parts of a slot" if stripes else "the same range"
             guest_text = " while a guest writes to every page" if with_guest else ""
             add(
                 f"parallel/{count}-{where}{'-with-guest' if with_guest else ''}",
-                f"if {count} vCPUs prefault {where.replace('-', ' ')} concurrently{guest_text}, "
+                f"if {count} vCPUs prefault {what} concurrently{guest_text}, "
                 "KVM maps each page once",
                 _LOCK,
                 lambda count=count, stripes=stripes, with_guest=with_guest: _parallel(  # type: ignore[misc]

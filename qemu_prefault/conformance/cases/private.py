@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Private memory of a KVM_X86_SW_PROTECTED_VM, and mappable guest_memfd."""
+"""Cases about private memory of protected VMs, and about mappable guest_memfd.
+
+A protected VM has the type KVM_X86_SW_PROTECTED_VM.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,9 @@ _GMEM = "mmu/mmu.c:kvm_mmu_faultin_pfn_private(), virt/kvm/guest_memfd.c:kvm_gme
 
 
 def _protected(memory: Memory | None = None, *, bind: bool = True) -> tuple[Fixture, int]:
-    """Return a fixture of a protected VM, and the descriptor of a guest_memfd.
+    """Return a fixture with a protected VM, and the descriptor of a guest_memfd.
 
-    :param bind: use the guest_memfd for the slot's private memory.
+    :param bind: True to use the guest_memfd for the private memory of the slot.
     """
     vm = KvmVm(abi.VM_SW_PROTECTED)
     vcpu = vm.vcpu()
@@ -55,7 +58,7 @@ def shared_part() -> None:
 
 @case(
     "private/private-part",
-    "KVM maps private memory writable from guest_memfd, separate from the host mapping",
+    "KVM maps private memory writable from guest_memfd, and not from the host mapping",
     _GMEM,
     needs.software_protected,
     mapping=True,
@@ -68,16 +71,20 @@ def private_part() -> None:
     expect_mapped(fixture.vm, before, Stage2Leaves(PAGES))
     words = fixture.memory.words()
     taken = fixture.vcpu.stat("pf_taken")
-    expect_equal(fixture.vcpu.read(GPA, PAGES), 0, "the sum that the guest reads")
+    expect_equal(fixture.vcpu.read(GPA, PAGES), 0, "the guest read wrong data (sum of words)")
     fixture.vcpu.write(GPA, PAGES, 5)
-    expect_equal(fixture.vcpu.read(GPA, PAGES), 5 * PAGES, "the sum after the guest's writes")
+    expect_equal(
+        fixture.vcpu.read(GPA, PAGES),
+        5 * PAGES,
+        "the guest read wrong data after its writes (sum of words)",
+    )
     expect_equal(fixture.vcpu.stat("pf_taken") - taken, 0, "faults")
     expect_equal(fixture.memory.words(), words, "the host mapping")
 
 
 @case(
     "private/4k-only",
-    "KVM maps private memory with 4 KiB leaves, even if it is aligned to 2 MiB",
+    "KVM maps private memory with 4 KiB leaves, even if the memory is aligned to 2 MiB",
     "virt/kvm/guest_memfd.c:kvm_gmem_get_pfn(): max_order is 0",
     needs.software_protected,
     needs.transparent_huge_pages,
@@ -92,13 +99,14 @@ def four_kib_only() -> None:
     expect_equal(
         fixture.vcpu.faults_of(lambda: fixture.vcpu.write(GPA, 512, 1)),
         0,
-        "faults while the guest writes",
+        "the guest's writes took faults",
     )
 
 
 @case(
     "private/mixed",
-    "one ioctl prefaults alternating private and shared pages, each from its own backing",
+    "one ioctl maps alternating private and shared pages, private pages from guest_memfd and "
+    "shared pages from the host mapping",
     _GMEM,
     needs.software_protected,
     mapping=True,
@@ -113,13 +121,14 @@ def mixed() -> None:
     expect_mapped(fixture.vm, before, Stage2Leaves(PAGES))
     taken = fixture.vcpu.stat("pf_taken")
     wanted = sum(fixture.memory.words()[1::2]) & 0xFFFFFFFF
-    expect_equal(fixture.vcpu.read(GPA, PAGES), wanted, "the sum that the guest reads")
+    expect_equal(fixture.vcpu.read(GPA, PAGES), wanted, "the guest read wrong data (sum of words)")
     expect_equal(fixture.vcpu.stat("pf_taken") - taken, 0, "faults")
 
 
 @case(
     "private/made-shared",
-    "converting memory to shared unmaps it; a prefault then maps the host's pages",
+    "if private memory is converted to shared memory, KVM unmaps it, and a later prefault maps the "
+    "host's pages",
     "virt/kvm/kvm_main.c:kvm_vm_set_mem_attributes() unmaps the range",
     needs.software_protected,
     mapping=True,
@@ -135,13 +144,14 @@ def made_shared() -> None:
     expect_mapped(fixture.vm, before, Stage2Leaves(PAGES))
     wanted = sum(fixture.memory.words()[: PAGES // 2]) & 0xFFFFFFFF
     taken = fixture.vcpu.stat("pf_taken")
-    expect_equal(fixture.vcpu.read(GPA, PAGES), wanted, "the sum that the guest reads")
+    expect_equal(fixture.vcpu.read(GPA, PAGES), wanted, "the guest read wrong data (sum of words)")
     expect_equal(fixture.vcpu.stat("pf_taken") - taken, 0, "faults")
 
 
 @case(
     "private/made-private",
-    "converting memory to private unmaps it; a prefault then maps pages of guest_memfd",
+    "if shared memory is converted to private memory, KVM unmaps it, and a later prefault maps "
+    "pages of guest_memfd",
     "virt/kvm/kvm_main.c:kvm_vm_set_mem_attributes() unmaps the range",
     needs.software_protected,
     mapping=True,
@@ -154,13 +164,14 @@ def made_private() -> None:
     expect_mapped(fixture.vm, before, Stage2Leaves(0))
     fixture.vcpu.prefault_all(GPA, _SIZE)
     taken = fixture.vcpu.stat("pf_taken")
-    expect_equal(fixture.vcpu.read(GPA, PAGES), 0, "the sum that the guest reads")
+    expect_equal(fixture.vcpu.read(GPA, PAGES), 0, "the guest read wrong data (sum of words)")
     expect_equal(fixture.vcpu.stat("pf_taken") - taken, 0, "faults")
 
 
 @case(
     "private/punched-hole",
-    "punching a hole in guest_memfd unmaps its pages; a prefault then maps zero-filled pages",
+    "if a hole is punched in guest_memfd, KVM unmaps the pages of the hole, and a later prefault "
+    "maps zero-filled pages",
     "virt/kvm/guest_memfd.c:kvm_gmem_punch_hole()",
     needs.software_protected,
     mapping=True,
@@ -175,13 +186,16 @@ def punched_hole() -> None:
     expect_mapped(fixture.vm, before, Stage2Leaves(PAGES - 8))
     fixture.vcpu.prefault_all(GPA, _SIZE)
     taken = fixture.vcpu.stat("pf_taken")
-    expect_equal(fixture.vcpu.read(GPA, PAGES), 3 * (PAGES - 8), "the sum that the guest reads")
+    expect_equal(
+        fixture.vcpu.read(GPA, PAGES), 3 * (PAGES - 8), "the guest read wrong data (sum of words)"
+    )
     expect_equal(fixture.vcpu.stat("pf_taken") - taken, 0, "faults")
 
 
 @case(
     "private/without-guest-memfd",
-    "EFAULT if private memory has no guest_memfd; kvm_run has KVM_EXIT_MEMORY_FAULT",
+    "if private memory has no guest_memfd, the ioctl fails with EFAULT and sets "
+    "KVM_EXIT_MEMORY_FAULT in kvm_run",
     "mmu/mmu.c:kvm_mmu_prepare_memory_fault_exit()",
     needs.software_protected,
 )
@@ -192,10 +206,12 @@ def without_guest_memfd() -> None:
     result = fixture.vcpu.prefault(GPA, PAGE_SIZE)
     expect_equal(str(result), "EFAULT, 0x1000 bytes left", "the ioctl")
     expect_equal(fixture.vm.leaves(), before, "leaves")
-    expect_equal(fixture.vcpu.exit_reason, abi.EXIT_MEMORY_FAULT, "the exit reason in kvm_run")
+    expect_equal(fixture.vcpu.exit_reason, abi.EXIT_MEMORY_FAULT, "kvm_run has a wrong exit reason")
     private = abi.MEMORY_ATTRIBUTE_PRIVATE
     expect_equal(
-        fixture.vcpu.memory_fault, (private, GPA, PAGE_SIZE), "flags, gpa and size of the fault"
+        fixture.vcpu.memory_fault,
+        (private, GPA, PAGE_SIZE),
+        "kvm_run has wrong data of the memory fault",
     )
     fixture.vm.set_private(GPA, PAGE_SIZE, private=False)
     fixture.vcpu.prefault_all(GPA, _SIZE)
@@ -222,8 +238,8 @@ def ordinary_vm() -> None:
 
 @case(
     "private/mapped-guest-memfd",
-    "KVM maps a mappable, initially shared guest_memfd writable with 4 KiB leaves",
-    "mmu/mmu.c:kvm_mmu_faultin_pfn_gmem() (v6.18): map_writable unless the slot is read-only",
+    "if guest_memfd is mappable and initially shared, KVM maps it writable with 4 KiB leaves",
+    "mmu/mmu.c:kvm_mmu_faultin_pfn_gmem() (v6.18) sets map_writable unless the slot is read-only",
     needs.mappable_guest_memfd,
     mapping=True,
 )
@@ -239,4 +255,4 @@ def mapped_guest_memfd() -> None:
     expect_mapped(vm, before, Stage2Leaves(PAGES))
     expect_writes(vcpu, memory, 0)
     memory.put(0, struct.pack("<I", 77))
-    expect_equal(vcpu.read(GPA, 1), 77, "the word that the guest reads after a write by the host")
+    expect_equal(vcpu.read(GPA, 1), 77, "the guest did not read the word that the host wrote")

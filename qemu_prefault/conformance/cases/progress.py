@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Progress of one ioctl: partial results, signals, and the kernel's own selftest."""
+"""Cases about partial results, signals, and the kernel's own selftest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOOP = "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory()"
 
 @case(
     "progress/whole-slot",
-    "one ioctl maps a whole slot of 16 MiB in 4 KiB pages",
+    "one ioctl maps a whole slot of 16 MiB with 4 KiB leaves",
     _LOOP,
     mapping=True,
 )
@@ -37,7 +37,8 @@ def whole_slot() -> None:
 
 @case(
     "progress/past-the-slot",
-    "if a range extends past the slot, one ioctl maps the slot, and the next fails with ENOENT",
+    "if a range extends past the slot, the first ioctl maps the slot, and the next ioctl fails "
+    "with ENOENT",
     _LOOP,
     mapping=True,
 )
@@ -52,7 +53,7 @@ def past_the_slot() -> None:
 
 @case(
     "progress/adjacent-slots",
-    "one ioctl continues in the next slot if the slots are adjacent",
+    "one ioctl can map two slots if the slots are adjacent",
     _LOOP,
     mapping=True,
 )
@@ -71,7 +72,8 @@ def adjacent_slots() -> None:
 
 @case(
     "progress/huge-steps",
-    "with 2 MiB leaves, each step ends at a 2 MiB boundary, even if the range starts inside a leaf",
+    "if a range starts inside one huge page and ends inside the next, the ioctl maps both huge "
+    "pages with 2 MiB leaves",
     "mmu/mmu.c:kvm_arch_vcpu_pre_fault_memory()",
     needs.transparent_huge_pages,
     mapping=True,
@@ -89,8 +91,9 @@ def huge_steps() -> None:
 
 @case(
     "progress/signal-in-the-middle",
-    "a signal ends the ioctl early with success; KVM has mapped all but the remaining size",
-    "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory(): signal_pending() once per page",
+    "if a signal arrives, the ioctl succeeds early, and the field size contains the number of "
+    "bytes that KVM has not mapped",
+    "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory() checks signal_pending() once per page",
     mapping=True,
 )
 def signal_in_the_middle() -> None:
@@ -105,7 +108,7 @@ def signal_in_the_middle() -> None:
         # The legacy MMU also maps pages next to the last page.
         extra = (fixture.vm.leaves() - before).bytes - done
         expect(
-            0 <= extra < 8 * PAGE_SIZE, f"{extra:#x} more bytes are mapped than reported as done"
+            0 <= extra < 8 * PAGE_SIZE, f"KVM mapped {extra:#x} more bytes than the ioctl reported"
         )
         if result.left:
             break
@@ -117,16 +120,19 @@ def signal_in_the_middle() -> None:
     if done:
         expect_equal(error_name(result.error), "success", "the ioctl")
         taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, done // PAGE_SIZE))
-        expect_equal(taken, 0, "faults on the part reported as done")
+        expect_equal(taken, 0, "the guest took faults in the part that the ioctl reported")
     fixture.vcpu.prefault_all(GPA + done, result.left)
     expect_equal(
-        (fixture.vm.leaves() - before).bytes, memory.size, "bytes mapped after the last prefault"
+        (fixture.vm.leaves() - before).bytes,
+        memory.size,
+        "KVM maps a wrong number of bytes after the last prefault",
     )
 
 
 @case(
     "progress/interrupted-waiting-for-a-page",
-    "EINTR if a signal arrives while the ioctl waits for userfaultfd; a later prefault succeeds",
+    "if a signal arrives while the ioctl waits for userfaultfd, the ioctl fails with EINTR, and a "
+    "later prefault succeeds",
     "virt/kvm/kvm_main.c:hva_to_pfn_slow() (FOLL_INTERRUPTIBLE), kvm_handle_signal_exit()",
     needs.root,
 )
@@ -139,7 +145,7 @@ def interrupted_waiting() -> None:
     expect_equal(str(result), f"EINTR, {memory.size:#x} bytes left", "the ioctl")
     expect_equal(fixture.vm.leaves(), before, "leaves")
     expect(fixture.vcpu.stat("signal_exits") > exits, "signal_exits has not increased")
-    expect_equal(fixture.vcpu.exit_reason, abi.EXIT_INTR, "the exit reason in kvm_run")
+    expect_equal(fixture.vcpu.exit_reason, abi.EXIT_INTR, "kvm_run has a wrong exit reason")
     userfault.resolve(0, memory.size)
     fixture.vcpu.prefault_all(GPA, memory.size)
     expect_reads(fixture.vcpu, memory, 0)
@@ -147,7 +153,7 @@ def interrupted_waiting() -> None:
 
 @case(
     "progress/waits-for-a-page",
-    "the ioctl waits for userfaultfd, and continues when the page is resolved",
+    "the ioctl waits until userfaultfd resolves a missing page, and then continues",
     "fs/userfaultfd.c:handle_userfault()",
     needs.root,
     mapping=True,
@@ -161,7 +167,7 @@ def waits_for_a_page() -> None:
         fixture.vcpu.prefault(GPA, PAGE_SIZE)
     task = BackgroundCall(lambda: fixture.vcpu.prefault(GPA, memory.size))
     for number in range(4):
-        expect_equal(userfault.wait(), number * PAGE_SIZE, "the page that the ioctl waits for")
+        expect_equal(userfault.wait(), number * PAGE_SIZE, "the ioctl waits for a wrong page")
         expect(task.is_alive(), "the ioctl did not wait for the page")
         userfault.resolve(number * PAGE_SIZE)
     expect_equal(str(task.result()), "success, 0x0 bytes left", "the ioctl")
@@ -170,7 +176,8 @@ def waits_for_a_page() -> None:
 
 @case(
     "progress/blocks-slot-changes",
-    "a running ioctl blocks the deletion of any slot, because it is one SRCU read-side section",
+    "a running ioctl blocks the deletion of any slot, because the ioctl is one SRCU read-side "
+    "critical section",
     "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory() (srcu_read_lock), kvm_swap_active_memslots()",
     needs.root,
     needs.capability,
@@ -208,7 +215,12 @@ def page_by_page() -> None:
     expect_writes(fixture.vcpu, fixture.memory, 0)
 
 
-@case("progress/backwards", "the order of the ranges does not matter", _LOOP, mapping=True)
+@case(
+    "progress/backwards",
+    "prefaults of ranges in descending order map all pages",
+    _LOOP,
+    mapping=True,
+)
 def backwards() -> None:
     fixture = make_fixture()
     before = fixture.vm.leaves()
@@ -220,8 +232,9 @@ def backwards() -> None:
 
 @case(
     "progress/counts-no-guest-faults",
-    "KVM does not count a prefault as a fault: pf_taken counts only the guest's faults",
-    "mmu/mmu.c:kvm_mmu_page_fault() counts; kvm_mmu_do_page_fault() with prefetch does not",
+    "KVM does not count a prefault in pf_taken, which counts only the guest's faults",
+    "mmu/mmu.c:kvm_mmu_page_fault() counts faults, but kvm_mmu_do_page_fault() with prefetch does "
+    "not",
     needs.capability,
 )
 def counts_no_guest_faults() -> None:
@@ -233,9 +246,9 @@ def counts_no_guest_faults() -> None:
 
 
 def _selftest(kind: int) -> None:
-    """Make the calls of pre_fault_memory_test.c, and also check the mappings.
+    """Issue the ioctls of pre_fault_memory_test.c, and also check the mappings.
 
-    The slot's size is 2 MiB and one page, and its address is near the highest gfn.
+    The slot has a size of 2 MiB plus one page, and an address near the highest gfn.
     """
     vm = KvmVm(kind)
     vcpu = vm.vcpu(mode=LONG64)
@@ -247,19 +260,29 @@ def _selftest(kind: int) -> None:
     vcpu.warm()
     before = vm.leaves()
     result = vcpu.prefault(at, HUGE_PAGE_SIZE)
-    expect_equal(str(result), "success, 0x0 bytes left", "the ioctl for [gpa, 2M)")
+    expect_equal(
+        str(result),
+        "success, 0x0 bytes left",
+        "the ioctl for the first 2 MiB returned a wrong result",
+    )
     result = vcpu.prefault(at + HUGE_PAGE_SIZE, 2 * PAGE_SIZE)
     expect_equal(
-        str(result), f"success, {PAGE_SIZE:#x} bytes left", "the ioctl for [gpa + 2M, 2 pages)"
+        str(result),
+        f"success, {PAGE_SIZE:#x} bytes left",
+        "the ioctl across the end of the slot returned a wrong result",
     )
     result = vcpu.prefault(at + HUGE_PAGE_SIZE + PAGE_SIZE, PAGE_SIZE)
-    expect_equal(str(result), f"ENOENT, {PAGE_SIZE:#x} bytes left", "the ioctl after the slot")
+    expect_equal(
+        str(result),
+        f"ENOENT, {PAGE_SIZE:#x} bytes left",
+        "the ioctl after the slot returned a wrong result",
+    )
     expect_equal((vm.leaves() - before).bytes, size, "bytes mapped")
     count = size // PAGE_SIZE
     total = sum(memory.words()[:count]) & 0xFFFFFFFF
     taken = vcpu.stat("pf_taken")
-    expect_equal(vcpu.read(at, count), total, "the sum that the guest reads")
-    expect_equal(vcpu.stat("pf_taken") - taken, 0, "faults of the guest")
+    expect_equal(vcpu.read(at, count), total, "the guest read wrong data (sum of words)")
+    expect_equal(vcpu.stat("pf_taken") - taken, 0, "the guest took faults")
 
 
 for name, kind, required in (
@@ -268,7 +291,8 @@ for name, kind, required in (
 ):
     add(
         f"progress/selftest-{name}",
-        "the calls of the kernel's pre_fault_memory_test succeed and map the memory",
+        "the ioctls of the kernel's pre_fault_memory_test have the expected results and map the "
+        "memory",
         "tools/testing/selftests/kvm/pre_fault_memory_test.c",
         lambda kind=kind: _selftest(kind),  # type: ignore[misc]
         *required,
@@ -278,7 +302,8 @@ for name, kind, required in (
 
 @case(
     "progress/signal-while-waiting-for-the-vcpu",
-    "EINTR if a signal arrives while the ioctl waits for a running vCPU; KVM maps nothing",
+    "if a signal arrives while the ioctl waits for a running vCPU, the ioctl fails with EINTR and "
+    "maps no page",
     "virt/kvm/kvm_main.c:kvm_vcpu_ioctl() (mutex_lock_killable), kvm_vcpu_pre_fault_memory()",
     needs.capability,
 )

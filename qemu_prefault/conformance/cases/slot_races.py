@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Slots that change during the ioctl, or before the vCPU enters the guest again.
+"""Cases in which slots change during the ioctl, or before the vCPU runs again.
 
-These cases detect two kernel bugs. With both, the ioctl retries until its thread gets a signal.
-The first bug affects a vCPU whose root became obsolete (fixed by 20a6cff3b283, v6.15). The second
-affects a slot that is being deleted (fixed by 3ccbf6f47098, v6.18).
+These cases detect two kernel bugs. Both bugs make the ioctl retry until its thread gets a signal.
+The first bug affects a vCPU whose root became obsolete, and is fixed by 20a6cff3b283 (v6.15). The
+second bug affects a slot that is being deleted, and is fixed by 3ccbf6f47098 (v6.18).
 """
 
 from __future__ import annotations
@@ -36,18 +36,26 @@ def _hangs(vcpu: KvmVcpu) -> bool:
     result = vcpu.prefault(GPA, PAGES * PAGE_SIZE, limit=HANG_SECONDS)
     if result.error == errno.EINTR and result.seconds >= HANG_SECONDS:
         return True
-    expect_equal(str(result), "success, 0x0 bytes left", "a prefault after a slot was deleted")
+    expect_equal(
+        str(result),
+        "success, 0x0 bytes left",
+        "the prefault after the deletion of a slot returned a wrong result",
+    )
     return False
 
 
 _STALE = (
     "mmu/mmu.c:kvm_mmu_reload() handles KVM_REQ_MMU_FREE_OBSOLETE_ROOTS only since 20a6cff3b283 "
-    "(v6.15); before, is_page_fault_stale() is always true"
+    "(v6.15), and is_page_fault_stale() is always true on older kernels"
 )
 
 
 def _stale_root(has_run: bool, remedy: str) -> str | None:
-    """Prefault, delete a slot, apply a remedy, and prefault again."""
+    """Prefault one slot, delete another slot, apply a remedy, and prefault again.
+
+    :param has_run: True to use a vCPU that has run.
+    :param remedy: ``run``, ``other vCPU``, ``sregs``, or an empty string to apply no remedy.
+    """
     fixture = make_fixture() if has_run else _never_run()
     fixture.vcpu.prefault_all(GPA, PAGE_SIZE)
     fixture.vm.slot(OTHER_SLOT, OTHER_GPA, small(PAGE_SIZE))
@@ -61,7 +69,7 @@ def _stale_root(has_run: bool, remedy: str) -> str | None:
         fixture.vcpu.set_mode(LONG64)
         fixture.vcpu.set_mode(abi.FLAT32)
     hung = _hangs(fixture.vcpu)
-    expect(not (hung and remedy), f"the ioctl hangs despite the remedy ({remedy})")
+    expect(not (hung and remedy), f"the ioctl hangs although the remedy {remedy!r} was applied")
     if hung:
         fixture.vcpu.warm()
         expect(not _hangs(fixture.vcpu), "the ioctl hangs even after the vCPU has run")
@@ -69,7 +77,7 @@ def _stale_root(has_run: bool, remedy: str) -> str | None:
     expect_writes(reader, fixture.memory, 0)
     if hung:
         raise KnownBad(
-            "the ioctl retries until a signal arrives; it works again after the vCPU has run"
+            "the ioctl retried until a signal arrived, and succeeded after the vCPU had run"
         )
     return None
 
@@ -86,19 +94,20 @@ def _never_run() -> Fixture:
 for has_run, name in ((False, "never-run"), (True, "run-before")):
     add(
         f"slots/stale-root-{name}",
-        "after a slot is deleted, a vCPU that has not entered the guest since can prefault again",
+        "after a slot is deleted, the ioctl succeeds on a vCPU that has not entered the guest "
+        "since the deletion",
         _STALE,
         lambda has_run=has_run: _stale_root(has_run, ""),  # type: ignore[misc]
         mapping=True,
     )
 for remedy, name in (
-    ("run", "after a KVM_RUN"),
+    ("run", "if the vCPU runs first"),
     ("other vCPU", "on a new vCPU"),
-    ("sregs", "after KVM_SET_SREGS has changed CR0 and restored it"),
+    ("sregs", "if KVM_SET_SREGS first changes CR0 and restores it"),
 ):
     add(
         f"slots/stale-root-remedy-{remedy.lower().replace(' ', '-')}",
-        f"after a slot is deleted, a prefault works {name}",
+        f"after a slot is deleted, the ioctl succeeds {name}",
         _STALE + "; x86.c:__set_sregs() also resets the MMU context",
         lambda remedy=remedy: _stale_root(True, remedy),  # type: ignore[misc]
         mapping=True,
@@ -107,8 +116,8 @@ for remedy, name in (
 
 @case(
     "slots/stale-root-without-quirk",
-    "after a slot is deleted with SLOT_ZAP_ALL disabled, a prefault works, because no root becomes "
-    "obsolete",
+    "if SLOT_ZAP_ALL is disabled, the ioctl succeeds after a slot is deleted, because no root "
+    "becomes obsolete",
     _STALE,
     needs.slot_quirk,
     mapping=True,
@@ -119,29 +128,33 @@ def stale_root_without_quirk() -> None:
     fixture.vcpu.prefault_all(GPA, PAGE_SIZE)
     fixture.vm.slot(OTHER_SLOT, OTHER_GPA, small(PAGE_SIZE))
     fixture.vm.delete(OTHER_SLOT)
-    expect(not _hangs(fixture.vcpu), "the ioctl hangs despite the disabled quirk")
+    expect(not _hangs(fixture.vcpu), "the ioctl hangs although SLOT_ZAP_ALL is disabled")
     fixture.vcpu.warm()
     expect_writes(fixture.vcpu, fixture.memory, 0)
 
 
 def _deleted_meanwhile(quirk: bool, again: bool) -> str | None:
-    """Delete the slot while the ioctl waits for one of its pages."""
+    """Delete a slot while the ioctl waits for a page of this slot.
+
+    :param quirk: False to disable KVM_X86_QUIRK_SLOT_ZAP_ALL.
+    :param again: True to create the slot again after the ioctl.
+    """
     memory = small(PAGES * PAGE_SIZE)
     userfault = Userfault(memory)
     fixture = make_fixture(memory, vm=KvmVm(quirk=quirk))
     limit = 10 * HANG_SECONDS
     prefault = BackgroundCall(lambda: fixture.vcpu.prefault(GPA, memory.size, limit=limit))
-    expect_equal(userfault.wait(), 0, "the page that the ioctl waits for")
+    expect_equal(userfault.wait(), 0, "the ioctl waits for a wrong page")
     deleter = BackgroundCall(lambda: fixture.vm.delete(SLOT))
     deleter.wait_state("D")
     # The page becomes present while the slot is KVM_MEMSLOT_INVALID.
     userfault.resolve(0, memory.size)
     result = prefault.result()
     deleter.result()
-    expect(result.left >= memory.size - PAGE_SIZE, f"{result}: more than one page was mapped")
+    expect(result.left >= memory.size - PAGE_SIZE, f"KVM mapped more than one page ({result})")
     hung = result.seconds >= limit
     if not hung:
-        expect(result.error in (errno.EAGAIN, 0), f"{result}, expected EAGAIN")
+        expect(result.error in (errno.EAGAIN, 0), f"the ioctl returned {result}, expected EAGAIN")
     if again:
         fixture.vm.slot(SLOT, GPA, memory)
         fixture.vcpu.warm()
@@ -150,9 +163,15 @@ def _deleted_meanwhile(quirk: bool, again: bool) -> str | None:
     else:
         fixture.vcpu.warm()
         gone = fixture.vcpu.prefault(GPA, PAGE_SIZE)
-        expect_equal(str(gone), "ENOENT, 0x1000 bytes left", "a prefault of the deleted slot")
+        expect_equal(
+            str(gone),
+            "ENOENT, 0x1000 bytes left",
+            "a prefault of the deleted slot returned a wrong result",
+        )
     if hung:
-        raise KnownBad("ioctl and slot change block each other until a signal ends the ioctl")
+        raise KnownBad(
+            "the ioctl and the change of the slot blocked each other until a signal ended the ioctl"
+        )
     return None
 
 
@@ -161,10 +180,11 @@ for quirk in (True, False):
         add(
             f"slots/deleted-meanwhile{'-and-recreated' if again else ''}"
             f"{'' if quirk else '-without-quirk'}",
-            "if the slot is deleted during the ioctl, the ioctl fails with EAGAIN; a later "
+            "if the slot is deleted during the ioctl, the ioctl fails with EAGAIN, and a later "
             "prefault " + ("of the re-created slot succeeds" if again else "fails with ENOENT"),
-            "mmu/mmu.c:kvm_mmu_faultin_pfn(): until 3ccbf6f47098 (v6.18), KVM retries on "
-            "KVM_MEMSLOT_INVALID and holds kvm->srcu, for which the deleting thread waits",
+            "mmu/mmu.c:kvm_mmu_faultin_pfn(): before 3ccbf6f47098 (v6.18), the ioctl holds "
+            "kvm->srcu and retries on KVM_MEMSLOT_INVALID, but the deleting thread waits for "
+            "kvm->srcu",
             lambda quirk=quirk, again=again: _deleted_meanwhile(quirk, again),  # type: ignore[misc]
             needs.root,
             needs.capability,
@@ -175,8 +195,8 @@ for quirk in (True, False):
 
 @case(
     "slots/moved-meanwhile",
-    "if the slot is moved during the ioctl, the ioctl fails with EAGAIN; a prefault of the old "
-    "address then fails with ENOENT",
+    "if the slot is moved during the ioctl, the ioctl fails with EAGAIN, and a later prefault of "
+    "the old address fails with ENOENT",
     "mmu/mmu.c:kvm_mmu_faultin_pfn(), virt/kvm/kvm_main.c:kvm_invalidate_memslot(); 3ccbf6f47098",
     needs.root,
     needs.capability,
@@ -188,7 +208,7 @@ def moved_meanwhile() -> None:
     fixture = make_fixture(memory)
     limit = 10 * HANG_SECONDS
     prefault = BackgroundCall(lambda: fixture.vcpu.prefault(GPA, memory.size, limit=limit))
-    expect_equal(userfault.wait(), 0, "the page that the ioctl waits for")
+    expect_equal(userfault.wait(), 0, "the ioctl waits for a wrong page")
     mover = BackgroundCall(lambda: fixture.vm.slot(SLOT, OTHER_GPA, memory))
     mover.wait_state("D")
     userfault.resolve(0, memory.size)
@@ -196,17 +216,23 @@ def moved_meanwhile() -> None:
     mover.result()
     fixture.vcpu.warm()
     gone = fixture.vcpu.prefault(GPA, PAGE_SIZE)
-    expect_equal(str(gone), "ENOENT, 0x1000 bytes left", "a prefault of the old address")
+    expect_equal(
+        str(gone),
+        "ENOENT, 0x1000 bytes left",
+        "a prefault of the old address returned a wrong result",
+    )
     fixture.vcpu.prefault_all(OTHER_GPA, memory.size)
     expect_reads(fixture.vcpu, memory, 0, gpa=OTHER_GPA)
     if result.seconds >= limit:
-        raise KnownBad("ioctl and slot change block each other until a signal ends the ioctl")
-    expect(result.error in (errno.EAGAIN, 0), f"{result}, expected EAGAIN")
+        raise KnownBad(
+            "the ioctl and the change of the slot blocked each other until a signal ended the ioctl"
+        )
+    expect(result.error in (errno.EAGAIN, 0), f"the ioctl returned {result}, expected EAGAIN")
 
 
 @case(
     "slots/flags-changed-meanwhile",
-    "a change of the slot's flags waits until the ioctl ends, and both succeed",
+    "a change of the slot's flags waits until the ioctl ends, and the change and the ioctl succeed",
     "virt/kvm/kvm_main.c:kvm_update_flags_memslot() does not invalidate the slot",
     needs.root,
     needs.capability,
@@ -216,7 +242,7 @@ def flags_changed_meanwhile() -> None:
     userfault = Userfault(memory)
     fixture = make_fixture(memory)
     prefault = BackgroundCall(lambda: fixture.vcpu.prefault(GPA, memory.size))
-    expect_equal(userfault.wait(), 0, "the page that the ioctl waits for")
+    expect_equal(userfault.wait(), 0, "the ioctl waits for a wrong page")
     changer = BackgroundCall(
         lambda: fixture.vm.slot(SLOT, GPA, memory, flags=abi.MEM_LOG_DIRTY_PAGES)
     )
@@ -226,12 +252,15 @@ def flags_changed_meanwhile() -> None:
     changer.result()
     fixture.vm.dirty_pages(SLOT)
     fixture.vcpu.write(GPA, 3, 9)
-    expect_equal(fixture.vm.dirty_pages(SLOT), {0, 1, 2}, "dirty pages after three writes")
+    expect_equal(
+        fixture.vm.dirty_pages(SLOT), {0, 1, 2}, "wrong pages are dirty after three guest writes"
+    )
 
 
 @case(
     "slots/race",
-    "prefaults end while a thread deletes and re-creates the slot, as in the kernel's selftest",
+    "no prefault hangs while another thread deletes and re-creates the slot, as in the kernel's "
+    "selftest",
     "tools/testing/selftests/kvm/pre_fault_memory_test.c; 3ccbf6f47098",
     needs.capability,
     mapping=True,
@@ -255,13 +284,15 @@ def race() -> None:
     fixture.vcpu.prefault_all(GPA, fixture.size)
     expect_writes(fixture.vcpu, fixture.memory, 0)
     if hung:
-        raise KnownBad("ioctl and slot change block each other until a signal ends the ioctl")
+        raise KnownBad(
+            "the ioctl and the change of the slot blocked each other until a signal ended the ioctl"
+        )
 
 
 @case(
     "slots/other-slot-deleted-meanwhile",
-    "if another slot is deleted during the ioctl, the ioctl ends with success or EAGAIN",
-    "mmu/mmu.c:is_page_fault_stale(): the root is obsolete",
+    "if another slot is deleted during the ioctl, the ioctl succeeds or fails with EAGAIN",
+    "mmu/mmu.c:is_page_fault_stale() detects that the root is obsolete",
     needs.root,
     needs.capability,
 )
@@ -283,5 +314,7 @@ def other_slot_deleted_meanwhile() -> str:
     fixture.vcpu.prefault_all(GPA, memory.size)
     expect_reads(fixture.vcpu, memory, 0)
     if result.seconds >= 10 * HANG_SECONDS:
-        raise KnownBad("ioctl and slot change block each other until a signal ends the ioctl")
+        raise KnownBad(
+            "the ioctl and the change of the slot blocked each other until a signal ended the ioctl"
+        )
     return f"the ioctl ends with {result}"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Deleting, moving and re-creating slots.
+"""Cases that delete, move and re-create slots.
 
-QEMU makes such changes for firmware, reset and hotplug. slot_races.py has the cases for two kernel
-bugs that they can trigger. KVM_X86_QUIRK_SLOT_ZAP_ALL is the quirk that makes KVM drop all tables
-when a slot is deleted or moved.
+QEMU changes slots in this way for firmware, resets and hotplug. If KVM_X86_QUIRK_SLOT_ZAP_ALL is
+enabled, KVM drops all tables when a slot is deleted or moved. slot_races.py has the cases for two
+kernel bugs that changes of slots can trigger.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _ZAP_ALL = "mmu/mmu.c:kvm_arch_flush_shadow_memslot(), KVM_X86_QUIRK_SLOT_ZAP_AL
 def _with_other_slot(
     *, quirk: bool = True, kind: int = abi.VM_DEFAULT
 ) -> tuple[Fixture, Stage2Leaves]:
-    """Return a fixture with two prefaulted slots, and the leaves before that."""
+    """Return a fixture with two prefaulted slots, and the leaves before prefaulting."""
     fixture = make_fixture(vm=KvmVm(kind, quirk=quirk))
     other = small(8 * PAGE_SIZE)
     other.write()
@@ -50,7 +50,7 @@ def _with_other_slot(
 
 @case(
     "slots/delete-drops-all",
-    "deleting any slot drops the tables of all slots",
+    "if any slot is deleted, KVM drops the tables of all slots",
     _ZAP_ALL,
     mapping=True,
 )
@@ -65,7 +65,7 @@ def delete_drops_all() -> None:
 
 @case(
     "slots/delete-drops-only-its-own",
-    "with SLOT_ZAP_ALL disabled, deleting a slot drops only that slot's leaves",
+    "if SLOT_ZAP_ALL is disabled and a slot is deleted, KVM drops only the leaves of this slot",
     _ZAP_ALL,
     needs.slot_quirk,
     mapping=True,
@@ -79,7 +79,8 @@ def delete_drops_only_its_own() -> None:
 
 @case(
     "slots/delete-in-a-protected-vm",
-    "in a KVM_X86_SW_PROTECTED_VM, which lacks SLOT_ZAP_ALL, deleting a slot drops only its leaves",
+    "if a slot is deleted in a KVM_X86_SW_PROTECTED_VM, which does not have SLOT_ZAP_ALL, KVM "
+    "drops only the leaves of this slot",
     _ZAP_ALL,
     needs.software_protected,
     mapping=True,
@@ -109,8 +110,9 @@ def quirk_disabled_later() -> None:
 
 @case(
     "slots/quirk-stays-disabled",
-    "KVM_ENABLE_CAP with an empty mask keeps a quirk disabled, but enables it before 6.12.78",
-    "x86.c:kvm_vm_ioctl_enable_cap() sets disabled_quirks with |=, or with = in older kernels",
+    "KVM_ENABLE_CAP with an empty mask does not change a disabled quirk, but kernels before "
+    "6.12.78 enable the quirk again",
+    "x86.c:kvm_vm_ioctl_enable_cap() sets disabled_quirks with |=, but older kernels use =",
     needs.slot_quirk,
     mapping=True,
 )
@@ -127,7 +129,8 @@ def quirk_stays_disabled() -> str:
 
 @case(
     "slots/quirk-unknown",
-    "EINVAL if the mask has a quirk that the kernel does not know; KVM then disables no quirk",
+    "if the mask has a quirk that the kernel does not know, KVM_ENABLE_CAP fails with EINVAL and "
+    "disables no quirk",
     "x86.c:kvm_vm_ioctl_enable_cap()",
     needs.slot_quirk,
     mapping=True,
@@ -144,7 +147,7 @@ def quirk_unknown() -> None:
 
 @case(
     "slots/create-drops-nothing",
-    "creating a slot drops no tables",
+    "if a slot is created, KVM drops no tables",
     "virt/kvm/kvm_main.c:kvm_invalidate_memslot() flushes only deleted and moved slots",
     mapping=True,
 )
@@ -170,14 +173,14 @@ def _recreate(quirk: bool) -> None:
 
 add(
     "slots/recreate",
-    "deleting and re-creating a slot unmaps it; it can be prefaulted again",
+    "if a slot is deleted and re-created, KVM unmaps the slot, and a later prefault maps it again",
     _ZAP_ALL,
     lambda: _recreate(True),
     mapping=True,
 )
 add(
     "slots/recreate-without-quirk",
-    "deleting and re-creating a slot unmaps it even with SLOT_ZAP_ALL disabled",
+    "if a slot is deleted and re-created, KVM unmaps the slot even if SLOT_ZAP_ALL is disabled",
     _ZAP_ALL,
     lambda: _recreate(False),
     needs.slot_quirk,
@@ -193,21 +196,25 @@ def _move(quirk: bool) -> None:
     fixture.vcpu.warm()
     expect_mapped(fixture.vm, before, Stage2Leaves(0))
     result = fixture.vcpu.prefault(GPA, PAGE_SIZE)
-    expect_equal(str(result), "ENOENT, 0x1000 bytes left", "a prefault of the old address")
+    expect_equal(
+        str(result),
+        "ENOENT, 0x1000 bytes left",
+        "a prefault of the old address returned a wrong result",
+    )
     fixture.vcpu.prefault_all(OTHER_GPA, fixture.size)
     expect_reads(fixture.vcpu, fixture.memory, 0, gpa=OTHER_GPA)
 
 
 add(
     "slots/move",
-    "moving a slot unmaps the old address; the slot can be prefaulted at the new address",
+    "if a slot is moved, KVM unmaps the old address, and a later prefault maps the new address",
     _ZAP_ALL,
     lambda: _move(True),
     mapping=True,
 )
 add(
     "slots/move-without-quirk",
-    "moving a slot unmaps the old address even with SLOT_ZAP_ALL disabled",
+    "if a slot is moved, KVM unmaps the old address even if SLOT_ZAP_ALL is disabled",
     _ZAP_ALL,
     lambda: _move(False),
     needs.slot_quirk,
@@ -217,7 +224,7 @@ add(
 
 @case(
     "slots/replaced-memory",
-    "if a slot is re-created with other memory, a prefault maps that memory",
+    "if a slot is re-created with other host memory, a later prefault maps the new memory",
     _ZAP_ALL,
     mapping=True,
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Changes of a vCPU's state between a prefault and KVM_RUN."""
+"""Cases that change the state of a vCPU between a prefault and KVM_RUN."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ _CHANGES: tuple[tuple[str, str, Callable[[KvmVcpu], None]], ...] = (
     ("cr0", "a change of CR0.WP", _cr0),
     ("cr4", "a change of CR4.PAE", _cr4),
     ("cr3", "a change of CR3 without paging", _cr3),
-    ("msr", "KVM_SET_MSRS of the PAT", _pat),
+    ("msr", "a change of the PAT with KVM_SET_MSRS", _pat),
 )
 
 
@@ -78,7 +78,11 @@ def _survives(change: Callable[[KvmVcpu], None], has_run: bool) -> None:
     vcpu.prefault_all(GPA, memory.size)
     expect_equal((vm.leaves() - before).pages_4k, PAGES, "pages mapped")
     change(vcpu)
-    expect_equal((vm.leaves() - before).pages_4k, PAGES, "pages mapped after the change")
+    expect_equal(
+        (vm.leaves() - before).pages_4k,
+        PAGES,
+        "the change of the state changed the number of mapped pages",
+    )
     vcpu.warm()
     expect_reads(vcpu, memory, 0)
     expect_writes(vcpu, memory, 0)
@@ -113,7 +117,8 @@ for first, first_mode in _MODES.items():
     for then in ("protected", "long"):
         add(
             f"state/{first}-then-{then}",
-            f"pages that a vCPU in {first} mode maps are mapped for another vCPU in {then} mode",
+            f"pages that a prefault maps on a vCPU in {first} mode are also mapped for another "
+            f"vCPU in {then} mode",
             _ROLE,
             lambda first=first_mode, then=_MODES[then]: _across_modes(first, then),  # type: ignore[misc]
             mapping=True,
@@ -122,7 +127,8 @@ for first, first_mode in _MODES.items():
 
 @case(
     "state/init",
-    "KVM keeps the tables after an INIT, which firmware sends to application processors",
+    "KVM keeps the tables when a vCPU receives an INIT, which firmware sends to application "
+    "processors",
     "x86.c:kvm_vcpu_reset()",
     mapping=True,
 )
@@ -140,7 +146,7 @@ def init() -> None:
 
 @case(
     "state/vcpu-closed",
-    "KVM keeps the tables after the vCPU that filled them is closed",
+    "KVM keeps the tables after the descriptor of the vCPU that filled them is closed",
     _ROLE,
     mapping=True,
 )

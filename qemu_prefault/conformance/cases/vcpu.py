@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Prefaults on vCPUs that have never run, are idle, run, or are halted."""
+"""Cases that prefault on a vCPU that has never run, is idle, runs, or is halted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _fresh(*, cpuid: bool = True, mode: abi.CpuMode = abi.FLAT32) -> Fixture:
     return Fixture(vm, vcpu, memory)
 
 
-@case("vcpu/never-run", "a vCPU that has never run can prefault", _ROOT, mapping=True)
+@case("vcpu/never-run", "the ioctl succeeds on a vCPU that has never run", _ROOT, mapping=True)
 def never_run() -> None:
     fixture = _fresh()
     before = fixture.vm.leaves()
@@ -44,7 +44,7 @@ def never_run() -> None:
 
 @case(
     "vcpu/just-created",
-    "a vCPU can prefault right after KVM_CREATE_VCPU, without CPUID or registers",
+    "the ioctl succeeds on a new vCPU whose CPUID and registers are not set yet",
     "x86.c:kvm_arch_vcpu_create()",
     mapping=True,
 )
@@ -61,7 +61,7 @@ def just_created() -> None:
 
 @case(
     "vcpu/run-and-idle",
-    "a vCPU that has run and is outside KVM_RUN can prefault",
+    "the ioctl succeeds on a vCPU that has run and is outside KVM_RUN",
     _ROOT,
     mapping=True,
 )
@@ -74,7 +74,8 @@ def run_and_idle() -> None:
 
 @case(
     "vcpu/never-run-for-a-later-one",
-    "pages that a never-run vCPU maps are also mapped for a vCPU created later",
+    "pages that a prefault maps on a vCPU that has never run are also mapped for a vCPU that is "
+    "created later",
     _ROOT,
     mapping=True,
 )
@@ -88,7 +89,8 @@ def for_a_later_one() -> None:
 
 @case(
     "vcpu/never-run-for-one-that-runs",
-    "pages that a never-run vCPU maps are also mapped for a vCPU that has run before",
+    "pages that a prefault maps on a vCPU that has never run are also mapped for a vCPU that has "
+    "run before",
     _ROOT,
     mapping=True,
 )
@@ -101,7 +103,7 @@ def for_one_that_runs() -> None:
 
 @case(
     "vcpu/running-blocks",
-    "on a vCPU in KVM_RUN, the ioctl waits until KVM_RUN returns; signals do not end the wait",
+    "on a vCPU in KVM_RUN, the ioctl waits until KVM_RUN returns, and signals do not end the wait",
     _MUTEX,
     needs.known_ioctl,
 )
@@ -151,10 +153,10 @@ def running_killed() -> None:
         finally:
             os._exit(1)
     os.close(writer)
-    expect_equal(os.read(reader, 1), b"!", "the child's report that it waits")
+    expect_equal(os.read(reader, 1), b"!", "the child did not report that the ioctl waits")
     os.kill(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    expect_equal(status, -signal.SIGKILL, "the child's exit status")
+    expect_equal(status, -signal.SIGKILL, "the child has a wrong exit status")
 
 
 @case(
@@ -171,7 +173,9 @@ def halted_blocks() -> None:
     task = BackgroundCall(lambda: _without_signals(fixture.vcpu, fixture.size))
     task.wait_state("D")
     expect(task.is_alive(), "the ioctl did not wait for the vCPU")
-    expect_equal(running.stop(), abi.EXIT_INTR, "the last exit of the halted vCPU")
+    expect_equal(
+        running.stop(), abi.EXIT_INTR, "KVM_RUN of the halted vCPU returned a wrong exit reason"
+    )
     answer = task.result()
     expect(_or_refused(answer), f"the ioctl failed with errno {answer} after KVM_RUN returned")
     expect(fixture.vcpu.stat("halt_exits") > halts, "the vCPU did not halt")
@@ -182,7 +186,7 @@ def halted_blocks() -> None:
 
 @case(
     "vcpu/halted-and-out",
-    "a halted vCPU outside KVM_RUN can prefault",
+    "the ioctl succeeds on a halted vCPU outside KVM_RUN",
     _ROOT,
     mapping=True,
 )
@@ -201,7 +205,7 @@ def halted_and_out() -> None:
 
 @case(
     "vcpu/waiting-for-sipi",
-    "a vCPU that waits for its start-up interrupt (SIPI) can prefault",
+    "the ioctl succeeds on a vCPU that waits for its start-up interrupt (SIPI)",
     _ROOT,
     mapping=True,
 )
@@ -217,8 +221,8 @@ def waiting_for_sipi() -> None:
 
 @case(
     "vcpu/immediate-exit",
-    "a vCPU with immediate_exit set can still prefault",
-    "x86.c:kvm_arch_vcpu_ioctl_run() checks immediate_exit, the ioctl does not",
+    "the ioctl succeeds on a vCPU while immediate_exit is set",
+    "x86.c:kvm_arch_vcpu_ioctl_run() checks immediate_exit, but the ioctl does not",
     mapping=True,
 )
 def immediate_exit() -> None:
@@ -231,7 +235,8 @@ def immediate_exit() -> None:
 
 @case(
     "vcpu/another-runs",
-    "a vCPU outside KVM_RUN can prefault while another vCPU runs, without interrupting it",
+    "the ioctl succeeds on a vCPU outside KVM_RUN while another vCPU runs, and does not interrupt "
+    "the other vCPU",
     "mmu/mmu.c:kvm_tdp_mmu_page_fault() takes mmu_lock for reading",
     mapping=True,
 )
@@ -249,7 +254,7 @@ def another_runs() -> None:
 
 
 def _between_runs(times: int) -> None:
-    """Prefault a page and make the guest write to it, for each of ``times`` pages."""
+    """Prefault ``times`` pages one by one, and make the guest write to each page."""
     fixture = make_fixture()
     for page in range(times):
         fixture.vcpu.prefault_all(GPA + page * PAGE_SIZE, PAGE_SIZE)
@@ -261,7 +266,7 @@ def _between_runs(times: int) -> None:
 
 add(
     "vcpu/between-runs",
-    "on one vCPU, prefaults and KVM_RUN can alternate, page by page",
+    "prefaults and KVM_RUN can alternate on one vCPU",
     _ROOT,
     lambda: _between_runs(16),
     mapping=True,
@@ -270,8 +275,9 @@ add(
 
 @case(
     "vcpu/with-an-exit-not-yet-completed",
-    "a prefault between an MMIO exit and its completion does not change the MMIO's result",
-    "x86.c:complete_emulated_mmio(); a prefault changes kvm_run only if a signal interrupts it",
+    "a prefault between an MMIO exit and the next KVM_RUN does not change the result of the MMIO",
+    "x86.c:complete_emulated_mmio() reads kvm_run, which a prefault changes only if a signal "
+    "interrupts the ioctl",
     mapping=True,
 )
 def exit_not_yet_completed() -> None:
@@ -284,7 +290,9 @@ def exit_not_yet_completed() -> None:
     before = fixture.vcpu.stat("pf_taken")
     fixture.vcpu.prefault_all(GPA, fixture.size)
     expect_equal(fixture.vcpu.mmio, (hole, False), "the MMIO in kvm_run")
-    expect_equal(fixture.vcpu.run(), abi.EXIT_IO, "the exit of the guest's program")
+    expect_equal(fixture.vcpu.run(), abi.EXIT_IO, "the guest's program ended with a wrong exit")
     value = fixture.vcpu.registers()["rbx"] & 0xFFFFFFFF
-    expect_equal(value, 1000 + fixture.memory.word(0), "the sum that the guest reads")
-    expect_equal(fixture.vcpu.stat("pf_taken") - before, 0, "faults after the prefault")
+    expect_equal(value, 1000 + fixture.memory.word(0), "the guest read wrong data (sum of words)")
+    expect_equal(
+        fixture.vcpu.stat("pf_taken") - before, 0, "the guest took faults after the prefault"
+    )
