@@ -217,7 +217,7 @@ def test_install_and_remove(tmp_path: Path) -> None:
 def test_apparmor_rule_permits_what_the_plugin_reads() -> None:
     """libvirt's own rules permit the files in `elsewhere`, and AppArmor does not mediate links."""
     elsewhere = {"/proc/meminfo", "/proc/self/cmdline", "/proc/self/exe", "/proc/%d/exe"}
-    elsewhere |= {"/proc/self/ns/cgroup"}
+    elsewhere |= {"/proc/self/ns/cgroup", "/proc/self/fd/%d"}
     sources = [*NATIVE.glob("plugin/*.c"), *NATIVE.glob("common/*.c")]
     text = "".join(source.read_text() for source in sources)
     read = set(re.findall(r'"(/(?:proc|sys)/[^"]+)"', text)) - elsewhere
