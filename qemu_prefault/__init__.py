@@ -5,8 +5,8 @@
 
     report = qemu_prefault.prefault("/run/vm.qmp")
 
-This package exports every name in :mod:`qemu_prefault.api`, and the exceptions, ``Code`` and
-``ExitStatus`` of :mod:`qemu_prefault.errors`.
+This package exports every name of :mod:`qemu_prefault.api`. It also exports the exceptions,
+``Code`` and ``ExitStatus`` from :mod:`qemu_prefault.errors`.
 """
 
 from importlib import import_module

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Entry point of ``python -m qemu_prefault`` and the ``qemu-prefault`` command."""
+"""The entry point of ``python -m qemu_prefault`` and of ``qemu-prefault``."""
 
 from .cli.main import main
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The public API. :mod:`qemu_prefault` exports every name in this module.
+"""The functions and classes of the public API.
+
+:mod:`qemu_prefault` exports every name of this module.
 
 Most callers need one blocking call::
 
@@ -11,8 +13,8 @@ The asynchronous functions give access to the connection and to progress reports
         options = qemu_prefault.Options(max_downtime=0.1, cont=True)
         report = await qemu_prefault.prefault_async(vm, options, on_progress=print)
 
-Addresses and sizes are in bytes, times in seconds. Every error that these functions raise is a
-:class:`~qemu_prefault.errors.QemuPrefaultError`.
+Addresses and sizes are in bytes, and times are in seconds. Every error that these functions raise
+is a :class:`~qemu_prefault.errors.QemuPrefaultError`.
 """
 
 from __future__ import annotations
@@ -81,21 +83,23 @@ def connect(
 ) -> AbstractAsyncContextManager[Vm]:
     """Return a context manager that connects to QEMU over QMP and finds its process.
 
-    The connection is closed when the ``async with`` block ends. QEMU serves one client at a
-    time on each QMP socket.
+    The context manager closes the connection when the ``async with`` block ends. QEMU serves one
+    client at a time on each QMP socket.
 
     :param qmp: The path of a UNIX socket (``PATH`` or ``unix:PATH``), or a TCP address
         (``HOST:PORT`` or ``tcp:HOST:PORT``).
-    :param pid: QEMU's process id. Only needed if the socket does not report it (TCP).
-    :param dial: A function that opens the connection. If given, ``qmp`` is only the name of the
-        connection in messages.
+    :param pid: QEMU's process id. This argument is only needed if the socket does not report the
+        process id, as with TCP.
+    :param dial: A function that opens the connection, or None. If a function is given, ``qmp`` is
+        only the name of the connection in messages.
     :returns: An asynchronous context manager that yields a :class:`Vm`.
-    :raises InputError: The address is malformed, or the socket does not exist.
-    :raises MonitorBusyError: Another client holds the socket.
-    :raises MonitorError: The peer does not respond, or is not a QMP server.
-    :raises RefusedError: The process behind the socket, or ``pid``, is not this QEMU.
-    :raises UnsupportedError: QEMU runs on another host or in another pid namespace.
-    :raises GoneError: The process does not exist.
+    :raises InputError: If the address is malformed, or if the socket does not exist.
+    :raises MonitorBusyError: If another client holds the socket.
+    :raises MonitorError: If the peer does not respond, or if it is not a QMP server.
+    :raises RefusedError: If the process behind the socket is not QEMU, or if ``pid`` is the id of
+        another process.
+    :raises UnsupportedError: If QEMU runs on another host or in another pid namespace.
+    :raises GoneError: If QEMU's process does not exist.
     """
     return Vm.connect(qmp, pid, dial)
 
@@ -109,20 +113,21 @@ async def prefault_async(
 ) -> Report:
     """Prefault the guest of a connected QEMU.
 
-    :param vm: The QEMU, from :func:`connect`.
-    :param options: The memory to prefault, and the method. Default: the defaults of the command
-        line, which prefault all RAM.
-    :param on_progress: A function that is called with the phase (``"populate"`` or
-        ``"prefault"``), the bytes done so far in that phase, and the total bytes of that phase.
-    :param on_ready: A coroutine function that is awaited once, when the run is ready for the
-        incoming guest. Only used if ``options.incoming`` is set.
+    :param vm: The connection to QEMU that :func:`connect` yields.
+    :param options: The memory to prefault, and the method. If None, the function uses the defaults
+        of the command line, which prefault all RAM.
+    :param on_progress: A function that the run calls with three arguments. They are the phase
+        (``"populate"`` or ``"prefault"``), the bytes done in this phase, and the total bytes of
+        this phase.
+    :param on_ready: A coroutine function that the run awaits once, when the incoming migration may
+        start. The run ignores it unless ``options.incoming`` is set.
     :returns: The report of the run. ``report.exit_status`` is ``PARTIAL`` if some of the requested
-        bytes could not be prefaulted and verified, else ``VERIFIED``.
-    :raises UnsupportedError: This host, kernel or QEMU cannot prefault. Nothing was changed.
-    :raises RefusedError: Prefaulting now would harm the guest or the host.
-    :raises InputError: An option names an object that this guest does not have, for example a
+        bytes could not be prefaulted and verified. Otherwise it is ``VERIFIED``.
+    :raises UnsupportedError: If this host, kernel or QEMU cannot prefault. Nothing was changed.
+    :raises RefusedError: If prefaulting now would harm the guest or the host.
+    :raises InputError: If an option names an object that this guest does not have, for example a
         vCPU.
-    :raises FailedError: A step failed. The guest's run state is the same as before the run.
+    :raises FailedError: If a step failed. The guest's run state is the same as before the run.
     """
     return await run.prefault(
         vm,
@@ -139,17 +144,17 @@ def prefault(
     pid: int | None = None,
     on_progress: Progress | None = None,
 ) -> Report:
-    """Prefault the guest of the QEMU at a QMP socket. Return when the run is done.
+    """Prefault the guest of the QEMU at a QMP socket, and return the report.
 
     This function runs its own event loop. If a loop is already running, await
     :func:`prefault_async` instead.
 
-    :param target: The QMP socket, as for :func:`connect`.
-    :param options: As for :func:`prefault_async`.
-    :param pid: As for :func:`connect`.
-    :param on_progress: As for :func:`prefault_async`.
-    :returns: As for :func:`prefault_async`.
-    :raises QemuPrefaultError: Any error of :func:`connect` or :func:`prefault_async`.
+    :param target: The address of the QMP socket. See the parameter ``qmp`` of :func:`connect`.
+    :param options: See :func:`prefault_async`.
+    :param pid: See :func:`connect`.
+    :param on_progress: See :func:`prefault_async`.
+    :returns: The report of the run. See :func:`prefault_async`.
+    :raises QemuPrefaultError: If :func:`connect` or :func:`prefault_async` raises an error.
     """
 
     async def main() -> Report:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The exceptions of this package, the exit statuses, and the stable error codes.
 
-Each exception has a cause (the operation that failed, and the object) and a remedy. Each direct
-subclass of ``QemuPrefaultError`` has one exit status of the command line, shown in the second
-column::
+Each exception has a cause and a remedy. The cause names the operation that failed and its object.
+Each direct subclass of ``QemuPrefaultError`` has one exit status of the command line, which the
+second column shows::
 
     QemuPrefaultError
     ├── FailedError              1  a step of the run failed
@@ -14,7 +14,7 @@ column::
     │   ├── AgentError              the helper inside QEMU failed
     │   └── LibvirtError            libvirt failed or refused a request
     ├── InputError               2  the command line, or a file that it names, is wrong
-    ├── PartialError             3  some requested bytes are not accounted for
+    ├── PartialError             3  some requested bytes were not prefaulted and verified
     ├── UnsupportedError         4  this host, kernel or QEMU lacks a feature
     │   └── PtraceDeniedError       the kernel does not allow this process to trace QEMU
     └── RefusedError             5  prefaulting now would harm the guest or the host
@@ -30,15 +30,15 @@ from typing import Final
 
 
 class ExitStatus(enum.IntEnum):
-    """Exit statuses of the command line. The values never change."""
+    """The exit statuses of the command line, whose values never change."""
 
     #: Every requested byte was prefaulted and verified.
     VERIFIED = 0
     #: A step of the run failed.
     FAILED = 1
-    #: The command line is wrong, or names something that does not exist.
+    #: The command line is wrong, or it names an object that does not exist.
     USAGE = 2
-    #: Some of the requested bytes are not accounted for.
+    #: Some of the requested bytes were not prefaulted and verified.
     PARTIAL = 3
     #: This host, kernel or QEMU lacks a feature that the run needs.
     UNSUPPORTED = 4
@@ -55,9 +55,9 @@ class Code(enum.StrEnum):
     # --- default codes of the exception classes ---
     #: A step of the run failed.
     FAILED = "failed"
-    #: The command line is wrong, or names something that does not exist.
+    #: The command line is wrong, or it names an object that does not exist.
     USAGE = "usage"
-    #: Some of the requested bytes are not accounted for.
+    #: Some of the requested bytes were not prefaulted and verified.
     PARTIAL = "partial"
     #: This host, kernel or QEMU lacks a feature that the run needs.
     UNSUPPORTED = "unsupported"
@@ -236,12 +236,14 @@ class Code(enum.StrEnum):
 
 
 class QemuPrefaultError(Exception):
-    """Base class of all exceptions of this package.
+    """The base class of all exceptions of this package.
 
-    :param cause: The operation that failed, and the object. One sentence without a full stop.
-    :param remedy: The action that the operator can take. May have several lines, or be empty.
-    :param code: The stable name of the error in JSON, one of :class:`Code`. Default: the code
-        of the class.
+    :param cause: A sentence that names the operation that failed and its object. The sentence has
+        no full stop.
+    :param remedy: The action that the operator can take. The text may have several lines, or may
+        be empty.
+    :param code: The stable name of the error in JSON, which is a member of :class:`Code`. The
+        default is the code of the class.
     :ivar exit_status: The exit status of the command line for this error.
     """
 
@@ -273,7 +275,7 @@ class CommandError(MonitorError):
     """QEMU understood a command and refused it.
 
     :param command: The name of the QMP command.
-    :ivar error_class: The error class of QMP, for example ``CommandNotFound``.
+    :ivar error_class: The class of the QMP error, for example ``CommandNotFound``.
     :ivar desc: QEMU's error message.
     """
 
@@ -298,7 +300,7 @@ _REMEDY_PEER: Final = "check that the socket is QEMU's own QMP monitor, then rep
 
 
 class LayoutError(FailedError):
-    """QEMU's description of guest memory cannot be parsed or is inconsistent."""
+    """QEMU's description of guest memory is inconsistent or cannot be parsed."""
 
     code = Code.LAYOUT
 
@@ -313,26 +315,29 @@ class GoneError(FailedError):
 
 
 class AgentError(FailedError):
-    """The helper inside QEMU could not be started, or stopped responding."""
+    """The helper inside QEMU could not be started, or it stopped responding."""
 
     code = Code.AGENT
 
 
 class LibvirtError(FailedError):
-    """libvirt failed or refused a request. The cause is libvirt's own message."""
+    """libvirt failed or refused a request.
+
+    The cause of this error is the message of libvirt.
+    """
 
     code = Code.LIBVIRT
 
 
 class InputError(QemuPrefaultError):
-    """The command line is wrong, or names something that does not exist."""
+    """The command line is wrong, or it names an object that does not exist."""
 
     exit_status = ExitStatus.USAGE
     code = Code.USAGE
 
 
 class PartialError(QemuPrefaultError):
-    """Some of the requested bytes are not accounted for."""
+    """Some of the requested bytes were not prefaulted and verified."""
 
     exit_status = ExitStatus.PARTIAL
     code = Code.PARTIAL

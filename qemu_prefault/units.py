@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Constants and formatting for sizes, and escaping of text for a terminal."""
+"""Define and format sizes, and escape text for a terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GIB: Final = 1 << 30
 
 
 def format_size(number: int) -> str:
-    """Format a number of bytes with a binary unit: ``402653184`` -> ``384.0 MiB``."""
+    """Format a number of bytes with a binary unit, for example ``384.0 MiB``."""
     value, unit = float(number), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command line: one module per command."""
+"""The command line, which has one module for each command."""

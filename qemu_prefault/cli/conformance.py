@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault conformance``: test this kernel's KVM_PRE_FAULT_MEMORY."""
+"""The command ``qemu-prefault conformance``, which tests the kernel's ioctl."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .options import debug_option, json_option
 
 @click.command()
 @click.option("-k", "pattern", metavar="CASE", help="Run only the cases whose id contains CASE.")
-@click.option("--list", "listing", is_flag=True, help="List the cases and run none.")
+@click.option("--list", "listing", is_flag=True, help="List the cases without running them.")
 @click.option(
     "--harsh",
     "destructive",
     is_flag=True,
-    help="Also run cases that make the kernel log a warning, or leak a page of host memory.",
+    help="Also run cases that make the kernel log a warning or leak a page of host memory.",
 )
 @json_option
 @debug_option
@@ -30,9 +30,9 @@ def conformance(
 ) -> None:
     """Test how this host's kernel handles KVM_PRE_FAULT_MEMORY.
 
-    Each case runs in its own process, with a VM of a few pages. If KVM does not offer the ioctl
-    (old kernels, shadow paging), the cases check that KVM refuses it without side effects. The
-    exit status is 0 if every case behaves as expected.
+    Each case runs in its own process, and creates a VM of a few pages. On old kernels and with
+    shadow paging, KVM does not offer the ioctl. The cases then check that KVM refuses the ioctl
+    without side effects. The exit status is 0 if every case behaves as expected.
     """
     with reporting(as_json, debug):
         from ..conformance import results, suite  # noqa: PLC0415

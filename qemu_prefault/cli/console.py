@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Output of the command line: results on stdout, other messages on stderr."""
+"""Print the results of a command to stdout, and other messages to stderr."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ PROGRAM = "qemu-prefault"
 
 
 def say(text: str) -> None:
-    """Print a line to stderr. Do not fail if stderr is closed."""
+    """Print a line to stderr, and ignore the error if stderr is closed."""
     with contextlib.suppress(OSError):
         click.echo(printable(text), err=True)
 
 
 def drop_stdout() -> None:
-    """Redirect stdout to /dev/null. Python flushes stdout at exit, which would fail."""
+    """Redirect stdout to /dev/null, so that Python can flush it at exit."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -66,15 +66,15 @@ class Printer:
             drop_stdout()
             raise FailedError(
                 f"the result could not be written: {error.strerror}",
-                "only the output failed, the run is complete; to see its effect: "
-                "qemu-prefault stats",
+                "the run itself has completed. To see its effect, run: qemu-prefault stats",
                 code=Code.OUTPUT,
             ) from error
 
     def progress(self, phase: str, done: int, total: int) -> None:
         """Print the bytes done, the rate in GiB/s and the remaining time.
 
-        If stderr is a terminal, print at most every 0.1 seconds, otherwise every second.
+        If stderr is a terminal, print at most once per 0.1 seconds. Otherwise print at most once
+        per second.
         """
         now = time.monotonic()
         if phase != self._phase:
@@ -99,7 +99,7 @@ class Printer:
 
 
 def fail(error: QemuPrefaultError, as_json: bool, program: str = PROGRAM) -> NoReturn:
-    """Print the cause and the remedy, and exit with the error's exit status."""
+    """Print the cause and the remedy of an error, and exit with its exit status."""
     if as_json:
         try:
             click.echo(json.dumps(error_json(error)))
@@ -113,7 +113,10 @@ def fail(error: QemuPrefaultError, as_json: bool, program: str = PROGRAM) -> NoR
 
 @contextlib.contextmanager
 def reporting(as_json: bool, debug: bool, program: str = PROGRAM) -> Iterator[None]:
-    """Print exceptions of the block as messages, or as tracebacks with ``debug``."""
+    """Print an exception of the block as a message, unless ``debug`` is set.
+
+    If ``debug`` is set, let Python print the traceback of the exception.
+    """
     try:
         yield
     except QemuPrefaultError as error:
@@ -131,7 +134,7 @@ def reporting(as_json: bool, debug: bool, program: str = PROGRAM) -> Iterator[No
         fail(
             QemuPrefaultError(
                 f"internal error: {type(error).__name__}: {error}",
-                "this is a bug; please run the command again with --debug and report the output",
+                "run the command again with --debug, and report the output as a bug",
                 code=Code.BUG,
             ),
             as_json,
@@ -140,7 +143,7 @@ def reporting(as_json: bool, debug: bool, program: str = PROGRAM) -> Iterator[No
 
 
 def print_warnings() -> None:
-    """Print each warning of the package when it is logged."""
+    """Print each warning that this package logs."""
     import logging  # noqa: PLC0415
 
     class Handler(logging.Handler):
@@ -153,7 +156,7 @@ def print_warnings() -> None:
 
 
 def run_async(main: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine to its end. SIGTERM and SIGHUP cancel it, as Ctrl-C does."""
+    """Run a coroutine. Cancel it if SIGTERM, SIGHUP or Ctrl-C interrupts it."""
     import asyncio  # noqa: PLC0415
     import signal  # noqa: PLC0415
 

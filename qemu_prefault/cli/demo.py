@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault demo``: run the demo of the lab."""
+"""The command ``qemu-prefault demo``, which runs the demo of the lab."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def demo(as_json: bool, debug: bool) -> None:
                 raise
             raise UnsupportedError(
                 "the demo needs qemu-prefault-lab, which is not installed",
-                "in a checkout of qemu-prefault, install it: "
+                "to install it, run this command in a checkout of qemu-prefault: "
                 f"{sys.executable} -m pip install ./lab\n"
-                "or run the demo in the checkout without installing it: make demo",
+                "to run the demo in a checkout without installing anything, run: make demo",
                 code=Code.NO_LAB,
             ) from None
         run_demo(as_json)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Format results as text: tables, reports and events."""
+"""Format tables, reports and events as text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def error_json(error: QemuPrefaultError) -> dict[str, Any]:
 
 
 def table(headers: list[str], rows: list[list[str]]) -> Iterator[str]:
-    """Yield the lines of a table. Align text to the left and numbers to the right."""
+    """Yield the lines of a table with left-aligned text and right-aligned numbers."""
     widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
 
     def is_number(text: str) -> bool:
@@ -107,7 +107,7 @@ def event_line(event: dict[str, Any]) -> str:
 
 
 def ram_map_lines(found: RamMap) -> Iterator[str]:
-    """Format the RAM map: one line for each section, then the size that stage 2 maps."""
+    """Yield a line for each section of RAM, and the size that stage 2 maps."""
     rows = [
         [
             section.name,
@@ -144,7 +144,7 @@ def counters_header() -> str:
 
 
 def findings_lines(findings: Findings) -> Iterator[str]:
-    """Format a line for each check, followed by its remedy."""
+    """Yield a line for each check, and a line for each line of its remedy."""
     for finding in findings.findings:
         yield f"{finding.verdict:<5} {finding.check:<10} {finding.text}"
         for line in finding.remedy.splitlines():

@@ -24,7 +24,7 @@ connect_option = click.option(
     "--connect",
     "uri",
     metavar="URI",
-    help="libvirt connection. Default: $LIBVIRT_DEFAULT_URI, or qemu:///system.",
+    help="URI of the libvirt connection. Default: $LIBVIRT_DEFAULT_URI, or qemu:///system.",
 )
 
 
@@ -32,8 +32,8 @@ connect_option = click.option(
 def libvirt() -> None:
     """Prefault guests that libvirt starts.
 
-    The commands set up the plugin, a hook or a daemon, or start a guest and prefault it. To
-    prefault a running domain, use `qemu-prefault --domain NAME`.
+    Some of the commands set up the plugin, a hook or a daemon. Other commands start a guest and
+    prefault it. To prefault a running domain, use `qemu-prefault --domain NAME`.
     """
 
 
@@ -45,7 +45,7 @@ def libvirt() -> None:
     "options",
     metavar="KEY=VALUE",
     multiple=True,
-    help="Option of the plugin, as for `run`. May be repeated.",
+    help="Option of the plugin. `qemu-prefault run --help` lists the options. Can be repeated.",
 )
 @click.option(
     "--plugin",
@@ -61,9 +61,9 @@ def enable(
 
     The plugin prefaults the guest before its first instruction, and keeps it prefaulted.
 
-    DOMAIN is a name, a UUID, or - to edit XML from stdin to stdout. The command adds -plugin to
-    the <qemu:commandline> of the definition and changes nothing else. The change takes effect
-    the next time that the domain is started.
+    DOMAIN is a name or a UUID. If DOMAIN is -, the command reads XML from stdin and writes the
+    changed XML to stdout. The command adds -plugin to the <qemu:commandline> of the definition and
+    changes nothing else. The change takes effect the next time that the domain is started.
     """
     with reporting(False, debug):
         from ..libvirt.domain_xml import enable as edit  # noqa: PLC0415
@@ -72,7 +72,7 @@ def enable(
         path = Path(plugin) if plugin else installed_plugin()
         if not path.is_absolute() or "," in str(path):
             raise InputError(
-                f"{path} is not an absolute path, or contains a comma", "give --plugin /PATH"
+                f"{path} is not an absolute path, or it contains a comma", "give --plugin /PATH"
             )
         qemu_prefault.check_plugin_options(options)
         if not any(option.startswith("socket=") for option in options):
@@ -90,7 +90,7 @@ def enable(
             )
         if not plugin and not is_current(path):
             say(
-                f"{path} and qemu-prefault have different versions; to update the file: "
+                f"{path} and qemu-prefault have different versions. To update the file, run: "
                 "qemu-prefault libvirt install"
             )
         _define(domain, uri, lambda xml: edit(xml, str(path), options), "enabled")
@@ -103,7 +103,8 @@ def enable(
 def disable(domain: str, uri: str | None, debug: bool) -> None:
     """Remove the plugin from DOMAIN.
 
-    DOMAIN is a name, a UUID, or - to edit XML from stdin to stdout.
+    DOMAIN is a name or a UUID. If DOMAIN is -, the command reads XML from stdin and writes the
+    changed XML to stdout.
     """
     with reporting(False, debug):
         from ..libvirt.domain_xml import disable as edit  # noqa: PLC0415
@@ -120,18 +121,18 @@ def _define(domain: str, uri: str | None, edit: Any, what: str) -> None:
     known = definitions(uri)
     edited = edit(known.read(domain))
     if not edited.changed:
-        say(f"{domain}: already {what}; the definition was not changed")
+        say(f"{domain}: already {what}, so the definition was not changed")
         return
     known.write(domain, edited.xml)
     say(f"{domain}: {what}")
     if known.running(domain):
         say(
-            "  the domain is running: the change takes effect after the domain is shut down and "
-            "started; a reboot inside the guest is not enough"
+            "  the domain is running. The change takes effect after the domain is shut down and "
+            "started. A reboot inside the guest is not enough"
         )
     if known.saved(domain):
         say(
-            "  the domain has a managed save image, which contains the old definition: edit the "
+            "  the domain has a managed save image, which contains the old definition. Edit the "
             f"image with virsh managedsave-edit {domain}, or remove it with virsh "
             f"managedsave-remove {domain}"
         )
@@ -145,8 +146,9 @@ def _define(domain: str, uri: str | None, edit: Any, what: str) -> None:
 def status(domain: str, uri: str | None, as_json: bool, debug: bool) -> None:
     """Show whether DOMAIN loads the plugin, and the plugin's state.
 
-    DOMAIN is a name, a UUID, or - to read XML from stdin. Only a running domain has a plugin
-    state. The exit status is 0 if the domain loads the plugin, and 3 if it does not.
+    DOMAIN is a name or a UUID. If DOMAIN is -, the command reads XML from stdin. The plugin has a
+    state only if the domain is running. The exit status is 0 if the domain loads the plugin, and 3
+    if it does not.
     """
     with reporting(as_json, debug):
         from ..libvirt.status import read_domain_status  # noqa: PLC0415
@@ -165,14 +167,14 @@ def status(domain: str, uri: str | None, as_json: bool, debug: bool) -> None:
     "--root",
     type=click.Path(path_type=Path),
     default=Path("/"),
-    help="Root directory of the installation, for packaging. Default: /.",
+    help="Install the files below this directory instead of /, for packaging.",
 )
 @debug_option
 def install(hook: bool, watch: bool, remove: bool, root: Path, debug: bool) -> None:
     """Install the plugin for libvirt's QEMU.
 
     The command copies the plugin to a directory from which QEMU may load it. If the host uses
-    AppArmor, the command also installs the rule that the plugin needs.
+    AppArmor, the command also installs the AppArmor rule that the plugin needs.
     """
     with reporting(False, debug):
         from ..libvirt.install import install as put  # noqa: PLC0415
@@ -185,10 +187,10 @@ def install(hook: bool, watch: bool, remove: bool, root: Path, debug: bool) -> N
         for item in put(root, hook=hook, unit=watch):
             click.echo(f"{'wrote' if item.changed else 'kept'} {item.path}")
         if hook:
-            say("libvirtd finds new hooks only when it starts: systemctl restart libvirtd")
+            say("libvirtd finds new hooks only when it starts, so run: systemctl restart libvirtd")
         if watch:
             say(
-                "to start the daemon: "
+                "to start the daemon, run: "
                 "systemctl daemon-reload && systemctl enable --now qemu-prefault-watch"
             )
 
@@ -198,10 +200,10 @@ def install(hook: bool, watch: bool, remove: bool, root: Path, debug: bool) -> N
 def hook(arguments: tuple[str, ...]) -> None:
     """Handle a call of libvirt's hook.
 
-    /etc/libvirt/hooks/qemu.d/50-qemu-prefault runs this command, with the domain XML on stdin. The
-    domain's metadata (namespace urn:qemu-prefault:1) or /etc/qemu-prefault/libvirt.toml selects the
-    action for each event. The exit status is always 0, and errors are logged (journalctl -t
-    qemu-prefault).
+    The hook /etc/libvirt/hooks/qemu.d/50-qemu-prefault runs this command, and passes the domain XML
+    on stdin. The domain's metadata (namespace urn:qemu-prefault:1) or the file
+    /etc/qemu-prefault/libvirt.toml selects the action for each event. The exit status is always 0.
+    The command logs errors to syslog, and journalctl -t qemu-prefault shows them.
     """
     from ..libvirt.hook import main  # noqa: PLC0415
 
@@ -257,8 +259,9 @@ def _prefault_at(begin: Any, uri: str | None, populate: str, as_json: bool, debu
 def start(domain: str, uri: str | None, populate: str, as_json: bool, debug: bool) -> None:
     """Start DOMAIN paused, prefault its guest, and resume it.
 
-    Use this command for a domain with a managed save image. If the guest boots instead, its
-    firmware makes KVM drop most of the prefaulted entries. For such guests, use `enable`.
+    Use this command for a domain with a managed save image. Without an image, the guest boots, and
+    its firmware makes KVM drop most of the prefaulted entries. If the guest boots, use `enable`
+    instead of this command.
     """
 
     def begin(policy: Any, on_progress: Any) -> Any:
@@ -273,7 +276,10 @@ def start(domain: str, uri: str | None, populate: str, as_json: bool, debug: boo
 @click.argument("file", type=click.Path(path_type=Path))
 @_moment
 def restore(file: Path, uri: str | None, populate: str, as_json: bool, debug: bool) -> None:
-    """Restore a guest from a FILE of `virsh save`, prefault it, and resume it."""
+    """Restore a guest from FILE, prefault it, and resume it.
+
+    FILE is a file that `virsh save` wrote.
+    """
 
     def begin(policy: Any, on_progress: Any) -> Any:
         from ..libvirt.lifecycle import restore as act  # noqa: PLC0415
@@ -286,12 +292,12 @@ def restore(file: Path, uri: str | None, populate: str, as_json: bool, debug: bo
 @libvirt.command()
 @click.argument("domain")
 @click.option(
-    "--from", "source", metavar="URI", required=True, help="libvirt connection of the source host."
+    "--from", "source", metavar="URI", required=True, help="URI of libvirt on the source host."
 )
 @click.option(
     "--migrate-uri",
     metavar="URI",
-    help="URI of the migration data, as for virsh's --migrateuri, e.g. tcp://THIS_HOST.",
+    help="URI to which the source sends the migration data, for example tcp://THIS_HOST.",
 )
 @click.option("--persistent", is_flag=True, help="Also define the domain on this host.")
 @click.option("--undefine-source", is_flag=True, help="Undefine the domain on the source host.")
@@ -343,14 +349,14 @@ def migrate(  # noqa: PLR0917
 @click.option(
     "--act",
     is_flag=True,
-    help='Perform the actions "later" and "follow" of the hook configuration. Use this on hosts '
-    "without the hook.",
+    help='Perform the actions "later" and "follow" of the hook configuration. Use this option on '
+    "hosts without the hook.",
 )
 @debug_option
 def watch(
     uri: str | None, listen: str | None, textfile: Path | None, act: bool, debug: bool
 ) -> None:
-    """Watch all domains: log their lifecycle and export metrics.
+    """Log the lifecycle events of all domains, and export metrics.
 
     The metrics are the faults, the stage-2 entries and the plugin's counters of each domain.
     """

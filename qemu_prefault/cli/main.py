@@ -57,9 +57,10 @@ Shell completion (for other shells: zsh_source, fish_source):
 def cli(ctx: click.Context, /, **given: Any) -> None:
     """Fill the stage-2 page tables of a running QEMU/KVM guest before the guest needs them.
 
-    qemu-prefault finds QEMU's vCPUs and RAM over QMP, populates the RAM, makes KVM map it
-    (KVM_PRE_FAULT_MEMORY, Linux 6.11), and verifies the result with KVM's counters. It pauses
-    a running guest while KVM maps the RAM, and then resumes it. A paused guest stays paused.
+    qemu-prefault finds QEMU's vCPUs and RAM over QMP, and populates the RAM. It makes KVM map the
+    RAM with the ioctl KVM_PRE_FAULT_MEMORY of Linux 6.11, and verifies the result with KVM's
+    counters. A running guest is paused while KVM maps the RAM, and is then resumed. A paused guest
+    stays paused.
     """
     if ctx.invoked_subcommand is None:
         prefault(ctx, **given)
@@ -74,7 +75,7 @@ for _command in (conformance, demo, libvirt, map_, plugin_path, probe, run, stat
 
 
 def main() -> None:
-    """Run the command line, and report usage errors and an unwritable stdout."""
+    """Run the command line. Report usage errors, and errors of writing to stdout."""
     as_json = "--json" in sys.argv[1:]
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault map``: show the guest's RAM."""
+"""The command ``qemu-prefault map``, which shows the guest's RAM."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .options import (
 @json_option
 @debug_option
 def map_(qmp: str | None, domain: str | None, pid: int | None, as_json: bool, debug: bool) -> None:
-    """Show the guest's RAM: addresses, backing and resident memory."""
+    """Show the addresses, the backing and the resident memory of the guest's RAM."""
     address = required_address(qmp, domain)
 
     async def main() -> None:

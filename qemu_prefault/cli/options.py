@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Value types and options that several commands share."""
+"""Define the value types and options that several commands share."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ def _bytes(text: str) -> int | None:
 
 
 def size_type(text: str) -> int:
-    """Parse a size such as ``0x1000``, ``4096``, ``512M`` or ``2GiB``. Return bytes."""
+    """Parse a size such as ``0x1000``, ``512M`` or ``2GiB``. Return it in bytes."""
     number = _bytes(text)
     if number is None:
-        raise click.BadParameter(f"{text!r} is not a size; write e.g. 65536, 0x10000, 512M or 2G")
+        raise click.BadParameter(f"{text!r} is not a size such as 65536, 0x10000, 512M or 2G")
     return number
 
 
 def range_type(text: str) -> tuple[int, int]:
-    """Parse ``GPA+SIZE``. Return (start, size) in bytes."""
+    """Parse ``GPA+SIZE``. Return the start address and the size, in bytes."""
     start, _, length = text.partition("+")
     first, count = _bytes(start), _bytes(length)
     if first is None or not count or first + count > 1 << 52:
-        raise click.BadParameter(f"{text!r} is not GPA+SIZE; write e.g. 0x100000000+512M or 4G+1G")
+        raise click.BadParameter(f"{text!r} is not GPA+SIZE, for example 0x100000000+512M or 4G+1G")
     return first, count
 
 
 def index_list_type(text: str) -> tuple[int, ...]:
-    """Parse a list of indexes: ``0,2-3`` -> (0, 2, 3)."""
+    """Parse a list of indexes. For example, return (0, 2, 3) for ``0,2-3``."""
     found: dict[int, None] = {}
     for item in text.split(","):
         match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", item.strip())
         if not match or int(match[2] or match[1]) < int(match[1]):
-            raise click.BadParameter(f"{text!r} is not a list of vCPUs; write e.g. 0,2-3")
+            raise click.BadParameter(f"{text!r} is not a list of vCPUs such as 0,2-3")
         found.update(dict.fromkeys(range(int(match[1]), int(match[2] or match[1]) + 1)))
     return tuple(found)
 
@@ -66,12 +66,12 @@ def index_list_type(text: str) -> tuple[int, ...]:
 qmp_option = click.option(
     "--qmp",
     metavar="SOCK",
-    help="QMP socket of QEMU: a path, or HOST:PORT. QEMU serves one client at a time.",
+    help="QMP socket of QEMU, as a path or HOST:PORT. QEMU serves one client at a time.",
 )
 domain_option = click.option(
     "--domain",
     metavar="NAME",
-    help="Name of a libvirt domain, instead of --qmp. libvirt forwards the QMP commands.",
+    help="Name of a libvirt domain, for use instead of --qmp. libvirt forwards the QMP commands.",
 )
 pid_option = click.option("--pid", type=click.IntRange(1), help="Process id of QEMU.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -79,16 +79,21 @@ debug_option = click.option("--debug", is_flag=True, help="Show tracebacks of er
 
 
 def monitor_address(qmp: str | None, domain: str | None) -> str | None:
-    """Return the monitor's address: a socket address, ``libvirt:DOMAIN``, or None."""
+    """Return the monitor's address from the values of --qmp and --domain.
+
+    :returns: A socket address or ``libvirt:DOMAIN``, or None if both values are empty.
+    :raises click.UsageError: If both values are given.
+    """
     if qmp and domain:
         raise click.UsageError("give either --qmp SOCK or --domain NAME")
     return f"{LIBVIRT}{domain}" if domain else qmp
 
 
 def required_address(qmp: str | None, domain: str | None) -> str:
-    """Return the address of the monitor.
+    """Return the monitor's address from the values of --qmp and --domain.
 
-    :raises click.UsageError: Neither --qmp nor --domain was given, or both were.
+    :returns: A socket address or ``libvirt:DOMAIN``.
+    :raises click.UsageError: If both values are empty, or if both are given.
     """
     address = monitor_address(qmp, domain)
     if not address:
@@ -97,12 +102,18 @@ def required_address(qmp: str | None, domain: str | None) -> str:
 
 
 def connect(address: str, pid: int | None = None) -> AbstractAsyncContextManager[Vm]:
-    """Connect to QEMU at an address that :func:`monitor_address` returned."""
+    """Return a context manager that connects to QEMU and finds its process.
+
+    :param address: An address that :func:`monitor_address` returned.
+    """
     return qemu_prefault.connect(address, pid, dial=_dial(address))
 
 
 def connect_monitor(address: str) -> AbstractAsyncContextManager[Monitor]:
-    """Connect to the monitor only, without looking for QEMU's process."""
+    """Return a context manager that connects to QEMU's monitor.
+
+    :param address: An address that :func:`monitor_address` returned.
+    """
     return qemu_prefault.Monitor.connect(address, dial=_dial(address))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault plugin-path``: print the path of the plugin."""
+"""The command ``qemu-prefault plugin-path``, which prints the plugin's path."""
 
 from __future__ import annotations
 

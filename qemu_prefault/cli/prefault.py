@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault`` without a command: prefault a guest."""
+"""The command ``qemu-prefault`` without a subcommand, which prefaults a guest."""
 
 from __future__ import annotations
 
@@ -43,25 +43,25 @@ _OPTIONS = (
         type=click.Choice(["auto", "attach", "plugin", "qmp"]),
         default="auto",
         show_default=True,
-        help="Method that calls the ioctl inside QEMU. attach: helper threads that are started "
-        "with ptrace; plugin: qemu-prefault-plugin.so, if QEMU was started with it; qmp: a QMP "
-        "command of patched QEMUs; auto: plugin if it is loaded, else qmp if QEMU has the "
-        "command, else attach.",
+        help="Method that calls the ioctl inside QEMU. attach starts helper threads in QEMU with "
+        "ptrace. plugin uses qemu-prefault-plugin.so, if QEMU was started with the plugin. qmp "
+        "uses a QMP command of patched QEMUs. auto selects plugin if the plugin is loaded, "
+        "otherwise qmp if QEMU has the command, otherwise attach.",
     ),
     click.option(
         "--populate",
         type=click.Choice(["auto", "all", "resident"]),
         default="auto",
         show_default=True,
-        help="Memory that may be populated. auto: all RAM, except memory that is absent on "
-        "purpose (virtio-mem, balloon, reserve=off); all: all RAM; resident: none, so only "
-        "resident memory is prefaulted.",
+        help="Memory that may be populated. auto populates all RAM, except memory that is absent "
+        "on purpose because of virtio-mem, a balloon or reserve=off. all populates all RAM. "
+        "resident populates no memory, so that only resident memory is prefaulted.",
     ),
     click.option(
         "--populate-only",
         is_flag=True,
-        help="Populate QEMU's own page tables only, not stage 2. Works on any kernel, and "
-        "without KVM.",
+        help="Populate QEMU's own page tables, but not the stage-2 tables. This option works on "
+        "any kernel, and without KVM.",
     ),
     click.option(
         "--range",
@@ -69,13 +69,13 @@ _OPTIONS = (
         type=range_type,
         metavar="GPA+SIZE",
         multiple=True,
-        help="Prefault only this guest-physical range, e.g. 4G+512M. May be repeated.",
+        help="Prefault only this guest-physical range, e.g. 4G+512M. Can be repeated.",
     ),
     click.option(
         "--max-bytes",
         type=size_type,
         metavar="SIZE",
-        help="Prefault at most this many bytes, lowest addresses first.",
+        help="Prefault at most SIZE bytes, starting at the lowest address.",
     ),
     click.option(
         "--vcpus", type=index_list_type, metavar="LIST", help="Use only these vCPUs, e.g. 0,2-3."
@@ -84,8 +84,8 @@ _OPTIONS = (
         "--chunk",
         type=size_type,
         metavar="SIZE",
-        help="Most bytes to prefault with one system call. A change of memory slots waits until "
-        "the call returns. Default: 32M.",
+        help="Maximum number of bytes to prefault with one system call. A change of memory slots "
+        "waits until the call returns. Default: 32M.",
     ),
     click.option(
         "--force", is_flag=True, help="Populate even if the host seems to have too little memory."
@@ -104,16 +104,18 @@ _OPTIONS = (
         "--max-downtime",
         type=click.FloatRange(0.001),
         metavar="SECONDS",
-        help="Longest single pause of the guest, in seconds. If one pause is not enough, the run "
-        "pauses the guest repeatedly.",
+        help="Maximum length of one pause of the guest, in seconds. If one pause is not enough, "
+        "qemu-prefault pauses the guest several times.",
     ),
-    click.option("--dry-run", is_flag=True, help="Show what a run would do. Change nothing."),
+    click.option(
+        "--dry-run", is_flag=True, help="Show what a run would do, without changing anything."
+    ),
     click.option(
         "--follow",
         is_flag=True,
-        help="Run until QEMU exits or Ctrl-C. Print each further prefault and its reason. If QEMU "
-        "has no plugin, prefault now, and again whenever KVM drops stage-2 tables or memory is "
-        "added.",
+        help="Keep the guest prefaulted until QEMU exits or Ctrl-C is pressed. Print the time and "
+        "the reason of each prefault. If QEMU has no plugin, prefault the guest now, and again "
+        "whenever KVM drops stage-2 tables or memory is added to the guest.",
     ),
     json_option,
     debug_option,
@@ -149,7 +151,7 @@ def prefault(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Check the options, then prefault or follow."""
+    """Check the options, and prefault the guest once or until QEMU exits."""
     if not (qmp or domain or pid) and not any(
         (populate_only, ranges, cont, incoming, dry_run, follow, as_json)
     ):
@@ -159,7 +161,7 @@ def prefault(
     if incoming and domain:
         raise click.UsageError(
             "--incoming cannot be used with --domain, because libvirt accepts no QMP commands "
-            "during a migration; see: qemu-prefault libvirt migrate --help"
+            "during a migration. Use qemu-prefault libvirt migrate instead"
         )
     if chunk is not None and (chunk < PAGE_SIZE or chunk % PAGE_SIZE):
         raise click.UsageError("--chunk must be a multiple of 4096 bytes")

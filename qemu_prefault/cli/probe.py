@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault probe``: check whether this host supports prefaulting."""
+"""The command ``qemu-prefault probe``, which checks whether prefaulting works."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .options import (
 @json_option
 @debug_option
 def probe(qmp: str | None, domain: str | None, pid: int | None, as_json: bool, debug: bool) -> None:
-    """Check whether this host supports prefaulting. Show a remedy for each problem.
+    """Check whether this host supports prefaulting, and show remedies for problems.
 
     With --domain, the command also checks what libvirt, AppArmor and SELinux allow, even if the
     domain is not running.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault run``: start QEMU with the plugin."""
+"""The command ``qemu-prefault run``, which starts QEMU with the plugin."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .options import debug_option
     metavar="KEY=VALUE",
     multiple=True,
     help="Option of the plugin: populate=auto|all|resident, quirk=disable|keep, "
-    "hold=SECONDS, socket=/PATH|~/PATH|off, keep=on|off, log=on|off. May be repeated.",
+    "hold=SECONDS, socket=/PATH|~/PATH|off, keep=on|off, log=on|off. Can be repeated.",
 )
 @debug_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
@@ -28,8 +28,9 @@ def run(options: tuple[str, ...], command: tuple[str, ...], debug: bool) -> None
 
     The plugin prefaults the guest before its first instruction, and keeps it prefaulted.
 
-    COMMAND is the command line of QEMU. It stays unchanged, because LD_PRELOAD loads the plugin.
-    QEMU replaces this process, so signals reach QEMU, and the exit status is QEMU's.
+    COMMAND is the command line of QEMU. qemu-prefault does not change the command line, because
+    LD_PRELOAD loads the plugin. QEMU replaces this process. Therefore signals reach QEMU, and the
+    exit status is QEMU's.
     """
     with reporting(False, debug):
         qemu_prefault.replace_by(

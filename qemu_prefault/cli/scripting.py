@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Helpers for small scripts on the public API: arguments, output and exit status.
+"""Parse arguments, print results and report errors in small scripts.
 
 ::
 
@@ -11,9 +11,9 @@
     if __name__ == "__main__":
         run(main, parser(__doc__))
 
-Such a script reports errors as the command line does: the cause and the remedy go to stderr,
-and the exit status is one of :class:`~qemu_prefault.errors.ExitStatus`. The scripts in
-``qmp_scripts/`` are examples.
+Such a script reports errors in the same way as the command line. It prints the cause and the remedy
+to stderr, and its exit status is a member of :class:`~qemu_prefault.errors.ExitStatus`. The scripts
+in ``qmp_scripts/`` are examples.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ __all__ = ["Main", "parser", "ram_map_lines", "report_lines", "run", "show", "ta
 
 
 def parser(description: str | None) -> ArgumentParser:
-    """Return a parser with the arguments of all scripts: ``socket`` and ``--debug``.
+    """Return a parser for ``socket`` and ``--debug``, which every script accepts.
 
-    :param description: The text that ``--help`` shows unchanged, usually the script's docstring.
+    :param description: The text that ``--help`` shows without reformatting it.
     """
     made = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
     made.add_argument("socket", help="QMP socket of QEMU: a path, or HOST:PORT")
@@ -44,9 +44,9 @@ def parser(description: str | None) -> ArgumentParser:
 
 
 def show(lines: Iterable[str]) -> None:
-    """Print lines to stdout and flush. Escape control characters other than newlines.
+    """Print lines to stdout, and escape control characters except newlines.
 
-    :raises FailedError: The lines cannot be written (code ``output``).
+    :raises FailedError: If the lines cannot be written (code ``output``).
     """
     single = (part for line in lines for part in line.split("\n"))
     Printer(as_json=False).result({}, single)
@@ -55,12 +55,12 @@ def show(lines: Iterable[str]) -> None:
 def run(main: Main, arguments: ArgumentParser) -> NoReturn:
     """Parse the command line, run ``main``, and exit.
 
-    The exit status is 0 if ``main`` returns, or the exit status of the error that it raises.
-    Ctrl-C, SIGTERM and SIGHUP cancel ``main``, so that it resumes a paused guest and removes
-    helper threads from QEMU.
+    If ``main`` returns, the exit status is 0. If ``main`` raises an error, the exit status is that
+    of the error. Ctrl-C, SIGTERM and SIGHUP cancel ``main``, so that it resumes a paused guest and
+    removes helper threads from QEMU.
 
-    :param main: The coroutine function of the script. Its argument holds the parsed arguments.
-    :param arguments: A parser from :func:`parser`, to which the script may add arguments.
+    :param main: A coroutine function. Its argument holds the parsed arguments of the script.
+    :param arguments: A parser that :func:`parser` returned. The script may add arguments to it.
     """
     options = arguments.parse_args()
     with reporting(False, options.debug, arguments.prog):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu-prefault stats``: show KVM's counters."""
+"""The command ``qemu-prefault stats``, which shows KVM's counters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .options import (
 @click.command()
 @qmp_option
 @domain_option
-@click.option("--watch", is_flag=True, help="Print a line per interval until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Print a line per interval until Ctrl-C is pressed.")
 @click.option(
     "--interval",
     type=click.FloatRange(0.05),
@@ -42,7 +42,7 @@ def stats(  # noqa: PLR0917
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Show KVM's counters: stage-2 leaf entries and guest faults."""
+    """Show KVM's counters of stage-2 leaf entries and of guest faults."""
     address = required_address(qmp, domain)
 
     async def main() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The old name of :mod:`qemu_prefault.cli.scripting` in version 0.1."""
+"""The name that :mod:`qemu_prefault.cli.scripting` had in version 0.1."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from qemu_prefault.cli.scripting import Main, parser, run, show
 __all__ = ["Main", "parser", "run", "show"]
 
 warnings.warn(
-    "qemu_prefault.scripting is deprecated and will be removed after 0.2: "
-    "use qemu_prefault.cli.scripting",
+    "qemu_prefault.scripting is deprecated and will be removed after version 0.2. "
+    "Use qemu_prefault.cli.scripting",
     DeprecationWarning,
     stacklevel=2,
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``Session`` and ``Policy``, the names of Vm and Options in version 0.1."""
+"""The classes ``Session`` and ``Policy`` of version 0.1."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..qemu.queries import VmState
 
 
 class Policy(Options):
-    """:class:`Options` under its name of version 0.1."""
+    """The class :class:`Options` under the name that it had in version 0.1."""
 
     def __new__(cls, *_: object, **__: object) -> Self:
         _warn("Policy", "Options")
@@ -25,12 +25,12 @@ class Policy(Options):
 
 
 class Session(Vm):
-    """:class:`Vm` under its name of version 0.1, with the method :meth:`prefault`."""
+    """The class :class:`Vm` under the name and with the methods of version 0.1."""
 
     @classmethod
     @contextlib.asynccontextmanager
     async def open(cls, qmp: str, pid: int | None = None) -> AsyncIterator[Session]:
-        """Connect as :func:`qemu_prefault.connect` does. Also accept ``libvirt:DOMAIN``."""
+        """Connect to QEMU at a QMP socket, or to the QEMU of ``libvirt:DOMAIN``."""
         _warn("Session", "connect() and prefault_async()")
         if qmp.startswith("libvirt:"):
             opened = connect_vm(qmp.removeprefix("libvirt:"), pid)
@@ -41,7 +41,7 @@ class Session(Vm):
 
     @property
     def machine(self) -> VmState:
-        """:attr:`state` under its name of version 0.1."""
+        """The attribute :attr:`state` under the name that it had in version 0.1."""
         return self.state
 
     async def prefault(
@@ -54,7 +54,7 @@ class Session(Vm):
         dry_run: bool = False,
         agent: str = "auto",
     ) -> Report:
-        """Call :func:`qemu_prefault.prefault_async`."""
+        """Prefault the guest, as :func:`qemu_prefault.prefault_async` does."""
         given = policy or Options()
         options = Options(
             populate=given.populate,
@@ -75,8 +75,8 @@ class Session(Vm):
 
 def _warn(old: str, new: str) -> None:
     warnings.warn(
-        f"qemu_prefault.{old} is deprecated and will be removed after 0.2: "
-        f"use qemu_prefault's {new}",
+        f"qemu_prefault.{old} is deprecated and will be removed after version 0.2. "
+        f"Use qemu_prefault's {new}",
         DeprecationWarning,
         stacklevel=3,
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qemu_prefault.survey`` of version 0.1.
+"""The module ``qemu_prefault.survey`` of version 0.1.
 
 Use :func:`qemu_prefault.ram_map` and :func:`qemu_prefault.counters` instead.
 """
@@ -27,8 +27,8 @@ __all__ = [
 ]
 
 warnings.warn(
-    "qemu_prefault.survey is deprecated and will be removed after 0.2: "
-    "use qemu_prefault.ram_map() and qemu_prefault.counters()",
+    "qemu_prefault.survey is deprecated and will be removed after version 0.2. "
+    "Use qemu_prefault.ram_map() and qemu_prefault.counters()",
     DeprecationWarning,
     stacklevel=2,
 )
@@ -38,7 +38,7 @@ class RamMap(inspect.RamMap):
     """A RAM map with the method :meth:`lines` of version 0.1."""
 
     def lines(self) -> Iterator[str]:
-        """Return the text that the command line prints."""
+        """Yield the lines that ``qemu-prefault map`` prints."""
         return ram_map_lines(self)
 
 
@@ -46,7 +46,7 @@ class Counters(inspect.Counters):
     """Counters with the method :meth:`lines` of version 0.1."""
 
     def lines(self) -> Iterator[str]:
-        """Return the text that the command line prints."""
+        """Yield the line that ``qemu-prefault stats`` prints."""
         return counters_line(self)
 
 
@@ -58,6 +58,6 @@ async def ram_map(qmp: str, pid: int | None = None) -> RamMap:
 
 
 async def counters(monitor: Monitor) -> Counters:
-    """Return KVM's counters. Read them with the QMP command ``query-stats``."""
+    """Return KVM's counters, which the QMP command ``query-stats`` reports."""
     found = await inspect.counters(monitor)
     return Counters(found.stage2, found.vcpus)

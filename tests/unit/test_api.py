@@ -90,7 +90,7 @@ def test_downstream_script_is_fully_typed(tmp_path: Path) -> None:
 
 
 def test_deprecated_policy_is_options() -> None:
-    with pytest.deprecated_call(match="use qemu_prefault's Options"):
+    with pytest.deprecated_call(match="Use qemu_prefault's Options"):
         policy = qemu_prefault.Policy(Populate.ALL, populate_only=True)
     assert isinstance(policy, Options)
     assert (policy.populate, policy.populate_only) == (Populate.ALL, True)

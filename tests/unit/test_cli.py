@@ -195,7 +195,7 @@ def test_vcpu_lists(text: str, value: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "-1", "3-1", "1,,2", "1-2-3", "1000000", "\u0663"])
 def test_invalid_vcpu_list_is_rejected_with_an_example(text: str) -> None:
-    with pytest.raises(click.BadParameter, match=r"write e\.g\. 0,2-3"):
+    with pytest.raises(click.BadParameter, match="such as 0,2-3"):
         index_list_type(text)
 
 
