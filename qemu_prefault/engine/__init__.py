@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The parts of a run: options, preflight, plan, executor, tally and report."""
+"""The modules that check, plan and perform a run, and report its result."""

@@ -3,8 +3,8 @@
 
 The executor divides ranges among the vCPUs and passes them to an agent in batches. It populates
 pages that are not writable yet, and prefaults writable pages. If a vCPU cannot process a range,
-another vCPU processes it. If the time limit passes, the executor returns the remaining targets to
-the caller.
+another vCPU processes the range. If the time limit passes, the executor returns the remaining
+targets to the caller.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ NO_VCPU: Final = "prefault: no vCPU could be used"
 
 
 class Backings(Protocol):
-    """An object that returns the backing of memory sections, usually a :class:`.Vm`."""
+    """The interface of an object that knows the backing of each memory section.
+
+    :class:`.Vm` implements this interface.
+    """
 
     def backing(self, section: MemorySection) -> Backing:
         """Return the backing of a section."""
@@ -52,9 +55,9 @@ class Backings(Protocol):
 class Executor:
     """Populates and prefaults a guest's memory through one agent.
 
-    :ivar agent: The agent. The caller starts and closes it.
-    :ivar unusable: The errno of each worker whose vCPU cannot be used until the guest has run, by
-        worker index.
+    :ivar agent: The agent, which the caller starts and closes.
+    :ivar unusable: The indexes of the workers whose vCPUs cannot be used until the guest has run.
+        The value for each index is the errno of the ioctl.
     """
 
     def __init__(
@@ -69,7 +72,8 @@ class Executor:
     ) -> None:
         """Store the arguments.
 
-        :param check_headroom: Stop populating when little memory is left. False with ``--force``.
+        :param check_headroom: Whether populating stops when little memory is left. The option
+            ``--force`` sets this to False.
         """
         self.agent = agent
         self.unusable: dict[int, int] = {}
@@ -88,11 +92,12 @@ class Executor:
     async def populate(self, targets: Sequence[Target], *, only: bool = False) -> None:
         """Make all pages that may be populated present and writable in QEMU.
 
-        The prefault ioctl acts as a read fault. On untouched memory it would map the zero page
-        read-only, and the guest's first write to each 4 KiB page would still fault.
+        The prefault ioctl acts as a read fault. On untouched memory, the ioctl would map the zero
+        page read-only (conformance case ``mapping/discarded``). The guest's first write to each
+        4 KiB page would still fault.
 
-        :param only: Whether the run only populates. If so, the tally counts the writable bytes as
-            completed.
+        :param only: Whether the run only populates. If True, the tally counts the writable bytes
+            as completed.
         """
         queues: dict[Target, list[Range]] = {}
         present = {}
@@ -132,8 +137,8 @@ class Executor:
         """Populate ranges in batches. Read the memory limits again before each batch.
 
         Other runs and other guests allocate memory at the same time. Therefore a batch allocates
-        at most :attr:`.Limit.per_batch` bytes, and populating ends when that is less than a huge
-        page.
+        at most :attr:`.Limit.per_batch` bytes. If this limit is less than a huge page, populating
+        ends.
         """
         total = sum(item.size for queue in queues.values() for item in queue)
         outcomes: list[Outcome] = []
@@ -284,10 +289,10 @@ class Executor:
         total: int,
         base: int = 0,
     ) -> tuple[list[Outcome], list[Range]]:
-        """Run ranges on all usable workers.
+        """Process ranges on all usable workers.
 
-        :param ranges: Each range with its guest NUMA node, or None if unknown.
-        :param base: Bytes that the phase had done before this call.
+        :param ranges: Pairs of a guest NUMA node and a range. The node is None if it is unknown.
+        :param base: Bytes that the executor has processed in this phase before this call.
         :returns: The outcomes, and the ranges that were not processed within the time limit.
         """
         outcomes: list[Outcome] = []
@@ -326,7 +331,7 @@ class Executor:
         return (self._time_is_up and outcome.error == kvm.ABORTED) or not outcome.error
 
     def usable(self) -> list[Worker]:
-        """Return the workers whose vCPU can be used, and warn about the others."""
+        """Return the workers with usable vCPUs, and warn about the other vCPUs."""
         usable = [worker for worker in self.agent.workers if worker.index not in self.unusable]
         if self.unusable:
             names = ", ".join(
@@ -348,7 +353,9 @@ class Executor:
 
     @contextlib.contextmanager
     def time_limit(self, seconds: float | None) -> Iterator[None]:
-        """Limit the time of the work in the block. The current chunks may exceed it.
+        """Interrupt populating and prefaulting in the block after a time limit.
+
+        The workers complete the chunks that they are processing at that time.
 
         :param seconds: The limit in seconds, or None for no limit.
         """
@@ -366,13 +373,13 @@ class Executor:
             self._time_is_up = False
 
     def end(self) -> None:
-        """End all work permanently when the current chunks are done."""
+        """Stop populating and prefaulting permanently after the current chunks."""
         self._ended = True
         self.agent.abort()
 
 
 def _take(queue: list[Range], size: int) -> list[Range]:
-    """Remove ``size`` bytes of ranges from a queue. Split the last range if needed."""
+    """Remove ranges of ``size`` bytes in total from a queue, and return them."""
     taken = []
     while queue and size:
         first = queue.pop(0)

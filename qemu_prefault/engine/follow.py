@@ -2,9 +2,9 @@
 """Keep a guest prefaulted until QEMU exits, and report each run as an event.
 
 If QEMU has loaded the plugin, the plugin keeps the guest prefaulted, and this module forwards the
-plugin's events. Otherwise, this process polls the memory layout and KVM's counters, and prefaults
-the guest when KVM has dropped stage-2 tables or memory was added. It reacts up to a few seconds
-later than the plugin, and pauses the guest for each run.
+plugin's events. Otherwise, this process polls the memory layout and KVM's counters. It prefaults
+the guest when KVM has dropped stage-2 tables, or when memory was added. This process reacts up to a
+few seconds later than the plugin, and pauses the guest for each run.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ WAKE_UP: Final = (
 def follow(vm: Vm, options: Options) -> AsyncIterator[Event]:
     """Keep a guest prefaulted until QEMU exits.
 
-    :param options: The options of each run. The plugin uses its own options instead.
-    :returns: The events of the runs; docs/reference/events.md lists their fields.
-    :raises QemuPrefaultError: As for :func:`follow_from_outside`.
+    :param options: The options of each run. If the plugin prefaults the guest, it uses its own
+        options instead.
+    :returns: An iterator over events. docs/reference/events.md lists the fields of an event.
+    :raises QemuPrefaultError: See :func:`follow_from_outside`.
     """
     attach = options.agent is AgentChoice.ATTACH
     socket = None if attach else find_control_socket(vm.process)
@@ -76,8 +77,8 @@ async def follow_plugin(process: Process, socket: Path) -> AsyncIterator[Event]:
 async def follow_from_outside(vm: Vm, options: Options) -> AsyncIterator[Event]:
     """Prefault the guest now, and again when necessary, until QEMU exits.
 
-    :raises QemuPrefaultError: The first run failed. If a later run is refused or fails, the
-        function yields an event instead.
+    :raises QemuPrefaultError: If the first run is refused or fails. If a later run is refused or
+        fails, the function yields an event instead.
     """
     with vm.monitor.events(*WAKE_UP) as events:
         loop = _FollowLoop(vm, options)
@@ -95,7 +96,7 @@ async def follow_from_outside(vm: Vm, options: Options) -> AsyncIterator[Event]:
 
 
 async def _wait(events: EventStream) -> None:
-    """Wait for an event, but at most until the next poll."""
+    """Wait for a QMP event, but at most until the time of the next poll."""
     try:
         async with asyncio.timeout(LOOK_SECONDS):
             await anext(events)
@@ -117,7 +118,7 @@ class _FollowLoop:
         self._refusal = ""
 
     async def run(self, why: str) -> Event:
-        """Prefault the guest, and return the event for it."""
+        """Prefault the guest, and return an event that describes this run."""
         report = await prefault(self._vm, self._options)
         self._ran_at = time.monotonic()
         self._need = self._refusal = ""
@@ -129,7 +130,8 @@ class _FollowLoop:
     async def poll(self) -> Event | None:
         """Poll the guest, and prefault it if necessary.
 
-        :returns: The event for a run or a refusal, or None if nothing was done.
+        :returns: An event that describes a run or a refused run. None if no run was necessary or
+            possible, or if an earlier event has reported the same refusal.
         """
         state = await self._vm.refresh()
         stage2 = await read_stage2(self._vm.monitor)

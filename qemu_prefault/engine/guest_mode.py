@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Handle nested guests: find usable vCPUs, and decide whether to retry later.
+"""Find the vCPUs that run no nested guest, and decide whether to try again.
 
 While a vCPU runs a nested (L2) guest, KVM has L2's page tables loaded. If the guest's hypervisor
-uses nested paging, the ioctl fails with EOPNOTSUPP. If the hypervisor uses shadow paging, the ioctl
-succeeds, but it fills the root for guest mode (``role.guest_mode``, arch/x86/kvm/mmu) and not the
-root on which the guest itself runs. The loops that pause the guest again are in :mod:`.run`.
+uses nested paging, the prefault ioctl fails with EOPNOTSUPP. If the hypervisor uses shadow paging,
+the ioctl succeeds, but it fills the root for guest mode (``role.guest_mode``, arch/x86/kvm/mmu) and
+not the root on which the guest itself runs. In both cases, :mod:`.run` pauses the guest again.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class GuestMode:
         *,
         chosen: bool,
     ) -> None:
-        """Store the vCPUs and the objects that examine them.
+        """Store the arguments.
 
         :param threads: The workers' vCPUs, in the order of the workers.
         :param stats: The vCPUs' counters in the same order, or None if they must be read over QMP.
-        :param chosen: Whether the user chose these vCPUs. The guest may then have other vCPUs too.
+        :param chosen: Whether the user chose these vCPUs. If True, the guest may have other vCPUs.
         """
         self._monitor = monitor
         self._executor = executor
@@ -61,12 +61,12 @@ class GuestMode:
         self._every = "every chosen vCPU" if chosen else "every vCPU"
 
     async def let_the_guest_run(self, seconds: float = 0.0) -> None:
-        """Wait between two pauses for at least this time, plus a short random time."""
+        """Let the guest run for the given seconds and a short random time."""
         await asyncio.sleep(seconds + random.uniform(*GUEST_MODE_WAIT))
 
     @staticmethod
     def worth_another_try(tries: int, began: float) -> bool:
-        """Return whether the limits of number and time allow another attempt.
+        """Return whether the limits on attempts and on time allow another attempt.
 
         :param tries: The number of attempts so far.
         :param began: ``time.monotonic()`` at the first attempt.
@@ -83,7 +83,7 @@ class GuestMode:
 
         A vCPU does not change its mode while the guest is paused.
 
-        :returns: False if all vCPUs are in guest mode. In this case, no vCPU is marked.
+        :returns: False if all vCPUs are in guest mode. In this case, the method marks no vCPU.
         """
         self._executor.reconsider_vcpus()
         in_guest_mode = await self.workers()
@@ -95,8 +95,8 @@ class GuestMode:
     async def workers(self) -> set[int]:
         """Return the indexes of the workers whose vCPU runs a nested guest.
 
-        The result is empty if KVM does not report the mode: the counter ``guest_mode`` needs
-        Linux 5.14, and ``query-stats`` needs QEMU 7.1. The ioctl's error then shows the mode.
+        The counter ``guest_mode`` needs Linux 5.14, and ``query-stats`` needs QEMU 7.1. With older
+        versions, the result is empty, and only the error of the ioctl shows the mode.
         """
         workers = self._executor.agent.workers
         if self._stats is not None:
@@ -110,7 +110,7 @@ class GuestMode:
         }
 
     def refused_every_worker(self) -> bool:
-        """Return whether no vCPU is usable, and the ioctl reported guest mode."""
+        """Return whether no vCPU is usable, and an ioctl failed with EOPNOTSUPP."""
         unusable = self._executor.unusable
         errors = [unusable.get(worker.index) for worker in self._executor.agent.workers]
         return None not in errors and errno.EOPNOTSUPP in errors
@@ -118,10 +118,10 @@ class GuestMode:
     def warn(self, caught: bool, tries: int, seconds: float, will_resume: bool) -> None:
         """Record a warning if attempts failed because of guest mode.
 
-        :param caught: Whether every vCPU was also in guest mode at the last attempt.
+        :param caught: Whether every vCPU was in guest mode at the last attempt.
         :param tries: The number of attempts.
         :param seconds: The time that all attempts took.
-        :param will_resume: Whether the guest is resumed after this run.
+        :param will_resume: Whether this run resumes the guest at its end.
         """
         notes, every = self._tally.warnings, self._every
         if not caught:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Keep an incoming guest paused after its RAM is loaded, to prefault it.
+"""Keep an incoming guest paused after its RAM is loaded, until it is prefaulted.
 
-A QEMU that waits for a migration or a restore starts the guest when the guest is loaded, unless
-QEMU was started with ``-S``. In the state ``inmigrate``, the commands ``stop`` and ``cont`` only
-set ``autostart`` (qmp_stop() and qmp_cont(), monitor/qmp-cmds.c). After ``stop``, QEMU leaves the
-guest paused when it is loaded. Until then, ``cont`` restores the automatic start.
+If QEMU waits for a migration or a restore, it starts the guest as soon as the guest is loaded. If
+QEMU was started with ``-S``, the guest stays paused instead. In the state ``inmigrate``, the
+commands ``stop`` and ``cont`` only set ``autostart`` (qmp_stop() and qmp_cont(),
+monitor/qmp-cmds.c). After ``stop``, QEMU leaves the loaded guest paused. If ``cont`` follows before
+the guest is loaded, QEMU starts the guest automatically again.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ POLL_SECONDS = 0.01
 
 
 class IncomingMigration:
-    """A guest whose RAM is being loaded. :func:`hold_incoming` creates the object.
+    """An incoming guest, whose RAM QEMU loads from a source or a file.
 
-    :ivar starts_by_itself: Whether QEMU was started without ``-S``. The caller must then resume
+    :ivar starts_by_itself: Whether QEMU was started without ``-S``. If True, the caller must resume
         the guest.
     :ivar loaded_at: The value of ``time.monotonic()`` when the end of loading was detected.
-    :ivar runs: Whether the guest already ran at that time, because another client started it.
+    :ivar runs: Whether another client had already started the guest at the time ``loaded_at``.
     """
 
     def __init__(self, monitor: Monitor, starts_by_itself: bool, events: EventStream) -> None:
@@ -51,8 +52,8 @@ class IncomingMigration:
     async def loaded(self) -> None:
         """Wait until the guest is loaded.
 
-        :raises FailedError: The migration failed or was cancelled.
-        :raises RefusedError: The loaded guest is in a state in which it cannot run.
+        :raises FailedError: If the migration failed or was cancelled.
+        :raises RefusedError: If the loaded guest is in a state in which it cannot run.
         """
         with self._monitor.patience(LOAD_SECONDS):
             while not (await self._is_loaded() or await self._is_told()):
@@ -71,11 +72,11 @@ class IncomingMigration:
         return False
 
     async def _is_told(self) -> bool:
-        """Wait for a MIGRATION event. Return whether it reports the end of loading.
+        """Wait for a MIGRATION event, and return whether it reports the end of loading.
 
         QEMU sends this event after it has set the guest's new run state
-        (process_incoming_migration_bh(), migration/migration.c). A further query is not necessary,
-        and would delay the guest.
+        (process_incoming_migration_bh(), migration/migration.c). Therefore the method does not send
+        another query, which would delay the guest.
         """
         with contextlib.suppress(TimeoutError):
             # None means that the connection has ended. The next query raises the error.
@@ -89,7 +90,7 @@ class IncomingMigration:
         return False
 
     async def tell_events(self) -> bool:
-        """Enable MIGRATION events. Return True if this call changed the setting."""
+        """Enable MIGRATION events, and return whether this call changed the setting."""
         self._told = (await _capabilities(self._monitor)).get("events", False)
         if self._told:
             return False
@@ -104,18 +105,19 @@ class IncomingMigration:
 def _failed(cause: str) -> FailedError:
     return FailedError(
         cause,
-        "start a new QEMU and repeat the migration or restore; the guest is still at the source or "
+        "start a new QEMU and repeat the migration or restore. The guest is still at the source or "
         "in its file",
         code=Code.MIGRATION_FAILED,
     )
 
 
 async def check_no_postcopy(monitor: Monitor) -> None:
-    """Raise an error if the migration may continue after the guest has started.
+    """Raise an error if the migration may switch to postcopy.
 
-    In postcopy, QEMU would request each page that populating touches from the source.
+    Populating touches every page. In postcopy, QEMU would request each of these pages from the
+    source.
 
-    :raises RefusedError: The capability ``postcopy-ram`` is set.
+    :raises RefusedError: If the capability ``postcopy-ram`` is set.
     """
     if (await _capabilities(monitor)).get("postcopy-ram"):
         raise RefusedError(
@@ -151,11 +153,11 @@ async def hold_incoming(
 ) -> AsyncIterator[IncomingMigration]:
     """Keep an incoming guest paused after it is loaded, until the end of the block.
 
-    If the block raises or this process dies, the guest starts as it would without this function.
-    If the block exits normally, the caller must resume the guest.
+    If the block raises an exception or this process dies, QEMU starts the guest as if this function
+    had not been called. If the block exits normally, the caller must resume the guest.
 
     :param cleanup: The functions that stop the agent's helpers if this process dies.
-    :raises FailedError: The migration failed or was cancelled. QEMU exits.
+    :raises FailedError: If QEMU exits because the migration failed or was cancelled.
     """
     with contextlib.ExitStack() as stack:
         events = stack.enter_context(monitor.events("MIGRATION", "RESUME"))
@@ -172,7 +174,9 @@ async def hold_incoming(
         except MonitorError as error:
             if monitor.alive or arrival.loaded_at:
                 raise
-            raise _failed("QEMU has exited: the migration failed or was cancelled") from error
+            raise _failed(
+                "QEMU has exited because the migration failed or was cancelled"
+            ) from error
         finally:
             if monitor.alive:
                 with contextlib.suppress(QemuPrefaultError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Read the map of the guest's RAM and KVM's counters, without changing anything."""
+"""Read the map of a guest's RAM, and KVM's counters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VCPU_COUNTERS = ("pf_taken", "pf_fixed", "pf_spurious", "exits")
 
 @dataclass(frozen=True, slots=True)
 class MappedSection:
-    """A section of guest memory. Sizes and addresses are in bytes.
+    """A section of guest memory, with sizes and addresses in bytes.
 
     :ivar huge: Whether guest and host addresses allow 2 MiB leaves.
     :ivar resident: Bytes that are present in QEMU's page tables, or None if unknown.
@@ -80,7 +80,7 @@ class RamMap:
 async def ram_map(vm: Vm) -> RamMap:
     """Return the map of a guest's RAM, including the skipped sections.
 
-    :raises UnsupportedError: This process has no permission to trace QEMU.
+    :raises UnsupportedError: If this process has no permission to trace QEMU.
     """
     state = vm.state
     found = []
@@ -119,10 +119,11 @@ async def ram_map(vm: Vm) -> RamMap:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """KVM's counters.
+    """The values of KVM's counters.
 
     :ivar stage2: The current leaves in the stage-2 tables, or None if unknown.
-    :ivar vcpus: The vCPUs' counters since the start of the VM, as sums over all vCPUs.
+    :ivar vcpus: The sum over all vCPUs for each counter in :data:`VCPU_COUNTERS`. The counters
+        count from the start of the VM.
     """
 
     stage2: Stage2Leaves | None

@@ -19,7 +19,8 @@ class InterferenceMonitor:
     """Ends a run when another client resumes or migrates the guest.
 
     :ivar reason: The error that ended the run, or None.
-    :ivar prefaulting: Whether the guest is being prefaulted. A resume then ends the run.
+    :ivar prefaulting: Whether the run is prefaulting the guest. If True, a resume of the guest by
+        another client ends the run.
     """
 
     def __init__(self, vm: Vm, tally: RunTally, end: Callable[[], None]) -> None:
@@ -33,11 +34,11 @@ class InterferenceMonitor:
 
     @contextlib.asynccontextmanager
     async def watched(self, *, abort_on_migration: bool) -> AsyncIterator[None]:
-        """Detect interference during the block. Raise :attr:`reason` at its end.
+        """Detect interference in the block, and raise :attr:`reason` after the block.
 
-        :param abort_on_migration: End the run if a migration starts. False for an incoming
-            migration.
-        :raises QemuPrefaultError: Interference has ended the run.
+        :param abort_on_migration: Whether to end the run if a migration starts. Must be False if
+            the run waits for an incoming migration.
+        :raises QemuPrefaultError: If another client's interference has ended the run.
         """
         names = ("RESUME", "STOP", "RESET", "SHUTDOWN", "MIGRATION")
         with self._vm.monitor.events(*names) as events:
@@ -54,25 +55,25 @@ class InterferenceMonitor:
             raise self.reason
 
     def interrupt(self, reason: QemuPrefaultError) -> None:
-        """End the run. If it has already been ended, keep the first reason."""
+        """End the run for a reason, unless an earlier reason has ended the run."""
         if self.reason is None:
             self.reason = reason
             self._end()
 
     def expect_resume(self) -> None:
-        """Expect a RESUME event, because this process is about to resume the guest."""
+        """Ignore the next RESUME event, because this process resumes the guest."""
         self._own_resumes += 1
 
     async def migration_started(self) -> bool:
-        """Return whether a migration is running, and end the run if so."""
+        """Return whether a migration is running. If it is, end the run."""
         status = await read_migration(self._vm.monitor)
         if status in MIGRATION_OVER:
             return False
         self.interrupt(
             RefusedError(
                 f"a migration was started during the run (query-migrate: {status})",
-                "prefault the guest at the destination; during the migration, prefaulting would "
-                "mark every page as dirty",
+                "prefault the guest at the destination, because prefaulting during a migration "
+                "would mark every page as dirty",
                 code=Code.MIGRATION,
             )
         )

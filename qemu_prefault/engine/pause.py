@@ -23,7 +23,7 @@ class Pause:
     """A pause of the guest.
 
     :ivar resume: A coroutine function that ends the pause. It resumes the guest if `will_resume`
-        is set.
+        is True.
     :ivar will_resume: Whether the guest ran before the pause, or ``--cont`` was given.
     """
 
@@ -56,8 +56,9 @@ class Pauser:
     async def pause(self) -> AsyncIterator[Pause]:
         """Pause the guest for the block, and restore its run state afterwards.
 
-        A vCPU ioctl waits for ``vcpu->mutex`` until KVM_RUN returns, so the guest must be stopped.
-        The block should call :attr:`Pause.resume` as soon as possible.
+        The guest must be stopped, because a vCPU ioctl waits for ``vcpu->mutex`` until KVM_RUN
+        returns (kvm_vcpu_ioctl(), virt/kvm/kvm_main.c). The block should call :attr:`Pause.resume`
+        as soon as possible.
         """
         monitor, agent, interference = self._monitor, self._agent, self._interference
         # Query the state again, because the operator may have paused the guest while it was being
@@ -103,8 +104,8 @@ class Pauser:
     async def resume(self, was_running: bool) -> None:
         """Resume the guest, unless it has migrated away and runs at the destination.
 
-        :param was_running: Whether the guest ran before the pause. If it did not, the method also
-            leaves it paused while a migration is running.
+        :param was_running: Whether the guest ran before the pause. If False, the method does not
+            resume the guest while a migration is running.
         """
         monitor = self._monitor
         status = await read_status(monitor)
@@ -113,7 +114,7 @@ class Pauser:
                 RefusedError(
                     f"the guest migrated away during the run (query-status: {status}), so it was "
                     "not resumed here",
-                    "prefault it at the destination",
+                    "prefault the guest at the destination",
                     code=Code.MIGRATION,
                 ),
             )

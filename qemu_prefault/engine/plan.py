@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Plan a run with pure functions.
 
-* :func:`select` chooses the memory to prefault, and decides whether it may be populated.
+* :func:`select` chooses the memory to prefault, and decides whether this memory may be populated.
 * :func:`partition` divides ranges among the workers.
 """
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A part of one section that should be prefaulted.
+    """A range of guest memory to prefault, which lies within one memory section.
 
-    :ivar gpa: The guest-physical address of the part.
-    :ivar size: The size of the part in bytes.
+    :ivar gpa: The guest-physical address of the range.
+    :ivar size: The size of the range in bytes.
     :ivar may_populate: Whether absent pages may be populated.
     :ivar why_not: The reason why absent pages may not be populated, or None.
     """
@@ -39,14 +39,14 @@ class Target:
 
     @property
     def hva(self) -> int:
-        """The target's address in QEMU."""
+        """The virtual address of the target in QEMU."""
         return self.section.hva + (self.gpa - self.section.gpa)
 
 
 def select(state: VmState, options: Options) -> tuple[Target, ...]:
-    """Return the targets to prefault, ascending by guest-physical address.
+    """Return the targets to prefault, sorted by guest-physical address.
 
-    :raises InputError: The chosen ranges contain no guest RAM.
+    :raises InputError: If the chosen ranges contain no guest RAM.
     """
     targets = []
     left = None if options.max_bytes is None else options.max_bytes // PAGE_SIZE * PAGE_SIZE
@@ -63,7 +63,7 @@ def select(state: VmState, options: Options) -> tuple[Target, ...]:
     if options.ranges and left != 0 and not targets:
         raise InputError(
             "the given ranges contain no guest RAM",
-            "give ranges within guest RAM; to show its addresses: qemu-prefault map",
+            "give ranges within guest RAM. To show the addresses of RAM, run: qemu-prefault map",
         )
     return tuple(targets)
 
@@ -117,9 +117,10 @@ def _reason_not_to_populate(
 
 
 def partition(ranges: Sequence[Range], workers: Sequence[Worker]) -> dict[int, list[Range]]:
-    """Divide ranges among workers in address order, with about equal bytes for each.
+    """Divide ranges among workers in address order, in parts of about equal size.
 
-    Ranges are cut at 2 MiB boundaries, so that two workers never process the same huge page.
+    The function cuts ranges at 2 MiB boundaries, so that two workers never process the same huge
+    page.
     """
     total = sum(item.size for item in ranges)
     shares: dict[int, list[Range]] = {worker.index: [] for worker in workers}
@@ -143,10 +144,11 @@ def partition_by_node(
 ) -> dict[int, list[Range]]:
     """Divide the ranges of each guest NUMA node among the node's vCPUs.
 
-    A helper has its vCPU's CPU affinity, and the first access determines the host node of a page.
-    Therefore the host allocates memory on the node to which the vCPUs of the guest node are pinned.
+    A helper thread has the CPU affinity of its vCPU, and the first access to a page determines the
+    host node of the page. Therefore the host allocates the memory of a guest node on the host node
+    to which the vCPUs of the guest node are pinned.
 
-    :param ranges: Each range with its guest NUMA node, or None if unknown.
+    :param ranges: Pairs of a guest NUMA node and a range. The node is None if it is unknown.
     """
     shares: dict[int, list[Range]] = {worker.index: [] for worker in workers}
     by_node: dict[int | None, list[Range]] = {}

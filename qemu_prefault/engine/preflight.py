@@ -62,9 +62,10 @@ MIGRATED_AWAY: Final = frozenset({"finish-migrate", "postmigrate"})
 
 
 def check_status(status: str) -> None:
-    """Raise an error if a guest with this ``query-status`` cannot run.
+    """Raise an error if a guest in this run state cannot run.
 
-    :raises RefusedError: The guest cannot run.
+    :param status: The run state, as ``query-status`` returns it.
+    :raises RefusedError: If the guest cannot run.
     """
     if status in _UNFIT_STATUS:
         cause, remedy, code = _UNFIT_STATUS[status]
@@ -74,13 +75,13 @@ def check_status(status: str) -> None:
 def check_awaits_incoming(state: VmState) -> None:
     """Raise an error if QEMU does not wait for an incoming migration or restore.
 
-    :raises RefusedError: QEMU is not in the state ``inmigrate``.
+    :raises RefusedError: If QEMU is not in the state ``inmigrate``.
     """
     if state.status != "inmigrate":
         raise RefusedError(
             f"this QEMU does not wait for a migration or restore (query-status: {state.status})",
-            "start QEMU with -incoming, and run qemu-prefault before the migration; for a guest "
-            "that is already loaded, omit --incoming",
+            "start QEMU with -incoming, and run qemu-prefault before the migration. If the guest "
+            "is already loaded, omit --incoming",
             code=Code.NOT_INCOMING,
         )
 
@@ -92,8 +93,8 @@ def check_vm_state(state: VmState, dirty_limit: bool = False) -> None:
     dirty (``make_spte()``, arch/x86/kvm/mmu/spte.c). A migration would send all these pages again.
 
     :param dirty_limit: Whether ``query-vcpu-dirty-limit`` shows an active limit.
-    :raises RefusedError: A migration or a dirty-rate measurement is running, or the guest cannot
-        run.
+    :raises RefusedError: If a migration or a dirty-rate measurement is running, if a dirty-rate
+        limit is active, or if the guest cannot run.
     """
     migration = state.migration or "none"
     if "postcopy" in migration:
@@ -106,14 +107,14 @@ def check_vm_state(state: VmState, dirty_limit: bool = False) -> None:
     check_status(state.status)
     if migration not in MIGRATION_OVER:
         raise RefusedError(
-            f"a migration is running (query-migrate: {migration}): dirty pages are logged",
-            "prefault at the destination after the migration",
+            f"a migration is running (query-migrate: {migration}), so KVM logs dirty pages",
+            "prefault the guest at the destination after the migration",
             code=Code.MIGRATION,
         )
     if state.dirty_rate == "measuring" or dirty_limit:
         what = "measured" if state.dirty_rate == "measuring" else "limited"
         raise RefusedError(
-            f"the dirty page rate is being {what}: dirty pages are logged",
+            f"the dirty page rate is being {what}, so KVM logs dirty pages",
             "wait until the measurement or the limit has ended (query-dirty-rate, "
             "query-vcpu-dirty-limit)",
             code=Code.DIRTY_LOGGING,
@@ -123,12 +124,12 @@ def check_vm_state(state: VmState, dirty_limit: bool = False) -> None:
 def check_supported(vm: Vm) -> None:
     """Raise an error if this guest or this kernel does not support prefaulting.
 
-    :raises UnsupportedError: The guest does not run under KVM, or KVM lacks the ioctl.
+    :raises UnsupportedError: If the guest does not run under KVM, or if KVM lacks the ioctl.
     """
     if not vm.state.kvm:
         raise UnsupportedError(
             "this guest does not run under KVM",
-            "start QEMU with -accel kvm; or use --populate-only, which works without KVM and "
+            "start QEMU with -accel kvm, or use --populate-only, which works without KVM and "
             "allocates the guest's memory in advance",
             code=Code.NOT_KVM,
         )
@@ -142,9 +143,9 @@ def check_headroom(
 ) -> dict[Target, int]:
     """Compute the memory that populating needs, and check that it is available.
 
-    :param force: Skip the check.
+    :param force: Whether to skip the check.
     :returns: The bytes that populating would allocate for each target.
-    :raises RefusedError: Too little memory is available.
+    :raises RefusedError: If too little memory is available.
     """
     absent = {}
     for target in targets:
@@ -166,7 +167,7 @@ def check_headroom(
                 raise RefusedError(
                     f"populating needs {format_size(needs[limit.key])}, but {limit.name} has only "
                     f"{format_size(limit.available)} available ({limit.detail})",
-                    "free memory, raise the limit, or use --populate resident or --max-bytes; to "
+                    "free memory, raise the limit, or use --populate resident or --max-bytes. To "
                     "skip this check, use --force",
                     code=Code.NO_MEMORY,
                 )
@@ -174,7 +175,7 @@ def check_headroom(
 
 
 def find_warnings(options: Options, targets: Sequence[Target], state: VmState) -> dict[str, str]:
-    """Return warnings about this host and this guest, by code."""
+    """Return a map from codes to warnings about this host and this guest."""
     if options.populate_only:
         return _resident_only(options, targets)
     found: dict[str, str] = {}

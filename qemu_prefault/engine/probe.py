@@ -61,7 +61,7 @@ class Findings:
 async def probe_process(pid: int) -> Findings:
     """Check this host and a QEMU process without using its monitor.
 
-    :raises GoneError: The process does not exist.
+    :raises GoneError: If the process does not exist.
     """
     process = Process.find(pid)
     findings, status = _host(process)
@@ -112,8 +112,8 @@ async def _plugin(process: Process) -> Finding:
         return Finding(
             "plugin",
             "note",
-            "QEMU has not loaded the plugin, so memory that firmware, a reset or a migration "
-            "drops from the stage-2 tables is not prefaulted again",
+            "QEMU has not loaded the plugin, which would prefault the guest again after its "
+            "firmware, a reset or a migration",
             "start QEMU with `qemu-prefault run -- …`, or with "
             '-plugin "$(qemu-prefault plugin-path)"',
         )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The report of a run, and its JSON.
+"""The report of a run, which can be converted to JSON.
 
-The JSON is stable (``schema`` 1): fields may be added, but are never renamed or removed. Sizes are
-in bytes, times in seconds.
+The JSON format is stable (``schema`` 1). Later versions may add fields, but never rename or remove
+them. Sizes are in bytes, and times are in seconds.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class SectionReport:
 
 @dataclass(frozen=True, slots=True)
 class ByteSums:
-    """Sums over all sections.
+    """Numbers of bytes, each of which is a sum over all sections.
 
-    :ivar requested: Bytes that the run should prefault. With ``--populate-only``, bytes that it
-        should populate.
+    :ivar requested: Bytes that the run should prefault. With ``--populate-only``, these are the
+        bytes that the run should populate.
     :ivar populated: Bytes that were newly allocated in QEMU's own page tables.
     :ivar prefaulted: Bytes that were mapped in the stage-2 tables.
     :ivar remaining: Requested bytes that the run did not complete or could not verify.
@@ -71,9 +71,9 @@ class Seconds:
 
     :ivar populate: Time spent on populating, as the workers measured it.
     :ivar prefault: Time spent on prefaulting, as the workers measured it.
-    :ivar paused: Sum of all pauses of the guest by this run. For an incoming guest, this is the
-        time between the end of loading and the resume.
-    :ivar longest_pause: The longest of these pauses.
+    :ivar paused: The total time for which this run paused the guest. For an incoming guest, this
+        is the time between the end of loading and the resume.
+    :ivar longest_pause: The length of the longest pause.
     :ivar total: Time of the whole run.
     """
 
@@ -98,9 +98,9 @@ class RunWarning:
 class Report:
     """The result of a run.
 
-    :ivar agent: ``attach``, ``plugin`` or ``qmp``.
+    :ivar agent: The name of the agent, which is ``attach``, ``plugin`` or ``qmp``.
     :ivar pid: QEMU's process id.
-    :ivar qemu_version: For example ``10.0.13``.
+    :ivar qemu_version: QEMU's version, for example ``10.0.13``.
     :ivar qemu_status: The guest's run state at the last ``query-status``.
     :ivar kernel_release: The release of the running kernel (``uname -r``).
     :ivar pre_fault_memory: Whether KVM supports KVM_PRE_FAULT_MEMORY, or None if unknown.

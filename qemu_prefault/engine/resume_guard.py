@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Resume a guest that this process has paused, even if this process is killed.
 
-Before this process sends ``stop``, it forks a child, the guard. The guard inherits the read end of
-a pipe. Only this process has the write end. The guard also inherits this process's QMP connection,
-because QEMU accepts no other client while that connection is open. If the pipe is closed without
-data, this process has died. The guard then stops the helpers, waits until they have exited, and
-sends ``cont`` on the QMP connection unless the guest has migrated away.
+Before this process sends ``stop``, it forks a child process, the guard. The guard inherits the read
+end of a pipe. Only this process has the write end. The guard also inherits this process's QMP
+connection, because QEMU accepts no other client while that connection is open. If the pipe is
+closed without data, this process has died. The guard then stops the helpers and waits until they
+have exited. Unless the guest has migrated away, the guard sends ``cont`` on the QMP connection.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LONGEST_ANSWER = 4096
 
 
 class ResumeGuard:
-    """A context manager for the time during which the guest is paused."""
+    """A context manager that runs the guard while the guest is paused."""
 
     def __init__(self, qmp_fd: int, cleanup: OrphanCleanup) -> None:
         """Store the arguments. The guard starts when the block is entered.
@@ -47,7 +47,7 @@ class ResumeGuard:
     def __enter__(self) -> ResumeGuard:
         """Start the guard, and wait until it is ready.
 
-        :raises FailedError: The guard died before it was ready. The guest is not paused yet.
+        :raises FailedError: If the guard died before it was ready. The guest is not paused yet.
         """
         read_end, self._pipe = os.pipe2(os.O_CLOEXEC)
         ready, is_ready = os.pipe2(os.O_CLOEXEC)
@@ -64,9 +64,10 @@ class ResumeGuard:
             if not os.read(ready, 1):
                 self.__exit__()
                 raise FailedError(
-                    "the guard process, which resumes the guest if this process is killed, died",
-                    "look for the reason in dmesg, for example the OOM killer; the guest was not "
-                    "paused",
+                    "the guard process died, so no process would resume the guest if this process "
+                    "were killed",
+                    "look for the reason in dmesg, for example a line of the OOM killer. The guest "
+                    "was not paused",
                     code=Code.GUARD,
                 )
         finally:
@@ -82,7 +83,7 @@ class ResumeGuard:
             os.waitpid(self._child, 0)
 
     def _watch(self, read_end: int, is_ready: int) -> None:
-        """Wait in the child process until the parent ends. Clean up if it has died."""
+        """Wait in the guard for the parent. If the parent dies, resume the guest."""
         os.setsid()  # so that signals to the terminal's session or job do not reach the guard
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)

@@ -15,10 +15,10 @@
     resume the guest
     compare with KVM's counters                RunTally.verify
 
-An incoming guest (:meth:`PrefaultRun.receive`) is populated while its RAM is being loaded, and
-prefaulted after that, before it starts. If the time of a pause is limited, the guest is prefaulted
-in several pauses. During the whole run, :class:`InterferenceMonitor` detects whether another client
-resumes, resets or migrates the guest.
+:meth:`PrefaultRun.receive` populates an incoming guest while QEMU loads its RAM, and prefaults the
+guest before it starts. If the length of a pause is limited, the run prefaults the guest in several
+pauses. During the whole run, :class:`InterferenceMonitor` detects whether another client resumes,
+resets or migrates the guest.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ async def prefault(
 ) -> Report:
     """Prefault a guest.
 
-    :param on_ready: A coroutine function that is awaited when an incoming migration may start.
-    :param on_progress: A function that is called with the phase, the bytes done and the total
-        bytes.
-    :returns: The report.
-    :raises UnsupportedError: This host, kernel or QEMU does not support prefaulting.
-    :raises RefusedError: Prefaulting now would harm the guest or the host, or another client
+    :param on_ready: A coroutine function that the run awaits when an incoming migration may start.
+    :param on_progress: A function that the run calls with three arguments. They are the phase, the
+        bytes done in this phase, and the total bytes of this phase.
+    :returns: The report of the run.
+    :raises UnsupportedError: If this host, kernel or QEMU does not support prefaulting.
+    :raises RefusedError: If prefaulting now would harm the guest or the host, or if another client
         migrates the guest during the run.
-    :raises FailedError: A step failed. The guest's run state is the same as before the run.
+    :raises FailedError: If a step failed. The guest's run state is the same as before the run.
     """
     selection = await select_agent(options.agent, vm.process, vm.monitor, kvm=vm.state.kvm)
     tally = RunTally()
@@ -117,7 +117,7 @@ async def _plan_only(
     pagemap: Pagemap,
     tally: RunTally,
 ) -> None:
-    """Record what a run would do."""
+    """Record in the tally what a run would do."""
     for target in targets:
         section = tally.of(target.section)
         private = vm.backing(target.section).private
@@ -188,7 +188,7 @@ class PrefaultRun:
     on_ready: OnReady | None
 
     async def populate_and_prefault(self, targets: tuple[Target, ...]) -> None:
-        """Populate and prefault the targets as the guest and the options require."""
+        """Populate the targets, and prefault them in one pause or in several pauses."""
         if self.options.incoming:
             await self.receive(targets)
             return
@@ -202,7 +202,8 @@ class PrefaultRun:
     async def prefault_in_one_pause(self, targets: tuple[Target, ...]) -> None:
         """Pause the guest and prefault it.
 
-        If all vCPUs are in guest mode, resume the guest and try again, see :class:`.GuestMode`.
+        If all vCPUs are in guest mode, resume the guest and try again. :class:`.GuestMode` limits
+        the number of attempts.
         """
         guest_mode = self.guest_mode
         started = time.monotonic()
@@ -225,7 +226,10 @@ class PrefaultRun:
                 await pause.resume()
 
     async def prefault_until_stable(self, targets: tuple[Target, ...]) -> None:
-        """Prefault the guest. Repeat this if hotplug changes the memory layout."""
+        """Prefault the guest again until hotplug no longer changes the memory layout.
+
+        The run stops after :data:`LAYOUT_ROUNDS` attempts.
+        """
         done: tuple[Target, ...] = ()
         for _ in range(LAYOUT_ROUNDS):
             fresh = select(await self.vm.refresh(), self.options)
@@ -275,7 +279,7 @@ class PrefaultRun:
                 await guest_mode.let_the_guest_run(RUN_PER_PAUSE * (limit or 0))
 
     async def receive(self, targets: tuple[Target, ...]) -> None:
-        """Populate an incoming guest while it is loaded. Prefault it before it starts."""
+        """Populate an incoming guest while QEMU loads it, and then prefault it."""
         monitor, executor, tally = self.vm.monitor, self.executor, self.tally
         left: Sequence[Target] = targets
         begun = False
@@ -328,10 +332,11 @@ class PrefaultRun:
     async def _prefault_rest(
         self, targets: Sequence[Target], left: Sequence[Target], *, begun: bool, runs: bool
     ) -> None:
-        """Prefault targets that exceeded the time limit, and new sections.
+        """Prefault the targets that the time limit left, and new sections.
 
-        The state of the firmware's areas in low memory is known only after the devices have been
-        loaded. They are only a few pages, so the run does not pause a running guest again for them.
+        The state of the firmware's areas in low memory is known only after QEMU has loaded the
+        devices. These areas have only a few pages. Therefore the run does not pause a running guest
+        again for these areas.
         """
         if left:
             await self.executor.populate(left)

@@ -17,9 +17,10 @@ from .vm import Vm
 
 @dataclass(slots=True)
 class SectionTally:
-    """The progress of one section, in bytes.
+    """The numbers of requested and completed bytes of one section.
 
-    :ivar requested: Bytes that the run should prefault, or populate if it only populates.
+    :ivar requested: Bytes that the run should prefault. If the run only populates, these are the
+        bytes that it should populate.
     :ivar populated: Bytes that were newly allocated.
     :ivar prefaulted: Bytes that the ioctl has mapped.
     :ivar accounted: Bytes of `requested` that the run has completed.
@@ -36,8 +37,8 @@ class SectionTally:
 class RunTally:
     """The tallies, times, counters and warnings of one run.
 
-    :ivar tallies: The tallies of sections, by their guest-physical address in hexadecimal.
-    :ivar warnings: Warnings for the operator, by code.
+    :ivar tallies: A map from a section's guest-physical address, in hexadecimal, to its tally.
+    :ivar warnings: A map from codes to warnings for the operator.
     :ivar before: Leaves in the stage-2 tables before the run, or None if unknown.
     :ivar after: Leaves in the stage-2 tables after the run, or None if unknown.
     """
@@ -53,11 +54,11 @@ class RunTally:
         self._longest_pause = 0.0
 
     def of(self, section: MemorySection) -> SectionTally:
-        """Return the tally of a section, which its guest-physical address identifies."""
+        """Return the tally of a section. Create the tally if it does not exist."""
         return self.tallies.setdefault(f"{section.gpa:#x}", SectionTally())
 
     def count_work(self, phase: str, seconds: float) -> None:
-        """Add seconds to the time of a phase, ``populate`` or ``prefault``."""
+        """Add seconds to the time of the phase ``populate`` or ``prefault``."""
         self._seconds[phase] += seconds
 
     def count_pause(self, began: float) -> None:
@@ -80,12 +81,12 @@ class RunTally:
             tally.prefaulted = tally.accounted = 0
 
     def discard_accounted(self) -> None:
-        """Reset the completed bytes. KVM filled tables that the guest does not use."""
+        """Reset the completed bytes if KVM filled tables that the guest does not use."""
         for tally in self.tallies.values():
             tally.accounted = 0
 
     def verify(self) -> None:
-        """Compare the result with KVM's counters. Subtract entries that KVM has dropped."""
+        """Compare the tallies with KVM's counters, and subtract what KVM has dropped."""
         if self.after is None:
             self.warnings[Code.NO_COUNTERS] = (
                 "this QEMU or kernel does not provide query-stats, so the result is not verified "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A connection to one QEMU, for the public API and the commands.
+"""Connect to one QEMU, for the public API and the commands.
 
 ::
 
@@ -51,7 +51,7 @@ class Backing:
 
 
 class Vm:
-    """A connection to one QEMU and its process. Use :meth:`connect`.
+    """A connection to one QEMU and its process, which :meth:`connect` opens.
 
     :ivar monitor: The QMP connection.
     :ivar process: QEMU's process.
@@ -73,12 +73,12 @@ class Vm:
     ) -> AsyncIterator[Vm]:
         """Connect to a QMP socket, and identify the QEMU process behind it.
 
-        :param qmp: The socket's address, see :meth:`Monitor.connect`.
-        :param pid: QEMU's process id, if the socket does not identify it.
-        :param dial: See :meth:`Monitor.connect`.
-        :raises QemuPrefaultError: As for :meth:`Monitor.connect`,
-            :func:`~qemu_prefault.qemu.queries.read_vm_state` and
-            :func:`~qemu_prefault.host.identify.identify`.
+        :param qmp: The socket's address. See :meth:`Monitor.connect`.
+        :param pid: QEMU's process id. It is only needed if the socket does not identify QEMU.
+        :param dial: A function that opens the connection. See :meth:`Monitor.connect`.
+        :raises QemuPrefaultError: If :meth:`Monitor.connect`,
+            :func:`~qemu_prefault.qemu.queries.read_vm_state` or
+            :func:`~qemu_prefault.host.identify.identify` raises an error.
         """
         async with Monitor.connect(qmp, dial=dial) as monitor:
             state = await read_vm_state(monitor)
@@ -107,19 +107,19 @@ class Vm:
         return replace(state, sections=sections)
 
     async def dirty_limit(self) -> bool:
-        """Return whether a vCPU dirty-rate limit is active, which logs dirty pages."""
+        """Return whether KVM logs dirty pages because of a vCPU dirty-rate limit."""
         try:
             return bool(await self.monitor.execute("query-vcpu-dirty-limit"))
         except CommandError:  # QEMU lacks the command, or the VM has no dirty ring
             return False
 
     def backing(self, section: MemorySection) -> Backing:
-        """Return the backing of a section, according to the mapping of its first byte."""
+        """Return the backing of the mapping that contains a section's first byte."""
         mapping = self._mapping(section)
         return Backing(backing_of(mapping, section.page_size), not mapping.shared)
 
     def memory_source(self, section: MemorySection) -> MemorySource:
-        """Return the source that provides the section's memory."""
+        """Return the source from which the host allocates a section's memory."""
         mapping = self._mapping(section)
         return MemorySource(
             self.process,
@@ -132,7 +132,7 @@ class Vm:
     def allocated(self, section: MemorySection) -> int:
         """Return the bytes that a shared backing has allocated, or 0 if unknown.
 
-        This includes pages that QEMU has not mapped yet.
+        The result includes pages that QEMU has not mapped yet.
         """
         mapping = self._mapping(section)
         if not mapping.shared:
@@ -151,13 +151,14 @@ class Vm:
     async def vcpu_threads(self, wanted: Sequence[int], needs_fds: bool) -> list[VcpuThread]:
         """Return the chosen vCPUs with their threads and KVM file descriptors.
 
-        KVM identifies a vCPU by its APIC id, and QEMU by its index. The CPU's QOM object has both.
+        KVM identifies a vCPU by its APIC id. QEMU identifies a vCPU by its index. The vCPU's QOM
+        object has both numbers.
 
-        :param wanted: Indexes of vCPUs; empty means all.
+        :param wanted: The indexes of the chosen vCPUs. An empty sequence means all vCPUs.
         :param needs_fds: Whether the descriptors are needed. Populating does not need them.
-        :raises InputError: No vCPU has a given index.
-        :raises UnsupportedError: QEMU has no KVM vCPUs.
-        :raises FailedError: A vCPU has no descriptor.
+        :raises InputError: If a given index is not that of a vCPU.
+        :raises UnsupportedError: If QEMU has no KVM vCPUs.
+        :raises FailedError: If a vCPU has no descriptor.
         """
         known = {vcpu.index: vcpu for vcpu in self.state.vcpus}
         if missing := [index for index in wanted if index not in known]:
@@ -184,7 +185,7 @@ class Vm:
             if not isinstance(vcpu_id, int) or vcpu_id not in fds:
                 raise FailedError(
                     f"QEMU (pid {self.process.pid}) has no KVM descriptor for vCPU {vcpu.index}",
-                    "QEMU may be plugging or unplugging this vCPU: run qemu-prefault again",
+                    "run qemu-prefault again, because QEMU may be plugging or unplugging this vCPU",
                 )
             tid, fd = tids[vcpu.thread_id], fds[vcpu_id]
             thread = VcpuThread(tid, fd, vcpu_id, vcpu.node, vcpu.qom_path, vcpu.index)
@@ -194,8 +195,8 @@ class Vm:
     def take_fd(self, number: int) -> int:
         """Return a duplicate of QEMU's descriptor ``number``. The caller must close it.
 
-        :raises PtraceDeniedError: This process has no permission to trace QEMU.
-        :raises GoneError: QEMU or the descriptor no longer exists.
+        :raises PtraceDeniedError: If this process has no permission to trace QEMU.
+        :raises GoneError: If QEMU has exited, or if QEMU has closed the descriptor.
         """
         try:
             return take_fd(self.process, number)
@@ -206,7 +207,7 @@ class Vm:
     def vcpu_stats(self, threads: Sequence[VcpuThread]) -> Iterator[list[kvm.BinaryStats] | None]:
         """Open the vCPUs' KVM counters for the block, to read them without QMP.
 
-        Use this only on kernels with the prefault ioctl. Before commit eed3013faa40 (v6.5),
+        Use this method only on kernels with the prefault ioctl. Before commit eed3013faa40 (v6.5),
         reading such a descriptor after QEMU had exited accessed freed kernel memory.
 
         :returns: The counters in the order of the vCPUs, or None if they cannot be opened.
@@ -237,6 +238,6 @@ def _identify(monitor: Monitor, pid: int | None, thread_ids: Sequence[int]) -> P
         pass
     raise UnsupportedError(
         f"the QEMU of domain {monitor.vm_uuid} is not on this host",
-        "run qemu-prefault as root on the host of that QEMU",
+        "run qemu-prefault as root on the host on which that QEMU runs",
         code=Code.OTHER_HOST,
     )
