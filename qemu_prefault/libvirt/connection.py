@@ -30,18 +30,18 @@ def default_uri(uri: str | None = None) -> str:
 
 
 def module() -> Any:
-    """Import libvirt-python.
+    """Import libvirt-python, and return its module.
 
-    :raises UnsupportedError: libvirt-python is not installed.
+    :raises UnsupportedError: If libvirt-python is not installed.
     """
     try:
         import libvirt  # noqa: PLC0415
     except ImportError:
         raise UnsupportedError(
             "this command needs libvirt's Python module, which is not installed",
-            "install it: pip install 'qemu-prefault[libvirt]'; or apt-get install python3-libvirt, "
-            "which a virtual environment contains only if it was created with "
-            "--system-site-packages",
+            "install it with pip install 'qemu-prefault[libvirt]' or apt-get install "
+            "python3-libvirt. A virtual environment contains the package python3-libvirt only if "
+            "the environment was created with --system-site-packages",
             code=Code.NO_LIBVIRT_PYTHON,
         ) from None
     # Without a handler, libvirt prints every error to stderr.
@@ -50,9 +50,9 @@ def module() -> Any:
 
 
 def connect(uri: str | None = None) -> libvirt.virConnect:
-    """Connect to libvirt.
+    """Connect to libvirt, and return the connection.
 
-    :raises LibvirtError: The daemon does not respond.
+    :raises LibvirtError: If libvirt's daemon does not respond.
     """
     name = default_uri(uri)
     with errors(f"{name}: "):
@@ -61,7 +61,7 @@ def connect(uri: str | None = None) -> libvirt.virConnect:
 
 @contextlib.contextmanager
 def errors(prefix: str = "") -> Iterator[None]:
-    """Convert errors of libvirt in the block to errors of this package."""
+    """Convert libvirt's errors in the block to errors of this package."""
     libvirt = module()
     try:
         yield
@@ -90,7 +90,7 @@ def raise_error(error: Any, prefix: str = "") -> NoReturn:
 def lookup(connection: libvirt.virConnect, name: str) -> libvirt.virDomain:
     """Return the domain with this name, UUID or id.
 
-    :raises InputError: The domain does not exist.
+    :raises InputError: If the domain does not exist.
     """
     libvirt = module()
     with errors():
@@ -106,10 +106,10 @@ def lookup(connection: libvirt.virConnect, name: str) -> libvirt.virDomain:
 
 
 class Definitions(Protocol):
-    """Access to the definitions of domains, for ``enable``, ``disable``, ``status``."""
+    """The interface to the definitions of domains that the commands use."""
 
     def read(self, domain: str) -> bytes:
-        """Return the persistent XML, including secrets, so that it can be defined again."""
+        """Return the persistent XML with its secrets, so that it can be redefined."""
         ...
 
     def write(self, domain: str, xml: bytes) -> None:
@@ -121,14 +121,14 @@ class Definitions(Protocol):
         ...
 
     def saved(self, domain: str) -> bool:
-        """Return whether the domain has a managed save image, which contains its own XML."""
+        """Return whether the domain has a managed save image."""
         ...
 
 
 def definitions(uri: str | None = None) -> Definitions:
     """Return :class:`ByModule` if libvirt-python is installed, else :class:`ByVirsh`.
 
-    :raises UnsupportedError: Neither libvirt-python nor virsh is installed.
+    :raises UnsupportedError: If neither libvirt-python nor virsh is installed.
     """
     try:
         module()
@@ -137,7 +137,7 @@ def definitions(uri: str | None = None) -> Definitions:
         if virsh is None:
             raise UnsupportedError(
                 "neither virsh nor libvirt's Python module is installed",
-                "install virsh: apt-get install libvirt-clients; or edit XML in files: "
+                "install virsh with apt-get install libvirt-clients, or edit the XML in a file: "
                 "qemu-prefault libvirt enable - <old.xml >new.xml",
                 code=Code.NO_LIBVIRT,
             ) from error
@@ -146,7 +146,7 @@ def definitions(uri: str | None = None) -> Definitions:
 
 
 class ByModule:
-    """:class:`Definitions` with libvirt-python."""
+    """An implementation of :class:`Definitions` that uses libvirt-python."""
 
     def __init__(self, connection: libvirt.virConnect) -> None:
         self._connection = connection
@@ -159,7 +159,7 @@ class ByModule:
             if not found.isPersistent():
                 raise InputError(
                     f"domain {domain} is transient, so it has no definition to change",
-                    "edit the XML from which it is created: "
+                    "edit the XML from which the domain is created: "
                     "qemu-prefault libvirt enable - <old.xml >new.xml",
                 )
             return str(found.XMLDesc(flags)).encode()
@@ -178,7 +178,7 @@ class ByModule:
 
 
 class ByVirsh:
-    """:class:`Definitions` with virsh."""
+    """An implementation of :class:`Definitions` that uses virsh."""
 
     def __init__(self, virsh: str, uri: str) -> None:
         self._command = [virsh, "--quiet", "--connect", uri]

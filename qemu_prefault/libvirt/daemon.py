@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The daemon ``libvirt watch``, which logs domain events and exports metrics.
 
-The metrics are the faults and stage-2 entries of every running domain, and the counters of its
-plugin. With ``act``, the daemon also performs the configured action after a start, a restore or a
-migration. The daemon acts later than the hook, but it does not delay libvirt.
+The metrics are the faults and stage-2 entries of every running domain, and the counters of the
+domain's plugin. With ``act``, the daemon also performs the configured action after a start, a
+restore or a migration. The daemon acts later than the hook, but it does not delay libvirt.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ OUTCOMES: Final = {0: "verified", 1: "failed", 3: "partial", 4: "unsupported", 5
 
 
 def run(uri: str | None, *, listen: str | None, textfile: Path | None, act: bool) -> None:
-    """Handle the events of all domains until SIGTERM.
+    """Handle the events of all domains until SIGTERM arrives.
 
-    :param uri: The libvirt connection, or None for the default.
-    :param listen: Serve metrics at this ``ADDRESS:PORT``.
-    :param textfile: Write metrics to this file.
-    :param act: Perform the actions that the hook configuration requests.
-    :raises UnsupportedError: libvirt-python, or prometheus_client for metrics, is not installed.
+    :param uri: The URI of the libvirt connection, or None for the default URI.
+    :param listen: The ``ADDRESS:PORT`` at which to serve metrics, or None.
+    :param textfile: The file to which to write metrics, or None.
+    :param act: Whether to perform the actions that the hook configuration requests.
+    :raises UnsupportedError: If libvirt-python is not installed, or if metrics are requested and
+        prometheus_client is not installed.
     """
     _log_to_stderr()
     module()
@@ -60,7 +61,7 @@ def run(uri: str | None, *, listen: str | None, textfile: Path | None, act: bool
 
 
 class Daemon:
-    """The connection to libvirt, and the handling of its events.
+    """Connects to libvirt, and handles the events of its domains.
 
     :ivar running: Names of the running domains, by UUID.
     :ivar connected: Whether the daemon is connected to libvirt.
@@ -77,7 +78,7 @@ class Daemon:
         self._libvirt = module()
 
     def run(self) -> None:
-        """Handle events, and reconnect when the connection is lost. This never returns."""
+        """Handle events forever, and reconnect when the connection is lost."""
         self._libvirt.virEventRegisterDefaultImpl()
         threading.Thread(target=self._run_events, daemon=True).start()
         while True:
@@ -95,11 +96,11 @@ class Daemon:
                     )
                 }
             except (QemuPrefaultError, self._libvirt.libvirtError) as error:
-                log.warning("libvirt does not answer, retrying: %s", _brief(error))
+                log.warning("libvirt does not respond, so the daemon retries: %s", _brief(error))
                 time.sleep(RECONNECT_SECONDS)
                 continue
             self.connected = True
-            log.info("watching %s, %d domains running", self.uri, len(self.running))
+            log.info("watching %s, where %d domains run", self.uri, len(self.running))
             while (event := self._queue.get()) is not None:
                 self._handle(connection, event)
             self.connected = False
@@ -184,7 +185,11 @@ def _brief(error: Exception) -> str:
 
 
 class _Formatter(logging.Formatter):
-    """Prefixes lines with the priority (sd-daemon(3)) in the journal, or the time."""
+    """Adds a prefix to each line.
+
+    If stderr is connected to the journal, the prefix is the priority (sd-daemon(3)). Otherwise it
+    is the time.
+    """
 
     _PRIORITY: Final = {logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 

@@ -36,9 +36,9 @@ _UNITS = {
 class Element:
     """An XML element with its byte offsets.
 
-    :ivar start: Start of the start tag.
-    :ivar tag_end: End of the start tag.
-    :ivar end: End of the whole element.
+    :ivar start: The offset at which the start tag begins.
+    :ivar tag_end: The offset after the start tag.
+    :ivar end: The offset after the whole element.
     """
 
     namespace: str
@@ -51,20 +51,20 @@ class Element:
     children: list[Element] = field(default_factory=list)
 
     def find(self, path: str, namespace: str = "") -> Element | None:
-        """Return the first element at the path ``a`` or ``a/b`` below this one, or None."""
+        """Return the first descendant at the path ``a`` or ``a/b``, or None."""
         found: Element | None = self
         for name in path.split("/"):
             found = next(found.all(name, namespace), None) if found else None
         return found
 
     def all(self, name: str, namespace: str = "") -> Iterator[Element]:
-        """Return all children with this name."""
+        """Return an iterator over the children with this name."""
         return (c for c in self.children if (c.namespace, c.name) == (namespace, name))
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The plugin's path and options in domain XML."""
+    """The path and the options with which a domain loads the plugin."""
 
     path: str
     options: tuple[str, ...]
@@ -83,8 +83,8 @@ class Domain:
     """The properties of a domain that the hook, the daemon and probe use.
 
     :ivar memory: Boot memory of all NUMA nodes, in bytes.
-    :ivar current: Current memory in bytes: boot memory and memory devices, without the memory in
-        the balloon and without unplugged memory.
+    :ivar current: Current memory in bytes. It includes boot memory and memory devices, but not the
+        memory in the balloon and not unplugged memory.
     :ivar huge: Whether hugetlb pages back the memory.
     :ivar devices: Models of the memory devices.
     :ivar nodes: Number of NUMA nodes.
@@ -106,7 +106,7 @@ class Domain:
 def parse(xml: bytes) -> Element:
     """Parse domain XML.
 
-    :raises InputError: The input is not valid XML, or its root element is not ``<domain>``.
+    :raises InputError: If the input is not valid XML, or if its root element is not ``<domain>``.
     """
     root = _Reader(xml).read()
     if (root.namespace, root.name) != ("", "domain"):
@@ -120,7 +120,7 @@ def parse(xml: bytes) -> Element:
 def describe(xml: bytes) -> Domain:
     """Return the properties of a domain.
 
-    :raises InputError: The XML cannot be parsed.
+    :raises InputError: If the XML cannot be parsed.
     """
     root = parse(xml)
     memory = _size(root.find("memory"))
@@ -159,9 +159,10 @@ def loaded(xml: bytes) -> Loaded | None:
 def enable(xml: bytes, path: str, options: Sequence[str] = ()) -> Edited:
     """Add the plugin to the domain, or change its path and options.
 
-    :param options: Options of the plugin, each ``KEY=VALUE``.
-    :raises UnsupportedError: The domain cannot use the plugin.
-    :raises RefusedError: The domain already loads the plugin with LD_PRELOAD.
+    :param path: The path of the plugin on the host.
+    :param options: The options of the plugin, each in the form ``KEY=VALUE``.
+    :raises UnsupportedError: If the domain cannot use the plugin.
+    :raises RefusedError: If the domain already loads the plugin with LD_PRELOAD.
     """
     root = parse(xml)
     _refuse(root)
@@ -321,7 +322,7 @@ def _refuse(root: Element) -> None:
     if kind != "kvm":
         raise UnsupportedError(
             f"this domain has type {kind!r}, so its guest does not run under KVM",
-            "use <domain type='kvm'>: other guests have no stage-2 tables",
+            "use <domain type='kvm'>, because guests of other types have no stage-2 tables",
             code=Code.NOT_KVM,
         )
     machine = root.find("os/type")
@@ -329,7 +330,7 @@ def _refuse(root: Element) -> None:
     if arch not in (None, "x86_64", "i686"):
         raise UnsupportedError(
             f"the architecture of this domain is {arch}",
-            "qemu-prefault supports x86-64 only",
+            "use an x86-64 domain, because qemu-prefault supports only x86-64",
             code=Code.NOT_X86,
         )
     commandline = root.find("commandline", QEMU_NAMESPACE)
@@ -402,6 +403,6 @@ def _splice(xml: bytes, *edits: tuple[int, int, bytes]) -> bytes:
 
 
 def _checked(xml: bytes) -> Edited:
-    """Check that edited XML is still the XML of a domain."""
+    """Check that edited XML is still domain XML, and return it."""
     parse(xml)
     return Edited(xml, True)

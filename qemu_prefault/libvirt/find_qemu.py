@@ -22,10 +22,12 @@ def pid_files(name: str) -> Iterator[Path]:
 
 
 def find_qemu(name: str, uuid: str) -> Process:
-    """Return the QEMU process of a domain. Its command line must contain the UUID.
+    """Return the QEMU process of a domain.
 
-    :param uuid: The domain's UUID. If empty, the process is not checked.
-    :raises FailedError: No process of this domain was found (code ``no-qemu``).
+    :param name: The domain's name.
+    :param uuid: The domain's UUID, which the command line of QEMU must contain. If the UUID is
+        empty, the function does not check the command line.
+    :raises FailedError: If no process of this domain was found (code ``no-qemu``).
     """
     problem = "libvirt wrote no pid file"
     for path in pid_files(name):

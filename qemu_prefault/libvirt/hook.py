@@ -5,8 +5,8 @@ libvirt waits for the hook, and stops the guest if the hook fails. Therefore:
 
 * The hook never calls libvirt, because the call would wait for the job that called the hook. The
   hook reads the XML on stdin, the pid file and ``/proc`` instead.
-* If a prefault would delay the guest, the hook starts another process for it. That process is a
-  transient systemd unit if the host runs systemd.
+* If a prefault would delay the guest, the hook starts another process that prefaults the guest. If
+  the host runs systemd, this process is a transient systemd unit.
 * The hook logs every error and always returns 0.
 
 libvirt calls the hook at these events, in this order (src/qemu/qemu_process.c, qemu_saveimage.c,
@@ -56,11 +56,11 @@ Log = Callable[[str], None]
 
 
 def main(arguments: Sequence[str], stdin: int = 0) -> bytes:
-    """Run the hook. Log errors, and never raise them.
+    """Run the hook, and log errors instead of raising them.
 
     :param arguments: The domain's name, the operation, its phase, and further arguments.
-    :param stdin: The file descriptor to read the domain XML from.
-    :returns: The output for stdout: changed XML, or nothing.
+    :param stdin: The file descriptor from which to read the domain XML.
+    :returns: The changed XML to write to stdout. Empty if the hook does not change the XML.
     """
     name = arguments[0] if arguments else "?"
     log = _logger(name)
@@ -76,25 +76,25 @@ def main(arguments: Sequence[str], stdin: int = 0) -> bytes:
     except QemuPrefaultError as error:
         log(f"{operation}: {error.cause}; {error.remedy}")
     except Exception as error:  # libvirt stops the guest if the hook fails
-        log(f"{operation}: {type(error).__name__}: {error}; please report this")
+        log(f"{operation}: report this bug: {type(error).__name__}: {error}")
     return b""
 
 
 def _coming(moment: LifecycleEvent, xml: bytes, log: Log) -> bytes:
-    """Record the event for ``started begin``.
+    """Record the event in a file, which the call ``started begin`` reads.
 
-    :returns: The XML without the plugin if the plugin's file is missing, else nothing.
+    :returns: The XML without the plugin if the plugin's file is missing. Otherwise empty.
     """
     about = domain_xml.describe(xml)
     try:
         MARKS.mkdir(mode=0o700, exist_ok=True)
         _mark(about.uuid).write_text(moment.value)
     except OSError as error:
-        log(f"cannot record the {moment}, so the hook will handle it as a start: {error}")
+        log(f"the hook will handle the {moment} as a start, because it cannot record it: {error}")
     found = domain_xml.loaded(xml)
     if found is None or os.path.exists(found.path):
         return b""
-    log(f"{found.path} does not exist on this host: the {moment} continues without the plugin")
+    log(f"the {moment} continues without the plugin, because {found.path} does not exist here")
     return domain_xml.disable(xml).xml
 
 
@@ -112,13 +112,13 @@ def _started(name: str, xml: bytes, log: Log) -> None:
 
     process = find_qemu(name, about.uuid)
     if find_control_socket(process) is not None:
-        log(f"{moment}: nothing to do, because QEMU (pid {process.pid}) has loaded the plugin")
+        log(f"{moment}: the hook does nothing, because QEMU (pid {process.pid}) has the plugin")
         return
     if when is When.NOW:
         try:
             done = _in_window(process, about, policy)
         except QemuPrefaultError as error:
-            log(f"{moment}: {error.cause}; the guest will be prefaulted after it starts instead")
+            log(f"{moment}: {error.cause}. The guest will be prefaulted after it starts")
         else:
             log(
                 f"{moment}: {done.prefaulted >> 20} of {done.requested >> 20} MiB prefaulted "
@@ -139,7 +139,7 @@ def _in_window(process: Process, about: Domain, policy: HookConfig) -> Prelaunch
 
 
 def _hand_over(about: Domain, pid: int, policy: HookConfig, when: When, log: Log) -> None:
-    """Start a process that prefaults the guest and for which libvirt does not wait."""
+    """Prefault the guest in a new process, for which libvirt does not wait."""
     import shutil  # noqa: PLC0415
     import subprocess  # noqa: PLC0415
 
@@ -151,7 +151,7 @@ def _hand_over(about: Domain, pid: int, policy: HookConfig, when: When, log: Log
         words = [systemd_run, "--no-block", "--collect", "--quiet", f"--unit={unit}",
                  f"--description=qemu-prefault of {about.name}", "--", *words]  # fmt: skip
         subprocess.run(words, stdin=subprocess.DEVNULL, check=True, timeout=10)
-        log(f"handed over to {unit}.service")
+        log(f"the prefault was handed over to {unit}.service")
         return
     if logger := shutil.which("logger"):
         script = f'"$@" 2>&1 | {logger} -t qemu-prefault'
@@ -166,7 +166,7 @@ def _hand_over(about: Domain, pid: int, policy: HookConfig, when: When, log: Log
         cwd="/",
     )
     child.returncode = 0  # so that Popen does not warn: the child outlives this process
-    log(f"handed over to process {child.pid}")
+    log(f"the prefault was handed over to process {child.pid}")
 
 
 # --- details ---

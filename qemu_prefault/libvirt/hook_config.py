@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The configuration of the hook and the daemon: when to prefault which domains.
+"""The configuration of the hook and the daemon, by domain and lifecycle event.
 
 A domain's metadata may contain one element whose attributes are the configuration. The command
 ``virsh metadata DOMAIN urn:qemu-prefault:1 --key prefault --set '<hook restore="now"/>'
@@ -43,7 +43,7 @@ class LifecycleEvent(enum.StrEnum):
 
 
 class When(enum.StrEnum):
-    """The action at a lifecycle event."""
+    """The action that the hook or the daemon performs at a lifecycle event."""
 
     #: Do not prefault.
     OFF = "off"
@@ -59,11 +59,11 @@ class When(enum.StrEnum):
 class HookConfig:
     """The configuration for one domain.
 
-    :ivar start: Action after a start.
-    :ivar restore: Action at a restore.
-    :ivar migrate: Action after an incoming migration.
-    :ivar wait: Maximum time that the hook may delay a restored guest, in seconds.
-    :ivar populate: Memory that may be populated, as for ``--populate``.
+    :ivar start: The action after a start.
+    :ivar restore: The action at a restore.
+    :ivar migrate: The action after an incoming migration.
+    :ivar wait: The maximum time for which the hook may delay a restored guest, in seconds.
+    :ivar populate: The memory that may be populated, as a value of ``--populate``.
     """
 
     start: When = When.OFF
@@ -81,10 +81,10 @@ class HookConfig:
 def read(domain: Domain, config: Path = CONFIG) -> HookConfig:
     """Return the configuration of a domain.
 
-    The domain's metadata takes precedence over the domain's table in the file, which takes
-    precedence over ``[default]``.
+    A key in the domain's metadata overrides the key in the domain's table of the file. A key in the
+    domain's table overrides the key in ``[default]``.
 
-    :raises InputError: The metadata or the file is invalid.
+    :raises InputError: If the metadata or the file is invalid.
     """
     words: dict[str, Any] = {}
     for source, said in (*_in_file(config, domain.name), ("<metadata>", domain.own or {})):
@@ -118,7 +118,7 @@ def _in_file(config: Path, name: str) -> list[tuple[str, Mapping[str, Any]]]:
     if unknown := text.keys() - {"default", "domain"}:
         raise InputError(
             f"{config} has an unknown table [{min(unknown)}]",
-            "the tables are [default] and [domain.NAME]; see docs/usage/libvirt.md",
+            "use only the tables [default] and [domain.NAME], as docs/usage/libvirt.md shows",
         )
     return found
 
@@ -144,7 +144,7 @@ def _check(source: str, said: Any) -> None:
         else:
             raise InputError(
                 f"{source} has an unknown key {key!r}",
-                f"the keys are: {', '.join([*known, 'wait'])}",
+                f"use only these keys: {', '.join([*known, 'wait'])}",
             )
         if not fine:
             raise InputError(

@@ -90,7 +90,7 @@ class Installed:
 
 
 def library_directory(root: Path = Path("/")) -> Path:
-    """Return the directory of the distribution's shared objects."""
+    """Return the directory in which the distribution installs shared objects."""
     for name in ("usr/lib/x86_64-linux-gnu", "usr/lib64"):
         if (root / name).is_dir() and not (root / name).is_symlink():
             return root / name
@@ -98,14 +98,14 @@ def library_directory(root: Path = Path("/")) -> Path:
 
 
 def installed_plugin(root: Path = Path("/")) -> Path:
-    """Return the path of the plugin for libvirt's QEMU. The file may not exist."""
+    """Return the path to which :func:`install` copies the plugin."""
     return library_directory(root) / "qemu-prefault" / PLUGIN_NAME
 
 
 def is_current(path: Path) -> bool:
-    """Return whether the file is identical to the plugin of this installation.
+    """Return whether the file is identical to the plugin of this qemu-prefault.
 
-    :raises UnsupportedError: This installation has no plugin.
+    :raises UnsupportedError: If this installation of qemu-prefault has no plugin.
     """
     from ..agents.plugin import plugin_path  # noqa: PLC0415
 
@@ -119,9 +119,9 @@ def install(root: Path = Path("/"), *, hook: bool = False, unit: bool = False) -
     """Install the plugin, and the AppArmor rule if the host uses AppArmor.
 
     :param root: The root directory of the installation.
-    :param hook: Also install the hook.
-    :param unit: Also install the systemd unit of the daemon.
-    :raises FailedError: A file could not be written.
+    :param hook: Whether to install the hook, too.
+    :param unit: Whether to install the systemd unit of the daemon, too.
+    :raises FailedError: If a file could not be written.
     """
     from ..agents.plugin import plugin_path  # noqa: PLC0415 - the hook does not need it
 
@@ -140,9 +140,9 @@ def install(root: Path = Path("/"), *, hook: bool = False, unit: bool = False) -
 def uninstall(root: Path = Path("/")) -> list[Path]:
     """Remove the files that :func:`install` wrote.
 
-    Domains that load the plugin cannot start afterwards.
+    After this, domains that load the plugin cannot start.
 
-    :raises FailedError: A file could not be removed.
+    :raises FailedError: If a file could not be removed.
     """
     gone = []
     paths: Sequence[Path] = (installed_plugin(root), root / APPARMOR_RULE, root / HOOK, root / UNIT)
@@ -162,7 +162,7 @@ def uninstall(root: Path = Path("/")) -> list[Path]:
 def program_words() -> list[str]:
     """Return the command that starts qemu-prefault in a shell or a systemd unit.
 
-    :raises UnsupportedError: The path contains characters that would need quoting.
+    :raises UnsupportedError: If the path of the command contains characters that need quoting.
     """
     import shutil  # noqa: PLC0415
 
@@ -170,7 +170,7 @@ def program_words() -> list[str]:
     words = [found] if found else [sys.executable, "-P", "-m", "qemu_prefault"]
     if any(mark in word for word in words for mark in " \t\"'\\$%"):
         raise UnsupportedError(
-            f"the path of this installation contains a space, a quote or \\, $ or %: {words[0]}",
+            f"the path of this installation contains white space, a quote, \\, $ or %: {words[0]}",
             "install qemu-prefault in a path without these characters",
         )
     return words

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Start, restore or migrate a domain, and prefault its guest before it runs.
 
-libvirt leaves the guest paused, as with ``virsh start --paused``, ``restore --paused`` and
-``migrate --suspend``. At that time, RAM is loaded and the vCPUs do not run. The functions then
-prefault the guest and resume it. They also resume it if the prefault fails. If this process is
-killed, the guard process resumes the guest (see engine/resume_guard.py).
+At the request of these functions, libvirt leaves the guest paused, as with ``virsh start
+--paused``, ``restore --paused`` and ``migrate --suspend``. The guest's RAM is then loaded, and its
+vCPUs do not run. The functions prefault the guest and resume it. They also resume the guest if the
+prefault fails. If this process is killed, the guard process of engine/resume_guard.py resumes the
+guest.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ async def start(name: str, uri: str | None, options: Options, on_progress: Progr
     """Start a domain or its managed save image, prefault the guest, and resume it.
 
     :param name: The domain's name, UUID or id.
-    :param uri: The libvirt connection, or None for the default.
-    :raises QemuPrefaultError: The domain did not start, or it runs but was not prefaulted.
+    :param uri: The URI of the libvirt connection, or None for the default URI.
+    :raises QemuPrefaultError: If the domain did not start, or if it runs but was not prefaulted.
     """
     libvirt = module()
     domain = lookup(connect(uri), name)
@@ -42,9 +43,11 @@ async def start(name: str, uri: str | None, options: Options, on_progress: Progr
 
 
 async def restore(file: str, uri: str | None, options: Options, on_progress: Progress) -> Report:
-    """Restore a domain from a ``virsh save`` file, prefault the guest, and resume it.
+    """Restore a domain from a file, prefault the guest, and resume it.
 
-    :raises QemuPrefaultError: As for :func:`start`.
+    :param file: The path of a file that ``virsh save`` wrote.
+    :param uri: The URI of the libvirt connection, or None for the default URI.
+    :raises QemuPrefaultError: See :func:`start`.
     """
     libvirt = module()
     connection = connect(uri)
@@ -70,12 +73,13 @@ async def migrate(
 
     Call this on the destination host, because it prefaults the QEMU process there.
 
-    :param source: The libvirt connection of the host on which the domain runs.
-    :param uri: The libvirt connection of this host, or None for the default.
-    :param migrate_uri: The URI for the migration data, or None if libvirt should choose it.
-    :param persistent: Also define the domain on this host.
-    :param undefine: Also undefine the domain on the source host.
-    :raises QemuPrefaultError: As for :func:`start`.
+    :param source: The URI of libvirt on the host on which the domain runs.
+    :param uri: The URI of libvirt on this host, or None for the default URI.
+    :param migrate_uri: The URI to which the source sends the migration data, or None if libvirt
+        should choose it.
+    :param persistent: Whether to define the domain on this host, too.
+    :param undefine: Whether to undefine the domain on the source host, too.
+    :raises QemuPrefaultError: See :func:`start`.
     """
     libvirt = module()
     there, here = connect(source), connect(uri)

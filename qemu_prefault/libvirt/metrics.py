@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Metrics of every running domain, for Prometheus."""
+"""Export Prometheus metrics of every running domain."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXTFILE_SECONDS: Final = 15.0
 
 
 class Watched(Protocol):
-    """The attributes of the daemon that the metrics use.
+    """The attributes that :class:`Metrics` uses of the daemon.
 
     :ivar running: Names of the running domains, by UUID.
     :ivar connected: Whether the daemon is connected to libvirt.
@@ -36,7 +36,7 @@ class Watched(Protocol):
 class Metrics:
     """A registry that collects all metrics on each scrape.
 
-    :raises UnsupportedError: prometheus_client is not installed.
+    :raises UnsupportedError: If prometheus_client is not installed.
     """
 
     def __init__(self, daemon: Watched) -> None:
@@ -58,10 +58,10 @@ class Metrics:
         self._runs = counter("runs", "Runs of --act", ["domain", "moment", "outcome"], **options)
         self._bytes = counter("prefaulted_bytes", "Bytes prefaulted by runs", ["domain"], **options)
         self._seconds = counter(
-            "seconds", "Seconds spent in the ioctl by runs", ["domain"], **options
+            "seconds", "Seconds that runs spent in the ioctl", ["domain"], **options
         )
         self._paused = counter(
-            "paused_seconds", "Seconds that runs paused the guest", ["domain"], **options
+            "paused_seconds", "Seconds for which runs paused the guest", ["domain"], **options
         )
         daemon.on_run.append(self._count)
         self.registry.register(self)
@@ -90,7 +90,7 @@ class Metrics:
         up = gauge("qemu_prefault_libvirt_up", "Whether the daemon is connected to libvirt")
         up.add_metric([], float(self._daemon.connected))
         leaves = gauge(
-            "qemu_prefault_stage2_bytes", "Bytes mapped in stage 2", labels=["domain", "page_size"]
+            "qemu_prefault_stage2_bytes", "Bytes that stage 2 maps", labels=["domain", "page_size"]
         )
         faults = counter(
             "qemu_prefault_stage2_faults", "Stage-2 faults (KVM's pf_taken)", labels=["domain"]
@@ -145,8 +145,8 @@ class Metrics:
         """Serve the metrics over HTTP.
 
         :param address: ``ADDRESS:PORT``. An empty ADDRESS means all interfaces.
-        :raises InputError: The address is malformed.
-        :raises FailedError: The address cannot be bound.
+        :raises InputError: If the address is malformed.
+        :raises FailedError: If the process cannot listen on the address.
         """
         host, colon, port = address.rpartition(":")
         if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
@@ -156,13 +156,16 @@ class Metrics:
         except OSError as error:
             raise FailedError(
                 f"cannot listen on {address}: {error.strerror}",
-                f"find out which program uses the port: ss -ltnp sport = {port}",
+                f"to find the program that uses the port, run: ss -ltnp sport = {port}",
             ) from error
         log.info("metrics at http://%s/metrics", address)
 
     @contextmanager
     def kept_in(self, path: Path) -> Iterator[None]:
-        """Write the metrics to a file periodically. Remove the file when the block ends."""
+        """Write the metrics to a file every 15 seconds until the block ends.
+
+        Remove the file at the end.
+        """
         ended = threading.Event()
 
         def write() -> None:

@@ -2,11 +2,11 @@
 """Prefault a restored guest before it runs, without QEMU's monitor.
 
 After RAM is loaded and before the vCPUs run, libvirt calls its hook and waits for it. At that time,
-only libvirt is connected to QEMU's monitor, and a hook must not call libvirt. This module therefore
-uses other sources: the names of the vCPU threads, and the file descriptors in ``/proc``. The
-addresses of a PC's RAM depend on its machine type and RAM size (pc_init1(), hw/i386/pc_piix.c;
-pc_q35_init(), hw/i386/pc_q35.c). Wrong addresses do no harm: the ioctl returns ENOENT for an
-address without a memory slot, and populating memory needs only QEMU's virtual addresses.
+only libvirt is connected to QEMU's monitor, and a hook must not call libvirt. Therefore this module
+reads the names of the vCPU threads and the file descriptors in ``/proc``. The addresses of a PC's
+RAM depend on its machine type and RAM size (pc_init1() in hw/i386/pc_piix.c, and pc_q35_init() in
+hw/i386/pc_q35.c). Wrong addresses do no harm. The ioctl returns ENOENT for an address without a
+memory slot. Populating memory needs only QEMU's virtual addresses.
 """
 
 from __future__ import annotations
@@ -62,13 +62,14 @@ class PrelaunchResult:
 
 
 def boot_ram(machine: str, memory: int) -> tuple[tuple[int, int, int], ...]:
-    """Return the ranges of a PC's RAM: (gpa, size, offset in the RAM block).
+    """Return each range of a PC's RAM as (gpa, size, offset in the RAM block).
 
-    The result does not contain the range from 640 KiB to 1 MiB, because firmware remaps it.
+    All numbers are in bytes. The result does not contain the range from 640 KiB to 1 MiB, because
+    firmware remaps it.
 
     :param machine: The machine type, for example ``pc-q35-8.2``.
     :param memory: The boot memory in bytes.
-    :raises UnsupportedError: The memory layout of this machine type is not known.
+    :raises UnsupportedError: If the memory layout of this machine type is not known.
     """
     if re.match(r"(pc-)?q35", machine):
         low = 0x80000000 if memory >= 0xB0000000 else memory
@@ -93,9 +94,9 @@ def check_plain_layout(arguments: Sequence[str], memory: int) -> None:
 
     :param arguments: QEMU's command line.
     :param memory: The boot memory in bytes.
-    :raises UnsupportedError: ``max-ram-below-4g`` is set, or RAM reaches the addresses just below
-        1 TiB that AMD hosts reserve for HyperTransport (pc_set_amd_above_4g_mem_start(),
-        hw/i386/pc.c, since QEMU 7.1).
+    :raises UnsupportedError: If ``max-ram-below-4g`` is set, or if RAM may reach the addresses just
+        below 1 TiB. AMD hosts reserve these addresses for HyperTransport
+        (pc_set_amd_above_4g_mem_start(), hw/i386/pc.c, since QEMU 7.1).
     """
     moved = any("max-ram-below-4g" in argument for argument in arguments)
     if moved or memory > AMD_HOLE - GIB_4:
@@ -112,9 +113,11 @@ def check_plain_layout(arguments: Sequence[str], memory: int) -> None:
 
 
 def ram_mapping(maps: Sequence[MemoryMapping], memory: int) -> MemoryMapping:
-    """Return QEMU's mapping of guest RAM: the writable mapping of exactly this size.
+    """Return QEMU's mapping of guest RAM, which it finds by the size of the mapping.
 
-    :raises RefusedError: No mapping or several mappings have this size.
+    :param maps: The mappings of the QEMU process.
+    :param memory: The boot memory in bytes.
+    :raises RefusedError: If the number of writable mappings of this size is not one.
     """
     found = [m for m in maps if m.writable and m.size == memory]
     if len(found) != 1:
@@ -128,10 +131,13 @@ def ram_mapping(maps: Sequence[MemoryMapping], memory: int) -> MemoryMapping:
 
 
 def vcpu_threads(process: Process) -> list[VcpuThread]:
-    """Return QEMU's vCPUs. Match thread names with KVM's vCPU descriptors by number.
+    """Return QEMU's vCPUs with their threads and KVM file descriptors.
 
-    :raises UnsupportedError: The vCPU threads and KVM's vCPUs do not match.
-    :raises RefusedError: A vCPU is running.
+    The function sorts the threads by the number in their name, and the descriptors by vCPU id. It
+    then combines them in this order.
+
+    :raises UnsupportedError: If the vCPU threads and KVM's vCPUs do not match.
+    :raises RefusedError: If a vCPU is running.
     """
     named = {}
     for tid, name in thread_names(process.pid).items():
@@ -150,7 +156,7 @@ def vcpu_threads(process: Process) -> list[VcpuThread]:
         if not (process.thread_syscall(tid) or "").startswith(_FUTEX):
             raise RefusedError(
                 "the guest is already running, so it cannot be prefaulted before it starts",
-                'set "later" or "follow" in the hook configuration',
+                'set restore="later" or restore="follow" in the hook configuration',
                 code=Code.RUNNING,
             )
         threads.append(VcpuThread(tid, fd, vcpu_id))
@@ -158,7 +164,7 @@ def vcpu_threads(process: Process) -> list[VcpuThread]:
 
 
 class _OneMapping:
-    """Returns the backing of the same mapping for every memory section."""
+    """Returns the backing of one mapping for every memory section."""
 
     def __init__(self, source: MemorySource) -> None:
         mapping = source.mapping
@@ -175,14 +181,15 @@ class _OneMapping:
 async def prefault_before_start(
     process: Process, domain: Domain, seconds: float, populate: str = "auto"
 ) -> PrelaunchResult:
-    """Populate and prefault a guest that is loaded and does not run.
+    """Populate and prefault a guest that is loaded but does not run yet.
 
     :param seconds: Time limit in seconds. Memory that is not prefaulted in time counts as
         remaining.
-    :param populate: Memory that may be populated, as for ``--populate``.
-    :raises UnsupportedError: The domain or the host does not support it. Nothing was changed.
-    :raises RefusedError: The guest runs, or its RAM was not found. Nothing was changed.
-    :raises FailedError: A step failed, or QEMU has exited.
+    :param populate: The memory that may be populated, as a value of ``--populate``.
+    :raises UnsupportedError: If the domain or the host does not support prefaulting before the
+        start. Nothing was changed.
+    :raises RefusedError: If the guest runs, or if its RAM was not found. Nothing was changed.
+    :raises FailedError: If a step failed, or if QEMU has exited.
     """
     started = time.monotonic()
     capability = kvm.pre_fault_capability(process)
@@ -236,7 +243,9 @@ async def prefault_before_start(
     if tally.after is not None:
         tally.verify()
     if left:
-        notes.append(f"the time limit left no time for {sum(t.size for t in left) >> 20} MiB")
+        notes.append(
+            f"the time limit passed before {sum(t.size for t in left) >> 20} MiB were prefaulted"
+        )
     sections = tally.tallies.values()
     notes += sorted({s.note for s in sections if s.note and s.note != why_not})
     notes += tally.warnings.values()

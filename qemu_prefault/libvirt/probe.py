@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``probe --domain``: check whether a libvirt domain can be prefaulted.
+"""Check for ``probe --domain`` whether a libvirt domain can be prefaulted.
 
-The checks read files, read ``/proc`` and query libvirt. They change nothing.
+The checks read files and query libvirt, but change nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 async def probe_domain(name: str) -> Findings:
     """Check this host for one domain, and the domain's QEMU if it is running.
 
-    :raises QemuPrefaultError: libvirt does not respond, or the domain does not exist.
+    :raises QemuPrefaultError: If libvirt does not respond, or if the domain does not exist.
     """
     libvirt = module()
     connection = connect()
@@ -95,14 +95,14 @@ def _lsm(host_xml: bytes, process: Process | None, plugin: bool) -> Iterator[Fin
         yield Finding(
             "selinux",
             "note",
-            f"SELinux confines guests{f' ({label})' if label else ''}: a hook runs as virtqemud_t, "
-            "which may not trace them",
+            f"SELinux confines guests{f' ({label})' if label else ''}, and does not allow a hook "
+            "(virtqemud_t) to trace them",
             'use the plugin, or set "later" or "follow" for the hook, so that systemd starts the '
-            "prefault; to label the plugin: "
+            "prefault. To label the plugin, run: "
             f"restorecon -Rv {install.installed_plugin().parent}",
         )
     else:
-        yield Finding("lsm", "ok", "libvirt confines guests with neither AppArmor nor SELinux")
+        yield Finding("lsm", "ok", "libvirt does not use AppArmor or SELinux to confine guests")
 
 
 def _security_models(host_xml: bytes) -> set[str]:
@@ -131,8 +131,8 @@ def _apparmor(label: str, plugin: bool) -> Iterator[Finding]:
         yield Finding(
             "apparmor",
             "no" if plugin else "note",
-            f"AppArmor confines guests{confined}, and denies files that the plugin has to read",
-            f"run: qemu-prefault libvirt install; or add to {rule}:\n{install.RULE_TEXT.rstrip()}",
+            f"AppArmor confines guests{confined}, and denies the plugin files that it must read",
+            f"run qemu-prefault libvirt install, or add to {rule}:\n{install.RULE_TEXT.rstrip()}",
         )
 
 
@@ -158,12 +158,12 @@ def _pages(domain: Domain) -> Finding:
         mode = "never"
     if mode == "never":
         return Finding(
-            "pages", "ok", "THP is off: RAM has only 4K pages, so prefaulting saves the most faults"
+            "pages", "ok", "RAM has only 4K pages (THP is off), so prefaulting saves most faults"
         )
     return Finding(
         "pages",
         "note",
-        f"THP is {mode}: prefaulting saves few faults in memory that the host backs with huge "
+        f"THP is {mode}, so prefaulting saves few faults in memory that the host backs with huge "
         "pages",
     )
 
@@ -180,15 +180,15 @@ def _plugin_route(domain: Domain, found: Loaded | None) -> Finding:
         return Finding(
             "enable",
             "note",
-            "the domain does not load the plugin, which works for boots, resets, restores, "
-            "migrations and hotplug",
+            "the domain does not load the plugin, which would prefault the guest after boots, "
+            "resets, restores, migrations and hotplug",
             remedy,
         )
     if not path.exists():
         return Finding(
             "enable",
             "no",
-            f"the domain loads {path}, which does not exist on this host: QEMU cannot start",
+            f"the domain loads {path}, which does not exist on this host, so QEMU cannot start",
             "qemu-prefault libvirt install",
         )
     if not install.is_current(path):
@@ -237,10 +237,12 @@ def _hook_route(domain: Domain) -> Iterator[Finding]:
 
 def _commands_route(domain: Domain, active: bool) -> Finding:
     if active:
-        return Finding("domain", "ok", f"to prefault it now: qemu-prefault --domain {domain.name}")
+        return Finding(
+            "domain", "ok", f"to prefault the domain now: qemu-prefault --domain {domain.name}"
+        )
     return Finding(
         "domain",
         "ok",
-        f"to start a managed save image: qemu-prefault libvirt start {domain.name}; "
-        "to restore a file: qemu-prefault libvirt restore FILE",
+        f"to start a managed save image, run qemu-prefault libvirt start {domain.name}. "
+        "To restore a file, run qemu-prefault libvirt restore FILE",
     )

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A QMP server that forwards commands through libvirt, for ``--domain``.
 
-libvirt owns the monitor of its QEMUs, and forwards commands and events for other programs
-(virDomainQemuMonitorCommand(), which taints the domain "custom-monitor"). The rest of this package
-uses QMP over a socket. The proxy is a separate process that translates between the two. If the tool
-is killed while the guest is paused, the proxy still forwards the ``cont`` that the guard sends (see
-engine/resume_guard.py). The proxy exits when every process has closed the other end of its socket.
+libvirt owns the monitor of its QEMUs, and forwards commands and events for other programs. A
+command that a program passes to virDomainQemuMonitorCommand() taints the domain as
+"custom-monitor". The rest of this package uses QMP over a socket. The proxy is a separate process,
+which translates between libvirt and QMP. If qemu-prefault is killed while the guest is paused, the
+proxy still forwards the ``cont`` that the guard of engine/resume_guard.py sends. The proxy exits
+when every process has closed the other end of its socket.
 
-If libvirtd restarts, the proxy reconnects and sends the command again. This is safe for the
-commands that this package uses: queries, ``stop`` and ``cont``.
+If libvirtd restarts, the proxy reconnects and sends the command again. The repetition is safe,
+because this package sends only queries, ``stop`` and ``cont``.
 
 While a domain is migrating in, libvirt accepts no commands for it, so the proxy waits.
 """
@@ -44,12 +45,12 @@ LONGEST_MESSAGE: Final = 16 << 20
 
 
 def connect_vm(domain: str, pid: int | None = None) -> AbstractAsyncContextManager[Vm]:
-    """Connect to the QEMU of a domain on this host, through libvirt.
+    """Return a context manager that connects to a domain's QEMU through libvirt.
 
-    :param domain: The domain's name or UUID.
-    :param pid: The process id of QEMU, if known.
+    :param domain: The name or UUID of a domain on this host.
+    :param pid: The process id of QEMU, or None if unknown.
     :returns: An asynchronous context manager that yields a :class:`Vm`.
-    :raises QemuPrefaultError: As for :func:`dial` and :meth:`Vm.connect`.
+    :raises QemuPrefaultError: If :func:`dial` or :meth:`Vm.connect` raises an error.
     """
     return Vm.connect(f"libvirt:{domain}", pid, partial(dial, domain))
 
@@ -57,10 +58,11 @@ def connect_vm(domain: str, pid: int | None = None) -> AbstractAsyncContextManag
 async def dial(domain: str) -> tuple[socket.socket, str]:
     """Start a proxy, and return its socket and the domain's UUID.
 
-    The next message on the socket is QEMU's QMP greeting. If the domain is migrating in, this
-    function waits until the migration is done. Otherwise it takes at most a minute.
+    The next message on the socket is QEMU's QMP greeting. If the domain is migrating to this host,
+    the function waits until the migration has completed. Otherwise the function takes at most a
+    minute.
 
-    :raises QemuPrefaultError: The domain does not exist or is not running, or libvirt does not
+    :raises QemuPrefaultError: If the domain does not exist or does not run, or if libvirt does not
         respond.
     """
     import subprocess  # noqa: PLC0415
@@ -81,7 +83,7 @@ async def dial(domain: str) -> tuple[socket.socket, str]:
         ours.close()
         raise FailedError(
             f"the QMP proxy for domain {domain} did not start",
-            "see the proxy's message above",
+            "see the message that the proxy printed above",
             code=Code.LIBVIRT,
         ) from None
     except BaseException:
@@ -159,7 +161,7 @@ class QmpProxy:
                 os._exit(0)  # every process has closed the other end
 
     def command(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Execute a command through libvirt. Return errors of libvirt as QMP errors."""
+        """Execute a command through libvirt. Convert errors of libvirt to QMP errors."""
         identity = {"id": request["id"]} if "id" in request else {}
         text = json.dumps({k: v for k, v in request.items() if k != "id"})
         deadline = time.monotonic() + PATIENCE
@@ -177,7 +179,7 @@ class QmpProxy:
             return answer | identity  # type: ignore[no-any-return]
 
     def _is_lost(self, error: Any) -> bool:
-        """Return whether the connection to libvirt has failed, not only the command."""
+        """Return whether the connection to libvirt is lost after a command failed."""
         try:
             return not self._connection.isAlive()
         except self._libvirt.libvirtError:
@@ -204,7 +206,7 @@ class QmpProxy:
     def greet(self) -> None:
         """Send the domain's UUID, and then a QMP greeting.
 
-        :raises QemuPrefaultError: QEMU cannot execute commands.
+        :raises QemuPrefaultError: If libvirt cannot execute QMP commands in this domain.
         """
         told = False
         while "return" not in (answer := self.command({"execute": "query-version"})):

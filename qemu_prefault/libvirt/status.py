@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``libvirt status``: read whether a domain loads the plugin, and its state."""
+"""Read the state of the plugin in a domain, for ``libvirt status``."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .install import is_current
 
 @dataclass(frozen=True, slots=True)
 class DomainStatus:
-    """Whether a domain loads the plugin, and the plugin's state.
+    """The plugin's state in a domain's definition and in its running QEMU.
 
     :ivar domain: The domain's name.
     :ivar in_xml: The plugin's path and options in the domain's definition, or None.
     :ivar present: Whether the plugin's file exists on this host.
-    :ivar current: Whether the plugin's file is identical to the one of this installation.
+    :ivar current: Whether the plugin's file is identical to the plugin of this qemu-prefault.
     :ivar running: Whether the domain is running.
     :ivar plugin: The status that the plugin in a running QEMU reports, or None.
-    :ivar problem: The reason why a running QEMU has no plugin status, or empty.
+    :ivar problem: The reason why a running QEMU has no plugin status, or an empty string.
     """
 
     domain: str
@@ -62,9 +62,9 @@ class DomainStatus:
 def read_domain_status(domain: str, uri: str | None = None) -> DomainStatus:
     """Read the domain's definition, and query the plugin if the domain is running.
 
-    :param domain: A name, a UUID, or ``-`` to read XML from stdin.
-    :param uri: The libvirt connection, or None for the default.
-    :raises QemuPrefaultError: The domain does not exist, or libvirt does not respond.
+    :param domain: A name or a UUID. If it is ``-``, the function reads XML from stdin.
+    :param uri: The URI of the libvirt connection, or None for the default URI.
+    :raises QemuPrefaultError: If the domain does not exist, or if libvirt does not respond.
     """
     if domain == "-":
         xml, running = sys.stdin.buffer.read(), False
