@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Build ``qemu_prefault._native``.
 
-The module contains the C functions, and the helper's machine code as an array. The helper is linked
-separately at address 0 with ``helper.lds``. The link fails if the code needs writable data or does
-not fit in one page.
+The extension module contains the C functions, and the helper's machine code as an array. This
+script links the helper separately at address 0 with ``helper.lds``. The linker fails if the code
+needs writable data or does not fit in one page.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HELPER_FLAGS = [
 
 
 def compile_helper() -> bytes:
-    """Return the helper's machine code: position independent, entry point at byte 0."""
+    """Return the helper's position-independent code, whose entry point is byte 0."""
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[:1]
     with tempfile.TemporaryDirectory() as scratch:
         obj, elf, image = (Path(scratch) / name for name in ("helper.o", "helper.elf", "image"))

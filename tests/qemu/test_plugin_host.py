@@ -208,7 +208,7 @@ def test_other_user_is_rejected(control: Callable[..., Control], tmp_path: Path)
 def test_unknown_command_is_rejected(control: Callable[..., Control], request_line: str) -> None:
     client = control()
     answer = client.ask(request_line)
-    assert "the requests are" in answer["error"] and answer["code"] == "unknown-request"
+    assert "the request is unknown" in answer["error"] and answer["code"] == "unknown-request"
     assert client.ask("status")["plugin"] == 1
 
 

@@ -151,7 +151,7 @@ void pf_control_socket_start(void)
 
 	if (!(pf_options.socket[0] ? bind_here(pf_options.socket) : bind_default())) {
 		fprintf(stderr,
-			"qemu-prefault: cannot create the control socket %s: %s; use the option "
+			"qemu-prefault: cannot create the control socket %s: %s. Use the option "
 			"socket=/PATH or socket=off\n",
 			address.sun_path, strerror(errno));
 		return;

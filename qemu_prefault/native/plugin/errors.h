@@ -8,16 +8,16 @@
 
 /* X(name, code, text) */
 #define REQUEST_ERRORS(X)                                                                        \
-	X(BUSY, "busy", "another batch is running; retry after it ends")                         \
-	X(NO_MEMORY, "no-memory", "QEMU could not allocate memory for the request; free memory") \
+	X(BUSY, "busy", "another batch is running. Retry when it has ended")                     \
+	X(NO_MEMORY, "no-memory", "QEMU could not allocate memory for the request. Free memory") \
 	X(NO_THREAD, "no-thread",                                                                \
-	  "a worker thread could not be started; raise QEMU's limit on threads")                 \
+	  "a worker thread could not be started. Raise QEMU's limit on threads")                 \
 	X(BAD_RANGE, "bad-range",                                                                \
-	  "a range must be: WORKER KIND START SIZE, with START and SIZE page-aligned")           \
+	  "a range must have the form WORKER KIND START SIZE, with aligned START and SIZE")      \
 	X(BAD_CHUNK, "bad-chunk", "CHUNK_BYTES must be a positive multiple of 4096")             \
 	X(INCOMPLETE, "incomplete", "the connection ended before all ranges were sent")          \
 	X(UNKNOWN_REQUEST, "unknown-request",                                                    \
-	  "unknown request; the requests are: status, pause, resume, prefault, follow, "         \
+	  "the request is unknown. Use one of: status, pause, resume, prefault, follow, "        \
 	  "populate auto|all|resident, lend, work COUNT CHUNK_BYTES, "                           \
 	  "work-lent COUNT CHUNK_BYTES")
 

@@ -39,7 +39,7 @@ static void print_short(const struct claim *claim, uint64_t left)
 {
 	static const char *const names[SOURCE_KINDS] = {
 		[SOURCE_HOST] = "host or the cgroup",
-		[SOURCE_NODES] = "set of NUMA nodes that it is bound to",
+		[SOURCE_NODES] = "set of NUMA nodes that guest memory is bound to",
 		[SOURCE_POOL] = "pool or the cgroup",
 		[SOURCE_FILE_SYSTEM] = "file system",
 	};
@@ -51,17 +51,17 @@ static void print_short(const struct claim *claim, uint64_t left)
 	if (hidden && claim->source.kind == SOURCE_FILE_SYSTEM)
 		pf_print_error("qemu-prefault: populating needs %llu MiB of a file system that "
 			       "has files that QEMU cannot see, so only present pages are "
-			       "prefaulted; set populate=all if the file system is large enough\n",
+			       "prefaulted. Set populate=all if the file system is large enough\n",
 			       mib);
 	else if (hidden)
 		pf_print_error("qemu-prefault: populating needs %llu MiB%s, but the limits of all "
 			       "cgroups of QEMU cannot be read (a cgroup namespace, or a missing "
-			       "AppArmor rule), so only present pages are prefaulted; set "
+			       "AppArmor rule), so only present pages are prefaulted. Set "
 			       "populate=all if the limits are high enough\n",
 			       mib, of);
 	else
 		pf_print_error("qemu-prefault: populating needs %llu MiB%s, but the %s has only "
-			       "%llu MiB, so only present pages are prefaulted; free memory or "
+			       "%llu MiB, so only present pages are prefaulted. Free memory or "
 			       "raise the limit\n",
 			       mib, of, names[claim->source.kind], (unsigned long long)left >> 20);
 }

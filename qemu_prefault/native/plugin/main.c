@@ -38,8 +38,8 @@ static void report_no_kvm(void)
 
 	if (pf_vm_never() && !atomic_exchange(&printed, true))
 		fprintf(stderr,
-			"qemu-prefault: this QEMU does not use KVM, so nothing is prefaulted; "
-			"start it with -accel kvm\n");
+			"qemu-prefault: this QEMU does not use KVM, so nothing is prefaulted. "
+			"Start QEMU with -accel kvm\n");
 }
 
 static void vcpu_started(void)
@@ -94,8 +94,8 @@ EXPORT int qemu_plugin_install(uint64_t id, const void *info, int argc, char **a
 	if (!pf_options.by_preload) {
 		if (!pf_interpose_by_got()) {
 			fprintf(stderr,
-				"qemu-prefault: cannot intercept this QEMU's ioctl() calls; "
-				"start QEMU with qemu-prefault run, which uses LD_PRELOAD\n");
+				"qemu-prefault: cannot intercept this QEMU's ioctl() calls. "
+				"Start QEMU with qemu-prefault run, which uses LD_PRELOAD\n");
 			return -1;
 		}
 		pf_qemu_memory_learn(); /* QEMU creates memory backends before it loads plugins */

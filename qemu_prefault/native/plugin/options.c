@@ -86,7 +86,7 @@ bool pf_options_parse(const char *text)
 #undef IS
 	if (!fine)
 		fprintf(stderr,
-			"qemu-prefault: '%s' is not a valid option; the options are: keep=on|off, "
+			"qemu-prefault: '%s' is not a valid option. The options are: keep=on|off, "
 			"populate=auto|all|resident, quirk=disable|keep, hold=SECONDS, "
 			"socket=/PATH|~/PATH|off, log=on|off\n",
 			text);

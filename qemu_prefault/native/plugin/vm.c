@@ -52,7 +52,7 @@ static void set_up(int fd)
 	if (!pf_capable)
 		fprintf(stderr,
 			"qemu-prefault: this KVM has no KVM_PRE_FAULT_MEMORY, so nothing is "
-			"prefaulted; use Linux 6.11 or newer with EPT or NPT\n");
+			"prefaulted. Use Linux 6.11 or newer with EPT or NPT\n");
 	/*
 	 * During an incoming migration, work before the first KVM_RUN would extend the downtime. No
 	 * ioctl shows an incoming migration, so check the command line.
@@ -63,7 +63,7 @@ static void set_up(int fd)
 	if (!pf_watchdog_start())
 		fprintf(stderr,
 			"qemu-prefault: the watchdog thread could not be started, so it cannot "
-			"interrupt a stuck prefault; raise QEMU's limit on threads\n");
+			"interrupt a stuck prefault. Raise QEMU's limit on threads\n");
 	if (!pf_options.socket_off)
 		pf_control_socket_start();
 }

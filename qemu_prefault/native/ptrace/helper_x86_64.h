@@ -7,7 +7,7 @@
 #include "control_page.h"
 
 _Static_assert(__builtin_offsetof(struct prefault_control, stack_top) == 8,
-	       "the assembly uses this offset");
+	       "the assembly reads stack_top at this offset");
 
 /* The child of clone() returns to this address, with its control page in rbx. */
 __asm__(".section .text.entry,\"ax\",@progbits\n"
