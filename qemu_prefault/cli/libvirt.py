@@ -45,7 +45,8 @@ def libvirt() -> None:
     "options",
     metavar="KEY=VALUE",
     multiple=True,
-    help="Option of the plugin. `qemu-prefault run --help` lists the options. Can be repeated.",
+    help="Option of the plugin, from the list in `qemu-prefault run --help`. This option can be "
+    "repeated.",
 )
 @click.option(
     "--plugin",
@@ -84,7 +85,7 @@ def enable(
         if not path.exists():
             raise InputError(
                 f"the plugin is not installed at {path}, so QEMU would not start",
-                "install it on every host on which this domain may run: "
+                "install the plugin on every host on which this domain may run: "
                 "qemu-prefault libvirt install",
                 code=Code.NOT_INSTALLED,
             )
@@ -121,7 +122,7 @@ def _define(domain: str, uri: str | None, edit: Any, what: str) -> None:
     known = definitions(uri)
     edited = edit(known.read(domain))
     if not edited.changed:
-        say(f"{domain}: already {what}, so the definition was not changed")
+        say(f"{domain}: the plugin is already {what}, so the definition was not changed")
         return
     known.write(domain, edited.xml)
     say(f"{domain}: {what}")
@@ -144,7 +145,7 @@ def _define(domain: str, uri: str | None, edit: Any, what: str) -> None:
 @debug_option
 @click.argument("domain")
 def status(domain: str, uri: str | None, as_json: bool, debug: bool) -> None:
-    """Show whether DOMAIN loads the plugin, and the plugin's state.
+    """Show whether DOMAIN loads the plugin, and show the plugin's state.
 
     DOMAIN is a name or a UUID. If DOMAIN is -, the command reads XML from stdin. The plugin has a
     state only if the domain is running. The exit status is 0 if the domain loads the plugin, and 3

@@ -69,7 +69,7 @@ _OPTIONS = (
         type=range_type,
         metavar="GPA+SIZE",
         multiple=True,
-        help="Prefault only this guest-physical range, e.g. 4G+512M. Can be repeated.",
+        help="Prefault only this guest-physical range, e.g. 4G+512M. This option can be repeated.",
     ),
     click.option(
         "--max-bytes",

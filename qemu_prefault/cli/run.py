@@ -19,7 +19,7 @@ from .options import debug_option
     metavar="KEY=VALUE",
     multiple=True,
     help="Option of the plugin: populate=auto|all|resident, quirk=disable|keep, "
-    "hold=SECONDS, socket=/PATH|~/PATH|off, keep=on|off, log=on|off. Can be repeated.",
+    "hold=SECONDS, socket=/PATH|~/PATH|off, keep=on|off, log=on|off. This option can be repeated.",
 )
 @debug_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)

@@ -344,7 +344,7 @@ class Executor:
         return usable
 
     def reconsider_vcpus(self) -> None:
-        """Mark all vCPUs as usable again. Call this after the guest has run."""
+        """Mark all vCPUs as usable again, because the guest has run."""
         self.unusable.clear()
         self._tally.warnings.pop(Code.VCPU_UNUSABLE, None)
         for tally in self._tally.tallies.values():

@@ -130,8 +130,8 @@ class _FollowLoop:
     async def poll(self) -> Event | None:
         """Poll the guest, and prefault it if necessary.
 
-        :returns: An event that describes a run or a refused run. None if no run was necessary or
-            possible, or if an earlier event has reported the same refusal.
+        :returns: An event that describes a run or a refused run. The result is None if no run was
+            necessary or possible, or if an earlier event has reported the same refusal.
         """
         state = await self._vm.refresh()
         stage2 = await read_stage2(self._vm.monitor)

@@ -23,7 +23,7 @@ VCPU_COUNTERS = ("pf_taken", "pf_fixed", "pf_spurious", "exits")
 class MappedSection:
     """A section of guest memory, with sizes and addresses in bytes.
 
-    :ivar huge: Whether guest and host addresses allow 2 MiB leaves.
+    :ivar huge: Whether the guest and host addresses allow KVM to map 2 MiB leaves.
     :ivar resident: Bytes that are present in QEMU's page tables, or None if unknown.
     :ivar writable: Resident bytes that a prefault would map writable, or None if unknown.
     :ivar skipped: The reason why a run skips the section, or None.

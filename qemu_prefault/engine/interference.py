@@ -36,8 +36,8 @@ class InterferenceMonitor:
     async def watched(self, *, abort_on_migration: bool) -> AsyncIterator[None]:
         """Detect interference in the block, and raise :attr:`reason` after the block.
 
-        :param abort_on_migration: Whether to end the run if a migration starts. Must be False if
-            the run waits for an incoming migration.
+        :param abort_on_migration: Whether to end the run if a migration starts. It must be False
+            if the run waits for an incoming migration.
         :raises QemuPrefaultError: If another client's interference has ended the run.
         """
         names = ("RESUME", "STOP", "RESET", "SHUTDOWN", "MIGRATION")

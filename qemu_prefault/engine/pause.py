@@ -24,7 +24,7 @@ class Pause:
 
     :ivar resume: A coroutine function that ends the pause. It resumes the guest if `will_resume`
         is True.
-    :ivar will_resume: Whether the guest ran before the pause, or ``--cont`` was given.
+    :ivar will_resume: Whether the guest ran before the pause, or whether ``--cont`` was given.
     """
 
     resume: Callable[[], Awaitable[None]]

@@ -100,8 +100,8 @@ def check_vm_state(state: VmState, dirty_limit: bool = False) -> None:
     if "postcopy" in migration:
         raise RefusedError(
             f"a postcopy migration is running (query-migrate: {migration})",
-            "wait until it has completed, because QEMU fetches missing pages from the source until "
-            "then",
+            "wait until the migration has completed, because QEMU fetches missing pages from the "
+            "source until then",
             code=Code.POSTCOPY,
         )
     check_status(state.status)

@@ -78,7 +78,10 @@ class Daemon:
         self._libvirt = module()
 
     def run(self) -> None:
-        """Handle events forever, and reconnect when the connection is lost."""
+        """Handle events, and reconnect to libvirt if the connection is lost.
+
+        This method never returns.
+        """
         self._libvirt.virEventRegisterDefaultImpl()
         threading.Thread(target=self._run_events, daemon=True).start()
         while True:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The libvirt hook /etc/libvirt/hooks/qemu.d/50-qemu-prefault.
 
-libvirt waits for the hook, and stops the guest if the hook fails. Therefore:
+libvirt waits for the hook, and stops the guest if the hook fails. Therefore the hook follows these
+rules:
 
 * The hook never calls libvirt, because the call would wait for the job that called the hook. The
   hook reads the XML on stdin, the pid file and ``/proc`` instead.
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str], stdin: int = 0) -> bytes:
 
     :param arguments: The domain's name, the operation, its phase, and further arguments.
     :param stdin: The file descriptor from which to read the domain XML.
-    :returns: The changed XML to write to stdout. Empty if the hook does not change the XML.
+    :returns: The changed XML to write to stdout, or ``b''`` if nothing has changed.
     """
     name = arguments[0] if arguments else "?"
     log = _logger(name)
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str], stdin: int = 0) -> bytes:
 def _coming(moment: LifecycleEvent, xml: bytes, log: Log) -> bytes:
     """Record the event in a file, which the call ``started begin`` reads.
 
-    :returns: The XML without the plugin if the plugin's file is missing. Otherwise empty.
+    :returns: The XML without the plugin if the plugin's file is missing, or ``b''``.
     """
     about = domain_xml.describe(xml)
     try:

@@ -230,8 +230,8 @@ def _hook_route(domain: Domain) -> Iterator[Finding]:
         yield Finding(
             "hook",
             "note",
-            "systemd-run is not installed, so the hook prefaults in a background process instead "
-            "of a systemd unit",
+            "systemd-run is not installed, so the hook prefaults the guest in a background process "
+            "and not in a systemd unit",
         )
 
 

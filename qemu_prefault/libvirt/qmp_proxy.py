@@ -11,7 +11,8 @@ when every process has closed the other end of its socket.
 If libvirtd restarts, the proxy reconnects and sends the command again. The repetition is safe,
 because this package sends only queries, ``stop`` and ``cont``.
 
-While a domain is migrating in, libvirt accepts no commands for it, so the proxy waits.
+While a domain is migrating to this host, libvirt accepts no QMP commands for the domain. The proxy
+waits during this time.
 """
 
 from __future__ import annotations

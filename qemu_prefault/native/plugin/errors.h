@@ -13,7 +13,7 @@
 	X(NO_THREAD, "no-thread",                                                                \
 	  "a worker thread could not be started. Raise QEMU's limit on threads")                 \
 	X(BAD_RANGE, "bad-range",                                                                \
-	  "a range must have the form WORKER KIND START SIZE, with aligned START and SIZE")      \
+	  "a range must be WORKER KIND START SIZE, with page-aligned START and SIZE")            \
 	X(BAD_CHUNK, "bad-chunk", "CHUNK_BYTES must be a positive multiple of 4096")             \
 	X(INCOMPLETE, "incomplete", "the connection ended before all ranges were sent")          \
 	X(UNKNOWN_REQUEST, "unknown-request",                                                    \
