@@ -152,7 +152,7 @@ def test_sizes(text: str, value: int) -> None:
     ["", "x", "-1", "1.5G", "1P", "0x", "1e9", "M", "1 000", "\u0663", "1" * 5000, "0x" + "f" * 99],
 )
 def test_invalid_size_is_rejected_with_an_example(text: str) -> None:
-    with pytest.raises(click.BadParameter, match=r"write e\.g\. .*512M"):
+    with pytest.raises(click.BadParameter, match=r"such as .*512M"):
         size_type(text)
 
 
@@ -174,7 +174,7 @@ def test_ranges(text: str, value: tuple[int, int]) -> None:
     ["", "1M", "1M+", "+1M", "1M+0", "1M-2M", "1M+1M+1M", "4096T+1", "0+4097T", "a+b", "-1+2"],
 )
 def test_invalid_range_is_rejected_with_an_example(text: str) -> None:
-    with pytest.raises(click.BadParameter, match=r"write e\.g\. .*4G\+1G"):
+    with pytest.raises(click.BadParameter, match=r"for example .*4G\+1G"):
         range_type(text)
 
 
