@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The agents, which make system calls inside QEMU (attach, plugin and qmp)."""
+"""The attach, plugin and qmp agents, which make system calls inside QEMU."""

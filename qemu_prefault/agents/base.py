@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The interface of the agents, which issue system calls inside QEMU.
+"""The interface of the agents, which make system calls inside QEMU.
 
-Only a thread in QEMU's own address space can prefault: KVM checks ``kvm->mm``, and the ioctl fails
-with EIO in other processes. Every agent has *workers*, one per vCPU. A worker processes ranges. For
-each range, it reports the completed bytes, and the error if one stopped it.
-:mod:`qemu_prefault.engine` decides which ranges to process.
+Only a thread of QEMU can prefault, because ``kvm_vcpu_ioctl()`` (virt/kvm/kvm_main.c) compares
+``kvm->mm`` with the caller's address space. In another process, the ioctl fails with EIO.
+
+Every agent has *workers*. A worker is a thread inside QEMU that processes ranges of memory for one
+vCPU. For each range, the worker reports the number of completed bytes. If an error stopped the
+worker, it also reports the error. :mod:`qemu_prefault.engine` decides which ranges each worker
+processes.
 """
 
 from __future__ import annotations
@@ -20,7 +23,10 @@ MAX_ERRNO: Final = 4095  # include/linux/err.h
 
 
 class Kind(enum.IntEnum):
-    """The operation on a range, with the values of native/common/prefault_loop.h."""
+    """An operation on a range of memory.
+
+    The values are those of native/common/prefault_range.h.
+    """
 
     #: ``madvise(MADV_POPULATE_WRITE)`` on a host virtual address.
     POPULATE = 0
@@ -30,7 +36,11 @@ class Kind(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """A range to process. `start` and `size` are in bytes and page aligned."""
+    """A range of memory that a worker processes.
+
+    `start` is a host virtual address for POPULATE, and a guest-physical address for STAGE2. `size`
+    is in bytes. Both are page aligned.
+    """
 
     kind: Kind
     start: int
@@ -39,7 +49,12 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result of a range: the bytes done from its start, and an errno or 0."""
+    """The result of processing one range.
+
+    :ivar range: The range that the worker processed.
+    :ivar done: The number of bytes that are done, counted from the start of the range.
+    :ivar error: The errno of the error that stopped the worker, or 0 if no error occurred.
+    """
 
     range: Range
     done: int
@@ -47,7 +62,7 @@ class Outcome:
 
     @property
     def left(self) -> Range | None:
-        """The rest of the range, or None if all of it is done."""
+        """The part of the range that is not done, or None if all of it is done."""
         if self.done >= self.range.size:
             return None
         return Range(self.range.kind, self.range.start + self.done, self.range.size - self.done)
@@ -55,7 +70,12 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A thread inside QEMU that works for one vCPU of the guest NUMA node `node`."""
+    """A thread inside QEMU that processes ranges for one vCPU.
+
+    :ivar index: The number of the worker in its agent, from 0.
+    :ivar vcpu_id: KVM's id of the vCPU, or None if the run only populates memory.
+    :ivar node: The guest NUMA node of the vCPU, or None if the node is unknown.
+    """
 
     index: int
     vcpu_id: int | None
@@ -64,10 +84,15 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class VcpuThread:
-    """A vCPU that an agent can use.
+    """A vCPU that an agent can use, and the thread of this vCPU.
 
-    ``fd`` is QEMU's file descriptor of the vCPU, or -1 if the run only populates. ``vcpu_id`` is
-    KVM's id of the vCPU (the x86 APIC id), ``qom_path`` and ``index`` are QEMU's path and index.
+    :ivar thread_id: The id of the thread in this pid namespace.
+    :ivar fd: The number of QEMU's file descriptor of the vCPU, or -1 if the run only populates
+        memory.
+    :ivar vcpu_id: KVM's id of the vCPU (the x86 APIC id), or None if the run only populates memory.
+    :ivar node: The guest NUMA node of the vCPU, or None if the node is unknown.
+    :ivar qom_path: QEMU's QOM path of the vCPU.
+    :ivar index: QEMU's index of the vCPU.
     """
 
     thread_id: int
@@ -80,7 +105,7 @@ class VcpuThread:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits of an agent's work. Times are in seconds."""
+    """The limits that an agent applies to its workers. Times are in seconds."""
 
     #: Maximum bytes that one system call processes.
     chunk_bytes: int = 32 << 20
@@ -94,10 +119,13 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class OrphanCleanup:
-    """The cleanup by :mod:`qemu_prefault.engine.resume_guard` if this process dies.
+    """The cleanup that the resume guard performs if this process dies.
 
-    ``stop_helpers`` ends the agent's current work, ``helpers_gone`` returns whether the work has
-    ended, and ``timeout`` is the longest time to wait for that, in seconds.
+    :mod:`qemu_prefault.engine.resume_guard` implements the resume guard.
+
+    :ivar stop_helpers: A function that ends the agent's current work.
+    :ivar helpers_gone: A function that returns whether the agent's work has ended.
+    :ivar timeout: The maximum time to wait for the end of the work, in seconds.
     """
 
     stop_helpers: Callable[[], None]
@@ -107,10 +135,10 @@ class OrphanCleanup:
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """The outcomes of a batch.
+    """The result of one batch of ranges.
 
-    :ivar outcomes: The outcomes of each worker's ranges, by worker index.
-    :ivar seconds: The time between the first start and the last end of a worker.
+    :ivar outcomes: The outcomes of each worker's ranges, by the index of the worker.
+    :ivar seconds: The time from the start of the first worker to the end of the last worker.
     """
 
     outcomes: dict[int, tuple[Outcome, ...]]
@@ -118,10 +146,10 @@ class BatchResult:
 
 
 def resumed_error() -> FailedError:
-    """Return the error for a guest that another client has resumed during the run."""
+    """Return the error to raise after another client has resumed the guest."""
     return FailedError(
-        "another client resumed the guest while it was being prefaulted",
-        "run qemu-prefault again to prefault the rest; the memory prefaulted so far stays mapped",
+        "another client resumed the guest during the prefault",
+        "run qemu-prefault again to prefault the memory that is not mapped yet",
         code=Code.RESUMED,
     )
 
@@ -129,7 +157,7 @@ def resumed_error() -> FailedError:
 class Agent(Protocol):
     """The common interface of the attach, plugin and qmp agents.
 
-    The workers exist in QEMU from :meth:`start` to :meth:`close`.
+    The workers exist in QEMU from the call of :meth:`start` until :meth:`close` returns.
     """
 
     name: str
@@ -138,53 +166,61 @@ class Agent(Protocol):
 
     @property
     def warnings(self) -> Mapping[str, str]:
-        """Warnings for the report, by code."""
+        """The warnings for the report of the run, as a map from code to text."""
 
     async def start(self) -> None:
-        """Start the workers."""
+        """Start the workers inside QEMU."""
         ...
 
     async def hold_vcpus(self) -> bool:
-        """Prevent the workers' vCPUs from running during a prefault.
+        """Prevent the vCPUs from running while the workers prefault memory.
 
-        Call this when the guest has been paused, before the first batch that prefaults. Then check
-        that the guest is still paused. If another client resumes the guest later, the workers'
-        batches end before a vCPU runs, and later batches are skipped.
+        The caller must first pause the guest, and must call this method before the first batch that
+        prefaults. If another client resumes the guest later, every worker ends its batch before its
+        vCPU runs. The agent then skips later batches.
 
-        :returns: Whether that check is necessary. It is not if the vCPUs' threads do the work.
-        :raises FailedError: A vCPU is running (code ``resumed``), or cannot be held.
+        :returns: Whether the caller must check, after this call, that the guest is still paused.
+        :raises FailedError: if a vCPU is running (code ``resumed``), or if the agent cannot hold a
+            vCPU.
         """
         ...
 
     async def release_vcpus(self) -> None:
-        """Allow the vCPUs to run. Call this before this process resumes the guest."""
+        """Allow the vCPUs to run.
+
+        The caller must call this method before it resumes the guest.
+        """
         ...
 
     async def run(
         self, batch: Mapping[int, Sequence[Range]], on_progress: Callable[[int], None]
     ) -> BatchResult:
-        """Run one batch.
+        """Process one batch of ranges, and return its result.
 
-        :param batch: The ranges for each worker, by worker index.
-        :param on_progress: A function that is called with the bytes of the batch done so far.
+        :param batch: The ranges for each worker, by the index of the worker.
+        :param on_progress: A function that this method calls repeatedly with the number of bytes of
+            the batch that are done.
         """
         ...
 
     def abort(self) -> None:
-        """End the current batch after its current chunks, and skip all later batches.
+        """End the current batch, and skip all later batches.
 
-        This is safe to call at any time.
+        Each worker first completes its current chunk. The caller may call this method at any time.
         """
         ...
 
     def interrupt(self) -> None:
-        """End the current batch after its current chunks. Later batches still run."""
+        """End the current batch, but process later batches.
+
+        Each worker first completes its current chunk.
+        """
         ...
 
     def orphan_cleanup(self) -> OrphanCleanup:
-        """Return the cleanup for a death of this process while the guest is paused."""
+        """Return the cleanup to perform if this process dies while the guest is paused."""
         ...
 
     async def close(self) -> None:
-        """Release the workers, and wait until all of them have ended."""
+        """End the workers, and wait until every worker has ended."""
         ...

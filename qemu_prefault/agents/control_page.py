@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Access a helper's control page (native/ptrace/control_page.h) in QEMU."""
+"""Read and write the control page of a helper thread in QEMU.
+
+native/ptrace/control_page.h defines the fields of the control page.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,11 @@ STACK_BYTES = 32 << 10
 
 
 class Helper:
-    """The control page of one helper thread in QEMU.
+    """A helper thread in QEMU, which this process controls by its control page.
 
-    :param memory: A descriptor of QEMU's /proc/PID/mem.
+    :param memory: A file descriptor of QEMU's /proc/PID/mem.
     :param area: The address of the helper's mapping in QEMU.
-    :param code_size: The bytes of code before the control page.
+    :param code_size: The size in bytes of the code that precedes the control page in the mapping.
     """
 
     def __init__(self, memory: int, area: int, code_size: int) -> None:
@@ -35,19 +38,22 @@ class Helper:
         self.thread_id = 0  # in this process's pid namespace, or 0 if unknown
 
     def read_header(self) -> Any:
-        """Return the control page's fields before the ranges.
+        """Return the fields of the control page that precede the ranges.
 
-        :raises OSError: The page is no longer mapped, or is not a control page.
+        :raises OSError: if the page is no longer mapped, or is not a control page.
         """
         header = ffi.new("struct prefault_control *")
         data = os.pread(self._memory, offset_of("ranges"), self.control)
         ffi.memmove(header, data, len(data))
         if header.magic != lib.PREFAULT_CONTROL_MAGIC:
-            raise OSError(errno.EIO, "no longer a control page")
+            raise OSError(errno.EIO, "the page is no longer a control page")
         return header
 
     def is_there(self) -> bool:
-        """Return whether the page is mapped. A helper unmaps the page before it exits."""
+        """Return whether the control page is mapped.
+
+        A helper unmaps its control page before it exits.
+        """
         try:
             self.read_header()
         except OSError:
@@ -55,12 +61,12 @@ class Helper:
         return True
 
     def write_word(self, field: str, value: int) -> None:
-        """Write one field of the control page."""
+        """Write a value to one field of the control page."""
         size = 8 if field == "heartbeat" else 4
         os.pwrite(self._memory, value.to_bytes(size, "little"), self.control + offset_of(field))
 
     def submit(self, ranges: Sequence[Range]) -> None:
-        """Write a batch of ranges to the page, so that the helper starts the batch."""
+        """Write a batch of ranges to the control page, which starts the batch."""
         array = ffi.new("struct prefault_range[]", max(len(ranges), 1))
         for slot, item in zip(array, ranges, strict=False):
             slot.kind, slot.start, slot.size = item.kind, item.start, item.size
@@ -71,9 +77,9 @@ class Helper:
         self.write_word("batch", self.batch)
 
     def outcomes(self, ranges: Sequence[Range]) -> tuple[Outcome, ...]:
-        """Return the outcomes so far.
+        """Return the current outcome of each range of the batch.
 
-        :param ranges: The ranges of the last :meth:`submit`.
+        :param ranges: The ranges that were passed to the last call of :meth:`submit`.
         """
         size = ffi.sizeof("struct prefault_range")
         array = ffi.new("struct prefault_range[]", max(len(ranges), 1))
@@ -86,7 +92,7 @@ class Helper:
 
 
 def offset_of(field: str) -> int:
-    """Return the offset of a field in the control page, in bytes."""
+    """Return the offset of a field of the control page, in bytes."""
     return int(ffi.offsetof("struct prefault_control", field))
 
 
@@ -98,12 +104,14 @@ AREA_SIZE = CODE_SIZE + CONTROL_SIZE + STACK_BYTES
 def abandoned_areas(
     process: Process, memory: int, maps: Sequence[MemoryMapping]
 ) -> tuple[int, ...]:
-    """Return the addresses of helper mappings that have no helper.
+    """Return the addresses of the mappings that have no helper thread.
 
-    Such a mapping remains if clone() fails after the tool was killed. Its control page has no
-    thread id: the kernel writes a helper's thread id to the page before the helper runs. While
-    another run starts a helper, that run traces a thread of QEMU. In this case, the result is
-    empty.
+    Such a mapping remains in QEMU if clone() fails after qemu-prefault was killed. The kernel
+    writes the thread id of a new helper to the helper's control page before the helper runs.
+    Therefore the control page of an abandoned mapping contains no thread id.
+
+    If any thread of QEMU is traced, the result is empty. In this case, another qemu-prefault may
+    have created a mapping whose helper does not exist yet.
     """
     candidates = [
         first.start

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Find the instructions and addresses in QEMU that helpers use."""
+"""Find the instructions and the free addresses in QEMU that helpers need."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXIT_THREAD = b"\xb8\x3c\x00\x00\x00\x0f\x05"
 
 @dataclass(frozen=True, slots=True)
 class Gadgets:
-    """The addresses, in QEMU's text, of the instructions that the helpers use."""
+    """The addresses of the instructions in QEMU's text that helper threads need."""
 
     syscall_ret: int
     sigreturn: int
@@ -42,10 +42,12 @@ def round_to_pages(size: int) -> int:
 
 
 def find_gadgets(memory: int, maps: Sequence[MemoryMapping]) -> Gadgets:
-    """Find the instructions that the helpers use, preferably in libc.
+    """Return the addresses of the instructions in QEMU that helper threads need.
 
-    :param memory: A descriptor of QEMU's /proc/PID/mem.
-    :raises UnsupportedError: QEMU's text does not contain them, because its libc is unknown.
+    The function searches libc before QEMU's other executable mappings.
+
+    :param memory: A file descriptor of QEMU's /proc/PID/mem.
+    :raises UnsupportedError: if QEMU's text does not contain all these instructions.
     """
     text = [m for m in maps if m.perms.startswith("r-x") and m.path.startswith("/")]
     text.sort(key=lambda mapping: "libc" not in mapping.path)
@@ -66,7 +68,8 @@ def find_gadgets(memory: int, maps: Sequence[MemoryMapping]) -> Gadgets:
         if syscall_ret and sigreturn and exit_thread:
             return Gadgets(syscall_ret, sigreturn, exit_thread)
     raise UnsupportedError(
-        "the attach agent does not support QEMU's libc, which lacks instructions that helpers need",
+        "the attach agent does not support QEMU's libc, which lacks instructions that a helper "
+        "thread needs",
         "use the plugin agent",
         code=Code.UNKNOWN_LIBC,
     )
@@ -75,19 +78,19 @@ def find_gadgets(memory: int, maps: Sequence[MemoryMapping]) -> Gadgets:
 def prepare_exit_slot(memory: int, maps: Sequence[MemoryMapping], gadgets: Gadgets) -> int:
     """Write the address of the exit instructions to the end of QEMU's main stack.
 
-    A helper unmaps its own stack before it exits, so it reads its exit address from the last word
-    of the main stack instead. The kernel stores a null pointer there (``__bprm_mm_init()``,
-    fs/exec.c), which no program reads.
+    A helper unmaps its own stack before it exits. Therefore it reads the address of the exit
+    instructions from the last word of QEMU's main stack. In this word, the kernel stores a null
+    pointer that no program reads (``__bprm_mm_init()``, fs/exec.c).
 
-    :param memory: A descriptor of QEMU's /proc/PID/mem.
-    :returns: The address of that word.
-    :raises UnsupportedError: The word has another value.
+    :param memory: A file descriptor of QEMU's /proc/PID/mem.
+    :returns: The address of the last word of the main stack.
+    :raises UnsupportedError: if QEMU has no main stack, or if the word has an unexpected value.
     """
     stack = next((m for m in maps if m.path == "[stack]"), None)
     if stack is None:
         raise UnsupportedError(
-            "QEMU's /proc/PID/maps has no main stack",
-            "use the plugin agent, and report this",
+            "QEMU's /proc/PID/maps contains no main stack",
+            "use the plugin agent, and report this error",
             code=Code.UNKNOWN_LAYOUT,
         )
     slot = stack.end - 8
@@ -96,7 +99,7 @@ def prepare_exit_slot(memory: int, maps: Sequence[MemoryMapping], gadgets: Gadge
     if found not in (bytes(8), wanted):
         raise UnsupportedError(
             "the last word of QEMU's main stack is in use",
-            "use the plugin agent, and report this",
+            "use the plugin agent, and report this error",
             code=Code.UNKNOWN_LAYOUT,
         )
     if found != wanted:
@@ -107,10 +110,10 @@ def prepare_exit_slot(memory: int, maps: Sequence[MemoryMapping], gadgets: Gadge
 def free_areas(maps: Sequence[MemoryMapping], count: int, size: int) -> tuple[int, ...]:
     """Return unused addresses for ``count`` mappings of ``size`` bytes.
 
-    The addresses are random, so that two runs rarely choose the same addresses. If they do, or if
-    QEMU maps memory there, mmap() fails because of MAP_FIXED_NOREPLACE.
+    The addresses are random. Therefore two runs of qemu-prefault rarely choose the same addresses.
+    If an address is in use when the helper starts, mmap() fails because of MAP_FIXED_NOREPLACE.
 
-    :raises AgentError: No unused addresses were found.
+    :raises AgentError: if the function finds no unused addresses.
     """
     stride = round_to_pages(size) + 16 * PAGE_SIZE
     for _ in range(64):
@@ -119,5 +122,6 @@ def free_areas(maps: Sequence[MemoryMapping], count: int, size: int) -> tuple[in
         if not any(m.start < end and base < m.end for m in maps):
             return tuple(base + stride * index for index in range(count))
     raise AgentError(
-        "no free addresses were found in QEMU", "report this with QEMU's /proc/PID/maps"
+        "qemu-prefault found no free addresses in QEMU",
+        "report this error with QEMU's /proc/PID/maps",
     )

@@ -2,8 +2,8 @@
 """Check that QEMU's seccomp filters allow the system calls of a helper.
 
 A seccomp filter may kill QEMU for a system call that the filter does not allow. Therefore this
-module reads all filters of a thread, and evaluates them for each system call of the injection and
-of the helper, before the tool injects anything.
+module reads all filters of a thread before qemu-prefault injects code. The module evaluates the
+filters for each system call that the injection or the helper makes.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ ENDLESS_IOCTL_UNTIL = (6, 18)
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """The optional system calls that the filters allow.
+    """The optional system calls that QEMU's seccomp filters allow.
 
-    :ivar timers: Whether the helper may create timers that interrupt it.
-    :ivar kill: Whether the helper may call ``kill(PID, 0)`` to check whether the tool exists.
+    :ivar timers: Whether the helper may create timers that interrupt its system calls.
+    :ivar kill: Whether the helper may call ``kill(PID, 0)`` to check whether qemu-prefault exists.
     """
 
     timers: bool = True
@@ -52,9 +52,10 @@ class Allowed:
 def required_calls(descriptors: Iterable[int], *, area: int, gadget: int) -> tuple[Call, ...]:
     """Return the system calls that a helper needs.
 
-    :param descriptors: QEMU's file descriptors of the vCPUs; -1 if the vCPU is not prefaulted.
-    :param area: The address of the helper's memory.
-    :param gadget: The address of "syscall; ret".
+    :param descriptors: The numbers of QEMU's file descriptors of the vCPUs. A number is -1 if the
+        run only populates memory.
+    :param area: The address of the helper's mapping in QEMU.
+    :param gadget: The address of the instructions ``syscall; ret`` in QEMU.
     """
     control, after = area + CODE_SIZE, gadget + 2
     inside = area + 0x100  # an address in the helper's code
@@ -90,7 +91,10 @@ def required_calls(descriptors: Iterable[int], *, area: int, gadget: int) -> tup
 
 
 def optional_calls(*, area: int) -> tuple[Call, ...]:
-    """Return the system calls that a helper makes only if they are allowed."""
+    """Return the system calls that a helper makes only if the filters allow them.
+
+    :param area: The address of the helper's mapping in QEMU.
+    """
     control, inside = area + CODE_SIZE, area + 0x100
     return (
         Call(Number.timer_create, (CLOCK_MONOTONIC, control, control), inside),
@@ -108,12 +112,18 @@ def check_filters(
     area: int = AREAS_FROM,
     gadget: int = 0,
 ) -> Allowed:
-    """Check that the filters of these threads allow the system calls of a helper.
+    """Check that the seccomp filters of threads allow a helper's system calls.
 
-    If a thread has filters, this function stops it briefly to read them.
+    If a thread has seccomp filters, this function stops the thread briefly to read them.
 
-    :raises UnsupportedError: A filter denies a call or cannot be read (code ``seccomp``).
-    :raises FailedError: A thread has exited or does not stop.
+    :param thread_ids: The ids of the threads.
+    :param descriptors: See :func:`required_calls`.
+    :param area: See :func:`required_calls`.
+    :param gadget: See :func:`required_calls`.
+    :returns: The optional system calls that all filters allow.
+    :raises UnsupportedError: if a filter denies a required system call, or if this process cannot
+        read a filter (code ``seccomp``).
+    :raises FailedError: if a thread has exited, or if a thread does not stop.
     """
     descriptors = tuple(descriptors)
     calls = required_calls(descriptors, area=area, gadget=gadget)
@@ -143,13 +153,13 @@ def check_filters(
 
 
 def kernel_version() -> tuple[int, int]:
-    """Return the version of the running kernel, or (0, 0) if it cannot be parsed."""
+    """Return (major, minor) of the running kernel, or (0, 0) if parsing fails."""
     match = re.match(r"(\d+)\.(\d+)", os.uname().release)
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def _read_filters(process: Process, thread_id: int) -> list[Filter] | None:
-    """Return a thread's filters, or None if this process cannot read them."""
+    """Return a thread's seccomp filters, or None if this process cannot read them."""
     buffer = ffi.new("unsigned char[]", lib.FILTERS_BYTES_MAX)
     result = ffi.new("struct inject_result *")
     size = lib.pf_read_filters(thread_id, buffer, len(buffer), result)
@@ -165,12 +175,12 @@ def _read_filters(process: Process, thread_id: int) -> list[Filter] | None:
     if result.error == errno.ESRCH:
         raise GoneError(
             f"thread {thread_id} of QEMU (pid {process.pid}) has exited",
-            "check whether QEMU has exited or unplugged that vCPU",
+            "check whether QEMU has exited or unplugged the vCPU of this thread",
         )
     raise FailedError(
         f"cannot read the seccomp filters of thread {thread_id} of QEMU (pid {process.pid}), "
-        f"because it did not stop: {os.strerror(result.error)}",
-        "run qemu-prefault again; QEMU is unchanged",
+        f"because the thread did not stop: {os.strerror(result.error)}",
+        "run qemu-prefault again\nQEMU is unchanged",
         code=Code.AGENT,
     )
 
@@ -193,7 +203,7 @@ def _unreadable(process: Process, filters: int | None) -> UnsupportedError:
     which = "seccomp filters" if filters is None or filters != 1 else "a seccomp filter"
     return UnsupportedError(
         f"QEMU (pid {process.pid}) has {which} that this process cannot read",
-        "run qemu-prefault as root on the host, outside containers, because CAP_SYS_ADMIN is "
-        "necessary to read filters; or use the plugin agent",
+        "use the plugin agent, or run qemu-prefault with CAP_SYS_ADMIN as root on the host and "
+        "outside of containers",
         code=Code.SECCOMP,
     )

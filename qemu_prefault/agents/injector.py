@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Start helper threads in QEMU with ptrace.
 
-This module chooses the vCPUs, checks QEMU, and sets the helpers' scheduling. native/ptrace/inject.c
-makes the ptrace calls. This module prepares its requests, and converts its results into errors.
+This module chooses the vCPUs that get a helper, checks that helpers can run in QEMU, and sets the
+scheduling of each helper. native/ptrace/inject.c makes the ptrace calls. This module prepares the
+requests for that code, and converts the results of that code into exceptions.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ def choose_threads(
     threads: Sequence[VcpuThread],
     or_else: str = "use the plugin agent",
 ) -> list[VcpuThread]:
-    """Choose the vCPUs that get a helper, or a worker thread of the plugin.
+    """Return the vCPUs that get a helper thread, or a worker thread of the plugin.
 
     The number of helpers is the number of CPUs that QEMU may use, but at least 2 and at most
-    :data:`MAX_HELPERS`. The minimum is 2 because one vCPU may be unusable, for example in guest
-    mode. The vCPUs are spread over the guest's NUMA nodes.
+    :data:`MAX_HELPERS`. The minimum is 2 because one vCPU may be unusable, for example while it
+    runs a nested guest. The function spreads the helpers over the guest's NUMA nodes.
 
     :param or_else: An alternative to a higher limit, for the error message.
-    :raises RefusedError: QEMU may start too few more threads (code ``no-tasks``).
+    :raises RefusedError: if QEMU may start too few additional threads (code ``no-tasks``).
     """
     try:
         cpus = len(os.sched_getaffinity(process.pid))
@@ -51,8 +52,8 @@ def choose_threads(
     count, limit = strictest(task_limits(process), wanted)
     if limit is not None and not count:
         raise RefusedError(
-            f"QEMU (pid {process.pid}) may start only {limit.left} more threads: "
-            f"{limit.name} is {limit.detail}",
+            f"QEMU (pid {process.pid}) may start only {limit.left} more threads, "
+            f"because {limit.name} is {limit.detail}",
             f"raise {limit.name}, or {or_else}",
             code=Code.NO_TASKS,
         )
@@ -66,14 +67,16 @@ def choose_threads(
 
 
 class Injector:
-    """Starts the helpers of one run.
+    """An object that starts the helper threads of one run.
 
-    The same thread must make all calls, because the kernel attaches tracees to a thread. The
-    constructor checks QEMU. It writes only the exit slot, see :func:`.prepare_exit_slot`.
+    The same thread must call the constructor and all methods, because the kernel attaches a tracee
+    to a tracer thread. The constructor checks that helpers can run in QEMU. It writes only one word
+    to QEMU, the exit slot of :func:`.prepare_exit_slot`.
 
     :ivar allowed: The optional system calls that QEMU's seccomp filters allow.
-    :raises UnsupportedError: A helper cannot run in this QEMU, see :meth:`.PtraceAgent.start`.
-    :raises FailedError: QEMU has exited.
+    :raises UnsupportedError: if a helper cannot run in this QEMU. :meth:`.PtraceAgent.start` lists
+        the reasons.
+    :raises FailedError: if QEMU has exited.
     """
 
     def __init__(
@@ -108,17 +111,19 @@ class Injector:
         ]
 
     def unmap_abandoned_areas(self) -> None:
-        """Unmap the helper mappings that killed runs have left in QEMU."""
+        """Unmap the memory that killed runs of qemu-prefault have left in QEMU."""
         for area in abandoned_areas(self._process, self._memory, self._maps):
             self._inject(lib.pf_inject_munmap, self._threads[0].thread_id, area)
 
     def start_helper(self, index: int) -> Helper:
-        """Start the helper of the thread with this index.
+        """Start a helper from one vCPU thread.
 
-        :raises AgentError: The thread cannot be stopped, or cannot make system calls.
-        :raises RefusedError: QEMU may not start another thread.
-        :raises UnsupportedError: This process may not trace QEMU, or QEMU may not map code.
-        :raises FailedError: QEMU or the thread has exited.
+        :param index: The index of the thread in the list of threads that the constructor received.
+        :raises AgentError: if the thread cannot be stopped, or if it cannot make system calls.
+        :raises RefusedError: if QEMU may not start another thread.
+        :raises UnsupportedError: if this process may not trace QEMU, or if QEMU may not map
+            executable memory.
+        :raises FailedError: if QEMU or the thread has exited.
         """
         thread, area = self._threads[index], self._areas[index]
         image = ffi.from_buffer(self._image(area, thread))
@@ -128,10 +133,13 @@ class Injector:
         return Helper(self._memory, area, CODE_SIZE)
 
     def place(self, index: int, helper: Helper, own_tid: int) -> list[str]:
-        """Set a helper's scheduling, CPUs and cgroup, see :func:`.host.placement.place`.
+        """Set the scheduling, the CPUs and the cgroup of a helper.
 
+        :func:`.host.placement.place` describes the new values.
+
+        :param index: The index of the vCPU thread that started the helper.
         :param own_tid: The helper's thread id in QEMU's pid namespace.
-        :returns: The properties that this process has no permission to change.
+        :returns: The names of the properties that this process has no permission to change.
         """
         helper.thread_id = self._thread_of(own_tid)
         if not helper.thread_id:
@@ -139,7 +147,10 @@ class Injector:
         return place(self._process, helper.thread_id, self._cpus[index])
 
     def _thread_of(self, own_tid: int) -> int:
-        """Convert a thread id of QEMU's pid namespace to ours. Return 0 if it is unknown."""
+        """Return the id of a thread in this pid namespace, or 0 if it is unknown.
+
+        :param own_tid: The id of the thread in QEMU's pid namespace.
+        """
         if same_pid_namespace(self._process.pid):
             return own_tid
         return thread_map(self._process).get(own_tid, 0)
@@ -168,7 +179,7 @@ class Injector:
         check_injection(self._process, thread_id, result)
 
     def _image(self, area: int, thread: VcpuThread) -> bytes:
-        """Return the helper's code, followed by the fields of its control page."""
+        """Return the bytes of the helper's code and of the fields of its control page."""
         control = ffi.new(
             "struct prefault_control *",
             {
@@ -197,9 +208,9 @@ class Injector:
 
 
 def check_injection(process: Process, thread_id: int, result: Any) -> None:
-    """Raise the error that matches a failed injection.
+    """Raise an error if an injection has failed.
 
-    :param result: A ``struct inject_result`` of native/ptrace/inject.h.
+    :param result: The ``struct inject_result`` (native/ptrace/inject.h) of the injection.
     """
     if result.stage == lib.INJECT_OK:
         return
@@ -214,7 +225,7 @@ def check_injection(process: Process, thread_id: int, result: Any) -> None:
     if result.error == errno.ESRCH:
         raise FailedError(
             f"{what} has exited",
-            "check whether QEMU has exited or unplugged that vCPU",
+            "check whether QEMU has exited or unplugged the vCPU of this thread",
             code=Code.QEMU_GONE,
         )
     if result.stage == lib.INJECT_INSPECT and result.error == errno.ENOSPC:
@@ -227,15 +238,15 @@ def check_injection(process: Process, thread_id: int, result: Any) -> None:
     if result.stage == lib.INJECT_MMAP and result.error in (errno.EACCES, errno.EPERM):
         raise UnsupportedError(
             f"QEMU (pid {process.pid}) cannot map executable anonymous memory: {reason}",
-            "allow it in the security module that forbids it (SELinux: execmem), or use the plugin "
-            "agent",
+            "use the plugin agent, or allow executable anonymous memory in the security module "
+            "(SELinux: execmem)",
             code=Code.EXECMEM,
         )
     if result.stage == lib.INJECT_CLONE and result.error == errno.EAGAIN:
         _, limit = strictest(task_limits(process), MAX_HELPERS + RESERVE)
         raise RefusedError(
             f"QEMU (pid {process.pid}) may not start another thread"
-            + (f": {limit.name} is {limit.detail}" if limit else f": {reason}"),
+            + (f", because {limit.name} is {limit.detail}" if limit else f": {reason}"),
             f"raise {limit.name if limit else 'pids.max, or ulimit -u'}, or use the plugin agent",
             code=Code.NO_TASKS,
         )
@@ -250,6 +261,6 @@ def check_injection(process: Process, thread_id: int, result: Any) -> None:
         lib.INJECT_CLONE: "clone failed in the thread",
     }[result.stage]
     raise AgentError(
-        f"cannot start a helper from {what}: {stage} ({reason})",
-        "run qemu-prefault again, or use the plugin agent; QEMU is unharmed",
+        f"{what} cannot start a helper: {stage} ({reason})",
+        "run qemu-prefault again, or use the plugin agent\nQEMU is unharmed",
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Start QEMU with the plugin loaded (``qemu-prefault run``)."""
+"""Start QEMU with the plugin loaded, for the command ``qemu-prefault run``."""
 
 from __future__ import annotations
 
@@ -38,19 +38,20 @@ def replace_by(
     *,
     warn: Callable[[str], None] | None = None,
 ) -> NoReturn:
-    """Replace this process by QEMU, with the plugin in ``LD_PRELOAD``.
+    """Replace this process by QEMU, and load the plugin with ``LD_PRELOAD``.
 
     :param command: QEMU's command line.
-    :param options: The plugin's options, each ``KEY=VALUE``.
-    :param warn: A function that is called with a warning if ``LD_PRELOAD`` may not reach QEMU.
-    :raises InputError: The program does not exist, or the plugin does not know an option.
-    :raises UnsupportedError: ``LD_PRELOAD`` cannot load the plugin into the program.
+    :param options: The plugin's options in the form ``KEY=VALUE``.
+    :param warn: A function that receives a warning if ``LD_PRELOAD`` may not reach QEMU, or None.
+    :raises InputError: if the program does not exist, or if the plugin does not know an option.
+    :raises UnsupportedError: if ``LD_PRELOAD`` cannot load the plugin into the program.
     """
     program = shutil.which(command[0])
     if program is None:
         raise InputError(
             f"{command[0]} is not an executable program",
-            "give QEMU's command line after --, e.g.: qemu-prefault run -- qemu-system-x86_64 …",
+            "give QEMU's command line after --, for example "
+            "qemu-prefault run -- qemu-system-x86_64 …",
         )
     check_plugin_options(options)
     for started in (program, *_wrapped_programs(command)):
@@ -58,12 +59,12 @@ def replace_by(
         _refuse_static(started)
     for doubt in _doubts(command, program):
         if warn is not None:
-            warn(f"{doubt}: the plugin may not be loaded")
+            warn(f"the plugin may not be loaded, because {doubt}")
     plugin = os.fspath(plugin_path())
     if any(mark in plugin for mark in ": "):
         raise UnsupportedError(
             f"LD_PRELOAD cannot load {plugin}, because the path contains a space or a colon",
-            "install qemu-prefault in another directory, or use QEMU's "
+            "install qemu-prefault in another directory, or use QEMU's option "
             '-plugin "$(qemu-prefault plugin-path)"',
         )
     before = os.environ.get("LD_PRELOAD")
@@ -76,21 +77,22 @@ def replace_by(
 def check_plugin_options(options: Sequence[str]) -> None:
     """Check the syntax and the keys of the plugin's options.
 
-    :raises InputError: An option is not ``KEY=VALUE`` with a key that the plugin knows.
+    :raises InputError: if an option does not have the form ``KEY=VALUE``, or if the plugin does not
+        know the key.
     """
     for option in options:
         key, equals, _ = option.partition("=")
         if not equals or key not in OPTIONS or "," in option:
             raise InputError(
                 f"the plugin has no option {option!r}",
-                f"write KEY=VALUE; the keys are: {', '.join(OPTIONS)}",
+                f"write KEY=VALUE with one of the keys {', '.join(OPTIONS)}",
             )
 
 
 def _refuse_privileged(program: str) -> None:
-    """Raise an error if executing the program raises privileges.
+    """Raise an error if the program runs with raised privileges.
 
-    The dynamic linker then ignores LD_PRELOAD (AT_SECURE, ld.so(8)).
+    For such a program, the dynamic linker ignores LD_PRELOAD (AT_SECURE, ld.so(8)).
     """
     mode = os.stat(program).st_mode
     try:
@@ -102,20 +104,23 @@ def _refuse_privileged(program: str) -> None:
     )
     if raised or (capabilities and os.geteuid() != 0):
         raise UnsupportedError(
-            f"{program} is set-uid or has file capabilities, so the dynamic linker ignores "
-            "LD_PRELOAD",
-            'use QEMU\'s own option instead: -plugin "$(qemu-prefault plugin-path)"',
+            f"the dynamic linker ignores LD_PRELOAD, because {program} is set-uid or set-gid, or "
+            "has file capabilities",
+            'use QEMU\'s own option -plugin "$(qemu-prefault plugin-path)" instead',
             code=Code.SECURE_EXECUTION,
         )
 
 
 def _refuse_static(program: str) -> None:
-    """Raise an error if the program is static. Only ld.so reads LD_PRELOAD."""
+    """Raise an error if the program is statically linked.
+
+    Only the dynamic linker ld.so reads LD_PRELOAD.
+    """
     if is_static(program):
         raise UnsupportedError(
             f"{program} is statically linked, so it cannot load the plugin",
-            "use a dynamically linked QEMU, or prefault it after it has started: "
-            "qemu-prefault --qmp SOCKET\n"
+            "use a dynamically linked QEMU, or run qemu-prefault --qmp SOCKET after QEMU has "
+            "started\n"
             f"if {os.path.basename(program)} starts QEMU, put 'qemu-prefault run --' before "
             "QEMU's own command line instead",
             code=Code.STATIC_PROGRAM,
@@ -123,7 +128,7 @@ def _refuse_static(program: str) -> None:
 
 
 def _wrapped_programs(command: Sequence[str]) -> Iterator[str]:
-    """Yield the QEMU program that a known wrapper starts."""
+    """Yield the path of QEMU if the command starts QEMU by a known wrapper."""
     if os.path.basename(command[0]) not in WRAPPERS:
         return
     for word in command[1:]:
@@ -135,7 +140,7 @@ def _wrapped_programs(command: Sequence[str]) -> Iterator[str]:
 
 
 def _doubts(command: Sequence[str], program: str) -> Iterator[str]:
-    """Yield reasons why ``LD_PRELOAD`` may not reach QEMU."""
+    """Yield the reasons why ``LD_PRELOAD`` may not reach QEMU."""
     interpreter = script_interpreter(program)
     if interpreter is not None and is_static(interpreter):
         yield f"{program} is a script for {interpreter}, which is statically linked"

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The plugin agent, which uses ``qemu-prefault-plugin.so`` in QEMU.
 
-The plugin keeps the guest prefaulted without this process (native/plugin/vcpu.c). This module finds
-the plugin's control socket, implements its protocol, and defines the :class:`Agent` that sends
-batches of ranges to the plugin. The agent does not need permission to trace QEMU.
+The plugin also keeps the guest prefaulted without this process (native/plugin/vcpu.c). This module
+finds the plugin's control socket, and implements the protocol of the socket. It defines the
+:class:`Agent` that sends batches of ranges to the plugin. This agent does not need permission to
+trace QEMU.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ LONGEST_SOCKET_PATH: Final = 107
 
 
 def plugin_path() -> Path:
-    """Return the plugin's path, for QEMU's ``-plugin`` or ``LD_PRELOAD``.
+    """Return the plugin's path for QEMU's ``-plugin`` option or ``LD_PRELOAD``.
 
-    :raises UnsupportedError: This installation was built without the plugin.
+    :raises UnsupportedError: if this installation was built without the plugin.
     """
     path = Path(__file__).resolve().parent.parent / "qemu-prefault-plugin.so"
     if not path.exists():
         raise UnsupportedError(
-            f"this installation has no plugin: {path} does not exist",
-            "install qemu-prefault from the source tree: pip install .",
+            f"this installation has no plugin, because {path} does not exist",
+            "run pip install . in the source tree of qemu-prefault",
             code=Code.NO_PLUGIN,
         )
     return path
@@ -57,9 +58,9 @@ def plugin_path() -> Path:
 def find_control_socket(process: Process) -> Path | None:
     """Return the path of the plugin's control socket, or None if QEMU has no plugin.
 
-    The name of the plugin's control thread contains the listening descriptor, and
-    ``/proc/PID/net/unix`` contains the path of the socket. If possible, the result is a path below
-    ``/proc/PID/root``, because QEMU may run in its own mount namespace.
+    The name of the plugin's control thread contains the number of the listening descriptor.
+    ``/proc/PID/net/unix`` contains the path of this socket. QEMU may run in its own mount
+    namespace. Therefore the result is a path below ``/proc/PID/root`` if the socket exists there.
     """
     proc = Path("/proc") / str(process.pid)
     for name in thread_names(process.pid).values():
@@ -78,7 +79,11 @@ def find_control_socket(process: Process) -> Path | None:
 
 
 def bound_path(table: str, link: str) -> str | None:
-    """Return the path of ``socket:[INODE]`` in ``/proc/net/unix``, or None."""
+    """Return the path to which a UNIX socket is bound, or None if it is unbound.
+
+    :param table: The text of ``/proc/PID/net/unix``.
+    :param link: The target ``socket:[INODE]`` of the link in ``/proc/PID/fd``.
+    """
     inode = link.removeprefix("socket:[").removesuffix("]")
     for line in table.splitlines()[1:]:
         fields = line.split(maxsplit=7)
@@ -88,12 +93,15 @@ def bound_path(table: str, link: str) -> str | None:
 
 
 def batch_threads(pid: int) -> bool:
-    """Return whether a batch is running in process ``pid``."""
+    """Return whether the plugin in process ``pid`` is running a batch."""
     return BATCH_THREAD in thread_names(pid).values()
 
 
 class Control:
-    """A connection to the plugin's control socket. :meth:`open` creates the object."""
+    """A connection to the plugin's control socket.
+
+    :meth:`connect` and :meth:`open` create the connection.
+    """
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pid: int
@@ -104,11 +112,13 @@ class Control:
 
     @classmethod
     async def connect(cls, path: Path, pid: int) -> Control:
-        """Connect, and check that the plugin uses the same version of the protocol.
+        """Connect to the plugin, and check the version of the plugin's protocol.
 
-        :raises UnsupportedError: This process has no permission to connect, or the plugin has a
-            different version.
-        :raises FailedError: The connection failed, or the plugin does not answer.
+        :param path: The path of the control socket.
+        :param pid: The pid of QEMU, for error messages.
+        :raises UnsupportedError: if this process has no permission to connect, or if the plugin has
+            a different version.
+        :raises FailedError: if the connection fails, or if the plugin does not answer.
         """
         try:
             reader, writer = await _open(path)
@@ -121,8 +131,8 @@ class Control:
         except OSError as error:
             raise FailedError(
                 f"cannot connect to the plugin's control socket {path}: {error.strerror}",
-                "check whether QEMU has exited (see its log), or use --agent attach, which works "
-                "without the plugin",
+                "check in QEMU's log whether QEMU has exited, or use --agent attach, which needs "
+                "no plugin",
                 code=Code.CONTROL_SOCKET,
             ) from error
         control = cls(reader, writer, pid)
@@ -135,7 +145,7 @@ class Control:
             writer.close()
             raise UnsupportedError(
                 f"the plugin in QEMU (pid {pid}) and this qemu-prefault have different versions",
-                "use the qemu-prefault release that contains this plugin, or --agent attach",
+                "use the qemu-prefault release that contains this plugin, or use --agent attach",
                 code=Code.PLUGIN_VERSION,
             )
         return control
@@ -153,8 +163,9 @@ class Control:
     async def ask(self, request: str) -> dict[str, Any]:
         """Send a request, and return the plugin's answer.
 
-        :raises FailedError: The plugin refused the request or does not answer, or QEMU has exited.
-        :raises RefusedError: Another client's batch is running.
+        :raises FailedError: if the plugin refuses the request, if the plugin does not answer, or if
+            QEMU has exited.
+        :raises RefusedError: if the plugin is running a batch of another client.
         """
         self.send(request)
         try:
@@ -163,7 +174,7 @@ class Control:
         except TimeoutError:
             raise FailedError(
                 f"the plugin in QEMU (pid {self._pid}) did not answer within {ANSWER_SECONDS:g} s",
-                "check whether QEMU is stopped (SIGSTOP): ps -o stat -p PID",
+                "check with ps -o stat -p PID whether SIGSTOP has stopped QEMU",
                 code=Code.CONTROL_SOCKET,
             ) from None
 
@@ -248,7 +259,10 @@ class Control:
         self._writer.write(text.encode() + b"\n")
 
     async def receive(self) -> dict[str, Any]:
-        """Return the next answer of the plugin. Raise ``{"error": …}`` as an exception."""
+        """Return the plugin's next answer.
+
+        If the answer is ``{"error": …}``, raise an exception with the text of the error.
+        """
         try:
             line = await self._reader.readline()
         except (OSError, ValueError) as error:
@@ -260,7 +274,7 @@ class Control:
         except (ValueError, RecursionError) as error:
             raise AgentError(
                 f"the plugin in QEMU (pid {self._pid}) sent an answer that is not JSON",
-                "report this",
+                "report this error",
             ) from error
         with self._well_formed():
             answer = dict(expect_object(found, "the answer"))
@@ -268,26 +282,31 @@ class Control:
             if answer.get("code") == BUSY:
                 raise RefusedError(
                     f"another qemu-prefault is working in QEMU (pid {self._pid})",
-                    "wait until it has finished, then run qemu-prefault again",
+                    "wait until the other qemu-prefault has finished, then run qemu-prefault again",
                     code=Code.BUSY_AGENT,
                 )
-            raise AgentError(f"the plugin refused the request: {answer['error']}", "report this")
+            raise AgentError(
+                f"the plugin refused the request: {answer['error']}", "report this error"
+            )
         return answer
 
     def _gone(self) -> FailedError:
         return FailedError(
             f"QEMU (pid {self._pid}) closed the plugin's control socket",
-            "check whether QEMU has exited (see its log); the plugin accepts only clients that run "
-            "as root or as QEMU's user",
+            "check in QEMU's log whether QEMU has exited, and run qemu-prefault as root or as "
+            "QEMU's user",
             code=Code.QEMU_GONE,
         )
 
     def fileno(self) -> int:
-        """Return the socket's descriptor. A batch runs as long as a copy of it is open."""
+        """Return the descriptor of the socket.
+
+        The plugin ends the current batch when all copies of the descriptor are closed.
+        """
         return int(self._writer.get_extra_info("socket").fileno())
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection to the plugin."""
         self._writer.close()
 
 
@@ -305,7 +324,7 @@ async def _open(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]
 class PluginAgent:
     """The :class:`~qemu_prefault.agents.base.Agent` that uses the plugin's threads.
 
-    Its methods raise the errors of :class:`Control`.
+    The methods of this class raise the errors of :class:`Control`.
     """
 
     name = "plugin"
@@ -332,7 +351,7 @@ class PluginAgent:
     async def start(self) -> None:
         """See :meth:`.Agent.start`.
 
-        :raises AgentError: The plugin does not know a vCPU.
+        :raises AgentError: if the plugin does not know a vCPU.
         """
         self._control = await Control.connect(self._socket, self.process.pid)
         status = await self._control.status()
@@ -346,11 +365,14 @@ class PluginAgent:
                 raise AgentError(
                     f"the plugin in QEMU (pid {self.process.pid}) does not know vCPU "
                     f"{worker.vcpu_id}",
-                    "QEMU may be plugging or unplugging this vCPU: run qemu-prefault again",
+                    "run qemu-prefault again, because QEMU may be plugging or unplugging this vCPU",
                 )
 
     async def hold_vcpus(self) -> bool:
-        """See :meth:`.Agent.hold_vcpus`. The plugin of an older release cannot hold vCPUs."""
+        """See :meth:`.Agent.hold_vcpus`.
+
+        The result is False if the plugin is of an older release, which cannot hold vCPUs.
+        """
         assert self._control
         try:
             await self._control.ask("lend")

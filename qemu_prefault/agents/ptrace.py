@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The attach agent, which starts helper threads in a running QEMU with ptrace.
 
-This module stops a vCPU thread and makes it execute three system calls, which start a helper thread
-and leave the vCPU thread unchanged (native/ptrace/inject.c). After that, the helper and this
-process communicate through one control page, which this process accesses through ``/proc/PID/mem``.
-If this process's heartbeat stops, the helper finishes its chunk, unmaps itself and exits, so
-nothing remains in QEMU if this process is killed. The vCPU thread is the parent of its helper,
-which inherits the thread's memory policy. The helper also inherits the scheduling class, CPUs and
-cgroup, but this process changes them immediately (host/placement.py).
+This module stops a vCPU thread, and makes the thread execute three system calls. These system calls
+start a helper thread, and leave the vCPU thread unchanged (native/ptrace/inject.c). The helper and
+this process then communicate through one control page. This process accesses the page through
+``/proc/PID/mem``.
+
+This process writes a heartbeat to the control page. If the heartbeat stops, for example because
+this process was killed, the helper completes its current chunk, unmaps itself and exits. Therefore
+no helper remains in QEMU.
+
+The vCPU thread is the parent of its helper. The helper inherits the memory policy, the scheduling
+class, the CPUs and the cgroup of the vCPU thread. This process immediately changes all of these
+properties except the memory policy (host/placement.py).
 """
 
 from __future__ import annotations
@@ -42,7 +47,7 @@ FASTEST = 32 << 30
 
 
 class PtraceAgent:
-    """The :class:`.Agent` that uses helper threads."""
+    """The :class:`.Agent` that uses helper threads, which it starts in QEMU."""
 
     name = "attach"
     ranges_per_batch = int(lib.PREFAULT_RANGES_MAX)
@@ -68,16 +73,16 @@ class PtraceAgent:
         self._heart_stop = threading.Event()
 
     async def start(self) -> None:
-        """Start one helper per vCPU. Each vCPU thread is stopped for less than 1 ms.
+        """Start one helper per vCPU, and stop each vCPU thread for less than 1 ms.
 
-        :raises UnsupportedError: This process has no permission to trace QEMU, the agent does not
-            know QEMU's libc, a security module forbids executable anonymous memory, a seccomp
-            filter denies a system call, QEMU's stacks are too small, or QEMU runs with a hardware
-            shadow stack.
-        :raises RefusedError: Another qemu-prefault is working in this QEMU, or QEMU may not start
-            another thread.
-        :raises AgentError: A thread cannot be stopped, or a helper does not start.
-        :raises FailedError: QEMU or a vCPU thread has exited.
+        :raises UnsupportedError: if this process has no permission to trace QEMU, if the agent does
+            not know QEMU's libc, if a security module forbids executable anonymous memory, if a
+            seccomp filter denies a system call, if QEMU's stacks are too small, or if QEMU runs
+            with a hardware shadow stack.
+        :raises RefusedError: if another qemu-prefault is working in this QEMU, or if QEMU may not
+            start another thread.
+        :raises AgentError: if a thread cannot be stopped, or if a helper does not start.
+        :raises FailedError: if QEMU or a vCPU thread has exited.
         """
         await self._wait_until_alone()
         # The kernel attaches tracees to a thread, and detaches them when the thread exits.
@@ -100,13 +105,13 @@ class PtraceAgent:
             raise
 
     async def _wait_until_alone(self) -> None:
-        """Wait until the helpers of a killed run have exited. Raise an error if they stay."""
+        """Wait until QEMU has no helpers of another run. Raise an error on timeout."""
         deadline = time.monotonic() + self.limits.dead_man + self.limits.stuck + 1
         while helper_threads(self.process.pid):
             if time.monotonic() > deadline:
                 raise RefusedError(
                     f"another qemu-prefault is working in QEMU (pid {self.process.pid})",
-                    "wait until it has finished, then run qemu-prefault again",
+                    "wait until the other qemu-prefault has finished, then run qemu-prefault again",
                     code=Code.BUSY_AGENT,
                 )
             await asyncio.sleep(0.05)
@@ -123,9 +128,9 @@ class PtraceAgent:
             refused = injector.place(worker.index, helper, self._header(helper).tid)
             if refused:
                 self.warnings[Code.HELPER_PLACEMENT] = (
-                    "a helper runs like its vCPU's thread, because this process has no permission "
-                    f"to change {', '.join(refused)}; run qemu-prefault with CAP_SYS_NICE and "
-                    "write access to QEMU's cgroups"
+                    "qemu-prefault needs CAP_SYS_NICE and write access to QEMU's cgroups, because "
+                    "it has no permission to change these properties of a helper thread: "
+                    f"{', '.join(refused)}"
                 )
 
     async def _wait_ready(self) -> None:
@@ -135,14 +140,14 @@ class PtraceAgent:
                 if time.monotonic() > deadline:
                     raise AgentError(
                         "a helper thread did not start within 5 s",
-                        "run qemu-prefault again; the host may be overloaded, and QEMU is unharmed",
+                        "run qemu-prefault again when the host is less loaded\nQEMU is unharmed",
                     )
                 await asyncio.sleep(0.001)
             if ready != 1:
                 error = (1 << 32) - ready
                 raise AgentError(
                     f"a helper thread could not set its timer: {os.strerror(error)}",
-                    "check QEMU's limit of pending signals (ulimit -i); QEMU is unharmed",
+                    "check QEMU's limit of pending signals (ulimit -i)\nQEMU is unharmed",
                 )
 
     def _start_ticker(self) -> None:
@@ -155,7 +160,7 @@ class PtraceAgent:
             self._heart.start()
 
     def _beat(self) -> None:
-        """Write the heartbeat of every helper. This runs in a separate thread."""
+        """Write the heartbeat of every helper periodically, in a separate thread."""
         beat = 0
         while True:
             beat += 1
@@ -169,8 +174,8 @@ class PtraceAgent:
     async def hold_vcpus(self) -> bool:
         """See :meth:`.Agent.hold_vcpus`.
 
-        :raises UnsupportedError: This process has no permission to trace QEMU.
-        :raises AgentError: A vCPU's thread does not stop.
+        :raises UnsupportedError: if this process has no permission to trace QEMU.
+        :raises AgentError: if the thread of a vCPU does not stop.
         """
         if self._gate is None:
             return False
@@ -191,10 +196,13 @@ class PtraceAgent:
     async def run(
         self, batch: Mapping[int, Sequence[Range]], on_progress: Callable[[int], None]
     ) -> BatchResult:
-        """Run one batch, see :meth:`.Agent.run`. If it prefaults, hold the vCPUs first.
+        """See :meth:`.Agent.run`.
 
-        :raises FailedError: QEMU (code ``qemu-gone``) or a helper (code ``agent-left``) has exited.
-        :raises AgentError: The vCPUs are not held.
+        If the batch prefaults memory, the caller must hold the vCPUs first.
+
+        :raises FailedError: if QEMU has exited (code ``qemu-gone``), or if a helper has exited
+            (code ``agent-left``).
+        :raises AgentError: if the batch prefaults memory and the vCPUs are not held.
         """
         self._check_held(batch)
         if not self._aborted:
@@ -234,17 +242,19 @@ class PtraceAgent:
         return BatchResult(finished, seconds)
 
     def _report_stall(self, helpers: Sequence[Helper]) -> None:
-        """Log and record the reasons why these helpers make no progress."""
+        """Log the reasons why these helpers make no progress, and store a warning."""
         reasons = {why_stalled(self.process.pid, helper.thread_id) for helper in helpers}
         text = f"no progress for {STALL_SECONDS:g} s: {'; '.join(sorted(reasons))}"
         self.warnings[Code.NO_PROGRESS] = text
         logging.getLogger(__name__).warning(text)
 
     async def _wait(self, seconds: float) -> None:
-        """Wait between two reads of the control pages.
+        """Wait before the control pages are read again.
 
-        After an abort, wait only briefly, because helpers end their batches after the current
-        chunk, and the guest may be paused.
+        After an abort, wait only briefly. Each helper then ends its batch after its current chunk,
+        and the guest may be paused until all helpers have ended their batches.
+
+        :param seconds: The time to wait if the batch is not aborted.
         """
         if self._told_to_end.is_set():
             await asyncio.sleep(POLL_SHORTEST)
@@ -257,9 +267,9 @@ class PtraceAgent:
         return self._guarded(helper.read_header)
 
     def _guarded(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a function that accesses QEMU's memory.
+        """Call a function that accesses QEMU's memory, and return its result.
 
-        If the call fails, raise the error for an exited QEMU or an exited helper.
+        If the call fails, raise an error that states whether QEMU or a helper has exited.
         """
         try:
             return function(*args)
@@ -267,8 +277,8 @@ class PtraceAgent:
             if alive(self.process):
                 raise AgentError(
                     "a helper thread in QEMU exited before its work was done",
-                    f"run qemu-prefault again; it did not run for {self.limits.dead_man:g} s, "
-                    "because it was suspended or the host is overloaded",
+                    f"check why qemu-prefault did not run for {self.limits.dead_man:g} s, for "
+                    "example because the host was overloaded, and run qemu-prefault again",
                     code=Code.AGENT_LEFT,
                 ) from error
             raise exit_error(
@@ -311,10 +321,10 @@ class PtraceAgent:
         )
 
     async def close(self) -> None:
-        """Release the helpers, and wait until all of them have exited.
+        """End the helpers, and wait until all of them have exited.
 
-        :raises AgentError: A helper is blocked in the kernel. It exits when its system call
-            returns.
+        :raises AgentError: if a helper is blocked in the kernel. The helper exits when its system
+            call returns.
         """
         self._tell_all("release")
         try:
@@ -345,19 +355,20 @@ class PtraceAgent:
             if time.monotonic() > deadline:
                 raise AgentError(
                     f"a helper thread in QEMU (pid {self.process.pid}) is blocked in the kernel",
-                    "the helper exits when its system call returns; no action is needed",
+                    "no action is needed, because the helper exits when its system call returns",
                 )
             await asyncio.sleep(pause)
             pause = min(pause * 2, 0.02)
 
 
 def _seconds_left(begun: float, header: Any, outcomes: Sequence[Outcome]) -> float:
-    """Return the seconds until the helper's control page should be read again.
+    """Return the seconds to wait before the helper's control page is read again.
 
-    This process reads rarely, because it may share a CPU with the helper.
+    This process reads the page rarely, because this process may share a CPU with the helper.
 
-    :param begun: ``time.monotonic()`` when the batch was submitted.
-    :param header: The helper's control page.
+    :param begun: The value of ``time.monotonic()`` when the batch was submitted.
+    :param header: The header of the helper's control page.
+    :param outcomes: The current outcomes of the helper's ranges.
     """
     now = time.monotonic()
     done = sum(outcome.done for outcome in outcomes)

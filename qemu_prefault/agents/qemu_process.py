@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Check, open and describe the QEMU process in which the attach agent works."""
+"""Check the QEMU process of the attach agent, and open its memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def same_pid_namespace(pid: int) -> bool:
 def stays_alive(process: Process, seconds: float = 0.2) -> bool:
     """Return whether the process is alive now and does not exit within ``seconds``.
 
-    A process that is being killed still exists for a short time.
+    A process still exists for a short time while the kernel kills it.
     """
     try:
         pidfd = os.pidfd_open(process.pid)
@@ -49,16 +49,19 @@ def alive(process: Process) -> bool:
 
 
 def helper_threads(pid: int) -> tuple[int, ...]:
-    """Return the ids of all runs' helper threads in process ``pid``."""
+    """Return the ids of all helper threads in process ``pid``.
+
+    The result includes the helpers of other runs of qemu-prefault.
+    """
     return tuple(tid for tid, name in thread_names(pid).items() if name == HELPER_NAME)
 
 
 def open_memory(process: Process) -> int:
-    """Open ``/proc/PID/mem`` for reading and writing.
+    """Open ``/proc/PID/mem`` of QEMU for reading and writing.
 
-    :raises UnsupportedError: This process has no permission to trace QEMU, which is necessary to
-        open the file.
-    :raises FailedError: QEMU has exited.
+    :raises UnsupportedError: if this process has no permission to trace QEMU. The kernel requires
+        this permission for the file.
+    :raises FailedError: if QEMU has exited.
     """
     try:
         return os.open(f"/proc/{process.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
@@ -73,7 +76,12 @@ def open_memory(process: Process) -> int:
 
 
 def exit_error(process: Process, message: str) -> FailedError:
-    """Return the error for an exited QEMU, with the reason from the kernel log."""
+    """Return the error for a QEMU process that has exited.
+
+    If the kernel log contains the reason for the exit, the cause of the error includes the reason.
+
+    :param message: The cause of the error without the reason.
+    """
     cause = cause_of_death(process)
     return FailedError(
         message + (f": {cause}" if cause else ""),

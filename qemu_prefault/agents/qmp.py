@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The qmp agent: use the command ``x-kvm-prefault-memory`` of a patched QEMU.
+"""The qmp agent, which uses a QMP command of a patched QEMU.
 
-See patches/qemu and docs/usage/patched-qemu.md. The ranges of one kind in a batch become one job.
-The job assigns each range to a vCPU, and QEMU reports the outcome of each range. QEMU is not
-traced, and no helper thread is started in it.
+patches/qemu adds the command ``x-kvm-prefault-memory``, which docs/usage/patched-qemu.md describes.
+The agent converts all ranges of one kind in a batch into one job of QEMU. The job assigns each
+range to a vCPU, and QEMU reports the outcome of each range. The agent does not trace QEMU, and
+starts no helper thread.
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ _NUMBERS: Final = itertools.count()
 
 
 async def offers_command(monitor: Monitor) -> bool:
-    """Return whether QEMU has the command. Under TCG, QEMU has it but refuses it."""
+    """Return whether QEMU has the command ``x-kvm-prefault-memory``.
+
+    Under TCG, QEMU has the command, but refuses to execute it.
+    """
     try:
         await monitor.execute(QUERY)
     except CommandError:
@@ -67,7 +71,10 @@ def _pid_namespace() -> int:
 def is_orphan(job: str) -> bool:
     """Return whether a job belongs to a qemu-prefault process that has exited.
 
-    The result is False for a process of another pid namespace, whose state is unknown.
+    If the process ran in another pid namespace, the result is False, because this process cannot
+    check whether that process exists.
+
+    :param job: The id of the job.
     """
     namespace, _, rest = job.removeprefix(JOB_PREFIX).partition("-")
     pid = rest.partition("-")[0]
@@ -99,7 +106,7 @@ async def _read_jobs(monitor: Monitor) -> list[Job]:
 
 
 class QmpAgent:
-    """The :class:`.Agent` that runs batches as jobs of QEMU."""
+    """The :class:`.Agent` that processes each batch with jobs of QEMU."""
 
     name = "qmp"
     warnings: Mapping[str, str] = MappingProxyType({})
@@ -114,9 +121,9 @@ class QmpAgent:
     ) -> None:
         """Store the arguments. :meth:`start` is the first method that accesses QEMU.
 
-        :param sections: A function that returns the guest's memory sections at the last query. The
-            agent uses them to convert host virtual addresses of ranges into guest-physical
-            addresses, which QEMU's command requires.
+        :param sections: A function that returns the guest's memory sections as of the last query.
+            QEMU's command requires guest-physical addresses. The agent uses the sections to convert
+            the host virtual addresses of ranges.
         """
         self.limits = limits or Limits()
         self.workers = tuple(
@@ -210,22 +217,23 @@ class QmpAgent:
     async def _explain(self, error: CommandError) -> FailedError | RefusedError:
         """Return an error for a job that QEMU refused.
 
-        QEMU's errors have no codes, so the reason is derived from QEMU's state.
+        QEMU's errors have no codes. Therefore this method derives the reason from QEMU's state.
         """
         jobs = await _read_jobs(self._monitor)
         if any(job.type == JOB_TYPE and job.status not in OVER for job in jobs):
             return RefusedError(
                 "QEMU is prefaulting memory for another client",
-                "wait until its job has ended (query-jobs), or cancel it (job-cancel)",
+                "wait until QEMU's prefault job has ended (query-jobs), or cancel the job "
+                "(job-cancel)",
                 code=Code.BUSY_AGENT,
             )
         if await self._logs_dirty_pages():
             return RefusedError(
                 error.cause,
-                "wait until the migration or the measurement has ended",
+                "wait until the migration or the dirty-rate measurement has ended",
                 code=Code.DIRTY_LOGGING,
             )
-        return AgentError(error.cause, "report this")
+        return AgentError(error.cause, "report this error")
 
     async def _logs_dirty_pages(self) -> bool:
         """Return whether a migration or a dirty-rate measurement is running."""
@@ -253,9 +261,8 @@ class QmpAgent:
                 mine = next((found for found in jobs if found.id == job), None)
                 if mine is None:
                     raise AgentError(
-                        f"QEMU's job {job} no longer exists",
-                        "run qemu-prefault again; another QMP client dismissed the job "
-                        "(job-dismiss)",
+                        f"another QMP client dismissed QEMU's job {job} (job-dismiss)",
+                        "run qemu-prefault again",
                     ) from None
                 on_progress(mine.progress)
                 if mine.status in OVER:
@@ -263,7 +270,7 @@ class QmpAgent:
                 continue
             if event is None:
                 raise FailedError(
-                    "QEMU closed the QMP connection during its prefault job",
+                    "QEMU closed the QMP connection while its prefault job was running",
                     "check whether QEMU is still running",
                     code=Code.MONITOR_CLOSED,
                 )
@@ -271,13 +278,16 @@ class QmpAgent:
                 return
 
     def _gpa(self, item: Range) -> int:
-        """Return the guest-physical address of a range of QEMU's memory."""
+        """Return the guest-physical address at which a range starts.
+
+        :param item: A range that starts at a host virtual address.
+        """
         for section in self._sections():
             if section.hva and section.hva <= item.start < section.hva + section.size:
                 return section.gpa + (item.start - section.hva)
         raise AgentError(
-            f"QEMU's memory at {item.start:#x} is no longer guest memory",
-            "run qemu-prefault again; memory was unplugged during the run",
+            f"QEMU unplugged the guest memory at the host address {item.start:#x} during the run",
+            "run qemu-prefault again",
         )
 
     async def _end(self, job: str) -> None:
@@ -294,11 +304,11 @@ class QmpAgent:
             await self._monitor.execute("job-cancel", id=job)
 
     async def hold_vcpus(self) -> bool:
-        """Return False, because QEMU's vCPU threads do the work themselves."""
+        """Return False, because QEMU's own vCPU threads process the ranges."""
         return False
 
     async def release_vcpus(self) -> None:
-        """Do nothing, see :meth:`hold_vcpus`."""
+        """Do nothing, because :meth:`hold_vcpus` holds no vCPU."""
 
     def abort(self) -> None:
         """See :meth:`.Agent.abort`."""
@@ -315,8 +325,9 @@ class QmpAgent:
     def orphan_cleanup(self) -> OrphanCleanup:
         """Return a cleanup that does nothing.
 
-        QEMU's job ends without this process, and holds each vCPU only for short chunks. If the job
-        is still running, the next run of qemu-prefault cancels it.
+        If this process dies, QEMU's job continues until its end. The job occupies a vCPU only for
+        one short chunk at a time. If qemu-prefault is started again while the job is running, it
+        cancels the job.
         """
         return OrphanCleanup(stop_helpers=lambda: None, helpers_gone=lambda: True, timeout=0.0)
 
@@ -326,9 +337,11 @@ class QmpAgent:
 
 
 def _match(items: Sequence[Range], reported: Sequence[object], kind: Kind) -> list[Outcome]:
-    """Return the outcomes of ranges. QEMU reports a range in one or more pieces.
+    """Convert QEMU's report of a job into the outcomes of ranges.
 
-    :raises LayoutError: The report is malformed or incomplete.
+    QEMU reports each range as one or more pieces.
+
+    :raises LayoutError: if the report is malformed or incomplete.
     """
     pieces = iter(reported)
     bytes_done = "mapped" if kind is Kind.STAGE2 else "populated"

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Keep the vCPUs that helpers use out of KVM_RUN (native/ptrace/run_gate.h)."""
+"""Keep vCPUs out of KVM_RUN while helpers use them.
+
+native/ptrace/run_gate.h describes the reason and the protocol.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +26,22 @@ ERRNO_BYTES = 4
 
 
 class RunGate:
-    """The process that holds the vCPU threads. It runs until :meth:`close`.
+    """A child process that traces the vCPU threads while helpers use the vCPUs.
 
-    :raises AgentError: The process cannot be started.
+    Before a thread enters KVM_RUN, the child process ends the helpers' work. The child process
+    exits when :meth:`close` is called or this process dies.
+
+    :raises AgentError: if the child process cannot be started.
     """
 
     def __init__(
         self, process: Process, memory: int, thread_ids: Sequence[int], helpers: Sequence[Helper]
     ) -> None:
-        """Start the process.
+        """Start the child process.
 
-        :param memory: A descriptor of QEMU's /proc/PID/mem.
-        :param thread_ids: The ids of the vCPUs' threads.
-        :param helpers: The helper of each thread.
+        :param memory: A file descriptor of QEMU's /proc/PID/mem.
+        :param thread_ids: The ids of the vCPU threads.
+        :param helpers: The helpers of these threads, in the same order.
         """
         self._process = process
         self._held = False
@@ -53,12 +59,16 @@ class RunGate:
             self._socket.close()
             raise AgentError(
                 f"cannot start the process that holds vCPUs: {os.strerror(-self._child)}",
-                "check the limit of processes (ulimit -u, pids.max) of qemu-prefault",
+                "check qemu-prefault's limits of processes (ulimit -u, pids.max)",
             )
         self._socket.setblocking(False)
 
     def holds(self) -> bool:
-        """Return whether the vCPUs are held, or a vCPU has run and has ended all work."""
+        """Return whether no helper can use a vCPU that runs.
+
+        The result is True while all vCPUs are held. It is also True after a vCPU has entered
+        KVM_RUN, because the child process has then ended the helpers' work.
+        """
         if not self._held:
             return False
         try:
@@ -69,11 +79,11 @@ class RunGate:
             return False
 
     async def hold(self) -> None:
-        """Hold the vCPUs.
+        """Trace the vCPU threads, so that no vCPU runs while its helper works.
 
-        :raises UnsupportedError: This process has no permission to trace QEMU.
-        :raises FailedError: A vCPU is running (code ``resumed``), or its thread has exited.
-        :raises AgentError: A thread does not stop.
+        :raises UnsupportedError: if this process has no permission to trace QEMU.
+        :raises FailedError: if a vCPU is running (code ``resumed``), or if its thread has exited.
+        :raises AgentError: if a thread does not stop.
         """
         answer = await self._ask(lib.RUN_GATE_HOLD)
         if answer == lib.RUN_GATE_FAILED:
@@ -83,20 +93,20 @@ class RunGate:
             if code == errno.ESRCH:
                 raise FailedError(
                     f"a vCPU thread of QEMU (pid {self._process.pid}) has exited",
-                    "check whether QEMU has exited or unplugged that vCPU",
+                    "check whether QEMU has exited or unplugged the vCPU of this thread",
                     code=Code.QEMU_GONE,
                 )
             raise AgentError(
                 f"a vCPU thread of QEMU (pid {self._process.pid}) does not stop: "
                 f"{os.strerror(code)}",
-                "run qemu-prefault again; QEMU is unharmed",
+                "run qemu-prefault again\nQEMU is unharmed",
             )
         self._held = True
         if answer == lib.RUN_GATE_OPEN:
             raise resumed_error()
 
     async def release(self) -> None:
-        """Allow the vCPUs to run."""
+        """End the tracing of the vCPU threads, so that the vCPUs can run."""
         if not self._held:
             return
         self._held = False
@@ -105,13 +115,16 @@ class RunGate:
                 pass  # a vCPU has run meanwhile
 
     def end(self) -> None:
-        """End the process, so that the vCPUs can run. A fork of this process may call this."""
+        """End the child process, so that the vCPUs can run.
+
+        A fork of this process may also call this method.
+        """
         with contextlib.suppress(OSError):  # the process has exited
             # close() is not enough: forks of this process have copies of the descriptor.
             self._socket.shutdown(socket.SHUT_RDWR)
 
     async def close(self) -> None:
-        """End the process, and wait until it has exited."""
+        """End the child process, and wait until it has exited."""
         self.end()
         self._socket.close()
         with contextlib.suppress(ChildProcessError):
@@ -139,9 +152,9 @@ class RunGate:
 
 
 def lost_error() -> AgentError:
-    """Return the error for a :class:`RunGate` process that was killed."""
+    """Return the error for a :class:`RunGate` whose child process has died."""
     return AgentError(
         "the process that holds the paused guest's vCPUs has died",
-        "run qemu-prefault again, and look for the reason in dmesg, for example the OOM killer; "
-        "QEMU is unharmed",
+        "check the kernel log (dmesg) for the reason, for example the OOM killer, and run "
+        "qemu-prefault again\nQEMU is unharmed",
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Evaluate seccomp filters, which are classic BPF programs.
 
-The supported instructions are those that ``seccomp_check_filter()`` (kernel/seccomp.c) accepts.
+This module supports the instructions that ``seccomp_check_filter()`` (kernel/seccomp.c) accepts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RET_ALLOW: Final = 0x7FFF0000
 
 
 class Number(enum.IntEnum):
-    """Numbers of the x86-64 system calls that a helper or its injection makes."""
+    """The x86-64 numbers of the system calls that a helper or its injection makes."""
 
     mmap = 9
     munmap = 11
@@ -46,8 +46,9 @@ class Number(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The properties of a system call that a filter evaluates.
+    """A system call with the properties that a seccomp filter evaluates.
 
+    :ivar arguments: The arguments of the system call. Omitted arguments are 0.
     :ivar address: The instruction pointer after the ``syscall`` instruction.
     """
 
@@ -63,7 +64,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """A ``struct sock_filter``."""
+    """One BPF instruction with the fields of ``struct sock_filter``."""
 
     code: int
     if_true: int
@@ -75,13 +76,13 @@ Filter = Sequence[Instruction]
 
 
 class BadFilterError(Exception):
-    """A program that the kernel does not accept as a seccomp filter."""
+    """An error that reports a BPF program which the kernel does not accept."""
 
 
 def parse_filters(data: bytes) -> list[list[Instruction]]:
-    """Parse the output of ``pf_read_filters()``.
+    """Return the filters in the output of ``pf_read_filters()``.
 
-    :raises BadFilterError: The output is truncated.
+    :raises BadFilterError: if the output is truncated.
     """
     filters = []
     at = 0
@@ -103,11 +104,11 @@ def parse_filters(data: bytes) -> list[list[Instruction]]:
 
 
 def denied(filters: Sequence[Filter], calls: Sequence[Call]) -> tuple[str, ...]:
-    """Return the names of the calls that at least one filter denies, in order.
+    """Return the names of the calls that at least one filter denies.
 
-    The kernel runs all filters and applies the strictest result. ALLOW and LOG allow a call. All
-    other results count as denied, including TRACE and USER_NOTIF, because a tracer or supervisor
-    may deny the call.
+    The names have the order of `calls`. The kernel runs all filters and applies the strictest
+    result. ALLOW and LOG allow a call. This function treats all other results as a denial,
+    including TRACE and USER_NOTIF, because a tracer or supervisor may deny the call.
     """
     names: dict[str, None] = {}
     for call in calls:
@@ -132,9 +133,10 @@ _JA = 0x00
 
 
 def run_filter(program: Filter, data: bytes) -> int:
-    """Run one filter on a ``struct seccomp_data`` and return its result.
+    """Run one filter on a ``struct seccomp_data``, and return the filter's result.
 
-    :raises BadFilterError: The filter jumps out of the program, or has an unsupported instruction.
+    :raises BadFilterError: if the filter jumps out of the program, or if it contains an unsupported
+        instruction.
     """
     accumulator = index = at = 0
     memory = [0] * 16
@@ -163,7 +165,7 @@ def run_filter(program: Filter, data: bytes) -> int:
             accumulator = index  # BPF_TXA
         else:
             index = accumulator  # BPF_TAX
-    raise BadFilterError("the program ends without a return")
+    raise BadFilterError("the program ends without a return instruction")
 
 
 def _load(i: Instruction, data: bytes, memory: Sequence[int]) -> int:

@@ -20,10 +20,10 @@ from .qmp import QmpAgent, offers_command
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The chosen kind of agent.
+    """The kind of agent that :func:`select_agent` has chosen.
 
     :ivar name: ``plugin``, ``qmp`` or ``attach``.
-    :ivar socket: The plugin's control socket, or None for the other agents.
+    :ivar socket: The plugin's control socket, or None if the kind is not ``plugin``.
     """
 
     name: str
@@ -32,9 +32,14 @@ class Selection:
     def choose_threads(
         self, process: Process, threads: Sequence[VcpuThread]
     ) -> Sequence[VcpuThread]:
-        """Return the vCPUs that the agent uses. An agent that starts threads uses a subset.
+        """Return the vCPUs that the agent uses.
 
-        :raises RefusedError: As for :func:`~qemu_prefault.agents.injector.choose_threads`.
+        An agent that starts threads in QEMU uses only some of the vCPUs.
+
+        The attach agent uses only some of the vCPUs. The other agents use all vCPUs.
+
+        :raises RefusedError: if QEMU may start too few additional threads for the attach agent
+            (code ``no-tasks``).
         """
         if self.name == "qmp":
             return threads
@@ -49,10 +54,11 @@ class Selection:
         threads: Sequence[VcpuThread],
         chunk_bytes: int | None,
     ) -> Agent:
-        """Return a new agent of this kind, which is not started yet.
+        """Return a new agent of this kind. The caller must start the agent.
 
-        :param sections: See :class:`QmpAgent`.
-        :param chunk_bytes: Maximum bytes that one system call processes, or None for the default.
+        :param sections: A function that returns the guest's memory sections, see :class:`QmpAgent`.
+        :param chunk_bytes: The maximum number of bytes that one system call processes, or None for
+            the default.
         """
         limits = Limits()
         if chunk_bytes:
@@ -65,14 +71,15 @@ class Selection:
 
 
 async def select_agent(wanted: str, process: Process, monitor: Monitor, *, kvm: bool) -> Selection:
-    """Choose an agent for a QEMU.
+    """Return the kind of agent to use for a QEMU process.
 
-    ``auto`` chooses the plugin if QEMU has loaded it, else QEMU's own command if it exists, else
-    attach.
+    If `wanted` is ``auto``, the function chooses the plugin agent if QEMU has loaded the plugin.
+    Otherwise it chooses the qmp agent if QEMU has the command ``x-kvm-prefault-memory``. Otherwise
+    it chooses the attach agent.
 
     :param wanted: ``auto``, ``attach``, ``plugin`` or ``qmp``.
     :param kvm: Whether the guest runs under KVM.
-    :raises UnsupportedError: The wanted agent is not available in this QEMU.
+    :raises UnsupportedError: if QEMU does not support the wanted agent.
     """
     socket = find_control_socket(process) if wanted in ("auto", "plugin") else None
     if socket is not None:
@@ -81,7 +88,8 @@ async def select_agent(wanted: str, process: Process, monitor: Monitor, *, kvm: 
         return Selection("qmp")
     if wanted == "qmp":
         raise UnsupportedError(
-            f"QEMU (pid {process.pid}) has no x-kvm-prefault-memory, or does not use KVM",
+            f"QEMU (pid {process.pid}) has no QMP command x-kvm-prefault-memory, or does not use "
+            "KVM",
             "use a QEMU that was built with patches/qemu (make qemu), or use --agent attach, which "
             "needs no patch",
             code=Code.NO_QMP_COMMAND,

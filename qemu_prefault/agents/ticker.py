@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Interrupt helpers that cannot create timers, from a separate process.
+"""Interrupt the system calls of helpers that cannot create timers.
 
-If an ioctl does not return, the helper's own timer interrupts it. If a seccomp filter denies
-timer_create(), this separate process sends the same signal instead. If the tool is killed, the
-process continues until the last helper has exited.
+A helper normally has its own timer, which interrupts an ioctl that does not return. If a seccomp
+filter denies timer_create(), this module starts a separate process that sends the signal of this
+timer. If qemu-prefault is killed, the separate process continues until the last helper has exited.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ from ..host.procfs import PROC, read_optional
 
 
 class Ticker:
-    """The process that sends the signals. It exits when all helpers have exited."""
+    """A process that periodically sends a signal to each helper.
+
+    The process exits when all helpers have exited.
+    """
 
     def __init__(self, pid: int, helpers: Iterable[tuple[int, int]], name: str, seconds: float):
-        """Start the process.
+        """Start the process that sends the signals.
 
-        :param helpers: The thread id and the signal of each helper.
+        :param pid: The pid of QEMU.
+        :param helpers: The thread id and the signal number of each helper.
         :param name: The name of the helper threads.
-        :param seconds: The interval of the signals.
+        :param seconds: The time between two signals to a helper, in seconds.
         """
         self._child = os.fork()
         if self._child == 0:
@@ -38,7 +42,10 @@ class Ticker:
                 os._exit(0)
 
     def wait(self) -> None:
-        """Wait until the process exits. Call this only after the helpers have exited."""
+        """Wait until the process has exited.
+
+        The caller must call this method only after all helpers have exited.
+        """
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self._child, 0)
 
@@ -69,7 +76,10 @@ def _tick(pid: int, helpers: set[tuple[int, int]], name: str, seconds: float) ->
 def is_pending(status: str, number: int) -> bool:
     """Return whether the signal is pending in a thread.
 
-    A pending real-time signal that is sent again would be queued twice.
+    If a pending real-time signal is sent again, the kernel queues it a second time (signal(7)).
+
+    :param status: The text of ``/proc/PID/task/TID/status``.
+    :param number: The number of the signal.
     """
     match = re.search(r"^SigPnd:\s+([0-9a-f]+)$", status, re.MULTILINE)
     return bool(match and int(match[1], 16) >> (number - 1) & 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Check whether a program is static, and find a script's interpreter."""
+"""Check whether a program is statically linked, and find a script's interpreter."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _MAX_DYNAMIC: Final = 1 << 16
 
 
 def is_static(path: str) -> bool:
-    """Return whether a file is an ELF program without a dynamic linker.
+    """Return whether a file is an ELF program that needs no dynamic linker.
 
-    The result is False for unreadable files, scripts and other formats. A shared object without an
-    interpreter is a static program only if it has the flag DF_1_PIE (static PIE). The dynamic
-    linker itself does not have this flag.
+    The result is False if the file is unreadable, is a script or has another format. A shared
+    object without an interpreter is a static program only if it has the flag DF_1_PIE. The dynamic
+    linker is a shared object without this flag.
     """
     try:
         with open(path, "rb") as file:
@@ -67,7 +67,10 @@ def _is_position_independent_program(dynamic: bytes, entry: str) -> bool:
 
 
 def script_interpreter(path: str) -> str | None:
-    """Return the program that the kernel runs for a script, or None for other files."""
+    """Return the path of the program that the kernel runs for a script.
+
+    The result is None if the file is not a script, or if a file cannot be read.
+    """
     for depth in range(MAX_SCRIPTS):
         try:
             with open(path, "rb") as file:

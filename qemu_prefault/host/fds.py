@@ -19,8 +19,9 @@ from .procfs import Process, gone
 class KvmFds:
     """The numbers of QEMU's KVM file descriptors.
 
-    `vcpus` and `vcpu_stats` map KVM's vCPU id (the APIC id) to a descriptor. The descriptors of
-    `vcpu_stats` come from KVM_GET_STATS_FD; QEMU keeps them open since 8.1.
+    `vcpus` and `vcpu_stats` map KVM's id of a vCPU (the x86 APIC id) to the number of a descriptor.
+    KVM_GET_STATS_FD returns the descriptors of `vcpu_stats`. QEMU 8.1 and later keep these
+    descriptors open.
     """
 
     vm: int | None = None
@@ -33,11 +34,12 @@ _VCPU_LINK: Final = re.compile(r"anon_inode:kvm-vcpu(-stats)?:([0-9]{1,9})")
 
 
 def parse_kvm_fds(links: Iterable[tuple[int, str]]) -> KvmFds:
-    """Return the KVM descriptors among (number, link target) pairs.
+    """Return the KVM descriptors among the descriptors of a process.
 
-    The link targets are those of virt/kvm/kvm_main.c.
+    virt/kvm/kvm_main.c defines the link targets of KVM's descriptors.
 
-    :raises UnsupportedError: The process has two VMs, and their vCPU ids overlap.
+    :param links: Pairs of the number of a descriptor and its link target in ``/proc/PID/fd``.
+    :raises UnsupportedError: if the process runs more than one VM.
     """
     vm = kvm = None
     vcpus: dict[int, int] = {}
@@ -61,7 +63,7 @@ def parse_kvm_fds(links: Iterable[tuple[int, str]]) -> KvmFds:
 def kvm_fds(process: Process) -> KvmFds:
     """Return the numbers of a process's KVM descriptors.
 
-    :raises UnsupportedError: This process has no permission to list them.
+    :raises UnsupportedError: if this process has no permission to list the descriptors.
     """
     links = ((int(n), process.link(f"fd/{n}")) for n in process.listdir("fd") if n.isdecimal())
     return parse_kvm_fds((number, link) for number, link in links if link is not None)
@@ -70,12 +72,13 @@ def kvm_fds(process: Process) -> KvmFds:
 def take_fd(process: Process, number: int) -> int:
     """Duplicate a process's descriptor ``number`` into this process.
 
-    This uses pidfd_getfd(2), which needs Linux 5.6. The caller must close the duplicate: while
-    it is open, the kernel keeps the object behind it alive, even after QEMU has exited.
+    This function uses pidfd_getfd(2), which needs Linux 5.6. The caller must close the duplicate.
+    While the duplicate is open, the kernel keeps the open file alive, even after QEMU has exited.
 
-    :raises GoneError: The process or the descriptor no longer exists.
-    :raises PtraceDeniedError: This process has no permission to trace the other one.
-    :raises FailedError: The kernel refuses pidfd_getfd(2) for another reason.
+    :returns: The number of the duplicate.
+    :raises GoneError: if the process or the descriptor no longer exists.
+    :raises PtraceDeniedError: if this process has no permission to trace the other process.
+    :raises FailedError: if the kernel refuses pidfd_getfd(2) for another reason.
     """
     from .._native import lib  # noqa: PLC0415
 
@@ -92,8 +95,9 @@ def take_fd(process: Process, number: int) -> int:
         return answer
     if answer == -errno.EPERM:
         raise PtraceDeniedError(
-            f"no permission to duplicate descriptor {number} of process {process.pid}",
-            "run as root",
+            f"this process has no permission to duplicate descriptor {number} of process "
+            f"{process.pid}",
+            "run qemu-prefault as root",
         )
     if answer in (-errno.ESRCH, -errno.EBADF):
         raise GoneError(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Compute how much memory can be populated before a limit is reached.
 
-File formats are those of Documentation/admin-guide/cgroup-v{1,2}. The plugin has its own
-implementation in C (native/common/headroom.c). tests/unit/test_headroom_agreement.py checks
-both against the same table.
+Documentation/admin-guide/cgroup-v1 and Documentation/admin-guide/cgroup-v2.rst describe the formats
+of the files. The plugin has its own implementation in C (native/common/headroom.c).
+tests/unit/test_headroom_agreement.py checks both implementations against the same table.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ PATH_MAX: Final = 4096  # include/uapi/linux/limits.h
 
 
 def parse_cgroups(text: str) -> dict[str, str]:
-    """Return a map from controller to path for the text of ``/proc/PID/cgroup``.
+    """Return the cgroup path of each controller, by the name of the controller.
 
     The key of the v2 hierarchy is ``""``.
+
+    :param text: The text of ``/proc/PID/cgroup``.
     """
     paths = {}
     for line in text.split("\n"):
@@ -38,7 +40,13 @@ def parse_cgroups(text: str) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A mount: directory `root` of a file system appears at the mount point `point`."""
+    """One mount of a file system.
+
+    :ivar root: The directory of the file system that appears at the mount point.
+    :ivar point: The mount point.
+    :ivar kind: The type of the file system.
+    :ivar options: The options of the file system.
+    """
 
     root: str
     point: str
@@ -47,7 +55,10 @@ class Mount:
 
 
 def parse_mountinfo(text: str) -> tuple[Mount, ...]:
-    """Parse ``/proc/PID/mountinfo``, and skip lines of an unknown form."""
+    """Return the mounts in the text of ``/proc/PID/mountinfo``.
+
+    The function skips lines of an unknown form.
+    """
     mounts = []
     for line in text.split("\n"):
         before, dash, after = line.partition(" - ")
@@ -64,9 +75,9 @@ def _unescape(text: str) -> str:
 
 
 def parse_key_values(text: str) -> dict[str, int]:
-    """Return the values of ``memory.stat`` or ``meminfo``.
+    """Return the values in the text of ``memory.stat`` or ``meminfo``, by key.
 
-    Lines have the form ``key 1`` or ``Key: 1 kB``. Values in kB are converted to bytes.
+    A line has the form ``key 1`` or ``Key: 1 kB``. The function converts values in kB to bytes.
     """
     values = {}
     for line in text.split("\n"):
@@ -81,10 +92,11 @@ def parse_key_values(text: str) -> dict[str, int]:
 class Limit:
     """A limit on the memory that can be populated.
 
-    :ivar name: The object that has the limit (host, cgroup, …), for messages.
-    :ivar available: The bytes that can be populated before the limit is reached.
+    :ivar name: The name of the object that has the limit, for messages. Examples are the host and a
+        cgroup.
+    :ivar available: The number of bytes that can be populated before the limit is reached.
     :ivar detail: The values from which `available` was computed, for messages.
-    :ivar contended: Whether other processes can use the same memory at any time.
+    :ivar contended: Whether other processes can allocate the same memory at any time.
     :ivar cost: The bytes that it loses for each byte that is populated.
     :ivar device: The device number of a limiting file system, which may have several names.
     """
@@ -103,7 +115,10 @@ class Limit:
 
     @property
     def per_batch(self) -> int:
-        """The bytes that one batch may use: 1/16 if the limit is contended, else all."""
+        """The number of bytes that one batch may populate.
+
+        If the limit is contended, this number is 1/16 of `available`. Otherwise it is `available`.
+        """
         return self.available // 16 if self.contended else self.available
 
 
@@ -114,9 +129,10 @@ def cgroup_directories(
 
     :param groups: The result of :func:`parse_cgroups` for the process.
     :param mounts: The result of :func:`parse_mountinfo` for this process.
-    :returns: Pairs (directory, whether it belongs to the v2 hierarchy). In a cgroup namespace
-        or a container, the mount may show only a part of the tree. The result omits ancestors
-        outside that part, because they cannot be read.
+    :param controller: The name of the controller.
+    :returns: Pairs of a directory and a flag. The flag is True if the directory belongs to the v2
+        hierarchy. In a cgroup namespace or a container, the mount may show only a part of the tree.
+        The result omits ancestors outside that part, because this process cannot read them.
     """
     unified = controller not in groups
     path = groups.get(controller, groups.get(""))
@@ -162,7 +178,7 @@ def memory_limit(directory: str, unified: bool) -> Limit | None:
 
 
 def cgroup_hugetlb_limit(directory: str, unified: bool, page_size: int) -> Limit | None:
-    """Return a hugetlb cgroup's limit for one page size, or None if it has no limit."""
+    """Return a hugetlb cgroup's limit for one page size, or None if it is unlimited."""
     kib = page_size >> 10
     size = next(f"{kib >> s}{u}" for s, u in ((20, "GB"), (10, "MB"), (0, "KB")) if kib >> s)
     limit_name, usage_name = ("max", "current") if unified else ("limit_in_bytes", "usage_in_bytes")
@@ -177,8 +193,9 @@ def cgroup_hugetlb_limit(directory: str, unified: bool, page_size: int) -> Limit
 def memory_headroom(process: Process) -> list[Limit]:
     """Return every limit that applies to memory that QEMU populates.
 
-    These are the host's MemAvailable, and the limits of QEMU's memory cgroup and all its
-    ancestors. Inactive page cache counts as available, because the kernel can reclaim it.
+    The limits are the host's MemAvailable, the limit of QEMU's memory cgroup, and the limits of all
+    ancestors of this cgroup. The function counts inactive page cache as available, because the
+    kernel can reclaim it.
     """
     limits = []
     meminfo = parse_key_values(read_file(f"{procfs.PROC}/meminfo", process.pid))
@@ -190,14 +207,15 @@ def memory_headroom(process: Process) -> list[Limit]:
 
 
 def hugetlb_pool_limit(page_size: int, nodes: Sequence[int] = (), ours: int = 0) -> Limit:
-    """Return the limit of the pool of huge pages of one size.
+    """Return the limit of the hugetlb pool for one page size.
 
-    Reserved pages (resv_hugepages) are free, but only mappings that hold the reservation can use
-    them.
+    The kernel counts reserved pages (resv_hugepages) as free. However, only the mappings that hold
+    the reservations can use these pages.
 
     :param page_size: The size of a huge page in bytes.
-    :param nodes: The NUMA nodes from which the pages must come; empty means any.
-    :param ours: The bytes that are reserved for the mapping that is to be populated.
+    :param nodes: The NUMA nodes from which the pages must come. If it is empty, any node is
+        allowed.
+    :param ours: The number of bytes that are reserved for the mapping to populate.
     """
     pool = f"/sys/kernel/mm/hugepages/hugepages-{page_size >> 10}kB"
     free, reserved, overcommit, surplus = (
@@ -205,7 +223,7 @@ def hugetlb_pool_limit(page_size: int, nodes: Sequence[int] = (), ours: int = 0)
         for name in ("free", "resv", "nr_overcommit", "surplus")
     )
     if free is None:
-        return Limit("hugetlb", 0, f"this kernel does not offer {page_size >> 10} KiB huge pages")
+        return Limit("hugetlb", 0, f"this kernel has no huge pages of {page_size >> 10} KiB")
     promised = max(0, (reserved or 0) - -(-ours // page_size))
     more = max(0, (overcommit or 0) - (surplus or 0))
     if nodes:
@@ -226,7 +244,10 @@ def hugetlb_pool_limit(page_size: int, nodes: Sequence[int] = (), ours: int = 0)
 
 
 def hugetlb_cgroup_limits(process: Process, page_size: int) -> list[Limit]:
-    """Return the limits of the process's hugetlb cgroups, innermost first."""
+    """Return the limits of the process's hugetlb cgroups, the innermost first.
+
+    :param page_size: The size of a huge page in bytes.
+    """
 
     def hugetlb_limit(directory: str, unified: bool) -> Limit | None:
         return cgroup_hugetlb_limit(directory, unified, page_size)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Find the QEMU process behind a QMP monitor.
+"""Find the QEMU process to which a QMP monitor belongs.
 
-SO_PEERCRED identifies the process that listens on the QMP socket, and ``query-cpus-fast`` lists the
-vCPU threads. Before the tool injects code into a process, :func:`identify` checks in ``/proc`` that
-this process owns these threads. The check fails for a proxy, and for a server that reports wrong
-thread ids.
+SO_PEERCRED identifies the process that listens on the QMP socket. ``query-cpus-fast`` lists the
+vCPU threads. Before qemu-prefault injects code into a process, :func:`identify` checks in ``/proc``
+that this process owns these threads. The check fails if the process is a proxy, or if the server
+reports wrong thread ids.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from .procfs import Process, comm_of, tgid_of, thread_map
 def identify(peer_pid: int | None, given_pid: int | None, thread_ids: Sequence[int]) -> Process:
     """Return QEMU's process, after checking that it owns the vCPU threads.
 
-    :param peer_pid: The process that listens on the monitor socket (SO_PEERCRED), or None if
-        unknown (TCP).
-    :param given_pid: The user's ``--pid``. It overrides `peer_pid`, so that a monitor behind a
-        proxy can be used.
-    :param thread_ids: The vCPU threads from ``query-cpus-fast``, in QEMU's own pid namespace.
-    :raises RefusedError: The process does not own these threads (code ``proxy``).
-    :raises UnsupportedError: QEMU is not visible in this pid namespace (code ``pid-namespace``).
-    :raises GoneError: The process has exited.
+    :param peer_pid: The pid of the process that listens on the monitor socket (SO_PEERCRED). None
+        if the socket does not report a pid, for example a TCP socket.
+    :param given_pid: The pid that the user gave with ``--pid``, or None. It overrides `peer_pid`.
+        Therefore the user can reach QEMU's monitor through a proxy.
+    :param thread_ids: The ids of the vCPU threads from ``query-cpus-fast``, in QEMU's own pid
+        namespace.
+    :raises RefusedError: if the process does not own these threads (code ``proxy``).
+    :raises UnsupportedError: if QEMU is not visible in this pid namespace (code ``pid-namespace``).
+    :raises GoneError: if the process has exited.
     """
     pid = peer_pid if given_pid is None else given_pid
     if pid is None:
@@ -34,13 +35,14 @@ def identify(peer_pid: int | None, given_pid: int | None, thread_ids: Sequence[i
         if pid is None or not _looks_like_qemu(Process.find(pid)):
             raise UnsupportedError(
                 "the QMP socket does not identify the QEMU process",
-                "give its process id with --pid; QEMU must be visible in this pid namespace",
+                "give QEMU's pid with --pid, and run qemu-prefault in a pid namespace in which "
+                "QEMU is visible",
                 code=Code.PID_NAMESPACE,
             )
     if pid == os.getpid():
         raise RefusedError(
             "the process that listens on the QMP socket is qemu-prefault itself",
-            "use QEMU's own QMP socket, or give QEMU's --pid",
+            "use QEMU's own QMP socket, or give QEMU's pid with --pid",
             code=Code.PROXY,
         )
     process = Process.find(pid)
@@ -55,7 +57,7 @@ def _mismatch(process: Process, given: bool, thread_ids: Sequence[int]) -> Excep
     what = f"--pid names {who}" if given else f"the QMP socket belongs to {who}"
     if not owners and _looks_like_qemu(process):
         return UnsupportedError(
-            f"{what}, but its vCPU threads are not visible in this pid namespace",
+            f"{what}, but the vCPU threads of QEMU are not visible in this pid namespace",
             "run qemu-prefault in the pid namespace of the host",
             code=Code.PID_NAMESPACE,
         )
@@ -63,7 +65,7 @@ def _mismatch(process: Process, given: bool, thread_ids: Sequence[int]) -> Excep
     whose = f"process {others}" if others else "another process"
     return RefusedError(
         f"{what}, but the monitor lists the vCPU threads of {whose}",
-        "the socket probably belongs to a proxy: use QEMU's own QMP socket, or give QEMU's --pid",
+        "use QEMU's own QMP socket instead of the socket of a proxy, or give QEMU's pid with --pid",
         code=Code.PROXY,
     )
 

@@ -16,7 +16,10 @@ MAX_TEXT: Final = 2048  # PRINTK_MESSAGE_MAX, kernel/printk/internal.h
 
 
 def read_log() -> list[str]:
-    """Return the records of the kernel log, oldest first; empty if unreadable."""
+    """Return the records of the kernel log, the oldest first.
+
+    The result is empty if this process cannot read the log.
+    """
     records: list[str] = []
     try:
         fd = os.open(KMSG, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -36,17 +39,22 @@ def read_log() -> list[str]:
 
 
 def cause_of_death(process: Process) -> str | None:
-    """Return the kernel's message about the death of a process, or None."""
+    """Return the kernel's message about the death of a process.
+
+    The result is None if the kernel log contains no such message.
+    """
     since = process.start_time / os.sysconf("SC_CLK_TCK")
     return find_cause(read_log(), process.pid, since)
 
 
 def find_cause(records: Iterable[str], pid: int, since: float) -> str | None:
-    """Return the last message about the death of process `pid`, or None.
+    """Return the last message about the death of process `pid`.
 
-    :param records: Records of ``/dev/kmsg``: ``PRIORITY,SEQUENCE,MICROSECONDS,-;TEXT``.
-    :param since: Ignore records before this time, in seconds since boot, because the pid may have
-        been used before.
+    The result is None if the records contain no such message.
+
+    :param records: Records of ``/dev/kmsg`` in the form ``PRIORITY,SEQUENCE,MICROSECONDS,-;TEXT``.
+    :param since: A time in seconds since boot. The function ignores older records, because they may
+        refer to another process that had the same pid.
     """
     kinds = (
         rf"[Kk]illed process {pid} ",  # oom_kill_process(), mm/oom_kill.c

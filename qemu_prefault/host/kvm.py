@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Query KVM's capabilities and counters, and describe the errors of its ioctl.
+"""Query KVM's capabilities and counters, and describe the errors of prefaulting.
 
 All results come from the running kernel. No result depends on the kernel's version number.
 """
@@ -35,9 +35,11 @@ EHWPOISON = 133
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """Whether ``KVM_PRE_FAULT_MEMORY`` can work on this host.
+    """The result of querying ``KVM_PRE_FAULT_MEMORY`` on this host.
 
-    ``available`` is None if ``/dev/kvm`` could not be opened.
+    :ivar available: Whether the ioctl can work, or None if ``/dev/kvm`` could not be opened.
+    :ivar reason: The reason why `available` is not True, or an empty string.
+    :ivar remedy: The remedy for the reason, or an empty string.
     """
 
     available: bool | None
@@ -46,7 +48,10 @@ class Capability:
 
 
 def parameter(module: str, name: str) -> str | None:
-    """Return a module parameter from sysfs (``Y``, ``N``, ``1`` …), or None."""
+    """Return the value of a kernel module's parameter, for example ``Y`` or ``1``.
+
+    The result is None if sysfs does not contain the parameter.
+    """
     try:
         return Path(f"/sys/module/{module}/parameters/{name}").read_text(errors="replace").strip()
     except OSError:
@@ -58,10 +63,11 @@ def _off(value: str | None) -> bool:
 
 
 def pre_fault_capability(process: Process | None = None) -> Capability:
-    """Query ``KVM_CAP_PRE_FAULT_MEMORY``. If it is not available, explain why.
+    """Query ``KVM_CAP_PRE_FAULT_MEMORY``. If it is absent, find the reason.
 
-    The result is the same for the whole kernel (arch/x86/kvm/x86.c returns ``tdp_enabled``). If
-    this process cannot open its own ``/dev/kvm``, it uses the one in QEMU's root directory.
+    The result is the same for all VMs, because the kernel returns ``tdp_enabled``
+    (arch/x86/kvm/x86.c). If this process cannot open ``/dev/kvm``, the function opens ``/dev/kvm``
+    in QEMU's root directory instead.
 
     :param process: QEMU, or None to try only this process's ``/dev/kvm``.
     """
@@ -83,7 +89,9 @@ def pre_fault_capability(process: Process | None = None) -> Capability:
             os.close(fd)
         return Capability(True, "") if answer > 0 else _why_not()
     return Capability(
-        None, f"KVM cannot be queried ({problem})", "run as root, or as a member of the group kvm"
+        None,
+        f"KVM cannot be queried ({problem})",
+        "run qemu-prefault as root, or as a member of the group kvm",
     )
 
 
@@ -93,24 +101,25 @@ def _why_not() -> Capability:
             return Capability(
                 False,
                 f"KVM on this host uses shadow paging ({module}.{name}={parameter(module, name)})",
-                f"load {module} with {name}=1 if the hardware has {paging}; or use "
-                "--populate-only, which needs no ioctl and allocates the guest's memory in advance",
+                f"load {module} with {name}=1 if the hardware has {paging}, or use --populate-only "
+                "to allocate the guest's memory in advance without the ioctl",
             )
     return Capability(
         False,
         "this kernel's KVM has no KVM_PRE_FAULT_MEMORY (KVM_CAP_PRE_FAULT_MEMORY is 0)",
-        "use Linux 6.11 or newer and two-dimensional paging (EPT or NPT); or use --populate-only, "
-        "which needs no ioctl and allocates the guest's memory in advance",
+        "use Linux 6.11 or newer with two-dimensional paging (EPT or NPT), or use --populate-only "
+        "to allocate the guest's memory in advance without the ioctl",
     )
 
 
 class BinaryStats:
-    """The counters behind a KVM_GET_STATS_FD descriptor of this or another process.
+    """The counters that a KVM statistics descriptor contains.
 
-    The format is described in Documentation/virt/kvm/api.rst, 4.133. The caller opens and closes
+    The ioctl KVM_GET_STATS_FD of this process or another process has returned the descriptor.
+    Documentation/virt/kvm/api.rst, section 4.133, describes the format. The caller opens and closes
     the descriptor.
 
-    :raises OSError: The descriptor cannot be read, or is not a statistics descriptor.
+    :raises OSError: if the descriptor cannot be read, or if it is not a statistics descriptor.
     """
 
     #: KVM has about 60 counters, with names of 48 bytes (KVM_STATS_NAME_SIZE).
@@ -142,12 +151,14 @@ class BinaryStats:
 
     @staticmethod
     def _malformed() -> OSError:
-        return OSError(errno.EINVAL, "not a KVM statistics descriptor")
+        return OSError(errno.EINVAL, "the descriptor is not a KVM statistics descriptor")
 
     def read(self, *names: str) -> list[int]:
-        """Return the values of counters, all read at one time. Unknown counters are 0.
+        """Return the values of counters at one time.
 
-        :raises OSError: The descriptor cannot be read.
+        The value of an unknown counter is 0.
+
+        :raises OSError: if the descriptor cannot be read.
         """
         data = os.pread(self.fd, self._length, self._data)
         if len(data) != self._length:
@@ -159,14 +170,14 @@ class BinaryStats:
 def pre_fault_here(vcpu_fd: int, gpa: int, size: int) -> int:
     """Call ``KVM_PRE_FAULT_MEMORY`` from this process. Return the errno, or 0.
 
-    If the vCPU belongs to another process's VM, the ioctl fails immediately with EIO.
-    ``kvm_vcpu_ioctl()`` (virt/kvm/kvm_main.c) compares ``kvm->mm`` with the caller's mm before it
-    decodes the request, and before it waits for ``vcpu->mutex``, which a running vCPU holds (kernel
-    commit 6d4e4c4fca5b, 2.6.25). The purpose of this function is to demonstrate this error. Agents
-    call the ioctl inside QEMU.
+    If the vCPU belongs to another process's VM, the ioctl fails immediately with EIO. The reason is
+    that ``kvm_vcpu_ioctl()`` (virt/kvm/kvm_main.c) first compares ``kvm->mm`` with the caller's mm.
+    Only afterwards does it decode the request and wait for ``vcpu->mutex``, which a running vCPU
+    holds (kernel commit 6d4e4c4fca5b, Linux 2.6.25). The purpose of this function is to demonstrate
+    this error. The agents call the ioctl inside QEMU.
 
-    :param gpa: Guest-physical address, page aligned.
-    :param size: Size in bytes, page aligned.
+    :param gpa: The guest-physical address, page aligned.
+    :param size: The size in bytes, page aligned.
     """
     from .._native import lib  # noqa: PLC0415
 
@@ -174,7 +185,7 @@ def pre_fault_here(vcpu_fd: int, gpa: int, size: int) -> int:
 
 
 def describe_errno(number: int) -> str:
-    """Return a one-line explanation of an error of the prefault loop or the ioctl."""
+    """Return one line that explains an error of the prefault loop or the ioctl."""
     return _OUTCOMES.get(number) or f"{errno.errorcode.get(number, number)}: {os.strerror(number)}"
 
 
@@ -216,7 +227,7 @@ class Stage2Leaves:
 
     @property
     def bytes(self) -> int:
-        """The bytes of guest memory that these leaves map."""
+        """The number of bytes of guest memory that these leaves map."""
         return (self.pages_4k << 12) + (self.pages_2m << 21) + (self.pages_1g << 30)
 
     def __str__(self) -> str:
@@ -227,19 +238,28 @@ DEBUGFS: Final = Path("/sys/kernel/debug/kvm")
 
 
 def debugfs_leaves(process: Process) -> Stage2Leaves | None:
-    """Return KVM's counts of stage-2 leaves from debugfs, or None if unreadable."""
+    """Return KVM's counts of stage-2 leaves from debugfs.
+
+    The result is None if this process cannot read the counts.
+    """
     counts = _read_counts(process, tuple(Stage2Leaves.__dataclass_fields__))
     return None if counts is None else Stage2Leaves(*counts)
 
 
 def debugfs_faults(process: Process) -> int | None:
-    """Return the sum of all vCPUs' ``pf_taken`` from debugfs, or None if unreadable."""
+    """Return the sum of the counter ``pf_taken`` over all vCPUs from debugfs.
+
+    The result is None if this process cannot read the counter.
+    """
     counts = _read_counts(process, ("pf_taken",))
     return None if counts is None else counts[0]
 
 
 def _read_counts(process: Process, names: Sequence[str]) -> list[int] | None:
-    """Return counters from the VM's debugfs directory, or None if unreadable."""
+    """Return counters from the VM's directory in debugfs.
+
+    The result is None if this process cannot read the counters.
+    """
     # kvm_create_vm_debugfs(), virt/kvm/kvm_main.c, names the directory after the pid of the process
     # that created the VM and the VM's file descriptor.
     try:

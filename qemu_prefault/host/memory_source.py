@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Find the source of a mapping's memory, and compute the available memory.
 
-The source is the host, and sometimes a part of the host's memory: the file system of a shared file,
-the hugetlb pool, or the NUMA nodes that the mapping's policy or its process's cpuset allows. Other
-processes use the same sources. Memory that is committed to them is not available: the unwritten
-part of their files, and the huge pages that are reserved for their mappings.
+The source of every mapping is the host's memory. The following sources limit some mappings to a
+part of the host's memory:
+
+* the file system, if the mapping is a shared file
+* the hugetlb pool, if the mapping has huge pages
+* NUMA nodes, if the mapping's policy or the process's cpuset allows only these nodes
+
+Other processes use the same sources. The functions subtract the memory that is committed to other
+processes. This is the unwritten part of the files of other processes, and the huge pages that are
+reserved for their mappings.
 """
 
 from __future__ import annotations
@@ -48,9 +54,12 @@ class MemorySource:
     """The source of one mapping's memory.
 
     :ivar process: The process that has the mapping.
+    :ivar mapping: The mapping.
     :ivar page_size: The page size of the backing, in bytes.
-    :ivar nodes: The NUMA nodes to which the mapping's policy binds it; empty means not bound.
-    :ivar reserved: Whether the mapping's absent huge pages are reserved for it.
+    :ivar nodes: The NUMA nodes to which the mapping's policy binds the memory, or an empty tuple if
+        the policy does not bind it.
+    :ivar reserved: Whether the kernel has reserved the huge pages that the mapping has not
+        allocated yet.
     """
 
     process: Process
@@ -67,9 +76,9 @@ class MemorySource:
     def limits(self, absent: int, together: AbstractSet[FileId] = frozenset()) -> list[Limit]:
         """Return every limit that applies to populating the mapping.
 
-        :param absent: The bytes of the mapping that are not allocated yet.
+        :param absent: The number of bytes of the mapping that are not allocated yet.
         :param together: Files that the caller also populates, and whose needs it adds up itself.
-        :raises GoneError: The process has exited.
+        :raises GoneError: if the process has exited.
         """
         nodes = confining_nodes(self.process, self.nodes)
         if self.page_size > PAGE_SIZE:
@@ -91,9 +100,10 @@ class MemorySource:
         return limits
 
     def _reserved_bytes(self, absent: int) -> int:
-        """Return the bytes of huge pages reserved for the mapping, at least `absent`.
+        """Return how many bytes of huge pages are reserved for the mapping.
 
-        If the process has huge pages in several mappings, this is a lower bound.
+        The result is at least `absent`. If the process has huge pages in several mappings, the
+        result is a lower bound.
         """
         status = read_optional(f"{procfs.PROC}/{self.process.pid}/status") or ""
         resident = re.search(r"^HugetlbPages:\s*([0-9]{1,18}) kB$", status, re.MULTILINE)
@@ -105,14 +115,20 @@ class MemorySource:
 
 
 def parse_node_list(text: str) -> tuple[int, ...]:
-    """Return the numbers of a kernel list such as ``0-2,5``; empty for other text."""
+    """Return the numbers in a list in the kernel's format, such as ``0-2,5``.
+
+    The result is empty if the text has another format.
+    """
     return parse_number_list(text, MAX_NODES)
 
 
 def confining_nodes(process: Process, bound: Sequence[int]) -> tuple[int, ...]:
-    """Return the nodes from which memory must come; empty means any node of the host.
+    """Return the NUMA nodes from which the memory of a mapping must come.
 
-    :param bound: The nodes that the mapping's policy allows; empty means all.
+    The result is empty if the memory may come from any node of the host.
+
+    :param bound: The nodes that the mapping's policy allows. If it is empty, the policy allows all
+        nodes.
     """
     with_memory = set(parse_node_list(read_optional(f"{NODES}/has_memory") or ""))
     by_policy = with_memory & set(bound or with_memory)
@@ -125,10 +141,12 @@ def confining_nodes(process: Process, bound: Sequence[int]) -> tuple[int, ...]:
 
 
 def node_limit(nodes: Sequence[int]) -> Limit:
-    """Return the available memory of nodes: free memory and inactive page cache.
+    """Return the memory that is available on NUMA nodes.
 
-    ``vm.min_free_kbytes`` is not available. If an allocation that is bound to a node reaches the
-    node's share of it, the OOM killer runs (mm/page_alloc.c, ``__setup_per_zone_wmarks()``).
+    Free memory and inactive page cache are available, except ``vm.min_free_kbytes``. The kernel
+    distributes ``vm.min_free_kbytes`` over the nodes (mm/page_alloc.c,
+    ``__setup_per_zone_wmarks()``). If an allocation that is bound to a node reaches the node's part
+    of these bytes, the OOM killer runs.
     """
     kept = parse_number(read_optional(f"{MIN_FREE}")) or 0
     available = -(kept << 10)
@@ -145,10 +163,12 @@ def node_limit(nodes: Sequence[int]) -> Limit:
 
 
 def parse_numa_maps(text: str, start: int) -> tuple[tuple[int, ...], int]:
-    """Return the NUMA nodes and the page size in bytes of the mapping at `start`.
+    """Return the NUMA nodes and the page size of a mapping.
 
-    :param text: ``/proc/PID/numa_maps`` (mm/mempolicy.c, ``mpol_to_str()``).
-    :returns: The nodes are empty unless the policy is ``bind``.
+    :param text: The text of ``/proc/PID/numa_maps`` (mm/mempolicy.c, ``mpol_to_str()``).
+    :param start: The start address of the mapping.
+    :returns: The nodes, and the page size in bytes. The nodes are empty unless the policy is
+        ``bind``.
     """
     for line in text.split("\n"):
         words = line.split(" ")
@@ -163,9 +183,10 @@ def parse_numa_maps(text: str, start: int) -> tuple[tuple[int, ...], int]:
 
 
 def source_of(process: Process, mapping: MemoryMapping) -> MemorySource:
-    """Return the source of a mapping according to /proc, without a monitor.
+    """Return the source of a mapping from the files in /proc, without a monitor.
 
-    Reading numa_maps walks QEMU's page tables, so do not call this in a loop.
+    Do not call this function in a loop, because the kernel walks QEMU's page tables to produce
+    ``/proc/PID/numa_maps``.
     """
     text = read_optional(f"{procfs.PROC}/{process.pid}/numa_maps") or ""
     nodes, page_size = parse_numa_maps(text, mapping.start)
@@ -176,7 +197,10 @@ def source_of(process: Process, mapping: MemoryMapping) -> MemorySource:
 
 
 def is_disk_file(process: Process, mapping: MemoryMapping) -> bool:
-    """Return whether a mapping is a shared file on a disk, not on tmpfs or hugetlbfs."""
+    """Return whether a mapping is a shared file on a disk.
+
+    Files on tmpfs, ramfs, devtmpfs and hugetlbfs are not on a disk.
+    """
     if not mapping.shared or mapping.inode == 0 or _is_internal(mapping):
         return False
     kind = _file_system(process, mapping)
@@ -218,16 +242,18 @@ def _file_system(process: Process, mapping: MemoryMapping) -> str | None:
 
 
 def _is_internal(mapping: MemoryMapping) -> bool:
-    """Return whether the file is on a mount internal to the kernel, as a memfd is."""
+    """Return whether the mapped file is on a kernel-internal mount, as a memfd is."""
     return mapping.path.startswith(("/memfd:", "/dev/zero", "/SYSV", "/anon_hugepage"))
 
 
 def file_system_limit(
     process: Process, mapping: MemoryMapping, together: AbstractSet[FileId] = frozenset()
 ) -> list[Limit]:
-    """Return the limit of a mapped file's file system, or an empty list.
+    """Return the limit of a mapped file's file system in a list.
 
-    A memfd and shared anonymous memory are on a mount internal to the kernel, without a size.
+    The list is empty if populating allocates no pages of the file, or if the file system has no
+    size limit. It is also empty if this process cannot access the file. A memfd and shared
+    anonymous memory are on a kernel-internal mount, which has no size limit.
 
     :param together: Files whose unwritten part does not count as committed to others.
     """
@@ -282,7 +308,7 @@ _promises: dict[tuple[int, int, AbstractSet[FileId]], tuple[float, int]] = {}
 def _promised_to_others(
     process: Process, mapping: MemoryMapping, together: AbstractSet[FileId]
 ) -> int:
-    """Return the bytes that other files of the file system have not allocated yet."""
+    """Return how many bytes all other files of the file system have not allocated."""
     ours = frozenset({(mapping.device, mapping.inode), *together})
     key = (process.pid, mapping.start, ours)
     known = _promises.get(key)
@@ -325,7 +351,10 @@ def _files_beside(process: Process, mapping: MemoryMapping) -> Iterator[os.stat_
 
 
 def _open_in_other_processes(process: Process, device: int) -> Iterator[os.stat_result]:
-    """Yield files of the file system that other QEMUs map, including deleted files."""
+    """Yield the status of each file of `device` that other QEMU processes map.
+
+    The result includes deleted files.
+    """
     for entry in os.listdir(procfs.PROC):
         if not entry.isdecimal() or int(entry) == process.pid:
             continue

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Find pages that are present in QEMU, and pages that KVM would map writable.
+"""Find the present pages of QEMU, and the pages that KVM would map writable.
 
-KVM's prefault ioctl is a read fault. It maps a page writable only if the page is writable in QEMU's
-own page tables.
+KVM's prefault ioctl causes a read fault. KVM then maps a page writable only if the page is writable
+in QEMU's own page tables.
 
-native/common/pagemap.c does the work. The iterators read a bounded number of regions at a time, so
-memory use does not grow with the guest.
+native/common/pagemap.c reads the page tables. The iterators read a limited number of regions at a
+time. Therefore memory use does not grow with the size of the guest.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ MERGE_DISTANCE = 2 << 20
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Sums over a range of memory, in bytes.
+    """The amounts of present memory and writable memory in a range, in bytes.
 
-    :ivar present: Bytes that are present in the process's page tables.
-    :ivar writable: Present bytes that a KVM read fault maps writable.
+    :ivar present: The bytes that are present in the process's page tables.
+    :ivar writable: The present bytes that a KVM read fault maps writable.
     """
 
     present: int
@@ -41,10 +41,10 @@ class Sums:
 
 
 class Pagemap:
-    """``/proc/PID/pagemap`` of QEMU, as a context manager.
+    """A context manager that reads ``/proc/PID/pagemap`` of QEMU.
 
-    :raises UnsupportedError: This process has no permission to trace QEMU, which is necessary to
-        read the file.
+    :raises UnsupportedError: if this process has no permission to trace QEMU. The kernel requires
+        this permission for the file.
     """
 
     def __init__(self, process: Process) -> None:
@@ -64,9 +64,12 @@ class Pagemap:
         os.close(self._fd)
 
     def sums(self, start: int, size: int, private: bool) -> Sums:
-        """Return the sums over ``size`` bytes from host virtual address ``start``.
+        """Return the amounts of present memory and writable memory in a range.
 
-        :param private: Whether the mapping is private, so that a file page is copied on write.
+        :param start: The host virtual address at which the range starts.
+        :param size: The size of the range in bytes.
+        :param private: Whether the mapping is private. The kernel copies a file page of a private
+            mapping on write.
         """
         present, writable = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         self._check(
@@ -77,7 +80,11 @@ class Pagemap:
         return Sums(present[0], writable[0])
 
     def writable(self, start: int, size: int, private: bool) -> Iterator[tuple[int, int]]:
-        """Yield the regions (start, size) that a KVM read fault maps writable, ascending."""
+        """Yield the regions that a KVM read fault maps writable, in ascending order.
+
+        A region is a pair of a host virtual address and a size in bytes. The parameters are those
+        of :meth:`sums`.
+        """
         regions = ffi.new("struct pagemap_region[]", REGIONS_AT_ONCE)
         reached, end = ffi.new("uint64_t *", start), start + size
         found = False
@@ -93,10 +100,11 @@ class Pagemap:
             self._check_alive()
 
     def unwritable(self, start: int, size: int, private: bool) -> Iterator[tuple[int, int]]:
-        """Yield the regions (start, size) that must be populated, ascending.
+        """Yield the regions that must be populated, in ascending order.
 
-        Two regions are merged if the writable memory between them is not larger than
-        :data:`MERGE_DISTANCE`.
+        A region is a pair of a host virtual address and a size in bytes. The parameters are those
+        of :meth:`sums`. Two regions are merged if the writable memory between them is not larger
+        than :data:`MERGE_DISTANCE`.
         """
         reached = pending_end = start
         pending_start: int | None = None
@@ -113,10 +121,11 @@ class Pagemap:
             yield pending_start, pending_end - pending_start
 
     def _check_alive(self) -> None:
-        """Raise an error if the result is empty because the process has exited.
+        """Raise an error if the process has exited.
 
-        Unlike read(), PAGEMAP_SCAN reports an exited process's memory as empty, because
-        do_pagemap_cmd(), fs/proc/task_mmu.c, does not check whether the address space is in use.
+        Unlike read(), PAGEMAP_SCAN reports the memory of an exited process as empty. The reason is
+        that ``do_pagemap_cmd()`` (fs/proc/task_mmu.c) does not check whether the address space is
+        in use.
         """
         self._process.check()
 
@@ -124,6 +133,7 @@ class Pagemap:
         if result < 0:
             self._process.check()
             raise FailedError(
-                f"QEMU's page map at {start:#x} could not be read: {os.strerror(-result)}",
-                "run qemu-prefault again; the memory layout may have changed",
+                f"qemu-prefault could not read QEMU's page map at {start:#x}: "
+                f"{os.strerror(-result)}",
+                "run qemu-prefault again, because the memory layout may have changed",
             )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Set a helper thread's scheduling, CPUs and cgroup.
+"""Set the scheduling, the CPUs and the cgroup of a helper thread.
 
-A helper inherits these properties from its vCPU's thread, but they are meant for the guest. With a
-real-time policy, the helper would take CPU time from its vCPU. If the helper were bound to the CPU
-of a busy real-time vCPU, it would get no CPU time.
+A helper inherits these properties from the thread of its vCPU. However, the operator has chosen the
+properties for the guest and not for helpers. With a real-time policy, the helper would take CPU
+time from its vCPU. On the CPU of a busy real-time vCPU, the helper would get no CPU time.
 """
 
 from __future__ import annotations
@@ -23,12 +23,18 @@ REAL_TIME: Final = frozenset({os.SCHED_FIFO, os.SCHED_RR, 6})  # 6: SCHED_DEADLI
 
 
 def parse_cpu_list(text: str) -> frozenset[int]:
-    """Parse a list of CPUs or nodes in the kernel's format, ``0-3,8``; empty for other text."""
+    """Return the numbers in a list of CPUs or NUMA nodes, such as ``0-3,8``.
+
+    The result is empty if the text has another format.
+    """
     return frozenset(parse_number_list(text, MAX_CPUS))
 
 
 def node_cpus() -> dict[int, frozenset[int]]:
-    """Return the CPUs of each NUMA node; empty if the kernel has no NUMA support."""
+    """Return the CPUs of each NUMA node, by the number of the node.
+
+    The result is empty if the kernel has no NUMA support.
+    """
     found = {}
     for node in parse_cpu_list(read_optional(f"{NODES}/online") or ""):
         text = read_optional(f"{NODES}/node{node}/cpulist")
@@ -43,15 +49,15 @@ def helper_cpus(
     nodes: Iterable[frozenset[int]],
     real_time: frozenset[int],
 ) -> list[frozenset[int]]:
-    """Return the sets of CPUs on which a helper may run, the best first.
+    """Return the sets of CPUs on which a helper may run, the best set first.
 
-    The best CPUs are on the NUMA nodes of the vCPU's CPUs, so that the helper allocates memory on
-    these nodes. They are also in the affinity of QEMU's main thread, and no real-time thread is
-    bound to them.
+    The best set contains only CPUs of the NUMA nodes on which the vCPU may run, because the helper
+    then allocates memory on these nodes. These CPUs also belong to the affinity of QEMU's main
+    thread, and no real-time thread is bound to them.
 
     :param main: The affinity of QEMU's main thread.
     :param vcpu: The affinity of the vCPU's thread.
-    :param nodes: The CPUs of each node.
+    :param nodes: The CPUs of each NUMA node.
     :param real_time: The CPUs to which real-time threads of QEMU are bound.
     """
     near = frozenset[int]().union(*(cpus for cpus in nodes if cpus & vcpu)) or main
@@ -75,7 +81,7 @@ def real_time_cpus(process: Process) -> frozenset[int]:
 def affinity(tid: int) -> frozenset[int]:
     """Return the CPUs on which a thread may run.
 
-    :raises GoneError: The thread has exited.
+    :raises GoneError: if the thread has exited.
     """
     try:
         return frozenset(os.sched_getaffinity(tid))
@@ -84,10 +90,13 @@ def affinity(tid: int) -> frozenset[int]:
 
 
 def place(process: Process, tid: int, choices: Sequence[frozenset[int]]) -> list[str]:
-    """Set a helper thread to SCHED_OTHER and nice 0, and set its cgroups and CPUs.
+    """Set the scheduling class, nice value, cgroups and CPUs of a helper thread.
 
-    :param choices: See :func:`helper_cpus`.
-    :returns: The properties that this process has no permission to change.
+    The new scheduling class is SCHED_OTHER, and the new nice value is 0. The new cgroups are those
+    of QEMU's main thread.
+
+    :param choices: The sets of CPUs to try in this order, see :func:`helper_cpus`.
+    :returns: The names of the properties that this process has no permission to change.
     """
     refused = []
     try:
@@ -127,9 +136,9 @@ def _bind(tid: int, choices: Sequence[frozenset[int]]) -> bool:
 def leave_cgroups(process: Process, tid: int) -> bool:
     """Move a thread to the cgroups of its process's main thread.
 
-    libvirt puts each vCPU into its own cgroup, with its own cpuset and cpu.max.
+    libvirt puts each vCPU thread into its own cgroup, which has its own cpuset and cpu.max.
 
-    :returns: False if this process has no permission.
+    :returns: False if this process has no permission to move the thread, otherwise True.
     """
     task = f"{procfs.PROC}/{process.pid}/task"
     wanted = parse_cgroups(read_optional(f"{task}/{process.pid}/cgroup") or "")
@@ -148,10 +157,11 @@ def leave_cgroups(process: Process, tid: int) -> bool:
 def threads_files(
     wanted: Mapping[str, str], current: Mapping[str, str], mounts: Sequence[Mount]
 ) -> list[str]:
-    """Return the files that move a thread to other cgroups if its id is written.
+    """Return the files to which a thread's id is written to change its cgroups.
 
-    :param wanted: The wanted path of each controller, see :func:`~.headroom.parse_cgroups`.
-    :param current: The thread's current paths.
+    :param wanted: The wanted cgroup path of each controller, see :func:`~.headroom.parse_cgroups`.
+    :param current: The current cgroup path of each controller.
+    :param mounts: The result of :func:`~.headroom.parse_mountinfo` for this process.
     """
     files: dict[str, None] = {}
     for controller, path in wanted.items():

@@ -3,10 +3,10 @@
 
 The parsers (``parse_*``) are pure functions of text. :class:`Process` reads the files and passes
 their text to the parsers. If the process exits between two reads, the next read raises
-:class:`GoneError` (code ``qemu-gone``). The kernel can reuse the pid, so a :class:`Process` stores
-the start time, which :meth:`Process.check` compares.
+:class:`GoneError` (code ``qemu-gone``). The kernel can reuse a pid. Therefore a :class:`Process`
+stores the start time of the process, and :meth:`Process.check` compares the start time.
 
-File formats are those of proc(5).
+proc(5) describes the formats of the files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MOST_LISTINGS: Final = 16
 def gone(pid: int) -> GoneError:
     """Return the error for a process that has exited."""
     return GoneError(
-        f"process {pid} has exited", "if the process is QEMU, see QEMU's log for the reason"
+        f"process {pid} has exited", "see QEMU's log for the reason if the process is QEMU"
     )
 
 
@@ -52,7 +52,8 @@ def hidden(pid: int) -> UnsupportedError:
     """Return the error for a process that /proc does not show."""
     return UnsupportedError(
         f"process {pid} exists, but /proc does not show it",
-        "run as root on the host; /proc is mounted with hidepid=, or this service has ProtectProc=",
+        "run qemu-prefault as root on the host, and check whether hidepid= of /proc or "
+        "ProtectProc= of the service hides the process",
         code=Code.PROC_PERMISSION,
     )
 
@@ -60,8 +61,8 @@ def hidden(pid: int) -> UnsupportedError:
 def denied(path: str) -> UnsupportedError:
     """Return the error for a file of /proc that this process may not read."""
     return UnsupportedError(
-        f"no permission to read {path}",
-        "run as root, or as QEMU's user with CAP_SYS_PTRACE",
+        f"this process has no permission to read {path}",
+        "run qemu-prefault as root, or as QEMU's user with CAP_SYS_PTRACE",
         code=Code.PROC_PERMISSION,
     )
 
@@ -69,9 +70,10 @@ def denied(path: str) -> UnsupportedError:
 def read_file(path: str, pid: int) -> str:
     """Return the text of a file of /proc/PID.
 
-    :raises GoneError: The process has exited.
-    :raises UnsupportedError: This process has no permission to read the file.
-    :raises FailedError: Reading fails for another reason.
+    :raises GoneError: if the process has exited.
+    :raises UnsupportedError: if this process has no permission to read the file, or if /proc does
+        not show the process.
+    :raises FailedError: if this process cannot read the file for another reason.
     """
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
@@ -105,10 +107,10 @@ def read_optional(path: str) -> str | None:
 
 
 def malformed(what: str, text: str) -> FailedError:
-    """Return the error for a file of /proc with an unknown format."""
+    """Return the error for a file of /proc that has an unknown format."""
     return FailedError(
         f"{what} has an unknown format: {text[:120]!r}",
-        "report this with the kernel's version (uname -r)",
+        "report this error with the kernel's version (uname -r)",
         code=Code.PROC,
     )
 
@@ -117,9 +119,10 @@ def malformed(what: str, text: str) -> FailedError:
 class Status:
     """The fields of ``/proc/PID/status`` that qemu-prefault uses.
 
-    Bit N-1 of a signal set stands for signal N. `ns_pids` are the process's ids, from this pid
-    namespace inwards; the last one is the id in the process's own namespace. `thread_features`
-    lists e.g. ``shstk`` (CET shadow stack). `seccomp_filters` is None before Linux 5.9.
+    In a set of signals, bit N-1 represents signal N. `ns_pids` contains the ids of the process in
+    nested pid namespaces. The first id is the one in this pid namespace, and the last id is the one
+    in the process's own pid namespace. `thread_features` contains, for example, ``shstk`` (CET
+    shadow stack). `seccomp_filters` is the number of seccomp filters, or None before Linux 5.9.
     """
 
     name: str
@@ -135,14 +138,14 @@ class Status:
     seccomp_filters: int | None = None
 
     def has_capability(self, number: int) -> bool:
-        """Return whether the effective set contains capability `number`."""
+        """Return whether the effective capability set contains capability `number`."""
         return bool(self.cap_effective >> number & 1)
 
 
 def parse_status(text: str) -> Status:
-    """Parse ``/proc/PID/status``.
+    """Return the fields in the text of ``/proc/PID/status``.
 
-    :raises FailedError: The text has another format.
+    :raises FailedError: if the text has another format.
     """
     fields: dict[str, str] = {}
     for line in text.split("\n"):
@@ -175,7 +178,7 @@ def parse_status(text: str) -> Status:
 def parse_start_time(text: str) -> int:
     """Return field 22 of ``/proc/PID/stat``, the start time in ticks since boot.
 
-    :raises FailedError: The text has another format.
+    :raises FailedError: if the text has another format.
     """
     # The command name is in parentheses and may contain any character, even ')' and '\n'.
     fields = text[text.rfind(")") + 1 :].split()
@@ -187,7 +190,11 @@ def parse_start_time(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class MemoryMapping:
-    """One line of ``/proc/PID/maps``: `path` from `offset` at ``start..end-1``."""
+    """One mapping of a process, from one line of ``/proc/PID/maps``.
+
+    At the addresses ``start..end-1``, the process has mapped the file `path` from the byte
+    `offset`.
+    """
 
     start: int
     end: int
@@ -199,12 +206,12 @@ class MemoryMapping:
 
     @property
     def size(self) -> int:
-        """The size in bytes."""
+        """The size of the mapping in bytes."""
         return self.end - self.start
 
     @property
     def shared(self) -> bool:
-        """Whether writes reach the file (MAP_SHARED)."""
+        """Whether writes to the memory also change the file (MAP_SHARED)."""
         return self.perms[3] == "s"
 
     @property
@@ -220,9 +227,9 @@ _MAPPING: Final = re.compile(
 
 
 def parse_maps(text: str) -> tuple[MemoryMapping, ...]:
-    """Parse ``/proc/PID/maps``.
+    """Return the mappings in the text of ``/proc/PID/maps``.
 
-    :raises FailedError: A line has another format.
+    :raises FailedError: if a line has another format.
     """
     return tuple(_parse_mapping(line) for line in text.split("\n") if line)
 
@@ -248,9 +255,9 @@ def _parse_mapping(line: str) -> MemoryMapping:
 def backing_of(mapping: MemoryMapping, page_size: int = PAGE_SIZE) -> BackingKind:
     """Return the kind of memory behind a mapping.
 
-    :param page_size: The page size of the backing as the monitor reports it, in bytes
-        (:attr:`MemorySection.page_size`). The path of a memfd or a file does not show that it
-        uses huge pages.
+    :param page_size: The page size of the backing in bytes, which the monitor reports
+        (:attr:`MemorySection.page_size`). This parameter is necessary because the path of a memfd
+        or a file does not show whether the file has huge pages.
     """
     path = mapping.path.removesuffix(" (deleted)")
     # An anonymous MAP_HUGETLB mapping is also a file of this name (fs/hugetlbfs/inode.c).
@@ -270,7 +277,7 @@ def backing_of(mapping: MemoryMapping, page_size: int = PAGE_SIZE) -> BackingKin
 def mappings_of(maps: Sequence[MemoryMapping], start: int, size: int) -> tuple[MemoryMapping, ...]:
     """Return the mappings that together cover ``start..start+size-1`` without a gap.
 
-    :raises FailedError: Some byte is not mapped (code ``unmapped``).
+    :raises FailedError: if a byte of this range is not mapped (code ``unmapped``).
     """
     found = tuple(m for m in maps if m.start < start + size and m.end > start)
     reached = start
@@ -280,15 +287,19 @@ def mappings_of(maps: Sequence[MemoryMapping], start: int, size: int) -> tuple[M
         reached = mapping.end
     if reached < start + size:
         raise FailedError(
-            f"QEMU has no mapping at {reached:#x}, although its monitor reports guest RAM there",
-            "run qemu-prefault again; the memory layout may have changed",
+            f"QEMU has no mapping at {reached:#x}, although its monitor reports guest RAM at this "
+            "address",
+            "run qemu-prefault again, because the memory layout may have changed",
             code=Code.UNMAPPED,
         )
     return found
 
 
 def thread_names(pid: int) -> dict[int, str]:
-    """Return the names of a process's threads by id; empty if it has exited."""
+    """Return the names of a process's threads, by thread id.
+
+    The result is empty if the process has exited.
+    """
     names = {}
     with contextlib.suppress(OSError, QemuPrefaultError):
         for tid in _list_threads(pid, lambda: os.listdir(f"{PROC}/{pid}/task")):
@@ -299,16 +310,17 @@ def thread_names(pid: int) -> dict[int, str]:
 
 
 def _list_threads(pid: int, list_tasks: Callable[[], list[str]]) -> list[str]:
-    """List a process's threads. Repeat this until the list is complete.
+    """Return the ids of a process's threads. Repeat the listing until it is complete.
 
     The kernel's list can omit a live thread if another thread exits while the list is read. The
-    kernel finds its position by counting threads, and counts the exiting thread even if it skips
-    it (proc_task_readdir(), first_tid() and next_tid(), fs/proc/base.c). While a CPU is preempted
-    in the middle of __unhash_process() (kernel/exit.c), every list omits a thread in this way.
+    kernel finds its position in the list by counting threads. It counts the exiting thread even if
+    it does not list that thread (proc_task_readdir(), first_tid() and next_tid(), fs/proc/base.c).
+    While a CPU is preempted in the middle of __unhash_process() (kernel/exit.c), every list omits a
+    thread in this way.
 
     At that time ``Threads:`` in /proc/PID/status no longer counts the exiting thread, and a lookup
-    of its id fails. Therefore this function counts the threads after it has read the list. The list
-    is complete if at least that many of its threads still exist afterwards.
+    of the id of this thread fails. Therefore this function reads the number of threads after it has
+    read the list. The list is complete if at least this number of its threads still exist.
     """
     found: list[str] = []
     for _ in range(MOST_LISTINGS):
@@ -327,7 +339,10 @@ def _count_threads(pid: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process, identified by its pid and start time. Created by :meth:`find`."""
+    """A process of the host. :meth:`find` creates the object.
+
+    The pid and the start time together identify the process, because the kernel can reuse the pid.
+    """
 
     pid: int
     start_time: int
@@ -336,14 +351,14 @@ class Process:
     def find(cls, pid: int) -> Process:
         """Return the process with this id.
 
-        :raises GoneError: No such process exists.
+        :raises GoneError: if no such process exists.
         """
         return cls(pid, parse_start_time(read_file(f"{PROC}/{pid}/stat", pid)))
 
     def check(self) -> None:
         """Check that the pid still belongs to the same process, and that it is alive.
 
-        :raises GoneError: The process has exited (a zombie counts as exited).
+        :raises GoneError: if the process has exited, or if it is a zombie.
         """
         text = read_file(f"{PROC}/{self.pid}/stat", self.pid)
         state = text[text.rfind(")") + 1 :].split()[:1]
@@ -352,12 +367,12 @@ class Process:
 
     @property
     def exe(self) -> str | None:
-        """The path of the program, or None if the link cannot be read."""
+        """The path of the program, or None if this process cannot read the link."""
         return self.link("exe")
 
     @property
     def name(self) -> str:
-        """The command name (at most 15 characters)."""
+        """The command name of the process, which has at most 15 characters."""
         return read_file(f"{PROC}/{self.pid}/comm", self.pid).rstrip("\n")
 
     def arguments(self) -> tuple[str, ...]:
@@ -379,10 +394,11 @@ class Process:
         return parse_maps(read_file(f"{PROC}/{self.pid}/maps", self.pid))
 
     def thread_syscall(self, tid: int) -> str | None:
-        """Return ``/proc/PID/task/TID/syscall`` (``202 0x… …`` or ``running``).
+        """Return the text of ``/proc/PID/task/TID/syscall``.
 
-        :returns: None if the file cannot be read, because this process lacks CAP_SYS_PTRACE or the
-            kernel lacks CONFIG_HAVE_ARCH_TRACEHOOK.
+        :returns: For example ``202 0x… …`` or ``running``. None if the file cannot be read, because
+            this process lacks CAP_SYS_PTRACE or because the kernel lacks
+            CONFIG_HAVE_ARCH_TRACEHOOK.
         """
         text = read_optional(f"{PROC}/{self.pid}/task/{tid}/syscall")
         return None if text is None else text.strip()
@@ -397,8 +413,8 @@ class Process:
     def listdir(self, name: str) -> list[str]:
         """Return the entries of a directory in /proc/PID.
 
-        :raises GoneError: The process has exited.
-        :raises UnsupportedError: This process has no permission to list the directory.
+        :raises GoneError: if the process has exited.
+        :raises UnsupportedError: if this process has no permission to list the directory.
         """
         path = f"{PROC}/{self.pid}/{name}"
         try:
@@ -435,9 +451,11 @@ def parse_number_list(text: str, most: int) -> tuple[int, ...]:
 
 
 def thread_map(process: Process) -> dict[int, int]:
-    """Map thread ids of the process's pid namespace to those of this one.
+    """Return the ids of a process's threads in this pid namespace.
 
-    The ids differ if the process runs in its own pid namespace (NSpid of ``/proc/PID/status``).
+    The keys of the result are the thread ids in the process's own pid namespace (NSpid of
+    ``/proc/PID/status``). The keys and the values differ if the process runs in another pid
+    namespace than this process.
     """
     threads = process.threads()
     if len(process.status().ns_pids) <= 1:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Find the reason why the kernel refused ptrace, and a remedy."""
+"""Find the reason why the kernel refused ptrace, and find a remedy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ CAP_SYS_PTRACE: Final = 19
 
 @dataclass(frozen=True, slots=True)
 class PtraceFacts:
-    """The facts from which ``__ptrace_may_access()`` decides."""
+    """The properties of two processes that decide whether one may trace the other.
+
+    ``__ptrace_may_access()`` (kernel/ptrace.c) and the security modules evaluate these properties.
+    """
 
     pid: int
     own_uid: int
@@ -46,10 +49,11 @@ class PtraceFacts:
 
 
 def diagnose_ptrace(process: Process) -> tuple[str, str]:
-    """Explain why PTRACE_SEIZE of the process failed with EPERM.
+    """Return the reason why PTRACE_SEIZE failed with EPERM, and a remedy.
 
-    :returns: The cause, and the remedy with the command.
-    :raises GoneError: The process has exited.
+    :param process: The process that could not be traced.
+    :returns: The cause and the remedy for an error message.
+    :raises GoneError: if the process has exited.
     """
     own = parse_status(read_file(f"{PROC}/self/status", os.getpid()))
     target = process.status()

@@ -15,7 +15,10 @@ STALL_SECONDS: Final = 2.0
 
 
 class Stall:
-    """Detects that a state has not changed for :data:`STALL_SECONDS`."""
+    """An object that detects that a state has not changed.
+
+    A stall is a state that has not changed for :data:`STALL_SECONDS`.
+    """
 
     def __init__(self) -> None:
         self._seen: object = None
@@ -23,7 +26,10 @@ class Stall:
         self._reported = False
 
     def starts(self, state: object) -> bool:
-        """Return True at the first call that detects a stall, and False at other calls."""
+        """Return True at the first call that detects a stall, and False at other calls.
+
+        :param state: The current state.
+        """
         now = time.monotonic()
         if state != self._seen:
             self._seen, self._since, self._reported = state, now, False
@@ -34,7 +40,10 @@ class Stall:
 
 
 def why_stalled(pid: int, tid: int, seconds: float = 0.05) -> str:
-    """Return the reason why a helper thread makes no progress, according to /proc."""
+    """Return the reason why a helper thread makes no progress, according to /proc.
+
+    :param seconds: The time between two reads of the helper's CPU time, in seconds.
+    """
     task = f"{procfs.PROC}/{pid}/task/{tid}"
     before = _cpu_time(task)
     time.sleep(seconds)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Compute how many more threads QEMU may start.
+"""Compute how many additional threads QEMU may start.
 
 QEMU aborts if it cannot start a thread (``qemu_thread_create()``, util/qemu-thread-posix.c).
-Therefore helpers must leave enough of each limit for QEMU.
+Therefore qemu-prefault starts only so many helpers that QEMU can still start its own threads.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ MIN_LEFT: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class TaskLimit:
-    """A limit on tasks or pending signals, and the number that is left.
+    """A limit on QEMU's tasks or pending signals.
 
     A helper uses one task, and one pending signal for its timer.
 
     :ivar name: The name of the limit, for messages.
-    :ivar left: The number of tasks or pending signals that are left.
+    :ivar left: The number of tasks or pending signals that QEMU may still create.
     :ivar detail: The value and the current use of the limit, for messages.
     """
 
@@ -70,7 +70,7 @@ def task_limits(process: Process) -> list[TaskLimit]:
 def strictest(limits: Sequence[TaskLimit], wanted: int) -> tuple[int, TaskLimit | None]:
     """Return the number of helpers that all limits allow, and the strictest limit.
 
-    The limit is None if the limits allow all ``wanted`` helpers.
+    The limit is None if all limits allow ``wanted`` helpers.
     """
     allowed, by = wanted, None
     for limit in limits:
@@ -99,7 +99,10 @@ def pids_limits(cgroup: str, mountinfo: str) -> list[TaskLimit]:
 
 
 def parse_limits(text: str) -> dict[str, int]:
-    """Return the soft limits of ``/proc/PID/limits`` by name, except unlimited ones."""
+    """Return the soft limits in the text of ``/proc/PID/limits``, by name.
+
+    The result omits limits with the value ``unlimited``.
+    """
     limits = {}
     for line in text.split("\n"):  # "%-25s %-20lu ": proc_pid_limits(), fs/proc/base.c
         value = parse_number(line[26:47])
@@ -109,7 +112,12 @@ def parse_limits(text: str) -> dict[str, int]:
 
 
 def parse_pending(status: str) -> tuple[int, int] | None:
-    """Return the number of pending signals and its limit (``SigQ`` of the status)."""
+    """Return the number of pending signals, and the limit on this number.
+
+    The result is None if the text has no field ``SigQ``.
+
+    :param status: The text of ``/proc/PID/status``.
+    """
     match = re.search(r"^SigQ:\s+(\d{1,19})/(\d{1,20})$", status, re.MULTILINE)
     return (int(match[1]), int(match[2])) if match else None
 

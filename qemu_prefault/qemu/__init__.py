@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The QMP connection to QEMU, the queries, and the guest's memory map."""
+"""Modules that connect to QEMU, query its state, and build the memory map."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Connect to a QMP server's socket, and wait for its greeting.
 
-A QMP socket serves one client at a time. A second client's connect() succeeds, but QEMU does not
-send it a greeting. :func:`await_greeting` distinguishes this case from a slow or silent server, and
-from a peer that is not a QMP server.
+A QMP socket serves one client at a time. The connect() of a second client succeeds, but QEMU sends
+no greeting to this client. :func:`await_greeting` distinguishes this case from a slow or silent
+server, and from a peer that is not a QMP server.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ _REMEDY_BUSY: Final = (
     "-qmp unix:PATH,server=on,wait=off for qemu-prefault"
 )
 REMEDY_SILENT: Final = (
-    "check that the socket is a QMP monitor (a guest agent sends no greeting), and that QEMU is "
-    "neither stopped nor blocked in its main loop"
+    "check that the socket is a QMP monitor and not a guest agent, which sends no greeting\n"
+    "check whether QEMU is stopped or blocked in its main loop"
 )
 
 
 async def connect(address: str, deadline: float) -> socket.socket:
     """Connect to a QMP socket.
 
-    :param address: See :func:`parse_address`.
-    :param deadline: The event loop's time at which the attempt fails.
+    :param address: An address in a form that :func:`parse_address` accepts.
+    :param deadline: The time of the event loop, in seconds, at which the attempt fails.
     :returns: A connected, non-blocking socket.
-    :raises InputError: The address is malformed, or names no socket or host.
-    :raises MonitorBusyError: The socket's backlog stays full.
-    :raises MonitorError: The connection fails for another reason.
+    :raises InputError: if the address is malformed, or if the socket or the host does not exist.
+    :raises MonitorBusyError: if the socket's backlog stays full.
+    :raises MonitorError: if the connection fails for another reason.
     """
     target = parse_address(address)
     loop = asyncio.get_running_loop()
@@ -64,7 +64,7 @@ async def connect(address: str, deadline: float) -> socket.socket:
         retry_until = min(deadline, loop.time() + 2 * BUSY_GRACE)
         while (sock := _connect_unix(target)) is None:
             if loop.time() >= retry_until:
-                raise _busy(target, "with more clients waiting")
+                raise _busy(target, "more clients are waiting")
             await asyncio.sleep(0.02)
         return sock
     try:
@@ -72,7 +72,7 @@ async def connect(address: str, deadline: float) -> socket.socket:
             return await _connect_tcp(target)
     except socket.gaierror as error:
         raise InputError(
-            f"unknown host in {address!r}: {error.strerror}",
+            f"the host in {address!r} is unknown: {error.strerror}",
             "give PATH, unix:PATH or tcp:HOST:PORT",
             code=Code.MONITOR,
         ) from error
@@ -90,10 +90,10 @@ async def connect(address: str, deadline: float) -> socket.socket:
 def parse_address(address: str) -> str | tuple[str, int]:
     """Return the path of a UNIX socket, or (host, port) of a TCP socket.
 
-    Without the prefix ``unix:`` or ``tcp:``, an address means TCP if it has the form
-    ``HOST:PORT``, contains no slash before the colon, and no file of this name exists.
+    An address without the prefix ``unix:`` or ``tcp:`` is a TCP address if it has the form
+    ``HOST:PORT``, has no slash before the colon, and is not the path of an existing file.
 
-    :raises InputError: The address is empty or has an impossible port or path.
+    :raises InputError: if the address is empty, or if it has an impossible port or path.
     """
     if address.startswith("unix:"):
         return _checked_path(address.removeprefix("unix:"), address)
@@ -113,7 +113,7 @@ def _checked_path(path: str, address: str) -> str:
     if not path or "\0" in path or len(os.fsencode(path)) > 107:
         raise InputError(
             f"{address!r} is not a valid path of a socket",
-            "give a path of 1 to 107 bytes; a relative path may be shorter",
+            "give a path of 1 to 107 bytes, for example a relative path",
         )
     return path
 
@@ -130,13 +130,17 @@ def _connect_unix(path: str) -> socket.socket | None:
     except FileNotFoundError as error:
         _fail(sock, InputError(f"the socket {path} does not exist", _REMEDY_ADDRESS), error)
     except PermissionError as error:
-        remedy = "run as root or as QEMU's user"
-        _fail(sock, MonitorError(f"no permission to connect to {path}", remedy), error)
+        remedy = "run qemu-prefault as root or as QEMU's user"
+        _fail(
+            sock,
+            MonitorError(f"this process has no permission to connect to {path}", remedy),
+            error,
+        )
     except ConnectionRefusedError as error:
         if not _is_socket(path):
             _fail(sock, InputError(f"{path} is not a socket", _REMEDY_ADDRESS), error)
-        cause = f"no process listens on {path}: its QEMU has probably exited"
-        _fail(sock, MonitorError(cause, "start QEMU, or give a running QEMU's socket"), error)
+        cause = f"no process listens on {path}, probably because its QEMU has exited"
+        _fail(sock, MonitorError(cause, "start QEMU, or give the socket of a running QEMU"), error)
     except BlockingIOError:
         sock.close()
         return None
@@ -181,15 +185,18 @@ async def _connect_tcp(target: tuple[str, int]) -> socket.socket:
 def _busy(address: str, detail: str = "") -> MonitorBusyError:
     more = f" ({detail})" if detail else ""
     return MonitorBusyError(
-        f"another QMP client uses {address}{more}: QEMU serves one at a time", _REMEDY_BUSY
+        f"another QMP client uses {address}{more}, and QEMU serves one client at a time",
+        _REMEDY_BUSY,
     )
 
 
 async def await_greeting(sock: socket.socket, address: str, deadline: float) -> None:
     """Wait for the peer's first bytes, and check that they begin a JSON object.
 
-    :raises MonitorBusyError: QEMU serves another client.
-    :raises MonitorError: The peer is silent, closes the connection, or is not a QMP server.
+    :param address: The name of the connection, for error messages.
+    :param deadline: The time of the event loop, in seconds, at which the wait ends.
+    :raises MonitorBusyError: if QEMU serves another client.
+    :raises MonitorError: if the peer is silent, closes the connection, or is not a QMP server.
     """
     loop = asyncio.get_running_loop()
     limit = min(deadline, loop.time() + GREETING_TIMEOUT)
@@ -225,7 +232,7 @@ async def await_greeting(sock: socket.socket, address: str, deadline: float) -> 
 
 
 def closed_early(address: str) -> MonitorError:
-    """Return the error for a connection that was closed before the greeting."""
+    """Return the error for a peer that closed the connection before its greeting."""
     return MonitorError(
         f"{address} closed the connection before it sent a greeting",
         "check whether QEMU is exiting, and whether the socket is QEMU's QMP monitor",
@@ -234,14 +241,17 @@ def closed_early(address: str) -> MonitorError:
 
 
 def not_qmp(address: str, why: str) -> MonitorError:
-    """Return the error for a peer that is not a QMP server."""
+    """Return the error for a peer that is not a QMP server.
+
+    :param why: The reason, as a clause for the message.
+    """
     return MonitorError(
         f"{address} is not a QMP server: {why}", _REMEDY_ADDRESS, code=Code.MONITOR_NOT_QMP
     )
 
 
 def brief(error: BaseException) -> str:
-    """Return a short text of an error of qemu.qmp."""
+    """Return a short description of an exception of the library qemu.qmp."""
     # str() of such an error quotes the whole message, which may be megabytes.
     inner = error.exc if isinstance(error, ConnectError) else error
     text = getattr(inner, "error_message", None) or type(inner).__name__
@@ -251,7 +261,10 @@ def brief(error: BaseException) -> str:
 
 
 async def _readable(sock: socket.socket, until: float) -> bool:
-    """Wait for data or EOF. Return False if the loop's time reaches `until`."""
+    """Return True when data or EOF arrives, or False at the time `until`.
+
+    :param until: The time of the event loop, in seconds.
+    """
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
 
@@ -271,7 +284,7 @@ async def _readable(sock: socket.socket, until: float) -> bool:
 
 
 class _Place(enum.Enum):
-    """The state of a connection at its listener."""
+    """The state of a client's connection on the side of the server."""
 
     ACCEPTED = "accepted"
     QUEUED = "waiting, and no client is served"
@@ -282,10 +295,11 @@ class _Place(enum.Enum):
 def _place(sock: socket.socket) -> _Place:
     """Return the state of this connection according to /proc/net/unix.
 
-    The server's end of a connection has the name of the listening socket. Its state is 03 if the
-    connection was accepted, and 02 if it is in the backlog (unix_seq_show(),
-    net/unix/af_unix.c). If one client is accepted and one is in the backlog, this process is the
-    one in the backlog, because QEMU would have sent a greeting to an accepted client.
+    In this file, the server's end of a connection has the name of the listening socket. The state
+    of the server's end is 03 if the server has accepted the connection, and 02 if the connection is
+    in the backlog (unix_seq_show(), net/unix/af_unix.c). If QEMU has accepted one client and
+    another client is in the backlog, this process is the client in the backlog. Otherwise QEMU
+    would have sent a greeting to this process.
     """
     if sock.family != socket.AF_UNIX:
         return _Place.UNKNOWN
@@ -308,7 +322,7 @@ def _silent(address: str, place: _Place) -> QemuPrefaultError:
         return _busy(address)
     if place is _Place.UNKNOWN:  # on TCP, a busy monitor and a silent listener look the same
         return MonitorBusyError(
-            f"{address} sends no greeting, probably because another QMP client uses it",
+            f"{address} sends no greeting, probably because another QMP client uses this socket",
             _REMEDY_BUSY,
         )
     what = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Parse the answers of the human monitor about memory."""
+"""Parse the answers of QEMU's human monitor (HMP) about memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_LINE: Final = 1024
 
 
 def _lines(text: str, what: str) -> Iterator[str]:
-    """Yield the lines of an answer without LF or CRLF. Check their lengths."""
+    """Yield the lines of an answer without LF or CRLF, and check their lengths."""
     for line in text.split("\n"):
         if len(line) > MAX_LINE:
             raise LayoutError(f'"{what}" has a line of {len(line)} characters')
@@ -35,10 +35,12 @@ def _lines(text: str, what: str) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class FlatRange:
-    """One line of a FlatView: the memory at guest-physical ``start..start+size-1``.
+    """One range of guest-physical memory, from one line of a FlatView.
 
-    :ivar offset: Bytes from the start of the memory region `name`. For RAM, this is the offset in
-        the RAM block.
+    The range contains the addresses ``start..start+size-1``.
+
+    :ivar offset: The number of bytes from the start of the memory region `name`. For RAM, this is
+        the offset in the RAM block.
     :ivar kvm: Whether KVM has a memslot of exactly this range (``kvm_accel_has_memory()``,
         accel/kvm/kvm-all.c).
     """
@@ -53,7 +55,7 @@ class FlatRange:
 
     @property
     def end(self) -> int:
-        """The first address after the range."""
+        """The first guest-physical address after the range."""
         return self.start + self.size
 
 
@@ -68,13 +70,14 @@ _SYSTEM_VIEW: Final = re.compile(r' AS "memory", root: system(?:, alias .*)?')
 def parse_mtree(text: str) -> tuple[FlatRange, ...]:
     """Return the ranges of guest-physical memory in ``info mtree -f``, ascending.
 
-    The text has one FlatView per distinct address space, in hash order. This function reads the
-    FlatView of the address space ``memory`` with root ``system``. Other FlatViews have the same
-    format but other addresses: those of ``device-memory`` are relative, and ``cpu-smm-0`` is the
-    view of SMM.
+    The text contains one FlatView for each distinct address space, in the order of a hash table.
+    This function reads the FlatView of the address space ``memory`` with root ``system``. Other
+    FlatViews have the same format but other addresses. The addresses of ``device-memory`` are
+    relative to its start. ``cpu-smm-0`` describes the memory in SMM.
 
     :param text: The answer of the HMP command, in lines that end with LF or CRLF.
-    :raises LayoutError: The view is missing, or a line of the view is malformed or impossible.
+    :raises LayoutError: if the view is missing, or if a line of the view is malformed or
+        impossible.
     """
     lines = list(_lines(text, "info mtree -f"))
     index = 0
@@ -133,9 +136,10 @@ def _bad_line(line: str, why: str) -> LayoutError:
 
 @dataclass(frozen=True, slots=True)
 class RamBlock:
-    """One RAM block of QEMU, which is a contiguous mapping in its address space.
+    """One RAM block of QEMU, which is a contiguous mapping in QEMU's address space.
 
-    `page_size`, `used` and `total` are in bytes. `hva` is None if QEMU is older than 8.1.
+    `page_size`, `used` and `total` are in bytes. `hva` is the host virtual address, or None if QEMU
+    is older than 8.1.
     """
 
     name: str
@@ -151,12 +155,13 @@ _HEX: Final = re.compile(r"0x[0-9a-f]{1,16}")
 
 
 def parse_ramblocks(text: str) -> tuple[RamBlock, ...]:
-    """Return the RAM blocks of ``info ramblock`` (or ``x-query-ramblock``).
+    """Return the RAM blocks in the answer of ``info ramblock``.
 
-    The heading shows which columns exist. QEMU prints the host address since 8.1
-    (``ram_block_format()``, system/physmem.c).
+    The answer of ``x-query-ramblock`` has the same format. The heading of the answer contains the
+    names of its columns. QEMU 8.1 and later print the host address (``ram_block_format()``,
+    system/physmem.c).
 
-    :raises LayoutError: The heading or a line has an unknown format.
+    :raises LayoutError: if the heading or a line has an unknown format.
     """
     lines = list(_lines(text, "info ramblock"))
     heading = 0
@@ -183,7 +188,9 @@ def _parse_ramblock(line: str, columns: Sequence[str]) -> RamBlock:
     if "HVA" in columns:
         hexes["HVA"] = values.get("HVA", "")
     if match is None or not all(_HEX.fullmatch(cell) for cell in hexes.values()):
-        raise LayoutError(f'"info ramblock" has a line {quote(line)} of unknown format')
+        raise LayoutError(
+            f'"info ramblock" has the line {quote(line)}, which has an unknown format'
+        )
     page_size = int(match[2]) << _UNITS[match[3]]
     used, total = int(hexes["Used"], 16), int(hexes["Total"], 16)
     hva = int(hexes["HVA"], 16) if "HVA" in hexes else None
@@ -202,7 +209,7 @@ _GPA2HVA: Final = re.compile(
 def parse_gpa2hva(text: str) -> tuple[str, int]:
     """Return the memory region's name and the host address from ``gpa2hva``.
 
-    :raises LayoutError: The address is not mapped, or is not RAM
+    :raises LayoutError: if the guest-physical address is not mapped, or if it is not RAM
         (``gpa2hva()``, monitor/hmp-cmds-target.c).
     """
     text = text.strip()
@@ -228,9 +235,11 @@ _NUMA_SIZE: Final = re.compile(r"node ([0-9]{1,4}) (size|plugged): ([0-9]{1,12})
 
 
 def parse_numa(text: str) -> tuple[NumaNode, ...]:
-    """Return the guest's NUMA nodes from ``info numa``; empty if it has none.
+    """Return the guest's NUMA nodes in the answer of ``info numa``.
 
-    :raises LayoutError: A node has more plugged memory than memory in total.
+    The result is empty if the guest has no NUMA nodes.
+
+    :raises LayoutError: if a node has more plugged memory than memory in total.
     """
     sizes: dict[int, dict[str, int]] = {}
     for line in _lines(text, "info numa"):
@@ -242,6 +251,8 @@ def parse_numa(text: str) -> tuple[NumaNode, ...]:
         # "size" includes "plugged" (query_numa_node_mem(), hw/core/numa.c).
         base = found.get("size", 0) - found.get("plugged", 0)
         if base < 0:
-            raise LayoutError(f'"info numa" reports more plugged than total memory on node {node}')
+            raise LayoutError(
+                f'"info numa" reports more plugged memory than total memory on node {node}'
+            )
         nodes.append(NumaNode(node, base, found.get("plugged", 0)))
     return tuple(nodes)

@@ -2,7 +2,7 @@
 """Build the map of a guest's memory from the monitor's answers.
 
 No QMP command returns the guest-physical memory map. This module builds the map from four answers.
-Each answer has information that the others lack:
+Each answer contains information that the other answers lack:
 
 ==========================  ==================================================================
 ``info mtree -f``           the guest's *current* view of each address (PAM, holes, ROM on
@@ -14,13 +14,13 @@ Each answer has information that the others lack:
 ==========================  ==================================================================
 
 The host address of every range comes from ``gpa2hva``. :func:`build_sections` joins these answers
-into :class:`MemorySection` objects, which are contiguous both in guest-physical memory and in
-QEMU's address space. Memory that must not be touched is also kept as a section, with the reason in
-``skipped``, so that users can see the whole map.
+into :class:`MemorySection` objects. A section is contiguous both in guest-physical memory and in
+QEMU's address space. Memory that must not be touched also becomes a section, so that users can see
+the whole map. The field ``skipped`` of such a section contains the reason.
 
-The functions of this module are pure: they take text and decoded JSON, and return frozen
-dataclasses. The peer may be any program that listens on a socket, so the functions check all input.
-They raise only :class:`LayoutError`, and their time is linear in the size of the input.
+The functions of this module are pure. They take text and decoded JSON, and return frozen
+dataclasses. The peer may be any program that listens on a socket. Therefore the functions check all
+input. They raise only :class:`LayoutError`. Their run time is linear in the size of the input.
 
 All addresses and sizes are in bytes.
 """
@@ -47,7 +47,10 @@ BIOS_AREA: Final = 0xF0000
 
 @dataclass(frozen=True, slots=True)
 class Memdev:
-    """A memory backend (``query-memdev``). Fields that QEMU does not report are None."""
+    """One memory backend in the answer of ``query-memdev``.
+
+    A field is None if QEMU does not report it.
+    """
 
     id: str
     size: int
@@ -60,7 +63,7 @@ class Memdev:
 def parse_memdevs(value: object) -> tuple[Memdev, ...]:
     """Return the memory backends of a decoded ``query-memdev`` answer.
 
-    :raises LayoutError: The JSON does not match ``Memdev`` of qapi/machine.json.
+    :raises LayoutError: if the JSON does not match ``Memdev`` of qapi/machine.json.
     """
     memdevs = []
     for item in expect_array(value, "query-memdev"):
@@ -95,10 +98,11 @@ def _no_duplicates(names: Sequence[str], what: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class MemoryDevice:
-    """A DIMM, NVDIMM, virtio-mem, virtio-pmem … (``query-memory-devices``).
+    """One memory device in the answer of ``query-memory-devices``.
 
-    `size` is the size of the device's guest-physical range. For virtio-mem, this is the maximum
-    size, of which only `plugged` bytes exist for the guest.
+    Examples are DIMM, NVDIMM, virtio-mem and virtio-pmem. `size` is the size of the device's
+    guest-physical range in bytes. For virtio-mem, this is the maximum size, and only `plugged`
+    bytes of the range exist for the guest.
     """
 
     kind: str
@@ -114,7 +118,7 @@ class MemoryDevice:
 def parse_memory_devices(value: object) -> tuple[MemoryDevice, ...]:
     """Return the memory devices of a decoded ``query-memory-devices`` answer.
 
-    :raises LayoutError: The JSON does not match ``MemoryDeviceInfo`` of qapi/machine.json.
+    :raises LayoutError: if the JSON does not match ``MemoryDeviceInfo`` of qapi/machine.json.
     """
     devices = []
     for item in expect_array(value, "query-memory-devices"):
@@ -155,13 +159,13 @@ def memdev_nodes(
     devices: Sequence[MemoryDevice],
     nodes: Sequence[NumaNode],
 ) -> dict[str, int]:
-    """Return the guest NUMA node of each backend for which it can be determined.
+    """Return the guest NUMA nodes of backends, by the id of the backend.
 
     ``query-memory-devices`` reports the node of each memory device. No monitor command reports the
-    node of a backend of ``-numa node,memdev=``. But QEMU lays out boot memory in node order
-    (``numa_init_memdev_container()``, hw/core/numa.c), so the backends in address order belong to
-    the nodes in number order. If their sizes do not match, the result contains none of these
-    backends.
+    node of a backend of ``-numa node,memdev=``. However, QEMU lays out boot memory in the order of
+    the nodes (``numa_init_memdev_container()``, hw/core/numa.c). Therefore the function assigns the
+    backends in address order to the nodes in number order. If the sizes of these backends and nodes
+    do not match, the result contains none of these backends.
     """
     found = {d.memdev: d.node for d in devices if d.memdev is not None and d.node is not None}
     plugged = {device.memdev for device in devices}
@@ -185,21 +189,24 @@ class MemorySection:
     :ivar name: The memory region's name in the monitor.
     :ivar gpa: Guest-physical address.
     :ivar size: Size in bytes.
-    :ivar hva: Address in QEMU, or 0 if unknown. Only skipped sections have an unknown address.
-    :ivar offset: Offset in the RAM block.
+    :ivar hva: Host virtual address in QEMU, or 0 if the address is unknown. Only a skipped section
+        can have an unknown address.
+    :ivar offset: Offset in the RAM block, in bytes.
     :ivar page_size: Page size of the backing in bytes (4096 also under THP).
     :ivar memdev: Id of the memory backend, or None if the section has none.
     :ivar device: ``dimm``, ``nvdimm``, ``virtio-mem``, ``virtio-pmem`` … or None for boot RAM.
-    :ivar share: Whether the backend is mapped shared, or None if unknown.
-    :ivar reserve: False if the memory is overcommitted on purpose (``reserve=off``); None if
-        unknown.
-    :ivar node: Guest NUMA node, or None if unknown.
+    :ivar share: Whether QEMU maps the backend shared, or None if this is unknown.
+    :ivar reserve: False if the memory is overcommitted on purpose (``reserve=off``), or None if
+        this is unknown.
+    :ivar node: Guest NUMA node, or None if the node is unknown.
     :ivar skipped: The reason why this section must not be touched, or None if it can be prefaulted.
     :ivar skip_code: A stable name for the value of `skipped`: ``rom``, ``read-only``,
         ``read-only-backend``, ``device-memory``, ``rom-device``, ``vfio-bar``, ``no-memslot``,
         ``unaligned``, ``no-ram-block``, ``no-host-address``, ``enclave``.
-    :ivar disk_file: Whether the section is a shared file on a disk. Populating would write to it.
-    :ivar bound_nodes: The host NUMA nodes to which the backend binds its memory; empty means any.
+    :ivar disk_file: Whether the section is a shared file on a disk. Populating the section would
+        write to the file.
+    :ivar bound_nodes: The host NUMA nodes to which the backend binds its memory, or an empty tuple
+        if it may use any node.
     """
 
     name: str
@@ -252,18 +259,20 @@ def build_sections(
 ) -> tuple[MemorySection, ...]:
     """Join the monitor's answers into sections of guest memory, ascending by address.
 
-    Every range except plain I/O becomes a section. If a section must not be touched, its `skipped`
-    is set.
+    Every range except plain I/O becomes a section. If a section must not be touched, the function
+    sets the field `skipped` of this section.
 
-    :param hva_of: The host address of the first byte of a range, by guest-physical address. For a
-        missing range, the function uses the RAM block's address if QEMU reports it.
-    :param kvm: Whether the guest runs under KVM (``query-kvm``). If so, RAM that is not a memslot
-        is skipped. None means: under KVM if any range is a memslot.
-    :param node_of: The guest NUMA node by backend id (:func:`memdev_nodes`).
-    :param device_owned: The ids of backends that a device other than a memory device uses, such as
-        ivshmem. These backends are the device's memory and not guest RAM.
-    :raises LayoutError: The answers contradict each other: a range ends beyond its block, the
-        address of ``gpa2hva`` differs from the block's, or RAM ranges share host memory.
+    :param hva_of: The host address of the first byte of each range, by the guest-physical address
+        of the range. If a range is missing, the function uses the address of the RAM block if QEMU
+        reports that address.
+    :param kvm: Whether the guest runs under KVM (``query-kvm``). Under KVM, the function skips RAM
+        that is not a memslot. If `kvm` is None, the function assumes KVM if any range is a memslot.
+    :param node_of: The guest NUMA node of each backend, by the id of the backend
+        (:func:`memdev_nodes`).
+    :param device_owned: The ids of the backends that other devices than memory devices use, for
+        example ivshmem. The memory of these backends is device memory and not guest RAM.
+    :raises LayoutError: if a range ends beyond its RAM block, if ``gpa2hva`` and the RAM block
+        report different addresses, or if RAM ranges share host memory.
     """
     if kvm is None:
         kvm = any(item.kvm for item in ranges)
@@ -276,7 +285,10 @@ def build_sections(
 
 
 class _Join:
-    """Lookup tables by name, so that :func:`build_sections` runs in linear time."""
+    """Tables of the monitor's answers, in which names are the keys.
+
+    With these tables, :func:`build_sections` runs in linear time.
+    """
 
     def __init__(
         self,
@@ -349,7 +361,7 @@ class _Join:
             raise LayoutError(
                 f"{quote(item.name)} at {item.start:#x} is at {reported:#x} in QEMU according to "
                 f"gpa2hva, but at {computed:#x} according to its RAM block",
-                "run qemu-prefault again; the memory layout may have changed",
+                "run qemu-prefault again, because the memory layout may have changed",
             )
         return reported or computed
 
@@ -413,14 +425,14 @@ def _check_disjoint(sections: Sequence[MemorySection]) -> None:
 def firmware_ahead(ranges: Sequence[FlatRange]) -> bool | None:
     """Return whether the firmware will still change the memslots of low RAM.
 
-    On pc and q35, SeaBIOS makes QEMU delete and re-create the low-RAM memslot three times, which
-    drops prefaulted entries. In its last step, SeaBIOS write-protects the area at 0xf0000
+    On pc and q35, SeaBIOS makes QEMU delete and re-create the low-RAM memslot three times. Each
+    deletion drops prefaulted entries. In its last step, SeaBIOS write-protects the area at 0xf0000
     (``make_bios_readonly()``, src/fw/shadow.c). Afterwards this area is ``rom`` and has the name of
     main RAM.
 
-    :returns: True before that step. False after that step, and for microvm, because its firmware
-        does not change memslots. None if the layout does not show it, for example with OVMF in
-        flash.
+    :returns: True if the firmware has not completed this last step. False if the firmware has
+        completed it, or if the machine is microvm, whose firmware does not change memslots. None if
+        the memory layout does not show the state, for example with OVMF in flash.
     """
     low = _range_at(ranges, 0)
     area = _range_at(ranges, BIOS_AREA)
@@ -445,7 +457,7 @@ def _range_at(ranges: Sequence[FlatRange], gpa: int) -> FlatRange | None:
 def huge_alignment(section: MemorySection, huge_size: int) -> bool:
     """Return whether KVM can map this section with pages of `huge_size` bytes.
 
-    If guest-physical and host address differ modulo the page size, KVM uses no pages of this size
-    in the whole slot (``kvm_alloc_memslot_metadata()``, arch/x86/kvm/x86.c).
+    If the guest-physical address and the host address differ modulo the page size, KVM uses no
+    pages of this size in the whole memslot (``kvm_alloc_memslot_metadata()``, arch/x86/kvm/x86.c).
     """
     return (section.gpa - section.hva) % huge_size == 0

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A QMP connection to QEMU, with its commands and events.
 
-This module handles cases that ``qemu.qmp`` does not:
+This module handles cases that ``qemu.qmp`` does not handle:
 
-* **A QMP socket serves one client at a time.** A second client's connect() succeeds, but QEMU sends
-  it no greeting, because QEMU does not accept connections while it serves a client
-  (chardev/char-socket.c) and the kernel keeps them in the backlog. :meth:`Monitor.connect` does not
-  hang: it raises :class:`MonitorBusyError` within two seconds. Usually ``/proc/net/unix`` shows
-  immediately that another client was accepted and this one was not.
-* **Nothing is sent before the greeting.** If a client in the backlog sent a command, QEMU would
-  execute it when it accepts the connection, long after the client has disconnected.
-* **The peer may be any program**, such as a guest agent, a human monitor, a proxy, or a program
-  that sends large amounts of other data. Replies have a maximum length, every wait has a time
-  limit, and every failure raises a :class:`~qemu_prefault.errors.QemuPrefaultError` with a remedy.
-* **QEMU may die during a command.** The event streams of ``qemu.qmp`` then never end. The event
-  streams of this module end.
+* **A QMP socket serves one client at a time.** While QEMU serves a client, it does not accept other
+  connections (chardev/char-socket.c), and the kernel keeps them in the backlog. The connect() of a
+  second client succeeds, but QEMU sends no greeting to this client. In this case,
+  :meth:`Monitor.connect` raises :class:`MonitorBusyError` within two seconds. Usually
+  ``/proc/net/unix`` shows immediately that QEMU has accepted another client and not this process.
+* **A client must send nothing before the greeting.** If a client in the backlog sent a command,
+  QEMU would execute the command when it accepts the connection. The client may have disconnected
+  long before.
+* **The peer may be any program.** Examples are a guest agent, a human monitor, a proxy, and a
+  program that sends large amounts of other data. Replies have a maximum length, and every wait has
+  a time limit. Every failure raises a :class:`~qemu_prefault.errors.QemuPrefaultError` with a
+  remedy.
+* **QEMU may die during a command.** If QEMU dies, the event streams of ``qemu.qmp`` never end. The
+  event streams of this module end.
 """
 
 from __future__ import annotations
@@ -63,7 +65,10 @@ MAX_EVENTS: Final = 1024
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """An event of QEMU. `seconds` is QEMU's time in seconds since the Epoch."""
+    """A QMP event of QEMU.
+
+    `seconds` is QEMU's timestamp of the event, in seconds since the Epoch.
+    """
 
     name: str
     data: Mapping[str, object]
@@ -71,10 +76,10 @@ class Event:
 
 
 class EventStream:
-    """An async iterator over the chosen events, which ends when the connection ends.
+    """An async iterator over QMP events, which ends when the connection ends.
 
     :meth:`Monitor.events` creates the stream. A stream keeps the newest :data:`MAX_EVENTS` unread
-    events. `dropped` counts the events that it dropped before they were read.
+        events. `dropped` is the number of unread events that the stream has dropped.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -98,8 +103,8 @@ class EventStream:
     async def get(self, timeout: float | None = None) -> Event | None:
         """Return the next event, or None if the connection has ended.
 
-        :param timeout: Seconds to wait, or None to wait without a limit.
-        :raises TimeoutError: No event arrives in time.
+        :param timeout: The time to wait in seconds, or None to wait without a limit.
+        :raises TimeoutError: if no event arrives in time.
         """
         if not self._events and not self._ended:
             self._changed.clear()
@@ -118,7 +123,10 @@ class EventStream:
 
 
 class _Dispatcher(EventListener):
-    """A listener that uses bounded streams instead of the inherited queue."""
+    """An event listener that passes each event to all streams of a connection.
+
+    The streams have a maximum length, unlike the queue that this class inherits.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,11 +142,12 @@ class _Dispatcher(EventListener):
 class _Client(QMPClient):
     """A QMPClient that does not format every message for the debug log.
 
-    For large replies, formatting takes most of the time and memory. The overridden ``_cb_`` methods
-    of qemu.qmp log each message.
+    Formatting takes most of the time and memory that a large reply needs. In qemu.qmp, the
+    overridden ``_cb_`` methods log each message.
 
-    :ivar cause: The exception that ended the connection. ``disconnect()`` should raise it, but if
-        commands are pending, it may raise an AssertionError instead (qemu.qmp 0.0.6).
+    :ivar cause: The exception that ended the connection, or None. ``disconnect()`` should raise
+        this exception. However, if commands are pending, it may raise an AssertionError instead
+        (qemu.qmp 0.0.6).
     """
 
     cause: Exception | None = None
@@ -162,10 +171,11 @@ class Monitor:
 
     :ivar address: The address that the user gave.
     :ivar version: QEMU's version, e.g. ``10.0.13``.
-    :ivar package: The distributor's suffix, e.g. ``Debian 1:10.0.13+ds-0+deb13u1``; may be empty.
-    :ivar peer_pid: The id, in this pid namespace, of the process that called listen() on the
-        socket (SO_PEERCRED). None for TCP, for a connection made by `dial`, and for a process
-        outside this namespace.
+    :ivar package: The distributor's suffix of the version, e.g. ``Debian 1:10.0.13+ds-0+deb13u1``,
+        or an empty string.
+    :ivar peer_pid: The pid of the process that called listen() on the socket (SO_PEERCRED). The pid
+        is None if the socket is a TCP socket, if `dial` made the connection, or if the process is
+        outside this pid namespace.
     :ivar vm_uuid: The VM's UUID as `dial` returned it, or None if the address is a socket.
     """
 
@@ -203,15 +213,16 @@ class Monitor:
 
         :param address: The path of a UNIX socket, ``unix:PATH``, ``HOST:PORT`` or
             ``tcp:HOST:PORT``.
-        :param connect_timeout: The time limit for establishing the session, in seconds. If an
-            accepted connection receives no greeting, the method fails after at most
-            :data:`GREETING_TIMEOUT`.
+        :param connect_timeout: The time limit for establishing the session, in seconds. If QEMU
+            accepts the connection but sends no greeting, the method fails after at most
+            :data:`GREETING_TIMEOUT` seconds.
         :param command_timeout: The default time limit for each command, in seconds.
-        :param dial: A function that opens the connection instead, without a time limit. `address`
-            is then only the connection's name in messages.
-        :raises InputError: The address is malformed, or names no socket or host.
-        :raises MonitorBusyError: QEMU serves another client.
-        :raises MonitorError: No QMP session can be established for another reason.
+        :param dial: A function that opens the connection, without a time limit. If `dial` is given,
+            `address` is only the name of the connection in messages.
+        :raises InputError: if the address is malformed, or if the socket or the host does not
+            exist.
+        :raises MonitorBusyError: if QEMU serves another client.
+        :raises MonitorError: if no QMP session can be established for another reason.
         """
         monitor = await cls._open(address, connect_timeout, command_timeout, dial)
         try:
@@ -256,14 +267,14 @@ class Monitor:
 
     @property
     def alive(self) -> bool:
-        """Whether the session is still connected."""
+        """Whether the QMP session is still connected."""
         return self._client.runstate == Runstate.RUNNING
 
     def fileno(self) -> int:
-        """Return the socket's file descriptor, for example for the guard process.
+        """Return the file descriptor of the QMP socket.
 
-        QEMU serves no other client while a copy of the descriptor is open. Do not read from it or
-        write to it while this object is in use.
+        While a copy of the descriptor is open, QEMU serves no other client. Do not read from the
+        descriptor or write to it while this object is in use.
         """
         return self._sock.fileno()
 
@@ -274,11 +285,11 @@ class Monitor:
 
         Concurrent calls are pipelined. QEMU answers them in order.
 
-        :param timeout: The time limit in seconds; the default is `command_timeout`.
-        :param arguments: The command's arguments, with underscores instead of dashes in their
-            names (``command_line``).
-        :raises CommandError: QEMU refuses the command.
-        :raises MonitorError: The connection ends, or QEMU does not answer in time.
+        :param timeout: The time limit in seconds, or None for `command_timeout`.
+        :param arguments: The command's arguments. Their names contain underscores instead of
+            dashes, for example ``command_line``.
+        :raises CommandError: if QEMU refuses the command.
+        :raises MonitorError: if the connection ends, or if QEMU does not answer in time.
         """
         args = {name.replace("_", "-"): value for name, value in arguments.items()}
         return await self.execute_raw(command, args, timeout=timeout)
@@ -296,8 +307,8 @@ class Monitor:
         except TimeoutError as error:
             raise MonitorError(
                 f"QEMU did not answer {command} within {limit:g} s",
-                "check whether QEMU is stopped or its main loop is blocked; QEMU may still execute "
-                "the command later",
+                "check whether QEMU is stopped or its main loop is blocked\n"
+                "QEMU may still execute the command later",
                 code=Code.MONITOR_TIMEOUT,
             ) from error
         except ExecuteError as error:
@@ -310,7 +321,10 @@ class Monitor:
 
     @contextlib.contextmanager
     def patience(self, seconds: float) -> Iterator[None]:
-        """Set the default time limit for each command within the block, in seconds."""
+        """Set the default time limit of each command within the ``with`` block.
+
+        :param seconds: The time limit in seconds.
+        """
         before, self.command_timeout = self.command_timeout, seconds
         try:
             yield
@@ -322,7 +336,8 @@ class Monitor:
 
         The human monitor reports its own errors only in this text.
 
-        :raises MonitorError: As for :meth:`execute`.
+        :param timeout: The time limit in seconds, or None for `command_timeout`.
+        :raises MonitorError: if :meth:`execute` raises this error.
         """
         answer = await self.execute("human-monitor-command", command_line=line, timeout=timeout)
         return expect_str(answer, f'the answer to "{line}"')
@@ -333,14 +348,17 @@ class Monitor:
         if cause is None or isinstance(cause, (EOFError, OSError)):
             return MonitorError(
                 f"QEMU closed the QMP connection {self.address} during {command}",
-                "check whether QEMU is still running; the command may or may not have taken effect",
+                "check whether QEMU is still running, and whether the command has taken effect",
                 code=Code.MONITOR_CLOSED,
             )
         return not_qmp(self.address, f"during {command} it sent {brief(cause)}")
 
     @contextlib.contextmanager
     def events(self, *names: str) -> Iterator[EventStream]:
-        """Subscribe to the named events within the block, or to all if no name is given."""
+        """Subscribe to the named events within the ``with`` block.
+
+        If no name is given, the stream contains all events.
+        """
         stream = EventStream(names)
         if not self.alive:
             stream._end()
@@ -377,7 +395,7 @@ async def _hang_up(client: _Client, sock: socket.socket) -> None:
 
 
 def _version(greeting: object) -> tuple[str, str]:
-    """Return (version, package) from a greeting."""
+    """Return QEMU's version and package version from the greeting of QMP."""
     qmp = getattr(greeting, "QMP", None)
     version = expect_object(getattr(qmp, "version", None), "the version in the QMP greeting")
     qemu = expect_object(version.get("qemu"), "the version in the QMP greeting")

@@ -12,7 +12,8 @@ from ..errors import LayoutError
 def expect_object(value: object, what: str) -> Mapping[str, object]:
     """Return `value` if it is a JSON object.
 
-    :raises LayoutError: `value` is of another type.
+    :param what: The name of the value, for the error message.
+    :raises LayoutError: if `value` has another type.
     """
     if not isinstance(value, dict):
         raise _wrong(value, what, "an object")
@@ -22,7 +23,8 @@ def expect_object(value: object, what: str) -> Mapping[str, object]:
 def expect_array(value: object, what: str) -> Sequence[object]:
     """Return `value` if it is a JSON array.
 
-    :raises LayoutError: `value` is of another type.
+    :param what: The name of the value, for the error message.
+    :raises LayoutError: if `value` has another type.
     """
     if not isinstance(value, list):
         raise _wrong(value, what, "an array")
@@ -32,7 +34,8 @@ def expect_array(value: object, what: str) -> Sequence[object]:
 def expect_str(value: object, what: str) -> str:
     """Return `value` if it is a JSON string.
 
-    :raises LayoutError: `value` is of another type.
+    :param what: The name of the value, for the error message.
+    :raises LayoutError: if `value` has another type.
     """
     if not isinstance(value, str):
         raise _wrong(value, what, "a string")
@@ -42,7 +45,8 @@ def expect_str(value: object, what: str) -> str:
 def expect_bool(value: object, what: str) -> bool:
     """Return `value` if it is a JSON boolean.
 
-    :raises LayoutError: `value` is of another type.
+    :param what: The name of the value, for the error message.
+    :raises LayoutError: if `value` has another type.
     """
     if not isinstance(value, bool):
         raise _wrong(value, what, "a boolean")
@@ -52,7 +56,9 @@ def expect_bool(value: object, what: str) -> bool:
 def expect_int(value: object, what: str, low: int = 0, high: int = (1 << 64) - 1) -> int:
     """Return `value` if it is a JSON integer within ``low..high`` (inclusive).
 
-    :raises LayoutError: `value` is out of range or of another type (such as ``true`` or ``1.0``).
+    :param what: The name of the value, for the error message.
+    :raises LayoutError: if `value` is out of range, or if it has another type such as ``true`` or
+        ``1.0``.
     """
     if type(value) is not int:
         raise _wrong(value, what, "an integer")
@@ -73,5 +79,5 @@ def _wrong(value: object, what: str, wanted: str) -> LayoutError:
 
 
 def quote(text: str) -> str:
-    """Return a string in quotes, shortened to about 120 characters."""
+    """Return a text in quotes, and shorten it to about 120 characters."""
     return repr(text if len(text) <= 120 else text[:117] + "...")

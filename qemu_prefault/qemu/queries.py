@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Query QEMU's state: machine, run state, migration and KVM's counters."""
+"""Query QEMU's machine type, run state and migration state, and KVM's counters."""
 
 from __future__ import annotations
 
@@ -43,7 +43,11 @@ MIGRATION_OVER: Final = frozenset({"none", "completed", "failed", "cancelled"})
 
 @dataclass(frozen=True, slots=True)
 class Vcpu:
-    """A vCPU. `thread_id` is the id of its thread in QEMU's own pid namespace."""
+    """One vCPU in the answer of ``query-cpus-fast``.
+
+    `thread_id` is the id of the vCPU's thread in QEMU's own pid namespace. `node` is the guest NUMA
+    node, or None if QEMU does not report the node.
+    """
 
     index: int
     thread_id: int
@@ -53,10 +57,10 @@ class Vcpu:
 
 @dataclass(frozen=True, slots=True)
 class Balloon:
-    """The balloon of a guest.
+    """The memory balloon of a guest.
 
     :ivar actual: The guest's current memory in bytes.
-    :ivar total: The guest's memory with a fully deflated balloon, in bytes.
+    :ivar total: The guest's memory in bytes if the balloon is fully deflated.
     """
 
     actual: int
@@ -65,17 +69,18 @@ class Balloon:
 
 @dataclass(frozen=True, slots=True)
 class VmState:
-    """The state of a QEMU at one moment.
+    """The state of a QEMU process and its guest at one time.
 
     :ivar version: QEMU's version, e.g. ``10.0.13``.
-    :ivar machine_type: For example ``pc-q35-10.0-machine``; None if QEMU does not report it.
+    :ivar machine_type: The machine type, e.g. ``pc-q35-10.0-machine``, or None if QEMU does not
+        report it.
     :ivar status: The run state (``query-status``): ``running``, ``paused``, ``prelaunch`` …
     :ivar running: Whether the vCPUs run.
     :ivar kvm: Whether the guest runs under KVM.
     :ivar migration: The status of a migration (``query-migrate``), or None without a migration.
-    :ivar dirty_rate: The status of dirty-rate measuring (``query-dirty-rate``), or None if
-        unknown.
-    :ivar balloon: None if the guest has no working balloon.
+    :ivar dirty_rate: The status of the dirty-rate measurement (``query-dirty-rate``), or None if
+        QEMU does not report it.
+    :ivar balloon: The balloon, or None if the guest has no working balloon.
     :ivar private_memory: The type of a confidential guest whose private memory is in guest_memfd
         (for example ``sev-snp-guest``), or None for other guests.
     """
@@ -96,13 +101,14 @@ class VmState:
 
 
 async def read_vm_state(monitor: Monitor) -> VmState:
-    """Read the state of QEMU that the plan needs.
+    """Return the state of QEMU that is necessary to plan a prefault.
 
-    The queries are pipelined. The function reads the memory map before and after the host
-    addresses. If firmware or hotplug has changed the map in between, it repeats all queries.
+    The function sends the queries without waiting for the answer of each query. It reads the memory
+    map before and after the host addresses. If firmware or hotplug has changed the map in the
+    meantime, the function repeats all queries.
 
-    :raises LayoutError: The answers contradict each other.
-    :raises MonitorError: A query failed, or the memory map changed during every attempt.
+    :raises LayoutError: if the answers contradict each other.
+    :raises MonitorError: if a query failed, or if the memory map changed during every attempt.
     """
     for _ in range(10):
         state = await _read_once(monitor)
@@ -110,19 +116,20 @@ async def read_vm_state(monitor: Monitor) -> VmState:
             return state
     raise MonitorError(
         "the guest's memory map changed during every attempt to read it",
-        "run qemu-prefault again in a few seconds; the guest's firmware is probably still running",
+        "run qemu-prefault again in a few seconds, because the guest's firmware is probably still "
+        "running",
         code=Code.LAYOUT_UNSTABLE,
     )
 
 
 async def read_running(monitor: Monitor) -> bool:
-    """Return whether the guest's vCPUs currently run."""
+    """Return whether the guest's vCPUs are running."""
     run = expect_object(await monitor.execute("query-status"), "query-status")
     return expect_bool(run.get("running"), "running of query-status")
 
 
 async def read_status(monitor: Monitor) -> str:
-    """Return the current run state, the ``status`` of ``query-status``."""
+    """Return the current run state, which is the ``status`` of ``query-status``."""
     run = expect_object(await monitor.execute("query-status"), "query-status")
     return expect_str(run.get("status"), "status of query-status")
 
@@ -225,7 +232,10 @@ async def _private_memory(monitor: Monitor) -> str | None:
 
 
 async def _all(*awaitables: Awaitable[object]) -> list[object]:
-    """Await all awaitables. If one fails, cancel the others and await their end."""
+    """Await all awaitables, and return their results.
+
+    If an awaitable fails, cancel the other awaitables and wait until they have ended.
+    """
     tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     try:
         return list(await asyncio.gather(*tasks))
@@ -247,13 +257,15 @@ async def _optional(awaitable: Awaitable[object]) -> object | None:
 async def _host_addresses(
     monitor: Monitor, ranges: Sequence[FlatRange], memdevs: Collection[str]
 ) -> dict[int, int] | None:
-    """Return the host addresses of RAM and ROM, or None if guest RAM has moved.
+    """Return the host address of each range of RAM and ROM.
 
-    The function queries the addresses of the first and the last page, to check that each range is
-    also contiguous in QEMU's address space. If the address of device memory cannot be found (a BAR
-    that the guest moves), the result omits this range.
+    The keys of the result are guest-physical addresses. The function queries the host addresses of
+    the first and the last page of each range. With these addresses, it checks that the range is
+    also contiguous in QEMU's address space. While a guest moves a BAR, the address of this device
+    memory may be unknown. In this case, the result omits the range.
 
     :param memdevs: The ids of all memory backends.
+    :returns: None if guest RAM has moved during the queries.
     """
     wanted = [r for r in ranges if r.kind in ("ram", "rom") and r.size >= PAGE_SIZE]
     questions = [gpa for r in wanted for gpa in (r.start, (r.end - 1) // PAGE_SIZE * PAGE_SIZE)]
@@ -287,7 +299,7 @@ def _host_address(item: FlatRange, first: object, last: object) -> int:
     if {name, last_name} != {item.name} or last_hva - hva != distance:
         raise LayoutError(
             f"memory {item.name!r} at {item.start:#x} is not contiguous in QEMU",
-            "run qemu-prefault again; the memory map may have changed during the queries",
+            "run qemu-prefault again, because the memory map may have changed during the queries",
         )
     return hva
 
@@ -295,11 +307,14 @@ def _host_address(item: FlatRange, first: object, last: object) -> int:
 async def _device_owned(
     monitor: Monitor, memdevs: Collection[str], memory_devices: Sequence[MemoryDevice]
 ) -> frozenset[str]:
-    """Return the backends that belong to a device that is not a memory device.
+    """Return the ids of backends that belong to other devices than memory devices.
 
-    The machine (its property memory-backend, or -numa node,memdev=) and memory devices own the
-    backends of guest RAM. Other devices also own backends: ivshmem-plain, pmrdev of NVMe, CXL. No
-    query reports these owners, so this function reads the links of all devices (QOM).
+    Memory devices and the machine own the backends of guest RAM. The machine's backends come from
+    its property memory-backend or from -numa node,memdev=. Other devices also own backends, for
+    example ivshmem-plain, NVMe (pmrdev) and CXL devices. No query reports the owners of these
+    backends. Therefore this function reads the QOM links of all devices.
+
+    :param memdevs: The ids of the backends to examine.
     """
     unclaimed = set(memdevs) - {device.memdev for device in memory_devices}
     boot = await _optional(monitor.execute("qom-get", path="/machine", property="memory-backend"))
@@ -322,7 +337,10 @@ async def _device_owned(
 
 
 async def _qom_list(monitor: Monitor, path: str) -> list[tuple[str, str]]:
-    """Return names and types of an object's properties; empty if it does not exist."""
+    """Return the names and types of the properties of a QOM object.
+
+    The result is empty if the object does not exist.
+    """
     answer = await _optional(monitor.execute("qom-list", path=path))
     if answer is None:
         return []
@@ -383,12 +401,12 @@ def _str_or_none(value: object) -> str | None:
 
 
 async def read_stage2(monitor: Monitor) -> Stage2Leaves | None:
-    """Return KVM's counts of stage-2 leaves, or None if they are not available.
+    """Return KVM's counts of stage-2 leaves, or None if QEMU reports no counts.
 
-    ``query-stats`` reports them since QEMU 7.1 if the kernel has KVM_CAP_BINARY_STATS_FD. KVM
-    counts leaf SPTEs (``kvm_update_page_stats()``, arch/x86/kvm/mmu).
+    QEMU 7.1 and later report the counts with ``query-stats`` if the kernel has
+    KVM_CAP_BINARY_STATS_FD. KVM counts leaf SPTEs (``kvm_update_page_stats()``, arch/x86/kvm/mmu).
 
-    :raises MonitorError: The query fails.
+    :raises MonitorError: if the query fails.
     """
     names = ("pages_4k", "pages_2m", "pages_1g")
     answer = await _query_stats(monitor, "vm", names)
@@ -401,10 +419,13 @@ async def read_stage2(monitor: Monitor) -> Stage2Leaves | None:
 
 
 async def read_vcpu_stats(monitor: Monitor, names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Return KVM's counters of each vCPU by QOM path; empty if not available.
+    """Return KVM's counters of each vCPU, by the QOM path of the vCPU.
 
-    :param names: For example ``pf_taken``, ``pf_fixed``, ``exits``. The result omits unknown names.
-    :raises MonitorError: The query failed.
+    The result is empty if QEMU reports no counters.
+
+    :param names: The names of the counters, for example ``pf_taken``, ``pf_fixed`` and ``exits``.
+        The result omits unknown names.
+    :raises MonitorError: if the query fails.
     """
     found = {}
     for item in await _query_stats(monitor, "vcpu", names):
@@ -414,7 +435,10 @@ async def read_vcpu_stats(monitor: Monitor, names: Sequence[str]) -> dict[str, d
 
 
 async def _query_stats(monitor: Monitor, target: str, names: Sequence[str]) -> Sequence[object]:
-    """Return KVM's entries of ``query-stats``; empty if QEMU refuses the query."""
+    """Return KVM's entries in the answer of ``query-stats``.
+
+    The result is empty if QEMU refuses the query.
+    """
     providers = [{"provider": "kvm", "names": list(names)}]
     try:
         answer = await monitor.execute("query-stats", target=target, providers=providers)

@@ -78,7 +78,7 @@ def test_too_few_tasks_is_refused(vm: QemuVm, pids_group: Path, count: int) -> N
     result = vm.prefault("--populate-only")
     assert result.status == 5, result.stderr
     assert result.error["code"] == "no-tasks"
-    assert f"only {count} more threads: pids.max of {pids_group}" in result.error["cause"]
+    assert f"only {count} more threads, because pids.max of {pids_group}" in result.error["cause"]
     assert vm.qmp.status() == "prelaunch"
 
 

@@ -179,7 +179,8 @@ def test_static_script_interpreter_causes_warning(programs: Path, name: str) -> 
     """
     result = run("--", str(programs / name))
     assert result.returncode == 0
-    assert "which is statically linked: the plugin may not be loaded" in result.stderr
+    assert f"the plugin may not be loaded, because {programs / name} is a script" in result.stderr
+    assert result.stderr.endswith(", which is statically linked\n")
 
 
 def test_script_interpreter_loop_ends(tmp_path: Path) -> None:

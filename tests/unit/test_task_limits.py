@@ -121,7 +121,7 @@ def test_too_few_tasks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     limit = TaskLimit("pids.max of /c", 3, "20, 17 in use")
     monkeypatch.setattr(injector, "task_limits", lambda process: [limit])
     with pytest.raises(
-        RefusedError, match=r"only 3 more threads: pids.max of /c is 20, 17"
+        RefusedError, match=r"only 3 more threads, because pids.max of /c is 20, 17"
     ) as caught:
         injector.choose_threads(Process(os.getpid(), 0), [VcpuThread(1, -1, None)])
     assert caught.value.code == "no-tasks"
