@@ -2,7 +2,8 @@
 """The interface of the agents, which make system calls inside QEMU.
 
 Only a thread of QEMU can prefault, because ``kvm_vcpu_ioctl()`` (virt/kvm/kvm_main.c) compares
-``kvm->mm`` with the caller's address space. In another process, the ioctl fails with EIO.
+``kvm->mm`` with the caller's address space. In another process, the ioctl KVM_PRE_FAULT_MEMORY
+fails with EIO.
 
 Every agent has *workers*. A worker is a thread inside QEMU that processes ranges of memory for one
 vCPU. For each range, the worker reports the number of completed bytes. If an error stopped the
@@ -25,7 +26,7 @@ MAX_ERRNO: Final = 4095  # include/linux/err.h
 class Kind(enum.IntEnum):
     """An operation on a range of memory.
 
-    The values are those of native/common/prefault_range.h.
+    native/common/prefault_range.h defines the same values for the workers.
     """
 
     #: ``madvise(MADV_POPULATE_WRITE)`` on a host virtual address.
@@ -138,7 +139,7 @@ class BatchResult:
     """The result of one batch of ranges.
 
     :ivar outcomes: The outcomes of each worker's ranges, by the index of the worker.
-    :ivar seconds: The time from the start of the first worker to the end of the last worker.
+    :ivar seconds: The seconds from the start of the first worker to the end of the last worker.
     """
 
     outcomes: dict[int, tuple[Outcome, ...]]
@@ -206,14 +207,15 @@ class Agent(Protocol):
     def abort(self) -> None:
         """End the current batch, and skip all later batches.
 
-        Each worker first completes its current chunk. The caller may call this method at any time.
+        Each worker first completes its current system call. The caller may call this method at any
+        time.
         """
         ...
 
     def interrupt(self) -> None:
         """End the current batch, but process later batches.
 
-        Each worker first completes its current chunk.
+        Each worker first completes its current system call.
         """
         ...
 

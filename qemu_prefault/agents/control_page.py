@@ -23,7 +23,7 @@ STACK_BYTES = 32 << 10
 
 
 class Helper:
-    """A helper thread in QEMU, which this process controls by its control page.
+    """One helper thread in QEMU, and its control page.
 
     :param memory: A file descriptor of QEMU's /proc/PID/mem.
     :param area: The address of the helper's mapping in QEMU.
@@ -66,7 +66,7 @@ class Helper:
         os.pwrite(self._memory, value.to_bytes(size, "little"), self.control + offset_of(field))
 
     def submit(self, ranges: Sequence[Range]) -> None:
-        """Write a batch of ranges to the control page, which starts the batch."""
+        """Start a batch of ranges by writing the ranges to the control page."""
         array = ffi.new("struct prefault_range[]", max(len(ranges), 1))
         for slot, item in zip(array, ranges, strict=False):
             slot.kind, slot.start, slot.size = item.kind, item.start, item.size

@@ -203,7 +203,6 @@ def _unreadable(process: Process, filters: int | None) -> UnsupportedError:
     which = "seccomp filters" if filters is None or filters != 1 else "a seccomp filter"
     return UnsupportedError(
         f"QEMU (pid {process.pid}) has {which} that this process cannot read",
-        "use the plugin agent, or run qemu-prefault with CAP_SYS_ADMIN as root on the host and "
-        "outside of containers",
+        "use the plugin agent, or run qemu-prefault on the host as root with CAP_SYS_ADMIN",
         code=Code.SECCOMP,
     )

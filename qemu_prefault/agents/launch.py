@@ -42,7 +42,8 @@ def replace_by(
 
     :param command: QEMU's command line.
     :param options: The plugin's options in the form ``KEY=VALUE``.
-    :param warn: A function that receives a warning if ``LD_PRELOAD`` may not reach QEMU, or None.
+    :param warn: A function that receives a warning if ``LD_PRELOAD`` may not reach QEMU. If `warn`
+        is None, this function gives no warning.
     :raises InputError: if the program does not exist, or if the plugin does not know an option.
     :raises UnsupportedError: if ``LD_PRELOAD`` cannot load the plugin into the program.
     """
@@ -128,7 +129,7 @@ def _refuse_static(program: str) -> None:
 
 
 def _wrapped_programs(command: Sequence[str]) -> Iterator[str]:
-    """Yield the path of QEMU if the command starts QEMU by a known wrapper."""
+    """Yield the path of QEMU if a known wrapper starts QEMU."""
     if os.path.basename(command[0]) not in WRAPPERS:
         return
     for word in command[1:]:

@@ -58,9 +58,10 @@ def plugin_path() -> Path:
 def find_control_socket(process: Process) -> Path | None:
     """Return the path of the plugin's control socket, or None if QEMU has no plugin.
 
-    The name of the plugin's control thread contains the number of the listening descriptor.
-    ``/proc/PID/net/unix`` contains the path of this socket. QEMU may run in its own mount
-    namespace. Therefore the result is a path below ``/proc/PID/root`` if the socket exists there.
+    The name of the plugin's control thread contains the number of the listening socket's
+    descriptor. ``/proc/PID/net/unix`` contains the path of this socket. QEMU may run in its own
+    mount namespace. Therefore the result is a path below ``/proc/PID/root`` if the socket exists
+    there.
     """
     proc = Path("/proc") / str(process.pid)
     for name in thread_names(process.pid).values():

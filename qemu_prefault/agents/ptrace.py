@@ -7,8 +7,8 @@ this process then communicate through one control page. This process accesses th
 ``/proc/PID/mem``.
 
 This process writes a heartbeat to the control page. If the heartbeat stops, for example because
-this process was killed, the helper completes its current chunk, unmaps itself and exits. Therefore
-no helper remains in QEMU.
+this process was killed, the helper completes its current system call, unmaps itself and exits.
+Therefore no helper remains in QEMU.
 
 The vCPU thread is the parent of its helper. The helper inherits the memory policy, the scheduling
 class, the CPUs and the cgroup of the vCPU thread. This process immediately changes all of these
@@ -47,7 +47,7 @@ FASTEST = 32 << 30
 
 
 class PtraceAgent:
-    """The :class:`.Agent` that uses helper threads, which it starts in QEMU."""
+    """The :class:`.Agent` that uses helper threads in QEMU as workers."""
 
     name = "attach"
     ranges_per_batch = int(lib.PREFAULT_RANGES_MAX)
@@ -251,8 +251,8 @@ class PtraceAgent:
     async def _wait(self, seconds: float) -> None:
         """Wait before the control pages are read again.
 
-        After an abort, wait only briefly. Each helper then ends its batch after its current chunk,
-        and the guest may be paused until all helpers have ended their batches.
+        After an abort, wait only briefly. Each helper then ends its batch after its current system
+        call, and the guest may be paused until all helpers have ended their batches.
 
         :param seconds: The time to wait if the batch is not aborted.
         """

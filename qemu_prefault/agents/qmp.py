@@ -326,8 +326,8 @@ class QmpAgent:
         """Return a cleanup that does nothing.
 
         If this process dies, QEMU's job continues until its end. The job occupies a vCPU only for
-        one short chunk at a time. If qemu-prefault is started again while the job is running, it
-        cancels the job.
+        one short chunk of memory at a time. If qemu-prefault is started again while the job is
+        running, it cancels the job.
         """
         return OrphanCleanup(stop_helpers=lambda: None, helpers_gone=lambda: True, timeout=0.0)
 

@@ -64,7 +64,7 @@ class RunGate:
         self._socket.setblocking(False)
 
     def holds(self) -> bool:
-        """Return whether no helper can use a vCPU that runs.
+        """Return whether the child process still protects the vCPUs.
 
         The result is True while all vCPUs are held. It is also True after a vCPU has entered
         KVM_RUN, because the child process has then ended the helpers' work.

@@ -73,9 +73,11 @@ class Selection:
 async def select_agent(wanted: str, process: Process, monitor: Monitor, *, kvm: bool) -> Selection:
     """Return the kind of agent to use for a QEMU process.
 
-    If `wanted` is ``auto``, the function chooses the plugin agent if QEMU has loaded the plugin.
-    Otherwise it chooses the qmp agent if QEMU has the command ``x-kvm-prefault-memory``. Otherwise
-    it chooses the attach agent.
+    If `wanted` is ``auto``, the function chooses the first possible agent of this list:
+
+    * the plugin agent, if QEMU has loaded the plugin
+    * the qmp agent, if the guest runs under KVM and QEMU has the command ``x-kvm-prefault-memory``
+    * the attach agent
 
     :param wanted: ``auto``, ``attach``, ``plugin`` or ``qmp``.
     :param kvm: Whether the guest runs under KVM.

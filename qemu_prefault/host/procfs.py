@@ -320,7 +320,7 @@ def _list_threads(pid: int, list_tasks: Callable[[], list[str]]) -> list[str]:
 
     At that time ``Threads:`` in /proc/PID/status no longer counts the exiting thread, and a lookup
     of the id of this thread fails. Therefore this function reads the number of threads after it has
-    read the list. The list is complete if at least this number of its threads still exist.
+    read the list. The list is complete if at least this number of the listed threads still exist.
     """
     found: list[str] = []
     for _ in range(MOST_LISTINGS):

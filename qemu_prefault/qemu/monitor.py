@@ -9,8 +9,8 @@ This module handles cases that ``qemu.qmp`` does not handle:
   :meth:`Monitor.connect` raises :class:`MonitorBusyError` within two seconds. Usually
   ``/proc/net/unix`` shows immediately that QEMU has accepted another client and not this process.
 * **A client must send nothing before the greeting.** If a client in the backlog sent a command,
-  QEMU would execute the command when it accepts the connection. The client may have disconnected
-  long before.
+  QEMU would execute the command when it accepts the connection. By then, the client may have
+  disconnected.
 * **The peer may be any program.** Examples are a guest agent, a human monitor, a proxy, and a
   program that sends large amounts of other data. Replies have a maximum length, and every wait has
   a time limit. Every failure raises a :class:`~qemu_prefault.errors.QemuPrefaultError` with a
@@ -317,7 +317,7 @@ class Monitor:
             raise self._dead(command) from error
         except (QMPError, OSError, ValueError, KeyError) as error:
             # BadReplyError and similar. qemu.qmp raises KeyError if a reply is sent twice.
-            raise not_qmp(self.address, f"its answer to {command} is malformed") from error
+            raise not_qmp(self.address, f"the answer to {command} is malformed") from error
 
     @contextlib.contextmanager
     def patience(self, seconds: float) -> Iterator[None]:
