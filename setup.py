@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Build settings that pyproject.toml cannot express: native code and the limited-API wheel tag."""
+"""Define the native code and the limited-API wheel tag, which pyproject.toml cannot."""
 
 from pathlib import Path
 

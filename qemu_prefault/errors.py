@@ -272,7 +272,7 @@ class MonitorError(FailedError):
 
 
 class CommandError(MonitorError):
-    """QEMU understood a command and refused it.
+    """QEMU returned an error for a QMP command.
 
     :param command: The name of the QMP command.
     :ivar error_class: The class of the QMP error, for example ``CommandNotFound``.

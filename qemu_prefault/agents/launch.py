@@ -38,7 +38,7 @@ def replace_by(
     *,
     warn: Callable[[str], None] | None = None,
 ) -> NoReturn:
-    """Replace this process by QEMU, and load the plugin with ``LD_PRELOAD``.
+    """Replace this process with QEMU, and load the plugin with ``LD_PRELOAD``.
 
     :param command: QEMU's command line.
     :param options: The plugin's options in the form ``KEY=VALUE``.

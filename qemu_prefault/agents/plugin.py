@@ -182,8 +182,8 @@ class Control:
     async def status(self) -> dict[str, Any]:
         """Return the plugin's status.
 
-        :raises AgentError: A field that this package uses is absent or has another type.
-        :raises FailedError: As for :meth:`ask`.
+        :raises AgentError: if a field that this package uses is absent or has another type.
+        :raises FailedError: as for :meth:`ask`.
         """
         answer = await self.ask("status")
         with self._well_formed():
@@ -204,8 +204,8 @@ class Control:
     async def event(self) -> dict[str, Any]:
         """Return the next event after the request ``follow`` (docs/reference/events.md).
 
-        :raises AgentError: The event is malformed.
-        :raises FailedError: As for :meth:`receive`.
+        :raises AgentError: if the event is malformed.
+        :raises FailedError: as for :meth:`receive`.
         """
         event = await self.receive()
         with self._well_formed():
@@ -225,8 +225,8 @@ class Control:
 
         :param count: The number of its ranges.
         :returns: Bytes done and errno of each range, and the seconds that the batch took.
-        :raises AgentError: The answer is malformed.
-        :raises FailedError: As for :meth:`receive`.
+        :raises AgentError: if the answer is malformed.
+        :raises FailedError: as for :meth:`receive`.
         """
         while "done" not in (answer := await self.receive()):
             if "progress" in answer:

@@ -34,12 +34,9 @@ class Selection:
     ) -> Sequence[VcpuThread]:
         """Return the vCPUs that the agent uses.
 
-        An agent that starts threads in QEMU uses only some of the vCPUs.
+        The attach agent and the plugin start threads in QEMU, so they use only some of the vCPUs.
 
-        The attach agent uses only some of the vCPUs. The other agents use all vCPUs.
-
-        :raises RefusedError: if QEMU may start too few additional threads for the attach agent
-            (code ``no-tasks``).
+        :raises RefusedError: if QEMU's limits of tasks allow too few threads (code ``no-tasks``).
         """
         if self.name == "qmp":
             return threads

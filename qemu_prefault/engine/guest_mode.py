@@ -110,7 +110,7 @@ class GuestMode:
         }
 
     def refused_every_worker(self) -> bool:
-        """Return whether no vCPU is usable, and an ioctl failed with EOPNOTSUPP."""
+        """Return True if all vCPUs are unusable and an ioctl failed with EOPNOTSUPP."""
         unusable = self._executor.unusable
         errors = [unusable.get(worker.index) for worker in self._executor.agent.workers]
         return None not in errors and errno.EOPNOTSUPP in errors

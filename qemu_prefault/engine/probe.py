@@ -61,7 +61,7 @@ class Findings:
 async def probe_process(pid: int) -> Findings:
     """Check this host and a QEMU process without using its monitor.
 
-    :raises GoneError: If the process does not exist.
+    :raises GoneError: if the process does not exist.
     """
     process = Process.find(pid)
     findings, status = _host(process)

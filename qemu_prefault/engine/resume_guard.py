@@ -47,7 +47,7 @@ class ResumeGuard:
     def __enter__(self) -> ResumeGuard:
         """Start the guard, and wait until it is ready.
 
-        :raises FailedError: If the guard died before it was ready. The guest is not paused yet.
+        :raises FailedError: if the guard died before it was ready. The guest is not paused yet.
         """
         read_end, self._pipe = os.pipe2(os.O_CLOEXEC)
         ready, is_ready = os.pipe2(os.O_CLOEXEC)

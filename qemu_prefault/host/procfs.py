@@ -35,8 +35,8 @@ def gone(pid: int) -> GoneError:
     )
 
 
-def exists(pid: int) -> bool:
-    """Return whether a process or thread exists although /proc does not show it."""
+def is_hidden(pid: int) -> bool:
+    """Return whether /proc hides a process or thread that exists."""
     if os.path.isdir(f"{PROC}/{pid}"):
         return False  # /proc shows the process, which is exiting
     try:
@@ -86,7 +86,7 @@ def read_file(path: str, pid: int) -> str:
                 "on the host",
                 code=Code.PROC_PERMISSION,
             ) from error
-        raise (hidden(pid) if exists(pid) else gone(pid)) from error
+        raise (hidden(pid) if is_hidden(pid) else gone(pid)) from error
     except PermissionError as error:
         raise denied(path) from error
     except OSError as error:

@@ -33,7 +33,10 @@ def run_tool(guest: Guest, *arguments: str) -> dict[str, Any]:
 
 
 def after_restore(state: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the faults and seconds of restored guests, without and with the tool."""
+    """Return the faults and run times of restored guests, without and with the tool.
+
+    Times are in seconds.
+    """
     measure(DemoCase("boot", TOOL), 0, state)  # writes the state
     found: dict[str, list[dict[str, Any]]] = {NOTHING: [], TOOL: []}
     for _ in range(ROUNDS):

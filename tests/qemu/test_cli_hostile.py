@@ -278,9 +278,9 @@ def test_foreign_pid_is_refused(vm: QemuVm) -> None:
 
 
 def test_main_thread_as_vcpu_is_harmless(through: Through, vm: QemuVm) -> None:
-    """Check that QEMU survives if the proxy reports its main thread as a vCPU.
+    """Check that QEMU survives if the proxy reports QEMU's main thread as a vCPU.
 
-    The main thread waits in ppoll() instead of a futex.
+    A paused vCPU's thread waits for a futex, but the main thread waits in ppoll().
     """
     through(with_threads([vm.pid]))
     assert vm.qmp.execute("query-version")

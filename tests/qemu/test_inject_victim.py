@@ -138,7 +138,7 @@ def test_victim_detects_a_change(victim: Victim) -> None:
 
 def test_helpers_end_if_a_later_thread_is_gone(victim: Victim) -> None:
     victim.threads.append(4_000_000)
-    with pytest.raises(FailedError, match="gone"):
+    with pytest.raises(FailedError, match="has exited"):
         asyncio.run(victim.agent().start())
     assert leftovers(victim.pid) == []
     assert victim.verdict().startswith("unchanged ")

@@ -68,7 +68,7 @@ def test_second_client_is_refused_and_can_retry(start_qemu: StartQemu) -> None:
         async with Monitor.connect(qemu.qmp) as first:
             for _ in range(3):  # a failed attempt must not affect the next one
                 start = time.monotonic()
-                with pytest.raises(MonitorBusyError, match="one at a time") as caught:
+                with pytest.raises(MonitorBusyError, match="one client at a time") as caught:
                     async with Monitor.connect(qemu.qmp):
                         pass
                 assert time.monotonic() - start < 2
@@ -98,7 +98,7 @@ def test_full_backlog_fails_fast(start_qemu: StartQemu) -> None:
             else:
                 pytest.skip("QEMU's backlog is longer than eight clients")
             start = time.monotonic()
-            with pytest.raises(MonitorBusyError, match="more clients waiting"):
+            with pytest.raises(MonitorBusyError, match="more clients are waiting"):
                 async with Monitor.connect(qemu.qmp):
                     pass
             assert time.monotonic() - start < 1

@@ -169,7 +169,7 @@ def test_vcpu_fd_in_another_process_gives_eio(vm_of: StartVm, paused: bool) -> N
 def test_no_kvm_has_no_vcpu_fds(vm_of: StartVm) -> None:
     done = run("vcpu-fds", vm_of("-m", "64M").qemu.qmp)
     assert done.returncode == 4
-    assert done.stderr.splitlines()[1].strip() == "start it with -accel kvm"
+    assert done.stderr.splitlines()[1].strip() == "start QEMU with -accel kvm"
 
 
 # --- watch-stage2 ---

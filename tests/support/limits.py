@@ -83,7 +83,7 @@ def group_root(controller: str) -> tuple[Path, bool]:
 
 @contextmanager
 def cgroups(controller: str, depth: int = 1) -> Iterator[tuple[list[Path], bool]]:
-    """Make nested cgroups. Yields them, outermost first, and whether they are of v2."""
+    """Create nested cgroups; yield them, outermost first, and whether they are cgroup v2."""
     parent, unified = group_root(controller)
     made: list[Path] = []
     try:

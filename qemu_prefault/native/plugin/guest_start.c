@@ -68,7 +68,7 @@ static void print_short(const struct claim *claim, uint64_t left)
 
 static void populate_no_more(uint64_t wanted)
 {
-	pf_log_event("held", "too little memory to populate", ",\"bytes\":%llu",
+	pf_log_event("held", "not enough free memory to populate", ",\"bytes\":%llu",
 		     (unsigned long long)wanted);
 	pf_options.populate = POPULATE_RESIDENT;
 	for (size_t i = 0; i < pf_memslot_count; i++)
