@@ -37,7 +37,11 @@ _TDP_MMU = click.option(
 _NESTED = click.option(
     "--nested", is_flag=True, help="Use the lab even if this host's own KVM can prefault."
 )
+_NUMA = click.option(
+    "--numa", is_flag=True, help="Give L1 two NUMA nodes, of 3 and 1 GiB (implies --nested)."
+)
 _COMMAND = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+_NUMA_NODES_MIB = (3072, 1024)
 # The directory in the lab to which files of the checkout are copied.
 _CHECKOUT = "/root/tests"
 
@@ -104,6 +108,7 @@ def _pass_on(fd: int, data: bytes) -> None:
 @_VARIANT
 @_NPT
 @_TDP_MMU
+@_NUMA
 @_NESTED
 @click.option("--timeout", default=3600.0, show_default=True, help="Time limit in seconds.")
 @click.option("--wheel", "wheels", multiple=True, type=click.Path(path_type=Path, exists=True))
@@ -114,6 +119,7 @@ def run_command(
     variant: str,
     npt: bool,
     tdp_mmu: bool | None,
+    numa: bool,
     nested: bool,
     timeout: float,
     wheels: tuple[Path, ...],
@@ -121,7 +127,8 @@ def run_command(
     command: tuple[str, ...],
 ) -> None:
     """Run COMMAND in the lab, and pass on its output and exit status."""
-    with open_machine(variant, nested=nested, npt=npt, tdp_mmu=tdp_mmu) as machine:
+    nodes = _NUMA_NODES_MIB if numa else ()
+    with open_machine(variant, nested=nested, npt=npt, tdp_mmu=tdp_mmu, nodes_mib=nodes) as machine:
         if wheels or source:
             _install(machine, wheels)
         result = machine.run(command, timeout=timeout, check=False, on_output=_pass_on)
@@ -185,6 +192,7 @@ def _put_tests(machine: Machine, path: Path) -> str:
 @_VARIANT
 @_NPT
 @_TDP_MMU
+@_NUMA
 @_NESTED
 @click.option("--wheel", "wheels", multiple=True, type=click.Path(path_type=Path, exists=True),
               help="Install this wheel instead of this source tree.")  # fmt: skip
@@ -202,6 +210,7 @@ def pytest_command(
     variant: str,
     npt: bool,
     tdp_mmu: bool | None,
+    numa: bool,
     nested: bool,
     wheels: tuple[Path, ...],
     junit: Path | None,
@@ -218,8 +227,9 @@ def pytest_command(
     """
     patched = build_qemu(Path("patches"), release) if release else None
     emulator = partial(uefi_emulator, Path("patches")) if uefi else None
+    nodes = _NUMA_NODES_MIB if numa else ()
     with open_machine(
-        variant, nested=nested, npt=npt, tdp_mmu=tdp_mmu, emulator=emulator
+        variant, nested=nested, npt=npt, tdp_mmu=tdp_mmu, nodes_mib=nodes, emulator=emulator
     ) as machine:
         _install(machine, wheels)
         env = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}

@@ -56,6 +56,7 @@ class _Recipe:
     kernel_args: str
     disks: tuple[Path, ...] = ()
     emulator: Path | None = None
+    nodes_mib: tuple[int, ...] = ()
 
     def argv(self, memory_file: Path | None, shared: bool) -> list[str]:
         """Return QEMU's command line.
@@ -64,10 +65,10 @@ class _Recipe:
         """
         machine = "pc"
         memory: list[str] = []
-        if memory_file is not None:
-            share = "on" if shared else "off"
-            memory = ["-object", f"memory-backend-file,id=ram,size={self.memory_mib}M,"
-                      f"mem-path={memory_file},share={share}"]  # fmt: skip
+        if self.nodes_mib:
+            memory = self._nodes(memory_file, shared)
+        elif memory_file is not None:
+            memory = _backend("ram", self.memory_mib, memory_file, shared)
             machine += ",memory-backend=ram"
         disks = []
         for disk in (self.image.rootfs, self.files, *self.disks):
@@ -85,6 +86,17 @@ class _Recipe:
             binary=self.emulator,
         )
 
+    def _nodes(self, memory_file: Path | None, shared: bool) -> list[str]:
+        """Return the arguments of the NUMA nodes. The CPU is on the first node."""
+        arguments = []
+        for number, size in enumerate(self.nodes_mib):
+            name = f"ram{number}"
+            file = memory_file and memory_file.with_name(f"{memory_file.name}{number}")
+            cpus = ",cpus=0" if number == 0 else ""
+            arguments += _backend(name, size, file, shared)
+            arguments += ["-numa", f"node,nodeid={number},memdev={name}{cpus}"]
+        return arguments
+
     def key(self) -> str:
         """Return a hash of the recipe and of the disks' sizes and times.
 
@@ -93,6 +105,15 @@ class _Recipe:
         disks = [path.stat() for path in self.disks]
         versions = [f"{disk.st_size} {disk.st_mtime_ns}" for disk in disks]
         return cache.key_of(*self.argv(Path("ram"), shared=True), *versions)
+
+
+def _backend(name: str, size_mib: int, file: Path | None, shared: bool) -> list[str]:
+    """Return the ``-object`` of memory, in a file unless ``file`` is None."""
+    if file is None:
+        return ["-object", f"memory-backend-ram,id={name},size={size_mib}M"]
+    share = "on" if shared else "off"
+    return ["-object", f"memory-backend-file,id={name},size={size_mib}M,mem-path={file},"
+            f"share={share}"]  # fmt: skip
 
 
 class Lab(Machine):
@@ -116,6 +137,7 @@ class Lab(Machine):
         npt: bool = True,
         tdp_mmu: bool | None = None,
         memory_mib: int = 8192,
+        nodes_mib: Sequence[int] = (),
         kernel_args: Sequence[str] = (),
         disks: Sequence[Path] = (),
         emulator: Path | None = None,
@@ -131,6 +153,7 @@ class Lab(Machine):
         :param npt: Use nested paging for L2. If False, KVM in L1 uses shadow paging.
         :param tdp_mmu: The value of kvm's parameter ``tdp_mmu``. None means the default.
         :param memory_mib: L1's memory in MiB.
+        :param nodes_mib: The memory of each of L1's NUMA nodes in MiB, instead of ``memory_mib``.
         :param kernel_args: Arguments to add to L1's kernel command line.
         :param disks: Raw images that L1 sees read-only as ``/dev/vdc`` and following.
         :param emulator: A QEMU to use instead of the lab's own, for guests with UEFI.
@@ -149,10 +172,11 @@ class Lab(Machine):
             image.tcg_host(),
             image.build(image.variant_named(variant)),
             image.files_disk(),
-            memory_mib,
+            sum(nodes_mib) or memory_mib,
             " ".join([*parameters, *kernel_args]),
             tuple(disks),
             emulator,
+            tuple(nodes_mib),
         )
         env = {} if emulator is None else {UEFI_VARIABLE: "1"}
 
@@ -312,18 +336,22 @@ def open_machine(
     nested: bool = False,
     npt: bool = True,
     tdp_mmu: bool | None = None,
+    nodes_mib: Sequence[int] = (),
     disks: Sequence[Path] = (),
     emulator: Callable[[], Path] | None = None,
 ) -> Machine:
     """Return this host if its KVM can prefault, or else a booted lab.
 
-    :param nested: Use the lab even if this host can prefault. ``npt=False`` and any value of
-        ``tdp_mmu`` also select the lab.
+    :param nested: Use the lab even if this host can prefault. ``npt=False``, any value of
+        ``tdp_mmu``, and ``nodes_mib`` also select the lab.
+    :param nodes_mib: The memory of each of L1's NUMA nodes in MiB, as in :meth:`Lab.start`.
     :param disks: Disks for the lab, as in :meth:`Lab.start`.
     :param emulator: A function that returns the emulator for the lab. It may have to build QEMU, so
         it is not called if the machine is this host.
     """
-    if kvm_can_prefault() and npt and tdp_mmu is None and not nested:
+    if kvm_can_prefault() and npt and tdp_mmu is None and not nodes_mib and not nested:
         return LocalMachine()
     binary = emulator() if emulator else None
-    return Lab.start(variant, npt=npt, tdp_mmu=tdp_mmu, disks=disks, emulator=binary)
+    return Lab.start(
+        variant, npt=npt, tdp_mmu=tdp_mmu, nodes_mib=nodes_mib, disks=disks, emulator=binary
+    )
