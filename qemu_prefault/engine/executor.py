@@ -34,6 +34,8 @@ Progress = Callable[[str, int, int], None]
 
 #: Errors that depend on the vCPU. Another vCPU may succeed with the same range.
 VCPU_ERRORS: Final = (kvm.STUCK, errno.EOPNOTSUPP)
+#: Errors of populating that one page of the range can cause, because it is poisoned or a hole.
+PAGE_ERRORS: Final = frozenset({errno.EFAULT, kvm.EHWPOISON})
 #: Maximum bytes that a worker populates before the executor reads the memory limits again.
 BATCH_BYTES: Final = 64 << 20
 NO_VCPU: Final = "prefault: no vCPU could be used"
@@ -149,9 +151,47 @@ class Executor:
             done = sum(outcome.done for outcome in outcomes)
             found, _ = await self._run(batch, "populate", total, done)
             outcomes += found
-            if any(o.error in (errno.EFAULT, errno.ENOMEM) for o in found):
+            if any(outcome.error in PAGE_ERRORS for outcome in found):
+                done = sum(outcome.done for outcome in outcomes)
+                outcomes += await self._populate_around(found, queues, total, done)
+            if any(outcome.error == errno.ENOMEM for outcome in found):
                 self._warn_if_short(queues)
                 break
+        return outcomes
+
+    async def _populate_around(
+        self,
+        failed: Sequence[Outcome],
+        queues: dict[Target, list[Range]],
+        total: int,
+        done: int,
+    ) -> list[Outcome]:
+        """Populate the rest of ranges that failed, except for the pages that fail by themselves.
+
+        One poisoned page or hole makes the system call for a range fail. Halve the range until only
+        such pages are left, and skip them. A full file system or huge page pool also causes EFAULT
+        (mm/gup.c, ``faultin_page()``). In this case populate nothing more, and empty the queues.
+        """
+        outcomes: list[Outcome] = []
+        while pending := [o for o in failed if o.error in PAGE_ERRORS and o.left]:
+            if self._warn_if_short(queues, forced=True):
+                for queue in queues.values():
+                    queue.clear()
+                break
+            halves: list[tuple[int | None, Range]] = []
+            for outcome in pending:
+                rest = outcome.left or outcome.range
+                section = next(t.section for t in queues if _overlaps(rest, t))
+                page_size = max(section.page_size, PAGE_SIZE)
+                if rest.size <= page_size:
+                    self._tally.of(section).count_skipped(rest.size, outcome.error)
+                    continue
+                half = max(rest.size // 2 // page_size, 1) * page_size
+                halves += [(section.node, item) for item in _take([rest], half)]
+                halves.append((section.node, Range(rest.kind, rest.start + half, rest.size - half)))
+            failed, _ = await self._run(halves, "populate", total, done)
+            outcomes += failed
+            done += sum(outcome.done for outcome in failed)
         return outcomes
 
     def _next_batch(self, queues: dict[Target, list[Range]]) -> list[tuple[int | None, Range]]:
@@ -185,16 +225,20 @@ class Executor:
             batch += [(target.section.node, item) for item in _take(queue, budget)]
         return batch
 
-    def _limits(self, target: Target, absent: int) -> list[Limit]:
-        if not self._check_headroom:
+    def _limits(self, target: Target, absent: int, *, forced: bool = False) -> list[Limit]:
+        if not self._check_headroom and not forced:
             return []
         return self._backings.memory_source(target.section).limits(absent, self._together)
 
-    def _warn_if_short(self, queues: dict[Target, list[Range]]) -> None:
-        """Record a warning if a memory limit ended populating."""
+    def _warn_if_short(self, queues: dict[Target, list[Range]], *, forced: bool = False) -> bool:
+        """Record a warning if a memory limit ended populating, and return whether one did.
+
+        :param forced: Read the limits even if the caller has disabled the check.
+        """
+        short = False
         for target, queue in queues.items():
             left = sum(item.size for item in queue)
-            for limit in self._limits(target, left):
+            for limit in self._limits(target, left, forced=forced):
                 if (
                     limit.per_batch < min(left, HUGE_PAGE_SIZE) * limit.cost
                     or limit.available < target.section.page_size
@@ -204,6 +248,8 @@ class Executor:
                         f"({limit.detail}); the memory populated so far stays populated"
                     )
                     self._tally.of(target.section).note = f"populate: {limit.name} lacks memory"
+                    short = True
+        return short
 
     async def prefault(
         self, targets: Sequence[Target], *, again: bool = False, skip_pagemap: bool = False

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 
 from ..errors import Code
-from ..host.kvm import Stage2Leaves
+from ..host.kvm import Stage2Leaves, describe_errno
 from ..qemu.memory_map import MemorySection
 from ..units import format_size
 from .report import ByteSums, Report, RunWarning, Seconds, SectionReport
@@ -24,6 +24,7 @@ class SectionTally:
     :ivar populated: Bytes that were newly allocated.
     :ivar prefaulted: Bytes that the ioctl has mapped.
     :ivar accounted: Bytes of `requested` that the run has completed.
+    :ivar skipped: Bytes of pages that cannot be populated.
     :ivar note: The reason why the section is incomplete, or None.
     """
 
@@ -31,7 +32,13 @@ class SectionTally:
     populated: int = 0
     prefaulted: int = 0
     accounted: int = 0
+    skipped: int = 0
     note: str | None = None
+
+    def count_skipped(self, size: int, error: int) -> None:
+        """Count a page that cannot be populated because of this errno."""
+        self.skipped += size
+        self.note = f"populate: {format_size(self.skipped)} skipped: {describe_errno(error)}"
 
 
 class RunTally:

@@ -42,6 +42,45 @@ static void run_range(struct prefault_range *range, struct run_ctx *ctx)
 		range->error = PREFAULT_ABORTED;
 }
 
+/* One page makes the system call for its range fail with these errors. */
+static bool is_page_error(int error)
+{
+	return error == EHWPOISON || error == EFAULT;
+}
+
+/*
+ * Populate the rest of a range after such an error: halve the part that fails until it is one page,
+ * and skip that page. Returns the bytes skipped.
+ */
+static uint64_t populate_around(struct prefault_range *range, struct run_ctx *ctx,
+				uint64_t page_size)
+{
+	uint64_t step = range->size - range->done, skipped = 0;
+
+	while (range->done < range->size && (!range->error || is_page_error(range->error))) {
+		uint64_t left = range->size - range->done;
+		struct prefault_range part = { .start = range->start + range->done,
+					       .size = step < left ? step : left,
+					       .kind = PREFAULT_POPULATE };
+
+		run_range(&part, ctx);
+		range->done += part.done;
+		range->error = part.error;
+		if (!is_page_error(part.error))
+			continue;
+		if (part.size > page_size) {
+			step = (part.size / 2 + page_size - 1) / page_size * page_size;
+			continue;
+		}
+		range->done += part.size;
+		skipped += part.size;
+		step = left;
+	}
+	if (range->done == range->size)
+		range->error = 0;
+	return skipped;
+}
+
 /*
  * Map the item in stage 2. Returns the bytes done. Sets *mapped to the bytes mapped, and *error to
  * the ioctl's errno. Absent pages of a resident-only item count as done.
@@ -80,6 +119,7 @@ static uint64_t run_stage2(const struct work_item *item, struct run_ctx *ctx, ui
 struct progress {
 	uint64_t started, populated_at, ended;
 	uint64_t populated;    /* bytes */
+	uint64_t skipped;      /* bytes of pages that cannot be populated */
 	uint64_t mapped, done; /* bytes; see run_stage2() */
 	int error;	       /* errno of the ioctl */
 };
@@ -212,9 +252,16 @@ void pf_chunk_run(struct work_item item, struct run_ctx *ctx)
 			populate.error = ENOMEM;
 		else
 			run_range(&populate, ctx);
+		/* A full file system or huge page pool also causes EFAULT. */
+		if (is_page_error(populate.error) && has_memory(&item)) {
+			uint64_t huge = pf_ranges_huge_page_size(item.hva, item.size);
+
+			progress.skipped = populate_around(&populate, ctx, huge ? huge : 4096);
+			item.resident |= progress.skipped != 0;
+		}
 		item.size = populate.done; /* end_populate() puts the rest back */
 	}
-	progress.populated = populate.done;
+	progress.populated = populate.done - progress.skipped;
 	progress.populated_at = prefault_now_ns();
 	if (item.stage2 && item.size)
 		progress.done = run_stage2(&item, ctx, &progress.mapped, &progress.error);
@@ -228,6 +275,11 @@ void pf_chunk_run(struct work_item item, struct run_ctx *ctx)
 	struct memslot *slot = pf_find_memslot(item.slot);
 
 	count_progress(&item, ctx, &progress, slot);
+	if (progress.skipped) {
+		pf_counters.errors++;
+		pf_log_event("error", "populate: pages skipped", ",\"gpa\":%llu,\"size\":%llu",
+			     (unsigned long long)item.gpa, (unsigned long long)progress.skipped);
+	}
 	if (item.populate) {
 		end_populate(&item, &populate, slot);
 		item.populate = false;
