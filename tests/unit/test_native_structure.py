@@ -23,8 +23,8 @@ PLUGIN = tuple(
     f"plugin/{name}"
     for name in (
         *("os", "options", "errors", "state", "event_log", "guest_ranges", "host_ranges"),
-        *("headroom", "quirk", "firmware", "queue", "memslots", "qemu_memory", "chunk"),
-        *("guest_start", "vcpu"),
+        *("headroom", "quirk", "firmware", "queue", "memslots", "qemu_memory"),
+        *("claims", "chunk", "guest_start", "vcpu"),
         *("batch", "watchdog", "status", "commands", "control_socket", "vm", "got"),
         *("interpose", "main"),
     )
@@ -44,7 +44,7 @@ UNDER_LOCK = tuple(
     f"plugin/{name}"
     for name in (
         *("state", "event_log", "quirk", "firmware", "queue", "memslots", "qemu_memory"),
-        *("chunk", "guest_start", "vcpu", "watchdog"),
+        *("claims", "chunk", "guest_start", "vcpu", "watchdog"),
     )
 )
 ALLOCATING = frozenset(

@@ -7,6 +7,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "claims.h"
 #include "common/prefault_loop.h"
 #include "event_log.h"
 #include "headroom.h"
@@ -243,6 +244,8 @@ void pf_chunk_run(struct work_item item, struct run_ctx *ctx)
 					   .kind = PREFAULT_POPULATE };
 	struct progress progress = { .started = prefault_now_ns() };
 
+	if (item.populate)
+		pf_claims_check_again();
 	pf_in_flight++;
 	atomic_fetch_add(&pf_vcpus_working, 1);
 	self->in_progress = item;

@@ -1,132 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 #include "guest_start.h"
 
+#include "claims.h"
 #include "common/prefault_loop.h"
 #include "event_log.h"
-#include "headroom.h"
-#include "host_ranges.h"
 #include "options.h"
 #include "queue.h"
 #include "quirk.h"
 #include "state.h"
-
-/* Memory to populate that comes from one source. */
-struct claim {
-	struct memory_source source;
-	uint64_t wanted;   /* bytes to populate */
-	uint64_t reserved; /* bytes of wanted that are reserved for this guest */
-};
-
-static struct claim *claims;
-static size_t claim_count, claim_capacity;
-
-static void add_claim(const struct memory_source *source, uint64_t absent)
-{
-	size_t at = 0;
-
-	while (at < claim_count && !pf_headroom_same(&claims[at].source, source))
-		at++;
-	if (at == claim_count) {
-		if (!pf_grow((void **)&claims, &claim_capacity, claim_count, sizeof(*claims)))
-			return; /* no memory for the claim: chunk.c checks each chunk again */
-		claims[claim_count++] = (struct claim){ .source = *source };
-	}
-	claims[at].wanted += absent * source->cost;
-	claims[at].reserved += source->reserved ? absent : 0;
-}
-
-static void print_short(const struct claim *claim, uint64_t left)
-{
-	static const char *const names[SOURCE_KINDS] = {
-		[SOURCE_HOST] = "host or the cgroup",
-		[SOURCE_NODES] = "set of NUMA nodes that guest memory is bound to",
-		[SOURCE_POOL] = "pool or the cgroup",
-		[SOURCE_FILE_SYSTEM] = "file system",
-	};
-	unsigned long long mib = claim->wanted >> 20;
-	const char *of = claim->source.page_size ? " of huge pages" : "";
-
-	bool hidden = !pf_headroom_visible(&claim->source) && pf_options.populate != POPULATE_ALL;
-
-	if (hidden && claim->source.kind == SOURCE_FILE_SYSTEM)
-		pf_print_error("qemu-prefault: populating needs %llu MiB of a file system that "
-			       "has files that QEMU cannot see, so only present pages are "
-			       "prefaulted. Set populate=all if the file system is large enough\n",
-			       mib);
-	else if (hidden)
-		pf_print_error("qemu-prefault: populating needs %llu MiB%s, but the limits of all "
-			       "cgroups of QEMU cannot be read (a cgroup namespace, or a missing "
-			       "AppArmor rule), so only present pages are prefaulted. Set "
-			       "populate=all if the limits are high enough\n",
-			       mib, of);
-	else
-		pf_print_error("qemu-prefault: populating needs %llu MiB%s, but the %s has only "
-			       "%llu MiB, so only present pages are prefaulted. Free memory or "
-			       "raise the limit\n",
-			       mib, of, names[claim->source.kind], (unsigned long long)left >> 20);
-}
-
-static void populate_no_more(uint64_t wanted)
-{
-	pf_log_event("held", "not enough free memory to populate", ",\"bytes\":%llu",
-		     (unsigned long long)wanted);
-	pf_options.populate = POPULATE_RESIDENT;
-	for (size_t i = 0; i < pf_memslot_count; i++)
-		if (pf_memslots[i].state == SLOT_KEPT)
-			pf_queue_memslot(&pf_memslots[i]);
-}
-
-/*
- * Limit each file's claim to the bytes without a block, and add up the claims on files of one file
- * system.
- */
-static void merge_files(void)
-{
-	for (size_t i = 0; i < claim_count; i++) {
-		uint64_t unallocated = pf_headroom_unallocated(&claims[i].source);
-
-		if (claims[i].wanted > unallocated)
-			claims[i].wanted = unallocated;
-	}
-	for (size_t i = 0; i < claim_count; i++)
-		for (size_t j = 0; j < i; j++)
-			if (claims[i].source.kind == SOURCE_FILE_SYSTEM &&
-			    claims[j].source.kind == SOURCE_FILE_SYSTEM &&
-			    claims[i].source.device == claims[j].source.device) {
-				claims[i].wanted += claims[j].wanted;
-				claims[j].wanted = 0;
-			}
-}
-
-/* If a source does not have enough memory to populate all items, prefault only present pages. */
-static void check_headroom(void)
-{
-	claim_count = 0;
-	for (size_t i = 0; i < pf_queue_length; i++) {
-		const struct work_item *item = &pf_queue[i];
-		struct memory_source sources[SOURCE_KINDS];
-		uint64_t absent;
-
-		if (!item->populate)
-			continue;
-		absent = item->size - pf_ranges_present(item->hva, item->size);
-		for (size_t n = pf_headroom_sources(item->hva, item->size, sources); n; n--)
-			add_claim(&sources[n - 1], absent);
-	}
-	merge_files();
-	for (size_t i = 0; i < claim_count; i++) {
-		const struct claim *claim = &claims[i];
-		/* MemAvailable and cgroup limits already include a margin. */
-		uint64_t reserve = claim->source.kind == SOURCE_HOST ? 0 : RESERVE;
-		uint64_t left = pf_headroom_left(&claim->source, claim->reserved, reserve);
-
-		if (claim->wanted > left) {
-			print_short(claim, left);
-			populate_no_more(claim->wanted);
-			return;
-		}
-	}
-}
 
 void pf_guest_start(void)
 {
@@ -138,7 +19,7 @@ void pf_guest_start(void)
 		if (pf_memslots[i].state == SLOT_KEPT)
 			pf_queue_memslot(&pf_memslots[i]);
 	if (pf_options.keep && pf_capable)
-		check_headroom();
+		pf_claims_check();
 	pf_slot_changed_at = prefault_now_ns();
 	pf_queue_update();
 	pf_log_event("first-run", NULL, ",\"bytes\":%llu",

@@ -9,7 +9,7 @@
 enum populate { POPULATE_AUTO, POPULATE_ALL, POPULATE_RESIDENT };
 
 /*
- * Changed by: options.c and main.c, while QEMU has neither vCPUs nor memslots. Later guest_start.c
+ * Changed by: options.c and main.c, while QEMU has neither vCPUs nor memslots. Later claims.c
  * and commands.c change populate and keep, with pf_lock held.
  */
 struct plugin_options {

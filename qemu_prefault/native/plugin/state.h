@@ -19,6 +19,7 @@
  *   queue           memory to populate and prefault
  *   memslots        QEMU's changes of memslots
  *   qemu_memory     QEMU's changes of its memory
+ *   claims          whether all that is to be populated is available
  *   chunk           one chunk, processed by a vCPU thread
  *   guest_start     preparation before the guest's first instruction
  *   vcpu            the hook around KVM_RUN
