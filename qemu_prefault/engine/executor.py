@@ -22,6 +22,7 @@ from ..host import kvm
 from ..host.headroom import Limit
 from ..host.memory_source import FileId, MemorySource
 from ..host.pagemap import Pagemap, Sums
+from ..host.reservations import Reservation
 from ..qemu.memory_map import MemorySection
 from ..units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 from .plan import Target, partition_by_node
@@ -70,10 +71,12 @@ class Executor:
         tally: RunTally,
         on_progress: Progress,
         *,
+        reservation: Reservation,
         check_headroom: bool = True,
     ) -> None:
         """Store the arguments.
 
+        :param reservation: The run's reservation, which :meth:`populate` reduces.
         :param check_headroom: Whether populating stops when little memory is left. The option
             ``--force`` sets this to False.
         """
@@ -83,6 +86,7 @@ class Executor:
         self._pagemap = pagemap
         self._tally = tally
         self._on_progress = on_progress
+        self._reservation = reservation
         self._check_headroom = check_headroom
         self._ended = False
         self._time_is_up = False
@@ -145,11 +149,12 @@ class Executor:
         total = sum(item.size for queue in queues.values() for item in queue)
         outcomes: list[Outcome] = []
         while any(queues.values()) and not self._ended and not self._time_is_up:
-            batch = self._next_batch(queues)
+            batch, taken = self._next_batch(queues)
             if not batch:
                 break
             done = sum(outcome.done for outcome in outcomes)
             found, _ = await self._run(batch, "populate", total, done)
+            self._reservation.take(taken)
             outcomes += found
             if any(outcome.error in PAGE_ERRORS for outcome in found):
                 done = sum(outcome.done for outcome in outcomes)
@@ -157,6 +162,7 @@ class Executor:
             if any(outcome.error == errno.ENOMEM for outcome in found):
                 self._warn_if_short(queues)
                 break
+        self._reservation.release()
         return outcomes
 
     async def _populate_around(
@@ -194,13 +200,16 @@ class Executor:
             done += sum(outcome.done for outcome in failed)
         return outcomes
 
-    def _next_batch(self, queues: dict[Target, list[Range]]) -> list[tuple[int | None, Range]]:
+    def _next_batch(
+        self, queues: dict[Target, list[Range]]
+    ) -> tuple[list[tuple[int | None, Range]], dict[str, int]]:
         """Remove the next ranges from the queues, and return them.
 
-        Return no ranges if too little memory is left.
+        :returns: The ranges with their NUMA nodes, and the bytes that they take of each limit. The
+            ranges are empty if too little memory is left.
         """
         batch: list[tuple[int | None, Range]] = []
-        taken: dict[str | int, int] = {}
+        taken: dict[str, int] = {}
         for target, queue in queues.items():
             if not queue:
                 continue
@@ -223,7 +232,7 @@ class Executor:
             for limit in limits:
                 taken[limit.key] = taken.get(limit.key, 0) + budget * limit.cost
             batch += [(target.section.node, item) for item in _take(queue, budget)]
-        return batch
+        return batch, taken
 
     def _limits(self, target: Target, absent: int, *, forced: bool = False) -> list[Limit]:
         if not self._check_headroom and not forced:

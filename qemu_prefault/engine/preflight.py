@@ -7,12 +7,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from ..errors import Code, RefusedError, UnsupportedError
 from ..host import kvm
 from ..host.pagemap import Pagemap
+from ..host.reservations import Reservation
 from ..qemu.memory_map import firmware_ahead, huge_alignment
 from ..qemu.queries import MIGRATION_OVER
 from ..units import HUGE_PAGE_SIZE, format_size
@@ -139,11 +140,16 @@ def check_supported(vm: Vm) -> None:
 
 
 def check_headroom(
-    vm: Vm, targets: Sequence[Target], pagemap: Pagemap, force: bool
+    vm: Vm,
+    targets: Sequence[Target],
+    pagemap: Pagemap,
+    force: bool,
+    reservation: Reservation | None,
 ) -> dict[Target, int]:
     """Compute the memory that populating needs, and check that it is available.
 
     :param force: Whether to skip the check.
+    :param reservation: The run's reservation, which this function fills. None with ``--dry-run``.
     :returns: The bytes that populating would allocate for each target.
     :raises RefusedError: if too little memory is available.
     """
@@ -155,7 +161,22 @@ def check_headroom(
         absent[target] = min(target.size - mapped.present, elsewhere) if target.may_populate else 0
     if force:
         return absent
-    needs: dict[str | int, int] = {}
+    with (reservation or Reservation()).check() as others:
+        needs = _check_limits(vm, absent, others)
+        if reservation is not None:
+            reservation.reserve(needs)
+    return absent
+
+
+def _check_limits(
+    vm: Vm, absent: Mapping[Target, int], others: Mapping[str, int]
+) -> dict[str, int]:
+    """Return the bytes needed of each limit, by :attr:`.Limit.key`.
+
+    :param others: The bytes of each limit that other runs have reserved.
+    :raises RefusedError: if a limit is too low.
+    """
+    needs: dict[str, int] = {}
     sources = {target: vm.memory_source(target.section) for target in absent}
     together = {sources[target].file for target in absent if target.may_populate}
     for target, needed in absent.items():
@@ -163,15 +184,18 @@ def check_headroom(
             continue
         for limit in sources[target].limits(needed, together):
             needs[limit.key] = needs.get(limit.key, 0) + needed * limit.cost
-            if needs[limit.key] > limit.available:
+            reserved = others.get(limit.key, 0)
+            beside = f"; other runs need {format_size(reserved)} of it" if reserved else ""
+            if needs[limit.key] + reserved > limit.available:
                 raise RefusedError(
                     f"populating needs {format_size(needs[limit.key])}, but {limit.name} has only "
-                    f"{format_size(limit.available)} available ({limit.detail})",
+                    f"{format_size(max(0, limit.available - reserved))} available "
+                    f"({limit.detail}{beside})",
                     "free memory, raise the limit, or use --populate resident or --max-bytes. To "
                     "skip this check, use --force",
                     code=Code.NO_MEMORY,
                 )
-    return absent
+    return needs
 
 
 def find_warnings(options: Options, targets: Sequence[Target], state: VmState) -> dict[str, str]:

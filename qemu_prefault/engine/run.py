@@ -32,6 +32,7 @@ from typing import Final
 from ..agents.select import Selection, select_agent
 from ..errors import Code, CommandError
 from ..host.pagemap import Pagemap
+from ..host.reservations import Reservation
 from ..qemu.queries import read_running, read_stage2, read_status
 from .executor import Executor, Progress
 from .guest_mode import GuestMode
@@ -92,8 +93,10 @@ async def prefault(
         check_vm_state(vm.state, await vm.dirty_limit())
     targets = select(vm.state, options)
     tally.warnings |= find_warnings(options, targets, vm.state)
-    with Pagemap(vm.process) as pagemap:
-        absent = check_headroom(vm, targets, pagemap, options.force)
+    with Pagemap(vm.process) as pagemap, Reservation() as reservation:
+        absent = check_headroom(
+            vm, targets, pagemap, options.force, None if options.dry_run else reservation
+        )
         if options.dry_run:
             await _plan_only(vm, targets, absent, pagemap, tally)
         else:
@@ -104,6 +107,7 @@ async def prefault(
                 targets,
                 pagemap,
                 tally,
+                reservation,
                 on_ready=on_ready,
                 on_progress=on_progress,
             )
@@ -135,6 +139,7 @@ async def _act(  # noqa: PLR0917
     targets: tuple[Target, ...],
     pagemap: Pagemap,
     tally: RunTally,
+    reservation: Reservation,
     *,
     on_ready: OnReady | None,
     on_progress: Progress,
@@ -145,7 +150,15 @@ async def _act(  # noqa: PLR0917
     agent = selection.make(
         vm.process, vm.monitor, lambda: vm.state.sections, threads, options.chunk_bytes
     )
-    executor = Executor(vm, agent, pagemap, tally, on_progress, check_headroom=not options.force)
+    executor = Executor(
+        vm,
+        agent,
+        pagemap,
+        tally,
+        on_progress,
+        reservation=reservation,
+        check_headroom=not options.force,
+    )
     interference = InterferenceMonitor(vm, tally, executor.end)
     pauser = Pauser(vm.monitor, agent, interference, tally, cont=options.cont)
     await agent.start()

@@ -109,9 +109,9 @@ class Limit:
     device: int | None = None
 
     @property
-    def key(self) -> str | int:
+    def key(self) -> str:
         """Equal for two limits if memory that counts against one counts against the other."""
-        return self.name if self.device is None else self.device
+        return self.name if self.device is None else f"file system {self.device}"
 
     @property
     def per_batch(self) -> int:

@@ -31,6 +31,7 @@ from ..host.kvm import debugfs_leaves
 from ..host.memory_source import MemorySource, is_disk_file, source_of
 from ..host.pagemap import Pagemap
 from ..host.procfs import MemoryMapping, Process, backing_of, thread_names
+from ..host.reservations import Reservation
 from ..qemu.memory_map import MemorySection
 from .domain_xml import Domain
 
@@ -208,11 +209,11 @@ async def prefault_before_start(
     threads = choose_threads(process, vcpu_threads(process))
     tally = RunTally()
     notes = []
-    with Pagemap(process) as pagemap:
+    with Pagemap(process) as pagemap, Reservation() as reservation:
         absent = (
             domain.memory - pagemap.sums(mapping.start, mapping.size, not mapping.shared).present
         )
-        why_not = _reason_not_to_populate(source, domain, absent, populate)
+        why_not = _reason_not_to_populate(source, domain, absent, populate, reservation)
         if why_not:
             notes.append(why_not)
         targets = [
@@ -227,7 +228,12 @@ async def prefault_before_start(
         ]
         agent = PtraceAgent(process, threads)
         executor = Executor(
-            _OneMapping(source), agent, pagemap, tally, lambda phase, done, total: None
+            _OneMapping(source),
+            agent,
+            pagemap,
+            tally,
+            lambda phase, done, total: None,
+            reservation=reservation,
         )
         tally.before = debugfs_leaves(process)
         await agent.start()
@@ -262,9 +268,9 @@ async def prefault_before_start(
 
 
 def _reason_not_to_populate(
-    source: MemorySource, domain: Domain, absent: int, populate: str
+    source: MemorySource, domain: Domain, absent: int, populate: str, reservation: Reservation
 ) -> str | None:
-    """Return the reason why absent memory may not be populated, or None."""
+    """Return the reason why absent memory may not be populated, or reserve it and return None."""
     if populate == "resident":
         return 'populate="resident"'
     if populate == "auto" and domain.current < domain.memory:
@@ -273,9 +279,13 @@ def _reason_not_to_populate(
         return f"{CONFIDENTIAL}: private memory is not in QEMU's mapping"
     if populate == "auto" and is_disk_file(source.process, source.mapping):
         return "a shared file: populating would write to it"
-    for limit in source.limits(absent):
-        if absent * limit.cost > limit.available:
-            return f"{limit.name} has only {limit.available >> 20} MiB available"
+    with reservation.check() as others:
+        limits = source.limits(absent)
+        for limit in limits:
+            available = max(0, limit.available - others.get(limit.key, 0))
+            if absent * limit.cost > available:
+                return f"{limit.name} has only {available >> 20} MiB available"
+        reservation.reserve({limit.key: absent * limit.cost for limit in limits})
     return None
 
 
