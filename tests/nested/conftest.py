@@ -32,6 +32,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--agents", help="a list of agents to test, from attach,plugin,qmp (default: attach)"
     )
     parser.addoption("--seed", type=int, default=0, help="seed of random times (0 is random)")
+    parser.addoption("--minutes", type=float, default=2, help="duration of a soak")
+    parser.addoption("--iteration", type=int, help="run only this iteration of a soak")
+    parser.addoption("--ledger", type=Path, help="ledger of a soak; a run resumes from it")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

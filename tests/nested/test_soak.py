@@ -1,0 +1,488 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Test random actions of the tool on random guests, each beside a neighbour.
+
+In each iteration, the machine, the memory's source, its limits, seccomp filters, an allocator, the
+scheduling of vCPUs and an action are random. No guest may be lost. The neighbour must still get all
+memory that it was promised from the same source.
+
+``--minutes`` limits the time. ``--seed N --iteration I`` repeats one iteration. Each iteration
+prints a line of JSON. ``--ledger FILE`` also writes these lines to a file. A run that is given an
+existing ledger, or the saved output of a run, skips the iterations in it. On a host whose KVM lacks
+the ioctl, the tool only populates.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar, Unpack
+
+import pytest
+
+from qemu_prefault.errors import Code, ExitStatus
+from qemu_prefault.host import kvm
+from qemu_prefault_lab.guest import Guest
+from qemu_prefault_lab.wait import wait_for
+from support import under_filter
+from support.guest import GuestOptions, check_memory, start_tool
+from support.ledger import Ledger
+from support.limits import (
+    MIB,
+    cgroups,
+    group_root,
+    huge_pages,
+    in_group,
+    mounted,
+    out_of_memory_kills,
+)
+from support.plugin import capable_prefix
+from support.process import wait_clean
+from support.tool import Result, Tool
+
+pytestmark = pytest.mark.soak
+
+RAM = 160  # MiB of each guest
+WORKLOAD = 16
+PROMISED = 80  # MiB that the neighbour allocates at the end; its kernel uses another 60 MiB
+SHORT = 40  # MiB that a tight file system lacks for both guests
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+FILTERS = {
+    "none": [],
+    "debuggers' calls": ["kill", "310", "311", "101"],
+    "optional call": ["kill", "62"],
+    "optional calls, trapped": ["trap", "62", "222", "223", "226"],
+    "needed call": ["kill", "35"],
+    "needed call, denied": ["errno", "35"],
+    "two that allow": ["log,allow", "9", "28", "35"],
+}
+ALLOCATORS = {
+    "jemalloc": "libjemalloc.so.2",
+    "tcmalloc": "libtcmalloc_minimal.so.4",
+    "mimalloc": "libmimalloc.so.2",
+}
+LIBRARIES = Path("/usr/lib/x86_64-linux-gnu")
+POLICIES = {
+    "fifo": os.SCHED_FIFO,
+    "rr": os.SCHED_RR,
+    "batch": os.SCHED_BATCH,
+    "idle": os.SCHED_IDLE,
+}
+#: The errors that a run may end with here, with their exit statuses (docs/reference/errors.md).
+EXPECTED_ERRORS = {
+    Code.RESUMED: ExitStatus.FAILED,
+    Code.SECCOMP: ExitStatus.UNSUPPORTED,
+    Code.BUSY_AGENT: ExitStatus.REFUSED,
+    Code.MONITOR_BUSY: ExitStatus.REFUSED,
+    Code.NO_MEMORY: ExitStatus.REFUSED,
+    Code.NO_TASKS: ExitStatus.REFUSED,
+}
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The parameters of an iteration.
+
+    :ivar room: Whether a file system is "tight" or "ample" for both guests.
+    :ivar limit: The limit of the guest's cgroup.
+    :ivar filters: A key of FILTERS.
+    :ivar policy: The scheduling of the guest's vCPUs.
+    :ivar plugin: How the plugin is loaded, and its options; empty without the plugin.
+    :ivar state: The guest's state when the action begins. "prelaunch" is a guest that has not
+        booted; all others were restored.
+    """
+
+    machine: str
+    smp: int
+    backing: str
+    room: str
+    limit: str
+    filters: str
+    sandbox: bool
+    policy: str
+    allocator: str
+    plugin: tuple[str, ...]
+    state: str
+    action: str
+    options: tuple[str, ...]
+
+
+def draw(moments: random.Random) -> Draw:
+    choose = moments.choice
+    backings = ["ram", "memfd", "memfd,share=off", "file", "file-private", "unlinked", "hugetlb"]
+    actions = ["run", "run", "populate-only", "dry-run", "kill", "kill", "disturb", "disturb"]
+    actions += ["two, one monitor", "two monitors", "neighbour too"]
+    options = [(), (), ("--chunk", "64K"), ("--max-downtime", "0.02", "--chunk", "1M")]
+    options += [("--populate", "all"), ("--populate", "resident"), ("--agent", "attach")]
+    limits = ["none", "none", "memory-short", "memory-enough", "pids-few", "pids-some"]
+    policy = choose(["other", "other", "nice", "pinned", "quota", *POLICIES])
+    # On one CPU, a busy guest with real-time priority would leave no time for anything else, and a
+    # busy neighbour would leave none for a guest with SCHED_IDLE.
+    busy = [] if policy in ("fifo", "rr", "idle") else ["busy", "busy"]
+    return Draw(
+        machine=choose(["pc", "pc", "q35", "microvm"]),
+        smp=choose([1, 1, 2]),
+        backing=choose(backings),
+        room=choose(["tight", "ample"]),
+        limit=choose(limits),
+        filters=choose(["none", "none", "none", *FILTERS]),
+        sandbox=choose([True, False]),
+        policy=policy,
+        allocator=choose(["none", "none", *ALLOCATORS]),
+        plugin=choose([(), (), (), ("plugin",), ("plugin", "quirk=keep"), ("preload", "hold=0")]),
+        state=choose(["prelaunch", "paused", "running", *busy]),
+        action=choose(actions),
+        options=choose(options),
+    )
+
+
+class States:
+    """Saved states of booted guests."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def get(self, machine: str, smp: int) -> Path:
+        path = self._directory / f"{machine}-{smp}"
+        if not path.exists():
+            with make_guest(machine=machine, smp=smp) as guest:
+                guest.wait_ready()
+                check_memory(guest)
+                guest.save(path)
+        return path
+
+
+def make_guest(**options: Unpack[GuestOptions]) -> Guest:
+    return Guest(memory_mib=RAM, workload_mib=WORKLOAD, **options)
+
+
+@contextmanager
+def enough_huge_pages(count: int) -> Iterator[bool]:
+    with huge_pages(count):
+        yield True
+
+
+def remove_vcpu_group(group: Path) -> None:
+    """Remove the inner group of limit_cpu() after QEMU has ended."""
+    inner = group / "vcpu"
+    if inner.exists():
+        tasks = inner / ("cgroup.threads" if (inner / "cgroup.type").exists() else "tasks")
+        wait_for(lambda: not tasks.read_text(), f"QEMU has left {inner}")
+        inner.rmdir()
+    wait_for(lambda: not (group / "cgroup.procs").read_text(), f"QEMU has left {group}")
+
+
+class Iteration:
+    """A guest, its neighbour, and an action of the tool."""
+
+    def __init__(
+        self, moments: random.Random, states: States, directory: Path, stack: ExitStack
+    ) -> None:
+        self.moments = moments
+        self.draw = draw(moments)
+        self.states = states
+        self.directory = directory
+        self.stack = stack
+        self.notes: list[str] = []
+        self.outcomes: list[str] = []
+        self.groups: dict[str, Path] = {}
+        self.unified = False
+        self.guest_gap: float | None = None
+        self.control_gap: float | None = None
+        self.was_reset = False
+
+    # --- limits and guests ---
+
+    def enter(self, context: AbstractContextManager[_T]) -> _T | None:
+        """Enter a context until the end of the iteration, or note why that is impossible."""
+        try:
+            return self.stack.enter_context(context)
+        except pytest.skip.Exception as reason:
+            self.notes.append(str(reason))
+            return None
+
+    def set_up(self) -> None:
+        backings = self.make_source()
+        wrapper = [*self.make_groups(), *(capable_prefix() if self.draw.plugin else [])]
+        wrapper += [*self.filter_prefix(), *self.allocator_prefix()]
+        self.neighbour = self.stack.enter_context(
+            make_guest(
+                backing=backings[1],
+                incoming=self.states.get("pc", 1),
+                paused=True,
+            )
+        )
+        self.neighbour.wait_restored()
+        self.neighbour.qmp("cont")
+        check_memory(self.neighbour)
+        booted = self.draw.state != "prelaunch"
+        state = self.states.get(self.draw.machine, self.draw.smp) if booted else None
+        self.second_qmp = self.directory / "second-qmp"
+        args = ["-action", "reboot=reset", "-qmp", f"unix:{self.second_qmp},server=on,wait=off"]
+        args += ["-sandbox", SANDBOX] if self.draw.sandbox else []
+        plugin = self.draw.plugin
+        self.guest = self.stack.enter_context(
+            make_guest(
+                machine=self.draw.machine,
+                smp=self.draw.smp,
+                backing=backings[0],
+                incoming=state,
+                paused=True,
+                args=args,
+                wrapper=wrapper,
+                plugin=list(plugin[1:]) if plugin else None,
+                preload=plugin[:1] == ("preload",),
+            )
+        )
+        if booted:
+            self.guest.wait_restored()
+        if self.draw.state in ("running", "busy"):
+            self.guest.qmp("cont")
+            check_memory(self.guest)
+        self.limit_tasks()
+        self.set_policy()
+        if self.draw.state == "busy":
+            self.guest.command("run")
+            self.neighbour.command("run")
+
+    def make_source(self) -> tuple[str, str]:
+        """Make the source of both guests' memory, and return the backings."""
+        kind = self.draw.backing
+        if kind == "hugetlb" and not self.enter(enough_huge_pages(RAM)):  # RAM / 2 for each guest
+            kind = "memfd"
+        if not kind.startswith(("file", "unlinked")):
+            return kind, kind
+        size = 2 * RAM - SHORT if self.draw.room == "tight" else 3 * RAM
+        shm = self.enter(mounted("tmpfs", self.directory / "shm", f"size={size}M"))
+        if shm is None:
+            return "memfd", "memfd"
+        if kind == "unlinked":  # QEMU makes a file in the directory and deletes it
+            return f"file,mem-path={shm}", f"file,mem-path={shm}"
+        return f"{kind},mem-path={shm}/guest", f"{kind},mem-path={shm}/neighbour"
+
+    def make_groups(self) -> Sequence[str]:
+        """Make the guest's cgroups; return the start of its command."""
+        kind = self.draw.limit.partition("-")[0]
+        wanted = [] if kind == "none" else [kind]
+        wanted += ["cpu"] if self.draw.policy == "quota" else []
+        prefix: list[str] = []
+        for controller in wanted:
+            if self.groups and self.unified:
+                group_root(controller)  # enables the controller
+                self.groups[controller] = next(iter(self.groups.values()))
+                continue
+            if (made := self.enter(cgroups(controller))) is None:
+                continue
+            (self.groups[controller],), self.unified = made
+            self.stack.callback(remove_vcpu_group, self.groups[controller])
+            prefix += in_group(self.groups[controller])
+        # QEMU itself uses about 60 MiB.
+        limits = {"memory-short": RAM + 24, "memory-enough": RAM + 192}
+        if (mib := limits.get(self.draw.limit)) and (group := self.groups.get("memory")):
+            name = "memory.max" if self.unified else "memory.limit_in_bytes"
+            (group / name).write_text(str(mib * MIB))
+        return prefix
+
+    def filter_prefix(self) -> Sequence[str]:
+        filters = FILTERS[self.draw.filters]
+        return [sys.executable, under_filter.__file__, *filters, "--"] if filters else []
+
+    def allocator_prefix(self) -> Sequence[str]:
+        if self.draw.allocator == "none" or self.draw.plugin[:1] == ("preload",):
+            return []
+        library = LIBRARIES / ALLOCATORS[self.draw.allocator]
+        if not library.exists():
+            self.notes.append(f"{self.draw.allocator} is not installed")
+            return []
+        return ["env", f"LD_PRELOAD={library}"]
+
+    def limit_tasks(self) -> None:
+        ranges = {"pids-few": (1, 8), "pids-some": (9, 80)}
+        group = self.groups.get("pids")
+        if group is not None and self.draw.limit in ranges:
+            more = self.moments.randint(*ranges[self.draw.limit])
+            used = int((group / "pids.current").read_text())
+            (group / "pids.max").write_text(str(used + more))
+
+    def set_policy(self) -> None:
+        policy = self.draw.policy
+        for cpu in self.guest.qmp("query-cpus-fast"):
+            tid = cpu["thread-id"]
+            if policy == "nice":
+                os.setpriority(os.PRIO_PROCESS, tid, 10)
+            elif policy == "pinned":
+                os.sched_setaffinity(tid, {self.moments.choice(sorted(os.sched_getaffinity(0)))})
+            elif policy == "quota" and "cpu" in self.groups:
+                self.limit_cpu(self.groups["cpu"], tid)
+            elif policy in POLICIES:
+                priority = 1 if policy in ("fifo", "rr") else 0
+                os.sched_setscheduler(tid, POLICIES[policy], os.sched_param(priority))
+
+    def limit_cpu(self, group: Path, tid: int) -> None:
+        """Give a vCPU half a CPU, in a cgroup as libvirt makes it."""
+        inner = group / "vcpu"
+        if not inner.exists():
+            inner.mkdir()
+            if self.unified:
+                (inner / "cgroup.type").write_text("threaded")
+                (group / "cgroup.subtree_control").write_text("+cpu")
+                (inner / "cpu.max").write_text("50000 100000")
+            else:
+                (inner / "cpu.cfs_quota_us").write_text("50000")
+        (inner / ("cgroup.threads" if self.unified else "tasks")).write_text(str(tid))
+
+    # --- the action ---
+
+    def act(self) -> None:
+        action = self.draw.action
+        options = list(self.draw.options)
+        if action in ("populate-only", "dry-run"):
+            options.append(f"--{action}")
+        elif not kvm.pre_fault_capability().available:
+            options.append("--populate-only")
+        before = self.guest.status()
+        tools = [start_tool(self.guest, *options)]
+        if action == "two, one monitor":
+            tools.append(start_tool(self.guest, *options))
+        elif action == "two monitors":
+            tools.append(Tool(["--qmp", str(self.second_qmp), "--json", *options]))
+        elif action == "neighbour too":
+            tools.append(start_tool(self.neighbour, *options))
+        elif action == "kill":
+            tools[0].running(3 * self.moments.random() ** 2)  # a run takes 0.3 s to 3 s
+            tools[0].send_signal(signal.SIGKILL)
+            tools[0].running(10)
+        elif action == "disturb":
+            self.disturb(tools[0])
+        for tool in tools:
+            self.outcomes.append("killed" if tool.status == -9 else outcome(tool.finish()))
+        wait_clean(self.guest.pid)
+        wait_clean(self.neighbour.pid)
+        if action != "disturb":
+            wait_for(lambda: self.guest.status() == before, f"the guest is {before} again")
+
+    def disturb(self, tool: Tool) -> None:
+        """Stop, resume or reset the guest while the tool works."""
+        commands = self.moments.choices(["stop", "cont"], k=self.moments.randint(1, 4))
+        # A guest that has too little memory for all of its RAM need not survive a reset.
+        scarce = self.draw.room == "tight" or self.draw.limit == "memory-short"
+        if not scarce and self.draw.state != "prelaunch" and self.moments.random() < 0.5:
+            commands.append("reset")
+        for command in commands:
+            tool.running(self.moments.random() ** 2)
+            self.outcomes.append(command if tool.running() else f"({command})")
+            if command == "reset":
+                self.guest.reset()
+                self.was_reset = True
+            else:
+                self.guest.qmp(command)
+
+    # --- the checks ---
+
+    def check(self) -> None:
+        if self.guest.status() != "running":
+            self.guest.qmp("cont")
+        if self.draw.state == "prelaunch" or self.was_reset:
+            self.guest.wait_ready()
+        if self.draw.state == "busy":
+            self.control_gap = self.stop_workload(self.neighbour)
+            if not self.was_reset:
+                self.guest_gap = self.stop_workload(self.guest)
+        check_memory(self.guest)
+        check_memory(self.neighbour)
+        self.neighbour.command(f"alloc {PROMISED}")
+        check_memory(self.neighbour)
+        check_memory(self.guest)
+        for guest in (self.guest, self.neighbour):
+            assert guest.status() == "running" and guest.alive
+            wait_clean(guest.pid)
+        if "memory" in self.groups:
+            assert out_of_memory_kills(self.groups["memory"]) == 0
+
+    @staticmethod
+    def stop_workload(guest: Guest) -> float:
+        answer = guest.command("stop")
+        assert answer["bad"] == 0, answer
+        return float(answer["longest"])
+
+    def describe(self) -> str:
+        """Return the state of both QEMUs, for a fault."""
+        texts = []
+        for name in ("guest", "neighbour"):
+            guest: Guest | None = getattr(self, name, None)
+            if guest is not None:
+                state = "runs" if guest.alive else f"ended with {guest.process.returncode}"
+                texts.append(f"{name}'s QEMU {state}: {guest.stderr.strip()[-500:]}")
+        return "; ".join(texts)
+
+
+def outcome(result: Result) -> str:
+    """Check that the end of a run is documented, and return it."""
+    report = result.report
+    if "error" in report:
+        code = Code(result.error["code"])
+        assert report["exit"] == result.status == EXPECTED_ERRORS.get(code), result
+        return f"{result.status} {code}"
+    remaining = report["bytes"]["remaining"]
+    assert result.status == (3 if remaining and not report["dry_run"] else 0), result
+    return " ".join([str(result.status), *sorted(result.warnings)])
+
+
+def test_soak(
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    seed: int,
+    tmp_path: Path,
+) -> None:
+    minutes: float = request.config.getoption("minutes")
+    only: int | None = request.config.getoption("iteration")
+    ledger = Ledger(request.config.getoption("ledger"), seed)
+    states = States(tmp_path)
+    number = -1 if only is None else only - 1
+    while only is not None or ledger.seconds() < 60 * minutes:
+        number += 1
+        if ledger.has(number) and only is None:
+            continue
+        started = time.monotonic()
+        fault = "not finished"
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        with ExitStack() as stack:
+            iteration = Iteration(random.Random(f"{seed} {number}"), states, directory, stack)
+            try:
+                iteration.set_up()
+                iteration.act()
+                iteration.check()
+                fault = ""
+            except Exception as error:
+                fault = f"{type(error).__name__}: {error}"
+                error.add_note(f"--seed {seed} --iteration {number}: {iteration.draw}")
+                error.add_note(f"{iteration.outcomes}; {iteration.describe()}")
+                raise
+            finally:
+                line = ledger.add(
+                    {
+                        "seed": seed,
+                        "iteration": number,
+                        "draw": asdict(iteration.draw),
+                        "outcomes": iteration.outcomes,
+                        "notes": iteration.notes,
+                        "seconds": round(time.monotonic() - started, 2),
+                        "guest_gap": iteration.guest_gap,
+                        "control_gap": iteration.control_gap,
+                        "fault": fault,
+                    }
+                )
+                with capsys.disabled():
+                    print(line, flush=True)
+        if only is not None:
+            break
+    with capsys.disabled():
+        print(f"\n--seed {seed}: {ledger.summary()}")
