@@ -154,7 +154,7 @@ def code_users() -> dict[str, set[str]]:
 
 
 def carried_by(names: set[str]) -> tuple[str, str]:
-    """Return two texts with the names of error classes and with their exit statuses."""
+    """Return the names of error classes, and their exit statuses, as two texts."""
     statuses = set()
     for name in names:
         kind = getattr(errors, name, None)

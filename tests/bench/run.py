@@ -52,7 +52,7 @@ def log(text: str) -> None:
 def qemu(mib: int) -> Iterator[str]:
     """Start a paused QEMU without KVM, and yield the path of its QMP socket.
 
-    QEMU runs on this machine. The guest does not touch its memory.
+    QEMU runs on this machine. The guest does not access its memory.
     """
     with tempfile.TemporaryDirectory() as scratch:
         socket = f"{scratch}/qmp"
@@ -451,7 +451,7 @@ def host_section(host: dict[str, Any]) -> tuple[list[str], Bars]:
         "## Memory of the tool",
         "",
         "This table shows the tool's peak resident set (VmHWM) with `--populate-only` on the "
-        "machine that runs `make bench`. The guests have not touched their memory:",
+        "machine that runs `make bench`. The guests have not accessed their memory:",
         "",
         "| guest | `--dry-run` over all memory | `--range 0+128M` |",
         "|--:|--:|--:|",
@@ -514,8 +514,9 @@ def main() -> int:
         nargs="*",
         choices=[*PARTS, []],  # argparse checks an empty list against the choices
         metavar="PART",
-        help=f"measure only these parts ({', '.join(PARTS)}), and read the others from the cache. "
-        "If the cache lacks a part, print the results and write no page. Default: all parts.",
+        help=f"measure only these parts ({', '.join(PARTS)}), and read the other parts from "
+        "the cache. If the cache lacks a part, print the results and write no page. "
+        "Default: all parts.",
     )
     wanted = parser.parse_args().parts or list(PARTS)
     found = measure(wanted)

@@ -231,7 +231,7 @@ def test_watch_stage2(
     assert any(row.growth.startswith("+") and row.growth != "+0 B" for row in rows)
     assert {row.faults_per_second for row in rows[1:]} == {"0"}
     prefaulted.kill()
-    assert watching.communicate(timeout=60)[0].endswith("QEMU has ended\n")
+    assert watching.communicate(timeout=60)[0].endswith("QEMU has exited\n")
     assert watching.returncode == 0
 
     watching = start_watch(sockets[1])

@@ -219,7 +219,7 @@ def test_watch_ends_with_qemu(vm_of: StartVm, watch: Watch, how: str) -> None:
         vm.qmp.execute("quit")
     stdout, stderr = watching.communicate(timeout=20)
     assert (watching.returncode, stderr) == (0, "")
-    assert stdout.endswith("QEMU has ended\n")
+    assert stdout.endswith("QEMU has exited\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
