@@ -13,6 +13,7 @@ the ioctl, the tool only populates.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -32,7 +33,7 @@ from qemu_prefault_lab.guest import Guest
 from qemu_prefault_lab.wait import wait_for
 from support import under_filter
 from support.guest import GuestOptions, check_memory, start_tool
-from support.ledger import Ledger
+from support.ledger import Entry, Ledger
 from support.limits import (
     MIB,
     cgroups,
@@ -435,6 +436,24 @@ def outcome(result: Result) -> str:
     return " ".join([str(result.status), *sorted(result.warnings)])
 
 
+def soak_once(states: States, directory: Path, entry: Entry) -> None:
+    """Run one iteration, and add its results to its entry of the ledger."""
+    which = f"--seed {entry['seed']} --iteration {entry['iteration']}"
+    with ExitStack() as stack:
+        iteration = Iteration(random.Random(which), states, directory, stack)
+        entry["draw"] = asdict(iteration.draw)
+        entry["outcomes"], entry["notes"] = iteration.outcomes, iteration.notes
+        try:
+            iteration.set_up()
+            iteration.act()
+            iteration.check()
+        except Exception as error:
+            error.add_note(f"{which}: {iteration.draw}")
+            error.add_note(f"{iteration.outcomes}; {iteration.describe()}")
+            raise
+        entry["guest_gap"], entry["control_gap"] = iteration.guest_gap, iteration.control_gap
+
+
 def test_soak(
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
@@ -445,44 +464,28 @@ def test_soak(
     only: int | None = request.config.getoption("iteration")
     ledger = Ledger(request.config.getoption("ledger"), seed)
     states = States(tmp_path)
-    number = -1 if only is None else only - 1
-    while only is not None or ledger.seconds() < 60 * minutes:
-        number += 1
-        if ledger.has(number) and only is None:
-            continue
-        started = time.monotonic()
-        fault = "not finished"
+    for number in itertools.count() if only is None else [only]:
+        if only is None:
+            if ledger.has(number):
+                continue
+            if number not in ledger.entries and ledger.seconds() >= 60 * minutes:
+                break
         directory = tmp_path / str(number)
         directory.mkdir()
-        with ExitStack() as stack:
-            iteration = Iteration(random.Random(f"{seed} {number}"), states, directory, stack)
-            try:
-                iteration.set_up()
-                iteration.act()
-                iteration.check()
-                fault = ""
-            except Exception as error:
-                fault = f"{type(error).__name__}: {error}"
-                error.add_note(f"--seed {seed} --iteration {number}: {iteration.draw}")
-                error.add_note(f"{iteration.outcomes}; {iteration.describe()}")
-                raise
-            finally:
-                line = ledger.add(
-                    {
-                        "seed": seed,
-                        "iteration": number,
-                        "draw": asdict(iteration.draw),
-                        "outcomes": iteration.outcomes,
-                        "notes": iteration.notes,
-                        "seconds": round(time.monotonic() - started, 2),
-                        "guest_gap": iteration.guest_gap,
-                        "control_gap": iteration.control_gap,
-                        "fault": fault,
-                    }
-                )
-                with capsys.disabled():
-                    print(line, flush=True)
-        if only is not None:
-            break
+        entry: Entry = {"seed": seed, "iteration": number, "guest_gap": None, "control_gap": None}
+        entry["fault"] = "not finished"
+        started = time.monotonic()
+        try:
+            soak_once(states, directory, entry)
+            entry["fault"] = ""
+        except Exception as error:
+            entry["fault"] = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            entry["seconds"] = round(time.monotonic() - started, 2)
+            with capsys.disabled():
+                print(f"\n{ledger.add(entry)}")
+                if entry["fault"]:
+                    print(f"--seed {seed}: {ledger.summary()}")
     with capsys.disabled():
         print(f"\n--seed {seed}: {ledger.summary()}")
