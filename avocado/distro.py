@@ -125,7 +125,7 @@ class DistroTest(PrefaultTest):
 
     @fail_on(QemuPrefaultError)
     def test_attach(self) -> None:
-        """Prefault a running guest, which then touches new memory."""
+        """Prefault a running guest, which then writes to new memory."""
         guest, boot = self.boot()
         stopwatch = Stopwatch(guest)
         guest.fill("before", DATA_MIB)

@@ -8,7 +8,7 @@
 If this host's KVM can prefault, the tests run on this host. Otherwise they run in the nested lab.
 The program keeps the job's results in the cache (HTML, JSON, xunit, each test's log) and prints
 their path. The last line of output is ``N passed, N failed, N skipped``. The exit status is 0 only
-if nothing failed.
+if no test failed.
 """
 
 from __future__ import annotations

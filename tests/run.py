@@ -5,7 +5,7 @@
 
 ``make`` runs this program with ``scripts/with-env``. The program prefixes every line of output with
 the name of the line's suite. The last line is ``N passed, N failed, N skipped`` for all suites. The
-exit status is 0 only if nothing failed. A pytest suite that ran no test counts as failed.
+exit status is 0 only if no suite failed. A pytest suite that ran no test counts as failed.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def _check(test: Any, params: Params, env: Any) -> None:
 
 
 def note(test: Any, moment: str, without: int | None, with_: int) -> None:
-    """Write the faults without prefaulting, and those with it, to the whiteboard."""
+    """Write the numbers of faults without and with prefaulting to the whiteboard."""
     test.whiteboard = json.dumps([{"moment": moment, "without": without, "with": with_}])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A cache of build results that take long to build, such as images.
+"""A cache of files that take a long time to build, such as images.
 
 An entry is a directory ``<name>-<key>``. The key is a hash of all inputs. A changed recipe
 therefore makes a new entry, and entries are never updated in place. A builder works in a ``tmp-``

@@ -2,7 +2,7 @@
 """L0's connection to a running L1.
 
 The connection consists of the QEMU process, its console, and the command server's port. One thread
-handles all three, and also starts QEMU. If the test run dies, the kernel kills QEMU with its
+handles all three, and also starts QEMU. If the test run ends, the kernel kills QEMU with the
 parent-death signal. The kernel sends this signal when the thread that forked QEMU exits. L1 is lost
 if QEMU ends, if the console shows a kernel failure, or if the command server's heartbeats stop.
 Then all requests fail immediately.
@@ -204,7 +204,7 @@ class Channel:
         return self.lost
 
     def wait_end(self, timeout: float) -> bool:
-        """Wait until QEMU ends by itself, and return whether it has."""
+        """Wait until QEMU ends by itself, and return whether it has ended."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 

@@ -297,7 +297,7 @@ def uefi_aborts() -> bool:
 
 
 class LocalMachine(Machine):
-    """This host, whose own KVM must be able to prefault. Nothing is emulated."""
+    """This host, without emulation. Its own KVM must be able to prefault."""
 
     def __init__(self) -> None:
         if not kvm_can_prefault():

@@ -155,7 +155,7 @@ class Lab(Machine):
         :param memory_mib: L1's memory in MiB.
         :param nodes_mib: The memory of each of L1's NUMA nodes in MiB, instead of ``memory_mib``.
         :param kernel_args: Arguments to add to L1's kernel command line.
-        :param disks: Raw images that L1 sees read-only as ``/dev/vdc`` and following.
+        :param disks: Raw images for the read-only disks ``/dev/vdc`` and following of L1.
         :param emulator: A QEMU to use instead of the lab's own, for guests with UEFI.
         :param snapshot: Restore L1 from a snapshot. If False, boot L1 from power-on and save no
             snapshot.
@@ -273,7 +273,7 @@ class Lab(Machine):
 
 
 def _save(recipe: _Recipe, directory: Path, boot: Callable[[list[str]], Channel]) -> None:
-    """Boot L1 with its memory in a file. Save the rest of its state to another file."""
+    """Boot L1 with its memory in a file. Save CPU and devices to another file."""
     log.info("booting the lab once to take its snapshot")
     memory = directory / "ram"
     started = time.monotonic()

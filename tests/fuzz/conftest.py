@@ -15,14 +15,14 @@ CORPUS = Path(__file__).with_name("corpus")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fuzz")
-    group.addoption("--inputs", type=int, help="mutated inputs for each parser; default 2000")
+    group.addoption("--inputs", type=int, help="number of inputs for each parser (default 2000)")
     group.addoption("--seed", type=int, default=1, help="seed of the mutations")
-    group.addoption("--keep", action="store_true", help="add inputs that fail to corpus/")
+    group.addoption("--keep", action="store_true", help="add the input of each fault to corpus/")
 
 
 @pytest.fixture
 def check(request: pytest.FixtureRequest) -> Callable[[Target], None]:
-    """Return a function that fails if a parser does not handle one of the inputs."""
+    """Return a function that feeds inputs to a parser and fails on any fault."""
     inputs: int | None = request.config.getoption("--inputs")
     seed: int = request.config.getoption("--seed")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Fuzz the parsers of the kernel's files: /proc, cgroups, sysfs, counters and seccomp filters."""
+"""Fuzz the parsers of /proc, sysfs, cgroups, KVM's counters and seccomp filters."""
 
 from __future__ import annotations
 
@@ -119,12 +119,12 @@ socket:[23144]
 
 
 def text(parse: Callable[[str], object]) -> Callable[[bytes], object]:
-    """Decode an input as the product decodes files of /proc."""
+    """Return a function that decodes an input like a file of /proc and parses it."""
     return lambda data: parse(data.decode("utf-8", "surrogateescape"))
 
 
 def two(parse: Callable[[str, str], object]) -> Callable[[bytes], object]:
-    """Split an input into two texts at the line ``--``."""
+    """Return a function that parses the two texts around the line ``--``."""
 
     def both(data: bytes) -> object:
         first, _, second = data.decode("utf-8", "surrogateescape").partition("--\n")
@@ -277,7 +277,7 @@ def test_files_of_a_host(host: Path, check: Check) -> None:
 
 @pytest.fixture
 def memfd() -> Iterator[int]:
-    """A file in memory."""
+    """Yield the descriptor of an empty file in memory."""
     fd = os.memfd_create("input")
     yield fd
     os.close(fd)
@@ -322,7 +322,7 @@ FILTERS = (
 
 
 def test_seccomp_filters(check: Check) -> None:
-    """Any program yields the names of calls, so that a run can refuse."""
+    """Check that denied() only returns names of the calls that it was given."""
     calls = [*required_calls([5, -1], area=1 << 44, gadget=7), *optional_calls(area=1 << 44)]
     names = {call.number.name for call in calls}
 
@@ -333,7 +333,7 @@ def test_seccomp_filters(check: Check) -> None:
 
 
 def elf(kind: int, *segments: tuple[int, bytes]) -> bytes:
-    """Return a 64-bit ELF file with these program headers: (type, contents)."""
+    """Return a 64-bit ELF file with these segments, each a type and its contents."""
     header = struct.pack("<HHIQQQIHHHHHH", kind, 62, 1, 0, 64, 0, 0, 64, 56, len(segments), 0, 0, 0)
     at, table, contents = 64 + 56 * len(segments), b"", b""
     for type_, content in segments:
@@ -374,7 +374,10 @@ def control_page() -> bytes:
 
 
 def test_control_page(memfd: int, check: Check) -> None:
-    """QEMU can overwrite the helper's page, and may unmap it at any time."""
+    """Check that any contents of the control page yield a result or a known error.
+
+    QEMU can overwrite or unmap this page at any time.
+    """
     ranges = [Range(Kind.STAGE2, 0, 1 << 20), Range(Kind.POPULATE, 0, 4096)]
     helper = Helper(memfd, 0, 0)
 

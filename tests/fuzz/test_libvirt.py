@@ -70,7 +70,7 @@ def suppressed() -> contextlib.suppress:
 
 @pytest.fixture
 def file() -> Iterator[Path]:
-    """A file in memory."""
+    """Yield the path of an empty file in memory."""
     fd = os.memfd_create("config")
     yield Path(f"/proc/self/fd/{fd}")
     os.close(fd)

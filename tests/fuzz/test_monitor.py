@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Fuzz QEMU's answers: the text of the human monitor, decoded JSON, and the bytes of a session."""
+"""Fuzz texts of the human monitor, decoded QMP answers, and QMP sessions."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ DATA = Path(__file__).parents[1] / "data" / "monitor"
 
 
 def capture(path: Path) -> dict[str, str]:
-    """Return the answers of a captured session by command."""
+    """Return the answers of a captured session, as a mapping from commands."""
     parts = re.split(r"^### (?:HMP|QMP) (.*)\n", path.read_text(), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=False))
 
@@ -64,7 +64,10 @@ def captured(command: str) -> list[bytes]:
 
 
 def text(parse: Callable[[str], object]) -> Callable[[bytes], object]:
-    """Decode an input into any text that a JSON string can contain."""
+    """Return a function that decodes an input and parses the text.
+
+    Invalid bytes become surrogates, which a JSON string can also contain.
+    """
     return lambda data: parse(data.decode("utf-8", "surrogateescape"))
 
 
@@ -112,7 +115,7 @@ class Answers(Monitor):
         return self._answers[key]
 
     def _gpa2hva(self, gpa: int) -> object:
-        """Answer with the address of QEMU at which :data:`CAPTURES` have this memory."""
+        """Return the answer to ``gpa2hva`` that agrees with the other answers."""
         given = self._answers.get("gpa2hva")
         if given is not None:
             return given
@@ -136,7 +139,7 @@ class Answers(Monitor):
 
 @pytest.fixture
 def loop() -> Iterator[asyncio.Runner]:
-    """An event loop for all inputs of a test."""
+    """Yield a runner whose event loop all inputs of a test use."""
     with asyncio.Runner() as runner:
         yield runner
 
@@ -146,7 +149,10 @@ def answers(
     parse: Callable[[Monitor], Coroutine[Any, Any, object]],
     kind: type[Answers] = Answers,
 ) -> Callable[[bytes], object]:
-    """Run a function with the answers in an input, a JSON object by command."""
+    """Return a function that passes the answers in an input to ``parse``.
+
+    The input is a JSON object with one answer for each command.
+    """
 
     def run(data: bytes) -> object:
         try:
@@ -237,7 +243,7 @@ JOBS = {
 
 
 class FinishedJobs(Answers):
-    """A monitor on which every job ends at once."""
+    """A monitor on which every job ends immediately."""
 
     @contextlib.contextmanager
     def events(self, *names: str) -> Iterator[EventStream]:
@@ -309,7 +315,7 @@ def mutate_session(rng: random.Random, pool: Sequence[bytes]) -> bytes:
 async def session(data: bytes) -> None:
     """Run two commands against a peer that sends the input and closes the connection.
 
-    The peer sends the next line after each request, or if no request arrives.
+    After each of the first four lines, the peer waits up to 2 ms for a request.
     """
     ours, theirs = socket.socketpair()
     ours.setblocking(False)

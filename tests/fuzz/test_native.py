@@ -60,7 +60,7 @@ INPUTS: dict[str, list[bytes]] = {
 
 
 class CrashError(Exception):
-    """The program ended."""
+    """An error because the program exited or did not answer."""
 
 
 class Program:
@@ -155,7 +155,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def converse(client: socket.socket, data: bytes) -> bytes:
-    """Send requests and read the answers at the same time; the plugin also does both."""
+    """Send requests and read the answers concurrently, as the plugin does."""
     client.setblocking(False)
     answers, part = b"", b"-"
     if not data:
@@ -177,7 +177,7 @@ def converse(client: socket.socket, data: bytes) -> bytes:
 
 
 def test_requests(server: Path, tmp_path: Path, check: Check) -> None:
-    """A client cannot crash the plugin or block it for other clients, and gets lines of JSON."""
+    """Check that a client cannot crash or block the plugin, and gets lines of JSON."""
     path = tmp_path / "control"
     prlimit = shutil.which("prlimit")
     if prlimit is None:

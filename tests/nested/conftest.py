@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help="seed of random times (0 is random)")
     parser.addoption("--minutes", type=float, default=2, help="duration of a soak")
     parser.addoption("--iteration", type=int, help="run only this iteration of a soak")
-    parser.addoption("--ledger", type=Path, help="ledger of a soak; a run resumes from it")
+    parser.addoption("--ledger", type=Path, help="file of results, from which a soak resumes")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

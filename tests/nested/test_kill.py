@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that nothing is left in QEMU if the tool is killed at random times.
+"""Test that killing the tool at random times leaves no helpers in QEMU.
 
 ``--kills`` sets the number of kills. The default is 100, and ``make test-full`` uses 1,000.
 ``--seed`` repeats the random times of an earlier run of the test.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test for each machine and backend that the tool maps its RAM and nothing else."""
+"""Test on each machine and backend that the tool maps exactly the guest's RAM."""
 
 from __future__ import annotations
 

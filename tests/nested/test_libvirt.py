@@ -182,7 +182,7 @@ def test_guest_starts_if_hook_is_killed(
     assert killed
     assert guest.state == "running"
     guest.check_memory()
-    wait_until(lambda: not helper_threads(guest.process.pid), "the helpers have left")
+    wait_until(lambda: not helper_threads(guest.process.pid), "the helpers have exited")
 
 
 @full
@@ -292,8 +292,8 @@ def test_guard_resumes_domain(make_domain: MakeDomain, libvirtd: Libvirtd) -> No
             paused = guest.state == "paused"
         child.kill()
         child.wait()
-        wait_until(lambda: guest.state == "running", "the guard resumes the guest")
-        wait_until(lambda: not helper_threads(guest.process.pid), "the helpers have left")
+        wait_until(lambda: guest.state == "running", "the resume guard resumes the guest")
+        wait_until(lambda: not helper_threads(guest.process.pid), "the helpers have exited")
     guest.check_memory()
 
 

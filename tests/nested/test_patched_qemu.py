@@ -299,7 +299,7 @@ def test_qtest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fixed", [True, False])
 @pytest.mark.parametrize("test", ["svm-cr-read", "svm-cr8-write"])
 def test_tcg_svm_intercepts(test: str, fixed: bool, tmp_path: Path) -> None:
-    """Test that the patched QEMU intercepts CR reads and survives CR8 writes."""
+    """Test that the patched QEMU intercepts CR reads and allows CR8 writes."""
     (binary, *firmware) = patched_qemu() or [""]
     kernel = f"{binary}-{test}"
     command = [binary, *firmware] if fixed else ["qemu-system-x86_64"]

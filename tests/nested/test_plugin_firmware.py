@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the plugin with UEFI, which changes memslots differently from SeaBIOS ."""
+"""Test the plugin with UEFI, which changes memslots differently from SeaBIOS."""
 
 from __future__ import annotations
 

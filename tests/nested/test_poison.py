@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test guest RAM with a poisoned page: all memory except that page is prefaulted."""
+"""Test that all guest RAM except a poisoned page is prefaulted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not OFFLINE.exists(), reason="the kernel lacks h
 
 
 def poison(guest: Guest, gpa: int) -> None:
-    """Let the kernel take a page of the guest's RAM out of use, as after a memory error."""
+    """Make the kernel offline a page of the guest's RAM, as after a memory error."""
     hva = ram_hva(guest) + gpa
     with open(f"/proc/{guest.pid}/mem", "rb+", buffering=0) as memory:
         os.pwrite(memory.fileno(), b"x", hva)  # make it present

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test random actions of the tool on random guests, each beside a neighbour.
 
-In each iteration, the machine, the memory's source, its limits, seccomp filters, an allocator, the
-scheduling of vCPUs and an action are random. No guest may be lost. The neighbour must still get all
-memory that it was promised from the same source.
+Each iteration chooses a machine, a source of memory, limits, seccomp filters, an allocator, a
+scheduling policy of vCPUs and an action at random. Both guests must keep running and keep their
+memory. The neighbour uses the same source, and must still be able to allocate all of its memory.
 
 ``--minutes`` limits the time. ``--seed N --iteration I`` repeats one iteration. Each iteration
-prints a line of JSON. ``--ledger FILE`` also writes these lines to a file. A run that is given an
-existing ledger, or the saved output of a run, skips the iterations in it. On a host whose KVM lacks
-the ioctl, the tool only populates.
+prints a line of JSON. ``--ledger FILE`` also writes these lines to a file. If the file
+exists, the run skips the iterations in it. The file can also be the saved output of an earlier run.
+On a host whose KVM lacks the ioctl, the tool only populates.
 """
 
 from __future__ import annotations
@@ -91,13 +91,13 @@ _T = TypeVar("_T")
 class Draw:
     """The parameters of an iteration.
 
-    :ivar room: Whether a file system is "tight" or "ample" for both guests.
+    :ivar room: The size of the file system with both guests' memory, "tight" or "ample".
     :ivar limit: The limit of the guest's cgroup.
     :ivar filters: A key of FILTERS.
     :ivar policy: The scheduling of the guest's vCPUs.
-    :ivar plugin: How the plugin is loaded, and its options; empty without the plugin.
-    :ivar state: The guest's state when the action begins. "prelaunch" is a guest that has not
-        booted; all others were restored.
+    :ivar plugin: The way in which the plugin is loaded, and its options. Empty without the plugin.
+    :ivar state: The guest's state when the action begins. "prelaunch" means that the guest
+        has not booted. In all other states, the guest was restored.
     """
 
     machine: str
@@ -202,7 +202,7 @@ class Iteration:
     # --- limits and guests ---
 
     def enter(self, context: AbstractContextManager[_T]) -> _T | None:
-        """Enter a context until the end of the iteration, or note why that is impossible."""
+        """Enter a context for the iteration. If it is skipped, note why and return None."""
         try:
             return self.stack.enter_context(context)
         except pytest.skip.Exception as reason:
@@ -269,7 +269,7 @@ class Iteration:
         return f"{kind},mem-path={shm}/guest", f"{kind},mem-path={shm}/neighbour"
 
     def make_groups(self) -> Sequence[str]:
-        """Make the guest's cgroups; return the start of its command."""
+        """Make the guest's cgroups. Return the words to prepend to QEMU's command."""
         kind = self.draw.limit.partition("-")[0]
         wanted = [] if kind == "none" else [kind]
         wanted += ["cpu"] if self.draw.policy == "quota" else []
@@ -370,7 +370,7 @@ class Iteration:
             wait_for(lambda: self.guest.status() == before, f"the guest is {before} again")
 
     def disturb(self, tool: Tool) -> None:
-        """Stop, resume or reset the guest while the tool works."""
+        """Stop, resume or reset the guest while the tool runs."""
         commands = self.moments.choices(["stop", "cont"], k=self.moments.randint(1, 4))
         # A guest that has too little memory for all of its RAM need not survive a reset.
         scarce = self.draw.room == "tight" or self.draw.limit == "memory-short"
@@ -414,7 +414,7 @@ class Iteration:
         return float(answer["longest"])
 
     def describe(self) -> str:
-        """Return the state of both QEMUs, for a fault."""
+        """Return a description of both QEMUs, for the report of a fault."""
         texts = []
         for name in ("guest", "neighbour"):
             guest: Guest | None = getattr(self, name, None)
@@ -425,7 +425,7 @@ class Iteration:
 
 
 def outcome(result: Result) -> str:
-    """Check that the end of a run is documented, and return it."""
+    """Check that a run ended as documented, and return a summary of its result."""
     report = result.report
     if "error" in report:
         code = Code(result.error["code"])

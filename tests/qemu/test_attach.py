@@ -162,7 +162,7 @@ def punch(fd: int, size: int) -> None:
 
 
 def has_started_helpers(tool: Tool, pid: int) -> bool:
-    """Return whether helpers exist, or the run has ended between two polls."""
+    """Return whether helpers exist or the run has already ended."""
     return bool(leftovers(pid)) or not tool.running()
 
 

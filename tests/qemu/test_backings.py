@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One table of backings and limits: attach and the plugin reach the same verdict on each.
+"""Test that attach and the plugin agree on each backing and limit.
 
 Each row starts two real QEMUs with real limits. In the first, the attach agent populates a stopped
-guest. In the second, the plugin populates before the first instruction; if the host's KVM lacks the
-ioctl, support/capable_kvm.py answers it.
+guest. In the second, the plugin populates before the first instruction. If the host's KVM lacks the
+ioctl, support/capable_kvm.py simulates the ioctl.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from support.process import leftovers
 from support.qemu import Qemu, StartQemu, kvm_usable, run_tool
 
 pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="mounts and cgroups take root"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="mounts and cgroups require root"),
     pytest.mark.skipif(not kvm_usable(), reason="/dev/kvm cannot be opened"),
     pytest.mark.skipif(
         not Path("/proc/self/ns/cgroup").readlink().name.endswith("[4026531835]"),
@@ -64,7 +64,7 @@ class Host:
     other_mib: int = 0
 
     def tmpfs(self, mib: int, options: str = "", other: int = 0) -> None:
-        """Let the place be a tmpfs, in which another file may still grow to `other` MiB."""
+        """Use a tmpfs as the place. Another file can still grow in it to `other` MiB."""
         self._mount("tmpfs", f"size={mib}M" + (f",{options}" if options else ""))
         self._promise(other)
 
@@ -96,7 +96,7 @@ class Host:
         self.prefix = in_group(self.groups[-1])
 
     def hugetlb_group(self) -> None:
-        """Let the cgroup have half of the huge pages that the guest needs, and the pool all."""
+        """Allocate the huge pages for the guest, and limit the cgroup to half of them."""
         self.huge_pages(SIZE // 2)
         (group,), unified = self.stack.enter_context(cgroups("hugetlb"))
         name = "hugetlb.2MB.max" if unified else "hugetlb.2MB.limit_in_bytes"
@@ -104,7 +104,7 @@ class Host:
         self.prefix = in_group(group)
 
     def hide_groups(self, *how: str) -> None:
-        """Limit QEMU's cgroup, and let only other processes see that."""
+        """Limit QEMU's cgroup, and hide the limit from QEMU."""
         self.memory_group(60)
         self.prefix = [*self.prefix, *how]
 
@@ -118,7 +118,7 @@ class Host:
             os.truncate(self.other, mib * MIB)
 
     def check_others(self) -> None:
-        """Check that the other file can still get its memory, and that nothing was killed."""
+        """Check that the other file can still grow, and that no process was killed."""
         if self.other is not None:
             with open(self.other, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, self.other_mib * MIB)
@@ -131,7 +131,10 @@ Backing = Callable[[Path], Sequence[str]]
 
 
 def backend(kind: str, options: str = "", size: int = SIZE) -> Backing:
-    """Return a backing by one object. ``PLACE`` in its options is the place of the row."""
+    """Return a backing with one memory backend.
+
+    ``PLACE`` in the options stands for the path of the row's place.
+    """
 
     def arguments(place: Path) -> Sequence[str]:
         text = f"memory-backend-{kind},id=m,size={size}M,{options}".rstrip(",")
@@ -150,7 +153,7 @@ def plain(*more: str) -> Backing:
 
 
 def two_files(one: str, other: str) -> Backing:
-    """Return a guest with two NUMA nodes, each with a file of half of its memory."""
+    """Return a backing of two NUMA nodes, each with a file for half of the memory."""
 
     def arguments(place: Path) -> Sequence[str]:
         words = ["-m", f"{SIZE}M", "-smp", "2"]
@@ -166,12 +169,12 @@ def two_files(one: str, other: str) -> Backing:
 
 @dataclass(frozen=True)
 class Row:
-    """One backing with one limit, and what both agents do.
+    """One backing with one limit, and the verdicts of both agents.
 
     :ivar source: A part of attach's message that names the limit.
-    :ivar plugin_source: The same for the plugin.
-    :ivar plugin: The plugin's verdict if it cannot see what attach sees.
-    :ivar populate: The option ``populate`` of both.
+    :ivar plugin_source: A part of the plugin's message that names the limit.
+    :ivar plugin: The plugin's verdict if it differs, because the plugin has less information.
+    :ivar populate: The option ``populate`` of both agents.
     """
 
     name: str
@@ -272,7 +275,7 @@ ROWS = (
         GROUP,
         marks=QUICK,
     ),
-    # QEMU cannot see the limits of its cgroups, so the plugin refuses.
+    # QEMU cannot read the limits of its cgroups, so the plugin refuses.
     refused(
         "cgroup namespace",
         plain(),

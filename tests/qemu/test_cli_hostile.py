@@ -354,7 +354,7 @@ def test_ram_at_a_wrong_address(through: Through, vm: QemuVm, where: str, comman
 def test_small_ram_at_a_wrong_address(through: Through, vm: QemuVm, where: str) -> None:
     """Check that the tool does no harm if RAM seems to be in another mapping.
 
-    The other mapping covers the RAM section, so the tool may populate the mapping.
+    The other mapping covers the RAM section, so the tool is allowed to populate the mapping.
     """
     target = ELSEWHERE[where](vm.pid)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that the guard resumes a guest if the process that paused it dies.
+"""Test that the resume guard resumes the guest if the pausing process is killed.
 
-These tests run only the guard process, on a real QEMU. The tests in tests/nested kill whole runs.
+These tests run only the resume guard, on a real QEMU. The tests in tests/nested kill whole runs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def vm(start_qemu: StartQemu, tmp_path: Path, accel: str) -> QemuVm:
 
 
 class Holder:
-    """A process that pauses a guest under a guard and then waits to be killed."""
+    """A process that starts a resume guard, pauses a guest, and waits to be killed."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ def hold(vm: QemuVm) -> Iterator[Callable[..., Holder]]:
 def check_resumed(vm: QemuVm, holder: Holder) -> None:
     vm.qmp.wait_event("RESUME")
     assert vm.qmp.status() == "running"
-    assert holder.guard_gone(10), "the guard did not end"
+    assert holder.guard_gone(10), "the resume guard did not end"
 
 
 def test_guest_is_resumed_if_holder_is_killed(vm: QemuVm, hold: Callable[..., Holder]) -> None:
@@ -155,7 +155,7 @@ def test_migrated_guest_is_not_resumed(vm: QemuVm, hold: Callable[..., Holder]) 
     vm.qmp.execute("migrate", uri="exec:cat >/dev/null")
     wait_for(lambda: vm.qmp.status() == "postmigrate", "the guest has migrated")
     holder.kill()
-    assert holder.guard_gone(10), "the guard did not end"
+    assert holder.guard_gone(10), "the resume guard did not end"
     assert vm.qmp.status() == "postmigrate"
 
 
@@ -216,7 +216,7 @@ def test_guard_ends_after_a_normal_run(vm: QemuVm) -> None:
     fds = set(os.listdir("/proc/self/fd"))
     for _ in range(5):
         asyncio.run(pause())
-        # The block exited normally, so the guard must not resume the guest.
+        # The block exited normally, so the resume guard must not resume the guest.
         assert vm.qmp.status() == "paused"
     assert {event["event"] for event in vm.qmp.events} <= {"STOP"}
     assert set(os.listdir("/proc/self/fd")) == fds
@@ -224,7 +224,7 @@ def test_guard_ends_after_a_normal_run(vm: QemuVm) -> None:
 
 @pytest.mark.parametrize("accel", ["tcg"])
 def test_exception_does_not_trigger_guard(vm: QemuVm) -> None:
-    """Check that the guard leaves the guest paused after an exception.
+    """Check that the resume guard leaves the guest paused after an exception.
 
     In this case, the engine resumes the guest.
     """

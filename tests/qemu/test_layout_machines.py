@@ -78,7 +78,7 @@ def test_microvm(start_qemu: StartQemu, accel: str) -> None:
 
 @pytest.mark.parametrize(("machine_type", "low"), [("pc", 3), ("q35", 2), ("microvm", 3)])
 def test_above_4g(start_qemu: StartQemu, machine_type: str, low: int) -> None:
-    """Check RAM above 4 GiB. The guest never touches it, so it needs no host memory."""
+    """Check RAM above 4 GiB. The guest does not use it, so it needs no host memory."""
     machine = read(start_qemu("-M", machine_type, "-m", "5G"))
     *_, below, above = ram(machine)
     assert (below.gpa, below.end) == (MIB, low * GIB)
@@ -122,7 +122,7 @@ def test_old_machine_types_name_backends_by_path(start_qemu: StartQemu, tmp_path
         qemu = start_qemu(*arguments, "-M", "memory-backend=m0")
     except AssertionError as error:
         if "unsupported machine type" in str(error):
-            pytest.skip("this QEMU has dropped pc-i440fx-3.1")
+            pytest.skip("this QEMU does not support pc-i440fx-3.1")
         raise
     sections = ram(read(qemu))
     assert {section.name for section in sections} == {"/objects/m0"}

@@ -70,7 +70,11 @@ def test_too_small_tmpfs_is_refused(vm_of: StartVm, tmpfs: Path) -> None:
 
 @needs_root
 def test_deleted_file_is_found_without_cap_sys_admin(vm_of: StartVm, tmpfs: Path) -> None:
-    """Only CAP_SYS_ADMIN may follow the links of map_files."""
+    """Check that the tool finds a deleted file without the links in map_files.
+
+    The kernel lets only processes with CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE follow these links
+    (fs/proc/base.c: proc_map_files_get_link()).
+    """
     if shutil.which("setpriv") is None:
         pytest.skip("setpriv is not installed")
     vm = vm_of(*ram_in(tmpfs, 256))

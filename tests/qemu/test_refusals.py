@@ -32,7 +32,7 @@ def vm_of(start_qemu: StartQemu, tmp_path: Path) -> StartVm:
 
 @contextmanager
 def untouched(vm: QemuVm) -> Iterator[None]:
-    """Check that a block changes nothing in the guest and leaves nothing in QEMU."""
+    """Check that a block does not affect the guest and leaves no helpers in QEMU."""
     status, memory = vm.qmp.status(), anonymous_bytes(vm.pid)
     vm.qmp.events.clear()
     yield

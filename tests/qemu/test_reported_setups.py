@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Set-ups from public reports in which an earlier version harmed a guest or misled the operator.
+"""Test set-ups from public reports.
 
-The reports are named at each test. Other tests of such set-ups are in the files of their subjects,
-for example test_memory_sources.py, test_seccomp.py and test_plugin_run.py.
+In each set-up, an earlier version harmed a guest or misled the operator. Each test names the
+reports. Other tests of such set-ups are in the files of their subjects, for example
+test_memory_sources.py, test_seccomp.py and test_plugin_run.py.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from support.process import leftovers
 from support.qemu import StartQemu, kvm_usable, start_tool, start_vm
 from support.tool import Result, Tool
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts and cgroups take root")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts and cgroups require root")
 needs_kvm = pytest.mark.skipif(not kvm_usable(), reason="/dev/kvm cannot be opened")
 
 
@@ -55,7 +56,11 @@ def ram_in(directory: Path, mib: int, share: str = "on") -> tuple[str, ...]:
 def test_neighbour_in_tmpfs_gets_its_memory(
     start_qemu: StartQemu, tmp_path: Path, agent: str, mib: int, share: str
 ) -> None:
-    """A guest whose /dev/shm is full dies of SIGBUS (kata-containers#12919, systemd#16617)."""
+    """Check that the tool does not use space that another guest in the tmpfs needs.
+
+    If a tmpfs is full, QEMU gets SIGBUS when its guest uses new memory. The setup is from the
+    reports kata-containers#12919 and systemd#16617.
+    """
     with mounted("tmpfs", tmp_path / "shm", "size=200M") as shm:
         neighbour = start_vm(start_qemu, tmp_path, *ram_in(shm, 64), accel="kvm", paused=False)
         ram = ram_in(shm, mib, share)
@@ -76,7 +81,10 @@ def test_neighbour_in_tmpfs_gets_its_memory(
 
 @needs_root
 def test_concurrent_runs_exceed_no_limit(start_qemu: StartQemu, tmp_path: Path) -> None:
-    """Three runs start at once, and each fits alone (harvester#2522, kubevirt#4560)."""
+    """Start three runs together, each of which would fit into the cgroup alone.
+
+    The setup is from the reports harvester#2522 and kubevirt#4560.
+    """
     with cgroups("memory") as ((group,), unified):
         name = "memory.max" if unified else "memory.limit_in_bytes"
         (group / name).write_text(str(560 * MIB))
@@ -113,7 +121,11 @@ os.execvp(sys.argv[2], sys.argv[2:])
 @needs_kvm
 @pytest.mark.parametrize("count", [300, 2000])
 def test_many_inherited_descriptors(start_qemu: StartQemu, tmp_path: Path, count: int) -> None:
-    """Managers pass hundreds of tap and vhost queues (lxd#13484, tp-qemu#1668)."""
+    """Check that both agents work in a QEMU that has inherited many descriptors.
+
+    Management programs pass hundreds of tap and vhost queues to QEMU. The setup is from the reports
+    lxd#13484 and tp-qemu#1668.
+    """
     plugin = ("-plugin", f"{plugin_path()},socket={tmp_path}/control")
     prefix = [sys.executable, "-c", MANY_FDS, str(count)]
     vm = start_vm(start_qemu, tmp_path, "-m", "64M", *plugin, accel="kvm", prefix=prefix)
@@ -203,7 +215,10 @@ def test_preconfig_has_no_guest(start_qemu: StartQemu) -> None:
 def test_hidden_proc_is_reported(
     start_qemu: StartQemu, tmp_path: Path, options: str, command: tuple[str, ...]
 ) -> None:
-    """systemd's ProtectProc= hides other users' processes; ProcSubset= hides /proc/meminfo."""
+    """Check that the tool reports a /proc that hides QEMU from the tool.
+
+    systemd's ProtectProc= hides other users' processes. ProcSubset= hides /proc/meminfo.
+    """
     vm = start_vm(start_qemu, tmp_path, "-m", "64M", paused=False)
     path = Path(vm.qemu.qmp)
     path.chmod(0o666)
@@ -248,7 +263,7 @@ def unshare_mounts() -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
 def test_utf_16_is_reported(encoding: str) -> None:
-    """PowerShell's ``>`` writes UTF-16."""
+    """Check that XML in UTF-16, which PowerShell's ``>`` writes, is refused."""
     xml = "<domain type='kvm'><name>a</name><memory>1</memory></domain>".encode(encoding)
     command = [sys.executable, "-m", "qemu_prefault", "libvirt", "enable", "-", "--plugin", "/x.so"]
     done = subprocess.run(command, input=xml, capture_output=True, check=False)

@@ -236,7 +236,7 @@ def test_dead_or_stopped_tool_does_not_freeze_the_vcpu(
 def test_gate_ends_beside_a_fork_of_the_tool(vcpu: FakeVcpu) -> None:
     """Check that the gate exits although a forked process has the gate's socket.
 
-    The guard process is such a process. It has copies of the tool's descriptors.
+    The resume guard is such a process. It has copies of the tool's descriptors.
     """
 
     async def check() -> None:
@@ -340,7 +340,7 @@ def test_running_guest_is_not_held(start_qemu: StartQemu, tmp_path: Path) -> Non
             await agent.close()
 
     asyncio.run(check())
-    wait_for(lambda: is_in_guest(vm), "the guest runs on")
+    wait_for(lambda: is_in_guest(vm), "the guest is running")
     wait_clean(vm.pid)
 
 

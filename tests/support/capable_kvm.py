@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Execute a program on a KVM that seems to offer KVM_PRE_FAULT_MEMORY; see :func:`prefix`.
+"""Execute a program on a KVM that seems to offer KVM_PRE_FAULT_MEMORY.
 
-The plugin works only if KVM offers the ioctl. On a host whose KVM lacks it, this program lets the
-plugin decide and populate nevertheless: a seccomp filter passes the two ioctls to a supervisor,
-which answers that the ioctl exists and that the whole range is mapped. All other system calls reach
-the kernel. The supervisor ends with the program.
+The plugin populates only if KVM offers the ioctl. With this program, tests can run the plugin on a
+host whose KVM lacks the ioctl. A seccomp filter passes the ioctl, and the query of its capability,
+to a supervisor. The supervisor answers that KVM offers the ioctl and has mapped the whole range.
+The kernel executes all other system calls. The supervisor exits when the program exits.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ FILTER = (
 
 
 def prefix() -> list[str]:
-    """Return the start of a command that executes the rest on such a KVM."""
+    """Return the words to prepend to a command, so that it runs on such a KVM."""
     directory = Path(__file__).parent.parent
     return ["env", f"PYTHONPATH={directory}", sys.executable, "-m", __name__]
 
 
 def install() -> int:
-    """Install the filter in this process, and return the descriptor of its supervisor."""
+    """Install the filter in this process. Return the supervisor's descriptor."""
     libc = ctypes.CDLL(None, use_errno=True)
     code = b"".join(struct.pack("<HBBI", *instruction) for instruction in FILTER)
     buffer = ctypes.create_string_buffer(code, len(code))
@@ -69,7 +69,7 @@ def install() -> int:
 
 
 def answer(tid: int, request: int, argument: int) -> int:
-    """Return the result of one ioctl of a thread."""
+    """Simulate an ioctl of a thread, and return its result."""
     if request == KVM_CHECK_EXTENSION:
         return 1
     with open(f"/proc/{tid}/mem", "r+b", buffering=0) as memory:
@@ -97,7 +97,7 @@ def supervise(fd: int) -> None:
 
 def run_supervisor(ours: socket.socket, theirs: socket.socket) -> NoReturn:
     theirs.close()
-    if os.fork():  # QEMU must not see a child
+    if os.fork():  # QEMU must not have a child process
         os._exit(0)
     null = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):

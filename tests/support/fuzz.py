@@ -30,7 +30,7 @@ CPU_SECONDS: Final = 1.0
 HANG_SECONDS: Final = 300
 #: Bytes by which the address space may grow.
 MEMORY: Final = 2 << 30
-#: Mutated inputs are not longer, in bytes. Longer ones are rare, see :data:`LONG`.
+#: The usual limit of a mutated input in bytes. The limit of rare longer inputs is :data:`LONG`.
 NORMAL: Final = 16 << 10
 LONG: Final = 256 << 10
 
@@ -38,7 +38,7 @@ Mutate = Callable[[random.Random, Sequence[bytes]], bytes]
 
 
 class TooSlowError(BaseException):
-    """A parser used more CPU time than an input may take."""
+    """An error because a parser exceeded the CPU time of one input."""
 
 
 # --- mutations ---
@@ -139,7 +139,7 @@ VALUES: Final[tuple[Any, ...]] = (
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
-    """Return (container, key) of every value inside a JSON value."""
+    """Return the container and the key of every value inside a JSON value."""
     found: list[tuple[Any, Any]] = []
     todo = [value]
     while todo:
@@ -193,7 +193,7 @@ def mutate_json(rng: random.Random, pool: Sequence[bytes]) -> bytes:
 
 
 def mutate_json_lines(rng: random.Random, pool: Sequence[bytes]) -> bytes:
-    """Return a mutation of one JSON document in an input that has one on each line."""
+    """Return an input of JSON lines, with a mutation of one line."""
     lines = rng.choice(pool).split(b"\n")
     at = rng.randrange(len(lines))
     lines[at] = mutate_json(rng, [lines[at]])
@@ -207,8 +207,8 @@ def mutate_json_lines(rng: random.Random, pool: Sequence[bytes]) -> bytes:
 class Target:
     """A parser, and valid inputs from which the mutations start.
 
-    :ivar errors: The errors that the parser may raise.
-    :ivar cost: The time that an input takes, as a multiple of that of a short text.
+    :ivar errors: The errors that the parser is allowed to raise.
+    :ivar cost: The relative time for parsing one input. The value of a short text is 1.
     """
 
     name: str
@@ -221,7 +221,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Fault:
-    """An input that a parser does not handle."""
+    """A fault of a parser, with the input that causes it."""
 
     kind: str
     data: bytes
@@ -233,7 +233,7 @@ class Fault:
 
 
 def run_one(target: Target, data: bytes) -> Fault | None:
-    """Feed one input to a parser."""
+    """Feed one input to a parser. Return the fault that it causes, or None."""
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     try:
         target.parse(data)
@@ -271,7 +271,7 @@ def limits() -> Iterator[None]:
 
 
 def _shrink(target: Target, fault: Fault) -> Fault:
-    """Remove parts of an input as long as it causes the same kind of fault."""
+    """Remove parts of an input as long as the input causes the same kind of fault."""
     if "TooSlowError" in fault.kind:
         return fault
     best, step, tries = fault, max(1, len(fault.data) // 2), 0
@@ -289,7 +289,7 @@ def _shrink(target: Target, fault: Fault) -> Fault:
 
 
 class Corpus:
-    """The kept inputs of a parser: one file each."""
+    """The kept inputs of a parser, each in its own file."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -309,7 +309,7 @@ class Corpus:
 def find_faults(target: Target, corpus: Sequence[bytes], count: int, seed: int) -> list[Fault]:
     """Feed the seeds, the corpus and `count` mutations of them to a parser.
 
-    :returns: One fault of each kind, with an input that was shortened.
+    :returns: One fault of each kind, with a shortened input.
     """
     rng = random.Random(f"{seed} {target.name}")
     pool = [*target.seeds, *(data for data in corpus if len(data) <= NORMAL)]

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A ledger of a long test: one JSON object per line for each iteration, so that it can resume."""
+"""A ledger of a long test, from which an interrupted run can resume.
+
+The ledger has one line of JSON for each iteration.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ Entry = dict[str, Any]
 class Ledger:
     """The iterations of one seed.
 
-    :param path: The file, or None. If it exists, its entries of this seed are read. A file may
-        also be the saved output of a run, whose lines have a prefix.
+    :param path: The file, or None. If it exists, its entries of this seed are read. The file
+        can also be the saved output of a run, whose lines have a prefix.
     """
 
     def __init__(self, path: Path | None, seed: int) -> None:
@@ -28,7 +31,7 @@ class Ledger:
                     self.entries[entry["iteration"]] = entry
 
     def has(self, iteration: int) -> bool:
-        """Return whether an iteration is complete. One that found a fault is not."""
+        """Return whether an iteration has completed without a fault."""
         return iteration in self.entries and not self.entries[iteration]["fault"]
 
     def add(self, entry: Entry) -> str:
@@ -41,7 +44,7 @@ class Ledger:
         return line
 
     def seconds(self) -> float:
-        """Return the time of all iterations."""
+        """Return the total time of all iterations."""
         return sum(float(entry["seconds"]) for entry in self.entries.values())
 
     def summary(self) -> str:
@@ -68,7 +71,7 @@ class Ledger:
 
 
 def parse_entry(line: str) -> Entry | None:
-    """Return the entry in a line, or None if it has none."""
+    """Return the entry in a line, or None if the line has no entry."""
     at = line.find('{"seed": ')
     if at < 0:
         return None

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Real limits of memory: file systems, cgroups and huge page pools. Each skips if not permitted."""
+"""Set real limits of memory by file systems, cgroups and huge page pools.
+
+Each function skips the test if the host does not permit the limit.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def ext4(point: Path, mib: int) -> Iterator[Path]:
 
 @contextmanager
 def huge_pages(count: int) -> Iterator[None]:
-    """Let the pool have this many 2 MiB pages."""
+    """Set the number of 2 MiB pages in the pool for the block."""
     try:
         before = HUGE_PAGES.read_text()
         HUGE_PAGES.write_text(str(count))
@@ -64,7 +67,7 @@ def huge_pages(count: int) -> Iterator[None]:
 
 
 def group_root(controller: str) -> tuple[Path, bool]:
-    """Return the directory of this process's cgroup, and whether it is of the v2 hierarchy."""
+    """Return this process's cgroup directory, and whether the hierarchy is v2."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controller in controllers.split(","):
@@ -83,7 +86,7 @@ def group_root(controller: str) -> tuple[Path, bool]:
 
 @contextmanager
 def cgroups(controller: str, depth: int = 1) -> Iterator[tuple[list[Path], bool]]:
-    """Create nested cgroups; yield them, outermost first, and whether they are cgroup v2."""
+    """Yield new nested cgroups, outermost first, and whether the hierarchy is v2."""
     parent, unified = group_root(controller)
     made: list[Path] = []
     try:
@@ -108,7 +111,7 @@ def cgroups(controller: str, depth: int = 1) -> Iterator[tuple[list[Path], bool]
 
 
 def in_group(group: Path) -> list[str]:
-    """Return the start of a command that executes the rest in a cgroup."""
+    """Return the words to prepend to a command, so that it runs in a cgroup."""
     return ["sh", "-c", f'echo $$ >{group}/cgroup.procs && exec "$@"', "sh"]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The plugin in a QEMU of this machine."""
+"""Start QEMU with the plugin on this machine, and read the plugin's status."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from .qmp import QmpClient
 
 
 def capable_prefix() -> list[str]:
-    """Return the start of a command that executes QEMU where KVM offers, or seems to, the ioctl."""
+    """Return the words to prepend to QEMU's command, so that the plugin works.
+
+    If this host's KVM has the ioctl, no words are needed.
+    """
     return [] if kvm.pre_fault_capability().available else capable_kvm.prefix()
 
 
@@ -32,7 +35,10 @@ def ask_status(path: Path) -> dict[str, Any]:
 
 
 def wait_started(qemu: Qemu, control: Path) -> dict[str, Any]:
-    """Wait until the plugin has populated and the guest runs; return the plugin's status."""
+    """Wait until the plugin has populated memory and the guest runs.
+
+    Return the plugin's status.
+    """
     QmpClient(qemu.qmp).close()  # QMP answers once the machine is complete
     status: dict[str, Any] = {}
 

@@ -175,7 +175,7 @@ def test_other_files_are_not_static(tmp_path: Path) -> None:
 def test_static_script_interpreter_causes_warning(programs: Path, name: str) -> None:
     """Check that a script with a static interpreter runs, with a warning.
 
-    The interpreter does not load the plugin, but the programs that it starts may.
+    The interpreter does not load the plugin, but the programs that it starts can.
     """
     result = run("--", str(programs / name))
     assert result.returncode == 0

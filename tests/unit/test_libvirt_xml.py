@@ -215,7 +215,11 @@ def test_install_and_remove(tmp_path: Path) -> None:
 
 
 def test_apparmor_rule_permits_what_the_plugin_reads() -> None:
-    """libvirt's own rules permit the files in `elsewhere`, and AppArmor does not mediate links."""
+    """Check that the rule permits all files that the plugin reads.
+
+    The files in `elsewhere` do not need the rule: libvirt's own rules permit them, or they are
+    links, which AppArmor does not mediate.
+    """
     elsewhere = {"/proc/meminfo", "/proc/self/cmdline", "/proc/self/exe", "/proc/%d/exe"}
     elsewhere |= {"/proc/self/ns/cgroup", "/proc/self/fd/%d"}
     sources = [*NATIVE.glob("plugin/*.c"), *NATIVE.glob("common/*.c")]

@@ -96,8 +96,8 @@ def test_other_file_grows_during_populate(
 ) -> None:
     """Allocate another file while the plugin populates the guest.
 
-    When populating starts, the guest's 48 MiB are free. The plugin must therefore check before each
-    chunk.
+    When populating starts, the guest's 48 MiB are free. The plugin must therefore check the
+    free space before each chunk.
     """
     done = subprocess.run(
         [
@@ -116,7 +116,7 @@ def test_other_file_grows_during_populate(
 
 
 def committed(path: Path) -> tuple[int, int]:
-    """Return what files beside this one may still allocate in bytes, and the number of inodes."""
+    """Return the bytes that other files can still allocate, and the number of inodes."""
     with open(path, "rb") as file:
         ours = ffi.new("uint64_t[]", [os.fstat(file.fileno()).st_ino])
         inodes = ffi.new("uint64_t *")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test how runs share what they still have to populate."""
+"""Test that runs count the memory that other runs still have to populate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def others() -> dict[str, int]:
-    """Return what a new run sees."""
+    """Return the bytes that other runs have reserved when a new run checks."""
     with Reservation() as run, run.check() as found:
         return found
 
