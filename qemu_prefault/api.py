@@ -123,7 +123,8 @@ async def prefault_async(
         start. The run ignores it unless ``options.incoming`` is set.
     :returns: The report of the run. ``report.exit_status`` is ``PARTIAL`` if some of the requested
         bytes could not be prefaulted and verified. Otherwise it is ``VERIFIED``.
-    :raises UnsupportedError: if this host, kernel or QEMU cannot prefault. Nothing was changed.
+    :raises UnsupportedError: if this host, kernel or QEMU cannot prefault. The run has changed
+        neither the guest nor the host.
     :raises RefusedError: if prefaulting now would harm the guest or the host.
     :raises InputError: if an option names an object that this guest does not have, for example a
         vCPU.

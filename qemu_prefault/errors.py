@@ -8,7 +8,7 @@ second column shows::
     QemuPrefaultError
     ├── FailedError              1  a step of the run failed
     │   ├── MonitorError            the QMP connection failed
-    │   │   └── CommandError        QEMU understood a command and refused it
+    │   │   └── CommandError        QEMU returned an error for a QMP command
     │   ├── LayoutError             QEMU's description of guest memory is unusable
     │   ├── GoneError               QEMU, or one of its threads, has exited
     │   ├── AgentError              the helper inside QEMU failed
@@ -71,7 +71,7 @@ class Code(enum.StrEnum):
     INTERRUPTED = "interrupted"
     #: The result could not be written to standard output.
     OUTPUT = "output"
-    #: The guard process, which resumes a paused guest, died before the guest was paused.
+    #: The process that would resume the guest exited before the guest was paused.
     GUARD = "guard"
     #: The command ``demo`` needs qemu-prefault-lab, which is not installed.
     NO_LAB = "no-lab"
@@ -83,7 +83,7 @@ class Code(enum.StrEnum):
     MONITOR_BUSY = "monitor-busy"
     #: QEMU closed the QMP connection.
     MONITOR_CLOSED = "monitor-closed"
-    #: QEMU understood a command and refused it.
+    #: QEMU returned an error for a QMP command.
     MONITOR_COMMAND = "monitor-command"
     #: The peer is not a QMP server.
     MONITOR_NOT_QMP = "monitor-not-qmp"
@@ -173,7 +173,7 @@ class Code(enum.StrEnum):
     MIGRATION = "migration"
     #: The incoming migration failed.
     MIGRATION_FAILED = "migration-failed"
-    #: The migration may switch to postcopy.
+    #: The migration can switch to postcopy.
     POSTCOPY = "postcopy"
     #: KVM is logging dirty pages.
     DIRTY_LOGGING = "dirty-logging"

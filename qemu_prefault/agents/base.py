@@ -106,7 +106,7 @@ class VcpuThread:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits that an agent applies to its workers. Times are in seconds."""
+    """The limits that an agent applies to its workers, with times in seconds."""
 
     #: Maximum bytes that one system call processes.
     chunk_bytes: int = 32 << 20
@@ -120,13 +120,13 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class OrphanCleanup:
-    """The cleanup that the resume guard performs if this process dies.
+    """The cleanup that the resume guard performs if this process is killed.
 
     :mod:`qemu_prefault.engine.resume_guard` implements the resume guard.
 
-    :ivar stop_helpers: A function that ends the agent's current work.
-    :ivar helpers_gone: A function that returns whether the agent's work has ended.
-    :ivar timeout: The maximum time to wait for the end of the work, in seconds.
+    :ivar stop_helpers: A function that stops the agent's helpers.
+    :ivar helpers_gone: A function that returns whether the agent's helpers have stopped.
+    :ivar timeout: The maximum time to wait until the helpers have stopped, in seconds.
     """
 
     stop_helpers: Callable[[], None]
@@ -220,7 +220,7 @@ class Agent(Protocol):
         ...
 
     def orphan_cleanup(self) -> OrphanCleanup:
-        """Return the cleanup to perform if this process dies while the guest is paused."""
+        """Return the cleanup to perform if this process is killed during a pause."""
         ...
 
     async def close(self) -> None:

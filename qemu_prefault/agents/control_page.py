@@ -106,7 +106,7 @@ def abandoned_areas(
 ) -> tuple[int, ...]:
     """Return the addresses of the mappings that have no helper thread.
 
-    Such a mapping remains in QEMU if clone() fails after qemu-prefault was killed. The kernel
+    Such a mapping remains in QEMU if qemu-prefault is killed and clone() then fails. The kernel
     writes the thread id of a new helper to the helper's control page before the helper runs.
     Therefore the control page of an abandoned mapping contains no thread id.
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Check that QEMU's seccomp filters allow the system calls of a helper.
 
-A seccomp filter may kill QEMU for a system call that the filter does not allow. Therefore this
+A seccomp filter can kill QEMU if QEMU makes a system call that the filter forbids. Therefore this
 module reads all filters of a thread before qemu-prefault injects code. The module evaluates the
 filters for each system call that the injection or the helper makes.
 """
@@ -41,8 +41,10 @@ ENDLESS_IOCTL_UNTIL = (6, 18)
 class Allowed:
     """The optional system calls that QEMU's seccomp filters allow.
 
-    :ivar timers: Whether the helper may create timers that interrupt its system calls.
-    :ivar kill: Whether the helper may call ``kill(PID, 0)`` to check whether qemu-prefault exists.
+    :ivar timers: Whether the filters allow the helper to create timers, which interrupt its other
+        system calls.
+    :ivar kill: Whether the filters allow ``kill(PID, 0)``. With this call, the helper checks
+        whether qemu-prefault exists.
     """
 
     timers: bool = True

@@ -42,7 +42,7 @@ def choose_threads(
     runs a nested guest. The function spreads the helpers over the guest's NUMA nodes.
 
     :param or_else: An alternative to a higher limit, for the error message.
-    :raises RefusedError: if QEMU may start too few additional threads (code ``no-tasks``).
+    :raises RefusedError: if QEMU's limits allow too few additional threads (code ``no-tasks``).
     """
     try:
         cpus = len(os.sched_getaffinity(process.pid))
@@ -120,9 +120,9 @@ class Injector:
 
         :param index: The index of the thread in the list of threads that the constructor received.
         :raises AgentError: if the thread cannot be stopped, or if it cannot make system calls.
-        :raises RefusedError: if QEMU may not start another thread.
-        :raises UnsupportedError: if this process may not trace QEMU, or if QEMU may not map
-            executable memory.
+        :raises RefusedError: if a limit prevents QEMU from starting another thread.
+        :raises UnsupportedError: if this process has no permission to trace QEMU, or if QEMU has no
+            permission to map executable memory.
         :raises FailedError: if QEMU or the thread has exited.
         """
         thread, area = self._threads[index], self._areas[index]

@@ -42,9 +42,10 @@ def replace_by(
 
     :param command: QEMU's command line.
     :param options: The plugin's options in the form ``KEY=VALUE``.
-    :param warn: A function that receives a warning if ``LD_PRELOAD`` may not reach QEMU. If `warn`
-        is None, this function gives no warning.
-    :raises InputError: if the program does not exist, or if the plugin does not know an option.
+    :param warn: A function that receives a warning if QEMU might start without the plugin. If
+        `warn` is None, this function gives no warning.
+    :raises InputError: if the program does not exist, or if the plugin does not support an
+        option.
     :raises UnsupportedError: if ``LD_PRELOAD`` cannot load the plugin into the program.
     """
     program = shutil.which(command[0])
@@ -60,7 +61,7 @@ def replace_by(
         _refuse_static(started)
     for doubt in _doubts(command, program):
         if warn is not None:
-            warn(f"the plugin may not be loaded, because {doubt}")
+            warn(f"QEMU might start without the plugin, because {doubt}")
     plugin = os.fspath(plugin_path())
     if any(mark in plugin for mark in ": "):
         raise UnsupportedError(
@@ -79,7 +80,7 @@ def check_plugin_options(options: Sequence[str]) -> None:
     """Check the syntax and the keys of the plugin's options.
 
     :raises InputError: if an option does not have the form ``KEY=VALUE``, or if the plugin does not
-        know the key.
+        support the key.
     """
     for option in options:
         key, equals, _ = option.partition("=")
@@ -141,7 +142,7 @@ def _wrapped_programs(command: Sequence[str]) -> Iterator[str]:
 
 
 def _doubts(command: Sequence[str], program: str) -> Iterator[str]:
-    """Yield the reasons why ``LD_PRELOAD`` may not reach QEMU."""
+    """Yield the reasons why QEMU might start without the plugin."""
     interpreter = script_interpreter(program)
     if interpreter is not None and is_static(interpreter):
         yield f"{program} is a script for {interpreter}, which is statically linked"
@@ -150,7 +151,7 @@ def _doubts(command: Sequence[str], program: str) -> Iterator[str]:
         if number and ("qemu" in name or "kvm" in name):
             return
         if name in CLEARING_WRAPPERS:
-            yield f"{name} may start QEMU without LD_PRELOAD"
+            yield f"{name} might start QEMU without LD_PRELOAD"
             return
         if name == "env" and _env_clears(command[number + 1 :]):
             yield "env removes LD_PRELOAD from the environment"

@@ -352,7 +352,7 @@ class PluginAgent:
     async def start(self) -> None:
         """See :meth:`.Agent.start`.
 
-        :raises AgentError: if the plugin does not know a vCPU.
+        :raises AgentError: if the plugin's status does not list a vCPU.
         """
         self._control = await Control.connect(self._socket, self.process.pid)
         status = await self._control.status()
@@ -364,7 +364,7 @@ class PluginAgent:
                 self._places[worker.index] = places[worker.vcpu_id]
             else:
                 raise AgentError(
-                    f"the plugin in QEMU (pid {self.process.pid}) does not know vCPU "
+                    f"the plugin in QEMU (pid {self.process.pid}) does not list vCPU "
                     f"{worker.vcpu_id}",
                     "run qemu-prefault again, because QEMU may be plugging or unplugging this vCPU",
                 )
@@ -422,7 +422,7 @@ class PluginAgent:
         assert self._control
         descriptor, pid = self._control.fileno(), self.process.pid
         return OrphanCleanup(
-            stop_helpers=lambda: os.close(descriptor),  # the last copy, as this process has died
+            stop_helpers=lambda: os.close(descriptor),  # the last copy, as this process was killed
             helpers_gone=lambda: not batch_threads(pid),
             timeout=self.limits.stuck + self.limits.dead_man,
         )

@@ -76,11 +76,11 @@ class PtraceAgent:
         """Start one helper per vCPU, and stop each vCPU thread for less than 1 ms.
 
         :raises UnsupportedError: if this process has no permission to trace QEMU, if the agent does
-            not know QEMU's libc, if a security module forbids executable anonymous memory, if a
+            not support QEMU's libc, if a security module forbids executable anonymous memory, if a
             seccomp filter denies a system call, if QEMU's stacks are too small, or if QEMU runs
             with a hardware shadow stack.
-        :raises RefusedError: if another qemu-prefault is working in this QEMU, or if QEMU may not
-            start another thread.
+        :raises RefusedError: if another qemu-prefault is working in this QEMU, or if a limit
+            prevents QEMU from starting another thread.
         :raises AgentError: if a thread cannot be stopped, or if a helper does not start.
         :raises FailedError: if QEMU or a vCPU thread has exited.
         """
@@ -105,7 +105,7 @@ class PtraceAgent:
             raise
 
     async def _wait_until_alone(self) -> None:
-        """Wait until QEMU has no helpers of another run. Raise an error on timeout."""
+        """Wait until QEMU has no helpers of another run, or raise an error."""
         deadline = time.monotonic() + self.limits.dead_man + self.limits.stuck + 1
         while helper_threads(self.process.pid):
             if time.monotonic() > deadline:

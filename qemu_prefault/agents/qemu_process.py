@@ -40,7 +40,7 @@ def stays_alive(process: Process, seconds: float = 0.2) -> bool:
 
 
 def alive(process: Process) -> bool:
-    """Return whether the process is alive. A zombie is not alive."""
+    """Return whether the process exists and is not a zombie."""
     try:
         process.check()
     except FailedError:

@@ -119,7 +119,7 @@ class QmpAgent:
         threads: Sequence[VcpuThread],
         limits: Limits | None = None,
     ) -> None:
-        """Store the arguments. :meth:`start` is the first method that accesses QEMU.
+        """Store the arguments without accessing QEMU.
 
         :param sections: A function that returns the guest's memory sections as of the last query.
             QEMU's command requires guest-physical addresses. The agent uses the sections to convert
@@ -325,8 +325,8 @@ class QmpAgent:
     def orphan_cleanup(self) -> OrphanCleanup:
         """Return a cleanup that does nothing.
 
-        If this process dies, QEMU's job continues until its end. The job occupies a vCPU only for
-        one short chunk of memory at a time. If qemu-prefault is started again while the job is
+        If this process is killed, QEMU's job continues until its end. The job occupies a vCPU only
+        for one short chunk of memory at a time. If qemu-prefault is started again while the job is
         running, it cancels the job.
         """
         return OrphanCleanup(stop_helpers=lambda: None, helpers_gone=lambda: True, timeout=0.0)

@@ -29,7 +29,7 @@ class RunGate:
     """A child process that traces the vCPU threads while helpers use the vCPUs.
 
     Before a thread enters KVM_RUN, the child process ends the helpers' work. The child process
-    exits when :meth:`close` is called or this process dies.
+    exits when :meth:`close` is called, or when this process exits or is killed.
 
     :raises AgentError: if the child process cannot be started.
     """
@@ -59,7 +59,7 @@ class RunGate:
             self._socket.close()
             raise AgentError(
                 f"cannot start the process that holds vCPUs: {os.strerror(-self._child)}",
-                "check qemu-prefault's limits of processes (ulimit -u, pids.max)",
+                "raise the limits on the number of processes (ulimit -u, pids.max)",
             )
         self._socket.setblocking(False)
 
@@ -106,11 +106,11 @@ class RunGate:
             raise resumed_error()
 
     async def release(self) -> None:
-        """End the tracing of the vCPU threads, so that the vCPUs can run."""
+        """Stop tracing the vCPU threads, so that the vCPUs can run."""
         if not self._held:
             return
         self._held = False
-        with contextlib.suppress(AgentError):  # if the process has died, the vCPUs can run
+        with contextlib.suppress(AgentError):  # if the process has exited, the vCPUs can run
             while await self._ask(lib.RUN_GATE_RELEASE) != lib.RUN_GATE_RELEASED:
                 pass  # a vCPU has run meanwhile
 
@@ -152,9 +152,9 @@ class RunGate:
 
 
 def lost_error() -> AgentError:
-    """Return the error for a :class:`RunGate` whose child process has died."""
+    """Return the error for a :class:`RunGate` whose child process has exited."""
     return AgentError(
-        "the process that holds the paused guest's vCPUs has died",
+        "the child process that holds the paused guest's vCPUs was killed",
         "check the kernel log (dmesg) for the reason, for example the OOM killer, and run "
         "qemu-prefault again\nQEMU is unharmed",
     )

@@ -51,7 +51,7 @@ class Selection:
         threads: Sequence[VcpuThread],
         chunk_bytes: int | None,
     ) -> Agent:
-        """Return a new agent of this kind. The caller must start the agent.
+        """Return a new agent of this kind, which the caller must start.
 
         :param sections: A function that returns the guest's memory sections, see :class:`QmpAgent`.
         :param chunk_bytes: The maximum number of bytes that one system call processes, or None for

@@ -3,7 +3,7 @@
 
 The executor divides ranges among the vCPUs and passes them to an agent in batches. It populates
 pages that are not writable yet, and prefaults writable pages. If a vCPU cannot process a range,
-another vCPU processes the range. If the time limit passes, the executor returns the remaining
+another vCPU processes the range. If the time limit expires, the executor returns the remaining
 targets to the caller.
 """
 
@@ -43,7 +43,7 @@ NO_VCPU: Final = "prefault: no vCPU could be used"
 
 
 class Backings(Protocol):
-    """The interface of an object that knows the backing of each memory section.
+    """The interface of an object that returns the backing of a memory section.
 
     :class:`.Vm` implements this interface.
     """
@@ -56,7 +56,7 @@ class Backings(Protocol):
 
 
 class Executor:
-    """Populates and prefaults a guest's memory through one agent.
+    """An object that populates and prefaults a guest's memory through one agent.
 
     :ivar agent: The agent, which the caller starts and closes.
     :ivar unusable: The indexes of the workers whose vCPUs cannot be used until the guest has run.
@@ -140,11 +140,11 @@ class Executor:
                 tally.note = f"populate: {kvm.describe_errno(error)}"
 
     async def _populate_in_batches(self, queues: dict[Target, list[Range]]) -> list[Outcome]:
-        """Populate ranges in batches. Read the memory limits again before each batch.
+        """Populate ranges in batches, and read the memory limits before each batch.
 
         Other runs and other guests allocate memory at the same time. Therefore a batch allocates
-        at most :attr:`.Limit.per_batch` bytes. If this limit is less than a huge page, populating
-        ends.
+        at most :attr:`.Limit.per_batch` bytes of each limit. If this number is less than a huge
+        page, the method stops populating.
         """
         total = sum(item.size for queue in queues.values() for item in queue)
         outcomes: list[Outcome] = []
@@ -172,11 +172,12 @@ class Executor:
         total: int,
         done: int,
     ) -> list[Outcome]:
-        """Populate the rest of ranges that failed, except for the pages that fail by themselves.
+        """Populate the remaining parts of failed ranges, except for the faulty pages.
 
-        One poisoned page or hole makes the system call for a range fail. Halve the range until only
-        such pages are left, and skip them. A full file system or huge page pool also causes EFAULT
-        (mm/gup.c, ``faultin_page()``). In this case populate nothing more, and empty the queues.
+        If one page of a range is poisoned or inaccessible, the system call for the range fails.
+        The method halves the range until only such pages remain, and skips these pages. A
+        full file system or huge page pool also causes EFAULT (mm/gup.c, ``faultin_page()``). In
+        this case, the method empties the queues and stops populating.
         """
         outcomes: list[Outcome] = []
         while pending := [o for o in failed if o.error in PAGE_ERRORS and o.left]:
@@ -205,8 +206,8 @@ class Executor:
     ) -> tuple[list[tuple[int | None, Range]], dict[str, int]]:
         """Remove the next ranges from the queues, and return them.
 
-        :returns: The ranges with their NUMA nodes, and the bytes that they take of each limit. The
-            ranges are empty if too little memory is left.
+        :returns: The ranges with their NUMA nodes, and the bytes that they take from each limit.
+            Both are empty if too little memory is left.
         """
         batch: list[tuple[int | None, Range]] = []
         taken: dict[str, int] = {}
@@ -240,9 +241,10 @@ class Executor:
         return self._backings.memory_source(target.section).limits(absent, self._together)
 
     def _warn_if_short(self, queues: dict[Target, list[Range]], *, forced: bool = False) -> bool:
-        """Record a warning if a memory limit ended populating, and return whether one did.
+        """Record a warning for each memory limit that is too low to continue.
 
-        :param forced: Read the limits even if the caller has disabled the check.
+        :param forced: Whether to read the limits even if the caller has disabled the check.
+        :returns: Whether a limit is too low.
         """
         short = False
         for target, queue in queues.items():
@@ -263,7 +265,7 @@ class Executor:
     async def prefault(
         self, targets: Sequence[Target], *, again: bool = False, skip_pagemap: bool = False
     ) -> list[Target]:
-        """Prefault the writable pages. KVM would map the other pages read-only.
+        """Prefault the writable pages, because KVM would map other pages read-only.
 
         :param again: Whether a previous call has already counted the targets as requested.
         :param skip_pagemap: Reuse the result of :meth:`populate` instead of reading pagemap again.

@@ -35,7 +35,7 @@ GUEST_MODE_WAIT: Final = (0.002, 0.02)
 
 
 class GuestMode:
-    """Finds the vCPUs that are in guest mode while the guest is paused."""
+    """An object that finds the vCPUs in guest mode while the guest is paused."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class GuestMode:
 
         :param threads: The workers' vCPUs, in the order of the workers.
         :param stats: The vCPUs' counters in the same order, or None if they must be read over QMP.
-        :param chosen: Whether the user chose these vCPUs. If True, the guest may have other vCPUs.
+        :param chosen: Whether the user chose these vCPUs. If True, the guest can have other vCPUs.
         """
         self._monitor = monitor
         self._executor = executor

@@ -112,10 +112,10 @@ def _failed(cause: str) -> FailedError:
 
 
 async def check_no_postcopy(monitor: Monitor) -> None:
-    """Raise an error if the migration may switch to postcopy.
+    """Raise an error if the migration can switch to postcopy.
 
-    Populating touches every page. In postcopy, QEMU would request each of these pages from the
-    source.
+    Populating accesses every page. During postcopy, QEMU would request each of these pages from
+    the source.
 
     :raises RefusedError: if the capability ``postcopy-ram`` is set.
     """
@@ -153,10 +153,10 @@ async def hold_incoming(
 ) -> AsyncIterator[IncomingMigration]:
     """Keep an incoming guest paused after it is loaded, until the end of the block.
 
-    If the block raises an exception or this process dies, QEMU starts the guest as if this function
-    had not been called. If the block exits normally, the caller must resume the guest.
+    If the block raises an exception or this process is killed, QEMU starts the guest as if this
+    function had not been called. If the block exits normally, the caller must resume the guest.
 
-    :param cleanup: The functions that stop the agent's helpers if this process dies.
+    :param cleanup: The functions that stop the agent's helpers if this process is killed.
     :raises FailedError: if QEMU exits because the migration failed or was cancelled.
     """
     with contextlib.ExitStack() as stack:

@@ -16,7 +16,7 @@ from .vm import Vm
 
 
 class InterferenceMonitor:
-    """Ends a run when another client resumes or migrates the guest.
+    """An object that ends a run when another client resumes or migrates the guest.
 
     :ivar reason: The error that ended the run, or None.
     :ivar prefaulting: Whether the run is prefaulting the guest. If True, a resume of the guest by
@@ -65,7 +65,7 @@ class InterferenceMonitor:
         self._own_resumes += 1
 
     async def migration_started(self) -> bool:
-        """Return whether a migration is running. If it is, end the run."""
+        """End the run if a migration is running, and return whether one is running."""
         status = await read_migration(self._vm.monitor)
         if status in MIGRATION_OVER:
             return False

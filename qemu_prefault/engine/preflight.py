@@ -149,7 +149,7 @@ def check_headroom(
     """Compute the memory that populating needs, and check that it is available.
 
     :param force: Whether to skip the check.
-    :param reservation: The run's reservation, which this function fills. None with ``--dry-run``.
+    :param reservation: The run's reservation, which this function makes. None with ``--dry-run``.
     :returns: The bytes that populating would allocate for each target.
     :raises RefusedError: if too little memory is available.
     """
@@ -171,7 +171,7 @@ def check_headroom(
 def _check_limits(
     vm: Vm, absent: Mapping[Target, int], others: Mapping[str, int]
 ) -> dict[str, int]:
-    """Return the bytes needed of each limit, by :attr:`.Limit.key`.
+    """Return the bytes that populating takes from each limit, by :attr:`.Limit.key`.
 
     :param others: The bytes of each limit that other runs have reserved.
     :raises RefusedError: if a limit is too low.

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Resume a guest that this process has paused, even if this process is killed.
 
-Before this process sends ``stop``, it forks a child process, the guard. The guard inherits the read
-end of a pipe. Only this process has the write end. The guard also inherits this process's QMP
-connection, because QEMU accepts no other client while that connection is open. If the pipe is
-closed without data, this process has died. The guard then stops the helpers and waits until they
-have exited. Unless the guest has migrated away, the guard sends ``cont`` on the QMP connection.
+Before this process sends ``stop``, it forks a child process, the resume guard. The resume guard
+inherits the read end of a pipe. Only this process has the write end. The resume guard also inherits
+this process's QMP connection, because QEMU accepts no other client while that connection is open.
+If the pipe is closed without data, this process has exited or was killed. The resume guard then
+stops the helpers and waits until they have exited. Unless the guest has migrated away, the resume
+guard sends ``cont`` on the QMP connection.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ LONGEST_ANSWER = 4096
 
 
 class ResumeGuard:
-    """A context manager that runs the guard while the guest is paused."""
+    """A context manager that runs the resume guard while the guest is paused."""
 
     def __init__(self, qmp_fd: int, cleanup: OrphanCleanup) -> None:
-        """Store the arguments. The guard starts when the block is entered.
+        """Store the arguments.
 
         :param qmp_fd: The file descriptor of this process's negotiated QMP connection.
-        :param cleanup: The functions that stop the agent's helpers. The guard resumes the guest
-            when the helpers have exited, or when the cleanup's timeout has passed.
+        :param cleanup: The functions that stop the agent's helpers. The resume guard resumes the
+            guest when the helpers have exited, or when the cleanup's timeout has expired.
         """
         self._qmp_fd = qmp_fd
         self._cleanup = cleanup
@@ -45,9 +46,10 @@ class ResumeGuard:
         self._child = 0
 
     def __enter__(self) -> ResumeGuard:
-        """Start the guard, and wait until it is ready.
+        """Start the resume guard, and wait until it is ready.
 
-        :raises FailedError: if the guard died before it was ready. The guest is not paused yet.
+        :raises FailedError: if the resume guard exited before it was ready. The guest is not paused
+            yet.
         """
         read_end, self._pipe = os.pipe2(os.O_CLOEXEC)
         ready, is_ready = os.pipe2(os.O_CLOEXEC)
@@ -64,10 +66,10 @@ class ResumeGuard:
             if not os.read(ready, 1):
                 self.__exit__()
                 raise FailedError(
-                    "the guard process died, so no process would resume the guest if this process "
+                    "the resume guard exited, so no process would resume the guest if this process "
                     "were killed",
-                    "look for the reason in dmesg, for example a line of the OOM killer. The guest "
-                    "was not paused",
+                    "check the kernel log (dmesg) for the reason, for example the OOM killer\n"
+                    "The guest was not paused",
                     code=Code.GUARD,
                 )
         finally:
@@ -75,7 +77,7 @@ class ResumeGuard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the guard, because the guest has been resumed or should stay paused."""
+        """End the resume guard without resuming the guest."""
         with contextlib.suppress(OSError):
             os.write(self._pipe, b"done")
         os.close(self._pipe)
@@ -83,7 +85,7 @@ class ResumeGuard:
             os.waitpid(self._child, 0)
 
     def _watch(self, read_end: int, is_ready: int) -> None:
-        """Wait in the guard for the parent. If the parent dies, resume the guest."""
+        """Wait in the child process, and resume the guest if the parent is killed."""
         os.setsid()  # so that signals to the terminal's session or job do not reach the guard
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)

@@ -9,7 +9,7 @@
     check the host's free memory               preflight.check_headroom
     populate while the guest runs              Executor.populate
     pause the guest                            Pauser.pause
-    if all vCPUs are in guest mode, resume it and pause it again
+    if all vCPUs are in guest mode, resume the guest and pause it again
     read the layout again; if it has changed, choose and populate again
     prefault the writable pages                Executor.prefault
     resume the guest

@@ -61,7 +61,7 @@ class RunTally:
         self._longest_pause = 0.0
 
     def of(self, section: MemorySection) -> SectionTally:
-        """Return the tally of a section. Create the tally if it does not exist."""
+        """Return the tally of a section, and create the tally if necessary."""
         return self.tallies.setdefault(f"{section.gpa:#x}", SectionTally())
 
     def count_work(self, phase: str, seconds: float) -> None:

@@ -193,7 +193,7 @@ class Vm:
         return threads
 
     def take_fd(self, number: int) -> int:
-        """Return a duplicate of QEMU's descriptor ``number``. The caller must close it.
+        """Return a duplicate of QEMU's descriptor, which the caller must close.
 
         :raises PtraceDeniedError: if this process has no permission to trace QEMU.
         :raises GoneError: if QEMU has exited, or if QEMU has closed the descriptor.

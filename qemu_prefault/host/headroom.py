@@ -97,7 +97,7 @@ class Limit:
     :ivar available: The number of bytes that can be populated before the limit is reached.
     :ivar detail: The values from which `available` was computed, for messages.
     :ivar contended: Whether other processes can allocate the same memory at any time.
-    :ivar cost: The bytes that it loses for each byte that is populated.
+    :ivar cost: The bytes by which `available` decreases for each byte that is populated.
     :ivar device: The device number of a limiting file system, which may have several names.
     """
 
@@ -110,7 +110,7 @@ class Limit:
 
     @property
     def key(self) -> str:
-        """Equal for two limits if memory that counts against one counts against the other."""
+        """A text that is equal for two limits on the same memory."""
         return self.name if self.device is None else f"file system {self.device}"
 
     @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Search the kernel log for the reason why a process died."""
+"""Search the kernel log for the reason why a process was killed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_log() -> list[str]:
 
 
 def cause_of_death(process: Process) -> str | None:
-    """Return the kernel's message about the death of a process.
+    """Return the kernel's message that a process was killed.
 
     The result is None if the kernel log contains no such message.
     """
@@ -48,7 +48,7 @@ def cause_of_death(process: Process) -> str | None:
 
 
 def find_cause(records: Iterable[str], pid: int, since: float) -> str | None:
-    """Return the last message about the death of process `pid`.
+    """Return the last message that process `pid` was killed.
 
     The result is None if the records contain no such message.
 

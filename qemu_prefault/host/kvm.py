@@ -63,7 +63,7 @@ def _off(value: str | None) -> bool:
 
 
 def pre_fault_capability(process: Process | None = None) -> Capability:
-    """Query ``KVM_CAP_PRE_FAULT_MEMORY``. If it is absent, find the reason.
+    """Return whether KVM has ``KVM_CAP_PRE_FAULT_MEMORY``, and the reason if not.
 
     The result is the same for all VMs, because the kernel returns ``tdp_enabled``
     (arch/x86/kvm/x86.c). If this process cannot open ``/dev/kvm``, the function opens ``/dev/kvm``
@@ -168,7 +168,7 @@ class BinaryStats:
 
 
 def pre_fault_here(vcpu_fd: int, gpa: int, size: int) -> int:
-    """Call ``KVM_PRE_FAULT_MEMORY`` from this process. Return the errno, or 0.
+    """Call ``KVM_PRE_FAULT_MEMORY`` from this process, and return its errno or 0.
 
     If the vCPU belongs to another process's VM, the ioctl fails immediately with EIO. The reason is
     that ``kvm_vcpu_ioctl()`` (virt/kvm/kvm_main.c) first compares ``kvm->mm`` with the caller's mm.
@@ -199,8 +199,8 @@ _OUTCOMES = {
     errno.EFAULT: "QEMU's mapping of this memory cannot be accessed, or its file system or huge "
     "page pool is full",
     errno.ENOMEM: "out of memory",
-    errno.ENOTTY: "the file descriptor is not a vCPU, or the kernel does not know the ioctl",
-    errno.EINVAL: "the kernel does not know the request, or refuses it for this mapping",
+    errno.ENOTTY: "the file descriptor is not a vCPU, or the kernel does not support the ioctl",
+    errno.EINVAL: "the kernel does not support the request, or refuses it for this mapping",
     EHWPOISON: "the memory has an uncorrected hardware error",
     errno.EBUSY: "dirty pages are being logged, or the guest's memory is being loaded",
     errno.ENOSPC: "KVM's limit of MMU pages is reached",

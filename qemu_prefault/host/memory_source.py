@@ -8,9 +8,9 @@ part of the host's memory:
 * the hugetlb pool, if the mapping has huge pages
 * NUMA nodes, if the mapping's policy or the process's cpuset allows only these nodes
 
-Other processes use the same sources. The functions subtract the memory that is committed to other
-processes. This is the unwritten part of the files of other processes, and the huge pages that are
-reserved for their mappings.
+Other processes use the same sources. The functions subtract the memory that other processes can
+still allocate without further checks. This memory consists of the unwritten parts of their files,
+and of the huge pages that are reserved for their mappings.
 """
 
 from __future__ import annotations
@@ -70,14 +70,15 @@ class MemorySource:
 
     @property
     def file(self) -> FileId:
-        """The mapped file. Its inode is 0 for anonymous memory."""
+        """The mapped file, whose inode is 0 for anonymous memory."""
         return self.mapping.device, self.mapping.inode
 
     def limits(self, absent: int, together: AbstractSet[FileId] = frozenset()) -> list[Limit]:
         """Return every limit that applies to populating the mapping.
 
         :param absent: The number of bytes of the mapping that are not allocated yet.
-        :param together: Files that the caller also populates, and whose needs it adds up itself.
+        :param together: Other files that the caller populates. The limits do not subtract the
+            memory for these files, because the caller adds this memory to its own need.
         :raises GoneError: if the process has exited.
         """
         nodes = confining_nodes(self.process, self.nodes)
@@ -100,7 +101,7 @@ class MemorySource:
         return limits
 
     def _reserved_bytes(self, absent: int) -> int:
-        """Return how many bytes of huge pages are reserved for the mapping.
+        """Return the number of bytes of huge pages that are reserved for the mapping.
 
         The result is at least `absent`. If the process has huge pages in several mappings, the
         result is a lower bound.
@@ -210,10 +211,10 @@ def is_disk_file(process: Process, mapping: MemoryMapping) -> bool:
 
 
 def is_copied(process: Process, mapping: MemoryMapping) -> bool:
-    """Return whether populating allocates a page of a file, and a private copy of it.
+    """Return whether populating allocates both a file's page and a private copy.
 
-    That is so for a private mapping of a file that exists only in memory and has holes: the page
-    fault first allocates the file's page (mm/shmem.c, ``shmem_fault()``).
+    This happens in a private mapping of a file that exists only in memory and has holes. The page
+    fault first allocates the page of the file (mm/shmem.c, ``shmem_fault()``).
     """
     if mapping.shared or mapping.inode == 0:
         return False
@@ -230,7 +231,7 @@ def is_copied(process: Process, mapping: MemoryMapping) -> bool:
 
 
 def _file_system(process: Process, mapping: MemoryMapping) -> str | None:
-    """Return the type of the file system of a mapped file, or None if it is not mounted."""
+    """Return the type of a mapped file's file system, or None if not mounted."""
     major, minor = mapping.device
     mounts = read_optional(f"{procfs.PROC}/{process.pid}/mountinfo") or ""
     for line in mounts.split("\n"):
@@ -242,20 +243,23 @@ def _file_system(process: Process, mapping: MemoryMapping) -> str | None:
 
 
 def _is_internal(mapping: MemoryMapping) -> bool:
-    """Return whether the mapped file is on a kernel-internal mount, as a memfd is."""
+    """Return whether the mapped file is on a kernel-internal mount.
+
+    For example, memfds are on such a mount.
+    """
     return mapping.path.startswith(("/memfd:", "/dev/zero", "/SYSV", "/anon_hugepage"))
 
 
 def file_system_limit(
     process: Process, mapping: MemoryMapping, together: AbstractSet[FileId] = frozenset()
 ) -> list[Limit]:
-    """Return the limit of a mapped file's file system in a list.
+    """Return a list that contains the limit of a mapped file's file system.
 
     The list is empty if populating allocates no pages of the file, or if the file system has no
     size limit. It is also empty if this process cannot access the file. A memfd and shared
     anonymous memory are on a kernel-internal mount, which has no size limit.
 
-    :param together: Files whose unwritten part does not count as committed to others.
+    :param together: Files of the caller. The limit does not subtract their unwritten parts.
     """
     if mapping.inode == 0 or _is_internal(mapping):
         return []
@@ -308,7 +312,7 @@ _promises: dict[tuple[int, int, AbstractSet[FileId]], tuple[float, int]] = {}
 def _promised_to_others(
     process: Process, mapping: MemoryMapping, together: AbstractSet[FileId]
 ) -> int:
-    """Return how many bytes all other files of the file system have not allocated."""
+    """Return the total size of the holes in all other files of the file system."""
     ours = frozenset({(mapping.device, mapping.inode), *together})
     key = (process.pid, mapping.start, ours)
     known = _promises.get(key)
@@ -351,7 +355,7 @@ def _files_beside(process: Process, mapping: MemoryMapping) -> Iterator[os.stat_
 
 
 def _open_in_other_processes(process: Process, device: int) -> Iterator[os.stat_result]:
-    """Yield the status of each file of `device` that other QEMU processes map.
+    """Yield the status of each file of `device` that another QEMU maps.
 
     The result includes deleted files.
     """

@@ -59,7 +59,7 @@ def hidden(pid: int) -> UnsupportedError:
 
 
 def denied(path: str) -> UnsupportedError:
-    """Return the error for a file of /proc that this process may not read."""
+    """Return the error for a file of /proc that this process is forbidden to read."""
     return UnsupportedError(
         f"this process has no permission to read {path}",
         "run qemu-prefault as root, or as QEMU's user with CAP_SYS_PTRACE",
@@ -310,11 +310,13 @@ def thread_names(pid: int) -> dict[int, str]:
 
 
 def _list_threads(pid: int, list_tasks: Callable[[], list[str]]) -> list[str]:
-    """Return the ids of a process's threads. Repeat the listing until it is complete.
+    """Return the ids of all threads of a process.
 
-    The kernel's list can omit a live thread if another thread exits while the list is read. The
-    kernel finds its position in the list by counting threads. It counts the exiting thread even if
-    it does not list that thread (proc_task_readdir(), first_tid() and next_tid(), fs/proc/base.c).
+    The function reads the kernel's list again until the list is complete. The kernel's list can
+    omit a live thread if another thread exits while the list is read. The kernel finds its position
+    in the list by counting threads. It counts the exiting thread even if it does not list that
+    thread (proc_task_readdir(), first_tid() and next_tid(), fs/proc/base.c).
+
     While a CPU is preempted in the middle of __unhash_process() (kernel/exit.c), every list omits a
     thread in this way.
 
@@ -339,7 +341,7 @@ def _count_threads(pid: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process of the host. :meth:`find` creates the object.
+    """A process of the host, for which :meth:`find` creates the object.
 
     The pid and the start time together identify the process, because the kernel can reuse the pid.
     """
@@ -432,9 +434,10 @@ def parse_number(text: str | None) -> int | None:
 
 
 def parse_number_list(text: str, most: int) -> tuple[int, ...]:
-    """Return the numbers of a kernel list such as ``0-2,5``; empty for other text.
+    """Return the numbers in a list in the kernel's format, such as ``0-2,5``.
 
-    The kernel prints such a list in ascending order (bitmap_list_string(), lib/vsprintf.c).
+    The result is empty if the text has another format. The kernel prints such a list in ascending
+    order (bitmap_list_string(), lib/vsprintf.c).
 
     :param most: The first number that is too large.
     """

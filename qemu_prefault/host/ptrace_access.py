@@ -206,6 +206,6 @@ def _label(who: str) -> str | None:
 
 
 def ptrace_denied(process: Process) -> PtraceDeniedError:
-    """Return the error for a process that this process may not trace."""
+    """Return the error for a process that this process has no permission to trace."""
     cause, remedy = diagnose_ptrace(process)
     return PtraceDeniedError(cause, remedy)

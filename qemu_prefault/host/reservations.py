@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Record what each run on this host still has to populate, so that later runs leave it free.
+"""Reserve the memory that each run on this host still has to populate.
 
-Without this, several runs start if the memory is enough for each of them but not for all, and all
-of them run short. Each run has a file in :data:`DIRECTORY`, with the bytes that it still takes of
-each limit, and holds a lock on it (flock(2)). The kernel drops the lock when the run ends in any
-way. This is advisory: a run reads the limits again before each batch in any case.
+If several runs start at the same time, each of them can find enough free memory for itself, but not
+for the other runs. Therefore each run subtracts the reservations of the other runs.
+
+Each run has a file in :data:`DIRECTORY` and holds a lock on the file (flock(2)). The file contains
+the number of bytes that the run still has to take from each limit. When the run ends or is killed,
+the kernel releases the lock. A reservation does not allocate memory. Therefore a run also reads the
+limits again before each batch.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-#: Only root can write below /run. Runs of other users take no part.
+#: Only root can write below /run. Runs of other users make no reservations.
 DIRECTORY: Final = Path("/run/qemu-prefault/runs")
 #: Seconds after which a check continues although another process holds the lock.
 LOCK_SECONDS: Final = 2.0
@@ -27,10 +30,10 @@ _LONGEST = 1 << 16
 
 
 class Reservation:
-    """The bytes that one run still takes of each limit, by the limit's name.
+    """The number of bytes that one run still has to take from each limit.
 
-    A context manager that removes the reservation at its end. If :data:`DIRECTORY` cannot be used,
-    nothing is recorded, and no other reservation is known.
+    This context manager removes the reservation at the end of the block. If this process cannot use
+    :data:`DIRECTORY`, it makes no reservation and ignores the reservations of other runs.
     """
 
     def __init__(self) -> None:
@@ -50,7 +53,11 @@ class Reservation:
 
     @contextlib.contextmanager
     def check(self) -> Iterator[dict[str, int]]:
-        """Keep other runs from checking limits at the same time; yield what they have reserved."""
+        """Lock the reservations for the block, and yield the sums of the other runs.
+
+        Other runs wait for the lock before they check the limits. The keys of the result are those
+        of :attr:`.Limit.key`, and the values are in bytes.
+        """
         with contextlib.ExitStack() as stack:
             try:
                 DIRECTORY.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -63,7 +70,10 @@ class Reservation:
             yield others
 
     def reserve(self, needs: Mapping[str, int]) -> None:
-        """Record what this run takes. Call this within :meth:`check`."""
+        """Reserve bytes of each limit for this run.
+
+        The caller must call this method in the block of :meth:`check`.
+        """
         self._needs = dict(needs)
         with contextlib.suppress(OSError):
             if self._fd < 0:
@@ -72,7 +82,7 @@ class Reservation:
             self._write()
 
     def take(self, taken: Mapping[str, int]) -> None:
-        """Reduce the reservation by bytes that have been populated."""
+        """Subtract bytes that this run has populated from the reservation."""
         for name, size in taken.items():
             if name in self._needs:
                 self._needs[name] = max(0, self._needs[name] - size)
@@ -80,13 +90,13 @@ class Reservation:
             self._write()
 
     def release(self) -> None:
-        """Reduce the reservation to nothing."""
+        """Set the reservation to 0 bytes of each limit."""
         self.take(dict(self._needs))
 
     def _write(self) -> None:
         if self._fd >= 0:
             text = json.dumps(self._needs).encode()
-            # A reader sees the old or the new text: its padding hides the end of a longer one.
+            # Pad the text with spaces, so that no end of a longer old text remains.
             os.pwrite(self._fd, text.ljust(os.fstat(self._fd).st_size), 0)
 
     def _read_others(self) -> dict[str, int]:
@@ -100,7 +110,7 @@ class Reservation:
 
 
 def _lock_within(fd: int, seconds: float) -> None:
-    """Lock a file. After the time limit, return without the lock."""
+    """Lock a file, or return without the lock after a time limit in seconds."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -112,7 +122,10 @@ def _lock_within(fd: int, seconds: float) -> None:
 
 
 def _read_reservation(path: Path) -> dict[str, int]:
-    """Return a run's reservation. If the run has ended, remove its file and return nothing."""
+    """Return the reservation in another run's file.
+
+    If that run has ended, remove the file and return an empty map.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:

@@ -15,7 +15,7 @@ STALL_SECONDS: Final = 2.0
 
 
 class Stall:
-    """An object that detects that a state has not changed.
+    """An object that detects a stall.
 
     A stall is a state that has not changed for :data:`STALL_SECONDS`.
     """

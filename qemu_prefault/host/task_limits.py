@@ -2,7 +2,7 @@
 """Compute how many additional threads QEMU may start.
 
 QEMU aborts if it cannot start a thread (``qemu_thread_create()``, util/qemu-thread-posix.c).
-Therefore qemu-prefault starts only so many helpers that QEMU can still start its own threads.
+Therefore qemu-prefault starts so few helpers that QEMU can still start its own threads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class TaskLimit:
     A helper uses one task, and one pending signal for its timer.
 
     :ivar name: The name of the limit, for messages.
-    :ivar left: The number of tasks or pending signals that QEMU may still create.
+    :ivar left: The number of tasks or pending signals that the limit still allows.
     :ivar detail: The value and the current use of the limit, for messages.
     """
 

@@ -15,8 +15,8 @@ Each answer contains information that the other answers lack:
 
 The host address of every range comes from ``gpa2hva``. :func:`build_sections` joins these answers
 into :class:`MemorySection` objects. A section is contiguous both in guest-physical memory and in
-QEMU's address space. Memory that must not be touched also becomes a section, so that users can see
-the whole map. The field ``skipped`` of such a section contains the reason.
+QEMU's address space. Memory that a run must not prefault also becomes a section, so that users can
+see the whole map. The field ``skipped`` of such a section contains the reason.
 
 The functions of this module are pure. They take text and decoded JSON, and return frozen
 dataclasses. The peer may be any program that listens on a socket. Therefore the functions check all
@@ -199,7 +199,7 @@ class MemorySection:
     :ivar reserve: False if the memory is overcommitted on purpose (``reserve=off``), or None if
         this is unknown.
     :ivar node: Guest NUMA node, or None if the node is unknown.
-    :ivar skipped: The reason why this section must not be touched, or None if it can be prefaulted.
+    :ivar skipped: The reason why a run must skip this section, or None if a run can prefault it.
     :ivar skip_code: A stable name for the value of `skipped`: ``rom``, ``read-only``,
         ``read-only-backend``, ``device-memory``, ``rom-device``, ``vfio-bar``, ``no-memslot``,
         ``unaligned``, ``no-ram-block``, ``no-host-address``, ``enclave``.
@@ -259,8 +259,8 @@ def build_sections(
 ) -> tuple[MemorySection, ...]:
     """Join the monitor's answers into sections of guest memory, ascending by address.
 
-    Every range except plain I/O becomes a section. If a section must not be touched, the function
-    sets the field `skipped` of this section.
+    Every range except plain I/O becomes a section. If a run must not prefault a section, the
+    function sets the field `skipped` of this section.
 
     :param hva_of: The host address of the first byte of each range, by the guest-physical address
         of the range. If a range is missing, the function uses the address of the RAM block if QEMU

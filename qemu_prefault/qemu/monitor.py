@@ -15,8 +15,8 @@ This module handles cases that ``qemu.qmp`` does not handle:
   program that sends large amounts of other data. Replies have a maximum length, and every wait has
   a time limit. Every failure raises a :class:`~qemu_prefault.errors.QemuPrefaultError` with a
   remedy.
-* **QEMU may die during a command.** If QEMU dies, the event streams of ``qemu.qmp`` never end. The
-  event streams of this module end.
+* **QEMU may exit during a command.** If QEMU exits, the event streams of ``qemu.qmp`` never end.
+  The event streams of this module end.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class _Client(QMPClient):
 
 
 class Monitor:
-    """An established QMP session. :meth:`connect` creates the object.
+    """An established QMP session, which :meth:`connect` creates.
 
     :ivar address: The address that the user gave.
     :ivar version: QEMU's version, e.g. ``10.0.13``.
@@ -209,7 +209,7 @@ class Monitor:
         command_timeout: float = 30.0,
         dial: Dial | None = None,
     ) -> AsyncIterator[Monitor]:
-        """Connect to QEMU's QMP socket and negotiate. Disconnect at the end of the block.
+        """Connect to QEMU's QMP socket, and disconnect at the end of the block.
 
         :param address: The path of a UNIX socket, ``unix:PATH``, ``HOST:PORT`` or
             ``tcp:HOST:PORT``.

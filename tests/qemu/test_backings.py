@@ -191,7 +191,7 @@ class Row:
 QUICK: Sequence[pytest.MarkDecorator] = ()
 POPULATED, PRESENT, ABSENT, REFUSED = Verdict
 FILE_SYSTEM, GROUP = ("the file system of", "the file system has only"), ("cgroup", "host or the")
-HIDDEN = ("cgroup", "the limits of all cgroups of QEMU cannot be read")
+HIDDEN = ("cgroup", "the limits of some cgroups of QEMU cannot be read")
 NO_CGROUPS = 'mount -t tmpfs none /sys/fs/cgroup && exec "$@"'
 CONTAINER = """
 type=cgroup2 options=

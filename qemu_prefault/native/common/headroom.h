@@ -37,9 +37,10 @@ uint64_t pf_headroom_host(int32_t meminfo_fd);
 int pf_headroom_find_group(const char *cgroup_file, const char *mountinfo_file,
 			   const char *controller, struct headroom_group *group);
 /*
- * Return 1 if find_group() can find the limits of the process's cgroup and of all its ancestors, or
- * there are none. Arguments as above; namespace_link is the path of its /proc/PID/ns/cgroup. In a
- * cgroup namespace the ancestors are not visible.
+ * Return 1 if pf_headroom_find_group() can find the limits of the process's cgroup and of all its
+ * ancestors, or if these limits do not exist. The arguments are those of
+ * pf_headroom_find_group(). namespace_link is the path of the process's /proc/PID/ns/cgroup. In a
+ * cgroup namespace, the ancestors are not visible.
  */
 int pf_headroom_sees_group(const char *cgroup_file, const char *mountinfo_file,
 			   const char *namespace_link, const char *controller);

@@ -50,7 +50,7 @@ static bool is_page_error(int error)
 }
 
 /*
- * Populate the rest of a range after such an error: halve the part that fails until it is one page,
+ * Populate the rest of a range after a page error: halve the part that fails until it is one page,
  * and skip that page. Returns the bytes skipped.
  */
 static uint64_t populate_around(struct prefault_range *range, struct run_ctx *ctx,

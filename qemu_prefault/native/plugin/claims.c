@@ -51,11 +51,11 @@ static void print_short(const struct claim *claim, uint64_t left)
 
 	if (hidden && claim->source.kind == SOURCE_FILE_SYSTEM)
 		pf_print_error("qemu-prefault: populating needs %llu MiB of a file system that "
-			       "has files that QEMU cannot see, so only present pages are "
+			       "has files that QEMU cannot find, so only present pages are "
 			       "prefaulted. Set populate=all if the file system is large enough\n",
 			       mib);
 	else if (hidden)
-		pf_print_error("qemu-prefault: populating needs %llu MiB%s, but the limits of all "
+		pf_print_error("qemu-prefault: populating needs %llu MiB%s, but the limits of some "
 			       "cgroups of QEMU cannot be read (a cgroup namespace, or a missing "
 			       "AppArmor rule), so only present pages are prefaulted. Set "
 			       "populate=all if the limits are high enough\n",

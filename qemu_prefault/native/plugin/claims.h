@@ -3,15 +3,16 @@
 #define QEMU_PREFAULT_PLUGIN_CLAIMS_H
 
 /*
- * Check whether each source has enough memory for all that is still to be populated. If one does
- * not, populate nothing more, and prefault only present pages. Call with pf_lock held.
+ * Check whether each source has enough memory for all pages that must still be populated. If a
+ * source has too little memory, stop populating, and prefault only present pages. Call with pf_lock
+ * held.
  */
 void pf_claims_check(void);
 
 /*
- * Do the same during the work, each time that a sixteenth of the memory has been populated. Guests
- * that start at once see the same free memory. All of them stop when they together take too much,
- * and leave what they still wanted to each other.
+ * Repeat the check each time that a sixteenth of the memory has been populated. If several guests
+ * start at the same time, each of them counts the same free memory. If they need more memory in
+ * total, each of them stops populating before the memory is exhausted.
  */
 void pf_claims_check_again(void);
 

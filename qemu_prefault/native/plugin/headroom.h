@@ -34,9 +34,9 @@ struct memory_source {
 };
 
 /*
- * Return whether all limits of a source can be read: those of its cgroups, and what other files of
- * its file system may still allocate. If not, and unless populate=all is set, pf_headroom_left()
- * returns 0.
+ * Return whether the plugin can read all limits of a source: the limits of QEMU's cgroups, and the
+ * bytes that other files of the source's file system can still allocate. If it cannot and
+ * populate=all is not set, pf_headroom_left() returns 0.
  */
 bool pf_headroom_visible(const struct memory_source *source);
 

@@ -37,9 +37,8 @@ static void report_no_kvm(void)
 	static atomic_bool printed;
 
 	if (pf_vm_never() && !atomic_exchange(&printed, true))
-		fprintf(stderr,
-			"qemu-prefault: this QEMU does not use KVM, so nothing is prefaulted. "
-			"Start QEMU with -accel kvm\n");
+		fprintf(stderr, "qemu-prefault: this QEMU does not use KVM, so the plugin does not "
+				"prefault. Start QEMU with -accel kvm\n");
 }
 
 static void vcpu_started(void)

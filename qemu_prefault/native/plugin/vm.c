@@ -51,8 +51,8 @@ static void set_up(int fd)
 	/* The code below allocates, so pf_lock is not held. No vCPU, slot or thread exists yet. */
 	if (!pf_capable)
 		fprintf(stderr,
-			"qemu-prefault: this KVM has no KVM_PRE_FAULT_MEMORY, so nothing is "
-			"prefaulted. Use Linux 6.11 or newer with EPT or NPT\n");
+			"qemu-prefault: this KVM has no KVM_PRE_FAULT_MEMORY, so the plugin does "
+			"not prefault. Use Linux 6.11 or newer with EPT or NPT\n");
 	/*
 	 * During an incoming migration, work before the first KVM_RUN would extend the downtime. No
 	 * ioctl shows an incoming migration, so check the command line.

@@ -27,7 +27,7 @@
 #define IDLE_LIMIT_NS 5000000000ull
 #define IDLE_POLL_NS 100000
 
-/* Descriptors of the gate. It closes all others, so that nothing of the tool outlives the tool. */
+/* The gate closes all other descriptors, so that the tool's connections end with the tool. */
 enum { GATE_SOCKET, GATE_MEMORY, GATE_SIGNALS };
 
 struct gate {
@@ -48,7 +48,7 @@ static bool read_word(const struct run_gate_vcpu *vcpu, size_t field, uint32_t *
 		       sizeof(*value);
 }
 
-/* Return whether the helper works on a batch. A helper that has left QEMU does not. */
+/* Return whether the helper is processing a batch. Returns false if the helper has exited. */
 static bool is_busy(const struct run_gate_vcpu *vcpu)
 {
 	uint32_t batch, done;
@@ -201,7 +201,7 @@ __attribute__((noreturn)) static void run(struct gate *gate)
 		}
 		if (events[0].revents) {
 			if (read(GATE_SOCKET, &command, 1) != 1)
-				break; /* the tool has closed the gate, or is dead */
+				break; /* the tool has closed the gate or has exited */
 			if (command == RUN_GATE_HOLD) {
 				hold(gate);
 			} else {

@@ -4,12 +4,14 @@
  *
  * The ioctl may write to the vCPU's kvm_run (kvm_handle_signal_exit() and
  * kvm_prepare_memory_fault_exit(), include/linux/kvm_host.h). If it ran between the end of KVM_RUN
- * and QEMU's look at kvm_run, QEMU would lose an exit of the guest. This is possible if another
- * client resumes the guest. So a process of its own, the gate, traces the threads. It stops a
- * thread that is about to enter KVM_RUN, ends the helpers' work, and then lets the thread go.
+ * and the time at which QEMU reads kvm_run, QEMU would lose an exit of the guest. This is possible
+ * if another client resumes the guest. Therefore a separate process, the gate, traces the threads.
+ * The gate stops a thread that is about to enter KVM_RUN, ends the helpers' work, and then resumes
+ * the thread.
  *
- * The gate is a process because the tool may be stopped or killed at any time. If the tool dies,
- * the gate ends the helpers' work and exits. If the gate dies, the kernel detaches the threads.
+ * The gate is a process because the tool can be stopped or killed at any time. If the tool is
+ * killed, the gate ends the helpers' work and exits. If the gate exits, the kernel detaches the
+ * threads.
  */
 #ifndef QEMU_PREFAULT_RUN_GATE_H
 #define QEMU_PREFAULT_RUN_GATE_H
@@ -18,7 +20,7 @@
 
 #define RUN_GATE_VCPUS_MAX 64
 
-/* What the tool sends, and what the gate answers; one byte each. */
+/* The requests of the tool and the answers of the gate. Each is one byte. */
 #define RUN_GATE_HOLD 104    /* 'h': trace the threads */
 #define RUN_GATE_HELD 72     /* 'H': all threads are traced, and none is in KVM_RUN */
 #define RUN_GATE_OPEN 79     /* 'O': a thread entered KVM_RUN; the helpers' work has ended */
