@@ -113,9 +113,9 @@ def fail(error: QemuPrefaultError, as_json: bool, program: str = PROGRAM) -> NoR
 
 @contextlib.contextmanager
 def reporting(as_json: bool, debug: bool, program: str = PROGRAM) -> Iterator[None]:
-    """Print an exception of the block as a message, unless ``debug`` is set.
+    """Print an exception that the block raises as a message.
 
-    If ``debug`` is set, let Python print the traceback of the exception.
+    If ``debug`` is set, let Python print the traceback instead.
     """
     try:
         yield
@@ -156,7 +156,7 @@ def print_warnings() -> None:
 
 
 def run_async(main: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine. Cancel it if SIGTERM, SIGHUP or Ctrl-C interrupts it."""
+    """Run a coroutine, and cancel it on SIGTERM, SIGHUP or Ctrl-C."""
     import asyncio  # noqa: PLC0415
     import signal  # noqa: PLC0415
 

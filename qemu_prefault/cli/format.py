@@ -144,7 +144,7 @@ def counters_header() -> str:
 
 
 def findings_lines(findings: Findings) -> Iterator[str]:
-    """Yield a line for each check, and a line for each line of its remedy."""
+    """Yield the lines that show each check and its remedy."""
     for finding in findings.findings:
         yield f"{finding.verdict:<5} {finding.check:<10} {finding.text}"
         for line in finding.remedy.splitlines():

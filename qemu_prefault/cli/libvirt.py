@@ -85,7 +85,7 @@ def enable(
         if not path.exists():
             raise InputError(
                 f"the plugin is not installed at {path}, so QEMU would not start",
-                "install the plugin on every host on which this domain may run: "
+                "install the plugin on every host on which this domain can run: "
                 "qemu-prefault libvirt install",
                 code=Code.NOT_INSTALLED,
             )
@@ -174,8 +174,8 @@ def status(domain: str, uri: str | None, as_json: bool, debug: bool) -> None:
 def install(hook: bool, watch: bool, remove: bool, root: Path, debug: bool) -> None:
     """Install the plugin for libvirt's QEMU.
 
-    The command copies the plugin to a directory from which QEMU may load it. If the host uses
-    AppArmor, the command also installs the AppArmor rule that the plugin needs.
+    The command copies the plugin to a directory from which QEMU is allowed to load it. If the host
+    uses AppArmor, the command also installs the AppArmor rule that the plugin needs.
     """
     with reporting(False, debug):
         from ..libvirt.install import install as put  # noqa: PLC0415
@@ -221,7 +221,7 @@ def _moment(function: Any) -> Any:
             type=click.Choice(["auto", "all", "resident"]),
             default="auto",
             show_default=True,
-            help="Memory that may be populated, as for `qemu-prefault` without a command.",
+            help="Memory to populate, as for `qemu-prefault` without a command.",
         ),
         connect_option,
     ):

@@ -75,7 +75,7 @@ for _command in (conformance, demo, libvirt, map_, plugin_path, probe, run, stat
 
 
 def main() -> None:
-    """Run the command line. Report usage errors, and errors of writing to stdout."""
+    """Run the command line, and report usage errors and failed writes to stdout."""
     as_json = "--json" in sys.argv[1:]
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

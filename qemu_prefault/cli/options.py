@@ -34,7 +34,7 @@ def _bytes(text: str) -> int | None:
 
 
 def size_type(text: str) -> int:
-    """Parse a size such as ``0x1000``, ``512M`` or ``2GiB``. Return it in bytes."""
+    """Parse a size such as ``0x1000`` or ``512M``, and return it in bytes."""
     number = _bytes(text)
     if number is None:
         raise click.BadParameter(f"{text!r} is not a size such as 65536, 0x10000, 512M or 2G")
@@ -42,7 +42,7 @@ def size_type(text: str) -> int:
 
 
 def range_type(text: str) -> tuple[int, int]:
-    """Parse ``GPA+SIZE``. Return the start address and the size, in bytes."""
+    """Parse ``GPA+SIZE``, and return the start address and the size in bytes."""
     start, _, length = text.partition("+")
     first, count = _bytes(start), _bytes(length)
     if first is None or not count or first + count > 1 << 52:
@@ -51,7 +51,7 @@ def range_type(text: str) -> tuple[int, int]:
 
 
 def index_list_type(text: str) -> tuple[int, ...]:
-    """Parse a list of indexes. For example, return (0, 2, 3) for ``0,2-3``."""
+    """Parse a list of indexes, for example ``0,2-3`` as (0, 2, 3)."""
     found: dict[int, None] = {}
     for item in text.split(","):
         match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", item.strip())
@@ -82,7 +82,7 @@ def monitor_address(qmp: str | None, domain: str | None) -> str | None:
     """Return the monitor's address from the values of --qmp and --domain.
 
     :returns: A socket address or ``libvirt:DOMAIN``, or None if both values are empty.
-    :raises click.UsageError: If both values are given.
+    :raises click.UsageError: if both values are given.
     """
     if qmp and domain:
         raise click.UsageError("give either --qmp SOCK or --domain NAME")
@@ -90,10 +90,10 @@ def monitor_address(qmp: str | None, domain: str | None) -> str | None:
 
 
 def required_address(qmp: str | None, domain: str | None) -> str:
-    """Return the monitor's address from the values of --qmp and --domain.
+    """Return the monitor's address, and require --qmp or --domain.
 
     :returns: A socket address or ``libvirt:DOMAIN``.
-    :raises click.UsageError: If both values are empty, or if both are given.
+    :raises click.UsageError: if both values are empty, or if both are given.
     """
     address = monitor_address(qmp, domain)
     if not address:

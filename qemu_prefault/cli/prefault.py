@@ -53,7 +53,7 @@ _OPTIONS = (
         type=click.Choice(["auto", "all", "resident"]),
         default="auto",
         show_default=True,
-        help="Memory that may be populated. auto populates all RAM, except memory that is absent "
+        help="Memory to populate. auto populates all RAM, except memory that is absent "
         "on purpose because of virtio-mem, a balloon or reserve=off. all populates all RAM. "
         "resident populates no memory, so that only resident memory is prefaulted.",
     ),

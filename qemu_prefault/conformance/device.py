@@ -12,9 +12,9 @@ from ..host.kvm import KVM_CAP_PRE_FAULT_MEMORY
 from . import abi
 
 #: Maximum duration of an ioctl in seconds. An ioctl that takes longer hangs. On an emulated machine
-#: on a busy host, the first touch of a 1 GiB page can take more than 20 s.
+#: on a busy host, the first access to a 1 GiB page can take more than 20 s.
 IOCTL_LIMIT_SECONDS = 120.0
-#: Time in seconds after which a case interrupts an ioctl that may hang.
+#: Time in seconds after which a case interrupts an ioctl that might hang.
 HANG_SECONDS = 0.3
 
 

@@ -157,10 +157,10 @@ _UFFD_FEATURE_PAGEFAULT_FLAG_WP = 1
 class Userfault:
     """A userfaultfd for a memory mapping.
 
-    A thread that touches a missing page waits until :meth:`resolve` maps the page.
+    A thread that accesses a missing page waits until :meth:`resolve` maps the page.
 
     :param write_protect: True to make a thread wait when it writes to a write-protected page, and
-        not when it touches a missing page.
+        not when it accesses a missing page.
     """
 
     def __init__(self, memory: Memory, *, write_protect: bool = False) -> None:

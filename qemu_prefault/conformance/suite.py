@@ -3,7 +3,7 @@
 
 A case is a function that checks one statement about the kernel. The function raises
 :class:`~.expectations.Unexpected` if the kernel does not behave as the case states, and
-:class:`KnownBad` if the kernel has a known bug. If the behaviour may differ between kernels, the
+:class:`KnownBad` if the kernel has a known bug. If the behaviour can differ between kernels, the
 function returns a description of what it observed. Otherwise it returns None. A case does not check
 the kernel's version.
 """

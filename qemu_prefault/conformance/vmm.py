@@ -2,7 +2,7 @@
 """A minimal VMM that creates VMs with a few pages of memory.
 
 Slot 0 of each VM is the system memory, which holds programs, page tables and a counter. The VMM
-populates the system memory, and the guest touches it before a case counts faults. The case
+populates the system memory, and the guest accesses it before a case counts faults. The case
 therefore counts only faults on the memory that it tests.
 """
 
@@ -93,7 +93,7 @@ class KvmVm:
         self.vcpus: list[KvmVcpu] = []
         self._programs: dict[bytes, int] = {}
         self._next_program = PROGRAMS
-        # kvm_intel needs this for modes without paging; kvm_amd ignores it.
+        # kvm_intel needs this for modes without paging. kvm_amd ignores it.
         with contextlib.suppress(OSError):
             ioctl(self.fd, abi.SET_TSS_ADDR, 0xFFFBD000)
         if irqchip:
@@ -336,7 +336,7 @@ class KvmVcpu:
         expect_equal(
             abi.EXIT_NAMES.get(reason, str(reason)),
             "IO",
-            "the guest's program ended with a wrong exit",
+            "the guest's program ended with a wrong exit reason",
         )
         return self.registers()
 
@@ -345,7 +345,7 @@ class KvmVcpu:
         return bool(self.mode.efer & abi.EFER_LMA)
 
     def warm(self) -> None:
-        """Make the guest touch all system memory, so that later accesses do not fault."""
+        """Make the guest read all system memory, so that later accesses do not fault."""
         self.call(guest_code.NOTHING)
         self.read(COUNTER, 1)
         self.read(0, SYSTEM_BYTES // PAGE_SIZE)

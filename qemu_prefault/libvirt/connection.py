@@ -109,7 +109,7 @@ class Definitions(Protocol):
     """The interface to the definitions of domains that the commands use."""
 
     def read(self, domain: str) -> bytes:
-        """Return the persistent XML with its secrets, so that it can be redefined."""
+        """Return the persistent XML with its secrets, as :meth:`write` needs it."""
         ...
 
     def write(self, domain: str, xml: bytes) -> None:
@@ -209,7 +209,10 @@ class ByVirsh:
             raise
 
     def _knows(self, domain: str) -> bool:
-        """Return whether the domain exists. Return True if virsh cannot list the domains."""
+        """Return whether the domain exists.
+
+        Return True if virsh cannot list the domains.
+        """
         try:
             names = self._run("list", "--all", "--name") + self._run("list", "--all", "--uuid")
         except LibvirtError:

@@ -251,7 +251,7 @@ class _Reader:
         try:
             parser.Parse(self._xml, True)
         except (expat.ExpatError, LookupError, ValueError) as error:
-            # The last two: an encoding that Python does not know, or that expat does not support.
+            # LookupError and ValueError: Python or expat does not support the encoding.
             raise InputError(
                 f"the input is not valid XML: {error}",
                 "pass the output of: virsh dumpxml --inactive DOMAIN",

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str], stdin: int = 0) -> bytes:
 
 
 def _coming(moment: LifecycleEvent, xml: bytes, log: Log) -> bytes:
-    """Record the event in a file, which the call ``started begin`` reads.
+    """Record the event in a file, which the hook reads at ``started begin``.
 
     :returns: The XML without the plugin if the plugin's file is missing, or ``b''``.
     """
@@ -91,7 +91,7 @@ def _coming(moment: LifecycleEvent, xml: bytes, log: Log) -> bytes:
         MARKS.mkdir(mode=0o700, exist_ok=True)
         _mark(about.uuid).write_text(moment.value)
     except OSError as error:
-        log(f"the hook will handle the {moment} as a start, because it cannot record it: {error}")
+        log(f"the hook will handle the {moment} as a start, because writing a file failed: {error}")
     found = domain_xml.loaded(xml)
     if found is None or os.path.exists(found.path):
         return b""

@@ -63,7 +63,7 @@ class HookConfig:
     :ivar restore: The action at a restore.
     :ivar migrate: The action after an incoming migration.
     :ivar wait: The maximum time for which the hook may delay a restored guest, in seconds.
-    :ivar populate: The memory that may be populated, as a value of ``--populate``.
+    :ivar populate: The memory to populate, as a value of ``--populate``.
     """
 
     start: When = When.OFF

@@ -33,7 +33,7 @@ CONFIG = Path("/etc/qemu-prefault/libvirt.toml")
 #: AppArmor rule for the files that the plugin reads. These files show which pages are present,
 #: which memory is absent on purpose, and how much memory remains.
 RULE_TEXT = """\
-# qemu-prefault: what its plugin reads inside QEMU. Installed by `qemu-prefault libvirt install`.
+# The files that the plugin reads inside QEMU. Installed by `qemu-prefault libvirt install`.
   owner @{PROC}/@{pid}/{pagemap,smaps,cgroup,mountinfo} r,
   owner @{PROC}/@{pid}/fd/ r,
   @{PROC}/sys/vm/min_free_kbytes r,

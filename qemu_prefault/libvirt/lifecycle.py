@@ -4,7 +4,7 @@
 At the request of these functions, libvirt leaves the guest paused, as with ``virsh start
 --paused``, ``restore --paused`` and ``migrate --suspend``. The guest's RAM is then loaded, and its
 vCPUs do not run. The functions prefault the guest and resume it. They also resume the guest if the
-prefault fails. If this process is killed, the guard process of engine/resume_guard.py resumes the
+prefault fails. If this process is killed, the resume guard (engine/resume_guard.py) resumes the
 guest.
 """
 
@@ -120,7 +120,7 @@ async def _prefault_and_resume(
 def _cleanup(pid: int) -> OrphanCleanup:
     limits = Limits()
     return OrphanCleanup(
-        stop_helpers=lambda: None,  # helpers exit by themselves after this process has died
+        stop_helpers=lambda: None,  # helpers exit by themselves after this process has exited
         helpers_gone=lambda: not helper_threads(pid) and not batch_threads(pid),
         timeout=limits.stuck + limits.dead_man,
     )

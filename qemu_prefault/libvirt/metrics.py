@@ -21,7 +21,7 @@ TEXTFILE_SECONDS: Final = 15.0
 
 
 class Watched(Protocol):
-    """The attributes that :class:`Metrics` uses of the daemon.
+    """The attributes of the daemon that :class:`Metrics` uses.
 
     :ivar running: Names of the running domains, by UUID.
     :ivar connected: Whether the daemon is connected to libvirt.

@@ -50,7 +50,7 @@ _FUTEX: Final = "202 "
 class PrelaunchResult:
     """The result of :func:`prefault_before_start`, in bytes and seconds.
 
-    :ivar remaining: Requested bytes that were not prefaulted and verified.
+    :ivar remaining: Requested bytes that were not prefaulted or not verified.
     :ivar notes: The reasons why bytes remain, and warnings.
     """
 
@@ -95,7 +95,7 @@ def check_plain_layout(arguments: Sequence[str], memory: int) -> None:
 
     :param arguments: QEMU's command line.
     :param memory: The boot memory in bytes.
-    :raises UnsupportedError: if ``max-ram-below-4g`` is set, or if RAM may reach the addresses just
+    :raises UnsupportedError: if ``max-ram-below-4g`` is set, or if RAM can reach the addresses just
         below 1 TiB. AMD hosts reserve these addresses for HyperTransport
         (pc_set_amd_above_4g_mem_start(), hw/i386/pc.c, since QEMU 7.1).
     """
@@ -114,7 +114,7 @@ def check_plain_layout(arguments: Sequence[str], memory: int) -> None:
 
 
 def ram_mapping(maps: Sequence[MemoryMapping], memory: int) -> MemoryMapping:
-    """Return QEMU's mapping of guest RAM, which it finds by the size of the mapping.
+    """Return QEMU's only writable mapping that has the size of guest RAM.
 
     :param maps: The mappings of the QEMU process.
     :param memory: The boot memory in bytes.
@@ -186,7 +186,7 @@ async def prefault_before_start(
 
     :param seconds: Time limit in seconds. Memory that is not prefaulted in time counts as
         remaining.
-    :param populate: The memory that may be populated, as a value of ``--populate``.
+    :param populate: The memory to populate, as a value of ``--populate``.
     :raises UnsupportedError: if the domain or the host does not support prefaulting before the
         start. Nothing was changed.
     :raises RefusedError: if the guest runs, or if its RAM was not found. Nothing was changed.
@@ -250,7 +250,7 @@ async def prefault_before_start(
         tally.verify()
     if left:
         notes.append(
-            f"the time limit passed before {sum(t.size for t in left) >> 20} MiB were prefaulted"
+            f"the time limit passed, and {sum(t.size for t in left) >> 20} MiB were not prefaulted"
         )
     sections = tally.tallies.values()
     notes += sorted({s.note for s in sections if s.note and s.note != why_not})
@@ -270,7 +270,7 @@ async def prefault_before_start(
 def _reason_not_to_populate(
     source: MemorySource, domain: Domain, absent: int, populate: str, reservation: Reservation
 ) -> str | None:
-    """Return the reason why absent memory may not be populated, or reserve it and return None."""
+    """Reserve absent memory, or return the reason why it must stay absent."""
     if populate == "resident":
         return 'populate="resident"'
     if populate == "auto" and domain.current < domain.memory:

@@ -131,7 +131,7 @@ def _apparmor(label: str, plugin: bool) -> Iterator[Finding]:
         yield Finding(
             "apparmor",
             "no" if plugin else "note",
-            f"AppArmor confines guests{confined}, and denies the plugin files that it must read",
+            f"AppArmor confines guests{confined}, and denies the plugin access to /proc and /sys",
             f"run qemu-prefault libvirt install, or add to {rule}:\n{install.RULE_TEXT.rstrip()}",
         )
 

@@ -5,8 +5,8 @@ libvirt owns the monitor of its QEMUs, and forwards commands and events for othe
 command that a program passes to virDomainQemuMonitorCommand() taints the domain as
 "custom-monitor". The rest of this package uses QMP over a socket. The proxy is a separate process,
 which translates between libvirt and QMP. If qemu-prefault is killed while the guest is paused, the
-proxy still forwards the ``cont`` that the guard of engine/resume_guard.py sends. The proxy exits
-when every process has closed the other end of its socket.
+proxy still forwards the ``cont`` that the resume guard (engine/resume_guard.py) sends. The proxy
+exits when every process has closed the other end of its socket.
 
 If libvirtd restarts, the proxy reconnects and sends the command again. The repetition is safe,
 because this package sends only queries, ``stop`` and ``cont``.
@@ -162,7 +162,7 @@ class QmpProxy:
                 os._exit(0)  # every process has closed the other end
 
     def command(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Execute a command through libvirt. Convert errors of libvirt to QMP errors."""
+        """Execute a command, and convert libvirt's errors to QMP errors."""
         identity = {"id": request["id"]} if "id" in request else {}
         text = json.dumps({k: v for k, v in request.items() if k != "id"})
         deadline = time.monotonic() + PATIENCE
@@ -180,7 +180,7 @@ class QmpProxy:
             return answer | identity  # type: ignore[no-any-return]
 
     def _is_lost(self, error: Any) -> bool:
-        """Return whether the connection to libvirt is lost after a command failed."""
+        """Return whether a command failed because the connection to libvirt is lost."""
         try:
             return not self._connection.isAlive()
         except self._libvirt.libvirtError:

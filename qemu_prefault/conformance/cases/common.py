@@ -17,7 +17,7 @@ GPA = GIB
 SLOT = 1
 #: Slot number and guest address of a second memory, in cases that have one.
 OTHER_SLOT, OTHER_GPA = 2, 2 * GIB
-#: Number of 4 KiB pages of a case's memory, unless the case needs another size.
+#: Default number of 4 KiB pages of a case's memory.
 PAGES = 32
 
 

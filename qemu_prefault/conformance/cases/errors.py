@@ -198,7 +198,9 @@ def makes_mmio_entry() -> None:
     expect_equal(error_name(result.error), "ENOENT", "the ioctl")
     expect_equal(fixture.vcpu.stat("pf_mmio_spte_created") - created, 1, "MMIO entries")
     fixture.vcpu.start_at(READ_32, rsi=GPA - 64 * PAGE_SIZE, rcx=1, rdx=PAGE_SIZE)
-    expect_equal(fixture.vcpu.run(), abi.EXIT_MMIO, "a read outside all slots caused a wrong exit")
+    expect_equal(
+        fixture.vcpu.run(), abi.EXIT_MMIO, "a read outside all slots caused a wrong exit reason"
+    )
     expect_equal(fixture.vcpu.mmio, (GPA - 64 * PAGE_SIZE, False), "the MMIO")
     expect_equal(
         fixture.vcpu.stat("pf_mmio_spte_created") - created,

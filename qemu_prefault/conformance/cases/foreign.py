@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Cases that check which processes may issue the ioctl.
+"""Cases that check which processes can issue the ioctl.
 
-Only processes that share the mm of the VM's creator may issue it.
+Only processes that share the mm of the VM's creator can issue it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _in_a_child(body: Callable[[], int], between: Callable[[], object] = bool) -
 
     :param body: a function that the child calls.
     :param between: a function that the parent calls after the fork and before the child calls
-        ``body``. It can map the stage-2 leaves that the fork has unmapped.
+        ``body``. This function can map the stage-2 leaves that the fork has unmapped.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -141,7 +141,7 @@ def vm_ioctls() -> None:
 
 @case(
     "foreign/clone-vm",
-    "a child process that shares the mm (CLONE_VM) may issue the ioctl",
+    "a child process that shares the mm (CLONE_VM) can issue the ioctl",
     _MM,
     mapping=True,
 )
@@ -171,7 +171,7 @@ def _in_a_thread(run_there: bool) -> None:
 for run_there in (False, True):
     add(
         f"foreign/thread{'-after-another-ran-it' if run_there else ''}",
-        "any thread of the process may issue the ioctl, not only the thread that runs the vCPU",
+        "any thread of the process can issue the ioctl, not only the thread that runs the vCPU",
         "virt/kvm/kvm_main.c:vcpu_load()",
         lambda run_there=run_there: _in_a_thread(run_there),  # type: ignore[misc]
         mapping=True,

@@ -83,7 +83,9 @@ def _readonly_slot(writes: bool) -> None:
     if writes:
         words = fixture.memory.words()
         fixture.vcpu.start_at(WRITE_32, rsi=GPA, rcx=1, rdx=PAGE_SIZE, rax=1)
-        expect_equal(fixture.vcpu.run(), abi.EXIT_MMIO, "the guest's write caused a wrong exit")
+        expect_equal(
+            fixture.vcpu.run(), abi.EXIT_MMIO, "the guest's write caused a wrong exit reason"
+        )
         expect_equal(fixture.vcpu.mmio, (GPA, True), "the MMIO")
         expect_equal(fixture.memory.words(), words, "the slot's memory")
 
@@ -210,7 +212,7 @@ def above_4g() -> None:
     before = vm.leaves()
     vcpu.prefault_all(at, memory.size)
     expect_mapped(vm, before, Stage2Leaves(PAGES))
-    # The guest also uses a page table for the first time. It is in system memory: no fault.
+    # The page table that the guest uses is in system memory, and causes no fault.
     expect_reads(vcpu, memory, 0, gpa=at)
     expect_writes(vcpu, memory, 0, gpa=at)
 

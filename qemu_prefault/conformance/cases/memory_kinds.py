@@ -52,11 +52,11 @@ _COPY = "mm/memory.c:wp_page_copy() calls the notifier; mmu/mmu.c:is_page_fault_
 class MemoryKind:
     """A kind of host memory, and the result that a prefault of this memory must have.
 
-    :ivar touched: how the host touches the memory before the prefault.
-    :ivar make: a function that allocates the memory, touches it and returns it.
+    :ivar touched: how the host accesses the memory before the prefault.
+    :ivar make: a function that allocates the memory, accesses it and returns it.
     :ivar cost: the number of stage-2 faults that the guest's first write to each leaf takes.
     :ivar leaf: the size of the leaves in bytes.
-    :ivar settled: False if the host may change the pages while the guest writes to them.
+    :ivar settled: False if the host can change the pages while the guest writes to them.
     """
 
     name: str
@@ -132,7 +132,7 @@ def _soft_clean(size: int) -> Memory:
 
 _ZERO_PAGE = "mm/memory.c:do_anonymous_page(): a read fault maps the zero page"
 _COW = "mm/memory.c:do_read_fault() maps the page cache's page read-only in a private mapping"
-_HUGETLB = "mm/hugetlb.c:hugetlb_no_page() write-protects the page unless the mapping is shared"
+_HUGETLB = "mm/hugetlb.c:hugetlb_no_page() write-protects the page if the mapping is private"
 
 MEMORY_KINDS = (
     MemoryKind("4k", "untouched", lambda: small(SMALL), COPIED, source=_ZERO_PAGE),
@@ -183,7 +183,7 @@ MEMORY_KINDS = (
             HUGE_PAGE_SIZE, (needs.hugetlb_2m,)),
     MemoryKind("4k", "cow-with-child", lambda: _shared_with_a_child(SMALL), COPIED,
             source="virt/kvm/kvm_main.c:hva_to_pfn(): a read does not break copy-on-write"),
-    # KSM keeps running. It may merge a page again after the guest has written to it.
+    # KSM keeps running. It can merge a page again after the guest has written to it.
     MemoryKind("4k", "merged-by-ksm", lambda: _merged(SMALL), COPIED, needs=(needs.ksm,),
             settled=False),
     MemoryKind("4k", "soft-clean", lambda: _soft_clean(SMALL), UPGRADED,

@@ -127,9 +127,9 @@ def _in_guest_mode(npt: bool) -> tuple[Fixture, KvmVcpu]:
     vm.system.put(VMCB, code)
     vcpu.set_msr(VMRUN_HOST_SAVE_MSR, HOST_SAVE)
     vcpu.start_at(guest_code.VMRUN, rax=VMCB, rbx=COUNTER)
-    expect_equal(vcpu.run(), abi.EXIT_IO, "the nested guest caused a wrong exit")
+    expect_equal(vcpu.run(), abi.EXIT_IO, "the nested guest caused a wrong exit reason")
     expect_equal(vcpu.stat("guest_mode"), 1, "guest_mode")
-    expect_equal(vm.counter, 1, "the nested guest has a wrong count")
+    expect_equal(vm.counter, 1, "the nested guest's counter is wrong")
     return Fixture(vm, vcpu, memory), outside
 
 
@@ -137,8 +137,8 @@ def _goes_on(vcpu: KvmVcpu) -> None:
     """Check that the nested guest still runs and increments its counter."""
     before = vcpu.vm.counter
     vcpu.start_at(guest_code.COUNT_AND_OUT, rbx=COUNTER)
-    expect_equal(vcpu.run(), abi.EXIT_IO, "the nested guest caused a wrong exit")
-    expect_equal(vcpu.vm.counter, before + 1, "the nested guest has a wrong count")
+    expect_equal(vcpu.run(), abi.EXIT_IO, "the nested guest caused a wrong exit reason")
+    expect_equal(vcpu.vm.counter, before + 1, "the nested guest's counter is wrong")
     expect_equal(vcpu.stat("guest_mode"), 1, "guest_mode")
 
 

@@ -32,7 +32,7 @@ def capability() -> None:
     offered = offers_prefault()
     expect_equal(fixture.vm.check(KVM_CAP_PRE_FAULT_MEMORY) > 0, offered, "the VM's capability")
     answer = fixture.vcpu.prefault(GPA, fixture.size, any_error=True)
-    expect_equal(answer.error == 0, offered, "whether the ioctl succeeds")
+    expect_equal(answer.error == 0, offered, "the ioctl's success does not match the capability")
     expect_reads(fixture.vcpu, fixture.memory, 0 if offered else None)
 
 
@@ -96,13 +96,17 @@ def _live_guest(mode: abi.CpuMode) -> None:
         running.wait_progress()
         for _ in range(100):
             answer = fixture.vcpu.prefault(GPA, fixture.size, any_error=True)
-            expect_equal(answer.error == 0, offers_prefault(), "whether the ioctl succeeds")
+            expect_equal(
+                answer.error == 0,
+                offers_prefault(),
+                "the ioctl's success does not match the capability",
+            )
         running.wait_progress(10)
     rounds = fixture.vm.counter
     grown = {now - then for now, then in zip(fixture.memory.words(), start, strict=True)}
     expect(
         grown <= {rounds, rounds + 1},
-        f"the guest counted {rounds} passes, but words have increased by {grown}",
+        f"the guest counted {rounds} passes, but the words have increased by {grown}",
     )
 
 

@@ -59,7 +59,7 @@ def _parallel(count: int, stripes: bool, with_guest: bool) -> None:
         grown = {now - then for now, then in zip(memory.words(), start, strict=True)}
         expect(
             grown <= {rounds, rounds + 1},
-            f"the guest counted {rounds} passes, but words have increased by {grown}",
+            f"the guest counted {rounds} passes, but the words have increased by {grown}",
         )
         reader.kick(False)
     else:
@@ -84,6 +84,6 @@ for count in (2, 3, 4):
                 lambda count=count, stripes=stripes, with_guest=with_guest: _parallel(  # type: ignore[misc]
                     count, stripes, with_guest
                 ),
-                # If the guest touches all memory, KVM maps it even without a prefault.
+                # If the guest accesses all memory, KVM maps it even without a prefault.
                 mapping=not with_guest,
             )

@@ -211,7 +211,7 @@ def without_guest_memfd() -> None:
     expect_equal(
         fixture.vcpu.memory_fault,
         (private, GPA, PAGE_SIZE),
-        "kvm_run has wrong data of the memory fault",
+        "kvm_run has wrong data about the memory fault",
     )
     fixture.vm.set_private(GPA, PAGE_SIZE, private=False)
     fixture.vcpu.prefault_all(GPA, _SIZE)
@@ -239,7 +239,7 @@ def ordinary_vm() -> None:
 @case(
     "private/mapped-guest-memfd",
     "if guest_memfd is mappable and initially shared, KVM maps it writable with 4 KiB leaves",
-    "mmu/mmu.c:kvm_mmu_faultin_pfn_gmem() (v6.18) sets map_writable unless the slot is read-only",
+    "mmu/mmu.c:kvm_mmu_faultin_pfn_gmem() (v6.18) sets map_writable if the slot is not read-only",
     needs.mappable_guest_memfd,
     mapping=True,
 )

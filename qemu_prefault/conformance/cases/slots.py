@@ -129,8 +129,8 @@ def quirk_stays_disabled() -> str:
 
 @case(
     "slots/quirk-unknown",
-    "if the mask has a quirk that the kernel does not know, KVM_ENABLE_CAP fails with EINVAL and "
-    "disables no quirk",
+    "if the mask has a quirk that the kernel does not support, KVM_ENABLE_CAP fails with EINVAL "
+    "and disables no quirk",
     "x86.c:kvm_vm_ioctl_enable_cap()",
     needs.slot_quirk,
     mapping=True,

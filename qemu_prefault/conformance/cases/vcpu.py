@@ -290,7 +290,9 @@ def exit_not_yet_completed() -> None:
     before = fixture.vcpu.stat("pf_taken")
     fixture.vcpu.prefault_all(GPA, fixture.size)
     expect_equal(fixture.vcpu.mmio, (hole, False), "the MMIO in kvm_run")
-    expect_equal(fixture.vcpu.run(), abi.EXIT_IO, "the guest's program ended with a wrong exit")
+    expect_equal(
+        fixture.vcpu.run(), abi.EXIT_IO, "the guest's program ended with a wrong exit reason"
+    )
     value = fixture.vcpu.registers()["rbx"] & 0xFFFFFFFF
     expect_equal(value, 1000 + fixture.memory.word(0), "the guest read wrong data (sum of words)")
     expect_equal(
