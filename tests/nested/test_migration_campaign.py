@@ -26,7 +26,7 @@ OPTIONS = [(), ("--chunk", "64K"), ("--max-downtime", "0.02", "--chunk", "1M")]
 
 
 def migrate(source: Guest, directory: Path, moments: random.Random) -> tuple[Guest, str]:
-    """Migrate to a new QEMU on which the tool waits.
+    """Migrate to a new QEMU while the tool waits for the incoming guest.
 
     Return the migrated guest and a description of the migration.
     """

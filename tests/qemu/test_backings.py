@@ -133,7 +133,7 @@ Backing = Callable[[Path], Sequence[str]]
 def backend(kind: str, options: str = "", size: int = SIZE) -> Backing:
     """Return a backing with one memory backend.
 
-    ``PLACE`` in the options stands for the path of the row's place.
+    The function replaces ``PLACE`` in the options with the directory that the test has prepared.
     """
 
     def arguments(place: Path) -> Sequence[str]:

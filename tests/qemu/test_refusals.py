@@ -296,7 +296,7 @@ def test_ancestor_cgroup_limit_is_respected(
 def test_force_overrides_the_limit(vm_of: StartVm, memory_cgroup: Callable[[int], Path]) -> None:
     """Check that ``--force`` populates the guest in spite of the limit.
 
-    An operator who raises the limit only later needs this option.
+    An operator needs this option to prefault first and to raise the limit afterwards.
     """
     group = memory_cgroup(200 * MIB)
     vm = vm_of("-m", "256M")

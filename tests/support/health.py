@@ -15,7 +15,7 @@ TROUBLE = re.compile(
 
 
 class UnhealthyGuestError(AssertionError):
-    """An error because a unit of the guest failed, or its kernel logged an error."""
+    """A systemd unit of the guest failed, or the guest's kernel logged an error."""
 
 
 def check_log(log: str) -> None:
