@@ -157,7 +157,11 @@ def counting(guest: Guest, row: int) -> Iterator[None]:
 
 
 def measure(case: DemoCase, row: int, state: Path) -> Measured:
-    """Run one case. The first boot saves the guest in ``state``, for the restores."""
+    """Run one case, and return its measurements.
+
+    The first case that boots a guest saves the guest's state to the file ``state``. The cases that
+    restore a guest load this file.
+    """
     restored = case.moment == "restore"
     tell("step", row=row, text="restoring" if restored else "starting")
     with small_pages():

@@ -49,7 +49,10 @@ class Serial:
         self._buffer = b""
 
     def send(self, text: str) -> None:
-        """Send all of the text. Report a closed connection as the end of QEMU."""
+        """Send the text.
+
+        If the connection is closed, raise the error for a QEMU that has exited.
+        """
         try:
             self._send(text)
         except ConnectionError as error:

@@ -64,10 +64,10 @@ class RunGate:
         self._socket.setblocking(False)
 
     def holds(self) -> bool:
-        """Return whether the child process still protects the vCPUs.
+        """Return False if the run gate process has exited while the helpers may prefault.
 
-        The result is True while all vCPUs are held. It is also True after a vCPU has entered
-        KVM_RUN, because the child process has then ended the helpers' work.
+        If a vCPU enters KVM_RUN, the process first stops all helpers. The result then remains
+        True, because this is not a failure.
         """
         if not self._held:
             return False

@@ -171,7 +171,9 @@ def _check_refusal(refusal: IoctlRefused, case: ConformanceCase, host: HostFacts
                 seen = vcpu.read(refusal.gpa, pages)
                 words = (slot.memory.word(offset + PAGE_SIZE * page) for page in range(pages))
                 expect_equal(
-                    seen, sum(words) & 0xFFFFFFFF, "the guest read wrong data (sum of words)"
+                    seen,
+                    sum(words) & 0xFFFFFFFF,
+                    "the sum of the words that the guest read is wrong",
                 )
                 return f"{error_name(refusal.error)}; KVM mapped nothing, and the guest can read"
     return f"{error_name(refusal.error)}; KVM mapped nothing, and the guest still runs"

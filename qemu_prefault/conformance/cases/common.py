@@ -69,7 +69,9 @@ def expect_reads(vcpu: KvmVcpu, memory: Memory, faults: int | None, gpa: int = G
     wanted = sum(memory.words()) & 0xFFFFFFFF
     before = vcpu.stat("pf_taken")
     expect_equal(
-        vcpu.read(gpa, memory.size // PAGE_SIZE), wanted, "the guest read wrong data (sum of words)"
+        vcpu.read(gpa, memory.size // PAGE_SIZE),
+        wanted,
+        "the sum of the words that the guest read is wrong",
     )
     if faults is not None:
         expect_equal(

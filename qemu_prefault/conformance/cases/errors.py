@@ -323,7 +323,9 @@ def _mmu_page_limit() -> str:
     vcpu.warm()
     seen = vcpu.read(GPA, done, stride=HUGE_PAGE_SIZE)
     expect_equal(
-        seen, done * memory.word(0) & 0xFFFFFFFF, "the guest read wrong data (sum of words)"
+        seen,
+        done * memory.word(0) & 0xFFFFFFFF,
+        "the sum of the words that the guest read is wrong",
     )
     return f"{done} of {count} page tables created with a limit of {minimum}"
 

@@ -71,12 +71,14 @@ def private_part() -> None:
     expect_mapped(fixture.vm, before, Stage2Leaves(PAGES))
     words = fixture.memory.words()
     taken = fixture.vcpu.stat("pf_taken")
-    expect_equal(fixture.vcpu.read(GPA, PAGES), 0, "the guest read wrong data (sum of words)")
+    expect_equal(
+        fixture.vcpu.read(GPA, PAGES), 0, "the sum of the words that the guest read is wrong"
+    )
     fixture.vcpu.write(GPA, PAGES, 5)
     expect_equal(
         fixture.vcpu.read(GPA, PAGES),
         5 * PAGES,
-        "the guest read wrong data after its writes (sum of words)",
+        "the sum of the words that the guest read after its writes is wrong",
     )
     expect_equal(fixture.vcpu.stat("pf_taken") - taken, 0, "faults")
     expect_equal(fixture.memory.words(), words, "the host mapping")
@@ -121,7 +123,9 @@ def mixed() -> None:
     expect_mapped(fixture.vm, before, Stage2Leaves(PAGES))
     taken = fixture.vcpu.stat("pf_taken")
     wanted = sum(fixture.memory.words()[1::2]) & 0xFFFFFFFF
-    expect_equal(fixture.vcpu.read(GPA, PAGES), wanted, "the guest read wrong data (sum of words)")
+    expect_equal(
+        fixture.vcpu.read(GPA, PAGES), wanted, "the sum of the words that the guest read is wrong"
+    )
     expect_equal(fixture.vcpu.stat("pf_taken") - taken, 0, "faults")
 
 
@@ -144,7 +148,9 @@ def made_shared() -> None:
     expect_mapped(fixture.vm, before, Stage2Leaves(PAGES))
     wanted = sum(fixture.memory.words()[: PAGES // 2]) & 0xFFFFFFFF
     taken = fixture.vcpu.stat("pf_taken")
-    expect_equal(fixture.vcpu.read(GPA, PAGES), wanted, "the guest read wrong data (sum of words)")
+    expect_equal(
+        fixture.vcpu.read(GPA, PAGES), wanted, "the sum of the words that the guest read is wrong"
+    )
     expect_equal(fixture.vcpu.stat("pf_taken") - taken, 0, "faults")
 
 
@@ -164,7 +170,9 @@ def made_private() -> None:
     expect_mapped(fixture.vm, before, Stage2Leaves(0))
     fixture.vcpu.prefault_all(GPA, _SIZE)
     taken = fixture.vcpu.stat("pf_taken")
-    expect_equal(fixture.vcpu.read(GPA, PAGES), 0, "the guest read wrong data (sum of words)")
+    expect_equal(
+        fixture.vcpu.read(GPA, PAGES), 0, "the sum of the words that the guest read is wrong"
+    )
     expect_equal(fixture.vcpu.stat("pf_taken") - taken, 0, "faults")
 
 
@@ -187,7 +195,9 @@ def punched_hole() -> None:
     fixture.vcpu.prefault_all(GPA, _SIZE)
     taken = fixture.vcpu.stat("pf_taken")
     expect_equal(
-        fixture.vcpu.read(GPA, PAGES), 3 * (PAGES - 8), "the guest read wrong data (sum of words)"
+        fixture.vcpu.read(GPA, PAGES),
+        3 * (PAGES - 8),
+        "the sum of the words that the guest read is wrong",
     )
     expect_equal(fixture.vcpu.stat("pf_taken") - taken, 0, "faults")
 

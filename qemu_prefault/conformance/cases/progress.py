@@ -281,7 +281,7 @@ def _selftest(kind: int) -> None:
     count = size // PAGE_SIZE
     total = sum(memory.words()[:count]) & 0xFFFFFFFF
     taken = vcpu.stat("pf_taken")
-    expect_equal(vcpu.read(at, count), total, "the guest read wrong data (sum of words)")
+    expect_equal(vcpu.read(at, count), total, "the sum of the words that the guest read is wrong")
     expect_equal(vcpu.stat("pf_taken") - taken, 0, "the guest took faults")
 
 

@@ -294,7 +294,9 @@ def exit_not_yet_completed() -> None:
         fixture.vcpu.run(), abi.EXIT_IO, "the guest's program ended with a wrong exit reason"
     )
     value = fixture.vcpu.registers()["rbx"] & 0xFFFFFFFF
-    expect_equal(value, 1000 + fixture.memory.word(0), "the guest read wrong data (sum of words)")
+    expect_equal(
+        value, 1000 + fixture.memory.word(0), "the sum of the words that the guest read is wrong"
+    )
     expect_equal(
         fixture.vcpu.stat("pf_taken") - before, 0, "the guest took faults after the prefault"
     )
