@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 
 from qemu_prefault.agents.plugin import plugin_path
+from support.plugin import ask_status
 from support.qemu import QEMU, connect_monitor, kvm_usable
 
 needs_kvm = pytest.mark.skipif(not kvm_usable(), reason="/dev/kvm cannot be opened")
@@ -49,16 +48,6 @@ def named(directory: Path, name: str) -> Path:
     link = directory / name
     link.symlink_to(QEMU)
     return link
-
-
-def ask_status(path: Path) -> dict[str, Any]:
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(20)
-        client.connect(str(path))
-        client.sendall(b"status\n")
-        with client.makefile() as answers:
-            answer: dict[str, Any] = json.loads(answers.readline())
-    return answer
 
 
 def qmp_option(path: Path) -> Sequence[str]:

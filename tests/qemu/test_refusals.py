@@ -14,6 +14,7 @@ import pytest
 
 from qemu_prefault.host import kvm
 from qemu_prefault_lab.wait import wait_for
+from support.limits import out_of_memory_kills
 from support.process import anonymous_bytes, leftovers
 from support.qemu import MIB, QemuVm, StartQemu, run_tool, start_vm
 
@@ -249,15 +250,6 @@ def memory_cgroup() -> Iterator[Callable[[int], Path]]:
         for pid in (group / "cgroup.procs").read_text().split():
             (group.parent / "cgroup.procs").write_text(pid)
         group.rmdir()
-
-
-def out_of_memory_kills(group: Path) -> int:
-    for name in ("memory.events", "memory.oom_control"):
-        if (group / name).exists():
-            for line in (group / name).read_text().splitlines():
-                if line.startswith("oom_kill "):
-                    return int(line.split()[1])
-    raise AssertionError("this cgroup does not account memory")
 
 
 def test_cgroup_limit_is_respected(vm_of: StartVm, memory_cgroup: Callable[[int], Path]) -> None:
