@@ -14,8 +14,10 @@
 /* Memory to populate that comes from one source. */
 struct claim {
 	struct memory_source source;
-	uint64_t wanted;   /* bytes to populate */
-	uint64_t reserved; /* bytes of wanted that are reserved for this guest */
+	uint64_t wanted;		   /* bytes to populate */
+	uint64_t reserved;		   /* bytes of wanted that are reserved for this guest */
+	uint64_t first_left, first_wanted; /* at the first check */
+	uint64_t others;		   /* see others_will_take() */
 };
 
 static struct claim *claims;
@@ -60,6 +62,12 @@ static void print_short(const struct claim *claim, uint64_t left)
 			       "AppArmor rule), so only present pages are prefaulted. Set "
 			       "populate=all if the limits are high enough\n",
 			       mib, of);
+	else if (claim->others)
+		pf_print_error("qemu-prefault: populating needs %llu MiB%s, and other processes "
+			       "will take about %llu MiB meanwhile, but the %s has only %llu MiB, "
+			       "so only present pages are prefaulted. Start fewer guests at once\n",
+			       mib, of, (unsigned long long)claim->others >> 20,
+			       names[claim->source.kind], (unsigned long long)left >> 20);
 	else
 		pf_print_error("qemu-prefault: populating needs %llu MiB%s, but the %s has only "
 			       "%llu MiB, so only present pages are prefaulted. Free memory or "
@@ -99,9 +107,24 @@ static void merge_files(void)
 			}
 }
 
+/*
+ * Return the bytes that other processes will take until this guest is populated, if they go on as
+ * they did since the first check.
+ */
+static uint64_t others_will_take(const struct claim *claim, uint64_t left)
+{
+	uint64_t ours = claim->first_wanted - claim->wanted;
+	uint64_t gone = claim->first_left > left ? claim->first_left - left : 0;
+
+	if (claim->first_wanted <= claim->wanted || gone <= ours)
+		return 0;
+	return (uint64_t)((double)claim->wanted * (double)(gone - ours) / (double)ours);
+}
+
 void pf_claims_check(void)
 {
-	claim_count = 0;
+	for (size_t i = 0; i < claim_count; i++)
+		claims[i].wanted = claims[i].reserved = 0;
 	claims_next = UINT64_MAX / 2;
 	for (size_t i = 0; i < pf_queue_length; i++) {
 		const struct work_item *item = &pf_queue[i];
@@ -116,12 +139,17 @@ void pf_claims_check(void)
 	}
 	merge_files();
 	for (size_t i = 0; i < claim_count; i++) {
-		const struct claim *claim = &claims[i];
+		struct claim *claim = &claims[i];
 		/* MemAvailable and cgroup limits already include a margin. */
 		uint64_t reserve = claim->source.kind == SOURCE_HOST ? 0 : RESERVE;
 		uint64_t left = pf_headroom_left(&claim->source, claim->reserved, reserve);
 
-		if (claim->wanted > left) {
+		if (!claim->first_wanted) {
+			claim->first_wanted = claim->wanted;
+			claim->first_left = left;
+		}
+		claim->others = others_will_take(claim, left);
+		if (claim->wanted > left || claim->others > left - claim->wanted) {
 			print_short(claim, left);
 			populate_no_more(claim->wanted);
 			return;

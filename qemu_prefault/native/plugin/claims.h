@@ -11,8 +11,8 @@ void pf_claims_check(void);
 
 /*
  * Repeat the check each time that a sixteenth of the memory has been populated. If several guests
- * start at the same time, each of them counts the same free memory. If they need more memory in
- * total, each of them stops populating before the memory is exhausted.
+ * start at the same time, each of them counts the same free memory. These checks detect how fast
+ * other processes take it. A guest stops populating if it would be exhausted.
  */
 void pf_claims_check_again(void);
 
