@@ -178,10 +178,16 @@ uint64_t pf_headroom_left(const struct memory_source *source, uint64_t ours, uin
 {
 	uint64_t left = HEADROOM_UNLIMITED;
 	bool shared = true;
+	/* Walk the file system only once: this runs before each chunk. */
+	bool visible = source->kind == SOURCE_FILE_SYSTEM ?
+			       file_system_left(source, &left, &shared) :
+			       pf_headroom_visible(source);
 
-	if (!pf_headroom_visible(source) && pf_options.populate != POPULATE_ALL)
+	if (!visible && pf_options.populate != POPULATE_ALL)
 		return 0;
 	switch (source->kind) {
+	case SOURCE_FILE_SYSTEM:
+		break;
 	case SOURCE_KINDS:
 	case SOURCE_HOST:
 		left = pf_headroom();
@@ -192,9 +198,6 @@ uint64_t pf_headroom_left(const struct memory_source *source, uint64_t ours, uin
 		break;
 	case SOURCE_POOL:
 		return hugetlb_left(source, ours); /* excludes pages reserved for others */
-	case SOURCE_FILE_SYSTEM:
-		file_system_left(source, &left, &shared);
-		break;
 	}
 	if (left == HEADROOM_UNLIMITED || !shared)
 		return left;
