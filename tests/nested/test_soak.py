@@ -91,7 +91,7 @@ _T = TypeVar("_T")
 class Draw:
     """The parameters of an iteration.
 
-    :ivar room: The size of the file system with both guests' memory, "tight" or "ample".
+    :ivar space: The size of the file system with both guests' memory, "tight" or "ample".
     :ivar limit: The limit of the guest's cgroup.
     :ivar filters: A key of FILTERS.
     :ivar policy: The scheduling of the guest's vCPUs.
@@ -103,7 +103,7 @@ class Draw:
     machine: str
     smp: int
     backing: str
-    room: str
+    space: str
     limit: str
     filters: str
     sandbox: bool
@@ -131,7 +131,7 @@ def draw(moments: random.Random) -> Draw:
         machine=choose(["pc", "pc", "q35", "microvm"]),
         smp=choose([1, 1, 2]),
         backing=choose(backings),
-        room=choose(["tight", "ample"]),
+        space=choose(["tight", "ample"]),
         limit=choose(limits),
         filters=choose(["none", "none", "none", *FILTERS]),
         sandbox=choose([True, False]),
@@ -260,7 +260,7 @@ class Iteration:
             kind = "memfd"
         if not kind.startswith(("file", "unlinked")):
             return kind, kind
-        size = 2 * RAM - SHORT if self.draw.room == "tight" else 3 * RAM
+        size = 2 * RAM - SHORT if self.draw.space == "tight" else 3 * RAM
         shm = self.enter(mounted("tmpfs", self.directory / "shm", f"size={size}M"))
         if shm is None:
             return "memfd", "memfd"
@@ -373,7 +373,7 @@ class Iteration:
         """Stop, resume or reset the guest while the tool runs."""
         commands = self.moments.choices(["stop", "cont"], k=self.moments.randint(1, 4))
         # A guest that has too little memory for all of its RAM need not survive a reset.
-        scarce = self.draw.room == "tight" or self.draw.limit == "memory-short"
+        scarce = self.draw.space == "tight" or self.draw.limit == "memory-short"
         if not scarce and self.draw.state != "prelaunch" and self.moments.random() < 0.5:
             commands.append("reset")
         for command in commands:
