@@ -42,9 +42,11 @@ vmimage.IMAGE_PROVIDERS.add(AlpineImageProvider)
 
 
 def base_image(name: str, cache_dir: str) -> Path:
-    """Return the newest image of a distribution. Download it unless it is cached.
+    """Return the newest image of a distribution.
 
-    :raises NoImageError: if no image of the distribution is available.
+    Download it unless it is cached.
+
+    :raises NoImageError: If no image of the distribution is available.
     """
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NETWORK_SECONDS)

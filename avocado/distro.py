@@ -67,7 +67,7 @@ class DistroTest(PrefaultTest):
         return overlay
 
     def boot(self, **options: Any) -> tuple[SystemGuest, Sample]:
-        """Boot a new guest and log in. Return the guest and the measurements of its boot."""
+        """Boot a new guest, log in, and return the guest and the measurements of its boot."""
         guest = self.start(self.blank(), **options)
         stopwatch = Stopwatch(guest, from_its_start=True)
         guest.wait_login()
@@ -98,7 +98,10 @@ class DistroTest(PrefaultTest):
         return Path(next(arg for arg in guest.argv if arg.startswith("file=/")).split(",")[0][5:])
 
     def saved(self) -> Saved:
-        """Return the saved guest. Boot and save it if this job has not done so yet."""
+        """Return the saved guest.
+
+        Boot and save it if this job has not done so yet.
+        """
         directory = self.saved_directory()
         if not (directory / "saved.json").exists():
             guest, boot = self.boot()

@@ -81,7 +81,10 @@ class PrefaultTest(Test):
     boot_files: str | None
 
     def prepare(self) -> None:
-        """Prepare the boot files. Set ``self.distro``, the name used in reports."""
+        """Prepare the boot files.
+
+        Set ``self.distro``, the name used in reports.
+        """
         raise NotImplementedError
 
     def setUp(self) -> None:
@@ -150,7 +153,7 @@ class PrefaultTest(Test):
         return guest
 
     def wait_kept(self, guest: SystemGuest) -> dict[str, Any]:
-        """Wait until the plugin has prefaulted all memory. Return the plugin's status."""
+        """Wait until the plugin has prefaulted all memory and return the plugin's status."""
         deadline = time.monotonic() + 300
         while (status := guest.control("status"))["pending"]:
             self.assertLess(time.monotonic(), deadline, status)

@@ -54,7 +54,10 @@ MOMENTS = ("attach", "boot", "reset", "restore", "migrate", "hotplug")
 
 
 def wheels(*requirements: Path) -> list[Path]:
-    """Return wheels of the required packages. Download them unless they are cached."""
+    """Return wheels of the required packages.
+
+    Download them unless they are cached.
+    """
 
     def fill(directory: Path) -> None:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q"]
@@ -78,7 +81,7 @@ def site(*requirements: Path) -> Path:
 
 
 def python_on(directory: Path, *argv: str) -> str:
-    """Run Python with the modules in ``directory`` and ``HERE``. Return its output."""
+    """Run Python with the modules in ``directory`` and ``HERE``, and return its output."""
     with tempfile.TemporaryDirectory() as home:
         result = subprocess.run(
             [sys.executable, "-W", "ignore", *argv],
@@ -109,7 +112,7 @@ for name in sys.argv[2:]:
 
 
 def cloud_images() -> dict[str, Path | str]:
-    """Download the cloud images. Return the path or the error message of each."""
+    """Download the cloud images and return the path or the error message of each."""
     directory = cache.cache_dir() / "cloud-images"
     directory.mkdir(exist_ok=True)
     said = python_on(site(REQUIREMENTS), "-c", FETCH_CLOUD_IMAGES, str(directory), *CLOUDS)

@@ -93,13 +93,13 @@ def connect(
     :param dial: A function that opens the connection, or None. If a function is given, ``qmp`` is
         only the name of the connection in messages.
     :returns: An asynchronous context manager that yields a :class:`Vm`.
-    :raises InputError: if the address is malformed, or if the socket does not exist.
-    :raises MonitorBusyError: if another client holds the socket.
-    :raises MonitorError: if the peer does not respond, or if it is not a QMP server.
-    :raises RefusedError: if the process behind the socket is not QEMU, or if ``pid`` is the id of
+    :raises InputError: If the address is malformed, or if the socket does not exist.
+    :raises MonitorBusyError: If another client holds the socket.
+    :raises MonitorError: If the peer does not respond, or if it is not a QMP server.
+    :raises RefusedError: If the process behind the socket is not QEMU, or if ``pid`` is the id of
         another process.
-    :raises UnsupportedError: if QEMU runs on another host or in another pid namespace.
-    :raises GoneError: if QEMU's process does not exist.
+    :raises UnsupportedError: If QEMU runs on another host or in another pid namespace.
+    :raises GoneError: If QEMU's process does not exist.
     """
     return Vm.connect(qmp, pid, dial)
 
@@ -123,12 +123,12 @@ async def prefault_async(
         start. The run ignores it unless ``options.incoming`` is set.
     :returns: The report of the run. ``report.exit_status`` is ``PARTIAL`` if some of the requested
         bytes could not be prefaulted and verified. Otherwise it is ``VERIFIED``.
-    :raises UnsupportedError: if this host, kernel or QEMU cannot prefault. The run has changed
+    :raises UnsupportedError: If this host, kernel or QEMU cannot prefault. The run has changed
         neither the guest nor the host.
-    :raises RefusedError: if prefaulting now would harm the guest or the host.
-    :raises InputError: if an option names an object that this guest does not have, for example a
+    :raises RefusedError: If prefaulting now would harm the guest or the host.
+    :raises InputError: If an option names an object that this guest does not have, for example a
         vCPU.
-    :raises FailedError: if a step failed. The guest's run state is the same as before the run.
+    :raises FailedError: If a step failed. The guest's run state is the same as before the run.
     """
     return await run.prefault(
         vm,
@@ -155,7 +155,7 @@ def prefault(
     :param pid: See :func:`connect`.
     :param on_progress: See :func:`prefault_async`.
     :returns: The report of the run. See :func:`prefault_async`.
-    :raises QemuPrefaultError: if :func:`connect` or :func:`prefault_async` raises an error.
+    :raises QemuPrefaultError: If :func:`connect` or :func:`prefault_async` raises an error.
     """
 
     async def main() -> Report:

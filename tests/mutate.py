@@ -113,7 +113,7 @@ class Result:
 def read_mutants(path: Path = MUTANTS) -> tuple[Mutant, ...]:
     """Return the mutants in the order of the file.
 
-    :raises MutantError: if a key is missing or unknown, or if an id occurs twice.
+    :raises MutantError: If a key is missing or unknown, or if an id occurs twice.
     """
     wanted = {field.name for field in fields(Mutant)}
     mutants: list[Mutant] = []
@@ -129,7 +129,10 @@ def read_mutants(path: Path = MUTANTS) -> tuple[Mutant, ...]:
 
 
 def read_history(directory: Path = HISTORY) -> tuple[Mapping[str, tuple[str, ...]], ...]:
-    """Return one table per file. Each table maps old node ids to new ones."""
+    """Return one table per file.
+
+    Each table maps old node ids to new ones.
+    """
     tables = []
     for path in sorted(directory.glob("*.tsv")):
         table: dict[str, tuple[str, ...]] = {}
@@ -176,7 +179,7 @@ def product_texts(root: Path) -> Mapping[Path, str]:
 def mutated(mutant: Mutant, texts: Mapping[Path, str]) -> tuple[Path, str]:
     """Return the file that the mutant changes, and its new text.
 
-    :raises MutantError: if the pattern does not match exactly once, or if the mutant changes
+    :raises MutantError: If the pattern does not match exactly once, or if the mutant changes
         nothing.
     """
     pattern = re.compile(mutant.find, re.MULTILINE)
@@ -231,9 +234,11 @@ def pytest_command(tier: Tier, nodes: Sequence[str], junit: Path) -> list[str]:
 
 
 def run_tests(root: Path, tier: Tier, nodes: Sequence[str]) -> tuple[list[str], int]:
-    """Run tests of a checkout. Return the failed tests and the number of passed ones.
+    """Run tests of a checkout.
 
-    :raises MutantError: if the tests did not run to their end.
+    Return the failed tests and the number of passed ones.
+
+    :raises MutantError: If the tests did not run to their end.
     """
     junit = root / "mutate.xml"
     command = ["scripts/with-env", "", *pytest_command(tier, nodes, junit)]
@@ -270,7 +275,7 @@ def run_tests(root: Path, tier: Tier, nodes: Sequence[str]) -> tuple[list[str], 
 def check_unmutated(mutants: Sequence[Mutant], nodes: Mapping[str, Sequence[str]]) -> None:
     """Run the mutants' tests on an unchanged copy.
 
-    :raises MutantError: if a test fails, or if all tests of a mutant are skipped.
+    :raises MutantError: If a test fails, or if all tests of a mutant are skipped.
     """
     for tier in Tier:
         wanted = sorted({n for m in mutants if m.tier is tier for n in nodes[m.id]})
@@ -303,7 +308,10 @@ def try_mutant(mutant: Mutant, nodes: Sequence[str]) -> Result:
 
 
 def check_applicable(mutants: Sequence[Mutant]) -> list[str]:
-    """Print the file that each mutant changes, and return errors. No tests are run."""
+    """Print the file that each mutant changes, and return errors.
+
+    No tests are run.
+    """
     texts = product_texts(ROOT)
     problems = []
     for mutant in mutants:

@@ -32,7 +32,10 @@ PYTEST = ("-ra", "-q", "--color=no")
 
 @dataclass(frozen=True)
 class Suite:
-    """An entry of tests/suites.toml. That file documents the fields."""
+    """An entry of tests/suites.toml.
+
+    That file documents the fields.
+    """
 
     name: str
     run: str = "both"
@@ -73,7 +76,10 @@ class Suite:
 
 @dataclass
 class Result:
-    """The result of a suite. A suite that does not run pytest counts as one test."""
+    """The result of a suite.
+
+    A suite that does not run pytest counts as one test.
+    """
 
     passed: int = 0
     failed: int = 0

@@ -53,7 +53,10 @@ def enable(params: Params) -> None:
 
 
 def _check(test: Any, params: Params, env: Any) -> None:
-    """Check that every QEMU has the plugin. Log the plugin's and KVM's counters."""
+    """Check that every QEMU has the plugin.
+
+    Log the plugin's and KVM's counters.
+    """
     for vm in env.get_all_vms():
         if vm.is_alive():
             counters = plugin_status(test, vm)["counters"]
@@ -68,7 +71,10 @@ def note(test: Any, moment: str, without: int | None, with_: int) -> None:
 
 
 def plugin_status(test: Any, vm: Any) -> dict[str, Any]:
-    """Return the status of the plugin in a VM's QEMU. Fail if QEMU has no plugin."""
+    """Return the status of the plugin in a VM's QEMU.
+
+    Fail if QEMU has no plugin.
+    """
     process = Process.find(vm.get_pid())
     path = find_control_socket(process)
     if path is None:
@@ -144,7 +150,7 @@ def log_in(params: Params, vm: Any) -> Any:
 
 
 def reboot(params: Params, vm: Any, session: Any) -> Any:
-    """Reboot with ``reboot_method``. Return a new session on the serial console."""
+    """Reboot with ``reboot_method`` and return a new session on the serial console."""
     timeout = float(params["login_timeout"])
     return with_plain_output(vm.reboot(session, params["reboot_method"], 0, timeout, serial=True))
 
@@ -197,7 +203,7 @@ def wait_running(test: Any, vm: Any) -> None:
 
 
 def read_back(test: Any, params: Params, vm: Any, wanted: str) -> int:
-    """Read the file that :func:`fill` has written. Return the VM's faults on memory."""
+    """Read the file that :func:`fill` has written and return the VM's faults on memory."""
     session = log_in(params, vm)
     if checksum(session, "file") != wanted:
         test.fail("the file in the guest's memory has changed")

@@ -148,7 +148,7 @@ def _install(machine: Machine, wheels: Sequence[Path]) -> None:
 @click.option("--restore", is_flag=True, help="Restore the snapshot instead of booting.")
 @click.argument("count", type=click.IntRange(min=1))
 def boots_command(variant: str, npt: bool, restore: bool, count: int) -> None:
-    """Boot the lab COUNT times. Each time, run a command in it and power it off."""
+    """Boot the lab COUNT times, run a command in it, and power it off each time."""
     failures = 0
     times: list[float] = []
     click.echo("boot    ready s  command s    off s  kernel")
@@ -177,7 +177,7 @@ def boots_command(variant: str, npt: bool, restore: bool, count: int) -> None:
 
 
 def _put_tests(machine: Machine, path: Path) -> str:
-    """Copy a directory, or a test file with its conftest.py. Return its path in L1."""
+    """Copy a directory, or a test file with its conftest.py, and return its path in L1."""
     resolved, checkout = path.resolve(), Path.cwd()
     inside = resolved.is_relative_to(checkout)
     target = f"{_CHECKOUT}/{resolved.relative_to(checkout) if inside else path.name}"

@@ -70,7 +70,10 @@ def key_of(*parts: str | bytes) -> str:
 
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Hold the lock of this name. Only one thread of one process can hold it."""
+    """Hold the lock of this name.
+
+    Only one thread of one process can hold it.
+    """
     path = cache_dir() / "locks" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
@@ -79,7 +82,9 @@ def locked(name: str) -> Iterator[None]:
 
 
 def entry(name: str, key: str, build: Callable[[Path], None]) -> Path:
-    """Return the directory of an entry. Build it if it is missing.
+    """Return the directory of an entry.
+
+    Build it if it is missing.
 
     :param build: A function that fills the empty directory passed to it. If the function raises an
         exception, the directory is removed.
@@ -118,7 +123,9 @@ def discard(path: Path) -> None:
 
 
 def prune(days: float) -> list[Path]:
-    """Remove entries that were not used for a number of days. Return their paths.
+    """Remove entries that were not used for a number of days.
+
+    Return their paths.
 
     A running lab is not affected, because it keeps its files open.
     """

@@ -152,7 +152,10 @@ class Channel:
             return request
 
     def rest(self) -> None:
-        """Make the command server idle. Afterwards, no data is in transit."""
+        """Make the command server idle.
+
+        Afterwards, no data is in transit.
+        """
         with self._condition:
             self._poking = False
         request = self.open()
@@ -161,12 +164,18 @@ class Channel:
             raise self.give_up("L1's command server did not become idle")
 
     def forget(self, request: Request) -> None:
-        """End a request. Drop frames that still arrive for it."""
+        """End a request.
+
+        Drop frames that still arrive for it.
+        """
         with self._condition:
             self._requests.pop(request.number, None)
 
     def send(self, kind: int, number: int, payload: bytes = b"") -> None:
-        """Queue a frame. Wait while the queue is too long, unless L1 is lost."""
+        """Queue a frame.
+
+        Wait while the queue is too long, unless L1 is lost.
+        """
         with self._condition:
             while len(self._outgoing) > _OUTGOING_LIMIT:
                 self._check()
@@ -178,7 +187,7 @@ class Channel:
     def take(self, request: Request, timeout: float) -> tuple[int, bytes] | None:
         """Return the next frame of a request, or None if no frame arrives in time.
 
-        :raises LabLostError: if L1 is lost, so that no more frames can arrive.
+        :raises LabLostError: If L1 is lost, so that no more frames can arrive.
         """
         try:
             item = request.frames.get(timeout=max(0.0, timeout))
@@ -194,7 +203,7 @@ class Channel:
         return self.console.decode(errors="replace").replace("\r", "")
 
     def give_up(self, reason: str) -> LabLostError:
-        """Mark L1 as lost for a reason that the caller detected. Return the error."""
+        """Mark L1 as lost for a reason that the caller detected and return the error."""
         with self._condition:
             self._verdict = self._verdict or reason
             self._doomed = time.monotonic()
@@ -295,7 +304,7 @@ class Channel:
                 break
 
     def _read_console(self, console: int) -> bool:
-        """Read console output and detect kernel failures. Return False at end of file."""
+        """Read console output, detect kernel failures, and return False at end of file."""
         try:
             data = os.read(console, 1 << 16)
         except BlockingIOError:

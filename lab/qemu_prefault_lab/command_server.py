@@ -352,7 +352,10 @@ class CommandServer:
 
 
 def open_port(name: str) -> int:
-    """Open the virtio-serial port of this name. L1 does not run udev."""
+    """Open the virtio-serial port of this name.
+
+    L1 does not run udev.
+    """
     for path in glob.glob("/sys/class/virtio-ports/*/name"):
         with open(path) as file:
             if file.read().strip() == name:

@@ -32,7 +32,10 @@ def _read(path: Path) -> str:
 
 @contextlib.contextmanager
 def prepared() -> Iterator[None]:
-    """Enable huge pages and KSM within the block. The caller must be root."""
+    """Enable huge pages and KSM within the block.
+
+    The caller must be root.
+    """
     before = {path: _read(path) for path in _SETTINGS if path.exists()}
     try:
         for path in before:

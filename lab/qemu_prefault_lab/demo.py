@@ -109,7 +109,7 @@ class LiveTable:
 def run_demo(as_json: bool) -> None:
     """Run the demo and print its table or its JSON.
 
-    :raises QemuPrefaultError: if a requirement is missing, or if the scenario failed.
+    :raises QemuPrefaultError: If a requirement is missing, or if the scenario failed.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     progress = LiveTable()

@@ -85,7 +85,10 @@ def distro_named(name: str) -> Distro:
 
 
 def build(distro: Distro) -> DistroImage:
-    """Return the disk and boot files of a distribution. Build them unless cached."""
+    """Return the disk and boot files of a distribution.
+
+    Build them unless cached.
+    """
     host = image.tcg_host()
     key = cache.key_of(*distro.suites, *_PACKAGES, *_WITHOUT, _HOOK.read_bytes(), PASSWORD, "1")
 
@@ -117,7 +120,10 @@ def build(distro: Distro) -> DistroImage:
 
 
 def boot_disk(built: DistroImage) -> Path:
-    """Return a raw ext4 image of the boot files. Build it if necessary."""
+    """Return a raw ext4 image of the boot files.
+
+    Build it if necessary.
+    """
 
     def fill(directory: Path) -> None:
         image.ext4_of_tree(built.boot, directory / "boot.ext4")

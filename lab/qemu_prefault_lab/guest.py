@@ -73,7 +73,7 @@ def thp(mode: str) -> str:
 
 
 def reserve_hugepages(count: int) -> int:
-    """Reserve 2 MiB hugetlb pages. Return the number that the kernel has reserved."""
+    """Reserve 2 MiB hugetlb pages and return the number that the kernel has reserved."""
     _HUGEPAGES.write_text(str(count))
     return int(_HUGEPAGES.read_text())
 
@@ -146,7 +146,9 @@ class GuestConfig(QemuConfig):
 
 
 class Guest(QemuGuest):
-    """A QEMU that runs the workload. The context manager kills QEMU when it exits.
+    """A QEMU that runs the workload.
+
+    The context manager kills QEMU when it exits.
 
     :param config: The configuration. None means :class:`GuestConfig` with its defaults.
     :param changes: Fields of the configuration to replace for this guest.
@@ -159,7 +161,9 @@ class Guest(QemuGuest):
         super().__init__(config)
 
     def wait_kept(self, timeout: float = 60.0) -> dict[str, Any]:
-        """Wait until the plugin has prefaulted the guest. Return the plugin's status.
+        """Wait until the plugin has prefaulted the guest.
+
+        Return the plugin's status.
 
         The guest must be running.
         """
@@ -182,7 +186,9 @@ class Guest(QemuGuest):
         self._serial.forget()
 
     def wait_ready(self, timeout: float = 240.0) -> Answer:
-        """Wait until a booting guest prints ``ready``. Return the values of this line.
+        """Wait until a booting guest prints ``ready``.
+
+        Return the values of this line.
 
         The value ``uptime`` is in seconds.
         """

@@ -242,7 +242,10 @@ def ext4_of_tar(tar: Path, image: Path) -> None:
 
 
 def compile_static(source: Path) -> Path:
-    """Compile a C file into a static program. Cache the program by the file's text."""
+    """Compile a C file into a static program.
+
+    Cache the program by the file's text.
+    """
     text = source.read_bytes()
     flags = ["-static", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
 
@@ -322,7 +325,10 @@ class _Modules:
         return path.rsplit("/", 1)[-1].partition(".ko")[0].replace("-", "_")
 
     def load_order(self, wanted: Sequence[str], optional: Sequence[str]) -> list[str]:
-        """Return module names in load order. Each module follows its dependencies."""
+        """Return module names in load order.
+
+        Each module follows its dependencies.
+        """
         order: list[str] = []
 
         def visit(name: str) -> None:
@@ -367,7 +373,10 @@ def _l1_initramfs(tar: tarfile.TarFile, release: str, init: Path) -> bytes:
 
 
 def tcg_host() -> TcgHost:
-    """Return the tree with L0's QEMU and the L2 kernel. Build it unless cached."""
+    """Return the tree with L0's QEMU and the L2 kernel.
+
+    Build it unless cached.
+    """
     packages = ("linux-image-cloud-amd64", "lz4", "qemu-system-x86", "seabios", "zstd")
     key = cache.key_of("bookworm", *packages, *_WITHOUT, *_SNAPSHOT_SAFE_APT, *_L2_MODULES,
                        *_L2_KVM_MODULES, "2")  # fmt: skip
@@ -419,7 +428,10 @@ def l2_kernel(host: TcgHost) -> Path:
 
 
 def build(variant: Variant) -> Image:
-    """Return the image of a variant. Build it if necessary."""
+    """Return the image of a variant.
+
+    Build it if necessary.
+    """
     host = tcg_host()
     init = compile_static(_HERE / "init.c")
     hook = (_HERE / "kernel-hook.sh").read_bytes()
@@ -467,7 +479,10 @@ def _modules_directory(
 
 
 def l2_files() -> Path:
-    """Return the directory of L2's kernel and initramfs. Build it if necessary."""
+    """Return the directory of L2's kernel and initramfs.
+
+    Build it if necessary.
+    """
     host = tcg_host()
     bzimage = l2_kernel(host)
     initramfs = l2_initramfs(host)
@@ -484,7 +499,9 @@ def l2_files() -> Path:
 
 
 def files_disk() -> Path:
-    """Return the disk with the contents of ``/lab``. Build it if necessary.
+    """Return the disk with the contents of ``/lab``.
+
+    Build it if necessary.
 
     The disk is separate from the images, so that a change of the command server does not rebuild
     the images.

@@ -44,7 +44,9 @@ def wait_until(condition: Callable[[], object], what: str, limit: float = 120.0)
 
 
 class Libvirtd:
-    """A libvirt daemon. The context manager destroys the daemon's domains on exit.
+    """A libvirt daemon.
+
+    The context manager destroys the daemon's domains on exit.
 
     :param host: The name of another host to simulate, in separate namespaces.
     :param systemd: The systemd in whose scope and namespaces the daemon runs. None means neither.
@@ -110,7 +112,10 @@ class Libvirtd:
         return self.virsh("uri", check=False).returncode == 0
 
     def stop(self, number: int = signal.SIGTERM) -> None:
-        """Stop the daemon. Its domains keep running."""
+        """Stop the daemon.
+
+        Its domains keep running.
+        """
         if self._process is not None:
             if self._systemd is not None:  # the started process is nsenter, not libvirtd
                 words = ("systemctl", "kill", f"--signal={number}", "libvirtd.scope")

@@ -61,7 +61,10 @@ class Invocation:
 
 @dataclass(frozen=True)
 class Completed:
-    """A command that has ended. If a signal killed it, ``returncode`` is negative."""
+    """A command that has ended.
+
+    If a signal killed it, ``returncode`` is negative.
+    """
 
     argv: tuple[str, ...]
     returncode: int
@@ -81,7 +84,7 @@ class Completed:
 
 
 class Machine(abc.ABC):
-    """A machine on which tests of its KVM run as root."""
+    """A virtual machine or host on which root can run tests of KVM."""
 
     #: The directory of the L2 guests' kernel and initramfs on that machine.
     l2_directory: str
@@ -112,7 +115,9 @@ class Machine(abc.ABC):
         stdout: BinaryIO | None = None,
         on_output: OnOutput | None = None,
     ) -> Completed:
-        """Run a command until it ends. Several threads may call this method.
+        """Run a command until it ends.
+
+        Several threads may call this method.
 
         :param timeout: Seconds after which the command and its process group are killed.
         :param check: Raise RemoteCommandError if the exit code is not 0.
@@ -120,10 +125,10 @@ class Machine(abc.ABC):
         :param stdin: The command's standard input. None means an empty input.
         :param stdout: A file that receives standard output instead of ``Completed.stdout``.
         :param on_output: A function that is called with the output while the command runs.
-        :raises RemoteCommandError: if the command could not be started, or if it failed and
+        :raises RemoteCommandError: If the command could not be started, or if it failed and
             ``check`` is set.
-        :raises RemoteTimeoutError: if the command exceeded its time limit.
-        :raises LabLostError: if the machine has ended or hangs.
+        :raises RemoteTimeoutError: If the command exceeded its time limit.
+        :raises LabLostError: If the machine has ended or hangs.
         """
         captured = {1: stdout or io.BytesIO(), 2: io.BytesIO()}
 
@@ -297,7 +302,10 @@ def uefi_aborts() -> bool:
 
 
 class LocalMachine(Machine):
-    """This host, without emulation. Its own KVM must be able to prefault."""
+    """This host, without emulation.
+
+    Its own KVM must be able to prefault.
+    """
 
     def __init__(self) -> None:
         if not kvm_can_prefault():

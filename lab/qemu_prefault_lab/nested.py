@@ -47,7 +47,10 @@ _KERNEL_ARGS = (
 
 @dataclass(frozen=True)
 class _Recipe:
-    """The configuration of an L1. Equal recipes share a snapshot."""
+    """The configuration of an L1.
+
+    Equal recipes share a snapshot.
+    """
 
     host: image.TcgHost
     image: image.Image
@@ -87,7 +90,10 @@ class _Recipe:
         )
 
     def _nodes(self, memory_file: Path | None, shared: bool) -> list[str]:
-        """Return the arguments of the NUMA nodes. The CPU is on the first node."""
+        """Return the arguments of the NUMA nodes.
+
+        The CPU is on the first node.
+        """
         arguments = []
         for number, size in enumerate(self.nodes_mib):
             name = f"ram{number}"
@@ -117,7 +123,9 @@ def _backend(name: str, size_mib: int, file: Path | None, shared: bool) -> list[
 
 
 class Lab(Machine):
-    """A booted L1, which :meth:`start` returns. Leaving the context kills L1.
+    """A booted L1, which :meth:`start` returns.
+
+    Leaving the context kills L1.
 
     :ivar qemu_pid: The process id of the emulating QEMU.
     """
@@ -162,7 +170,7 @@ class Lab(Machine):
         :param boot_timeout: The time limit of a boot in seconds.
         :param heartbeat_limit: Seconds without a message from L1, after which L1 counts as lost.
         :param console_log: A file to which the console output is written.
-        :raises LabLostError: if L1 failed while it started. The error includes the end of the
+        :raises LabLostError: If L1 failed while it started. The error includes the end of the
             console output.
         """
         parameters = [_KERNEL_ARGS, f"kvm_amd.npt={int(npt)}"]
@@ -211,7 +219,10 @@ class Lab(Machine):
         return self._channel.text()
 
     def power_off(self, timeout: float = 60.0) -> None:
-        """Power L1 off and wait until QEMU ends. Only tests of booting call this method."""
+        """Power L1 off and wait until QEMU ends.
+
+        Only tests of booting call this method.
+        """
         script = "echo o >/proc/sysrq-trigger; sleep 60"
         try:
             self.run(["sh", "-c", script], timeout=timeout, check=False)
@@ -273,7 +284,10 @@ class Lab(Machine):
 
 
 def _save(recipe: _Recipe, directory: Path, boot: Callable[[list[str]], Channel]) -> None:
-    """Boot L1 with its memory in a file. Save CPU and devices to another file."""
+    """Boot L1 with its memory in a file.
+
+    Save CPU and devices to another file.
+    """
     log.info("booting the lab once to take its snapshot")
     memory = directory / "ram"
     started = time.monotonic()

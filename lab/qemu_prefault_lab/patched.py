@@ -102,7 +102,7 @@ class PatchedQemu:
     svm_tests: tuple[Path, ...]
 
     def put_on(self, machine: Machine) -> dict[str, str]:
-        """Copy QEMU and its tests to a machine. Return the variable with QEMU's path."""
+        """Copy QEMU and its tests to a machine, and return the variable with QEMU's path."""
         files = {"": self.binary, "-test": self.qtest}
         files |= {f"-{path.name}": path for path in self.svm_tests}
         for suffix, path in files.items():
@@ -114,7 +114,7 @@ def series(patches: Path, release: str, tcg: bool) -> list[Path]:
     """Return the patches for a release of QEMU in the order to apply them.
 
     :param tcg: Include the fixes of TCG.
-    :raises InputError: if the directory has no patches for this release.
+    :raises InputError: If the directory has no patches for this release.
     """
     found = sorted((patches / "qemu" / release).glob("*.patch"))
     for name in _TCG_SERIES if tcg else ():
@@ -128,12 +128,14 @@ def series(patches: Path, release: str, tcg: bool) -> list[Path]:
 
 
 def build(patches: Path, release: str = "10.0", *, tcg: bool = True, jobs: int = 0) -> PatchedQemu:
-    """Return a patched QEMU. Build it if it is not cached.
+    """Return a patched QEMU.
+
+    Build it if it is not cached.
 
     :param patches: The checkout's ``patches`` directory.
     :param release: QEMU's release, a key of :data:`SUITES`.
     :param jobs: The number of parallel compilers. 0 means one per CPU.
-    :raises ImageError: if a build step failed. The error includes the step's output.
+    :raises ImageError: If a build step failed. The error includes the step's output.
     """
     applied = series(patches, release, tcg)
     svm_tests = _SVM_TESTS if tcg else ()
@@ -170,7 +172,7 @@ def check(patches: Path, release: str = "10.0", *, jobs: int = 0) -> list[str]:
     """Run checkpatch on the series, and run QEMU's tests of the changed subsystems.
 
     :returns: A line for each check, with the check's result.
-    :raises ImageError: if a check failed. The error includes the check's output.
+    :raises ImageError: If a check failed. The error includes the check's output.
     """
     applied = series(patches, release, tcg=True)
     told = []

@@ -89,7 +89,7 @@ class QemuConfig(abc.ABC):
         return ["-object", text]
 
     def flash_arguments(self, directory: Path) -> list[str]:
-        """Copy UEFI's variable store. Return the arguments with which QEMU boots UEFI."""
+        """Copy UEFI's variable store and return the arguments with which QEMU boots UEFI."""
         smm = "smm=off" not in self.machine
         variables = directory / "variables"
         shutil.copy(_OVMF_VARIABLES, variables)
@@ -117,7 +117,9 @@ def _control_path(directory: Path) -> Path:
 
 
 class QemuGuest:
-    """A QEMU with a guest. The context manager kills QEMU when it exits.
+    """A QEMU with a guest.
+
+    The context manager kills QEMU when it exits.
 
     :ivar pid: QEMU's process id.
     :ivar qmp_path: The socket of the monitor for the tool under test. The lab does not use this
@@ -212,7 +214,10 @@ class QemuGuest:
         return self.process.poll() is None
 
     def kill(self) -> None:
-        """Kill QEMU and remove its files. Callers may call this method repeatedly."""
+        """Kill QEMU and remove its files.
+
+        Callers may call this method repeatedly.
+        """
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait()

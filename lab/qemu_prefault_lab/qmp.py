@@ -17,7 +17,9 @@ from .errors import QmpError
 
 
 class Qmp:
-    """A connected QMP client. Every wait has a deadline.
+    """A connected QMP client.
+
+    Every wait has a deadline.
 
     :ivar events: The events that this object has received and :meth:`wait_event` has not returned.
     """
@@ -41,7 +43,7 @@ class Qmp:
     def execute(self, command: str, timeout: float = 60.0, **arguments: Any) -> Any:
         """Run a command and return its result.
 
-        :raises QmpError: if QEMU returned an error, or did not answer in time.
+        :raises QmpError: If QEMU returned an error, or did not answer in time.
         """
         self._number += 1
         message: dict[str, Any] = {"execute": command, "id": self._number}

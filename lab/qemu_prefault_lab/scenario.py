@@ -66,7 +66,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class Measured:
-    """The result of a case. Times are in seconds.
+    """The result of a case.
+
+    Times are in seconds.
 
     :ivar faults: The number of stage-2 faults (``pf_taken``) from power-on or ``cont`` to the end
         of the first pass.

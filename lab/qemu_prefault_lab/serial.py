@@ -59,7 +59,10 @@ class Serial:
             raise self._make_error("QEMU ended") from error
 
     def expect(self, pattern: str, timeout: float) -> re.Match[bytes]:
-        """Wait until the output matches a pattern. Discard the output up to this match."""
+        """Wait until the output matches a pattern.
+
+        Discard the output up to this match.
+        """
         expression = re.compile(pattern.encode())
         deadline = time.monotonic() + timeout
         late = f"the console did not show {pattern!r} within {timeout:g} s"

@@ -98,7 +98,10 @@ class SystemGuest(QemuGuest):
     # The console.
 
     def expect(self, pattern: str, timeout: float) -> re.Match[bytes]:
-        """Wait until the output matches a pattern. Discard the output up to this match."""
+        """Wait until the output matches a pattern.
+
+        Discard the output up to this match.
+        """
         return self._serial.expect(pattern, timeout)
 
     def type(self, text: str) -> None:
@@ -124,7 +127,7 @@ class SystemGuest(QemuGuest):
     def shell(self, command: str, timeout: float = 300.0, check: bool = True) -> str:
         """Run a command in the shell of :meth:`log_in` and return its output.
 
-        :raises GuestError: if the command failed and ``check`` is set, or if it did not end in
+        :raises GuestError: If the command failed and ``check`` is set, or if it did not end in
             time.
         """
         self._commands += 1

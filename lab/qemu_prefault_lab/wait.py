@@ -13,7 +13,7 @@ GRACE = Limits().dead_man + 9
 
 
 def wait_for(condition: Callable[[], object], what: str, limit: float = GRACE) -> float:
-    """Poll until a condition of another process holds. Return the elapsed seconds."""
+    """Poll until a condition of another process holds and return the elapsed seconds."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < limit, f"timed out after {limit:g} s: {what}"

@@ -181,7 +181,7 @@ class Agent(Protocol):
         vCPU runs. The agent then skips later batches.
 
         :returns: Whether the caller must check, after this call, that the guest is still paused.
-        :raises FailedError: if a vCPU is running (code ``resumed``), or if the agent cannot hold a
+        :raises FailedError: If a vCPU is running (code ``resumed``), or if the agent cannot hold a
             vCPU.
         """
         ...

@@ -40,7 +40,7 @@ class Helper:
     def read_header(self) -> Any:
         """Return the fields of the control page that precede the ranges.
 
-        :raises OSError: if the page is no longer mapped, or is not a control page.
+        :raises OSError: If the page is no longer mapped, or is not a control page.
         """
         header = ffi.new("struct prefault_control *")
         data = os.pread(self._memory, offset_of("ranges"), self.control)

@@ -47,7 +47,7 @@ def find_gadgets(memory: int, maps: Sequence[MemoryMapping]) -> Gadgets:
     The function searches libc before QEMU's other executable mappings.
 
     :param memory: A file descriptor of QEMU's /proc/PID/mem.
-    :raises UnsupportedError: if QEMU's text does not contain all these instructions.
+    :raises UnsupportedError: If QEMU's text does not contain all these instructions.
     """
     text = [m for m in maps if m.perms.startswith("r-x") and m.path.startswith("/")]
     text.sort(key=lambda mapping: "libc" not in mapping.path)
@@ -84,7 +84,7 @@ def prepare_exit_slot(memory: int, maps: Sequence[MemoryMapping], gadgets: Gadge
 
     :param memory: A file descriptor of QEMU's /proc/PID/mem.
     :returns: The address of the last word of the main stack.
-    :raises UnsupportedError: if QEMU has no main stack, or if the word has an unexpected value.
+    :raises UnsupportedError: If QEMU has no main stack, or if the word has an unexpected value.
     """
     stack = next((m for m in maps if m.path == "[stack]"), None)
     if stack is None:
@@ -113,7 +113,7 @@ def free_areas(maps: Sequence[MemoryMapping], count: int, size: int) -> tuple[in
     The addresses are random. Therefore two runs of qemu-prefault rarely choose the same addresses.
     If an address is in use when the helper starts, mmap() fails because of MAP_FIXED_NOREPLACE.
 
-    :raises AgentError: if the function finds no unused addresses.
+    :raises AgentError: If the function finds no unused addresses.
     """
     stride = round_to_pages(size) + 16 * PAGE_SIZE
     for _ in range(64):

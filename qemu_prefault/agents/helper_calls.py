@@ -123,9 +123,9 @@ def check_filters(
     :param area: See :func:`required_calls`.
     :param gadget: See :func:`required_calls`.
     :returns: The optional system calls that all filters allow.
-    :raises UnsupportedError: if a filter denies a required system call, or if this process cannot
+    :raises UnsupportedError: If a filter denies a required system call, or if this process cannot
         read a filter (code ``seccomp``).
-    :raises FailedError: if a thread has exited, or if a thread does not stop.
+    :raises FailedError: If a thread has exited, or if a thread does not stop.
     """
     descriptors = tuple(descriptors)
     calls = required_calls(descriptors, area=area, gadget=gadget)

@@ -42,7 +42,7 @@ def choose_threads(
     runs a nested guest. The function spreads the helpers over the guest's NUMA nodes.
 
     :param or_else: An alternative to a higher limit, for the error message.
-    :raises RefusedError: if QEMU's limits allow too few additional threads (code ``no-tasks``).
+    :raises RefusedError: If QEMU's limits allow too few additional threads (code ``no-tasks``).
     """
     try:
         cpus = len(os.sched_getaffinity(process.pid))
@@ -74,9 +74,9 @@ class Injector:
     to QEMU, the exit slot of :func:`.prepare_exit_slot`.
 
     :ivar allowed: The optional system calls that QEMU's seccomp filters allow.
-    :raises UnsupportedError: if a helper cannot run in this QEMU. :meth:`.PtraceAgent.start` lists
+    :raises UnsupportedError: If a helper cannot run in this QEMU. :meth:`.PtraceAgent.start` lists
         the reasons.
-    :raises FailedError: if QEMU has exited.
+    :raises FailedError: If QEMU has exited.
     """
 
     def __init__(
@@ -119,11 +119,11 @@ class Injector:
         """Start a helper from one vCPU thread.
 
         :param index: The index of the thread in the list of threads that the constructor received.
-        :raises AgentError: if the thread cannot be stopped, or if it cannot make system calls.
-        :raises RefusedError: if a limit prevents QEMU from starting another thread.
-        :raises UnsupportedError: if this process has no permission to trace QEMU, or if QEMU has no
+        :raises AgentError: If the thread cannot be stopped, or if it cannot make system calls.
+        :raises RefusedError: If a limit prevents QEMU from starting another thread.
+        :raises UnsupportedError: If this process has no permission to trace QEMU, or if QEMU has no
             permission to map executable memory.
-        :raises FailedError: if QEMU or the thread has exited.
+        :raises FailedError: If QEMU or the thread has exited.
         """
         thread, area = self._threads[index], self._areas[index]
         image = ffi.from_buffer(self._image(area, thread))

@@ -44,9 +44,9 @@ def replace_by(
     :param options: The plugin's options in the form ``KEY=VALUE``.
     :param warn: A function that receives a warning if QEMU might start without the plugin. If
         `warn` is None, this function gives no warning.
-    :raises InputError: if the program does not exist, or if the plugin does not support an
+    :raises InputError: If the program does not exist, or if the plugin does not support an
         option.
-    :raises UnsupportedError: if ``LD_PRELOAD`` cannot load the plugin into the program.
+    :raises UnsupportedError: If ``LD_PRELOAD`` cannot load the plugin into the program.
     """
     program = shutil.which(command[0])
     if program is None:
@@ -79,7 +79,7 @@ def replace_by(
 def check_plugin_options(options: Sequence[str]) -> None:
     """Check the syntax and the keys of the plugin's options.
 
-    :raises InputError: if an option does not have the form ``KEY=VALUE``, or if the plugin does not
+    :raises InputError: If an option does not have the form ``KEY=VALUE``, or if the plugin does not
         support the key.
     """
     for option in options:

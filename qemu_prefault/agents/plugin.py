@@ -43,7 +43,7 @@ LONGEST_SOCKET_PATH: Final = 107
 def plugin_path() -> Path:
     """Return the plugin's path for QEMU's ``-plugin`` option or ``LD_PRELOAD``.
 
-    :raises UnsupportedError: if this installation was built without the plugin.
+    :raises UnsupportedError: If this installation was built without the plugin.
     """
     path = Path(__file__).resolve().parent.parent / "qemu-prefault-plugin.so"
     if not path.exists():
@@ -117,9 +117,9 @@ class Control:
 
         :param path: The path of the control socket.
         :param pid: The pid of QEMU, for error messages.
-        :raises UnsupportedError: if this process has no permission to connect, or if the plugin has
+        :raises UnsupportedError: If this process has no permission to connect, or if the plugin has
             a different version.
-        :raises FailedError: if the connection fails, or if the plugin does not answer.
+        :raises FailedError: If the connection fails, or if the plugin does not answer.
         """
         try:
             reader, writer = await _open(path)
@@ -164,9 +164,9 @@ class Control:
     async def ask(self, request: str) -> dict[str, Any]:
         """Send a request, and return the plugin's answer.
 
-        :raises FailedError: if the plugin refuses the request, if the plugin does not answer, or if
+        :raises FailedError: If the plugin refuses the request, if the plugin does not answer, or if
             QEMU has exited.
-        :raises RefusedError: if the plugin is running a batch of another client.
+        :raises RefusedError: If the plugin is running a batch of another client.
         """
         self.send(request)
         try:
@@ -182,8 +182,8 @@ class Control:
     async def status(self) -> dict[str, Any]:
         """Return the plugin's status.
 
-        :raises AgentError: if a field that this package uses is absent or has another type.
-        :raises FailedError: as for :meth:`ask`.
+        :raises AgentError: If a field that this package uses is absent or has another type.
+        :raises FailedError: As for :meth:`ask`.
         """
         answer = await self.ask("status")
         with self._well_formed():
@@ -204,8 +204,8 @@ class Control:
     async def event(self) -> dict[str, Any]:
         """Return the next event after the request ``follow`` (docs/reference/events.md).
 
-        :raises AgentError: if the event is malformed.
-        :raises FailedError: as for :meth:`receive`.
+        :raises AgentError: If the event is malformed.
+        :raises FailedError: As for :meth:`receive`.
         """
         event = await self.receive()
         with self._well_formed():
@@ -225,8 +225,8 @@ class Control:
 
         :param count: The number of its ranges.
         :returns: Bytes done and errno of each range, and the seconds that the batch took.
-        :raises AgentError: if the answer is malformed.
-        :raises FailedError: as for :meth:`receive`.
+        :raises AgentError: If the answer is malformed.
+        :raises FailedError: As for :meth:`receive`.
         """
         while "done" not in (answer := await self.receive()):
             if "progress" in answer:
@@ -352,7 +352,7 @@ class PluginAgent:
     async def start(self) -> None:
         """See :meth:`.Agent.start`.
 
-        :raises AgentError: if the plugin's status does not list a vCPU.
+        :raises AgentError: If the plugin's status does not list a vCPU.
         """
         self._control = await Control.connect(self._socket, self.process.pid)
         status = await self._control.status()

@@ -75,14 +75,14 @@ class PtraceAgent:
     async def start(self) -> None:
         """Start one helper per vCPU, and stop each vCPU thread for less than 1 ms.
 
-        :raises UnsupportedError: if this process has no permission to trace QEMU, if the agent does
+        :raises UnsupportedError: If this process has no permission to trace QEMU, if the agent does
             not support QEMU's libc, if a security module forbids executable anonymous memory, if a
             seccomp filter denies a system call, if QEMU's stacks are too small, or if QEMU runs
             with a hardware shadow stack.
-        :raises RefusedError: if another qemu-prefault is working in this QEMU, or if a limit
+        :raises RefusedError: If another qemu-prefault is working in this QEMU, or if a limit
             prevents QEMU from starting another thread.
-        :raises AgentError: if a thread cannot be stopped, or if a helper does not start.
-        :raises FailedError: if QEMU or a vCPU thread has exited.
+        :raises AgentError: If a thread cannot be stopped, or if a helper does not start.
+        :raises FailedError: If QEMU or a vCPU thread has exited.
         """
         await self._wait_until_alone()
         # The kernel attaches tracees to a thread, and detaches them when the thread exits.
@@ -174,8 +174,8 @@ class PtraceAgent:
     async def hold_vcpus(self) -> bool:
         """See :meth:`.Agent.hold_vcpus`.
 
-        :raises UnsupportedError: if this process has no permission to trace QEMU.
-        :raises AgentError: if the thread of a vCPU does not stop.
+        :raises UnsupportedError: If this process has no permission to trace QEMU.
+        :raises AgentError: If the thread of a vCPU does not stop.
         """
         if self._gate is None:
             return False
@@ -200,9 +200,9 @@ class PtraceAgent:
 
         If the batch prefaults memory, the caller must hold the vCPUs first.
 
-        :raises FailedError: if QEMU has exited (code ``qemu-gone``), or if a helper has exited
+        :raises FailedError: If QEMU has exited (code ``qemu-gone``), or if a helper has exited
             (code ``agent-left``).
-        :raises AgentError: if the batch prefaults memory and the vCPUs are not held.
+        :raises AgentError: If the batch prefaults memory and the vCPUs are not held.
         """
         self._check_held(batch)
         if not self._aborted:
@@ -323,7 +323,7 @@ class PtraceAgent:
     async def close(self) -> None:
         """End the helpers, and wait until all of them have exited.
 
-        :raises AgentError: if a helper is blocked in the kernel. The helper exits when its system
+        :raises AgentError: If a helper is blocked in the kernel. The helper exits when its system
             call returns.
         """
         self._tell_all("release")

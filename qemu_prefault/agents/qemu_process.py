@@ -59,9 +59,9 @@ def helper_threads(pid: int) -> tuple[int, ...]:
 def open_memory(process: Process) -> int:
     """Open ``/proc/PID/mem`` of QEMU for reading and writing.
 
-    :raises UnsupportedError: if this process has no permission to trace QEMU. The kernel requires
+    :raises UnsupportedError: If this process has no permission to trace QEMU. The kernel requires
         this permission for the file.
-    :raises FailedError: if QEMU has exited.
+    :raises FailedError: If QEMU has exited.
     """
     try:
         return os.open(f"/proc/{process.pid}/mem", os.O_RDWR | os.O_CLOEXEC)

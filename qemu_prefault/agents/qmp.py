@@ -341,7 +341,7 @@ def _match(items: Sequence[Range], reported: Sequence[object], kind: Kind) -> li
 
     QEMU reports each range as one or more pieces.
 
-    :raises LayoutError: if the report is malformed or incomplete.
+    :raises LayoutError: If the report is malformed or incomplete.
     """
     pieces = iter(reported)
     bytes_done = "mapped" if kind is Kind.STAGE2 else "populated"

@@ -31,7 +31,7 @@ class RunGate:
     Before a thread enters KVM_RUN, the child process ends the helpers' work. The child process
     exits when :meth:`close` is called, or when this process exits or is killed.
 
-    :raises AgentError: if the child process cannot be started.
+    :raises AgentError: If the child process cannot be started.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class RunGate:
     async def hold(self) -> None:
         """Trace the vCPU threads, so that no vCPU runs while its helper works.
 
-        :raises UnsupportedError: if this process has no permission to trace QEMU.
-        :raises FailedError: if a vCPU is running (code ``resumed``), or if its thread has exited.
-        :raises AgentError: if a thread does not stop.
+        :raises UnsupportedError: If this process has no permission to trace QEMU.
+        :raises FailedError: If a vCPU is running (code ``resumed``), or if its thread has exited.
+        :raises AgentError: If a thread does not stop.
         """
         answer = await self._ask(lib.RUN_GATE_HOLD)
         if answer == lib.RUN_GATE_FAILED:

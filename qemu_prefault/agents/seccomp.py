@@ -82,7 +82,7 @@ class BadFilterError(Exception):
 def parse_filters(data: bytes) -> list[list[Instruction]]:
     """Return the filters in the output of ``pf_read_filters()``.
 
-    :raises BadFilterError: if the output is truncated.
+    :raises BadFilterError: If the output is truncated.
     """
     filters = []
     at = 0
@@ -135,7 +135,7 @@ _JA = 0x00
 def run_filter(program: Filter, data: bytes) -> int:
     """Run one filter on a ``struct seccomp_data``, and return the filter's result.
 
-    :raises BadFilterError: if the filter jumps out of the program, or if it contains an unsupported
+    :raises BadFilterError: If the filter jumps out of the program, or if it contains an unsupported
         instruction.
     """
     accumulator = index = at = 0

@@ -36,7 +36,7 @@ class Selection:
 
         The attach agent and the plugin start threads in QEMU, so they use only some of the vCPUs.
 
-        :raises RefusedError: if QEMU's limits of tasks allow too few threads (code ``no-tasks``).
+        :raises RefusedError: If QEMU's limits of tasks allow too few threads (code ``no-tasks``).
         """
         if self.name == "qmp":
             return threads
@@ -78,7 +78,7 @@ async def select_agent(wanted: str, process: Process, monitor: Monitor, *, kvm: 
 
     :param wanted: ``auto``, ``attach``, ``plugin`` or ``qmp``.
     :param kvm: Whether the guest runs under KVM.
-    :raises UnsupportedError: if QEMU does not support the wanted agent.
+    :raises UnsupportedError: If QEMU does not support the wanted agent.
     """
     socket = find_control_socket(process) if wanted in ("auto", "plugin") else None
     if socket is not None:

@@ -82,7 +82,7 @@ def monitor_address(qmp: str | None, domain: str | None) -> str | None:
     """Return the monitor's address from the values of --qmp and --domain.
 
     :returns: A socket address or ``libvirt:DOMAIN``, or None if both values are empty.
-    :raises click.UsageError: if both values are given.
+    :raises click.UsageError: If both values are given.
     """
     if qmp and domain:
         raise click.UsageError("give either --qmp SOCK or --domain NAME")
@@ -93,7 +93,7 @@ def required_address(qmp: str | None, domain: str | None) -> str:
     """Return the monitor's address, and require --qmp or --domain.
 
     :returns: A socket address or ``libvirt:DOMAIN``.
-    :raises click.UsageError: if both values are empty, or if both are given.
+    :raises click.UsageError: If both values are empty, or if both are given.
     """
     address = monitor_address(qmp, domain)
     if not address:

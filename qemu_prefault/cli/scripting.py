@@ -46,7 +46,7 @@ def parser(description: str | None) -> ArgumentParser:
 def show(lines: Iterable[str]) -> None:
     """Print lines to stdout, and escape control characters except newlines.
 
-    :raises FailedError: if the lines cannot be written (code ``output``).
+    :raises FailedError: If the lines cannot be written (code ``output``).
     """
     single = (part for line in lines for part in line.split("\n"))
     Printer(as_json=False).result({}, single)

@@ -21,9 +21,9 @@ HANG_SECONDS = 0.3
 def ioctl(fd: int, request: int, argument: int | bytearray | bytes = 0) -> int:
     """Issue an ioctl and return the result of the system call.
 
-    :param argument: an integer, or a buffer whose address is passed to the kernel. Pass a
+    :param argument: An integer, or a buffer whose address is passed to the kernel. Pass a
         bytearray if the kernel writes to the buffer.
-    :raises OSError: if the ioctl fails.
+    :raises OSError: If the ioctl fails.
     """
     value = argument if isinstance(argument, int) else address_of(argument)
     answer = int(lib.pf_vmm_ioctl(fd, request, value))

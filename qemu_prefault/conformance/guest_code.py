@@ -54,8 +54,8 @@ def identity_tables(at: int, up_to: int) -> bytes:
     The user bit is set, so that the tables can also be used as nested page tables. The CPU treats
     nested walks as user accesses.
 
-    :param at: the guest address where the caller stores the tables.
-    :param up_to: the number of bytes that the tables map, rounded up to a multiple of 512 GiB.
+    :param at: The guest address where the caller stores the tables.
+    :param up_to: The number of bytes that the tables map, rounded up to a multiple of 512 GiB.
     """
     count = -(-up_to // (512 * GIB))
     top = [at + PAGE_SIZE * (1 + n) | _PRESENT_RW_USER for n in range(count)]
@@ -72,9 +72,9 @@ _VMCB_INTERCEPT_VMRUN = 1 << 0
 def vmcb(*, rip: int, cr3: int, nested_cr3: int | None) -> bytes:
     """Return a VMCB (AMD APM volume 2, appendix B) for 64-bit code at ``rip``.
 
-    :param rip: the guest address of the first instruction.
-    :param cr3: the guest address of the page tables.
-    :param nested_cr3: the guest address of the nested page tables, or None to disable nested
+    :param rip: The guest address of the first instruction.
+    :param cr3: The guest address of the page tables.
+    :param nested_cr3: The guest address of the nested page tables, or None to disable nested
         paging.
     """
     page = bytearray(PAGE_SIZE)

@@ -22,13 +22,13 @@ class HostFacts:
     """The kernel release, and the features and settings of the kernel and KVM.
 
     :ivar capability: True if KVM reports KVM_CAP_PRE_FAULT_MEMORY.
-    :ivar refusal: the errno with which a valid prefault fails, or 0 if the prefault succeeds.
+    :ivar refusal: The errno with which a valid prefault fails, or 0 if the prefault succeeds.
     :ivar paging: ``NPT``, ``EPT`` or ``shadow``.
     :ivar tdp_mmu: True if KVM uses the TDP MMU (``kvm.tdp_mmu``).
     :ivar ad_bits: True if stage-2 entries have accessed and dirty bits. With
         ``kvm_intel.eptad=0``, they do not have these bits.
     :ivar thp: True if transparent huge pages are enabled.
-    :ivar hugepages: the numbers of free 2 MiB and 1 GiB hugetlb pages.
+    :ivar hugepages: The numbers of free 2 MiB and 1 GiB hugetlb pages.
     """
 
     kernel: str
@@ -74,7 +74,7 @@ def _on(value: str | None) -> bool:
 def read_host_facts() -> HostFacts:
     """Return the features and settings of this host.
 
-    :raises UnsupportedError: if ``/dev/kvm`` cannot be opened.
+    :raises UnsupportedError: If ``/dev/kvm`` cannot be opened.
     """
     try:
         kvm_fd = device.kvm_fd()

@@ -27,7 +27,7 @@ POPULATE_READ, POPULATE_WRITE, COLLAPSE, HWPOISON = 22, 23, 25, 100
 def system_call(number: int, *arguments: int) -> int:
     """Make a system call and return its result.
 
-    :raises OSError: if the system call fails.
+    :raises OSError: If the system call fails.
     """
     answer = int(lib.pf_vmm_syscall(number, *arguments, *[0] * (6 - len(arguments))))
     if answer < 0:
@@ -38,8 +38,8 @@ def system_call(number: int, *arguments: int) -> int:
 class Memory:
     """A memory mapping of this process, aligned to ``align`` bytes.
 
-    :ivar address: the host virtual address.
-    :ivar size: the size in bytes.
+    :ivar address: The host virtual address.
+    :ivar size: The size in bytes.
     """
 
     def __init__(

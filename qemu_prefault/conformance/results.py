@@ -23,7 +23,7 @@ def exit_status(results: Sequence[CaseResult]) -> ExitStatus:
 def to_json(host: HostFacts, results: Sequence[CaseResult], seconds: float) -> dict[str, Any]:
     """Return the results as a JSON object.
 
-    :param seconds: the duration of the run.
+    :param seconds: The duration of the run.
     """
     return {
         "schema": 1,

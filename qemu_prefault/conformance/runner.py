@@ -32,9 +32,9 @@ CASE_LIMIT_SECONDS = 60.0
 class CaseResult:
     """The result of one case.
 
-    :ivar text: the reason for the outcome, or a description of what the case observed. It can be
+    :ivar text: The reason for the outcome, or a description of what the case observed. It can be
         empty.
-    :ivar seconds: the duration of the case.
+    :ivar seconds: The duration of the case.
     """
 
     case: ConformanceCase
@@ -55,8 +55,8 @@ def run(
 
     :param destructive: True to run also the cases that make the kernel log a warning or leak a
         page.
-    :param limit_seconds: the time after which a case has the outcome ``HANG``.
-    :param on_result: a function that is called with each result as soon as it is available.
+    :param limit_seconds: The time after which a case has the outcome ``HANG``.
+    :param on_result: A function that is called with each result as soon as it is available.
     """
     results = []
     for case in cases:

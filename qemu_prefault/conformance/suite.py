@@ -78,8 +78,9 @@ class ConformanceCase:
     """One statement about the kernel, and the function that checks it.
 
     :ivar id: ``area/name``, which does not change between releases.
-    :ivar says: the statement about the kernel, in one sentence.
-    :ivar source: the kernel code that causes this behaviour (``file:function`` and commits).
+    :ivar says: The statement about the kernel, in one sentence.
+    :ivar source: The kernel code that causes this behaviour (``file:function()`` and commits).
+        Paths without a directory, and those in ``mmu/``, are in ``arch/x86/kvm/``.
     :ivar mapping: True if the case depends on mapped pages, and therefore fails if the ioctl maps
         nothing.
     :ivar destructive: True if the case makes the kernel log a warning, or leak a page until the

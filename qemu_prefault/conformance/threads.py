@@ -22,9 +22,9 @@ def wait_for(
 ) -> None:
     """Poll a condition until it is true.
 
-    :param what: the first part of the message, which states what has not happened.
-    :param limit: the maximum time in seconds.
-    :raises Unexpected: if the condition is still false after the maximum time.
+    :param what: The first part of the message, which states what has not happened.
+    :param limit: The maximum time in seconds.
+    :raises Unexpected: If the condition is still false after the maximum time.
     """
     deadline = time.monotonic() + limit
     while not condition():
@@ -77,7 +77,7 @@ class BackgroundCall(threading.Thread):
     def wait_state(self, letters: str, limit: float = IOCTL_LIMIT_SECONDS) -> None:
         """Wait until the state of the thread is one of ``letters``.
 
-        :param limit: the maximum time in seconds.
+        :param limit: The maximum time in seconds.
         """
         wait_for(lambda: self.state() in letters, f"a thread did not enter state {letters}", limit)
 

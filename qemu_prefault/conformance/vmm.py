@@ -45,9 +45,9 @@ class IoctlRefused(Exception):
 class IoctlResult:
     """The result of one ``KVM_PRE_FAULT_MEMORY`` ioctl.
 
-    :ivar error: the errno, or 0 for success.
-    :ivar left: the ``size`` that the kernel wrote back, in bytes.
-    :ivar seconds: the duration of the ioctl.
+    :ivar error: The errno, or 0 for success.
+    :ivar left: The ``size`` that the kernel wrote back, in bytes.
+    :ivar seconds: The duration of the ioctl.
     """
 
     error: int
@@ -74,7 +74,7 @@ class KvmVm:
 
     :param kind: ``abi.VM_DEFAULT`` or ``abi.VM_SW_PROTECTED``.
     :param irqchip: True to create a local APIC in the kernel, so that ``hlt`` waits inside KVM_RUN.
-    :param dirty_ring: the size of each vCPU's dirty ring in bytes, or 0 to use no dirty ring.
+    :param dirty_ring: The size of each vCPU's dirty ring in bytes, or 0 to use no dirty ring.
     :param quirk: False to disable KVM_X86_QUIRK_SLOT_ZAP_ALL.
     """
 
@@ -128,11 +128,11 @@ class KvmVm:
     ) -> Slot:
         """Create a slot, or change the address or flags of an existing slot.
 
-        :param number: the slot number. Bit 16 selects the address space.
-        :param gpa: the guest address of the slot.
-        :param offset: the offset in bytes at which the slot starts in ``memory``.
-        :param size: the size in bytes, or None for the rest of ``memory``.
-        :param gmem: the descriptor of a guest_memfd for private memory, or -1.
+        :param number: The slot number. Bit 16 selects the address space.
+        :param gpa: The guest address of the slot.
+        :param offset: The offset in bytes at which the slot starts in ``memory``.
+        :param size: The size in bytes, or None for the rest of ``memory``.
+        :param gmem: The descriptor of a guest_memfd for private memory, or -1.
         """
         slot = Slot(number, gpa, memory.size - offset if size is None else size, memory, flags,
                     offset, gmem)  # fmt: skip
@@ -257,11 +257,11 @@ class KvmVcpu:
     ) -> IoctlResult:
         """Issue ``KVM_PRE_FAULT_MEMORY`` once.
 
-        :param limit: the time in seconds after which repeated signals interrupt the ioctl.
-        :param padding: the value of each 64-bit word in the structure's padding.
-        :param call: a function that issues the ioctl, or None to issue the ioctl in this thread.
+        :param limit: The time in seconds after which repeated signals interrupt the ioctl.
+        :param padding: The value of each 64-bit word in the structure's padding.
+        :param call: A function that issues the ioctl, or None to issue the ioctl in this thread.
         :param any_error: True to return every error, even if the host does not offer the ioctl.
-        :raises IoctlRefused: if the ioctl fails on a host that does not offer it.
+        :raises IoctlRefused: If the ioctl fails on a host that does not offer it.
         """
         arguments = bytearray(struct.pack("<8Q", gpa, size, flags, *[padding] * 5))
         before = self.vm.leaves()
@@ -282,7 +282,7 @@ class KvmVcpu:
     def prefault_all(self, gpa: int, size: int) -> None:
         """Issue the ioctl until no bytes are left.
 
-        :raises Unexpected: if the ioctl fails or makes no progress.
+        :raises Unexpected: If the ioctl fails or makes no progress.
         """
         while size:
             result = self.prefault(gpa, size)
@@ -295,7 +295,7 @@ class KvmVcpu:
 
         If a signal interrupts KVM_RUN, the exit reason is ``abi.EXIT_INTR``.
 
-        :param limit: the time in seconds after which repeated signals interrupt KVM_RUN. 0 means
+        :param limit: The time in seconds after which repeated signals interrupt KVM_RUN. 0 means
             no limit.
         """
         answer = lib.pf_vmm_ioctl_limited(self.fd, abi.RUN, 0, int(limit * 1e9))
@@ -353,7 +353,7 @@ class KvmVcpu:
     def read(self, gpa: int, pages: int, stride: int = PAGE_SIZE) -> int:
         """Make the guest read the first word of each page, and return their sum.
 
-        :param stride: the distance in bytes between two words.
+        :param stride: The distance in bytes between two words.
         :returns: the sum of the 32-bit words modulo 2**32.
         """
         code = guest_code.READ_64 if self._long else guest_code.READ_32
@@ -362,7 +362,7 @@ class KvmVcpu:
     def write(self, gpa: int, pages: int, value: int, stride: int = PAGE_SIZE) -> None:
         """Make the guest write ``value`` to the first 32-bit word of each page.
 
-        :param stride: the distance in bytes between two words.
+        :param stride: The distance in bytes between two words.
         """
         code = guest_code.WRITE_64 if self._long else guest_code.WRITE_32
         self.call(code, rsi=gpa, rcx=pages, rdx=stride, rax=value)

@@ -77,7 +77,7 @@ async def follow_plugin(process: Process, socket: Path) -> AsyncIterator[Event]:
 async def follow_from_outside(vm: Vm, options: Options) -> AsyncIterator[Event]:
     """Prefault the guest now, and again when necessary, until QEMU exits.
 
-    :raises QemuPrefaultError: if the first run is refused or fails. If a later run is refused or
+    :raises QemuPrefaultError: If the first run is refused or fails. If a later run is refused or
         fails, the function yields an event instead.
     """
     with vm.monitor.events(*WAKE_UP) as events:

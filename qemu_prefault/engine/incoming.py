@@ -52,8 +52,8 @@ class IncomingMigration:
     async def loaded(self) -> None:
         """Wait until the guest is loaded.
 
-        :raises FailedError: if the migration failed or was cancelled.
-        :raises RefusedError: if the loaded guest is in a state in which it cannot run.
+        :raises FailedError: If the migration failed or was cancelled.
+        :raises RefusedError: If the loaded guest is in a state in which it cannot run.
         """
         with self._monitor.patience(LOAD_SECONDS):
             while not (await self._is_loaded() or await self._is_told()):
@@ -117,7 +117,7 @@ async def check_no_postcopy(monitor: Monitor) -> None:
     Populating accesses every page. During postcopy, QEMU would request each of these pages from
     the source.
 
-    :raises RefusedError: if the capability ``postcopy-ram`` is set.
+    :raises RefusedError: If the capability ``postcopy-ram`` is set.
     """
     if (await _capabilities(monitor)).get("postcopy-ram"):
         raise RefusedError(
@@ -157,7 +157,7 @@ async def hold_incoming(
     function had not been called. If the block exits normally, the caller must resume the guest.
 
     :param cleanup: The functions that stop the agent's helpers if this process is killed.
-    :raises FailedError: if QEMU exits because the migration failed or was cancelled.
+    :raises FailedError: If QEMU exits because the migration failed or was cancelled.
     """
     with contextlib.ExitStack() as stack:
         events = stack.enter_context(monitor.events("MIGRATION", "RESUME"))

@@ -80,7 +80,7 @@ class RamMap:
 async def ram_map(vm: Vm) -> RamMap:
     """Return the map of a guest's RAM, including the skipped sections.
 
-    :raises UnsupportedError: if this process has no permission to trace QEMU.
+    :raises UnsupportedError: If this process has no permission to trace QEMU.
     """
     state = vm.state
     found = []

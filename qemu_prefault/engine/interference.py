@@ -38,7 +38,7 @@ class InterferenceMonitor:
 
         :param abort_on_migration: Whether to end the run if a migration starts. It must be False
             if the run waits for an incoming migration.
-        :raises QemuPrefaultError: if another client's interference has ended the run.
+        :raises QemuPrefaultError: If another client's interference has ended the run.
         """
         names = ("RESUME", "STOP", "RESET", "SHUTDOWN", "MIGRATION")
         with self._vm.monitor.events(*names) as events:

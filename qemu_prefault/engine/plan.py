@@ -46,7 +46,7 @@ class Target:
 def select(state: VmState, options: Options) -> tuple[Target, ...]:
     """Return the targets to prefault, sorted by guest-physical address.
 
-    :raises InputError: if the chosen ranges contain no guest RAM.
+    :raises InputError: If the chosen ranges contain no guest RAM.
     """
     targets = []
     left = None if options.max_bytes is None else options.max_bytes // PAGE_SIZE * PAGE_SIZE

@@ -66,7 +66,7 @@ def check_status(status: str) -> None:
     """Raise an error if a guest in this run state cannot run.
 
     :param status: The run state, as ``query-status`` returns it.
-    :raises RefusedError: if the guest cannot run.
+    :raises RefusedError: If the guest cannot run.
     """
     if status in _UNFIT_STATUS:
         cause, remedy, code = _UNFIT_STATUS[status]
@@ -76,7 +76,7 @@ def check_status(status: str) -> None:
 def check_awaits_incoming(state: VmState) -> None:
     """Raise an error if QEMU does not wait for an incoming migration or restore.
 
-    :raises RefusedError: if QEMU is not in the state ``inmigrate``.
+    :raises RefusedError: If QEMU is not in the state ``inmigrate``.
     """
     if state.status != "inmigrate":
         raise RefusedError(
@@ -94,7 +94,7 @@ def check_vm_state(state: VmState, dirty_limit: bool = False) -> None:
     dirty (``make_spte()``, arch/x86/kvm/mmu/spte.c). A migration would send all these pages again.
 
     :param dirty_limit: Whether ``query-vcpu-dirty-limit`` shows an active limit.
-    :raises RefusedError: if a migration or a dirty-rate measurement is running, if a dirty-rate
+    :raises RefusedError: If a migration or a dirty-rate measurement is running, if a dirty-rate
         limit is active, or if the guest cannot run.
     """
     migration = state.migration or "none"
@@ -125,7 +125,7 @@ def check_vm_state(state: VmState, dirty_limit: bool = False) -> None:
 def check_supported(vm: Vm) -> None:
     """Raise an error if this guest or this kernel does not support prefaulting.
 
-    :raises UnsupportedError: if the guest does not run under KVM, or if KVM lacks the ioctl.
+    :raises UnsupportedError: If the guest does not run under KVM, or if KVM lacks the ioctl.
     """
     if not vm.state.kvm:
         raise UnsupportedError(
@@ -151,7 +151,7 @@ def check_headroom(
     :param force: Whether to skip the check.
     :param reservation: The run's reservation, which this function makes. None with ``--dry-run``.
     :returns: The bytes that populating would allocate for each target.
-    :raises RefusedError: if too little memory is available.
+    :raises RefusedError: If too little memory is available.
     """
     absent = {}
     for target in targets:
@@ -174,7 +174,7 @@ def _check_limits(
     """Return the bytes that populating takes from each limit, by :attr:`.Limit.key`.
 
     :param others: The bytes of each limit that other runs have reserved.
-    :raises RefusedError: if a limit is too low.
+    :raises RefusedError: If a limit is too low.
     """
     needs: dict[str, int] = {}
     sources = {target: vm.memory_source(target.section) for target in absent}

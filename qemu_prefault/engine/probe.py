@@ -61,7 +61,7 @@ class Findings:
 async def probe_process(pid: int) -> Findings:
     """Check this host and a QEMU process without using its monitor.
 
-    :raises GoneError: if the process does not exist.
+    :raises GoneError: If the process does not exist.
     """
     process = Process.find(pid)
     findings, status = _host(process)
@@ -167,6 +167,6 @@ def _host(process: Process) -> tuple[list[Finding], ExitStatus]:
                 "this process lacks CAP_SYS_NICE, so helpers may keep the vCPUs' scheduling policy "
                 "and CPU affinity"
             )
-            remedy = "if vCPUs are real-time or pinned, run as root, or use the plugin agent"
+            remedy = "run as root or use the plugin agent if vCPUs are real-time or pinned"
             findings.append(Finding("scheduling", "note", text, remedy))
     return findings, status

@@ -48,7 +48,7 @@ class ResumeGuard:
     def __enter__(self) -> ResumeGuard:
         """Start the resume guard, and wait until it is ready.
 
-        :raises FailedError: if the resume guard exited before it was ready. The guest is not paused
+        :raises FailedError: If the resume guard exited before it was ready. The guest is not paused
             yet.
         """
         read_end, self._pipe = os.pipe2(os.O_CLOEXEC)

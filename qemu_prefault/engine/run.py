@@ -77,10 +77,10 @@ async def prefault(
     :param on_progress: A function that the run calls with three arguments. They are the phase, the
         bytes done in this phase, and the total bytes of this phase.
     :returns: The report of the run.
-    :raises UnsupportedError: if this host, kernel or QEMU does not support prefaulting.
-    :raises RefusedError: if prefaulting now would harm the guest or the host, or if another client
+    :raises UnsupportedError: If this host, kernel or QEMU does not support prefaulting.
+    :raises RefusedError: If prefaulting now would harm the guest or the host, or if another client
         migrates the guest during the run.
-    :raises FailedError: if a step failed. The guest's run state is the same as before the run.
+    :raises FailedError: If a step failed. The guest's run state is the same as before the run.
     """
     selection = await select_agent(options.agent, vm.process, vm.monitor, kvm=vm.state.kvm)
     tally = RunTally()

@@ -76,7 +76,7 @@ class Vm:
         :param qmp: The socket's address. See :meth:`Monitor.connect`.
         :param pid: QEMU's process id. It is only needed if the socket does not identify QEMU.
         :param dial: A function that opens the connection. See :meth:`Monitor.connect`.
-        :raises QemuPrefaultError: if :meth:`Monitor.connect`,
+        :raises QemuPrefaultError: If :meth:`Monitor.connect`,
             :func:`~qemu_prefault.qemu.queries.read_vm_state` or
             :func:`~qemu_prefault.host.identify.identify` raises an error.
         """
@@ -156,9 +156,9 @@ class Vm:
 
         :param wanted: The indexes of the chosen vCPUs. An empty sequence means all vCPUs.
         :param needs_fds: Whether the descriptors are needed. Populating does not need them.
-        :raises InputError: if a given index is not that of a vCPU.
-        :raises UnsupportedError: if QEMU has no KVM vCPUs.
-        :raises FailedError: if a vCPU has no descriptor.
+        :raises InputError: If a given index is not that of a vCPU.
+        :raises UnsupportedError: If QEMU has no KVM vCPUs.
+        :raises FailedError: If a vCPU has no descriptor.
         """
         known = {vcpu.index: vcpu for vcpu in self.state.vcpus}
         if missing := [index for index in wanted if index not in known]:
@@ -195,8 +195,8 @@ class Vm:
     def take_fd(self, number: int) -> int:
         """Return a duplicate of QEMU's descriptor, which the caller must close.
 
-        :raises PtraceDeniedError: if this process has no permission to trace QEMU.
-        :raises GoneError: if QEMU has exited, or if QEMU has closed the descriptor.
+        :raises PtraceDeniedError: If this process has no permission to trace QEMU.
+        :raises GoneError: If QEMU has exited, or if QEMU has closed the descriptor.
         """
         try:
             return take_fd(self.process, number)

@@ -39,7 +39,7 @@ def parse_kvm_fds(links: Iterable[tuple[int, str]]) -> KvmFds:
     virt/kvm/kvm_main.c defines the link targets of KVM's descriptors.
 
     :param links: Pairs of the number of a descriptor and its link target in ``/proc/PID/fd``.
-    :raises UnsupportedError: if the process runs more than one VM.
+    :raises UnsupportedError: If the process runs more than one VM.
     """
     vm = kvm = None
     vcpus: dict[int, int] = {}
@@ -63,7 +63,7 @@ def parse_kvm_fds(links: Iterable[tuple[int, str]]) -> KvmFds:
 def kvm_fds(process: Process) -> KvmFds:
     """Return the numbers of a process's KVM descriptors.
 
-    :raises UnsupportedError: if this process has no permission to list the descriptors.
+    :raises UnsupportedError: If this process has no permission to list the descriptors.
     """
     links = ((int(n), process.link(f"fd/{n}")) for n in process.listdir("fd") if n.isdecimal())
     return parse_kvm_fds((number, link) for number, link in links if link is not None)
@@ -76,9 +76,9 @@ def take_fd(process: Process, number: int) -> int:
     While the duplicate is open, the kernel keeps the open file alive, even after QEMU has exited.
 
     :returns: The number of the duplicate.
-    :raises GoneError: if the process or the descriptor no longer exists.
-    :raises PtraceDeniedError: if this process has no permission to trace the other process.
-    :raises FailedError: if the kernel refuses pidfd_getfd(2) for another reason.
+    :raises GoneError: If the process or the descriptor no longer exists.
+    :raises PtraceDeniedError: If this process has no permission to trace the other process.
+    :raises FailedError: If the kernel refuses pidfd_getfd(2) for another reason.
     """
     from .._native import lib  # noqa: PLC0415
 

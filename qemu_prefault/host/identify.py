@@ -25,9 +25,9 @@ def identify(peer_pid: int | None, given_pid: int | None, thread_ids: Sequence[i
         Therefore the user can reach QEMU's monitor through a proxy.
     :param thread_ids: The ids of the vCPU threads from ``query-cpus-fast``, in QEMU's own pid
         namespace.
-    :raises RefusedError: if the process does not own these threads (code ``proxy``).
-    :raises UnsupportedError: if QEMU is not visible in this pid namespace (code ``pid-namespace``).
-    :raises GoneError: if the process has exited.
+    :raises RefusedError: If the process does not own these threads (code ``proxy``).
+    :raises UnsupportedError: If QEMU is not visible in this pid namespace (code ``pid-namespace``).
+    :raises GoneError: If the process has exited.
     """
     pid = peer_pid if given_pid is None else given_pid
     if pid is None:

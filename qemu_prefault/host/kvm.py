@@ -119,7 +119,7 @@ class BinaryStats:
     Documentation/virt/kvm/api.rst, section 4.133, describes the format. The caller opens and closes
     the descriptor.
 
-    :raises OSError: if the descriptor cannot be read, or if it is not a statistics descriptor.
+    :raises OSError: If the descriptor cannot be read, or if it is not a statistics descriptor.
     """
 
     #: KVM has about 60 counters, with names of 48 bytes (KVM_STATS_NAME_SIZE).
@@ -158,7 +158,7 @@ class BinaryStats:
 
         The value of an unknown counter is 0.
 
-        :raises OSError: if the descriptor cannot be read.
+        :raises OSError: If the descriptor cannot be read.
         """
         data = os.pread(self.fd, self._length, self._data)
         if len(data) != self._length:

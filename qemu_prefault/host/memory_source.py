@@ -79,7 +79,7 @@ class MemorySource:
         :param absent: The number of bytes of the mapping that are not allocated yet.
         :param together: Other files that the caller populates. The limits do not subtract the
             memory for these files, because the caller adds this memory to its own need.
-        :raises GoneError: if the process has exited.
+        :raises GoneError: If the process has exited.
         """
         nodes = confining_nodes(self.process, self.nodes)
         if self.page_size > PAGE_SIZE:

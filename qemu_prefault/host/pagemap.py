@@ -43,7 +43,7 @@ class Sums:
 class Pagemap:
     """A context manager that reads ``/proc/PID/pagemap`` of QEMU.
 
-    :raises UnsupportedError: if this process has no permission to trace QEMU. The kernel requires
+    :raises UnsupportedError: If this process has no permission to trace QEMU. The kernel requires
         this permission for the file.
     """
 

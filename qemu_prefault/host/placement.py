@@ -81,7 +81,7 @@ def real_time_cpus(process: Process) -> frozenset[int]:
 def affinity(tid: int) -> frozenset[int]:
     """Return the CPUs on which a thread may run.
 
-    :raises GoneError: if the thread has exited.
+    :raises GoneError: If the thread has exited.
     """
     try:
         return frozenset(os.sched_getaffinity(tid))

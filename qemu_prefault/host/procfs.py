@@ -70,10 +70,10 @@ def denied(path: str) -> UnsupportedError:
 def read_file(path: str, pid: int) -> str:
     """Return the text of a file of /proc/PID.
 
-    :raises GoneError: if the process has exited.
-    :raises UnsupportedError: if this process has no permission to read the file, or if /proc does
+    :raises GoneError: If the process has exited.
+    :raises UnsupportedError: If this process has no permission to read the file, or if /proc does
         not show the process.
-    :raises FailedError: if this process cannot read the file for another reason.
+    :raises FailedError: If this process cannot read the file for another reason.
     """
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
@@ -145,7 +145,7 @@ class Status:
 def parse_status(text: str) -> Status:
     """Return the fields in the text of ``/proc/PID/status``.
 
-    :raises FailedError: if the text has another format.
+    :raises FailedError: If the text has another format.
     """
     fields: dict[str, str] = {}
     for line in text.split("\n"):
@@ -178,7 +178,7 @@ def parse_status(text: str) -> Status:
 def parse_start_time(text: str) -> int:
     """Return field 22 of ``/proc/PID/stat``, the start time in ticks since boot.
 
-    :raises FailedError: if the text has another format.
+    :raises FailedError: If the text has another format.
     """
     # The command name is in parentheses and may contain any character, even ')' and '\n'.
     fields = text[text.rfind(")") + 1 :].split()
@@ -229,7 +229,7 @@ _MAPPING: Final = re.compile(
 def parse_maps(text: str) -> tuple[MemoryMapping, ...]:
     """Return the mappings in the text of ``/proc/PID/maps``.
 
-    :raises FailedError: if a line has another format.
+    :raises FailedError: If a line has another format.
     """
     return tuple(_parse_mapping(line) for line in text.split("\n") if line)
 
@@ -277,7 +277,7 @@ def backing_of(mapping: MemoryMapping, page_size: int = PAGE_SIZE) -> BackingKin
 def mappings_of(maps: Sequence[MemoryMapping], start: int, size: int) -> tuple[MemoryMapping, ...]:
     """Return the mappings that together cover ``start..start+size-1`` without a gap.
 
-    :raises FailedError: if a byte of this range is not mapped (code ``unmapped``).
+    :raises FailedError: If a byte of this range is not mapped (code ``unmapped``).
     """
     found = tuple(m for m in maps if m.start < start + size and m.end > start)
     reached = start
@@ -353,14 +353,14 @@ class Process:
     def find(cls, pid: int) -> Process:
         """Return the process with this id.
 
-        :raises GoneError: if no such process exists.
+        :raises GoneError: If no such process exists.
         """
         return cls(pid, parse_start_time(read_file(f"{PROC}/{pid}/stat", pid)))
 
     def check(self) -> None:
         """Check that the pid still belongs to the same process, and that it is alive.
 
-        :raises GoneError: if the process has exited, or if it is a zombie.
+        :raises GoneError: If the process has exited, or if it is a zombie.
         """
         text = read_file(f"{PROC}/{self.pid}/stat", self.pid)
         state = text[text.rfind(")") + 1 :].split()[:1]
@@ -415,8 +415,8 @@ class Process:
     def listdir(self, name: str) -> list[str]:
         """Return the entries of a directory in /proc/PID.
 
-        :raises GoneError: if the process has exited.
-        :raises UnsupportedError: if this process has no permission to list the directory.
+        :raises GoneError: If the process has exited.
+        :raises UnsupportedError: If this process has no permission to list the directory.
         """
         path = f"{PROC}/{self.pid}/{name}"
         try:

@@ -53,7 +53,7 @@ def diagnose_ptrace(process: Process) -> tuple[str, str]:
 
     :param process: The process that could not be traced.
     :returns: The cause and the remedy for an error message.
-    :raises GoneError: if the process has exited.
+    :raises GoneError: If the process has exited.
     """
     own = parse_status(read_file(f"{PROC}/self/status", os.getpid()))
     target = process.status()

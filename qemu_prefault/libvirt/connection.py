@@ -32,7 +32,7 @@ def default_uri(uri: str | None = None) -> str:
 def module() -> Any:
     """Import libvirt-python, and return its module.
 
-    :raises UnsupportedError: if libvirt-python is not installed.
+    :raises UnsupportedError: If libvirt-python is not installed.
     """
     try:
         import libvirt  # noqa: PLC0415
@@ -52,7 +52,7 @@ def module() -> Any:
 def connect(uri: str | None = None) -> libvirt.virConnect:
     """Connect to libvirt, and return the connection.
 
-    :raises LibvirtError: if libvirt's daemon does not respond.
+    :raises LibvirtError: If libvirt's daemon does not respond.
     """
     name = default_uri(uri)
     with errors(f"{name}: "):
@@ -90,7 +90,7 @@ def raise_error(error: Any, prefix: str = "") -> NoReturn:
 def lookup(connection: libvirt.virConnect, name: str) -> libvirt.virDomain:
     """Return the domain with this name, UUID or id.
 
-    :raises InputError: if the domain does not exist.
+    :raises InputError: If the domain does not exist.
     """
     libvirt = module()
     with errors():
@@ -128,7 +128,7 @@ class Definitions(Protocol):
 def definitions(uri: str | None = None) -> Definitions:
     """Return :class:`ByModule` if libvirt-python is installed, else :class:`ByVirsh`.
 
-    :raises UnsupportedError: if neither libvirt-python nor virsh is installed.
+    :raises UnsupportedError: If neither libvirt-python nor virsh is installed.
     """
     try:
         module()

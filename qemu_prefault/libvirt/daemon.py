@@ -43,7 +43,7 @@ def run(uri: str | None, *, listen: str | None, textfile: Path | None, act: bool
     :param listen: The ``ADDRESS:PORT`` at which to serve metrics, or None.
     :param textfile: The file to which to write metrics, or None.
     :param act: Whether to perform the actions that the hook configuration requests.
-    :raises UnsupportedError: if libvirt-python is not installed, or if metrics are requested and
+    :raises UnsupportedError: If libvirt-python is not installed, or if metrics are requested and
         prometheus_client is not installed.
     """
     _log_to_stderr()

@@ -106,7 +106,7 @@ class Domain:
 def parse(xml: bytes) -> Element:
     """Parse domain XML.
 
-    :raises InputError: if the input is not valid XML, or if its root element is not ``<domain>``.
+    :raises InputError: If the input is not valid XML, or if its root element is not ``<domain>``.
     """
     root = _Reader(xml).read()
     if (root.namespace, root.name) != ("", "domain"):
@@ -120,7 +120,7 @@ def parse(xml: bytes) -> Element:
 def describe(xml: bytes) -> Domain:
     """Return the properties of a domain.
 
-    :raises InputError: if the XML cannot be parsed.
+    :raises InputError: If the XML cannot be parsed.
     """
     root = parse(xml)
     memory = _size(root.find("memory"))
@@ -161,8 +161,8 @@ def enable(xml: bytes, path: str, options: Sequence[str] = ()) -> Edited:
 
     :param path: The path of the plugin on the host.
     :param options: The options of the plugin, each in the form ``KEY=VALUE``.
-    :raises UnsupportedError: if the domain cannot use the plugin.
-    :raises RefusedError: if the domain already loads the plugin with LD_PRELOAD.
+    :raises UnsupportedError: If the domain cannot use the plugin.
+    :raises RefusedError: If the domain already loads the plugin with LD_PRELOAD.
     """
     root = parse(xml)
     _refuse(root)

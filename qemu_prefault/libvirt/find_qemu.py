@@ -27,7 +27,7 @@ def find_qemu(name: str, uuid: str) -> Process:
     :param name: The domain's name.
     :param uuid: The domain's UUID, which the command line of QEMU must contain. If the UUID is
         empty, the function does not check the command line.
-    :raises FailedError: if no process of this domain was found (code ``no-qemu``).
+    :raises FailedError: If no process of this domain was found (code ``no-qemu``).
     """
     problem = "libvirt wrote no pid file"
     for path in pid_files(name):

@@ -84,7 +84,7 @@ def read(domain: Domain, config: Path = CONFIG) -> HookConfig:
     A key in the domain's metadata overrides the key in the domain's table of the file. A key in the
     domain's table overrides the key in ``[default]``.
 
-    :raises InputError: if the metadata or the file is invalid.
+    :raises InputError: If the metadata or the file is invalid.
     """
     words: dict[str, Any] = {}
     for source, said in (*_in_file(config, domain.name), ("<metadata>", domain.own or {})):

@@ -105,7 +105,7 @@ def installed_plugin(root: Path = Path("/")) -> Path:
 def is_current(path: Path) -> bool:
     """Return whether the file is identical to the plugin of this qemu-prefault.
 
-    :raises UnsupportedError: if this installation of qemu-prefault has no plugin.
+    :raises UnsupportedError: If this installation of qemu-prefault has no plugin.
     """
     from ..agents.plugin import plugin_path  # noqa: PLC0415
 
@@ -121,7 +121,7 @@ def install(root: Path = Path("/"), *, hook: bool = False, unit: bool = False) -
     :param root: The root directory of the installation.
     :param hook: Whether to install the hook, too.
     :param unit: Whether to install the systemd unit of the daemon, too.
-    :raises FailedError: if a file could not be written.
+    :raises FailedError: If a file could not be written.
     """
     from ..agents.plugin import plugin_path  # noqa: PLC0415 - the hook does not need it
 
@@ -142,7 +142,7 @@ def uninstall(root: Path = Path("/")) -> list[Path]:
 
     After this, domains that load the plugin cannot start.
 
-    :raises FailedError: if a file could not be removed.
+    :raises FailedError: If a file could not be removed.
     """
     gone = []
     paths: Sequence[Path] = (installed_plugin(root), root / APPARMOR_RULE, root / HOOK, root / UNIT)
@@ -162,7 +162,7 @@ def uninstall(root: Path = Path("/")) -> list[Path]:
 def program_words() -> list[str]:
     """Return the command that starts qemu-prefault in a shell or a systemd unit.
 
-    :raises UnsupportedError: if the path of the command contains characters that need quoting.
+    :raises UnsupportedError: If the path of the command contains characters that need quoting.
     """
     import shutil  # noqa: PLC0415
 

@@ -33,7 +33,7 @@ async def start(name: str, uri: str | None, options: Options, on_progress: Progr
 
     :param name: The domain's name, UUID or id.
     :param uri: The URI of the libvirt connection, or None for the default URI.
-    :raises QemuPrefaultError: if the domain did not start, or if it runs but was not prefaulted.
+    :raises QemuPrefaultError: If the domain did not start, or if it runs but was not prefaulted.
     """
     libvirt = module()
     domain = lookup(connect(uri), name)

@@ -36,7 +36,7 @@ class Watched(Protocol):
 class Metrics:
     """A registry that collects all metrics on each scrape.
 
-    :raises UnsupportedError: if prometheus_client is not installed.
+    :raises UnsupportedError: If prometheus_client is not installed.
     """
 
     def __init__(self, daemon: Watched) -> None:
@@ -145,8 +145,8 @@ class Metrics:
         """Serve the metrics over HTTP.
 
         :param address: ``ADDRESS:PORT``. An empty ADDRESS means all interfaces.
-        :raises InputError: if the address is malformed.
-        :raises FailedError: if the process cannot listen on the address.
+        :raises InputError: If the address is malformed.
+        :raises FailedError: If the process cannot listen on the address.
         """
         host, colon, port = address.rpartition(":")
         if not colon or not port.isdecimal() or not 0 < int(port) < 65536:

@@ -70,7 +70,7 @@ def boot_ram(machine: str, memory: int) -> tuple[tuple[int, int, int], ...]:
 
     :param machine: The machine type, for example ``pc-q35-8.2``.
     :param memory: The boot memory in bytes.
-    :raises UnsupportedError: if the memory layout of this machine type is not known.
+    :raises UnsupportedError: If the memory layout of this machine type is not known.
     """
     if re.match(r"(pc-)?q35", machine):
         low = 0x80000000 if memory >= 0xB0000000 else memory
@@ -95,7 +95,7 @@ def check_plain_layout(arguments: Sequence[str], memory: int) -> None:
 
     :param arguments: QEMU's command line.
     :param memory: The boot memory in bytes.
-    :raises UnsupportedError: if ``max-ram-below-4g`` is set, or if RAM can reach the addresses just
+    :raises UnsupportedError: If ``max-ram-below-4g`` is set, or if RAM can reach the addresses just
         below 1 TiB. AMD hosts reserve these addresses for HyperTransport
         (pc_set_amd_above_4g_mem_start(), hw/i386/pc.c, since QEMU 7.1).
     """
@@ -118,7 +118,7 @@ def ram_mapping(maps: Sequence[MemoryMapping], memory: int) -> MemoryMapping:
 
     :param maps: The mappings of the QEMU process.
     :param memory: The boot memory in bytes.
-    :raises RefusedError: if the number of writable mappings of this size is not one.
+    :raises RefusedError: If the number of writable mappings of this size is not one.
     """
     found = [m for m in maps if m.writable and m.size == memory]
     if len(found) != 1:
@@ -137,8 +137,8 @@ def vcpu_threads(process: Process) -> list[VcpuThread]:
     The function sorts the threads by the number in their name, and the descriptors by vCPU id. It
     then combines them in this order.
 
-    :raises UnsupportedError: if the vCPU threads and KVM's vCPUs do not match.
-    :raises RefusedError: if a vCPU is running.
+    :raises UnsupportedError: If the vCPU threads and KVM's vCPUs do not match.
+    :raises RefusedError: If a vCPU is running.
     """
     named = {}
     for tid, name in thread_names(process.pid).items():
@@ -187,10 +187,10 @@ async def prefault_before_start(
     :param seconds: Time limit in seconds. Memory that is not prefaulted in time counts as
         remaining.
     :param populate: The memory to populate, as a value of ``--populate``.
-    :raises UnsupportedError: if the domain or the host does not support prefaulting before the
+    :raises UnsupportedError: If the domain or the host does not support prefaulting before the
         start. Nothing was changed.
-    :raises RefusedError: if the guest runs, or if its RAM was not found. Nothing was changed.
-    :raises FailedError: if a step failed, or if QEMU has exited.
+    :raises RefusedError: If the guest runs, or if its RAM was not found. Nothing was changed.
+    :raises FailedError: If a step failed, or if QEMU has exited.
     """
     started = time.monotonic()
     capability = kvm.pre_fault_capability(process)

@@ -27,7 +27,7 @@ THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 async def probe_domain(name: str) -> Findings:
     """Check this host for one domain, and the domain's QEMU if it is running.
 
-    :raises QemuPrefaultError: if libvirt does not respond, or if the domain does not exist.
+    :raises QemuPrefaultError: If libvirt does not respond, or if the domain does not exist.
     """
     libvirt = module()
     connection = connect()

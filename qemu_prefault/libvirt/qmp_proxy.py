@@ -51,7 +51,7 @@ def connect_vm(domain: str, pid: int | None = None) -> AbstractAsyncContextManag
     :param domain: The name or UUID of a domain on this host.
     :param pid: The process id of QEMU, or None if unknown.
     :returns: An asynchronous context manager that yields a :class:`Vm`.
-    :raises QemuPrefaultError: if :func:`dial` or :meth:`Vm.connect` raises an error.
+    :raises QemuPrefaultError: If :func:`dial` or :meth:`Vm.connect` raises an error.
     """
     return Vm.connect(f"libvirt:{domain}", pid, partial(dial, domain))
 
@@ -63,7 +63,7 @@ async def dial(domain: str) -> tuple[socket.socket, str]:
     the function waits until the migration has completed. Otherwise the function takes at most a
     minute.
 
-    :raises QemuPrefaultError: if the domain does not exist or does not run, or if libvirt does not
+    :raises QemuPrefaultError: If the domain does not exist or does not run, or if libvirt does not
         respond.
     """
     import subprocess  # noqa: PLC0415
@@ -207,7 +207,7 @@ class QmpProxy:
     def greet(self) -> None:
         """Send the domain's UUID, and then a QMP greeting.
 
-        :raises QemuPrefaultError: if libvirt cannot execute QMP commands in this domain.
+        :raises QemuPrefaultError: If libvirt cannot execute QMP commands in this domain.
         """
         told = False
         while "return" not in (answer := self.command({"execute": "query-version"})):

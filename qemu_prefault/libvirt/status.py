@@ -64,7 +64,7 @@ def read_domain_status(domain: str, uri: str | None = None) -> DomainStatus:
 
     :param domain: A name or a UUID. If it is ``-``, the function reads XML from stdin.
     :param uri: The URI of the libvirt connection, or None for the default URI.
-    :raises QemuPrefaultError: if the domain does not exist, or if libvirt does not respond.
+    :raises QemuPrefaultError: If the domain does not exist, or if libvirt does not respond.
     """
     if domain == "-":
         xml, running = sys.stdin.buffer.read(), False

@@ -52,9 +52,9 @@ async def connect(address: str, deadline: float) -> socket.socket:
     :param address: An address in a form that :func:`parse_address` accepts.
     :param deadline: The time of the event loop, in seconds, at which the attempt fails.
     :returns: A connected, non-blocking socket.
-    :raises InputError: if the address is malformed, or if the socket or the host does not exist.
-    :raises MonitorBusyError: if the socket's backlog stays full.
-    :raises MonitorError: if the connection fails for another reason.
+    :raises InputError: If the address is malformed, or if the socket or the host does not exist.
+    :raises MonitorBusyError: If the socket's backlog stays full.
+    :raises MonitorError: If the connection fails for another reason.
     """
     target = parse_address(address)
     loop = asyncio.get_running_loop()
@@ -93,7 +93,7 @@ def parse_address(address: str) -> str | tuple[str, int]:
     An address without the prefix ``unix:`` or ``tcp:`` is a TCP address if it has the form
     ``HOST:PORT``, has no slash before the colon, and is not the path of an existing file.
 
-    :raises InputError: if the address is empty, or if it has an impossible port or path.
+    :raises InputError: If the address is empty, or if it has an impossible port or path.
     """
     if address.startswith("unix:"):
         return _checked_path(address.removeprefix("unix:"), address)
@@ -195,8 +195,8 @@ async def await_greeting(sock: socket.socket, address: str, deadline: float) -> 
 
     :param address: The name of the connection, for error messages.
     :param deadline: The time of the event loop, in seconds, at which the wait ends.
-    :raises MonitorBusyError: if QEMU serves another client.
-    :raises MonitorError: if the peer is silent, closes the connection, or is not a QMP server.
+    :raises MonitorBusyError: If QEMU serves another client.
+    :raises MonitorError: If the peer is silent, closes the connection, or is not a QMP server.
     """
     loop = asyncio.get_running_loop()
     limit = min(deadline, loop.time() + GREETING_TIMEOUT)

@@ -76,7 +76,7 @@ def parse_mtree(text: str) -> tuple[FlatRange, ...]:
     relative to its start. ``cpu-smm-0`` describes the memory in SMM.
 
     :param text: The answer of the HMP command, in lines that end with LF or CRLF.
-    :raises LayoutError: if the view is missing, or if a line of the view is malformed or
+    :raises LayoutError: If the view is missing, or if a line of the view is malformed or
         impossible.
     """
     lines = list(_lines(text, "info mtree -f"))
@@ -161,7 +161,7 @@ def parse_ramblocks(text: str) -> tuple[RamBlock, ...]:
     names of its columns. QEMU 8.1 and later print the host address (``ram_block_format()``,
     system/physmem.c).
 
-    :raises LayoutError: if the heading or a line has an unknown format.
+    :raises LayoutError: If the heading or a line has an unknown format.
     """
     lines = list(_lines(text, "info ramblock"))
     heading = 0
@@ -209,7 +209,7 @@ _GPA2HVA: Final = re.compile(
 def parse_gpa2hva(text: str) -> tuple[str, int]:
     """Return the memory region's name and the host address from ``gpa2hva``.
 
-    :raises LayoutError: if the guest-physical address is not mapped, or if it is not RAM
+    :raises LayoutError: If the guest-physical address is not mapped, or if it is not RAM
         (``gpa2hva()``, monitor/hmp-cmds-target.c).
     """
     text = text.strip()
@@ -239,7 +239,7 @@ def parse_numa(text: str) -> tuple[NumaNode, ...]:
 
     The result is empty if the guest has no NUMA nodes.
 
-    :raises LayoutError: if a node has more plugged memory than memory in total.
+    :raises LayoutError: If a node has more plugged memory than memory in total.
     """
     sizes: dict[int, dict[str, int]] = {}
     for line in _lines(text, "info numa"):

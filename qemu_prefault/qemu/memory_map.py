@@ -63,7 +63,7 @@ class Memdev:
 def parse_memdevs(value: object) -> tuple[Memdev, ...]:
     """Return the memory backends of a decoded ``query-memdev`` answer.
 
-    :raises LayoutError: if the JSON does not match ``Memdev`` of qapi/machine.json.
+    :raises LayoutError: If the JSON does not match ``Memdev`` of qapi/machine.json.
     """
     memdevs = []
     for item in expect_array(value, "query-memdev"):
@@ -118,7 +118,7 @@ class MemoryDevice:
 def parse_memory_devices(value: object) -> tuple[MemoryDevice, ...]:
     """Return the memory devices of a decoded ``query-memory-devices`` answer.
 
-    :raises LayoutError: if the JSON does not match ``MemoryDeviceInfo`` of qapi/machine.json.
+    :raises LayoutError: If the JSON does not match ``MemoryDeviceInfo`` of qapi/machine.json.
     """
     devices = []
     for item in expect_array(value, "query-memory-devices"):
@@ -271,7 +271,7 @@ def build_sections(
         (:func:`memdev_nodes`).
     :param device_owned: The ids of the backends that other devices than memory devices use, for
         example ivshmem. The memory of these backends is device memory and not guest RAM.
-    :raises LayoutError: if a range ends beyond its RAM block, if ``gpa2hva`` and the RAM block
+    :raises LayoutError: If a range ends beyond its RAM block, if ``gpa2hva`` and the RAM block
         report different addresses, or if RAM ranges share host memory.
     """
     if kvm is None:

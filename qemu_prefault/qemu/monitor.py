@@ -104,7 +104,7 @@ class EventStream:
         """Return the next event, or None if the connection has ended.
 
         :param timeout: The time to wait in seconds, or None to wait without a limit.
-        :raises TimeoutError: if no event arrives in time.
+        :raises TimeoutError: If no event arrives in time.
         """
         if not self._events and not self._ended:
             self._changed.clear()
@@ -219,10 +219,10 @@ class Monitor:
         :param command_timeout: The default time limit for each command, in seconds.
         :param dial: A function that opens the connection, without a time limit. If `dial` is given,
             `address` is only the name of the connection in messages.
-        :raises InputError: if the address is malformed, or if the socket or the host does not
+        :raises InputError: If the address is malformed, or if the socket or the host does not
             exist.
-        :raises MonitorBusyError: if QEMU serves another client.
-        :raises MonitorError: if no QMP session can be established for another reason.
+        :raises MonitorBusyError: If QEMU serves another client.
+        :raises MonitorError: If no QMP session can be established for another reason.
         """
         monitor = await cls._open(address, connect_timeout, command_timeout, dial)
         try:
@@ -288,8 +288,8 @@ class Monitor:
         :param timeout: The time limit in seconds, or None for `command_timeout`.
         :param arguments: The command's arguments. Their names contain underscores instead of
             dashes, for example ``command_line``.
-        :raises CommandError: if QEMU refuses the command.
-        :raises MonitorError: if the connection ends, or if QEMU does not answer in time.
+        :raises CommandError: If QEMU refuses the command.
+        :raises MonitorError: If the connection ends, or if QEMU does not answer in time.
         """
         args = {name.replace("_", "-"): value for name, value in arguments.items()}
         return await self.execute_raw(command, args, timeout=timeout)
@@ -337,7 +337,7 @@ class Monitor:
         The human monitor reports its own errors only in this text.
 
         :param timeout: The time limit in seconds, or None for `command_timeout`.
-        :raises MonitorError: if :meth:`execute` raises this error.
+        :raises MonitorError: If :meth:`execute` raises this error.
         """
         answer = await self.execute("human-monitor-command", command_line=line, timeout=timeout)
         return expect_str(answer, f'the answer to "{line}"')

@@ -13,7 +13,7 @@ def expect_object(value: object, what: str) -> Mapping[str, object]:
     """Return `value` if it is a JSON object.
 
     :param what: The name of the value, for the error message.
-    :raises LayoutError: if `value` has another type.
+    :raises LayoutError: If `value` has another type.
     """
     if not isinstance(value, dict):
         raise _wrong(value, what, "an object")
@@ -24,7 +24,7 @@ def expect_array(value: object, what: str) -> Sequence[object]:
     """Return `value` if it is a JSON array.
 
     :param what: The name of the value, for the error message.
-    :raises LayoutError: if `value` has another type.
+    :raises LayoutError: If `value` has another type.
     """
     if not isinstance(value, list):
         raise _wrong(value, what, "an array")
@@ -35,7 +35,7 @@ def expect_str(value: object, what: str) -> str:
     """Return `value` if it is a JSON string.
 
     :param what: The name of the value, for the error message.
-    :raises LayoutError: if `value` has another type.
+    :raises LayoutError: If `value` has another type.
     """
     if not isinstance(value, str):
         raise _wrong(value, what, "a string")
@@ -46,7 +46,7 @@ def expect_bool(value: object, what: str) -> bool:
     """Return `value` if it is a JSON boolean.
 
     :param what: The name of the value, for the error message.
-    :raises LayoutError: if `value` has another type.
+    :raises LayoutError: If `value` has another type.
     """
     if not isinstance(value, bool):
         raise _wrong(value, what, "a boolean")
@@ -57,7 +57,7 @@ def expect_int(value: object, what: str, low: int = 0, high: int = (1 << 64) - 1
     """Return `value` if it is a JSON integer within ``low..high`` (inclusive).
 
     :param what: The name of the value, for the error message.
-    :raises LayoutError: if `value` is out of range, or if it has another type such as ``true`` or
+    :raises LayoutError: If `value` is out of range, or if it has another type such as ``true`` or
         ``1.0``.
     """
     if type(value) is not int:

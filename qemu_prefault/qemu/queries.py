@@ -107,8 +107,8 @@ async def read_vm_state(monitor: Monitor) -> VmState:
     map before and after the host addresses. If firmware or hotplug has changed the map in the
     meantime, the function repeats all queries.
 
-    :raises LayoutError: if the answers contradict each other.
-    :raises MonitorError: if a query failed, or if the memory map changed during every attempt.
+    :raises LayoutError: If the answers contradict each other.
+    :raises MonitorError: If a query failed, or if the memory map changed during every attempt.
     """
     for _ in range(10):
         state = await _read_once(monitor)
@@ -406,7 +406,7 @@ async def read_stage2(monitor: Monitor) -> Stage2Leaves | None:
     QEMU 7.1 and later report the counts with ``query-stats`` if the kernel has
     KVM_CAP_BINARY_STATS_FD. KVM counts leaf SPTEs (``kvm_update_page_stats()``, arch/x86/kvm/mmu).
 
-    :raises MonitorError: if the query fails.
+    :raises MonitorError: If the query fails.
     """
     names = ("pages_4k", "pages_2m", "pages_1g")
     answer = await _query_stats(monitor, "vm", names)
@@ -425,7 +425,7 @@ async def read_vcpu_stats(monitor: Monitor, names: Sequence[str]) -> dict[str, d
 
     :param names: The names of the counters, for example ``pf_taken``, ``pf_fixed`` and ``exits``.
         The result omits unknown names.
-    :raises MonitorError: if the query fails.
+    :raises MonitorError: If the query fails.
     """
     found = {}
     for item in await _query_stats(monitor, "vcpu", names):

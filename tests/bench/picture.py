@@ -59,7 +59,7 @@ def read_pairs(page: str) -> list[Pair]:
     """Return the pairs that the picture shows.
 
     :param page: The text of docs/benchmarks.md.
-    :raises StopIteration, ValueError: if a table differs from the form that run.py writes.
+    :raises StopIteration, ValueError: If a table differs from the form that run.py writes.
     """
 
     def two(heading: str, tool: str) -> tuple[int, int]:

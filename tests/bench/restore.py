@@ -92,9 +92,9 @@ def compare_with_loop(program: str) -> list[dict[str, float]]:
 
 
 def repeated(state: Path) -> dict[str, dict[str, float]]:
-    """Return the seconds of a dry run, a first run and a second run on one guest.
+    """Measure a dry run, a first run and a second run on one guest, in seconds.
 
-    The dry run and the second run show how long the tool's work other than prefaulting takes.
+    The dry run and the second run measure the overhead of the tool, without prefaulting.
     """
     with small_pages():
         guest = Guest(machine="microvm", memory_mib=352, incoming=state, paused=True)

@@ -88,7 +88,7 @@ class Program:
     def feed(self, number: int, data: bytes) -> None:
         """Feed an input to a parser.
 
-        :raises CrashError: if the program ends.
+        :raises CrashError: If the program ends.
         """
         if self._process is None:
             self._process = self._start()

@@ -46,7 +46,10 @@ def lab() -> Iterator[Lab]:
 
 @pytest.fixture(params=["nested", "local"])
 def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
-    """Yield L1 or this host. The tests must pass on both kinds of machine."""
+    """Yield L1 or this host.
+
+    The tests must pass on both kinds of machine.
+    """
     if request.param == "nested":
         yield request.getfixturevalue("lab")
     elif not kvm_can_prefault():
@@ -170,7 +173,10 @@ class TestFiles:
 
 
 class TestLost:
-    """Tests that lose L1. Their commands never end, so the lab must detect the loss."""
+    """Tests that lose L1.
+
+    Their commands never end, so the lab must detect the loss.
+    """
 
     def test_kernel_panic_is_reported_with_the_console(self) -> None:
         with Lab.start("trixie") as lab, pytest.raises(LabLostError) as caught:

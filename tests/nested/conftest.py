@@ -46,7 +46,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """Print and return the seed for random times. Without ``--seed``, it is random."""
+    """Print and return the seed for random times.
+
+    Without ``--seed``, it is random.
+    """
     wanted: int = request.config.getoption("seed")
     value = wanted or random.SystemRandom().getrandbits(32)
     print(f"\n--seed {value}")

@@ -66,7 +66,7 @@ def test_refusal_leaves_no_trace() -> None:
 
 
 def host_faults_of_new_memory(populate: bool) -> tuple[int, int]:
-    """Let a guest use 64 MiB of new memory. Return the host and stage-2 faults."""
+    """Let a guest use 64 MiB of new memory and return the host and stage-2 faults."""
     with Guest(machine="microvm", memory_mib=256) as guest:
         guest.wait_ready()
         if populate:

@@ -60,14 +60,17 @@ class Migration:
         wait_migrated(self.source)
 
     def faults(self) -> int:
-        """Let the guest write each page on the destination. Return its faults there."""
+        """Let the guest write each page on the destination and return its faults there."""
         assert self.target.command("stop")["bad"] == 0
         check_memory(self.target)
         return faults(self.target)
 
 
 class MakeMigration(Protocol):
-    """A function that makes a migration. The options apply to the destination's QEMU."""
+    """A function that makes a migration.
+
+    The options apply to the destination's QEMU.
+    """
 
     def __call__(self, **options: Unpack[GuestOptions]) -> Migration: ...
 

@@ -203,7 +203,10 @@ def test_dimm_plugged(throttled_run: StartRun) -> None:
 def test_stopped_tool_loses_helpers(
     make_restored_guest: MakeGuest, throttled_run: StartRun
 ) -> None:
-    """Stop the tool with SIGSTOP. Its helpers must exit after ``Limits.dead_man``."""
+    """Stop the tool with SIGSTOP.
+
+    Its helpers must exit after ``Limits.dead_man``.
+    """
     guest = make_restored_guest()
     run = throttled_run(guest)
     run.send_signal(signal.SIGSTOP)

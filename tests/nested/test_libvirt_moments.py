@@ -61,7 +61,10 @@ def report_row(capsys: pytest.CaptureFixture[str]) -> ReportRow:
 def make_routed_domain(
     make_domain: MakeDomain, route: str, name: str, **options: Unpack[DomainOptions]
 ) -> LabDomain:
-    """Make a domain. If the route is ``plugin``, enable the plugin in it."""
+    """Make a domain.
+
+    If the route is ``plugin``, enable the plugin in it.
+    """
     guest = make_domain(name, **options)
     if route == PLUGIN:
         tool_output("libvirt", "enable", name)
@@ -70,7 +73,10 @@ def make_routed_domain(
 
 @pytest.fixture
 def hook_calls() -> Iterator[HookCalls]:
-    """Return a function that lists libvirt's calls of hooks. An extra hook logs them."""
+    """Return a function that lists libvirt's calls of hooks.
+
+    An extra hook logs them.
+    """
     script = Path("/") / HOOK_FILE.with_name("99-calls")
     log = Path("/run/hook-calls")
     log.write_text("")
@@ -86,7 +92,7 @@ def hook_calls() -> Iterator[HookCalls]:
 
 
 def start_timed(guest: LabDomain, route: str) -> float:
-    """Start the domain with the route's command. Return the elapsed seconds."""
+    """Start the domain with the route's command and return the elapsed seconds."""
     began = time.monotonic()
     if route == COMMAND:
         tool_output("libvirt", "start", guest.name)

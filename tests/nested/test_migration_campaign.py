@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test repeated migration of a running guest. Some of the tool's runs are killed.
+"""Test repeated migration of a running guest.
+
+Some of the tool's runs are killed.
 
 The tool waits on each destination. ``--boots`` sets the number of migrations. The default is 6, and
 ``make test-full`` uses 100. ``--seed`` repeats the random choices of an earlier run of the test.

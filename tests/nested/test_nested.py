@@ -298,7 +298,10 @@ def test_ioctl_detects_guest_mode(
 def test_guest_runs_if_tool_dies_between_stops(
     make_nested_guest: MakeNestedGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kill the tool between two stops. Each pause must have its own resume guard."""
+    """Kill the tool between two stops.
+
+    Each pause must have its own resume guard.
+    """
 
     async def always(*_: object) -> set[int]:
         return {0}

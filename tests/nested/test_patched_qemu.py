@@ -162,7 +162,7 @@ def test_monitor_commands(make_restored_guest: MakeGuest) -> None:
 
 
 def wait_all_prefaulted(guest: Guest) -> dict[str, Any]:
-    """Wait until QEMU has prefaulted a running guest. Return QEMU's answer."""
+    """Wait until QEMU has prefaulted a running guest and return QEMU's reply."""
     deadline = time.monotonic() + 60
     while (info := guest.qmp("x-query-kvm-prefault"))["pending"]:
         assert time.monotonic() < deadline, info

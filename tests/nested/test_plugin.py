@@ -94,7 +94,10 @@ def test_boot_on_huge_pages(
 
 
 def test_reset_takes_few_faults(make_plugin_guest: MakePluginGuest) -> None:
-    """Reset a guest. Its firmware makes KVM drop the tables of low RAM again."""
+    """Reset a guest.
+
+    Its firmware makes KVM drop the tables of low RAM again.
+    """
     guest = make_plugin_guest(machine="q35", args=["-action", "reboot=reset"])
     guest.wait_ready()
     before = faults(guest)

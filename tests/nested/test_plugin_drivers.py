@@ -60,7 +60,10 @@ def make_virtio_mem_guest(
 
 
 def request_size(guest: Guest, size: int) -> None:
-    """Set virtio-mem's requested size. Wait until the guest has plugged the memory."""
+    """Set virtio-mem's requested size.
+
+    Wait until the guest has plugged the memory.
+    """
     guest.qmp("qom-set", path="/machine/peripheral/vmem", property="requested-size", value=size)
     while guest.qmp("query-memory-devices")[0]["data"]["size"] != size:
         guest.wait_event("MEMORY_DEVICE_SIZE_CHANGE")

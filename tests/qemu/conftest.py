@@ -44,7 +44,10 @@ def start_qemu(tmp_path: Path) -> Iterator[StartQemu]:
 
 @pytest.fixture(params=["tcg", "kvm"])
 def accel(request: pytest.FixtureRequest) -> str:
-    """Return ``tcg`` or ``kvm``. Skip the test with ``kvm`` if KVM is not usable."""
+    """Return ``tcg`` or ``kvm``.
+
+    Skip the test with ``kvm`` if KVM is not usable.
+    """
     if request.param == "kvm" and not kvm_usable():
         pytest.skip("/dev/kvm is not usable")
     return str(request.param)

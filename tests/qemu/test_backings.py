@@ -64,7 +64,10 @@ class Host:
     other_mib: int = 0
 
     def tmpfs(self, mib: int, options: str = "", other: int = 0) -> None:
-        """Use a tmpfs as the place. Another file can still grow in it to `other` MiB."""
+        """Use a tmpfs as the place.
+
+        Another file can still grow in it to `other` MiB.
+        """
         self._mount("tmpfs", f"size={mib}M" + (f",{options}" if options else ""))
         self._promise(other)
 

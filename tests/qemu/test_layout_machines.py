@@ -39,7 +39,7 @@ def ram(machine: VmState) -> list[MemorySection]:
 
 
 def backings(qemu: Any, machine: VmState) -> dict[str | None, str]:
-    """Check that all RAM is mapped. Return the kind of mapping of each backend."""
+    """Check that all RAM is mapped and return the kind of mapping of each backend."""
     maps = Process.find(qemu.pid).maps()
     found: dict[str | None, str] = {}
     for section in ram(machine):
@@ -78,7 +78,10 @@ def test_microvm(start_qemu: StartQemu, accel: str) -> None:
 
 @pytest.mark.parametrize(("machine_type", "low"), [("pc", 3), ("q35", 2), ("microvm", 3)])
 def test_above_4g(start_qemu: StartQemu, machine_type: str, low: int) -> None:
-    """Check RAM above 4 GiB. The guest does not use it, so it needs no host memory."""
+    """Check RAM above 4 GiB.
+
+    The guest does not use it, so it needs no host memory.
+    """
     machine = read(start_qemu("-M", machine_type, "-m", "5G"))
     *_, below, above = ram(machine)
     assert (below.gpa, below.end) == (MIB, low * GIB)

@@ -44,7 +44,9 @@ def busy_vm(start_qemu: StartQemu, tmp_path: Path, *arguments: str) -> tuple[Qem
 
 
 def watch(vm: QemuVm) -> tuple[Result, list[Seen]]:
-    """Populate the guest. Return the result and the last sample of each helper.
+    """Populate the guest.
+
+    Return the result and the last sample of each helper.
 
     Earlier samples may show properties that the tool has not changed yet.
     """

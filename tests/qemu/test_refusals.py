@@ -139,7 +139,10 @@ def test_incoming_ram_while_loading(vm_of: StartVm, tmp_path: Path) -> None:
 
 
 def test_postcopy(vm_of: StartVm, tmp_path: Path) -> None:
-    """Check that postcopy is refused. The destination still needs the source's pages."""
+    """Check that postcopy is refused.
+
+    The destination still needs the source's pages.
+    """
     source = vm_of("-m", "64M", paused=False)
     target = vm_of("-m", "64M", "-incoming", "defer")
     capabilities = [{"capability": name, "state": True} for name in ("postcopy-ram", "events")]

@@ -46,7 +46,7 @@ KVM_RUN, KVM_GET_REGS = 0xAE80, 0x8090AE81
 
 @dataclass
 class FakeVcpu:
-    """A process that has a helper's control page, which the test writes."""
+    """A process that stands in for QEMU, and a helper's control page that the test writes."""
 
     process: subprocess.Popen[str]
     memory: int
@@ -64,7 +64,7 @@ class FakeVcpu:
         print(request, file=self.process.stdin, flush=True)
 
     def signals_seen(self) -> int:
-        """Wait for the end of the ioctl. Return the number of signals that were handled."""
+        """Wait for the end of the ioctl and return the number of signals that were handled."""
         assert self.process.stdout is not None
         return int(self.process.stdout.readline())
 

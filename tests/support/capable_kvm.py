@@ -56,7 +56,7 @@ def prefix() -> list[str]:
 
 
 def install() -> int:
-    """Install the filter in this process. Return the supervisor's descriptor."""
+    """Install the filter in this process and return the supervisor's descriptor."""
     libc = ctypes.CDLL(None, use_errno=True)
     code = b"".join(struct.pack("<HBBI", *instruction) for instruction in FILTER)
     buffer = ctypes.create_string_buffer(code, len(code))

@@ -233,7 +233,7 @@ class Fault:
 
 
 def run_one(target: Target, data: bytes) -> Fault | None:
-    """Feed one input to a parser. Return the fault that it causes, or None."""
+    """Feed one input to a parser and return the fault that it causes, or None."""
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     try:
         target.parse(data)

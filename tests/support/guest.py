@@ -48,7 +48,10 @@ class GuestOptions(TypedDict, total=False):
 
 
 class MakeGuest(Protocol):
-    """A function that makes a guest. Its fixture kills the guest after the test."""
+    """A function that makes a guest.
+
+    Its fixture kills the guest after the test.
+    """
 
     def __call__(self, **options: Unpack[GuestOptions]) -> Guest: ...
 
@@ -91,7 +94,7 @@ def check_memory(guest: Guest) -> None:
 
 
 def faults_of_pass(guest: Guest) -> int:
-    """Let a guest write all of its memory. Return the number of stage-2 faults."""
+    """Let a guest write all of its memory and return the number of stage-2 faults."""
     before = faults(guest)
     check_memory(guest)
     return faults(guest) - before
@@ -143,7 +146,10 @@ def mapped_bytes(guest: Guest) -> int:
 
 
 def plug_dimm(guest: Guest, size: int, name: str = "d0") -> None:
-    """Plug a DIMM named ``dimm-NAME``. Only a running guest accepts the DIMM."""
+    """Plug a DIMM named ``dimm-NAME``.
+
+    Only a running guest accepts the DIMM.
+    """
     guest.qmp("object-add", qom_type="memory-backend-ram", id=name, size=size)
     guest.qmp("device_add", driver="pc-dimm", id=f"dimm-{name}", memdev=name)
 

@@ -21,7 +21,7 @@ class UnhealthyGuestError(AssertionError):
 def check_log(log: str) -> None:
     """Check that the kernel's log has no errors.
 
-    :raises UnhealthyGuestError: if the log has errors. The message quotes the errors, and the
+    :raises UnhealthyGuestError: If the log has errors. The message quotes the errors, and the
         exception holds the whole log.
     """
     lines = log.splitlines()
@@ -37,7 +37,7 @@ def check_health(shell: Callable[[str], str], dmesg: str = "dmesg") -> None:
     :param shell: A function that runs a command in the guest and returns its output, for any exit
         status. Its time limit must be long enough for a boot to finish.
     :param dmesg: The command that prints the kernel's log.
-    :raises UnhealthyGuestError: if one of these checks fails.
+    :raises UnhealthyGuestError: If one of these checks fails.
     """
     state = shell("systemctl is-system-running --wait").strip()
     failed = shell("systemctl --failed --no-legend --plain").strip()

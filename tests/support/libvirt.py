@@ -43,7 +43,10 @@ class DomainOptions(TypedDict, total=False):
 
 
 class MakeDomain(Protocol):
-    """A function that makes a domain. Its fixture destroys the domain after the test."""
+    """A function that makes a domain.
+
+    Its fixture destroys the domain after the test.
+    """
 
     def __call__(self, name: str, **options: Unpack[DomainOptions]) -> LabDomain: ...
 

@@ -21,7 +21,7 @@ def leftovers(pid: int) -> list[str]:
 
 
 def wait_clean(pid: int) -> float:
-    """Wait until a process has no helpers. Return the elapsed seconds."""
+    """Wait until a process has no helpers and return the elapsed seconds."""
     return wait_for(lambda: not leftovers(pid), f"all helpers in process {pid} have exited")
 
 

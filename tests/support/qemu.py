@@ -56,7 +56,10 @@ class Qemu:
 
 
 def _await_listening(process: subprocess.Popen[bytes], ready: socket.socket) -> None:
-    """Wait until QEMU connects to this socket. QEMU's other sockets then listen."""
+    """Wait until QEMU connects to this socket.
+
+    QEMU's other sockets then listen.
+    """
     pidfd = os.pidfd_open(process.pid)
     try:
         readable, _, _ = select.select([ready.fileno(), pidfd], [], [], 30)
@@ -103,7 +106,10 @@ def launch(
 
 
 def connect_monitor(path: str | Path, process: subprocess.Popen[bytes]) -> QmpClient:
-    """Connect to the monitor of a QEMU that the test started. Retry for 20 seconds."""
+    """Connect to the monitor of a QEMU that the test started.
+
+    Retry for 20 seconds.
+    """
     for _ in range(400):
         with contextlib.suppress(OSError):
             return QmpClient(str(path))

@@ -17,7 +17,9 @@ from typing import Any, NoReturn
 
 
 def _import_product() -> Callable[[], None]:
-    """Import the modules that a forked run needs. Return the tool's main().
+    """Import the modules that a forked run needs.
+
+    Return the tool's main().
 
     The imports are not at the top of the file, because avocado-vt has a package ``qemu`` that hides
     qemu.qmp.
@@ -30,7 +32,10 @@ def _import_product() -> Callable[[], None]:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The result of a run. With ``--json``, its ``stdout`` holds JSON."""
+    """The result of a run.
+
+    With ``--json``, its ``stdout`` holds JSON.
+    """
 
     status: int
     stdout: str
@@ -150,7 +155,10 @@ class Tool:
         assert self.has_said("ready"), f"the tool is not ready for a guest: {self._read(1)}"
 
     def finish(self, timeout: float = 120) -> Result:
-        """Wait until the run ends. If it hangs, fail with the stack trace of the run."""
+        """Wait until the run ends.
+
+        If it hangs, fail with the stack trace of the run.
+        """
         hung = self.running(timeout)
         if hung:
             self.send_signal(signal.SIGUSR2)

@@ -360,7 +360,10 @@ def test_hugetlb_pools_of_nodes(
     expected: int,
     tmp_path: Path,
 ) -> None:
-    """Count the pages of two nodes. Node 0 has 200 free pages, and node 1 has 60."""
+    """Count the pages of two nodes.
+
+    Node 0 has 200 free pages, and node 1 has 60.
+    """
     size = 2 * MIB
     pools, per_node = tmp_path / "hugepages", tmp_path / "node"
     files = {"free": 260, "resv": reserved, "nr_overcommit": overcommit, "surplus": 0}

@@ -155,7 +155,10 @@ def test_dynamic_program_is_run(programs: Path, name: str, wrapper: tuple[str, .
 
 
 def test_dynamic_linker_is_run(programs: Path) -> None:
-    """Run the dynamic linker. It reads LD_PRELOAD although it has no interpreter."""
+    """Run the dynamic linker.
+
+    It reads LD_PRELOAD although it has no interpreter.
+    """
     linker = Path("/lib64/ld-linux-x86-64.so.2")
     if not linker.exists():
         pytest.skip("no glibc")

@@ -167,7 +167,7 @@ def split(text: str) -> dict[str, str]:
 
 
 def swallow(answers: dict[str, str]) -> bool:
-    """Run all parsers over the answers. Return whether they succeed."""
+    """Run all parsers over the answers and return whether they succeed."""
     try:
         ranges = parse_mtree(answers.get("info mtree -f", ""))
         blocks = parse_ramblocks(answers.get("info ramblock", ""))

@@ -61,7 +61,10 @@ WITH_ARGUMENTS = b"""<domain type='kvm' xmlns:q='http://libvirt.org/schemas/doma
 
 
 def arguments(xml: bytes) -> list[str]:
-    """Return QEMU's extra arguments. Like libvirt, accept any namespace prefix."""
+    """Return QEMU's extra arguments.
+
+    Like libvirt, accept any namespace prefix.
+    """
     tree = ElementTree.fromstring(xml)
     name = f"{{{QEMU_NAMESPACE}}}"
     return [a.attrib["value"] for a in tree.findall(f"{name}commandline/{name}arg")]

@@ -43,11 +43,11 @@ def make_fixture(
 ) -> Fixture:
     """Return a new fixture whose vCPU has run.
 
-    :param memory: the memory of the slot, or None to allocate :data:`PAGES` anonymous 4 KiB pages.
+    :param memory: The memory of the slot, or None to allocate :data:`PAGES` anonymous 4 KiB pages.
     :param written: True to write to the anonymous pages before the VM runs. Ignored if ``memory``
         is given.
-    :param flags: the flags of the slot.
-    :param vm: the VM to use, or None to create a VM.
+    :param flags: The flags of the slot.
+    :param vm: The VM to use, or None to create a VM.
     """
     if memory is None:
         memory = small(PAGES * PAGE_SIZE)
@@ -63,8 +63,8 @@ def make_fixture(
 def expect_reads(vcpu: KvmVcpu, memory: Memory, faults: int | None, gpa: int = GPA) -> None:
     """Check that the guest reads the right data with the expected number of faults.
 
-    :param faults: the expected number of stage-2 faults, or None to allow any number.
-    :param gpa: the guest address of the memory.
+    :param faults: The expected number of stage-2 faults, or None to allow any number.
+    :param gpa: The guest address of the memory.
     """
     wanted = sum(memory.words()) & 0xFFFFFFFF
     before = vcpu.stat("pf_taken")
@@ -86,9 +86,9 @@ def expect_writes(
 ) -> int:
     """Check that the guest writes to the memory with the expected number of faults.
 
-    :param faults: the expected number of stage-2 faults, or None to allow any number.
-    :param gpa: the guest address of the memory.
-    :param value: the 32-bit word that the guest writes to each page.
+    :param faults: The expected number of stage-2 faults, or None to allow any number.
+    :param gpa: The guest address of the memory.
+    :param value: The 32-bit word that the guest writes to each page.
     :returns: the number of stage-2 faults that the writes took.
     """
     pages = memory.size // PAGE_SIZE

@@ -116,8 +116,8 @@ def structure_read_only() -> None:
 def _efault(spoil: Callable[[Fixture], None], first: int) -> None:
     """Check that the ioctl maps the pages before ``first`` and fails with EFAULT.
 
-    :param spoil: a function that makes page ``first`` and all later pages inaccessible.
-    :param first: the number of a page in the slot.
+    :param spoil: A function that makes page ``first`` and all later pages inaccessible.
+    :param first: The number of a page in the slot.
     """
     fixture = make_fixture(memfd(PAGES * PAGE_SIZE))
     fixture.memory.write()

@@ -28,8 +28,8 @@ _MM = "virt/kvm/kvm_main.c:kvm_vcpu_ioctl(): kvm->mm != current->mm is EIO (6d4e
 def _in_a_child(body: Callable[[], int], between: Callable[[], object] = bool) -> int:
     """Return the errno that ``body`` returns in a forked child.
 
-    :param body: a function that the child calls.
-    :param between: a function that the parent calls after the fork and before the child calls
+    :param body: A function that the child calls.
+    :param between: A function that the parent calls after the fork and before the child calls
         ``body``. This function can map the stage-2 leaves that the fork has unmapped.
     """
     reader, writer = os.pipe()

@@ -52,10 +52,10 @@ _COPY = "mm/memory.c:wp_page_copy() calls the notifier; mmu/mmu.c:is_page_fault_
 class MemoryKind:
     """A kind of host memory, and the result that a prefault of this memory must have.
 
-    :ivar touched: how the host accesses the memory before the prefault.
-    :ivar make: a function that allocates the memory, accesses it and returns it.
-    :ivar cost: the number of stage-2 faults that the guest's first write to each leaf takes.
-    :ivar leaf: the size of the leaves in bytes.
+    :ivar touched: How the host accesses the memory before the prefault.
+    :ivar make: A function that allocates the memory, accesses it and returns it.
+    :ivar cost: The number of stage-2 faults that the guest's first write to each leaf takes.
+    :ivar leaf: The size of the leaves in bytes.
     :ivar settled: False if the host can change the pages while the guest writes to them.
     """
 

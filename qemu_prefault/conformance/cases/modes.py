@@ -104,7 +104,7 @@ _NESTED = (
     "mmu/mmu.c:kvm_tdp_map_page(): arch.mmu is guest_mmu, whose page_fault is not "
     "kvm_tdp_page_fault()"
 )
-_NESTED_SHADOW = "mmu/mmu.c: root_mmu with role.guest_mode is a TDP MMU with its own root"
+_NESTED_SHADOW = "mmu/mmu.c:kvm_calc_tdp_mmu_root_page_role(): the root depends on role.guest_mode"
 
 
 def _in_guest_mode(npt: bool) -> tuple[Fixture, KvmVcpu]:
