@@ -21,25 +21,29 @@ needs_kvm = pytest.mark.skipif(not kvm_usable(), reason="/dev/kvm cannot be open
 
 @dataclass(frozen=True)
 class Allocator:
-    """An allocator's library and Debian package, and a variable that configures it."""
+    """An allocator's library and Debian package, and a variable that configures it.
+
+    :ivar linked: True to link the program with the library, false to use LD_PRELOAD.
+    """
 
     name: str
     library: str = ""
     package: str = ""
     setting: str = ""
+    linked: bool = False
+
+    def path(self) -> Path:
+        """Return the path of the library, or skip the test if it is not installed."""
+        for directory in ("/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib"):
+            if found := sorted(Path(directory).glob(self.library)):
+                return found[0]
+        pytest.skip(f"{self.library} is not installed (Debian: {self.package})")
 
     def environment(self, preload: str = "") -> dict[str, str]:
-        """Return an environment whose LD_PRELOAD has ``preload`` and then the allocator.
-
-        Skip the test if the allocator is not installed.
-        """
+        """Return an environment that preloads ``preload`` and then the allocator."""
         names = [preload] if preload else []
-        if self.library:
-            directories = ("/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib")
-            found = [path for d in directories for path in sorted(Path(d).glob(self.library))]
-            if not found:
-                pytest.skip(f"{self.library} is not installed (Debian: {self.package})")
-            names.append(str(found[0]))
+        if self.library and not self.linked:
+            names.append(str(self.path()))
         environment = {**os.environ}
         environment.pop("LD_PRELOAD", None)
         if names:
@@ -61,6 +65,9 @@ ALLOCATORS = (
     Allocator("tcmalloc-decommit", *TCMALLOC, "TCMALLOC_AGGRESSIVE_DECOMMIT=t"),
     Allocator("mimalloc", *MIMALLOC),
     Allocator("mimalloc-purge", *MIMALLOC, "MIMALLOC_PAGE_RESET=1"),
+    Allocator("jemalloc-linked", *JEMALLOC, linked=True),
+    Allocator("tcmalloc-linked", *TCMALLOC, linked=True),
+    Allocator("mimalloc-linked", *MIMALLOC, linked=True),
 )
 
 
@@ -70,12 +77,24 @@ def allocator(request: pytest.FixtureRequest) -> Allocator:
     return request.param
 
 
+def linked_qemu(allocator: Allocator, directory: Path) -> list[str]:
+    """Return the command of a QEMU that is linked with an allocator."""
+    if shutil.which("patchelf") is None:
+        pytest.skip("patchelf is not installed")
+    qemu = directory / "qemu-system-x86_64"
+    shutil.copy(QEMU, qemu)
+    subprocess.run(["patchelf", "--add-needed", str(allocator.path()), qemu], check=True)
+    # A QEMU in another directory looks for its firmware there.
+    return [str(qemu), "-L", "/usr/share/qemu", "-L", "/usr/share/seabios"]
+
+
 @pytest.fixture(params=["run", "plugin"])
-def command(request: pytest.FixtureRequest) -> list[str]:
+def command(request: pytest.FixtureRequest, allocator: Allocator, tmp_path: Path) -> list[str]:
     """Return the first arguments of a command that starts QEMU with the plugin."""
+    qemu = linked_qemu(allocator, tmp_path) if allocator.linked else [str(QEMU)]
     if request.param == "run":
-        return [sys.executable, "-m", "qemu_prefault", "run", "-o", "socket=off", "--", str(QEMU)]
-    return [str(QEMU), "-plugin", f"{plugin_path()},socket=off"]
+        return [sys.executable, "-m", "qemu_prefault", "run", "-o", "socket=off", "--", *qemu]
+    return [*qemu, "-plugin", f"{plugin_path()},socket=off"]
 
 
 @needs_kvm
@@ -89,21 +108,23 @@ def test_qemu_starts_and_quits(allocator: Allocator, command: list[str], tmp_pat
         try:
             monitor = connect_monitor(qmp, qemu)
             assert monitor.execute("query-status")["running"]
+            if allocator.library:
+                maps = Path(f"/proc/{qemu.pid}/maps").read_text()
+                assert str(allocator.path().resolve()) in maps
             monitor.execute("quit")
             assert qemu.wait(20) == 0
         finally:
             qemu.kill()
 
 
-@pytest.fixture(scope="module")
-def stress(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def stress(allocator: Allocator, tmp_path: Path) -> Path:
     if shutil.which("cc") is None:
         pytest.skip("cc is not installed")
-    program = tmp_path_factory.mktemp("stress") / "stress"
-    source = HERE / "allocator_stress.c"
-    subprocess.run(
-        ["cc", "-std=gnu11", "-O2", "-Wall", "-pthread", source, "-o", program], check=True
-    )
+    program = tmp_path / "stress"
+    command = ["cc", "-std=gnu11", "-O2", "-Wall", "-pthread", HERE / "allocator_stress.c"]
+    command += [allocator.path()] if allocator.linked else []
+    subprocess.run([*command, "-o", program], check=True)
     return program
 
 
