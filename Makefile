@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 # Every target runs on a fresh Debian 12 with make and gcc. scripts/with-env installs missing
 # packages with apt (as root, or with sudo) and Python packages into a virtual environment in the
-# cache. It writes no file into the checkout, and downloads nothing that the cache already has.
+# cache. The script does not write to the checkout or download what the cache already contains.
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
@@ -11,7 +11,7 @@ LAB   = mmdebstrap e2fsprogs util-linux $(if $(filter-out 0,$(shell id -u)),uidm
 # The name of mimalloc's package contains its version.
 HOST  = qemu-system-x86 patchelf libjemalloc2 libtcmalloc-minimal4 \
 	$(shell apt-cache pkgnames libmimalloc 2>/dev/null | grep -m1 '^libmimalloc[0-9.]*$$')
-# Needed only if KVM on this host can prefault: the tests then run here, not in the lab.
+# Needed only if this host's KVM can prefault. The tests then run on this host, not in the lab.
 GUEST = qemu-utils ovmf
 VT    = tcpdump netcat-openbsd iputils-arping xz-utils
 QEMU  = ccache dpkg-dev libfdt-dev libglib2.0-dev libseccomp-dev ninja-build patch perl pkgconf \

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Define the native code and the limited-API wheel tag, which pyproject.toml cannot."""
+"""Define the native code and the limited-API wheel tag.
+
+pyproject.toml cannot define these.
+"""
 
 from pathlib import Path
 
@@ -19,7 +22,7 @@ def native_files(suffix: str) -> list[str]:
 
 
 class BuildNative(build_ext):
-    """Builds the plugin, which QEMU loads, as a file without a Python version in its name."""
+    """Builds the plugin for QEMU without a Python version in its file name."""
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.endswith("qemu-prefault-plugin"):

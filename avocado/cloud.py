@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Boot cloud images of other distributions to their login prompt.
 
-The tests use the images as they are published, with their own boot loader and kernel, and do not
-log in. If an image cannot be downloaded, its test is cancelled and reports the reason.
+The tests use the published images unchanged, with their own boot loader and kernel, and do not log
+in. If an image cannot be downloaded, its test is cancelled and reports the reason.
 """
 
 from __future__ import annotations

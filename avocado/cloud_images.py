@@ -12,7 +12,7 @@ NETWORK_SECONDS = 60.0
 
 
 class NoImageError(Exception):
-    """An error whose message gives the reason why an image is not available."""
+    """An error whose message states why an image is not available."""
 
 
 class AlpineImageProvider(vmimage.ImageProviderBase):
@@ -42,9 +42,7 @@ vmimage.IMAGE_PROVIDERS.add(AlpineImageProvider)
 
 
 def base_image(name: str, cache_dir: str) -> Path:
-    """Return the newest image of a distribution.
-
-    Download it unless it is cached.
+    """Return the newest image of a distribution, downloaded unless cached.
 
     :raises NoImageError: If no image of the distribution is available.
     """

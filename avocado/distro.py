@@ -5,7 +5,7 @@ Run ``avocado run avocado/distro.py -m avocado/variants.yaml``, or ``make avocad
 provides the images and a KVM that can prefault. Each test writes its figures to its log and,
 as JSON, to its whiteboard.
 
-The guests use 4K pages unless the parameter ``thp`` is set. With 2 MiB pages, a guest takes too few
+The guests use 4K pages unless the ``thp`` parameter is set. With 2 MiB pages, a guest takes too few
 faults to measure the effect.
 """
 
@@ -37,7 +37,7 @@ MOST_OF_A_UEFI_BOOT = 0.02
 class Saved:
     """The files of a saved guest.
 
-    The guest has booted, root is logged in, and its memory holds a file of known contents.
+    The guest has booted, root is logged in, and its memory holds a file with known contents.
     """
 
     directory: Path
@@ -54,7 +54,7 @@ class Saved:
 
 
 class DistroTest(PrefaultTest):
-    """Tests of six lifecycle events, with one distribution on one kind of machine."""
+    """Tests for six lifecycle events, with one distribution on one kind of machine."""
 
     def prepare(self) -> None:
         self.distro = self.boot_files = self.params.get("distro", default="debian13")
@@ -82,7 +82,7 @@ class DistroTest(PrefaultTest):
         return Path(common) / name.replace("/", "_")
 
     def save(self, guest: SystemGuest, boot: Sample) -> None:
-        """Save a guest that booted without prefaulting, for all tests of this job."""
+        """Save a guest that booted without prefaulting, for all tests in this job."""
         directory = self.saved_directory()
         directory.mkdir(exist_ok=True)
         guest.fill("data", DATA_MIB)
@@ -98,10 +98,7 @@ class DistroTest(PrefaultTest):
         return Path(next(arg for arg in guest.argv if arg.startswith("file=/")).split(",")[0][5:])
 
     def saved(self) -> Saved:
-        """Return the saved guest.
-
-        Boot and save it if this job has not done so yet.
-        """
+        """Return the saved guest, and boot and save it if this job has not done so yet."""
         directory = self.saved_directory()
         if not (directory / "saved.json").exists():
             guest, boot = self.boot()
@@ -239,7 +236,7 @@ class DistroTest(PrefaultTest):
             size = DIMM_MIB * MIB
             guest.qmp("object-add", qom_type="memory-backend-ram", id=f"mem{number}", size=size)
             guest.qmp("device_add", driver="pc-dimm", id=f"dimm{number}", memdev=f"mem{number}")
-            # The guest reports the result with the ACPI method _OST.
+            # The guest reports the result with ACPI's _OST method.
             info: dict[str, Any] = {}
             while info.get("device") != f"dimm{number}":
                 info = guest.wait_event("ACPI_DEVICE_OST", timeout=300)["data"]["info"]

@@ -37,7 +37,7 @@ class Sample:
     """The duration of one phase of a guest, and the guest's faults in this phase.
 
     :ivar seconds: The wall-clock time in seconds.
-    :ivar faults: The increase of KVM's counter ``pf_taken``.
+    :ivar faults: The increase of KVM's ``pf_taken`` counter.
     :ivar emulated: The number of these faults that were accesses to device registers
         (``pf_emulate``). Prefaulting cannot avoid them.
     """
@@ -56,7 +56,7 @@ class Sample:
 
 
 class Stopwatch:
-    """A measurement of a guest's time and faults, which starts in the constructor."""
+    """A measurement of time and a guest's faults that starts in the constructor."""
 
     def __init__(self, guest: SystemGuest, from_its_start: bool = False) -> None:
         self.guest = guest
@@ -81,10 +81,7 @@ class PrefaultTest(Test):
     boot_files: str | None
 
     def prepare(self) -> None:
-        """Prepare the boot files.
-
-        Set ``self.distro``, the name used in reports.
-        """
+        """Prepare the boot files, and set ``self.distro``, the name used in reports."""
         raise NotImplementedError
 
     def setUp(self) -> None:
@@ -124,7 +121,7 @@ class PrefaultTest(Test):
             undo()
         self.whiteboard = json.dumps(self.rows)
 
-    # Helpers of the tests.
+    # Helpers for the tests.
 
     def start_tool(self, guest: SystemGuest, *arguments: str) -> Tool:
         """Start ``qemu-prefault --qmp … --json`` on a guest."""
@@ -138,13 +135,13 @@ class PrefaultTest(Test):
         """Check that the guest's system is up, without failed units or kernel errors."""
         health.check_health(lambda command: guest.shell(command, HEALTH_SECONDS, check=False))
 
-    def report(self, moment: str, without: Sample | None, with_: Sample) -> None:
+    def report(self, event: str, without: Sample | None, with_: Sample) -> None:
         """Log a row of the results table, and keep the row for the test's whiteboard."""
-        row: dict[str, Any] = {"distro": self.distro, "moment": moment, "pages": self.pages}
+        row: dict[str, Any] = {"distro": self.distro, "moment": event, "pages": self.pages}
         row |= {key: self.hardware[key] for key in ("machine", "backing", "firmware", "smp")}
         row |= {"without": without and asdict(without), "with": asdict(with_)}
         self.rows.append(row)
-        self.log.info("%s: %s: without: %s; with: %s", self.distro, moment, without, with_)
+        self.log.info("%s: %s: without: %s; with: %s", self.distro, event, without, with_)
 
     def start(self, overlay: Path, **options: Any) -> SystemGuest:
         """Start a guest, which tearDown() kills after it has saved the console log."""
@@ -162,12 +159,12 @@ class PrefaultTest(Test):
         self.assertEqual((counters["errors"], counters["stuck"]), (0, 0))
         return status
 
-    def spared(self, moment: str, without: Sample, with_: Sample, least: int, part: float) -> None:
+    def spared(self, event: str, without: Sample, with_: Sample, least: int, part: float) -> None:
         """Check that prefaulting leaves at most the fraction ``part`` of the faults.
 
         :param least: The minimum number of faults that the guest must take without prefaulting.
         """
-        self.report(moment, without, with_)
+        self.report(event, without, with_)
         if self.pages == "never" and not self.hugetlb:
             self.assertGreaterEqual(without.memory_faults, least)
             self.assertLessEqual(with_.memory_faults, part * without.memory_faults)

@@ -47,17 +47,14 @@ REQUIREMENTS = HERE / "requirements.txt"
 VT_DISTRO = "debian13"
 VT_REQUIREMENTS = HERE / "vt/requirements.txt"
 HOURS = 3600.0
-# The profiles, and the ones that run when not everything is tested.
+# The profiles in variants.yaml, the images in cloud.yaml, and the tests in distro.py.
 PROFILES = ("pc", "q35", "microvm", "memfd", "hugetlb", "thp", "vcpus", "ovmf")
 CLOUDS = ("Fedora", "Ubuntu", "Alpine", "OpenSUSE")
-MOMENTS = ("attach", "boot", "reset", "restore", "migrate", "hotplug")
+EVENTS = ("attach", "boot", "reset", "restore", "migrate", "hotplug")
 
 
 def wheels(*requirements: Path) -> list[Path]:
-    """Return wheels of the required packages.
-
-    Download them unless they are cached.
-    """
+    """Return the wheels of the required packages, downloaded unless cached."""
 
     def fill(directory: Path) -> None:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q"]
@@ -69,7 +66,7 @@ def wheels(*requirements: Path) -> list[Path]:
 
 
 def site(*requirements: Path) -> Path:
-    """Return a directory of the unpacked wheels, for this host's Python."""
+    """Return a directory with the unpacked wheels, for this host's Python."""
     packed = wheels(*requirements)
 
     def fill(directory: Path) -> None:
@@ -81,7 +78,7 @@ def site(*requirements: Path) -> Path:
 
 
 def python_on(directory: Path, *argv: str) -> str:
-    """Run Python with the modules in ``directory`` and ``HERE``, and return its output."""
+    """Run Python with the modules in ``directory`` and ``HERE``, and return stdout."""
     with tempfile.TemporaryDirectory() as home:
         result = subprocess.run(
             [sys.executable, "-W", "ignore", *argv],
@@ -124,7 +121,7 @@ def cloud_images() -> dict[str, Path | str]:
 class TestMachine:
     """The machine on which the tests run, and its directories for them.
 
-    :ivar distros: The directory of the distributions, which is the value of
+    :ivar distros: The directory with the distributions, which is the value of
         ``QEMU_PREFAULT_DISTROS``.
     """
 
@@ -181,7 +178,7 @@ def open_test_machine(
 
 
 def avocado(target: TestMachine, arguments: Sequence[str], timeout: float = HOURS) -> int:
-    """Run avocado on the machine, pass on its output, and return its exit status."""
+    """Run avocado on the machine, forward its output, and return its exit status."""
     base = target.directory
     paths = "".join(
         f"{key} = {base}/{value}\n"
@@ -231,7 +228,7 @@ SERIALLY = ("--max-parallel-tasks", "1", "--disable-sysinfo")
 
 def run_distro(options: argparse.Namespace) -> int:
     names = options.distro or list(distro.DISTROS)
-    tests = [f"distro.py:DistroTest.test_{name}" for name in options.test or MOMENTS]
+    tests = [f"distro.py:DistroTest.test_{name}" for name in options.test or EVENTS]
     wanted = [f"/run/distro/{name}" for name in names]
     wanted += [f"/run/profile/{name}" for name in options.profile or PROFILES[:1]]
     variants = ["-m", "variants.yaml", "--mux-filter-only", *wanted]
@@ -293,7 +290,7 @@ VT_PARAMS = {
     "store_vm_info": "no",
     "encode_video_files": "no",
 }
-# Tests of avocado-vt's own provider that run with `prefault = yes` and no other change.
+# Tests from avocado-vt's own provider that run with `prefault = yes` and no other change.
 VT_OWN = ("tp-qemu.boot", "tp-qemu.reboot")
 VT_SETUP = """
 cd "$1"
@@ -367,7 +364,7 @@ def put_python(machine: Machine, source: Path, destination: str) -> None:
 
 @contextlib.contextmanager
 def huge_pages_off(machine: Machine) -> Iterator[None]:
-    """Disable 2 MiB pages, with which guests take too few faults for a comparison."""
+    """Disable 2 MiB pages, because guests with them take too few faults to compare."""
     path = "/sys/kernel/mm/transparent_hugepage/enabled"
     before = machine.run(["cat", path]).text.partition("[")[2].partition("]")[0]
     machine.run(["sh", "-c", f"echo never >{path}"])
@@ -383,7 +380,7 @@ from pathlib import Path
 from virttest.cartesian_config import Parser
 
 provider = Path(sys.argv[1])
-# avocado-vt also imports the provider's package "qemu", which hides the package of qemu.qmp.
+# avocado-vt also imports the provider's "qemu" package, which hides the one of qemu.qmp.
 sys.path.insert(0, str(provider))
 import qemu
 for path in sorted((provider / "qemu/tests/cfg").glob("*.cfg")):
@@ -423,7 +420,7 @@ with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
 
 
 def run_check(_: argparse.Namespace) -> int:
-    """Check, without starting a guest, that all tests, variants and images are found.
+    """Check without starting a guest that all tests, variants and images are found.
 
     avocado lists its tests and variants, and avocado-vt's parser lists the provider's tests. A
     local HTTP server imitates Alpine's mirror, to test that the newest BIOS image is downloaded.
@@ -435,7 +432,7 @@ def run_check(_: argparse.Namespace) -> int:
     variants = [line for line in shown if line.startswith("Variant run-")]
     provided = python_on(modules, "-c", CHECK_VT, str(HERE / "vt")).splitlines()
     print("\n".join([*tests, *variants, *provided]))
-    wanted = len(MOMENTS) + 1, len(distro.DISTROS) * len(PROFILES)
+    wanted = len(EVENTS) + 1, len(distro.DISTROS) * len(PROFILES)
     if (len(tests), len(variants)) != wanted or not provided:
         raise FailedError("some tests or variants were not found", f"expected: {wanted}")
     with tempfile.TemporaryDirectory() as mirror:
@@ -457,11 +454,11 @@ def main() -> int:
     one = commands.add_parser("distro", parents=[common], help="whole distributions")
     one.add_argument("--distro", action="append", choices=list(distro.DISTROS))
     one.add_argument("--profile", action="append", choices=PROFILES)
-    one.add_argument("--test", action="append", choices=MOMENTS)
+    one.add_argument("--test", action="append", choices=EVENTS)
     one.add_argument("arguments", nargs="*", help="more arguments for avocado run")
     one.set_defaults(run=run_distro)
     two = commands.add_parser("vt", parents=[common], help="tests for avocado-vt")
-    two.add_argument("--tp-qemu", type=Path, help="directory of the test provider tp-qemu")
+    two.add_argument("--tp-qemu", type=Path, help="directory of the tp-qemu test provider")
     two.add_argument("arguments", nargs="*", help="names of tests to run (default: all)")
     two.set_defaults(run=run_vt)
     three = commands.add_parser("check", help="only check that all tests are found")

@@ -3,10 +3,10 @@
 
 This module reads the results from the job's ``results.json``.
 
-A test of this project writes its figures to its whiteboard, as a JSON list of rows. A whiteboard is
-free text, so other tests may write anything. For example, avocado-vt writes QEMU's and KVM's
-versions as a Python dict. An interrupted test writes nothing. Such whiteboards have no rows and are
-not an error.
+This project's tests write their figures to their whiteboards, as a JSON list of rows. A whiteboard
+is free text, so other tests may write any text. For example, avocado-vt writes QEMU's and KVM's
+versions as a Python dict. An interrupted test writes nothing. Such whiteboards contain no rows and
+are not an error.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Row = dict[str, Any]
 
 
 def summarize(results: Path) -> tuple[list[str], Counter[str]]:
-    """Return the summary's lines and the numbers of passed, failed and skipped tests."""
+    """Return the summary's lines, and the counts of passed, failed and skipped tests."""
     counts = Counter[str]()
     try:
         job = json.loads((results / "results.json").read_text())
     except FileNotFoundError:
         counts["failed"] += 1
-        return [f"avocado ran no test: {results} has no results.json", ""], counts
+        return [f"avocado ran no test: {results} contains no results.json", ""], counts
     rows: list[Row] = []
     lines = []
     for test in job["tests"]:
@@ -55,7 +55,7 @@ def summarize(results: Path) -> tuple[list[str], Counter[str]]:
 
 
 def rows_of(test: dict[str, Any]) -> list[Row]:
-    """Return a whiteboard's rows, or an empty list if the whiteboard has other text."""
+    """Return a whiteboard's rows, or an empty list if it contains other text."""
     try:
         found = json.loads(test["whiteboard"])
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -79,7 +79,7 @@ def _has(found: Row, fields: dict[str, Any]) -> bool:
 def distro_table(rows: Sequence[Row]) -> list[str]:
     """Format the rows that distro.py or cloud.py wrote as a Markdown table."""
     lines = [
-        "| distribution | machine | moment | seconds, without | with | faults on memory, without "
+        "| distribution | machine | event | seconds, without | with | faults on memory, without "
         "| with | device accesses, without | with |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]

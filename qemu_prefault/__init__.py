@@ -5,7 +5,7 @@
 
     report = qemu_prefault.prefault("/run/vm.qmp")
 
-This package exports every name of :mod:`qemu_prefault.api`. It also exports the exceptions,
+This package exports every name in :mod:`qemu_prefault.api`. It also exports the exceptions,
 ``Code`` and ``ExitStatus`` from :mod:`qemu_prefault.errors`.
 """
 
@@ -131,15 +131,15 @@ __all__ = [
 ]
 
 _ERRORS = frozenset(name for name in __all__ if name.endswith("Error")) | {"Code", "ExitStatus"}
-#: Maps a name of version 0.1 to the module of qemu_prefault.deprecated that defines it.
+#: Maps a name from version 0.1 to the module in qemu_prefault.deprecated that defines it.
 _DEPRECATED = {"Policy": "session", "Session": "session"}
 
-# Make modules of version 0.1, such as qemu_prefault.survey, importable.
+# Make the modules of version 0.1, such as qemu_prefault.survey, importable.
 __path__.append(str(Path(__file__).parent / "deprecated"))
 
 
 def __getattr__(name: str) -> object:
-    # Load names on first use, so that `qemu-prefault --help` does not import the whole API.
+    # Load names on first use, so that ``qemu-prefault --help`` does not import the whole API.
     if name in _DEPRECATED:
         home = f"deprecated.{_DEPRECATED[name]}"
     elif name in _ERRORS:

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Types of the C extension. native/build.py builds it from the headers named below."""
+"""Types of the C extension.
+
+native/build.py builds the extension from the headers that the comments below name.
+"""
 
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol, SupportsIndex
 
 class CData:
-    """A C object: a pointer, a struct or an array. Its attributes are those of its C type."""
+    """A C object, which is a pointer, a struct or an array.
+
+    Its attributes are those of its C type.
+    """
 
     def __getattr__(self, name: str) -> Any: ...
     def __setattr__(self, name: str, value: object) -> None: ...
@@ -16,7 +22,10 @@ class CData:
     def __int__(self) -> int: ...
 
 class CType:
-    """A C type. See https://cffi.readthedocs.io/en/stable/ref.html#ffi-ctype."""
+    """A C type.
+
+    See https://cffi.readthedocs.io/en/stable/ref.html#ffi-ctype.
+    """
 
     kind: str
     cname: str
@@ -27,7 +36,10 @@ class _Buffer(Protocol):
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 class _Ffi:
-    """The FFI object of cffi. See https://cffi.readthedocs.io/en/stable/ref.html."""
+    """The FFI object of cffi.
+
+    See https://cffi.readthedocs.io/en/stable/ref.html.
+    """
 
     NULL: CData
     def new(self, cdecl: str, init: object = None) -> CData: ...
@@ -42,9 +54,12 @@ class _Ffi:
     def typeof(self, cdecl: str | CData) -> CType: ...
 
 class _Lib:
-    """The C functions. They return a negative errno if the header documents that."""
+    """The C functions and constants.
 
-    # The helper's code, and the loop that it runs: native/common/prefault_range.h
+    A function returns a negative errno on error if its header documents this.
+    """
+
+    # native/build.py (helper_blob), native/common/prefault_range.h
     helper_blob: CData
     PREFAULT_POPULATE: Literal[0]
     PREFAULT_STAGE2: Literal[1]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The functions and classes of the public API.
 
-:mod:`qemu_prefault` exports every name of this module.
+:mod:`qemu_prefault` exports every name in this module.
 
 Most callers need one blocking call::
 
@@ -81,17 +81,17 @@ __all__ = [
 def connect(
     qmp: str, pid: int | None = None, *, dial: Dial | None = None
 ) -> AbstractAsyncContextManager[Vm]:
-    """Return a context manager that connects to QEMU over QMP and finds its process.
+    """Return a context manager that connects to QEMU over QMP.
 
-    The context manager closes the connection when the ``async with`` block ends. QEMU serves one
-    client at a time on each QMP socket.
+    The context manager also finds QEMU's process. It closes the connection when the ``async with``
+    block ends. QEMU serves one client at a time on each QMP socket.
 
     :param qmp: The path of a UNIX socket (``PATH`` or ``unix:PATH``), or a TCP address
         (``HOST:PORT`` or ``tcp:HOST:PORT``).
-    :param pid: QEMU's process id. This argument is only needed if the socket does not report the
-        process id, as with TCP.
-    :param dial: A function that opens the connection, or None. If a function is given, ``qmp`` is
-        only the name of the connection in messages.
+    :param pid: QEMU's process id. This argument is needed only if the socket does not report the
+        process id, for example a TCP socket.
+    :param dial: A function that opens the connection, or None. If it is not None, ``qmp`` is only
+        the name of the connection in messages.
     :returns: An asynchronous context manager that yields a :class:`Vm`.
     :raises InputError: If the address is malformed, or if the socket does not exist.
     :raises MonitorBusyError: If another client holds the socket.
@@ -117,10 +117,10 @@ async def prefault_async(
     :param options: The memory to prefault, and the method. If None, the function uses the defaults
         of the command line, which prefault all RAM.
     :param on_progress: A function that the run calls with three arguments. They are the phase
-        (``"populate"`` or ``"prefault"``), the bytes done in this phase, and the total bytes of
-        this phase.
+        (``"populate"`` or ``"prefault"``), the completed bytes in this phase, and the total bytes
+        of this phase.
     :param on_ready: A coroutine function that the run awaits once, when the incoming migration may
-        start. The run ignores it unless ``options.incoming`` is set.
+        start. The run ignores this function unless ``options.incoming`` is set.
     :returns: The report of the run. ``report.exit_status`` is ``PARTIAL`` if some of the requested
         bytes could not be prefaulted and verified. Otherwise it is ``VERIFIED``.
     :raises UnsupportedError: If this host, kernel or QEMU cannot prefault. The run has changed
@@ -150,7 +150,7 @@ def prefault(
     This function runs its own event loop. If a loop is already running, await
     :func:`prefault_async` instead.
 
-    :param target: The address of the QMP socket. See the parameter ``qmp`` of :func:`connect`.
+    :param target: The address of the QMP socket. See the ``qmp`` parameter of :func:`connect`.
     :param options: See :func:`prefault_async`.
     :param pid: See :func:`connect`.
     :param on_progress: See :func:`prefault_async`.

@@ -13,7 +13,7 @@ second column shows::
     │   ├── GoneError               QEMU, or one of its threads, has exited
     │   ├── AgentError              the helper inside QEMU failed
     │   └── LibvirtError            libvirt failed or refused a request
-    ├── InputError               2  the command line, or a file that it names, is wrong
+    ├── InputError               2  the command line, or a file that it names, is invalid
     ├── PartialError             3  some requested bytes were not prefaulted and verified
     ├── UnsupportedError         4  this host, kernel or QEMU lacks a feature
     │   └── PtraceDeniedError       the kernel does not allow this process to trace QEMU
@@ -36,7 +36,7 @@ class ExitStatus(enum.IntEnum):
     VERIFIED = 0
     #: A step of the run failed.
     FAILED = 1
-    #: The command line is wrong, or it names an object that does not exist.
+    #: The command line is invalid, or names an object that does not exist.
     USAGE = 2
     #: Some of the requested bytes were not prefaulted and verified.
     PARTIAL = 3
@@ -55,7 +55,7 @@ class Code(enum.StrEnum):
     # --- default codes of the exception classes ---
     #: A step of the run failed.
     FAILED = "failed"
-    #: The command line is wrong, or it names an object that does not exist.
+    #: The command line is invalid, or names an object that does not exist.
     USAGE = "usage"
     #: Some of the requested bytes were not prefaulted and verified.
     PARTIAL = "partial"
@@ -69,11 +69,11 @@ class Code(enum.StrEnum):
     BUG = "bug"
     #: Ctrl-C, SIGTERM or SIGHUP ended the run.
     INTERRUPTED = "interrupted"
-    #: The result could not be written to standard output.
+    #: The result could not be written to stdout.
     OUTPUT = "output"
     #: The process that would resume the guest exited before the guest was paused.
     GUARD = "guard"
-    #: The command ``demo`` needs qemu-prefault-lab, which is not installed.
+    #: The ``demo`` command needs qemu-prefault-lab, which is not installed.
     NO_LAB = "no-lab"
 
     # --- the monitor ---
@@ -87,9 +87,9 @@ class Code(enum.StrEnum):
     MONITOR_COMMAND = "monitor-command"
     #: The peer is not a QMP server.
     MONITOR_NOT_QMP = "monitor-not-qmp"
-    #: The peer sent no QMP greeting in time.
+    #: The peer sent no QMP greeting within the time limit.
     MONITOR_SILENT = "monitor-silent"
-    #: QEMU did not answer a command in time.
+    #: QEMU did not reply to a command within the time limit.
     MONITOR_TIMEOUT = "monitor-timeout"
     #: QEMU's description of guest memory cannot be parsed or is inconsistent.
     LAYOUT = "layout"
@@ -99,9 +99,9 @@ class Code(enum.StrEnum):
     # --- the process ---
     #: QEMU or one of its threads has exited, or QEMU has closed a file descriptor.
     QEMU_GONE = "qemu-gone"
-    #: A file in /proc could not be read, or has an unknown format.
+    #: A /proc file could not be read, or has an unknown format.
     PROC = "proc"
-    #: The caller has no permission to read a file in /proc.
+    #: The caller has no permission to read a /proc file.
     PROC_PERMISSION = "proc-permission"
     #: The process behind the socket is not QEMU: it does not own the vCPU threads.
     PROXY = "proxy"
@@ -109,7 +109,7 @@ class Code(enum.StrEnum):
     PID_NAMESPACE = "pid-namespace"
     #: QEMU runs on another host.
     OTHER_HOST = "other-host"
-    #: A file descriptor of QEMU could not be duplicated with pidfd_getfd(2).
+    #: A QEMU file descriptor could not be duplicated with pidfd_getfd(2).
     PIDFD = "pidfd"
     #: QEMU has no mapping at the address that it reports for guest RAM.
     UNMAPPED = "unmapped"
@@ -127,13 +127,13 @@ class Code(enum.StrEnum):
     # --- agents ---
     #: The helper inside QEMU could not be started, or stopped responding.
     AGENT = "agent"
-    #: A helper thread in QEMU exited before its work was done.
+    #: A helper thread in QEMU exited before its batch was complete.
     AGENT_LEFT = "agent-left"
     #: Another client is prefaulting this QEMU.
     BUSY_AGENT = "busy-agent"
     #: The kernel does not allow this process to trace QEMU.
     PTRACE_DENIED = "ptrace-denied"
-    #: A security module forbids executable anonymous memory in QEMU.
+    #: A security module denies executable anonymous memory in QEMU.
     EXECMEM = "execmem"
     #: QEMU's seccomp filter cannot be read, or denies a system call that a helper needs.
     SECCOMP = "seccomp"
@@ -155,11 +155,11 @@ class Code(enum.StrEnum):
     SECURE_EXECUTION = "secure-execution"
     #: LD_PRELOAD has no effect on a statically linked program.
     STATIC_PROGRAM = "static-program"
-    #: QEMU has no QMP command x-kvm-prefault-memory.
+    #: QEMU has no x-kvm-prefault-memory QMP command.
     NO_QMP_COMMAND = "no-qmp-command"
 
     # --- the guest ---
-    #: The guest is in a state in which it cannot run.
+    #: The guest's run state does not allow it to run.
     GUEST_STATE = "guest-state"
     #: The guest is already running.
     RUNNING = "running"
@@ -238,10 +238,10 @@ class Code(enum.StrEnum):
 class QemuPrefaultError(Exception):
     """The base class of all exceptions of this package.
 
-    :param cause: A sentence that names the operation that failed and its object. The sentence has
-        no full stop.
-    :param remedy: The action that the operator can take. The text may have several lines, or may
-        be empty.
+    :param cause: A sentence that names the operation that failed and its object, without a full
+        stop.
+    :param remedy: The action that the operator can take. The text may be empty, or may contain
+        several lines.
     :param code: The stable name of the error in JSON, which is a member of :class:`Code`. The
         default is the code of the class.
     :ivar exit_status: The exit status of the command line for this error.
@@ -296,7 +296,7 @@ class CommandError(MonitorError):
         return "see QEMU's log; the guest's run state is the same as before the run"
 
 
-_REMEDY_PEER: Final = "check that the socket is QEMU's own QMP monitor, then report this answer"
+_REMEDY_PEER: Final = "check that the socket is QEMU's own QMP monitor, then report this reply"
 
 
 class LayoutError(FailedError):
@@ -323,14 +323,14 @@ class AgentError(FailedError):
 class LibvirtError(FailedError):
     """libvirt failed or refused a request.
 
-    The cause of this error is the message of libvirt.
+    The cause of this error is libvirt's message.
     """
 
     code = Code.LIBVIRT
 
 
 class InputError(QemuPrefaultError):
-    """The command line is wrong, or it names an object that does not exist."""
+    """The command line is invalid, or names an object that does not exist."""
 
     exit_status = ExitStatus.USAGE
     code = Code.USAGE

@@ -7,7 +7,7 @@ The suite runs in three modes of KVM on each kernel.
     scripts/make-conformance.py --keep DIR               run the suite; keep each run's JSON in DIR
     scripts/make-conformance.py --keep DIR --render      write the page from the JSON in DIR
 
-scripts/conformance.md.in has the text around the tables.
+scripts/conformance.md.in contains the text around the tables.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def summary(runs: Runs) -> Iterator[str]:
 
 
 def observed(runs: Runs) -> Iterator[str]:
-    """Yield a table of the observations that differ, with the runs that made each."""
+    """Yield a table of the observations that differ between runs."""
     answers: dict[str, dict[str, list[str]]] = {}
     for (_, mode), report in runs.items():
         for case in report["cases"]:

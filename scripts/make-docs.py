@@ -54,7 +54,7 @@ def _help_texts(command: click.Command) -> Iterator[str]:
 
 
 def _field_comments(page: str) -> Iterator[str]:
-    """Yield fields and comments of the modules in the page's directives."""
+    """Yield fields and comments from the modules in the page's directives."""
     for module in sorted(set(re.findall(r"json-fields:?:?\}? (?:qemu_prefault\.)([\w.]+):", page))):
         path = ROOT / "qemu_prefault" / f"{module.replace('.', '/')}.py"
         text = path.read_text()
@@ -81,10 +81,7 @@ def cache() -> Path:
 
 
 def install_sphinx() -> Path:
-    """Return a directory with the packages of docs/requirements.txt.
-
-    Install the packages if the directory does not have them.
-    """
+    """Return a directory with the packages in docs/requirements.txt, built unless cached."""
     requirements = DOCS / "requirements.txt"
     key = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()[:16]
     directory = cache() / f"docs-{key}"
@@ -102,7 +99,7 @@ def install_sphinx() -> Path:
 def sphinx(builder: str, output: Path, scratch: Path, *options: str) -> int:
     """Run Sphinx without its cache, because the pages depend on the code.
 
-    Return Sphinx's exit status.
+    :returns: Sphinx's exit status.
     """
     argv = [sys.executable, "-m", "sphinx", "-q", "-E", *options, "-b", builder]
     argv += ["-d", str(scratch / "doctrees"), str(DOCS), str(output)]
@@ -125,7 +122,7 @@ def make_man(scratch: Path) -> int:
     for name in names():
         text = (output / f"{name}.1").read_text()
         # Omit the build date, so that a rebuild does not change the page. Disable hyphenation,
-        # which would also divide the names of commands.
+        # which would also hyphenate the names of commands.
         header = re.compile(r'^(\.TH "[^"]*" "1") "[^"]*"(.*)', re.MULTILINE)
         text, count = header.subn(r'\1 ""\2\n.nr HY 0\n.ad l', text)
         assert count == 1, name

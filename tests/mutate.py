@@ -3,15 +3,14 @@
 
     python tests/mutate.py [--list | --check] [--tier TIER]... [--jobs N] [ID...]
 
-A mutant is a small mistake in qemu-prefault. Each entry of tests/mutants.toml describes a mutant
+A mutant is a small mistake in qemu-prefault. Each entry in tests/mutants.toml describes a mutant
 and lists its tests. This program applies the mutant to a copy of the checkout. ``scripts/with-env``
-builds and installs the copy, and the program runs the mutant's tests there. The mutant is killed if
-one of its tests fails. The same tests must pass on an unchanged copy. Otherwise a failure would not
-show that the tests detect the mutant.
+builds and installs the copy, and the program runs the mutant's tests with it. The mutant is killed
+if one of its tests fails. The same tests must pass on an unchanged copy. Otherwise a failure would
+not show that the tests detect the mutant.
 
-An entry lists the node ids that its tests had when the mutant was chosen. The files
-tests/history/*.tsv, in the order of their names, map old node ids (first column) to new ones
-(second column).
+An entry lists the node ids that its tests had when the mutant was chosen. The tests/history/*.tsv
+files, in the order of their names, map old node ids (first column) to new node ids (second column).
 
 The exit status is 0 if every selected mutant is killed. It is 1 if a mutant survives, does not
 apply exactly once, or could not be tested. It is 2 if the command line is invalid.
@@ -39,7 +38,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 MUTANTS = ROOT / "tests" / "mutants.toml"
 HISTORY = ROOT / "tests" / "history"
-#: The directory with the files that mutants change.
+#: The directory with the files that the mutants change.
 PRODUCT = "qemu_prefault"
 SUFFIXES = frozenset({".py", ".c", ".h"})
 GENERATED = frozenset({"helper_blob.h"})
@@ -47,7 +46,7 @@ GENERATED = frozenset({"helper_blob.h"})
 IMPORT = "import qemu_prefault._native"
 #: The time limit of the build and of all tests of one mutant, in seconds.
 TIMEOUT = 1200
-#: The variant of the nested lab that tier "nested" boots.
+#: The variant of the nested lab that the "nested" tier boots.
 VARIANT = "trixie"
 
 
@@ -68,12 +67,12 @@ class Verdict(enum.StrEnum):
 
 
 class MutantError(Exception):
-    """An error whose message gives the reason why a mutant cannot be tested."""
+    """An error whose message states why a mutant cannot be tested."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """One entry of mutants.toml.
+    """One entry in mutants.toml.
 
     :ivar subject: The part of qemu-prefault that the mutant changes.
     :ivar function: The changed function, as information for readers of the file.
@@ -119,7 +118,7 @@ def read_mutants(path: Path = MUTANTS) -> tuple[Mutant, ...]:
     mutants: list[Mutant] = []
     for entry in tomllib.loads(path.read_text())["mutant"]:
         if entry.keys() != wanted:
-            raise MutantError(f"{entry.get('id')}: wrong keys {sorted(entry.keys() ^ wanted)}")
+            raise MutantError(f"{entry.get('id')}: bad keys {sorted(entry.keys() ^ wanted)}")
         known = {**entry, "tier": Tier(entry["tier"]), "tests": tuple(entry["tests"])}
         mutants.append(Mutant(**known))
     ids = [mutant.id for mutant in mutants]
@@ -129,10 +128,7 @@ def read_mutants(path: Path = MUTANTS) -> tuple[Mutant, ...]:
 
 
 def read_history(directory: Path = HISTORY) -> tuple[Mapping[str, tuple[str, ...]], ...]:
-    """Return one table per file.
-
-    Each table maps old node ids to new ones.
-    """
+    """Return one table per file, which maps old node ids to new ones."""
     tables = []
     for path in sorted(directory.glob("*.tsv")):
         table: dict[str, tuple[str, ...]] = {}
@@ -196,7 +192,7 @@ def mutated(mutant: Mutant, texts: Mapping[Path, str]) -> tuple[Path, str]:
 
 @contextmanager
 def copy_of_checkout() -> Iterator[Path]:
-    """Yield a copy of all tracked files, and of new files that git does not ignore."""
+    """Yield a copy of all tracked files and of new files that git does not ignore."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -218,7 +214,7 @@ def copy_of_checkout() -> Iterator[Path]:
 def pytest_command(tier: Tier, nodes: Sequence[str], junit: Path) -> list[str]:
     """Return the command that runs tests with scripts/with-env.
 
-    The command writes the results to the file ``junit``. It fails if qemu-prefault is not
+    The command writes the results to ``junit``. The command fails if qemu-prefault is not
     installed.
     """
     words = ["-q", "--color=no", "-p", "no:cacheprovider", *nodes]
@@ -234,11 +230,9 @@ def pytest_command(tier: Tier, nodes: Sequence[str], junit: Path) -> list[str]:
 
 
 def run_tests(root: Path, tier: Tier, nodes: Sequence[str]) -> tuple[list[str], int]:
-    """Run tests of a checkout.
+    """Run a checkout's tests, and return the failed tests and the number of passed ones.
 
-    Return the failed tests and the number of passed ones.
-
-    :raises MutantError: If the tests did not run to their end.
+    :raises MutantError: If the test run did not complete.
     """
     junit = root / "mutate.xml"
     command = ["scripts/with-env", "", *pytest_command(tier, nodes, junit)]
@@ -285,7 +279,7 @@ def check_unmutated(mutants: Sequence[Mutant], nodes: Mapping[str, Sequence[str]
             failed, passed = run_tests(root, tier, wanted)
         if failed:
             raise MutantError(f"these tests fail even without a mutant: {', '.join(failed)}")
-        print(f"{passed} tests of tier {tier} pass without a mutant", flush=True)
+        print(f"{passed} tests in the {tier} tier pass without a mutant", flush=True)
 
 
 def try_mutant(mutant: Mutant, nodes: Sequence[str]) -> Result:
@@ -329,7 +323,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the mutants and their tests")
     parser.add_argument("--check", action="store_true", help="only check that each mutant applies")
     parser.add_argument("--tier", action="append", type=Tier, choices=list(Tier), default=[])
-    parser.add_argument("--jobs", type=int, default=1, help="parallel mutants, only in tier unit")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel mutants (unit tier only)")
     parser.add_argument("ids", nargs="*", metavar="ID", help="only these mutants")
     options = parser.parse_args()
     mutants = read_mutants()
@@ -370,7 +364,7 @@ def main() -> int:
 def _try_all(
     mutants: Sequence[Mutant], nodes: Mapping[str, Sequence[str]], jobs: int
 ) -> Iterator[Result]:
-    """Test the mutants of tier unit in parallel, and then the others one by one."""
+    """Test the unit tier's mutants in parallel, and then the others one by one."""
     several = [mutant for mutant in mutants if mutant.tier is Tier.UNIT]
     with concurrent.futures.ThreadPoolExecutor(jobs) as executor:
         for result in executor.map(lambda mutant: try_mutant(mutant, nodes[mutant.id]), several):

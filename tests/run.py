@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Run the suites of tests/suites.toml in parallel, and summarize their results.
+"""Run the suites in tests/suites.toml in parallel, and summarize their results.
 
     python tests/run.py [--full] [NAME...]
 
 ``make`` runs this program with ``scripts/with-env``. The program prefixes every line of output with
-the name of the line's suite. The last line is ``N passed, N failed, N skipped`` for all suites. The
-exit status is 0 only if no suite failed. A pytest suite that ran no test counts as failed.
+the suite's name. The last line is ``N passed, N failed, N skipped`` for all suites. The exit status
+is 0 only if no suite failed. A pytest suite that ran no test counts as failed.
 """
 
 from __future__ import annotations
@@ -32,10 +32,7 @@ PYTEST = ("-ra", "-q", "--color=no")
 
 @dataclass(frozen=True)
 class Suite:
-    """An entry of tests/suites.toml.
-
-    That file documents the fields.
-    """
+    """An entry in tests/suites.toml, which documents the fields."""
 
     name: str
     run: str = "both"
@@ -76,10 +73,7 @@ class Suite:
 
 @dataclass
 class Result:
-    """The result of a suite.
-
-    A suite that does not run pytest counts as one test.
-    """
+    """The result of a suite, which counts as one test unless it runs pytest."""
 
     passed: int = 0
     failed: int = 0
@@ -135,7 +129,7 @@ def execute(suite: Suite, junit: Path) -> Result:
 
 
 def judge(suite: Suite, status: int, junit: Path) -> Result:
-    """Return the result of a suite that ended with this status."""
+    """Return the result of a suite that exited with this status."""
     result = Result()
     if suite.command:
         result.passed = 0 if status else 1
@@ -143,14 +137,14 @@ def judge(suite: Suite, status: int, junit: Path) -> Result:
         with contextlib.suppress(SyntaxError):  # pytest was killed while it wrote the file
             result.read(junit)
     if status and not result.failed:
-        result.failed, result.note = 1, f"ended with status {status}"
+        result.failed, result.note = 1, f"exited with status {status}"
     elif not (result.passed or result.failed or (suite.may_skip and result.skipped)):
         result.failed, result.note = 1, "ran no test"
     return result
 
 
 def run(suite: Suite, jobs: dict[str, Future[Result]], directory: Path) -> Result:
-    """Wait for the suites that this suite needs, and run this suite."""
+    """Wait for the suites that this suite needs, and then run this suite."""
     broken = [name for name in suite.all_needs() if name in jobs and jobs[name].result().failed]
     started = time.monotonic()
     if broken:
@@ -167,7 +161,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run the test suites.")
     parser.add_argument("--full", action="store_true", help="run all suites, on every kernel")
     parser.add_argument("--jobs", type=int, default=2, help="number of parallel suites (default 2)")
-    parser.add_argument("names", nargs="*", help="names of suites, or lint for all linters")
+    parser.add_argument("names", nargs="*", help="names of suites, or 'lint' for all linters")
     options = parser.parse_args()
     table = tomllib.loads((ROOT / "tests" / "suites.toml").read_text())["suite"]
     tier = "full" if options.full else "test"
@@ -201,7 +195,7 @@ def main() -> int:
         total.skipped += r.skipped
         total.failures += [f"FAILED {name}: {failure}" for failure in r.failures]
     print(*total.failures, sep="\n", end="\n" if total.failures else "")
-    print(f"{time.monotonic() - started:.0f} s in all\n\n{total}")
+    print(f"{time.monotonic() - started:.0f} s in total\n\n{total}")
     return 1 if total.failed else 0
 
 

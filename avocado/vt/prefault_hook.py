@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-# The hook for avocado-vt's `test_pre_hook = /PATH/prefault_hook.py`. avocado-vt executes it at the
-# start of each test, with the test's `params`. It implements `prefault = yes` for any test.
+# The hook for avocado-vt's `test_pre_hook = /PATH/prefault_hook.py`. avocado-vt executes this file
+# at the start of each test, with the test's `params`. The hook implements `prefault = yes` for any
+# test.
 import os
 import sys
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Prefault the guests of avocado-vt's tests, and check the effect.
 
-If a test has the parameter ``prefault = yes``, this module loads the plugin with LD_PRELOAD into
-each QEMU that the test starts. After the start, the module checks that QEMU has loaded the plugin.
-The parameter ``prefault_options = KEY=VALUE,…`` sets the plugin's options.
+If a test sets ``prefault = yes``, this module loads the plugin with LD_PRELOAD into each QEMU that
+the test starts. After the start, the module checks that QEMU has loaded the plugin. The
+``prefault_options = KEY=VALUE,…`` parameter sets the plugin's options.
 """
 
 from __future__ import annotations
@@ -53,10 +53,7 @@ def enable(params: Params) -> None:
 
 
 def _check(test: Any, params: Params, env: Any) -> None:
-    """Check that every QEMU has the plugin.
-
-    Log the plugin's and KVM's counters.
-    """
+    """Check that every QEMU has loaded the plugin, and log the plugin's and KVM's counters."""
     for vm in env.get_all_vms():
         if vm.is_alive():
             counters = plugin_status(test, vm)["counters"]
@@ -65,21 +62,18 @@ def _check(test: Any, params: Params, env: Any) -> None:
             note(test, "since its start", None, memory_faults(vm))
 
 
-def note(test: Any, moment: str, without: int | None, with_: int) -> None:
+def note(test: Any, event: str, without: int | None, with_: int) -> None:
     """Write the numbers of faults without and with prefaulting to the whiteboard."""
-    test.whiteboard = json.dumps([{"moment": moment, "without": without, "with": with_}])
+    test.whiteboard = json.dumps([{"moment": event, "without": without, "with": with_}])
 
 
 def plugin_status(test: Any, vm: Any) -> dict[str, Any]:
-    """Return the status of the plugin in a VM's QEMU.
-
-    Fail if QEMU has no plugin.
-    """
+    """Return the plugin's status, or fail the test if the VM's QEMU has no plugin."""
     process = Process.find(vm.get_pid())
     path = find_control_socket(process)
     if path is None:
         test.error(f"prefault = yes is set, but {vm.name}'s QEMU has no plugin")
-    assert path is not None  # error() has raised
+    assert path is not None  # error() raises an exception
 
     async def ask(path: Path) -> dict[str, Any]:
         async with Control.open(path, process.pid) as control:
@@ -106,7 +100,7 @@ def memory_faults(vm: Any) -> int:
 
 
 def start_tool(vm: Any, *arguments: str) -> Tool:
-    """Start ``qemu-prefault`` on the VM's monitor that avocado-vt does not use."""
+    """Start ``qemu-prefault`` with the VM's monitor that avocado-vt does not use."""
     return Tool(["--json", "--qmp", monitor_of(vm), *arguments], fork=False)
 
 
@@ -130,7 +124,7 @@ def failing(test: Any) -> Iterator[None]:
 
 
 def monitor_of(vm: Any) -> str:
-    """Return the path of the monitor that ``extra_params`` gives a VM for the tool."""
+    """Return the path of the tool's monitor, which ``extra_params`` adds to the VM."""
     found = re.search(r"-qmp unix:([^,]+),", vm.params["extra_params"])
     assert found is not None, vm.params["extra_params"]
     return found[1]
@@ -172,7 +166,7 @@ def check_health(test: Any, session: Any) -> None:
 
 
 def fill(session: Any, name: str, mib: int) -> str:
-    """Write a file of distinct pages in the guest's memory, and return its checksum."""
+    """Write a file with distinct pages to guest memory, and return its checksum."""
     size = mib << 20
     session.cmd(f"seq 10000001 {10000001 + size // 9} | head -c {size} >/dev/shm/{name}",
                 timeout=900)  # fmt: skip
@@ -180,14 +174,15 @@ def fill(session: Any, name: str, mib: int) -> str:
 
 
 def checksum(session: Any, name: str) -> str:
-    """Read the whole file that :func:`fill` has written, and return its checksum."""
+    """Read the whole file that :func:`fill` wrote, and return its checksum."""
     return str(session.cmd(f"sha256sum </dev/shm/{name}", timeout=900)).split()[0]
 
 
 def compare(test: Any, what: str, without: int, with_: int, least: int) -> None:
     """Check that prefaulting avoids 99 % of the faults.
 
-    :param least: The minimum number of faults that the guest must take without prefaulting."""
+    :param least: The minimum number of faults that the guest must take without prefaulting.
+    """
     LOG.info("prefault: %s: %d faults without prefaulting, %d with it", what, without, with_)
     note(test, what, without, with_)
     if without < least:
@@ -203,7 +198,7 @@ def wait_running(test: Any, vm: Any) -> None:
 
 
 def read_back(test: Any, params: Params, vm: Any, wanted: str) -> int:
-    """Read the file that :func:`fill` has written and return the VM's faults on memory."""
+    """Read the file that :func:`fill` wrote and return the VM's faults on memory."""
     session = log_in(params, vm)
     if checksum(session, "file") != wanted:
         test.fail("the file in the guest's memory has changed")

@@ -4,7 +4,7 @@
 The lab nests three machines. The project names them by their nesting level:
 
 L0
-    The machine that imports this package. It needs no KVM. It runs QEMU's TCG,
+    The machine that imports this package. It needs no KVM, because it runs QEMU's TCG,
     which emulates an AMD CPU with SVM and nested paging.
 L1
     A Debian system, booted by :class:`Lab`. Its kvm-amd is the unmodified kernel module, so
@@ -14,7 +14,7 @@ L2
     The guests of the QEMU in L1 (:mod:`qemu_prefault_lab.guest`). The tests prefault these guests.
 
 If the host's own KVM supports the ioctl, :func:`open_machine` returns a :class:`LocalMachine`
-instead. That class has the same methods as :class:`Lab`, but emulates nothing.
+instead. That class has the same methods as :class:`Lab`, but uses no emulation.
 """
 
 from __future__ import annotations

@@ -29,10 +29,10 @@ _VARIANT = click.option(
     help="The Debian release to run as L1.",
 )  # fmt: skip
 _NPT = click.option(
-    "--npt/--no-npt", default=True, help="Use nested paging, or shadow paging without the ioctl."
+    "--npt/--no-npt", default=True, help="Use nested paging in L1, or shadow paging (no ioctl)."
 )
 _TDP_MMU = click.option(
-    "--tdp-mmu/--no-tdp-mmu", default=None, help="Value of kvm's tdp_mmu (default: the kernel's)."
+    "--tdp-mmu/--no-tdp-mmu", default=None, help="Value of kvm.tdp_mmu (default: from the kernel)."
 )
 _NESTED = click.option(
     "--nested", is_flag=True, help="Use the lab even if this host's own KVM can prefault."
@@ -42,7 +42,7 @@ _NUMA = click.option(
 )
 _COMMAND = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 _NUMA_NODES_MIB = (3072, 1024)
-# The directory in the lab to which files of the checkout are copied.
+# The directory in L1 for copies of the checkout's files.
 _CHECKOUT = "/root/tests"
 
 
@@ -126,7 +126,7 @@ def run_command(
     source: bool,
     command: tuple[str, ...],
 ) -> None:
-    """Run COMMAND in the lab, and pass on its output and exit status."""
+    """Run COMMAND in the lab, forward its output, and return its exit status."""
     nodes = _NUMA_NODES_MIB if numa else ()
     with open_machine(variant, nested=nested, npt=npt, tdp_mmu=tdp_mmu, nodes_mib=nodes) as machine:
         if wheels or source:
@@ -222,7 +222,7 @@ def pytest_command(
 ) -> None:
     """Copy the paths in ARGUMENTS into the lab and run pytest there with ARGUMENTS.
 
-    The paths in the lab are those of the checkout. The command also copies the checkout's
+    The paths are the same as in the checkout. The command also copies the checkout's
     pyproject.toml, tests/support and qmp_scripts, because wheels do not contain these files.
     """
     patched = build_qemu(Path("patches"), release) if release else None

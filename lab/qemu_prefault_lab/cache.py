@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A cache of files that take a long time to build, such as images.
 
-An entry is a directory ``<name>-<key>``. The key is a hash of all inputs. A changed recipe
-therefore makes a new entry, and entries are never updated in place. A builder works in a ``tmp-``
-directory and renames this directory when it is complete. If the builder is killed, the next builder
-of the same name removes that directory. A file lock per name keeps two builders from building the
-same entry.
+An entry is a directory ``<name>-<key>``. The key is a hash of all inputs. If an input changes, the
+lab builds a new entry. Entries are never updated in place. A builder works in a ``tmp-`` directory
+and renames this directory when the entry is complete. If the builder is killed, the next builder of
+the same name removes the ``tmp-`` directory. A file lock per name prevents two builders from
+building the same entry.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def key_of(*parts: str | bytes) -> str:
 
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Hold the lock of this name.
+    """Hold the lock of this name within the block.
 
-    Only one thread of one process can hold it.
+    The lock excludes all other threads and processes.
     """
     path = cache_dir() / "locks" / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def locked(name: str) -> Iterator[None]:
 def entry(name: str, key: str, build: Callable[[Path], None]) -> Path:
     """Return the directory of an entry.
 
-    Build it if it is missing.
+    Build the entry if it is missing.
 
     :param build: A function that fills the empty directory passed to it. If the function raises an
         exception, the directory is removed.
@@ -92,7 +92,7 @@ def entry(name: str, key: str, build: Callable[[Path], None]) -> Path:
     root = cache_dir()
     final = root / f"{name}-{key}"
     if final.is_dir():
-        os.utime(final)  # so that prune() keeps it
+        os.utime(final)  # prune() removes old entries
         return final
     with locked(name):
         if final.is_dir():
@@ -123,16 +123,14 @@ def discard(path: Path) -> None:
 
 
 def prune(days: float) -> list[Path]:
-    """Remove entries that were not used for a number of days.
-
-    Return their paths.
+    """Remove entries that have not been used for a number of days, and return their paths.
 
     A running lab is not affected, because it keeps its files open.
     """
     oldest = time.time() - days * 86400
     gone = []
     for path in sorted(cache_dir().iterdir()):
-        # Skip entries of other programs, which do not update the times of their entries.
+        # Skip other programs' entries, because these programs do not update the times.
         if not path.name.startswith(_ENTRIES):
             continue
         with contextlib.suppress(FileNotFoundError):  # another process removed it

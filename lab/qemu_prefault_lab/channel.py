@@ -4,15 +4,15 @@
 The connection consists of the QEMU process, its console, and the command server's port. One thread
 handles all three, and also starts QEMU. If the test run ends, the kernel kills QEMU with the
 parent-death signal. The kernel sends this signal when the thread that forked QEMU exits. L1 is lost
-if QEMU ends, if the console shows a kernel failure, or if the command server's heartbeats stop.
-Then all requests fail immediately.
+if QEMU exits, if the console shows a kernel failure, or if the command server's heartbeats stop.
+All requests then fail immediately.
 
 The thread also sends POKE to the command server twice a second. With Linux 7.2 and about twenty L2
-guests, L1 can hang. Its CPU is then halted although interrupts are enabled and the timer interrupt
-is pending in the local APIC. An interrupt from any device wakes the CPU. The likely cause is in
-TCG's helper_vmrun() (target/i386/tcg/sysemu/svm_helper.c). This function sets CPU_INTERRUPT_VIRQ in
-the vCPU's pending interrupts without the lock. If another thread raises a timer interrupt at that
-moment, the interrupt is lost.
+guests, L1 can hang: L1's CPU is halted although interrupts are enabled and the timer interrupt is
+pending in the local APIC. An interrupt from any device wakes the CPU. The likely cause is in TCG's
+helper_vmrun() (target/i386/tcg/sysemu/svm_helper.c). This function sets CPU_INTERRUPT_VIRQ in the
+vCPU's pending interrupts without holding the BQL. If another thread raises a timer interrupt at
+the same time, the timer interrupt is lost.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ _FATAL = re.compile(
 _CONSOLE_BYTES = 1 << 20
 _OUTGOING_LIMIT = 1 << 21
 _TICK_SECONDS = 0.5
-# After a kernel failure is detected, the time to read the following lines, which have the reason.
+# Seconds to continue reading after a kernel failure, because the following lines show the reason.
 _LAST_WORDS_SECONDS = 3.0
 
 
 class Request:
-    """A command in L1, with its number and the frames that take() will return."""
+    """A command in L1, with its request number and the frames that take() will return."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -60,9 +60,9 @@ class Channel:
     """A QEMU process and the connection to the command server in it.
 
     :param argv: QEMU's command line. ``stdio`` is the console. The class replaces ``{port}`` and
-        ``{monitor}`` by the file descriptors of the command server's socket and of the monitor's
+        ``{monitor}`` with the file descriptors of the command server's socket and of the monitor's
         socket.
-    :param heartbeat_limit: Seconds without a message from L1, after which L1 counts as lost.
+    :param heartbeat_limit: Seconds without a message from L1 after which L1 is considered lost.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Channel:
     # Methods that any thread may call.
 
     def hello(self, timeout: float) -> None:
-        """Reset the command server, set L1's clock, and wait for the server's answer."""
+        """Reset the command server, set L1's clock, and wait for the server's reply."""
         deadline = time.monotonic() + timeout
         nonce = secrets.token_bytes(command_server.NONCE_LENGTH)
         with self._condition:
@@ -139,7 +139,7 @@ class Channel:
                 self._check()
                 if not self._condition.wait(deadline - time.monotonic()):
                     self._check()
-                    raise LabLostError(f"L1 was not up within {timeout:.0f} s", self.text())
+                    raise LabLostError(f"L1 did not respond within {timeout:.0f} s", self.text())
             self._poking = True
 
     def open(self) -> Request:
@@ -164,10 +164,7 @@ class Channel:
             raise self.give_up("L1's command server did not become idle")
 
     def forget(self, request: Request) -> None:
-        """End a request.
-
-        Drop frames that still arrive for it.
-        """
+        """End a request, and drop frames that still arrive for it."""
         with self._condition:
             self._requests.pop(request.number, None)
 
@@ -185,7 +182,7 @@ class Channel:
         self._wake()
 
     def take(self, request: Request, timeout: float) -> tuple[int, bytes] | None:
-        """Return the next frame of a request, or None if no frame arrives in time.
+        """Return the next frame of a request, or None after a timeout.
 
         :raises LabLostError: If L1 is lost, so that no more frames can arrive.
         """
@@ -203,7 +200,7 @@ class Channel:
         return self.console.decode(errors="replace").replace("\r", "")
 
     def give_up(self, reason: str) -> LabLostError:
-        """Mark L1 as lost for a reason that the caller detected and return the error."""
+        """Mark L1 as lost for the caller's reason, and return the error to raise."""
         with self._condition:
             self._verdict = self._verdict or reason
             self._doomed = time.monotonic()
@@ -213,7 +210,7 @@ class Channel:
         return self.lost
 
     def wait_end(self, timeout: float) -> bool:
-        """Wait until QEMU ends by itself, and return whether it has ended."""
+        """Wait until QEMU exits on its own, and return whether it has exited."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
@@ -226,7 +223,7 @@ class Channel:
             end.close()
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # the thread is already awake, or has ended
+        with contextlib.suppress(OSError):  # the thread is already awake, or has exited
             self._wake_write.send(b"\0")
 
     def _check(self) -> None:
@@ -245,7 +242,7 @@ class Channel:
             selector.register(readable, selectors.EVENT_READ)
 
         try:
-            self._watch(selector, process, console, pidfd)
+            self._poll(selector, process, console, pidfd)
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -261,7 +258,7 @@ class Channel:
                     request.frames.put(None)
                 self._condition.notify_all()
 
-    def _watch(
+    def _poll(
         self,
         selector: selectors.BaseSelector,
         process: subprocess.Popen[bytes],
@@ -296,9 +293,9 @@ class Channel:
                     pass
                 if not self._verdict:
                     self._qemu_status = process.wait()
-                    self._verdict = f"L1's QEMU ended with status {self._qemu_status}"
+                    self._verdict = f"L1's QEMU exited with status {self._qemu_status}"
             if self._nonce is None and self._silent > self.heartbeat_limit:
-                self._verdict = f"nothing heard from L1's command server for {self._silent:.0f} s"
+                self._verdict = f"no message from L1's command server for {self._silent:.0f} s"
                 self._doomed = now
             if pidfd in ready or (self._doomed is not None and now >= self._doomed):
                 break
@@ -341,7 +338,7 @@ class Channel:
     def _receive(self, data: bytes) -> None:
         with self._condition:
             if self._nonce is not None:
-                # Data of an earlier connection may precede the answer.
+                # Data from an earlier connection may precede the reply.
                 self._hello += data
                 mark = command_server.MAGIC + self._nonce
                 found = self._hello.find(mark)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The command server, which runs commands in L1 for the host.
 
-The command server communicates over a virtio-serial port. It is the only child of L1's init. It
-runs on Python 3.11 to 3.14 and uses only the standard library. The host also imports this module,
-because both sides use its definitions of the protocol.
+The command server communicates with the host over a virtio-serial port. The server is the only
+child of L1's init, supports Python 3.11 to 3.14, and uses only the standard library. The host also
+imports this module, because both sides use the same definitions of the protocol.
 
-A frame consists of a header and a payload. The header is big-endian and has the frame's type, the
-request number and the length of the payload. Several requests can be in progress at the same time.
-The host assigns the request numbers. The server only runs commands. The host transfers files as the
-stdin and stdout of ``cat`` and ``tar``.
+A frame consists of a header and a payload. The header is big-endian and contains the frame's type,
+the request number and the payload's length. Several requests can be in progress at the same time.
+The host assigns the request numbers. The server only runs commands. The host transfers files
+through the stdin and stdout of ``cat`` and ``tar``.
 
 The server's loop never blocks on a command. The loop queues input that a command has not read yet.
 While the host does not read from the port, the loop does not read the commands' output. The loop
@@ -43,10 +43,10 @@ STDIN = 3  # bytes; empty is the end of file
 KILL = 4  # one byte: the signal number
 BYE = 5  # stop heartbeats and commands before a snapshot
 POKE = 6  # no operation; its interrupt wakes L1 (see Channel)
-# Server to host. The answer to HELLO is MAGIC + nonce, which is not a frame (see Channel).
+# Server to host. The reply to HELLO is MAGIC + nonce, which is not a frame (see Channel).
 STDOUT = 16
 STDERR = 17
-EXIT = 18  # JSON: returncode, timed_out, or error (a name of errno) and strerror
+EXIT = 18  # JSON: returncode, timed_out, or error (an errno name) and strerror
 BEAT = 19
 
 _READ_BYTES = 1 << 16
@@ -55,7 +55,7 @@ _PENDING_LIMIT = 1 << 22
 
 
 def frame(kind: int, number: int, payload: bytes = b"") -> bytes:
-    """Return a frame of this type, request number and payload as bytes."""
+    """Return a frame with this type, request number and payload, as bytes."""
     return HEADER.pack(kind, number, len(payload)) + payload
 
 
@@ -233,7 +233,7 @@ class Command:
 
 def _become_ordinary() -> None:
     # The server has a high priority and is exempt from the OOM killer, so that it responds even if
-    # commands use all CPU time or memory. The commands must not inherit this.
+    # commands use all CPU time or memory. The commands must not inherit these settings.
     os.nice(10)
     _write("/proc/self/oom_score_adj", "0")
 
@@ -301,7 +301,7 @@ class CommandServer:
         if kind == HELLO:
             self.reset()
             nonce, clock = payload[:NONCE_LENGTH], struct.unpack("!d", payload[NONCE_LENGTH:])[0]
-            # After a restore, L1's clock still has the time of the snapshot.
+            # After a restore, L1's clock still shows the time of the snapshot.
             if abs(time.time() - clock) > 0.5:
                 time.clock_settime(time.CLOCK_REALTIME, clock)
             self.outgoing += MAGIC + nonce
@@ -346,15 +346,15 @@ class CommandServer:
                     self.send(BEAT, 0)
             pause = 0.1 if self.commands else BEAT_SECONDS / 2
             for key, mask in self.selector.select(pause if self.beating else None):
-                # A callback earlier in this loop may have closed or reused the descriptor.
+                # An earlier callback in this loop may have closed or reused the descriptor.
                 if self.selector.get_map().get(key.fd) == key:
                     key.data(key.fd, mask)
 
 
 def open_port(name: str) -> int:
-    """Open the virtio-serial port of this name.
+    """Open the virtio-serial port with this name.
 
-    L1 does not run udev.
+    L1 does not run udev, so the links in /dev/virtio-ports do not exist.
     """
     for path in glob.glob("/sys/class/virtio-ports/*/name"):
         with open(path) as file:

@@ -2,7 +2,7 @@
 """Run the conformance suite on a machine with huge pages and KSM.
 
 ``python -m qemu_prefault_lab.conformance`` enables huge pages and KSM, so that every supported case
-can run. Then it runs ``qemu-prefault conformance``. docs/conformance.md shows its results.
+can run, and then runs ``qemu-prefault conformance``. docs/conformance.md shows the results.
 """
 
 from __future__ import annotations

@@ -25,11 +25,11 @@ from . import LocalMachine, open_machine
 from .scenario import CASES, WORKLOAD_MIB
 
 LIMIT_SECONDS = 1800.0
-HEADERS = ["guest", "way", "stage-2 faults", "first pass s", "steady pass s", "prefaulting s"]
+HEADERS = ["guest", "method", "stage-2 faults", "first pass s", "steady pass s", "prefaulting s"]
 
 
 class LiveTable:
-    """The demo's table of results, which changes while the demo runs.
+    """The demo's table of results, which is updated while the demo runs.
 
     On a terminal, this class redraws the whole table. Otherwise it prints each row when the row is
     complete, and the current row every five seconds.
@@ -107,7 +107,7 @@ class LiveTable:
 
 
 def run_demo(as_json: bool) -> None:
-    """Run the demo and print its table or its JSON.
+    """Run the demo, and print the results as a table or as JSON.
 
     :raises QemuPrefaultError: If a requirement is missing, or if the scenario failed.
     """
@@ -126,7 +126,7 @@ def run_demo(as_json: bool) -> None:
     progress.wipe()
     if result.returncode or len(progress.rows) != len(CASES):
         raise FailedError(
-            progress.error.get("cause", f"the scenario ended with status {result.returncode}"),
+            progress.error.get("cause", f"the scenario exited with status {result.returncode}"),
             progress.error.get("remedy") or result.error_text[-2000:],
             code="demo",
         )
@@ -138,11 +138,11 @@ def run_demo(as_json: bool) -> None:
         )  # fmt: skip
         return
     click.echo(
-        f"A guest writes {WORKLOAD_MIB} MiB for the first time, on 4K pages. "
+        f"A guest with 4K pages writes {WORKLOAD_MIB} MiB for the first time. "
         f"Kernel {progress.machine['kernel']}, QEMU {progress.machine['qemu']}."
     )
     if nested:
-        click.echo("The CPU is emulated. Counts are exact. Compare times only with each other.")
+        click.echo("The CPU is emulated. Counts are exact. Compare times only within this table.")
     click.echo()
     for line in progress.lines():
         click.echo(line)

@@ -2,9 +2,9 @@
 """Images of whole distributions, for guests with their own kernel and systemd.
 
 The lab builds these images from the Debian archive, like its own images
-(:mod:`qemu_prefault_lab.image`). In its own images, packages are only unpacked. In these images,
-packages are installed. Their maintainer scripts have run, and initramfs-tools has made the
-initramfs.
+(:mod:`qemu_prefault_lab.image`). In the lab's own images, packages are only unpacked. In the images
+of distributions, packages are fully installed: the maintainer scripts have run, and
+initramfs-tools has generated the initramfs.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from . import cache, image
 
 log = logging.getLogger(__name__)
 
-#: The root password of each distribution.
+#: The root password in all distributions.
 PASSWORD = "prefault"
 
 _HOOK = Path(__file__).parent / "distro-hook.sh"
 _PACKAGES = ("dbus", "initramfs-tools", "kmod", "linux-image-cloud-amd64", "login", "passwd",
              "procps", "systemd-sysv", "udev")  # fmt: skip
-# Omit the drivers for hardware that these guests do not have. They are most of a kernel package.
+# Omit the drivers for hardware that these guests lack, which are most of a kernel package.
 _WITHOUT = tuple(
     f"/{prefix}lib/modules/*/kernel/{part}/*"
     for prefix in ("", "usr/")
@@ -67,12 +67,12 @@ class DistroImage:
 
     @property
     def disk(self) -> Path:
-        """The raw ext4 image without partitions, to which guests do not write."""
+        """The raw ext4 image without partitions, which guests never write."""
         return self.directory / "disk.ext4"
 
     @property
     def boot(self) -> Path:
-        """The directory with ``vmlinuz``, ``vmlinux`` and ``initrd``, for QEMU to boot."""
+        """The directory with ``vmlinuz``, ``vmlinux`` and ``initrd``, which QEMU boots."""
         return self.directory / "boot"
 
 
@@ -85,10 +85,7 @@ def distro_named(name: str) -> Distro:
 
 
 def build(distro: Distro) -> DistroImage:
-    """Return the disk and boot files of a distribution.
-
-    Build them unless cached.
-    """
+    """Return the disk and boot files of a distribution, built unless cached."""
     host = image.tcg_host()
     key = cache.key_of(*distro.suites, *_PACKAGES, *_WITHOUT, _HOOK.read_bytes(), PASSWORD, "1")
 
@@ -120,10 +117,7 @@ def build(distro: Distro) -> DistroImage:
 
 
 def boot_disk(built: DistroImage) -> Path:
-    """Return a raw ext4 image of the boot files.
-
-    Build it if necessary.
-    """
+    """Return a raw ext4 image of the boot files, built unless cached."""
 
     def fill(directory: Path) -> None:
         image.ext4_of_tree(built.boot, directory / "boot.ext4")

@@ -4,13 +4,13 @@
     QemuPrefaultError
     └── FailedError
         └── LabError                  a lab-* code
-            ├── LabLostError             L1 ended or hangs
+            ├── LabLostError             L1 exited or hangs
             ├── ImageError               an image could not be built
             ├── RemoteCommandError       a command on a machine failed
             │   └── RemoteTimeoutError   a command was killed at its time limit
             ├── GuestError               an L2 guest or its QEMU failed
             ├── QmpError                 the lab's own QMP client failed
-            └── LibvirtdError            a libvirtd of the lab or its domain failed
+            └── LibvirtdError            the lab's libvirtd or a domain failed
 
 Only the lab uses the ``lab-*`` codes, so qemu-prefault's list of error codes does not include them.
 ``qemu-prefault demo`` reports these errors like any other failure, with exit status 1. ``python -m
@@ -33,14 +33,14 @@ class LabError(FailedError):
 
 
 class LabLostError(LabError):
-    """An error that reports that L1 has ended or hangs.
+    """An error because L1 has exited or hangs.
 
-    The cause is that QEMU ended, that the kernel panicked, or that the command server stopped
-    responding. Commands that were running in L1 have no result. ``console`` holds the last
-    console lines.
+    The cause is that QEMU exited, that the kernel panicked, or that the command server stopped
+    responding. Commands that were running in L1 have no result. ``console`` holds the last console
+    lines.
 
-    :param qemu_status: QEMU's exit status if the lab first detected that QEMU had ended. Otherwise
-        None.
+    :param qemu_status: QEMU's exit status if the first sign of the loss was that QEMU exited.
+        Otherwise None.
     """
 
     code = "lab-lost"
@@ -75,13 +75,13 @@ class RemoteCommandError(LabError):
 
 
 class RemoteTimeoutError(RemoteCommandError):
-    """A failure of a command, which was killed when it exceeded its time limit."""
+    """An error because a command exceeded its time limit and was killed."""
 
     code = "lab-command-timeout"
 
 
 class GuestError(LabError):
-    """An error because QEMU ended, or its guest reported an error or did not answer."""
+    """An error because QEMU exited, or the guest failed or did not reply."""
 
     code = "lab-guest"
 

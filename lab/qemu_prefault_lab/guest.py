@@ -37,15 +37,15 @@ __all__ = [
     "thp",
 ]
 
-#: The environment variable with the path of the directory of the L2 kernel and initramfs.
+#: The environment variable that names the directory with the L2 kernel and initramfs.
 L2_VARIABLE = "QEMU_PREFAULT_L2"
-#: The environment variable with the path of the patched QEMU, if it is installed.
+#: The environment variable with the path of the patched QEMU, if that QEMU is installed.
 PATCHED_QEMU_VARIABLE = "QEMU_PREFAULT_QEMU"
 #: Debian's firmware directories, for the patched QEMU, which is built without firmware.
 FIRMWARE = ("/usr/share/seabios", "/usr/share/qemu")
 
-# Skip calibration, mitigations and address randomization, which are slow to emulate. Log an oops,
-# but not the errors of drivers, because they would mix with the workload's answers.
+# Skip calibration, mitigations and address randomization, which are slow to emulate. Log oopses but
+# no driver errors, because driver errors would be interleaved with the workload's replies.
 KERNEL_ARGS = (
     "console=ttyS0 loglevel=3 panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check "
     "audit=0 cryptomgr.notests random.trust_cpu=on nowatchdog "
@@ -58,7 +58,7 @@ _HUGEPAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 
 
 def l2_directory() -> Path:
-    """Return the directory of the L2 kernel and initramfs on this machine."""
+    """Return the directory with the L2 kernel and initramfs on this machine."""
     return Path(os.environ.get(L2_VARIABLE, "/lab/l2"))
 
 
@@ -80,7 +80,7 @@ def reserve_hugepages(count: int) -> int:
 
 @dataclass
 class Defaults:
-    """The default command of QEMU and the plugin's default options for a guest."""
+    """The default QEMU command and plugin options for guests."""
 
     qemu: Sequence[str] = ("qemu-system-x86_64",)
     plugin: Sequence[str] | None = None
@@ -101,12 +101,12 @@ class GuestConfig(QemuConfig):
 
     :ivar accel: The accelerator, ``kvm`` or ``tcg``.
     :ivar workload_mib: MiB that the guest allocates and writes before it is ready.
-    :ivar kvm: Enable nested virtualization in the guest, for the workload's command ``nest``.
+    :ivar kvm: Enable nested virtualization in the guest, for the workload's ``nest`` command.
     :ivar ovmf: Boot with UEFI. The machine must be ``q35`` or ``q35,smm=off``, and the kernel must
-        be ``vmlinuz``. With ``q35``, the guest uses the build of OVMF that protects its variables
-        by SMM.
-    :ivar qemu: QEMU's command and its first arguments. None means those of :data:`defaults`.
-    :ivar plugin: The plugin's options. None means those of :data:`defaults`.
+        be ``vmlinuz``. With ``q35``, the guest uses the OVMF build that protects the UEFI
+        variables with SMM.
+    :ivar qemu: The QEMU command and its first arguments. None means those in :data:`defaults`.
+    :ivar plugin: The plugin's options. None means those in :data:`defaults`.
     :ivar preload: Load the plugin with ``LD_PRELOAD`` instead of ``-plugin``.
     :ivar wrapper: A command that runs QEMU, such as ``["env", "LD_PRELOAD=…"]``.
     """
@@ -148,7 +148,7 @@ class GuestConfig(QemuConfig):
 class Guest(QemuGuest):
     """A QEMU that runs the workload.
 
-    The context manager kills QEMU when it exits.
+    Leaving the context kills QEMU.
 
     :param config: The configuration. None means :class:`GuestConfig` with its defaults.
     :param changes: Fields of the configuration to replace for this guest.
@@ -161,16 +161,14 @@ class Guest(QemuGuest):
         super().__init__(config)
 
     def wait_kept(self, timeout: float = 60.0) -> dict[str, Any]:
-        """Wait until the plugin has prefaulted the guest.
-
-        Return the plugin's status.
+        """Wait until the plugin has prefaulted the guest, and return the plugin's status.
 
         The guest must be running.
         """
         deadline = time.monotonic() + timeout
         while (status := self.control("status"))["pending"]:
             if time.monotonic() > deadline:
-                raise self._make_error(f"the plugin did not finish in {timeout:g} s: {status}")
+                raise self._make_error(f"the plugin did not finish within {timeout:g} s: {status}")
             self.command("echo idle")
         return status
 
@@ -186,14 +184,12 @@ class Guest(QemuGuest):
         self._serial.forget()
 
     def wait_ready(self, timeout: float = 240.0) -> Answer:
-        """Wait until a booting guest prints ``ready``.
+        """Wait until a booting guest prints ``ready``, and return the values in this line.
 
-        Return the values of this line.
-
-        The value ``uptime`` is in seconds.
+        The ``uptime`` value is in seconds.
         """
         return self._serial.answer("ready", timeout)
 
     def command(self, line: str, timeout: float = 120.0) -> Answer:
-        """Send a command of ``workload.c`` and return the values of its answer."""
+        """Send a command to the workload and return the values in its reply."""
         return self._serial.command(line, timeout)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The files from which the lab boots, and the QEMU that runs on L0.
 
-The files are Debian root file systems, kernels and initramfs. mmdebstrap makes a tar file, and
-``mke2fs -d`` makes an ext4 image of the tar file. Nothing is mounted. If the user is not root, both
-programs run in a user namespace.
+The files are Debian root file systems, kernels and initramfs. mmdebstrap creates a tar file, and
+``mke2fs -d`` creates an ext4 image from the tar file. The lab mounts no file system. If the user is
+not root, both programs run in a user namespace.
 
-QEMU boots the ELF file inside a kernel's bzImage at the PVH entry, because running the decompressor
-under TCG adds seconds to every cold boot.
+QEMU boots the ELF file from a kernel's bzImage through the PVH entry point, because running the
+bzImage's decompressor under TCG adds seconds to every cold boot.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
 _SNAPSHOT_SAFE_APT = (
-    # A mirror of sid or testing may be older than the expiry date in its Release file.
+    # The Release file on a mirror of sid or testing may have expired.
     'Acquire::Check-Valid-Until "false"',
     'Acquire::Retries "3"',
     'APT::Install-Recommends "false"',
@@ -61,7 +61,7 @@ _L1_PACKAGES = (
     "qemu-system-x86",
     "seabios",
 )
-# Packages that avocado-vt's bootstrap requires, and that the tests use to make disks.
+# Packages that avocado-vt's bootstrap requires, and that the tests use to create disks.
 _AVOCADO_PACKAGES = (
     "diffutils",
     "gcc",
@@ -83,14 +83,14 @@ _LIBVIRT_PACKAGES = (
 )
 # Modules needed to mount the root file system. Modules built into the kernel are skipped.
 _BOOT_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4", "overlay")
-_BOOT_MODULES_IF_THERE = ("crc32c_generic", "crc32c_intel", "crc32c")
+_OPTIONAL_BOOT_MODULES = ("crc32c_generic", "crc32c_intel", "crc32c")
 # Modules that an L2 guest loads on request, in this order, for a balloon or virtio-mem device.
 _L2_MODULES = ("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev",
                "virtio_pci", "virtio_balloon", "virtio_mem")  # fmt: skip
 # Modules that an L2 guest needs to run KVM.
 _L2_KVM_MODULES = ("irqbypass", "kvm", "kvm-amd")
-# Driver directories that a lab may need. The other drivers of a kernel package are for hardware
-# that QEMU does not emulate here.
+# Driver directories that a lab may need. The other drivers in a kernel package are for hardware
+# that the lab's QEMUs do not emulate.
 _KEPT_DRIVERS = ("block/", "char/", "crypto/", "dax/", "net/tap", "net/tun", "nvdimm/", "vfio/",
                  "vhost/", "virtio/")  # fmt: skip
 
@@ -111,7 +111,7 @@ VARIANTS = {
         Variant("bookworm", ("bookworm",)),  # kernel 6.1 (without the ioctl), QEMU 7.2
         Variant("trixie", ("trixie",)),  # kernel 6.12, QEMU 10.0
         Variant("libvirt", ("trixie",), (*_L1_PACKAGES, *_LIBVIRT_PACKAGES)),  # libvirt 11.3
-        # The package index of sid is sometimes newer than the pool, so downloads fail. Try again.
+        # sid's package index is sometimes newer than the pool, so that downloads fail. Retry.
         Variant("sid", ("sid", "sid", "testing")),
         # Trixie with the packages that the tests in avocado/ need.
         Variant("avocado", ("trixie",), (*_L1_PACKAGES, *_AVOCADO_PACKAGES)),
@@ -129,18 +129,18 @@ def variant_named(name: str) -> Variant:
 
 @dataclass(frozen=True)
 class TcgHost:
-    """QEMU 7.2 and a few tools of Debian 12, with their own loader and libraries.
+    """QEMU 7.2 and a few tools from Debian 12, with their own loader and libraries.
 
     The lab uses this QEMU to emulate L1, because newer releases cannot run an L2 guest with shadow
-    paging. Since QEMU 9.1, TCG does not intercept reads of CR2, CR3 and CR4 in SVM guests, and such
-    an L2 guest triple-faults. The reason is in target/i386/tcg/decode-new.c.inc. X86_TYPE_C tests
-    whether ``intercept`` is non-zero, but SVM_EXIT_READ_CR0 is 0.
+    paging. Since QEMU 9.1, TCG does not intercept reads of CR2, CR3 and CR4 in SVM guests, so an L2
+    guest with shadow paging triple-faults. The cause is in target/i386/tcg/decode-new.c.inc:
+    X86_TYPE_C tests whether ``intercept`` is non-zero, but SVM_EXIT_READ_CR0 is 0.
     """
 
     directory: Path
 
     def command(self, tool: str, *arguments: str) -> list[str]:
-        """Return the argument list that runs a tool of this tree."""
+        """Return the argument list that runs a tool from this tree."""
         libraries = self.directory / "usr/lib/x86_64-linux-gnu"
         search = (self.directory / "lib/x86_64-linux-gnu", libraries, libraries / "pulseaudio")
         modules = libraries / "qemu"
@@ -173,12 +173,12 @@ class Image:
 
     @property
     def rootfs(self) -> Path:
-        """The raw ext4 root file system, to which L1 does not write."""
+        """The raw ext4 root file system, which L1 never writes."""
         return self.directory / "rootfs.ext4"
 
     @property
     def kernel(self) -> Path:
-        """The kernel as an ELF file with a PVH entry."""
+        """The kernel as an ELF file with a PVH entry point."""
         return self.directory / "vmlinux"
 
     @property
@@ -188,7 +188,7 @@ class Image:
 
 
 def mmdebstrap(target: Path, suite: str, *options: str) -> None:
-    """Make a root file system of a Debian suite, without documentation."""
+    """Create a root file system of a Debian suite, without documentation."""
     argv = [need("mmdebstrap", "mmdebstrap"), "--quiet", "--architectures=amd64"]
     argv += [f"--aptopt={option}" for option in _SNAPSHOT_SAFE_APT]
     argv += [f"--dpkgopt=path-exclude={pattern}" for pattern in _WITHOUT]
@@ -205,7 +205,7 @@ def mmdebstrap_any(target: Path, suites: Sequence[str], *options: str) -> str:
             if attempt == len(suites):
                 raise
             log.warning("%s\ntrying again with %s", error, suites[attempt])
-    raise ValueError("no suite is given")
+    raise ValueError("no suite specified")
 
 
 def _in_user_namespace(argv: Sequence[str]) -> list[str]:
@@ -242,9 +242,9 @@ def ext4_of_tar(tar: Path, image: Path) -> None:
 
 
 def compile_static(source: Path) -> Path:
-    """Compile a C file into a static program.
+    """Compile a C file into a static program, and cache the program.
 
-    Cache the program by the file's text.
+    The cache key includes the file's text.
     """
     text = source.read_bytes()
     flags = ["-static", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
@@ -293,7 +293,7 @@ def extract_vmlinux(bzimage: bytes, tools: TcgHost) -> bytes:
     else:
         tool = {b"\x02\x21\x4c\x18": "lz4", b"\x28\xb5\x2f\xfd": "zstd"}.get(payload[:4])
         if tool is None:
-            raise ImageError(f"the kernel has an unknown compression ({payload[:6].hex()})")
+            raise ImageError(f"unknown kernel compression ({payload[:6].hex()})")
         result = subprocess.run(
             tools.command(tool, "-d", "-c"), input=payload, capture_output=True, check=False
         )
@@ -325,10 +325,7 @@ class _Modules:
         return path.rsplit("/", 1)[-1].partition(".ko")[0].replace("-", "_")
 
     def load_order(self, wanted: Sequence[str], optional: Sequence[str]) -> list[str]:
-        """Return module names in load order.
-
-        Each module follows its dependencies.
-        """
+        """Return module names in load order, each after its dependencies."""
         order: list[str] = []
 
         def visit(name: str) -> None:
@@ -361,7 +358,7 @@ def read_member(tar: tarfile.TarFile, name: str) -> bytes:
 
 def _l1_initramfs(tar: tarfile.TarFile, release: str, init: Path) -> bytes:
     modules = _Modules(tar, release)
-    order = modules.load_order(_BOOT_MODULES, _BOOT_MODULES_IF_THERE)
+    order = modules.load_order(_BOOT_MODULES, _OPTIONAL_BOOT_MODULES)
     entries = [
         ("dev", 0o040755, b""),
         ("modules", 0o040755, b""),
@@ -373,10 +370,7 @@ def _l1_initramfs(tar: tarfile.TarFile, release: str, init: Path) -> bytes:
 
 
 def tcg_host() -> TcgHost:
-    """Return the tree with L0's QEMU and the L2 kernel.
-
-    Build it unless cached.
-    """
+    """Return the tree with L0's QEMU and the L2 kernel, built unless cached."""
     packages = ("linux-image-cloud-amd64", "lz4", "qemu-system-x86", "seabios", "zstd")
     key = cache.key_of("bookworm", *packages, *_WITHOUT, *_SNAPSHOT_SAFE_APT, *_L2_MODULES,
                        *_L2_KVM_MODULES, "2")  # fmt: skip
@@ -428,15 +422,12 @@ def l2_kernel(host: TcgHost) -> Path:
 
 
 def build(variant: Variant) -> Image:
-    """Return the image of a variant.
-
-    Build it if necessary.
-    """
+    """Return the image of a variant, built unless cached."""
     host = tcg_host()
     init = compile_static(_HERE / "init.c")
     hook = (_HERE / "kernel-hook.sh").read_bytes()
     key = cache.key_of(*variant.suites, *variant.packages, hook, *_WITHOUT, *_SNAPSHOT_SAFE_APT,
-                       *_BOOT_MODULES, *_BOOT_MODULES_IF_THERE, init.read_bytes(), "1")  # fmt: skip
+                       *_BOOT_MODULES, *_OPTIONAL_BOOT_MODULES, init.read_bytes(), "1")  # fmt: skip
 
     def fill(directory: Path) -> None:
         log.info("building the %s image (only once)", variant.name)
@@ -479,10 +470,7 @@ def _modules_directory(
 
 
 def l2_files() -> Path:
-    """Return the directory of L2's kernel and initramfs.
-
-    Build it if necessary.
-    """
+    """Return the directory with L2's kernel and initramfs, built unless cached."""
     host = tcg_host()
     bzimage = l2_kernel(host)
     initramfs = l2_initramfs(host)
@@ -499,12 +487,10 @@ def l2_files() -> Path:
 
 
 def files_disk() -> Path:
-    """Return the disk with the contents of ``/lab``.
+    """Return the disk with the contents of ``/lab``, built unless cached.
 
-    Build it if necessary.
-
-    The disk is separate from the images, so that a change of the command server does not rebuild
-    the images.
+    The disk is separate from the images. If only the command server changes, the lab therefore
+    rebuilds this disk but not the images.
     """
     l2 = l2_files()
     own = [_HERE / "command_server.py", _HERE / "start.sh"]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A libvirt daemon and its domains, for tests in the lab's variant ``libvirt``.
+"""A libvirt daemon and its domains, for tests in the lab's ``libvirt`` variant.
 
-This module runs on the machine with KVM. It starts Debian's libvirtd with the arguments of its
-systemd unit, and AppArmor enforces the daemon's profiles. A second daemon runs in separate mount,
-UTS and AppArmor namespaces, so it appears to be another host. Domains boot the same guests as
-:mod:`qemu_prefault_lab.guest`. The lab does not run systemd. For tests that need systemd,
-:class:`Systemd` runs it as PID 1 of a PID namespace.
+This module runs on the machine with KVM. The module starts Debian's libvirtd with the arguments in
+libvirtd's systemd unit, and AppArmor enforces libvirtd's profiles. A second libvirtd runs in
+separate mount, UTS and AppArmor namespaces, so it appears to be another host. Domains boot the same
+guests as :mod:`qemu_prefault_lab.guest`. The lab does not run systemd. For tests that need systemd,
+:class:`Systemd` runs systemd as PID 1 of a PID namespace.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ def wait_until(condition: Callable[[], object], what: str, limit: float = 120.0)
 class Libvirtd:
     """A libvirt daemon.
 
-    The context manager destroys the daemon's domains on exit.
+    Leaving the context destroys the daemon's domains and stops the daemon.
 
     :param host: The name of another host to simulate, in separate namespaces.
-    :param systemd: The systemd in whose scope and namespaces the daemon runs. None means neither.
+    :param systemd: The systemd in whose namespaces and scope the daemon runs. None means that the
+        daemon runs in the caller's namespaces and cgroup.
     """
 
     def __init__(self, *, host: str | None = None, systemd: Systemd | None = None) -> None:
@@ -80,7 +81,7 @@ class Libvirtd:
         return f"qemu+unix:///system?socket={path}"
 
     def start(self) -> None:
-        """Start the daemon and wait until it answers."""
+        """Start the daemon and wait until it responds."""
         words = ["/usr/sbin/libvirtd"]
         Path("/etc/libvirt/qemu.conf").write_text(self._qemu_conf)
         if self._host is not None:
@@ -88,8 +89,8 @@ class Libvirtd:
                 host=self._host, host_uuid=uuid.uuid4(), serials=SERIALS,
                 conf=shlex.quote(self._qemu_conf),
             )  # fmt: skip
-            # A profile is named after a domain's UUID. Both daemons may have the same domain, so
-            # each one needs its own AppArmor namespace.
+            # libvirt names a domain's AppArmor profile after the domain's UUID. Both daemons may
+            # have the same domain, so each daemon needs its own AppArmor namespace.
             words = ["aa-exec", "-n", host_namespace(self._host), "-p", "unconfined", "--",
                      "unshare", "--mount", "--uts", "sh", "-ec", script]  # fmt: skip
         if self._systemd is not None:
@@ -108,14 +109,11 @@ class Libvirtd:
         assert self._process is not None
         if self._process.poll() is not None:
             log = Path(f"/tmp/libvirtd-{self._host or 'main'}.log").read_text()
-            raise LibvirtdError(f"libvirtd ended with {self._process.returncode}", log[-3000:])
+            raise LibvirtdError(f"libvirtd exited with {self._process.returncode}", log[-3000:])
         return self.virsh("uri", check=False).returncode == 0
 
     def stop(self, number: int = signal.SIGTERM) -> None:
-        """Stop the daemon.
-
-        Its domains keep running.
-        """
+        """Stop the daemon, whose domains continue to run."""
         if self._process is not None:
             if self._systemd is not None:  # the started process is nsenter, not libvirtd
                 words = ("systemctl", "kill", f"--signal={number}", "libvirtd.scope")
@@ -132,7 +130,7 @@ class Libvirtd:
     def virsh(
         self, *arguments: str, check: bool = True, timeout: float = 300.0
     ) -> subprocess.CompletedProcess[str]:
-        """Run virsh on this daemon and return its stdout."""
+        """Run virsh with this daemon and return virsh's stdout."""
         done = subprocess.run(
             ["virsh", "--quiet", "--connect", self.uri, *arguments],
             capture_output=True, text=True, check=False, timeout=timeout,
@@ -175,8 +173,8 @@ exec /usr/sbin/libvirtd --pid-file /run/libvirtd-{host}.pid
 class Systemd:
     """A context manager that runs systemd as PID 1 of a new PID namespace.
 
-    This systemd has only the units that a service needs, which are its targets and the journal. It
-    does not set up devices, clocks, users or D-Bus as a full Debian does. Its ``/run`` is separate,
+    This systemd runs only the units that a service needs: its targets and the journal. Unlike on a
+    full Debian, this systemd does not set up devices, clocks, users or D-Bus. ``/run`` is separate,
     except for the directories that libvirtd and the tests share.
 
     :ivar enter: The arguments to prepend to a command, so that the command runs in the namespaces.
@@ -207,7 +205,7 @@ class Systemd:
 
     def _is_up(self) -> bool:
         if self._process.poll() is not None:
-            raise LibvirtdError("systemd has ended", self._log.read_text()[-3000:])
+            raise LibvirtdError("systemd has exited", self._log.read_text()[-3000:])
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
         if not (pids := children.read_text().split()):
             return False
@@ -233,8 +231,8 @@ class Systemd:
         return done.stdout
 
 
-# The cgroup of the process that creates the cgroup namespace becomes the namespace's root. Only
-# systemd may be in it.
+# The cgroup of the process that creates the cgroup namespace becomes the namespace's root. This
+# cgroup must contain no process except systemd.
 _SYSTEMD = """
 mkdir -p /sys/fs/cgroup/systemd /tmp/systemd/units/sysinit.target.wants
 echo 0 >/sys/fs/cgroup/systemd/cgroup.procs
@@ -294,8 +292,7 @@ class LabDomain:
     :param workload_mib: MiB that the guest writes before it is ready. 0 means none.
     :param max_mib: The maximum memory in MiB, for hotplugged devices.
     :param firmware_only: Boot no kernel, so that the guest stays in its firmware.
-    :param edit: A function that gets the domain's XML and returns the XML with which the domain is
-        defined.
+    :param edit: A function that gets the generated XML and returns the XML that defines the domain.
     """
 
     def __init__(
@@ -383,7 +380,8 @@ class LabDomain:
     def reset(self) -> None:
         """Reset the guest and discard the output of its previous boot.
 
-        This method pauses the guest for the reset, so that it discards no output of the new boot.
+        This method pauses the guest during the reset, so that it does not discard output of the new
+        boot.
         """
         assert self._serial is not None
         self.virsh("suspend")
@@ -407,14 +405,14 @@ class LabDomain:
         return Process.find(int(pid))
 
     def faults(self) -> int:
-        """Return the value of KVM's ``pf_taken`` since this QEMU started."""
+        """Return the number of faults (KVM's ``pf_taken``) since this QEMU started."""
         count = debugfs_faults(self.process)
         if count is None:
             raise LibvirtdError("KVM's counters are not in debugfs")
         return count
 
     def attach_serial(self) -> Serial:
-        """Connect to the serial line of the current QEMU."""
+        """Connect to the serial line of the domain's current QEMU."""
         if self._serial is not None:
             self._serial.close()
         line = socket.socket(socket.AF_UNIX)
@@ -441,7 +439,7 @@ class LabDomain:
         return self._serial.command(line, timeout)
 
     def check_memory(self) -> None:
-        """Check that the guest answers and that its memory is unchanged."""
+        """Check that the guest responds and that its memory is unchanged."""
         answer = self.command("pass")
         if answer["bad"]:
             raise LibvirtdError(f"{answer['bad']} pages of {self.name} have changed")
@@ -480,7 +478,7 @@ class Syslog:
         self._path.unlink()
 
     def lines(self, having: str = "") -> list[str]:
-        """Return the messages received so far that contain a string."""
+        """Return the messages received so far that contain the string ``having``."""
         with contextlib.suppress(BlockingIOError):
             while data := self._socket.recv(1 << 16):
                 self._lines.append(data.decode(errors="replace"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Machines whose KVM can prefault, which are the nested lab's L1 and this host.
+"""Machines whose KVM can prefault: the nested lab's L1, or this host.
 
 Both classes have the same methods to run commands, copy files and install wheels, so the demo, the
 benchmark and the tests work on either of them.
@@ -34,7 +34,7 @@ from . import image
 from .errors import RemoteCommandError, RemoteTimeoutError
 from .guest import L2_VARIABLE
 
-#: A callback for output of a running command: the stream (1 stdout, 2 stderr) and the bytes.
+#: A callback for a running command's output. It gets the stream (1 stdout, 2 stderr) and the bytes.
 OnOutput = Callable[[int, bytes], None]
 
 #: Seconds between SIGTERM and SIGKILL when a command exceeds its time limit.
@@ -61,9 +61,9 @@ class Invocation:
 
 @dataclass(frozen=True)
 class Completed:
-    """A command that has ended.
+    """A command that has exited.
 
-    If a signal killed it, ``returncode`` is negative.
+    If a signal killed the command, ``returncode`` is the negative signal number.
     """
 
     argv: tuple[str, ...]
@@ -74,19 +74,19 @@ class Completed:
 
     @property
     def text(self) -> str:
-        """The command's standard output as text."""
+        """The command's stdout as text."""
         return self.stdout.decode(errors="replace")
 
     @property
     def error_text(self) -> str:
-        """The command's standard error as text."""
+        """The command's stderr as text."""
         return self.stderr.decode(errors="replace")
 
 
 class Machine(abc.ABC):
-    """A virtual machine or host on which root can run tests of KVM."""
+    """A virtual machine or host on which root can run KVM tests."""
 
-    #: The directory of the L2 guests' kernel and initramfs on that machine.
+    #: The directory with the L2 guests' kernel and initramfs on that machine.
     l2_directory: str
 
     def __enter__(self) -> Machine:
@@ -115,20 +115,20 @@ class Machine(abc.ABC):
         stdout: BinaryIO | None = None,
         on_output: OnOutput | None = None,
     ) -> Completed:
-        """Run a command until it ends.
+        """Run a command until it exits.
 
-        Several threads may call this method.
+        Several threads may call this method concurrently.
 
         :param timeout: Seconds after which the command and its process group are killed.
         :param check: Raise RemoteCommandError if the exit code is not 0.
         :param env: Variables to add to the machine's environment.
-        :param stdin: The command's standard input. None means an empty input.
-        :param stdout: A file that receives standard output instead of ``Completed.stdout``.
+        :param stdin: The command's stdin. None means an empty input.
+        :param stdout: A file that receives the command's stdout instead of ``Completed.stdout``.
         :param on_output: A function that is called with the output while the command runs.
         :raises RemoteCommandError: If the command could not be started, or if it failed and
             ``check`` is set.
         :raises RemoteTimeoutError: If the command exceeded its time limit.
-        :raises LabLostError: If the machine has ended or hangs.
+        :raises LabLostError: If the machine has exited or hangs.
         """
         captured = {1: stdout or io.BytesIO(), 2: io.BytesIO()}
 
@@ -187,12 +187,12 @@ class Machine(abc.ABC):
         with tempfile.TemporaryFile() as packed:
             self.run(["tar", "-C", source, "-cf", "-", "."], stdout=packed)
             packed.seek(0)
-            # The tarfile module of Debian 12's Python has no filter for unsafe members.
+            # The tarfile module in Debian 12's Python has no filter for unsafe members.
             unpack = ["tar", "-C", str(destination), "--no-same-owner", "-xf", "-"]
             subprocess.run(unpack, stdin=packed, check=True)
 
     def install(self, wheels: Sequence[Path]) -> None:
-        """Install the modules and the console scripts of wheels.
+        """Install the modules and the console scripts from wheels.
 
         This method unpacks the wheels on L0, because pip takes a minute under TCG.
         """
@@ -281,7 +281,7 @@ def kvm_can_prefault() -> bool:
 
 
 def is_emulated() -> bool:
-    """Return whether QEMU emulates this host's CPU, as it does in the lab."""
+    """Return whether QEMU emulates this host's CPU, as in the lab."""
     return "QEMU TCG" in Path("/proc/cpuinfo").read_text()
 
 
@@ -293,19 +293,17 @@ NO_UEFI: Final = (
 
 
 def uefi_aborts() -> bool:
-    """Return whether a UEFI guest would abort the QEMU that emulates this host.
+    """Return whether a UEFI guest would make the QEMU that emulates this host abort.
 
-    QEMU 7.2, 10.0 and 11.1 abort. Their helper_write_crN() calls cpu_interrupt() without the lock
-    when a KVM guest writes CR8. UEFI writes CR8 after an interrupt if another interrupt is pending.
+    QEMU 7.2, 10.0 and 11.1 abort. When a KVM guest writes CR8, their helper_write_crN() calls
+    cpu_interrupt() without holding the BQL. UEFI writes CR8 after an interrupt if another interrupt
+    is pending.
     """
     return is_emulated() and UEFI_VARIABLE not in os.environ
 
 
 class LocalMachine(Machine):
-    """This host, without emulation.
-
-    Its own KVM must be able to prefault.
-    """
+    """This host itself, whose KVM must be able to prefault."""
 
     def __init__(self) -> None:
         if not kvm_can_prefault():

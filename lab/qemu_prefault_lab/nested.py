@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 
 _INSTALLED = "/opt/qemu-prefault"
 _STDIN_BYTES = 1 << 16
-# Disable CPU bug mitigations, calibrations and self-tests, which are slow to emulate. Give the
-# watchdog a long limit: a loaded host may stall all of L1, which is not a lockup.
+# Disable CPU bug mitigations, calibrations and self-tests, which are slow to emulate. Set a long
+# watchdog threshold, because a loaded host may stall all of L1 for seconds without a lockup.
 _KERNEL_ARGS = (
     "console=ttyS0 panic=-1 oops=panic watchdog_thresh=60 mitigations=off nokaslr "
     "tsc=reliable no_timer_check audit=0 cryptomgr.notests random.trust_cpu=on "
@@ -47,10 +47,7 @@ _KERNEL_ARGS = (
 
 @dataclass(frozen=True)
 class _Recipe:
-    """The configuration of an L1.
-
-    Equal recipes share a snapshot.
-    """
+    """The configuration of an L1, whose snapshot all equal recipes share."""
 
     host: image.TcgHost
     image: image.Image
@@ -90,10 +87,7 @@ class _Recipe:
         )
 
     def _nodes(self, memory_file: Path | None, shared: bool) -> list[str]:
-        """Return the arguments of the NUMA nodes.
-
-        The CPU is on the first node.
-        """
+        """Return QEMU's arguments for the NUMA nodes, with the CPU on the first node."""
         arguments = []
         for number, size in enumerate(self.nodes_mib):
             name = f"ram{number}"
@@ -114,7 +108,7 @@ class _Recipe:
 
 
 def _backend(name: str, size_mib: int, file: Path | None, shared: bool) -> list[str]:
-    """Return the ``-object`` of memory, in a file unless ``file`` is None."""
+    """Return the ``-object`` of a memory backend, in ``file`` unless it is None."""
     if file is None:
         return ["-object", f"memory-backend-ram,id={name},size={size_mib}M"]
     share = "on" if shared else "off"
@@ -156,19 +150,19 @@ class Lab(Machine):
     ) -> Lab:
         """Boot L1, or restore it from the snapshot of an earlier boot.
 
-        :param variant: The name of the Debian to boot, from
+        :param variant: The name of the Debian variant to boot, a key of
             :data:`qemu_prefault_lab.image.VARIANTS`.
         :param npt: Use nested paging for L2. If False, KVM in L1 uses shadow paging.
-        :param tdp_mmu: The value of kvm's parameter ``tdp_mmu``. None means the default.
+        :param tdp_mmu: The value of kvm's ``tdp_mmu`` parameter. None means the default.
         :param memory_mib: L1's memory in MiB.
         :param nodes_mib: The memory of each of L1's NUMA nodes in MiB, instead of ``memory_mib``.
         :param kernel_args: Arguments to add to L1's kernel command line.
-        :param disks: Raw images for the read-only disks ``/dev/vdc`` and following of L1.
+        :param disks: Raw images for read-only disks of L1, which start at ``/dev/vdc``.
         :param emulator: A QEMU to use instead of the lab's own, for guests with UEFI.
         :param snapshot: Restore L1 from a snapshot. If False, boot L1 from power-on and save no
             snapshot.
         :param boot_timeout: The time limit of a boot in seconds.
-        :param heartbeat_limit: Seconds without a message from L1, after which L1 counts as lost.
+        :param heartbeat_limit: Seconds without a message from L1 after which L1 is considered lost.
         :param console_log: A file to which the console output is written.
         :raises LabLostError: If L1 failed while it started. The error includes the end of the
             console output.
@@ -219,9 +213,9 @@ class Lab(Machine):
         return self._channel.text()
 
     def power_off(self, timeout: float = 60.0) -> None:
-        """Power L1 off and wait until QEMU ends.
+        """Power L1 off and wait until QEMU exits.
 
-        Only tests of booting call this method.
+        Only tests that boot L1 call this method.
         """
         script = "echo o >/proc/sysrq-trigger; sleep 60"
         try:
@@ -284,10 +278,7 @@ class Lab(Machine):
 
 
 def _save(recipe: _Recipe, directory: Path, boot: Callable[[list[str]], Channel]) -> None:
-    """Boot L1 with its memory in a file.
-
-    Save CPU and devices to another file.
-    """
+    """Boot L1 with its memory in a file, and save the CPU and devices in another file."""
     log.info("booting the lab once to take its snapshot")
     memory = directory / "ram"
     started = time.monotonic()
@@ -326,7 +317,7 @@ def _restore(
 
 
 def _ignore_shared(qmp: Qmp) -> None:
-    # The memory is in a file already. The migration stream has only the devices and the CPU.
+    # The memory is in a file already. The migration stream contains only the devices and the CPU.
     capabilities = [
         {"capability": "x-ignore-shared", "state": True},
         {"capability": "events", "state": True},
@@ -354,14 +345,14 @@ def open_machine(
     disks: Sequence[Path] = (),
     emulator: Callable[[], Path] | None = None,
 ) -> Machine:
-    """Return this host if its KVM can prefault, or else a booted lab.
+    """Return this host if its KVM can prefault, or otherwise a booted lab.
 
     :param nested: Use the lab even if this host can prefault. ``npt=False``, any value of
         ``tdp_mmu``, and ``nodes_mib`` also select the lab.
     :param nodes_mib: The memory of each of L1's NUMA nodes in MiB, as in :meth:`Lab.start`.
     :param disks: Disks for the lab, as in :meth:`Lab.start`.
-    :param emulator: A function that returns the emulator for the lab. It may have to build QEMU, so
-        it is not called if the machine is this host.
+    :param emulator: A function that returns the emulator for the lab. The function may have to
+        build QEMU, so it is not called if the machine is this host.
     """
     if kvm_can_prefault() and npt and tdp_mmu is None and not nodes_mib and not nested:
         return LocalMachine()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Build a patched QEMU from Debian's source and the series in patches/.
 
-The patched QEMU has a minimal configuration. The lab builds it on L0, caches it like the images,
-and runs it in L1. It links only to libraries on which the Debian QEMU in L1 depends. Debian's
-source package does not contain firmware, so QEMU uses the firmware of Debian's binary packages
-(``-L``).
+The patched QEMU has a minimal configuration. The lab builds this QEMU on L0, caches it like the
+images, and runs it in L1. The program links only to libraries on which the Debian QEMU in L1
+depends. Debian's source package does not contain firmware, so the patched QEMU uses the firmware
+from Debian's binary packages (``-L``).
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ _CONFIGURE: Final = (
     "--disable-tools",
     "--disable-guest-agent",
     "--disable-install-blobs",
-    # This halves the compile time. QEMU's speed does not matter, because the tests measure the
-    # kernel.
+    # These options halve the compile time. QEMU's speed does not matter, because the tests measure
+    # the kernel.
     "--disable-debug-info",
     "-Doptimization=1",
     "--cc=ccache gcc",
@@ -81,7 +81,7 @@ _CONFIGURE: Final = (
 _TARGETS: Final = ("qemu-system-x86_64", "tests/qtest/kvm-prefault-test")
 _TCG_SERIES: Final = ("qemu-tcg", "qemu-tcg-cr8")
 _SVM_TESTS: Final = ("svm-cr-read", "svm-cr8-write")
-# Tests of the subsystems that the series change: QAPI, jobs, HMP, the accelerator's properties.
+# Tests for the subsystems that the series change: QAPI, jobs, HMP, accelerator properties.
 _TESTS: Final = (
     *("tests/qtest/qmp-cmd-test", "tests/qtest/test-hmp", "tests/qtest/qom-test"),
     *("tests/unit/test-blockjob", "tests/unit/test-blockjob-txn", "tests/unit/test-bdrv-drain"),
@@ -92,8 +92,8 @@ _TESTS: Final = (
 class PatchedQemu:
     """A built QEMU and some of QEMU's own tests.
 
-    :ivar qtest: The program with the qtest of the new QMP command.
-    :ivar svm_tests: Kernels that test the fixes of TCG, one per fix. Empty if QEMU is built without
+    :ivar qtest: The qtest program for the new QMP command.
+    :ivar svm_tests: Kernels that test the TCG fixes, one per fix. Empty if QEMU is built without
         these fixes.
     """
 
@@ -102,7 +102,7 @@ class PatchedQemu:
     svm_tests: tuple[Path, ...]
 
     def put_on(self, machine: Machine) -> dict[str, str]:
-        """Copy QEMU and its tests to a machine, and return the variable with QEMU's path."""
+        """Copy QEMU and its tests to a machine, and return the variable for QEMU's path."""
         files = {"": self.binary, "-test": self.qtest}
         files |= {f"-{path.name}": path for path in self.svm_tests}
         for suffix, path in files.items():
@@ -111,9 +111,9 @@ class PatchedQemu:
 
 
 def series(patches: Path, release: str, tcg: bool) -> list[Path]:
-    """Return the patches for a release of QEMU in the order to apply them.
+    """Return the patches for a QEMU release, in the order in which they apply.
 
-    :param tcg: Include the fixes of TCG.
+    :param tcg: Include the TCG fixes.
     :raises InputError: If the directory has no patches for this release.
     """
     found = sorted((patches / "qemu" / release).glob("*.patch"))
@@ -128,9 +128,7 @@ def series(patches: Path, release: str, tcg: bool) -> list[Path]:
 
 
 def build(patches: Path, release: str = "10.0", *, tcg: bool = True, jobs: int = 0) -> PatchedQemu:
-    """Return a patched QEMU.
-
-    Build it if it is not cached.
+    """Return a patched QEMU, built unless cached.
 
     :param patches: The checkout's ``patches`` directory.
     :param release: QEMU's release, a key of :data:`SUITES`.
@@ -161,15 +159,12 @@ def build(patches: Path, release: str = "10.0", *, tcg: bool = True, jobs: int =
 
 
 def uefi_emulator(patches: Path) -> Path:
-    """Return an emulator for L1 that can run KVM guests with UEFI.
-
-    This function builds the emulator if it is not cached.
-    """
+    """Return an emulator for L1 that can run KVM guests with UEFI, built unless cached."""
     return build(patches).binary
 
 
 def check(patches: Path, release: str = "10.0", *, jobs: int = 0) -> list[str]:
-    """Run checkpatch on the series, and run QEMU's tests of the changed subsystems.
+    """Run checkpatch on the series, and QEMU's tests for the changed subsystems.
 
     :returns: A line for each check, with the check's result.
     :raises ImageError: If a check failed. The error includes the check's output.
@@ -179,7 +174,7 @@ def check(patches: Path, release: str = "10.0", *, jobs: int = 0) -> list[str]:
     with _workspace(release) as work:
         source = _patched_source(work, release, applied)
         for patch in applied:
-            # Ignore checkpatch's warning about MAINTAINERS: patterns there match the new files.
+            # Ignore the warning about MAINTAINERS. Its patterns already match the new files.
             argv = ["perl", "scripts/checkpatch.pl", "--no-tree", str(patch.resolve())]
             output = run_step(argv, f"checkpatch of {patch}", source)
             total = next(line for line in output.splitlines() if line.startswith("total:"))
@@ -235,7 +230,7 @@ def _archive() -> str:
 
 
 def _source(work: Path, release: str) -> Path:
-    """Download and unpack Debian's current source of a QEMU release."""
+    """Download and unpack Debian's current source package of a QEMU release."""
     apt = work / "apt"
     (apt / "lists" / "partial").mkdir(parents=True)
     # Use only this suite, and ignore the suites that are enabled on the host.

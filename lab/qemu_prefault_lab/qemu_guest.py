@@ -43,17 +43,17 @@ _OVMF_VARIABLES = "/usr/share/OVMF/OVMF_VARS_4M.fd"
 
 @dataclass(frozen=True, kw_only=True)
 class QemuConfig(abc.ABC):
-    """The options that all kinds of guest have in common.
+    """The options common to all kinds of guests.
 
     :ivar machine: ``pc``, ``q35`` or ``microvm``, optionally with more properties after a comma.
     :ivar backing: ``ram``, ``memfd``, ``file``, ``file-private`` or ``hugetlb``, optionally with
         more properties after a comma (``ram,prealloc=on``). None means that QEMU gets only ``-m``
         and no memory backend.
-    :ivar memory: More parts of the ``-m`` argument, such as ``slots=2,maxmem=2G``.
+    :ivar memory: More suboptions for ``-m``, such as ``slots=2,maxmem=2G``.
     :ivar paused: Start with ``-S``, so that the run state is ``prelaunch`` and no vCPU runs.
     :ivar incoming: A URI, ``defer``, or the path of a file written by :meth:`QemuGuest.save`.
     :ivar args: More arguments for QEMU.
-    :ivar plugin: Options of this project's plugin (``["keep=off"]``). None means that QEMU does
+    :ivar plugin: Options for this project's plugin (``["keep=off"]``). None means that QEMU does
         not load the plugin.
     """
 
@@ -76,7 +76,7 @@ class QemuConfig(abc.ABC):
 
     @property
     def memory_argument(self) -> str:
-        """The argument of QEMU's option ``-m``."""
+        """The argument of QEMU's ``-m`` option."""
         return f"{self.memory_mib}M" + (f",{self.memory}" if self.memory else "")
 
     def backing_arguments(self, directory: Path) -> list[str]:
@@ -119,7 +119,7 @@ def _control_path(directory: Path) -> Path:
 class QemuGuest:
     """A QEMU with a guest.
 
-    The context manager kills QEMU when it exits.
+    Leaving the context kills QEMU.
 
     :ivar pid: QEMU's process id.
     :ivar qmp_path: The socket of the monitor for the tool under test. The lab does not use this
@@ -141,7 +141,7 @@ class QemuGuest:
             argv += ["-incoming", "defer" if isinstance(incoming, Path) else incoming]
         self._start([*argv, *config.args])
         try:
-            # The lab detects failed migrations and restores by events, not by polling.
+            # The lab detects failed migrations and restores from events, without polling.
             self.qmp(
                 "migrate-set-capabilities",
                 capabilities=[{"capability": "events", "state": True}],
@@ -216,7 +216,7 @@ class QemuGuest:
     def kill(self) -> None:
         """Kill QEMU and remove its files.
 
-        Callers may call this method repeatedly.
+        Further calls have no effect.
         """
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
@@ -230,19 +230,19 @@ class QemuGuest:
             self._scratch.cleanup()
 
     def wait_exit(self, timeout: float = 60.0) -> int:
-        """Wait until QEMU ends by itself, and return its exit code."""
+        """Wait until QEMU exits on its own, and return its exit code."""
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise self._make_error(f"QEMU did not end within {timeout:g} s") from None
+            raise self._make_error(f"QEMU did not exit within {timeout:g} s") from None
 
     def _make_error(self, cause: str) -> GuestError:
         try:
-            # When QEMU ends, the kernel closes its sockets before the process can be reaped.
+            # When QEMU exits, the kernel closes the sockets before the process can be reaped.
             code: int | None = self.process.wait(1.0)
         except subprocess.TimeoutExpired:
             code = None
-        state = "is still running" if code is None else f"ended with {code}"
+        state = "is still running" if code is None else f"exited with {code}"
         serial = self.serial_log.decode(errors="replace").replace("\r", "")[-2000:]
         stderr = self.stderr if self._stderr_path.exists() else ""
         return GuestError(cause, f"QEMU {state}; stderr: {stderr.strip()!r}\nserial: {serial!r}")
@@ -255,11 +255,11 @@ class QemuGuest:
             return self.monitor.execute(command, timeout, **arguments)
         except QmpError as error:
             if not self.alive:
-                raise self._make_error(f"QEMU ended: {error.cause}") from error
+                raise self._make_error(f"QEMU exited: {error.cause}") from error
             raise
 
     def hmp(self, line: str) -> str:
-        """Run a human monitor command."""
+        """Run a human monitor command and return its output."""
         text: str = self.qmp("human-monitor-command", command_line=line)
         return text
 
@@ -278,7 +278,7 @@ class QemuGuest:
     def save(self, path: Path, timeout: float = 120.0) -> None:
         """Stop the guest and write its state to a file, for ``Guest(incoming=path)``.
 
-        This method raises QEMU's limit of the migration bandwidth, whose default is meant for
+        This method raises QEMU's migration bandwidth limit, because the default is meant for
         networks.
         """
         self.qmp("stop")
@@ -290,14 +290,14 @@ class QemuGuest:
     def wait_restored(self, timeout: float = 120.0) -> None:
         """Wait until an incoming state is loaded.
 
-        The guest's run state is then ``paused``, as :meth:`save` left it. The command ``cont``
-        resumes the guest.
+        The guest's run state is then ``paused``, as when :meth:`save` saved the guest. The ``cont``
+        command resumes the guest.
         """
         self._wait_migration(timeout, "restore")
 
     def _migrate(self, command: str, path: Path) -> None:
-        # QEMU before 8.2 does not support "file:", and newer releases refuse a file as "fd:". A
-        # pipe works with all releases, but takes more than twice as long under TCG.
+        # QEMU before 8.2 does not support "file:". QEMU 9.1 deprecated "fd:" for files. A pipe
+        # works with all releases, but takes more than twice as long under TCG.
         try:
             self.qmp(command, uri=f"file:{path}")
         except QmpError:
@@ -319,9 +319,9 @@ class QemuGuest:
                 raise self._make_error(f"{what} {status}")
 
     def stats(self) -> dict[str, int]:
-        """Return KVM's counters of the VM, and the sums of the vCPUs' counters.
+        """Return KVM's VM counters, and the sums of the per-vCPU counters.
 
-        ``pages_4k``, ``pages_2m`` and ``pages_1g`` are the present entries in the stage-2 tables.
+        ``pages_4k``, ``pages_2m`` and ``pages_1g`` count the present entries in the stage-2 tables.
         ``pf_taken`` and the other event counters start at 0 when the guest is created.
         """
         totals: dict[str, int] = {}

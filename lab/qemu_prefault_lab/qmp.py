@@ -17,11 +17,9 @@ from .errors import QmpError
 
 
 class Qmp:
-    """A connected QMP client.
+    """A connected QMP client, in which every wait has a deadline.
 
-    Every wait has a deadline.
-
-    :ivar events: The events that this object has received and :meth:`wait_event` has not returned.
+    :ivar events: Received events that :meth:`wait_event` has not returned yet.
     """
 
     def __init__(self, connection: socket.socket, timeout: float = 30.0) -> None:
@@ -43,7 +41,7 @@ class Qmp:
     def execute(self, command: str, timeout: float = 60.0, **arguments: Any) -> Any:
         """Run a command and return its result.
 
-        :raises QmpError: If QEMU returned an error, or did not answer in time.
+        :raises QmpError: If QEMU returned an error, or did not reply before the timeout.
         """
         self._number += 1
         message: dict[str, Any] = {"execute": command, "id": self._number}

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The part of the demo that runs on the machine with KVM.
 
-A guest on 4K pages writes 256 MiB for the first time. The scenario measures this guest without
-prefaulting, after a bare ``KVM_PRE_FAULT_MEMORY`` over all guest RAM, and after qemu-prefault. It
-measures each of these three cases at boot and after a restore from a file. At boot the memory is
-untouched. After a restore, QEMU has just written the memory. ``python -m
-qemu_prefault_lab.scenario`` prints events to stdout, one JSON object per line.
-:mod:`qemu_prefault_lab.demo` displays them.
+A guest with 4K pages writes 256 MiB for the first time. The scenario measures this guest without
+prefaulting, after a bare ``KVM_PRE_FAULT_MEMORY`` over all guest RAM, and after qemu-prefault, each
+at boot and after a restore from a file. At boot, the memory is untouched. After a restore, QEMU has
+just written the memory. ``python -m qemu_prefault_lab.scenario`` prints events to stdout, one JSON
+object per line. :mod:`qemu_prefault_lab.demo` displays these events.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from .guest import Guest
 
 WORKLOAD_MIB: Final = 256
 MEMORY_MIB: Final = 352
-# microvm's firmware does not make QEMU delete memslots, so tables that are filled before the first
+# microvm's firmware does not make QEMU delete memslots, so tables that were filled before the first
 # instruction remain filled.
 MACHINE: Final = "microvm"
 STEADY_PASSES: Final = 5
@@ -58,7 +57,7 @@ CASES: Final = tuple(DemoCase(moment, way) for moment in ("boot", "restore") for
 
 @dataclass(frozen=True)
 class Cost:
-    """The durations of populating and prefaulting in seconds, which helpers measure."""
+    """The durations of populating and prefaulting, in seconds."""
 
     populate: float = 0.0
     prefault: float = 0.0
@@ -66,16 +65,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Measured:
-    """The result of a case.
-
-    Times are in seconds.
+    """The result of a case, with durations in seconds.
 
     :ivar faults: The number of stage-2 faults (``pf_taken``) from power-on or ``cont`` to the end
         of the first pass.
-    :ivar first_pass: The time of the first pass, in which the guest writes its 256 MiB for the
+    :ivar first_pass: The duration of the first pass, in which the guest writes its 256 MiB for the
         first time.
-    :ivar steady_pass: The median time of the following passes over the same memory.
-    :ivar spent: The time that prefaulting took.
+    :ivar steady_pass: The median duration of the following passes over the same memory.
+    :ivar spent: The duration of prefaulting.
     """
 
     faults: int
@@ -90,7 +87,7 @@ def tell(event: str, **values: Any) -> None:
 
 @contextlib.contextmanager
 def small_pages() -> Iterator[None]:
-    """Disable transparent huge pages for processes that are started in the block.
+    """Disable transparent huge pages for processes that are started within the block.
 
     Children inherit the setting of prctl(PR_SET_THP_DISABLE), and execve() keeps it. The prctl()
     does not change the machine's setting.
@@ -108,7 +105,7 @@ def small_pages() -> Iterator[None]:
 
 
 async def bare_ioctl(guest: Guest) -> Cost:
-    """Call KVM_PRE_FAULT_MEMORY over all guest RAM, which is not populated first."""
+    """Call KVM_PRE_FAULT_MEMORY over all guest RAM without populating it first."""
     async with connect(str(guest.qmp_path)) as vm:
         agent = PtraceAgent(vm.process, await vm.vcpu_threads((), True))
         await agent.start()
@@ -123,7 +120,7 @@ async def bare_ioctl(guest: Guest) -> Cost:
 
 
 def run_tool(guest: Guest) -> Cost:
-    """Run the command ``qemu-prefault``, as a user would."""
+    """Run the ``qemu-prefault`` command, as a user would."""
     argv = [sys.executable, "-m", "qemu_prefault", "--qmp", str(guest.qmp_path), "--json"]
     result = subprocess.run(argv, capture_output=True, text=True, check=False)
     if result.returncode:
@@ -161,8 +158,8 @@ def counting(guest: Guest, row: int) -> Iterator[None]:
 def measure(case: DemoCase, row: int, state: Path) -> Measured:
     """Run one case, and return its measurements.
 
-    The first case that boots a guest saves the guest's state to the file ``state``. The cases that
-    restore a guest load this file.
+    The first case that boots a guest saves the guest to ``state``. The cases that restore a guest
+    load this file.
     """
     restored = case.moment == "restore"
     tell("step", row=row, text="restoring" if restored else "starting")

@@ -20,8 +20,8 @@ class Serial:
 
     :param line: A connected socket. This object closes it.
     :param make_error: A function that returns the exception to raise for a cause.
-    :param pidfd: A file descriptor of the QEMU process. Every wait ends when the process ends. If
-        this is None, a wait ends early only when the socket is closed.
+    :param pidfd: A file descriptor of the QEMU process. Every wait ends when the process exits. If
+        None, a wait ends early only when the socket is closed.
     :ivar log: All bytes received so far.
     """
 
@@ -51,18 +51,15 @@ class Serial:
     def send(self, text: str) -> None:
         """Send the text.
 
-        If the connection is closed, raise the error for a QEMU that has exited.
+        If the connection is closed, raise the error from ``make_error``, because QEMU has exited.
         """
         try:
             self._send(text)
         except ConnectionError as error:
-            raise self._make_error("QEMU ended") from error
+            raise self._make_error("QEMU exited") from error
 
     def expect(self, pattern: str, timeout: float) -> re.Match[bytes]:
-        """Wait until the output matches a pattern.
-
-        Discard the output up to this match.
-        """
+        """Wait until the output matches a pattern, and discard the output up to the match."""
         expression = re.compile(pattern.encode())
         deadline = time.monotonic() + timeout
         late = f"the console did not show {pattern!r} within {timeout:g} s"
@@ -72,26 +69,26 @@ class Serial:
         return found
 
     def command(self, line: str, timeout: float = 120.0) -> Answer:
-        """Send a command of ``workload.c`` and return the values of its answer."""
-        with contextlib.suppress(ConnectionError):  # the wait for the answer reports the cause
+        """Send a command to the workload and return the values in its reply."""
+        with contextlib.suppress(ConnectionError):  # the wait for the reply reports the cause
             self._send(f"{line}\n")
         return self.answer(line.partition(" ")[0], timeout)
 
     def answer(self, word: str, timeout: float) -> Answer:
-        """Wait for the answer line that begins with a word, and return its values."""
+        """Wait for the reply that begins with this word, and return its values."""
         deadline = time.monotonic() + timeout
         while True:
             text = self._line(deadline, word)
             first, _, rest = text.partition(" ")
             if first == "error":
-                raise self._make_error(f"the guest reports an error: {rest}")
+                raise self._make_error(f"the guest reported an error: {rest}")
             if first == word:
                 pairs = (item.partition("=") for item in rest.split())
                 return {key: _number(value) for key, _, value in pairs}
 
     def _line(self, deadline: float, word: str) -> str:
         while b"\n" not in self._buffer:
-            self._receive(deadline, word, f"the guest did not answer {word!r} in time")
+            self._receive(deadline, word, f"timed out while waiting for {word!r} from the guest")
         line, _, self._buffer = self._buffer.partition(b"\n")
         return _TERMINAL.sub(b"", line).decode(errors="replace").strip()
 
@@ -109,10 +106,10 @@ class Serial:
             raise self._make_error(late)
         data = b""
         if self._socket.fileno() in ready:
-            with contextlib.suppress(ConnectionError):  # QEMU was killed: as at end of file
+            with contextlib.suppress(ConnectionError):  # QEMU was killed: same as end of file
                 data = self._socket.recv(1 << 16)
         if not data:
-            raise self._make_error(f"QEMU ended while the lab waited for {awaited!r}")
+            raise self._make_error(f"QEMU exited while the lab waited for {awaited!r}")
         self._buffer += data
         self.log += data
 

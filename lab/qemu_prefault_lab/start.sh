@@ -15,7 +15,7 @@ mount -t tracefs tracefs /sys/kernel/tracing || true
 ln -sfn /proc/self/fd /dev/fd
 mkdir -p /run/lock
 hostname lab
-# The kernel makes the boot id when it is first read. Read it before the snapshot, so that all labs
+# The kernel generates the boot id on the first read. Read it before the snapshot, so that all labs
 # that restore the snapshot have the same boot id.
 cat /proc/sys/kernel/random/boot_id >/run/boot_id
 ip link set lo up

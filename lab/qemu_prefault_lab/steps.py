@@ -19,7 +19,7 @@ _TOLD_LINES = 25
 def need(program: str, package: str) -> str:
     """Return the path of a program.
 
-    :raises UnsupportedError: If the program is not installed. The error names Debian's package.
+    :raises UnsupportedError: If the program is not installed. The error names the Debian package.
     """
     path = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     if path is None:
@@ -36,7 +36,7 @@ def run_step(
     directory: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> str:
-    """Run a program until it ends, and return its output.
+    """Run a program until it exits, and return its output.
 
     :raises ImageError: If the program failed. The error includes the end of the program's output.
     """

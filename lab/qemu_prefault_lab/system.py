@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Guests that run whole distributions, and their consoles.
 
-:mod:`qemu_prefault_lab.distro` builds the distributions. On the machine with KVM, the variable
-``QEMU_PREFAULT_DISTROS`` names a directory. This directory has one subdirectory per distribution,
-with ``disk`` and ``boot/``. The disk is a file or a block device, to which guests do not write.
+:mod:`qemu_prefault_lab.distro` builds the distributions. On the machine with KVM, the
+``QEMU_PREFAULT_DISTROS`` variable names a directory with one subdirectory per distribution. Each
+subdirectory contains ``disk`` and ``boot/``. The disk is a file or a block device. Guests never
+write to the disk.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .errors import GuestError
 from .guest import KERNEL_ARGS
 from .qemu_guest import QemuConfig, QemuGuest
 
-#: The environment variable with the path of the directory of the distributions.
+#: The environment variable that names the directory with the distributions.
 DISTROS_VARIABLE = "QEMU_PREFAULT_DISTROS"
 
 # Disable the watchdogs of RCU and services, because emulation can delay CPUs for a long time.
@@ -28,13 +29,13 @@ GUEST_KERNEL_ARGS = (
     f"{KERNEL_ARGS} root=/dev/vda rw rcupdate.rcu_cpu_stall_suppress=1 systemd.service_watchdogs=0 "
     # TCG does not intercept XSETBV for KVM, so CPUID reports a stale size and Linux warns.
     "noxsave "
-    # Put the memory of a plugged DIMM online automatically, as movable memory.
+    # Online a plugged DIMM's memory automatically, as movable memory.
     "memhp_default_state=online_movable"
 )
 
 
 def distro_directory(name: str) -> Path:
-    """Return the directory of a distribution's disk and boot files on this machine."""
+    """Return the directory with a distribution's disk and boot files on this machine."""
     return Path(os.environ.get(DISTROS_VARIABLE, "/lab/distros")) / name
 
 
@@ -52,11 +53,11 @@ def make_overlay(disk: Path, overlay: Path, disk_format: str = "raw") -> None:
 class SystemConfig(QemuConfig):
     """The configuration of a guest that runs a whole distribution.
 
-    :ivar distro: The name of a distribution's directory, which is below the directory in the
-        variable :data:`DISTROS_VARIABLE`. QEMU boots the distribution's kernel. None means that the
+    :ivar distro: The name of a distribution's subdirectory in the directory that
+        :data:`DISTROS_VARIABLE` names. QEMU boots the distribution's kernel. None means that the
         firmware boots from the disk.
-    :ivar overlay: A file made by :func:`make_overlay`. The two guests of a migration share this
-        file. A saved guest and the guest restored from it also share one.
+    :ivar overlay: A file that :func:`make_overlay` has created. The source and the destination of a
+        migration share one overlay, and so do a saved guest and the guest restored from it.
     :ivar firmware: ``seabios`` or ``ovmf`` (for ``q35``).
     """
 
@@ -98,10 +99,7 @@ class SystemGuest(QemuGuest):
     # The console.
 
     def expect(self, pattern: str, timeout: float) -> re.Match[bytes]:
-        """Wait until the output matches a pattern.
-
-        Discard the output up to this match.
-        """
+        """Wait until the output matches a pattern, and discard the output up to the match."""
         return self._serial.expect(pattern, timeout)
 
     def type(self, text: str) -> None:
@@ -119,7 +117,7 @@ class SystemGuest(QemuGuest):
         self.type(f"{PASSWORD}\n")
         self.expect(r"# ", timeout)
         # Start a shell without echo and prompts. The quotes make the echo of the command differ
-        # from its output, for which expect() waits.
+        # from its output, because expect() must match only the output.
         self.type("stty -echo; exec env PS1= PS2= sh\n")
         self.type("echo '@''ready@'\n")
         self.expect("@ready@", timeout)
@@ -127,8 +125,7 @@ class SystemGuest(QemuGuest):
     def shell(self, command: str, timeout: float = 300.0, check: bool = True) -> str:
         """Run a command in the shell of :meth:`log_in` and return its output.
 
-        :raises GuestError: If the command failed and ``check`` is set, or if it did not end in
-            time.
+        :raises GuestError: If the command failed and ``check`` is set, or if the command timed out.
         """
         self._commands += 1
         mark = f"@{self._commands}"
@@ -137,13 +134,13 @@ class SystemGuest(QemuGuest):
         found = self.expect(rf"(?s)\A(.*)\n{mark}:(\d+)@\r?\n", timeout)
         output = found[1].decode(errors="replace").replace("\r", "").strip()
         if check and int(found[2]):
-            raise GuestError(f"in the guest, {command!r} ended with status {int(found[2])}", output)
+            raise GuestError(f"in the guest, {command!r} exited with {int(found[2])}", output)
         return output
 
     # The guest's state.
 
     def reboot(self, timeout: float = 900.0) -> None:
-        """Reboot the guest, and return when QEMU has reset it."""
+        """Reboot the guest and wait until QEMU has reset it."""
         self.type("systemctl reboot\n")
         # Read the console until the reset. If its buffer were full, the guest would block.
         self.expect("reboot: Restarting system", timeout)
@@ -159,12 +156,12 @@ class SystemGuest(QemuGuest):
             self.wait_event("RESUME", timeout=timeout)
 
     def fill(self, name: str, mib: int, timeout: float = 600.0) -> None:
-        """Write a file of distinct pages in the guest's memory."""
+        """Write a file with distinct pages to the guest's memory."""
         size = mib << 20
         numbers = f"seq 10000001 {10000001 + size // len('10000001.')}"
         self.shell(f"{numbers} | head -c {size} >/dev/shm/{name}; "
                    f"[ $(stat -c %s /dev/shm/{name}) = {size} ]", timeout)  # fmt: skip
 
     def checksum(self, name: str, timeout: float = 600.0) -> str:
-        """Read the whole file that :meth:`fill` has written, and return its checksum."""
+        """Read the whole file that :meth:`fill` wrote, and return its checksum."""
         return self.shell(f"sha256sum </dev/shm/{name}", timeout).split()[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Wait for a condition of another process."""
+"""Wait for a condition in another process."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 from qemu_prefault.agents.base import Limits
 
-#: Seconds after which all helpers have exited: the limit of the dead man's switch, and a margin.
+#: Seconds after which a killed tool's helpers have exited: Limits.dead_man plus a margin.
 GRACE = Limits().dead_man + 9
 
 
 def wait_for(condition: Callable[[], object], what: str, limit: float = GRACE) -> float:
-    """Poll until a condition of another process holds and return the elapsed seconds."""
+    """Poll until a condition in another process holds and return the elapsed seconds."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < limit, f"timed out after {limit:g} s: {what}"

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The interface of the agents, which make system calls inside QEMU.
 
-Only a thread of QEMU can prefault, because ``kvm_vcpu_ioctl()`` (virt/kvm/kvm_main.c) compares
-``kvm->mm`` with the caller's address space. In another process, the ioctl KVM_PRE_FAULT_MEMORY
+Only a QEMU thread can prefault, because ``kvm_vcpu_ioctl()`` (virt/kvm/kvm_main.c) compares
+``kvm->mm`` with the caller's address space. In another process, the KVM_PRE_FAULT_MEMORY ioctl
 fails with EIO.
 
-Every agent has *workers*. A worker is a thread inside QEMU that processes ranges of memory for one
+Every agent has *workers*. A worker is a thread inside QEMU that processes memory ranges for one
 vCPU. For each range, the worker reports the number of completed bytes. If an error stopped the
-worker, it also reports the error. :mod:`qemu_prefault.engine` decides which ranges each worker
-processes.
+worker, the worker also reports this error. :mod:`qemu_prefault.engine` decides which ranges each
+worker processes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_ERRNO: Final = 4095  # include/linux/err.h
 
 
 class Kind(enum.IntEnum):
-    """An operation on a range of memory.
+    """An operation on a memory range.
 
     native/common/prefault_range.h defines the same values for the workers.
     """
@@ -37,10 +37,10 @@ class Kind(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """A range of memory that a worker processes.
+    """A memory range that a worker processes.
 
-    `start` is a host virtual address for POPULATE, and a guest-physical address for STAGE2. `size`
-    is in bytes. Both are page aligned.
+    ``start`` is a host virtual address for POPULATE, and a guest-physical address for STAGE2.
+    ``size`` is in bytes. Both are page aligned.
     """
 
     kind: Kind
@@ -53,7 +53,7 @@ class Outcome:
     """The result of processing one range.
 
     :ivar range: The range that the worker processed.
-    :ivar done: The number of bytes that are done, counted from the start of the range.
+    :ivar done: The number of completed bytes, counted from the start of the range.
     :ivar error: The errno of the error that stopped the worker, or 0 if no error occurred.
     """
 
@@ -63,7 +63,7 @@ class Outcome:
 
     @property
     def left(self) -> Range | None:
-        """The part of the range that is not done, or None if all of it is done."""
+        """The part of the range that is not completed, or None if the range is completed."""
         if self.done >= self.range.size:
             return None
         return Range(self.range.kind, self.range.start + self.done, self.range.size - self.done)
@@ -73,7 +73,7 @@ class Outcome:
 class Worker:
     """A thread inside QEMU that processes ranges for one vCPU.
 
-    :ivar index: The number of the worker in its agent, from 0.
+    :ivar index: The index of the worker in its agent, starting at 0.
     :ivar vcpu_id: KVM's id of the vCPU, or None if the run only populates memory.
     :ivar node: The guest NUMA node of the vCPU, or None if the node is unknown.
     """
@@ -85,10 +85,10 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class VcpuThread:
-    """A vCPU that an agent can use, and the thread of this vCPU.
+    """A vCPU that an agent can use, and the vCPU's thread.
 
     :ivar thread_id: The id of the thread in this pid namespace.
-    :ivar fd: The number of QEMU's file descriptor of the vCPU, or -1 if the run only populates
+    :ivar fd: The number of QEMU's file descriptor for the vCPU, or -1 if the run only populates
         memory.
     :ivar vcpu_id: KVM's id of the vCPU (the x86 APIC id), or None if the run only populates memory.
     :ivar node: The guest NUMA node of the vCPU, or None if the node is unknown.
@@ -106,11 +106,14 @@ class VcpuThread:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits that an agent applies to its workers, with times in seconds."""
+    """The limits that an agent applies to its workers.
+
+    Times are in seconds.
+    """
 
     #: Maximum bytes that one system call processes.
     chunk_bytes: int = 32 << 20
-    #: Time without progress after which a worker stops processing a range.
+    #: Time without progress after which a worker abandons a range.
     stuck: float = 2.0
     #: Time without this process's heartbeat after which a helper exits.
     dead_man: float = 3.0
@@ -139,7 +142,8 @@ class BatchResult:
     """The result of one batch of ranges.
 
     :ivar outcomes: The outcomes of each worker's ranges, by the index of the worker.
-    :ivar seconds: The seconds from the start of the first worker to the end of the last worker.
+    :ivar seconds: The time from the start of the first worker to the end of the last worker, in
+        seconds.
     """
 
     outcomes: dict[int, tuple[Outcome, ...]]
@@ -147,7 +151,7 @@ class BatchResult:
 
 
 def resumed_error() -> FailedError:
-    """Return the error to raise after another client has resumed the guest."""
+    """Return the error for a guest that another client has resumed."""
     return FailedError(
         "another client resumed the guest during the prefault",
         "run qemu-prefault again to prefault the memory that is not mapped yet",
@@ -158,7 +162,7 @@ def resumed_error() -> FailedError:
 class Agent(Protocol):
     """The common interface of the attach, plugin and qmp agents.
 
-    The workers exist in QEMU from the call of :meth:`start` until :meth:`close` returns.
+    The workers exist in QEMU from the call to :meth:`start` until :meth:`close` returns.
     """
 
     name: str
@@ -167,27 +171,27 @@ class Agent(Protocol):
 
     @property
     def warnings(self) -> Mapping[str, str]:
-        """The warnings for the report of the run, as a map from code to text."""
+        """The warnings for the run's report, as a map from codes to texts."""
 
     async def start(self) -> None:
         """Start the workers inside QEMU."""
         ...
 
     async def hold_vcpus(self) -> bool:
-        """Prevent the vCPUs from running while the workers prefault memory.
+        """Keep the vCPUs out of KVM_RUN while the workers prefault memory.
 
         The caller must first pause the guest, and must call this method before the first batch that
-        prefaults. If another client resumes the guest later, every worker ends its batch before its
-        vCPU runs. The agent then skips later batches.
+        prefaults memory. If another client resumes the guest later, every worker ends its batch
+        before its vCPU enters KVM_RUN. The agent then skips later batches.
 
         :returns: Whether the caller must check, after this call, that the guest is still paused.
-        :raises FailedError: If a vCPU is running (code ``resumed``), or if the agent cannot hold a
-            vCPU.
+        :raises FailedError: If a vCPU is running (code ``resumed``), or if the agent cannot keep a
+            vCPU out of KVM_RUN.
         """
         ...
 
     async def release_vcpus(self) -> None:
-        """Allow the vCPUs to run.
+        """Allow the vCPUs to enter KVM_RUN.
 
         The caller must call this method before it resumes the guest.
         """
@@ -199,8 +203,8 @@ class Agent(Protocol):
         """Process one batch of ranges, and return its result.
 
         :param batch: The ranges for each worker, by the index of the worker.
-        :param on_progress: A function that this method calls repeatedly with the number of bytes of
-            the batch that are done.
+        :param on_progress: A function that this method calls repeatedly with the number of
+            completed bytes of the batch.
         """
         ...
 
@@ -224,5 +228,5 @@ class Agent(Protocol):
         ...
 
     async def close(self) -> None:
-        """End the workers, and wait until every worker has ended."""
+        """End the workers, and wait until all of them have ended."""
         ...

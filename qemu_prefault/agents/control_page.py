@@ -25,7 +25,7 @@ STACK_BYTES = 32 << 10
 class Helper:
     """One helper thread in QEMU, and its control page.
 
-    :param memory: A file descriptor of QEMU's /proc/PID/mem.
+    :param memory: A file descriptor for QEMU's /proc/PID/mem.
     :param area: The address of the helper's mapping in QEMU.
     :param code_size: The size in bytes of the code that precedes the control page in the mapping.
     """
@@ -77,9 +77,9 @@ class Helper:
         self.write_word("batch", self.batch)
 
     def outcomes(self, ranges: Sequence[Range]) -> tuple[Outcome, ...]:
-        """Return the current outcome of each range of the batch.
+        """Return the current outcome of each range in the batch.
 
-        :param ranges: The ranges that were passed to the last call of :meth:`submit`.
+        :param ranges: The ranges that were passed to the last call to :meth:`submit`.
         """
         size = ffi.sizeof("struct prefault_range")
         array = ffi.new("struct prefault_range[]", max(len(ranges), 1))
@@ -110,8 +110,8 @@ def abandoned_areas(
     writes the thread id of a new helper to the helper's control page before the helper runs.
     Therefore the control page of an abandoned mapping contains no thread id.
 
-    If any thread of QEMU is traced, the result is empty. In this case, another qemu-prefault may
-    have created a mapping whose helper does not exist yet.
+    If any QEMU thread is traced, the result is empty. In this case, another qemu-prefault may have
+    created a mapping whose helper does not exist yet.
     """
     candidates = [
         first.start

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Find the instructions and the free addresses in QEMU that helpers need."""
+"""Find the instructions and the free addresses that helpers need in QEMU."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def find_gadgets(memory: int, maps: Sequence[MemoryMapping]) -> Gadgets:
 
     The function searches libc before QEMU's other executable mappings.
 
-    :param memory: A file descriptor of QEMU's /proc/PID/mem.
+    :param memory: A file descriptor for QEMU's /proc/PID/mem.
     :raises UnsupportedError: If QEMU's text does not contain all these instructions.
     """
     text = [m for m in maps if m.perms.startswith("r-x") and m.path.startswith("/")]
@@ -82,7 +82,7 @@ def prepare_exit_slot(memory: int, maps: Sequence[MemoryMapping], gadgets: Gadge
     instructions from the last word of QEMU's main stack. In this word, the kernel stores a null
     pointer that no program reads (``__bprm_mm_init()``, fs/exec.c).
 
-    :param memory: A file descriptor of QEMU's /proc/PID/mem.
+    :param memory: A file descriptor for QEMU's /proc/PID/mem.
     :returns: The address of the last word of the main stack.
     :raises UnsupportedError: If QEMU has no main stack, or if the word has an unexpected value.
     """
@@ -110,8 +110,8 @@ def prepare_exit_slot(memory: int, maps: Sequence[MemoryMapping], gadgets: Gadge
 def free_areas(maps: Sequence[MemoryMapping], count: int, size: int) -> tuple[int, ...]:
     """Return unused addresses for ``count`` mappings of ``size`` bytes.
 
-    The addresses are random. Therefore two runs of qemu-prefault rarely choose the same addresses.
-    If an address is in use when the helper starts, mmap() fails because of MAP_FIXED_NOREPLACE.
+    The addresses are random. Therefore two qemu-prefault runs rarely choose the same addresses. If
+    an address is in use when the helper starts, mmap() fails because of MAP_FIXED_NOREPLACE.
 
     :raises AgentError: If the function finds no unused addresses.
     """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Check that QEMU's seccomp filters allow the system calls of a helper.
 
-A seccomp filter can kill QEMU if QEMU makes a system call that the filter forbids. Therefore this
+A seccomp filter can kill QEMU if QEMU makes a system call that the filter denies. Therefore this
 module reads all filters of a thread before qemu-prefault injects code. The module evaluates the
 filters for each system call that the injection or the helper makes.
 """
@@ -32,8 +32,8 @@ CLOCK_MONOTONIC = 1
 MADV_POPULATE_WRITE = 23
 CHUNK = 32 << 20
 TIMERS = frozenset({"timer_create", "timer_settime", "timer_delete"})
-#: In kernels before this version (commit 3ccbf6f47098), the ioctl can retry endlessly. On these
-#: kernels, the helper must have its own timer.
+#: Before this version (commit 3ccbf6f47098), the ioctl can retry endlessly. On these kernels, the
+#: helper must have its own timer.
 ENDLESS_IOCTL_UNTIL = (6, 18)
 
 
@@ -54,10 +54,10 @@ class Allowed:
 def required_calls(descriptors: Iterable[int], *, area: int, gadget: int) -> tuple[Call, ...]:
     """Return the system calls that a helper needs.
 
-    :param descriptors: The numbers of QEMU's file descriptors of the vCPUs. A number is -1 if the
+    :param descriptors: The numbers of QEMU's file descriptors for the vCPUs. A number is -1 if the
         run only populates memory.
     :param area: The address of the helper's mapping in QEMU.
-    :param gadget: The address of the instructions ``syscall; ret`` in QEMU.
+    :param gadget: The address of the ``syscall; ret`` instructions in QEMU.
     """
     control, after = area + CODE_SIZE, gadget + 2
     inside = area + 0x100  # an address in the helper's code
@@ -188,7 +188,7 @@ def _read_filters(process: Process, thread_id: int) -> list[Filter] | None:
 
 
 def has_sandbox(arguments: Sequence[str]) -> bool:
-    """Return whether a command line of QEMU enables QEMU's own seccomp filter."""
+    """Return whether a QEMU command line enables QEMU's own seccomp filter."""
     for option, value in itertools.pairwise(arguments):
         if option in ("-sandbox", "--sandbox") and value.split(",")[0] in ("on", "enable=on"):
             return True
@@ -196,8 +196,8 @@ def has_sandbox(arguments: Sequence[str]) -> bool:
 
 
 def _is_own_sandbox(process: Process, filters: int | None) -> bool:
-    # seccomp_start() (system/qemu-seccomp.c) loads one filter into all threads. It allows all
-    # system calls of a helper.
+    # seccomp_start() (system/qemu-seccomp.c) loads one filter into all threads. This filter allows
+    # all system calls that a helper makes.
     return filters == 1 and has_sandbox(process.arguments())
 
 

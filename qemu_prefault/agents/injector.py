@@ -35,7 +35,7 @@ def choose_threads(
     threads: Sequence[VcpuThread],
     or_else: str = "use the plugin agent",
 ) -> list[VcpuThread]:
-    """Return the vCPUs that get a helper thread, or a worker thread of the plugin.
+    """Return the vCPUs that get a helper thread, or a plugin worker thread.
 
     The number of helpers is the number of CPUs that QEMU may use, but at least 2 and at most
     :data:`MAX_HELPERS`. The minimum is 2 because one vCPU may be unusable, for example while it
@@ -52,7 +52,7 @@ def choose_threads(
     count, limit = strictest(task_limits(process), wanted)
     if limit is not None and not count:
         raise RefusedError(
-            f"QEMU (pid {process.pid}) may start only {limit.left} more threads, "
+            f"QEMU (pid {process.pid}) can start only {limit.left} more threads, "
             f"because {limit.name} is {limit.detail}",
             f"raise {limit.name}, or {or_else}",
             code=Code.NO_TASKS,
@@ -67,11 +67,11 @@ def choose_threads(
 
 
 class Injector:
-    """An object that starts the helper threads of one run.
+    """Starts the helper threads of one run.
 
     The same thread must call the constructor and all methods, because the kernel attaches a tracee
-    to a tracer thread. The constructor checks that helpers can run in QEMU. It writes only one word
-    to QEMU, the exit slot of :func:`.prepare_exit_slot`.
+    to one tracer thread and not to a process. The constructor checks that helpers can run in QEMU.
+    It writes only one word to QEMU, the exit slot of :func:`.prepare_exit_slot`.
 
     :ivar allowed: The optional system calls that QEMU's seccomp filters allow.
     :raises UnsupportedError: If a helper cannot run in this QEMU. :meth:`.PtraceAgent.start` lists
@@ -103,7 +103,8 @@ class Injector:
             gadget=self._gadgets.syscall_ret,
         )
         self._exit_slot = prepare_exit_slot(memory, self._maps, self._gadgets)
-        # Read this before helpers start, because helpers inherit real-time scheduling.
+        # Read the real-time CPUs before helpers start, because helpers inherit real-time
+        # scheduling.
         main, nodes = affinity(process.pid), node_cpus().values()
         real_time = real_time_cpus(process)
         self._cpus = [
@@ -111,7 +112,7 @@ class Injector:
         ]
 
     def unmap_abandoned_areas(self) -> None:
-        """Unmap the memory that killed runs of qemu-prefault have left in QEMU."""
+        """Unmap the memory that killed qemu-prefault processes have left in QEMU."""
         for area in abandoned_areas(self._process, self._memory, self._maps):
             self._inject(lib.pf_inject_munmap, self._threads[0].thread_id, area)
 
@@ -133,13 +134,13 @@ class Injector:
         return Helper(self._memory, area, CODE_SIZE)
 
     def place(self, index: int, helper: Helper, own_tid: int) -> list[str]:
-        """Set the scheduling, the CPUs and the cgroup of a helper.
+        """Set a helper's scheduling, CPUs and cgroup.
 
         :func:`.host.placement.place` describes the new values.
 
         :param index: The index of the vCPU thread that started the helper.
         :param own_tid: The helper's thread id in QEMU's pid namespace.
-        :returns: The names of the properties that this process has no permission to change.
+        :returns: The names of the properties that this process is not allowed to change.
         """
         helper.thread_id = self._thread_of(own_tid)
         if not helper.thread_id:
@@ -245,19 +246,19 @@ def check_injection(process: Process, thread_id: int, result: Any) -> None:
     if result.stage == lib.INJECT_CLONE and result.error == errno.EAGAIN:
         _, limit = strictest(task_limits(process), MAX_HELPERS + RESERVE)
         raise RefusedError(
-            f"QEMU (pid {process.pid}) may not start another thread"
+            f"QEMU (pid {process.pid}) cannot start another thread"
             + (f", because {limit.name} is {limit.detail}" if limit else f": {reason}"),
             f"raise {limit.name if limit else 'pids.max, or ulimit -u'}, or use the plugin agent",
             code=Code.NO_TASKS,
         )
     stage = {
         lib.INJECT_SEIZE: "PTRACE_SEIZE failed",
-        lib.INJECT_STOP: "the thread did not stop in time",
+        lib.INJECT_STOP: "stopping the thread timed out",
         lib.INJECT_INSPECT: "the thread's registers or stack are not usable",
-        lib.INJECT_WRITE: "the thread's stack could not be written",
-        lib.INJECT_RESUME: "the end of the injected system calls could not be observed",
+        lib.INJECT_WRITE: "writing to the thread's stack failed",
+        lib.INJECT_RESUME: "waiting for the injected system calls failed",
         lib.INJECT_MMAP: "mmap failed in the thread",
-        lib.INJECT_IMAGE: "the helper's memory could not be written",
+        lib.INJECT_IMAGE: "writing to the helper's memory failed",
         lib.INJECT_CLONE: "clone failed in the thread",
     }[result.stage]
     raise AgentError(

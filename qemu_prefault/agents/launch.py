@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Start QEMU with the plugin loaded, for the command ``qemu-prefault run``."""
+"""Start QEMU with the plugin loaded, for the ``qemu-prefault run`` command."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .plugin import plugin_path
 
 OPTIONS_VARIABLE = "QEMU_PREFAULT_OPTIONS"
 OPTIONS = ("keep", "populate", "quirk", "hold", "socket", "log")
-#: Wrappers that pass their own environment to the program in their arguments.
+#: Wrappers that execute the program in their arguments, which inherits their environment.
 WRAPPERS: Final = frozenset(
     {
         *("chrt", "env", "ionice", "nice", "nohup", "numactl", "prlimit", "setarch", "setpriv"),
         *("setsid", "stdbuf", "taskset", "time", "timeout"),
     }
 )
-#: Wrappers that change the environment, or make another process start the program.
+#: Wrappers that change the environment, or that ask another process to start the program.
 CLEARING_WRAPPERS: Final = frozenset(
     {
         *("doas", "pkexec", "runuser", "su", "sudo"),
@@ -42,8 +42,8 @@ def replace_by(
 
     :param command: QEMU's command line.
     :param options: The plugin's options in the form ``KEY=VALUE``.
-    :param warn: A function that receives a warning if QEMU might start without the plugin. If
-        `warn` is None, this function gives no warning.
+    :param warn: A function that receives a warning if QEMU might start without the plugin. If this
+        argument is None, the function reports no warnings.
     :raises InputError: If the program does not exist, or if the plugin does not support an
         option.
     :raises UnsupportedError: If ``LD_PRELOAD`` cannot load the plugin into the program.
@@ -52,7 +52,7 @@ def replace_by(
     if program is None:
         raise InputError(
             f"{command[0]} is not an executable program",
-            "give QEMU's command line after --, for example "
+            "specify QEMU's command line after --, for example "
             "qemu-prefault run -- qemu-system-x86_64 …",
         )
     check_plugin_options(options)
@@ -66,7 +66,7 @@ def replace_by(
     if any(mark in plugin for mark in ": "):
         raise UnsupportedError(
             f"LD_PRELOAD cannot load {plugin}, because the path contains a space or a colon",
-            "install qemu-prefault in another directory, or use QEMU's option "
+            "install qemu-prefault in another directory, or start QEMU with "
             '-plugin "$(qemu-prefault plugin-path)"',
         )
     before = os.environ.get("LD_PRELOAD")
@@ -92,7 +92,7 @@ def check_plugin_options(options: Sequence[str]) -> None:
 
 
 def _refuse_privileged(program: str) -> None:
-    """Raise an error if the program runs with raised privileges.
+    """Raise an error if the program runs with elevated privileges.
 
     For such a program, the dynamic linker ignores LD_PRELOAD (AT_SECURE, ld.so(8)).
     """
@@ -108,7 +108,7 @@ def _refuse_privileged(program: str) -> None:
         raise UnsupportedError(
             f"the dynamic linker ignores LD_PRELOAD, because {program} is set-uid or set-gid, or "
             "has file capabilities",
-            'use QEMU\'s own option -plugin "$(qemu-prefault plugin-path)" instead',
+            'start QEMU with -plugin "$(qemu-prefault plugin-path)" instead',
             code=Code.SECURE_EXECUTION,
         )
 

@@ -2,7 +2,7 @@
 """The plugin agent, which uses ``qemu-prefault-plugin.so`` in QEMU.
 
 The plugin also keeps the guest prefaulted without this process (native/plugin/vcpu.c). This module
-finds the plugin's control socket, and implements the protocol of the socket. It defines the
+finds the plugin's control socket, and implements the socket's protocol. It defines the
 :class:`Agent` that sends batches of ranges to the plugin. This agent does not need permission to
 trace QEMU.
 """
@@ -24,17 +24,17 @@ from ..host.procfs import Process, thread_names
 from ..qemu.qapi import expect_array, expect_bool, expect_int, expect_object, expect_str
 from .base import MAX_ERRNO, BatchResult, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
 
-#: The version of the control socket's protocol.
+#: The protocol version of the control socket.
 PROTOCOL: Final = 1
 #: Prefix of the name of the plugin's control thread. The listening descriptor's number follows.
 CONTROL_THREAD: Final = "prefault/"
-#: The name of the threads that run a batch.
+#: The name of the threads that process a batch.
 BATCH_THREAD: Final = "prefault-batch"
-#: Seconds to wait for an answer.
+#: Seconds to wait for a reply.
 ANSWER_SECONDS: Final = 10.0
-#: The code of the error answer for a running batch of another client (native/plugin/errors.h).
+#: The error code of the reply if another client's batch is running (native/plugin/errors.h).
 BUSY: Final = "busy"
-#: Maximum length of an answer, in bytes. The answer to a batch contains the results of all ranges.
+#: Maximum length of a reply, in bytes. The reply to a batch contains the results of all ranges.
 LONGEST_LINE: Final = 64 << 20
 #: Maximum length of the path of a UNIX socket, in bytes, without the terminating zero (unix(7)).
 LONGEST_SOCKET_PATH: Final = 107
@@ -94,7 +94,7 @@ def bound_path(table: str, link: str) -> str | None:
 
 
 def batch_threads(pid: int) -> bool:
-    """Return whether the plugin in process ``pid`` is running a batch."""
+    """Return whether the plugin in process ``pid`` is processing a batch."""
     return BATCH_THREAD in thread_names(pid).values()
 
 
@@ -119,7 +119,7 @@ class Control:
         :param pid: The pid of QEMU, for error messages.
         :raises UnsupportedError: If this process has no permission to connect, or if the plugin has
             a different version.
-        :raises FailedError: If the connection fails, or if the plugin does not answer.
+        :raises FailedError: If the connection fails, or if the plugin does not reply.
         """
         try:
             reader, writer = await _open(path)
@@ -154,7 +154,7 @@ class Control:
     @classmethod
     @contextlib.asynccontextmanager
     async def open(cls, path: Path, pid: int) -> AsyncIterator[Control]:
-        """Connect as :meth:`connect` does, and disconnect at the end of the block."""
+        """Connect like :meth:`connect`, and disconnect at the end of the block."""
         control = await cls.connect(path, pid)
         try:
             yield control
@@ -162,11 +162,11 @@ class Control:
             control.close()
 
     async def ask(self, request: str) -> dict[str, Any]:
-        """Send a request, and return the plugin's answer.
+        """Send a request, and return the plugin's reply.
 
-        :raises FailedError: If the plugin refuses the request, if the plugin does not answer, or if
+        :raises FailedError: If the plugin refuses the request, if the plugin does not reply, or if
             QEMU has exited.
-        :raises RefusedError: If the plugin is running a batch of another client.
+        :raises RefusedError: If the plugin is processing another client's batch.
         """
         self.send(request)
         try:
@@ -174,7 +174,7 @@ class Control:
                 return await self.receive()
         except TimeoutError:
             raise FailedError(
-                f"the plugin in QEMU (pid {self._pid}) did not answer within {ANSWER_SECONDS:g} s",
+                f"the plugin in QEMU (pid {self._pid}) did not reply within {ANSWER_SECONDS:g} s",
                 "check with ps -o stat -p PID whether SIGSTOP has stopped QEMU",
                 code=Code.CONTROL_SOCKET,
             ) from None
@@ -202,7 +202,7 @@ class Control:
         return answer
 
     async def event(self) -> dict[str, Any]:
-        """Return the next event after the request ``follow`` (docs/reference/events.md).
+        """Return the next event after a ``follow`` request (docs/reference/events.md).
 
         :raises AgentError: If the event is malformed.
         :raises FailedError: As for :meth:`receive`.
@@ -223,9 +223,10 @@ class Control:
     ) -> tuple[list[tuple[int, int]], float]:
         """Wait for the end of a batch.
 
-        :param count: The number of its ranges.
-        :returns: Bytes done and errno of each range, and the seconds that the batch took.
-        :raises AgentError: If the answer is malformed.
+        :param count: The number of ranges in the batch.
+        :returns: The completed bytes and the errno of each range, and the duration of the batch in
+            seconds.
+        :raises AgentError: If the reply is malformed.
         :raises FailedError: As for :meth:`receive`.
         """
         while "done" not in (answer := await self.receive()):
@@ -246,23 +247,23 @@ class Control:
 
     @contextlib.contextmanager
     def _well_formed(self) -> Iterator[None]:
-        """Raise the error for a malformed answer if a check in the block fails."""
+        """Raise the error for a malformed reply if a check in the block fails."""
         try:
             yield
         except LayoutError as error:
             raise AgentError(
-                f"the plugin in QEMU (pid {self._pid}) sent a malformed answer: {error.cause}",
-                "report this",
+                f"the plugin in QEMU (pid {self._pid}) sent a malformed reply: {error.cause}",
+                "report this error",
             ) from error
 
     def send(self, text: str) -> None:
-        """Send a request without waiting for an answer."""
+        """Send a request without waiting for a reply."""
         self._writer.write(text.encode() + b"\n")
 
     async def receive(self) -> dict[str, Any]:
-        """Return the plugin's next answer.
+        """Return the plugin's next reply.
 
-        If the answer is ``{"error": …}``, raise an exception with the text of the error.
+        If the reply is ``{"error": …}``, raise an exception that contains the error's text.
         """
         try:
             line = await self._reader.readline()
@@ -274,11 +275,11 @@ class Control:
             found = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise AgentError(
-                f"the plugin in QEMU (pid {self._pid}) sent an answer that is not JSON",
+                f"the plugin in QEMU (pid {self._pid}) sent a reply that is not JSON",
                 "report this error",
             ) from error
         with self._well_formed():
-            answer = dict(expect_object(found, "the answer"))
+            answer = dict(expect_object(found, "the reply"))
         if "error" in answer:
             if answer.get("code") == BUSY:
                 raise RefusedError(
@@ -300,7 +301,7 @@ class Control:
         )
 
     def fileno(self) -> int:
-        """Return the descriptor of the socket.
+        """Return the socket's descriptor.
 
         The plugin ends the current batch when all copies of the descriptor are closed.
         """
@@ -325,7 +326,7 @@ async def _open(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]
 class PluginAgent:
     """The :class:`~qemu_prefault.agents.base.Agent` that uses the plugin's threads.
 
-    The methods of this class raise the errors of :class:`Control`.
+    The methods of this class raise the same errors as :class:`Control`.
     """
 
     name = "plugin"
@@ -372,7 +373,7 @@ class PluginAgent:
     async def hold_vcpus(self) -> bool:
         """See :meth:`.Agent.hold_vcpus`.
 
-        The result is False if the plugin is of an older release, which cannot hold vCPUs.
+        The result is False if the plugin does not support the ``lend`` request.
         """
         assert self._control
         try:

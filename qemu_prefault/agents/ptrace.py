@@ -3,7 +3,7 @@
 
 This module stops a vCPU thread, and makes the thread execute three system calls. These system calls
 start a helper thread, and leave the vCPU thread unchanged (native/ptrace/inject.c). The helper and
-this process then communicate through one control page. This process accesses the page through
+this process then communicate through one control page. This process accesses this page through
 ``/proc/PID/mem``.
 
 This process writes a heartbeat to the control page. If the heartbeat stops, for example because
@@ -76,7 +76,7 @@ class PtraceAgent:
         """Start one helper per vCPU, and stop each vCPU thread for less than 1 ms.
 
         :raises UnsupportedError: If this process has no permission to trace QEMU, if the agent does
-            not support QEMU's libc, if a security module forbids executable anonymous memory, if a
+            not support QEMU's libc, if a security module denies executable anonymous memory, if a
             seccomp filter denies a system call, if QEMU's stacks are too small, or if QEMU runs
             with a hardware shadow stack.
         :raises RefusedError: If another qemu-prefault is working in this QEMU, or if a limit
@@ -105,7 +105,7 @@ class PtraceAgent:
             raise
 
     async def _wait_until_alone(self) -> None:
-        """Wait until QEMU has no helpers of another run, or raise an error."""
+        """Wait until QEMU has no helpers from another run, or raise an error."""
         deadline = time.monotonic() + self.limits.dead_man + self.limits.stuck + 1
         while helper_threads(self.process.pid):
             if time.monotonic() > deadline:
@@ -147,7 +147,7 @@ class PtraceAgent:
                 error = (1 << 32) - ready
                 raise AgentError(
                     f"a helper thread could not set its timer: {os.strerror(error)}",
-                    "check QEMU's limit of pending signals (ulimit -i)\nQEMU is unharmed",
+                    "check QEMU's limit on pending signals (ulimit -i)\nQEMU is unharmed",
                 )
 
     def _start_ticker(self) -> None:
@@ -165,7 +165,7 @@ class PtraceAgent:
         while True:
             beat += 1
             for helper in list(self._helpers.values()):
-                # A helper or QEMU may have exited; run() and close() detect that.
+                # If a helper or QEMU has exited, run() and close() detect this.
                 with contextlib.suppress(OSError):
                     helper.write_word("heartbeat", beat)
             if self._heart_stop.wait(self.limits.dead_man / 10):
@@ -198,11 +198,11 @@ class PtraceAgent:
     ) -> BatchResult:
         """See :meth:`.Agent.run`.
 
-        If the batch prefaults memory, the caller must hold the vCPUs first.
+        If the batch prefaults memory, the caller must first call :meth:`hold_vcpus`.
 
         :raises FailedError: If QEMU has exited (code ``qemu-gone``), or if a helper has exited
             (code ``agent-left``).
-        :raises AgentError: If the batch prefaults memory and the vCPUs are not held.
+        :raises AgentError: If the batch prefaults memory, but the vCPUs can enter KVM_RUN.
         """
         self._check_held(batch)
         if not self._aborted:
@@ -242,7 +242,7 @@ class PtraceAgent:
         return BatchResult(finished, seconds)
 
     def _report_stall(self, helpers: Sequence[Helper]) -> None:
-        """Log the reasons why these helpers make no progress, and store a warning."""
+        """Log why these helpers make no progress, and store the text as a warning."""
         reasons = {why_stalled(self.process.pid, helper.thread_id) for helper in helpers}
         text = f"no progress for {STALL_SECONDS:g} s: {'; '.join(sorted(reasons))}"
         self.warnings[Code.NO_PROGRESS] = text
@@ -276,7 +276,7 @@ class PtraceAgent:
         except (OSError, ValueError) as error:
             if alive(self.process):
                 raise AgentError(
-                    "a helper thread in QEMU exited before its work was done",
+                    "a helper thread in QEMU exited before its batch was complete",
                     f"check why qemu-prefault did not run for {self.limits.dead_man:g} s, for "
                     "example because the host was overloaded, and run qemu-prefault again",
                     code=Code.AGENT_LEFT,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Check the QEMU process of the attach agent, and open its memory."""
+"""Check the attach agent's QEMU process, and open the process's memory."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def alive(process: Process) -> bool:
 def helper_threads(pid: int) -> tuple[int, ...]:
     """Return the ids of all helper threads in process ``pid``.
 
-    The result includes the helpers of other runs of qemu-prefault.
+    The result includes the helpers of other qemu-prefault runs.
     """
     return tuple(tid for tid, name in thread_names(pid).items() if name == HELPER_NAME)
 
 
 def open_memory(process: Process) -> int:
-    """Open ``/proc/PID/mem`` of QEMU for reading and writing.
+    """Open QEMU's ``/proc/PID/mem`` for reading and writing.
 
     :raises UnsupportedError: If this process has no permission to trace QEMU. The kernel requires
         this permission for the file.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The qmp agent, which uses a QMP command of a patched QEMU.
 
-patches/qemu adds the command ``x-kvm-prefault-memory``, which docs/usage/patched-qemu.md describes.
-The agent converts all ranges of one kind in a batch into one job of QEMU. The job assigns each
-range to a vCPU, and QEMU reports the outcome of each range. The agent does not trace QEMU, and
-starts no helper thread.
+patches/qemu adds the ``x-kvm-prefault-memory`` command, which docs/usage/patched-qemu.md describes.
+The agent converts all ranges of one kind in a batch into one QEMU job. The job assigns each range
+to a vCPU, and QEMU reports the outcome of each range. The agent does not trace QEMU, and starts no
+helper thread.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ QUERY: Final = "x-query-kvm-prefault"
 JOB_PREFIX: Final = "qemu-prefault-"
 #: Seconds between two progress reports.
 PROGRESS_SECONDS: Final = 0.25
-#: Seconds to wait for the end of a cancelled job. Its current chunks take milliseconds.
+#: Seconds to wait for the end of a cancelled job. The job first completes its current chunks, which
+#: takes milliseconds.
 END_SECONDS: Final = 10.0
 JOB_TYPE: Final = "kvm-prefault"
 #: The states of a job that has ended.
@@ -53,7 +54,7 @@ _NUMBERS: Final = itertools.count()
 
 
 async def offers_command(monitor: Monitor) -> bool:
-    """Return whether QEMU has the command ``x-kvm-prefault-memory``.
+    """Return whether QEMU has the ``x-kvm-prefault-memory`` command.
 
     Under TCG, QEMU has the command, but refuses to execute it.
     """
@@ -85,7 +86,7 @@ def is_orphan(job: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A job of QEMU (``query-jobs``)."""
+    """A QEMU job (``query-jobs``)."""
 
     id: str
     type: str
@@ -106,7 +107,7 @@ async def _read_jobs(monitor: Monitor) -> list[Job]:
 
 
 class QmpAgent:
-    """The :class:`.Agent` that processes each batch with jobs of QEMU."""
+    """The :class:`.Agent` that processes each batch with QEMU jobs."""
 
     name = "qmp"
     warnings: Mapping[str, str] = MappingProxyType({})
@@ -121,7 +122,7 @@ class QmpAgent:
     ) -> None:
         """Store the arguments without accessing QEMU.
 
-        :param sections: A function that returns the guest's memory sections as of the last query.
+        :param sections: A function that returns the guest's memory sections from the last query.
             QEMU's command requires guest-physical addresses. The agent uses the sections to convert
             the host virtual addresses of ranges.
         """
@@ -308,7 +309,7 @@ class QmpAgent:
         return False
 
     async def release_vcpus(self) -> None:
-        """Do nothing, because :meth:`hold_vcpus` holds no vCPU."""
+        """Do nothing, because :meth:`hold_vcpus` does nothing."""
 
     def abort(self) -> None:
         """See :meth:`.Agent.abort`."""
@@ -323,11 +324,11 @@ class QmpAgent:
             task.add_done_callback(self._cancelling.discard)
 
     def orphan_cleanup(self) -> OrphanCleanup:
-        """Return a cleanup that does nothing.
+        """Return a cleanup that has no effect.
 
-        If this process is killed, QEMU's job continues until its end. The job occupies a vCPU only
-        for one short chunk of memory at a time. If qemu-prefault is started again while the job is
-        running, it cancels the job.
+        If this process is killed, QEMU's job continues to its end. The job occupies a vCPU only for
+        one short chunk of memory at a time. If qemu-prefault is started again while the job is
+        running, qemu-prefault cancels the job.
         """
         return OrphanCleanup(stop_helpers=lambda: None, helpers_gone=lambda: True, timeout=0.0)
 
@@ -337,7 +338,7 @@ class QmpAgent:
 
 
 def _match(items: Sequence[Range], reported: Sequence[object], kind: Kind) -> list[Outcome]:
-    """Convert QEMU's report of a job into the outcomes of ranges.
+    """Convert QEMU's report on a job into the outcomes of ranges.
 
     QEMU reports each range as one or more pieces.
 

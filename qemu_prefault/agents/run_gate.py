@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Keep vCPUs out of KVM_RUN while helpers use them.
+"""Keep vCPUs out of KVM_RUN while helpers use these vCPUs.
 
 native/ptrace/run_gate.h describes the reason and the protocol.
 """
@@ -20,7 +20,7 @@ from ..host.ptrace_access import ptrace_denied
 from .base import resumed_error
 from .control_page import Helper
 
-#: Seconds to wait for an answer of the gate, which waits up to 2 s for each thread.
+#: Seconds to wait for a reply from the run gate, which waits up to 2 s for each thread.
 ANSWER_SECONDS = 30.0
 ERRNO_BYTES = 4
 
@@ -39,7 +39,7 @@ class RunGate:
     ) -> None:
         """Start the child process.
 
-        :param memory: A file descriptor of QEMU's /proc/PID/mem.
+        :param memory: A file descriptor for QEMU's /proc/PID/mem.
         :param thread_ids: The ids of the vCPU threads.
         :param helpers: The helpers of these threads, in the same order.
         """
@@ -58,7 +58,8 @@ class RunGate:
         if self._child < 0:
             self._socket.close()
             raise AgentError(
-                f"cannot start the process that holds vCPUs: {os.strerror(-self._child)}",
+                "cannot start the process that keeps vCPUs out of KVM_RUN: "
+                f"{os.strerror(-self._child)}",
                 "raise the limits on the number of processes (ulimit -u, pids.max)",
             )
         self._socket.setblocking(False)
@@ -66,7 +67,7 @@ class RunGate:
     def holds(self) -> bool:
         """Return False if the run gate process has exited while the helpers may prefault.
 
-        If a vCPU enters KVM_RUN, the process first stops all helpers. The result then remains
+        Before a vCPU enters KVM_RUN, the process ends the helpers' work. The result then remains
         True, because this is not a failure.
         """
         if not self._held:
@@ -79,7 +80,7 @@ class RunGate:
             return False
 
     async def hold(self) -> None:
-        """Trace the vCPU threads, so that no vCPU runs while its helper works.
+        """Trace the vCPU threads, so that no vCPU enters KVM_RUN while its helper works.
 
         :raises UnsupportedError: If this process has no permission to trace QEMU.
         :raises FailedError: If a vCPU is running (code ``resumed``), or if its thread has exited.
@@ -106,7 +107,7 @@ class RunGate:
             raise resumed_error()
 
     async def release(self) -> None:
-        """Stop tracing the vCPU threads, so that the vCPUs can run."""
+        """Stop tracing the vCPU threads, so that the vCPUs can enter KVM_RUN."""
         if not self._held:
             return
         self._held = False
@@ -115,7 +116,7 @@ class RunGate:
                 pass  # a vCPU has run meanwhile
 
     def end(self) -> None:
-        """End the child process, so that the vCPUs can run.
+        """End the child process, so that the vCPUs can enter KVM_RUN.
 
         A fork of this process may also call this method.
         """
@@ -154,7 +155,7 @@ class RunGate:
 def lost_error() -> AgentError:
     """Return the error for a :class:`RunGate` whose child process has exited."""
     return AgentError(
-        "the child process that holds the paused guest's vCPUs was killed",
+        "the child process that keeps the guest's vCPUs out of KVM_RUN was killed",
         "check the kernel log (dmesg) for the reason, for example the OOM killer, and run "
         "qemu-prefault again\nQEMU is unharmed",
     )

@@ -106,9 +106,9 @@ def parse_filters(data: bytes) -> list[list[Instruction]]:
 def denied(filters: Sequence[Filter], calls: Sequence[Call]) -> tuple[str, ...]:
     """Return the names of the calls that at least one filter denies.
 
-    The names have the order of `calls`. The kernel runs all filters and applies the strictest
-    result. ALLOW and LOG allow a call. This function treats all other results as a denial,
-    including TRACE and USER_NOTIF, because a tracer or supervisor may deny the call.
+    The names are in the order of ``calls``. The kernel runs all filters and applies the strictest
+    result. The results ALLOW and LOG allow a call. This function treats all other results as a
+    denial, including TRACE and USER_NOTIF, because a tracer or supervisor may deny the call.
     """
     names: dict[str, None] = {}
     for call in calls:

@@ -36,7 +36,7 @@ class Selection:
 
         The attach agent and the plugin start threads in QEMU, so they use only some of the vCPUs.
 
-        :raises RefusedError: If QEMU's limits of tasks allow too few threads (code ``no-tasks``).
+        :raises RefusedError: If QEMU's task limits allow too few threads (code ``no-tasks``).
         """
         if self.name == "qmp":
             return threads
@@ -70,15 +70,15 @@ class Selection:
 async def select_agent(wanted: str, process: Process, monitor: Monitor, *, kvm: bool) -> Selection:
     """Return the kind of agent to use for a QEMU process.
 
-    If `wanted` is ``auto``, the function chooses the first possible agent of this list:
+    If ``wanted`` is ``auto``, the function chooses the first agent in this list that can be used:
 
     * the plugin agent, if QEMU has loaded the plugin
-    * the qmp agent, if the guest runs under KVM and QEMU has the command ``x-kvm-prefault-memory``
+    * the qmp agent, if the guest runs under KVM and QEMU has the ``x-kvm-prefault-memory`` command
     * the attach agent
 
     :param wanted: ``auto``, ``attach``, ``plugin`` or ``qmp``.
     :param kvm: Whether the guest runs under KVM.
-    :raises UnsupportedError: If QEMU does not support the wanted agent.
+    :raises UnsupportedError: If QEMU does not support the requested agent.
     """
     socket = find_control_socket(process) if wanted in ("auto", "plugin") else None
     if socket is not None:
@@ -87,7 +87,7 @@ async def select_agent(wanted: str, process: Process, monitor: Monitor, *, kvm: 
         return Selection("qmp")
     if wanted == "qmp":
         raise UnsupportedError(
-            f"QEMU (pid {process.pid}) has no QMP command x-kvm-prefault-memory, or does not use "
+            f"QEMU (pid {process.pid}) has no x-kvm-prefault-memory QMP command, or does not use "
             "KVM",
             "use a QEMU that was built with patches/qemu (make qemu), or use --agent attach, which "
             "needs no patch",

@@ -58,7 +58,7 @@ def _become_independent() -> None:
     for fd in range(3):
         os.dup2(nothing, fd)
     # Close the QMP connection and all other descriptors. Otherwise the QMP connection would stay
-    # open if the tool is killed.
+    # open after the tool is killed.
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command ``qemu-prefault conformance``, which tests the kernel's ioctl."""
+"""The ``qemu-prefault conformance`` command, which tests the kernel's ioctl."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def conformance(
 ) -> None:
     """Test how this host's kernel handles KVM_PRE_FAULT_MEMORY.
 
-    Each case runs in its own process, and creates a VM of a few pages. On old kernels and with
-    shadow paging, KVM does not offer the ioctl. The cases then check that KVM refuses the ioctl
-    without side effects. The exit status is 0 if every case behaves as expected.
+    Each case runs in its own process, and creates a VM with a few pages of memory. Before Linux
+    6.11, and with shadow paging, KVM does not offer the ioctl. The cases then check that KVM
+    refuses the ioctl without side effects. The exit status is 0 if every case behaves as expected.
     """
     with reporting(as_json, debug):
         from ..conformance import results, suite  # noqa: PLC0415
@@ -41,7 +41,7 @@ def conformance(
         cases = [case for case in suite.all_cases() if (pattern or "") in case.id]
         if not cases:
             raise InputError(
-                f"no case has {pattern!r} in its id",
+                f"no case id contains {pattern!r}",
                 "list the cases: qemu-prefault conformance --list",
             )
         if listing:

@@ -71,7 +71,7 @@ class Printer:
             ) from error
 
     def progress(self, phase: str, done: int, total: int) -> None:
-        """Print the bytes done, the rate in GiB/s and the remaining time.
+        """Print the completed bytes, the rate in GiB/s and the remaining time.
 
         If stderr is a terminal, print at most once per 0.1 seconds. Otherwise print at most once
         per second.
@@ -113,7 +113,7 @@ def fail(error: QemuPrefaultError, as_json: bool, program: str = PROGRAM) -> NoR
 
 @contextlib.contextmanager
 def reporting(as_json: bool, debug: bool, program: str = PROGRAM) -> Iterator[None]:
-    """Print an exception that the block raises as a message.
+    """Print the cause and the remedy of an exception that the block raises.
 
     If ``debug`` is set, let Python print the traceback instead.
     """

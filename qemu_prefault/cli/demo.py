@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command ``qemu-prefault demo``, which runs the demo of the lab."""
+"""The ``qemu-prefault demo`` command, which runs the lab's demo."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def report_lines(report: Report) -> Iterator[str]:
 
 
 def event_line(event: dict[str, Any]) -> str:
-    """Format an event of ``--follow`` as a line with time, event, sizes and reason."""
+    """Format a ``--follow`` event as a line with time, name, sizes and reason."""
     stamp = datetime.fromtimestamp(float(event.get("time", 0))).strftime("%H:%M:%S")
     parts = [f"{stamp} {event.get('event', ''):<13}"]
     if "gpa" in event:
@@ -107,7 +107,7 @@ def event_line(event: dict[str, Any]) -> str:
 
 
 def ram_map_lines(found: RamMap) -> Iterator[str]:
-    """Yield a line for each section of RAM, and the size that stage 2 maps."""
+    """Yield a line for each section of RAM, and a line for the size of stage 2."""
     rows = [
         [
             section.name,
@@ -159,7 +159,7 @@ def status_lines(status: DomainStatus) -> Iterator[str]:
     else:
         yield f"{status.domain}: loads {status.in_xml.path} ({', '.join(status.in_xml.options)})"
         if not status.present:
-            yield "  this file does not exist on this host: the domain cannot start"
+            yield "  this file does not exist on this host, so the domain cannot start"
             yield "  -> qemu-prefault libvirt install"
         elif not status.current:
             yield "  this file and qemu-prefault have different versions"

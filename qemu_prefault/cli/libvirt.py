@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The commands of ``qemu-prefault libvirt``."""
+"""The ``qemu-prefault libvirt`` commands."""
 
 from __future__ import annotations
 
@@ -45,8 +45,7 @@ def libvirt() -> None:
     "options",
     metavar="KEY=VALUE",
     multiple=True,
-    help="Option of the plugin, from the list in `qemu-prefault run --help`. This option can be "
-    "repeated.",
+    help="Plugin option, from the list in `qemu-prefault run --help`. This option can be repeated.",
 )
 @click.option(
     "--plugin",
@@ -73,7 +72,7 @@ def enable(
         path = Path(plugin) if plugin else installed_plugin()
         if not path.is_absolute() or "," in str(path):
             raise InputError(
-                f"{path} is not an absolute path, or it contains a comma", "give --plugin /PATH"
+                f"{path} is not an absolute path, or it contains a comma", "specify --plugin /PATH"
             )
         qemu_prefault.check_plugin_options(options)
         if not any(option.startswith("socket=") for option in options):
@@ -199,12 +198,12 @@ def install(hook: bool, watch: bool, remove: bool, root: Path, debug: bool) -> N
 @libvirt.command(context_settings={"ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def hook(arguments: tuple[str, ...]) -> None:
-    """Handle a call of libvirt's hook.
+    """Handle a call from libvirt's hook.
 
-    The hook /etc/libvirt/hooks/qemu.d/50-qemu-prefault runs this command, and passes the domain XML
-    on stdin. The domain's metadata (namespace urn:qemu-prefault:1) or the file
-    /etc/qemu-prefault/libvirt.toml selects the action for each event. The exit status is always 0.
-    The command logs errors to syslog, and journalctl -t qemu-prefault shows them.
+    The /etc/libvirt/hooks/qemu.d/50-qemu-prefault hook runs this command, and passes the domain XML
+    on stdin. The domain's metadata (namespace urn:qemu-prefault:1) or the
+    /etc/qemu-prefault/libvirt.toml file selects the action for each event. The exit status is
+    always 0. The command logs errors to syslog, and journalctl -t qemu-prefault shows them.
     """
     from ..libvirt.hook import main  # noqa: PLC0415
 
@@ -212,7 +211,7 @@ def hook(arguments: tuple[str, ...]) -> None:
 
 
 def _moment(function: Any) -> Any:
-    """Add the options that `start`, `restore` and `migrate` have in common."""
+    """Add the options that ``start``, ``restore`` and ``migrate`` have in common."""
     for decorate in (
         debug_option,
         json_option,
@@ -350,7 +349,7 @@ def migrate(  # noqa: PLR0917
 @click.option(
     "--act",
     is_flag=True,
-    help='Perform the actions "later" and "follow" of the hook configuration. Use this option on '
+    help='Perform the "later" and "follow" actions of the hook configuration. Use this option on '
     "hosts without the hook.",
 )
 @debug_option
@@ -359,7 +358,7 @@ def watch(
 ) -> None:
     """Log the lifecycle events of all domains, and export metrics.
 
-    The metrics are the faults, the stage-2 entries and the plugin's counters of each domain.
+    For each domain, the metrics are the faults, the stage-2 entries and the plugin's counters.
     """
     with reporting(False, debug), contextlib.suppress(KeyboardInterrupt):
         from ..libvirt.daemon import run  # noqa: PLC0415

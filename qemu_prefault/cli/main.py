@@ -58,7 +58,7 @@ def cli(ctx: click.Context, /, **given: Any) -> None:
     """Fill the stage-2 page tables of a running QEMU/KVM guest before the guest needs them.
 
     qemu-prefault finds QEMU's vCPUs and RAM over QMP, and populates the RAM. It makes KVM map the
-    RAM with the ioctl KVM_PRE_FAULT_MEMORY of Linux 6.11, and verifies the result with KVM's
+    RAM with the KVM_PRE_FAULT_MEMORY ioctl of Linux 6.11, and verifies the result with KVM's
     counters. A running guest is paused while KVM maps the RAM, and is then resumed. A paused guest
     stays paused.
     """
@@ -75,7 +75,7 @@ for _command in (conformance, demo, libvirt, map_, plugin_path, probe, run, stat
 
 
 def main() -> None:
-    """Run the command line, and report usage errors and failed writes to stdout."""
+    """Run the command line, and report usage errors and failed writes."""
     as_json = "--json" in sys.argv[1:]
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

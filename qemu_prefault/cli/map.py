@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command ``qemu-prefault map``, which shows the guest's RAM."""
+"""The ``qemu-prefault map`` command, which shows the guest's RAM."""
 
 from __future__ import annotations
 

@@ -66,26 +66,26 @@ def index_list_type(text: str) -> tuple[int, ...]:
 qmp_option = click.option(
     "--qmp",
     metavar="SOCK",
-    help="QMP socket of QEMU, as a path or HOST:PORT. QEMU serves one client at a time.",
+    help="QEMU's QMP socket, as a path or HOST:PORT. QEMU serves one client at a time.",
 )
 domain_option = click.option(
     "--domain",
     metavar="NAME",
     help="Name of a libvirt domain, for use instead of --qmp. libvirt forwards the QMP commands.",
 )
-pid_option = click.option("--pid", type=click.IntRange(1), help="Process id of QEMU.")
+pid_option = click.option("--pid", type=click.IntRange(1), help="QEMU's process id.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 debug_option = click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
 
 
 def monitor_address(qmp: str | None, domain: str | None) -> str | None:
-    """Return the monitor's address from the values of --qmp and --domain.
+    """Return the monitor's address from the --qmp and --domain values.
 
     :returns: A socket address or ``libvirt:DOMAIN``, or None if both values are empty.
-    :raises click.UsageError: If both values are given.
+    :raises click.UsageError: If both options are used.
     """
     if qmp and domain:
-        raise click.UsageError("give either --qmp SOCK or --domain NAME")
+        raise click.UsageError("specify either --qmp SOCK or --domain NAME")
     return f"{LIBVIRT}{domain}" if domain else qmp
 
 
@@ -93,11 +93,11 @@ def required_address(qmp: str | None, domain: str | None) -> str:
     """Return the monitor's address, and require --qmp or --domain.
 
     :returns: A socket address or ``libvirt:DOMAIN``.
-    :raises click.UsageError: If both values are empty, or if both are given.
+    :raises click.UsageError: If neither option is used, or if both are used.
     """
     address = monitor_address(qmp, domain)
     if not address:
-        raise click.UsageError("give --qmp SOCK (QEMU's QMP socket) or --domain NAME")
+        raise click.UsageError("specify --qmp SOCK (QEMU's QMP socket) or --domain NAME")
     return address
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command ``qemu-prefault plugin-path``, which prints the plugin's path."""
+"""The ``qemu-prefault plugin-path`` command, which prints the plugin's path."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ from .options import debug_option
 @click.command("plugin-path")
 @debug_option
 def plugin_path(debug: bool) -> None:
-    """Print the path of the plugin, for QEMU's option -plugin."""
+    """Print the path of the plugin, for QEMU's -plugin option."""
     with reporting(False, debug):
         click.echo(qemu_prefault.plugin_path())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command ``qemu-prefault`` without a subcommand, which prefaults a guest."""
+"""The ``qemu-prefault`` command without a subcommand, which prefaults a guest."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ _OPTIONS = (
         type=click.Choice(["auto", "all", "resident"]),
         default="auto",
         show_default=True,
-        help="Memory to populate. auto populates all RAM, except memory that is absent "
-        "on purpose because of virtio-mem, a balloon or reserve=off. all populates all RAM. "
+        help="Memory to populate. auto populates all RAM, except memory that must stay absent "
+        "because of virtio-mem, a balloon or reserve=off. all populates all RAM. "
         "resident populates no memory, so that only resident memory is prefaulted.",
     ),
     click.option(
@@ -84,8 +84,8 @@ _OPTIONS = (
         "--chunk",
         type=size_type,
         metavar="SIZE",
-        help="Maximum number of bytes to prefault with one system call. A change of memory slots "
-        "waits until the call returns. Default: 32M.",
+        help="Maximum number of bytes to prefault with one system call. A memory slot change waits "
+        "until the call returns. Default: 32M.",
     ),
     click.option(
         "--force", is_flag=True, help="Populate even if the host seems to have too little memory."
@@ -113,8 +113,8 @@ _OPTIONS = (
     click.option(
         "--follow",
         is_flag=True,
-        help="Keep the guest prefaulted until QEMU exits or Ctrl-C is pressed. Print the time and "
-        "the reason of each prefault. If QEMU has no plugin, prefault the guest now, and again "
+        help="Keep the guest prefaulted until QEMU exits or Ctrl-C is pressed. For each prefault, "
+        "print the time and the reason. If QEMU has no plugin, prefault the guest now, and again "
         "whenever KVM drops stage-2 tables or memory is added to the guest.",
     ),
     json_option,

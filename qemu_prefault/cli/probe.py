@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command ``qemu-prefault probe``, which checks whether prefaulting works."""
+"""The ``qemu-prefault probe`` command, which checks whether prefaulting works."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def probe(qmp: str | None, domain: str | None, pid: int | None, as_json: bool, d
     """
     address = monitor_address(qmp, domain)
     if not address and not pid:
-        raise click.UsageError("give --qmp SOCK, --domain NAME or --pid PID")
+        raise click.UsageError("specify --qmp SOCK, --domain NAME or --pid PID")
 
     async def main() -> None:
         if domain:

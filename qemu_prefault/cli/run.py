@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command ``qemu-prefault run``, which starts QEMU with the plugin."""
+"""The ``qemu-prefault run`` command, which starts QEMU with the plugin."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .options import debug_option
     "options",
     metavar="KEY=VALUE",
     multiple=True,
-    help="Option of the plugin: populate=auto|all|resident, quirk=disable|keep, "
+    help="Plugin option: populate=auto|all|resident, quirk=disable|keep, "
     "hold=SECONDS, socket=/PATH|~/PATH|off, keep=on|off, log=on|off. This option can be repeated.",
 )
 @debug_option
@@ -28,9 +28,8 @@ def run(options: tuple[str, ...], command: tuple[str, ...], debug: bool) -> None
 
     The plugin prefaults the guest before its first instruction, and keeps it prefaulted.
 
-    COMMAND is the command line of QEMU. qemu-prefault does not change the command line, because
-    LD_PRELOAD loads the plugin. QEMU replaces this process. Therefore signals reach QEMU, and the
-    exit status is QEMU's.
+    COMMAND is QEMU's command line. qemu-prefault does not change it, because LD_PRELOAD loads the
+    plugin. QEMU replaces this process. Therefore signals reach QEMU, and the exit status is QEMU's.
     """
     with reporting(False, debug):
         qemu_prefault.replace_by(

@@ -38,7 +38,7 @@ def parser(description: str | None) -> ArgumentParser:
     :param description: The text that ``--help`` shows without reformatting it.
     """
     made = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
-    made.add_argument("socket", help="QMP socket of QEMU: a path, or HOST:PORT")
+    made.add_argument("socket", help="QEMU's QMP socket, as a path or HOST:PORT")
     made.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return made
 
@@ -59,7 +59,7 @@ def run(main: Main, arguments: ArgumentParser) -> NoReturn:
     of the error. Ctrl-C, SIGTERM and SIGHUP cancel ``main``, so that it resumes a paused guest and
     removes helper threads from QEMU.
 
-    :param main: A coroutine function. Its argument holds the parsed arguments of the script.
+    :param main: A coroutine function. Its argument contains the script's parsed arguments.
     :param arguments: A parser that :func:`parser` returned. The script may add arguments to it.
     """
     options = arguments.parse_args()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command ``qemu-prefault stats``, which shows KVM's counters."""
+"""The ``qemu-prefault stats`` command, which shows KVM's counters."""
 
 from __future__ import annotations
 

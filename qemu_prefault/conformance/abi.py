@@ -61,7 +61,7 @@ QUIRK_SLOT_ZAP_ALL = 1 << 7
 MEM_LOG_DIRTY_PAGES, MEM_READONLY, MEM_GUEST_MEMFD = 1, 2, 4
 MEMORY_ATTRIBUTE_PRIVATE = 1 << 3
 GMEM_MMAP, GMEM_INIT_SHARED = 1, 2
-#: The bit in a slot number that selects the address space of system management mode.
+#: The bit in a slot number that selects the address space for system management mode.
 SMM_SPACE = 1 << 16
 
 EXIT_IO, EXIT_HLT, EXIT_MMIO, EXIT_INTR, EXIT_MEMORY_FAULT = 2, 5, 6, 10, 39
@@ -154,7 +154,7 @@ REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",
 
 
 def pack_regs(**values: int) -> bytes:
-    """Return a ``struct kvm_regs`` with the given values.
+    """Return a ``struct kvm_regs`` with these values.
 
     The default of ``rflags`` is 2. The default of every other register is 0.
     """

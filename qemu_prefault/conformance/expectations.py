@@ -38,7 +38,7 @@ def expect(condition: object, text: str) -> None:
 def expect_equal(seen: object, wanted: object, what: str) -> None:
     """Raise :class:`Unexpected` if the two values differ.
 
-    :param what: The first part of the message, which names the values or states the problem.
+    :param what: The name of the value, with which the message begins.
     """
     if seen != wanted:
         raise Unexpected(f"{what}: got {seen}, expected {wanted}")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Machine code of the programs that the guests run.
 
-Code without the suffix ``_32`` or ``_64`` runs in 32-bit mode and in 64-bit mode. ``rsi`` holds
-the first address, ``rdx`` the stride in bytes and ``rcx`` the number of pages. The last instruction
-of a program writes to an I/O port, because this makes KVM_RUN return in every mode. Some programs
-run in an endless loop instead.
+Code without a ``_32`` or ``_64`` suffix runs in 32-bit mode and in 64-bit mode. ``rsi`` holds the
+first address, ``rdx`` the stride in bytes and ``rcx`` the number of pages. The last instruction of
+a program writes to an I/O port, because this makes KVM_RUN return in every mode. Some programs run
+in an endless loop instead.
 """
 
 from __future__ import annotations

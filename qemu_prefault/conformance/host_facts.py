@@ -28,7 +28,7 @@ class HostFacts:
     :ivar ad_bits: True if stage-2 entries have accessed and dirty bits. With
         ``kvm_intel.eptad=0``, they do not have these bits.
     :ivar thp: True if transparent huge pages are enabled.
-    :ivar hugepages: The numbers of free 2 MiB and 1 GiB hugetlb pages.
+    :ivar hugepages: The numbers of free hugetlb pages of 2 MiB and of 1 GiB.
     """
 
     kernel: str
@@ -82,7 +82,7 @@ def read_host_facts() -> HostFacts:
         raise UnsupportedError(
             f"/dev/kvm cannot be opened: {error.strerror}",
             "if KVM is absent, load kvm_amd or kvm_intel, or enable virtualization in the "
-            "firmware. If permission is denied, run as root or in group kvm",
+            "firmware. If permission is denied, run as root or in the kvm group",
             code=Code.NO_KVM,
         ) from error
 

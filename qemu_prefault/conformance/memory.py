@@ -131,7 +131,7 @@ def memfd_with_contents(size: int, *, shared: bool) -> Memory:
 
 
 def file_private(size: int) -> Memory:
-    """Return a private mapping of the file that holds this process's C library."""
+    """Return a private mapping of this process's C library file."""
     path = next(
         line.split(None, 5)[5]
         for line in Path("/proc/self/maps").read_text().splitlines()

@@ -87,4 +87,4 @@ def mappable_guest_memfd(host: HostFacts) -> str:
 
 
 def nested_svm(host: HostFacts) -> str:
-    return "" if host.nested_svm else "kvm_amd is not loaded, or its parameter nested is off"
+    return "" if host.nested_svm else "kvm_amd is not loaded, or its nested parameter is off"

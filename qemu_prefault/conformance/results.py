@@ -47,7 +47,7 @@ def to_json(host: HostFacts, results: Sequence[CaseResult], seconds: float) -> d
 
 
 def counts(results: Sequence[CaseResult]) -> dict[str, int]:
-    """Return the number of cases that have each outcome."""
+    """Return the number of cases with each outcome."""
     found = Counter(result.outcome for result in results)
     return {outcome.value: found[outcome] for outcome in CaseOutcome}
 

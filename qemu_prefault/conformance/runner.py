@@ -53,9 +53,9 @@ def run(
 ) -> list[CaseResult]:
     """Run cases one after the other, and return their results in the same order.
 
-    :param destructive: True to run also the cases that make the kernel log a warning or leak a
+    :param destructive: True to also run the cases that make the kernel log a warning or leak a
         page.
-    :param limit_seconds: The time after which a case has the outcome ``HANG``.
+    :param limit_seconds: The time after which a case has the ``HANG`` outcome.
     :param on_result: A function that is called with each result as soon as it is available.
     """
     results = []
@@ -152,9 +152,9 @@ def _check_refusal(refusal: IoctlRefused, case: ConformanceCase, host: HostFacts
 
     :meth:`~.vmm.KvmVcpu.prefault` has already checked that KVM added no leaf. This function checks
     that a new vCPU of the same VM runs. If the case depends on mapped pages, this function also
-    checks that the guest reads the right contents in the range.
+    checks that the guest reads the expected contents in the range.
 
-    :returns: the text of the result.
+    :returns: The text of the result.
     """
     expect_equal(error_name(refusal.error), error_name(host.refusal), "errno of the refusal")
     vm = refusal.vcpu.vm
@@ -173,7 +173,7 @@ def _check_refusal(refusal: IoctlRefused, case: ConformanceCase, host: HostFacts
                 expect_equal(
                     seen,
                     sum(words) & 0xFFFFFFFF,
-                    "the sum of the words that the guest read is wrong",
+                    "sum of the words that the guest read",
                 )
                 return f"{error_name(refusal.error)}; KVM mapped nothing, and the guest can read"
     return f"{error_name(refusal.error)}; KVM mapped nothing, and the guest still runs"

@@ -17,7 +17,7 @@ from enum import Enum
 
 from .host_facts import HostFacts
 
-#: The areas of the suite, and the modules of each.
+#: The areas of the suite, and the modules of each area.
 AREAS = {
     "control": ("control",),
     "mapping": ("memory_kinds", "mapping"),
@@ -56,7 +56,7 @@ class CaseOutcome(Enum):
 
 
 class KnownBad(Exception):
-    """The kernel has a known bug that later kernels do not have."""
+    """The kernel has a known bug, which a later commit fixes."""
 
 
 class Skip(Exception):
@@ -119,7 +119,7 @@ def add(
     mapping: bool = False,
     destructive: bool = False,
 ) -> None:
-    """Register the function ``run`` as a case."""
+    """Register the ``run`` function as a case."""
     if id in CASES:
         raise ValueError(f"two cases have the id {id}")
     CASES[id] = ConformanceCase(id, says, source, run, mapping, destructive, needs)

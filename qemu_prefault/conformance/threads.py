@@ -33,7 +33,7 @@ def wait_for(
 
 
 class BackgroundCall(threading.Thread):
-    """A background thread that calls a function.
+    """A background thread that calls one function.
 
     :meth:`result` returns the value of the function, or raises the exception that the function
     raised.
@@ -104,7 +104,7 @@ class RunningVcpu:
     def __exit__(self, kind: object, *_: object) -> None:
         reason = self.stop()
         if kind is None:
-            expect_equal(abi.EXIT_NAMES.get(reason, str(reason)), "INTR", "the guest's last exit")
+            expect_equal(abi.EXIT_NAMES.get(reason, str(reason)), "INTR", "last exit of the guest")
 
     def stop(self) -> int:
         self.vcpu.kick()

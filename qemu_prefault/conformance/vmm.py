@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A minimal VMM that creates VMs with a few pages of memory.
 
-Slot 0 of each VM is the system memory, which holds programs, page tables and a counter. The VMM
-populates the system memory, and the guest accesses it before a case counts faults. The case
-therefore counts only faults on the memory that it tests.
+Slot 0 of each VM is the system memory, which contains programs, page tables and a counter. The VMM
+populates the system memory, and the guest accesses this memory before a case counts faults. The
+case therefore counts only faults on the memory that it tests.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Slot:
 
 
 class KvmVm:
-    """A VM that initially has only the system memory.
+    """A VM whose only memory is initially the system memory.
 
     :param kind: ``abi.VM_DEFAULT`` or ``abi.VM_SW_PROTECTED``.
     :param irqchip: True to create a local APIC in the kernel, so that ``hlt`` waits inside KVM_RUN.
@@ -93,7 +93,7 @@ class KvmVm:
         self.vcpus: list[KvmVcpu] = []
         self._programs: dict[bytes, int] = {}
         self._next_program = PROGRAMS
-        # kvm_intel needs this for modes without paging. kvm_amd ignores it.
+        # kvm_intel needs this ioctl for modes without paging. kvm_amd ignores it.
         with contextlib.suppress(OSError):
             ioctl(self.fd, abi.SET_TSS_ADDR, 0xFFFBD000)
         if irqchip:
@@ -274,7 +274,7 @@ class KvmVcpu:
             )
         seconds = time.monotonic() - started
         if answer < 0 and not any_error and not offers_prefault():
-            expect_equal(self.vm.leaves(), before, "the refused ioctl changed the leaves")
+            expect_equal(self.vm.leaves(), before, "leaves after the refused ioctl")
             raise IoctlRefused(self, -int(answer), gpa, size)
         left = struct.unpack_from("<Q", arguments, 8)[0]
         return IoctlResult(max(0, -int(answer)), left, seconds)
@@ -336,7 +336,7 @@ class KvmVcpu:
         expect_equal(
             abi.EXIT_NAMES.get(reason, str(reason)),
             "IO",
-            "the guest's program ended with a wrong exit reason",
+            "exit reason at the end of the guest's program",
         )
         return self.registers()
 
@@ -354,7 +354,7 @@ class KvmVcpu:
         """Make the guest read the first word of each page, and return their sum.
 
         :param stride: The distance in bytes between two words.
-        :returns: the sum of the 32-bit words modulo 2**32.
+        :returns: The sum of the 32-bit words modulo 2**32.
         """
         code = guest_code.READ_64 if self._long else guest_code.READ_32
         return self.call(code, rsi=gpa, rcx=pages, rdx=stride)["rbx"] & 0xFFFFFFFF

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The name that :mod:`qemu_prefault.cli.scripting` had in version 0.1."""
+"""The :mod:`qemu_prefault.cli.scripting` module under its name in version 0.1."""
 
 from __future__ import annotations
 

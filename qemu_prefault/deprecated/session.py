@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The classes ``Session`` and ``Policy`` of version 0.1."""
+"""The ``Session`` and ``Policy`` classes of version 0.1."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..qemu.queries import VmState
 
 
 class Policy(Options):
-    """The class :class:`Options` under the name that it had in version 0.1."""
+    """The :class:`Options` class under its name in version 0.1."""
 
     def __new__(cls, *_: object, **__: object) -> Self:
         _warn("Policy", "Options")
@@ -25,12 +25,12 @@ class Policy(Options):
 
 
 class Session(Vm):
-    """The class :class:`Vm` under the name and with the methods of version 0.1."""
+    """The :class:`Vm` class under its name and with its methods in version 0.1."""
 
     @classmethod
     @contextlib.asynccontextmanager
     async def open(cls, qmp: str, pid: int | None = None) -> AsyncIterator[Session]:
-        """Connect to QEMU at a QMP socket, or to the QEMU of ``libvirt:DOMAIN``."""
+        """Connect to QEMU at a QMP socket, or through libvirt for ``libvirt:DOMAIN``."""
         _warn("Session", "connect() and prefault_async()")
         if qmp.startswith("libvirt:"):
             opened = connect_vm(qmp.removeprefix("libvirt:"), pid)
@@ -41,7 +41,7 @@ class Session(Vm):
 
     @property
     def machine(self) -> VmState:
-        """The attribute :attr:`state` under the name that it had in version 0.1."""
+        """The :attr:`state` attribute under its name in version 0.1."""
         return self.state
 
     async def prefault(
@@ -54,7 +54,7 @@ class Session(Vm):
         dry_run: bool = False,
         agent: str = "auto",
     ) -> Report:
-        """Prefault the guest, as :func:`qemu_prefault.prefault_async` does."""
+        """Prefault the guest like :func:`qemu_prefault.prefault_async`."""
         given = policy or Options()
         options = Options(
             populate=given.populate,

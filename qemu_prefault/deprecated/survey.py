@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The module ``qemu_prefault.survey`` of version 0.1.
+"""The ``qemu_prefault.survey`` module of version 0.1.
 
 Use :func:`qemu_prefault.ram_map` and :func:`qemu_prefault.counters` instead.
 """
@@ -35,7 +35,7 @@ warnings.warn(
 
 
 class RamMap(inspect.RamMap):
-    """A RAM map with the method :meth:`lines` of version 0.1."""
+    """A RAM map with the :meth:`lines` method of version 0.1."""
 
     def lines(self) -> Iterator[str]:
         """Yield the lines that ``qemu-prefault map`` prints."""
@@ -43,7 +43,7 @@ class RamMap(inspect.RamMap):
 
 
 class Counters(inspect.Counters):
-    """Counters with the method :meth:`lines` of version 0.1."""
+    """Counters with the :meth:`lines` method of version 0.1."""
 
     def lines(self) -> Iterator[str]:
         """Yield the line that ``qemu-prefault stats`` prints."""
@@ -58,6 +58,6 @@ async def ram_map(qmp: str, pid: int | None = None) -> RamMap:
 
 
 async def counters(monitor: Monitor) -> Counters:
-    """Return KVM's counters, which the QMP command ``query-stats`` reports."""
+    """Return KVM's counters, which the ``query-stats`` QMP command reports."""
     found = await inspect.counters(monitor)
     return Counters(found.stage2, found.vcpus)

@@ -29,13 +29,14 @@ from .plan import Target, partition_by_node
 from .tally import RunTally
 from .vm import Backing
 
-#: A function that is called with the phase ("populate" or "prefault"), the bytes done so far in
-#: that phase, and the total bytes of that phase.
+#: A function that is called with the phase ("populate" or "prefault"), the completed bytes in that
+#: phase, and the total bytes of that phase.
 Progress = Callable[[str, int, int], None]
 
-#: Errors that depend on the vCPU. Another vCPU may succeed with the same range.
+#: Errors that depend on the vCPU. Another vCPU may be able to prefault the same range.
 VCPU_ERRORS: Final = (kvm.STUCK, errno.EOPNOTSUPP)
-#: Errors of populating that one page of the range can cause, because it is poisoned or a hole.
+#: Populate errors that a single page of the range can cause, because this page is poisoned or a
+#: hole.
 PAGE_ERRORS: Final = frozenset({errno.EFAULT, kvm.EHWPOISON})
 #: Maximum bytes that a worker populates before the executor reads the memory limits again.
 BATCH_BYTES: Final = 64 << 20
@@ -56,11 +57,11 @@ class Backings(Protocol):
 
 
 class Executor:
-    """An object that populates and prefaults a guest's memory through one agent.
+    """Populates and prefaults a guest's memory through one agent.
 
     :ivar agent: The agent, which the caller starts and closes.
-    :ivar unusable: The indexes of the workers whose vCPUs cannot be used until the guest has run.
-        The value for each index is the errno of the ioctl.
+    :ivar unusable: The ioctl's errno for each worker whose vCPU cannot be used until the guest has
+        run. The keys are the indexes of the workers.
     """
 
     def __init__(
@@ -77,8 +78,8 @@ class Executor:
         """Store the arguments.
 
         :param reservation: The run's reservation, which :meth:`populate` reduces.
-        :param check_headroom: Whether populating stops when little memory is left. The option
-            ``--force`` sets this to False.
+        :param check_headroom: Whether populating stops when little memory is left. ``--force`` sets
+            this to False.
         """
         self.agent = agent
         self.unusable: dict[int, int] = {}
@@ -142,8 +143,8 @@ class Executor:
     async def _populate_in_batches(self, queues: dict[Target, list[Range]]) -> list[Outcome]:
         """Populate ranges in batches, and read the memory limits before each batch.
 
-        Other runs and other guests allocate memory at the same time. Therefore a batch allocates
-        at most :attr:`.Limit.per_batch` bytes of each limit. If this number is less than a huge
+        Other runs and other guests allocate memory at the same time. Therefore a batch allocates at
+        most :attr:`.Limit.per_batch` bytes from each limit. If this number is less than a huge
         page, the method stops populating.
         """
         total = sum(item.size for queue in queues.values() for item in queue)
@@ -269,7 +270,7 @@ class Executor:
 
         :param again: Whether a previous call has already counted the targets as requested.
         :param skip_pagemap: Reuse the result of :meth:`populate` instead of reading pagemap again.
-            This is only valid if the guest has not run since.
+            This is valid only if the guest has not run since that call.
         :returns: The targets that were not prefaulted within the limit of :meth:`time_limit`.
         """
         total = sum(target.size for target in targets)
@@ -346,7 +347,7 @@ class Executor:
         total: int,
         base: int = 0,
     ) -> tuple[list[Outcome], list[Range]]:
-        """Process ranges on all usable workers.
+        """Process ranges with all usable workers.
 
         :param ranges: Pairs of a guest NUMA node and a range. The node is None if it is unknown.
         :param base: Bytes that the executor has processed in this phase before this call.
@@ -396,7 +397,7 @@ class Executor:
                 for index, error in sorted(self.unusable.items())
             )
             self._tally.warnings[Code.VCPU_UNUSABLE] = f"could not use {names}" + (
-                "" if usable else "; resume the guest for a moment, then run qemu-prefault again"
+                "" if usable else "; resume the guest briefly, then run qemu-prefault again"
             )
         return usable
 

@@ -3,8 +3,8 @@
 
 If QEMU has loaded the plugin, the plugin keeps the guest prefaulted, and this module forwards the
 plugin's events. Otherwise, this process polls the memory layout and KVM's counters. It prefaults
-the guest when KVM has dropped stage-2 tables, or when memory was added. This process reacts up to a
-few seconds later than the plugin, and pauses the guest for each run.
+the guest when KVM has dropped stage-2 tables, or when memory has been added. This process reacts up
+to a few seconds later than the plugin, and pauses the guest for each run.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Event = dict[str, Any]
 
 #: Seconds between two polls.
 LOOK_SECONDS: Final = 1.0
-#: Minimum time between two runs, in seconds. If KVM drops the guest's tables repeatedly, this
-#: limits the number of pauses.
+#: Minimum time between two runs, in seconds. This time limits the number of pauses if KVM drops the
+#: guest's tables repeatedly.
 LEAST_SECONDS_BETWEEN_RUNS: Final = 5.0
 #: The tables count as dropped if less than this share of the bytes is still mapped.
 DROPPED: Final = 0.5
@@ -51,8 +51,8 @@ WAKE_UP: Final = (
 def follow(vm: Vm, options: Options) -> AsyncIterator[Event]:
     """Keep a guest prefaulted until QEMU exits.
 
-    :param options: The options of each run. If the plugin prefaults the guest, it uses its own
-        options instead.
+    :param options: The options of each run. If the plugin prefaults the guest, the plugin uses its
+        own options instead.
     :returns: An iterator over events. docs/reference/events.md lists the fields of an event.
     :raises QemuPrefaultError: See :func:`follow_from_outside`.
     """
@@ -96,7 +96,7 @@ async def follow_from_outside(vm: Vm, options: Options) -> AsyncIterator[Event]:
 
 
 async def _wait(events: EventStream) -> None:
-    """Wait for a QMP event, but at most until the time of the next poll."""
+    """Wait for a QMP event, but at most until the next poll."""
     try:
         async with asyncio.timeout(LOOK_SECONDS):
             await anext(events)
@@ -140,7 +140,8 @@ class _FollowLoop:
         if shape == before and set(shape) - set(self._layout):
             self._need = "memory was added"
         elif stage2 is not None and stage2.bytes < self._kept * DROPPED:
-            # Store the need: if the run must wait, the guest's faults refill the tables meanwhile.
+            # Store the need. If the run must wait, the guest's faults refill the tables meanwhile,
+            # and the counters then no longer show the need.
             self._need = "the tables were dropped"
         if not self._need or shape != before or firmware_ahead(state.ranges):
             return None  # no run is needed, or the layout is still changing

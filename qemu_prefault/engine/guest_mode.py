@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Find the vCPUs that run no nested guest, and decide whether to try again.
+"""Find the vCPUs that run no nested guest, and decide whether to retry.
 
 While a vCPU runs a nested (L2) guest, KVM has L2's page tables loaded. If the guest's hypervisor
 uses nested paging, the prefault ioctl fails with EOPNOTSUPP. If the hypervisor uses shadow paging,
@@ -29,13 +29,13 @@ from .tally import RunTally
 GUEST_MODE_TRIES: Final = 50
 #: Maximum total time of these attempts, in seconds.
 GUEST_MODE_SECONDS: Final = 5.0
-#: Bounds of the random time, in seconds, for which the guest runs between two attempts. With a
-#: constant time, every attempt could hit the same phase of the guest's timer.
+#: Bounds of the random delay between two attempts, in seconds. The guest runs during this delay.
+#: With a constant delay, every attempt could hit the same phase of the guest's timer.
 GUEST_MODE_WAIT: Final = (0.002, 0.02)
 
 
 class GuestMode:
-    """An object that finds the vCPUs in guest mode while the guest is paused."""
+    """Finds the vCPUs in guest mode while the guest is paused."""
 
     def __init__(
         self,
@@ -50,8 +50,8 @@ class GuestMode:
         """Store the arguments.
 
         :param threads: The workers' vCPUs, in the order of the workers.
-        :param stats: The vCPUs' counters in the same order, or None if they must be read over QMP.
-        :param chosen: Whether the user chose these vCPUs. If True, the guest can have other vCPUs.
+        :param stats: The vCPUs' counters in the same order, or None to read the counters over QMP.
+        :param chosen: Whether the user chose these vCPUs. If True, the guest may have more vCPUs.
         """
         self._monitor = monitor
         self._executor = executor
@@ -61,7 +61,7 @@ class GuestMode:
         self._every = "every chosen vCPU" if chosen else "every vCPU"
 
     async def let_the_guest_run(self, seconds: float = 0.0) -> None:
-        """Let the guest run for the given seconds and a short random time."""
+        """Let the guest run for ``seconds`` plus a random delay."""
         await asyncio.sleep(seconds + random.uniform(*GUEST_MODE_WAIT))
 
     @staticmethod
@@ -95,8 +95,8 @@ class GuestMode:
     async def workers(self) -> set[int]:
         """Return the indexes of the workers whose vCPU runs a nested guest.
 
-        The counter ``guest_mode`` needs Linux 5.14, and ``query-stats`` needs QEMU 7.1. With older
-        versions, the result is empty, and only the error of the ioctl shows the mode.
+        The ``guest_mode`` counter needs Linux 5.14, and ``query-stats`` needs QEMU 7.1. Without
+        these versions, the result is empty, and only the ioctl's error shows the mode.
         """
         workers = self._executor.agent.workers
         if self._stats is not None:
@@ -120,7 +120,7 @@ class GuestMode:
 
         :param caught: Whether every vCPU was in guest mode at the last attempt.
         :param tries: The number of attempts.
-        :param seconds: The time that all attempts took.
+        :param seconds: The total duration of the attempts, in seconds.
         :param will_resume: Whether this run resumes the guest at its end.
         """
         notes, every = self._tally.warnings, self._every

@@ -2,8 +2,8 @@
 """Keep an incoming guest paused after its RAM is loaded, until it is prefaulted.
 
 If QEMU waits for a migration or a restore, it starts the guest as soon as the guest is loaded. If
-QEMU was started with ``-S``, the guest stays paused instead. In the state ``inmigrate``, the
-commands ``stop`` and ``cont`` only set ``autostart`` (qmp_stop() and qmp_cont(),
+QEMU was started with ``-S``, the guest stays paused instead. In the ``inmigrate`` state, the
+``stop`` and ``cont`` commands only set ``autostart`` (qmp_stop() and qmp_cont(),
 monitor/qmp-cmds.c). After ``stop``, QEMU leaves the loaded guest paused. If ``cont`` follows before
 the guest is loaded, QEMU starts the guest automatically again.
 """
@@ -38,7 +38,7 @@ class IncomingMigration:
     :ivar starts_by_itself: Whether QEMU was started without ``-S``. If True, the caller must resume
         the guest.
     :ivar loaded_at: The value of ``time.monotonic()`` when the end of loading was detected.
-    :ivar runs: Whether another client had already started the guest at the time ``loaded_at``.
+    :ivar runs: Whether another client had already started the guest at ``loaded_at``.
     """
 
     def __init__(self, monitor: Monitor, starts_by_itself: bool, events: EventStream) -> None:
@@ -53,7 +53,7 @@ class IncomingMigration:
         """Wait until the guest is loaded.
 
         :raises FailedError: If the migration failed or was cancelled.
-        :raises RefusedError: If the loaded guest is in a state in which it cannot run.
+        :raises RefusedError: If the run state of the loaded guest does not allow it to run.
         """
         with self._monitor.patience(LOAD_SECONDS):
             while not (await self._is_loaded() or await self._is_told()):
@@ -75,11 +75,11 @@ class IncomingMigration:
         """Wait for a MIGRATION event, and return whether it reports the end of loading.
 
         QEMU sends this event after it has set the guest's new run state
-        (process_incoming_migration_bh(), migration/migration.c). Therefore the method does not send
-        another query, which would delay the guest.
+        (process_incoming_migration_bh(), migration/migration.c). Therefore the method sends no
+        further query, which would delay the guest.
         """
         with contextlib.suppress(TimeoutError):
-            # None means that the connection has ended. The next query raises the error.
+            # None means that the connection is closed. The next query raises the error.
             while event := await self._events.get(EVENT_SECONDS if self._told else POLL_SECONDS):
                 if event.name == "RESUME":
                     self.runs = True
@@ -90,7 +90,7 @@ class IncomingMigration:
         return False
 
     async def tell_events(self) -> bool:
-        """Enable MIGRATION events, and return whether this call changed the setting."""
+        """Enable MIGRATION events, and return whether this call has changed the setting."""
         self._told = (await _capabilities(self._monitor)).get("events", False)
         if self._told:
             return False
@@ -105,7 +105,7 @@ class IncomingMigration:
 def _failed(cause: str) -> FailedError:
     return FailedError(
         cause,
-        "start a new QEMU and repeat the migration or restore. The guest is still at the source or "
+        "start a new QEMU and repeat the migration or restore. The guest is still on the source or "
         "in its file",
         code=Code.MIGRATION_FAILED,
     )
@@ -117,12 +117,12 @@ async def check_no_postcopy(monitor: Monitor) -> None:
     Populating accesses every page. During postcopy, QEMU would request each of these pages from
     the source.
 
-    :raises RefusedError: If the capability ``postcopy-ram`` is set.
+    :raises RefusedError: If the ``postcopy-ram`` capability is set.
     """
     if (await _capabilities(monitor)).get("postcopy-ram"):
         raise RefusedError(
             "this migration may switch to postcopy, in which QEMU fetches pages from the source",
-            "migrate without the capability postcopy-ram, or prefault after the migration",
+            "migrate without the postcopy-ram capability, or prefault after the migration",
             code=Code.POSTCOPY,
         )
 

@@ -29,7 +29,7 @@ class MappedSection:
     :ivar skipped: The reason why a run skips the section, or None.
     """
 
-    #: QEMU's name of the memory region.
+    #: QEMU's name for the memory region.
     name: str
     #: The guest-physical address of the section.
     gpa: int

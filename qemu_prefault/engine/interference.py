@@ -16,11 +16,11 @@ from .vm import Vm
 
 
 class InterferenceMonitor:
-    """An object that ends a run when another client resumes or migrates the guest.
+    """Ends a run when another client resumes or migrates the guest.
 
     :ivar reason: The error that ended the run, or None.
-    :ivar prefaulting: Whether the run is prefaulting the guest. If True, a resume of the guest by
-        another client ends the run.
+    :ivar prefaulting: Whether the run is prefaulting the guest. If True, the run ends when another
+        client resumes the guest.
     """
 
     def __init__(self, vm: Vm, tally: RunTally, end: Callable[[], None]) -> None:
@@ -29,14 +29,14 @@ class InterferenceMonitor:
         self._vm = vm
         self._tally = tally
         self._end = end
-        #: Resumes by this process whose events have not arrived yet.
+        #: Number of resumes by this process whose events have not arrived yet.
         self._own_resumes = 0
 
     @contextlib.asynccontextmanager
     async def watched(self, *, abort_on_migration: bool) -> AsyncIterator[None]:
         """Detect interference in the block, and raise :attr:`reason` after the block.
 
-        :param abort_on_migration: Whether to end the run if a migration starts. It must be False
+        :param abort_on_migration: Whether to end the run if a migration starts. This must be False
             if the run waits for an incoming migration.
         :raises QemuPrefaultError: If another client's interference has ended the run.
         """
@@ -72,7 +72,7 @@ class InterferenceMonitor:
         self.interrupt(
             RefusedError(
                 f"a migration was started during the run (query-migrate: {status})",
-                "prefault the guest at the destination, because prefaulting during a migration "
+                "prefault the guest on the destination, because prefaulting during a migration "
                 "would mark every page as dirty",
                 code=Code.MIGRATION,
             )
@@ -80,7 +80,7 @@ class InterferenceMonitor:
         return True
 
     async def _follow_migrations(self) -> None:
-        """Poll query-migrate, because MIGRATION events require the capability ``events``."""
+        """Poll query-migrate, because MIGRATION events require the ``events`` capability."""
         while not await self.migration_started():
             await asyncio.sleep(1)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 class Populate(enum.StrEnum):
     """The absent memory that a run may populate."""
 
-    #: All RAM, except memory that is absent on purpose (virtio-mem, balloon, overcommit).
+    #: All RAM, except memory that must stay absent (virtio-mem, balloon, overcommit).
     AUTO = "auto"
     #: All memory in the memory slots.
     ALL = "all"
@@ -21,13 +21,14 @@ class Populate(enum.StrEnum):
 class AgentChoice(enum.StrEnum):
     """The agent that calls the ioctl inside QEMU."""
 
-    #: The plugin if QEMU has loaded it, else QEMU's own command if it is patched, else attach.
+    #: The plugin if QEMU has loaded it, otherwise QEMU's own command if QEMU is patched, otherwise
+    #: attach.
     AUTO = "auto"
     #: Helper threads, which ptrace starts inside QEMU.
     ATTACH = "attach"
     #: ``qemu-prefault-plugin.so``, if QEMU was started with it.
     PLUGIN = "plugin"
-    #: QEMU's own command ``x-kvm-prefault-memory``, if it exists.
+    #: QEMU's own ``x-kvm-prefault-memory`` command, if QEMU has it.
     QMP = "qmp"
 
 

@@ -22,9 +22,9 @@ from .tally import RunTally
 class Pause:
     """A pause of the guest.
 
-    :ivar resume: A coroutine function that ends the pause. It resumes the guest if `will_resume`
+    :ivar resume: A coroutine function that ends the pause. It resumes the guest if ``will_resume``
         is True.
-    :ivar will_resume: Whether the guest ran before the pause, or whether ``--cont`` was given.
+    :ivar will_resume: Whether the guest ran before the pause, or ``--cont`` was used.
     """
 
     resume: Callable[[], Awaitable[None]]
@@ -61,8 +61,8 @@ class Pauser:
         as soon as possible.
         """
         monitor, agent, interference = self._monitor, self._agent, self._interference
-        # Query the state again, because the operator may have paused the guest while it was being
-        # populated.
+        # Query the state again, because the operator may have paused the guest while the run
+        # populated it.
         was_running = await read_running(monitor)
         stopped_at = 0.0
 
@@ -102,7 +102,7 @@ class Pauser:
             self._interference.interrupt(resumed_error())
 
     async def resume(self, was_running: bool) -> None:
-        """Resume the guest, unless it has migrated away and runs at the destination.
+        """Resume the guest, unless it has migrated away and runs on the destination.
 
         :param was_running: Whether the guest ran before the pause. If False, the method does not
             resume the guest while a migration is running.
@@ -114,7 +114,7 @@ class Pauser:
                 RefusedError(
                     f"the guest migrated away during the run (query-status: {status}), so it was "
                     "not resumed here",
-                    "prefault the guest at the destination",
+                    "prefault the guest on the destination",
                     code=Code.MIGRATION,
                 ),
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ..errors import InputError
 from ..qemu.memory_map import MemorySection
@@ -19,6 +19,10 @@ from .options import Options, Populate
 if TYPE_CHECKING:
     from ..agents.base import Range, Worker
     from ..qemu.queries import VmState
+
+#: Reasons not to populate memory that :mod:`qemu_prefault.libvirt.prelaunch` also reports.
+BALLOON_INFLATED: Final = "the balloon is inflated: the memory in the balloon must stay absent"
+SHARED_FILE: Final = "a shared file: populating would write to it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +66,8 @@ def select(state: VmState, options: Options) -> tuple[Target, ...]:
                 targets.append(Target(section, gpa, size, why_not is None, why_not))
     if options.ranges and left != 0 and not targets:
         raise InputError(
-            "the given ranges contain no guest RAM",
-            "give ranges within guest RAM. To show the addresses of RAM, run: qemu-prefault map",
+            "the specified ranges contain no guest RAM",
+            "specify ranges within guest RAM. To show the addresses of RAM, run: qemu-prefault map",
         )
     return tuple(targets)
 
@@ -97,8 +101,8 @@ def _within(section: MemorySection, ranges: Sequence[tuple[int, int]]) -> Iterab
 def _reason_not_to_populate(
     state: VmState, section: MemorySection, populate: Populate
 ) -> str | None:
-    # libvirt/prelaunch.py, which has no monitor, and may_populate() of native/plugin/queue.c
-    # implement the same policy with the information that they have.
+    # libvirt/prelaunch.py, which has no monitor, and may_populate() in native/plugin/queue.c
+    # implement the same policy with the information that is available to them.
     if populate is Populate.ALL:
         return None
     balloon = state.balloon
@@ -106,11 +110,10 @@ def _reason_not_to_populate(
         "--populate resident": populate is Populate.RESIDENT,
         f"{state.private_memory}: private memory is not in QEMU's mapping": state.private_memory
         is not None,
-        "virtio-mem: unplugged blocks are absent on purpose": section.device == "virtio-mem",
-        "the balloon is inflated: memory is absent on purpose": balloon is not None
-        and balloon.actual < balloon.total,
-        "reserve=off: memory is overcommitted on purpose": section.reserve is False,
-        "a shared file: populating would write to it": section.disk_file
+        "virtio-mem: unplugged blocks must stay absent": section.device == "virtio-mem",
+        BALLOON_INFLATED: balloon is not None and balloon.actual < balloon.total,
+        "reserve=off: the memory is overcommitted": section.reserve is False,
+        SHARED_FILE: section.disk_file
         or (section.device in ("nvdimm", "virtio-pmem") and section.share is not False),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
@@ -145,8 +148,8 @@ def partition_by_node(
     """Divide the ranges of each guest NUMA node among the node's vCPUs.
 
     A helper thread has the CPU affinity of its vCPU, and the first access to a page determines the
-    host node of the page. Therefore the host allocates the memory of a guest node on the host node
-    to which the vCPUs of the guest node are pinned.
+    page's host node. Therefore the host allocates the memory of a guest node on the host node to
+    which the vCPUs of the guest node are pinned.
 
     :param ranges: Pairs of a guest NUMA node and a range. The node is None if it is unknown.
     """

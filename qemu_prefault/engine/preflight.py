@@ -35,12 +35,12 @@ _UNFIT_STATUS: Final = {
     ),
     "postmigrate": (
         "this guest has migrated away",
-        "prefault it at the destination",
+        "prefault it on the destination",
         Code.MIGRATION,
     ),
     "finish-migrate": (
         "this guest is migrating away",
-        "prefault it at the destination",
+        "prefault it on the destination",
         Code.MIGRATION,
     ),
     "restore-vm": ("a snapshot is being loaded", "wait until it is loaded", Code.INCOMING),
@@ -58,7 +58,7 @@ _UNFIT_STATUS: Final = {
     "shutdown": ("this guest has shut down", "start it first", Code.GUEST_STATE),
     "guest-panicked": ("this guest has panicked", "reset it first", Code.GUEST_STATE),
 }
-#: The values of ``query-status`` after which the guest runs at the destination.
+#: The ``query-status`` values for which the guest runs on the destination.
 MIGRATED_AWAY: Final = frozenset({"finish-migrate", "postmigrate"})
 
 
@@ -76,7 +76,7 @@ def check_status(status: str) -> None:
 def check_awaits_incoming(state: VmState) -> None:
     """Raise an error if QEMU does not wait for an incoming migration or restore.
 
-    :raises RefusedError: If QEMU is not in the state ``inmigrate``.
+    :raises RefusedError: If QEMU is not in the ``inmigrate`` state.
     """
     if state.status != "inmigrate":
         raise RefusedError(
@@ -109,7 +109,7 @@ def check_vm_state(state: VmState, dirty_limit: bool = False) -> None:
     if migration not in MIGRATION_OVER:
         raise RefusedError(
             f"a migration is running (query-migrate: {migration}), so KVM logs dirty pages",
-            "prefault the guest at the destination after the migration",
+            "prefault the guest on the destination after the migration",
             code=Code.MIGRATION,
         )
     if state.dirty_rate == "measuring" or dirty_limit:
@@ -149,7 +149,8 @@ def check_headroom(
     """Compute the memory that populating needs, and check that it is available.
 
     :param force: Whether to skip the check.
-    :param reservation: The run's reservation, which this function makes. None with ``--dry-run``.
+    :param reservation: The run's reservation, which this function creates, or None with
+        ``--dry-run``.
     :returns: The bytes that populating would allocate for each target.
     :raises RefusedError: If too little memory is available.
     """
@@ -173,7 +174,7 @@ def _check_limits(
 ) -> dict[str, int]:
     """Return the bytes that populating takes from each limit, by :attr:`.Limit.key`.
 
-    :param others: The bytes of each limit that other runs have reserved.
+    :param others: The bytes that other runs have reserved from each limit.
     :raises RefusedError: If a limit is too low.
     """
     needs: dict[str, int] = {}
@@ -206,7 +207,7 @@ def find_warnings(options: Options, targets: Sequence[Target], state: VmState) -
     if firmware_ahead(state.ranges) and not options.incoming:
         found[Code.FIRMWARE_AHEAD] = (
             "the guest's firmware has not finished. It will make QEMU delete and re-create the "
-            "slot of low RAM, and KVM then drops every stage-2 table. Run qemu-prefault again "
+            "low-RAM slot, and KVM then drops every stage-2 table. Run qemu-prefault again "
             "after the boot"
         )
     crooked = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Check which features work with this host and QEMU, and give remedies.
+"""Check which features work with this host and QEMU, and report remedies.
 
 Each check uses the code of a real run, but changes nothing.
 """
@@ -35,7 +35,7 @@ class Finding:
     verdict: str
     #: The result of the check as text.
     text: str
-    #: The action that solves the problem, or empty.
+    #: The action that solves the problem, or an empty string.
     remedy: str = ""
 
 
@@ -67,7 +67,9 @@ async def probe_process(pid: int) -> Findings:
     findings, status = _host(process)
     findings.append(await _plugin(process))
     findings.append(
-        Finding("qmp", "note", "the guest was not checked", "to check the guest, give --qmp SOCK")
+        Finding(
+            "qmp", "note", "the guest was not checked", "to check the guest, specify --qmp SOCK"
+        )
     )
     return Findings(process.pid, tuple(findings), status)
 
@@ -134,7 +136,7 @@ async def _plugin(process: Process) -> Finding:
         "ok" if status["pre_fault_memory"] else "no",
         f"{state}; {status['pending'] >> 20} MiB pending, slot-zap-all quirk {status['quirk']}, "
         f"control socket {socket}",
-        "" if status["pre_fault_memory"] else "see the remedy of the check kvm",
+        "" if status["pre_fault_memory"] else "see the remedy of the kvm check",
     )
 
 

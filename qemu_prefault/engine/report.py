@@ -26,7 +26,7 @@ class SectionReport:
     :ivar skipped: The reason why the section was skipped or is incomplete, or None.
     """
 
-    #: QEMU's name of the memory region.
+    #: QEMU's name for the memory region.
     name: str
     #: The guest-physical address of the section.
     gpa: int
@@ -67,14 +67,14 @@ def stage2_json(stage2: Stage2Leaves | None) -> dict[str, int] | None:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """The times of a run, in seconds.
+    """The durations of a run's phases, in seconds.
 
-    :ivar populate: Time spent on populating, as the workers measured it.
-    :ivar prefault: Time spent on prefaulting, as the workers measured it.
-    :ivar paused: The total time for which this run paused the guest. For an incoming guest, this
+    :ivar populate: The time spent on populating, as measured by the workers.
+    :ivar prefault: The time spent on prefaulting, as measured by the workers.
+    :ivar paused: The total time during which this run paused the guest. For an incoming guest, this
         is the time between the end of loading and the resume.
     :ivar longest_pause: The length of the longest pause.
-    :ivar total: Time of the whole run.
+    :ivar total: The duration of the whole run.
     """
 
     populate: float

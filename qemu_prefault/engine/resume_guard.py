@@ -2,11 +2,11 @@
 """Resume a guest that this process has paused, even if this process is killed.
 
 Before this process sends ``stop``, it forks a child process, the resume guard. The resume guard
-inherits the read end of a pipe. Only this process has the write end. The resume guard also inherits
-this process's QMP connection, because QEMU accepts no other client while that connection is open.
-If the pipe is closed without data, this process has exited or was killed. The resume guard then
-stops the helpers and waits until they have exited. Unless the guest has migrated away, the resume
-guard sends ``cont`` on the QMP connection.
+inherits the read end of a pipe. Only this process has the pipe's write end. The resume guard also
+inherits this process's QMP connection, because QEMU accepts no other client while that connection
+is open. If the pipe is closed without data, this process has exited or was killed. The resume guard
+then stops the helpers and waits until they have exited. Unless the guest has migrated away, the
+resume guard sends ``cont`` on the QMP connection.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .preflight import MIGRATED_AWAY
 #: This byte resets QEMU's JSON parser after an incomplete command.
 RESET_PARSER = b"\xff"
 REPLY_ID = "qemu-prefault-guard"
-#: Upper bound of the size of the answers to query-status and cont, in bytes.
+#: Upper bound on the size of the replies to query-status and cont, in bytes.
 LONGEST_ANSWER = 4096
 
 
@@ -86,7 +86,7 @@ class ResumeGuard:
 
     def _watch(self, read_end: int, is_ready: int) -> None:
         """Wait in the child process, and resume the guest if the parent is killed."""
-        os.setsid()  # so that signals to the terminal's session or job do not reach the guard
+        os.setsid()  # so that signals to the terminal's session or job do not reach this process
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         os.write(is_ready, b"s")
@@ -105,13 +105,13 @@ class ResumeGuard:
         connection.settimeout(30)
         with contextlib.suppress(OSError):
             status = _ask(connection, RESET_PARSER, "query-status")
-            # A guest that has migrated away runs at the destination.
+            # A guest that has migrated away runs on the destination.
             if not any(f'"{away}"'.encode() in status for away in MIGRATED_AWAY):
                 _ask(connection, b"", "cont")
 
 
 def _ask(connection: socket.socket, before: bytes, command: str) -> bytes:
-    """Send a command, wait for its answer, and return the last received bytes."""
+    """Send a command, wait for its reply, and return the last received bytes."""
     identity = f"{REPLY_ID}-{command}"
     message = json.dumps({"execute": command, "id": identity}).encode()
     connection.sendall(before + message + b"\n")

@@ -53,9 +53,9 @@ from .report import Report
 from .tally import RunTally
 from .vm import Vm
 
-#: Maximum number of rounds in which a run prefaults the memory if the layout changes each time.
+#: Maximum number of rounds in which a run prefaults the memory if the layout keeps changing.
 LAYOUT_ROUNDS: Final = 4
-#: Between two pauses, the guest runs for this factor times the maximum length of a pause.
+#: Between two pauses, the guest runs for this factor times the maximum pause length.
 RUN_PER_PAUSE: Final = 2
 #: End of the memory that firmware uses. A few hundred KiB below this address are RAM.
 LOW_MEMORY: Final = 1 << 20
@@ -75,7 +75,7 @@ async def prefault(
 
     :param on_ready: A coroutine function that the run awaits when an incoming migration may start.
     :param on_progress: A function that the run calls with three arguments. They are the phase, the
-        bytes done in this phase, and the total bytes of this phase.
+        completed bytes in this phase, and the total bytes of this phase.
     :returns: The report of the run.
     :raises UnsupportedError: If this host, kernel or QEMU does not support prefaulting.
     :raises RefusedError: If prefaulting now would harm the guest or the host, or if another client
@@ -189,7 +189,7 @@ async def _act(  # noqa: PLR0917
 
 @dataclass(frozen=True, slots=True)
 class PrefaultRun:
-    """The prefault of one guest, and the objects that it uses."""
+    """The prefault of one guest, and the objects that this prefault uses."""
 
     vm: Vm
     options: Options
@@ -348,8 +348,8 @@ class PrefaultRun:
         """Prefault the targets that the time limit left, and new sections.
 
         The state of the firmware's areas in low memory is known only after QEMU has loaded the
-        devices. These areas have only a few pages. Therefore the run does not pause a running guest
-        again for these areas.
+        devices. These areas contain only a few pages. Therefore the run does not pause a running
+        guest again for these areas.
         """
         if left:
             await self.executor.populate(left)

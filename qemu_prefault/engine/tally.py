@@ -23,7 +23,7 @@ class SectionTally:
         bytes that it should populate.
     :ivar populated: Bytes that were newly allocated.
     :ivar prefaulted: Bytes that the ioctl has mapped.
-    :ivar accounted: Bytes of `requested` that the run has completed.
+    :ivar accounted: Bytes of ``requested`` that the run has completed.
     :ivar skipped: Bytes of pages that cannot be populated.
     :ivar note: The reason why the section is incomplete, or None.
     """
@@ -36,7 +36,7 @@ class SectionTally:
     note: str | None = None
 
     def count_skipped(self, size: int, error: int) -> None:
-        """Count a page that cannot be populated because of this errno."""
+        """Count a page that cannot be populated because of ``error``."""
         self.skipped += size
         self.note = f"populate: {format_size(self.skipped)} skipped: {describe_errno(error)}"
 
@@ -65,7 +65,7 @@ class RunTally:
         return self.tallies.setdefault(f"{section.gpa:#x}", SectionTally())
 
     def count_work(self, phase: str, seconds: float) -> None:
-        """Add seconds to the time of the phase ``populate`` or ``prefault``."""
+        """Add ``seconds`` to the duration of the ``populate`` or ``prefault`` phase."""
         self._seconds[phase] += seconds
 
     def count_pause(self, began: float) -> None:
@@ -78,7 +78,7 @@ class RunTally:
         self._longest_pause = max(self._longest_pause, seconds)
 
     def discard_requests(self) -> None:
-        """Reset all counts except `populated` before all targets are requested again."""
+        """Reset all counts except ``populated`` before all targets are requested again."""
         for tally in self.tallies.values():
             tally.requested = tally.prefaulted = tally.accounted = 0
 
@@ -88,7 +88,7 @@ class RunTally:
             tally.prefaulted = tally.accounted = 0
 
     def discard_accounted(self) -> None:
-        """Reset the completed bytes if KVM filled tables that the guest does not use."""
+        """Reset the completed bytes, because KVM filled tables that are not in use."""
         for tally in self.tallies.values():
             tally.accounted = 0
 

@@ -74,7 +74,8 @@ class Vm:
         """Connect to a QMP socket, and identify the QEMU process behind it.
 
         :param qmp: The socket's address. See :meth:`Monitor.connect`.
-        :param pid: QEMU's process id. It is only needed if the socket does not identify QEMU.
+        :param pid: QEMU's process id. This argument is needed only if the socket does not identify
+            QEMU.
         :param dial: A function that opens the connection. See :meth:`Monitor.connect`.
         :raises QemuPrefaultError: If :meth:`Monitor.connect`,
             :func:`~qemu_prefault.qemu.queries.read_vm_state` or
@@ -152,11 +153,11 @@ class Vm:
         """Return the chosen vCPUs with their threads and KVM file descriptors.
 
         KVM identifies a vCPU by its APIC id. QEMU identifies a vCPU by its index. The vCPU's QOM
-        object has both numbers.
+        object contains both numbers.
 
         :param wanted: The indexes of the chosen vCPUs. An empty sequence means all vCPUs.
         :param needs_fds: Whether the descriptors are needed. Populating does not need them.
-        :raises InputError: If a given index is not that of a vCPU.
+        :raises InputError: If an index in ``wanted`` is not a vCPU's index.
         :raises UnsupportedError: If QEMU has no KVM vCPUs.
         :raises FailedError: If a vCPU has no descriptor.
         """
@@ -208,7 +209,7 @@ class Vm:
         """Open the vCPUs' KVM counters for the block, to read them without QMP.
 
         Use this method only on kernels with the prefault ioctl. Before commit eed3013faa40 (v6.5),
-        reading such a descriptor after QEMU had exited accessed freed kernel memory.
+        a read from such a descriptor after QEMU's exit accesses freed kernel memory.
 
         :returns: The counters in the order of the vCPUs, or None if they cannot be opened.
         """
@@ -229,7 +230,7 @@ class Vm:
 def _identify(monitor: Monitor, pid: int | None, thread_ids: Sequence[int]) -> Process:
     if monitor.vm_uuid is None:
         return identify(monitor.peer_pid, pid, thread_ids)
-    # A connection made by `dial` may lead to another host, where the thread ids have no meaning.
+    # A connection made by ``dial`` may lead to another host, where the thread ids have no meaning.
     try:
         process = identify(None, pid, thread_ids)
         if monitor.vm_uuid in process.arguments():

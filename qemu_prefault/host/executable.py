@@ -20,7 +20,7 @@ def is_static(path: str) -> bool:
     """Return whether a file is an ELF program that needs no dynamic linker.
 
     The result is False if the file is unreadable, is a script or has another format. A shared
-    object without an interpreter is a static program only if it has the flag DF_1_PIE. The dynamic
+    object without an interpreter is a static program only if it has the DF_1_PIE flag. The dynamic
     linker is a shared object without this flag.
     """
     try:

@@ -19,8 +19,8 @@ from .procfs import Process, gone
 class KvmFds:
     """The numbers of QEMU's KVM file descriptors.
 
-    `vcpus` and `vcpu_stats` map KVM's id of a vCPU (the x86 APIC id) to the number of a descriptor.
-    KVM_GET_STATS_FD returns the descriptors of `vcpu_stats`. QEMU 8.1 and later keep these
+    ``vcpus`` and ``vcpu_stats`` map KVM's id of a vCPU (the x86 APIC id) to a descriptor's number.
+    KVM_GET_STATS_FD returns the descriptors of ``vcpu_stats``. QEMU 8.1 and later keep these
     descriptors open.
     """
 
@@ -38,7 +38,7 @@ def parse_kvm_fds(links: Iterable[tuple[int, str]]) -> KvmFds:
 
     virt/kvm/kvm_main.c defines the link targets of KVM's descriptors.
 
-    :param links: Pairs of the number of a descriptor and its link target in ``/proc/PID/fd``.
+    :param links: Pairs of a descriptor's number and its link target in ``/proc/PID/fd``.
     :raises UnsupportedError: If the process runs more than one VM.
     """
     vm = kvm = None
@@ -73,7 +73,7 @@ def take_fd(process: Process, number: int) -> int:
     """Duplicate a process's descriptor ``number`` into this process.
 
     This function uses pidfd_getfd(2), which needs Linux 5.6. The caller must close the duplicate.
-    While the duplicate is open, the kernel keeps the open file alive, even after QEMU has exited.
+    While the duplicate is open, the open file exists even after QEMU has exited.
 
     :returns: The number of the duplicate.
     :raises GoneError: If the process or the descriptor no longer exists.
@@ -107,6 +107,6 @@ def take_fd(process: Process, number: int) -> int:
     raise FailedError(
         f"cannot duplicate descriptor {number} of process {process.pid}: {os.strerror(-answer)}",
         "check that the kernel is Linux 5.6 or newer, and that no seccomp filter of this process "
-        "forbids pidfd_getfd(2)",
+        "denies pidfd_getfd(2)",
         code=Code.PIDFD,
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Compute how much memory can be populated before a limit is reached.
 
-Documentation/admin-guide/cgroup-v1 and Documentation/admin-guide/cgroup-v2.rst describe the formats
-of the files. The plugin has its own implementation in C (native/common/headroom.c).
+Documentation/admin-guide/cgroup-v1 and Documentation/admin-guide/cgroup-v2.rst describe the file
+formats. The plugin has its own implementation in C (native/common/headroom.c).
 tests/unit/test_headroom_agreement.py checks both implementations against the same table.
 """
 
@@ -92,12 +92,11 @@ def parse_key_values(text: str) -> dict[str, int]:
 class Limit:
     """A limit on the memory that can be populated.
 
-    :ivar name: The name of the object that has the limit, for messages. Examples are the host and a
-        cgroup.
+    :ivar name: The name of the limited object, for messages. Examples are the host and a cgroup.
     :ivar available: The number of bytes that can be populated before the limit is reached.
-    :ivar detail: The values from which `available` was computed, for messages.
+    :ivar detail: The values from which ``available`` was computed, for messages.
     :ivar contended: Whether other processes can allocate the same memory at any time.
-    :ivar cost: The bytes by which `available` decreases for each byte that is populated.
+    :ivar cost: The bytes by which ``available`` decreases for each byte that is populated.
     :ivar device: The device number of a limiting file system, which may have several names.
     """
 
@@ -110,14 +109,15 @@ class Limit:
 
     @property
     def key(self) -> str:
-        """A text that is equal for two limits on the same memory."""
+        """A key that is equal for two limits on the same memory."""
         return self.name if self.device is None else f"file system {self.device}"
 
     @property
     def per_batch(self) -> int:
         """The number of bytes that one batch may populate.
 
-        If the limit is contended, this number is 1/16 of `available`. Otherwise it is `available`.
+        If the limit is contended, this number is 1/16 of ``available``. Otherwise it is
+        ``available``.
         """
         return self.available // 16 if self.contended else self.available
 
@@ -132,7 +132,8 @@ def cgroup_directories(
     :param controller: The name of the controller.
     :returns: Pairs of a directory and a flag. The flag is True if the directory belongs to the v2
         hierarchy. In a cgroup namespace or a container, the mount may show only a part of the tree.
-        The result omits ancestors outside that part, because this process cannot read them.
+        The result omits the ancestors outside this part, because this process cannot read these
+        ancestors.
     """
     unified = controller not in groups
     path = groups.get(controller, groups.get(""))
@@ -201,7 +202,7 @@ def memory_headroom(process: Process) -> list[Limit]:
     meminfo = parse_key_values(read_file(f"{procfs.PROC}/meminfo", process.pid))
     if "MemAvailable" in meminfo:
         available = meminfo["MemAvailable"]
-        limits.append(Limit("host", available, "MemAvailable of /proc/meminfo", True))
+        limits.append(Limit("host", available, "MemAvailable in /proc/meminfo", True))
     limits += _cgroup_limits(process, "memory", memory_limit)
     return limits
 

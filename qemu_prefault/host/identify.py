@@ -4,7 +4,7 @@
 SO_PEERCRED identifies the process that listens on the QMP socket. ``query-cpus-fast`` lists the
 vCPU threads. Before qemu-prefault injects code into a process, :func:`identify` checks in ``/proc``
 that this process owns these threads. The check fails if the process is a proxy, or if the server
-reports wrong thread ids.
+reports the thread ids of another process.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def identify(peer_pid: int | None, given_pid: int | None, thread_ids: Sequence[i
 
     :param peer_pid: The pid of the process that listens on the monitor socket (SO_PEERCRED). None
         if the socket does not report a pid, for example a TCP socket.
-    :param given_pid: The pid that the user gave with ``--pid``, or None. It overrides `peer_pid`.
-        Therefore the user can reach QEMU's monitor through a proxy.
+    :param given_pid: The pid from ``--pid``, or None. This pid overrides ``peer_pid``, so that the
+        user can reach QEMU's monitor through a proxy.
     :param thread_ids: The ids of the vCPU threads from ``query-cpus-fast``, in QEMU's own pid
         namespace.
     :raises RefusedError: If the process does not own these threads (code ``proxy``).
@@ -35,14 +35,14 @@ def identify(peer_pid: int | None, given_pid: int | None, thread_ids: Sequence[i
         if pid is None or not _looks_like_qemu(Process.find(pid)):
             raise UnsupportedError(
                 "the QMP socket does not identify the QEMU process",
-                "give QEMU's pid with --pid, and run qemu-prefault in a pid namespace in which "
+                "specify QEMU's pid with --pid, and run qemu-prefault in a pid namespace in which "
                 "QEMU is visible",
                 code=Code.PID_NAMESPACE,
             )
     if pid == os.getpid():
         raise RefusedError(
             "the process that listens on the QMP socket is qemu-prefault itself",
-            "use QEMU's own QMP socket, or give QEMU's pid with --pid",
+            "use QEMU's own QMP socket, or specify QEMU's pid with --pid",
             code=Code.PROXY,
         )
     process = Process.find(pid)
@@ -57,7 +57,7 @@ def _mismatch(process: Process, given: bool, thread_ids: Sequence[int]) -> Excep
     what = f"--pid names {who}" if given else f"the QMP socket belongs to {who}"
     if not owners and _looks_like_qemu(process):
         return UnsupportedError(
-            f"{what}, but the vCPU threads of QEMU are not visible in this pid namespace",
+            f"{what}, but QEMU's vCPU threads are not visible in this pid namespace",
             "run qemu-prefault in the pid namespace of the host",
             code=Code.PID_NAMESPACE,
         )
@@ -65,7 +65,7 @@ def _mismatch(process: Process, given: bool, thread_ids: Sequence[int]) -> Excep
     whose = f"process {others}" if others else "another process"
     return RefusedError(
         f"{what}, but the monitor lists the vCPU threads of {whose}",
-        "use QEMU's own QMP socket instead of the socket of a proxy, or give QEMU's pid with --pid",
+        "use QEMU's own QMP socket instead of a proxy's socket, or specify QEMU's pid with --pid",
         code=Code.PROXY,
     )
 

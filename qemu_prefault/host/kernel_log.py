@@ -39,7 +39,7 @@ def read_log() -> list[str]:
 
 
 def cause_of_death(process: Process) -> str | None:
-    """Return the kernel's message that a process was killed.
+    """Return the kernel's message about the kill of a process.
 
     The result is None if the kernel log contains no such message.
     """
@@ -48,7 +48,7 @@ def cause_of_death(process: Process) -> str | None:
 
 
 def find_cause(records: Iterable[str], pid: int, since: float) -> str | None:
-    """Return the last message that process `pid` was killed.
+    """Return the last message about the kill of process ``pid``.
 
     The result is None if the records contain no such message.
 
@@ -76,7 +76,7 @@ def find_cause(records: Iterable[str], pid: int, since: float) -> str | None:
 
 
 def _is_seccomp_kill(text: str, pid: int) -> bool:
-    """Return whether a message is the audit record of a process that a seccomp filter killed."""
+    """Return whether a message is the audit record of a kill by a seccomp filter."""
     words = text.split()
     return (
         "type=1326" in words  # AUDIT_SECCOMP, include/uapi/linux/audit.h

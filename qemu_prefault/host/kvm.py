@@ -29,7 +29,7 @@ STUCK = errno.ETIME
 #: Error of the prefault loop: the batch was aborted. The ioctl never returns this error.
 ABORTED = errno.ECANCELED
 
-#: The errno ``EHWPOISON``, which the errno module of some Python versions does not define.
+#: ``EHWPOISON``, which the errno module of some Python versions does not define.
 EHWPOISON = 133
 
 
@@ -38,7 +38,7 @@ class Capability:
     """The result of querying ``KVM_PRE_FAULT_MEMORY`` on this host.
 
     :ivar available: Whether the ioctl can work, or None if ``/dev/kvm`` could not be opened.
-    :ivar reason: The reason why `available` is not True, or an empty string.
+    :ivar reason: The reason why ``available`` is not True, or an empty string.
     :ivar remedy: The remedy for the reason, or an empty string.
     """
 
@@ -65,7 +65,7 @@ def _off(value: str | None) -> bool:
 def pre_fault_capability(process: Process | None = None) -> Capability:
     """Return whether KVM has ``KVM_CAP_PRE_FAULT_MEMORY``, and the reason if not.
 
-    The result is the same for all VMs, because the kernel returns ``tdp_enabled``
+    The result is the same for all VMs, because the capability's value is ``tdp_enabled``
     (arch/x86/kvm/x86.c). If this process cannot open ``/dev/kvm``, the function opens ``/dev/kvm``
     in QEMU's root directory instead.
 
@@ -91,7 +91,7 @@ def pre_fault_capability(process: Process | None = None) -> Capability:
     return Capability(
         None,
         f"KVM cannot be queried ({problem})",
-        "run qemu-prefault as root, or as a member of the group kvm",
+        "run qemu-prefault as root, or as a member of the kvm group",
     )
 
 
@@ -115,7 +115,7 @@ def _why_not() -> Capability:
 class BinaryStats:
     """The counters that a KVM statistics descriptor contains.
 
-    The ioctl KVM_GET_STATS_FD of this process or another process has returned the descriptor.
+    A KVM_GET_STATS_FD ioctl in this process or another process has returned the descriptor.
     Documentation/virt/kvm/api.rst, section 4.133, describes the format. The caller opens and closes
     the descriptor.
 
@@ -154,7 +154,7 @@ class BinaryStats:
         return OSError(errno.EINVAL, "the descriptor is not a KVM statistics descriptor")
 
     def read(self, *names: str) -> list[int]:
-        """Return the values of counters at one time.
+        """Return the values of counters at one point in time.
 
         The value of an unknown counter is 0.
 
@@ -170,11 +170,11 @@ class BinaryStats:
 def pre_fault_here(vcpu_fd: int, gpa: int, size: int) -> int:
     """Call ``KVM_PRE_FAULT_MEMORY`` from this process, and return its errno or 0.
 
-    If the vCPU belongs to another process's VM, the ioctl fails immediately with EIO. The reason is
-    that ``kvm_vcpu_ioctl()`` (virt/kvm/kvm_main.c) first compares ``kvm->mm`` with the caller's mm.
-    Only afterwards does it decode the request and wait for ``vcpu->mutex``, which a running vCPU
-    holds (kernel commit 6d4e4c4fca5b, Linux 2.6.25). The purpose of this function is to demonstrate
-    this error. The agents call the ioctl inside QEMU.
+    If the vCPU belongs to another process's VM, the ioctl fails immediately with EIO, because
+    ``kvm_vcpu_ioctl()`` (virt/kvm/kvm_main.c) first compares ``kvm->mm`` with the caller's mm. It
+    then decodes the request and waits for ``vcpu->mutex``, which the thread of a running vCPU holds
+    (kernel commit 6d4e4c4fca5b, Linux 2.6.25). The purpose of this function is to demonstrate this
+    error. The agents call the ioctl inside QEMU.
 
     :param gpa: The guest-physical address, page aligned.
     :param size: The size in bytes, page aligned.
@@ -191,7 +191,7 @@ def describe_errno(number: int) -> str:
 
 _OUTCOMES = {
     STUCK: "no progress within the time limit: the vCPU holds a stale root, or QEMU is deleting "
-    "the memory slot (kernels without commits 20a6cff3b283 and 3ccbf6f47098)",
+    "the memory slot (on kernels without commits 20a6cff3b283 and 3ccbf6f47098)",
     ABORTED: "the run ended before the range was complete",
     errno.ENOENT: "KVM has no memory slot at this address",
     errno.EOPNOTSUPP: "the vCPU runs a nested guest, or KVM uses shadow paging",
@@ -203,7 +203,7 @@ _OUTCOMES = {
     errno.EINVAL: "the kernel does not support the request, or refuses it for this mapping",
     EHWPOISON: "the memory has an uncorrected hardware error",
     errno.EBUSY: "dirty pages are being logged, or the guest's memory is being loaded",
-    errno.ENOSPC: "KVM's limit of MMU pages is reached",
+    errno.ENOSPC: "KVM's limit on MMU pages is reached",
 }
 
 
@@ -247,7 +247,7 @@ def debugfs_leaves(process: Process) -> Stage2Leaves | None:
 
 
 def debugfs_faults(process: Process) -> int | None:
-    """Return the sum of the counter ``pf_taken`` over all vCPUs from debugfs.
+    """Return the sum of the ``pf_taken`` counter over all vCPUs from debugfs.
 
     The result is None if this process cannot read the counter.
     """

@@ -5,12 +5,12 @@ The source of every mapping is the host's memory. The following sources limit so
 part of the host's memory:
 
 * the file system, if the mapping is a shared file
-* the hugetlb pool, if the mapping has huge pages
+* the hugetlb pool, if the mapping uses huge pages
 * NUMA nodes, if the mapping's policy or the process's cpuset allows only these nodes
 
 Other processes use the same sources. The functions subtract the memory that other processes can
-still allocate without further checks. This memory consists of the unwritten parts of their files,
-and of the huge pages that are reserved for their mappings.
+still allocate without further checks. This memory consists of the unwritten parts of the other
+processes' files, and of the huge pages that are reserved for their mappings.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ NODES: Final = Path("/sys/devices/system/node")
 MIN_FREE: Final = Path("/proc/sys/vm/min_free_kbytes")
 #: CONFIG_NODES_SHIFT is 10 at most.
 MAX_NODES: Final = 1024
-#: Maximum number of files of a file system to examine.
+#: Maximum number of files to examine in a file system.
 MAX_FILES: Final = 10_000
-#: File systems whose files exist only in memory, in pages of the usual size.
+#: File systems whose files exist only in memory, in pages of the base size.
 IN_MEMORY: Final = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 #: A mapped file: its device (major, minor) and its inode.
 FileId = tuple[tuple[int, int], int]
@@ -53,7 +53,7 @@ FileId = tuple[tuple[int, int], int]
 class MemorySource:
     """The source of one mapping's memory.
 
-    :ivar process: The process that has the mapping.
+    :ivar process: The process that contains the mapping.
     :ivar mapping: The mapping.
     :ivar page_size: The page size of the backing, in bytes.
     :ivar nodes: The NUMA nodes to which the mapping's policy binds the memory, or an empty tuple if
@@ -103,7 +103,7 @@ class MemorySource:
     def _reserved_bytes(self, absent: int) -> int:
         """Return the number of bytes of huge pages that are reserved for the mapping.
 
-        The result is at least `absent`. If the process has huge pages in several mappings, the
+        The result is at least ``absent``. If the process has huge pages in several mappings, the
         result is a lower bound.
         """
         status = read_optional(f"{procfs.PROC}/{self.process.pid}/status") or ""
@@ -136,7 +136,8 @@ def confining_nodes(process: Process, bound: Sequence[int]) -> tuple[int, ...]:
     status = read_optional(f"{procfs.PROC}/{process.pid}/status") or ""
     cpuset = re.search(r"^Mems_allowed_list:\s*(\S+)$", status, re.MULTILINE)
     by_cpuset = with_memory & set(parse_node_list(cpuset[1])) if cpuset else with_memory
-    # If they have no node in common, the cpuset decides (mm/mempolicy.c, mpol_rebind_nodemask()).
+    # If the policy and the cpuset have no node in common, the cpuset decides (mm/mempolicy.c,
+    # mpol_rebind_nodemask()).
     allowed = by_policy & by_cpuset or by_cpuset or by_policy
     return () if allowed == with_memory else tuple(sorted(allowed))
 
@@ -147,7 +148,7 @@ def node_limit(nodes: Sequence[int]) -> Limit:
     Free memory and inactive page cache are available, except ``vm.min_free_kbytes``. The kernel
     distributes ``vm.min_free_kbytes`` over the nodes (mm/page_alloc.c,
     ``__setup_per_zone_wmarks()``). If an allocation that is bound to a node reaches the node's part
-    of these bytes, the OOM killer runs.
+    of these bytes, the kernel runs the OOM killer.
     """
     kept = parse_number(read_optional(f"{MIN_FREE}")) or 0
     available = -(kept << 10)
@@ -214,7 +215,7 @@ def is_copied(process: Process, mapping: MemoryMapping) -> bool:
     """Return whether populating allocates both a file's page and a private copy.
 
     This happens in a private mapping of a file that exists only in memory and has holes. The page
-    fault first allocates the page of the file (mm/shmem.c, ``shmem_fault()``).
+    fault first allocates the file's page (mm/shmem.c, ``shmem_fault()``).
     """
     if mapping.shared or mapping.inode == 0:
         return False
@@ -259,7 +260,7 @@ def file_system_limit(
     size limit. It is also empty if this process cannot access the file. A memfd and shared
     anonymous memory are on a kernel-internal mount, which has no size limit.
 
-    :param together: Files of the caller. The limit does not subtract their unwritten parts.
+    :param together: The caller's files. The limit does not subtract their unwritten parts.
     """
     if mapping.inode == 0 or _is_internal(mapping):
         return []
@@ -274,7 +275,7 @@ def file_system_limit(
         figures = os.statvfs(path)
     except OSError:
         return []
-    if figures.f_blocks == 0:  # no size= was given
+    if figures.f_blocks == 0:  # mounted without size=
         return []
     free = figures.f_bavail * figures.f_frsize
     promised = _promised_to_others(process, mapping, together)
@@ -312,7 +313,7 @@ _promises: dict[tuple[int, int, AbstractSet[FileId]], tuple[float, int]] = {}
 def _promised_to_others(
     process: Process, mapping: MemoryMapping, together: AbstractSet[FileId]
 ) -> int:
-    """Return the total size of the holes in all other files of the file system."""
+    """Return the total size of the holes in all other files in the file system."""
     ours = frozenset({(mapping.device, mapping.inode), *together})
     key = (process.pid, mapping.start, ours)
     known = _promises.get(key)
@@ -329,7 +330,7 @@ def _promised_to_others(
 def _files_beside(process: Process, mapping: MemoryMapping) -> Iterator[os.stat_result]:
     device = os.makedev(*mapping.device)
     start = f"{procfs.PROC}/{process.pid}/root" + os.path.dirname(mapping.path)
-    # Start at the root of the mount: another guest's file may be in another directory.
+    # Start at the root of the mount, because another guest's file may be in another directory.
     while os.path.dirname(start) != start:
         parent = os.path.dirname(start)
         try:
@@ -355,7 +356,7 @@ def _files_beside(process: Process, mapping: MemoryMapping) -> Iterator[os.stat_
 
 
 def _open_in_other_processes(process: Process, device: int) -> Iterator[os.stat_result]:
-    """Yield the status of each file of `device` that another QEMU maps.
+    """Yield the status of each file of ``device`` that another QEMU maps.
 
     The result includes deleted files.
     """

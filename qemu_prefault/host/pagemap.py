@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Find the present pages of QEMU, and the pages that KVM would map writable.
+"""Find QEMU's present pages, and the pages that KVM would map writable.
 
 KVM's prefault ioctl causes a read fault. KVM then maps a page writable only if the page is writable
 in QEMU's own page tables.
@@ -41,7 +41,7 @@ class Sums:
 
 
 class Pagemap:
-    """A context manager that reads ``/proc/PID/pagemap`` of QEMU.
+    """A context manager that reads QEMU's ``/proc/PID/pagemap``.
 
     :raises UnsupportedError: If this process has no permission to trace QEMU. The kernel requires
         this permission for the file.
@@ -123,9 +123,9 @@ class Pagemap:
     def _check_alive(self) -> None:
         """Raise an error if the process has exited.
 
-        Unlike read(), PAGEMAP_SCAN reports the memory of an exited process as empty. The reason is
-        that ``do_pagemap_cmd()`` (fs/proc/task_mmu.c) does not check whether the address space is
-        in use.
+        Unlike read(), PAGEMAP_SCAN reports the memory of an exited process as empty, because
+        ``do_pagemap_cmd()`` (fs/proc/task_mmu.c) does not check whether the address space is in
+        use.
         """
         self._process.check()
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Set the scheduling, the CPUs and the cgroup of a helper thread.
+"""Set a helper thread's scheduling, CPUs and cgroup.
 
-A helper inherits these properties from the thread of its vCPU. However, the operator has chosen the
-properties for the guest and not for helpers. With a real-time policy, the helper would take CPU
-time from its vCPU. On the CPU of a busy real-time vCPU, the helper would get no CPU time.
+A helper inherits these properties from its vCPU's thread. However, the operator has chosen the
+properties for the guest and not for helpers. If the helper had a real-time policy, it would take
+CPU time from its vCPU. If the helper ran on the CPU of a busy real-time vCPU, it would get no CPU
+time.
 """
 
 from __future__ import annotations
@@ -53,12 +54,12 @@ def helper_cpus(
 
     The best set contains only CPUs of the NUMA nodes on which the vCPU may run, because the helper
     then allocates memory on these nodes. These CPUs also belong to the affinity of QEMU's main
-    thread, and no real-time thread is bound to them.
+    thread, and no real-time thread is bound to these CPUs.
 
     :param main: The affinity of QEMU's main thread.
-    :param vcpu: The affinity of the vCPU's thread.
+    :param vcpu: The affinity of the vCPU thread.
     :param nodes: The CPUs of each NUMA node.
-    :param real_time: The CPUs to which real-time threads of QEMU are bound.
+    :param real_time: The CPUs to which QEMU's real-time threads are bound.
     """
     near = frozenset[int]().union(*(cpus for cpus in nodes if cpus & vcpu)) or main
     choices = [near & main, near, main]
@@ -67,7 +68,7 @@ def helper_cpus(
 
 
 def real_time_cpus(process: Process) -> frozenset[int]:
-    """Return the CPUs to which real-time threads of a process are bound."""
+    """Return the CPUs to which a process's real-time threads are bound."""
     bound: set[int] = set()
     for tid in process.threads():
         try:
@@ -90,13 +91,13 @@ def affinity(tid: int) -> frozenset[int]:
 
 
 def place(process: Process, tid: int, choices: Sequence[frozenset[int]]) -> list[str]:
-    """Set the scheduling class, nice value, cgroups and CPUs of a helper thread.
+    """Set a helper thread's scheduling class, nice value, cgroups and CPUs.
 
     The new scheduling class is SCHED_OTHER, and the new nice value is 0. The new cgroups are those
     of QEMU's main thread.
 
     :param choices: The sets of CPUs to try in this order, see :func:`helper_cpus`.
-    :returns: The names of the properties that this process has no permission to change.
+    :returns: The names of the properties that this process is not allowed to change.
     """
     refused = []
     try:
@@ -157,9 +158,9 @@ def leave_cgroups(process: Process, tid: int) -> bool:
 def threads_files(
     wanted: Mapping[str, str], current: Mapping[str, str], mounts: Sequence[Mount]
 ) -> list[str]:
-    """Return the files to which a thread's id is written to change its cgroups.
+    """Return the files to which to write a thread's id to change its cgroups.
 
-    :param wanted: The wanted cgroup path of each controller, see :func:`~.headroom.parse_cgroups`.
+    :param wanted: The new cgroup path of each controller, see :func:`~.headroom.parse_cgroups`.
     :param current: The current cgroup path of each controller.
     :param mounts: The result of :func:`~.headroom.parse_mountinfo` for this process.
     """
@@ -167,7 +168,7 @@ def threads_files(
     for controller, path in wanted.items():
         if current.get(controller, path) == path:
             continue
-        # The v2 hierarchy has the key "".
+        # The key of the v2 hierarchy is "".
         directories = cgroup_directories({controller: path}, mounts, controller or "cgroup.threads")
         if directories:
             directory, unified = directories[0]

@@ -6,7 +6,7 @@ their text to the parsers. If the process exits between two reads, the next read
 :class:`GoneError` (code ``qemu-gone``). The kernel can reuse a pid. Therefore a :class:`Process`
 stores the start time of the process, and :meth:`Process.check` compares the start time.
 
-proc(5) describes the formats of the files.
+proc(5) describes the file formats.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def hidden(pid: int) -> UnsupportedError:
     """Return the error for a process that /proc does not show."""
     return UnsupportedError(
         f"process {pid} exists, but /proc does not show it",
-        "run qemu-prefault as root on the host, and check whether hidepid= of /proc or "
-        "ProtectProc= of the service hides the process",
+        "run qemu-prefault as root on the host, and check whether the hidepid= option of /proc or "
+        "the ProtectProc= setting of the service hides the process",
         code=Code.PROC_PERMISSION,
     )
 
 
 def denied(path: str) -> UnsupportedError:
-    """Return the error for a file of /proc that this process is forbidden to read."""
+    """Return the error for a /proc file that this process is not allowed to read."""
     return UnsupportedError(
         f"this process has no permission to read {path}",
         "run qemu-prefault as root, or as QEMU's user with CAP_SYS_PTRACE",
@@ -68,7 +68,7 @@ def denied(path: str) -> UnsupportedError:
 
 
 def read_file(path: str, pid: int) -> str:
-    """Return the text of a file of /proc/PID.
+    """Return the text of a /proc/PID file.
 
     :raises GoneError: If the process has exited.
     :raises UnsupportedError: If this process has no permission to read the file, or if /proc does
@@ -107,7 +107,7 @@ def read_optional(path: str) -> str | None:
 
 
 def malformed(what: str, text: str) -> FailedError:
-    """Return the error for a file of /proc that has an unknown format."""
+    """Return the error for a /proc file in an unknown format."""
     return FailedError(
         f"{what} has an unknown format: {text[:120]!r}",
         "report this error with the kernel's version (uname -r)",
@@ -119,10 +119,10 @@ def malformed(what: str, text: str) -> FailedError:
 class Status:
     """The fields of ``/proc/PID/status`` that qemu-prefault uses.
 
-    In a set of signals, bit N-1 represents signal N. `ns_pids` contains the ids of the process in
+    In a set of signals, bit N-1 represents signal N. ``ns_pids`` contains the ids of the process in
     nested pid namespaces. The first id is the one in this pid namespace, and the last id is the one
-    in the process's own pid namespace. `thread_features` contains, for example, ``shstk`` (CET
-    shadow stack). `seccomp_filters` is the number of seccomp filters, or None before Linux 5.9.
+    in the process's own pid namespace. ``thread_features`` may contain, for example, ``shstk`` (CET
+    shadow stack). ``seccomp_filters`` is the number of seccomp filters, or None before Linux 5.9.
     """
 
     name: str
@@ -138,7 +138,7 @@ class Status:
     seccomp_filters: int | None = None
 
     def has_capability(self, number: int) -> bool:
-        """Return whether the effective capability set contains capability `number`."""
+        """Return whether the effective capability set contains capability ``number``."""
         return bool(self.cap_effective >> number & 1)
 
 
@@ -192,8 +192,8 @@ def parse_start_time(text: str) -> int:
 class MemoryMapping:
     """One mapping of a process, from one line of ``/proc/PID/maps``.
 
-    At the addresses ``start..end-1``, the process has mapped the file `path` from the byte
-    `offset`.
+    At the addresses ``start..end-1``, the process has mapped the file at ``path``, starting at byte
+    ``offset``.
     """
 
     start: int
@@ -260,7 +260,7 @@ def backing_of(mapping: MemoryMapping, page_size: int = PAGE_SIZE) -> BackingKin
         or a file does not show whether the file has huge pages.
     """
     path = mapping.path.removesuffix(" (deleted)")
-    # An anonymous MAP_HUGETLB mapping is also a file of this name (fs/hugetlbfs/inode.c).
+    # An anonymous MAP_HUGETLB mapping is also a file with this name (fs/hugetlbfs/inode.c).
     if page_size > PAGE_SIZE or path.startswith(("/anon_hugepage", "/dev/hugepages/")):
         return "hugetlb"
     if mapping.inode == 0:
@@ -312,17 +312,17 @@ def thread_names(pid: int) -> dict[int, str]:
 def _list_threads(pid: int, list_tasks: Callable[[], list[str]]) -> list[str]:
     """Return the ids of all threads of a process.
 
-    The function reads the kernel's list again until the list is complete. The kernel's list can
-    omit a live thread if another thread exits while the list is read. The kernel finds its position
-    in the list by counting threads. It counts the exiting thread even if it does not list that
-    thread (proc_task_readdir(), first_tid() and next_tid(), fs/proc/base.c).
+    The function reads the kernel's list repeatedly until the list is complete. The list can omit a
+    live thread if another thread exits during the read. The kernel finds its position in the list
+    by counting threads. It counts the exiting thread even if it does not list this thread
+    (proc_task_readdir(), first_tid() and next_tid(), fs/proc/base.c).
 
-    While a CPU is preempted in the middle of __unhash_process() (kernel/exit.c), every list omits a
-    thread in this way.
+    While a task is preempted inside __unhash_process() (kernel/exit.c), every list omits a thread
+    in this way.
 
-    At that time ``Threads:`` in /proc/PID/status no longer counts the exiting thread, and a lookup
-    of the id of this thread fails. Therefore this function reads the number of threads after it has
-    read the list. The list is complete if at least this number of the listed threads still exist.
+    At that time, ``Threads:`` in /proc/PID/status no longer counts the exiting thread, and a lookup
+    of this thread's id fails. Therefore the function reads the number of threads after it has read
+    the list. The list is complete if at least this number of the listed threads still exist.
     """
     found: list[str] = []
     for _ in range(MOST_LISTINGS):
@@ -341,7 +341,7 @@ def _count_threads(pid: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process of the host, for which :meth:`find` creates the object.
+    """A process on this host, for which :meth:`find` creates the object.
 
     The pid and the start time together identify the process, because the kernel can reuse the pid.
     """
@@ -358,7 +358,7 @@ class Process:
         return cls(pid, parse_start_time(read_file(f"{PROC}/{pid}/stat", pid)))
 
     def check(self) -> None:
-        """Check that the pid still belongs to the same process, and that it is alive.
+        """Check that the pid still belongs to the same process, which must be alive.
 
         :raises GoneError: If the process has exited, or if it is a zombie.
         """
@@ -369,12 +369,12 @@ class Process:
 
     @property
     def exe(self) -> str | None:
-        """The path of the program, or None if this process cannot read the link."""
+        """The path of the executable, or None if this process cannot read the link."""
         return self.link("exe")
 
     @property
     def name(self) -> str:
-        """The command name of the process, which has at most 15 characters."""
+        """The command name of the process, which is at most 15 characters long."""
         return read_file(f"{PROC}/{self.pid}/comm", self.pid).rstrip("\n")
 
     def arguments(self) -> tuple[str, ...]:
@@ -387,7 +387,7 @@ class Process:
         return tuple(sorted(int(name) for name in names if name.isdecimal()))
 
     def status(self, tid: int | None = None) -> Status:
-        """Return the status of the process, or of thread `tid`."""
+        """Return the status of the process, or of thread ``tid``."""
         task = "" if tid is None else f"/task/{tid}"
         return parse_status(read_file(f"{PROC}/{self.pid}{task}/status", self.pid))
 
@@ -457,8 +457,8 @@ def thread_map(process: Process) -> dict[int, int]:
     """Return the ids of a process's threads in this pid namespace.
 
     The keys of the result are the thread ids in the process's own pid namespace (NSpid of
-    ``/proc/PID/status``). The keys and the values differ if the process runs in another pid
-    namespace than this process.
+    ``/proc/PID/status``). The keys and the values differ if the process and this process run in
+    different pid namespaces.
     """
     threads = process.threads()
     if len(process.status().ns_pids) <= 1:

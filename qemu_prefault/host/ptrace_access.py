@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Find the reason why the kernel refused ptrace, and find a remedy."""
+"""Find the reason why the kernel denied ptrace, and a remedy."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def diagnose_ptrace(process: Process) -> tuple[str, str]:
 
 
 def explain_ptrace(facts: PtraceFacts) -> tuple[str, str]:
-    """Return the cause and the remedy for the first kernel rule that forbids tracing."""
+    """Return the cause and the remedy for the first kernel rule that denies tracing."""
     who = f"QEMU (pid {facts.pid})"
     as_root = "run as root: sudo qemu-prefault …"
     if facts.tracer is not None:
@@ -110,17 +110,17 @@ def _with_capability(facts: PtraceFacts, who: str) -> tuple[str, str]:
     same = facts.own_initial_user_ns if facts.same_user_ns is None else facts.same_user_ns
     if not same:
         return (
-            f"this process has CAP_SYS_PTRACE only in another user namespace than {who}",
+            f"{who} is in another user namespace, in which this process lacks CAP_SYS_PTRACE",
             "run as root on the host, outside the container or rootless session",
         )
     if facts.own_seccomp and _confinement(facts) is None:
         return (
-            "a seccomp filter of this container probably forbids ptrace",
+            "a seccomp filter of this container probably denies ptrace",
             "run on the host, or: docker run --cap-add SYS_PTRACE --security-opt "
             "seccomp=unconfined --pid host …",
         )
     return _confinement(facts) or (
-        f"the kernel forbids tracing {who} for a reason that is not visible to this process",
+        f"the kernel denies tracing of {who} for a reason that is not visible to this process",
         "see the kernel log and the audit log: dmesg | tail; ausearch -m avc -ts recent",
     )
 
@@ -157,7 +157,7 @@ def _without_capability(facts: PtraceFacts, who: str, as_root: str) -> tuple[str
             f"{as_root}; or for the whole host: sysctl kernel.yama.ptrace_scope=0",
         )
     return _confinement(facts) or (
-        f"the kernel forbids tracing {who} without CAP_SYS_PTRACE",
+        f"the kernel denies tracing of {who} without CAP_SYS_PTRACE",
         as_root,
     )
 
@@ -166,14 +166,14 @@ def _confinement(facts: PtraceFacts) -> tuple[str, str] | None:
     own, target = facts.own_label or "", facts.target_label or ""
     if own.count(":") >= 3:  # user:role:type:level
         return (
-            f"SELinux probably forbids {own} to trace {target or 'QEMU'}",
+            f"SELinux probably does not allow {own} to trace {target or 'QEMU'}",
             "check: ausearch -m avc -ts recent; getsebool deny_ptrace; setsebool deny_ptrace off",
         )
     # AppArmor allows an unconfined tracer to trace any process (profile_tracee_perm(),
-    # security/apparmor/ipc.c). Only this process's own profile can forbid it.
+    # security/apparmor/ipc.c). Only this process's own profile can deny tracing.
     if own not in ("", "unconfined", "kernel"):
         return (
-            f"AppArmor probably forbids tracing, because the profile {own} confines this process",
+            f"AppArmor probably denies tracing, because the {own} profile confines this process",
             "check: journalctl -k -g apparmor; run qemu-prefault from an unconfined root shell",
         )
     return None
@@ -206,6 +206,6 @@ def _label(who: str) -> str | None:
 
 
 def ptrace_denied(process: Process) -> PtraceDeniedError:
-    """Return the error for a process that this process has no permission to trace."""
+    """Return the error for a process that this process is not allowed to trace."""
     cause, remedy = diagnose_ptrace(process)
     return PtraceDeniedError(cause, remedy)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Reserve the memory that each run on this host still has to populate.
 
-If several runs start at the same time, each of them can find enough free memory for itself, but not
-for the other runs. Therefore each run subtracts the reservations of the other runs.
+If several runs start at the same time, each run can find enough free memory for itself, but the
+memory may be too little for all of them. Therefore each run subtracts the reservations of the other
+runs.
 
 Each run has a file in :data:`DIRECTORY` and holds a lock on the file (flock(2)). The file contains
-the number of bytes that the run still has to take from each limit. When the run ends or is killed,
-the kernel releases the lock. A reservation does not allocate memory. Therefore a run also reads the
-limits again before each batch.
+the number of bytes that the run still has to allocate from each limit. When the run ends or is
+killed, the kernel releases the lock. A reservation does not allocate memory. Therefore a run also
+reads the limits again before each batch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-#: Only root can write below /run. Runs of other users make no reservations.
+#: Only root can write below /run. If another user starts a run, the run makes no reservation.
 DIRECTORY: Final = Path("/run/qemu-prefault/runs")
 #: Seconds after which a check continues although another process holds the lock.
 LOCK_SECONDS: Final = 2.0
@@ -30,7 +31,7 @@ _LONGEST = 1 << 16
 
 
 class Reservation:
-    """The number of bytes that one run still has to take from each limit.
+    """The number of bytes that one run still has to allocate from each limit.
 
     This context manager removes the reservation at the end of the block. If this process cannot use
     :data:`DIRECTORY`, it makes no reservation and ignores the reservations of other runs.
@@ -53,7 +54,7 @@ class Reservation:
 
     @contextlib.contextmanager
     def check(self) -> Iterator[dict[str, int]]:
-        """Lock the reservations for the block, and yield the sums of the other runs.
+        """Lock the reservations for the block, and yield the sums over the other runs.
 
         Other runs wait for the lock before they check the limits. The keys of the result are those
         of :attr:`.Limit.key`, and the values are in bytes.
@@ -70,7 +71,7 @@ class Reservation:
             yield others
 
     def reserve(self, needs: Mapping[str, int]) -> None:
-        """Reserve bytes of each limit for this run.
+        """Reserve bytes from each limit for this run.
 
         The caller must call this method in the block of :meth:`check`.
         """
@@ -90,13 +91,13 @@ class Reservation:
             self._write()
 
     def release(self) -> None:
-        """Set the reservation to 0 bytes of each limit."""
+        """Set the reservation to 0 bytes for each limit."""
         self.take(dict(self._needs))
 
     def _write(self) -> None:
         if self._fd >= 0:
             text = json.dumps(self._needs).encode()
-            # Pad the text with spaces, so that no end of a longer old text remains.
+            # Pad the text with spaces, so that the end of a longer old text does not remain.
             os.pwrite(self._fd, text.ljust(os.fstat(self._fd).st_size), 0)
 
     def _read_others(self) -> dict[str, int]:

@@ -15,7 +15,7 @@ STALL_SECONDS: Final = 2.0
 
 
 class Stall:
-    """An object that detects a stall.
+    """Detects a stall.
 
     A stall is a state that has not changed for :data:`STALL_SECONDS`.
     """
@@ -58,7 +58,7 @@ def why_stalled(pid: int, tid: int, seconds: float = 0.05) -> str:
             cpus = "?"
         return f"helper {tid} gets no CPU time: other threads keep CPU {cpus} busy"
     if state == "R":
-        return f"helper {tid} is running in the kernel, still with the same chunk"
+        return f"helper {tid} is running in the kernel, and still processes the same chunk"
     where = (read_optional(f"{task}/wchan") or "").strip("0 \n")
     return f"helper {tid} waits in the kernel" + (f" ({where})" if where else "")
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Compute how many additional threads QEMU may start.
+"""Compute how many additional threads QEMU can start.
 
 QEMU aborts if it cannot start a thread (``qemu_thread_create()``, util/qemu-thread-posix.c).
-Therefore qemu-prefault starts so few helpers that QEMU can still start its own threads.
+Therefore qemu-prefault limits the number of helpers, so that QEMU can still start its own threads.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from .procfs import Process, parse_number, read_optional
 CAP_SYS_ADMIN: Final = 21  # include/uapi/linux/capability.h
 CAP_SYS_RESOURCE: Final = 24
 
-#: Tasks that helpers leave for QEMU: the maximum size of its thread pool (util/thread-pool.c).
+#: Tasks that helpers leave for QEMU. This is the maximum size of QEMU's thread pool
+#: (util/thread-pool.c).
 RESERVE: Final = 64
-#: Minimum number of tasks that must be left to start a helper.
+#: Minimum number of available tasks that is necessary to start a helper.
 MIN_LEFT: Final = 4
 
 
@@ -49,7 +50,7 @@ class TaskLimit:
 
 
 def task_limits(process: Process) -> list[TaskLimit]:
-    """Return all limits that apply to a new thread of QEMU."""
+    """Return all limits that apply to a new QEMU thread."""
     pid = process.pid
     return [
         *pids_limits(
@@ -101,7 +102,7 @@ def pids_limits(cgroup: str, mountinfo: str) -> list[TaskLimit]:
 def parse_limits(text: str) -> dict[str, int]:
     """Return the soft limits in the text of ``/proc/PID/limits``, by name.
 
-    The result omits limits with the value ``unlimited``.
+    The result omits ``unlimited`` limits.
     """
     limits = {}
     for line in text.split("\n"):  # "%-25s %-20lu ": proc_pid_limits(), fs/proc/base.c
@@ -114,7 +115,7 @@ def parse_limits(text: str) -> dict[str, int]:
 def parse_pending(status: str) -> tuple[int, int] | None:
     """Return the number of pending signals, and the limit on this number.
 
-    The result is None if the text has no field ``SigQ``.
+    The result is None if the text contains no ``SigQ`` field.
 
     :param status: The text of ``/proc/PID/status``.
     """
@@ -130,7 +131,7 @@ def _rlimits(process: Process) -> list[TaskLimit]:
         used, most = pending
         limits.append(
             TaskLimit(
-                "the limit of pending signals (ulimit -i)",
+                "the limit on pending signals (ulimit -i)",
                 max(0, most - used),
                 f"{most}, {used} in use",
             )
@@ -146,7 +147,7 @@ def _rlimits(process: Process) -> list[TaskLimit]:
         used = tasks_of_user(status.uids[0])
         limits.append(
             TaskLimit(
-                f"the limit of tasks of user {status.uids[0]} (ulimit -u)",
+                f"the task limit of user {status.uids[0]} (ulimit -u)",
                 max(0, most_tasks - used),
                 f"{most_tasks}, {used} in use",
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Support for QEMUs that libvirt starts.
+"""Support for QEMU processes that libvirt starts.
 
 domain_xml.py    Edits domain XML in place, to add or remove the plugin.
 install.py       Installs the plugin, the AppArmor rule, the hook and the systemd unit.

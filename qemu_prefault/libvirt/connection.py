@@ -25,7 +25,7 @@ DEFAULT_URI = "qemu:///system"
 
 
 def default_uri(uri: str | None = None) -> str:
-    """Return the given URI, or $LIBVIRT_DEFAULT_URI, or the system daemon's URI."""
+    """Return ``uri``, or $LIBVIRT_DEFAULT_URI, or the system daemon's URI."""
     return uri or os.environ.get("LIBVIRT_DEFAULT_URI") or DEFAULT_URI
 
 
@@ -40,7 +40,7 @@ def module() -> Any:
         raise UnsupportedError(
             "this command needs libvirt's Python module, which is not installed",
             "install it with pip install 'qemu-prefault[libvirt]' or apt-get install "
-            "python3-libvirt. A virtual environment contains the package python3-libvirt only if "
+            "python3-libvirt. A virtual environment contains the python3-libvirt package only if "
             "the environment was created with --system-site-packages",
             code=Code.NO_LIBVIRT_PYTHON,
         ) from None
@@ -61,7 +61,7 @@ def connect(uri: str | None = None) -> libvirt.virConnect:
 
 @contextlib.contextmanager
 def errors(prefix: str = "") -> Iterator[None]:
-    """Convert libvirt's errors in the block to errors of this package."""
+    """Convert libvirt's errors in the block to this package's errors."""
     libvirt = module()
     try:
         yield
@@ -70,7 +70,7 @@ def errors(prefix: str = "") -> Iterator[None]:
 
 
 def raise_error(error: Any, prefix: str = "") -> NoReturn:
-    """Raise the error of this package that corresponds to a ``libvirt.libvirtError``."""
+    """Raise this package's error for a ``libvirt.libvirtError``."""
     libvirt = module()
     text = f"{prefix}{error.get_error_message() or error}"
     number = error.get_error_code()
@@ -81,7 +81,7 @@ def raise_error(error: Any, prefix: str = "") -> NoReturn:
     if number in (libvirt.VIR_ERR_NO_CONNECT, libvirt.VIR_ERR_SYSTEM_ERROR):
         remedy = (
             "start the daemon: systemctl start libvirtd (or virtqemud); "
-            "or give its address: export LIBVIRT_DEFAULT_URI=URI"
+            "or specify its address: export LIBVIRT_DEFAULT_URI=URI"
         )
         raise LibvirtError(text, remedy, code=Code.NO_LIBVIRTD) from error
     raise LibvirtError(text, "see the daemon's log: journalctl -u libvirtd") from error
@@ -106,10 +106,10 @@ def lookup(connection: libvirt.virConnect, name: str) -> libvirt.virDomain:
 
 
 class Definitions(Protocol):
-    """The interface to the definitions of domains that the commands use."""
+    """The interface through which the commands access domain definitions."""
 
     def read(self, domain: str) -> bytes:
-        """Return the persistent XML with its secrets, as :meth:`write` needs it."""
+        """Return the persistent XML, including the secrets that :meth:`write` needs."""
         ...
 
     def write(self, domain: str, xml: bytes) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The daemon ``libvirt watch``, which logs domain events and exports metrics.
+"""The ``libvirt watch`` daemon, which logs domain events and exports metrics.
 
-The metrics are the faults and stage-2 entries of every running domain, and the counters of the
-domain's plugin. With ``act``, the daemon also performs the configured action after a start, a
-restore or a migration. The daemon acts later than the hook, but it does not delay libvirt.
+For every running domain, the metrics are the faults, the stage-2 entries and the plugin's counters.
+With ``act``, the daemon also performs the configured action after a start, a restore or a
+migration. The daemon acts later than the hook, but it does not delay libvirt.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .metrics import Metrics
 
 #: Seconds between two attempts to connect to libvirt.
 RECONNECT_SECONDS: Final = 2.0
-#: Label "outcome" of the metrics, by the exit status of a run.
+#: The "outcome" label of the metrics, by the exit status of a run.
 OUTCOMES: Final = {0: "verified", 1: "failed", 3: "partial", 4: "unsupported", 5: "refused"}
 
 

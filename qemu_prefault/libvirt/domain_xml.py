@@ -22,7 +22,7 @@ QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 OWN_NAMESPACE = "urn:qemu-prefault:1"
 PLUGIN_NAME = "qemu-prefault-plugin.so"
 
-#: A tag, from ``<`` to ``>``. Attribute values may contain ``>``.
+#: A tag from ``<`` to ``>``. Attribute values may contain ``>``.
 _TAG = re.compile(rb"<(?:[^>\"']|\"[^\"]*\"|'[^']*')*>")
 _UNITS = {
     **{"b": 1, "bytes": 1, "": 1 << 10},  # the default unit is KiB
@@ -58,7 +58,7 @@ class Element:
         return found
 
     def all(self, name: str, namespace: str = "") -> Iterator[Element]:
-        """Return an iterator over the children with this name."""
+        """Return an iterator over the children with the name ``name``."""
         return (c for c in self.children if (c.namespace, c.name) == (namespace, name))
 
 
@@ -83,12 +83,12 @@ class Domain:
     """The properties of a domain that the hook, the daemon and probe use.
 
     :ivar memory: Boot memory of all NUMA nodes, in bytes.
-    :ivar current: Current memory in bytes. It includes boot memory and memory devices, but not the
-        memory in the balloon and not unplugged memory.
+    :ivar current: Current memory in bytes. This includes boot memory and memory devices, but
+        neither the memory in the balloon nor unplugged memory.
     :ivar huge: Whether hugetlb pages back the memory.
     :ivar devices: Models of the memory devices.
     :ivar nodes: Number of NUMA nodes.
-    :ivar own: Attributes of qemu-prefault's element in ``<metadata>``, or None.
+    :ivar own: Attributes of qemu-prefault's element in ``<metadata>``, or None if it is absent.
     """
 
     name: str
@@ -160,7 +160,7 @@ def enable(xml: bytes, path: str, options: Sequence[str] = ()) -> Edited:
     """Add the plugin to the domain, or change its path and options.
 
     :param path: The path of the plugin on the host.
-    :param options: The options of the plugin, each in the form ``KEY=VALUE``.
+    :param options: The plugin's options, each in the form ``KEY=VALUE``.
     :raises UnsupportedError: If the domain cannot use the plugin.
     :raises RefusedError: If the domain already loads the plugin with LD_PRELOAD.
     """
@@ -245,7 +245,7 @@ class _Reader:
         parser.CharacterDataHandler = self._text
         parser.StartDoctypeDeclHandler = self._doctype
         parser.buffer_text = True
-        # UTF-16, with or without a byte order mark. libvirt never writes it.
+        # UTF-16, with or without a byte order mark. libvirt never writes UTF-16.
         if self._xml.startswith((b"\xff\xfe", b"\xfe\xff", b"<\0", b"\0<")):
             raise _not_utf8()
         try:
@@ -288,7 +288,7 @@ class _Reader:
 
     def _doctype(self, *_: object) -> None:
         raise InputError(
-            "this XML has a DOCTYPE, which domain XML must not have",
+            "this XML contains a DOCTYPE, which domain XML must not contain",
             "remove the DOCTYPE",
             code=Code.BAD_XML,
         )
@@ -311,7 +311,7 @@ def _size(element: Element | None) -> int:
         return int(_text(element)) * _UNITS[element.attributes.get("unit", "")]
     except (ValueError, KeyError):
         raise InputError(
-            f"<{element.name}> of the domain is not a size: {_text(element)[:40]!r}",
+            f"the domain's <{element.name}> is not a size: {_text(element)[:40]!r}",
             "correct the size: virsh edit DOMAIN",
             code=Code.BAD_XML,
         ) from None
@@ -329,7 +329,7 @@ def _refuse(root: Element) -> None:
     arch = machine.attributes.get("arch") if machine else None
     if arch not in (None, "x86_64", "i686"):
         raise UnsupportedError(
-            f"the architecture of this domain is {arch}",
+            f"this domain's architecture is {arch}",
             "use an x86-64 domain, because qemu-prefault supports only x86-64",
             code=Code.NOT_X86,
         )

@@ -15,9 +15,9 @@ log = logging.getLogger("qemu-prefault")
 class DomainEvent:
     """A lifecycle event of a domain.
 
-    :ivar what: The text that the daemon logs after the domain's name.
-    :ivar moment: The name of the event in the hook configuration, or None if no action can be
-        configured for it.
+    :ivar what: The text that the daemon logs after the domain name.
+    :ivar moment: The event's name in the hook configuration, or None if no action can be configured
+        for this event.
     """
 
     uuid: str

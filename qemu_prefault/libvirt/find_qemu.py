@@ -25,8 +25,8 @@ def find_qemu(name: str, uuid: str) -> Process:
     """Return the QEMU process of a domain.
 
     :param name: The domain's name.
-    :param uuid: The domain's UUID, which the command line of QEMU must contain. If the UUID is
-        empty, the function does not check the command line.
+    :param uuid: The domain's UUID, which QEMU's command line must contain. If the UUID is empty,
+        the function does not check the command line.
     :raises FailedError: If no process of this domain was found (code ``no-qemu``).
     """
     problem = "libvirt wrote no pid file"

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The libvirt hook /etc/libvirt/hooks/qemu.d/50-qemu-prefault.
+"""The /etc/libvirt/hooks/qemu.d/50-qemu-prefault libvirt hook.
 
 libvirt waits for the hook, and stops the guest if the hook fails. Therefore the hook follows these
 rules:
 
-* The hook never calls libvirt, because the call would wait for the job that called the hook. The
-  hook reads the XML on stdin, the pid file and ``/proc`` instead.
-* If a prefault would delay the guest, the hook starts another process that prefaults the guest. If
-  the host runs systemd, this process is a transient systemd unit.
+* The hook never calls libvirt, because such a call would wait for the libvirt job that called the
+  hook. The hook reads the XML on stdin, the pid file and ``/proc`` instead.
+* If a prefault would delay the guest, the hook starts another process, which prefaults the guest.
+  If the host runs systemd, this process is a transient systemd unit.
 * The hook logs every error and always returns 0.
 
 libvirt calls the hook at these events, in this order (src/qemu/qemu_process.c, qemu_saveimage.c,
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from ..host.procfs import Process
     from .prelaunch import PrelaunchResult
 
-#: Directory with a file for each domain that is being restored or is migrating in. The hook
-#: removes the file when the domain has started.
+#: Directory with a file for each domain that is being restored or is migrating in. The hook removes
+#: this file when the domain has started.
 MARKS = Path("/run/qemu-prefault")
 #: A directory that exists if the host runs systemd (sd_booted(3)).
 SYSTEMD = Path("/run/systemd/system")
@@ -152,7 +152,7 @@ def _hand_over(about: Domain, pid: int, policy: HookConfig, when: When, log: Log
         words = [systemd_run, "--no-block", "--collect", "--quiet", f"--unit={unit}",
                  f"--description=qemu-prefault of {about.name}", "--", *words]  # fmt: skip
         subprocess.run(words, stdin=subprocess.DEVNULL, check=True, timeout=10)
-        log(f"the prefault was handed over to {unit}.service")
+        log(f"the hook passed the prefault to {unit}.service")
         return
     if logger := shutil.which("logger"):
         script = f'"$@" 2>&1 | {logger} -t qemu-prefault'
@@ -167,7 +167,7 @@ def _hand_over(about: Domain, pid: int, policy: HookConfig, when: When, log: Log
         cwd="/",
     )
     child.returncode = 0  # so that Popen does not warn: the child outlives this process
-    log(f"the prefault was handed over to process {child.pid}")
+    log(f"the hook passed the prefault to process {child.pid}")
 
 
 # --- details ---

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The configuration of the hook and the daemon, by domain and lifecycle event.
 
-A domain's metadata may contain one element whose attributes are the configuration. The command
-``virsh metadata DOMAIN urn:qemu-prefault:1 --key prefault --set '<hook restore="now"/>'
---config`` adds this element::
+A domain's metadata may contain one element whose attributes are the configuration. The ``virsh
+metadata DOMAIN urn:qemu-prefault:1 --key prefault --set '<hook restore="now"/>' --config`` command
+adds this element::
 
     <metadata><prefault:hook xmlns:prefault="urn:qemu-prefault:1" restore="now"/></metadata>
 
-The file /etc/qemu-prefault/libvirt.toml configures all domains, or one domain by name::
+The /etc/qemu-prefault/libvirt.toml file configures all domains, or one domain by name::
 
     [default]
     restore = "now"
@@ -30,7 +30,8 @@ from ..errors import InputError
 from .domain_xml import Domain
 from .install import CONFIG
 
-#: Maximum of ``wait``, in seconds. timeout(1) ends the hook after 60 seconds (install.HOOK_TEXT).
+#: Maximum value of ``wait``, in seconds. timeout(1) ends the hook after 60 seconds
+#: (install.HOOK_TEXT).
 LONGEST_WAIT = 50.0
 
 
@@ -51,7 +52,7 @@ class When(enum.StrEnum):
     NOW = "now"
     #: Prefault in another process, after the guest has started.
     LATER = "later"
-    #: Like ``LATER``, and prefault again whenever KVM drops stage-2 tables.
+    #: Prefault like ``LATER``, and again whenever KVM drops stage-2 tables.
     FOLLOW = "follow"
 
 
@@ -81,7 +82,7 @@ class HookConfig:
 def read(domain: Domain, config: Path = CONFIG) -> HookConfig:
     """Return the configuration of a domain.
 
-    A key in the domain's metadata overrides the key in the domain's table of the file. A key in the
+    A key in the domain's metadata overrides the key in the domain's table in the file. A key in the
     domain's table overrides the key in ``[default]``.
 
     :raises InputError: If the metadata or the file is invalid.
@@ -112,12 +113,12 @@ def _in_file(config: Path, name: str) -> list[tuple[str, Mapping[str, Any]]]:
         ) from None
     domains = text.get("domain", {})
     found = [
-        (f"[default] of {config}", text.get("default", {})),
-        (f"[domain.{name}] of {config}", domains.get(name, {}) if isinstance(domains, dict) else 0),
+        (f"[default] in {config}", text.get("default", {})),
+        (f"[domain.{name}] in {config}", domains.get(name, {}) if isinstance(domains, dict) else 0),
     ]
     if unknown := text.keys() - {"default", "domain"}:
         raise InputError(
-            f"{config} has an unknown table [{min(unknown)}]",
+            f"{config} contains an unknown table [{min(unknown)}]",
             "use only the tables [default] and [domain.NAME], as docs/usage/libvirt.md shows",
         )
     return found
@@ -143,7 +144,7 @@ def _check(source: str, said: Any) -> None:
             fine, wanted = value in known[key], ", ".join(known[key])
         else:
             raise InputError(
-                f"{source} has an unknown key {key!r}",
+                f"{source} contains an unknown key {key!r}",
                 f"use only these keys: {', '.join([*known, 'wait'])}",
             )
         if not fine:

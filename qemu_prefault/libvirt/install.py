@@ -31,7 +31,7 @@ CONFIG = Path("/etc/qemu-prefault/libvirt.toml")
 
 
 #: AppArmor rule for the files that the plugin reads. These files show which pages are present,
-#: which memory is absent on purpose, and how much memory remains.
+#: which memory must stay absent, and how much memory remains.
 RULE_TEXT = """\
 # The files that the plugin reads inside QEMU. Installed by `qemu-prefault libvirt install`.
   owner @{PROC}/@{pid}/{pagemap,smaps,cgroup,mountinfo} r,
@@ -43,10 +43,10 @@ RULE_TEXT = """\
 """
 
 
-#: The hook. It always exits with status 0, because libvirt stops the guest if a hook fails. It
-#: starts Python only if the domain or the host has a configuration, because libvirt waits for the
-#: hook. `timeout` also ends the confinement by libvirtd's AppArmor profile, because that profile
-#: runs programs in /usr/bin without confinement.
+#: The hook. It always exits with status 0, because libvirt stops the guest if a hook fails. The
+#: hook starts Python only if the domain or the host has a configuration, because libvirt waits for
+#: the hook. ``timeout`` also ends the confinement by libvirtd's AppArmor profile, because that
+#: profile runs programs in /usr/bin without confinement.
 HOOK_TEXT = """\
 #!/bin/sh
 # Installed by `qemu-prefault libvirt install --hook`.
@@ -64,7 +64,7 @@ exit 0
 """
 
 
-#: The systemd unit of `libvirt watch`.
+#: The systemd unit of ``libvirt watch``.
 UNIT_TEXT = """\
 [Unit]
 Description=Watch libvirt guests for qemu-prefault, and export Prometheus metrics
@@ -119,8 +119,8 @@ def install(root: Path = Path("/"), *, hook: bool = False, unit: bool = False) -
     """Install the plugin, and the AppArmor rule if the host uses AppArmor.
 
     :param root: The root directory of the installation.
-    :param hook: Whether to install the hook, too.
-    :param unit: Whether to install the systemd unit of the daemon, too.
+    :param hook: Whether to install the hook as well.
+    :param unit: Whether to install the daemon's systemd unit as well.
     :raises FailedError: If a file could not be written.
     """
     from ..agents.plugin import plugin_path  # noqa: PLC0415 - the hook does not need it
@@ -140,7 +140,7 @@ def install(root: Path = Path("/"), *, hook: bool = False, unit: bool = False) -
 def uninstall(root: Path = Path("/")) -> list[Path]:
     """Remove the files that :func:`install` wrote.
 
-    After this, domains that load the plugin cannot start.
+    Afterwards, domains that load the plugin cannot start.
 
     :raises FailedError: If a file could not be removed.
     """

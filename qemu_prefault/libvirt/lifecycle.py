@@ -71,14 +71,14 @@ async def migrate(
 ) -> Report:
     """Migrate a domain live to this host, prefault the guest, and resume it.
 
-    Call this on the destination host, because it prefaults the QEMU process there.
+    Call this function on the destination host, because it prefaults the QEMU process there.
 
     :param source: The URI of libvirt on the host on which the domain runs.
     :param uri: The URI of libvirt on this host, or None for the default URI.
-    :param migrate_uri: The URI to which the source sends the migration data, or None if libvirt
-        should choose it.
-    :param persistent: Whether to define the domain on this host, too.
-    :param undefine: Whether to undefine the domain on the source host, too.
+    :param migrate_uri: The URI to which the source sends the migration data, or None to let libvirt
+        choose it.
+    :param persistent: Whether to define the domain on this host as well.
+    :param undefine: Whether to undefine the domain on the source host as well.
     :raises QemuPrefaultError: See :func:`start`.
     """
     libvirt = module()

@@ -34,7 +34,7 @@ class Watched(Protocol):
 
 
 class Metrics:
-    """A registry that collects all metrics on each scrape.
+    """A registry that collects all metrics at each scrape.
 
     :raises UnsupportedError: If prometheus_client is not installed.
     """
@@ -107,7 +107,7 @@ class Metrics:
         again = counter(
             "qemu_prefault_plugin_again_bytes", "Bytes prefaulted again", labels=["domain"]
         )
-        wrong = counter("qemu_prefault_plugin_errors", "Errors of the ioctl", labels=["domain"])
+        wrong = counter("qemu_prefault_plugin_errors", "Errors from the ioctl", labels=["domain"])
         for uuid, name in list(self._daemon.running.items()):
             try:
                 process = find_qemu(name, uuid)
@@ -164,7 +164,7 @@ class Metrics:
     def kept_in(self, path: Path) -> Iterator[None]:
         """Write the metrics to a file every 15 seconds until the block ends.
 
-        Remove the file at the end.
+        The file is then removed.
         """
         ended = threading.Event()
 

@@ -4,9 +4,9 @@
 After RAM is loaded and before the vCPUs run, libvirt calls its hook and waits for it. At that time,
 only libvirt is connected to QEMU's monitor, and a hook must not call libvirt. Therefore this module
 reads the names of the vCPU threads and the file descriptors in ``/proc``. The addresses of a PC's
-RAM depend on its machine type and RAM size (pc_init1() in hw/i386/pc_piix.c, and pc_q35_init() in
-hw/i386/pc_q35.c). Wrong addresses do no harm. The ioctl returns ENOENT for an address without a
-memory slot. Populating memory needs only QEMU's virtual addresses.
+RAM depend on the machine type and the RAM size (pc_init1() in hw/i386/pc_piix.c, and pc_q35_init()
+in hw/i386/pc_q35.c). An incorrect address does no harm, because the ioctl fails with ENOENT for an
+address without a memory slot. Populating memory needs only QEMU's virtual addresses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..agents.base import VcpuThread
 from ..agents.injector import choose_threads
 from ..agents.ptrace import PtraceAgent
 from ..engine.executor import Executor
-from ..engine.plan import Target
+from ..engine.plan import BALLOON_INFLATED, SHARED_FILE, Target
 from ..engine.tally import RunTally
 from ..engine.vm import Backing
 from ..errors import Code, RefusedError, UnsupportedError
@@ -37,10 +37,10 @@ from .domain_xml import Domain
 
 KIB_640, MIB, GIB_4 = 0xA0000, 1 << 20, 4 << 30
 AMD_HOLE = 0xFD_0000_0000
-#: The machine's property that makes a confidential guest, in QEMU's command line.
+#: The machine property on QEMU's command line that makes the guest confidential.
 CONFIDENTIAL: Final = "confidential-guest-support"
 
-#: Name of a vCPU thread with `-name …,debug-threads=on`, which libvirt always passes.
+#: Name of a vCPU thread with ``-name …,debug-threads=on``, which libvirt always passes.
 _VCPU_NAME: Final = re.compile(r"CPU ([0-9]+)/KVM")
 #: Prefix of /proc/PID/task/TID/syscall while the thread waits in futex(2), as stopped vCPUs do.
 _FUTEX: Final = "202 "
@@ -114,7 +114,7 @@ def check_plain_layout(arguments: Sequence[str], memory: int) -> None:
 
 
 def ram_mapping(maps: Sequence[MemoryMapping], memory: int) -> MemoryMapping:
-    """Return QEMU's only writable mapping that has the size of guest RAM.
+    """Return QEMU's only writable mapping whose size is that of guest RAM.
 
     :param maps: The mappings of the QEMU process.
     :param memory: The boot memory in bytes.
@@ -135,7 +135,7 @@ def vcpu_threads(process: Process) -> list[VcpuThread]:
     """Return QEMU's vCPUs with their threads and KVM file descriptors.
 
     The function sorts the threads by the number in their name, and the descriptors by vCPU id. It
-    then combines them in this order.
+    then pairs threads and descriptors in this order.
 
     :raises UnsupportedError: If the vCPU threads and KVM's vCPUs do not match.
     :raises RefusedError: If a vCPU is running.
@@ -147,8 +147,8 @@ def vcpu_threads(process: Process) -> list[VcpuThread]:
     fds = sorted(kvm_fds(process).vcpus.items())
     if not named or len(named) != len(fds):
         raise UnsupportedError(
-            f"QEMU (pid {process.pid}) has {len(named)} threads named as vCPUs, but {len(fds)} "
-            "vCPU file descriptors of KVM",
+            f"QEMU (pid {process.pid}) has {len(named)} threads with vCPU names, but {len(fds)} "
+            "KVM vCPU file descriptors",
             "check that the domain has <domain type='kvm'>: virsh dumpxml DOMAIN",
             code=Code.NOT_KVM,
         )
@@ -184,7 +184,7 @@ async def prefault_before_start(
 ) -> PrelaunchResult:
     """Populate and prefault a guest that is loaded but does not run yet.
 
-    :param seconds: Time limit in seconds. Memory that is not prefaulted in time counts as
+    :param seconds: Time limit in seconds. Memory that is not prefaulted within this time counts as
         remaining.
     :param populate: The memory to populate, as a value of ``--populate``.
     :raises UnsupportedError: If the domain or the host does not support prefaulting before the
@@ -250,7 +250,7 @@ async def prefault_before_start(
         tally.verify()
     if left:
         notes.append(
-            f"the time limit passed, and {sum(t.size for t in left) >> 20} MiB were not prefaulted"
+            f"the time limit expired, and {sum(t.size for t in left) >> 20} MiB were not prefaulted"
         )
     sections = tally.tallies.values()
     notes += sorted({s.note for s in sections if s.note and s.note != why_not})
@@ -274,11 +274,11 @@ def _reason_not_to_populate(
     if populate == "resident":
         return 'populate="resident"'
     if populate == "auto" and domain.current < domain.memory:
-        return "the balloon is inflated: memory is absent on purpose"
+        return BALLOON_INFLATED
     if populate == "auto" and any(CONFIDENTIAL in text for text in source.process.arguments()):
         return f"{CONFIDENTIAL}: private memory is not in QEMU's mapping"
     if populate == "auto" and is_disk_file(source.process, source.mapping):
-        return "a shared file: populating would write to it"
+        return SHARED_FILE
     with reservation.check() as others:
         limits = source.limits(absent)
         for limit in limits:

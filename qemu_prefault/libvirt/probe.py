@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Check for ``probe --domain`` whether a libvirt domain can be prefaulted.
+"""Check whether a libvirt domain can be prefaulted, for ``probe --domain``.
 
 The checks read files and query libvirt, but change nothing.
 """
@@ -55,7 +55,7 @@ async def probe_domain(name: str) -> Findings:
         return Findings(0, tuple(findings), _status(findings))
     async with connect_vm(about.uuid, process.pid) as vm:
         inner = await probe(vm)
-    # Drop the advice on how to load the plugin. It is for QEMUs that libvirt does not manage.
+    # Drop the advice on how to load the plugin, which is for QEMU processes without libvirt.
     rest = [f for f in inner.findings if not (f.check == "plugin" and f.verdict == "note")]
     return Findings(process.pid, (*findings, *rest), inner.exit_status)
 
@@ -158,7 +158,9 @@ def _pages(domain: Domain) -> Finding:
         mode = "never"
     if mode == "never":
         return Finding(
-            "pages", "ok", "RAM has only 4K pages (THP is off), so prefaulting saves most faults"
+            "pages",
+            "ok",
+            "only 4K pages back the RAM (THP is off), so prefaulting saves most faults",
         )
     return Finding(
         "pages",
@@ -168,7 +170,7 @@ def _pages(domain: Domain) -> Finding:
     )
 
 
-# --- ways to prefault ---
+# --- methods of prefaulting ---
 
 
 def _plugin_route(domain: Domain, found: Loaded | None) -> Finding:

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A QMP server that forwards commands through libvirt, for ``--domain``.
 
-libvirt owns the monitor of its QEMUs, and forwards commands and events for other programs. A
-command that a program passes to virDomainQemuMonitorCommand() taints the domain as
+libvirt owns the monitors of its QEMU processes, and forwards commands and events for other
+programs. A command that a program passes to virDomainQemuMonitorCommand() taints the domain as
 "custom-monitor". The rest of this package uses QMP over a socket. The proxy is a separate process,
-which translates between libvirt and QMP. If qemu-prefault is killed while the guest is paused, the
-proxy still forwards the ``cont`` that the resume guard (engine/resume_guard.py) sends. The proxy
-exits when every process has closed the other end of its socket.
+which translates between QMP and libvirt's API. If qemu-prefault is killed while the guest is
+paused, the proxy still forwards the ``cont`` that the resume guard (engine/resume_guard.py) sends.
+The proxy exits when every process has closed the other end of its socket.
 
-If libvirtd restarts, the proxy reconnects and sends the command again. The repetition is safe,
-because this package sends only queries, ``stop`` and ``cont``.
+If libvirtd restarts, the proxy reconnects and sends the command again. Sending a command twice is
+safe, because this package sends only queries, ``stop`` and ``cont``.
 
 While a domain is migrating to this host, libvirt accepts no QMP commands for the domain. The proxy
-waits during this time.
+waits until the migration has ended.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from .connection import connect, default_uri, lookup, module
 
 #: Seconds to wait for a daemon that is being restarted.
 PATIENCE: Final = 30.0
-#: Seconds to wait for a message of the proxy. If a domain is busy, libvirt fails the command after
-#: 30 seconds (QEMU_JOB_WAIT_TIME, src/qemu/qemu_domain.c).
+#: Seconds to wait for a message from the proxy. If a domain is busy, libvirt fails the command
+#: after 30 seconds (QEMU_JOB_WAIT_TIME, src/qemu/qemu_domain.c).
 ANSWER_SECONDS: Final = 60.0
 #: Maximum size of a request, in bytes.
 LONGEST_MESSAGE: Final = 16 << 20
@@ -49,7 +49,7 @@ def connect_vm(domain: str, pid: int | None = None) -> AbstractAsyncContextManag
     """Return a context manager that connects to a domain's QEMU through libvirt.
 
     :param domain: The name or UUID of a domain on this host.
-    :param pid: The process id of QEMU, or None if unknown.
+    :param pid: QEMU's process id, or None if unknown.
     :returns: An asynchronous context manager that yields a :class:`Vm`.
     :raises QemuPrefaultError: If :func:`dial` or :meth:`Vm.connect` raises an error.
     """
@@ -73,7 +73,7 @@ async def dial(domain: str) -> tuple[socket.socket, str]:
     with theirs:
         words = [sys.executable, "-P", "-m", __name__, default_uri(), domain]
         child = subprocess.Popen(words, stdin=theirs.fileno(), start_new_session=True)
-    child.returncode = 0  # prevents a warning of Popen: the proxy outlives this process
+    child.returncode = 0  # prevents a warning from Popen: the proxy outlives this process
     ours.setblocking(False)
     try:
         answer: dict[str, Any] = {"waiting": True}
@@ -218,7 +218,8 @@ class QmpProxy:
                     code=Code.LIBVIRT,
                 )
             if not told:
-                text = f"domain {self._domain.name()} is migrating in: waiting until it is done"
+                name = self._domain.name()
+                text = f"domain {name} is migrating in; waiting until the migration ends"
                 print(printable(text), file=sys.stderr)
                 told = True
             self._send({"waiting": True})
@@ -228,13 +229,13 @@ class QmpProxy:
         self._greeted = True
 
     def serve(self) -> None:
-        """Answer requests until the client closes the connection."""
+        """Reply to requests until the client closes the connection."""
         decoder = json.JSONDecoder()
         buffer = b""
         while data := self._client.recv(1 << 16):
             buffer += data
             while True:
-                # As QEMU's parser does, discard everything before a byte 0xff.
+                # Discard everything before a 0xff byte, as QEMU's parser does.
                 buffer = buffer.rpartition(b"\xff")[2].lstrip()
                 try:
                     request, end = decoder.raw_decode(buffer.decode(errors="replace"))

@@ -26,8 +26,8 @@ SOURCES = (
     *("ptrace/tracee.c", "ptrace/filters.c", "ptrace/inject.c", "ptrace/run_gate.c"),
 )
 
-#: Compiler flags of the helper. They prevent the use of FPU registers, and calls of libc functions,
-#: into which the optimizer could turn loops (memset()).
+#: Compiler flags of the helper. They prevent the use of FPU registers, and calls to libc functions
+#: such as memset(), into which the optimizer could turn loops.
 HELPER_FLAGS = [
     *("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror"),
     *("-ffreestanding", "-fno-builtin", "-fPIE", "-fno-stack-protector"),

@@ -19,23 +19,23 @@ from qemu.qmp import ConnectError
 
 from ..errors import Code, InputError, MonitorBusyError, MonitorError, QemuPrefaultError
 
-#: A coroutine function that opens a connection on which QEMU will send its greeting. It returns the
-#: non-blocking socket, and the UUID of the VM that must be at the other end.
+#: A coroutine function that opens a connection on which QEMU will send its greeting. The function
+#: returns the non-blocking socket, and the UUID of the VM that must be at the other end.
 Dial = Callable[[], Awaitable[tuple[socket.socket, str]]]
 
-#: Maximum size of a reply, in bytes. A longer reply ends the connection. ``info mtree -f`` of a
-#: guest with hundreds of vCPUs and devices stays below 1 MiB. asyncio buffers at most twice this
-#: size.
+#: Maximum size of a reply, in bytes. qemu.qmp closes the connection after a longer reply. The reply
+#: to ``info mtree -f`` stays below 1 MiB for a guest with hundreds of vCPUs and devices. asyncio
+#: buffers at most twice this size.
 MAX_REPLY: Final = 4 << 20
 
-#: Seconds that an accepted QMP client waits for the greeting. QEMU sends it from its main loop,
-#: within microseconds if nothing blocks that loop.
+#: Seconds that an accepted QMP client waits for the greeting. QEMU sends the greeting from its main
+#: loop, within microseconds if nothing blocks that loop.
 GREETING_TIMEOUT: Final = 2.0
 #: Seconds without a greeting after which /proc/net/unix is checked for another client.
 BUSY_GRACE: Final = 0.25
 
 
-_REMEDY_ADDRESS: Final = "give the socket of QEMU's option -qmp unix:PATH,server=on,wait=off"
+_REMEDY_ADDRESS: Final = "specify the socket of QEMU's -qmp unix:PATH,server=on,wait=off option"
 _REMEDY_BUSY: Final = (
     "close the other client (libvirt, a QMP shell), or start QEMU with a second "
     "-qmp unix:PATH,server=on,wait=off for qemu-prefault"
@@ -59,8 +59,9 @@ async def connect(address: str, deadline: float) -> socket.socket:
     target = parse_address(address)
     loop = asyncio.get_running_loop()
     if isinstance(target, str):
-        # Connections that clients have closed stay in the backlog until QEMU accepts them, which it
-        # does while it serves no client. Therefore retry for a short time if the backlog is full.
+        # Connections that clients have closed stay in the backlog until QEMU accepts them. QEMU
+        # accepts connections only while it serves no client. Therefore retry for a short time if
+        # the backlog is full.
         retry_until = min(deadline, loop.time() + 2 * BUSY_GRACE)
         while (sock := _connect_unix(target)) is None:
             if loop.time() >= retry_until:
@@ -73,7 +74,7 @@ async def connect(address: str, deadline: float) -> socket.socket:
     except socket.gaierror as error:
         raise InputError(
             f"the host in {address!r} is unknown: {error.strerror}",
-            "give PATH, unix:PATH or tcp:HOST:PORT",
+            "specify PATH, unix:PATH or tcp:HOST:PORT",
             code=Code.MONITOR,
         ) from error
     except TimeoutError as error:
@@ -83,14 +84,14 @@ async def connect(address: str, deadline: float) -> socket.socket:
     except OSError as error:
         raise MonitorError(
             f"cannot connect to {address}: {error.strerror or error}",
-            "give the address of QEMU's option -qmp tcp:HOST:PORT,server=on,wait=off",
+            "specify the address of QEMU's -qmp tcp:HOST:PORT,server=on,wait=off option",
         ) from error
 
 
 def parse_address(address: str) -> str | tuple[str, int]:
     """Return the path of a UNIX socket, or (host, port) of a TCP socket.
 
-    An address without the prefix ``unix:`` or ``tcp:`` is a TCP address if it has the form
+    An address without a ``unix:`` or ``tcp:`` prefix is a TCP address if it has the form
     ``HOST:PORT``, has no slash before the colon, and is not the path of an existing file.
 
     :raises InputError: If the address is empty, or if it has an impossible port or path.
@@ -103,7 +104,7 @@ def parse_address(address: str) -> str | tuple[str, int]:
         return _checked_path(address, address)
     if not looks_tcp or not 0 < int(port[:6]) < 65536:
         raise InputError(
-            f"{address!r} is not a valid address", "give PATH, unix:PATH or tcp:HOST:PORT"
+            f"{address!r} is not a valid address", "specify PATH, unix:PATH or tcp:HOST:PORT"
         )
     return host.removeprefix("[").removesuffix("]") or "localhost", int(port)
 
@@ -112,8 +113,8 @@ def _checked_path(path: str, address: str) -> str:
     # sun_path holds 108 bytes, including the terminating zero (unix(7)).
     if not path or "\0" in path or len(os.fsencode(path)) > 107:
         raise InputError(
-            f"{address!r} is not a valid path of a socket",
-            "give a path of 1 to 107 bytes, for example a relative path",
+            f"{address!r} is not a valid socket path",
+            "specify a path of 1 to 107 bytes, for example a relative path",
         )
     return path
 
@@ -140,7 +141,9 @@ def _connect_unix(path: str) -> socket.socket | None:
         if not _is_socket(path):
             _fail(sock, InputError(f"{path} is not a socket", _REMEDY_ADDRESS), error)
         cause = f"no process listens on {path}, probably because its QEMU has exited"
-        _fail(sock, MonitorError(cause, "start QEMU, or give the socket of a running QEMU"), error)
+        _fail(
+            sock, MonitorError(cause, "start QEMU, or specify the socket of a running QEMU"), error
+        )
     except BlockingIOError:
         sock.close()
         return None
@@ -251,7 +254,7 @@ def not_qmp(address: str, why: str) -> MonitorError:
 
 
 def brief(error: BaseException) -> str:
-    """Return a short description of an exception of the library qemu.qmp."""
+    """Return a short description of an exception from the qemu.qmp library."""
     # str() of such an error quotes the whole message, which may be megabytes.
     inner = error.exc if isinstance(error, ConnectError) else error
     text = getattr(inner, "error_message", None) or type(inner).__name__
@@ -261,7 +264,7 @@ def brief(error: BaseException) -> str:
 
 
 async def _readable(sock: socket.socket, until: float) -> bool:
-    """Return True when data or EOF arrives, or False at the time `until`.
+    """Return True when data or EOF arrives, or False at the time ``until``.
 
     :param until: The time of the event loop, in seconds.
     """
@@ -284,7 +287,7 @@ async def _readable(sock: socket.socket, until: float) -> bool:
 
 
 class _Place(enum.Enum):
-    """The state of a client's connection on the side of the server."""
+    """The state of a client's connection on the server's side."""
 
     ACCEPTED = "accepted"
     QUEUED = "waiting, and no client is served"
@@ -295,11 +298,11 @@ class _Place(enum.Enum):
 def _place(sock: socket.socket) -> _Place:
     """Return the state of this connection according to /proc/net/unix.
 
-    In this file, the server's end of a connection has the name of the listening socket. The state
-    of the server's end is 03 if the server has accepted the connection, and 02 if the connection is
-    in the backlog (unix_seq_show(), net/unix/af_unix.c). If QEMU has accepted one client and
-    another client is in the backlog, this process is the client in the backlog. Otherwise QEMU
-    would have sent a greeting to this process.
+    This file lists the server's end of a connection with the path of the listening socket. The
+    state of the server's end is 03 if the server has accepted the connection, and 02 if the
+    connection is in the backlog (unix_seq_show(), net/unix/af_unix.c). If QEMU has accepted one
+    client and another client is in the backlog, this process is the client in the backlog.
+    Otherwise QEMU would have sent a greeting to this process.
     """
     if sock.family != socket.AF_UNIX:
         return _Place.UNKNOWN

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Parse the answers of QEMU's human monitor (HMP) about memory."""
+"""Parse the replies of QEMU's human monitor (HMP) to memory queries."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ MAX_GPA: Final = 1 << 52
 MAX_HVA: Final = 1 << 56
 
 #: Maximum length of a line. The parsers check the length before they match a line, so that every
-#: pattern below takes linear time. A RAM block's name has at most 256 characters
+#: pattern below takes linear time. A RAM block's name is at most 256 characters long
 #: (include/exec/ramblock.h).
 MAX_LINE: Final = 1024
 
 
 def _lines(text: str, what: str) -> Iterator[str]:
-    """Yield the lines of an answer without LF or CRLF, and check their lengths."""
+    """Yield the lines of a reply without LF or CRLF, and check their lengths."""
     for line in text.split("\n"):
         if len(line) > MAX_LINE:
-            raise LayoutError(f'"{what}" has a line of {len(line)} characters')
+            raise LayoutError(f'"{what}" contains a line of {len(line)} characters')
         yield line.rstrip("\r")
 
 
@@ -39,9 +39,9 @@ class FlatRange:
 
     The range contains the addresses ``start..start+size-1``.
 
-    :ivar offset: The number of bytes from the start of the memory region `name`. For RAM, this is
+    :ivar offset: The number of bytes from the start of the ``name`` memory region. For RAM, this is
         the offset in the RAM block.
-    :ivar kvm: Whether KVM has a memslot of exactly this range (``kvm_accel_has_memory()``,
+    :ivar kvm: Whether a KVM memslot covers exactly this range (``kvm_accel_has_memory()``,
         accel/kvm/kvm-all.c).
     """
 
@@ -71,11 +71,11 @@ def parse_mtree(text: str) -> tuple[FlatRange, ...]:
     """Return the ranges of guest-physical memory in ``info mtree -f``, ascending.
 
     The text contains one FlatView for each distinct address space, in the order of a hash table.
-    This function reads the FlatView of the address space ``memory`` with root ``system``. Other
-    FlatViews have the same format but other addresses. The addresses of ``device-memory`` are
+    This function reads the FlatView of the ``memory`` address space with root ``system``. Other
+    FlatViews have the same format but different addresses. The addresses in ``device-memory`` are
     relative to its start. ``cpu-smm-0`` describes the memory in SMM.
 
-    :param text: The answer of the HMP command, in lines that end with LF or CRLF.
+    :param text: The reply to the HMP command, in lines that end with LF or CRLF.
     :raises LayoutError: If the view is missing, or if a line of the view is malformed or
         impossible.
     """
@@ -85,7 +85,7 @@ def parse_mtree(text: str) -> tuple[FlatRange, ...]:
         index += 1
     if index == len(lines):
         raise LayoutError(
-            'the monitor\'s "info mtree -f" has no view of the address space "memory"'
+            'the monitor\'s "info mtree -f" contains no view of the "memory" address space'
         )
     ranges: list[FlatRange] = []
     for line in lines[index + 1 :]:
@@ -102,7 +102,7 @@ def parse_mtree(text: str) -> tuple[FlatRange, ...]:
             raise _bad_line(line, "overlaps the range before it")
         ranges.append(found)
     if not ranges:
-        raise LayoutError('the monitor\'s "info mtree -f" shows an empty address space "memory"')
+        raise LayoutError('the monitor\'s "info mtree -f" shows an empty "memory" address space')
     return tuple(ranges)
 
 
@@ -125,7 +125,8 @@ def _parse_range(line: str) -> FlatRange:
         nonvolatile=match[4] is not None,
         name=match[6],
         offset=offset,
-        # QEMU prints "KVM" once for each of the view's address spaces that KVM listens to.
+        # QEMU prints "KVM" once for each address space of the view for which KVM has a memory
+        # listener.
         kvm=bool(match[8]),
     )
 
@@ -136,10 +137,10 @@ def _bad_line(line: str, why: str) -> LayoutError:
 
 @dataclass(frozen=True, slots=True)
 class RamBlock:
-    """One RAM block of QEMU, which is a contiguous mapping in QEMU's address space.
+    """One QEMU RAM block, which is a contiguous mapping in QEMU's address space.
 
-    `page_size`, `used` and `total` are in bytes. `hva` is the host virtual address, or None if QEMU
-    is older than 8.1.
+    ``page_size``, ``used`` and ``total`` are in bytes. ``hva`` is the host virtual address, or None
+    before QEMU 8.1.
     """
 
     name: str
@@ -155,10 +156,10 @@ _HEX: Final = re.compile(r"0x[0-9a-f]{1,16}")
 
 
 def parse_ramblocks(text: str) -> tuple[RamBlock, ...]:
-    """Return the RAM blocks in the answer of ``info ramblock``.
+    """Return the RAM blocks in the reply to ``info ramblock``.
 
-    The answer of ``x-query-ramblock`` has the same format. The heading of the answer contains the
-    names of its columns. QEMU 8.1 and later print the host address (``ram_block_format()``,
+    The reply to ``x-query-ramblock`` has the same format. The heading of the reply contains the
+    names of the columns. QEMU 8.1 and later print the host address (``ram_block_format()``,
     system/physmem.c).
 
     :raises LayoutError: If the heading or a line has an unknown format.
@@ -168,10 +169,10 @@ def parse_ramblocks(text: str) -> tuple[RamBlock, ...]:
     while heading < len(lines) and not lines[heading].lstrip().startswith("Block Name"):
         heading += 1
     if heading == len(lines):
-        raise LayoutError('the monitor\'s "info ramblock" has no heading')
+        raise LayoutError('the monitor\'s "info ramblock" contains no heading')
     columns = re.split(r"\s{2,}", lines[heading].strip())
     if columns[:2] != ["Block Name", "PSize"] or not {"Used", "Total"} <= set(columns):
-        raise LayoutError(f'"info ramblock" has unknown columns {quote(lines[heading])}')
+        raise LayoutError(f'"info ramblock" contains unknown columns {quote(lines[heading])}')
     tail = columns[2:]
     blocks = []
     for line in lines[heading + 1 :]:
@@ -189,15 +190,15 @@ def _parse_ramblock(line: str, columns: Sequence[str]) -> RamBlock:
         hexes["HVA"] = values.get("HVA", "")
     if match is None or not all(_HEX.fullmatch(cell) for cell in hexes.values()):
         raise LayoutError(
-            f'"info ramblock" has the line {quote(line)}, which has an unknown format'
+            f'"info ramblock" contains the line {quote(line)}, which has an unknown format'
         )
     page_size = int(match[2]) << _UNITS[match[3]]
     used, total = int(hexes["Used"], 16), int(hexes["Total"], 16)
     hva = int(hexes["HVA"], 16) if "HVA" in hexes else None
     if not PAGE_SIZE <= page_size <= 1 << 30 or page_size & (page_size - 1):
-        raise LayoutError(f'"info ramblock" has an impossible page size in {quote(line)}')
+        raise LayoutError(f'"info ramblock" contains an impossible page size in {quote(line)}')
     if used > total or total >= MAX_GPA or (hva is not None and hva + total >= MAX_HVA):
-        raise LayoutError(f'"info ramblock" has an impossible size in {quote(line)}')
+        raise LayoutError(f'"info ramblock" contains an impossible size in {quote(line)}')
     return RamBlock(match[1].strip(), page_size, used, total, hva)
 
 
@@ -215,10 +216,10 @@ def parse_gpa2hva(text: str) -> tuple[str, int]:
     text = text.strip()
     match = _GPA2HVA.fullmatch(text) if len(text) <= MAX_LINE else None
     if match is None:
-        raise LayoutError(f"gpa2hva answered {quote(text)}")
+        raise LayoutError(f"gpa2hva returned {quote(text)}")
     hva = int(match[3], 16)
     if not 0 < hva < MAX_HVA:
-        raise LayoutError(f"gpa2hva answered an impossible address {quote(text)}")
+        raise LayoutError(f"gpa2hva returned an impossible address {quote(text)}")
     return match[2], hva
 
 
@@ -235,11 +236,11 @@ _NUMA_SIZE: Final = re.compile(r"node ([0-9]{1,4}) (size|plugged): ([0-9]{1,12})
 
 
 def parse_numa(text: str) -> tuple[NumaNode, ...]:
-    """Return the guest's NUMA nodes in the answer of ``info numa``.
+    """Return the guest's NUMA nodes in the reply to ``info numa``.
 
     The result is empty if the guest has no NUMA nodes.
 
-    :raises LayoutError: If a node has more plugged memory than memory in total.
+    :raises LayoutError: If a node has more plugged memory than total memory.
     """
     sizes: dict[int, dict[str, int]] = {}
     for line in _lines(text, "info numa"):

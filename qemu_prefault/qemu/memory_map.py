@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Build the map of a guest's memory from the monitor's answers.
+"""Build the map of a guest's memory from the monitor's replies.
 
-No QMP command returns the guest-physical memory map. This module builds the map from four answers.
-Each answer contains information that the other answers lack:
+No QMP command returns the guest-physical memory map. This module builds the map from four replies.
+Each reply contains information that the other replies lack:
 
 ==========================  ==================================================================
 ``info mtree -f``           the guest's *current* view of each address (PAM, holes, ROM on
@@ -13,10 +13,10 @@ Each answer contains information that the other answers lack:
                             virtio-pmem
 ==========================  ==================================================================
 
-The host address of every range comes from ``gpa2hva``. :func:`build_sections` joins these answers
+The host address of every range comes from ``gpa2hva``. :func:`build_sections` joins these replies
 into :class:`MemorySection` objects. A section is contiguous both in guest-physical memory and in
 QEMU's address space. Memory that a run must not prefault also becomes a section, so that users can
-see the whole map. The field ``skipped`` of such a section contains the reason.
+see the whole map. The ``skipped`` field of such a section contains the reason.
 
 The functions of this module are pure. They take text and decoded JSON, and return frozen
 dataclasses. The peer may be any program that listens on a socket. Therefore the functions check all
@@ -47,7 +47,7 @@ BIOS_AREA: Final = 0xF0000
 
 @dataclass(frozen=True, slots=True)
 class Memdev:
-    """One memory backend in the answer of ``query-memdev``.
+    """One memory backend in the reply to ``query-memdev``.
 
     A field is None if QEMU does not report it.
     """
@@ -61,9 +61,9 @@ class Memdev:
 
 
 def parse_memdevs(value: object) -> tuple[Memdev, ...]:
-    """Return the memory backends of a decoded ``query-memdev`` answer.
+    """Return the memory backends of a decoded ``query-memdev`` reply.
 
-    :raises LayoutError: If the JSON does not match ``Memdev`` of qapi/machine.json.
+    :raises LayoutError: If the JSON does not match ``Memdev`` in qapi/machine.json.
     """
     memdevs = []
     for item in expect_array(value, "query-memdev"):
@@ -98,10 +98,10 @@ def _no_duplicates(names: Sequence[str], what: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class MemoryDevice:
-    """One memory device in the answer of ``query-memory-devices``.
+    """One memory device in the reply to ``query-memory-devices``.
 
-    Examples are DIMM, NVDIMM, virtio-mem and virtio-pmem. `size` is the size of the device's
-    guest-physical range in bytes. For virtio-mem, this is the maximum size, and only `plugged`
+    Examples are DIMM, NVDIMM, virtio-mem and virtio-pmem. ``size`` is the size of the device's
+    guest-physical range in bytes. For virtio-mem, this is the maximum size, and only ``plugged``
     bytes of the range exist for the guest.
     """
 
@@ -116,9 +116,9 @@ class MemoryDevice:
 
 
 def parse_memory_devices(value: object) -> tuple[MemoryDevice, ...]:
-    """Return the memory devices of a decoded ``query-memory-devices`` answer.
+    """Return the memory devices of a decoded ``query-memory-devices`` reply.
 
-    :raises LayoutError: If the JSON does not match ``MemoryDeviceInfo`` of qapi/machine.json.
+    :raises LayoutError: If the JSON does not match ``MemoryDeviceInfo`` in qapi/machine.json.
     """
     devices = []
     for item in expect_array(value, "query-memory-devices"):
@@ -149,7 +149,7 @@ def _count(data: Mapping[str, object], key: str, what: str) -> int | None:
 
 
 def _base(path: str) -> str:
-    """Return the last element of a QOM path, e.g. ``m0`` of ``/objects/m0``."""
+    """Return the last element of a QOM path, for example ``m0`` for ``/objects/m0``."""
     return path.rsplit("/", 1)[-1]
 
 
@@ -162,10 +162,10 @@ def memdev_nodes(
     """Return the guest NUMA nodes of backends, by the id of the backend.
 
     ``query-memory-devices`` reports the node of each memory device. No monitor command reports the
-    node of a backend of ``-numa node,memdev=``. However, QEMU lays out boot memory in the order of
-    the nodes (``numa_init_memdev_container()``, hw/core/numa.c). Therefore the function assigns the
-    backends in address order to the nodes in number order. If the sizes of these backends and nodes
-    do not match, the result contains none of these backends.
+    node of a ``-numa node,memdev=`` backend. However, QEMU lays out boot memory in the order of the
+    nodes (``numa_init_memdev_container()``, hw/core/numa.c). Therefore the function assigns the
+    backends in address order to the nodes in numerical order. If the sizes of these backends and
+    nodes do not match, the result contains none of these backends.
     """
     found = {d.memdev: d.node for d in devices if d.memdev is not None and d.node is not None}
     plugged = {device.memdev for device in devices}
@@ -192,15 +192,15 @@ class MemorySection:
     :ivar hva: Host virtual address in QEMU, or 0 if the address is unknown. Only a skipped section
         can have an unknown address.
     :ivar offset: Offset in the RAM block, in bytes.
-    :ivar page_size: Page size of the backing in bytes (4096 also under THP).
+    :ivar page_size: Page size of the backing in bytes (4096 also with THP).
     :ivar memdev: Id of the memory backend, or None if the section has none.
     :ivar device: ``dimm``, ``nvdimm``, ``virtio-mem``, ``virtio-pmem`` … or None for boot RAM.
     :ivar share: Whether QEMU maps the backend shared, or None if this is unknown.
-    :ivar reserve: False if the memory is overcommitted on purpose (``reserve=off``), or None if
-        this is unknown.
+    :ivar reserve: False if the memory is overcommitted (``reserve=off``), or None if this is
+        unknown.
     :ivar node: Guest NUMA node, or None if the node is unknown.
     :ivar skipped: The reason why a run must skip this section, or None if a run can prefault it.
-    :ivar skip_code: A stable name for the value of `skipped`: ``rom``, ``read-only``,
+    :ivar skip_code: A stable name for the value of ``skipped``: ``rom``, ``read-only``,
         ``read-only-backend``, ``device-memory``, ``rom-device``, ``vfio-bar``, ``no-memslot``,
         ``unaligned``, ``no-ram-block``, ``no-host-address``, ``enclave``.
     :ivar disk_file: Whether the section is a shared file on a disk. Populating the section would
@@ -257,20 +257,21 @@ def build_sections(
     node_of: Mapping[str, int] | None = None,
     device_owned: frozenset[str] = frozenset(),
 ) -> tuple[MemorySection, ...]:
-    """Join the monitor's answers into sections of guest memory, ascending by address.
+    """Join the monitor's replies into sections of guest memory, ascending by address.
 
     Every range except plain I/O becomes a section. If a run must not prefault a section, the
-    function sets the field `skipped` of this section.
+    function sets the ``skipped`` field of this section.
 
     :param hva_of: The host address of the first byte of each range, by the guest-physical address
-        of the range. If a range is missing, the function uses the address of the RAM block if QEMU
-        reports that address.
+        of the range. If a range is missing, the function uses the RAM block's address, if QEMU
+        reports it.
     :param kvm: Whether the guest runs under KVM (``query-kvm``). Under KVM, the function skips RAM
-        that is not a memslot. If `kvm` is None, the function assumes KVM if any range is a memslot.
+        that is not a memslot. If ``kvm`` is None, the function assumes KVM if any range is a
+        memslot.
     :param node_of: The guest NUMA node of each backend, by the id of the backend
         (:func:`memdev_nodes`).
-    :param device_owned: The ids of the backends that other devices than memory devices use, for
-        example ivshmem. The memory of these backends is device memory and not guest RAM.
+    :param device_owned: The ids of the backends that belong to devices other than memory devices,
+        for example ivshmem. The memory of these backends is device memory and not guest RAM.
     :raises LayoutError: If a range ends beyond its RAM block, if ``gpa2hva`` and the RAM block
         report different addresses, or if RAM ranges share host memory.
     """
@@ -285,7 +286,7 @@ def build_sections(
 
 
 class _Join:
-    """Tables of the monitor's answers, in which names are the keys.
+    """Tables of the monitor's replies, in which names are the keys.
 
     With these tables, :func:`build_sections` runs in linear time.
     """
@@ -367,7 +368,7 @@ class _Join:
 
 
 def is_ram_region(name: str, memdevs: Collection[str]) -> bool:
-    """Return whether a memory region has a backend or is the machine's main RAM.
+    """Return whether a memory region is the machine's main RAM or has a backend.
 
     :param memdevs: The ids of all backends.
     """
@@ -377,7 +378,7 @@ def is_ram_region(name: str, memdevs: Collection[str]) -> bool:
 
 
 def _memdev_of(name: str, memdevs: Collection[str]) -> str | None:
-    """Return the id of the backend behind the region `name`, or None.
+    """Return the id of the backend behind the ``name`` region, or None.
 
     Machine types before 4.0 name memfd and file backends by their full QOM path, ``/objects/m0``
     (``x-use-canonical-path-for-ramblock-id``, hw/core/machine.c).
@@ -427,8 +428,8 @@ def firmware_ahead(ranges: Sequence[FlatRange]) -> bool | None:
 
     On pc and q35, SeaBIOS makes QEMU delete and re-create the low-RAM memslot three times. Each
     deletion drops prefaulted entries. In its last step, SeaBIOS write-protects the area at 0xf0000
-    (``make_bios_readonly()``, src/fw/shadow.c). Afterwards this area is ``rom`` and has the name of
-    main RAM.
+    (``make_bios_readonly()``, src/fw/shadow.c). Afterwards this area is ``rom`` and has main RAM's
+    name.
 
     :returns: True if the firmware has not completed this last step. False if the firmware has
         completed it, or if the machine is microvm, whose firmware does not change memslots. None if
@@ -455,7 +456,7 @@ def _range_at(ranges: Sequence[FlatRange], gpa: int) -> FlatRange | None:
 
 
 def huge_alignment(section: MemorySection, huge_size: int) -> bool:
-    """Return whether KVM can map this section with pages of `huge_size` bytes.
+    """Return whether KVM can map this section with pages of ``huge_size`` bytes.
 
     If the guest-physical address and the host address differ modulo the page size, KVM uses no
     pages of this size in the whole memslot (``kvm_alloc_memslot_metadata()``, arch/x86/kvm/x86.c).

@@ -4,7 +4,7 @@
 This module handles cases that ``qemu.qmp`` does not handle:
 
 * **A QMP socket serves one client at a time.** While QEMU serves a client, it does not accept other
-  connections (chardev/char-socket.c), and the kernel keeps them in the backlog. The connect() of a
+  connections (chardev/char-socket.c), and they stay in the kernel's backlog. The connect() of a
   second client succeeds, but QEMU sends no greeting to this client. In this case,
   :meth:`Monitor.connect` raises :class:`MonitorBusyError` within two seconds. Usually
   ``/proc/net/unix`` shows immediately that QEMU has accepted another client and not this process.
@@ -15,8 +15,8 @@ This module handles cases that ``qemu.qmp`` does not handle:
   program that sends large amounts of other data. Replies have a maximum length, and every wait has
   a time limit. Every failure raises a :class:`~qemu_prefault.errors.QemuPrefaultError` with a
   remedy.
-* **QEMU may exit during a command.** If QEMU exits, the event streams of ``qemu.qmp`` never end.
-  The event streams of this module end.
+* **QEMU may exit during a command.** If QEMU exits, the event streams of ``qemu.qmp`` do not end,
+  but those of this module do.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ MAX_EVENTS: Final = 1024
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A QMP event of QEMU.
+    """A QMP event from QEMU.
 
-    `seconds` is QEMU's timestamp of the event, in seconds since the Epoch.
+    ``seconds`` is QEMU's timestamp of the event, in seconds since the Epoch.
     """
 
     name: str
@@ -76,10 +76,10 @@ class Event:
 
 
 class EventStream:
-    """An async iterator over QMP events, which ends when the connection ends.
+    """An async iterator over QMP events, which ends when the connection is closed.
 
     :meth:`Monitor.events` creates the stream. A stream keeps the newest :data:`MAX_EVENTS` unread
-        events. `dropped` is the number of unread events that the stream has dropped.
+        events. ``dropped`` is the number of unread events that the stream has dropped.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -101,10 +101,10 @@ class EventStream:
         self._changed.set()
 
     async def get(self, timeout: float | None = None) -> Event | None:
-        """Return the next event, or None if the connection has ended.
+        """Return the next event, or None if the connection is closed.
 
         :param timeout: The time to wait in seconds, or None to wait without a limit.
-        :raises TimeoutError: If no event arrives in time.
+        :raises TimeoutError: If no event arrives within this time.
         """
         if not self._events and not self._ended:
             self._changed.clear()
@@ -145,7 +145,7 @@ class _Client(QMPClient):
     Formatting takes most of the time and memory that a large reply needs. In qemu.qmp, the
     overridden ``_cb_`` methods log each message.
 
-    :ivar cause: The exception that ended the connection, or None. ``disconnect()`` should raise
+    :ivar cause: The exception that closed the connection, or None. ``disconnect()`` should raise
         this exception. However, if commands are pending, it may raise an AssertionError instead
         (qemu.qmp 0.0.6).
     """
@@ -169,14 +169,14 @@ class _Client(QMPClient):
 class Monitor:
     """An established QMP session, which :meth:`connect` creates.
 
-    :ivar address: The address that the user gave.
+    :ivar address: The address that the user specified.
     :ivar version: QEMU's version, e.g. ``10.0.13``.
     :ivar package: The distributor's suffix of the version, e.g. ``Debian 1:10.0.13+ds-0+deb13u1``,
         or an empty string.
     :ivar peer_pid: The pid of the process that called listen() on the socket (SO_PEERCRED). The pid
-        is None if the socket is a TCP socket, if `dial` made the connection, or if the process is
-        outside this pid namespace.
-    :ivar vm_uuid: The VM's UUID as `dial` returned it, or None if the address is a socket.
+        is None if the socket is a TCP socket, if ``dial`` made the connection, or if the process
+        is outside this pid namespace.
+    :ivar vm_uuid: The VM's UUID as ``dial`` returned it, or None if the address is a socket.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class Monitor:
         self.vm_uuid = vm_uuid
         self.command_timeout = command_timeout
         self.version, self.package = _version(client.greeting)
-        # The peer of a connection made by `dial` may be a helper process of this process.
+        # The peer of a connection made by ``dial`` may be a helper process of this process.
         self.peer_pid = None if vm_uuid else _peer_pid(sock)
         self._client = client
         self._sock = sock
@@ -217,8 +217,8 @@ class Monitor:
             accepts the connection but sends no greeting, the method fails after at most
             :data:`GREETING_TIMEOUT` seconds.
         :param command_timeout: The default time limit for each command, in seconds.
-        :param dial: A function that opens the connection, without a time limit. If `dial` is given,
-            `address` is only the name of the connection in messages.
+        :param dial: A function that opens the connection, without a time limit. If it is not None,
+            ``address`` is only the name of the connection in messages.
         :raises InputError: If the address is malformed, or if the socket or the host does not
             exist.
         :raises MonitorBusyError: If QEMU serves another client.
@@ -281,15 +281,16 @@ class Monitor:
     async def execute(
         self, command: str, /, *, timeout: float | None = None, **arguments: object
     ) -> object:
-        """Execute a QMP command, and return its decoded answer.
+        """Execute a QMP command, and return its decoded reply.
 
-        Concurrent calls are pipelined. QEMU answers them in order.
+        Concurrent calls are pipelined. QEMU replies to them in order.
 
-        :param timeout: The time limit in seconds, or None for `command_timeout`.
+        :param timeout: The time limit in seconds, or None for ``command_timeout``.
         :param arguments: The command's arguments. Their names contain underscores instead of
             dashes, for example ``command_line``.
         :raises CommandError: If QEMU refuses the command.
-        :raises MonitorError: If the connection ends, or if QEMU does not answer in time.
+        :raises MonitorError: If the connection is closed, or if QEMU does not reply within the time
+            limit.
         """
         args = {name.replace("_", "-"): value for name, value in arguments.items()}
         return await self.execute_raw(command, args, timeout=timeout)
@@ -297,16 +298,16 @@ class Monitor:
     async def execute_raw(
         self, command: str, arguments: Mapping[str, object], *, timeout: float | None = None
     ) -> object:
-        """Execute a command as :meth:`execute` does, with QMP's own argument names."""
+        """Execute a command like :meth:`execute`, with QMP's own argument names."""
         limit = self.command_timeout if timeout is None else timeout
         try:
-            # Do not use wait_for(): before Python 3.12 it loses a cancellation that arrives
-            # together with the answer, and the cancelled task continues.
+            # Do not use wait_for(): before Python 3.12, it loses a cancellation that arrives
+            # together with the reply, and the cancelled task continues.
             async with asyncio.timeout(limit):
                 return await self._client.execute(command, dict(arguments) or None)
         except TimeoutError as error:
             raise MonitorError(
-                f"QEMU did not answer {command} within {limit:g} s",
+                f"QEMU did not reply to {command} within {limit:g} s",
                 "check whether QEMU is stopped or its main loop is blocked\n"
                 "QEMU may still execute the command later",
                 code=Code.MONITOR_TIMEOUT,
@@ -317,7 +318,7 @@ class Monitor:
             raise self._dead(command) from error
         except (QMPError, OSError, ValueError, KeyError) as error:
             # BadReplyError and similar. qemu.qmp raises KeyError if a reply is sent twice.
-            raise not_qmp(self.address, f"the answer to {command} is malformed") from error
+            raise not_qmp(self.address, f"the reply to {command} is malformed") from error
 
     @contextlib.contextmanager
     def patience(self, seconds: float) -> Iterator[None]:
@@ -332,18 +333,18 @@ class Monitor:
             self.command_timeout = before
 
     async def hmp(self, line: str, *, timeout: float | None = None) -> str:
-        """Execute a command of the human monitor, and return its text.
+        """Execute a human monitor command, and return its output.
 
-        The human monitor reports its own errors only in this text.
+        The human monitor reports its own errors only in this output.
 
-        :param timeout: The time limit in seconds, or None for `command_timeout`.
+        :param timeout: The time limit in seconds, or None for ``command_timeout``.
         :raises MonitorError: If :meth:`execute` raises this error.
         """
         answer = await self.execute("human-monitor-command", command_line=line, timeout=timeout)
-        return expect_str(answer, f'the answer to "{line}"')
+        return expect_str(answer, f'the reply to "{line}"')
 
     def _dead(self, command: str) -> MonitorError:
-        """Return the error for a connection that ended during `command`."""
+        """Return the error for a connection that was closed during ``command``."""
         cause = self._client.cause
         if cause is None or isinstance(cause, (EOFError, OSError)):
             return MonitorError(
@@ -357,7 +358,7 @@ class Monitor:
     def events(self, *names: str) -> Iterator[EventStream]:
         """Subscribe to the named events within the ``with`` block.
 
-        If no name is given, the stream contains all events.
+        If ``names`` is empty, the stream contains all events.
         """
         stream = EventStream(names)
         if not self.alive:
@@ -387,7 +388,7 @@ async def _negotiate(client: _Client, sock: socket.socket, address: str, deadlin
 
 async def _hang_up(client: _Client, sock: socket.socket) -> None:
     # disconnect() first flushes its output, which the peer may not read, and then raises the
-    # exception that ended the connection (EOFError, OSError, …). Both are irrelevant now.
+    # exception that closed the connection (EOFError, OSError, …). Both are irrelevant now.
     with contextlib.suppress(Exception):
         async with asyncio.timeout(1.0):
             await client.disconnect()
@@ -395,7 +396,7 @@ async def _hang_up(client: _Client, sock: socket.socket) -> None:
 
 
 def _version(greeting: object) -> tuple[str, str]:
-    """Return QEMU's version and package version from the greeting of QMP."""
+    """Return QEMU's version and package version from the QMP greeting."""
     qmp = getattr(greeting, "QMP", None)
     version = expect_object(getattr(qmp, "version", None), "the version in the QMP greeting")
     qemu = expect_object(version.get("qemu"), "the version in the QMP greeting")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Check the types and ranges of values in QEMU's JSON answers."""
+"""Check the types and ranges of values in QEMU's JSON replies."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ..errors import LayoutError
 
 
 def expect_object(value: object, what: str) -> Mapping[str, object]:
-    """Return `value` if it is a JSON object.
+    """Return ``value`` if it is a JSON object.
 
     :param what: The name of the value, for the error message.
-    :raises LayoutError: If `value` has another type.
+    :raises LayoutError: If ``value`` has another type.
     """
     if not isinstance(value, dict):
         raise _wrong(value, what, "an object")
@@ -21,10 +21,10 @@ def expect_object(value: object, what: str) -> Mapping[str, object]:
 
 
 def expect_array(value: object, what: str) -> Sequence[object]:
-    """Return `value` if it is a JSON array.
+    """Return ``value`` if it is a JSON array.
 
     :param what: The name of the value, for the error message.
-    :raises LayoutError: If `value` has another type.
+    :raises LayoutError: If ``value`` has another type.
     """
     if not isinstance(value, list):
         raise _wrong(value, what, "an array")
@@ -32,10 +32,10 @@ def expect_array(value: object, what: str) -> Sequence[object]:
 
 
 def expect_str(value: object, what: str) -> str:
-    """Return `value` if it is a JSON string.
+    """Return ``value`` if it is a JSON string.
 
     :param what: The name of the value, for the error message.
-    :raises LayoutError: If `value` has another type.
+    :raises LayoutError: If ``value`` has another type.
     """
     if not isinstance(value, str):
         raise _wrong(value, what, "a string")
@@ -43,10 +43,10 @@ def expect_str(value: object, what: str) -> str:
 
 
 def expect_bool(value: object, what: str) -> bool:
-    """Return `value` if it is a JSON boolean.
+    """Return ``value`` if it is a JSON boolean.
 
     :param what: The name of the value, for the error message.
-    :raises LayoutError: If `value` has another type.
+    :raises LayoutError: If ``value`` has another type.
     """
     if not isinstance(value, bool):
         raise _wrong(value, what, "a boolean")
@@ -54,10 +54,10 @@ def expect_bool(value: object, what: str) -> bool:
 
 
 def expect_int(value: object, what: str, low: int = 0, high: int = (1 << 64) - 1) -> int:
-    """Return `value` if it is a JSON integer within ``low..high`` (inclusive).
+    """Return ``value`` if it is a JSON integer within ``low..high`` (inclusive).
 
     :param what: The name of the value, for the error message.
-    :raises LayoutError: If `value` is out of range, or if it has another type such as ``true`` or
+    :raises LayoutError: If ``value`` is out of range, or if it has another type such as ``true`` or
         ``1.0``.
     """
     if type(value) is not int:

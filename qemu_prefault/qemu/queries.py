@@ -30,11 +30,11 @@ from .memory_map import (
 from .monitor import Monitor
 from .qapi import expect_array, expect_bool, expect_int, expect_object, expect_str
 
-#: Maximum number of memory ranges of a guest. Known machines have far fewer.
+#: Maximum number of memory ranges in a guest. Known machines have far fewer.
 MAX_RANGES: Final = 4096
 
 #: Types of confidential guests whose memory is in QEMU's ordinary mappings (target/i386/sev.c,
-#: target/s390x/kvm/pv.c, hw/ppc/pef.c of QEMU).
+#: target/s390x/kvm/pv.c and hw/ppc/pef.c in QEMU).
 WITHOUT_GUEST_MEMFD: Final = frozenset({"sev-guest", "s390-pv-guest", "pef-guest"})
 
 #: The values of ``status`` in ``query-migrate`` if no migration is running.
@@ -43,10 +43,10 @@ MIGRATION_OVER: Final = frozenset({"none", "completed", "failed", "cancelled"})
 
 @dataclass(frozen=True, slots=True)
 class Vcpu:
-    """One vCPU in the answer of ``query-cpus-fast``.
+    """One vCPU in the reply to ``query-cpus-fast``.
 
-    `thread_id` is the id of the vCPU's thread in QEMU's own pid namespace. `node` is the guest NUMA
-    node, or None if QEMU does not report the node.
+    ``thread_id`` is the id of the vCPU's thread in QEMU's own pid namespace. ``node`` is the guest
+    NUMA node, or None if QEMU does not report the node.
     """
 
     index: int
@@ -69,7 +69,7 @@ class Balloon:
 
 @dataclass(frozen=True, slots=True)
 class VmState:
-    """The state of a QEMU process and its guest at one time.
+    """The state of a QEMU process and its guest at one point in time.
 
     :ivar version: QEMU's version, e.g. ``10.0.13``.
     :ivar machine_type: The machine type, e.g. ``pc-q35-10.0-machine``, or None if QEMU does not
@@ -101,13 +101,13 @@ class VmState:
 
 
 async def read_vm_state(monitor: Monitor) -> VmState:
-    """Return the state of QEMU that is necessary to plan a prefault.
+    """Return the QEMU state that is necessary to plan a prefault.
 
-    The function sends the queries without waiting for the answer of each query. It reads the memory
+    The function sends the queries without waiting for the reply to each query. It reads the memory
     map before and after the host addresses. If firmware or hotplug has changed the map in the
     meantime, the function repeats all queries.
 
-    :raises LayoutError: If the answers contradict each other.
+    :raises LayoutError: If the replies contradict each other.
     :raises MonitorError: If a query failed, or if the memory map changed during every attempt.
     """
     for _ in range(10):
@@ -247,7 +247,7 @@ async def _all(*awaitables: Awaitable[object]) -> list[object]:
 
 
 async def _optional(awaitable: Awaitable[object]) -> object | None:
-    """Return a command's answer, or None if this QEMU lacks or refuses the command."""
+    """Return a command's reply, or None if this QEMU lacks or refuses the command."""
     try:
         return await awaitable
     except CommandError:
@@ -260,9 +260,9 @@ async def _host_addresses(
     """Return the host address of each range of RAM and ROM.
 
     The keys of the result are guest-physical addresses. The function queries the host addresses of
-    the first and the last page of each range. With these addresses, it checks that the range is
-    also contiguous in QEMU's address space. While a guest moves a BAR, the address of this device
-    memory may be unknown. In this case, the result omits the range.
+    the first and the last page of each range. With these addresses, the function checks that the
+    range is also contiguous in QEMU's address space. While a guest moves a BAR, the address of this
+    device memory may be unknown. In this case, the result omits the range.
 
     :param memdevs: The ids of all memory backends.
     :returns: None if guest RAM has moved during the queries.
@@ -307,10 +307,10 @@ def _host_address(item: FlatRange, first: object, last: object) -> int:
 async def _device_owned(
     monitor: Monitor, memdevs: Collection[str], memory_devices: Sequence[MemoryDevice]
 ) -> frozenset[str]:
-    """Return the ids of backends that belong to other devices than memory devices.
+    """Return the ids of backends that belong to devices other than memory devices.
 
     Memory devices and the machine own the backends of guest RAM. The machine's backends come from
-    its property memory-backend or from -numa node,memdev=. Other devices also own backends, for
+    its memory-backend property or from -numa node,memdev=. Other devices also own backends, for
     example ivshmem-plain, NVMe (pmrdev) and CXL devices. No query reports the owners of these
     backends. Therefore this function reads the QOM links of all devices.
 
@@ -401,7 +401,7 @@ def _str_or_none(value: object) -> str | None:
 
 
 async def read_stage2(monitor: Monitor) -> Stage2Leaves | None:
-    """Return KVM's counts of stage-2 leaves, or None if QEMU reports no counts.
+    """Return KVM's counts of stage-2 leaves, or None if QEMU does not report them.
 
     QEMU 7.1 and later report the counts with ``query-stats`` if the kernel has
     KVM_CAP_BINARY_STATS_FD. KVM counts leaf SPTEs (``kvm_update_page_stats()``, arch/x86/kvm/mmu).
@@ -419,7 +419,7 @@ async def read_stage2(monitor: Monitor) -> Stage2Leaves | None:
 
 
 async def read_vcpu_stats(monitor: Monitor, names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Return KVM's counters of each vCPU, by the QOM path of the vCPU.
+    """Return KVM's counters for each vCPU, by the vCPU's QOM path.
 
     The result is empty if QEMU reports no counters.
 
@@ -435,7 +435,7 @@ async def read_vcpu_stats(monitor: Monitor, names: Sequence[str]) -> dict[str, d
 
 
 async def _query_stats(monitor: Monitor, target: str, names: Sequence[str]) -> Sequence[object]:
-    """Return KVM's entries in the answer of ``query-stats``.
+    """Return KVM's entries in the reply to ``query-stats``.
 
     The result is empty if QEMU refuses the query.
     """

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Measure restored guests with each of the three agents.
+"""Measure restored guests with each agent, and with a patched QEMU on its own.
 
     agents.py LOOP
 
-The script needs KVM, so run.py runs it in the lab or on a host that can prefault. It prints its
-results as JSON, in the last line. For the results "qmp", "job" and "prefault=on", it uses the
-patched QEMU. An environment variable has the path of this QEMU. For the result "job", it starts
-QEMU's job x-kvm-prefault-memory without the tool. run.py passes LOOP to every script. This script
-ignores LOOP.
+The script needs KVM, so run.py runs the script in the lab or on a host that can prefault. The last
+line of output is the results as JSON. For "qmp", "job" and "prefault=on", the script uses the
+patched QEMU, whose path is in an environment variable. For "job", the script starts QEMU's
+x-kvm-prefault-memory job without the tool. run.py passes LOOP to every script. This script ignores
+LOOP.
 """
 
 from __future__ import annotations

@@ -3,14 +3,14 @@
 
     incoming.py LOOP
 
-The script needs KVM, so run.py runs it in the lab or on a host that can prefault. It prints its
-results as JSON, in the last line. LOOP is a program that only issues the ioctl. The script runs
+The script needs KVM, so run.py runs the script in the lab or on a host that can prefault. The last
+line of output is the results as JSON. LOOP is a program that only issues the ioctl. The script runs
 LOOP on the same amount of memory.
 
-The script measures five rounds. In each round, a guest migrates without the tool and with the tool.
-The order changes from round to round. In one migration, the guest writes continuously. In a second
-migration, it does not write, so that the script can measure the guest's first pass over its memory
-at the target.
+The script measures five rounds. Each round measures migrations without the tool and with the tool.
+The order changes from round to round. In the first migration, the guest writes continuously. In the
+second migration, the guest does not write, so that the script can measure the guest's first pass
+over its memory on the destination.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def migrate(way: str, state: Path, directory: Path, busy: bool) -> dict[str, Any
     """Run one migration, and return its measurements.
 
     :param busy: Whether the guest writes during the migration.
-    :returns: Times in seconds, except for ``faults``. This value is the number of stage-2 faults at
-        the target until the guest has made two passes over its memory.
+    :returns: Durations in seconds, except for ``faults``, which is the number of stage-2 faults on
+        the destination until the guest has made two passes over its memory.
     """
     uri = f"unix:{directory / 'migration'}"
     with (
@@ -72,15 +72,15 @@ def migrate(way: str, state: Path, directory: Path, busy: bool) -> dict[str, Any
             tool = Tool(["--qmp", str(target.qmp_path), "--incoming", "--json"])
             wait_for(lambda: tool.has_said("ready"), "the tool is ready", 60)
         source.qmp("migrate", uri=uri)
-        # Wait until QEMU has sent all memory once, so that the memory is populated before the
-        # guest may switch over.
+        # Wait until QEMU has sent all memory once, so that the destination's memory is populated
+        # before the migration can complete.
         wait_for(
             lambda: source.qmp("query-migrate").get("ram", {}).get("dirty-sync-count", 0) > 1,
             "a second round",
             60,
         )
         source.qmp("migrate-set-parameters", downtime_limit=60_000)
-        # Read the values after the tool has ended, because the machine may have only one CPU.
+        # Read the values after the tool has exited, because the machine may have only one CPU.
         if tool is not None:
             result = tool.finish()
             if result.status:
@@ -92,8 +92,8 @@ def migrate(way: str, state: Path, directory: Path, busy: bool) -> dict[str, Any
         if tool is not None:
             while (arrived := target.wait_event("MIGRATION"))["data"]["status"] != "completed":
                 pass
-            # Without the tool, QEMU would start the guest at this event. Measure the tool's part
-            # from here, because the blackout varies more.
+            # Without the tool, QEMU would start the guest at this event. Measure the time that the
+            # tool adds from this event, because the whole blackout varies more.
             found["added"] = resumed - seconds_of(arrived)
         if busy:
             target.command("stop")

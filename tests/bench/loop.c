@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * A minimal virtual machine monitor that only calls KVM_PRE_FAULT_MEMORY, from its main thread.
- * It uses the same chunk size as the tool, so its time is the baseline for seconds.prefault.
+ * The program uses the same chunk size as the tool, so the program's time is the baseline for
+ * seconds.prefault.
  *
  * The VM has one vCPU and one slot of populated, writable anonymous memory with 4K pages. For each
- * line on stdin, the program creates a new VM with the same memory, prefaults it, and prints the
- * time of the prefault in seconds.
+ * line on stdin, the program creates a new VM with the same memory, prefaults the memory, and
+ * prints the duration of prefaulting in seconds.
  */
 #define _GNU_SOURCE
 #include <err.h>

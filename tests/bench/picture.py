@@ -56,7 +56,7 @@ def count(cell: str) -> int:
 
 
 def read_pairs(page: str) -> list[Pair]:
-    """Return the pairs that the picture shows.
+    """Return the pairs of measurements that the picture shows.
 
     :param page: The text of docs/benchmarks.md.
     :raises StopIteration, ValueError: If a table differs from the form that run.py writes.
@@ -92,7 +92,7 @@ def draw(pairs: list[Pair]) -> str:
         f"<style>{STYLE}</style>",
         f'<rect class="page" width="{WIDTH}" height="{height}" rx="6"/>',
         '<text class="text title" x="20" y="30">Stage-2 faults until the guest has written its '
-        "memory once, on 4K pages</text>",
+        "memory once, with 4K pages</text>",
     ]
     x = 20
     for name, label in (("without", "without"), ("with", "with qemu-prefault")):

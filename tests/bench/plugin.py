@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Measure boots with and without the plugin.
 
-    plugin.py LOOP [WAY...]
+    plugin.py LOOP [METHOD...]
 
-The script needs KVM, so run.py runs it in the lab or on a host that can prefault. It prints its
-results as JSON, in the last line. Times are in seconds from QEMU's start until the guest has booted
-and written its memory.
+The script needs KVM, so run.py runs the script in the lab or on a host that can prefault. The last
+line of output is the results as JSON. Durations are in seconds, from QEMU's start until the guest
+has booted and written its memory.
 
-WAY is ``nothing``, ``plugin``, ``keep=off`` or ``prealloc=on``. The script measures five rounds on
-4K pages. Each round measures one boot for each WAY. The order changes from round to round. run.py
-passes LOOP to every script. This script ignores LOOP.
+METHOD is ``nothing``, ``plugin``, ``keep=off`` or ``prealloc=on``. The script measures five rounds
+with 4K pages. Each round measures one boot for each METHOD. The order changes from round to round.
+run.py passes LOOP to every script. This script ignores LOOP.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def boot(machine: str, way: str, again: bool = False) -> dict[str, Any]:
         guest.wait_ready()
         found: dict[str, Any] = {"seconds": time.monotonic() - started}
         stats = guest.stats()
-        # Exclude exits for the host's interrupts, because their number depends only on the time.
+        # Exclude exits for the host's interrupts, whose number depends only on the duration.
         exits = stats["exits"] - stats["irq_exits"]
         found |= {"faults": stats["pf_taken"], "exits": exits}
         found["anonymous_mib"] = anonymous_mib(guest.pid)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Measure restored guests, and compare the tool with a loop of ioctls.
+"""Measure restored guests, and compare the tool with a loop that only calls the ioctl.
 
     restore.py LOOP
 
-The script needs KVM, so run.py runs it in the lab or on a host that can prefault. It prints its
-results as JSON, in the last line. LOOP is a program that only issues the ioctl.
+The script needs KVM, so run.py runs the script in the lab or on a host that can prefault. The last
+line of output is the results as JSON. LOOP is a program that only issues the ioctl.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def run_tool(guest: Guest, *arguments: str) -> dict[str, Any]:
 
 
 def after_restore(state: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the faults and run times of restored guests, without and with the tool.
+    """Return the faults and durations of restored guests, without and with the tool.
 
-    Times are in seconds.
+    Durations are in seconds.
     """
-    measure(DemoCase("boot", TOOL), 0, state)  # writes the state
+    measure(DemoCase("boot", TOOL), 0, state)  # saves the guest's state
     found: dict[str, list[dict[str, Any]]] = {NOTHING: [], TOOL: []}
     for _ in range(ROUNDS):
         for way, rows in found.items():
@@ -55,9 +55,9 @@ def after_restore(state: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def compare_with_loop(program: str) -> list[dict[str, float]]:
-    """Return the seconds per GiB of the tool and of the loop, in pairs.
+    """Return pairs of durations, in seconds per GiB, for the tool and the loop.
 
-    :param program: The path of the loop.
+    :param program: The path of the program with the loop.
     """
     pairs: list[dict[str, float]] = []
     with small_pages():
@@ -92,9 +92,9 @@ def compare_with_loop(program: str) -> list[dict[str, float]]:
 
 
 def repeated(state: Path) -> dict[str, dict[str, float]]:
-    """Measure a dry run, a first run and a second run on one guest, in seconds.
+    """Measure the durations of a dry run, a first run and a second run on one guest.
 
-    The dry run and the second run measure the overhead of the tool, without prefaulting.
+    The durations are in seconds. The dry run and the second run show the tool's overhead.
     """
     with small_pages():
         guest = Guest(machine="microvm", memory_mib=352, incoming=state, paused=True)

@@ -2,8 +2,8 @@
 """Run the measurements, and write docs/benchmarks.md and docs/images/faults.svg.
 
 ``make bench`` calls this script. The script prints the results. It writes the page only if the
-cache has results of every part that the page needs. The exit status is 1 if a value exceeds its
-limit.
+cache contains results for every part that the page needs. The exit status is 1 if a value exceeds
+its limit.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def wall_seconds(argv: Sequence[str]) -> float:
 
 
 def compare(argv: Sequence[str], base: Sequence[str]) -> tuple[float, float, float]:
-    """Run two commands alternately, and return their median seconds and their ratio."""
+    """Return two commands' median durations in seconds, and the ratio of the two."""
     wall_seconds(argv), wall_seconds(base)  # fill the page cache
     pairs = [(wall_seconds(argv), wall_seconds(base)) for _ in range(REPETITIONS)]
     one, other = (statistics.median(column) for column in zip(*pairs, strict=True))
@@ -95,7 +95,7 @@ def peak_kib(*arguments: str) -> int:
 
 
 def measure_host() -> dict[str, Any]:
-    log("measure start-up times")
+    log("measuring start-up times")
     with qemu(256) as socket:
         dry = [*TOOL, "--qmp", socket, "--populate-only", "--dry-run"]
         found: dict[str, Any] = {
@@ -104,7 +104,7 @@ def measure_host() -> dict[str, Any]:
             "memory": [],
         }
     for mib in GUEST_MIB:
-        log(f"measure the memory of the tool with a guest of {mib} MiB")
+        log(f"measuring the tool's memory with a guest of {mib} MiB")
         with qemu(mib) as socket:
             common = ("--qmp", socket, "--populate-only")
             found["memory"].append(
@@ -118,7 +118,7 @@ def measure_in_lab(
 ) -> dict[str, Any]:
     """Run a script in the lab or on this machine, and return its results.
 
-    :param script: The name of a file in this folder. Its last line of output must be JSON.
+    :param script: The name of a file in this directory. The last line of its output must be JSON.
     :param patched: Also install the patched QEMU on the machine that runs the script.
     """
     qemu = build_qemu(HERE.parent.parent / "patches") if patched else None
@@ -149,14 +149,14 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "plugin-sid": lambda: measure_in_lab("plugin.py", "nothing", "plugin", variant="sid"),
 }
 
-#: Parts that the page may lack, because they must first build QEMU or another image.
+#: Parts that may be absent from the page, because they must first build QEMU or another image.
 OPTIONAL = ("agents", "plugin-sid")
 
 
 def measure(wanted: Sequence[str]) -> dict[str, Any]:
     """Return the results of all parts.
 
-    :param wanted: The parts to measure. The results of the other parts come from the cache.
+    :param wanted: The parts to measure. The results for the other parts come from the cache.
     """
     found = {}
     for name, part in PARTS.items():
@@ -211,9 +211,9 @@ IDLE = (
 def idle_bar(
     where: str, boots: dict[str, list[dict[str, Any]]], key: str, name: str, more: float
 ) -> tuple[str, str, str, bool]:
-    """Return a limit for a value of the idle plugin.
+    """Return a limit for a value measured with the idle plugin.
 
-    The limit is the maximum of the value without the plugin.
+    The limit is the maximum value measured without the plugin.
     """
     most = max(row[key] for row in boots["nothing"]) + more
     off = median(boots["keep=off"], key)
@@ -226,10 +226,10 @@ def second_boots(boots: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def median_ratio(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> float:
-    """Return the median of the ratios that the rounds have between their two times.
+    """Return the median of each round's ratio between two durations.
 
-    The function compares times of the same round, because the host's load is similar within a
-    round.
+    The function compares durations from the same round, because the host's load is similar within
+    a round.
     """
     return statistics.median(
         float(row["seconds"]) / float(other["seconds"])
@@ -249,12 +249,12 @@ def plugin_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
         "",
         f"## The plugin, on kernel {part['kernel']}, QEMU {part['qemu']}",
         "",
-        "A guest of 384 MiB boots and writes 256 MiB on 4K pages. Each value is the median of "
+        "A guest with 384 MiB of 4K pages boots and writes 256 MiB. Each value is the median of "
         f"{len(next(iter(plugin['4k'].values()))['nothing'])} rounds. A round measures each row of "
         "a machine type once. *seconds* is the time from the start of QEMU until the guest has "
         "written the memory, and includes prefaulting. *ratio* is the median of the rounds' ratios "
         "to *nothing*. *again* is the time that the plugin spent on prefaulting memory again. "
-        "QEMU's option `prealloc=on` fills the host's page tables and leaves the stage-2 tables "
+        "QEMU's `prealloc=on` option fills the host's page tables and leaves the stage-2 tables "
         "empty.",
         "",
         "| machine | option | seconds | ratio | stage-2 faults | second boot s | "
@@ -297,9 +297,9 @@ def incoming_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
     fast = statistics.median(row["first"] / row["steady"] for row in tool)
     added = statistics.median(row["qemu-prefault"]["added"] / row["loop"] for row in rounds)
     bars = [
-        ("live migration: stage-2 faults at the target, share of those without the tool",
+        ("live migration: stage-2 faults on the destination, share of those without the tool",
          f"{share:.3f} %", "<= 1 %", share <= 1),
-        ("live migration: first pass / steady pass at the target", f"{fast:.2f}", "<= 1.5",
+        ("live migration: first pass / steady pass on the destination", f"{fast:.2f}", "<= 1.5",
          fast <= 1.5),
         ("live migration: blackout that the tool adds / bare ioctl over the same 512 MiB",
          f"{added:.3f}", "<= 1.2", added <= 1.2),
@@ -308,20 +308,20 @@ def incoming_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
         "",
         "## Live migration",
         "",
-        "A guest of 512 MiB writes 384 MiB repeatedly, on 4K pages, and migrates within one host. "
+        "A guest with 512 MiB of 4K pages writes 384 MiB repeatedly and migrates within one host. "
         f"Each value is the median of {len(rounds)} rounds. A round measures each row once.",
         "",
-        "- *blackout* is the time between the source's STOP event and the target's RESUME event, "
-        "according to QEMU's timestamps. It varies, because the guest writes faster than QEMU can "
-        "send.",
-        "- *added* is the part of the blackout after the target has reported that all RAM is "
+        "- *blackout* is the time between the STOP event on the source and the RESUME event on the "
+        "destination, according to QEMU's timestamps. *blackout* varies, because the guest writes "
+        "faster than QEMU can send.",
+        "- *added* is the part of *blackout* after the destination has reported that all RAM is "
         "loaded.",
-        "- *first pass* and *steady pass* are two loops of the guest over its memory after a "
-        "second migration. In this migration, the guest does not write until the migration has "
+        "- *first pass* and *steady pass* are the guest's first and second pass over its memory "
+        "after another migration, in which the guest does not write until the migration has "
         "ended.",
         "",
-        "| at the target | stage-2 faults | first pass s | steady pass s | blackout s | added s | "
-        "prefault s | the bare ioctl s |",
+        "| on the destination | stage-2 faults | first pass s | steady pass s | blackout s | "
+        "added s | prefault s | bare ioctl s |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, rows in (("nothing", nothing), ("`--incoming`", tool)):
@@ -341,12 +341,12 @@ def agents_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
         "",
         "## Comparison of the agents",
         "",
-        "A guest of 352 MiB (microvm) that has written 256 MiB is restored on 4K pages. Each value "
-        f"is the median of {len(ways['nothing'])} rounds. A round measures each row once. "
+        "A guest (microvm) with 352 MiB of 4K pages has written 256 MiB and is restored. Each "
+        f"value is the median of {len(ways['nothing'])} rounds. A round measures each row once. "
         "*nothing*, *attach* and *plugin* use Debian's QEMU. *qmp*, *job* and *prefault=on* use "
         "the [patched QEMU](usage/patched-qemu.md). *job* is QEMU's job without the tool. "
-        "*blackout* is the time from the end of the restore to the guest's first instruction. It "
-        "does not include the start of Python.",
+        "*blackout* is the time from the end of the restore to the guest's first instruction, "
+        "without the start of Python.",
         "",
         "| agent or option | stage-2 faults | first pass s | steady pass s | prefault s | "
         "blackout s |",
@@ -379,10 +379,10 @@ def restore_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
         "",
         "## First pass after a restore",
         "",
-        "A guest that has written 256 MiB is restored on 4K pages. *first pass* is the guest's "
-        "first loop over this memory, and *steady pass* is the median of the following loops. "
+        "A guest with 4K pages has written 256 MiB and is restored. *first pass* is the guest's "
+        "first pass over this memory, and *steady pass* is the median of the following passes. "
         f"Each value is the median of {len(tool)} rounds. A round measures each row once. *ratio* "
-        "is the first pass divided by the steady pass.",
+        "is *first pass* divided by *steady pass*.",
         "",
         "| done before the guest is resumed | stage-2 faults | first pass s | steady pass s | "
         "ratio | populate s | prefault s |",
@@ -461,7 +461,7 @@ def host_section(host: dict[str, Any]) -> tuple[list[str], Bars]:
     return lines, bars
 
 
-#: What writes the sections of each part, in the page's order.
+#: For each part, the function that returns the part's sections, in the page's order.
 SECTIONS: dict[str, Callable[[dict[str, Any]], tuple[list[str], Bars]]] = {
     "restore": restore_section,
     "host": host_section,
@@ -475,7 +475,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], tuple[list[str], Bars]]] = {
 def report(found: dict[str, Any]) -> tuple[str, list[str]]:
     """Return the text of docs/benchmarks.md, and the names of the missed limits.
 
-    :param found: The results by name of the part. The text has only the sections of these parts.
+    :param found: The results by name of the part. The text contains only the sections of these
+        parts.
     """
     lines: list[str] = []
     bars: Bars = []
@@ -515,7 +516,7 @@ def main() -> int:
         choices=[*PARTS, []],  # argparse checks an empty list against the choices
         metavar="PART",
         help=f"measure only these parts ({', '.join(PARTS)}), and read the other parts from "
-        "the cache. If the cache lacks a part, print the results and write no page. "
+        "the cache. If the cache lacks a part, print the results and do not write the page. "
         "Default: all parts.",
     )
     wanted = parser.parse_args().parts or list(PARTS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Options of the fuzz tests."""
+"""Options for the fuzz tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fuzz")
     group.addoption("--inputs", type=int, help="number of inputs for each parser (default 2000)")
     group.addoption("--seed", type=int, default=1, help="seed of the mutations")
-    group.addoption("--keep", action="store_true", help="add the input of each fault to corpus/")
+    group.addoption("--keep", action="store_true", help="add each fault's input to corpus/")
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * Feed inputs to the C parsers. test_native.py links this file with the plugin's files and with the
- * address and undefined behaviour sanitizers, which abort the program at an invalid access.
+ * address and undefined behaviour sanitizers, which abort the program after an invalid access.
  *
- * argv[1] is an empty directory. Each input on stdin is a parser's number and the input's size, as
- * two 32-bit words, and the bytes. The program writes one byte after each input. SIGPROF kills it if
- * an input takes more than a second of CPU time.
+ * argv[1] is an empty directory. Each input on stdin consists of two 32-bit words, which are the
+ * parser's number and the size of the data, and of the data. The program writes one byte after each
+ * input. SIGPROF kills the program if an input takes more than a second of CPU time.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -28,7 +28,7 @@ static FILE *smaps;
 FILE *__real_fopen(const char *path, const char *mode);
 FILE *__wrap_fopen(const char *path, const char *mode);
 
-/* pf_ranges_learn() reads /proc/self/smaps; let it read the input instead. */
+/* Make pf_ranges_learn() read the input instead of /proc/self/smaps. */
 FILE *__wrap_fopen(const char *path, const char *mode)
 {
 	if (smaps && !strcmp(path, "/proc/self/smaps")) {
@@ -49,7 +49,7 @@ static void put(const char *name, const char *text, size_t size)
 	close(fd);
 }
 
-/* Write the parts of the input, which lines "--" separate, to files. */
+/* Write the parts of the input, which "--" lines separate, to files. */
 static void put_parts(const char *text, size_t size, const char *const *names)
 {
 	for (; *names; names++) {
@@ -182,7 +182,7 @@ int main(int argc, char **argv)
 	directory = open(".", O_RDONLY | O_DIRECTORY);
 	make_directories();
 	while (fread(head, sizeof(head), 1, stdin) == 1) {
-		/* No terminating zero: the sanitizer finds reads behind the input. */
+		/* No terminating zero, so that the sanitizer detects reads beyond the input. */
 		char *text = malloc(head[1] ? head[1] : 1);
 
 		if (!text || head[0] >= sizeof(parsers) / sizeof(*parsers) ||

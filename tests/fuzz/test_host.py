@@ -119,12 +119,12 @@ socket:[23144]
 
 
 def text(parse: Callable[[str], object]) -> Callable[[bytes], object]:
-    """Return a function that decodes an input like a file of /proc and parses it."""
+    """Return a function that decodes an input like a /proc file and parses it."""
     return lambda data: parse(data.decode("utf-8", "surrogateescape"))
 
 
 def two(parse: Callable[[str, str], object]) -> Callable[[bytes], object]:
-    """Return a function that parses the two texts around the line ``--``."""
+    """Return a function that parses the two texts around a ``--`` line."""
 
     def both(data: bytes) -> object:
         first, _, second = data.decode("utf-8", "surrogateescape").partition("--\n")
@@ -221,7 +221,7 @@ SEPARATOR = b"\n==\n"
 
 
 def read_everything() -> None:
-    """Read all files of the simulated host as a run does."""
+    """Read all files of the simulated host, as a run does."""
     process = Process.find(7)
     process.status()
     procfs.thread_map(process)
@@ -253,7 +253,7 @@ def redirect(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_source, "NODES", base / "node")
     monkeypatch.setattr(memory_source, "MIN_FREE", base / "min_free")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
-    # Otherwise every mapping on a tmpfs of this machine walks that file system.
+    # Otherwise the code would walk this machine's file systems for every mapping on a tmpfs.
     monkeypatch.setattr(memory_source, "MAX_FILES", 3)
 
 
@@ -322,7 +322,7 @@ FILTERS = (
 
 
 def test_seccomp_filters(check: Check) -> None:
-    """Check that denied() only returns names of the calls that it was given."""
+    """Check that denied() returns only names of calls passed to it."""
     calls = [*required_calls([5, -1], area=1 << 44, gadget=7), *optional_calls(area=1 << 44)]
     names = {call.number.name for call in calls}
 
@@ -333,7 +333,7 @@ def test_seccomp_filters(check: Check) -> None:
 
 
 def elf(kind: int, *segments: tuple[int, bytes]) -> bytes:
-    """Return a 64-bit ELF file with these segments, each a type and its contents."""
+    """Return a 64-bit ELF file with these segments (type and contents)."""
     header = struct.pack("<HHIQQQIHHHHHH", kind, 62, 1, 0, 64, 0, 0, 64, 56, len(segments), 0, 0, 0)
     at, table, contents = 64 + 56 * len(segments), b"", b""
     for type_, content in segments:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Fuzz domain XML, and the configuration of the hook."""
+"""Fuzz domain XML and the hook's configuration."""
 
 from __future__ import annotations
 

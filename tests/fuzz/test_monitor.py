@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Fuzz texts of the human monitor, decoded QMP answers, and QMP sessions."""
+"""Fuzz output of the human monitor, decoded QMP replies, and QMP sessions."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ DATA = Path(__file__).parents[1] / "data" / "monitor"
 
 
 def capture(path: Path) -> dict[str, str]:
-    """Return the answers of a captured session, as a mapping from commands."""
+    """Return the replies in a captured session, as a mapping from commands."""
     parts = re.split(r"^### (?:HMP|QMP) (.*)\n", path.read_text(), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=False))
 
@@ -88,7 +88,7 @@ def test_text(target: Target, check: Check) -> None:
 
 
 class Answers(Monitor):
-    """A monitor without a connection that answers each command with a given value."""
+    """A monitor without a connection that returns a given reply to each command."""
 
     def __init__(self, answers: Mapping[str, object]) -> None:
         self.address = "answers"
@@ -115,7 +115,7 @@ class Answers(Monitor):
         return self._answers[key]
 
     def _gpa2hva(self, gpa: int) -> object:
-        """Return the answer to ``gpa2hva`` that agrees with the other answers."""
+        """Return the reply to ``gpa2hva`` that agrees with the other replies."""
         given = self._answers.get("gpa2hva")
         if given is not None:
             return given
@@ -139,7 +139,7 @@ class Answers(Monitor):
 
 @pytest.fixture
 def loop() -> Iterator[asyncio.Runner]:
-    """Yield a runner whose event loop all inputs of a test use."""
+    """Yield a runner whose event loop is used for all inputs of a test."""
     with asyncio.Runner() as runner:
         yield runner
 
@@ -149,9 +149,9 @@ def answers(
     parse: Callable[[Monitor], Coroutine[Any, Any, object]],
     kind: type[Answers] = Answers,
 ) -> Callable[[bytes], object]:
-    """Return a function that passes the answers in an input to ``parse``.
+    """Return a function that passes the replies in an input to ``parse``.
 
-    The input is a JSON object with one answer for each command.
+    The input is a JSON object with one reply for each command.
     """
 
     def run(data: bytes) -> object:
@@ -172,7 +172,7 @@ VCPUS = [
 
 
 def state_of(found: Mapping[str, str]) -> dict[str, object]:
-    """Return the answers from which :func:`read_vm_state` reads a captured machine."""
+    """Return the replies from which :func:`read_vm_state` reads a captured machine."""
     document: dict[str, object] = {
         "query-kvm": {"enabled": True, "present": True},
         "query-cpus-fast": VCPUS,
@@ -188,7 +188,7 @@ def state_of(found: Mapping[str, str]) -> dict[str, object]:
         document[command] = answer
         if command.startswith("query"):
             document[command] = json.loads(answer)["return"]
-        elif command == "info mtree -f":  # the other views take most of the time
+        elif command == "info mtree -f":  # the other views would take most of the time
             document[command] = answer[answer.index("FlatView") :]
     return document
 
@@ -243,7 +243,7 @@ JOBS = {
 
 
 class FinishedJobs(Answers):
-    """A monitor on which every job ends immediately."""
+    """A monitor on which every job finishes immediately."""
 
     @contextlib.contextmanager
     def events(self, *names: str) -> Iterator[EventStream]:
@@ -315,7 +315,7 @@ def mutate_session(rng: random.Random, pool: Sequence[bytes]) -> bytes:
 async def session(data: bytes) -> None:
     """Run two commands against a peer that sends the input and closes the connection.
 
-    After each of the first four lines, the peer waits up to 2 ms for a request.
+    After each of the first four lines, the peer waits for a request for up to 2 ms.
     """
     ours, theirs = socket.socketpair()
     ours.setblocking(False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Fuzz the C parsers of the plugin, with the sanitizers of the compiler."""
+"""Fuzz the plugin's C parsers with the compiler's sanitizers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Check = Callable[[Target], None]
 
 HERE = Path(__file__).parent
 SANITIZE = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-#: Bytes. A batch takes 5 ms or more, so a longer input takes minutes.
+#: The maximum size in bytes. A batch takes at least 5 ms, so a longer input would take minutes.
 LONGEST_REQUEST = 2048
-#: The files of the plugin that have these parsers, and what they need.
+#: The plugin's files that contain these parsers, and the files on which they depend.
 PARTS = ("guest_ranges", "host_ranges", "options", "os")
-#: Seconds of wall-clock time for an answer: the program limits its CPU time itself.
+#: The wall-clock limit for a reply in seconds. The program itself limits its CPU time.
 ANSWER_SECONDS = 120
 
 CGROUP = b"12:memory,hugetlb:/machine/a b\n4:cpu:/x\n0::/machine.slice/vm.scope\n"
@@ -60,11 +60,11 @@ INPUTS: dict[str, list[bytes]] = {
 
 
 class CrashError(Exception):
-    """An error because the program exited or did not answer."""
+    """An error because the program exited or did not reply."""
 
 
 class Program:
-    """The program of native_parsers.c, which is started again after a crash."""
+    """The native_parsers.c program, which is restarted after a crash."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -88,7 +88,7 @@ class Program:
     def feed(self, number: int, data: bytes) -> None:
         """Feed an input to a parser.
 
-        :raises CrashError: If the program ends.
+        :raises CrashError: If the program exits.
         """
         if self._process is None:
             self._process = self._start()
@@ -102,7 +102,7 @@ class Program:
             raise CrashError(f"status {status}\n{self._message}")
 
     def stop(self) -> int | None:
-        """End the program, and return its exit status."""
+        """Stop the program, and return its exit status."""
         if self._process is None:
             return None
         with contextlib.suppress(BrokenPipeError):
@@ -147,7 +147,7 @@ REQUESTS = (
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # The address sanitizer's memory must not be populated by a request.
+    # A request must not populate the address sanitizer's memory.
     source = HERE.parent / "unit" / "plugin_socket.c"
     output = tmp_path_factory.mktemp("fuzz") / "serve"
     flags = ("-g", "-fsanitize=undefined", "-fno-sanitize-recover=all")
@@ -155,7 +155,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def converse(client: socket.socket, data: bytes) -> bytes:
-    """Send requests and read the answers concurrently, as the plugin does."""
+    """Send requests and read the replies concurrently, as the tool does."""
     client.setblocking(False)
     answers, part = b"", b"-"
     if not data:
@@ -165,7 +165,7 @@ def converse(client: socket.socket, data: bytes) -> bytes:
             [client], [client] if data else [], [], ANSWER_SECONDS
         )
         if not readable and not writable:
-            raise CrashError(f"no answer for {ANSWER_SECONDS} s")
+            raise CrashError(f"no reply for {ANSWER_SECONDS} s")
         if writable:
             data = data[client.send(data) :]
             if not data:
@@ -177,7 +177,7 @@ def converse(client: socket.socket, data: bytes) -> bytes:
 
 
 def test_requests(server: Path, tmp_path: Path, check: Check) -> None:
-    """Check that a client cannot crash or block the plugin, and gets lines of JSON."""
+    """Check that a client cannot crash or block the plugin, and that it gets JSON."""
     path = tmp_path / "control"
     prlimit = shutil.which("prlimit")
     if prlimit is None:

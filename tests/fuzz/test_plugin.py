@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Fuzz the answers of the plugin's control socket."""
+"""Fuzz the replies from the plugin's control socket."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def lines(*documents: object) -> bytes:
     return b"".join(json.dumps(document).encode() + b"\n" for document in documents)
 
 
-#: The answers to the requests of :func:`client`, in order.
+#: The replies to the requests of :func:`client`, in order.
 SEEDS = [
     lines(STATUS, STATUS, {"ok": True}, {"progress": 4096}, DONE),
     lines(STATUS, STATUS | {"held": "migration"}, {"ok": True}, EVENT, DONE),
@@ -49,7 +49,7 @@ SEEDS = [
 
 
 class Plugin:
-    """A server that answers with the lines of an input."""
+    """A server that replies with the lines of an input."""
 
     def __init__(self) -> None:
         self.data = b""
@@ -67,7 +67,7 @@ class Plugin:
 
 
 async def client(socket: Path) -> None:
-    """Connect, and use the answers as a run, ``--follow`` and ``libvirt status`` do."""
+    """Connect, and use the replies as a run, ``--follow`` and ``libvirt status`` do."""
     process = Process(os.getpid(), 0)
     agent = PluginAgent(process, socket, [VcpuThread(8, 9, 0)])
     try:

@@ -34,7 +34,7 @@ from qemu_prefault_lab.machine import kvm_can_prefault
 
 pytestmark = pytest.mark.lab
 
-# Query KVM_CAP_PRE_FAULT_MEMORY without using this package.
+# Query KVM_CAP_PRE_FAULT_MEMORY without this project's code.
 ASK_CAPABILITY = "import fcntl, os; print(fcntl.ioctl(os.open('/dev/kvm', os.O_RDWR), 0xAE03, 236))"
 
 
@@ -46,10 +46,7 @@ def lab() -> Iterator[Lab]:
 
 @pytest.fixture(params=["nested", "local"])
 def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
-    """Yield L1 or this host.
-
-    The tests must pass on both kinds of machine.
-    """
+    """Yield L1 or this host, because the tests must pass on both kinds of machine."""
     if request.param == "nested":
         yield request.getfixturevalue("lab")
     elif not kvm_can_prefault():
@@ -175,7 +172,7 @@ class TestFiles:
 class TestLost:
     """Tests that lose L1.
 
-    Their commands never end, so the lab must detect the loss.
+    The tests' commands never exit on their own, so the lab must detect the loss.
     """
 
     def test_kernel_panic_is_reported_with_the_console(self) -> None:
@@ -186,13 +183,13 @@ class TestLost:
     def test_silent_command_server(self) -> None:
         with Lab.start("trixie", heartbeat_limit=5) as lab, pytest.raises(LabLostError) as caught:
             lab.run(["sh", "-c", "kill -STOP $PPID; sleep 1000"])
-        assert "nothing heard from L1's command server" in caught.value.cause
+        assert "no message from L1's command server" in caught.value.cause
 
     def test_killed_qemu(self) -> None:
         with Lab.start("trixie") as lab, pytest.raises(LabLostError) as caught:
             os.kill(lab.qemu_pid, signal.SIGKILL)
             lab.run(["sleep", "1000"])
-        assert "QEMU ended with status -9" in caught.value.cause
+        assert "QEMU exited with status -9" in caught.value.cause
         assert caught.value.qemu_status == -signal.SIGKILL
 
     def test_commands_after_a_loss_fail_fast(self) -> None:
@@ -255,7 +252,7 @@ class TestSnapshot:
     [
         ("trixie", True, 1),
         ("trixie", False, 0),  # shadow paging, but the ioctl needs the TDP MMU
-        ("bookworm", True, 0),  # a kernel older than Linux 6.11
+        ("bookworm", True, 0),  # Linux before 6.11
         ("sid", True, 1),
     ],
 )

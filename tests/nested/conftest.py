@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Fixtures for tests with the real ioctl, in the lab or on a host that has it."""
+"""Fixtures for tests with the real ioctl, in the lab or on a capable host."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--agents", help="a list of agents to test, from attach,plugin,qmp (default: attach)"
     )
-    parser.addoption("--seed", type=int, default=0, help="seed of random times (0 is random)")
+    parser.addoption("--seed", type=int, default=0, help="seed of random choices (0: random)")
     parser.addoption("--minutes", type=float, default=2, help="duration of a soak")
     parser.addoption("--iteration", type=int, help="run only this iteration of a soak")
-    parser.addoption("--ledger", type=Path, help="file of results, from which a soak resumes")
+    parser.addoption("--ledger", type=Path, help="file with results, from which a soak resumes")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -46,9 +46,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """Print and return the seed for random times.
+    """Print and return the seed of the test's random delays and choices.
 
-    Without ``--seed``, it is random.
+    Without ``--seed``, the seed itself is random.
     """
     wanted: int = request.config.getoption("seed")
     value = wanted or random.SystemRandom().getrandbits(32)
@@ -58,7 +58,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(autouse=True)
 def agent(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Make the test's guests use one of the agents that ``--agents`` selects."""
+    """Run the test with one of the agents that ``--agents`` selects."""
     name: str = getattr(request, "param", "attach")
     before = Defaults(defaults.qemu, defaults.plugin)
     if name == "plugin":
@@ -73,7 +73,7 @@ def agent(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def four_kilobyte_pages() -> Iterator[None]:
-    """Disable 2 MiB pages, with which guests take too few faults for a comparison."""
+    """Disable 2 MiB pages, because guests with them take too few faults to compare."""
     before = thp("never")
     yield
     thp(before)
@@ -90,10 +90,10 @@ def set_thp() -> Iterator[SetThp]:
 def make_saved_state(
     four_kilobyte_pages: None, tmp_path_factory: pytest.TempPathFactory
 ) -> MakeSavedState:
-    """Return a function that saves a guest with a workload and returns its file.
+    """Return a function that saves a guest with a workload and returns the file.
 
-    The function boots and saves each kind of guest once for each QEMU. The patched QEMU cannot
-    restore a state of Debian's QEMU, because it has fewer devices.
+    The function boots and saves each kind of guest once per QEMU, because the patched QEMU, which
+    has fewer devices, cannot restore a guest that Debian's QEMU has saved.
     """
     states: dict[tuple[int, int, bool, str], Path] = {}
 
@@ -134,7 +134,7 @@ def make_restored_guest(make_saved_state: MakeSavedState) -> Iterator[MakeGuest]
         guest.kill()
 
 
-# --- fixtures for libvirt, which is only in the lab's variant "libvirt" ---
+# --- fixtures for libvirt, which only the lab's "libvirt" variant contains ---
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def libvirtd() -> Iterator[Libvirtd]:
 
 @pytest.fixture
 def make_domain(libvirtd: Libvirtd) -> Iterator[MakeDomain]:
-    """Return a function that makes domains whose guests write some memory."""
+    """Return a function that defines domains whose guests write some memory."""
     from qemu_prefault_lab.libvirtd import LabDomain  # noqa: PLC0415
     from support.libvirt import WORKLOAD_MIB  # noqa: PLC0415
 

@@ -19,7 +19,7 @@ from support.tool import Tool
 pytestmark = pytest.mark.conformance
 
 AreaResults = Callable[[str], list[CaseResult]]
-#: The cases that ``make test`` runs with an ioctl that does nothing: a few fast cases of each kind.
+#: The cases that ``make test`` runs with a no-op ioctl: a few fast cases of each kind.
 QUICK_MUTATION = ("mapping/4k", "mapping/memfd", "level/", "vcpu/never", "state/cpuid")
 AREA_MARKS = {
     "mapping": pytest.mark.every_kernel,
@@ -30,7 +30,7 @@ AREA_MARKS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def this_host(four_kilobyte_pages: None) -> Iterator[HostFacts]:
-    """Enable huge pages of each size and KSM, and return the facts about this host."""
+    """Enable huge pages of each size and KSM, and return this host's properties."""
     with prepared():
         yield read_host_facts()
 
@@ -88,7 +88,7 @@ def test_command_line() -> None:
     assert "2 cases" in result.stdout
 
 
-# Check that the suite detects an ioctl that does nothing. The kernel's own selftest does not.
+# Check that the suite detects a no-op ioctl, which the kernel's own selftest does not detect.
 
 
 def do_nothing(self: KvmVcpu, gpa: int, size: int, **_: object) -> IoctlResult:

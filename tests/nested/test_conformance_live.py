@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test on any KVM that a running Linux guest keeps running and keeps its memory.
+"""Test on any KVM that a running Linux guest continues to run and keeps its memory.
 
-On old kernels and with ``npt=0``, KVM does not support the ioctl. There, the tests check the error
-and the effect of ``--populate-only``. They also check that the refused run has no side effects.
+Before Linux 6.11 and with ``npt=0``, KVM does not support the ioctl. In these cases, the tests
+check the error, the effect of ``--populate-only``, and that a refused run has no side effects.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ALLOC_MIB = 64
 
 
 def minor_faults(guest: Guest) -> int:
-    """Return the number of QEMU's page faults on the host, including those in KVM."""
+    """Return the number of page faults that QEMU took on the host, also in KVM."""
     fields = Path(f"/proc/{guest.pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[7])
 
@@ -49,7 +49,7 @@ def test_running_guest_keeps_memory(smp: int) -> None:
 
 
 @pytest.mark.shadow_paging
-@pytest.mark.skipif(OFFERED, reason="KVM_PRE_FAULT_MEMORY works here")
+@pytest.mark.skipif(OFFERED, reason="this KVM has KVM_PRE_FAULT_MEMORY")
 def test_refusal_leaves_no_trace() -> None:
     with Guest(machine="microvm", memory_mib=192, workload_mib=16) as guest:
         guest.wait_ready()
@@ -66,7 +66,7 @@ def test_refusal_leaves_no_trace() -> None:
 
 
 def host_faults_of_new_memory(populate: bool) -> tuple[int, int]:
-    """Let a guest use 64 MiB of new memory and return the host and stage-2 faults."""
+    """Let a guest write 64 MiB of new memory and return the host and stage-2 faults."""
     with Guest(machine="microvm", memory_mib=256) as guest:
         guest.wait_ready()
         if populate:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the lab's L2 guests, which the other tests of this directory use."""
+"""Test the lab's L2 guests, which the other tests in this directory use."""
 
 from __future__ import annotations
 

@@ -49,28 +49,25 @@ class Migration:
         self.source.qmp("migrate-set-parameters", max_bandwidth=1 << 40, downtime_limit=20_000)
 
     def start_tool(self, *options: str) -> Tool:
-        """Start the tool on the destination, and wait until it is ready for the guest."""
+        """Start the tool on the destination, and wait until the tool is ready."""
         return start_incoming_tool(self.target, *options)
 
     def start(self) -> None:
         self.source.qmp("migrate", uri=self.uri)
 
     def finish(self) -> None:
-        """Wait until the migration has completed and the destination has the guest."""
+        """Wait until the source has completed the migration."""
         wait_migrated(self.source)
 
     def faults(self) -> int:
-        """Let the guest write each page on the destination and return its faults there."""
+        """Wait for the guest's passes to end and return its faults on the destination."""
         assert self.target.command("stop")["bad"] == 0
         check_memory(self.target)
         return faults(self.target)
 
 
 class MakeMigration(Protocol):
-    """A function that makes a migration.
-
-    The options apply to the destination's QEMU.
-    """
+    """A function that prepares a migration, with options for the destination's QEMU."""
 
     def __call__(self, **options: Unpack[GuestOptions]) -> Migration: ...
 
@@ -178,7 +175,7 @@ def test_guest_starts_if_prefaulting_tool_dies(make_migration: MakeMigration) ->
     tool = migration.start_tool("--chunk", "4096")
     migration.start()
     migration.finish()
-    wait_for(lambda: migration.target.stats()["pages_4k"] > 1000, "a tool that prefaults")
+    wait_for(lambda: migration.target.stats()["pages_4k"] > 1000, "the tool prefaults")
     tool.send_signal(signal.SIGKILL)
     migration.target.wait_event("RESUME")
     assert migration.target.command("stop")["bad"] == 0
@@ -192,7 +189,7 @@ def test_resume_during_prefault_fails(make_migration: MakeMigration) -> None:
     tool = migration.start_tool("--chunk", "4096")
     migration.start()
     migration.finish()
-    wait_for(lambda: migration.target.stats()["pages_4k"] > 1000, "a tool that prefaults")
+    wait_for(lambda: migration.target.stats()["pages_4k"] > 1000, "the tool prefaults")
     migration.target.qmp("cont")
     result = tool.finish()
     assert result.status == 1
@@ -203,9 +200,9 @@ def test_resume_during_prefault_fails(make_migration: MakeMigration) -> None:
 
 @pytest.mark.full
 def test_cont_before_arrival(make_migration: MakeMigration) -> None:
-    """Run `cont` while the tool waits for the guest.
+    """Run ``cont`` while the tool waits for the guest.
 
-    `cont` cancels the tool's `stop`, so the tool prefaults the guest while the guest runs.
+    ``cont`` cancels the tool's ``stop``, so the tool prefaults the guest while the guest runs.
     """
     migration = make_migration()
     tool = migration.start_tool()
@@ -222,9 +219,9 @@ def test_cont_before_arrival(make_migration: MakeMigration) -> None:
 
 @pytest.mark.full
 def test_unresponsive_qemu_is_waited_for(make_migration: MakeMigration) -> None:
-    """Stop QEMU for more than 30 s, the tool's usual time limit for an answer.
+    """Stop QEMU for more than 30 s, the tool's usual time limit for a reply.
 
-    QEMU may not answer for minutes while it loads a guest from a slow file.
+    QEMU may not reply for minutes while it loads a guest from a slow file.
     """
     migration = make_migration()
     tool = migration.start_tool()
@@ -266,7 +263,7 @@ def test_restore_from_file(
 
 
 def test_loadvm(tmp_path: Path) -> None:
-    """Prefault after `loadvm`, which resets the machine and drops the stage-2 tables."""
+    """Prefault after ``loadvm``, which resets the machine and drops stage-2 tables."""
     with Guest(workload_mib=WORKLOAD_MIB, memory_mib=MEMORY_MIB) as guest:
         add_disk(guest, tmp_path / "disk")
         guest.wait_ready()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that a run reports events that disturb it, and that QEMU does not hang."""
+"""Test that a run reports interfering events, and that QEMU does not hang."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class ThrottledRun:
         while guest.stats()["pages_4k"] < pages:
             assert self._tool.running(), self._tool.finish()
             assert time.monotonic() < deadline, "the run made no progress"
-        # A patched QEMU has no helpers. Its vCPU threads prefault.
+        # A patched QEMU has no helpers, because its vCPU threads prefault.
         others = [tid for tid in thread_names(guest.pid) if tid != guest.pid]
         for tid in helper_threads(guest.pid) if agent == "attach" else others:
             os.setpriority(os.PRIO_PROCESS, tid, 19)
-        # Load each CPU, so that the threads above get a 70th of its time.
+        # Load each CPU, so that these threads get about 1/70 of the CPU time.
         self._competitors = [
             subprocess.Popen(["taskset", "--cpu-list", str(cpu), "sh", "-c", "while :; do :; done"])
             for cpu in os.sched_getaffinity(0)
@@ -51,12 +51,12 @@ class ThrottledRun:
         self._tool.send_signal(number)
 
     def finish(self) -> Result:
-        """Let the run continue at full speed, and wait until it ends."""
+        """Let the run continue at full speed, and wait until the tool exits."""
         self.close()
         return self._tool.finish()
 
     def wait(self) -> Result:
-        """Wait until the slow run ends by itself, before it has prefaulted everything."""
+        """Wait until the tool exits on its own, before it has prefaulted all memory."""
         return self._tool.finish()
 
     def close(self) -> None:
@@ -84,7 +84,7 @@ def throttled_run(agent: str) -> Iterator[StartRun]:
 
 
 def check_usable(guest: Guest) -> None:
-    """Check that the helpers have exited and that a new run completes."""
+    """Check that the helpers have exited and that another run completes."""
     wait_clean(guest.pid)
     again = prefault(guest)
     assert again.status == 0, again.stderr
@@ -143,7 +143,7 @@ def test_migration_started(
     options: tuple[str, ...],
     throttled_run: StartRun,
 ) -> None:
-    """Check that the tool does not start a guest while the guest is migrated away."""
+    """Check that the tool does not start a guest while the guest is migrating away."""
     guest = make_restored_guest()
     run = throttled_run(guest, *options)
     guest.qmp("migrate-set-parameters", max_bandwidth=1 << 16)
@@ -203,10 +203,7 @@ def test_dimm_plugged(throttled_run: StartRun) -> None:
 def test_stopped_tool_loses_helpers(
     make_restored_guest: MakeGuest, throttled_run: StartRun
 ) -> None:
-    """Stop the tool with SIGSTOP.
-
-    Its helpers must exit after ``Limits.dead_man``.
-    """
+    """Stop the tool with SIGSTOP, after which its helpers must exit (``Limits.dead_man``)."""
     guest = make_restored_guest()
     run = throttled_run(guest)
     run.send_signal(signal.SIGSTOP)
@@ -246,7 +243,7 @@ def stale_root(guest: Guest) -> Result:
     for value in ("0x0", "0x3"):
         guest.hmp("o /w 0xcf8 0x80001004")
         guest.hmp(f"o /h 0xcfc {value}")
-    assert guest.stats()["pages_4k"] < 1000, "the slot deletion was to drop the tables"
+    assert guest.stats()["pages_4k"] < 1000, "deleting the slot did not drop the tables"
     return prefault(guest, "--range", "1M+64M")
 
 
@@ -255,7 +252,7 @@ def stale_root(guest: Guest) -> Result:
 def test_stale_root_is_reported() -> None:
     """Check that the tool detects a kernel that retries forever on an obsolete root.
 
-    Linux v6.15 fixes this bug (commit 20a6cff3b283).
+    Linux 6.15 fixes this kernel bug (commit 20a6cff3b283).
     """
     with Guest(machine="pc", paused=True, args=["-device", "VGA,addr=2"]) as guest:
         guest.hmp("o /w 0xcf8 0x80001010")

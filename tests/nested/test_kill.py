@@ -2,7 +2,7 @@
 """Test that killing the tool at random times leaves no helpers in QEMU.
 
 ``--kills`` sets the number of kills. The default is 100, and ``make test-full`` uses 1,000.
-``--seed`` repeats the random times of an earlier run of the test.
+``--seed`` repeats the random delays of an earlier run of the test.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def test_kill_at_random_moments(request: pytest.FixtureRequest, seed: int) -> No
     args = ["-object", f"memory-backend-memfd,id=spare,size={SPARE}"]
     args += ["-device", "nvdimm,memdev=spare"]
     run = ("--populate", "all")
-    moments = random.Random(seed)
-    # This machine may have memory above 4 GiB, so Linux reserves 64 MiB for DMA bounce buffers.
+    rng = random.Random(seed)
+    # The guest's machine may have memory above 4 GiB, so Linux reserves 64 MiB for bounce buffers.
     with Guest(
         machine="pc,nvdimm=on",
         memory_mib=192,
@@ -74,9 +74,9 @@ def test_kill_at_random_moments(request: pytest.FixtureRequest, seed: int) -> No
             punch_spare_memory(guest)
             tool = start_tool(guest, *run)
             begun = time.monotonic()
-            if tool.running(moments.uniform(0, duration)):
+            if tool.running(rng.uniform(0, duration)):
                 killed += 1
-            else:  # this run was faster than the first one, and ended before it was killed
+            else:  # this run was faster than the first run, and ended before the kill
                 duration = time.monotonic() - begun
             tool.send_signal(signal.SIGKILL)
             assert not tool.running(10)
@@ -93,7 +93,7 @@ def test_kill_at_random_moments(request: pytest.FixtureRequest, seed: int) -> No
         final = guest.command("stop")
         print(f"{killed} of {kills} runs killed, {resumed_by_guard} while paused; {final}")
         print(f"mean seconds: run {duration:.2f}, until resumed {resuming / kills:.2f}, ", end="")
-        print(f"until the helpers had exited {leaving / kills:.2f}")
+        print(f"until the helpers have exited {leaving / kills:.2f}")
         assert final["bad"] == 0 and float(final["passes"]) > 0
         assert killed >= kills // 2
         assert prefault(guest, *run).status == 0

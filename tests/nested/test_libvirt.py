@@ -42,7 +42,7 @@ from support.libvirt import (
 
 pytestmark = pytest.mark.libvirt
 
-full = pytest.mark.full  # only in make test-full, because starting a domain takes seconds
+full = pytest.mark.full  # runs only in make test-full, because starting a domain takes seconds
 
 
 # --- the plugin in a domain ---
@@ -152,8 +152,8 @@ def test_hook_timeout_hands_over(
     write_hook_config('[default]\nrestore = "now"\nwait = 0.001\n')
     guest.start()
     wait_until(lambda: syslog.lines("verified") or syslog.lines("prefaulted"), "its report")
-    assert syslog.lines("the time limit passed"), syslog.lines()
-    assert syslog.lines("handed over"), syslog.lines()
+    assert syslog.lines("the time limit expired"), syslog.lines()
+    assert syslog.lines("passed the prefault to"), syslog.lines()
     guest.check_memory()
 
 
@@ -199,7 +199,7 @@ def test_guest_starts_with_broken_config(
 def test_libvirtd_restart_keeps_guest(
     make_domain: MakeDomain, write_hook_config: WriteHookConfig, syslog: Syslog, libvirtd: Libvirtd
 ) -> None:
-    """Check that guests keep running when libvirtd calls the hook with "reconnect"."""
+    """Check that guests continue to run if libvirtd calls the hook with reconnect."""
     write_hook_config('[default]\nrestore = "now"\nstart = "follow"\n')
     guest = make_domain("stays")
     guest.start()
@@ -242,7 +242,7 @@ def test_probe_reports_missing_apparmor_rule(make_domain: MakeDomain) -> None:
         assert findings["apparmor"]["verdict"] == "no"
         assert RULE_TEXT.strip() in findings["apparmor"]["remedy"]
         assert done.returncode == 4
-        # QEMU starts even without the rule.
+        # QEMU starts even if the rule is missing.
         guest.start()
         guest.wait_ready()
     finally:
@@ -330,7 +330,7 @@ def test_watch_acts_and_exports_metrics(
     )  # fmt: skip
 
     try:
-        wait_until(lambda: "qemu_prefault_libvirt_up 1.0" in read_metrics(), "it is connected")
+        wait_until(lambda: "qemu_prefault_libvirt_up 1.0" in read_metrics(), "the daemon connects")
         guest = make_domain("fleet", workload_mib=0)
         guest.start()
         guest.wait_ready()
@@ -339,7 +339,7 @@ def test_watch_acts_and_exports_metrics(
         assert 'qemu_prefault_stage2_faults_total{domain="fleet"}' in read_metrics()
         libvirtd.restart()
         guest.destroy()
-        wait_until(lambda: 'faults_total{domain="fleet"}' not in read_metrics(), "it is removed")
+        wait_until(lambda: 'faults_total{domain="fleet"}' not in read_metrics(), "metrics removed")
     finally:
         child.terminate()
         _, log = child.communicate(timeout=30)
@@ -368,7 +368,7 @@ def test_watch_writes_textfile(make_domain: MakeDomain, tmp_path: Path) -> None:
         with path.open() as first:
             inode = os.fstat(first.fileno()).st_ino
             wait_until(lambda: path.stat().st_ino != inode, "the file is replaced")
-            # The tool replaces the file instead of overwriting it, so a reader sees one version.
+            # The tool replaces the file instead of overwriting it, so readers see a complete file.
             assert ("qemu_prefault_libvirt_up", "") in samples(first.read())
         values = samples(path.read_text())
         assert values["qemu_prefault_libvirt_up", ""] == 1
@@ -377,5 +377,5 @@ def test_watch_writes_textfile(make_domain: MakeDomain, tmp_path: Path) -> None:
     finally:
         child.terminate()
         assert child.wait(60) == 0
-    # The tool must remove the file, so that no reader uses outdated figures.
+    # The tool must remove the file, so that no reader uses outdated metrics.
     assert list(tmp_path.iterdir()) == []

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Measure a guest's faults at each lifecycle event, for each way to prefault it.
+"""Measure a guest's faults at each lifecycle event, with each method of prefaulting.
 
-A table of docs/usage/libvirt.md shows the results. The number of faults is KVM's ``pf_taken``. Each
+docs/usage/libvirt.md shows the results in a table. The number of faults is KVM's ``pf_taken``. Each
 guest writes 64 MiB of 4K pages, which causes 16,384 faults without prefaulting. The tests print
-each row of the table as a line ``libvirt-table: MOMENT | ROUTE | FAULTS``.
+each value of the table in a line ``libvirt-table: EVENT | METHOD | FAULTS | NOTE``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ VERIFIED = "verified: all"
 
 
 class ReportRow(Protocol):
-    def __call__(self, moment: str, route: str, faults: int, note: str = "") -> None: ...
+    def __call__(self, event: str, method: str, faults: int, note: str = "") -> None: ...
 
 
 HookCalls = Callable[[], list[str]]
@@ -49,34 +49,28 @@ HookCalls = Callable[[], list[str]]
 
 @pytest.fixture
 def report_row(capsys: pytest.CaptureFixture[str]) -> ReportRow:
-    """Return a function that prints a row of the table."""
+    """Return a function that prints one value of the table."""
 
-    def report(moment: str, route: str, faults: int, note: str = "") -> None:
+    def report(event: str, method: str, faults: int, note: str = "") -> None:
         with capsys.disabled():
-            print(f"\nlibvirt-table: {moment} | {route} | {faults:,} | {note}")
+            print(f"\nlibvirt-table: {event} | {method} | {faults:,} | {note}")
 
     return report
 
 
-def make_routed_domain(
-    make_domain: MakeDomain, route: str, name: str, **options: Unpack[DomainOptions]
+def make_prepared_domain(
+    make_domain: MakeDomain, method: str, name: str, **options: Unpack[DomainOptions]
 ) -> LabDomain:
-    """Make a domain.
-
-    If the route is ``plugin``, enable the plugin in it.
-    """
+    """Define a domain, and enable the plugin in it if the method is ``plugin``."""
     guest = make_domain(name, **options)
-    if route == PLUGIN:
+    if method == PLUGIN:
         tool_output("libvirt", "enable", name)
     return guest
 
 
 @pytest.fixture
 def hook_calls() -> Iterator[HookCalls]:
-    """Return a function that lists libvirt's calls of hooks.
-
-    An extra hook logs them.
-    """
+    """Return a function that lists libvirt's calls to hooks, which an extra hook logs."""
     script = Path("/") / HOOK_FILE.with_name("99-calls")
     log = Path("/run/hook-calls")
     log.write_text("")
@@ -91,10 +85,10 @@ def hook_calls() -> Iterator[HookCalls]:
     log.unlink()
 
 
-def start_timed(guest: LabDomain, route: str) -> float:
-    """Start the domain with the route's command and return the elapsed seconds."""
+def start_timed(guest: LabDomain, method: str) -> float:
+    """Start the domain with the method's command and return the elapsed seconds."""
     began = time.monotonic()
-    if route == COMMAND:
+    if method == COMMAND:
         tool_output("libvirt", "start", guest.name)
     else:
         guest.virsh("start")
@@ -104,60 +98,57 @@ def start_timed(guest: LabDomain, route: str) -> float:
 
 
 def check_nothing_left_to_fault(guest: LabDomain, mib: int) -> None:
-    """Check that the guest takes no faults when it writes new memory.
-
-    :param mib: The MiB to write.
-    """
+    """Check that the guest takes few faults when it writes ``mib`` MiB of new memory."""
     before = guest.faults()
     guest.command(f"alloc {mib}")
     assert guest.faults() - before < MAX_RESIDUAL_FAULTS
 
 
-@pytest.mark.parametrize("route", [NOTHING, PLUGIN, HOOK, COMMAND])
+@pytest.mark.parametrize("method", [NOTHING, PLUGIN, HOOK, COMMAND])
 def test_cold_start(
     make_domain: MakeDomain,
     write_hook_config: WriteHookConfig,
     syslog: Syslog,
     report_row: ReportRow,
-    route: str,
+    method: str,
 ) -> None:
-    guest = make_routed_domain(make_domain, route, f"cold-{route}")
-    if route == HOOK:
+    guest = make_prepared_domain(make_domain, method, f"cold-{method}")
+    if method == HOOK:
         write_hook_config('[default]\nstart = "later"\n')
-    seconds = start_timed(guest, route)
+    seconds = start_timed(guest, method)
     guest.wait_ready()
-    report_row("cold start", route, guest.faults(), f"start {seconds:.2f} s")
-    if route == HOOK:
-        # The hook is called after the vCPUs have started, so the guest takes some faults before
-        # the hook's run.
+    report_row("cold start", method, guest.faults(), f"start {seconds:.2f} s")
+    if method == HOOK:
+        # libvirt calls the hook after the vCPUs have started, so the guest takes some faults
+        # before the run that the hook starts.
         assert guest.faults() > MAX_RESIDUAL_FAULTS
-        wait_until(lambda: syslog.lines(VERIFIED), "the hook's run has ended")
+        wait_until(lambda: syslog.lines(VERIFIED), "the run that the hook started has ended")
         check_nothing_left_to_fault(guest, 96)
         return
-    assert (guest.faults() > PAGES) is (route != PLUGIN)
-    assert route != PLUGIN or guest.faults() < MAX_RESIDUAL_FAULTS
+    assert (guest.faults() > PAGES) is (method != PLUGIN)
+    assert method != PLUGIN or guest.faults() < MAX_RESIDUAL_FAULTS
 
 
-@pytest.mark.parametrize("route", [NOTHING, PLUGIN, HOOK, COMMAND])
+@pytest.mark.parametrize("method", [NOTHING, PLUGIN, HOOK, COMMAND])
 def test_managed_save(
     make_domain: MakeDomain,
     write_hook_config: WriteHookConfig,
     syslog: Syslog,
     report_row: ReportRow,
-    route: str,
+    method: str,
 ) -> None:
-    guest = make_routed_domain(make_domain, route, f"saved-{route}")
+    guest = make_prepared_domain(make_domain, method, f"saved-{method}")
     guest.start()
     guest.wait_ready()
     guest.check_memory()
     guest.virsh("managedsave")
-    if route == HOOK:
+    if method == HOOK:
         write_hook_config('[default]\nrestore = "now"\n')
-    seconds = start_timed(guest, route)
+    seconds = start_timed(guest, method)
     guest.check_memory()
-    report_row("restore", route, guest.faults(), f"start {seconds:.2f} s")
-    assert (guest.faults() > PAGES) is (route == NOTHING)
-    assert route == NOTHING or guest.faults() < MAX_RESIDUAL_FAULTS, syslog.lines()
+    report_row("restore", method, guest.faults(), f"start {seconds:.2f} s")
+    assert (guest.faults() > PAGES) is (method == NOTHING)
+    assert method == NOTHING or guest.faults() < MAX_RESIDUAL_FAULTS, syslog.lines()
 
 
 def test_restore_saved_file(make_domain: MakeDomain, report_row: ReportRow, tmp_path: Path) -> None:
@@ -177,7 +168,7 @@ def test_restore_saved_file(make_domain: MakeDomain, report_row: ReportRow, tmp_
 def test_hook_latency(
     libvirtd: Libvirtd, write_hook_config: WriteHookConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Print the durations of the hook's calls, because libvirt waits for the hook."""
+    """Print the durations of calls to the hook, because libvirt waits for the hook."""
     plain = "<domain type='kvm'><name>a</name><uuid>u</uuid><memory>1024</memory></domain>"
     asked = plain.replace("<name>", "<!-- qemu-prefault --><name>")
 
@@ -208,23 +199,23 @@ def faults_of_reset(guest: LabDomain) -> int:
     return guest.faults() - before
 
 
-@pytest.mark.parametrize("route", [NOTHING, PLUGIN, FOLLOW])
-def test_reset(make_domain: MakeDomain, report_row: ReportRow, route: str) -> None:
-    guest = make_routed_domain(make_domain, route, f"reset-{route}")
+@pytest.mark.parametrize("method", [NOTHING, PLUGIN, FOLLOW])
+def test_reset(make_domain: MakeDomain, report_row: ReportRow, method: str) -> None:
+    guest = make_prepared_domain(make_domain, method, f"reset-{method}")
     guest.start()
     guest.wait_ready()
     with (
         Follower("--domain", guest.name)
-        if route == FOLLOW
+        if method == FOLLOW
         else contextlib.nullcontext() as follower
     ):
         faults = faults_of_reset(guest)
-        report_row("reset", route, faults)
+        report_row("reset", method, faults)
         if follower is not None:
             assert follower.prefaulted()["why"] == "the tables were dropped"
             check_nothing_left_to_fault(guest, 96)
-    assert (faults > MAX_RESIDUAL_FAULTS) is (route != PLUGIN)
-    assert route != NOTHING or faults > PAGES
+    assert (faults > MAX_RESIDUAL_FAULTS) is (method != PLUGIN)
+    assert method != NOTHING or faults > PAGES
 
 
 def test_reset_does_not_call_hook(
@@ -234,12 +225,12 @@ def test_reset_does_not_call_hook(
     hook_calls: HookCalls,
     report_row: ReportRow,
 ) -> None:
-    """Check that a reset causes faults, because libvirt does not call the hook."""
+    """Check that a reset causes faults, because libvirt does not call the hook then."""
     guest = make_domain(f"reset-{HOOK}")
     write_hook_config('[default]\nstart = "later"\n')
     guest.start()
     guest.wait_ready()
-    wait_until(lambda: syslog.lines(VERIFIED), "the hook's run has ended")
+    wait_until(lambda: syslog.lines(VERIFIED), "the run that the hook started has ended")
     calls = hook_calls()
     assert "started begin" in calls
     faults = faults_of_reset(guest)
@@ -254,18 +245,18 @@ DIMM = """<memory model='dimm'>
 """
 
 
-@pytest.mark.parametrize("route", [NOTHING, PLUGIN, COMMAND, FOLLOW])
+@pytest.mark.parametrize("method", [NOTHING, PLUGIN, COMMAND, FOLLOW])
 def test_hotplug(
     make_domain: MakeDomain,
     hook_calls: HookCalls,
     report_row: ReportRow,
-    route: str,
+    method: str,
     tmp_path: Path,
 ) -> None:
-    guest = make_routed_domain(
+    guest = make_prepared_domain(
         make_domain,
-        route,
-        f"plug-{route}",
+        method,
+        f"plug-{method}",
         memory_mib=256,
         workload_mib=0,
         max_mib=1024,
@@ -278,24 +269,24 @@ def test_hotplug(
     calls = hook_calls()
     with (
         Follower("--domain", guest.name)
-        if route == FOLLOW
+        if method == FOLLOW
         else contextlib.nullcontext() as follower
     ):
         with expect_acpi_ost(guest):
             guest.virsh("attach-device", str(file), "--live")
-        if route == COMMAND:
+        if method == COMMAND:
             tool_output("--domain", guest.name, "--range", "4G+256M")
-        if route == PLUGIN:
+        if method == PLUGIN:
             wait_until(lambda: not plugin_status(guest)["pending"], "the plugin has finished")
         if follower is not None:
             assert follower.prefaulted()["why"] == "memory was added"
         before = guest.faults()
         guest.command("alloc 320")  # more than the guest's memory without the DIMM
         faults = guest.faults() - before
-    report_row("hotplug", route, faults)
+    report_row("hotplug", method, faults)
     assert hook_calls() == calls
-    least = {NOTHING: 256 * 256, COMMAND: MAX_RESIDUAL_FAULTS}.get(route, 0)
-    most = {NOTHING: 321 * 256, COMMAND: 128 * 256}.get(route, MAX_RESIDUAL_FAULTS)
+    least = {NOTHING: 256 * 256, COMMAND: MAX_RESIDUAL_FAULTS}.get(method, 0)
+    most = {NOTHING: 321 * 256, COMMAND: 128 * 256}.get(method, MAX_RESIDUAL_FAULTS)
     assert least <= faults <= most
 
 
@@ -327,16 +318,16 @@ def other_host(libvirtd: Libvirtd) -> Iterator[Libvirtd]:
 MIGRATE = ("--persistent", "--migrateuri", "tcp://127.0.0.1:49152")
 
 
-@pytest.mark.parametrize("route", [NOTHING, PLUGIN, COMMAND])
+@pytest.mark.parametrize("method", [NOTHING, PLUGIN, COMMAND])
 def test_migration(
-    make_domain: MakeDomain, other_host: Libvirtd, report_row: ReportRow, route: str
+    make_domain: MakeDomain, other_host: Libvirtd, report_row: ReportRow, method: str
 ) -> None:
-    guest = make_routed_domain(make_domain, route, f"move-{route}")
+    guest = make_prepared_domain(make_domain, method, f"move-{method}")
     guest.start()
     guest.wait_ready()
     guest.check_memory()
     there = guest.daemon
-    if route == COMMAND:
+    if method == COMMAND:
         os.environ["LIBVIRT_DEFAULT_URI"] = other_host.uri
         try:
             tool_output(
@@ -351,9 +342,9 @@ def test_migration(
     arrived.attach_serial()
     wait_until(lambda: arrived.state == "running", "the guest runs on the destination")
     arrived.check_memory()
-    report_row("migration", route, arrived.faults())
-    assert (arrived.faults() > PAGES) is (route == NOTHING)
-    assert route == NOTHING or arrived.faults() < MAX_RESIDUAL_FAULTS
+    report_row("migration", method, arrived.faults())
+    assert (arrived.faults() > PAGES) is (method == NOTHING)
+    assert method == NOTHING or arrived.faults() < MAX_RESIDUAL_FAULTS
     assert apparmor_label(arrived) == f":{host_namespace('other')}:libvirt-{guest.uuid} (enforce)"
 
 
@@ -364,10 +355,10 @@ def test_hook_prefaults_after_migration(
     syslog: Syslog,
     report_row: ReportRow,
 ) -> None:
-    """Check that the run which the hook starts waits until the guest has arrived.
+    """Check that the run that the hook starts waits until the guest has arrived.
 
-    libvirt calls the hook before QEMU has loaded the guest's RAM. libvirt lets a client wait for a
-    busy domain for at most 30 s, but the run must wait longer.
+    libvirt calls the hook before QEMU has loaded the guest's RAM. libvirt limits a client's wait
+    for a busy domain to 30 s, but the run must wait longer.
     """
     guest = make_domain("move-hook")
     guest.start()
@@ -389,7 +380,7 @@ def test_hook_prefaults_after_migration(
     wait_until(lambda: passes() > before, "the guest writes on the destination")
     report_row("migration", HOOK, arrived.faults())
     assert arrived.faults() > MAX_RESIDUAL_FAULTS
-    wait_until(lambda: syslog.lines(VERIFIED), "the hook's run has ended")
+    wait_until(lambda: syslog.lines(VERIFIED), "the run that the hook started has ended")
     assert syslog.lines("move-hook is migrating in"), syslog.lines()
     assert arrived.command("stop")["bad"] == 0
     check_nothing_left_to_fault(arrived, 64)

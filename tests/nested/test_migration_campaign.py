@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test repeated migration of a running guest.
-
-Some of the tool's runs are killed.
+"""Test repeated migration of a running guest while some runs of the tool are killed.
 
 The tool waits on each destination. ``--boots`` sets the number of migrations. The default is 6, and
 ``make test-full`` uses 100. ``--seed`` repeats the random choices of an earlier run of the test.
@@ -27,22 +25,22 @@ WORKLOAD_MIB = 32
 OPTIONS = [(), ("--chunk", "64K"), ("--max-downtime", "0.02", "--chunk", "1M")]
 
 
-def migrate(source: Guest, directory: Path, moments: random.Random) -> tuple[Guest, str]:
+def migrate(source: Guest, directory: Path, rng: random.Random) -> tuple[Guest, str]:
     """Migrate to a new QEMU while the tool waits for the incoming guest.
 
-    Return the migrated guest and a description of the migration.
+    :returns: The migrated guest, and a description of the migration.
     """
     uri = f"unix:{directory / 'migration'}"
     target = Guest(workload_mib=WORKLOAD_MIB, memory_mib=WORKLOAD_MIB + OTHER_MIB, incoming=uri)
     try:
-        options = moments.choice(OPTIONS)
+        options = rng.choice(OPTIONS)
         tool = start_tool(target, "--incoming", *options)
-        if moments.random() < 0.5:  # without this delay, the guest may arrive before the tool waits
-            time.sleep(moments.uniform(0, 0.5))
+        if rng.random() < 0.5:  # without this delay, the guest may arrive before the tool waits
+            time.sleep(rng.uniform(0, 0.5))
         source.qmp("migrate", uri=uri)
         history = " ".join(options) or "plain"
-        if moments.random() < 0.5:
-            time.sleep(moments.uniform(0, 4))  # kill the tool at any time during the migration
+        if rng.random() < 0.5:
+            time.sleep(rng.uniform(0, 4))  # kill the tool at any time during the migration
             tool.send_signal(signal.SIGKILL)
             tool.running(30)
             history += f", killed ({tool.status})"
@@ -63,14 +61,14 @@ def test_repeated_migration_under_load(
     request: pytest.FixtureRequest, tmp_path: Path, seed: int
 ) -> None:
     count: int = request.config.getoption("boots")
-    moments = random.Random(seed)
+    rng = random.Random(seed)
     guest = Guest(workload_mib=WORKLOAD_MIB, memory_mib=WORKLOAD_MIB + OTHER_MIB)
     try:
         guest.wait_ready()
         assert guest.command("run")["ok"] == 1
         for number in range(count):
             guest.qmp("migrate-set-parameters", max_bandwidth=1 << 40, downtime_limit=20_000)
-            target, history = migrate(guest, tmp_path, moments)
+            target, history = migrate(guest, tmp_path, rng)
             guest.kill()
             guest = target
             state = guest.command("status")

@@ -2,7 +2,7 @@
 """Test guests that run a nested guest.
 
 While a vCPU runs a nested guest, KVM has the nested guest's page tables loaded. These tests use
-another level of the lab. L1 runs the prefaulted guest (L2), which runs an L3 guest. The L3 guest
+another level of the lab: L1 runs the prefaulted guest (L2), which runs an L3 guest. The L3 guest
 increments a counter in memory in an endless loop.
 """
 
@@ -137,7 +137,7 @@ def test_paused_npt_guest_is_not_prefaulted(make_nested_guest: MakeNestedGuest) 
 def test_paused_shadow_guest_fills_guest_mode_tables(
     make_nested_guest: MakeNestedGuest, agent: str
 ) -> None:
-    """Check that filling the tables of guest mode does not count as prefaulting.
+    """Check that filling the tables used in guest mode does not count as prefaulting.
 
     The ioctl succeeds, but fills the tables that the vCPU uses in guest mode. A patched QEMU
     detects guest mode from kvm_run and does not issue the ioctl.
@@ -169,7 +169,7 @@ def test_running_guest_is_stopped_outside_guest_mode(
 ) -> None:
     guest = make_nested_guest(npt)
     tried: set[bool] = set()
-    while len(tried) < 2:  # until some runs needed only one stop, and others more
+    while len(tried) < 2:  # until one run needed only one stop, and another run more
         result = prefault(guest)
         assert result.status == 0, result.stderr
         assert result.report["bytes"]["remaining"] == 0
@@ -198,7 +198,7 @@ def test_cont_leaves_guest_mode(make_nested_guest: MakeNestedGuest, npt: bool) -
 def test_incoming_guest_with_nested_guest(
     make_nested_guest: MakeNestedGuest, npt: bool, tmp_path: Path
 ) -> None:
-    """Check that a guest is prefaulted although its vCPU may arrive in guest mode."""
+    """Check that a guest is prefaulted even if its vCPU arrives in guest mode."""
     source = make_nested_guest(npt)
     uri = f"unix:{tmp_path / 'migration'}"
     with Guest(memory_mib=WORKLOAD_MIB + OTHER_MIB, kvm=True, incoming=uri) as target:
@@ -250,7 +250,7 @@ def test_vcpu_outside_guest_mode_is_used(make_nested_guest: MakeNestedGuest, npt
 def test_retries_are_bounded(
     make_nested_guest: MakeNestedGuest, npt: bool, agent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Allow one stop only, so that most runs find a vCPU in guest mode and fail."""
+    """Allow only one stop, so that most runs find a vCPU in guest mode and fail."""
     monkeypatch.setattr(qemu_prefault.engine.guest_mode, "GUEST_MODE_TRIES", 1)
     guest = make_nested_guest(npt)
     verified = False
@@ -270,9 +270,9 @@ def test_retries_are_bounded(
 def test_ioctl_detects_guest_mode(
     make_nested_guest: MakeNestedGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Check that the tool detects guest mode by EOPNOTSUPP, without KVM's counter.
+    """Check that the tool detects guest mode from EOPNOTSUPP, without KVM's counter.
 
-    Some hosts have no counter ``guest_mode``. Each attempt then prefaults all memory, which takes a
+    Some hosts have no ``guest_mode`` counter. Each attempt then prefaults all memory, which takes a
     second in the lab. The test raises the time limit to allow enough attempts.
     """
 
@@ -298,10 +298,7 @@ def test_ioctl_detects_guest_mode(
 def test_guest_runs_if_tool_dies_between_stops(
     make_nested_guest: MakeNestedGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kill the tool between two stops.
-
-    Each pause must have its own resume guard.
-    """
+    """Kill the tool between two stops, because each pause needs its own resume guard."""
 
     async def always(*_: object) -> set[int]:
         return {0}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test a host with little memory on its NUMA nodes: no QEMU is killed, and no pool is emptied.
+"""Test that a host with little memory per NUMA node kills no QEMU and empties no pool.
 
-The lab's option ``--numa`` gives L1 one node of 3 GiB and one of 1 GiB.
+The lab's ``--numa`` option gives L1 one node with 3 GiB and one node with 1 GiB.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ BOUND = "host-nodes=1,policy=bind"
 
 
 def node_bytes(node: int, key: str) -> int:
-    """Return a value of a node's meminfo in bytes, or 0 if the node is absent."""
+    """Return a field of a node's meminfo in bytes, or 0 if the node is absent."""
     path = NODES / f"node{node}/meminfo"
     found = re.search(rf" {key}:\s+(\d+) kB", path.read_text()) if path.exists() else None
     return int(found[1]) << 10 if found else 0
 
 
 def numa_maps_line(guest: Guest) -> dict[str, str]:
-    """Return the values of numa_maps for the guest's RAM, such as the pages on each node."""
+    """Return the numa_maps fields for the guest's RAM, such as the pages on each node."""
     start = f"{ram_hva(guest):x} "
     for line in Path(f"/proc/{guest.pid}/numa_maps").read_text().splitlines():
         if line.startswith(start):
             return dict(word.split("=", 1) for word in line.split() if "=" in word)
-    raise AssertionError(f"numa_maps has no mapping at {start}")
+    raise AssertionError(f"numa_maps lists no mapping at {start}")
 
 
 pytestmark = [
     pytest.mark.numa,
     pytest.mark.skipif(
         not 0 < node_bytes(1, "MemTotal") <= 1024 * MIB,
-        reason="NUMA node 1 does not have about 1 GiB (lab pytest --numa)",
+        reason="this host has no NUMA node 1 with about 1 GiB (lab pytest --numa)",
     ),
 ]
 
@@ -58,7 +58,10 @@ pytestmark = [
 
 @pytest.mark.parametrize("backing", ["ram", "memfd", "file"])
 def test_ram_bound_to_a_small_node_is_refused(backing: str) -> None:
-    """The OOM killer ends a QEMU whose node is full (vllm#51584, kubevirt#6981)."""
+    """Check that RAM larger than its node is refused (vllm#51584, kubevirt#6981).
+
+    If the node were full, the OOM killer would kill QEMU.
+    """
     free = node_bytes(1, "MemFree")
     with Guest(memory_mib=1500, backing=f"{backing},{BOUND}", paused=True) as guest:
         for option in ("--dry-run", "--populate-only", "--cont"):
@@ -85,12 +88,12 @@ def test_bound_ram_that_fits_is_populated() -> None:
         assert int(line["N1"]) * 4096 >= 511 * MIB and "N0" not in line
 
 
-#: RAM that node 1 has when the run begins, but not if another process takes 300 MiB.
+#: Guest RAM that fits into node 1 when the run begins, but not after a neighbour takes 300 MiB.
 SHORT_MIB = 820
 
 
 class Neighbour:
-    """A process that takes memory of node 1 when it is asked to."""
+    """A process that allocates memory on node 1 on request."""
 
     _SCRIPT = """
 import ctypes, mmap, sys
@@ -194,7 +197,7 @@ def test_plugin_leaves_memory_on_a_bound_node(backing: str) -> None:
         "backing": f"{backing},{BOUND}",
         "workload_mib": 64,
     }
-    with Guest(**options) as guest:  # without the plugin, the guest runs
+    with Guest(**options) as guest:  # the guest runs without the plugin's help
         guest.wait_ready()
         check_memory(guest)
     with Guest(**options, plugin=[]) as guest:
@@ -225,9 +228,12 @@ def pools() -> Iterator[None]:
 
 
 def test_short_pool_of_a_node_is_refused(pools: None) -> None:
-    """If a node's pool is empty, QEMU gets SIGBUS (kubevirt#6981, cloud-hypervisor#7387)."""
+    """Check that RAM larger than its node's pool is refused.
+
+    If the pool were empty, QEMU would get SIGBUS (kubevirt#6981, cloud-hypervisor#7387).
+    """
     with Guest(memory_mib=256, backing=f"hugetlb,{BOUND}", paused=True) as guest:
-        free = int(pool(1, "free_hugepages").read_text())  # QEMU has loaded a kernel into others
+        free = int(pool(1, "free_hugepages").read_text())  # the other pages contain the kernel
         result = prefault(guest)
         assert (result.status, result.error["code"]) == (5, "no-memory")
         assert f"hugetlb on NUMA node 1 has only {2 * free:.1f} MiB" in result.error["cause"]
@@ -256,7 +262,7 @@ HERD_MIB = 512
 
 @pytest.fixture
 def make_herd() -> Iterator[Callable[..., list[Guest]]]:
-    """Return a function that starts paused guests, of which two fit into the host's memory."""
+    """Return a function that starts three paused guests, too many for the host's memory."""
     with contextlib.ExitStack() as stack:
 
         def make(**options: Unpack[GuestOptions]) -> list[Guest]:
@@ -280,7 +286,7 @@ def available() -> int:
 
 
 def test_runs_at_once_end_no_guest(make_herd: Callable[..., list[Guest]]) -> None:
-    """After a host's reboot all guests start at once (harvester#2522, kubevirt#4560)."""
+    """Start all guests at once, as after a reboot (harvester#2522, kubevirt#4560)."""
     guests = make_herd()
     tools = [start_tool(guest, "--populate-only") for guest in guests]
     results = [tool.finish(600) for tool in tools]
@@ -291,7 +297,7 @@ def test_runs_at_once_end_no_guest(make_herd: Callable[..., list[Guest]]) -> Non
         elif result.status:
             assert (result.status, result.error["code"]) == (5, "no-memory"), result.stderr
     assert any(result.status == 0 for result in results)
-    assert any(result.status for result in results)  # else the guests were too small
+    assert any(result.status for result in results)  # otherwise the guests were too small
     for guest in guests:
         guest.qmp("cont")
     for guest in guests:

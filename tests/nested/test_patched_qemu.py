@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test the patched QEMU's prefault job, ``prefault=on`` and TCG fixes (patches/).
 
-With ``--agents qmp``, the other test files test the tool with the patched QEMU.
+With ``--agents qmp``, the other test files run the tool with the patched QEMU.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def test_absent_memory_stays_absent() -> None:
         before = ram_resident(guest), resident_bytes(guest.pid, hva)
         ranges = run_prefault_job(guest)
         after = ram_resident(guest), resident_bytes(guest.pid, hva)
-        print(f"resident bytes of RAM and virtio-mem: {before} before, {after} after")
+        print(f"resident bytes in RAM and virtio-mem: {before} before, {after} after")
         assert after == before
         absent = sum(part["absent"] for part in ranges if part["memdev"] == "vm0")
         assert absent >= 128 * MIB
@@ -198,7 +198,7 @@ def test_restored_guest_is_prefaulted(make_restored_guest: MakeGuest) -> None:
 
 
 def test_incoming_guest_is_prefaulted(make_restored_guest: MakeGuest, tmp_path: Path) -> None:
-    """Check that QEMU prefaults an incoming guest before QEMU starts it."""
+    """Check that QEMU prefaults an incoming guest before starting the guest."""
     source = make_restored_guest(workload_mib=64)
     source.qmp("cont")
     source.command("run")

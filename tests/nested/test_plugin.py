@@ -46,9 +46,9 @@ def make_plugin_guest() -> Iterator[MakePluginGuest]:
         yield start
 
 
-# A guest on 4K pages takes at least this many faults if it writes its workload without the plugin.
+# Without the plugin, a guest with 4K pages takes at least this many faults to write its workload.
 FAULTS_WITHOUT_PLUGIN = WORKLOAD_MIB * 256
-full = pytest.mark.full  # only in make test-full
+full = pytest.mark.full  # runs only in make test-full
 
 
 def ram_slots(status: dict[str, Any]) -> list[dict[str, Any]]:
@@ -94,10 +94,7 @@ def test_boot_on_huge_pages(
 
 
 def test_reset_takes_few_faults(make_plugin_guest: MakePluginGuest) -> None:
-    """Reset a guest.
-
-    Its firmware makes KVM drop the tables of low RAM again.
-    """
+    """Reset a guest, whose firmware then makes KVM drop the tables of low RAM again."""
     guest = make_plugin_guest(machine="q35", args=["-action", "reboot=reset"])
     guest.wait_ready()
     before = faults(guest)
@@ -111,10 +108,10 @@ def test_reset_takes_few_faults(make_plugin_guest: MakePluginGuest) -> None:
 
 @pytest.mark.every_kernel
 def test_no_hang_with_the_quirk(make_plugin_guest: MakePluginGuest) -> None:
-    """Keep the quirk KVM_X86_QUIRK_SLOT_ZAP_ALL.
+    """Keep KVM_X86_QUIRK_SLOT_ZAP_ALL enabled.
 
-    With this quirk, KVM drops all tables whenever a memslot is deleted. This can trigger the
-    livelock of Linux 6.12.
+    With this quirk, KVM drops all tables whenever QEMU deletes a memslot. Dropping all tables can
+    trigger the livelock in Linux 6.12.
     """
     guest = make_plugin_guest("quirk=keep", machine="pc", args=["-action", "reboot=reset"])
     guest.wait_ready()
@@ -185,7 +182,7 @@ def test_restored_guest_is_prefaulted(make_plugin_guest: MakePluginGuest, tmp_pa
 def test_plugged_dimm_is_prefaulted(
     make_plugin_guest: MakePluginGuest, smp: int, options: list[str]
 ) -> None:
-    """Plug a DIMM into a guest with one vCPU, or with vCPUs that share the work."""
+    """Plug a DIMM into a guest with one vCPU, or with two that share the work."""
     guest = make_plugin_guest(
         *options, machine="pc", smp=smp, memory="slots=2,maxmem=2G", workload_mib=32
     )
@@ -227,7 +224,7 @@ def test_overcommitted_memory_is_not_populated(make_plugin_guest: MakePluginGues
 def test_tmpfs_keeps_space_for_other_files(
     make_plugin_guest: MakePluginGuest, tmp_path: Path, tmpfs_mib: int, populated: bool
 ) -> None:
-    """Check that a 160 MiB guest is populated only if 32 MiB of the tmpfs stay free."""
+    """Check that a guest is populated only if 32 MiB of its tmpfs remain free."""
     mount = tmp_path / "tmpfs"
     mount.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={tmpfs_mib}M", "tmpfs", mount], check=True)
@@ -282,7 +279,7 @@ def test_dirty_logging_defers_prefault(make_plugin_guest: MakePluginGuest) -> No
 
 
 def test_qemu_responds_while_populating(make_plugin_guest: MakePluginGuest) -> None:
-    """Check that QMP's stop and quit take effect while a vCPU thread populates."""
+    """Check that the QMP commands stop and quit work while a vCPU thread populates."""
     guest = make_plugin_guest(machine="microvm", memory_mib=1536, paused=True)
     guest.qmp("cont")
     while not guest.control("status")["counters"]["populated"]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test that QEMU survives random interference while the plugin prefaults.
 
-At the end, all memory must be prefaulted. ``--boots`` sets the number of guests. The default is 6,
-and ``make test-full`` uses 100. ``--seed`` repeats the random choices of an earlier run of the
-test.
+At the end of each guest's run, all memory must be prefaulted. ``--boots`` sets the number of
+guests. The default is 6, and ``make test-full`` uses 100. ``--seed`` repeats the random choices of
+an earlier run of the test.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MIB = 1 << 20
 KVM_RAM = re.compile(
     r"^  ([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, (?:ram|rom)\): .* KVM\b", re.M
 )
-# The host bridge's PAM register of 0xf0000: its CONFIG_ADDRESS, and the I/O port of its data.
+# The host bridge's PAM register for 0xf0000: its CONFIG_ADDRESS, and the I/O port for its data.
 PAM0 = {"pc": ("0x80000058", "0xcfd"), "q35": ("0x80000090", "0xcfc")}
 RESET_VECTOR = "0xea"  # a far jump
 
@@ -35,33 +35,33 @@ RESET_VECTOR = "0xea"  # a far jump
 class Campaign:
     """A guest, and actions that may interfere with prefaulting at any time."""
 
-    def __init__(self, moments: random.Random) -> None:
-        self.moments = moments
-        self.machine = moments.choice(["pc", "q35", "microvm"])
-        self.options = moments.choice([[], [], ["quirk=keep"], ["hold=0"], ["populate=all"]])
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.machine = rng.choice(["pc", "q35", "microvm"])
+        self.options = rng.choice([[], [], ["quirk=keep"], ["hold=0"], ["populate=all"]])
         self.done: list[str] = []
         self.dimms = 0
         self.ready = False
-        self.smp = moments.choice([1, 1, 2])
+        self.smp = rng.choice([1, 1, 2])
         self.guest = Guest(
             machine=self.machine,
             smp=self.smp,
             memory_mib=192,
             memory="" if self.machine == "microvm" else "slots=4,maxmem=1G",
             workload_mib=32,
-            paused=moments.random() < 0.5,
+            paused=rng.random() < 0.5,
             plugin=self.options,
             args=["-action", "reboot=reset"],
         )
 
     def __str__(self) -> str:
-        options = ",".join(self.options) or "as is"
+        options = ",".join(self.options) or "no options"
         return f"{self.machine}, {self.smp} vCPU, {options}: {' '.join(self.done)}"
 
     def reset(self) -> None:
         self.guest.reset()
         if self.machine in PAM0 and RESET_VECTOR not in self.guest.hmp("xp /1xb 0xffff0"):
-            self.done.append("(before SeaBIOS was copied)")
+            self.done.append("(before QEMU had copied SeaBIOS)")
             self.turn_pam_off()
             self.guest.reset()
         self.ready = False
@@ -103,18 +103,18 @@ class Campaign:
         self.guest.control("resume")
 
     def drop_a_monitor(self) -> None:
-        # Disconnect only after QEMU has read everything. Otherwise QEMU occasionally crashes, with
+        # Disconnect only after QEMU has read all input. Otherwise QEMU occasionally crashes, with
         # or without the plugin (docs/design/killed-at-any-instant.md, "A client that disappears").
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(20)
             client.connect(str(self.guest.qmp_path))
             client.sendall(b'{"execute": "qmp_capabilities"}{"execute": "query-commands"}\n')
             received = b""
-            while b'"name": ' not in received:  # until the last, long answer begins
+            while b'"name": ' not in received:  # until the last, long reply begins
                 received += client.recv(1024)
 
     def drop_a_client(self) -> None:
-        line = self.moments.choice(["status\n", "follow\n", "work 4 65536\n0 0 40", "sta", ""])
+        line = self.rng.choice(["status\n", "follow\n", "work 4 65536\n0 0 40", "sta", ""])
         send_and_disconnect(str(self.guest.control_path), line)
 
     def become_ready(self) -> None:
@@ -123,8 +123,8 @@ class Campaign:
             self.ready = True
 
     def wait_a_moment(self) -> None:
-        """Sleep for a random time of up to half a second."""
-        time.sleep(self.moments.uniform(0, 0.5))
+        """Sleep for a random duration of up to half a second."""
+        time.sleep(self.rng.uniform(0, 0.5))
 
     def run(self) -> None:
         self.guest.qmp("cont")
@@ -132,7 +132,7 @@ class Campaign:
             self.reset, self.plug, self.stop_and_go_on, self.populate_by_qom, self.prefault_again,
             self.pause_and_resume, self.drop_a_monitor, self.drop_a_client, self.become_ready,
         ]  # fmt: skip
-        for action in self.moments.choices(actions, k=8):
+        for action in self.rng.choices(actions, k=8):
             self.done.append(action.__name__)
             action()
             self.wait_a_moment()
@@ -157,7 +157,7 @@ class Campaign:
 
 
 def send_and_disconnect(path: str, text: str) -> None:
-    """Connect, send a text, and disconnect without reading an answer."""
+    """Connect, send a text, and disconnect without reading a reply."""
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(20)
         client.connect(path)
@@ -174,7 +174,7 @@ def thread_states(pid: int) -> str:
 
 
 def host_events() -> str:
-    """Return counters of host events that also drop stage-2 tables.
+    """Return the counters of host events that also drop stage-2 table entries.
 
     Examples are page migration and compaction.
     """
@@ -184,7 +184,7 @@ def host_events() -> str:
 
 
 def kvm_ranges(guest: Guest) -> set[tuple[int, int]]:
-    """Return the ranges for which KVM has memslots, as QEMU reports them."""
+    """Return the memslots' ranges, as QEMU reports them."""
     views = guest.hmp("info mtree -f").replace("\r", "").split("FlatView")
     memory = next(view for view in views if 'AS "memory"' in view)
     return {
@@ -195,9 +195,9 @@ def kvm_ranges(guest: Guest) -> set[tuple[int, int]]:
 
 def test_random_interference(request: pytest.FixtureRequest, seed: int) -> None:
     boots: int = request.config.getoption("boots")
-    moments = random.Random(seed)
+    rng = random.Random(seed)
     for number in range(boots):
-        campaign = Campaign(moments)
+        campaign = Campaign(rng)
         with campaign.guest:
             try:
                 campaign.run()

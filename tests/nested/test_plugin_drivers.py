@@ -14,15 +14,15 @@ from support.guest import GuestOptions, MakeGuest, check_memory
 
 MIB = 1 << 20
 VIRTIO_MEM = 256 * MIB
-# The tolerance in bytes: QEMU allocates memory, too, and the guest's kernel writes metadata.
+# The tolerance in bytes: QEMU also allocates memory, and the guest's kernel writes metadata.
 SLACK = 8 * MIB
 
 
 @pytest.fixture
 def make_guest() -> Iterator[MakeGuest]:
-    """Return a function that starts a guest and waits until it is prefaulted.
+    """Return a function that starts a guest and waits until the plugin has prefaulted it.
 
-    The guest's QEMU has the plugin, and the guest has loaded the drivers.
+    The guest has loaded the drivers of the devices.
     """
     guests: list[Guest] = []
 
@@ -43,7 +43,7 @@ def make_guest() -> Iterator[MakeGuest]:
 
 
 def resident(guest: Guest) -> int:
-    """Return the number of QEMU's resident bytes."""
+    """Return QEMU's resident memory in bytes."""
     status = Path(f"/proc/{guest.pid}/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) << 10
 
@@ -60,10 +60,7 @@ def make_virtio_mem_guest(
 
 
 def request_size(guest: Guest, size: int) -> None:
-    """Set virtio-mem's requested size.
-
-    Wait until the guest has plugged the memory.
-    """
+    """Set virtio-mem's requested size and wait until the guest has plugged the memory."""
     guest.qmp("qom-set", path="/machine/peripheral/vmem", property="requested-size", value=size)
     while guest.qmp("query-memory-devices")[0]["data"]["size"] != size:
         guest.wait_event("MEMORY_DEVICE_SIZE_CHANGE")
@@ -116,7 +113,7 @@ def test_ballooned_memory_stays_absent(make_guest: MakeGuest) -> None:
     guest.wait_kept()
     assert resident(guest) - inflated < SLACK
     check_memory(guest)
-    # The reset deflates the balloon. The plugin must not populate the memory that it returns.
+    # The reset deflates the balloon. The plugin must not populate the balloon's memory.
     guest.reset()
     guest.wait_ready()
     guest.wait_kept()

@@ -38,8 +38,8 @@ def test_uefi(machine: str) -> None:
         guest.wait_ready(600)
         taken = faults(guest)
         print(f"UEFI on {machine}: {taken} of {without} faults")
-        # The other faults are on device registers, and on memory that the firmware touches while
-        # it still changes memslots.
+        # The other faults are on device registers, and on memory that the firmware accesses before
+        # it has finished changing memslots.
         assert taken <= 0.1 * without
         status = guest.wait_kept()
         assert status["counters"]["errors"] == 0

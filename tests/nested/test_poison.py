@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not OFFLINE.exists(), reason="the kernel lacks h
 
 
 def poison(guest: Guest, gpa: int) -> None:
-    """Make the kernel offline a page of the guest's RAM, as after a memory error."""
+    """Offline a page of the guest's RAM, as the kernel does after a memory error."""
     hva = ram_hva(guest) + gpa
     with open(f"/proc/{guest.pid}/mem", "rb+", buffering=0) as memory:
         os.pwrite(memory.fileno(), b"x", hva)  # make it present
@@ -60,13 +60,13 @@ def test_only_the_poisoned_page_is_left_out(
 
 @pytest.mark.full
 def test_plugin_leaves_out_only_the_poisoned_page() -> None:
-    # In prelaunch the plugin has not begun: it works before the guest's first instruction.
+    # In prelaunch, the plugin has not begun. It starts before the guest's first instruction.
     with Guest(memory_mib=256, paused=True, plugin=[]) as guest:
         poison(guest, POISONED)
         guest.qmp("cont")
         wait_for(lambda: not guest.control("status")["pending"], "the plugin is done", 120)
         assert guest.alive
         status = guest.control("status")
-        # Firmware makes QEMU delete and re-create the slots, so compare what was populated.
+        # Firmware makes QEMU delete and re-create the slots, so compare the populated bytes.
         assert status["counters"]["errors"] == 1
         assert ram_resident(guest) >= 254 * MIB

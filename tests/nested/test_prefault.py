@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test, by KVM's counters, that prefaulted guests take no stage-2 faults."""
+"""Test with KVM's counters that prefaulted guests take no stage-2 faults."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from support.process import leftovers
 
 pytestmark = pytest.mark.any_agent
 
-ALL = (32 + OTHER_MIB - 1) << 20  # the bytes of a default guest's RAM, without the firmware's
+ALL = (32 + OTHER_MIB - 1) << 20  # bytes of RAM in a default guest, without the firmware's RAM
 
 
 def faults_of_first_pass(guest: Guest) -> int:
-    """Resume the guest, let it write its memory, and return its stage-2 faults."""
+    """Resume the guest, let it write its workload, and return its stage-2 faults."""
     guest.qmp("cont")
     return faults_of_pass(guest)
 
@@ -140,8 +140,8 @@ def test_untouched_memory_is_populated() -> None:
         assert result.status == 0, result.stderr
         assert result.report["bytes"]["populated"] >= 80 << 20
         guest.wait_ready()
-        # Without populating, the guest takes 16,384 faults, one for each page. The faults that
-        # remain are mostly on device registers.
+        # Without populating, the guest takes 16,384 faults, one for each page. Most of the
+        # remaining faults are on device registers.
         assert faults(guest) < 1000
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the scripts of qmp_scripts/ with the real ioctl."""
+"""Test the scripts in qmp_scripts/ with the real ioctl."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ needs_ioctl = pytest.mark.skipif(CAPABILITY.available is not True, reason=CAPABI
 
 
 def run_script(name: str, guest: Guest, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a script and check that it prints no traceback."""
+    """Run a script and check that its output contains no traceback."""
     done = subprocess.run(
         [sys.executable, SCRIPTS / name, guest.qmp_path, *arguments],
         capture_output=True,
@@ -88,7 +88,7 @@ def test_prefault_incoming(tmp_path: Path) -> None:
         ]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as script:
             assert script.stdout
-            assert script.stdout.readline() == f"listening at {uri}\n"
+            assert script.stdout.readline() == f"listening on {uri}\n"
             source.qmp("migrate-set-parameters", max_bandwidth=1 << 40)
             source.qmp("migrate", uri=uri)
             assert "verified: all" in script.stdout.read()
@@ -132,7 +132,7 @@ def test_vcpu_fds_give_eio(make_restored_guest: MakeGuest, running: bool) -> Non
     guest = make_restored_guest(smp=2, workload_mib=WORKLOAD_MIB)
     if running:
         guest.qmp("cont")
-        guest.command("run")  # KVM_RUN holds vcpu->mutex, so an ioctl that waits for it would hang
+        guest.command("run")  # KVM_RUN holds vcpu->mutex, so an ioctl that takes it would hang
     before = guest.stats()["pages_4k"]
     done = run_script("vcpu-fds", guest)
     assert done.returncode == 0, done.stderr
@@ -146,7 +146,7 @@ def test_vcpu_fds_give_eio(make_restored_guest: MakeGuest, running: bool) -> Non
 
 
 @pytest.mark.unsupported
-@pytest.mark.skipif(CAPABILITY.available is True, reason="KVM_PRE_FAULT_MEMORY works here")
+@pytest.mark.skipif(CAPABILITY.available is True, reason="this KVM has KVM_PRE_FAULT_MEMORY")
 def test_vcpu_fds_give_eio_where_unsupported() -> None:
     """Check that the ioctl fails with EIO on a KVM that does not support it.
 
@@ -165,7 +165,7 @@ def test_vcpu_fds_give_eio_where_unsupported() -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of watch-stage2's output."""
+    """One line of watch-stage2's output."""
 
     pages_4k: int
     growth: str
@@ -207,7 +207,7 @@ def rows_until(process: subprocess.Popen[str], condition: Callable[[Row], bool])
         rows.append(Row.parse(line))
         if condition(rows[-1]):
             return rows
-    raise AssertionError(f"watch-stage2 ended after {rows}")
+    raise AssertionError(f"watch-stage2 exited after {rows}")
 
 
 @pytest.mark.full
@@ -215,7 +215,7 @@ def rows_until(process: subprocess.Popen[str], condition: Callable[[Row], bool])
 def test_watch_stage2(
     make_restored_guest: MakeGuest, start_watch: StartWatch, tmp_path: Path
 ) -> None:
-    """Check that the script shows tables that the tool or a vCPU's faults fill."""
+    """Check that the script shows that the tool or a vCPU's faults fill the tables."""
     sockets = [str(tmp_path / f"watch{number}") for number in range(2)]
     prefaulted, left_alone = (
         make_restored_guest(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test the tool on hosts whose KVM does not support the ioctl.
 
-These hosts have an old kernel (Debian 12) or use shadow paging (``npt=0``). The tool must refuse to
-prefault, but ``--populate-only`` must work. The tests are skipped if the ioctl works.
+These hosts run Linux before 6.11 (Debian 12) or use shadow paging (``npt=0``). The tool must refuse
+to prefault, but ``--populate-only`` must work. The tests are skipped if KVM offers the ioctl.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from support.tool import Tool
 pytestmark = [
     pytest.mark.unsupported,
     pytest.mark.skipif(
-        pre_fault_capability().available is True, reason="KVM_PRE_FAULT_MEMORY works here"
+        pre_fault_capability().available is True, reason="this KVM has KVM_PRE_FAULT_MEMORY"
     ),
 ]
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * Allocate in several threads while memory of a VM is mapped and unmapped, and print the number
- * of allocations. test_plugin_allocators.py preloads the plugin and an allocator.
+ * Allocate in several threads while a VM's memory is mapped and unmapped, and print the number of
+ * allocations. test_plugin_allocators.py preloads the plugin and an allocator.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -53,7 +53,7 @@ static void *allocate(void *argument)
 
 /*
  * Request the status, because the control socket's thread then takes pf_lock and allocates. The
- * plugin refuses a client if its maximum number of clients is still connected.
+ * plugin rejects a client if the maximum number of clients is still connected.
  */
 static void *ask(void *path)
 {

@@ -12,7 +12,7 @@ from support.qemu import QEMU, Qemu, StartQemu, kvm_usable, launch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests of this directory if QEMU is not installed."""
+    """Skip the tests in this directory if QEMU is not installed."""
     if QEMU is None:
         for item in items:
             if Path(__file__).parent in item.path.parents:
@@ -44,10 +44,7 @@ def start_qemu(tmp_path: Path) -> Iterator[StartQemu]:
 
 @pytest.fixture(params=["tcg", "kvm"])
 def accel(request: pytest.FixtureRequest) -> str:
-    """Return ``tcg`` or ``kvm``.
-
-    Skip the test with ``kvm`` if KVM is not usable.
-    """
+    """Return ``tcg`` or ``kvm``, or skip the test if KVM is not usable."""
     if request.param == "kvm" and not kvm_usable():
         pytest.skip("/dev/kvm is not usable")
     return str(request.param)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test that helpers in a real QEMU populate memory and leave QEMU unchanged.
 
-The tests use --populate-only, which starts the same helpers on any host. tests/nested tests the
-ioctl and the guest's own memory.
+The tests use --populate-only, which starts the same helpers on any host. The tests in tests/nested
+cover the ioctl and the guest's own memory.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def test_thirty_runs(vm_of: StartVm, accel: str, paused: bool) -> None:
 
 
 def spare_memory_of(vm: QemuVm, size: int) -> int:
-    """Return a file descriptor of QEMU's memfd that has this size in bytes."""
+    """Return a file descriptor for QEMU's memfd of this size in bytes."""
     for link in Path(f"/proc/{vm.pid}/fd").iterdir():
         if "memfd:memory-backend" in os.readlink(link):
             fd = os.open(link, os.O_RDWR)
@@ -170,7 +170,7 @@ def test_kill_at_random_moments_leaves_guests_running(vm_of: StartVm, accel: str
     """Kill runs on two guests alternately.
 
     While a run on one guest is in progress, the helpers in the other guest's QEMU exit. The test
-    kills half of the runs at a random time, and the others while helpers exist.
+    kills half of the runs after a random delay, and the other half while helpers exist.
     """
     spare, several = 16 * MIB, 2
     arguments = ["-M", "pc", "-m", "16M,slots=1,maxmem=1G", "-smp", "2"]
@@ -188,7 +188,7 @@ def test_kill_at_random_moments_leaves_guests_running(vm_of: StartVm, accel: str
         return time.monotonic() - started
 
     duration = min(timed() for _ in range(3))
-    moments = random.Random(20)
+    rng = random.Random(20)
     killed = 0
     for number in range(KILLS // 2):
         vm, memory = guests[number % several], memories[number % several]
@@ -197,9 +197,9 @@ def test_kill_at_random_moments_leaves_guests_running(vm_of: StartVm, accel: str
         tool = start_tool(vm.qemu, *run)
         if number % 2:
             wait_for(partial(has_started_helpers, tool, vm.pid), "the helpers run")
-            delay = moments.uniform(0, 0.05)
+            delay = rng.uniform(0, 0.05)
         else:
-            delay = moments.uniform(0, duration)
+            delay = rng.uniform(0, duration)
         if tool.running(delay):
             killed += 1
             tool.send_signal(signal.SIGKILL)
@@ -253,7 +253,7 @@ def test_qemu_exit_during_a_run_is_reported(vm_of: StartVm) -> None:
     assert result.error["code"] in ("qemu-gone", "monitor-closed")
 
 
-# --- forbidden runs ---
+# --- refused runs ---
 
 
 @pytest.fixture
@@ -345,7 +345,7 @@ def test_qemu_stopped_during_a_run(vm_of: StartVm) -> None:
     tool = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")
     wait_for(lambda: bool(leftovers(vm.pid)), "the helpers run")
     vm.qemu.pause()
-    assert tool.running(1)  # the tool waits, because QEMU may be continued
+    assert tool.running(1)  # the tool waits, because QEMU may continue
     vm.qemu.resume()
     assert tool.finish().status == 0
     assert leftovers(vm.pid) == []

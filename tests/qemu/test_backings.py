@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that attach and the plugin agree on each backing and limit.
+"""Test that the attach agent and the plugin agree on each backing and limit.
 
-Each row starts two real QEMUs with real limits. In the first, the attach agent populates a stopped
-guest. In the second, the plugin populates before the first instruction. If the host's KVM lacks the
-ioctl, support/capable_kvm.py simulates the ioctl.
+Each row starts two real QEMUs with real limits. In the first QEMU, the attach agent populates a
+stopped guest. In the second QEMU, the plugin populates memory before the first instruction. If the
+host's KVM lacks the ioctl, support/capable_kvm.py simulates the ioctl.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ SIZE = 64  # MiB of guest RAM
 
 
 class Verdict(Enum):
-    """What an agent does with guest RAM that is absent."""
+    """An agent's action on guest RAM that is absent."""
 
-    POPULATED = "all is populated"
-    PRESENT = "QEMU had allocated all"
-    ABSENT = "nothing is populated, because memory is absent on purpose"
+    POPULATED = "all memory is populated"
+    PRESENT = "QEMU had allocated all memory"
+    ABSENT = "nothing is populated, because the memory must stay absent"
     REFUSED = "nothing is populated, because a limit would be exceeded"
 
 
@@ -64,10 +64,7 @@ class Host:
     other_mib: int = 0
 
     def tmpfs(self, mib: int, options: str = "", other: int = 0) -> None:
-        """Use a tmpfs as the place.
-
-        Another file can still grow in it to `other` MiB.
-        """
+        """Put guest RAM on a tmpfs, where another file can still grow to ``other`` MiB."""
         self._mount("tmpfs", f"size={mib}M" + (f",{options}" if options else ""))
         self._promise(other)
 
@@ -99,7 +96,7 @@ class Host:
         self.prefix = in_group(self.groups[-1])
 
     def hugetlb_group(self) -> None:
-        """Allocate the huge pages for the guest, and limit the cgroup to half of them."""
+        """Reserve the guest's huge pages, and limit the cgroup to half of them."""
         self.huge_pages(SIZE // 2)
         (group,), unified = self.stack.enter_context(cgroups("hugetlb"))
         name = "hugetlb.2MB.max" if unified else "hugetlb.2MB.limit_in_bytes"
@@ -107,7 +104,7 @@ class Host:
         self.prefix = in_group(group)
 
     def hide_groups(self, *how: str) -> None:
-        """Limit QEMU's cgroup, and hide the limit from QEMU."""
+        """Limit QEMU's cgroup, and hide the limit from QEMU with a command."""
         self.memory_group(60)
         self.prefix = [*self.prefix, *how]
 
@@ -136,7 +133,7 @@ Backing = Callable[[Path], Sequence[str]]
 def backend(kind: str, options: str = "", size: int = SIZE) -> Backing:
     """Return a backing with one memory backend.
 
-    The function replaces ``PLACE`` in the options with the directory that the test has prepared.
+    In the options, ``PLACE`` stands for the directory that the test has prepared.
     """
 
     def arguments(place: Path) -> Sequence[str]:
@@ -156,7 +153,7 @@ def plain(*more: str) -> Backing:
 
 
 def two_files(one: str, other: str) -> Backing:
-    """Return a backing of two NUMA nodes, each with a file for half of the memory."""
+    """Return a backing with two NUMA nodes, each with a file for half of the memory."""
 
     def arguments(place: Path) -> Sequence[str]:
         words = ["-m", f"{SIZE}M", "-smp", "2"]
@@ -174,10 +171,11 @@ def two_files(one: str, other: str) -> Backing:
 class Row:
     """One backing with one limit, and the verdicts of both agents.
 
-    :ivar source: A part of attach's message that names the limit.
-    :ivar plugin_source: A part of the plugin's message that names the limit.
-    :ivar plugin: The plugin's verdict if it differs, because the plugin has less information.
-    :ivar populate: The option ``populate`` of both agents.
+    :ivar source: The part of the attach agent's message that names the limit.
+    :ivar plugin_source: The part of the plugin's message that names the limit.
+    :ivar plugin: The plugin's verdict if it differs from the attach agent's, because the plugin has
+        less information.
+    :ivar populate: The ``populate`` option for both agents.
     """
 
     name: str
@@ -194,7 +192,7 @@ class Row:
 QUICK: Sequence[pytest.MarkDecorator] = ()
 POPULATED, PRESENT, ABSENT, REFUSED = Verdict
 FILE_SYSTEM, GROUP = ("the file system of", "the file system has only"), ("cgroup", "host or the")
-HIDDEN = ("cgroup", "the limits of some cgroups of QEMU cannot be read")
+HIDDEN = ("cgroup", "the limits of some of QEMU's cgroups cannot be read")
 NO_CGROUPS = 'mount -t tmpfs none /sys/fs/cgroup && exec "$@"'
 CONTAINER = """
 type=cgroup2 options=
@@ -230,7 +228,7 @@ ROWS = (
     Row("memfd not sealed", backend("memfd", "seal=off"), POPULATED),
     Row("ramfs", file("share=on"), POPULATED, Host.ramfs),
     Row("overlay", file("share=on"), ABSENT, Host.overlay),
-    # A tmpfs.
+    # A file on a tmpfs.
     Row("tmpfs, fits exactly", file("share=on"), POPULATED, lambda h: h.tmpfs(SIZE)),
     Row("tmpfs private, fits exactly", file("share=off"), POPULATED, lambda h: h.tmpfs(SIZE)),
     Row(
@@ -254,7 +252,7 @@ ROWS = (
         lambda h: h.tmpfs(90, other=40),
         FILE_SYSTEM,
     ),
-    # A disk.
+    # A file on a disk.
     Row("disk", file("share=on"), ABSENT, lambda h: h.ext4(128), marks=QUICK),
     Row(
         "deleted file on a disk",
@@ -371,7 +369,7 @@ ROWS = (
         "cgroup",
         POOL[1],
     ),
-    # The plugin leaves 32 MiB if there are other files.
+    # The plugin leaves 32 MiB free if the file system contains other files.
     Row(
         "tmpfs, the rest is not promised",
         file("share=on"),
@@ -393,7 +391,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
 
 
 def clear(place: Path) -> None:
-    """Remove the guest's files, so that the next QEMU makes them again."""
+    """Remove the guest's files, so that the next QEMU creates them again."""
     for path in place.rglob("*"):
         if path.is_file() and path.name != "other":
             path.unlink()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the command line with servers that are not QEMU or that falsify answers.
+"""Test the command line with servers that are not QEMU or that falsify replies.
 
-The tool must exit within seconds, with a status, a cause and a remedy. It must neither print a
-traceback nor harm a process.
+The tool must exit within seconds, with a status, a cause and a remedy. The tool must neither print
+a traceback nor harm a process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GREETING = (
     b'"capabilities": []}}\r\n'
 )
 Talk = Callable[[socket.socket], None]
-#: A function that gets a command, its arguments and the true answer, and returns a false answer.
+#: A function that gets a command, its arguments and the true reply, and returns a false reply.
 Lie = Callable[[str, dict[str, Any], Any], Any]
 
 
@@ -60,7 +60,7 @@ def serve(path: Path, talk: Talk) -> Iterator[str]:
 
 
 def tool(*arguments: str) -> Result:
-    """Run the tool, and check that it reports no traceback or internal error."""
+    """Run the tool, and check that it prints no traceback or internal error."""
     return Tool([*arguments, "--json"]).finish(20)
 
 
@@ -143,7 +143,7 @@ def requests_of(client: socket.socket) -> Iterator[dict[str, Any]]:
 
 
 def liar(real: str, lie: Lie) -> Talk:
-    """Return a proxy that replaces each answer with the result of ``lie``."""
+    """Return a proxy that replaces each reply with the result of ``lie``."""
 
     def talk(client: socket.socket) -> None:
         with socket.socket(socket.AF_UNIX) as upstream:
@@ -179,7 +179,7 @@ def liar(real: str, lie: Lie) -> Talk:
 
 
 class Error(str):
-    """A false answer that the proxy sends as a QMP error with this text."""
+    """A false reply that the proxy sends as a QMP error with this text."""
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def honest(command: str, arguments: dict[str, Any], answer: Any) -> Any:
 
 
 def instead(wanted: str, change: Callable[[Any], Any]) -> Lie:
-    """Return a function that changes the answers of one command.
+    """Return a function that changes the replies to one command.
 
     :param wanted: The QMP command, or the beginning of a human monitor command.
     """
@@ -257,7 +257,7 @@ FOREIGN: dict[str, Callable[[], list[int]]] = {
     ("whose", "pid"),
     [
         *((whose, True) for whose in FOREIGN),
-        # Without --pid, the tool accepts the server's own threads. The server can harm only itself.
+        # Without --pid, the tool accepts the server's own threads. A server can harm only itself.
         *((whose, False) for whose in FOREIGN if whose != "of the tool"),
     ],
 )
@@ -293,14 +293,14 @@ def test_invalid_vcpus(through: Through, names: Any) -> None:
 
 
 def move_ram(target: int) -> Lie:
-    """Return a function that changes answers to report guest RAM at another address."""
+    """Return a function that changes replies to report guest RAM at another address."""
 
     def lie(command: str, arguments: dict[str, Any], answer: Any) -> Any:
         line = arguments.get("command-line", "")
         if line.startswith("gpa2hva"):
             where = target + int(line.split()[1], 16)
             return re.sub(r"is 0x[0-9a-f]+", f"is {where:#x}", answer)
-        if line == "info ramblock":  # QEMU 8.1 and later also print the address here
+        if line == "info ramblock":  # since QEMU 8.1, this command also prints the address
             return "\n".join(
                 re.sub(r"0x[0-9a-f]{12,}\s+(?=r[wo])", f"{target:#018x} ", row)
                 if " pc.ram " in f" {row.strip()} "
@@ -320,7 +320,7 @@ def mapping(pid: int, pattern: str) -> int:
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         if re.search(pattern, line):
             return int(line.split("-")[0], 16)
-    raise AssertionError(f"nothing mapped matches {pattern}")
+    raise AssertionError(f"no mapping matches {pattern}")
 
 
 ELSEWHERE: dict[str, Callable[[int], int]] = {
@@ -346,15 +346,15 @@ def test_ram_at_a_wrong_address(through: Through, vm: QemuVm, where: str, comman
     vm.qmp.execute("cont")
     assert vm.qmp.status() == "running"
     vm.qmp.execute("stop")
-    vm.qmp.execute("system_reset")  # restore the state that `through` expects
+    vm.qmp.execute("system_reset")  # restore the state that ``through`` expects
     assert "paused" in vm.qmp.status() or vm.qmp.status() == "prelaunch"
 
 
 @pytest.mark.parametrize("where", ["the heap", "QEMU's text"])
 def test_small_ram_at_a_wrong_address(through: Through, vm: QemuVm, where: str) -> None:
-    """Check that the tool does no harm if RAM seems to be in another mapping.
+    """Check that the tool does no harm if another mapping is reported as guest RAM.
 
-    The other mapping covers the RAM section, so the tool is allowed to populate the mapping.
+    The other mapping is larger than the RAM section, so the tool may populate the mapping.
     """
     target = ELSEWHERE[where](vm.pid)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test that the resume guard resumes the guest if the pausing process is killed.
 
-These tests run only the resume guard, on a real QEMU. The tests in tests/nested kill whole runs.
+These tests run only the resume guard, with a real QEMU. The tests in tests/nested kill whole runs.
 """
 
 from __future__ import annotations
@@ -103,14 +103,14 @@ def hold(vm: QemuVm) -> Iterator[Callable[..., Holder]]:
 def check_resumed(vm: QemuVm, holder: Holder) -> None:
     vm.qmp.wait_event("RESUME")
     assert vm.qmp.status() == "running"
-    assert holder.guard_gone(10), "the resume guard did not end"
+    assert holder.guard_gone(10), "the resume guard did not exit"
 
 
 def test_guest_is_resumed_if_holder_is_killed(vm: QemuVm, hold: Callable[..., Holder]) -> None:
     holder = hold()
     holder.kill()
     check_resumed(vm, holder)
-    # The guard must have disconnected, so that the monitor accepts the next client.
+    # The resume guard must have disconnected, so that the monitor accepts the next client.
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(10)
         client.connect(vm.qemu.qmp)
@@ -155,7 +155,7 @@ def test_migrated_guest_is_not_resumed(vm: QemuVm, hold: Callable[..., Holder]) 
     vm.qmp.execute("migrate", uri="exec:cat >/dev/null")
     wait_for(lambda: vm.qmp.status() == "postmigrate", "the guest has migrated")
     holder.kill()
-    assert holder.guard_gone(10), "the resume guard did not end"
+    assert holder.guard_gone(10), "the resume guard did not exit"
     assert vm.qmp.status() == "postmigrate"
 
 
@@ -210,7 +210,7 @@ def test_guard_ends_after_a_normal_run(vm: QemuVm) -> None:
             with ResumeGuard(monitor.fileno(), NOTHING_LEFT):
                 await monitor.execute("stop")
                 assert len(children.read_text().split()) == len(before) + 1
-            assert children.read_text().split() == before  # also checks that no zombie is left
+            assert children.read_text().split() == before  # also checks that no zombie remains
             assert await monitor.execute("query-version")
 
     fds = set(os.listdir("/proc/self/fd"))

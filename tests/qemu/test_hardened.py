@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test QEMUs with MDWE, with small stacks, and with memory of abandoned helpers."""
+"""Test QEMUs with MDWE, with small stacks, and with abandoned helpers' memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ MDWE = (
     "if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0): sys.exit('no PR_SET_MDWE')\n"
     "os.execvp(sys.argv[1], sys.argv[1:])"
 )
-# Map the memory of two helpers. The first one never started. The second one runs: its tid is set.
+# Map the memory of two helpers. The first helper never started. The second helper is running: its
+# tid is set.
 ABANDONED = f"""
 import ctypes, sys
 from qemu_prefault._native import ffi, lib
@@ -56,7 +57,7 @@ def test_memory_deny_write_execute(start_qemu: StartQemu, tmp_path: Path) -> Non
 
 
 def test_small_stacks(start_qemu: StartQemu, tmp_path: Path) -> None:
-    """Check that helpers start from threads with stacks of 128 KiB, musl's default.
+    """Check that helpers start from threads with musl's default stacks of 128 KiB.
 
     An injection writes about 6 KiB to a stack, or 15 KiB with AMX.
     """

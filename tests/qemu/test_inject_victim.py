@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test injection into a program that monitors the state of all its threads."""
+"""Test injection into a program that checks the state of all its threads."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Victim:
         return PtraceAgent(Process.find(self.pid), threads, Limits())
 
     def verdict(self) -> str:
-        """End the program and return the line in which it reports changes."""
+        """Make the program exit and return the line that reports changes."""
         return self.process.communicate(timeout=30)[0].strip()
 
 
@@ -94,9 +94,9 @@ def test_injection_is_invisible_to_threads(victim: Victim) -> None:
 
 
 def test_killed_injector_is_invisible_to_threads(victim: Victim) -> None:
-    """Kill the injector at any instant, and check that no thread has changed.
+    """Kill the injector at various instants, and check that no thread has changed.
 
-    The instant may be within an injected system call.
+    An instant may be within an injected system call.
     """
     for number in range(ROUNDS // 3):
         pid = os.fork()
@@ -106,7 +106,7 @@ def test_killed_injector_is_invisible_to_threads(victim: Victim) -> None:
                     asyncio.run(victim.agent().start())
             finally:
                 os._exit(1)
-        time.sleep(number * 0.0005)  # kill it at a different instant each time
+        time.sleep(number * 0.0005)  # kill the injector at a different instant each time
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         assert victim.process.poll() is None, victim.verdict()
@@ -148,7 +148,7 @@ def test_stopped_thread_is_skipped_and_stays_stopped(victim: Victim) -> None:
     """Check that a thread stopped by SIGSTOP causes an error and stays stopped."""
     os.kill(victim.pid, signal.SIGSTOP)
     os.waitid(os.P_PID, victim.pid, os.WSTOPPED | os.WNOWAIT)
-    with pytest.raises(AgentError, match="did not stop in time") as caught:
+    with pytest.raises(AgentError, match="stopping the thread timed out") as caught:
         asyncio.run(victim.agent().start())
     assert caught.value.remedy
     assert "T (stopped)" in Path(f"/proc/{victim.pid}/status").read_text()

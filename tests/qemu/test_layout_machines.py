@@ -78,10 +78,7 @@ def test_microvm(start_qemu: StartQemu, accel: str) -> None:
 
 @pytest.mark.parametrize(("machine_type", "low"), [("pc", 3), ("q35", 2), ("microvm", 3)])
 def test_above_4g(start_qemu: StartQemu, machine_type: str, low: int) -> None:
-    """Check RAM above 4 GiB.
-
-    The guest does not use it, so it needs no host memory.
-    """
+    """Check RAM above 4 GiB, which needs no host memory while the guest does not use it."""
     machine = read(start_qemu("-M", machine_type, "-m", "5G"))
     *_, below, above = ram(machine)
     assert (below.gpa, below.end) == (MIB, low * GIB)
@@ -175,7 +172,7 @@ def test_memory_devices(start_qemu: StartQemu, accel: str, tmp_path: Path, kind:
     assert section.reserve is (kind != "virtio-mem")
     (found,) = machine.memory_devices
     assert found.gpa == section.gpa
-    if kind == "virtio-mem":  # it has a memslot, although nothing is plugged
+    if kind == "virtio-mem":  # the device has a memslot although nothing is plugged
         assert (found.plugged, found.requested, found.size) == (0, 32 * MIB, 128 * MIB)
     assert len(backings(qemu, machine)) == 2
 

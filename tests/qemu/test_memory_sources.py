@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test that populating respects the limits of tmpfs, hugetlb pools and disks.
 
-Some tests name the bug reports from which their setup is taken.
+Some tests name the bug reports from which their setups are taken.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 from support.qemu import MIB, QemuVm, StartQemu, start_vm
 
 StartVm = Callable[..., QemuVm]
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting requires root")
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", "size=200M", "none", path], check=False, capture_output=True
     )
     if mounted.returncode:
-        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.decode().strip()}")
+        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.decode().strip()}")
     yield path
     subprocess.run(["umount", "--lazy", path], check=True)
 
@@ -57,9 +57,9 @@ def used(directory: Path) -> int:
 
 @needs_root
 def test_too_small_tmpfs_is_refused(vm_of: StartVm, tmpfs: Path) -> None:
-    """Check that a tmpfs which is too small is refused before QEMU gets SIGBUS.
+    """Check that RAM larger than its tmpfs is refused before QEMU gets SIGBUS.
 
-    The setup is from the reports kata-containers#12919 and zTrix/qemu-compose#26.
+    The setup is from kata-containers#12919 and zTrix/qemu-compose#26.
     """
     vm = vm_of(*ram_in(tmpfs, 256))
     result = vm.prefault("--populate-only")
@@ -70,10 +70,10 @@ def test_too_small_tmpfs_is_refused(vm_of: StartVm, tmpfs: Path) -> None:
 
 @needs_root
 def test_deleted_file_is_found_without_cap_sys_admin(vm_of: StartVm, tmpfs: Path) -> None:
-    """Check that the tool finds a deleted file without the links in map_files.
+    """Check that the tool finds a deleted file without the links in map_files/.
 
-    The kernel lets only processes with CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE follow these links
-    (fs/proc/base.c: proc_map_files_get_link()).
+    Only processes with CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE can follow these links
+    (proc_map_files_get_link() in fs/proc/base.c).
     """
     if shutil.which("setpriv") is None:
         pytest.skip("setpriv is not installed")
@@ -128,9 +128,9 @@ def test_memory_shortage_ends_the_run(vm_of: StartVm, tmpfs: Path) -> None:
 
 
 def test_disk_file_is_not_populated(vm_of: StartVm, tmp_path: Path) -> None:
-    """Check that `auto` does not write files on disks.
+    """Check that ``auto`` does not write files on disks.
 
-    The setup is from the report LookingGlass#403.
+    The setup is from LookingGlass#403.
     """
     fields = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     device = os.stat(tmp_path).st_dev
@@ -198,7 +198,7 @@ again: movl $0x80001010, %eax # bus 0, device 2, function 0, register 0x10: its 
 def test_moved_bar_does_not_stop_populating(vm_of: StartVm, tmp_path: Path) -> None:
     """Change the memory map during the run by moving a device's BAR.
 
-    The setup is from the reports rust-vmm/vhost#245 and NVIDIA/QEMU#39.
+    The setup is from rust-vmm/vhost#245 and NVIDIA/QEMU#39.
     """
     for name in ("as", "ld"):
         if shutil.which(name) is None:
@@ -219,9 +219,9 @@ def test_moved_bar_does_not_stop_populating(vm_of: StartVm, tmp_path: Path) -> N
 
 
 def test_names_need_not_be_utf8(vm_of: StartVm) -> None:
-    """Use a thread name that the kernel truncates within a character, at 15 bytes.
+    """Use a thread name that the kernel truncates within a character, after 15 bytes.
 
-    The setup is from the report thrash-protect#25.
+    The setup is from thrash-protect#25.
     """
     vm = vm_of("-name", "process=vm-прод-сервер", "-m", "64M")
     assert vm.prefault("--populate-only").status == 0

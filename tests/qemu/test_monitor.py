@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the clients, events, counters and end of a QMP session with a real QEMU."""
+"""Test clients, events, counters and disconnection with a real QEMU's monitor."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_qemu_killed_during_a_command(start_qemu: StartQemu, command: str) -> No
     async def main() -> None:
         async with Monitor.connect(qemu.qmp) as monitor:
             waiting = asyncio.create_task(_await_end(monitor))
-            qemu.pause()  # so that QEMU cannot answer the commands
+            qemu.pause()  # so that QEMU cannot reply to the commands
             arguments = {"command-line": "info mtree"} if "human" in command else {}
             tasks = [
                 asyncio.create_task(monitor.execute_raw(command, arguments)) for _ in range(12)
@@ -183,7 +183,7 @@ def test_stopped_qemu_times_out(start_qemu: StartQemu) -> None:
                 await monitor.execute("query-status")
             assert caught.value.code == "monitor-timeout"
             qemu.resume()
-            # The late answer is dropped. The next command gets its own answer.
+            # The late reply is dropped. The next command gets its own reply.
             assert await monitor.execute("query-name", timeout=10) == {}
 
     run(main())
@@ -247,7 +247,7 @@ def test_tcp(start_qemu: StartQemu) -> None:
 
 
 def test_proxy_is_detected(start_qemu: StartQemu, tmp_path: Path) -> None:
-    """Check that a process which forwards the socket is not mistaken for QEMU."""
+    """Check that a process that forwards the socket is not mistaken for QEMU."""
     qemu = start_qemu("-m", "64M")
     front = str(tmp_path / "front")
     ready, tell = os.pipe()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the QMP client with servers that are not QEMU or that send false answers.
+"""Test the QMP client with servers that are not QEMU or that send false replies.
 
 The client must fail within seconds and use little memory. The servers are threads with plain
-sockets, so that these tests control every byte.
+sockets, so that the tests control every byte.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def serve(path: Path, talk: Callable[[socket.socket], None]) -> Iterator[str]:
                 client.settimeout(20)
                 talk(client)
         except OSError:
-            return  # the client has disconnected, as expected
+            return  # the client disconnected, as expected
 
     thread = threading.Thread(target=main, daemon=True)
     thread.start()
@@ -99,7 +99,7 @@ def say(data: bytes, wait: bool = True) -> Callable[[socket.socket], None]:
 
 
 def silent_then_check(client: socket.socket) -> None:
-    """Check that the client sends no data to a server that sends no data."""
+    """Check that the client sends nothing to a server that sends nothing."""
     assert client.recv(1) == b""
 
 
@@ -160,7 +160,7 @@ def test_bad_greetings(case: str, tmp_path: Path) -> None:
     assert len(str(caught.value)) < 1000
 
 
-# --- a server that greets correctly and then sends false answers ---
+# --- a server that sends a valid greeting and then false replies ---
 
 MTREE = (
     'FlatView #0\r\n AS "memory", root: system\r\n Root memory region: system\r\n'
@@ -200,10 +200,9 @@ HONEST: dict[str, object] = {
 
 
 def qmp_server(lies: Mapping[str, object]) -> Callable[[socket.socket], None]:
-    """Return a server that answers as QEMU does, except for the given false answers.
+    """Return a server that replies like QEMU, except for certain false replies.
 
-    :param lies: The false answer for each command. The server sends an answer of type bytes
-        unchanged.
+    :param lies: The false reply for each command. The server sends a reply of type bytes unchanged.
     """
 
     def answer(request: dict[str, Any]) -> bytes:
@@ -259,14 +258,14 @@ def test_unknown_confidential_guest_has_private_memory(tmp_path: Path) -> None:
 
 
 NONSENSE: list[object] = [None, 7, -1, 1.5, "x", True, [], {}, [[]], [{}], {"return": 1}, [None]]
-#: Valid answers to these commands, in addition to those in HONEST.
+#: Valid replies to these commands, in addition to those in HONEST.
 LEGAL: dict[str, list[object]] = {
     "query-memory-devices": [[]],
     "query-balloon": [None],  # null means that the device is absent
     "query-migrate": [None, {}, {"return": 1}],
     "query-dirty-rate": [None, {}, {"return": 1}],
-    "query-stats": [[], [{}]],  # the answer may be of another provider
-    "query-memdev": [[], [{}]],  # no known RAM, which does not contradict other answers
+    "query-stats": [[], [{}]],  # the reply may be from another provider
+    "query-memdev": [[], [{}]],  # no known RAM, which does not contradict other replies
     "info numa": ["x"],
     "qom-get": NONSENSE,
 }
@@ -386,7 +385,7 @@ def test_malformed_events_are_ignored(tmp_path: Path) -> None:
 
 
 def test_event_flood_is_bounded(tmp_path: Path) -> None:
-    """Send 100 MB of events while the session's user reads no events."""
+    """Send 100 MB of events while the caller reads no events."""
     event = b'{"event": "NOISE", "data": {"a": "%s"}}\n' % (b"x" * 1000)
     reply = b'{"return": {}, "id": "__qmp#00000"}\n'
 

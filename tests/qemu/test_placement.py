@@ -34,7 +34,7 @@ class Seen:
 
 
 def busy_vm(start_qemu: StartQemu, tmp_path: Path, *arguments: str) -> tuple[QemuVm, int]:
-    """Return a guest whose vCPU never halts, and the vCPU's thread id."""
+    """Return a QEMU whose vCPU never halts, and the vCPU's thread id."""
     disk = tmp_path / "disk"
     disk.write_bytes(JUMP_TO_ITSELF)
     drive = ("-drive", f"file={disk},format=raw,if=ide,snapshot=on")
@@ -43,10 +43,8 @@ def busy_vm(start_qemu: StartQemu, tmp_path: Path, *arguments: str) -> tuple[Qem
     return vm, int(tid)
 
 
-def watch(vm: QemuVm) -> tuple[Result, list[Seen]]:
-    """Populate the guest.
-
-    Return the result and the last sample of each helper.
+def populate_and_sample(vm: QemuVm) -> tuple[Result, list[Seen]]:
+    """Populate the guest, and return the result and the last sample of each helper.
 
     Earlier samples may show properties that the tool has not changed yet.
     """
@@ -71,7 +69,7 @@ def watch(vm: QemuVm) -> tuple[Result, list[Seen]]:
 def test_helper_has_ordinary_scheduling(start_qemu: StartQemu, tmp_path: Path, policy: int) -> None:
     every = os.sched_getaffinity(0)
     if len(every) < 2:
-        pytest.skip("needs two CPUs")
+        pytest.skip("this test needs two CPUs")
     vm, vcpu = busy_vm(start_qemu, tmp_path)
     real_time = policy in (os.SCHED_FIFO, os.SCHED_RR)
     os.sched_setaffinity(vcpu, {max(every)})
@@ -81,7 +79,7 @@ def test_helper_has_ordinary_scheduling(start_qemu: StartQemu, tmp_path: Path, p
         os.sched_setscheduler(vcpu, policy, os.sched_param(1 if real_time else 0))
     except PermissionError:
         pytest.skip("needs CAP_SYS_NICE")
-    result, seen = watch(vm)
+    result, seen = populate_and_sample(vm)
     assert result.status == 0, result.stderr
     assert result.report["warnings"] == []
     assert seen
@@ -129,7 +127,7 @@ def test_helper_leaves_the_vcpu_cgroup(
 ) -> None:
     vm, vcpu = busy_vm(start_qemu, tmp_path)
     (cpu_group / "tasks").write_text(str(vcpu))
-    result, seen = watch(vm)
+    result, seen = populate_and_sample(vm)
     assert result.status == 0, result.stderr
     wanted = Path(f"/proc/{vm.pid}/task/{vm.pid}/cgroup").read_text()
     assert seen and {helper.groups for helper in seen} == {wanted}

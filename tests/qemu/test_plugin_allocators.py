@@ -82,7 +82,7 @@ def linked_qemu(allocator: Allocator, directory: Path) -> list[str]:
     if shutil.which("patchelf") is None:
         pytest.skip("patchelf is not installed")
     qemu = directory / "qemu-system-x86_64"
-    shutil.copy(QEMU, qemu)
+    shutil.copy(str(QEMU), qemu)
     subprocess.run(["patchelf", "--add-needed", str(allocator.path()), qemu], check=True)
     # A QEMU in another directory looks for its firmware there.
     return [str(qemu), "-L", "/usr/share/qemu", "-L", "/usr/share/seabios"]
@@ -122,8 +122,8 @@ def stress(allocator: Allocator, tmp_path: Path) -> Path:
     if shutil.which("cc") is None:
         pytest.skip("cc is not installed")
     program = tmp_path / "stress"
-    command = ["cc", "-std=gnu11", "-O2", "-Wall", "-pthread", HERE / "allocator_stress.c"]
-    command += [allocator.path()] if allocator.linked else []
+    command = ["cc", "-std=gnu11", "-O2", "-Wall", "-pthread", str(HERE / "allocator_stress.c")]
+    command += [str(allocator.path())] if allocator.linked else []
     subprocess.run([*command, "-o", program], check=True)
     return program
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the plugin in a QEMU with TCG, or with a KVM that does not have the ioctl.
+"""Test the plugin in a QEMU with TCG, or with a KVM that lacks the ioctl.
 
 tests/nested/test_plugin.py tests the plugin with the real ioctl.
 """
@@ -103,7 +103,7 @@ def test_no_kvm_disables_the_plugin(way: str) -> None:
 
 @needs_kvm
 def test_daemonized_kvm_is_seen(tmp_path: Path) -> None:
-    """Check that only QEMU's daemon process reports a VM, and not its parents."""
+    """Check that only QEMU's daemon process reports a VM, but not its parents."""
     assert QEMU
     pidfile = tmp_path / "pid"
     machine = ["-nodefaults", "-display", "none", "-S", "-accel", "kvm", "-m", "64M"]
@@ -135,7 +135,7 @@ def test_unknown_option_ends_qemu(option: str) -> None:
 def test_unsupported_kvm_is_reported(control: Callable[..., Control]) -> None:
     status = control().ask("status")
     if status["pre_fault_memory"]:
-        pytest.skip("this KVM can; see tests/nested/test_plugin.py")
+        pytest.skip("this KVM can prefault; see tests/nested/test_plugin.py")
     assert status["kvm"] and status["pending"] == 0
     assert {slot["why"] for slot in status["slots"]} == {"this KVM has no KVM_PRE_FAULT_MEMORY"}
 
@@ -276,7 +276,7 @@ def test_batch_ends_with_its_client(control: Callable[..., Control]) -> None:
 def test_vcpu_that_has_run_is_no_longer_lent(start_qemu: StartQemu, tmp_path: Path) -> None:
     """Check that a lent vCPU is refused after it has run.
 
-    The ioctl must not run between the end of KVM_RUN and the time when QEMU reads its result.
+    The ioctl must not run after KVM_RUN has returned and before QEMU has read KVM_RUN's result.
     """
     qemu = start(start_qemu, f"socket={tmp_path}/control")
     client, monitor = Control(tmp_path / "control"), QmpClient(qemu.qmp)
@@ -294,7 +294,7 @@ def test_vcpu_that_has_run_is_no_longer_lent(start_qemu: StartQemu, tmp_path: Pa
         monitor.execute("stop")
 
     assert client.ask("lend")["ok"]
-    assert prefault("work-lent") == errno.EOPNOTSUPP  # by this KVM
+    assert prefault("work-lent") == errno.EOPNOTSUPP  # the error of this host's KVM
     run_guest()
     assert prefault("work-lent") == errno.EBUSY
     assert prefault("work") == errno.EOPNOTSUPP

@@ -20,7 +20,7 @@ from support.qemu import QEMU, connect_monitor, kvm_usable
 
 needs_kvm = pytest.mark.skipif(not kvm_usable(), reason="/dev/kvm cannot be opened")
 RUN = (sys.executable, "-m", "qemu_prefault", "run")
-#: Paths of the firmware. QEMU does not find it by itself if it is started by a symbolic link.
+#: Paths of the firmware, which QEMU does not find if it is started through a symbolic link.
 FIRMWARE = ("-L", "/usr/share/qemu", "-L", "/usr/share/seabios")
 BASE = (*FIRMWARE, "-nodefaults", "-no-user-config", "-display", "none", "-m", "64M")
 NO_KVM = "does not use KVM"
@@ -43,7 +43,7 @@ def start() -> Iterator[Start]:
 
 
 def named(directory: Path, name: str) -> Path:
-    """Return a symbolic link to QEMU with this name."""
+    """Create a symbolic link to QEMU with this name, and return its path."""
     assert QEMU
     link = directory / name
     link.symlink_to(QEMU)
@@ -127,14 +127,14 @@ def test_vm_is_found_with_many_inherited_descriptors(
 
 
 def finish(*command: str | Path, status: int = 0) -> str:
-    """Run a command, send quit to QEMU's monitor, and return its standard error."""
+    """Run a command, send quit to QEMU's monitor, and return the command's stderr."""
     done = subprocess.run(command, input=b"quit\n", capture_output=True, timeout=60, check=False)
     assert done.returncode == status, done.stderr
     return done.stderr.decode()
 
 
 def quitting(*arguments: str) -> Sequence[str]:
-    """Return arguments for a QEMU whose monitor reads standard input."""
+    """Return arguments for a QEMU whose monitor reads stdin."""
     return (*BASE, "-monitor", "stdio", *arguments)
 
 
@@ -187,7 +187,7 @@ def test_qemu_without_a_guest_reports_nothing(status: int, arguments: Sequence[s
 @pytest.mark.parametrize("accel", ["tcg", pytest.param("kvm", marks=needs_kvm)])
 @pytest.mark.parametrize("how", ["run", "plugin"])
 def test_parents_of_daemon_report_nothing(how: str, accel: str, tmp_path: Path) -> None:
-    """Check that the parent processes of the daemon do not report that QEMU uses TCG.
+    """Check that the daemon's parent processes do not report that QEMU uses TCG.
 
     With ``-daemonize``, QEMU forks twice, and only the last process creates the VM.
     """

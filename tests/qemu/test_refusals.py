@@ -129,7 +129,7 @@ def test_incoming_ram_not_loaded(vm_of: StartVm) -> None:
 
 
 def test_incoming_ram_while_loading(vm_of: StartVm, tmp_path: Path) -> None:
-    """Check that a destination is refused while its RAM loads from a slow source."""
+    """Check that a destination is refused while its RAM is loaded from a slow source."""
     source = vm_of("-m", "64M", paused=False)
     target = vm_of("-m", "64M", "-incoming", f"unix:{tmp_path}/migration")
     source.qmp.execute("migrate-set-parameters", max_bandwidth=4096)
@@ -139,10 +139,7 @@ def test_incoming_ram_while_loading(vm_of: StartVm, tmp_path: Path) -> None:
 
 
 def test_postcopy(vm_of: StartVm, tmp_path: Path) -> None:
-    """Check that postcopy is refused.
-
-    The destination still needs the source's pages.
-    """
+    """Check that postcopy is refused, because the destination still lacks pages."""
     source = vm_of("-m", "64M", paused=False)
     target = vm_of("-m", "64M", "-incoming", "defer")
     capabilities = [{"capability": name, "state": True} for name in ("postcopy-ram", "events")]
@@ -220,7 +217,7 @@ def test_busy_monitor_fails_fast(vm_of: StartVm) -> None:
 
 @pytest.fixture
 def memory_cgroup() -> Iterator[Callable[[int], Path]]:
-    """Yield a function that makes a memory cgroup (v1 or v2) with a limit in bytes."""
+    """Yield a function that creates a memory cgroup (v1 or v2) with a limit in bytes."""
     made: list[Path] = []
 
     def ours() -> tuple[Path, bool]:
@@ -232,7 +229,7 @@ def memory_cgroup() -> Iterator[Callable[[int], Path]]:
                 return (inside if inside.is_dir() else base), False
         unified = Path("/sys/fs/cgroup")
         if "memory" not in (unified / "cgroup.subtree_control").read_text().split():
-            pytest.skip("no memory controller is available here")
+            pytest.skip("no memory cgroup controller is available")
         return unified, True
 
     def make(limit: int) -> Path:
@@ -265,7 +262,7 @@ def test_cgroup_limit_is_respected(vm_of: StartVm, memory_cgroup: Callable[[int]
     (group / "cgroup.procs").write_text(str(vm.pid))
     check_refused(vm, "no-memory", group.name, "needs 511.", "--force", "--max-bytes")
     assert out_of_memory_kills(group) == 0
-    # The tool populates a part that fits into the limit.
+    # The tool populates a range that fits into the limit.
     assert vm.prefault("--populate-only", "--max-bytes", "64M").status == 0
     assert vm.prefault("--populate-only", "--populate", "resident").status == 0
     assert out_of_memory_kills(group) == 0
@@ -291,7 +288,7 @@ def test_ancestor_cgroup_limit_is_respected(
 def test_force_overrides_the_limit(vm_of: StartVm, memory_cgroup: Callable[[int], Path]) -> None:
     """Check that ``--force`` populates the guest in spite of the limit.
 
-    An operator needs this option to prefault first and to raise the limit afterwards.
+    An operator needs this option to prefault a guest first and raise the limit afterwards.
     """
     group = memory_cgroup(200 * MIB)
     vm = vm_of("-m", "256M")
@@ -307,7 +304,7 @@ def test_force_overrides_the_limit(vm_of: StartVm, memory_cgroup: Callable[[int]
 def test_guest_larger_than_the_host(vm_of: StartVm) -> None:
     """Check that the tool does not populate an overcommitted guest.
 
-    It must refuse ``--populate all``.
+    The tool must refuse ``--populate all``.
     """
     total = int(Path("/proc/meminfo").read_text().split()[1]) >> 10  # MiB
     size = f"{total + 1024}M"

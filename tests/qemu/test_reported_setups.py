@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test set-ups from public reports.
+"""Test setups from public bug reports.
 
-In each set-up, an earlier version harmed a guest or misled the operator. Each test names the
-reports. Other tests of such set-ups are in the files of their subjects, for example
+In each setup, an earlier version of the tool harmed a guest or misled the operator. Each test names
+the reports. Tests for more setups are in the files for their subjects, for example
 test_memory_sources.py, test_seccomp.py and test_plugin_run.py.
 """
 
@@ -58,8 +58,8 @@ def test_neighbour_in_tmpfs_gets_its_memory(
 ) -> None:
     """Check that the tool does not use space that another guest in the tmpfs needs.
 
-    If a tmpfs is full, QEMU gets SIGBUS when its guest uses new memory. The setup is from the
-    reports kata-containers#12919 and systemd#16617.
+    If a tmpfs is full, QEMU gets SIGBUS when its guest uses new memory. The setup is from
+    kata-containers#12919 and systemd#16617.
     """
     with mounted("tmpfs", tmp_path / "shm", "size=200M") as shm:
         neighbour = start_vm(start_qemu, tmp_path, *ram_in(shm, 64), accel="kvm", paused=False)
@@ -73,7 +73,7 @@ def test_neighbour_in_tmpfs_gets_its_memory(
             prefix = capable_prefix()
             qemu = start_qemu(*plugin, *ram, accel="kvm", paused=False, prefix=prefix)
             assert wait_started(qemu, control)["populate"] == "resident"
-        # Now the neighbour takes all that it was promised.
+        # Now the neighbour allocates all of its RAM.
         result = neighbour.prefault("--populate-only", "--force")
         assert result.complete()["bytes"]["requested"] > 62 * MIB
         assert neighbour.qmp.status() == "running"
@@ -81,9 +81,9 @@ def test_neighbour_in_tmpfs_gets_its_memory(
 
 @needs_root
 def test_concurrent_runs_exceed_no_limit(start_qemu: StartQemu, tmp_path: Path) -> None:
-    """Start three runs together, each of which would fit into the cgroup alone.
+    """Start three runs at once, each of which would fit into the cgroup alone.
 
-    The setup is from the reports harvester#2522 and kubevirt#4560.
+    The setup is from harvester#2522 and kubevirt#4560.
     """
     with cgroups("memory") as ((group,), unified):
         name = "memory.max" if unified else "memory.limit_in_bytes"
@@ -123,8 +123,8 @@ os.execvp(sys.argv[2], sys.argv[2:])
 def test_many_inherited_descriptors(start_qemu: StartQemu, tmp_path: Path, count: int) -> None:
     """Check that both agents work in a QEMU that has inherited many descriptors.
 
-    Management programs pass hundreds of tap and vhost queues to QEMU. The setup is from the reports
-    lxd#13484 and tp-qemu#1668.
+    Management programs pass hundreds of descriptors for tap and vhost queues to QEMU. The setup is
+    from lxd#13484 and tp-qemu#1668.
     """
     plugin = ("-plugin", f"{plugin_path()},socket={tmp_path}/control")
     prefix = [sys.executable, "-c", MANY_FDS, str(count)]
@@ -215,7 +215,7 @@ def test_preconfig_has_no_guest(start_qemu: StartQemu) -> None:
 def test_hidden_proc_is_reported(
     start_qemu: StartQemu, tmp_path: Path, options: str, command: tuple[str, ...]
 ) -> None:
-    """Check that the tool reports a /proc that hides QEMU from the tool.
+    """Check that the tool reports a /proc that hides QEMU.
 
     systemd's ProtectProc= hides other users' processes. ProcSubset= hides /proc/meminfo.
     """
@@ -247,13 +247,13 @@ def test_hidden_proc_is_reported(
     assert "is gone" not in text and "has exited" not in text
     if command[0] != "probe":
         assert result.error["remedy"]
-        if options != "hidepid=1":  # which shows that the process exists
+        if options != "hidepid=1":  # with hidepid=1, /proc still lists the process
             assert "hidepid" in result.error["remedy"]
 
 
 def unshare_mounts() -> None:
-    """Enter a new mount namespace, whose mounts are private."""
-    if ctypes.CDLL(None).unshare(0x00020000):  # CLONE_NEWNS; os.unshare() is new in Python 3.12
+    """Enter a new mount namespace with private mounts."""
+    if ctypes.CDLL(None).unshare(0x00020000):  # CLONE_NEWNS; os.unshare() needs Python 3.12
         raise OSError("unshare")
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
 
@@ -263,7 +263,7 @@ def unshare_mounts() -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
 def test_utf_16_is_reported(encoding: str) -> None:
-    """Check that XML in UTF-16, which PowerShell's ``>`` writes, is refused."""
+    """Check that XML in UTF-16, the encoding of PowerShell's ``>``, is refused."""
     xml = "<domain type='kvm'><name>a</name><memory>1</memory></domain>".encode(encoding)
     command = [sys.executable, "-m", "qemu_prefault", "libvirt", "enable", "-", "--plugin", "/x.so"]
     done = subprocess.run(command, input=xml, capture_output=True, check=False)

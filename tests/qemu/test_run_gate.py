@@ -29,7 +29,7 @@ from qemu_prefault_lab.wait import wait_for
 from support.process import leftovers, tracers, wait_clean
 from support.qemu import MIB, QemuVm, StartQemu, start_vm
 
-#: Stands for a vCPU's thread. It waits for commands, and its ioctl is refused (ENOTTY).
+#: A program that simulates a vCPU thread: it issues the ioctls on stdin, which fail (ENOTTY).
 THREAD = """
 import ctypes, mmap, signal, sys
 page = mmap.mmap(-1, 1 << 20)
@@ -46,7 +46,7 @@ KVM_RUN, KVM_GET_REGS = 0xAE80, 0x8090AE81
 
 @dataclass
 class FakeVcpu:
-    """A process that stands in for QEMU, and a helper's control page that the test writes."""
+    """A process that simulates QEMU, and a helper's control page that the test writes."""
 
     process: subprocess.Popen[str]
     memory: int
@@ -64,7 +64,7 @@ class FakeVcpu:
         print(request, file=self.process.stdin, flush=True)
 
     def signals_seen(self) -> int:
-        """Wait for the end of the ioctl and return the number of signals that were handled."""
+        """Wait for the end of the ioctl and return the number of handled signals."""
         assert self.process.stdout is not None
         return int(self.process.stdout.readline())
 
@@ -110,7 +110,7 @@ def test_vcpu_waits_for_the_helper(vcpu: FakeVcpu) -> None:
             vcpu.helper.write_word("batch_done", 1)
             vcpu.signals_seen()
             assert not tracers(vcpu.pid)
-            assert gate.holds()  # the work has been ended in order
+            assert gate.holds()  # the batch has ended in order
             await gate.release()
 
     asyncio.run(check())
@@ -236,7 +236,7 @@ def test_dead_or_stopped_tool_does_not_freeze_the_vcpu(
 def test_gate_ends_beside_a_fork_of_the_tool(vcpu: FakeVcpu) -> None:
     """Check that the gate exits although a forked process has the gate's socket.
 
-    The resume guard is such a process. It has copies of the tool's descriptors.
+    The resume guard is such a process, because it inherits the tool's descriptors.
     """
 
     async def check() -> None:
@@ -273,7 +273,7 @@ def start_guest(start_qemu: StartQemu, tmp_path: Path, *, paused: bool = True) -
 
 
 def is_in_guest(vm: QemuVm) -> bool:
-    """Return whether the first vCPU's thread is in KVM_RUN, or runs on a CPU."""
+    """Return whether the first vCPU's thread is in KVM_RUN or runs on a CPU."""
     tid = vm.qmp.execute("query-cpus-fast")[0]["thread-id"]
     call = Process.find(vm.pid).thread_syscall(int(tid)) or ""
     return call.startswith("running") or hex(KVM_RUN) in call
@@ -288,7 +288,7 @@ def make_agent(vm: QemuVm) -> PtraceAgent:
 
 
 def guest_ram(pid: int) -> int:
-    """Return the address of the guest's RAM in QEMU."""
+    """Return the host-virtual address of the guest's RAM in QEMU."""
     return next(m.start for m in Process.find(pid).maps() if m.size == 1024 * MIB)
 
 
@@ -328,7 +328,7 @@ def test_running_guest_is_not_held(start_qemu: StartQemu, tmp_path: Path) -> Non
         agent = make_agent(vm)
         await agent.start()
         try:
-            # The vCPU may be outside KVM_RUN when it is stopped, and reach it a moment later.
+            # The vCPU may be outside KVM_RUN when it is stopped, and enter KVM_RUN shortly after.
             with pytest.raises(FailedError) as caught:
                 await agent.hold_vcpus()
                 populate = Range(Kind.POPULATE, guest_ram(vm.pid), 1024 * MIB)

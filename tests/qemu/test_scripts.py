@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the scripts of qmp_scripts/ on a real QEMU, without the ioctl."""
+"""Test the scripts in qmp_scripts/ with a real QEMU, without the ioctl."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ StartVm = Callable[..., QemuVm]
 
 
 def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a script and check that it prints no traceback."""
+    """Run a script and check that its output contains no traceback."""
     done = subprocess.run(
         [sys.executable, SCRIPTS / name, *arguments],
         capture_output=True,
@@ -180,11 +180,11 @@ Watch = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def watch() -> Iterator[Watch]:
-    """Return a function that starts watch-stage2 and waits for its first numbers."""
+    """Return a function that starts watch-stage2 and waits for the first values."""
     watching: list[subprocess.Popen[str]] = []
 
     def start(vm: QemuVm, *arguments: str) -> subprocess.Popen[str]:
-        # If the tests run as a background job, they ignore SIGINT, and the child inherits this.
+        # If the tests run as a background job, SIGINT is ignored, and the child inherits this.
         command = ["env", "--default-signal=INT", sys.executable, str(SCRIPTS / "watch-stage2")]
         command += [*arguments, vm.qemu.qmp]
         process = subprocess.Popen(

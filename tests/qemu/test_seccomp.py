@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test QEMUs with seccomp filters that deny system calls or kill the process.
 
-If helpers need the denied system call, the tool refuses the run. Otherwise the helpers do not make
-the call.
+If helpers need the denied system call, the tool must refuse the run. Otherwise the helpers must not
+make the call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from support.process import leftovers
 from support.qemu import QemuVm, StartQemu, start_vm
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-# QEMU itself makes some of these calls, so the filters compare arguments of the helper's calls.
+# QEMU itself makes some of these calls, so the filters compare the arguments of helpers' calls.
 NEEDED = {
     "clone": "56",
     "executable mmap": "9:3=0x100022",
@@ -144,7 +144,7 @@ def test_unreadable_filters(
 ) -> None:
     """Check that only QEMU's own filter is accepted without CAP_SYS_ADMIN.
 
-    The tool cannot read filters without this capability.
+    Without this capability, the tool cannot read filters.
     """
     if shutil.which("setpriv") is None:
         pytest.skip("setpriv is not installed")

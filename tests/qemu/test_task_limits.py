@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that helpers leave enough tasks to QEMU.
-
-QEMU aborts if it cannot start a thread.
-"""
+"""Test that helpers leave tasks for QEMU, which aborts if it cannot start a thread."""
 
 from __future__ import annotations
 
@@ -68,7 +65,7 @@ def tasks(group: Path) -> int:
 
 
 def leave(group: Path, count: int) -> None:
-    # This count includes workers of QEMU's thread pool, which exit after 10 s without work.
+    # This count includes the workers in QEMU's thread pool, which exit after 10 s without work.
     (group / "pids.max").write_text(str(tasks(group) + count))
 
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * A program whose threads check that their state does not change and that no signal is lost. The
- * state is all registers, the red zone, flags, x87 and SSE control words, errno, the signal mask
- * and the alternate stack.
+ * state consists of all registers, the red zone, flags, x87 and SSE control words, errno, the
+ * signal mask and the alternate stack.
  *
  * The program prints its thread ids, runs until the end of stdin, and prints the result.
  * test_inject_victim.py builds it and injects system calls into its threads.
@@ -52,8 +52,8 @@ static int has_avx;
 
 /*
  * Load all registers from *in, make the system call (or count down from 20000 if number is
- * negative), and store all registers to *out. The function is in assembly, because compiled code
- * would use some of the registers itself.
+ * negative), and store all registers in *out. The function is written in assembly, because compiled
+ * code would use some of the registers.
  */
 void run_with_state(const struct state *in, struct state *out, long number, long avx);
 __asm__(".globl run_with_state\n"

@@ -2,9 +2,9 @@
 """Execute a program on a KVM that seems to offer KVM_PRE_FAULT_MEMORY.
 
 The plugin populates only if KVM offers the ioctl. With this program, tests can run the plugin on a
-host whose KVM lacks the ioctl. A seccomp filter passes the ioctl, and the query of its capability,
-to a supervisor. The supervisor answers that KVM offers the ioctl and has mapped the whole range.
-The kernel executes all other system calls. The supervisor exits when the program exits.
+host whose KVM lacks the ioctl. A seccomp filter passes the ioctl, and the query for its capability,
+to a supervisor. The supervisor simulates a KVM that offers the ioctl and always maps the whole
+range. The kernel executes all other system calls. The supervisor exits when the program exits.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ FILTER = (
 
 
 def prefix() -> list[str]:
-    """Return the words to prepend to a command, so that it runs on such a KVM."""
+    """Return the arguments to prepend to a command to run it on such a KVM."""
     directory = Path(__file__).parent.parent
     return ["env", f"PYTHONPATH={directory}", sys.executable, "-m", __name__]
 
 
 def install() -> int:
-    """Install the filter in this process and return the supervisor's descriptor."""
+    """Install the filter in this process and return the listener's descriptor."""
     libc = ctypes.CDLL(None, use_errno=True)
     code = b"".join(struct.pack("<HBBI", *instruction) for instruction in FILTER)
     buffer = ctypes.create_string_buffer(code, len(code))
@@ -69,7 +69,7 @@ def install() -> int:
 
 
 def answer(tid: int, request: int, argument: int) -> int:
-    """Simulate an ioctl of a thread, and return its result."""
+    """Simulate a thread's ioctl, and return its result."""
     if request == KVM_CHECK_EXTENSION:
         return 1
     with open(f"/proc/{tid}/mem", "r+b", buffering=0) as memory:
@@ -81,7 +81,7 @@ def answer(tid: int, request: int, argument: int) -> int:
 
 
 def supervise(fd: int) -> None:
-    """Answer the ioctls until no process has the filter."""
+    """Simulate the ioctls until no process uses the filter."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     while not poll.poll()[0][1] & select.POLLHUP:
@@ -91,7 +91,7 @@ def supervise(fd: int) -> None:
             identity, tid, _, _, _, _, _, request, argument, *_ = NOTIFICATION.unpack(received)
             result = answer(tid, request & 0xFFFFFFFF, argument)
             fcntl.ioctl(fd, NOTIF_SEND, RESPONSE.pack(identity, result, 0, 0))
-        except OSError:  # a signal interrupted the ioctl, or the process has ended
+        except OSError:  # a signal interrupted the ioctl, or the process has exited
             continue
 
 

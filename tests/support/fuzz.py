@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Mutate inputs, feed them to a parser, and collect the faults.
 
-A parser returns a value or raises an error that its documentation names, within a bounded CPU time
-and in bounded memory. Everything else is a fault. The inputs depend only on the seed.
+A parser must return a value or raise an error that its documentation names. Its CPU time and memory
+must be bounded. All other behaviour is a fault. The inputs depend only on the seed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from qemu_prefault.errors import QemuPrefaultError
 
 #: Seconds of CPU time for one input.
 CPU_SECONDS: Final = 1.0
-#: Seconds until the process is killed, if it is blocked where no signal handler runs.
+#: Seconds after which a process is killed if it is blocked where no signal handler can run.
 HANG_SECONDS: Final = 300
-#: Bytes by which the address space may grow.
+#: The maximum growth of the address space in bytes.
 MEMORY: Final = 2 << 30
 #: The usual limit of a mutated input in bytes. The limit of rare longer inputs is :data:`LONG`.
 NORMAL: Final = 16 << 10
@@ -38,7 +38,7 @@ Mutate = Callable[[random.Random, Sequence[bytes]], bytes]
 
 
 class TooSlowError(BaseException):
-    """An error because a parser exceeded the CPU time of one input."""
+    """An error because a parser exceeded the CPU time limit for one input."""
 
 
 # --- mutations ---
@@ -169,7 +169,7 @@ def _mutate_value(rng: random.Random, value: Any, places: list[tuple[Any, Any]])
 
 
 def mutate_json(rng: random.Random, pool: Sequence[bytes]) -> bytes:
-    """Return a mutation of the structure or the values of one of the JSON documents."""
+    """Return a mutation of the structure or the values of one JSON document."""
     try:
         document = [json.loads(rng.choice(pool))]
     except (ValueError, RecursionError):  # a kept input that is not JSON
@@ -193,7 +193,7 @@ def mutate_json(rng: random.Random, pool: Sequence[bytes]) -> bytes:
 
 
 def mutate_json_lines(rng: random.Random, pool: Sequence[bytes]) -> bytes:
-    """Return an input of JSON lines, with a mutation of one line."""
+    """Return an input of JSON lines with one mutated line."""
     lines = rng.choice(pool).split(b"\n")
     at = rng.randrange(len(lines))
     lines[at] = mutate_json(rng, [lines[at]])
@@ -208,7 +208,7 @@ class Target:
     """A parser, and valid inputs from which the mutations start.
 
     :ivar errors: The errors that the parser is allowed to raise.
-    :ivar cost: The relative time for parsing one input. The value of a short text is 1.
+    :ivar cost: The relative time for parsing one input. A short text has the value 1.
     """
 
     name: str
@@ -233,7 +233,7 @@ class Fault:
 
 
 def run_one(target: Target, data: bytes) -> Fault | None:
-    """Feed one input to a parser and return the fault that it causes, or None."""
+    """Feed one input to a parser and return the fault, or None."""
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     try:
         target.parse(data)
@@ -257,7 +257,7 @@ def _too_slow(*_: object) -> None:
 
 @contextlib.contextmanager
 def limits() -> Iterator[None]:
-    """Limit memory, and let :func:`run_one` limit the CPU time, within the block."""
+    """Limit memory within the block, and let :func:`run_one` limit the CPU time."""
     before = signal.signal(signal.SIGPROF, _too_slow)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -271,7 +271,7 @@ def limits() -> Iterator[None]:
 
 
 def _shrink(target: Target, fault: Fault) -> Fault:
-    """Remove parts of an input as long as the input causes the same kind of fault."""
+    """Remove parts of an input while the input still causes the same kind of fault."""
     if "TooSlowError" in fault.kind:
         return fault
     best, step, tries = fault, max(1, len(fault.data) // 2), 0
@@ -307,7 +307,7 @@ class Corpus:
 
 
 def find_faults(target: Target, corpus: Sequence[bytes], count: int, seed: int) -> list[Fault]:
-    """Feed the seeds, the corpus and `count` mutations of them to a parser.
+    """Feed a parser its seeds, the corpus, and ``count`` mutations of both.
 
     :returns: One fault of each kind, with a shortened input.
     """

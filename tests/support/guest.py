@@ -17,14 +17,14 @@ from qemu_prefault_lab.guest import Guest
 from .process import resident_bytes
 from .tool import Result, Tool
 
-#: MiB of a guest in addition to its workload, for its kernel and for untouched memory.
+#: MiB of guest memory in addition to the workload, for the kernel and for untouched memory.
 OTHER_MIB = 96
 #: Arguments of snapshot-save and snapshot-load, for the disk of :func:`add_disk`.
 SNAPSHOT = {"tag": "s", "vmstate": "disk", "devices": ["disk"]}
 
 
 class GuestOptions(TypedDict, total=False):
-    """The keyword arguments of :class:`Guest`, for functions that pass them on."""
+    """The keyword arguments of :class:`Guest`, for functions that forward them."""
 
     machine: str
     accel: str
@@ -48,10 +48,7 @@ class GuestOptions(TypedDict, total=False):
 
 
 class MakeGuest(Protocol):
-    """A function that makes a guest.
-
-    Its fixture kills the guest after the test.
-    """
+    """A function that starts a guest, which the fixture kills after the test."""
 
     def __call__(self, **options: Unpack[GuestOptions]) -> Guest: ...
 
@@ -71,7 +68,7 @@ def prefault(guest: Guest, *arguments: str) -> Result:
 
 
 def start_incoming_tool(guest: Guest, *options: str) -> Tool:
-    """Start the tool with ``--incoming`` and wait until it is ready for the guest."""
+    """Start the tool with ``--incoming`` and wait until the tool is ready."""
     tool = start_tool(guest, "--incoming", *options)
     tool.wait_ready()
     return tool
@@ -89,12 +86,12 @@ def faults(guest: Guest) -> int:
 
 
 def check_memory(guest: Guest) -> None:
-    """Check that the guest answers and that its memory is unchanged."""
+    """Check that the guest responds and that its memory is unchanged."""
     assert guest.command("pass")["bad"] == 0
 
 
 def faults_of_pass(guest: Guest) -> int:
-    """Let a guest write all of its memory and return the number of stage-2 faults."""
+    """Let a guest write its workload and return the number of stage-2 faults."""
     before = faults(guest)
     check_memory(guest)
     return faults(guest) - before
@@ -128,7 +125,7 @@ class Follower:
         """Wait for the next event and return it."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line, f"the tool ended with {self.process.wait()}"
+        assert line, f"the tool exited with {self.process.wait()}"
         event: dict[str, Any] = json.loads(line)
         return event
 
@@ -146,9 +143,9 @@ def mapped_bytes(guest: Guest) -> int:
 
 
 def plug_dimm(guest: Guest, size: int, name: str = "d0") -> None:
-    """Plug a DIMM named ``dimm-NAME``.
+    """Plug a DIMM named ``dimm-NAME`` into a running guest.
 
-    Only a running guest accepts the DIMM.
+    A stopped guest would not accept the DIMM.
     """
     guest.qmp("object-add", qom_type="memory-backend-ram", id=name, size=size)
     guest.qmp("device_add", driver="pc-dimm", id=f"dimm-{name}", memdev=name)
@@ -181,7 +178,7 @@ def ram_resident(guest: Guest) -> int:
 
 
 def ram_checksum(guest: Guest, backend: str = "ram") -> int:
-    """Return the CRC of the guest's RAM, which is read through /proc/PID/mem."""
+    """Return the CRC of the guest's RAM, read through /proc/PID/mem."""
     size = next(m["size"] for m in guest.qmp("query-memdev") if m["id"] == backend)
     hva = ram_hva(guest)
     value = 0

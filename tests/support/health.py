@@ -6,8 +6,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-# Search for the "cut here" line that every WARN() prints. "WARNING:" would also match messages
-# about CPU vulnerabilities.
+# Search for the "cut here" line that every WARN() prints, because "WARNING:" would also match
+# messages about CPU vulnerabilities.
 TROUBLE = re.compile(
     r"cut here|BUG:|Oops:|Call Trace:|general protection fault|Bad page|Out of memory|"
     r"EXT4-fs error|I/O error|blocked for more than|Machine Check"
@@ -15,27 +15,27 @@ TROUBLE = re.compile(
 
 
 class UnhealthyGuestError(AssertionError):
-    """A systemd unit of the guest failed, or the guest's kernel logged an error."""
+    """An error because a guest's systemd unit failed or its kernel logged an error."""
 
 
 def check_log(log: str) -> None:
-    """Check that the kernel's log has no errors.
+    """Check that the kernel's log contains no errors.
 
-    :raises UnhealthyGuestError: If the log has errors. The message quotes the errors, and the
-        exception holds the whole log.
+    :raises UnhealthyGuestError: If the log contains errors. The message quotes the first error, and
+        the exception holds the whole log.
     """
     lines = log.splitlines()
     for number, line in enumerate(lines):
         if TROUBLE.search(line):
             excerpt = " / ".join(lines[number : number + 4])
-            raise UnhealthyGuestError(f"the guest's kernel log has an error: {excerpt}", log)
+            raise UnhealthyGuestError(f"the guest's kernel log contains an error: {excerpt}", log)
 
 
 def check_health(shell: Callable[[str], str], dmesg: str = "dmesg") -> None:
     """Check that the guest's system is up, without failed units or kernel errors.
 
-    :param shell: A function that runs a command in the guest and returns its output, for any exit
-        status. Its time limit must be long enough for a boot to finish.
+    :param shell: A function that runs a command in the guest and returns the command's output,
+        regardless of its exit status. The time limit must be long enough for a boot to finish.
     :param dmesg: The command that prints the kernel's log.
     :raises UnhealthyGuestError: If one of these checks fails.
     """

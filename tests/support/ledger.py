@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A ledger of a long test, from which an interrupted run can resume.
 
-The ledger has one line of JSON for each iteration.
+The ledger contains one line of JSON for each iteration.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Entry = dict[str, Any]
 class Ledger:
     """The iterations of one seed.
 
-    :param path: The file, or None. If it exists, its entries of this seed are read. The file
-        can also be the saved output of a run, whose lines have a prefix.
+    :param path: The file, or None. If the file exists, its entries for this seed are read. The
+        file can also be the saved output of tests/run.py, whose lines have a prefix.
     """
 
     def __init__(self, path: Path | None, seed: int) -> None:
@@ -48,7 +48,7 @@ class Ledger:
         return sum(float(entry["seconds"]) for entry in self.entries.values())
 
     def summary(self) -> str:
-        """Return the number of iterations with each outcome, and the longest gaps."""
+        """Return the number of iterations per outcome, and the longest gaps."""
         entries = list(self.entries.values())
         lines = [f"{len(entries)} iterations, {self.seconds():.0f} s"]
         outcomes = Counter(
@@ -71,12 +71,12 @@ class Ledger:
 
 
 def parse_entry(line: str) -> Entry | None:
-    """Return the entry in a line, or None if the line has no entry."""
+    """Return the entry in a line, or None if the line contains no entry."""
     at = line.find('{"seed": ')
     if at < 0:
         return None
     try:
         entry: Entry = json.loads(line[at:])
-    except ValueError:  # the line was not written completely
+    except ValueError:  # the line is incomplete
         return None
     return entry

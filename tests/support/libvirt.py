@@ -17,14 +17,14 @@ import pytest
 from qemu_prefault_lab.libvirtd import LabDomain
 
 if not Path("/lab/command_server.py").exists() or not Path("/usr/sbin/libvirtd").exists():
-    pytest.skip("these tests need the lab's variant libvirt", allow_module_level=True)
+    pytest.skip("these tests need the lab's libvirt variant", allow_module_level=True)
 
 WORKLOAD_MIB = 64
 PAGES = WORKLOAD_MIB * 256
-#: The maximum number of faults that prefaulting cannot avoid. They are on device registers and on
-#: some memory of the firmware.
+#: The maximum number of faults that prefaulting cannot avoid: faults on device registers, and on
+#: memory that the firmware uses.
 MAX_RESIDUAL_FAULTS = 60
-#: The address on which the tests' daemon serves metrics, which is also the default of its unit.
+#: The address on which the daemon serves metrics, which is also the default in the daemon's unit.
 METRICS_ADDRESS = "127.0.0.1:9469"
 
 WriteHookConfig = Callable[[str], None]
@@ -43,16 +43,13 @@ class DomainOptions(TypedDict, total=False):
 
 
 class MakeDomain(Protocol):
-    """A function that makes a domain.
-
-    Its fixture destroys the domain after the test.
-    """
+    """A function that defines a domain, which the fixture destroys after the test."""
 
     def __call__(self, name: str, **options: Unpack[DomainOptions]) -> LabDomain: ...
 
 
 def run_tool(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run ``qemu-prefault`` and check that it prints no traceback."""
+    """Run ``qemu-prefault`` and check that the output contains no traceback."""
     done = subprocess.run(
         ["qemu-prefault", *arguments],
         capture_output=True,
@@ -67,14 +64,14 @@ def run_tool(*arguments: str, timeout: float = 300) -> subprocess.CompletedProce
 
 
 def tool_output(*arguments: str, timeout: float = 300) -> str:
-    """Run ``qemu-prefault``, check that it succeeds, and return its stdout."""
+    """Run ``qemu-prefault``, check that the run succeeds, and return its stdout."""
     done = run_tool(*arguments, timeout=timeout)
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
     return done.stdout
 
 
 def apparmor_label(domain: LabDomain) -> str:
-    """Return the AppArmor profile of the domain's QEMU, and the profile's mode."""
+    """Return the name and mode of the AppArmor profile of the domain's QEMU."""
     return Path(f"/proc/{domain.process.pid}/attr/current").read_text().strip("\0\n")
 
 

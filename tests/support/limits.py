@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Set real limits of memory by file systems, cgroups and huge page pools.
+"""Set real memory limits with file systems, cgroups and huge page pools.
 
 Each function skips the test if the host does not permit the limit.
 """
@@ -21,12 +21,12 @@ HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 
 @contextmanager
 def mounted(kind: str, point: Path, options: str, source: str = "none") -> Iterator[Path]:
-    """Mount a file system for the block."""
+    """Mount a file system within the block."""
     point.mkdir(exist_ok=True)
     command = ["mount", "-t", kind, *(["-o", options] if options else []), source, str(point)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"{kind} cannot be mounted here: {done.stderr.strip()}")
+        pytest.skip(f"cannot mount {kind}: {done.stderr.strip()}")
     try:
         yield point
     finally:
@@ -35,7 +35,7 @@ def mounted(kind: str, point: Path, options: str, source: str = "none") -> Itera
 
 @contextmanager
 def ext4(point: Path, mib: int) -> Iterator[Path]:
-    """Mount a new ext4 in an image of this size."""
+    """Mount a new ext4 file system in an image of this size."""
     image = point.with_suffix(".img")
     image.write_bytes(b"")
     os.truncate(image, mib * MIB)
@@ -52,12 +52,12 @@ def ext4(point: Path, mib: int) -> Iterator[Path]:
 
 @contextmanager
 def huge_pages(count: int) -> Iterator[None]:
-    """Set the number of 2 MiB pages in the pool for the block."""
+    """Set the number of 2 MiB pages in the pool within the block."""
     try:
         before = HUGE_PAGES.read_text()
         HUGE_PAGES.write_text(str(count))
     except OSError as error:
-        pytest.skip(f"the huge page pool cannot be changed: {error}")
+        pytest.skip(f"cannot resize the huge page pool: {error}")
     try:
         if int(HUGE_PAGES.read_text()) != count:
             pytest.skip(f"this host does not have {count} huge pages")
@@ -81,7 +81,7 @@ def group_root(controller: str) -> tuple[Path, bool]:
                 (unified / "cgroup.subtree_control").write_text(f"+{controller}")
             if controller in (unified / "cgroup.subtree_control").read_text().split():
                 return unified, True
-    pytest.skip(f"no cgroup controller {controller} is available here")
+    pytest.skip(f"no {controller} cgroup controller is available")
 
 
 @contextmanager
@@ -100,7 +100,7 @@ def cgroups(controller: str, depth: int = 1) -> Iterator[tuple[list[Path], bool]
     except OSError as error:
         for group in reversed(made):
             group.rmdir()
-        pytest.skip(f"a cgroup cannot be made here: {error}")
+        pytest.skip(f"cannot create a cgroup: {error}")
     try:
         yield made, unified
     finally:
@@ -111,7 +111,7 @@ def cgroups(controller: str, depth: int = 1) -> Iterator[tuple[list[Path], bool]
 
 
 def in_group(group: Path) -> list[str]:
-    """Return the words to prepend to a command, so that it runs in a cgroup."""
+    """Return the arguments to prepend to a command to run it in a cgroup."""
     return ["sh", "-c", f'echo $$ >{group}/cgroup.procs && exec "$@"', "sh"]
 
 

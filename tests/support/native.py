@@ -23,11 +23,11 @@ def link_with_plugin(
     *flags: str,
     parts: Sequence[str] = ("plugin/*.c", "common/*.c"),
 ) -> Path:
-    """Compile a C file with the plugin's C files, and return the program's path.
+    """Link a C file with files of the plugin, and return the program's path.
 
     Skip the test if no C compiler is installed.
 
-    :param parts: Patterns of the files of the plugin.
+    :param parts: Patterns that select the plugin's files.
     """
     if shutil.which("cc") is None:
         pytest.skip("cc is not installed")

@@ -17,9 +17,9 @@ from .qmp import QmpClient
 
 
 def capable_prefix() -> list[str]:
-    """Return the words to prepend to QEMU's command, so that the plugin works.
+    """Return the arguments to prepend to QEMU's command, so that the plugin works.
 
-    If this host's KVM has the ioctl, no words are needed.
+    If this host's KVM has the ioctl, the list is empty.
     """
     return [] if kvm.pre_fault_capability().available else capable_kvm.prefix()
 
@@ -35,15 +35,12 @@ def ask_status(path: Path) -> dict[str, Any]:
 
 
 def wait_started(qemu: Qemu, control: Path) -> dict[str, Any]:
-    """Wait until the plugin has populated memory and the guest runs.
-
-    Return the plugin's status.
-    """
-    QmpClient(qemu.qmp).close()  # QMP answers once the machine is complete
+    """Wait until the plugin has populated memory and the guest runs, and return its status."""
+    QmpClient(qemu.qmp).close()  # QMP responds when the machine is complete
     status: dict[str, Any] = {}
 
     def has_started() -> bool:
-        assert qemu.process.poll() is None, "QEMU ended"
+        assert qemu.process.poll() is None, "QEMU exited"
         status.update(ask_status(control))
         return bool(status["vcpus"][0]["running"] and status["counters"]["prefaulted"])
 

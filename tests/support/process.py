@@ -35,7 +35,7 @@ def resident_bytes(pid: int, address: int) -> int:
             inside = start <= address < end
         elif inside and first == "Rss:":
             return int(line.split()[1]) << 10
-    raise AssertionError(f"nothing is mapped at {address:#x}")
+    raise AssertionError(f"no mapping contains {address:#x}")
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -50,7 +50,7 @@ def tracers(pid: int) -> set[str]:
     """Return the ids of the processes that trace a thread of this process."""
     found = set()
     for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has exited
             for line in (task / "status").read_text().splitlines():
                 if line.startswith("TracerPid:"):
                     found.add(line.split()[1])

@@ -41,7 +41,7 @@ class Qemu:
         return self.process.pid
 
     def kill(self) -> None:
-        """Kill QEMU with SIGKILL and wait until it has ended."""
+        """Kill QEMU with SIGKILL and wait until it has exited."""
         self.process.kill()
         self.process.wait(20)
 
@@ -56,10 +56,7 @@ class Qemu:
 
 
 def _await_listening(process: subprocess.Popen[bytes], ready: socket.socket) -> None:
-    """Wait until QEMU connects to this socket.
-
-    QEMU's other sockets then listen.
-    """
+    """Wait until QEMU connects to this socket, when its other sockets already listen."""
     pidfd = os.pidfd_open(process.pid)
     try:
         readable, _, _ = select.select([ready.fileno(), pidfd], [], [], 30)
@@ -95,7 +92,7 @@ def launch(
     command = [*prefix, QEMU or "", "-nodefaults", "-display", "none", "-accel", accel]
     command += ["-S"] if paused else []
     command += ["-qmp", f"unix:{qmp},server=on,wait=off", *arguments]
-    # QEMU creates chardevs in order. When this one connects, the socket of -qmp listens.
+    # QEMU creates chardevs in order. When this one connects, the -qmp socket already listens.
     command += ["-chardev", f"socket,id=ready,path={ready_path}", "-mon", "ready,mode=control"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
     try:
@@ -106,10 +103,7 @@ def launch(
 
 
 def connect_monitor(path: str | Path, process: subprocess.Popen[bytes]) -> QmpClient:
-    """Connect to the monitor of a QEMU that the test started.
-
-    Retry for 20 seconds.
-    """
+    """Connect to the monitor of a QEMU that the test started, with retries for 20 s."""
     for _ in range(400):
         with contextlib.suppress(OSError):
             return QmpClient(str(path))
@@ -118,8 +112,8 @@ def connect_monitor(path: str | Path, process: subprocess.Popen[bytes]) -> QmpCl
     raise AssertionError("QEMU did not create its monitor within 20 seconds")
 
 
-#: The fixture ``start_qemu``. It takes QEMU's arguments and the keywords ``accel``, ``paused`` and
-#: ``prefix``.
+#: The ``start_qemu`` fixture. Its arguments are QEMU's arguments, and the keyword arguments
+#: ``accel``, ``paused`` and ``prefix``.
 StartQemu = Callable[..., Qemu]
 
 
@@ -146,7 +140,7 @@ class QemuVm:
         return run_tool(self.qemu, *arguments)
 
     def command(self, name: str, *arguments: str) -> Result:
-        """Run the command ``probe``, ``map`` or ``stats`` on this QEMU."""
+        """Run the ``probe``, ``map`` or ``stats`` command on this QEMU."""
         return Tool([name, "--qmp", self.qemu.qmp, "--json", *arguments]).finish()
 
 

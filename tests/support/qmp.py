@@ -9,10 +9,7 @@ from qemu_prefault_lab.qmp import Qmp
 
 
 class QmpClient(Qmp):
-    """The lab's QMP client, connected to a socket path.
-
-    Every wait has a deadline.
-    """
+    """The lab's QMP client, connected to a socket path."""
 
     def __init__(self, path: str) -> None:
         connection = socket.socket(socket.AF_UNIX)

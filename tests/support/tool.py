@@ -17,11 +17,9 @@ from typing import Any, NoReturn
 
 
 def _import_product() -> Callable[[], None]:
-    """Import the modules that a forked run needs.
+    """Import the modules that a forked run needs, and return the tool's main().
 
-    Return the tool's main().
-
-    The imports are not at the top of the file, because avocado-vt has a package ``qemu`` that hides
+    The imports are not at the top of the file, because avocado-vt's ``qemu`` package hides
     qemu.qmp.
     """
     import qemu_prefault.api  # noqa: F401, PLC0415
@@ -32,10 +30,7 @@ def _import_product() -> Callable[[], None]:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The result of a run.
-
-    With ``--json``, its ``stdout`` holds JSON.
-    """
+    """The result of a run, whose ``stdout`` holds JSON if the run used ``--json``."""
 
     status: int
     stdout: str
@@ -57,7 +52,7 @@ class Result:
         return error
 
     def complete(self) -> dict[str, Any]:
-        """Check that the run succeeded for every requested byte, and return its report."""
+        """Check that the run verified every requested byte, and return its report."""
         assert self.status == 0, (self.status, self.stdout, self.stderr)
         report = self.report
         assert report["bytes"]["remaining"] == 0, report
@@ -67,12 +62,12 @@ class Result:
 class Tool:
     """A run of ``qemu-prefault`` in a child process.
 
-    By default, the class forks the child and does not execute a new Python, because starting Python
-    takes most of the time under emulation.
+    By default, the child is a fork of this process that does not execute a new Python, because
+    under emulation most of a run's duration is the start of Python.
 
-    :param uid: The id of the user as which the tool runs. This user need not be able to read
-        Python's files.
-    :param fork: Fork without executing a new Python. A caller that has threads must pass False.
+    :param uid: The id of the user as which the tool runs. This user does not need permission to
+        read Python's files.
+    :param fork: Fork without executing a new Python. A caller with several threads must pass False.
     """
 
     def __init__(
@@ -104,7 +99,7 @@ class Tool:
                 os.setgroups([])
                 os.setresgid(self._uid, self._uid, self._uid)
                 os.setresuid(self._uid, self._uid, self._uid)
-            # If the tests run as a background job, they ignore SIGINT, and the child inherits this.
+            # If the tests run as a background job, SIGINT is ignored, and the child inherits this.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             faulthandler.register(signal.SIGUSR2, file=2)
             main()
@@ -135,7 +130,7 @@ class Tool:
         )
 
     def running(self, timeout: float = 0) -> bool:
-        """Wait for up to ``timeout`` seconds, and return whether the run continues."""
+        """Wait for up to ``timeout`` seconds, and return whether the tool still runs."""
         if self.status is None and select.select([self._pidfd], [], [], timeout)[0]:
             self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
             os.close(self._pidfd)
@@ -155,10 +150,7 @@ class Tool:
         assert self.has_said("ready"), f"the tool is not ready for a guest: {self._read(1)}"
 
     def finish(self, timeout: float = 120) -> Result:
-        """Wait until the run ends.
-
-        If it hangs, fail with the stack trace of the run.
-        """
+        """Wait until the tool exits, or fail with its stack trace if it hangs."""
         hung = self.running(timeout)
         if hung:
             self.send_signal(signal.SIGUSR2)
@@ -166,15 +158,15 @@ class Tool:
             self.send_signal(signal.SIGKILL)
             self.running(10)
         stdout, stderr = self._read(0), self._read(1)
-        assert not hung, f"the tool did not end within {timeout:g} s: {stderr}"
+        assert not hung, f"the tool did not exit within {timeout:g} s: {stderr}"
         assert self.status is not None
         assert "Traceback" not in stderr and "internal error" not in stderr, stderr
         return Result(self.status, stdout, stderr)
 
     def has_said(self, text: str) -> bool:
-        """Return whether the run has printed a text on stderr."""
+        """Return whether the tool has printed this text to stderr."""
         return text in self._read(1)
 
     def _read(self, index: int) -> str:
-        fd = self._files[index].fileno()  # pread() does not move the run's file offset
+        fd = self._files[index].fileno()  # pread() does not move the tool's file offset
         return os.pread(fd, os.fstat(fd).st_size, 0).decode()

@@ -4,7 +4,7 @@
 usage: under_filter.py ACTION[,ACTION...] CALL... -- PROGRAM...
 
 Each ACTION adds one filter, which takes this action for each CALL. An ACTION is kill, errno, trap,
-log or allow. A CALL is the number of a system call, or NUMBER:INDEX=VALUE for calls
+log or allow. A CALL is the number of a system call, or NUMBER:INDEX=VALUE. The latter matches calls
 whose argument INDEX, counted from 0, is VALUE.
 """
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * Start a guest on huge pages that the host does not have. test_native_plugin_memory.py links this
- * file with the plugin's files.
+ * Simulate the start of a guest that uses more huge pages than the host has.
+ * test_native_plugin_memory.py links this file with the plugin's files.
  *
- * With the argument "learn", the plugin finds the mapping in /proc/self/smaps. With "hook", it
- * finds the mapping by its mmap() hook. The program prints the page size in bytes, whether the pool
- * is too small (1 or 0), and the value of the populate option.
+ * With the argument "learn", the plugin finds the mapping in /proc/self/smaps. With "hook", the
+ * plugin's mmap() hook records the mapping. The program prints the page size in bytes, whether the
+ * pool is too small (1 or 0), and the value of the populate option.
  */
 #define _GNU_SOURCE
 #include <stdio.h>

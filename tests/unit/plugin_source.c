@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * Start a guest whose RAM is a file, and print the populate policy that the plugin chooses.
+ * Simulate the start of a guest whose RAM is a file, and print the plugin's populate policy.
  *
- * Arguments: PATH SIZE shared|private hook|learn [OTHER-PATH OTHER-SIZE]. With the last two, the
- * program allocates another file after the guest has started, and also prints the MiB that the
- * plugin then populates. test_native_plugin_source.py links this program with the plugin's files.
+ * Arguments: PATH SIZE shared|private hook|learn [OTHER-PATH OTHER-SIZE]. With OTHER-PATH, the
+ * program allocates another file after the guest has started, and also prints how many MiB the
+ * plugin then populates. test_native_plugin_source.py links this file with the plugin's files.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that the public API is complete, is typed, and includes the names of 0.1."""
+"""Test that the public API is complete and typed, and includes the 0.1 names."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_downstream_script_is_fully_typed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-# --- names of 0.1 ---
+# --- names from version 0.1 ---
 
 
 def test_deprecated_policy_is_options() -> None:

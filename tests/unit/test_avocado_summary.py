@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the summary of an avocado job with results that avocado has written."""
+"""Test the summary of an avocado job with results that avocado wrote."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DISTRO_ROW = {"distro": "debian13", "moment": "boot", "pages": "never", "machine
               "with": SAMPLE}  # fmt: skip
 VT_ROW = {"moment": "restore", "without": 19740, "with": 0}
 
-# Whiteboards that other tests may write. The job below has one test for each of them.
+# Whiteboards that other tests may write. The job below contains one test for each of them.
 STORED = {
     "empty": "",
     "text": "KVM version: 6.12\nQEMU version: 10.0",
@@ -37,7 +37,7 @@ OTHER = [
     json.dumps([VT_ROW]) * 2,
 ]
 OWN = {"own_vt": json.dumps([VT_ROW]), "own_distro": json.dumps([DISTRO_ROW])}
-# A whiteboard that avocado cannot store, so that its test ends with an error.
+# Whiteboards that avocado cannot store, so that their tests end with an error.
 UNSTORABLE = {"none": None}
 PASSING = 1 + len(STORED) + len(OWN)
 JOB = f"""
@@ -83,15 +83,13 @@ def job(runner: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 class SumUp(Protocol):
-    """A function that summarizes the job's tests with certain statuses.
-
-    The function returns the exit status and the printed lines.
-    """
+    """A function that summarizes the job's tests with certain statuses."""
 
     def __call__(self, *statuses: str, whiteboard: str | None = None) -> tuple[int, list[str]]:
         """Summarize the tests with these statuses.
 
-        :param whiteboard: The text that replaces the whiteboard of each test.
+        :param whiteboard: The text that replaces each test's whiteboard.
+        :returns: The exit status and the printed lines.
         """
 
 
@@ -135,7 +133,7 @@ def test_own_rows_are_a_table(sum_up: SumUp, row: dict[str, Any], cells: str) ->
 
 
 def test_whole_job_is_summed_up(sum_up: SumUp) -> None:
-    """Summarize a job with this project's rows, other whiteboards and a failed test."""
+    """Summarize a job with this project's rows, foreign whiteboards and failed tests."""
     status, lines = sum_up("PASS", "FAIL", "ERROR", "CANCEL")
     assert status == 1
     assert any(line.startswith("| debian13 | pc |") for line in lines)

@@ -32,7 +32,7 @@ def spawn(command: Sequence[str | Path], **options: Any) -> subprocess.Completed
 
 
 def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the tool and check that it prints no traceback."""
+    """Run the tool and check that its output contains no traceback."""
     done = spawn([*TOOL, *arguments], **options)
     if "--debug" not in arguments:
         assert "Traceback" not in (done.stderr or ""), done.stderr
@@ -339,7 +339,7 @@ def test_json_error_is_one_object(arguments: list[str]) -> None:
     assert answer["exit"] == done.returncode > 0
     assert set(answer["error"]) == {"code", "cause", "remedy"}
     assert all(answer["error"].values())
-    assert answer["error"]["cause"] in done.stderr  # stderr also has it, as text
+    assert answer["error"]["cause"] in done.stderr  # stderr contains the cause as text
 
 
 def test_probe_pid_prints_json() -> None:

@@ -133,7 +133,7 @@ def test_no_kvm_exits_4_with_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = [line for line in result.output.splitlines() if line.startswith("{")]
     error = json.loads(line)["error"]
     assert error["code"] == "no-kvm"
-    assert "group kvm" in error["remedy"]
+    assert "kvm group" in error["remedy"]
 
 
 def test_unknown_case_is_a_usage_error() -> None:

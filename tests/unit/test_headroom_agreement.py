@@ -186,9 +186,9 @@ def test_hugetlb_sizes_have_the_same_names(page_size: int, tmp_path: Path) -> No
 
 
 def test_least_of_several_is_kept(tmp_path: Path) -> None:
-    """Check that the plugin returns the minimum of two limits.
+    """Check that the plugin returns the minimum of several limits.
 
-    The plugin reads memory.stat only if that file can change the minimum.
+    The plugin reads memory.stat only if the reclaimable cache can change the minimum.
     """
     write(tmp_path, {"memory.max": 500, "memory.current": 300, "memory.stat": "inactive_file 50"})
     assert memory_in_c(tmp_path, True, 1000) == 250
@@ -287,7 +287,7 @@ def test_node_lists(text: str, expected: tuple[int, ...]) -> None:
         ((0, 1), (1,), (0, 1), (1,)),
         ((0, 1), (), (1,), (1,)),
         ((0, 1), (0, 1), (1,), (1,)),
-        ((0, 1), (1,), (0,), (0,)),  # mpol_rebind_nodemask() uses the cpuset's nodes instead
+        ((0, 1), (1,), (0,), (0,)),  # the cpuset's nodes: mpol_rebind_nodemask()
         ((0, 1), (1,), (), (1,)),  # the cpuset is unknown
         ((0, 2), (1,), (0, 1, 2), ()),  # the policy's node has no memory
         ((), (1,), (0, 1), ()),  # sysfs is not mounted
@@ -326,7 +326,7 @@ def test_node_meminfo(
     for node, free, inactive in ((0, 100, 10), (1, 200, 2)):
         write(tmp_path / f"node{node}", {"meminfo": NODE.format(node, free, inactive)})
     monkeypatch.setattr(memory_source, "NODES", tmp_path)
-    # Disable the subtraction of min_free_kbytes, which the C code does in another function.
+    # Do not subtract min_free_kbytes, which the C code subtracts in another function.
     monkeypatch.setattr(memory_source, "MIN_FREE", tmp_path / "missing")
     assert memory_source.node_limit(asked).available == expected * KIB
     with opened(tmp_path) as fd:
@@ -360,10 +360,7 @@ def test_hugetlb_pools_of_nodes(
     expected: int,
     tmp_path: Path,
 ) -> None:
-    """Count the pages of two nodes.
-
-    Node 0 has 200 free pages, and node 1 has 60.
-    """
+    """Count the huge pages of two nodes, which have 200 and 60 free pages."""
     size = 2 * MIB
     pools, per_node = tmp_path / "hugepages", tmp_path / "node"
     files = {"free": 260, "resv": reserved, "nr_overcommit": overcommit, "surplus": 0}

@@ -49,6 +49,6 @@ def test_failed_unit_is_unhealthy() -> None:
     ],
 )
 def test_trouble_in_the_log_is_unhealthy(line: str) -> None:
-    with pytest.raises(UnhealthyGuestError, match="kernel log has an error") as caught:
+    with pytest.raises(UnhealthyGuestError, match="kernel log contains an error") as caught:
         check_health(shell(log=f"{LOG}{line}\nmore\n"))
     assert f"{line} / more" in str(caught.value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the search of the kernel log for the reason why a process was killed."""
+"""Test the search in the kernel log for the reason why a process was killed."""
 
 from __future__ import annotations
 

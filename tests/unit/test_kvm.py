@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test with a simulated KVM how the tool interprets KVM's answers."""
+"""Test how the tool interprets KVM's results, with a simulated KVM."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ open_file = os.open
 def asked(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[int]:
     """Return a list that collects the arguments of KVM_CHECK_EXTENSION.
 
-    The fixture's parameter is the simulated answer of KVM.
+    The fixture's parameter is the simulated result.
     """
     numbers: list[int] = []
 

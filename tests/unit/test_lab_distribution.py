@@ -58,7 +58,7 @@ def test_product_excludes_lab() -> None:
 
 
 def test_lab_requires_this_version_of_the_product() -> None:
-    """Check that the lab requires the same version of qemu-prefault.
+    """Check that the lab requires its own version of qemu-prefault.
 
     The lab uses internals of qemu-prefault, so both are released together.
     """

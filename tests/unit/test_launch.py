@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the commands ``run`` and ``plugin-path``, and the detection of the plugin."""
+"""Test the ``run`` and ``plugin-path`` commands, and detection of the plugin."""
 
 from __future__ import annotations
 
@@ -155,10 +155,7 @@ def test_dynamic_program_is_run(programs: Path, name: str, wrapper: tuple[str, .
 
 
 def test_dynamic_linker_is_run(programs: Path) -> None:
-    """Run the dynamic linker.
-
-    It reads LD_PRELOAD although it has no interpreter.
-    """
+    """Run the dynamic linker, which reads LD_PRELOAD although it has no interpreter."""
     linker = Path("/lib64/ld-linux-x86-64.so.2")
     if not linker.exists():
         pytest.skip("no glibc")

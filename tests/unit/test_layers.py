@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test rules that import-linter does not check.
 
-These rules are for imports in TYPE_CHECKING blocks, and for error codes that the source gives as
+These rules apply to imports in TYPE_CHECKING blocks, and to error codes that the source contains as
 text.
 """
 

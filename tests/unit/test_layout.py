@@ -37,7 +37,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
 def capture(name: str) -> dict[str, str]:
-    """Return the answers of one captured QEMU, as a mapping from command to answer."""
+    """Return the captured replies of one QEMU, as a mapping from command to reply."""
     text = (DATA / name).read_text()
     parts = re.split(r"^### (?:HMP|QMP) (.*)\n", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
@@ -158,7 +158,7 @@ def test_line_endings_are_ignored(name: str) -> None:
 
 @pytest.mark.parametrize("name", CAPTURES)
 def test_gpa2hva_supplies_missing_host_addresses(name: str) -> None:
-    """Parse answers without the columns HVA and RO, which QEMU 7.2 does not print."""
+    """Parse replies without the HVA and RO columns, which QEMU 7.2 does not print."""
     answers = capture(name)
     width = answers["info ramblock"].index("Total") + len("Total")
     old = "\n".join(line[:width] for line in answers["info ramblock"].split("\n"))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test properties of the layout parsers that hold for any input.
 
-These properties are round trips, a single exception type, and linear time.
+The properties are lossless round trips, a single exception type, and linear time.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from qemu_prefault.qemu.memory_map import (
 DATA = Path(__file__).parents[1] / "data" / "monitor"
 PAGE = 4096
 
-# Names that QEMU may print between "): " and the offset. They have no line ends, and do not end
-# like the parts that follow a name.
+# Names that QEMU may print between "): " and the offset. They contain no line ends, and do not end
+# like the fields that follow a name.
 names: st.SearchStrategy[str] = st.text(
     st.characters(codec="ascii", categories=["L", "N", "P", "S", "Zs"]), min_size=1, max_size=30
 ).filter(lambda name: re.search(r"( KVM| @[0-9a-f]{16})$", name) is None)
@@ -167,7 +167,7 @@ def split(text: str) -> dict[str, str]:
 
 
 def swallow(answers: dict[str, str]) -> bool:
-    """Run all parsers over the answers and return whether they succeed."""
+    """Run all parsers on the replies and return whether they succeed."""
     try:
         ranges = parse_mtree(answers.get("info mtree -f", ""))
         blocks = parse_ramblocks(answers.get("info ramblock", ""))
@@ -178,7 +178,7 @@ def swallow(answers: dict[str, str]) -> bool:
         firmware_ahead(ranges)
         memdev_nodes(ranges, memdevs, devices, ())
         build_sections(ranges, blocks, memdevs, devices, {})
-    except (LayoutError, json.JSONDecodeError, AttributeError):  # this code raises the last two
+    except (LayoutError, json.JSONDecodeError, AttributeError):  # this function raises the last two
         return False
     return True
 
@@ -207,7 +207,7 @@ def mutate(text: str, rng: random.Random) -> str:
 
 
 def test_mutated_captures_raise_only_layout_errors() -> None:
-    """Mutate captured answers for five seconds.
+    """Mutate captured replies for five seconds.
 
     The seed is fixed, but the number of mutations depends on the machine's speed.
     """
@@ -237,7 +237,7 @@ CASES: dict[str, tuple[Callable[[str], object], Callable[[int], str]]] = {
         ),
     ),
     "many views": (parse_mtree, lambda n: 'FlatView #0\n AS "x", root: y\n\n' * (n // 30)),
-    # Repeat the suffix " KVM" and add other text, which makes the pattern backtrack.
+    # Repeat the suffix " KVM" before other text, which makes the pattern backtrack.
     "many suffixes": (parse_mtree, lambda n: LINE + " KVM" * (n // 40) + "x\n"),
     "many lines of suffixes": (parse_mtree, lambda n: (LINE + " KVM" * 200 + "x\n") * (n // 900)),
     "many blocks": (
@@ -255,9 +255,9 @@ CASES: dict[str, tuple[Callable[[str], object], Callable[[int], str]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_parsing_takes_linear_time(case: str) -> None:
-    """Check that ten times the input takes at most 30 times as long.
+    """Check that parsing ten times the input takes at most 30 times as long.
 
-    In linear time, parsing takes ten times as long. The factor of three allows for noise.
+    With linear time, parsing takes ten times as long. The factor of three allows for noise.
     """
     parse, make = CASES[case]
 

@@ -162,7 +162,7 @@ def test_invalid_setting_is_rejected(tmp_path: Path, text: str) -> None:
     ],
 )
 def test_ram_of_a_pc(machine: str, memory: int, low: int, high: int) -> None:
-    """Check that the ranges are those that `info mtree -f` prints for the machine."""
+    """Check that the ranges are those that ``info mtree -f`` prints."""
     expected = [(0, 640 * KIB, 0), (MIB, low - MIB, MIB)]
     if high:
         expected.append((4 * GIB, high, low))

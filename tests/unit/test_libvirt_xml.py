@@ -61,10 +61,7 @@ WITH_ARGUMENTS = b"""<domain type='kvm' xmlns:q='http://libvirt.org/schemas/doma
 
 
 def arguments(xml: bytes) -> list[str]:
-    """Return QEMU's extra arguments.
-
-    Like libvirt, accept any namespace prefix.
-    """
+    """Return QEMU's extra arguments; like libvirt, accept any namespace prefix."""
     tree = ElementTree.fromstring(xml)
     name = f"{{{QEMU_NAMESPACE}}}"
     return [a.attrib["value"] for a in tree.findall(f"{name}commandline/{name}arg")]
@@ -189,7 +186,7 @@ def test_stdin_to_stdout() -> None:
 
 
 def test_refusal_prints_no_xml() -> None:
-    """Check that a refusal prints no XML, which a pipe into `virsh define` would use."""
+    """Check that a refusal prints no XML, so that ``virsh define`` gets no input."""
     refused = run("enable", "-", xml=b"<domain type='qemu'/>")
     assert refused.returncode == 4 and refused.stdout == b""
     assert b"KVM" in refused.stderr
@@ -220,8 +217,8 @@ def test_install_and_remove(tmp_path: Path) -> None:
 def test_apparmor_rule_permits_what_the_plugin_reads() -> None:
     """Check that the rule permits all files that the plugin reads.
 
-    The files in `elsewhere` do not need the rule: libvirt's own rules permit them, or they are
-    links, which AppArmor does not mediate.
+    The files in ``elsewhere`` do not need the rule. Either libvirt's own rules permit them, or they
+    are links, which AppArmor does not mediate.
     """
     elsewhere = {"/proc/meminfo", "/proc/self/cmdline", "/proc/self/exe", "/proc/%d/exe"}
     elsewhere |= {"/proc/self/ns/cgroup", "/proc/self/fd/%d"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that the man pages are current, are complete, and fit into 80 columns."""
+"""Test that the man pages are current and complete, and fit into 80 columns."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def test_parsers_accept_any_text(text: str, start: int) -> None:
 
 @pytest.fixture
 def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Simulate a host with two NUMA nodes, both of which process 7 may use."""
+    """Simulate a host with two NUMA nodes that process 7 may use."""
     nodes, proc = tmp_path / "node", tmp_path / "proc"
     (nodes / "node1").mkdir(parents=True)
     (nodes / "has_memory").write_text("0-1\n")
@@ -106,7 +106,7 @@ HUGETLB = MemoryMapping(0x7F0000000000, 0x7F0008000000, "rw-s", 0, (0, 9), 5, "/
 
 @pytest.fixture
 def full_pool(two_nodes: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Simulate a pool of 64 free huge pages, all reserved for the mapping HUGETLB."""
+    """Simulate a pool of 64 free huge pages, all reserved for the HUGETLB mapping."""
     pool = two_nodes / "hugepages-2048kB"
     pool.mkdir()
     for name, pages in (("free", 64), ("resv", 64), ("nr_overcommit", 0), ("surplus", 0)):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that a wait for QEMU's answer can be cancelled while the answer arrives.
+"""Test that a wait for QEMU's reply can be cancelled while the reply arrives.
 
-asyncio.wait_for() of Python 3.11 loses such a cancellation. Because of this bug, a finished run
+asyncio.wait_for() in Python 3.11 loses such a cancellation. Because of this bug, a finished run
 continued to query QEMU's migration status forever.
 """
 
@@ -15,7 +15,7 @@ from qemu_prefault.qemu.monitor import EventStream, Monitor
 
 
 class Client:
-    """A client whose answer the test controls."""
+    """A client whose reply the test controls."""
 
     def __init__(self) -> None:
         self.answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
@@ -36,7 +36,7 @@ def test_cancel_while_answer_arrives(answered: bool) -> None:
         await asyncio.sleep(0)
         if answered:
             client.answer.set_result({})
-            await asyncio.sleep(0)  # wait_for() has the answer but has not returned yet
+            await asyncio.sleep(0)  # wait_for() has the reply but has not returned yet
         task.cancel()
         if not task.done():
             with pytest.raises(asyncio.CancelledError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that the helper has no dependencies and that the library needs only libc."""
+"""Test that the helper has no dependencies and the extension needs only libc."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HELPER_FLAGS = re.findall(
 
 
 def tool(name: str, *arguments: str | Path) -> str:
-    """Run a program of the compiler or of binutils, and return its output."""
+    """Run the compiler or a program from binutils, and return its output."""
     if shutil.which(name) is None:
         pytest.skip(f"{name} is not installed")
     done = subprocess.run([name, *arguments], capture_output=True, text=True, check=False)
@@ -83,7 +83,7 @@ def test_helper_starts_with_its_entry(compiled: Path) -> None:
 
 # --- shared structures ---
 
-# The tests in the lab check the kernel's struct kvm_pre_fault_memory by calling the ioctl.
+# The nested tests check the kernel's struct kvm_pre_fault_memory by calling the ioctl.
 STRUCTS = {
     "struct prefault_range": (
         32,
@@ -138,11 +138,11 @@ def test_python_and_c_constants_match() -> None:
 def test_helper_limits_are_ordered() -> None:
     limits = Limits()
     assert limits.tick < limits.stuck
-    assert limits.tick * 5 <= limits.dead_man  # a late tick must not count as a death
+    assert limits.tick * 5 <= limits.dead_man  # tolerates late ticks
     assert limits.chunk_bytes % (2 << 20) == 0
 
 
-# --- the library ---
+# --- the extension module ---
 
 
 def test_extension_links_only_libc() -> None:

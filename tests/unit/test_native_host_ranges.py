@@ -11,7 +11,7 @@ import pytest
 from support.native import link_with_plugin
 
 START, SIZE = 0x10000000, 1 << 20
-MAP_NORESERVE = 0x4000  # asm-generic/mman.h; not in every Python's mmap module
+MAP_NORESERVE = 0x4000  # asm-generic/mman.h; Python's mmap module may lack this constant
 SOURCE = """
 #include "plugin/host_ranges.h"
 int overcommitted(uint64_t start, uint64_t size, int flags)

@@ -34,7 +34,7 @@ Regions = list[tuple[int, int]]
 
 
 def has_scan(fd: int) -> bool:
-    """Return whether the kernel has PAGEMAP_SCAN, which identifies the zero page."""
+    """Return whether the kernel has PAGEMAP_SCAN, which can detect the zero page."""
     region = ffi.new("uint64_t[3]")
     vector = int(ffi.cast("uintptr_t", region))
     fields = (96, 0, 0, PAGE, 0, vector, 1, 0, 0, PAGE_IS_PRESENT, 0, PAGE_IS_PRESENT)
@@ -67,7 +67,7 @@ class Area:
 
 
 class Scanner:
-    """The C functions of the scanner, for a pagemap or a file that simulates one."""
+    """The scanner's C functions, for a pagemap or a file that simulates a pagemap."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -125,9 +125,9 @@ def entries_only(real: Scanner) -> Iterator[Callable[[Area], Scanner]]:
 def scanner_of(
     request: pytest.FixtureRequest, real: Scanner, entries_only: Callable[[Area], Scanner]
 ) -> Callable[[Area], Scanner]:
-    """Return a scanner that uses PAGEMAP_SCAN, or one that uses pagemap's entries.
+    """Return a scanner that uses PAGEMAP_SCAN, or one that reads pagemap entries.
 
-    The tests must pass with both.
+    The tests must pass with both scanners.
     """
     if request.param == "entries":
         return entries_only
@@ -222,7 +222,7 @@ def test_huge_page_counts_in_full(scanner_of: ScannerOf) -> None:
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 7, 64, 2000])
 def test_fragmented_map_is_read_in_any_chunk_size(scanner_of: ScannerOf, at_once: int) -> None:
-    """Check that no range is lost or repeated if one call cannot return all ranges."""
+    """Check that each range is returned once if one call cannot return all ranges."""
     area = Area(3000)
     area.write(*range(1, 3000, 2))
     scanner = scanner_of(area)
@@ -235,7 +235,7 @@ def test_map_larger_than_one_read(scanner_of: ScannerOf) -> None:
     area.write(0, 8191, 8192, 8193, 16383, 16384, 19_999)
     expected = [(0, 1), (8191, 3), (16383, 2), (19_999, 1)]
     found: Regions = []
-    for start, count in scanner_of(area).writable(area):  # join ranges that a read has split
+    for start, count in scanner_of(area).writable(area):  # join ranges that one read has split
         if found and sum(found[-1]) == start:
             found[-1] = (found[-1][0], found[-1][1] + count)
         else:
@@ -269,7 +269,7 @@ sys.stdin.read()
 def child() -> Iterator[tuple[subprocess.Popen[str], int]]:
     """Yield a process with 64 MiB of memory, and the memory's address.
 
-    The process has written the first 4 MiB, one page at 32 MiB, and one page at 48 MiB.
+    The process has written all of the first 4 MiB, a page at 32 MiB, and a page at 48 MiB.
     """
     process = subprocess.Popen(
         [sys.executable, "-c", VICTIM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -318,7 +318,7 @@ def test_distant_gaps_stay_separate() -> None:
 
 
 def test_memory_use_is_constant() -> None:
-    """Check that returning 25,000 ranges one at a time needs little memory."""
+    """Check that iterating over 25,000 ranges needs little memory."""
     area = Area(50_000)
     area.write(*range(0, 50_000, 2))
     with Pagemap(Process.find(os.getpid())) as pagemap:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that the plugin populates only huge pages that the host has."""
+"""Test that the plugin does not populate more huge pages than the host has."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_short_hugetlb_pool_is_not_populated(program: Path, how: str) -> None:
         pytest.skip("this kernel has no huge pages")
     page_size, short, populate = done.stdout.split()
     if page_size != str(2 << 20) or short != "1":
-        pytest.skip("the default huge pages are not of 2 MiB, or 64 GiB of them are free")
+        pytest.skip("the default huge page size is not 2 MiB, or 64 GiB of huge pages are free")
     assert populate == "resident"
     assert "populating needs 65536 MiB of huge pages" in done.stderr
     assert "only present pages are prefaulted" in done.stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that the plugin gives a code whenever it refuses a request on its socket."""
+"""Test that the plugin's control socket sends a code with every refusal."""
 
 from __future__ import annotations
 

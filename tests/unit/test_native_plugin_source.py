@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that the plugin respects the free space of the file system with guest RAM."""
+"""Test that the plugin respects the free space of guest RAM's file system."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
         (64, "shared", 0, 0, "all"),
         (80, "shared", 0, 0, "resident"),
         (64, "shared", 64, 0, "all"),
-        # The plugin leaves free what the other file may allocate, and 32 MiB.
+        # The plugin leaves the other file's missing memory and 32 MiB free.
         (16, "shared", 0, 16, "all"),
         (16, "shared", 0, 18, "resident"),
         (48, "shared", 0, 48, "resident"),
@@ -86,7 +86,7 @@ def test_file_system(
 @pytest.mark.parametrize(
     ("other", "least", "most"),
     [
-        (0, 16, 32),  # leaves 32 MiB, because an empty file may grow
+        (0, 16, 32),  # leaves 32 MiB free, because an empty file may grow
         (10, 8, 24),
         (40, 0, 0),
     ],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the layers of the C files by the files' includes and symbols."""
+"""Test the layers of the C files, based on their includes and symbols."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ ORDER = (*HEADERS_ONLY, *COMMON, *PLUGIN, *PTRACE, "ptrace/helper", "conformance
 
 #: The libc functions that the plugin interposes.
 INTERPOSED = frozenset({"ioctl", "madvise", "fallocate", "fallocate64", "mmap", "mmap64"})
-#: Files that run with pf_lock held. They must not allocate memory: another thread may wait for
-#: pf_lock in a hook while it holds the allocator's locks.
+#: Files whose code runs with pf_lock held. This code must not allocate memory, because another
+#: thread may wait for pf_lock in a hook while it holds the allocator's locks.
 UNDER_LOCK = tuple(
     f"plugin/{name}"
     for name in (
@@ -186,8 +186,8 @@ def test_symbols_are_defined_once(objects: Mapping[str, Object]) -> None:
 def test_interposed_functions_are_not_called_by_name(objects: Mapping[str, Object]) -> None:
     """Check that no file calls an interposed function by its name.
 
-    The way in which the plugin is loaded would decide whether such a call reaches libc's or the
-    plugin's function.
+    Whether such a call reached libc's function or the plugin's function would depend on how the
+    plugin is loaded.
     """
     for name in (*COMMON, *PLUGIN):
         if name in objects:
@@ -207,13 +207,13 @@ def test_plugin_exports_only_its_entries(plugin: Path) -> None:
 
 @needs_tools
 def test_plugin_binds_no_interposed_function(plugin: Path) -> None:
-    """Check that the plugin has no undefined symbol or relocation of such a function."""
+    """Check that the plugin contains no undefined symbol or relocation for them."""
     assert symbols(plugin, "--dynamic", "--undefined-only") & INTERPOSED == frozenset()
     done = subprocess.run(
         ["readelf", "--relocs", "--wide", plugin], capture_output=True, text=True, check=True
     )
     named = set(re.findall(r"R_X86_64_\w+\s+[0-9a-f]+\s+([\w]+)", done.stdout))
-    assert "syscall" in named  # the plugin calls this instead
+    assert "syscall" in named  # the plugin calls syscall() instead
     assert named & INTERPOSED == set()
 
 

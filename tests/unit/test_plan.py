@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the preconditions of a run, the choice of its memory, and its workers."""
+"""Test a run's preconditions, its choice of memory, and its division of work."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def machine(*sections: MemorySection, **changes: object) -> VmState:
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
-# --- whether a run is allowed ---
+# --- refusing a run ---
 
 # All values of RunState and MigrationStatus (qapi/run-state.json, qapi/migration.json, QEMU 11.1).
 FIT_STATUS = ["running", "paused", "prelaunch", "suspended", "watchdog", "io-error", "debug"]
@@ -261,7 +261,7 @@ def test_selection_is_sorted_unique_whole_pages(
         assert sum(target.size for target in targets) <= budget
 
 
-# --- whether memory may be populated ---
+# --- populating memory ---
 
 ABSENT_ON_PURPOSE = {
     "virtio-mem": (section(4 * GIB, GIB, device="virtio-mem"), None),
@@ -352,10 +352,7 @@ def test_absent_section_does_not_affect_others() -> None:
 
 @st.composite
 def work(draw: st.DrawFn) -> list[Range]:
-    """Draw disjoint page-aligned ranges in ascending order.
-
-    A range has a size of one page to a gigabyte.
-    """
+    """Draw disjoint page-aligned ranges of up to 1 GiB, in ascending order."""
     found = []
     page = draw(st.integers(0, 1 << 20))
     for _ in range(draw(st.integers(0, 12))):

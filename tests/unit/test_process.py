@@ -260,7 +260,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes users or name
 
 @contextlib.contextmanager
 def child(**options: object) -> Iterator[subprocess.Popen[bytes]]:
-    """Yield a process that runs until its standard input is closed."""
+    """Yield a process that runs until its stdin is closed."""
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, **options) as process:  # type: ignore[call-overload]
         yield process
         process.kill()
@@ -285,7 +285,7 @@ def test_own_mappings_are_found() -> None:
 
 
 def test_ending_threads_do_not_hide_others() -> None:
-    # One read of /proc/PID/task omits a thread in about one of a thousand cases.
+    # A single read of /proc/PID/task omits a thread about once in a thousand reads.
     process = Process.find(os.getpid())
     for _ in range(1500):
         ends = threading.Thread(target=time.sleep, args=(0.0002,))
@@ -306,14 +306,14 @@ def test_real_cgroup_limits_headroom() -> None:
     mounts = parse_mountinfo(Path("/proc/self/mountinfo").read_text())
     directories = cgroup_directories(parse_cgroups(mine), mounts, "memory")
     if not directories:
-        pytest.skip("no memory cgroup is visible here")
+        pytest.skip("no memory cgroup is visible")
     root, unified = directories[-1]
     group = Path(root) / f"qemu-prefault-test-{os.getpid()}"
     limit = group / ("memory.max" if unified else "memory.limit_in_bytes")
     try:
         group.mkdir()
     except OSError:
-        pytest.skip("cgroups cannot be made here")
+        pytest.skip("cannot create a cgroup")
     try:
         if not limit.exists():
             pytest.skip("the memory controller is not enabled for the root's children")
@@ -374,7 +374,7 @@ def test_identify_finds_thread_owner() -> None:
     with child() as qemu, child() as proxy:
         assert identify(qemu.pid, None, [qemu.pid]).pid == qemu.pid
         assert thread_map(Process.find(qemu.pid)) == {qemu.pid: qemu.pid}
-        # The socket belongs to a proxy, but the user has specified the process with --pid.
+        # The socket belongs to a proxy, but the user has specified QEMU with --pid.
         assert identify(proxy.pid, qemu.pid, [qemu.pid]).pid == qemu.pid
         for peer, given, threads in (
             (proxy.pid, None, [qemu.pid]),
@@ -404,7 +404,7 @@ def test_thread_ids_are_translated_across_pid_namespaces() -> None:
         inner = int(children[0])
         assert thread_map(Process.find(inner)) == {1: inner}
         assert identify(inner, None, [1]).pid == inner
-        with pytest.raises(RefusedError):  # without translation, the ids belong to other threads
+        with pytest.raises(RefusedError):  # untranslated ids belong to other threads
             identify(inner, None, [inner])
         outer.kill()
 
@@ -434,7 +434,7 @@ ROOT = dataclasses.replace(FACTS, own_uid=0, own_gid=0, own_capability=True)
         (dataclasses.replace(FACTS, yama_scope=2), "ptrace_scope is 2", "sudo"),
         (dataclasses.replace(FACTS, target_dumpable=False), "not dumpable", "sudo"),
         (dataclasses.replace(FACTS, same_user_ns=False), "another user namespace", "sudo"),
-        (FACTS, "forbids tracing", "sudo"),
+        (FACTS, "denies tracing", "sudo"),
         (dataclasses.replace(ROOT, same_user_ns=False), "another user namespace", "on the host"),
         (dataclasses.replace(ROOT, same_user_ns=None, own_initial_user_ns=False),
          "user namespace", "on the host"),

@@ -24,7 +24,7 @@ MIB, GIB = 1 << 20, 1 << 30
 
 RAM = SectionReport("pc.ram", MIB, 383 * MIB, 0x7F00_0010_0000, "anonymous", 0, 383 * MIB, None)
 PLUGGED = SectionReport(
-    "vm0", 4 * GIB, GIB, 0x7E00_0000_0000, "memfd, shared", 0, 0, "virtio-mem: absent on purpose"
+    "vm0", 4 * GIB, GIB, 0x7E00_0000_0000, "memfd, shared", 0, 0, "virtio-mem: must stay absent"
 )
 DONE = Report(
     agent="attach",
@@ -42,7 +42,7 @@ DONE = Report(
 )
 PARTIAL = replace(DONE, bytes=replace(DONE.bytes, remaining=4096))
 
-# The fields of the JSON report and their types. Fields may be added, but not renamed.
+# The fields of the JSON report and their types. Fields may be added but not renamed.
 COUNT = {"4k": int, "2m": int, "1g": int}
 CONTRACT: dict[str, Any] = {
     "schema": int,
@@ -116,7 +116,7 @@ def test_json_values() -> None:
         "before": {"4k": 0, "2m": 0, "1g": 0},
         "after": {"4k": 512, "2m": 1, "1g": 0},
     }
-    assert report["sections"][1]["skipped"] == "virtio-mem: absent on purpose"
+    assert report["sections"][1]["skipped"] == "virtio-mem: must stay absent"
     assert report["warnings"][0]["code"] == "firmware-ahead"
 
 
@@ -185,7 +185,7 @@ def test_error_code_can_be_given() -> None:
 
 
 def errors_without_remedy(path: Path) -> list[str]:
-    """Return the calls of error classes that have a cause but no remedy."""
+    """Return the calls to error classes with a cause but without a remedy."""
     ours = {
         name
         for name, value in vars(errors).items()
@@ -261,7 +261,7 @@ def test_text_has_sections_counters_times_and_warnings() -> None:
     for words in (
         "pc.ram",
         "0x100000",
-        "virtio-mem: absent on purpose",
+        "virtio-mem: must stay absent",
         "0 x 4K + 0 x 2M + 0 x 1G -> 512 x 4K + 1 x 2M + 0 x 1G  (0 B -> 4.0 MiB)",
         "guest paused 0.250",
         "warning (firmware-ahead): the guest's firmware has yet to run",

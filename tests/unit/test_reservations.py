@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that runs count the memory that other runs still have to populate."""
+"""Test that a run counts the memory that other runs have yet to populate."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_checks_of_two_runs_exclude_each_other(
         lock = os.open(directory / "lock", os.O_RDWR)
         with pytest.raises(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        assert others() == {}  # a run that holds the lock too long does not stop others
+        assert others() == {}  # a run that holds the lock too long does not block others
         os.close(lock)
 
 

@@ -29,7 +29,7 @@ def test_counts_are_read(tmp_path: Path) -> None:
 
 def test_command_counts_as_one_test(tmp_path: Path) -> None:
     assert judge(COMMAND, 0, tmp_path / "none") == Result(passed=1)
-    assert judge(COMMAND, 2, tmp_path / "none") == Result(failed=1, note="ended with status 2")
+    assert judge(COMMAND, 2, tmp_path / "none") == Result(failed=1, note="exited with status 2")
 
 
 def test_no_tests_is_a_failure(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_no_tests_is_a_failure(tmp_path: Path) -> None:
 def test_truncated_results_are_a_failure(tmp_path: Path) -> None:
     junit = write_junit(tmp_path / "junit", tests=2)
     junit.write_text(junit.read_text()[:-10])
-    assert judge(PYTEST, -9, junit) == Result(failed=1, note="ended with status -9")
+    assert judge(PYTEST, -9, junit) == Result(failed=1, note="exited with status -9")
 
 
 def test_only_skips_is_a_failure_unless_allowed(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_only_skips_is_a_failure_unless_allowed(tmp_path: Path) -> None:
 
 def test_bad_exit_status_is_a_failure(tmp_path: Path) -> None:
     junit = write_junit(tmp_path / "junit", tests=2)
-    assert judge(PYTEST, 3, junit) == Result(2, 1, 0, note="ended with status 3")
+    assert judge(PYTEST, 3, junit) == Result(2, 1, 0, note="exited with status 3")
 
 
 @pytest.mark.parametrize("tier", ["test", "full"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test how the tool detects that helpers make no progress, and finds the reason."""
+"""Test how the tool detects helpers without progress, and finds the reason."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test how the tool computes the number of threads that QEMU may still start."""
+"""Test how the tool computes how many more threads QEMU may start."""
 
 from __future__ import annotations
 

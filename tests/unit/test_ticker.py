@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the process that interrupts helpers which cannot create timers."""
+"""Test the process that interrupts helpers that cannot create timers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The fixture that most cases use, and checks of reads and writes by the guest."""
+"""The fixture that most cases use, and checks for the guest's reads and writes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..vmm import KvmVcpu, KvmVm
 GPA = GIB
 #: Slot number of a case's memory.
 SLOT = 1
-#: Slot number and guest address of a second memory, in cases that have one.
+#: Slot number and guest address of a second memory region, in cases that use one.
 OTHER_SLOT, OTHER_GPA = 2, 2 * GIB
-#: Default number of 4 KiB pages of a case's memory.
+#: Default number of 4 KiB pages in a case's memory.
 PAGES = 32
 
 
 @dataclass
 class Fixture:
-    """A VM that has one vCPU, and memory in slot :data:`SLOT` at :data:`GPA`."""
+    """A VM with one vCPU, and with memory in slot :data:`SLOT` at :data:`GPA`."""
 
     vm: KvmVm
     vcpu: KvmVcpu
@@ -44,8 +44,8 @@ def make_fixture(
     """Return a new fixture whose vCPU has run.
 
     :param memory: The memory of the slot, or None to allocate :data:`PAGES` anonymous 4 KiB pages.
-    :param written: True to write to the anonymous pages before the VM runs. Ignored if ``memory``
-        is given.
+    :param written: True to write to the anonymous pages before the VM runs. Ignored unless
+        ``memory`` is None.
     :param flags: The flags of the slot.
     :param vm: The VM to use, or None to create a VM.
     """
@@ -61,7 +61,7 @@ def make_fixture(
 
 
 def expect_reads(vcpu: KvmVcpu, memory: Memory, faults: int | None, gpa: int = GPA) -> None:
-    """Check that the guest reads the right data with the expected number of faults.
+    """Check the words that the guest reads, and the number of faults that it takes.
 
     :param faults: The expected number of stage-2 faults, or None to allow any number.
     :param gpa: The guest address of the memory.
@@ -71,36 +71,34 @@ def expect_reads(vcpu: KvmVcpu, memory: Memory, faults: int | None, gpa: int = G
     expect_equal(
         vcpu.read(gpa, memory.size // PAGE_SIZE),
         wanted,
-        "the sum of the words that the guest read is wrong",
+        "sum of the words that the guest read",
     )
     if faults is not None:
         expect_equal(
             vcpu.stat("pf_taken") - before,
             faults,
-            "the guest's reads took a wrong number of faults",
+            "faults taken by the guest's reads",
         )
 
 
 def expect_writes(
     vcpu: KvmVcpu, memory: Memory, faults: int | None, gpa: int = GPA, value: int = 0xA5A50001
 ) -> int:
-    """Check that the guest writes to the memory with the expected number of faults.
+    """Check the words that the guest writes, and the number of faults that it takes.
 
     :param faults: The expected number of stage-2 faults, or None to allow any number.
     :param gpa: The guest address of the memory.
     :param value: The 32-bit word that the guest writes to each page.
-    :returns: the number of stage-2 faults that the writes took.
+    :returns: The number of stage-2 faults that the writes took.
     """
     pages = memory.size // PAGE_SIZE
     taken = vcpu.faults_of(lambda: vcpu.write(gpa, pages, value))
-    expect_equal(
-        memory.words(), [value] * pages, "the memory has wrong words after the guest's writes"
-    )
+    expect_equal(memory.words(), [value] * pages, "words in the memory after the guest's writes")
     if faults is not None:
-        expect_equal(taken, faults, "the guest's writes took a wrong number of faults")
+        expect_equal(taken, faults, "faults taken by the guest's writes")
     return taken
 
 
 def expect_mapped(vm: KvmVm, before: Stage2Leaves, wanted: Stage2Leaves) -> None:
     """Check that KVM has added the leaves ``wanted`` since ``before``."""
-    expect_equal(str(vm.leaves() - before), str(wanted), "KVM added wrong leaves")
+    expect_equal(str(vm.leaves() - before), str(wanted), "leaves that KVM added")

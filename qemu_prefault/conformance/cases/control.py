@@ -33,7 +33,10 @@ def _faults(make: Callable[[], Memory], most: int, writes: bool) -> None:
         most / 8 <= taken <= most, f"the guest took {taken} faults, expected {most / 8:g} to {most}"
     )
     grown = fixture.vm.leaves() - before
-    expect(grown.bytes >= memory.size, f"KVM mapped only {grown}")
+    expect(
+        grown.bytes >= memory.size,
+        f"KVM mapped only {grown}, expected at least {memory.size} bytes",
+    )
     check(fixture.vcpu, memory, 0)
 
 

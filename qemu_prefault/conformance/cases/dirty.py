@@ -29,7 +29,7 @@ from .common import (
     make_fixture,
 )
 
-_MARK = "mmu/spte.c:make_spte() marks a page dirty when it makes a writable entry for it"
+_MARK = "mmu/spte.c:make_spte() marks the page dirty if the new SPTE is writable"
 
 
 def _logging(fixture: Fixture, on: bool = True) -> None:
@@ -44,7 +44,7 @@ def _logging(fixture: Fixture, on: bool = True) -> None:
 )
 def log_marks_all() -> None:
     fixture = make_fixture(flags=abi.MEM_LOG_DIRTY_PAGES)
-    expect_equal(fixture.vm.dirty_pages(SLOT), set(), "pages are dirty before the prefault")
+    expect_equal(fixture.vm.dirty_pages(SLOT), set(), "dirty pages before the prefault")
     fixture.vcpu.prefault_all(GPA, fixture.size)
     expect_equal(fixture.vm.dirty_pages(SLOT), set(range(PAGES)), "dirty pages")
     expect_reads(fixture.vcpu, fixture.memory, 0)
@@ -64,14 +64,12 @@ def log_leaves_read_only_alone() -> None:
     expect_mapped(fixture.vm, before, Stage2Leaves(PAGES))
     expect_equal(fixture.vm.dirty_pages(SLOT), set(), "dirty pages")
     fixture.vcpu.write(GPA, 4, 9)
-    expect_equal(
-        fixture.vm.dirty_pages(SLOT), {0, 1, 2, 3}, "wrong pages are dirty after four guest writes"
-    )
+    expect_equal(fixture.vm.dirty_pages(SLOT), {0, 1, 2, 3}, "dirty pages after four guest writes")
 
 
 @case(
     "dirty/log-is-true-to-the-guest",
-    "after the VMM has read the dirty log, KVM logs new writes of the guest, even if the pages are "
+    "after the VMM has read the dirty log, KVM logs the guest's new writes, even if the pages are "
     "prefaulted again",
     "virt/kvm/kvm_main.c:kvm_get_dirty_log_protect() makes the entries read-only again",
     mapping=True,
@@ -80,19 +78,15 @@ def log_is_true_to_the_guest() -> str:
     fixture = make_fixture(flags=abi.MEM_LOG_DIRTY_PAGES)
     fixture.vcpu.prefault_all(GPA, fixture.size)
     expect_equal(len(fixture.vm.dirty_pages(SLOT)), PAGES, "dirty pages")
-    expect_equal(
-        fixture.vm.dirty_pages(SLOT), set(), "the dirty log is not empty after it was read"
-    )
+    expect_equal(fixture.vm.dirty_pages(SLOT), set(), "dirty pages after the log was read")
     fixture.vcpu.write(GPA, 2, 5)
-    expect_equal(
-        fixture.vm.dirty_pages(SLOT), {0, 1}, "wrong pages are dirty after two guest writes"
-    )
+    expect_equal(fixture.vm.dirty_pages(SLOT), {0, 1}, "dirty pages after two guest writes")
     fixture.vcpu.prefault_all(GPA, fixture.size)
     marked = len(fixture.vm.dirty_pages(SLOT))
     expect(marked in (0, PAGES), f"a second prefault marked {marked} pages, expected 0 or {PAGES}")
     fixture.vcpu.write(GPA, 3, 6)
     after = fixture.vm.dirty_pages(SLOT)
-    expect_equal(after, {0, 1, 2}, "wrong pages are dirty after three more writes")
+    expect_equal(after, {0, 1, 2}, "dirty pages after three more writes")
     return f"a second prefault marks {marked} of {PAGES} pages"
 
 
@@ -130,9 +124,7 @@ def start_splits() -> str:
     expect_mapped(fixture.vm, before, Stage2Leaves(0, 1))
     _logging(fixture)
     kept = fixture.vm.leaves() - before
-    expect_equal(
-        kept.bytes, HUGE_PAGE_SIZE, "KVM maps a wrong number of bytes after logging was enabled"
-    )
+    expect_equal(kept.bytes, HUGE_PAGE_SIZE, "bytes mapped after logging was enabled")
     taken = expect_writes(fixture.vcpu, memory, None)
     expect(taken > 0, "the guest's writes took no faults")
     expect_equal(len(fixture.vm.dirty_pages(SLOT)), 512, "dirty pages")
@@ -217,9 +209,7 @@ def ring_fills() -> None:
     expect_equal(sorted(taken), list(range(PAGES)), "pages in the ring")
     ioctl(vm.fd, abi.RESET_DIRTY_RINGS)
     expect_writes(fixture.vcpu, fixture.memory, PAGES)
-    expect_equal(
-        len(list(ring.take())), PAGES, "the ring has a wrong number of entries after the writes"
-    )
+    expect_equal(len(list(ring.take())), PAGES, "entries in the ring after the writes")
 
 
 @case(
@@ -240,7 +230,7 @@ def ring_overflows() -> str:
     fixture = make_fixture(memory, vm=vm, flags=abi.MEM_LOG_DIRTY_PAGES)
     ring = _Ring(fixture.vcpu)
     result = fixture.vcpu.prefault(GPA, memory.size)
-    expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
+    expect_equal(str(result), "success, 0x0 bytes left", "result of the ioctl")
     kept = len({page for slot, page in ring.take() if slot == SLOT})
-    expect(0 < kept <= entries, f"a ring of {entries} entries has {kept} pages")
+    expect(0 < kept <= entries, f"a ring of {entries} entries contains {kept} pages")
     return f"{memory.size // PAGE_SIZE} pages marked dirty, {kept} recorded in a ring of {entries}"

@@ -38,7 +38,7 @@ def _invalid(gpa: int, size: int, flags: int) -> None:
     fixture = make_fixture()
     before = fixture.vm.leaves()
     result = fixture.vcpu.prefault(gpa, size, flags=flags, any_error=True)
-    expect_equal(str(result), str(IoctlResult(errno.EINVAL, size, 0)), "the ioctl")
+    expect_equal(str(result), str(IoctlResult(errno.EINVAL, size, 0)), "result of the ioctl")
     expect_equal(fixture.vm.leaves(), before, "leaves")
     _unharmed(fixture)
 
@@ -56,7 +56,7 @@ for name, what, gpa, size, flags in (
 ):
     add(
         f"errors/einval-{name}",
-        f"if {what}, the ioctl fails with EINVAL, maps no page and does not change the field size",
+        f"if {what}, the ioctl fails with EINVAL, maps no page and does not change the size field",
         _CHECKS,
         lambda gpa=gpa, size=size, flags=flags: _invalid(gpa, size, flags),  # type: ignore[misc]
     )
@@ -71,7 +71,7 @@ for name, what, gpa, size, flags in (
 def padding_ignored() -> None:
     fixture = make_fixture()
     result = fixture.vcpu.prefault(GPA, fixture.size, padding=2**64 - 1)
-    expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
+    expect_equal(str(result), "success, 0x0 bytes left", "result of the ioctl")
     expect_reads(fixture.vcpu, fixture.memory, 0)
 
 
@@ -79,7 +79,7 @@ def _bad_pointer(address: int) -> None:
     fixture = make_fixture()
     before = fixture.vm.leaves()
     answer = lib.pf_vmm_ioctl(fixture.vcpu.fd, abi.PRE_FAULT_MEMORY, address)
-    expect_equal(error_name(-answer), "EFAULT", "the ioctl")
+    expect_equal(error_name(-answer), "EFAULT", "result of the ioctl")
     expect_equal(fixture.vm.leaves(), before, "leaves")
     _unharmed(fixture)
 
@@ -108,7 +108,7 @@ def structure_read_only() -> None:
     page.protect(PROT_READ)
     before = fixture.vm.leaves()
     answer = lib.pf_vmm_ioctl(fixture.vcpu.fd, abi.PRE_FAULT_MEMORY, page.address)
-    expect_equal(error_name(-answer), "EFAULT", "the ioctl")
+    expect_equal(error_name(-answer), "EFAULT", "result of the ioctl")
     expect_equal((fixture.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
     expect_reads(fixture.vcpu, fixture.memory, 0)
 
@@ -117,7 +117,7 @@ def _efault(spoil: Callable[[Fixture], None], first: int) -> None:
     """Check that the ioctl maps the pages before ``first`` and fails with EFAULT.
 
     :param spoil: A function that makes page ``first`` and all later pages inaccessible.
-    :param first: The number of a page in the slot.
+    :param first: The index of a page in the slot.
     """
     fixture = make_fixture(memfd(PAGES * PAGE_SIZE))
     fixture.memory.write()
@@ -125,17 +125,17 @@ def _efault(spoil: Callable[[Fixture], None], first: int) -> None:
     before = fixture.vm.leaves()
     bad = (PAGES - first) * PAGE_SIZE
     result = fixture.vcpu.prefault(GPA, fixture.size)
-    expect_equal(str(result), f"success, {bad:#x} bytes left", "the first ioctl")
+    expect_equal(str(result), f"success, {bad:#x} bytes left", "result of the first ioctl")
     expect_equal((fixture.vm.leaves() - before).pages_4k, first, "pages mapped")
     result = fixture.vcpu.prefault(GPA + first * PAGE_SIZE, bad)
-    expect_equal(str(result), f"EFAULT, {bad:#x} bytes left", "the second ioctl")
+    expect_equal(str(result), f"EFAULT, {bad:#x} bytes left", "result of the second ioctl")
     expect_equal(
         (fixture.vm.leaves() - before).pages_4k,
         first,
-        "the failed ioctl changed the number of mapped pages",
+        "pages mapped after the second ioctl",
     )
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, first))
-    expect_equal(taken, 0, "the guest took faults on mapped pages")
+    expect_equal(taken, 0, "faults taken by the guest on mapped pages")
 
 
 _HALF = PAGES // 2 * PAGE_SIZE
@@ -159,7 +159,7 @@ def _enoent(gpa: int, irqchip: bool = False) -> None:
     before = fixture.vm.leaves()
     holes = fixture.vcpu.stat("pf_mmio_spte_created")
     result = fixture.vcpu.prefault(gpa, 4 * PAGE_SIZE)
-    expect_equal(str(result), f"ENOENT, {4 * PAGE_SIZE:#x} bytes left", "the ioctl")
+    expect_equal(str(result), f"ENOENT, {4 * PAGE_SIZE:#x} bytes left", "result of the ioctl")
     expect_equal(fixture.vm.leaves(), before, "leaves")
     expect(
         fixture.vcpu.stat("pf_mmio_spte_created") - holes <= 1,
@@ -195,17 +195,15 @@ def makes_mmio_entry() -> None:
     fixture = make_fixture()
     created = fixture.vcpu.stat("pf_mmio_spte_created")
     result = fixture.vcpu.prefault(GPA - 64 * PAGE_SIZE, PAGE_SIZE)
-    expect_equal(error_name(result.error), "ENOENT", "the ioctl")
+    expect_equal(error_name(result.error), "ENOENT", "result of the ioctl")
     expect_equal(fixture.vcpu.stat("pf_mmio_spte_created") - created, 1, "MMIO entries")
     fixture.vcpu.start_at(READ_32, rsi=GPA - 64 * PAGE_SIZE, rcx=1, rdx=PAGE_SIZE)
-    expect_equal(
-        fixture.vcpu.run(), abi.EXIT_MMIO, "a read outside all slots caused a wrong exit reason"
-    )
-    expect_equal(fixture.vcpu.mmio, (GPA - 64 * PAGE_SIZE, False), "the MMIO")
+    expect_equal(fixture.vcpu.run(), abi.EXIT_MMIO, "exit reason of a read outside all slots")
+    expect_equal(fixture.vcpu.mmio, (GPA - 64 * PAGE_SIZE, False), "MMIO access")
     expect_equal(
         fixture.vcpu.stat("pf_mmio_spte_created") - created,
         1,
-        "KVM created a wrong number of MMIO entries",
+        "MMIO entries after the read",
     )
 
 
@@ -219,7 +217,9 @@ def makes_mmio_entry() -> None:
 def mmio_then_slot() -> None:
     fixture = make_fixture()
     at = GPA - 64 * PAGE_SIZE
-    expect_equal(error_name(fixture.vcpu.prefault(at, PAGE_SIZE).error), "ENOENT", "the ioctl")
+    expect_equal(
+        error_name(fixture.vcpu.prefault(at, PAGE_SIZE).error), "ENOENT", "result of the ioctl"
+    )
     memory = small(16 * PAGE_SIZE)
     memory.write()
     fixture.vm.slot(2, at, memory)
@@ -229,7 +229,7 @@ def mmio_then_slot() -> None:
 
 @case(
     "errors/enoent-apic-page",
-    "the ioctl fails with ENOENT for the page of the local APIC",
+    "the ioctl fails with ENOENT for the local APIC's page",
     "mmu/mmu.c:kvm_mmu_faultin_pfn(): APIC_ACCESS_PAGE_PRIVATE_MEMSLOT",
 )
 def apic_page() -> None:
@@ -243,7 +243,7 @@ def _wrong_fd(which: str) -> None:
     answer = lib.pf_vmm_ioctl(fd, abi.PRE_FAULT_MEMORY, int(ffi.cast("uintptr_t", arguments)))
     expect(
         error_name(-answer) in ("ENOTTY", "EINVAL"),
-        f"the ioctl: got {error_name(-answer)}, expected ENOTTY or EINVAL",
+        f"result of the ioctl: got {error_name(-answer)}, expected ENOTTY or EINVAL",
     )
     expect_equal(list(arguments)[1], PAGE_SIZE, "size")
     _unharmed(fixture)
@@ -252,7 +252,7 @@ def _wrong_fd(which: str) -> None:
 for which in ("vm", "kvm"):
     add(
         f"errors/not-a-vcpu-{which}",
-        "the ioctl fails with ENOTTY or EINVAL on a descriptor of a VM or of /dev/kvm",
+        "the ioctl fails with ENOTTY or EINVAL on a VM descriptor or a /dev/kvm descriptor",
         "virt/kvm/kvm_main.c:kvm_vm_ioctl(), kvm_dev_ioctl()",
         lambda which=which: _wrong_fd(which),  # type: ignore[misc]
     )
@@ -281,24 +281,24 @@ def poisoned_page() -> None:
     expect_equal(
         str(result),
         f"success, {left:#x} bytes left",
-        "the ioctl that starts before the poisoned page returned a wrong result",
+        "ioctl that starts before the poisoned page",
     )
     expect_equal(
         fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, 4)),
         0,
-        "the guest took faults before the poisoned page",
+        "faults taken by the guest before the poisoned page",
     )
     got.clear()
     result = fixture.vcpu.prefault(GPA + 4 * PAGE_SIZE, left)
     expect_equal(
         str(result),
         f"EINTR, {left:#x} bytes left",
-        "the ioctl that starts at the poisoned page returned a wrong result",
+        "ioctl that starts at the poisoned page",
     )
     expect_equal(got, [signal.SIGBUS], "signals")
     fixture.vcpu.prefault_all(GPA + 5 * PAGE_SIZE, left - PAGE_SIZE)
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA + 5 * PAGE_SIZE, PAGES - 5))
-    expect_equal(taken, 0, "the guest took faults after the poisoned page")
+    expect_equal(taken, 0, "faults taken by the guest after the poisoned page")
 
 
 def _mmu_page_limit() -> str:
@@ -317,7 +317,7 @@ def _mmu_page_limit() -> str:
         vm.slot(1 + number, gpa, memory)
         result = vcpu.prefault(gpa, PAGE_SIZE)
         if result.error:
-            expect_equal(error_name(result.error), "ENOSPC", "the ioctl failed with a wrong errno")
+            expect_equal(error_name(result.error), "ENOSPC", "errno of the failed ioctl")
             break
         done += 1
     vcpu.warm()
@@ -325,15 +325,15 @@ def _mmu_page_limit() -> str:
     expect_equal(
         seen,
         done * memory.word(0) & 0xFFFFFFFF,
-        "the sum of the words that the guest read is wrong",
+        "sum of the words that the guest read",
     )
     return f"{done} of {count} page tables created with a limit of {minimum}"
 
 
 add(
     "errors/enospc-mmu-pages",
-    "the TDP MMU ignores the limit of KVM_SET_NR_MMU_PAGES, and the legacy MMU drops older tables "
-    "or fails with ENOSPC",
+    "the TDP MMU ignores the limit that KVM_SET_NR_MMU_PAGES sets, and the legacy MMU drops older "
+    "tables or fails with ENOSPC",
     "mmu/mmu.c:make_mmu_pages_available()",
     _mmu_page_limit,
     needs.capability,

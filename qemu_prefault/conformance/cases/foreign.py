@@ -60,7 +60,7 @@ def _foreign(fixture: Fixture, body: Callable[[], int]) -> None:
     seen = _in_a_child(body, between)
     expect_equal(errno.errorcode.get(seen), "EIO", "errno in another process")
     expect_equal([fixture.vm.leaves()], before, "leaves")
-    # The owner of the VM is not affected.
+    # The process that owns the VM is not affected.
     fixture.vcpu.prefault_all(GPA, fixture.size)
     expect_reads(fixture.vcpu, fixture.memory, 0)
 
@@ -115,7 +115,7 @@ def scm_rights() -> None:
 @case(
     "foreign/running-vcpu",
     "in another process, the ioctl fails with EIO even while the vCPU runs, because KVM checks the "
-    "mm before it takes the mutex",
+    "mm before it takes vcpu->mutex",
     _MM,
 )
 def running_vcpu() -> None:
@@ -152,7 +152,7 @@ def clone_vm() -> None:
     expect_equal(
         str(result),
         "success, 0x0 bytes left",
-        "the ioctl in the CLONE_VM child returned a wrong result",
+        "ioctl in the CLONE_VM child",
     )
     expect_equal((fixture.vm.leaves() - before).pages_4k, fixture.pages, "pages mapped")
     expect_reads(fixture.vcpu, fixture.memory, 0)

@@ -77,9 +77,9 @@ def head_and_tail() -> None:
     expect_equal(
         vcpu.faults_of(lambda: vcpu.write(GPA + HUGE_PAGE_SIZE - cut, pages, 5)),
         0,
-        "the guest's writes took faults",
+        "faults taken by the guest's writes",
     )
-    expect_equal(memory.word(HUGE_PAGE_SIZE - cut), 5, "the first word")
+    expect_equal(memory.word(HUGE_PAGE_SIZE - cut), 5, "first word of the memory")
 
 
 @case(
@@ -95,7 +95,7 @@ def one_page_of_a_huge_one() -> None:
     fixture = make_fixture(memory)
     before = fixture.vm.leaves()
     result = fixture.vcpu.prefault(GPA + 5 * PAGE_SIZE, PAGE_SIZE)
-    expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
+    expect_equal(str(result), "success, 0x0 bytes left", "result of the ioctl")
     expect_mapped(fixture.vm, before, Stage2Leaves(0, 1))
     expect_writes(fixture.vcpu, memory, 0)
 
@@ -120,8 +120,8 @@ def mixed() -> None:
 
 @case(
     "level/collapsed-later",
-    "if the host collapses pages to a huge page, KVM unmaps the 4 KiB leaves, and a later prefault "
-    "maps a 2 MiB leaf",
+    "if the host collapses pages into a huge page, KVM unmaps the 4 KiB leaves, and a later "
+    "prefault maps a 2 MiB leaf",
     "mm/khugepaged.c:collapse_huge_page() calls the notifier",
     mapping=True,
 )
@@ -197,11 +197,11 @@ def one_gib() -> None:
     fixture = make_fixture(memory)
     before = fixture.vm.leaves()
     result = fixture.vcpu.prefault(GPA, PAGE_SIZE)
-    expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
+    expect_equal(str(result), "success, 0x0 bytes left", "result of the ioctl")
     expect_mapped(fixture.vm, before, Stage2Leaves(0, 0, 1))
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.write(GPA, 64, 9, stride=16 << 20))
-    expect_equal(taken, 0, "the guest's writes took faults")
-    expect_equal(memory.word(63 * (16 << 20)), 9, "the guest's last write")
+    expect_equal(taken, 0, "faults taken by the guest's writes")
+    expect_equal(memory.word(63 * (16 << 20)), 9, "last word that the guest wrote")
 
 
 @case(
@@ -222,4 +222,4 @@ def one_gib_unaligned() -> None:
     vcpu.prefault_all(GPA + HUGE_PAGE_SIZE, GIB - HUGE_PAGE_SIZE)
     expect_mapped(vm, before, Stage2Leaves(0, 511))
     taken = vcpu.faults_of(lambda: vcpu.write(GPA + HUGE_PAGE_SIZE, 32, 9, stride=16 << 20))
-    expect_equal(taken, 0, "the guest's writes took faults")
+    expect_equal(taken, 0, "faults taken by the guest's writes")

@@ -32,7 +32,7 @@ def _twice(first_read_only: bool) -> str | None:
 
     :param first_read_only: True to use private hugetlb memory, which the first prefault maps
         read-only, and to populate it before the second prefault. Populating makes the page writable
-        without a call of the mmu notifier, so KVM keeps the read-only leaf.
+        without a call to the mmu notifier, so KVM keeps the read-only leaf.
     """
     if first_read_only:
         fixture = make_fixture(hugetlb(HUGE_PAGE_SIZE, shared=False))
@@ -64,10 +64,9 @@ add(
 )
 add(
     "mapping/again-upgrade",
-    "on older kernels, a second prefault makes a read-only leaf writable if the page is now "
-    "writable",
-    "mmu/tdp_mmu.c:tdp_mmu_map_handle_target_level(): newer kernels treat a prefetch "
-    "of a mapped page as spurious",
+    "a second prefault makes a read-only leaf writable if the page is now writable, unless the "
+    "kernel treats a prefetch of a mapped page as spurious",
+    "mmu/tdp_mmu.c:tdp_mmu_map_handle_target_level()",
     lambda: _twice(True),
     needs.hugetlb_2m,
     mapping=True,
@@ -83,11 +82,9 @@ def _readonly_slot(writes: bool) -> None:
     if writes:
         words = fixture.memory.words()
         fixture.vcpu.start_at(WRITE_32, rsi=GPA, rcx=1, rdx=PAGE_SIZE, rax=1)
-        expect_equal(
-            fixture.vcpu.run(), abi.EXIT_MMIO, "the guest's write caused a wrong exit reason"
-        )
-        expect_equal(fixture.vcpu.mmio, (GPA, True), "the MMIO")
-        expect_equal(fixture.memory.words(), words, "the slot's memory")
+        expect_equal(fixture.vcpu.run(), abi.EXIT_MMIO, "exit reason of the guest's write")
+        expect_equal(fixture.vcpu.mmio, (GPA, True), "MMIO access")
+        expect_equal(fixture.memory.words(), words, "words in the slot's memory")
 
 
 for writes in (False, True):
@@ -123,7 +120,7 @@ def host_read_only() -> None:
         expect_equal(error.errno, 14, "errno of KVM_RUN")
     else:
         expect(False, "the guest's write to read-only memory succeeded")
-    expect_equal(memory.words(), words, "the memory")
+    expect_equal(memory.words(), words, "words in the memory")
 
 
 @case(
@@ -144,10 +141,10 @@ def userfault_write_protected() -> None:
     expect_mapped(fixture.vm, before, Stage2Leaves(fixture.pages))
     expect_reads(fixture.vcpu, memory, 0)
     writer = BackgroundCall(lambda: fixture.vcpu.write(GPA, PAGES, 7))
-    expect_equal(userfault.wait(), 0, "userfaultfd reported a write to a wrong page")
+    expect_equal(userfault.wait(), 0, "offset of the write that userfaultfd reported")
     userfault.protect(False)
     writer.result()
-    expect_equal(memory.words(), [7] * PAGES, "the memory has wrong words after the guest's writes")
+    expect_equal(memory.words(), [7] * PAGES, "words in the memory after the guest's writes")
 
 
 @case(
@@ -165,12 +162,12 @@ def part_of_a_slot() -> None:
     expect_equal(
         fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA + 8 * PAGE_SIZE, 4)),
         0,
-        "the guest took faults inside the range",
+        "faults taken by the guest inside the range",
     )
     expect_equal(
         fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, PAGES)),
         PAGES - 4,
-        "the guest took a wrong number of faults outside the range",
+        "faults taken by the guest outside the range",
     )
 
 
@@ -212,7 +209,7 @@ def above_4g() -> None:
     before = vm.leaves()
     vcpu.prefault_all(at, memory.size)
     expect_mapped(vm, before, Stage2Leaves(PAGES))
-    # The page table that the guest uses is in system memory, and causes no fault.
+    # The guest's page table is in the system memory, and causes no fault.
     expect_reads(vcpu, memory, 0, gpa=at)
     expect_writes(vcpu, memory, 0, gpa=at)
 
@@ -234,7 +231,7 @@ def executed() -> None:
             guest_code.EXECUTE_32, rsi=GPA, rcx=PAGES, rdx=PAGE_SIZE, rdi=back
         )
     )
-    expect_equal(taken, 0, "the guest took faults when it executed the pages")
+    expect_equal(taken, 0, "faults taken by the guest when it executed the pages")
 
 
 @case(
@@ -253,7 +250,7 @@ def discarded() -> None:
     fixture.vcpu.prefault_all(GPA, fixture.size)
     expect_mapped(fixture.vm, before, Stage2Leaves(PAGES))
     expect_reads(fixture.vcpu, fixture.memory, 0)
-    expect_equal(fixture.memory.words()[:8], [0] * 8, "the discarded pages")
+    expect_equal(fixture.memory.words()[:8], [0] * 8, "words in the discarded pages")
     expect_writes(fixture.vcpu, fixture.memory, 8 * COPIED)
 
 
@@ -277,7 +274,7 @@ def protected_and_back() -> None:
 
 @case(
     "mapping/two-slots-one-memory",
-    "if two slots have the same host memory, a prefault of one slot does not map the other slot",
+    "if two slots use the same host memory, a prefault of one slot does not map the other slot",
     "virt/kvm/kvm_main.c:__kvm_set_memory_region()",
     mapping=True,
 )
@@ -295,7 +292,7 @@ def two_slots_one_memory() -> None:
 
 @case(
     "mapping/two-vms",
-    "if two VMs have the same host memory, a prefault in one VM maps nothing in the other VM",
+    "if two VMs use the same host memory, a prefault in one VM maps nothing in the other VM",
     "mmu/mmu.c:kvm_mmu_load()",
     mapping=True,
 )
@@ -304,7 +301,7 @@ def two_vms() -> None:
     other = make_fixture(fixture.memory)
     before = other.vm.leaves()
     fixture.vcpu.prefault_all(GPA, fixture.size)
-    expect_equal(other.vm.leaves(), before, "the prefault changed the leaves of the other VM")
+    expect_equal(other.vm.leaves(), before, "leaves of the other VM")
     expect_writes(fixture.vcpu, fixture.memory, 0)
     other.vcpu.prefault_all(GPA, fixture.size)
     expect_reads(other.vcpu, fixture.memory, 0)
@@ -327,13 +324,13 @@ def truncated_file() -> None:
     expect_equal(
         str(result),
         f"EFAULT, {SMALL // 2:#x} bytes left",
-        "a prefault beyond the end of the file returned a wrong result",
+        "prefault beyond the end of the file",
     )
 
 
 @case(
     "mapping/punched-hole",
-    "if a hole is punched in a memfd, KVM unmaps the pages of the hole, and a later prefault maps "
+    "if a hole is punched in a memfd, KVM unmaps the pages in the hole, and a later prefault maps "
     "new pages writable",
     "mm/shmem.c:shmem_fallocate()",
     mapping=True,

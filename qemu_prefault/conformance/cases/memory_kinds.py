@@ -50,13 +50,13 @@ _COPY = "mm/memory.c:wp_page_copy() calls the notifier; mmu/mmu.c:is_page_fault_
 
 @dataclass(frozen=True)
 class MemoryKind:
-    """A kind of host memory, and the result that a prefault of this memory must have.
+    """A kind of host memory, and the expected result of a prefault of this memory.
 
     :ivar touched: How the host accesses the memory before the prefault.
     :ivar make: A function that allocates the memory, accesses it and returns it.
     :ivar cost: The number of stage-2 faults that the guest's first write to each leaf takes.
     :ivar leaf: The size of the leaves in bytes.
-    :ivar settled: False if the host can change the pages while the guest writes to them.
+    :ivar settled: False if the host can change the pages while the guest writes to these pages.
     """
 
     name: str
@@ -239,9 +239,11 @@ def _huge_zero_page(read_first: bool) -> str:
     fixture.vcpu.read(GPA, HUGE_PAGE_SIZE // PAGE_SIZE)
     faults = expect_writes(fixture.vcpu, memory, None)
     # Each page or huge page that the host must copy takes up to two faults: see COPIED.
-    expect(faults in (1, 2, 512, 1024), f"the guest took {faults} faults")
+    expect(
+        faults in (1, 2, 512, 1024), f"the guest took {faults} faults, expected 1, 2, 512 or 1024"
+    )
     kept = fixture.vm.leaves() - before
-    return f"writing 2 MiB takes the guest {faults} faults; then mapped: {kept}"
+    return f"the guest takes {faults} faults to write 2 MiB; mapped afterwards: {kept}"
 
 
 for read_first in (False, True):

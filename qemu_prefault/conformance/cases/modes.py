@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Cases about SMM and guest mode, which have separate stage-2 tables."""
+"""Cases about SMM and guest mode, which use separate stage-2 tables."""
 
 from __future__ import annotations
 
@@ -40,7 +40,11 @@ def smm_own_tables() -> None:
     fixture.vcpu.set_smm(False)
     fixture.vcpu.warm()
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, PAGES))
-    expect(taken >= PAGES / 8, f"the guest took only {taken} faults outside system management mode")
+    expect(
+        taken >= PAGES / 8,
+        f"the guest took only {taken} faults outside system management mode, expected at least "
+        f"{PAGES / 8:g}",
+    )
 
 
 @case(
@@ -57,7 +61,11 @@ def smm_not_covered() -> None:
     fixture.vcpu.set_smm(True)
     fixture.vcpu.warm()
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, PAGES))
-    expect(taken >= PAGES / 8, f"the guest took only {taken} faults in system management mode")
+    expect(
+        taken >= PAGES / 8,
+        f"the guest took only {taken} faults in system management mode, expected at least "
+        f"{PAGES / 8:g}",
+    )
     fixture.vcpu.set_smm(False)
     fixture.vcpu.warm()
     expect_writes(fixture.vcpu, fixture.memory, 0)
@@ -76,7 +84,7 @@ def smm_hole() -> None:
     fixture.vm.slot(abi.SMM_SPACE, 0, fixture.vm.system)
     fixture.vcpu.set_smm(True)
     result = fixture.vcpu.prefault(GPA, PAGE_SIZE)
-    expect_equal(str(result), "ENOENT, 0x1000 bytes left", "the ioctl")
+    expect_equal(str(result), "ENOENT, 0x1000 bytes left", "result of the ioctl")
     fixture.vcpu.set_smm(False)
     fixture.vcpu.prefault_all(GPA, fixture.size)
     fixture.vcpu.warm()
@@ -127,9 +135,9 @@ def _in_guest_mode(npt: bool) -> tuple[Fixture, KvmVcpu]:
     vm.system.put(VMCB, code)
     vcpu.set_msr(VMRUN_HOST_SAVE_MSR, HOST_SAVE)
     vcpu.start_at(guest_code.VMRUN, rax=VMCB, rbx=COUNTER)
-    expect_equal(vcpu.run(), abi.EXIT_IO, "the nested guest caused a wrong exit reason")
+    expect_equal(vcpu.run(), abi.EXIT_IO, "exit reason of the nested guest")
     expect_equal(vcpu.stat("guest_mode"), 1, "guest_mode")
-    expect_equal(vm.counter, 1, "the nested guest's counter is wrong")
+    expect_equal(vm.counter, 1, "counter of the nested guest")
     return Fixture(vm, vcpu, memory), outside
 
 
@@ -137,8 +145,8 @@ def _goes_on(vcpu: KvmVcpu) -> None:
     """Check that the nested guest still runs and increments its counter."""
     before = vcpu.vm.counter
     vcpu.start_at(guest_code.COUNT_AND_OUT, rbx=COUNTER)
-    expect_equal(vcpu.run(), abi.EXIT_IO, "the nested guest caused a wrong exit reason")
-    expect_equal(vcpu.vm.counter, before + 1, "the nested guest's counter is wrong")
+    expect_equal(vcpu.run(), abi.EXIT_IO, "exit reason of the nested guest")
+    expect_equal(vcpu.vm.counter, before + 1, "counter of the nested guest")
     expect_equal(vcpu.stat("guest_mode"), 1, "guest_mode")
 
 
@@ -155,7 +163,7 @@ def nested_npt() -> None:
     fixture, _ = _in_guest_mode(npt=True)
     before = fixture.vm.leaves()
     result = fixture.vcpu.prefault(GPA, fixture.size)
-    expect_equal(error_name(result.error), "EOPNOTSUPP", "the ioctl")
+    expect_equal(error_name(result.error), "EOPNOTSUPP", "result of the ioctl")
     expect_equal(result.left, fixture.size, "bytes left")
     expect_equal(fixture.vm.leaves(), before, "leaves")
     _goes_on(fixture.vcpu)
@@ -197,7 +205,10 @@ def nested_shadow() -> None:
     expect_reads(fixture.vcpu, fixture.memory, 0)
     _goes_on(fixture.vcpu)
     taken = outside.faults_of(lambda: outside.read(GPA, PAGES))
-    expect(taken >= PAGES / 8, f"the guest took only {taken} faults outside guest mode")
+    expect(
+        taken >= PAGES / 8,
+        f"the vCPU outside guest mode took only {taken} faults, expected at least {PAGES / 8:g}",
+    )
 
 
 @case(
@@ -214,7 +225,10 @@ def nested_shadow_not_covered() -> None:
     expect_reads(outside, fixture.memory, 0)
     fixture.vcpu.warm()
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, PAGES))
-    expect(taken >= PAGES / 8, f"the nested guest took only {taken} faults")
+    expect(
+        taken >= PAGES / 8,
+        f"the nested guest took only {taken} faults, expected at least {PAGES / 8:g}",
+    )
 
 
 @case(

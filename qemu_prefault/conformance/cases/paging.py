@@ -23,29 +23,29 @@ _CAPABILITY = "x86.c:kvm_vm_ioctl_check_extension() returns tdp_enabled"
 
 @case(
     "paging/capability",
-    "/dev/kvm and a VM report the same value of KVM_CAP_PRE_FAULT_MEMORY, and the ioctl succeeds "
+    "/dev/kvm and a VM report the same value for KVM_CAP_PRE_FAULT_MEMORY, and the ioctl succeeds "
     "only if the value is not 0",
     _CAPABILITY,
 )
 def capability() -> None:
     fixture = make_fixture()
     offered = offers_prefault()
-    expect_equal(fixture.vm.check(KVM_CAP_PRE_FAULT_MEMORY) > 0, offered, "the VM's capability")
+    expect_equal(fixture.vm.check(KVM_CAP_PRE_FAULT_MEMORY) > 0, offered, "capability of the VM")
     answer = fixture.vcpu.prefault(GPA, fixture.size, any_error=True)
-    expect_equal(answer.error == 0, offered, "the ioctl's success does not match the capability")
+    expect_equal(answer.error == 0, offered, f"success of the ioctl if the capability is {offered}")
     expect_reads(fixture.vcpu, fixture.memory, 0 if offered else None)
 
 
 @case(
     "paging/capability-protected-vm",
-    "/dev/kvm and a protected VM report the same value of KVM_CAP_PRE_FAULT_MEMORY",
+    "/dev/kvm and a protected VM report the same value for KVM_CAP_PRE_FAULT_MEMORY",
     _CAPABILITY,
     needs.software_protected,
 )
 def capability_protected_vm() -> None:
     fixture = make_fixture(vm=KvmVm(abi.VM_SW_PROTECTED))
     seen = fixture.vm.check(KVM_CAP_PRE_FAULT_MEMORY) > 0
-    expect_equal(seen, offers_prefault(), "the VM's capability")
+    expect_equal(seen, offers_prefault(), "capability of the VM")
     expect_reads(fixture.vcpu, fixture.memory, None)
 
 
@@ -60,7 +60,7 @@ def _shadow_refusal(mode: abi.CpuMode, has_run: bool) -> None:
     before = vm.leaves()
     for _ in range(100):
         result = vcpu.prefault(GPA, memory.size, any_error=True)
-        expect_equal(error_name(result.error), "EOPNOTSUPP", "the ioctl")
+        expect_equal(error_name(result.error), "EOPNOTSUPP", "result of the ioctl")
         expect_equal(result.left, memory.size, "bytes left")
     expect_equal(vm.leaves(), before, "leaves")
     user = vm.vcpu(mode=LONG64 if mode == abi.RESET else mode)
@@ -96,10 +96,9 @@ def _live_guest(mode: abi.CpuMode) -> None:
         running.wait_progress()
         for _ in range(100):
             answer = fixture.vcpu.prefault(GPA, fixture.size, any_error=True)
+            offered = offers_prefault()
             expect_equal(
-                answer.error == 0,
-                offers_prefault(),
-                "the ioctl's success does not match the capability",
+                answer.error == 0, offered, f"success of the ioctl if the capability is {offered}"
             )
         running.wait_progress(10)
     rounds = fixture.vm.counter
@@ -136,16 +135,16 @@ def _host_faults(populate: bool, mode: abi.CpuMode) -> None:
     faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
     if populate:
         expect(
-            faults < PAGES / 2, f"the guest's writes took {faults} host faults on populated memory"
+            faults < PAGES / 2,
+            f"the guest's writes took {faults} host faults on populated memory, expected fewer "
+            f"than {PAGES / 2:g}",
         )
     else:
         expect(
             faults >= PAGES,
             f"the guest's writes took {faults} host faults, expected at least {PAGES}",
         )
-    expect_equal(
-        memory.words(), memory_words, "the memory has wrong words after the guest's writes"
-    )
+    expect_equal(memory.words(), memory_words, "words in the memory after the guest's writes")
 
 
 for populate in (False, True):
@@ -170,7 +169,7 @@ def unknown_ioctl() -> None:
     fixture = make_fixture()
     before = fixture.vm.leaves()
     result = fixture.vcpu.prefault(GPA, fixture.size, any_error=True)
-    expect_equal(error_name(result.error), "EINVAL", "the ioctl")
+    expect_equal(error_name(result.error), "EINVAL", "result of the ioctl")
     expect_equal(result.left, fixture.size, "size")
     expect_equal(fixture.vm.leaves(), before, "leaves")
     expect_reads(fixture.vcpu, fixture.memory, None)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Cases about private memory of protected VMs, and about mappable guest_memfd.
 
-A protected VM has the type KVM_X86_SW_PROTECTED_VM.
+A protected VM has the KVM_X86_SW_PROTECTED_VM type.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import struct
 from ...host.kvm import Stage2Leaves
 from ...units import HUGE_PAGE_SIZE, PAGE_SIZE
 from .. import abi, needs
-from ..expectations import error_name, expect_equal, fails_with
+from ..expectations import error_name, expect, expect_equal, fails_with
 from ..memory import Memory, small, system_call, thp
 from ..suite import case
 from ..vmm import KvmVm
@@ -71,17 +71,15 @@ def private_part() -> None:
     expect_mapped(fixture.vm, before, Stage2Leaves(PAGES))
     words = fixture.memory.words()
     taken = fixture.vcpu.stat("pf_taken")
-    expect_equal(
-        fixture.vcpu.read(GPA, PAGES), 0, "the sum of the words that the guest read is wrong"
-    )
+    expect_equal(fixture.vcpu.read(GPA, PAGES), 0, "sum of the words that the guest read")
     fixture.vcpu.write(GPA, PAGES, 5)
     expect_equal(
         fixture.vcpu.read(GPA, PAGES),
         5 * PAGES,
-        "the sum of the words that the guest read after its writes is wrong",
+        "sum of the words that the guest read after its writes",
     )
     expect_equal(fixture.vcpu.stat("pf_taken") - taken, 0, "faults")
-    expect_equal(fixture.memory.words(), words, "the host mapping")
+    expect_equal(fixture.memory.words(), words, "words in the host mapping")
 
 
 @case(
@@ -101,7 +99,7 @@ def four_kib_only() -> None:
     expect_equal(
         fixture.vcpu.faults_of(lambda: fixture.vcpu.write(GPA, 512, 1)),
         0,
-        "the guest's writes took faults",
+        "faults taken by the guest's writes",
     )
 
 
@@ -119,13 +117,11 @@ def mixed() -> None:
         fixture.vm.set_private(GPA + page * PAGE_SIZE, PAGE_SIZE)
     before = fixture.vm.leaves()
     result = fixture.vcpu.prefault(GPA, _SIZE)
-    expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
+    expect_equal(str(result), "success, 0x0 bytes left", "result of the ioctl")
     expect_mapped(fixture.vm, before, Stage2Leaves(PAGES))
     taken = fixture.vcpu.stat("pf_taken")
     wanted = sum(fixture.memory.words()[1::2]) & 0xFFFFFFFF
-    expect_equal(
-        fixture.vcpu.read(GPA, PAGES), wanted, "the sum of the words that the guest read is wrong"
-    )
+    expect_equal(fixture.vcpu.read(GPA, PAGES), wanted, "sum of the words that the guest read")
     expect_equal(fixture.vcpu.stat("pf_taken") - taken, 0, "faults")
 
 
@@ -148,16 +144,14 @@ def made_shared() -> None:
     expect_mapped(fixture.vm, before, Stage2Leaves(PAGES))
     wanted = sum(fixture.memory.words()[: PAGES // 2]) & 0xFFFFFFFF
     taken = fixture.vcpu.stat("pf_taken")
-    expect_equal(
-        fixture.vcpu.read(GPA, PAGES), wanted, "the sum of the words that the guest read is wrong"
-    )
+    expect_equal(fixture.vcpu.read(GPA, PAGES), wanted, "sum of the words that the guest read")
     expect_equal(fixture.vcpu.stat("pf_taken") - taken, 0, "faults")
 
 
 @case(
     "private/made-private",
     "if shared memory is converted to private memory, KVM unmaps it, and a later prefault maps "
-    "pages of guest_memfd",
+    "guest_memfd pages",
     "virt/kvm/kvm_main.c:kvm_vm_set_mem_attributes() unmaps the range",
     needs.software_protected,
     mapping=True,
@@ -170,15 +164,13 @@ def made_private() -> None:
     expect_mapped(fixture.vm, before, Stage2Leaves(0))
     fixture.vcpu.prefault_all(GPA, _SIZE)
     taken = fixture.vcpu.stat("pf_taken")
-    expect_equal(
-        fixture.vcpu.read(GPA, PAGES), 0, "the sum of the words that the guest read is wrong"
-    )
+    expect_equal(fixture.vcpu.read(GPA, PAGES), 0, "sum of the words that the guest read")
     expect_equal(fixture.vcpu.stat("pf_taken") - taken, 0, "faults")
 
 
 @case(
     "private/punched-hole",
-    "if a hole is punched in guest_memfd, KVM unmaps the pages of the hole, and a later prefault "
+    "if a hole is punched in guest_memfd, KVM unmaps the pages in the hole, and a later prefault "
     "maps zero-filled pages",
     "virt/kvm/guest_memfd.c:kvm_gmem_punch_hole()",
     needs.software_protected,
@@ -197,7 +189,7 @@ def punched_hole() -> None:
     expect_equal(
         fixture.vcpu.read(GPA, PAGES),
         3 * (PAGES - 8),
-        "the sum of the words that the guest read is wrong",
+        "sum of the words that the guest read",
     )
     expect_equal(fixture.vcpu.stat("pf_taken") - taken, 0, "faults")
 
@@ -214,14 +206,14 @@ def without_guest_memfd() -> None:
     fixture.vm.set_private(GPA, PAGE_SIZE)
     before = fixture.vm.leaves()
     result = fixture.vcpu.prefault(GPA, PAGE_SIZE)
-    expect_equal(str(result), "EFAULT, 0x1000 bytes left", "the ioctl")
+    expect_equal(str(result), "EFAULT, 0x1000 bytes left", "result of the ioctl")
     expect_equal(fixture.vm.leaves(), before, "leaves")
-    expect_equal(fixture.vcpu.exit_reason, abi.EXIT_MEMORY_FAULT, "kvm_run has a wrong exit reason")
+    expect_equal(fixture.vcpu.exit_reason, abi.EXIT_MEMORY_FAULT, "exit reason in kvm_run")
     private = abi.MEMORY_ATTRIBUTE_PRIVATE
     expect_equal(
         fixture.vcpu.memory_fault,
         (private, GPA, PAGE_SIZE),
-        "kvm_run has wrong data about the memory fault",
+        "memory fault in kvm_run",
     )
     fixture.vm.set_private(GPA, PAGE_SIZE, private=False)
     fixture.vcpu.prefault_all(GPA, _SIZE)
@@ -241,7 +233,10 @@ def ordinary_vm() -> None:
     vm.slot(SLOT, GPA, memory)
     vcpu.warm()
     seen = fails_with(lambda: vm.set_private(GPA, PAGE_SIZE))
-    expect_equal(seen in (errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP), True, error_name(seen))
+    expect(
+        seen in (errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP),
+        f"result of the ioctl: got {error_name(seen)}, expected EINVAL, ENOTTY or EOPNOTSUPP",
+    )
     vcpu.prefault_all(GPA, _SIZE)
     expect_reads(vcpu, memory, 0)
 
@@ -265,4 +260,4 @@ def mapped_guest_memfd() -> None:
     expect_mapped(vm, before, Stage2Leaves(PAGES))
     expect_writes(vcpu, memory, 0)
     memory.put(0, struct.pack("<I", 77))
-    expect_equal(vcpu.read(GPA, 1), 77, "the guest did not read the word that the host wrote")
+    expect_equal(vcpu.read(GPA, 1), 77, "word that the guest read")

@@ -29,7 +29,7 @@ def whole_slot() -> None:
     fixture = make_fixture(memory)
     before = fixture.vm.leaves()
     result = fixture.vcpu.prefault(GPA, memory.size)
-    expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
+    expect_equal(str(result), "success, 0x0 bytes left", "result of the ioctl")
     grown = fixture.vm.leaves() - before
     expect_equal(grown.pages_4k, memory.size // PAGE_SIZE, "pages mapped")
     expect_writes(fixture.vcpu, memory, 0)
@@ -45,9 +45,13 @@ def whole_slot() -> None:
 def past_the_slot() -> None:
     fixture = make_fixture()
     result = fixture.vcpu.prefault(GPA, fixture.size + 4 * PAGE_SIZE)
-    expect_equal(str(result), f"success, {4 * PAGE_SIZE:#x} bytes left", "the first ioctl")
+    expect_equal(
+        str(result), f"success, {4 * PAGE_SIZE:#x} bytes left", "result of the first ioctl"
+    )
     result = fixture.vcpu.prefault(GPA + fixture.size, 4 * PAGE_SIZE)
-    expect_equal(str(result), f"ENOENT, {4 * PAGE_SIZE:#x} bytes left", "the second ioctl")
+    expect_equal(
+        str(result), f"ENOENT, {4 * PAGE_SIZE:#x} bytes left", "result of the second ioctl"
+    )
     expect_writes(fixture.vcpu, fixture.memory, 0)
 
 
@@ -64,7 +68,7 @@ def adjacent_slots() -> None:
     fixture.vm.slot(2, GPA + fixture.size, second)
     before = fixture.vm.leaves()
     result = fixture.vcpu.prefault(GPA, fixture.size + second.size)
-    expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
+    expect_equal(str(result), "success, 0x0 bytes left", "result of the ioctl")
     expect_equal((fixture.vm.leaves() - before).bytes, 2 * PAGES * PAGE_SIZE, "bytes mapped")
     expect_reads(fixture.vcpu, fixture.memory, 0)
     expect_reads(fixture.vcpu, second, 0, gpa=GPA + fixture.size)
@@ -84,14 +88,14 @@ def huge_steps() -> None:
     fixture = make_fixture(memory)
     before = fixture.vm.leaves()
     result = fixture.vcpu.prefault(GPA + HUGE_PAGE_SIZE - PAGE_SIZE, 2 * PAGE_SIZE)
-    expect_equal(str(result), "success, 0x0 bytes left", "the ioctl")
+    expect_equal(str(result), "success, 0x0 bytes left", "result of the ioctl")
     expect_equal((fixture.vm.leaves() - before).pages_2m, 2, "2 MiB leaves")
     expect_writes(fixture.vcpu, memory, 0)
 
 
 @case(
     "progress/signal-in-the-middle",
-    "if a signal arrives, the ioctl succeeds early, and the field size contains the number of "
+    "if a signal arrives, the ioctl succeeds early, and the size field contains the number of "
     "bytes that KVM has not mapped",
     "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory() checks signal_pending() once per page",
     mapping=True,
@@ -118,14 +122,14 @@ def signal_in_the_middle() -> None:
         before = fixture.vm.leaves()
     expect(result.left > 0, "no signal interrupted the ioctl, even with a limit of 0.2 ms")
     if done:
-        expect_equal(error_name(result.error), "success", "the ioctl")
+        expect_equal(error_name(result.error), "success", "result of the ioctl")
         taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA, done // PAGE_SIZE))
-        expect_equal(taken, 0, "the guest took faults in the part that the ioctl reported")
+        expect_equal(taken, 0, "faults taken by the guest on the pages that the ioctl reported")
     fixture.vcpu.prefault_all(GPA + done, result.left)
     expect_equal(
         (fixture.vm.leaves() - before).bytes,
         memory.size,
-        "KVM maps a wrong number of bytes after the last prefault",
+        "bytes mapped after the last prefault",
     )
 
 
@@ -142,10 +146,10 @@ def interrupted_waiting() -> None:
     fixture = make_fixture(memory, written=False)
     before, exits = fixture.vm.leaves(), fixture.vcpu.stat("signal_exits")
     result = fixture.vcpu.prefault(GPA, memory.size, limit=0.05)
-    expect_equal(str(result), f"EINTR, {memory.size:#x} bytes left", "the ioctl")
+    expect_equal(str(result), f"EINTR, {memory.size:#x} bytes left", "result of the ioctl")
     expect_equal(fixture.vm.leaves(), before, "leaves")
     expect(fixture.vcpu.stat("signal_exits") > exits, "signal_exits has not increased")
-    expect_equal(fixture.vcpu.exit_reason, abi.EXIT_INTR, "kvm_run has a wrong exit reason")
+    expect_equal(fixture.vcpu.exit_reason, abi.EXIT_INTR, "exit reason in kvm_run")
     userfault.resolve(0, memory.size)
     fixture.vcpu.prefault_all(GPA, memory.size)
     expect_reads(fixture.vcpu, memory, 0)
@@ -153,7 +157,8 @@ def interrupted_waiting() -> None:
 
 @case(
     "progress/waits-for-a-page",
-    "the ioctl waits until userfaultfd resolves a missing page, and then continues",
+    "the ioctl blocks on a missing page until the userfaultfd handler resolves the fault, and then "
+    "continues",
     "fs/userfaultfd.c:handle_userfault()",
     needs.root,
     mapping=True,
@@ -167,10 +172,12 @@ def waits_for_a_page() -> None:
         fixture.vcpu.prefault(GPA, PAGE_SIZE)
     task = BackgroundCall(lambda: fixture.vcpu.prefault(GPA, memory.size))
     for number in range(4):
-        expect_equal(userfault.wait(), number * PAGE_SIZE, "the ioctl waits for a wrong page")
-        expect(task.is_alive(), "the ioctl did not wait for the page")
+        expect_equal(
+            userfault.wait(), number * PAGE_SIZE, "offset of the page for which the ioctl waits"
+        )
+        expect(task.is_alive(), "the ioctl returned before the page was resolved")
         userfault.resolve(number * PAGE_SIZE)
-    expect_equal(str(task.result()), "success, 0x0 bytes left", "the ioctl")
+    expect_equal(str(task.result()), "success, 0x0 bytes left", "result of the ioctl")
     expect_reads(fixture.vcpu, memory, 0)
 
 
@@ -192,9 +199,9 @@ def blocks_slot_changes() -> None:
     userfault.wait()
     deleter = BackgroundCall(lambda: fixture.vm.delete(2))
     deleter.wait_state("D")
-    expect(prefault.is_alive(), "the prefault did not wait for the page")
+    expect(prefault.is_alive(), "the ioctl returned before the page was resolved")
     userfault.resolve(0, memory.size)
-    expect_equal(str(prefault.result()), "success, 0x0 bytes left", "the ioctl")
+    expect_equal(str(prefault.result()), "success, 0x0 bytes left", "result of the ioctl")
     deleter.result()
     fixture.vcpu.warm()
     expect_reads(fixture.vcpu, memory, None)
@@ -202,7 +209,7 @@ def blocks_slot_changes() -> None:
 
 @case(
     "progress/page-by-page",
-    "one ioctl per page has the same result as one ioctl for the range",
+    "one ioctl per page produces the same result as one ioctl for the range",
     _LOOP,
     mapping=True,
 )
@@ -263,26 +270,26 @@ def _selftest(kind: int) -> None:
     expect_equal(
         str(result),
         "success, 0x0 bytes left",
-        "the ioctl for the first 2 MiB returned a wrong result",
+        "ioctl for the first 2 MiB",
     )
     result = vcpu.prefault(at + HUGE_PAGE_SIZE, 2 * PAGE_SIZE)
     expect_equal(
         str(result),
         f"success, {PAGE_SIZE:#x} bytes left",
-        "the ioctl across the end of the slot returned a wrong result",
+        "ioctl across the end of the slot",
     )
     result = vcpu.prefault(at + HUGE_PAGE_SIZE + PAGE_SIZE, PAGE_SIZE)
     expect_equal(
         str(result),
         f"ENOENT, {PAGE_SIZE:#x} bytes left",
-        "the ioctl after the slot returned a wrong result",
+        "ioctl after the slot",
     )
     expect_equal((vm.leaves() - before).bytes, size, "bytes mapped")
     count = size // PAGE_SIZE
     total = sum(memory.words()[:count]) & 0xFFFFFFFF
     taken = vcpu.stat("pf_taken")
-    expect_equal(vcpu.read(at, count), total, "the sum of the words that the guest read is wrong")
-    expect_equal(vcpu.stat("pf_taken") - taken, 0, "the guest took faults")
+    expect_equal(vcpu.read(at, count), total, "sum of the words that the guest read")
+    expect_equal(vcpu.stat("pf_taken") - taken, 0, "faults taken by the guest")
 
 
 for name, kind, required in (
@@ -291,7 +298,7 @@ for name, kind, required in (
 ):
     add(
         f"progress/selftest-{name}",
-        "the ioctls of the kernel's pre_fault_memory_test have the expected results and map the "
+        "the ioctls of the kernel's pre_fault_memory_test return the expected results and map the "
         "memory",
         "tools/testing/selftests/kvm/pre_fault_memory_test.c",
         lambda kind=kind: _selftest(kind),  # type: ignore[misc]
@@ -317,7 +324,7 @@ def signal_while_waiting() -> None:
         task.interrupt()
         expect(task.is_alive(), "the signal ended the wait for the vCPU")
         running.wait_progress()
-    expect_equal(str(task.result()), f"EINTR, {fixture.size:#x} bytes left", "the ioctl")
+    expect_equal(str(task.result()), f"EINTR, {fixture.size:#x} bytes left", "result of the ioctl")
     expect_equal(fixture.vm.leaves(), before, "leaves")
     fixture.vcpu.kick(False)
     fixture.vcpu.prefault_all(GPA, fixture.size)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Cases in which slots change during the ioctl, or before the vCPU runs again.
 
-These cases detect two kernel bugs. Both bugs make the ioctl retry until its thread gets a signal.
-The first bug affects a vCPU whose root became obsolete, and is fixed by 20a6cff3b283 (v6.15). The
-second bug affects a slot that is being deleted, and is fixed by 3ccbf6f47098 (v6.18).
+These cases detect two kernel bugs. With each bug, the ioctl retries until its thread gets a signal.
+The first bug affects a vCPU whose root became obsolete. Commit 20a6cff3b283 (v6.15) fixes it. The
+second bug affects a slot that is being deleted. Commit 3ccbf6f47098 (v6.18) fixes it.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def _hangs(vcpu: KvmVcpu) -> bool:
     expect_equal(
         str(result),
         "success, 0x0 bytes left",
-        "the prefault after the deletion of a slot returned a wrong result",
+        "prefault after the deletion of a slot",
     )
     return False
 
 
 _STALE = (
     "mmu/mmu.c:kvm_mmu_reload() handles KVM_REQ_MMU_FREE_OBSOLETE_ROOTS only since 20a6cff3b283 "
-    "(v6.15), and is_page_fault_stale() is always true on older kernels"
+    "(v6.15); before this commit, is_page_fault_stale() is always true"
 )
 
 
@@ -144,7 +144,7 @@ def _deleted_meanwhile(quirk: bool, again: bool) -> str | None:
     fixture = make_fixture(memory, vm=KvmVm(quirk=quirk))
     limit = 10 * HANG_SECONDS
     prefault = BackgroundCall(lambda: fixture.vcpu.prefault(GPA, memory.size, limit=limit))
-    expect_equal(userfault.wait(), 0, "the ioctl waits for a wrong page")
+    expect_equal(userfault.wait(), 0, "offset of the page for which the ioctl waits")
     deleter = BackgroundCall(lambda: fixture.vm.delete(SLOT))
     deleter.wait_state("D")
     # The page becomes present while the slot is KVM_MEMSLOT_INVALID.
@@ -166,11 +166,11 @@ def _deleted_meanwhile(quirk: bool, again: bool) -> str | None:
         expect_equal(
             str(gone),
             "ENOENT, 0x1000 bytes left",
-            "a prefault of the deleted slot returned a wrong result",
+            "prefault of the deleted slot",
         )
     if hung:
         raise KnownBad(
-            "the ioctl and the change of the slot blocked each other until a signal ended the ioctl"
+            "the ioctl and the slot change blocked each other until a signal interrupted the ioctl"
         )
     return None
 
@@ -208,7 +208,7 @@ def moved_meanwhile() -> None:
     fixture = make_fixture(memory)
     limit = 10 * HANG_SECONDS
     prefault = BackgroundCall(lambda: fixture.vcpu.prefault(GPA, memory.size, limit=limit))
-    expect_equal(userfault.wait(), 0, "the ioctl waits for a wrong page")
+    expect_equal(userfault.wait(), 0, "offset of the page for which the ioctl waits")
     mover = BackgroundCall(lambda: fixture.vm.slot(SLOT, OTHER_GPA, memory))
     mover.wait_state("D")
     userfault.resolve(0, memory.size)
@@ -219,20 +219,20 @@ def moved_meanwhile() -> None:
     expect_equal(
         str(gone),
         "ENOENT, 0x1000 bytes left",
-        "a prefault of the old address returned a wrong result",
+        "prefault of the old address",
     )
     fixture.vcpu.prefault_all(OTHER_GPA, memory.size)
     expect_reads(fixture.vcpu, memory, 0, gpa=OTHER_GPA)
     if result.seconds >= limit:
         raise KnownBad(
-            "the ioctl and the change of the slot blocked each other until a signal ended the ioctl"
+            "the ioctl and the slot change blocked each other until a signal interrupted the ioctl"
         )
     expect(result.error in (errno.EAGAIN, 0), f"the ioctl returned {result}, expected EAGAIN")
 
 
 @case(
     "slots/flags-changed-meanwhile",
-    "a change of the slot's flags waits until the ioctl ends, and the change and the ioctl succeed",
+    "a change to the slot's flags waits until the ioctl ends, and the change and the ioctl succeed",
     "virt/kvm/kvm_main.c:kvm_update_flags_memslot() does not invalidate the slot",
     needs.root,
     needs.capability,
@@ -242,19 +242,17 @@ def flags_changed_meanwhile() -> None:
     userfault = Userfault(memory)
     fixture = make_fixture(memory)
     prefault = BackgroundCall(lambda: fixture.vcpu.prefault(GPA, memory.size))
-    expect_equal(userfault.wait(), 0, "the ioctl waits for a wrong page")
+    expect_equal(userfault.wait(), 0, "offset of the page for which the ioctl waits")
     changer = BackgroundCall(
         lambda: fixture.vm.slot(SLOT, GPA, memory, flags=abi.MEM_LOG_DIRTY_PAGES)
     )
     changer.wait_state("D")
     userfault.resolve(0, memory.size)
-    expect_equal(str(prefault.result()), "success, 0x0 bytes left", "the ioctl")
+    expect_equal(str(prefault.result()), "success, 0x0 bytes left", "result of the ioctl")
     changer.result()
     fixture.vm.dirty_pages(SLOT)
     fixture.vcpu.write(GPA, 3, 9)
-    expect_equal(
-        fixture.vm.dirty_pages(SLOT), {0, 1, 2}, "wrong pages are dirty after three guest writes"
-    )
+    expect_equal(fixture.vm.dirty_pages(SLOT), {0, 1, 2}, "dirty pages after three guest writes")
 
 
 @case(
@@ -285,7 +283,7 @@ def race() -> None:
     expect_writes(fixture.vcpu, fixture.memory, 0)
     if hung:
         raise KnownBad(
-            "the ioctl and the change of the slot blocked each other until a signal ended the ioctl"
+            "the ioctl and the slot change blocked each other until a signal interrupted the ioctl"
         )
 
 
@@ -315,6 +313,6 @@ def other_slot_deleted_meanwhile() -> str:
     expect_reads(fixture.vcpu, memory, 0)
     if result.seconds >= 10 * HANG_SECONDS:
         raise KnownBad(
-            "the ioctl and the change of the slot blocked each other until a signal ended the ioctl"
+            "the ioctl and the slot change blocked each other until a signal interrupted the ioctl"
         )
     return f"the ioctl ends with {result}"

@@ -2,8 +2,8 @@
 """Cases that delete, move and re-create slots.
 
 QEMU changes slots in this way for firmware, resets and hotplug. If KVM_X86_QUIRK_SLOT_ZAP_ALL is
-enabled, KVM drops all tables when a slot is deleted or moved. slot_races.py has the cases for two
-kernel bugs that changes of slots can trigger.
+enabled, KVM drops all tables when a slot is deleted or moved. slot_races.py contains the cases for
+two kernel bugs that slot changes can trigger.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def quirk_disabled_later() -> None:
     "slots/quirk-stays-disabled",
     "KVM_ENABLE_CAP with an empty mask does not change a disabled quirk, but kernels before "
     "6.12.78 enable the quirk again",
-    "x86.c:kvm_vm_ioctl_enable_cap() sets disabled_quirks with |=, but older kernels use =",
+    "x86.c:kvm_vm_ioctl_enable_cap() sets disabled_quirks with |=, but before 6.12.78 with =",
     needs.slot_quirk,
     mapping=True,
 )
@@ -129,8 +129,8 @@ def quirk_stays_disabled() -> str:
 
 @case(
     "slots/quirk-unknown",
-    "if the mask has a quirk that the kernel does not support, KVM_ENABLE_CAP fails with EINVAL "
-    "and disables no quirk",
+    "if the mask contains a quirk that the kernel does not support, KVM_ENABLE_CAP fails with "
+    "EINVAL and disables no quirk",
     "x86.c:kvm_vm_ioctl_enable_cap()",
     needs.slot_quirk,
     mapping=True,
@@ -199,7 +199,7 @@ def _move(quirk: bool) -> None:
     expect_equal(
         str(result),
         "ENOENT, 0x1000 bytes left",
-        "a prefault of the old address returned a wrong result",
+        "prefault of the old address",
     )
     fixture.vcpu.prefault_all(OTHER_GPA, fixture.size)
     expect_reads(fixture.vcpu, fixture.memory, 0, gpa=OTHER_GPA)

@@ -27,7 +27,7 @@ def _paging(vcpu: KvmVcpu) -> None:
 
 
 def _reset(vcpu: KvmVcpu) -> None:
-    """Set the vCPU's state as QEMU does at a reset."""
+    """Set the vCPU's state as QEMU does when it resets the guest."""
     vcpu.set_mode(abi.RESET)
     vcpu.set_cpuid()
     vcpu.set_mode(abi.FLAT32)
@@ -59,10 +59,10 @@ _CHANGES: tuple[tuple[str, str, Callable[[KvmVcpu], None]], ...] = (
     ("same-sregs", "KVM_SET_SREGS with the current values", _same),
     ("paging-on", "a change to 64-bit mode", _paging),
     ("reset", "a reset", _reset),
-    ("cr0", "a change of CR0.WP", _cr0),
-    ("cr4", "a change of CR4.PAE", _cr4),
-    ("cr3", "a change of CR3 without paging", _cr3),
-    ("msr", "a change of the PAT with KVM_SET_MSRS", _pat),
+    ("cr0", "a change to CR0.WP", _cr0),
+    ("cr4", "a change to CR4.PAE", _cr4),
+    ("cr3", "a change to CR3 without paging", _cr3),
+    ("msr", "a change to the PAT with KVM_SET_MSRS", _pat),
 )
 
 
@@ -81,7 +81,7 @@ def _survives(change: Callable[[KvmVcpu], None], has_run: bool) -> None:
     expect_equal(
         (vm.leaves() - before).pages_4k,
         PAGES,
-        "the change of the state changed the number of mapped pages",
+        "pages mapped after the change to the state",
     )
     vcpu.warm()
     expect_reads(vcpu, memory, 0)

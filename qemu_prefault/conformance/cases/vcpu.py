@@ -153,10 +153,10 @@ def running_killed() -> None:
         finally:
             os._exit(1)
     os.close(writer)
-    expect_equal(os.read(reader, 1), b"!", "the child did not report that the ioctl waits")
+    expect_equal(os.read(reader, 1), b"!", "report of the child that the ioctl waits")
     os.kill(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    expect_equal(status, -signal.SIGKILL, "the child has a wrong exit status")
+    expect_equal(status, -signal.SIGKILL, "exit status of the child")
 
 
 @case(
@@ -172,10 +172,8 @@ def halted_blocks() -> None:
     running.task.wait_state("S")
     task = BackgroundCall(lambda: _without_signals(fixture.vcpu, fixture.size))
     task.wait_state("D")
-    expect(task.is_alive(), "the ioctl did not wait for the vCPU")
-    expect_equal(
-        running.stop(), abi.EXIT_INTR, "KVM_RUN of the halted vCPU returned a wrong exit reason"
-    )
+    expect(task.is_alive(), "the ioctl returned before KVM_RUN returned")
+    expect_equal(running.stop(), abi.EXIT_INTR, "exit reason of the halted vCPU")
     answer = task.result()
     expect(_or_refused(answer), f"the ioctl failed with errno {answer} after KVM_RUN returned")
     expect(fixture.vcpu.stat("halt_exits") > halts, "the vCPU did not halt")
@@ -254,14 +252,14 @@ def another_runs() -> None:
 
 
 def _between_runs(times: int) -> None:
-    """Prefault ``times`` pages one by one, and make the guest write to each page."""
+    """Prefault ``times`` pages one by one, and run the guest to write to each page."""
     fixture = make_fixture()
     for page in range(times):
         fixture.vcpu.prefault_all(GPA + page * PAGE_SIZE, PAGE_SIZE)
         before = fixture.vcpu.stat("pf_taken")
         fixture.vcpu.write(GPA + page * PAGE_SIZE, 1, page)
         expect_equal(fixture.vcpu.stat("pf_taken") - before, 0, f"faults on page {page}")
-    expect_equal(fixture.memory.words()[:times], list(range(times)), "the words written")
+    expect_equal(fixture.memory.words()[:times], list(range(times)), "words that the guest wrote")
 
 
 add(
@@ -275,7 +273,8 @@ add(
 
 @case(
     "vcpu/with-an-exit-not-yet-completed",
-    "a prefault between an MMIO exit and the next KVM_RUN does not change the result of the MMIO",
+    "a prefault between an MMIO exit and the next KVM_RUN does not change the result of the MMIO "
+    "access",
     "x86.c:complete_emulated_mmio() reads kvm_run, which a prefault changes only if a signal "
     "interrupts the ioctl",
     mapping=True,
@@ -285,18 +284,14 @@ def exit_not_yet_completed() -> None:
     hole = GPA - 64 * PAGE_SIZE
     # The guest reads two words: one from the hole, one from memory.
     fixture.vcpu.start_at(guest_code.READ_32, rsi=hole, rcx=2, rdx=64 * PAGE_SIZE)
-    expect_equal(fixture.vcpu.run(), abi.EXIT_MMIO, "the exit")
+    expect_equal(fixture.vcpu.run(), abi.EXIT_MMIO, "exit reason")
     fixture.vcpu.kvm_run[40:44] = (1000).to_bytes(4, "little")
     before = fixture.vcpu.stat("pf_taken")
     fixture.vcpu.prefault_all(GPA, fixture.size)
-    expect_equal(fixture.vcpu.mmio, (hole, False), "the MMIO in kvm_run")
-    expect_equal(
-        fixture.vcpu.run(), abi.EXIT_IO, "the guest's program ended with a wrong exit reason"
-    )
+    expect_equal(fixture.vcpu.mmio, (hole, False), "MMIO access in kvm_run")
+    expect_equal(fixture.vcpu.run(), abi.EXIT_IO, "exit reason at the end of the guest's program")
     value = fixture.vcpu.registers()["rbx"] & 0xFFFFFFFF
+    expect_equal(value, 1000 + fixture.memory.word(0), "sum of the words that the guest read")
     expect_equal(
-        value, 1000 + fixture.memory.word(0), "the sum of the words that the guest read is wrong"
-    )
-    expect_equal(
-        fixture.vcpu.stat("pf_taken") - before, 0, "the guest took faults after the prefault"
+        fixture.vcpu.stat("pf_taken") - before, 0, "faults taken by the guest after the prefault"
     )

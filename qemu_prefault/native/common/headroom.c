@@ -106,7 +106,10 @@ static bool has_word(const char *list, const char *word)
 	return false;
 }
 
-/* Find the process's path in the controller's v1 hierarchy, or in the v2 hierarchy without v1. */
+/*
+ * Find the process's path in the controller's v1 hierarchy, or in the v2 hierarchy if the
+ * controller has no v1 hierarchy.
+ */
 static bool find_path(const char *cgroup_file, const char *controller, char *path, size_t size,
 		      int32_t *unified)
 {
@@ -159,7 +162,7 @@ static void strip_slashes(char *text)
 		text[--length] = '\0';
 }
 
-/* Find a cgroup's directory below a mount point. Returns false if the mount does not show it. */
+/* Find a cgroup's directory below a mount point. Returns false if the mount does not contain it. */
 static bool place(const char *root, const char *point, const char *path,
 		  struct headroom_group *group)
 {
@@ -264,8 +267,8 @@ void pf_headroom_open_group(const struct headroom_group *group, struct headroom_
 		return;
 	files->max = openat(directory, max, O_RDONLY | O_CLOEXEC);
 	/*
-	 * If the usage exceeds memory.high, the kernel does not kill a process, but it throttles
-	 * the thread that populates (mm/memcontrol.c, mem_cgroup_handle_over_high()).
+	 * If the usage exceeds memory.high, the kernel does not kill a process, but throttles the
+	 * thread that populates (mm/memcontrol.c, mem_cgroup_handle_over_high()).
 	 */
 	if (group->unified)
 		files->high = openat(directory, "memory.high", O_RDONLY | O_CLOEXEC);
@@ -296,7 +299,7 @@ uint64_t pf_headroom_group(const struct headroom_files *files, uint64_t least)
 		limit = high;
 	if (limit >= NO_LIMIT || !read_number(files->usage, &usage))
 		return least;
-	/* Read memory.stat only if necessary: it is long, and can only increase the result. */
+	/* Read memory.stat only if necessary. It is long, and can only increase the result. */
 	if (left_of(limit, usage) >= least)
 		return least;
 	if (read_value(files->stat, files->unified ? "inactive_file" : "total_inactive_file",

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * Compute how much more memory a process may allocate, from /proc, sysfs and cgroup files. All
- * results are in bytes. HEADROOM_UNLIMITED means that no limit is set or that none could be read.
+ * results are in bytes. HEADROOM_UNLIMITED means that no limit is set, or that the process could
+ * not read any limit.
  *
  * host/headroom.py is the Python implementation, for use outside QEMU.
- * tests/unit/test_headroom_agreement.py checks that both return the same results.
+ * tests/unit/test_headroom_agreement.py checks that both implementations return the same results.
  */
 #ifndef QEMU_PREFAULT_HEADROOM_H
 #define QEMU_PREFAULT_HEADROOM_H
@@ -13,7 +14,7 @@
 
 #define HEADROOM_UNLIMITED UINT64_MAX
 
-/* The directory of a process's cgroup, which also contains the paths of the cgroup's ancestors. */
+/* The directory of a process's cgroup. Its path contains the paths of the cgroup's ancestors. */
 struct headroom_group {
 	char directory[4096];
 	uint32_t root_length; /* length of the mount point at the start of directory */
@@ -26,13 +27,13 @@ struct headroom_files {
 	int32_t unified;
 };
 
-/* Return MemAvailable, read from a descriptor of /proc/meminfo. */
+/* Return MemAvailable, read from a descriptor for /proc/meminfo. */
 uint64_t pf_headroom_host(int32_t meminfo_fd);
 
 /*
  * Find a process's cgroup. cgroup_file is the path of the process's /proc/PID/cgroup, and
- * mountinfo_file the path of /proc/self/mountinfo. The controller is "memory" or "hugetlb". Returns
- * 1, or 0 if the cgroup is not below any mount point.
+ * mountinfo_file is the path of /proc/self/mountinfo. The controller is "memory" or "hugetlb".
+ * Returns 1, or 0 if the cgroup is not below any mount point.
  */
 int pf_headroom_find_group(const char *cgroup_file, const char *mountinfo_file,
 			   const char *controller, struct headroom_group *group);
@@ -60,7 +61,7 @@ uint64_t pf_headroom_group(const struct headroom_files *files, uint64_t least);
 uint64_t pf_headroom_hugetlb_group(int32_t directory_fd, int32_t unified, uint64_t page_size);
 /*
  * Return the free bytes of the hugetlb pool with this page size, or 0 if the pool does not exist.
- * Pages that the kernel may still add by overcommit count as free. directory_fd is a descriptor of
+ * Pages that the kernel may still add by overcommit count as free. directory_fd is a descriptor for
  * /sys/kernel/mm/hugepages.
  */
 uint64_t pf_headroom_hugetlb_pool(int32_t directory_fd, uint64_t page_size);

@@ -57,7 +57,7 @@ static uint64_t number_at(int directory, const char *name)
 	return number;
 }
 
-/* Return the bytes of a line such as "Node 0 MemFree:   1 kB", or 0 if it is absent. */
+/* Return the bytes of a line such as "Node 0 MemFree:   1 kB", or 0 if the line is absent. */
 static uint64_t meminfo_value(const char *text, const char *key)
 {
 	const char *found = strstr(text, key);
@@ -271,7 +271,10 @@ static bool walk_directory(struct walk *walk, int fd, unsigned int depth)
 	return length == 0;
 }
 
-/* Open the directory of a file that QEMU has open, also of a deleted one. Returns -1 on error. */
+/*
+ * Open the directory of a file that QEMU has open, even if the file is deleted. Returns -1 on
+ * error.
+ */
 static int open_directory_of(int fd)
 {
 	char link[32], path[PATH_MAX];

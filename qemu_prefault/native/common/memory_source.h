@@ -4,7 +4,7 @@
  * HEADROOM_UNLIMITED means that the source has no limit.
  *
  * host/memory_source.py is the Python implementation, for agents outside QEMU.
- * tests/unit/test_headroom_agreement.py checks that both return the same results.
+ * tests/unit/test_headroom_agreement.py checks that both implementations return the same results.
  */
 #ifndef QEMU_PREFAULT_MEMORY_SOURCE_H
 #define QEMU_PREFAULT_MEMORY_SOURCE_H
@@ -21,8 +21,9 @@ struct source_nodes {
 int32_t pf_source_parse_nodes(const char *text, struct source_nodes *nodes);
 
 /*
- * Compute the nodes that memory must come from: those in `with_memory` that the mapping's policy
- * (`bound`) and the cpuset (`allowed`) permit. Returns 0 if all nodes with memory are permitted.
+ * Compute the nodes that memory must come from. These are the nodes in `with_memory` that the
+ * mapping's policy (`bound`) and the cpuset (`allowed`) allow. Returns 0 if the policy and the
+ * cpuset allow all nodes in `with_memory`.
  */
 int32_t pf_source_confine(const struct source_nodes *with_memory, const struct source_nodes *bound,
 			  const struct source_nodes *allowed, struct source_nodes *confined);
@@ -31,7 +32,8 @@ int32_t pf_source_confine(const struct source_nodes *with_memory, const struct s
 uint64_t pf_source_nodes(int32_t nodes_fd, const struct source_nodes *nodes);
 
 /*
- * Return the bytes in free huge pages of this size that are not reserved for other mappings.
+ * Return the bytes in free huge pages of this size that the kernel has not reserved for other
+ * mappings.
  *
  * pools_fd refers to /sys/kernel/mm/hugepages. nodes are the nodes that the pages must come from;
  * NULL means any node. ours is the number of bytes that are reserved for the caller's mappings.
@@ -39,13 +41,17 @@ uint64_t pf_source_nodes(int32_t nodes_fd, const struct source_nodes *nodes);
 uint64_t pf_source_hugetlb(int32_t pools_fd, int32_t nodes_fd, const struct source_nodes *nodes,
 			   uint64_t page_size, uint64_t ours);
 
-/* Return the free bytes of an open file's file system, and the number of its inodes, 0: unknown. */
+/*
+ * Return the free bytes of an open file's file system. Sets *inodes to the number of inodes, or to
+ * 0 if it is unknown.
+ */
 uint64_t pf_source_file_system(int32_t fd, uint64_t *inodes);
 
 /*
- * Return the bytes by which the files of an open file's file system can grow without ftruncate():
- * size minus blocks of each file whose inode is not in `ours`. Returns HEADROOM_UNLIMITED if not
- * all directories can be read. Sets *inodes to the number of inodes found, with the root directory.
+ * Return the bytes by which the files in an open file's file system can grow without ftruncate().
+ * This is the size minus the blocks of each file whose inode is not in `ours`. Returns
+ * HEADROOM_UNLIMITED if not all directories can be read. Sets *inodes to the number of inodes
+ * found, including the root directory.
  */
 uint64_t pf_source_committed(int32_t fd, const uint64_t *ours, uint32_t count, uint64_t *inodes);
 

@@ -8,7 +8,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* From Documentation/admin-guide/mm/pagemap.rst. Debian 12's headers do not have PAGEMAP_SCAN. */
+/* From Documentation/admin-guide/mm/pagemap.rst. Debian 12's headers do not define PAGEMAP_SCAN. */
 struct page_region_6_7 {
 	uint64_t start, end, categories;
 };
@@ -35,7 +35,10 @@ struct scan {
 	uint64_t must_be, must_not_be; /* categories */
 };
 
-/* Issue one PAGEMAP_SCAN. Returns the number of regions or -errno. Sets *next to its end. */
+/*
+ * Issue one PAGEMAP_SCAN. Returns the number of regions or -errno. Sets *next to the end of the
+ * scan.
+ */
 static long scan_categories(const struct scan *scan, uint64_t start, uint64_t end,
 			    struct page_region_6_7 *found, size_t count, uint64_t *next)
 {
@@ -49,7 +52,7 @@ static long scan_categories(const struct scan *scan, uint64_t start, uint64_t en
 		.category_mask = scan->must_be | scan->must_not_be,
 		.return_mask = CATEGORY_PRESENT,
 	};
-	/* Do not call ioctl(): in the plugin, it may be the plugin's hook (plugin/os.h). */
+	/* Do not call ioctl(), because it may be the plugin's hook (plugin/os.h). */
 	long got = syscall(SYS_ioctl, scan->fd, PAGEMAP_SCAN_6_7, &arg);
 
 	if (got < 0)
@@ -58,7 +61,9 @@ static long scan_categories(const struct scan *scan, uint64_t start, uint64_t en
 	return got;
 }
 
-/* Like scan_categories(), but read pagemap entries. Kernels before 6.7 have no PAGEMAP_SCAN. */
+/*
+ * Like scan_categories(), but read pagemap entries, for Linux before 6.7, which lacks PAGEMAP_SCAN.
+ */
 static long scan_entries(const struct scan *scan, uint64_t start, uint64_t end,
 			 struct page_region_6_7 *found, size_t count, uint64_t *next)
 {
@@ -137,7 +142,7 @@ long pf_pagemap_writable(int32_t fd, uint64_t start, uint64_t end, int32_t is_pr
 					(struct pagemap_region){ found[i].start,
 								 found[i].end - found[i].start };
 		}
-		if (*next <= from) /* no progress: do not loop forever */
+		if (*next <= from) /* no progress: end the loop */
 			return -EIO;
 	}
 	return (long)used;

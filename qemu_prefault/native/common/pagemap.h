@@ -10,13 +10,13 @@ struct pagemap_region {
 };
 
 /*
- * Find the pages of [start, end) that a read fault of KVM maps writable. Such a page is present
- * and is not the zero page. In a private mapping, it is also not in the file's page cache.
+ * Find the pages in [start, end) that a KVM read fault maps writable. Such a page is present and is
+ * not the zero page. In a private mapping, it is also not in the file's page cache.
  *
  * Fills regions[] with at most count regions in ascending order. Sets *next to the address at which
  * the scan stopped, which is end if the scan is complete. Returns the number of regions, or -errno.
  *
- * If the kernel does not have PAGEMAP_SCAN (Linux 6.7), the function reads /proc/PID/pagemap
+ * If the kernel lacks PAGEMAP_SCAN (added in Linux 6.7), the function reads /proc/PID/pagemap
  * entries, which do not distinguish the zero page from other pages.
  */
 long pf_pagemap_writable(int32_t fd, uint64_t start, uint64_t end, int32_t is_private,

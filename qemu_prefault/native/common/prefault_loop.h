@@ -4,13 +4,13 @@
  *
  * The loop processes each range in chunks, with MADV_POPULATE_WRITE for a host range and
  * KVM_PRE_FAULT_MEMORY for a guest range. The helper runs inside QEMU without libc. Therefore this
- * file must not use globals, string literals, or code that a compiler can turn into a call of
+ * file must not use globals, string literals, or code that a compiler can turn into a call to
  * memcpy().
  *
  * The size of a chunk is limited because KVM holds kvm->srcu during the whole ioctl
- * (virt/kvm/kvm_main.c, kvm_vcpu_pre_fault_memory()), and every memslot change waits for it.
- * The loop measures time because on kernels without commits 20a6cff3b283 (v6.15) and
- * 3ccbf6f47098 (v6.18) the ioctl can retry forever, until the thread gets a signal.
+ * (virt/kvm/kvm_main.c, kvm_vcpu_pre_fault_memory()), and every memslot change waits for it. The
+ * loop measures time because the ioctl can retry until the thread gets a signal, on kernels without
+ * commits 20a6cff3b283 (v6.15) and 3ccbf6f47098 (v6.18).
  */
 #ifndef QEMU_PREFAULT_PREFAULT_LOOP_H
 #define QEMU_PREFAULT_PREFAULT_LOOP_H
@@ -21,10 +21,10 @@
 #include "prefault_range.h"
 #include "syscall_x86_64.h"
 
-/* Linux 6.11 uapi. Defined here because the installed kernel headers may be older. */
+/* Linux 6.11 uapi. Defined here because the installed kernel headers may predate Linux 6.11. */
 struct kvm_pre_fault_memory_args {
 	uint64_t gpa;
-	uint64_t size; /* in: bytes requested; out: bytes left, also on error */
+	uint64_t size; /* in: requested bytes; out: remaining bytes, also on error */
 	uint64_t flags;
 	uint64_t padding[5];
 };
@@ -33,8 +33,8 @@ struct kvm_pre_fault_memory_args {
 #define PREFAULT_CLOCK_MONOTONIC 1	/* <time.h> is not available without libc */
 
 /*
- * Callbacks of the loop's caller. Both run before each chunk. If go_on returns 0, the range ends
- * with PREFAULT_ABORTED. before_ioctl may be NULL.
+ * Callbacks into the loop's caller. The loop calls both before each chunk. If go_on returns 0, the
+ * range ends with PREFAULT_ABORTED. before_ioctl may be NULL.
  */
 struct prefault_hooks {
 	int (*go_on)(void *context);
@@ -53,7 +53,9 @@ static inline uint64_t prefault_now_ns(void)
 	return (uint64_t)now.seconds * 1000000000u + (uint64_t)now.nanoseconds;
 }
 
-/* Process one chunk. Returns the number of bytes done. Sets *error to 0 or a positive errno. */
+/*
+ * Process one chunk. Returns the number of completed bytes. Sets *error to 0 or a positive errno.
+ */
 static inline uint64_t prefault_step(const struct prefault_range *range, uint64_t bytes,
 				     int vcpu_fd, int *error)
 {

@@ -4,7 +4,7 @@
  * that shares this process's memory.
  *
  * The time limit is needed because kernels without commits 20a6cff3b283 (v6.15) and 3ccbf6f47098
- * (v6.18) can retry KVM_PRE_FAULT_MEMORY forever, until the calling thread gets a signal.
+ * (v6.18) can retry KVM_PRE_FAULT_MEMORY until the calling thread gets a signal.
  */
 #define _GNU_SOURCE
 #include "vmm.h"

@@ -12,7 +12,7 @@
 #include "host_ranges.h"
 #include "state.h"
 
-/* One thread's part of a batch, and the stopped vCPU that it uses. */
+/* One thread's part of a batch, and the stopped vCPU that the thread uses. */
 struct batch_worker {
 	struct vcpu *vcpu;
 	struct worker_ranges assigned;
@@ -96,9 +96,9 @@ static void *run_worker(void *context)
 		struct prefault_range *range = &worker->assigned.ranges[i];
 
 		/*
-		 * Do not check pf_vcpu_can_prefault(): try the ioctl even if the root may be
-		 * obsolete. When QEMU loads a snapshot, it sets the registers after the tables
-		 * were dropped, and KVM then uses a new root.
+		 * Do not check pf_vcpu_can_prefault(). Try the ioctl even if the root may be
+		 * obsolete. When QEMU loads a snapshot, it sets the registers after KVM has dropped
+		 * the tables, and KVM then uses a new root.
 		 */
 		if (range->kind == PREFAULT_STAGE2 && stuck) {
 			range->error = PREFAULT_STUCK;

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-/* Batches of ranges from the control socket, processed by the plugin's threads on stopped vCPUs. */
+/*
+ * Batches of ranges from the control socket, which the plugin's threads process on stopped vCPUs.
+ */
 #ifndef QEMU_PREFAULT_PLUGIN_BATCH_H
 #define QEMU_PREFAULT_PLUGIN_BATCH_H
 
@@ -27,7 +29,10 @@ size_t pf_batch_worker_count(void);
  */
 enum request_error pf_batch_start(struct worker_ranges *assigned, size_t count,
 				  uint64_t chunk_bytes);
-/* Return whether the batch is done. Sets *bytes to the bytes done, and *seconds to the duration. */
+/*
+ * Return whether the batch is done. Sets *bytes to the completed bytes, and *seconds to the
+ * duration.
+ */
 bool pf_batch_done(uint64_t *bytes, double *seconds);
 void pf_batch_abort(void);
 void pf_batch_end(void);

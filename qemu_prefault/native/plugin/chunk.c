@@ -43,7 +43,7 @@ static void run_range(struct prefault_range *range, struct run_ctx *ctx)
 		range->error = PREFAULT_ABORTED;
 }
 
-/* One page makes the system call for its range fail with these errors. */
+/* With these errors, a single page makes the system call for its range fail. */
 static bool is_page_error(int error)
 {
 	return error == EHWPOISON || error == EFAULT;
@@ -83,8 +83,8 @@ static uint64_t populate_around(struct prefault_range *range, struct run_ctx *ct
 }
 
 /*
- * Map the item in stage 2. Returns the bytes done. Sets *mapped to the bytes mapped, and *error to
- * the ioctl's errno. Absent pages of a resident-only item count as done.
+ * Map the item in stage 2. Returns the completed bytes. Sets *mapped to the mapped bytes, and
+ * *error to the ioctl's errno. Absent pages of a resident-only item count as done.
  */
 static uint64_t run_stage2(const struct work_item *item, struct run_ctx *ctx, uint64_t *mapped,
 			   int *error)
@@ -216,8 +216,8 @@ static bool is_allocated(const struct work_item *item)
 }
 
 /*
- * Return whether the sources of a chunk still have enough memory. Other users may have taken memory
- * since the last check. If a source has too little, check whether the pages exist already.
+ * Return whether the sources of a chunk still have enough memory. Other users may have allocated
+ * memory since the last check. If a source has too little, check whether the pages exist already.
  */
 static bool has_memory(const struct work_item *item)
 {

@@ -11,7 +11,7 @@
 #include "queue.h"
 #include "state.h"
 
-/* Memory to populate that comes from one source. */
+/* The memory to populate from one source. */
 struct claim {
 	struct memory_source source;
 	uint64_t wanted;		   /* bytes to populate */
@@ -53,19 +53,20 @@ static void print_short(const struct claim *claim, uint64_t left)
 
 	if (hidden && claim->source.kind == SOURCE_FILE_SYSTEM)
 		pf_print_error("qemu-prefault: populating needs %llu MiB of a file system that "
-			       "has files that QEMU cannot find, so only present pages are "
+			       "contains files that QEMU cannot find, so only present pages are "
 			       "prefaulted. Set populate=all if the file system is large enough\n",
 			       mib);
 	else if (hidden)
 		pf_print_error("qemu-prefault: populating needs %llu MiB%s, but the limits of some "
-			       "cgroups of QEMU cannot be read (a cgroup namespace, or a missing "
+			       "of QEMU's cgroups cannot be read (a cgroup namespace, or a missing "
 			       "AppArmor rule), so only present pages are prefaulted. Set "
 			       "populate=all if the limits are high enough\n",
 			       mib, of);
 	else if (claim->others)
 		pf_print_error("qemu-prefault: populating needs %llu MiB%s, and other processes "
-			       "will take about %llu MiB meanwhile, but the %s has only %llu MiB, "
-			       "so only present pages are prefaulted. Start fewer guests at once\n",
+			       "will allocate about %llu MiB meanwhile, but the %s has only %llu "
+			       "MiB, so only present pages are prefaulted. Start fewer guests at "
+			       "once\n",
 			       mib, of, (unsigned long long)claim->others >> 20,
 			       names[claim->source.kind], (unsigned long long)left >> 20);
 	else
@@ -86,7 +87,7 @@ static void populate_no_more(uint64_t wanted)
 }
 
 /*
- * Limit each file's claim to the bytes without a block, and add up the claims on files of one file
+ * Limit each file's claim to the bytes without a block, and add up the claims on files in one file
  * system.
  */
 static void merge_files(void)
@@ -108,8 +109,8 @@ static void merge_files(void)
 }
 
 /*
- * Return the bytes that other processes will take until this guest is populated, if they go on as
- * they did since the first check.
+ * Return the bytes that other processes will allocate until this guest is populated, if they
+ * continue at their rate since the first check.
  */
 static uint64_t others_will_take(const struct claim *claim, uint64_t left)
 {

@@ -12,7 +12,7 @@ void pf_claims_check(void);
 /*
  * Repeat the check each time that a sixteenth of the memory has been populated. If several guests
  * start at the same time, each of them counts the same free memory. These checks detect how fast
- * other processes take it. A guest stops populating if it would be exhausted.
+ * other processes allocate this memory. A guest stops populating if the memory would be exhausted.
  */
 void pf_claims_check_again(void);
 

@@ -7,7 +7,7 @@
 #include <stdio.h>
 
 /*
- * Answer one request. The request is a line of words, and the answer is one or more lines of JSON.
+ * Reply to one request. The request is a line of words, and the reply is one or more lines of JSON.
  * docs/usage/plugin.md lists the requests. Returns false if the caller must close the connection.
  */
 bool pf_command_answer(int fd, FILE *in, FILE *out, char *line);

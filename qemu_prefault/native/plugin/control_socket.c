@@ -49,7 +49,7 @@ static void *serve(void *argument)
 	return NULL;
 }
 
-/* Accept root, QEMU's current user, and the user that started QEMU. */
+/* Accept root, QEMU's current user, and the user who started QEMU. */
 static bool welcome(int fd)
 {
 	struct ucred peer;
@@ -95,7 +95,7 @@ static void remove_socket(void)
 		unlink(address.sun_path);
 }
 
-/* Bind the socket to a path. Replaces a socket that a killed QEMU has left there. */
+/* Bind the socket to a path. Replaces a socket that a killed QEMU has left at this path. */
 static bool bind_here(const char *path)
 {
 	mode_t before;
@@ -151,8 +151,8 @@ void pf_control_socket_start(void)
 
 	if (!(pf_options.socket[0] ? bind_here(pf_options.socket) : bind_default())) {
 		fprintf(stderr,
-			"qemu-prefault: cannot create the control socket %s: %s. Use the option "
-			"socket=/PATH or socket=off\n",
+			"qemu-prefault: cannot create the control socket %s: %s. Use the "
+			"socket=/PATH or socket=off option\n",
 			address.sun_path, strerror(errno));
 		return;
 	}

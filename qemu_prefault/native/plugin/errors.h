@@ -15,7 +15,7 @@
 	X(BAD_RANGE, "bad-range",                                                                \
 	  "a range must be WORKER KIND START SIZE, with page-aligned START and SIZE")            \
 	X(BAD_CHUNK, "bad-chunk", "CHUNK_BYTES must be a positive multiple of 4096")             \
-	X(INCOMPLETE, "incomplete", "the connection ended before all ranges were sent")          \
+	X(INCOMPLETE, "incomplete", "the connection was closed before all ranges were sent")     \
 	X(UNKNOWN_REQUEST, "unknown-request",                                                    \
 	  "the request is unknown. Use one of: status, pause, resume, prefault, follow, "        \
 	  "populate auto|all|resident, lend, work COUNT CHUNK_BYTES, "                           \

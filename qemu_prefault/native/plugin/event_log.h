@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-/* Events as lines of JSON, for the control socket and the log. */
+/* Events as JSON lines, for the control socket and the log. */
 #ifndef QEMU_PREFAULT_PLUGIN_EVENT_LOG_H
 #define QEMU_PREFAULT_PLUGIN_EVENT_LOG_H
 

@@ -10,8 +10,9 @@
 #define RESET_VECTOR 0xffff0 /* holds a jump instruction once the firmware is in place */
 
 /*
- * The firmware of pc and q35 copies itself below 1 MiB. Meanwhile QEMU deletes and re-creates the
- * low-RAM memslot three times (PAM, hw/pci-host/pam.c). The memslot at 0xf0000 shows the state:
+ * The firmware of pc and q35 copies itself below 1 MiB. During the copy, QEMU deletes and
+ * re-creates the low-RAM memslot three times (PAM, hw/pci-host/pam.c). The memslot at 0xf0000 shows
+ * the state:
  *
  *   at reset         flash, read-only                      changes will follow
  *   while copying    RAM, in one slot with RAM above 1 MiB changes will follow
@@ -31,7 +32,7 @@ bool pf_firmware_at_work(void)
 }
 
 /*
- * Return whether SeaBIOS has made 0xf0000 RAM but has not copied itself there yet
+ * Return whether SeaBIOS has made 0xf0000 RAM, but has not yet copied itself there
  * (src/fw/shadow.c). QEMU's reset does not reset PAM, so a reset in this state makes the guest
  * execute zeros and hang. Do not delay the vCPU in this state.
  */

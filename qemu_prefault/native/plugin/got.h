@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-/* Redirect the program's calls of library functions through its global offset table. */
+/* Redirect the program's calls to library functions through its global offset table. */
 #ifndef QEMU_PREFAULT_PLUGIN_GOT_H
 #define QEMU_PREFAULT_PLUGIN_GOT_H
 

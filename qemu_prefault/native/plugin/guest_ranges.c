@@ -22,7 +22,7 @@ static struct candidates {
 } candidates;
 static atomic_bool candidates_incomplete; /* an entry was lost for lack of memory */
 
-/* Serializes add(). A thread that holds it takes no other lock. */
+/* Serializes add(). A thread that holds this lock takes no other lock. */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static void add(uint64_t from, uint64_t to, dev_t device, ino_t inode)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * Memory and files of QEMU that may belong to the guest. The hooks ignore all others.
+ * QEMU's memory and files that may belong to the guest. The hooks ignore all other memory and
+ * files.
  *
  * Allocators call madvise(), fallocate() and mmap() while they hold their own locks, so the
  * functions that look up a range take no lock. Entries are added and extended, but never removed,

@@ -42,7 +42,7 @@ static uint64_t hugetlb_left(const struct memory_source *source, uint64_t ours)
 	const struct source_nodes *nodes = source->confined ? &source->nodes : NULL;
 	uint64_t page_size = source->page_size, least = HEADROOM_UNLIMITED;
 
-	/* The kernel guarantees a reserved page, but not on which node. */
+	/* The kernel guarantees a reserved page, but not its node. */
 	if (pools_fd >= 0 && (nodes || !source->reserved))
 		least = pf_source_hugetlb(pools_fd, nodes_fd, nodes, page_size, ours);
 	for (int i = 0; i < hugetlb_group_count; i++) {
@@ -67,7 +67,7 @@ static struct source_nodes policy_nodes(void *address, unsigned long flags, int 
 	return nodes;
 }
 
-/* Return the nodes to which the policy of the memory or of this thread binds it, or no nodes. */
+/* Return the nodes to which the memory's policy or this thread's policy binds it, or no nodes. */
 static struct source_nodes bound_nodes(uint64_t hva)
 {
 	const struct source_nodes none = { 0 };
@@ -114,8 +114,8 @@ size_t pf_headroom_sources(uint64_t hva, uint64_t size, struct memory_source *so
 		sources[count++] = source;
 	}
 	/*
-	 * The size of a hugetlbfs also limits private mappings (subpools in mm/hugetlb.c). Reserved
-	 * huge pages are counted as used already.
+	 * The size of a hugetlbfs also limits private mappings (subpools in mm/hugetlb.c). The
+	 * kernel counts reserved huge pages as used.
 	 */
 	if (source.page_size)
 		allocates_file = !source.reserved;
@@ -137,9 +137,9 @@ bool pf_headroom_same(const struct memory_source *a, const struct memory_source 
 }
 
 /*
- * Return the free memory that the kernel keeps (min_free_kbytes). If a node has less than its share,
- * an allocation that is bound to the node invokes the OOM killer (__setup_per_zone_wmarks() in
- * mm/page_alloc.c).
+ * Return the free memory that the kernel reserves (min_free_kbytes). If a node has less than its
+ * share, an allocation that is bound to the node invokes the OOM killer (__setup_per_zone_wmarks()
+ * in mm/page_alloc.c).
  */
 static uint64_t kernel_reserve(void)
 {
@@ -154,8 +154,9 @@ static uint64_t kernel_reserve(void)
 
 /*
  * Compute the free bytes of a file system, without those that other files may still allocate. Sets
- * *shared if it has other files. Returns whether the plugin sees all of them: it must find as many
- * inodes as the file system has, because a file that another process has deleted is not found.
+ * *shared if the file system contains other files. Returns whether the plugin has found all of
+ * these files. It compares the number of inodes that it has found with the file system's number of
+ * inodes, because it cannot find a file that another process has deleted.
  */
 static bool file_system_left(const struct memory_source *source, uint64_t *left, bool *shared)
 {
@@ -178,7 +179,7 @@ uint64_t pf_headroom_left(const struct memory_source *source, uint64_t ours, uin
 {
 	uint64_t left = HEADROOM_UNLIMITED;
 	bool shared = true;
-	/* Walk the file system only once: this runs before each chunk. */
+	/* Walk the file system only once, because this function runs before each chunk. */
 	bool visible = source->kind == SOURCE_FILE_SYSTEM ?
 			       file_system_left(source, &left, &shared) :
 			       pf_headroom_visible(source);

@@ -10,7 +10,7 @@
 #include "common/memory_source.h"
 
 /*
- * Open files that QEMU may be unable to open later, after a chroot or a change of the user. May be
+ * Open files that QEMU may be unable to open after it changes its root directory or user. May be
  * called again after a fork.
  */
 void pf_headroom_open(void);
@@ -26,21 +26,21 @@ struct memory_source {
 	uint64_t page_size; /* of huge pages, or 0 */
 	bool reserved;	    /* absent huge pages are reserved for the range */
 	bool confined;	    /* the memory must come from nodes */
-	uint64_t cost;	    /* bytes taken for each byte that is populated */
+	uint64_t cost;	    /* bytes allocated for each populated byte */
 	struct source_nodes nodes;
 	/* SOURCE_FILE_SYSTEM only: */
 	uint64_t device, inode; /* of the file */
-	int fd;			/* QEMU's descriptor of the file, owned by QEMU */
+	int fd;			/* QEMU's descriptor for the file, owned by QEMU */
 };
 
 /*
  * Return whether the plugin can read all limits of a source: the limits of QEMU's cgroups, and the
- * bytes that other files of the source's file system can still allocate. If it cannot and
- * populate=all is not set, pf_headroom_left() returns 0.
+ * bytes that other files in the source's file system can still allocate. If the plugin cannot read
+ * a limit and populate=all is not set, pf_headroom_left() returns 0.
  */
 bool pf_headroom_visible(const struct memory_source *source);
 
-/* Return the bytes of a source's file that have no block yet, or UINT64_MAX without a file. */
+/* Return the bytes of a source's file that have no block yet, or UINT64_MAX if it has no file. */
 uint64_t pf_headroom_unallocated(const struct memory_source *source);
 /* Store all sources of a range. Returns their number, which is SOURCE_KINDS at most. */
 size_t pf_headroom_sources(uint64_t hva, uint64_t size, struct memory_source *sources);

@@ -25,7 +25,7 @@ struct interval {
 	uint64_t page_size; /* huge page size, or 0 */
 	dev_t device;	    /* device of the mapped file */
 	ino_t inode;	    /* 0: anonymous */
-	int fd;		    /* QEMU's descriptor of the file, owned by QEMU; -1: unknown */
+	int fd;		    /* QEMU's descriptor for the file, owned by QEMU; -1: unknown */
 };
 
 struct intervals {
@@ -39,8 +39,8 @@ static struct intervals marks[2];
 static int pagemap_fd = -1;
 
 /*
- * Protects mappings and marks. A thread that holds it may only take the lock of guest_ranges.c, and
- * must not allocate.
+ * Protects mappings and marks. A thread that holds this lock may only take the lock of
+ * guest_ranges.c, and must not allocate.
  */
 static pthread_mutex_t lists_lock = PTHREAD_MUTEX_INITIALIZER;
 
@@ -95,7 +95,9 @@ static bool has_flag(const char *line, const char *flag)
 	return found && found[-1] == ' ' && (found[2] == ' ' || found[2] == '\n');
 }
 
-/* Find QEMU's descriptors of the mapped files. They also show the file system of a deleted file. */
+/*
+ * Find QEMU's descriptors for the mapped files. They also show the file system of a deleted file.
+ */
 static void learn_descriptors(void)
 {
 	const unsigned int of_file = MEMORY_DISK_FILE | MEMORY_COPIED;
@@ -147,7 +149,7 @@ void pf_ranges_learn(void)
 						  .device = makedev(major, minor),
 						  .fd = -1 };
 			line[strcspn(line, "\n")] = '\0';
-			/* A memfd has no path for statfs(). The flag "ht" below marks hugetlb. */
+			/* A memfd has no path for statfs(). The "ht" flag below marks hugetlb. */
 			if (inode && strncmp(line + path, "/memfd:", 7))
 				statfs(line + path, &filesystem);
 			if (inode)

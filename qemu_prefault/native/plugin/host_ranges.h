@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * Facts about QEMU's memory: which ranges may be touched, and which are populated already.
+ * Facts about QEMU's memory: which ranges may be touched, and which ranges are already populated.
  *
  * The plugin learns them from QEMU's mmap(), madvise() and fallocate() calls, because no other
  * interface reports cheaply which anonymous mappings are overcommitted, and where virtio-mem and
  * the balloon have punched holes.
  *
  * The functions are thread-safe. While they hold their lock, they do not allocate, because an
- * allocator's mmap() may call them. They may be called with pf_lock held. Hold pf_lock if the facts
- * must not change between two calls.
+ * allocator's mmap() may call them. Callers may hold pf_lock. Hold pf_lock if the facts must not
+ * change between two calls.
  */
 #ifndef QEMU_PREFAULT_PLUGIN_HOST_RANGES_H
 #define QEMU_PREFAULT_PLUGIN_HOST_RANGES_H
@@ -19,7 +19,7 @@
 
 /* Facts about a mapping. With populate=auto, the first three limit prefaults to resident pages. */
 enum memory_fact {
-	MEMORY_OVERCOMMIT = 1, /* MAP_NORESERVE: pages may be absent intentionally */
+	MEMORY_OVERCOMMIT = 1, /* MAP_NORESERVE: the guest may not need all pages */
 	MEMORY_HOLES = 2,      /* partly discarded by virtio-mem or balloon */
 	MEMORY_DISK_FILE = 4,  /* shared file on a disk: touching a page would write it */
 	MEMORY_HUGETLB = 8,    /* allocated from the hugetlb pool */
@@ -28,7 +28,7 @@ enum memory_fact {
 };
 
 /*
- * Open files that QEMU may be unable to open later, after a chroot or a change of the user. May be
+ * Open files that QEMU may be unable to open after it changes its root directory or user. May be
  * called again after a fork.
  */
 void pf_ranges_open(void);
@@ -45,21 +45,21 @@ bool pf_ranges_file_discarded(int fd);
 
 /* Return the facts that hold for any part of [start, start + size). */
 unsigned int pf_ranges_facts(uint64_t start, uint64_t size);
-/* Return the huge page size in [start, start + size), or 0 if it has no hugetlb memory. */
+/* Return the huge page size in [start, start + size), or 0 if the range has no hugetlb memory. */
 uint64_t pf_ranges_huge_page_size(uint64_t start, uint64_t size);
 
 /*
- * Return QEMU's descriptor of the file that is mapped in [start, start + size), or -1 if there is
- * no file or the descriptor is unknown. QEMU owns the descriptor: do not close it.
+ * Return QEMU's descriptor for the file that is mapped in [start, start + size), or -1 if no file
+ * is mapped or the descriptor is unknown. QEMU owns the descriptor: do not close it.
  */
 int pf_ranges_file(uint64_t start, uint64_t size, uint64_t *device, uint64_t *inode);
 /*
  * Store the inodes of the files on a device that QEMU has mapped. Returns their number. Sets
- * *deleted to how many of them have no directory entry.
+ * *deleted to the number of these files that have no directory entry.
  */
 size_t pf_ranges_inodes(uint64_t device, uint64_t *inodes, size_t most, size_t *deleted);
 
-/* Operations that the plugin has done on a range at least once. */
+/* Operations that the plugin has performed on a range at least once. */
 enum memory_mark { MEMORY_POPULATED, MEMORY_PREFAULTED };
 void pf_ranges_set_mark(enum memory_mark mark, uint64_t start, uint64_t size);
 /* Find the first part of [start, start + size) without the mark. Returns false if none exists. */

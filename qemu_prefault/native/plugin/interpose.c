@@ -29,7 +29,7 @@
 #define POPULATE_WRITE PREFAULT_MADV_POPULATE_WRITE
 
 /*
- * Set while this thread runs code of the plugin, whose own calls must not enter the hooks again.
+ * Set while this thread runs plugin code, whose own calls must not enter the hooks again.
  *
  * Allocators call the hooks of madvise(), fallocate() and mmap() with their locks held. These hooks
  * do not allocate. They take pf_lock only for memory that may belong to the guest.

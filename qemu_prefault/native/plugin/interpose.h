@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * Intercept QEMU's calls of a few libc functions. With LD_PRELOAD, the dynamic linker resolves
+ * Intercept QEMU's calls to a few libc functions. With LD_PRELOAD, the dynamic linker resolves
  * these calls to interpose.c. With -plugin, the plugin changes the entries of QEMU's global offset
  * table. In both cases, QEMU's ioctl() calls show the plugin all memslots and vCPUs.
  */

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * qemu-prefault-plugin.so, which is loaded by QEMU's -plugin or by LD_PRELOAD.
+ * qemu-prefault-plugin.so, which QEMU's -plugin option or LD_PRELOAD loads.
  *
- * The plugin keeps the stage-2 tables of the process's VM filled. It is not a TCG plugin: it uses
- * only the loader of that interface. state.h lists the source files.
+ * The plugin keeps the stage-2 tables of the process's VM filled. The plugin is not a TCG plugin.
+ * It uses only the loader of the TCG plugin interface. state.h lists the source files.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -56,7 +56,7 @@ __attribute__((constructor)) static void loaded(void)
 {
 	const char *preload = getenv("LD_PRELOAD");
 
-	/* Identify QEMU by its symbols, because the name of the program can be any. */
+	/* Identify QEMU by its symbols, because the program can have any name. */
 	is_qemu = dlsym(RTLD_DEFAULT, "qemu_plugin_register_vcpu_init_cb") ||
 		  dlsym(RTLD_DEFAULT, "qemu_init");
 	pf_vm_watch_forks();

@@ -10,7 +10,7 @@
 #include "queue.h"
 #include "state.h"
 
-#define MEM_GUEST_MEMFD (1u << 2) /* Linux 6.8; the installed kernel headers may be older */
+#define MEM_GUEST_MEMFD (1u << 2) /* Linux 6.8; the installed headers may predate it */
 
 static size_t slot_room;
 
@@ -32,7 +32,7 @@ static void classify(struct memslot *slot)
 	}
 }
 
-/* Queue all slots again. With the quirk, KVM drops all tables when a slot is deleted. */
+/* Queue all slots again. If the quirk is enabled, KVM drops all tables when a slot is deleted. */
 static void tables_dropped(void)
 {
 	atomic_fetch_add(&pf_root_generation, 1);

@@ -9,8 +9,8 @@
 enum populate { POPULATE_AUTO, POPULATE_ALL, POPULATE_RESIDENT };
 
 /*
- * Changed by: options.c and main.c, while QEMU has neither vCPUs nor memslots. Later claims.c
- * and commands.c change populate and keep, with pf_lock held.
+ * Changed by: options.c and main.c, while QEMU has neither vCPUs nor memslots. Later, claims.c and
+ * commands.c change populate and keep, with pf_lock held.
  */
 struct plugin_options {
 	bool keep;	    /* prefault automatically */
@@ -29,8 +29,8 @@ extern const char *const pf_populate_names[3];
 /* Parse "key=value". If it is invalid, print an error to stderr and return false. */
 bool pf_options_parse(const char *text);
 /*
- * Parse the list of options in QEMU_PREFAULT_OPTIONS, separated by commas, and remove the variable,
- * so that QEMU's child processes do not inherit it.
+ * Parse the comma-separated options in QEMU_PREFAULT_OPTIONS, and remove this variable, so that
+ * QEMU's child processes do not inherit it.
  */
 void pf_options_take_environment(void);
 

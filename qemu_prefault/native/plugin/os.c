@@ -23,7 +23,10 @@ void *pf_raw_mmap(void *start, size_t size, int protection, int flags, int fd, o
 	return (void *)syscall(SYS_mmap, start, size, protection, flags, fd, offset);
 }
 
-/* SIGUSR1 is QEMU's SIG_IPI. Without a handler it would kill the process, so check first. */
+/*
+ * SIGUSR1 is QEMU's SIG_IPI. If no handler is installed, the signal would kill the process, so
+ * check first.
+ */
 void pf_kick_thread(pid_t tid)
 {
 	struct sigaction action;

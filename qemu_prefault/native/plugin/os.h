@@ -3,8 +3,8 @@
  * System calls, threads and time for the plugin.
  *
  * The plugin replaces some libc functions (interpose.c). A call by name would reach libc or the
- * plugin's hook, depending on how the plugin was loaded. So no file of the plugin calls these
- * functions by name; use the system calls below.
+ * plugin's hook, depending on how the plugin was loaded. Therefore no plugin file calls these
+ * functions by name. Use the system calls below instead.
  */
 #ifndef QEMU_PREFAULT_PLUGIN_OS_H
 #define QEMU_PREFAULT_PLUGIN_OS_H
@@ -27,7 +27,7 @@ void *pf_raw_mmap(void *start, size_t size, int protection, int flags, int fd, o
 /* Start a thread that blocks all signals. */
 bool pf_start_thread(pthread_t *thread, const char *name, void *(*function)(void *));
 
-/* Interrupt a system call of a thread of this process. Does nothing if tid is 0. */
+/* Interrupt a system call of one of this process's threads. Does nothing if tid is 0. */
 void pf_kick_thread(pid_t tid);
 
 /* Return a CLOCK_MONOTONIC deadline for pthread_cond_timedwait(). */
@@ -39,8 +39,8 @@ bool pf_has_argument(const char *wanted);
 /*
  * Grow an array if needed, so that one more item fits. Returns false if out of memory.
  *
- * The array is mapped with system calls, because malloc() could cause a deadlock: it would wait for
- * a lock of the allocator, while another thread holds that lock and waits for pf_lock in a hook.
+ * The function maps the array with system calls, because malloc() could cause a deadlock. It would
+ * wait for an allocator lock, while another thread holds that lock and waits for pf_lock in a hook.
  */
 bool pf_grow(void **array, size_t *capacity, size_t count, size_t item);
 

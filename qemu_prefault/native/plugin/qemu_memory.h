@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-/* React to changes of QEMU's memory: mmap(), madvise(), fallocate(), userfaultfd. */
+/* React to changes to QEMU's memory: mmap(), madvise(), fallocate(), userfaultfd. */
 #ifndef QEMU_PREFAULT_PLUGIN_QEMU_MEMORY_H
 #define QEMU_PREFAULT_PLUGIN_QEMU_MEMORY_H
 

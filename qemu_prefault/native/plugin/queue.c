@@ -10,8 +10,8 @@
 #include "options.h"
 
 /*
- * The sizes of the start and the end of low RAM, which firmware touches. SeaBIOS uses the last
- * 16 MiB (src/malloc.c) and some memory just below.
+ * The sizes of the head and the tail of low RAM, which firmware touches. SeaBIOS uses the last 16
+ * MiB (src/malloc.c) and some memory just below.
  */
 #define HEAD MIB(2)
 #define TAIL MIB(18)
@@ -114,8 +114,9 @@ void pf_queue_put_back(struct work_item item, uint64_t done)
 }
 
 /*
- * Return whether to wait until the firmware has finished. While it copies itself, QEMU deletes the
- * low-RAM slot. With the quirk, KVM then drops all tables. before_run() in vcpu.c ends the wait.
+ * Return whether to wait until the firmware has finished. While the firmware copies itself, QEMU
+ * deletes the low-RAM slot. If the quirk is enabled, KVM then drops all tables. before_run() in
+ * vcpu.c ends the wait.
  */
 static bool to_be_deferred(const struct memslot *slot)
 {
@@ -131,8 +132,9 @@ static bool may_populate(uint64_t hva, uint64_t size)
 }
 
 /*
- * Queue both ends of the slot first, because firmware uses them. If memory must be populated while
- * the guest runs, the memory is new, and the guest does not have to wait for it.
+ * Queue the slot's head and tail first, because firmware uses them. If memory must be populated
+ * while the guest runs, the memory is new, and the guest does not have to wait until it is
+ * populated.
  */
 void pf_queue_memslot(struct memslot *slot)
 {

@@ -7,7 +7,7 @@
 #include "options.h"
 #include "state.h"
 
-/* Defined here because the installed kernel headers may be older. */
+/* Defined here because the installed kernel headers may predate Linux 6.12. */
 #define CAP_DISABLE_QUIRKS2 213
 #define QUIRK_SLOT_ZAP_ALL (1u << 7) /* Linux 6.12 */
 
@@ -36,6 +36,6 @@ void pf_quirk_vfio_seen(void)
 	if (pf_quirk == QUIRK_DISABLED)
 		pf_print_error("qemu-prefault: a VFIO device was added after "
 			       "KVM_X86_QUIRK_SLOT_ZAP_ALL was disabled, and the plugin cannot "
-			       "enable it again. Use the option quirk=keep for this guest\n");
+			       "enable it again. Use the quirk=keep option for this guest\n");
 	pthread_mutex_unlock(&pf_lock);
 }

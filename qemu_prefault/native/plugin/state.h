@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * The state that the plugin's files share. A comment above each variable names the files that
- * change it; the other files only read it. pf_lock guards everything that is not atomic.
+ * change it. The other files only read it. pf_lock guards everything that is not atomic.
  *
  * The files in the order of their layers, lowest first. Each file includes and calls only files
  * above it in this list (checked by tests/unit/test_native_structure.py):
  *
  *   os              system calls, threads, time
  *   options         the user's options
- *   errors          errors of control socket requests
+ *   errors          errors in replies to control socket requests
  *   state           this file
  *   event_log       events for the control socket and the log
  *   guest_ranges    memory and files that may belong to the guest
@@ -17,15 +17,15 @@
  *   quirk           KVM_X86_QUIRK_SLOT_ZAP_ALL
  *   firmware        the state of the firmware
  *   queue           memory to populate and prefault
- *   memslots        QEMU's changes of memslots
- *   qemu_memory     QEMU's changes of its memory
- *   claims          whether all that is to be populated is available
+ *   memslots        QEMU's changes to memslots
+ *   qemu_memory     QEMU's changes to its memory
+ *   claims          whether enough memory is available to populate
  *   chunk           one chunk, processed by a vCPU thread
  *   guest_start     preparation before the guest's first instruction
  *   vcpu            the hook around KVM_RUN
  *   batch           batches of ranges from the control socket
  *   watchdog        the thread that interrupts vCPUs and stuck ioctls
- *   status          the control socket's status answer
+ *   status          the control socket's status reply
  *   commands        the control socket's requests
  *   control_socket  the socket itself
  *   vm              QEMU's VM, whose creation starts the plugin
@@ -80,7 +80,7 @@ struct vcpu {
 	atomic_bool in_guest;
 	atomic_bool lent;		  /* a batch may use it: it has not run since it was lent */
 	bool in_use;			  /* a batch is in the prefault ioctl on it */
-	bool no_root_yet;		  /* the vCPU has no root that could be stale */
+	bool no_root_yet;		  /* the vCPU has no root, so none can be stale */
 	bool started;			  /* has entered the guest */
 	uint64_t seen_generation;	  /* pf_root_generation at its last return from the guest */
 	atomic_uint_least64_t busy_since; /* start of its thread's prefault ioctl; 0: no ioctl */
@@ -140,7 +140,7 @@ extern atomic_int pf_vcpus_working; /* vCPUs with an item in progress */
 /* Changed by: chunk.c, batch.c, and state.c in pf_leave_ioctl() */
 extern int pf_in_flight; /* threads in a populate or prefault call */
 
-/* The file that does the counted work changes the counter. */
+/* Each counter is changed by the file that performs the counted work. */
 extern struct counters {
 	uint64_t created, deleted, stuck, errors;
 	uint64_t populated, prefaulted, again;

@@ -16,7 +16,7 @@
 #include "options.h"
 #include "queue.h"
 
-/* Defined here because the installed kernel headers may be older. */
+/* Defined here because the installed kernel headers may predate Linux 6.11. */
 #define RUN_SMM (1u << 0)
 #define RUN_GUEST_MODE (1u << 2) /* 85542adb65ec, Linux 6.11 */
 
@@ -24,7 +24,7 @@ static __thread struct vcpu *this_vcpu;
 
 /*
  * A vCPU whose root is obsolete must enter the guest before it prefaults again. Before commit
- * 20a6cff3b283 (v6.15) the ioctl retries forever on such a vCPU.
+ * 20a6cff3b283 (v6.15), the ioctl retries on such a vCPU until a signal arrives.
  */
 bool pf_vcpu_can_prefault(const struct vcpu *self)
 {
@@ -32,13 +32,19 @@ bool pf_vcpu_can_prefault(const struct vcpu *self)
 	       (self->no_root_yet || self->seen_generation == atomic_load(&pf_root_generation));
 }
 
-/* In SMM and guest mode, KVM uses other tables. KVM sets the flags when KVM_RUN returns. */
+/*
+ * Return whether the vCPU is outside SMM and guest mode, in which KVM uses other tables. KVM sets
+ * the flags when KVM_RUN returns.
+ */
 static bool on_own_tables(const struct vcpu *self)
 {
 	return !(self->run->flags & (RUN_SMM | RUN_GUEST_MODE));
 }
 
-/* Work since the guest last ran. The plugin reports one event, even if QEMU interrupts the work. */
+/*
+ * The work since the guest last ran. The plugin reports one event, even if QEMU interrupts the
+ * work.
+ */
 static struct {
 	uint64_t populated, prefaulted;
 	double seconds; /* sum over all vCPU threads */
@@ -61,7 +67,7 @@ static void report_prefaulted(bool started)
 
 /*
  * Work until the queue is empty or the time limit has expired. Before the guest's first
- * instruction, the time is unlimited. Later, the limit is pf_options.hold_ns. After that, the
+ * instruction, there is no limit. Later, the limit is pf_options.hold_ns. After that time, the
  * thread works in slices.
  */
 static void before_run(struct vcpu *self)
@@ -77,7 +83,7 @@ static void before_run(struct vcpu *self)
 	struct work_item item;
 	bool first = !self->started && !pf_incoming, sliced = false;
 
-	/* In SMM or guest mode, the thread does no work, so the guest does not wait. */
+	/* In SMM or guest mode, the thread does not work, so the guest does not wait. */
 	if (!pf_stall_start && on_own_tables(self))
 		pf_stall_start = now;
 	if (!first)
@@ -105,7 +111,7 @@ static void before_run(struct vcpu *self)
 				   !sliced && atomic_load(&pf_vcpus_working)) {
 			/*
 			 * Wait until the other threads finish their items. A thread that waits for
-			 * a host CPU may have the item with the pages that firmware needs first.
+			 * a host CPU may hold the item with the pages that firmware needs first.
 			 */
 			struct timespec soon = pf_deadline_in(MS(2));
 
@@ -146,8 +152,8 @@ static struct vcpu *find_vcpu(int fd)
 
 /*
  * End a batch's use of the vCPU. The ioctl may write to kvm_run (kvm_handle_signal_exit(),
- * include/linux/kvm_host.h), so it must not run between the end of KVM_RUN and QEMU's look at
- * kvm_run.
+ * include/linux/kvm_host.h), so it must not run between the end of KVM_RUN and the time at which
+ * QEMU reads kvm_run.
  */
 static void take_back(struct vcpu *self)
 {
@@ -166,7 +172,9 @@ long pf_vcpu_run(int fd)
 		return pf_raw_ioctl(fd, KVM_RUN, NULL);
 	if (atomic_load(&self->lent))
 		take_back(self);
-	/* With immediate_exit, QEMU only completes an exit or consumes a signal: do no work. */
+	/*
+	 * If immediate_exit is set, QEMU only completes an exit or consumes a signal. Do no work.
+	 */
 	if (!self->run->immediate_exit) {
 		if (!self->started || atomic_load(&pf_work_available) ||
 		    atomic_load(&pf_vcpus_working))

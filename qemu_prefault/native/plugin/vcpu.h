@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * The hook around KVM_RUN. Each vCPU thread populates and prefaults just before it enters the
- * guest. At this point, the vCPU is not in KVM_RUN and the thread does not hold the BQL. If QEMU
- * needs the vCPU, QEMU's kick (SIG_IPI) interrupts the work.
+ * guest. During this work, the vCPU is not in KVM_RUN, and the thread does not hold the BQL. If
+ * QEMU needs the vCPU, QEMU's kick (SIG_IPI) interrupts the work.
  */
 #ifndef QEMU_PREFAULT_PLUGIN_VCPU_H
 #define QEMU_PREFAULT_PLUGIN_VCPU_H

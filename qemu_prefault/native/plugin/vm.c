@@ -18,16 +18,16 @@
 #include "state.h"
 #include "watchdog.h"
 
-#define CAP_PRE_FAULT_MEMORY 236 /* the installed kernel headers may be older */
+#define CAP_PRE_FAULT_MEMORY 236 /* Linux 6.11; the installed headers may predate it */
 
 /*
  * Memory shared by this process and all its forks that have not executed another program.
  *
- * Changed by: pf_vm_created() and the handlers of fork().
+ * Changed by: pf_vm_created() and the fork() handlers.
  */
 static struct family {
 	atomic_bool vm_seen;
-	atomic_int forks;    /* calls of fork() */
+	atomic_int forks;    /* calls to fork() */
 	atomic_int children; /* children that have started to run */
 	atomic_int youngest; /* pid of the last child, or 0 */
 } alone, *family = &alone;
@@ -55,7 +55,7 @@ static void set_up(int fd)
 			"not prefault. Use Linux 6.11 or newer with EPT or NPT\n");
 	/*
 	 * During an incoming migration, work before the first KVM_RUN would extend the downtime. No
-	 * ioctl shows an incoming migration, so check the command line.
+	 * ioctl reveals an incoming migration, so check the command line.
 	 */
 	pf_incoming = pf_has_argument("-incoming");
 	pf_ranges_open();

@@ -21,7 +21,7 @@
 #define ARCH_XSTATE_NOTE NT_X86_XSTATE
 #define ARCH_XSTATE_TAIL sizeof(uint32_t) /* FP_XSTATE_MAGIC2 after the state in a signal frame */
 
-/* __USER_CS of arch/x86/include/asm/segment.h. A thread in 32-bit code has another selector. */
+/* __USER_CS in arch/x86/include/asm/segment.h. A thread in 32-bit code has another selector. */
 #define USER_CS_64 0x33
 
 /* include/linux/errno.h. The kernel shows these values to ptrace, but not to the thread. */
@@ -66,7 +66,10 @@ struct fx_sw_bytes {
 	uint32_t xstate_size, padding[7];
 };
 
-/* Return whether the thread runs 64-bit code and has XSAVE state. This file supports no other. */
+/*
+ * Return whether the thread runs 64-bit code and has XSAVE state. This file supports only such
+ * threads.
+ */
 static inline int arch_usable(const struct user_regs_struct *regs, size_t xstate_size)
 {
 	return regs->cs == USER_CS_64 && xstate_size >= XSAVE_HEADER_END;
@@ -117,7 +120,7 @@ static inline void arch_fix_up_restart(struct user_regs_struct *regs)
 }
 
 /*
- * Convert the FPU state from ptrace's format to the one that rt_sigreturn reads
+ * Convert the FPU state from ptrace's format to the format that rt_sigreturn reads
  * (arch/x86/kernel/fpu/signal.c, fpu__restore_sig()). Returns the new size, which is
  * ARCH_XSTATE_TAIL bytes larger.
  */

@@ -40,7 +40,7 @@ struct prefault_control {
 	uint32_t release; /* exit when idle */
 	uint32_t range_count;
 
-	/* Written by the run gate: the guest has been resumed, so do no work any more. */
+	/* Written by the run gate. 1: another client has resumed the guest, so stop working. */
 	uint32_t vcpu_runs;
 
 	/* Written by the helper. */
@@ -48,7 +48,7 @@ struct prefault_control {
 	uint32_t ready;	      /* 1: running; negative errno: it cannot run */
 	uint32_t batch_done;  /* equals batch once the batch is done */
 	uint32_t tick_signal; /* the signal that interrupts the helper's system calls */
-	/* Times of CLOCK_MONOTONIC. chunk_started_ns is the start of the current chunk. */
+	/* CLOCK_MONOTONIC times. chunk_started_ns is the start of the current chunk. */
 	uint64_t batch_started_ns, chunk_started_ns, batch_finished_ns;
 	struct prefault_range ranges[PREFAULT_RANGES_MAX];
 };

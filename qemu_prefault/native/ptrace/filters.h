@@ -10,10 +10,10 @@
 #define FILTERS_BYTES_MAX 524288
 
 /*
- * Copy a thread's seccomp filters to buffer: for each filter its number of instructions (uint32_t),
- * then the instructions (struct sock_filter). Returns the number of bytes, or -1. The error is
- * EACCES if this process does not have CAP_SYS_ADMIN in the initial user namespace, or if this
- * process has a seccomp filter.
+ * Copy a thread's seccomp filters to buffer: for each filter, the number of instructions
+ * (uint32_t), and then the instructions (struct sock_filter). Returns the number of bytes, or -1.
+ * The error is EACCES if this process does not have CAP_SYS_ADMIN in the initial user namespace, or
+ * if this process has a seccomp filter.
  */
 int64_t pf_read_filters(int32_t tid, void *buffer, uint64_t size, struct inject_result *result);
 

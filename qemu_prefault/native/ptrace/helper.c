@@ -6,7 +6,7 @@
  * - Its code, control page and stack are in a separate mapping.
  * - It blocks every signal except its tick.
  * - It never calls into QEMU or libc.
- * - It cannot fault. It directly accesses only its mapping. It accesses other memory by system
+ * - It cannot fault. It directly accesses only its mapping. It accesses other memory with system
  *   calls, which return errors.
  * - When the tool releases it, or the tool's heartbeat stops, it unmaps its memory and exits.
  */
@@ -70,7 +70,7 @@ static long timer_make(int32_t signal, int32_t thread, int32_t *timer)
 }
 
 /*
- * Return whether the tool is alive. If the tool is killed, kill() immediately fails with ESRCH. If
+ * Return whether the tool is alive. If the tool is killed, kill() fails with ESRCH immediately. If
  * the tool hangs, is stopped, or is killed outside QEMU's PID namespace, only the heartbeat stops.
  */
 static int tool_lives(struct helper *helper)
@@ -151,8 +151,8 @@ __attribute__((noreturn)) static void leave(struct helper *helper)
 }
 
 /*
- * Choose the tick's signal: a real-time signal that QEMU does not use. The handler is only a "ret"
- * in libc. The handler stays installed, because with the default action, a pending tick would kill
+ * Choose a real-time signal that QEMU does not use as the tick. The handler is only a "ret" in
+ * libc. The handler stays installed, because with the default action, a pending tick would kill
  * QEMU. The next helper uses the same signal.
  */
 static long claim_signal(const struct prefault_control *control)

@@ -4,16 +4,16 @@
  * time, the thread still gets its own registers back.
  *
  * First, this process writes one signal frame per system call below the red zone of the thread's
- * stack. Each frame contains the registers of the next call, and the last one contains the thread's
- * own registers. Then one PTRACE_SETREGS makes the thread execute "syscall; ret". The ret jumps to
- * libc's signal restorer, whose rt_sigreturn loads the next frame, and so on until the thread has
- * its own registers again. After PTRACE_SETREGS, the thread finishes this chain without a tracer.
- * This process traces it only to skip the rest of the chain if a call fails.
+ * stack. Each frame contains the registers of the next call, and the last frame contains the
+ * thread's own registers. Then one PTRACE_SETREGS makes the thread execute "syscall; ret". The ret
+ * jumps to libc's signal restorer, whose rt_sigreturn loads the next frame. This repeats until the
+ * thread has its own registers again. After PTRACE_SETREGS, the thread finishes this chain without
+ * a tracer. This process traces the thread only to skip the rest of the chain if a call fails.
  *
  * The chain contains only system calls that QEMU also makes, because a seccomp filter may kill QEMU
- * for others. The chain maps the helper's memory and unmaps it again. While the thread is stopped
- * at the end of the last mmap(), this process writes the helper's image to the new mapping and
- * starts the helper: a second PTRACE_SETREGS replaces munmap() by clone(). In both cases, the
+ * for other calls. The chain maps the helper's memory and unmaps it again. While the thread is
+ * stopped at the end of the last mmap(), this process writes the helper's image to the new mapping
+ * and starts the helper: a second PTRACE_SETREGS replaces munmap() with clone(). In both cases, the
  * thread then continues with the last frame.
  */
 #define _GNU_SOURCE
@@ -165,9 +165,9 @@ static int write_stack(const struct victim *victim, const struct call *calls, si
 }
 
 /*
- * Write to the memory of the thread even if its mapping is read-only. proc_mem.force_override=
- * (Linux 6.12) can forbid this through /proc/PID/mem, but not with ptrace
- * (generic_ptrace_pokedata(), kernel/ptrace.c).
+ * Write to the thread's memory even if the mapping is read-only. proc_mem.force_override= (Linux
+ * 6.12) can deny this through /proc/PID/mem, but not with ptrace (generic_ptrace_pokedata(),
+ * kernel/ptrace.c).
  */
 static int write_forced(const struct inject_request *request, const void *data, size_t size,
 			uint64_t at)
@@ -239,7 +239,7 @@ static int finish_call(pid_t tid, long *returned)
 	return 0;
 }
 
-/* Write the frames and start the first call. From then on, the thread needs no tracer. */
+/* Write the frames and start the first call. Afterwards, the thread needs no tracer. */
 static int start_chain(struct victim *victim, const struct call *calls, size_t count,
 		       struct inject_result *result)
 {
@@ -252,7 +252,7 @@ static int start_chain(struct victim *victim, const struct call *calls, size_t c
 	apply_call(victim, &calls[0], 0, &regs);
 	if (ptrace(PTRACE_SETREGS, tid, NULL, &regs))
 		return pf_fail(result, INJECT_RESUME, errno);
-	/* From here on the thread finishes the chain even if this process is killed. */
+	/* Afterwards, the thread finishes the chain even if this process is killed. */
 	ptrace(PTRACE_SETSIGMASK, tid, (void *)sizeof(all), &all);
 	return 0;
 }
@@ -290,7 +290,7 @@ static int watch_chain(struct victim *victim, const struct call *calls, size_t w
 	return 0;
 }
 
-/* Start the helper: after the chain's last mmap(), replace munmap() by clone(). */
+/* Start the helper: after the chain's last mmap(), replace munmap() with clone(). */
 static int start_helper(struct victim *victim, const struct call *clone, size_t count,
 			struct inject_result *result)
 {
@@ -345,14 +345,16 @@ int pf_inject_helper(const struct inject_request *request, struct inject_result 
 	uint64_t area = request->area;
 	uint64_t control = area + request->code_size;
 	uint64_t stack = control + offsetof(struct prefault_control, entry);
-	/* Use the flags of pthread_create(), because QEMU's -sandbox spawn=deny refuses others. */
+	/*
+	 * Use the flags of pthread_create(), because QEMU's -sandbox spawn=deny denies other flags.
+	 */
 	const unsigned long flags = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND |
 				    CLONE_THREAD | CLONE_SYSVSEM | CLONE_SETTLS |
 				    CLONE_PARENT_SETTID | CLONE_CHILD_CLEARTID;
 	uint64_t tid_at = control + offsetof(struct prefault_control, tid);
 	/*
 	 * Map the code executable from the start, because PR_SET_MDWE and systemd's
-	 * MemoryDenyWriteExecute= forbid mprotect() with PROT_EXEC.
+	 * MemoryDenyWriteExecute= deny mprotect() with PROT_EXEC.
 	 */
 	const struct call calls[] = {
 		{ SYS_mmap,

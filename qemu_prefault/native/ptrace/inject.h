@@ -21,8 +21,8 @@ struct inject_request {
 };
 
 /*
- * Make the thread unmap the area that the helper of a killed run has left. image and code_size are
- * ignored.
+ * Make the thread unmap the area that the helper of a killed run has left. Ignores image and
+ * code_size.
  */
 int pf_inject_munmap(const struct inject_request *request, struct inject_result *result);
 

@@ -8,7 +8,7 @@
 enum inject_stage {
 	INJECT_OK,
 	INJECT_SEIZE,	/* PTRACE_SEIZE or PTRACE_INTERRUPT */
-	INJECT_STOP,	/* the thread did not stop in time */
+	INJECT_STOP,	/* stopping the thread timed out */
 	INJECT_INSPECT, /* the thread's registers or stack are not readable or not supported */
 	INJECT_WRITE,	/* the thread's stack could not be written */
 	INJECT_RESUME,	/* the thread could not be resumed */
@@ -21,7 +21,7 @@ enum inject_stage {
 struct inject_result {
 	int32_t stage;			   /* enum inject_stage */
 	int32_t error;			   /* errno at that stage, 0 if none applies */
-	uint64_t held_ns;		   /* how long the thread was stopped */
+	uint64_t held_ns;		   /* time for which the thread was stopped */
 	uint64_t stack_left, stack_needed; /* bytes below the stack pointer; 0: unknown */
 };
 

@@ -27,7 +27,9 @@
 #define IDLE_LIMIT_NS 5000000000ull
 #define IDLE_POLL_NS 100000
 
-/* The gate closes all other descriptors, so that the tool's connections end with the tool. */
+/*
+ * The gate closes all other descriptors, so that the tool's connections are closed when it exits.
+ */
 enum { GATE_SOCKET, GATE_MEMORY, GATE_SIGNALS };
 
 struct gate {
@@ -60,7 +62,7 @@ static bool is_busy(const struct run_gate_vcpu *vcpu)
 
 /*
  * End the helpers' work permanently, and wait until it has ended. The wait is limited because a
- * helper may be blocked inside the ioctl. In this case KVM_RUN waits for the ioctl (vcpu->mutex).
+ * helper may be blocked inside the ioctl. In this case, KVM_RUN waits for the ioctl (vcpu->mutex).
  */
 static void end_work(const struct gate *gate)
 {
@@ -82,7 +84,7 @@ static void end_work(const struct gate *gate)
 			nanosleep(&pause, NULL);
 }
 
-/* Stop tracing all threads. A thread that is not in a ptrace stop must be stopped for that. */
+/* Stop tracing all threads. A thread must be in a ptrace stop to be detached. */
 static void detach_all(struct gate *gate)
 {
 	for (uint32_t i = 0; i < gate->count; i++) {
@@ -98,7 +100,7 @@ static void detach_all(struct gate *gate)
 		status = pf_wait_stop(tid);
 		if (status < 0)
 			continue;
-		/* If this is the delivery of a signal, deliver it. */
+		/* If this stop is a signal delivery stop, deliver the signal. */
 		ptrace(PTRACE_DETACH, tid, NULL,
 		       (void *)(long)(EVENT_OF(status) || WSTOPSIG(status) == SYSCALL_STOP ?
 					      0 :
@@ -162,7 +164,7 @@ static void handle_stops(struct gate *gate)
 	}
 }
 
-/* Trace the threads, and stop each once: one that is in KVM_RUN opens the gate. */
+/* Trace the threads, and stop each of them once. A thread that is in KVM_RUN opens the gate. */
 static void hold(struct gate *gate)
 {
 	for (uint32_t i = 0; i < gate->count; i++) {
@@ -217,7 +219,9 @@ __attribute__((noreturn)) static void run(struct gate *gate)
 	_exit(0);
 }
 
-/* In the child: keep two descriptors, and block all signals. It makes only system calls. */
+/*
+ * In the child: keep two descriptors, and block all signals. This function makes only system calls.
+ */
 static bool become_gate(int32_t socket, int32_t mem_fd)
 {
 	int low_socket = fcntl(socket, F_DUPFD, GATE_SIGNALS + 1);
@@ -227,7 +231,7 @@ static bool become_gate(int32_t socket, int32_t mem_fd)
 	sigfillset(&all);
 	sigemptyset(&child);
 	sigaddset(&child, SIGCHLD);
-	signal(SIGCHLD, SIG_DFL); /* if it were ignored, no stop would be reported */
+	signal(SIGCHLD, SIG_DFL); /* if SIGCHLD were ignored, no stop would be reported */
 	setsid();
 	prctl(PR_SET_NAME, "prefault-gate");
 	if (dup2(low_socket, GATE_SOCKET) < 0 || dup2(low_memory, GATE_MEMORY) < 0)

@@ -3,8 +3,8 @@
  * Keep the vCPU threads of a paused guest out of KVM_RUN while helpers use their vCPUs.
  *
  * The ioctl may write to the vCPU's kvm_run (kvm_handle_signal_exit() and
- * kvm_prepare_memory_fault_exit(), include/linux/kvm_host.h). If it ran between the end of KVM_RUN
- * and the time at which QEMU reads kvm_run, QEMU would lose an exit of the guest. This is possible
+ * kvm_prepare_memory_fault_exit(), include/linux/kvm_host.h). If the ioctl ran between the end of
+ * KVM_RUN and the time at which QEMU reads kvm_run, QEMU would lose a guest exit. This is possible
  * if another client resumes the guest. Therefore a separate process, the gate, traces the threads.
  * The gate stops a thread that is about to enter KVM_RUN, ends the helpers' work, and then resumes
  * the thread.
@@ -20,7 +20,7 @@
 
 #define RUN_GATE_VCPUS_MAX 64
 
-/* The requests of the tool and the answers of the gate. Each is one byte. */
+/* The tool's requests and the gate's replies. Each is one byte. */
 #define RUN_GATE_HOLD 104    /* 'h': trace the threads */
 #define RUN_GATE_HELD 72     /* 'H': all threads are traced, and none is in KVM_RUN */
 #define RUN_GATE_OPEN 79     /* 'O': a thread entered KVM_RUN; the helpers' work has ended */

@@ -7,9 +7,7 @@ import prefault_vt
 
 
 def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
-    """Boot a guest with the plugin.
-
-    Reset it if the variant sets reboot_method.
+    """Boot a guest with the plugin, and reset it if the variant sets reboot_method.
 
     1) Log in and check the system's health
     2) Write a file in the guest's memory and read it back

@@ -47,7 +47,7 @@ def migrate(test: Any, params: prefault_vt.Params, vm: Any, prefault: bool) -> N
         vm.monitor.migrate(uri)
         vm.wait_for_migration(900)
         if not vm.mig_succeeded():
-            test.fail("the migration has failed")
+            test.fail("the migration failed")
         if tool:
             prefault_vt.finish_tool(test, tool)
         else:

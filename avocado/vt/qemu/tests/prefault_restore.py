@@ -23,7 +23,7 @@ def run(test: Any, params: prefault_vt.Params, env: Any) -> None:
     session.close()
     state = os.path.join(test.workdir, "state")
     vm.pause()
-    # Do not call VM.save_to_file(): it uses a command that QEMU has removed.
+    # Do not call VM.save_to_file(), which uses a command that QEMU has removed.
     vm.monitor.migrate(f"file:{state}")
     vm.wait_for_migration(900)
     if not vm.mig_succeeded():
