@@ -12,15 +12,19 @@ import errno
 import itertools
 import os
 import re
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .._native import ffi, lib
 from ..errors import Code, FailedError, GoneError, UnsupportedError
+from ..host.placement import not_delayed_by_others
 from ..host.procfs import Process
 from ..host.ptrace_access import ptrace_denied
 from .control_page import AREA_SIZE, CODE_SIZE
 from .gadgets import AREAS_FROM
+from .qemu_process import SeizeRetry, busy_error, helper_threads
 from .seccomp import BadFilterError, Call, Filter, Number, denied, parse_filters
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
@@ -160,11 +164,24 @@ def kernel_version() -> tuple[int, int]:
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
+def seize_denied(result: Any) -> bool:
+    """Return whether PTRACE_SEIZE failed with EPERM.
+
+    :param result: The ``struct inject_result`` (native/ptrace/inject_result.h) of a native call.
+    """
+    return bool(result.stage == lib.INJECT_SEIZE and result.error == errno.EPERM)
+
+
 def _read_filters(process: Process, thread_id: int) -> list[Filter] | None:
     """Return a thread's seccomp filters, or None if this process cannot read them."""
     buffer = ffi.new("unsigned char[]", lib.FILTERS_BYTES_MAX)
     result = ffi.new("struct inject_result *")
-    size = lib.pf_read_filters(thread_id, buffer, len(buffer), result)
+    retry = SeizeRetry(process)
+    with not_delayed_by_others(thread_id):
+        size = lib.pf_read_filters(thread_id, buffer, len(buffer), result)
+        while size < 0 and seize_denied(result) and retry.is_due():
+            time.sleep(0.01)
+            size = lib.pf_read_filters(thread_id, buffer, len(buffer), result)
     if size >= 0:
         try:
             return list(parse_filters(bytes(ffi.buffer(buffer, size))))
@@ -172,7 +189,9 @@ def _read_filters(process: Process, thread_id: int) -> list[Filter] | None:
             return None
     if result.stage == lib.INJECT_FILTERS:
         return None
-    if result.stage == lib.INJECT_SEIZE and result.error == errno.EPERM:
+    if seize_denied(result):
+        if helper_threads(process.pid):
+            raise busy_error(process)
         raise ptrace_denied(process)
     if result.error == errno.ESRCH:
         raise GoneError(

@@ -11,20 +11,28 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from .._native import ffi, lib
 from ..errors import AgentError, Code, FailedError, RefusedError, UnsupportedError
-from ..host.placement import affinity, helper_cpus, node_cpus, place, real_time_cpus
+from ..host.placement import (
+    affinity,
+    helper_cpus,
+    node_cpus,
+    not_delayed_by_others,
+    place,
+    real_time_cpus,
+)
 from ..host.procfs import Process, gone, thread_map
 from ..host.ptrace_access import ptrace_denied
 from ..host.task_limits import RESERVE, strictest, task_limits
 from .base import Limits, VcpuThread
 from .control_page import AREA_SIZE, CODE_SIZE, Helper, abandoned_areas, offset_of
 from .gadgets import find_gadgets, free_areas, prepare_exit_slot
-from .helper_calls import check_filters
-from .qemu_process import exit_error, same_pid_namespace, stays_alive
+from .helper_calls import check_filters, seize_denied
+from .qemu_process import SeizeRetry, exit_error, same_pid_namespace, stays_alive
 
 #: Maximum number of helpers per run.
 MAX_HELPERS = 8
@@ -176,7 +184,12 @@ class Injector:
             },
         )
         result = ffi.new("struct inject_result *")
-        function(request, result)
+        retry = SeizeRetry(self._process)
+        with not_delayed_by_others(thread_id):
+            function(request, result)
+            while seize_denied(result) and retry.is_due():
+                time.sleep(0.01)
+                function(request, result)
         check_injection(self._process, thread_id, result)
 
     def _image(self, area: int, thread: VcpuThread) -> bytes:
@@ -217,7 +230,7 @@ def check_injection(process: Process, thread_id: int, result: Any) -> None:
         return
     what = f"thread {thread_id} of QEMU (pid {process.pid})"
     reason = os.strerror(result.error)
-    if result.stage == lib.INJECT_SEIZE and result.error == errno.EPERM:
+    if seize_denied(result):
         raise ptrace_denied(process)
     if not stays_alive(process):
         raise exit_error(

@@ -28,14 +28,23 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .._native import lib
-from ..errors import AgentError, Code, RefusedError
+from ..errors import AgentError, Code
 from ..host.procfs import Process
 from ..host.stall import STALL_SECONDS, Stall, why_stalled
 from .base import BatchResult, Kind, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
 from .control_page import Helper, offset_of
 from .helper_calls import Allowed
 from .injector import Injector
-from .qemu_process import HELPER_NAME, alive, exit_error, helper_threads, open_memory
+from .qemu_process import (
+    HELPER_NAME,
+    alive,
+    busy_error,
+    exit_error,
+    helper_threads,
+    lock_memory,
+    open_memory,
+    unlock_memory,
+)
 from .run_gate import RunGate, lost_error
 from .ticker import Ticker
 
@@ -84,13 +93,14 @@ class PtraceAgent:
         :raises AgentError: If a thread cannot be stopped, or if a helper does not start.
         :raises FailedError: If QEMU or a vCPU thread has exited.
         """
-        await self._wait_until_alone()
         # The kernel attaches tracees to a thread, and detaches them when the thread exits.
         # Therefore one thread makes all ptrace calls and then exits.
         try:
+            await self._wait_until_alone()
             with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ptrace") as executor:
                 await asyncio.get_running_loop().run_in_executor(executor, self._inject_all)
             await self._wait_ready()
+            unlock_memory(self._memory)  # the helpers now exclude other runs
             if not self._allowed.timers:
                 self._start_ticker()
             if any(thread.fd >= 0 for thread in self._threads):
@@ -105,19 +115,15 @@ class PtraceAgent:
             raise
 
     async def _wait_until_alone(self) -> None:
-        """Wait until QEMU has no helpers from another run, or raise an error."""
+        """Open QEMU's memory, and wait until no other run works in QEMU, or raise an error."""
+        self._memory = open_memory(self.process)
         deadline = time.monotonic() + self.limits.dead_man + self.limits.stuck + 1
-        while helper_threads(self.process.pid):
+        while not lock_memory(self._memory) or helper_threads(self.process.pid):
             if time.monotonic() > deadline:
-                raise RefusedError(
-                    f"another qemu-prefault is working in QEMU (pid {self.process.pid})",
-                    "wait until the other qemu-prefault has finished, then run qemu-prefault again",
-                    code=Code.BUSY_AGENT,
-                )
+                raise busy_error(self.process)
             await asyncio.sleep(0.05)
 
     def _inject_all(self) -> None:
-        self._memory = open_memory(self.process)
         injector = Injector(self.process, self._memory, self._threads, self.limits)
         self._allowed = injector.allowed
         injector.unmap_abandoned_areas()

@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
+import time
 
-from ..errors import Code, FailedError
+from ..errors import Code, FailedError, QemuPrefaultError, RefusedError
 from ..host.kernel_log import cause_of_death
 from ..host.procfs import Process, thread_names
 from ..host.ptrace_access import ptrace_denied
 
 #: The name of the helper threads (``ps -L``, ``/proc/PID/task/TID/comm``).
 HELPER_NAME = "qemu-prefault"
+#: Seconds to retry while another process traces QEMU. Most traces of qemu-prefault take less than
+#: 1 ms: it starts a helper, or reads the seccomp filters of a thread.
+TRACED_SECONDS = 2.0
 
 
 def same_pid_namespace(pid: int) -> bool:
@@ -73,6 +78,59 @@ def open_memory(process: Process) -> int:
             "see QEMU's log for the reason",
             code=Code.QEMU_GONE,
         ) from None
+
+
+def lock_memory(memory: int) -> bool:
+    """Lock QEMU while this run starts helpers, and return whether the lock was free.
+
+    An unprivileged user cannot take the lock, because opening the file requires the permission to
+    trace QEMU. The kernel releases the lock of a killed run. In another mount of /proc, QEMU has
+    another lock.
+
+    :param memory: The result of :func:`open_memory`.
+    """
+    try:
+        fcntl.flock(memory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def unlock_memory(memory: int) -> None:
+    """Release the lock of :func:`lock_memory`."""
+    fcntl.flock(memory, fcntl.LOCK_UN)
+
+
+def busy_error(process: Process) -> RefusedError:
+    """Return the error for a QEMU in which another run works."""
+    return RefusedError(
+        f"another qemu-prefault is working in QEMU (pid {process.pid})",
+        "wait until the other qemu-prefault has finished, then run qemu-prefault again",
+        code=Code.BUSY_AGENT,
+    )
+
+
+class SeizeRetry:
+    """The retries of a PTRACE_SEIZE that fails with EPERM.
+
+    The reason may be that another process traces the thread (ptrace_attach(), kernel/ptrace.c).
+    Opening /proc/PID/mem requires the same permission (proc_mem_open(), fs/proc/base.c), but also
+    succeeds if QEMU is traced.
+    """
+
+    def __init__(self, process: Process, seconds: float = TRACED_SECONDS) -> None:
+        self._process = process
+        self._deadline = time.monotonic() + seconds
+
+    def is_due(self) -> bool:
+        """Return whether to retry, because the permission to trace QEMU is not what is missing."""
+        if time.monotonic() > self._deadline:
+            return False
+        try:
+            os.close(open_memory(self._process))
+        except QemuPrefaultError:
+            return False
+        return True
 
 
 def exit_error(process: Process, message: str) -> FailedError:

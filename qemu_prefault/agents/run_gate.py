@@ -19,6 +19,7 @@ from ..host.procfs import Process
 from ..host.ptrace_access import ptrace_denied
 from .base import resumed_error
 from .control_page import Helper
+from .qemu_process import SeizeRetry
 
 #: Seconds to wait for a reply from the run gate, which waits up to 2 s for each thread.
 ANSWER_SECONDS = 30.0
@@ -86,9 +87,12 @@ class RunGate:
         :raises FailedError: If a vCPU is running (code ``resumed``), or if its thread has exited.
         :raises AgentError: If a thread does not stop.
         """
-        answer = await self._ask(lib.RUN_GATE_HOLD)
-        if answer == lib.RUN_GATE_FAILED:
+        retry = SeizeRetry(self._process)
+        while (answer := await self._ask(lib.RUN_GATE_HOLD)) == lib.RUN_GATE_FAILED:
             code = int.from_bytes(await self._receive(ERRNO_BYTES), "little")
+            if code == errno.EPERM and retry.is_due():
+                await asyncio.sleep(0.01)
+                continue
             if code == errno.EPERM:
                 raise ptrace_denied(self._process)
             if code == errno.ESRCH:

@@ -10,7 +10,8 @@ time.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from . import procfs
@@ -119,6 +120,29 @@ def place(process: Process, tid: int, choices: Sequence[frozenset[int]]) -> list
     if not _bind(tid, choices):
         refused.append("its CPUs")
     return refused
+
+
+@contextmanager
+def not_delayed_by_others(tid: int) -> Iterator[None]:
+    """Run the calling thread with real-time priority within the block, if this is permitted.
+
+    A thread of QEMU that is stopped by ptrace waits for the tracer. On a host without idle CPUs, a
+    tracer with ordinary scheduling may wait for much longer than it works. The priority is at least
+    that of the stopped thread.
+
+    :param tid: The id of the thread that the block stops.
+    """
+    policy, own = os.sched_getscheduler(0), os.sched_getparam(0)
+    changed = False
+    with suppress(OSError):  # this process lacks CAP_SYS_NICE, or the thread has exited
+        priority = max(os.sched_getparam(tid).sched_priority, own.sched_priority, 1)
+        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(priority))
+        changed = True
+    try:
+        yield
+    finally:
+        if changed:
+            os.sched_setscheduler(0, policy, own)
 
 
 def _bind(tid: int, choices: Sequence[frozenset[int]]) -> bool:

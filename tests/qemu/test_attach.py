@@ -23,7 +23,14 @@ import pytest
 
 from qemu_prefault import Options, connect, prefault_async
 from qemu_prefault_lab.wait import wait_for
-from support.process import anonymous_bytes, leftovers, resident_bytes, tracers, wait_clean
+from support.process import (
+    anonymous_bytes,
+    leftovers,
+    open_files,
+    resident_bytes,
+    tracers,
+    wait_clean,
+)
 from support.qemu import MIB, QemuVm, StartQemu, run_tool, start_tool, start_vm
 from support.tool import Tool
 
@@ -350,6 +357,35 @@ def test_qemu_stopped_during_a_run(vm_of: StartVm) -> None:
     assert tool.finish().status == 0
     assert leftovers(vm.pid) == []
     assert vm.qmp.status() == "running"
+
+
+def test_runs_that_start_together_take_turns(start_qemu: StartQemu, tmp_path: Path) -> None:
+    """Check that a run starts no helpers while another run starts its own."""
+    other = tmp_path / "other"
+    vm = start_vm(
+        start_qemu, tmp_path, "-m", "64M", "-qmp", f"unix:{other},server=on,wait=off", paused=False
+    )
+    for _ in range(20):
+        tools = [
+            Tool(["--qmp", path, "--json", "--populate-only"]) for path in (vm.qemu.qmp, str(other))
+        ]
+        for tool in tools:
+            result = tool.finish()
+            assert result.status == 0, result
+    assert leftovers(vm.pid) == []
+
+
+def test_short_trace_delays_the_run(vm_of: StartVm, tracer_of: Callable[[int], int]) -> None:
+    """Check that a run waits for a process that traces a thread briefly, such as another probe."""
+    vm = vm_of("-m", "64M", paused=False)
+    tracer = tracer_of(vm.qmp.execute("query-cpus-fast")[0]["thread-id"])
+    tool = start_tool(vm.qemu, "--populate-only")
+    memory = f"/proc/{vm.pid}/mem"
+    wait_for(lambda: memory in open_files(tool.pid), "the tool attaches to QEMU")
+    assert tool.running(0.5)
+    os.kill(tracer, signal.SIGKILL)
+    assert tool.finish().status == 0
+    assert leftovers(vm.pid) == []
 
 
 def test_concurrent_runs_on_two_monitors(start_qemu: StartQemu, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 from qemu_prefault.agents.gadgets import AREAS_FROM, AREAS_TO
@@ -55,3 +56,12 @@ def tracers(pid: int) -> set[str]:
                 if line.startswith("TracerPid:"):
                     found.add(line.split()[1])
     return found - {"0"}
+
+
+def open_files(pid: int) -> set[str]:
+    """Return the paths of the files that a process has open."""
+    paths = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the file was closed meanwhile
+            paths.add(os.readlink(link))
+    return paths
