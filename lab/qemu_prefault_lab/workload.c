@@ -9,7 +9,7 @@
  *   alloc MIB [huge]    alloc pages=N seconds=S        map and write a new buffer
  *   pass                pass pages=N seconds=S bad=N   write a word of every page
  *   checksum            checksum sum=HEX seconds=S     compute a checksum of every byte
- *   run                 run ok=1                       run passes in the background
+ *   run [MS]            run ok=1                       run passes in the background
  *   status              status passes=N bad=N running=0|1
  *   stop                stop passes=N bad=N longest=S
  *   echo WORD           echo word=WORD
@@ -23,7 +23,8 @@
  * bad counts the pages that did not hold the value of the previous pass, since the start of the
  * program. Each value depends on the page's number, so swapped pages are also detected. longest is
  * the longest time between the ends of two passes in the background, on the guest's clock. With
- * kvm-clock, this excludes the time in which QEMU has stopped the guest.
+ * kvm-clock, this excludes the time in which QEMU has stopped the guest. With MS, the thread sleeps
+ * this many milliseconds after each pass, so that the guest leaves CPU time to others.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -57,6 +58,7 @@ static size_t pages;
 static uint64_t generation;
 static _Atomic uint64_t passes, bad;
 static double longest;
+static useconds_t pause_us; /* after each pass in the background */
 static atomic_bool running;
 static pthread_t runner;
 
@@ -137,6 +139,8 @@ static void *run(void *unused)
 	longest = 0;
 	for (double ended = now(CLOCK_MONOTONIC); atomic_load(&running);) {
 		pass();
+		if (pause_us)
+			usleep(pause_us);
 		double before = ended;
 		ended = now(CLOCK_MONOTONIC);
 		if (ended - before > longest)
@@ -322,6 +326,7 @@ static void command(char *line)
 			sum = (sum ^ buffer[i]) * 0x100000001b3u;
 		say("checksum sum=%016" PRIx64 " seconds=%.6f", sum, now(CLOCK_MONOTONIC) - start);
 	} else if (!strcmp(word, "run")) {
+		pause_us = first ? atol(first) * 1000 : 0;
 		atomic_store(&running, true);
 		errno = pthread_create(&runner, NULL, run, NULL);
 		if (errno) {

@@ -14,7 +14,6 @@ On a host whose KVM lacks the ioctl, the tool only populates.
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import signal
 import sys
@@ -45,6 +44,13 @@ from support.limits import (
 )
 from support.plugin import capable_prefix
 from support.process import wait_clean
+from support.scheduling import (
+    POLICIES,
+    limit_cpu,
+    remove_cpu_limits,
+    set_policy,
+    vcpu_threads,
+)
 from support.tool import Result, Tool
 
 pytestmark = pytest.mark.soak
@@ -69,12 +75,6 @@ ALLOCATORS = {
     "mimalloc": "libmimalloc.so.2",
 }
 LIBRARIES = Path("/usr/lib/x86_64-linux-gnu")
-POLICIES = {
-    "fifo": os.SCHED_FIFO,
-    "rr": os.SCHED_RR,
-    "batch": os.SCHED_BATCH,
-    "idle": os.SCHED_IDLE,
-}
 #: The errors that a run may end with here, with their exit statuses (docs/reference/errors.md).
 EXPECTED_ERRORS = {
     Code.RESUMED: ExitStatus.FAILED,
@@ -97,7 +97,7 @@ class Draw:
     :ivar policy: The scheduling of the guest's vCPUs.
     :ivar plugin: The way in which the plugin is loaded, and its options. Empty without the plugin.
     :ivar state: The guest's state when the action begins. "prelaunch" means that the guest
-        has not booted. In all other states, the guest was restored.
+        has not booted. In all other states, the guest has booted or was restored.
     """
 
     machine: str
@@ -123,9 +123,9 @@ def draw(moments: random.Random) -> Draw:
     options = [(), (), ("--chunk", "64K"), ("--max-downtime", "0.02", "--chunk", "1M")]
     options += [("--populate", "all"), ("--populate", "resident"), ("--agent", "attach")]
     limits = ["none", "none", "memory-short", "memory-enough", "pids-few", "pids-some"]
-    policy = choose(["other", "other", "nice", "pinned", "quota", *POLICIES])
-    # On one CPU, a busy guest with real-time priority would leave no time for anything else, and a
-    # busy neighbour would leave none for a guest with SCHED_IDLE.
+    policy = choose(["other", "other", "quota", *POLICIES])
+    # With real-time priority, a busy guest would delay QEMU's main thread on the lab's only CPU.
+    # With SCHED_IDLE, a busy neighbour would leave no CPU time to the guest.
     busy = [] if policy in ("fifo", "rr", "idle") else ["busy", "busy"]
     return Draw(
         machine=choose(["pc", "pc", "q35", "microvm"]),
@@ -170,16 +170,6 @@ def enough_huge_pages(count: int) -> Iterator[bool]:
         yield True
 
 
-def remove_vcpu_group(group: Path) -> None:
-    """Remove the inner group of limit_cpu() after QEMU has ended."""
-    inner = group / "vcpu"
-    if inner.exists():
-        tasks = inner / ("cgroup.threads" if (inner / "cgroup.type").exists() else "tasks")
-        wait_for(lambda: not tasks.read_text(), f"QEMU has left {inner}")
-        inner.rmdir()
-    wait_for(lambda: not (group / "cgroup.procs").read_text(), f"QEMU has left {group}")
-
-
 class Iteration:
     """A guest, its neighbour, and an action of the tool."""
 
@@ -202,7 +192,10 @@ class Iteration:
     # --- limits and guests ---
 
     def enter(self, context: AbstractContextManager[_T]) -> _T | None:
-        """Enter a context for the iteration. If it is skipped, note why and return None."""
+        """Enter a context for the iteration.
+
+        If it is skipped, note why and return None.
+        """
         try:
             return self.stack.enter_context(context)
         except pytest.skip.Exception as reason:
@@ -213,18 +206,19 @@ class Iteration:
         backings = self.make_source()
         wrapper = [*self.make_groups(), *(capable_prefix() if self.draw.plugin else [])]
         wrapper += [*self.filter_prefix(), *self.allocator_prefix()]
+        # A restore reads all of a file's pages, and tmpfs allocates each page that is read.
+        boots = self.draw.space == "tight" and self.draw.backing.startswith(("file", "unlinked"))
         self.neighbour = self.stack.enter_context(
             make_guest(
                 backing=backings[1],
-                incoming=self.states.get("pc", 1),
-                paused=True,
+                incoming=None if boots else self.states.get("pc", 1),
+                paused=not boots,
             )
         )
-        self.neighbour.wait_restored()
-        self.neighbour.qmp("cont")
-        check_memory(self.neighbour)
-        booted = self.draw.state != "prelaunch"
-        state = self.states.get(self.draw.machine, self.draw.smp) if booted else None
+        self.start(self.neighbour, restored=not boots)
+        prelaunch = self.draw.state == "prelaunch"
+        restored = not boots and not prelaunch
+        state = self.states.get(self.draw.machine, self.draw.smp) if restored else None
         self.second_qmp = self.directory / "second-qmp"
         args = ["-action", "reboot=reset", "-qmp", f"unix:{self.second_qmp},server=on,wait=off"]
         args += ["-sandbox", SANDBOX] if self.draw.sandbox else []
@@ -235,23 +229,34 @@ class Iteration:
                 smp=self.draw.smp,
                 backing=backings[0],
                 incoming=state,
-                paused=True,
+                paused=prelaunch or restored,
                 args=args,
                 wrapper=wrapper,
                 plugin=list(plugin[1:]) if plugin else None,
                 preload=plugin[:1] == ("preload",),
             )
         )
-        if booted:
+        if self.draw.state == "paused" and restored:
             self.guest.wait_restored()
-        if self.draw.state in ("running", "busy"):
-            self.guest.qmp("cont")
-            check_memory(self.guest)
+        elif not prelaunch:
+            self.start(self.guest, restored)
+            if self.draw.state == "paused":
+                self.guest.qmp("stop")
         self.limit_tasks()
         self.set_policy()
         if self.draw.state == "busy":
             self.guest.command("run")
             self.neighbour.command("run")
+
+    @staticmethod
+    def start(guest: Guest, restored: bool) -> None:
+        """Wait until a guest was restored and resume it, or wait until it has booted."""
+        if restored:
+            guest.wait_restored()
+            guest.qmp("cont")
+        else:
+            guest.wait_ready()
+        check_memory(guest)
 
     def make_source(self) -> tuple[str, str]:
         """Make the source of both guests' memory, and return the backings."""
@@ -269,7 +274,7 @@ class Iteration:
         return f"{kind},mem-path={shm}/guest", f"{kind},mem-path={shm}/neighbour"
 
     def make_groups(self) -> Sequence[str]:
-        """Make the guest's cgroups. Return the words to prepend to QEMU's command."""
+        """Make the guest's cgroups and return the words to prepend to QEMU's command."""
         kind = self.draw.limit.partition("-")[0]
         wanted = [] if kind == "none" else [kind]
         wanted += ["cpu"] if self.draw.policy == "quota" else []
@@ -282,7 +287,7 @@ class Iteration:
             if (made := self.enter(cgroups(controller))) is None:
                 continue
             (self.groups[controller],), self.unified = made
-            self.stack.callback(remove_vcpu_group, self.groups[controller])
+            self.stack.callback(remove_cpu_limits, self.groups[controller])
             prefix += in_group(self.groups[controller])
         # QEMU itself uses about 60 MiB.
         limits = {"memory-short": RAM + 24, "memory-enough": RAM + 192}
@@ -313,31 +318,11 @@ class Iteration:
             (group / "pids.max").write_text(str(used + more))
 
     def set_policy(self) -> None:
-        policy = self.draw.policy
-        for cpu in self.guest.qmp("query-cpus-fast"):
-            tid = cpu["thread-id"]
-            if policy == "nice":
-                os.setpriority(os.PRIO_PROCESS, tid, 10)
-            elif policy == "pinned":
-                os.sched_setaffinity(tid, {self.moments.choice(sorted(os.sched_getaffinity(0)))})
-            elif policy == "quota" and "cpu" in self.groups:
-                self.limit_cpu(self.groups["cpu"], tid)
-            elif policy in POLICIES:
-                priority = 1 if policy in ("fifo", "rr") else 0
-                os.sched_setscheduler(tid, POLICIES[policy], os.sched_param(priority))
-
-    def limit_cpu(self, group: Path, tid: int) -> None:
-        """Give a vCPU half a CPU, in a cgroup as libvirt makes it."""
-        inner = group / "vcpu"
-        if not inner.exists():
-            inner.mkdir()
-            if self.unified:
-                (inner / "cgroup.type").write_text("threaded")
-                (group / "cgroup.subtree_control").write_text("+cpu")
-                (inner / "cpu.max").write_text("50000 100000")
-            else:
-                (inner / "cpu.cfs_quota_us").write_text("50000")
-        (inner / ("cgroup.threads" if self.unified else "tasks")).write_text(str(tid))
+        for tid in vcpu_threads(self.guest):
+            if self.draw.policy != "quota":
+                set_policy(tid, self.draw.policy)
+            elif "cpu" in self.groups:
+                limit_cpu(tid, self.groups["cpu"] / "vcpu", self.unified)
 
     # --- the action ---
 

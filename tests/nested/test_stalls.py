@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Test that a run does not make a guest wait, however its vCPUs are scheduled.
+
+Each test compares a guest with a control guest that has the same scheduling. Only the guest is
+prefaulted. Both measure the longest time between two passes over their memory, on the guest's
+clock, which excludes the pauses that the tool reports. tests/qemu/test_stalls.py measures all
+stalls, with vCPUs that never sleep, but without the ioctl.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+
+from support.guest import MakeGuest, check_memory, prefault
+from support.limits import cgroups, in_group
+from support.process import wait_clean
+from support.scheduling import limit_cpu, remove_cpu_limits, set_policy, vcpu_threads
+
+#: The longest stall in seconds that the control does not have.
+STALL = 0.1
+#: Milliseconds of sleep between two passes. The busy guests together use about half of the CPU.
+SLEEP = {"busy": 3, "idle": 50}
+# On the lab's only CPU, a busy control with real-time priority would delay even QEMU's main thread.
+CASES = [(policy, "busy") for policy in ("other", "quota", "pinned")]
+CASES += [(policy, "idle") for policy in ("other", "quota", "pinned", "fifo", "rr")]
+
+
+@pytest.mark.full
+@pytest.mark.any_agent
+@pytest.mark.parametrize(("policy", "load"), CASES)
+def test_guest_does_not_stall(make_restored_guest: MakeGuest, policy: str, load: str) -> None:
+    with ExitStack() as stack:
+        wrapper: list[str] = []
+        if policy == "quota":
+            (group,), unified = stack.enter_context(cgroups("cpu"))
+            stack.callback(remove_cpu_limits, group)
+            wrapper = in_group(group)
+        guests = {}
+        for name in ("guest", "control"):
+            guest = guests[name] = make_restored_guest(wrapper=wrapper)
+            stack.callback(guest.kill)
+            guest.qmp("cont")
+            check_memory(guest)
+            for tid in vcpu_threads(guest):
+                if policy == "quota":
+                    limit_cpu(tid, group / name, unified)
+                else:
+                    set_policy(tid, policy)
+        for guest in guests.values():
+            guest.command(f"run {SLEEP[load]}")
+        result = prefault(guests["guest"], "--max-downtime", "0.05")
+        answers = {name: guest.command("stop") for name, guest in guests.items()}
+        for name, guest in guests.items():
+            assert answers[name]["bad"] == 0, answers
+            assert guest.status() == "running"
+            wait_clean(guest.pid)
+        # A run that cannot complete must give the reason.
+        assert result.status == 0 or result.warnings or "error" in result.report, result
+        control = float(answers["control"]["longest"])
+        assert float(answers["guest"]["longest"]) <= control + STALL, (answers, result.report)

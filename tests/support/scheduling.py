@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Schedule the vCPUs of a guest as an operator may do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from qemu_prefault_lab.guest import Guest
+from qemu_prefault_lab.wait import wait_for
+
+#: The policies of :func:`set_policy`. The names in capitals of sched(7) are the classes.
+POLICIES = ("nice", "pinned", "fifo", "rr", "batch", "idle")
+
+
+def vcpu_threads(guest: Guest) -> list[int]:
+    return [cpu["thread-id"] for cpu in guest.qmp("query-cpus-fast")]
+
+
+def set_policy(tid: int, policy: str) -> None:
+    """Apply one of POLICIES to a thread. Every other policy changes nothing."""
+    if policy == "nice":
+        os.setpriority(os.PRIO_PROCESS, tid, 10)
+    elif policy == "pinned":
+        os.sched_setaffinity(tid, {min(os.sched_getaffinity(0))})
+    elif policy in POLICIES:
+        number: int = getattr(os, f"SCHED_{policy.upper()}")
+        priority = 1 if policy in ("fifo", "rr") else 0
+        os.sched_setscheduler(tid, number, os.sched_param(priority))
+
+
+def limit_cpu(tid: int, group: Path, unified: bool) -> None:
+    """Move a thread to a cgroup that may use half a CPU, as libvirt does with vCPUs.
+
+    The parent of the group is the process's cgroup. This function makes the group if necessary.
+
+    :param unified: Whether the hierarchy is v2.
+    """
+    if not group.exists():
+        group.mkdir()
+        if unified:
+            (group / "cgroup.type").write_text("threaded")
+            (group.parent / "cgroup.subtree_control").write_text("+cpu")
+            (group / "cpu.max").write_text("50000 100000")
+        else:
+            (group / "cpu.cfs_quota_us").write_text("50000")
+    (group / ("cgroup.threads" if unified else "tasks")).write_text(str(tid))
+
+
+def remove_cpu_limits(parent: Path) -> None:
+    """Wait until the processes in a cgroup have ended, and remove the groups in it."""
+    for group in (path for path in parent.iterdir() if path.is_dir()):
+        name = "cgroup.threads" if (group / "cgroup.type").exists() else "tasks"
+        _wait_empty(group / name)
+        group.rmdir()
+    _wait_empty(parent / "cgroup.procs")
+
+
+def _wait_empty(members: Path) -> None:
+    wait_for(lambda: not members.read_text(), f"QEMU has left {members.parent}")
