@@ -18,7 +18,7 @@ from qemu_prefault_lab.system import distro_directory, make_overlay
 
 
 class CloudTest(PrefaultTest):
-    """A test that boots one image twice, without the plugin and with it."""
+    """A test that boots one image twice: once without the plugin and once with it."""
 
     def prepare(self) -> None:
         self.distro = self.params.get("cloud", default="Fedora")

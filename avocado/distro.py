@@ -191,7 +191,7 @@ class DistroTest(PrefaultTest):
 
     @fail_on(QemuPrefaultError)
     def test_migrate(self) -> None:
-        """Migrate a guest live while it writes to its memory."""
+        """Live-migrate a guest while it writes to its memory."""
         saved = self.saved()
         samples = []
         for prefault in (False, True):

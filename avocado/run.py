@@ -380,7 +380,8 @@ from pathlib import Path
 from virttest.cartesian_config import Parser
 
 provider = Path(sys.argv[1])
-# avocado-vt also imports the provider's "qemu" package, which hides the one of qemu.qmp.
+# Import the provider's "qemu" package first, as avocado-vt does. It shadows the "qemu" package that
+# qemu.qmp installs.
 sys.path.insert(0, str(provider))
 import qemu
 for path in sorted((provider / "qemu/tests/cfg").glob("*.cfg")):

@@ -210,7 +210,7 @@ class Channel:
         return self.lost
 
     def wait_end(self, timeout: float) -> bool:
-        """Wait until QEMU exits on its own, and return whether it has exited."""
+        """Wait for up to ``timeout`` seconds, and return whether QEMU has exited."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 

@@ -98,7 +98,7 @@ class _Recipe:
         return arguments
 
     def key(self) -> str:
-        """Return a hash of the recipe and of the disks' sizes and times.
+        """Return a hash of the recipe and of the disks' sizes and modification times.
 
         The hash covers the disks because a snapshot contains data that L1 has read from them.
         """

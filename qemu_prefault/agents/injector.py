@@ -49,7 +49,7 @@ def choose_threads(
     :data:`MAX_HELPERS`. The minimum is 2 because one vCPU may be unusable, for example while it
     runs a nested guest. The function spreads the helpers over the guest's NUMA nodes.
 
-    :param or_else: An alternative to a higher limit, for the error message.
+    :param or_else: What the user can do instead of raising the limit, for the error message.
     :raises RefusedError: If QEMU's limits allow too few additional threads (code ``no-tasks``).
     """
     try:

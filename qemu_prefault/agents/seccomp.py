@@ -152,7 +152,7 @@ def run_filter(program: Filter, data: bytes) -> int:
             accumulator, index = (value, index) if kind == _LD else (accumulator, value)
         elif kind in (_ST, _STX):
             if i.constant >= len(memory):
-                raise BadFilterError(f"memory word {i.constant} does not exist")
+                raise BadFilterError(f"BPF scratch word {i.constant} does not exist")
             memory[i.constant] = accumulator if kind == _ST else index
         elif kind == _ALU:
             accumulator = _compute(i.code & 0xF0, accumulator, operand)

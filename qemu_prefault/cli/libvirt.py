@@ -259,9 +259,9 @@ def _prefault_at(begin: Any, uri: str | None, populate: str, as_json: bool, debu
 def start(domain: str, uri: str | None, populate: str, as_json: bool, debug: bool) -> None:
     """Start DOMAIN paused, prefault its guest, and resume it.
 
-    Use this command for a domain with a managed save image. Without an image, the guest boots, and
-    its firmware makes KVM drop most of the prefaulted entries. If the guest boots, use `enable`
-    instead of this command.
+    Use this command only if the domain has a managed save image. If it has none, use `enable`
+    instead, because the guest would boot, and its firmware would make KVM drop most of the
+    prefaulted entries.
     """
 
     def begin(policy: Any, on_progress: Any) -> Any:

@@ -29,7 +29,7 @@ from .options import (
 @json_option
 @debug_option
 def probe(qmp: str | None, domain: str | None, pid: int | None, as_json: bool, debug: bool) -> None:
-    """Check whether this host supports prefaulting, and show remedies for problems.
+    """Check whether this host supports prefaulting, and suggest fixes for problems.
 
     With --domain, the command also checks what libvirt, AppArmor and SELinux allow, even if the
     domain is not running.

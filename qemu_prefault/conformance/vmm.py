@@ -261,7 +261,8 @@ class KvmVcpu:
         :param padding: The value of each 64-bit word in the structure's padding.
         :param call: A function that issues the ioctl, or None to issue the ioctl in this thread.
         :param any_error: True to return every error, even if the host does not offer the ioctl.
-        :raises IoctlRefused: If the ioctl fails on a host that does not offer it.
+        :raises IoctlRefused: If ``any_error`` is false, and the ioctl fails on a host that does not
+            offer it.
         """
         arguments = bytearray(struct.pack("<8Q", gpa, size, flags, *[padding] * 5))
         before = self.vm.leaves()

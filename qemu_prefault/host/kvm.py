@@ -39,7 +39,7 @@ class Capability:
 
     :ivar available: Whether the ioctl can work, or None if ``/dev/kvm`` could not be opened.
     :ivar reason: The reason why ``available`` is not True, or an empty string.
-    :ivar remedy: The remedy for the reason, or an empty string.
+    :ivar remedy: How to make the ioctl available, or an empty string.
     """
 
     available: bool | None

@@ -169,7 +169,7 @@ def parse_numa_maps(text: str, start: int) -> tuple[tuple[int, ...], int]:
 
     :param text: The text of ``/proc/PID/numa_maps`` (mm/mempolicy.c, ``mpol_to_str()``).
     :param start: The start address of the mapping.
-    :returns: The nodes, and the page size in bytes. The nodes are empty unless the policy is
+    :returns: The nodes, and the page size in bytes. The set of nodes is empty unless the policy is
         ``bind``.
     """
     for line in text.split("\n"):

@@ -82,8 +82,8 @@ def read_file(path: str, pid: int) -> str:
         if not path.startswith(f"{PROC}/{pid}/"):
             raise UnsupportedError(
                 f"/proc does not show {path}",
-                "/proc is mounted with subset=pid, or this service has ProcSubset=pid: run as root "
-                "on the host",
+                "/proc is mounted with subset=pid: run on the host, or, if a systemd service runs "
+                "qemu-prefault, remove ProcSubset=pid from its unit",
                 code=Code.PROC_PERMISSION,
             ) from error
         raise (hidden(pid) if is_hidden(pid) else gone(pid)) from error
@@ -439,7 +439,7 @@ def parse_number_list(text: str, most: int) -> tuple[int, ...]:
     The result is empty if the text has another format. The kernel prints such a list in ascending
     order (bitmap_list_string(), lib/vsprintf.c).
 
-    :param most: The first number that is too large.
+    :param most: The exclusive upper bound. If a number is not below it, the result is empty.
     """
     found: list[int] = []
     for part in text.strip().split(","):

@@ -94,7 +94,7 @@ def parse_address(address: str) -> str | tuple[str, int]:
     An address without a ``unix:`` or ``tcp:`` prefix is a TCP address if it has the form
     ``HOST:PORT``, has no slash before the colon, and is not the path of an existing file.
 
-    :raises InputError: If the address is empty, or if it has an impossible port or path.
+    :raises InputError: If the address is empty, or if its port or path is invalid.
     """
     if address.startswith("unix:"):
         return _checked_path(address.removeprefix("unix:"), address)

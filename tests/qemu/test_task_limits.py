@@ -39,7 +39,7 @@ def pids_group() -> Iterator[Path]:
 def vm(
     request: pytest.FixtureRequest, start_qemu: StartQemu, tmp_path: Path, pids_group: Path
 ) -> Iterator[QemuVm]:
-    """Yield a QEMU in the cgroup, for each agent that starts threads in QEMU."""
+    """Yield a QEMU in the cgroup, once per agent that starts threads in QEMU."""
     with_plugin = request.param == "plugin"
     plugin = ["-plugin", str(plugin_path())] if with_plugin else []
     disk = tmp_path / "disk"

@@ -64,7 +64,7 @@ def expect_reads(vcpu: KvmVcpu, memory: Memory, faults: int | None, gpa: int = G
     """Check the words that the guest reads, and the number of faults that it takes.
 
     :param faults: The expected number of stage-2 faults, or None to allow any number.
-    :param gpa: The guest address of the memory.
+    :param gpa: The guest-physical address of the memory.
     """
     wanted = sum(memory.words()) & 0xFFFFFFFF
     before = vcpu.stat("pf_taken")
@@ -87,7 +87,7 @@ def expect_writes(
     """Check the words that the guest writes, and the number of faults that it takes.
 
     :param faults: The expected number of stage-2 faults, or None to allow any number.
-    :param gpa: The guest address of the memory.
+    :param gpa: The guest-physical address of the memory.
     :param value: The 32-bit word that the guest writes to each page.
     :returns: The number of stage-2 faults that the writes took.
     """

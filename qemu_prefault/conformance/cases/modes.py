@@ -189,8 +189,8 @@ def nested_npt_another_vcpu() -> None:
 
 @case(
     "modes/nested-shadow",
-    "on a vCPU that runs a nested guest with shadow paging, the ioctl fills only the tables that "
-    "KVM uses in guest mode",
+    "if L1 runs L2 with shadow paging and the vCPU is in guest mode, the ioctl fills only the "
+    "tables that KVM uses for guest mode",
     _NESTED_SHADOW,
     needs.nested_svm,
     needs.nested_paging,
