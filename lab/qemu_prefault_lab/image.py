@@ -61,7 +61,7 @@ _L1_PACKAGES = (
     "qemu-system-x86",
     "seabios",
 )
-# Packages that avocado-vt's bootstrap requires, and that the tests use to create disks.
+# Packages that avocado-vt's bootstrap requires or that the tests use to create disks.
 _AVOCADO_PACKAGES = (
     "diffutils",
     "gcc",
@@ -72,6 +72,7 @@ _AVOCADO_PACKAGES = (
     "tcpdump",
     "xz-utils",
 )
+_ALLOCATOR_PACKAGES = ("libjemalloc2", "libmimalloc3", "libtcmalloc-minimal4t64")
 _LIBVIRT_PACKAGES = (
     "apparmor",
     "libvirt-clients",
@@ -109,7 +110,8 @@ VARIANTS = {
     variant.name: variant
     for variant in (
         Variant("bookworm", ("bookworm",)),  # kernel 6.1 (without the ioctl), QEMU 7.2
-        Variant("trixie", ("trixie",)),  # kernel 6.12, QEMU 10.0
+        # Kernel 6.12 and QEMU 10.0. The soak preloads the allocators into QEMU.
+        Variant("trixie", ("trixie",), (*_L1_PACKAGES, *_ALLOCATOR_PACKAGES)),
         Variant("libvirt", ("trixie",), (*_L1_PACKAGES, *_LIBVIRT_PACKAGES)),  # libvirt 11.3
         # sid's package index is sometimes newer than the pool, so that downloads fail. Retry.
         Variant("sid", ("sid", "sid", "testing")),
@@ -131,10 +133,11 @@ def variant_named(name: str) -> Variant:
 class TcgHost:
     """QEMU 7.2 and a few tools from Debian 12, with their own loader and libraries.
 
-    The lab uses this QEMU to emulate L1, because newer releases cannot run an L2 guest with shadow
-    paging. Since QEMU 9.1, TCG does not intercept reads of CR2, CR3 and CR4 in SVM guests, so an L2
-    guest with shadow paging triple-faults. The cause is in target/i386/tcg/decode-new.c.inc:
-    X86_TYPE_C tests whether ``intercept`` is non-zero, but SVM_EXIT_READ_CR0 is 0.
+    The lab emulates L1 with this QEMU, because QEMU 9.1 and later cannot run an L2 guest with
+    shadow paging. Since QEMU 9.1, TCG does not intercept reads of CR2, CR3 and CR4 in SVM guests,
+    so an L2 guest with shadow paging triple-faults. The cause is in
+    target/i386/tcg/decode-new.c.inc: X86_TYPE_C tests whether ``intercept`` is
+    non-zero, but SVM_EXIT_READ_CR0 is 0.
     """
 
     directory: Path
@@ -173,7 +176,7 @@ class Image:
 
     @property
     def rootfs(self) -> Path:
-        """The raw ext4 root file system, which L1 never writes."""
+        """The raw ext4 root file system, to which L1 never writes."""
         return self.directory / "rootfs.ext4"
 
     @property
@@ -196,7 +199,7 @@ def mmdebstrap(target: Path, suite: str, *options: str) -> None:
 
 
 def mmdebstrap_any(target: Path, suites: Sequence[str], *options: str) -> str:
-    """Build the suites in order until one build succeeds, and return its suite."""
+    """Try the suites in order until a build succeeds, and return the suite of that build."""
     for attempt, suite in enumerate(suites, start=1):
         try:
             mmdebstrap(target, suite, *options)
@@ -242,7 +245,7 @@ def ext4_of_tar(tar: Path, image: Path) -> None:
 
 
 def compile_static(source: Path) -> Path:
-    """Compile a C file into a static program, and cache the program.
+    """Return a static program, compiled from a C file unless cached.
 
     The cache key includes the file's text.
     """
@@ -376,7 +379,7 @@ def tcg_host() -> TcgHost:
                        *_L2_KVM_MODULES, "2")  # fmt: skip
 
     def build(directory: Path) -> None:
-        log.info("building the TCG host (QEMU 7.2 of Debian 12, only once)")
+        log.info("building the TCG host (Debian 12's QEMU 7.2, only once)")
         tar = directory / "tree.tar"
         mmdebstrap(tar, "bookworm", "--variant=extract", "--include=" + ",".join(packages))
         unwanted = ["./dev", "./var", "./lib/modules", "./usr/lib/modules"]
@@ -399,7 +402,7 @@ def tcg_host() -> TcgHost:
                 content = read_member(tree, members[f"{name}.ko"])
                 (directory / "modules" / name).write_bytes(content)
         tar.unlink()
-        # Debian builds TCG as a module. Starting an empty machine checks that it loads.
+        # Debian builds TCG as a module. Start an empty machine to check that the module loads.
         run_step(
             [
                 "sh",

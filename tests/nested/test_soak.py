@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test random actions of the tool on random guests, each beside a neighbour.
+"""Test random runs of the tool on random guests, each beside a neighbour.
 
 Each iteration chooses a machine, a source of memory, limits, seccomp filters, an allocator, a
-scheduling policy of vCPUs and an action at random. Both guests must keep running and keep their
-memory. The neighbour uses the same source, and must still be able to allocate all of its memory.
+scheduling policy for the vCPUs and an action at random. Both guests must keep running and keep
+their memory. The neighbour uses the same source, and must still be able to allocate all of its
+memory.
 
 ``--minutes`` limits the time. ``--seed N --iteration I`` repeats one iteration. Each iteration
-prints a line of JSON. ``--ledger FILE`` also writes these lines to a file. If the file
-exists, the run skips the iterations in it. The file can also be the saved output of an earlier run.
-On a host whose KVM lacks the ioctl, the tool only populates.
+prints a line of JSON. ``--ledger FILE`` also writes these lines to a file. If the file exists, the
+run skips the iterations that the file lists. The file can also be the saved output of an earlier
+run. On a host whose KVM lacks the ioctl, the tool only populates.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ pytestmark = pytest.mark.soak
 RAM = 160  # MiB of each guest
 WORKLOAD = 16
 PROMISED = 80  # MiB that the neighbour allocates at the end; its kernel uses another 60 MiB
-SHORT = 40  # MiB that a tight file system lacks for both guests
+SHORT = 40  # MiB by which a tight file system is too small for both guests
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 FILTERS = {
     "none": [],
@@ -70,12 +71,12 @@ FILTERS = {
     "two that allow": ["log,allow", "9", "28", "35"],
 }
 ALLOCATORS = {
-    "jemalloc": "libjemalloc.so.2",
-    "tcmalloc": "libtcmalloc_minimal.so.4",
-    "mimalloc": "libmimalloc.so.2",
+    "jemalloc": "libjemalloc.so.[0-9]",
+    "tcmalloc": "libtcmalloc_minimal.so.[0-9]",
+    "mimalloc": "libmimalloc.so.[0-9]",
 }
 LIBRARIES = Path("/usr/lib/x86_64-linux-gnu")
-#: The errors that a run may end with here, with their exit statuses (docs/reference/errors.md).
+#: The errors with which a run may end, and their exit statuses (docs/reference/errors.md).
 EXPECTED_ERRORS = {
     Code.RESUMED: ExitStatus.FAILED,
     Code.SECCOMP: ExitStatus.UNSUPPORTED,
@@ -91,11 +92,12 @@ _T = TypeVar("_T")
 class Draw:
     """The parameters of an iteration.
 
-    :ivar space: The size of the file system with both guests' memory, "tight" or "ample".
+    :ivar space: The size of the file system for both guests' memory, "tight" or "ample".
     :ivar limit: The limit of the guest's cgroup.
     :ivar filters: A key of FILTERS.
     :ivar policy: The scheduling of the guest's vCPUs.
-    :ivar plugin: The way in which the plugin is loaded, and its options. Empty without the plugin.
+    :ivar plugin: "plugin" or "preload", which is how QEMU loads the plugin, and the plugin's
+        options. Empty if QEMU does not load the plugin.
     :ivar state: The guest's state when the action begins. "prelaunch" means that the guest
         has not booted. In all other states, the guest has booted or was restored.
     """
@@ -194,7 +196,7 @@ class Iteration:
     def enter(self, context: AbstractContextManager[_T]) -> _T | None:
         """Enter a context for the iteration.
 
-        If it is skipped, note why and return None.
+        If the context skips the test, note the reason and return None.
         """
         try:
             return self.stack.enter_context(context)
@@ -250,7 +252,7 @@ class Iteration:
 
     @staticmethod
     def start(guest: Guest, restored: bool) -> None:
-        """Wait until a guest was restored and resume it, or wait until it has booted."""
+        """Wait until a guest is restored and resume it, or wait until a guest has booted."""
         if restored:
             guest.wait_restored()
             guest.qmp("cont")
@@ -261,7 +263,7 @@ class Iteration:
     def make_source(self) -> tuple[str, str]:
         """Make the source of both guests' memory, and return the backings."""
         kind = self.draw.backing
-        if kind == "hugetlb" and not self.enter(enough_huge_pages(RAM)):  # RAM / 2 for each guest
+        if kind == "hugetlb" and not self.enter(enough_huge_pages(RAM)):  # for both guests
             kind = "memfd"
         if not kind.startswith(("file", "unlinked")):
             return kind, kind
@@ -269,12 +271,12 @@ class Iteration:
         shm = self.enter(mounted("tmpfs", self.directory / "shm", f"size={size}M"))
         if shm is None:
             return "memfd", "memfd"
-        if kind == "unlinked":  # QEMU makes a file in the directory and deletes it
+        if kind == "unlinked":  # QEMU creates a file in the directory and deletes it
             return f"file,mem-path={shm}", f"file,mem-path={shm}"
         return f"{kind},mem-path={shm}/guest", f"{kind},mem-path={shm}/neighbour"
 
     def make_groups(self) -> Sequence[str]:
-        """Make the guest's cgroups and return the words to prepend to QEMU's command."""
+        """Make the guest's cgroups and return the arguments to prepend to QEMU's command."""
         kind = self.draw.limit.partition("-")[0]
         wanted = [] if kind == "none" else [kind]
         wanted += ["cpu"] if self.draw.policy == "quota" else []
@@ -303,11 +305,10 @@ class Iteration:
     def allocator_prefix(self) -> Sequence[str]:
         if self.draw.allocator == "none" or self.draw.plugin[:1] == ("preload",):
             return []
-        library = LIBRARIES / ALLOCATORS[self.draw.allocator]
-        if not library.exists():
+        if not (found := sorted(LIBRARIES.glob(ALLOCATORS[self.draw.allocator]))):
             self.notes.append(f"{self.draw.allocator} is not installed")
             return []
-        return ["env", f"LD_PRELOAD={library}"]
+        return ["env", f"LD_PRELOAD={found[0]}"]
 
     def limit_tasks(self) -> None:
         ranges = {"pids-few": (1, 8), "pids-some": (9, 80)}
@@ -357,7 +358,7 @@ class Iteration:
     def disturb(self, tool: Tool) -> None:
         """Stop, resume or reset the guest while the tool runs."""
         commands = self.moments.choices(["stop", "cont"], k=self.moments.randint(1, 4))
-        # A guest that has too little memory for all of its RAM need not survive a reset.
+        # If host memory is too small for all of the guest's RAM, the guest may not survive a reset.
         scarce = self.draw.space == "tight" or self.draw.limit == "memory-short"
         if not scarce and self.draw.state != "prelaunch" and self.moments.random() < 0.5:
             commands.append("reset")
@@ -422,7 +423,7 @@ def outcome(result: Result) -> str:
 
 
 def soak_once(states: States, directory: Path, entry: Entry) -> None:
-    """Run one iteration, and add its results to its entry of the ledger."""
+    """Run one iteration, and add the results to the ledger entry."""
     which = f"--seed {entry['seed']} --iteration {entry['iteration']}"
     with ExitStack() as stack:
         iteration = Iteration(random.Random(which), states, directory, stack)
