@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Define the native code and the limited-API wheel tag.
+"""Build the native code, and set the limited-API wheel tag.
 
-pyproject.toml cannot define these.
+setup.py is needed because pyproject.toml cannot declare cffi modules.
 """
 
 from pathlib import Path
@@ -15,14 +15,14 @@ PLUGIN_PARTS = ("common", "plugin")
 
 
 def native_files(suffix: str) -> list[str]:
-    """Return the plugin's files with this suffix, as paths relative to this file."""
+    """Return the plugin's files with this suffix, as paths relative to the source tree."""
     here = Path(__file__).parent
     found = (path for part in PLUGIN_PARTS for path in (here / NATIVE / part).glob(f"*{suffix}"))
     return sorted(str(path.relative_to(here)) for path in found)
 
 
 class BuildNative(build_ext):
-    """Builds the plugin for QEMU without a Python version in its file name."""
+    """A ``build_ext`` that omits the Python ABI tag from the plugin's file name."""
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.endswith("qemu-prefault-plugin"):

@@ -16,7 +16,7 @@ class NoImageError(Exception):
 
 
 class AlpineImageProvider(vmimage.ImageProviderBase):
-    """A provider of Alpine's "nocloud" images, which have no cloud-specific parts.
+    """A provider of Alpine's "nocloud" images, which are not specific to one cloud.
 
     https://dl-cdn.alpinelinux.org/alpine/latest-stable/releases/cloud/ lists the images' file
     names.

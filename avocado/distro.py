@@ -5,8 +5,8 @@ Run ``avocado run avocado/distro.py -m avocado/variants.yaml``, or ``make avocad
 provides the images and a KVM that can prefault. Each test writes its figures to its log and,
 as JSON, to its whiteboard.
 
-The guests use 4K pages unless the ``thp`` parameter is set. With 2 MiB pages, a guest takes too few
-faults to measure the effect.
+The guests use 4K pages unless a profile selects transparent huge pages or hugetlb. With 2 MiB
+pages, a guest takes too few faults to measure the effect.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from qemu_prefault.errors import QemuPrefaultError
 from qemu_prefault_lab.system import SystemGuest, distro_directory, make_overlay
 
 DIMM_MIB = 128  # Linux adds memory in blocks of this size
-#: The fraction of a test's faults on memory that prefaulting may leave.
+#: The maximum fraction of a test's faults on memory that may remain with prefaulting.
 MOST = 0.01
 MOST_OF_A_BOOT = 0.0005
-# OVMF decompresses 4 MiB of code into RAM. The plugin prefaults that RAM later, when OVMF has
-# stopped changing its memslots.
+# OVMF decompresses 4 MiB of code into RAM. The plugin prefaults that RAM only later, when OVMF no
+# longer causes changes to QEMU's memslots.
 MOST_OF_A_UEFI_BOOT = 0.02
 
 

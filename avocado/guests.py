@@ -144,7 +144,7 @@ class PrefaultTest(Test):
         self.log.info("%s: %s: without: %s; with: %s", self.distro, event, without, with_)
 
     def start(self, overlay: Path, **options: Any) -> SystemGuest:
-        """Start a guest, which tearDown() kills after it has saved the console log."""
+        """Start a guest. tearDown() saves the guest's console log and kills the guest."""
         guest = SystemGuest(self.boot_files, overlay, **self.hardware, **options)
         self.guests.append(guest)
         return guest

@@ -6,7 +6,7 @@
     python avocado/run.py check
 
 If this host's KVM can prefault, the tests run on this host. Otherwise they run in the nested lab.
-The program keeps the job's results in the cache (HTML, JSON, xunit, each test's log) and prints
+The program keeps the job's results (HTML, JSON, xunit, each test's log) in the cache and prints
 their path. The last line of output is ``N passed, N failed, N skipped``. The exit status is 0 only
 if no test failed.
 """
@@ -109,7 +109,7 @@ for name in sys.argv[2:]:
 
 
 def cloud_images() -> dict[str, Path | str]:
-    """Download the cloud images and return the path or the error message of each."""
+    """Download the cloud images, and return the path or the error message for each."""
     directory = cache.cache_dir() / "cloud-images"
     directory.mkdir(exist_ok=True)
     said = python_on(site(REQUIREMENTS), "-c", FETCH_CLOUD_IMAGES, str(directory), *CLOUDS)
@@ -119,7 +119,7 @@ def cloud_images() -> dict[str, Path | str]:
 
 @dataclass(frozen=True)
 class TestMachine:
-    """The machine on which the tests run, and its directories for them.
+    """The machine on which the tests run, and the tests' directories on it.
 
     :ivar distros: The directory with the distributions, which is the value of
         ``QEMU_PREFAULT_DISTROS``.
@@ -258,7 +258,7 @@ def sum_up(jobs: Sequence[Path]) -> int:
     return 1 if counts["failed"] or not counts["passed"] else 0
 
 
-# The parameters that avocado-vt needs for this guest and for a host that emulates KVM.
+# The parameters that avocado-vt needs for this guest and for a host with an emulated CPU.
 VT_PARAMS = {
     "image_name": "images/guest",
     "image_format": "qcow2",
@@ -364,7 +364,7 @@ def put_python(machine: Machine, source: Path, destination: str) -> None:
 
 @contextlib.contextmanager
 def huge_pages_off(machine: Machine) -> Iterator[None]:
-    """Disable 2 MiB pages, because guests with them take too few faults to compare."""
+    """Disable transparent huge pages, with which guests take too few faults to compare."""
     path = "/sys/kernel/mm/transparent_hugepage/enabled"
     before = machine.run(["cat", path]).text.partition("[")[2].partition("]")[0]
     machine.run(["sh", "-c", f"echo never >{path}"])
@@ -380,8 +380,8 @@ from pathlib import Path
 from virttest.cartesian_config import Parser
 
 provider = Path(sys.argv[1])
-# Import the provider's "qemu" package first, as avocado-vt does. It shadows the "qemu" package that
-# qemu.qmp installs.
+# Import the provider's "qemu" package first, as avocado-vt does. This package shadows the "qemu"
+# package that qemu.qmp installs.
 sys.path.insert(0, str(provider))
 import qemu
 for path in sorted((provider / "qemu/tests/cfg").glob("*.cfg")):
@@ -421,7 +421,7 @@ with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
 
 
 def run_check(_: argparse.Namespace) -> int:
-    """Check without starting a guest that all tests, variants and images are found.
+    """Check that all tests, variants and images are found, without starting a guest.
 
     avocado lists its tests and variants, and avocado-vt's parser lists the provider's tests. A
     local HTTP server imitates Alpine's mirror, to test that the newest BIOS image is downloaded.

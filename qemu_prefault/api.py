@@ -90,8 +90,8 @@ def connect(
         (``HOST:PORT`` or ``tcp:HOST:PORT``).
     :param pid: QEMU's process id. This argument is needed only if the socket does not report the
         process id, for example a TCP socket.
-    :param dial: A function that opens the connection, or None. If it is not None, ``qmp`` is only
-        the name of the connection in messages.
+    :param dial: A function that opens the connection, or None. If a function is passed, messages
+        use ``qmp`` as the name of the connection, and nothing else uses ``qmp``.
     :returns: An asynchronous context manager that yields a :class:`Vm`.
     :raises InputError: If the address is malformed, or if the socket does not exist.
     :raises MonitorBusyError: If another client holds the socket.
@@ -119,13 +119,14 @@ async def prefault_async(
     :param on_progress: A function that the run calls with three arguments. They are the phase
         (``"populate"`` or ``"prefault"``), the completed bytes in this phase, and the total bytes
         of this phase.
-    :param on_ready: A coroutine function that the run awaits once, when the incoming migration may
-        start. The run ignores this function unless ``options.incoming`` is set.
+    :param on_ready: A coroutine function that the run awaits once, when QEMU is ready for the
+        incoming migration. The run ignores this function unless ``options.incoming`` is set.
     :returns: The report of the run. ``report.exit_status`` is ``PARTIAL`` if some of the requested
-        bytes could not be prefaulted and verified. Otherwise it is ``VERIFIED``.
-    :raises UnsupportedError: If this host, kernel or QEMU cannot prefault. The run has changed
-        neither the guest nor the host.
-    :raises RefusedError: If prefaulting now would harm the guest or the host.
+        bytes were not prefaulted or could not be verified. Otherwise it is ``VERIFIED``.
+    :raises UnsupportedError: If this host, kernel or QEMU cannot prefault. In this case, the run
+        has changed neither the guest nor the host.
+    :raises RefusedError: If prefaulting now would harm the guest or the host, or if another client
+        migrates the guest during the run.
     :raises InputError: If an option names an object that this guest does not have, for example a
         vCPU.
     :raises FailedError: If a step failed. The guest's run state is the same as before the run.

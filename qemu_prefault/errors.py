@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The exceptions of this package, the exit statuses, and the stable error codes.
 
-Each exception has a cause and a remedy. The cause names the operation that failed and its object.
-Each direct subclass of ``QemuPrefaultError`` has one exit status of the command line, which the
-second column shows::
+Each exception has a cause and a remedy. The cause names the failed operation, and the object on
+which it failed. Each direct subclass of ``QemuPrefaultError`` makes the command line exit with the
+status in the second column::
 
     QemuPrefaultError
     ├── FailedError              1  a step of the run failed
@@ -14,7 +14,7 @@ second column shows::
     │   ├── AgentError              the helper inside QEMU failed
     │   └── LibvirtError            libvirt failed or refused a request
     ├── InputError               2  the command line, or a file that it names, is invalid
-    ├── PartialError             3  some requested bytes were not prefaulted and verified
+    ├── PartialError             3  some requested bytes were not prefaulted or not verified
     ├── UnsupportedError         4  this host, kernel or QEMU lacks a feature
     │   └── PtraceDeniedError       the kernel does not allow this process to trace QEMU
     └── RefusedError             5  prefaulting now would harm the guest or the host
@@ -38,7 +38,7 @@ class ExitStatus(enum.IntEnum):
     FAILED = 1
     #: The command line is invalid, or names an object that does not exist.
     USAGE = 2
-    #: Some of the requested bytes were not prefaulted and verified.
+    #: Some of the requested bytes were not prefaulted or could not be verified.
     PARTIAL = 3
     #: This host, kernel or QEMU lacks a feature that the run needs.
     UNSUPPORTED = 4
@@ -57,7 +57,7 @@ class Code(enum.StrEnum):
     FAILED = "failed"
     #: The command line is invalid, or names an object that does not exist.
     USAGE = "usage"
-    #: Some of the requested bytes were not prefaulted and verified.
+    #: Some of the requested bytes were not prefaulted or could not be verified.
     PARTIAL = "partial"
     #: This host, kernel or QEMU lacks a feature that the run needs.
     UNSUPPORTED = "unsupported"
@@ -159,7 +159,7 @@ class Code(enum.StrEnum):
     NO_QMP_COMMAND = "no-qmp-command"
 
     # --- the guest ---
-    #: The guest's run state does not allow it to run.
+    #: The guest cannot run in its current run state.
     GUEST_STATE = "guest-state"
     #: The guest is already running.
     RUNNING = "running"
@@ -177,7 +177,7 @@ class Code(enum.StrEnum):
     POSTCOPY = "postcopy"
     #: KVM is logging dirty pages.
     DIRTY_LOGGING = "dirty-logging"
-    #: QEMU is so close to a limit on its threads that helper threads could exhaust it.
+    #: QEMU is so close to a thread limit that helper threads could reach the limit.
     NO_TASKS = "no-tasks"
     #: The host does not have enough memory to populate the guest's RAM.
     NO_MEMORY = "no-memory"
@@ -205,7 +205,7 @@ class Code(enum.StrEnum):
     BAD_XML = "bad-xml"
 
     # --- warnings of a report ---
-    #: The firmware has not run yet. When it runs, KVM will drop stage-2 tables.
+    #: The guest's firmware has not finished, so KVM will drop stage-2 tables.
     FIRMWARE_AHEAD = "firmware-ahead"
     #: KVM can never use huge pages for some sections.
     NEVER_HUGE = "never-huge"
@@ -236,10 +236,10 @@ class Code(enum.StrEnum):
 
 
 class QemuPrefaultError(Exception):
-    """The base class of all exceptions of this package.
+    """The base class of all exceptions in this package.
 
-    :param cause: A sentence that names the operation that failed and its object, without a full
-        stop.
+    :param cause: A sentence without a full stop. It names the failed operation, and the object on
+        which it failed.
     :param remedy: The action that the operator can take. The text may be empty, or may contain
         several lines.
     :param code: The stable name of the error in JSON, which is a member of :class:`Code`. The
@@ -323,7 +323,7 @@ class AgentError(FailedError):
 class LibvirtError(FailedError):
     """libvirt failed or refused a request.
 
-    The cause of this error is libvirt's message.
+    The ``cause`` attribute contains libvirt's message.
     """
 
     code = Code.LIBVIRT
@@ -337,7 +337,7 @@ class InputError(QemuPrefaultError):
 
 
 class PartialError(QemuPrefaultError):
-    """Some of the requested bytes were not prefaulted and verified."""
+    """Some of the requested bytes were not prefaulted or could not be verified."""
 
     exit_status = ExitStatus.PARTIAL
     code = Code.PARTIAL

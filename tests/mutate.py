@@ -4,9 +4,9 @@
     python tests/mutate.py [--list | --check] [--tier TIER]... [--jobs N] [ID...]
 
 A mutant is a small mistake in qemu-prefault. Each entry in tests/mutants.toml describes a mutant
-and lists its tests. This program applies the mutant to a copy of the checkout. ``scripts/with-env``
-builds and installs the copy, and the program runs the mutant's tests with it. The mutant is killed
-if one of its tests fails. The same tests must pass on an unchanged copy. Otherwise a failure would
+and lists its tests. This program applies the mutant to a copy of the checkout, builds and installs
+the copy with ``scripts/with-env``, and runs the mutant's tests on the copy. The mutant is killed if
+one of its tests fails. The same tests must pass on an unchanged copy. Otherwise a failure would
 not show that the tests detect the mutant.
 
 An entry lists the node ids that its tests had when the mutant was chosen. The tests/history/*.tsv
@@ -118,7 +118,9 @@ def read_mutants(path: Path = MUTANTS) -> tuple[Mutant, ...]:
     mutants: list[Mutant] = []
     for entry in tomllib.loads(path.read_text())["mutant"]:
         if entry.keys() != wanted:
-            raise MutantError(f"{entry.get('id')}: bad keys {sorted(entry.keys() ^ wanted)}")
+            raise MutantError(
+                f"{entry.get('id')}: missing or unknown keys {sorted(entry.keys() ^ wanted)}"
+            )
         known = {**entry, "tier": Tier(entry["tier"]), "tests": tuple(entry["tests"])}
         mutants.append(Mutant(**known))
     ids = [mutant.id for mutant in mutants]
@@ -262,7 +264,7 @@ def run_tests(root: Path, tier: Tier, nodes: Sequence[str]) -> tuple[list[str], 
         elif case.find("skipped") is None:
             passed += 1
     if bool(failed) != bool(done.returncode):
-        raise MutantError(f"status {done.returncode}, but {len(failed)} tests failed:\n{tail}")
+        raise MutantError(f"exit status {done.returncode}, but {len(failed)} tests failed:\n{tail}")
     return failed, passed
 
 

@@ -153,7 +153,7 @@ def run(suite: Suite, jobs: dict[str, Future[Result]], directory: Path) -> Resul
         say(suite.name, "starts")
         result = execute(suite, directory / f"{suite.name}.xml")
     result.seconds = time.monotonic() - started
-    say(suite.name, f"ends after {result.seconds:.1f} s: {result} {result.note}".rstrip())
+    say(suite.name, f"finished after {result.seconds:.1f} s: {result} {result.note}".rstrip())
     return result
 
 

@@ -68,11 +68,11 @@ def note(test: Any, event: str, without: int | None, with_: int) -> None:
 
 
 def plugin_status(test: Any, vm: Any) -> dict[str, Any]:
-    """Return the plugin's status, or fail the test if the VM's QEMU has no plugin."""
+    """Return the plugin's status, or end the test with an error if QEMU has no plugin."""
     process = Process.find(vm.get_pid())
     path = find_control_socket(process)
     if path is None:
-        test.error(f"prefault = yes is set, but {vm.name}'s QEMU has no plugin")
+        test.error(f"prefault = yes is set, but {vm.name}'s QEMU has not loaded the plugin")
     assert path is not None  # error() raises an exception
 
     async def ask(path: Path) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def faults(vm: Any) -> dict[str, int]:
 
 
 def memory_faults(vm: Any) -> int:
-    """Return the number of the VM's faults on memory, not on device registers."""
+    """Return the number of the VM's faults, without those on device registers."""
     counters = faults(vm)
     return counters["pf_taken"] - counters["pf_emulate"]
 
@@ -116,7 +116,7 @@ def finish_tool(test: Any, tool: Tool) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def failing(test: Any) -> Iterator[None]:
-    """Report an AssertionError of tests/support as a test failure, not an error."""
+    """Report an AssertionError from tests/support as a test failure, not as an error."""
     try:
         yield
     except AssertionError as error:
@@ -198,7 +198,7 @@ def wait_running(test: Any, vm: Any) -> None:
 
 
 def read_back(test: Any, params: Params, vm: Any, wanted: str) -> int:
-    """Read the file that :func:`fill` wrote and return the VM's faults on memory."""
+    """Check the file that :func:`fill` wrote, and return the VM's faults on memory so far."""
     session = log_in(params, vm)
     if checksum(session, "file") != wanted:
         test.fail("the file in the guest's memory has changed")

@@ -29,10 +29,14 @@ _VARIANT = click.option(
     help="The Debian release to run as L1.",
 )  # fmt: skip
 _NPT = click.option(
-    "--npt/--no-npt", default=True, help="Use nested paging in L1, or shadow paging (no ioctl)."
+    "--npt/--no-npt",
+    default=True,
+    help="Use nested or shadow paging in L1. The ioctl needs nested paging.",
 )
 _TDP_MMU = click.option(
-    "--tdp-mmu/--no-tdp-mmu", default=None, help="Value of kvm.tdp_mmu (default: from the kernel)."
+    "--tdp-mmu/--no-tdp-mmu",
+    default=None,
+    help="Set kvm.tdp_mmu in L1 to Y or N (default: the kernel's).",
 )
 _NESTED = click.option(
     "--nested", is_flag=True, help="Use the lab even if this host's own KVM can prefault."
@@ -82,7 +86,7 @@ def build_command(variants: tuple[str, ...]) -> None:
 @click.option("--check", is_flag=True, help="Only run QEMU's checkpatch and QEMU's own tests.")
 @click.argument("patches", type=click.Path(path_type=Path, exists=True), default="patches")
 def qemu_command(release: str, tcg_fix: bool, jobs: int, check: bool, patches: Path) -> None:
-    """Build QEMU with the series in PATCHES, unless it is cached, and print its path."""
+    """Build QEMU with the series in PATCHES, unless cached, and print the path of QEMU."""
     if check:
         for line in check_series(patches, release, jobs=jobs):
             click.echo(line)
@@ -112,7 +116,7 @@ def _pass_on(fd: int, data: bytes) -> None:
 @_NESTED
 @click.option("--timeout", default=3600.0, show_default=True, help="Time limit in seconds.")
 @click.option("--wheel", "wheels", multiple=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--source", is_flag=True, help="Install this source tree if no wheel is given.")
+@click.option("--source", is_flag=True, help="Install this source tree if --wheel is absent.")
 @click.argument("command", nargs=-1, required=True)
 def run_command(
     *,
@@ -126,7 +130,7 @@ def run_command(
     source: bool,
     command: tuple[str, ...],
 ) -> None:
-    """Run COMMAND in the lab, forward its output, and return its exit status."""
+    """Run COMMAND in the lab, forward its output, and exit with its status."""
     nodes = _NUMA_NODES_MIB if numa else ()
     with open_machine(variant, nested=nested, npt=npt, tdp_mmu=tdp_mmu, nodes_mib=nodes) as machine:
         if wheels or source:
@@ -148,7 +152,7 @@ def _install(machine: Machine, wheels: Sequence[Path]) -> None:
 @click.option("--restore", is_flag=True, help="Restore the snapshot instead of booting.")
 @click.argument("count", type=click.IntRange(min=1))
 def boots_command(variant: str, npt: bool, restore: bool, count: int) -> None:
-    """Boot the lab COUNT times, run a command in it, and power it off each time."""
+    """Boot the lab, run a command in it and power it off, COUNT times."""
     failures = 0
     times: list[float] = []
     click.echo("boot    ready s  command s    off s  kernel")
@@ -177,7 +181,10 @@ def boots_command(variant: str, npt: bool, restore: bool, count: int) -> None:
 
 
 def _put_tests(machine: Machine, path: Path) -> str:
-    """Copy a directory, or a test file with its conftest.py, and return its path in L1."""
+    """Copy a test file or a directory to L1, and return the path of the copy.
+
+    The function also copies the conftest.py in the directory of a test file.
+    """
     resolved, checkout = path.resolve(), Path.cwd()
     inside = resolved.is_relative_to(checkout)
     target = f"{_CHECKOUT}/{resolved.relative_to(checkout) if inside else path.name}"
@@ -199,7 +206,8 @@ def _put_tests(machine: Machine, path: Path) -> str:
 @click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML to this file.")
 @click.option("--timeout", default=3600.0, show_default=True, help="Time limit in seconds.")
 @click.option("--qemu", "release", type=click.Choice(list(SUITES)), is_flag=False,
-              flag_value="10.0", help="Install the patched QEMU (default: 10.0).")  # fmt: skip
+              flag_value="10.0",
+              help="Install this release of the patched QEMU (10.0 if omitted).")  # fmt: skip
 @click.option("--uefi", is_flag=True,
               help="Emulate L1 with the patched QEMU, which can run UEFI guests.")  # fmt: skip
 @click.option("--env", "variables", metavar="NAME=VALUE", multiple=True,
@@ -222,8 +230,9 @@ def pytest_command(
 ) -> None:
     """Copy the paths in ARGUMENTS into the lab and run pytest there with ARGUMENTS.
 
-    The paths are the same as in the checkout. The command also copies the checkout's
-    pyproject.toml, tests/support and qmp_scripts, because wheels do not contain these files.
+    The copies have the same relative paths as in the checkout. The command also copies the
+    checkout's pyproject.toml, tests/support and qmp_scripts, because wheels do not contain these
+    files.
     """
     patched = build_qemu(Path("patches"), release) if release else None
     emulator = partial(uefi_emulator, Path("patches")) if uefi else None

@@ -92,7 +92,7 @@ def entry(name: str, key: str, build: Callable[[Path], None]) -> Path:
     root = cache_dir()
     final = root / f"{name}-{key}"
     if final.is_dir():
-        os.utime(final)  # prune() removes old entries
+        os.utime(final)  # prune() removes entries by their modification time
         return final
     with locked(name):
         if final.is_dir():
@@ -130,7 +130,7 @@ def prune(days: float) -> list[Path]:
     oldest = time.time() - days * 86400
     gone = []
     for path in sorted(cache_dir().iterdir()):
-        # Skip other programs' entries, because these programs do not update the times.
+        # Skip other programs' entries, whose modification times do not show when they were used.
         if not path.name.startswith(_ENTRIES):
             continue
         with contextlib.suppress(FileNotFoundError):  # another process removed it

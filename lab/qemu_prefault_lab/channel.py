@@ -57,7 +57,7 @@ class Request:
 
 
 class Channel:
-    """A QEMU process and the connection to the command server in it.
+    """A QEMU process and the connection to the command server in QEMU's guest.
 
     :param argv: QEMU's command line. ``stdio`` is the console. The class replaces ``{port}`` and
         ``{monitor}`` with the file descriptors of the command server's socket and of the monitor's
@@ -171,7 +171,9 @@ class Channel:
     def send(self, kind: int, number: int, payload: bytes = b"") -> None:
         """Queue a frame.
 
-        Wait while the queue is too long, unless L1 is lost.
+        This method waits while the queue is too long.
+
+        :raises LabLostError: If L1 is lost.
         """
         with self._condition:
             while len(self._outgoing) > _OUTGOING_LIMIT:
@@ -210,7 +212,7 @@ class Channel:
         return self.lost
 
     def wait_end(self, timeout: float) -> bool:
-        """Wait for up to ``timeout`` seconds, and return whether QEMU has exited."""
+        """Return whether QEMU exits within ``timeout`` seconds."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 

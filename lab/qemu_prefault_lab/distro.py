@@ -27,7 +27,7 @@ PASSWORD = "prefault"
 _HOOK = Path(__file__).parent / "distro-hook.sh"
 _PACKAGES = ("dbus", "initramfs-tools", "kmod", "linux-image-cloud-amd64", "login", "passwd",
              "procps", "systemd-sysv", "udev")  # fmt: skip
-# Omit the drivers for hardware that these guests lack, which are most of a kernel package.
+# Omit the drivers for hardware that these guests lack. They take up most of a kernel package.
 _WITHOUT = tuple(
     f"/{prefix}lib/modules/*/kernel/{part}/*"
     for prefix in ("", "usr/")
@@ -67,7 +67,7 @@ class DistroImage:
 
     @property
     def disk(self) -> Path:
-        """The raw ext4 image without partitions, which guests never write."""
+        """The raw ext4 image without partitions, to which guests never write."""
         return self.directory / "disk.ext4"
 
     @property

@@ -15,7 +15,7 @@
 Only the lab uses the ``lab-*`` codes, so qemu-prefault's list of error codes does not include them.
 ``qemu-prefault demo`` reports these errors like any other failure, with exit status 1. ``python -m
 qemu_prefault_lab`` exits with :data:`LAB_FAILED`. Neither qemu-prefault nor pytest uses this
-status, so it cannot be mistaken for the status of a command that ``run`` or ``pytest`` runs.
+status, so it cannot be mistaken for the status of either.
 """
 
 from __future__ import annotations

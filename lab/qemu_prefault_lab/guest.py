@@ -49,8 +49,8 @@ FIRMWARE = ("/usr/share/seabios", "/usr/share/qemu")
 KERNEL_ARGS = (
     "console=ttyS0 loglevel=3 panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check "
     "audit=0 cryptomgr.notests random.trust_cpu=on nowatchdog "
-    # These calls would wait for devices that microvm does not have: a clock, for 4 s, and a
-    # keyboard controller.
+    # These initcalls would wait for devices that microvm does not have: a real-time clock (for 4 s)
+    # and a keyboard controller.
     "initcall_blacklist=cmos_init,i8042_init"
 )
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -184,7 +184,7 @@ class Guest(QemuGuest):
         self._serial.forget()
 
     def wait_ready(self, timeout: float = 240.0) -> Answer:
-        """Wait until a booting guest prints ``ready``, and return the values in this line.
+        """Wait until a booting guest prints its ``ready`` line, and return the line's values.
 
         The ``uptime`` value is in seconds.
         """

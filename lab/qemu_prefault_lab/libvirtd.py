@@ -48,7 +48,8 @@ class Libvirtd:
 
     Leaving the context destroys the daemon's domains and stops the daemon.
 
-    :param host: The name of another host to simulate, in separate namespaces.
+    :param host: The name of a host to simulate. The daemon then runs in separate namespaces. None
+        means that the daemon belongs to this machine.
     :param systemd: The systemd in whose namespaces and scope the daemon runs. None means that the
         daemon runs in the caller's namespaces and cgroup.
     """
@@ -103,7 +104,7 @@ class Libvirtd:
             )
         if self._host is not None:
             self.root = Path(f"/proc/{self._process.pid}/root")
-        wait_until(self._answers, f"{words[0]} answers")
+        wait_until(self._answers, "libvirtd responds")
 
     def _answers(self) -> bool:
         assert self._process is not None
@@ -130,7 +131,7 @@ class Libvirtd:
     def virsh(
         self, *arguments: str, check: bool = True, timeout: float = 300.0
     ) -> subprocess.CompletedProcess[str]:
-        """Run virsh with this daemon and return virsh's stdout."""
+        """Run virsh with this daemon, and return the completed process."""
         done = subprocess.run(
             ["virsh", "--quiet", "--connect", self.uri, *arguments],
             capture_output=True, text=True, check=False, timeout=timeout,
@@ -149,7 +150,7 @@ class Libvirtd:
             path.unlink()
 
 
-# Hide the first daemon's files: mount a tmpfs over every directory that libvirtd uses.
+# Hide the first daemon's files: mount a tmpfs or a copy over every directory that libvirtd uses.
 _OTHER_HOST = """
 hostname {host}
 mount --make-rprivate /
@@ -173,9 +174,9 @@ exec /usr/sbin/libvirtd --pid-file /run/libvirtd-{host}.pid
 class Systemd:
     """A context manager that runs systemd as PID 1 of a new PID namespace.
 
-    This systemd runs only the units that a service needs: its targets and the journal. Unlike on a
-    full Debian, this systemd does not set up devices, clocks, users or D-Bus. ``/run`` is separate,
-    except for the directories that libvirtd and the tests share.
+    This systemd runs only the targets on which services depend, and the journal. Unlike systemd on
+    a full Debian, this systemd does not set up devices, clocks, users or D-Bus. ``/run`` is
+    separate, except for the directories that libvirtd and the tests share.
 
     :ivar enter: The arguments to prepend to a command, so that the command runs in the namespaces.
     """
@@ -200,7 +201,7 @@ class Systemd:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()  # kills PID 1, and with it the whole namespace
+        self._process.kill()  # --kill-child then kills PID 1, and so all processes in the namespace
         self._process.wait()
 
     def _is_up(self) -> bool:
@@ -211,8 +212,8 @@ class Systemd:
             return False
         if not Path(f"/proc/{pids[0]}/root/run/systemd/private").exists():
             return False
-        # nsenter does not change a process's cgroup. Within the namespace, that cgroup is "/..",
-        # which libvirt and systemd do not support, so move the process to a cgroup of systemd.
+        # nsenter does not change a process's cgroup. In the cgroup namespace, the cgroup's path is
+        # "/..", which libvirt and systemd do not support. Move the process to systemd's cgroup.
         join = 'echo 0 >/sys/fs/cgroup/init.scope/cgroup.procs; exec "$@"'
         self.enter = ["nsenter", "--target", pids[0], "--all", "sh", "-c", join, "sh"]
         return self.run("systemctl", "is-system-running", check=False).strip() in (
@@ -232,7 +233,7 @@ class Systemd:
 
 
 # The cgroup of the process that creates the cgroup namespace becomes the namespace's root. This
-# cgroup must contain no process except systemd.
+# cgroup must contain only systemd.
 _SYSTEMD = """
 mkdir -p /sys/fs/cgroup/systemd /tmp/systemd/units/sysinit.target.wants
 echo 0 >/sys/fs/cgroup/systemd/cgroup.procs
@@ -263,7 +264,7 @@ exec unshare --cgroup sh -ec '
 
 
 def _prepare_machine() -> None:
-    """Prepare files that udev, systemd and tmpfiles prepare on a full Debian."""
+    """Set up the files that udev, systemd and systemd-tmpfiles set up on a full Debian."""
     os.chmod("/dev/kvm", 0o666)
     SERIALS.mkdir(exist_ok=True)
     SERIALS.chmod(0o755)
@@ -290,7 +291,7 @@ class LabDomain:
     """A persistent domain that boots the lab's guest.
 
     :param workload_mib: MiB that the guest writes before it is ready. 0 means none.
-    :param max_mib: The maximum memory in MiB, for hotplugged devices.
+    :param max_mib: The maximum memory in MiB, for memory hotplug. 0 disables memory hotplug.
     :param firmware_only: Boot no kernel, so that the guest stays in its firmware.
     :param edit: A function that gets the generated XML and returns the XML that defines the domain.
     """
@@ -380,8 +381,8 @@ class LabDomain:
     def reset(self) -> None:
         """Reset the guest and discard the output of its previous boot.
 
-        This method pauses the guest during the reset, so that it does not discard output of the new
-        boot.
+        This method pauses the guest during the reset, so that no output of the new boot is
+        discarded.
         """
         assert self._serial is not None
         self.virsh("suspend")
@@ -446,7 +447,7 @@ class LabDomain:
 
 
 def denials(since: int) -> list[str]:
-    """Return AppArmor's denials in the kernel log after its first ``since`` lines."""
+    """Return AppArmor's denials in the kernel log after the first ``since`` lines."""
     lines = kernel_log()[since:]
     return [line for line in lines if 'apparmor="DENIED"' in line]
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Machines whose KVM can prefault: the nested lab's L1, or this host.
 
-Both classes have the same methods to run commands, copy files and install wheels, so the demo, the
-benchmark and the tests work on either of them.
+Both kinds of machine have the same methods to run commands, copy files and install wheels, so the
+demo, the benchmarks and the tests work on either kind.
 """
 
 from __future__ import annotations
@@ -295,9 +295,9 @@ NO_UEFI: Final = (
 def uefi_aborts() -> bool:
     """Return whether a UEFI guest would make the QEMU that emulates this host abort.
 
-    QEMU 7.2, 10.0 and 11.1 abort. When a KVM guest writes CR8, their helper_write_crN() calls
-    cpu_interrupt() without holding the BQL. UEFI writes CR8 after an interrupt if another interrupt
-    is pending.
+    QEMU 7.2, 10.0 and 11.1 abort. When a KVM guest writes CR8, their helper_write_crN()
+    (misc_helper.c) calls cpu_interrupt() without holding the BQL. UEFI writes CR8 after an
+    interrupt if another interrupt is pending.
     """
     return is_emulated() and UEFI_VARIABLE not in os.environ
 

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 _INSTALLED = "/opt/qemu-prefault"
 _STDIN_BYTES = 1 << 16
 # Disable CPU bug mitigations, calibrations and self-tests, which are slow to emulate. Set a long
-# watchdog threshold, because a loaded host may stall all of L1 for seconds without a lockup.
+# watchdog threshold, because a busy host can stall L1 for seconds, which is not a lockup of L1.
 _KERNEL_ARGS = (
     "console=ttyS0 panic=-1 oops=panic watchdog_thresh=60 mitigations=off nokaslr "
     "tsc=reliable no_timer_check audit=0 cryptomgr.notests random.trust_cpu=on "
@@ -47,7 +47,10 @@ _KERNEL_ARGS = (
 
 @dataclass(frozen=True)
 class _Recipe:
-    """The configuration of an L1, whose snapshot all equal recipes share."""
+    """The configuration of an L1.
+
+    Equal recipes share one snapshot.
+    """
 
     host: image.TcgHost
     image: image.Image
@@ -61,7 +64,7 @@ class _Recipe:
     def argv(self, memory_file: Path | None, shared: bool) -> list[str]:
         """Return QEMU's command line.
 
-        L1 has one vCPU, because with two vCPUs its kernel occasionally oopses.
+        L1 has one vCPU. With two vCPUs, L1's kernel occasionally oopses under TCG.
         """
         machine = "pc"
         memory: list[str] = []
@@ -108,7 +111,10 @@ class _Recipe:
 
 
 def _backend(name: str, size_mib: int, file: Path | None, shared: bool) -> list[str]:
-    """Return the ``-object`` of a memory backend, in ``file`` unless it is None."""
+    """Return the ``-object`` arguments of a memory backend.
+
+    :param file: The backend's file. None means memory-backend-ram.
+    """
     if file is None:
         return ["-object", f"memory-backend-ram,id={name},size={size_mib}M"]
     share = "on" if shared else "off"
@@ -157,7 +163,7 @@ class Lab(Machine):
         :param memory_mib: L1's memory in MiB.
         :param nodes_mib: The memory of each of L1's NUMA nodes in MiB, instead of ``memory_mib``.
         :param kernel_args: Arguments to add to L1's kernel command line.
-        :param disks: Raw images for read-only disks of L1, which start at ``/dev/vdc``.
+        :param disks: Raw images that L1 gets as read-only disks, beginning with ``/dev/vdc``.
         :param emulator: A QEMU to use instead of the lab's own, for guests with UEFI.
         :param snapshot: Restore L1 from a snapshot. If False, boot L1 from power-on and save no
             snapshot.
@@ -258,7 +264,7 @@ class Lab(Machine):
                         raise OSError(status["strerror"])
                     return status["returncode"], status["timed_out"]
         except BaseException:
-            # After an error or Ctrl-C, the caller does not need the command's result.
+            # After an error or Ctrl-C, the caller does not need the result, so kill the command.
             if channel.lost is None:
                 channel.send(command_server.KILL, request.number, bytes([signal.SIGKILL]))
             raise

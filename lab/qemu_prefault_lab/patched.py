@@ -49,7 +49,8 @@ CONFIG_ISA_DEBUG=y
 CONFIG_NVDIMM=y
 CONFIG_VGA_PCI=y
 """
-# The ACPI tables of 10.2 link only with CXL, whose stubs lack cxl_fmws_get_all_sorted().
+# QEMU 10.2's ACPI code links only if CXL is enabled, because the stubs for a QEMU without CXL do
+# not define cxl_fmws_get_all_sorted().
 _MORE_DEVICES: Final = {
     "10.2": """\
 CONFIG_PXB=y
@@ -102,7 +103,7 @@ class PatchedQemu:
     svm_tests: tuple[Path, ...]
 
     def put_on(self, machine: Machine) -> dict[str, str]:
-        """Copy QEMU and its tests to a machine, and return the variable for QEMU's path."""
+        """Copy QEMU and its tests to a machine, and return the variable with QEMU's path."""
         files = {"": self.binary, "-test": self.qtest}
         files |= {f"-{path.name}": path for path in self.svm_tests}
         for suffix, path in files.items():
@@ -122,7 +123,7 @@ def series(patches: Path, release: str, tcg: bool) -> list[Path]:
     if not found:
         raise InputError(
             f"{patches} has no series for QEMU {release}",
-            "run the command in a checkout of the project, which has patches/qemu",
+            "run the command in the root of a checkout, and select a release in patches/qemu",
         )
     return found
 
@@ -256,8 +257,8 @@ def _source(work: Path, release: str) -> Path:
     fitting = [version for version in versions if f":{release}." in version]
     if not fitting:
         raise ImageError(
-            f"Debian {SUITES[release]} has the source of QEMU {versions}, but not of {release}",
-            "try a series for another release, from patches/qemu",
+            f"Debian {SUITES[release]} provides the source of QEMU {versions}, not of {release}",
+            "select another release with --release",
         )
     run_step(
         ["apt-get", *options, "-qq", "source", "--download-only", f"qemu={fitting[-1]}"],
@@ -267,7 +268,7 @@ def _source(work: Path, release: str) -> Path:
     description = next(work.glob("*.dsc"))
     # --no-check: apt has already verified the signature.
     arguments = ["--no-check", "-x", description.name, "source"]
-    run_step([need("dpkg-source", "dpkg-dev"), *arguments], "unpacking it", work)
+    run_step([need("dpkg-source", "dpkg-dev"), *arguments], "unpacking QEMU's source", work)
     return work / "source"
 
 
@@ -276,7 +277,7 @@ def _devices(release: str) -> str:
 
 
 def _compile(work: Path, source: Path, release: str, jobs: int, targets: Sequence[str]) -> None:
-    # A package build sets Python variables that would affect the Python that builds QEMU.
+    # The caller's environment may contain variables that would affect the Python that builds QEMU.
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
     }

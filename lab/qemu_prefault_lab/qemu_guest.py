@@ -154,7 +154,8 @@ class QemuGuest:
 
     def _start(self, argv: list[str]) -> None:
         # The serial line and the lab's monitor are socket pairs, which are connected when QEMU
-        # starts. QEMU itself binds the tool's monitor, because tests check its peer credentials.
+        # starts. QEMU itself binds the tool's monitor, because tests check the socket's peer
+        # credentials.
         serial, serial_far = socket.socketpair()
         monitor, monitor_far = socket.socketpair()
         argv = [
@@ -336,7 +337,7 @@ class QemuGuest:
     # The plugin.
 
     def control(self, request: str, timeout: float = 30.0) -> dict[str, Any]:
-        """Connect to the plugin's control socket, send one request, and disconnect."""
+        """Send one request to the plugin's control socket, and return the response."""
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(timeout)
             client.connect(str(self.control_path))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A small blocking QMP client for the lab.
 
-The lab does not use the client of qemu-prefault (``qemu_prefault.qemu.monitor``), because the
-tests must detect that client's bugs.
+The lab does not use qemu-prefault's own client (``qemu_prefault.qemu.monitor``), because the tests
+must detect that client's bugs.
 """
 
 from __future__ import annotations

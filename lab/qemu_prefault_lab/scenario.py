@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The part of the demo that runs on the machine with KVM.
 
-A guest with 4K pages writes 256 MiB for the first time. The scenario measures this guest without
-prefaulting, after a bare ``KVM_PRE_FAULT_MEMORY`` over all guest RAM, and after qemu-prefault, each
-at boot and after a restore from a file. At boot, the memory is untouched. After a restore, QEMU has
-just written the memory. ``python -m qemu_prefault_lab.scenario`` prints events to stdout, one JSON
-object per line. :mod:`qemu_prefault_lab.demo` displays these events.
+A guest with 4K pages writes 256 MiB for the first time. The scenario measures this guest with three
+methods: no prefaulting, a bare ``KVM_PRE_FAULT_MEMORY`` over all guest RAM, and qemu-prefault. It
+measures each method at boot and after a restore from a file. At boot, the memory is
+untouched. After a restore, QEMU has just written the memory. ``python -m
+qemu_prefault_lab.scenario`` prints events to stdout, one JSON object per line.
+:mod:`qemu_prefault_lab.demo` displays these events.
 """
 
 from __future__ import annotations

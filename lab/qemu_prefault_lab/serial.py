@@ -20,8 +20,8 @@ class Serial:
 
     :param line: A connected socket. This object closes it.
     :param make_error: A function that returns the exception to raise for a cause.
-    :param pidfd: A file descriptor of the QEMU process. Every wait ends when the process exits. If
-        None, a wait ends early only when the socket is closed.
+    :param pidfd: A pidfd of the QEMU process. A wait fails when this process exits. If None, a wait
+        fails when QEMU closes the socket.
     :ivar log: All bytes received so far.
     """
 
@@ -51,7 +51,8 @@ class Serial:
     def send(self, text: str) -> None:
         """Send the text.
 
-        If the connection is closed, raise the error from ``make_error``, because QEMU has exited.
+        If the connection is closed, QEMU has exited, and this method raises the error from
+        ``make_error``.
         """
         try:
             self._send(text)
@@ -59,7 +60,10 @@ class Serial:
             raise self._make_error("QEMU exited") from error
 
     def expect(self, pattern: str, timeout: float) -> re.Match[bytes]:
-        """Wait until the output matches a pattern, and discard the output up to the match."""
+        """Wait until the output matches a pattern, and return the match.
+
+        This method discards the output up to the end of the match.
+        """
         expression = re.compile(pattern.encode())
         deadline = time.monotonic() + timeout
         late = f"the console did not show {pattern!r} within {timeout:g} s"

@@ -25,7 +25,7 @@ def need(program: str, package: str) -> str:
     if path is None:
         raise UnsupportedError(
             f"the lab needs {program}, which is not installed",
-            f"apt-get install {package}\n(or your distribution's package that contains it)",
+            f"apt-get install {package}\n(or your distribution's package that contains {program})",
         )
     return path
 
@@ -36,7 +36,7 @@ def run_step(
     directory: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> str:
-    """Run a program until it exits, and return its output.
+    """Run a program and return its output.
 
     :raises ImageError: If the program failed. The error includes the end of the program's output.
     """

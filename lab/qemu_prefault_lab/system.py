@@ -24,10 +24,11 @@ from .qemu_guest import QemuConfig, QemuGuest
 #: The environment variable that names the directory with the distributions.
 DISTROS_VARIABLE = "QEMU_PREFAULT_DISTROS"
 
-# Disable the watchdogs of RCU and services, because emulation can delay CPUs for a long time.
+# Disable RCU's stall detector and systemd's service watchdogs, because emulation can delay CPUs for
+# a long time.
 GUEST_KERNEL_ARGS = (
     f"{KERNEL_ARGS} root=/dev/vda rw rcupdate.rcu_cpu_stall_suppress=1 systemd.service_watchdogs=0 "
-    # TCG does not intercept XSETBV for KVM, so CPUID reports a stale size and Linux warns.
+    # TCG does not intercept XSETBV for KVM, so CPUID reports a stale XSAVE size and Linux warns.
     "noxsave "
     # Online a plugged DIMM's memory automatically, as movable memory.
     "memhp_default_state=online_movable"
@@ -58,7 +59,7 @@ class SystemConfig(QemuConfig):
         firmware boots from the disk.
     :ivar overlay: A file that :func:`make_overlay` has created. The source and the destination of a
         migration share one overlay, and so do a saved guest and the guest restored from it.
-    :ivar firmware: ``seabios`` or ``ovmf`` (for ``q35``).
+    :ivar firmware: ``seabios`` or, with ``q35`` only, ``ovmf``.
     """
 
     distro: str | None
@@ -76,7 +77,7 @@ class SystemConfig(QemuConfig):
         argv += ["-m", self.memory_argument, "-smp", str(self.smp)]
         if self.distro is not None:
             boot = distro_directory(self.distro) / "boot"
-            # microvm's firmware can only start a kernel that is not compressed.
+            # microvm's firmware can start only an uncompressed kernel.
             argv += ["-kernel", str(boot / ("vmlinux" if microvm else "vmlinuz"))]
             argv += ["-initrd", str(boot / "initrd"), "-append", GUEST_KERNEL_ARGS]
         argv += ["-drive", f"file={self.overlay},format=qcow2,if=none,id=disk,cache=unsafe"]
@@ -99,7 +100,10 @@ class SystemGuest(QemuGuest):
     # The console.
 
     def expect(self, pattern: str, timeout: float) -> re.Match[bytes]:
-        """Wait until the output matches a pattern, and discard the output up to the match."""
+        """Wait until the output matches a pattern, and return the match.
+
+        This method discards the output up to the end of the match.
+        """
         return self._serial.expect(pattern, timeout)
 
     def type(self, text: str) -> None:
@@ -142,7 +146,7 @@ class SystemGuest(QemuGuest):
     def reboot(self, timeout: float = 900.0) -> None:
         """Reboot the guest and wait until QEMU has reset it."""
         self.type("systemctl reboot\n")
-        # Read the console until the reset. If its buffer were full, the guest would block.
+        # Read the console until the reset. If the socket's buffer filled up, the guest would block.
         self.expect("reboot: Restarting system", timeout)
         self.wait_event("RESET", timeout=timeout)
 

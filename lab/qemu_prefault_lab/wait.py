@@ -13,7 +13,10 @@ GRACE = Limits().dead_man + 9
 
 
 def wait_for(condition: Callable[[], object], what: str, limit: float = GRACE) -> float:
-    """Poll until a condition in another process holds and return the elapsed seconds."""
+    """Poll until a condition holds, and return the elapsed time in seconds.
+
+    :raises AssertionError: If the condition does not hold within ``limit`` seconds.
+    """
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < limit, f"timed out after {limit:g} s: {what}"

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * The only user-space program of an L2 guest. It writes memory on command, and detects changes of
- * the memory that it did not make.
+ * The only user-space program in an L2 guest. The program writes to memory on command, and detects
+ * any other changes to this memory.
  *
- * It uses a line protocol on ttyS0. An answer begins with the first word of its command:
+ * The lab sends each command as a line on ttyS0. A reply begins with the first word of its command:
  *
  *   (start)             ready uptime=SECONDS mib=N seconds=S
  *   alloc MIB [huge]    alloc pages=N seconds=S        map and write a new buffer
- *   pass                pass pages=N seconds=S bad=N   write a word of every page
+ *   pass                pass pages=N seconds=S bad=N   write a word in every page
  *   checksum            checksum sum=HEX seconds=S     compute a checksum of every byte
  *   run [MS]            run ok=1                       run passes in the background
  *   status              status passes=N bad=N running=0|1
@@ -19,12 +19,13 @@
  *   poweroff            poweroff ok=1
  *   (any error)         error TEXT
  *
- * With workload.mib=N on the kernel's command line, N MiB are allocated before "ready".
- * bad counts the pages that did not hold the value of the previous pass, since the start of the
- * program. Each value depends on the page's number, so swapped pages are also detected. longest is
- * the longest time between the ends of two passes in the background, on the guest's clock. With
- * kvm-clock, this excludes the time in which QEMU has stopped the guest. With MS, the thread sleeps
- * this many milliseconds after each pass, so that the guest leaves CPU time to others.
+ * If the kernel's command line contains workload.mib=N, the program allocates N MiB before "ready".
+ * bad is the number of pages that did not contain the value from the previous pass. The reply to
+ * "pass" counts this pass only. The other replies count all passes since the program started. Each
+ * value depends on the page's number, so the program also detects exchanged pages. longest is the
+ * longest time between the ends of two consecutive background passes, on the guest's clock. With
+ * kvm-clock, this time excludes periods in which QEMU has stopped the guest. If MS is specified,
+ * the program sleeps MS milliseconds after each background pass, to leave CPU time to others.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -97,7 +98,8 @@ static uint64_t value_of(size_t page, uint64_t which)
 
 /*
  * Use an atomic exchange, not a load and a store, so that the first access to a page is a write.
- * This is typical of a guest that starts to use memory. It takes one fault, not two.
+ * The first access to new memory is typically a write, which takes one fault. A read followed by a
+ * write would take two.
  */
 static void pass(void)
 {
@@ -155,7 +157,10 @@ static void stop(void)
 		pthread_join(runner, NULL);
 }
 
-/* Load modules. The kernel ignores parameters that a module does not have. */
+/*
+ * Load modules. The kernel ignores parameters that a module does not have
+ * (unknown_module_param_cb() in kernel/module/main.c).
+ */
 static const char *load_modules(const char *directory, const char *parameters)
 {
 	char name[64], path[80];

@@ -87,7 +87,7 @@ class Worker:
 class VcpuThread:
     """A vCPU that an agent can use, and the vCPU's thread.
 
-    :ivar thread_id: The id of the thread in this pid namespace.
+    :ivar thread_id: The id of the thread in this process's pid namespace.
     :ivar fd: The number of QEMU's file descriptor for the vCPU, or -1 if the run only populates
         memory.
     :ivar vcpu_id: KVM's id of the vCPU (the x86 APIC id), or None if the run only populates memory.

@@ -104,7 +104,7 @@ AREA_SIZE = CODE_SIZE + CONTROL_SIZE + STACK_BYTES
 def abandoned_areas(
     process: Process, memory: int, maps: Sequence[MemoryMapping]
 ) -> tuple[int, ...]:
-    """Return the addresses of the mappings that have no helper thread.
+    """Return the addresses of the helpers' mappings that have no helper thread.
 
     Such a mapping remains in QEMU if qemu-prefault is killed and clone() then fails. The kernel
     writes the thread id of a new helper to the helper's control page before the helper runs.

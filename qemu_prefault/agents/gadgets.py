@@ -13,7 +13,7 @@ from ..host.procfs import MemoryMapping
 from ..units import PAGE_SIZE
 
 #: The addresses for the helpers' mappings. The kernel's own top-down search for free addresses
-#: starts above this range and does not reach it.
+#: (mmap_base(), arch/x86/mm/mmap.c) starts above this range and does not reach it.
 AREAS_FROM, AREAS_TO = 0x1000_0000_0000, 0x5000_0000_0000
 
 #: ``syscall; ret``.

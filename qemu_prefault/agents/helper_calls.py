@@ -36,8 +36,8 @@ CLOCK_MONOTONIC = 1
 MADV_POPULATE_WRITE = 23
 CHUNK = 32 << 20
 TIMERS = frozenset({"timer_create", "timer_settime", "timer_delete"})
-#: Before this version (commit 3ccbf6f47098), the ioctl can retry endlessly. On these kernels, the
-#: helper must have its own timer.
+#: Before this Linux version (commit 3ccbf6f47098), KVM_PRE_FAULT_MEMORY can retry endlessly. On
+#: these kernels, a helper that prefaults must have its own timer.
 ENDLESS_IOCTL_UNTIL = (6, 18)
 
 

@@ -47,9 +47,10 @@ def choose_threads(
 
     The number of helpers is the number of CPUs that QEMU may use, but at least 2 and at most
     :data:`MAX_HELPERS`. The minimum is 2 because one vCPU may be unusable, for example while it
-    runs a nested guest. The function spreads the helpers over the guest's NUMA nodes.
+    runs a nested guest. The number is smaller if the guest has fewer vCPUs, or if QEMU's task
+    limits allow fewer threads. The function spreads the helpers over the guest's NUMA nodes.
 
-    :param or_else: What the user can do instead of raising the limit, for the error message.
+    :param or_else: The alternative to raising the limit, for the error message.
     :raises RefusedError: If QEMU's limits allow too few additional threads (code ``no-tasks``).
     """
     try:
@@ -111,8 +112,8 @@ class Injector:
             gadget=self._gadgets.syscall_ret,
         )
         self._exit_slot = prepare_exit_slot(memory, self._maps, self._gadgets)
-        # Read the real-time CPUs before helpers start, because helpers inherit real-time
-        # scheduling.
+        # Find the CPUs of QEMU's real-time threads before helpers start, because helpers inherit
+        # real-time scheduling.
         main, nodes = affinity(process.pid), node_cpus().values()
         real_time = real_time_cpus(process)
         self._cpus = [
@@ -156,7 +157,7 @@ class Injector:
         return place(self._process, helper.thread_id, self._cpus[index])
 
     def _thread_of(self, own_tid: int) -> int:
-        """Return the id of a thread in this pid namespace, or 0 if it is unknown.
+        """Return a thread's id in this process's pid namespace, or 0 if it is unknown.
 
         :param own_tid: The id of the thread in QEMU's pid namespace.
         """
@@ -193,7 +194,7 @@ class Injector:
         check_injection(self._process, thread_id, result)
 
     def _image(self, area: int, thread: VcpuThread) -> bytes:
-        """Return the bytes of the helper's code and of the fields of its control page."""
+        """Return the helper's code, followed by the initial fields of its control page."""
         control = ffi.new(
             "struct prefault_control *",
             {
@@ -224,7 +225,7 @@ class Injector:
 def check_injection(process: Process, thread_id: int, result: Any) -> None:
     """Raise an error if an injection has failed.
 
-    :param result: The ``struct inject_result`` (native/ptrace/inject.h) of the injection.
+    :param result: The ``struct inject_result`` (native/ptrace/inject_result.h) of the injection.
     """
     if result.stage == lib.INJECT_OK:
         return
@@ -261,12 +262,12 @@ def check_injection(process: Process, thread_id: int, result: Any) -> None:
         raise RefusedError(
             f"QEMU (pid {process.pid}) cannot start another thread"
             + (f", because {limit.name} is {limit.detail}" if limit else f": {reason}"),
-            f"raise {limit.name if limit else 'pids.max, or ulimit -u'}, or use the plugin agent",
+            f"raise {limit.name if limit else 'pids.max or ulimit -u'}, or use the plugin agent",
             code=Code.NO_TASKS,
         )
     stage = {
         lib.INJECT_SEIZE: "PTRACE_SEIZE failed",
-        lib.INJECT_STOP: "stopping the thread timed out",
+        lib.INJECT_STOP: "stopping the thread failed",
         lib.INJECT_INSPECT: "the thread's registers or stack are not usable",
         lib.INJECT_WRITE: "writing to the thread's stack failed",
         lib.INJECT_RESUME: "waiting for the injected system calls failed",

@@ -15,7 +15,7 @@ from .plugin import plugin_path
 
 OPTIONS_VARIABLE = "QEMU_PREFAULT_OPTIONS"
 OPTIONS = ("keep", "populate", "quirk", "hold", "socket", "log")
-#: Wrappers that execute the program in their arguments, which inherits their environment.
+#: Wrappers that pass their environment to the program that they execute.
 WRAPPERS: Final = frozenset(
     {
         *("chrt", "env", "ionice", "nice", "nohup", "numactl", "prlimit", "setarch", "setpriv"),
@@ -79,15 +79,15 @@ def replace_by(
 def check_plugin_options(options: Sequence[str]) -> None:
     """Check the syntax and the keys of the plugin's options.
 
-    :raises InputError: If an option does not have the form ``KEY=VALUE``, or if the plugin does not
-        support the key.
+    :raises InputError: If an option does not have the form ``KEY=VALUE``, if the option contains a
+        comma, or if the plugin does not support the key.
     """
     for option in options:
         key, equals, _ = option.partition("=")
         if not equals or key not in OPTIONS or "," in option:
             raise InputError(
-                f"the plugin has no option {option!r}",
-                f"write KEY=VALUE with one of the keys {', '.join(OPTIONS)}",
+                f"{option!r} is not a valid plugin option",
+                f"write KEY=VALUE without a comma, with one of the keys {', '.join(OPTIONS)}",
             )
 
 

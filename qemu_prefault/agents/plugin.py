@@ -263,7 +263,9 @@ class Control:
     async def receive(self) -> dict[str, Any]:
         """Return the plugin's next reply.
 
-        If the reply is ``{"error": …}``, raise an exception that contains the error's text.
+        :raises RefusedError: If the reply is an error with the code ``busy``.
+        :raises AgentError: If the reply is another error, or is malformed.
+        :raises FailedError: If QEMU has closed the connection.
         """
         try:
             line = await self._reader.readline()
@@ -384,7 +386,7 @@ class PluginAgent:
         return True
 
     async def release_vcpus(self) -> None:
-        """Do nothing, because the plugin stops using a vCPU when the vCPU runs."""
+        """Do nothing, because the plugin itself stops its work before KVM_RUN."""
 
     async def run(
         self, batch: Mapping[int, Sequence[Range]], on_progress: Callable[[int], None]

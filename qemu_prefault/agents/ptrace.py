@@ -82,7 +82,9 @@ class PtraceAgent:
         self._heart_stop = threading.Event()
 
     async def start(self) -> None:
-        """Start one helper per vCPU, and stop each vCPU thread for less than 1 ms.
+        """Start one helper from each vCPU thread.
+
+        The agent usually stops each thread for less than 1 ms.
 
         :raises UnsupportedError: If this process has no permission to trace QEMU, if the agent does
             not support QEMU's libc, if a security module denies executable anonymous memory, if a
@@ -115,7 +117,11 @@ class PtraceAgent:
             raise
 
     async def _wait_until_alone(self) -> None:
-        """Open QEMU's memory, and wait until no other run works in QEMU, or raise an error."""
+        """Open QEMU's memory, and wait until no other run works in QEMU.
+
+        :raises RefusedError: If another run still works in QEMU after the time that a helper of a
+            killed run needs to exit.
+        """
         self._memory = open_memory(self.process)
         deadline = time.monotonic() + self.limits.dead_man + self.limits.stuck + 1
         while not lock_memory(self._memory) or helper_threads(self.process.pid):
@@ -134,9 +140,9 @@ class PtraceAgent:
             refused = injector.place(worker.index, helper, self._header(helper).tid)
             if refused:
                 self.warnings[Code.HELPER_PLACEMENT] = (
-                    "qemu-prefault needs CAP_SYS_NICE and write access to QEMU's cgroups, because "
-                    "it has no permission to change these properties of a helper thread: "
-                    f"{', '.join(refused)}"
+                    "qemu-prefault has no permission to change these properties of a helper "
+                    f"thread: {', '.join(refused)}; run qemu-prefault with CAP_SYS_NICE and write "
+                    "access to QEMU's cgroups"
                 )
 
     async def _wait_ready(self) -> None:
@@ -153,7 +159,8 @@ class PtraceAgent:
                 error = (1 << 32) - ready
                 raise AgentError(
                     f"a helper thread could not set its timer: {os.strerror(error)}",
-                    "check QEMU's limit on pending signals (ulimit -i)\nQEMU is unharmed",
+                    "raise QEMU's limit on pending signals (ulimit -i), or use the plugin agent\n"
+                    "QEMU is unharmed",
                 )
 
     def _start_ticker(self) -> None:
@@ -283,8 +290,8 @@ class PtraceAgent:
             if alive(self.process):
                 raise AgentError(
                     "a helper thread in QEMU exited before its batch was complete",
-                    f"check why qemu-prefault did not run for {self.limits.dead_man:g} s, for "
-                    "example because the host was overloaded, and run qemu-prefault again",
+                    f"check why qemu-prefault did not run for {self.limits.dead_man:g} s (for "
+                    "example, an overloaded host), and run qemu-prefault again",
                     code=Code.AGENT_LEFT,
                 ) from error
             raise exit_error(

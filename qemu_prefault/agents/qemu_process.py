@@ -15,8 +15,8 @@ from ..host.ptrace_access import ptrace_denied
 
 #: The name of the helper threads (``ps -L``, ``/proc/PID/task/TID/comm``).
 HELPER_NAME = "qemu-prefault"
-#: Seconds to retry while another process traces QEMU. Most traces of qemu-prefault take less than
-#: 1 ms: it starts a helper, or reads the seccomp filters of a thread.
+#: Seconds to retry while another process traces QEMU. Another qemu-prefault usually traces a thread
+#: for less than 1 ms, to start a helper or to read the thread's seccomp filters.
 TRACED_SECONDS = 2.0
 
 
@@ -81,11 +81,11 @@ def open_memory(process: Process) -> int:
 
 
 def lock_memory(memory: int) -> bool:
-    """Lock QEMU while this run starts helpers, and return whether the lock was free.
+    """Try to lock QEMU for this run, and return whether the lock was free.
 
-    An unprivileged user cannot take the lock, because opening the file requires the permission to
-    trace QEMU. The kernel releases the lock of a killed run. In another mount of /proc, QEMU has
-    another lock.
+    A run holds the lock while it starts helpers. An unprivileged user cannot take the lock, because
+    opening the file requires the permission to trace QEMU. The kernel releases the lock of a killed
+    run. Runs that use different mounts of /proc take different locks.
 
     :param memory: The result of :func:`open_memory`.
     """
@@ -115,7 +115,7 @@ class SeizeRetry:
 
     The reason may be that another process traces the thread (ptrace_attach(), kernel/ptrace.c).
     Opening /proc/PID/mem requires the same permission (proc_mem_open(), fs/proc/base.c), but also
-    succeeds if QEMU is traced.
+    succeeds if QEMU is traced. Therefore a retry can succeed only if the file can be opened.
     """
 
     def __init__(self, process: Process, seconds: float = TRACED_SECONDS) -> None:
@@ -123,7 +123,10 @@ class SeizeRetry:
         self._deadline = time.monotonic() + seconds
 
     def is_due(self) -> bool:
-        """Return whether to retry, because the permission to trace QEMU is not what is missing."""
+        """Return whether to retry.
+
+        The result is False after the deadline, or if this process has no permission to trace QEMU.
+        """
         if time.monotonic() > self._deadline:
             return False
         try:
@@ -136,9 +139,9 @@ class SeizeRetry:
 def exit_error(process: Process, message: str) -> FailedError:
     """Return the error for a QEMU process that has exited.
 
-    If the kernel log contains the reason for the exit, the cause of the error includes the reason.
+    If the kernel log contains the reason for the exit, the message ends with the reason.
 
-    :param message: The cause of the error without the reason.
+    :param message: The message without the reason.
     """
     cause = cause_of_death(process)
     return FailedError(

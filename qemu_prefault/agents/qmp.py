@@ -2,8 +2,8 @@
 """The qmp agent, which uses a QMP command of a patched QEMU.
 
 patches/qemu adds the ``x-kvm-prefault-memory`` command, which docs/usage/patched-qemu.md describes.
-The agent converts all ranges of one kind in a batch into one QEMU job. The job assigns each range
-to a vCPU, and QEMU reports the outcome of each range. The agent does not trace QEMU, and starts no
+The agent converts all ranges of one kind in a batch into one QEMU job, and specifies a vCPU for
+each range. QEMU reports the outcome of each range. The agent does not trace QEMU, and starts no
 helper thread.
 """
 
@@ -297,7 +297,7 @@ class QmpAgent:
             await self._wait(job, events, lambda _: None)
 
     async def _dismiss(self, job: str) -> None:
-        with contextlib.suppress(CommandError):  # another client has dismissed it
+        with contextlib.suppress(CommandError):  # another client has dismissed the job
             await self._monitor.execute("job-dismiss", id=job)
 
     async def _cancel(self, job: str) -> None:

@@ -66,10 +66,10 @@ class RunGate:
         self._socket.setblocking(False)
 
     def holds(self) -> bool:
-        """Return False if the run gate process has exited while the helpers may prefault.
+        """Return whether the vCPUs are held and the child process still exists.
 
-        Before a vCPU enters KVM_RUN, the process ends the helpers' work. The result then remains
-        True, because this is not a failure.
+        If another client resumes the guest, the child process ends the helpers' work. The result
+        remains True in this case, because the helpers no longer use the vCPUs.
         """
         if not self._held:
             return False
@@ -117,7 +117,7 @@ class RunGate:
         self._held = False
         with contextlib.suppress(AgentError):  # if the process has exited, the vCPUs can run
             while await self._ask(lib.RUN_GATE_RELEASE) != lib.RUN_GATE_RELEASED:
-                pass  # a vCPU has run meanwhile
+                pass  # skip the reply for a vCPU that has entered KVM_RUN meanwhile
 
     def end(self) -> None:
         """End the child process, so that the vCPUs can enter KVM_RUN.
@@ -157,9 +157,9 @@ class RunGate:
 
 
 def lost_error() -> AgentError:
-    """Return the error for a :class:`RunGate` whose child process has exited."""
+    """Return the error for a child process that has exited or does not reply."""
     return AgentError(
-        "the child process that keeps the guest's vCPUs out of KVM_RUN was killed",
+        "the child process that keeps the guest's vCPUs out of KVM_RUN exited or did not reply",
         "check the kernel log (dmesg) for the reason, for example the OOM killer, and run "
         "qemu-prefault again\nQEMU is unharmed",
     )

@@ -44,7 +44,8 @@ class Ticker:
     def wait(self) -> None:
         """Wait until the process has exited.
 
-        The caller must call this method only after all helpers have exited.
+        The process continues until all helpers have exited. Therefore the caller must first wait
+        until all helpers have exited.
         """
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self._child, 0)

@@ -66,7 +66,9 @@ class Printer:
             drop_stdout()
             raise FailedError(
                 f"the result could not be written: {error.strerror}",
-                "the run itself has completed. To see its effect, run: qemu-prefault stats",
+                "check that stdout is writable, for example that its disk is not full. If this "
+                "command was a prefault, it has completed. To see its effect, run: "
+                "qemu-prefault stats",
                 code=Code.OUTPUT,
             ) from error
 
@@ -113,7 +115,7 @@ def fail(error: QemuPrefaultError, as_json: bool, program: str = PROGRAM) -> NoR
 
 @contextlib.contextmanager
 def reporting(as_json: bool, debug: bool, program: str = PROGRAM) -> Iterator[None]:
-    """Print the cause and the remedy of an exception that the block raises.
+    """Print the cause and the remedy of an exception that the block raises, and exit.
 
     If ``debug`` is set, let Python print the traceback instead.
     """

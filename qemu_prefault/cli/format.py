@@ -107,7 +107,7 @@ def event_line(event: dict[str, Any]) -> str:
 
 
 def ram_map_lines(found: RamMap) -> Iterator[str]:
-    """Yield a line for each section of RAM, and a line for the size of stage 2."""
+    """Yield a line for each section of RAM, and a line for the bytes mapped in stage 2."""
     rows = [
         [
             section.name,

@@ -72,7 +72,8 @@ def enable(
         path = Path(plugin) if plugin else installed_plugin()
         if not path.is_absolute() or "," in str(path):
             raise InputError(
-                f"{path} is not an absolute path, or it contains a comma", "specify --plugin /PATH"
+                f"{path} is not an absolute path, or it contains a comma",
+                "specify an absolute path without a comma: --plugin /PATH",
             )
         qemu_prefault.check_plugin_options(options)
         if not any(option.startswith("socket=") for option in options):
@@ -187,7 +188,10 @@ def install(hook: bool, watch: bool, remove: bool, root: Path, debug: bool) -> N
         for item in put(root, hook=hook, unit=watch):
             click.echo(f"{'wrote' if item.changed else 'kept'} {item.path}")
         if hook:
-            say("libvirtd finds new hooks only when it starts, so run: systemctl restart libvirtd")
+            say(
+                "libvirt's daemon finds new hooks only when it starts, so run: "
+                "systemctl restart libvirtd (or virtqemud)"
+            )
         if watch:
             say(
                 "to start the daemon, run: "

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command line, which uses only the public API.
+"""The ``qemu-prefault`` command and its subcommands.
 
-Each command is in its own module. :mod:`qemu_prefault` loads the API on first use, so that
+Each subcommand is in its own module. :mod:`qemu_prefault` loads the API on first use, so that
 ``--help`` and completion are fast.
 """
 

@@ -35,7 +35,7 @@ __all__ = ["Main", "parser", "ram_map_lines", "report_lines", "run", "show", "ta
 def parser(description: str | None) -> ArgumentParser:
     """Return a parser for ``socket`` and ``--debug``, which every script accepts.
 
-    :param description: The text that ``--help`` shows without reformatting it.
+    :param description: The text that ``--help`` shows. argparse does not rewrap this text.
     """
     made = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
     made.add_argument("socket", help="QEMU's QMP socket, as a path or HOST:PORT")

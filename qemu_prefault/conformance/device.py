@@ -11,8 +11,8 @@ from .._native import ffi, lib
 from ..host.kvm import KVM_CAP_PRE_FAULT_MEMORY
 from . import abi
 
-#: Maximum duration of an ioctl in seconds. An ioctl that takes longer counts as hung. If the host
-#: is busy and emulates the machine, the first access to a 1 GiB page can take more than 20 s.
+#: Maximum duration of an ioctl in seconds. An ioctl that takes longer counts as hung. On an
+#: emulated machine, if the host is busy, the first access to a 1 GiB page can take more than 20 s.
 IOCTL_LIMIT_SECONDS = 120.0
 #: Time in seconds after which a case interrupts an ioctl that might hang.
 HANG_SECONDS = 0.3
@@ -39,7 +39,7 @@ def address_of(data: bytearray | bytes) -> int:
 
 @functools.cache
 def kvm_fd() -> int:
-    """Open ``/dev/kvm`` once, and return its file descriptor at every call."""
+    """Return a descriptor of ``/dev/kvm``, which the first call opens."""
     lib.pf_vmm_init()
     return os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
 

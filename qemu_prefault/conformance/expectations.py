@@ -21,8 +21,8 @@ class Unexpected(Exception):
 def error_name(number: int) -> str:
     """Return the name of an errno, or "success" for 0.
 
-    ``errno.errorcode`` contains the synonym ENOTSUP instead of EOPNOTSUPP, and may not contain
-    EHWPOISON.
+    On Linux, ``errno.errorcode`` maps the number of EOPNOTSUPP to the synonym ENOTSUP. Some Python
+    versions do not define EHWPOISON.
     """
     if number in _NAMES:
         return _NAMES[number]
@@ -38,14 +38,14 @@ def expect(condition: object, text: str) -> None:
 def expect_equal(seen: object, wanted: object, what: str) -> None:
     """Raise :class:`Unexpected` if the two values differ.
 
-    :param what: The name of the value, with which the message begins.
+    :param what: The name of the value. The message begins with this name.
     """
     if seen != wanted:
         raise Unexpected(f"{what}: got {seen}, expected {wanted}")
 
 
 def fails_with(call: Callable[[], object]) -> int:
-    """Return the errno that a call fails with, or 0 if it succeeds."""
+    """Return the errno with which a call fails, or 0 if the call succeeds."""
     try:
         call()
     except OSError as error:

@@ -3,8 +3,8 @@
 
 Code without a ``_32`` or ``_64`` suffix runs in 32-bit mode and in 64-bit mode. ``rsi`` holds the
 first address, ``rdx`` the stride in bytes and ``rcx`` the number of pages. The last instruction of
-a program writes to an I/O port, because this makes KVM_RUN return in every mode. Some programs run
-in an endless loop instead.
+a program writes to an I/O port. This write makes KVM_RUN return in every CPU mode. Some programs
+run in an endless loop instead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WRITE_64 = bytes.fromhex("8906 4801d6 ffc9 75f7") + _END
 # 1: add (%rsi), %ebx; ...
 READ_32 = bytes.fromhex("031e 01d6 ffc9 75f8") + _END
 READ_64 = bytes.fromhex("031e 4801d6 ffc9 75f7") + _END
-# 1: jmp *%rsi; 2: add ...; at each page: jmp *%rdi, where rdi is 2b
+# 1: jmp *%rsi; 2: add ...; each page contains jmp *%rdi, and rdi holds the address of label 2
 EXECUTE_32 = bytes.fromhex("ffe6 01d6 ffc9 75f8") + _END
 EXECUTE_AFTER_JUMP = 2
 JUMP_BACK = bytes.fromhex("ffe7")
@@ -40,7 +40,7 @@ COUNT = bytes.fromhex("ff03 ebfc")
 # hlt; jmp
 HALT = bytes.fromhex("f4 ebfd")
 
-# vmrun (the VMCB at rax starts COUNT_AND_OUT); out %al, $PORT
+# vmrun; out %al, $PORT. rax holds the address of the VMCB, whose rip is that of COUNT_AND_OUT.
 VMRUN = bytes.fromhex("0f01d8") + _END
 # 1: incl (%rbx); out %al, $PORT; jmp 1b. The vCPU stays in guest mode when KVM_RUN returns.
 COUNT_AND_OUT = bytes.fromhex("ff03") + _END + bytes.fromhex("ebfa")
@@ -52,7 +52,7 @@ def identity_tables(at: int, up_to: int) -> bytes:
     """Return 4-level identity page tables with 1 GiB pages.
 
     The user bit is set, so that the tables can also be used as nested page tables. The CPU treats
-    nested walks as user accesses.
+    nested walks as user accesses (``translate_nested_gpa()``, arch/x86/kvm/x86.c).
 
     :param at: The guest address where the caller stores the tables.
     :param up_to: The number of bytes that the tables map, rounded up to a multiple of 512 GiB.

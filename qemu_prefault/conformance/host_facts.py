@@ -81,8 +81,9 @@ def read_host_facts() -> HostFacts:
     except OSError as error:
         raise UnsupportedError(
             f"/dev/kvm cannot be opened: {error.strerror}",
-            "if KVM is absent, load kvm_amd or kvm_intel, or enable virtualization in the "
-            "firmware. If permission is denied, run as root or in the kvm group",
+            "if /dev/kvm does not exist, load kvm_amd or kvm_intel, or enable virtualization in "
+            "the firmware\n"
+            "if permission is denied, run qemu-prefault as root, or as a member of the kvm group",
             code=Code.NO_KVM,
         ) from error
 

@@ -86,16 +86,16 @@ class Memory:
         return int(struct.unpack_from("<I", self._bytes, offset)[0])
 
     def words(self, stride: int = PAGE_SIZE) -> list[int]:
-        """Return the first 32-bit word of each page."""
+        """Return the 32-bit words at all multiples of ``stride`` bytes."""
         return [self.word(offset) for offset in range(0, self.size, stride)]
 
     def write(self, stride: int = PAGE_SIZE) -> None:
-        """Write a different value to the first 32-bit word of each page."""
+        """Write a different 32-bit word at each multiple of ``stride`` bytes."""
         for offset in range(0, self.size, stride):
             self.put(offset, struct.pack("<I", 0x1000 + offset // PAGE_SIZE))
 
     def read(self, stride: int = PAGE_SIZE) -> None:
-        """Read the first 32-bit word of each page."""
+        """Read the 32-bit word at each multiple of ``stride`` bytes."""
         self.words(stride)
 
     def populate(self) -> None:
@@ -159,8 +159,8 @@ class Userfault:
 
     A thread that accesses a missing page waits until :meth:`resolve` maps the page.
 
-    :param write_protect: True to make a thread wait when it writes to a write-protected page, and
-        not when it accesses a missing page.
+    :param write_protect: True if a thread waits at a write to a write-protected page, instead of at
+        an access to a missing page.
     """
 
     def __init__(self, memory: Memory, *, write_protect: bool = False) -> None:

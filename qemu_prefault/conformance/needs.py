@@ -50,7 +50,9 @@ def hugetlb_2m(host: HostFacts) -> str:
 
 
 def hugetlb_1g(host: HostFacts) -> str:
-    return "" if host.hugepages[1] else "no free hugetlb page of 1 GiB (boot with hugepagesz=1G)"
+    if host.hugepages[1]:
+        return ""
+    return "no free hugetlb page of 1 GiB (boot with hugepagesz=1G hugepages=1)"
 
 
 def ksm(host: HostFacts) -> str:

@@ -58,7 +58,7 @@ def header(host: HostFacts) -> str:
 
 
 def line(result: CaseResult) -> str:
-    """Return a row of the table, which shows one result."""
+    """Return the table row for one result."""
     text = result.text or result.case.says
     return f"{result.outcome.value:9}  {result.case.id:44}  {text}"
 

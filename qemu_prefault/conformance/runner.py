@@ -24,7 +24,7 @@ from .suite import CaseOutcome, ConformanceCase, KnownBad, Skip
 from .vmm import IoctlRefused
 
 #: Time in seconds after which a case counts as hung. Even under emulation, the slowest case takes
-#: only a few seconds.
+#: only a few seconds if the host is not busy.
 CASE_LIMIT_SECONDS = 60.0
 
 
@@ -32,9 +32,9 @@ CASE_LIMIT_SECONDS = 60.0
 class CaseResult:
     """The result of one case.
 
-    :ivar text: The reason for the outcome, or a description of what the case observed. It can be
-        empty.
-    :ivar seconds: The duration of the case.
+    :ivar text: The reason for the outcome, or a description of what the case observed, or an empty
+        string.
+    :ivar seconds: The duration of the case, in seconds.
     """
 
     case: ConformanceCase
@@ -55,7 +55,7 @@ def run(
 
     :param destructive: True to also run the cases that make the kernel log a warning or leak a
         page.
-    :param limit_seconds: The time after which a case has the ``HANG`` outcome.
+    :param limit_seconds: The time in seconds after which the outcome of a case is ``HANG``.
     :param on_result: A function that is called with each result as soon as it is available.
     """
     results = []
@@ -84,7 +84,7 @@ def _run_in_child(case: ConformanceCase, host: HostFacts, limit_seconds: float) 
     if child == 0:
         _child(case, host, writer)
     os.close(writer)
-    # The child makes the same call. The group must exist before either process continues.
+    # The child makes the same call. The process group must exist before either process continues.
     with contextlib.suppress(OSError):
         os.setpgid(child, child)
     pidfd = os.pidfd_open(child)

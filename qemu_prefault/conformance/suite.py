@@ -63,7 +63,7 @@ class Skip(Exception):
     """The host does not meet a requirement that the case checks while it runs."""
 
 
-#: A function that returns why a host cannot run the case, or an empty string if it can.
+#: A function that returns the reason why a host cannot run a case, or an empty string.
 Need = Callable[[HostFacts], str]
 
 
@@ -100,7 +100,7 @@ class ConformanceCase:
         return self.id.partition("/")[0]
 
     def obstacle(self, host: HostFacts) -> str:
-        """Return why a host cannot run the case, or an empty string if the host can."""
+        """Return the reason why a host cannot run the case, or an empty string."""
         if self.mapping and host.paging == "EPT" and not host.ad_bits:
             return _NO_AD_BITS
         return next((reason for need in self.needs if (reason := need(host))), "")

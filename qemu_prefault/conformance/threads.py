@@ -22,7 +22,7 @@ def wait_for(
 ) -> None:
     """Poll a condition until it is true.
 
-    :param what: The first part of the message, which states what has not happened.
+    :param what: The first part of the error message, for example "KSM did not merge the pages".
     :param limit: The maximum time in seconds.
     :raises Unexpected: If the condition is still false after the maximum time.
     """
@@ -78,6 +78,7 @@ class BackgroundCall(threading.Thread):
         """Wait until the state of the thread is one of ``letters``.
 
         :param limit: The maximum time in seconds.
+        :raises Unexpected: If the thread does not enter such a state within this time.
         """
         wait_for(lambda: self.state() in letters, f"a thread did not enter state {letters}", limit)
 
@@ -113,7 +114,10 @@ class RunningVcpu:
         return int(self.task.result())
 
     def wait_progress(self, rounds: int = 1) -> None:
-        """Wait until the guest has increased its counter by ``rounds``."""
+        """Wait until the guest has increased its counter by ``rounds``.
+
+        :raises Unexpected: If the guest does not do so within :data:`IOCTL_LIMIT_SECONDS`.
+        """
         start = self.vcpu.vm.counter
         wait_for(
             lambda: self.vcpu.vm.counter >= start + rounds or not self.task.is_alive(),

@@ -93,7 +93,7 @@ class KvmVm:
         self.vcpus: list[KvmVcpu] = []
         self._programs: dict[bytes, int] = {}
         self._next_program = PROGRAMS
-        # kvm_intel needs this ioctl for modes without paging. kvm_amd ignores it.
+        # kvm_intel requires this ioctl (Documentation/virt/kvm/api.rst). kvm_amd ignores it.
         with contextlib.suppress(OSError):
             ioctl(self.fd, abi.SET_TSS_ADDR, 0xFFFBD000)
         if irqchip:
@@ -261,7 +261,7 @@ class KvmVcpu:
         :param padding: The value of each 64-bit word in the structure's padding.
         :param call: A function that issues the ioctl, or None to issue the ioctl in this thread.
         :param any_error: True to return every error, even if the host does not offer the ioctl.
-        :raises IoctlRefused: If ``any_error`` is false, and the ioctl fails on a host that does not
+        :raises IoctlRefused: If ``any_error`` is False, and the ioctl fails on a host that does not
             offer it.
         """
         arguments = bytearray(struct.pack("<8Q", gpa, size, flags, *[padding] * 5))
@@ -327,7 +327,10 @@ class KvmVcpu:
         ioctl(self.fd, abi.SET_REGS, abi.pack_regs(rip=rip, **registers))
 
     def call(self, code: bytes, **registers: int) -> dict[str, int]:
-        """Run a program to its end, and return the registers of the vCPU."""
+        """Run a program to its end, and return the registers of the vCPU.
+
+        :raises Unexpected: If the program does not end within :data:`IOCTL_LIMIT_SECONDS`.
+        """
         self.start_at(code, **registers)
         reason = self.run()
         expect(
@@ -352,7 +355,7 @@ class KvmVcpu:
         self.read(0, SYSTEM_BYTES // PAGE_SIZE)
 
     def read(self, gpa: int, pages: int, stride: int = PAGE_SIZE) -> int:
-        """Make the guest read the first word of each page, and return their sum.
+        """Make the guest read the first word of each page, and return the words' sum.
 
         :param stride: The distance in bytes between two words.
         :returns: The sum of the 32-bit words modulo 2**32.
@@ -369,7 +372,7 @@ class KvmVcpu:
         self.call(code, rsi=gpa, rcx=pages, rdx=stride, rax=value)
 
     def faults_of(self, what: Callable[[], object]) -> int:
-        """Call a function, and return the number of stage-2 faults that it causes."""
+        """Call a function, and return the number of stage-2 faults during the call."""
         before = self.stat("pf_taken")
         what()
         return self.stat("pf_taken") - before

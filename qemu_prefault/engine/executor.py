@@ -35,8 +35,7 @@ Progress = Callable[[str, int, int], None]
 
 #: Errors that depend on the vCPU. Another vCPU may be able to prefault the same range.
 VCPU_ERRORS: Final = (kvm.STUCK, errno.EOPNOTSUPP)
-#: Populate errors that a single page of the range can cause, because this page is poisoned or a
-#: hole.
+#: Populate errors for which a single poisoned or inaccessible page in the range can be the cause.
 PAGE_ERRORS: Final = frozenset({errno.EFAULT, kvm.EHWPOISON})
 #: Maximum bytes that a worker populates before the executor reads the memory limits again.
 BATCH_BYTES: Final = 64 << 20
@@ -60,8 +59,8 @@ class Executor:
     """Populates and prefaults a guest's memory through one agent.
 
     :ivar agent: The agent, which the caller starts and closes.
-    :ivar unusable: The ioctl's errno for each worker whose vCPU cannot be used until the guest has
-        run. The keys are the indexes of the workers.
+    :ivar unusable: A map from the index of a worker to the ioctl's errno. It contains the workers
+        whose vCPU cannot be used until the guest has run again.
     """
 
     def __init__(
@@ -77,7 +76,8 @@ class Executor:
     ) -> None:
         """Store the arguments.
 
-        :param reservation: The run's reservation, which :meth:`populate` reduces.
+        :param reservation: The run's reservation, which :meth:`populate` reduces as it allocates
+            memory.
         :param check_headroom: Whether populating stops when little memory is left. ``--force`` sets
             this to False.
         """
@@ -121,7 +121,7 @@ class Executor:
                 continue
             backing = self._backings.backing(target.section)
             present[target] = self._sums(target).present
-            if backing.kind == "hugetlb":  # pagemap does not show whether its pages are writable
+            if backing.kind == "hugetlb":  # pagemap does not show whether these are writable
                 gaps: Iterable[tuple[int, int]] = [(target.hva, target.size)]
             else:
                 gaps = self._pagemap.unwritable(target.hva, target.size, backing.private)
@@ -145,7 +145,7 @@ class Executor:
 
         Other runs and other guests allocate memory at the same time. Therefore a batch allocates at
         most :attr:`.Limit.per_batch` bytes from each limit. If this number is less than a huge
-        page, the method stops populating.
+        page, the method stops populating the targets to which the limit applies.
         """
         total = sum(item.size for queue in queues.values() for item in queue)
         outcomes: list[Outcome] = []
@@ -294,7 +294,7 @@ class Executor:
                 tally.prefaulted += outcome.done
                 tally.accounted += outcome.done
                 finished += outcome.done
-                # After a vCPU's error, another vCPU processes the range, or usable() warns.
+                # If a vCPU cannot be used, another vCPU processes the range, or usable() warns.
                 if outcome.error and outcome.error not in (kvm.ABORTED, *VCPU_ERRORS):
                     tally.note = f"prefault: {kvm.describe_errno(outcome.error)}"
             left.extend(replace(owner_of(i), gpa=i.start, size=i.size) for i in undone)
@@ -385,7 +385,7 @@ class Executor:
         if outcome.range.kind is Kind.STAGE2 and outcome.error in VCPU_ERRORS:
             self.unusable[index] = outcome.error
             return True
-        # The time limit interrupted the range, or the batch ended before it was started.
+        # The time limit interrupted the range, or the batch ended before the range was started.
         return (self._time_is_up and outcome.error == kvm.ABORTED) or not outcome.error
 
     def usable(self) -> list[Worker]:
@@ -411,9 +411,9 @@ class Executor:
 
     @contextlib.contextmanager
     def time_limit(self, seconds: float | None) -> Iterator[None]:
-        """Interrupt populating and prefaulting in the block after a time limit.
+        """Limit the time that populating and prefaulting take in the block.
 
-        The workers complete the chunks that they are processing at that time.
+        When the limit expires, the workers complete their current chunks and start no others.
 
         :param seconds: The limit in seconds, or None for no limit.
         """

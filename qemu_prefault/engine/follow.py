@@ -31,10 +31,11 @@ Event = dict[str, Any]
 
 #: Seconds between two polls.
 LOOK_SECONDS: Final = 1.0
-#: Minimum time between two runs, in seconds. This time limits the number of pauses if KVM drops the
-#: guest's tables repeatedly.
+#: Minimum time between two runs, in seconds. This minimum bounds the number of pauses if KVM drops
+#: the guest's tables repeatedly.
 LEAST_SECONDS_BETWEEN_RUNS: Final = 5.0
-#: The tables count as dropped if less than this share of the bytes is still mapped.
+#: The tables count as dropped if less than this share of the bytes that were mapped after the last
+#: run is still mapped.
 DROPPED: Final = 0.5
 #: QMP events that cause an immediate poll.
 WAKE_UP: Final = (
@@ -54,7 +55,8 @@ def follow(vm: Vm, options: Options) -> AsyncIterator[Event]:
     :param options: The options of each run. If the plugin prefaults the guest, the plugin uses its
         own options instead.
     :returns: An iterator over events. docs/reference/events.md lists the fields of an event.
-    :raises QemuPrefaultError: See :func:`follow_from_outside`.
+    :raises QemuPrefaultError: If this process cannot connect to the plugin. If QEMU has no plugin,
+        see :func:`follow_from_outside`.
     """
     attach = options.agent is AgentChoice.ATTACH
     socket = None if attach else find_control_socket(vm.process)
@@ -140,8 +142,8 @@ class _FollowLoop:
         if shape == before and set(shape) - set(self._layout):
             self._need = "memory was added"
         elif stage2 is not None and stage2.bytes < self._kept * DROPPED:
-            # Store the need. If the run must wait, the guest's faults refill the tables meanwhile,
-            # and the counters then no longer show the need.
+            # Remember that a run is needed. If the run must wait, the guest's faults may refill the
+            # tables meanwhile, and the counters then no longer show that KVM dropped them.
             self._need = "the tables were dropped"
         if not self._need or shape != before or firmware_ahead(state.ranges):
             return None  # no run is needed, or the layout is still changing

@@ -3,8 +3,9 @@
 
 While a vCPU runs a nested (L2) guest, KVM has L2's page tables loaded. If the guest's hypervisor
 uses nested paging, the prefault ioctl fails with EOPNOTSUPP. If the hypervisor uses shadow paging,
-the ioctl succeeds, but it fills the root for guest mode (``role.guest_mode``, arch/x86/kvm/mmu) and
-not the root on which the guest itself runs. In both cases, :mod:`.run` pauses the guest again.
+the ioctl succeeds. However, it fills the page-table root for guest mode (``guest_mode`` in ``union
+kvm_mmu_page_role``, arch/x86/include/asm/kvm_host.h) and not the root that the guest itself uses.
+In both cases, :mod:`.run` resumes the guest and pauses it again.
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ class GuestMode:
     async def workers(self) -> set[int]:
         """Return the indexes of the workers whose vCPU runs a nested guest.
 
-        The ``guest_mode`` counter needs Linux 5.14, and ``query-stats`` needs QEMU 7.1. Without
-        these versions, the result is empty, and only the ioctl's error shows the mode.
+        The ``guest_mode`` counter needs Linux 5.14, and ``query-stats`` needs QEMU 7.1. With
+        earlier versions, the result is empty, and only the ioctl's error shows the mode.
         """
         workers = self._executor.agent.workers
         if self._stats is not None:
@@ -128,7 +129,7 @@ class GuestMode:
             if tries > 1:
                 notes[Code.GUEST_MODE] = (
                     f"the guest was stopped {_times(tries - 1)} while {every} ran a nested "
-                    "guest, so it was resumed and stopped again"
+                    "guest, so the run resumed the guest and stopped it again"
                 )
             return
         unusable = self._executor.unusable
@@ -141,7 +142,7 @@ class GuestMode:
                 notes.pop(Code.VCPU_UNUSABLE, None)  # the warning below covers these vCPUs
         if will_resume:
             notes[Code.GUEST_MODE] = (
-                f"the guest was stopped {_times(tries)} within {seconds:.1f} s; each time {every} "
+                f"the guest was stopped {_times(tries)} within {seconds:.1f} s; each time, {every} "
                 f"ran a nested guest, {why}. Run qemu-prefault again when the nested guests are "
                 "less busy"
             )

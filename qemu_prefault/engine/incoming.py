@@ -53,7 +53,7 @@ class IncomingMigration:
         """Wait until the guest is loaded.
 
         :raises FailedError: If the migration failed or was cancelled.
-        :raises RefusedError: If the run state of the loaded guest does not allow it to run.
+        :raises RefusedError: If the loaded guest cannot run in its run state.
         """
         with self._monitor.patience(LOAD_SECONDS):
             while not (await self._is_loaded() or await self._is_told()):
@@ -106,7 +106,7 @@ def _failed(cause: str) -> FailedError:
     return FailedError(
         cause,
         "start a new QEMU and repeat the migration or restore. The guest is still on the source or "
-        "in its file",
+        "in the file",
         code=Code.MIGRATION_FAILED,
     )
 
@@ -151,10 +151,11 @@ async def _set_events(monitor: Monitor, state: bool) -> None:
 async def hold_incoming(
     monitor: Monitor, process: Process, cleanup: OrphanCleanup
 ) -> AsyncIterator[IncomingMigration]:
-    """Keep an incoming guest paused after it is loaded, until the end of the block.
+    """Keep an incoming guest paused after it is loaded, until the caller resumes it.
 
-    If the block raises an exception or this process is killed, QEMU starts the guest as if this
-    function had not been called. If the block exits normally, the caller must resume the guest.
+    If the block exits normally, this function does not resume the guest. If the block raises an
+    exception or this process is killed, QEMU starts the guest as if this function had not been
+    called.
 
     :param cleanup: The functions that stop the agent's helpers if this process is killed.
     :raises FailedError: If QEMU exits because the migration failed or was cancelled.

@@ -15,7 +15,7 @@ from ..units import HUGE_PAGE_SIZE
 from .report import SCHEMA, stage2_json
 from .vm import Vm
 
-#: The vCPU counters of which :func:`counters` returns the sums.
+#: The vCPU counters that :func:`counters` adds up over all vCPUs.
 VCPU_COUNTERS = ("pf_taken", "pf_fixed", "pf_spurious", "exits")
 
 

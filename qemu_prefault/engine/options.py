@@ -38,17 +38,17 @@ class Options:
 
     :ivar populate: The absent memory that the run may populate.
     :ivar ranges: Guest-physical ranges (start, size) in bytes. An empty tuple means all RAM.
-    :ivar max_bytes: The maximum number of bytes to prefault, from the lowest address. None means no
-        limit.
-    :ivar vcpus: The indexes of the vCPUs to use, as in ``query-cpus-fast``. An empty tuple means
-        all vCPUs.
+    :ivar max_bytes: The maximum number of bytes to prefault, starting at the lowest address. None
+        means no limit.
+    :ivar vcpus: The indexes of the vCPUs to use (``cpu-index`` in ``query-cpus-fast``). An empty
+        tuple means all vCPUs.
     :ivar populate_only: Whether to fill QEMU's own page tables, but not the stage-2 tables.
     :ivar force: Whether to populate even if the host seems to have too little memory.
     :ivar chunk_bytes: The maximum number of bytes to prefault with one system call. None means
         32 MiB.
     :ivar max_downtime: The maximum length of one pause of the guest, in seconds. None means no
         limit.
-    :ivar cont: Whether to resume the guest after the run even if it was paused before.
+    :ivar cont: Whether to resume the guest after the run even if it was paused before the run.
     :ivar incoming: Whether to wait for the guest of a QEMU that was started with ``-incoming``, and
         to prefault this guest before it starts.
     :ivar dry_run: Whether to report what a run would do, without changing anything.

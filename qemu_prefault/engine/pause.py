@@ -24,7 +24,7 @@ class Pause:
 
     :ivar resume: A coroutine function that ends the pause. It resumes the guest if ``will_resume``
         is True.
-    :ivar will_resume: Whether the guest ran before the pause, or ``--cont`` was used.
+    :ivar will_resume: True if the guest ran before the pause, or if ``--cont`` was used.
     """
 
     resume: Callable[[], Awaitable[None]]
@@ -56,9 +56,9 @@ class Pauser:
     async def pause(self) -> AsyncIterator[Pause]:
         """Pause the guest for the block, and restore its run state afterwards.
 
-        The guest must be stopped, because a vCPU ioctl waits for ``vcpu->mutex`` until KVM_RUN
-        returns (kvm_vcpu_ioctl(), virt/kvm/kvm_main.c). The block should call :attr:`Pause.resume`
-        as soon as possible.
+        Without the pause, the prefault ioctl would wait for ``vcpu->mutex`` until KVM_RUN returns
+        (kvm_vcpu_ioctl(), virt/kvm/kvm_main.c). The block should call :attr:`Pause.resume` as soon
+        as possible.
         """
         monitor, agent, interference = self._monitor, self._agent, self._interference
         # Query the state again, because the operator may have paused the guest while the run

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..agents.base import Range, Worker
     from ..qemu.queries import VmState
 
-#: Reasons not to populate memory that :mod:`qemu_prefault.libvirt.prelaunch` also reports.
+#: Reasons not to populate memory. :mod:`qemu_prefault.libvirt.prelaunch` also uses these texts.
 BALLOON_INFLATED: Final = "the balloon is inflated: the memory in the balloon must stay absent"
 SHARED_FILE: Final = "a shared file: populating would write to it"
 
@@ -101,8 +101,8 @@ def _within(section: MemorySection, ranges: Sequence[tuple[int, int]]) -> Iterab
 def _reason_not_to_populate(
     state: VmState, section: MemorySection, populate: Populate
 ) -> str | None:
-    # libvirt/prelaunch.py, which has no monitor, and may_populate() in native/plugin/queue.c
-    # implement the same policy with the information that is available to them.
+    # Two other functions implement this policy with the information that they have. They are
+    # _reason_not_to_populate() in libvirt/prelaunch.py and may_populate() in native/plugin/queue.c.
     if populate is Populate.ALL:
         return None
     balloon = state.balloon
@@ -149,7 +149,8 @@ def partition_by_node(
 
     A helper thread has the CPU affinity of its vCPU, and the first access to a page determines the
     page's host node. Therefore the host allocates the memory of a guest node on the host node to
-    which the vCPUs of the guest node are pinned.
+    which the vCPUs of the guest node are pinned. If no worker belongs to a node, the function
+    divides the node's ranges among all workers.
 
     :param ranges: Pairs of a guest NUMA node and a range. The node is None if it is unknown.
     """

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..qemu.queries import VmState
 
 
-#: Cause, remedy and code of the error for each ``query-status`` that makes a run impossible.
+#: Cause, remedy and code of the error for each run state (``query-status``) that rules out a run.
 _UNFIT_STATUS: Final = {
     "inmigrate": (
         "the incoming guest's RAM is not loaded yet",
@@ -58,7 +58,7 @@ _UNFIT_STATUS: Final = {
     "shutdown": ("this guest has shut down", "start it first", Code.GUEST_STATE),
     "guest-panicked": ("this guest has panicked", "reset it first", Code.GUEST_STATE),
 }
-#: The ``query-status`` values for which the guest runs on the destination.
+#: The ``query-status`` values of a guest that runs, or is about to run, on the destination.
 MIGRATED_AWAY: Final = frozenset({"finish-migrate", "postmigrate"})
 
 
@@ -90,8 +90,8 @@ def check_awaits_incoming(state: VmState) -> None:
 def check_vm_state(state: VmState, dirty_limit: bool = False) -> None:
     """Raise an error if prefaulting now would harm the guest, or have no effect.
 
-    While dirty pages are logged, KVM maps only 4 KiB pages, and marks each page that it maps as
-    dirty (``make_spte()``, arch/x86/kvm/mmu/spte.c). A migration would send all these pages again.
+    While dirty pages are logged, KVM maps only 4 KiB pages, and marks each mapped page as dirty
+    (``make_spte()``, arch/x86/kvm/mmu/spte.c). A migration would send all these pages again.
 
     :param dirty_limit: Whether ``query-vcpu-dirty-limit`` shows an active limit.
     :raises RefusedError: If a migration or a dirty-rate measurement is running, if a dirty-rate
@@ -113,11 +113,14 @@ def check_vm_state(state: VmState, dirty_limit: bool = False) -> None:
             code=Code.MIGRATION,
         )
     if state.dirty_rate == "measuring" or dirty_limit:
-        what = "measured" if state.dirty_rate == "measuring" else "limited"
+        what, remedy = (
+            ("measured", "wait until the measurement has ended (query-dirty-rate)")
+            if state.dirty_rate == "measuring"
+            else ("limited", "cancel the limit with the QMP cancel-vcpu-dirty-limit command")
+        )
         raise RefusedError(
             f"the dirty page rate is being {what}, so KVM logs dirty pages",
-            "wait until the measurement or the limit has ended (query-dirty-rate, "
-            "query-vcpu-dirty-limit)",
+            remedy,
             code=Code.DIRTY_LOGGING,
         )
 
@@ -149,8 +152,8 @@ def check_headroom(
     """Compute the memory that populating needs, and check that it is available.
 
     :param force: Whether to skip the check.
-    :param reservation: The run's reservation, which this function creates, or None with
-        ``--dry-run``.
+    :param reservation: The run's reservation, in which this function records the needed memory.
+        None for ``--dry-run``.
     :returns: The bytes that populating would allocate for each target.
     :raises RefusedError: If too little memory is available.
     """
@@ -186,7 +189,7 @@ def _check_limits(
         for limit in sources[target].limits(needed, together):
             needs[limit.key] = needs.get(limit.key, 0) + needed * limit.cost
             reserved = others.get(limit.key, 0)
-            beside = f"; other runs need {format_size(reserved)} of it" if reserved else ""
+            beside = f"; other runs have reserved {format_size(reserved)}" if reserved else ""
             if needs[limit.key] + reserved > limit.available:
                 raise RefusedError(
                     f"populating needs {format_size(needs[limit.key])}, but {limit.name} has only "
@@ -234,7 +237,7 @@ def find_warnings(options: Options, targets: Sequence[Target], state: VmState) -
 
 
 def _resident_only(options: Options, targets: Sequence[Target]) -> dict[str, str]:
-    """Return a warning for memory that is not populated with ``--populate auto``."""
+    """Return a warning if ``--populate auto`` excludes memory from populating."""
     found: dict[str, str] = {}
     if any(t.why_not for t in targets):
         reasons = dict.fromkeys(f"{t.section.name}: {t.why_not}" for t in targets if t.why_not)

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import ExitStatus
 from ..host.kvm import Stage2Leaves
 
-#: The version of all JSON objects.
+#: The format version in the ``schema`` field of every JSON object.
 SCHEMA = 1
 
 
@@ -106,7 +106,7 @@ class Report:
     :ivar pre_fault_memory: Whether KVM supports KVM_PRE_FAULT_MEMORY, or None if unknown.
     :ivar before: Leaves in the stage-2 tables before the run, or None if unknown.
     :ivar after: Leaves in the stage-2 tables after the run, or None if unknown.
-    :ivar dry_run: Whether the report describes what a run would do.
+    :ivar dry_run: Whether the report describes what a run would do, instead of what a run did.
     """
 
     agent: str
@@ -125,7 +125,7 @@ class Report:
 
     @property
     def exit_status(self) -> ExitStatus:
-        """``PARTIAL`` if requested bytes remain, otherwise ``VERIFIED``."""
+        """``PARTIAL`` if requested bytes remain after a run, otherwise ``VERIFIED``."""
         if self.dry_run or self.bytes.remaining == 0:
             return ExitStatus.VERIFIED
         return ExitStatus.PARTIAL

@@ -23,7 +23,7 @@ from ..agents.base import OrphanCleanup
 from ..errors import Code, FailedError
 from .preflight import MIGRATED_AWAY
 
-#: This byte resets QEMU's JSON parser after an incomplete command.
+#: This byte resets QEMU's JSON parser after an incomplete command (qobject/json-lexer.c).
 RESET_PARSER = b"\xff"
 REPLY_ID = "qemu-prefault-guard"
 #: Upper bound on the size of the replies to query-status and cont, in bytes.
@@ -86,7 +86,7 @@ class ResumeGuard:
 
     def _watch(self, read_end: int, is_ready: int) -> None:
         """Wait in the child process, and resume the guest if the parent is killed."""
-        os.setsid()  # so that signals to the terminal's session or job do not reach this process
+        os.setsid()  # so that signals from the terminal do not reach this process
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         os.write(is_ready, b"s")

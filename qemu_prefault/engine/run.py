@@ -57,7 +57,7 @@ from .vm import Vm
 LAYOUT_ROUNDS: Final = 4
 #: Between two pauses, the guest runs for this factor times the maximum pause length.
 RUN_PER_PAUSE: Final = 2
-#: End of the memory that firmware uses. A few hundred KiB below this address are RAM.
+#: End of the low memory that contains the firmware's areas. These areas are a few hundred KiB.
 LOW_MEMORY: Final = 1 << 20
 
 #: A coroutine function that is awaited when QEMU is ready for an incoming migration.
@@ -73,7 +73,8 @@ async def prefault(
 ) -> Report:
     """Prefault a guest.
 
-    :param on_ready: A coroutine function that the run awaits when an incoming migration may start.
+    :param on_ready: A coroutine function that the run awaits when QEMU is ready for an incoming
+        migration.
     :param on_progress: A function that the run calls with three arguments. They are the phase, the
         completed bytes in this phase, and the total bytes of this phase.
     :returns: The report of the run.
@@ -239,9 +240,9 @@ class PrefaultRun:
                 await pause.resume()
 
     async def prefault_until_stable(self, targets: tuple[Target, ...]) -> None:
-        """Prefault the guest again until hotplug no longer changes the memory layout.
+        """Prefault the guest, and repeat this while hotplug changes the memory layout.
 
-        The run stops after :data:`LAYOUT_ROUNDS` attempts.
+        The method prefaults the guest at most :data:`LAYOUT_ROUNDS` times.
         """
         done: tuple[Target, ...] = ()
         for _ in range(LAYOUT_ROUNDS):
@@ -250,8 +251,8 @@ class PrefaultRun:
                 break
             if fresh != targets:
                 self.tally.warnings[Code.LAYOUT_CHANGED] = (
-                    "the guest's memory layout changed during the run, which also prefaulted the "
-                    "new memory"
+                    "the guest's memory layout changed during the run, so the run also prefaulted "
+                    "the new memory"
                 )
                 await self.executor.populate(fresh)
             self.tally.discard_requests()
@@ -345,7 +346,7 @@ class PrefaultRun:
     async def _prefault_rest(
         self, targets: Sequence[Target], left: Sequence[Target], *, begun: bool, runs: bool
     ) -> None:
-        """Prefault the targets that the time limit left, and new sections.
+        """Prefault the targets that remained after the time limit, and new sections.
 
         The state of the firmware's areas in low memory is known only after QEMU has loaded the
         devices. These areas contain only a few pages. Therefore the run does not pause a running

@@ -78,7 +78,7 @@ class RunTally:
         self._longest_pause = max(self._longest_pause, seconds)
 
     def discard_requests(self) -> None:
-        """Reset all counts except ``populated`` before all targets are requested again."""
+        """Reset the requested and prefaulted bytes before all targets are requested again."""
         for tally in self.tallies.values():
             tally.requested = tally.prefaulted = tally.accounted = 0
 
@@ -93,11 +93,11 @@ class RunTally:
             tally.accounted = 0
 
     def verify(self) -> None:
-        """Compare the tallies with KVM's counters, and subtract what KVM has dropped."""
+        """Compare the tallies with KVM's counters, and subtract bytes that KVM has dropped."""
         if self.after is None:
             self.warnings[Code.NO_COUNTERS] = (
-                "this QEMU or kernel does not provide query-stats, so the result is not verified "
-                "with KVM's counters"
+                "this QEMU or kernel does not provide KVM's counters (query-stats), so the result "
+                "is not verified"
             )
             return
         missing = sum(tally.prefaulted for tally in self.tallies.values()) - self.after.bytes

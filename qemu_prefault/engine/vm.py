@@ -39,7 +39,7 @@ from ..qemu.queries import VmState, read_vm_state
 
 @dataclass(frozen=True, slots=True)
 class Backing:
-    """The kind of memory behind a section, and whether QEMU maps it private."""
+    """The kind of memory behind a section, and whether its mapping is MAP_PRIVATE."""
 
     kind: str
     private: bool
@@ -103,7 +103,7 @@ class Vm:
                 else section
                 for section in state.sections
             )
-        except UnsupportedError:  # a later step that needs this permission raises the error
+        except UnsupportedError:  # a later step that must read this file raises the error
             return state
         return replace(state, sections=sections)
 
@@ -159,7 +159,7 @@ class Vm:
         :param needs_fds: Whether the descriptors are needed. Populating does not need them.
         :raises InputError: If an index in ``wanted`` is not a vCPU's index.
         :raises UnsupportedError: If QEMU has no KVM vCPUs.
-        :raises FailedError: If a vCPU has no descriptor.
+        :raises FailedError: If QEMU has no KVM descriptor for a chosen vCPU.
         """
         known = {vcpu.index: vcpu for vcpu in self.state.vcpus}
         if missing := [index for index in wanted if index not in known]:
@@ -230,7 +230,7 @@ class Vm:
 def _identify(monitor: Monitor, pid: int | None, thread_ids: Sequence[int]) -> Process:
     if monitor.vm_uuid is None:
         return identify(monitor.peer_pid, pid, thread_ids)
-    # A connection made by ``dial`` may lead to another host, where the thread ids have no meaning.
+    # ``dial`` may have connected to a QEMU on another host, whose thread ids mean nothing here.
     try:
         process = identify(None, pid, thread_ids)
         if monitor.vm_uuid in process.arguments():

@@ -26,7 +26,7 @@ def is_static(path: str) -> bool:
     try:
         with open(path, "rb") as file:
             return _elf_is_static(file)
-    except (OSError, ValueError, struct.error):  # ValueError: an offset that no file has
+    except (OSError, ValueError, struct.error):  # ValueError: the offset exceeds off_t
         return False
 
 
@@ -69,7 +69,7 @@ def _is_position_independent_program(dynamic: bytes, entry: str) -> bool:
 def script_interpreter(path: str) -> str | None:
     """Return the path of the program that the kernel runs for a script.
 
-    The result is None if the file is not a script, or if a file cannot be read.
+    The result is None if the file is not a script, or if the file or an interpreter cannot be read.
     """
     for depth in range(MAX_SCRIPTS):
         try:

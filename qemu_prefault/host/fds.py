@@ -19,9 +19,9 @@ from .procfs import Process, gone
 class KvmFds:
     """The numbers of QEMU's KVM file descriptors.
 
-    ``vcpus`` and ``vcpu_stats`` map KVM's id of a vCPU (the x86 APIC id) to a descriptor's number.
-    KVM_GET_STATS_FD returns the descriptors of ``vcpu_stats``. QEMU 8.1 and later keep these
-    descriptors open.
+    The keys of ``vcpus`` and ``vcpu_stats`` are KVM's vCPU ids, which are APIC ids on x86. The
+    values are numbers of descriptors. KVM_GET_STATS_FD returns the descriptors in ``vcpu_stats``.
+    QEMU 8.1 and later keep these descriptors open (``kvm_init_vcpu()``, accel/kvm/kvm-all.c).
     """
 
     vm: int | None = None

@@ -92,12 +92,13 @@ def parse_key_values(text: str) -> dict[str, int]:
 class Limit:
     """A limit on the memory that can be populated.
 
-    :ivar name: The name of the limited object, for messages. Examples are the host and a cgroup.
+    :ivar name: The name of the host, cgroup, pool, node or file system that sets the limit.
     :ivar available: The number of bytes that can be populated before the limit is reached.
     :ivar detail: The values from which ``available`` was computed, for messages.
     :ivar contended: Whether other processes can allocate the same memory at any time.
     :ivar cost: The bytes by which ``available`` decreases for each byte that is populated.
-    :ivar device: The device number of a limiting file system, which may have several names.
+    :ivar device: The device number of the file system that sets the limit, or None. One file system
+        can have several names.
     """
 
     name: str
@@ -128,7 +129,7 @@ def cgroup_directories(
     """Return the directories of a process's cgroup and its ancestors, in this order.
 
     :param groups: The result of :func:`parse_cgroups` for the process.
-    :param mounts: The result of :func:`parse_mountinfo` for this process.
+    :param mounts: The result of :func:`parse_mountinfo` for ``/proc/self/mountinfo``.
     :param controller: The name of the controller.
     :returns: Pairs of a directory and a flag. The flag is True if the directory belongs to the v2
         hierarchy. In a cgroup namespace or a container, the mount may show only a part of the tree.
@@ -162,7 +163,8 @@ def cgroup_directories(
 def memory_limit(directory: str, unified: bool) -> Limit | None:
     """Return a memory cgroup's limit, or None if the cgroup has no limit."""
     names = ("memory.max", "memory.high") if unified else ("memory.limit_in_bytes",)
-    # Exceeding memory.high does not kill QEMU, but the kernel throttles the populating thread.
+    # If usage exceeds memory.high, the kernel throttles the populating thread, but does not invoke
+    # the OOM killer (Documentation/admin-guide/cgroup-v2.rst).
     limits = {name: parse_number(read_optional(f"{directory}/{name}")) for name in names}
     bounds = {name: limit for name, limit in limits.items() if limit is not None}
     usage_name = "memory.current" if unified else "memory.usage_in_bytes"
@@ -214,9 +216,8 @@ def hugetlb_pool_limit(page_size: int, nodes: Sequence[int] = (), ours: int = 0)
     the reservations can use these pages.
 
     :param page_size: The size of a huge page in bytes.
-    :param nodes: The NUMA nodes from which the pages must come. If it is empty, any node is
-        allowed.
-    :param ours: The number of bytes that are reserved for the mapping to populate.
+    :param nodes: The NUMA nodes from which the pages must come, or an empty sequence for any node.
+    :param ours: The number of bytes that the kernel has reserved for the mapping.
     """
     pool = f"/sys/kernel/mm/hugepages/hugepages-{page_size >> 10}kB"
     free, reserved, overcommit, surplus = (

@@ -39,7 +39,7 @@ def read_log() -> list[str]:
 
 
 def cause_of_death(process: Process) -> str | None:
-    """Return the kernel's message about the kill of a process.
+    """Return the kernel's message that a process was killed.
 
     The result is None if the kernel log contains no such message.
     """
@@ -48,13 +48,13 @@ def cause_of_death(process: Process) -> str | None:
 
 
 def find_cause(records: Iterable[str], pid: int, since: float) -> str | None:
-    """Return the last message about the kill of process ``pid``.
+    """Return the last message that process ``pid`` was killed.
 
     The result is None if the records contain no such message.
 
     :param records: Records of ``/dev/kmsg`` in the form ``PRIORITY,SEQUENCE,MICROSECONDS,-;TEXT``.
     :param since: A time in seconds since boot. The function ignores older records, because they may
-        refer to another process that had the same pid.
+        refer to an earlier process with the same pid.
     """
     kinds = (
         rf"[Kk]illed process {pid} ",  # oom_kill_process(), mm/oom_kill.c

@@ -63,7 +63,7 @@ def _off(value: str | None) -> bool:
 
 
 def pre_fault_capability(process: Process | None = None) -> Capability:
-    """Return whether KVM has ``KVM_CAP_PRE_FAULT_MEMORY``, and the reason if not.
+    """Return whether KVM offers ``KVM_PRE_FAULT_MEMORY``, and why not if it does not.
 
     The result is the same for all VMs, because the capability's value is ``tdp_enabled``
     (arch/x86/kvm/x86.c). If this process cannot open ``/dev/kvm``, the function opens ``/dev/kvm``
@@ -171,10 +171,10 @@ def pre_fault_here(vcpu_fd: int, gpa: int, size: int) -> int:
     """Call ``KVM_PRE_FAULT_MEMORY`` from this process, and return its errno or 0.
 
     If the vCPU belongs to another process's VM, the ioctl fails immediately with EIO, because
-    ``kvm_vcpu_ioctl()`` (virt/kvm/kvm_main.c) first compares ``kvm->mm`` with the caller's mm. It
-    then decodes the request and waits for ``vcpu->mutex``, which the thread of a running vCPU holds
-    (kernel commit 6d4e4c4fca5b, Linux 2.6.25). The purpose of this function is to demonstrate this
-    error. The agents call the ioctl inside QEMU.
+    ``kvm_vcpu_ioctl()`` (virt/kvm/kvm_main.c) compares ``kvm->mm`` with the caller's mm (kernel
+    commit 6d4e4c4fca5b, Linux 2.6.25). This check precedes the wait for ``vcpu->mutex``, which the
+    thread of a running vCPU holds. The purpose of this function is to demonstrate this error. The
+    agents call the ioctl inside QEMU.
 
     :param gpa: The guest-physical address, page aligned.
     :param size: The size in bytes, page aligned.
@@ -195,7 +195,7 @@ _OUTCOMES = {
     ABORTED: "the run ended before the range was complete",
     errno.ENOENT: "KVM has no memory slot at this address",
     errno.EOPNOTSUPP: "the vCPU runs a nested guest, or KVM uses shadow paging",
-    errno.EIO: "KVM refuses: the VM is dead, or belongs to another process",
+    errno.EIO: "KVM refuses: the VM is dead, or the VM belongs to another process",
     errno.EFAULT: "QEMU's mapping of this memory cannot be accessed, or its file system or huge "
     "page pool is full",
     errno.ENOMEM: "out of memory",
@@ -260,8 +260,8 @@ def _read_counts(process: Process, names: Sequence[str]) -> list[int] | None:
 
     The result is None if this process cannot read the counters.
     """
-    # kvm_create_vm_debugfs(), virt/kvm/kvm_main.c, names the directory after the pid of the process
-    # that created the VM and the VM's file descriptor.
+    # kvm_create_vm_debugfs() (virt/kvm/kvm_main.c) names the directory PID-FD. PID is the process
+    # that created the VM, and FD is the number of the VM's file descriptor in that process.
     try:
         directory = DEBUGFS / f"{process.pid}-{kvm_fds(process).vm}"
         return [int((directory / name).read_text()) for name in names]

@@ -78,7 +78,7 @@ class MemorySource:
 
         :param absent: The number of bytes of the mapping that are not allocated yet.
         :param together: Other files that the caller populates. The limits do not subtract the
-            memory for these files, because the caller adds this memory to its own need.
+            memory for these files, because the caller already counts this memory.
         :raises GoneError: If the process has exited.
         """
         nodes = confining_nodes(self.process, self.nodes)
@@ -128,8 +128,8 @@ def confining_nodes(process: Process, bound: Sequence[int]) -> tuple[int, ...]:
 
     The result is empty if the memory may come from any node of the host.
 
-    :param bound: The nodes that the mapping's policy allows. If it is empty, the policy allows all
-        nodes.
+    :param bound: The nodes that the mapping's policy allows, or an empty sequence if the policy
+        allows all nodes.
     """
     with_memory = set(parse_node_list(read_optional(f"{NODES}/has_memory") or ""))
     by_policy = with_memory & set(bound or with_memory)
@@ -158,7 +158,7 @@ def node_limit(nodes: Sequence[int]) -> Limit:
         available += values.get("MemFree", 0) + values.get("Inactive(file)", 0)
     names = ",".join(map(str, nodes))
     detail = (
-        "MemFree and Inactive(file) in its meminfo, without vm.min_free_kbytes; the policy or "
+        "MemFree and Inactive(file) in node meminfo, without vm.min_free_kbytes; the policy or "
         "cpuset allows no other node"
     )
     return Limit(f"NUMA node {names}", max(0, available), detail, True)
@@ -232,7 +232,7 @@ def is_copied(process: Process, mapping: MemoryMapping) -> bool:
 
 
 def _file_system(process: Process, mapping: MemoryMapping) -> str | None:
-    """Return the type of a mapped file's file system, or None if not mounted."""
+    """Return a mapped file's file system type, or None if it is not mounted."""
     major, minor = mapping.device
     mounts = read_optional(f"{procfs.PROC}/{process.pid}/mountinfo") or ""
     for line in mounts.split("\n"):
@@ -260,7 +260,8 @@ def file_system_limit(
     size limit. It is also empty if this process cannot access the file. A memfd and shared
     anonymous memory are on a kernel-internal mount, which has no size limit.
 
-    :param together: The caller's files. The limit does not subtract their unwritten parts.
+    :param together: Other files that the caller populates. The limit does not subtract the
+        unwritten parts of these files.
     """
     if mapping.inode == 0 or _is_internal(mapping):
         return []
@@ -293,7 +294,9 @@ def _reach(process: Process, mapping: MemoryMapping) -> str | None:
         with contextlib.suppress(OSError):
             if os.stat(path).st_ino == mapping.inode:
                 return path
-    # map_files needs CAP_SYS_ADMIN, and a deleted file has no path: QEMU keeps it open.
+    # map_files needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE (proc_map_files_get_link(),
+    # fs/proc/base.c), and a deleted file has no path. QEMU keeps the file open, so search QEMU's
+    # descriptors.
     wanted = (mapping.inode, os.makedev(*mapping.device))
     with contextlib.suppress(OSError):
         for number in os.listdir(f"{procfs.PROC}/{process.pid}/fd"):
@@ -305,7 +308,7 @@ def _reach(process: Process, mapping: MemoryMapping) -> str | None:
     return None
 
 
-#: Seconds for which a result is reused, because examining every file takes time.
+#: Seconds for which :func:`_promised_to_others` reuses a result, because it examines many files.
 PROMISE_SECONDS: Final = 1.0
 _promises: dict[tuple[int, int, AbstractSet[FileId]], tuple[float, int]] = {}
 

@@ -21,10 +21,11 @@ from ..errors import FailedError
 from .procfs import Process
 from .ptrace_access import ptrace_denied
 
-#: Regions read by one call into native code.
+#: Maximum number of regions that one call into native code returns.
 REGIONS_AT_ONCE = 256
-#: Maximum distance in bytes between gaps that one system call populates. Populating a present page
-#: again is cheap, but one system call per gap of a fragmented mapping is expensive.
+#: Maximum distance in bytes between two unwritable regions that one system call populates together.
+#: Populating a present page again is cheap, but a system call for each region of a fragmented
+#: mapping is expensive.
 MERGE_DISTANCE = 2 << 20
 
 
@@ -44,7 +45,7 @@ class Pagemap:
     """A context manager that reads QEMU's ``/proc/PID/pagemap``.
 
     :raises UnsupportedError: If this process has no permission to trace QEMU. The kernel requires
-        this permission for the file.
+        this permission to open the file.
     """
 
     def __init__(self, process: Process) -> None:

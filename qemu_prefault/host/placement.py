@@ -124,11 +124,11 @@ def place(process: Process, tid: int, choices: Sequence[frozenset[int]]) -> list
 
 @contextmanager
 def not_delayed_by_others(tid: int) -> Iterator[None]:
-    """Run the calling thread with real-time priority within the block, if this is permitted.
+    """Run the calling thread with real-time priority within the block, if permitted.
 
     A thread of QEMU that is stopped by ptrace waits for the tracer. On a host without idle CPUs, a
-    tracer with ordinary scheduling may wait for much longer than it works. The priority is at least
-    that of the stopped thread.
+    tracer with ordinary scheduling may wait for a CPU much longer than it runs. The priority is at
+    least that of the stopped thread.
 
     :param tid: The id of the thread that the block stops.
     """

@@ -82,8 +82,8 @@ def read_file(path: str, pid: int) -> str:
         if not path.startswith(f"{PROC}/{pid}/"):
             raise UnsupportedError(
                 f"/proc does not show {path}",
-                "/proc is mounted with subset=pid: run on the host, or, if a systemd service runs "
-                "qemu-prefault, remove ProcSubset=pid from its unit",
+                "run qemu-prefault where /proc is mounted without subset=pid. If a systemd service "
+                "runs qemu-prefault, remove ProcSubset=pid from the service's unit",
                 code=Code.PROC_PERMISSION,
             ) from error
         raise (hidden(pid) if is_hidden(pid) else gone(pid)) from error
@@ -312,17 +312,17 @@ def thread_names(pid: int) -> dict[int, str]:
 def _list_threads(pid: int, list_tasks: Callable[[], list[str]]) -> list[str]:
     """Return the ids of all threads of a process.
 
-    The function reads the kernel's list repeatedly until the list is complete. The list can omit a
-    live thread if another thread exits during the read. The kernel finds its position in the list
-    by counting threads. It counts the exiting thread even if it does not list this thread
-    (proc_task_readdir(), first_tid() and next_tid(), fs/proc/base.c).
+    The function reads the kernel's list until the list is complete, at most :data:`MOST_LISTINGS`
+    times. The list can omit a live thread if another thread exits during the read. The kernel finds
+    its position in the list by counting threads. It counts the exiting thread even if it does not
+    list this thread (proc_task_readdir(), first_tid() and next_tid(), fs/proc/base.c).
 
-    While a task is preempted inside __unhash_process() (kernel/exit.c), every list omits a thread
-    in this way.
+    While an exiting thread is preempted inside __unhash_process() (kernel/exit.c), every list omits
+    a live thread in this way. During this time, ``Threads:`` in /proc/PID/status no longer counts
+    the exiting thread, and a lookup of this thread's id fails.
 
-    At that time, ``Threads:`` in /proc/PID/status no longer counts the exiting thread, and a lookup
-    of this thread's id fails. Therefore the function reads the number of threads after it has read
-    the list. The list is complete if at least this number of the listed threads still exist.
+    Therefore the function reads the number of threads after it has read the list. The list is
+    complete if at least this number of the listed threads still exist.
     """
     found: list[str] = []
     for _ in range(MOST_LISTINGS):
@@ -341,9 +341,10 @@ def _count_threads(pid: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process on this host, for which :meth:`find` creates the object.
+    """A process on this host, identified by its pid and its start time.
 
-    The pid and the start time together identify the process, because the kernel can reuse the pid.
+    The start time is necessary because the kernel can reuse the pid. :meth:`find` creates the
+    object.
     """
 
     pid: int
@@ -358,7 +359,7 @@ class Process:
         return cls(pid, parse_start_time(read_file(f"{PROC}/{pid}/stat", pid)))
 
     def check(self) -> None:
-        """Check that the pid still belongs to the same process, which must be alive.
+        """Check that the process is alive, and that its pid has not been reused.
 
         :raises GoneError: If the process has exited, or if it is a zombie.
         """
@@ -457,8 +458,8 @@ def thread_map(process: Process) -> dict[int, int]:
     """Return the ids of a process's threads in this pid namespace.
 
     The keys of the result are the thread ids in the process's own pid namespace (NSpid of
-    ``/proc/PID/status``). The keys and the values differ if the process and this process run in
-    different pid namespaces.
+    ``/proc/PID/status``). The keys and the values differ if the process runs in another pid
+    namespace than qemu-prefault.
     """
     threads = process.threads()
     if len(process.status().ns_pids) <= 1:

@@ -26,9 +26,9 @@ CAP_SYS_PTRACE: Final = 19
 
 @dataclass(frozen=True, slots=True)
 class PtraceFacts:
-    """The properties of two processes that decide whether one may trace the other.
+    """The facts that decide whether this process may trace another process.
 
-    ``__ptrace_may_access()`` (kernel/ptrace.c) and the security modules evaluate these properties.
+    ``__ptrace_may_access()`` (kernel/ptrace.c) and the security modules evaluate these facts.
     """
 
     pid: int
@@ -105,8 +105,8 @@ def explain_ptrace(facts: PtraceFacts) -> tuple[str, str]:
 
 
 def _with_capability(facts: PtraceFacts, who: str) -> tuple[str, str]:
-    # If QEMU's user namespace cannot be read, assume that it differs from this one unless this
-    # process runs in the initial user namespace.
+    # If QEMU's user namespace cannot be read, assume that it differs from this process's user
+    # namespace unless this process runs in the initial user namespace.
     same = facts.own_initial_user_ns if facts.same_user_ns is None else facts.same_user_ns
     if not same:
         return (

@@ -54,9 +54,10 @@ class Reservation:
 
     @contextlib.contextmanager
     def check(self) -> Iterator[dict[str, int]]:
-        """Lock the reservations for the block, and yield the sums over the other runs.
+        """Lock the reservations within the block, and yield the other runs' totals.
 
-        Other runs wait for the lock before they check the limits. The keys of the result are those
+        Other runs wait for the lock before they check the limits. If another run holds the lock for
+        :data:`LOCK_SECONDS`, this run continues without the lock. The keys of the result are those
         of :attr:`.Limit.key`, and the values are in bytes.
         """
         with contextlib.ExitStack() as stack:
@@ -83,7 +84,7 @@ class Reservation:
             self._write()
 
     def take(self, taken: Mapping[str, int]) -> None:
-        """Subtract bytes that this run has populated from the reservation."""
+        """Reduce the reservation by the bytes that this run has populated."""
         for name, size in taken.items():
             if name in self._needs:
                 self._needs[name] = max(0, self._needs[name] - size)

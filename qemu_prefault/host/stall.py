@@ -26,7 +26,7 @@ class Stall:
         self._reported = False
 
     def starts(self, state: object) -> bool:
-        """Return True at the first call that detects a stall, and False at other calls.
+        """Return True at the first call that detects each stall, otherwise False.
 
         :param state: The current state.
         """

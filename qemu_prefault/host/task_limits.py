@@ -20,7 +20,7 @@ from .procfs import Process, parse_number, read_optional
 CAP_SYS_ADMIN: Final = 21  # include/uapi/linux/capability.h
 CAP_SYS_RESOURCE: Final = 24
 
-#: Tasks that helpers leave for QEMU. This is the maximum size of QEMU's thread pool
+#: Number of tasks that helpers leave for QEMU. This is the maximum size of QEMU's thread pool
 #: (util/thread-pool.c).
 RESERVE: Final = 64
 #: Minimum number of available tasks that is necessary to start a helper.
@@ -139,7 +139,7 @@ def _rlimits(process: Process) -> list[TaskLimit]:
     most_tasks = parse_limits(read_optional(f"{procfs.PROC}/{process.pid}/limits") or "").get(
         "Max processes"
     )
-    # copy_process(), kernel/fork.c: the limit does not apply to root or with these capabilities.
+    # copy_process() (kernel/fork.c) exempts root and processes with one of these capabilities.
     exempt = status.uids[0] == 0 or any(
         status.has_capability(number) for number in (CAP_SYS_RESOURCE, CAP_SYS_ADMIN)
     )

@@ -197,7 +197,8 @@ class ByVirsh:
             return done.stdout
         text = " ".join(done.stderr.split()).removeprefix("error: ")
         raise LibvirtError(
-            text or f"virsh {arguments[0]} failed", "list the domains: virsh list --all"
+            text or f"virsh {arguments[0]} failed",
+            "check that libvirt responds, and that it lists the domain: virsh list --all",
         )
 
     def _run_on(self, domain: str, *arguments: str) -> str:
@@ -209,9 +210,9 @@ class ByVirsh:
             raise
 
     def _knows(self, domain: str) -> bool:
-        """Return whether the domain exists.
+        """Return whether a domain has this name or UUID.
 
-        Return True if virsh cannot list the domains.
+        Return True if ``domain`` is a number, or if virsh cannot list the domains.
         """
         try:
             names = self._run("list", "--all", "--name") + self._run("list", "--all", "--uuid")

@@ -3,7 +3,7 @@
 
 For every running domain, the metrics are the faults, the stage-2 entries and the plugin's counters.
 With ``act``, the daemon also performs the configured action after a start, a restore or a
-migration. The daemon acts later than the hook, but it does not delay libvirt.
+migration. The daemon acts later than the hook, but does not delay libvirt.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The /etc/libvirt/hooks/qemu.d/50-qemu-prefault libvirt hook.
+"""The libvirt hook that is installed as /etc/libvirt/hooks/qemu.d/50-qemu-prefault.
 
 libvirt waits for the hook, and stops the guest if the hook fails. Therefore the hook follows these
 rules:
 
 * The hook never calls libvirt, because such a call would wait for the libvirt job that called the
   hook. The hook reads the XML on stdin, the pid file and ``/proc`` instead.
-* If a prefault would delay the guest, the hook starts another process, which prefaults the guest.
-  If the host runs systemd, this process is a transient systemd unit.
+* The hook prefaults a guest itself only if the configuration contains ``restore="now"``. Otherwise
+  it starts another process, which prefaults the guest after the guest has started. If the host runs
+  systemd, this process is a transient systemd unit.
 * The hook logs every error and always returns 0.
 
 libvirt calls the hook at these events, in this order (src/qemu/qemu_process.c, qemu_saveimage.c,
@@ -95,7 +96,10 @@ def _coming(moment: LifecycleEvent, xml: bytes, log: Log) -> bytes:
     found = domain_xml.loaded(xml)
     if found is None or os.path.exists(found.path):
         return b""
-    log(f"the {moment} continues without the plugin, because {found.path} does not exist here")
+    log(
+        f"the {moment} continues without the plugin, because {found.path} does not exist on this "
+        "host"
+    )
     return domain_xml.disable(xml).xml
 
 

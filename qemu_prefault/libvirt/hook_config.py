@@ -150,10 +150,10 @@ def _check(source: str, said: Any) -> None:
         if not fine:
             raise InputError(
                 f"{key}={_shown(value)} in {source} is not a valid value",
-                f"the values are: {wanted}",
+                f"the valid values are: {wanted}",
             )
 
 
 def _shown(value: object) -> str:
-    # str() refuses very long integers.
+    # str() raises ValueError for an integer of more than sys.get_int_max_str_digits() digits.
     return "a very large number" if isinstance(value, int) and abs(value) >> 64 else repr(value)

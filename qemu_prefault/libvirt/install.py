@@ -83,7 +83,7 @@ WantedBy=multi-user.target
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """A file of the installation, and whether :func:`install` had to write it."""
+    """An installed file, and whether :func:`install` had to write it."""
 
     path: Path
     changed: bool
@@ -195,4 +195,7 @@ def _write(path: Path, content: bytes, mode: int) -> Installed:
 
 
 def _cannot(what: str, path: Path, error: OSError) -> FailedError:
-    return FailedError(f"{path} could not be {what}: {error.strerror}", "run this command as root")
+    return FailedError(
+        f"{path} could not be {what}: {error.strerror}",
+        "run this command as root, and check that the file system is writable and not full",
+    )

@@ -6,7 +6,8 @@ only libvirt is connected to QEMU's monitor, and a hook must not call libvirt. T
 reads the names of the vCPU threads and the file descriptors in ``/proc``. The addresses of a PC's
 RAM depend on the machine type and the RAM size (pc_init1() in hw/i386/pc_piix.c, and pc_q35_init()
 in hw/i386/pc_q35.c). An incorrect address does no harm, because the ioctl fails with ENOENT for an
-address without a memory slot. Populating memory needs only QEMU's virtual addresses.
+address without a memory slot (kvm_tdp_map_page() in arch/x86/kvm/mmu/mmu.c). Populating memory
+needs only QEMU's virtual addresses.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def boot_ram(machine: str, memory: int) -> tuple[tuple[int, int, int], ...]:
 
 
 def check_plain_layout(arguments: Sequence[str], memory: int) -> None:
-    """Raise an error if RAM is not at the addresses that :func:`boot_ram` returns.
+    """Raise an error if RAM may be outside the addresses that :func:`boot_ram` returns.
 
     :param arguments: QEMU's command line.
     :param memory: The boot memory in bytes.
@@ -270,7 +271,7 @@ async def prefault_before_start(
 def _reason_not_to_populate(
     source: MemorySource, domain: Domain, absent: int, populate: str, reservation: Reservation
 ) -> str | None:
-    """Reserve absent memory, or return the reason why it must stay absent."""
+    """Reserve absent memory, or return the reason why it may not be populated."""
     if populate == "resident":
         return 'populate="resident"'
     if populate == "auto" and domain.current < domain.memory:

@@ -55,7 +55,7 @@ async def probe_domain(name: str) -> Findings:
         return Findings(0, tuple(findings), _status(findings))
     async with connect_vm(about.uuid, process.pid) as vm:
         inner = await probe(vm)
-    # Drop the advice on how to load the plugin, which is for QEMU processes without libvirt.
+    # Drop the advice on how to load the plugin. It applies only to QEMU outside libvirt.
     rest = [f for f in inner.findings if not (f.check == "plugin" and f.verdict == "note")]
     return Findings(process.pid, (*findings, *rest), inner.exit_status)
 

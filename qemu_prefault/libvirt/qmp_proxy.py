@@ -83,8 +83,9 @@ async def dial(domain: str) -> tuple[socket.socket, str]:
     except (OSError, ValueError):
         ours.close()
         raise FailedError(
-            f"the QMP proxy for domain {domain} did not start",
-            "see the message that the proxy printed above",
+            f"the QMP proxy for domain {domain} exited, or sent no message for "
+            f"{ANSWER_SECONDS:.0f} seconds",
+            "check that libvirt responds: virsh list. If the proxy printed an error, see it above",
             code=Code.LIBVIRT,
         ) from None
     except BaseException:

@@ -23,8 +23,8 @@ class DomainStatus:
     """The plugin's state in a domain's definition and in its running QEMU.
 
     :ivar domain: The domain's name.
-    :ivar in_xml: The plugin's path and options in the domain's definition, or None if it has no
-        plugin.
+    :ivar in_xml: The plugin's path and options in the domain's definition, or None if the
+        definition does not load the plugin.
     :ivar present: Whether the plugin's file exists on this host.
     :ivar current: Whether the plugin's file is identical to the plugin of this qemu-prefault.
     :ivar running: Whether the domain is running.

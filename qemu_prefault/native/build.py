@@ -26,8 +26,8 @@ SOURCES = (
     *("ptrace/tracee.c", "ptrace/filters.c", "ptrace/inject.c", "ptrace/run_gate.c"),
 )
 
-#: Compiler flags of the helper. They prevent the use of FPU registers, and calls to libc functions
-#: such as memset(), into which the optimizer could turn loops.
+#: Compiler flags of the helper. They prevent the use of FPU registers. They also prevent the
+#: optimizer from replacing loops with calls to libc functions such as memset().
 HELPER_FLAGS = [
     *("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror"),
     *("-ffreestanding", "-fno-builtin", "-fPIE", "-fno-stack-protector"),
@@ -132,7 +132,10 @@ static int kvm_pre_fault(int32_t vcpu_fd, uint64_t gpa, uint64_t size)
 	return ioctl(vcpu_fd, PREFAULT_IOCTL, &args) < 0 ? -errno : 0;
 }
 
-/* Call pidfd_getfd(2), which Python and glibc before 2.36 lack. Returns a descriptor or -errno. */
+/*
+ * Call pidfd_getfd(2). Python has no function for this call, and glibc has one since 2.36. Returns
+ * a descriptor or -errno.
+ */
 static int take_fd(int32_t pidfd, int32_t number)
 {
 	long fd = syscall(SYS_pidfd_getfd, pidfd, number, 0);

@@ -140,7 +140,7 @@ def _connect_unix(path: str) -> socket.socket | None:
     except ConnectionRefusedError as error:
         if not _is_socket(path):
             _fail(sock, InputError(f"{path} is not a socket", _REMEDY_ADDRESS), error)
-        cause = f"no process listens on {path}, probably because its QEMU has exited"
+        cause = f"no process listens on {path}, probably because QEMU has exited"
         _fail(
             sock, MonitorError(cause, "start QEMU, or specify the socket of a running QEMU"), error
         )
@@ -208,7 +208,7 @@ async def await_greeting(sock: socket.socket, address: str, deadline: float) -> 
         if place is _Place.BEHIND:
             raise _busy(address)
         if place is _Place.QUEUED:
-            limit = deadline  # QEMU serves no client, so its main loop may only be busy
+            limit = deadline  # QEMU serves no client. Its main loop may be busy.
         if not await _readable(sock, limit):
             raise _silent(address, _place(sock))
     try:
@@ -228,7 +228,7 @@ async def await_greeting(sock: socket.socket, address: str, deadline: float) -> 
         raise not_qmp(address, "it is a human monitor" if human else "its first bytes are not JSON")
     if start.lstrip()[1:2] in (b"\r", b"\n"):
         raise MonitorError(
-            f"{address} sends pretty-printed QMP, in which a message has several lines",
+            f"{address} sends pretty-printed QMP, in which a message spans several lines",
             "start QEMU with -qmp instead of -qmp-pretty, or with pretty=off",
             code=Code.MONITOR_NOT_QMP,
         )
@@ -255,7 +255,7 @@ def not_qmp(address: str, why: str) -> MonitorError:
 
 def brief(error: BaseException) -> str:
     """Return a short description of an exception from the qemu.qmp library."""
-    # str() of such an error quotes the whole message, which may be megabytes.
+    # str() of such an error quotes the whole message, which may be megabytes long.
     inner = error.exc if isinstance(error, ConnectError) else error
     text = getattr(inner, "error_message", None) or type(inner).__name__
     if isinstance(inner, ValueError) and "limit" in str(inner)[:200]:

@@ -72,8 +72,8 @@ def parse_mtree(text: str) -> tuple[FlatRange, ...]:
 
     The text contains one FlatView for each distinct address space, in the order of a hash table.
     This function reads the FlatView of the ``memory`` address space with root ``system``. Other
-    FlatViews have the same format but different addresses. The addresses in ``device-memory`` are
-    relative to its start. ``cpu-smm-0`` describes the memory in SMM.
+    FlatViews have the same format but different addresses. The addresses in the ``device-memory``
+    view are relative to the start of device memory. ``cpu-smm-0`` describes the memory in SMM.
 
     :param text: The reply to the HMP command, in lines that end with LF or CRLF.
     :raises LayoutError: If the view is missing, or if a line of the view is malformed or
@@ -110,7 +110,7 @@ def _parse_range(line: str) -> FlatRange:
     match = _RANGE.fullmatch(line)
     if match is None:
         raise _bad_line(line, "is not a memory range")
-    first, last = int(match[1], 16), int(match[2], 16)  # QEMU prints the last address
+    first, last = int(match[1], 16), int(match[2], 16)  # QEMU prints the inclusive end
     if last < first:
         raise _bad_line(line, "ends before it starts")
     if last >= MAX_GPA:

@@ -7,9 +7,9 @@ Each reply contains information that the other replies lack:
 ==========================  ==================================================================
 ``info mtree -f``           the guest's *current* view of each address (PAM, holes, ROM on
                             top), and which ranges are KVM memslots
-``info ramblock``           the page size of the backing, and (QEMU >= 8.1) its host address
-``query-memdev``            which of the blocks are guest RAM, and the kind of their backing
-``query-memory-devices``    which of these blocks are DIMMs, NVDIMMs, virtio-mem or
+``info ramblock``           the page size and (QEMU >= 8.1) the host address of each RAM block
+``query-memdev``            which RAM blocks are guest RAM, and the properties of their backends
+``query-memory-devices``    which RAM blocks belong to DIMMs, NVDIMMs, virtio-mem or
                             virtio-pmem
 ==========================  ==================================================================
 
@@ -286,7 +286,7 @@ def build_sections(
 
 
 class _Join:
-    """Tables of the monitor's replies, in which names are the keys.
+    """Lookup tables of the monitor's replies, by name.
 
     With these tables, :func:`build_sections` runs in linear time.
     """

@@ -79,7 +79,7 @@ class EventStream:
     """An async iterator over QMP events, which ends when the connection is closed.
 
     :meth:`Monitor.events` creates the stream. A stream keeps the newest :data:`MAX_EVENTS` unread
-        events. ``dropped`` is the number of unread events that the stream has dropped.
+    events. ``dropped`` is the number of unread events that the stream has dropped.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -143,7 +143,7 @@ class _Client(QMPClient):
     """A QMPClient that does not format every message for the debug log.
 
     Formatting takes most of the time and memory that a large reply needs. In qemu.qmp, the
-    overridden ``_cb_`` methods log each message.
+    ``_cb_`` methods that this class overrides log each message.
 
     :ivar cause: The exception that closed the connection, or None. ``disconnect()`` should raise
         this exception. However, if commands are pending, it may raise an AssertionError instead
@@ -217,8 +217,9 @@ class Monitor:
             accepts the connection but sends no greeting, the method fails after at most
             :data:`GREETING_TIMEOUT` seconds.
         :param command_timeout: The default time limit for each command, in seconds.
-        :param dial: A function that opens the connection, without a time limit. If it is not None,
-            ``address`` is only the name of the connection in messages.
+        :param dial: A function that opens the connection. ``connect_timeout`` starts when this
+            function returns. If ``dial`` is not None, ``address`` is only the name of the
+            connection in messages.
         :raises InputError: If the address is malformed, or if the socket or the host does not
             exist.
         :raises MonitorBusyError: If QEMU serves another client.
@@ -387,7 +388,7 @@ async def _negotiate(client: _Client, sock: socket.socket, address: str, deadlin
 
 
 async def _hang_up(client: _Client, sock: socket.socket) -> None:
-    # disconnect() first flushes its output, which the peer may not read, and then raises the
+    # disconnect() first flushes its output, which the peer may never read, and then raises the
     # exception that closed the connection (EOFError, OSError, …). Both are irrelevant now.
     with contextlib.suppress(Exception):
         async with asyncio.timeout(1.0):

@@ -105,7 +105,7 @@ async def read_vm_state(monitor: Monitor) -> VmState:
 
     The function sends the queries without waiting for the reply to each query. It reads the memory
     map before and after the host addresses. If firmware or hotplug has changed the map in the
-    meantime, the function repeats all queries.
+    meantime, the function repeats all queries, for up to 10 attempts in total.
 
     :raises LayoutError: If the replies contradict each other.
     :raises MonitorError: If a query failed, or if the memory map changed during every attempt.
@@ -176,7 +176,9 @@ async def _read_once(monitor: Monitor) -> VmState | None:
     enabled = expect_bool(kvm_info.get("enabled"), "enabled of query-kvm")
     ranges = parse_mtree(expect_str(mtree, "info mtree"))
     if len(ranges) > MAX_RANGES:
-        raise LayoutError(f"the guest's memory has {len(ranges)} ranges")
+        raise LayoutError(
+            f"the guest's memory map contains {len(ranges)} ranges, more than {MAX_RANGES}"
+        )
     blocks = parse_ramblocks(expect_str(ramblock, "info ramblock"))
     memdevs = parse_memdevs(memdev)
     memory_devices = parse_memory_devices(devices)
@@ -265,7 +267,7 @@ async def _host_addresses(
     device memory may be unknown. In this case, the result omits the range.
 
     :param memdevs: The ids of all memory backends.
-    :returns: None if guest RAM has moved during the queries.
+    :returns: The addresses, or None if guest RAM has moved during the queries.
     """
     wanted = [r for r in ranges if r.kind in ("ram", "rom") and r.size >= PAGE_SIZE]
     questions = [gpa for r in wanted for gpa in (r.start, (r.end - 1) // PAGE_SIZE * PAGE_SIZE)]

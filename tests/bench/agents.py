@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Measure restored guests with each agent, and with a patched QEMU on its own.
+"""Measure restored guests with each agent, and with the patched QEMU without the tool.
 
     agents.py LOOP
 

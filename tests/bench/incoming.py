@@ -7,10 +7,10 @@ The script needs KVM, so run.py runs the script in the lab or on a host that can
 line of output is the results as JSON. LOOP is a program that only issues the ioctl. The script runs
 LOOP on the same amount of memory.
 
-The script measures five rounds. Each round measures migrations without the tool and with the tool.
-The order changes from round to round. In the first migration, the guest writes continuously. In the
-second migration, the guest does not write, so that the script can measure the guest's first pass
-over its memory on the destination.
+The script measures five rounds. Each round measures two migrations without the tool and two with
+the tool. The order changes from round to round. In the first migration of each pair, the guest
+writes continuously. In the second migration, the guest does not write, so that the script can
+measure the guest's first pass over its memory on the destination.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def migrate(way: str, state: Path, directory: Path, busy: bool) -> dict[str, Any
             60,
         )
         source.qmp("migrate-set-parameters", downtime_limit=60_000)
-        # Read the values after the tool has exited, because the machine may have only one CPU.
+        # Wait until the tool has exited before reading the values. On a machine with one CPU,
+        # reading them would delay the tool.
         if tool is not None:
             result = tool.finish()
             if result.status:
@@ -92,8 +93,8 @@ def migrate(way: str, state: Path, directory: Path, busy: bool) -> dict[str, Any
         if tool is not None:
             while (arrived := target.wait_event("MIGRATION"))["data"]["status"] != "completed":
                 pass
-            # Without the tool, QEMU would start the guest at this event. Measure the time that the
-            # tool adds from this event, because the whole blackout varies more.
+            # Without the tool, QEMU would start the guest at this event. The time from this event
+            # to RESUME is the time that the tool adds. The whole blackout varies more.
             found["added"] = resumed - seconds_of(arrived)
         if busy:
             target.command("stop")

@@ -53,7 +53,7 @@ def boot(machine: str, way: str, again: bool = False) -> dict[str, Any]:
         guest.wait_ready()
         found: dict[str, Any] = {"seconds": time.monotonic() - started}
         stats = guest.stats()
-        # Exclude exits for the host's interrupts, whose number depends only on the duration.
+        # Exclude exits for host interrupts, because their number depends only on the duration.
         exits = stats["exits"] - stats["irq_exits"]
         found |= {"faults": stats["pf_taken"], "exits": exits}
         found["anonymous_mib"] = anonymous_mib(guest.pid)

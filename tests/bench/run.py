@@ -32,7 +32,8 @@ PYTHON = sys.executable
 TOOL = [PYTHON, "-m", "qemu_prefault"]
 REPETITIONS = 10
 GUEST_MIB = (256, 1024, 4096, 16384)
-# Read VmHWM, the peak since exec. ru_maxrss would include the memory of the process before exec.
+# Read VmHWM, the peak since exec. ru_maxrss would include the memory of the process before exec
+# (exec_mmap() in fs/exec.c).
 MEASURED_TOOL = """
 import atexit, sys
 def peak():
@@ -149,7 +150,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "plugin-sid": lambda: measure_in_lab("plugin.py", "nothing", "plugin", variant="sid"),
 }
 
-#: Parts that may be absent from the page, because they must first build QEMU or another image.
+#: Parts that may be absent from the page, because they need the patched QEMU or another image.
 OPTIONAL = ("agents", "plugin-sid")
 
 
@@ -175,7 +176,7 @@ def median(rows: Sequence[dict[str, float]], key: str) -> float:
     return statistics.median(row[key] for row in rows)
 
 
-#: For each limit: the name of the value, the value, the limit, and whether it is met.
+#: For each limit: the name of the value, the value, the limit, and whether the limit is met.
 Bars = list[tuple[str, str, str, bool]]
 
 
@@ -200,7 +201,7 @@ def plugin_bars(where: str, boots: dict[str, list[dict[str, Any]]]) -> Bars:
 
 
 #: The values that an idle plugin must not change: the key, the name in the table, and the
-#: tolerance. The tolerance of the memory is for the plugin itself.
+#: tolerance. The tolerance for memory allows for the plugin's own memory.
 IDLE = (
     ("seconds", "seconds until 256 MiB are written", 0),
     ("exits", "exits except for interrupts", 0),

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * Feed inputs to the C parsers. test_native.py links this file with the plugin's files and with the
- * address and undefined behaviour sanitizers, which abort the program after an invalid access.
+ * address and undefined behaviour sanitizers, which abort the program when they detect an error.
  *
- * argv[1] is an empty directory. Each input on stdin consists of two 32-bit words, which are the
- * parser's number and the size of the data, and of the data. The program writes one byte after each
- * input. SIGPROF kills the program if an input takes more than a second of CPU time.
+ * argv[1] is an empty directory. Each input on stdin is the parser's number and the data's size, as
+ * 32-bit words, followed by the data. The program writes one byte to stdout after each input.
+ * SIGPROF kills the program if an input takes more than a second of CPU time.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>

@@ -119,12 +119,12 @@ socket:[23144]
 
 
 def text(parse: Callable[[str], object]) -> Callable[[bytes], object]:
-    """Return a function that decodes an input like a /proc file and parses it."""
+    """Return a function that decodes an input like a /proc file and parses the text."""
     return lambda data: parse(data.decode("utf-8", "surrogateescape"))
 
 
 def two(parse: Callable[[str, str], object]) -> Callable[[bytes], object]:
-    """Return a function that parses the two texts around a ``--`` line."""
+    """Return a function that parses the texts before and after a ``--`` line."""
 
     def both(data: bytes) -> object:
         first, _, second = data.decode("utf-8", "surrogateescape").partition("--\n")
@@ -322,7 +322,7 @@ FILTERS = (
 
 
 def test_seccomp_filters(check: Check) -> None:
-    """Check that denied() returns only names of calls passed to it."""
+    """Check that denied() returns only system calls that were passed to it."""
     calls = [*required_calls([5, -1], area=1 << 44, gadget=7), *optional_calls(area=1 << 44)]
     names = {call.number.name for call in calls}
 

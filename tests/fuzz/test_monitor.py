@@ -49,7 +49,7 @@ DATA = Path(__file__).parents[1] / "data" / "monitor"
 
 
 def capture(path: Path) -> dict[str, str]:
-    """Return the replies in a captured session, as a mapping from commands."""
+    """Return the replies in a captured session, as a mapping from command to reply."""
     parts = re.split(r"^### (?:HMP|QMP) (.*)\n", path.read_text(), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=False))
 
@@ -315,7 +315,7 @@ def mutate_session(rng: random.Random, pool: Sequence[bytes]) -> bytes:
 async def session(data: bytes) -> None:
     """Run two commands against a peer that sends the input and closes the connection.
 
-    After each of the first four lines, the peer waits for a request for up to 2 ms.
+    After each of the first four lines, the peer waits up to 2 ms for a request.
     """
     ours, theirs = socket.socketpair()
     ours.setblocking(False)

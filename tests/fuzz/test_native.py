@@ -24,7 +24,8 @@ Check = Callable[[Target], None]
 
 HERE = Path(__file__).parent
 SANITIZE = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-#: The maximum size in bytes. A batch takes at least 5 ms, so a longer input would take minutes.
+#: The maximum size of an input in bytes. A batch takes at least 5 ms, so a longer input, which can
+#: contain more batches, would take minutes.
 LONGEST_REQUEST = 2048
 #: The plugin's files that contain these parsers, and the files on which they depend.
 PARTS = ("guest_ranges", "host_ranges", "options", "os")
@@ -60,7 +61,7 @@ INPUTS: dict[str, list[bytes]] = {
 
 
 class CrashError(Exception):
-    """An error because the program exited or did not reply."""
+    """The program exited or did not reply."""
 
 
 class Program:

@@ -58,7 +58,8 @@ class Plugin:
         answers = self.data.splitlines(keepends=True)
         with contextlib.suppress(OSError):
             for line in [*answers[:2], b"".join(answers[2:])]:
-                with contextlib.suppress(TimeoutError):  # the client waits for more than a line
+                # After a timeout, the client waits for another line before its next request.
+                with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(0.002):
                         await reader.readline()
                 writer.write(line)

@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help="seed of random choices (0: random)")
     parser.addoption("--minutes", type=float, default=2, help="duration of a soak")
     parser.addoption("--iteration", type=int, help="run only this iteration of a soak")
-    parser.addoption("--ledger", type=Path, help="file with results, from which a soak resumes")
+    parser.addoption("--ledger", type=Path, help="results file from which to resume a soak")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -48,7 +48,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def seed(request: pytest.FixtureRequest) -> int:
     """Print and return the seed of the test's random delays and choices.
 
-    Without ``--seed``, the seed itself is random.
+    If ``--seed`` is 0, the default, the seed itself is random.
     """
     wanted: int = request.config.getoption("seed")
     value = wanted or random.SystemRandom().getrandbits(32)
@@ -73,7 +73,7 @@ def agent(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def four_kilobyte_pages() -> Iterator[None]:
-    """Disable 2 MiB pages, because guests with them take too few faults to compare."""
+    """Disable transparent huge pages, because they leave too few faults to compare."""
     before = thp("never")
     yield
     thp(before)
@@ -90,10 +90,10 @@ def set_thp() -> Iterator[SetThp]:
 def make_saved_state(
     four_kilobyte_pages: None, tmp_path_factory: pytest.TempPathFactory
 ) -> MakeSavedState:
-    """Return a function that saves a guest with a workload and returns the file.
+    """Return a function that saves a guest and returns the file's path.
 
-    The function boots and saves each kind of guest once per QEMU, because the patched QEMU, which
-    has fewer devices, cannot restore a guest that Debian's QEMU has saved.
+    The function boots and saves each kind of guest once per QEMU binary. The patched QEMU has fewer
+    devices, so it cannot restore a guest that Debian's QEMU has saved.
     """
     states: dict[tuple[int, int, bool, str], Path] = {}
 

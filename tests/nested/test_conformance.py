@@ -30,14 +30,14 @@ AREA_MARKS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def this_host(four_kilobyte_pages: None) -> Iterator[HostFacts]:
-    """Enable huge pages of each size and KSM, and return this host's properties."""
+    """Enable KSM and huge pages of each size, and return this host's properties."""
     with prepared():
         yield read_host_facts()
 
 
 @pytest.fixture(scope="module")
 def results(this_host: HostFacts) -> AreaResults:
-    """Return a function that runs an area once and returns the area's results."""
+    """Return a function that runs an area's cases once and returns their results."""
     found: dict[str, list[CaseResult]] = {}
     cases = suite.all_cases()
 
@@ -88,7 +88,8 @@ def test_command_line() -> None:
     assert "2 cases" in result.stdout
 
 
-# Check that the suite detects a no-op ioctl, which the kernel's own selftest does not detect.
+# Check that the suite detects a no-op ioctl. The kernel's own selftest does not detect it
+# (tools/testing/selftests/kvm/pre_fault_memory_test.c).
 
 
 def do_nothing(self: KvmVcpu, gpa: int, size: int, **_: object) -> IoctlResult:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test on any KVM that a running Linux guest continues to run and keeps its memory.
+"""Test, on any KVM, that a running Linux guest keeps running and keeps its memory.
 
-Before Linux 6.11 and with ``npt=0``, KVM does not support the ioctl. In these cases, the tests
-check the error, the effect of ``--populate-only``, and that a refused run has no side effects.
+KVM does not support the ioctl before Linux 6.11 or with ``npt=0``. On such a KVM, the tests check
+the error, the effect of ``--populate-only``, and that a refused run has no side effects.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ALLOC_MIB = 64
 
 
 def minor_faults(guest: Guest) -> int:
-    """Return the number of page faults that QEMU took on the host, also in KVM."""
+    """Return the number of QEMU's minor faults on the host, including those in KVM_RUN."""
     fields = Path(f"/proc/{guest.pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[7])
 
@@ -66,7 +66,7 @@ def test_refusal_leaves_no_trace() -> None:
 
 
 def host_faults_of_new_memory(populate: bool) -> tuple[int, int]:
-    """Let a guest write 64 MiB of new memory and return the host and stage-2 faults."""
+    """Write 64 MiB of new memory in a guest, and return the host and stage-2 faults."""
     with Guest(machine="microvm", memory_mib=256) as guest:
         guest.wait_ready()
         if populate:
@@ -84,7 +84,7 @@ def test_populate_only_avoids_host_faults() -> None:
     pages = ALLOC_MIB << 8
     without, stage2_without = host_faults_of_new_memory(populate=False)
     populated, stage2 = host_faults_of_new_memory(populate=True)
-    print(f"host faults {without} without, {populated} with; stage 2: {stage2_without}, {stage2}")
+    print(f"host faults: {without}, populated: {populated}; stage 2: {stage2_without}, {stage2}")
     # The guest's kernel used some of these pages while it booted.
     assert without >= pages / 2
     assert populated <= without / 10
@@ -94,7 +94,7 @@ def test_populate_only_avoids_host_faults() -> None:
 
 @pytest.mark.full
 def test_suite_beside_live_guest() -> None:
-    """Check that the suite passes beside a running guest without affecting it."""
+    """Check that the suite passes while a guest runs, and does not affect the guest."""
     this = host_facts.read_host_facts()
     cases = [case for case in suite.all_cases() if case.area in ("paging", "slots", "foreign")]
     with Guest(machine="microvm", memory_mib=128, workload_mib=16) as guest:

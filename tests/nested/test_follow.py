@@ -21,7 +21,7 @@ DIMM = 128 * MIB  # the smallest size that Linux accepts
 
 
 def wait_complete(follower: Follower, guest: Guest) -> dict[str, Any]:
-    """Wait for the event of a run that leaves all memory prefaulted, and return it."""
+    """Wait until a run has prefaulted all memory, and return that run's event."""
     while True:
         event = follower.event()
         assert event["event"] == "prefaulted", event

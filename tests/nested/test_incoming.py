@@ -60,14 +60,14 @@ class Migration:
         wait_migrated(self.source)
 
     def faults(self) -> int:
-        """Wait for the guest's passes to end and return its faults on the destination."""
+        """Stop the guest's workload and return the faults on the destination."""
         assert self.target.command("stop")["bad"] == 0
         check_memory(self.target)
         return faults(self.target)
 
 
 class MakeMigration(Protocol):
-    """A function that prepares a migration, with options for the destination's QEMU."""
+    """A function that prepares a migration and passes options to the destination's QEMU."""
 
     def __call__(self, **options: Unpack[GuestOptions]) -> Migration: ...
 
@@ -219,7 +219,7 @@ def test_cont_before_arrival(make_migration: MakeMigration) -> None:
 
 @pytest.mark.full
 def test_unresponsive_qemu_is_waited_for(make_migration: MakeMigration) -> None:
-    """Stop QEMU for more than 30 s, the tool's usual time limit for a reply.
+    """Suspend QEMU for 40 s, longer than the 30 s that the tool usually waits for a reply.
 
     QEMU may not reply for minutes while it loads a guest from a slow file.
     """
@@ -263,7 +263,10 @@ def test_restore_from_file(
 
 
 def test_loadvm(tmp_path: Path) -> None:
-    """Prefault after ``loadvm``, which resets the machine and drops stage-2 tables."""
+    """Prefault after ``loadvm``, which resets the machine and drops stage-2 tables.
+
+    See load_snapshot() in QEMU's migration/savevm.c.
+    """
     with Guest(workload_mib=WORKLOAD_MIB, memory_mib=MEMORY_MIB) as guest:
         add_disk(guest, tmp_path / "disk")
         guest.wait_ready()

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.any_agent
 class ThrottledRun:
     """A run of the tool whose threads are slowed down after prefaulting has begun.
 
-    Until :meth:`finish`, the threads in QEMU that prefault get almost no CPU time.
+    Until :meth:`finish` is called, QEMU's prefaulting threads get almost no CPU time.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ThrottledRun:
         return self._tool.finish()
 
     def wait(self) -> Result:
-        """Wait until the tool exits on its own, before it has prefaulted all memory."""
+        """Wait until the tool exits while its threads are still slowed down."""
         return self._tool.finish()
 
     def close(self) -> None:
@@ -234,10 +234,10 @@ def test_interrupted_tool_resumes_guest(
 
 
 def stale_root(guest: Guest) -> Result:
-    """Prefault, delete a memslot while no vCPU runs, and prefault again.
+    """Prefault, delete and re-create a memslot while no vCPU runs, and prefault again.
 
-    The memslot is the VGA's memory. A write to the VGA's PCI command register (0x04 of 00:02.0)
-    through the monitor unmaps this memory.
+    The memslot is the VGA's memory. The monitor writes to the VGA's PCI command register
+    (0x04 of 00:02.0), which unmaps this memory and maps it again.
     """
     assert prefault(guest).status == 0
     for value in ("0x0", "0x3"):
@@ -252,7 +252,7 @@ def stale_root(guest: Guest) -> Result:
 def test_stale_root_is_reported() -> None:
     """Check that the tool detects a kernel that retries forever on an obsolete root.
 
-    Linux 6.15 fixes this kernel bug (commit 20a6cff3b283).
+    Since Linux 6.15 (commit 20a6cff3b283), kvm_mmu_reload() frees such a root.
     """
     with Guest(machine="pc", paused=True, args=["-device", "VGA,addr=2"]) as guest:
         guest.hmp("o /w 0xcf8 0x80001010")

@@ -24,11 +24,11 @@ from support.process import leftovers, wait_clean
 pytestmark = [pytest.mark.kill, pytest.mark.any_agent]
 
 SPARE = 32 << 20
-FALLOC_FL_PUNCH_HOLE = 0x02 | 0x01  # with KEEP_SIZE
+FALLOC_FL_PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_KEEP_SIZE is 0x01
 
 
 def punch_spare_memory(guest: Guest) -> None:
-    """Free the memory of an unused device, so that the next run populates it again."""
+    """Free an unused device's memory, so that the next run populates that memory again."""
     for link in Path(f"/proc/{guest.pid}/fd").iterdir():
         if os.readlink(link).startswith("/memfd:memory-backend-memfd"):
             fd = os.open(link, os.O_RDWR)
@@ -54,7 +54,8 @@ def test_kill_at_random_moments(request: pytest.FixtureRequest, seed: int) -> No
     args += ["-device", "nvdimm,memdev=spare"]
     run = ("--populate", "all")
     rng = random.Random(seed)
-    # The guest's machine may have memory above 4 GiB, so Linux reserves 64 MiB for bounce buffers.
+    # Plugged memory would be above 4 GiB, so the guest's kernel reserves 64 MiB for bounce buffers
+    # (pci_swiotlb_detect() in arch/x86/kernel/pci-dma.c).
     with Guest(
         machine="pc,nvdimm=on",
         memory_mib=192,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test on each machine and backend that the tool maps exactly the guest's RAM."""
+"""Test that the tool maps exactly the guest's RAM on each machine and backend."""
 
 from __future__ import annotations
 

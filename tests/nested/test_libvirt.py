@@ -199,7 +199,7 @@ def test_guest_starts_with_broken_config(
 def test_libvirtd_restart_keeps_guest(
     make_domain: MakeDomain, write_hook_config: WriteHookConfig, syslog: Syslog, libvirtd: Libvirtd
 ) -> None:
-    """Check that guests continue to run if libvirtd calls the hook with reconnect."""
+    """Check that guests keep running when libvirtd calls the hook with ``reconnect``."""
     write_hook_config('[default]\nrestore = "now"\nstart = "follow"\n')
     guest = make_domain("stays")
     guest.start()

@@ -70,7 +70,7 @@ def make_prepared_domain(
 
 @pytest.fixture
 def hook_calls() -> Iterator[HookCalls]:
-    """Return a function that lists libvirt's calls to hooks, which an extra hook logs."""
+    """Log libvirt's calls to hooks, and return a function that lists the calls."""
     script = Path("/") / HOOK_FILE.with_name("99-calls")
     log = Path("/run/hook-calls")
     log.write_text("")
@@ -120,7 +120,7 @@ def test_cold_start(
     report_row("cold start", method, guest.faults(), f"start {seconds:.2f} s")
     if method == HOOK:
         # libvirt calls the hook after the vCPUs have started, so the guest takes some faults
-        # before the run that the hook starts.
+        # before the hook's run begins.
         assert guest.faults() > MAX_RESIDUAL_FAULTS
         wait_until(lambda: syslog.lines(VERIFIED), "the run that the hook started has ended")
         check_nothing_left_to_fault(guest, 96)
@@ -168,7 +168,7 @@ def test_restore_saved_file(make_domain: MakeDomain, report_row: ReportRow, tmp_
 def test_hook_latency(
     libvirtd: Libvirtd, write_hook_config: WriteHookConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Print the durations of calls to the hook, because libvirt waits for the hook."""
+    """Print the duration of each call to the hook, because libvirt waits for the hook."""
     plain = "<domain type='kvm'><name>a</name><uuid>u</uuid><memory>1024</memory></domain>"
     asked = plain.replace("<name>", "<!-- qemu-prefault --><name>")
 
@@ -225,7 +225,7 @@ def test_reset_does_not_call_hook(
     hook_calls: HookCalls,
     report_row: ReportRow,
 ) -> None:
-    """Check that a reset causes faults, because libvirt does not call the hook then."""
+    """Check that libvirt calls no hook for a reset, so that the guest takes faults."""
     guest = make_domain(f"reset-{HOOK}")
     write_hook_config('[default]\nstart = "later"\n')
     guest.start()
@@ -298,7 +298,7 @@ def plugin_status(guest: LabDomain) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def expect_acpi_ost(guest: LabDomain) -> Iterator[None]:
-    """Check that QEMU reports the guest's ACPI _OST for a plugged device."""
+    """Check that QEMU sends ACPI_DEVICE_OST, which reports the guest's reply to a hotplug."""
     waiting = subprocess.Popen(
         ["virsh", "-c", guest.daemon.uri, "qemu-monitor-event", guest.name, "--event",
          "ACPI_DEVICE_OST", "--timeout", "60"],
@@ -355,10 +355,11 @@ def test_hook_prefaults_after_migration(
     syslog: Syslog,
     report_row: ReportRow,
 ) -> None:
-    """Check that the run that the hook starts waits until the guest has arrived.
+    """Check that the hook's run waits until the guest has arrived.
 
-    libvirt calls the hook before QEMU has loaded the guest's RAM. libvirt limits a client's wait
-    for a busy domain to 30 s, but the run must wait longer.
+    libvirt calls the hook before QEMU has loaded the guest's RAM. A client of libvirt waits at most
+    30 s for a busy domain (QEMU_JOB_WAIT_TIME in src/qemu/qemu_domain.c). The hook's run must wait
+    longer.
     """
     guest = make_domain("move-hook")
     guest.start()

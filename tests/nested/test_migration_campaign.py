@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test repeated migration of a running guest while some runs of the tool are killed.
+"""Migrate a running guest repeatedly, and kill some runs of the tool.
 
-The tool waits on each destination. ``--boots`` sets the number of migrations. The default is 6, and
-``make test-full`` uses 100. ``--seed`` repeats the random choices of an earlier run of the test.
+One run of the tool waits on each destination. ``--boots`` sets the number of migrations. The
+default is 6, and ``make test-full`` uses 100. ``--seed`` repeats the random choices of an earlier
+run of the test.
 """
 
 from __future__ import annotations

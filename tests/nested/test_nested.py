@@ -60,7 +60,7 @@ def make_nested_guest(make_restored_guest: MakeGuest) -> MakeNestedGuest:
     return start
 
 
-#: Both kinds of paging. Nested paging is only tested in ``make test-full``.
+#: Nested paging, which only ``make test-full`` tests, and shadow paging.
 both_paging_modes = pytest.mark.parametrize(
     "npt",
     [pytest.param(True, id="npt", marks=pytest.mark.full), pytest.param(False, id="shadow")],
@@ -128,7 +128,7 @@ def test_paused_npt_guest_is_not_prefaulted(make_nested_guest: MakeNestedGuest) 
     assert result.warnings == {"guest-mode"}
     assert "every vCPU ran a nested guest" in guest_mode_warning(result)
     assert "--cont" in guest_mode_warning(result)
-    # Populating may replace mapped pages, such as the zero page, so the number may fall.
+    # If populating replaces a mapped zero page, KVM unmaps the page.
     assert mapped_pages(guest) <= before and in_guest_mode(guest) == 1
     guest.qmp("cont")
     check_guest_runs(guest, prefaulted=False)
@@ -169,7 +169,7 @@ def test_running_guest_is_stopped_outside_guest_mode(
 ) -> None:
     guest = make_nested_guest(npt)
     tried: set[bool] = set()
-    while len(tried) < 2:  # until one run needed only one stop, and another run more
+    while len(tried) < 2:  # until one run needed one stop, and another run several
         result = prefault(guest)
         assert result.status == 0, result.stderr
         assert result.report["bytes"]["remaining"] == 0
@@ -188,7 +188,7 @@ def test_cont_leaves_guest_mode(make_nested_guest: MakeNestedGuest, npt: bool) -
     stop_in_guest_mode(guest)
     result = prefault(guest, "--cont")
     assert result.status == 0, result.stderr
-    assert "resumed and stopped again" in guest_mode_warning(result)
+    assert "resumed the guest and stopped it again" in guest_mode_warning(result)
     assert guest.status() == "running"
     check_guest_runs(guest, prefaulted=True)
 
@@ -260,7 +260,8 @@ def test_retries_are_bounded(
     assert result.status == 3, result.stderr
     assert guest.status() == "running"
     assert "stopped once" in guest_mode_warning(result)
-    # QEMU's own job does nothing in guest mode, with either kind of paging.
+    # In guest mode, the patched QEMU's job prefaults nothing. The ioctl fails only with nested
+    # paging.
     nothing_done = npt or agent == "qmp"
     assert (result.report["bytes"]["prefaulted"] == 0) == nothing_done
     check_guest_runs(guest, prefaulted=verified)
@@ -270,10 +271,11 @@ def test_retries_are_bounded(
 def test_ioctl_detects_guest_mode(
     make_nested_guest: MakeNestedGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Check that the tool detects guest mode from EOPNOTSUPP, without KVM's counter.
+    """Check that the tool detects guest mode from EOPNOTSUPP, without a counter.
 
-    Some hosts have no ``guest_mode`` counter. Each attempt then prefaults all memory, which takes a
-    second in the lab. The test raises the time limit to allow enough attempts.
+    If the tool cannot read KVM's ``guest_mode`` counter, each attempt issues the ioctl for all
+    memory, which takes a second in the lab. The test raises the time limit to allow enough
+    attempts.
     """
 
     async def nothing(*_: object) -> set[int]:
@@ -290,7 +292,7 @@ def test_ioctl_detects_guest_mode(
     result = prefault(guest, "--cont")
     assert result.status == 0, result.stderr
     assert not any_section_skipped(result, "no vCPU")
-    assert "resumed and stopped again" in guest_mode_warning(result)
+    assert "resumed the guest and stopped it again" in guest_mode_warning(result)
     check_guest_runs(guest, prefaulted=True)
 
 
@@ -298,7 +300,7 @@ def test_ioctl_detects_guest_mode(
 def test_guest_runs_if_tool_dies_between_stops(
     make_nested_guest: MakeNestedGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kill the tool between two stops, because each pause needs its own resume guard."""
+    """Kill the tool after several stops, because each pause needs its own resume guard."""
 
     async def always(*_: object) -> set[int]:
         return {0}

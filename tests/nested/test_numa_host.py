@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that a host with little memory per NUMA node kills no QEMU and empties no pool.
+"""Test that prefaulting on small NUMA nodes kills no QEMU and exhausts no pool.
 
 The lab's ``--numa`` option gives L1 one node with 3 GiB and one node with 1 GiB.
 """
@@ -60,7 +60,7 @@ pytestmark = [
 def test_ram_bound_to_a_small_node_is_refused(backing: str) -> None:
     """Check that RAM larger than its node is refused (vllm#51584, kubevirt#6981).
 
-    If the node were full, the OOM killer would kill QEMU.
+    If the tool populated such RAM, the OOM killer would kill QEMU.
     """
     free = node_bytes(1, "MemFree")
     with Guest(memory_mib=1500, backing=f"{backing},{BOUND}", paused=True) as guest:
@@ -230,10 +230,10 @@ def pools() -> Iterator[None]:
 def test_short_pool_of_a_node_is_refused(pools: None) -> None:
     """Check that RAM larger than its node's pool is refused.
 
-    If the pool were empty, QEMU would get SIGBUS (kubevirt#6981, cloud-hypervisor#7387).
+    If the tool populated such RAM, QEMU would get SIGBUS (kubevirt#6981, cloud-hypervisor#7387).
     """
     with Guest(memory_mib=256, backing=f"hugetlb,{BOUND}", paused=True) as guest:
-        free = int(pool(1, "free_hugepages").read_text())  # the other pages contain the kernel
+        free = int(pool(1, "free_hugepages").read_text())  # others hold the kernel image
         result = prefault(guest)
         assert (result.status, result.error["code"]) == (5, "no-memory")
         assert f"hugetlb on NUMA node 1 has only {2 * free:.1f} MiB" in result.error["cause"]
@@ -262,7 +262,7 @@ HERD_MIB = 512
 
 @pytest.fixture
 def make_herd() -> Iterator[Callable[..., list[Guest]]]:
-    """Return a function that starts three paused guests, too many for the host's memory."""
+    """Return a function that starts three paused guests, whose RAM exceeds the host's."""
     with contextlib.ExitStack() as stack:
 
         def make(**options: Unpack[GuestOptions]) -> list[Guest]:
@@ -286,7 +286,7 @@ def available() -> int:
 
 
 def test_runs_at_once_end_no_guest(make_herd: Callable[..., list[Guest]]) -> None:
-    """Start all guests at once, as after a reboot (harvester#2522, kubevirt#4560)."""
+    """Prefault all guests at once, as after a reboot (harvester#2522, kubevirt#4560)."""
     guests = make_herd()
     tools = [start_tool(guest, "--populate-only") for guest in guests]
     results = [tool.finish(600) for tool in tools]
@@ -297,7 +297,7 @@ def test_runs_at_once_end_no_guest(make_herd: Callable[..., list[Guest]]) -> Non
         elif result.status:
             assert (result.status, result.error["code"]) == (5, "no-memory"), result.stderr
     assert any(result.status == 0 for result in results)
-    assert any(result.status for result in results)  # otherwise the guests were too small
+    assert any(result.status for result in results)  # the host cannot hold all guests
     for guest in guests:
         guest.qmp("cont")
     for guest in guests:

@@ -94,7 +94,7 @@ def test_boot_on_huge_pages(
 
 
 def test_reset_takes_few_faults(make_plugin_guest: MakePluginGuest) -> None:
-    """Reset a guest, whose firmware then makes KVM drop the tables of low RAM again."""
+    """Check the faults after a reset, in which KVM drops the tables of low RAM again."""
     guest = make_plugin_guest(machine="q35", args=["-action", "reboot=reset"])
     guest.wait_ready()
     before = faults(guest)
@@ -110,8 +110,8 @@ def test_reset_takes_few_faults(make_plugin_guest: MakePluginGuest) -> None:
 def test_no_hang_with_the_quirk(make_plugin_guest: MakePluginGuest) -> None:
     """Keep KVM_X86_QUIRK_SLOT_ZAP_ALL enabled.
 
-    With this quirk, KVM drops all tables whenever QEMU deletes a memslot. Dropping all tables can
-    trigger the livelock in Linux 6.12.
+    With this quirk, KVM drops all tables whenever QEMU deletes a memslot. On kernels without
+    commit 20a6cff3b283 (Linux 6.15), the ioctl can then retry forever.
     """
     guest = make_plugin_guest("quirk=keep", machine="pc", args=["-action", "reboot=reset"])
     guest.wait_ready()
@@ -182,7 +182,7 @@ def test_restored_guest_is_prefaulted(make_plugin_guest: MakePluginGuest, tmp_pa
 def test_plugged_dimm_is_prefaulted(
     make_plugin_guest: MakePluginGuest, smp: int, options: list[str]
 ) -> None:
-    """Plug a DIMM into a guest with one vCPU, or with two that share the work."""
+    """Plug a DIMM into a guest with one vCPU, or with two vCPUs that share the work."""
     guest = make_plugin_guest(
         *options, machine="pc", smp=smp, memory="slots=2,maxmem=2G", workload_mib=32
     )
@@ -279,7 +279,7 @@ def test_dirty_logging_defers_prefault(make_plugin_guest: MakePluginGuest) -> No
 
 
 def test_qemu_responds_while_populating(make_plugin_guest: MakePluginGuest) -> None:
-    """Check that the QMP commands stop and quit work while a vCPU thread populates."""
+    """Check that QEMU executes ``stop`` and ``quit`` while a vCPU thread populates."""
     guest = make_plugin_guest(machine="microvm", memory_mib=1536, paused=True)
     guest.qmp("cont")
     while not guest.control("status")["counters"]["populated"]:

@@ -67,9 +67,10 @@ class Campaign:
         self.ready = False
 
     def turn_pam_off(self) -> None:
-        """Disable PAM, because a reset in QEMU does not disable it.
+        """Make the chipset map SeaBIOS's ROM again, because a reset does not reset PAM.
 
-        If PAM stays enabled, the guest starts in RAM to which SeaBIOS has not been copied.
+        Otherwise the guest would execute zeros in RAM to which SeaBIOS has not copied itself yet
+        (docs/design/plugin.md, "Firmware").
         """
         address, port = PAM0[self.machine]
         self.guest.qmp("stop")

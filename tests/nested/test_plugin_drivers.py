@@ -22,7 +22,7 @@ SLACK = 8 * MIB
 def make_guest() -> Iterator[MakeGuest]:
     """Return a function that starts a guest and waits until the plugin has prefaulted it.
 
-    The guest has loaded the drivers of the devices.
+    Before the function returns, the guest also loads its device drivers.
     """
     guests: list[Guest] = []
 
@@ -113,7 +113,7 @@ def test_ballooned_memory_stays_absent(make_guest: MakeGuest) -> None:
     guest.wait_kept()
     assert resident(guest) - inflated < SLACK
     check_memory(guest)
-    # The reset deflates the balloon. The plugin must not populate the balloon's memory.
+    # The reset deflates the balloon. The plugin must not populate memory that was in the balloon.
     guest.reset()
     guest.wait_ready()
     guest.wait_kept()

@@ -26,7 +26,7 @@ def poison(guest: Guest, gpa: int) -> None:
     """Offline a page of the guest's RAM, as the kernel does after a memory error."""
     hva = ram_hva(guest) + gpa
     with open(f"/proc/{guest.pid}/mem", "rb+", buffering=0) as memory:
-        os.pwrite(memory.fileno(), b"x", hva)  # make it present
+        os.pwrite(memory.fileno(), b"x", hva)  # make the page present
     with open(f"/proc/{guest.pid}/pagemap", "rb", buffering=0) as pagemap:
         (entry,) = struct.unpack("=Q", os.pread(pagemap.fileno(), 8, hva // 4096 * 8))
     assert entry & PRESENT
@@ -60,7 +60,7 @@ def test_only_the_poisoned_page_is_left_out(
 
 @pytest.mark.full
 def test_plugin_leaves_out_only_the_poisoned_page() -> None:
-    # In prelaunch, the plugin has not begun. It starts before the guest's first instruction.
+    # In prelaunch, the plugin has not prefaulted. It begins before the guest's first instruction.
     with Guest(memory_mib=256, paused=True, plugin=[]) as guest:
         poison(guest, POISONED)
         guest.qmp("cont")

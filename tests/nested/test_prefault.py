@@ -28,8 +28,8 @@ def test_restored_guest_takes_no_faults(make_restored_guest: MakeGuest) -> None:
     guest = make_restored_guest(workload_mib=64)
     result = prefault(guest)
     assert result.status == 0, result.stderr
-    assert guest.status() == "paused"  # as before
-    assert result.report["seconds"]["paused"] == 0  # the tool did not pause it
+    assert guest.status() == "paused"  # the run does not resume the guest
+    assert result.report["seconds"]["paused"] == 0  # the guest was already paused
     assert faults_of_first_pass(guest) <= control / 1000
     assert leftovers(guest.pid) == []
 

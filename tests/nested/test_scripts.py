@@ -132,7 +132,8 @@ def test_vcpu_fds_give_eio(make_restored_guest: MakeGuest, running: bool) -> Non
     guest = make_restored_guest(smp=2, workload_mib=WORKLOAD_MIB)
     if running:
         guest.qmp("cont")
-        guest.command("run")  # KVM_RUN holds vcpu->mutex, so an ioctl that takes it would hang
+        # KVM_RUN holds vcpu->mutex, so an ioctl that waits for this mutex would hang.
+        guest.command("run")
     before = guest.stats()["pages_4k"]
     done = run_script("vcpu-fds", guest)
     assert done.returncode == 0, done.stderr
@@ -150,7 +151,7 @@ def test_vcpu_fds_give_eio(make_restored_guest: MakeGuest, running: bool) -> Non
 def test_vcpu_fds_give_eio_where_unsupported() -> None:
     """Check that the ioctl fails with EIO on a KVM that does not support it.
 
-    KVM checks the calling process before it checks the request.
+    kvm_vcpu_ioctl() (virt/kvm/kvm_main.c) checks the calling process before the request.
     """
     with Guest(machine="microvm", memory_mib=128, paused=True) as guest:
         done = run_script("vcpu-fds", guest)
@@ -200,7 +201,7 @@ def start_watch() -> Iterator[StartWatch]:
 
 
 def rows_until(process: subprocess.Popen[str], condition: Callable[[Row], bool]) -> list[Row]:
-    """Return the rows up to the first one that meets a condition."""
+    """Return the rows up to and including the first one that meets a condition."""
     assert process.stdout is not None
     rows: list[Row] = []
     for line in process.stdout:
@@ -215,7 +216,7 @@ def rows_until(process: subprocess.Popen[str], condition: Callable[[Row], bool])
 def test_watch_stage2(
     make_restored_guest: MakeGuest, start_watch: StartWatch, tmp_path: Path
 ) -> None:
-    """Check that the script shows that the tool or a vCPU's faults fill the tables."""
+    """Check that the script distinguishes prefaulting from faults of a vCPU."""
     sockets = [str(tmp_path / f"watch{number}") for number in range(2)]
     prefaulted, left_alone = (
         make_restored_guest(

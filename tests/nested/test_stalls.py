@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that a run does not make a guest wait, however its vCPUs are scheduled.
+"""Test that a run does not stall a guest under any scheduling policy for vCPUs.
 
 Each test compares a guest with a control guest that has the same scheduling. Only the guest is
-prefaulted. Both measure the longest time between two passes over their memory, on the guest's
-clock, which excludes the pauses that the tool reports. tests/qemu/test_stalls.py measures all
-stalls, with vCPUs that never sleep, but without the ioctl.
+prefaulted. Each guest measures the longest time between two passes over its memory. A guest's clock
+excludes the pauses that the tool reports. tests/qemu/test_stalls.py measures every interval
+in which a vCPU does not run, but without the ioctl.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from support.limits import cgroups, in_group
 from support.process import wait_clean
 from support.scheduling import limit_cpu, remove_cpu_limits, set_policy, vcpu_threads
 
-#: The longest stall in seconds that the control does not have.
+#: The maximum time in seconds by which the guest's longest stall may exceed the control's.
 STALL = 0.1
 #: Milliseconds of sleep between two passes. The busy guests together use about half of the CPU.
 SLEEP = {"busy": 3, "idle": 50}
@@ -56,7 +56,7 @@ def test_guest_does_not_stall(make_restored_guest: MakeGuest, policy: str, load:
             assert answers[name]["bad"] == 0, answers
             assert guest.status() == "running"
             wait_clean(guest.pid)
-        # A run that cannot complete must give the reason.
+        # A run that cannot complete must report the reason.
         assert result.status == 0 or result.warnings or "error" in result.report, result
         control = float(answers["control"]["longest"])
         assert float(answers["guest"]["longest"]) <= control + STALL, (answers, result.report)

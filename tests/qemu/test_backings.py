@@ -44,7 +44,7 @@ SIZE = 64  # MiB of guest RAM
 
 
 class Verdict(Enum):
-    """An agent's action on guest RAM that is absent."""
+    """The result of an agent's attempt to populate guest RAM."""
 
     POPULATED = "all memory is populated"
     PRESENT = "QEMU had allocated all memory"
@@ -104,7 +104,7 @@ class Host:
         self.prefix = in_group(group)
 
     def hide_groups(self, *how: str) -> None:
-        """Limit QEMU's cgroup, and hide the limit from QEMU with a command."""
+        """Limit QEMU's cgroup, and start QEMU with a command that hides the limit."""
         self.memory_group(60)
         self.prefix = [*self.prefix, *how]
 
@@ -214,7 +214,7 @@ def refused(
 
 
 ROWS = (
-    # No limit is near.
+    # Memory without a limit.
     Row("default RAM", plain(), POPULATED, marks=QUICK),
     Row("ram", backend("ram"), POPULATED),
     Row("ram shared", backend("ram", "share=on"), POPULATED),

@@ -280,7 +280,8 @@ def test_foreign_pid_is_refused(vm: QemuVm) -> None:
 def test_main_thread_as_vcpu_is_harmless(through: Through, vm: QemuVm) -> None:
     """Check that QEMU survives if the proxy reports QEMU's main thread as a vCPU.
 
-    A paused vCPU's thread waits for a futex, but the main thread waits in ppoll().
+    A paused vCPU's thread waits for a futex (qemu_wait_io_event() in system/cpus.c), but the main
+    thread waits in ppoll().
     """
     through(with_threads([vm.pid]))
     assert vm.qmp.execute("query-version")

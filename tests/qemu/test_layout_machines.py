@@ -39,7 +39,7 @@ def ram(machine: VmState) -> list[MemorySection]:
 
 
 def backings(qemu: Any, machine: VmState) -> dict[str | None, str]:
-    """Check that all RAM is mapped and return the kind of mapping of each backend."""
+    """Check that all RAM is mapped, and return each backend's kind of mapping."""
     maps = Process.find(qemu.pid).maps()
     found: dict[str | None, str] = {}
     for section in ram(machine):
@@ -78,7 +78,10 @@ def test_microvm(start_qemu: StartQemu, accel: str) -> None:
 
 @pytest.mark.parametrize(("machine_type", "low"), [("pc", 3), ("q35", 2), ("microvm", 3)])
 def test_above_4g(start_qemu: StartQemu, machine_type: str, low: int) -> None:
-    """Check RAM above 4 GiB, which needs no host memory while the guest does not use it."""
+    """Check the layout of RAM above 4 GiB.
+
+    The guest is paused, so the host needs much less than 5 GiB of memory.
+    """
     machine = read(start_qemu("-M", machine_type, "-m", "5G"))
     *_, below, above = ram(machine)
     assert (below.gpa, below.end) == (MIB, low * GIB)
@@ -201,7 +204,7 @@ def test_hotplugged_dimm_appears(start_qemu: StartQemu, accel: str) -> None:
 
 
 def test_seabios_finishes(start_qemu: StartQemu) -> None:
-    """Check that firmware_ahead() becomes false when SeaBIOS has set up its memslots."""
+    """Check that firmware_ahead() becomes false when SeaBIOS has finished changing memslots."""
     qemu = start_qemu("-M", "q35", "-m", "128M", "-vga", "std", accel="kvm", paused=False)
 
     async def main() -> None:
@@ -235,7 +238,8 @@ def test_migration_status(start_qemu: StartQemu, tmp_path: Path) -> None:
                     if event.data.get("status") == "completed":
                         break
             machine = await read_vm_state(monitor)
-            # QEMU sends the completion event before it changes the run state.
+            # QEMU sends the completion event before it changes the run state
+            # (migration_iteration_finish() in migration/migration.c).
             assert machine.migration == "completed"
             assert machine.status in ("finish-migrate", "postmigrate")
             with pytest.raises(RefusedError) as refusal:
@@ -255,7 +259,8 @@ def test_halted_vcpu_waits_in_a_futex(start_qemu: StartQemu) -> None:
     syscall = process.thread_syscall(vcpu.thread_id)
     assert syscall is not None and syscall.startswith("202 ")  # futex: qemu_wait_io_event()
     assert process.exe is not None and "qemu-system" in process.exe
-    # QEMU's vCPU threads block most signals, but not SIGUSR1, which kicks them.
+    # QEMU's vCPU threads block most signals, but not SIGUSR1, with which QEMU kicks them
+    # (kvm_init_cpu_signals() in accel/kvm/kvm-all.c).
     assert not process.status(vcpu.thread_id).sig_blocked >> 9 & 1
 
 

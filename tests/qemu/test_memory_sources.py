@@ -128,7 +128,7 @@ def test_memory_shortage_ends_the_run(vm_of: StartVm, tmpfs: Path) -> None:
 
 
 def test_disk_file_is_not_populated(vm_of: StartVm, tmp_path: Path) -> None:
-    """Check that ``auto`` does not write files on disks.
+    """Check that ``--populate auto`` does not populate files on disks.
 
     The setup is from LookingGlass#403.
     """

@@ -75,7 +75,7 @@ def test_second_client_is_refused_and_can_retry(start_qemu: StartQemu) -> None:
                 assert caught.value.exit_status == ExitStatus.REFUSED
                 assert caught.value.code == "monitor-busy"
                 assert "second" in caught.value.remedy
-            # QEMU must not have executed commands of the waiting clients.
+            # QEMU must not have executed commands from the waiting clients.
             assert await first.execute("query-name") == {}
         async with Monitor.connect(qemu.qmp) as again:
             assert again.alive

@@ -202,7 +202,7 @@ HONEST: dict[str, object] = {
 def qmp_server(lies: Mapping[str, object]) -> Callable[[socket.socket], None]:
     """Return a server that replies like QEMU, except for certain false replies.
 
-    :param lies: The false reply for each command. The server sends a reply of type bytes unchanged.
+    :param lies: The false reply to each command. A reply of type bytes is sent without encoding.
     """
 
     def answer(request: dict[str, Any]) -> bytes:
@@ -264,7 +264,7 @@ LEGAL: dict[str, list[object]] = {
     "query-balloon": [None],  # null means that the device is absent
     "query-migrate": [None, {}, {"return": 1}],
     "query-dirty-rate": [None, {}, {"return": 1}],
-    "query-stats": [[], [{}]],  # the reply may be from another provider
+    "query-stats": [[], [{}]],  # no statistics, or those of another provider
     "query-memdev": [[], [{}]],  # no known RAM, which does not contradict other replies
     "info numa": ["x"],
     "qom-get": NONSENSE,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the plugin with allocators whose system calls pass through its hooks."""
+"""Test the plugin with allocators whose calls to libc pass through the plugin's hooks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ needs_kvm = pytest.mark.skipif(not kvm_usable(), reason="/dev/kvm cannot be open
 
 @dataclass(frozen=True)
 class Allocator:
-    """An allocator's library and Debian package, and a variable that configures it.
+    """An allocator's library and Debian package, and an environment variable for it.
 
     :ivar linked: True to link the program with the library, false to use LD_PRELOAD.
     """
@@ -33,7 +33,7 @@ class Allocator:
     linked: bool = False
 
     def path(self) -> Path:
-        """Return the path of the library, or skip the test if it is not installed."""
+        """Return the library's path, or skip the test if the library is not installed."""
         for directory in ("/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib"):
             if found := sorted(Path(directory).glob(self.library)):
                 return found[0]
@@ -78,13 +78,13 @@ def allocator(request: pytest.FixtureRequest) -> Allocator:
 
 
 def linked_qemu(allocator: Allocator, directory: Path) -> list[str]:
-    """Return the command of a QEMU that is linked with an allocator."""
+    """Link a copy of QEMU with an allocator, and return the command that starts it."""
     if shutil.which("patchelf") is None:
         pytest.skip("patchelf is not installed")
     qemu = directory / "qemu-system-x86_64"
     shutil.copy(str(QEMU), qemu)
     subprocess.run(["patchelf", "--add-needed", str(allocator.path()), qemu], check=True)
-    # A QEMU in another directory looks for its firmware there.
+    # QEMU searches for firmware relative to its own directory (get_relocated_path()).
     return [str(qemu), "-L", "/usr/share/qemu", "-L", "/usr/share/seabios"]
 
 

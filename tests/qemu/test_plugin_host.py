@@ -42,7 +42,7 @@ def start(start_qemu: StartQemu, *options: str) -> Qemu:
 
 
 class Control:
-    """A simple client of the plugin's control socket."""
+    """A simple client for the plugin's control socket."""
 
     def __init__(self, path: str | Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
@@ -103,7 +103,7 @@ def test_no_kvm_disables_the_plugin(way: str) -> None:
 
 @needs_kvm
 def test_daemonized_kvm_is_seen(tmp_path: Path) -> None:
-    """Check that only QEMU's daemon process reports a VM, but not its parents."""
+    """Check that no parent of QEMU's daemon reports that QEMU does not use KVM."""
     assert QEMU
     pidfile = tmp_path / "pid"
     machine = ["-nodefaults", "-display", "none", "-S", "-accel", "kvm", "-m", "64M"]
@@ -274,7 +274,7 @@ def test_batch_ends_with_its_client(control: Callable[..., Control]) -> None:
 
 @needs_kvm
 def test_vcpu_that_has_run_is_no_longer_lent(start_qemu: StartQemu, tmp_path: Path) -> None:
-    """Check that a lent vCPU is refused after it has run.
+    """Check that the plugin refuses work for a lent vCPU after the vCPU has run.
 
     The ioctl must not run after KVM_RUN has returned and before QEMU has read KVM_RUN's result.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test how the plugin detects QEMU, and its message if QEMU does not use KVM."""
+"""Test how the plugin detects QEMU, and reports that QEMU does not use KVM."""
 
 from __future__ import annotations
 
@@ -187,9 +187,10 @@ def test_qemu_without_a_guest_reports_nothing(status: int, arguments: Sequence[s
 @pytest.mark.parametrize("accel", ["tcg", pytest.param("kvm", marks=needs_kvm)])
 @pytest.mark.parametrize("how", ["run", "plugin"])
 def test_parents_of_daemon_report_nothing(how: str, accel: str, tmp_path: Path) -> None:
-    """Check that the daemon's parent processes do not report that QEMU uses TCG.
+    """Check that no parent of QEMU's daemon reports that QEMU does not use KVM.
 
-    With ``-daemonize``, QEMU forks twice, and only the last process creates the VM.
+    With ``-daemonize``, QEMU forks twice (os_daemonize() in os-posix.c), and only the last process
+    creates the VM.
     """
     pid_file, qmp, control = (tmp_path / name for name in ("pid", "qmp", "control"))
     arguments = (*BASE, "-S", "-accel", accel, "-daemonize", "-pidfile", str(pid_file))

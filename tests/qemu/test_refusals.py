@@ -302,9 +302,9 @@ def test_force_overrides_the_limit(vm_of: StartVm, memory_cgroup: Callable[[int]
 
 
 def test_guest_larger_than_the_host(vm_of: StartVm) -> None:
-    """Check that the tool does not populate an overcommitted guest.
+    """Check that the tool does not populate a guest that is larger than the host's memory.
 
-    The tool must refuse ``--populate all``.
+    With ``--populate all``, the tool must refuse the run.
     """
     total = int(Path("/proc/meminfo").read_text().split()[1]) >> 10  # MiB
     size = f"{total + 1024}M"

@@ -29,7 +29,8 @@ from qemu_prefault_lab.wait import wait_for
 from support.process import leftovers, tracers, wait_clean
 from support.qemu import MIB, QemuVm, StartQemu, start_vm
 
-#: A program that simulates a vCPU thread: it issues the ioctls on stdin, which fail (ENOTTY).
+#: A program that simulates a vCPU thread. It reads ioctl numbers from stdin and issues these
+#: ioctls, which fail with ENOTTY.
 THREAD = """
 import ctypes, mmap, signal, sys
 page = mmap.mmap(-1, 1 << 20)
@@ -110,7 +111,7 @@ def test_vcpu_waits_for_the_helper(vcpu: FakeVcpu) -> None:
             vcpu.helper.write_word("batch_done", 1)
             vcpu.signals_seen()
             assert not tracers(vcpu.pid)
-            assert gate.holds()  # the batch has ended in order
+            assert gate.holds()  # the batch ended normally, so the gate continues
             await gate.release()
 
     asyncio.run(check())
@@ -141,7 +142,7 @@ def test_other_calls_and_signals_pass(vcpu: FakeVcpu) -> None:
             assert not tracers(vcpu.pid)
             vcpu.ioctl(KVM_RUN)
             vcpu.signals_seen()
-            assert vcpu.read("vcpu_runs") == 0  # this process has resumed the guest
+            assert vcpu.read("vcpu_runs") == 0  # the gate no longer detects KVM_RUN
 
     asyncio.run(check())
 
@@ -234,7 +235,7 @@ def test_dead_or_stopped_tool_does_not_freeze_the_vcpu(
 
 
 def test_gate_ends_beside_a_fork_of_the_tool(vcpu: FakeVcpu) -> None:
-    """Check that the gate exits although a forked process has the gate's socket.
+    """Check that the gate exits although a fork of the tool keeps the gate's socket open.
 
     The resume guard is such a process, because it inherits the tool's descriptors.
     """

@@ -261,7 +261,7 @@ def test_qmp_shell_accepts_every_line(vm_of: StartVm, tmp_path: Path, accel: str
         text=True,
         timeout=60,
         check=False,
-        env=os.environ | {"HOME": str(tmp_path)},  # for its history file
+        env=os.environ | {"HOME": str(tmp_path)},  # for qmp-shell's history file
     )
     assert (done.returncode, done.stderr) == (0, "")
     replies = [part.strip() for part in done.stdout.split("(QEMU) ")[1:]]

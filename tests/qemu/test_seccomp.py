@@ -144,7 +144,7 @@ def test_unreadable_filters(
 ) -> None:
     """Check that only QEMU's own filter is accepted without CAP_SYS_ADMIN.
 
-    Without this capability, the tool cannot read filters.
+    Without this capability, the tool cannot read filters (PTRACE_SECCOMP_GET_FILTER).
     """
     if shutil.which("setpriv") is None:
         pytest.skip("setpriv is not installed")

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Execute a program on a KVM that seems to offer KVM_PRE_FAULT_MEMORY.
+"""Execute a program to which KVM seems to offer KVM_PRE_FAULT_MEMORY.
 
-The plugin populates only if KVM offers the ioctl. With this program, tests can run the plugin on a
+The plugin populates only if KVM offers the ioctl. With this module, tests can run the plugin on a
 host whose KVM lacks the ioctl. A seccomp filter passes the ioctl, and the query for its capability,
-to a supervisor. The supervisor simulates a KVM that offers the ioctl and always maps the whole
-range. The kernel executes all other system calls. The supervisor exits when the program exits.
+to a supervisor. The supervisor simulates a KVM that offers the ioctl, and whose ioctl always
+succeeds for the whole range. The kernel executes all other system calls. The supervisor exits when
+the program exits.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ FILTER = (
 
 
 def prefix() -> list[str]:
-    """Return the arguments to prepend to a command to run it on such a KVM."""
+    """Return the arguments to prepend to a command so that KVM seems to offer the ioctl."""
     directory = Path(__file__).parent.parent
     return ["env", f"PYTHONPATH={directory}", sys.executable, "-m", __name__]
 

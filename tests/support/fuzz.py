@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Mutate inputs, feed them to a parser, and collect the faults.
 
-A parser must return a value or raise an error that its documentation names. Its CPU time and memory
-must be bounded. All other behaviour is a fault. The inputs depend only on the seed.
+A parser must return a value or raise a documented error. The parser's CPU time and memory must be
+bounded. All other behaviour is a fault. The inputs depend only on the seed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from qemu_prefault.errors import QemuPrefaultError
 
 #: Seconds of CPU time for one input.
 CPU_SECONDS: Final = 1.0
-#: Seconds after which a process is killed if it is blocked where no signal handler can run.
+#: Seconds after which the process exits if it is blocked where no signal handler can run.
 HANG_SECONDS: Final = 300
 #: The maximum growth of the address space in bytes.
 MEMORY: Final = 2 << 30
-#: The usual limit of a mutated input in bytes. The limit of rare longer inputs is :data:`LONG`.
+#: The usual limit of a mutated input in bytes. A few inputs are longer, up to :data:`LONG`.
 NORMAL: Final = 16 << 10
 LONG: Final = 256 << 10
 
@@ -38,7 +38,7 @@ Mutate = Callable[[random.Random, Sequence[bytes]], bytes]
 
 
 class TooSlowError(BaseException):
-    """An error because a parser exceeded the CPU time limit for one input."""
+    """A parser exceeded the CPU time limit for one input."""
 
 
 # --- mutations ---
@@ -129,7 +129,8 @@ def mutate_bytes(rng: random.Random, pool: Sequence[bytes]) -> bytes:
     return data
 
 
-#: Texts that are replaced after serialization, because json.dumps() cannot write them.
+#: Placeholders, and the deeply nested arrays that replace the placeholders after serialization,
+#: because json.dumps() cannot write such arrays.
 DEEP: Final = {b'"@deep@"': b"[" * 400 + b"]" * 400, b'"@deeper@"': b"[" * 50_000 + b"]" * 50_000}
 VALUES: Final[tuple[Any, ...]] = (
     *(None, True, False, 0, 1, -1, 7, 4096, 1 << 31, 1 << 63, 1 << 64, -(1 << 70), 10**400),
@@ -208,7 +209,7 @@ class Target:
     """A parser, and valid inputs from which the mutations start.
 
     :ivar errors: The errors that the parser is allowed to raise.
-    :ivar cost: The relative time for parsing one input. A short text has the value 1.
+    :ivar cost: The relative time that parsing one input takes. The value for a short text is 1.
     """
 
     name: str

@@ -19,7 +19,7 @@ from .tool import Result, Tool
 
 #: MiB of guest memory in addition to the workload, for the kernel and for untouched memory.
 OTHER_MIB = 96
-#: Arguments of snapshot-save and snapshot-load, for the disk of :func:`add_disk`.
+#: Arguments for snapshot-save and snapshot-load, for the disk that :func:`add_disk` adds.
 SNAPSHOT = {"tag": "s", "vmstate": "disk", "devices": ["disk"]}
 
 
@@ -53,7 +53,8 @@ class MakeGuest(Protocol):
     def __call__(self, **options: Unpack[GuestOptions]) -> Guest: ...
 
 
-#: A function of the number of vCPUs, the workload's MiB, and ``kvm``.
+#: A function that takes the number of vCPUs, the workload's size in MiB, and whether the guest has
+#: KVM, and returns the path of a saved guest.
 MakeSavedState = Callable[[int, int, bool], Path]
 SetThp = Callable[[str], str]
 

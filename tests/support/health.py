@@ -15,7 +15,7 @@ TROUBLE = re.compile(
 
 
 class UnhealthyGuestError(AssertionError):
-    """An error because a guest's systemd unit failed or its kernel logged an error."""
+    """A guest's systemd unit failed, or the guest's kernel logged an error."""
 
 
 def check_log(log: str) -> None:
@@ -35,7 +35,7 @@ def check_health(shell: Callable[[str], str], dmesg: str = "dmesg") -> None:
     """Check that the guest's system is up, without failed units or kernel errors.
 
     :param shell: A function that runs a command in the guest and returns the command's output,
-        regardless of its exit status. The time limit must be long enough for a boot to finish.
+        regardless of the exit status. The time limit must be long enough for a boot to finish.
     :param dmesg: The command that prints the kernel's log.
     :raises UnhealthyGuestError: If one of these checks fails.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A ledger of a long test, from which an interrupted run can resume.
+"""A ledger for a long test, from which an interrupted run can resume.
 
 The ledger contains one line of JSON for each iteration.
 """
@@ -17,8 +17,9 @@ Entry = dict[str, Any]
 class Ledger:
     """The iterations of one seed.
 
-    :param path: The file, or None. If the file exists, its entries for this seed are read. The
-        file can also be the saved output of tests/run.py, whose lines have a prefix.
+    :param path: The ledger's file, or None for no file. If the file exists, its entries for this
+        seed are read. The file can also be the saved output of tests/run.py, whose lines have a
+        prefix.
     """
 
     def __init__(self, path: Path | None, seed: int) -> None:

@@ -35,7 +35,7 @@ def mounted(kind: str, point: Path, options: str, source: str = "none") -> Itera
 
 @contextmanager
 def ext4(point: Path, mib: int) -> Iterator[Path]:
-    """Mount a new ext4 file system in an image of this size."""
+    """Mount a new ext4 file system of ``mib`` MiB within the block."""
     image = point.with_suffix(".img")
     image.write_bytes(b"")
     os.truncate(image, mib * MIB)
@@ -52,7 +52,7 @@ def ext4(point: Path, mib: int) -> Iterator[Path]:
 
 @contextmanager
 def huge_pages(count: int) -> Iterator[None]:
-    """Set the number of 2 MiB pages in the pool within the block."""
+    """Resize the pool of 2 MiB pages within the block."""
     try:
         before = HUGE_PAGES.read_text()
         HUGE_PAGES.write_text(str(count))
@@ -67,7 +67,7 @@ def huge_pages(count: int) -> Iterator[None]:
 
 
 def group_root(controller: str) -> tuple[Path, bool]:
-    """Return this process's cgroup directory, and whether the hierarchy is v2."""
+    """Return the directory in which to create cgroups, and whether the hierarchy is v2."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controller in controllers.split(","):

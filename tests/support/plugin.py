@@ -17,7 +17,7 @@ from .qmp import QmpClient
 
 
 def capable_prefix() -> list[str]:
-    """Return the arguments to prepend to QEMU's command, so that the plugin works.
+    """Return the arguments to prepend to QEMU's command so that KVM offers the ioctl.
 
     If this host's KVM has the ioctl, the list is empty.
     """
@@ -35,7 +35,7 @@ def ask_status(path: Path) -> dict[str, Any]:
 
 
 def wait_started(qemu: Qemu, control: Path) -> dict[str, Any]:
-    """Wait until the plugin has populated memory and the guest runs, and return its status."""
+    """Wait until the guest runs with prefaulted memory, and return the plugin's status."""
     QmpClient(qemu.qmp).close()  # QMP responds when the machine is complete
     status: dict[str, Any] = {}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Read QEMU's memory use, and helpers that the tool left in QEMU, from /proc."""
+"""Read QEMU's memory use from /proc, and find helpers that the tool left in QEMU."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def tracers(pid: int) -> set[str]:
-    """Return the ids of the processes that trace a thread of this process."""
+    """Return the ids of the processes that trace a thread of the process ``pid``."""
     found = set()
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has exited

@@ -56,7 +56,7 @@ class Qemu:
 
 
 def _await_listening(process: subprocess.Popen[bytes], ready: socket.socket) -> None:
-    """Wait until QEMU connects to this socket, when its other sockets already listen."""
+    """Wait until QEMU connects to ``ready``, which QEMU does after its sockets listen."""
     pidfd = os.pidfd_open(process.pid)
     try:
         readable, _, _ = select.select([ready.fileno(), pidfd], [], [], 30)
@@ -92,7 +92,7 @@ def launch(
     command = [*prefix, QEMU or "", "-nodefaults", "-display", "none", "-accel", accel]
     command += ["-S"] if paused else []
     command += ["-qmp", f"unix:{qmp},server=on,wait=off", *arguments]
-    # QEMU creates chardevs in order. When this one connects, the -qmp socket already listens.
+    # QEMU creates chardevs in order. When this chardev connects, the -qmp socket already listens.
     command += ["-chardev", f"socket,id=ready,path={ready_path}", "-mon", "ready,mode=control"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
     try:
@@ -103,7 +103,10 @@ def launch(
 
 
 def connect_monitor(path: str | Path, process: subprocess.Popen[bytes]) -> QmpClient:
-    """Connect to the monitor of a QEMU that the test started, with retries for 20 s."""
+    """Connect to the monitor of a QEMU that the test started.
+
+    Retry for up to 20 s.
+    """
     for _ in range(400):
         with contextlib.suppress(OSError):
             return QmpClient(str(path))
@@ -112,8 +115,8 @@ def connect_monitor(path: str | Path, process: subprocess.Popen[bytes]) -> QmpCl
     raise AssertionError("QEMU did not create its monitor within 20 seconds")
 
 
-#: The ``start_qemu`` fixture. Its arguments are QEMU's arguments, and the keyword arguments
-#: ``accel``, ``paused`` and ``prefix``.
+#: The ``start_qemu`` fixture. It takes QEMU's arguments, and the keyword arguments ``accel``,
+#: ``paused`` and ``prefix`` of :func:`launch`.
 StartQemu = Callable[..., Qemu]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Schedule the vCPUs of a guest as an operator may do."""
+"""Set the scheduling policy of a guest's vCPUs, as an operator may do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from qemu_prefault_lab.guest import Guest
 from qemu_prefault_lab.wait import wait_for
 
-#: The policies of :func:`set_policy`. The names in capitals of sched(7) are the classes.
+#: The policies for :func:`set_policy`. The last four are scheduling policies in sched(7).
 POLICIES = ("nice", "pinned", "fifo", "rr", "batch", "idle")
 
 
@@ -18,7 +18,7 @@ def vcpu_threads(guest: Guest) -> list[int]:
 
 
 def set_policy(tid: int, policy: str) -> None:
-    """Apply one of POLICIES to a thread. Every other policy changes nothing."""
+    """Apply one of POLICIES to a thread, and ignore any other policy."""
     if policy == "nice":
         os.setpriority(os.PRIO_PROCESS, tid, 10)
     elif policy == "pinned":
@@ -32,7 +32,7 @@ def set_policy(tid: int, policy: str) -> None:
 def limit_cpu(tid: int, group: Path, unified: bool) -> None:
     """Move a thread to a cgroup that may use half a CPU, as libvirt does with vCPUs.
 
-    The parent of the group is the process's cgroup. This function makes the group if necessary.
+    The group's parent must be the process's cgroup. This function creates the group if necessary.
 
     :param unified: Whether the hierarchy is v2.
     """
@@ -48,7 +48,7 @@ def limit_cpu(tid: int, group: Path, unified: bool) -> None:
 
 
 def remove_cpu_limits(parent: Path) -> None:
-    """Wait until the processes in a cgroup have ended, and remove the groups in it."""
+    """Wait until a cgroup's processes have exited, and remove the cgroup's children."""
     for group in (path for path in parent.iterdir() if path.is_dir()):
         name = "cgroup.threads" if (group / "cgroup.type").exists() else "tasks"
         _wait_empty(group / name)

@@ -30,7 +30,10 @@ def _import_product() -> Callable[[], None]:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The result of a run, whose ``stdout`` holds JSON if the run used ``--json``."""
+    """The result of a run.
+
+    With ``--json``, ``stdout`` contains JSON.
+    """
 
     status: int
     stdout: str
@@ -62,8 +65,8 @@ class Result:
 class Tool:
     """A run of ``qemu-prefault`` in a child process.
 
-    By default, the child is a fork of this process that does not execute a new Python, because
-    under emulation most of a run's duration is the start of Python.
+    By default, the child is a fork of this process and does not execute a new Python. Under
+    emulation, a run would spend most of its time on starting Python.
 
     :param uid: The id of the user as which the tool runs. This user does not need permission to
         read Python's files.
@@ -150,7 +153,10 @@ class Tool:
         assert self.has_said("ready"), f"the tool is not ready for a guest: {self._read(1)}"
 
     def finish(self, timeout: float = 120) -> Result:
-        """Wait until the tool exits, or fail with its stack trace if it hangs."""
+        """Wait until the tool exits.
+
+        If it hangs, kill it and fail with its stack trace.
+        """
         hung = self.running(timeout)
         if hung:
             self.send_signal(signal.SIGUSR2)

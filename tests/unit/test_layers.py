@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test rules that import-linter does not check.
 
-These rules apply to imports in TYPE_CHECKING blocks, and to error codes that the source contains as
-text.
+These rules apply to imports in TYPE_CHECKING blocks, and to error codes in string literals.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
         (48, "shared", 48, 16, "all"),
         (64, "private", 0, 0, "all"),
         (64, "private", 64, 0, "all"),
-        # The page fault of a private mapping also allocates the file's page.
+        # A page fault on a private mapping also allocates the file's page.
         (80, "private", 0, 0, "resident"),
         (48, "private", 0, 48, "resident"),
     ],
@@ -96,8 +96,8 @@ def test_other_file_grows_during_populate(
 ) -> None:
     """Allocate another file while the plugin populates the guest.
 
-    When populating starts, the guest's 48 MiB are free. The plugin must therefore check the
-    free space before each chunk.
+    When populating starts, the tmpfs has enough free space for the guest's 48 MiB. The other file
+    then reduces this space, so the plugin must check the free space before each chunk.
     """
     done = subprocess.run(
         [

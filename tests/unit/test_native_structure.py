@@ -16,7 +16,7 @@ import qemu_prefault
 
 NATIVE = Path(qemu_prefault.__file__).parent / "native"
 
-# The lowest layer is first. Each file may only include and call the files before it. plugin/state.h
+# The lowest layer is first. Each file may include and call only the files before it. plugin/state.h
 # describes each of the plugin's files.
 COMMON = ("common/headroom", "common/memory_source", "common/pagemap")
 PLUGIN = tuple(
@@ -169,7 +169,7 @@ def test_calls_point_down(objects: Mapping[str, Object], name: str) -> None:
 
 @needs_tools
 def test_external_symbols_have_prefix(objects: Mapping[str, Object]) -> None:
-    """Check that external symbols have a prefix, because QEMU loads them."""
+    """Check that external symbols have a prefix, so that they do not clash with QEMU's."""
     for name, found in objects.items():
         allowed = {"plugin/interpose": INTERPOSED, "plugin/main": ENTRIES}.get(name, frozenset())
         strange = {s for s in found.defined if not s.startswith("pf_")}
@@ -207,7 +207,7 @@ def test_plugin_exports_only_its_entries(plugin: Path) -> None:
 
 @needs_tools
 def test_plugin_binds_no_interposed_function(plugin: Path) -> None:
-    """Check that the plugin contains no undefined symbol or relocation for them."""
+    """Check that no symbol or relocation in the plugin refers to an interposed function."""
     assert symbols(plugin, "--dynamic", "--undefined-only") & INTERPOSED == frozenset()
     done = subprocess.run(
         ["readelf", "--relocs", "--wide", plugin], capture_output=True, text=True, check=True

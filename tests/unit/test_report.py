@@ -185,7 +185,7 @@ def test_error_code_can_be_given() -> None:
 
 
 def errors_without_remedy(path: Path) -> list[str]:
-    """Return the calls to error classes with a cause but without a remedy."""
+    """Return the places that construct an error with a cause but without a remedy."""
     ours = {
         name
         for name, value in vars(errors).items()

@@ -23,7 +23,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def others() -> dict[str, int]:
-    """Return the bytes that other runs have reserved when a new run checks."""
+    """Start a new run, and return the bytes that other runs have reserved."""
     with Reservation() as run, run.check() as found:
         return found
 

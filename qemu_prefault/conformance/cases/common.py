@@ -15,7 +15,7 @@ from ..vmm import KvmVcpu, KvmVm
 GPA = GIB
 #: Slot number of a case's memory.
 SLOT = 1
-#: Slot number and guest address of a second memory region, in cases that use one.
+#: Slot number and guest address of the second memory region in cases that use two regions.
 OTHER_SLOT, OTHER_GPA = 2, 2 * GIB
 #: Default number of 4 KiB pages in a case's memory.
 PAGES = 32
@@ -100,5 +100,5 @@ def expect_writes(
 
 
 def expect_mapped(vm: KvmVm, before: Stage2Leaves, wanted: Stage2Leaves) -> None:
-    """Check that KVM has added the leaves ``wanted`` since ``before``."""
+    """Check that KVM has added exactly the leaves in ``wanted`` since ``before``."""
     expect_equal(str(vm.leaves() - before), str(wanted), "leaves that KVM added")

@@ -47,8 +47,8 @@ for name, make, most, required in (
     ("hugetlb", lambda: hugetlb(HUGE_PAGE_SIZE, shared=True), 1, (needs.hugetlb_2m,)),
 ):
     for writes in (False, True):
-        # This guest does not use paging. Its tables are direct and contain huge pages even with
-        # shadow paging.
+        # This guest does not use paging. Even with shadow paging, KVM's tables for this guest are
+        # therefore direct and contain huge pages.
         requirements: tuple[Need, ...] = required
         verb = "writes to" if writes else "reads"
         add(

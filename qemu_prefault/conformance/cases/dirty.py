@@ -128,7 +128,7 @@ def start_splits() -> str:
     taken = expect_writes(fixture.vcpu, memory, None)
     expect(taken > 0, "the guest's writes took no faults")
     expect_equal(len(fixture.vm.dirty_pages(SLOT)), 512, "dirty pages")
-    return f"with logging enabled: {kept}; 512 writes of the guest take {taken} faults"
+    return f"with logging enabled: {kept}; the guest's 512 writes take {taken} faults"
 
 
 @case(
@@ -233,4 +233,5 @@ def ring_overflows() -> str:
     expect_equal(str(result), "success, 0x0 bytes left", "result of the ioctl")
     kept = len({page for slot, page in ring.take() if slot == SLOT})
     expect(0 < kept <= entries, f"a ring of {entries} entries contains {kept} pages")
-    return f"{memory.size // PAGE_SIZE} pages marked dirty, {kept} recorded in a ring of {entries}"
+    count = memory.size // PAGE_SIZE
+    return f"{count} pages marked dirty, {kept} recorded in a ring of {entries} entries"

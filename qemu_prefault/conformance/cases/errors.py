@@ -186,7 +186,7 @@ for name, gpa in (
 @case(
     "errors/enoent-makes-mmio-entry",
     "a prefault outside all slots creates an MMIO entry, which KVM uses for the guest's next "
-    "access",
+    "access to this address",
     "mmu/tdp_mmu.c:tdp_mmu_map_handle_target_level(): pf_mmio_spte_created",
     needs.capability,
     mapping=True,
@@ -302,7 +302,7 @@ def poisoned_page() -> None:
 
 
 def _mmu_page_limit() -> str:
-    """Prefault pages that are 2 MiB apart, so that each page needs a page table."""
+    """Prefault pages that are 2 MiB apart, so that each page needs its own page table."""
     count = 80
     memory = memfd(PAGE_SIZE)
     memory.write()

@@ -30,7 +30,7 @@ def _in_a_child(body: Callable[[], int], between: Callable[[], object] = bool) -
 
     :param body: A function that the child calls.
     :param between: A function that the parent calls after the fork and before the child calls
-        ``body``. This function can map the stage-2 leaves that the fork has unmapped.
+        ``body``. For example, this function makes KVM map the leaves again that the fork unmapped.
     """
     reader, writer = os.pipe()
     child = os.fork()

@@ -25,7 +25,7 @@ from ..vmm import KvmVm
 from .common import GPA, SLOT, expect_mapped, expect_reads, expect_writes, make_fixture
 
 _LEVEL = "mmu/mmu.c:kvm_mmu_max_mapping_level(), host_pfn_mapping_level()"
-_SLOT = "x86.c:kvm_alloc_memslot_metadata() sets lpage_info of slot ends and misaligned slots"
+_SLOT = "x86.c:kvm_alloc_memslot_metadata() sets disallow_lpage for slot ends and misaligned slots"
 
 
 @case(

@@ -100,8 +100,8 @@ for writes in (False, True):
 
 @case(
     "mapping/host-read-only",
-    "KVM maps host memory without write permission read-only, and KVM_RUN fails with EFAULT if the "
-    "guest writes to it",
+    "if host memory is not writable, KVM maps the memory read-only, and KVM_RUN fails with EFAULT "
+    "if the guest writes to this memory",
     "virt/kvm/kvm_main.c:hva_to_pfn(), KVM_PFN_ERR_RO_FAULT",
     mapping=True,
 )
@@ -209,7 +209,7 @@ def above_4g() -> None:
     before = vm.leaves()
     vcpu.prefault_all(at, memory.size)
     expect_mapped(vm, before, Stage2Leaves(PAGES))
-    # The guest's page table is in the system memory, and causes no fault.
+    # The guest's page tables are in the system memory, so accesses to them cause no fault.
     expect_reads(vcpu, memory, 0, gpa=at)
     expect_writes(vcpu, memory, 0, gpa=at)
 

@@ -56,7 +56,7 @@ class MemoryKind:
     :ivar make: A function that allocates the memory, accesses it and returns it.
     :ivar cost: The number of stage-2 faults that the guest's first write to each leaf takes.
     :ivar leaf: The size of the leaves in bytes.
-    :ivar settled: False if the host can change the pages while the guest writes to these pages.
+    :ivar settled: False if the host (KSM) can replace pages while the guest writes to these pages.
     """
 
     name: str
@@ -104,7 +104,7 @@ def _shared_with_a_child(size: int) -> Memory:
 
 
 def _merged(size: int) -> Memory:
-    """Return memory whose pages have equal contents and are merged by KSM."""
+    """Return memory whose pages have equal contents, after KSM has merged them."""
     memory = small(size)
     for offset in range(0, size, PAGE_SIZE):
         memory.put(offset, b"the same everywhere")
@@ -235,7 +235,10 @@ def _huge_zero_page(read_first: bool) -> str:
     fixture.vcpu.prefault_all(GPA, HUGE_PAGE_SIZE)
     grown = fixture.vm.leaves() - before
     if grown != Stage2Leaves(0, 1):
-        raise Skip(f"KVM mapped {grown} instead of the huge zero page (set use_zero_page to 1)")
+        raise Skip(
+            f"KVM mapped {grown} instead of the huge zero page (set "
+            "/sys/kernel/mm/transparent_hugepage/use_zero_page to 1)"
+        )
     fixture.vcpu.read(GPA, HUGE_PAGE_SIZE // PAGE_SIZE)
     faults = expect_writes(fixture.vcpu, memory, None)
     # Each page or huge page that the host must copy takes up to two faults: see COPIED.

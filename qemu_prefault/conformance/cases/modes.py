@@ -73,8 +73,8 @@ def smm_not_covered() -> None:
 
 @case(
     "modes/smm-hole",
-    "in system management mode, the ioctl fails with ENOENT if only the other address space has a "
-    "slot at the address",
+    "in system management mode, the ioctl fails with ENOENT if only the other address space "
+    "contains a slot at the address",
     _SMM,
     needs.smm,
     mapping=True,

@@ -86,7 +86,7 @@ for name, mode in (("real", abi.RESET), ("protected", abi.FLAT32), ("long", LONG
 
 
 def _live_guest(mode: abi.CpuMode) -> None:
-    """Prefault on one vCPU while the guest increments words on another vCPU."""
+    """Prefault on one vCPU while another vCPU increments words in the memory."""
     fixture = make_fixture()
     runner = fixture.vm.vcpu(mode=mode)
     runner.warm()

@@ -84,6 +84,6 @@ for count in (2, 3, 4):
                 lambda count=count, stripes=stripes, with_guest=with_guest: _parallel(  # type: ignore[misc]
                     count, stripes, with_guest
                 ),
-                # If the guest accesses all memory, KVM maps it even without a prefault.
+                # If the guest accesses all memory, KVM maps this memory even without a prefault.
                 mapping=not with_guest,
             )

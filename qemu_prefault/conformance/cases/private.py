@@ -105,8 +105,8 @@ def four_kib_only() -> None:
 
 @case(
     "private/mixed",
-    "one ioctl maps alternating private and shared pages, private pages from guest_memfd and "
-    "shared pages from the host mapping",
+    "if private and shared pages alternate, one ioctl maps the private pages from guest_memfd and "
+    "the shared pages from the host mapping",
     _GMEM,
     needs.software_protected,
     mapping=True,
@@ -127,8 +127,8 @@ def mixed() -> None:
 
 @case(
     "private/made-shared",
-    "if private memory is converted to shared memory, KVM unmaps it, and a later prefault maps the "
-    "host's pages",
+    "if private memory is converted to shared memory, KVM unmaps this memory, and a later prefault "
+    "maps the host's pages",
     "virt/kvm/kvm_main.c:kvm_vm_set_mem_attributes() unmaps the range",
     needs.software_protected,
     mapping=True,
@@ -150,8 +150,8 @@ def made_shared() -> None:
 
 @case(
     "private/made-private",
-    "if shared memory is converted to private memory, KVM unmaps it, and a later prefault maps "
-    "guest_memfd pages",
+    "if shared memory is converted to private memory, KVM unmaps this memory, and a later prefault "
+    "maps guest_memfd pages",
     "virt/kvm/kvm_main.c:kvm_vm_set_mem_attributes() unmaps the range",
     needs.software_protected,
     mapping=True,

@@ -95,8 +95,8 @@ def huge_steps() -> None:
 
 @case(
     "progress/signal-in-the-middle",
-    "if a signal arrives, the ioctl succeeds early, and the size field contains the number of "
-    "bytes that KVM has not mapped",
+    "if a signal arrives after the first page is mapped, the ioctl returns 0, and the size field "
+    "contains the number of remaining bytes",
     "virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory() checks signal_pending() once per page",
     mapping=True,
 )

@@ -2,8 +2,8 @@
 """Cases in which slots change during the ioctl, or before the vCPU runs again.
 
 These cases detect two kernel bugs. With each bug, the ioctl retries until its thread gets a signal.
-The first bug affects a vCPU whose root became obsolete. Commit 20a6cff3b283 (v6.15) fixes it. The
-second bug affects a slot that is being deleted. Commit 3ccbf6f47098 (v6.18) fixes it.
+The first bug affects a vCPU whose root became obsolete. Commit 20a6cff3b283 (v6.15) fixes this bug.
+The second bug affects a slot that is being deleted. Commit 3ccbf6f47098 (v6.18) fixes this bug.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def moved_meanwhile() -> None:
 
 @case(
     "slots/flags-changed-meanwhile",
-    "a change to the slot's flags waits until the ioctl ends, and the change and the ioctl succeed",
+    "a change to the slot's flags waits until the ioctl ends, and both operations succeed",
     "virt/kvm/kvm_main.c:kvm_update_flags_memslot() does not invalidate the slot",
     needs.root,
     needs.capability,

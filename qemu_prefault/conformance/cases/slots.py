@@ -79,8 +79,8 @@ def delete_drops_only_its_own() -> None:
 
 @case(
     "slots/delete-in-a-protected-vm",
-    "if a slot is deleted in a KVM_X86_SW_PROTECTED_VM, which does not have SLOT_ZAP_ALL, KVM "
-    "drops only the leaves of this slot",
+    "if a slot is deleted in a protected VM, to which SLOT_ZAP_ALL does not apply, KVM drops only "
+    "the leaves of this slot",
     _ZAP_ALL,
     needs.software_protected,
     mapping=True,
@@ -110,8 +110,8 @@ def quirk_disabled_later() -> None:
 
 @case(
     "slots/quirk-stays-disabled",
-    "KVM_ENABLE_CAP with an empty mask does not change a disabled quirk, but kernels before "
-    "6.12.78 enable the quirk again",
+    "KVM_ENABLE_CAP with an empty mask does not enable a disabled quirk again, except on kernels "
+    "before 6.12.78",
     "x86.c:kvm_vm_ioctl_enable_cap() sets disabled_quirks with |=, but before 6.12.78 with =",
     needs.slot_quirk,
     mapping=True,

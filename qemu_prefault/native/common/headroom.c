@@ -40,7 +40,7 @@ static bool parse_number(const char *text, uint64_t *number)
 	return true;
 }
 
-/* Read a file that contains one number. Returns false for "max" or if the file is not readable. */
+/* Read a file that contains one number. Returns false if it is not readable or contains "max". */
 static bool read_number(int fd, uint64_t *number)
 {
 	char text[64];
@@ -162,7 +162,7 @@ static void strip_slashes(char *text)
 		text[--length] = '\0';
 }
 
-/* Find a cgroup's directory below a mount point. Returns false if the mount does not contain it. */
+/* Find a cgroup's directory below a mount point. Returns false if the mount lacks the cgroup. */
 static bool place(const char *root, const char *point, const char *path,
 		  struct headroom_group *group)
 {

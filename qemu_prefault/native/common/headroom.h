@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * Compute how much more memory a process may allocate, from /proc, sysfs and cgroup files. All
+ * Compute from /proc, sysfs and cgroup files how much more memory a process may allocate. All
  * results are in bytes. HEADROOM_UNLIMITED means that no limit is set, or that the process could
  * not read any limit.
  *
@@ -41,14 +41,14 @@ int pf_headroom_find_group(const char *cgroup_file, const char *mountinfo_file,
  * Return 1 if pf_headroom_find_group() can find the limits of the process's cgroup and of all its
  * ancestors, or if these limits do not exist. The arguments are those of
  * pf_headroom_find_group(). namespace_link is the path of the process's /proc/PID/ns/cgroup. In a
- * cgroup namespace, the ancestors are not visible.
+ * cgroup namespace, the ancestors are not visible, so the function returns 0.
  */
 int pf_headroom_sees_group(const char *cgroup_file, const char *mountinfo_file,
 			   const char *namespace_link, const char *controller);
 /* Change group to its parent. Returns 0 if group is the root of its hierarchy. */
 int pf_headroom_parent(struct headroom_group *group);
 
-/* Open the files of a memory cgroup. All descriptors are -1 if it has no limit files. */
+/* Open the files of a memory cgroup. All descriptors are -1 if the cgroup has no limit files. */
 void pf_headroom_open_group(const struct headroom_group *group, struct headroom_files *files);
 void pf_headroom_close_group(struct headroom_files *files);
 /*

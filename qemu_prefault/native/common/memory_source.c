@@ -164,7 +164,7 @@ uint64_t pf_source_hugetlb(int32_t pools_fd, int32_t nodes_fd, const struct sour
 
 	snprintf(name, sizeof(name), "hugepages-%llukB/resv_hugepages", kib);
 	reserved = number_at(pools_fd, name);
-	ours = ours / page_size + (ours % page_size != 0); /* the guest has part of a page */
+	ours = ours / page_size + (ours % page_size != 0); /* round up */
 	reserved = reserved > ours ? reserved - ours : 0;
 	if (!nodes) {
 		in_pool = pf_headroom_hugetlb_pool(pools_fd, page_size) / page_size;
@@ -236,7 +236,7 @@ static bool walk_entry(struct walk *walk, int directory, const char *name, unsig
 	if (S_ISREG(status.st_mode)) {
 		uint64_t size = (uint64_t)status.st_size, blocks = (uint64_t)status.st_blocks * 512;
 
-		if (status.st_nlink > 1) /* it would be counted more than once */
+		if (status.st_nlink > 1) /* the file would be counted more than once */
 			return false;
 		if (size > blocks && !is_ours(walk, status.st_ino))
 			walk->committed += size - blocks;

@@ -11,7 +11,7 @@
 
 #include <stdint.h>
 
-#define SOURCE_NODES_MAX 1024 /* CONFIG_NODES_SHIFT is 10 at most */
+#define SOURCE_NODES_MAX 1024 /* CONFIG_NODES_SHIFT is 10 at most (arch/x86/Kconfig) */
 
 struct source_nodes {
 	uint64_t bits[16];
@@ -42,16 +42,16 @@ uint64_t pf_source_hugetlb(int32_t pools_fd, int32_t nodes_fd, const struct sour
 			   uint64_t page_size, uint64_t ours);
 
 /*
- * Return the free bytes of an open file's file system. Sets *inodes to the number of inodes, or to
- * 0 if it is unknown.
+ * Return the free bytes of an open file's file system. Sets *inodes to the number of used inodes,
+ * or to 0 if this number is unknown.
  */
 uint64_t pf_source_file_system(int32_t fd, uint64_t *inodes);
 
 /*
- * Return the bytes by which the files in an open file's file system can grow without ftruncate().
- * This is the size minus the blocks of each file whose inode is not in `ours`. Returns
- * HEADROOM_UNLIMITED if not all directories can be read. Sets *inodes to the number of inodes
- * found, including the root directory.
+ * Return the bytes that files in an open file's file system can still allocate without ftruncate().
+ * This is the sum of each file's size minus its allocated blocks, without the files whose inodes
+ * are in `ours`. Returns HEADROOM_UNLIMITED if the function cannot count every file exactly. Sets
+ * *inodes to the number of inodes found, including the root directory.
  */
 uint64_t pf_source_committed(int32_t fd, const uint64_t *ours, uint32_t count, uint64_t *inodes);
 

@@ -8,9 +8,9 @@
  * memcpy().
  *
  * The size of a chunk is limited because KVM holds kvm->srcu during the whole ioctl
- * (virt/kvm/kvm_main.c, kvm_vcpu_pre_fault_memory()), and every memslot change waits for it. The
- * loop measures time because the ioctl can retry until the thread gets a signal, on kernels without
- * commits 20a6cff3b283 (v6.15) and 3ccbf6f47098 (v6.18).
+ * (virt/kvm/kvm_main.c, kvm_vcpu_pre_fault_memory()), and every memslot change waits until KVM
+ * releases kvm->srcu. The loop measures time because on kernels that lack commit 20a6cff3b283
+ * (v6.15) or 3ccbf6f47098 (v6.18), the ioctl can retry until the thread gets a signal.
  */
 #ifndef QEMU_PREFAULT_PREFAULT_LOOP_H
 #define QEMU_PREFAULT_PREFAULT_LOOP_H
@@ -99,7 +99,7 @@ static inline void prefault_run_range(struct prefault_range *range, int vcpu_fd,
 		range->done += step;
 		if (step)
 			progress_at = now;
-		/* EINTR: a signal arrived. EAGAIN: QEMU deletes the slot (3ccbf6f47098, v6.18). */
+		/* EAGAIN: QEMU is deleting the slot (since 3ccbf6f47098, v6.18). EINTR: signal. */
 		if (error == EINTR || error == EAGAIN) {
 			if (now - progress_at < limits->stuck_ns)
 				continue;

@@ -3,7 +3,7 @@
  * Functions for qemu_prefault/conformance: ioctls with a time limit, and ioctls in a child process
  * that shares this process's memory.
  *
- * The time limit is needed because kernels without commits 20a6cff3b283 (v6.15) and 3ccbf6f47098
+ * The time limit is needed because kernels that lack commit 20a6cff3b283 (v6.15) or 3ccbf6f47098
  * (v6.18) can retry KVM_PRE_FAULT_MEMORY until the calling thread gets a signal.
  */
 #define _GNU_SOURCE
@@ -95,7 +95,7 @@ long pf_vmm_ioctl_in_clone(int32_t fd, uint64_t request, uint64_t argument)
 
 	if (!stack)
 		return -ENOMEM;
-	/* CLONE_VFORK suspends this thread, whose errno the child uses. */
+	/* The child uses this thread's errno. CLONE_VFORK suspends this thread meanwhile. */
 	int pid = clone(issue_ioctl, stack + STACK_BYTES, CLONE_VM | CLONE_VFORK | SIGCHLD, &call);
 
 	if (pid < 0)

@@ -58,7 +58,7 @@ static void leave_ioctl(struct batch_worker *worker)
 	pf_leave_ioctl();
 }
 
-/* Called between two chunks. Waits while QEMU changes a memslot. */
+/* Called before each chunk. Waits while QEMU changes a memslot. */
 static int batch_goes_on(void *context)
 {
 	struct batch_worker *worker = context;

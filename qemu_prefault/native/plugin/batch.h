@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * Batches of ranges from the control socket, which the plugin's threads process on stopped vCPUs.
+ * Batches of ranges that clients send to the control socket. The plugin's own threads process the
+ * ranges on stopped vCPUs.
  */
 #ifndef QEMU_PREFAULT_PLUGIN_BATCH_H
 #define QEMU_PREFAULT_PLUGIN_BATCH_H
@@ -18,7 +19,7 @@ struct worker_ranges {
 	size_t count;
 };
 
-/* Let batches use all vCPUs that are not in the guest, each until it runs again. */
+/* Let batches use each vCPU that is not in the guest, until this vCPU runs again. */
 void pf_batch_lend_vcpus(void);
 
 /* Return the number of workers, one per vCPU. */

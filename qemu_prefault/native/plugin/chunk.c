@@ -43,7 +43,7 @@ static void run_range(struct prefault_range *range, struct run_ctx *ctx)
 		range->error = PREFAULT_ABORTED;
 }
 
-/* With these errors, a single page makes the system call for its range fail. */
+/* Return whether one bad page can make the system call for its whole range fail with this error. */
 static bool is_page_error(int error)
 {
 	return error == EHWPOISON || error == EFAULT;
@@ -84,7 +84,7 @@ static uint64_t populate_around(struct prefault_range *range, struct run_ctx *ct
 
 /*
  * Map the item in stage 2. Returns the completed bytes. Sets *mapped to the mapped bytes, and
- * *error to the ioctl's errno. Absent pages of a resident-only item count as done.
+ * *error to the ioctl's errno. Absent pages of a resident-only item count as completed.
  */
 static uint64_t run_stage2(const struct work_item *item, struct run_ctx *ctx, uint64_t *mapped,
 			   int *error)

@@ -16,7 +16,10 @@ struct run_ctx {
 	bool in_ioctl, again;
 };
 
-/* Populate and prefault. Call with pf_lock held. The function releases it during system calls. */
+/*
+ * Populate and prefault an item. Call with pf_lock held. The function releases pf_lock during
+ * system calls.
+ */
 void pf_chunk_run(struct work_item item, struct run_ctx *ctx);
 
 #endif

@@ -10,9 +10,10 @@
 void pf_claims_check(void);
 
 /*
- * Repeat the check each time that a sixteenth of the memory has been populated. If several guests
- * start at the same time, each of them counts the same free memory. These checks detect how fast
- * other processes allocate this memory. A guest stops populating if the memory would be exhausted.
+ * Repeat the check each time that the plugin has populated a sixteenth of the free memory. If
+ * several guests start at the same time, each of them counts the same free memory. These checks
+ * detect how fast other processes allocate this memory. A guest stops populating if the memory
+ * would be exhausted.
  */
 void pf_claims_check_again(void);
 

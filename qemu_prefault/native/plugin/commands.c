@@ -213,7 +213,7 @@ bool pf_command_answer(int fd, FILE *in, FILE *out, char *line)
 		fprintf(out, "{\"ok\":true}\n");
 	} else if (sscanf(line, "work %zu %" SCNu64 " %c", &count, &chunk_bytes, &end) == 2 &&
 		   count <= MAX_RANGES) {
-		pf_batch_lend_vcpus(); /* for clients that do not know "lend" */
+		pf_batch_lend_vcpus(); /* for clients that do not send "lend" */
 		handle_work_request(fd, in, out, count, chunk_bytes);
 	} else if (sscanf(line, "work-lent %zu %" SCNu64 " %c", &count, &chunk_bytes, &end) == 2 &&
 		   count <= MAX_RANGES) {

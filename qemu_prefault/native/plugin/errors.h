@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * Errors of requests over the control socket: {"error": TEXT, "code": CODE}. Clients must check the
- * code, which is stable. The text is for users and may change.
+ * Errors in replies to control socket requests: {"error": TEXT, "code": CODE}. Clients must check
+ * the code, which is stable. The text is for users and may change.
  */
 #ifndef QEMU_PREFAULT_PLUGIN_ERRORS_H
 #define QEMU_PREFAULT_PLUGIN_ERRORS_H

@@ -16,7 +16,10 @@ void pf_log_event(const char *name, const char *why, const char *format, ...)
 
 /* Return the sequence number of the latest event. */
 uint64_t pf_last_event(void);
-/* Get the event after *sequence as a line of JSON. Returns false if none arrives in timeout_ms. */
+/*
+ * Get the event after *sequence as a line of JSON, and update *sequence. Returns false if no event
+ * arrives within timeout_ms milliseconds.
+ */
 bool pf_next_event(uint64_t *sequence, char *line, size_t size, int timeout_ms);
 
 #endif

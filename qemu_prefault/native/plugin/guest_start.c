@@ -14,7 +14,7 @@ void pf_guest_start(void)
 	pf_guest_started = true;
 	if (pf_options.keep && pf_capable)
 		pf_quirk_decide();
-	/* Queue all slots again, because facts about mappings may have changed since. */
+	/* Queue all slots again, because facts about their mappings may have changed meanwhile. */
 	for (size_t i = 0; i < pf_memslot_count; i++)
 		if (pf_memslots[i].state == SLOT_KEPT)
 			pf_queue_memslot(&pf_memslots[i]);

@@ -67,7 +67,10 @@ static struct source_nodes policy_nodes(void *address, unsigned long flags, int 
 	return nodes;
 }
 
-/* Return the nodes to which the memory's policy or this thread's policy binds it, or no nodes. */
+/*
+ * Return the nodes to which the memory's policy binds the memory. If the memory has no policy of
+ * its own, use this thread's policy. If the policy is not MPOL_BIND, the result is empty.
+ */
 static struct source_nodes bound_nodes(uint64_t hva)
 {
 	const struct source_nodes none = { 0 };
@@ -114,8 +117,8 @@ size_t pf_headroom_sources(uint64_t hva, uint64_t size, struct memory_source *so
 		sources[count++] = source;
 	}
 	/*
-	 * The size of a hugetlbfs also limits private mappings (subpools in mm/hugetlb.c). The
-	 * kernel counts reserved huge pages as used.
+	 * The size of a hugetlbfs mount also limits private mappings (subpools in mm/hugetlb.c).
+	 * The kernel counts reserved huge pages as used.
 	 */
 	if (source.page_size)
 		allocates_file = !source.reserved;
@@ -155,8 +158,8 @@ static uint64_t kernel_reserve(void)
 /*
  * Compute the free bytes of a file system, without those that other files may still allocate. Sets
  * *shared if the file system contains other files. Returns whether the plugin has found all of
- * these files. It compares the number of inodes that it has found with the file system's number of
- * inodes, because it cannot find a file that another process has deleted.
+ * these files. The function compares the number of inodes that it has found with the file system's
+ * number of inodes, because it cannot find a file that another process has deleted.
  */
 static bool file_system_left(const struct memory_source *source, uint64_t *left, bool *shared)
 {

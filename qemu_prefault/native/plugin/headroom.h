@@ -40,7 +40,10 @@ struct memory_source {
  */
 bool pf_headroom_visible(const struct memory_source *source);
 
-/* Return the bytes of a source's file that have no block yet, or UINT64_MAX if it has no file. */
+/*
+ * Return the bytes of a source's file that have no block yet, or UINT64_MAX if the source has no
+ * file.
+ */
 uint64_t pf_headroom_unallocated(const struct memory_source *source);
 /* Store all sources of a range. Returns their number, which is SOURCE_KINDS at most. */
 size_t pf_headroom_sources(uint64_t hva, uint64_t size, struct memory_source *sources);

@@ -39,8 +39,8 @@ static struct intervals marks[2];
 static int pagemap_fd = -1;
 
 /*
- * Protects mappings and marks. A thread that holds this lock may only take the lock of
- * guest_ranges.c, and must not allocate.
+ * Protects mappings and marks. A thread that holds this lock must not allocate, and may take no
+ * other lock than the one in guest_ranges.c.
  */
 static pthread_mutex_t lists_lock = PTHREAD_MUTEX_INITIALIZER;
 
@@ -96,7 +96,8 @@ static bool has_flag(const char *line, const char *flag)
 }
 
 /*
- * Find QEMU's descriptors for the mapped files. They also show the file system of a deleted file.
+ * Find QEMU's descriptors for the mapped files. A descriptor also shows the file system of a
+ * deleted file.
  */
 static void learn_descriptors(void)
 {
@@ -165,7 +166,7 @@ void pf_ranges_learn(void)
 			pthread_mutex_lock(&lists_lock);
 			if (item.facts || item.inode)
 				intervals_add(&mappings, item);
-			/* QEMU sets MADV_DONTFORK on its RAM (ram_block_add() in softmmu/physmem.c). */
+			/* QEMU's RAM has MADV_DONTFORK (ram_block_add(), system/physmem.c). */
 			if (item.facts || item.inode || has_flag(line, "dc"))
 				pf_guest_ranges_add(item.start, item.end, item.device, item.inode);
 			pthread_mutex_unlock(&lists_lock);

@@ -2,9 +2,9 @@
 /*
  * Facts about QEMU's memory: which ranges may be touched, and which ranges are already populated.
  *
- * The plugin learns them from QEMU's mmap(), madvise() and fallocate() calls, because no other
- * interface reports cheaply which anonymous mappings are overcommitted, and where virtio-mem and
- * the balloon have punched holes.
+ * The plugin learns these facts from QEMU's mmap(), madvise() and fallocate() calls, because no
+ * other interface reports cheaply which anonymous mappings are overcommitted, and where virtio-mem
+ * and the balloon have punched holes.
  *
  * The functions are thread-safe. While they hold their lock, they do not allocate, because an
  * allocator's mmap() may call them. Callers may hold pf_lock. Hold pf_lock if the facts must not
@@ -21,7 +21,7 @@
 enum memory_fact {
 	MEMORY_OVERCOMMIT = 1, /* MAP_NORESERVE: the guest may not need all pages */
 	MEMORY_HOLES = 2,      /* partly discarded by virtio-mem or balloon */
-	MEMORY_DISK_FILE = 4,  /* shared file on a disk: touching a page would write it */
+	MEMORY_DISK_FILE = 4,  /* shared file on a disk: populating would write to it */
 	MEMORY_HUGETLB = 8,    /* allocated from the hugetlb pool */
 	MEMORY_PRIVATE = 16,   /* private mapping of a file */
 	MEMORY_COPIED = 32,    /* private mapping of a file that exists only in memory */
@@ -33,7 +33,7 @@ enum memory_fact {
  */
 void pf_ranges_open(void);
 
-/* Read the mappings that exist before the plugin is loaded from /proc/self/smaps. */
+/* Read /proc/self/smaps to learn the mappings that QEMU created before it loaded the plugin. */
 void pf_ranges_learn(void);
 
 /* Note that QEMU has mapped [start, start + size). fd < 0 means anonymous memory. */
@@ -43,7 +43,7 @@ void pf_ranges_discarded(uint64_t start, uint64_t size);
 /* Note that QEMU has punched a hole into a file. Returns false if the file is not mapped. */
 bool pf_ranges_file_discarded(int fd);
 
-/* Return the facts that hold for any part of [start, start + size). */
+/* Return the facts that hold for at least one part of [start, start + size). */
 unsigned int pf_ranges_facts(uint64_t start, uint64_t size);
 /* Return the huge page size in [start, start + size), or 0 if the range has no hugetlb memory. */
 uint64_t pf_ranges_huge_page_size(uint64_t start, uint64_t size);
@@ -54,8 +54,8 @@ uint64_t pf_ranges_huge_page_size(uint64_t start, uint64_t size);
  */
 int pf_ranges_file(uint64_t start, uint64_t size, uint64_t *device, uint64_t *inode);
 /*
- * Store the inodes of the files on a device that QEMU has mapped. Returns their number. Sets
- * *deleted to the number of these files that have no directory entry.
+ * Store the inodes of QEMU's mapped files on a device, up to `most` inodes. Returns their number.
+ * Sets *deleted to the number of these files that have no directory entry.
  */
 size_t pf_ranges_inodes(uint64_t device, uint64_t *inodes, size_t most, size_t *deleted);
 

@@ -26,9 +26,11 @@ static bool is_qemu;
 static int exit_status;
 
 /*
- * QEMU loads a plugin only if it supports this version: 0 to 1 until 8.2, 2 or more from 9.0 (4
- * in 10.0), 7 in 11.1. The plugin works with every version. The constructor sets a number that QEMU
- * supports, depending on the symbols that QEMU exports.
+ * The version of the TCG plugin interface. QEMU rejects a plugin whose version it does not accept
+ * (plugin_load(), plugins/loader.c). Until release 8.2, QEMU accepts versions 0 and 1. QEMU 9.0
+ * raised the minimum to 2. QEMU 10.0 accepts versions 2 to 4, and QEMU 11.1 accepts only version 7.
+ * The plugin works with every version. The constructor sets a version that QEMU accepts, depending
+ * on the symbols that QEMU exports.
  */
 EXPORT int qemu_plugin_version = 1;
 

@@ -103,8 +103,9 @@ static void kick_busy(void)
 
 /*
  * Before KVM changes a slot, it waits for every running prefault ioctl. Without commit 3ccbf6f47098
- * (v6.18), such an ioctl in turn waits for a slot that is being deleted. Therefore no thread may be
- * in the ioctl now. A kicked thread returns after the current page.
+ * (v6.18), such an ioctl in turn waits until a slot that is being deleted no longer exists.
+ * Therefore no thread may be in the ioctl during the change. A kicked thread returns after the
+ * current page.
  */
 long pf_memslots_change(int fd, unsigned long request, void *argument)
 {
@@ -128,7 +129,7 @@ long pf_memslots_change(int fd, unsigned long request, void *argument)
 	if (!result && fd == pf_vm_fd) {
 		struct memslot *slot = pf_find_memslot(region->slot);
 
-		/* Ignore UEFI's flash: QEMU removes its slot whenever UEFI writes a variable. */
+		/* Ignore UEFI's flash, whose slot QEMU removes when UEFI writes a variable. */
 		if (!((slot ? slot->flags : region->flags) & KVM_MEM_READONLY))
 			pf_slot_changed_at = prefault_now_ns();
 		if (slot && region->memory_size == slot->size &&

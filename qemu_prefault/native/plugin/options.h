@@ -26,7 +26,7 @@ struct plugin_options {
 extern struct plugin_options pf_options;
 extern const char *const pf_populate_names[3];
 
-/* Parse "key=value". If it is invalid, print an error to stderr and return false. */
+/* Parse "key=value". If the option is invalid, print an error to stderr and return false. */
 bool pf_options_parse(const char *text);
 /*
  * Parse the comma-separated options in QEMU_PREFAULT_OPTIONS, and remove this variable, so that

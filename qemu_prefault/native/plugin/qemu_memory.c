@@ -63,7 +63,7 @@ void pf_qemu_memory_file_discarded(int fd)
 	pthread_mutex_unlock(&pf_lock);
 }
 
-/* Called when virtio-mem with prealloc=on plugs a block, or QEMU preallocates a backend. */
+/* Called when virtio-mem with prealloc=on plugs a block, or when QEMU preallocates a backend. */
 void pf_qemu_memory_populated(uint64_t start, uint64_t size)
 {
 	if (!pf_guest_ranges_touch(start, size))

@@ -3,8 +3,8 @@
  * The state that the plugin's files share. A comment above each variable names the files that
  * change it. The other files only read it. pf_lock guards everything that is not atomic.
  *
- * The files in the order of their layers, lowest first. Each file includes and calls only files
- * above it in this list (checked by tests/unit/test_native_structure.py):
+ * The files in the order of their layers, lowest first. Each file uses only the headers and
+ * functions of files above it in this list (checked by tests/unit/test_native_structure.py):
  *
  *   os              system calls, threads, time
  *   options         the user's options

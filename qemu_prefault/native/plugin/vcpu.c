@@ -151,9 +151,9 @@ static struct vcpu *find_vcpu(int fd)
 }
 
 /*
- * End a batch's use of the vCPU. The ioctl may write to kvm_run (kvm_handle_signal_exit(),
- * include/linux/kvm_host.h), so it must not run between the end of KVM_RUN and the time at which
- * QEMU reads kvm_run.
+ * End a batch's use of the vCPU. The prefault ioctl may write to kvm_run (kvm_handle_signal_exit(),
+ * include/linux/kvm_host.h), so this ioctl must not run between the end of KVM_RUN and the time at
+ * which QEMU reads kvm_run.
  */
 static void take_back(struct vcpu *self)
 {

@@ -21,7 +21,7 @@
 #define CAP_PRE_FAULT_MEMORY 236 /* Linux 6.11; the installed headers may predate it */
 
 /*
- * Memory shared by this process and all its forks that have not executed another program.
+ * The state that this process shares with its forks, until a fork executes another program.
  *
  * Changed by: pf_vm_created() and the fork() handlers.
  */
@@ -75,7 +75,7 @@ void pf_vm_created(int fd)
 	atomic_store(&family->vm_seen, true);
 	if (pf_options.by_preload)
 		pf_options_take_environment();
-	/* This is the program that needs the plugin. Its child processes do not need it. */
+	/* This is the program that needs the plugin. Its child processes do not need the plugin. */
 	if (pf_options.by_preload && preload && strstr(preload, "qemu-prefault-plugin") &&
 	    !strpbrk(preload, ": "))
 		unsetenv("LD_PRELOAD");

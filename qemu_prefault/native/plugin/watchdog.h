@@ -5,8 +5,8 @@
 #include <stdbool.h>
 
 /*
- * Start the watchdog thread, which kicks vCPUs out of the guest if work is available, and out of
- * stuck ioctls. Returns false if the thread could not be started.
+ * Start the watchdog thread. If work is available, this thread kicks vCPUs out of the guest. It
+ * also interrupts stuck ioctls. Returns false if the thread could not be started.
  */
 bool pf_watchdog_start(void);
 

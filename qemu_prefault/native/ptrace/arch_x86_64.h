@@ -164,7 +164,10 @@ static inline void arch_skip_to(struct user_regs_struct *regs, uint64_t sp)
 	regs->orig_rax = (unsigned long)-1;
 }
 
-/* Call this after arch_skip_to(). Before the frame, the thread calls munmap() at ip. */
+/*
+ * Make the thread call munmap(), with the "syscall; ret" at ip, before it continues with the signal
+ * frame. Call this after arch_skip_to().
+ */
 static inline void arch_insert_munmap(struct user_regs_struct *regs, uint64_t start, uint64_t size,
 				      uint64_t ip)
 {

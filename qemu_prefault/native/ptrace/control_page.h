@@ -43,9 +43,9 @@ struct prefault_control {
 	/* Written by the run gate. 1: another client has resumed the guest, so stop working. */
 	uint32_t vcpu_runs;
 
-	/* Written by the helper. */
+	/* Written by the helper, except tid. */
 	uint32_t tid;	      /* written by the kernel: CLONE_PARENT_SETTID */
-	uint32_t ready;	      /* 1: running; negative errno: it cannot run */
+	uint32_t ready;	      /* 0: not yet; 1: running; negative errno: cannot run */
 	uint32_t batch_done;  /* equals batch once the batch is done */
 	uint32_t tick_signal; /* the signal that interrupts the helper's system calls */
 	/* CLOCK_MONOTONIC times. chunk_started_ns is the start of the current chunk. */

@@ -13,7 +13,7 @@
  * Copy a thread's seccomp filters to buffer: for each filter, the number of instructions
  * (uint32_t), and then the instructions (struct sock_filter). Returns the number of bytes, or -1.
  * The error is EACCES if this process does not have CAP_SYS_ADMIN in the initial user namespace, or
- * if this process has a seccomp filter.
+ * if this process has a seccomp filter (seccomp_get_filter(), kernel/seccomp.c).
  */
 int64_t pf_read_filters(int32_t tid, void *buffer, uint64_t size, struct inject_result *result);
 

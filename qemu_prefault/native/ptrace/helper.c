@@ -151,9 +151,9 @@ __attribute__((noreturn)) static void leave(struct helper *helper)
 }
 
 /*
- * Choose a real-time signal that QEMU does not use as the tick. The handler is only a "ret" in
- * libc. The handler stays installed, because with the default action, a pending tick would kill
- * QEMU. The next helper uses the same signal.
+ * Choose the signal for the tick: a real-time signal that QEMU does not use. The handler is only a
+ * "ret" in libc. The handler stays installed, because with the default action, a pending tick would
+ * kill QEMU. The next helper uses the same signal.
  */
 static long claim_signal(const struct prefault_control *control)
 {
@@ -174,7 +174,7 @@ static long claim_signal(const struct prefault_control *control)
 	return -EBUSY;
 }
 
-/* Set the thread's name and start its tick. Returns 0, or a negative errno if the tick fails. */
+/* Set the thread's name and start its tick. Returns 0, or a negative errno. */
 static long prepare(struct helper *helper)
 {
 	struct prefault_control *control = helper->control;

@@ -9,7 +9,7 @@
 _Static_assert(__builtin_offsetof(struct prefault_control, stack_top) == 8,
 	       "the assembly reads stack_top at this offset");
 
-/* The child of clone() returns to this address, with its control page in rbx. */
+/* The child of clone() returns to this address, with the address of its control page in rbx. */
 __asm__(".section .text.entry,\"ax\",@progbits\n"
 	".globl pf_helper_entry\n"
 	"pf_helper_entry:\n"

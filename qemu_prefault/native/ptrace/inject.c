@@ -4,17 +4,18 @@
  * time, the thread still gets its own registers back.
  *
  * First, this process writes one signal frame per system call below the red zone of the thread's
- * stack. Each frame contains the registers of the next call, and the last frame contains the
- * thread's own registers. Then one PTRACE_SETREGS makes the thread execute "syscall; ret". The ret
- * jumps to libc's signal restorer, whose rt_sigreturn loads the next frame. This repeats until the
- * thread has its own registers again. After PTRACE_SETREGS, the thread finishes this chain without
- * a tracer. This process traces the thread only to skip the rest of the chain if a call fails.
+ * stack. The last frame contains the thread's own registers, and each other frame contains the
+ * registers of the next call. Then one PTRACE_SETREGS makes the thread execute "syscall; ret". The
+ * ret jumps to libc's signal restorer, whose rt_sigreturn loads the next frame. This repeats until
+ * the thread has its own registers again. After PTRACE_SETREGS, the thread finishes this chain
+ * without a tracer. This process traces the thread only to skip the rest of the chain if a call
+ * fails.
  *
  * The chain contains only system calls that QEMU also makes, because a seccomp filter may kill QEMU
  * for other calls. The chain maps the helper's memory and unmaps it again. While the thread is
  * stopped at the end of the last mmap(), this process writes the helper's image to the new mapping
- * and starts the helper: a second PTRACE_SETREGS replaces munmap() with clone(). In both cases, the
- * thread then continues with the last frame.
+ * and starts the helper: a second PTRACE_SETREGS replaces munmap() with clone(). After munmap() or
+ * clone(), the thread continues with the last frame.
  */
 #define _GNU_SOURCE
 #include "inject.h"
@@ -63,7 +64,7 @@ struct victim {
 	uint64_t chain_at, xstate_at; /* addresses on the thread's stack */
 };
 
-/* Return the bytes below sp in its mapping; 0 if the mapping is not readable and writable. */
+/* Return the size of sp's mapping below sp, or 0 if the mapping is not readable and writable. */
 static uint64_t stack_left(pid_t pid, uint64_t sp)
 {
 	char path[64], line[512];

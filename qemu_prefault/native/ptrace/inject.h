@@ -28,8 +28,8 @@ int pf_inject_munmap(const struct inject_request *request, struct inject_result 
 
 /*
  * Make the thread map the area and start a helper thread. The first code_size bytes of the area are
- * code (read and execute), and the rest is control page and stack (read and write). image is copied
- * to the start of the area.
+ * code (read and execute), and the rest is control page and stack (read and write). The function
+ * copies image to the start of the area.
  */
 int pf_inject_helper(const struct inject_request *request, struct inject_result *result);
 

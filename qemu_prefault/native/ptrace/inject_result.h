@@ -8,7 +8,7 @@
 enum inject_stage {
 	INJECT_OK,
 	INJECT_SEIZE,	/* PTRACE_SEIZE or PTRACE_INTERRUPT */
-	INJECT_STOP,	/* stopping the thread timed out */
+	INJECT_STOP,	/* the thread could not be stopped */
 	INJECT_INSPECT, /* the thread's registers or stack are not readable or not supported */
 	INJECT_WRITE,	/* the thread's stack could not be written */
 	INJECT_RESUME,	/* the thread could not be resumed */

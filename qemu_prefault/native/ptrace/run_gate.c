@@ -28,7 +28,8 @@
 #define IDLE_POLL_NS 100000
 
 /*
- * The gate closes all other descriptors, so that the tool's connections are closed when it exits.
+ * The gate closes all other descriptors, so that the tool's connections are closed when the tool
+ * exits.
  */
 enum { GATE_SOCKET, GATE_MEMORY, GATE_SIGNALS };
 
@@ -61,8 +62,9 @@ static bool is_busy(const struct run_gate_vcpu *vcpu)
 }
 
 /*
- * End the helpers' work permanently, and wait until it has ended. The wait is limited because a
- * helper may be blocked inside the ioctl. In this case, KVM_RUN waits for the ioctl (vcpu->mutex).
+ * End the helpers' work permanently, and wait up to IDLE_LIMIT_NS until it has ended. The wait is
+ * limited because a helper may be blocked inside the ioctl. In this case, KVM_RUN waits for the
+ * ioctl (vcpu->mutex).
  */
 static void end_work(const struct gate *gate)
 {
@@ -164,7 +166,7 @@ static void handle_stops(struct gate *gate)
 	}
 }
 
-/* Trace the threads, and stop each of them once. A thread that is in KVM_RUN opens the gate. */
+/* Trace the threads, and stop each of them once. If a thread is in KVM_RUN, open the gate. */
 static void hold(struct gate *gate)
 {
 	for (uint32_t i = 0; i < gate->count; i++) {
@@ -220,7 +222,8 @@ __attribute__((noreturn)) static void run(struct gate *gate)
 }
 
 /*
- * In the child: keep two descriptors, and block all signals. This function makes only system calls.
+ * In the child: keep two descriptors, and block all signals. This function makes only system calls,
+ * because another thread of the tool may have held a libc lock during the fork().
  */
 static bool become_gate(int32_t socket, int32_t mem_fd)
 {

@@ -2,7 +2,7 @@
 /*
  * Keep the vCPU threads of a paused guest out of KVM_RUN while helpers use their vCPUs.
  *
- * The ioctl may write to the vCPU's kvm_run (kvm_handle_signal_exit() and
+ * A helper's KVM_PRE_FAULT_MEMORY may write to the vCPU's kvm_run (kvm_handle_signal_exit() and
  * kvm_prepare_memory_fault_exit(), include/linux/kvm_host.h). If the ioctl ran between the end of
  * KVM_RUN and the time at which QEMU reads kvm_run, QEMU would lose a guest exit. This is possible
  * if another client resumes the guest. Therefore a separate process, the gate, traces the threads.
@@ -24,7 +24,7 @@
 #define RUN_GATE_HOLD 104    /* 'h': trace the threads */
 #define RUN_GATE_HELD 72     /* 'H': all threads are traced, and none is in KVM_RUN */
 #define RUN_GATE_OPEN 79     /* 'O': a thread entered KVM_RUN; the helpers' work has ended */
-#define RUN_GATE_FAILED 70   /* 'F': a thread could not be traced; its int32_t errno follows */
+#define RUN_GATE_FAILED 70   /* 'F': a thread could not be traced; an int32_t errno follows */
 #define RUN_GATE_RELEASE 114 /* 'r': stop tracing the threads */
 #define RUN_GATE_RELEASED 82 /* 'R': the threads are not traced */
 

@@ -12,10 +12,13 @@ uint64_t pf_now_ns(void);
 /* Store the stage and the error of a failed injection. Returns -1. */
 int pf_fail(struct inject_result *result, int stage, int error);
 
-/* Wait for a ptrace stop. Returns its status, or -1 with errno set. */
+/* Wait up to 2 s for a ptrace stop. Returns the wait status, or -1 with errno set. */
 int pf_wait_stop(int32_t tid);
 
-/* Seize and stop the thread. Signals that arrive meanwhile are delivered to it. */
+/*
+ * Seize and stop the thread. Signals that arrive meanwhile are delivered to the thread. Returns 0,
+ * or -1 with the reason in *result.
+ */
 int pf_seize(int32_t tid, struct inject_result *result);
 
 #endif
