@@ -9,7 +9,7 @@ MAKEFLAGS += --no-print-directory
 BUILD = gcc libc6-dev binutils python3-venv python3-dev
 LAB   = mmdebstrap e2fsprogs util-linux $(if $(filter-out 0,$(shell id -u)),uidmap)
 # The name of the mimalloc package contains a version.
-HOST  = qemu-system-x86 patchelf libjemalloc2 libtcmalloc-minimal4 \
+HOST  = mount qemu-system-x86 patchelf libjemalloc2 libtcmalloc-minimal4 \
 	$(shell apt-cache pkgnames libmimalloc 2>/dev/null | grep -m1 '^libmimalloc[0-9.]*$$')
 # Needed only if this host's KVM can prefault. The tests then run on this host, not in the lab.
 GUEST = qemu-utils ovmf

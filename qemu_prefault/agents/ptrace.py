@@ -10,9 +10,9 @@ This process writes a heartbeat to the control page. If the heartbeat stops, for
 this process was killed, the helper completes its current system call, unmaps itself and exits.
 Therefore no helper remains in QEMU.
 
-The vCPU thread is the parent of its helper. The helper inherits the memory policy, the scheduling
-class, the CPUs and the cgroup of the vCPU thread. This process immediately changes all of these
-properties except the memory policy (host/placement.py).
+The vCPU thread creates its helper with clone(), so the helper inherits the memory policy, the
+scheduling class, the CPUs and the cgroup of the vCPU thread. This process immediately changes all
+of these properties except the memory policy (host/placement.py).
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from .helper_calls import Allowed
 from .injector import Injector
 from .qemu_process import (
     HELPER_NAME,
-    alive,
     busy_error,
     exit_error,
     helper_threads,
     lock_memory,
     open_memory,
+    stays_alive,
     unlock_memory,
 )
 from .run_gate import RunGate, lost_error
@@ -287,7 +287,7 @@ class PtraceAgent:
         try:
             return function(*args)
         except (OSError, ValueError) as error:
-            if alive(self.process):
+            if stays_alive(self.process):
                 raise AgentError(
                     "a helper thread in QEMU exited before its batch was complete",
                     f"check why qemu-prefault did not run for {self.limits.dead_man:g} s (for "

@@ -68,8 +68,8 @@ Need = Callable[[HostFacts], str]
 
 
 _NO_AD_BITS = (
-    "EPT has no accessed and dirty bits, so the first access to a prefaulted page still faults "
-    "(mmu/spte.c:mark_spte_for_access_track())"
+    "this host's EPT has no accessed and dirty bits, so the first access to a prefaulted page "
+    "still faults (mmu/spte.c:mark_spte_for_access_track())"
 )
 
 

@@ -80,7 +80,8 @@ def check_awaits_incoming(state: VmState) -> None:
     """
     if state.status != "inmigrate":
         raise RefusedError(
-            f"this QEMU does not wait for a migration or restore (query-status: {state.status})",
+            "this QEMU is not waiting for an incoming migration or a restore "
+            f"(query-status: {state.status})",
             "start QEMU with -incoming, and run qemu-prefault before the migration. If the guest "
             "is already loaded, omit --incoming",
             code=Code.NOT_INCOMING,

@@ -61,7 +61,10 @@ class Metrics:
             "seconds", "Seconds that runs spent in the ioctl", ["domain"], **options
         )
         self._paused = counter(
-            "paused_seconds", "Seconds for which runs paused the guest", ["domain"], **options
+            "paused_seconds",
+            "Total time that runs paused the guest, in seconds",
+            ["domain"],
+            **options,
         )
         daemon.on_run.append(self._count)
         self.registry.register(self)

@@ -133,8 +133,8 @@ static int kvm_pre_fault(int32_t vcpu_fd, uint64_t gpa, uint64_t size)
 }
 
 /*
- * Call pidfd_getfd(2). Python has no function for this call, and glibc has one since 2.36. Returns
- * a descriptor or -errno.
+ * Call pidfd_getfd(2). Python has no wrapper for this call, and glibc has had one only since 2.36.
+ * Returns a descriptor or -errno.
  */
 static int take_fd(int32_t pidfd, int32_t number)
 {

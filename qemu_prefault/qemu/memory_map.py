@@ -13,14 +13,16 @@ Each reply contains information that the other replies lack:
                             virtio-pmem
 ==========================  ==================================================================
 
-The host address of every range comes from ``gpa2hva``. :func:`build_sections` joins these replies
-into :class:`MemorySection` objects. A section is contiguous both in guest-physical memory and in
-QEMU's address space. Memory that a run must not prefault also becomes a section, so that users can
-see the whole map. The ``skipped`` field of such a section contains the reason.
+The monitor's ``gpa2hva`` command then returns the host address of each range.
+:func:`build_sections` joins all of these replies into :class:`MemorySection` objects. A section is
+contiguous both in guest-physical memory and in QEMU's address space. Memory that a run must not
+prefault also becomes a section, so that users can see the whole map. The ``skipped`` field of such
+a section contains the reason.
 
 The functions of this module are pure. They take text and decoded JSON, and return frozen
-dataclasses. The peer may be any program that listens on a socket. Therefore the functions check all
-input. They raise only :class:`LayoutError`. Their run time is linear in the size of the input.
+dataclasses. The replies are untrusted, because the program that listens on the socket need not be
+QEMU. Therefore the functions check all input. They raise only :class:`LayoutError`. Their run time
+is linear in the size of the input.
 
 All addresses and sizes are in bytes.
 """

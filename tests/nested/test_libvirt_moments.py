@@ -355,7 +355,7 @@ def test_hook_prefaults_after_migration(
     syslog: Syslog,
     report_row: ReportRow,
 ) -> None:
-    """Check that the hook's run waits until the guest has arrived.
+    """Check that the hook's run waits until the incoming migration has completed.
 
     libvirt calls the hook before QEMU has loaded the guest's RAM. A client of libvirt waits at most
     30 s for a busy domain (QEMU_JOB_WAIT_TIME in src/qemu/qemu_domain.c). The hook's run must wait

@@ -45,7 +45,9 @@ UPGRADED = 1
 #: A read-only leaf of a page that the host must copy first. The copy calls KVM's mmu notifier, so
 #: the fault that caused the copy is stale, and the guest takes a second fault.
 COPIED = 2
-_COPY = "mm/memory.c:wp_page_copy() calls the notifier; mmu/mmu.c:is_page_fault_stale() retries"
+_COPY = (
+    "mm/memory.c:wp_page_copy() calls the notifier; mmu/mmu.c:is_page_fault_stale() detects this"
+)
 
 
 @dataclass(frozen=True)
