@@ -15,7 +15,7 @@ PLUGIN_PARTS = ("common", "plugin")
 
 
 def native_files(suffix: str) -> list[str]:
-    """Return the plugin's files with this suffix, as paths relative to the source tree."""
+    """Return the plugin's files with this suffix, relative to the source tree."""
     here = Path(__file__).parent
     found = (path for part in PLUGIN_PARTS for path in (here / NATIVE / part).glob(f"*{suffix}"))
     return sorted(str(path.relative_to(here)) for path in found)

@@ -67,7 +67,7 @@ class DistroTest(PrefaultTest):
         return overlay
 
     def boot(self, **options: Any) -> tuple[SystemGuest, Sample]:
-        """Boot a new guest, log in, and return the guest and the measurements of its boot."""
+        """Boot a new guest, log in, and return the guest and its boot's measurements."""
         guest = self.start(self.blank(), **options)
         stopwatch = Stopwatch(guest, from_its_start=True)
         guest.wait_login()

@@ -364,7 +364,7 @@ def put_python(machine: Machine, source: Path, destination: str) -> None:
 
 @contextlib.contextmanager
 def huge_pages_off(machine: Machine) -> Iterator[None]:
-    """Disable transparent huge pages, with which guests take too few faults to compare."""
+    """Disable THP, with which guests take too few faults for a comparison."""
     path = "/sys/kernel/mm/transparent_hugepage/enabled"
     before = machine.run(["cat", path]).text.partition("[")[2].partition("]")[0]
     machine.run(["sh", "-c", f"echo never >{path}"])

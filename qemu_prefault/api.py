@@ -88,13 +88,13 @@ def connect(
 
     :param qmp: The path of a UNIX socket (``PATH`` or ``unix:PATH``), or a TCP address
         (``HOST:PORT`` or ``tcp:HOST:PORT``).
-    :param pid: QEMU's process id. This argument is needed only if the socket does not report the
-        process id, for example a TCP socket.
+    :param pid: QEMU's process id. This argument is needed only for a socket that does not report
+        the process id, such as a TCP socket.
     :param dial: A function that opens the connection, or None. If a function is passed, messages
         use ``qmp`` as the name of the connection, and nothing else uses ``qmp``.
     :returns: An asynchronous context manager that yields a :class:`Vm`.
     :raises InputError: If the address is malformed, or if the socket does not exist.
-    :raises MonitorBusyError: If another client holds the socket.
+    :raises MonitorBusyError: If another client is using the socket.
     :raises MonitorError: If the peer does not respond, or if it is not a QMP server.
     :raises RefusedError: If the process behind the socket is not QEMU, or if ``pid`` is the id of
         another process.

@@ -147,7 +147,7 @@ class Code(enum.StrEnum):
     UNKNOWN_LAYOUT = "unknown-layout"
     #: The plugin is not loaded in this QEMU, or is missing from this installation.
     NO_PLUGIN = "no-plugin"
-    #: The plugin in this QEMU and this tool have different versions.
+    #: The plugin in this QEMU is from another version of qemu-prefault.
     PLUGIN_VERSION = "plugin-version"
     #: The plugin's control socket cannot be used.
     CONTROL_SOCKET = "control-socket"

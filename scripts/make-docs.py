@@ -81,7 +81,7 @@ def cache() -> Path:
 
 
 def install_sphinx() -> Path:
-    """Return a directory with the packages in docs/requirements.txt, built unless cached."""
+    """Return a directory with the packages for docs/, built unless cached."""
     requirements = DOCS / "requirements.txt"
     key = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()[:16]
     directory = cache() / f"docs-{key}"

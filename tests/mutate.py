@@ -232,7 +232,7 @@ def pytest_command(tier: Tier, nodes: Sequence[str], junit: Path) -> list[str]:
 
 
 def run_tests(root: Path, tier: Tier, nodes: Sequence[str]) -> tuple[list[str], int]:
-    """Run a checkout's tests, and return the failed tests and the number of passed ones.
+    """Run a checkout's tests, and return the failed tests and the passed count.
 
     :raises MutantError: If the test run did not complete.
     """

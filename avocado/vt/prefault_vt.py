@@ -53,7 +53,7 @@ def enable(params: Params) -> None:
 
 
 def _check(test: Any, params: Params, env: Any) -> None:
-    """Check that every QEMU has loaded the plugin, and log the plugin's and KVM's counters."""
+    """Check that every QEMU has loaded the plugin, and log all counters."""
     for vm in env.get_all_vms():
         if vm.is_alive():
             counters = plugin_status(test, vm)["counters"]
@@ -68,7 +68,7 @@ def note(test: Any, event: str, without: int | None, with_: int) -> None:
 
 
 def plugin_status(test: Any, vm: Any) -> dict[str, Any]:
-    """Return the plugin's status, or end the test with an error if QEMU has no plugin."""
+    """Return the plugin's status, or fail the test if QEMU has no plugin."""
     process = Process.find(vm.get_pid())
     path = find_control_socket(process)
     if path is None:
@@ -198,7 +198,7 @@ def wait_running(test: Any, vm: Any) -> None:
 
 
 def read_back(test: Any, params: Params, vm: Any, wanted: str) -> int:
-    """Check the file that :func:`fill` wrote, and return the VM's faults on memory so far."""
+    """Check the file that :func:`fill` wrote, and return the VM's faults so far."""
     session = log_in(params, vm)
     if checksum(session, "file") != wanted:
         test.fail("the file in the guest's memory has changed")

@@ -57,7 +57,7 @@ def definition(term: str, kind: str, text: str) -> list[str]:
 
 
 class CommandOptions(ClickDirective):
-    """The directive ``command-options:: MODULE:COMMAND`` with ``:prog: NAME``."""
+    """The ``command-options:: MODULE:COMMAND`` directive. It needs ``:prog:``."""
 
     def run(self) -> list[nodes.Node]:
         self.options["nested"] = "none"
@@ -164,7 +164,7 @@ def carried_by(names: set[str]) -> tuple[str, str]:
 
 
 class ErrorCodes(Directive):
-    """The directive ``error-codes::``, which writes a table of all codes.
+    """The ``error-codes::`` directive, which writes a table of all codes.
 
     Each line of the body names a code whose class is chosen at run time, and this class.
     """
@@ -292,7 +292,7 @@ def described(content: StringList) -> dict[str, str]:
 
 
 class JsonFields(Directive):
-    """The directive ``json-fields:: MODULE:DATACLASS``, which lists the fields.
+    """The ``json-fields:: MODULE:DATACLASS`` directive, which lists the fields.
 
     The body describes the fields that have no ``#:`` comment.
     """
@@ -362,7 +362,7 @@ def plugin_events() -> dict[str, set[str]]:
 
 
 class EventFields(Directive):
-    """The directive ``event-fields:: tool|plugin``, which lists the events.
+    """The ``event-fields:: tool|plugin`` directive, which lists the events.
 
     The body of the directive describes each event.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The nested lab, which runs the real ioctl on a host without virtualization.
+"""The nested lab, which runs the real ioctl without hardware virtualization.
 
 The lab nests three machines. The project names them by their nesting level:
 

@@ -62,7 +62,7 @@ class _Group(click.Group):
 @click.group(cls=_Group)
 @click.option("-v", "--verbose", is_flag=True, help="Print more.")
 def main(verbose: bool) -> None:
-    """Run the real prefault ioctl in the lab, on a host without virtualization."""
+    """Run the real prefault ioctl in the lab, without hardware virtualization."""
     level = logging.DEBUG if verbose else logging.INFO
     logging.basicConfig(level=level, format="lab: %(message)s", stream=sys.stderr)
 
@@ -86,7 +86,7 @@ def build_command(variants: tuple[str, ...]) -> None:
 @click.option("--check", is_flag=True, help="Only run QEMU's checkpatch and QEMU's own tests.")
 @click.argument("patches", type=click.Path(path_type=Path, exists=True), default="patches")
 def qemu_command(release: str, tcg_fix: bool, jobs: int, check: bool, patches: Path) -> None:
-    """Build QEMU with the series in PATCHES, unless cached, and print the path of QEMU."""
+    """Build QEMU with the series in PATCHES, unless cached, and print its path."""
     if check:
         for line in check_series(patches, release, jobs=jobs):
             click.echo(line)

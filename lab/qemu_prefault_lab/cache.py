@@ -123,7 +123,7 @@ def discard(path: Path) -> None:
 
 
 def prune(days: float) -> list[Path]:
-    """Remove entries that have not been used for a number of days, and return their paths.
+    """Remove entries that have not been used recently, and return their paths.
 
     A running lab is not affected, because it keeps its files open.
     """

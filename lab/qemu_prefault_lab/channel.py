@@ -49,7 +49,7 @@ _LAST_WORDS_SECONDS = 3.0
 
 
 class Request:
-    """A command in L1, with its request number and the frames that take() will return."""
+    """A command in L1, with its request number and the frames for take()."""
 
     def __init__(self, number: int) -> None:
         self.number = number

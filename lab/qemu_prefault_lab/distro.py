@@ -90,7 +90,7 @@ def build(distro: Distro) -> DistroImage:
     key = cache.key_of(*distro.suites, *_PACKAGES, *_WITHOUT, _HOOK.read_bytes(), PASSWORD, "1")
 
     def fill(directory: Path) -> None:
-        log.info("building the %s guest (only once)", distro.name)
+        log.info("building the %s guest for the cache", distro.name)
         tar_path = directory / "disk.tar"
         options = ["--variant=minbase", "--include=" + ",".join(_PACKAGES)]
         options += [f"--dpkgopt=path-exclude={pattern}" for pattern in _WITHOUT]

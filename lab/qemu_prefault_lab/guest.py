@@ -184,7 +184,7 @@ class Guest(QemuGuest):
         self._serial.forget()
 
     def wait_ready(self, timeout: float = 240.0) -> Answer:
-        """Wait until a booting guest prints its ``ready`` line, and return the line's values.
+        """Wait until a booting guest prints ``ready``, and return the line's values.
 
         The ``uptime`` value is in seconds.
         """

@@ -199,7 +199,7 @@ def mmdebstrap(target: Path, suite: str, *options: str) -> None:
 
 
 def mmdebstrap_any(target: Path, suites: Sequence[str], *options: str) -> str:
-    """Try the suites in order until a build succeeds, and return the suite of that build."""
+    """Try the suites in order, and return the first one whose build succeeds."""
     for attempt, suite in enumerate(suites, start=1):
         try:
             mmdebstrap(target, suite, *options)
@@ -379,7 +379,7 @@ def tcg_host() -> TcgHost:
                        *_L2_KVM_MODULES, "2")  # fmt: skip
 
     def build(directory: Path) -> None:
-        log.info("building the TCG host (Debian 12's QEMU 7.2, only once)")
+        log.info("building the TCG host (Debian 12's QEMU 7.2) for the cache")
         tar = directory / "tree.tar"
         mmdebstrap(tar, "bookworm", "--variant=extract", "--include=" + ",".join(packages))
         unwanted = ["./dev", "./var", "./lib/modules", "./usr/lib/modules"]
@@ -433,7 +433,7 @@ def build(variant: Variant) -> Image:
                        *_BOOT_MODULES, *_OPTIONAL_BOOT_MODULES, init.read_bytes(), "1")  # fmt: skip
 
     def fill(directory: Path) -> None:
-        log.info("building the %s image (only once)", variant.name)
+        log.info("building the %s image for the cache", variant.name)
         tar_path = directory / "rootfs.tar"
         options = ["--variant=minbase", "--include=" + ",".join(variant.packages),
                    f"--customize-hook=sh '{_HERE}/kernel-hook.sh' \"$1\" {variant.kernel} "

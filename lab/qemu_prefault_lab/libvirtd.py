@@ -264,7 +264,7 @@ exec unshare --cgroup sh -ec '
 
 
 def _prepare_machine() -> None:
-    """Set up the files that udev, systemd and systemd-tmpfiles set up on a full Debian."""
+    """Create the files that udev, systemd and systemd-tmpfiles usually create."""
     os.chmod("/dev/kvm", 0o666)
     SERIALS.mkdir(exist_ok=True)
     SERIALS.chmod(0o755)

@@ -221,7 +221,7 @@ class Lab(Machine):
     def power_off(self, timeout: float = 60.0) -> None:
         """Power L1 off and wait until QEMU exits.
 
-        Only tests that boot L1 call this method.
+        Only the ``boots`` command calls this method. Other callers kill QEMU with :meth:`close`.
         """
         script = "echo o >/proc/sysrq-trigger; sleep 60"
         try:
@@ -284,7 +284,7 @@ class Lab(Machine):
 
 
 def _save(recipe: _Recipe, directory: Path, boot: Callable[[list[str]], Channel]) -> None:
-    """Boot L1 with its memory in a file, and save the CPU and devices in another file."""
+    """Boot L1 with its memory in a file, and save CPU and devices in another file."""
     log.info("booting the lab once to take its snapshot")
     memory = directory / "ram"
     started = time.monotonic()

@@ -103,7 +103,10 @@ class PatchedQemu:
     svm_tests: tuple[Path, ...]
 
     def put_on(self, machine: Machine) -> dict[str, str]:
-        """Copy QEMU and its tests to a machine, and return the variable with QEMU's path."""
+        """Copy QEMU and its tests to a machine.
+
+        :returns: The environment variable for QEMU's path on the machine, and this path.
+        """
         files = {"": self.binary, "-test": self.qtest}
         files |= {f"-{path.name}": path for path in self.svm_tests}
         for suffix, path in files.items():
@@ -160,7 +163,7 @@ def build(patches: Path, release: str = "10.0", *, tcg: bool = True, jobs: int =
 
 
 def uefi_emulator(patches: Path) -> Path:
-    """Return an emulator for L1 that can run KVM guests with UEFI, built unless cached."""
+    """Return an emulator for L1 that can run UEFI guests, built unless cached."""
     return build(patches).binary
 
 

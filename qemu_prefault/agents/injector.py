@@ -121,7 +121,7 @@ class Injector:
         ]
 
     def unmap_abandoned_areas(self) -> None:
-        """Unmap the memory that killed qemu-prefault processes have left in QEMU."""
+        """Unmap the memory left in QEMU by qemu-prefault processes that were killed."""
         for area in abandoned_areas(self._process, self._memory, self._maps):
             self._inject(lib.pf_inject_munmap, self._threads[0].thread_id, area)
 

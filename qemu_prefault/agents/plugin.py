@@ -145,7 +145,7 @@ class Control:
         if status.get("plugin") != PROTOCOL:  # status() expects this version's fields
             writer.close()
             raise UnsupportedError(
-                f"the plugin in QEMU (pid {pid}) and this qemu-prefault have different versions",
+                f"the plugin in QEMU (pid {pid}) is from another version of qemu-prefault",
                 "use the qemu-prefault release that contains this plugin, or use --agent attach",
                 code=Code.PLUGIN_VERSION,
             )

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The attach agent, which starts helper threads in a running QEMU with ptrace.
 
-This module stops a vCPU thread, and makes the thread execute three system calls. These system calls
-start a helper thread, and leave the vCPU thread unchanged (native/ptrace/inject.c). The helper and
-this process then communicate through one control page. This process accesses this page through
-``/proc/PID/mem``.
+This module stops a vCPU thread, and makes the thread execute three system calls, which start a
+helper thread. The vCPU thread then continues with its original registers (native/ptrace/inject.c).
+The helper and this process communicate through one control page. This process accesses this page
+through ``/proc/PID/mem``.
 
 This process writes a heartbeat to the control page. If the heartbeat stops, for example because
 this process was killed, the helper completes its current system call, unmaps itself and exits.

@@ -76,7 +76,7 @@ Filter = Sequence[Instruction]
 
 
 class BadFilterError(Exception):
-    """The error for truncated filters, or for a BPF program that the kernel does not accept."""
+    """The error for a truncated filter, or for one that the kernel does not accept."""
 
 
 def parse_filters(data: bytes) -> list[list[Instruction]]:

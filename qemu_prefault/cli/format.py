@@ -107,7 +107,7 @@ def event_line(event: dict[str, Any]) -> str:
 
 
 def ram_map_lines(found: RamMap) -> Iterator[str]:
-    """Yield a line for each section of RAM, and a line for the bytes mapped in stage 2."""
+    """Yield a line for each section of RAM, and one for the bytes in stage 2."""
     rows = [
         [
             section.name,
@@ -162,7 +162,7 @@ def status_lines(status: DomainStatus) -> Iterator[str]:
             yield "  this file does not exist on this host, so the domain cannot start"
             yield "  -> qemu-prefault libvirt install"
         elif not status.current:
-            yield "  this file and qemu-prefault have different versions"
+            yield "  this file is from another version of qemu-prefault"
             yield "  -> qemu-prefault libvirt install"
     if status.plugin is not None:
         counters = status.plugin["counters"]

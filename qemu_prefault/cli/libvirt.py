@@ -91,7 +91,7 @@ def enable(
             )
         if not plugin and not is_current(path):
             say(
-                f"{path} and qemu-prefault have different versions. To update the file, run: "
+                f"{path} is from another version of qemu-prefault. To update the file, run: "
                 "qemu-prefault libvirt install"
             )
         _define(domain, uri, lambda xml: edit(xml, str(path), options), "enabled")

@@ -116,7 +116,8 @@ class RunningVcpu:
     def wait_progress(self, rounds: int = 1) -> None:
         """Wait until the guest has increased its counter by ``rounds``.
 
-        :raises Unexpected: If the guest does not do so within :data:`IOCTL_LIMIT_SECONDS`.
+        :raises Unexpected: If this takes longer than :data:`IOCTL_LIMIT_SECONDS`, or if KVM_RUN
+            returns earlier.
         """
         start = self.vcpu.vm.counter
         wait_for(

@@ -78,7 +78,7 @@ class RunTally:
         self._longest_pause = max(self._longest_pause, seconds)
 
     def discard_requests(self) -> None:
-        """Reset the requested and prefaulted bytes before all targets are requested again."""
+        """Reset the requested and prefaulted bytes before a repeated request."""
         for tally in self.tallies.values():
             tally.requested = tally.prefaulted = tally.accounted = 0
 
@@ -93,7 +93,7 @@ class RunTally:
             tally.accounted = 0
 
     def verify(self) -> None:
-        """Compare the tallies with KVM's counters, and subtract bytes that KVM has dropped."""
+        """Compare the tallies with KVM's counters, and subtract dropped bytes."""
         if self.after is None:
             self.warnings[Code.NO_COUNTERS] = (
                 "this QEMU or kernel does not provide KVM's counters (query-stats), so the result "

@@ -19,8 +19,8 @@ from .procfs import Process, comm_of, tgid_of, thread_map
 def identify(peer_pid: int | None, given_pid: int | None, thread_ids: Sequence[int]) -> Process:
     """Return QEMU's process, after checking that it owns the vCPU threads.
 
-    :param peer_pid: The pid of the process that listens on the monitor socket (SO_PEERCRED). None
-        if the socket does not report a pid, for example a TCP socket.
+    :param peer_pid: The pid of the process that listens on the monitor socket (SO_PEERCRED), or
+        None for a socket that does not report a pid, such as a TCP socket.
     :param given_pid: The pid from ``--pid``, or None. This pid overrides ``peer_pid``, so that the
         user can reach QEMU's monitor through a proxy.
     :param thread_ids: The ids of the vCPU threads from ``query-cpus-fast``, in QEMU's own pid

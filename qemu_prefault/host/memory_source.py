@@ -308,7 +308,7 @@ def _reach(process: Process, mapping: MemoryMapping) -> str | None:
     return None
 
 
-#: Seconds for which :func:`_promised_to_others` reuses a result, because it examines many files.
+#: How long :func:`_promised_to_others` reuses a result, in seconds. It examines many files.
 PROMISE_SECONDS: Final = 1.0
 _promises: dict[tuple[int, int, AbstractSet[FileId]], tuple[float, int]] = {}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The libvirt hook that is installed as /etc/libvirt/hooks/qemu.d/50-qemu-prefault.
+"""The libvirt hook, /etc/libvirt/hooks/qemu.d/50-qemu-prefault.
 
 libvirt waits for the hook, and stops the guest if the hook fails. Therefore the hook follows these
 rules:
@@ -156,7 +156,7 @@ def _hand_over(about: Domain, pid: int, policy: HookConfig, when: When, log: Log
         words = [systemd_run, "--no-block", "--collect", "--quiet", f"--unit={unit}",
                  f"--description=qemu-prefault of {about.name}", "--", *words]  # fmt: skip
         subprocess.run(words, stdin=subprocess.DEVNULL, check=True, timeout=10)
-        log(f"the hook passed the prefault to {unit}.service")
+        log(f"the hook started {unit}.service to prefault the guest")
         return
     if logger := shutil.which("logger"):
         script = f'"$@" 2>&1 | {logger} -t qemu-prefault'
@@ -171,7 +171,7 @@ def _hand_over(about: Domain, pid: int, policy: HookConfig, when: When, log: Log
         cwd="/",
     )
     child.returncode = 0  # so that Popen does not warn: the child outlives this process
-    log(f"the hook passed the prefault to process {child.pid}")
+    log(f"the hook started process {child.pid} to prefault the guest")
 
 
 # --- details ---

@@ -92,7 +92,7 @@ def boot_ram(machine: str, memory: int) -> tuple[tuple[int, int, int], ...]:
 
 
 def check_plain_layout(arguments: Sequence[str], memory: int) -> None:
-    """Raise an error if RAM may be outside the addresses that :func:`boot_ram` returns.
+    """Raise an error if RAM may be outside the result of :func:`boot_ram`.
 
     :param arguments: QEMU's command line.
     :param memory: The boot memory in bytes.

@@ -197,7 +197,7 @@ def _plugin_route(domain: Domain, found: Loaded | None) -> Finding:
         return Finding(
             "enable",
             "note",
-            f"{path} and qemu-prefault have different versions",
+            f"{path} is from another version of qemu-prefault",
             "qemu-prefault libvirt install",
         )
     return Finding("enable", "ok", f"the domain loads {path}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Measure restored guests with each agent, and with the patched QEMU without the tool.
+"""Measure restored guests with each agent, and with the patched QEMU alone.
 
     agents.py LOOP
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Measure restored guests, and compare the tool with a loop that only calls the ioctl.
+"""Measure restored guests, and compare the tool with a loop of bare ioctls.
 
     restore.py LOOP
 

@@ -425,7 +425,7 @@ def restore_section(part: dict[str, Any]) -> tuple[list[str], Bars]:
 
 
 def host_section(host: dict[str, Any]) -> tuple[list[str], Bars]:
-    """Return the sections about the tool's start-up time and memory, and their limits."""
+    """Return the sections about start-up time and memory, and their limits."""
     peaks = [max(row[1:]) for row in host["memory"]]
     growth = (max(peaks) - min(peaks)) / 1024
     bars = [

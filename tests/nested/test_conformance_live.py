@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test, on any KVM, that a running Linux guest keeps running and keeps its memory.
+"""Test, on any KVM, that a Linux guest keeps running and keeps its memory.
 
 KVM does not support the ioctl before Linux 6.11 or with ``npt=0``. On such a KVM, the tests check
 the error, the effect of ``--populate-only``, and that a refused run has no side effects.
@@ -24,7 +24,7 @@ ALLOC_MIB = 64
 
 
 def minor_faults(guest: Guest) -> int:
-    """Return the number of QEMU's minor faults on the host, including those in KVM_RUN."""
+    """Return the number of QEMU's minor faults, including those in KVM_RUN."""
     fields = Path(f"/proc/{guest.pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[7])
 

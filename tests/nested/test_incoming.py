@@ -67,7 +67,7 @@ class Migration:
 
 
 class MakeMigration(Protocol):
-    """A function that prepares a migration and passes options to the destination's QEMU."""
+    """A function that prepares a migration, with options for the destination."""
 
     def __call__(self, **options: Unpack[GuestOptions]) -> Migration: ...
 
@@ -219,7 +219,7 @@ def test_cont_before_arrival(make_migration: MakeMigration) -> None:
 
 @pytest.mark.full
 def test_unresponsive_qemu_is_waited_for(make_migration: MakeMigration) -> None:
-    """Suspend QEMU for 40 s, longer than the 30 s that the tool usually waits for a reply.
+    """Suspend QEMU for 40 s, longer than the usual time limit of 30 s for replies.
 
     QEMU may not reply for minutes while it loads a guest from a slow file.
     """

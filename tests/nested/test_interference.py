@@ -203,7 +203,7 @@ def test_dimm_plugged(throttled_run: StartRun) -> None:
 def test_stopped_tool_loses_helpers(
     make_restored_guest: MakeGuest, throttled_run: StartRun
 ) -> None:
-    """Stop the tool with SIGSTOP, after which its helpers must exit (``Limits.dead_man``)."""
+    """Stop the tool with SIGSTOP: its helpers must exit (``Limits.dead_man``)."""
     guest = make_restored_guest()
     run = throttled_run(guest)
     run.send_signal(signal.SIGSTOP)
@@ -234,7 +234,7 @@ def test_interrupted_tool_resumes_guest(
 
 
 def stale_root(guest: Guest) -> Result:
-    """Prefault, delete and re-create a memslot while no vCPU runs, and prefault again.
+    """Prefault, re-create a memslot while no vCPU runs, and prefault again.
 
     The memslot is the VGA's memory. The monitor writes to the VGA's PCI command register
     (0x04 of 00:02.0), which unmaps this memory and maps it again.

@@ -28,7 +28,7 @@ FALLOC_FL_PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_KEEP_SIZE is 0x01
 
 
 def punch_spare_memory(guest: Guest) -> None:
-    """Free an unused device's memory, so that the next run populates that memory again."""
+    """Free an unused device's memory, so that the next run populates it again."""
     for link in Path(f"/proc/{guest.pid}/fd").iterdir():
         if os.readlink(link).startswith("/memfd:memory-backend-memfd"):
             fd = os.open(link, os.O_RDWR)

@@ -153,7 +153,7 @@ def test_hook_timeout_hands_over(
     guest.start()
     wait_until(lambda: syslog.lines("verified") or syslog.lines("prefaulted"), "its report")
     assert syslog.lines("the time limit expired"), syslog.lines()
-    assert syslog.lines("passed the prefault to"), syslog.lines()
+    assert syslog.lines("to prefault the guest"), syslog.lines()
     guest.check_memory()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Measure a guest's faults at each lifecycle event, with each method of prefaulting.
+"""Measure faults at each lifecycle event, with each method of prefaulting.
 
 docs/usage/libvirt.md shows the results in a table. The number of faults is KVM's ``pf_taken``. Each
 guest writes 64 MiB of 4K pages, which causes 16,384 faults without prefaulting. The tests print
@@ -168,7 +168,7 @@ def test_restore_saved_file(make_domain: MakeDomain, report_row: ReportRow, tmp_
 def test_hook_latency(
     libvirtd: Libvirtd, write_hook_config: WriteHookConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Print the duration of each call to the hook, because libvirt waits for the hook."""
+    """Print the duration of each hook call, because libvirt waits for the hook."""
     plain = "<domain type='kvm'><name>a</name><uuid>u</uuid><memory>1024</memory></domain>"
     asked = plain.replace("<name>", "<!-- qemu-prefault --><name>")
 
@@ -298,7 +298,7 @@ def plugin_status(guest: LabDomain) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def expect_acpi_ost(guest: LabDomain) -> Iterator[None]:
-    """Check that QEMU sends ACPI_DEVICE_OST, which reports the guest's reply to a hotplug."""
+    """Check that QEMU reports the guest's reply to a hotplug (ACPI_DEVICE_OST)."""
     waiting = subprocess.Popen(
         ["virsh", "-c", guest.daemon.uri, "qemu-monitor-event", guest.name, "--event",
          "ACPI_DEVICE_OST", "--timeout", "60"],

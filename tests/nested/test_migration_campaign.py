@@ -36,7 +36,7 @@ def migrate(source: Guest, directory: Path, rng: random.Random) -> tuple[Guest, 
     try:
         options = rng.choice(OPTIONS)
         tool = start_tool(target, "--incoming", *options)
-        if rng.random() < 0.5:  # without this delay, the guest may arrive before the tool waits
+        if rng.random() < 0.5:  # otherwise the migration may start before the tool waits for it
             time.sleep(rng.uniform(0, 0.5))
         source.qmp("migrate", uri=uri)
         history = " ".join(options) or "plain"

@@ -198,7 +198,7 @@ def test_cont_leaves_guest_mode(make_nested_guest: MakeNestedGuest, npt: bool) -
 def test_incoming_guest_with_nested_guest(
     make_nested_guest: MakeNestedGuest, npt: bool, tmp_path: Path
 ) -> None:
-    """Check that a guest is prefaulted even if its vCPU arrives in guest mode."""
+    """Check that a guest is prefaulted even whose vCPU is in guest mode."""
     source = make_nested_guest(npt)
     uri = f"unix:{tmp_path / 'migration'}"
     with Guest(memory_mib=WORKLOAD_MIB + OTHER_MIB, kvm=True, incoming=uri) as target:
@@ -300,7 +300,7 @@ def test_ioctl_detects_guest_mode(
 def test_guest_runs_if_tool_dies_between_stops(
     make_nested_guest: MakeNestedGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kill the tool after several stops, because each pause needs its own resume guard."""
+    """Kill the tool after several stops: each pause needs its own resume guard."""
 
     async def always(*_: object) -> set[int]:
         return {0}

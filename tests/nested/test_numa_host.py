@@ -36,7 +36,7 @@ def node_bytes(node: int, key: str) -> int:
 
 
 def numa_maps_line(guest: Guest) -> dict[str, str]:
-    """Return the numa_maps fields for the guest's RAM, such as the pages on each node."""
+    """Return the numa_maps fields of the guest's RAM, such as pages per node."""
     start = f"{ram_hva(guest):x} "
     for line in Path(f"/proc/{guest.pid}/numa_maps").read_text().splitlines():
         if line.startswith(start):
@@ -160,7 +160,7 @@ def test_node_that_runs_short_ends_the_run(neighbour: Neighbour, option: str) ->
 
 @pytest.fixture
 def on_node_1() -> Iterator[list[str]]:
-    """Return a command that executes its arguments in a cgroup confined to node 1's memory."""
+    """Return a command prefix that confines a program to the memory of node 1."""
     (CGROUPS / "cgroup.subtree_control").write_text("+cpuset")
     group = CGROUPS / "node1"
     group.mkdir()
@@ -218,7 +218,7 @@ def pool(node: int, name: str) -> Path:
 
 @pytest.fixture
 def pools() -> Iterator[None]:
-    """Reserve 200 huge pages on node 0 and 60 on node 1."""
+    """Allocate 200 huge pages on node 0 and 60 on node 1."""
     for node, count in ((0, 200), (1, 60)):
         pool(node, "nr_hugepages").write_text(str(count))
         assert int(pool(node, "free_hugepages").read_text()) == count
@@ -262,7 +262,7 @@ HERD_MIB = 512
 
 @pytest.fixture
 def make_herd() -> Iterator[Callable[..., list[Guest]]]:
-    """Return a function that starts three paused guests, whose RAM exceeds the host's."""
+    """Return a function that starts three paused guests larger than the host."""
     with contextlib.ExitStack() as stack:
 
         def make(**options: Unpack[GuestOptions]) -> list[Guest]:

@@ -20,7 +20,7 @@ SLACK = 8 * MIB
 
 @pytest.fixture
 def make_guest() -> Iterator[MakeGuest]:
-    """Return a function that starts a guest and waits until the plugin has prefaulted it.
+    """Return a function that starts a guest and waits until it is prefaulted.
 
     Before the function returns, the guest also loads its device drivers.
     """
@@ -60,7 +60,7 @@ def make_virtio_mem_guest(
 
 
 def request_size(guest: Guest, size: int) -> None:
-    """Set virtio-mem's requested size and wait until the guest has plugged the memory."""
+    """Set virtio-mem's requested size, and wait until the guest has plugged it."""
     guest.qmp("qom-set", path="/machine/peripheral/vmem", property="requested-size", value=size)
     while guest.qmp("query-memory-devices")[0]["data"]["size"] != size:
         guest.wait_event("MEMORY_DEVICE_SIZE_CHANGE")

@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def start_qemu(tmp_path: Path) -> Iterator[StartQemu]:
-    """Return a function that starts a QEMU and waits until its QMP socket listens.
+    """Return a function that starts a QEMU and waits for its QMP socket.
 
     For example: ``start_qemu("-m", "256M", accel="tcg")``.
     """

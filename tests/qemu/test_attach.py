@@ -376,7 +376,7 @@ def test_runs_that_start_together_take_turns(start_qemu: StartQemu, tmp_path: Pa
 
 
 def test_short_trace_delays_the_run(vm_of: StartVm, tracer_of: Callable[[int], int]) -> None:
-    """Check that a run waits for a process that traces a thread briefly, such as another probe."""
+    """Check that a run waits for a brief tracer, such as another probe."""
     vm = vm_of("-m", "64M", paused=False)
     tracer = tracer_of(vm.qmp.execute("query-cpus-fast")[0]["thread-id"])
     tool = start_tool(vm.qemu, "--populate-only")

@@ -96,7 +96,7 @@ class Host:
         self.prefix = in_group(self.groups[-1])
 
     def hugetlb_group(self) -> None:
-        """Reserve the guest's huge pages, and limit the cgroup to half of them."""
+        """Allocate the guest's huge pages, and limit the cgroup to half of them."""
         self.huge_pages(SIZE // 2)
         (group,), unified = self.stack.enter_context(cgroups("hugetlb"))
         name = "hugetlb.2MB.max" if unified else "hugetlb.2MB.limit_in_bytes"

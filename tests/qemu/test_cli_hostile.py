@@ -353,9 +353,9 @@ def test_ram_at_a_wrong_address(through: Through, vm: QemuVm, where: str, comman
 
 @pytest.mark.parametrize("where", ["the heap", "QEMU's text"])
 def test_small_ram_at_a_wrong_address(through: Through, vm: QemuVm, where: str) -> None:
-    """Check that the tool does no harm if another mapping is reported as guest RAM.
+    """Check that QEMU survives if the proxy reports another mapping as guest RAM.
 
-    The other mapping is larger than the RAM section, so the tool may populate the mapping.
+    This mapping is larger than the RAM section, so the tool may accept and populate it.
     """
     target = ELSEWHERE[where](vm.pid)
 

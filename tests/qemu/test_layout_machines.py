@@ -204,7 +204,7 @@ def test_hotplugged_dimm_appears(start_qemu: StartQemu, accel: str) -> None:
 
 
 def test_seabios_finishes(start_qemu: StartQemu) -> None:
-    """Check that firmware_ahead() becomes false when SeaBIOS has finished changing memslots."""
+    """Check that firmware_ahead() is false after SeaBIOS's last memslot change."""
     qemu = start_qemu("-M", "q35", "-m", "128M", "-vga", "std", accel="kvm", paused=False)
 
     async def main() -> None:

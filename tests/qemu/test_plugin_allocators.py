@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the plugin with allocators whose calls to libc pass through the plugin's hooks."""
+"""Test the plugin with allocators whose libc calls pass through its hooks."""
 
 from __future__ import annotations
 

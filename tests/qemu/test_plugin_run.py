@@ -187,7 +187,7 @@ def test_qemu_without_a_guest_reports_nothing(status: int, arguments: Sequence[s
 @pytest.mark.parametrize("accel", ["tcg", pytest.param("kvm", marks=needs_kvm)])
 @pytest.mark.parametrize("how", ["run", "plugin"])
 def test_parents_of_daemon_report_nothing(how: str, accel: str, tmp_path: Path) -> None:
-    """Check that no parent of QEMU's daemon reports that QEMU does not use KVM.
+    """Check that the processes that fork QEMU's daemon report nothing.
 
     With ``-daemonize``, QEMU forks twice (os_daemonize() in os-posix.c), and only the last process
     creates the VM.

@@ -302,7 +302,7 @@ def test_force_overrides_the_limit(vm_of: StartVm, memory_cgroup: Callable[[int]
 
 
 def test_guest_larger_than_the_host(vm_of: StartVm) -> None:
-    """Check that the tool does not populate a guest that is larger than the host's memory.
+    """Check that a guest larger than the host's memory is not populated.
 
     With ``--populate all``, the tool must refuse the run.
     """

@@ -47,7 +47,7 @@ KVM_RUN, KVM_GET_REGS = 0xAE80, 0x8090AE81
 
 @dataclass
 class FakeVcpu:
-    """A process that simulates QEMU, and a helper's control page that the test writes."""
+    """A process that simulates QEMU, and a control page that the test writes."""
 
     process: subprocess.Popen[str]
     memory: int
@@ -235,7 +235,7 @@ def test_dead_or_stopped_tool_does_not_freeze_the_vcpu(
 
 
 def test_gate_ends_beside_a_fork_of_the_tool(vcpu: FakeVcpu) -> None:
-    """Check that the gate exits although a fork of the tool keeps the gate's socket open.
+    """Check that the gate exits although a fork of the tool has its socket open.
 
     The resume guard is such a process, because it inherits the tool's descriptors.
     """

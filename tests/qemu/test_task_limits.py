@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that helpers leave tasks for QEMU, which aborts if it cannot start a thread."""
+"""Test that helpers leave tasks for QEMU, which aborts if it has none."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ FILTER = (
 
 
 def prefix() -> list[str]:
-    """Return the arguments to prepend to a command so that KVM seems to offer the ioctl."""
+    """Return a command prefix with which KVM seems to offer the ioctl."""
     directory = Path(__file__).parent.parent
     return ["env", f"PYTHONPATH={directory}", sys.executable, "-m", __name__]
 

@@ -15,7 +15,7 @@ Entry = dict[str, Any]
 
 
 class Ledger:
-    """The iterations of one seed.
+    """The recorded iterations of one seed.
 
     :param path: The ledger's file, or None for no file. If the file exists, its entries for this
         seed are read. The file can also be the saved output of tests/run.py, whose lines have a

@@ -67,7 +67,7 @@ def huge_pages(count: int) -> Iterator[None]:
 
 
 def group_root(controller: str) -> tuple[Path, bool]:
-    """Return the directory in which to create cgroups, and whether the hierarchy is v2."""
+    """Return the parent directory for new cgroups, and whether it is cgroup v2."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controller in controllers.split(","):

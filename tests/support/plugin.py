@@ -35,7 +35,7 @@ def ask_status(path: Path) -> dict[str, Any]:
 
 
 def wait_started(qemu: Qemu, control: Path) -> dict[str, Any]:
-    """Wait until the guest runs with prefaulted memory, and return the plugin's status."""
+    """Wait until the guest runs prefaulted, and return the plugin's status."""
     QmpClient(qemu.qmp).close()  # QMP responds when the machine is complete
     status: dict[str, Any] = {}
 

@@ -56,7 +56,7 @@ class Qemu:
 
 
 def _await_listening(process: subprocess.Popen[bytes], ready: socket.socket) -> None:
-    """Wait until QEMU connects to ``ready``, which QEMU does after its sockets listen."""
+    """Wait until QEMU connects to ``ready``, after its other sockets listen."""
     pidfd = os.pidfd_open(process.pid)
     try:
         readable, _, _ = select.select([ready.fileno(), pidfd], [], [], 30)
@@ -80,9 +80,9 @@ def launch(
     *,
     prefix: Sequence[str] = (),
 ) -> Qemu:
-    """Start a QEMU with its sockets in a directory, and wait until QEMU listens.
+    """Start a QEMU with its sockets in a directory, and wait for the QMP socket.
 
-    :param number: A number that distinguishes several QEMUs in one directory.
+    :param number: A number that no other QEMU with sockets in this directory uses.
     :param prefix: A program that executes QEMU, and its arguments.
     """
     qmp, ready_path = str(directory / f"qmp{number}"), str(directory / f"ready{number}")
@@ -92,7 +92,7 @@ def launch(
     command = [*prefix, QEMU or "", "-nodefaults", "-display", "none", "-accel", accel]
     command += ["-S"] if paused else []
     command += ["-qmp", f"unix:{qmp},server=on,wait=off", *arguments]
-    # QEMU creates chardevs in order. When this chardev connects, the -qmp socket already listens.
+    # QEMU creates chardevs in order. When this chardev connects, the -qmp socket is listening.
     command += ["-chardev", f"socket,id=ready,path={ready_path}", "-mon", "ready,mode=control"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
     try:

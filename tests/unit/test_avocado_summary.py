@@ -133,7 +133,7 @@ def test_own_rows_are_a_table(sum_up: SumUp, row: dict[str, Any], cells: str) ->
 
 
 def test_whole_job_is_summed_up(sum_up: SumUp) -> None:
-    """Summarize a job with rows, failed tests, and whiteboards of other projects' tests."""
+    """Summarize rows, failed tests, and whiteboards of other projects' tests."""
     status, lines = sum_up("PASS", "FAIL", "ERROR", "CANCEL")
     assert status == 1
     assert any(line.startswith("| debian13 | pc |") for line in lines)

@@ -360,7 +360,7 @@ def test_hugetlb_pools_of_nodes(
     expected: int,
     tmp_path: Path,
 ) -> None:
-    """Count the huge pages that are available on node 0 (200 free) and node 1 (60 free)."""
+    """Count the huge pages on node 0 (200 free) and node 1 (60 free)."""
     size = 2 * MIB
     pools, per_node = tmp_path / "hugepages", tmp_path / "node"
     files = {"free": 260, "resv": reserved, "nr_overcommit": overcommit, "surplus": 0}

@@ -169,7 +169,7 @@ def test_calls_point_down(objects: Mapping[str, Object], name: str) -> None:
 
 @needs_tools
 def test_external_symbols_have_prefix(objects: Mapping[str, Object]) -> None:
-    """Check that external symbols have a prefix, so that they do not clash with QEMU's."""
+    """Check that external symbols have a prefix, to not clash with QEMU's."""
     for name, found in objects.items():
         allowed = {"plugin/interpose": INTERPOSED, "plugin/main": ENTRIES}.get(name, frozenset())
         strange = {s for s in found.defined if not s.startswith("pf_")}
@@ -207,7 +207,7 @@ def test_plugin_exports_only_its_entries(plugin: Path) -> None:
 
 @needs_tools
 def test_plugin_binds_no_interposed_function(plugin: Path) -> None:
-    """Check that no symbol or relocation in the plugin refers to an interposed function."""
+    """Check that the plugin refers to no function that it interposes."""
     assert symbols(plugin, "--dynamic", "--undefined-only") & INTERPOSED == frozenset()
     done = subprocess.run(
         ["readelf", "--relocs", "--wide", plugin], capture_output=True, text=True, check=True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the parsers of /proc files on sample text, and the readers on real processes."""
+"""Test parsers of /proc files on sample text, and readers on real processes."""
 
 from __future__ import annotations
 

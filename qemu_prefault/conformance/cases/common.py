@@ -77,7 +77,7 @@ def expect_reads(vcpu: KvmVcpu, memory: Memory, faults: int | None, gpa: int = G
         expect_equal(
             vcpu.stat("pf_taken") - before,
             faults,
-            "faults taken by the guest's reads",
+            "faults caused by the guest's reads",
         )
 
 
@@ -95,7 +95,7 @@ def expect_writes(
     taken = vcpu.faults_of(lambda: vcpu.write(gpa, pages, value))
     expect_equal(memory.words(), [value] * pages, "words in the memory after the guest's writes")
     if faults is not None:
-        expect_equal(taken, faults, "faults taken by the guest's writes")
+        expect_equal(taken, faults, "faults caused by the guest's writes")
     return taken
 
 

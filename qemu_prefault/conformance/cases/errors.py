@@ -302,7 +302,7 @@ def poisoned_page() -> None:
 
 
 def _mmu_page_limit() -> str:
-    """Prefault pages that are 2 MiB apart, so that each page needs its own page table."""
+    """Prefault pages 2 MiB apart, so that each page needs its own page table."""
     count = 80
     memory = memfd(PAGE_SIZE)
     memory.write()

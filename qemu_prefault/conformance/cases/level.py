@@ -77,7 +77,7 @@ def head_and_tail() -> None:
     expect_equal(
         vcpu.faults_of(lambda: vcpu.write(GPA + HUGE_PAGE_SIZE - cut, pages, 5)),
         0,
-        "faults taken by the guest's writes",
+        "faults caused by the guest's writes",
     )
     expect_equal(memory.word(HUGE_PAGE_SIZE - cut), 5, "first word of the memory")
 
@@ -200,7 +200,7 @@ def one_gib() -> None:
     expect_equal(str(result), "success, 0x0 bytes left", "result of the ioctl")
     expect_mapped(fixture.vm, before, Stage2Leaves(0, 0, 1))
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.write(GPA, 64, 9, stride=16 << 20))
-    expect_equal(taken, 0, "faults taken by the guest's writes")
+    expect_equal(taken, 0, "faults caused by the guest's writes")
     expect_equal(memory.word(63 * (16 << 20)), 9, "last word that the guest wrote")
 
 
@@ -222,4 +222,4 @@ def one_gib_unaligned() -> None:
     vcpu.prefault_all(GPA + HUGE_PAGE_SIZE, GIB - HUGE_PAGE_SIZE)
     expect_mapped(vm, before, Stage2Leaves(0, 511))
     taken = vcpu.faults_of(lambda: vcpu.write(GPA + HUGE_PAGE_SIZE, 32, 9, stride=16 << 20))
-    expect_equal(taken, 0, "faults taken by the guest's writes")
+    expect_equal(taken, 0, "faults caused by the guest's writes")

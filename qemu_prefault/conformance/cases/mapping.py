@@ -30,9 +30,9 @@ from .memory_kinds import COPIED, RULE, SMALL, touched
 def _twice(first_read_only: bool) -> str | None:
     """Prefault the same memory twice.
 
-    :param first_read_only: True to use private hugetlb memory, which the first prefault maps
-        read-only, and to populate it before the second prefault. Populating makes the page writable
-        without a call to the mmu notifier, so KVM keeps the read-only leaf.
+    :param first_read_only: Whether the first prefault maps the memory read-only. If True, the
+        memory is private hugetlb memory, and the function populates it before the second prefault.
+        This does not call KVM's mmu notifier, so KVM keeps the read-only leaf.
     """
     if first_read_only:
         fixture = make_fixture(hugetlb(HUGE_PAGE_SIZE, shared=False))

@@ -32,7 +32,9 @@ def capability() -> None:
     offered = offers_prefault()
     expect_equal(fixture.vm.check(KVM_CAP_PRE_FAULT_MEMORY) > 0, offered, "capability of the VM")
     answer = fixture.vcpu.prefault(GPA, fixture.size, any_error=True)
-    expect_equal(answer.error == 0, offered, f"success of the ioctl if the capability is {offered}")
+    expect_equal(
+        answer.error == 0, offered, "whether the ioctl succeeds (must match the capability)"
+    )
     expect_reads(fixture.vcpu, fixture.memory, 0 if offered else None)
 
 
@@ -98,7 +100,7 @@ def _live_guest(mode: abi.CpuMode) -> None:
             answer = fixture.vcpu.prefault(GPA, fixture.size, any_error=True)
             offered = offers_prefault()
             expect_equal(
-                answer.error == 0, offered, f"success of the ioctl if the capability is {offered}"
+                answer.error == 0, offered, "whether the ioctl succeeds (must match the capability)"
             )
         running.wait_progress(10)
     rounds = fixture.vm.counter

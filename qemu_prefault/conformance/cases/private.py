@@ -99,7 +99,7 @@ def four_kib_only() -> None:
     expect_equal(
         fixture.vcpu.faults_of(lambda: fixture.vcpu.write(GPA, 512, 1)),
         0,
-        "faults taken by the guest's writes",
+        "faults caused by the guest's writes",
     )
 
 

@@ -252,7 +252,7 @@ def another_runs() -> None:
 
 
 def _between_runs(times: int) -> None:
-    """Prefault ``times`` pages one by one, and make the guest write after each prefault."""
+    """Prefault ``times`` pages one by one, with a guest write after each prefault."""
     fixture = make_fixture()
     for page in range(times):
         fixture.vcpu.prefault_all(GPA + page * PAGE_SIZE, PAGE_SIZE)
