@@ -214,7 +214,7 @@ def hook(arguments: tuple[str, ...]) -> None:
     sys.stdout.buffer.write(main(arguments))
 
 
-def _moment(function: Any) -> Any:
+def _lifecycle_options(function: Any) -> Any:
     """Add the options that ``start``, ``restore`` and ``migrate`` have in common."""
     for decorate in (
         debug_option,
@@ -259,7 +259,7 @@ def _prefault_at(begin: Any, uri: str | None, populate: str, as_json: bool, debu
 
 @libvirt.command()
 @click.argument("domain")
-@_moment
+@_lifecycle_options
 def start(domain: str, uri: str | None, populate: str, as_json: bool, debug: bool) -> None:
     """Start DOMAIN paused, prefault its guest, and resume it.
 
@@ -278,7 +278,7 @@ def start(domain: str, uri: str | None, populate: str, as_json: bool, debug: boo
 
 @libvirt.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@_moment
+@_lifecycle_options
 def restore(file: Path, uri: str | None, populate: str, as_json: bool, debug: bool) -> None:
     """Restore a guest from FILE, prefault it, and resume it.
 
@@ -305,7 +305,7 @@ def restore(file: Path, uri: str | None, populate: str, as_json: bool, debug: bo
 )
 @click.option("--persistent", is_flag=True, help="Also define the domain on this host.")
 @click.option("--undefine-source", is_flag=True, help="Undefine the domain on the source host.")
-@_moment
+@_lifecycle_options
 def migrate(  # noqa: PLR0917
     domain: str,
     source: str,

@@ -65,7 +65,7 @@ class Pagemap:
         os.close(self._fd)
 
     def sums(self, start: int, size: int, private: bool) -> Sums:
-        """Return the amounts of present memory and writable memory in a range.
+        """Return the numbers of present bytes and of writable bytes in a range.
 
         :param start: The host virtual address at which the range starts.
         :param size: The size of the range in bytes.

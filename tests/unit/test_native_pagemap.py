@@ -165,7 +165,8 @@ def test_written_memory_is_writable(scanner_of: ScannerOf) -> None:
 def test_zero_page_is_present_not_writable(real: Scanner) -> None:
     """Check that the zero page counts as present but not as writable.
 
-    The ioctl would map the zero page read-only and report success.
+    If it counted as writable, it would not be populated, and KVM_PRE_FAULT_MEMORY would map it
+    read-only (hva_to_pfn_slow(), virt/kvm/kvm_main.c).
     """
     if not has_scan(real.fd):
         pytest.skip("this kernel has no PAGEMAP_SCAN (Linux 6.7)")
