@@ -13,9 +13,9 @@ import itertools
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from .._native import ffi, lib
 from ..errors import Code, FailedError, GoneError, UnsupportedError
@@ -27,6 +27,7 @@ from .gadgets import AREAS_FROM
 from .qemu_process import SeizeRetry, busy_error, helper_threads
 from .seccomp import BadFilterError, Call, Filter, Number, denied, parse_filters
 
+_T = TypeVar("_T")
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_FLAGS = 0x100022  # MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED_NOREPLACE
 CLONE_FLAGS = 0x3D0F00  # the flags of pthread_create(), see native/ptrace/inject.c
@@ -172,16 +173,33 @@ def seize_denied(result: Any) -> bool:
     return bool(result.stage == lib.INJECT_SEIZE and result.error == errno.EPERM)
 
 
+def call_with_retries(
+    process: Process, thread_id: int, function: Callable[[], _T], result: Any
+) -> _T:
+    """Call a native function that stops a thread, and retry while the thread is traced.
+
+    :param function: A function that stores its ``struct inject_result`` in ``result``.
+    :returns: The result of the last call.
+    """
+    retry = SeizeRetry(process)
+    with not_delayed_by_others(thread_id):
+        value = function()
+        while seize_denied(result) and retry.is_due():
+            time.sleep(0.01)
+            value = function()
+    return value
+
+
 def _read_filters(process: Process, thread_id: int) -> list[Filter] | None:
     """Return a thread's seccomp filters, or None if this process cannot read them."""
     buffer = ffi.new("unsigned char[]", lib.FILTERS_BYTES_MAX)
     result = ffi.new("struct inject_result *")
-    retry = SeizeRetry(process)
-    with not_delayed_by_others(thread_id):
-        size = lib.pf_read_filters(thread_id, buffer, len(buffer), result)
-        while size < 0 and seize_denied(result) and retry.is_due():
-            time.sleep(0.01)
-            size = lib.pf_read_filters(thread_id, buffer, len(buffer), result)
+    size = call_with_retries(
+        process,
+        thread_id,
+        lambda: lib.pf_read_filters(thread_id, buffer, len(buffer), result),
+        result,
+    )
     if size >= 0:
         try:
             return list(parse_filters(bytes(ffi.buffer(buffer, size))))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,6 @@ from ..host.placement import (
     affinity,
     helper_cpus,
     node_cpus,
-    not_delayed_by_others,
     place,
     real_time_cpus,
 )
@@ -31,8 +29,8 @@ from ..host.task_limits import RESERVE, strictest, task_limits
 from .base import Limits, VcpuThread
 from .control_page import AREA_SIZE, CODE_SIZE, Helper, abandoned_areas, offset_of
 from .gadgets import find_gadgets, free_areas, prepare_exit_slot
-from .helper_calls import check_filters, seize_denied
-from .qemu_process import SeizeRetry, exit_error, same_pid_namespace, stays_alive
+from .helper_calls import call_with_retries, check_filters, seize_denied
+from .qemu_process import exit_error, same_pid_namespace, stays_alive
 
 #: Maximum number of helpers per run.
 MAX_HELPERS = 8
@@ -185,12 +183,7 @@ class Injector:
             },
         )
         result = ffi.new("struct inject_result *")
-        retry = SeizeRetry(self._process)
-        with not_delayed_by_others(thread_id):
-            function(request, result)
-            while seize_denied(result) and retry.is_due():
-                time.sleep(0.01)
-                function(request, result)
+        call_with_retries(self._process, thread_id, lambda: function(request, result), result)
         check_injection(self._process, thread_id, result)
 
     def _image(self, area: int, thread: VcpuThread) -> bytes:

@@ -14,9 +14,8 @@ from contextlib import ExitStack
 import pytest
 
 from support.guest import MakeGuest, check_memory, prefault
-from support.limits import cgroups, in_group
 from support.process import wait_clean
-from support.scheduling import limit_cpu, remove_cpu_limits, set_policy, vcpu_threads
+from support.scheduling import scheduling, vcpu_threads
 
 #: The maximum time in seconds by which the guest's longest stall may exceed the control's.
 STALL = 0.1
@@ -32,22 +31,15 @@ CASES += [(policy, "idle") for policy in ("other", "quota", "pinned", "fifo", "r
 @pytest.mark.parametrize(("policy", "load"), CASES)
 def test_guest_does_not_stall(make_restored_guest: MakeGuest, policy: str, load: str) -> None:
     with ExitStack() as stack:
-        wrapper: list[str] = []
-        if policy == "quota":
-            (group,), unified = stack.enter_context(cgroups("cpu"))
-            stack.callback(remove_cpu_limits, group)
-            wrapper = in_group(group)
+        vcpus = stack.enter_context(scheduling(policy))
         guests = {}
         for name in ("guest", "control"):
-            guest = guests[name] = make_restored_guest(wrapper=wrapper)
+            guest = guests[name] = make_restored_guest(wrapper=vcpus.prefix)
             stack.callback(guest.kill)
             guest.qmp("cont")
             check_memory(guest)
             for tid in vcpu_threads(guest):
-                if policy == "quota":
-                    limit_cpu(tid, group / name, unified)
-                else:
-                    set_policy(tid, policy)
+                vcpus.apply(tid, name)
         for guest in guests.values():
             guest.command(f"run {SLEEP[load]}")
         result = prefault(guests["guest"], "--max-downtime", "0.05")

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from support.limits import cgroups, in_group
 from support.process import leftovers
 from support.qemu import QemuVm, StartQemu, kvm_usable, start_tool, start_vm
-from support.scheduling import limit_cpu, remove_cpu_limits, set_policy
+from support.scheduling import scheduling
 
 SOURCE = Path(__file__).with_name("stall_guest.S")
 MIB = 1 << 20
@@ -110,24 +109,25 @@ def test_running_guest_does_not_stall(
     if len(every) < 2:
         pytest.skip("needs two CPUs")
     with ExitStack() as stack:
-        prefix: list[str] = []
-        if policy == "quota":
-            (group,), unified = stack.enter_context(cgroups("cpu"))
-            stack.callback(remove_cpu_limits, group)
-            prefix = in_group(group)
+        vcpus = stack.enter_context(scheduling(policy))
         guests = []
         for name, cpu in (("guest", max(every)), ("control", min(every))):
             vm = start_vm(
-                start_qemu, tmp_path, "-m", "512M", *drive, accel="kvm", paused=False, prefix=prefix
+                start_qemu,
+                tmp_path,
+                "-m",
+                "512M",
+                *drive,
+                accel="kvm",
+                paused=False,
+                prefix=vcpus.prefix,
             )
             stack.callback(vm.qemu.kill)
             guest = MeasuringGuest(vm, frequency)
             guest.wait_running()
-            if policy == "quota":
-                limit_cpu(guest.vcpu, group / name, unified)
+            vcpus.apply(guest.vcpu, name)
             if policy not in ("other", "quota"):
                 os.sched_setaffinity(guest.vcpu, {cpu})
-                set_policy(guest.vcpu, policy)
             guests.append(guest)
         before = [len(guest.stalls()) for guest in guests]
         result = start_tool(guests[0].vm.qemu, "--populate-only").finish()

@@ -4,10 +4,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_prefault_lab.guest import Guest
 from qemu_prefault_lab.wait import wait_for
+
+from .limits import cgroups, in_group
 
 #: The policies for :func:`set_policy`. The last four are scheduling policies in sched(7).
 POLICIES = ("nice", "pinned", "fifo", "rr", "batch", "idle")
@@ -45,6 +50,48 @@ def limit_cpu(tid: int, group: Path, unified: bool) -> None:
         else:
             (group / "cpu.cfs_quota_us").write_text("50000")
     (group / ("cgroup.threads" if unified else "tasks")).write_text(str(tid))
+
+
+@dataclass(frozen=True)
+class Scheduling:
+    """One scheduling of the vCPUs of several guests.
+
+    :ivar policy: "other", "quota" for half a CPU for each name, or one of POLICIES.
+    :ivar group: The parent cgroup of all QEMUs for "quota", or None.
+    :ivar unified: Whether the hierarchy of ``group`` is v2.
+    """
+
+    policy: str
+    group: Path | None = None
+    unified: bool = False
+
+    @property
+    def prefix(self) -> list[str]:
+        """The arguments to prepend to QEMU's command."""
+        return in_group(self.group) if self.group else []
+
+    def apply(self, tid: int, name: str) -> None:
+        """Schedule the thread of a vCPU.
+
+        :param name: The name of the guest, whose vCPUs share one quota.
+        """
+        if self.group:
+            limit_cpu(tid, self.group / name, self.unified)
+        else:
+            set_policy(tid, self.policy)
+
+
+@contextmanager
+def scheduling(policy: str) -> Iterator[Scheduling]:
+    """Yield a Scheduling. All QEMUs must have been killed when the block ends."""
+    if policy != "quota":
+        yield Scheduling(policy)
+        return
+    with cgroups("cpu") as ((group,), unified):
+        try:
+            yield Scheduling(policy, group, unified)
+        finally:
+            remove_cpu_limits(group)
 
 
 def remove_cpu_limits(parent: Path) -> None:
