@@ -3,8 +3,8 @@
 
 Each iteration chooses a machine, a source of memory, limits, seccomp filters, an allocator, a
 scheduling policy for the vCPUs and an action at random. Both guests must keep running and keep
-their memory. The neighbour uses the same source, and must still be able to allocate all of its
-memory.
+their memory. The neighbour uses the same source and the same scheduling policy, and must still be
+able to allocate all of its memory.
 
 ``--minutes`` limits the time. ``--seed N --iteration I`` repeats one iteration. Each iteration
 prints a line of JSON. ``--ledger FILE`` also writes these lines to a file. If the file exists, the
@@ -15,8 +15,11 @@ run. On a host whose KVM lacks the ioctl, the tool only populates.
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -85,6 +88,25 @@ EXPECTED_ERRORS = {
     Code.NO_MEMORY: ExitStatus.REFUSED,
     Code.NO_TASKS: ExitStatus.REFUSED,
 }
+NAME, UUID = "soak", "6f1d8f5a-8f0b-4f63-a3a5-0c8d0f5c8d11"
+DOMAIN = """<domain type='kvm'>
+  <name>{name}</name>
+  <uuid>{uuid}</uuid>
+  <metadata>
+    <p:hook xmlns:p='urn:qemu-prefault:1' restore='now' populate='{populate}' wait='{wait}'/>
+  </metadata>
+  <memory unit='MiB'>{mib}</memory>
+  <os><type arch='x86_64' machine='{machine}'>hvm</type></os>
+</domain>
+"""
+HOOK = [sys.executable, "-m", "qemu_prefault", "libvirt", "hook"]
+#: Parts of the hook's messages.
+HOOK_MESSAGES = (
+    "prefaulted before the guest runs",
+    "will be prefaulted after it starts",
+    "QEMU has the plugin",
+    "started process",
+)
 _T = TypeVar("_T")
 
 
@@ -95,7 +117,7 @@ class Draw:
     :ivar space: The size of the file system for both guests' memory, "tight" or "ample".
     :ivar limit: The limit of the guest's cgroup.
     :ivar filters: A key of FILTERS.
-    :ivar policy: The scheduling of the guest's vCPUs.
+    :ivar policy: The scheduling of both guests' vCPUs.
     :ivar plugin: "plugin" or "preload", which is how QEMU loads the plugin, and the plugin's
         options. Empty if QEMU does not load the plugin.
     :ivar state: The guest's state when the action begins. "prelaunch" means that the guest
@@ -121,7 +143,7 @@ def draw(moments: random.Random) -> Draw:
     choose = moments.choice
     backings = ["ram", "memfd", "memfd,share=off", "file", "file-private", "unlinked", "hugetlb"]
     actions = ["run", "run", "populate-only", "dry-run", "kill", "kill", "disturb", "disturb"]
-    actions += ["two, one monitor", "two monitors", "neighbour too"]
+    actions += ["two, one monitor", "two monitors", "neighbour too", "hook", "kill hook"]
     options = [(), (), ("--chunk", "64K"), ("--max-downtime", "0.02", "--chunk", "1M")]
     options += [("--populate", "all"), ("--populate", "resident"), ("--agent", "attach")]
     limits = ["none", "none", "memory-short", "memory-enough", "pids-few", "pids-some"]
@@ -187,6 +209,7 @@ class Iteration:
         self.outcomes: list[str] = []
         self.groups: dict[str, Path] = {}
         self.unified = False
+        self.neighbours_group: Path | None = None
         self.guest_gap: float | None = None
         self.control_gap: float | None = None
         self.was_reset = False
@@ -215,6 +238,7 @@ class Iteration:
                 backing=backings[1],
                 incoming=None if boots else self.states.get("pc", 1),
                 paused=not boots,
+                wrapper=in_group(self.neighbours_group) if self.neighbours_group else [],
             )
         )
         self.start(self.neighbour, restored=not boots)
@@ -223,6 +247,7 @@ class Iteration:
         state = self.states.get(self.draw.machine, self.draw.smp) if restored else None
         self.second_qmp = self.directory / "second-qmp"
         args = ["-action", "reboot=reset", "-qmp", f"unix:{self.second_qmp},server=on,wait=off"]
+        args += ["-name", f"guest={NAME},debug-threads=on", "-uuid", UUID]  # as libvirt does
         args += ["-sandbox", SANDBOX] if self.draw.sandbox else []
         plugin = self.draw.plugin
         self.guest = self.stack.enter_context(
@@ -291,6 +316,9 @@ class Iteration:
             (self.groups[controller],), self.unified = made
             self.stack.callback(remove_cpu_limits, self.groups[controller])
             prefix += in_group(self.groups[controller])
+        if "cpu" in self.groups and (made := self.enter(cgroups("cpu"))) is not None:
+            (self.neighbours_group,), _ = made
+            self.stack.callback(remove_cpu_limits, self.neighbours_group)
         # QEMU itself uses about 60 MiB.
         limits = {"memory-short": RAM + 24, "memory-enough": RAM + 192}
         if (mib := limits.get(self.draw.limit)) and (group := self.groups.get("memory")):
@@ -319,22 +347,36 @@ class Iteration:
             (group / "pids.max").write_text(str(used + more))
 
     def set_policy(self) -> None:
-        for tid in vcpu_threads(self.guest):
-            if self.draw.policy != "quota":
-                set_policy(tid, self.draw.policy)
-            elif "cpu" in self.groups:
-                limit_cpu(tid, self.groups["cpu"] / "vcpu", self.unified)
+        for guest, group in (
+            (self.guest, self.groups.get("cpu")),
+            (self.neighbour, self.neighbours_group),
+        ):
+            for tid in vcpu_threads(guest):
+                if self.draw.policy != "quota":
+                    set_policy(tid, self.draw.policy)
+                elif group is not None:
+                    limit_cpu(tid, group / "vcpu", self.unified)
 
     # --- the action ---
 
     def act(self) -> None:
+        before = self.guest.status()
+        if self.draw.action in ("hook", "kill hook"):
+            self.call_hook()
+        else:
+            self.run_tools()
+        wait_clean(self.guest.pid)
+        wait_clean(self.neighbour.pid)
+        if self.draw.action != "disturb":
+            wait_for(lambda: self.guest.status() == before, f"the guest is {before} again")
+
+    def run_tools(self) -> None:
         action = self.draw.action
         options = list(self.draw.options)
         if action in ("populate-only", "dry-run"):
             options.append(f"--{action}")
         elif not kvm.pre_fault_capability().available:
             options.append("--populate-only")
-        before = self.guest.status()
         tools = [start_tool(self.guest, *options)]
         if action == "two, one monitor":
             tools.append(start_tool(self.guest, *options))
@@ -350,10 +392,47 @@ class Iteration:
             self.disturb(tools[0])
         for tool in tools:
             self.outcomes.append("killed" if tool.status == -9 else outcome(tool.finish()))
-        wait_clean(self.guest.pid)
-        wait_clean(self.neighbour.pid)
-        if action != "disturb":
-            wait_for(lambda: self.guest.status() == before, f"the guest is {before} again")
+
+    def call_hook(self) -> None:
+        """Call the libvirt hook as libvirt does for a guest that is being restored."""
+        pid_file = self.directory / "libvirt/qemu/run" / f"{NAME}.pid"
+        pid_file.parent.mkdir(parents=True)
+        pid_file.write_text(str(self.guest.pid))
+        populate = self.moments.choice(["auto", "all", "resident"])
+        wait = self.moments.choice(["0.5", "30"])
+        xml = DOMAIN.format(
+            name=NAME, uuid=UUID, machine=self.draw.machine, mib=RAM, populate=populate, wait=wait
+        )
+        environment = {**os.environ, "XDG_RUNTIME_DIR": str(self.directory)}
+        for operation in ("restore", "started"):
+            hook = subprocess.Popen(
+                [*HOOK, NAME, operation, "begin", "-"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment,
+                text=True,
+            )
+            killed = operation == "started" and self.draw.action == "kill hook"
+            try:
+                seconds = 3 * self.moments.random() ** 2 if killed else 60
+                output, log = hook.communicate(xml, timeout=seconds)
+            except subprocess.TimeoutExpired:
+                hook.kill()
+                output, log = hook.communicate()
+                assert killed, log
+                self.outcomes.append("killed")
+            else:
+                assert (hook.returncode, output) == (0, ""), log
+            self.check_hook_log(log)
+
+    def check_hook_log(self, log: str) -> None:
+        """Check what the hook logged, and wait until the process that it started has exited."""
+        assert "report this bug" not in log, log
+        self.outcomes += [name for name in HOOK_MESSAGES if name in log]
+        if started := re.search(r"the hook started process (\d+)", log):
+            # There is no libvirtd, so this process fails.
+            wait_for(lambda: not Path("/proc", started[1]).exists(), "the new process has exited")
 
     def disturb(self, tool: Tool) -> None:
         """Stop, resume or reset the guest while the tool runs."""

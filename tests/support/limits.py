@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -91,8 +92,7 @@ def cgroups(controller: str, depth: int = 1) -> Iterator[tuple[list[Path], bool]
     made: list[Path] = []
     try:
         for level in range(depth):
-            group = parent / f"qemu-prefault-test-{os.getpid()}-{level}"
-            group.mkdir()
+            group = Path(tempfile.mkdtemp(prefix="qemu-prefault-test-", dir=parent))
             made.append(group)
             if unified and level < depth - 1:
                 (group / "cgroup.subtree_control").write_text(f"+{controller}")
