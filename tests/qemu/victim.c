@@ -2,7 +2,8 @@
 /*
  * A program whose threads check that their state does not change and that no signal is lost. The
  * state consists of all registers, the red zone, flags, x87 and SSE control words, errno, the
- * signal mask and the alternate stack.
+ * signal mask and the alternate stack. If the CPU has AMX, two threads also check a tile, and
+ * another thread has used a tile but has released it.
  *
  * The program prints its thread ids, runs until the end of stdin, and prints the result.
  * test_inject_victim.py builds it and injects system calls into its threads.
@@ -22,6 +23,10 @@
 
 #define GPRS 13
 #define RED_ZONE_WORDS 16
+#define ARCH_REQ_XCOMP_PERM 0x1023
+#define XFEATURE_XTILEDATA 18
+#define TILE_ROWS 16
+#define TILE_COLUMNS 64 /* bytes */
 
 enum mode { COMPUTE, NANOSLEEP, FUTEX_TIMED, FUTEX_UNTIMED, PIPE_READ, MODES };
 
@@ -48,7 +53,7 @@ struct thread {
 
 static struct thread threads[MODES];
 static volatile int stopping;
-static int has_avx;
+static int has_avx, has_amx;
 
 /*
  * Load all registers from *in, make the system call (or count down from 20000 if number is
@@ -136,6 +141,40 @@ static void die(const struct thread *thread, const char *what, uint64_t was, uin
 	_exit(1);
 }
 
+static int keeps_tile(const struct thread *thread)
+{
+	return has_amx && (thread->mode == COMPUTE || thread->mode == FUTEX_TIMED);
+}
+
+static void use_tile(const struct thread *thread, const uint8_t tile[TILE_ROWS * TILE_COLUMNS])
+{
+	struct {
+		uint8_t palette, start_row, reserved[14];
+		uint16_t columns[16];
+		uint8_t rows[16];
+	} config = { .palette = 1, .columns = { TILE_COLUMNS }, .rows = { TILE_ROWS } };
+
+	if (keeps_tile(thread) || (has_amx && thread->mode == PIPE_READ))
+		__asm__ volatile("ldtilecfg %0\n"
+				 "tileloadd (%1,%2,1), %%tmm0\n" ::"m"(config),
+				 "r"(tile), "r"((long)TILE_COLUMNS)
+				 : "memory");
+	if (has_amx && thread->mode == PIPE_READ)
+		__asm__ volatile("tilerelease");
+}
+
+static void check_tile(const struct thread *thread, const uint8_t tile[TILE_ROWS * TILE_COLUMNS])
+{
+	uint8_t now[TILE_ROWS * TILE_COLUMNS];
+
+	if (!keeps_tile(thread))
+		return;
+	__asm__ volatile("tilestored %%tmm0, (%0,%1,1)\n" ::"r"(now), "r"((long)TILE_COLUMNS)
+			 : "memory");
+	if (memcmp(tile, now, sizeof(now)))
+		die(thread, "a tile", tile[0], now[0]);
+}
+
 static void check_result(const struct thread *thread, long result)
 {
 	switch (thread->mode) {
@@ -203,12 +242,15 @@ static void *main_of_thread(void *argument)
 	sigset_t mask, now;
 	struct state in, out;
 	unsigned int seed = (unsigned int)thread->mode + 1;
+	uint8_t tile[TILE_ROWS * TILE_COLUMNS];
 
 	sigaltstack(&mine, NULL);
 	sigemptyset(&mask);
 	sigaddset(&mask, SIGUSR2);
 	sigaddset(&mask, SIGRTMIN + 3 + (int)thread->mode);
 	pthread_sigmask(SIG_SETMASK, &mask, NULL);
+	memset(tile, 0x5a + (int)thread->mode, sizeof(tile));
+	use_tile(thread, tile);
 	errno = 1000 + (int)thread->mode;
 	thread->tid = (pid_t)syscall(SYS_gettid);
 	while (!stopping) {
@@ -235,6 +277,7 @@ static void *main_of_thread(void *argument)
 		if (stopping)
 			break;
 		compare(thread, &in, &out);
+		check_tile(thread, tile);
 		check_result(thread, (long)out.gpr[GPRS - 1]);
 		if (errno != 1000 + (int)thread->mode)
 			die(thread, "errno", 1000 + (uint64_t)thread->mode, (uint64_t)errno);
@@ -258,6 +301,7 @@ int main(void)
 	struct timespec pause = { 0, 1000000 };
 	uint64_t sent = 0;
 
+	has_amx = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 	has_avx = __builtin_cpu_supports("avx") != 0;
 	setvbuf(stdout, NULL, _IONBF, 0);
 	sigaction(SIGRTMIN + 1, &action, NULL);

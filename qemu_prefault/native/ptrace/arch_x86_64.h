@@ -6,6 +6,7 @@
 #ifndef QEMU_PREFAULT_ARCH_X86_64_H
 #define QEMU_PREFAULT_ARCH_X86_64_H
 
+#include <cpuid.h>
 #include <elf.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -37,7 +38,11 @@
 #define FP_XSTATE_MAGIC1 0x46505853U
 #define FP_XSTATE_MAGIC2 0x46505845U
 #define FXSAVE_SW_RESERVED 464
+#define XSAVE_HEADER 512
 #define XSAVE_HEADER_END 576
+#define XSAVE_FEATURES 63
+#define XSAVE_EXTENDED 2 /* the first feature after the header */
+#define CPUID_XSTATE 0xd
 
 /* With this invalid ss_flags mode, do_sigaltstack() (kernel/signal.c) changes nothing. */
 #define ALTSTACK_LEFT_ALONE 0x7f
@@ -58,6 +63,12 @@ struct signal_frame {
 	} altstack;
 	struct sigcontext_64 context;
 	uint64_t mask;
+};
+
+/* A feature of the XSAVE area. The offset and the size are in bytes. */
+struct xsave_feature {
+	uint32_t offset, size;
+	int dynamic; /* a thread must ask for permission, see arch_prctl(ARCH_REQ_XCOMP_PERM) */
 };
 
 struct fx_sw_bytes {
@@ -119,23 +130,63 @@ static inline void arch_fix_up_restart(struct user_regs_struct *regs)
 	regs->orig_rax = (unsigned long)-1;
 }
 
-/*
- * Convert the FPU state from ptrace's format to the format that rt_sigreturn reads
- * (arch/x86/kernel/fpu/signal.c, fpu__restore_sig()). Returns the new size, which is
- * ARCH_XSTATE_TAIL bytes larger.
- */
-static inline size_t arch_seal_xstate(unsigned char *xstate, size_t size)
+/* Read the places of all features in the standard format of the XSAVE area. */
+static inline void arch_read_features(struct xsave_feature features[XSAVE_FEATURES])
 {
-	struct fx_sw_bytes sw = { .magic1 = FP_XSTATE_MAGIC1,
-				  .extended_size = (uint32_t)size + ARCH_XSTATE_TAIL,
-				  .xstate_size = (uint32_t)size };
+	memset(features, 0, XSAVE_FEATURES * sizeof(*features));
+	for (uint32_t i = XSAVE_EXTENDED; i < XSAVE_FEATURES; i++) {
+		uint32_t flags, edx;
+
+		__cpuid_count(CPUID_XSTATE, i, features[i].size, features[i].offset, flags, edx);
+		features[i].dynamic = flags >> 2 & 1; /* IA32_XFD can disable the feature */
+	}
+}
+
+static inline void arch_write_magic2(unsigned char *xstate, size_t size)
+{
 	uint32_t magic2 = FP_XSTATE_MAGIC2;
 
+	memcpy(xstate + size, &magic2, sizeof(magic2));
+}
+
+/*
+ * Convert the FPU state from ptrace's format to the format that rt_sigreturn reads
+ * (arch/x86/kernel/fpu/signal.c, fpu__restore_sig()). The buffer must have ARCH_XSTATE_TAIL more
+ * bytes than size. Returns the new size.
+ *
+ * rt_sigreturn needs the size of the thread's own state. If the size is wrong, it restores only the
+ * x87 and SSE registers (check_xstate_in_sigframe()). ptrace's format has space for all features.
+ * However, a thread's own state has space for dynamic features, such as AMX's tiles, only after
+ * the thread has used them. Depending on its version, Linux finds FP_XSTATE_MAGIC2 with the size in
+ * the frame or with the size of the thread's own state. If no dynamic feature is in use, this
+ * function therefore writes the smaller size, and FP_XSTATE_MAGIC2 for both sizes.
+ */
+static inline size_t arch_seal_xstate(unsigned char *xstate, size_t size,
+				      const struct xsave_feature features[XSAVE_FEATURES])
+{
+	struct fx_sw_bytes sw = { .magic1 = FP_XSTATE_MAGIC1 };
+	uint32_t small = XSAVE_HEADER_END;
+	uint64_t in_use, dynamic = 0;
+
+	memcpy(&in_use, xstate + XSAVE_HEADER, sizeof(in_use)); /* XSTATE_BV */
 	/* copy_xstate_to_uabi_buf() (arch/x86/kernel/fpu/xstate.c) has stored the features here. */
 	memcpy(&sw.xfeatures, xstate + FXSAVE_SW_RESERVED, sizeof(sw.xfeatures));
+	for (uint32_t i = XSAVE_EXTENDED; i < XSAVE_FEATURES; i++) {
+		uint32_t end = features[i].offset + features[i].size;
+
+		if (!(sw.xfeatures >> i & 1))
+			continue;
+		if (features[i].dynamic)
+			dynamic |= 1ull << i;
+		else if (end > small)
+			small = end;
+	}
+	sw.xstate_size = dynamic && !(dynamic & in_use) && small < size ? small : (uint32_t)size;
+	sw.extended_size = sw.xstate_size + ARCH_XSTATE_TAIL;
 	memcpy(xstate + FXSAVE_SW_RESERVED, &sw, sizeof(sw));
-	memcpy(xstate + size, &magic2, sizeof(magic2));
-	return size + sizeof(magic2);
+	arch_write_magic2(xstate, sw.xstate_size);
+	arch_write_magic2(xstate, size);
+	return size + ARCH_XSTATE_TAIL;
 }
 
 /*

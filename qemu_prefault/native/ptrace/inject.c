@@ -105,6 +105,7 @@ static void lay_out(struct victim *victim)
 static int inspect(struct victim *victim, struct inject_result *result)
 {
 	struct iovec xstate = { victim->xstate, ARCH_XSTATE_MAX };
+	struct xsave_feature features[XSAVE_FEATURES];
 	pid_t tid = victim->request->tid;
 
 	if (ptrace(PTRACE_GETREGS, tid, NULL, &victim->regs) ||
@@ -114,7 +115,8 @@ static int inspect(struct victim *victim, struct inject_result *result)
 	if (!arch_usable(&victim->regs, xstate.iov_len))
 		return pf_fail(result, INJECT_INSPECT, ENOTSUP);
 	arch_fix_up_restart(&victim->regs);
-	victim->xstate_size = arch_seal_xstate(victim->xstate, xstate.iov_len);
+	arch_read_features(features);
+	victim->xstate_size = arch_seal_xstate(victim->xstate, xstate.iov_len, features);
 	lay_out(victim);
 	result->stack_left = stack_left(victim->request->pid, arch_stack_pointer(&victim->regs));
 	result->stack_needed = arch_stack_pointer(&victim->regs) - victim->chain_at + STACK_SPARE;
