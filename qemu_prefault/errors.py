@@ -137,7 +137,7 @@ class Code(enum.StrEnum):
     EXECMEM = "execmem"
     #: QEMU's seccomp filter cannot be read, or denies a system call that a helper needs.
     SECCOMP = "seccomp"
-    #: The stack of a vCPU thread is too small to start a helper.
+    #: The stack of the thread that starts helpers is too small.
     SMALL_STACK = "small-stack"
     #: QEMU runs with a hardware shadow stack.
     SHADOW_STACK = "shadow-stack"

@@ -1,35 +1,38 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Start helper threads in QEMU with ptrace.
 
-This module chooses the vCPUs that get a helper, checks that helpers can run in QEMU, and sets the
-scheduling of each helper. native/ptrace/inject.c makes the ptrace calls. This module prepares the
-requests for that code, and converts the results of that code into exceptions.
+This module chooses the vCPUs that get a helper and the thread that starts the helpers, checks that
+helpers can run in QEMU, and sets the scheduling of each helper. native/ptrace/inject.c makes the
+ptrace calls. This module prepares the requests for that code, and converts the results of that code
+into exceptions.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .._native import ffi, lib
-from ..errors import AgentError, Code, FailedError, RefusedError, UnsupportedError
+from ..errors import AgentError, Code, FailedError, GoneError, RefusedError, UnsupportedError
 from ..host.placement import (
+    REAL_TIME,
     affinity,
     helper_cpus,
     node_cpus,
     place,
     real_time_cpus,
 )
-from ..host.procfs import Process, gone, thread_map
+from ..host.procfs import CLOCK_NANOSLEEP, FUTEX, NANOSLEEP, Process, gone, thread_map
 from ..host.ptrace_access import ptrace_denied
 from ..host.task_limits import RESERVE, strictest, task_limits
 from .base import Limits, VcpuThread
 from .control_page import AREA_SIZE, CODE_SIZE, Helper, abandoned_areas, offset_of
 from .gadgets import find_gadgets, free_areas, prepare_exit_slot
-from .helper_calls import call_with_retries, check_filters, seize_denied
+from .helper_calls import Allowed, call_with_retries, check_filters, seize_denied
 from .qemu_process import exit_error, same_pid_namespace, stays_alive
 
 #: Maximum number of helpers per run.
@@ -73,8 +76,30 @@ def choose_threads(
     return [thread for thread in threads if id(thread) in chosen]
 
 
+def idle_threads(process: Process, threads: Sequence[VcpuThread]) -> Iterator[int]:
+    """Yield the threads that can start helpers without stopping a vCPU or QEMU's main loop.
+
+    These threads wait in futex(2) or sleep, and have no real-time priority. Threads that wait in
+    futex(2) come first, because their system call is restarted. nanosleep(2) fails with EINTR. The
+    first thread is usually QEMU's RCU thread (util/rcu.c), which exists as long as QEMU.
+    """
+    others = {process.pid, *(thread.thread_id for thread in threads)}
+    waits = {tid: process.waits_in(tid) for tid in process.threads() if tid not in others}
+    for call in (FUTEX, NANOSLEEP, CLOCK_NANOSLEEP):
+        for tid in (tid for tid, number in waits.items() if number == call):
+            try:
+                if os.sched_getscheduler(tid) & 0xFF not in REAL_TIME:
+                    yield tid
+            except OSError:  # the thread has exited
+                continue
+
+
 class Injector:
     """Starts the helper threads of one run.
+
+    A thread of QEMU starts the helpers. While it is stopped, and while it then waits for a CPU, it
+    cannot do anything else. A vCPU with real-time priority that shares its CPU may wait for 100 ms
+    after each of several stops. Therefore a vCPU starts a helper only if QEMU has no idle thread.
 
     The same thread must call the constructor and all methods, because the kernel attaches a tracee
     to one tracer thread and not to a process. The constructor checks that helpers can run in QEMU.
@@ -102,13 +127,7 @@ class Injector:
                 code=Code.SHADOW_STACK,
             )
         self._areas = free_areas(self._maps, len(threads), AREA_SIZE)
-        self.allowed = check_filters(
-            process,
-            [thread.thread_id for thread in threads],
-            [thread.fd for thread in threads],
-            area=self._areas[0],
-            gadget=self._gadgets.syscall_ret,
-        )
+        self._choose_starter()
         self._exit_slot = prepare_exit_slot(memory, self._maps, self._gadgets)
         # Find the CPUs of QEMU's real-time threads before helpers start, because helpers inherit
         # real-time scheduling.
@@ -118,15 +137,34 @@ class Injector:
             helper_cpus(main, affinity(thread.thread_id), nodes, real_time) for thread in threads
         ]
 
+    def _choose_starter(self) -> None:
+        """Choose the thread that starts the helpers, and check its seccomp filters."""
+        for tid in idle_threads(self._process, self._threads):
+            with contextlib.suppress(GoneError):  # this thread has exited
+                self.allowed = self._check_filters([tid])
+                self._starter: int | None = tid
+                return
+        self.allowed = self._check_filters([thread.thread_id for thread in self._threads])
+        self._starter = None
+
+    def _check_filters(self, thread_ids: Sequence[int]) -> Allowed:
+        return check_filters(
+            self._process,
+            thread_ids,
+            [thread.fd for thread in self._threads],
+            area=self._areas[0],
+            gadget=self._gadgets.syscall_ret,
+        )
+
     def unmap_abandoned_areas(self) -> None:
         """Unmap the memory left in QEMU by qemu-prefault processes that were killed."""
         for area in abandoned_areas(self._process, self._memory, self._maps):
-            self._inject(lib.pf_inject_munmap, self._threads[0].thread_id, area)
+            self._inject(lib.pf_inject_munmap, self._threads[0], area)
 
     def start_helper(self, index: int) -> Helper:
-        """Start a helper from one vCPU thread.
+        """Start the helper of one vCPU.
 
-        :param index: The index of the thread in the list of threads that the constructor received.
+        :param index: The index of the vCPU in the list of threads that the constructor received.
         :raises AgentError: If the thread cannot be stopped, or if it cannot make system calls.
         :raises RefusedError: If a limit prevents QEMU from starting another thread.
         :raises UnsupportedError: If this process has no permission to trace QEMU, or if QEMU has no
@@ -134,10 +172,7 @@ class Injector:
         :raises FailedError: If QEMU or the thread has exited.
         """
         thread, area = self._threads[index], self._areas[index]
-        image = ffi.from_buffer(self._image(area, thread))
-        self._inject(
-            lib.pf_inject_helper, thread.thread_id, area, image=image, image_size=len(image)
-        )
+        self._inject(lib.pf_inject_helper, thread, area, lambda: self._image(area, thread))
         return Helper(self._memory, area, CODE_SIZE)
 
     def place(self, index: int, helper: Helper, own_tid: int) -> list[str]:
@@ -145,7 +180,7 @@ class Injector:
 
         :func:`.host.placement.place` describes the new values.
 
-        :param index: The index of the vCPU thread that started the helper.
+        :param index: The index of the helper's vCPU.
         :param own_tid: The helper's thread id in QEMU's pid namespace.
         :returns: The names of the properties that this process is not allowed to change.
         """
@@ -164,8 +199,25 @@ class Injector:
         return thread_map(self._process).get(own_tid, 0)
 
     def _inject(
-        self, function: Callable[[Any, Any], Any], thread_id: int, area: int, **fields: Any
+        self,
+        function: Callable[[Any, Any], Any],
+        vcpu: VcpuThread,
+        area: int,
+        make_image: Callable[[], bytes] = bytes,
     ) -> None:
+        while True:
+            thread_id = self._starter or vcpu.thread_id
+            result = self._inject_once(function, thread_id, area, make_image())
+            if not self._starter or not _exited_before(result):
+                check_injection(self._process, thread_id, result)
+                return
+            self._choose_starter()
+
+    def _inject_once(
+        self, function: Callable[[Any, Any], Any], thread_id: int, area: int, image: bytes
+    ) -> Any:
+        """Return the ``struct inject_result`` of an injection."""
+        image_buffer = ffi.from_buffer(image)
         request = ffi.new(
             "struct inject_request *",
             {
@@ -179,12 +231,13 @@ class Injector:
                 "area": area,
                 "area_size": AREA_SIZE,
                 "code_size": CODE_SIZE,
-                **fields,
+                "image": image_buffer,
+                "image_size": len(image),
             },
         )
         result = ffi.new("struct inject_result *")
         call_with_retries(self._process, thread_id, lambda: function(request, result), result)
-        check_injection(self._process, thread_id, result)
+        return result
 
     def _image(self, area: int, thread: VcpuThread) -> bytes:
         """Return the helper's code, followed by the initial fields of its control page."""
@@ -213,6 +266,11 @@ class Injector:
         )
         code = bytes(ffi.buffer(lib.helper_blob)).ljust(CODE_SIZE, b"\xcc")
         return code + bytes(ffi.buffer(control, offset_of("ranges")))
+
+
+def _exited_before(result: Any) -> bool:
+    """Return whether the thread has exited before the injection changed it."""
+    return bool(result.stage in (lib.INJECT_SEIZE, lib.INJECT_STOP) and result.error == errno.ESRCH)
 
 
 def check_injection(process: Process, thread_id: int, result: Any) -> None:

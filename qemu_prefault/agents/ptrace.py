@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The attach agent, which starts helper threads in a running QEMU with ptrace.
 
-This module stops a vCPU thread, and makes the thread execute three system calls, which start a
-helper thread. The vCPU thread then continues with its original registers (native/ptrace/inject.c).
-The helper and this process communicate through one control page. This process accesses this page
+This module stops a thread of QEMU, and makes the thread execute three system calls, which start a
+helper thread. The thread then continues with its original registers (native/ptrace/inject.c). The
+helper and this process communicate through one control page. This process accesses this page
 through ``/proc/PID/mem``.
 
 This process writes a heartbeat to the control page. If the heartbeat stops, for example because
 this process was killed, the helper completes its current system call, unmaps itself and exits.
 Therefore no helper remains in QEMU.
 
-The vCPU thread creates its helper with clone(), so the helper inherits the memory policy, the
-scheduling class, the CPUs and the cgroup of the vCPU thread. This process immediately changes all
-of these properties except the memory policy (host/placement.py).
+The thread creates a helper with clone(), so the helper inherits the memory policy, the scheduling
+class, the CPUs and the cgroup of the thread. This process immediately changes all of these
+properties except the memory policy (host/placement.py).
 """
 
 from __future__ import annotations
@@ -82,9 +82,10 @@ class PtraceAgent:
         self._heart_stop = threading.Event()
 
     async def start(self) -> None:
-        """Start one helper from each vCPU thread.
+        """Start one helper for each vCPU.
 
-        The agent usually stops each thread for less than 1 ms.
+        An idle thread of QEMU starts the helpers. If QEMU has no idle thread, each vCPU's thread
+        starts its helper. The agent usually stops the thread for less than 1 ms.
 
         :raises UnsupportedError: If this process has no permission to trace QEMU, if the agent does
             not support QEMU's libc, if a security module denies executable anonymous memory, if a
@@ -93,7 +94,7 @@ class PtraceAgent:
         :raises RefusedError: If another qemu-prefault is working in this QEMU, or if a limit
             prevents QEMU from starting another thread.
         :raises AgentError: If a thread cannot be stopped, or if a helper does not start.
-        :raises FailedError: If QEMU or a vCPU thread has exited.
+        :raises FailedError: If QEMU or the thread has exited.
         """
         # The kernel attaches tracees to a thread, and detaches them when the thread exits.
         # Therefore one thread makes all ptrace calls and then exits.
@@ -131,7 +132,6 @@ class PtraceAgent:
 
     def _inject_all(self) -> None:
         injector = Injector(self.process, self._memory, self._threads, self.limits)
-        self._allowed = injector.allowed
         injector.unmap_abandoned_areas()
         for worker in self.workers:
             helper = injector.start_helper(worker.index)
@@ -144,6 +144,7 @@ class PtraceAgent:
                     f"thread: {', '.join(refused)}; run qemu-prefault with CAP_SYS_NICE and write "
                     "access to QEMU's cgroups"
                 )
+        self._allowed = injector.allowed
 
     async def _wait_ready(self) -> None:
         deadline = time.monotonic() + 5

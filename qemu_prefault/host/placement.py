@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Set a helper thread's scheduling, CPUs and cgroup.
 
-A helper inherits these properties from its vCPU's thread. However, the operator has chosen the
-properties for the guest and not for helpers. If the helper had a real-time policy, it would take
-CPU time from its vCPU. If the helper ran on the CPU of a busy real-time vCPU, it would get no CPU
-time.
+A helper inherits these properties from the thread that starts it, which can be a vCPU's thread.
+However, the operator has chosen the properties for the guest and not for helpers. If the helper had
+a real-time policy, it would take CPU time from a vCPU. If the helper ran on the CPU of a busy
+real-time vCPU, it would get no CPU time.
 """
 
 from __future__ import annotations

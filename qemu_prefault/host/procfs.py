@@ -24,6 +24,8 @@ from ..units import PAGE_SIZE
 BackingKind = Literal["anonymous", "memfd", "shmem", "hugetlb", "file", "device"]
 
 PROC: Final = "/proc"
+#: Numbers of system calls, from arch/x86/entry/syscalls/syscall_64.tbl.
+NANOSLEEP, FUTEX, CLOCK_NANOSLEEP = 35, 202, 230
 #: Maximum number of attempts to list all threads of a process.
 MOST_LISTINGS: Final = 16
 
@@ -405,6 +407,13 @@ class Process:
         """
         text = read_optional(f"{PROC}/{self.pid}/task/{tid}/syscall")
         return None if text is None else text.strip()
+
+    def waits_in(self, tid: int) -> int | None:
+        """Return the number of the system call in which a thread waits.
+
+        :returns: None if the thread does not wait, or if this process cannot read this.
+        """
+        return parse_number((self.thread_syscall(tid) or "").partition(" ")[0])
 
     def link(self, name: str) -> str | None:
         """Return the target of a link in /proc/PID, or None if the link cannot be read."""

@@ -31,7 +31,7 @@ from ..host.fds import kvm_fds
 from ..host.kvm import debugfs_leaves
 from ..host.memory_source import MemorySource, is_disk_file, source_of
 from ..host.pagemap import Pagemap
-from ..host.procfs import MemoryMapping, Process, backing_of, thread_names
+from ..host.procfs import FUTEX, MemoryMapping, Process, backing_of, thread_names
 from ..host.reservations import Reservation
 from ..qemu.memory_map import MemorySection
 from .domain_xml import Domain
@@ -43,8 +43,6 @@ CONFIDENTIAL: Final = "confidential-guest-support"
 
 #: Name of a vCPU thread with ``-name …,debug-threads=on``, which libvirt always passes.
 _VCPU_NAME: Final = re.compile(r"CPU ([0-9]+)/KVM")
-#: Prefix of /proc/PID/task/TID/syscall while the thread waits in futex(2), as stopped vCPUs do.
-_FUTEX: Final = "202 "
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +153,7 @@ def vcpu_threads(process: Process) -> list[VcpuThread]:
         )
     threads = []
     for (_, tid), (vcpu_id, fd) in zip(sorted(named.items()), fds, strict=True):
-        if not (process.thread_syscall(tid) or "").startswith(_FUTEX):
+        if process.waits_in(tid) != FUTEX:  # as stopped vCPUs do
             raise RefusedError(
                 "the guest is already running, so it cannot be prefaulted before it starts",
                 'set restore="later" or restore="follow" in the hook configuration',

@@ -22,6 +22,9 @@ from pathlib import Path
 import pytest
 
 from qemu_prefault import Options, connect, prefault_async
+from qemu_prefault.agents.base import VcpuThread
+from qemu_prefault.agents.injector import idle_threads
+from qemu_prefault.host.procfs import Process
 from qemu_prefault_lab.wait import wait_for
 from support.process import (
     anonymous_bytes,
@@ -289,23 +292,32 @@ def tracer_of() -> Iterator[Callable[[int], int]]:
         process.communicate()
 
 
-@pytest.mark.parametrize("traced", ["the vCPU", "the main thread"])
+def idle_threads_of(vm: QemuVm) -> list[int]:
+    vcpu = VcpuThread(vm.qmp.execute("query-cpus-fast")[0]["thread-id"], -1, None)
+    return list(idle_threads(Process.find(vm.pid), [vcpu]))
+
+
+@pytest.mark.parametrize("traced", ["the vCPU", "the main thread", "the idle threads"])
 def test_other_tracer_is_named(
     vm_of: StartVm, tracer_of: Callable[[int], int], traced: str
 ) -> None:
     vm = vm_of("-m", "64M", paused=False)
-    vcpu = vm.qmp.execute("query-cpus-fast")[0]["thread-id"]
-    tracer = tracer_of(vcpu if traced == "the vCPU" else vm.pid)
+    threads = [vm.pid]
+    if traced == "the vCPU":
+        threads = [vm.qmp.execute("query-cpus-fast")[0]["thread-id"]]
+    elif traced == "the idle threads":
+        threads = idle_threads_of(vm)
+    tracers = [tracer_of(tid) for tid in threads]
     result = vm.prefault("--populate-only")
     assert vm.qmp.status() == "running"
     assert leftovers(vm.pid) == []
-    if traced != "the vCPU":
-        assert result.status == 0  # the tool traces only vCPU threads
+    if traced != "the idle threads":
+        assert result.status == 0
         return
     assert result.status == 4
     assert result.error["code"] == "ptrace-denied"
-    assert f"traced by process {tracer} (python" in result.error["cause"]
-    assert f"kill {tracer}" in result.error["remedy"]
+    assert any(f"traced by process {pid} (python" in result.error["cause"] for pid in tracers)
+    assert any(f"kill {pid}" in result.error["remedy"] for pid in tracers)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -378,12 +390,13 @@ def test_runs_that_start_together_take_turns(start_qemu: StartQemu, tmp_path: Pa
 def test_short_trace_delays_the_run(vm_of: StartVm, tracer_of: Callable[[int], int]) -> None:
     """Check that a run waits for a brief tracer, such as another probe."""
     vm = vm_of("-m", "64M", paused=False)
-    tracer = tracer_of(vm.qmp.execute("query-cpus-fast")[0]["thread-id"])
+    tracers = [tracer_of(tid) for tid in idle_threads_of(vm)]
     tool = start_tool(vm.qemu, "--populate-only")
     memory = f"/proc/{vm.pid}/mem"
     wait_for(lambda: memory in open_files(tool.pid), "the tool attaches to QEMU")
     assert tool.running(0.5)
-    os.kill(tracer, signal.SIGKILL)
+    for tracer in tracers:
+        os.kill(tracer, signal.SIGKILL)
     assert tool.finish().status == 0
     assert leftovers(vm.pid) == []
 

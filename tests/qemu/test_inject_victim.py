@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +18,12 @@ from pathlib import Path
 import pytest
 
 from qemu_prefault.agents.base import Limits, VcpuThread
+from qemu_prefault.agents.injector import Injector
 from qemu_prefault.agents.ptrace import PtraceAgent
+from qemu_prefault.agents.qemu_process import open_memory
 from qemu_prefault.errors import AgentError, FailedError
-from qemu_prefault.host.procfs import Process
+from qemu_prefault.host.procfs import FUTEX, Process
+from qemu_prefault_lab.wait import wait_for
 from support.process import leftovers, tracers, wait_clean
 
 SOURCE = Path(__file__).with_name("victim.c")
@@ -114,6 +118,62 @@ def test_killed_injector_is_invisible_to_threads(victim: Victim) -> None:
     verdict = victim.verdict()
     assert verdict.startswith("unchanged "), verdict
     assert victim.process.returncode == 0
+
+
+#: A program with a thread that computes, and with two threads that wait in futex(2) until the
+#: program reads a line for each thread.
+IDLE_THREADS = """
+import sys, threading
+sys.setswitchinterval(0.001)
+def compute():
+    while True:
+        pass
+waiting = [threading.Event(), threading.Event()]
+threads = [threading.Thread(target=event.wait, daemon=True) for event in waiting]
+threads.append(threading.Thread(target=compute, daemon=True))
+for thread in threads:
+    thread.start()
+print(*[thread.native_id for thread in threads], flush=True)
+for event, thread in zip(waiting, threads):
+    sys.stdin.readline()
+    event.set()
+    thread.join()
+    print("ended", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("exits", [0, 1, 2])
+def test_idle_thread_starts_helper(exits: int) -> None:
+    """Check that an idle thread starts the helper, even if the chosen thread exits."""
+    pipe = subprocess.PIPE
+    program = [sys.executable, "-c", IDLE_THREADS]
+    with subprocess.Popen(program, stdin=pipe, stdout=pipe, text=True) as target:
+        assert target.stdin is not None and target.stdout is not None
+        *idle, vcpu = (int(word) for word in target.stdout.readline().split())
+        process = Process.find(target.pid)
+        wait_for(lambda: all(process.waits_in(tid) == FUTEX for tid in idle), "the threads wait")
+        memory = open_memory(process)
+        injector = Injector(process, memory, [VcpuThread(vcpu, -1, None)], Limits())
+        for _ in range(exits):
+            target.stdin.write("\n")
+            target.stdin.flush()
+            assert target.stdout.readline() == "ended\n"
+        before = {tid: switches(process, tid) for tid in [*idle[exits:], vcpu]}
+        helper = injector.start_helper(0)
+        helper.write_word("release", 1)
+        wait_clean(target.pid)
+        starter = [*idle, vcpu][exits]
+        stopped = {tid for tid, count in before.items() if switches(process, tid) != count}
+        assert stopped - {vcpu} == {starter} - {vcpu}
+        os.close(memory)
+        target.kill()
+
+
+def switches(process: Process, tid: int) -> str:
+    """Return how often a thread has waited."""
+    status = Path(f"/proc/{process.pid}/task/{tid}/status").read_text()
+    return status.partition("\nvoluntary_ctxt_switches:")[2].split()[0]
 
 
 def test_victim_detects_a_change(victim: Victim) -> None:
