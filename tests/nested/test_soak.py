@@ -319,8 +319,10 @@ class Iteration:
         if "cpu" in self.groups and (made := self.enter(cgroups("cpu"))) is not None:
             (self.neighbours_group,), _ = made
             self.stack.callback(remove_cpu_limits, self.neighbours_group)
+        # A private mapping of a file can need each page twice, already during a restore.
+        ram = 2 * RAM if self.draw.backing in ("memfd,share=off", "file-private") else RAM
         # QEMU itself uses about 60 MiB.
-        limits = {"memory-short": RAM + 24, "memory-enough": RAM + 192}
+        limits = {"memory-short": ram + 24, "memory-enough": ram + 192}
         if (mib := limits.get(self.draw.limit)) and (group := self.groups.get("memory")):
             name = "memory.max" if self.unified else "memory.limit_in_bytes"
             (group / name).write_text(str(mib * MIB))
