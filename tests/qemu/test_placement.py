@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test the CPUs, cgroups and scheduling of helpers.
 
-Helpers must run as ordinary threads, even if vCPUs are real-time, pinned, or in separate cgroups.
+Helpers must run as ordinary threads, even if the threads that can start helpers are real-time,
+pinned, or in separate cgroups.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from qemu_prefault.agents.base import VcpuThread
+from qemu_prefault.agents.injector import idle_threads
 from qemu_prefault.agents.qemu_process import helper_threads
+from qemu_prefault.host.procfs import Process
 from support.process import leftovers
 from support.qemu import QemuVm, StartQemu, start_tool, start_vm
 from support.tool import Result
@@ -41,6 +45,11 @@ def busy_vm(start_qemu: StartQemu, tmp_path: Path, *arguments: str) -> tuple[Qem
     vm = start_vm(start_qemu, tmp_path, "-m", "512M", *drive, *arguments, paused=False)
     tid = vm.qmp.execute("query-cpus-fast")[0]["thread-id"]
     return vm, int(tid)
+
+
+def starters(vm: QemuVm, vcpu: int) -> list[int]:
+    """Return the threads that can start helpers."""
+    return [vcpu, *idle_threads(Process.find(vm.pid), [VcpuThread(vcpu, -1, None)])]
 
 
 def populate_and_sample(vm: QemuVm) -> tuple[Result, list[Seen]]:
@@ -72,13 +81,14 @@ def test_helper_has_ordinary_scheduling(start_qemu: StartQemu, tmp_path: Path, p
         pytest.skip("this test needs two CPUs")
     vm, vcpu = busy_vm(start_qemu, tmp_path)
     real_time = policy in (os.SCHED_FIFO, os.SCHED_RR)
-    os.sched_setaffinity(vcpu, {max(every)})
-    try:
-        if not real_time:
-            os.setpriority(os.PRIO_PROCESS, vcpu, 5)
-        os.sched_setscheduler(vcpu, policy, os.sched_param(1 if real_time else 0))
-    except PermissionError:
-        pytest.skip("needs CAP_SYS_NICE")
+    for tid in starters(vm, vcpu):
+        os.sched_setaffinity(tid, {max(every)})
+        try:
+            if not real_time:
+                os.setpriority(os.PRIO_PROCESS, tid, 5)
+            os.sched_setscheduler(tid, policy, os.sched_param(1 if real_time else 0))
+        except PermissionError:
+            pytest.skip("needs CAP_SYS_NICE")
     result, seen = populate_and_sample(vm)
     assert result.status == 0, result.stderr
     assert result.report["warnings"] == []
@@ -126,7 +136,8 @@ def test_helper_leaves_the_vcpu_cgroup(
     start_qemu: StartQemu, tmp_path: Path, cpu_group: Path
 ) -> None:
     vm, vcpu = busy_vm(start_qemu, tmp_path)
-    (cpu_group / "tasks").write_text(str(vcpu))
+    for tid in starters(vm, vcpu):
+        (cpu_group / "tasks").write_text(str(tid))
     result, seen = populate_and_sample(vm)
     assert result.status == 0, result.stderr
     wanted = Path(f"/proc/{vm.pid}/task/{vm.pid}/cgroup").read_text()
