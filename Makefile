@@ -61,7 +61,7 @@ clean:     ## remove build products from the checkout
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 clean-cache: ## remove the images and virtual environments from the cache
-	rm -rf "$${QEMU_PREFAULT_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/qemu-prefault}"
+	directory=$$(python3 -I lab/qemu_prefault_lab/cache_directory.py path) && rm -rf "$$directory"
 
 help:      ## list the targets
 	@sed -n 's/^\([a-z-]*\): *## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14

@@ -110,8 +110,7 @@ for name in sys.argv[2:]:
 
 def cloud_images() -> dict[str, Path | str]:
     """Download the cloud images, and return the path or the error message for each."""
-    directory = cache.cache_dir() / "cloud-images"
-    directory.mkdir(exist_ok=True)
+    directory = cache.subdirectory("cloud-images")
     said = python_on(site(REQUIREMENTS), "-c", FETCH_CLOUD_IMAGES, str(directory), *CLOUDS)
     answers = [json.loads(line) for line in said.splitlines()]
     return {a["name"]: Path(a["path"]) if "path" in a else a["reason"] for a in answers}
@@ -214,7 +213,7 @@ def show(fd: int, data: bytes) -> None:
 
 def collect(target: TestMachine, kind: str) -> Path:
     """Copy the job's results to this host and return their directory."""
-    directory = cache.cache_dir() / "results" / time.strftime(f"{kind}-%Y%m%d-%H%M%S")
+    directory = cache.subdirectory("results") / time.strftime(f"{kind}-%Y%m%d-%H%M%S")
     latest = f"{target.directory}/results/latest"
     target.machine.get(
         target.machine.run(["readlink", "-f", latest]).text.strip(),

@@ -9,7 +9,6 @@ The script installs Sphinx and its extensions into the cache.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
@@ -23,6 +22,7 @@ import click
 
 from qemu_prefault import __version__
 from qemu_prefault.cli.main import cli
+from qemu_prefault_lab import cache
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -74,26 +74,17 @@ def digest(name: str) -> str:
 # --- building ---
 
 
-def cache() -> Path:
-    """Return the cache directory that scripts/with-env uses."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("QEMU_PREFAULT_CACHE") or Path(base) / "qemu-prefault")
-
-
 def install_sphinx() -> Path:
-    """Return a directory with the packages for docs/, built unless cached."""
+    """Return a directory with the packages for docs/, installed unless cached."""
     requirements = DOCS / "requirements.txt"
-    key = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()[:16]
-    directory = cache() / f"docs-{key}"
-    with (cache() / ".lock-docs").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (directory / "complete").exists():
-            print(f"setup: installing Sphinx (pip, into {directory})", file=sys.stderr)
-            install = [sys.executable, "-m", "pip", "-q", "install", "--upgrade"]
-            argv = [*install, "--target", str(directory), "-r", str(requirements)]
-            subprocess.run(argv, check=True)
-            (directory / "complete").touch()
-    return directory
+
+    def install(directory: Path) -> None:
+        print("setup: installing Sphinx (pip, into the cache)", file=sys.stderr)
+        pip = [sys.executable, "-m", "pip", "-q", "install"]
+        argv = [*pip, "--target", str(directory), "-r", str(requirements)]
+        subprocess.run(argv, check=True)
+
+    return cache.entry("docs", cache.key_of(requirements.read_bytes(), sys.version), install)
 
 
 def sphinx(builder: str, output: Path, scratch: Path, *options: str) -> int:
@@ -136,9 +127,8 @@ def make_html(scratch: Path) -> int:
 
     All checkouts use the same output directory, so only one build runs at a time.
     """
-    output = cache() / "docs"
-    with (cache() / ".lock-docs-html").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    output = cache.subdirectory("docs")
+    with cache.locked("docs-html"):
         status = sphinx("html", output, scratch, "-W", "--keep-going")
     if not status:
         print(output / "index.html")

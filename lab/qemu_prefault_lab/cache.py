@@ -5,7 +5,8 @@ An entry is a directory ``<name>-<key>``. The key is a hash of all inputs. If an
 lab builds a new entry. Entries are never updated in place. A builder works in a ``tmp-`` directory
 and renames this directory when the entry is complete. If the builder is killed, the next builder of
 the same name removes the ``tmp-`` directory. A file lock per name prevents two builders from
-building the same entry.
+building the same entry. Another user must not be able to change the cache
+(:mod:`qemu_prefault_lab.cache_directory`).
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from pathlib import Path
 
 from qemu_prefault.errors import InputError
 
+from . import cache_directory
+
 _KEY_LENGTH = 16
 _ENTRIES = (
     "avocado-",
     "bin-",
     "distro-",
+    "docs-",
     "files-",
     "image-",
     "l2-",
@@ -37,21 +41,41 @@ _ENTRIES = (
 )
 
 
-def cache_dir() -> Path:
-    """Return ``$QEMU_PREFAULT_CACHE``, or the default in the XDG cache directory."""
-    if configured := os.environ.get("QEMU_PREFAULT_CACHE"):
-        path = Path(configured)
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        path = Path(base) / "qemu-prefault"
+@contextlib.contextmanager
+def _input_errors() -> Iterator[None]:
+    """Raise InputError if the cache is not safe or cannot be created."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        yield
+    except cache_directory.UntrustedCacheError as error:
+        raise InputError(error.cause, error.remedy) from error
     except OSError as error:
         raise InputError(
-            f"cannot create the cache directory {path}: {error.strerror}",
+            f"cannot use the cache directory: {error}",
             "set QEMU_PREFAULT_CACHE to a directory with about 3 GB of free space",
         ) from error
-    return path.resolve()
+
+
+def cache_dir() -> Path:
+    """Return ``$QEMU_PREFAULT_CACHE``, or the default in the XDG cache directory.
+
+    :raises InputError: If another user could change the directory, or it cannot be created.
+    """
+    with _input_errors():
+        return cache_directory.locate()
+
+
+def subdirectory(*names: str) -> Path:
+    """Return a directory in the cache that is not an entry, created if missing.
+
+    :raises InputError: If another user could have filled the directory.
+    """
+    with _input_errors():
+        return cache_directory.directory(*names)
+
+
+def _exists(path: Path) -> bool:
+    with _input_errors():
+        return cache_directory.is_ours(path)
 
 
 def key_of(*parts: str | bytes) -> str:
@@ -74,11 +98,13 @@ def locked(name: str) -> Iterator[None]:
 
     The lock excludes all other threads and processes.
     """
-    path = cache_dir() / "locks" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
+    with _input_errors():
+        lock = cache_directory.open_lock(cache_directory.directory("locks") / name)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
 def entry(name: str, key: str, build: Callable[[Path], None]) -> Path:
@@ -91,11 +117,11 @@ def entry(name: str, key: str, build: Callable[[Path], None]) -> Path:
     """
     root = cache_dir()
     final = root / f"{name}-{key}"
-    if final.is_dir():
+    if _exists(final):
         os.utime(final)  # prune() removes entries by their modification time
         return final
     with locked(name):
-        if final.is_dir():
+        if _exists(final):
             return final
         for stale in root.glob(f"tmp-{name}-*"):
             shutil.rmtree(stale, ignore_errors=True)

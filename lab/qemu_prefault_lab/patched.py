@@ -204,9 +204,9 @@ def _workspace(release: str) -> Iterator[Path]:
     The path is the same each time, so that ccache finds the results of earlier builds.
     """
     with cache.locked(f"qemu-{release}"):
-        work = cache.cache_dir() / "scratch" / f"qemu-{release}"
+        work = cache.subdirectory("scratch") / f"qemu-{release}"
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+        work.mkdir()
         yield work
         shutil.rmtree(work, ignore_errors=True)
 
@@ -285,7 +285,7 @@ def _compile(work: Path, source: Path, release: str, jobs: int, targets: Sequenc
         name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
     }
     environment |= {
-        "CCACHE_DIR": str(cache.cache_dir() / "ccache"),
+        "CCACHE_DIR": str(cache.subdirectory("ccache")),
         "CCACHE_BASEDIR": str(work),
         "CCACHE_NOHASHDIR": "1",
     }

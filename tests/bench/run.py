@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from qemu_prefault_lab import open_machine
-from qemu_prefault_lab.cache import cache_dir
+from qemu_prefault_lab.cache import subdirectory
 from qemu_prefault_lab.image import compile_static
 from qemu_prefault_lab.patched import build as build_qemu
 
@@ -161,11 +161,10 @@ def measure(wanted: Sequence[str]) -> dict[str, Any]:
     """
     found = {}
     for name, part in PARTS.items():
-        kept = cache_dir() / "bench" / f"{name}.json"
+        kept = subdirectory("bench") / f"{name}.json"
         if name in wanted:
             log(name)
             result = part()
-            kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(result))
         if kept.exists():
             found[name] = json.loads(kept.read_text())
