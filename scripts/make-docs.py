@@ -81,6 +81,7 @@ def install_sphinx() -> Path:
     def install(directory: Path) -> None:
         print("setup: installing Sphinx (pip, into the cache)", file=sys.stderr)
         pip = [sys.executable, "-m", "pip", "-q", "install"]
+        pip += ["--require-hashes", "--only-binary", ":all:"]
         argv = [*pip, "--target", str(directory), "-r", str(requirements)]
         subprocess.run(argv, check=True)
 

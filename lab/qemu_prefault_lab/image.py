@@ -32,12 +32,10 @@ from .steps import need, run_step
 log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
-_SNAPSHOT_SAFE_APT = (
-    # The Release file on a mirror of sid or testing may have expired.
-    'Acquire::Check-Valid-Until "false"',
-    'Acquire::Retries "3"',
-    'APT::Install-Recommends "false"',
-)
+_APT_OPTIONS = ('Acquire::Retries "3"', 'APT::Install-Recommends "false"')
+#: The suites whose Release file expires after a week. A mirror or proxy that updates less often
+#: serves an expired file. apt always checks the signature.
+EXPIRING_SUITES = ("sid", "testing")
 _WITHOUT = (
     "/usr/share/doc/*",
     "/usr/share/info/*",
@@ -190,10 +188,20 @@ class Image:
         return self.directory / "initramfs.cpio"
 
 
+def apt_options(suite: str) -> list[str]:
+    """Return apt's options for a suite.
+
+    The options for released suites let apt refuse expired package indexes. Otherwise a mirror could
+    hide security updates by serving old, signed indexes.
+    """
+    expiring = ['Acquire::Check-Valid-Until "false"'] if suite in EXPIRING_SUITES else []
+    return [*_APT_OPTIONS, *expiring]
+
+
 def mmdebstrap(target: Path, suite: str, *options: str) -> None:
     """Create a root file system of a Debian suite, without documentation."""
     argv = [need("mmdebstrap", "mmdebstrap"), "--quiet", "--architectures=amd64"]
-    argv += [f"--aptopt={option}" for option in _SNAPSHOT_SAFE_APT]
+    argv += [f"--aptopt={option}" for option in apt_options(suite)]
     argv += [f"--dpkgopt=path-exclude={pattern}" for pattern in _WITHOUT]
     run_step([*argv, *options, suite, str(target)], f"mmdebstrap of Debian {suite}")
 
@@ -375,7 +383,7 @@ def _l1_initramfs(tar: tarfile.TarFile, release: str, init: Path) -> bytes:
 def tcg_host() -> TcgHost:
     """Return the tree with L0's QEMU and the L2 kernel, built unless cached."""
     packages = ("linux-image-cloud-amd64", "lz4", "qemu-system-x86", "seabios", "zstd")
-    key = cache.key_of("bookworm", *packages, *_WITHOUT, *_SNAPSHOT_SAFE_APT, *_L2_MODULES,
+    key = cache.key_of("bookworm", *packages, *_WITHOUT, *_APT_OPTIONS, *_L2_MODULES,
                        *_L2_KVM_MODULES, "2")  # fmt: skip
 
     def build(directory: Path) -> None:
@@ -429,7 +437,7 @@ def build(variant: Variant) -> Image:
     host = tcg_host()
     init = compile_static(_HERE / "init.c")
     hook = (_HERE / "kernel-hook.sh").read_bytes()
-    key = cache.key_of(*variant.suites, *variant.packages, hook, *_WITHOUT, *_SNAPSHOT_SAFE_APT,
+    key = cache.key_of(*variant.suites, *variant.packages, hook, *_WITHOUT, *_APT_OPTIONS,
                        *_BOOT_MODULES, *_OPTIONAL_BOOT_MODULES, init.read_bytes(), "1")  # fmt: skip
 
     def fill(directory: Path) -> None:

@@ -24,6 +24,7 @@ from qemu_prefault.errors import InputError
 from . import cache
 from .errors import ImageError
 from .guest import FIRMWARE, PATCHED_QEMU_VARIABLE
+from .image import EXPIRING_SUITES
 from .machine import Machine
 from .steps import need, run_step
 
@@ -32,8 +33,7 @@ log = logging.getLogger(__name__)
 SUITES: Final = {"10.0": "trixie", "10.2": "sid"}
 _KEYRING: Final = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _ON_MACHINE: Final = "/root/qemu/qemu-system-x86_64"
-# The versions that QEMU's pythondeps.toml requires. Debian 12's meson is too old.
-_PYTHON_PACKAGES: Final = ("meson==1.5.0", "pycotap==1.3.1")
+_PYTHON_PACKAGES: Final = Path(__file__).parent / "qemu-build-requirements.txt"
 _DEVICES: Final = "prefault"
 _DEVICES_MAK: Final = """\
 CONFIG_PCI_DEVICES=n
@@ -152,8 +152,10 @@ def build(patches: Path, release: str = "10.0", *, tcg: bool = True, jobs: int =
             for name in svm_tests:
                 _compile_svm_test(source, directory / name)
 
-    recipe = repr((SUITES[release], _CONFIGURE, _devices(release), _PYTHON_PACKAGES))
-    key = cache.key_of(recipe, *(path.read_bytes() for path in applied))
+    recipe = repr((SUITES[release], _CONFIGURE, _devices(release)))
+    key = cache.key_of(
+        recipe, _PYTHON_PACKAGES.read_bytes(), *(path.read_bytes() for path in applied)
+    )
     entry = cache.entry("qemu", key, fill)
     return PatchedQemu(
         entry / "qemu-system-x86_64",
@@ -238,8 +240,10 @@ def _source(work: Path, release: str) -> Path:
     apt = work / "apt"
     (apt / "lists" / "partial").mkdir(parents=True)
     # Use only this suite, and ignore the suites that are enabled on the host.
+    suite = SUITES[release]
+    expired = "no" if suite in EXPIRING_SUITES else "yes"
     (apt / "sources.list").write_text(
-        f"deb-src [check-valid-until=no signed-by={_KEYRING}] {_archive()} {SUITES[release]} main\n"
+        f"deb-src [check-valid-until={expired} signed-by={_KEYRING}] {_archive()} {suite} main\n"
     )
     options = [
         *("-o", f"Dir::Etc::SourceList={apt}/sources.list"),
@@ -292,7 +296,8 @@ def _compile(work: Path, source: Path, release: str, jobs: int, targets: Sequenc
     python = work / "python"
     interpreter = shutil.which("python3", path="/usr/bin") or sys.executable
     run_step([interpreter, "-m", "venv", str(python)], "python3 -m venv")
-    pip = [str(python / "bin" / "pip"), "-q", "install", *_PYTHON_PACKAGES]
+    pip = [str(python / "bin" / "pip"), "-q", "install", "--require-hashes"]
+    pip += ["--only-binary", ":all:", "-r", str(_PYTHON_PACKAGES)]
     run_step(pip, "installing meson", environment=environment)
     devices = source / "configs" / "devices" / "x86_64-softmmu" / f"{_DEVICES}.mak"
     devices.write_text(_devices(release))
