@@ -4,6 +4,7 @@
 setup.py is needed because pyproject.toml cannot declare cffi modules.
 """
 
+import runpy
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -12,6 +13,7 @@ from setuptools.command.build_ext import build_ext
 PLUGIN = "qemu_prefault.qemu-prefault-plugin"
 NATIVE = "qemu_prefault/native"
 PLUGIN_PARTS = ("common", "plugin")
+FLAGS = runpy.run_path(str(Path(__file__).parent / NATIVE / "flags.py"))
 
 
 def native_files(suffix: str) -> list[str]:
@@ -41,7 +43,8 @@ setup(
             sources=native_files(".c"),
             depends=native_files(".h"),
             include_dirs=[NATIVE],
-            extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
+            extra_compile_args=FLAGS["COMPILE_FLAGS"],
+            extra_link_args=FLAGS["LINK_FLAGS"],
             py_limited_api=True,
         )
     ],

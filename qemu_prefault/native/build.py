@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sysconfig
@@ -20,6 +21,7 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+FLAGS = runpy.run_path(str(HERE / "flags.py"))
 
 SOURCES = (
     *("common/headroom.c", "common/memory_source.c", "common/pagemap.c", "conformance/vmm.c"),
@@ -159,5 +161,6 @@ ffibuilder.set_source(
     sources=[os.path.relpath(HERE / name, ROOT) for name in SOURCES],
     include_dirs=[os.path.relpath(HERE, ROOT)],
     depends=[os.path.relpath(path, ROOT) for path in HERE.rglob("*.[hc]")],
-    extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
+    extra_compile_args=FLAGS["COMPILE_FLAGS"],
+    extra_link_args=FLAGS["LINK_FLAGS"],
 )

@@ -18,12 +18,11 @@ from pathlib import Path
 import pytest
 
 from support.fuzz import Target
-from support.native import link_with_plugin
+from support.native import SANITIZE, link_with_plugin
 
 Check = Callable[[Target], None]
 
 HERE = Path(__file__).parent
-SANITIZE = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 #: The maximum size of an input in bytes. A batch takes at least 5 ms, so a longer input, which can
 #: contain more batches, would take minutes.
 LONGEST_REQUEST = 2048

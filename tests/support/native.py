@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ import qemu_prefault
 #: The directory of the installed package's C files.
 NATIVE = Path(qemu_prefault.__file__).parent / "native"
 _FLAGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}")
+#: The sanitizers end the process if they detect an error.
+SANITIZE = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 def link_with_plugin(
@@ -25,12 +28,15 @@ def link_with_plugin(
 ) -> Path:
     """Link a C file with files of the plugin, and return the program's path.
 
-    Skip the test if no C compiler is installed.
+    tests/sanitize.py sets QEMU_PREFAULT_SANITIZE, to build the program with the sanitizers. Skip
+    the test if no C compiler is installed.
 
     :param parts: Patterns that select the plugin's files.
     """
     if shutil.which("cc") is None:
         pytest.skip("cc is not installed")
+    if os.environ.get("QEMU_PREFAULT_SANITIZE"):
+        flags = (*SANITIZE, *flags)
     files = [path for part in parts for path in NATIVE.glob(part)]
     subprocess.run(["cc", *_FLAGS, *flags, source, *files, "-o", output], check=True)
     return output

@@ -159,9 +159,24 @@ def test_extension_uses_stable_abi_and_exports_only_its_entry() -> None:
     assert {name for name in exported if "init" not in name.lower()} == set()
 
 
-def test_extension_has_no_executable_stack() -> None:
-    stack = [s for s in tool("readelf", "-lW", extension).splitlines() if "GNU_STACK" in s]
-    assert stack and "RWE" not in stack[0]
+PLUGIN = Path(qemu_prefault.__file__).with_name("qemu-prefault-plugin.so")
+
+
+@pytest.mark.parametrize("binary", [Path(extension), PLUGIN], ids=["extension", "plugin"])
+def test_binaries_are_hardened(binary: Path) -> None:
+    segments = tool("readelf", "-lW", binary)
+    (stack,) = (line for line in segments.splitlines() if "GNU_STACK" in line)
+    assert "RWE" not in stack
+    assert "GNU_RELRO" in segments
+    assert not re.search(r"LOAD .* RWE ", segments)
+    dynamic = tool("readelf", "-dW", binary)
+    assert re.search(r"\(FLAGS\).*BIND_NOW|\(FLAGS_1\).*NOW", dynamic)
+    assert "TEXTREL" not in dynamic
+    symbols = tool("readelf", "-W", "--dyn-syms", binary)
+    assert "__stack_chk_fail" in symbols
+    assert re.search(r"__\w+_chk@GLIBC", symbols), "_FORTIFY_SOURCE has no effect"
+    # The linker marks the file only if libc's start files support CET, so look at the code.
+    assert "endbr64" in tool("objdump", "-d", "--section=.text", binary)
 
 
 @pytest.mark.parametrize(
