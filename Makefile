@@ -46,7 +46,7 @@ avocado-vt: ## run the avocado-vt tests; TP_QEMU=DIR adds those of a tp-qemu che
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST) $(VT)" python avocado/run.py vt \
 		$(if $(TP_QEMU),--tp-qemu "$(TP_QEMU)") $(AVOCADO_ARGS)
 
-lint:      ## run ruff, mypy, import-linter, clang-format, and check the schemas of .github/
+lint:      ## run ruff, mypy, import-linter, clang-format, bandit, two C analyzers; check .github/
 	@scripts/with-env "$(BUILD)" python tests/run.py lint
 
 docs:      ## build the documentation site, with warnings as errors; print its path

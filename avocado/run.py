@@ -151,7 +151,7 @@ def open_test_machine(
     emulator = partial(uefi_emulator, HERE.parent / "patches") if uefi else None
     machine = open_machine("avocado", nested=nested, disks=disks, emulator=emulator)
     machine.install([*wheels(*requirements), *package])
-    directory = machine.run(["mktemp", "-d", "/var/tmp/avocado-XXXXXX"]).text.strip()
+    directory = machine.run(["mktemp", "-d", "/var/tmp/avocado-XXXXXX"]).text.strip()  # nosec B108
     distros = f"{directory}/distros"
     for number, (name, built) in enumerate(images.items()):
         path = f"{distros}/{name}"

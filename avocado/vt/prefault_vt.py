@@ -132,7 +132,8 @@ def monitor_of(vm: Any) -> str:
 
 def give_monitor(vm: Any) -> None:
     """Add a monitor for the tool to a VM that has not been created yet."""
-    path = os.path.join("/var/tmp", f"prefault-{vm.instance}.qmp")
+    # The tests run on development machines, without other users.
+    path = os.path.join("/var/tmp", f"prefault-{vm.instance}.qmp")  # nosec B108
     extra = re.sub(r"-qmp unix:\S+", "", vm.params.get("extra_params", ""))
     vm.params["extra_params"] = f"{extra} -qmp unix:{path},server=on,wait=off"
 

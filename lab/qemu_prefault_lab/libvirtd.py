@@ -6,6 +6,8 @@ libvirtd's systemd unit, and AppArmor enforces libvirtd's profiles. A second lib
 separate mount, UTS and AppArmor namespaces, so it appears to be another host. Domains boot the same
 guests as :mod:`qemu_prefault_lab.guest`. The lab does not run systemd. For tests that need systemd,
 :class:`Systemd` runs systemd as PID 1 of a PID namespace.
+
+The code runs in L1, which has no other users. Files in /tmp therefore need no random names.
 """
 
 from __future__ import annotations
@@ -97,7 +99,7 @@ class Libvirtd:
         if self._systemd is not None:
             scope = ["systemd-run", "--scope", "--quiet", "--unit=libvirtd", "-p", "Delegate=yes"]
             words = [*self._systemd.enter, *scope, *words]
-        log = open(f"/tmp/libvirtd-{self._host or 'main'}.log", "ab")  # noqa: SIM115
+        log = open(f"/tmp/libvirtd-{self._host or 'main'}.log", "ab")  # noqa: SIM115 # nosec B108
         with log:
             self._process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -109,7 +111,7 @@ class Libvirtd:
     def _answers(self) -> bool:
         assert self._process is not None
         if self._process.poll() is not None:
-            log = Path(f"/tmp/libvirtd-{self._host or 'main'}.log").read_text()
+            log = Path(f"/tmp/libvirtd-{self._host or 'main'}.log").read_text()  # nosec B108
             raise LibvirtdError(f"libvirtd exited with {self._process.returncode}", log[-3000:])
         return self.virsh("uri", check=False).returncode == 0
 
@@ -142,7 +144,7 @@ class Libvirtd:
         return done
 
     def define(self, xml: str) -> None:
-        path = Path(f"/tmp/{uuid.uuid4()}.xml")
+        path = Path(f"/tmp/{uuid.uuid4()}.xml")  # nosec B108
         path.write_text(xml)
         try:
             self.virsh("define", str(path))
@@ -182,7 +184,7 @@ class Systemd:
     """
 
     def __init__(self) -> None:
-        self._log = Path("/tmp/systemd.log")
+        self._log = Path("/tmp/systemd.log")  # nosec B108
         _prepare_machine()
         script = _SYSTEMD.format(serials=SERIALS)
         with self._log.open("wb") as log:
@@ -265,7 +267,8 @@ exec unshare --cgroup sh -ec '
 
 def _prepare_machine() -> None:
     """Create the files that udev, systemd and systemd-tmpfiles usually create."""
-    os.chmod("/dev/kvm", 0o666)
+    # As udev does. L1 has no other users.
+    os.chmod("/dev/kvm", 0o666)  # nosec B103
     SERIALS.mkdir(exist_ok=True)
     SERIALS.chmod(0o755)
     Path("/run/libvirt").mkdir(exist_ok=True)

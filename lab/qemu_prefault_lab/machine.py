@@ -252,7 +252,8 @@ def _unpack_wheel(wheel: Path, tree: Path) -> None:
     site = tree / "site"
     site.mkdir(exist_ok=True)
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
+        # zipfile removes ".." and absolute paths.
+        archive.extractall(site)  # nosec B202
     for scheme in site.glob("*.data/*"):
         # PEP 427: NAME.data/SCHEME holds the files that are installed outside site-packages.
         target = {"scripts": tree / "bin", "data": tree}.get(scheme.name, site)

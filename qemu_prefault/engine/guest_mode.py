@@ -63,7 +63,8 @@ class GuestMode:
 
     async def let_the_guest_run(self, seconds: float = 0.0) -> None:
         """Let the guest run for ``seconds`` plus a random delay."""
-        await asyncio.sleep(seconds + random.uniform(*GUEST_MODE_WAIT))
+        # The delay only has to differ from the guest's own periods.
+        await asyncio.sleep(seconds + random.uniform(*GUEST_MODE_WAIT))  # nosec B311
 
     @staticmethod
     def worth_another_try(tries: int, began: float) -> bool:

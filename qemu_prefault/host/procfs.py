@@ -269,7 +269,8 @@ def backing_of(mapping: MemoryMapping, page_size: int = PAGE_SIZE) -> BackingKin
         return "anonymous"
     if path.startswith("/memfd:"):
         return "memfd"
-    if path.startswith(("/dev/shm/", "/dev/zero", "/SYSV")):
+    # This is a name in /proc/PID/maps, not a file that the tool opens.
+    if path.startswith(("/dev/shm/", "/dev/zero", "/SYSV")):  # nosec B108
         return "shmem"
     if path.startswith("/dev/"):
         return "device"

@@ -155,7 +155,9 @@ class Metrics:
         if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
             raise InputError(f"{address!r} is not ADDRESS:PORT", "write e.g. 127.0.0.1:9469")
         try:
-            self._client.start_http_server(int(port), host or "0.0.0.0", self.registry)
+            # The option's documentation states this meaning of an empty address.
+            host = host or "0.0.0.0"  # nosec B104
+            self._client.start_http_server(int(port), host, self.registry)
         except OSError as error:
             raise FailedError(
                 f"cannot listen on {address}: {error.strerror}",

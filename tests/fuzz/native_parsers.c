@@ -151,6 +151,8 @@ static void parse_options(const char *text, size_t size)
 {
 	char *copy = strndup(text, size);
 
+	if (!copy)
+		exit(2);
 	setenv("QEMU_PREFAULT_OPTIONS", copy, 1);
 	pf_options_take_environment();
 	free(copy);

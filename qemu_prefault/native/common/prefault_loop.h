@@ -46,7 +46,7 @@ static inline uint64_t prefault_now_ns(void)
 {
 	struct {
 		int64_t seconds, nanoseconds;
-	} now;
+	} now = { 0 };
 
 	/* Use a system call, because only libc knows the address of the vDSO's clock_gettime(). */
 	prefault_syscall3(__NR_clock_gettime, PREFAULT_CLOCK_MONOTONIC, (long)&now, 0);

@@ -106,7 +106,7 @@ static bool bind_here(const char *path)
 		errno = ENAMETOOLONG;
 		return false;
 	}
-	strcpy(address.sun_path, path);
+	memcpy(address.sun_path, path, strlen(path) + 1);
 	probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	if (probe < 0)
 		return false;

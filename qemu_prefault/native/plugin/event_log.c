@@ -34,7 +34,7 @@ void pf_log_event(const char *name, const char *why, const char *format, ...)
 	length += vsnprintf(line + length, EVENT_LENGTH - (size_t)length, format, arguments);
 	va_end(arguments);
 	if (length < EVENT_LENGTH - 1)
-		strcpy(line + length, "}");
+		memcpy(line + length, "}", sizeof("}"));
 	event_count++;
 	pthread_cond_broadcast(&pf_changed);
 	if (pf_options.log)

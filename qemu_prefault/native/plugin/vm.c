@@ -90,6 +90,7 @@ void pf_vm_adopt(void)
 
 	while (directory && pf_vm_fd < 0 && (entry = readdir(directory))) {
 		ssize_t length =
+			/* NOLINTNEXTLINE(clang-analyzer-unix.StdCLibraryFunctions): it is open */
 			readlinkat(dirfd(directory), entry->d_name, target, sizeof(target) - 1);
 
 		if (length > 0 && !strncmp(target, "anon_inode:kvm-vm", 17) && length == 17)

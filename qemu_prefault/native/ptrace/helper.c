@@ -160,7 +160,7 @@ static long claim_signal(const struct prefault_control *control)
 	const struct helper_sigaction action = { .handler = control->syscall_ret + SYSCALL_BYTES,
 						 .flags = SA_RESTORER_FLAG,
 						 .restorer = control->sigreturn };
-	struct helper_sigaction found;
+	struct helper_sigaction found = { 0 };
 
 	for (long signal = SIGNAL_HIGHEST; signal >= SIGNAL_LOWEST; signal--) {
 		if (prefault_syscall4(__NR_rt_sigaction, signal, 0, (long)&found, SIGSET_BYTES))
