@@ -394,20 +394,27 @@ for path in sorted((provider / "qemu/tests/cfg").glob("*.cfg")):
 """
 
 CHECK_CLOUD = """
-import functools, http.server, sys, threading
+import functools, hashlib, http.server, sys, threading
 from pathlib import Path
-from cloud_images import AlpineImageProvider, base_image
+from cloud_images import AlpineImageProvider, NoImageError, base_image
 
 class Handler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-tree = Path(sys.argv[1])
-for version in ("3.9", "3.22"):
+def publish(version, forged):
     release = tree / f"v{version}/releases/cloud"
     release.mkdir(parents=True)
     for kind in ("bios-cloudinit", "bios-tiny", "uefi-cloudinit"):
-        (release / f"nocloud_alpine-{version}.1-x86_64-{kind}-r0.qcow2").write_text(version + kind)
+        image = release / f"nocloud_alpine-{version}.1-x86_64-{kind}-r0.qcow2"
+        text = version + kind
+        digest = hashlib.sha512(text.encode()).hexdigest()
+        image.write_text(text + forged)
+        image.with_name(image.name + ".sha512").write_text(f"{digest}  {image.name}\\n")
+
+tree = Path(sys.argv[1])
+publish("3.9", "")
+publish("3.22", "")
 (tree / "edge").mkdir()
 serve = functools.partial(Handler, directory=tree)
 with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
@@ -415,6 +422,11 @@ with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
     AlpineImageProvider.index = f"http://127.0.0.1:{server.server_port}/"
     try:
         print(base_image("Alpine", str(tree / "cache")).read_text())
+        publish("3.23", "forged")
+        try:
+            print(base_image("Alpine", str(tree / "cache")).read_text())
+        except NoImageError:
+            print("refused")
     finally:
         server.shutdown()
 """
@@ -424,7 +436,8 @@ def run_check(_: argparse.Namespace) -> int:
     """Check that all tests, variants and images are found, without starting a guest.
 
     avocado lists its tests and variants, and avocado-vt's parser lists the provider's tests. A
-    local HTTP server imitates Alpine's mirror, to test that the newest BIOS image is downloaded.
+    local HTTP server imitates Alpine's mirror, to test that the newest BIOS image is downloaded,
+    and that an image with another digest is refused.
     """
     modules = site(VT_REQUIREMENTS)
     listed = python_on(modules, "-m", "avocado", "list", "distro.py", "cloud.py").splitlines()
@@ -438,8 +451,11 @@ def run_check(_: argparse.Namespace) -> int:
         raise FailedError("some tests or variants were not found", f"expected: {wanted}")
     with tempfile.TemporaryDirectory() as mirror:
         fetched = python_on(site(REQUIREMENTS), "-c", CHECK_CLOUD, mirror).strip()
-    if fetched != "3.22bios-cloudinit":
-        raise FailedError("the downloaded Alpine image is not the newest", f"image: {fetched}")
+    if fetched.splitlines() != ["3.22bios-cloudinit", "refused"]:
+        raise FailedError(
+            "the downloaded Alpine image is not the newest, or a forged image was accepted",
+            f"images: {fetched}",
+        )
     return 0
 
 

@@ -13,6 +13,10 @@ class ImageProviderBase:
     def __init__(self, version: str, build: str | None, arch: str) -> None: ...
 
 class Image:
+    name: str
+    url: str
+    algorithm: str | None
+    checksum: str | None
     base_image: str
     @classmethod
     def from_parameters(cls, *, name: str, cache_dir: str) -> Self: ...
