@@ -14,7 +14,7 @@ release = version = qemu_prefault.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_click", "prefault_docs"]
 source_suffix = {".md": "markdown"}
-exclude_patterns = ["_ext", "requirements.in", "requirements.txt"]
+exclude_patterns = ["_ext", "requirements.txt"]
 
 myst_enable_extensions = ["deflist", "colon_fence"]
 myst_heading_anchors = 4

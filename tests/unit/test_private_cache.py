@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from qemu_prefault_lab import cache, cache_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 WITH_ENV = ROOT / "scripts" / "with-env"
-NOBODY = 65534
+ATTACKER = 65534
+OWNER = pwd.getpwuid(ATTACKER).pw_name
 PRECIOUS = "root's data"
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
@@ -39,15 +41,15 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def as_nobody(function: Callable[[], None]) -> None:
+def as_attacker(function: Callable[[], None]) -> None:
     """Run a function in a child process that belongs to another user."""
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
             os.setgroups([])
-            os.setresgid(NOBODY, NOBODY, NOBODY)
-            os.setresuid(NOBODY, NOBODY, NOBODY)
+            os.setresgid(ATTACKER, ATTACKER, ATTACKER)
+            os.setresuid(ATTACKER, ATTACKER, ATTACKER)
             function()
             status = 0
         finally:
@@ -92,11 +94,11 @@ def test_foreign_cache_is_not_run(public: Path) -> None:
     planted = public / "cache"
     marker = public / "marker"
     names = layer_names()
-    as_nobody(lambda: plant_layers(planted, names, marker))
+    as_attacker(lambda: plant_layers(planted, names, marker))
     done = with_env(QEMU_PREFAULT_CACHE=str(planted))
     assert not marker.exists()
     assert done.returncode == 4
-    assert "belongs to nobody" in done.stderr
+    assert f"belongs to {OWNER}" in done.stderr
     assert "set QEMU_PREFAULT_CACHE" in done.stderr
 
 
@@ -108,12 +110,12 @@ def test_planted_layer_is_not_run(public: Path) -> None:
     own.chmod(0o777)
     marker = public / "marker"
     names = layer_names()
-    as_nobody(lambda: plant_layers(own, names, marker))
+    as_attacker(lambda: plant_layers(own, names, marker))
     own.chmod(0o755)
     done = with_env(QEMU_PREFAULT_CACHE=str(own))
     assert not marker.exists()
     assert done.returncode == 4
-    assert "belongs to nobody" in done.stderr
+    assert f"belongs to {OWNER}" in done.stderr
     assert f"rm -r {own}" in done.stderr
 
 
@@ -136,15 +138,15 @@ def test_planted_lock_truncates_nothing(
 
 @needs_root
 @pytest.mark.parametrize("variable", ["HOME", "XDG_CACHE_HOME"])
-def test_root_leaves_the_cache_of_sudo_s_user(
-    public: Path, variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_root_leaves_the_cache_of_sudo_s_user(public: Path, variable: str) -> None:
     home = public / "home"
-    as_nobody(home.mkdir)
-    monkeypatch.setenv(variable, str(home))
-    monkeypatch.setattr(cache_directory, "_check_path", lambda path: path)
-    assert cache_directory._default() == Path("/root/.cache/qemu-prefault")
-    assert "belongs to nobody" in capsys.readouterr().err
+    as_attacker(home.mkdir)
+    done = subprocess.run(
+        [sys.executable, "-I", cache_directory.__file__, "path"],
+        env={"HOME": "/root", variable: str(home)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert Path(done.stdout.strip()) == Path(pwd.getpwuid(0).pw_dir) / ".cache" / "qemu-prefault"
+    assert f"belongs to {OWNER}" in done.stderr
     assert list(home.iterdir()) == []
 
 
@@ -156,10 +158,10 @@ def test_lab_refuses_a_planted_entry(public: Path, monkeypatch: pytest.MonkeyPat
     own = public / "cache"
     own.mkdir()
     own.chmod(0o777)
-    as_nobody((own / "bin-init-0123").mkdir)
+    as_attacker((own / "bin-init-0123").mkdir)
     own.chmod(0o700)
     monkeypatch.setenv("QEMU_PREFAULT_CACHE", str(own))
-    with pytest.raises(InputError, match="bin-init-0123 in the cache belongs to nobody"):
+    with pytest.raises(InputError, match=f"bin-init-0123 in the cache belongs to {OWNER}"):
         cache.entry("bin-init", "0123", lambda path: None)
 
 
@@ -186,10 +188,10 @@ def test_lab_refuses_a_planted_directory(
     own = public / "cache"
     own.mkdir()
     own.chmod(0o777)
-    as_nobody((own / name).mkdir)
+    as_attacker((own / name).mkdir)
     own.chmod(0o700)
     monkeypatch.setenv("QEMU_PREFAULT_CACHE", str(own))
-    with pytest.raises(InputError, match="belongs to nobody"):
+    with pytest.raises(InputError, match=f"belongs to {OWNER}"):
         cache.subdirectory(name)
 
 
@@ -237,11 +239,11 @@ def test_parent_of_another_user_is_refused(
     mode: int, public: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs = public / "theirs"
-    as_nobody(theirs.mkdir)
+    as_attacker(theirs.mkdir)
     theirs.chmod(mode)
     own = theirs / "cache"
     own.mkdir(mode=0o700)
-    assert f"because {theirs} belongs to nobody" in refusal(own, monkeypatch)
+    assert f"because {theirs} belongs to {OWNER}" in refusal(own, monkeypatch)
 
 
 @needs_root
@@ -249,13 +251,13 @@ def test_link_into_or_of_another_user_is_refused(
     public: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs, own = public / "theirs", public / "own"
-    as_nobody(theirs.mkdir)
+    as_attacker(theirs.mkdir)
     own.mkdir(mode=0o700)
     (public / "to-theirs").symlink_to(theirs)
-    as_nobody(lambda: (public / "to-own").symlink_to("own"))
+    as_attacker(lambda: (public / "to-own").symlink_to("own"))
     (public / "relative").symlink_to("./own/../own")
-    assert "belongs to nobody" in refusal(public / "to-theirs", monkeypatch)
-    assert "belongs to nobody" in refusal(public / "to-own", monkeypatch)
+    assert f"belongs to {OWNER}" in refusal(public / "to-theirs", monkeypatch)
+    assert f"belongs to {OWNER}" in refusal(public / "to-own", monkeypatch)
     assert refusal(public / "relative", monkeypatch) == ""
 
 
