@@ -79,7 +79,7 @@ __all__ = [
 
 
 def connect(
-    qmp: str, pid: int | None = None, *, dial: Dial | None = None
+    qmp: str, pid: int | None = None, *, dial: Dial | None = None, loading: bool = False
 ) -> AbstractAsyncContextManager[Vm]:
     """Return a context manager that connects to QEMU over QMP.
 
@@ -92,6 +92,9 @@ def connect(
         the process id, such as a TCP socket.
     :param dial: A function that opens the connection, or None. If a function is passed, messages
         use ``qmp`` as the name of the connection, and nothing else uses ``qmp``.
+    :param loading: Whether QEMU may be loading a guest, for example with ``-incoming``. QEMU may
+        then reply late, and the function waits up to 30 s for each reply. Otherwise, QEMU must
+        reply to all first queries within 6 s.
     :returns: An asynchronous context manager that yields a :class:`Vm`.
     :raises InputError: If the address is malformed, or if the socket does not exist.
     :raises MonitorBusyError: If another client is using the socket.
@@ -101,7 +104,7 @@ def connect(
     :raises UnsupportedError: If QEMU runs on another host or in another pid namespace.
     :raises GoneError: If QEMU's process does not exist.
     """
-    return Vm.connect(qmp, pid, dial)
+    return Vm.connect(qmp, pid, dial, loading=loading)
 
 
 async def prefault_async(
@@ -160,7 +163,8 @@ def prefault(
     """
 
     async def main() -> Report:
-        async with connect(target, pid) as vm:
+        loading = options is not None and options.incoming
+        async with connect(target, pid, loading=loading) as vm:
             return await prefault_async(vm, options, on_progress=on_progress)
 
     return asyncio.run(main())

@@ -101,12 +101,15 @@ def required_address(qmp: str | None, domain: str | None) -> str:
     return address
 
 
-def connect(address: str, pid: int | None = None) -> AbstractAsyncContextManager[Vm]:
+def connect(
+    address: str, pid: int | None = None, *, loading: bool = False
+) -> AbstractAsyncContextManager[Vm]:
     """Return a context manager that connects to QEMU and finds its process.
 
     :param address: An address that :func:`monitor_address` returned.
+    :param loading: Whether QEMU may be loading a guest.
     """
-    return qemu_prefault.connect(address, pid, dial=_dial(address))
+    return qemu_prefault.connect(address, pid, dial=_dial(address), loading=loading)
 
 
 def connect_monitor(address: str) -> AbstractAsyncContextManager[Monitor]:

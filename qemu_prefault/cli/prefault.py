@@ -195,7 +195,7 @@ def prefault(
 
 async def _prefault(address: str, pid: int | None, options: Options, as_json: bool) -> None:
     printer = Printer(as_json)
-    async with connect(address, pid) as vm:
+    async with connect(address, pid, loading=options.incoming) as vm:
         try:
             report = await qemu_prefault.prefault_async(
                 vm, options, on_ready=printer.ready, on_progress=printer.progress

@@ -34,7 +34,7 @@ from ..host.ptrace_access import ptrace_denied
 from ..qemu.dial import Dial
 from ..qemu.memory_map import MemorySection
 from ..qemu.monitor import Monitor
-from ..qemu.queries import VmState, read_vm_state
+from ..qemu.queries import VmState, read_vm_state, read_vm_state_in_time
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,12 @@ class Vm:
     @classmethod
     @contextlib.asynccontextmanager
     async def connect(
-        cls, qmp: str, pid: int | None = None, dial: Dial | None = None
+        cls,
+        qmp: str,
+        pid: int | None = None,
+        dial: Dial | None = None,
+        *,
+        loading: bool = False,
     ) -> AsyncIterator[Vm]:
         """Connect to a QMP socket, and identify the QEMU process behind it.
 
@@ -77,12 +82,15 @@ class Vm:
         :param pid: QEMU's process id. This argument is needed only if the socket does not identify
             QEMU.
         :param dial: A function that opens the connection. See :meth:`Monitor.connect`.
+        :param loading: Whether QEMU may be loading a guest. QEMU then replies late.
         :raises QemuPrefaultError: If :meth:`Monitor.connect`,
             :func:`~qemu_prefault.qemu.queries.read_vm_state` or
             :func:`~qemu_prefault.host.identify.identify` raises an error.
         """
         async with Monitor.connect(qmp, dial=dial) as monitor:
-            state = await read_vm_state(monitor)
+            # A client of libvirt waits for a busy domain.
+            wait_long = loading or dial is not None
+            state = await (read_vm_state if wait_long else read_vm_state_in_time)(monitor)
             threads = [vcpu.thread_id for vcpu in state.vcpus]
             vm = cls(monitor, _identify(monitor, pid, threads), state)
             vm.state = vm._with_disk_files(state)

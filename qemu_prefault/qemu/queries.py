@@ -100,6 +100,27 @@ class VmState:
     private_memory: str | None = None
 
 
+#: The time limit for :func:`read_vm_state` in seconds, for a QEMU that is not loading a guest.
+STATE_SECONDS = 6.0
+
+
+async def read_vm_state_in_time(monitor: Monitor) -> VmState:
+    """Call :func:`read_vm_state` with the time limit :data:`STATE_SECONDS`.
+
+    :raises MonitorError: If QEMU does not reply to all queries in time, or if
+        :func:`read_vm_state` raises this error.
+    """
+    try:
+        async with asyncio.timeout(STATE_SECONDS):
+            return await read_vm_state(monitor)
+    except TimeoutError:
+        raise MonitorError(
+            f"QEMU did not reply to all queries within {STATE_SECONDS:g} s",
+            "check whether QEMU is stopped or its main loop is blocked",
+            code=Code.MONITOR_TIMEOUT,
+        ) from None
+
+
 async def read_vm_state(monitor: Monitor) -> VmState:
     """Return the QEMU state that is necessary to plan a prefault.
 
