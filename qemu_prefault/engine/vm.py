@@ -26,7 +26,7 @@ from ..errors import (
     UnsupportedError,
 )
 from ..host import kvm
-from ..host.fds import kvm_fds, take_fd
+from ..host.fds import kvm_fds, take_fd, vcpu_stats_link
 from ..host.identify import identify
 from ..host.memory_source import MemorySource, is_disk_file
 from ..host.procfs import MemoryMapping, Process, backing_of, mappings_of, thread_map
@@ -148,7 +148,7 @@ class Vm:
             return 0
         name = f"{mapping.start:x}-{mapping.end:x}"
         try:
-            return os.stat(f"/proc/{self.process.pid}/map_files/{name}").st_blocks * 512
+            return os.stat(f"{self.process.proc}/map_files/{name}").st_blocks * 512
         except OSError:  # needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE
             return 0
 
@@ -227,7 +227,8 @@ class Vm:
                 numbers = kvm_fds(self.process).vcpu_stats
                 for thread in threads:
                     if thread.vcpu_id is not None and thread.vcpu_id in numbers:
-                        fd = take_fd(self.process, numbers[thread.vcpu_id])
+                        link = vcpu_stats_link(thread.vcpu_id)
+                        fd = take_fd(self.process, numbers[thread.vcpu_id], link)
                         stack.callback(os.close, fd)
                         stats.append(kvm.BinaryStats(fd))
             except (OSError, QemuPrefaultError):
@@ -237,7 +238,7 @@ class Vm:
 
 def _identify(monitor: Monitor, pid: int | None, thread_ids: Sequence[int]) -> Process:
     if monitor.vm_uuid is None:
-        return identify(monitor.peer_pid, pid, thread_ids)
+        return identify(monitor.peer_pid, pid, thread_ids, monitor.peer)
     # ``dial`` may have connected to a QEMU on another host, whose thread ids mean nothing here.
     try:
         process = identify(None, pid, thread_ids)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 from collections.abc import Iterable
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, field
@@ -69,30 +70,37 @@ def kvm_fds(process: Process) -> KvmFds:
     return parse_kvm_fds((number, link) for number, link in links if link is not None)
 
 
-def take_fd(process: Process, number: int) -> int:
+def vcpu_stats_link(vcpu_id: int) -> str:
+    """Return the link target of the statistics descriptor of a vCPU."""
+    return f"anon_inode:kvm-vcpu-stats:{vcpu_id}"
+
+
+def take_fd(process: Process, number: int, expected: str | None = None) -> int:
     """Duplicate a process's descriptor ``number`` into this process.
 
     This function uses pidfd_getfd(2), which needs Linux 5.6. The caller must close the duplicate.
     While the duplicate is open, the open file exists even after QEMU has exited.
 
+    :param expected: The link target that the descriptor must have, for example
+        ``anon_inode:kvm-vcpu:0``. The process can replace the descriptor after this process has
+        read its link. Therefore the function reads the link of the duplicate.
     :returns: The number of the duplicate.
-    :raises GoneError: If the process or the descriptor no longer exists.
+    :raises GoneError: If the process or the descriptor no longer exists, or if the descriptor is
+        not the expected one.
     :raises PtraceDeniedError: If this process has no permission to trace the other process.
     :raises FailedError: If the kernel refuses pidfd_getfd(2) for another reason.
     """
     from .._native import lib  # noqa: PLC0415
 
-    try:
-        pidfd = os.pidfd_open(process.pid)
-    except ProcessLookupError as error:
-        raise gone(process.pid) from error
+    pidfd, close = _pidfd_of(process)
     try:
         process.check()  # the pidfd now refers to this process, even if the pid is reused
         answer = int(lib.take_fd(pidfd, number))
     finally:
-        os.close(pidfd)
+        if close:
+            os.close(pidfd)
     if answer >= 0:
-        return answer
+        return answer if expected is None else _checked(process, number, answer, expected)
     if answer == -errno.EPERM:
         raise PtraceDeniedError(
             f"this process has no permission to duplicate descriptor {number} of process "
@@ -109,4 +117,28 @@ def take_fd(process: Process, number: int) -> int:
         "check that the kernel is Linux 5.6 or newer, and that no seccomp filter of this process "
         "denies pidfd_getfd(2)",
         code=Code.PIDFD,
+    )
+
+
+def _pidfd_of(process: Process) -> tuple[int, bool]:
+    """Return a descriptor of the process, and whether the caller must close it."""
+    if process.pin is not None and process.pin.pidfd >= 0:
+        return process.pin.pidfd, False
+    try:
+        return os.pidfd_open(process.pid), True
+    except ProcessLookupError as error:
+        raise gone(process.pid) from error
+
+
+def _checked(process: Process, number: int, duplicate: int, expected: str) -> int:
+    """Return the duplicate if it is the expected descriptor, and close it otherwise."""
+    found = os.readlink(f"/proc/self/fd/{duplicate}")
+    # Other processes can choose the names of files and of directories. A link to a file starts with
+    # a slash, unless the file is on a kernel-internal mount. These files have a type.
+    if found == expected and stat.S_IFMT(os.fstat(duplicate).st_mode) == 0:
+        return duplicate
+    os.close(duplicate)
+    raise GoneError(
+        f"descriptor {number} of process {process.pid} is {found!r} and no longer {expected!r}",
+        "check whether QEMU has unplugged a vCPU, and run qemu-prefault again",
     )

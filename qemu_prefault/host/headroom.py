@@ -260,7 +260,7 @@ def hugetlb_cgroup_limits(process: Process, page_size: int) -> list[Limit]:
 def _cgroup_limits(
     process: Process, controller: str, read: Callable[[str, bool], Limit | None]
 ) -> list[Limit]:
-    groups = parse_cgroups(read_optional(f"{procfs.PROC}/{process.pid}/cgroup") or "")
+    groups = parse_cgroups(read_optional(f"{process.proc}/cgroup") or "")
     mounts = parse_mountinfo(read_optional(f"{procfs.PROC}/self/mountinfo") or "")
     limits = []
     for directory, unified in cgroup_directories(groups, mounts, controller):

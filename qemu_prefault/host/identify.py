@@ -13,10 +13,16 @@ import os
 from collections.abc import Sequence
 
 from ..errors import Code, RefusedError, UnsupportedError
+from .peer import Peer
 from .procfs import Process, comm_of, tgid_of, thread_map
 
 
-def identify(peer_pid: int | None, given_pid: int | None, thread_ids: Sequence[int]) -> Process:
+def identify(
+    peer_pid: int | None,
+    given_pid: int | None,
+    thread_ids: Sequence[int],
+    peer: Peer | None = None,
+) -> Process:
     """Return QEMU's process, after checking that it owns the vCPU threads.
 
     :param peer_pid: The pid of the process that listens on the monitor socket (SO_PEERCRED), or
@@ -25,9 +31,11 @@ def identify(peer_pid: int | None, given_pid: int | None, thread_ids: Sequence[i
         user can reach QEMU's monitor through a proxy.
     :param thread_ids: The ids of the vCPU threads from ``query-cpus-fast``, in QEMU's own pid
         namespace.
+    :param peer: The process with ``peer_pid``, to detect that the pid was reused, or None to skip
+        this check.
     :raises RefusedError: If the process does not own these threads (code ``proxy``).
     :raises UnsupportedError: If QEMU is not visible in this pid namespace (code ``pid-namespace``).
-    :raises GoneError: If the process has exited.
+    :raises GoneError: If the process has exited, or if ``peer`` has exited.
     """
     pid = peer_pid if given_pid is None else given_pid
     if pid is None:
@@ -46,6 +54,8 @@ def identify(peer_pid: int | None, given_pid: int | None, thread_ids: Sequence[i
             code=Code.PROXY,
         )
     process = Process.find(pid)
+    if peer is not None and given_pid is None:
+        peer.check(process)
     if thread_ids and set(thread_ids) <= thread_map(process).keys():
         return process
     raise _mismatch(process, given_pid is not None, thread_ids)

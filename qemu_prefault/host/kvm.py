@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from .bounded import DEFAULT_LIMIT, pread_bounded, read_bounded
 from .fds import kvm_fds
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 #: From include/uapi/linux/kvm.h since Linux 6.11. KVM_CHECK_EXTENSION returns 1 if
 #: two-dimensional paging is in use.
 KVM_CAP_PRE_FAULT_MEMORY = 236
+#: The device number of /dev/kvm (KVM_MINOR, include/linux/miscdevice.h).
+KVM_DEVICE: Final = os.makedev(10, 232)
 
 #: Error of the prefault loop (native/common/prefault_loop.h): a range made no progress within the
 #: time limit. The ioctl never returns this error.
@@ -53,9 +57,10 @@ def parameter(module: str, name: str) -> str | None:
     The result is None if sysfs does not contain the parameter.
     """
     try:
-        return Path(f"/sys/module/{module}/parameters/{name}").read_text(errors="replace").strip()
+        text = read_bounded(f"/sys/module/{module}/parameters/{name}", DEFAULT_LIMIT)
     except OSError:
         return None
+    return text.decode(errors="replace").strip()
 
 
 def _off(value: str | None) -> bool:
@@ -75,13 +80,13 @@ def pre_fault_capability(process: Process | None = None) -> Capability:
 
     candidates = ["/dev/kvm"]
     if process is not None:
-        candidates.append(f"/proc/{process.pid}/root/dev/kvm")
+        candidates.append(f"{process.proc}/root/dev/kvm")
     problem = ""
     for path in candidates:
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            fd = _open_kvm(path) if path != "/dev/kvm" else os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            problem = f"{path}: {error.strerror}"
+            problem = f"/dev/kvm: {error.strerror}"
             continue
         try:
             answer = lib.kvm_check_extension(fd, KVM_CAP_PRE_FAULT_MEMORY)
@@ -93,6 +98,24 @@ def pre_fault_capability(process: Process | None = None) -> Capability:
         f"KVM cannot be queried ({problem})",
         "run qemu-prefault as root, or as a member of the kvm group",
     )
+
+
+def _open_kvm(path: str) -> int:
+    """Open KVM's device at a path that QEMU controls.
+
+    QEMU can put a link to any file there, and opening a device can have an effect. Therefore this
+    function first opens the path with O_PATH, which has none, and checks the device number.
+
+    :raises OSError: If the file cannot be opened, or is not KVM's device.
+    """
+    found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        status = os.fstat(found)
+        if not stat.S_ISCHR(status.st_mode) or status.st_rdev != KVM_DEVICE:
+            raise OSError(errno.ENODEV, "the file in QEMU's root directory is not KVM's device")
+        return os.open(f"/proc/self/fd/{found}", os.O_RDWR | os.O_CLOEXEC)
+    finally:
+        os.close(found)
 
 
 def _why_not() -> Capability:
@@ -117,7 +140,8 @@ class BinaryStats:
 
     A KVM_GET_STATS_FD ioctl in this process or another process has returned the descriptor.
     Documentation/virt/kvm/api.rst, section 4.133, describes the format. The caller opens and closes
-    the descriptor.
+    the descriptor. A descriptor of another process may be any file, so all numbers in its header
+    are limited. See the ``expected`` parameter of :func:`~.fds.take_fd`.
 
     :raises OSError: If the descriptor cannot be read, or if it is not a statistics descriptor.
     """
@@ -130,14 +154,14 @@ class BinaryStats:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        header = os.pread(fd, self._HEADER.size, 0)
+        header = pread_bounded(fd, self._HEADER.size, 0)
         if len(header) != self._HEADER.size:
             raise self._malformed()
         _, name_size, count, _, at, self._data = self._HEADER.unpack(header)
         if name_size > self._MAX_NAME or not 0 < count <= self._MAX_COUNTERS:
             raise self._malformed()
         size = self._DESCRIPTOR.size + name_size
-        table = os.pread(fd, size * count, at)
+        table = pread_bounded(fd, size * count, at)
         if len(table) != size * count:
             raise self._malformed()
         self._offsets: dict[str, int] = {}
@@ -160,7 +184,7 @@ class BinaryStats:
 
         :raises OSError: If the descriptor cannot be read.
         """
-        data = os.pread(self.fd, self._length, self._data)
+        data = pread_bounded(self.fd, self._length, self._data)
         if len(data) != self._length:
             raise self._malformed()
         offsets = [self._offsets.get(name) for name in names]
@@ -264,6 +288,6 @@ def _read_counts(process: Process, names: Sequence[str]) -> list[int] | None:
     # that created the VM, and FD is the number of the VM's file descriptor in that process.
     try:
         directory = DEBUGFS / f"{process.pid}-{kvm_fds(process).vm}"
-        return [int((directory / name).read_text()) for name in names]
+        return [int(read_bounded(str(directory / name), DEFAULT_LIMIT)) for name in names]
     except (OSError, ValueError):
         return None

@@ -26,8 +26,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from ..errors import FailedError
 from ..units import PAGE_SIZE
 from . import procfs
+from .bounded import list_bounded
 from .headroom import (
     Limit,
     hugetlb_cgroup_limits,
@@ -35,7 +37,14 @@ from .headroom import (
     memory_headroom,
     parse_key_values,
 )
-from .procfs import MemoryMapping, Process, parse_number, parse_number_list, read_optional
+from .procfs import (
+    MemoryMapping,
+    Process,
+    lines_of,
+    parse_number,
+    parse_number_list,
+    read_optional,
+)
 
 NODES: Final = Path("/sys/devices/system/node")
 MIN_FREE: Final = Path("/proc/sys/vm/min_free_kbytes")
@@ -106,7 +115,7 @@ class MemorySource:
         The result is at least ``absent``. If the process has huge pages in several mappings, the
         result is a lower bound.
         """
-        status = read_optional(f"{procfs.PROC}/{self.process.pid}/status") or ""
+        status = read_optional(f"{self.process.proc}/status") or ""
         resident = re.search(r"^HugetlbPages:\s*([0-9]{1,18}) kB$", status, re.MULTILINE)
         allocated = int(resident[1]) << 10 if resident else 0
         return max(absent, self.mapping.size - allocated)
@@ -133,7 +142,7 @@ def confining_nodes(process: Process, bound: Sequence[int]) -> tuple[int, ...]:
     """
     with_memory = set(parse_node_list(read_optional(f"{NODES}/has_memory") or ""))
     by_policy = with_memory & set(bound or with_memory)
-    status = read_optional(f"{procfs.PROC}/{process.pid}/status") or ""
+    status = read_optional(f"{process.proc}/status") or ""
     cpuset = re.search(r"^Mems_allowed_list:\s*(\S+)$", status, re.MULTILINE)
     by_cpuset = with_memory & set(parse_node_list(cpuset[1])) if cpuset else with_memory
     # If the policy and the cpuset have no node in common, the cpuset decides (mm/mempolicy.c,
@@ -172,13 +181,14 @@ def parse_numa_maps(text: str, start: int) -> tuple[tuple[int, ...], int]:
     :returns: The nodes, and the page size in bytes. The set of nodes is empty unless the policy is
         ``bind``.
     """
-    for line in text.split("\n"):
-        words = line.split(" ")
+    for line in lines_of(text):
+        words = line.split(" ", 2)
         if words[0] != f"{start:08x}" and words[0] != f"{start:x}":
             continue
         policy = words[1] if len(words) > 1 else ""
         nodes = parse_node_list(policy.partition(":")[2]) if policy.startswith("bind") else ()
-        size = next((w for w in words if w.startswith("kernelpagesize_kB=")), "")
+        rest = words[-1].split(" ")
+        size = next((w for w in rest if w.startswith("kernelpagesize_kB=")), "")
         kib = parse_number(size.partition("=")[2])
         return nodes, (kib << 10 if kib else PAGE_SIZE)
     return (), PAGE_SIZE
@@ -190,7 +200,7 @@ def source_of(process: Process, mapping: MemoryMapping) -> MemorySource:
     Do not call this function in a loop, because the kernel walks QEMU's page tables to produce
     ``/proc/PID/numa_maps``.
     """
-    text = read_optional(f"{procfs.PROC}/{process.pid}/numa_maps") or ""
+    text = read_optional(f"{process.proc}/numa_maps") or ""
     nodes, page_size = parse_numa_maps(text, mapping.start)
     return MemorySource(process, mapping, page_size, nodes)
 
@@ -234,8 +244,8 @@ def is_copied(process: Process, mapping: MemoryMapping) -> bool:
 def _file_system(process: Process, mapping: MemoryMapping) -> str | None:
     """Return a mapped file's file system type, or None if it is not mounted."""
     major, minor = mapping.device
-    mounts = read_optional(f"{procfs.PROC}/{process.pid}/mountinfo") or ""
-    for line in mounts.split("\n"):
+    mounts = read_optional(f"{process.proc}/mountinfo") or ""
+    for line in lines_of(mounts):
         before, dash, after = line.partition(" - ")
         fields = before.split(" ")
         if dash and len(fields) > 2 and fields[2] == f"{major}:{minor}":
@@ -288,8 +298,8 @@ def file_system_limit(
 
 def _reach(process: Process, mapping: MemoryMapping) -> str | None:
     """Return a path at which this process can access the mapped file, or None."""
-    by_map = f"{procfs.PROC}/{process.pid}/map_files/{mapping.start:x}-{mapping.end:x}"
-    by_root = f"{procfs.PROC}/{process.pid}/root{mapping.path}"
+    by_map = f"{process.proc}/map_files/{mapping.start:x}-{mapping.end:x}"
+    by_root = f"{process.proc}/root{mapping.path}"
     for path in (by_map, by_root):
         with contextlib.suppress(OSError):
             if os.stat(path).st_ino == mapping.inode:
@@ -299,8 +309,8 @@ def _reach(process: Process, mapping: MemoryMapping) -> str | None:
     # descriptors.
     wanted = (mapping.inode, os.makedev(*mapping.device))
     with contextlib.suppress(OSError):
-        for number in os.listdir(f"{procfs.PROC}/{process.pid}/fd"):
-            path = f"{procfs.PROC}/{process.pid}/fd/{number}"
+        for number in list_bounded(f"{process.proc}/fd"):
+            path = f"{process.proc}/fd/{number}"
             with contextlib.suppress(OSError):
                 status = os.stat(path)
                 if (status.st_ino, status.st_dev) == wanted:
@@ -332,7 +342,7 @@ def _promised_to_others(
 
 def _files_beside(process: Process, mapping: MemoryMapping) -> Iterator[os.stat_result]:
     device = os.makedev(*mapping.device)
-    start = f"{procfs.PROC}/{process.pid}/root" + os.path.dirname(mapping.path)
+    start = f"{process.proc}/root" + os.path.dirname(mapping.path)
     # Start at the root of the mount, because another guest's file may be in another directory.
     while os.path.dirname(start) != start:
         parent = os.path.dirname(start)
@@ -341,7 +351,7 @@ def _files_beside(process: Process, mapping: MemoryMapping) -> Iterator[os.stat_
                 break
         except OSError:
             break
-        if parent == f"{procfs.PROC}/{process.pid}/root":
+        if parent == f"{process.proc}/root":
             start = parent
             break
         start = parent
@@ -370,7 +380,11 @@ def _open_in_other_processes(process: Process, device: int) -> Iterator[os.stat_
         if "qemu" not in name and "kvm" not in name:
             continue
         text = read_optional(f"{procfs.PROC}/{entry}/maps") or ""
-        for mapping in procfs.parse_maps(text):
+        try:
+            maps = procfs.parse_maps(text)
+        except FailedError:  # not a QEMU that works correctly
+            continue
+        for mapping in maps:
             if mapping.shared and os.makedev(*mapping.device) == device:
                 path = f"{procfs.PROC}/{entry}/map_files/{mapping.start:x}-{mapping.end:x}"
                 with contextlib.suppress(OSError):

@@ -51,7 +51,7 @@ class Pagemap:
     def __init__(self, process: Process) -> None:
         self._process = process
         try:
-            self._fd = os.open(f"/proc/{process.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.open(f"{process.proc}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except PermissionError:
             raise ptrace_denied(process) from None
         except OSError:

@@ -165,7 +165,7 @@ def leave_cgroups(process: Process, tid: int) -> bool:
 
     :returns: False if this process has no permission to move the thread, otherwise True.
     """
-    task = f"{procfs.PROC}/{process.pid}/task"
+    task = f"{process.proc}/task"
     wanted = parse_cgroups(read_optional(f"{task}/{process.pid}/cgroup") or "")
     current = parse_cgroups(read_optional(f"{task}/{tid}/cgroup") or "")
     mounts = parse_mountinfo(read_optional(f"{procfs.PROC}/self/mountinfo") or "")

@@ -3,8 +3,12 @@
 
 The parsers (``parse_*``) are pure functions of text. :class:`Process` reads the files and passes
 their text to the parsers. If the process exits between two reads, the next read raises
-:class:`GoneError` (code ``qemu-gone``). The kernel can reuse a pid. Therefore a :class:`Process`
-stores the start time of the process, and :meth:`Process.check` compares the start time.
+:class:`GoneError` (code ``qemu-gone``). The kernel can reuse a pid. Therefore :meth:`Process.find`
+opens the directory ``/proc/PID``, and all later reads use the open directory
+(:mod:`qemu_prefault.host.pin`).
+
+All contents are untrusted, because QEMU controls many of them. Every read has a limit
+(:mod:`qemu_prefault.host.bounded`), and text that is not UTF-8 is decoded with surrogateescape.
 
 proc(5) describes the file formats.
 """
@@ -12,14 +16,18 @@ proc(5) describes the file formats.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from ..errors import Code, FailedError, GoneError, QemuPrefaultError, UnsupportedError
 from ..units import PAGE_SIZE
+from .bounded import limit_of, list_bounded, read_bounded
+from .pin import Pin, Traits, program_addresses
 
 BackingKind = Literal["anonymous", "memfd", "shmem", "hugetlb", "file", "device"]
 
@@ -28,12 +36,26 @@ PROC: Final = "/proc"
 NANOSLEEP, FUTEX, CLOCK_NANOSLEEP = 35, 202, 230
 #: Maximum number of attempts to list all threads of a process.
 MOST_LISTINGS: Final = 16
+#: Maximum number of mappings and of arguments of a process. The kernel's default limit on mappings
+#: is 65,530 (vm.max_map_count).
+MAX_MAPPINGS: Final = 1 << 16
+MAX_ARGUMENTS: Final = 1 << 16
 
 
 def gone(pid: int) -> GoneError:
     """Return the error for a process that has exited."""
     return GoneError(
         f"process {pid} has exited", "see QEMU's log for the reason if the process is QEMU"
+    )
+
+
+def changed(pid: int) -> GoneError:
+    """Return the error for a process that is no longer the one that was identified."""
+    return GoneError(
+        f"process {pid} has executed another program or changed its user since qemu-prefault "
+        "identified it as QEMU",
+        "check which program process "
+        f"{pid} runs now (ps -p {pid}), and run qemu-prefault again if it is QEMU",
     )
 
 
@@ -69,43 +91,73 @@ def denied(path: str) -> UnsupportedError:
     )
 
 
-def read_file(path: str, pid: int) -> str:
+def read_file(path: str, pid: int, shown: str | None = None) -> str:
     """Return the text of a /proc/PID file.
 
+    :param shown: The name of the file in messages, if ``path`` uses a descriptor of the pinned
+        process.
     :raises GoneError: If the process has exited.
     :raises UnsupportedError: If this process has no permission to read the file, or if /proc does
         not show the process.
-    :raises FailedError: If this process cannot read the file for another reason.
+    :raises FailedError: If this process cannot read the file for another reason. One reason is that
+        the file is larger than its limit (code ``proc``).
     """
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read()
-    except (FileNotFoundError, ProcessLookupError) as error:
-        if not path.startswith(f"{PROC}/{pid}/"):
-            raise UnsupportedError(
-                f"/proc does not show {path}",
+        return read_limited(path)
+    except OSError as error:
+        raise read_error(error, path, pid, shown) from error
+
+
+def read_error(error: OSError, path: str, pid: int, shown: str | None = None) -> QemuPrefaultError:
+    """Return the error for a file or a directory in /proc that could not be read.
+
+    The parameters are those of :func:`read_file`.
+    """
+    name = shown or path
+    if isinstance(error, (FileNotFoundError, ProcessLookupError)):
+        if not f"{name}/".startswith(f"{PROC}/{pid}/"):
+            return UnsupportedError(
+                f"/proc does not show {name}",
                 "run qemu-prefault where /proc is mounted without subset=pid. If a systemd service "
                 "runs qemu-prefault, remove ProcSubset=pid from the service's unit",
                 code=Code.PROC_PERMISSION,
-            ) from error
-        raise (hidden(pid) if is_hidden(pid) else gone(pid)) from error
-    except PermissionError as error:
-        raise denied(path) from error
-    except OSError as error:
-        raise FailedError(
-            f"cannot read {path}: {error.strerror}",
-            "check whether /proc is mounted",
+            )
+        return hidden(pid) if shown is None and is_hidden(pid) else gone(pid)
+    if isinstance(error, PermissionError):
+        return denied(name)
+    if error.errno == errno.EFBIG:
+        return FailedError(
+            f"cannot read {name}: {error.strerror}",
+            "check whether the process is a QEMU that works correctly, because an ordinary QEMU "
+            "does not reach this limit",
             code=Code.PROC,
-        ) from error
+        )
+    return FailedError(
+        f"cannot read {name}: {error.strerror}",
+        "check whether /proc is mounted",
+        code=Code.PROC,
+    )
+
+
+def read_limited(path: str) -> str:
+    """Return the text of a file, whose size is limited by :func:`~.bounded.limit_of`.
+
+    :raises OSError: If the file cannot be read or is too large.
+    """
+    return read_bounded(path, limit_of(path)).decode("utf-8", "surrogateescape")
 
 
 def read_optional(path: str) -> str | None:
-    """Return a file's text, or None if it cannot be read."""
+    """Return a file's text, or None if the file cannot be read or is too large."""
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read()
+        return read_limited(path)
     except (OSError, ValueError):  # ValueError: a path from another file contains a null character
         return None
+
+
+def lines_of(text: str) -> Iterator[str]:
+    """Yield the lines of a text that are not empty, without building a list of all lines."""
+    return (match[0] for match in re.finditer(r"[^\n]+", text))
 
 
 def malformed(what: str, text: str) -> FailedError:
@@ -233,7 +285,14 @@ def parse_maps(text: str) -> tuple[MemoryMapping, ...]:
 
     :raises FailedError: If a line has another format.
     """
-    return tuple(_parse_mapping(line) for line in text.split("\n") if line)
+    if text.count("\n") > MAX_MAPPINGS:
+        raise FailedError(
+            f"/proc/PID/maps has more than {MAX_MAPPINGS} mappings",
+            "check whether the process is a QEMU that works correctly, because an ordinary QEMU "
+            "does not reach this limit",
+            code=Code.PROC,
+        )
+    return tuple(_parse_mapping(line) for line in lines_of(text))
 
 
 def _parse_mapping(line: str) -> MemoryMapping:
@@ -246,7 +305,7 @@ def _parse_mapping(line: str) -> MemoryMapping:
     return MemoryMapping(
         start=start,
         end=end,
-        perms=match[3],
+        perms=sys.intern(match[3]),
         offset=int(match[4], 16),
         device=(int(match[5], 16), int(match[6], 16)),
         inode=int(match[7]),
@@ -298,21 +357,25 @@ def mappings_of(maps: Sequence[MemoryMapping], start: int, size: int) -> tuple[M
     return found
 
 
-def thread_names(pid: int) -> dict[int, str]:
+def thread_names(process: Process | int) -> dict[int, str]:
     """Return the names of a process's threads, by thread id.
 
     The result is empty if the process has exited.
+
+    :param process: The process or its pid. A pid may have been reused.
     """
+    if isinstance(process, int):
+        process = Process(process, 0)
     names = {}
     with contextlib.suppress(OSError, QemuPrefaultError):
-        for tid in _list_threads(pid, lambda: os.listdir(f"{PROC}/{pid}/task")):
-            name = read_optional(f"{PROC}/{pid}/task/{tid}/comm")
+        for tid in process.threads():
+            name = read_optional(f"{process.proc}/task/{tid}/comm")
             if name is not None:
-                names[int(tid)] = name.rstrip("\n")
+                names[tid] = name.rstrip("\n")
     return names
 
 
-def _list_threads(pid: int, list_tasks: Callable[[], list[str]]) -> list[str]:
+def _list_threads(process: Process, list_tasks: Callable[[], list[str]]) -> list[str]:
     """Return the ids of all threads of a process.
 
     The function reads the kernel's list until the list is complete, at most :data:`MOST_LISTINGS`
@@ -330,46 +393,94 @@ def _list_threads(pid: int, list_tasks: Callable[[], list[str]]) -> list[str]:
     found: list[str] = []
     for _ in range(MOST_LISTINGS):
         listed = list_tasks()
-        count = _count_threads(pid)
-        found = [tid for tid in listed if os.path.exists(f"{PROC}/{pid}/task/{tid}/comm")]
+        count = _count_threads(process)
+        found = [tid for tid in listed if os.path.exists(f"{process.proc}/task/{tid}/comm")]
         if len(found) >= count:
             break
     return found
 
 
-def _count_threads(pid: int) -> int:
-    match = re.search(r"^Threads:\s+([0-9]{1,9})$", read_file(f"{PROC}/{pid}/status", pid), re.M)
+def _count_threads(process: Process) -> int:
+    match = re.search(r"^Threads:\s+([0-9]{1,9})$", process.read("status"), re.M)
     return int(match[1]) if match else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process on this host, identified by its pid and its start time.
+    """A process on this host.
 
-    The start time is necessary because the kernel can reuse the pid. :meth:`find` creates the
-    object.
+    :meth:`find` creates an object that is pinned: all reads go through the descriptors in ``pin``,
+    and fail if the process has exited, even if the kernel has reused its pid. An object without
+    these descriptors reads ``/proc/PID`` by its path.
+
+    :ivar traits: The traits of the process when :meth:`find` was called, see
+        :meth:`check_unchanged`.
     """
 
     pid: int
     start_time: int
+    pin: Pin | None = field(default=None, compare=False, repr=False)
+    traits: Traits | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def find(cls, pid: int) -> Process:
-        """Return the process with this id.
+        """Return the process with this id, and pin it.
 
         :raises GoneError: If no such process exists.
         """
-        return cls(pid, parse_start_time(read_file(f"{PROC}/{pid}/stat", pid)))
+        path = f"{PROC}/{pid}"
+        try:
+            pin = Pin(path, pid)
+        except OSError as error:
+            raise read_error(error, path, pid) from error
+        pinned = cls(pid, 0, pin)
+        start_time = parse_start_time(pinned.read("stat"))
+        return cls(pid, start_time, pin, pinned._read_traits())
+
+    @property
+    def proc(self) -> str:
+        """The path of the process's directory in /proc, which is valid while this object exists.
+
+        If the process is pinned, the path goes through the open directory.
+        """
+        return f"{PROC}/{self.pid}" if self.pin is None else self.pin.path
+
+    def read(self, name: str) -> str:
+        """Return the text of a file in the process's directory.
+
+        :raises GoneError: If the process has exited.
+        :raises QemuPrefaultError: If the file cannot be read for another reason. See
+            :func:`read_file`.
+        """
+        shown = None if self.pin is None else f"{PROC}/{self.pid}/{name}"
+        return read_file(f"{self.proc}/{name}", self.pid, shown)
 
     def check(self) -> None:
         """Check that the process is alive, and that its pid has not been reused.
 
         :raises GoneError: If the process has exited, or if it is a zombie.
         """
-        text = read_file(f"{PROC}/{self.pid}/stat", self.pid)
+        text = self.read("stat")
         state = text[text.rfind(")") + 1 :].split()[:1]
         if parse_start_time(text) != self.start_time or state in (["Z"], ["X"]):
             raise gone(self.pid)
+
+    def check_unchanged(self) -> None:
+        """Check that the process still runs the same program as the same user.
+
+        A process can execute a set-user-id program. Code that changes the process must therefore
+        call this method first.
+
+        :raises GoneError: If the process has exited, has executed a program or has changed its user
+            or group since :meth:`find` was called.
+        """
+        self.check()
+        if self.traits is not None and self._read_traits() != self.traits:
+            raise changed(self.pid)
+
+    def _read_traits(self) -> Traits:
+        status = self.status()
+        return Traits(status.uids, status.gids, program_addresses(self.read("stat")))
 
     @property
     def exe(self) -> str | None:
@@ -379,25 +490,40 @@ class Process:
     @property
     def name(self) -> str:
         """The command name of the process, which is at most 15 characters long."""
-        return read_file(f"{PROC}/{self.pid}/comm", self.pid).rstrip("\n")
+        return self.read("comm").rstrip("\n")
 
     def arguments(self) -> tuple[str, ...]:
-        """Return the command line of the process."""
-        return tuple(read_file(f"{PROC}/{self.pid}/cmdline", self.pid).split("\0")[:-1])
+        """Return the command line of the process.
+
+        :raises FailedError: If the command line is longer than the kernel's limit for an ordinary
+            program (code ``proc``).
+        """
+        text = self.read("cmdline")
+        if text.count("\0") > MAX_ARGUMENTS:
+            raise FailedError(
+                f"{PROC}/{self.pid}/cmdline has more than {MAX_ARGUMENTS} arguments",
+                "check whether the process is a QEMU that works correctly, because an ordinary "
+                "QEMU does not reach this limit",
+                code=Code.PROC,
+            )
+        return tuple(text.split("\0")[:-1])
 
     def threads(self) -> tuple[int, ...]:
         """Return the ids of the process's threads, ascending."""
-        names = _list_threads(self.pid, lambda: self.listdir("task"))
+        names = _list_threads(self, lambda: self.listdir("task"))
         return tuple(sorted(int(name) for name in names if name.isdecimal()))
+
+    def has_thread(self, tid: int) -> bool:
+        """Return whether the process has this thread at present."""
+        return os.path.exists(f"{self.proc}/task/{tid}/comm")
 
     def status(self, tid: int | None = None) -> Status:
         """Return the status of the process, or of thread ``tid``."""
-        task = "" if tid is None else f"/task/{tid}"
-        return parse_status(read_file(f"{PROC}/{self.pid}{task}/status", self.pid))
+        return parse_status(self.read("status" if tid is None else f"task/{tid}/status"))
 
     def maps(self) -> tuple[MemoryMapping, ...]:
         """Return the memory map of the process."""
-        return parse_maps(read_file(f"{PROC}/{self.pid}/maps", self.pid))
+        return parse_maps(self.read("maps"))
 
     def thread_syscall(self, tid: int) -> str | None:
         """Return the text of ``/proc/PID/task/TID/syscall``.
@@ -406,7 +532,7 @@ class Process:
             this process lacks CAP_SYS_PTRACE or because the kernel lacks
             CONFIG_HAVE_ARCH_TRACEHOOK.
         """
-        text = read_optional(f"{PROC}/{self.pid}/task/{tid}/syscall")
+        text = read_optional(f"{self.proc}/task/{tid}/syscall")
         return None if text is None else text.strip()
 
     def waits_in(self, tid: int) -> int | None:
@@ -419,7 +545,7 @@ class Process:
     def link(self, name: str) -> str | None:
         """Return the target of a link in /proc/PID, or None if the link cannot be read."""
         try:
-            return os.readlink(f"{PROC}/{self.pid}/{name}")
+            return os.readlink(f"{self.proc}/{name}")
         except OSError:
             return None
 
@@ -428,14 +554,13 @@ class Process:
 
         :raises GoneError: If the process has exited.
         :raises UnsupportedError: If this process has no permission to list the directory.
+        :raises FailedError: If the directory has too many entries (code ``proc``).
         """
-        path = f"{PROC}/{self.pid}/{name}"
+        shown = f"{PROC}/{self.pid}/{name}"
         try:
-            return os.listdir(path)
-        except (FileNotFoundError, ProcessLookupError) as error:
-            raise gone(self.pid) from error
-        except PermissionError as error:
-            raise denied(path) from error
+            return list_bounded(f"{self.proc}/{name}")
+        except OSError as error:
+            raise read_error(error, shown, self.pid, shown) from error
 
 
 def parse_number(text: str | None) -> int | None:

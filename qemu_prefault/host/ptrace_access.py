@@ -60,8 +60,8 @@ def diagnose_ptrace(process: Process) -> tuple[str, str]:
     # The tracer may be attached to any thread.
     tracers = [process.status(tid).tracer_pid for tid in process.threads()]
     tracer = next((pid for pid in tracers if pid), 0)
-    own_ns = _ns_of("self")
-    target_ns = _ns_of(str(process.pid))
+    own_ns = _ns_of(f"{PROC}/self")
+    target_ns = _ns_of(process.proc)
     facts = PtraceFacts(
         pid=process.pid,
         own_uid=own.uids[0],
@@ -76,8 +76,8 @@ def diagnose_ptrace(process: Process) -> tuple[str, str]:
         target_ns_depth=len(target.ns_pids),
         target_dumpable=_dumpable(process, target),
         yama_scope=parse_number(read_optional(f"{PROC}/sys/kernel/yama/ptrace_scope")),
-        own_label=_label("self"),
-        target_label=_label(str(process.pid)),
+        own_label=_label(f"{PROC}/self"),
+        target_label=_label(process.proc),
     )
     return explain_ptrace(facts)
 
@@ -179,9 +179,9 @@ def _confinement(facts: PtraceFacts) -> tuple[str, str] | None:
     return None
 
 
-def _ns_of(who: str) -> str | None:
+def _ns_of(directory: str) -> str | None:
     try:
-        return os.readlink(f"{PROC}/{who}/ns/user")
+        return os.readlink(f"{directory}/ns/user")
     except OSError:
         return None
 
@@ -194,14 +194,14 @@ def _identity_map(text: str | None) -> bool:
 def _dumpable(process: Process, status: Status) -> bool:
     # proc(5): root owns the /proc files of a process that is not dumpable.
     try:
-        owner = os.stat(f"{PROC}/{process.pid}/stat").st_uid
+        owner = os.stat(f"{process.proc}/stat").st_uid
     except OSError as error:
         raise gone(process.pid) from error
     return owner == status.uids[1]
 
 
-def _label(who: str) -> str | None:
-    text = read_optional(f"{PROC}/{who}/attr/current")
+def _label(directory: str) -> str | None:
+    text = read_optional(f"{directory}/attr/current")
     return None if text is None else text.strip("\0\n ") or None
 
 

@@ -7,8 +7,7 @@ import os
 import time
 from typing import Final
 
-from . import procfs
-from .procfs import read_optional
+from .procfs import Process, read_optional
 
 #: Seconds without progress after which the run reports the reason.
 STALL_SECONDS: Final = 2.0
@@ -39,12 +38,53 @@ class Stall:
         return False
 
 
-def why_stalled(pid: int, tid: int, seconds: float = 0.05) -> str:
+class ProgressLimit:
+    """Detects that helpers report no progress for too long.
+
+    A helper updates a counter for each chunk, also if it retries the chunk. It abandons a chunk
+    that it has retried for a limited time. A QEMU that its guest has taken over can write any
+    numbers to the control pages. Therefore a change of the counter is not enough: the number of
+    completed bytes, or the number of failed ranges, must also grow, but may do so later.
+
+    :param seconds: The maximum time without any change, in seconds.
+    :param retry_seconds: The additional time that a helper retries a chunk, in seconds.
+    """
+
+    def __init__(self, seconds: float, retry_seconds: float) -> None:
+        self._seconds = seconds
+        self._retry_seconds = retry_seconds
+        self._seen: tuple[int, int, int] | None = None
+        self._done = self._failed = -1
+        self._changed_at = self._grown_at = time.monotonic()
+
+    def is_reached(self, done: int, failed: int, chunks: int) -> bool:
+        """Return whether the helpers have made no progress for too long.
+
+        :param done: The number of completed bytes.
+        :param failed: The number of ranges with an error.
+        :param chunks: A number that changes with each chunk.
+        """
+        now = time.monotonic()
+        if (done, failed, chunks) != self._seen:
+            self._seen, self._changed_at = (done, failed, chunks), now
+        if done > self._done or failed > self._failed:
+            self._done, self._failed = max(done, self._done), max(failed, self._failed)
+            self._grown_at = now
+        return (
+            now - self._changed_at > self._seconds
+            or now - self._grown_at > self._seconds + self._retry_seconds
+        )
+
+
+def why_stalled(process: Process | int, tid: int, seconds: float = 0.05) -> str:
     """Return the reason why a helper thread makes no progress, according to /proc.
 
+    :param process: The process or its pid.
     :param seconds: The time between two reads of the helper's CPU time, in seconds.
     """
-    task = f"{procfs.PROC}/{pid}/task/{tid}"
+    if isinstance(process, int):
+        process = Process(process, 0)
+    task = f"{process.proc}/task/{tid}"
     before = _cpu_time(task)
     time.sleep(seconds)
     stat = read_optional(f"{task}/stat") or ""

@@ -51,10 +51,9 @@ class TaskLimit:
 
 def task_limits(process: Process) -> list[TaskLimit]:
     """Return all limits that apply to a new QEMU thread."""
-    pid = process.pid
     return [
         *pids_limits(
-            read_optional(f"{procfs.PROC}/{pid}/cgroup") or "",
+            read_optional(f"{process.proc}/cgroup") or "",
             read_optional(f"{procfs.PROC}/self/mountinfo") or "",
         ),
         *_rlimits(process),
@@ -126,7 +125,7 @@ def parse_pending(status: str) -> tuple[int, int] | None:
 def _rlimits(process: Process) -> list[TaskLimit]:
     limits = []
     status = process.status()
-    text = read_optional(f"{procfs.PROC}/{process.pid}/status") or ""
+    text = read_optional(f"{process.proc}/status") or ""
     if pending := parse_pending(text):
         used, most = pending
         limits.append(
@@ -136,9 +135,7 @@ def _rlimits(process: Process) -> list[TaskLimit]:
                 f"{most}, {used} in use",
             )
         )
-    most_tasks = parse_limits(read_optional(f"{procfs.PROC}/{process.pid}/limits") or "").get(
-        "Max processes"
-    )
+    most_tasks = parse_limits(read_optional(f"{process.proc}/limits") or "").get("Max processes")
     # copy_process() (kernel/fork.c) exempts root and processes with one of these capabilities.
     exempt = status.uids[0] == 0 or any(
         status.has_capability(number) for number in (CAP_SYS_RESOURCE, CAP_SYS_ADMIN)

@@ -24,7 +24,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import struct
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +46,7 @@ from ..errors import (
     CommandError,
     MonitorError,
 )
+from ..host.peer import Peer
 from .dial import (
     MAX_REPLY,
     REMEDY_SILENT,
@@ -173,9 +173,7 @@ class Monitor:
     :ivar version: QEMU's version, e.g. ``10.0.13``.
     :ivar package: The distributor's suffix of the version, e.g. ``Debian 1:10.0.13+ds-0+deb13u1``,
         or an empty string.
-    :ivar peer_pid: The pid of the process that called listen() on the socket (SO_PEERCRED). The pid
-        is None if the socket is a TCP socket, if ``dial`` made the connection, or if the process
-        is outside this pid namespace.
+    :ivar peer: The process that called listen() on the socket, or None as for :attr:`peer_pid`.
     :ivar vm_uuid: The VM's UUID as ``dial`` returned it, or None if the address is a socket.
     """
 
@@ -191,8 +189,7 @@ class Monitor:
         self.vm_uuid = vm_uuid
         self.command_timeout = command_timeout
         self.version, self.package = _version(client.greeting)
-        # The peer of a connection made by ``dial`` may be a helper process of this process.
-        self.peer_pid = None if vm_uuid else _peer_pid(sock)
+        self.peer: Peer | None = None
         self._client = client
         self._sock = sock
         self._dispatcher = _Dispatcher()
@@ -242,15 +239,28 @@ class Monitor:
         else:
             sock, uuid = await dial()
             deadline = asyncio.get_running_loop().time() + timeout
+        # The peer of a connection made by ``dial`` may be a helper process of this process.
+        peer = None if uuid else Peer.of(sock)
         client = _Client(readbuflen=MAX_REPLY)
         client.events.names = {""}  # otherwise the built-in listener keeps every event
         try:
             await await_greeting(sock, address, deadline)
             await _negotiate(client, sock, address, deadline)
-            return cls(client, sock, address, command_timeout, uuid)
+            monitor = cls(client, sock, address, command_timeout, uuid)
+            monitor.peer = peer
+            return monitor
         except BaseException:
             await _hang_up(client, sock)
             raise
+
+    @property
+    def peer_pid(self) -> int | None:
+        """The pid of the process that called listen() on the socket (SO_PEERCRED).
+
+        The pid is None if the socket is a TCP socket, if ``dial`` made the connection, or if the
+        process is outside this pid namespace.
+        """
+        return None if self.peer is None else self.peer.pid
 
     async def _close(self) -> None:
         self._watcher.cancel()
@@ -406,14 +416,6 @@ def _version(greeting: object) -> tuple[str, str]:
     ]
     package = expect_str(version.get("package", ""), "QEMU's package version")
     return ".".join(map(str, parts)), package[:200]
-
-
-def _peer_pid(sock: socket.socket) -> int | None:
-    if sock.family != socket.AF_UNIX:
-        return None
-    size = struct.calcsize("3i")
-    pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
-    return int(pid) or None
 
 
 def _event(message: Message) -> Event | None:
