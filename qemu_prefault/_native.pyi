@@ -74,6 +74,7 @@ class _Lib:
     INJECT_OK: int
     INJECT_SEIZE: int
     INJECT_STOP: int
+    INJECT_IDENTITY: int
     INJECT_INSPECT: int
     INJECT_WRITE: int
     INJECT_RESUME: int
@@ -92,10 +93,12 @@ class _Lib:
     RUN_GATE_FAILED: int
     RUN_GATE_RELEASE: int
     RUN_GATE_RELEASED: int
-    def pf_run_gate_start(self, socket: int, mem_fd: int, vcpus: CData, count: int) -> int: ...
+    def pf_run_gate_start(self, socket: int, target: CData, vcpus: CData, count: int) -> int: ...
     # native/ptrace/filters.h
     FILTERS_BYTES_MAX: int
-    def pf_read_filters(self, tid: int, buffer: CData, size: int, result: CData) -> int: ...
+    def pf_read_filters(
+        self, target: CData, tid: int, buffer: CData, size: int, result: CData
+    ) -> int: ...
     # native/common/pagemap.h
     def pf_pagemap_writable(
         self,

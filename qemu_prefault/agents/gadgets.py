@@ -1,15 +1,27 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Find the instructions and the free addresses that helpers need in QEMU."""
+"""Find the instructions and the free addresses that helpers need in QEMU.
+
+All of this text is untrusted, because a QEMU that its guest has taken over can map any file and can
+change its memory at any time, also after this module has read it. Such a QEMU can make its own
+threads execute any code, which it can do anyway. It cannot affect another process in this way,
+because the native code checks after each ptrace stop that the thread belongs to QEMU
+(native/ptrace/tracee.h). It can make the search fail (code ``unknown-libc``).
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Final
 
 from ..errors import AgentError, Code, UnsupportedError
-from ..host.procfs import MemoryMapping
+from ..host.bounded import pread_bounded
+from ..host.executable import is_static
+from ..host.procfs import MemoryMapping, Process
 from ..units import PAGE_SIZE
 
 #: The addresses for the helpers' mappings. The kernel's own top-down search for free addresses
@@ -26,6 +38,15 @@ SIGRETURNS = (
 #: ``mov $60,%eax; syscall``.
 EXIT_THREAD = b"\xb8\x3c\x00\x00\x00\x0f\x05"
 
+#: The file names of the known C libraries.
+LIBC_NAMES: Final = re.compile(r"libc\.so\.6|libc-[0-9.]+\.so|ld-musl-.*|libc\.musl-.*")
+_DELETED: Final = " (deleted)"
+#: Limits of the search. A process has one mapping of its libc's text, which has about 2 MiB.
+MAX_LIBC_MAPPINGS: Final = 4
+MAX_TEXT_BYTES: Final = 64 << 20
+_WINDOW: Final = 1 << 20
+_OVERLAP: Final = 16  # longer than each pattern
+
 
 @dataclass(frozen=True, slots=True)
 class Gadgets:
@@ -41,30 +62,19 @@ def round_to_pages(size: int) -> int:
     return -(-size // PAGE_SIZE) * PAGE_SIZE
 
 
-def find_gadgets(memory: int, maps: Sequence[MemoryMapping]) -> Gadgets:
+def find_gadgets(process: Process, memory: int, maps: Sequence[MemoryMapping]) -> Gadgets:
     """Return the addresses of the instructions in QEMU that helper threads need.
 
-    The function searches libc before QEMU's other executable mappings.
+    All of the instructions come from one mapping of the text of QEMU's libc. See
+    :func:`libc_mappings`.
 
     :param memory: A file descriptor for QEMU's /proc/PID/mem.
-    :raises UnsupportedError: If QEMU's text does not contain all these instructions.
+    :raises UnsupportedError: If the text of QEMU's libc does not contain all these instructions.
     """
-    text = [m for m in maps if m.perms.startswith("r-x") and m.path.startswith("/")]
-    text.sort(key=lambda mapping: "libc" not in mapping.path)
-    syscall_ret = sigreturn = exit_thread = 0
-    for mapping in text:
-        try:
-            code = os.pread(memory, mapping.end - mapping.start, mapping.start)
-        except OSError:
-            continue
-
-        def locate(*patterns: bytes, base: int = mapping.start, code: bytes = code) -> int:
-            found = [at for pattern in patterns if (at := code.find(pattern)) >= 0]
-            return base + found[0] if found else 0
-
-        syscall_ret = syscall_ret or locate(RETURN_FROM_SYSCALL)
-        sigreturn = sigreturn or locate(*SIGRETURNS)
-        exit_thread = exit_thread or locate(EXIT_THREAD)
+    for mapping in islice(libc_mappings(process, maps), MAX_LIBC_MAPPINGS):
+        syscall_ret, sigreturn, exit_thread = _locate(
+            memory, mapping, ((RETURN_FROM_SYSCALL,), SIGRETURNS, (EXIT_THREAD,))
+        )
         if syscall_ret and sigreturn and exit_thread:
             return Gadgets(syscall_ret, sigreturn, exit_thread)
     raise UnsupportedError(
@@ -73,6 +83,77 @@ def find_gadgets(memory: int, maps: Sequence[MemoryMapping]) -> Gadgets:
         "use the plugin agent",
         code=Code.UNKNOWN_LIBC,
     )
+
+
+def _locate(
+    memory: int, mapping: MemoryMapping, wanted: Sequence[Sequence[bytes]]
+) -> tuple[int, ...]:
+    """Return the addresses of byte patterns in a mapping, or 0 for patterns that are absent.
+
+    :param wanted: For each address, the alternative patterns, the preferred one first.
+    """
+    found = [[0] * len(patterns) for patterns in wanted]
+    end = min(mapping.end, mapping.start + MAX_TEXT_BYTES)
+    for start in range(mapping.start, end, _WINDOW):
+        if all(any(addresses) for addresses in found):
+            break
+        try:
+            code = pread_bounded(memory, min(_WINDOW + _OVERLAP, end - start), start)
+        except OSError:
+            continue
+        for patterns, addresses in zip(wanted, found, strict=True):
+            for index, pattern in enumerate(patterns):
+                at = -1 if addresses[index] else code.find(pattern)
+                if at >= 0:
+                    addresses[index] = start + at
+    return tuple(next(filter(None, addresses), 0) for addresses in found)
+
+
+def libc_mappings(process: Process, maps: Sequence[MemoryMapping]) -> Iterator[MemoryMapping]:
+    """Yield the mappings of the text of a process's own libc.
+
+    The mappings are executable, private and not writable. Their file has the name of a known libc,
+    or is the statically linked program that the process executes. The file belongs to root or to
+    the owner of this program.
+    """
+    program = f"{process.proc}/exe"
+    static = is_static(program)
+    try:
+        owner = os.stat(program)
+    except OSError:
+        return
+    for mapping in maps:
+        if mapping.perms != "r-xp" or not mapping.path.startswith("/"):
+            continue
+        name = os.path.basename(mapping.path.removesuffix(_DELETED))
+        named = LIBC_NAMES.fullmatch(name) is not None
+        if not named and not static:
+            continue
+        status = _file_of(process, mapping)
+        if status is None:
+            # A process that runs as QEMU's user has no more privileges than QEMU.
+            if named and os.geteuid() == process.status().uids[1]:
+                yield mapping
+        elif status.st_uid in (0, owner.st_uid) and (named or os.path.samestat(status, owner)):
+            yield mapping
+
+
+def _file_of(process: Process, mapping: MemoryMapping) -> os.stat_result | None:
+    """Return the status of a mapped file, or None if this process cannot access the file.
+
+    map_files leads to the mapped file itself, but needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE.
+    The path leads to another file if the file has been replaced. The device number in maps is not
+    compared, because it differs from that of stat(2) on btrfs and overlayfs.
+    """
+    try:
+        return os.stat(f"{process.proc}/map_files/{mapping.start:x}-{mapping.end:x}")
+    except OSError:
+        pass
+    try:
+        status = os.stat(f"{process.proc}/root{mapping.path}")
+    except (OSError, ValueError):
+        return None
+    return status if status.st_ino == mapping.inode else None
 
 
 def prepare_exit_slot(memory: int, maps: Sequence[MemoryMapping], gadgets: Gadgets) -> int:
@@ -95,7 +176,7 @@ def prepare_exit_slot(memory: int, maps: Sequence[MemoryMapping], gadgets: Gadge
         )
     slot = stack.end - 8
     wanted = gadgets.exit_thread.to_bytes(8, "little")
-    found = os.pread(memory, 8, slot)
+    found = pread_bounded(memory, 8, slot)
     if found not in (bytes(8), wanted):
         raise UnsupportedError(
             "the last word of QEMU's main stack is in use",

@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 from .._native import ffi, lib
 from ..errors import Code, FailedError, GoneError, UnsupportedError
 from ..host.placement import not_delayed_by_others
-from ..host.procfs import Process
+from ..host.procfs import Process, changed
 from ..host.ptrace_access import ptrace_denied
 from .control_page import AREA_SIZE, CODE_SIZE
 from .gadgets import AREAS_FROM
-from .qemu_process import SeizeRetry, busy_error, helper_threads
+from .qemu_process import SeizeRetry, busy_error, helper_threads, target_of
 from .seccomp import BadFilterError, Call, Filter, Number, denied, parse_filters
 
 _T = TypeVar("_T")
@@ -173,6 +173,16 @@ def seize_denied(result: Any) -> bool:
     return bool(result.stage == lib.INJECT_SEIZE and result.error == errno.EPERM)
 
 
+def is_changed(result: Any) -> bool:
+    """Return whether QEMU is no longer the process that was identified.
+
+    The result is False if only the thread has exited, even if its id belongs to another process.
+
+    :param result: The ``struct inject_result`` (native/ptrace/inject_result.h) of a native call.
+    """
+    return bool(result.stage == lib.INJECT_IDENTITY and result.error == errno.ESTALE)
+
+
 def call_with_retries(
     process: Process, thread_id: int, function: Callable[[], _T], result: Any
 ) -> _T:
@@ -194,10 +204,11 @@ def _read_filters(process: Process, thread_id: int) -> list[Filter] | None:
     """Return a thread's seccomp filters, or None if this process cannot read them."""
     buffer = ffi.new("unsigned char[]", lib.FILTERS_BYTES_MAX)
     result = ffi.new("struct inject_result *")
+    target = ffi.new("struct pf_target *", target_of(process))
     size = call_with_retries(
         process,
         thread_id,
-        lambda: lib.pf_read_filters(thread_id, buffer, len(buffer), result),
+        lambda: lib.pf_read_filters(target, thread_id, buffer, len(buffer), result),
         result,
     )
     if size >= 0:
@@ -208,9 +219,11 @@ def _read_filters(process: Process, thread_id: int) -> list[Filter] | None:
     if result.stage == lib.INJECT_FILTERS:
         return None
     if seize_denied(result):
-        if helper_threads(process.pid):
+        if helper_threads(process):
             raise busy_error(process)
         raise ptrace_denied(process)
+    if is_changed(result):
+        raise changed(process.pid)
     if result.error == errno.ESRCH:
         raise GoneError(
             f"thread {thread_id} of QEMU (pid {process.pid}) has exited",

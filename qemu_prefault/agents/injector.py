@@ -26,14 +26,22 @@ from ..host.placement import (
     place,
     real_time_cpus,
 )
-from ..host.procfs import CLOCK_NANOSLEEP, FUTEX, NANOSLEEP, Process, gone, thread_map
+from ..host.procfs import (
+    CLOCK_NANOSLEEP,
+    FUTEX,
+    NANOSLEEP,
+    Process,
+    changed,
+    gone,
+    thread_map,
+)
 from ..host.ptrace_access import ptrace_denied
 from ..host.task_limits import RESERVE, strictest, task_limits
 from .base import Limits, VcpuThread
 from .control_page import AREA_SIZE, CODE_SIZE, Helper, abandoned_areas, offset_of
 from .gadgets import find_gadgets, free_areas, prepare_exit_slot
-from .helper_calls import Allowed, call_with_retries, check_filters, seize_denied
-from .qemu_process import exit_error, same_pid_namespace, stays_alive
+from .helper_calls import Allowed, call_with_retries, check_filters, is_changed, seize_denied
+from .qemu_process import exit_error, same_pid_namespace, stays_alive, target_of
 
 #: Maximum number of helpers per run.
 MAX_HELPERS = 8
@@ -119,7 +127,7 @@ class Injector:
         self._threads = threads
         self._limits = limits
         self._maps = process.maps()
-        self._gadgets = find_gadgets(memory, self._maps)
+        self._gadgets = find_gadgets(process, memory, self._maps)
         if "shstk" in process.status().thread_features:
             raise UnsupportedError(
                 f"QEMU (pid {process.pid}) runs with a hardware shadow stack",
@@ -190,12 +198,13 @@ class Injector:
         return place(self._process, helper.thread_id, self._cpus[index])
 
     def _thread_of(self, own_tid: int) -> int:
-        """Return a thread's id in this process's pid namespace, or 0 if it is unknown.
+        """Return a thread's id in this process's pid namespace, or 0 if QEMU has no such thread.
 
-        :param own_tid: The id of the thread in QEMU's pid namespace.
+        :param own_tid: The id of the thread in QEMU's pid namespace. It comes from the control
+            page, so it may be the id of a thread of another process.
         """
-        if same_pid_namespace(self._process.pid):
-            return own_tid
+        if same_pid_namespace(self._process):
+            return own_tid if self._process.has_thread(own_tid) else 0
         return thread_map(self._process).get(own_tid, 0)
 
     def _inject(
@@ -221,9 +230,8 @@ class Injector:
         request = ffi.new(
             "struct inject_request *",
             {
-                "pid": self._process.pid,
+                "target": target_of(self._process, self._memory),
                 "tid": thread_id,
-                "mem_fd": self._memory,
                 "gadgets": {
                     "syscall_ret": self._gadgets.syscall_ret,
                     "sigreturn": self._gadgets.sigreturn,
@@ -260,7 +268,7 @@ class Injector:
                 },
                 "vcpu_fd": thread.fd,
                 "tool_pid": os.getpid()
-                if self.allowed.kill and same_pid_namespace(self._process.pid)
+                if self.allowed.kill and same_pid_namespace(self._process)
                 else 0,
             },
         )
@@ -270,7 +278,8 @@ class Injector:
 
 def _exited_before(result: Any) -> bool:
     """Return whether the thread has exited before the injection changed it."""
-    return bool(result.stage in (lib.INJECT_SEIZE, lib.INJECT_STOP) and result.error == errno.ESRCH)
+    stages = (lib.INJECT_SEIZE, lib.INJECT_STOP, lib.INJECT_IDENTITY)
+    return bool(result.stage in stages and result.error == errno.ESRCH)
 
 
 def check_injection(process: Process, thread_id: int, result: Any) -> None:
@@ -284,6 +293,8 @@ def check_injection(process: Process, thread_id: int, result: Any) -> None:
     reason = os.strerror(result.error)
     if seize_denied(result):
         raise ptrace_denied(process)
+    if is_changed(result):
+        raise changed(process.pid)
     if not stays_alive(process):
         raise exit_error(
             process, f"QEMU (pid {process.pid}) exited while thread {thread_id} started a helper"
@@ -319,6 +330,7 @@ def check_injection(process: Process, thread_id: int, result: Any) -> None:
     stage = {
         lib.INJECT_SEIZE: "PTRACE_SEIZE failed",
         lib.INJECT_STOP: "stopping the thread failed",
+        lib.INJECT_IDENTITY: "checking the thread's process failed",
         lib.INJECT_INSPECT: "the thread's registers or stack are not usable",
         lib.INJECT_WRITE: "writing to the thread's stack failed",
         lib.INJECT_RESUME: "waiting for the injected system calls failed",

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
 import time
+from typing import Any
 
 from ..errors import Code, FailedError, QemuPrefaultError, RefusedError
 from ..host.kernel_log import cause_of_death
+from ..host.pin import has_exited
 from ..host.procfs import Process, thread_names
 from ..host.ptrace_access import ptrace_denied
 
@@ -20,12 +21,25 @@ HELPER_NAME = "qemu-prefault"
 TRACED_SECONDS = 2.0
 
 
-def same_pid_namespace(pid: int) -> bool:
-    """Return whether process ``pid`` and this process share a pid namespace."""
-    try:
-        return os.readlink(f"/proc/{pid}/ns/pid") == os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return False
+def same_pid_namespace(process: Process) -> bool:
+    """Return whether a process and this process share a pid namespace."""
+    theirs = process.link("ns/pid")
+    return theirs is not None and theirs == os.readlink("/proc/self/ns/pid")
+
+
+def target_of(process: Process, memory: int = -1) -> dict[str, Any]:
+    """Return the ``struct pf_target`` (native/ptrace/target.h) of a pinned process, for cffi.
+
+    :param memory: The result of :func:`open_memory`, or -1 if the native code does not access the
+        process's memory.
+    """
+    pin, traits = process.pin, process.traits
+    return {
+        "proc_dir": -1 if pin is None else pin.directory,
+        "mem_fd": memory,
+        "uids": list(traits.uids) if traits else [],
+        "gids": list(traits.gids) if traits else [],
+    }
 
 
 def stays_alive(process: Process, seconds: float = 0.2) -> bool:
@@ -33,15 +47,16 @@ def stays_alive(process: Process, seconds: float = 0.2) -> bool:
 
     A process still exists for a short time while the kernel kills it.
     """
+    if process.pin is not None and process.pin.pidfd >= 0:
+        return not has_exited(process.pin.pidfd, seconds) and alive(process)
     try:
         pidfd = os.pidfd_open(process.pid)
     except OSError:
         return False
     try:
-        ended, _, _ = select.select([pidfd], [], [], seconds)
+        return not has_exited(pidfd, seconds) and alive(process)
     finally:
         os.close(pidfd)
-    return not ended and alive(process)
 
 
 def alive(process: Process) -> bool:
@@ -53,23 +68,29 @@ def alive(process: Process) -> bool:
     return True
 
 
-def helper_threads(pid: int) -> tuple[int, ...]:
-    """Return the ids of all helper threads in process ``pid``.
+def helper_threads(process: Process | int) -> tuple[int, ...]:
+    """Return the ids of all helper threads in a process.
 
     The result includes the helpers of other qemu-prefault runs.
+
+    :param process: The process or its pid.
     """
-    return tuple(tid for tid, name in thread_names(pid).items() if name == HELPER_NAME)
+    return tuple(tid for tid, name in thread_names(process).items() if name == HELPER_NAME)
 
 
 def open_memory(process: Process) -> int:
     """Open QEMU's ``/proc/PID/mem`` for reading and writing.
 
+    The descriptor refers to QEMU's present memory. If QEMU later executes another program, reads
+    and writes return 0 bytes (mem_rw(), fs/proc/base.c).
+
     :raises UnsupportedError: If this process has no permission to trace QEMU. The kernel requires
         this permission for the file.
-    :raises FailedError: If QEMU has exited.
+    :raises FailedError: If QEMU has exited, or if it has executed another program or changed its
+        user since it was identified.
     """
     try:
-        return os.open(f"/proc/{process.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        memory = os.open(f"{process.proc}/mem", os.O_RDWR | os.O_CLOEXEC)
     except PermissionError:
         raise ptrace_denied(process) from None
     except (FileNotFoundError, ProcessLookupError):
@@ -78,6 +99,12 @@ def open_memory(process: Process) -> int:
             "see QEMU's log for the reason",
             code=Code.QEMU_GONE,
         ) from None
+    try:
+        process.check_unchanged()  # after open(), so that the memory belongs to the checked program
+    except BaseException:
+        os.close(memory)
+        raise
+    return memory
 
 
 def lock_memory(memory: int) -> bool:

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 
 from .._native import ffi, lib
 from ..errors import AgentError, Code, FailedError
-from ..host.procfs import Process
+from ..host.procfs import Process, changed
 from ..host.ptrace_access import ptrace_denied
 from .base import resumed_error
 from .control_page import Helper
-from .qemu_process import SeizeRetry
+from .qemu_process import SeizeRetry, target_of
 
 #: Seconds to wait for a reply from the run gate, which waits up to 2 s for each thread.
 ANSWER_SECONDS = 30.0
@@ -55,7 +55,8 @@ class RunGate:
         )
         self._socket, gates_end = socket.socketpair()
         with gates_end:
-            self._child = lib.pf_run_gate_start(gates_end.fileno(), memory, vcpus, len(thread_ids))
+            target = ffi.new("struct pf_target *", target_of(process, memory))
+            self._child = lib.pf_run_gate_start(gates_end.fileno(), target, vcpus, len(thread_ids))
         if self._child < 0:
             self._socket.close()
             raise AgentError(
@@ -84,7 +85,8 @@ class RunGate:
         """Trace the vCPU threads, so that no vCPU enters KVM_RUN while its helper works.
 
         :raises UnsupportedError: If this process has no permission to trace QEMU.
-        :raises FailedError: If a vCPU is running (code ``resumed``), or if its thread has exited.
+        :raises FailedError: If a vCPU is running (code ``resumed``), if its thread has exited, or
+            if QEMU has executed another program.
         :raises AgentError: If a thread does not stop.
         """
         retry = SeizeRetry(self._process)
@@ -95,6 +97,8 @@ class RunGate:
                 continue
             if code == errno.EPERM:
                 raise ptrace_denied(self._process)
+            if code == errno.ESTALE:
+                raise changed(self._process.pid)
             if code == errno.ESRCH:
                 raise FailedError(
                     f"a vCPU thread of QEMU (pid {self._process.pid}) has exited",

@@ -155,7 +155,7 @@ def _host(process: Process) -> tuple[list[Finding], ExitStatus]:
     try:
         memory = open_memory(process)
         try:
-            find_gadgets(memory, process.maps())
+            find_gadgets(process, memory, process.maps())
         finally:
             os.close(memory)
         check_filters(process, [process.pid])

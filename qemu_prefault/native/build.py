@@ -75,6 +75,7 @@ SHARED_HEADERS = (
     "conformance/vmm.h",
     "ptrace/control_page.h",
     "ptrace/inject_result.h",
+    "ptrace/target.h",
     "ptrace/filters.h",
     "ptrace/inject.h",
     "ptrace/run_gate.h",

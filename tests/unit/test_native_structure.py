@@ -31,8 +31,14 @@ PLUGIN = tuple(
 )
 HEADERS_ONLY = ("common/syscall_x86_64", "common/prefault_range", "common/prefault_loop")
 PTRACE = (
-    *("ptrace/control_page", "ptrace/arch_x86_64", "ptrace/inject_result", "ptrace/tracee"),
-    *("ptrace/filters", "ptrace/inject", "ptrace/run_gate", "ptrace/helper_x86_64"),
+    *("ptrace/control_page", "ptrace/arch_x86_64", "ptrace/inject_result", "ptrace/target"),
+    *(
+        "ptrace/tracee",
+        "ptrace/filters",
+        "ptrace/inject",
+        "ptrace/run_gate",
+        "ptrace/helper_x86_64",
+    ),
 )
 ORDER = (*HEADERS_ONLY, *COMMON, *PLUGIN, *PTRACE, "ptrace/helper", "conformance/vmm")
 

@@ -11,14 +11,15 @@
 
 #define SECCOMP_GET_FILTER 0x420c /* include/uapi/linux/ptrace.h: PTRACE_SECCOMP_GET_FILTER */
 
-int64_t pf_read_filters(int32_t tid, void *buffer, uint64_t size, struct inject_result *result)
+int64_t pf_read_filters(const struct pf_target *target, int32_t tid, void *buffer, uint64_t size,
+			struct inject_result *result)
 {
 	char *to = buffer;
 	uint64_t used = 0;
 	int failed = 0;
 
 	*result = (struct inject_result){ 0 };
-	if (pf_seize(tid, result))
+	if (pf_seize(target, tid, result))
 		return -1;
 	for (unsigned long index = 0; !failed; index++) {
 		long count = ptrace(SECCOMP_GET_FILTER, tid, (void *)index, NULL);

@@ -21,6 +21,7 @@
 #include "inject.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
 #include <stddef.h>
@@ -65,21 +66,27 @@ struct victim {
 };
 
 /* Return the size of sp's mapping below sp, or 0 if the mapping is not readable and writable. */
-static uint64_t stack_left(pid_t pid, uint64_t sp)
+static uint64_t stack_left(const struct pf_target *target, uint64_t sp)
 {
-	char path[64], line[512];
+	char line[512];
 	uint64_t left = 0;
+	int continues = 0; /* the line is the rest of a long line, which is the name of a file */
+	int fd = openat(target->proc_dir, "maps", O_RDONLY | O_CLOEXEC);
+	FILE *maps = fd < 0 ? NULL : fdopen(fd, "r");
 
-	snprintf(path, sizeof(path), "/proc/%d/maps", pid);
-	FILE *maps = fopen(path, "re");
-
-	if (!maps)
+	if (!maps) {
+		if (fd >= 0)
+			close(fd);
 		return 0;
+	}
 	while (fgets(line, sizeof(line), maps)) {
 		unsigned long start, end;
 		char perms[8];
+		int rest = continues;
 
-		if (sscanf(line, "%lx-%lx %7s", &start, &end, perms) != 3 || sp < start || sp > end)
+		continues = !strchr(line, '\n');
+		if (rest || sscanf(line, "%lx-%lx %7s", &start, &end, perms) != 3 || sp < start ||
+		    sp > end)
 			continue;
 		left = perms[0] == 'r' && perms[1] == 'w' ? sp - start : 0;
 		break;
@@ -118,7 +125,8 @@ static int inspect(struct victim *victim, struct inject_result *result)
 	arch_read_features(features);
 	victim->xstate_size = arch_seal_xstate(victim->xstate, xstate.iov_len, features);
 	lay_out(victim);
-	result->stack_left = stack_left(victim->request->pid, arch_stack_pointer(&victim->regs));
+	result->stack_left =
+		stack_left(&victim->request->target, arch_stack_pointer(&victim->regs));
 	result->stack_needed = arch_stack_pointer(&victim->regs) - victim->chain_at + STACK_SPARE;
 	if (result->stack_left < result->stack_needed)
 		return pf_fail(result, INJECT_INSPECT, ENOSPC);
@@ -162,9 +170,10 @@ static int write_stack(const struct victim *victim, const struct call *calls, si
 		fill_frame(victim, &chain.frames[i], &regs, ~0ull);
 	}
 	fill_frame(victim, &chain.frames[count - 1], &victim->regs, victim->mask);
-	if (write_all(request->mem_fd, victim->xstate, victim->xstate_size, victim->xstate_at))
+	if (write_all(request->target.mem_fd, victim->xstate, victim->xstate_size,
+		      victim->xstate_at))
 		return -1;
-	return write_all(request->mem_fd, &chain, sizeof(chain), victim->chain_at);
+	return write_all(request->target.mem_fd, &chain, sizeof(chain), victim->chain_at);
 }
 
 /*
@@ -175,7 +184,7 @@ static int write_stack(const struct victim *victim, const struct call *calls, si
 static int write_forced(const struct inject_request *request, const void *data, size_t size,
 			uint64_t at)
 {
-	if (write_all(request->mem_fd, data, size, at) == 0)
+	if (write_all(request->target.mem_fd, data, size, at) == 0)
 		return 0;
 	for (size_t done = 0; done < size; done += sizeof(long)) {
 		long word;
@@ -194,7 +203,7 @@ static int write_image(const struct inject_request *request)
 
 	if (write_forced(request, image, request->code_size, request->area))
 		return -1;
-	return write_all(request->mem_fd, image + request->code_size,
+	return write_all(request->target.mem_fd, image + request->code_size,
 			 request->image_size - request->code_size, control);
 }
 
@@ -321,7 +330,7 @@ static int inject(const struct inject_request *request, const struct call *calls
 	int failed;
 
 	*result = (struct inject_result){ 0 };
-	if (pf_seize(request->tid, result))
+	if (pf_seize(&request->target, request->tid, result))
 		return -1;
 	uint64_t held_since = pf_now_ns();
 

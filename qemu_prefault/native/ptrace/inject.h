@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "inject_result.h"
+#include "target.h"
 
 struct inject_gadgets {
 	uint64_t syscall_ret; /* "syscall; ret" */
@@ -12,8 +13,8 @@ struct inject_gadgets {
 };
 
 struct inject_request {
-	int32_t pid, tid; /* the thread that makes the calls */
-	int32_t mem_fd;	  /* /proc/PID/mem, read and write */
+	struct pf_target target;
+	int32_t tid; /* the thread that makes the calls */
 	struct inject_gadgets gadgets;
 	uint64_t area, area_size; /* address and size in bytes of the helper's mapping */
 	const void *image; /* code and start of the control page, copied to the start of the area */

@@ -7,15 +7,16 @@
 /* The stage at which an injection failed. */
 enum inject_stage {
 	INJECT_OK,
-	INJECT_SEIZE,	/* PTRACE_SEIZE or PTRACE_INTERRUPT */
-	INJECT_STOP,	/* the thread could not be stopped */
-	INJECT_INSPECT, /* the thread's registers or stack are not readable or not supported */
-	INJECT_WRITE,	/* the thread's stack could not be written */
-	INJECT_RESUME,	/* the thread could not be resumed */
-	INJECT_FILTERS, /* the thread's seccomp filters could not be read */
-	INJECT_MMAP,	/* an injected mmap() or munmap() failed */
-	INJECT_IMAGE,	/* the helper's memory could not be written */
-	INJECT_CLONE,	/* the injected clone() failed */
+	INJECT_SEIZE,	 /* PTRACE_SEIZE or PTRACE_INTERRUPT */
+	INJECT_STOP,	 /* the thread could not be stopped */
+	INJECT_IDENTITY, /* the thread is not a thread of the identified process */
+	INJECT_INSPECT,	 /* the thread's registers or stack are not readable or not supported */
+	INJECT_WRITE,	 /* the thread's stack could not be written */
+	INJECT_RESUME,	 /* the thread could not be resumed */
+	INJECT_FILTERS,	 /* the thread's seccomp filters could not be read */
+	INJECT_MMAP,	 /* an injected mmap() or munmap() failed */
+	INJECT_IMAGE,	 /* the helper's memory could not be written */
+	INJECT_CLONE,	 /* the injected clone() failed */
 };
 
 struct inject_result {

@@ -31,9 +31,10 @@
  * The gate closes all other descriptors, so that the tool's connections are closed when the tool
  * exits.
  */
-enum { GATE_SOCKET, GATE_MEMORY, GATE_SIGNALS };
+enum { GATE_SOCKET, GATE_MEMORY, GATE_PROC, GATE_SIGNALS };
 
 struct gate {
+	struct pf_target target;
 	struct run_gate_vcpu vcpus[RUN_GATE_VCPUS_MAX];
 	uint32_t count;
 	bool traced[RUN_GATE_VCPUS_MAX];
@@ -173,7 +174,7 @@ static void hold(struct gate *gate)
 		int32_t tid = gate->vcpus[i].tid;
 		struct inject_result result = { 0 };
 
-		if (pf_seize(tid, &result)) {
+		if (pf_seize(&gate->target, tid, &result)) {
 			detach_all(gate);
 			answer(RUN_GATE_FAILED);
 			(void)!write(GATE_SOCKET, &result.error, sizeof(result.error));
@@ -222,22 +223,26 @@ __attribute__((noreturn)) static void run(struct gate *gate)
 }
 
 /*
- * In the child: keep two descriptors, and block all signals. This function makes only system calls,
- * because another thread of the tool may have held a libc lock during the fork().
+ * In the child: keep three descriptors, and block all signals. This function makes only system
+ * calls, because another thread of the tool may have held a libc lock during the fork().
  */
-static bool become_gate(int32_t socket, int32_t mem_fd)
+static bool become_gate(struct gate *gate, int32_t socket)
 {
 	int low_socket = fcntl(socket, F_DUPFD, GATE_SIGNALS + 1);
-	int low_memory = fcntl(mem_fd, F_DUPFD, GATE_SIGNALS + 1);
+	int low_memory = fcntl(gate->target.mem_fd, F_DUPFD, GATE_SIGNALS + 1);
+	int low_proc = fcntl(gate->target.proc_dir, F_DUPFD, GATE_SIGNALS + 1);
 	sigset_t child, all;
 
+	gate->target.mem_fd = GATE_MEMORY;
+	gate->target.proc_dir = GATE_PROC;
 	sigfillset(&all);
 	sigemptyset(&child);
 	sigaddset(&child, SIGCHLD);
 	signal(SIGCHLD, SIG_DFL); /* if SIGCHLD were ignored, no stop would be reported */
 	setsid();
 	prctl(PR_SET_NAME, "prefault-gate");
-	if (dup2(low_socket, GATE_SOCKET) < 0 || dup2(low_memory, GATE_MEMORY) < 0)
+	if (dup2(low_socket, GATE_SOCKET) < 0 || dup2(low_memory, GATE_MEMORY) < 0 ||
+	    dup2(low_proc, GATE_PROC) < 0)
 		return false;
 	close(GATE_SIGNALS);
 	if (sigprocmask(SIG_BLOCK, &all, NULL) || signalfd(-1, &child, 0) != GATE_SIGNALS)
@@ -245,10 +250,10 @@ static bool become_gate(int32_t socket, int32_t mem_fd)
 	return syscall(SYS_close_range, GATE_SIGNALS + 1, ~0u, 0) == 0;
 }
 
-int32_t pf_run_gate_start(int32_t socket, int32_t mem_fd, const struct run_gate_vcpu *vcpus,
-			  uint32_t count)
+int32_t pf_run_gate_start(int32_t socket, const struct pf_target *target,
+			  const struct run_gate_vcpu *vcpus, uint32_t count)
 {
-	struct gate gate = { .count = count };
+	struct gate gate = { .target = *target, .count = count };
 
 	if (count > RUN_GATE_VCPUS_MAX)
 		return -E2BIG;
@@ -257,7 +262,7 @@ int32_t pf_run_gate_start(int32_t socket, int32_t mem_fd, const struct run_gate_
 	int32_t child = fork();
 
 	if (child == 0) {
-		if (become_gate(socket, mem_fd))
+		if (become_gate(&gate, socket))
 			run(&gate);
 		_exit(1);
 	}

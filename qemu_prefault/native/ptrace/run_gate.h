@@ -18,6 +18,8 @@
 
 #include <stdint.h>
 
+#include "target.h"
+
 #define RUN_GATE_VCPUS_MAX 64
 
 /* The tool's requests and the gate's replies. Each is one byte. */
@@ -36,10 +38,10 @@ struct run_gate_vcpu {
 
 /*
  * Start the gate. Returns its process id, or a negative errno. The gate ends when the other end of
- * `socket` is closed. `mem_fd` is QEMU's /proc/PID/mem, open for reading and writing. `count` is
- * at most RUN_GATE_VCPUS_MAX.
+ * `socket` is closed. The descriptors of `target` must be valid. `count` is at most
+ * RUN_GATE_VCPUS_MAX.
  */
-int32_t pf_run_gate_start(int32_t socket, int32_t mem_fd, const struct run_gate_vcpu *vcpus,
-			  uint32_t count);
+int32_t pf_run_gate_start(int32_t socket, const struct pf_target *target,
+			  const struct run_gate_vcpu *vcpus, uint32_t count);
 
 #endif

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "inject_result.h"
+#include "target.h"
 
 uint64_t pf_now_ns(void);
 
@@ -16,9 +17,21 @@ int pf_fail(struct inject_result *result, int stage, int error);
 int pf_wait_stop(int32_t tid);
 
 /*
- * Seize and stop the thread. Signals that arrive meanwhile are delivered to the thread. Returns 0,
- * or -1 with the reason in *result.
+ * Check that a stopped thread is a thread of the target process, that the process has the same user
+ * and groups, and that the thread runs in the memory of target->mem_fd. The memory differs if the
+ * process has executed another program. The caller traces the thread, so its id cannot be reused.
+ *
+ * Returns 0, or -1 with the stage INJECT_IDENTITY. The error is ESRCH if the thread belongs to
+ * another process, and ESTALE if the process has changed.
  */
-int pf_seize(int32_t tid, struct inject_result *result);
+int pf_check_identity(const struct pf_target *target, int32_t tid, struct inject_result *result);
+
+/*
+ * Seize and stop the thread, and check that it belongs to the target process. Signals that arrive
+ * meanwhile are delivered to the thread. Returns 0. If the thread belongs to another process, or if
+ * the function fails for another reason, it detaches the thread unchanged, and returns -1 with the
+ * reason in *result.
+ */
+int pf_seize(const struct pf_target *target, int32_t tid, struct inject_result *result);
 
 #endif
