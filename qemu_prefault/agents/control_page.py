@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Read and write the control page of a helper thread in QEMU.
 
-native/ptrace/control_page.h defines the fields of the control page.
+native/ptrace/control_page.h defines the fields of the control page. QEMU can overwrite or unmap the
+page at any time. Therefore all values are untrusted: this module checks them or limits them.
 """
 
 from __future__ import annotations
@@ -11,15 +12,74 @@ import errno
 import itertools
 import os
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from .._native import ffi, lib
+from ..host.bounded import pread_bounded
 from ..host.procfs import MemoryMapping, Process
-from .base import Outcome, Range
+from ..units import PAGE_SIZE
+from .base import MAX_ERRNO, Outcome, Range
 from .gadgets import AREAS_FROM, AREAS_TO, round_to_pages
 
 #: Size of a helper's stack, in bytes. A signal frame with AMX state uses 11 KiB of the stack.
 STACK_BYTES = 32 << 10
+
+
+#: The signals that a helper can use for its tick (SIGNAL_LOWEST and SIGNAL_HIGHEST in
+#: native/ptrace/helper.c).
+TICK_SIGNALS = range(40, 65)
+#: The highest thread id (PID_MAX_LIMIT, include/linux/threads.h).
+MAX_TID = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The fields of a control page that a helper, the kernel and the run gate write.
+
+    :ivar tid: The helper's thread id in QEMU's pid namespace, or 0 if the value is not an id.
+    :ivar ready: 0 if the helper is starting, 1 if it runs, otherwise a negative errno. The value is
+        -EPROTO if the field has another value.
+    :ivar tick_signal: The signal that interrupts the helper's system calls, or 0 for any signal
+        that is not in :data:`TICK_SIGNALS`.
+    :ivar batch_done: The number of the last batch that the helper has completed.
+    :ivar batch_started_ns: A time of QEMU's CLOCK_MONOTONIC, as are the following fields.
+    :ivar chunk_started_ns: The start of the current chunk. Each chunk changes this value.
+    :ivar batch_finished_ns: The end of the last batch.
+    :ivar vcpu_runs: Whether the run gate has ended the helper's work.
+    """
+
+    tid: int
+    ready: int
+    tick_signal: int
+    batch_done: int
+    batch_started_ns: int
+    chunk_started_ns: int
+    batch_finished_ns: int
+    vcpu_runs: bool
+
+    @classmethod
+    def parse(cls, page: bytes) -> Header:
+        """Return the fields of a control page.
+
+        :raises OSError: If the data is not a control page.
+        """
+        raw = ffi.new("struct prefault_control *")
+        ffi.memmove(raw, page, min(len(page), offset_of("ranges")))
+        if raw.magic != lib.PREFAULT_CONTROL_MAGIC:
+            raise OSError(errno.EIO, "the page is no longer a control page")
+        ready = int(raw.ready)
+        if ready > 1:
+            ready -= 1 << 32
+        return cls(
+            tid=int(raw.tid) if raw.tid <= MAX_TID else 0,
+            ready=ready if -MAX_ERRNO <= ready <= 1 else -errno.EPROTO,
+            tick_signal=int(raw.tick_signal) if raw.tick_signal in TICK_SIGNALS else 0,
+            batch_done=int(raw.batch_done),
+            batch_started_ns=int(raw.batch_started_ns),
+            chunk_started_ns=int(raw.chunk_started_ns),
+            batch_finished_ns=int(raw.batch_finished_ns),
+            vcpu_runs=bool(raw.vcpu_runs),
+        )
 
 
 class Helper:
@@ -37,17 +97,12 @@ class Helper:
         self.batch = 0
         self.thread_id = 0  # in this process's pid namespace, or 0 if unknown
 
-    def read_header(self) -> Any:
-        """Return the fields of the control page that precede the ranges.
+    def read_header(self) -> Header:
+        """Return the fields of the control page that the helper writes.
 
         :raises OSError: If the page is no longer mapped, or is not a control page.
         """
-        header = ffi.new("struct prefault_control *")
-        data = os.pread(self._memory, offset_of("ranges"), self.control)
-        ffi.memmove(header, data, len(data))
-        if header.magic != lib.PREFAULT_CONTROL_MAGIC:
-            raise OSError(errno.EIO, "the page is no longer a control page")
-        return header
+        return Header.parse(pread_bounded(self._memory, offset_of("ranges"), self.control))
 
     def is_there(self) -> bool:
         """Return whether the control page is mapped.
@@ -83,12 +138,23 @@ class Helper:
         """
         size = ffi.sizeof("struct prefault_range")
         array = ffi.new("struct prefault_range[]", max(len(ranges), 1))
-        data = os.pread(self._memory, len(ranges) * size, self.control + offset_of("ranges"))
+        at = self.control + offset_of("ranges")
+        data = pread_bounded(self._memory, len(ranges) * size, at)
         ffi.memmove(array, data, len(data))
         return tuple(
-            Outcome(item, min(slot.done, item.size), slot.error)
+            Outcome(item, _clamped_size(slot.done, item.size), _clamped_errno(slot.error))
             for slot, item in zip(array, ranges, strict=False)
         )
+
+
+def _clamped_size(done: int, size: int) -> int:
+    """Return a number of whole pages in bytes, which is at most ``size``."""
+    return size if done >= size else int(done) // PAGE_SIZE * PAGE_SIZE
+
+
+def _clamped_errno(number: int) -> int:
+    """Return an errno, or EPROTO if the number is not one."""
+    return int(number) if 0 <= number <= MAX_ERRNO else errno.EPROTO
 
 
 def offset_of(field: str) -> int:

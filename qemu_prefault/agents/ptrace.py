@@ -19,20 +19,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from .._native import lib
 from ..errors import AgentError, Code
 from ..host.procfs import Process
-from ..host.stall import STALL_SECONDS, Stall, why_stalled
+from ..host.stall import STALL_SECONDS, ProgressLimit, Stall, why_stalled
 from .base import BatchResult, Kind, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
-from .control_page import Helper, offset_of
+from .control_page import Header, Helper, offset_of
 from .helper_calls import Allowed
 from .injector import Injector
 from .qemu_process import (
@@ -48,11 +49,17 @@ from .qemu_process import (
 from .run_gate import RunGate, lost_error
 from .ticker import Ticker
 
+_T = TypeVar("_T")
+
 #: Shortest and longest time between two reads of the control pages, in seconds.
 POLL_SHORTEST, POLL_LONGEST = 0.001, 0.25
 #: A rate in bytes per second that no host exceeds. It determines when the control pages are first
 #: read.
 FASTEST = 32 << 30
+#: Seconds after which a run fails if the helpers report no progress. The guest may be paused
+#: meanwhile. A helper reports progress at least every :attr:`.Limits.tick` seconds, unless it gets
+#: no CPU time or its system call cannot be interrupted.
+NO_PROGRESS_SECONDS = 8.0
 
 
 class PtraceAgent:
@@ -125,7 +132,7 @@ class PtraceAgent:
         """
         self._memory = open_memory(self.process)
         deadline = time.monotonic() + self.limits.dead_man + self.limits.stuck + 1
-        while not lock_memory(self._memory) or helper_threads(self.process.pid):
+        while not lock_memory(self._memory) or helper_threads(self.process):
             if time.monotonic() > deadline:
                 raise busy_error(self.process)
             await asyncio.sleep(0.05)
@@ -156,16 +163,21 @@ class PtraceAgent:
                         "run qemu-prefault again when the host is less loaded\nQEMU is unharmed",
                     )
                 await asyncio.sleep(0.001)
-            if ready != 1:
-                error = (1 << 32) - ready
+            if ready == -errno.EPROTO:
                 raise AgentError(
-                    f"a helper thread could not set its timer: {os.strerror(error)}",
+                    "a helper thread did not start, because QEMU has overwritten its control page",
+                    "check whether QEMU is compromised, or use the plugin agent",
+                )
+            if ready != 1:
+                raise AgentError(
+                    f"a helper thread could not set its timer: {os.strerror(-ready)}",
                     "raise QEMU's limit on pending signals (ulimit -i), or use the plugin agent\n"
                     "QEMU is unharmed",
                 )
 
     def _start_ticker(self) -> None:
-        helpers = [(h.thread_id, int(self._header(h).tick_signal)) for h in self._helpers.values()]
+        helpers = [(h.thread_id, self._header(h).tick_signal) for h in self._helpers.values()]
+        helpers = [(tid, number) for tid, number in helpers if tid and number]
         self._ticker = Ticker(self.process.pid, helpers, HELPER_NAME, self.limits.tick)
 
     def _start_heart(self) -> None:
@@ -216,7 +228,8 @@ class PtraceAgent:
 
         :raises FailedError: If QEMU has exited (code ``qemu-gone``), or if a helper has exited
             (code ``agent-left``).
-        :raises AgentError: If the batch prefaults memory, but the vCPUs can enter KVM_RUN.
+        :raises AgentError: If the batch prefaults memory, but the vCPUs can enter KVM_RUN, or if
+            the helpers make no progress for :data:`NO_PROGRESS_SECONDS`.
         """
         self._check_held(batch)
         if not self._aborted:
@@ -229,12 +242,12 @@ class PtraceAgent:
         begun = time.monotonic()
         left = max((sum(i.size for i in ranges) for ranges in batch.values()), default=0) / FASTEST
         stall = Stall()
+        limit = ProgressLimit(NO_PROGRESS_SECONDS, self.limits.stuck)
         while len(finished) < len(batch):
             await self._wait(min(max(left, POLL_SHORTEST), POLL_LONGEST))
             self._check_held(batch)
             left = 0.0
-            done = 0
-            chunks = 0
+            done = failed = chunks = 0
             for index, ranges in batch.items():
                 helper = self._helpers[index]
                 outcomes = finished.get(index)
@@ -249,16 +262,32 @@ class PtraceAgent:
                     else:
                         left = max(left, _seconds_left(begun, header, outcomes))
                 done += sum(outcome.done for outcome in outcomes)
+                failed += sum(outcome.error != 0 for outcome in outcomes)
             on_progress(done)
+            working = [self._helpers[index] for index in batch if index not in finished]
             if stall.starts((done, chunks)):
-                self._report_stall([self._helpers[i] for i in batch if i not in finished])
+                self._report_stall(working)
+            if working and limit.is_reached(done, failed, chunks):
+                self.abort()
+                raise self._no_progress(working)
         seconds = (max(ended) - min(started)) / 1e9 if ended else 0.0
-        return BatchResult(finished, seconds)
+        # The times come from the control pages.
+        return BatchResult(finished, min(max(seconds, 0.0), time.monotonic() - begun))
+
+    def _no_progress(self, helpers: Sequence[Helper]) -> AgentError:
+        return AgentError(
+            f"the helper threads in QEMU (pid {self.process.pid}) made no progress for "
+            f"{NO_PROGRESS_SECONDS:g} s: {self._why_stalled(helpers)}",
+            "resolve the reason, and run qemu-prefault again",
+        )
+
+    def _why_stalled(self, helpers: Sequence[Helper]) -> str:
+        reasons = {why_stalled(self.process, helper.thread_id) for helper in helpers}
+        return "; ".join(sorted(reasons))
 
     def _report_stall(self, helpers: Sequence[Helper]) -> None:
         """Log why these helpers make no progress, and store the text as a warning."""
-        reasons = {why_stalled(self.process.pid, helper.thread_id) for helper in helpers}
-        text = f"no progress for {STALL_SECONDS:g} s: {'; '.join(sorted(reasons))}"
+        text = f"no progress for {STALL_SECONDS:g} s: {self._why_stalled(helpers)}"
         self.warnings[Code.NO_PROGRESS] = text
         logging.getLogger(__name__).warning(text)
 
@@ -277,10 +306,10 @@ class PtraceAgent:
             async with asyncio.timeout(seconds):
                 await self._told_to_end.wait()
 
-    def _header(self, helper: Helper) -> Any:
+    def _header(self, helper: Helper) -> Header:
         return self._guarded(helper.read_header)
 
-    def _guarded(self, function: Callable[..., Any], *args: Any) -> Any:
+    def _guarded(self, function: Callable[..., _T], *args: Any) -> _T:
         """Call a function that accesses QEMU's memory, and return its result.
 
         If the call fails, raise an error that states whether QEMU or a helper has exited.
@@ -316,7 +345,7 @@ class PtraceAgent:
 
     def orphan_cleanup(self) -> OrphanCleanup:
         """See :meth:`.Agent.orphan_cleanup`."""
-        memory, pid, gate = self._memory, self.process.pid, self._gate
+        memory, process, gate = self._memory, self.process, self._gate
         where = tuple(
             helper.control + offset_of(field)
             for helper in self._helpers.values()
@@ -331,7 +360,9 @@ class PtraceAgent:
                 gate.end()
 
         return OrphanCleanup(
-            stop_helpers, lambda: not helper_threads(pid), self.limits.stuck + self.limits.dead_man
+            stop_helpers,
+            lambda: not helper_threads(process),
+            self.limits.stuck + self.limits.dead_man,
         )
 
     async def close(self) -> None:
@@ -364,7 +395,7 @@ class PtraceAgent:
         pause = 0.0005
         # A helper that has just been started may not have set its name yet.
         while any(helper.is_there() for helper in self._helpers.values()) or (
-            self._helpers and helper_threads(self.process.pid)
+            self._helpers and helper_threads(self.process)
         ):
             if time.monotonic() > deadline:
                 raise AgentError(
@@ -375,7 +406,7 @@ class PtraceAgent:
             pause = min(pause * 2, 0.02)
 
 
-def _seconds_left(begun: float, header: Any, outcomes: Sequence[Outcome]) -> float:
+def _seconds_left(begun: float, header: Header, outcomes: Sequence[Outcome]) -> float:
     """Return the seconds to wait before the helper's control page is read again.
 
     This process reads the page rarely, because this process may share a CPU with the helper.
