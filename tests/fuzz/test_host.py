@@ -228,7 +228,7 @@ def read_everything() -> None:
     procfs.tgid_of(7)
     procfs.comm_of(7)
     task_limits.task_limits(process)
-    why_stalled(7, 7, seconds=0.0)
+    why_stalled(process, 7, seconds=0.0)
     for mapping in process.maps()[:4]:
         source = source_of(process, mapping)
         source.limits(1 << 20)

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Test that the attach agent changes no process but the one that was identified."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qemu_prefault.agents import ptrace
+from qemu_prefault.agents.base import Kind, Limits, Range, VcpuThread
+from qemu_prefault.agents.control_page import Helper, offset_of
+from qemu_prefault.agents.injector import Injector
+from qemu_prefault.agents.ptrace import PtraceAgent
+from qemu_prefault.agents.qemu_process import open_memory
+from qemu_prefault.agents.run_gate import RunGate
+from qemu_prefault.errors import AgentError, Code, FailedError, GoneError
+from qemu_prefault.host.identify import identify
+from qemu_prefault.host.peer import Peer
+from qemu_prefault.host.procfs import Process
+from qemu_prefault_lab.wait import wait_for
+from support.process import leftovers, tracers, wait_clean
+from support.reuse import start_with_pid
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes users or chooses pids")
+PIPE = subprocess.PIPE
+REUSES = 200
+
+#: A program with one thread beside the main thread. The thread ends when the program reads a line.
+#: After another line, the program runs the Python code in its first argument.
+TARGET = """
+import os, sys, threading
+reader, writer = os.pipe()
+thread = threading.Thread(target=os.read, args=(reader, 1), daemon=True)
+thread.start()
+print(thread.native_id, flush=True)
+sys.stdin.readline()
+os.write(writer, b"x")
+thread.join()
+print("ended", flush=True)
+sys.stdin.readline()
+exec(sys.argv[1])
+print("done", flush=True)
+sys.stdin.readline()
+"""
+
+
+class Target:
+    """A process that simulates QEMU, and its second thread."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        self.process, self.stdin, self.stdout = process, process.stdin, process.stdout
+        self.tid = int(self.stdout.readline())
+
+    def proceed(self) -> None:
+        print(file=self.stdin, flush=True)
+
+    def end_thread(self) -> None:
+        self.proceed()
+        assert self.stdout.readline() == "ended\n"
+        task = Path(f"/proc/{self.process.pid}/task/{self.tid}")
+        wait_for(lambda: not task.exists(), "the thread has exited")
+
+
+@contextlib.contextmanager
+def start_target(code: str = "pass") -> Iterator[Target]:
+    command = [sys.executable, "-c", TARGET, code]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True) as process:
+        yield Target(process)
+        process.kill()
+
+
+def state(directory: str) -> str:
+    return Path(f"{directory}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def is_waiting(pid: int) -> bool:
+    return state(f"/proc/{pid}") == "S"
+
+
+def switches(pid: int) -> list[str]:
+    """Return how often a process has waited. A ptrace stop changes this number."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return [line for line in lines if "ctxt_switches" in line or line.startswith("TracerPid")]
+
+
+@needs_root
+def test_reused_thread_id_is_refused() -> None:
+    with start_target() as target:
+        process = Process.find(target.process.pid)
+        memory = open_memory(process)
+        vcpu = VcpuThread(target.tid, -1, None)
+        injector = Injector(process, memory, [vcpu], Limits())
+        gate = RunGate(process, memory, [target.tid], [Helper(memory, 0, 0)])
+        target.end_thread()
+        for _ in range(REUSES):
+            foreign = start_with_pid(target.tid)
+            wait_for(lambda: is_waiting(target.tid), "the foreign process waits")
+            before = switches(foreign.pid)
+            with pytest.raises(FailedError, match=f"thread {target.tid} of QEMU") as caught:
+                injector.start_helper(0)
+            assert caught.value.code == Code.QEMU_GONE
+            with pytest.raises(FailedError) as caught:
+                asyncio.run(gate.hold())
+            assert caught.value.code == Code.QEMU_GONE
+            assert switches(foreign.pid) == before
+            assert foreign.communicate(b"unharmed")[0] == b"unharmed"
+            assert foreign.returncode == 0
+        asyncio.run(gate.close())
+        os.close(memory)
+
+
+@needs_root
+def test_foreign_thread_of_control_page_is_not_placed() -> None:
+    with start_target() as target, subprocess.Popen(["cat"], stdin=PIPE) as foreign:
+        process = Process.find(target.process.pid)
+        memory = open_memory(process)
+        injector = Injector(process, memory, [VcpuThread(target.tid, -1, None)], Limits())
+        os.setpriority(os.PRIO_PROCESS, foreign.pid, 7)
+        for number in (foreign.pid, 0, 1 << 22, (1 << 32) - 1):
+            assert injector.place(0, Helper(memory, 0, 0), number) == []
+        assert os.getpriority(os.PRIO_PROCESS, foreign.pid) == 7
+        os.close(memory)
+        foreign.kill()
+
+
+CHANGES = {
+    "exec": "print('done', flush=True); os.execvp('cat', ['cat'])",
+    "user": "os.setresuid(65534, 65534, 65534)",
+    "group": "os.setresgid(65534, 65534, 65534)",
+}
+
+
+@needs_root
+@pytest.mark.parametrize("code", CHANGES.values(), ids=CHANGES)
+def test_changed_process_is_refused(code: str) -> None:
+    with start_target(code) as target:
+        process = Process.find(target.process.pid)
+        target.end_thread()
+        vcpu = VcpuThread(process.pid, -1, None)
+        memory = open_memory(process)
+        injector = Injector(process, memory, [vcpu], Limits())
+        gate = RunGate(process, memory, [process.pid], [Helper(memory, 0, 0)])
+        target.proceed()
+        assert target.stdout.readline() == "done\n"
+        wait_for(lambda: Path(f"/proc/{process.pid}/comm").read_text() == "cat\n"
+                 or "exec" not in code, "the program has changed")  # fmt: skip
+        agent = PtraceAgent(process, [vcpu], Limits())
+        for attempt in (
+            lambda: injector.start_helper(0),
+            lambda: asyncio.run(gate.hold()),
+            lambda: asyncio.run(agent.start()),
+            lambda: open_memory(process),
+        ):
+            with pytest.raises(GoneError, match="executed another program or changed its user"):
+                attempt()
+        assert not leftovers(process.pid)
+        assert not tracers(process.pid)
+        asyncio.run(gate.close())
+        os.close(memory)
+
+
+@pytest.fixture(scope="session")
+def sharer(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    if shutil.which("cc") is None or shutil.which("setarch") is None:
+        pytest.skip("no C compiler or no setarch is installed")
+    path = tmp_path_factory.mktemp("sharer") / "sharer"
+    source = Path(__file__).with_name("sharer.c")
+    subprocess.run(["cc", "-O2", "-Wall", "-Wextra", "-Werror", source, "-o", path], check=True)
+    # Without randomization, the stack of cat has the same addresses as that of the program.
+    return ["setarch", "--addr-no-randomize", str(path)]
+
+
+def test_memory_of_the_old_program_is_refused(sharer: list[str]) -> None:
+    """Check that another process cannot keep the identified program's memory valid."""
+    with subprocess.Popen(sharer, stdin=PIPE, stdout=PIPE) as target:
+        assert target.stdin is not None and target.stdout is not None
+        assert target.stdout.readline() == b"ready\n"
+        process = Process.find(target.pid)
+        memory = open_memory(process)
+        stack = next(m for m in process.maps() if m.path == "[stack]")
+        injector = Injector(process, memory, [VcpuThread(target.pid, -1, None)], Limits())
+        target.stdin.write(b"x")
+        target.stdin.flush()
+        wait_for(lambda: process.name == "cat" and is_waiting(target.pid), "cat runs")
+        found = next(m for m in process.maps() if m.path == "[stack]")
+        assert stack.end == found.end and len(os.pread(memory, 8, stack.end - 8)) == 8
+        before = os.pread(memory, stack.size, stack.start)
+        with pytest.raises(GoneError, match="executed another program"):
+            injector.start_helper(0)
+        assert os.pread(memory, stack.size, stack.start) == before
+        assert target.communicate(b"unharmed")[0] == b"unharmed"
+        os.close(memory)
+
+
+# --- the peer of a socket ---
+
+
+def socket_of_dead_listener(path: Path) -> tuple[int, socket.socket]:
+    """Return the pid of a process that called listen() and has exited, and a connection."""
+    bound = socket.socket(socket.AF_UNIX)
+    bound.bind(str(path))
+    pid = os.fork()
+    if pid == 0:
+        bound.listen()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(str(path))
+    return pid, client
+
+
+@needs_root
+def test_reused_pid_of_a_listener_is_refused(tmp_path: Path) -> None:
+    pid, client = socket_of_dead_listener(tmp_path / "socket")
+    peer = Peer.of(client)
+    assert peer is not None and peer.pid == pid
+    foreign = start_with_pid(pid)
+    with pytest.raises(GoneError, match="has exited, and another process may have its pid"):
+        identify(pid, None, [pid], peer)
+    assert identify(pid, pid, [pid], peer).pid == pid  # the user has named the process
+    foreign.communicate()
+    client.close()
+
+
+def test_living_listener_is_identified(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
+        server.bind(str(tmp_path / "socket"))
+        server.listen()
+        client.connect(str(tmp_path / "socket"))
+        peer = Peer.of(client)
+        assert peer is not None and peer.pid == os.getpid()
+        peer.check(Process.find(os.getpid()))
+
+
+# --- helpers that lie ---
+
+
+@pytest.fixture
+def agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[PtraceAgent]:
+    monkeypatch.setattr(ptrace, "NO_PROGRESS_SECONDS", 0.5)
+    with start_target() as target:
+        process = Process.find(target.process.pid)
+        yield PtraceAgent(process, [VcpuThread(target.tid, -1, None)], Limits(stuck=0.5))
+
+
+@pytest.mark.parametrize("forged", [False, True], ids=["silent", "counting"])
+def test_helper_without_progress_ends_the_run(agent: PtraceAgent, forged: bool) -> None:
+    pid = agent.process.pid
+
+    async def count() -> None:
+        """Change the counter of chunks, as a QEMU that lies would do."""
+        helper = agent._helpers[0]
+        at = helper.control + offset_of("chunk_started_ns")
+        number = 0
+        while True:
+            number += 1
+            os.pwrite(agent._memory, number.to_bytes(8, "little"), at)
+            await asyncio.sleep(0.05)
+
+    async def check() -> None:
+        await agent.start()
+        os.kill(pid, signal.SIGSTOP)  # the helper does not see the batch
+        helper = agent.process.proc + f"/task/{agent._helpers[0].thread_id}"
+        wait_for(lambda: state(helper) == "T", "the helper is stopped")
+        forger = asyncio.create_task(count()) if forged else None
+        try:
+            async with asyncio.timeout(10):
+                with pytest.raises(AgentError, match="made no progress"):
+                    await agent.run({0: [Range(Kind.POPULATE, 0x10000, 4096)]}, lambda done: None)
+        finally:
+            if forger is not None:
+                forger.cancel()
+            os.kill(pid, signal.SIGCONT)
+            await agent.close()
+
+    asyncio.run(check())
+    wait_clean(pid)
+
+
+@pytest.mark.parametrize("value", [2, 4096, 1 << 31, (1 << 32) - 4096])
+def test_invalid_ready_is_an_error(agent: PtraceAgent, value: int) -> None:
+    async def check() -> None:
+        await agent.start()
+        helper = agent._helpers[0]
+        helper.write_word("ready", value)
+        with pytest.raises(AgentError, match="overwritten its control page"):
+            await agent._wait_ready()
+        await agent.close()
+
+    asyncio.run(check())
+    wait_clean(agent.process.pid)
