@@ -258,9 +258,10 @@ def test_gate_inherits_nothing_of_the_tool(vcpu: FakeVcpu) -> None:
         async with held(vcpu):
             gate = tracers(vcpu.pid).pop()
             descriptors = sorted(Path(f"/proc/{gate}/fd").iterdir())
-            assert [path.name for path in descriptors] == ["0", "1", "2"]
+            assert [path.name for path in descriptors] == ["0", "1", "2", "3"]
             assert os.readlink(descriptors[0]).startswith("socket:")
             assert os.readlink(descriptors[1]) == f"/proc/{vcpu.pid}/mem"
+            assert os.readlink(descriptors[2]) == f"/proc/{vcpu.pid}"
             assert os.getsid(int(gate)) == int(gate)  # Ctrl-C and Ctrl-Z do not reach it
 
     asyncio.run(check())
