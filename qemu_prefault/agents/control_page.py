@@ -2,7 +2,8 @@
 """Read and write the control page of a helper thread in QEMU.
 
 native/ptrace/control_page.h defines the fields of the control page. QEMU can overwrite or unmap the
-page at any time. Therefore all values are untrusted: this module checks them or limits them.
+page at any time. Therefore all values are untrusted. This module limits ids, signals, errnos and
+sizes. The times and ``batch_done`` may have any value, which the callers must expect.
 """
 
 from __future__ import annotations
