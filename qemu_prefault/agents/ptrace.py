@@ -56,10 +56,11 @@ POLL_SHORTEST, POLL_LONGEST = 0.001, 0.25
 #: A rate in bytes per second that no host exceeds. It determines when the control pages are first
 #: read.
 FASTEST = 32 << 30
-#: Seconds after which a run fails if the helpers report no progress. The guest may be paused
-#: meanwhile. A helper reports progress at least every :attr:`.Limits.tick` seconds, unless it gets
-#: no CPU time or its system call cannot be interrupted.
-NO_PROGRESS_SECONDS = 8.0
+#: Seconds after which a run fails if the helpers report no progress, by the kind of their work. A
+#: helper reports progress at least every :attr:`.Limits.tick` seconds, unless it gets no CPU time
+#: or its system call cannot be interrupted. While helpers prefault, the guest may be paused. While
+#: they populate, the guest runs, and the kernel may have to reclaim memory.
+NO_PROGRESS_SECONDS = {Kind.STAGE2: 8.0, Kind.POPULATE: 60.0}
 
 
 class PtraceAgent:
@@ -229,7 +230,7 @@ class PtraceAgent:
         :raises FailedError: If QEMU has exited (code ``qemu-gone``), or if a helper has exited
             (code ``agent-left``).
         :raises AgentError: If the batch prefaults memory, but the vCPUs can enter KVM_RUN, or if
-            the helpers make no progress for :data:`NO_PROGRESS_SECONDS`.
+            the helpers make no progress for the time in :data:`NO_PROGRESS_SECONDS`.
         """
         self._check_held(batch)
         if not self._aborted:
@@ -242,7 +243,9 @@ class PtraceAgent:
         begun = time.monotonic()
         left = max((sum(i.size for i in ranges) for ranges in batch.values()), default=0) / FASTEST
         stall = Stall()
-        limit = ProgressLimit(NO_PROGRESS_SECONDS, self.limits.stuck)
+        kinds = {item.kind for ranges in batch.values() for item in ranges}
+        seconds = min(NO_PROGRESS_SECONDS[kind] for kind in kinds or {Kind.STAGE2})
+        limit = ProgressLimit(seconds, self.limits.stuck)
         while len(finished) < len(batch):
             await self._wait(min(max(left, POLL_SHORTEST), POLL_LONGEST))
             self._check_held(batch)
@@ -269,15 +272,15 @@ class PtraceAgent:
                 self._report_stall(working)
             if working and limit.is_reached(done, failed, chunks):
                 self.abort()
-                raise self._no_progress(working)
-        seconds = (max(ended) - min(started)) / 1e9 if ended else 0.0
+                raise self._no_progress(working, seconds)
+        worked = (max(ended) - min(started)) / 1e9 if ended else 0.0
         # The times come from the control pages.
-        return BatchResult(finished, min(max(seconds, 0.0), time.monotonic() - begun))
+        return BatchResult(finished, min(max(worked, 0.0), time.monotonic() - begun))
 
-    def _no_progress(self, helpers: Sequence[Helper]) -> AgentError:
+    def _no_progress(self, helpers: Sequence[Helper], seconds: float) -> AgentError:
         return AgentError(
             f"the helper threads in QEMU (pid {self.process.pid}) made no progress for "
-            f"{NO_PROGRESS_SECONDS:g} s: {self._why_stalled(helpers)}",
+            f"{seconds:g} s: {self._why_stalled(helpers)}",
             "resolve the reason, and run qemu-prefault again",
         )
 
