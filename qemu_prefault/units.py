@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Define and format sizes, and escape text for a terminal."""
+"""Define and format sizes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,3 @@ def format_size(number: int) -> str:
             break
         value /= 1024
     return f"{int(value)} B" if unit == "B" else f"{value:.1f} {unit}"
-
-
-def printable(text: str) -> str:
-    """Escape non-printable characters, so that the text cannot control a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -9,7 +9,6 @@ import time
 import click
 
 from ..errors import InputError
-from ..units import printable
 from .console import Printer, reporting
 from .options import debug_option, json_option
 
@@ -53,13 +52,13 @@ def conformance(
         facts = host_facts.read_host_facts()
         started = time.monotonic()
         if not as_json:
-            click.echo(results.header(facts))
+            printer.result({}, results.header(facts))
         found = runner.run(
             cases,
             facts,
             destructive=destructive,
             on_result=lambda result: (
-                None if as_json else click.echo(printable(results.line(result)))
+                None if as_json else printer.result({}, iter([results.line(result)]))
             ),
         )
         seconds = time.monotonic() - started

@@ -5,26 +5,28 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
 import sys
 import time
 from collections.abc import Coroutine, Iterator
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import click
 
 from ..errors import Code, ExitStatus, FailedError, QemuPrefaultError
-from ..units import format_size, printable
+from ..text import install_hooks, write, write_json
+from ..units import format_size
 from .format import error_json
 
 PROGRAM = "qemu-prefault"
+#: Moves the cursor to the start of the line, and clears the line (ECMA-48).
+CLEAR_LINE: Final = "\r\x1b[K"
 
 
 def say(text: str) -> None:
     """Print a line to stderr, and ignore the error if stderr is closed."""
     with contextlib.suppress(OSError):
-        click.echo(printable(text), err=True)
+        write(text, sys.stderr)
 
 
 def drop_stdout() -> None:
@@ -58,8 +60,11 @@ class Printer:
 
     def result(self, data: dict[str, Any], text: Iterator[str]) -> None:
         try:
-            for line in [json.dumps(data)] if self.as_json else map(printable, text):
-                click.echo(line)
+            if self.as_json:
+                write_json(data, sys.stdout)
+                return
+            for line in text:
+                write(line, sys.stdout)
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -90,21 +95,25 @@ class Printer:
         amount = f"{format_size(done)} of {format_size(total)}"
         line = f"{phase}: {amount}, {rate / (1 << 30):.2f} GiB/s{eta}"
         with contextlib.suppress(OSError):
-            click.echo(f"\r\x1b[K{line}" if self._live else line, err=True, nl=not self._live)
+            if self._live:
+                write(line, sys.stderr, before=CLEAR_LINE, after="")
+            else:
+                write(line, sys.stderr)
 
     async def ready(self) -> None:
         say("qemu-prefault: ready for the incoming guest")
 
     def end_progress(self) -> None:
         if self._live and self._shown:
-            click.echo("\r\x1b[K", err=True, nl=False)
+            with contextlib.suppress(OSError):
+                write("", sys.stderr, before=CLEAR_LINE, after="")
 
 
 def fail(error: QemuPrefaultError, as_json: bool, program: str = PROGRAM) -> NoReturn:
     """Print the cause and the remedy of an error, and exit with its exit status."""
     if as_json:
         try:
-            click.echo(json.dumps(error_json(error)))
+            write_json(error_json(error), sys.stdout)
         except OSError:
             drop_stdout()
     say(f"{program}: {error.cause}")
@@ -117,8 +126,12 @@ def fail(error: QemuPrefaultError, as_json: bool, program: str = PROGRAM) -> NoR
 def reporting(as_json: bool, debug: bool, program: str = PROGRAM) -> Iterator[None]:
     """Print the cause and the remedy of an exception that the block raises, and exit.
 
-    If ``debug`` is set, let Python print the traceback instead.
+    If ``debug`` is set, print the traceback instead.
     """
+    from ..logs import escape_unhandled_records  # noqa: PLC0415
+
+    install_hooks()
+    escape_unhandled_records()
     try:
         yield
     except QemuPrefaultError as error:

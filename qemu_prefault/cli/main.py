@@ -7,7 +7,7 @@ Each subcommand is in its own module. :mod:`qemu_prefault` loads the API on firs
 
 from __future__ import annotations
 
-import contextlib
+import io
 import sys
 from typing import Any
 
@@ -15,6 +15,7 @@ import click
 
 from .. import __version__
 from ..errors import ExitStatus, InputError
+from ..text import install_hooks, printable
 from .conformance import conformance
 from .console import drop_stdout, fail, say
 from .demo import demo
@@ -76,6 +77,7 @@ for _command in (conformance, demo, libvirt, map_, plugin_path, probe, run, stat
 
 def main() -> None:
     """Run the command line, and report usage errors and failed writes."""
+    install_hooks()
     as_json = "--json" in sys.argv[1:]
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -83,8 +85,7 @@ def main() -> None:
         status = cli.main(prog_name="qemu-prefault", standalone_mode=False)
     except click.ClickException as error:
         if not as_json:
-            with contextlib.suppress(OSError):
-                error.show()
+            _show(error)
             sys.exit(error.exit_code)
         fail(InputError(error.format_message(), "see: qemu-prefault --help"), as_json)
     except click.Abort:
@@ -94,3 +95,11 @@ def main() -> None:
         say(f"qemu-prefault: the result could not be written: {error.strerror}")
         sys.exit(int(ExitStatus.FAILED))
     sys.exit(int(status or 0))
+
+
+def _show(error: click.ClickException) -> None:
+    """Print a usage error like click, but escape the message, which contains arguments."""
+    message, shown = error.format_message(), io.StringIO()
+    error.show(shown)
+    for line in shown.getvalue().replace(message, printable(message)).splitlines():
+        say(line)

@@ -7,7 +7,7 @@ import click
 
 import qemu_prefault
 
-from .console import reporting
+from .console import Printer, reporting
 from .options import debug_option
 
 
@@ -16,4 +16,4 @@ from .options import debug_option
 def plugin_path(debug: bool) -> None:
     """Print the path of the plugin, for QEMU's -plugin option."""
     with reporting(False, debug):
-        click.echo(qemu_prefault.plugin_path())
+        Printer(False).result({}, iter([str(qemu_prefault.plugin_path())]))

@@ -155,7 +155,7 @@ def prefault(
     if not (qmp or domain or pid) and not any(
         (populate_only, ranges, cont, incoming, dry_run, follow, as_json)
     ):
-        click.echo(context.get_help())
+        Printer(False).result({}, iter(context.get_help().splitlines()))
         context.exit(int(ExitStatus.USAGE))
     address = required_address(qmp, domain)
     if incoming and domain:

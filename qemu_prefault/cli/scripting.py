@@ -23,6 +23,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, NoReturn
 
+from ..text import install_hooks, printable
 from .console import Printer, reporting, run_async
 from .format import ram_map_lines, report_lines, table
 
@@ -32,12 +33,17 @@ Main = Callable[[Namespace], Coroutine[Any, Any, None]]
 __all__ = ["Main", "parser", "ram_map_lines", "report_lines", "run", "show", "table"]
 
 
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def parser(description: str | None) -> ArgumentParser:
     """Return a parser for ``socket`` and ``--debug``, which every script accepts.
 
     :param description: The text that ``--help`` shows. argparse does not rewrap this text.
     """
-    made = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    made = _Parser(description=description, formatter_class=RawDescriptionHelpFormatter)
     made.add_argument("socket", help="QEMU's QMP socket, as a path or HOST:PORT")
     made.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return made
@@ -62,6 +68,7 @@ def run(main: Main, arguments: ArgumentParser) -> NoReturn:
     :param main: A coroutine function. Its argument contains the script's parsed arguments.
     :param arguments: A parser that :func:`parser` returned. The script may add arguments to it.
     """
+    install_hooks()
     options = arguments.parse_args()
     with reporting(False, options.debug, arguments.prog):
         run_async(main(options))

@@ -50,7 +50,7 @@ def stats(  # noqa: PLR0917
 
         async with connect_monitor(address) as monitor:
             if not as_json:
-                click.echo(counters_header())
+                Printer(False).result({}, iter([counters_header()]))
             while True:
                 now = await qemu_prefault.counters(monitor)
                 Printer(as_json).result(now.to_json(), counters_line(now))

@@ -52,9 +52,10 @@ def counts(results: Sequence[CaseResult]) -> dict[str, int]:
     return {outcome.value: found[outcome] for outcome in CaseOutcome}
 
 
-def header(host: HostFacts) -> str:
+def header(host: HostFacts) -> Iterator[str]:
     answer = "offered" if host.capability else "not offered"
-    return f"kernel {host.kernel}, {host.mode}: KVM_PRE_FAULT_MEMORY is {answer}\n"
+    yield f"kernel {host.kernel}, {host.mode}: KVM_PRE_FAULT_MEMORY is {answer}"
+    yield ""
 
 
 def line(result: CaseResult) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import sys
 
+from ..text import write
+
 if __name__ == "__main__":
-    print(
-        "qemu-prefault: the lab has moved to its own package. Run: python -m qemu_prefault_lab\n"
+    for line in (
+        "qemu-prefault: the lab has moved to its own package. Run: python -m qemu_prefault_lab",
         "  to install the package, run in a checkout: pip install ./lab",
-        file=sys.stderr,
-    )
+    ):
+        write(line, sys.stderr)
     sys.exit(2)

@@ -18,6 +18,7 @@ waits until the migration has ended.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -30,7 +31,8 @@ from typing import Any, Final
 
 from ..engine.vm import Vm
 from ..errors import Code, FailedError, InputError, QemuPrefaultError
-from ..units import printable
+from ..logs import escape_unhandled_records
+from ..text import install_hooks, write
 from .connection import connect, default_uri, lookup, module
 
 #: Seconds to wait for a daemon that is being restarted.
@@ -221,7 +223,8 @@ class QmpProxy:
             if not told:
                 name = self._domain.name()
                 text = f"domain {name} is migrating in; waiting until the migration ends"
-                print(printable(text), file=sys.stderr)
+                with contextlib.suppress(OSError):
+                    write(text, sys.stderr)
                 told = True
             self._send({"waiting": True})
         self._send({"uuid": self._name})
@@ -260,6 +263,8 @@ def _refusal(what: str) -> dict[str, Any]:
 
 def main(uri: str, domain: str) -> None:
     """Serve QMP on stdin, which is a socket."""
+    install_hooks()
+    escape_unhandled_records()
     client = socket.socket(fileno=os.dup(0))
     try:
         proxy = QmpProxy(uri, domain, client)

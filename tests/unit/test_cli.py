@@ -19,7 +19,7 @@ import pytest
 
 from qemu_prefault import __version__
 from qemu_prefault.cli.options import index_list_type, range_type, size_type
-from qemu_prefault.units import printable
+from qemu_prefault.text import printable
 
 TOOL = [sys.executable, "-m", "qemu_prefault"]
 MIB, GIB = 1 << 20, 1 << 30

@@ -18,7 +18,8 @@ from qemu_prefault.errors import Code
 PACKAGE = Path(qemu_prefault.__file__).parent
 #: The layers from the lowest to the highest, as pyproject.toml lists them for import-linter.
 LAYERS = (
-    ("units", "errors"),
+    ("text",),
+    ("units", "errors", "logs"),
     ("host",),
     ("qemu",),
     ("agents",),
