@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import queue
 import signal
@@ -18,11 +19,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
 from ..errors import QemuPrefaultError
+from ..logs import LineHandler, escape_unhandled_records, line_start
+from ..text import install_hooks
 from . import domain_xml
 from .connection import connect, default_uri, module
 from .events import DomainEvent, log
@@ -32,6 +35,8 @@ from .metrics import Metrics
 
 #: Seconds between two attempts to connect to libvirt.
 RECONNECT_SECONDS: Final = 2.0
+#: Maximum length of a line that a run prints, in characters.
+LONGEST_REPORT: Final = 4 << 20
 #: The "outcome" label of the metrics, by the exit status of a run.
 OUTCOMES: Final = {0: "verified", 1: "failed", 3: "partial", 4: "unsupported", 5: "refused"}
 
@@ -84,36 +89,59 @@ class Daemon:
         """
         self._libvirt.virEventRegisterDefaultImpl()
         threading.Thread(target=self._run_events, daemon=True).start()
+        said = ""
         while True:
             try:
-                connection = connect(self.uri)
-                connection.setKeepAlive(5, 3)
-                connection.registerCloseCallback(lambda *_: self._queue.put(None), None)
-                connection.domainEventRegisterAny(
-                    None, self._libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._on_event, None
-                )
-                self.running = {
-                    domain.UUIDString(): domain.name()
-                    for domain in connection.listAllDomains(
-                        self._libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE
-                    )
-                }
+                self._handle_events(self._connect())
+                problem = f"the connection to {self.uri} is lost"
             except (QemuPrefaultError, self._libvirt.libvirtError) as error:
-                log.warning("libvirt does not respond, so the daemon retries: %s", _brief(error))
-                time.sleep(RECONNECT_SECONDS)
-                continue
-            self.connected = True
-            log.info("watching %s, where %d domains run", self.uri, len(self.running))
-            while (event := self._queue.get()) is not None:
+                problem = f"libvirt does not respond, so the daemon retries: {_brief(error)}"
+            except Exception as error:
+                problem = f"the daemon failed, and connects again: {_brief(error)}"
+            if self.connected or problem != said:
+                log.warning("%s", problem)
+            self.connected, said = False, problem
+            time.sleep(RECONNECT_SECONDS)
+
+    def _connect(self) -> Any:
+        connection = connect(self.uri)
+        connection.setKeepAlive(5, 3)
+        connection.registerCloseCallback(lambda *_: self._queue.put(None), None)
+        connection.domainEventRegisterAny(
+            None, self._libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._on_event, None
+        )
+        self.running = {
+            domain.UUIDString(): domain.name()
+            for domain in connection.listAllDomains(self._libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
+        }
+        return connection
+
+    def _handle_events(self, connection: Any) -> None:
+        self.connected = True
+        log.info("watching %s, where %d domains run", self.uri, len(self.running))
+        while (event := self._queue.get()) is not None:
+            try:
                 self._handle(connection, event)
-            self.connected = False
-            log.warning("the connection to %s is lost", self.uri)
+            except Exception as error:
+                log.warning("%s: %s", event.name, _brief(error))
 
     def _run_events(self) -> None:
+        said = ""
         while True:
-            self._libvirt.virEventRunDefaultImpl()
+            try:
+                self._libvirt.virEventRunDefaultImpl()
+            except Exception as error:
+                if said != (said := _brief(error)):
+                    log.error("libvirt's event loop failed, and runs again: %s", said)
+                time.sleep(RECONNECT_SECONDS)
 
     def _on_event(self, _conn: Any, domain: Any, event: int, detail: int, _: Any) -> None:
+        try:
+            self._enqueue(domain, event, detail)
+        except Exception as error:
+            log.warning("an event could not be read: %s", _brief(error))
+
+    def _enqueue(self, domain: Any, event: int, detail: int) -> None:
         lifecycle = {
             (self._libvirt.VIR_DOMAIN_EVENT_STARTED, 0): ("booted", LifecycleEvent.START),
             (self._libvirt.VIR_DOMAIN_EVENT_STARTED, 2): ("restored", LifecycleEvent.RESTORE),
@@ -137,31 +165,42 @@ class Daemon:
         self.running[event.uuid] = event.name
         if not self._act or event.moment is None:
             return
-        try:
-            xml = connection.lookupByUUIDString(event.uuid).XMLDesc(0).encode()
-            policy = read(domain_xml.describe(xml))
-        except (QemuPrefaultError, self._libvirt.libvirtError) as error:
-            log.warning("%s: %s", event.name, _brief(error))
-            return
+        xml = connection.lookupByUUIDString(event.uuid).XMLDesc(0).encode()
+        policy = read(domain_xml.describe(xml))
         when = policy.at(event.moment)
         if when is not When.OFF:
             arguments = (event, when, policy.populate)
             threading.Thread(target=self._prefault, args=arguments, daemon=True).start()
 
     def _prefault(self, event: DomainEvent, when: When, populate: str) -> None:
+        outcome = "failed"
+        try:
+            outcome = OUTCOMES.get(self._run_tool(event, when, populate), outcome)
+        except Exception as error:
+            log.warning("%s: %s", event.name, _brief(error))
+        self._count(event, outcome)
+
+    def _run_tool(self, event: DomainEvent, when: When, populate: str) -> int:
+        """Prefault a domain in another process, and return the exit status of this process."""
         words = [*program_words(), "--domain", event.uuid, "--populate", populate, "--json"]
         if when is When.FOLLOW:
             words.append("--follow")
         environment = {**os.environ, "LIBVIRT_DEFAULT_URI": self.uri}
         child = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=environment
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            env=environment,
         )
         assert child.stdout is not None
-        for line in child.stdout:
-            with suppress(ValueError):
+        while line := child.stdout.readline(LONGEST_REPORT):
+            try:
                 self._told(event, json.loads(line))
-        child.wait()
-        self._count(event, OUTCOMES.get(child.returncode, "failed"))
+            except Exception as error:
+                log.warning("%s: a malformed report: %s", event.name, _brief(error))
+        return child.wait()
 
     def _told(self, event: DomainEvent, report: dict[str, Any]) -> None:
         if "error" in report:
@@ -171,6 +210,9 @@ class Daemon:
         seconds = report["seconds"]
         spent = seconds["prefault"] if isinstance(seconds, dict) else seconds
         paused = seconds["paused"] if isinstance(seconds, dict) else report.get("paused", 0.0)
+        done, spent, paused = int(done), float(spent), float(paused)
+        if not (0 <= done < 1 << 64 and 0 <= spent < math.inf and 0 <= paused < math.inf):
+            raise ValueError("a number is out of range")
         log.info(
             "%s: %d MiB prefaulted in %.2f s, paused for %.2f s",
             *(event.name, done >> 20, spent, paused),
@@ -184,27 +226,11 @@ class Daemon:
 
 
 def _brief(error: Exception) -> str:
-    return error.cause if isinstance(error, QemuPrefaultError) else str(error)
-
-
-class _Formatter(logging.Formatter):
-    """Adds a prefix to each line.
-
-    If stderr is connected to the journal, the prefix is the priority (sd-daemon(3)). Otherwise it
-    is the time.
-    """
-
-    _PRIORITY: Final = {logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        if "JOURNAL_STREAM" in os.environ:
-            return f"<{self._PRIORITY.get(record.levelno, 6)}>{text}"
-        return f"{time.strftime('%H:%M:%S')} {text}"
+    return error.cause if isinstance(error, QemuPrefaultError) else str(error) or repr(error)
 
 
 def _log_to_stderr() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Formatter("%(message)s"))
-    log.addHandler(handler)
+    install_hooks()
+    escape_unhandled_records()
+    log.addHandler(LineHandler(before=line_start))
     log.setLevel(logging.INFO)

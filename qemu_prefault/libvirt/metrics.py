@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
-import asyncio
+import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from ..agents.plugin import Control, find_control_socket
-from ..errors import Code, FailedError, InputError, QemuPrefaultError, UnsupportedError
-from ..host.kvm import debugfs_faults, debugfs_leaves
+from ..errors import Code, UnsupportedError
+from ..text import printable
+from . import http
 from .events import DomainEvent, log
-from .find_qemu import find_qemu
+from .sampler import Sampler, describe_error
 
 #: Seconds between two writes of the metrics file.
 TEXTFILE_SECONDS: Final = 15.0
@@ -34,7 +35,9 @@ class Watched(Protocol):
 
 
 class Metrics:
-    """A registry that collects all metrics at each scrape.
+    """A registry of all metrics.
+
+    All scrapes within :data:`.sampler.INTERVAL` get the same values.
 
     :raises UnsupportedError: If prometheus_client is not installed.
     """
@@ -52,6 +55,7 @@ class Metrics:
             ) from None
         self._client, self._core = prometheus_client, core
         self._daemon = daemon
+        self._sampler = Sampler(lambda: dict(daemon.running))
         self.registry = prometheus_client.CollectorRegistry()
         counter = prometheus_client.Counter
         options: dict[str, Any] = {"registry": self.registry, "namespace": "qemu_prefault"}
@@ -78,10 +82,13 @@ class Metrics:
         outcome: str = "",
     ) -> None:
         if outcome:
-            self._runs.labels(event.name, str(event.moment), outcome).inc()
-        self._bytes.labels(event.name).inc(done)
-        self._seconds.labels(event.name).inc(seconds)
-        self._paused.labels(event.name).inc(paused)
+            self._runs.labels(printable(event.name), str(event.moment), outcome).inc()
+        for counter, amount in (
+            (self._bytes, done),
+            (self._seconds, seconds),
+            (self._paused, paused),
+        ):
+            counter.labels(printable(event.name)).inc(amount)
 
     def describe(self) -> list[Any]:
         """Return an empty list, so that register() does not call collect()."""
@@ -90,8 +97,8 @@ class Metrics:
     def collect(self) -> Iterator[Any]:
         """Yield the metrics of all running domains, for one scrape."""
         gauge, counter = self._core.GaugeMetricFamily, self._core.CounterMetricFamily
-        up = gauge("qemu_prefault_libvirt_up", "Whether the daemon is connected to libvirt")
-        up.add_metric([], float(self._daemon.connected))
+        connected = gauge("qemu_prefault_libvirt_up", "Whether the daemon is connected to libvirt")
+        connected.add_metric([], float(self._daemon.connected))
         leaves = gauge(
             "qemu_prefault_stage2_bytes", "Bytes that stage 2 maps", labels=["domain", "page_size"]
         )
@@ -111,59 +118,40 @@ class Metrics:
             "qemu_prefault_plugin_again_bytes", "Bytes prefaulted again", labels=["domain"]
         )
         wrong = counter("qemu_prefault_plugin_errors", "Errors from the ioctl", labels=["domain"])
-        for uuid, name in list(self._daemon.running.items()):
-            try:
-                process = find_qemu(name, uuid)
-                stage2, taken = debugfs_leaves(process), debugfs_faults(process)
-                status = self._ask(process)
-            except QemuPrefaultError:
-                continue  # the domain has just ended
-            if stage2 is not None:
-                leaves.add_metric([name, "4k"], stage2.pages_4k << 12)
-                leaves.add_metric([name, "2m"], stage2.pages_2m << 21)
-                leaves.add_metric([name, "1g"], stage2.pages_1g << 30)
-            if taken is not None:
-                faults.add_metric([name], taken)
-            plugin.add_metric([name], status is not None)
-            if status is not None:
-                pending.add_metric([name], status["pending"])
-                done.add_metric([name], status["counters"]["prefaulted"])
-                again.add_metric([name], status["counters"]["again"])
-                wrong.add_metric([name], status["counters"]["errors"])
-        yield from (up, leaves, faults, plugin, pending, done, again, wrong)
-
-    @staticmethod
-    def _ask(process: Any) -> dict[str, Any] | None:
-        socket = find_control_socket(process)
-        if socket is None:
-            return None
-
-        async def ask() -> dict[str, Any]:
-            async with Control.open(socket, process.pid) as control:
-                return await control.status()
-
-        return asyncio.run(ask())
+        up = gauge(
+            "qemu_prefault_domain_up",
+            "Whether the daemon could read all metrics of the domain",
+            labels=["domain"],
+        )
+        for sample in self._sampler.samples():
+            labels = [printable(sample.name)]
+            up.add_metric(labels, float(not sample.problem))
+            if sample.leaves is not None:
+                leaves.add_metric([*labels, "4k"], sample.leaves.pages_4k << 12)
+                leaves.add_metric([*labels, "2m"], sample.leaves.pages_2m << 21)
+                leaves.add_metric([*labels, "1g"], sample.leaves.pages_1g << 30)
+            if sample.faults is not None:
+                faults.add_metric(labels, sample.faults)
+            if sample.has_plugin is not None:
+                plugin.add_metric(labels, float(sample.has_plugin))
+            if sample.plugin is not None:
+                pending.add_metric(labels, sample.plugin.pending)
+                done.add_metric(labels, sample.plugin.prefaulted)
+                again.add_metric(labels, sample.plugin.again)
+                wrong.add_metric(labels, sample.plugin.errors)
+        yield from (connected, up, leaves, faults, plugin, pending, done, again, wrong)
 
     def listen(self, address: str) -> None:
         """Serve the metrics over HTTP.
 
-        :param address: ``ADDRESS:PORT``. An empty ADDRESS means all interfaces.
+        :param address: ``ADDRESS:PORT``, as for :func:`.http.bind`.
         :raises InputError: If the address is malformed.
         :raises FailedError: If the process cannot listen on the address.
         """
-        host, colon, port = address.rpartition(":")
-        if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise InputError(f"{address!r} is not ADDRESS:PORT", "write e.g. 127.0.0.1:9469")
-        try:
-            # The option's documentation states this meaning of an empty address.
-            host = host or "0.0.0.0"  # nosec B104
-            self._client.start_http_server(int(port), host, self.registry)
-        except OSError as error:
-            raise FailedError(
-                f"cannot listen on {address}: {error.strerror}",
-                f"to find the program that uses the port, run: ss -ltnp sport = {port}",
-            ) from error
-        log.info("metrics at http://%s/metrics", address)
+        listener = http.bind(address)
+        http.serve(listener, self._client.make_wsgi_app(self.registry))
+        host, port = listener.getsockname()[:2]
+        log.info("metrics at http://%s:%d/metrics", f"[{host}]" if ":" in host else host, port)
 
     @contextmanager
     def kept_in(self, path: Path) -> Iterator[None]:
@@ -174,11 +162,12 @@ class Metrics:
         ended = threading.Event()
 
         def write() -> None:
+            said = ""
             while not ended.is_set():
-                try:
-                    self._client.write_to_textfile(str(path), self.registry)
-                except OSError as error:
-                    log.warning("%s cannot be written: %s", path, error.strerror)
+                problem = self._write(path)
+                if problem and problem != said:
+                    log.warning("%s cannot be written: %s", path, problem)
+                said = problem
                 ended.wait(TEXTFILE_SECONDS)
 
         thread = threading.Thread(target=write, daemon=True)
@@ -189,3 +178,25 @@ class Metrics:
             ended.set()
             thread.join()
             path.unlink(missing_ok=True)
+
+    def _write(self, path: Path) -> str:
+        """Replace the file, and return the reason if that fails."""
+        new = None
+        try:
+            text = self._client.generate_latest(self.registry)
+            # The name is random, and the file is created with O_EXCL. Other users may be allowed
+            # to create files in this directory.
+            with tempfile.NamedTemporaryFile(
+                dir=path.parent, prefix=f".{path.name}.", delete=False
+            ) as file:
+                new = Path(file.name)
+                file.write(text)
+                os.fchmod(file.fileno(), 0o644)
+            os.replace(new, path)
+        except Exception as error:
+            if new is not None:
+                with suppress(OSError):
+                    new.unlink()
+            reason = error.strerror if isinstance(error, OSError) else None
+            return reason or describe_error(error)
+        return ""
