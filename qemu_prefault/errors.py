@@ -199,6 +199,8 @@ class Code(enum.StrEnum):
     NO_QEMU = "no-qemu"
     #: The plugin does not exist at the path from which the domain would load it.
     NOT_INSTALLED = "not-installed"
+    #: Another user than root can change a program or a plugin that root or QEMU would run.
+    UNTRUSTED_PATH = "untrusted-path"
     #: The domain already loads the plugin with LD_PRELOAD.
     PRELOADED = "preloaded"
     #: The domain XML could not be parsed.

@@ -67,7 +67,12 @@ def enable(
     """
     with reporting(False, debug):
         from ..libvirt.domain_xml import enable as edit  # noqa: PLC0415
-        from ..libvirt.install import CONTROL_SOCKET, installed_plugin, is_current  # noqa: PLC0415
+        from ..libvirt.install import (  # noqa: PLC0415
+            CONTROL_SOCKET,
+            check_plugin,
+            installed_plugin,
+            is_current,
+        )
 
         path = Path(plugin) if plugin else installed_plugin()
         if not path.is_absolute() or "," in str(path):
@@ -89,6 +94,7 @@ def enable(
                 "qemu-prefault libvirt install",
                 code=Code.NOT_INSTALLED,
             )
+        check_plugin(path, uri)
         if not plugin and not is_current(path):
             say(
                 f"{path} is from another version of qemu-prefault. To update the file, run: "
@@ -181,12 +187,12 @@ def install(hook: bool, watch: bool, remove: bool, root: Path, debug: bool) -> N
         from ..libvirt.install import install as put  # noqa: PLC0415
         from ..libvirt.install import uninstall  # noqa: PLC0415
 
+        printer = Printer(False)
         if remove:
-            for path in uninstall(root):
-                click.echo(f"removed {path}")
+            printer.result({}, (f"removed {path}" for path in uninstall(root)))
             return
-        for item in put(root, hook=hook, unit=watch):
-            click.echo(f"{'wrote' if item.changed else 'kept'} {item.path}")
+        done = put(root, hook=hook, unit=watch)
+        printer.result({}, (f"{'wrote' if i.changed else 'kept'} {i.path}" for i in done))
         if hook:
             say(
                 "libvirt's daemon finds new hooks only when it starts, so run: "
@@ -342,7 +348,10 @@ def migrate(  # noqa: PLR0917
 @libvirt.command()
 @connect_option
 @click.option(
-    "--listen", metavar="ADDRESS:PORT", help="Serve Prometheus metrics over HTTP at this address."
+    "--listen",
+    metavar="ADDRESS:PORT",
+    help="Serve Prometheus metrics over HTTP at this address. :PORT means 127.0.0.1:PORT. Other "
+    "hosts can connect only if ADDRESS is specified, for example 0.0.0.0.",
 )
 @click.option(
     "--textfile",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ case "$2 $3" in
 "started begin" | "restore begin" | "migrate begin" | "release end") ;;
 *) exit 0 ;;
 esac
-xml=$(cat)
+xml=$(/usr/bin/head -c 16777217)
 case $xml in
 *qemu-prefault*) ;;
 *) [ -e {config} ] || exit 0 ;;
@@ -64,17 +65,49 @@ exit 0
 """
 
 
-#: The systemd unit of ``libvirt watch``.
+#: The systemd unit of ``libvirt watch``. Without ``--act``, the daemon traces no process. It needs
+#: CAP_SYS_PTRACE to read /proc/PID/fd of QEMU, CAP_DAC_READ_SEARCH for debugfs, and
+#: CAP_DAC_OVERRIDE to connect to the plugins' sockets, which belong to QEMU's user.
 UNIT_TEXT = """\
 [Unit]
 Description=Watch libvirt guests for qemu-prefault, and export Prometheus metrics
-Documentation=man:qemu-prefault(1)
+Documentation=man:qemu-prefault-libvirt(1)
 After=libvirtd.service virtqemud.service
 
 [Service]
 ExecStart={program} libvirt watch --listen 127.0.0.1:9469
 Restart=on-failure
 RestartSec=5
+UMask=0077
+
+MemoryMax=512M
+TasksMax=2048
+
+CapabilityBoundingSet=CAP_SYS_PTRACE CAP_DAC_READ_SEARCH CAP_DAC_OVERRIDE
+NoNewPrivileges=yes
+ProtectSystem=strict
+ProtectHome={home}
+PrivateTmp=yes
+PrivateDevices=yes
+DevicePolicy=closed
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+IPAddressDeny=any
+IPAddressAllow=localhost
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
 
 [Install]
 WantedBy=multi-user.target
@@ -121,20 +154,45 @@ def install(root: Path = Path("/"), *, hook: bool = False, unit: bool = False) -
     :param root: The root directory of the installation.
     :param hook: Whether to install the hook as well.
     :param unit: Whether to install the daemon's systemd unit as well.
+    :raises RefusedError: If another user than root can change the program that the hook or the unit
+        starts, or a directory of a file (code ``untrusted-path``). Nothing was written.
     :raises FailedError: If a file could not be written.
     """
     from ..agents.plugin import plugin_path  # noqa: PLC0415 - the hook does not need it
+    from .trusted_path import check_program, check_trusted  # noqa: PLC0415
 
-    program = " ".join(program_words())
+    program = program_words()
+    if hook or unit:
+        _check_characters(program, unit)
+        check_program(program)
+    if root.resolve() == Path("/"):  # otherwise the files are for another root directory
+        wanted = {installed_plugin(root): True, root / HOOK: hook, root / UNIT: unit}
+        for path in (path for path, asked in wanted.items() if asked):
+            check_trusted(path.absolute())
     done = [_write(installed_plugin(root), plugin_path().read_bytes(), 0o644)]
     if (root / APPARMOR_ABSTRACTION).exists():
         done.append(_write(root / APPARMOR_RULE, RULE_TEXT.encode(), 0o644))
     if hook:
-        text = HOOK_TEXT.format(program=program, config=CONFIG)
+        text = HOOK_TEXT.format(program=shlex.join(program), config=CONFIG)
         done.append(_write(root / HOOK, text.encode(), 0o755))
     if unit:
-        done.append(_write(root / UNIT, UNIT_TEXT.format(program=program).encode(), 0o644))
+        done.append(_write(root / UNIT, unit_text(program).encode(), 0o644))
     return done
+
+
+def check_plugin(path: Path, uri: str | None) -> None:
+    """Check that only root can change a plugin that a domain loads.
+
+    The QEMU of a user's own libvirt daemon (``qemu:///session``) may load a plugin of this user.
+
+    :param uri: The URI of the libvirt connection, or None for the default URI.
+    :raises RefusedError: If another user can change the plugin (code ``untrusted-path``).
+    """
+    from .connection import default_uri  # noqa: PLC0415
+    from .trusted_path import ROOT_ONLY, check_trusted  # noqa: PLC0415
+
+    session = default_uri(uri).partition("?")[0].endswith("/session")
+    check_trusted(path, ROOT_ONLY | {os.geteuid()} if session else ROOT_ONLY)
 
 
 def uninstall(root: Path = Path("/")) -> list[Path]:
@@ -160,20 +218,45 @@ def uninstall(root: Path = Path("/")) -> list[Path]:
 
 
 def program_words() -> list[str]:
-    """Return the command that starts qemu-prefault in a shell or a systemd unit.
-
-    :raises UnsupportedError: If the path of the command contains characters that need quoting.
-    """
+    """Return the command that starts qemu-prefault."""
     import shutil  # noqa: PLC0415
 
     found = shutil.which("qemu-prefault")
-    words = [found] if found else [sys.executable, "-P", "-m", "qemu_prefault"]
-    if any(mark in word for word in words for mark in " \t\"'\\$%"):
-        raise UnsupportedError(
-            f"the path of this installation contains white space, a quote, \\, $ or %: {words[0]}",
-            "install qemu-prefault in a path without these characters",
-        )
-    return words
+    return [os.path.abspath(found)] if found else [sys.executable, "-P", "-m", "qemu_prefault"]
+
+
+def unit_text(program: Sequence[str]) -> str:
+    """Return the systemd unit of ``libvirt watch``.
+
+    :param program: The command that starts qemu-prefault.
+    """
+    in_home = any(word.startswith(("/home/", "/root/", "/run/user/")) for word in program)
+    return UNIT_TEXT.format(
+        program=" ".join(map(_unit_quote, program)), home="read-only" if in_home else "yes"
+    )
+
+
+def _unit_quote(word: str) -> str:
+    """Quote a word for ExecStart= (systemd.service(5) and systemd.syntax(7)).
+
+    The word must have passed :func:`_check_characters`.
+    """
+    word = word.replace("%", "%%")
+    return f'"{word}"' if " " in word or ";" in word else word
+
+
+def _check_characters(words: Sequence[str], unit: bool) -> None:
+    # systemd replaces variables in the arguments of a transient unit (systemd-run(1)). It refuses
+    # quotes and backslashes in the path of a program (string_is_safe() in config_parse_exec(),
+    # src/core/load-fragment.c).
+    refused = "$" + ("\"'\\" if unit else "")
+    for word in words:
+        if not word.isprintable() or any(character in word for character in refused):
+            raise UnsupportedError(
+                "the path of this installation contains a control character or one of "
+                f"{' '.join(refused)}: {word!r}",
+                "install qemu-prefault in a path without these characters",
+            )
 
 
 def _write(path: Path, content: bytes, mode: int) -> Installed:
@@ -186,8 +269,11 @@ def _write(path: Path, content: bytes, mode: int) -> Installed:
     beside = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(content)
-        beside.chmod(mode)
+        beside.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(beside, flags, 0o600), "wb") as file:
+            file.write(content)
+            os.fchmod(file.fileno(), mode)
         os.replace(beside, path)
     except OSError as error:
         raise _cannot("written", path, error) from error
