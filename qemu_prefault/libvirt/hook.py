@@ -28,15 +28,20 @@ qemu_migration.c). The hook ignores other events, for example ``reconnect``.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
+import signal
+import stat
 import sys
 import syslog
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Final
 
-from ..errors import QemuPrefaultError
+from ..errors import InputError, QemuPrefaultError
+from ..text import install_hooks, log_text, printable, write
 from . import domain_xml
 from .domain_xml import Domain
 from .hook_config import HookConfig, LifecycleEvent, When, read
@@ -53,6 +58,13 @@ MARKS = Path("/run/qemu-prefault")
 SYSTEMD = Path("/run/systemd/system")
 #: Maximum size of the XML on stdin, in bytes.
 LONGEST_XML = 16 << 20
+#: Maximum duration of a call, in seconds. timeout(1) in the script of the hook kills a call that
+#: lasts longer (install.HOOK_TEXT).
+LONGEST_CALL: Final = 55
+#: Limits of the transient unit that prefaults a guest (systemd.resource-control(5)).
+UNIT_LIMITS: Final = ("MemoryMax=1G", "TasksMax=512")
+
+_UUID: Final = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 Log = Callable[[str], None]
 
@@ -68,17 +80,19 @@ def main(arguments: Sequence[str], stdin: int = 0) -> bytes:
     log = _logger(name)
     operation = " ".join(arguments[1:3])
     try:
+        _limit_time(operation, log)
         if operation in ("restore begin", "migrate begin"):
             return _coming(LifecycleEvent(arguments[1]), _read_all(stdin), log)
         if operation == "started begin":
             _started(name, _read_all(stdin), log)
         elif operation == "release end":
-            about = domain_xml.describe(_read_all(stdin))
-            _mark(about.uuid).unlink(missing_ok=True)
+            _take_mark(domain_xml.describe(_read_all(stdin)).uuid, log)
     except QemuPrefaultError as error:
         log(f"{operation}: {error.cause}; {error.remedy}")
     except Exception as error:  # libvirt stops the guest if the hook fails
         log(f"{operation}: report this bug: {type(error).__name__}: {error}")
+    finally:
+        signal.alarm(0)
     return b""
 
 
@@ -89,8 +103,10 @@ def _coming(moment: LifecycleEvent, xml: bytes, log: Log) -> bytes:
     """
     about = domain_xml.describe(xml)
     try:
-        MARKS.mkdir(mode=0o700, exist_ok=True)
-        _mark(about.uuid).write_text(moment.value)
+        with contextlib.suppress(FileExistsError):
+            MARKS.mkdir(mode=0o700)
+        with _marks() as directory, _open_mark(directory, about.uuid, os.O_WRONLY) as file:
+            file.write(moment.value)
     except OSError as error:
         log(f"the hook will handle the {moment} as a start, because writing a file failed: {error}")
     found = domain_xml.loaded(xml)
@@ -106,7 +122,7 @@ def _coming(moment: LifecycleEvent, xml: bytes, log: Log) -> bytes:
 def _started(name: str, xml: bytes, log: Log) -> None:
     started = time.monotonic()
     about = domain_xml.describe(xml)
-    moment = _take_mark(about.uuid)
+    moment = _take_mark(about.uuid, log)
     policy = read(about)
     when = policy.at(moment)
     if when is When.OFF or not about.kvm:
@@ -138,8 +154,10 @@ def _started(name: str, xml: bytes, log: Log) -> None:
 def _in_window(process: Process, about: Domain, policy: HookConfig) -> PrelaunchResult:
     import asyncio  # noqa: PLC0415
 
+    from ..logs import escape_unhandled_records  # noqa: PLC0415
     from .prelaunch import prefault_before_start  # noqa: PLC0415
 
+    escape_unhandled_records()  # asyncio logs errors
     return asyncio.run(prefault_before_start(process, about, policy.wait, policy.populate))
 
 
@@ -148,19 +166,24 @@ def _hand_over(about: Domain, pid: int, policy: HookConfig, when: When, log: Log
     import shutil  # noqa: PLC0415
     import subprocess  # noqa: PLC0415
 
+    if not _UUID.fullmatch(about.uuid):
+        raise InputError(
+            f"the domain's UUID is {about.uuid!r}", "correct the UUID: virsh edit DOMAIN"
+        )
     words = [*program_words(), "--domain", about.uuid, "--populate", policy.populate]
     if when is When.FOLLOW:
         words.append("--follow")
     if SYSTEMD.is_dir() and (systemd_run := shutil.which("systemd-run")):
         unit = f"qemu-prefault-{about.uuid}-{pid}"
         words = [systemd_run, "--no-block", "--collect", "--quiet", f"--unit={unit}",
-                 f"--description=qemu-prefault of {about.name}", "--", *words]  # fmt: skip
+                 f"--description=qemu-prefault of {printable(about.name)}",
+                 *(f"--property={limit}" for limit in UNIT_LIMITS), "--", *words]  # fmt: skip
         subprocess.run(words, stdin=subprocess.DEVNULL, check=True, timeout=10)
         log(f"the hook started {unit}.service to prefault the guest")
         return
     if logger := shutil.which("logger"):
-        script = f'"$@" 2>&1 | {logger} -t qemu-prefault'
-        words = ["sh", "-c", script, "qemu-prefault", *words]
+        script = '"$@" 2>&1 | "$0" -t qemu-prefault'
+        words = ["/bin/sh", "-c", script, logger, *words]
     # libvirt waits until the hook's pipes are closed, so the child must not inherit them.
     child = subprocess.Popen(
         words,
@@ -186,27 +209,81 @@ def _read_all(descriptor: int) -> bytes:
     return b"".join(parts)
 
 
-def _mark(uuid: str) -> Path:
-    return MARKS / "".join(c for c in uuid if c.isalnum() or c == "-")
+def _limit_time(operation: str, log: Log) -> None:
+    """End this process after :data:`LONGEST_CALL` seconds.
+
+    The process can be killed at any instant, so it ends without cleaning up.
+    """
+
+    def end(*_: object) -> None:
+        log(f"{operation}: the call took more than {LONGEST_CALL} s, so the hook ended it")
+        os._exit(0)
+
+    signal.signal(signal.SIGALRM, end)
+    signal.alarm(LONGEST_CALL)
 
 
-def _take_mark(uuid: str) -> LifecycleEvent:
+@contextlib.contextmanager
+def _marks() -> Iterator[int]:
+    """Open :data:`MARKS` for the block.
+
+    :raises OSError: If the directory does not exist, if another user owns it or may write to it, or
+        if it is a symbolic link.
+    """
+    directory = os.open(MARKS, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        moment = LifecycleEvent(_mark(uuid).read_text())
-    except (OSError, ValueError):
+        found = os.fstat(directory)
+        if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise OSError(
+                errno.EPERM,
+                "another user owns the directory or may write to it; remove it",
+                str(MARKS),
+            )
+        if found.st_mode & 0o077:
+            os.fchmod(directory, 0o700)
+        yield directory
+    finally:
+        os.close(directory)
+
+
+def _open_mark(directory: int, uuid: str, flags: int) -> IO[str]:
+    """Open a domain's file in :data:`MARKS`.
+
+    :raises OSError: If the file cannot be opened, or if the UUID is malformed.
+    """
+    if not _UUID.fullmatch(uuid):
+        raise OSError(errno.EINVAL, "the domain's UUID is malformed")
+    if flags & os.O_WRONLY:
+        flags |= os.O_CREAT | os.O_TRUNC
+    flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(uuid, flags, 0o600, dir_fd=directory)
+    return os.fdopen(descriptor, "w" if flags & os.O_WRONLY else "r", errors="replace")
+
+
+def _take_mark(uuid: str, log: Log) -> LifecycleEvent:
+    """Read and remove a domain's file, and return the event in the file."""
+    try:
+        with _marks() as directory:
+            with _open_mark(directory, uuid, os.O_RDONLY) as file:
+                text = file.read(64)
+            os.unlink(uuid, dir_fd=directory)
+        return LifecycleEvent(text)
+    except (FileNotFoundError, ValueError):
         return LifecycleEvent.START
-    _mark(uuid).unlink(missing_ok=True)
-    return moment
+    except OSError as error:
+        log(f"the hook handles a start, because a file could not be read: {error}")
+        return LifecycleEvent.START
 
 
 def _logger(name: str) -> Log:
     """Return a function that logs to syslog and to stderr."""
+    install_hooks()
     syslog.openlog("qemu-prefault", syslog.LOG_PID, syslog.LOG_DAEMON)
 
     def log(text: str) -> None:
-        line = "".join(c if c.isprintable() else "?" for c in f"{name}: {text}")
+        line = log_text(f"{name}: {text}")
         syslog.syslog(syslog.LOG_INFO, line)
         with contextlib.suppress(OSError):
-            print(f"qemu-prefault: {line}", file=sys.stderr)
+            write(line, sys.stderr, before="qemu-prefault: ")
 
     return log

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from qemu_prefault.errors import InputError, RefusedError, UnsupportedError
 from qemu_prefault.host.procfs import parse_maps
+from qemu_prefault.libvirt import hook as hook_module
 from qemu_prefault.libvirt.domain_xml import Domain, describe, enable
 from qemu_prefault.libvirt.hook_config import HookConfig, LifecycleEvent, When, read
 from qemu_prefault.libvirt.install import HOOK_TEXT
@@ -188,3 +190,114 @@ def test_guest_ram_mapping() -> None:
             ram_mapping(maps, none_or_several)
     with pytest.raises(RefusedError):
         ram_mapping((*maps, *maps), GIB)
+
+
+# --- the directory for marks ---
+
+UUID = "6f1d8f5a-8f0b-4f63-a3a5-0c8d0f5c8d11"
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to change owners")
+
+
+@pytest.fixture
+def marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "marks"
+    monkeypatch.setattr(hook_module, "MARKS", path)
+    return path
+
+
+def call(capfd: pytest.CaptureFixture[str], *operation: str, uuid: str = UUID) -> str:
+    """Call the hook in this process, and return what it logs."""
+    reader, writer = os.pipe()
+    os.write(writer, NOW.replace(UUID.encode(), uuid.encode()))
+    os.close(writer)
+    try:
+        assert hook_module.main(("a", *operation), reader) == b""
+    finally:
+        os.close(reader)
+    return capfd.readouterr().err
+
+
+def test_mark_is_private_and_removed(marks: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert call(capfd, "restore", "begin", "-") == ""
+    assert marks.stat().st_mode & 0o777 == 0o700
+    assert (marks / UUID).read_text() == "restore"
+    assert (marks / UUID).stat().st_mode & 0o777 == 0o600
+    assert "restore: " in call(capfd, "started", "begin", "-") or not (marks / UUID).exists()
+    assert list(marks.iterdir()) == []
+    call(capfd, "migrate", "begin", "-")
+    call(capfd, "release", "end", "-")
+    assert list(marks.iterdir()) == []
+
+
+def test_directory_of_an_older_version_becomes_private(
+    marks: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    marks.mkdir()
+    marks.chmod(0o755)
+    assert call(capfd, "restore", "begin", "-") == ""
+    assert marks.stat().st_mode & 0o777 == 0o700
+
+
+@needs_root
+@pytest.mark.parametrize("kind", ["owner", "writable", "sticky", "link", "file"])
+def test_directory_of_another_user_is_not_used(
+    marks: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / UUID).symlink_to(tmp_path / "precious")
+    (tmp_path / "precious").write_text("precious")
+    if kind == "link":
+        marks.symlink_to(theirs)
+    elif kind == "file":
+        marks.write_text("")
+    else:
+        theirs.rename(marks)
+        marks.chmod({"writable": 0o722, "sticky": 0o1777}.get(kind, 0o700))
+        os.chown(marks, 65534 if kind == "owner" else 0, 0)
+    assert "as a start, because" in call(capfd, "restore", "begin", "-")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_mark_is_no_symbolic_link(
+    marks: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    marks.mkdir(mode=0o700)
+    (marks / UUID).symlink_to(tmp_path / "precious")
+    (tmp_path / "precious").write_text("precious")
+    assert "symbolic links" in call(capfd, "restore", "begin", "-")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize("uuid", ["", "..", "../x", "-", "٣", "x" * 300])
+def test_malformed_uuid_names_no_file(
+    marks: Path, capfd: pytest.CaptureFixture[str], uuid: str
+) -> None:
+    assert "malformed" in call(capfd, "restore", "begin", "-", uuid=uuid)
+    assert list(marks.iterdir()) == []
+    assert "report this bug" not in call(capfd, "release", "end", "-", uuid=uuid)
+
+
+def test_hook_ends_if_a_call_takes_too_long(tmp_path: Path) -> None:
+    """Let stdin stay open, as if libvirt or a read of /proc never returned."""
+    program = (
+        "from qemu_prefault.libvirt import hook\nhook.LONGEST_CALL = 1\n"
+        "hook.main(('a', 'started', 'begin', '-'))"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stderr is not None
+    with child:
+        assert b"more than 1 s" in child.stderr.read()
+        assert child.wait() == 0
+
+
+def test_closed_stderr_does_not_reach_the_xml(tmp_path: Path) -> None:
+    """Check that a message does not replace the XML that libvirt reads from stdout."""
+    missing = enable(XML % b"", "/nowhere/qemu-prefault-plugin.so").xml
+    done = subprocess.run(
+        ["sh", "-c", '"$@" 2>&-', "sh", *HOOK, "a", "migrate", "begin", "-"],
+        input=missing, capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, XML % b"")
