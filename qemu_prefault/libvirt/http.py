@@ -74,7 +74,7 @@ def bind(address: str) -> socket.socket:
             f"to find the program that uses the port, run: ss -ltnp sport = {port}",
         ) from error
     bound = ipaddress.ip_address(listener.getsockname()[0])
-    if bound.is_unspecified and host not in ("0.0.0.0", "::"):
+    if bound.is_unspecified and host not in ("0.0.0.0", "::"):  # nosec B104
         listener.close()
         raise InputError(
             f"{address!r} means all addresses of this host",
