@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from ..errors import QemuPrefaultError
 from .bounded import DEFAULT_LIMIT, pread_bounded, read_bounded
 from .fds import kvm_fds
+from .inside_root import open_inside, reopened
 
 if TYPE_CHECKING:
     from .procfs import Process
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 #: From include/uapi/linux/kvm.h since Linux 6.11. KVM_CHECK_EXTENSION returns 1 if
 #: two-dimensional paging is in use.
 KVM_CAP_PRE_FAULT_MEMORY = 236
-#: The device number of /dev/kvm (KVM_MINOR, include/linux/miscdevice.h).
+#: The device number of ``/dev/kvm`` (MISC_MAJOR and KVM_MINOR, include/linux/miscdevice.h).
 KVM_DEVICE: Final = os.makedev(10, 232)
 
 #: Error of the prefault loop (native/common/prefault_loop.h): a range made no progress within the
@@ -78,15 +80,16 @@ def pre_fault_capability(process: Process | None = None) -> Capability:
     """
     from .._native import lib  # noqa: PLC0415
 
-    candidates = ["/dev/kvm"]
-    if process is not None:
-        candidates.append(f"{process.proc}/root/dev/kvm")
     problem = ""
-    for path in candidates:
+    for owner in (None, process)[: 1 if process is None else 2]:
         try:
-            fd = _open_kvm(path) if path != "/dev/kvm" else os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            fd = _open_kvm(owner)
         except OSError as error:
-            problem = f"/dev/kvm: {error.strerror}"
+            where = "" if owner is None else f"/proc/{owner.pid}/root"
+            problem = f"{where}/dev/kvm: {error.strerror}"
+            continue
+        except QemuPrefaultError as error:
+            problem = error.cause
             continue
         try:
             answer = lib.kvm_check_extension(fd, KVM_CAP_PRE_FAULT_MEMORY)
@@ -100,22 +103,30 @@ def pre_fault_capability(process: Process | None = None) -> Capability:
     )
 
 
-def _open_kvm(path: str) -> int:
-    """Open KVM's device at a path that QEMU controls.
+def _open_kvm(process: Process | None) -> int:
+    """Open this process's ``/dev/kvm``, or the one in QEMU's root directory.
 
-    QEMU can put a link to any file there, and opening a device can have an effect. Therefore this
-    function first opens the path with O_PATH, which has none, and checks the device number.
-
-    :raises OSError: If the file cannot be opened, or is not KVM's device.
+    QEMU controls its root directory. Another device at this path, for example a watchdog, is not
+    opened, because this could have an effect.
     """
-    found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    flags = os.O_RDWR | os.O_CLOEXEC
+    if process is None:
+        return os.open("/dev/kvm", flags)
+    with open_inside(process, "/dev/kvm") as found:
+        _check_kvm(found)
+        fd = os.open(reopened(found), flags)
     try:
-        status = os.fstat(found)
-        if not stat.S_ISCHR(status.st_mode) or status.st_rdev != KVM_DEVICE:
-            raise OSError(errno.ENODEV, "the file in QEMU's root directory is not KVM's device")
-        return os.open(f"/proc/self/fd/{found}", os.O_RDWR | os.O_CLOEXEC)
-    finally:
-        os.close(found)
+        _check_kvm(fd)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_kvm(fd: int) -> None:
+    status = os.fstat(fd)
+    if not stat.S_ISCHR(status.st_mode) or status.st_rdev != KVM_DEVICE:
+        raise OSError(errno.ENODEV, "the file is not the KVM device")
 
 
 def _why_not() -> Capability:

@@ -103,13 +103,16 @@ static const unsigned char helper_blob[...];
 int kvm_check_extension(int32_t kvm_fd, int32_t extension);
 int kvm_pre_fault(int32_t vcpu_fd, uint64_t gpa, uint64_t size);
 int take_fd(int32_t pidfd, int32_t number);
+int open_in_root(int32_t root, const char *path);
 int send_signal(int32_t pid, int32_t tid, int32_t number);
 """
 
 INCLUDES = "\n".join(f'#include "{header}"' for header in SHARED_HEADERS)
 SOURCE = f"""
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/kvm.h>
+#include <linux/openat2.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -142,6 +145,19 @@ static int kvm_pre_fault(int32_t vcpu_fd, uint64_t gpa, uint64_t size)
 static int take_fd(int32_t pidfd, int32_t number)
 {
 	long fd = syscall(SYS_pidfd_getfd, pidfd, number, 0);
+
+	return fd < 0 ? -errno : (int)fd;
+}
+
+/*
+ * Open a path with O_PATH and openat2(2), for which libc has no wrapper. Symbolic links and ".."
+ * cannot leave the directory root. Returns a descriptor or -errno.
+ */
+static int open_in_root(int32_t root, const char *path)
+{
+	struct open_how how = { .flags = O_PATH | O_CLOEXEC,
+				.resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS };
+	long fd = syscall(SYS_openat2, root, path, &how, sizeof(how));
 
 	return fd < 0 ? -errno : (int)fd;
 }
