@@ -2,9 +2,11 @@
 """The plugin agent, which uses ``qemu-prefault-plugin.so`` in QEMU.
 
 The plugin also keeps the guest prefaulted without this process (native/plugin/vcpu.c). This module
-finds the plugin's control socket, and implements the socket's protocol. It defines the
-:class:`Agent` that sends batches of ranges to the plugin. This agent does not need permission to
-trace QEMU.
+implements the requests of the plugin's control socket, and defines the :class:`Agent` that sends
+batches of ranges to the plugin. This agent does not need permission to trace QEMU.
+
+QEMU may be hostile. Each wait for the plugin has a time limit, and :mod:`.plugin_protocol` checks
+each reply. :mod:`.plugin_socket` finds the control socket and checks that QEMU listens on it.
 """
 
 from __future__ import annotations
@@ -12,32 +14,52 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import json
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from ..errors import AgentError, Code, FailedError, LayoutError, RefusedError, UnsupportedError
+from ..errors import AgentError, Code, FailedError, UnsupportedError
 from ..host.procfs import Process, thread_names
-from ..qemu.qapi import expect_array, expect_bool, expect_int, expect_object, expect_str
-from .base import MAX_ERRNO, BatchResult, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
+from .base import BatchResult, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
+from .plugin_protocol import (
+    BUSY,
+    MAX_BYTES,
+    parse_answer,
+    parse_done,
+    parse_event,
+    parse_progress,
+    parse_status,
+    too_long,
+)
+from .plugin_socket import connect, find_control_socket
+
+__all__ = [
+    "BUSY",
+    "PROTOCOL",
+    "Control",
+    "PluginAgent",
+    "batch_threads",
+    "find_control_socket",
+    "parse_answer",
+    "plugin_path",
+]
 
 #: The protocol version of the control socket.
 PROTOCOL: Final = 1
-#: Prefix of the name of the plugin's control thread. The listening descriptor's number follows.
-CONTROL_THREAD: Final = "prefault/"
 #: The name of the threads that process a batch.
 BATCH_THREAD: Final = "prefault-batch"
 #: Seconds to wait for a reply.
-ANSWER_SECONDS: Final = 10.0
-#: The error code of the reply if another client's batch is running (native/plugin/errors.h).
-BUSY: Final = "busy"
-#: Maximum length of a reply, in bytes. The reply to a batch contains the results of all ranges.
-LONGEST_LINE: Final = 64 << 20
-#: Maximum length of the path of a UNIX socket, in bytes, without the terminating zero (unix(7)).
-LONGEST_SOCKET_PATH: Final = 107
+ANSWER_SECONDS: Final = 5.0
+#: Seconds without progress after which a batch is aborted. The plugin itself ends a range that
+#: makes no progress for half a second (STUCK_NS, native/plugin/state.h).
+STALLED_SECONDS: Final = 5.0
+#: Number of bytes that a batch must complete within :data:`STALLED_SECONDS`.
+LEAST_PROGRESS: Final = 1 << 20
+#: Seconds to wait for the end of the batch's threads after the connection was closed.
+CLOSE_SECONDS: Final = 3.0
 
 
 def plugin_path() -> Path:
@@ -53,44 +75,6 @@ def plugin_path() -> Path:
             code=Code.NO_PLUGIN,
         )
     return path
-
-
-def find_control_socket(process: Process) -> Path | None:
-    """Return the path of the plugin's control socket, or None if QEMU has no plugin.
-
-    The name of the plugin's control thread contains the number of the listening socket's
-    descriptor. ``/proc/PID/net/unix`` contains the path of this socket. QEMU may run in its own
-    mount namespace. Therefore the result is a path below ``/proc/PID/root`` if the socket exists
-    there.
-    """
-    proc = Path("/proc") / str(process.pid)
-    for name in thread_names(process.pid).values():
-        if not name.startswith(CONTROL_THREAD):
-            continue
-        try:
-            link = os.readlink(proc / "fd" / name.removeprefix(CONTROL_THREAD))
-            table = (proc / "net" / "unix").read_text(errors="surrogateescape")
-        except OSError:
-            continue
-        bound = bound_path(table, link)
-        if bound:
-            inside = proc / "root" / bound.lstrip("/")
-            return inside if inside.exists() else Path(bound)
-    return None
-
-
-def bound_path(table: str, link: str) -> str | None:
-    """Return the path to which a UNIX socket is bound, or None if it is unbound.
-
-    :param table: The text of ``/proc/PID/net/unix``.
-    :param link: The target ``socket:[INODE]`` of the link in ``/proc/PID/fd``.
-    """
-    inode = link.removeprefix("socket:[").removesuffix("]")
-    for line in table.splitlines()[1:]:
-        fields = line.split(maxsplit=7)
-        if len(fields) == 8 and fields[6] == inode:
-            return fields[7]
-    return None
 
 
 def batch_threads(pid: int) -> bool:
@@ -112,31 +96,22 @@ class Control:
         self._pid = pid
 
     @classmethod
-    async def connect(cls, path: Path, pid: int) -> Control:
+    async def connect(cls, path: Path, process: Process | int) -> Control:
         """Connect to the plugin, and check the version of the plugin's protocol.
 
-        :param path: The path of the control socket.
-        :param pid: The pid of QEMU, for error messages.
+        :param path: The path of the control socket in QEMU's root directory.
+        :param process: QEMU, or its pid.
         :raises UnsupportedError: If this process has no permission to connect, or if the plugin has
             a different version.
-        :raises FailedError: If the connection fails, or if the plugin does not reply.
+        :raises FailedError: If the connection fails, if another process than QEMU listens on the
+            socket, or if the plugin does not reply.
+        :raises AgentError: If the reply is malformed.
         """
-        try:
-            reader, writer = await _open(path)
-        except PermissionError as error:
-            raise UnsupportedError(
-                f"cannot connect to the plugin's control socket {path}: {error.strerror}",
-                "run qemu-prefault as root, or as QEMU's user",
-                code=Code.CONTROL_SOCKET,
-            ) from error
-        except OSError as error:
-            raise FailedError(
-                f"cannot connect to the plugin's control socket {path}: {error.strerror}",
-                "check in QEMU's log whether QEMU has exited, or use --agent attach, which needs "
-                "no plugin",
-                code=Code.CONTROL_SOCKET,
-            ) from error
-        control = cls(reader, writer, pid)
+        if isinstance(process, int):
+            process = Process.find(process)
+        client = await _connect_within(path, process, ANSWER_SECONDS)
+        reader, writer = await asyncio.open_unix_connection(sock=client, limit=MAX_BYTES)
+        control = cls(reader, writer, process.pid)
         try:
             status = await control.ask("status")
         except BaseException:
@@ -145,7 +120,7 @@ class Control:
         if status.get("plugin") != PROTOCOL:  # status() expects this version's fields
             writer.close()
             raise UnsupportedError(
-                f"the plugin in QEMU (pid {pid}) is from another version of qemu-prefault",
+                f"the plugin in QEMU (pid {process.pid}) is from another version of qemu-prefault",
                 "use the qemu-prefault release that contains this plugin, or use --agent attach",
                 code=Code.PLUGIN_VERSION,
             )
@@ -153,9 +128,9 @@ class Control:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def open(cls, path: Path, pid: int) -> AsyncIterator[Control]:
+    async def open(cls, path: Path, process: Process | int) -> AsyncIterator[Control]:
         """Connect like :meth:`connect`, and disconnect at the end of the block."""
-        control = await cls.connect(path, pid)
+        control = await cls.connect(path, process)
         try:
             yield control
         finally:
@@ -185,76 +160,54 @@ class Control:
         :raises AgentError: If a field that this package uses is absent or has another type.
         :raises FailedError: As for :meth:`ask`.
         """
-        answer = await self.ask("status")
-        with self._well_formed():
-            for vcpu in expect_array(answer.get("vcpus"), "vcpus"):
-                expect_int(expect_object(vcpu, "an entry of vcpus").get("id"), "id of a vCPU")
-            for key in ("keeping", "pre_fault_memory"):
-                expect_bool(answer.get(key), key)
-            expect_str(answer.get("quirk"), "quirk")
-            if answer.get("held") is not None:
-                expect_str(answer["held"], "held")
-            answer.setdefault("held", None)
-            expect_int(answer.get("pending"), "pending")
-            counters = expect_object(answer.get("counters"), "counters")
-            for key in ("prefaulted", "again", "errors"):
-                expect_int(counters.get(key), f"counter {key}")
-        return answer
+        return parse_status(await self.ask("status"), self._pid)
 
     async def event(self) -> dict[str, Any]:
         """Return the next event after a ``follow`` request (docs/reference/events.md).
 
+        This method has no time limit, because the plugin sends an event only when something
+        happens.
+
         :raises AgentError: If the event is malformed.
         :raises FailedError: As for :meth:`receive`.
         """
-        event = await self.receive()
-        with self._well_formed():
-            expect_str(event.get("event"), "event")
-            for key in ("gpa", "size", "bytes", "populated", "pending", "remaining"):
-                if key in event:
-                    expect_int(event[key], f"{key} of an event")
-            for key in ("time", "seconds"):
-                if key in event:
-                    _expect_seconds(event[key], f"{key} of an event")
-        return event
+        return parse_event(await self.receive(), self._pid)
 
     async def done(
-        self, count: int, on_progress: Callable[[int], None]
+        self, count: int, total: int, on_progress: Callable[[int], None]
     ) -> tuple[list[tuple[int, int]], float]:
         """Wait for the end of a batch.
 
+        If the batch makes no progress for :data:`STALLED_SECONDS`, this method aborts the batch.
+
         :param count: The number of ranges in the batch.
+        :param total: The number of bytes in the batch.
         :returns: The completed bytes and the errno of each range, and the duration of the batch in
             seconds.
-        :raises AgentError: If the reply is malformed.
+        :raises AgentError: If the reply is malformed, or if the batch makes no progress.
         :raises FailedError: As for :meth:`receive`.
         """
-        while "done" not in (answer := await self.receive()):
-            if "progress" in answer:
-                with self._well_formed():
-                    progress = expect_int(answer["progress"], "progress")
-                on_progress(progress)
-        with self._well_formed():
-            ranges = []
-            for item in expect_array(answer["done"], "done"):
-                size, error = (*expect_array(item, "an entry of done"), None, None)[:2]
-                ranges.append(
-                    (expect_int(size, "bytes done"), expect_int(error, "an errno", 0, MAX_ERRNO))
-                )
-            if len(ranges) != count:
-                raise LayoutError(f"done has {len(ranges)} entries for {count} ranges")
-            return ranges, _expect_seconds(answer.get("seconds"), "seconds")
-
-    @contextlib.contextmanager
-    def _well_formed(self) -> Iterator[None]:
-        """Raise the error for a malformed reply if a check in the block fails."""
+        counted = 0
         try:
-            yield
-        except LayoutError as error:
+            async with asyncio.timeout(STALLED_SECONDS) as limit:
+                while "done" not in (answer := await self.receive()):
+                    await asyncio.sleep(0)  # receive() does not suspend if a reply is buffered
+                    progress = parse_progress(answer, self._pid)
+                    if progress is None:
+                        continue
+                    on_progress(min(progress, total))
+                    # A few bytes at a time are no progress, or the batch might never end.
+                    if progress - counted >= LEAST_PROGRESS and counted < total:
+                        counted = min(progress, total)
+                        limit.reschedule(asyncio.get_running_loop().time() + STALLED_SECONDS)
+        except TimeoutError:
+            self.send("abort")
             raise AgentError(
-                f"the plugin in QEMU (pid {self._pid}) sent a malformed reply: {error.cause}",
-                "report this error",
-            ) from error
+                f"the plugin in QEMU (pid {self._pid}) made no progress for {STALLED_SECONDS:g} s",
+                "check with ps -o stat -p PID whether SIGSTOP has stopped QEMU, and check whether "
+                "the host is short of memory. Then run qemu-prefault again",
+            ) from None
+        return parse_done(answer, count, self._pid)
 
     def send(self, text: str) -> None:
         """Send a request without waiting for a reply."""
@@ -269,30 +222,13 @@ class Control:
         """
         try:
             line = await self._reader.readline()
-        except (OSError, ValueError) as error:
+        except ValueError as error:  # the line exceeds the limit of the reader
+            raise too_long(self._pid) from error
+        except OSError as error:
             raise self._gone() from error
         if not line.endswith(b"\n"):
             raise self._gone()
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise AgentError(
-                f"the plugin in QEMU (pid {self._pid}) sent a reply that is not JSON",
-                "report this error",
-            ) from error
-        with self._well_formed():
-            answer = dict(expect_object(found, "the reply"))
-        if "error" in answer:
-            if answer.get("code") == BUSY:
-                raise RefusedError(
-                    f"another qemu-prefault is working in QEMU (pid {self._pid})",
-                    "wait until the other qemu-prefault has finished, then run qemu-prefault again",
-                    code=Code.BUSY_AGENT,
-                )
-            raise AgentError(
-                f"the plugin refused the request: {answer['error']}", "report this error"
-            )
-        return answer
+        return parse_answer(line, self._pid)
 
     def _gone(self) -> FailedError:
         return FailedError(
@@ -310,19 +246,23 @@ class Control:
         return int(self._writer.get_extra_info("socket").fileno())
 
     def close(self) -> None:
-        """Close the connection to the plugin."""
-        self._writer.close()
+        """Close the connection to the plugin, and discard unsent requests."""
+        self._writer.transport.abort()
 
 
-async def _open(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    if len(os.fsencode(path)) <= LONGEST_SOCKET_PATH:
-        return await asyncio.open_unix_connection(path, limit=LONGEST_LINE)
-    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+async def _connect_within(path: Path, process: Process, seconds: float) -> socket.socket:
     try:
-        short = Path(f"/proc/self/fd/{directory}") / path.name
-        return await asyncio.open_unix_connection(short, limit=LONGEST_LINE)
-    finally:
-        os.close(directory)
+        async with asyncio.timeout(seconds):
+            while (client := connect(path, process)) is None:
+                await asyncio.sleep(0.02)
+            return client
+    except TimeoutError:
+        raise FailedError(
+            f"the plugin in QEMU (pid {process.pid}) did not accept a connection within "
+            f"{seconds:g} s",
+            "check with ps -o stat -p PID whether SIGSTOP has stopped QEMU",
+            code=Code.CONTROL_SOCKET,
+        ) from None
 
 
 class PluginAgent:
@@ -357,7 +297,7 @@ class PluginAgent:
 
         :raises AgentError: If the plugin's status does not list a vCPU.
         """
-        self._control = await Control.connect(self._socket, self.process.pid)
+        self._control = await Control.connect(self._socket, self.process)
         status = await self._control.status()
         places = {vcpu["id"]: place for place, vcpu in enumerate(status["vcpus"])}
         for worker in self.workers:
@@ -405,7 +345,8 @@ class PluginAgent:
         self._working = True
         try:
             self._control.send("\n".join(request))
-            done, seconds = await self._control.done(len(items), on_progress)
+            total = sum(item.size for _, item in items)
+            done, seconds = await self._control.done(len(items), total, on_progress)
         finally:
             self._working = False
         return _sort(batch, items, done, seconds)
@@ -431,20 +372,24 @@ class PluginAgent:
         )
 
     async def close(self) -> None:
-        """See :meth:`.Agent.close`."""
+        """See :meth:`.Agent.close`.
+
+        :raises AgentError: If QEMU still has threads of a batch after :data:`CLOSE_SECONDS`.
+        """
         if self._control is None:
             return
         self._control.close()
         self._control = None
-        async with asyncio.timeout(self.limits.stuck + self.limits.dead_man):
-            while batch_threads(self.process.pid):
-                await asyncio.sleep(0.005)
-
-
-def _expect_seconds(value: object, what: str) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1 << 35:
-        return float(value)
-    raise LayoutError(f"{what} is not a time")
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                while batch_threads(self.process.pid):
+                    await asyncio.sleep(0.005)
+        except TimeoutError:
+            raise AgentError(
+                f"the plugin in QEMU (pid {self.process.pid}) did not end its batch within "
+                f"{CLOSE_SECONDS:g} s",
+                "check the guest, and report this error",
+            ) from None
 
 
 def _sort(

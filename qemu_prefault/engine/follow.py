@@ -67,7 +67,7 @@ def follow(vm: Vm, options: Options) -> AsyncIterator[Event]:
 
 async def follow_plugin(process: Process, socket: Path) -> AsyncIterator[Event]:
     """Yield the plugin's events (docs/reference/events.md) until QEMU exits."""
-    async with Control.open(socket, process.pid) as control:
+    async with Control.open(socket, process) as control:
         await control.ask("follow")
         while True:
             try:

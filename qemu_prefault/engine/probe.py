@@ -120,7 +120,7 @@ async def _plugin(process: Process) -> Finding:
             '-plugin "$(qemu-prefault plugin-path)"',
         )
     try:
-        async with Control.open(socket, process.pid) as control:
+        async with Control.open(socket, process) as control:
             status = await control.status()
     except QemuPrefaultError as error:
         return Finding("plugin", "no", error.cause, error.remedy)

@@ -16,7 +16,7 @@ import pytest
 from qemu_prefault.agents.base import Kind, Range
 from qemu_prefault.agents.control_page import Helper
 from qemu_prefault.agents.helper_calls import optional_calls, required_calls
-from qemu_prefault.agents.plugin import bound_path
+from qemu_prefault.agents.plugin_socket import bound_paths
 from qemu_prefault.agents.ptrace import _seconds_left
 from qemu_prefault.agents.seccomp import BadFilterError, denied, parse_filters
 from qemu_prefault.host import headroom, memory_source, placement, procfs, task_limits
@@ -172,7 +172,7 @@ TEXTS = (
            [NUMA_MAPS]),
     Target("node-list", text(node_lists), [b"0-2,5\n", b"0\n", b"0-3,8,128-255"]),
     Target("task-limits", two(limits), [LOADAVG + b"--\n" + LIMITS + b"SigQ:\t0/47889\n"]),
-    Target("net-unix", text(lambda t: bound_path(t, "socket:[23144]")), [UNIX]),
+    Target("net-unix", lambda data: bound_paths(data, 23144), [UNIX]),
     Target("kvm-links", text(links), [LINKS]),
     Target("kernel-log", text(lambda t: find_cause(t.split("\n"), 7, 1.0)), [KMSG]),
 )  # fmt: skip

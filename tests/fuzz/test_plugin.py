@@ -16,6 +16,13 @@ import pytest
 
 from qemu_prefault.agents.base import Kind, Range, VcpuThread
 from qemu_prefault.agents.plugin import Control, PluginAgent
+from qemu_prefault.agents.plugin_protocol import (
+    parse_answer,
+    parse_done,
+    parse_event,
+    parse_progress,
+    parse_status,
+)
 from qemu_prefault.cli.format import event_line, status_lines
 from qemu_prefault.errors import QemuPrefaultError
 from qemu_prefault.host.procfs import Process
@@ -69,7 +76,7 @@ class Plugin:
 
 async def client(socket: Path) -> None:
     """Connect, and use the replies as a run, ``--follow`` and ``libvirt status`` do."""
-    process = Process(os.getpid(), 0)
+    process = Process.find(os.getpid())
     agent = PluginAgent(process, socket, [VcpuThread(8, 9, 0)])
     try:
         with contextlib.suppress(QemuPrefaultError):
@@ -80,7 +87,7 @@ async def client(socket: Path) -> None:
     finally:
         await agent.close()
     with contextlib.suppress(QemuPrefaultError):
-        async with Control.open(socket, process.pid) as control:
+        async with Control.open(socket, process) as control:
             status = await control.status()
             list(status_lines(DomainStatus("vm", None, False, False, True, status, "")))
             control.send("follow")
@@ -96,6 +103,23 @@ def runner() -> Iterator[asyncio.Runner]:
 
 def mutate(rng: random.Random, pool: Sequence[bytes]) -> bytes:
     return rng.choice((mutate_bytes, mutate_json_lines, mutate_json_lines))(rng, pool)
+
+
+def test_answers(check: Check) -> None:
+    """Check the parsers of replies alone, which is faster than through a socket."""
+
+    def parse(data: bytes) -> None:
+        for line in data.splitlines(keepends=True):
+            with contextlib.suppress(QemuPrefaultError):
+                answer = parse_answer(line, 7)
+                for check_fields in (parse_status, parse_event, parse_progress):
+                    with contextlib.suppress(QemuPrefaultError):
+                        check_fields(answer, 7)
+                if "done" in answer:
+                    ranges, seconds = parse_done(answer, 2, 7)
+                    assert all(0 <= size < 1 << 64 for size, _ in ranges) and seconds >= 0
+
+    check(Target("plugin-answers", parse, SEEDS, mutate))
 
 
 def test_control_socket(runner: asyncio.Runner, check: Check) -> None:

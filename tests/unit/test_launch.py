@@ -11,32 +11,36 @@ from pathlib import Path
 
 import pytest
 
-from qemu_prefault.agents.plugin import bound_path, plugin_path
+from qemu_prefault.agents.plugin import plugin_path
+from qemu_prefault.agents.plugin_socket import bound_paths
 from qemu_prefault.cli.format import event_line
 from qemu_prefault.host.executable import is_static, script_interpreter
 
-TABLE = """\
+TABLE = b"""\
 Num       RefCount Protocol Flags    Type St Inode Path
 0000000000000000: 00000002 00000000 00010000 0001 01 21345 /run/vm.qmp
 0000000000000000: 00000003 00000000 00000000 0001 03 21346
-0000000000000000: 00000002 00000000 00010000 0001 01 991 /run/with a space.sock
+0000000000000000: 00000002 00000000 00010000 0001 01   991 /run/with a space.sock
 0000000000000000: 00000002 00000000 00010000 0001 01 9911 @abstract
+0000000000000000: 00000002 00000000 00010000 0001 01 77 /tmp/caf\xe9
+0 0 0 0 0 0 991 /tmp/not-a-line
+0000000000000000: 00000002 00000000 00010000 0001 01 991 /tmp/forged
 """
 
 
 @pytest.mark.parametrize(
-    "link, path",
+    "inode, paths",
     [
-        ("socket:[21345]", "/run/vm.qmp"),
-        ("socket:[991]", "/run/with a space.sock"),
-        ("socket:[21346]", None),
-        ("socket:[99]", None),
-        ("/dev/kvm", None),
-        ("", None),
+        (21345, [b"/run/vm.qmp"]),
+        (991, [b"/run/with a space.sock", b"/tmp/forged"]),
+        (77, [b"/tmp/caf\xe9"]),
+        (21346, []),
+        (9911, []),
+        (99, []),
     ],
 )
-def test_bound_path_of_a_socket(link: str, path: str | None) -> None:
-    assert bound_path(TABLE, link) == path
+def test_bound_paths_of_a_socket(inode: int, paths: list[bytes]) -> None:
+    assert bound_paths(TABLE, inode) == paths
 
 
 def test_event_is_one_line() -> None:

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Test the tool on a real QEMU whose plugin lies."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support import capable_kvm
+from support.qemu import StartQemu, kvm_usable, start_vm
+
+pytestmark = [
+    pytest.mark.skipif(not kvm_usable(), reason="/dev/kvm cannot be opened"),
+    pytest.mark.skipif(shutil.which("cc") is None, reason="cc is not installed"),
+]
+
+
+@pytest.mark.parametrize("thread", [False, True])
+def test_guest_runs_after_a_batch_that_never_ends(
+    start_qemu: StartQemu, tmp_path: Path, thread: bool
+) -> None:
+    """Check that the tool aborts the batch, and resumes the guest that it has paused."""
+    library = tmp_path / "lying.so"
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-pthread", Path(__file__).with_name("lying_plugin.c"),
+         "-o", library],
+        check=True,
+    )  # fmt: skip
+    prefix = ["env", f"LD_PRELOAD={library}", f"LYING_SOCKET={tmp_path}/control"]
+    prefix += ["LYING_THREAD=1"] if thread else []
+    vm = start_vm(start_qemu, tmp_path, "-m", "64M", accel="kvm", paused=False, prefix=prefix)
+    tool = subprocess.run(
+        [*capable_kvm.prefix(), sys.executable, "-m", "qemu_prefault", "--qmp", vm.qemu.qmp,
+         "--json", "--agent", "plugin"],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert tool.returncode == 1, (tool.stdout, tool.stderr)
+    error = json.loads(tool.stdout)["error"]
+    assert error["code"] == "agent"
+    assert "no progress" in error["cause"] or thread
+    assert vm.qmp.status() == "running"
