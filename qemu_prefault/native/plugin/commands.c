@@ -6,6 +6,7 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 
 #include "batch.h"
 #include "errors.h"
@@ -105,7 +106,7 @@ static enum request_error read_ranges(FILE *in, size_t count, struct worker_rang
 		unsigned int kind;
 		char end;
 
-		if (!fgets(line, sizeof(line), in)) {
+		if (!fgets(line, sizeof(line), in) || ferror(in)) {
 			problem = REQUEST_INCOMPLETE;
 			break;
 		}
@@ -132,6 +133,15 @@ static enum request_error read_ranges(FILE *in, size_t count, struct worker_rang
 	return problem;
 }
 
+/* Return whether the client has sent a whole line. Reading a part of a line would wait. */
+static bool has_line(int fd)
+{
+	char text[64];
+	ssize_t size = recv(fd, text, sizeof(text), MSG_PEEK | MSG_DONTWAIT);
+
+	return size == sizeof(text) || (size > 0 && memchr(text, '\n', (size_t)size));
+}
+
 /* Report progress until the batch is done. Abort it if the client sends "abort" or disconnects. */
 static double attend_batch(int fd, FILE *in, FILE *out)
 {
@@ -147,6 +157,10 @@ static double attend_batch(int fd, FILE *in, FILE *out)
 			pf_batch_abort();
 		if (poll(&poll_fd, 1, seconds < 0.1 ? 5 : 100) <= 0)
 			continue;
+		if (!(poll_fd.revents & (POLLRDHUP | POLLHUP | POLLERR)) && !has_line(fd)) {
+			poll(NULL, 0, 5);
+			continue;
+		}
 		if ((poll_fd.revents & (POLLRDHUP | POLLHUP | POLLERR)) ||
 		    !fgets(line, sizeof(line), in) || !strncmp(line, "abort", 5)) {
 			pf_batch_abort();
