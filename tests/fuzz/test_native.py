@@ -145,6 +145,32 @@ REQUESTS = (
 )
 
 
+#: The plugin's files that parse and process requests, and the files on which they depend.
+REQUEST_PARTS = (
+    *("batch", "commands", "event_log", "firmware", "guest_ranges", "host_ranges", "options"),
+    *("os", "queue", "quirk", "state", "status"),
+)
+
+
+def test_requests_with_sanitizers(tmp_path_factory: pytest.TempPathFactory, check: Check) -> None:
+    """Check the memory accesses of the code that processes requests."""
+    wrap = ",".join(f"--wrap=pf_batch_{name}" for name in ("start", "done", "end"))
+    running = Program(
+        link_with_plugin(
+            HERE / "native_requests.c",
+            tmp_path_factory.mktemp("fuzz") / "requests",
+            *SANITIZE,
+            f"-Wl,{wrap}",
+            parts=("common/*.c", *(f"plugin/{name}.c" for name in REQUEST_PARTS)),
+        )
+    )
+    seeds = [data.replace(b"%d", b"0") for data in REQUESTS]
+    try:
+        check(Target("c-requests", lambda data: running.feed(0, data[:LONGEST_REQUEST]), seeds))
+    finally:
+        running.stop()
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A request must not populate the address sanitizer's memory.
