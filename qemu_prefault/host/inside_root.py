@@ -33,7 +33,7 @@ def open_inside(process: Process, path: str | bytes) -> Iterator[int]:
     """
     from .._native import lib  # noqa: PLC0415
 
-    root = os.open(f"{PROC}/{process.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    root = os.open(f"{process.proc}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         process.check()  # the directory belongs to this process, even if the pid is reused later
         found = int(lib.open_in_root(root, os.fsencode(path)))

@@ -284,30 +284,12 @@ static bool bind_here(const char *path)
 		errno = ENAMETOOLONG;
 		return false;
 	}
-<<<<<<< HEAD
-	memcpy(address.sun_path, path, strlen(path) + 1);
-	probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	if (probe < 0)
-		return false;
-	if (connect(probe, (struct sockaddr *)&address, sizeof(address)) && errno == ECONNREFUSED)
-		unlink(path);
-	close(probe);
-	listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	if (listener < 0)
-		return false;
-	before = umask(0177);
-	bound = !bind(listener, (struct sockaddr *)&address, sizeof(address));
-	umask(before);
-	if (bound && !listen(listener, MAX_CLIENTS))
-		return true;
-=======
 	strcpy(address.sun_path, path);
 	if (open_directory()) {
 		remove_stale_socket();
 		if (listen_here())
 			return true;
 	}
->>>>>>> efe049b (plugin: own the control socket's file, and keep places for root)
 	int error = errno;
 
 	if (listener >= 0)
