@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import Code, FailedError, QemuPrefaultError, UnsupportedError
+from ..host.bounded import DEFAULT_LIMIT, read_bounded
 from ..host.inside_root import open_inside, reopened
 from ..host.procfs import PROC, Process, thread_names
 
@@ -27,6 +28,8 @@ from ..host.procfs import PROC, Process, thread_names
 CONTROL_THREAD: Final = "prefault/"
 #: Seconds for which :func:`find_control_socket` tries the paths in /proc/PID/net/unix.
 SEARCH_SECONDS: Final = 1.0
+#: Maximum size of /proc/PID/net/unix in bytes. A socket has a line of at most 165 bytes.
+MAX_TABLE: Final = 64 << 20
 #: Maximum number of descriptors to examine. The plugin has one control thread.
 _MOST_DESCRIPTORS: Final = 8
 #: Socket option that returns a pidfd for the peer, since Linux 6.5 (asm-generic/socket.h).
@@ -84,8 +87,7 @@ def _bound_path(process: Process, inode: int) -> bytes | None:
         except OSError:
             pass  # this kernel has no CONFIG_UNIX_DIAG
     try:
-        with open(f"{PROC}/{process.pid}/net/unix", "rb") as file:
-            paths = bound_paths(file.read(), inode)
+        paths = bound_paths(read_bounded(f"{process.proc}/net/unix", MAX_TABLE), inode)
     except OSError:
         return None
     if len(paths) <= 1:
@@ -95,7 +97,7 @@ def _bound_path(process: Process, inode: int) -> bytes | None:
 
 def _in_our_network(process: Process) -> bool:
     try:
-        return os.path.samefile(f"{PROC}/self/ns/net", f"{PROC}/{process.pid}/ns/net")
+        return os.path.samefile(f"{PROC}/self/ns/net", f"{process.proc}/ns/net")
     except OSError:
         return False
 
@@ -235,8 +237,7 @@ def _same_process(client: socket.socket, pid: int) -> bool:
     except OSError as error:
         return error.errno == errno.ENOPROTOOPT  # before Linux 6.5
     try:
-        with open(f"{PROC}/self/fdinfo/{pidfd}") as file:
-            return f"Pid:\t{pid}\n" in file.read()
+        return b"Pid:\t%d\n" % pid in read_bounded(f"{PROC}/self/fdinfo/{pidfd}", DEFAULT_LIMIT)
     finally:
         os.close(pidfd)
 

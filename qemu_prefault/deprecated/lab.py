@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from ..text import write
+from qemu_prefault.text import write
 
 if __name__ == "__main__":
     for line in (

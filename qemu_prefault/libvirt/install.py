@@ -35,9 +35,9 @@ CONFIG = Path("/etc/qemu-prefault/libvirt.toml")
 #: which memory must stay absent, and how much memory remains.
 RULE_TEXT = """\
 # The files that the plugin reads inside QEMU. Installed by `qemu-prefault libvirt install`.
-  owner @{PROC}/@{pid}/{pagemap,smaps,cgroup,mountinfo} r,
+  owner @{PROC}/@{pid}/{pagemap,smaps,cgroup,mountinfo,uid_map} r,
   owner @{PROC}/@{pid}/fd/ r,
-  @{PROC}/sys/vm/min_free_kbytes r,
+  @{PROC}/sys/{vm/min_free_kbytes,kernel/overflowuid} r,
   /sys/fs/cgroup/{,**} r,
   /sys/devices/system/node/{,**} r,
   /sys/kernel/mm/hugepages/{,**} r,

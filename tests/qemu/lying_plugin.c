@@ -25,6 +25,8 @@ static void answer_batch(FILE *in, FILE *out, unsigned int count)
 	unsigned int kind = 0;
 	char line[256];
 
+	if (!sizes)
+		return;
 	for (unsigned int i = 0; i < count && fgets(line, sizeof(line), in); i++)
 		sscanf(line, "%*u %u %*u %llu", &kind, &sizes[i]);
 	fprintf(out, "{\"ok\":true}\n");

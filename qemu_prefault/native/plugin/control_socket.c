@@ -242,7 +242,7 @@ static bool open_directory(void)
 	char parent[sizeof(address.sun_path)];
 	char *slash;
 
-	strcpy(parent, address.sun_path);
+	memcpy(parent, address.sun_path, sizeof(parent));
 	slash = strrchr(parent, '/');
 	if (!slash) {
 		errno = EINVAL;
@@ -284,7 +284,7 @@ static bool bind_here(const char *path)
 		errno = ENAMETOOLONG;
 		return false;
 	}
-	strcpy(address.sun_path, path);
+	memcpy(address.sun_path, path, strlen(path) + 1);
 	if (open_directory()) {
 		remove_stale_socket();
 		if (listen_here())
