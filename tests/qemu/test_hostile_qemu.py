@@ -33,6 +33,15 @@ pytestmark = [
 SECONDS, MEMORY = 10, 64 * MIB
 #: The statuses of docs/reference/exit-status.md.
 STATUSES = {0, 1, 2, 3, 4, 5}
+UUID = "6f1d8f5a-8f0b-4f63-a3a5-0c8d0f5c8d12"
+DOMAIN = f"""<domain type='kvm'>
+  <name>lies</name>
+  <uuid>{UUID}</uuid>
+  <metadata><p:hook xmlns:p='urn:qemu-prefault:1' restore='now'/></metadata>
+  <memory unit='MiB'>32</memory>
+  <os><type arch='x86_64' machine='pc'>hvm</type></os>
+</domain>
+"""
 #: One lie of each kind. make test-full tells all of them.
 SELECTED = {
     "honest",
@@ -61,13 +70,16 @@ class Run:
     memory: int
 
 
-def run_tool(*arguments: str) -> Run:
-    with tempfile.TemporaryFile() as output:
+def run_tool(*arguments: str, stdin: str = "", **environment: str) -> Run:
+    with tempfile.TemporaryFile() as text_in, tempfile.TemporaryFile() as output:
+        text_in.write(stdin.encode())
+        text_in.seek(0)
         process = subprocess.Popen(
             [sys.executable, "-m", "qemu_prefault", *arguments],
-            stdin=subprocess.DEVNULL,
+            stdin=text_in,
             stdout=output,
             stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
         )
         killer = threading.Timer(SECONDS, process.kill)
         killer.start()
@@ -121,7 +133,7 @@ def start(bystander: int) -> Iterator[Start]:
         def run(lie: str) -> Path:
             path = Path(directory, "qmp")
             process = subprocess.Popen(
-                [sys.executable, hostile_qemu.__file__, path, lie],
+                [sys.executable, hostile_qemu.__file__, path, lie, "-uuid", UUID],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -134,6 +146,9 @@ def start(bystander: int) -> Iterator[Start]:
             started.append(process)
             assert process.stdout is not None and process.stderr is not None
             assert process.stdout.readline().strip() == str(process.pid), process.stderr.read()
+            pid_file = Path(directory, "libvirt/qemu/run/lies.pid")
+            pid_file.parent.mkdir(parents=True)
+            pid_file.write_text(str(process.pid))
             return path
 
         yield run
@@ -155,11 +170,21 @@ def unprintable(text: str) -> set[str]:
 def test_lie_is_harmless(start: Start, bystander: int, honest_memory: int, lie: str) -> None:
     before = state_of(bystander)
     path = start(lie)
+    for operation in ("restore", "started"):
+        hook = run_tool(
+            *("libvirt", "hook", "lies", operation, "begin", "-"),
+            stdin=DOMAIN,
+            XDG_RUNTIME_DIR=str(path.parent),
+        )
+        assert hook.status == 0, hook
     run = run_tool("--qmp", str(path), "--populate-only")
-    assert state_of(bystander) == before
     assert run.status in STATUSES, run
-    assert "Traceback" not in run.output and "internal error" not in run.output, run.output
-    assert unprintable(run.output) == set(), run.output
-    assert run.memory < honest_memory + MEMORY, run.output
+    assert state_of(bystander) == before
+    for output in (hook.output, run.output):
+        assert "Traceback" not in output and "report" not in output, output
+        assert unprintable(output) == set(), output
+    for memory in (hook.memory, run.memory):
+        assert memory < honest_memory + MEMORY
     if lie == "honest":
         assert run.status == 0, run.output
+        assert "will be prefaulted" in hook.output or "MiB prefaulted" in hook.output, hook.output
