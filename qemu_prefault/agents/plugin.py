@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from ..errors import AgentError, Code, FailedError, UnsupportedError
 from ..host.procfs import Process, thread_names
-from .base import BatchResult, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
+from .base import BatchResult, Kind, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
 from .plugin_protocol import (
     BUSY,
     MAX_BYTES,
@@ -56,6 +56,9 @@ ANSWER_SECONDS: Final = 5.0
 #: Seconds without progress after which a batch is aborted. The plugin itself ends a range that
 #: makes no progress for half a second (STUCK_NS, native/plugin/state.h).
 STALLED_SECONDS: Final = 5.0
+#: The same for a batch that only populates. The guest runs meanwhile, and the kernel may have to
+#: reclaim memory.
+STALLED_POPULATE_SECONDS: Final = 60.0
 #: Number of bytes that a batch must complete within :data:`STALLED_SECONDS`.
 LEAST_PROGRESS: Final = 1 << 20
 #: Seconds to wait for the end of the batch's threads after the connection was closed.
@@ -174,22 +177,28 @@ class Control:
         return parse_event(await self.receive(), self._pid)
 
     async def done(
-        self, count: int, total: int, on_progress: Callable[[int], None]
+        self,
+        count: int,
+        total: int,
+        on_progress: Callable[[int], None],
+        stalled_seconds: float | None = None,
     ) -> tuple[list[tuple[int, int]], float]:
         """Wait for the end of a batch.
 
-        If the batch makes no progress for :data:`STALLED_SECONDS`, this method aborts the batch.
+        If the batch makes no progress for a limited time, this method aborts the batch.
 
         :param count: The number of ranges in the batch.
         :param total: The number of bytes in the batch.
+        :param stalled_seconds: The time limit in seconds, or None for :data:`STALLED_SECONDS`.
         :returns: The completed bytes and the errno of each range, and the duration of the batch in
             seconds.
         :raises AgentError: If the reply is malformed, or if the batch makes no progress.
         :raises FailedError: As for :meth:`receive`.
         """
         counted = 0
+        seconds = STALLED_SECONDS if stalled_seconds is None else stalled_seconds
         try:
-            async with asyncio.timeout(STALLED_SECONDS) as limit:
+            async with asyncio.timeout(seconds) as limit:
                 while "done" not in (answer := await self.receive()):
                     await asyncio.sleep(0)  # receive() does not suspend if a reply is buffered
                     progress = parse_progress(answer, self._pid)
@@ -199,11 +208,11 @@ class Control:
                     # A few bytes at a time are no progress, or the batch might never end.
                     if progress - counted >= LEAST_PROGRESS and counted < total:
                         counted = min(progress, total)
-                        limit.reschedule(asyncio.get_running_loop().time() + STALLED_SECONDS)
+                        limit.reschedule(asyncio.get_running_loop().time() + seconds)
         except TimeoutError:
             self.send("abort")
             raise AgentError(
-                f"the plugin in QEMU (pid {self._pid}) made no progress for {STALLED_SECONDS:g} s",
+                f"the plugin in QEMU (pid {self._pid}) made no progress for {seconds:g} s",
                 "check with ps -o stat -p PID whether SIGSTOP has stopped QEMU, and check whether "
                 "the host is short of memory. Then run qemu-prefault again",
             ) from None
@@ -346,7 +355,9 @@ class PluginAgent:
         try:
             self._control.send("\n".join(request))
             total = sum(item.size for _, item in items)
-            done, seconds = await self._control.done(len(items), total, on_progress)
+            populates = all(item.kind is Kind.POPULATE for _, item in items)
+            limit = STALLED_POPULATE_SECONDS if populates else None
+            done, seconds = await self._control.done(len(items), total, on_progress, limit)
         finally:
             self._working = False
         return _sort(batch, items, done, seconds)

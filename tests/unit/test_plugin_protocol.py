@@ -154,9 +154,7 @@ async def run_batch(path: Path, answer: Answer) -> tuple[BatchResult, list[str]]
     async with lying_plugin(path, answer) as requests:
         try:
             await agent.start()
-            return await agent.run(
-                {0: [Range(Kind.POPULATE, 0, 64 * MIB)]}, lambda _: None
-            ), requests
+            return await agent.run({0: [Range(Kind.STAGE2, 0, 64 * MIB)]}, lambda _: None), requests
         finally:
             await agent.close()
 
