@@ -19,6 +19,7 @@ from typing import Any, Final
 from ..agents.plugin import Control, find_control_socket
 from ..errors import AgentError, QemuPrefaultError
 from ..host.kvm import Stage2Leaves, debugfs_faults, debugfs_leaves
+from ..host.procfs import Process
 from .events import log
 from .find_qemu import find_qemu
 
@@ -224,13 +225,13 @@ def _read(sample: Sample, name: str, uuid: str) -> str:
     sample.has_plugin = socket is not None
     if socket is not None:
         try:
-            sample.plugin = asyncio.run(_ask(socket, process.pid))
+            sample.plugin = asyncio.run(_ask(socket, process))
         except TimeoutError:
             return f"the plugin did not reply within {DOMAIN_SECONDS:g} s"
     process.check()  # the pid has not been reused for another process
     return ""
 
 
-async def _ask(socket: Path, pid: int) -> PluginCounters:
-    async with asyncio.timeout(DOMAIN_SECONDS), Control.open(socket, pid) as control:
+async def _ask(socket: Path, process: Process) -> PluginCounters:
+    async with asyncio.timeout(DOMAIN_SECONDS), Control.open(socket, process) as control:
         return plugin_counters(await control.status())
