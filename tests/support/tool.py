@@ -22,7 +22,8 @@ def _import_product() -> Callable[[], None]:
     The imports are not at the top of the file, because avocado-vt's ``qemu`` package hides
     qemu.qmp.
     """
-    import qemu_prefault.api  # noqa: F401, PLC0415
+    import qemu_prefault.api  # noqa: PLC0415
+    import qemu_prefault.logs  # noqa: F401, PLC0415
     from qemu_prefault.cli.main import main  # noqa: PLC0415
 
     return main
