@@ -263,6 +263,7 @@ class Monitor:
         return None if self.peer is None else self.peer.pid
 
     async def _close(self) -> None:
+        self.peer = None  # closes the peer's descriptor
         self._watcher.cancel()
         await _hang_up(self._client, self._sock)
         self._end_streams()
