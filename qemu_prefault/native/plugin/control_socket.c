@@ -335,15 +335,19 @@ static bool make_private(const char *parent, char *path, size_t size)
 		errno = ENAMETOOLONG;
 		return false;
 	}
-	if (!mkdir(path, 0700) || (errno == EEXIST && is_private(path)))
+	int error = mkdir(path, 0700) ? errno : 0;
+
+	if (!error || (error == EEXIST && is_private(path)))
 		return true;
-	if (errno != EEXIST)
+	if (error != EEXIST) {
+		errno = error;
 		return false;
+	}
 	fprintf(stderr,
 		"qemu-prefault: %s is not a directory that only this user can access. The control "
 		"socket gets another directory\n",
 		path);
-	strcat(path, "-XXXXXX");
+	memcpy(path + length, "-XXXXXX", sizeof("-XXXXXX"));
 	return mkdtemp(path);
 }
 
@@ -361,7 +365,7 @@ static bool bind_default(void)
 		if (!parent || parent[0] != '/' || strlen(parent) >= sizeof(directory) ||
 		    !is_safe(parent, &is_shared))
 			continue;
-		strcpy(directory, parent);
+		memcpy(directory, parent, strlen(parent) + 1);
 		if (is_shared && !make_private(parent, directory, sizeof(directory)))
 			continue;
 		snprintf(path, sizeof(path), "%s/qemu-prefault-%d.sock", directory, getpid());
