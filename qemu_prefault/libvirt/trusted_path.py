@@ -95,7 +95,7 @@ def _refusal(path: Path, whole: Path, why: str) -> RefusedError:
 def check_program(words: Sequence[str]) -> None:
     """Check the program that a command starts, and the Python code that it runs.
 
-    :param words: The command. Words that are no absolute path are not checked.
+    :param words: The command. Only words that are absolute paths are checked.
     :raises RefusedError: If another user than root can change the program or the code.
     """
     seen: set[Path] = set()

@@ -434,7 +434,7 @@ class Iteration:
         assert "report this bug" not in log, log
         self.outcomes += [name for name in HOOK_MESSAGES if name in log]
         if started := re.search(r"the hook started process (\d+)", log):
-            # There is no libvirtd, so this process fails.
+            # This process fails, because libvirtd does not run.
             wait_for(lambda: not Path("/proc", started[1]).exists(), "the new process has exited")
 
     def disturb(self, tool: Tool) -> None:

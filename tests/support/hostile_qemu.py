@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-NOBODY = 65534
+OTHER_USER = 65534
 MIB = 1 << 20
 RAM = 32 * MIB
 KVM_CREATE_VM, KVM_CREATE_VCPU = 0xAE01, 0xAE41
@@ -231,7 +231,7 @@ def nested(depth: int) -> Answer:
 # --- the monitor lies ---
 
 
-@lie("monitor: greets for ever")
+@lie("monitor: endless greeting")
 def _(fake: Fake) -> None:
     def greet(client: socket.socket) -> None:
         client.sendall(b'{"QMP": "')
@@ -611,8 +611,8 @@ def main() -> None:
     fake = Fake(sys.argv[1])
     LIES[sys.argv[2]](fake)
     os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
+    os.setresgid(OTHER_USER, OTHER_USER, OTHER_USER)
+    os.setresuid(OTHER_USER, OTHER_USER, OTHER_USER)
     fake.before_listen()
     fake.listen()
     print(os.getpid(), flush=True)

@@ -27,13 +27,13 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="starts attackers as a
 MIB = 1 << 20
 #: The most memory by which a hostile process may make the tool grow.
 MOST_GROWTH = 64 * MIB
-NOBODY = 65534
+OTHER_USER = 65534
 #: Give up root, and become dumpable as after an exec.
-BECOME_NOBODY = f"""
+BECOME_OTHER_USER = f"""
 import ctypes, os, sys
 os.setgroups([])
-os.setresgid({NOBODY}, {NOBODY}, {NOBODY})
-os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
+os.setresgid({OTHER_USER}, {OTHER_USER}, {OTHER_USER})
+os.setresuid({OTHER_USER}, {OTHER_USER}, {OTHER_USER})
 ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
 """
 
@@ -46,7 +46,7 @@ def peak() -> int:
 @contextlib.contextmanager
 def attacker(code: str, *arguments: str) -> Iterator[Process]:
     """Yield a process of an unprivileged user that has run this Python code."""
-    code = f"{BECOME_NOBODY}{code}\nprint('ready', flush=True)\nsys.stdin.read()"
+    code = f"{BECOME_OTHER_USER}{code}\nprint('ready', flush=True)\nsys.stdin.read()"
     command = [sys.executable, "-c", code, *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -103,7 +103,7 @@ def test_foreign_text_is_not_used(tmp_path_factory: pytest.TempPathFactory, name
     directory = Path("/dev/shm") / f"prefault-test-{os.getpid()}"
     directory.mkdir()
     try:
-        os.chown(directory, NOBODY, NOBODY)
+        os.chown(directory, OTHER_USER, OTHER_USER)
         with attacker(LARGE_TEXT, str(directory / name), str(1500 * MIB)) as process:
             memory, maps, before = open_memory(process), process.maps(), peak()
             found = gadgets.find_gadgets(process, memory, maps)

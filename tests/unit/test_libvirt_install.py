@@ -20,7 +20,7 @@ from qemu_prefault.libvirt import install as install_module
 from qemu_prefault.libvirt.install import HOOK_TEXT, check_plugin, install, unit_text
 from qemu_prefault.libvirt.trusted_path import check_program, check_trusted
 
-NOBODY = 65534
+OTHER_USER = 65534
 TOOL = [sys.executable, "-m", "qemu_prefault", "libvirt"]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can own the paths")
 pytestmark = needs_root
@@ -62,7 +62,7 @@ def test_path_that_others_can_change_is_refused(trusted: Path, component: str, c
     path = make(trusted / "a" / "b")
     changed = trusted / component
     if change == "owner":
-        os.chown(changed, NOBODY, 0)
+        os.chown(changed, OTHER_USER, 0)
     else:
         changed.chmod({"group": 0o775, "others": 0o757, "sticky": 0o1777}[change])
     with pytest.raises(RefusedError) as raised:
@@ -74,7 +74,7 @@ def test_path_that_others_can_change_is_refused(trusted: Path, component: str, c
 @pytest.mark.parametrize("kind", ["absolute", "relative", "chain", "parent", "loop"])
 def test_symbolic_link_into_a_changeable_path_is_refused(trusted: Path, kind: str) -> None:
     theirs = make(trusted / "theirs")
-    os.chown(trusted / "theirs", NOBODY, NOBODY)
+    os.chown(trusted / "theirs", OTHER_USER, OTHER_USER)
     link = trusted / "link"
     if kind == "absolute":
         link.symlink_to(theirs)
@@ -94,7 +94,7 @@ def test_symbolic_link_into_a_changeable_path_is_refused(trusted: Path, kind: st
 def test_link_of_another_user_is_refused(trusted: Path) -> None:
     link = trusted / "link"
     link.symlink_to(make(trusted / "a"))
-    os.chown(link, NOBODY, NOBODY, follow_symlinks=False)
+    os.chown(link, OTHER_USER, OTHER_USER, follow_symlinks=False)
     with pytest.raises(RefusedError):
         check_trusted(link)
 
@@ -104,7 +104,7 @@ def test_interpreter_of_a_script_is_checked(trusted: Path) -> None:
     script = make(trusted, "qemu-prefault")
     script.write_text(f"#!{interpreter}\n")
     check_program([str(script)])
-    os.chown(trusted / "venv", NOBODY, 0)
+    os.chown(trusted / "venv", OTHER_USER, 0)
     with pytest.raises(RefusedError, match="venv"):
         check_program([str(script)])
 
@@ -112,7 +112,7 @@ def test_interpreter_of_a_script_is_checked(trusted: Path) -> None:
 def test_install_refuses_a_program_of_another_user(trusted: Path, tmp_path: Path) -> None:
     """Install with a program in a virtual environment of another user, through the real command."""
     program = make(trusted / "venv" / "bin", "qemu-prefault")
-    os.chown(trusted / "venv", NOBODY, NOBODY)
+    os.chown(trusted / "venv", OTHER_USER, OTHER_USER)
     environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}
     for option in ("--hook", "--watch"):
         done = subprocess.run(
@@ -120,31 +120,31 @@ def test_install_refuses_a_program_of_another_user(trusted: Path, tmp_path: Path
             env=environment, capture_output=True, text=True, check=False, timeout=120,
         )  # fmt: skip
         assert done.returncode == 5, done.stderr
-        assert f"{trusted}/venv belongs to user {NOBODY}" in done.stderr
+        assert f"{trusted}/venv belongs to user {OTHER_USER}" in done.stderr
         assert "chown root" in done.stderr
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_enable_refuses_a_plugin_of_another_user(trusted: Path) -> None:
     plugin = make(trusted / "theirs", "plugin.so")
-    os.chown(plugin, NOBODY, 0)
+    os.chown(plugin, OTHER_USER, 0)
     done = subprocess.run(
         [*TOOL, "enable", "x", "--plugin", plugin],
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 5, done.stderr
-    assert f"{plugin} belongs to user {NOBODY}" in done.stderr
+    assert f"{plugin} belongs to user {OTHER_USER}" in done.stderr
 
 
 def test_session_daemon_may_load_the_user_s_plugin(trusted: Path) -> None:
     plugin = make(trusted / "ours", "plugin.so")
-    os.chown(plugin.parent, NOBODY, NOBODY)
-    os.chown(plugin, NOBODY, NOBODY)
+    os.chown(plugin.parent, OTHER_USER, OTHER_USER)
+    os.chown(plugin, OTHER_USER, OTHER_USER)
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            os.setresuid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(OTHER_USER, OTHER_USER, OTHER_USER)
             check_plugin(plugin, "qemu:///session")
             try:
                 check_plugin(plugin, "qemu:///system")

@@ -30,7 +30,7 @@ from qemu_prefault.host.inside_root import open_inside, reopened
 from qemu_prefault.host.procfs import Process
 from support.native import link_with_plugin
 
-NOBODY = 65534
+OTHER_USER = 65534
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can start another user")
 
 #: Create sockets whose names forge lines of /proc/net/unix, and sockets with odd names. Report
@@ -138,7 +138,7 @@ def test_sockets_of_other_users_have_no_effect(program: Path, public: Path, netw
     path = public / f"{network}.sock"
     server = start(program, path, *(["unshare", "--net"] if network == "other" else []))
     directory = Path(tempfile.mkdtemp(prefix="n", dir="/tmp"))
-    os.chown(directory, NOBODY, NOBODY)
+    os.chown(directory, OTHER_USER, OTHER_USER)
     prefix = ["nsenter", "-t", str(server.pid), "--net"] if network == "other" else []
     attacker = subprocess.Popen(
         [*prefix, sys.executable, "-c", ATTACKER, directory, str(inode_of_listener(server.pid)),
@@ -352,7 +352,7 @@ def test_stale_socket_of_another_user_is_kept(program: Path, tmp_path: Path) -> 
     path = tmp_path / "control"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
-    os.chown(path, NOBODY, NOBODY)
+    os.chown(path, OTHER_USER, OTHER_USER)
     stop(start(program, path))
     assert path.is_socket()
 
@@ -374,7 +374,7 @@ def test_default_directory_is_private(program: Path, public: Path, taken: bool) 
     name = public / f"qemu-prefault-{user}"
     if taken:
         name.mkdir()
-        os.chown(name, NOBODY, NOBODY)
+        os.chown(name, OTHER_USER, OTHER_USER)
         name.chmod(0o777)
     environment = {"TMPDIR": str(public), "XDG_RUNTIME_DIR": ""}
     with tempfile.TemporaryFile("w+") as errors:
@@ -395,9 +395,9 @@ def test_default_directory_is_private(program: Path, public: Path, taken: bool) 
 
 
 @pytest.fixture
-def server_of_nobody(program: Path, public: Path) -> Iterator[Server]:
-    path = public / "nobody.sock"
-    server = start(program, path, user=NOBODY, group=NOBODY, extra_groups=[])
+def server_of_other_user(program: Path, public: Path) -> Iterator[Server]:
+    path = public / "other-user.sock"
+    server = start(program, path, user=OTHER_USER, group=OTHER_USER, extra_groups=[])
     yield Server(path, server.pid)
     stop(server)
 
@@ -427,16 +427,16 @@ while True:
 
 
 @needs_root
-def test_clients_of_another_user_leave_a_place_for_root(server_of_nobody: Server) -> None:
+def test_clients_of_another_user_leave_a_place_for_root(server_of_other_user: Server) -> None:
     """Check that root can connect while QEMU's user holds as many connections as possible."""
     with subprocess.Popen(
-        [sys.executable, "-c", CLIENTS, server_of_nobody.path, str(NOBODY)],
+        [sys.executable, "-c", CLIENTS, server_of_other_user.path, str(OTHER_USER)],
         stdout=subprocess.PIPE,
         text=True,
     ) as clients:
         try:
             assert clients.stdout and clients.stdout.readline() == "ready\n"
-            asyncio.run(status_of(server_of_nobody.path, server_of_nobody.pid))
+            asyncio.run(status_of(server_of_other_user.path, server_of_other_user.pid))
         finally:
             clients.kill()
 
@@ -481,7 +481,7 @@ def test_user_without_id_is_not_the_overflow_user(program: Path, public: Path) -
         if server.stdout.readline() != "0\n":
             pytest.skip("this kernel refuses user namespaces")
         for name in ("uid_map", "gid_map"):
-            Path(f"/proc/{server.pid}/{name}").write_text(f"{NOBODY} {user} 1")
+            Path(f"/proc/{server.pid}/{name}").write_text(f"{OTHER_USER} {user} 1")
         server.stdin.write("\n")
         server.stdin.flush()
         server.stdout.readline()

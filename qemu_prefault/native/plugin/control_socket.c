@@ -201,7 +201,7 @@ static bool find_our_socket(struct stat *status)
 	       S_ISSOCK(status->st_mode) && status->st_uid == geteuid();
 }
 
-/* Remove the socket at exit, unless somebody has replaced it. */
+/* Remove the socket at exit, unless another process has replaced it. */
 static void remove_socket(void)
 {
 	struct stat status;
@@ -268,7 +268,7 @@ static bool listen_here(void)
 	umask(before);
 	if (!done || listen(listener, BACKLOG))
 		return false;
-	if (!find_our_socket(&status)) { /* somebody has replaced the directory or the socket */
+	if (!find_our_socket(&status)) { /* the directory or the socket was replaced */
 		errno = ESTALE;
 		return false;
 	}
@@ -301,7 +301,7 @@ static bool bind_here(const char *path)
 	return false;
 }
 
-/* Return whether nobody except our user and root can rename or remove our files in a directory. */
+/* Return whether only our user and root can rename or remove our files in a directory. */
 static bool is_safe(const char *directory, bool *is_shared)
 {
 	struct stat status;
