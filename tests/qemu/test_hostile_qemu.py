@@ -181,7 +181,7 @@ def test_lie_is_harmless(start: Start, bystander: int, honest_memory: int, lie: 
     assert run.status in STATUSES, run
     assert state_of(bystander) == before
     for output in (hook.output, run.output):
-        assert "Traceback" not in output and "report" not in output, output
+        assert not any(text in output for text in ("Traceback", "internal error", "bug")), output
         assert unprintable(output) == set(), output
     for memory in (hook.memory, run.memory):
         assert memory < honest_memory + MEMORY
