@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 from .._native import lib
 from ..errors import AgentError, Code
 from ..host.procfs import Process
-from ..host.stall import STALL_SECONDS, ProgressLimit, Stall, why_stalled
+from ..host.stall import STALL_SECONDS, ProgressLimit, Stall, thread_state, why_stalled
 from .base import BatchResult, Kind, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
 from .control_page import Header, Helper, offset_of
 from .helper_calls import Allowed
@@ -61,6 +61,8 @@ FASTEST = 32 << 30
 #: or its system call cannot be interrupted. While helpers prefault, the guest may be paused. While
 #: they populate, the guest runs, and the kernel may have to reclaim memory.
 NO_PROGRESS_SECONDS = {Kind.STAGE2: 8.0, Kind.POPULATE: 60.0}
+#: The same if all helpers sleep. A helper sleeps only between two batches.
+IDLE_SECONDS = 5.0
 
 
 class PtraceAgent:
@@ -246,6 +248,7 @@ class PtraceAgent:
         kinds = {item.kind for ranges in batch.values() for item in ranges}
         seconds = min(NO_PROGRESS_SECONDS[kind] for kind in kinds or {Kind.STAGE2})
         limit = ProgressLimit(seconds, self.limits.stuck)
+        idle_limit = ProgressLimit(min(seconds, IDLE_SECONDS), 0)
         while len(finished) < len(batch):
             await self._wait(min(max(left, POLL_SHORTEST), POLL_LONGEST))
             self._check_held(batch)
@@ -270,9 +273,10 @@ class PtraceAgent:
             working = [self._helpers[index] for index in batch if index not in finished]
             if stall.starts((done, chunks)):
                 self._report_stall(working)
-            if working and limit.is_reached(done, failed, chunks):
+            late, idle = (each.is_reached(done, failed, chunks) for each in (limit, idle_limit))
+            if working and (late or (idle and self._all_sleep(working))):
                 self.abort()
-                raise self._no_progress(working, seconds)
+                raise self._no_progress(working, seconds if late else IDLE_SECONDS)
         worked = (max(ended) - min(started)) / 1e9 if ended else 0.0
         # The times come from the control pages.
         return BatchResult(finished, min(max(worked, 0.0), time.monotonic() - begun))
@@ -283,6 +287,11 @@ class PtraceAgent:
             f"{seconds:g} s: {self._why_stalled(helpers)}",
             "resolve the reason, and run qemu-prefault again",
         )
+
+    def _all_sleep(self, helpers: Sequence[Helper]) -> bool:
+        """Return whether all of these helpers sleep, or have exited."""
+        states = {thread_state(self.process, helper.thread_id) for helper in helpers}
+        return states <= {"S", ""}
 
     def _why_stalled(self, helpers: Sequence[Helper]) -> str:
         reasons = {why_stalled(self.process, helper.thread_id) for helper in helpers}

@@ -76,6 +76,12 @@ class ProgressLimit:
         )
 
 
+def thread_state(process: Process, tid: int) -> str:
+    """Return the state of a thread as in proc(5), or an empty string if it has exited."""
+    stat = read_optional(f"{process.proc}/task/{tid}/stat") or ""
+    return stat[stat.rfind(")") + 2 :][:1]
+
+
 def why_stalled(process: Process | int, tid: int, seconds: float = 0.05) -> str:
     """Return the reason why a helper thread makes no progress, according to /proc.
 
@@ -87,9 +93,8 @@ def why_stalled(process: Process | int, tid: int, seconds: float = 0.05) -> str:
     task = f"{process.proc}/task/{tid}"
     before = _cpu_time(task)
     time.sleep(seconds)
-    stat = read_optional(f"{task}/stat") or ""
-    state = stat[stat.rfind(")") + 2 :][:1]
-    if state in "Tt" and state:
+    state = thread_state(process, tid)
+    if state in ("T", "t"):
         return "QEMU is stopped (by SIGSTOP, a debugger or the cgroup freezer)"
     if state == "R" and _cpu_time(task) == before:
         try:

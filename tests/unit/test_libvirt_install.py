@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from qemu_prefault.errors import RefusedError, UnsupportedError
+from qemu_prefault.libvirt import connection  # noqa: F401  another user cannot read this file
 from qemu_prefault.libvirt import install as install_module
 from qemu_prefault.libvirt.install import HOOK_TEXT, check_plugin, install, unit_text
 from qemu_prefault.libvirt.trusted_path import check_program, check_trusted
