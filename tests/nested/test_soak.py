@@ -99,6 +99,8 @@ DOMAIN = """<domain type='kvm'>
   <os><type arch='x86_64' machine='{machine}'>hvm</type></os>
 </domain>
 """
+#: Seconds for a process that starts Python. Both guests may use all of the lab's only CPU.
+SLOW_START = 240.0
 HOOK = [sys.executable, "-m", "qemu_prefault", "libvirt", "hook"]
 #: Parts of the hook's messages.
 HOOK_MESSAGES = (
@@ -417,8 +419,7 @@ class Iteration:
             )
             killed = operation == "started" and self.draw.action == "kill hook"
             try:
-                # Python starts slowly while both guests use all of the lab's only CPU.
-                seconds = 3 * self.moments.random() ** 2 if killed else 240
+                seconds = 3 * self.moments.random() ** 2 if killed else SLOW_START
                 output, log = hook.communicate(xml, timeout=seconds)
             except subprocess.TimeoutExpired:
                 hook.kill()
@@ -435,7 +436,8 @@ class Iteration:
         self.outcomes += [name for name in HOOK_MESSAGES if name in log]
         if started := re.search(r"the hook started process (\d+)", log):
             # This process fails, because libvirtd does not run.
-            wait_for(lambda: not Path("/proc", started[1]).exists(), "the new process has exited")
+            process = Path("/proc", started[1])
+            wait_for(lambda: not process.exists(), "the new process has exited", SLOW_START)
 
     def disturb(self, tool: Tool) -> None:
         """Stop, resume or reset the guest while the tool runs."""
