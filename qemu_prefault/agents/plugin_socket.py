@@ -22,6 +22,7 @@ from typing import Final
 from ..errors import Code, FailedError, QemuPrefaultError, UnsupportedError
 from ..host.bounded import DEFAULT_LIMIT, read_bounded
 from ..host.inside_root import open_inside, reopened
+from ..host.peer import SO_PEERPIDFD
 from ..host.procfs import PROC, Process, thread_names
 
 #: Prefix of the name of the plugin's control thread. The listening descriptor's number follows.
@@ -32,8 +33,6 @@ SEARCH_SECONDS: Final = 1.0
 MAX_TABLE: Final = 64 << 20
 #: Maximum number of descriptors to examine. The plugin has one control thread.
 _MOST_DESCRIPTORS: Final = 8
-#: Socket option that returns a pidfd for the peer, since Linux 6.5 (asm-generic/socket.h).
-_SO_PEERPIDFD: Final = 77
 
 #: A request and a reply of the sock_diag(7) subsystem: nlmsghdr with unix_diag_req, and nlmsghdr
 #: with unix_diag_msg, which attributes follow.
@@ -233,7 +232,7 @@ def check_peer(client: socket.socket, process: Process, path: str) -> None:
 def _same_process(client: socket.socket, pid: int) -> bool:
     """Return False if the peer has exited, and its pid has been reused."""
     try:
-        pidfd = struct.unpack("=i", client.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4))[0]
+        pidfd = struct.unpack("=i", client.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, 4))[0]
     except OSError as error:
         return error.errno == errno.ENOPROTOOPT  # before Linux 6.5
     try:

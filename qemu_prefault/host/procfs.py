@@ -59,6 +59,16 @@ def changed(pid: int) -> GoneError:
     )
 
 
+def too_many(name: str, limit: str) -> FailedError:
+    """Return the error for a file in /proc that has more entries than an ordinary QEMU needs."""
+    return FailedError(
+        f"{name} has more than {limit}",
+        "check whether the process is a QEMU that works correctly, because an ordinary QEMU does "
+        "not reach this limit",
+        code=Code.PROC,
+    )
+
+
 def is_hidden(pid: int) -> bool:
     """Return whether /proc hides a process or thread that exists."""
     if os.path.isdir(f"{PROC}/{pid}"):
@@ -286,12 +296,7 @@ def parse_maps(text: str) -> tuple[MemoryMapping, ...]:
     :raises FailedError: If a line has another format.
     """
     if text.count("\n") > MAX_MAPPINGS:
-        raise FailedError(
-            f"/proc/PID/maps has more than {MAX_MAPPINGS} mappings",
-            "check whether the process is a QEMU that works correctly, because an ordinary QEMU "
-            "does not reach this limit",
-            code=Code.PROC,
-        )
+        raise too_many("/proc/PID/maps", f"{MAX_MAPPINGS} mappings")
     return tuple(_parse_mapping(line) for line in lines_of(text))
 
 
@@ -500,12 +505,7 @@ class Process:
         """
         text = self.read("cmdline")
         if text.count("\0") > MAX_ARGUMENTS:
-            raise FailedError(
-                f"{PROC}/{self.pid}/cmdline has more than {MAX_ARGUMENTS} arguments",
-                "check whether the process is a QEMU that works correctly, because an ordinary "
-                "QEMU does not reach this limit",
-                code=Code.PROC,
-            )
+            raise too_many(f"{PROC}/{self.pid}/cmdline", f"{MAX_ARGUMENTS} arguments")
         return tuple(text.split("\0")[:-1])
 
     def threads(self) -> tuple[int, ...]:
