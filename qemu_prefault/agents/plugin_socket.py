@@ -72,7 +72,7 @@ def find_control_socket(process: Process) -> Path | None:
 def _listening_descriptors(process: Process) -> list[str]:
     names = {
         name.removeprefix(CONTROL_THREAD)
-        for name in thread_names(process.pid).values()
+        for name in thread_names(process).values()
         if name.startswith(CONTROL_THREAD)
     }
     return sorted(name for name in names if name.isascii() and name.isdecimal())[:_MOST_DESCRIPTORS]

@@ -59,10 +59,10 @@ def changed(pid: int) -> GoneError:
     )
 
 
-def too_many(name: str, limit: str) -> FailedError:
-    """Return the error for a file in /proc that has more entries than an ordinary QEMU needs."""
+def beyond_limit(cause: str) -> FailedError:
+    """Return the error for a file in /proc that is larger than an ordinary QEMU needs."""
     return FailedError(
-        f"{name} has more than {limit}",
+        cause,
         "check whether the process is a QEMU that works correctly, because an ordinary QEMU does "
         "not reach this limit",
         code=Code.PROC,
@@ -136,12 +136,7 @@ def read_error(error: OSError, path: str, pid: int, shown: str | None = None) ->
     if isinstance(error, PermissionError):
         return denied(name)
     if error.errno == errno.EFBIG:
-        return FailedError(
-            f"cannot read {name}: {error.strerror}",
-            "check whether the process is a QEMU that works correctly, because an ordinary QEMU "
-            "does not reach this limit",
-            code=Code.PROC,
-        )
+        return beyond_limit(f"cannot read {name}: {error.strerror}")
     return FailedError(
         f"cannot read {name}: {error.strerror}",
         "check whether /proc is mounted",
@@ -296,7 +291,7 @@ def parse_maps(text: str) -> tuple[MemoryMapping, ...]:
     :raises FailedError: If a line has another format.
     """
     if text.count("\n") > MAX_MAPPINGS:
-        raise too_many("/proc/PID/maps", f"{MAX_MAPPINGS} mappings")
+        raise beyond_limit(f"/proc/PID/maps has more than {MAX_MAPPINGS} mappings")
     return tuple(_parse_mapping(line) for line in lines_of(text))
 
 
@@ -505,7 +500,8 @@ class Process:
         """
         text = self.read("cmdline")
         if text.count("\0") > MAX_ARGUMENTS:
-            raise too_many(f"{PROC}/{self.pid}/cmdline", f"{MAX_ARGUMENTS} arguments")
+            shown = f"{PROC}/{self.pid}/cmdline"
+            raise beyond_limit(f"{shown} has more than {MAX_ARGUMENTS} arguments")
         return tuple(text.split("\0")[:-1])
 
     def threads(self) -> tuple[int, ...]:
