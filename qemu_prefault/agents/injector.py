@@ -13,6 +13,7 @@ import contextlib
 import errno
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -45,6 +46,8 @@ from .qemu_process import exit_error, same_pid_namespace, stays_alive, target_of
 
 #: Maximum number of helpers per run.
 MAX_HELPERS = 8
+#: How long a run waits for an idle thread of QEMU, in seconds, before it uses vCPUs.
+IDLE_THREAD_WAIT = 0.1
 
 
 def choose_threads(
@@ -146,12 +149,20 @@ class Injector:
         ]
 
     def _choose_starter(self) -> None:
-        """Choose the thread that starts the helpers, and check its seccomp filters."""
-        for tid in idle_threads(self._process, self._threads):
-            with contextlib.suppress(GoneError):  # this thread has exited
-                self.allowed = self._check_filters([tid])
-                self._starter: int | None = tid
-                return
+        """Choose the thread that starts the helpers, and check its seccomp filters.
+
+        A thread that is running now is usually idle again after some milliseconds.
+        """
+        deadline = time.monotonic() + IDLE_THREAD_WAIT
+        while True:
+            for tid in idle_threads(self._process, self._threads):
+                with contextlib.suppress(GoneError):  # this thread has exited
+                    self.allowed = self._check_filters([tid])
+                    self._starter: int | None = tid
+                    return
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.002)
         self.allowed = self._check_filters([thread.thread_id for thread in self._threads])
         self._starter = None
 

@@ -22,14 +22,12 @@ from pathlib import Path
 import pytest
 
 from qemu_prefault import Options, connect, prefault_async
-from qemu_prefault.agents.base import VcpuThread
-from qemu_prefault.agents.injector import idle_threads
-from qemu_prefault.host.procfs import Process
 from qemu_prefault_lab.wait import wait_for
 from support.process import (
     anonymous_bytes,
     leftovers,
     open_files,
+    other_threads,
     resident_bytes,
     tracers,
     wait_clean,
@@ -292,26 +290,25 @@ def tracer_of() -> Iterator[Callable[[int], int]]:
         process.communicate()
 
 
-def idle_threads_of(vm: QemuVm) -> list[int]:
-    vcpu = VcpuThread(vm.qmp.execute("query-cpus-fast")[0]["thread-id"], -1, None)
-    return list(idle_threads(Process.find(vm.pid), [vcpu]))
+def vcpu_of(vm: QemuVm) -> int:
+    return int(vm.qmp.execute("query-cpus-fast")[0]["thread-id"])
 
 
-@pytest.mark.parametrize("traced", ["the vCPU", "the main thread", "the idle threads"])
+@pytest.mark.parametrize("traced", ["the vCPU", "the main thread", "other threads"])
 def test_other_tracer_is_named(
     vm_of: StartVm, tracer_of: Callable[[int], int], traced: str
 ) -> None:
     vm = vm_of("-m", "64M", paused=False)
     threads = [vm.pid]
     if traced == "the vCPU":
-        threads = [vm.qmp.execute("query-cpus-fast")[0]["thread-id"]]
-    elif traced == "the idle threads":
-        threads = idle_threads_of(vm)
+        threads = [vcpu_of(vm)]
+    elif traced == "other threads":
+        threads = other_threads(vm.pid, vcpu_of(vm))
     tracers = [tracer_of(tid) for tid in threads]
     result = vm.prefault("--populate-only")
     assert vm.qmp.status() == "running"
     assert leftovers(vm.pid) == []
-    if traced != "the idle threads":
+    if traced != "other threads":
         assert result.status == 0
         return
     assert result.status == 4
@@ -390,7 +387,7 @@ def test_runs_that_start_together_take_turns(start_qemu: StartQemu, tmp_path: Pa
 def test_short_trace_delays_the_run(vm_of: StartVm, tracer_of: Callable[[int], int]) -> None:
     """Check that a run waits for a brief tracer, such as another probe."""
     vm = vm_of("-m", "64M", paused=False)
-    tracers = [tracer_of(tid) for tid in idle_threads_of(vm)]
+    tracers = [tracer_of(tid) for tid in other_threads(vm.pid, vcpu_of(vm))]
     tool = start_tool(vm.qemu, "--populate-only")
     memory = f"/proc/{vm.pid}/mem"
     wait_for(lambda: memory in open_files(tool.pid), "the tool attaches to QEMU")

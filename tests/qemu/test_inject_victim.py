@@ -13,17 +13,20 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from qemu_prefault.agents.base import Limits, VcpuThread
+from qemu_prefault.agents.helper_calls import check_filters
 from qemu_prefault.agents.injector import Injector
 from qemu_prefault.agents.ptrace import PtraceAgent
 from qemu_prefault.agents.qemu_process import open_memory
-from qemu_prefault.errors import AgentError, FailedError
+from qemu_prefault.errors import AgentError, FailedError, UnsupportedError
 from qemu_prefault.host.procfs import FUTEX, Process
 from qemu_prefault_lab.wait import wait_for
+from support import under_filter
 from support.process import leftovers, tracers, wait_clean
 
 SOURCE = Path(__file__).with_name("victim.c")
@@ -97,6 +100,19 @@ def test_injection_is_invisible_to_threads(victim: Victim) -> None:
     assert all(int(count) > ROUNDS / 5 for count in verdict.split()[1:6]), verdict
 
 
+def test_reading_filters_does_not_make_a_killing_call(program: Path) -> None:
+    """Check that stopped threads do not make restart_syscall(2), for which a filter kills them."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, under_filter.__file__, "kill", "219", "--", str(program)]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
+        victim = Victim(process, [int(tid) for tid in process.stdout.readline().split()])
+        for tid in victim.threads * ROUNDS:
+            with pytest.raises(UnsupportedError, match="does not allow restart_syscall"):
+                check_filters(Process.find(victim.pid), [tid])
+        assert victim.verdict().startswith("unchanged ")
+
+
 def test_killed_injector_is_invisible_to_threads(victim: Victim) -> None:
     """Kill the injector at various instants, and check that no thread has changed.
 
@@ -134,11 +150,9 @@ threads.append(threading.Thread(target=compute, daemon=True))
 for thread in threads:
     thread.start()
 print(*[thread.native_id for thread in threads], flush=True)
-for event, thread in zip(waiting, threads):
+for event in waiting:
     sys.stdin.readline()
     event.set()
-    thread.join()
-    print("ended", flush=True)
 sys.stdin.readline()
 """
 
@@ -155,10 +169,10 @@ def test_idle_thread_starts_helper(exits: int) -> None:
         wait_for(lambda: all(process.waits_in(tid) == FUTEX for tid in idle), "the threads wait")
         memory = open_memory(process)
         injector = Injector(process, memory, [VcpuThread(vcpu, -1, None)], Limits())
-        for _ in range(exits):
+        for tid in idle[:exits]:
             target.stdin.write("\n")
             target.stdin.flush()
-            assert target.stdout.readline() == "ended\n"
+            wait_for(partial(gone, process, tid), "the thread exits")
         before = {tid: switches(process, tid) for tid in [*idle[exits:], vcpu]}
         helper = injector.start_helper(0)
         helper.write_word("release", 1)
@@ -168,6 +182,10 @@ def test_idle_thread_starts_helper(exits: int) -> None:
         assert stopped - {vcpu} == {starter} - {vcpu}
         os.close(memory)
         target.kill()
+
+
+def gone(process: Process, tid: int) -> bool:
+    return not process.has_thread(tid)
 
 
 def switches(process: Process, tid: int) -> str:

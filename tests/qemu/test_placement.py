@@ -15,11 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from qemu_prefault.agents.base import VcpuThread
-from qemu_prefault.agents.injector import idle_threads
 from qemu_prefault.agents.qemu_process import helper_threads
-from qemu_prefault.host.procfs import Process
-from support.process import leftovers
+from support.process import leftovers, other_threads
 from support.qemu import QemuVm, StartQemu, start_tool, start_vm
 from support.tool import Result
 
@@ -49,7 +46,7 @@ def busy_vm(start_qemu: StartQemu, tmp_path: Path, *arguments: str) -> tuple[Qem
 
 def starters(vm: QemuVm, vcpu: int) -> list[int]:
     """Return the threads that can start helpers."""
-    return [vcpu, *idle_threads(Process.find(vm.pid), [VcpuThread(vcpu, -1, None)])]
+    return [vcpu, *other_threads(vm.pid, vcpu)]
 
 
 def populate_and_sample(vm: QemuVm) -> tuple[Result, list[Seen]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qemu_prefault.agents.gadgets import AREAS_FROM, AREAS_TO
 from qemu_prefault.agents.qemu_process import helper_threads
+from qemu_prefault.host.procfs import Process
 from qemu_prefault_lab.wait import wait_for
 
 
@@ -19,6 +20,11 @@ def leftovers(pid: int) -> list[str]:
         if AREAS_FROM <= int(line.split("-")[0], 16) < AREAS_TO:
             found.append(line)
     return found
+
+
+def other_threads(pid: int, vcpu: int) -> list[int]:
+    """Return the threads of a QEMU that are neither its vCPU nor its main thread."""
+    return [tid for tid in Process.find(pid).threads() if tid not in (pid, vcpu)]
 
 
 def wait_clean(pid: int) -> float:

@@ -130,6 +130,19 @@ static inline void arch_fix_up_restart(struct user_regs_struct *regs)
 	regs->orig_rax = (unsigned long)-1;
 }
 
+/*
+ * If the kernel would continue the interrupted system call with restart_syscall(2), let it repeat
+ * the system call from its start. A relative timeout then starts again. Returns whether *regs has
+ * changed.
+ */
+static inline int arch_avoid_restart_syscall(struct user_regs_struct *regs)
+{
+	if ((long)regs->orig_rax < 0 || -(long)regs->rax != ERESTART_RESTARTBLOCK)
+		return 0;
+	regs->rax = (unsigned long)-ERESTARTNOINTR;
+	return 1;
+}
+
 /* Read the places of all features in the standard format of the XSAVE area. */
 static inline void arch_read_features(struct xsave_feature features[XSAVE_FEATURES])
 {

@@ -39,6 +39,6 @@ int64_t pf_read_filters(const struct pf_target *target, int32_t tid, void *buffe
 		memcpy(to + used, &length, sizeof(length));
 		used += sizeof(length) + length * sizeof(struct sock_filter);
 	}
-	ptrace(PTRACE_DETACH, tid, NULL, NULL);
+	pf_release(tid);
 	return failed ? -1 : (int64_t)used;
 }

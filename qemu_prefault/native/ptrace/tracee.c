@@ -152,6 +152,15 @@ int pf_check_identity(const struct pf_target *target, int32_t tid, struct inject
 	return target->mem_fd < 0 ? 0 : check_memory(target, tid, result);
 }
 
+void pf_release(int32_t tid)
+{
+	struct user_regs_struct regs;
+
+	if (!ptrace(PTRACE_GETREGS, tid, NULL, &regs) && arch_avoid_restart_syscall(&regs))
+		ptrace(PTRACE_SETREGS, tid, NULL, &regs);
+	ptrace(PTRACE_DETACH, tid, NULL, NULL);
+}
+
 static int stop(int32_t tid, struct inject_result *result)
 {
 	for (;;) {
@@ -163,7 +172,7 @@ static int stop(int32_t tid, struct inject_result *result)
 			return 0;
 		if (status >> 16 ==
 		    PTRACE_EVENT_STOP) { /* group stop: another process sent SIGSTOP */
-			ptrace(PTRACE_DETACH, tid, NULL, NULL);
+			pf_release(tid);
 			return pf_fail(result, INJECT_STOP, EBUSY);
 		}
 		/* The thread stopped for a signal. The PTRACE_INTERRUPT stop is still pending. */
@@ -187,7 +196,7 @@ int pf_seize(const struct pf_target *target, int32_t tid, struct inject_result *
 		return -1;
 	/* The id may have been reused before PTRACE_SEIZE. It cannot be reused any more. */
 	if (pf_check_identity(target, tid, result)) {
-		ptrace(PTRACE_DETACH, tid, NULL, NULL);
+		pf_release(tid);
 		return -1;
 	}
 	return 0;

@@ -27,6 +27,12 @@ int pf_wait_stop(int32_t tid);
 int pf_check_identity(const struct pf_target *target, int32_t tid, struct inject_result *result);
 
 /*
+ * Detach a stopped thread whose seccomp filters are not known. The thread does not make the system
+ * call restart_syscall(2), because a filter may kill the process for it.
+ */
+void pf_release(int32_t tid);
+
+/*
  * Seize and stop the thread, and check that it belongs to the target process. Signals that arrive
  * meanwhile are delivered to the thread. Returns 0. If the thread belongs to another process, or if
  * the function fails for another reason, it detaches the thread unchanged, and returns -1 with the
