@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test the tool with a process that plays QEMU and lies.
+"""Test the tool, the libvirt hook and the metrics with a process that plays QEMU and lies.
 
-A guest that has taken over its QEMU controls everything that the tool reads from QEMU. In all
-cases, the tool must end soon, use little memory, print no escape sequence and touch no other
-process.
+A guest that has taken over its QEMU controls everything that they read from QEMU. In all cases,
+they must end soon, use little memory, print no escape sequence and touch no other process.
 """
 
 from __future__ import annotations
@@ -42,6 +41,14 @@ DOMAIN = f"""<domain type='kvm'>
   <os><type arch='x86_64' machine='pc'>hvm</type></os>
 </domain>
 """
+#: A program that reads the metrics of the domain once, as the daemon does for each scrape.
+SCRAPE = f"""
+from types import SimpleNamespace
+from prometheus_client import generate_latest
+from qemu_prefault.libvirt.metrics import Metrics
+daemon = SimpleNamespace(connected=True, on_run=[], running={{"{UUID}": "lies"}})
+print(generate_latest(Metrics(daemon).registry).decode(), end="")
+"""
 #: One lie of each kind. make test-full tells all of them.
 SELECTED = {
     "honest",
@@ -63,7 +70,7 @@ LIES = [
 
 @dataclass(frozen=True)
 class Run:
-    """A run of the tool, with its largest resident memory in bytes."""
+    """A run of a program, with its largest resident memory in bytes."""
 
     status: int
     output: str
@@ -71,11 +78,15 @@ class Run:
 
 
 def run_tool(*arguments: str, stdin: str = "", **environment: str) -> Run:
+    return run_python("-m", "qemu_prefault", *arguments, stdin=stdin, **environment)
+
+
+def run_python(*arguments: str, stdin: str = "", **environment: str) -> Run:
     with tempfile.TemporaryFile() as text_in, tempfile.TemporaryFile() as output:
         text_in.write(stdin.encode())
         text_in.seek(0)
         process = subprocess.Popen(
-            [sys.executable, "-m", "qemu_prefault", *arguments],
+            [sys.executable, *arguments],
             stdin=text_in,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -170,21 +181,24 @@ def unprintable(text: str) -> set[str]:
 def test_lie_is_harmless(start: Start, bystander: int, honest_memory: int, lie: str) -> None:
     before = state_of(bystander)
     path = start(lie)
+    runtime = {"XDG_RUNTIME_DIR": str(path.parent)}
+    scrape = run_python("-c", SCRAPE, **runtime)
+    assert scrape.status == 0, scrape
+    assert 'qemu_prefault_domain_up{domain="lies"}' in scrape.output
     for operation in ("restore", "started"):
         hook = run_tool(
-            *("libvirt", "hook", "lies", operation, "begin", "-"),
-            stdin=DOMAIN,
-            XDG_RUNTIME_DIR=str(path.parent),
+            *("libvirt", "hook", "lies", operation, "begin", "-"), stdin=DOMAIN, **runtime
         )
         assert hook.status == 0, hook
     run = run_tool("--qmp", str(path), "--populate-only")
     assert run.status in STATUSES, run
     assert state_of(bystander) == before
-    for output in (hook.output, run.output):
+    for output in (scrape.output, hook.output, run.output):
         assert not any(text in output for text in ("Traceback", "internal error", "bug")), output
         assert unprintable(output) == set(), output
-    for memory in (hook.memory, run.memory):
+    for memory in (scrape.memory, hook.memory, run.memory):
         assert memory < honest_memory + MEMORY
     if lie == "honest":
+        assert 'qemu_prefault_plugin{domain="lies"} 0.0' in scrape.output
         assert run.status == 0, run.output
         assert "will be prefaulted" in hook.output or "MiB prefaulted" in hook.output, hook.output
