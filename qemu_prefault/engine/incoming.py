@@ -160,15 +160,17 @@ async def hold_incoming(
     :param cleanup: The functions that stop the agent's helpers if this process is killed.
     :raises FailedError: If QEMU exits because the migration failed or was cancelled.
     """
-    with contextlib.ExitStack() as stack:
+    async with contextlib.AsyncExitStack() as stack:
         events = stack.enter_context(monitor.events("MIGRATION", "RESUME"))
         waits = not {"-S", "--S"}.isdisjoint(process.arguments())
         arrival = IncomingMigration(monitor, not waits, events)
+        guard = ResumeGuard(monitor.fileno(), cleanup)
         in_order = switched = False
         try:
             switched = await arrival.tell_events()
             if arrival.starts_by_itself:
-                stack.enter_context(ResumeGuard(monitor.fileno(), cleanup))
+                stack.enter_context(guard)
+                await stack.enter_async_context(guard.hand_over_on_timeout(monitor))
                 await monitor.execute("stop")
             yield arrival
             in_order = True
@@ -182,6 +184,7 @@ async def hold_incoming(
             if monitor.alive:
                 with contextlib.suppress(QemuPrefaultError):
                     if arrival.starts_by_itself and not in_order:
+                        guard.cont_sent = True
                         await monitor.execute("cont")
                     if switched:
                         await _set_events(monitor, False)

@@ -9,13 +9,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 from ..agents.base import Agent, resumed_error
-from ..errors import Code, QemuPrefaultError, RefusedError
+from ..errors import Code, MonitorError, QemuPrefaultError, RefusedError
 from ..qemu.monitor import Monitor
 from ..qemu.queries import read_running, read_status
 from .interference import InterferenceMonitor
 from .preflight import MIGRATED_AWAY
 from .resume_guard import ResumeGuard
 from .tally import RunTally
+
+#: The time limit for each QMP command in a pause, in seconds. It does not apply to TCP connections
+#: and to libvirt, which can itself wait for 30 seconds.
+REPLY_SECONDS = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,7 @@ class Pauser:
         # Query the state again, because the operator may have paused the guest while the run
         # populated it.
         was_running = await read_running(monitor)
+        guard = ResumeGuard(monitor.fileno(), agent.orphan_cleanup())
         stopped_at = 0.0
 
         async def resume() -> None:
@@ -72,7 +77,7 @@ class Pauser:
             await agent.release_vcpus()
             # If another client has interfered, leave the guest in the state that the client chose.
             if was_running or (self.cont and interference.reason is None):
-                await self.resume(was_running)
+                await self.resume(was_running, guard)
             if stopped_at:
                 self._tally.count_pause(stopped_at)
                 stopped_at = 0.0
@@ -83,29 +88,37 @@ class Pauser:
             await self._hold_vcpus()
             yield pause
             return
-        with ResumeGuard(monitor.fileno(), agent.orphan_cleanup()):
-            stopped_at = time.monotonic()
-            try:
-                await monitor.execute("stop")
-                interference.prefaulting = True
-                await self._hold_vcpus()
-                yield pause
-            finally:
-                if stopped_at and monitor.alive:  # the block has not resumed the guest
-                    agent.abort()
-                    with contextlib.suppress(QemuPrefaultError):
-                        await agent.close()
-                    await resume()
+        seconds = REPLY_SECONDS if monitor.peer is not None else monitor.command_timeout
+        hung = False
+        with guard, monitor.patience(seconds):
+            async with guard.hand_over_on_timeout(monitor):
+                stopped_at = time.monotonic()
+                try:
+                    await monitor.execute("stop")
+                    interference.prefaulting = True
+                    await self._hold_vcpus()
+                    yield pause
+                except MonitorError as error:
+                    hung = error.code is Code.MONITOR_TIMEOUT
+                    raise
+                finally:
+                    if stopped_at and monitor.alive:  # the block has not resumed the guest
+                        agent.abort()
+                        with contextlib.suppress(QemuPrefaultError):
+                            await agent.close()
+                        if not hung:
+                            await resume()
 
     async def _hold_vcpus(self) -> None:
         if await self._agent.hold_vcpus() and await read_running(self._monitor):
             self._interference.interrupt(resumed_error())
 
-    async def resume(self, was_running: bool) -> None:
+    async def resume(self, was_running: bool, guard: ResumeGuard | None = None) -> None:
         """Resume the guest, unless it has migrated away and runs on the destination.
 
         :param was_running: Whether the guest ran before the pause. If False, the method does not
             resume the guest while a migration is running.
+        :param guard: The resume guard of the pause, if the run has paused the guest.
         """
         monitor = self._monitor
         status = await read_status(monitor)
@@ -120,4 +133,6 @@ class Pauser:
             )
         elif was_running or not await self._interference.migration_started():
             self._interference.expect_resume()
+            if guard is not None:
+                guard.cont_sent = True
             await monitor.execute("cont")

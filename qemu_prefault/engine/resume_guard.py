@@ -7,6 +7,12 @@ inherits this process's QMP connection, because QEMU accepts no other client whi
 is open. If the pipe is closed without data, this process has exited or was killed. The resume guard
 then stops the helpers and waits until they have exited. Unless the guest has migrated away, the
 resume guard sends ``cont`` on the QMP connection.
+
+If QEMU does not reply in time, this process gives up, and the resume guard waits for the reply.
+QEMU may execute ``stop`` later, for example when a slow disk has written its data. If this process
+has already sent ``cont``, the resume guard only keeps the connection open: when the connection is
+closed, QEMU drops the commands that it has not executed (monitor_qmp_cleanup_queues(),
+monitor/qmp.c).
 """
 
 from __future__ import annotations
@@ -14,13 +20,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
+import threading
 import time
+from collections.abc import AsyncIterator
 
 from ..agents.base import OrphanCleanup
-from ..errors import Code, FailedError
+from ..errors import Code, FailedError, MonitorError
+from ..qemu.monitor import Monitor
 from .preflight import MIGRATED_AWAY
 
 #: This byte resets QEMU's JSON parser after an incomplete command (qobject/json-lexer.c).
@@ -28,10 +36,15 @@ RESET_PARSER = b"\xff"
 REPLY_ID = "qemu-prefault-guard"
 #: Upper bound on the size of the replies to query-status and cont, in bytes.
 LONGEST_ANSWER = 4096
+#: Seconds that the resume guard waits for QEMU's replies.
+GUARD_SECONDS = 3600.0
 
 
 class ResumeGuard:
-    """A context manager that runs the resume guard while the guest is paused."""
+    """A context manager that runs the resume guard while the guest is paused.
+
+    :ivar cont_sent: Whether this process has sent ``cont``.
+    """
 
     def __init__(self, qmp_fd: int, cleanup: OrphanCleanup) -> None:
         """Store the arguments.
@@ -44,6 +57,8 @@ class ResumeGuard:
         self._cleanup = cleanup
         self._pipe = -1
         self._child = 0
+        self._handed_over = False
+        self.cont_sent = False
 
     def __enter__(self) -> ResumeGuard:
         """Start the resume guard, and wait until it is ready.
@@ -77,12 +92,40 @@ class ResumeGuard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the resume guard without resuming the guest."""
+        """End the resume guard without resuming the guest, unless the guard has to resume it."""
+        if self._handed_over:
+            with contextlib.suppress(OSError):
+                os.write(self._pipe, b"wait" if self.cont_sent else b"")
+            os.close(self._pipe)
+            threading.Thread(target=os.waitpid, args=(self._child, 0), daemon=True).start()
+            return
         with contextlib.suppress(OSError):
             os.write(self._pipe, b"done")
         os.close(self._pipe)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self._child, 0)
+
+    @contextlib.asynccontextmanager
+    async def hand_over_on_timeout(self, monitor: Monitor) -> AsyncIterator[None]:
+        """Let the resume guard wait for QEMU if QEMU does not reply in time within the block.
+
+        In this case, this process closes its QMP connection, because only one process can read the
+        replies.
+
+        :raises MonitorError: If QEMU did not reply in time.
+        """
+        try:
+            yield
+        except MonitorError as error:
+            if error.code is not Code.MONITOR_TIMEOUT:
+                raise
+            self._handed_over = True
+            await monitor.close()
+            raise MonitorError(
+                error.cause,
+                f"{error.remedy}\nProcess {self._child} waits for QEMU, so that the guest resumes",
+                code=Code.MONITOR_TIMEOUT,
+            ) from error
 
     def _watch(self, read_end: int, is_ready: int) -> None:
         """Wait in the child process, and resume the guest if the parent is killed."""
@@ -91,7 +134,11 @@ class ResumeGuard:
             signal.signal(number, signal.SIG_IGN)
         os.write(is_ready, b"s")
         os.close(is_ready)
-        if os.read(read_end, 8):
+        order = os.read(read_end, 8)
+        if order == b"done":
+            return
+        if order == b"wait":
+            self._resume(only_wait=True)
             return
         with contextlib.suppress(OSError):
             self._cleanup.stop_helpers()
@@ -100,24 +147,30 @@ class ResumeGuard:
             time.sleep(0.005)
         self._resume()
 
-    def _resume(self) -> None:
+    def _resume(self, only_wait: bool = False) -> None:
         connection = socket.socket(fileno=self._qmp_fd)
-        connection.settimeout(30)
+        deadline = time.monotonic() + GUARD_SECONDS
         with contextlib.suppress(OSError):
-            status = _ask(connection, RESET_PARSER, "query-status")
+            status = _ask(connection, RESET_PARSER, "query-status", deadline)
+            if only_wait:
+                return
             # A guest that has migrated away runs on the destination.
             if not any(f'"{away}"'.encode() in status for away in MIGRATED_AWAY):
-                _ask(connection, b"", "cont")
+                _ask(connection, b"", "cont", deadline)
 
 
-def _ask(connection: socket.socket, before: bytes, command: str) -> bytes:
-    """Send a command, wait for its reply, and return the last received bytes."""
+def _ask(connection: socket.socket, before: bytes, command: str, deadline: float) -> bytes:
+    """Send a command, wait for its reply, and return the last received bytes.
+
+    :param deadline: The time of the monotonic clock in seconds at which the wait ends.
+    """
     identity = f"{REPLY_ID}-{command}"
     message = json.dumps({"execute": command, "id": identity}).encode()
+    connection.settimeout(max(deadline - time.monotonic(), 0.1))
     connection.sendall(before + message + b"\n")
     received = b""
     while identity.encode() not in received:
-        select.select([connection], [], [], 30)
+        connection.settimeout(max(deadline - time.monotonic(), 0.1))
         data = connection.recv(65536)
         if not data:
             raise ConnectionResetError

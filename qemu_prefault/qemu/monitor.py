@@ -226,7 +226,7 @@ class Monitor:
         try:
             yield monitor
         finally:
-            await monitor._close()
+            await monitor.close()
 
     @classmethod
     async def _open(
@@ -262,7 +262,8 @@ class Monitor:
         """
         return None if self.peer is None else self.peer.pid
 
-    async def _close(self) -> None:
+    async def close(self) -> None:
+        """Disconnect from QEMU. If this was already done, the method does nothing."""
         self.peer = None  # closes the peer's descriptor
         self._watcher.cancel()
         await _hang_up(self._client, self._sock)

@@ -20,6 +20,7 @@ import pytest
 
 from qemu_prefault.agents.base import OrphanCleanup
 from qemu_prefault.engine.resume_guard import ResumeGuard
+from qemu_prefault.errors import MonitorError
 from qemu_prefault.qemu.monitor import Monitor
 from qemu_prefault_lab.wait import wait_for
 from support.qemu import QemuVm, StartQemu, start_vm
@@ -238,3 +239,32 @@ def test_exception_does_not_trigger_guard(vm: QemuVm) -> None:
     with pytest.raises(LookupError):
         asyncio.run(fail())
     assert vm.qmp.status() == "paused"
+
+
+@pytest.mark.parametrize("accel", ["tcg"])
+@pytest.mark.parametrize("late", ["stop", "cont"])
+def test_guest_is_resumed_if_reply_is_late(vm: QemuVm, late: str) -> None:
+    """Check that the guest does not stay paused if QEMU executes a command after the time limit."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+
+    async def pause() -> None:
+        async with Monitor.connect(vm.qemu.qmp) as monitor:
+            guard = ResumeGuard(monitor.fileno(), NOTHING_LEFT)
+            with guard:
+                async with guard.hand_over_on_timeout(monitor):
+                    if late == "cont":
+                        await monitor.execute("stop")
+                        guard.cont_sent = True
+                    vm.qemu.pause()
+                    await monitor.execute(late, timeout=0.3)
+
+    before = children.read_text().split()
+    with pytest.raises(MonitorError, match=f"did not reply to {late}") as caught:
+        asyncio.run(pause())
+    (guard,) = set(children.read_text().split()) - set(before)
+    assert f"Process {guard} " in caught.value.remedy
+    vm.qemu.resume()
+    vm.qmp.wait_event("RESUME")
+    wait_for(lambda: children.read_text().split() == before, "the resume guard exits")
+    assert vm.qmp.status() == "running"
+    assert "RESUME" not in [event["event"] for event in vm.qmp.events], "resumed twice"

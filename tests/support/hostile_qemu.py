@@ -5,7 +5,8 @@
 
 The program creates a VM with one vCPU, answers QMP commands like QEMU 10, and gives up root's
 rights. LIE is a key of :data:`LIES`, or ``honest``. The program prints its pid when the monitor
-listens. It uses only Python's standard library, because it must also run as another user.
+listens, and writes each command that it receives to the file QMP_SOCKET.commands. It uses only
+Python's standard library, because it must also run as another user.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import random
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -30,7 +32,7 @@ from typing import Any
 OTHER_USER = 65534
 MIB = 1 << 20
 RAM = 32 * MIB
-KVM_CREATE_VM, KVM_CREATE_VCPU = 0xAE01, 0xAE41
+KVM_CREATE_VM, KVM_CREATE_VCPU, KVM_SET_USER_MEMORY_REGION = 0xAE01, 0xAE41, 0x4020AE46
 PR_SET_NAME, PR_SET_MM, PR_SET_MM_MAP = 15, 35, 14
 #: The range in which qemu-prefault maps helpers (agents/gadgets.py), and their code's size.
 AREAS, CODE_SIZE = range(0x1000_0000_0000, 0x5000_0000_0000), 4096
@@ -65,6 +67,8 @@ class Fake:
         self.vcpu = fcntl.ioctl(self.vm, KVM_CREATE_VCPU, 0)
         self.ram = mmap.mmap(-1, RAM, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.hva = ctypes.addressof(ctypes.c_char.from_buffer(self.ram))
+        slot = struct.pack("=IIQQQ", 0, 0, 0, RAM, self.hva)
+        fcntl.ioctl(self.vm, KVM_SET_USER_MEMORY_REGION, slot)
         self.running = True
         self.path = path
         self.thread_ids = [self.wait_in_thread()]
@@ -93,9 +97,16 @@ class Fake:
             "query-migrate": lambda _: {},
             "stop": lambda _: self.set_running(False),
             "cont": lambda _: self.set_running(True),
+            "qom-get": self.qom_get,
             "human-monitor-command": lambda arguments: self.hmp(arguments["command-line"]),
         }
         self.mtree = MTREE
+
+    @staticmethod
+    def qom_get(arguments: dict[str, Any]) -> Answer:
+        if arguments["property"] == "apic-id":
+            return 0
+        raise Command("property not found")
 
     def hmp(self, line: str) -> str:
         if line == "info mtree -f":
@@ -130,6 +141,7 @@ class Fake:
     # --- the monitor ---
 
     def listen(self) -> None:
+        self.commands = open(f"{self.path}.commands", "a", buffering=1)  # noqa: SIM115
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(self.path)
         self.listener.listen(8)
@@ -144,7 +156,8 @@ class Fake:
             self.greet(client)
             text = ""
             while data := client.recv(65536):
-                text += data.decode()
+                # 0xff resets QEMU's JSON parser.
+                text = (text.encode() + data).rpartition(b"\xff")[2].decode()
                 with contextlib.suppress(ValueError):  # the rest is an incomplete request
                     while text := text.lstrip():
                         request, end = json.JSONDecoder().raw_decode(text)
@@ -155,6 +168,7 @@ class Fake:
         self.send(client, GREETING)
 
     def answer(self, client: socket.socket, request: dict[str, Any]) -> None:
+        self.commands.write(request["execute"] + "\n")
         message: dict[str, Any] = {}
         if "id" in request:
             message["id"] = request["id"]
@@ -182,6 +196,7 @@ class Fake:
                         start = int(line.split("-")[0], 16)
                         if start in AREAS and " rw-p " in line:
                             return start
+                time.sleep(0.001)
 
         def watch() -> None:
             while True:
@@ -367,6 +382,15 @@ LIES["RAM: libc's text"] = elsewhere(lambda: find_mapping("r-xp.*libc"))
 LIES["RAM: the kernel"] = elsewhere(lambda: 0xFFFF_8000_0000_0000)
 LIES["RAM: vDSO"] = elsewhere(lambda: find_mapping(r"\[vdso\]"))
 LIES["RAM: address 0"] = elsewhere(lambda: 0)
+
+
+@lie("stop: late")
+def _(fake: Fake) -> None:
+    def stop(_arguments: dict[str, Any]) -> Answer:
+        time.sleep(20)
+        return fake.set_running(False)
+
+    fake.replies["stop"] = stop
 
 
 # --- the process lies ---
