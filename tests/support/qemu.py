@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,16 +56,19 @@ class Qemu:
         self.process.send_signal(signal.SIGCONT)
 
 
-def _await_listening(process: subprocess.Popen[bytes], ready: socket.socket) -> None:
-    """Wait until QEMU connects to ``ready``, after its other sockets listen."""
+def _await_listening(process: subprocess.Popen[bytes], ready: socket.socket) -> socket.socket:
+    """Wait until QEMU connects to ``ready``, after its other sockets listen.
+
+    :returns: The connection. While QEMU sends a greeting, it can crash if the connection is closed
+        (docs/design/killed-at-any-instant.md).
+    """
     pidfd = os.pidfd_open(process.pid)
     try:
         readable, _, _ = select.select([ready.fileno(), pidfd], [], [], 30)
     finally:
         os.close(pidfd)
     if ready.fileno() in readable:
-        ready.accept()[0].close()
-        return
+        return ready.accept()[0]
     process.kill()
     _, stderr = process.communicate()
     text = stderr.decode(errors="replace")
@@ -96,10 +100,12 @@ def launch(
     command += ["-chardev", f"socket,id=ready,path={ready_path}", "-mon", "ready,mode=control"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
     try:
-        _await_listening(process, ready)
+        connection = _await_listening(process, ready)
     finally:
         ready.close()
-    return Qemu(process, qmp, accel, arguments)
+    qemu = Qemu(process, qmp, accel, arguments)
+    weakref.finalize(qemu, connection.close)
+    return qemu
 
 
 def connect_monitor(path: str | Path, process: subprocess.Popen[bytes]) -> QmpClient:
