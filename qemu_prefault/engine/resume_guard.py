@@ -11,7 +11,7 @@ resume guard sends ``cont`` on the QMP connection.
 If QEMU does not reply in time, this process gives up, and the resume guard waits for the reply.
 QEMU may execute ``stop`` later, for example when a slow disk has written its data. If this process
 has already sent ``cont``, the resume guard only keeps the connection open: when the connection is
-closed, QEMU drops the commands that it has not executed (monitor_qmp_cleanup_queues(),
+closed, QEMU drops the commands that it has not executed (monitor_qmp_cleanup_queue_and_resume(),
 monitor/qmp.c).
 """
 
