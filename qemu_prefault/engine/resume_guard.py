@@ -93,15 +93,15 @@ class ResumeGuard:
 
     def __exit__(self, *_: object) -> None:
         """End the resume guard without resuming the guest, unless the guard has to resume it."""
+        order = b"done"
         if self._handed_over:
-            with contextlib.suppress(OSError):
-                os.write(self._pipe, b"wait" if self.cont_sent else b"")
-            os.close(self._pipe)
+            order = b"wait" if self.cont_sent else b""
+        with contextlib.suppress(OSError):
+            os.write(self._pipe, order)
+        os.close(self._pipe)
+        if self._handed_over:
             threading.Thread(target=os.waitpid, args=(self._child, 0), daemon=True).start()
             return
-        with contextlib.suppress(OSError):
-            os.write(self._pipe, b"done")
-        os.close(self._pipe)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self._child, 0)
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,13 +65,22 @@ class Victim:
         return self.process.communicate(timeout=30)[0].strip()
 
 
+@contextmanager
+def start_victim(*command: str | Path) -> Iterator[Victim]:
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+    assert process.stdout is not None
+    try:
+        yield Victim(process, [int(tid) for tid in process.stdout.readline().split()])
+    finally:
+        process.kill()
+        process.communicate()
+
+
 @pytest.fixture
 def victim(program: Path) -> Iterator[Victim]:
-    process = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    yield Victim(process, [int(tid) for tid in process.stdout.readline().split()])
-    process.kill()
-    process.communicate()
+    with start_victim(program) as started:
+        yield started
 
 
 def test_injection_is_invisible_to_threads(victim: Victim) -> None:
@@ -102,11 +112,8 @@ def test_injection_is_invisible_to_threads(victim: Victim) -> None:
 
 def test_reading_filters_does_not_make_a_killing_call(program: Path) -> None:
     """Check that stopped threads do not make restart_syscall(2), for which a filter kills them."""
-    pipe = subprocess.PIPE
-    command = [sys.executable, under_filter.__file__, "kill", "219", "--", str(program)]
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        assert process.stdout is not None
-        victim = Victim(process, [int(tid) for tid in process.stdout.readline().split()])
+    command = (sys.executable, under_filter.__file__, "kill", "219", "--", program)
+    with start_victim(*command) as victim:
         for tid in victim.threads * ROUNDS:
             with pytest.raises(UnsupportedError, match="does not allow restart_syscall"):
                 check_filters(Process.find(victim.pid), [tid])
