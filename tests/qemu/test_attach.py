@@ -290,10 +290,6 @@ def tracer_of() -> Iterator[Callable[[int], int]]:
         process.communicate()
 
 
-def vcpu_of(vm: QemuVm) -> int:
-    return int(vm.qmp.execute("query-cpus-fast")[0]["thread-id"])
-
-
 @pytest.mark.parametrize("traced", ["the vCPU", "the main thread", "other threads"])
 def test_other_tracer_is_named(
     vm_of: StartVm, tracer_of: Callable[[int], int], traced: str
@@ -301,9 +297,9 @@ def test_other_tracer_is_named(
     vm = vm_of("-m", "64M", paused=False)
     threads = [vm.pid]
     if traced == "the vCPU":
-        threads = [vcpu_of(vm)]
+        threads = [vm.vcpu]
     elif traced == "other threads":
-        threads = other_threads(vm.pid, vcpu_of(vm))
+        threads = other_threads(vm.pid, vm.vcpu)
     tracers = [tracer_of(tid) for tid in threads]
     result = vm.prefault("--populate-only")
     assert vm.qmp.status() == "running"
@@ -387,7 +383,7 @@ def test_runs_that_start_together_take_turns(start_qemu: StartQemu, tmp_path: Pa
 def test_short_trace_delays_the_run(vm_of: StartVm, tracer_of: Callable[[int], int]) -> None:
     """Check that a run waits for a brief tracer, such as another probe."""
     vm = vm_of("-m", "64M", paused=False)
-    tracers = [tracer_of(tid) for tid in other_threads(vm.pid, vcpu_of(vm))]
+    tracers = [tracer_of(tid) for tid in other_threads(vm.pid, vm.vcpu)]
     tool = start_tool(vm.qemu, "--populate-only")
     memory = f"/proc/{vm.pid}/mem"
     wait_for(lambda: memory in open_files(tool.pid), "the tool attaches to QEMU")

@@ -40,8 +40,7 @@ def busy_vm(start_qemu: StartQemu, tmp_path: Path, *arguments: str) -> tuple[Qem
     disk.write_bytes(JUMP_TO_ITSELF)
     drive = ("-drive", f"file={disk},format=raw,if=ide,snapshot=on")
     vm = start_vm(start_qemu, tmp_path, "-m", "512M", *drive, *arguments, paused=False)
-    tid = vm.qmp.execute("query-cpus-fast")[0]["thread-id"]
-    return vm, int(tid)
+    return vm, vm.vcpu
 
 
 def starters(vm: QemuVm, vcpu: int) -> list[int]:

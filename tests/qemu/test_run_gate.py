@@ -277,7 +277,7 @@ def start_guest(start_qemu: StartQemu, tmp_path: Path, *, paused: bool = True) -
 
 def is_in_guest(vm: QemuVm) -> bool:
     """Return whether the first vCPU's thread is in KVM_RUN or runs on a CPU."""
-    tid = vm.qmp.execute("query-cpus-fast")[0]["thread-id"]
+    tid = vm.vcpu
     call = Process.find(vm.pid).thread_syscall(int(tid)) or ""
     return call.startswith("running") or hex(KVM_RUN) in call
 

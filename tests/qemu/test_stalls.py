@@ -41,7 +41,7 @@ class MeasuringGuest:
 
     def __init__(self, vm: QemuVm, frequency: float) -> None:
         self.vm = vm
-        self.vcpu = int(vm.qmp.execute("query-cpus-fast")[0]["thread-id"])
+        self.vcpu = vm.vcpu
         self._frequency = frequency
 
     def read(self, address: int, count: int) -> list[int]:

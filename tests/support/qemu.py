@@ -145,6 +145,11 @@ class QemuVm:
     def pid(self) -> int:
         return self.qemu.pid
 
+    @property
+    def vcpu(self) -> int:
+        """The thread id of the first vCPU."""
+        return int(self.qmp.execute("query-cpus-fast")[0]["thread-id"])
+
     def prefault(self, *arguments: str) -> Result:
         return run_tool(self.qemu, *arguments)
 
