@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import Code, FailedError, QemuPrefaultError, UnsupportedError
-from ..host.bounded import DEFAULT_LIMIT, read_bounded
+from ..host.bounded import read_bounded
 from ..host.inside_root import open_inside, reopened
-from ..host.peer import SO_PEERPIDFD
+from ..host.peer import Peer
 from ..host.procfs import PROC, Process, thread_names
 
 #: Prefix of the name of the plugin's control thread. The listening descriptor's number follows.
@@ -217,28 +217,15 @@ def check_peer(client: socket.socket, process: Process, path: str) -> None:
     :raises FailedError: If another process has called listen(2).
     :raises GoneError: If the process has exited.
     """
-    pid, uid, gid = struct.unpack(
-        "=iII", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    )
-    if pid != process.pid or not _same_process(client, pid):
-        raise _foreign(process.pid, path, f"process {pid} (uid {uid})")
+    peer = Peer.of(client)
+    if peer is None or peer.pid != process.pid or peer.has_exited(process):
+        who = "another process" if peer is None else f"process {peer.pid} (uid {peer.uid})"
+        raise _foreign(process.pid, path, who)
     # If QEMU starts as root and then changes its user, the socket's uid is 0.
     status = process.status()
-    if uid != 0 and (uid not in status.uids or gid not in status.gids):
-        raise _foreign(process.pid, path, f"a process with uid {uid} and gid {gid}")
+    if peer.uid != 0 and (peer.uid not in status.uids or peer.gid not in status.gids):
+        raise _foreign(process.pid, path, f"a process with uid {peer.uid} and gid {peer.gid}")
     process.check()
-
-
-def _same_process(client: socket.socket, pid: int) -> bool:
-    """Return False if the peer has exited, and its pid has been reused."""
-    try:
-        pidfd = struct.unpack("=i", client.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, 4))[0]
-    except OSError as error:
-        return error.errno == errno.ENOPROTOOPT  # before Linux 6.5
-    try:
-        return b"Pid:\t%d\n" % pid in read_bounded(f"{PROC}/self/fdinfo/{pidfd}", DEFAULT_LIMIT)
-    finally:
-        os.close(pidfd)
 
 
 def _foreign(pid: int, path: str, peer: str) -> FailedError:

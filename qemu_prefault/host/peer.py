@@ -18,6 +18,8 @@ from .procfs import Process
 
 #: include/uapi/asm-generic/socket.h since Linux 6.5. Python's socket module lacks it.
 SO_PEERPIDFD: Final = 77
+#: struct ucred (unix(7)).
+_UCRED: Final = struct.Struct("=iII")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +30,8 @@ class Peer:
     and another process may have its pid.
 
     :ivar pid: The pid of the process (SO_PEERCRED).
+    :ivar uid: The effective user id of the process when it called listen().
+    :ivar gid: The effective group id of the process when it called listen().
     :ivar pidfd: A descriptor of the process (SO_PEERPIDFD). It is None before Linux 6.5. This
         object closes the descriptor when it is no longer used.
     :ivar exited: Whether the kernel reports that the process has exited.
@@ -35,6 +39,8 @@ class Peer:
     """
 
     pid: int
+    uid: int
+    gid: int
     pidfd: int | None
     exited: bool
     connected_at: float
@@ -48,9 +54,9 @@ class Peer:
         """
         if sock.family != socket.AF_UNIX:
             return None
-        size = struct.calcsize("3i")
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-        pid = int(struct.unpack("3i", credentials)[0])
+        pid, uid, gid = _UCRED.unpack(
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        )
         if not pid:
             return None
         pidfd, exited = None, False
@@ -58,27 +64,31 @@ class Peer:
             pidfd = sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
         except OSError as error:  # ENOPROTOOPT: the kernel is older
             exited = error.errno == errno.ESRCH
-        peer = cls(pid, pidfd, exited, time.clock_gettime(time.CLOCK_BOOTTIME))
+        peer = cls(pid, uid, gid, pidfd, exited, time.clock_gettime(time.CLOCK_BOOTTIME))
         if pidfd is not None:
             weakref.finalize(peer, os.close, pidfd)
         return peer
 
-    def check(self, process: Process) -> None:
-        """Check that a process with the peer's pid is the peer.
+    def has_exited(self, process: Process) -> bool:
+        """Return whether the peer has exited, so that another process may have its pid.
 
         Without SO_PEERPIDFD, this method detects only a process that has started after this process
         has connected to the socket. It does not detect a process that got the pid earlier.
 
         :param process: The result of :meth:`.Process.find` for the peer's pid.
-        :raises GoneError: If the peer has exited.
         """
-        ticks = os.sysconf("SC_CLK_TCK")
         if self.pidfd is not None:
             # If the peer is alive, no other process can have had its pid.
-            exited = has_exited(self.pidfd)
-        else:
-            exited = self.exited or process.start_time > self.connected_at * ticks + 1
-        if exited:
+            return has_exited(self.pidfd)
+        ticks = os.sysconf("SC_CLK_TCK")
+        return self.exited or process.start_time > self.connected_at * ticks + 1
+
+    def check(self, process: Process) -> None:
+        """Check with :meth:`has_exited` that a process with the peer's pid is the peer.
+
+        :raises GoneError: If the peer has exited.
+        """
+        if self.has_exited(process):
             raise GoneError(
                 f"the process that opened the QMP socket (pid {self.pid}) has exited, and another "
                 "process may have its pid",
