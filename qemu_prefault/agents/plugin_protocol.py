@@ -32,7 +32,9 @@ MAX_DEPTH: Final = 16
 #: Maximum length of an integer in a reply, in digits.
 MAX_DIGITS: Final = 40
 
-_STRING_OR_BRACKET: Final = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{}]')
+#: A string, which may lack its end, or a bracket. Without "?", the search would take quadratic
+#: time.
+_STRING_OR_BRACKET: Final = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]')
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 

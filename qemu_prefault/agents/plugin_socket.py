@@ -30,7 +30,7 @@ CONTROL_THREAD: Final = "prefault/"
 #: Seconds for which :func:`find_control_socket` tries the paths in /proc/PID/net/unix.
 SEARCH_SECONDS: Final = 1.0
 #: Maximum size of /proc/PID/net/unix in bytes. A socket has a line of at most 165 bytes.
-MAX_TABLE: Final = 64 << 20
+MAX_TABLE: Final = 16 << 20
 #: Maximum number of descriptors to examine. The plugin has one control thread.
 _MOST_DESCRIPTORS: Final = 8
 

@@ -18,16 +18,15 @@ from typing import Final, NoReturn
 from qemu.qmp import ConnectError
 
 from ..errors import Code, InputError, MonitorBusyError, MonitorError, QemuPrefaultError
+from ..host.bounded import too_large
+from .message_limits import MAX_REPLY, TooLargeError
 
 #: A coroutine function that opens a connection on which QEMU will send its greeting. The function
 #: returns the non-blocking socket, and the UUID of the VM that must be at the other end.
 Dial = Callable[[], Awaitable[tuple[socket.socket, str]]]
 
-#: Maximum size of a reply, in bytes. qemu.qmp closes the connection after a longer reply. The reply
-#: to ``info mtree -f`` stays below 1 MiB for a guest with hundreds of vCPUs and devices. asyncio
-#: buffers at most twice this size.
-MAX_REPLY: Final = 4 << 20
-
+#: Maximum size of /proc/net/unix in bytes. A larger table is not evaluated.
+MAX_TABLE: Final = 64 << 20
 #: Seconds that an accepted QMP client waits for the greeting. QEMU sends the greeting from its main
 #: loop, within microseconds if nothing blocks that loop.
 GREETING_TIMEOUT: Final = 2.0
@@ -260,6 +259,8 @@ def brief(error: BaseException) -> str:
     text = getattr(inner, "error_message", None) or type(inner).__name__
     if isinstance(inner, ValueError) and "limit" in str(inner)[:200]:
         text = f"a message of more than {MAX_REPLY >> 20} MiB"
+    if isinstance(inner, TooLargeError):
+        text = str(inner)
     return str(text)[:120].rstrip(".")
 
 
@@ -308,16 +309,34 @@ def _place(sock: socket.socket) -> _Place:
         return _Place.UNKNOWN
     try:
         name = os.fsencode(sock.getpeername())  # the path that the server bound
-        with open("/proc/net/unix", "rb") as table:
-            rows = [row for row in (line.split(None, 7) for line in table) if len(row) == 8]
+        states = _states_of(name)
     except OSError:
         return _Place.UNKNOWN
-    states = {row[5] for row in rows if row[7].rstrip(b"\n") == name}
     if not states & {b"02", b"03"}:  # the server is in another network namespace
         return _Place.UNKNOWN
     if b"02" not in states:
         return _Place.ACCEPTED
     return _Place.BEHIND if b"03" in states else _Place.QUEUED
+
+
+def _states_of(name: bytes) -> set[bytes]:
+    """Return the states of all sockets with this name in /proc/net/unix.
+
+    Other users can add any number of lines to this file, so the function keeps no lines.
+
+    :raises OSError: If the file cannot be read, or if it is larger than :data:`MAX_TABLE`.
+    """
+    states = set()
+    left = MAX_TABLE
+    with open("/proc/net/unix", "rb") as table:
+        for line in table:
+            left -= len(line)
+            if left < 0:
+                raise too_large("/proc/net/unix", MAX_TABLE)
+            row = line.split(None, 7) if name in line else ()
+            if len(row) == 8 and row[7].rstrip(b"\n") == name:
+                states.add(row[5])
+    return states
 
 
 def _silent(address: str, place: _Place) -> QemuPrefaultError:

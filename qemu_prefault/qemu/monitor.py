@@ -48,7 +48,6 @@ from ..errors import (
 )
 from ..host.peer import Peer
 from .dial import (
-    MAX_REPLY,
     REMEDY_SILENT,
     Dial,
     await_greeting,
@@ -56,6 +55,13 @@ from .dial import (
     closed_early,
     connect,
     not_qmp,
+)
+from .message_limits import (
+    MAX_EVENT,
+    MAX_EVENT_VALUES,
+    MAX_REPLY,
+    ReplyBudget,
+    count_values,
 )
 from .qapi import expect_int, expect_object, expect_str
 
@@ -140,17 +146,33 @@ class _Dispatcher(EventListener):
 
 
 class _Client(QMPClient):
-    """A QMPClient that does not format every message for the debug log.
+    """A QMPClient that limits messages, and does not format every message for the debug log.
 
     Formatting takes most of the time and memory that a large reply needs. In qemu.qmp, the
     ``_cb_`` methods that this class overrides log each message.
 
+    :ivar budget: The limit on the replies to all pending commands together.
     :ivar cause: The exception that closed the connection, or None. ``disconnect()`` should raise
         this exception. However, if commands are pending, it may raise an AssertionError instead
         (qemu.qmp 0.0.6).
     """
 
     cause: Exception | None = None
+
+    def __init__(self) -> None:
+        super().__init__(readbuflen=MAX_REPLY)
+        self.budget = ReplyBudget()
+
+    async def _do_recv(self) -> Message:
+        while True:
+            line = await self._readline()
+            values = count_values(line)
+            small = len(line) <= MAX_EVENT and values <= MAX_EVENT_VALUES
+            if not small:
+                self.budget.spend(line, values)
+            message = Message(line, eager=True)
+            if small or "event" not in message:
+                return message
 
     async def _bh_recv_message(self) -> None:
         try:
@@ -241,7 +263,7 @@ class Monitor:
             deadline = asyncio.get_running_loop().time() + timeout
         # The peer of a connection made by ``dial`` may be a helper process of this process.
         peer = None if uuid else Peer.of(sock)
-        client = _Client(readbuflen=MAX_REPLY)
+        client = _Client()
         client.events.names = {""}  # otherwise the built-in listener keeps every event
         try:
             await await_greeting(sock, address, deadline)
@@ -317,7 +339,8 @@ class Monitor:
             # Do not use wait_for(): before Python 3.12, it loses a cancellation that arrives
             # together with the reply, and the cancelled task continues.
             async with asyncio.timeout(limit):
-                return await self._client.execute(command, dict(arguments) or None)
+                with self._client.budget:
+                    return await self._client.execute(command, dict(arguments) or None)
         except TimeoutError as error:
             raise MonitorError(
                 f"QEMU did not reply to {command} within {limit:g} s",

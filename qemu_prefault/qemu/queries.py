@@ -291,26 +291,28 @@ async def _host_addresses(
     :returns: The addresses, or None if guest RAM has moved during the queries.
     """
     wanted = [r for r in ranges if r.kind in ("ram", "rom") and r.size >= PAGE_SIZE]
-    questions = [gpa for r in wanted for gpa in (r.start, (r.end - 1) // PAGE_SIZE * PAGE_SIZE)]
     # QEMU queues at most 8 requests (QMP_REQ_QUEUE_LEN_MAX, monitor/qmp.c) and then stops
-    # reading. More requests wait in the socket; the slices limit the number of asyncio tasks.
-    answers: list[object] = []
-    for start in range(0, len(questions), 64):
-        asked = questions[start : start + 64]
-        answers += await _all(*(monitor.hmp(f"gpa2hva {gpa:#x}") for gpa in asked))
+    # reading. More requests wait in the socket; the batches limit the number of asyncio tasks, and
+    # the memory for replies.
+    found: dict[int, int] = {}
+    unknown: LayoutError | None = None
+    for batch in (wanted[start : start + 32] for start in range(0, len(wanted), 32)):
+        asked = [gpa for r in batch for gpa in (r.start, (r.end - 1) // PAGE_SIZE * PAGE_SIZE)]
+        answers = await _all(*(monitor.hmp(f"gpa2hva {gpa:#x}") for gpa in asked))
+        for item, first, last in zip(batch, answers[::2], answers[1::2], strict=True):
+            try:
+                found[item.start] = _host_address(item, first, last)
+            except LayoutError as error:
+                if is_ram_region(item.name, memdevs):
+                    unknown = unknown or error
 
     def guest_ram(view: Sequence[FlatRange]) -> list[FlatRange]:
         return [item for item in view if is_ram_region(item.name, memdevs)]
 
     if guest_ram(parse_mtree(await monitor.hmp("info mtree -f"))) != guest_ram(ranges):
         return None
-    found: dict[int, int] = {}
-    for item, first, last in zip(wanted, answers[::2], answers[1::2], strict=True):
-        try:
-            found[item.start] = _host_address(item, first, last)
-        except LayoutError:
-            if is_ram_region(item.name, memdevs):
-                raise
+    if unknown is not None:
+        raise unknown
     return found
 
 

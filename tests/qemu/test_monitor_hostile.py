@@ -410,6 +410,87 @@ def test_event_flood_is_bounded(tmp_path: Path) -> None:
         asyncio.run(main(path))
 
 
+@pytest.mark.parametrize("value", ["[]", '{"":{}}', '""'])
+def test_wide_reply_is_an_error(tmp_path: Path, value: str) -> None:
+    """Check the number of values, each of which takes 20 times as much memory as on the wire."""
+    wide = ",".join([value] * (4 * MIB // (len(value) + 1) - 100))
+
+    def talk(client: socket.socket) -> None:
+        client.sendall(GREETING)
+        client.recv(4096)
+        client.sendall(b'{"return": {}}\n')
+        client.recv(4096)
+        client.sendall(f'{{"return": [{wide}]}}\n'.encode())
+        client.recv(4096)
+
+    async def main(path: str) -> None:
+        async with Monitor.connect(path) as monitor:
+            with pytest.raises(MonitorError, match="more than 131072 values"):
+                await monitor.execute("query-kvm")
+
+    with serve(tmp_path / "s", talk) as path, memory_growth_below(32 * MIB):
+        asyncio.run(main(path))
+
+
+def test_unterminated_strings_are_an_error_in_time(tmp_path: Path) -> None:
+    text = b'{"return": [' + b"1," * 100 + b'"' + b'\\"' * MIB + b"\n"
+
+    async def main(path: str) -> None:
+        async with Monitor.connect(path) as monitor:
+            with pytest.raises(MonitorError, match="QMP"):
+                await monitor.execute("query-kvm")
+
+    before = time.process_time()
+    with serve(tmp_path / "s", qmp_server({"query-kvm": text})) as path:
+        asyncio.run(main(path))
+    assert time.process_time() - before < 2
+
+
+def test_replies_to_concurrent_commands_are_limited_together(tmp_path: Path) -> None:
+    """Check 100 replies of 1 MiB, one at a time and all at once."""
+    text = "x" * MIB
+
+    async def main(path: str) -> None:
+        async with Monitor.connect(path) as monitor:
+            for _ in range(100):
+                assert await monitor.execute("query-kvm") == text
+            commands = [monitor.execute("query-kvm") for _ in range(100)]
+            results = await asyncio.gather(*commands, return_exceptions=True)
+            assert any("more than 4 MiB" in str(result) for result in results)
+
+    talk = qmp_server({"query-kvm": text})
+    with serve(tmp_path / "s", talk) as path, memory_growth_below(32 * MIB):
+        asyncio.run(main(path))
+
+
+def test_large_events_are_ignored(tmp_path: Path) -> None:
+    """Check that unread events take little memory, although each of them is small enough."""
+
+    def event(length: int) -> bytes:
+        message = {"event": "NOISE", "timestamp": {}, "data": {"text": "x" * length}}
+        return json.dumps(message).encode() + b"\n"
+
+    def talk(client: socket.socket) -> None:
+        client.sendall(GREETING)
+        client.recv(4096)
+        client.sendall(b'{"return": {}}\n')
+        identity = json.loads(client.recv(4096))["id"]
+        client.sendall(event(100_000) + event(3000) * 1024 + event(5000) * 100 + event(10))
+        client.sendall(json.dumps({"return": {}, "id": identity}).encode() + b"\n")
+        client.recv(4096)
+
+    async def main(path: str) -> None:
+        async with Monitor.connect(path) as monitor:
+            with monitor.events("NOISE") as stream:
+                await monitor.execute("query-kvm")
+                assert stream.dropped == 1
+                lengths = [len(str((await anext(stream)).data["text"])) for _ in range(1024)]
+                assert lengths == [3000] * 1023 + [10]
+
+    with serve(tmp_path / "s", talk) as path, memory_growth_below(32 * MIB):
+        asyncio.run(main(path))
+
+
 def test_unstable_map_fails(tmp_path: Path) -> None:
     calls = 0
 
