@@ -21,6 +21,7 @@ from typing import Final
 from ..errors import AgentError, Code, UnsupportedError
 from ..host.bounded import pread_bounded
 from ..host.executable import is_static
+from ..host.inside_root import open_inside
 from ..host.procfs import MemoryMapping, Process
 from ..units import PAGE_SIZE
 
@@ -150,8 +151,9 @@ def _file_of(process: Process, mapping: MemoryMapping) -> os.stat_result | None:
     except OSError:
         pass
     try:
-        status = os.stat(f"{process.proc}/root{mapping.path}")
-    except (OSError, ValueError):
+        with open_inside(process, mapping.path) as found:
+            status = os.fstat(found)
+    except (OSError, ValueError, UnsupportedError):
         return None
     return status if status.st_ino == mapping.inode else None
 

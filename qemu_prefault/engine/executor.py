@@ -20,9 +20,10 @@ from ..agents.base import Agent, Kind, Outcome, Range, Worker
 from ..errors import Code
 from ..host import kvm
 from ..host.headroom import Limit
-from ..host.memory_source import FileId, MemorySource
+from ..host.memory_source import MemorySource
 from ..host.pagemap import Pagemap, Sums
 from ..host.reservations import Reservation
+from ..host.unwritten import FileId
 from ..qemu.memory_map import MemorySection
 from ..units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 from .plan import Target, partition_by_node

@@ -64,13 +64,16 @@ def parse_mountinfo(text: str) -> tuple[Mount, ...]:
         before, dash, after = line.partition(" - ")
         left, right = before.split(" "), after.split(" ")
         if dash and len(left) >= 6 and len(right) >= 3:
-            root, point = (_unescape(part) for part in left[3:5])
+            root, point = (unescape(part) for part in left[3:5])
             mounts.append(Mount(root, point, right[0], frozenset(right[2].split(","))))
     return tuple(mounts)
 
 
-def _unescape(text: str) -> str:
-    # show_mountinfo() (fs/proc_namespace.c) writes space, tab, newline, backslash and # in octal.
+def unescape(text: str) -> str:
+    """Return a path from ``/proc/PID/mountinfo``.
+
+    show_mountinfo() (fs/proc_namespace.c) writes space, tab, newline, backslash and # in octal.
+    """
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 

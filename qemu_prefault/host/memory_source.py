@@ -18,18 +18,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import stat
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from ..errors import FailedError
 from ..units import PAGE_SIZE
-from . import procfs
-from .bounded import list_bounded
+from .bounded import limit_of, list_bounded, read_bounded
 from .headroom import (
     Limit,
     hugetlb_cgroup_limits,
@@ -45,17 +41,14 @@ from .procfs import (
     parse_number_list,
     read_optional,
 )
+from .unwritten import FileId, unwritten_bytes
 
 NODES: Final = Path("/sys/devices/system/node")
 MIN_FREE: Final = Path("/proc/sys/vm/min_free_kbytes")
 #: CONFIG_NODES_SHIFT is 10 at most.
 MAX_NODES: Final = 1024
-#: Maximum number of files to examine in a file system.
-MAX_FILES: Final = 10_000
 #: File systems whose files exist only in memory, in pages of the base size.
 IN_MEMORY: Final = frozenset({"tmpfs", "ramfs", "devtmpfs"})
-#: A mapped file: its device (major, minor) and its inode.
-FileId = tuple[tuple[int, int], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +193,13 @@ def source_of(process: Process, mapping: MemoryMapping) -> MemorySource:
     Do not call this function in a loop, because the kernel walks QEMU's page tables to produce
     ``/proc/PID/numa_maps``.
     """
-    text = read_optional(f"{process.proc}/numa_maps") or ""
-    nodes, page_size = parse_numa_maps(text, mapping.start)
+    path = f"{process.proc}/numa_maps"
+    line = None
+    with contextlib.suppress(OSError):
+        text = read_bounded(path, limit_of(path))
+        line = re.search(rb"^0*%x .*$" % mapping.start, text, re.MULTILINE)
+    shown = "" if line is None else line[0].decode("utf-8", "surrogateescape")
+    nodes, page_size = parse_numa_maps(shown, mapping.start)
     return MemorySource(process, mapping, page_size, nodes)
 
 
@@ -273,10 +271,12 @@ def file_system_limit(
     :param together: Other files that the caller populates. The limit does not subtract the
         unwritten parts of these files.
     """
-    if mapping.inode == 0 or _is_internal(mapping):
+    kind = _file_system(process, mapping) or ""
+    # The server of a FUSE file system may never answer.
+    if mapping.inode == 0 or _is_internal(mapping) or kind.startswith("fuse"):
         return []
     # The size of a hugetlbfs also limits private mappings (mm/hugetlb.c, subpools).
-    allocates_file = mapping.shared or _file_system(process, mapping) == "hugetlbfs"
+    allocates_file = mapping.shared or kind == "hugetlbfs"
     if not allocates_file and not is_copied(process, mapping):
         return []
     path = _reach(process, mapping)
@@ -289,7 +289,8 @@ def file_system_limit(
     if figures.f_blocks == 0:  # mounted without size=
         return []
     free = figures.f_bavail * figures.f_frsize
-    promised = _promised_to_others(process, mapping, together)
+    ours = {(mapping.device, mapping.inode), *together}
+    promised = unwritten_bytes(process, mapping.device, ours)
     place = os.path.dirname(mapping.path.removesuffix(" (deleted)")) or "/"
     detail = f"{free} bytes are free, of which {promised} are committed to other files"
     left = max(0, free - promised)
@@ -298,16 +299,14 @@ def file_system_limit(
 
 def _reach(process: Process, mapping: MemoryMapping) -> str | None:
     """Return a path at which this process can access the mapped file, or None."""
-    by_map = f"{process.proc}/map_files/{mapping.start:x}-{mapping.end:x}"
-    by_root = f"{process.proc}/root{mapping.path}"
-    for path in (by_map, by_root):
-        with contextlib.suppress(OSError):
-            if os.stat(path).st_ino == mapping.inode:
-                return path
-    # map_files needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE (proc_map_files_get_link(),
-    # fs/proc/base.c), and a deleted file has no path. QEMU keeps the file open, so search QEMU's
-    # descriptors.
     wanted = (mapping.inode, os.makedev(*mapping.device))
+    path = f"{process.proc}/map_files/{mapping.start:x}-{mapping.end:x}"
+    with contextlib.suppress(OSError):
+        if os.stat(path).st_ino == mapping.inode:
+            return path
+    # map_files needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE (proc_map_files_get_link(),
+    # fs/proc/base.c). The path in maps may name another file by now. QEMU keeps the file open, so
+    # search QEMU's descriptors.
     with contextlib.suppress(OSError):
         for number in list_bounded(f"{process.proc}/fd"):
             path = f"{process.proc}/fd/{number}"
@@ -316,76 +315,3 @@ def _reach(process: Process, mapping: MemoryMapping) -> str | None:
                 if (status.st_ino, status.st_dev) == wanted:
                     return path
     return None
-
-
-#: How long :func:`_promised_to_others` reuses a result, in seconds. It examines many files.
-PROMISE_SECONDS: Final = 1.0
-_promises: dict[tuple[int, int, AbstractSet[FileId]], tuple[float, int]] = {}
-
-
-def _promised_to_others(
-    process: Process, mapping: MemoryMapping, together: AbstractSet[FileId]
-) -> int:
-    """Return the total size of the holes in all other files in the file system."""
-    ours = frozenset({(mapping.device, mapping.inode), *together})
-    key = (process.pid, mapping.start, ours)
-    known = _promises.get(key)
-    if known is not None and time.monotonic() - known[0] < PROMISE_SECONDS:
-        return known[1]
-    found: dict[int, int] = {}
-    for status in _files_beside(process, mapping):
-        if (mapping.device, status.st_ino) not in ours:
-            found[status.st_ino] = max(0, status.st_size - status.st_blocks * 512)
-    _promises[key] = (time.monotonic(), sum(found.values()))
-    return sum(found.values())
-
-
-def _files_beside(process: Process, mapping: MemoryMapping) -> Iterator[os.stat_result]:
-    device = os.makedev(*mapping.device)
-    start = f"{process.proc}/root" + os.path.dirname(mapping.path)
-    # Start at the root of the mount, because another guest's file may be in another directory.
-    while os.path.dirname(start) != start:
-        parent = os.path.dirname(start)
-        try:
-            if os.stat(parent).st_dev != os.stat(start).st_dev:
-                break
-        except OSError:
-            break
-        if parent == f"{process.proc}/root":
-            start = parent
-            break
-        start = parent
-    count = 0
-    for directory, _, names in os.walk(start):
-        for name in names:
-            count += 1
-            if count > MAX_FILES:
-                return
-            with contextlib.suppress(OSError):
-                status = os.lstat(os.path.join(directory, name))
-                if status.st_dev == device and stat.S_ISREG(status.st_mode):
-                    yield status
-    yield from _open_in_other_processes(process, device)
-
-
-def _open_in_other_processes(process: Process, device: int) -> Iterator[os.stat_result]:
-    """Yield the status of each file of ``device`` that another QEMU maps.
-
-    The result includes deleted files.
-    """
-    for entry in os.listdir(procfs.PROC):
-        if not entry.isdecimal() or int(entry) == process.pid:
-            continue
-        name = read_optional(f"{procfs.PROC}/{entry}/comm") or ""
-        if "qemu" not in name and "kvm" not in name:
-            continue
-        text = read_optional(f"{procfs.PROC}/{entry}/maps") or ""
-        try:
-            maps = procfs.parse_maps(text)
-        except FailedError:  # not a QEMU that works correctly
-            continue
-        for mapping in maps:
-            if mapping.shared and os.makedev(*mapping.device) == device:
-                path = f"{procfs.PROC}/{entry}/map_files/{mapping.start:x}-{mapping.end:x}"
-                with contextlib.suppress(OSError):
-                    yield os.stat(path)

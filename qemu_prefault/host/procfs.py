@@ -112,8 +112,16 @@ def read_file(path: str, pid: int, shown: str | None = None) -> str:
     :raises FailedError: If this process cannot read the file for another reason. One reason is that
         the file is larger than its limit (code ``proc``).
     """
+    return read_file_bytes(path, pid, shown).decode("utf-8", "surrogateescape")
+
+
+def read_file_bytes(path: str, pid: int, shown: str | None = None) -> bytes:
+    """Return the content of a /proc/PID file.
+
+    The parameters and errors are those of :func:`read_file`.
+    """
     try:
-        return read_limited(path)
+        return read_bounded(path, limit_of(path))
     except OSError as error:
         raise read_error(error, path, pid, shown) from error
 
@@ -280,37 +288,45 @@ class MemoryMapping:
 
 
 _MAPPING: Final = re.compile(
-    r"([0-9a-f]{1,16})-([0-9a-f]{1,16}) ([r-][w-][x-][ps]) ([0-9a-f]{1,16}) "
-    r"([0-9a-f]{2,8}):([0-9a-f]{2,8}) ([0-9]{1,20}) *([^\0]*)",
+    rb"([0-9a-f]{1,16})-([0-9a-f]{1,16}) ([r-][w-][x-][ps]) ([0-9a-f]{1,16}) "
+    rb"([0-9a-f]{2,8}):([0-9a-f]{2,8}) ([0-9]{1,20}) *([^\0]*)",
 )
 
 
-def parse_maps(text: str) -> tuple[MemoryMapping, ...]:
-    """Return the mappings in the text of ``/proc/PID/maps``.
+def parse_maps(data: bytes) -> tuple[MemoryMapping, ...]:
+    """Return the mappings in the content of ``/proc/PID/maps``.
+
+    The content is bytes, because Python stores a text with one character beyond the Basic
+    Multilingual Plane in four bytes per character.
 
     :raises FailedError: If a line has another format.
     """
-    if text.count("\n") > MAX_MAPPINGS:
+    if data.count(b"\n") > MAX_MAPPINGS:
         raise beyond_limit(f"/proc/PID/maps has more than {MAX_MAPPINGS} mappings")
-    return tuple(_parse_mapping(line) for line in lines_of(text))
-
-
-def _parse_mapping(line: str) -> MemoryMapping:
-    match = _MAPPING.fullmatch(line)
-    if match is None:
-        raise malformed("a line of /proc/PID/maps", line)
-    start, end = int(match[1], 16), int(match[2], 16)
-    if end <= start:
-        raise malformed("a line of /proc/PID/maps", line)
-    return MemoryMapping(
-        start=start,
-        end=end,
-        perms=sys.intern(match[3]),
-        offset=int(match[4], 16),
-        device=(int(match[5], 16), int(match[6], 16)),
-        inode=int(match[7]),
-        path=match[8],
-    )
+    # Most mappings share their file with other mappings.
+    files: dict[bytes, str] = {}
+    devices: dict[tuple[int, int], tuple[int, int]] = {}
+    mappings = []
+    for line in re.finditer(rb"[^\n]+", data):
+        match = _MAPPING.fullmatch(line[0])
+        if match is None or (end := int(match[2], 16)) <= (start := int(match[1], 16)):
+            text = line[0][:480].decode("utf-8", "surrogateescape")
+            raise malformed("a line of /proc/PID/maps", text)
+        if (path := files.get(match[8])) is None:
+            path = files[match[8]] = match[8].decode("utf-8", "surrogateescape")
+        device = (int(match[5], 16), int(match[6], 16))
+        mappings.append(
+            MemoryMapping(
+                start=start,
+                end=end,
+                perms=sys.intern(match[3].decode()),
+                offset=int(match[4], 16),
+                device=devices.setdefault(device, device),
+                inode=int(match[7]),
+                path=path,
+            )
+        )
+    return tuple(mappings)
 
 
 def backing_of(mapping: MemoryMapping, page_size: int = PAGE_SIZE) -> BackingKind:
@@ -519,7 +535,8 @@ class Process:
 
     def maps(self) -> tuple[MemoryMapping, ...]:
         """Return the memory map of the process."""
-        return parse_maps(self.read("maps"))
+        shown = None if self.pin is None else f"{PROC}/{self.pid}/maps"
+        return parse_maps(read_file_bytes(f"{self.proc}/maps", self.pid, shown))
 
     def thread_syscall(self, tid: int) -> str | None:
         """Return the text of ``/proc/PID/task/TID/syscall``.

@@ -19,7 +19,14 @@ from qemu_prefault.agents.helper_calls import optional_calls, required_calls
 from qemu_prefault.agents.plugin_socket import bound_paths
 from qemu_prefault.agents.ptrace import _seconds_left
 from qemu_prefault.agents.seccomp import BadFilterError, denied, parse_filters
-from qemu_prefault.host import headroom, memory_source, placement, procfs, task_limits
+from qemu_prefault.host import (
+    headroom,
+    memory_source,
+    placement,
+    procfs,
+    task_limits,
+    unwritten,
+)
 from qemu_prefault.host.executable import is_static, script_interpreter
 from qemu_prefault.host.fds import parse_kvm_fds
 from qemu_prefault.host.kernel_log import find_cause
@@ -133,7 +140,7 @@ def two(parse: Callable[[str, str], object]) -> Callable[[bytes], object]:
     return both
 
 
-def maps(data: str) -> None:
+def maps(data: bytes) -> None:
     found = procfs.parse_maps(data)
     for mapping in found[:3]:
         procfs.backing_of(mapping)
@@ -165,7 +172,7 @@ def links(data: str) -> None:
 TEXTS = (
     Target("status", text(procfs.parse_status), [STATUS]),
     Target("stat", text(procfs.parse_start_time), [STAT]),
-    Target("maps", text(maps), [MAPS]),
+    Target("maps", maps, [MAPS]),
     Target("cgroup-mountinfo", two(groups), [SMALL_CGROUP + b"--\n" + MOUNTINFO]),
     Target("meminfo", text(headroom.parse_key_values), [MEMINFO, b"anon 1\ninactive_file 50\n"]),
     Target("numa-maps", text(lambda t: memory_source.parse_numa_maps(t, 0x7F00_0000_0000)),
@@ -254,7 +261,7 @@ def redirect(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_source, "MIN_FREE", base / "min_free")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
     # Otherwise the code would walk this machine's file systems for every mapping on a tmpfs.
-    monkeypatch.setattr(memory_source, "MAX_FILES", 3)
+    monkeypatch.setattr(unwritten, "MAX_ENTRIES", 3)
 
 
 def test_files_of_a_host(host: Path, check: Check) -> None:

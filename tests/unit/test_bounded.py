@@ -141,7 +141,7 @@ def test_names_may_be_any_bytes() -> None:
 
 
 def test_number_of_mappings_is_bounded() -> None:
-    line = "1000-2000 rw-p 0 00:00 0\n"
+    line = b"1000-2000 rw-p 0 00:00 0\n"
     assert len(parse_maps(line * 1000)) == 1000
     with pytest.raises(FailedError) as caught:
         parse_maps(line * (MAX_MAPPINGS + 1))

@@ -179,11 +179,12 @@ def test_ram_of_other_machines_is_unsupported(machine: str) -> None:
 
 def test_guest_ram_mapping() -> None:
     line = "{:x}-{:x} {} 00000000 00:00 0 \n".format
-    maps = parse_maps(
+    text = (
         line(GIB, 2 * GIB, "rw-p")
         + line(3 * GIB, 4 * GIB, "r--p")
         + line(5 * GIB, 5 * GIB + MIB, "rw-p")
     )
+    maps = parse_maps(text.encode())
     assert ram_mapping(maps, GIB).start == GIB
     for none_or_several in (2 * GIB, MIB * 2):
         with pytest.raises(RefusedError):

@@ -118,7 +118,7 @@ MAPS = """\
 
 
 def test_mapping_backing() -> None:
-    maps = parse_maps(MAPS)
+    maps = parse_maps(MAPS.encode())
     assert [backing_of(m) for m in maps] == [
         "file", "anonymous", "memfd", "hugetlb", "hugetlb", "shmem", "shmem", "device", "anonymous"
     ]  # fmt: skip
@@ -145,14 +145,16 @@ def test_covering_mappings() -> None:
 @pytest.mark.parametrize("line", ["x", "2000-1000 rw-p 0 00:00 0", "1000-2000 rwxq 0 00:00 0"])
 def test_impossible_maps(line: str) -> None:
     with pytest.raises(FailedError):
-        parse_maps(line)
+        parse_maps(line.encode())
 
 
 @given(st.text())
 def test_parsers_raise_only_our_errors(text: str) -> None:
-    for parse in (parse_status, parse_start_time, parse_maps):
+    for parse in (parse_status, parse_start_time):
         with contextlib.suppress(QemuPrefaultError):
             parse(text)
+    with contextlib.suppress(QemuPrefaultError):
+        parse_maps(text.encode("utf-8", "surrogatepass"))
     parse_cgroups(text)
     parse_mountinfo(text)
     parse_key_values(text)

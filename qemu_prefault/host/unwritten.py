@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Add up the unwritten parts of the files in a file system.
+
+A process that has mapped such a file can allocate the unwritten parts without further checks. The
+sum is a lower bound. Other users can create any number of files, directories and processes, so each
+search has a limit on entries and on time. Mapped files of other QEMUs come first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Final
+
+from ..errors import UnsupportedError
+from . import procfs
+from .bounded import limit_of, read_bounded
+from .headroom import unescape
+from .inside_root import open_inside, reopened
+from .procfs import Process, lines_of, read_optional
+
+#: A mapped file: its device (major, minor) and its inode.
+FileId = tuple[tuple[int, int], int]
+#: Maximum number of directory entries to examine in a file system.
+MAX_ENTRIES: Final = 10_000
+#: Maximum depth of a directory to examine, below the root of the mount.
+MAX_DEPTH: Final = 32
+#: Maximum number of mount points of a file system to try.
+MAX_MOUNTS: Final = 16
+#: The time limit for examining one file system, in seconds.
+SEARCH_SECONDS: Final = 0.5
+#: How long a result is reused: at least this time in seconds, and ten times the search's duration.
+REUSE_SECONDS: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """The unwritten bytes of each file, and the monotonic time at which the result expires."""
+
+    holes: dict[int, int]
+    expires: float
+
+
+_results: dict[tuple[int, tuple[int, int]], _Result] = {}
+
+
+class _Budget:
+    """What remains of a search's limits."""
+
+    def __init__(self) -> None:
+        self._entries = MAX_ENTRIES
+        self._deadline = time.monotonic() + SEARCH_SECONDS
+
+    def take(self) -> bool:
+        """Count one entry, and return whether the search may examine it."""
+        self._entries -= 1
+        return self._entries >= 0 and time.monotonic() < self._deadline
+
+
+def unwritten_bytes(process: Process, device: tuple[int, int], without: AbstractSet[FileId]) -> int:
+    """Return the total size of the holes in the files of a file system.
+
+    :param process: A process in whose mount namespace the file system is mounted.
+    :param without: Files that do not count.
+    """
+    key = (process.pid, device)
+    result = _results.get(key)
+    if result is None or time.monotonic() > result.expires:
+        began = time.monotonic()
+        holes = {
+            status.st_ino: max(0, status.st_size - status.st_blocks * 512)
+            for status in _files(process, device, _Budget())
+        }
+        now = time.monotonic()
+        result = _Result(holes, now + max(REUSE_SECONDS, 10 * (now - began)))
+        _results[key] = result
+    return sum(hole for inode, hole in result.holes.items() if (device, inode) not in without)
+
+
+def _files(process: Process, device: tuple[int, int], budget: _Budget) -> Iterator[os.stat_result]:
+    yield from _mapped_by_other_processes(process, device, budget)
+    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+        top = _open_mount(process, device, stack)
+        if top is not None:
+            yield from _walk(top, os.makedev(*device), budget, 0)
+
+
+def _mapped_by_other_processes(
+    process: Process, device: tuple[int, int], budget: _Budget
+) -> Iterator[os.stat_result]:
+    """Yield the status of each file of ``device`` that another QEMU maps.
+
+    The result includes deleted files.
+    """
+    shared = re.compile(
+        rb"^([0-9a-f]+-[0-9a-f]+) [r-][w-][x-]s [0-9a-f]+ %02x:%02x ([0-9]+) " % device,
+        re.MULTILINE,
+    )
+    inodes: set[bytes] = set()
+    for entry in os.listdir(procfs.PROC):
+        if not entry.isdecimal() or int(entry) == process.pid:
+            continue
+        name = read_optional(f"{procfs.PROC}/{entry}/comm") or ""
+        if "qemu" not in name and "kvm" not in name:
+            continue
+        path = f"{procfs.PROC}/{entry}/maps"
+        if not budget.take():
+            return
+        try:
+            maps = read_bounded(path, limit_of(path))
+        except OSError:
+            continue
+        for match in shared.finditer(maps):
+            if match[2] in inodes:
+                continue
+            if not budget.take():
+                return
+            inodes.add(match[2])
+            with contextlib.suppress(OSError):
+                yield os.stat(f"{procfs.PROC}/{entry}/map_files/{match[1].decode()}")
+
+
+def _open_mount(
+    process: Process, device: tuple[int, int], stack: contextlib.ExitStack
+) -> int | None:
+    """Open the root of a mount of a file system, and return its descriptor, or None.
+
+    The process controls the names in its root directory. Therefore the descriptor is of the file
+    system, or the mount point is not used.
+    """
+    mounts: list[tuple[bool, str]] = []
+    for line in lines_of(read_optional(f"{process.proc}/mountinfo") or ""):
+        fields = line.split(" ", 5)
+        if len(fields) > 5 and fields[2] == f"{device[0]}:{device[1]}":
+            mounts.append((fields[3] != "/", unescape(fields[4])))
+    for _, point in sorted(mounts)[:MAX_MOUNTS]:
+        unusable = contextlib.suppress(OSError, ValueError, UnsupportedError)
+        with unusable, open_inside(process, point) as found:
+            status = os.fstat(found)
+            if status.st_dev == os.makedev(*device) and stat.S_ISDIR(status.st_mode):
+                top = os.open(reopened(found), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                stack.callback(os.close, top)
+                return top
+    return None
+
+
+def _walk(directory: int, device: int, budget: _Budget, depth: int) -> Iterator[os.stat_result]:
+    """Yield the status of each regular file of ``device`` in a directory and below it."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if not budget.take():
+                return
+            with contextlib.suppress(OSError):
+                if entry.is_file(follow_symlinks=False):
+                    status = entry.stat(follow_symlinks=False)
+                    if status.st_dev == device:
+                        yield status
+                elif depth < MAX_DEPTH and entry.is_dir(follow_symlinks=False):
+                    yield from _walk_below(directory, entry.name, device, budget, depth + 1)
+
+
+def _walk_below(
+    directory: int, name: str, device: int, budget: _Budget, depth: int
+) -> Iterator[os.stat_result]:
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    below = os.open(name, flags, dir_fd=directory)
+    try:
+        if os.fstat(below).st_dev == device:
+            yield from _walk(below, device, budget, depth)
+    finally:
+        os.close(below)
