@@ -24,6 +24,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -33,7 +34,7 @@ OTHER_USER = 65534
 MIB = 1 << 20
 RAM = 32 * MIB
 KVM_CREATE_VM, KVM_CREATE_VCPU, KVM_SET_USER_MEMORY_REGION = 0xAE01, 0xAE41, 0x4020AE46
-PR_SET_NAME, PR_SET_MM, PR_SET_MM_MAP = 15, 35, 14
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_MM, PR_SET_MM_MAP = 1, 15, 35, 14
 #: The range in which qemu-prefault maps helpers (agents/gadgets.py), and their code's size.
 AREAS, CODE_SIZE = range(0x1000_0000_0000, 0x5000_0000_0000), 4096
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\u202e\n<0>owned\udcff"
@@ -302,6 +303,60 @@ def _(fake: Fake) -> None:
     fake.send = send  # type: ignore[method-assign]
 
 
+def wide(value: str, size: int = 4 * MIB - 9000) -> bytes:
+    """Return a JSON array of ``size`` bytes that repeats a value."""
+    count = size // (len(value) + 1)
+    return b"[" + b",".join([value.encode()] * count) + b"]"
+
+
+def with_extra(extra: bytes, *commands: str) -> Callable[[Fake], None]:
+    """Add a member with the value ``extra`` to the replies to these commands, which are objects."""
+
+    def set_up(fake: Fake) -> None:
+        def answer(client: socket.socket, request: dict[str, Any]) -> None:
+            command = request["execute"]
+            if command not in commands:
+                Fake.answer(fake, client, request)
+                return
+            reply = fake.replies.get(command)
+            usual = {"status": "none"} if reply is None else reply({})
+            body = json.dumps(usual)[1:-1].encode()
+            client.sendall(
+                b'{"id": %s, "return": {"extra": %s%s}}\r\n'
+                % (json.dumps(request.get("id")).encode(), extra, b", " * bool(body) + body)
+            )
+
+        fake.answer = answer  # type: ignore[method-assign]
+
+    return set_up
+
+
+OBJECTS = ("query-status", "query-kvm", "query-migrate", "query-memory-size-summary",
+           "query-dirty-rate")  # fmt: skip
+LIES["monitor: one wide answer"] = with_extra(wide('{"":{}}'), "query-status")
+LIES["monitor: wide answers"] = with_extra(wide('{"":{}}'), *OBJECTS)
+LIES["monitor: many smaller wide answers"] = with_extra(wide("[]", 300_000), *OBJECTS)
+LIES["monitor: long answers"] = with_extra(b'"' + b"x" * (3 * MIB) + b'\xf0\x9f\x98\x80"', *OBJECTS)
+
+
+LIES["info mtree: a million lines"] = lambda fake: setattr(fake, "mtree", "a\n" * MIB + MTREE)
+LIES["info mtree: a character of four bytes"] = lambda fake: setattr(
+    fake, "mtree", " x\n" * (MIB // 2) + "\N{GRINNING FACE}" + MTREE
+)
+
+
+@lie("monitor: large events")
+def _(fake: Fake) -> None:
+    def answer(client: socket.socket, request: dict[str, Any]) -> None:
+        for name in ("STOP", "RESET", "MIGRATION", "JOB_STATUS_CHANGE"):
+            event = {"event": name, "timestamp": {}, "data": {"a": ["x" * 900] * 40}}
+            for _ in range(100):
+                fake.send(client, event)
+        Fake.answer(fake, client, request)
+
+    fake.answer = answer  # type: ignore[method-assign]
+
+
 @lie("monitor: false ids")
 def _(fake: Fake) -> None:
     def send(client: socket.socket, message: Answer) -> None:
@@ -451,12 +506,61 @@ def _(fake: Fake) -> None:
 
 @lie("process: 60,000 mappings")
 def _(fake: Fake) -> None:
-    area = mmap.mmap(-1, 120_000 * mmap.PAGESIZE)
+    split_mapping(mmap.mmap(-1, 120_000 * mmap.PAGESIZE))
+
+
+def split_mapping(area: mmap.mmap) -> None:
+    """Change the protection of every second page, so that the kernel needs 60,000 mappings."""
     start = ctypes.addressof(ctypes.c_char.from_buffer(area))
     libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     for page in range(0, 60_000, 2):
         libc.mprotect(start + page * mmap.PAGESIZE, mmap.PAGESIZE, 1)
     globals()["_kept"] = area
+
+
+@lie("process: 60,000 mappings of a file with a long name")
+def _(fake: Fake) -> None:
+    path = os.path.join(os.path.dirname(sys.argv[1]), "\N{GRINNING FACE}" * 5 + "x" * 20)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    os.ftruncate(fd, 120_000 * mmap.PAGESIZE)
+    split_mapping(mmap.mmap(fd, 120_000 * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE))
+
+
+@lie("process: 20 forks named qemu")
+def _(fake: Fake) -> None:
+    back_ram(fake)
+    split_mapping(mmap.mmap(-1, 120_000 * mmap.PAGESIZE))
+    parent = os.getpid()
+    for _ in range(20):
+        if os.fork() == 0:
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            libc.prctl(PR_SET_NAME, b"qemu", 0, 0, 0)
+            while os.getppid() == parent:
+                time.sleep(1)
+            os._exit(0)
+
+
+@lie("file system: 30,000 directories")
+def _(fake: Fake) -> None:
+    top = back_ram(fake)
+    for number in range(30_000):
+        os.mkdir(os.path.join(top, str(number)))
+
+
+def back_ram(fake: Fake) -> str:
+    """Map a file on tmpfs as the guest's RAM, and return the file's directory.
+
+    The directory is removed when this process ends.
+    """
+    top = tempfile.mkdtemp(prefix="hostile-", dir="/dev/shm")
+    remover = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1])"
+    process = subprocess.Popen([sys.executable, "-c", remover, top], stdin=subprocess.PIPE)
+    fd = os.open(os.path.join(top, "ram"), os.O_RDWR | os.O_CREAT, 0o600)
+    os.ftruncate(fd, RAM)
+    area = mmap.mmap(fd, RAM, flags=mmap.MAP_SHARED)
+    fake.hva = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    globals()["_ram"] = area, process
+    return top
 
 
 def map_text(name: str, size: int, content: bytes = b"") -> None:
