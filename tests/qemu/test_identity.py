@@ -11,7 +11,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,20 @@ from support.reuse import start_with_pid
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes users or chooses pids")
 PIPE = subprocess.PIPE
 REUSES = 200
+OTHER_USER = 65534
 
 #: A program with one thread beside the main thread. The thread ends when the program reads a line.
-#: After another line, the program runs the Python code in its first argument.
+#: After another line, the program runs the Python code in its first argument. The program starts as
+#: root, because other users cannot execute root's Python, and then becomes the user in its second
+#: argument. As after an exec, its memory can then be dumped.
 TARGET = """
-import os, sys, threading
+import ctypes, os, sys, threading
+user = int(sys.argv[2])
+if user != os.geteuid():
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+    ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
 reader, writer = os.pipe()
 thread = threading.Thread(target=os.read, args=(reader, 1), daemon=True)
 thread.start()
@@ -73,8 +83,14 @@ class Target:
 
 
 @contextlib.contextmanager
-def start_target(code: str = "pass") -> Iterator[Target]:
-    command = [sys.executable, "-c", TARGET, code]
+def start_target(code: str = "pass", user: int | None = None) -> Iterator[Target]:
+    """Start a process that simulates QEMU.
+
+    :param user: Its user. By default, root starts the process as another user.
+    """
+    if user is None:
+        user = os.geteuid() or OTHER_USER
+    command = [sys.executable, "-c", TARGET, code, str(user)]
     with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True) as process:
         yield Target(process)
         process.kill()
@@ -95,8 +111,10 @@ def switches(pid: int) -> list[str]:
 
 
 @needs_root
-def test_reused_thread_id_is_refused() -> None:
-    with start_target() as target:
+@pytest.mark.parametrize("user", [0, OTHER_USER], ids=["root", "other user"])
+def test_reused_thread_id_is_refused(user: int) -> None:
+    """Check a QEMU whose thread id another process of root gets."""
+    with start_target(user=user) as target:
         process = Process.find(target.process.pid)
         memory = open_memory(process)
         vcpu = VcpuThread(target.tid, -1, None)
@@ -141,33 +159,65 @@ CHANGES = {
 }
 
 
+def check_is_refused(target: Target, has_changed: Callable[[Process], bool]) -> Process:
+    """Let the target change, and check that nothing is then injected into it."""
+    process = Process.find(target.process.pid)
+    target.end_thread()
+    vcpu = VcpuThread(process.pid, -1, None)
+    memory = open_memory(process)
+    injector = Injector(process, memory, [vcpu], Limits())
+    gate = RunGate(process, memory, [process.pid], [Helper(memory, 0, 0)])
+    target.proceed()
+    assert target.stdout.readline() == "done\n"
+    wait_for(lambda: has_changed(process) and is_waiting(process.pid), "the process has changed")
+    agent = PtraceAgent(process, [vcpu], Limits())
+    for attempt in (
+        lambda: injector.start_helper(0),
+        lambda: asyncio.run(gate.hold()),
+        lambda: asyncio.run(agent.start()),
+        lambda: open_memory(process),
+    ):
+        with pytest.raises(GoneError, match="executed another program or changed its user"):
+            attempt()
+    assert not leftovers(process.pid)
+    assert not tracers(process.pid)
+    asyncio.run(gate.close())
+    os.close(memory)
+    return process
+
+
+def runs_cat(process: Process) -> bool:
+    return Path(f"/proc/{process.pid}/comm").read_text() == "cat\n"
+
+
 @needs_root
 @pytest.mark.parametrize("code", CHANGES.values(), ids=CHANGES)
 def test_changed_process_is_refused(code: str) -> None:
-    with start_target(code) as target:
-        process = Process.find(target.process.pid)
-        target.end_thread()
-        vcpu = VcpuThread(process.pid, -1, None)
-        memory = open_memory(process)
-        injector = Injector(process, memory, [vcpu], Limits())
-        gate = RunGate(process, memory, [process.pid], [Helper(memory, 0, 0)])
-        target.proceed()
-        assert target.stdout.readline() == "done\n"
-        wait_for(lambda: Path(f"/proc/{process.pid}/comm").read_text() == "cat\n"
-                 or "exec" not in code, "the program has changed")  # fmt: skip
-        agent = PtraceAgent(process, [vcpu], Limits())
-        for attempt in (
-            lambda: injector.start_helper(0),
-            lambda: asyncio.run(gate.hold()),
-            lambda: asyncio.run(agent.start()),
-            lambda: open_memory(process),
-        ):
-            with pytest.raises(GoneError, match="executed another program or changed its user"):
-                attempt()
-        assert not leftovers(process.pid)
-        assert not tracers(process.pid)
-        asyncio.run(gate.close())
-        os.close(memory)
+    with start_target(code, user=0) as target:
+        check_is_refused(target, lambda process: "exec" not in code or runs_cat(process))
+
+
+@pytest.fixture
+def set_uid_cat() -> Iterator[Path]:
+    """Yield the path of a set-uid program of root that every user can execute."""
+    directory = Path(tempfile.mkdtemp(prefix="set-uid-", dir="/var/tmp"))
+    directory.chmod(0o755)
+    program = Path(shutil.copy(shutil.which("cat") or "", directory))
+    program.chmod(0o4755)
+    yield program
+    shutil.rmtree(directory)
+
+
+@needs_root
+def test_set_uid_program_of_another_user_is_refused(set_uid_cat: Path) -> None:
+    """Check that the tool does not help a hostile QEMU to change a program that runs as root."""
+    code = f"print('done', flush=True); os.execv({str(set_uid_cat)!r}, ['cat'])"
+    with start_target(code, user=OTHER_USER) as target:
+        process = check_is_refused(target, runs_cat)
+        if process.status().uids != (OTHER_USER, 0, 0, 0):
+            pytest.skip("/var/tmp is mounted with nosuid")
+        assert target.process.communicate("unharmed")[0] == "unharmed"
+        assert target.process.returncode == 0
 
 
 @pytest.fixture(scope="session")
@@ -207,14 +257,23 @@ def test_memory_of_the_old_program_is_refused(sharer: list[str]) -> None:
 
 
 def socket_of_dead_listener(path: Path) -> tuple[int, socket.socket]:
-    """Return the pid of a process that called listen() and has exited, and a connection."""
+    """Return the pid of another user's process that called listen(), and a connection.
+
+    The process has exited.
+    """
     bound = socket.socket(socket.AF_UNIX)
     bound.bind(str(path))
     pid = os.fork()
     if pid == 0:
-        bound.listen()
-        os._exit(0)
-    os.waitpid(pid, 0)
+        status = 1
+        try:
+            os.setresgid(OTHER_USER, OTHER_USER, OTHER_USER)
+            os.setresuid(OTHER_USER, OTHER_USER, OTHER_USER)
+            bound.listen()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     client = socket.socket(socket.AF_UNIX)
     client.connect(str(path))
     return pid, client
