@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from qemu_prefault.host.procfs import Process
 from support import capable_kvm
 from support.qemu import StartQemu, kvm_usable, start_vm
 
@@ -18,6 +20,9 @@ pytestmark = [
     pytest.mark.skipif(not kvm_usable(), reason="/dev/kvm cannot be opened"),
     pytest.mark.skipif(shutil.which("cc") is None, reason="cc is not installed"),
 ]
+#: If root runs the tests, QEMU runs as another user, who can open all files.
+OTHER_USER = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups",
+              "--inh-caps=+dac_override", "--ambient-caps=+dac_override"]  # fmt: skip
 
 
 @pytest.mark.parametrize("thread", [False, True])
@@ -31,7 +36,8 @@ def test_guest_runs_after_a_batch_that_never_ends(
          "-o", library],
         check=True,
     )  # fmt: skip
-    prefix = ["env", f"LD_PRELOAD={library}", f"LYING_SOCKET={tmp_path}/control"]
+    prefix = OTHER_USER if os.geteuid() == 0 else []
+    prefix = [*prefix, "env", f"LD_PRELOAD={library}", f"LYING_SOCKET={tmp_path}/control"]
     prefix += ["LYING_THREAD=1"] if thread else []
     vm = start_vm(start_qemu, tmp_path, "-m", "64M", accel="kvm", paused=False, prefix=prefix)
     tool = subprocess.run(
@@ -44,3 +50,4 @@ def test_guest_runs_after_a_batch_that_never_ends(
     assert error["code"] == "agent"
     assert "no progress" in error["cause"] or thread
     assert vm.qmp.status() == "running"
+    assert Process.find(vm.pid).status().uids[0] == (os.geteuid() or 65534)

@@ -4,17 +4,20 @@
     python hostile_plugin.py UUID SOCKET BEHAVIOUR
 
 The process listens on SOCKET in a thread that has the name of the plugin's control thread. It
-prints an empty line when it is ready.
+prints an empty line when it is ready. If root has started the process, it becomes another user.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import socket
 import sys
 import threading
 import time
 
+OTHER_USER = 65534
 HONEST = {
     "plugin": 1,
     "vcpus": [],
@@ -97,9 +100,18 @@ def wait_named() -> None:
     threading.Event().wait()
 
 
+def give_up_root() -> None:
+    os.setgroups([])
+    os.setresgid(OTHER_USER, OTHER_USER, OTHER_USER)
+    os.setresuid(OTHER_USER, OTHER_USER, OTHER_USER)
+    ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE, as after an exec
+
+
 def main(_uuid: str, path: str, behaviour: str) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
+    if os.geteuid() == 0:
+        give_up_root()
     listener.listen(64)
     if behaviour == "thread name":
         threading.Thread(target=wait_named, daemon=True).start()
