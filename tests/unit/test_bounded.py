@@ -20,6 +20,7 @@ from qemu_prefault.agents.qemu_process import open_memory
 from qemu_prefault.errors import FailedError, GoneError
 from qemu_prefault.host.bounded import list_bounded, read_bounded
 from qemu_prefault.host.fds import take_fd
+from qemu_prefault.host.kvm import BinaryStats
 from qemu_prefault.host.procfs import MAX_MAPPINGS, Process, parse_maps
 
 PACKAGE = Path(qemu_prefault.__file__).parent
@@ -129,6 +130,33 @@ def test_replaced_descriptor_is_refused() -> None:
         with pytest.raises(GoneError, match="descriptor 9"):
             take_fd(process, 9, "anon_inode:kvm-vcpu-stats:0")
         os.close(take_fd(process, 9))
+
+
+#: Let descriptor 9 be a file whose header announces statistics of 800 MiB.
+LARGE_STATISTICS = """
+import struct
+fd = os.memfd_create("statistics")
+os.truncate(fd, 800 << 20)
+name_size, count, table, data = (int(word) for word in sys.argv[1:])
+os.pwrite(fd, struct.pack("<6I", 0, name_size, count, 0, table, data), 0)
+os.dup2(fd, 9)
+"""
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("name_size", "count"),
+    [(48, 12 << 20), (4080, 200 << 10), (0xFFFFFFFF, 0xFFFFFFFF)],
+    ids=["counters", "names", "largest numbers"],
+)
+def test_statistics_are_bounded(name_size: int, count: int) -> None:
+    """Check a descriptor that QEMU has put in the place of KVM's statistics."""
+    with attacker(LARGE_STATISTICS, str(name_size), str(count), "24", "4096") as process:
+        fd, before = take_fd(process, 9), peak()
+        with pytest.raises(OSError, match="not a KVM statistics descriptor"):
+            BinaryStats(fd)
+        os.close(fd)
+        assert peak() - before < MOST_GROWTH
 
 
 @needs_root
