@@ -224,20 +224,39 @@ def test_diagnosis_of_sockets(tmp_path: Path) -> None:
         diagnose_path(0xFFFFFFF0)
 
 
-class Chroot:
-    """A process with its own root directory."""
+#: Enter the root directory in the first argument as another user. Then run the code in the second
+#: argument, and wait for the end of stdin.
+CHROOT = """
+import ctypes, os, socket, sys
+os.chroot(sys.argv[1])
+os.chdir("/")
+os.setgroups([])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+libc = ctypes.CDLL(None)
+libc.prctl(4, 1, 0, 0, 0)
+exec(sys.argv[2])
+print("ready", flush=True)
+sys.stdin.read()
+"""
 
-    def __init__(self, root: Path) -> None:
-        code = f"import os; os.chroot({str(root)!r}); os.chdir('/'); print(flush=True); input()"
+
+class Chroot:
+    """A process of another user with its own root directory."""
+
+    def __init__(self, root: Path, code: str = "") -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", CHROOT, root, code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert self._process.stdout
-        self._process.stdout.readline()
+        assert self._process.stdout.readline() == "ready\n"
         self.process = Process.find(self._process.pid)
 
     def close(self) -> None:
-        self._process.communicate("\n", timeout=60)
+        self._process.communicate(timeout=60)
 
 
 @pytest.fixture
@@ -275,6 +294,39 @@ def test_socket_path_stays_in_root(
             connect(path, process)
         with pytest.raises(BlockingIOError):
             host.accept()
+
+
+#: Play the plugin, and then replace the control socket by a link to the path in "{}".
+REPLACE_SOCKET = """
+listener = socket.socket(socket.AF_UNIX)
+listener.bind("/control")
+listener.listen()
+libc.prctl(15, b"prefault/%d" % listener.fileno(), 0, 0, 0)
+os.rename("/control", "/old")
+os.symlink({!r}, "/control")
+"""
+
+
+@needs_root
+def test_replaced_socket_does_not_reach_a_daemon_of_root(tmp_path: Path) -> None:
+    """Check that a QEMU cannot send root's requests to a socket that only root can open."""
+    root = tmp_path / "root"
+    root.mkdir()
+    os.chown(root, OTHER_USER, OTHER_USER)
+    with socket.socket(socket.AF_UNIX) as host:
+        host.bind(str(tmp_path / "host"))
+        (tmp_path / "host").chmod(0o600)
+        host.listen()
+        host.setblocking(False)
+        child = Chroot(root, REPLACE_SOCKET.format(str(tmp_path / "host")))
+        try:
+            found = find_control_socket(child.process)
+            with pytest.raises(QemuPrefaultError, match="cannot connect"):
+                asyncio.run(status_of(found or Path("/control"), child.process))
+            with pytest.raises(BlockingIOError):
+                host.accept()
+        finally:
+            child.close()
 
 
 def test_other_types_of_files_are_refused(chroot: tuple[Path, Process]) -> None:
