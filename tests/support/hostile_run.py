@@ -86,14 +86,16 @@ def process_not_to_touch() -> Iterator[int]:
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline()
-        os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))
-        os.setpriority(os.PRIO_PROCESS, process.pid, 5)
-        os.sched_setaffinity(process.pid, {max(os.sched_getaffinity(0))})
-        before = state_of(process.pid)
-        yield process.pid
-        assert process.poll() is None
-        assert state_of(process.pid) == before
-        process.kill()
+        try:
+            os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))
+            os.setpriority(os.PRIO_PROCESS, process.pid, 5)
+            os.sched_setaffinity(process.pid, {max(os.sched_getaffinity(0))})
+            before = state_of(process.pid)
+            yield process.pid
+            assert process.poll() is None
+            assert state_of(process.pid) == before
+        finally:
+            process.kill()  # the end of the block waits for the process
 
 
 def state_of(pid: int) -> list[object]:
