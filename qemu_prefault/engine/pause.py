@@ -88,7 +88,7 @@ class Pauser:
             await self._hold_vcpus()
             yield pause
             return
-        seconds = REPLY_SECONDS if monitor.peer is not None else monitor.command_timeout
+        seconds = REPLY_SECONDS if monitor.is_local else monitor.command_timeout
         hung = False
         with guard, monitor.patience(seconds):
             async with guard.hand_over_on_timeout(monitor):

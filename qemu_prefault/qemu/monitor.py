@@ -26,6 +26,7 @@ import contextlib
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final
 
@@ -64,6 +65,7 @@ from .message_limits import (
     count_values,
 )
 from .qapi import expect_int, expect_object, expect_str
+from .wait_budget import WaitBudget
 
 #: Maximum number of unread events in a stream. If more arrive, the stream drops the oldest events.
 MAX_EVENTS: Final = 1024
@@ -214,6 +216,8 @@ class Monitor:
         self.peer: Peer | None = None
         self._client = client
         self._sock = sock
+        self._wait_budget = WaitBudget()
+        self._patient = False
         self._dispatcher = _Dispatcher()
         client.register_listener(self._dispatcher)
         self._watcher = asyncio.create_task(self._watch())
@@ -235,7 +239,9 @@ class Monitor:
         :param connect_timeout: The time limit for establishing the session, in seconds. If QEMU
             accepts the connection but sends no greeting, the method fails after at most
             :data:`GREETING_TIMEOUT` seconds.
-        :param command_timeout: The default time limit for each command, in seconds.
+        :param command_timeout: The default time limit for each command, in seconds. All commands
+            together have the limit of :mod:`.wait_budget`, unless QEMU is behind a TCP socket or
+            behind ``dial``.
         :param dial: A function that opens the connection. ``connect_timeout`` starts when this
             function returns. If ``dial`` is not None, ``address`` is only the name of the
             connection in messages.
@@ -256,6 +262,7 @@ class Monitor:
     ) -> Monitor:
         deadline = asyncio.get_running_loop().time() + timeout
         uuid = None
+        waits = WaitBudget()
         if dial is None:
             sock = await connect(address, deadline)
         else:
@@ -266,10 +273,12 @@ class Monitor:
         client = _Client()
         client.events.names = {""}  # otherwise the built-in listener keeps every event
         try:
-            await await_greeting(sock, address, deadline)
-            await _negotiate(client, sock, address, deadline)
+            with waits:
+                await await_greeting(sock, address, deadline)
+                await _negotiate(client, sock, address, deadline)
             monitor = cls(client, sock, address, command_timeout, uuid)
             monitor.peer = peer
+            monitor._wait_budget = waits
             return monitor
         except BaseException:
             await _hang_up(client, sock)
@@ -283,6 +292,11 @@ class Monitor:
         process is outside this pid namespace.
         """
         return None if self.peer is None else self.peer.pid
+
+    @property
+    def is_local(self) -> bool:
+        """Whether QEMU is behind a UNIX socket, and not behind libvirt or a network."""
+        return self.peer is not None
 
     async def close(self) -> None:
         """Disconnect from QEMU. If this was already done, the method does nothing."""
@@ -335,15 +349,19 @@ class Monitor:
     ) -> object:
         """Execute a command like :meth:`execute`, with QMP's own argument names."""
         limit = self.command_timeout if timeout is None else timeout
+        waits: AbstractContextManager[None] = contextlib.nullcontext()
+        if timeout is None and self.is_local and not self._patient:
+            waits = self._wait_budget
+            limit = min(limit, self._wait_budget.left)
         try:
             # Do not use wait_for(): before Python 3.12, it loses a cancellation that arrives
             # together with the reply, and the cancelled task continues.
             async with asyncio.timeout(limit):
-                with self._client.budget:
+                with self._client.budget, waits:
                     return await self._client.execute(command, dict(arguments) or None)
         except TimeoutError as error:
             raise MonitorError(
-                f"QEMU did not reply to {command} within {limit:g} s",
+                f"QEMU did not reply to {command} within {limit:.2g} s",
                 "check whether QEMU is stopped or its main loop is blocked\n"
                 "QEMU may still execute the command later",
                 code=Code.MONITOR_TIMEOUT,
@@ -360,13 +378,16 @@ class Monitor:
     def patience(self, seconds: float) -> Iterator[None]:
         """Set the default time limit of each command within the ``with`` block.
 
+        Within the block, all commands together have no limit.
+
         :param seconds: The time limit in seconds.
         """
-        before, self.command_timeout = self.command_timeout, seconds
+        before = self.command_timeout, self._patient
+        self.command_timeout, self._patient = seconds, True
         try:
             yield
         finally:
-            self.command_timeout = before
+            self.command_timeout, self._patient = before
 
     async def hmp(self, line: str, *, timeout: float | None = None) -> str:
         """Execute a human monitor command, and return its output.

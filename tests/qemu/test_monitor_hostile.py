@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from qemu_prefault.errors import MonitorError, QemuPrefaultError
+from qemu_prefault.qemu import wait_budget
 from qemu_prefault.qemu.monitor import Monitor
 from qemu_prefault.qemu.queries import VmState, read_stage2, read_vcpu_stats, read_vm_state
 
@@ -430,6 +431,38 @@ def test_wide_reply_is_an_error(tmp_path: Path, value: str) -> None:
 
     with serve(tmp_path / "s", talk) as path, memory_growth_below(32 * MIB):
         asyncio.run(main(path))
+
+
+@pytest.mark.parametrize("delay", [0.05, 0.3])
+def test_late_replies_have_a_limit_in_total(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, delay: float
+) -> None:
+    """Check that commands that each end in time are an error if they take too long together."""
+    monkeypatch.setattr(wait_budget, "WAIT_SECONDS", 1.0)
+    inner = qmp_server({"query-kvm": {}})
+
+    class Late:
+        def __init__(self, client: socket.socket) -> None:
+            self._client = client
+            self.recv = client.recv
+
+        def sendall(self, data: bytes) -> None:
+            time.sleep(delay)
+            self._client.sendall(data)
+
+    async def main(path: str) -> None:
+        async with Monitor.connect(path) as monitor:
+            with monitor.patience(5):  # has its own limit
+                for _ in range(4):
+                    await monitor.execute("query-kvm")
+            with pytest.raises(MonitorError, match="did not reply to query-kvm within"):
+                for _ in range(50):
+                    await monitor.execute("query-kvm")
+
+    began = time.monotonic()
+    with serve(tmp_path / "s", lambda client: inner(Late(client))) as path:  # type: ignore[arg-type]
+        asyncio.run(main(path))
+    assert time.monotonic() - began < 1 + 9 * delay + 1
 
 
 def test_unterminated_strings_are_an_error_in_time(tmp_path: Path) -> None:

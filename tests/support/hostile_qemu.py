@@ -303,6 +303,27 @@ def _(fake: Fake) -> None:
     fake.send = send  # type: ignore[method-assign]
 
 
+def silent_after(commands: int) -> Callable[[Fake], None]:
+    """Reply to a number of commands, and then never again."""
+
+    def set_up(fake: Fake) -> None:
+        served: list[str] = []
+
+        def answer(client: socket.socket, request: dict[str, Any]) -> None:
+            served.append(request["execute"])
+            if len(served) > commands:
+                sleep()
+            Fake.answer(fake, client, request)
+
+        fake.answer = answer  # type: ignore[method-assign]
+
+    return set_up
+
+
+for _commands in (1, 10, 19, 20, 21, 25):
+    LIES[f"monitor: silence after {_commands} commands"] = silent_after(_commands)
+
+
 def wide(value: str, size: int = 4 * MIB - 9000) -> bytes:
     """Return a JSON array of ``size`` bytes that repeats a value."""
     count = size // (len(value) + 1)
