@@ -464,8 +464,9 @@ class Iteration:
             self.guest.wait_ready()
         if self.draw.state == "busy":
             self.control_gap = self.stop_workload(self.neighbour)
-            if not self.was_reset:
-                self.guest_gap = self.stop_workload(self.guest)
+            gap = self.stop_workload(self.guest) if not self.was_reset else None
+            if self.draw.action != "disturb":  # which pauses the guest itself
+                self.guest_gap = gap
         check_memory(self.guest)
         check_memory(self.neighbour)
         self.neighbour.command(f"alloc {PROMISED}")
