@@ -33,7 +33,7 @@ from ..host.procfs import MemoryMapping, Process, backing_of, mappings_of, threa
 from ..host.ptrace_access import ptrace_denied
 from ..qemu.dial import Dial
 from ..qemu.memory_map import MemorySection
-from ..qemu.monitor import Monitor
+from ..qemu.monitor import PATIENT_SECONDS, Monitor
 from ..qemu.queries import VmState, read_vm_state, read_vm_state_in_time
 
 
@@ -87,7 +87,8 @@ class Vm:
             :func:`~qemu_prefault.qemu.queries.read_vm_state` or
             :func:`~qemu_prefault.host.identify.identify` raises an error.
         """
-        async with Monitor.connect(qmp, dial=dial) as monitor:
+        timeout = PATIENT_SECONDS if loading else None
+        async with Monitor.connect(qmp, dial=dial, command_timeout=timeout) as monitor:
             # A client of libvirt waits for a busy domain.
             wait_long = loading or dial is not None
             state = await (read_vm_state if wait_long else read_vm_state_in_time)(monitor)

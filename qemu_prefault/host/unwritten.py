@@ -2,8 +2,10 @@
 """Add up the unwritten parts of the files in a file system.
 
 A process that has mapped such a file can allocate the unwritten parts without further checks. The
-sum is a lower bound. Other users can create any number of files, directories and processes, so each
-search has a limit on entries and on time. Mapped files of other QEMUs come first.
+sum is a lower bound. Other users can create any number of files, directories and processes, so the
+number of processes and of directory entries is limited. The limits do not depend on time, because
+on a slow host the search would then miss the files of other guests. Processes of root and of QEMU's
+own user come first, because other users cannot create these.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Final
 
 from ..errors import UnsupportedError
 from . import procfs
-from .bounded import limit_of, read_bounded
+from .bounded import read_bounded
 from .headroom import unescape
 from .inside_root import open_inside, reopened
 from .procfs import Process, lines_of, read_optional
@@ -33,9 +35,11 @@ MAX_ENTRIES: Final = 10_000
 MAX_DEPTH: Final = 32
 #: Maximum number of mount points of a file system to try.
 MAX_MOUNTS: Final = 16
-#: The time limit for examining one file system, in seconds.
-SEARCH_SECONDS: Final = 0.5
-#: How long a result is reused: at least this time in seconds, and ten times the search's duration.
+#: Maximum number of other QEMU processes to examine, and maximum size of each one's maps in bytes.
+#: 1 MiB contains about 10,000 mappings.
+MAX_PROCESSES: Final = 400
+MAX_MAPS: Final = 1 << 20
+#: How long a result is reused: at least this time in seconds, and twice the search's duration.
 REUSE_SECONDS: Final = 1.0
 
 
@@ -51,16 +55,15 @@ _results: dict[tuple[int, tuple[int, int]], _Result] = {}
 
 
 class _Budget:
-    """What remains of a search's limits."""
+    """The number of directory entries that a search may still examine."""
 
     def __init__(self) -> None:
         self._entries = MAX_ENTRIES
-        self._deadline = time.monotonic() + SEARCH_SECONDS
 
     def take(self) -> bool:
         """Count one entry, and return whether the search may examine it."""
         self._entries -= 1
-        return self._entries >= 0 and time.monotonic() < self._deadline
+        return self._entries >= 0
 
 
 def unwritten_bytes(process: Process, device: tuple[int, int], without: AbstractSet[FileId]) -> int:
@@ -75,55 +78,54 @@ def unwritten_bytes(process: Process, device: tuple[int, int], without: Abstract
         began = time.monotonic()
         holes = {
             status.st_ino: max(0, status.st_size - status.st_blocks * 512)
-            for status in _files(process, device, _Budget())
+            for status in _files(process, device)
         }
         now = time.monotonic()
-        result = _Result(holes, now + max(REUSE_SECONDS, 10 * (now - began)))
+        result = _Result(holes, now + max(REUSE_SECONDS, 2 * (now - began)))
         _results[key] = result
     return sum(hole for inode, hole in result.holes.items() if (device, inode) not in without)
 
 
-def _files(process: Process, device: tuple[int, int], budget: _Budget) -> Iterator[os.stat_result]:
-    yield from _mapped_by_other_processes(process, device, budget)
+def _files(process: Process, device: tuple[int, int]) -> Iterator[os.stat_result]:
+    for pid in _other_qemus(process)[:MAX_PROCESSES]:
+        yield from _mapped_files(pid, device)
     with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
         top = _open_mount(process, device, stack)
         if top is not None:
-            yield from _walk(top, os.makedev(*device), budget, 0)
+            yield from _walk(top, os.makedev(*device), _Budget(), 0)
 
 
-def _mapped_by_other_processes(
-    process: Process, device: tuple[int, int], budget: _Budget
-) -> Iterator[os.stat_result]:
-    """Yield the status of each file of ``device`` that another QEMU maps.
+def _other_qemus(process: Process) -> list[int]:
+    """Return the pids of other processes with QEMU's names.
 
-    The result includes deleted files.
+    The processes of root and of this QEMU's user are first in the list.
     """
-    shared = re.compile(
-        rb"^([0-9a-f]+-[0-9a-f]+) [r-][w-][x-]s [0-9a-f]+ %02x:%02x ([0-9]+) " % device,
-        re.MULTILINE,
-    )
-    inodes: set[bytes] = set()
+    found = []
+    trusted = {0, os.stat(process.proc).st_uid}
     for entry in os.listdir(procfs.PROC):
         if not entry.isdecimal() or int(entry) == process.pid:
             continue
         name = read_optional(f"{procfs.PROC}/{entry}/comm") or ""
-        if "qemu" not in name and "kvm" not in name:
-            continue
-        path = f"{procfs.PROC}/{entry}/maps"
-        if not budget.take():
-            return
-        try:
-            maps = read_bounded(path, limit_of(path))
-        except OSError:
-            continue
-        for match in shared.finditer(maps):
-            if match[2] in inodes:
-                continue
-            if not budget.take():
-                return
-            inodes.add(match[2])
+        if "qemu" in name or "kvm" in name:
             with contextlib.suppress(OSError):
-                yield os.stat(f"{procfs.PROC}/{entry}/map_files/{match[1].decode()}")
+                owner = os.stat(f"{procfs.PROC}/{entry}").st_uid
+                found.append((owner not in trusted, int(entry)))
+    return [pid for _, pid in sorted(found)]
+
+
+def _mapped_files(pid: int, device: tuple[int, int]) -> Iterator[os.stat_result]:
+    """Yield the status of each file of ``device`` that a process maps, also of deleted files."""
+    shared = re.compile(
+        rb"^([0-9a-f]+-[0-9a-f]+) [r-][w-][x-]s [0-9a-f]+ %02x:%02x ([0-9]+) " % device,
+        re.MULTILINE,
+    )
+    try:
+        maps = read_bounded(f"{procfs.PROC}/{pid}/maps", MAX_MAPS)
+    except OSError:
+        return
+    for area in {match[2]: match[1] for match in shared.finditer(maps)}.values():
+        with contextlib.suppress(OSError):
+            yield os.stat(f"{procfs.PROC}/{pid}/map_files/{area.decode()}")
 
 
 def _open_mount(

@@ -24,9 +24,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final
 
@@ -65,8 +65,13 @@ from .message_limits import (
     count_values,
 )
 from .qapi import expect_int, expect_object, expect_str
-from .wait_budget import WaitBudget
 
+#: The default time limit for a reply in seconds: of a QEMU behind a UNIX socket, and of one that is
+#: behind libvirt or a TCP socket or loads a guest. libvirt can itself wait for 30 seconds.
+LOCAL_SECONDS: Final = 7.0
+PATIENT_SECONDS: Final = 30.0
+#: The time limit in seconds after QEMU has not replied to a command in time.
+SECONDS_AFTER_TIMEOUT: Final = 0.5
 #: Maximum number of unread events in a stream. If more arrive, the stream drops the oldest events.
 MAX_EVENTS: Final = 1024
 
@@ -198,6 +203,7 @@ class Monitor:
     :ivar package: The distributor's suffix of the version, e.g. ``Debian 1:10.0.13+ds-0+deb13u1``,
         or an empty string.
     :ivar peer: The process that called listen() on the socket, or None as for :attr:`peer_pid`.
+    :ivar negotiation_seconds: The duration of QEMU's greeting and of the capabilities negotiation.
     :ivar vm_uuid: The VM's UUID as ``dial`` returned it, or None if the address is a socket.
     """
 
@@ -216,8 +222,8 @@ class Monitor:
         self.peer: Peer | None = None
         self._client = client
         self._sock = sock
-        self._wait_budget = WaitBudget()
-        self._patient = False
+        self.negotiation_seconds = 0.0
+        self._late = False
         self._dispatcher = _Dispatcher()
         client.register_listener(self._dispatcher)
         self._watcher = asyncio.create_task(self._watch())
@@ -229,7 +235,7 @@ class Monitor:
         address: str,
         *,
         connect_timeout: float = 5.0,
-        command_timeout: float = 30.0,
+        command_timeout: float | None = None,
         dial: Dial | None = None,
     ) -> AsyncIterator[Monitor]:
         """Connect to QEMU's QMP socket, and disconnect at the end of the block.
@@ -239,9 +245,8 @@ class Monitor:
         :param connect_timeout: The time limit for establishing the session, in seconds. If QEMU
             accepts the connection but sends no greeting, the method fails after at most
             :data:`GREETING_TIMEOUT` seconds.
-        :param command_timeout: The default time limit for each command, in seconds. All commands
-            together have the limit of :mod:`.wait_budget`, unless QEMU is behind a TCP socket or
-            behind ``dial``.
+        :param command_timeout: The default time limit for each command, in seconds. None means
+            :data:`LOCAL_SECONDS` or :data:`PATIENT_SECONDS`.
         :param dial: A function that opens the connection. ``connect_timeout`` starts when this
             function returns. If ``dial`` is not None, ``address`` is only the name of the
             connection in messages.
@@ -258,11 +263,10 @@ class Monitor:
 
     @classmethod
     async def _open(
-        cls, address: str, timeout: float, command_timeout: float, dial: Dial | None
+        cls, address: str, timeout: float, command_timeout: float | None, dial: Dial | None
     ) -> Monitor:
         deadline = asyncio.get_running_loop().time() + timeout
         uuid = None
-        waits = WaitBudget()
         if dial is None:
             sock = await connect(address, deadline)
         else:
@@ -273,12 +277,14 @@ class Monitor:
         client = _Client()
         client.events.names = {""}  # otherwise the built-in listener keeps every event
         try:
-            with waits:
-                await await_greeting(sock, address, deadline)
-                await _negotiate(client, sock, address, deadline)
+            started = time.monotonic()
+            await await_greeting(sock, address, deadline)
+            await _negotiate(client, sock, address, deadline)
+            if command_timeout is None:
+                command_timeout = PATIENT_SECONDS if peer is None else LOCAL_SECONDS
             monitor = cls(client, sock, address, command_timeout, uuid)
             monitor.peer = peer
-            monitor._wait_budget = waits
+            monitor.negotiation_seconds = time.monotonic() - started
             return monitor
         except BaseException:
             await _hang_up(client, sock)
@@ -349,24 +355,26 @@ class Monitor:
     ) -> object:
         """Execute a command like :meth:`execute`, with QMP's own argument names."""
         limit = self.command_timeout if timeout is None else timeout
-        waits: AbstractContextManager[None] = contextlib.nullcontext()
-        if timeout is None and self.is_local and not self._patient:
-            waits = self._wait_budget
-            limit = min(limit, self._wait_budget.left)
+        if self._late:
+            limit = min(limit, SECONDS_AFTER_TIMEOUT)
         try:
             # Do not use wait_for(): before Python 3.12, it loses a cancellation that arrives
             # together with the reply, and the cancelled task continues.
             async with asyncio.timeout(limit):
-                with self._client.budget, waits:
-                    return await self._client.execute(command, dict(arguments) or None)
+                with self._client.budget:
+                    reply = await self._client.execute(command, dict(arguments) or None)
+            self._late = False
+            return reply
         except TimeoutError as error:
+            self._late = True
             raise MonitorError(
-                f"QEMU did not reply to {command} within {limit:.2g} s",
+                f"QEMU did not reply to {command} within {limit:g} s",
                 "check whether QEMU is stopped or its main loop is blocked\n"
                 "QEMU may still execute the command later",
                 code=Code.MONITOR_TIMEOUT,
             ) from error
         except ExecuteError as error:
+            self._late = False
             raise CommandError(command, error.error_class, str(error)) from error
         except (ExecInterruptedError, StateError) as error:
             raise self._dead(command) from error
@@ -378,16 +386,13 @@ class Monitor:
     def patience(self, seconds: float) -> Iterator[None]:
         """Set the default time limit of each command within the ``with`` block.
 
-        Within the block, all commands together have no limit.
-
         :param seconds: The time limit in seconds.
         """
-        before = self.command_timeout, self._patient
-        self.command_timeout, self._patient = seconds, True
+        before, self.command_timeout = self.command_timeout, seconds
         try:
             yield
         finally:
-            self.command_timeout, self._patient = before
+            self.command_timeout = before
 
     async def hmp(self, line: str, *, timeout: float | None = None) -> str:
         """Execute a human monitor command, and return its output.

@@ -100,22 +100,25 @@ class VmState:
     private_memory: str | None = None
 
 
-#: The time limit for :func:`read_vm_state` in seconds, for a QEMU that is not loading a guest.
+#: The time limit for the negotiation and :func:`read_vm_state` together in seconds, for a QEMU that
+#: is not loading a guest. The second limit applies after a slow negotiation.
 STATE_SECONDS = 6.0
+LEAST_STATE_SECONDS = 3.0
 
 
 async def read_vm_state_in_time(monitor: Monitor) -> VmState:
-    """Call :func:`read_vm_state` with the time limit :data:`STATE_SECONDS`.
+    """Call :func:`read_vm_state` with the time limit that :data:`STATE_SECONDS` describes.
 
     :raises MonitorError: If QEMU does not reply to all queries in time, or if
         :func:`read_vm_state` raises this error.
     """
+    limit = max(LEAST_STATE_SECONDS, STATE_SECONDS - monitor.negotiation_seconds)
     try:
-        async with asyncio.timeout(STATE_SECONDS):
+        async with asyncio.timeout(limit):
             return await read_vm_state(monitor)
     except TimeoutError:
         raise MonitorError(
-            f"QEMU did not reply to all queries within {STATE_SECONDS:g} s",
+            f"QEMU did not reply to all queries within {limit:.0f} s",
             "check whether QEMU is stopped or its main loop is blocked",
             code=Code.MONITOR_TIMEOUT,
         ) from None

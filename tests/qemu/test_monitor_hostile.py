@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 
 from qemu_prefault.errors import MonitorError, QemuPrefaultError
-from qemu_prefault.qemu import wait_budget
 from qemu_prefault.qemu.monitor import Monitor
 from qemu_prefault.qemu.queries import VmState, read_stage2, read_vcpu_stats, read_vm_state
 
@@ -401,7 +400,7 @@ def test_event_flood_is_bounded(tmp_path: Path) -> None:
         client.recv(4096)
 
     async def main(path: str) -> None:
-        async with Monitor.connect(path) as monitor:
+        async with Monitor.connect(path, command_timeout=60) as monitor:
             with monitor.events("NOISE") as stream, monitor.events("OTHER") as other:
                 await monitor.execute("query-kvm")
                 assert stream.dropped == 100_000 - 1024
@@ -433,36 +432,24 @@ def test_wide_reply_is_an_error(tmp_path: Path, value: str) -> None:
         asyncio.run(main(path))
 
 
-@pytest.mark.parametrize("delay", [0.05, 0.3])
-def test_late_replies_have_a_limit_in_total(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, delay: float
-) -> None:
-    """Check that commands that each end in time are an error if they take too long together."""
-    monkeypatch.setattr(wait_budget, "WAIT_SECONDS", 1.0)
-    inner = qmp_server({"query-kvm": {}})
-
-    class Late:
-        def __init__(self, client: socket.socket) -> None:
-            self._client = client
-            self.recv = client.recv
-
-        def sendall(self, data: bytes) -> None:
-            time.sleep(delay)
-            self._client.sendall(data)
+def test_silent_qemu_delays_only_one_command(tmp_path: Path) -> None:
+    def talk(client: socket.socket) -> None:
+        client.sendall(GREETING)
+        client.recv(4096)
+        client.sendall(b'{"return": {}}\n')
+        while client.recv(4096):
+            pass
 
     async def main(path: str) -> None:
-        async with Monitor.connect(path) as monitor:
-            with monitor.patience(5):  # has its own limit
-                for _ in range(4):
-                    await monitor.execute("query-kvm")
-            with pytest.raises(MonitorError, match="did not reply to query-kvm within"):
-                for _ in range(50):
+        async with Monitor.connect(path, command_timeout=2) as monitor:
+            for _ in range(3):
+                with pytest.raises(MonitorError, match="did not reply to query-kvm within"):
                     await monitor.execute("query-kvm")
 
     began = time.monotonic()
-    with serve(tmp_path / "s", lambda client: inner(Late(client))) as path:  # type: ignore[arg-type]
+    with serve(tmp_path / "s", talk) as path:
         asyncio.run(main(path))
-    assert time.monotonic() - began < 1 + 9 * delay + 1
+    assert time.monotonic() - began < 5
 
 
 def test_unterminated_strings_are_an_error_in_time(tmp_path: Path) -> None:

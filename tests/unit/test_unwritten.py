@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,6 @@ def test_search_of_many_entries_ends(shared: Path) -> None:
 def test_search_ends_after_the_maximum_of_entries(
     shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unwritten, "SEARCH_SECONDS", 60)
     monkeypatch.setattr(unwritten, "MAX_ENTRIES", 100)
     for number in range(100):
         sparse(shared / "full" / str(number), MIB)
@@ -94,6 +94,35 @@ def test_search_ends_after_the_maximum_of_entries(
     for number in range(200):
         (directory / str(number)).mkdir(parents=True)
     assert found(shared) < 100 * MIB
+
+
+def test_guests_of_root_come_before_processes_of_others(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that another user's processes, which have QEMU's name, do not hide a guest's file."""
+    monkeypatch.setattr(unwritten, "MAX_PROCESSES", 3)
+    drop = "os.setgroups([]); os.setgid(65534); os.setuid(65534)"
+    with ExitStack() as stack:
+        for _ in range(6):
+            stack.enter_context(process_named_qemu(drop, shared))
+        qemu = (
+            "fd = os.open('ram', os.O_RDWR | os.O_CREAT); os.ftruncate(fd, 8 << 20); "
+            "area = mmap.mmap(fd, 8 << 20); os.unlink('ram')"
+        )
+        stack.enter_context(process_named_qemu(qemu, shared))
+        assert found(shared) == 8 * MIB
+
+
+@contextmanager
+def process_named_qemu(program: str, directory: Path) -> Iterator[None]:
+    """Run a Python program in a process with QEMU's name, and then wait in the process."""
+    prepare = "import ctypes, mmap, os, sys; ctypes.CDLL(None).prctl(15, b'qemu', 0, 0, 0); "
+    command = [sys.executable, "-c", f"{prepare}{program}; print(flush=True); sys.stdin.read()"]
+    with subprocess.Popen(
+        command, cwd=directory, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        yield
 
 
 def test_deep_directories_do_not_exhaust_descriptors(shared: Path) -> None:
