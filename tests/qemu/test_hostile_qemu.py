@@ -41,7 +41,6 @@ print(generate_latest(Metrics(daemon).registry).decode(), end="")
 #: One lie of each kind. make test-full tells all of them.
 SELECTED = {
     "monitor: endless answer",
-    "monitor: silence after 20 commands",
     "monitor: wide answers",
     "query-cpus-fast: init's thread",
     "process: endless arguments",
