@@ -468,8 +468,15 @@ class Process:
         :raises QemuPrefaultError: If the file cannot be read for another reason. See
             :func:`read_file`.
         """
+        return self.read_content(name).decode("utf-8", "surrogateescape")
+
+    def read_content(self, name: str) -> bytes:
+        """Return the content of a file in the process's directory.
+
+        The errors are those of :meth:`read`.
+        """
         shown = None if self.pin is None else f"{PROC}/{self.pid}/{name}"
-        return read_file(f"{self.proc}/{name}", self.pid, shown)
+        return read_file_bytes(f"{self.proc}/{name}", self.pid, shown)
 
     def check(self) -> None:
         """Check that the process is alive, and that its pid has not been reused.
@@ -535,8 +542,7 @@ class Process:
 
     def maps(self) -> tuple[MemoryMapping, ...]:
         """Return the memory map of the process."""
-        shown = None if self.pin is None else f"{PROC}/{self.pid}/maps"
-        return parse_maps(read_file_bytes(f"{self.proc}/maps", self.pid, shown))
+        return parse_maps(self.read_content("maps"))
 
     def thread_syscall(self, tid: int) -> str | None:
         """Return the text of ``/proc/PID/task/TID/syscall``.

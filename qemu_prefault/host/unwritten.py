@@ -89,10 +89,13 @@ def unwritten_bytes(process: Process, device: tuple[int, int], without: Abstract
 def _files(process: Process, device: tuple[int, int]) -> Iterator[os.stat_result]:
     for pid in _other_qemus(process)[:MAX_PROCESSES]:
         yield from _mapped_files(pid, device)
-    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-        top = _open_mount(process, device, stack)
-        if top is not None:
-            yield from _walk(top, os.makedev(*device), _Budget(), 0)
+    top = _open_mount(process, device)
+    if top is not None:
+        try:
+            with contextlib.suppress(OSError):
+                yield from _walk(top, os.makedev(*device), _Budget(), 0)
+        finally:
+            os.close(top)
 
 
 def _other_qemus(process: Process) -> list[int]:
@@ -128,9 +131,7 @@ def _mapped_files(pid: int, device: tuple[int, int]) -> Iterator[os.stat_result]
             yield os.stat(f"{procfs.PROC}/{pid}/map_files/{area.decode()}")
 
 
-def _open_mount(
-    process: Process, device: tuple[int, int], stack: contextlib.ExitStack
-) -> int | None:
+def _open_mount(process: Process, device: tuple[int, int]) -> int | None:
     """Open the root of a mount of a file system, and return its descriptor, or None.
 
     The process controls the names in its root directory. Therefore the descriptor is of the file
@@ -146,9 +147,7 @@ def _open_mount(
         with unusable, open_inside(process, point) as found:
             status = os.fstat(found)
             if status.st_dev == os.makedev(*device) and stat.S_ISDIR(status.st_mode):
-                top = os.open(reopened(found), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                stack.callback(os.close, top)
-                return top
+                return os.open(reopened(found), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     return None
 
 

@@ -277,8 +277,7 @@ def start_guest(start_qemu: StartQemu, tmp_path: Path, *, paused: bool = True) -
 
 def is_in_guest(vm: QemuVm) -> bool:
     """Return whether the first vCPU's thread is in KVM_RUN or runs on a CPU."""
-    tid = vm.vcpu
-    call = Process.find(vm.pid).thread_syscall(int(tid)) or ""
+    call = Process.find(vm.pid).thread_syscall(vm.vcpu) or ""
     return call.startswith("running") or hex(KVM_RUN) in call
 
 

@@ -34,7 +34,7 @@ OTHER_USER = 65534
 MIB = 1 << 20
 RAM = 32 * MIB
 KVM_CREATE_VM, KVM_CREATE_VCPU, KVM_SET_USER_MEMORY_REGION = 0xAE01, 0xAE41, 0x4020AE46
-PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_MM, PR_SET_MM_MAP = 1, 15, 35, 14
+PR_SET_NAME, PR_SET_MM, PR_SET_MM_MAP = 15, 35, 14
 #: The range in which qemu-prefault maps helpers (agents/gadgets.py), and their code's size.
 AREAS, CODE_SIZE = range(0x1000_0000_0000, 0x5000_0000_0000), 4096
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\u202e\n<0>owned\udcff"
@@ -551,13 +551,12 @@ def _(fake: Fake) -> None:
 def _(fake: Fake) -> None:
     back_ram(fake)
     split_mapping(mmap.mmap(-1, 120_000 * mmap.PAGESIZE))
-    parent = os.getpid()
+    reader, writer = os.pipe()
     for _ in range(20):
         if os.fork() == 0:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            os.close(writer)
             libc.prctl(PR_SET_NAME, b"qemu", 0, 0, 0)
-            while os.getppid() == parent:
-                time.sleep(1)
+            os.read(reader, 1)  # until the parent ends
             os._exit(0)
 
 

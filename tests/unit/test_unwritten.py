@@ -46,7 +46,7 @@ def sparse(path: Path, size: int) -> int:
 
 
 def run_as_other_user(program: str, directory: Path) -> None:
-    """Run a Python program in a directory as the user nobody."""
+    """Run a Python program in a directory as another user."""
     drop = "import os; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
     subprocess.run([sys.executable, "-c", drop + program], cwd=directory, check=True)
 
