@@ -36,7 +36,8 @@ from .engine.run import OnReady
 from .engine.vm import Vm
 from .host.kvm import Stage2Leaves, describe_errno, pre_fault_here
 from .qemu.dial import Dial
-from .qemu.monitor import EventStream, Monitor
+from .qemu.events import EventStream
+from .qemu.monitor import Monitor
 
 __all__ = [
     "SCHEMA",

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from .._native import ffi, lib
 from ..host.bounded import pread_bounded
-from ..host.procfs import MemoryMapping, Process
+from ..host.mappings import MemoryMapping
+from ..host.procfs import Process
 from ..units import PAGE_SIZE
 from .base import MAX_ERRNO, Outcome, Range
 from .gadgets import AREAS_FROM, AREAS_TO, round_to_pages

@@ -22,7 +22,8 @@ from ..errors import AgentError, Code, UnsupportedError
 from ..host.bounded import pread_bounded
 from ..host.executable import is_static
 from ..host.inside_root import open_inside
-from ..host.procfs import MemoryMapping, Process
+from ..host.mappings import MemoryMapping
+from ..host.procfs import Process
 from ..units import PAGE_SIZE
 
 #: The addresses for the helpers' mappings. The kernel's own top-down search for free addresses

@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 from .._native import ffi, lib
 from ..errors import Code, FailedError, GoneError, UnsupportedError
 from ..host.placement import not_delayed_by_others
-from ..host.procfs import Process, changed
+from ..host.proc_files import changed
+from ..host.procfs import Process
 from ..host.ptrace_access import ptrace_denied
 from .control_page import AREA_SIZE, CODE_SIZE
 from .gadgets import AREAS_FROM

@@ -27,15 +27,8 @@ from ..host.placement import (
     place,
     real_time_cpus,
 )
-from ..host.procfs import (
-    CLOCK_NANOSLEEP,
-    FUTEX,
-    NANOSLEEP,
-    Process,
-    changed,
-    gone,
-    thread_map,
-)
+from ..host.proc_files import changed, gone
+from ..host.procfs import CLOCK_NANOSLEEP, FUTEX, NANOSLEEP, Process, thread_map
 from ..host.ptrace_access import ptrace_denied
 from ..host.task_limits import RESERVE, strictest, task_limits
 from .base import Limits, VcpuThread

@@ -23,7 +23,8 @@ from ..errors import Code, FailedError, QemuPrefaultError, UnsupportedError
 from ..host.bounded import read_bounded
 from ..host.inside_root import open_inside, reopened
 from ..host.peer import Peer
-from ..host.procfs import PROC, Process, thread_names
+from ..host.proc_files import PROC
+from ..host.procfs import Process, thread_names
 
 #: Prefix of the name of the plugin's control thread. The listening descriptor's number follows.
 CONTROL_THREAD: Final = "prefault/"

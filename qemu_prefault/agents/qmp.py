@@ -22,8 +22,9 @@ from types import MappingProxyType
 from typing import Final
 
 from ..errors import AgentError, Code, CommandError, FailedError, RefusedError
+from ..qemu.events import EventStream
 from ..qemu.memory_map import MemorySection
-from ..qemu.monitor import EventStream, Monitor
+from ..qemu.monitor import Monitor
 from ..qemu.qapi import expect_array, expect_int, expect_object, expect_str
 from ..qemu.queries import MIGRATION_OVER, read_migration, read_status
 from .base import (

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 from .._native import ffi, lib
 from ..errors import AgentError, Code, FailedError
-from ..host.procfs import Process, changed
+from ..host.proc_files import changed
+from ..host.procfs import Process
 from ..host.ptrace_access import ptrace_denied
 from .base import resumed_error
 from .control_page import Helper

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable
 
 from .._native import lib
-from ..host.procfs import PROC, read_optional
+from ..host.proc_files import PROC, read_optional
 
 
 class Ticker:

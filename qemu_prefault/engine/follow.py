@@ -18,9 +18,10 @@ from typing import Any, Final
 from ..agents.plugin import Control, find_control_socket
 from ..errors import FailedError, QemuPrefaultError, RefusedError
 from ..host.procfs import Process
+from ..qemu.events import EventStream
+from ..qemu.kvm_stats import read_stage2
 from ..qemu.memory_map import firmware_ahead
-from ..qemu.monitor import EventStream
-from ..qemu.queries import VmState, read_stage2
+from ..qemu.queries import VmState
 from .options import AgentChoice, Options
 from .plan import select
 from .report import Report

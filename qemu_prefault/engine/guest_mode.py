@@ -20,8 +20,8 @@ from typing import Final
 from ..agents.base import VcpuThread
 from ..errors import Code
 from ..host import kvm
+from ..qemu.kvm_stats import read_vcpu_stats
 from ..qemu.monitor import Monitor
-from ..qemu.queries import read_vcpu_stats
 from .executor import Executor
 from .tally import RunTally
 

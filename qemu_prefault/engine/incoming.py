@@ -17,7 +17,8 @@ from collections.abc import AsyncIterator
 from ..agents.base import OrphanCleanup
 from ..errors import Code, CommandError, FailedError, MonitorError, QemuPrefaultError, RefusedError
 from ..host.procfs import Process
-from ..qemu.monitor import EventStream, Monitor
+from ..qemu.events import EventStream
+from ..qemu.monitor import Monitor
 from ..qemu.qapi import expect_array, expect_bool, expect_object, expect_str
 from ..qemu.queries import read_migration, read_status
 from .preflight import check_status

@@ -8,9 +8,9 @@ from typing import Any
 
 from ..host.kvm import Stage2Leaves
 from ..host.pagemap import Pagemap
+from ..qemu.kvm_stats import read_stage2, read_vcpu_stats
 from ..qemu.memory_map import huge_alignment
 from ..qemu.monitor import Monitor
-from ..qemu.queries import read_stage2, read_vcpu_stats
 from ..units import HUGE_PAGE_SIZE
 from .report import SCHEMA, stage2_json
 from .vm import Vm

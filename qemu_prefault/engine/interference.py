@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 
 from ..agents.base import resumed_error
 from ..errors import Code, QemuPrefaultError, RefusedError
-from ..qemu.monitor import EventStream
+from ..qemu.events import EventStream
 from ..qemu.queries import MIGRATION_OVER, read_migration
 from .tally import RunTally
 from .vm import Vm

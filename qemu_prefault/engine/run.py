@@ -33,7 +33,8 @@ from ..agents.select import Selection, select_agent
 from ..errors import Code, CommandError
 from ..host.pagemap import Pagemap
 from ..host.reservations import Reservation
-from ..qemu.queries import read_running, read_stage2, read_status
+from ..qemu.kvm_stats import read_stage2
+from ..qemu.queries import read_running, read_status
 from .executor import Executor, Progress
 from .guest_mode import GuestMode
 from .incoming import check_no_postcopy, hold_incoming

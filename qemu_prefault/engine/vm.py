@@ -28,8 +28,9 @@ from ..errors import (
 from ..host import kvm
 from ..host.fds import kvm_fds, take_fd, vcpu_stats_link
 from ..host.identify import identify
+from ..host.mappings import MemoryMapping, backing_of, mappings_of
 from ..host.memory_source import MemorySource, is_disk_file
-from ..host.procfs import MemoryMapping, Process, backing_of, mappings_of, thread_map
+from ..host.procfs import Process, thread_map
 from ..host.ptrace_access import ptrace_denied
 from ..qemu.dial import Dial
 from ..qemu.memory_map import MemorySection

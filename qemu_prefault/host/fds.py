@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ..errors import Code, FailedError, GoneError, PtraceDeniedError, UnsupportedError
-from .procfs import Process, gone
+from .proc_files import gone
+from .procfs import Process
 
 
 @dataclass(frozen=True, slots=True)

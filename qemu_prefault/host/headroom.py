@@ -15,8 +15,9 @@ from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass
 from typing import Final
 
-from . import procfs
-from .procfs import Process, parse_number, read_file, read_optional
+from . import proc_files
+from .proc_files import parse_number, read_file, read_optional
+from .procfs import Process
 
 PATH_MAX: Final = 4096  # include/uapi/linux/limits.h
 
@@ -204,7 +205,7 @@ def memory_headroom(process: Process) -> list[Limit]:
     kernel can reclaim it.
     """
     limits = []
-    meminfo = parse_key_values(read_file(f"{procfs.PROC}/meminfo", process.pid))
+    meminfo = parse_key_values(read_file(f"{proc_files.PROC}/meminfo", process.pid))
     if "MemAvailable" in meminfo:
         available = meminfo["MemAvailable"]
         limits.append(Limit("host", available, "MemAvailable in /proc/meminfo", True))
@@ -264,7 +265,7 @@ def _cgroup_limits(
     process: Process, controller: str, read: Callable[[str, bool], Limit | None]
 ) -> list[Limit]:
     groups = parse_cgroups(read_optional(f"{process.proc}/cgroup") or "")
-    mounts = parse_mountinfo(read_optional(f"{procfs.PROC}/self/mountinfo") or "")
+    mounts = parse_mountinfo(read_optional(f"{proc_files.PROC}/self/mountinfo") or "")
     limits = []
     for directory, unified in cgroup_directories(groups, mounts, controller):
         limit = read(directory, unified)

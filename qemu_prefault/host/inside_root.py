@@ -16,7 +16,8 @@ import os
 from collections.abc import Iterator
 
 from ..errors import Code, UnsupportedError
-from .procfs import PROC, Process
+from .proc_files import PROC
+from .procfs import Process
 
 
 @contextlib.contextmanager

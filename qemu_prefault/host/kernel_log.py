@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-from .procfs import Process, parse_number
+from .proc_files import parse_number
+from .procfs import Process
 
 KMSG: Final = "/dev/kmsg"
 MAX_RECORDS: Final = 100_000

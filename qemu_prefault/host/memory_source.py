@@ -33,14 +33,9 @@ from .headroom import (
     memory_headroom,
     parse_key_values,
 )
-from .procfs import (
-    MemoryMapping,
-    Process,
-    lines_of,
-    parse_number,
-    parse_number_list,
-    read_optional,
-)
+from .mappings import MemoryMapping
+from .proc_files import lines_of, parse_number, parse_number_list, read_optional
+from .procfs import Process
 from .unwritten import FileId, unwritten_bytes
 
 NODES: Final = Path("/sys/devices/system/node")

@@ -14,9 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final
 
-from . import procfs
+from . import proc_files
 from .headroom import Mount, cgroup_directories, parse_cgroups, parse_mountinfo
-from .procfs import Process, gone, parse_number_list, read_optional
+from .proc_files import gone, parse_number_list, read_optional
+from .procfs import Process
 
 CAP_SYS_NICE: Final = 23  # include/uapi/linux/capability.h
 MAX_CPUS: Final = 8192  # CONFIG_NR_CPUS, arch/x86/Kconfig
@@ -168,7 +169,7 @@ def leave_cgroups(process: Process, tid: int) -> bool:
     task = f"{process.proc}/task"
     wanted = parse_cgroups(read_optional(f"{task}/{process.pid}/cgroup") or "")
     current = parse_cgroups(read_optional(f"{task}/{tid}/cgroup") or "")
-    mounts = parse_mountinfo(read_optional(f"{procfs.PROC}/self/mountinfo") or "")
+    mounts = parse_mountinfo(read_optional(f"{proc_files.PROC}/self/mountinfo") or "")
     done = True
     for file in threads_files(wanted, current, mounts):
         try:

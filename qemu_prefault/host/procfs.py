@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Read QEMU's threads, memory map and status from ``/proc/PID``.
+"""A process with its threads and status, from ``/proc/PID``.
 
 The parsers (``parse_*``) are pure functions of text. :class:`Process` reads the files and passes
 their text to the parsers. If the process exits between two reads, the next read raises
@@ -16,170 +16,34 @@ proc(5) describes the file formats.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final
 
-from ..errors import Code, FailedError, GoneError, QemuPrefaultError, UnsupportedError
-from ..units import PAGE_SIZE
-from .bounded import limit_of, list_bounded, read_bounded
+from ..errors import GoneError, QemuPrefaultError
+from . import proc_files
+from .bounded import list_bounded
+from .mappings import MemoryMapping, parse_maps
 from .pin import Pin, Traits, program_addresses
+from .proc_files import (
+    beyond_limit,
+    changed,
+    gone,
+    malformed,
+    parse_number,
+    read_error,
+    read_file_bytes,
+    read_optional,
+)
 
-BackingKind = Literal["anonymous", "memfd", "shmem", "hugetlb", "file", "device"]
-
-PROC: Final = "/proc"
 #: Numbers of system calls, from arch/x86/entry/syscalls/syscall_64.tbl.
 NANOSLEEP, FUTEX, CLOCK_NANOSLEEP = 35, 202, 230
 #: Maximum number of attempts to list all threads of a process.
 MOST_LISTINGS: Final = 16
-#: Maximum number of mappings and of arguments of a process. The kernel's default limit on mappings
-#: is 65,530 (vm.max_map_count).
-MAX_MAPPINGS: Final = 1 << 16
+#: Maximum number of arguments of a process.
 MAX_ARGUMENTS: Final = 1 << 16
-
-
-def gone(pid: int) -> GoneError:
-    """Return the error for a process that has exited."""
-    return GoneError(
-        f"process {pid} has exited", "see QEMU's log for the reason if the process is QEMU"
-    )
-
-
-def changed(pid: int) -> GoneError:
-    """Return the error for a process that is no longer the one that was identified."""
-    return GoneError(
-        f"process {pid} has executed another program or changed its user since qemu-prefault "
-        "identified it as QEMU",
-        "check which program process "
-        f"{pid} runs now (ps -p {pid}), and run qemu-prefault again if it is QEMU",
-    )
-
-
-def beyond_limit(cause: str) -> FailedError:
-    """Return the error for a file in /proc that is larger than an ordinary QEMU needs."""
-    return FailedError(
-        cause,
-        "check whether the process is a QEMU that works correctly, because an ordinary QEMU does "
-        "not reach this limit",
-        code=Code.PROC,
-    )
-
-
-def is_hidden(pid: int) -> bool:
-    """Return whether /proc hides a process or thread that exists."""
-    if os.path.isdir(f"{PROC}/{pid}"):
-        return False  # /proc shows the process, which is exiting
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def hidden(pid: int) -> UnsupportedError:
-    """Return the error for a process that /proc does not show."""
-    return UnsupportedError(
-        f"process {pid} exists, but /proc does not show it",
-        "run qemu-prefault as root on the host, and check whether the hidepid= option of /proc or "
-        "the ProtectProc= setting of the service hides the process",
-        code=Code.PROC_PERMISSION,
-    )
-
-
-def denied(path: str) -> UnsupportedError:
-    """Return the error for a /proc file that this process is not allowed to read."""
-    return UnsupportedError(
-        f"this process has no permission to read {path}",
-        "run qemu-prefault as root, or as QEMU's user with CAP_SYS_PTRACE",
-        code=Code.PROC_PERMISSION,
-    )
-
-
-def read_file(path: str, pid: int, shown: str | None = None) -> str:
-    """Return the text of a /proc/PID file.
-
-    :param shown: The name of the file in messages, if ``path`` uses a descriptor of the pinned
-        process.
-    :raises GoneError: If the process has exited.
-    :raises UnsupportedError: If this process has no permission to read the file, or if /proc does
-        not show the process.
-    :raises FailedError: If this process cannot read the file for another reason. One reason is that
-        the file is larger than its limit (code ``proc``).
-    """
-    return read_file_bytes(path, pid, shown).decode("utf-8", "surrogateescape")
-
-
-def read_file_bytes(path: str, pid: int, shown: str | None = None) -> bytes:
-    """Return the content of a /proc/PID file.
-
-    The parameters and errors are those of :func:`read_file`.
-    """
-    try:
-        return read_bounded(path, limit_of(path))
-    except OSError as error:
-        raise read_error(error, path, pid, shown) from error
-
-
-def read_error(error: OSError, path: str, pid: int, shown: str | None = None) -> QemuPrefaultError:
-    """Return the error for a file or a directory in /proc that could not be read.
-
-    The parameters are those of :func:`read_file`.
-    """
-    name = shown or path
-    if isinstance(error, (FileNotFoundError, ProcessLookupError)):
-        if not f"{name}/".startswith(f"{PROC}/{pid}/"):
-            return UnsupportedError(
-                f"/proc does not show {name}",
-                "run qemu-prefault where /proc is mounted without subset=pid. If a systemd service "
-                "runs qemu-prefault, remove ProcSubset=pid from the service's unit",
-                code=Code.PROC_PERMISSION,
-            )
-        return hidden(pid) if shown is None and is_hidden(pid) else gone(pid)
-    if isinstance(error, PermissionError):
-        return denied(name)
-    if error.errno == errno.EFBIG:
-        return beyond_limit(f"cannot read {name}: {error.strerror}")
-    return FailedError(
-        f"cannot read {name}: {error.strerror}",
-        "check whether /proc is mounted",
-        code=Code.PROC,
-    )
-
-
-def read_limited(path: str) -> str:
-    """Return the text of a file, whose size is limited by :func:`~.bounded.limit_of`.
-
-    :raises OSError: If the file cannot be read or is too large.
-    """
-    return read_bounded(path, limit_of(path)).decode("utf-8", "surrogateescape")
-
-
-def read_optional(path: str) -> str | None:
-    """Return a file's text, or None if the file cannot be read or is too large."""
-    try:
-        return read_limited(path)
-    except (OSError, ValueError):  # ValueError: a path from another file contains a null character
-        return None
-
-
-def lines_of(text: str) -> Iterator[str]:
-    """Yield the lines of a text that are not empty, without building a list of all lines."""
-    return (match[0] for match in re.finditer(r"[^\n]+", text))
-
-
-def malformed(what: str, text: str) -> FailedError:
-    """Return the error for a /proc file in an unknown format."""
-    return FailedError(
-        f"{what} has an unknown format: {text[:120]!r}",
-        "report this error with the kernel's version (uname -r)",
-        code=Code.PROC,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,124 +119,6 @@ def parse_start_time(text: str) -> int:
         raise malformed("/proc/PID/stat", text) from error
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryMapping:
-    """One mapping of a process, from one line of ``/proc/PID/maps``.
-
-    At the addresses ``start..end-1``, the process has mapped the file at ``path``, starting at byte
-    ``offset``.
-    """
-
-    start: int
-    end: int
-    perms: str
-    offset: int
-    device: tuple[int, int]
-    inode: int
-    path: str
-
-    @property
-    def size(self) -> int:
-        """The size of the mapping in bytes."""
-        return self.end - self.start
-
-    @property
-    def shared(self) -> bool:
-        """Whether writes to the memory also change the file (MAP_SHARED)."""
-        return self.perms[3] == "s"
-
-    @property
-    def writable(self) -> bool:
-        """Whether the process may write to the memory."""
-        return self.perms[1] == "w"
-
-
-_MAPPING: Final = re.compile(
-    rb"([0-9a-f]{1,16})-([0-9a-f]{1,16}) ([r-][w-][x-][ps]) ([0-9a-f]{1,16}) "
-    rb"([0-9a-f]{2,8}):([0-9a-f]{2,8}) ([0-9]{1,20}) *([^\0]*)",
-)
-
-
-def parse_maps(data: bytes) -> tuple[MemoryMapping, ...]:
-    """Return the mappings in the content of ``/proc/PID/maps``.
-
-    The content is bytes, because Python stores a text with one character beyond the Basic
-    Multilingual Plane in four bytes per character.
-
-    :raises FailedError: If a line has another format.
-    """
-    if data.count(b"\n") > MAX_MAPPINGS:
-        raise beyond_limit(f"/proc/PID/maps has more than {MAX_MAPPINGS} mappings")
-    # Most mappings share their file with other mappings.
-    files: dict[bytes, str] = {}
-    devices: dict[tuple[int, int], tuple[int, int]] = {}
-    mappings = []
-    for line in re.finditer(rb"[^\n]+", data):
-        match = _MAPPING.fullmatch(line[0])
-        if match is None or (end := int(match[2], 16)) <= (start := int(match[1], 16)):
-            text = line[0][:480].decode("utf-8", "surrogateescape")
-            raise malformed("a line of /proc/PID/maps", text)
-        if (path := files.get(match[8])) is None:
-            path = files[match[8]] = match[8].decode("utf-8", "surrogateescape")
-        device = (int(match[5], 16), int(match[6], 16))
-        mappings.append(
-            MemoryMapping(
-                start=start,
-                end=end,
-                perms=sys.intern(match[3].decode()),
-                offset=int(match[4], 16),
-                device=devices.setdefault(device, device),
-                inode=int(match[7]),
-                path=path,
-            )
-        )
-    return tuple(mappings)
-
-
-def backing_of(mapping: MemoryMapping, page_size: int = PAGE_SIZE) -> BackingKind:
-    """Return the kind of memory behind a mapping.
-
-    :param page_size: The page size of the backing in bytes, which the monitor reports
-        (:attr:`MemorySection.page_size`). This parameter is necessary because the path of a memfd
-        or a file does not show whether the file has huge pages.
-    """
-    path = mapping.path.removesuffix(" (deleted)")
-    # An anonymous MAP_HUGETLB mapping is also a file with this name (fs/hugetlbfs/inode.c).
-    if page_size > PAGE_SIZE or path.startswith(("/anon_hugepage", "/dev/hugepages/")):
-        return "hugetlb"
-    if mapping.inode == 0:
-        return "anonymous"
-    if path.startswith("/memfd:"):
-        return "memfd"
-    # This is a name in /proc/PID/maps, not a file that the tool opens.
-    if path.startswith(("/dev/shm/", "/dev/zero", "/SYSV")):  # nosec B108
-        return "shmem"
-    if path.startswith("/dev/"):
-        return "device"
-    return "file"
-
-
-def mappings_of(maps: Sequence[MemoryMapping], start: int, size: int) -> tuple[MemoryMapping, ...]:
-    """Return the mappings that together cover ``start..start+size-1`` without a gap.
-
-    :raises FailedError: If a byte of this range is not mapped (code ``unmapped``).
-    """
-    found = tuple(m for m in maps if m.start < start + size and m.end > start)
-    reached = start
-    for mapping in found:
-        if mapping.start > reached:
-            break
-        reached = mapping.end
-    if reached < start + size:
-        raise FailedError(
-            f"QEMU has no mapping at {reached:#x}, although its monitor reports guest RAM at this "
-            "address",
-            "run qemu-prefault again, because the memory layout may have changed",
-            code=Code.UNMAPPED,
-        )
-    return found
-
-
 def thread_names(process: Process | int) -> dict[int, str]:
     """Return the names of a process's threads, by thread id.
 
@@ -444,7 +190,7 @@ class Process:
 
         :raises GoneError: If no such process exists.
         """
-        path = f"{PROC}/{pid}"
+        path = f"{proc_files.PROC}/{pid}"
         try:
             pin = Pin(path, pid)
         except OSError as error:
@@ -459,7 +205,7 @@ class Process:
 
         If the process is pinned, the path goes through the open directory.
         """
-        return f"{PROC}/{self.pid}" if self.pin is None else self.pin.path
+        return f"{proc_files.PROC}/{self.pid}" if self.pin is None else self.pin.path
 
     def read(self, name: str) -> str:
         """Return the text of a file in the process's directory.
@@ -475,7 +221,7 @@ class Process:
 
         The errors are those of :meth:`read`.
         """
-        shown = None if self.pin is None else f"{PROC}/{self.pid}/{name}"
+        shown = None if self.pin is None else f"{proc_files.PROC}/{self.pid}/{name}"
         return read_file_bytes(f"{self.proc}/{name}", self.pid, shown)
 
     def check(self) -> None:
@@ -523,7 +269,7 @@ class Process:
         """
         text = self.read("cmdline")
         if text.count("\0") > MAX_ARGUMENTS:
-            shown = f"{PROC}/{self.pid}/cmdline"
+            shown = f"{proc_files.PROC}/{self.pid}/cmdline"
             raise beyond_limit(f"{shown} has more than {MAX_ARGUMENTS} arguments")
         return tuple(text.split("\0")[:-1])
 
@@ -575,37 +321,11 @@ class Process:
         :raises UnsupportedError: If this process has no permission to list the directory.
         :raises FailedError: If the directory has too many entries (code ``proc``).
         """
-        shown = f"{PROC}/{self.pid}/{name}"
+        shown = f"{proc_files.PROC}/{self.pid}/{name}"
         try:
             return list_bounded(f"{self.proc}/{name}")
         except OSError as error:
             raise read_error(error, shown, self.pid, shown) from error
-
-
-def parse_number(text: str | None) -> int | None:
-    """Return the number in a file's text, or None for other text such as ``max``."""
-    text = (text or "").strip()
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
-
-
-def parse_number_list(text: str, most: int) -> tuple[int, ...]:
-    """Return the numbers in a list in the kernel's format, such as ``0-2,5``.
-
-    The result is empty if the text has another format. The kernel prints such a list in ascending
-    order (bitmap_list_string(), lib/vsprintf.c).
-
-    :param most: The exclusive upper bound. If a number is not below it, the result is empty.
-    """
-    found: list[int] = []
-    for part in text.strip().split(","):
-        match = re.fullmatch(r"([0-9]{1,7})(?:-([0-9]{1,7}))?", part)
-        if match is None:
-            return ()
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last >= most or (found and first <= found[-1]):
-            return ()
-        found += range(first, last + 1)
-    return tuple(found)
 
 
 def thread_map(process: Process) -> dict[int, int]:
@@ -629,10 +349,10 @@ def thread_map(process: Process) -> dict[int, int]:
 
 def tgid_of(tid: int) -> int | None:
     """Return the process id of a thread, or None if the thread does not exist."""
-    text = read_optional(f"{PROC}/{tid}/status")
+    text = read_optional(f"{proc_files.PROC}/{tid}/status")
     return None if text is None else parse_status(text).tgid
 
 
 def comm_of(pid: int) -> str:
     """Return the command name of a process, or ``?`` if it cannot be read."""
-    return (read_optional(f"{PROC}/{pid}/comm") or "?").rstrip("\n")
+    return (read_optional(f"{proc_files.PROC}/{pid}/comm") or "?").rstrip("\n")

@@ -8,17 +8,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..errors import PtraceDeniedError
-from .procfs import (
-    PROC,
-    Process,
-    Status,
-    comm_of,
-    gone,
-    parse_number,
-    parse_status,
-    read_file,
-    read_optional,
-)
+from .proc_files import PROC, gone, parse_number, read_file, read_optional
+from .procfs import Process, Status, comm_of, parse_status
 
 #: From include/uapi/linux/capability.h.
 CAP_SYS_PTRACE: Final = 19

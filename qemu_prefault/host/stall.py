@@ -7,7 +7,8 @@ import os
 import time
 from typing import Final
 
-from .procfs import Process, read_optional
+from .proc_files import read_optional
+from .procfs import Process
 
 #: Seconds without progress after which the run reports the reason.
 STALL_SECONDS: Final = 2.0

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from . import procfs
+from . import proc_files
 from .headroom import cgroup_directories, parse_cgroups, parse_mountinfo
-from .procfs import Process, parse_number, read_optional
+from .proc_files import parse_number, read_optional
+from .procfs import Process
 
 CAP_SYS_ADMIN: Final = 21  # include/uapi/linux/capability.h
 CAP_SYS_RESOURCE: Final = 24
@@ -54,13 +55,13 @@ def task_limits(process: Process) -> list[TaskLimit]:
     return [
         *pids_limits(
             read_optional(f"{process.proc}/cgroup") or "",
-            read_optional(f"{procfs.PROC}/self/mountinfo") or "",
+            read_optional(f"{proc_files.PROC}/self/mountinfo") or "",
         ),
         *_rlimits(process),
         *_host_limits(
-            read_optional(f"{procfs.PROC}/loadavg") or "",
+            read_optional(f"{proc_files.PROC}/loadavg") or "",
             {
-                name: parse_number(read_optional(f"{procfs.PROC}/sys/kernel/{name}"))
+                name: parse_number(read_optional(f"{proc_files.PROC}/sys/kernel/{name}"))
                 for name in ("threads-max", "pid_max")
             },
         ),
@@ -155,9 +156,9 @@ def _rlimits(process: Process) -> list[TaskLimit]:
 def tasks_of_user(uid: int) -> int:
     """Return the number of threads of all processes with this real user id."""
     count = 0
-    for name in os.listdir(procfs.PROC):
+    for name in os.listdir(proc_files.PROC):
         if name.isdecimal():
-            text = read_optional(f"{procfs.PROC}/{name}/status") or ""
+            text = read_optional(f"{proc_files.PROC}/{name}/status") or ""
             user = re.search(r"^Uid:\s+(\d+)\s", text, re.MULTILINE)
             threads = re.search(r"^Threads:\s+(\d{1,9})$", text, re.MULTILINE)
             if user and threads and int(user[1]) == uid:

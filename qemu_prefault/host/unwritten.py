@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..errors import UnsupportedError
-from . import procfs
+from . import proc_files
 from .bounded import read_bounded
 from .headroom import unescape
 from .inside_root import open_inside, reopened
-from .procfs import Process, lines_of, read_optional
+from .proc_files import lines_of, read_optional
+from .procfs import Process
 
 #: A mapped file: its device (major, minor) and its inode.
 FileId = tuple[tuple[int, int], int]
@@ -105,13 +106,13 @@ def _other_qemus(process: Process) -> list[int]:
     """
     found = []
     trusted = {0, os.stat(process.proc).st_uid}
-    for entry in os.listdir(procfs.PROC):
+    for entry in os.listdir(proc_files.PROC):
         if not entry.isdecimal() or int(entry) == process.pid:
             continue
-        name = read_optional(f"{procfs.PROC}/{entry}/comm") or ""
+        name = read_optional(f"{proc_files.PROC}/{entry}/comm") or ""
         if "qemu" in name or "kvm" in name:
             with contextlib.suppress(OSError):
-                owner = os.stat(f"{procfs.PROC}/{entry}").st_uid
+                owner = os.stat(f"{proc_files.PROC}/{entry}").st_uid
                 found.append((owner not in trusted, int(entry)))
     return [pid for _, pid in sorted(found)]
 
@@ -123,12 +124,12 @@ def _mapped_files(pid: int, device: tuple[int, int]) -> Iterator[os.stat_result]
         re.MULTILINE,
     )
     try:
-        maps = read_bounded(f"{procfs.PROC}/{pid}/maps", MAX_MAPS)
+        maps = read_bounded(f"{proc_files.PROC}/{pid}/maps", MAX_MAPS)
     except OSError:
         return
     for area in {match[2]: match[1] for match in shared.finditer(maps)}.values():
         with contextlib.suppress(OSError):
-            yield os.stat(f"{procfs.PROC}/{pid}/map_files/{area.decode()}")
+            yield os.stat(f"{proc_files.PROC}/{pid}/map_files/{area.decode()}")
 
 
 def _open_mount(process: Process, device: tuple[int, int]) -> int | None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import Code, FailedError, GoneError
-from ..host.procfs import Process, parse_number
+from ..host.proc_files import parse_number
+from ..host.procfs import Process
 
 PID_MAX: Final = 1 << 22  # PID_MAX_LIMIT, include/linux/threads.h
 

@@ -29,9 +29,10 @@ from ..errors import Code, RefusedError, UnsupportedError
 from ..host import kvm
 from ..host.fds import kvm_fds
 from ..host.kvm import debugfs_leaves
+from ..host.mappings import MemoryMapping, backing_of
 from ..host.memory_source import MemorySource, is_disk_file, source_of
 from ..host.pagemap import Pagemap
-from ..host.procfs import FUTEX, MemoryMapping, Process, backing_of, thread_names
+from ..host.procfs import FUTEX, Process, thread_names
 from ..host.reservations import Reservation
 from ..qemu.memory_map import MemorySection
 from .domain_xml import Domain

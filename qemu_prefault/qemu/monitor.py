@@ -16,7 +16,7 @@ This module handles cases that ``qemu.qmp`` does not handle:
   a time limit. Every failure raises a :class:`~qemu_prefault.errors.QemuPrefaultError` with a
   remedy.
 * **QEMU may exit during a command.** If QEMU exits, the event streams of ``qemu.qmp`` do not end,
-  but those of this module do.
+  but those of :mod:`~qemu_prefault.qemu.events` do.
 """
 
 from __future__ import annotations
@@ -25,14 +25,11 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Final
 
 from qemu.qmp import (
     ConnectError,
-    EventListener,
     ExecInterruptedError,
     ExecuteError,
     Message,
@@ -57,6 +54,7 @@ from .dial import (
     connect,
     not_qmp,
 )
+from .events import EventDispatcher, EventStream
 from .message_limits import (
     MAX_EVENT,
     MAX_EVENT_VALUES,
@@ -72,84 +70,6 @@ LOCAL_SECONDS: Final = 7.0
 PATIENT_SECONDS: Final = 30.0
 #: The time limit in seconds after QEMU has not replied to a command in time.
 SECONDS_AFTER_TIMEOUT: Final = 0.5
-#: Maximum number of unread events in a stream. If more arrive, the stream drops the oldest events.
-MAX_EVENTS: Final = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """A QMP event from QEMU.
-
-    ``seconds`` is QEMU's timestamp of the event, in seconds since the Epoch.
-    """
-
-    name: str
-    data: Mapping[str, object]
-    seconds: float
-
-
-class EventStream:
-    """An async iterator over QMP events, which ends when the connection is closed.
-
-    :meth:`Monitor.events` creates the stream. A stream keeps the newest :data:`MAX_EVENTS` unread
-    events. ``dropped`` is the number of unread events that the stream has dropped.
-    """
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = frozenset(names)
-        self.dropped = 0
-        self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
-        self._ended = False
-        self._changed = asyncio.Event()
-
-    def _put(self, event: Event) -> None:
-        if self.names and event.name not in self.names:
-            return
-        self.dropped += len(self._events) == MAX_EVENTS
-        self._events.append(event)
-        self._changed.set()
-
-    def _end(self) -> None:
-        self._ended = True
-        self._changed.set()
-
-    async def get(self, timeout: float | None = None) -> Event | None:
-        """Return the next event, or None if the connection is closed.
-
-        :param timeout: The time to wait in seconds, or None to wait without a limit.
-        :raises TimeoutError: If no event arrives within this time.
-        """
-        if not self._events and not self._ended:
-            self._changed.clear()
-            async with asyncio.timeout(timeout):
-                await self._changed.wait()
-        return self._events.popleft() if self._events else None
-
-    def __aiter__(self) -> AsyncIterator[Event]:
-        return self
-
-    async def __anext__(self) -> Event:
-        event = await self.get()
-        if event is None:
-            raise StopAsyncIteration
-        return event
-
-
-class _Dispatcher(EventListener):
-    """An event listener that passes each event to all streams of a connection.
-
-    The streams have a maximum length, unlike the queue that this class inherits.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.streams: list[EventStream] = []
-
-    async def put(self, event: Message) -> None:
-        parsed = _event(event)
-        if parsed is not None:
-            for stream in self.streams:
-                stream._put(parsed)
 
 
 class _Client(QMPClient):
@@ -224,7 +144,7 @@ class Monitor:
         self._sock = sock
         self.negotiation_seconds = 0.0
         self._late = False
-        self._dispatcher = _Dispatcher()
+        self._dispatcher = EventDispatcher()
         client.register_listener(self._dispatcher)
         self._watcher = asyncio.create_task(self._watch())
 
@@ -318,7 +238,7 @@ class Monitor:
 
     def _end_streams(self) -> None:
         for stream in self._dispatcher.streams:
-            stream._end()
+            stream.end()
 
     @property
     def alive(self) -> bool:
@@ -424,7 +344,7 @@ class Monitor:
         """
         stream = EventStream(names)
         if not self.alive:
-            stream._end()
+            stream.end()
         self._dispatcher.streams.append(stream)
         try:
             yield stream
@@ -467,15 +387,3 @@ def _version(greeting: object) -> tuple[str, str]:
     ]
     package = expect_str(version.get("package", ""), "QEMU's package version")
     return ".".join(map(str, parts)), package[:200]
-
-
-def _event(message: Message) -> Event | None:
-    name, data, stamp = message.get("event"), message.get("data", {}), message.get("timestamp")
-    if not isinstance(name, str) or not isinstance(data, dict):
-        return None
-    seconds = 0.0
-    if isinstance(stamp, dict):
-        whole, micro = stamp.get("seconds"), stamp.get("microseconds")
-        if type(whole) is int and type(micro) is int and 0 <= whole < 1 << 40:
-            seconds = whole + max(0, min(micro, 999_999)) / 1e6
-    return Event(name, data, seconds)

@@ -21,8 +21,10 @@ from qemu_prefault.agents.ptrace import _seconds_left
 from qemu_prefault.agents.seccomp import BadFilterError, denied, parse_filters
 from qemu_prefault.host import (
     headroom,
+    mappings,
     memory_source,
     placement,
+    proc_files,
     procfs,
     task_limits,
     unwritten,
@@ -141,10 +143,10 @@ def two(parse: Callable[[str, str], object]) -> Callable[[bytes], object]:
 
 
 def maps(data: bytes) -> None:
-    found = procfs.parse_maps(data)
+    found = mappings.parse_maps(data)
     for mapping in found[:3]:
-        procfs.backing_of(mapping)
-        procfs.mappings_of(found, mapping.start, mapping.size)
+        mappings.backing_of(mapping)
+        mappings.mappings_of(found, mapping.start, mapping.size)
 
 
 def groups(cgroup: str, mountinfo: str) -> None:
@@ -256,7 +258,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def redirect(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in FILES:
         (base / name).parent.mkdir(parents=True, exist_ok=True)
-    monkeypatch.setattr(procfs, "PROC", str(base / "proc"))
+    monkeypatch.setattr(proc_files, "PROC", str(base / "proc"))
     monkeypatch.setattr(memory_source, "NODES", base / "node")
     monkeypatch.setattr(memory_source, "MIN_FREE", base / "min_free")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))

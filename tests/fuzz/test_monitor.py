@@ -22,6 +22,7 @@ from qemu_prefault.engine.incoming import IncomingMigration, check_no_postcopy
 from qemu_prefault.engine.options import Options
 from qemu_prefault.engine.plan import select
 from qemu_prefault.errors import CommandError, QemuPrefaultError
+from qemu_prefault.qemu.events import EventStream
 from qemu_prefault.qemu.hmp import (
     FlatRange,
     RamBlock,
@@ -30,14 +31,13 @@ from qemu_prefault.qemu.hmp import (
     parse_numa,
     parse_ramblocks,
 )
+from qemu_prefault.qemu.kvm_stats import read_stage2, read_vcpu_stats
 from qemu_prefault.qemu.memory_map import firmware_ahead
-from qemu_prefault.qemu.monitor import EventStream, Monitor
+from qemu_prefault.qemu.monitor import Monitor
 from qemu_prefault.qemu.queries import (
     read_migration,
     read_running,
-    read_stage2,
     read_status,
-    read_vcpu_stats,
     read_vm_state,
 )
 from support.fuzz import Target, mutate_bytes, mutate_json, mutate_json_lines
@@ -133,7 +133,7 @@ class Answers(Monitor):
     @contextlib.contextmanager
     def events(self, *names: str) -> Iterator[EventStream]:
         stream = EventStream(names)
-        stream._end()
+        stream.end()
         yield stream
 
 

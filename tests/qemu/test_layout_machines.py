@@ -15,7 +15,8 @@ from qemu_prefault.engine.preflight import check_vm_state
 from qemu_prefault.errors import RefusedError
 from qemu_prefault.host.fds import kvm_fds
 from qemu_prefault.host.headroom import hugetlb_pool_limit
-from qemu_prefault.host.procfs import Process, backing_of, mappings_of
+from qemu_prefault.host.mappings import backing_of, mappings_of
+from qemu_prefault.host.procfs import Process
 from qemu_prefault.qemu.memory_map import MemorySection, firmware_ahead, huge_alignment
 from qemu_prefault.qemu.monitor import Monitor
 from qemu_prefault.qemu.queries import VmState, read_vm_state

@@ -26,8 +26,9 @@ from qemu_prefault.host.fds import kvm_fds
 from qemu_prefault.host.identify import identify
 from qemu_prefault.host.procfs import Process
 from qemu_prefault.qemu.dial import parse_address
+from qemu_prefault.qemu.kvm_stats import read_stage2, read_vcpu_stats
 from qemu_prefault.qemu.monitor import Monitor
-from qemu_prefault.qemu.queries import read_stage2, read_vcpu_stats, read_vm_state
+from qemu_prefault.qemu.queries import read_vm_state
 
 StartQemu = Callable[..., Any]  # conftest.py
 
@@ -208,7 +209,7 @@ def test_connect_to_stopped_qemu_times_out(start_qemu: StartQemu) -> None:
 
 
 def test_unread_events_are_bounded(start_qemu: StartQemu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qemu_prefault.qemu.monitor.MAX_EVENTS", 4)
+    monkeypatch.setattr("qemu_prefault.qemu.events.MAX_EVENTS", 4)
     qemu = start_qemu("-m", "64M")
 
     async def main() -> None:

@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 
 from qemu_prefault.errors import MonitorError, QemuPrefaultError
+from qemu_prefault.qemu.kvm_stats import read_stage2, read_vcpu_stats
 from qemu_prefault.qemu.monitor import Monitor
-from qemu_prefault.qemu.queries import VmState, read_stage2, read_vcpu_stats, read_vm_state
+from qemu_prefault.qemu.queries import VmState, read_vm_state
 
 GREETING = (
     b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 10}, "package": ""}, '

@@ -21,7 +21,8 @@ from qemu_prefault.errors import FailedError, GoneError
 from qemu_prefault.host.bounded import list_bounded, read_bounded
 from qemu_prefault.host.fds import take_fd
 from qemu_prefault.host.kvm import BinaryStats
-from qemu_prefault.host.procfs import MAX_MAPPINGS, Process, parse_maps
+from qemu_prefault.host.mappings import MAX_MAPPINGS, parse_maps
+from qemu_prefault.host.procfs import Process
 
 PACKAGE = Path(qemu_prefault.__file__).parent
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="starts attackers as another user")

@@ -307,7 +307,7 @@ def test_confining_nodes(
     status = f"Mems_allowed_list:\t{','.join(map(str, allowed))}\n"
     write(tmp_path / "1", {"status": status if allowed else ""})
     monkeypatch.setattr(memory_source, "NODES", tmp_path)
-    monkeypatch.setattr("qemu_prefault.host.procfs.PROC", str(tmp_path))
+    monkeypatch.setattr("qemu_prefault.host.proc_files.PROC", str(tmp_path))
     assert memory_source.confining_nodes(Process(1, 0), bound) == expected
     confined = ffi.new("struct source_nodes *")
     found = lib.pf_source_confine(

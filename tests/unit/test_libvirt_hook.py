@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qemu_prefault.errors import InputError, RefusedError, UnsupportedError
-from qemu_prefault.host.procfs import parse_maps
+from qemu_prefault.host.mappings import parse_maps
 from qemu_prefault.libvirt import hook as hook_module
 from qemu_prefault.libvirt.domain_xml import Domain, describe, enable
 from qemu_prefault.libvirt.hook_config import HookConfig, LifecycleEvent, When, read

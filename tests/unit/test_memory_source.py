@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qemu_prefault.errors import UnsupportedError
-from qemu_prefault.host import memory_source, procfs
+from qemu_prefault.host import memory_source, proc_files
+from qemu_prefault.host.mappings import MemoryMapping
 from qemu_prefault.host.memory_source import (
     MemorySource,
     confining_nodes,
@@ -18,7 +19,7 @@ from qemu_prefault.host.memory_source import (
     parse_node_list,
     parse_numa_maps,
 )
-from qemu_prefault.host.procfs import MemoryMapping, Process
+from qemu_prefault.host.procfs import Process
 from qemu_prefault.libvirt.prelaunch import check_plain_layout
 
 MEMINFO = """\
@@ -72,7 +73,7 @@ def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "min_free_kbytes").write_text("1024\n")
     monkeypatch.setattr(memory_source, "NODES", nodes)
     monkeypatch.setattr(memory_source, "MIN_FREE", tmp_path / "min_free_kbytes")
-    monkeypatch.setattr("qemu_prefault.host.procfs.PROC", str(proc))
+    monkeypatch.setattr("qemu_prefault.host.proc_files.PROC", str(proc))
     return tmp_path
 
 
@@ -111,7 +112,7 @@ def full_pool(two_nodes: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pool.mkdir()
     for name, pages in (("free", 64), ("resv", 64), ("nr_overcommit", 0), ("surplus", 0)):
         (pool / f"{name}_hugepages").write_text(f"{pages}\n")
-    read = procfs.read_optional
+    read = proc_files.read_optional
     system = "/sys/kernel/mm/hugepages/"
 
     def redirected(path: str) -> str | None:

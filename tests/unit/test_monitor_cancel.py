@@ -11,7 +11,8 @@ import asyncio
 
 import pytest
 
-from qemu_prefault.qemu.monitor import EventStream, Monitor
+from qemu_prefault.qemu.events import EventStream
+from qemu_prefault.qemu.monitor import Monitor
 
 
 class Client:

@@ -39,16 +39,8 @@ from qemu_prefault.host.headroom import (
     parse_mountinfo,
 )
 from qemu_prefault.host.identify import identify
-from qemu_prefault.host.procfs import (
-    MemoryMapping,
-    Process,
-    backing_of,
-    mappings_of,
-    parse_maps,
-    parse_start_time,
-    parse_status,
-    thread_map,
-)
+from qemu_prefault.host.mappings import MemoryMapping, backing_of, mappings_of, parse_maps
+from qemu_prefault.host.procfs import Process, parse_start_time, parse_status, thread_map
 from qemu_prefault.host.ptrace_access import (
     CAP_SYS_PTRACE,
     PtraceFacts,
@@ -224,7 +216,7 @@ def fake_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (proc / "7" / "cgroup").write_text("0::/a/b\n")
     (proc / "self" / "mountinfo").write_text(f"1 1 0:1 / {tmp_path}/cg rw - cgroup2 x rw\n")
     (proc / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:  1000 kB\n")
-    monkeypatch.setattr("qemu_prefault.host.procfs.PROC", str(proc))
+    monkeypatch.setattr("qemu_prefault.host.proc_files.PROC", str(proc))
     return tmp_path
 
 
