@@ -462,7 +462,10 @@ class Iteration:
         commands = self.moments.choices(["stop", "cont"], k=self.moments.randint(1, 4))
         # If host memory is too small for all of the guest's RAM, the guest may not survive a reset.
         scarce = self.draw.space == "tight" or self.draw.limit == "memory-short"
-        if not scarce and self.draw.state != "prelaunch" and self.moments.random() < 0.5:
+        # On L1's only CPU, SCHED_FIFO vCPUs that wait for each other in a loop never boot.
+        stuck = self.draw.policy == "fifo" and self.draw.smp > 1
+        resettable = not scarce and not stuck and self.draw.state != "prelaunch"
+        if resettable and self.moments.random() < 0.5:
             commands.append("reset")
         for command in commands:
             tool.running(self.moments.random() ** 2)
