@@ -21,17 +21,14 @@ from typing import Final
 
 from qemu_prefault.errors import InputError
 
-from . import cache
-from .errors import ImageError
+from . import cache, source_package
 from .guest import FIRMWARE, PATCHED_QEMU_VARIABLE
-from .image import EXPIRING_SUITES
 from .machine import Machine
 from .steps import need, run_step
 
 log = logging.getLogger(__name__)
 
 SUITES: Final = {"10.0": "trixie", "10.2": "sid"}
-_KEYRING: Final = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _ON_MACHINE: Final = "/root/qemu/qemu-system-x86_64"
 _PYTHON_PACKAGES: Final = Path(__file__).parent / "qemu-build-requirements.txt"
 _DEVICES: Final = "prefault"
@@ -214,69 +211,11 @@ def _workspace(release: str) -> Iterator[Path]:
 
 
 def _patched_source(work: Path, release: str, patches: Sequence[Path]) -> Path:
-    source = _source(work, release)
-    for patch in patches:
-        log.info("applying %s", patch.name)
-        argv = [need("patch", "patch"), "--forward", "--fuzz=0", "-p1", "-d", str(source)]
-        run_step([*argv, "-i", str(patch.resolve())], f"applying {patch.name}")
+    source = source_package.unpack(
+        work, SUITES[release], "qemu", lambda version: f":{release}." in version
+    )
+    source_package.apply_patches(source, patches)
     return source
-
-
-def _archive() -> str:
-    """Return the URI of the Debian archive that apt uses."""
-    wanted = ["--format", "$(ORIGIN)/$(LABEL) $(REPO_URI)", "Created-By: Packages"]
-    for line in run_step(["apt-get", "indextargets", *wanted], "apt-get indextargets").splitlines():
-        origin, _, uri = line.partition(" ")
-        if origin == "Debian/Debian":
-            return uri
-    raise ImageError(
-        "apt on this host is not configured to use a Debian archive",
-        "add a Debian archive to /etc/apt/sources.list and run apt-get update",
-    )
-
-
-def _source(work: Path, release: str) -> Path:
-    """Download and unpack Debian's current source package of a QEMU release."""
-    apt = work / "apt"
-    (apt / "lists" / "partial").mkdir(parents=True)
-    # Use only this suite, and ignore the suites that are enabled on the host.
-    suite = SUITES[release]
-    expired = "no" if suite in EXPIRING_SUITES else "yes"
-    (apt / "sources.list").write_text(
-        f"deb-src [check-valid-until={expired} signed-by={_KEYRING}] {_archive()} {suite} main\n"
-    )
-    options = [
-        *("-o", f"Dir::Etc::SourceList={apt}/sources.list"),
-        *("-o", "Dir::Etc::SourceParts=/dev/null"),
-        *("-o", f"Dir::State::Lists={apt}/lists"),
-        *("-o", f"Dir::Cache={apt}"),
-        *("-o", "APT::Sandbox::User="),
-        *("-o", "Acquire::Languages=none"),
-        *("-o", "Acquire::Retries=3"),
-    ]
-    log.info("downloading the source of QEMU %s (Debian %s)", release, SUITES[release])
-    run_step(["apt-get", *options, "-qq", "update"], "apt-get update")
-    versions = [
-        line.split(maxsplit=1)[1]
-        for line in run_step(["apt-cache", *options, "showsrc", "qemu"], "apt-cache").splitlines()
-        if line.startswith("Version:")
-    ]
-    fitting = [version for version in versions if f":{release}." in version]
-    if not fitting:
-        raise ImageError(
-            f"Debian {SUITES[release]} provides the source of QEMU {versions}, not of {release}",
-            "select another release with --release",
-        )
-    run_step(
-        ["apt-get", *options, "-qq", "source", "--download-only", f"qemu={fitting[-1]}"],
-        f"downloading the source of QEMU {fitting[-1]}",
-        work,
-    )
-    description = next(work.glob("*.dsc"))
-    # --no-check: apt has already verified the signature.
-    arguments = ["--no-check", "-x", description.name, "source"]
-    run_step([need("dpkg-source", "dpkg-dev"), *arguments], "unpacking QEMU's source", work)
-    return work / "source"
 
 
 def _devices(release: str) -> str:
