@@ -57,18 +57,24 @@ class Request:
 
 
 class Channel:
-    """A QEMU process and the connection to the command server in QEMU's guest.
+    """An emulator's process and the connection to the command server in L1.
 
-    :param argv: QEMU's command line. ``stdio`` is the console. The class replaces ``{port}`` and
-        ``{monitor}`` with the file descriptors of the command server's socket and of the monitor's
-        socket.
+    :param argv: The emulator's command line. ``stdio`` is the console. The class replaces
+        ``{port}`` and ``{monitor}`` with the file descriptors of the command server's socket and of
+        the monitor's socket.
     :param heartbeat_limit: Seconds without a message from L1 after which L1 is considered lost.
+    :param emulator: The emulator's name, for messages.
     """
 
     def __init__(
-        self, argv: Sequence[str], heartbeat_limit: float, console_log: Path | None = None
+        self,
+        argv: Sequence[str],
+        heartbeat_limit: float,
+        console_log: Path | None = None,
+        emulator: str = "QEMU",
     ) -> None:
         self.heartbeat_limit = heartbeat_limit
+        self._emulator = emulator
         self.console = bytearray()
         self._line = b""
         self._log = console_log.open("ab", buffering=0) if console_log else None
@@ -88,7 +94,7 @@ class Channel:
         self._poking = False
         self._doomed: float | None = None
         self._verdict = ""
-        self._qemu_status: int | None = None
+        self._status: int | None = None
         self.lost: LabLostError | None = None
         self.closing = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -255,7 +261,7 @@ class Channel:
                 self._log.close()
             with self._condition:
                 cause = self._verdict or "the lab was closed"
-                self.lost = LabLostError(cause, self.text(), qemu_status=self._qemu_status)
+                self.lost = LabLostError(cause, self.text(), emulator_status=self._status)
                 for request in self._requests.values():
                     request.frames.put(None)
                 self._condition.notify_all()
@@ -294,8 +300,8 @@ class Channel:
                 while self._read_console(console):
                     pass
                 if not self._verdict:
-                    self._qemu_status = process.wait()
-                    self._verdict = f"L1's QEMU exited with status {self._qemu_status}"
+                    self._status = process.wait()
+                    self._verdict = f"L1's {self._emulator} exited with status {self._status}"
             if self._nonce is None and self._silent > self.heartbeat_limit:
                 self._verdict = f"no message from L1's command server for {self._silent:.0f} s"
                 self._doomed = now

@@ -35,22 +35,24 @@ class LabError(FailedError):
 class LabLostError(LabError):
     """An error because L1 has exited or hangs.
 
-    The cause is that QEMU exited, that the kernel panicked, or that the command server stopped
-    responding. Commands that were running in L1 have no result. ``console`` holds the last console
-    lines.
+    The cause is that the emulator exited, that the kernel panicked, or that the command server
+    stopped responding. Commands that were running in L1 have no result. ``console`` holds the last
+    console lines.
 
-    :param qemu_status: QEMU's exit status if the first sign of the loss was that QEMU exited.
-        Otherwise None.
+    :param emulator_status: The emulator's exit status if the first sign of the loss was that it
+        exited. Otherwise None.
     """
 
     code = "lab-lost"
 
-    def __init__(self, cause: str, console: str = "", *, qemu_status: int | None = None) -> None:
+    def __init__(
+        self, cause: str, console: str = "", *, emulator_status: int | None = None
+    ) -> None:
         tail = console.rstrip().splitlines()[-40:]
         shown = "\n".join(f"    {line}" for line in tail) or "    (empty)"
         super().__init__(cause, f"these are the last lines of L1's console:\n{shown}")
         self.console = console
-        self.qemu_status = qemu_status
+        self.emulator_status = emulator_status
 
 
 class ImageError(LabError):

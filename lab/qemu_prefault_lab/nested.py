@@ -10,39 +10,21 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_prefault.errors import FailedError
 
-from . import cache, command_server, image
-from .channel import Channel, exit_status
-from .errors import LabLostError, QmpError
-from .machine import (
-    GRACE_SECONDS,
-    UEFI_VARIABLE,
-    Invocation,
-    LocalMachine,
-    Machine,
-    OnOutput,
-    kvm_can_prefault,
-)
+from . import cache, image
+from .channel import Channel
+from .emulated import KERNEL_ARGS, EmulatedMachine
+from .errors import QmpError
+from .machine import UEFI_VARIABLE, LocalMachine, Machine, kvm_can_prefault
 from .qmp import Qmp
 
 log = logging.getLogger(__name__)
-
-_INSTALLED = "/opt/qemu-prefault"
-_STDIN_BYTES = 1 << 16
-# Disable CPU bug mitigations, calibrations and self-tests, which are slow to emulate. Set a long
-# watchdog threshold, because a busy host can stall L1 for seconds, which is not a lockup of L1.
-_KERNEL_ARGS = (
-    "console=ttyS0 panic=-1 oops=panic watchdog_thresh=60 mitigations=off nokaslr "
-    "tsc=reliable no_timer_check audit=0 cryptomgr.notests random.trust_cpu=on "
-    "rcupdate.rcu_expedited=1 loglevel=5"
-)
 
 
 @dataclass(frozen=True)
@@ -122,20 +104,11 @@ def _backend(name: str, size_mib: int, file: Path | None, shared: bool) -> list[
             f"share={share}"]  # fmt: skip
 
 
-class Lab(Machine):
-    """A booted L1, which :meth:`start` returns.
+class Lab(EmulatedMachine):
+    """A booted L1 under QEMU's TCG, which :meth:`start` returns.
 
     Leaving the context kills L1.
-
-    :ivar qemu_pid: The process id of the emulating QEMU.
     """
-
-    l2_directory = "/lab/l2"
-
-    def __init__(self, channel: Channel, env: Mapping[str, str]) -> None:
-        self._channel = channel
-        self._env = env
-        self.qemu_pid = channel.pid
 
     @classmethod
     def start(
@@ -173,7 +146,7 @@ class Lab(Machine):
         :raises LabLostError: If L1 failed while it started. The error includes the end of the
             console output.
         """
-        parameters = [_KERNEL_ARGS, f"kvm_amd.npt={int(npt)}"]
+        parameters = [KERNEL_ARGS, f"kvm_amd.npt={int(npt)}"]
         if tdp_mmu is not None:
             parameters.append(f"kvm.tdp_mmu={'Y' if tdp_mmu else 'N'}")
         recipe = _Recipe(
@@ -206,81 +179,6 @@ class Lab(Machine):
                 log.warning("cannot restore the snapshot (%s). Booting instead.", error)
                 cache.discard(saved)
         return cls(cold(recipe.argv(None, shared=False)), env)
-
-    def close(self) -> None:
-        self._channel.close()
-
-    def __enter__(self) -> Lab:
-        return self
-
-    @property
-    def console(self) -> str:
-        """Return L1's console output since this QEMU started."""
-        return self._channel.text()
-
-    def power_off(self, timeout: float = 60.0) -> None:
-        """Power L1 off and wait until QEMU exits.
-
-        Only the ``boots`` command calls this method. Other callers kill QEMU with :meth:`close`.
-        """
-        script = "echo o >/proc/sysrq-trigger; sleep 60"
-        try:
-            self.run(["sh", "-c", script], timeout=timeout, check=False)
-        except LabLostError as lost:
-            if lost.qemu_status != 0:
-                raise
-            return
-        raise self._channel.give_up("L1 did not power off")
-
-    def _execute(self, command: Invocation, sink: OnOutput) -> tuple[int, bool]:
-        channel = self._channel
-        request = channel.open()
-        message = {
-            "argv": command.argv,
-            "env": {**self._env, **command.env},
-            "cwd": command.cwd,
-            "timeout": command.timeout,
-            "grace": GRACE_SECONDS,
-        }
-        # The command server enforces the command's time limit. If it fails to do so, the lab
-        # stops waiting at this deadline.
-        deadline = time.monotonic() + command.timeout + 3 * GRACE_SECONDS + channel.heartbeat_limit
-        kinds = {command_server.STDOUT: 1, command_server.STDERR: 2}
-        try:
-            channel.send(command_server.RUN, request.number, json.dumps(message).encode())
-            while chunk := command.stdin.read(_STDIN_BYTES):
-                channel.send(command_server.STDIN, request.number, chunk)
-            channel.send(command_server.STDIN, request.number)
-            while True:
-                item = channel.take(request, deadline - time.monotonic())
-                if item is None:
-                    raise channel.give_up(f"L1 did not report the end of {command.argv[0]}")
-                kind, payload = item
-                if kind in kinds:
-                    sink(kinds[kind], payload)
-                elif kind == command_server.EXIT:
-                    status = exit_status(payload)
-                    if "error" in status:
-                        raise OSError(status["strerror"])
-                    return status["returncode"], status["timed_out"]
-        except BaseException:
-            # After an error or Ctrl-C, the caller does not need the result, so kill the command.
-            if channel.lost is None:
-                channel.send(command_server.KILL, request.number, bytes([signal.SIGKILL]))
-            raise
-        finally:
-            channel.forget(request)
-
-    def _install_tree(self, tree: Path) -> None:
-        self.put(tree, _INSTALLED)
-        script = (
-            f'for f in {_INSTALLED}/bin/*; do [ -e "$f" ] && ln -sf "$f" /usr/local/bin/; done; '
-            "python3 -c 'import sys; "
-            'd = f"/usr/local/lib/python3.{sys.version_info[1]}/dist-packages"; '
-            "import os; os.makedirs(d, exist_ok=True); "
-            f'open(d + "/qemu-prefault-lab.pth", "w").write("{_INSTALLED}/site\\n")\''
-        )
-        self.run(["sh", "-c", script])
 
 
 def _save(recipe: _Recipe, directory: Path, boot: Callable[[list[str]], Channel]) -> None:

@@ -57,9 +57,10 @@ def unpack(
             f"Debian {suite} provides versions {versions} of {package}, but the lab needs another",
             "the archive has changed; please report this",
         )
-    only = ["--tar-only"] if upstream else []
+    argv = ["apt-get", *options, "-qq", "source", "--download-only"]
+    argv += ["--tar-only"] if upstream else []
     run_step(
-        ["apt-get", *options, "-qq", "source", "--download-only", *only, f"{package}={fitting[-1]}"],
+        [*argv, f"{package}={fitting[-1]}"],
         f"downloading the source of {package} {fitting[-1]}",
         work,
     )

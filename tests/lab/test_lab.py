@@ -189,10 +189,10 @@ class TestLost:
 
     def test_killed_qemu(self) -> None:
         with Lab.start("trixie") as lab, pytest.raises(LabLostError) as caught:
-            os.kill(lab.qemu_pid, signal.SIGKILL)
+            os.kill(lab.emulator_pid, signal.SIGKILL)
             lab.run(["sleep", "1000"])
         assert "QEMU exited with status -9" in caught.value.cause
-        assert caught.value.qemu_status == -signal.SIGKILL
+        assert caught.value.emulator_status == -signal.SIGKILL
 
     def test_commands_after_a_loss_fail_fast(self) -> None:
         with Lab.start("trixie") as lab:
@@ -205,7 +205,7 @@ class TestLost:
             "import sys, time\n"
             "from qemu_prefault_lab import Lab\n"
             "lab = Lab.start('trixie')\n"
-            "print(lab.qemu_pid, flush=True)\n"
+            "print(lab.emulator_pid, flush=True)\n"
             "lab.run(['sleep', '1000'])\n"
         )
         with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as parent:
