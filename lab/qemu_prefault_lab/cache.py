@@ -29,6 +29,7 @@ _KEY_LENGTH = 16
 _ENTRIES = (
     "avocado-",
     "bin-",
+    "bochs-",
     "distro-",
     "docs-",
     "files-",
