@@ -33,8 +33,9 @@ from pathlib import Path
 from qemu_prefault.errors import FailedError, QemuPrefaultError
 from qemu_prefault_lab import cache, distro
 from qemu_prefault_lab.distro import PASSWORD
+from qemu_prefault_lab.launch import open_machine
 from qemu_prefault_lab.machine import Machine
-from qemu_prefault_lab.nested import Lab, open_machine
+from qemu_prefault_lab.nested import Lab
 from qemu_prefault_lab.patched import uefi_emulator
 from qemu_prefault_lab.system import DISTROS_VARIABLE, GUEST_KERNEL_ARGS
 

@@ -25,10 +25,13 @@ from typing import TYPE_CHECKING, Any
 from .errors import LabLostError, RemoteCommandError, RemoteTimeoutError
 
 if TYPE_CHECKING:
+    from .bochs import BochsLab
+    from .launch import open_machine
     from .machine import Completed, LocalMachine, Machine
-    from .nested import Lab, open_machine
+    from .nested import Lab
 
 __all__ = [
+    "BochsLab",
     "Completed",
     "Lab",
     "LabLostError",
@@ -40,11 +43,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BochsLab": "bochs",
     "Completed": "machine",
     "Lab": "nested",
     "LocalMachine": "machine",
     "Machine": "machine",
-    "open_machine": "nested",
+    "open_machine": "launch",
 }
 
 

@@ -17,21 +17,27 @@ from qemu_prefault.errors import FailedError, QemuPrefaultError
 
 from . import cache
 from .errors import LAB_FAILED
-from .image import VARIANTS, build, files_disk, variant_named
+from .launch import VARIANTS, build_image, open_machine, start_lab
 from .machine import Machine
-from .nested import Lab, open_machine
 from .patched import SUITES, uefi_emulator
 from .patched import build as build_qemu
 from .patched import check as check_series
 
 _VARIANT = click.option(
-    "--variant", type=click.Choice(list(VARIANTS)), default="trixie", show_default=True,
-    help="The Debian release to run as L1.",
+    "--variant", type=click.Choice(VARIANTS), default="trixie", show_default=True,
+    help="The Debian release to run as L1. Bochs emulates an Intel CPU for ept and ept-sid.",
 )  # fmt: skip
 _NPT = click.option(
     "--npt/--no-npt",
     default=True,
-    help="Use nested or shadow paging in L1. The ioctl needs nested paging.",
+    help="Use nested paging (NPT or EPT) or shadow paging in L1. The ioctl needs nested paging.",
+)
+_MODULE_PARAMETERS = click.option(
+    "--module-parameter",
+    "module_parameters",
+    metavar="MODULE.NAME=VALUE",
+    multiple=True,
+    help="Set a parameter of a module in L1, such as kvm_intel.eptad=0 (implies --nested).",
 )
 _TDP_MMU = click.option(
     "--tdp-mmu/--no-tdp-mmu",
@@ -68,13 +74,12 @@ def main(verbose: bool) -> None:
 
 
 @main.command("build")
-@click.argument("variants", nargs=-1, type=click.Choice(list(VARIANTS)))
+@click.argument("variants", nargs=-1, type=click.Choice(VARIANTS))
 def build_command(variants: tuple[str, ...]) -> None:
     """Build the images of VARIANTS (default: trixie), unless they are cached."""
-    files_disk()
     for name in variants or ("trixie",):
         started = time.monotonic()
-        image = build(variant_named(name))
+        image = build_image(name)
         seconds = time.monotonic() - started
         click.echo(f"{name}: {image.suite}, kernel {image.kernel_release}, {seconds:.1f} s")
 
@@ -112,6 +117,7 @@ def _pass_on(fd: int, data: bytes) -> None:
 @_VARIANT
 @_NPT
 @_TDP_MMU
+@_MODULE_PARAMETERS
 @_NUMA
 @_NESTED
 @click.option("--timeout", default=3600.0, show_default=True, help="Time limit in seconds.")
@@ -123,6 +129,7 @@ def run_command(
     variant: str,
     npt: bool,
     tdp_mmu: bool | None,
+    module_parameters: tuple[str, ...],
     numa: bool,
     nested: bool,
     timeout: float,
@@ -132,7 +139,14 @@ def run_command(
 ) -> None:
     """Run COMMAND in the lab, forward its output, and exit with its status."""
     nodes = _NUMA_NODES_MIB if numa else ()
-    with open_machine(variant, nested=nested, npt=npt, tdp_mmu=tdp_mmu, nodes_mib=nodes) as machine:
+    with open_machine(
+        variant,
+        nested=nested,
+        npt=npt,
+        tdp_mmu=tdp_mmu,
+        nodes_mib=nodes,
+        module_parameters=module_parameters,
+    ) as machine:
         if wheels or source:
             _install(machine, wheels)
         result = machine.run(command, timeout=timeout, check=False, on_output=_pass_on)
@@ -159,7 +173,7 @@ def boots_command(variant: str, npt: bool, restore: bool, count: int) -> None:
     for number in range(1, count + 1):
         started = time.monotonic()
         try:
-            with Lab.start(variant, npt=npt, snapshot=restore) as lab:
+            with start_lab(variant, npt=npt, snapshot=restore) as lab:
                 ready = time.monotonic()
                 kernel = lab.run(["uname", "-r"], timeout=60).text.strip()
                 done = time.monotonic()
@@ -199,6 +213,7 @@ def _put_tests(machine: Machine, path: Path) -> str:
 @_VARIANT
 @_NPT
 @_TDP_MMU
+@_MODULE_PARAMETERS
 @_NUMA
 @_NESTED
 @click.option("--wheel", "wheels", multiple=True, type=click.Path(path_type=Path, exists=True),
@@ -218,6 +233,7 @@ def pytest_command(
     variant: str,
     npt: bool,
     tdp_mmu: bool | None,
+    module_parameters: tuple[str, ...],
     numa: bool,
     nested: bool,
     wheels: tuple[Path, ...],
@@ -238,7 +254,13 @@ def pytest_command(
     emulator = partial(uefi_emulator, Path("patches")) if uefi else None
     nodes = _NUMA_NODES_MIB if numa else ()
     with open_machine(
-        variant, nested=nested, npt=npt, tdp_mmu=tdp_mmu, nodes_mib=nodes, emulator=emulator
+        variant,
+        nested=nested,
+        npt=npt,
+        tdp_mmu=tdp_mmu,
+        nodes_mib=nodes,
+        module_parameters=module_parameters,
+        emulator=emulator,
     ) as machine:
         _install(machine, wheels)
         env = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}

@@ -18,7 +18,7 @@ from .machine import GRACE_SECONDS, Invocation, Machine, OnOutput
 # Disable CPU bug mitigations, calibrations and self-tests, which are slow to emulate. Set a long
 # watchdog threshold, because a busy host can stall L1 for seconds, which is not a lockup of L1.
 KERNEL_ARGS: Final = (
-    "console=ttyS0 panic=-1 oops=panic watchdog_thresh=60 mitigations=off nokaslr "
+    "panic=-1 oops=panic watchdog_thresh=60 mitigations=off nokaslr "
     "tsc=reliable no_timer_check audit=0 cryptomgr.notests random.trust_cpu=on "
     "rcupdate.rcu_expedited=1 loglevel=5"
 )

@@ -32,11 +32,11 @@ from .steps import need, run_step
 log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
-_APT_OPTIONS = ('Acquire::Retries "3"', 'APT::Install-Recommends "false"')
+APT_OPTIONS = ('Acquire::Retries "3"', 'APT::Install-Recommends "false"')
 #: The suites whose Release file expires after a week. A mirror or proxy that updates less often
 #: serves an expired file. apt always checks the signature.
 EXPIRING_SUITES = ("sid", "testing")
-_WITHOUT = (
+WITHOUT = (
     "/usr/share/doc/*",
     "/usr/share/info/*",
     "/usr/share/locale/*",
@@ -82,15 +82,15 @@ _LIBVIRT_PACKAGES = (
 )
 # Modules needed to mount the root file system. Modules built into the kernel are skipped.
 _BOOT_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4", "overlay")
-_OPTIONAL_BOOT_MODULES = ("crc32c_generic", "crc32c_intel", "crc32c")
+OPTIONAL_BOOT_MODULES = ("crc32c_generic", "crc32c_intel", "crc32c")
 # Modules that an L2 guest loads on request, in this order, for a balloon or virtio-mem device.
-_L2_MODULES = ("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev",
+L2_MODULES = ("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev",
                "virtio_pci", "virtio_balloon", "virtio_mem")  # fmt: skip
 # Modules that an L2 guest needs to run KVM.
 _L2_KVM_MODULES = ("irqbypass", "kvm", "kvm-amd")
 # Driver directories that a lab may need. The other drivers in a kernel package are for hardware
 # that the lab's QEMUs do not emulate.
-_KEPT_DRIVERS = ("block/", "char/", "crypto/", "dax/", "net/tap", "net/tun", "nvdimm/", "vfio/",
+KEPT_DRIVERS = ("block/", "char/", "crypto/", "dax/", "net/tap", "net/tun", "nvdimm/", "vfio/",
                  "vhost/", "virtio/")  # fmt: skip
 
 
@@ -195,14 +195,14 @@ def apt_options(suite: str) -> list[str]:
     hide security updates by serving old, signed indexes.
     """
     expiring = ['Acquire::Check-Valid-Until "false"'] if suite in EXPIRING_SUITES else []
-    return [*_APT_OPTIONS, *expiring]
+    return [*APT_OPTIONS, *expiring]
 
 
 def mmdebstrap(target: Path, suite: str, *options: str) -> None:
     """Create a root file system of a Debian suite, without documentation."""
     argv = [need("mmdebstrap", "mmdebstrap"), "--quiet", "--architectures=amd64"]
     argv += [f"--aptopt={option}" for option in apt_options(suite)]
-    argv += [f"--dpkgopt=path-exclude={pattern}" for pattern in _WITHOUT]
+    argv += [f"--dpkgopt=path-exclude={pattern}" for pattern in WITHOUT]
     run_step([*argv, *options, suite, str(target)], f"mmdebstrap of Debian {suite}")
 
 
@@ -289,8 +289,10 @@ def cpio_newc(entries: Sequence[tuple[str, int, bytes]]) -> bytes:
     return bytes(archive)
 
 
-def extract_vmlinux(bzimage: bytes, tools: TcgHost) -> bytes:
+def extract_vmlinux(bzimage: bytes, tools: TcgHost | None) -> bytes:
     """Return the ELF kernel in a bzImage.
+
+    :param tools: The tree with lz4 and zstd. None is sufficient for kernels compressed with xz.
 
     Documentation/arch/x86/boot.rst in Linux describes the format (``payload_offset``).
     """
@@ -303,7 +305,7 @@ def extract_vmlinux(bzimage: bytes, tools: TcgHost) -> bytes:
         elf = lzma.decompress(payload)
     else:
         tool = {b"\x02\x21\x4c\x18": "lz4", b"\x28\xb5\x2f\xfd": "zstd"}.get(payload[:4])
-        if tool is None:
+        if tool is None or tools is None:
             raise ImageError(f"unknown kernel compression ({payload[:6].hex()})")
         result = subprocess.run(
             tools.command(tool, "-d", "-c"), input=payload, capture_output=True, check=False
@@ -316,7 +318,7 @@ def extract_vmlinux(bzimage: bytes, tools: TcgHost) -> bytes:
     return elf
 
 
-class _Modules:
+class Modules:
     """The modules of one kernel, in the tar file of the root file system."""
 
     def __init__(self, tar: tarfile.TarFile, release: str) -> None:
@@ -368,8 +370,8 @@ def read_member(tar: tarfile.TarFile, name: str) -> bytes:
 
 
 def _l1_initramfs(tar: tarfile.TarFile, release: str, init: Path) -> bytes:
-    modules = _Modules(tar, release)
-    order = modules.load_order(_BOOT_MODULES, _OPTIONAL_BOOT_MODULES)
+    modules = Modules(tar, release)
+    order = modules.load_order(_BOOT_MODULES, OPTIONAL_BOOT_MODULES)
     entries = [
         ("dev", 0o040755, b""),
         ("modules", 0o040755, b""),
@@ -383,7 +385,7 @@ def _l1_initramfs(tar: tarfile.TarFile, release: str, init: Path) -> bytes:
 def tcg_host() -> TcgHost:
     """Return the tree with L0's QEMU and the L2 kernel, built unless cached."""
     packages = ("linux-image-cloud-amd64", "lz4", "qemu-system-x86", "seabios", "zstd")
-    key = cache.key_of("bookworm", *packages, *_WITHOUT, *_APT_OPTIONS, *_L2_MODULES,
+    key = cache.key_of("bookworm", *packages, *WITHOUT, *APT_OPTIONS, *L2_MODULES,
                        *_L2_KVM_MODULES, "2")  # fmt: skip
 
     def build(directory: Path) -> None:
@@ -406,7 +408,7 @@ def tcg_host() -> TcgHost:
         with tarfile.open(tar) as tree:
             members = {Path(name).name: name for name in tree.getnames() if name.endswith(".ko")}
             (directory / "modules").mkdir()
-            for name in (*_L2_MODULES, *_L2_KVM_MODULES):
+            for name in (*L2_MODULES, *_L2_KVM_MODULES):
                 content = read_member(tree, members[f"{name}.ko"])
                 (directory / "modules" / name).write_bytes(content)
         tar.unlink()
@@ -437,15 +439,15 @@ def build(variant: Variant) -> Image:
     host = tcg_host()
     init = compile_static(_HERE / "init.c")
     hook = (_HERE / "kernel-hook.sh").read_bytes()
-    key = cache.key_of(*variant.suites, *variant.packages, hook, *_WITHOUT, *_APT_OPTIONS,
-                       *_BOOT_MODULES, *_OPTIONAL_BOOT_MODULES, init.read_bytes(), "1")  # fmt: skip
+    key = cache.key_of(*variant.suites, *variant.packages, hook, *WITHOUT, *APT_OPTIONS,
+                       *_BOOT_MODULES, *OPTIONAL_BOOT_MODULES, init.read_bytes(), "1")  # fmt: skip
 
     def fill(directory: Path) -> None:
         log.info("building the %s image for the cache", variant.name)
         tar_path = directory / "rootfs.tar"
         options = ["--variant=minbase", "--include=" + ",".join(variant.packages),
                    f"--customize-hook=sh '{_HERE}/kernel-hook.sh' \"$1\" {variant.kernel} "
-            + " ".join(_KEPT_DRIVERS)]  # fmt: skip
+            + " ".join(KEPT_DRIVERS)]  # fmt: skip
         suite = mmdebstrap_any(tar_path, variant.suites, *options)
         with tarfile.open(tar_path) as tar:
             kernel = next(n for n in tar.getnames() if n.startswith("./boot/vmlinuz-"))
@@ -462,20 +464,21 @@ def build(variant: Variant) -> Image:
     return Image(directory, **json.loads((directory / "manifest.json").read_text()))
 
 
-def l2_initramfs(host: TcgHost) -> bytes:
+def l2_initramfs(modules: Path) -> bytes:
     """Return an L2 guest's initramfs, with the workload as init and a few drivers."""
     workload = compile_static(_HERE / "workload.c")
     entries = [("dev", 0o040755, b""), ("init", 0o100755, workload.read_bytes())]
-    return cpio_newc([*entries, *_modules_directory(host, "modules", _L2_MODULES)])
+    return cpio_newc([*entries, *modules_directory(modules, "modules", L2_MODULES)])
 
 
-def _modules_directory(
-    host: TcgHost, directory: str, names: Sequence[str]
+def modules_directory(
+    modules: Path, directory: str, names: Sequence[str]
 ) -> list[tuple[str, int, bytes]]:
+    """Return an initramfs's entries with these modules and a file with their load order."""
     order = "".join(f"{name}\n" for name in names).encode()
     entries = [(directory, 0o040755, b""), (f"{directory}/order", 0o100644, order)]
     for name in names:
-        content = (host.directory / "modules" / name).read_bytes()
+        content = (modules / name).read_bytes()
         entries.append((f"{directory}/{name}", 0o100644, content))
     return entries
 
@@ -484,9 +487,10 @@ def l2_files() -> Path:
     """Return the directory with L2's kernel and initramfs, built unless cached."""
     host = tcg_host()
     bzimage = l2_kernel(host)
-    initramfs = l2_initramfs(host)
+    modules = host.directory / "modules"
+    initramfs = l2_initramfs(modules)
     # KVM's modules are in a separate initramfs, because guests boot faster without them.
-    kvm = cpio_newc(_modules_directory(host, "kvm", _L2_KVM_MODULES))
+    kvm = cpio_newc(modules_directory(modules, "kvm", _L2_KVM_MODULES))
 
     def fill(directory: Path) -> None:
         shutil.copy(bzimage, directory / "vmlinuz")

@@ -21,7 +21,7 @@ from . import cache, image
 from .channel import Channel
 from .emulated import KERNEL_ARGS, EmulatedMachine
 from .errors import QmpError
-from .machine import UEFI_VARIABLE, LocalMachine, Machine, kvm_can_prefault
+from .machine import UEFI_VARIABLE
 from .qmp import Qmp
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class Lab(EmulatedMachine):
         :raises LabLostError: If L1 failed while it started. The error includes the end of the
             console output.
         """
-        parameters = [KERNEL_ARGS, f"kvm_amd.npt={int(npt)}"]
+        parameters = [f"console=ttyS0 {KERNEL_ARGS}", f"kvm_amd.npt={int(npt)}"]
         if tdp_mmu is not None:
             parameters.append(f"kvm.tdp_mmu={'Y' if tdp_mmu else 'N'}")
         recipe = _Recipe(
@@ -237,30 +237,3 @@ def _wait_migrated(qmp: Qmp, wanted: str) -> None:
             return
         if status in ("failed", "cancelled"):
             raise QmpError(f"migration {status}")
-
-
-def open_machine(
-    variant: str = "trixie",
-    *,
-    nested: bool = False,
-    npt: bool = True,
-    tdp_mmu: bool | None = None,
-    nodes_mib: Sequence[int] = (),
-    disks: Sequence[Path] = (),
-    emulator: Callable[[], Path] | None = None,
-) -> Machine:
-    """Return this host if its KVM can prefault, or otherwise a booted lab.
-
-    :param nested: Use the lab even if this host can prefault. ``npt=False``, any value of
-        ``tdp_mmu``, and ``nodes_mib`` also select the lab.
-    :param nodes_mib: The memory of each of L1's NUMA nodes in MiB, as in :meth:`Lab.start`.
-    :param disks: Disks for the lab, as in :meth:`Lab.start`.
-    :param emulator: A function that returns the emulator for the lab. The function may have to
-        build QEMU, so it is not called if the machine is this host.
-    """
-    if kvm_can_prefault() and npt and tdp_mmu is None and not nodes_mib and not nested:
-        return LocalMachine()
-    binary = emulator() if emulator else None
-    return Lab.start(
-        variant, npt=npt, tdp_mmu=tdp_mmu, nodes_mib=nodes_mib, disks=disks, emulator=binary
-    )
