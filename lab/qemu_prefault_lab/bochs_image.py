@@ -33,6 +33,8 @@ VARIANTS: Final = {
 _DISK_MODULES: Final = ("scsi_mod", "sd_mod", "libata", "ata_piix")
 _ROOT_MODULES: Final = ("ext4", "overlay")
 _L2_KVM_MODULES: Final = ("irqbypass", "kvm", "kvm-intel")
+# lz4 decompresses this kernel.
+_L2_PACKAGES: Final = ("linux-image-cloud-amd64", "lz4")
 _SERVER: Final = ("command_server.py", "disk_stream.py", "disk_server.py")
 # Bochs derives a disk's geometry from its size, which must be a whole number of cylinders
 # (16 heads, 63 sectors per track).
@@ -134,21 +136,29 @@ def _l2_kernel() -> Path:
     names = (*image.L2_MODULES, *_L2_KVM_MODULES)
 
     def fill(directory: Path) -> None:
-        tar_path = directory / "tree.tar"
-        include = "--include=linux-image-cloud-amd64"
+        tar_path, tree = directory / "tree.tar", directory / "tree"
+        include = "--include=" + ",".join(_L2_PACKAGES)
         image.mmdebstrap(tar_path, "bookworm", "--variant=extract", include)
         (directory / "modules").mkdir()
+        tree.mkdir()
+        programs = ["./usr/bin", "./usr/lib/x86_64-linux-gnu", "./lib", "./lib64"]
+        argv = ["tar", "-xf", str(tar_path), "-C", str(tree), "--no-same-owner"]
+        run_step([*argv, "--exclude=./lib/modules", *programs], "unpacking lz4")
         with tarfile.open(tar_path) as tar:
             members = tar.getnames()
             kernel = next(n for n in members if n.startswith("./boot/vmlinuz-"))
-            (directory / "vmlinuz").write_bytes(image.read_member(tar, kernel))
+            bzimage = image.read_member(tar, kernel)
+            (directory / "vmlinuz").write_bytes(bzimage)
+            elf = image.extract_vmlinux(bzimage, image.TcgHost(tree))
+            (directory / "vmlinux").write_bytes(elf)
             paths = {Path(name).name: name for name in members if name.endswith(".ko")}
             for name in names:
                 content = image.read_member(tar, paths[f"{name}.ko"])
                 (directory / "modules" / name).write_bytes(content)
         tar_path.unlink()
+        shutil.rmtree(tree)
 
-    key = cache.key_of("bookworm", *names, *image.WITHOUT, *image.APT_OPTIONS)
+    key = cache.key_of("bookworm", *_L2_PACKAGES, *names, *image.WITHOUT, *image.APT_OPTIONS)
     return cache.entry("l2-kernel-ept", key, fill)
 
 
@@ -159,10 +169,8 @@ def _l2_files() -> Path:
     kvm = image.cpio_newc(image.modules_directory(source / "modules", "kvm", _L2_KVM_MODULES))
 
     def fill(directory: Path) -> None:
-        bzimage = source / "vmlinuz"
-        shutil.copy(bzimage, directory / "vmlinuz")
-        elf = image.extract_vmlinux(bzimage.read_bytes(), None)
-        (directory / "vmlinux").write_bytes(elf)
+        for name in ("vmlinuz", "vmlinux"):
+            shutil.copy(source / name, directory)
         (directory / "initramfs").write_bytes(initramfs)
         (directory / "initramfs-kvm").write_bytes(initramfs + kvm)
 

@@ -5,7 +5,7 @@ Bochs emulates no virtio devices, and its serial lines transfer 11 KiB per secon
 transfers data through a small raw disk. Each end writes records into its own ring on this disk. The
 serial line COM2 only rings a doorbell: a byte on this line means that the other end must look for
 new records or for free space. A lost doorbell delays the data, but does not lose data, because each
-end also looks once a second.
+end also looks and rings once a second.
 
 This module runs at both ends, so it uses only the standard library. L1 opens the disk with
 O_DIRECT, because its page cache would hide L0's writes. All reads and writes therefore use whole
@@ -71,49 +71,59 @@ class DiskStream:
         self._view = memoryview(self._buffer)
         self._own_ring, self._other_ring = _RINGS[end], _RINGS[1 - end]
         self._own_counter, self._other_counter = _COUNTERS[1 - end], _COUNTERS[end]
-        # Sectors and records, in total.
-        self.written = self.records_written = 0
-        self.read = self.records_read = 0
-        self._reported = 0
-        self._released = 0
+        # The numbers of sectors and records since the stream was created. _reported and _released
+        # are the numbers of read sectors that this end has reported, and the other end.
+        self._written = self._records_written = 0
+        self._read = self._records_read = 0
+        self._reported = self._released = 0
         self._load(0, 1)
         if self._buffer[: len(MAGIC)] != MAGIC:
             raise ValueError("this disk has no stream")
         self._name = self._buffer[len(MAGIC) : len(MAGIC) + NAME_LENGTH]
 
+    def state(self) -> list[int]:
+        """Return the state of this end, for a snapshot. No data may be in transit."""
+        return [self._written, self._records_written, self._read, self._records_read,
+                self._reported, self._released]  # fmt: skip
+
+    def resume(self, state: list[int]) -> None:
+        """Continue with the state of this end in a snapshot."""
+        (self._written, self._records_written, self._read, self._records_read,
+         self._reported, self._released) = state  # fmt: skip
+
     def put(self, payload: bytes) -> None:
         """Write a record. :meth:`has_room` must have returned True."""
-        header = _HEADER.pack(self._name, self.records_written, len(payload), zlib.crc32(payload))
+        header = _HEADER.pack(self._name, self._records_written, len(payload), zlib.crc32(payload))
         self._buffer[: len(header)] = header
         self._buffer[len(header) : len(header) + len(payload)] = payload
         count = _sectors(len(payload))
-        start = self.written % RING_SECTORS
+        start = self._written % RING_SECTORS
         before_end = min(count, RING_SECTORS - start)
-        # Write the first sector last, so that the other end does not see a part of the record.
+        # Write the part with the header last. The checksum detects a part of a record, too.
         if before_end < count:
             self._store(self._own_ring, before_end, count)
         self._store(self._own_ring + start, 0, before_end)
-        self.written += count
-        self.records_written += 1
+        self._written += count
+        self._records_written += 1
 
     def has_room(self) -> bool:
         """Return whether the ring has room for a record of any length."""
         limit = RING_SECTORS - _RECORD_SECTORS
-        if self.written - self._released > limit:
+        if self._written - self._released > limit:
             self._load(self._other_counter, 1)
             name, count, checksum = _COUNTER.unpack_from(self._buffer)
             if name == self._name and checksum == zlib.crc32(b"%d" % count):
                 self._released = count
-        return self.written - self._released <= limit
+        return self._written - self._released <= limit
 
     def take(self) -> bytes | None:
         """Read the next record, or return None if it is not complete yet."""
-        start = self.read % RING_SECTORS
+        start = self._read % RING_SECTORS
         before_end = RING_SECTORS - start
         first = min(_FIRST_SECTORS, before_end)
         self._load(self._other_ring + start, first)
         name, number, length, checksum = _HEADER.unpack_from(self._buffer)
-        if name != self._name or number != self.records_read or length > _RECORD_BYTES:
+        if name != self._name or number != self._records_read or length > _RECORD_BYTES:
             return None
         count = _sectors(length)
         if count > first:
@@ -123,18 +133,18 @@ class DiskStream:
         payload = self._buffer[_HEADER.size : _HEADER.size + length]
         if zlib.crc32(payload) != checksum:
             return None
-        self.read += count
-        self.records_read += 1
+        self._read += count
+        self._records_read += 1
         return payload
 
     def report(self) -> bool:
         """Release the sectors that were read, if they are many. Return whether they are."""
-        if self.read - self._reported < RING_SECTORS // 4:
+        if self._read - self._reported < RING_SECTORS // 4:
             return False
-        counter = _COUNTER.pack(self._name, self.read, zlib.crc32(b"%d" % self.read))
+        counter = _COUNTER.pack(self._name, self._read, zlib.crc32(b"%d" % self._read))
         self._buffer[: len(counter)] = counter
         self._store(self._own_counter, 0, 1)
-        self._reported = self.read
+        self._reported = self._read
         return True
 
     def _load(self, sector: int, count: int, at: int = 0) -> None:
@@ -190,14 +200,16 @@ class Bridge:
         wanted |= select.POLLOUT if self._waiting else 0
         self._poll.modify(self._near, wanted)
         ready = dict(self._poll.poll(1000))
+        if not ready:
+            self._ring()
         if self._bell in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(self._bell, 4096)
-        if room and ready.get(self._near.fileno(), 0) & (select.POLLIN | select.POLLHUP):
-            data = self._near.recv(_RECORD_BYTES)
-            if not data:
-                return None
-            self._stream.put(data)
+        mask = ready.get(self._near.fileno(), 0)
+        if mask & select.POLLHUP:
+            return None
+        if mask & select.POLLIN:
+            self._stream.put(self._near.recv(_RECORD_BYTES))
             self._ring()
         while len(self._waiting) < _WAITING_BYTES and (payload := self._stream.take()) is not None:
             self._waiting += payload

@@ -33,6 +33,8 @@ class EmulatedMachine(Machine):
     """
 
     l2_directory = "/lab/l2"
+    #: The emulator's name and release.
+    emulator = "QEMU 7.2"
     #: The most seconds on L0 that a second in L1 can take. L1's clock measures the time limits of
     #: commands.
     slowdown = 1.0

@@ -289,10 +289,8 @@ def cpio_newc(entries: Sequence[tuple[str, int, bytes]]) -> bytes:
     return bytes(archive)
 
 
-def extract_vmlinux(bzimage: bytes, tools: TcgHost | None) -> bytes:
+def extract_vmlinux(bzimage: bytes, tools: TcgHost) -> bytes:
     """Return the ELF kernel in a bzImage.
-
-    :param tools: The tree with lz4 and zstd. None is sufficient for kernels compressed with xz.
 
     Documentation/arch/x86/boot.rst in Linux describes the format (``payload_offset``).
     """
@@ -305,7 +303,7 @@ def extract_vmlinux(bzimage: bytes, tools: TcgHost | None) -> bytes:
         elf = lzma.decompress(payload)
     else:
         tool = {b"\x02\x21\x4c\x18": "lz4", b"\x28\xb5\x2f\xfd": "zstd"}.get(payload[:4])
-        if tool is None or tools is None:
+        if tool is None:
             raise ImageError(f"unknown kernel compression ({payload[:6].hex()})")
         result = subprocess.run(
             tools.command(tool, "-d", "-c"), input=payload, capture_output=True, check=False

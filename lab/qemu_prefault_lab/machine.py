@@ -281,9 +281,14 @@ def kvm_can_prefault() -> bool:
         return False
 
 
+#: The environment variable that the lab sets in an L1 that Bochs emulates. The CPU that Bochs
+#: emulates has the name of Intel's.
+EMULATOR_VARIABLE: Final = "QEMU_PREFAULT_EMULATOR"
+
+
 def is_emulated() -> bool:
-    """Return whether QEMU emulates this host's CPU, as in the lab."""
-    return "QEMU TCG" in Path("/proc/cpuinfo").read_text()
+    """Return whether QEMU or Bochs emulates this host's CPU, as in the lab."""
+    return EMULATOR_VARIABLE in os.environ or "QEMU TCG" in Path("/proc/cpuinfo").read_text()
 
 
 #: The environment variable that the lab sets if its emulator can run KVM guests with UEFI.
