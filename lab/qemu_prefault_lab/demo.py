@@ -21,10 +21,12 @@ from qemu_prefault.cli.format import table
 from qemu_prefault.engine.report import SCHEMA
 from qemu_prefault.errors import FailedError
 
-from . import LocalMachine, open_machine
+from .emulated import EmulatedMachine
+from .launch import open_machine
 from .scenario import CASES, WORKLOAD_MIB
 
 LIMIT_SECONDS = 1800.0
+_MMU = {"ept": "EPT", "npt": "NPT", "shadow": "shadow paging"}
 HEADERS = ["guest", "method", "stage-2 faults", "first pass s", "steady pass s", "prefaulting s"]
 
 
@@ -106,15 +108,17 @@ class LiveTable:
             self._drawn = 0
 
 
-def run_demo(as_json: bool) -> None:
+def run_demo(as_json: bool, *, ept: bool = False) -> None:
     """Run the demo, and print the results as a table or as JSON.
 
+    :param ept: Run the demo in the lab on an Intel CPU that Bochs emulates.
     :raises QemuPrefaultError: If a requirement is missing, or if the scenario failed.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     progress = LiveTable()
-    with open_machine() as machine:
-        nested = not isinstance(machine, LocalMachine)
+    with open_machine("ept" if ept else "trixie") as machine:
+        emulator = machine.emulator if isinstance(machine, EmulatedMachine) else None
+        nested = emulator is not None
         python = "python3" if nested else sys.executable
         machine.install_source()
         result = machine.run(
@@ -130,19 +134,24 @@ def run_demo(as_json: bool) -> None:
             progress.error.get("remedy") or result.error_text[-2000:],
             code="demo",
         )
+    facts = {"nested": nested, "emulator": emulator, **progress.machine}
     if as_json:
         rows = [progress.rows[row] for row in range(len(CASES))]
         click.echo(
-            json.dumps({"schema": SCHEMA, "machine": {"nested": nested, **progress.machine},
-                        "backing": "4K", "mib": WORKLOAD_MIB, "rows": rows, "exit": 0})
+            json.dumps({"schema": SCHEMA, "machine": facts, "backing": "4K", "mib": WORKLOAD_MIB,
+                        "rows": rows, "exit": 0})
         )  # fmt: skip
         return
     click.echo(
         f"A guest with 4K pages writes {WORKLOAD_MIB} MiB for the first time. "
-        f"Kernel {progress.machine['kernel']}, QEMU {progress.machine['qemu']}."
+        f"Kernel {facts['kernel']}, QEMU {facts['qemu']}, {_MMU[str(facts['mmu'])]}."
     )
     if nested:
-        click.echo("The CPU is emulated. Counts are exact. Compare times only within this table.")
+        click.echo(
+            f"{emulator} emulates the CPU. Counts are exact. Compare times only within this table."
+        )
+    if facts["mmu"] == "npt" and nested:
+        click.echo("For a CPU with Intel's EPT, run: make demo DEMO_ARGS=--ept")
     click.echo()
     for line in progress.lines():
         click.echo(line)

@@ -32,6 +32,7 @@ __all__ = [
     "GuestError",
     "defaults",
     "l2_directory",
+    "mmu",
     "patched_qemu",
     "reserve_hugepages",
     "thp",
@@ -70,6 +71,15 @@ def thp(mode: str) -> str:
     before = _THP.read_text().partition("[")[2].partition("]")[0]
     _THP.write_text(mode)
     return before
+
+
+def mmu() -> str:
+    """Return how this host's KVM translates guest addresses: ``ept``, ``npt`` or ``shadow``."""
+    for module, name in (("kvm_intel", "ept"), ("kvm_amd", "npt")):
+        parameter = Path("/sys/module", module, "parameters", name)
+        if parameter.exists():
+            return name if parameter.read_text().strip() in ("Y", "1") else "shadow"
+    return "shadow"
 
 
 def reserve_hugepages(count: int) -> int:

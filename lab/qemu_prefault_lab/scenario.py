@@ -33,7 +33,7 @@ from qemu_prefault.agents.base import Kind, Range
 from qemu_prefault.agents.ptrace import PtraceAgent
 from qemu_prefault.errors import FailedError, QemuPrefaultError, UnsupportedError
 
-from .guest import Guest
+from .guest import Guest, mmu
 
 WORKLOAD_MIB: Final = 256
 MEMORY_MIB: Final = 352
@@ -202,7 +202,7 @@ def run() -> None:
             "qemu-system-x86_64 is not installed", "apt-get install qemu-system-x86"
         )
     version = subprocess.run([qemu, "--version"], capture_output=True, text=True, check=True)
-    tell("machine", kernel=os.uname().release, qemu=version.stdout.split()[3])
+    tell("machine", kernel=os.uname().release, qemu=version.stdout.split()[3], mmu=mmu())
     with tempfile.TemporaryDirectory(prefix="qemu-prefault-demo-") as scratch:
         for row, case in enumerate(CASES):
             started = time.monotonic()
