@@ -54,13 +54,15 @@ def make_nested_guest(make_restored_guest: MakeGuest) -> MakeNestedGuest:
         options["kvm"] = True
         guest = make_restored_guest(**options)
         guest.qmp("cont")
-        guest.command(f"nest npt={int(npt)}")
+        # The guest has the same kind of CPU as this host.
+        parameter = "ept" if Path("/sys/module/kvm_intel").exists() else "npt"
+        guest.command(f"nest {parameter}={int(npt)}")
         return guest
 
     return start
 
 
-#: Nested paging, which only ``make test-full`` tests, and shadow paging.
+#: Nested paging (NPT or EPT), which only ``make test-full`` tests, and shadow paging.
 both_paging_modes = pytest.mark.parametrize(
     "npt",
     [pytest.param(True, id="npt", marks=pytest.mark.full), pytest.param(False, id="shadow")],

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Test the tool on hosts whose KVM does not support the ioctl.
 
-These hosts run Linux before 6.11 (Debian 12) or use shadow paging (``npt=0``). The tool must refuse
-to prefault, but ``--populate-only`` must work. The tests are skipped if KVM offers the ioctl.
+These hosts run Linux before 6.11 (Debian 12) or use shadow paging (``npt=0`` or ``ept=0``). The
+tool must refuse to prefault, but ``--populate-only`` must work. The tests are skipped if KVM offers
+the ioctl.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from qemu_prefault.host.kvm import pre_fault_capability
-from qemu_prefault_lab.guest import Guest
+from qemu_prefault_lab.guest import Guest, mmu
 from support.guest import prefault, ram_resident
 from support.process import leftovers
 from support.tool import Tool
@@ -32,8 +31,7 @@ def test_prefault_is_refused() -> None:
         assert result.status == 4
         assert result.error["code"] == "no-capability"
         assert "--populate-only" in result.error["remedy"]
-        npt = Path("/sys/module/kvm_amd/parameters/npt").read_text().strip()
-        if npt in ("0", "N"):
+        if mmu() == "shadow":
             assert "shadow paging" in result.error["cause"]
         else:
             assert "KVM_CAP_PRE_FAULT_MEMORY" in result.error["cause"]
