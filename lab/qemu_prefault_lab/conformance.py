@@ -17,6 +17,8 @@ from qemu_prefault.cli.main import main
 _MM = Path("/sys/kernel/mm")
 _SETTINGS = {
     _MM / "transparent_hugepage/enabled": "madvise",
+    # khugepaged would collapse 4 KiB pages while a case counts faults.
+    _MM / "transparent_hugepage/khugepaged/scan_sleep_millisecs": "1000000",
     # Reserve the 1 GiB page first. Reserving 2 MiB pages first would fragment the memory.
     _MM / "hugepages/hugepages-1048576kB/nr_hugepages": "1",
     _MM / "hugepages/hugepages-2048kB/nr_hugepages": "16",
