@@ -14,20 +14,22 @@ HOST  = mount qemu-system-x86 patchelf libjemalloc2 libtcmalloc-minimal4 \
 # Needed only if this host's KVM can prefault. The tests then run on this host, not in the lab.
 GUEST = qemu-utils ovmf
 VT    = tcpdump netcat-openbsd iputils-arping xz-utils
+# Needed only to build Bochs, which emulates an Intel CPU.
+BOCHS = g++ make patch
 QEMU  = ccache dpkg-dev libfdt-dev libglib2.0-dev libseccomp-dev ninja-build patch perl pkgconf \
 	qemu-system-data seabios xz-utils zlib1g-dev
 
-demo:      ## show the effect on a restored and a booting guest (no virtualization needed)
-	@scripts/with-env "$(BUILD) $(LAB)" qemu-prefault demo $(DEMO_ARGS)
+demo:      ## show the effect on a restored and a booting guest; DEMO_ARGS=--ept: on Intel's EPT
+	@scripts/with-env "$(BUILD) $(LAB) $(if $(findstring --ept,$(DEMO_ARGS)),$(BOCHS))" qemu-prefault demo $(DEMO_ARGS)
 
 unit:      ## run the unit tests only (a minute)
 	@scripts/with-env "$(BUILD)" python tests/run.py unit
 
 test:      ## run linters, unit tests, tests with QEMU, and tests in the nested lab
-	@scripts/with-env "$(BUILD) $(LAB) $(HOST)" python tests/run.py
+	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(BOCHS)" python tests/run.py
 
 test-full: ## run everything on every kernel, with 1,000 kills and 30 boots (hours)
-	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST) $(VT)" python tests/run.py --full
+	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(GUEST) $(VT) $(BOCHS)" python tests/run.py --full
 
 bench:     ## measure, write docs/benchmarks.md and its picture; BENCH_ARGS="PART…" selects parts
 	@scripts/with-env "$(BUILD) $(LAB) $(HOST) $(QEMU)" python tests/bench/run.py $(BENCH_ARGS)

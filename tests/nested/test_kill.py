@@ -48,6 +48,7 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         raise OSError(ctypes.get_errno(), "fallocate")
 
 
+@pytest.mark.ept
 def test_kill_at_random_moments(request: pytest.FixtureRequest, seed: int) -> None:
     kills: int = request.config.getoption("kills")
     args = ["-object", f"memory-backend-memfd,id=spare,size={SPARE}"]

@@ -21,6 +21,7 @@ def faults_of_first_pass(guest: Guest) -> int:
 
 
 @pytest.mark.every_kernel
+@pytest.mark.ept
 def test_restored_guest_takes_no_faults(make_restored_guest: MakeGuest) -> None:
     control = faults_of_first_pass(make_restored_guest(workload_mib=64))
     assert control >= 64 << 8  # at least one per page without prefaulting
