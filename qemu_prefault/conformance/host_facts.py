@@ -14,6 +14,7 @@ from ..errors import Code, UnsupportedError
 from ..host.kvm import KVM_CAP_PRE_FAULT_MEMORY, parameter
 from ..units import PAGE_SIZE
 from . import abi, device
+from .features import has_ad_bits, on
 from .vmm import KvmVm
 
 
@@ -67,10 +68,6 @@ def _free(kib: int) -> int:
     return int(_text(f"/sys/kernel/mm/hugepages/hugepages-{kib}kB/free_hugepages") or 0)
 
 
-def _on(value: str | None) -> bool:
-    return value in ("Y", "1", "y")
-
-
 def read_host_facts() -> HostFacts:
     """Return the features and settings of this host.
 
@@ -91,20 +88,20 @@ def read_host_facts() -> HostFacts:
         return max(0, int(lib.pf_vmm_ioctl(kvm_fd, abi.CHECK_EXTENSION, capability)))
 
     capability = check(KVM_CAP_PRE_FAULT_MEMORY) > 0
-    amd = _on(parameter("kvm_amd", "npt"))
+    amd = on(parameter("kvm_amd", "npt"))
     return HostFacts(
         kernel=os.uname().release,
         capability=capability,
         refusal=_refusal(),
-        paging="NPT" if amd else "EPT" if _on(parameter("kvm_intel", "ept")) else "shadow",
-        tdp_mmu=_on(parameter("kvm", "tdp_mmu")),
-        ad_bits=parameter("kvm_intel", "eptad") not in ("N", "0"),
+        paging="NPT" if amd else "EPT" if on(parameter("kvm_intel", "ept")) else "shadow",
+        tdp_mmu=on(parameter("kvm", "tdp_mmu")),
+        ad_bits=has_ad_bits(),
         vm_types=check(abi.CAP_VM_TYPES),
         quirks=check(abi.CAP_DISABLE_QUIRKS2),
         smm=check(abi.CAP_X86_SMM) > 0,
         dirty_ring=check(abi.CAP_DIRTY_LOG_RING) > 0,
         gmem_flags=check(abi.CAP_GUEST_MEMFD_FLAGS),
-        nested_svm=_on(parameter("kvm_amd", "nested")),
+        nested_svm=on(parameter("kvm_amd", "nested")),
         thp="[never]" not in _text("/sys/kernel/mm/transparent_hugepage/enabled"),
         hugepages=(_free(2048), _free(1048576)),
         ksm=_text("/sys/kernel/mm/ksm/run") == "1",
