@@ -13,9 +13,10 @@ from .options import debug_option, json_option
 
 
 @click.command()
+@click.option("--ept", is_flag=True, help="Run on an Intel CPU with EPT, which Bochs emulates.")
 @json_option
 @debug_option
-def demo(as_json: bool, debug: bool) -> None:
+def demo(ept: bool, as_json: bool, debug: bool) -> None:
     """Show the effect of prefaulting on a restored guest and on a booting guest.
 
     The demo runs on any x86-64 Linux host. It does not need hardware virtualization.
@@ -33,4 +34,4 @@ def demo(as_json: bool, debug: bool) -> None:
                 "to run the demo in a checkout without installing anything, run: make demo",
                 code=Code.NO_LAB,
             ) from None
-        run_demo(as_json)
+        run_demo(as_json, ept=ept)
