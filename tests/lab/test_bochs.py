@@ -117,11 +117,13 @@ class TestLost:
     The tests' commands never exit on their own, so the lab must detect the loss.
     """
 
+    @pytest.mark.full
     def test_kernel_panic_is_reported_with_the_console(self) -> None:
         with BochsLab.start() as lab, pytest.raises(LabLostError) as caught:
             lab.run(["sh", "-c", "echo c >/proc/sysrq-trigger; sleep 100000"], timeout=1e6)
         assert "sysrq triggered crash" in str(caught.value)
 
+    @pytest.mark.full
     def test_silent_command_server(self) -> None:
         with BochsLab.start(heartbeat_limit=20) as lab, pytest.raises(LabLostError) as caught:
             lab.run(["sh", "-c", "kill -STOP $PPID; sleep 1000000"], timeout=1e6)
@@ -133,6 +135,7 @@ class TestLost:
             lab.run(["sleep", "1000000"], timeout=1e6)
         assert "Bochs exited with status -9" in caught.value.cause
 
+    @pytest.mark.full
     def test_killed_parent_leaves_no_bochs(self) -> None:
         program = (
             "from qemu_prefault_lab import BochsLab\n"
@@ -148,6 +151,7 @@ class TestLost:
         os.close(bochs)
         assert ended
 
+    @pytest.mark.full
     def test_power_off(self) -> None:
         with BochsLab.start() as lab:
             lab.power_off()
@@ -163,11 +167,13 @@ class TestSnapshot:
                 lab.run(["touch", "/root/mark"])
         assert identities[0] == identities[1]
 
+    @pytest.mark.full
     def test_two_labs_run_at_once(self, lab: BochsLab) -> None:
         with BochsLab.start() as other:
             other.run(["touch", "/tmp/other"])
             assert lab.run(["test", "-e", "/tmp/other"], check=False).returncode == 1
 
+    @pytest.mark.full
     def test_broken_snapshot_is_discarded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with tempfile.TemporaryDirectory(dir=cache.subdirectory("scratch")) as name:
             copy = Path(name)
@@ -196,7 +202,12 @@ class TestSnapshot:
 
 
 @pytest.mark.parametrize(
-    ("variant", "ept", "capability"), [("ept", True, 1), ("ept", False, 0), ("ept-sid", True, 1)]
+    ("variant", "ept", "capability"),
+    [
+        ("ept", True, 1),
+        pytest.param("ept", False, 0, marks=pytest.mark.full),
+        pytest.param("ept-sid", True, 1, marks=pytest.mark.full),
+    ],
 )
 def test_kvm_capability_of_each_variant(variant: str, ept: bool, capability: int) -> None:
     with start_lab(variant, npt=ept) as lab:
@@ -205,6 +216,7 @@ def test_kvm_capability_of_each_variant(variant: str, ept: bool, capability: int
         assert int(lab.run(["python3", "-c", ASK_CAPABILITY]).text) == capability
 
 
+@pytest.mark.full
 def test_module_parameters() -> None:
     with start_lab("ept", module_parameters=["kvm_intel.pml=0", "kvm_intel.eptad=0"]) as lab:
         for name in ("pml", "eptad"):
@@ -236,6 +248,7 @@ class TestPatches:
     def test_posted_interrupt_descriptor_needs_no_page(self, apicv: BochsLab) -> None:
         assert apicv.run(["/root/vmx_guest", "irqchip"], timeout=60).text == "output 42\n"
 
+    @pytest.mark.full
     def test_memory_above_two_gibibytes(self, lab: BochsLab) -> None:
         script = "head -c 2500M /dev/zero >/dev/shm/zero && stat -c %s /dev/shm/zero"
         with contextlib.suppress(RemoteCommandError):
@@ -243,6 +256,7 @@ class TestPatches:
         assert lab.run(["sh", "-c", script]).text.strip() == str(2500 << 20)
         lab.run(["rm", "/dev/shm/zero"])
 
+    @pytest.mark.full
     def test_idle_time_is_skipped(self, lab: BochsLab) -> None:
         """Sleep in L1, and limit the CPU time that Bochs uses for it.
 
