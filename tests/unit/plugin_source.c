@@ -2,9 +2,11 @@
 /*
  * Simulate the start of a guest whose RAM is a file, and print the plugin's populate policy.
  *
- * Arguments: PATH SIZE shared|private hook|learn [OTHER-PATH OTHER-SIZE]. With OTHER-PATH, the
- * program allocates another file after the guest has started, and also prints how many MiB the
- * plugin then populates. test_native_plugin_source.py links this file with the plugin's files.
+ * Arguments: PATH SIZE shared|private hook|learn [OTHER-PATH OTHER-SIZE | late]. With OTHER-PATH,
+ * the program allocates another file after the guest has started, and also prints how many MiB the
+ * plugin then populates. With "late", it populates in turns whose time limit has expired before
+ * they begin, and also prints how many KiB the largest turn and all turns populate.
+ * test_native_plugin_source.py links this file with the plugin's files.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -41,6 +43,30 @@ static uint64_t populate_after(const char *other, uint64_t size)
 	return pf_counters.populated;
 }
 
+/* Populate guest RAM in turns whose time limit has expired, until a turn does nothing. */
+static void populate_late(void)
+{
+	static struct kvm_run run;
+	struct vcpu vcpu = { .fd = -1, .run = &run };
+	struct work_item item;
+	uint64_t largest = 0, before, pending;
+
+	pthread_mutex_lock(&pf_lock);
+	do {
+		struct run_ctx ctx = { .vcpu = &vcpu, .deadline = 1 };
+
+		before = pf_counters.populated;
+		pending = pf_queue_pending_bytes();
+		if (pf_queue_take(&item))
+			pf_chunk_run(item, &ctx);
+		if (ctx.populated > largest)
+			largest = ctx.populated;
+	} while (pf_counters.populated != before || pf_queue_pending_bytes() != pending);
+	pthread_mutex_unlock(&pf_lock);
+	printf("%llu %llu\n", (unsigned long long)largest >> 10,
+	       (unsigned long long)pf_counters.populated >> 10);
+}
+
 int main(int argc, char **argv)
 {
 	int fd = argc >= 5 ? open(argv[1], O_RDWR | O_CREAT, 0600) : -1;
@@ -68,6 +94,8 @@ int main(int argc, char **argv)
 	pf_memslot_count = 1;
 	pf_guest_start();
 	printf("%s\n", pf_populate_names[pf_options.populate]);
+	if (argc == 6)
+		populate_late();
 	if (argc == 7) {
 		uint64_t bytes = populate_after(argv[5], strtoull(argv[6], NULL, 10));
 

@@ -115,6 +115,16 @@ def test_other_file_grows_during_populate(
     assert os.statvfs(tmpfs).f_bavail * 4096 >= min(32, 64 - other) * MIB
 
 
+def test_turn_whose_time_is_over_takes_one_step(program: Path, tmp_path: Path) -> None:
+    """Populate while the guest waits, on a host so slow that no time is left for the work.
+
+    The guest must wait for one step of 256 KiB only, and the plugin must still complete the work.
+    """
+    command = [program, tmp_path / "ram", str(16 * MIB), "private", "hook", "late"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["all", "256", str(16 << 10)]
+
+
 def committed(path: Path) -> tuple[int, int]:
     """Return the bytes that other files can still allocate, and the number of inodes."""
     with open(path, "rb") as file:

@@ -14,26 +14,35 @@
 #include "host_ranges.h"
 #include "queue.h"
 
+/*
+ * The maximum size of a system call while the guest waits. Such a call takes about 50 us if the
+ * memory is absent. The check of the sources may take longer than a slice, so the first step does
+ * not depend on the deadline. Otherwise the work would never end.
+ */
+#define STEP (MIB(1) / 4)
+
 static int run_goes_on(void *context)
 {
 	const struct run_ctx *ctx = context;
 
 	if (ctx->vcpu->run->immediate_exit || atomic_load(&pf_slot_changes))
 		return 0;
-	return !ctx->deadline || prefault_now_ns() < ctx->deadline;
+	return !ctx->deadline || !ctx->steps || prefault_now_ns() < ctx->deadline;
 }
 
 /* Set the start time that the watchdog checks. Only the ioctl can get stuck. */
 static void note_start(void *context)
 {
-	const struct run_ctx *ctx = context;
+	struct run_ctx *ctx = context;
 
+	ctx->steps++;
 	atomic_store(&ctx->vcpu->busy_since, ctx->in_ioctl ? prefault_now_ns() : 0);
 }
 
 static void run_range(struct prefault_range *range, struct run_ctx *ctx)
 {
-	const struct prefault_limits limits = { .chunk_bytes = CHUNK, .stuck_ns = STUCK_NS };
+	const struct prefault_limits limits = { .chunk_bytes = ctx->deadline ? STEP : CHUNK,
+						.stuck_ns = STUCK_NS };
 	const struct prefault_hooks hooks = { run_goes_on, note_start, ctx };
 
 	ctx->in_ioctl = range->kind == PREFAULT_STAGE2;

@@ -13,6 +13,7 @@ struct run_ctx {
 	struct vcpu *vcpu;
 	uint64_t deadline;		/* CLOCK_MONOTONIC, in ns; 0: no deadline */
 	uint64_t populated, prefaulted; /* bytes */
+	uint64_t steps;			/* system calls that populate or prefault */
 	bool in_ioctl, again;
 };
 
