@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The libvirt hook, /etc/libvirt/hooks/qemu.d/50-qemu-prefault.
+"""The program behind the libvirt hook.
+
+libvirt executes /etc/libvirt/hooks/qemu.d/50-qemu-prefault, a shell script that starts this program
+(``HOOK_TEXT`` in install.py).
 
 libvirt waits for the hook, and stops the guest if the hook fails. Therefore the hook follows these
 rules:

@@ -6,7 +6,7 @@ This module handles cases that ``qemu.qmp`` does not handle:
 * **A QMP socket serves one client at a time.** While QEMU serves a client, it does not accept other
   connections (chardev/char-socket.c), and they stay in the kernel's backlog. The connect() of a
   second client succeeds, but QEMU sends no greeting to this client. In this case,
-  :meth:`Monitor.connect` raises :class:`MonitorBusyError` within two seconds. Usually
+  :meth:`Monitor.connect` raises :class:`MonitorBusyError` within two seconds (see dial.py). Usually
   ``/proc/net/unix`` shows immediately that QEMU has accepted another client and not this process.
 * **A client must send nothing before the greeting.** If a client in the backlog sent a command,
   QEMU would execute the command when it accepts the connection. By then, the client may have

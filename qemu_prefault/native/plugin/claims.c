@@ -155,6 +155,7 @@ void pf_claims_check(void)
 			populate_no_more(claim->wanted);
 			return;
 		}
+		/* As Limit.per_batch in host/headroom.py. */
 		if (claim->wanted && left / 16 < claims_next)
 			claims_next = left / 16;
 	}
