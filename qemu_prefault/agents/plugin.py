@@ -22,6 +22,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from ..errors import AgentError, Code, FailedError, UnsupportedError
+from ..host.foreign_fds import DescriptorsError
 from ..host.procfs import Process, thread_names
 from .base import BatchResult, Kind, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
 from .plugin_protocol import (
@@ -32,6 +33,7 @@ from .plugin_protocol import (
     parse_event,
     parse_progress,
     parse_status,
+    sent_descriptors,
     too_long,
 )
 from .plugin_socket import connect, find_control_socket
@@ -233,6 +235,8 @@ class Control:
             line = await self._reader.readline()
         except ValueError as error:  # the line exceeds the limit of the reader
             raise too_long(self._pid) from error
+        except DescriptorsError as error:
+            raise sent_descriptors(self._pid) from error
         except OSError as error:
             raise self._gone() from error
         if not line.endswith(b"\n"):

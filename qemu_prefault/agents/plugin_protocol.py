@@ -159,6 +159,11 @@ def too_long(pid: int) -> AgentError:
     return _malformed(pid, f"it has more than {MAX_BYTES >> 20} MiB")
 
 
+def sent_descriptors(pid: int) -> AgentError:
+    """Return the error for a reply with file descriptors."""
+    return _malformed(pid, "it contains file descriptors")
+
+
 _REMEDY: Final = (
     "check that the plugin is from this release of qemu-prefault (qemu-prefault plugin-path), then "
     "report this error"

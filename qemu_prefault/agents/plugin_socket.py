@@ -21,6 +21,7 @@ from typing import Final
 
 from ..errors import Code, FailedError, QemuPrefaultError, UnsupportedError
 from ..host.bounded import read_bounded
+from ..host.foreign_fds import DataSocket
 from ..host.inside_root import open_inside, reopened
 from ..host.peer import Peer
 from ..host.proc_files import PROC
@@ -157,7 +158,7 @@ def _first_of_qemu(process: Process, paths: list[bytes]) -> bytes | None:
         except (OSError, QemuPrefaultError):
             client = None
         if client is not None:
-            client.close()
+            client.discard()
             return path
         if time.monotonic() > deadline:
             break
@@ -192,11 +193,11 @@ def connect(path: str | os.PathLike[str], process: Process) -> socket.socket | N
         ) from error
 
 
-def _connect(process: Process, path: bytes) -> socket.socket | None:
+def _connect(process: Process, path: bytes) -> DataSocket | None:
     with open_inside(process, path) as found:
         if not stat.S_ISSOCK(os.fstat(found).st_mode):
             raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
-        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        client = DataSocket()
         try:
             client.setblocking(False)
             client.connect(reopened(found))
@@ -205,7 +206,7 @@ def _connect(process: Process, path: bytes) -> socket.socket | None:
             client.close()
             return None
         except BaseException:
-            client.close()
+            client.discard()
             raise
         return client
 

@@ -28,6 +28,7 @@ from collections.abc import AsyncIterator
 
 from ..agents.base import OrphanCleanup
 from ..errors import Code, FailedError, MonitorError
+from ..host.foreign_fds import DataSocket
 from ..qemu.monitor import Monitor
 from .preflight import MIGRATED_AWAY
 
@@ -148,9 +149,8 @@ class ResumeGuard:
         self._resume()
 
     def _resume(self, only_wait: bool = False) -> None:
-        connection = socket.socket(fileno=self._qmp_fd)
         deadline = time.monotonic() + GUARD_SECONDS
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), DataSocket(fileno=self._qmp_fd) as connection:
             status = _ask(connection, RESET_PARSER, "query-status", deadline)
             if only_wait:
                 return

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ..errors import Code, FailedError, GoneError, PtraceDeniedError, UnsupportedError
+from .foreign_fds import close_foreign
 from .proc_files import gone
 from .procfs import Process
 
@@ -138,7 +139,7 @@ def _checked(process: Process, number: int, duplicate: int, expected: str) -> in
     # a slash, unless the file is on a kernel-internal mount. These files have a type.
     if found == expected and stat.S_IFMT(os.fstat(duplicate).st_mode) == 0:
         return duplicate
-    os.close(duplicate)
+    close_foreign(duplicate)
     raise GoneError(
         f"descriptor {number} of process {process.pid} is {found!r} and no longer {expected!r}",
         "check whether QEMU has unplugged a vCPU, and run qemu-prefault again",

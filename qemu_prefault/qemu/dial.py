@@ -19,6 +19,7 @@ from qemu.qmp import ConnectError
 
 from ..errors import Code, InputError, MonitorBusyError, MonitorError, QemuPrefaultError
 from ..host.bounded import too_large
+from ..host.foreign_fds import DataSocket, DescriptorsError
 from .message_limits import MAX_REPLY, TooLargeError
 
 #: A coroutine function that opens a connection on which QEMU will send its greeting. The function
@@ -120,7 +121,7 @@ def _checked_path(path: str, address: str) -> str:
 
 def _connect_unix(path: str) -> socket.socket | None:
     """Return a connected socket, or None if the listener's backlog is full."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = DataSocket()
     sock.setblocking(False)
     try:
         # On a UNIX socket, connect() completes or fails immediately. asyncio's sock_connect()
@@ -212,6 +213,8 @@ async def await_greeting(sock: socket.socket, address: str, deadline: float) -> 
             raise _silent(address, _place(sock))
     try:
         start = sock.recv(64, socket.MSG_PEEK)
+    except DescriptorsError as error:
+        raise not_qmp(address, f"it sent {error}") from error
     except OSError as error:
         raise closed_early(address) from error
     if not start:
@@ -252,6 +255,11 @@ def not_qmp(address: str, why: str) -> MonitorError:
     )
 
 
+def has_closed(error: BaseException | None) -> bool:
+    """Return whether an exception of a connection means that the peer has closed it."""
+    return isinstance(error, (EOFError, OSError)) and not isinstance(error, DescriptorsError)
+
+
 def brief(error: BaseException) -> str:
     """Return a short description of an exception from the qemu.qmp library."""
     # str() of such an error quotes the whole message, which may be megabytes long.
@@ -259,7 +267,7 @@ def brief(error: BaseException) -> str:
     text = getattr(inner, "error_message", None) or type(inner).__name__
     if isinstance(inner, ValueError) and "limit" in str(inner)[:200]:
         text = f"a message of more than {MAX_REPLY >> 20} MiB"
-    if isinstance(inner, TooLargeError):
+    if isinstance(inner, (TooLargeError, DescriptorsError)):
         text = str(inner)
     return str(text)[:120].rstrip(".")
 

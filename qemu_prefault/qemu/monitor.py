@@ -52,6 +52,7 @@ from .dial import (
     brief,
     closed_early,
     connect,
+    has_closed,
     not_qmp,
 )
 from .events import EventDispatcher, EventStream
@@ -328,7 +329,7 @@ class Monitor:
     def _dead(self, command: str) -> MonitorError:
         """Return the error for a connection that was closed during ``command``."""
         cause = self._client.cause
-        if cause is None or isinstance(cause, (EOFError, OSError)):
+        if cause is None or has_closed(cause):
             return MonitorError(
                 f"QEMU closed the QMP connection {self.address} during {command}",
                 "check whether QEMU is still running, and whether the command has taken effect",
@@ -363,7 +364,7 @@ async def _negotiate(client: _Client, sock: socket.socket, address: str, deadlin
         ) from error
     except Exception as error:  # qemu.qmp wraps every exception that a peer can cause
         inner = error.exc if isinstance(error, ConnectError) else error
-        if isinstance(inner, (EOFError, OSError)):
+        if has_closed(inner):
             raise closed_early(address) from error
         raise not_qmp(address, brief(error)) from error
 

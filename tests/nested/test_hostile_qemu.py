@@ -24,6 +24,7 @@ pytestmark = pytest.mark.full
         "stop: late",
         "stop: silence",
         "stop: keeps running",
+        "stop: descriptors",
         "cont: silence",
         "query-status: changes",
         "query-cpus-fast: another process",

@@ -38,6 +38,20 @@ from qemu_prefault.libvirt.metrics import Metrics
 daemon = SimpleNamespace(connected=True, on_run=[], running={{"{UUID}": "lies"}})
 print(generate_latest(Metrics(daemon).registry).decode(), end="")
 """
+#: The tool as on a kernel that cannot refuse descriptors.
+WITHOUT_PASSRIGHTS = """
+import sys
+from qemu_prefault.cli.main import main
+from qemu_prefault.host import foreign_fds
+foreign_fds.SO_PASSRIGHTS = 9999
+sys.exit(main())
+"""
+#: The lies that send descriptors whose close blocks, in a run that does not pause the guest.
+DESCRIPTORS = [
+    "monitor: descriptors in the greeting",
+    "monitor: descriptors after many events",
+    "monitor: urgent descriptors",
+]
 #: One lie of each kind. make test-full tells all of them.
 SELECTED = {
     "monitor: endless answer",
@@ -49,6 +63,7 @@ SELECTED = {
     "text: false instructions",
     "process: executes another program",
     "file system: 30,000 directories",
+    "monitor: descriptors after many events",
     "helper: tid of another process",
     "helper: batch never done",
 }
@@ -86,6 +101,14 @@ def test_honest_qemu_is_served(honest: tuple[Run, Run, Run]) -> None:
     assert 'qemu_prefault_plugin{domain="lies"} 0.0' in scrape.output
     assert run.status == 0, run.output
     assert "will be prefaulted" in hook.output or "MiB prefaulted" in hook.output, hook.output
+
+
+@pytest.mark.parametrize("lie", DESCRIPTORS)
+def test_descriptors_are_harmless_on_linux_6_15(lie: str) -> None:
+    with process_not_to_touch() as bystander, false_qemu(lie, bystander) as path:
+        run = run_python("-c", WITHOUT_PASSRIGHTS, "--qmp", str(path), "--populate-only")
+    run.assert_orderly()
+    assert "file descriptors" in run.output
 
 
 @pytest.mark.parametrize("lie", LIES)

@@ -5,6 +5,7 @@
 
 The process listens on SOCKET in a thread that has the name of the plugin's control thread. It
 prints an empty line when it is ready. If root has started the process, it becomes another user.
+PYTHONPATH must contain the directory of ``support``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import socket
 import sys
 import threading
 import time
+
+from support.lingering import send_descriptor
 
 OTHER_USER = 65534
 HONEST = {
@@ -64,6 +67,10 @@ def reply(client: socket.socket, behaviour: str) -> None:
     request = client.recv(4096)
     if behaviour == "closes":
         return
+    if behaviour == "descriptors":
+        for _ in range(10):
+            if not send_descriptor(client, REPLIES["few fields"]):
+                return
     if behaviour == "endless":
         while True:
             client.sendall(b" " * 65536)

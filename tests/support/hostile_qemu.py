@@ -6,7 +6,8 @@
 The program creates a VM with one vCPU, answers QMP commands like QEMU 10, and gives up root's
 rights. LIE is a key of :data:`LIES`, or ``honest``. The program prints its pid when the monitor
 listens, and writes each command that it receives to the file QMP_SOCKET.commands. It uses only
-Python's standard library, because it must also run as another user.
+Python's standard library and :mod:`support.lingering`, because it must also run as another user.
+PYTHONPATH must contain the directory of ``support``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
+
+from support.lingering import send_descriptor
 
 OTHER_USER = 65534
 MIB = 1 << 20
@@ -374,6 +377,51 @@ def _(fake: Fake) -> None:
             for _ in range(100):
                 fake.send(client, event)
         Fake.answer(fake, client, request)
+
+    fake.answer = answer  # type: ignore[method-assign]
+
+
+NOISE = json.dumps({"event": "NOISE", "timestamp": {}, "data": {}}).encode() + b"\r\n"
+
+
+@lie("monitor: descriptors in the greeting")
+def _(fake: Fake) -> None:
+    def greet(client: socket.socket) -> None:
+        send_descriptor(client, json.dumps(GREETING).encode() + b"\r\n")
+
+    fake.greet = greet  # type: ignore[method-assign]
+
+
+@lie("monitor: descriptors after many events")
+def _(fake: Fake) -> None:
+    def answer(client: socket.socket, request: dict[str, Any]) -> None:
+        if request["execute"] == "query-cpus-fast":
+            client.sendall(NOISE * 100)
+            for _ in range(10):
+                send_descriptor(client, NOISE)
+        Fake.answer(fake, client, request)
+
+    fake.answer = answer  # type: ignore[method-assign]
+
+
+@lie("monitor: urgent descriptors")
+def _(fake: Fake) -> None:
+    def answer(client: socket.socket, request: dict[str, Any]) -> None:
+        Fake.answer(fake, client, request)
+        send_descriptor(client, b"\n", socket.MSG_OOB)
+        client.sendall(NOISE)
+
+    fake.answer = answer  # type: ignore[method-assign]
+
+
+@lie("stop: descriptors")
+def _(fake: Fake) -> None:
+    def answer(client: socket.socket, request: dict[str, Any]) -> None:
+        Fake.answer(fake, client, request)
+        if request["execute"] == "stop":
+            client.sendall(NOISE * 100)
+            for _ in range(10):
+                send_descriptor(client, NOISE)
 
     fake.answer = answer  # type: ignore[method-assign]
 

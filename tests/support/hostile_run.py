@@ -129,6 +129,7 @@ def false_qemu(lie: str, bystander: int) -> Iterator[Path]:
                 **os.environ,
                 "CONTROL_OFFSETS": json.dumps(offsets),
                 "BYSTANDER": str(bystander),
+                "PYTHONPATH": str(Path(__file__).parents[1]),
             },
         )
         try:

@@ -30,7 +30,8 @@ from support.hostile_plugin import REPLIES
 PROGRAM = Path(__file__).parents[1] / "support" / "hostile_plugin.py"
 #: Margin for a busy host, in seconds.
 SLOW = 3.0
-HOSTILE = [*sorted(REPLIES.keys() - {"honest"}), "closes", "endless", "single bytes"]
+HOSTILE = [*sorted(REPLIES.keys() - {"honest"}), "closes", "descriptors", "endless",
+           "single bytes"]  # fmt: skip
 
 
 class Watched:
@@ -58,6 +59,7 @@ class Host:
         child = subprocess.Popen(
             [sys.executable, PROGRAM, uuid, self._directory / f"{name}.sock", behaviour],
             stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(PROGRAM.parents[1])},
         )
         self._stack.callback(child.wait)
         self._stack.callback(child.kill)
