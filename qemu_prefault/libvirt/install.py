@@ -222,7 +222,10 @@ def program_words() -> list[str]:
     import shutil  # noqa: PLC0415
 
     found = shutil.which("qemu-prefault")
-    return [os.path.abspath(found)] if found else [sys.executable, "-P", "-m", "qemu_prefault"]
+    if found:
+        return [os.path.abspath(found)]
+    # Not -I, with which Python would not find an installation in root's user site directory.
+    return [sys.executable, "-E", "-P", "-m", "qemu_prefault"]
 
 
 def unit_text(program: Sequence[str]) -> str:

@@ -73,7 +73,9 @@ async def dial(domain: str) -> tuple[socket.socket, str]:
     module()
     ours, theirs = socket.socketpair()
     with theirs:
-        words = [sys.executable, "-P", "-m", __name__, default_uri(), domain]
+        # This process may ignore PYTHONPATH (program_words()). Then the proxy ignores it too.
+        isolated = ["-E"] if sys.flags.ignore_environment else []
+        words = [sys.executable, *isolated, "-P", "-m", __name__, default_uri(), domain]
         child = subprocess.Popen(words, stdin=theirs.fileno(), start_new_session=True)
     child.returncode = 0  # prevents a warning from Popen: the proxy outlives this process
     ours.setblocking(False)

@@ -184,6 +184,26 @@ def test_characters_that_systemd_cannot_quote_are_refused(
             install(tmp_path, unit=True)
 
 
+@pytest.mark.parametrize("module", ["qemu_prefault", "sitecustomize", "json"])
+def test_words_run_no_code_of_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    """Run the command in another user's directory, with this directory in PYTHONPATH."""
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    package = tmp_path / module
+    package.mkdir()
+    for name in ("__init__.py", "__main__.py"):
+        (package / name).write_text(f"open({str(tmp_path / 'forged')!r}, 'w')\n")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    environment["PYTHONPATH"] = str(tmp_path)
+    done = subprocess.run(
+        [*install_module.program_words(), "--version"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert "qemu-prefault" in done.stdout
+    assert not (tmp_path / "forged").exists()
+
+
 needs_systemd = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed"
 )
