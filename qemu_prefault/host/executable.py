@@ -22,12 +22,18 @@ def is_static(path: str) -> bool:
     The result is False if the file is unreadable, is a script or has another format. A shared
     object without an interpreter is a static program only if it has the DF_1_PIE flag. The dynamic
     linker is a shared object without this flag.
+
+    The function does not wait if the owner of the file has a lease on it (F_SETLEASE, fcntl(2)).
     """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_without_wait) as file:
             return _elf_is_static(file)
     except (OSError, ValueError, struct.error):  # ValueError: the offset exceeds off_t
         return False
+
+
+def _open_without_wait(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def _elf_is_static(file: BinaryIO) -> bool:

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import fcntl
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from qemu_prefault.agents import gadgets
 from qemu_prefault.agents.qemu_process import open_memory
 from qemu_prefault.errors import FailedError, GoneError
 from qemu_prefault.host.bounded import list_bounded, read_bounded
+from qemu_prefault.host.executable import is_static
 from qemu_prefault.host.fds import take_fd
 from qemu_prefault.host.kvm import BinaryStats
 from qemu_prefault.host.mappings import MAX_MAPPINGS, parse_maps
@@ -230,3 +234,20 @@ def test_every_read_is_bounded() -> None:
         if call in UNBOUNDED
     }
     assert found <= ALLOWED
+
+
+def test_leased_program_is_not_waited_for(tmp_path: Path) -> None:
+    """Check a lease, which a process can hold on its own program (PR_SET_MM_EXE_FILE)."""
+    program = tmp_path / "program"
+    program.write_bytes(b"\x7fELF")
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # the kernel notifies the holder
+    try:
+        with open(program, "rb") as file:
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            started = time.monotonic()
+            assert not is_static(str(program))
+            with pytest.raises(BlockingIOError):
+                read_bounded(str(program), MIB)
+            assert time.monotonic() - started < 1
+    finally:
+        signal.signal(signal.SIGIO, before)
