@@ -171,12 +171,13 @@ async def hold_incoming(
             switched = await arrival.tell_events()
             if arrival.starts_by_itself:
                 stack.enter_context(guard)
-                await stack.enter_async_context(guard.hand_over_on_timeout(monitor))
+                await stack.enter_async_context(guard.hand_over_on_failure(monitor))
                 await monitor.execute("stop")
             yield arrival
             in_order = True
         except MonitorError as error:
-            if monitor.alive or arrival.loaded_at:
+            closed = error.code is Code.MONITOR_CLOSED
+            if monitor.alive or arrival.loaded_at or not closed:
                 raise
             raise _failed(
                 "QEMU has exited because the migration failed or was cancelled"

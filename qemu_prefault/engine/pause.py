@@ -91,7 +91,7 @@ class Pauser:
         seconds = REPLY_SECONDS if monitor.is_local else monitor.command_timeout
         hung = False
         with guard, monitor.patience(seconds):
-            async with guard.hand_over_on_timeout(monitor):
+            async with guard.hand_over_on_failure(monitor):
                 stopped_at = time.monotonic()
                 try:
                     await monitor.execute("stop")

@@ -28,7 +28,7 @@ from collections.abc import AsyncIterator
 
 from ..agents.base import OrphanCleanup
 from ..errors import Code, FailedError, MonitorError
-from ..host.foreign_fds import DataSocket
+from ..host.foreign_fds import DataSocket, DescriptorsError
 from ..qemu.monitor import Monitor
 from .preflight import MIGRATED_AWAY
 
@@ -107,25 +107,29 @@ class ResumeGuard:
             os.waitpid(self._child, 0)
 
     @contextlib.asynccontextmanager
-    async def hand_over_on_timeout(self, monitor: Monitor) -> AsyncIterator[None]:
-        """Let the resume guard wait for QEMU if QEMU does not reply in time within the block.
+    async def hand_over_on_failure(self, monitor: Monitor) -> AsyncIterator[None]:
+        """Let the resume guard resume the guest if the block cannot.
 
-        In this case, this process closes its QMP connection, because only one process can read the
-        replies.
+        This is the case if QEMU does not reply in time within the block, or if this process has
+        ended the QMP session because of a malformed message. This process then closes its QMP
+        connection, because only one process can read the replies.
 
-        :raises MonitorError: If QEMU did not reply in time.
+        :raises MonitorError: If the resume guard resumes the guest.
         """
         try:
             yield
-        except MonitorError as error:
-            if error.code is not Code.MONITOR_TIMEOUT:
+        except BaseException as error:
+            late = isinstance(error, MonitorError) and error.code is Code.MONITOR_TIMEOUT
+            if monitor.alive and not late:
                 raise
             self._handed_over = True
             await monitor.close()
+            if not isinstance(error, MonitorError) or error.code is Code.MONITOR_CLOSED:
+                raise
             raise MonitorError(
                 error.cause,
                 f"{error.remedy}\nProcess {self._child} waits for QEMU, so that the guest resumes",
-                code=Code.MONITOR_TIMEOUT,
+                code=error.code,
             ) from error
 
     def _watch(self, read_end: int, is_ready: int) -> None:
@@ -162,6 +166,9 @@ class ResumeGuard:
 def _ask(connection: socket.socket, before: bytes, command: str, deadline: float) -> bytes:
     """Send a command, wait for its reply, and return the last received bytes.
 
+    If the peer has sent file descriptors, the function returns no bytes, because it cannot read
+    replies.
+
     :param deadline: The time of the monotonic clock in seconds at which the wait ends.
     """
     identity = f"{REPLY_ID}-{command}"
@@ -171,7 +178,10 @@ def _ask(connection: socket.socket, before: bytes, command: str, deadline: float
     received = b""
     while identity.encode() not in received:
         connection.settimeout(max(deadline - time.monotonic(), 0.1))
-        data = connection.recv(65536)
+        try:
+            data = connection.recv(65536)
+        except DescriptorsError:
+            return b""
         if not data:
             raise ConnectionResetError
         received = received[-LONGEST_ANSWER:] + data

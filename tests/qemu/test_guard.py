@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -251,7 +252,7 @@ def test_guest_is_resumed_if_reply_is_late(vm: QemuVm, late: str) -> None:
         async with Monitor.connect(vm.qemu.qmp) as monitor:
             guard = ResumeGuard(monitor.fileno(), NOTHING_LEFT)
             with guard:
-                async with guard.hand_over_on_timeout(monitor):
+                async with guard.hand_over_on_failure(monitor):
                     if late == "cont":
                         await monitor.execute("stop")
                         guard.cont_sent = True
@@ -268,3 +269,60 @@ def test_guest_is_resumed_if_reply_is_late(vm: QemuVm, late: str) -> None:
     wait_for(lambda: children.read_text().split() == before, "the resume guard exits")
     assert vm.qmp.status() == "running"
     assert "RESUME" not in [event["event"] for event in vm.qmp.events], "resumed twice"
+
+
+@pytest.mark.parametrize("accel", ["tcg"])
+def test_guest_is_resumed_if_a_message_is_malformed(vm: QemuVm, tmp_path: Path) -> None:
+    """Check that the guest does not stay paused if the tool has to end the QMP session."""
+    path = str(tmp_path / "proxy")
+
+    async def pause() -> None:
+        async with Monitor.connect(path) as monitor:
+            guard = ResumeGuard(monitor.fileno(), NOTHING_LEFT)
+            with guard:
+                async with guard.hand_over_on_failure(monitor):
+                    await monitor.execute("stop")
+                    await monitor.execute("query-version")
+
+    with inserting_proxy(vm.qemu.qmp, path, after=b'"STOP"', text=b"not JSON\n"):
+        with pytest.raises(MonitorError, match="is not a QMP server"):
+            asyncio.run(pause())
+        vm.qmp.wait_event("RESUME")
+    assert vm.qmp.status() == "running"
+
+
+@contextlib.contextmanager
+def inserting_proxy(server: str, path: str, *, after: bytes, text: bytes) -> Iterator[None]:
+    """Listen on a path, connect a client to a QMP server, and insert a text into its messages.
+
+    :param after: The text is inserted once, after the first message that contains these bytes.
+    """
+
+    def relay(listener: socket.socket) -> None:
+        with (
+            contextlib.suppress(OSError),
+            listener.accept()[0] as client,
+            socket.socket(socket.AF_UNIX) as qemu,
+        ):
+            qemu.connect(server)
+            inserted = False
+            while True:
+                for source in select.select([client, qemu], [], [])[0]:
+                    if not (data := source.recv(1 << 16)):
+                        return
+                    if source is client:
+                        qemu.sendall(data)
+                        continue
+                    client.sendall(data)
+                    if after in data and not inserted:
+                        inserted = True
+                        client.sendall(text)
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(1)
+        thread = threading.Thread(target=relay, args=(listener,))
+        thread.start()
+        yield
+        thread.join(20)
+        assert not thread.is_alive()

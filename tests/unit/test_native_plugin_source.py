@@ -120,8 +120,13 @@ def test_turn_whose_time_is_over_takes_one_step(program: Path, tmp_path: Path) -
 
     The guest must wait for one step of 256 KiB only, and the plugin must still complete the work.
     """
-    command = [program, tmp_path / "ram", str(16 * MIB), "private", "hook", "late"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [program, tmp_path / "ram", str(16 * MIB), "private", "hook", "late"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
     assert done.stdout.split() == ["all", "256", str(16 << 10)]
 
 
