@@ -164,24 +164,33 @@ def cgroup_directories(
     return []
 
 
+#: The files of a memory cgroup that contain a limit and the usage that the limit applies to.
+#: If the usage exceeds memory.high, the kernel throttles the populating thread, but does not invoke
+#: the OOM killer (Documentation/admin-guide/cgroup-v2.rst). The memsw files count memory and swap.
+#: If the usage reaches their limit, the kernel cannot swap, and invokes the OOM killer.
+_V2_LIMITS: Final = (("memory.max", "memory.current"), ("memory.high", "memory.current"))
+_V1_LIMITS: Final = (
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ("memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes"),
+)
+
+
 def memory_limit(directory: str, unified: bool) -> Limit | None:
     """Return a memory cgroup's limit, or None if the cgroup has no limit."""
-    names = ("memory.max", "memory.high") if unified else ("memory.limit_in_bytes",)
-    # If usage exceeds memory.high, the kernel throttles the populating thread, but does not invoke
-    # the OOM killer (Documentation/admin-guide/cgroup-v2.rst).
-    limits = {name: parse_number(read_optional(f"{directory}/{name}")) for name in names}
-    bounds = {name: limit for name, limit in limits.items() if limit is not None}
-    usage_name = "memory.current" if unified else "memory.usage_in_bytes"
-    usage = parse_number(read_optional(f"{directory}/{usage_name}"))
-    if not bounds or usage is None:
+    found: list[tuple[int, str, int, int]] = []
+    for name, usage_name in _V2_LIMITS if unified else _V1_LIMITS:
+        limit = parse_number(read_optional(f"{directory}/{name}"))
+        usage = parse_number(read_optional(f"{directory}/{usage_name}"))
+        # cgroup v1 prints LONG_MAX rounded down to a page for "no limit"
+        if limit is not None and usage is not None and limit < 1 << 62:
+            found.append((limit - usage, name, limit, usage))
+    if not found:
         return None
-    name, limit = min(bounds.items(), key=lambda item: item[1])
-    if limit >= 1 << 62:  # cgroup v1 prints LONG_MAX rounded down to a page for "no limit"
-        return None
+    left, name, limit, usage = min(found)
     stat = parse_key_values(read_optional(f"{directory}/memory.stat") or "")
     reclaimable = stat.get("inactive_file" if unified else "total_inactive_file", 0)
     detail = f"{name} {limit}, {usage} in use, {reclaimable} of it reclaimable"
-    return Limit(f"cgroup {directory}", max(0, limit - usage + reclaimable), detail, True)
+    return Limit(f"cgroup {directory}", max(0, left + reclaimable), detail, True)
 
 
 def cgroup_hugetlb_limit(directory: str, unified: bool, page_size: int) -> Limit | None:

@@ -52,6 +52,22 @@ def ext4(point: Path, mib: int) -> Iterator[Path]:
 
 
 @contextmanager
+def swap(file: Path, mib: int) -> Iterator[None]:
+    """Let the kernel swap to a new file within the block."""
+    with open(file, "xb") as image:
+        os.fchmod(image.fileno(), 0o600)
+        os.posix_fallocate(image.fileno(), 0, mib * MIB)
+    for command in (["mkswap", str(file)], ["swapon", str(file)]):
+        done = subprocess.run(command, check=False, capture_output=True)
+        if done.returncode:
+            pytest.skip(f"{command[0]}: {done.stderr.decode().strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["swapoff", file], check=True)
+
+
+@contextmanager
 def huge_pages(count: int) -> Iterator[None]:
     """Resize the pool of 2 MiB pages within the block."""
     try:

@@ -100,6 +100,29 @@ MEMORY = (
         unified=False,
     ),
     Case(
+        "v1 limits memory and swap together",
+        120,
+        {
+            "memory.limit_in_bytes": 500,
+            "memory.usage_in_bytes": 200,
+            "memory.memsw.limit_in_bytes": 500,
+            "memory.memsw.usage_in_bytes": 400,
+            "memory.stat": "total_inactive_file 20\n",
+        },
+        unified=False,
+    ),
+    Case(
+        "v1 without a limit on swap",
+        300,
+        {
+            "memory.limit_in_bytes": 500,
+            "memory.usage_in_bytes": 200,
+            "memory.memsw.limit_in_bytes": V1_NONE,
+            "memory.memsw.usage_in_bytes": 900,
+        },
+        unified=False,
+    ),
+    Case(
         "v1 has no high",
         200,
         {"memory.limit_in_bytes": 500, "memory.high": 1, "memory.usage_in_bytes": 300},

@@ -264,7 +264,7 @@ void pf_headroom_open_group(const struct headroom_group *group, struct headroom_
 	const char *max = group->unified ? "memory.max" : "memory.limit_in_bytes";
 	const char *usage = group->unified ? "memory.current" : "memory.usage_in_bytes";
 
-	*files = (struct headroom_files){ -1, -1, -1, -1, group->unified };
+	*files = (struct headroom_files){ -1, -1, -1, -1, -1, -1, group->unified };
 	if (directory < 0)
 		return;
 	files->max = openat(directory, max, O_RDONLY | O_CLOEXEC);
@@ -272,8 +272,15 @@ void pf_headroom_open_group(const struct headroom_group *group, struct headroom_
 	 * If the usage exceeds memory.high, the kernel does not kill a process, but throttles the
 	 * thread that populates (mm/memcontrol.c, mem_cgroup_handle_over_high()).
 	 */
-	if (group->unified)
+	if (group->unified) {
 		files->high = openat(directory, "memory.high", O_RDONLY | O_CLOEXEC);
+	} else {
+		/* If this usage reaches its limit, the kernel cannot swap and kills a process. */
+		files->swap_max =
+			openat(directory, "memory.memsw.limit_in_bytes", O_RDONLY | O_CLOEXEC);
+		files->swap_usage =
+			openat(directory, "memory.memsw.usage_in_bytes", O_RDONLY | O_CLOEXEC);
+	}
 	files->usage = openat(directory, usage, O_RDONLY | O_CLOEXEC);
 	files->stat = openat(directory, "memory.stat", O_RDONLY | O_CLOEXEC);
 	close(directory);
@@ -283,7 +290,8 @@ void pf_headroom_open_group(const struct headroom_group *group, struct headroom_
 
 void pf_headroom_close_group(struct headroom_files *files)
 {
-	int32_t *const fds[] = { &files->max, &files->high, &files->usage, &files->stat };
+	int32_t *const fds[] = { &files->max,  &files->high,	 &files->usage,
+				 &files->stat, &files->swap_max, &files->swap_usage };
 
 	for (size_t i = 0; i < sizeof(fds) / sizeof(*fds); i++) {
 		if (*fds[i] >= 0)
@@ -292,22 +300,31 @@ void pf_headroom_close_group(struct headroom_files *files)
 	}
 }
 
+static uint64_t least_left(const struct headroom_files *files, uint64_t reclaimable)
+{
+	const int32_t pairs[][2] = { { files->max, files->usage },
+				     { files->high, files->usage },
+				     { files->swap_max, files->swap_usage } };
+	uint64_t least = HEADROOM_UNLIMITED, limit, usage;
+
+	for (size_t i = 0; i < sizeof(pairs) / sizeof(*pairs); i++)
+		if (read_number(pairs[i][0], &limit) && limit < NO_LIMIT &&
+		    read_number(pairs[i][1], &usage) && left_of(limit + reclaimable, usage) < least)
+			least = left_of(limit + reclaimable, usage);
+	return least;
+}
+
 uint64_t pf_headroom_group(const struct headroom_files *files, uint64_t least)
 {
-	uint64_t limit = HEADROOM_UNLIMITED, high, usage, reclaimable;
+	uint64_t left = least_left(files, 0), reclaimable;
 
-	read_number(files->max, &limit);
-	if (read_number(files->high, &high) && high < limit)
-		limit = high;
-	if (limit >= NO_LIMIT || !read_number(files->usage, &usage))
-		return least;
 	/* Read memory.stat only if necessary. It is long, and can only increase the result. */
-	if (left_of(limit, usage) >= least)
+	if (left >= least)
 		return least;
 	if (read_value(files->stat, files->unified ? "inactive_file" : "total_inactive_file",
 		       &reclaimable))
-		limit += reclaimable;
-	return left_of(limit, usage) < least ? left_of(limit, usage) : least;
+		left = least_left(files, reclaimable);
+	return left < least ? left : least;
 }
 
 uint64_t pf_headroom_hugetlb_group(int32_t directory_fd, int32_t unified, uint64_t page_size)

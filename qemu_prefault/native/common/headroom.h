@@ -24,6 +24,7 @@ struct headroom_group {
 /* Open descriptors of a memory cgroup's files; -1 if the file does not exist. */
 struct headroom_files {
 	int32_t max, high, usage, stat;
+	int32_t swap_max, swap_usage; /* v1: of memory and swap together (memsw) */
 	int32_t unified;
 };
 

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Test that populating a guest takes no memory that its neighbours can still allocate."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from qemu_prefault.agents.plugin import plugin_path
+from support.limits import MIB, cgroups, in_group, out_of_memory_kills, swap
+from support.plugin import capable_prefix, wait_started
+from support.qemu import Qemu, QemuVm, StartQemu, kvm_usable, start_vm
+
+StartVm = Callable[..., QemuVm]
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts and cgroups require root")
+needs_kvm = pytest.mark.skipif(not kvm_usable(), reason="/dev/kvm cannot be opened")
+
+
+@pytest.fixture
+def vm_of(start_qemu: StartQemu, tmp_path: Path) -> StartVm:
+    def start(*arguments: str, prefix: Sequence[str] = ()) -> QemuVm:
+        return start_vm(start_qemu, tmp_path, *arguments, prefix=prefix)
+
+    return start
+
+
+def with_plugin(
+    start_qemu: StartQemu, control: Path, *arguments: str, prefix: Sequence[str] = ()
+) -> Qemu:
+    plugin = ("-plugin", f"{plugin_path()},socket={control}")
+    prefix = [*prefix, *capable_prefix()]
+    return start_qemu(*plugin, *arguments, accel="kvm", paused=False, prefix=prefix)
+
+
+# --- a limit on memory and swap together ---
+
+
+@contextmanager
+def swapped_neighbour() -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    """Yield a cgroup with a limit of 200 MiB, and a process in it that has swapped 60 MiB.
+
+    60 MiB of the cgroup's memory are in use.
+    """
+    with cgroups("memory") as ((group,), unified):
+        both = group / "memory.memsw.limit_in_bytes"
+        if unified or not both.exists():
+            pytest.skip("this host has no limit on memory and swap together (cgroup v1)")
+        limit = group / "memory.limit_in_bytes"
+        limit.write_text(str(200 * MIB))
+        both.write_text(str(200 * MIB))
+        program = "import sys; area = bytearray(b'x') * (120 << 20); print(flush=True); input()"
+        with subprocess.Popen(
+            [*in_group(group), sys.executable, "-c", program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as process:
+            assert process.stdout is not None and process.stdout.readline()
+            limit.write_text(str(60 * MIB))  # the kernel swaps the rest
+            limit.write_text(str(200 * MIB))
+            try:
+                yield group, process
+                assert process.poll() is None and out_of_memory_kills(group) == 0
+            finally:
+                process.kill()
+
+
+def test_swap_limit_is_respected(vm_of: StartVm, tmp_path: Path) -> None:
+    with swap(tmp_path / "swap", 256), swapped_neighbour() as (group, _):
+        vm = vm_of("-m", "100M", prefix=in_group(group))
+        result = vm.prefault("--populate-only")
+        assert result.status == 5, result.stdout
+        assert "memory.memsw.limit_in_bytes" in result.error["cause"]
+        vm.qemu.kill()
+
+
+@needs_kvm
+def test_plugin_respects_the_swap_limit(start_qemu: StartQemu, tmp_path: Path) -> None:
+    control = tmp_path / "control"
+    with swap(tmp_path / "swap", 256), swapped_neighbour() as (group, _):
+        qemu = with_plugin(start_qemu, control, "-m", "100M", prefix=in_group(group))
+        status = wait_started(qemu, control)
+        qemu.kill()
+        assert status["populate"] == "resident"
+        assert status["counters"]["populated"] < 2 * MIB
