@@ -241,6 +241,11 @@ def hugetlb_pool_limit(page_size: int, nodes: Sequence[int] = (), ours: int = 0)
         return Limit("hugetlb", 0, f"this kernel has no huge pages of {page_size >> 10} KiB")
     promised = max(0, (reserved or 0) - -(-ours // page_size))
     more = max(0, (overcommit or 0) - (surplus or 0))
+    # The kernel allocates a page by overcommit from the host's memory (mm/hugetlb.c,
+    # alloc_surplus_hugetlb_folio()).
+    meminfo = parse_key_values(read_optional(f"{proc_files.PROC}/meminfo") or "")
+    if "MemAvailable" in meminfo:
+        more = min(more, meminfo["MemAvailable"] // page_size)
     if nodes:
         here = "/sys/devices/system/node/node{}/hugepages/" + os.path.basename(pool)
         on_nodes = [

@@ -281,7 +281,8 @@ def file_system_limit(
         figures = os.statvfs(path)
     except OSError:
         return []
-    if figures.f_blocks == 0:  # mounted without size=
+    # Without size=, hugetlbfs reports -1 blocks if it has min_size=, and otherwise 0.
+    if figures.f_blocks <= 0:
         return []
     free = figures.f_bavail * figures.f_frsize
     ours = {(mapping.device, mapping.inode), *together}

@@ -133,8 +133,8 @@ static void parse_pools(const char *text, size_t size)
 
 	put_parts(text, size, names);
 	pf_source_nodes(directory, &nodes);
-	pf_source_hugetlb(directory, directory, &nodes, 2 << 20, 1 << 20);
-	pf_source_hugetlb(directory, directory, NULL, 2 << 20, 1 << 20);
+	pf_source_hugetlb(directory, directory, &nodes, 2 << 20, 1 << 20, 1 << 30);
+	pf_source_hugetlb(directory, directory, NULL, 2 << 20, 1 << 20, 1 << 30);
 }
 
 static void parse_smaps(const char *text, size_t size)

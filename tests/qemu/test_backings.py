@@ -362,6 +362,13 @@ ROWS = (
         populate="all",
     ),
     Row(
+        "hugetlbfs with a minimum size",
+        file("share=on,reserve=off"),
+        POPULATED,
+        lambda h: h.hugetlbfs(SIZE // 2 + 8, ",min_size=8M"),
+        populate="all",
+    ),
+    Row(
         "huge pages in a cgroup",
         backend("memfd", "hugetlb=on"),
         REFUSED,

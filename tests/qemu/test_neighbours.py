@@ -18,6 +18,7 @@ from support.plugin import capable_prefix, wait_started
 from support.qemu import Qemu, QemuVm, StartQemu, kvm_usable, start_vm
 
 StartVm = Callable[..., QemuVm]
+OVERCOMMIT = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_overcommit_hugepages")
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts and cgroups require root")
 needs_kvm = pytest.mark.skipif(not kvm_usable(), reason="/dev/kvm cannot be opened")
 
@@ -88,3 +89,27 @@ def test_plugin_respects_the_swap_limit(start_qemu: StartQemu, tmp_path: Path) -
         qemu.kill()
         assert status["populate"] == "resident"
         assert status["counters"]["populated"] < 2 * MIB
+
+
+# --- huge pages that the kernel takes from the host's memory ---
+
+
+def available() -> int:
+    (line,) = (x for x in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in x)
+    return int(line.split()[1]) << 10
+
+
+def test_surplus_huge_pages_use_the_hosts_memory(vm_of: StartVm) -> None:
+    if not OVERCOMMIT.exists():
+        pytest.skip("this host has no huge pages")
+    mib = 2 * available() // MIB // 2 * 2
+    backend = f"memory-backend-memfd,id=m,size={mib}M,hugetlb=on,reserve=off"
+    vm = vm_of("-m", f"{mib}M", "-object", backend, "-machine", "memory-backend=m")
+    before = OVERCOMMIT.read_text()
+    OVERCOMMIT.write_text(str(mib))
+    try:
+        result = vm.prefault("--populate-only", "--populate", "all", "--dry-run")
+    finally:
+        OVERCOMMIT.write_text(before)
+    assert result.status == 5, result.stdout
+    assert "hugetlb has only" in result.error["cause"]

@@ -227,7 +227,9 @@ def test_hugetlb_pool_of_this_host(page_size: int) -> None:
     if not os.path.isdir(path):
         pytest.skip("this kernel has no huge pages")
     with opened(path) as fd:
-        assert lib.pf_headroom_hugetlb_pool(fd, page_size) == in_python.available
+        with opened("/proc/meminfo") as meminfo:
+            host = lib.pf_headroom_host(meminfo)
+        assert lib.pf_headroom_hugetlb_pool(fd, page_size, host) == in_python.available
 
 
 @pytest.mark.parametrize(
@@ -236,6 +238,7 @@ def test_hugetlb_pool_of_this_host(page_size: int) -> None:
         ({"free_hugepages": 7, "nr_overcommit_hugepages": 0, "surplus_hugepages": 0}, 7),
         ({"free_hugepages": 7, "nr_overcommit_hugepages": 5, "surplus_hugepages": 2}, 10),
         ({"free_hugepages": 7, "nr_overcommit_hugepages": 2, "surplus_hugepages": 5}, 7),
+        ({"free_hugepages": 7, "nr_overcommit_hugepages": 99, "surplus_hugepages": 0}, 11),
         ({"free_hugepages": 7}, 7),
         ({}, 0),
     ],
@@ -243,8 +246,8 @@ def test_hugetlb_pool_of_this_host(page_size: int) -> None:
 def test_hugetlb_pool(files: dict[str, int], expected: int, tmp_path: Path) -> None:
     write(tmp_path / "hugepages-2048kB", files)
     with opened(tmp_path) as fd:
-        assert lib.pf_headroom_hugetlb_pool(fd, 2 * MIB) == expected * 2 * MIB
-        assert lib.pf_headroom_hugetlb_pool(fd, 1 << 30) == 0
+        assert lib.pf_headroom_hugetlb_pool(fd, 2 * MIB, 9 * MIB) == expected * 2 * MIB
+        assert lib.pf_headroom_hugetlb_pool(fd, 1 << 30, 9 * MIB) == 0
 
 
 def test_host(tmp_path: Path) -> None:
@@ -395,7 +398,7 @@ def test_hugetlb_pools_of_nodes(
         write(pool, {"free_hugepages": free})
     asked = nodes_in_c(*nodes) if nodes else ffi.NULL
     with opened(pools) as pools_fd, opened(per_node) as nodes_fd:
-        left = lib.pf_source_hugetlb(pools_fd, nodes_fd, asked, size, ours * size)
+        left = lib.pf_source_hugetlb(pools_fd, nodes_fd, asked, size, ours * size, 1 << 60)
     assert left == expected * size
 
 

@@ -351,9 +351,9 @@ uint64_t pf_headroom_hugetlb_group(int32_t directory_fd, int32_t unified, uint64
 	return left_of(limit, usage);
 }
 
-uint64_t pf_headroom_hugetlb_pool(int32_t directory_fd, uint64_t page_size)
+uint64_t pf_headroom_hugetlb_pool(int32_t directory_fd, uint64_t page_size, uint64_t host)
 {
-	uint64_t free_pages, overcommit = 0, surplus = 0;
+	uint64_t free_pages, overcommit = 0, surplus = 0, more;
 	char name[64];
 	int pool;
 
@@ -368,5 +368,8 @@ uint64_t pf_headroom_hugetlb_pool(int32_t directory_fd, uint64_t page_size)
 	read_number_at(pool, "nr_overcommit_hugepages", &overcommit);
 	read_number_at(pool, "surplus_hugepages", &surplus);
 	close(pool);
-	return (free_pages + left_of(overcommit, surplus)) * page_size;
+	more = left_of(overcommit, surplus);
+	if (more > host / page_size)
+		more = host / page_size;
+	return (free_pages + more) * page_size;
 }

@@ -62,9 +62,10 @@ uint64_t pf_headroom_group(const struct headroom_files *files, uint64_t least);
 uint64_t pf_headroom_hugetlb_group(int32_t directory_fd, int32_t unified, uint64_t page_size);
 /*
  * Return the free bytes of the hugetlb pool with this page size, or 0 if the pool does not exist.
- * Pages that the kernel may still add by overcommit count as free. directory_fd is a descriptor for
+ * Pages that the kernel may still add by overcommit count as free if they fit into the available
+ * bytes of the host, from which the kernel allocates them. directory_fd is a descriptor for
  * /sys/kernel/mm/hugepages.
  */
-uint64_t pf_headroom_hugetlb_pool(int32_t directory_fd, uint64_t page_size);
+uint64_t pf_headroom_hugetlb_pool(int32_t directory_fd, uint64_t page_size, uint64_t host);
 
 #endif

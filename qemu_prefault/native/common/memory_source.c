@@ -156,7 +156,7 @@ uint64_t pf_source_nodes(int32_t nodes_fd, const struct source_nodes *nodes)
 /* --- hugetlb --- */
 
 uint64_t pf_source_hugetlb(int32_t pools_fd, int32_t nodes_fd, const struct source_nodes *nodes,
-			   uint64_t page_size, uint64_t ours)
+			   uint64_t page_size, uint64_t ours, uint64_t host)
 {
 	unsigned long long kib = page_size >> 10;
 	uint64_t on_nodes = 0, in_pool, reserved;
@@ -167,7 +167,7 @@ uint64_t pf_source_hugetlb(int32_t pools_fd, int32_t nodes_fd, const struct sour
 	ours = ours / page_size + (ours % page_size != 0); /* round up */
 	reserved = reserved > ours ? reserved - ours : 0;
 	if (!nodes) {
-		in_pool = pf_headroom_hugetlb_pool(pools_fd, page_size) / page_size;
+		in_pool = pf_headroom_hugetlb_pool(pools_fd, page_size, host) / page_size;
 		return in_pool > reserved ? (in_pool - reserved) * page_size : 0;
 	}
 	snprintf(name, sizeof(name), "hugepages-%llukB/free_hugepages", kib);
@@ -190,7 +190,8 @@ uint64_t pf_source_file_system(int32_t fd, uint64_t *inodes)
 	struct statfs figures;
 
 	*inodes = 0;
-	if (fd < 0 || fstatfs(fd, &figures) || !figures.f_blocks) /* mounted without a size limit */
+	/* Without a size limit, hugetlbfs reports -1 blocks if it has min_size=, and else 0. */
+	if (fd < 0 || fstatfs(fd, &figures) || (int64_t)figures.f_blocks <= 0)
 		return HEADROOM_UNLIMITED;
 	if (figures.f_files)
 		*inodes = (uint64_t)figures.f_files - (uint64_t)figures.f_ffree;

@@ -36,10 +36,11 @@ uint64_t pf_source_nodes(int32_t nodes_fd, const struct source_nodes *nodes);
  * mappings.
  *
  * pools_fd refers to /sys/kernel/mm/hugepages. nodes are the nodes that the pages must come from;
- * NULL means any node. ours is the number of bytes that are reserved for the caller's mappings.
+ * NULL means any node. ours is the number of bytes that are reserved for the caller's mappings. host
+ * is the number of bytes that the host has available for additional huge pages.
  */
 uint64_t pf_source_hugetlb(int32_t pools_fd, int32_t nodes_fd, const struct source_nodes *nodes,
-			   uint64_t page_size, uint64_t ours);
+			   uint64_t page_size, uint64_t ours, uint64_t host);
 
 /*
  * Return the free bytes of an open file's file system. Sets *inodes to the number of used inodes,

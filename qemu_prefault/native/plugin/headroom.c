@@ -44,7 +44,8 @@ static uint64_t hugetlb_left(const struct memory_source *source, uint64_t ours)
 
 	/* The kernel guarantees a reserved page, but not its node. */
 	if (pools_fd >= 0 && (nodes || !source->reserved))
-		least = pf_source_hugetlb(pools_fd, nodes_fd, nodes, page_size, ours);
+		least = pf_source_hugetlb(pools_fd, nodes_fd, nodes, page_size, ours,
+					  pf_headroom_host(meminfo_fd));
 	for (int i = 0; i < hugetlb_group_count; i++) {
 		uint64_t left = pf_headroom_hugetlb_group(hugetlb_groups[i].directory,
 							  hugetlb_groups[i].unified, page_size);
