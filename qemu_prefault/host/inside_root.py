@@ -56,6 +56,26 @@ def open_inside(process: Process, path: str | bytes) -> Iterator[int]:
         os.close(found)
 
 
+@contextlib.contextmanager
+def open_in_mount(directory: int, name: str) -> Iterator[int]:
+    """Open an entry of a directory within the block, with ``O_PATH``.
+
+    The function does not follow a link, and does not open a mount point. A system call on a file of
+    another mount can block permanently, for example if the server of a FUSE file system hangs.
+
+    :raises OSError: If the entry cannot be opened. The errno is EXDEV if it is a mount point.
+    """
+    from .._native import lib  # noqa: PLC0415
+
+    found = int(lib.open_in_mount(directory, os.fsencode(name)))
+    if found < 0:
+        raise OSError(-found, os.strerror(-found), name)
+    try:
+        yield found
+    finally:
+        os.close(found)
+
+
 def reopened(fd: int) -> str:
     """Return a path to the file of a descriptor that was opened with ``O_PATH``."""
     return f"{PROC}/self/fd/{fd}"

@@ -6,6 +6,10 @@ sum is a lower bound. Other users can create any number of files, directories an
 number of processes and of directory entries is limited. The limits do not depend on time, because
 on a slow host the search would then miss the files of other guests. Processes of root and of QEMU's
 own user come first, because other users cannot create these.
+
+A file that was deleted is visible only in the maps of the processes that have mapped it. The name
+of a process does not show whether it is a guest, because ``-name process=`` changes QEMU's name.
+Therefore the search reads the maps of all processes.
 """
 
 from __future__ import annotations
@@ -15,7 +19,6 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
@@ -24,7 +27,7 @@ from ..errors import UnsupportedError
 from . import proc_files
 from .bounded import read_bounded
 from .headroom import unescape
-from .inside_root import open_inside, reopened
+from .inside_root import open_in_mount, open_inside, reopened
 from .proc_files import lines_of, read_optional
 from .procfs import Process
 
@@ -36,9 +39,10 @@ MAX_ENTRIES: Final = 10_000
 MAX_DEPTH: Final = 32
 #: Maximum number of mount points of a file system to try.
 MAX_MOUNTS: Final = 16
-#: Maximum number of other QEMU processes to examine, and maximum size of each one's maps in bytes.
-#: 1 MiB contains about 10,000 mappings.
+#: Maximum number of other users' processes to examine, and of processes of root and QEMU's user.
 MAX_PROCESSES: Final = 400
+MAX_TRUSTED: Final = 4000
+#: Maximum size of a process's maps to examine, in bytes. 1 MiB contains about 10,000 mappings.
 MAX_MAPS: Final = 1 << 20
 #: How long a result is reused: at least this time in seconds, and twice the search's duration.
 REUSE_SECONDS: Final = 1.0
@@ -55,16 +59,26 @@ class _Result:
 _results: dict[tuple[int, tuple[int, int]], _Result] = {}
 
 
-class _Budget:
-    """The number of directory entries that a search may still examine."""
+class _Search:
+    """The files of one file system that a search has found.
 
-    def __init__(self) -> None:
+    :ivar holes: The unwritten bytes of each file, by inode.
+    """
+
+    def __init__(self, device: tuple[int, int]) -> None:
+        self.holes: dict[int, int] = {}
+        self._device = os.makedev(*device)
         self._entries = MAX_ENTRIES
 
-    def take(self) -> bool:
-        """Count one entry, and return whether the search may examine it."""
+    def take_entry(self) -> bool:
+        """Count one directory entry, and return whether the search may examine it."""
         self._entries -= 1
         return self._entries >= 0
+
+    def add(self, status: os.stat_result) -> None:
+        """Add a file, unless it belongs to another file system."""
+        if status.st_dev == self._device:
+            self.holes[status.st_ino] = max(0, status.st_size - status.st_blocks * 512)
 
 
 def unwritten_bytes(process: Process, device: tuple[int, int], without: AbstractSet[FileId]) -> int:
@@ -77,73 +91,96 @@ def unwritten_bytes(process: Process, device: tuple[int, int], without: Abstract
     result = _results.get(key)
     if result is None or time.monotonic() > result.expires:
         began = time.monotonic()
-        holes = {
-            status.st_ino: max(0, status.st_size - status.st_blocks * 512)
-            for status in _files(process, device)
-        }
+        holes = _find_holes(process, device)
         now = time.monotonic()
         result = _Result(holes, now + max(REUSE_SECONDS, 2 * (now - began)))
         _results[key] = result
     return sum(hole for inode, hole in result.holes.items() if (device, inode) not in without)
 
 
-def _files(process: Process, device: tuple[int, int]) -> Iterator[os.stat_result]:
-    for pid in _other_qemus(process)[:MAX_PROCESSES]:
-        yield from _mapped_files(pid, device)
-    top = _open_mount(process, device)
-    if top is not None:
+def _find_holes(process: Process, device: tuple[int, int]) -> dict[int, int]:
+    """Return the unwritten bytes of each file that the search finds, by inode."""
+    search = _Search(device)
+    root = _open_root(process, device)
+    if root is not None:
         try:
             with contextlib.suppress(OSError):
-                yield from _walk(top, os.makedev(*device), _Budget(), 0)
+                _walk(root, search, 0)
         finally:
-            os.close(top)
+            os.close(root)
+    left = {True: MAX_TRUSTED, False: MAX_PROCESSES}
+    for trusted, pid in _other_processes(process):
+        if left[trusted] > 0 and _add_mapped_files(pid, device, search):
+            left[trusted] -= 1
+    return search.holes
 
 
-def _other_qemus(process: Process) -> list[int]:
-    """Return the pids of other processes with QEMU's names.
+def _other_processes(process: Process) -> list[tuple[bool, int]]:
+    """Return the pids of other processes, and whether each belongs to root or to QEMU's user.
 
-    The processes of root and of this QEMU's user are first in the list.
+    These processes are first in the list. Among the others, processes with QEMU's names are first.
     """
     found = []
-    trusted = {0, os.stat(process.proc).st_uid}
+    trusted_users = {0, os.stat(process.proc).st_uid}
     for entry in os.listdir(proc_files.PROC):
         if not entry.isdecimal() or int(entry) == process.pid:
             continue
-        name = read_optional(f"{proc_files.PROC}/{entry}/comm") or ""
-        if "qemu" in name or "kvm" in name:
-            with contextlib.suppress(OSError):
-                owner = os.stat(f"{proc_files.PROC}/{entry}").st_uid
-                found.append((owner not in trusted, int(entry)))
-    return [pid for _, pid in sorted(found)]
+        with contextlib.suppress(OSError):
+            trusted = os.stat(f"{proc_files.PROC}/{entry}").st_uid in trusted_users
+            name = read_optional(f"{proc_files.PROC}/{entry}/comm") or ""
+            found.append((not trusted, "qemu" not in name and "kvm" not in name, int(entry)))
+    return [(not untrusted, pid) for untrusted, _, pid in sorted(found)]
 
 
-def _mapped_files(pid: int, device: tuple[int, int]) -> Iterator[os.stat_result]:
-    """Yield the status of each file of ``device`` that a process maps, also of deleted files."""
-    shared = re.compile(
-        rb"^([0-9a-f]+-[0-9a-f]+) [r-][w-][x-]s [0-9a-f]+ %02x:%02x ([0-9]+) " % device,
+def _add_mapped_files(pid: int, device: tuple[int, int], search: _Search) -> bool:
+    """Add each file of ``device`` that a process maps, also deleted files.
+
+    A private mapping of a file on tmpfs allocates the file's pages, too (mm/shmem.c,
+    ``shmem_fault()``).
+
+    :returns: Whether the process has mappings. Kernel threads have none.
+    """
+    areas = re.compile(
+        rb"^([0-9a-f]+-[0-9a-f]+) [r-][w-][x-][sp] [0-9a-f]+ %02x:%02x ([0-9]+) " % device,
         re.MULTILINE,
     )
     try:
         maps = read_bounded(f"{proc_files.PROC}/{pid}/maps", MAX_MAPS)
     except OSError:
-        return
-    for area in {match[2]: match[1] for match in shared.finditer(maps)}.values():
+        return True
+    for area in {match[2]: match[1] for match in areas.finditer(maps)}.values():
         with contextlib.suppress(OSError):
-            yield os.stat(f"{proc_files.PROC}/{pid}/map_files/{area.decode()}")
+            search.add(os.stat(f"{proc_files.PROC}/{pid}/map_files/{area.decode()}"))
+    return bool(maps)
 
 
-def _open_mount(process: Process, device: tuple[int, int]) -> int | None:
+def _open_root(process: Process, device: tuple[int, int]) -> int | None:
+    """Open the root directory of a file system, and return its descriptor, or None.
+
+    In QEMU's mount namespace, only a directory of the file system may be mounted. Then use a mount
+    of this process, or else that directory.
+    """
+    mine = Process.find(os.getpid())
+    whole = _open_mount(process, device, whole=True)
+    whole = _open_mount(mine, device, whole=True) if whole is None else whole
+    return _open_mount(process, device, whole=False) if whole is None else whole
+
+
+def _open_mount(process: Process, device: tuple[int, int], *, whole: bool) -> int | None:
     """Open the root of a mount of a file system, and return its descriptor, or None.
 
     The process controls the names in its root directory. Therefore the descriptor is of the file
     system, or the mount point is not used.
+
+    :param whole: Whether the mount must show the whole file system.
     """
-    mounts: list[tuple[bool, str]] = []
+    points = []
     for line in lines_of(read_optional(f"{process.proc}/mountinfo") or ""):
         fields = line.split(" ", 5)
-        if len(fields) > 5 and fields[2] == f"{device[0]}:{device[1]}":
-            mounts.append((fields[3] != "/", unescape(fields[4])))
-    for _, point in sorted(mounts)[:MAX_MOUNTS]:
+        shown = len(fields) > 5 and fields[2] == f"{device[0]}:{device[1]}"
+        if shown and (fields[3] == "/") == whole:
+            points.append(unescape(fields[4]))
+    for point in sorted(points)[:MAX_MOUNTS]:
         unusable = contextlib.suppress(OSError, ValueError, UnsupportedError)
         with unusable, open_inside(process, point) as found:
             status = os.fstat(found)
@@ -152,28 +189,27 @@ def _open_mount(process: Process, device: tuple[int, int]) -> int | None:
     return None
 
 
-def _walk(directory: int, device: int, budget: _Budget, depth: int) -> Iterator[os.stat_result]:
-    """Yield the status of each regular file of ``device`` in a directory and below it."""
+def _walk(directory: int, search: _Search, depth: int) -> None:
+    """Add each regular file in a directory and below it."""
     with os.scandir(directory) as entries:
         for entry in entries:
-            if not budget.take():
+            if not search.take_entry():
                 return
             with contextlib.suppress(OSError):
-                if entry.is_file(follow_symlinks=False):
-                    status = entry.stat(follow_symlinks=False)
-                    if status.st_dev == device:
-                        yield status
-                elif depth < MAX_DEPTH and entry.is_dir(follow_symlinks=False):
-                    yield from _walk_below(directory, entry.name, device, budget, depth + 1)
+                if entry.is_file(follow_symlinks=False) or (
+                    depth < MAX_DEPTH and entry.is_dir(follow_symlinks=False)
+                ):
+                    _walk_entry(directory, entry.name, search, depth)
 
 
-def _walk_below(
-    directory: int, name: str, device: int, budget: _Budget, depth: int
-) -> Iterator[os.stat_result]:
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    below = os.open(name, flags, dir_fd=directory)
-    try:
-        if os.fstat(below).st_dev == device:
-            yield from _walk(below, device, budget, depth)
-    finally:
-        os.close(below)
+def _walk_entry(directory: int, name: str, search: _Search, depth: int) -> None:
+    with open_in_mount(directory, name) as found:
+        status = os.fstat(found)
+        if stat.S_ISREG(status.st_mode):
+            search.add(status)
+        elif stat.S_ISDIR(status.st_mode):
+            below = os.open(reopened(found), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                _walk(below, search, depth + 1)
+            finally:
+                os.close(below)

@@ -104,6 +104,7 @@ int kvm_check_extension(int32_t kvm_fd, int32_t extension);
 int kvm_pre_fault(int32_t vcpu_fd, uint64_t gpa, uint64_t size);
 int take_fd(int32_t pidfd, int32_t number);
 int open_in_root(int32_t root, const char *path);
+int open_in_mount(int32_t directory, const char *name);
 int send_signal(int32_t pid, int32_t tid, int32_t number);
 """
 
@@ -158,6 +159,19 @@ static int open_in_root(int32_t root, const char *path)
 	struct open_how how = { .flags = O_PATH | O_CLOEXEC,
 				.resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS };
 	long fd = syscall(SYS_openat2, root, path, &how, sizeof(how));
+
+	return fd < 0 ? -errno : (int)fd;
+}
+
+/*
+ * Open an entry of a directory with O_PATH. Does not follow a link, and does not enter a mount, so
+ * that no server of a file system can block the caller. Returns a descriptor or -errno.
+ */
+static int open_in_mount(int32_t directory, const char *name)
+{
+	struct open_how how = { .flags = O_PATH | O_NOFOLLOW | O_CLOEXEC,
+				.resolve = RESOLVE_BENEATH | RESOLVE_NO_XDEV };
+	long fd = syscall(SYS_openat2, directory, name, &how, sizeof(how));
 
 	return fd < 0 ? -errno : (int)fd;
 }

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Test that populating a guest takes no memory that its neighbours can still allocate."""
+"""Test that populating a guest takes no memory that its neighbours can still allocate.
+
+The neighbours are other guests on the same file system, processes in the same cgroup, and the
+host.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from qemu_prefault.agents.plugin import plugin_path
-from support.limits import MIB, cgroups, in_group, out_of_memory_kills, swap
+from support.limits import MIB, cgroups, in_group, mounted, out_of_memory_kills, swap
 from support.plugin import capable_prefix, wait_started
 from support.qemu import Qemu, QemuVm, StartQemu, kvm_usable, start_vm
 
@@ -31,12 +35,55 @@ def vm_of(start_qemu: StartQemu, tmp_path: Path) -> StartVm:
     return start
 
 
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Iterator[Path]:
+    with mounted("tmpfs", tmp_path / "shm", "size=200M") as path:
+        yield path
+
+
+def ram(path: Path, mib: int, options: str = "share=on") -> Sequence[str]:
+    backend = f"memory-backend-file,id=m,size={mib}M,mem-path={path},{options}"
+    return ("-m", f"{mib}M", "-object", backend, "-machine", "memory-backend=m")
+
+
 def with_plugin(
     start_qemu: StartQemu, control: Path, *arguments: str, prefix: Sequence[str] = ()
 ) -> Qemu:
     plugin = ("-plugin", f"{plugin_path()},socket={control}")
     prefix = [*prefix, *capable_prefix()]
     return start_qemu(*plugin, *arguments, accel="kvm", paused=False, prefix=prefix)
+
+
+# --- files of other guests ---
+
+# In each of these cases, the file of the neighbour is deleted.
+NEIGHBOURS: dict[str, Callable[[Path], Sequence[str]]] = {
+    "private": lambda path: ("-m", "64M", "-mem-path", str(path)),
+    "renamed": lambda path: (*ram(path, 64), "-name", "process=web1"),
+    "private and renamed": lambda path: (*ram(path, 64, "share=off"), "-name", "process=web1"),
+}
+
+
+@pytest.mark.parametrize("neighbour", NEIGHBOURS)
+def test_deleted_file_of_neighbour_is_found(vm_of: StartVm, tmpfs: Path, neighbour: str) -> None:
+    vm_of(*NEIGHBOURS[neighbour](tmpfs))
+    result = vm_of(*ram(tmpfs, 150)).prefault("--populate-only", "--dry-run")
+    assert result.status == 5, result.stdout
+    assert "committed to other files" in result.error["cause"]
+
+
+def test_file_outside_qemus_mounts_is_found(vm_of: StartVm, tmpfs: Path, tmp_path: Path) -> None:
+    """Use a mount namespace in which only one directory of the tmpfs is mounted."""
+    ours, view = tmpfs / "ours", tmp_path / "view"
+    ours.mkdir()
+    view.mkdir()
+    with (tmpfs / "other").open("wb") as other:
+        other.truncate(64 * MIB)
+    hide = f'mount --bind {ours} {view} && umount --lazy {tmpfs} && exec "$@"'
+    vm = vm_of(*ram(view / "ram", 150), prefix=["unshare", "--mount", "sh", "-c", hide, "sh"])
+    result = vm.prefault("--populate-only", "--dry-run")
+    assert result.status == 5, result.stdout
+    assert "committed to other files" in result.error["cause"]
 
 
 # --- a limit on memory and swap together ---
