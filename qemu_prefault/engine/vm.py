@@ -29,7 +29,7 @@ from ..host import kvm
 from ..host.fds import kvm_fds, take_fd, vcpu_stats_link
 from ..host.identify import identify
 from ..host.mappings import MemoryMapping, backing_of, mappings_of
-from ..host.memory_source import MemorySource, is_disk_file
+from ..host.memory_source import MemorySource, is_disk_file, is_on_fuse
 from ..host.procfs import Process, thread_map
 from ..host.ptrace_access import ptrace_denied
 from ..qemu.dial import Dial
@@ -143,10 +143,11 @@ class Vm:
     def allocated(self, section: MemorySection) -> int:
         """Return the bytes that a shared backing has allocated, or 0 if unknown.
 
-        The result includes pages that QEMU has not mapped yet.
+        The result includes pages that QEMU has not mapped yet. It is 0 for a file on FUSE, because
+        a server that hangs would block this process.
         """
         mapping = self._mapping(section)
-        if not mapping.shared:
+        if not mapping.shared or is_on_fuse(self.process, mapping):
             return 0
         name = f"{mapping.start:x}-{mapping.end:x}"
         try:

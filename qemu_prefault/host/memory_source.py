@@ -214,6 +214,12 @@ def is_disk_file(process: Process, mapping: MemoryMapping) -> bool:
     return mapping.path.startswith("/") and not mapping.path.startswith("/dev/")
 
 
+def is_on_fuse(process: Process, mapping: MemoryMapping) -> bool:
+    """Return whether a file on FUSE is mapped. The server may never respond to a system call."""
+    kind = _file_system(process, mapping) if mapping.inode else None
+    return kind is not None and kind.startswith(("fuse", "virtiofs"))
+
+
 def is_copied(process: Process, mapping: MemoryMapping) -> bool:
     """Return whether populating allocates both a file's page and a private copy.
 
@@ -266,12 +272,10 @@ def file_system_limit(
     :param together: Other files that the caller populates. The limit does not subtract the
         unwritten parts of these files.
     """
-    kind = _file_system(process, mapping) or ""
-    # The server of a FUSE file system may never answer.
-    if mapping.inode == 0 or _is_internal(mapping) or kind.startswith("fuse"):
+    if mapping.inode == 0 or _is_internal(mapping) or is_on_fuse(process, mapping):
         return []
     # The size of a hugetlbfs also limits private mappings (mm/hugetlb.c, subpools).
-    allocates_file = mapping.shared or kind == "hugetlbfs"
+    allocates_file = mapping.shared or _file_system(process, mapping) == "hugetlbfs"
     if not allocates_file and not is_copied(process, mapping):
         return []
     path = _reach(process, mapping)

@@ -2,7 +2,7 @@
 """Test that populating a guest takes no memory that its neighbours can still allocate.
 
 The neighbours are other guests on the same file system, processes in the same cgroup, and the
-host.
+host. Some tests use file systems whose servers do not respond.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from qemu_prefault.agents.plugin import plugin_path
+from support.hung_fuse import NAME, fuse
 from support.limits import MIB, cgroups, in_group, mounted, out_of_memory_kills, swap
 from support.plugin import capable_prefix, wait_started
 from support.qemu import Qemu, QemuVm, StartQemu, kvm_usable, start_vm
@@ -160,3 +161,32 @@ def test_surplus_huge_pages_use_the_hosts_memory(vm_of: StartVm) -> None:
         OVERCOMMIT.write_text(before)
     assert result.status == 5, result.stdout
     assert "hugetlb has only" in result.error["cause"]
+
+
+# --- servers that do not respond ---
+
+
+def test_hung_mount_in_a_tmpfs_does_not_block(vm_of: StartVm, tmpfs: Path) -> None:
+    vm = vm_of(*ram(tmpfs / "ram", 64))
+    with fuse(tmpfs / "mount", MIB) as hang:
+        hang()
+        assert vm.prefault("--populate-only").status == 0
+
+
+@needs_kvm
+def test_hung_mount_does_not_freeze_the_guest(
+    start_qemu: StartQemu, tmpfs: Path, tmp_path: Path
+) -> None:
+    control = tmp_path / "control"
+    with fuse(tmpfs / "mount", MIB) as hang:
+        hang()
+        qemu = with_plugin(start_qemu, control, *ram(tmpfs / "ram", 64))
+        assert wait_started(qemu, control)["counters"]["populated"] > 60 * MIB
+
+
+def test_ram_on_a_hung_server_does_not_block(vm_of: StartVm, tmp_path: Path) -> None:
+    with fuse(tmp_path / "mount", 64 * MIB) as hang:
+        vm = vm_of(*ram(tmp_path / "mount" / NAME, 64))
+        hang()
+        result = vm.prefault("--populate-only")
+        assert result.status == 0 and result.warnings == {"resident-only"}

@@ -11,6 +11,7 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
@@ -226,23 +227,29 @@ static bool walk_directory(struct walk *walk, int fd, unsigned int depth);
 
 static bool walk_entry(struct walk *walk, int directory, const char *name, unsigned int depth)
 {
-	struct stat status;
+	struct statx status;
 
-	if (fstatat(directory, name, &status, AT_SYMLINK_NOFOLLOW))
+	/*
+	 * The entry may be a mount point of a network or FUSE file system whose server does not
+	 * respond. With AT_STATX_DONT_SYNC, the kernel does not ask the server (fs/fuse/dir.c,
+	 * fuse_update_get_attr()).
+	 */
+	if (statx(directory, name, AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT | AT_STATX_DONT_SYNC,
+		  STATX_BASIC_STATS, &status))
 		return errno == ENOENT; /* removed meanwhile */
 	if (++walk->inodes > ENTRIES_MAX)
 		return false;
-	if (status.st_dev != walk->device)
+	if (makedev(status.stx_dev_major, status.stx_dev_minor) != walk->device)
 		return true; /* a mount point */
-	if (S_ISREG(status.st_mode)) {
-		uint64_t size = (uint64_t)status.st_size, blocks = (uint64_t)status.st_blocks * 512;
+	if (S_ISREG(status.stx_mode)) {
+		uint64_t blocks = status.stx_blocks * 512;
 
-		if (status.st_nlink > 1) /* the file would be counted more than once */
+		if (status.stx_nlink > 1) /* the file would be counted more than once */
 			return false;
-		if (size > blocks && !is_ours(walk, status.st_ino))
-			walk->committed += size - blocks;
+		if (status.stx_size > blocks && !is_ours(walk, status.stx_ino))
+			walk->committed += status.stx_size - blocks;
 	}
-	if (!S_ISDIR(status.st_mode))
+	if (!S_ISDIR(status.stx_mode))
 		return true;
 
 	int fd = depth ? openat(directory, name, DIRECTORY_FLAGS) : -1;
