@@ -16,8 +16,10 @@ from typing import Final
 from . import proc_files
 from .headroom import cgroup_directories, parse_cgroups, parse_mountinfo
 from .proc_files import parse_number, read_optional
-from .procfs import Process
+from .procfs import Process, Status
 
+#: The link of the initial user namespace: PROC_USER_INIT_INO (include/linux/proc_ns.h).
+INITIAL_USER_NAMESPACE: Final = "user:[4026531837]"
 CAP_SYS_ADMIN: Final = 21  # include/uapi/linux/capability.h
 CAP_SYS_RESOURCE: Final = 24
 
@@ -137,11 +139,7 @@ def _rlimits(process: Process) -> list[TaskLimit]:
             )
         )
     most_tasks = parse_limits(read_optional(f"{process.proc}/limits") or "").get("Max processes")
-    # copy_process() (kernel/fork.c) exempts root and processes with one of these capabilities.
-    exempt = status.uids[0] == 0 or any(
-        status.has_capability(number) for number in (CAP_SYS_RESOURCE, CAP_SYS_ADMIN)
-    )
-    if most_tasks is not None and not exempt:
+    if most_tasks is not None and not _is_exempt(process, status):
         used = tasks_of_user(status.uids[0])
         limits.append(
             TaskLimit(
@@ -151,6 +149,27 @@ def _rlimits(process: Process) -> list[TaskLimit]:
             )
         )
     return limits
+
+
+def _is_exempt(process: Process, status: Status) -> bool:
+    """Return whether the limit on a user's tasks does not apply to a process.
+
+    copy_process() (kernel/fork.c) exempts root, and processes with one of two capabilities, in the
+    initial user namespace. In another user namespace, root is another user of the host, and a
+    capability has no effect here.
+    """
+    if status.uids[0] == 0 and _is_in_initial_user_namespace(f"{proc_files.PROC}/self"):
+        return True
+    return _is_in_initial_user_namespace(process.proc) and any(
+        status.has_capability(number) for number in (CAP_SYS_RESOURCE, CAP_SYS_ADMIN)
+    )
+
+
+def _is_in_initial_user_namespace(proc: str) -> bool:
+    try:
+        return os.readlink(f"{proc}/ns/user") == INITIAL_USER_NAMESPACE
+    except OSError:
+        return False
 
 
 def tasks_of_user(uid: int) -> int:

@@ -105,3 +105,22 @@ def test_many_vcpus_have_few_helpers(start_qemu: StartQemu, tmp_path: Path) -> N
         time.sleep(0.005)
     assert tool.finish().status == 0
     assert before < most <= before + 8
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start QEMU as another user")
+def test_limit_of_a_user_applies_in_a_user_namespace(start_qemu: StartQemu, tmp_path: Path) -> None:
+    """Check that capabilities in a user namespace do not exempt QEMU from ``ulimit -u``."""
+    for directory in tmp_path.parents[:-2]:
+        directory.chmod(directory.stat().st_mode | 0o011)
+    tmp_path.chmod(0o777)
+    user = ["--reuid", "54321", "--regid", "54321", "--clear-groups"]
+    prefix = ["prlimit", "--nproc=8", "setpriv", *user, "unshare", "--user", "--map-root-user"]
+    before = os.umask(0)  # QEMU connects to a socket of this process
+    try:
+        vm = start_vm(start_qemu, tmp_path, "-m", "64M", "-smp", "4", prefix=prefix)
+    finally:
+        os.umask(before)
+    result = vm.prefault("--populate-only")
+    assert result.status == 5, result.stdout
+    assert "the task limit of user 54321 (ulimit -u) is 8" in result.error["cause"]
+    assert "can start only" in result.error["cause"]
