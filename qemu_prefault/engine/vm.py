@@ -29,7 +29,7 @@ from ..host import kvm
 from ..host.fds import kvm_fds, take_fd, vcpu_stats_link
 from ..host.identify import identify
 from ..host.mappings import MemoryMapping, backing_of, mappings_of
-from ..host.memory_source import MemorySource, is_disk_file, is_on_fuse
+from ..host.memory_source import MemorySource, is_disk_file, is_on_fuse, task_nodes
 from ..host.procfs import Process, thread_map
 from ..host.ptrace_access import ptrace_denied
 from ..qemu.dial import Dial
@@ -132,11 +132,12 @@ class Vm:
     def memory_source(self, section: MemorySection) -> MemorySource:
         """Return the source from which the host allocates a section's memory."""
         mapping = self._mapping(section)
+        nodes = section.bound_nodes
         return MemorySource(
             self.process,
             mapping,
             section.page_size,
-            section.bound_nodes,
+            task_nodes(self.process) if nodes is None else nodes,
             reserved=section.reserve is not False,
         )
 

@@ -182,6 +182,24 @@ def parse_numa_maps(text: str, start: int) -> tuple[tuple[int, ...], int]:
     return (), PAGE_SIZE
 
 
+def task_nodes(process: Process) -> tuple[int, ...]:
+    """Return the NUMA nodes to which the policy of QEMU's main thread binds memory.
+
+    The policy is from ``numactl --membind`` or set_mempolicy(2). It applies to mappings without a
+    policy of their own, such as the first one, which is QEMU's program.
+    """
+    try:
+        with open(f"{process.proc}/numa_maps", "rb", buffering=0) as file:
+            # The kernel produces only as many lines as one read returns.
+            line = file.read(PAGE_SIZE).split(b"\n", 1)[0].decode("utf-8", "surrogateescape")
+    except OSError:
+        return ()
+    start = line.partition(" ")[0]
+    if not re.fullmatch("[0-9a-f]{1,16}", start):
+        return ()
+    return parse_numa_maps(line, int(start, 16))[0]
+
+
 def source_of(process: Process, mapping: MemoryMapping) -> MemorySource:
     """Return the source of a mapping from the files in /proc, without a monitor.
 

@@ -208,7 +208,8 @@ class MemorySection:
     :ivar disk_file: Whether the section is a shared file on a disk. Populating the section would
         write to the file.
     :ivar bound_nodes: The host NUMA nodes to which the backend binds its memory, or an empty tuple
-        if it may use any node.
+        if it may use any node. None if the backend has no policy, and the policy of QEMU's threads
+        applies.
     """
 
     name: str
@@ -224,7 +225,7 @@ class MemorySection:
     node: int | None
     skipped: str | None
     skip_code: str | None
-    bound_nodes: tuple[int, ...] = ()
+    bound_nodes: tuple[int, ...] | None = None
     disk_file: bool = False
 
     @property
@@ -343,7 +344,7 @@ class _Join:
             node=self.node_of.get(memdev_id or "", device.node if device else None),
             skipped=_SKIP_TEXT[code] if code else None,
             skip_code=code,
-            bound_nodes=memdev.host_nodes if memdev and memdev.policy == "bind" else (),
+            bound_nodes=_bound_nodes(memdev),
         )
 
     def _block(self, item: FlatRange, memdev: Memdev | None) -> RamBlock | None:
@@ -464,3 +465,9 @@ def huge_alignment(section: MemorySection, huge_size: int) -> bool:
     pages of this size in the whole memslot (``kvm_alloc_memslot_metadata()``, arch/x86/kvm/x86.c).
     """
     return (section.gpa - section.hva) % huge_size == 0
+
+
+def _bound_nodes(memdev: Memdev | None) -> tuple[int, ...] | None:
+    if memdev is None or memdev.policy in (None, "default"):
+        return None
+    return memdev.host_nodes if memdev.policy == "bind" else ()

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from qemu_prefault.agents.plugin import plugin_path
+from qemu_prefault.host import memory_source
 from support.hung_fuse import NAME, fuse
 from support.limits import MIB, cgroups, in_group, mounted, out_of_memory_kills, swap
 from support.plugin import capable_prefix, wait_started
@@ -161,6 +162,42 @@ def test_surplus_huge_pages_use_the_hosts_memory(vm_of: StartVm) -> None:
         OVERCOMMIT.write_text(before)
     assert result.status == 5, result.stdout
     assert "hugetlb has only" in result.error["cause"]
+
+
+# --- NUMA nodes ---
+
+BIND = """
+import ctypes, os, sys
+nodes = ctypes.c_ulong(1)
+if ctypes.CDLL(None).syscall(238, 2, ctypes.byref(nodes), 64):  # set_mempolicy, MPOL_BIND
+    sys.exit("set_mempolicy failed")
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("policy", "status"),
+    [("", 5), (",policy=bind,host-nodes=0", 5), (",policy=preferred,host-nodes=0", 0)],
+)
+def test_policy_of_qemus_threads_limits_nodes(
+    vm_of: StartVm,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    policy: str,
+    status: int,
+) -> None:
+    """Bind QEMU to node 0 as ``numactl --membind=0`` does, and simulate a node with 16 MiB."""
+    nodes = tmp_path / "node"
+    (nodes / "node0").mkdir(parents=True)
+    (nodes / "node0/meminfo").write_text("Node 0 MemFree: 16384 kB\n")
+    monkeypatch.setattr(memory_source, "NODES", nodes)
+    # This host's cpuset contains only node 0.
+    monkeypatch.setattr(memory_source, "confining_nodes", lambda process, bound: tuple(bound))
+    backend = f"memory-backend-ram,id=m,size=64M{policy}"
+    machine = ("-m", "64M", "-object", backend, "-machine", "memory-backend=m")
+    result = vm_of(*machine, prefix=[sys.executable, "-c", BIND]).prefault("--populate-only")
+    assert result.status == status, result.stdout
+    assert status == 0 or "NUMA node 0 has only" in result.error["cause"]
 
 
 # --- servers that do not respond ---

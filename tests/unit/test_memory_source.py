@@ -18,6 +18,7 @@ from qemu_prefault.host.memory_source import (
     node_limit,
     parse_node_list,
     parse_numa_maps,
+    task_nodes,
 )
 from qemu_prefault.host.procfs import Process
 from qemu_prefault.libvirt.prelaunch import check_plain_layout
@@ -92,6 +93,22 @@ def test_policy_limits_nodes(two_nodes: Path) -> None:
     assert confining_nodes(Process(7, 0), ()) == ()
     assert confining_nodes(Process(7, 0), (1,)) == (1,)
     assert confining_nodes(Process(7, 0), (0, 1)) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "nodes"),
+    [
+        ("55d4c0000000 bind:1 file=/usr/bin/qemu mapped=10\n55d4c0001000 default\n", (1,)),
+        ("55d4c0000000 bind=static:0-1 file=/usr/bin/qemu mapped=10\n", (0, 1)),
+        ("55d4c0000000 prefer:1 file=/usr/bin/qemu mapped=10\n", ()),
+        ("55d4c0000000 default\n7f0000000000 bind:1\n", ()),
+        ("x bind:1\n", ()),
+        ("", ()),
+    ],
+)
+def test_policy_of_the_main_thread(two_nodes: Path, text: str, nodes: tuple[int, ...]) -> None:
+    (two_nodes / "proc/7/numa_maps").write_text(text)
+    assert task_nodes(Process(7, 0)) == nodes
 
 
 def test_cpuset_limits_nodes(two_nodes: Path) -> None:
