@@ -27,10 +27,10 @@ from ..host.placement import (
     place,
     real_time_cpus,
 )
-from ..host.proc_files import changed, gone
+from ..host.proc_files import changed, gone, read_optional
 from ..host.procfs import CLOCK_NANOSLEEP, FUTEX, NANOSLEEP, Process, thread_map
 from ..host.ptrace_access import ptrace_denied
-from ..host.task_limits import RESERVE, strictest, task_limits
+from ..host.task_limits import RESERVE, parse_limits, strictest, task_limits
 from .base import Limits, VcpuThread
 from .control_page import AREA_SIZE, CODE_SIZE, Helper, abandoned_areas, offset_of
 from .gadgets import find_gadgets, free_areas, prepare_exit_slot
@@ -41,6 +41,8 @@ from .qemu_process import exit_error, same_pid_namespace, stays_alive, target_of
 MAX_HELPERS = 8
 #: How long a run waits for an idle thread of QEMU, in seconds, before it uses vCPUs.
 IDLE_THREAD_WAIT = 0.1
+#: include/uapi/linux/sched.h. Python has no name for this policy.
+SCHED_DEADLINE = 6
 
 
 def choose_threads(
@@ -286,6 +288,38 @@ def _exited_before(result: Any) -> bool:
     return bool(result.stage in stages and result.error == errno.ESRCH)
 
 
+def _cannot_map(process: Process, what: str, error: int) -> AgentError:
+    """Return the error for a thread that cannot map memory for a helper.
+
+    :param error: ENOMEM, or EAGAIN for the limit on locked memory (mm/mmap.c,
+        ``mlock_future_ok()``).
+    """
+    limits = parse_limits(read_optional(f"{process.proc}/limits") or "")
+    options = {
+        "Max address space": ("--as", errno.ENOMEM),
+        "Max data size": ("--data", errno.ENOMEM),
+        "Max locked memory": ("--memlock", errno.EAGAIN),
+    }
+    reached = [
+        f"prlimit --pid {process.pid} {option}=unlimited"
+        for name, (option, number) in options.items()
+        if name in limits and number == error
+    ]
+    remedy = f"raise QEMU's limits ({', '.join(reached)})" if reached else "run qemu-prefault again"
+    return AgentError(
+        f"{what} cannot map memory for a helper: {os.strerror(error)}",
+        f"{remedy}, or use the plugin agent\nQEMU is unharmed",
+    )
+
+
+def _is_deadline(thread_id: int) -> bool:
+    """Return whether a thread has the SCHED_DEADLINE policy (``sched_fork()``)."""
+    try:
+        return os.sched_getscheduler(thread_id) == SCHED_DEADLINE
+    except OSError:
+        return False
+
+
 def check_injection(process: Process, thread_id: int, result: Any) -> None:
     """Raise an error if an injection has failed.
 
@@ -322,6 +356,14 @@ def check_injection(process: Process, thread_id: int, result: Any) -> None:
             "use the plugin agent, or allow executable anonymous memory in the security module "
             "(SELinux: execmem)",
             code=Code.EXECMEM,
+        )
+    if result.stage == lib.INJECT_MMAP and result.error in (errno.ENOMEM, errno.EAGAIN):
+        raise _cannot_map(process, what, result.error)
+    if result.stage == lib.INJECT_CLONE and _is_deadline(thread_id):
+        raise AgentError(
+            f"{what} has the SCHED_DEADLINE policy, so it cannot start a thread: {reason}",
+            "start QEMU with the reset-on-fork flag (chrt --reset-on-fork --deadline), or use the "
+            "plugin agent\nQEMU is unharmed",
         )
     if result.stage == lib.INJECT_CLONE and result.error == errno.EAGAIN:
         _, limit = strictest(task_limits(process), MAX_HELPERS + RESERVE)

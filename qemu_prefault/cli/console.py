@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import os
 import sys
 import time
@@ -146,15 +147,39 @@ def reporting(as_json: bool, debug: bool, program: str = PROGRAM) -> Iterator[No
     except Exception as error:
         if debug:
             raise
-        fail(
-            QemuPrefaultError(
-                f"internal error: {type(error).__name__}: {error}",
-                "run the command again with --debug, and report the output as a bug",
-                code=Code.BUG,
-            ),
-            as_json,
-            program,
-        )
+        fail(_shortage(error) or _bug(error), as_json, program)
+
+
+def _bug(error: Exception) -> QemuPrefaultError:
+    return QemuPrefaultError(
+        f"internal error: {type(error).__name__}: {error}",
+        "run the command again with --debug, and report the output as a bug",
+        code=Code.BUG,
+    )
+
+
+def _shortage(error: BaseException | None) -> FailedError | None:
+    """Return the error for a limit of this process that an exception or its context shows."""
+    from ..host.proc_files import REMEDY_OPEN_FILES  # noqa: PLC0415
+
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in (errno.EMFILE, errno.ENFILE):
+            return FailedError(f"qemu-prefault cannot open a file: {error}", REMEDY_OPEN_FILES)
+        # threading.Thread.start() raises this RuntimeError without an errno.
+        if number == errno.EAGAIN or str(error) == "can't start new thread":
+            return FailedError(
+                "qemu-prefault cannot start another thread or process",
+                "raise the limit on the tasks of qemu-prefault (ulimit -u, or pids.max of its "
+                "cgroup)",
+            )
+        if number == errno.ENOMEM or isinstance(error, MemoryError):
+            return FailedError(
+                "qemu-prefault has no memory left",
+                "free memory, or raise qemu-prefault's limits (ulimit -v, or its memory cgroup)",
+            )
+        error = error.__context__
+    return None
 
 
 def print_warnings() -> None:

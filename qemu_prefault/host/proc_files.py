@@ -17,6 +17,9 @@ from ..errors import Code, FailedError, GoneError, QemuPrefaultError, Unsupporte
 from .bounded import limit_of, read_bounded
 
 PROC: Final = "/proc"
+REMEDY_OPEN_FILES: Final = (
+    "raise the limit on the files that qemu-prefault may open (ulimit -n, fs.file-max)"
+)
 
 
 def gone(pid: int) -> GoneError:
@@ -122,9 +125,10 @@ def read_error(error: OSError, path: str, pid: int, shown: str | None = None) ->
         return denied(name)
     if error.errno == errno.EFBIG:
         return beyond_limit(f"cannot read {name}: {error.strerror}")
+    too_many = error.errno in (errno.EMFILE, errno.ENFILE)
     return FailedError(
         f"cannot read {name}: {error.strerror}",
-        "check whether /proc is mounted",
+        REMEDY_OPEN_FILES if too_many else "check whether /proc is mounted",
         code=Code.PROC,
     )
 

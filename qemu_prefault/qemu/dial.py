@@ -42,7 +42,8 @@ _REMEDY_BUSY: Final = (
 )
 REMEDY_SILENT: Final = (
     "check that the socket is a QMP monitor and not a guest agent, which sends no greeting\n"
-    "check whether QEMU is stopped or blocked in its main loop"
+    "check whether QEMU is stopped or frozen, is blocked in its main loop, or has reached its "
+    "limit on open files (prlimit --pid PID --nofile, ls /proc/PID/fd)"
 )
 
 
