@@ -19,6 +19,9 @@ from . import proc_files
 from .proc_files import parse_number, read_file, read_optional
 from .procfs import Process
 
+OVERCOMMIT: Final = "/proc/sys/vm/overcommit_memory"
+OVERCOMMIT_NEVER: Final = 2  # include/uapi/linux/mman.h
+MEMINFO: Final = "/proc/meminfo"
 PATH_MAX: Final = 4096  # include/uapi/linux/limits.h
 
 
@@ -220,6 +223,24 @@ def memory_headroom(process: Process) -> list[Limit]:
         limits.append(Limit("host", available, "MemAvailable in /proc/meminfo", True))
     limits += _cgroup_limits(process, "memory", memory_limit)
     return limits
+
+
+def commit_limit() -> list[Limit]:
+    """Return a list that contains the limit on committed memory, if the kernel enforces it.
+
+    The kernel commits private memory when it is mapped. It commits a page of a tmpfs file or a
+    memfd when it allocates the page (mm/shmem.c, ``shmem_acct_blocks()``). If the limit is reached,
+    the kernel refuses memory to all processes, and a guest that accesses a new page gets SIGBUS.
+    """
+    if parse_number(read_optional(OVERCOMMIT)) != OVERCOMMIT_NEVER:
+        return []
+    meminfo = parse_key_values(read_optional(MEMINFO) or "")
+    if "CommitLimit" not in meminfo or "Committed_AS" not in meminfo:
+        return []
+    limit, committed = meminfo["CommitLimit"], meminfo["Committed_AS"]
+    detail = f"CommitLimit {limit}, Committed_AS {committed}"
+    name = "the limit on committed memory (vm.overcommit_memory=2)"
+    return [Limit(name, max(0, limit - committed), detail, True)]
 
 
 def hugetlb_pool_limit(page_size: int, nodes: Sequence[int] = (), ours: int = 0) -> Limit:

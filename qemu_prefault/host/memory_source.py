@@ -28,6 +28,7 @@ from ..units import PAGE_SIZE
 from .bounded import limit_of, list_bounded, read_bounded
 from .headroom import (
     Limit,
+    commit_limit,
     hugetlb_cgroup_limits,
     hugetlb_pool_limit,
     memory_headroom,
@@ -92,8 +93,11 @@ class MemorySource:
             limits = memory_headroom(self.process)
             if nodes:
                 limits.append(node_limit(nodes))
-            if is_copied(self.process, self.mapping):
+            copied = is_copied(self.process, self.mapping)
+            if copied:
                 limits = [replace(limit, cost=2) for limit in limits]
+            if copied or is_in_memory(self.process, self.mapping):
+                limits += commit_limit()
         limits += file_system_limit(self.process, self.mapping, together)
         return limits
 
@@ -236,6 +240,15 @@ def is_on_fuse(process: Process, mapping: MemoryMapping) -> bool:
     """Return whether a file on FUSE is mapped. The server may never respond to a system call."""
     kind = _file_system(process, mapping) if mapping.inode else None
     return kind is not None and kind.startswith(("fuse", "virtiofs"))
+
+
+def is_in_memory(process: Process, mapping: MemoryMapping) -> bool:
+    """Return whether a mapping is a shared file that exists only in memory, such as a memfd."""
+    if not mapping.shared or mapping.inode == 0:
+        return False
+    if _is_internal(mapping):
+        return mapping.path.startswith("/memfd:")
+    return _file_system(process, mapping) in IN_MEMORY
 
 
 def is_copied(process: Process, mapping: MemoryMapping) -> bool:

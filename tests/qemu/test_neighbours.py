@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from qemu_prefault.agents.plugin import plugin_path
-from qemu_prefault.host import memory_source
+from qemu_prefault.host import headroom, memory_source
 from support.hung_fuse import NAME, fuse
 from support.limits import MIB, cgroups, in_group, mounted, out_of_memory_kills, swap
 from support.plugin import capable_prefix, wait_started
@@ -198,6 +198,40 @@ def test_policy_of_qemus_threads_limits_nodes(
     result = vm_of(*machine, prefix=[sys.executable, "-c", BIND]).prefault("--populate-only")
     assert result.status == status, result.stdout
     assert status == 0 or "NUMA node 0 has only" in result.error["cause"]
+
+
+# --- committed memory ---
+
+
+@pytest.fixture
+def little_to_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulate vm.overcommit_memory=2 on a host on which 34 MiB may still be committed."""
+    (tmp_path / "overcommit").write_text("2\n")
+    (tmp_path / "meminfo").write_text("CommitLimit: 100352 kB\nCommitted_AS: 65536 kB\n")
+    monkeypatch.setattr(headroom, "OVERCOMMIT", str(tmp_path / "overcommit"))
+    monkeypatch.setattr(headroom, "MEMINFO", str(tmp_path / "meminfo"))
+
+
+@pytest.mark.parametrize(
+    ("backend", "status"),
+    [
+        ("memory-backend-memfd,id=m,size=64M", 5),
+        ("memory-backend-memfd,id=m,size=64M,share=off", 5),
+        ("memory-backend-file,id=m,size=64M,mem-path=TMPFS,share=on", 5),
+        ("memory-backend-ram,id=m,size=64M", 0),
+        ("memory-backend-ram,id=m,size=64M,share=on", 0),
+    ],
+)
+@pytest.mark.usefixtures("little_to_commit")
+def test_committed_memory_is_limited(
+    vm_of: StartVm, tmpfs: Path, backend: str, status: int
+) -> None:
+    """Check that only memory that is not committed yet is held against the limit."""
+    memory = backend.replace("TMPFS", str(tmpfs))
+    vm = vm_of("-m", "64M", "-object", memory, "-machine", "memory-backend=m")
+    result = vm.prefault("--populate-only")
+    assert result.status == status, result.stdout
+    assert status == 0 or "limit on committed memory" in result.error["cause"]
 
 
 # --- servers that do not respond ---

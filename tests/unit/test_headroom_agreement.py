@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from qemu_prefault._native import ffi, lib
-from qemu_prefault.host import memory_source
+from qemu_prefault.host import headroom, memory_source
 from qemu_prefault.host.headroom import (
     cgroup_directories,
     cgroup_hugetlb_limit,
@@ -258,6 +258,35 @@ def test_host(tmp_path: Path) -> None:
     file.write_text("MemTotal:       16 kB\n")
     with opened(file) as fd:
         assert lib.pf_headroom_host(fd) == UNLIMITED
+
+
+@pytest.mark.parametrize(
+    ("mode", "meminfo", "expected"),
+    [
+        ("2", "CommitLimit: 300 kB\nCommitted_AS:  100 kB\n", 200 << 10),
+        ("2", "CommitLimit: 100 kB\nCommitted_AS:  300 kB\n", 0),
+        ("1", "CommitLimit: 300 kB\nCommitted_AS:  100 kB\n", None),
+        ("0", "CommitLimit: 300 kB\nCommitted_AS:  100 kB\n", None),
+        ("2", "CommitLimit: 300 kB\n", None),
+        ("2", "Committed_AS: 300 kB\n", None),
+        ("x", "CommitLimit: 300 kB\nCommitted_AS:  100 kB\n", None),
+    ],
+)
+def test_committed_memory(
+    mode: str,
+    meminfo: str,
+    expected: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write(tmp_path, {"overcommit": mode, "meminfo": meminfo})
+    monkeypatch.setattr(headroom, "OVERCOMMIT", str(tmp_path / "overcommit"))
+    monkeypatch.setattr(headroom, "MEMINFO", str(tmp_path / "meminfo"))
+    in_python = [limit.available for limit in headroom.commit_limit()]
+    assert in_python == ([] if expected is None else [expected])
+    with opened(tmp_path / "overcommit") as overcommit, opened(tmp_path / "meminfo") as file:
+        left = lib.pf_headroom_commit(overcommit, file)
+    assert (None if left == UNLIMITED else left) == expected
 
 
 # --- NUMA nodes ---

@@ -94,6 +94,17 @@ uint64_t pf_headroom_host(int32_t meminfo_fd)
 	return read_value(meminfo_fd, "MemAvailable:", &kib) ? kib << 10 : HEADROOM_UNLIMITED;
 }
 
+uint64_t pf_headroom_commit(int32_t overcommit_fd, int32_t meminfo_fd)
+{
+	uint64_t mode, limit, committed;
+
+	if (!read_number(overcommit_fd, &mode) || mode != 2 ||
+	    !read_value(meminfo_fd, "CommitLimit:", &limit) ||
+	    !read_value(meminfo_fd, "Committed_AS:", &committed))
+		return HEADROOM_UNLIMITED;
+	return left_of(limit, committed) << 10;
+}
+
 static bool has_word(const char *list, const char *word)
 {
 	size_t length = strlen(word);

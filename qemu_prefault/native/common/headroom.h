@@ -30,6 +30,11 @@ struct headroom_files {
 
 /* Return MemAvailable, read from a descriptor for /proc/meminfo. */
 uint64_t pf_headroom_host(int32_t meminfo_fd);
+/*
+ * Return the bytes that may still be committed, if vm.overcommit_memory is 2. The arguments are
+ * descriptors for /proc/sys/vm/overcommit_memory and /proc/meminfo.
+ */
+uint64_t pf_headroom_commit(int32_t overcommit_fd, int32_t meminfo_fd);
 
 /*
  * Find a process's cgroup. cgroup_file is the path of the process's /proc/PID/cgroup, and

@@ -43,6 +43,7 @@ static void print_short(const struct claim *claim, uint64_t left)
 {
 	static const char *const names[SOURCE_KINDS] = {
 		[SOURCE_HOST] = "host or the cgroup",
+		[SOURCE_COMMIT] = "limit on committed memory (vm.overcommit_memory=2)",
 		[SOURCE_NODES] = "set of NUMA nodes that guest memory is bound to",
 		[SOURCE_POOL] = "pool or the cgroup",
 		[SOURCE_FILE_SYSTEM] = "file system",

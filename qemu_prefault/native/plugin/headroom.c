@@ -16,7 +16,7 @@
 
 enum { CGROUP_LEVELS = 16, FILES_MAX = 64 };
 
-static int meminfo_fd = -1, pools_fd = -1, nodes_fd = -1, min_free_fd = -1;
+static int meminfo_fd = -1, overcommit_fd = -1, pools_fd = -1, nodes_fd = -1, min_free_fd = -1;
 static struct source_nodes nodes_with_memory;
 static bool several_nodes;
 static struct headroom_files memory_groups[CGROUP_LEVELS];
@@ -123,6 +123,9 @@ size_t pf_headroom_sources(uint64_t hva, uint64_t size, struct memory_source *so
 	 */
 	if (source.page_size)
 		allocates_file = !source.reserved;
+	/* The kernel commits a page of a tmpfs file or a memfd when it allocates the page. */
+	if (allocates_file && file.fd >= 0 && !source.page_size && !(facts & MEMORY_DISK_FILE))
+		sources[count++] = (struct memory_source){ .kind = SOURCE_COMMIT, .cost = 1 };
 	if (allocates_file && file.fd >= 0)
 		sources[count++] = file;
 	return count;
@@ -132,7 +135,7 @@ bool pf_headroom_same(const struct memory_source *a, const struct memory_source 
 {
 	if (a->kind != b->kind)
 		return false;
-	if (a->kind == SOURCE_HOST)
+	if (a->kind == SOURCE_HOST || a->kind == SOURCE_COMMIT)
 		return true;
 	if (a->kind == SOURCE_FILE_SYSTEM)
 		return a->device == b->device && a->inode == b->inode;
@@ -197,6 +200,9 @@ uint64_t pf_headroom_left(const struct memory_source *source, uint64_t ours, uin
 	case SOURCE_HOST:
 		left = pf_headroom();
 		break;
+	case SOURCE_COMMIT:
+		left = pf_headroom_commit(overcommit_fd, meminfo_fd);
+		break;
 	case SOURCE_NODES:
 		left = pf_source_nodes(nodes_fd, &source->nodes);
 		reserve += kernel_reserve();
@@ -221,6 +227,7 @@ bool pf_headroom_visible(const struct memory_source *source)
 		return sees_hugetlb_groups;
 	case SOURCE_FILE_SYSTEM:
 		return file_system_left(source, &left, &shared);
+	case SOURCE_COMMIT:
 	case SOURCE_NODES:
 	case SOURCE_KINDS:
 		break;
@@ -318,6 +325,8 @@ void pf_headroom_open(void)
 	close_groups(); /* after a fork, these are the parent's cgroups */
 	if (meminfo_fd < 0)
 		meminfo_fd = open("/proc/meminfo", O_RDONLY | O_CLOEXEC);
+	if (overcommit_fd < 0)
+		overcommit_fd = open("/proc/sys/vm/overcommit_memory", O_RDONLY | O_CLOEXEC);
 	open_nodes();
 	if (min_free_fd < 0)
 		min_free_fd = open("/proc/sys/vm/min_free_kbytes", O_RDONLY | O_CLOEXEC);

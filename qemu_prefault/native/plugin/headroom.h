@@ -18,7 +18,14 @@ void pf_headroom_open(void);
 /* Return the bytes that MemAvailable and the limits of QEMU's cgroups still allow. */
 uint64_t pf_headroom(void);
 
-enum source_kind { SOURCE_HOST, SOURCE_NODES, SOURCE_POOL, SOURCE_FILE_SYSTEM, SOURCE_KINDS };
+enum source_kind {
+	SOURCE_HOST,
+	SOURCE_COMMIT,
+	SOURCE_NODES,
+	SOURCE_POOL,
+	SOURCE_FILE_SYSTEM,
+	SOURCE_KINDS
+};
 
 /* A source of the memory that populating a range allocates. */
 struct memory_source {
