@@ -306,7 +306,8 @@ def file_system_limit(
     if mapping.inode == 0 or _is_internal(mapping) or is_on_fuse(process, mapping):
         return []
     # The size of a hugetlbfs also limits private mappings (mm/hugetlb.c, subpools).
-    allocates_file = mapping.shared or _file_system(process, mapping) == "hugetlbfs"
+    kind = _file_system(process, mapping)
+    allocates_file = mapping.shared or kind == "hugetlbfs"
     if not allocates_file and not is_copied(process, mapping):
         return []
     path = _reach(process, mapping)
@@ -321,7 +322,8 @@ def file_system_limit(
         return []
     free = figures.f_bavail * figures.f_frsize
     ours = {(mapping.device, mapping.inode), *together}
-    promised = unwritten_bytes(process, mapping.device, ours)
+    in_memory = kind in IN_MEMORY | {"hugetlbfs"}
+    promised = unwritten_bytes(process, mapping.device, ours, in_memory=in_memory)
     place = os.path.dirname(mapping.path.removesuffix(" (deleted)")) or "/"
     detail = f"{free} bytes are free, of which {promised} are committed to other files"
     left = max(0, free - promised)

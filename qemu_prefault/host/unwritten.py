@@ -9,7 +9,7 @@ own user come first, because other users cannot create these.
 
 A file that was deleted is visible only in the maps of the processes that have mapped it. The name
 of a process does not show whether it is a guest, because ``-name process=`` changes QEMU's name.
-Therefore the search reads the maps of all processes.
+Therefore the search reads the maps of all processes if the files exist only in memory.
 """
 
 from __future__ import annotations
@@ -81,24 +81,32 @@ class _Search:
             self.holes[status.st_ino] = max(0, status.st_size - status.st_blocks * 512)
 
 
-def unwritten_bytes(process: Process, device: tuple[int, int], without: AbstractSet[FileId]) -> int:
+def unwritten_bytes(
+    process: Process,
+    device: tuple[int, int],
+    without: AbstractSet[FileId],
+    *,
+    in_memory: bool = True,
+) -> int:
     """Return the total size of the holes in the files of a file system.
 
     :param process: A process in whose mount namespace the file system is mounted.
     :param without: Files that do not count.
+    :param in_memory: Whether the files exist only in memory. On a disk, deleted files count only if
+        a process with QEMU's name has mapped them, because other programs map large sparse files.
     """
     key = (process.pid, device)
     result = _results.get(key)
     if result is None or time.monotonic() > result.expires:
         began = time.monotonic()
-        holes = _find_holes(process, device)
+        holes = _find_holes(process, device, in_memory)
         now = time.monotonic()
         result = _Result(holes, now + max(REUSE_SECONDS, 2 * (now - began)))
         _results[key] = result
     return sum(hole for inode, hole in result.holes.items() if (device, inode) not in without)
 
 
-def _find_holes(process: Process, device: tuple[int, int]) -> dict[int, int]:
+def _find_holes(process: Process, device: tuple[int, int], in_memory: bool) -> dict[int, int]:
     """Return the unwritten bytes of each file that the search finds, by inode."""
     search = _Search(device)
     root = _open_root(process, device)
@@ -109,16 +117,18 @@ def _find_holes(process: Process, device: tuple[int, int]) -> dict[int, int]:
         finally:
             os.close(root)
     left = {True: MAX_TRUSTED, False: MAX_PROCESSES}
-    for trusted, pid in _other_processes(process):
-        if left[trusted] > 0 and _add_mapped_files(pid, device, search):
-            left[trusted] -= 1
+    for trusted, has_name, pid in _other_processes(process):
+        if (in_memory or has_name) and left[trusted] > 0:
+            left[trusted] -= _add_mapped_files(pid, device, search)
     return search.holes
 
 
-def _other_processes(process: Process) -> list[tuple[bool, int]]:
-    """Return the pids of other processes, and whether each belongs to root or to QEMU's user.
+def _other_processes(process: Process) -> list[tuple[bool, bool, int]]:
+    """Return the other processes.
 
-    These processes are first in the list. Among the others, processes with QEMU's names are first.
+    A process is a tuple of three items: whether it belongs to root or to QEMU's user, whether it
+    has a name of QEMU, and its pid. The processes of these users are first in the list. Among the
+    others, those with such a name are first.
     """
     found = []
     trusted_users = {0, os.stat(process.proc).st_uid}
@@ -129,7 +139,7 @@ def _other_processes(process: Process) -> list[tuple[bool, int]]:
             trusted = os.stat(f"{proc_files.PROC}/{entry}").st_uid in trusted_users
             name = read_optional(f"{proc_files.PROC}/{entry}/comm") or ""
             found.append((not trusted, "qemu" not in name and "kvm" not in name, int(entry)))
-    return [(not untrusted, pid) for untrusted, _, pid in sorted(found)]
+    return [(not untrusted, not unnamed, pid) for untrusted, unnamed, pid in sorted(found)]
 
 
 def _add_mapped_files(pid: int, device: tuple[int, int], search: _Search) -> bool:

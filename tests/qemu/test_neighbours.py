@@ -244,6 +244,21 @@ def test_hung_mount_in_a_tmpfs_does_not_block(vm_of: StartVm, tmpfs: Path) -> No
         assert vm.prefault("--populate-only").status == 0
 
 
+def test_hung_file_mount_in_a_tmpfs_does_not_block(
+    vm_of: StartVm, tmpfs: Path, tmp_path: Path
+) -> None:
+    vm = vm_of(*ram(tmpfs / "ram", 64))
+    with fuse(tmp_path / "mount", MIB) as hang:
+        file = tmpfs / "file"
+        file.write_bytes(b"")
+        subprocess.run(["mount", "--bind", tmp_path / "mount" / NAME, file], check=True)
+        try:
+            hang()
+            assert vm.prefault("--populate-only").status == 0
+        finally:
+            subprocess.run(["umount", "--lazy", file], check=True)
+
+
 @needs_kvm
 def test_hung_mount_does_not_freeze_the_guest(
     start_qemu: StartQemu, tmpfs: Path, tmp_path: Path
