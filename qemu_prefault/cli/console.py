@@ -196,7 +196,11 @@ def print_warnings() -> None:
 
 
 def run_async(main: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine, and cancel it on SIGTERM, SIGHUP or Ctrl-C."""
+    """Run a coroutine, and cancel it on SIGTERM, SIGHUP or Ctrl-C.
+
+    A stopped tool cannot resume the guest, or a thread of QEMU that it traces. Therefore ignore the
+    signals with which a terminal stops a process: Ctrl-Z, and ``stty tostop``.
+    """
     import asyncio  # noqa: PLC0415
     import signal  # noqa: PLC0415
 
@@ -208,6 +212,8 @@ def run_async(main: Coroutine[Any, Any, None]) -> None:
             loop.add_signal_handler(number, task.cancel)
         await main
 
+    for number in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
+        signal.signal(number, signal.SIG_IGN)
     print_warnings()
     try:
         asyncio.run(guarded())

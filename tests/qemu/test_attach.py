@@ -251,6 +251,17 @@ def test_interrupt_removes_helpers(vm_of: StartVm, number: int) -> None:
     assert vm.qmp.status() == "running"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTSTP, signal.SIGTTOU])
+def test_terminal_does_not_stop_the_tool(vm_of: StartVm, number: int) -> None:
+    """Check that Ctrl-Z does not stop a run, which would leave a thread of QEMU stopped."""
+    vm = vm_of("-m", "512M", paused=False)
+    tool = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")
+    wait_for(lambda: bool(leftovers(vm.pid)), "the helpers run")
+    tool.send_signal(number)
+    assert tool.finish(60).status == 0
+    assert leftovers(vm.pid) == []
+
+
 def test_qemu_exit_during_a_run_is_reported(vm_of: StartVm) -> None:
     vm = vm_of("-m", "2G", paused=False)
     tool = start_tool(vm.qemu, "--populate-only", "--chunk", "4096")
