@@ -28,6 +28,11 @@ from __future__ import annotations
 import enum
 from typing import Final
 
+#: The remedy if this process has no free file descriptors.
+REMEDY_OPEN_FILES: Final = (
+    "raise the limit on the files that qemu-prefault may open (ulimit -n, fs.file-max)"
+)
+
 
 class ExitStatus(enum.IntEnum):
     """The exit statuses of the command line, whose values never change."""

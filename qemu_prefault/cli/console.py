@@ -14,7 +14,7 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from ..errors import Code, ExitStatus, FailedError, QemuPrefaultError
+from ..errors import REMEDY_OPEN_FILES, Code, ExitStatus, FailedError, QemuPrefaultError
 from ..text import install_hooks, write, write_json
 from ..units import format_size
 from .format import error_json
@@ -160,8 +160,6 @@ def _bug(error: Exception) -> QemuPrefaultError:
 
 def _shortage(error: BaseException | None) -> FailedError | None:
     """Return the error for a limit of this process that an exception or its context shows."""
-    from ..host.proc_files import REMEDY_OPEN_FILES  # noqa: PLC0415
-
     while error is not None:
         number = error.errno if isinstance(error, OSError) else None
         if number in (errno.EMFILE, errno.ENFILE):

@@ -13,13 +13,17 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from ..errors import Code, FailedError, GoneError, QemuPrefaultError, UnsupportedError
+from ..errors import (
+    REMEDY_OPEN_FILES,
+    Code,
+    FailedError,
+    GoneError,
+    QemuPrefaultError,
+    UnsupportedError,
+)
 from .bounded import limit_of, read_bounded
 
 PROC: Final = "/proc"
-REMEDY_OPEN_FILES: Final = (
-    "raise the limit on the files that qemu-prefault may open (ulimit -n, fs.file-max)"
-)
 
 
 def gone(pid: int) -> GoneError:

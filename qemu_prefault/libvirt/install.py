@@ -37,7 +37,7 @@ RULE_TEXT = """\
 # The files that the plugin reads inside QEMU. Installed by `qemu-prefault libvirt install`.
   owner @{PROC}/@{pid}/{pagemap,smaps,cgroup,mountinfo,uid_map} r,
   owner @{PROC}/@{pid}/fd/ r,
-  @{PROC}/sys/{vm/min_free_kbytes,kernel/overflowuid} r,
+  @{PROC}/sys/{vm/min_free_kbytes,vm/overcommit_memory,kernel/overflowuid} r,
   /sys/fs/cgroup/{,**} r,
   /sys/devices/system/node/{,**} r,
   /sys/kernel/mm/hugepages/{,**} r,

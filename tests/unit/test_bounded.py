@@ -204,6 +204,7 @@ UNBOUNDED = {"read_text", "read_bytes", "readlines", "pread", "preadv", "open"}
 ALLOWED = {
     ("host/bounded.py", "pread"),  # after a check of the size
     ("host/executable.py", "open"),  # reads limited sizes
+    ("host/memory_source.py", "open"),  # reads a page
     ("host/placement.py", "open"),  # writes
     ("host/reservations.py", "pread"),  # a constant size
 }
