@@ -88,7 +88,7 @@ class DistroTest(PrefaultTest):
         guest.fill("data", DATA_MIB)
         checksum = guest.checksum("data")
         guest.shell("sync")
-        guest.save(directory / "state", timeout=600)
+        guest.save(directory / "state", timeout=TOOL_SECONDS)
         shutil.copy(self.overlay_of(guest), directory / "overlay")
         (directory / "saved.json").write_text(
             json.dumps({"boot": asdict(boot), "checksum": checksum})
@@ -116,7 +116,7 @@ class DistroTest(PrefaultTest):
         """Return a restored guest, which is paused and has empty stage-2 tables."""
         overlay = self.copy_of(saved, f"copy-{len(self.guests)}")
         guest = self.start(overlay, incoming=saved.state, paused=True, **options)
-        guest.wait_restored(timeout=600)
+        guest.wait_restored(timeout=TOOL_SECONDS)
         return guest
 
     def check_data(self, guest: SystemGuest, saved: Saved) -> None:
@@ -182,7 +182,7 @@ class DistroTest(PrefaultTest):
         guest = self.start(self.copy_of(saved), incoming="defer")
         tool = self.start_tool(guest, "--incoming")
         tool.wait_ready()
-        guest.qmp("migrate-incoming", timeout=600, uri=f"file:{saved.state}")
+        guest.qmp("migrate-incoming", timeout=TOOL_SECONDS, uri=f"file:{saved.state}")
         tool.finish(TOOL_SECONDS).complete()
         stopwatch = Stopwatch(guest, from_its_start=True)
         self.check_data(guest, saved)
@@ -207,7 +207,7 @@ class DistroTest(PrefaultTest):
                 tool = self.start_tool(target, "--incoming")
                 tool.wait_ready()
             source.qmp("migrate", uri=uri)
-            source.wait_migrated(timeout=900)
+            source.wait_migrated(timeout=TOOL_SECONDS)
             source.kill()
             if prefault:
                 tool.finish(TOOL_SECONDS).complete()
@@ -239,7 +239,7 @@ class DistroTest(PrefaultTest):
             # The guest reports the result with ACPI's _OST method.
             info: dict[str, Any] = {}
             while info.get("device") != f"dimm{number}":
-                info = guest.wait_event("ACPI_DEVICE_OST", timeout=300)["data"]["info"]
+                info = guest.wait_event("ACPI_DEVICE_OST", timeout=TOOL_SECONDS)["data"]["info"]
             self.assertEqual(info["status"], 0, info)
             self.assertGreater(self.memory_of(guest), total)
             if prefault:

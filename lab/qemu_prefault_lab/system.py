@@ -114,7 +114,7 @@ class SystemGuest(QemuGuest):
         """Wait until a booting guest shows its login prompt."""
         self.expect(r"login: ", timeout)
 
-    def log_in(self, timeout: float = 300.0) -> None:
+    def log_in(self, timeout: float = 900.0) -> None:
         """Log in as root at the login prompt, and start the shell for :meth:`shell`."""
         self.type("root\n")
         self.expect(r"Password: ", timeout)
@@ -126,7 +126,7 @@ class SystemGuest(QemuGuest):
         self.type("echo '@''ready@'\n")
         self.expect("@ready@", timeout)
 
-    def shell(self, command: str, timeout: float = 300.0, check: bool = True) -> str:
+    def shell(self, command: str, timeout: float = 900.0, check: bool = True) -> str:
         """Run a command in the shell of :meth:`log_in` and return its output.
 
         :raises GuestError: If the command failed and ``check`` is set, or if the command timed out.
