@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qemu_prefault.agents.plugin import plugin_path
+from qemu_prefault.host.kvm import paging
 
 from .errors import GuestError
 from .qemu_guest import QemuConfig, QemuGuest, plugin_options
@@ -75,11 +76,8 @@ def thp(mode: str) -> str:
 
 def mmu() -> str:
     """Return how this host's KVM translates guest addresses: ``ept``, ``npt`` or ``shadow``."""
-    for module, name in (("kvm_intel", "ept"), ("kvm_amd", "npt")):
-        parameter = Path("/sys/module", module, "parameters", name)
-        if parameter.exists():
-            return name if parameter.read_text().strip() in ("Y", "1") else "shadow"
-    return "shadow"
+    found = paging()
+    return "shadow" if found is None else found.name.lower()
 
 
 def reserve_hugepages(count: int) -> int:

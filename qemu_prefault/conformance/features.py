@@ -6,26 +6,23 @@ On AMD's CPUs, NPT always has accessed and dirty bits, and the CPU does not log 
 
 from __future__ import annotations
 
-from ..host.kvm import parameter
-
-
-def on(value: str | None) -> bool:
-    """Return whether the value of a module's parameter means "on"."""
-    return value in ("Y", "1", "y")
+from ..host.kvm import is_on, paging, parameter
 
 
 def has_ad_bits() -> bool:
     """Return whether stage-2 entries have accessed and dirty bits.
 
     With ``kvm_intel.eptad=0``, they do not have these bits. The guest then exits at its first
-    access to each mapped page (mmu/spte.c:mark_spte_for_access_track()).
+    access to each prefaulted page (mmu/spte.c:mark_spte_for_access_track()).
     """
-    return not on(parameter("kvm_intel", "ept")) or on(parameter("kvm_intel", "eptad"))
+    found = paging()
+    return found is None or found.ad_bits
 
 
 def logs_dirty_pages() -> bool:
     """Return whether the CPU logs dirty pages (PML), so that KVM need not write-protect them."""
-    return on(parameter("kvm_intel", "ept")) and on(parameter("kvm_intel", "pml"))
+    found = paging()
+    return found is not None and found.pml
 
 
 def virtualizes_apic() -> bool:
@@ -33,4 +30,4 @@ def virtualizes_apic() -> bool:
 
     mmu/mmu.c:kvm_mmu_faultin_pfn() maps this page only if kvm_apicv_activated().
     """
-    return on(parameter("kvm_intel", "enable_apicv")) or on(parameter("kvm_amd", "avic"))
+    return is_on(parameter("kvm_intel", "enable_apicv")) or is_on(parameter("kvm_amd", "avic"))

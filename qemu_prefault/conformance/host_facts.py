@@ -11,10 +11,10 @@ from pathlib import Path
 
 from .._native import lib
 from ..errors import Code, UnsupportedError
-from ..host.kvm import KVM_CAP_PRE_FAULT_MEMORY, parameter
+from ..host.kvm import KVM_CAP_PRE_FAULT_MEMORY, is_on, paging, parameter
 from ..units import PAGE_SIZE
 from . import abi, device
-from .features import has_ad_bits, on
+from .features import has_ad_bits
 from .vmm import KvmVm
 
 
@@ -88,20 +88,20 @@ def read_host_facts() -> HostFacts:
         return max(0, int(lib.pf_vmm_ioctl(kvm_fd, abi.CHECK_EXTENSION, capability)))
 
     capability = check(KVM_CAP_PRE_FAULT_MEMORY) > 0
-    amd = on(parameter("kvm_amd", "npt"))
+    found = paging()
     return HostFacts(
         kernel=os.uname().release,
         capability=capability,
         refusal=_refusal(),
-        paging="NPT" if amd else "EPT" if on(parameter("kvm_intel", "ept")) else "shadow",
-        tdp_mmu=on(parameter("kvm", "tdp_mmu")),
+        paging="shadow" if found is None else found.name,
+        tdp_mmu=is_on(parameter("kvm", "tdp_mmu")),
         ad_bits=has_ad_bits(),
         vm_types=check(abi.CAP_VM_TYPES),
         quirks=check(abi.CAP_DISABLE_QUIRKS2),
         smm=check(abi.CAP_X86_SMM) > 0,
         dirty_ring=check(abi.CAP_DIRTY_LOG_RING) > 0,
         gmem_flags=check(abi.CAP_GUEST_MEMFD_FLAGS),
-        nested_svm=on(parameter("kvm_amd", "nested")),
+        nested_svm=is_on(parameter("kvm_amd", "nested")),
         thp="[never]" not in _text("/sys/kernel/mm/transparent_hugepage/enabled"),
         hugepages=(_free(2048), _free(1048576)),
         ksm=_text("/sys/kernel/mm/ksm/run") == "1",

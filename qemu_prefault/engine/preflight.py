@@ -224,10 +224,11 @@ def find_warnings(options: Options, targets: Sequence[Target], state: VmState) -
             f"KVM cannot use huge pages for {', '.join(dict.fromkeys(crooked))}, because guest and "
             "host addresses differ modulo 2 MiB; to align them, use memory-backend-file,align=2M"
         )
-    if kvm.parameter("kvm_intel", "eptad") == "N":
+    paging = kvm.paging()
+    if paging is not None and not paging.ad_bits:
         found[Code.NO_EPT_AD] = (
-            "this CPU's EPT has no accessed/dirty bits, so the first access to a prefaulted page "
-            "still causes one exit"
+            "KVM uses EPT without accessed/dirty bits (kvm_intel.eptad=N), so the first access to "
+            "a prefaulted page still causes one exit"
         )
     if kvm.parameter("kvm", "nx_huge_pages") == "Y":
         found[Code.NX_HUGE_PAGES] = (

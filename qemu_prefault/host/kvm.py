@@ -65,8 +65,46 @@ def parameter(module: str, name: str) -> str | None:
     return text.decode(errors="replace").strip()
 
 
+def is_on(value: str | None) -> bool:
+    """Return whether the value of a module's parameter means "on"."""
+    return value in ("Y", "1", "y")
+
+
 def _off(value: str | None) -> bool:
     return value in ("N", "0", "n")
+
+
+@dataclass(frozen=True, slots=True)
+class Paging:
+    """How KVM on this host translates guest-physical addresses.
+
+    :ivar name: ``NPT``, ``EPT`` or ``shadow``.
+    :ivar ad_bits: True if stage-2 entries have accessed and dirty bits. Only EPT can lack them, on
+        CPUs before Haswell and with ``kvm_intel.eptad=0``. KVM then makes a prefaulted entry
+        inaccessible, to detect the first access (mmu/spte.c:mark_spte_for_access_track()).
+    :ivar pml: True if the CPU logs dirty pages (page modification logging), so that KVM need not
+        write-protect them. Only EPT has this feature, and only with accessed and dirty bits.
+    """
+
+    name: str
+    ad_bits: bool = True
+    pml: bool = False
+
+
+def paging() -> Paging | None:
+    """Return how KVM on this host translates guest-physical addresses.
+
+    The result is None if sysfs contains the parameters of neither KVM module.
+    """
+    npt, ept = parameter("kvm_amd", "npt"), parameter("kvm_intel", "ept")
+    if npt is None and ept is None:
+        return None
+    if is_on(npt):
+        return Paging("NPT")
+    if is_on(ept):
+        ad_bits, pml = (is_on(parameter("kvm_intel", name)) for name in ("eptad", "pml"))
+        return Paging("EPT", ad_bits, pml)
+    return Paging("shadow")
 
 
 def pre_fault_capability(process: Process | None = None) -> Capability:

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 
 from qemu_prefault import _native
-from qemu_prefault.host.kvm import KVM_CAP_PRE_FAULT_MEMORY, pre_fault_capability
+from qemu_prefault.host import kvm
+from qemu_prefault.host.kvm import KVM_CAP_PRE_FAULT_MEMORY, Paging, paging, pre_fault_capability
 
 open_file = os.open
 
@@ -53,3 +55,39 @@ def test_permission_error_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     capability = pre_fault_capability()
     assert capability.available is None
     assert "Permission denied" in capability.reason
+
+
+INTEL = {"ept": "Y", "eptad": "Y", "pml": "Y"}
+
+
+@pytest.fixture
+def set_parameters(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that simulates the parameters of one KVM module."""
+
+    def replace(module: str, values: dict[str, str]) -> None:
+        monkeypatch.setattr(
+            kvm, "parameter", lambda asked, name: values.get(name) if asked == module else None
+        )
+
+    return replace
+
+
+@pytest.mark.parametrize(
+    ("module", "values", "result"),
+    [
+        ("kvm_amd", {"npt": "Y"}, Paging("NPT")),
+        ("kvm_amd", {"npt": "1"}, Paging("NPT")),
+        ("kvm_amd", {"npt": "N"}, Paging("shadow")),
+        ("kvm_intel", INTEL, Paging("EPT", ad_bits=True, pml=True)),
+        ("kvm_intel", INTEL | {"pml": "N"}, Paging("EPT", ad_bits=True, pml=False)),
+        ("kvm_intel", INTEL | {"eptad": "N", "pml": "N"}, Paging("EPT", False, False)),
+        # kvm_intel also clears these parameters if ept=0.
+        ("kvm_intel", {"ept": "N", "eptad": "N", "pml": "N"}, Paging("shadow")),
+        ("kvm", {}, None),
+    ],
+)
+def test_paging(
+    set_parameters: Callable[..., None], module: str, values: dict[str, str], result: Paging | None
+) -> None:
+    set_parameters(module, values)
+    assert paging() == result
