@@ -66,7 +66,7 @@ def _parallel(count: int, stripes: bool, with_guest: bool) -> None:
         all_at_once()
     expect_equal((vm.leaves() - before).pages_4k, _SIZE // PAGE_SIZE, "pages mapped")
     for vcpu in (*vcpus, reader):
-        expect_reads(vcpu, memory, 0)
+        expect_reads(vcpu, memory, 0, accessed=with_guest)
     expect_writes(reader, memory, 0)
 
 
