@@ -140,6 +140,29 @@ async def _plugin(process: Process) -> Finding:
     )
 
 
+def paging_finding() -> Finding | None:
+    """Report how KVM translates guest addresses, and the features of EPT that matter to a run."""
+    paging = kvm.paging()
+    if paging is None or paging.name == "shadow":
+        # Nothing is known, or the finding about KVM reports shadow paging.
+        return None
+    if paging.name == "NPT":
+        return Finding("paging", "ok", "NPT, which always has accessed/dirty bits")
+    if not paging.ad_bits:
+        text = (
+            "EPT without accessed/dirty bits (kvm_intel.eptad=N): the first access to each "
+            "prefaulted page still exits, and dirty logging write-protects pages"
+        )
+        remedy = "load kvm_intel with eptad=1 if the CPU supports these bits"
+        return Finding("paging", "note", text, remedy)
+    logging = (
+        "dirty logging uses PML and does not write-protect 4K pages"
+        if paging.pml
+        else "dirty logging write-protects pages, because PML is off (kvm_intel.pml=N)"
+    )
+    return Finding("paging", "ok", f"EPT with accessed/dirty bits; {logging}")
+
+
 def _host(process: Process) -> tuple[list[Finding], ExitStatus]:
     """Check the kernel, KVM, and the permission to trace QEMU."""
     status = ExitStatus.VERIFIED
@@ -152,6 +175,8 @@ def _host(process: Process) -> tuple[list[Finding], ExitStatus]:
         findings.append(Finding("kvm", verdict, capability.reason, capability.remedy))
         if capability.available is False:
             status = ExitStatus.UNSUPPORTED
+    if (paging := paging_finding()) is not None:
+        findings.append(paging)
     try:
         memory = open_memory(process)
         try:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from qemu_prefault import _native
+from qemu_prefault.engine.probe import paging_finding
 from qemu_prefault.host import kvm
 from qemu_prefault.host.kvm import KVM_CAP_PRE_FAULT_MEMORY, Paging, paging, pre_fault_capability
 
@@ -91,3 +92,37 @@ def test_paging(
 ) -> None:
     set_parameters(module, values)
     assert paging() == result
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict", "words"),
+    [
+        (INTEL, "ok", "uses PML"),
+        (INTEL | {"pml": "N"}, "ok", "PML is off"),
+        (INTEL | {"eptad": "N", "pml": "N"}, "note", "without accessed/dirty bits"),
+    ],
+)
+def test_probe_reports_features_of_ept(
+    set_parameters: Callable[..., None], values: dict[str, str], verdict: str, words: str
+) -> None:
+    set_parameters("kvm_intel", values)
+    finding = paging_finding()
+    assert finding is not None
+    assert (finding.check, finding.verdict) == ("paging", verdict)
+    assert words in finding.text
+    assert bool(finding.remedy) is (verdict == "note")
+
+
+def test_probe_reports_npt(set_parameters: Callable[..., None]) -> None:
+    set_parameters("kvm_amd", {"npt": "Y"})
+    finding = paging_finding()
+    assert finding is not None
+    assert finding.text.startswith("NPT")
+
+
+@pytest.mark.parametrize(("module", "name"), [("kvm_amd", "npt"), ("kvm_intel", "ept")])
+def test_probe_reports_shadow_paging_once(
+    set_parameters: Callable[..., None], module: str, name: str
+) -> None:
+    set_parameters(module, {name: "N"})
+    assert paging_finding() is None
