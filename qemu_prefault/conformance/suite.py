@@ -67,12 +67,6 @@ class Skip(Exception):
 Need = Callable[[HostFacts], str]
 
 
-_NO_AD_BITS = (
-    "this host's EPT has no accessed and dirty bits, so the first access to a prefaulted page "
-    "still faults (mmu/spte.c:mark_spte_for_access_track())"
-)
-
-
 @dataclass(frozen=True)
 class ConformanceCase:
     """One statement about the kernel, and the function that checks it.
@@ -101,8 +95,6 @@ class ConformanceCase:
 
     def obstacle(self, host: HostFacts) -> str:
         """Return the reason why a host cannot run the case, or an empty string."""
-        if self.mapping and host.paging == "EPT" and not host.ad_bits:
-            return _NO_AD_BITS
         return next((reason for need in self.needs if (reason := need(host))), "")
 
 

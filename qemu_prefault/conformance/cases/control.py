@@ -38,9 +38,9 @@ def _faults(make: Callable[[], Memory], most: int, writes: bool) -> None:
         f"KVM mapped only {grown}, expected at least {memory.size} bytes",
     )
     if writes:
-        expect_writes(fixture.vcpu, memory, 0)
+        expect_writes(fixture.vcpu, memory, 0, first=0)
     else:
-        expect_reads(fixture.vcpu, memory, 0, accessed=True)
+        expect_reads(fixture.vcpu, memory, 0, first=0)
 
 
 for name, make, most, required in (
@@ -75,9 +75,9 @@ def _faults_with_paging() -> None:
     before = vcpu.stat("pf_taken")
     expect_reads(vcpu, memory, None)
     expect(vcpu.stat("pf_taken") > before, "the guest's first reads took no fault")
-    expect_reads(vcpu, memory, 0, accessed=True)
+    expect_reads(vcpu, memory, 0, first=0)
     expect_writes(vcpu, memory, None)
-    expect_writes(vcpu, memory, 0)
+    expect_writes(vcpu, memory, 0, first=0)
 
 
 add(

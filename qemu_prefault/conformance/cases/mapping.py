@@ -9,6 +9,7 @@ from ...host.kvm import Stage2Leaves
 from ...units import HUGE_PAGE_SIZE, MIB, PAGE_SIZE
 from .. import abi, guest_code, needs
 from ..expectations import expect, expect_equal
+from ..features import has_ad_bits
 from ..guest_code import WRITE_32
 from ..memory import (
     DONTNEED,
@@ -23,7 +24,16 @@ from ..memory import (
 from ..suite import add, case
 from ..threads import BackgroundCall
 from ..vmm import LONG64, KvmVm
-from .common import GPA, PAGES, SLOT, expect_mapped, expect_reads, expect_writes, make_fixture
+from .common import (
+    GPA,
+    PAGES,
+    SLOT,
+    expect_faults,
+    expect_mapped,
+    expect_reads,
+    expect_writes,
+    make_fixture,
+)
 from .memory_kinds import COPIED, RULE, SMALL, touched
 
 
@@ -159,9 +169,10 @@ def part_of_a_slot() -> None:
     before = fixture.vm.leaves()
     fixture.vcpu.prefault_all(GPA + 8 * PAGE_SIZE, 4 * PAGE_SIZE)
     expect_mapped(fixture.vm, before, Stage2Leaves(4))
-    expect_equal(
+    expect_faults(
         fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA + 8 * PAGE_SIZE, 4)),
         0,
+        4,
         "faults taken by the guest inside the range",
     )
     expect_equal(
@@ -186,7 +197,7 @@ def neighbours_on_the_legacy_mmu() -> str:
     expect(1 <= grown.pages_4k <= 8, f"KVM mapped {grown}, expected 1 to 8 pages")
     taken = fixture.vcpu.faults_of(lambda: fixture.vcpu.read(GPA + 8 * PAGE_SIZE, 8))
     expect(
-        taken <= 8 - grown.pages_4k,
+        taken <= 8 - (grown.pages_4k if has_ad_bits() else 0),
         f"the guest took {taken} faults although KVM had mapped {grown.pages_4k} of 8 pages",
     )
     return f"1 page requested, {grown.pages_4k} mapped"
@@ -231,7 +242,7 @@ def executed() -> None:
             guest_code.EXECUTE_32, rsi=GPA, rcx=PAGES, rdx=PAGE_SIZE, rdi=back
         )
     )
-    expect_equal(taken, 0, "faults taken by the guest when it executed the pages")
+    expect_faults(taken, 0, PAGES, "faults taken by the guest when it executed the pages")
 
 
 @case(
@@ -249,9 +260,11 @@ def discarded() -> None:
     expect_mapped(fixture.vm, before, Stage2Leaves(PAGES - 8))
     fixture.vcpu.prefault_all(GPA, fixture.size)
     expect_mapped(fixture.vm, before, Stage2Leaves(PAGES))
-    expect_reads(fixture.vcpu, fixture.memory, 0)
+    # Without A/D bits, the second prefault makes the leaves that it finds accessible.
+    expect_reads(fixture.vcpu, fixture.memory, 0, first=8)
     expect_equal(fixture.memory.words()[:8], [0] * 8, "words in the discarded pages")
-    expect_writes(fixture.vcpu, fixture.memory, 8 * COPIED)
+    upgraded = 0 if has_ad_bits() else PAGES - 8
+    expect_writes(fixture.vcpu, fixture.memory, 8 * COPIED + upgraded, first=0)
 
 
 @case(

@@ -204,7 +204,7 @@ def _prefault_then(kind: MemoryKind, writes: bool) -> None:
         faults = kind.cost * (memory.size // kind.leaf)
         if kind.settled:
             expect_writes(fixture.vcpu, memory, faults)
-            expect_writes(fixture.vcpu, memory, 0, value=0x5A5A0001)
+            expect_writes(fixture.vcpu, memory, 0, value=0x5A5A0001, first=0)
         else:
             taken = expect_writes(fixture.vcpu, memory, None)
             expect(taken >= faults, f"the guest took {taken} faults, expected at least {faults}")

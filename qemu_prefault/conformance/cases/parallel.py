@@ -9,6 +9,7 @@ from __future__ import annotations
 from ...units import MIB, PAGE_SIZE
 from .. import guest_code
 from ..expectations import expect, expect_equal
+from ..features import has_ad_bits
 from ..memory import small
 from ..suite import add
 from ..threads import BackgroundCall, RunningVcpu
@@ -65,9 +66,13 @@ def _parallel(count: int, stripes: bool, with_guest: bool) -> None:
     else:
         all_at_once()
     expect_equal((vm.leaves() - before).pages_4k, _SIZE // PAGE_SIZE, "pages mapped")
-    for vcpu in (*vcpus, reader):
-        expect_reads(vcpu, memory, 0, accessed=with_guest)
-    expect_writes(reader, memory, 0)
+    # Without A/D bits, a prefault makes a leaf accessible that another vCPU has prefaulted before.
+    # If all vCPUs prefault the same range, the number of such leaves varies.
+    varies = not (stripes or with_guest or has_ad_bits())
+    expect_reads(vcpus[0], memory, None if varies else 0, first=0 if with_guest else None)
+    for vcpu in (*vcpus[1:], reader):
+        expect_reads(vcpu, memory, 0, first=0)
+    expect_writes(reader, memory, 0, first=0 if with_guest else None)
 
 
 for count in (2, 3, 4):
