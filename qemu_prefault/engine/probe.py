@@ -153,7 +153,9 @@ def paging_finding() -> Finding | None:
             "EPT without accessed/dirty bits (kvm_intel.eptad=N): the first access to each "
             "prefaulted page still exits, and dirty logging write-protects pages"
         )
-        remedy = "load kvm_intel with eptad=1 if the CPU supports these bits"
+        remedy = (
+            "load kvm_intel with eptad=1 if the CPU supports these bits, or use --populate-only"
+        )
         return Finding("paging", "note", text, remedy)
     logging = (
         "dirty logging uses PML and does not write-protect 4K pages"
