@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Run the conformance suite on three kernels, and write docs/conformance.md.
+"""Run the conformance suite in the lab, and write docs/conformance.md.
 
-The suite runs in three modes of KVM on each kernel.
+On an emulated AMD CPU, the suite runs on three kernels, in three modes of KVM each. On an emulated
+Intel CPU, it runs on two kernels, in seven modes each.
 
-    make conformance                                     run the suite in the lab (10 minutes)
+    make conformance                                     run the suite in the lab (40 minutes)
     scripts/make-conformance.py --keep DIR               run the suite; keep each run's JSON in DIR
+    scripts/make-conformance.py --keep DIR --run VARIANT replace the JSON of this variant's runs
     scripts/make-conformance.py --keep DIR --render      write the page from the JSON in DIR
 
 scripts/conformance.md.in contains the text around the tables.
@@ -27,12 +29,31 @@ ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = ROOT / "scripts" / "conformance.md.in"
 TARGET = ROOT / "docs" / "conformance.md"
 
-VARIANTS = ("bookworm", "trixie", "sid")
-MODES = {
+NPT_MODES = {
     "npt=1": (),
     "tdp_mmu=0": ("--no-tdp-mmu",),
     "npt=0": ("--no-npt",),
 }
+EPT_MODES = {
+    "ept=1": (),
+    "ept=1 enable_apicv=1": ("--module-parameter", "kvm_intel.enable_apicv=1"),
+    "ept=1 pml=0": ("--module-parameter", "kvm_intel.pml=0"),
+    "ept=1 eptad=0": ("--module-parameter", "kvm_intel.eptad=0"),
+    "ept=1 nx_huge_pages=force": ("--module-parameter", "kvm.nx_huge_pages=force"),
+    "ept=1 tdp_mmu=0": ("--no-tdp-mmu",),
+    "ept=0": ("--no-npt",),
+}
+MODES = {
+    "bookworm": NPT_MODES,
+    "trixie": NPT_MODES,
+    "sid": NPT_MODES,
+    "ept": EPT_MODES,
+    "ept-sid": EPT_MODES,
+}
+#: The variants with EPT, and the variants with NPT that run the same kernel.
+SAME_KERNEL = {"ept": "trixie", "ept-sid": "sid"}
+#: A table row names at most this number of cases.
+NAMED_CASES = 8
 SIGNS = {"pass": "✓", "differs": "≠", "refused": "r", "known bad": "B", "skip": "·",
          "FAIL": "**F**", "HANG": "**H**"}  # fmt: skip
 Runs = dict[tuple[str, str], dict[str, Any]]
@@ -44,7 +65,7 @@ def run(variant: str, mode: str) -> dict[str, Any]:
     The report's ``with_lab`` is the duration in seconds, including the start of the lab.
     """
     command = [sys.executable, "-m", "qemu_prefault_lab", "run", "--variant", variant, "--nested"]
-    command += MODES[mode]
+    command += MODES[variant][mode]
     for wheel in os.environ.get("QEMU_PREFAULT_WHEELS", "").split():
         command += ["--wheel", wheel]
     command += ["--timeout", "900", "--"]
@@ -74,6 +95,22 @@ def short(kernel: str) -> str:
     return ".".join(kernel.split("-", maxsplit=1)[0].split("+", maxsplit=1)[0].split(".")[:2])
 
 
+def on_npt(runs: Runs) -> Runs:
+    """Return the runs on the emulated AMD CPU."""
+    return {key: report for key, report in runs.items() if key[0] not in SAME_KERNEL}
+
+
+def counterpart(variant: str, mode: str) -> tuple[str, str]:
+    """Return the run on NPT with which a run on EPT is compared."""
+    other = {"ept=0": "npt=0", "ept=1 tdp_mmu=0": "tdp_mmu=0"}.get(mode, "npt=1")
+    return SAME_KERNEL[variant], other
+
+
+def label(runs: Runs, key: tuple[str, str]) -> str:
+    """Return the kernel and the mode of a run, as the tables show them."""
+    return f"{short(runs[key]['host']['kernel'])} `{key[1]}`"
+
+
 def summary(runs: Runs) -> Iterator[str]:
     """Yield a table of the runs, with the number of cases per outcome."""
     head = ["kernel", "mode", "ioctl offered", "cases", "✓", "≠", "r", "B", "·", "F, H", "seconds",
@@ -92,27 +129,56 @@ def summary(runs: Runs) -> Iterator[str]:
 
 
 def observed(runs: Runs) -> Iterator[str]:
-    """Yield a table of the observations that differ between runs."""
+    """Yield a table of the observations that differ between runs on NPT."""
     answers: dict[str, dict[str, list[str]]] = {}
-    for (_, mode), report in runs.items():
+    for key, report in on_npt(runs).items():
         for case in report["cases"]:
             if case["outcome"] == "differs":
-                name = f"{short(report['host']['kernel'])} `{mode}`"
-                answers.setdefault(case["id"], {}).setdefault(case["text"], []).append(name)
+                seen = answers.setdefault(case["id"], {}).setdefault(case["text"], [])
+                seen.append(label(runs, key))
     yield "| case | observed | on |"
     yield "|---|---|---|"
-    for name, seen in answers.items():
-        for text, where in seen.items():
+    for name, texts in answers.items():
+        for text, where in texts.items():
             yield f"| `{name}` | {text} | {', '.join(where)} |"
 
 
 def bugs(runs: Runs) -> Iterator[str]:
-    """Yield a list of the known bugs that each run detected."""
-    for (_, mode), report in runs.items():
+    """Yield a list of the known bugs that each run on NPT detected."""
+    for key, report in on_npt(runs).items():
         names = [case["id"] for case in report["cases"] if case["outcome"] == "known bad"]
         if names:
-            kernel = short(report["host"]["kernel"])
-            yield f"- {kernel} `{mode}`: " + ", ".join(f"`{name}`" for name in names)
+            yield f"- {label(runs, key)}: " + ", ".join(f"`{name}`" for name in names)
+
+
+def result_of(case: dict[str, Any]) -> str:
+    """Return what the table of differences shows for a case."""
+    sign = SIGNS[case["outcome"]]
+    return f"{sign} {case['text']}" if case["outcome"] in ("differs", "FAIL", "HANG") else sign
+
+
+def differences(runs: Runs) -> Iterator[str]:
+    """Yield a table of the cases whose results on EPT and NPT differ.
+
+    Cases with the same results in the same runs share a row.
+    """
+    where: dict[tuple[str, str, str], list[str]] = {}
+    for key, report in runs.items():
+        if key[0] not in SAME_KERNEL:
+            continue
+        others = {case["id"]: case for case in runs[counterpart(*key)]["cases"]}
+        for case in report["cases"]:
+            results = result_of(others[case["id"]]), result_of(case)
+            if results[0] != results[1]:
+                where.setdefault((case["id"], *results), []).append(label(runs, key))
+    shared: dict[tuple[str, str, str], list[str]] = {}
+    for (name, npt, ept), labels in where.items():
+        shared.setdefault((npt, ept, ", ".join(labels)), []).append(f"`{name}`")
+    yield "| case | NPT | EPT | on |"
+    yield "|---|---|---|---|"
+    for (npt, ept, on), names in shared.items():
+        text = ", ".join(names) if len(names) <= NAMED_CASES else f"{len(names)} cases"
+        yield f"| {text} | {npt} | {ept} | {on} |"
 
 
 def skips(runs: Runs) -> Iterator[str]:
@@ -131,21 +197,29 @@ def skips(runs: Runs) -> Iterator[str]:
 
 
 def matrix(runs: Runs) -> Iterator[str]:
-    """Yield a table of outcomes per area, with one column per run."""
+    """Yield a table of outcomes per area, with one column per run.
+
+    The table omits the runs on EPT in which all outcomes are as with ``ept=1``.
+    """
     first = next(iter(runs.values()))
     area = ""
-    head = [f"{short(r['host']['kernel'])} {mode}" for (_, mode), r in runs.items()]
     outcomes = {
         key: {case["id"]: SIGNS[case["outcome"]] for case in report["cases"]}
         for key, report in runs.items()
     }
+    outcomes = {
+        key: signs
+        for key, signs in outcomes.items()
+        if key[0] not in SAME_KERNEL or key[1] == "ept=1" or signs != outcomes[key[0], "ept=1"]
+    }
+    head = [f"{short(runs[key]['host']['kernel'])} {key[1]}" for key in outcomes]
     for case in first["cases"]:
         if case["id"].partition("/")[0] != area:
             area = case["id"].partition("/")[0]
             yield from ("", f"### {area}", "")
             yield f"| case | {' | '.join(head)} | statement |"
             yield "|---|" + ":-:|" * len(head) + "---|"
-        signs = " | ".join(outcomes[key].get(case["id"], "") for key in runs)
+        signs = " | ".join(column.get(case["id"], "") for column in outcomes.values())
         yield f"| `{case['id'].partition('/')[2]}` | {signs} | {case['says']} |"
 
 
@@ -154,7 +228,7 @@ def page(runs: Runs) -> str:
     text = TEMPLATE.read_text()
     for name, part in (
         ("SUMMARY", summary), ("OBSERVED", observed), ("BUGS", bugs), ("SKIPS", skips),
-        ("MATRIX", matrix),
+        ("DIFFERENCES", differences), ("MATRIX", matrix),
     ):  # fmt: skip
         text = text.replace(f"@{name}@", "\n".join(part(runs)).strip())
     return text
@@ -168,15 +242,25 @@ def main() -> int:
         action="store_true",
         help="read the JSON in the --keep directory instead of running the suite",
     )
+    parser.add_argument(
+        "--run",
+        action="append",
+        choices=list(MODES),
+        help="run the suite only in this variant, and read the results of the other variants from "
+        "the --keep directory",
+    )
     options = parser.parse_args()
+    if (options.render or options.run) and not options.keep:
+        parser.error("--render and --run need --keep")
+    variants = [] if options.render else options.run or list(MODES)
     runs: Runs = {}
     with tempfile.TemporaryDirectory() as scratch:
         directory = options.keep or Path(scratch)
         directory.mkdir(exist_ok=True)
-        for variant in VARIANTS:
-            for mode in MODES:
-                file = directory / f"{variant}-{mode}.json"
-                if not options.render:
+        for variant, modes in MODES.items():
+            for mode in modes:
+                file = directory / f"{variant}-{mode.replace(' ', '-')}.json"
+                if variant in variants:
                     print(f"{variant}, {mode}", file=sys.stderr, flush=True)
                     file.write_text(json.dumps(run(variant, mode)))
                 runs[variant, mode] = json.loads(file.read_text())
