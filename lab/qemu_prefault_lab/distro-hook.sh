@@ -27,6 +27,10 @@ customize)
 	mkdir -p "$root/etc/systemd/system.conf.d"
 	printf '[Manager]\nDefaultTimeoutStartSec=1h\nDefaultDeviceTimeoutSec=1h\n' \
 		>"$root/etc/systemd/system.conf.d/patient.conf"
+	# Some of systemd's services have limits of their own, also of 90 seconds, and watchdogs.
+	mkdir -p "$root/etc/systemd/system/service.d"
+	printf '[Service]\nTimeoutStartSec=1h\nWatchdogSec=0\n' \
+		>"$root/etc/systemd/system/service.d/patient.conf"
 	echo event_timeout=3600 >>"$root/etc/udev/udev.conf"
 	;;
 esac
