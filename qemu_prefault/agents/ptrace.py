@@ -13,6 +13,8 @@ Therefore no helper remains in QEMU.
 The thread creates a helper with clone(), so the helper inherits the memory policy, the scheduling
 class, the CPUs and the cgroup of the thread. This process immediately changes all of these
 properties except the memory policy (host/placement.py).
+
+This module has one subject, the class :class:`PtraceAgent`, so it is longer than 400 lines.
 """
 
 from __future__ import annotations
