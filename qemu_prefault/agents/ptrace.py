@@ -26,14 +26,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from .._native import lib
 from ..errors import AgentError, Code
 from ..host.procfs import Process
-from ..host.stall import STALL_SECONDS, ProgressLimit, Stall, thread_state, why_stalled
+from ..host.stall import STALL_SECONDS, IdleThreads, ProgressLimit, Stall, why_stalled
 from .base import BatchResult, Kind, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
 from .control_page import Header, Helper, offset_of
 from .helper_calls import Allowed
@@ -58,13 +58,11 @@ POLL_SHORTEST, POLL_LONGEST = 0.001, 0.25
 #: A rate in bytes per second that no host exceeds. It determines when the control pages are first
 #: read.
 FASTEST = 32 << 30
-#: Seconds after which a run fails if the helpers report no progress, by the kind of their work. A
-#: helper reports progress at least every :attr:`.Limits.tick` seconds, unless it gets no CPU time
-#: or its system call cannot be interrupted. While helpers prefault, the guest may be paused. While
-#: they populate, the guest runs, and the kernel may have to reclaim memory.
+#: Seconds after which a run fails if the helpers make no progress, by the kind of their work. While
+#: helpers prefault, the guest may be paused. While they populate, the guest runs, and the kernel
+#: may have to reclaim memory. If the helpers are idle, the run fails earlier
+#: (:class:`.IdleThreads`).
 NO_PROGRESS_SECONDS = {Kind.STAGE2: 8.0, Kind.POPULATE: 60.0}
-#: The same if all helpers sleep. A helper sleeps only between two batches.
-IDLE_SECONDS = 5.0
 
 
 class PtraceAgent:
@@ -234,7 +232,7 @@ class PtraceAgent:
         :raises FailedError: If QEMU has exited (code ``qemu-gone``), or if a helper has exited
             (code ``agent-left``).
         :raises AgentError: If the batch prefaults memory, but the vCPUs can enter KVM_RUN, or if
-            the helpers make no progress for the time in :data:`NO_PROGRESS_SECONDS`.
+            the helpers make no progress (:data:`NO_PROGRESS_SECONDS`).
         """
         self._check_held(batch)
         if not self._aborted:
@@ -247,15 +245,12 @@ class PtraceAgent:
         begun = time.monotonic()
         left = max((sum(i.size for i in ranges) for ranges in batch.values()), default=0) / FASTEST
         stall = Stall()
-        kinds = {item.kind for ranges in batch.values() for item in ranges}
-        seconds = min(NO_PROGRESS_SECONDS[kind] for kind in kinds or {Kind.STAGE2})
-        limit = ProgressLimit(seconds, self.limits.stuck)
-        idle_limit = ProgressLimit(min(seconds, IDLE_SECONDS), 0)
+        limit = self._progress_limit(batch, finished)
         while len(finished) < len(batch):
             await self._wait(min(max(left, POLL_SHORTEST), POLL_LONGEST))
             self._check_held(batch)
             left = 0.0
-            done = failed = chunks = 0
+            done = failed = chunks = 0  # bytes, bytes, and a number that changes with each chunk
             for index, ranges in batch.items():
                 helper = self._helpers[index]
                 outcomes = finished.get(index)
@@ -270,15 +265,15 @@ class PtraceAgent:
                     else:
                         left = max(left, _seconds_left(begun, header, outcomes))
                 done += sum(outcome.done for outcome in outcomes)
-                failed += sum(outcome.error != 0 for outcome in outcomes)
+                failed += sum(each.range.size - each.done for each in outcomes if each.error)
             on_progress(done)
             working = [self._helpers[index] for index in batch if index not in finished]
             if stall.starts((done, chunks)):
                 self._report_stall(working)
-            late, idle = (each.is_reached(done, failed, chunks) for each in (limit, idle_limit))
-            if working and (late or (idle and self._all_sleep(working))):
+            seconds = limit.exceeded(done + failed)
+            if working and seconds is not None:
                 self.abort()
-                raise self._no_progress(working, seconds if late else IDLE_SECONDS)
+                raise self._no_progress(working, seconds)
         worked = (max(ended) - min(started)) / 1e9 if ended else 0.0
         # The times come from the control pages.
         return BatchResult(finished, min(max(worked, 0.0), time.monotonic() - begun))
@@ -286,14 +281,28 @@ class PtraceAgent:
     def _no_progress(self, helpers: Sequence[Helper], seconds: float) -> AgentError:
         return AgentError(
             f"the helper threads in QEMU (pid {self.process.pid}) made no progress for "
-            f"{seconds:g} s: {self._why_stalled(helpers)}",
+            f"{seconds:.1f} s: {self._why_stalled(helpers)}",
             "resolve the reason, and run qemu-prefault again",
         )
 
-    def _all_sleep(self, helpers: Sequence[Helper]) -> bool:
-        """Return whether all of these helpers sleep, or have exited."""
-        states = {thread_state(self.process, helper.thread_id) for helper in helpers}
-        return states <= {"S", ""}
+    def _progress_limit(
+        self, batch: Mapping[int, Sequence[Range]], finished: Collection[int]
+    ) -> ProgressLimit:
+        """Return the limit for a batch.
+
+        :param finished: The indexes of the helpers that have completed the batch.
+        """
+        items = [item for ranges in batch.values() for item in ranges]
+        kinds = {item.kind for item in items} or {Kind.STAGE2}
+
+        def working() -> list[int]:
+            return [self._helpers[index].thread_id for index in batch if index not in finished]
+
+        return ProgressLimit(
+            sum(item.size for item in items),
+            min(NO_PROGRESS_SECONDS[kind] for kind in kinds),
+            IdleThreads(self.process, working, faults_only=kinds == {Kind.POPULATE}),
+        )
 
     def _why_stalled(self, helpers: Sequence[Helper]) -> str:
         reasons = {why_stalled(self.process, helper.thread_id) for helper in helpers}

@@ -22,6 +22,8 @@ from types import MappingProxyType
 from typing import Final
 
 from ..errors import AgentError, Code, CommandError, FailedError, RefusedError
+from ..host.procfs import Process, thread_names
+from ..host.stall import IdleThreads, ProgressLimit
 from ..qemu.events import EventStream
 from ..qemu.memory_map import MemorySection
 from ..qemu.monitor import Monitor
@@ -45,9 +47,14 @@ QUERY: Final = "x-query-kvm-prefault"
 JOB_PREFIX: Final = "qemu-prefault-"
 #: Seconds between two progress reports.
 PROGRESS_SECONDS: Final = 0.25
-#: Seconds to wait for the end of a cancelled job. The job first completes its current chunks, which
+#: Seconds without progress after which a job is cancelled, by the kind of its work. QEMU itself
+#: ends a range that no vCPU can process for 5 s (PREFAULT_REFUSED_NS in patches/qemu). While QEMU
+#: populates, the kernel may have to reclaim memory. If QEMU's threads for the job are idle, the
+#: job is cancelled earlier (:class:`.IdleThreads`).
+NO_PROGRESS_SECONDS: Final = {Kind.STAGE2: 8.0, Kind.POPULATE: 60.0}
+#: Seconds to wait for the end of cancelled jobs. A job first completes its current chunks, which
 #: takes milliseconds.
-END_SECONDS: Final = 10.0
+END_SECONDS: Final = 5.0
 JOB_TYPE: Final = "kvm-prefault"
 #: The states of a job that has ended.
 OVER: Final = ("concluded", "null")
@@ -85,6 +92,15 @@ def is_orphan(job: str) -> bool:
     return not Path("/proc", pid).exists()
 
 
+def busy_error() -> RefusedError:
+    """Return the error for a QEMU that already processes a job."""
+    return RefusedError(
+        "QEMU is prefaulting memory for another client",
+        "wait until QEMU's prefault job has ended (query-jobs), or cancel the job (job-cancel)",
+        code=Code.BUSY_AGENT,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """A QEMU job (``query-jobs``)."""
@@ -116,6 +132,7 @@ class QmpAgent:
 
     def __init__(
         self,
+        process: Process,
         monitor: Monitor,
         sections: Callable[[], Sequence[MemorySection]],
         threads: Sequence[VcpuThread],
@@ -131,6 +148,7 @@ class QmpAgent:
         self.workers = tuple(
             Worker(index, thread.vcpu_id, thread.node) for index, thread in enumerate(threads)
         )
+        self._process = process
         self._monitor = monitor
         self._sections = sections
         self._cpus = [thread.index for thread in threads]
@@ -140,13 +158,15 @@ class QmpAgent:
 
     async def start(self) -> None:
         """Cancel and dismiss the jobs of qemu-prefault processes that were killed."""
-        for job in await _read_jobs(self._monitor):
-            if is_orphan(job.id):
-                if job.status not in OVER:
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(END_SECONDS):
+        try:
+            async with asyncio.timeout(END_SECONDS):
+                for job in await _read_jobs(self._monitor):
+                    if is_orphan(job.id):
+                        if job.status not in OVER:
                             await self._end(job.id)
-                await self._dismiss(job.id)
+                        await self._dismiss(job.id)
+        except TimeoutError:
+            raise busy_error() from None
 
     async def run(
         self, batch: Mapping[int, Sequence[Range]], on_progress: Callable[[int], None]
@@ -195,6 +215,7 @@ class QmpAgent:
                 for index, item in items
             ],
         }
+        limit = self._progress_limit(kind, sum(item.size for _, item in items))
         with self._monitor.events("JOB_STATUS_CHANGE") as events:
             try:
                 await self._monitor.execute_raw(COMMAND, arguments)
@@ -204,7 +225,7 @@ class QmpAgent:
             try:
                 if self._aborted:  # abort() was called during the command above
                     self.interrupt()
-                await self._wait(job, events, on_progress)
+                await self._wait(job, events, on_progress, limit)
             except BaseException:
                 with contextlib.suppress(Exception):
                     await self._cancel(job)
@@ -223,12 +244,7 @@ class QmpAgent:
         """
         jobs = await _read_jobs(self._monitor)
         if any(job.type == JOB_TYPE and job.status not in OVER for job in jobs):
-            return RefusedError(
-                "QEMU is prefaulting memory for another client",
-                "wait until QEMU's prefault job has ended (query-jobs), or cancel the job "
-                "(job-cancel)",
-                code=Code.BUSY_AGENT,
-            )
+            return busy_error()
         if await self._logs_dirty_pages():
             return RefusedError(
                 error.cause,
@@ -251,33 +267,63 @@ class QmpAgent:
                     return True
         return False
 
+    def _progress_limit(self, kind: Kind, total: int) -> ProgressLimit:
+        before = thread_names(self._process).keys()
+
+        def populating() -> set[int]:
+            """Return the threads that QEMU has started since then, as it does for the job."""
+            return thread_names(self._process).keys() - before
+
+        idle = IdleThreads(self._process, populating, faults_only=True)
+        return ProgressLimit(
+            total, NO_PROGRESS_SECONDS[kind], idle if kind is Kind.POPULATE else None
+        )
+
     async def _wait(
-        self, job: str, events: EventStream, on_progress: Callable[[int], None]
+        self,
+        job: str,
+        events: EventStream,
+        on_progress: Callable[[int], None],
+        limit: ProgressLimit | None = None,
     ) -> None:
-        """Wait until the job has ended."""
+        """Wait until the job has ended.
+
+        :param limit: The limit of the time without progress, or None for no limit.
+        :raises AgentError: If the job makes no progress, or if another client has dismissed it.
+        :raises FailedError: If QEMU has closed the QMP connection.
+        """
+        read_at = time.monotonic()
         while True:
-            try:
-                event = await events.get(PROGRESS_SECONDS)
-            except TimeoutError:
-                jobs = await _read_jobs(self._monitor)
-                mine = next((found for found in jobs if found.id == job), None)
-                if mine is None:
-                    raise AgentError(
-                        f"another QMP client dismissed QEMU's job {job} (job-dismiss)",
-                        "run qemu-prefault again",
-                    ) from None
-                on_progress(mine.progress)
-                if mine.status in OVER:
-                    return
-                continue
-            if event is None:
-                raise FailedError(
-                    "QEMU closed the QMP connection while its prefault job was running",
-                    "check whether QEMU is still running",
-                    code=Code.MONITOR_CLOSED,
+            left = read_at + PROGRESS_SECONDS - time.monotonic()
+            if left > 0:
+                with contextlib.suppress(TimeoutError):
+                    event = await events.get(left)
+                    if event is None:
+                        raise FailedError(
+                            "QEMU closed the QMP connection while its prefault job was running",
+                            "check whether QEMU is still running",
+                            code=Code.MONITOR_CLOSED,
+                        )
+                    if event.data.get("id") == job and event.data.get("status") in OVER:
+                        return
+                    continue
+            jobs = await _read_jobs(self._monitor)
+            read_at = time.monotonic()
+            mine = next((found for found in jobs if found.id == job), None)
+            if mine is None:
+                raise AgentError(
+                    f"another QMP client dismissed QEMU's job {job} (job-dismiss)",
+                    "run qemu-prefault again",
                 )
-            if event.data.get("id") == job and event.data.get("status") in OVER:
+            on_progress(mine.progress)
+            if mine.status in OVER:
                 return
+            if limit and (seconds := limit.exceeded(mine.progress)) is not None:
+                raise AgentError(
+                    f"QEMU's job {job} made no progress for {seconds:.1f} s",
+                    "check whether the host is short of CPU time or memory. Then run "
+                    "qemu-prefault again",
+                )
 
     def _gpa(self, item: Range) -> int:
         """Return the guest-physical address at which a range starts.

@@ -61,7 +61,7 @@ class Selection:
         if chunk_bytes:
             limits = replace(limits, chunk_bytes=chunk_bytes)
         if self.name == "qmp":
-            return QmpAgent(monitor, sections, threads, limits)
+            return QmpAgent(process, monitor, sections, threads, limits)
         if self.socket is not None:
             return PluginAgent(process, self.socket, threads, limits)
         return PtraceAgent(process, threads, limits)

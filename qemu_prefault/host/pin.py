@@ -19,6 +19,8 @@ import weakref
 from dataclasses import dataclass
 from typing import Final
 
+from .proc_files import stat_fields
+
 #: This directory stays /proc even in a test that simulates the /proc of a host.
 _OWN_FDS: Final = "/proc/self/fd"
 #: The fields of /proc/PID/stat that contain addresses of the program, numbered as in proc(5):
@@ -92,8 +94,7 @@ def program_addresses(stat: str) -> tuple[int, ...]:
 
     The result is empty if the text has another format.
     """
-    # The command name is in parentheses and may contain any character. Field 3 follows it.
-    fields = stat[stat.rfind(")") + 1 :].split()
+    fields = stat_fields(stat)
     try:
         return tuple(int(fields[number - 3]) for number in _PROGRAM_FIELDS)
     except (IndexError, ValueError):

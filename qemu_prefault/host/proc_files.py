@@ -158,6 +158,15 @@ def lines_of(text: str) -> Iterator[str]:
     return (match[0] for match in re.finditer(r"[^\n]+", text))
 
 
+def stat_fields(text: str) -> list[str]:
+    """Return the fields of ``/proc/PID/stat`` that follow the command name, from field 3 on.
+
+    :param text: The content of the file.
+    """
+    # The command name is in parentheses and may contain any character, even ')' and '\n'.
+    return text[text.rfind(")") + 1 :].split()
+
+
 def malformed(what: str, text: str) -> FailedError:
     """Return the error for a /proc file in an unknown format."""
     return FailedError(

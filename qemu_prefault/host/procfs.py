@@ -36,6 +36,7 @@ from .proc_files import (
     read_error,
     read_file_bytes,
     read_optional,
+    stat_fields,
 )
 
 #: Numbers of system calls, from arch/x86/entry/syscalls/syscall_64.tbl.
@@ -111,10 +112,8 @@ def parse_start_time(text: str) -> int:
 
     :raises FailedError: If the text has another format.
     """
-    # The command name is in parentheses and may contain any character, even ')' and '\n'.
-    fields = text[text.rfind(")") + 1 :].split()
     try:
-        return int(fields[19])
+        return int(stat_fields(text)[19])
     except (IndexError, ValueError) as error:
         raise malformed("/proc/PID/stat", text) from error
 
@@ -230,8 +229,7 @@ class Process:
         :raises GoneError: If the process has exited, or if it is a zombie.
         """
         text = self.read("stat")
-        state = text[text.rfind(")") + 1 :].split()[:1]
-        if parse_start_time(text) != self.start_time or state in (["Z"], ["X"]):
+        if parse_start_time(text) != self.start_time or stat_fields(text)[0] in ("Z", "X"):
             raise gone(self.pid)
 
     def check_unchanged(self) -> None:

@@ -5,13 +5,23 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Final
 
-from .proc_files import read_optional
+from .proc_files import read_optional, stat_fields
 from .procfs import Process
 
 #: Seconds without progress after which the run reports the reason.
 STALL_SECONDS: Final = 2.0
+#: Number of bytes that an agent must complete within its time limit.
+LEAST_PROGRESS: Final = 1 << 20
+#: Seconds for which the threads of an agent may be idle.
+IDLE_SECONDS: Final = 4.0
+#: Seconds without progress after which :class:`IdleThreads` measures.
+IDLE_AFTER: Final = 1.0
+#: Least interval in seconds between two readings by :class:`IdleThreads`.
+IDLE_INTERVAL: Final = 0.5
 
 
 class Stall:
@@ -39,48 +49,135 @@ class Stall:
         return False
 
 
-class ProgressLimit:
-    """Detects that helpers report no progress for too long.
+@dataclass(frozen=True, slots=True)
+class ThreadWork:
+    """What the kernel has counted for a thread (proc(5), ``/proc/PID/task/TID/stat``).
 
-    A helper updates a counter for each chunk, also if it retries the chunk. It abandons a chunk
-    that it has retried for a limited time. A QEMU that its guest has taken over can write any
-    numbers to the control pages. Therefore a change of the counter is not enough: the number of
-    completed bytes, or the number of failed ranges, must also grow, but may do so later.
-
-    :param seconds: The maximum time without any change, in seconds.
-    :param retry_seconds: The additional time that a helper retries a chunk, in seconds.
+    :ivar state: The state, e.g. ``R``, ``S`` or ``D``.
+    :ivar faults: The number of page faults, minor and major.
+    :ivar seconds: The CPU time in seconds.
     """
 
-    def __init__(self, seconds: float, retry_seconds: float) -> None:
-        self._seconds = seconds
-        self._retry_seconds = retry_seconds
-        self._seen: tuple[int, int, int] | None = None
-        self._done = self._failed = -1
-        self._changed_at = self._grown_at = time.monotonic()
+    state: str
+    faults: int
+    seconds: float
 
-    def is_reached(self, done: int, failed: int, chunks: int) -> bool:
-        """Return whether the helpers have made no progress for too long.
+    @classmethod
+    def read(cls, process: Process, tid: int) -> ThreadWork | None:
+        """Return the numbers of a thread, or None if the thread has exited."""
+        text = read_optional(f"{process.proc}/task/{tid}/stat") or ""
+        fields = stat_fields(text)
+        try:
+            return cls(
+                state=fields[0],
+                faults=int(fields[7]) + int(fields[9]),
+                seconds=(int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"),
+            )
+        except (IndexError, ValueError):
+            return None
 
-        :param done: The number of completed bytes.
-        :param failed: The number of ranges with an error.
-        :param chunks: A number that changes with each chunk.
+
+class IdleThreads:
+    """Measures for how long threads have done nothing, according to the kernel.
+
+    A QEMU that its guest has taken over can report any progress, but the kernel counts the threads'
+    page faults and CPU time. A thread that populates memory takes a page fault for each page, also
+    in ``MADV_POPULATE_WRITE`` (``mm_account_fault()``, mm/memory.c). A thread that waits for a CPU
+    cannot work, so it is not idle.
+
+    :param process: QEMU.
+    :param threads: A function that returns the thread ids.
+    :param faults_only: Whether only page faults are work, as for threads that populate memory.
+        Otherwise CPU time also is.
+    """
+
+    def __init__(
+        self, process: Process, threads: Callable[[], Iterable[int]], *, faults_only: bool
+    ) -> None:
+        self._process = process
+        self._threads = threads
+        self._faults_only = faults_only
+        self._seen: dict[int, ThreadWork] | None = None
+        self._read_at = 0.0
+        self._idle = 0.0
+
+    def reset(self) -> None:
+        """Start again at 0 seconds."""
+        self._seen, self._idle = None, 0.0
+
+    def seconds(self) -> float:
+        """Return for how many seconds the threads have been idle since the first call.
+
+        The result grows by at most a second per call, because this process may have waited longer
+        for a CPU.
         """
         now = time.monotonic()
-        if (done, failed, chunks) != self._seen:
-            self._seen, self._changed_at = (done, failed, chunks), now
-        if done > self._done or failed > self._failed:
-            self._done, self._failed = max(done, self._done), max(failed, self._failed)
-            self._grown_at = now
-        return (
-            now - self._changed_at > self._seconds
-            or now - self._grown_at > self._seconds + self._retry_seconds
+        passed = now - self._read_at
+        if self._seen is not None and passed < IDLE_INTERVAL:
+            return self._idle
+        before, self._seen, self._read_at = self._seen, self._read(), now
+        if before is None:
+            return self._idle
+        works = any(
+            tid in before and self._works(before[tid], work, passed)
+            for tid, work in self._seen.items()
         )
+        self._idle = 0.0 if works else self._idle + min(passed, 1.0)
+        return self._idle
+
+    def _read(self) -> dict[int, ThreadWork]:
+        found = {tid: ThreadWork.read(self._process, tid) for tid in self._threads()}
+        return {tid: work for tid, work in found.items() if work is not None}
+
+    def _works(self, before: ThreadWork, now: ThreadWork, passed: float) -> bool:
+        used = now.seconds - before.seconds
+        waits_for_cpu = now.state == "R" and used < passed / 10
+        return now.faults > before.faults or waits_for_cpu or (used > 0 and not self._faults_only)
+
+
+class ProgressLimit:
+    """Detects that an agent makes no progress for too long.
+
+    QEMU reports the completed bytes. A QEMU that its guest has taken over can report any number,
+    for example one more byte each second. Therefore only :data:`LEAST_PROGRESS` bytes are progress,
+    or all bytes of the batch.
+
+    :param total: The number of bytes in the batch.
+    :param seconds: The maximum time without progress, in seconds.
+    :param idle: Measures the threads that work on the batch. If they are idle for
+        :data:`IDLE_SECONDS`, the limit is reached earlier.
+    """
+
+    def __init__(self, total: int, seconds: float, idle: IdleThreads | None = None) -> None:
+        self._total = total
+        self._seconds = seconds
+        self._idle = idle
+        self._counted = 0
+        self._counted_at = time.monotonic()
+
+    def exceeded(self, done: int) -> float | None:
+        """Return the time without progress in seconds if it is too long, otherwise None.
+
+        :param done: The number of completed bytes. Ranges that have failed count as completed.
+        """
+        now = time.monotonic()
+        done = min(done, self._total)
+        left = self._total - self._counted
+        if left and done - self._counted >= min(LEAST_PROGRESS, left):
+            self._counted, self._counted_at = done, now
+            if self._idle:
+                self._idle.reset()
+        without = now - self._counted_at
+        if without > self._seconds:
+            return without
+        if self._idle and without > IDLE_AFTER and self._idle.seconds() >= IDLE_SECONDS:
+            return without
+        return None
 
 
 def thread_state(process: Process, tid: int) -> str:
     """Return the state of a thread as in proc(5), or an empty string if it has exited."""
-    stat = read_optional(f"{process.proc}/task/{tid}/stat") or ""
-    return stat[stat.rfind(")") + 2 :][:1]
+    return "".join(stat_fields(read_optional(f"{process.proc}/task/{tid}/stat") or "")[:1])
 
 
 def why_stalled(process: Process | int, tid: int, seconds: float = 0.05) -> str:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import random
 import re
 import socket
@@ -22,6 +23,7 @@ from qemu_prefault.engine.incoming import IncomingMigration, check_no_postcopy
 from qemu_prefault.engine.options import Options
 from qemu_prefault.engine.plan import select
 from qemu_prefault.errors import CommandError, QemuPrefaultError
+from qemu_prefault.host.procfs import Process
 from qemu_prefault.qemu.events import EventStream
 from qemu_prefault.qemu.hmp import (
     FlatRange,
@@ -259,7 +261,8 @@ class FinishedJobs(Answers):
 
 
 async def jobs(monitor: Monitor) -> None:
-    agent = QmpAgent(monitor, lambda: (), [VcpuThread(7, 5, 0, index=0)])
+    process = Process.find(os.getpid())
+    agent = QmpAgent(process, monitor, lambda: (), [VcpuThread(7, 5, 0, index=0)])
     await offers_command(monitor)
     with contextlib.suppress(ERRORS):
         await agent.start()

@@ -41,6 +41,12 @@ pytestmark = pytest.mark.full
         "helper: random control page",
         "helper: every number is the largest",
         "helper: unmapped",
+        "helper: a page more each time",
+        "helper: busy without progress",
+        "plugin: silent about a batch",
+        "plugin: a byte more each time",
+        "job: no progress",
+        "job: endless events",
     ],
 )
 def test_paused_guest_runs_again(lie: str) -> None:

@@ -308,7 +308,6 @@ def test_living_listener_is_identified(tmp_path: Path) -> None:
 @pytest.fixture
 def agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[PtraceAgent]:
     monkeypatch.setattr(ptrace, "NO_PROGRESS_SECONDS", dict.fromkeys(Kind, 0.5))
-    monkeypatch.setattr(ptrace, "IDLE_SECONDS", 0.5)
     with start_target() as target:
         process = Process.find(target.process.pid)
         yield PtraceAgent(process, [VcpuThread(target.tid, -1, None)], Limits(stuck=0.5))

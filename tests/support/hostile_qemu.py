@@ -803,6 +803,189 @@ def _(fake: Fake) -> None:
     fake.on_helper(unmap)
 
 
+def helper_field(name: str, value: Callable[[], bytes]) -> Callable[[Fake], None]:
+    """Write a value to the control page again and again, and keep the batch from ending."""
+
+    def set_up(fake: Fake) -> None:
+        def write(control: int) -> None:
+            put(control + field_offset("batch_done"), bytes(4))
+            put(control + field_offset(name), value())
+
+        fake.on_helper(write)
+
+    return set_up
+
+
+def a_page_more() -> bytes:
+    return (int(time.monotonic() * 10) % 4096 * 4096).to_bytes(8, "little")
+
+
+LIES["helper: a page more each time"] = helper_field("done", a_page_more)
+# A system call for 0 bytes succeeds, so the helper makes it again and again.
+LIES["helper: busy without progress"] = helper_field("limits", lambda: bytes(8))
+
+
+# --- the plugin lies ---
+
+PLUGIN_STATUS = {"plugin": 1, "pre_fault_memory": True, "keeping": True, "quirk": "disabled",
+                 "held": None, "vcpus": [{"id": 0}], "pending": 0,
+                 "counters": {"prefaulted": 0, "again": 0, "errors": 0}}  # fmt: skip
+Send = Callable[[Answer], None]
+
+
+def no_reply(_send: Send) -> None:
+    sleep()
+
+
+def plugin(
+    work: Callable[[Send], None] = no_reply,
+    status: Callable[[Send], None] = lambda send: send(PLUGIN_STATUS),
+    other: Callable[[Send], None] = lambda send: send({"ok": True}),
+) -> Callable[[Fake], None]:
+    """Pose as the plugin.
+
+    The parameters reply to a batch, to ``status`` and to other requests.
+    """
+
+    def serve(listener: socket.socket) -> None:
+        libc.prctl(PR_SET_NAME, f"prefault/{listener.fileno()}".encode(), 0, 0, 0)
+        while True:
+            client, _ = listener.accept()
+            threading.Thread(target=converse, args=(client,), daemon=True).start()
+
+    def converse(client: socket.socket) -> None:
+        def send(message: Answer) -> None:
+            text = message if isinstance(message, str) else json.dumps(message) + "\n"
+            client.sendall(text.encode())
+
+        with contextlib.suppress(OSError), client, client.makefile("r") as requests:
+            for line in requests:
+                words = line.split()
+                if words[0] == "status":
+                    status(send)
+                elif words[0] in ("work", "work-lent"):
+                    for _ in range(int(words[1])):
+                        requests.readline()
+                    send({"ok": True})
+                    work(send)
+                else:
+                    other(send)
+
+    def set_up(fake: Fake) -> None:
+        def listen() -> None:
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(f"{fake.path}.plugin")
+            listener.listen(8)
+            threading.Thread(target=serve, args=(listener,), daemon=True).start()
+
+        fake.before_listen = listen
+
+    return set_up
+
+
+def repeatedly(message: Callable[[int], Answer], seconds: float) -> Callable[[Send], None]:
+    """Send messages until the connection is closed, at an interval in seconds."""
+
+    def send_all(send: Send) -> None:
+        number = 0
+        while True:
+            number += 1
+            send(message(number))
+            time.sleep(seconds)
+
+    return send_all
+
+
+def delayed(message: Answer, seconds: float) -> Callable[[Send], None]:
+    def send_late(send: Send) -> None:
+        time.sleep(seconds)
+        send(message)
+
+    return send_late
+
+
+def busy_thread(_send: Send) -> None:
+    """Keep a thread busy that has the name of a batch's thread."""
+    libc.prctl(PR_SET_NAME, b"prefault-batch", 0, 0, 0)
+    while True:
+        pass
+
+
+LIES["plugin: silent about a batch"] = plugin()
+LIES["plugin: a byte more each time"] = plugin(repeatedly(lambda n: {"progress": n}, 0.1))
+LIES["plugin: progress to and fro"] = plugin(
+    repeatedly(lambda n: {"progress": n % 2 * 8 * MIB}, 0.1)
+)
+LIES["plugin: busy thread"] = plugin(busy_thread)
+LIES["plugin: endless replies to a batch"] = plugin(repeatedly(lambda _: {"x": []}, 0))
+LIES["plugin: half a reply to a batch"] = plugin(lambda send: send('{"done":'))
+LIES["plugin: all done at once"] = plugin(lambda send: send({"done": [[RAM, 0]], "seconds": 0}))
+LIES["plugin: silence"] = plugin(status=no_reply)
+LIES["plugin: late status"] = plugin(status=delayed(PLUGIN_STATUS, 4.5))
+LIES["plugin: nested status"] = plugin(
+    status=lambda send: send('{"plugin":1,"vcpus":' + "[" * 100_000 + "\n")
+)
+LIES["plugin: escapes in an error"] = plugin(other=lambda send: send({"error": ESCAPES}))
+
+
+# --- the jobs of a patched QEMU lie ---
+
+
+def jobs(progress: Callable[[], int], *, events: bool = False, orphans: int = 0) -> Any:
+    """Pose as a QEMU with ``x-kvm-prefault-memory``, whose job never ends.
+
+    :param progress: Returns the job's progress in bytes.
+    :param events: Whether to send events about another job without end.
+    :param orphans: The number of jobs of qemu-prefault processes that have exited.
+    """
+    namespace = os.stat("/proc/self/ns/pid").st_ino
+    old = [f"qemu-prefault-{namespace}-{(1 << 22) + number}-0" for number in range(orphans)]
+
+    def set_up(fake: Fake) -> None:
+        ids: list[str] = list(old)
+
+        def start(arguments: dict[str, Any]) -> Answer:
+            ids.append(arguments["job-id"])
+            return {}
+
+        fake.replies |= {
+            "x-query-kvm-prefault": lambda _: {},
+            "x-kvm-prefault-memory": start,
+            "query-jobs": lambda _: [
+                {"id": id_, "type": "kvm-prefault", "status": "running",
+                 "current-progress": progress(), "total-progress": RAM}
+                for id_ in ids
+            ],
+            "job-cancel": lambda _: {},
+            "job-dismiss": lambda _: {},
+        }  # fmt: skip
+        if events:
+            honest = fake.answer
+            event = {"event": "JOB_STATUS_CHANGE", "data": {"id": "other", "status": "running"},
+                     "timestamp": {"seconds": 0, "microseconds": 0}}  # fmt: skip
+
+            def flood(client: socket.socket) -> None:
+                with contextlib.suppress(OSError):
+                    while True:
+                        fake.send(client, event)
+                        time.sleep(0.001)
+
+            def answer(client: socket.socket, request: dict[str, Any]) -> None:
+                honest(client, request)
+                if request["execute"] == "x-kvm-prefault-memory":
+                    threading.Thread(target=flood, args=(client,), daemon=True).start()
+
+            fake.answer = answer  # type: ignore[method-assign]
+
+    return set_up
+
+
+LIES["job: no progress"] = jobs(lambda: 0)
+LIES["job: a byte more each time"] = jobs(lambda: int(time.monotonic() * 10) % RAM)
+LIES["job: endless events"] = jobs(lambda: 0, events=True)
+LIES["job: 1,000 old jobs that never end"] = jobs(lambda: 0, orphans=1000)
+
+
 def main() -> None:
     fake = Fake(sys.argv[1])
     LIES[sys.argv[2]](fake)

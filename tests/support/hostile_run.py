@@ -117,6 +117,7 @@ def false_qemu(lie: str, bystander: int) -> Iterator[Path]:
     """
     header = ffi.typeof("struct prefault_control")
     offsets = {name: ffi.offsetof("struct prefault_control", name) for name, _ in header.fields}
+    offsets["done"] = offsets["ranges"] + ffi.offsetof("struct prefault_range", "done")
     with tempfile.TemporaryDirectory() as directory:
         Path(directory).chmod(0o777)
         path = Path(directory, "qmp")

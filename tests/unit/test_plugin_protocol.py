@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from qemu_prefault.agents import plugin
+from qemu_prefault.agents import plugin, plugin_control
 from qemu_prefault.agents.base import BatchResult, Kind, Range, VcpuThread
 from qemu_prefault.agents.plugin import Control, PluginAgent
 from qemu_prefault.agents.plugin_protocol import (
@@ -163,7 +163,7 @@ async def run_batch(path: Path, answer: Answer) -> tuple[BatchResult, list[str]]
 def test_batch_without_progress_is_aborted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    monkeypatch.setattr(plugin, "STALLED_SECONDS", 0.5)
+    monkeypatch.setattr(plugin_control, "STALLED_SECONDS", 0.5)
 
     async def answer(line: str, writer: asyncio.StreamWriter) -> None:
         if line == "status":
@@ -191,7 +191,7 @@ def test_batch_without_progress_is_aborted(
 def test_slow_batch_with_progress_is_not_aborted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plugin, "STALLED_SECONDS", 2.0)
+    monkeypatch.setattr(plugin_control, "STALLED_SECONDS", 2.0)
 
     async def answer(line: str, writer: asyncio.StreamWriter) -> None:
         if line == "status":
@@ -208,10 +208,47 @@ def test_slow_batch_with_progress_is_not_aborted(
     assert "abort" not in requests
 
 
+def test_late_replies_have_a_limit_together(tmp_path: Path) -> None:
+    async def answer(line: str, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(2.5)
+        say(writer, STATUS)
+
+    async def ask(path: Path) -> int:
+        replies = 0
+        async with lying_plugin(path, answer):
+            with pytest.raises(FailedError, match="did not reply within"):
+                async with Control.open(path, os.getpid()) as control:
+                    while replies < 10:
+                        await control.status()
+                        replies += 1
+        return replies
+
+    assert asyncio.run(ask(tmp_path / "control")) <= 1
+
+
+def test_replies_have_no_limit_together_if_requests_are_rare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin_control, "ANSWER_SECONDS", 2.0)
+    monkeypatch.setattr(plugin_control, "LATE_ANSWER_SECONDS", 0.0)
+
+    async def answer(line: str, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.5)
+        say(writer, STATUS)
+
+    async def ask(path: Path) -> None:
+        async with lying_plugin(path, answer), Control.open(path, os.getpid()) as control:
+            for _ in range(6):
+                await control.status()
+                await asyncio.sleep(0.5)
+
+    asyncio.run(ask(tmp_path / "control"))
+
+
 def test_plugin_without_a_reply_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plugin, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(plugin_control, "ANSWER_SECONDS", 0.2)
 
     async def answer(line: str, writer: asyncio.StreamWriter) -> None:
         writer.write(b'{"plugin"')

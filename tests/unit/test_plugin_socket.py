@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from qemu_prefault.agents import plugin
+from qemu_prefault.agents import plugin_control
 from qemu_prefault.agents.plugin import Control, find_control_socket
 from qemu_prefault.agents.plugin_socket import bound_paths, connect, diagnose_path
 from qemu_prefault.errors import FailedError, QemuPrefaultError
@@ -199,7 +199,7 @@ def test_socket_of_exited_listener_is_refused(tmp_path: Path) -> None:
 def test_full_backlog_is_an_error_within_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plugin, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(plugin_control, "ANSWER_SECONDS", 0.1)
     with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as other:
         listener.bind(str(tmp_path / "control"))
         listener.listen(0)

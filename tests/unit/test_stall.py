@@ -11,7 +11,21 @@ import time
 
 import pytest
 
-from qemu_prefault.host.stall import Stall, why_stalled
+from qemu_prefault.host import stall
+from qemu_prefault.host.procfs import Process
+from qemu_prefault.host.stall import IdleThreads, ProgressLimit, Stall, why_stalled
+
+MIB = 1 << 20
+#: A thread that the kernel sees populating, slowly.
+POPULATE = """
+import mmap, time
+while True:
+    memory = mmap.mmap(-1, 1 << 16)
+    memory.madvise(23)  # MADV_POPULATE_WRITE
+    memory.close()
+    time.sleep(0.02)
+"""
+SPIN = "while True: pass"
 
 
 @pytest.mark.parametrize(
@@ -49,3 +63,101 @@ def test_stall_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
         clock[0] = now
         starts.append(stall.starts(state))
     assert starts == [False, False, True, False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("code", "faults_only", "idle"),
+    [
+        (POPULATE, True, False),
+        (SPIN, True, True),
+        (SPIN, False, False),
+        ("input()", True, True),
+        ("input()", False, True),
+    ],
+    ids=[
+        "populates",
+        "spins instead of populating",
+        "spins",
+        "sleeps instead of populating",
+        "sleeps",
+    ],
+)
+def test_idle_threads(
+    monkeypatch: pytest.MonkeyPatch, code: str, faults_only: bool, idle: bool
+) -> None:
+    monkeypatch.setattr(stall, "IDLE_INTERVAL", 0.2)
+    with subprocess.Popen(
+        [sys.executable, "-c", f"print(flush=True)\n{code}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        threads = IdleThreads(
+            Process.find(process.pid), lambda: [process.pid], faults_only=faults_only
+        )
+        deadline = time.monotonic() + 60
+        readings = [threads.seconds()]
+        while len(readings) < 8 or (idle and readings[-1] < 1 and time.monotonic() < deadline):
+            readings.append(threads.seconds())
+            time.sleep(0.25)
+        process.kill()
+    assert readings[0] == 0
+    assert (readings[-1] >= 1) is idle, readings
+    if not idle:
+        assert max(readings) == 0
+
+
+def test_thread_that_waits_for_a_cpu_is_not_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stall, "IDLE_INTERVAL", 0.2)
+    cpu = {min(os.sched_getaffinity(0))}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"print(flush=True)\n{SPIN}"], stdout=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()
+            os.sched_setaffinity(process.pid, cpu)
+        starved = processes[0].pid
+        os.sched_setscheduler(starved, os.SCHED_IDLE, os.sched_param(0))
+        threads = IdleThreads(Process.find(starved), lambda: [starved], faults_only=True)
+        for _ in range(8):
+            assert threads.seconds() == 0
+            time.sleep(0.5)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("total", "reports", "reached_at"),
+    [
+        (64 * MIB, {0: 0}, 9),
+        (64 * MIB, {0: 0, 5: MIB, 10: 2 * MIB}, 19),
+        (64 * MIB, {at: at * 4096 for at in range(60)}, 9),
+        (64 * MIB, {at: at % 2 * 32 * MIB for at in range(60)}, 10),
+        (4096, {0: 0, 5: 4096}, 14),
+        (4096, {at: 1 << 70 for at in range(60)}, 9),
+    ],
+    ids=["none", "enough", "a page at a time", "to and fro", "small batch", "more than all"],
+)
+def test_progress_limit(
+    monkeypatch: pytest.MonkeyPatch, total: int, reports: dict[int, int], reached_at: int
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    limit = ProgressLimit(total, 8)
+    done = 0
+    for now in range(60):
+        clock[0] = now
+        done = reports.get(now, done)
+        seconds = limit.exceeded(done)
+        if seconds is not None:
+            assert now == reached_at and seconds > 8
+            return
+    pytest.fail("the limit was not reached")
