@@ -53,7 +53,10 @@ def parse_answer(line: bytes, pid: int) -> dict[str, Any]:
     try:
         _check_size(line)
         found = json.loads(
-            line, parse_constant=_no_constant, parse_float=_finite, parse_int=_short_int
+            line.decode("utf-8"),
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_short_int,
         )
     except _RejectedError as error:
         raise _malformed(pid, str(error)) from error

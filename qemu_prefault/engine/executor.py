@@ -14,17 +14,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final, Protocol
 
 from ..agents.base import Agent, Kind, Outcome, Range, Worker
-from ..errors import Code
+from ..errors import AgentError, Code
 from ..host import kvm
 from ..host.headroom import Limit
 from ..host.memory_source import MemorySource
 from ..host.pagemap import Pagemap, Sums
 from ..host.reservations import Reservation
+from ..host.stall import ProgressLimit
 from ..host.unwritten import FileId
 from ..qemu.memory_map import MemorySection
 from ..units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
@@ -42,6 +44,11 @@ VCPU_ERRORS: Final = (kvm.STUCK, errno.EOPNOTSUPP)
 PAGE_ERRORS: Final = frozenset({errno.EFAULT, kvm.EHWPOISON})
 #: Maximum bytes that a worker populates before the executor reads the memory limits again.
 BATCH_BYTES: Final = 64 << 20
+#: Seconds in which the batches together must complete 1 MiB.
+NO_PROGRESS_SECONDS: Final = 5.0
+#: Maximum number of faulty pages of a section that are found one by one. The rest of a range with
+#: more faulty pages is skipped.
+MOST_FAULTY_PAGES: Final = 1024
 NO_VCPU: Final = "prefault: no vCPU could be used"
 
 
@@ -94,6 +101,8 @@ class Executor:
         self._check_headroom = check_headroom
         self._ended = False
         self._time_is_up = False
+        #: The number of faulty pages, by the guest-physical address of the section.
+        self._faulty: Counter[int] = Counter()
         #: The files that this run populates.
         self._together: set[FileId] = set()
         #: Targets that were entirely writable after populate().
@@ -181,9 +190,11 @@ class Executor:
         If one page of a range is poisoned or inaccessible, the system call for the range fails.
         The method halves the range until only such pages remain, and skips these pages. A
         full file system or huge page pool also causes EFAULT (mm/gup.c, ``faultin_page()``). In
-        this case, the method empties the queues and stops populating.
+        this case, the method empties the queues and stops populating. :data:`MOST_FAULTY_PAGES`
+        limits the search.
         """
         outcomes: list[Outcome] = []
+        faulty = self._faulty
         while pending := [o for o in failed if o.error in PAGE_ERRORS and o.left]:
             if self._warn_if_short(queues, forced=True):
                 for queue in queues.values():
@@ -194,7 +205,8 @@ class Executor:
                 rest = outcome.left or outcome.range
                 section = next(t.section for t in queues if _overlaps(rest, t))
                 page_size = max(section.page_size, PAGE_SIZE)
-                if rest.size <= page_size:
+                if rest.size <= page_size or faulty[section.gpa] >= MOST_FAULTY_PAGES:
+                    faulty[section.gpa] += 1
                     self._tally.of(section).count_skipped(rest.size, outcome.error)
                     continue
                 half = max(rest.size // 2 // page_size, 1) * page_size
@@ -359,6 +371,8 @@ class Executor:
         outcomes: list[Outcome] = []
         todo = list(ranges)
         most = self.agent.ranges_per_batch
+        limit = ProgressLimit(sum(item.size for _, item in todo), NO_PROGRESS_SECONDS)
+        completed = 0
         while todo and not self._ended and not self._time_is_up:
             workers = self.usable()
             if not workers:
@@ -379,8 +393,18 @@ class Executor:
             for index, items in result.outcomes.items():
                 for outcome in items:
                     outcomes.append(outcome)
-                    if outcome.left is not None and self._goes_on(index, outcome):
+                    completed += outcome.done
+                    if outcome.left is None:
+                        continue
+                    if self._goes_on(index, outcome):
                         todo.append((node_of[index], outcome.left))
+                    else:
+                        completed += outcome.left.size
+            if len(self.usable()) < len(workers):  # the other workers get the full time
+                limit = ProgressLimit(sum(item.size for _, item in todo), NO_PROGRESS_SECONDS)
+                completed = 0
+            elif todo and not self._time_is_up and limit.exceeded(completed) is not None:
+                raise _no_progress(self.agent)
         return outcomes, [item for _, item in todo] if self._time_is_up else []
 
     def _goes_on(self, index: int, outcome: Outcome) -> bool:
@@ -437,6 +461,14 @@ class Executor:
         """Stop populating and prefaulting permanently after the current chunks."""
         self._ended = True
         self.agent.abort()
+
+
+def _no_progress(agent: Agent) -> AgentError:
+    """Return the error for an agent whose batches end without progress and without an error."""
+    return AgentError(
+        f"the {agent.name} agent in QEMU ended its batches without processing the memory",
+        "run qemu-prefault again, or use another --agent",
+    )
 
 
 def _take(queue: list[Range], size: int) -> list[Range]:

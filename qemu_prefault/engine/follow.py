@@ -38,6 +38,8 @@ LEAST_SECONDS_BETWEEN_RUNS: Final = 5.0
 #: The tables count as dropped if less than this share of the bytes that were mapped after the last
 #: run is still mapped.
 DROPPED: Final = 0.5
+#: Minimum time between two polls, in seconds.
+LEAST_SECONDS_BETWEEN_POLLS: Final = 0.1
 #: QMP events that cause an immediate poll.
 WAKE_UP: Final = (
     "RESET",
@@ -87,6 +89,7 @@ async def follow_from_outside(vm: Vm, options: Options) -> AsyncIterator[Event]:
         loop = _FollowLoop(vm, options)
         yield await loop.run("started")
         while vm.monitor.alive:
+            await asyncio.sleep(LEAST_SECONDS_BETWEEN_POLLS)
             await _wait(events)
             try:
                 event = await loop.poll()

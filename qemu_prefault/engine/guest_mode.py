@@ -75,11 +75,6 @@ class GuestMode:
         """
         return tries < GUEST_MODE_TRIES and time.monotonic() - began < GUEST_MODE_SECONDS
 
-    @staticmethod
-    def is_last_try(tries: int) -> bool:
-        """Return whether the number of attempts has reached its limit."""
-        return tries == GUEST_MODE_TRIES
-
     async def select_vcpus(self) -> bool:
         """Mark the vCPUs in guest mode as unusable until the next pause.
 

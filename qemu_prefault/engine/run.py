@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..agents.select import Selection, select_agent
-from ..errors import Code, CommandError
+from ..errors import AgentError, Code, CommandError
 from ..host.pagemap import Pagemap
 from ..host.reservations import Reservation
 from ..qemu.kvm_stats import read_stage2
@@ -58,6 +58,10 @@ from .vm import Vm
 LAYOUT_ROUNDS: Final = 4
 #: Between two pauses, the guest runs for this factor times the maximum pause length.
 RUN_PER_PAUSE: Final = 2
+#: If this number of pauses in a row prefault nothing, and this time in seconds has passed since the
+#: last progress, the run ends.
+PAUSES_IN_VAIN: Final = 3
+SECONDS_IN_VAIN: Final = 5.0
 #: End of the low memory that contains the firmware's areas. These areas are a few hundred KiB.
 LOW_MEMORY: Final = 1 << 20
 
@@ -189,6 +193,35 @@ async def _act(  # noqa: PLR0917
             raise interference.reason
 
 
+class _PauseProgress:
+    """Detects pauses in which nothing is prefaulted.
+
+    :param left: The targets before the first pause.
+    """
+
+    def __init__(self, left: Sequence[Target]) -> None:
+        self._least = sum(target.size for target in left)
+        self._pauses = 0
+        self._since = time.monotonic()
+
+    def check(self, left: Sequence[Target]) -> None:
+        """Count a pause that left these targets.
+
+        :raises AgentError: If too many pauses prefaulted nothing.
+        """
+        size = sum(target.size for target in left)
+        now = time.monotonic()
+        if size < self._least:
+            self._least, self._pauses, self._since = size, 0, now
+            return
+        self._pauses += 1
+        if self._pauses >= PAUSES_IN_VAIN and now - self._since > SECONDS_IN_VAIN:
+            raise AgentError(
+                f"{self._pauses} pauses within {now - self._since:.1f} s prefaulted no memory",
+                "use a longer --max-downtime, and run qemu-prefault again",
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class PrefaultRun:
     """The prefault of one guest, and the objects that this prefault uses."""
@@ -272,17 +305,26 @@ class PrefaultRun:
         limit = self.options.max_downtime
         started = time.monotonic()
         left = targets
-        in_vain = 0
+        in_vain = 0  # pauses in which all vCPUs were in guest mode, and how many in a row
+        in_a_row, row_began = 0, started
+        progress = _PauseProgress(left)
         while left and self.interference.reason is None:
             async with self.pauser.pause() as pause:
                 caught = not await guest_mode.select_vcpus()
                 in_vain += caught
-                give_up = caught and (guest_mode.is_last_try(in_vain) or not pause.will_resume)
+                if not caught:
+                    in_a_row = 0
+                elif not in_a_row:
+                    row_began = time.monotonic()
+                in_a_row += caught
+                worth_it = pause.will_resume and guest_mode.worth_another_try(in_a_row, row_began)
+                give_up = caught and not worth_it
                 if give_up or not caught:
                     with executor.time_limit(limit):
                         left = await executor.prefault(left, again=again)
                     again = True
                     self.tally.after = await read_stage2(self.vm.monitor)
+                    progress.check(left)
                 if give_up:
                     left = ()
                 if not left:
@@ -291,7 +333,9 @@ class PrefaultRun:
                     guest_mode.warn(caught, tries, seconds, pause.will_resume)
                 await pause.resume()
             if left:
-                await guest_mode.let_the_guest_run(RUN_PER_PAUSE * (limit or 0))
+                # The pause was short if all vCPUs were in guest mode.
+                run_for = 0.0 if caught else RUN_PER_PAUSE * (limit or 0)
+                await guest_mode.let_the_guest_run(run_for)
 
     async def receive(self, targets: tuple[Target, ...]) -> None:
         """Populate an incoming guest while QEMU loads it, and then prefault it."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..agents.base import VcpuThread
@@ -66,6 +66,7 @@ class Vm:
         self.state = state
         self.capability = kvm.pre_fault_capability(process)
         self._maps: tuple[MemoryMapping, ...] | None = None
+        self._read_state: Callable[[Monitor], Awaitable[VmState]] = read_vm_state
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -91,17 +92,21 @@ class Vm:
         timeout = PATIENT_SECONDS if loading else None
         async with Monitor.connect(qmp, dial=dial, command_timeout=timeout) as monitor:
             # A client of libvirt waits for a busy domain.
-            wait_long = loading or dial is not None
-            state = await (read_vm_state if wait_long else read_vm_state_in_time)(monitor)
+            read_state = read_vm_state if loading or dial is not None else read_vm_state_in_time
+            state = await read_state(monitor)
             threads = [vcpu.thread_id for vcpu in state.vcpus]
             vm = cls(monitor, _identify(monitor, pid, threads), state)
+            vm._read_state = read_state
             vm.state = vm._with_disk_files(state)
             yield vm
 
     async def refresh(self) -> VmState:
-        """Read QEMU's state again, and return the new :attr:`state`."""
+        """Read QEMU's state again, and return the new :attr:`state`.
+
+        The time limit is the same as for :meth:`connect`.
+        """
         self._maps = None
-        self.state = self._with_disk_files(await read_vm_state(self.monitor))
+        self.state = self._with_disk_files(await self._read_state(self.monitor))
         return self.state
 
     def _with_disk_files(self, state: VmState) -> VmState:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import bisect
 import re
 import sys
 from collections.abc import Sequence
@@ -118,9 +119,12 @@ def backing_of(mapping: MemoryMapping, page_size: int = PAGE_SIZE) -> BackingKin
 def mappings_of(maps: Sequence[MemoryMapping], start: int, size: int) -> tuple[MemoryMapping, ...]:
     """Return the mappings that together cover ``start..start+size-1`` without a gap.
 
+    :param maps: The mappings in the order of their addresses, as in ``/proc/PID/maps``.
     :raises FailedError: If a byte of this range is not mapped (code ``unmapped``).
     """
-    found = tuple(m for m in maps if m.start < start + size and m.end > start)
+    first = bisect.bisect_right(maps, start, key=lambda mapping: mapping.end)
+    after = bisect.bisect_left(maps, start + size, lo=first, key=lambda mapping: mapping.start)
+    found = tuple(maps[first:after])
     reached = start
     for mapping in found:
         if mapping.start > reached:

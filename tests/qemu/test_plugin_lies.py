@@ -14,6 +14,7 @@ import pytest
 
 from qemu_prefault.host.procfs import Process
 from support import capable_kvm
+from support.hostile_run import false_qemu, process_not_to_touch, run_program
 from support.qemu import StartQemu, kvm_usable, start_vm
 
 pytestmark = [
@@ -23,6 +24,26 @@ pytestmark = [
 #: If root runs the tests, QEMU runs as another user, who can open all files.
 OTHER_USER = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups",
               "--inh-caps=+dac_override", "--ambient-caps=+dac_override"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lie", "options"),
+    [
+        ("plugin: nothing prefaulted", []),
+        ("plugin: always aborted", ["--max-downtime", "0.2"]),
+        ("query-stats: always in guest mode", []),
+        ("query-stats: always in guest mode", ["--max-downtime", "0.5"]),
+        ("qom-list: 20,000 devices while the guest is paused", []),
+    ],
+)
+def test_paused_guest_runs_again(lie: str, options: list[str]) -> None:
+    with process_not_to_touch() as bystander, false_qemu(lie, bystander) as path:
+        words = [*capable_kvm.prefix(), sys.executable, "-m", "qemu_prefault"]
+        run = run_program(*words, "--qmp", str(path), *options)
+        commands = path.with_name("qmp.commands").read_text().split()
+    run.assert_orderly()
+    changes = [command for command in commands if command in ("stop", "cont")]
+    assert changes[-1:] == ["cont"], run
 
 
 @pytest.mark.parametrize("thread", [False, True])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import mmap
@@ -38,6 +39,7 @@ MIB = 1 << 20
 RAM = 32 * MIB
 KVM_CREATE_VM, KVM_CREATE_VCPU, KVM_SET_USER_MEMORY_REGION = 0xAE01, 0xAE41, 0x4020AE46
 PR_SET_NAME, PR_SET_MM, PR_SET_MM_MAP = 15, 35, 14
+POPULATE_WRITE = 23
 #: The range in which qemu-prefault maps helpers (agents/gadgets.py), and their code's size.
 AREAS, CODE_SIZE = range(0x1000_0000_0000, 0x5000_0000_0000), 4096
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\u202e\n<0>owned\udcff"
@@ -747,6 +749,40 @@ def _(fake: Fake) -> None:
     os.close(fake.vm)
 
 
+# --- the plugin and QEMU lie while the guest is paused ---
+
+
+@lie("query-stats: always in guest mode")
+def _(fake: Fake) -> None:
+    LIES["plugin: all done at once"](fake)
+    fake.replies["query-stats"] = lambda arguments: [
+        {
+            "provider": "kvm",
+            "qom-path": "/machine/cpu[0]",
+            "stats": [{"name": name, "value": 1} for name in arguments["providers"][0]["names"]],
+        }
+    ]
+
+
+@lie("qom-list: 20,000 devices while the guest is paused")
+def _(fake: Fake) -> None:
+    LIES["plugin: all done at once"](fake)
+    fake.replies["query-memdev"] = lambda _: [
+        {"id": "pc.ram", "size": RAM, "merge": True, "dump": True, "prealloc": False,
+         "share": False, "host-nodes": [], "policy": "default"}
+    ]  # fmt: skip
+
+    def qom_list(arguments: dict[str, Any]) -> Answer:
+        if fake.running:
+            return []
+        if arguments["path"] == "/machine/peripheral":
+            return [{"name": f"device{number}", "type": "child<x>"} for number in range(20_000)]
+        time.sleep(0.05)
+        return []
+
+    fake.replies["qom-list"] = qom_list
+
+
 # --- the helper lies ---
 
 
@@ -831,14 +867,16 @@ PLUGIN_STATUS = {"plugin": 1, "pre_fault_memory": True, "keeping": True, "quirk"
                  "held": None, "vcpus": [{"id": 0}], "pending": 0,
                  "counters": {"prefaulted": 0, "again": 0, "errors": 0}}  # fmt: skip
 Send = Callable[[Answer], None]
+#: Replies to a batch, whose ranges are triples of the kind, the start and the size.
+Work = Callable[[Send, list[tuple[int, ...]]], None]
 
 
-def no_reply(_send: Send) -> None:
+def no_reply(_send: Send, _ranges: Answer = None) -> None:
     sleep()
 
 
 def plugin(
-    work: Callable[[Send], None] = no_reply,
+    work: Work = no_reply,
     status: Callable[[Send], None] = lambda send: send(PLUGIN_STATUS),
     other: Callable[[Send], None] = lambda send: send({"ok": True}),
 ) -> Callable[[Fake], None]:
@@ -864,10 +902,9 @@ def plugin(
                 if words[0] == "status":
                     status(send)
                 elif words[0] in ("work", "work-lent"):
-                    for _ in range(int(words[1])):
-                        requests.readline()
+                    lines = [requests.readline().split() for _ in range(int(words[1]))]
                     send({"ok": True})
-                    work(send)
+                    work(send, [tuple(map(int, words[1:])) for words in lines])
                 else:
                     other(send)
 
@@ -883,10 +920,10 @@ def plugin(
     return set_up
 
 
-def repeatedly(message: Callable[[int], Answer], seconds: float) -> Callable[[Send], None]:
+def repeatedly(message: Callable[[int], Answer], seconds: float) -> Work:
     """Send messages until the connection is closed, at an interval in seconds."""
 
-    def send_all(send: Send) -> None:
+    def send_all(send: Send, _ranges: Answer) -> None:
         number = 0
         while True:
             number += 1
@@ -904,7 +941,29 @@ def delayed(message: Answer, seconds: float) -> Callable[[Send], None]:
     return send_late
 
 
-def busy_thread(_send: Send) -> None:
+def ending(
+    done: Callable[[int], list[int]], *, only_prefault: bool = False, seconds: float = 0
+) -> Work:
+    """End each batch.
+
+    :param done: Returns the completed bytes and the errno of a range of this size.
+    :param only_prefault: Whether the plugin is honest about populating.
+    :param seconds: The time after which a batch ends, unless the plugin is honest.
+    """
+
+    def end(send: Send, ranges: list[tuple[int, ...]]) -> None:
+        if only_prefault and ranges[0][0] == 0:
+            for _, start, size in ranges:
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), POPULATE_WRITE)
+            send({"done": [[size, 0] for _, _, size in ranges], "seconds": 0.01})
+        else:
+            time.sleep(seconds)
+            send({"done": [done(size) for _, _, size in ranges], "seconds": 0.01})
+
+    return end
+
+
+def busy_thread(_send: Send, _ranges: Answer) -> None:
     """Keep a thread busy that has the name of a batch's thread."""
     libc.prctl(PR_SET_NAME, b"prefault-batch", 0, 0, 0)
     while True:
@@ -918,8 +977,15 @@ LIES["plugin: progress to and fro"] = plugin(
 )
 LIES["plugin: busy thread"] = plugin(busy_thread)
 LIES["plugin: endless replies to a batch"] = plugin(repeatedly(lambda _: {"x": []}, 0))
-LIES["plugin: half a reply to a batch"] = plugin(lambda send: send('{"done":'))
-LIES["plugin: all done at once"] = plugin(lambda send: send({"done": [[RAM, 0]], "seconds": 0}))
+LIES["plugin: half a reply to a batch"] = plugin(lambda send, _: send('{"done":'))
+LIES["plugin: all done at once"] = plugin(ending(lambda size: [size, 0]))
+LIES["plugin: nothing done"] = plugin(ending(lambda _: [0, 0]))
+LIES["plugin: nothing prefaulted"] = plugin(ending(lambda _: [0, 0], only_prefault=True))
+LIES["plugin: always aborted"] = plugin(
+    ending(lambda _: [0, errno.ECANCELED], only_prefault=True, seconds=0.3)
+)
+LIES["plugin: a page for each batch"] = plugin(ending(lambda _: [4096, 0]))
+LIES["plugin: every page is faulty"] = plugin(ending(lambda _: [0, errno.EFAULT]))
 LIES["plugin: silence"] = plugin(status=no_reply)
 LIES["plugin: late status"] = plugin(status=delayed(PLUGIN_STATUS, 4.5))
 LIES["plugin: nested status"] = plugin(
@@ -931,10 +997,13 @@ LIES["plugin: escapes in an error"] = plugin(other=lambda send: send({"error": E
 # --- the jobs of a patched QEMU lie ---
 
 
-def jobs(progress: Callable[[], int], *, events: bool = False, orphans: int = 0) -> Any:
-    """Pose as a QEMU with ``x-kvm-prefault-memory``, whose job never ends.
+def jobs(
+    progress: Callable[[], int], status: str = "running", *, events: bool = False, orphans: int = 0
+) -> Callable[[Fake], None]:
+    """Pose as a QEMU with ``x-kvm-prefault-memory``, whose job processes no memory.
 
     :param progress: Returns the job's progress in bytes.
+    :param status: The job's status.
     :param events: Whether to send events about another job without end.
     :param orphans: The number of jobs of qemu-prefault processes that have exited.
     """
@@ -943,16 +1012,22 @@ def jobs(progress: Callable[[], int], *, events: bool = False, orphans: int = 0)
 
     def set_up(fake: Fake) -> None:
         ids: list[str] = list(old)
+        ranges: list[dict[str, int]] = []
 
         def start(arguments: dict[str, Any]) -> Answer:
             ids.append(arguments["job-id"])
+            ranges[:] = [
+                {"start": each["start"], "size": each["size"], "mapped": 0, "populated": 0,
+                 "absent": 0}
+                for each in arguments["ranges"]
+            ]  # fmt: skip
             return {}
 
         fake.replies |= {
-            "x-query-kvm-prefault": lambda _: {},
+            "x-query-kvm-prefault": lambda _: {"ranges": ranges},
             "x-kvm-prefault-memory": start,
             "query-jobs": lambda _: [
-                {"id": id_, "type": "kvm-prefault", "status": "running",
+                {"id": id_, "type": "kvm-prefault", "status": status,
                  "current-progress": progress(), "total-progress": RAM}
                 for id_ in ids
             ],
@@ -982,6 +1057,7 @@ def jobs(progress: Callable[[], int], *, events: bool = False, orphans: int = 0)
 
 LIES["job: no progress"] = jobs(lambda: 0)
 LIES["job: a byte more each time"] = jobs(lambda: int(time.monotonic() * 10) % RAM)
+LIES["job: ends without progress"] = jobs(lambda: 0, "concluded")
 LIES["job: endless events"] = jobs(lambda: 0, events=True)
 LIES["job: 1,000 old jobs that never end"] = jobs(lambda: 0, orphans=1000)
 

@@ -41,18 +41,18 @@ class Run:
         assert all(c.isprintable() or c == "\n" for c in self.output), self
 
 
-def run_python(
-    *arguments: str,
+def run_program(
+    *words: str,
     seconds: float = 10,
     stdin: str = "",
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Run:
-    """Run Python, and kill it after ``seconds``."""
+    """Run a program, and kill it after ``seconds``."""
     with tempfile.TemporaryFile() as text_in, tempfile.TemporaryFile() as output:
         text_in.write(stdin.encode())
         text_in.seek(0)
         process = subprocess.Popen(
-            [sys.executable, *arguments],
+            words,
             stdin=text_in,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -66,6 +66,17 @@ def run_python(
         output.seek(0)
         text = output.read().decode(errors="surrogateescape")
     return Run(process.returncode, text, usage.ru_maxrss << 10)
+
+
+def run_python(
+    *arguments: str,
+    seconds: float = 10,
+    stdin: str = "",
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Run:
+    """Run Python, and kill it after ``seconds``."""
+    words = (sys.executable, *arguments)
+    return run_program(*words, seconds=seconds, stdin=stdin, environment=environment)
 
 
 def run_tool(
