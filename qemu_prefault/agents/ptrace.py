@@ -397,10 +397,10 @@ class PtraceAgent:
         self._tell_all("release")
         try:
             await self._wait_gone()
-            if self._ticker is not None:
-                self._ticker.wait()
-                self._ticker = None
         finally:
+            if self._ticker is not None:
+                await self._ticker.wait()
+                self._ticker = None
             if self._gate is not None:
                 await self._gate.close()
                 self._gate = None

@@ -8,7 +8,6 @@ timer. If qemu-prefault is killed, the separate process continues until the last
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -17,6 +16,10 @@ from collections.abc import Iterable
 
 from .._native import lib
 from ..host.proc_files import PROC, read_optional
+from .child import end_child
+
+#: Seconds to wait until the process has detected that all helpers have exited.
+END_SECONDS = 1.0
 
 
 class Ticker:
@@ -41,14 +44,17 @@ class Ticker:
             finally:
                 os._exit(0)
 
-    def wait(self) -> None:
-        """Wait until the process has exited.
+    async def wait(self, seconds: float = END_SECONDS) -> None:
+        """Wait until the process has exited, and kill it after a time limit.
 
         The process continues until all helpers have exited. Therefore the caller must first wait
-        until all helpers have exited.
+        until all helpers have exited, or must have asked them to end their work. A helper that is
+        still in a system call then has a pending signal, which ends the call if the call can be
+        interrupted. QEMU can rename a thread, so that the process never ends by itself.
+
+        :param seconds: The time limit, in seconds.
         """
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self._child, 0)
+        await end_child(self._child, seconds)
 
 
 def _become_independent() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -46,7 +47,7 @@ def start() -> Iterator[Callable[..., int]]:
 
 def test_ticks_until_the_helper_exits(start: Callable[..., int]) -> None:
     pid = start(NAME, 5)
-    Ticker(pid, [(pid, SIGNAL)], NAME, 0.02).wait()
+    asyncio.run(Ticker(pid, [(pid, SIGNAL)], NAME, 0.02).wait(seconds=30))
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
@@ -64,7 +65,26 @@ def test_ticks_after_the_tool_is_killed(start: Callable[..., int]) -> None:
 
 def test_reused_thread_id_gets_no_signal(start: Callable[..., int]) -> None:
     pid = start("another", 1)
-    Ticker(pid, [(pid, SIGNAL)], NAME, 0.02).wait()
+    asyncio.run(Ticker(pid, [(pid, SIGNAL)], NAME, 0.02).wait(seconds=30))
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+
+
+def test_helper_that_never_exits_is_not_waited_for(start: Callable[..., int]) -> None:
+    """Check a QEMU that renames a thread, so that it looks like a helper."""
+    pid = start(NAME, 1 << 30)
+
+    async def check() -> float:
+        ticker = Ticker(pid, [(pid, SIGNAL)], NAME, 0.02)
+        started = time.monotonic()
+        waiting = asyncio.create_task(ticker.wait(seconds=0.3))
+        await asyncio.sleep(0.01)
+        assert not waiting.done(), "wait() blocks the event loop"
+        await waiting
+        with pytest.raises(ProcessLookupError):
+            os.kill(ticker._child, 0)
+        return time.monotonic() - started
+
+    assert 0.3 <= asyncio.run(check()) < 5
     assert os.waitpid(pid, os.WNOHANG) == (0, 0)
 
 
