@@ -19,11 +19,16 @@ from ..host.proc_files import changed
 from ..host.procfs import Process
 from ..host.ptrace_access import ptrace_denied
 from .base import resumed_error
+from .child import end_child
 from .control_page import Helper
 from .qemu_process import SeizeRetry, target_of
 
-#: Seconds to wait for a reply from the run gate, which waits up to 2 s for each thread.
-ANSWER_SECONDS = 30.0
+#: Seconds to wait for a reply from the run gate. The gate stops all threads within 5 s, or detaches
+#: them within 2 s.
+ANSWER_SECONDS = 8.0
+#: Seconds to wait for the end of the run gate, which waits up to 5 s for the helpers and then
+#: detaches all threads within 2 s.
+END_SECONDS = 8.0
 ERRNO_BYTES = 4
 
 
@@ -88,8 +93,15 @@ class RunGate:
         :raises UnsupportedError: If this process has no permission to trace QEMU.
         :raises FailedError: If a vCPU is running (code ``resumed``), if its thread has exited, or
             if QEMU has executed another program.
-        :raises AgentError: If a thread does not stop.
+        :raises AgentError: If a thread does not stop, or if the child process does not reply.
         """
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await self._hold()
+        except TimeoutError:
+            raise lost_error() from None
+
+    async def _hold(self) -> None:
         retry = SeizeRetry(self._process)
         while (answer := await self._ask(lib.RUN_GATE_HOLD)) == lib.RUN_GATE_FAILED:
             code = int.from_bytes(await self._receive(ERRNO_BYTES), "little")
@@ -120,9 +132,13 @@ class RunGate:
         if not self._held:
             return
         self._held = False
-        with contextlib.suppress(AgentError):  # if the process has exited, the vCPUs can run
-            while await self._ask(lib.RUN_GATE_RELEASE) != lib.RUN_GATE_RELEASED:
-                pass  # skip the reply for a vCPU that has entered KVM_RUN meanwhile
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                while await self._ask(lib.RUN_GATE_RELEASE) != lib.RUN_GATE_RELEASED:
+                    pass  # skip the reply for a vCPU that has entered KVM_RUN meanwhile
+        except (AgentError, TimeoutError):
+            # If the process has exited, the vCPUs can run. Otherwise kill it, see close().
+            await self._end_child(0)
 
     def end(self) -> None:
         """End the child process, so that the vCPUs can enter KVM_RUN.
@@ -133,12 +149,25 @@ class RunGate:
             # close() is not enough: forks of this process have copies of the descriptor.
             self._socket.shutdown(socket.SHUT_RDWR)
 
-    async def close(self) -> None:
-        """End the child process, and wait until it has exited."""
+    async def close(self, seconds: float = END_SECONDS) -> None:
+        """End the child process, and wait until it has exited.
+
+        After a time limit, kill the child process. The kernel then detaches the vCPU threads, and
+        the threads continue (exit_ptrace(), kernel/ptrace.c). This does not harm QEMU: the child
+        process never changes registers, and delivers a thread's signal immediately after it has
+        received the signal. While the child process waits for helpers, it has already told them to
+        end their work after the current chunk.
+
+        :param seconds: The time limit, in seconds.
+        """
         self.end()
         self._socket.close()
-        with contextlib.suppress(ChildProcessError):
-            await asyncio.to_thread(os.waitpid, self._child, 0)
+        await self._end_child(seconds)
+
+    async def _end_child(self, seconds: float) -> None:
+        if self._child > 0:
+            await end_child(self._child, seconds)
+            self._child = 0
 
     async def _ask(self, command: int) -> int:
         with contextlib.suppress(OSError):
@@ -147,17 +176,16 @@ class RunGate:
 
     async def _receive(self, size: int) -> bytes:
         received = b""
-        try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                while len(received) < size:
-                    data = await asyncio.get_running_loop().sock_recv(
-                        self._socket, size - len(received)
-                    )
-                    if not data:
-                        raise lost_error()
-                    received += data
-        except (OSError, TimeoutError):
-            raise lost_error() from None
+        while len(received) < size:
+            try:
+                data = await asyncio.get_running_loop().sock_recv(
+                    self._socket, size - len(received)
+                )
+            except OSError:
+                raise lost_error() from None
+            if not data:
+                raise lost_error()
+            received += data
         return received
 
 

@@ -8,9 +8,11 @@ import contextlib
 import errno
 import mmap
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from qemu_prefault._native import lib
+from qemu_prefault.agents import run_gate
 from qemu_prefault.agents.base import Kind, Limits, Range, VcpuThread, resumed_error
 from qemu_prefault.agents.control_page import Helper, offset_of
 from qemu_prefault.agents.ptrace import PtraceAgent
@@ -196,6 +199,91 @@ def test_killed_gate_frees_the_vcpu(vcpu: FakeVcpu) -> None:
                 await gate.hold()
 
     asyncio.run(check())
+
+
+@pytest.mark.parametrize("entering", [False, True], ids=["outside KVM_RUN", "before KVM_RUN"])
+def test_gate_is_killed_if_a_helper_stays_busy(vcpu: FakeVcpu, entering: bool) -> None:
+    async def check() -> None:
+        vcpu.helper.write_word("batch", 1)
+        gate = vcpu.gate()
+        await gate.hold()
+        if entering:
+            vcpu.ioctl(KVM_RUN)
+            wait_for(lambda: vcpu.read("vcpu_runs") == 1, "the gate ends the helper's batch")
+        started = time.monotonic()
+        await gate.close(seconds=0.3)
+        assert time.monotonic() - started < 3
+
+    asyncio.run(check())
+    assert not tracers(vcpu.pid)
+    assert vcpu.read("vcpu_runs") == 1
+    if not entering:
+        vcpu.ioctl(KVM_RUN)
+    vcpu.signals_seen()
+
+
+def test_stopped_gate_does_not_block_the_tool(
+    vcpu: FakeVcpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_gate, "ANSWER_SECONDS", 0.3)
+
+    async def check() -> None:
+        gate = vcpu.gate()
+        os.kill(gate._child, signal.SIGSTOP)
+        with pytest.raises(AgentError, match="did not reply"):
+            await gate.hold()
+        await gate.close(seconds=0.3)
+
+    started = time.monotonic()
+    asyncio.run(check())
+    assert time.monotonic() - started < 3
+
+
+def test_vcpu_runs_if_the_gate_does_not_release_it(
+    vcpu: FakeVcpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        async with held(vcpu) as gate:
+            os.kill(gate._child, signal.SIGSTOP)
+            monkeypatch.setattr(run_gate, "ANSWER_SECONDS", 0.3)
+            await gate.release()
+            assert not tracers(vcpu.pid)
+            vcpu.ioctl(KVM_RUN)
+            vcpu.signals_seen()
+
+    asyncio.run(check())
+
+
+@pytest.fixture(scope="session")
+def slow_threads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("cc") is None:
+        pytest.skip("cc is not installed")
+    path = tmp_path_factory.mktemp("slow") / "slow_threads"
+    source = Path(__file__).with_name("slow_threads.c")
+    subprocess.run(["cc", "-O2", "-Wall", "-Wextra", "-Werror", source, "-o", path], check=True)
+    return path
+
+
+def test_slow_threads_share_one_limit(slow_threads: Path) -> None:
+    """Check that hold() does not wait 2 s for each of many threads."""
+
+    async def check(pid: int, memory: int) -> None:
+        tids = [tid for tid in Process.find(pid).threads() if tid != pid]
+        assert len(tids) == 6
+        gate = RunGate(Process.find(pid), memory, tids, [Helper(memory, 0, 0) for _ in tids])
+        started = time.monotonic()
+        with pytest.raises(AgentError, match="does not stop: Connection timed out"):
+            await gate.hold()
+        assert 3 <= time.monotonic() - started < 7
+        await gate.close(seconds=3)
+
+    with subprocess.Popen([slow_threads], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        memory = os.open(f"/proc/{process.pid}/mem", os.O_RDWR)
+        asyncio.run(check(process.pid, memory))
+        os.close(memory)
+        assert not tracers(process.pid)
+        assert process.wait(20) == 0  # no thread stays stopped
 
 
 TOOL = """

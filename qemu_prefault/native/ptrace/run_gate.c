@@ -25,6 +25,8 @@
 #define SYSCALL_STOP (SIGTRAP | 0x80)
 #define EVENT_OF(status) ((status) >> 16)
 #define IDLE_LIMIT_NS 5000000000ull
+#define HOLD_LIMIT_NS 3000000000ull
+#define LATE_STOP_LIMIT_NS 50000000ull
 #define IDLE_POLL_NS 100000
 
 /*
@@ -87,11 +89,18 @@ static void end_work(const struct gate *gate)
 			nanosleep(&pause, NULL);
 }
 
-/* Stop tracing all threads. A thread must be in a ptrace stop to be detached. */
+/*
+ * Stop tracing all threads. A thread must be in a ptrace stop to be detached. All threads together
+ * have STOP_LIMIT_NS to stop, and then each has LATE_STOP_LIMIT_NS. A thread that stops even later
+ * continues (handle_stop()), and the kernel detaches it when the gate exits.
+ */
 static void detach_all(struct gate *gate)
 {
+	const uint64_t deadline = pf_now_ns() + STOP_LIMIT_NS;
+
 	for (uint32_t i = 0; i < gate->count; i++) {
 		int32_t tid = gate->vcpus[i].tid;
+		uint64_t least = pf_now_ns() + LATE_STOP_LIMIT_NS;
 		int status;
 
 		if (!gate->traced[i])
@@ -100,7 +109,7 @@ static void detach_all(struct gate *gate)
 		if (!ptrace(PTRACE_DETACH, tid, NULL, NULL) ||
 		    ptrace(PTRACE_INTERRUPT, tid, NULL, NULL))
 			continue;
-		status = pf_wait_stop(tid);
+		status = pf_wait_stop_until(tid, least > deadline ? least : deadline);
 		if (status < 0)
 			continue;
 		/* If this stop is a signal delivery stop, deliver the signal. */
@@ -167,14 +176,21 @@ static void handle_stops(struct gate *gate)
 	}
 }
 
-/* Trace the threads, and stop each of them once. If a thread is in KVM_RUN, open the gate. */
+/*
+ * Trace the threads, and stop each of them once. If a thread is in KVM_RUN, open the gate. The limit
+ * applies to all threads together, because each thread can take almost STOP_LIMIT_NS.
+ */
 static void hold(struct gate *gate)
 {
+	const uint64_t deadline = pf_now_ns() + HOLD_LIMIT_NS;
+
 	for (uint32_t i = 0; i < gate->count; i++) {
 		int32_t tid = gate->vcpus[i].tid;
 		struct inject_result result = { 0 };
+		int failed = pf_now_ns() > deadline ? pf_fail(&result, INJECT_STOP, ETIMEDOUT) :
+						      pf_seize(&gate->target, tid, &result);
 
-		if (pf_seize(&gate->target, tid, &result)) {
+		if (failed) {
 			detach_all(gate);
 			answer(RUN_GATE_FAILED);
 			(void)!write(GATE_SOCKET, &result.error, sizeof(result.error));

@@ -17,7 +17,6 @@
 
 #include "arch_x86_64.h"
 
-#define STOP_LIMIT_NS 2000000000ull
 #define IDS 4
 /*
  * The Uid and Gid lines are among the first lines of /proc/PID/status. The name, which precedes
@@ -42,7 +41,11 @@ int pf_fail(struct inject_result *result, int stage, int error)
 
 int pf_wait_stop(int32_t tid)
 {
-	uint64_t deadline = pf_now_ns() + STOP_LIMIT_NS;
+	return pf_wait_stop_until(tid, pf_now_ns() + STOP_LIMIT_NS);
+}
+
+int pf_wait_stop_until(int32_t tid, uint64_t deadline)
+{
 	struct timespec pause = { 0, 20000 };
 	int status;
 

@@ -13,8 +13,13 @@ uint64_t pf_now_ns(void);
 /* Store the stage and the error of a failed injection. Returns -1. */
 int pf_fail(struct inject_result *result, int stage, int error);
 
-/* Wait up to 2 s for a ptrace stop. Returns the wait status, or -1 with errno set. */
+#define STOP_LIMIT_NS 2000000000ull
+
+/* Wait up to STOP_LIMIT_NS for a ptrace stop. Returns the wait status, or -1 with errno set. */
 int pf_wait_stop(int32_t tid);
+
+/* Wait for a ptrace stop like pf_wait_stop(), until pf_now_ns() is greater than `deadline`. */
+int pf_wait_stop_until(int32_t tid, uint64_t deadline);
 
 /*
  * Check that a stopped thread is a thread of the target process, that the process has the same user
