@@ -26,12 +26,12 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from .._native import lib
-from ..errors import AgentError, Code
+from ..errors import AgentError, Code, QemuPrefaultError
 from ..host.procfs import Process
 from ..host.stall import STALL_SECONDS, IdleThreads, ProgressLimit, Stall, why_stalled
 from .base import BatchResult, Kind, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
@@ -49,7 +49,7 @@ from .qemu_process import (
     unlock_memory,
 )
 from .run_gate import RunGate, lost_error
-from .ticker import Ticker
+from .ticker import END_SECONDS, Ticker
 
 _T = TypeVar("_T")
 
@@ -62,7 +62,14 @@ FASTEST = 32 << 30
 #: helpers prefault, the guest may be paused. While they populate, the guest runs, and the kernel
 #: may have to reclaim memory. If the helpers are idle, the run fails earlier
 #: (:class:`.IdleThreads`).
-NO_PROGRESS_SECONDS = {Kind.STAGE2: 8.0, Kind.POPULATE: 60.0}
+NO_PROGRESS_SECONDS = {Kind.STAGE2: 7.0, Kind.POPULATE: 60.0}
+#: Seconds in which all helpers must start.
+READY_SECONDS = 5.0
+#: Seconds to wait for the end of the helpers and of the run gate together, after a failure. A QEMU
+#: that causes the failure can also delay their end.
+FAILED_SECONDS = 1.0
+#: Seconds to wait for the end of the run gate after other runs, if a helper has not exited.
+GATE_SECONDS = 1.0
 
 
 class PtraceAgent:
@@ -87,6 +94,7 @@ class PtraceAgent:
         self._ticker: Ticker | None = None
         self._gate: RunGate | None = None
         self._aborted = False
+        self._failed = False
         self._told_to_end = asyncio.Event()
         self._heart: threading.Thread | None = None
         self._heart_stop = threading.Event()
@@ -124,6 +132,7 @@ class PtraceAgent:
                     [self._helpers[worker.index] for worker in self.workers],
                 )
         except BaseException:
+            self._failed = True
             await self.close()
             raise
 
@@ -157,12 +166,12 @@ class PtraceAgent:
         self._allowed = injector.allowed
 
     async def _wait_ready(self) -> None:
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + READY_SECONDS
         for helper in self._helpers.values():
             while not (ready := self._header(helper).ready):
                 if time.monotonic() > deadline:
                     raise AgentError(
-                        "a helper thread did not start within 5 s",
+                        f"a helper thread did not start within {READY_SECONDS:g} s",
                         "run qemu-prefault again when the host is less loaded\nQEMU is unharmed",
                     )
                 await asyncio.sleep(0.001)
@@ -208,7 +217,8 @@ class PtraceAgent:
         """
         if self._gate is None:
             return False
-        await self._gate.hold()
+        with self._note_failure():
+            await self._gate.hold()
         return True
 
     async def release_vcpus(self) -> None:
@@ -234,6 +244,21 @@ class PtraceAgent:
         :raises AgentError: If the batch prefaults memory, but the vCPUs can enter KVM_RUN, or if
             the helpers make no progress (:data:`NO_PROGRESS_SECONDS`).
         """
+        with self._note_failure():
+            return await self._run(batch, on_progress)
+
+    @contextlib.contextmanager
+    def _note_failure(self) -> Iterator[None]:
+        """Make :meth:`close` wait only briefly if the block fails."""
+        try:
+            yield
+        except QemuPrefaultError:
+            self._failed = True
+            raise
+
+    async def _run(
+        self, batch: Mapping[int, Sequence[Range]], on_progress: Callable[[int], None]
+    ) -> BatchResult:
         self._check_held(batch)
         if not self._aborted:
             self._told_to_end.clear()
@@ -391,42 +416,66 @@ class PtraceAgent:
     async def close(self) -> None:
         """End the helpers, and wait until all of them have exited.
 
+        If the agent has failed, the method waits for at most :data:`FAILED_SECONDS`, and raises no
+        second error. A helper that is then still in a system call exits when the call returns.
+
         :raises AgentError: If a helper is blocked in the kernel. The helper exits when its system
             call returns.
         """
+        patience = self.limits.stuck + self.limits.dead_man + 2
+        deadline = time.monotonic() + (FAILED_SECONDS if self._failed else patience)
         self._tell_all("release")
+        if self._failed and self._gate is not None:
+            self._gate.end()  # the gate waits for the helpers at the same time
+        gone = False
         try:
-            await self._wait_gone()
+            gone = await self._wait_gone(deadline)
         finally:
-            if self._ticker is not None:
-                await self._ticker.wait()
-                self._ticker = None
-            if self._gate is not None:
-                await self._gate.close()
-                self._gate = None
-            self._heart_stop.set()
-            if self._heart is not None:
-                self._heart.join()
-                self._heart = None
-            self._helpers.clear()
-            if self._memory >= 0:
-                os.close(self._memory)
-                self._memory = -1
+            try:
+                await self._end_children(deadline)
+            finally:
+                self._heart_stop.set()
+                if self._heart is not None:
+                    self._heart.join()
+                    self._heart = None
+                self._helpers.clear()
+                if self._memory >= 0:
+                    os.close(self._memory)
+                    self._memory = -1
+        if not gone and not self._failed:
+            raise AgentError(
+                f"a helper thread in QEMU (pid {self.process.pid}) is blocked in the kernel",
+                "no action is needed, because the helper exits when its system call returns",
+            )
 
-    async def _wait_gone(self) -> None:
-        deadline = time.monotonic() + self.limits.stuck + self.limits.dead_man + 2
+    async def _end_children(self, deadline: float) -> None:
+        """End the ticker and the run gate.
+
+        :param deadline: The time of the monotonic clock in seconds until which the helpers could
+            exit.
+        """
+        gate, self._gate = self._gate, None
+        ticker, self._ticker = self._ticker, None
+        try:
+            if ticker is not None:
+                await ticker.wait(min(max(deadline - time.monotonic(), 0), END_SECONDS))
+        finally:
+            if gate is not None:
+                least = 0 if self._failed else GATE_SECONDS
+                await gate.close(max(deadline - time.monotonic(), least))
+
+    async def _wait_gone(self, deadline: float) -> bool:
+        """Return whether all helpers have exited by the deadline."""
         pause = 0.0005
         # A helper that has just been started may not have set its name yet.
         while any(helper.is_there() for helper in self._helpers.values()) or (
             self._helpers and helper_threads(self.process)
         ):
             if time.monotonic() > deadline:
-                raise AgentError(
-                    f"a helper thread in QEMU (pid {self.process.pid}) is blocked in the kernel",
-                    "no action is needed, because the helper exits when its system call returns",
-                )
+                return False
             await asyncio.sleep(pause)
             pause = min(pause * 2, 0.02)
+        return True
 
 
 def _seconds_left(begun: float, header: Header, outcomes: Sequence[Outcome]) -> float:

@@ -25,7 +25,7 @@ from .qemu_process import SeizeRetry, target_of
 
 #: Seconds to wait for a reply from the run gate. The gate stops all threads within 5 s, or detaches
 #: them within 2 s.
-ANSWER_SECONDS = 8.0
+ANSWER_SECONDS = 7.5
 #: Seconds to wait for the end of the run gate, which waits up to 5 s for the helpers and then
 #: detaches all threads within 2 s.
 END_SECONDS = 8.0

@@ -12,7 +12,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -329,9 +331,7 @@ def test_helper_without_progress_ends_the_run(agent: PtraceAgent, forged: bool) 
 
     async def check() -> None:
         await agent.start()
-        os.kill(pid, signal.SIGSTOP)  # the helper does not see the batch
-        helper = agent.process.proc + f"/task/{agent._helpers[0].thread_id}"
-        wait_for(lambda: state(helper) == "T", "the helper is stopped")
+        stop(agent)  # the helper does not see the batch
         forger = asyncio.create_task(count()) if forged else None
         try:
             async with asyncio.timeout(10):
@@ -345,6 +345,69 @@ def test_helper_without_progress_ends_the_run(agent: PtraceAgent, forged: bool) 
 
     asyncio.run(check())
     wait_clean(pid)
+
+
+def stop(agent: PtraceAgent) -> None:
+    os.kill(agent.process.pid, signal.SIGSTOP)
+    task = agent.process.proc + f"/task/{agent._helpers[0].thread_id}"
+    wait_for(lambda: state(task) == "T", "the helper is stopped")
+
+
+def test_helper_that_does_not_start_ends_the_run_soon(
+    agent: PtraceAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ptrace, "READY_SECONDS", 0.2)
+    inject = agent._inject_all
+
+    def inject_and_stop() -> None:
+        inject()
+        wait_for(lambda: agent._helpers[0].read_header().ready, "the helper has started")
+        stop(agent)
+        agent._helpers[0].write_word("ready", 0)
+
+    monkeypatch.setattr(agent, "_inject_all", inject_and_stop)
+    started = time.monotonic()
+    with pytest.raises(AgentError, match=r"did not start within 0\.2 s"):
+        asyncio.run(agent.start())
+    assert time.monotonic() - started < 4
+    os.kill(agent.process.pid, signal.SIGCONT)
+    wait_clean(agent.process.pid)
+
+
+def test_failed_run_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that neither the helper, nor its ticker, nor the run gate delays the end."""
+    monkeypatch.setattr(ptrace, "NO_PROGRESS_SECONDS", dict.fromkeys(Kind, 0.5))
+    with start_target() as target:
+        pid = target.process.pid
+        agent = PtraceAgent(Process.find(pid), [VcpuThread(target.tid, 0, 0)])
+        inject = agent._inject_all
+
+        def inject_without_timer() -> None:
+            inject()
+            agent._allowed = replace(agent._allowed, timers=False)
+
+        monkeypatch.setattr(agent, "_inject_all", inject_without_timer)
+
+        async def check() -> None:
+            await agent.start()
+            await agent.hold_vcpus()
+            assert agent._ticker is not None and agent._gate is not None
+            children = agent._ticker._child, agent._gate._child
+            stop(agent)
+            with pytest.raises(AgentError, match="made no progress"):
+                await agent.run({0: [Range(Kind.POPULATE, 0x10000, 4096)]}, lambda done: None)
+            started = time.monotonic()
+            await agent.close()
+            assert time.monotonic() - started < 3
+            for child in children:
+                with pytest.raises(ProcessLookupError):
+                    os.kill(child, 0)
+
+        asyncio.run(check())
+        assert not tracers(pid)
+        os.kill(pid, signal.SIGCONT)
+        wait_clean(pid)
+        target.end_thread()
 
 
 @pytest.mark.parametrize("value", [2, 4096, 1 << 31, (1 << 32) - 4096])
