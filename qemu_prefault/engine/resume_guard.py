@@ -39,6 +39,12 @@ REPLY_ID = "qemu-prefault-guard"
 LONGEST_ANSWER = 4096
 #: Seconds that the resume guard waits for QEMU's replies.
 GUARD_SECONDS = 3600.0
+#: Number of reads per reply without a pause. The resume guard pauses before each further read.
+#: Otherwise a QEMU that sends data without end would occupy a CPU for :data:`GUARD_SECONDS`.
+FAST_READS = 256
+#: Length of the pause in seconds. Meanwhile QEMU fills the socket's buffer, so the next read can
+#: return more data.
+READ_PAUSE = 0.05
 
 
 class ResumeGuard:
@@ -170,14 +176,22 @@ def _ask(connection: socket.socket, before: bytes, command: str, deadline: float
     replies.
 
     :param deadline: The time of the monotonic clock in seconds at which the wait ends.
+    :raises TimeoutError: If the reply has not arrived by the deadline.
     """
     identity = f"{REPLY_ID}-{command}"
     message = json.dumps({"execute": command, "id": identity}).encode()
     connection.settimeout(max(deadline - time.monotonic(), 0.1))
     connection.sendall(before + message + b"\n")
     received = b""
+    reads = 0
     while identity.encode() not in received:
-        connection.settimeout(max(deadline - time.monotonic(), 0.1))
+        if reads >= FAST_READS:
+            time.sleep(READ_PAUSE)
+        reads += 1
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        connection.settimeout(left)
         try:
             data = connection.recv(65536)
         except DescriptorsError:
