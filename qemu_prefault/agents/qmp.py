@@ -51,7 +51,7 @@ PROGRESS_SECONDS: Final = 0.25
 #: ends a range that no vCPU can process for 5 s (PREFAULT_REFUSED_NS in patches/qemu). While QEMU
 #: populates, the kernel may have to reclaim memory. If QEMU's threads for the job are idle, the
 #: job is cancelled earlier (:class:`.IdleThreads`).
-NO_PROGRESS_SECONDS: Final = {Kind.STAGE2: 8.0, Kind.POPULATE: 60.0}
+NO_PROGRESS_SECONDS: Final = {Kind.STAGE2: 7.0, Kind.POPULATE: 60.0}
 #: Seconds to wait for the end of cancelled jobs. A job first completes its current chunks, which
 #: takes milliseconds.
 END_SECONDS: Final = 5.0
