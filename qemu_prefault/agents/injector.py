@@ -39,6 +39,8 @@ from .qemu_process import exit_error, same_pid_namespace, stays_alive, target_of
 
 #: Maximum number of helpers per run.
 MAX_HELPERS = 8
+#: Seconds in which all injections of a run must begin. Each thread can take almost 2 s to stop.
+START_SECONDS = 5.0
 #: How long a run waits for an idle thread of QEMU, in seconds, before it uses vCPUs.
 IDLE_THREAD_WAIT = 0.1
 #: include/uapi/linux/sched.h. Python has no name for this policy.
@@ -132,6 +134,7 @@ class Injector:
                 "start QEMU with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off, or use the plugin agent",
                 code=Code.SHADOW_STACK,
             )
+        self._deadline = time.monotonic() + START_SECONDS
         self._areas = free_areas(self._maps, len(threads), AREA_SIZE)
         self._choose_starter()
         self._exit_slot = prepare_exit_slot(memory, self._maps, self._gadgets)
@@ -179,7 +182,8 @@ class Injector:
         """Start the helper of one vCPU.
 
         :param index: The index of the vCPU in the list of threads that the constructor received.
-        :raises AgentError: If the thread cannot be stopped, or if it cannot make system calls.
+        :raises AgentError: If the thread cannot be stopped, if it cannot make system calls, or if
+            the helpers do not start in time.
         :raises RefusedError: If a limit prevents QEMU from starting another thread.
         :raises UnsupportedError: If this process has no permission to trace QEMU, or if QEMU has no
             permission to map executable memory.
@@ -221,6 +225,11 @@ class Injector:
         make_image: Callable[[], bytes] = bytes,
     ) -> None:
         while True:
+            if time.monotonic() > self._deadline:
+                raise AgentError(
+                    f"QEMU's threads did not start all helper threads within {START_SECONDS:g} s",
+                    "run qemu-prefault again when the host is less loaded\nQEMU is unharmed",
+                )
             thread_id = self._starter or vcpu.thread_id
             result = self._inject_once(function, thread_id, area, make_image())
             if not self._starter or not _exited_before(result):

@@ -286,6 +286,22 @@ def test_slow_threads_share_one_limit(slow_threads: Path) -> None:
         assert process.wait(20) == 0  # no thread stays stopped
 
 
+def test_slow_threads_limit_the_start(slow_threads: Path) -> None:
+    """Check that a run does not wait 2 s for each of many threads that start helpers."""
+
+    async def check(process: Process) -> None:
+        vcpus = [tid for tid in process.threads() if tid != process.pid] + [process.pid]
+        agent = PtraceAgent(process, [VcpuThread(tid, -1, None) for tid in vcpus])
+        with pytest.raises(AgentError, match="did not start all helper threads within 5 s"):
+            await agent.start()
+
+    with subprocess.Popen([slow_threads], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        asyncio.run(check(Process.find(process.pid)))
+        wait_clean(process.pid)
+        assert process.wait(20) == 0
+
+
 TOOL = """
 import asyncio, os, sys
 from qemu_prefault.agents.control_page import Helper
