@@ -14,6 +14,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ..agents.base import VcpuThread
 from ..errors import (
@@ -35,7 +36,15 @@ from ..host.ptrace_access import ptrace_denied
 from ..qemu.dial import Dial
 from ..qemu.memory_map import MemorySection
 from ..qemu.monitor import PATIENT_SECONDS, Monitor
-from ..qemu.queries import VmState, read_vm_state, read_vm_state_in_time
+from ..qemu.queries import (
+    LIBVIRT_STATE_SECONDS,
+    VmState,
+    read_vm_state,
+    read_vm_state_in_time,
+)
+
+#: A function that reads QEMU's state within a time limit.
+ReadState = Callable[[Monitor], Awaitable[VmState]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +69,19 @@ class Vm:
     :ivar capability: Whether KVM_PRE_FAULT_MEMORY can work on this host.
     """
 
-    def __init__(self, monitor: Monitor, process: Process, state: VmState) -> None:
+    def __init__(
+        self,
+        monitor: Monitor,
+        process: Process,
+        state: VmState,
+        read_state: ReadState = read_vm_state_in_time,
+    ) -> None:
         self.monitor = monitor
         self.process = process
         self.state = state
         self.capability = kvm.pre_fault_capability(process)
         self._maps: tuple[MemoryMapping, ...] | None = None
-        self._read_state: Callable[[Monitor], Awaitable[VmState]] = read_vm_state
+        self._read_state = read_state
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -91,12 +106,14 @@ class Vm:
         """
         timeout = PATIENT_SECONDS if loading else None
         async with Monitor.connect(qmp, dial=dial, command_timeout=timeout) as monitor:
-            # A client of libvirt waits for a busy domain.
-            read_state = read_vm_state if loading or dial is not None else read_vm_state_in_time
+            read_state: ReadState = read_vm_state_in_time
+            if loading:
+                read_state = read_vm_state
+            elif dial is not None:
+                read_state = partial(read_vm_state_in_time, seconds=LIBVIRT_STATE_SECONDS)
             state = await read_state(monitor)
             threads = [vcpu.thread_id for vcpu in state.vcpus]
-            vm = cls(monitor, _identify(monitor, pid, threads), state)
-            vm._read_state = read_state
+            vm = cls(monitor, _identify(monitor, pid, threads), state, read_state)
             vm.state = vm._with_disk_files(state)
             yield vm
 

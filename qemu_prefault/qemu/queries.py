@@ -108,15 +108,18 @@ class VmState:
 #: is not loading a guest. The second limit applies after a slow negotiation.
 STATE_SECONDS = 6.0
 LEAST_STATE_SECONDS = 3.0
+#: The same for a connection by libvirt, which waits while it uses the monitor itself.
+LIBVIRT_STATE_SECONDS = 60.0
 
 
-async def read_vm_state_in_time(monitor: Monitor) -> VmState:
+async def read_vm_state_in_time(monitor: Monitor, seconds: float = STATE_SECONDS) -> VmState:
     """Call :func:`read_vm_state` with the time limit that :data:`STATE_SECONDS` describes.
 
+    :param seconds: The limit in seconds.
     :raises MonitorError: If QEMU does not reply to all queries in time, or if
         :func:`read_vm_state` raises this error.
     """
-    limit = max(LEAST_STATE_SECONDS, STATE_SECONDS - monitor.negotiation_seconds)
+    limit = max(LEAST_STATE_SECONDS, seconds - monitor.negotiation_seconds)
     try:
         async with asyncio.timeout(limit):
             return await read_vm_state(monitor)
