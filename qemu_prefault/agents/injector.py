@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -120,12 +121,22 @@ class Injector:
     """
 
     def __init__(
-        self, process: Process, memory: int, threads: Sequence[VcpuThread], limits: Limits
+        self,
+        process: Process,
+        memory: int,
+        threads: Sequence[VcpuThread],
+        limits: Limits,
+        deadline: float = math.inf,
     ) -> None:
+        """Check that helpers can run in QEMU.
+
+        :param deadline: The time of the monotonic clock in seconds after which no injection begins.
+        """
         self._process = process
         self._memory = memory
         self._threads = threads
         self._limits = limits
+        self._deadline = deadline
         self._maps = process.maps()
         self._gadgets = find_gadgets(process, memory, self._maps)
         if "shstk" in process.status().thread_features:
@@ -134,7 +145,6 @@ class Injector:
                 "start QEMU with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off, or use the plugin agent",
                 code=Code.SHADOW_STACK,
             )
-        self._deadline = time.monotonic() + START_SECONDS
         self._areas = free_areas(self._maps, len(threads), AREA_SIZE)
         self._choose_starter()
         self._exit_slot = prepare_exit_slot(memory, self._maps, self._gadgets)

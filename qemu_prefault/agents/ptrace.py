@@ -37,7 +37,7 @@ from ..host.stall import STALL_SECONDS, IdleThreads, ProgressLimit, Stall, why_s
 from .base import BatchResult, Kind, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
 from .control_page import Header, Helper, offset_of
 from .helper_calls import Allowed
-from .injector import Injector
+from .injector import START_SECONDS, Injector
 from .qemu_process import (
     HELPER_NAME,
     busy_error,
@@ -150,7 +150,8 @@ class PtraceAgent:
             await asyncio.sleep(0.05)
 
     def _inject_all(self) -> None:
-        injector = Injector(self.process, self._memory, self._threads, self.limits)
+        deadline = time.monotonic() + START_SECONDS
+        injector = Injector(self.process, self._memory, self._threads, self.limits, deadline)
         injector.unmap_abandoned_areas()
         for worker in self.workers:
             helper = injector.start_helper(worker.index)
