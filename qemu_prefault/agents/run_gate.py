@@ -155,8 +155,8 @@ class RunGate:
         After a time limit, kill the child process. The kernel then detaches the vCPU threads, and
         the threads continue (exit_ptrace(), kernel/ptrace.c). This does not harm QEMU: the child
         process never changes registers, and delivers a thread's signal immediately after it has
-        received the signal. While the child process waits for helpers, it has already told them to
-        end their work after the current chunk.
+        received the signal. When the child process waits for helpers, it has already set
+        ``vcpu_runs``, so they end their work after the current chunk.
 
         :param seconds: The time limit, in seconds.
         """
