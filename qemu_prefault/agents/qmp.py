@@ -268,6 +268,9 @@ class QmpAgent:
         return False
 
     def _progress_limit(self, kind: Kind, total: int) -> ProgressLimit:
+        seconds = NO_PROGRESS_SECONDS[kind]
+        if kind is not Kind.POPULATE:
+            return ProgressLimit(total, seconds)
         before = thread_names(self._process).keys()
 
         def populating() -> set[int]:
@@ -275,9 +278,7 @@ class QmpAgent:
             return thread_names(self._process).keys() - before
 
         idle = IdleThreads(self._process, populating, faults_only=True)
-        return ProgressLimit(
-            total, NO_PROGRESS_SECONDS[kind], idle if kind is Kind.POPULATE else None
-        )
+        return ProgressLimit(total, seconds, idle)
 
     async def _wait(
         self,
