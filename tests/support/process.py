@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Read QEMU's memory use from /proc, and find helpers that the tool left in QEMU."""
+"""Inspect QEMU's processes: their memory, the helpers that the tool left, and their threads."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from qemu_prefault.agents.gadgets import AREAS_FROM, AREAS_TO
@@ -30,6 +32,21 @@ def other_threads(pid: int, vcpu: int) -> list[int]:
 def wait_clean(pid: int) -> float:
     """Wait until a process has no helpers and return the elapsed seconds."""
     return wait_for(lambda: not leftovers(pid), f"all helpers in process {pid} have exited")
+
+
+@contextlib.contextmanager
+def suspended_thread(tid: int) -> Iterator[None]:
+    """Suspend one thread of another process during the block."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    seize, interrupt, detach, any_child = 0x4206, 0x4207, 17, 0x40000000  # __WALL
+    for request in (seize, interrupt):
+        if libc.ptrace(request, tid, None, None):
+            raise OSError(ctypes.get_errno(), f"ptrace({request:#x})")
+    os.waitpid(tid, any_child)
+    try:
+        yield
+    finally:
+        libc.ptrace(detach, tid, None, None)
 
 
 def resident_bytes(pid: int, address: int) -> int:
