@@ -168,6 +168,9 @@ class Agent(Protocol):
     name: str
     workers: tuple[Worker, ...]
     ranges_per_batch: int
+    #: Whether the workers prefault on the guest's vCPUs, so that the guest must be paused. The
+    #: value is known after :meth:`start`.
+    needs_pause: bool
 
     @property
     def warnings(self) -> Mapping[str, str]:

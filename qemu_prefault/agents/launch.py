@@ -14,7 +14,7 @@ from ..host.executable import is_static, script_interpreter
 from .plugin import plugin_path
 
 OPTIONS_VARIABLE = "QEMU_PREFAULT_OPTIONS"
-OPTIONS = ("keep", "populate", "quirk", "hold", "socket", "log")
+OPTIONS = ("keep", "populate", "vcpu", "start", "rate", "quirk", "hold", "socket", "log")
 #: Wrappers that pass their environment to the program that they execute.
 WRAPPERS: Final = frozenset(
     {

@@ -93,6 +93,8 @@ class PluginAgent:
         self._control: Control | None = None
         self._places: dict[int, int] = {}
         self._working = self._aborted = self._lent = False
+        #: False if the plugin has prefault vCPUs (native/plugin/prefault_vcpu.h).
+        self.needs_pause = True
         self._close_seconds = CLOSE_SECONDS
 
     async def start(self) -> None:
@@ -102,6 +104,7 @@ class PluginAgent:
         """
         self._control = await Control.connect(self._socket, self.process)
         status = await self._control.status()
+        self.needs_pause = not status["prefault_vcpus"]
         places = {vcpu["id"]: place for place, vcpu in enumerate(status["vcpus"])}
         for worker in self.workers:
             if worker.vcpu_id is None:  # a run that only populates can use any thread
@@ -139,7 +142,7 @@ class PluginAgent:
         items = [(index, item) for index, ranges in batch.items() for item in ranges]
         if self._aborted:
             return _sort(batch, items, [(0, errno.ECANCELED)] * len(items), 0.0)
-        command = "work-lent" if self._lent else "work"
+        command = "work-lent" if self._lent or not self.needs_pause else "work"
         request = [f"{command} {len(items)} {self.limits.chunk_bytes}"]
         request += [
             f"{self._places[index]} {int(item.kind)} {item.start} {item.size}"

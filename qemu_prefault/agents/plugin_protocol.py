@@ -87,6 +87,10 @@ def parse_status(answer: dict[str, Any], pid: int) -> dict[str, Any]:
     with well_formed(pid):
         for vcpu in expect_array(answer.get("vcpus"), "vcpus"):
             expect_int(expect_object(vcpu, "an entry of vcpus").get("id"), "id of a vCPU")
+        for vcpu in expect_array(answer.setdefault("prefault_vcpus", []), "prefault_vcpus"):
+            expect_int(expect_object(vcpu, "an entry of prefault_vcpus").get("id"), "id of a vCPU")
+        if answer.setdefault("no_prefault_vcpus", None) is not None:
+            expect_str(answer["no_prefault_vcpus"], "no_prefault_vcpus")
         for key in ("keeping", "pre_fault_memory"):
             expect_bool(answer.get(key), key)
         expect_str(answer.get("quirk"), "quirk")

@@ -76,6 +76,7 @@ class PtraceAgent:
     """The :class:`.Agent` that uses helper threads in QEMU as workers."""
 
     name = "attach"
+    needs_pause = True
     ranges_per_batch = int(lib.PREFAULT_RANGES_MAX)
 
     def __init__(

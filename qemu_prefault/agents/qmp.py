@@ -127,6 +127,7 @@ class QmpAgent:
     """The :class:`.Agent` that processes each batch with QEMU jobs."""
 
     name = "qmp"
+    needs_pause = True
     warnings: Mapping[str, str] = MappingProxyType({})
     ranges_per_batch = 4096
 

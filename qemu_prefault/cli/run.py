@@ -18,8 +18,10 @@ from .options import debug_option
     "options",
     metavar="KEY=VALUE",
     multiple=True,
-    help="Plugin option: populate=auto|all|resident, quirk=disable|keep, "
-    "hold=SECONDS, socket=/PATH|~/PATH|off, keep=on|off, log=on|off. This option can be repeated.",
+    help="Plugin option: populate=auto|all|resident, vcpu=auto|prefault|borrow, "
+    "start=wait|background, rate=BYTES_PER_SECOND, quirk=disable|keep, "
+    "hold=SECONDS, socket=/PATH|~/PATH|off, keep=on|off, log=on|off. "
+    "This option can be repeated.",
 )
 @debug_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)

@@ -19,6 +19,7 @@ from ..errors import ExitStatus, QemuPrefaultError
 from ..host import kvm
 from ..host.placement import CAP_SYS_NICE
 from ..host.procfs import Process
+from ..qemu.qapi import quote
 from .options import Options
 from .report import SCHEMA
 from .run import prefault
@@ -135,9 +136,19 @@ async def _plugin(process: Process) -> Finding:
         "plugin",
         "ok" if status["pre_fault_memory"] else "no",
         f"{state}; {status['pending'] >> 20} MiB pending, slot-zap-all quirk {status['quirk']}, "
-        f"control socket {socket}",
+        f"{_prefault_vcpus(status)}, control socket {socket}",
         "" if status["pre_fault_memory"] else "see the remedy of the kvm check",
     )
+
+
+def _prefault_vcpus(status: dict[str, Any]) -> str:
+    """Say on which vCPUs the plugin prefaults."""
+    ids = [str(vcpu["id"]) for vcpu in status["prefault_vcpus"]]
+    if ids:
+        return f"prefault vCPUs with the ids {' and '.join(ids)}"
+    if (why := status["no_prefault_vcpus"]) is None:
+        return "the guest's vCPUs prefault"
+    return f"the guest's vCPUs prefault ({quote(why)[1:-1]})"
 
 
 def paging_finding() -> Finding | None:

@@ -242,10 +242,19 @@ class PrefaultRun:
             return
         await self.executor.populate(targets)
         self.tally.before = await read_stage2(self.vm.monitor)
-        if self.options.max_downtime is not None and await read_running(self.vm.monitor):
+        if not self.executor.agent.needs_pause:
+            await self.prefault_without_pause(targets)
+        elif self.options.max_downtime is not None and await read_running(self.vm.monitor):
             await self.prefault_in_several_pauses(targets)
         else:
             await self.prefault_in_one_pause(targets)
+
+    async def prefault_without_pause(self, targets: tuple[Target, ...]) -> None:
+        """Prefault the guest on vCPUs that are not the guest's, so that the guest can run."""
+        await self.prefault_until_stable(targets)
+        wanted = self.options.cont and self.interference.reason is None
+        if wanted and not await read_running(self.vm.monitor):
+            await self.pauser.resume(was_running=False)
 
     async def prefault_in_one_pause(self, targets: tuple[Target, ...]) -> None:
         """Pause the guest and prefault it.

@@ -35,7 +35,7 @@ CONFIG = Path("/etc/qemu-prefault/libvirt.toml")
 #: which memory must stay absent, and how much memory remains.
 RULE_TEXT = """\
 # The files that the plugin reads inside QEMU. Installed by `qemu-prefault libvirt install`.
-  owner @{PROC}/@{pid}/{pagemap,smaps,cgroup,mountinfo,uid_map} r,
+  owner @{PROC}/@{pid}/{pagemap,smaps,cgroup,mountinfo,status,uid_map} r,
   owner @{PROC}/@{pid}/fd/ r,
   @{PROC}/sys/{vm/min_free_kbytes,vm/overcommit_memory,kernel/overflowuid} r,
   /sys/fs/cgroup/{,**} r,

@@ -148,7 +148,7 @@ REQUESTS = (
 #: The plugin's files that parse and process requests, and the files on which they depend.
 REQUEST_PARTS = (
     *("batch", "commands", "event_log", "firmware", "guest_ranges", "host_ranges", "options"),
-    *("os", "queue", "quirk", "state", "status"),
+    *("os", "prefault_vcpu", "queue", "quirk", "state", "status"),
 )
 
 

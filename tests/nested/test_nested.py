@@ -19,7 +19,7 @@ import pytest
 import qemu_prefault.engine.guest_mode
 from qemu_prefault import connect
 from qemu_prefault.engine.guest_mode import GuestMode
-from qemu_prefault_lab.guest import Guest
+from qemu_prefault_lab.guest import Guest, defaults
 from qemu_prefault_lab.wait import wait_for
 from support.guest import (
     OTHER_MIB,
@@ -52,6 +52,8 @@ def make_nested_guest(make_restored_guest: MakeGuest) -> MakeNestedGuest:
 
     def start(npt: bool, **options: Unpack[GuestOptions]) -> Guest:
         options["kvm"] = True
+        if defaults.plugin is not None:  # prefault vCPUs are never in guest mode
+            options["plugin"] = [*defaults.plugin, "vcpu=borrow"]
         guest = make_restored_guest(**options)
         guest.qmp("cont")
         # The guest has the same kind of CPU as this host.
@@ -325,7 +327,7 @@ def test_guest_runs_if_tool_dies_between_stops(
 @pytest.mark.agents("attach")  # this test loads the plugin itself
 def test_plugin_leaves_guest_mode(make_nested_guest: MakeNestedGuest, npt: bool) -> None:
     """Check that the plugin makes a vCPU leave guest mode to prefault."""
-    guest = make_nested_guest(npt, plugin=["keep=off", "populate=resident"])
+    guest = make_nested_guest(npt, plugin=["keep=off", "populate=resident", "vcpu=borrow"])
     stop_in_guest_mode(guest)
     guest.qmp("cont")
     guest.control("resume")

@@ -73,14 +73,18 @@ def test_guest_memory_is_unchanged(make_restored_guest: MakeGuest) -> None:
     assert ram_checksum(guest) == before
 
 
-def test_running_guest_is_paused_and_resumed(make_restored_guest: MakeGuest) -> None:
+def test_running_guest_stays_running(make_restored_guest: MakeGuest, agent: str) -> None:
     guest = make_restored_guest()
     guest.qmp("cont")
     guest.command("run")
     result = prefault(guest)
     assert result.status == 0, result.stderr
     assert guest.status() == "running"
-    assert result.report["seconds"]["paused"] >= result.report["seconds"]["prefault"] > 0
+    paused, prefaulting = (result.report["seconds"][key] for key in ("paused", "prefault"))
+    if agent == "plugin":  # has prefault vCPUs
+        assert paused == 0 < prefaulting
+    else:
+        assert paused >= prefaulting > 0
     assert guest.command("stop")["bad"] == 0
     assert leftovers(guest.pid) == []
 

@@ -30,7 +30,7 @@ static uint64_t populate_after(const char *other, uint64_t size)
 {
 	static struct kvm_run run;
 	struct vcpu vcpu = { .fd = -1, .run = &run };
-	struct run_ctx ctx = { .vcpu = &vcpu };
+	struct run_ctx ctx = { .vcpu = &vcpu, .chunk_bytes = CHUNK };
 	struct work_item item;
 	int fd = open(other, O_RDWR | O_CREAT, 0600);
 
@@ -53,7 +53,7 @@ static void populate_late(void)
 
 	pthread_mutex_lock(&pf_lock);
 	do {
-		struct run_ctx ctx = { .vcpu = &vcpu, .deadline = 1 };
+		struct run_ctx ctx = { .vcpu = &vcpu, .deadline = 1, .chunk_bytes = MIB(1) / 4 };
 
 		before = pf_counters.populated;
 		pending = pf_queue_pending_bytes();

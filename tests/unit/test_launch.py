@@ -89,7 +89,10 @@ def test_signal_exit_status_is_the_commands() -> None:
     "arguments, words",
     [
         (["--", "no-such-qemu"], "no-such-qemu is not an executable program"),
-        (["-o", "colour=red", "--", "true"], "keep, populate, quirk, hold, socket, log"),
+        (
+            ["-o", "colour=red", "--", "true"],
+            "keep, populate, vcpu, start, rate, quirk, hold, socket, log",
+        ),
         (["-o", "hold", "--", "true"], "KEY=VALUE"),
         (["-o", "hold=1,keep=off", "--", "true"], "KEY=VALUE"),
         ([], "Missing argument"),

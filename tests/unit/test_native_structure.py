@@ -23,8 +23,8 @@ PLUGIN = tuple(
     f"plugin/{name}"
     for name in (
         *("os", "options", "errors", "state", "event_log", "guest_ranges", "host_ranges"),
-        *("headroom", "quirk", "firmware", "queue", "memslots", "qemu_memory"),
-        *("claims", "chunk", "guest_start", "vcpu"),
+        *("headroom", "quirk", "prefault_vcpu", "firmware", "queue", "memslots", "qemu_memory"),
+        *("claims", "chunk", "guest_start", "prefault_thread", "vcpu"),
         *("batch", "watchdog", "status", "commands", "control_socket", "vm", "got"),
         *("interpose", "main"),
     )
@@ -49,8 +49,9 @@ INTERPOSED = frozenset({"ioctl", "madvise", "fallocate", "fallocate64", "mmap", 
 UNDER_LOCK = tuple(
     f"plugin/{name}"
     for name in (
-        *("state", "event_log", "quirk", "firmware", "queue", "memslots", "qemu_memory"),
-        *("claims", "chunk", "guest_start", "vcpu", "watchdog"),
+        *("state", "event_log", "quirk", "prefault_vcpu", "firmware", "queue", "memslots"),
+        *("qemu_memory", "claims", "chunk", "guest_start", "prefault_thread", "vcpu"),
+        "watchdog",
     )
 )
 ALLOCATING = frozenset(

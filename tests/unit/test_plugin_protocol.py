@@ -31,7 +31,8 @@ from qemu_prefault.host.procfs import Process
 
 MIB = 1 << 20
 STATUS = {"plugin": 1, "pre_fault_memory": True, "keeping": True, "quirk": "disabled",
-          "held": None, "vcpus": [{"id": 0}], "pending": 0,
+          "held": None, "vcpus": [{"id": 0}], "prefault_vcpus": [{"id": 1}],
+          "no_prefault_vcpus": None, "pending": 0,
           "counters": {"prefaulted": 0, "again": 0, "errors": 0}}  # fmt: skip
 
 

@@ -10,14 +10,16 @@
 
 #include "common/prefault_loop.h"
 #include "host_ranges.h"
+#include "prefault_vcpu.h"
 #include "state.h"
 
-/* One thread's part of a batch, and the stopped vCPU that the thread uses. */
+/* One thread's part of a batch, and the vCPU that the thread uses: a prefault vCPU, or a stopped one. */
 struct batch_worker {
 	struct vcpu *vcpu;
 	struct worker_ranges assigned;
 	pthread_t thread;
 	pid_t tid;
+	bool borrowed; /* the vCPU is the guest's */
 	bool in_flight, in_stage2;
 };
 
@@ -54,8 +56,15 @@ static void leave_ioctl(struct batch_worker *worker)
 	if (!worker->in_flight)
 		return;
 	worker->in_flight = false;
-	worker->vcpu->in_use = false;
+	if (worker->borrowed)
+		worker->vcpu->in_use = false;
 	pf_leave_ioctl();
+}
+
+/* Call with pf_lock held. */
+static bool may_use(const struct batch_worker *worker)
+{
+	return !pf_logs_to_ring() && (!worker->borrowed || atomic_load(&worker->vcpu->lent));
 }
 
 /* Called before each chunk. Waits while QEMU changes a memslot. */
@@ -68,11 +77,13 @@ static int batch_goes_on(void *context)
 	leave_ioctl(worker);
 	while (atomic_load(&pf_slot_changes))
 		pthread_cond_wait(&pf_changed, &pf_lock);
-	go_on = !atomic_load(&batch.abort) &&
-		!(worker->in_stage2 && !atomic_load(&worker->vcpu->lent));
+	go_on = !atomic_load(&batch.abort) && !(worker->in_stage2 && !may_use(worker));
 	if (go_on) {
 		worker->in_flight = true;
-		worker->vcpu->in_use = worker->in_stage2;
+		if (worker->borrowed)
+			worker->vcpu->in_use = worker->in_stage2;
+		else
+			pf_prefault_vcpu_renew_root(worker->vcpu, false);
 		pf_in_flight++;
 	}
 	pthread_mutex_unlock(&pf_lock);
@@ -83,8 +94,7 @@ static void *run_worker(void *context)
 {
 	struct batch_worker *worker = context;
 	struct vcpu *vcpu = worker->vcpu;
-	const struct prefault_limits limits = { .chunk_bytes = batch.chunk_bytes,
-						.stuck_ns = STUCK_NS };
+	struct prefault_limits limits = { .stuck_ns = STUCK_NS };
 	const struct prefault_hooks hooks = { batch_goes_on, NULL, worker };
 	uint64_t mapped = 0, populated = 0;
 	bool stuck = false;
@@ -105,6 +115,9 @@ static void *run_worker(void *context)
 			continue;
 		}
 		worker->in_stage2 = range->kind == PREFAULT_STAGE2;
+		limits.chunk_bytes = batch.chunk_bytes;
+		if (!worker->borrowed && worker->in_stage2 && limits.chunk_bytes > RUNNING_CHUNK)
+			limits.chunk_bytes = RUNNING_CHUNK;
 		prefault_run_range(range, vcpu->fd, &limits, &hooks);
 		stuck |= range->error == PREFAULT_STUCK;
 		if (range->error == PREFAULT_ABORTED && !atomic_load(&batch.abort))
@@ -176,7 +189,8 @@ enum request_error pf_batch_start(struct worker_ranges *assigned, size_t count,
 
 		if (!assigned[i].count)
 			continue;
-		worker->vcpu = &pf_vcpus[i];
+		worker->vcpu = pf_prefault_vcpu(0) ? pf_prefault_vcpu(0) : &pf_vcpus[i];
+		worker->borrowed = worker->vcpu == &pf_vcpus[i];
 		worker->assigned = assigned[i];
 		change_worker_count(1);
 		/* pthread_create() allocates, so do not hold pf_lock. */

@@ -15,12 +15,9 @@
 #include "queue.h"
 
 /*
- * The maximum size of a system call while the guest waits. Such a call takes about 50 us if the
- * memory is absent. The check of the sources may take longer than a slice, so the first step does
- * not depend on the deadline. Otherwise the work would never end.
+ * The check of the sources may take longer than a slice, so the first step does not depend on the
+ * deadline. Otherwise the work would never end.
  */
-#define STEP (MIB(1) / 4)
-
 static int run_goes_on(void *context)
 {
 	const struct run_ctx *ctx = context;
@@ -41,7 +38,7 @@ static void note_start(void *context)
 
 static void run_range(struct prefault_range *range, struct run_ctx *ctx)
 {
-	const struct prefault_limits limits = { .chunk_bytes = ctx->deadline ? STEP : CHUNK,
+	const struct prefault_limits limits = { .chunk_bytes = ctx->chunk_bytes,
 						.stuck_ns = STUCK_NS };
 	const struct prefault_hooks hooks = { run_goes_on, note_start, ctx };
 
@@ -139,10 +136,13 @@ static void count_progress(const struct work_item *item, struct run_ctx *ctx,
 			   const struct progress *progress, struct memslot *slot)
 {
 	uint64_t from, length;
-	bool again = progress->mapped && !pf_ranges_unmarked(MEMORY_PREFAULTED, item->hva,
-							     progress->done, &from, &length);
+	bool smm = item->slot >> 16; /* SMM has its own tables of the same memory */
+	bool again =
+		progress->mapped && !smm &&
+		!pf_ranges_unmarked(MEMORY_PREFAULTED, item->hva, progress->done, &from, &length);
 
-	pf_ranges_set_mark(MEMORY_PREFAULTED, item->hva, progress->done);
+	if (!smm)
+		pf_ranges_set_mark(MEMORY_PREFAULTED, item->hva, progress->done);
 	ctx->populated += progress->populated;
 	ctx->prefaulted += progress->mapped;
 	ctx->again |= again;

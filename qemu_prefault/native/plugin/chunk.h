@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-/* Process one chunk in a vCPU thread that is about to enter the guest. */
+/* Process one chunk on a vCPU that is not in the guest. */
 #ifndef QEMU_PREFAULT_PLUGIN_CHUNK_H
 #define QEMU_PREFAULT_PLUGIN_CHUNK_H
 
@@ -8,10 +8,11 @@
 
 #include "state.h"
 
-/* The work of a vCPU thread before one KVM_RUN. */
+/* The work of a vCPU thread before one KVM_RUN, or of the thread that uses the prefault vCPUs. */
 struct run_ctx {
 	struct vcpu *vcpu;
 	uint64_t deadline;		/* CLOCK_MONOTONIC, in ns; 0: no deadline */
+	uint64_t chunk_bytes;		/* maximum size of a system call */
 	uint64_t populated, prefaulted; /* bytes */
 	uint64_t steps;			/* system calls that populate or prefault */
 	bool in_ioctl, again;

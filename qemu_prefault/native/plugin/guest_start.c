@@ -4,7 +4,9 @@
 #include "claims.h"
 #include "common/prefault_loop.h"
 #include "event_log.h"
+#include "memslots.h"
 #include "options.h"
+#include "prefault_vcpu.h"
 #include "queue.h"
 #include "quirk.h"
 #include "state.h"
@@ -14,6 +16,8 @@ void pf_guest_start(void)
 	pf_guest_started = true;
 	if (pf_options.keep && pf_capable)
 		pf_quirk_decide();
+	pf_prefault_vcpus_create();
+	pf_memslots_classify_again();
 	/* Queue all slots again, because facts about their mappings may have changed meanwhile. */
 	for (size_t i = 0; i < pf_memslot_count; i++)
 		if (pf_memslots[i].state == SLOT_KEPT)

@@ -16,6 +16,7 @@
 #include "got.h"
 #include "memslots.h"
 #include "os.h"
+#include "prefault_vcpu.h"
 #include "qemu_memory.h"
 #include "quirk.h"
 #include "vcpu.h"
@@ -24,8 +25,10 @@
 #define EXPORT __attribute__((visibility("default")))
 
 #define SET_USER_MEMORY_REGION2 0x40a0ae49ul /* Linux 6.8 */
+#define MEMORY_ENCRYPT_OP 0xc008aebaul
 #define USERFAULT_REGISTER 0xc020aa00ul
 #define USERFAULT_UNREGISTER 0x8010aa01ul
+#define CAP_MAX_VCPU_ID 128
 #define POPULATE_WRITE PREFAULT_MADV_POPULATE_WRITE
 
 /*
@@ -51,12 +54,35 @@ static void leave(int error)
 	errno = error;
 }
 
+static long enable_cap_hook(int fd, struct kvm_enable_cap *cap)
+{
+	if (fd == pf_vm_fd && cap->cap == CAP_MAX_VCPU_ID)
+		return pf_prefault_vcpus_enable_cap(fd, cap);
+	return pf_raw_ioctl(fd, KVM_ENABLE_CAP, cap);
+}
+
+/* Repeat QEMU's settings of its vCPUs on the prefault vCPUs. */
+static long vcpu_setting_hook(int fd, unsigned long request, void *argument)
+{
+	long result = pf_raw_ioctl(fd, request, argument);
+	int error = errno;
+
+	if (request == KVM_SET_MSRS && result > 0)
+		pf_prefault_vcpus_set_msrs(argument, result);
+	else if (request == KVM_SET_CPUID2 && !result)
+		pf_prefault_vcpus_set_cpuid(fd, argument);
+	else if (request == KVM_SET_TSC_KHZ && !result)
+		pf_prefault_vcpus_set_tsc_khz((unsigned long)argument);
+	errno = error;
+	return result;
+}
+
 static int ioctl_hook(int fd, unsigned long request, void *argument)
 {
 	long result;
 	int error;
 
-	switch (request) {
+	switch ((uint32_t)request) { /* QEMU's wrappers pass it as an int */
 	case KVM_RUN:
 		return (int)pf_vcpu_run(fd);
 	case KVM_SET_USER_MEMORY_REGION:
@@ -65,10 +91,21 @@ static int ioctl_hook(int fd, unsigned long request, void *argument)
 	case KVM_CREATE_VM:
 		result = pf_raw_ioctl(fd, request, argument);
 		if (result >= 0 && enter(&error)) {
+			if (argument) /* a confidential guest, whose vCPUs are measured */
+				pf_prefault_vcpus_encrypted();
 			pf_vm_created((int)result);
 			leave(error);
 		}
 		return (int)result;
+	case KVM_ENABLE_CAP:
+		return (int)enable_cap_hook(fd, argument);
+	case KVM_SET_CPUID2:
+	case KVM_SET_MSRS:
+	case KVM_SET_TSC_KHZ:
+		return (int)vcpu_setting_hook(fd, request, argument);
+	case MEMORY_ENCRYPT_OP:
+		pf_prefault_vcpus_encrypted();
+		return (int)pf_raw_ioctl(fd, request, argument);
 	case KVM_CREATE_VCPU:
 		result = pf_raw_ioctl(fd, request, argument);
 		if (result >= 0)

@@ -7,6 +7,7 @@
 #include "common/prefault_loop.h"
 #include "event_log.h"
 #include "guest_ranges.h"
+#include "prefault_vcpu.h"
 #include "queue.h"
 #include "state.h"
 
@@ -19,7 +20,7 @@ static void classify(struct memslot *slot)
 	slot->state = SLOT_SKIPPED;
 	if (!pf_capable)
 		slot->why = "this KVM has no KVM_PRE_FAULT_MEMORY";
-	else if (slot->id >> 16)
+	else if (slot->id >> 16 && (!pf_prefault_vcpu(1) || slot->gpa >= PF_SMM_END))
 		slot->why = "SMM address space";
 	else if (slot->flags & MEM_GUEST_MEMFD)
 		slot->why = "guest_memfd";
@@ -30,6 +31,12 @@ static void classify(struct memslot *slot)
 		slot->state = SLOT_KEPT;
 		slot->why = NULL;
 	}
+}
+
+void pf_memslots_classify_again(void)
+{
+	for (size_t i = 0; i < pf_memslot_count; i++)
+		classify(&pf_memslots[i]);
 }
 
 /* Queue all slots again. If the quirk is enabled, KVM drops all tables when a slot is deleted. */
@@ -64,10 +71,13 @@ static void slot_created(const struct kvm_userspace_memory_region *region)
 				  .flags = region->flags,
 				  .gpa = region->guest_phys_addr,
 				  .size = region->memory_size,
-				  .hva = region->userspace_addr };
+				  .hva = region->userspace_addr,
+				  .created_logged = region->flags & KVM_MEM_LOG_DIRTY_PAGES };
 	pf_counters.created++;
 	if (!pf_guest_ranges_touch(slot->hva, slot->size))
 		pf_guest_ranges_add(slot->hva, slot->hva + slot->size, 0, 0);
+	if (slot->gpa < MIB(1))
+		pf_boot_slot_created = true;
 	classify(slot);
 	pf_log_event("slot-created", slot->why, ",\"gpa\":%llu,\"size\":%llu",
 		     (unsigned long long)slot->gpa, (unsigned long long)slot->size);
@@ -80,6 +90,7 @@ static void slot_flags_changed(struct memslot *slot, uint32_t flags)
 	enum memslot_state before = slot->state;
 
 	slot->flags = flags;
+	slot->created_logged &= (flags & KVM_MEM_LOG_DIRTY_PAGES) != 0;
 	classify(slot);
 	if (slot->state == before)
 		return;
@@ -99,6 +110,11 @@ static void kick_busy(void)
 	for (size_t i = 0; i < pf_vcpu_count; i++)
 		if (atomic_load(&pf_vcpus[i].busy_since))
 			pf_kick_thread(pf_vcpus[i].tid);
+	struct vcpu *vcpu;
+
+	for (unsigned int space = 0; (vcpu = pf_prefault_vcpu(space)); space++)
+		if (atomic_load(&vcpu->busy_since))
+			pf_kick_thread(vcpu->tid);
 }
 
 /*

@@ -6,4 +6,7 @@
 /* Issue KVM_SET_USER_MEMORY_REGION{,2} for QEMU and update the memslots and the queue. */
 long pf_memslots_change(int vm_fd, unsigned long request, void *region);
 
+/* Decide again which memslots to prefault. Call with pf_lock held. */
+void pf_memslots_classify_again(void);
+
 #endif

@@ -32,6 +32,34 @@ static bool parse_populate(const char *value)
 	return false;
 }
 
+static bool parse_vcpu(const char *value)
+{
+	static const char *const names[] = { "auto", "prefault", "borrow" };
+
+	for (int i = 0; i < 3; i++)
+		if (!strcmp(value, names[i])) {
+			pf_options.vcpu = (enum vcpu_choice)i;
+			return true;
+		}
+	return false;
+}
+
+/* Accept a number of bytes per second with an optional suffix K, M or G. */
+static bool parse_rate(const char *value)
+{
+	static const char suffixes[] = "KMG";
+	char *end;
+	unsigned long long number = strtoull(value, &end, 10);
+	const char *suffix = *end ? strchr(suffixes, *end) : NULL;
+	int shift = suffix ? 10 * (int)(suffix - suffixes + 1) : 0;
+
+	if (value[0] < '0' || value[0] > '9' || (*end && (!suffix || end[1])) ||
+	    number > (UINT64_MAX >> 1 >> shift))
+		return false;
+	pf_options.rate = (uint64_t)number << shift;
+	return true;
+}
+
 static bool parse_seconds(const char *value, uint64_t *ns)
 {
 	char *end;
@@ -80,6 +108,12 @@ bool pf_options_parse(const char *text)
 			fine = parse_populate(value);
 		else if (IS("hold"))
 			fine = parse_seconds(value, &pf_options.hold_ns);
+		else if (IS("vcpu"))
+			fine = parse_vcpu(value);
+		else if (IS("start"))
+			fine = parse_switch(value, &pf_options.background, "background", "wait");
+		else if (IS("rate"))
+			fine = parse_rate(value);
 		else if (IS("socket"))
 			fine = parse_socket(value);
 	}
@@ -87,8 +121,9 @@ bool pf_options_parse(const char *text)
 	if (!fine)
 		fprintf(stderr,
 			"qemu-prefault: '%s' is not a valid option. The options are: keep=on|off, "
-			"populate=auto|all|resident, quirk=disable|keep, hold=SECONDS, "
-			"socket=/PATH|~/PATH|off, log=on|off\n",
+			"populate=auto|all|resident, vcpu=auto|prefault|borrow, "
+			"start=wait|background, rate=BYTES_PER_SECOND, quirk=disable|keep, "
+			"hold=SECONDS, socket=/PATH|~/PATH|off, log=on|off\n",
 			text);
 	return fine;
 }

@@ -7,10 +7,11 @@
 #include <stdint.h>
 
 enum populate { POPULATE_AUTO, POPULATE_ALL, POPULATE_RESIDENT };
+enum vcpu_choice { VCPU_AUTO, VCPU_PREFAULT, VCPU_BORROW };
 
 /*
- * Changed by: options.c and main.c, while QEMU has neither vCPUs nor memslots. Later, claims.c and
- * commands.c change populate and keep, with pf_lock held.
+ * Changed by: options.c, main.c and vm.c, while QEMU has neither vCPUs nor memslots. Later, claims.c
+ * and commands.c change populate and keep, with pf_lock held.
  */
 struct plugin_options {
 	bool keep;	    /* prefault automatically */
@@ -18,8 +19,11 @@ struct plugin_options {
 	bool log;	    /* also print events to stderr */
 	bool by_preload;    /* loaded by LD_PRELOAD, not by -plugin */
 	bool socket_off;
+	bool background; /* start the guest before its memory is prefaulted */
 	enum populate populate;
+	enum vcpu_choice vcpu;
 	uint64_t hold_ns; /* maximum continuous delay of a started guest */
+	uint64_t rate;	  /* bytes per second that the plugin's thread processes; 0: no limit */
 	char socket[108]; /* "": the default path */
 };
 

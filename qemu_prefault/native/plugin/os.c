@@ -76,6 +76,22 @@ bool pf_has_argument(const char *wanted)
 	return found;
 }
 
+bool pf_has_seccomp_filter(void)
+{
+	char *line = NULL;
+	size_t capacity = 0;
+	int mode = 2; /* a filter, unless the kernel says otherwise */
+	FILE *file = fopen("/proc/self/status", "re");
+
+	while (file && getline(&line, &capacity, file) > 0)
+		if (sscanf(line, "Seccomp: %d", &mode) == 1)
+			break;
+	free(line);
+	if (file)
+		fclose(file);
+	return mode != 0;
+}
+
 static size_t pages(size_t size)
 {
 	return (size + PAGE - 1) & ~(PAGE - 1);

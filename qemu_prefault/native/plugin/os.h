@@ -37,6 +37,12 @@ struct timespec pf_deadline_in(uint64_t ns);
 bool pf_has_argument(const char *wanted);
 
 /*
+ * Return whether a seccomp filter may make a system call fatal. QEMU's sandbox, systemd and
+ * container runtimes install such filters. The function reads the state of the main thread.
+ */
+bool pf_has_seccomp_filter(void);
+
+/*
  * Grow an array if needed, so that one more item fits. Returns false if out of memory.
  *
  * The function maps the array with system calls, because malloc() could cause a deadlock. It would

@@ -8,6 +8,7 @@
 #include "firmware.h"
 #include "host_ranges.h"
 #include "options.h"
+#include "prefault_vcpu.h"
 
 /*
  * The sizes of the head and the tail of low RAM, which firmware touches. SeaBIOS uses the last 16
@@ -22,6 +23,8 @@ const char *pf_queue_held_reason(void)
 {
 	if (!pf_options.keep || pf_paused)
 		return "paused";
+	if (pf_logs_to_ring())
+		return "dirty ring";
 	return pf_userfaults > 0 ? "postcopy" : NULL;
 }
 
@@ -69,37 +72,62 @@ void pf_queue_update(void)
 	atomic_store(&pf_work_available, found && pf_capable && !pf_queue_held_reason());
 }
 
+/* Return the end of the memory that can be processed now. */
+static uint64_t end_of_ready(void)
+{
+	return pf_firmware_copies_itself() ? MIB(1) : UINT64_MAX;
+}
+
+/* Return the index of the first item that is ready, or pf_queue_length. */
+static size_t first_ready(uint64_t end)
+{
+	size_t i = 0;
+
+	while (i < pf_queue_length && (pf_queue[i].deferred || pf_queue[i].gpa >= end))
+		i++;
+	return i;
+}
+
+bool pf_queue_has_deferred(void)
+{
+	for (size_t i = 0; i < pf_queue_length; i++)
+		if (pf_queue[i].deferred)
+			return true;
+	return false;
+}
+
+bool pf_queue_is_ready(void)
+{
+	return atomic_load(&pf_work_available) && first_ready(end_of_ready()) < pf_queue_length;
+}
+
 bool pf_queue_take(struct work_item *taken)
 {
-	uint64_t end = pf_firmware_copies_itself() ? MIB(1) : UINT64_MAX;
+	uint64_t end = end_of_ready(), from, length;
+	size_t at = first_ready(end);
 
-	for (size_t i = 0; i < pf_queue_length; i++) {
-		struct work_item *item = &pf_queue[i];
+	if (at == pf_queue_length)
+		return false;
+	struct work_item *item = &pf_queue[at];
 
-		if (item->deferred || item->gpa >= end)
-			continue;
-		*taken = *item;
-		if (taken->size > end - taken->gpa)
-			taken->size = end - taken->gpa;
-		/* Cut at a huge page boundary, so that two threads never populate the same page. */
-		if (taken->size > CHUNK)
-			taken->size = CHUNK - (taken->hva + CHUNK) % MIB(2);
-		/* Another item may populate this memory later. Populate it before the ioctl. */
-		uint64_t from, length;
-
-		if (taken->stage2 && !taken->resident &&
-		    pf_ranges_unmarked(MEMORY_POPULATED, taken->hva, taken->size, &from, &length))
-			taken->populate = true;
-		item->gpa += taken->size;
-		item->hva += taken->size;
-		item->size -= taken->size;
-		if (!item->size) {
-			remove_item(i);
-			pf_queue_update();
-		}
-		return true;
+	*taken = *item;
+	if (taken->size > end - taken->gpa)
+		taken->size = end - taken->gpa;
+	/* Cut at a huge page boundary, so that two threads never populate the same page. */
+	if (taken->size > CHUNK)
+		taken->size = CHUNK - (taken->hva + CHUNK) % MIB(2);
+	/* Another item may populate this memory later. Populate it before the ioctl. */
+	if (taken->stage2 && !taken->resident &&
+	    pf_ranges_unmarked(MEMORY_POPULATED, taken->hva, taken->size, &from, &length))
+		taken->populate = true;
+	item->gpa += taken->size;
+	item->hva += taken->size;
+	item->size -= taken->size;
+	if (!item->size) {
+		remove_item(at);
+		pf_queue_update();
 	}
-	return false;
+	return true;
 }
 
 void pf_queue_put_back(struct work_item item, uint64_t done)
@@ -138,15 +166,15 @@ static bool may_populate(uint64_t hva, uint64_t size)
  */
 void pf_queue_memslot(struct memslot *slot)
 {
-	uint64_t new_bytes = 0;
+	uint64_t new_bytes = 0, whole = slot->size;
 
+	if (slot->id >> 16 && whole > PF_SMM_END - slot->gpa)
+		whole = PF_SMM_END - slot->gpa;
 	bool touch = !(slot->flags & KVM_MEM_READONLY) && may_populate(slot->hva, slot->size);
 	bool deferred = to_be_deferred(slot);
-	uint64_t low = slot->size < HEAD ? slot->size : HEAD;
-	uint64_t high = slot->size - low < TAIL ? slot->size - low : TAIL;
-	const uint64_t cuts[3][2] = { { 0, low },
-				      { slot->size - high, slot->size },
-				      { low, slot->size - high } };
+	uint64_t low = whole < HEAD ? whole : HEAD;
+	uint64_t high = whole - low < TAIL ? whole - low : TAIL;
+	const uint64_t cuts[3][2] = { { 0, low }, { whole - high, whole }, { low, whole - high } };
 
 	pf_queue_drop_memslot(slot->id);
 	slot->resident_only = !touch;
@@ -155,7 +183,7 @@ void pf_queue_memslot(struct memslot *slot)
 	if (pf_incoming && !pf_guest_entered && touch)
 		pf_queue_add((struct work_item){ .gpa = slot->gpa,
 						 .hva = slot->hva,
-						 .size = slot->size,
+						 .size = whole,
 						 .slot = slot->id,
 						 .stage2 = true,
 						 .resident = true });
@@ -240,5 +268,9 @@ uint64_t pf_queue_pending_bytes(void)
 		bytes += pf_queue[i].stage2 ? pf_queue[i].size : 0;
 	for (size_t i = 0; i < pf_vcpu_count; i++)
 		bytes += pf_vcpus[i].in_progress.stage2 ? pf_vcpus[i].in_progress.size : 0;
+	const struct vcpu *vcpu;
+
+	for (unsigned int space = 0; (vcpu = pf_prefault_vcpu(space)); space++)
+		bytes += vcpu->in_progress.stage2 ? vcpu->in_progress.size : 0;
 	return bytes;
 }

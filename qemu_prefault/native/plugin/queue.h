@@ -19,6 +19,10 @@ void pf_queue_undefer(const char *why);
 /* Set pf_work_available to whether an item can be taken now. */
 void pf_queue_update(void);
 
+/* Return whether an item is deferred. */
+bool pf_queue_has_deferred(void);
+/* Return whether pf_queue_take() can take an item now. */
+bool pf_queue_is_ready(void);
 /* Take up to one chunk of the first item that is ready. Returns false if none is ready. */
 bool pf_queue_take(struct work_item *taken);
 /* Put the rest of a chunk at the front of the queue. `done` is in bytes. */

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 #include "state.h"
 
+#include <linux/kvm.h>
+
 pthread_mutex_t pf_lock = PTHREAD_MUTEX_INITIALIZER;
 pthread_cond_t pf_changed;
 
@@ -18,6 +20,7 @@ size_t pf_memslot_count;
 atomic_int pf_slot_changes;
 atomic_uint_least64_t pf_root_generation;
 uint64_t pf_slot_changed_at;
+bool pf_boot_slot_created;
 
 struct work_item *pf_queue;
 size_t pf_queue_length;
@@ -29,6 +32,7 @@ atomic_size_t pf_vcpu_count;
 bool pf_guest_started, pf_guest_entered;
 int pf_in_flight;
 atomic_int pf_vcpus_working;
+bool pf_dirty_ring;
 
 struct counters pf_counters;
 
@@ -56,6 +60,15 @@ struct memslot *pf_memslot_at_hva(uint64_t hva)
 		    hva < pf_memslots[i].hva + pf_memslots[i].size)
 			return &pf_memslots[i];
 	return NULL;
+}
+
+bool pf_logs_to_ring(void)
+{
+	for (size_t i = 0; pf_dirty_ring && i < pf_memslot_count; i++)
+		if (pf_memslots[i].flags & KVM_MEM_LOG_DIRTY_PAGES &&
+		    !pf_memslots[i].created_logged)
+			return true;
+	return false;
 }
 
 void pf_leave_ioctl(void)

@@ -6,32 +6,34 @@
  * The files in the order of their layers, lowest first. Each file uses only the headers and
  * functions of files above it in this list (checked by tests/unit/test_native_structure.py):
  *
- *   os              system calls, threads, time
- *   options         the user's options
- *   errors          errors in replies to control socket requests
- *   state           this file
- *   event_log       events for the control socket and the log
- *   guest_ranges    memory and files that may belong to the guest
- *   host_ranges     facts about QEMU's memory
- *   headroom        memory that QEMU can still allocate
- *   quirk           KVM_X86_QUIRK_SLOT_ZAP_ALL
- *   firmware        the state of the firmware
- *   queue           memory to populate and prefault
- *   memslots        QEMU's changes to memslots
- *   qemu_memory     QEMU's changes to its memory
- *   claims          whether enough memory is available to populate
- *   chunk           one chunk, processed by a vCPU thread
- *   guest_start     preparation before the guest's first instruction
- *   vcpu            the hook around KVM_RUN
- *   batch           batches of ranges from the control socket
- *   watchdog        the thread that interrupts vCPUs and stuck ioctls
- *   status          the control socket's status reply
- *   commands        the control socket's requests
- *   control_socket  the socket itself
- *   vm              QEMU's VM, whose creation starts the plugin
- *   got             redirection of QEMU's global offset table
- *   interpose       replacements of libc functions that QEMU calls
- *   main            loading and unloading
+ *   os               system calls, threads, time
+ *   options          the user's options
+ *   errors           errors in replies to control socket requests
+ *   state            this file
+ *   event_log        events for the control socket and the log
+ *   guest_ranges     memory and files that may belong to the guest
+ *   host_ranges      facts about QEMU's memory
+ *   headroom         memory that QEMU can still allocate
+ *   quirk            KVM_X86_QUIRK_SLOT_ZAP_ALL
+ *   prefault_vcpu    vCPUs that never run
+ *   firmware         the state of the firmware
+ *   queue            memory to populate and prefault
+ *   memslots         QEMU's changes to memslots
+ *   qemu_memory      QEMU's changes to its memory
+ *   claims           whether enough memory is available to populate
+ *   chunk            one chunk, processed by a vCPU thread
+ *   guest_start      preparation before the guest's first instruction
+ *   prefault_thread  the thread that uses the prefault vCPUs
+ *   vcpu             the hook around KVM_RUN
+ *   batch            batches of ranges from the control socket
+ *   watchdog         the thread that interrupts vCPUs and stuck ioctls
+ *   status           the control socket's status reply
+ *   commands         the control socket's requests
+ *   control_socket   the socket itself
+ *   vm               QEMU's VM, whose creation starts the plugin
+ *   got              redirection of QEMU's global offset table
+ *   interpose        replacements of libc functions that QEMU calls
+ *   main             loading and unloading
  */
 #ifndef QEMU_PREFAULT_PLUGIN_STATE_H
 #define QEMU_PREFAULT_PLUGIN_STATE_H
@@ -45,11 +47,13 @@
 
 #include "os.h"
 
-#define QUIET_NS MS(1000)   /* if no RAM slot changes for this long, the firmware has finished */
-#define STUCK_NS MS(500)    /* maximum time in the ioctl without progress */
-#define CHUNK MIB(8)	    /* a vCPU thread checks for other requests after each chunk */
-#define RESERVE (4 * CHUNK) /* left for other users of a source, whose claims are unknown */
+#define QUIET_NS MS(1000)    /* if no RAM slot changes for this long, the firmware has finished */
+#define STUCK_NS MS(500)     /* maximum time in the ioctl without progress */
+#define CHUNK MIB(8)	     /* a vCPU thread checks for other requests after each chunk */
+#define RUNNING_CHUNK MIB(1) /* as CHUNK, but if the guest runs, because QEMU may wait for it */
+#define RESERVE (4 * CHUNK)  /* left for other users of a source, whose claims are unknown */
 #define MAX_VCPUS 4096
+#define PF_SMM_END MIB(1) /* SeaBIOS uses only memory below this address in SMM */
 
 enum memslot_state { SLOT_SKIPPED, SLOT_HELD, SLOT_KEPT };
 
@@ -59,6 +63,7 @@ struct memslot {
 	uint64_t gpa, size, hva;
 	enum memslot_state state;
 	bool resident_only;
+	bool created_logged; /* QEMU always logs video memory */
 	const char *why;
 	uint64_t prefaulted; /* bytes since the slot was created */
 };
@@ -115,6 +120,9 @@ extern size_t pf_memslot_count;
 extern atomic_int pf_slot_changes; /* slot changes in progress; if not 0, no ioctl may start */
 extern atomic_uint_least64_t pf_root_generation; /* incremented when KVM drops all tables */
 
+/* Changed by: memslots.c, vcpu.c */
+extern bool pf_boot_slot_created; /* a slot below 1 MiB, which only firmware makes QEMU create */
+
 /* Changed by: memslots.c, guest_start.c, vcpu.c */
 extern uint64_t pf_slot_changed_at; /* time of the last slot change or guest start */
 
@@ -134,6 +142,9 @@ extern bool pf_guest_entered; /* a vCPU has entered the guest */
 /* Changed by: guest_start.c */
 extern bool pf_guest_started; /* pf_guest_start() has run; see also pf_guest_entered */
 
+/* Changed by: vcpu.c */
+extern bool pf_dirty_ring; /* dirty pages are logged in a ring for each vCPU */
+
 /* Changed by: chunk.c */
 extern atomic_int pf_vcpus_working; /* vCPUs with an item in progress */
 
@@ -150,6 +161,13 @@ extern struct counters {
 struct memslot *pf_find_memslot(uint32_t id);
 struct memslot *pf_memslot_at_gpa(uint64_t gpa);
 struct memslot *pf_memslot_at_hva(uint64_t hva);
+
+/*
+ * Return whether KVM logs writes to guest RAM in rings. In this case, the ioctl must not run, as it
+ * would log each page in the ring of its vCPU (mark_page_dirty_in_slot(), virt/kvm/kvm_main.c). The
+ * function ignores slots that have been logged since their creation, such as video memory.
+ */
+bool pf_logs_to_ring(void);
 
 /* Decrement pf_in_flight and wake waiting slot changes. Call with pf_lock held. */
 void pf_leave_ioctl(void);

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "options.h"
+#include "prefault_vcpu.h"
 #include "queue.h"
 #include "state.h"
 
@@ -50,7 +51,9 @@ static bool has_item(uint32_t slot)
 	for (size_t i = 0; i < pf_vcpu_count; i++)
 		if (pf_vcpus[i].in_progress.slot == slot && pf_vcpus[i].in_progress.size)
 			return true;
-	return false;
+	const struct vcpu *vcpu = pf_prefault_vcpu(slot >> 16);
+
+	return vcpu && vcpu->in_progress.slot == slot && vcpu->in_progress.size;
 }
 
 static const char *slot_state(const struct memslot *slot)
@@ -89,7 +92,15 @@ static void describe(struct text *out)
 		add(out, "%s{\"id\":%lu,\"fd\":%d,\"tid\":%d,\"running\":%s}", i ? "," : "",
 		    pf_vcpus[i].id, pf_vcpus[i].fd, pf_vcpus[i].tid,
 		    json_bool(atomic_load(&pf_vcpus[i].in_guest)));
-	add(out, "],\"slots\":[");
+	add(out, "],\"prefault_vcpus\":[");
+	const struct vcpu *vcpu;
+
+	for (unsigned int space = 0; (vcpu = pf_prefault_vcpu(space)); space++)
+		add(out, "%s{\"id\":%lu,\"fd\":%d,\"smm\":%s}", space ? "," : "", vcpu->id,
+		    vcpu->fd, json_bool(space));
+	add(out, "]");
+	print_text(out, "no_prefault_vcpus", pf_prefault_vcpus_missing());
+	add(out, ",\"slots\":[");
 	for (size_t i = 0; i < pf_memslot_count; i++) {
 		const struct memslot *slot = &pf_memslots[i];
 

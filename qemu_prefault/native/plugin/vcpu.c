@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "vcpu.h"
 
+#include <errno.h>
 #include <linux/kvm.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -14,11 +15,21 @@
 #include "firmware.h"
 #include "guest_start.h"
 #include "options.h"
+#include "prefault_thread.h"
+#include "prefault_vcpu.h"
 #include "queue.h"
 
 /* Defined here because the installed kernel headers may predate Linux 6.11. */
 #define RUN_SMM (1u << 0)
 #define RUN_GUEST_MODE (1u << 2) /* 85542adb65ec, Linux 6.11 */
+
+/*
+ * The maximum size of a system call while the guest waits. Such a call takes about 50 us if the
+ * memory is absent.
+ */
+#define STEP (MIB(1) / 4)
+/* KVM_DIRTY_LOG_PAGE_OFFSET, arch/x86/include/uapi/asm/kvm.h */
+#define DIRTY_RING_PAGE 64
 
 static __thread struct vcpu *this_vcpu;
 
@@ -65,34 +76,59 @@ static void report_prefaulted(bool started)
 	memset(&report_acc, 0, sizeof(report_acc));
 }
 
-/*
- * Work until the queue is empty or the time limit has expired. Before the guest's first
- * instruction, there is no limit. Later, the limit is pf_options.hold_ns. After that time, the
- * thread works in slices.
- */
-static void before_run(struct vcpu *self)
+/* Wait until another thread changes something, or for 2 ms, because QEMU's kick does not end it. */
+static void wait_for_change(void)
 {
-	pthread_mutex_lock(&pf_lock);
-	if (!pf_guest_started)
-		pf_guest_start();
-	if (!pf_firmware_at_work())
-		pf_queue_undefer("the firmware has finished");
+	struct timespec soon = pf_deadline_in(MS(2));
 
-	uint64_t now = prefault_now_ns();
-	struct run_ctx ctx = { .vcpu = self };
-	struct work_item item;
-	bool first = !self->started && !pf_incoming, sliced = false;
+	pthread_cond_timedwait(&pf_changed, &pf_lock, &soon);
+}
 
-	/* In SMM or guest mode, the thread does not work, so the guest does not wait. */
+/*
+ * Return the end of the time in which the guest may wait: pf_options.hold_ns after it began to
+ * wait. Before the guest's first instruction, the time is unlimited, and the result is 0.
+ */
+static uint64_t hold_deadline(const struct vcpu *self, bool first, uint64_t now)
+{
+	/* In SMM or guest mode, the guest does not wait. */
 	if (!pf_stall_start && on_own_tables(self))
 		pf_stall_start = now;
-	if (!first)
-		ctx.deadline = (pf_stall_start ? pf_stall_start : now) + pf_options.hold_ns;
+	return first ? 0 : (pf_stall_start ? pf_stall_start : now) + pf_options.hold_ns;
+}
+
+/* Let the guest wait for the prefault thread while it boots. Later, it runs while the thread works. */
+static void wait_for_prefault_thread(struct vcpu *self)
+{
+	static bool booting;
+	bool first = !pf_guest_entered && !pf_incoming;
+	uint64_t deadline = hold_deadline(self, first, prefault_now_ns());
+
+	booting |= !pf_guest_entered || pf_boot_slot_created;
+	pf_boot_slot_created = false;
+	while (booting && !pf_options.background && on_own_tables(self) &&
+	       !self->run->immediate_exit && (!deadline || prefault_now_ns() < deadline) &&
+	       (pf_prefault_thread_busy() || (first && atomic_load(&pf_slot_changes))))
+		wait_for_change();
+	booting = booting &&
+		  (pf_prefault_thread_busy() || pf_firmware_at_work() || pf_queue_has_deferred());
+}
+
+/*
+ * Work until the queue is empty or the time limit has expired. After that time, the thread works in
+ * slices.
+ */
+static void process_queue(struct vcpu *self, bool first)
+{
+	uint64_t now = prefault_now_ns();
+	struct run_ctx ctx = { .vcpu = self,
+			       .deadline = hold_deadline(self, first, now),
+			       .chunk_bytes = first ? CHUNK : STEP };
+	struct work_item item;
+	bool sliced = false;
+
 	if (ctx.deadline && ctx.deadline < now + SLICE) {
-		if (now - self->slice_ended < SLICE_EVERY) {
-			pthread_mutex_unlock(&pf_lock);
+		if (now - self->slice_ended < SLICE_EVERY)
 			return;
-		}
 		ctx.deadline = now + SLICE;
 		sliced = true;
 	}
@@ -113,26 +149,36 @@ static void before_run(struct vcpu *self)
 			 * Wait until the other threads finish their items. A thread that waits for
 			 * a host CPU may hold the item with the pages that firmware needs first.
 			 */
-			struct timespec soon = pf_deadline_in(MS(2));
-
-			pthread_cond_timedwait(&pf_changed, &pf_lock, &soon);
+			wait_for_change();
 		} else {
 			break;
 		}
 	}
-	bool starting = !self->started;
-
 	self->slice_ended = prefault_now_ns();
-	if (starting && !self->run->immediate_exit) {
-		self->started = pf_guest_entered = true;
-		pf_slot_changed_at = prefault_now_ns();
-	}
 	report_acc.seconds += (double)(self->slice_ended - now) / 1e9;
 	report_acc.prefaulted += ctx.prefaulted;
 	report_acc.populated += ctx.populated;
 	report_acc.again |= ctx.again;
-	if (!atomic_load(&pf_work_available) || self->started)
-		report_prefaulted(!starting);
+	if (!atomic_load(&pf_work_available) || self->started || !self->run->immediate_exit)
+		report_prefaulted(self->started);
+}
+
+static void before_run(struct vcpu *self)
+{
+	pthread_mutex_lock(&pf_lock);
+	if (!pf_guest_started)
+		pf_guest_start();
+	if (!pf_firmware_at_work())
+		pf_queue_undefer("the firmware has finished");
+
+	if (pf_prefault_vcpu(0))
+		wait_for_prefault_thread(self);
+	else
+		process_queue(self, !self->started && !pf_incoming);
+	if (!self->started && !self->run->immediate_exit) {
+		self->started = pf_guest_entered = true;
+		pf_slot_changed_at = prefault_now_ns();
+	}
 	pthread_cond_broadcast(&pf_changed);
 	pthread_mutex_unlock(&pf_lock);
 }
@@ -196,6 +242,21 @@ long pf_vcpu_run(int fd)
 	return result;
 }
 
+/*
+ * Return whether the vCPU has a dirty ring. QEMU enables the rings before it loads plugins. KVM
+ * refuses a private mapping only of a page that belongs to a ring (kvm_vcpu_mmap(),
+ * virt/kvm/kvm_main.c).
+ */
+static bool has_dirty_ring(int fd)
+{
+	void *page = pf_raw_mmap(NULL, 4096, PROT_READ, MAP_PRIVATE, fd, 4096 * DIRTY_RING_PAGE);
+
+	if (page == MAP_FAILED)
+		return errno == EINVAL;
+	munmap(page, 4096);
+	return false;
+}
+
 void pf_vcpu_created(int fd, unsigned long id)
 {
 	pthread_mutex_lock(&pf_lock);
@@ -211,5 +272,6 @@ void pf_vcpu_created(int fd, unsigned long id)
 				       .run = run == MAP_FAILED ? NULL : run };
 		pf_vcpu_count = at + 1;
 	}
+	pf_dirty_ring = pf_dirty_ring || has_dirty_ring(fd);
 	pthread_mutex_unlock(&pf_lock);
 }

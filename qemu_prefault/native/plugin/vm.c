@@ -15,6 +15,7 @@
 #include "headroom.h"
 #include "host_ranges.h"
 #include "options.h"
+#include "prefault_thread.h"
 #include "state.h"
 #include "watchdog.h"
 
@@ -64,6 +65,9 @@ static void set_up(int fd)
 		fprintf(stderr,
 			"qemu-prefault: the watchdog thread could not be started, so it cannot "
 			"interrupt a stuck prefault. Raise QEMU's limit on threads\n");
+	/* Without this thread, the guest's vCPU threads process the queue. */
+	if (pf_capable && pf_options.vcpu != VCPU_BORROW && !pf_prefault_thread_start())
+		pf_options.vcpu = VCPU_BORROW;
 	if (!pf_options.socket_off)
 		pf_control_socket_start();
 }

@@ -4,14 +4,36 @@
 #include "batch.h"
 #include "common/prefault_loop.h"
 #include "event_log.h"
+#include "prefault_vcpu.h"
 #include "queue.h"
 #include "state.h"
 #include "vcpu.h"
 
 /*
+ * Return after which time without slot changes the firmware has probably finished. With prefault
+ * vCPUs, the thread would only repeat some work if the firmware still changed a slot.
+ */
+static uint64_t quiet_ns(void)
+{
+	return pf_prefault_vcpu(0) ? QUIET_NS / 4 : QUIET_NS;
+}
+
+static void kick_stuck_prefault_vcpus(uint64_t now)
+{
+	struct vcpu *vcpu;
+
+	for (unsigned int space = 0; (vcpu = pf_prefault_vcpu(space)); space++) {
+		uint64_t since = atomic_load(&vcpu->busy_since);
+
+		if (since && now > since + STUCK_NS)
+			pf_kick_thread(vcpu->tid);
+	}
+}
+
+/*
  * The watchdog does not prefault. If work is available and no vCPU thread processes it, the
  * watchdog kicks vCPUs out of the guest. It also interrupts stuck ioctls, and makes deferred items
- * ready when slots have not changed for QUIET_NS.
+ * ready when slots have not changed for quiet_ns().
  */
 static void *watchdog(void *unused)
 {
@@ -21,10 +43,8 @@ static void *watchdog(void *unused)
 	pthread_mutex_lock(&pf_lock);
 	for (;;) {
 		uint64_t now = prefault_now_ns();
-		bool deferred = false;
+		bool deferred = pf_queue_has_deferred();
 
-		for (size_t i = 0; i < pf_queue_length; i++)
-			deferred |= pf_queue[i].deferred;
 		if (!(atomic_load(&pf_work_available) || (deferred && pf_guest_entered) ||
 		      pf_in_flight || pf_batch_running())) {
 			pthread_cond_wait(&pf_changed, &pf_lock);
@@ -36,13 +56,14 @@ static void *watchdog(void *unused)
 			if (since && now > since + STUCK_NS)
 				pf_kick_thread(pf_vcpus[i].tid);
 		}
+		kick_stuck_prefault_vcpus(now);
 		pf_batch_kick();
 		if (deferred && pf_guest_entered && !pf_queue_held_reason() &&
-		    now > pf_slot_changed_at + QUIET_NS)
-			pf_queue_undefer("no slot changed for 1 s");
+		    now > pf_slot_changed_at + quiet_ns())
+			pf_queue_undefer("the slots have stopped changing");
 		bool kicked = false;
 
-		if (atomic_load(&pf_work_available) && !pf_in_flight &&
+		if (!pf_prefault_vcpu(0) && atomic_load(&pf_work_available) && !pf_in_flight &&
 		    !atomic_load(&pf_slot_changes) && now > kicked_at + SLICE_EVERY) {
 			for (size_t i = 0; i < pf_vcpu_count; i++)
 				if (atomic_load(&pf_vcpus[i].in_guest) &&

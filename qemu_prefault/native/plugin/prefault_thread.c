@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+#define _GNU_SOURCE
+#include "prefault_thread.h"
+
+#include <signal.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "chunk.h"
+#include "common/prefault_loop.h"
+#include "event_log.h"
+#include "firmware.h"
+#include "options.h"
+#include "prefault_vcpu.h"
+#include "queue.h"
+
+/*
+ * The thread's nice value, because the running guest is more important. SCHED_IDLE would be wrong:
+ * on a full host the thread would get no CPU for minutes, with locks held. QEMU itself does not call
+ * setpriority(), so a seccomp filter may kill QEMU for it. With a filter, the thread keeps its nice
+ * value.
+ */
+#define NICE 10
+
+static struct run_ctx work; /* since the queue was last empty */
+static uint64_t work_ns;
+static uint64_t rest_until; /* CLOCK_MONOTONIC, in ns; see pf_options.rate */
+
+/* Return a prefault vCPU that is stuck, or NULL. */
+static struct vcpu *find_stuck(void)
+{
+	struct vcpu *vcpu;
+
+	for (unsigned int space = 0; (vcpu = pf_prefault_vcpu(space)); space++)
+		if (vcpu->stuck)
+			return vcpu;
+	return NULL;
+}
+
+bool pf_prefault_thread_busy(void)
+{
+	return pf_prefault_vcpu(0) && !find_stuck() &&
+	       (pf_queue_is_ready() || atomic_load(&pf_vcpus_working));
+}
+
+static void report(bool started)
+{
+	if (work.populated || work.prefaulted)
+		pf_log_event("prefaulted",
+			     !started	? "before the first instruction" :
+			     work.again ? "the tables were dropped" :
+					  "new memory",
+			     ",\"bytes\":%llu,\"populated\":%llu,\"seconds\":%.6f,\"pending\":%llu",
+			     (unsigned long long)work.prefaulted,
+			     (unsigned long long)work.populated, (double)work_ns / 1e9,
+			     (unsigned long long)pf_queue_pending_bytes());
+	work = (struct run_ctx){ 0 };
+	work_ns = 0;
+}
+
+static void process(struct work_item item)
+{
+	struct vcpu *vcpu = pf_prefault_vcpu(item.slot >> 16);
+	uint64_t began = prefault_now_ns();
+	bool started = pf_guest_entered;
+
+	vcpu->tid = (pid_t)syscall(SYS_gettid);
+	pf_prefault_vcpu_renew_root(vcpu, false);
+	work.vcpu = vcpu;
+	work.chunk_bytes = started ? RUNNING_CHUNK : CHUNK;
+	pf_chunk_run(item, &work);
+
+	uint64_t now = prefault_now_ns();
+
+	work_ns += now - began;
+	if (pf_options.rate && started)
+		rest_until = began + item.size * 1000 / pf_options.rate * 1000000;
+	if (!atomic_load(&pf_work_available))
+		report(started);
+}
+
+static void *thread(void *unused)
+{
+	struct work_item item;
+	sigset_t kick;
+
+	(void)unused;
+	sigemptyset(&kick);
+	sigaddset(&kick, SIGUSR1); /* from pf_kick_thread() */
+	pthread_sigmask(SIG_UNBLOCK, &kick, NULL);
+	if (!pf_has_seccomp_filter())
+		setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), NICE);
+	pthread_mutex_lock(&pf_lock);
+	for (;;) {
+		struct vcpu *stuck = find_stuck();
+		uint64_t now = prefault_now_ns(), until = stuck ? stuck->retry_at : rest_until;
+
+		if (!pf_prefault_vcpu(0) || !atomic_load(&pf_work_available) ||
+		    atomic_load(&pf_slot_changes)) {
+			pthread_cond_wait(&pf_changed, &pf_lock);
+			continue;
+		}
+		if (!pf_firmware_at_work())
+			pf_queue_undefer("the firmware has finished");
+		if (until > now) {
+			struct timespec deadline = pf_deadline_in(until - now);
+
+			pthread_cond_timedwait(&pf_changed, &pf_lock, &deadline);
+		} else if (stuck) {
+			pf_prefault_vcpu_renew_root(stuck, true);
+			stuck->stuck = false;
+		} else if (pf_queue_take(&item)) {
+			process(item);
+			pthread_cond_broadcast(&pf_changed);
+		} else {
+			/* The items that are left must wait for the firmware. */
+			struct timespec soon = pf_deadline_in(MS(10));
+
+			pthread_cond_timedwait(&pf_changed, &pf_lock, &soon);
+		}
+	}
+	return NULL;
+}
+
+bool pf_prefault_thread_start(void)
+{
+	pthread_t started;
+
+	return pf_start_thread(&started, "prefault-vcpu", thread);
+}
