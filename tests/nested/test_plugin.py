@@ -8,7 +8,6 @@ Prefaulting cannot avoid these faults.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
@@ -16,33 +15,31 @@ import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, Unpack
+from typing import Any
 
 import pytest
 
 from qemu_prefault.agents.plugin import plugin_path
 from qemu_prefault_lab.guest import Guest
-from support.guest import GuestOptions, SetThp, check_memory, faults, plug_dimm, prefault
+from support.guest import (
+    MakePluginGuest,
+    SetThp,
+    check_memory,
+    faults,
+    plug_dimm,
+    plugin_guests,
+    prefault,
+)
 
 WORKLOAD_MIB = 256
 MIB = 1 << 20
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
-class MakePluginGuest(Protocol):
-    def __call__(self, *plugin_options: str, **options: Unpack[GuestOptions]) -> Guest: ...
-
-
 @pytest.fixture
 def make_plugin_guest() -> Iterator[MakePluginGuest]:
     """Return a function that starts a guest and passes options to the plugin."""
-    with contextlib.ExitStack() as stack:
-
-        def start(*plugin_options: str, **options: Unpack[GuestOptions]) -> Guest:
-            options.setdefault("workload_mib", WORKLOAD_MIB)
-            options["plugin"] = plugin_options
-            return stack.enter_context(Guest(**options))
-
+    with plugin_guests(WORKLOAD_MIB) as start:
         yield start
 
 

@@ -7,13 +7,12 @@ in which KVM mapped a page. Other faults are accesses to device registers.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, Unpack
+from typing import Any
 
 import pytest
 
@@ -21,11 +20,12 @@ from qemu_prefault.host.procfs import thread_names
 from qemu_prefault_lab.guest import Guest
 from support.guest import (
     SNAPSHOT,
-    GuestOptions,
+    MakePluginGuest,
     add_disk,
     check_memory,
     faults_of_pass,
     plug_dimm,
+    plugin_guests,
     prefault,
     run_job,
     wait_migrated,
@@ -39,20 +39,10 @@ NESTED_FAULTS = 64
 TRACING = Path("/sys/kernel/tracing")
 
 
-class MakePluginGuest(Protocol):
-    def __call__(self, *plugin_options: str, **options: Unpack[GuestOptions]) -> Guest: ...
-
-
 @pytest.fixture
 def make_plugin_guest() -> Iterator[MakePluginGuest]:
     """Return a function that starts a guest and passes options to the plugin."""
-    with contextlib.ExitStack() as stack:
-
-        def start(*plugin_options: str, **options: Unpack[GuestOptions]) -> Guest:
-            options.setdefault("workload_mib", WORKLOAD_MIB)
-            options["plugin"] = ("vcpu=prefault", *plugin_options)
-            return stack.enter_context(Guest(**options))
-
+    with plugin_guests(WORKLOAD_MIB, "vcpu=prefault") as start:
         yield start
 
 

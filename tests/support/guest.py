@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self, TypedDict, Unpack
 
@@ -51,6 +52,29 @@ class MakeGuest(Protocol):
     """A function that starts a guest, which the fixture kills after the test."""
 
     def __call__(self, **options: Unpack[GuestOptions]) -> Guest: ...
+
+
+class MakePluginGuest(Protocol):
+    """A function that starts a guest, and passes options to the plugin."""
+
+    def __call__(self, *plugin_options: str, **options: Unpack[GuestOptions]) -> Guest: ...
+
+
+@contextlib.contextmanager
+def plugin_guests(workload_mib: int, *first: str) -> Iterator[MakePluginGuest]:
+    """Return a function that starts guests, which are killed at the end of the block.
+
+    :param workload_mib: The default size of a guest's workload in MiB.
+    :param first: Plugin options for each guest.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def start(*plugin_options: str, **options: Unpack[GuestOptions]) -> Guest:
+            options.setdefault("workload_mib", workload_mib)
+            options["plugin"] = (*first, *plugin_options)
+            return stack.enter_context(Guest(**options))
+
+        yield start
 
 
 #: A function that takes the number of vCPUs, the workload's size in MiB, and whether the guest has
