@@ -18,6 +18,7 @@ import pytest
 
 from qemu_prefault.host.procfs import thread_names
 from qemu_prefault_lab.guest import Guest
+from qemu_prefault_lab.wait import wait_for
 from support.guest import (
     SNAPSHOT,
     MakePluginGuest,
@@ -77,6 +78,11 @@ def fixed(guest: Guest) -> int:
     return guest.stats()["pf_fixed"]
 
 
+def wait_booted(guest: Guest) -> None:
+    """Wait until the guest no longer waits for the plugin."""
+    wait_for(lambda: not guest.control("status")["booting"], "the guest no longer waits")
+
+
 def count_events(guest: Guest, name: str) -> int:
     return sum(event["event"] == name for event in guest.monitor.events)
 
@@ -91,6 +97,7 @@ def test_boot_fixes_no_page(make_plugin_guest: MakePluginGuest, machine: str) ->
     counts = guest.stats()
     status = guest.wait_kept()
     assert counts["pf_fixed"] == 0, (counts, status)
+    wait_booted(guest)
     assert (status["counters"]["errors"], status["counters"]["stuck"]) == (0, 0)
     check_memory(guest)
 
@@ -100,6 +107,7 @@ def test_running_guest_is_prefaulted_without_a_pause(make_plugin_guest: MakePlug
     """Prefault a running guest whose memory is absent, while it writes to its workload."""
     guest = make_plugin_guest("keep=off", memory_mib=448)
     guest.wait_ready()
+    wait_booted(guest)
     guest.command("run")
     result = prefault(guest)
     assert result.status == 0, result.stderr
@@ -115,12 +123,27 @@ def test_running_guest_is_prefaulted_without_a_pause(make_plugin_guest: MakePlug
 
 
 @full
+def test_pause_while_the_guest_waits(make_plugin_guest: MakePluginGuest) -> None:
+    """Pause the plugin while all vCPU threads populate memory before the first instruction."""
+    guest = make_plugin_guest(smp=2, memory_mib=448, paused=True)
+    guest.qmp("cont")
+    assert guest.control("pause")["ok"]
+    guest.wait_ready()
+    status = guest.control("status")
+    assert (status["held"], status["booting"]) == ("paused", False)
+    assert status["counters"]["populated"] < 400 * MIB
+    assert guest.control("resume")["ok"]
+    guest.wait_kept()
+    check_memory(guest)
+
+
+@full
 def test_rate(make_plugin_guest: MakePluginGuest) -> None:
     """Limit the plugin to 1 KiB per second, so that it processes one item of at most 8 MiB."""
     guest = make_plugin_guest("keep=off", "rate=1K", memory_mib=192)
     guest.wait_ready()
     guest.control("resume")
-    while not (status := guest.control("status"))["counters"]["populated"]:
+    while not guest.control("status")["counters"]["prefaulted"]:
         guest.command("echo idle")
     check_memory(guest)
     status = guest.control("status")
@@ -281,7 +304,11 @@ def test_nice_value(make_plugin_guest: MakePluginGuest, sandbox: str, nice: int)
     guest.wait_ready()
     assert guest.wait_kept()["prefault_vcpus"]
     tids = [tid for tid, name in thread_names(guest.pid).items() if name == "prefault-vcpu"]
-    assert [os.getpriority(os.PRIO_PROCESS, tid) for tid in tids] == [nice]
+    check_memory(guest)
+    wait_for(
+        lambda: [os.getpriority(os.PRIO_PROCESS, tid) for tid in tids] == [nice],
+        "the prefault thread's nice value",
+    )
 
 
 @full

@@ -2,10 +2,12 @@
 /*
  * Simulate the start of a guest whose RAM is a file, and print the plugin's populate policy.
  *
- * Arguments: PATH SIZE shared|private hook|learn [OTHER-PATH OTHER-SIZE | late]. With OTHER-PATH,
- * the program allocates another file after the guest has started, and also prints how many MiB the
- * plugin then populates. With "late", it populates in turns whose time limit has expired before
- * they begin, and also prints how many KiB the largest turn and all turns populate.
+ * Arguments: PATH SIZE shared|private hook|learn|deferred [OTHER-PATH OTHER-SIZE | late | crowd].
+ * With "deferred", the memory is low RAM, which waits for the firmware. With OTHER-PATH, the program allocates another file after the guest has started, and also prints how
+ * many MiB the plugin then populates. With "late", it populates in turns whose time limit has
+ * expired before they begin, and also prints how many KiB the largest turn and all turns populate.
+ * With "crowd", 16 threads populate, and the program also prints how many of them populated at the
+ * same time, and how many MiB they populated.
  * test_native_plugin_source.py links this file with the plugin's files.
  */
 #define _GNU_SOURCE
@@ -37,7 +39,7 @@ static uint64_t populate_after(const char *other, uint64_t size)
 	if (fd < 0 || (size && posix_fallocate(fd, 0, (off_t)size)))
 		return 0;
 	pthread_mutex_lock(&pf_lock);
-	while (pf_queue_take(&item))
+	while (pf_queue_take(&item, true))
 		pf_chunk_run(item, &ctx);
 	pthread_mutex_unlock(&pf_lock);
 	return pf_counters.populated;
@@ -57,14 +59,56 @@ static void populate_late(void)
 
 		before = pf_counters.populated;
 		pending = pf_queue_pending_bytes();
-		if (pf_queue_take(&item))
+		if (pf_queue_take(&item, true))
 			pf_chunk_run(item, &ctx);
-		if (ctx.populated > largest)
-			largest = ctx.populated;
+		if (pf_counters.populated - before > largest)
+			largest = pf_counters.populated - before;
 	} while (pf_counters.populated != before || pf_queue_pending_bytes() != pending);
 	pthread_mutex_unlock(&pf_lock);
 	printf("%llu %llu\n", (unsigned long long)largest >> 10,
 	       (unsigned long long)pf_counters.populated >> 10);
+}
+
+#define CROWD 16
+
+static int most_populating;
+
+/* Populate as a waiting vCPU thread does. */
+static void *populate_in_crowd(void *unused)
+{
+	struct kvm_run run = { 0 };
+	struct vcpu vcpu = { .fd = -1, .run = &run };
+	struct run_ctx ctx = { .vcpu = &vcpu, .chunk_bytes = CHUNK };
+	struct work_item item;
+
+	(void)unused;
+	pthread_mutex_lock(&pf_lock);
+	while (pf_queue_pending_bytes()) {
+		if (pf_populating > most_populating)
+			most_populating = pf_populating;
+		if (pf_queue_take(&item, true))
+			pf_chunk_run(item, &ctx);
+		else if (pf_populating)
+			pthread_cond_wait(&pf_changed, &pf_lock);
+		else
+			break;
+	}
+	pthread_mutex_unlock(&pf_lock);
+	return NULL;
+}
+
+static void populate_crowded(void)
+{
+	pthread_t threads[CROWD];
+
+	pthread_mutex_lock(&pf_lock);
+	for (int i = 0; i < CROWD; i++)
+		if (pthread_create(&threads[i], NULL, populate_in_crowd, NULL))
+			exit(1);
+	pthread_mutex_unlock(&pf_lock); /* so that all threads begin at the same time */
+	for (int i = 0; i < CROWD; i++)
+		pthread_join(threads[i], NULL);
+	printf("%d %llu\n", most_populating, (unsigned long long)pf_counters.populated >> 20);
 }
 
 int main(int argc, char **argv)
@@ -78,9 +122,11 @@ int main(int argc, char **argv)
 		memory = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, fd, 0);
 	if (memory == MAP_FAILED)
 		return 1;
-	struct memslot slot = {
-		.gpa = GIB(4), .size = size, .hva = (uint64_t)memory, .state = SLOT_KEPT
-	};
+	bool deferred = !strcmp(argv[4], "deferred");
+	struct memslot slot = { .gpa = deferred ? 0 : GIB(4),
+				.size = size,
+				.hva = (uint64_t)memory,
+				.state = SLOT_KEPT };
 
 	pf_ranges_open();
 	pf_headroom_open();
@@ -93,8 +139,14 @@ int main(int argc, char **argv)
 	pf_memslots = &slot;
 	pf_memslot_count = 1;
 	pf_guest_start();
+	if (deferred) /* the jump instruction of firmware that is in place; see firmware.c */
+		((uint8_t *)memory)[0xffff0] = 1;
+	if (deferred)
+		pf_queue_undefer("the firmware has finished");
 	printf("%s\n", pf_populate_names[pf_options.populate]);
-	if (argc == 6)
+	if (argc == 6 && !strcmp(argv[5], "crowd"))
+		populate_crowded();
+	else if (argc == 6)
 		populate_late();
 	if (argc == 7) {
 		uint64_t bytes = populate_after(argv[5], strtoull(argv[6], NULL, 10));

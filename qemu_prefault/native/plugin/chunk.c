@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <linux/kvm.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -13,6 +14,27 @@
 #include "headroom.h"
 #include "host_ranges.h"
 #include "queue.h"
+
+/* All chunks since the last report. */
+static struct {
+	uint64_t populated, prefaulted; /* bytes */
+	uint64_t ns;			/* sum over all threads */
+	bool again;
+} unreported;
+
+void pf_chunk_report(bool started)
+{
+	if (unreported.populated || unreported.prefaulted)
+		pf_log_event("prefaulted",
+			     !started	      ? "before the first instruction" :
+			     unreported.again ? "the tables were dropped" :
+						"new memory",
+			     ",\"bytes\":%llu,\"populated\":%llu,\"seconds\":%.6f,\"pending\":%llu",
+			     (unsigned long long)unreported.prefaulted,
+			     (unsigned long long)unreported.populated, (double)unreported.ns / 1e9,
+			     (unsigned long long)pf_queue_pending_bytes());
+	memset(&unreported, 0, sizeof(unreported));
+}
 
 /*
  * The check of the sources may take longer than a slice, so the first step does not depend on the
@@ -132,8 +154,8 @@ struct progress {
 };
 
 /* Call this function, end_populate() and end_stage2() with pf_lock held. */
-static void count_progress(const struct work_item *item, struct run_ctx *ctx,
-			   const struct progress *progress, struct memslot *slot)
+static void count_progress(const struct work_item *item, const struct progress *progress,
+			   struct memslot *slot)
 {
 	uint64_t from, length;
 	bool smm = item->slot >> 16; /* SMM has its own tables of the same memory */
@@ -143,9 +165,10 @@ static void count_progress(const struct work_item *item, struct run_ctx *ctx,
 
 	if (!smm)
 		pf_ranges_set_mark(MEMORY_PREFAULTED, item->hva, progress->done);
-	ctx->populated += progress->populated;
-	ctx->prefaulted += progress->mapped;
-	ctx->again |= again;
+	unreported.populated += progress->populated;
+	unreported.prefaulted += progress->mapped;
+	unreported.ns += progress->ended - progress->started;
+	unreported.again |= again;
 	pf_counters.populated += progress->populated;
 	pf_counters.populate_ns += progress->populated_at - progress->started;
 	pf_counters.prefaulted += progress->mapped;
@@ -238,7 +261,7 @@ static bool has_memory(const struct work_item *item)
 		uint64_t need = bytes * source->cost;
 		uint64_t ours = source->reserved ? UINT64_MAX : 0;
 
-		if (pf_headroom_left(source, ours, RESERVE) < need &&
+		if (pf_headroom_left(source, ours, RESERVE * source->cost) < need &&
 		    pf_headroom_unallocated(source) && !is_allocated(item))
 			return false;
 	}
@@ -255,6 +278,7 @@ void pf_chunk_run(struct work_item item, struct run_ctx *ctx)
 
 	if (item.populate)
 		pf_claims_check_again();
+	pf_populating += item.populate;
 	pf_in_flight++;
 	atomic_fetch_add(&pf_vcpus_working, 1);
 	self->in_progress = item;
@@ -280,13 +304,14 @@ void pf_chunk_run(struct work_item item, struct run_ctx *ctx)
 	progress.ended = prefault_now_ns();
 	atomic_store(&self->busy_since, 0);
 	pthread_mutex_lock(&pf_lock);
+	pf_populating -= item.populate;
 	self->in_progress.size = 0;
 	atomic_fetch_sub(&pf_vcpus_working, 1);
 	pf_leave_ioctl();
 
 	struct memslot *slot = pf_find_memslot(item.slot);
 
-	count_progress(&item, ctx, &progress, slot);
+	count_progress(&item, &progress, slot);
 	if (progress.skipped) {
 		pf_counters.errors++;
 		pf_log_event("error", "populate: pages skipped", ",\"gpa\":%llu,\"size\":%llu",

@@ -11,11 +11,10 @@
 /* The work of a vCPU thread before one KVM_RUN, or of the thread that uses the prefault vCPUs. */
 struct run_ctx {
 	struct vcpu *vcpu;
-	uint64_t deadline;		/* CLOCK_MONOTONIC, in ns; 0: no deadline */
-	uint64_t chunk_bytes;		/* maximum size of a system call */
-	uint64_t populated, prefaulted; /* bytes */
-	uint64_t steps;			/* system calls that populate or prefault */
-	bool in_ioctl, again;
+	uint64_t deadline;    /* CLOCK_MONOTONIC, in ns; 0: no deadline */
+	uint64_t chunk_bytes; /* maximum size of a system call */
+	uint64_t steps;	      /* system calls that populate or prefault */
+	bool in_ioctl;
 };
 
 /*
@@ -23,5 +22,11 @@ struct run_ctx {
  * system calls.
  */
 void pf_chunk_run(struct work_item item, struct run_ctx *ctx);
+
+/*
+ * Report all chunks since the last call in one event. `started` is set if the guest has run.
+ * Call with pf_lock held.
+ */
+void pf_chunk_report(bool started);
 
 #endif

@@ -31,6 +31,16 @@ bool pf_firmware_at_work(void)
 	return bios->gpa + bios->size > MIB(1);
 }
 
+/* UEFI needs flash memory of more than 1 MiB. SeaBIOS has 256 KiB. */
+bool pf_firmware_is_uefi(void)
+{
+	static bool uefi;
+	const struct memslot *flash = pf_memslot_at_gpa(GIB(4) - 4096);
+
+	uefi |= flash && flash->flags & KVM_MEM_READONLY && flash->size > MIB(1);
+	return uefi;
+}
+
 /*
  * Return whether SeaBIOS has made 0xf0000 RAM, but has not yet copied itself there
  * (src/fw/shadow.c). QEMU's reset does not reset PAM, so a reset in this state makes the guest

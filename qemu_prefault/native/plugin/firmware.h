@@ -5,8 +5,17 @@
 
 #include <stdbool.h>
 
-/* Return whether the firmware will still make QEMU change the low-RAM memslot. */
+/*
+ * Return whether the firmware will still make QEMU change the low-RAM memslot. With UEFI, the
+ * memslots do not show this, and the result is always true.
+ */
 bool pf_firmware_at_work(void);
+
+/*
+ * Return whether the firmware is UEFI. If the result was true once, it remains true, because QEMU
+ * removes the slot of the flash memory while UEFI writes to this memory.
+ */
+bool pf_firmware_is_uefi(void);
 
 /* Return whether a reset in the current state would hang the guest. */
 bool pf_firmware_copies_itself(void);

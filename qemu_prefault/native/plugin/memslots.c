@@ -6,6 +6,7 @@
 
 #include "common/prefault_loop.h"
 #include "event_log.h"
+#include "firmware.h"
 #include "guest_ranges.h"
 #include "prefault_vcpu.h"
 #include "queue.h"
@@ -15,12 +16,20 @@
 
 static size_t slot_room;
 
+/* Return whether the plugin prefaults a slot of SMM's address space. */
+static bool used_in_smm(const struct memslot *slot)
+{
+	if (!pf_prefault_vcpu(1))
+		return false;
+	return slot->gpa < PF_SMM_END || (slot->gpa < GIB(4) && pf_firmware_is_uefi());
+}
+
 static void classify(struct memslot *slot)
 {
 	slot->state = SLOT_SKIPPED;
 	if (!pf_capable)
 		slot->why = "this KVM has no KVM_PRE_FAULT_MEMORY";
-	else if (slot->id >> 16 && (!pf_prefault_vcpu(1) || slot->gpa >= PF_SMM_END))
+	else if (slot->id >> 16 && !used_in_smm(slot))
 		slot->why = "SMM address space";
 	else if (slot->flags & MEM_GUEST_MEMFD)
 		slot->why = "guest_memfd";
@@ -76,8 +85,10 @@ static void slot_created(const struct kvm_userspace_memory_region *region)
 	pf_counters.created++;
 	if (!pf_guest_ranges_touch(slot->hva, slot->size))
 		pf_guest_ranges_add(slot->hva, slot->hva + slot->size, 0, 0);
-	if (slot->gpa < MIB(1))
+	if (slot->gpa <= MIB(1) && !pf_queue_held_reason())
 		pf_boot_slot_created = true;
+	if (slot->flags & KVM_MEM_READONLY && slot->gpa >= MIB(1) && pf_firmware_is_uefi())
+		pf_flash_slot_created = true;
 	classify(slot);
 	pf_log_event("slot-created", slot->why, ",\"gpa\":%llu,\"size\":%llu",
 		     (unsigned long long)slot->gpa, (unsigned long long)slot->size);

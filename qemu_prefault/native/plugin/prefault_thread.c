@@ -9,7 +9,6 @@
 
 #include "chunk.h"
 #include "common/prefault_loop.h"
-#include "event_log.h"
 #include "firmware.h"
 #include "options.h"
 #include "prefault_vcpu.h"
@@ -23,8 +22,7 @@
  */
 #define NICE 10
 
-static struct run_ctx work; /* since the queue was last empty */
-static uint64_t work_ns;
+static bool may_set_priority;
 static uint64_t rest_until; /* CLOCK_MONOTONIC, in ns; see pf_options.rate */
 
 /* Return a prefault vCPU that is stuck, or NULL. */
@@ -44,40 +42,55 @@ bool pf_prefault_thread_busy(void)
 	       (pf_queue_is_ready() || atomic_load(&pf_vcpus_working));
 }
 
-static void report(bool started)
+bool pf_prefault_thread_boots(void)
 {
-	if (work.populated || work.prefaulted)
-		pf_log_event("prefaulted",
-			     !started	? "before the first instruction" :
-			     work.again ? "the tables were dropped" :
-					  "new memory",
-			     ",\"bytes\":%llu,\"populated\":%llu,\"seconds\":%.6f,\"pending\":%llu",
-			     (unsigned long long)work.prefaulted,
-			     (unsigned long long)work.populated, (double)work_ns / 1e9,
-			     (unsigned long long)pf_queue_pending_bytes());
-	work = (struct run_ctx){ 0 };
-	work_ns = 0;
+	bool firmware = pf_firmware_at_work() && !pf_firmware_is_uefi();
+
+	return !pf_queue_held_reason() &&
+	       (pf_prefault_thread_busy() || pf_queue_has_deferred() || firmware);
 }
 
 static void process(struct work_item item)
 {
-	struct vcpu *vcpu = pf_prefault_vcpu(item.slot >> 16);
 	uint64_t began = prefault_now_ns();
 	bool started = pf_guest_entered;
+	struct run_ctx ctx = { .vcpu = pf_prefault_vcpu(item.slot >> 16),
+			       .chunk_bytes = started ? RUNNING_CHUNK : CHUNK };
 
-	vcpu->tid = (pid_t)syscall(SYS_gettid);
-	pf_prefault_vcpu_renew_root(vcpu, false);
-	work.vcpu = vcpu;
-	work.chunk_bytes = started ? RUNNING_CHUNK : CHUNK;
-	pf_chunk_run(item, &work);
-
-	uint64_t now = prefault_now_ns();
-
-	work_ns += now - began;
+	ctx.vcpu->tid = (pid_t)syscall(SYS_gettid);
+	pf_prefault_vcpu_renew_root(ctx.vcpu, false);
+	pf_chunk_run(item, &ctx);
 	if (pf_options.rate && started)
 		rest_until = began + item.size * 1000 / pf_options.rate * 1000000;
-	if (!atomic_load(&pf_work_available))
-		report(started);
+	if (!atomic_load(&pf_work_available) && !atomic_load(&pf_vcpus_working))
+		pf_chunk_report(started);
+}
+
+/*
+ * Wait for a change. If the guest's first memory is prefaulted, first lower the thread's priority:
+ * until then, the guest waits for the thread, or would cause the faults itself. The queue is also
+ * empty between the deletion and the creation of a slot, so check that no slot has changed for a
+ * while.
+ */
+static void wait_for_change(void)
+{
+	uint64_t now = prefault_now_ns(), quiet_at = pf_slot_changed_at + QUIET_NS;
+
+	/* The guest's vCPUs do not notice if the work ends while they are in KVM_RUN. */
+	if (pf_guest_entered && !pf_prefault_thread_boots())
+		pf_booting = false;
+
+	if (!may_set_priority || !pf_guest_entered || pf_queue_has_deferred() ||
+	    atomic_load(&pf_work_available)) {
+		pthread_cond_wait(&pf_changed, &pf_lock);
+	} else if (now < quiet_at) {
+		struct timespec deadline = pf_deadline_in(quiet_at - now);
+
+		pthread_cond_timedwait(&pf_changed, &pf_lock, &deadline);
+	} else {
+		may_set_priority = false;
+		setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), NICE);
+	}
 }
 
 static void *thread(void *unused)
@@ -89,8 +102,7 @@ static void *thread(void *unused)
 	sigemptyset(&kick);
 	sigaddset(&kick, SIGUSR1); /* from pf_kick_thread() */
 	pthread_sigmask(SIG_UNBLOCK, &kick, NULL);
-	if (!pf_has_seccomp_filter())
-		setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), NICE);
+	may_set_priority = !pf_has_seccomp_filter();
 	pthread_mutex_lock(&pf_lock);
 	for (;;) {
 		struct vcpu *stuck = find_stuck();
@@ -98,7 +110,7 @@ static void *thread(void *unused)
 
 		if (!pf_prefault_vcpu(0) || !atomic_load(&pf_work_available) ||
 		    atomic_load(&pf_slot_changes)) {
-			pthread_cond_wait(&pf_changed, &pf_lock);
+			wait_for_change();
 			continue;
 		}
 		if (!pf_firmware_at_work())
@@ -110,7 +122,7 @@ static void *thread(void *unused)
 		} else if (stuck) {
 			pf_prefault_vcpu_renew_root(stuck, true);
 			stuck->stuck = false;
-		} else if (pf_queue_take(&item)) {
+		} else if (pf_queue_take(&item, true)) {
 			process(item);
 			pthread_cond_broadcast(&pf_changed);
 		} else {

@@ -14,4 +14,10 @@ bool pf_prefault_thread_start(void);
  */
 bool pf_prefault_thread_busy(void);
 
+/*
+ * Return whether the thread still has to work for a guest that boots, or the firmware may still
+ * cause such work. Call with pf_lock held.
+ */
+bool pf_prefault_thread_boots(void);
+
 #endif

@@ -38,14 +38,21 @@ void pf_qemu_memory_discarded(uint64_t start, uint64_t size)
 		return;
 	pthread_mutex_lock(&pf_lock);
 	if (!(pf_ranges_facts(start, size) & MEMORY_HOLES)) {
-		struct memslot *slot = pf_memslot_at_hva(start);
+		bool found = false;
 
-		if (slot)
+		/* SMM's address space has slots of the same memory. */
+		for (size_t i = 0; i < pf_memslot_count; i++) {
+			struct memslot *slot = &pf_memslots[i];
+
+			if (start < slot->hva || start >= slot->hva + slot->size)
+				continue;
+			found = true;
 			pf_ranges_discarded(slot->hva, slot->size);
-		else
+			if (pf_options.populate == POPULATE_AUTO)
+				pf_queue_make_resident_only(slot);
+		}
+		if (!found)
 			pf_ranges_discarded(start, size);
-		if (slot && pf_options.populate == POPULATE_AUTO)
-			pf_queue_make_resident_only(slot);
 	}
 	pthread_mutex_unlock(&pf_lock);
 }

@@ -23,8 +23,12 @@ void pf_queue_update(void);
 bool pf_queue_has_deferred(void);
 /* Return whether pf_queue_take() can take an item now. */
 bool pf_queue_is_ready(void);
-/* Take up to one chunk of the first item that is ready. Returns false if none is ready. */
-bool pf_queue_take(struct work_item *taken);
+/*
+ * Take up to one chunk of the first item that is ready. Returns false if none is ready, or if the
+ * item must be populated and MOST_POPULATING threads are populating. Set `smm` if the caller can
+ * process items of SMM's address space.
+ */
+bool pf_queue_take(struct work_item *taken, bool smm);
 /* Put the rest of a chunk at the front of the queue. `done` is in bytes. */
 void pf_queue_put_back(struct work_item item, uint64_t done);
 

@@ -20,7 +20,9 @@ size_t pf_memslot_count;
 atomic_int pf_slot_changes;
 atomic_uint_least64_t pf_root_generation;
 uint64_t pf_slot_changed_at;
+bool pf_booting;
 bool pf_boot_slot_created;
+bool pf_flash_slot_created;
 
 struct work_item *pf_queue;
 size_t pf_queue_length;
@@ -32,6 +34,7 @@ atomic_size_t pf_vcpu_count;
 bool pf_guest_started, pf_guest_entered;
 int pf_in_flight;
 atomic_int pf_vcpus_working;
+int pf_populating;
 bool pf_dirty_ring;
 
 struct counters pf_counters;

@@ -51,9 +51,14 @@
 #define STUCK_NS MS(500)     /* maximum time in the ioctl without progress */
 #define CHUNK MIB(8)	     /* a vCPU thread checks for other requests after each chunk */
 #define RUNNING_CHUNK MIB(1) /* as CHUNK, but if the guest runs, because QEMU may wait for it */
-#define RESERVE (4 * CHUNK)  /* left for other users of a source, whose claims are unknown */
+#define MOST_POPULATING 4    /* threads that populate at the same time */
+/*
+ * Left for other users of a source, whose claims are unknown, and for the chunks that other threads
+ * populate while a thread checks the source.
+ */
+#define RESERVE (MOST_POPULATING * CHUNK)
 #define MAX_VCPUS 4096
-#define PF_SMM_END MIB(1) /* SeaBIOS uses only memory below this address in SMM */
+#define PF_SMM_END MIB(1) /* SeaBIOS uses only memory below this address in SMM; see queue.c */
 
 enum memslot_state { SLOT_SKIPPED, SLOT_HELD, SLOT_KEPT };
 
@@ -121,7 +126,8 @@ extern atomic_int pf_slot_changes; /* slot changes in progress; if not 0, no ioc
 extern atomic_uint_least64_t pf_root_generation; /* incremented when KVM drops all tables */
 
 /* Changed by: memslots.c, vcpu.c */
-extern bool pf_boot_slot_created; /* a slot below 1 MiB, which only firmware makes QEMU create */
+extern bool pf_boot_slot_created;  /* a slot of low RAM, which firmware makes QEMU create */
+extern bool pf_flash_slot_created; /* a slot of UEFI's flash memory */
 
 /* Changed by: memslots.c, guest_start.c, vcpu.c */
 extern uint64_t pf_slot_changed_at; /* time of the last slot change or guest start */
@@ -139,6 +145,9 @@ extern struct vcpu pf_vcpus[MAX_VCPUS];
 extern atomic_size_t pf_vcpu_count;
 extern bool pf_guest_entered; /* a vCPU has entered the guest */
 
+/* Changed by: prefault_thread.c, vcpu.c */
+extern bool pf_booting; /* the guest may wait for the prefault thread */
+
 /* Changed by: guest_start.c */
 extern bool pf_guest_started; /* pf_guest_start() has run; see also pf_guest_entered */
 
@@ -147,6 +156,7 @@ extern bool pf_dirty_ring; /* dirty pages are logged in a ring for each vCPU */
 
 /* Changed by: chunk.c */
 extern atomic_int pf_vcpus_working; /* vCPUs with an item in progress */
+extern int pf_populating;	    /* threads that populate a chunk */
 
 /* Changed by: chunk.c, batch.c, and state.c in pf_leave_ioctl() */
 extern int pf_in_flight; /* threads in a populate or prefault call */

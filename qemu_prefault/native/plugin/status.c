@@ -86,6 +86,7 @@ static void describe(struct text *out)
 	    getpid(), pf_options.by_preload ? "preload" : "plugin", json_bool(pf_vm_fd >= 0),
 	    json_bool(pf_capable), json_bool(pf_options.keep && !pf_paused),
 	    pf_populate_names[pf_options.populate], pf_quirk_names[pf_quirk]);
+	add(out, ",\"booting\":%s", json_bool(pf_booting));
 	print_text(out, "held", pf_queue_held_reason());
 	add(out, ",\"vcpus\":[");
 	for (size_t i = 0; i < pf_vcpu_count; i++)

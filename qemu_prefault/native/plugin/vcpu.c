@@ -11,7 +11,6 @@
 
 #include "chunk.h"
 #include "common/prefault_loop.h"
-#include "event_log.h"
 #include "firmware.h"
 #include "guest_start.h"
 #include "options.h"
@@ -28,6 +27,11 @@
  * memory is absent.
  */
 #define STEP (MIB(1) / 4)
+/*
+ * QEMU removes the slot of UEFI's flash memory when UEFI writes a variable, which takes several
+ * milliseconds, and then creates the slot again. UEFI then reads all variables.
+ */
+#define FLASH_WAIT MS(5)
 /* KVM_DIRTY_LOG_PAGE_OFFSET, arch/x86/include/uapi/asm/kvm.h */
 #define DIRTY_RING_PAGE 64
 
@@ -52,30 +56,6 @@ static bool on_own_tables(const struct vcpu *self)
 	return !(self->run->flags & (RUN_SMM | RUN_GUEST_MODE));
 }
 
-/*
- * The work since the guest last ran. The plugin reports one event, even if QEMU interrupts the
- * work.
- */
-static struct {
-	uint64_t populated, prefaulted;
-	double seconds; /* sum over all vCPU threads */
-	bool again;
-} report_acc;
-
-static void report_prefaulted(bool started)
-{
-	if (report_acc.populated || report_acc.prefaulted)
-		pf_log_event("prefaulted",
-			     !started	      ? "before the first instruction" :
-			     report_acc.again ? "the tables were dropped" :
-						"new memory",
-			     ",\"bytes\":%llu,\"populated\":%llu,\"seconds\":%.6f,\"pending\":%llu",
-			     (unsigned long long)report_acc.prefaulted,
-			     (unsigned long long)report_acc.populated, report_acc.seconds,
-			     (unsigned long long)pf_queue_pending_bytes());
-	memset(&report_acc, 0, sizeof(report_acc));
-}
-
 /* Wait until another thread changes something, or for 2 ms, because QEMU's kick does not end it. */
 static void wait_for_change(void)
 {
@@ -96,21 +76,60 @@ static uint64_t hold_deadline(const struct vcpu *self, bool first, uint64_t now)
 	return first ? 0 : (pf_stall_start ? pf_stall_start : now) + pf_options.hold_ns;
 }
 
-/* Let the guest wait for the prefault thread while it boots. Later, it runs while the thread works. */
+static void run_chunk(struct work_item item, struct run_ctx *ctx)
+{
+	bool had_no_root = ctx->vcpu->no_root_yet;
+
+	pf_chunk_run(item, ctx);
+	if (had_no_root) {
+		ctx->vcpu->no_root_yet = false;
+		ctx->vcpu->seen_generation = atomic_load(&pf_root_generation);
+	}
+}
+
+/*
+ * Let the guest wait for the prefault thread while it boots, and for FLASH_WAIT after QEMU has
+ * created the slot of UEFI's flash memory again. Otherwise, the guest runs while the thread works.
+ *
+ * Before the guest's first instruction, the waiting vCPU threads help the prefault thread. They use
+ * more CPUs of the host than the one thread, and the first access to a page determines its NUMA
+ * node, so the memory is on the nodes of the vCPUs.
+ */
 static void wait_for_prefault_thread(struct vcpu *self)
 {
-	static bool booting;
 	bool first = !pf_guest_entered && !pf_incoming;
-	uint64_t deadline = hold_deadline(self, first, prefault_now_ns());
+	uint64_t now = prefault_now_ns();
+	uint64_t flash_wait = pf_options.hold_ns < FLASH_WAIT ? pf_options.hold_ns : FLASH_WAIT;
+	struct run_ctx ctx = { .vcpu = self, .chunk_bytes = first ? CHUNK : STEP };
+	struct work_item item;
 
-	booting |= !pf_guest_entered || pf_boot_slot_created;
-	pf_boot_slot_created = false;
-	while (booting && !pf_options.background && on_own_tables(self) &&
-	       !self->run->immediate_exit && (!deadline || prefault_now_ns() < deadline) &&
-	       (pf_prefault_thread_busy() || (first && atomic_load(&pf_slot_changes))))
-		wait_for_change();
-	booting = booting &&
-		  (pf_prefault_thread_busy() || pf_firmware_at_work() || pf_queue_has_deferred());
+	if (!pf_stall_start)
+		pf_stall_start = now;
+	pf_booting |= !pf_guest_entered || pf_boot_slot_created;
+	if (!pf_booting)
+		ctx.deadline = pf_flash_slot_created ? now + flash_wait : now;
+	else if (!first)
+		ctx.deadline = pf_stall_start + pf_options.hold_ns;
+	pf_boot_slot_created = pf_flash_slot_created = false;
+	while (!pf_options.background && !self->run->immediate_exit &&
+	       (!ctx.deadline || prefault_now_ns() < ctx.deadline) &&
+	       (pf_prefault_thread_busy() || (first && atomic_load(&pf_slot_changes)))) {
+		if (!pf_guest_entered && pf_vcpu_can_prefault(self) &&
+		    !atomic_load(&pf_slot_changes) && atomic_load(&pf_work_available) &&
+		    pf_queue_take(&item, false)) {
+			run_chunk(item, &ctx);
+			if (!atomic_load(&pf_work_available) && !atomic_load(&pf_vcpus_working))
+				pf_chunk_report(pf_guest_entered);
+		} else {
+			wait_for_change();
+		}
+		/* If another vCPU has entered the guest, it may wait for this one. */
+		if (!ctx.deadline && pf_guest_entered)
+			ctx.deadline = prefault_now_ns() + pf_options.hold_ns;
+	}
+	if (pf_guest_entered && ctx.deadline && prefault_now_ns() >= ctx.deadline)
+		pf_booting = false;
+	pf_booting = pf_booting && pf_prefault_thread_boots();
 }
 
 /*
@@ -134,15 +153,9 @@ static void process_queue(struct vcpu *self, bool first)
 	}
 	while (pf_vcpu_can_prefault(self) && on_own_tables(self) && !self->run->immediate_exit &&
 	       (!ctx.deadline || prefault_now_ns() < ctx.deadline)) {
-		bool had_no_root = self->no_root_yet;
-
 		if (!atomic_load(&pf_slot_changes) && atomic_load(&pf_work_available) &&
-		    pf_queue_take(&item)) {
-			pf_chunk_run(item, &ctx);
-			if (had_no_root) {
-				self->no_root_yet = false;
-				self->seen_generation = atomic_load(&pf_root_generation);
-			}
+		    pf_queue_take(&item, false)) {
+			run_chunk(item, &ctx);
 		} else if (first ? pf_in_flight || atomic_load(&pf_slot_changes) :
 				   !sliced && atomic_load(&pf_vcpus_working)) {
 			/*
@@ -155,12 +168,8 @@ static void process_queue(struct vcpu *self, bool first)
 		}
 	}
 	self->slice_ended = prefault_now_ns();
-	report_acc.seconds += (double)(self->slice_ended - now) / 1e9;
-	report_acc.prefaulted += ctx.prefaulted;
-	report_acc.populated += ctx.populated;
-	report_acc.again |= ctx.again;
 	if (!atomic_load(&pf_work_available) || self->started || !self->run->immediate_exit)
-		report_prefaulted(self->started);
+		pf_chunk_report(self->started);
 }
 
 static void before_run(struct vcpu *self)
