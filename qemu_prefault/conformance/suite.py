@@ -25,7 +25,7 @@ AREAS = {
     "errors": ("errors",),
     "progress": ("progress",),
     "foreign": ("foreign",),
-    "vcpu": ("vcpu",),
+    "vcpu": ("vcpu", "prefault_vcpu"),
     "parallel": ("parallel",),
     "dirty": ("dirty",),
     "slots": ("slots", "slot_races"),

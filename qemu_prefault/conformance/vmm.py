@@ -169,6 +169,18 @@ class KvmVm:
         ioctl(self.fd, abi.GET_DIRTY_LOG, struct.pack("<IIQ", number, 0, address_of(bitmap)))
         return {page for page in range(count) if bitmap[page // 8] >> page % 8 & 1}
 
+    def has_master_clock(self) -> bool:
+        """Return whether KVM uses the master clock for the VM's kvm-clock."""
+        clock = bytearray(48)
+        ioctl(self.fd, abi.GET_CLOCK, clock)
+        return bool(struct.unpack_from("<I", clock, 8)[0] & abi.CLOCK_TSC_STABLE)
+
+    def signal_init(self, apic_id: int) -> int:
+        """Send an INIT to a local APIC, and return the number of vCPUs that received it."""
+        # struct kvm_msi: address, data and flags; the delivery mode 5 is INIT.
+        message = struct.pack("<4I16x", 0xFEE00000 | apic_id << 12, 0, 5 << 8, 0)
+        return ioctl(self.fd, abi.SIGNAL_MSI, message)
+
     def leaves(self) -> Stage2Leaves:
         return Stage2Leaves(*self.stats.read(*Stage2Leaves.__dataclass_fields__))
 
@@ -226,6 +238,16 @@ class KvmVcpu:
 
     def set_msr(self, index: int, value: int) -> None:
         ioctl(self.fd, abi.SET_MSRS, struct.pack("<IIIIQ", 1, 0, index, 0, value))
+
+    def get_msr(self, index: int) -> int:
+        """Return the value of an MSR.
+
+        :raises OSError: If KVM does not emulate the MSR.
+        """
+        data = bytearray(struct.pack("<IIIIQ", 1, 0, index, 0, 0))
+        if ioctl(self.fd, abi.GET_MSRS, data) != 1:
+            raise OSError(errno.ENOENT, f"KVM does not emulate MSR {index:#x}")
+        return int(struct.unpack_from("<Q", data, 16)[0])
 
     def set_smm(self, on: bool) -> None:
         """Enter or leave SMM with ``KVM_SET_VCPU_EVENTS``, as QEMU does."""

@@ -187,7 +187,7 @@ def start_keeps_4k() -> None:
     expect_equal(fixture.vm.dirty_pages(SLOT), set(range(PAGES)), "dirty pages")
 
 
-class _Ring:
+class DirtyRing:
     """The dirty ring of a vCPU.
 
     Each entry is a ``struct kvm_dirty_gfn`` with the fields u32 flags, u32 slot and u64 offset.
@@ -216,7 +216,7 @@ class _Ring:
 def ring_fills() -> str | None:
     vm = KvmVm(dirty_ring=16 * PAGE_SIZE)
     fixture = make_fixture(vm=vm, flags=abi.MEM_LOG_DIRTY_PAGES)
-    ring = _Ring(fixture.vcpu)
+    ring = DirtyRing(fixture.vcpu)
     list(ring.take())
     ioctl(vm.fd, abi.RESET_DIRTY_RINGS)
     fixture.vcpu.prefault_all(GPA, fixture.size)
@@ -247,7 +247,7 @@ def ring_overflows() -> str:
     memory = small(2 * entries * PAGE_SIZE)
     memory.write()
     fixture = make_fixture(memory, vm=vm, flags=abi.MEM_LOG_DIRTY_PAGES)
-    ring = _Ring(fixture.vcpu)
+    ring = DirtyRing(fixture.vcpu)
     result = fixture.vcpu.prefault(GPA, memory.size)
     expect_equal(str(result), "success, 0x0 bytes left", "result of the ioctl")
     kept = len({page for slot, page in ring.take() if slot == SLOT})
