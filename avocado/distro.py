@@ -28,9 +28,17 @@ DIMM_MIB = 128  # Linux adds memory in blocks of this size
 #: The maximum fraction of a test's faults on memory that may remain with prefaulting.
 MOST = 0.01
 MOST_OF_A_BOOT = 0.0005
-# OVMF decompresses 4 MiB of code into RAM. The plugin prefaults that RAM only later, when OVMF no
-# longer causes changes to QEMU's memslots.
-MOST_OF_A_UEFI_BOOT = 0.02
+# OVMF reads option ROMs, whose pages are absent, and memory right after it has closed TSEG.
+MOST_OF_A_UEFI_BOOT = 0.001
+#: The same for a guest that starts before its memory is prefaulted.
+MOST_OF_A_BACKGROUND_BOOT = 0.05
+#: Rounds of test_start. Each round boots one guest for each way to start.
+ROUNDS = 5
+WAYS_TO_START: dict[str, list[str]] = {
+    "start=wait": ["start=wait"],
+    "start=background": ["start=background"],
+    "vcpu=borrow": ["vcpu=borrow"],
+}
 
 
 @dataclass(frozen=True)
@@ -150,6 +158,19 @@ class DistroTest(PrefaultTest):
         uefi = self.hardware["firmware"] == "ovmf"
         most = MOST_OF_A_UEFI_BOOT if uefi else MOST_OF_A_BOOT
         self.spared("boot", saved.boot, with_, DATA_PAGES, most)
+
+    @fail_on(QemuPrefaultError)
+    def test_start(self) -> None:
+        """Boot to the login prompt without and with the plugin, in interleaved rounds."""
+        for number in range(ROUNDS):
+            guest, without = self.boot()
+            guest.kill()
+            for way, options in WAYS_TO_START.items():
+                guest, with_ = self.boot(plugin=options)
+                guest.kill()
+                background = way == "start=background"
+                most = MOST_OF_A_BACKGROUND_BOOT if background else MOST_OF_A_BOOT
+                self.spared(f"{way}, round {number + 1}", without, with_, DATA_PAGES, most)
 
     @fail_on(QemuPrefaultError)
     def test_reset(self) -> None:
