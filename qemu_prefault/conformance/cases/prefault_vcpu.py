@@ -167,8 +167,8 @@ def gets_no_interrupts() -> None:
 @case(
     "vcpu/never-run-has-a-vp-index",
     "the Hyper-V index of a vCPU is at first the number of vCPUs that existed before, and can be "
-    "set to 4095",
-    "hyperv.c:kvm_hv_vcpu_init(), kvm_hv_set_msr(): HV_X64_MSR_VP_INDEX",
+    "set to KVM_CAP_MAX_VCPUS - 1",
+    "hyperv.c:kvm_hv_vcpu_init(), kvm_hv_set_msr(): HV_X64_MSR_VP_INDEX, KVM_MAX_VCPUS",
 )
 def has_a_vp_index() -> None:
     vm = KvmVm()
@@ -179,8 +179,9 @@ def has_a_vp_index() -> None:
     except OSError:
         raise Skip("this KVM does not emulate Hyper-V") from None
     expect_equal(index, 1, "index of the second vCPU")
-    other.set_msr(MSR_VP_INDEX, 4095)
-    expect_equal(other.get_msr(MSR_VP_INDEX), 4095, "index after it was set")
+    most = vm.check(abi.CAP_MAX_VCPUS) - 1
+    other.set_msr(MSR_VP_INDEX, most)
+    expect_equal(other.get_msr(MSR_VP_INDEX), most, "index after it was set")
 
 
 @case(

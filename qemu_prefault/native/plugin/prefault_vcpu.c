@@ -16,7 +16,6 @@
 #define MSR_HYPERV_VP_INDEX 0x40000002
 #define HYPERV_INTERFACE_LEAF 0x40000001
 #define HYPERV_INTERFACE 0x31237648 /* "Hv#1" */
-#define HYPERV_MAX_VP_INDEX 4095    /* KVM_MAX_VCPUS - 1 */
 
 enum { NORMAL, SMM, PREFAULT_VCPUS };
 
@@ -102,6 +101,14 @@ static bool has_hyperv(void)
 	return false;
 }
 
+/* Return KVM_MAX_VCPUS, which is 1024 or 4096 (CONFIG_KVM_MAX_NR_VCPUS). */
+static unsigned int most_vcpus(void)
+{
+	long most = pf_raw_ioctl(pf_vm_fd, KVM_CHECK_EXTENSION, (void *)KVM_CAP_MAX_VCPUS);
+
+	return most > PREFAULT_VCPUS ? (unsigned int)most : 1024;
+}
+
 /*
  * Disable the vCPU's local APIC, so that no interrupt, INIT or SIPI is sent to the vCPU
  * (kvm_apic_present(), arch/x86/kvm/lapic.h).
@@ -148,7 +155,7 @@ static bool create(int number)
 
 	/* At first, the index is the number of vCPUs. A hotplugged vCPU may get the same index. */
 	if (has_hyperv())
-		set_msr(fd, MSR_HYPERV_VP_INDEX, HYPERV_MAX_VP_INDEX - (unsigned int)number);
+		set_msr(fd, MSR_HYPERV_VP_INDEX, most_vcpus() - 1 - (unsigned int)number);
 	if (!disable_apic(fd) || (number == SMM && !enter_smm(fd)) || !set)
 		return false;
 	atomic_store(&usable, number + 1);
