@@ -22,26 +22,32 @@ static bool parse_switch(const char *value, bool *target, const char *on, const 
 	return true;
 }
 
-static bool parse_populate(const char *value)
+/* Return the index of a value in a list of three names, or -1. */
+static int parse_choice(const char *value, const char *const names[3])
 {
 	for (int i = 0; i < 3; i++)
-		if (!strcmp(value, pf_populate_names[i])) {
-			pf_options.populate = (enum populate)i;
-			return true;
-		}
-	return false;
+		if (!strcmp(value, names[i]))
+			return i;
+	return -1;
+}
+
+static bool parse_populate(const char *value)
+{
+	int choice = parse_choice(value, pf_populate_names);
+
+	if (choice >= 0)
+		pf_options.populate = (enum populate)choice;
+	return choice >= 0;
 }
 
 static bool parse_vcpu(const char *value)
 {
-	static const char *const names[] = { "auto", "prefault", "borrow" };
+	static const char *const names[3] = { "auto", "prefault", "borrow" };
+	int choice = parse_choice(value, names);
 
-	for (int i = 0; i < 3; i++)
-		if (!strcmp(value, names[i])) {
-			pf_options.vcpu = (enum vcpu_choice)i;
-			return true;
-		}
-	return false;
+	if (choice >= 0)
+		pf_options.vcpu = (enum vcpu_choice)choice;
+	return choice >= 0;
 }
 
 /* Accept a number of bytes per second with an optional suffix K, M or G. */
