@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,6 +23,11 @@ IDLE_SECONDS: Final = 4.0
 IDLE_AFTER: Final = 1.0
 #: Least interval in seconds between two readings by :class:`IdleThreads`.
 IDLE_INTERVAL: Final = 0.5
+#: Number of page faults that threads which populate memory take within :data:`IDLE_SECONDS`, unless
+#: the host works at less than 16 KiB per second. Threads with other tasks take fewer, but not none.
+LEAST_FAULTS: Final = 16
+#: The number of sleeps of a thread in ``/proc/PID/task/TID/status``.
+SLEEPS: Final = re.compile(r"^voluntary_ctxt_switches:\s*(\d+)$", re.MULTILINE)
 
 
 class Stall:
@@ -51,27 +57,32 @@ class Stall:
 
 @dataclass(frozen=True, slots=True)
 class ThreadWork:
-    """What the kernel has counted for a thread (proc(5), ``/proc/PID/task/TID/stat``).
+    """What the kernel has counted for a thread (proc(5), ``stat`` and ``status``).
 
     :ivar state: The state, e.g. ``R``, ``S`` or ``D``.
     :ivar faults: The number of page faults, minor and major.
     :ivar seconds: The CPU time in seconds.
+    :ivar sleeps: How often the thread has given up its CPU to wait for something
+        (``voluntary_ctxt_switches``).
     """
 
     state: str
     faults: int
     seconds: float
+    sleeps: int
 
     @classmethod
     def read(cls, process: Process, tid: int) -> ThreadWork | None:
         """Return the numbers of a thread, or None if the thread has exited."""
-        text = read_optional(f"{process.proc}/task/{tid}/stat") or ""
-        fields = stat_fields(text)
+        task = f"{process.proc}/task/{tid}"
+        fields = stat_fields(read_optional(f"{task}/stat") or "")
+        sleeps = SLEEPS.search(read_optional(f"{task}/status") or "")
         try:
             return cls(
                 state=fields[0],
                 faults=int(fields[7]) + int(fields[9]),
                 seconds=(int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"),
+                sleeps=int(sleeps[1]) if sleeps else 0,
             )
         except (IndexError, ValueError):
             return None
@@ -83,12 +94,13 @@ class IdleThreads:
     A QEMU that its guest has taken over can report any progress, but the kernel counts the threads'
     page faults and CPU time. A thread that populates memory takes a page fault for each page, also
     in ``MADV_POPULATE_WRITE`` (``mm_account_fault()``, mm/memory.c). A thread that waits for a CPU
-    cannot work, so it is not idle.
+    cannot work, so it is not idle. A thread that often sleeps for a short time also waits for a CPU
+    after each sleep, but it is idle.
 
     :param process: QEMU.
     :param threads: A function that returns the thread ids.
     :param faults_only: Whether only page faults are work, as for threads that populate memory.
-        Otherwise CPU time also is.
+        Otherwise CPU time also is. Fewer than :data:`LEAST_FAULTS` are no work.
     """
 
     def __init__(
@@ -99,11 +111,12 @@ class IdleThreads:
         self._faults_only = faults_only
         self._seen: dict[int, ThreadWork] | None = None
         self._read_at = 0.0
+        self._faults = 0  # since the threads have been idle
         self._idle = 0.0
 
     def reset(self) -> None:
         """Start again at 0 seconds."""
-        self._seen, self._idle = None, 0.0
+        self._seen, self._faults, self._idle = None, 0, 0.0
 
     def seconds(self) -> float:
         """Return for how many seconds the threads have been idle since the first call.
@@ -118,11 +131,12 @@ class IdleThreads:
         before, self._seen, self._read_at = self._seen, self._read(), now
         if before is None:
             return self._idle
-        works = any(
-            tid in before and self._works(before[tid], work, passed)
-            for tid, work in self._seen.items()
-        )
-        self._idle = 0.0 if works else self._idle + min(passed, 1.0)
+        pairs = [(before[tid], work) for tid, work in self._seen.items() if tid in before]
+        self._faults += sum(max(new.faults - old.faults, 0) for old, new in pairs)
+        if self._faults >= LEAST_FAULTS or any(self._works(*pair, passed) for pair in pairs):
+            self._faults, self._idle = 0, 0.0
+        else:
+            self._idle += min(passed, 1.0)
         return self._idle
 
     def _read(self) -> dict[int, ThreadWork]:
@@ -131,8 +145,9 @@ class IdleThreads:
 
     def _works(self, before: ThreadWork, now: ThreadWork, passed: float) -> bool:
         used = now.seconds - before.seconds
-        waits_for_cpu = now.state == "R" and used < passed / 10
-        return now.faults > before.faults or waits_for_cpu or (used > 0 and not self._faults_only)
+        stayed_runnable = before.state == now.state == "R" and now.sleeps == before.sleeps
+        waits_for_cpu = stayed_runnable and used < passed / 10
+        return waits_for_cpu or (used > 0 and not self._faults_only)
 
 
 class ProgressLimit:

@@ -25,7 +25,11 @@ while True:
     memory.close()
     time.sleep(0.02)
 """
+#: A thread that takes page faults, but too few to populate memory.
+RARE_FAULTS = POPULATE.replace("1 << 16", "4096").replace("0.02", "0.4")
 SPIN = "while True: pass"
+#: A thread that waits for work as a helper does.
+NAP = "import time\nwhile True: time.sleep(0.0003)"
 
 
 @pytest.mark.parametrize(
@@ -69,6 +73,7 @@ def test_stall_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ("code", "faults_only", "idle"),
     [
         (POPULATE, True, False),
+        (RARE_FAULTS, True, True),
         (SPIN, True, True),
         (SPIN, False, False),
         ("input()", True, True),
@@ -76,6 +81,7 @@ def test_stall_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=[
         "populates",
+        "takes few page faults",
         "spins instead of populating",
         "spins",
         "sleeps instead of populating",
@@ -108,26 +114,37 @@ def test_idle_threads(
         assert max(readings) == 0
 
 
-def test_thread_that_waits_for_a_cpu_is_not_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("code", "policy", "idle"),
+    [(SPIN, os.SCHED_IDLE, False), (NAP, os.SCHED_OTHER, True)],
+    ids=["needs the CPU", "sleeps for short times"],
+)
+def test_thread_on_a_busy_cpu(
+    monkeypatch: pytest.MonkeyPatch, code: str, policy: int, idle: bool
+) -> None:
+    """A thread that waits for its CPU all the time is not idle, but one that only naps is."""
     monkeypatch.setattr(stall, "IDLE_INTERVAL", 0.2)
     cpu = {min(os.sched_getaffinity(0))}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", f"print(flush=True)\n{SPIN}"], stdout=subprocess.PIPE
+            [sys.executable, "-c", f"print(flush=True)\n{code}"], stdout=subprocess.PIPE
         )
-        for _ in range(2)
+        for code in (code, *[SPIN] * 4)
     ]
     try:
         for process in processes:
             assert process.stdout is not None
             process.stdout.readline()
             os.sched_setaffinity(process.pid, cpu)
-        starved = processes[0].pid
-        os.sched_setscheduler(starved, os.SCHED_IDLE, os.sched_param(0))
-        threads = IdleThreads(Process.find(starved), lambda: [starved], faults_only=True)
-        for _ in range(8):
-            assert threads.seconds() == 0
+        observed = processes[0].pid
+        os.sched_setscheduler(observed, policy, os.sched_param(0))
+        threads = IdleThreads(Process.find(observed), lambda: [observed], faults_only=True)
+        readings = []
+        for _ in range(9):
+            readings.append(threads.seconds())
             time.sleep(0.5)
+        assert readings == sorted(readings)
+        assert (readings[-1] > 3) is idle and (readings[-1] > 0) is idle, readings
     finally:
         for process in processes:
             process.kill()
