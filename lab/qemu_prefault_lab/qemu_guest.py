@@ -10,8 +10,10 @@ other monitor, so that it can observe QEMU while the tool is connected.
 from __future__ import annotations
 
 import abc
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -114,6 +116,18 @@ def plugin_options(directory: Path, options: Sequence[str]) -> str:
 
 def _control_path(directory: Path) -> Path:
     return directory / "control"
+
+
+def process_seconds() -> dict[str, float]:
+    """Return the CPU time in seconds of each process, by its pid and name."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, _, rest = path.read_text().rpartition(")")
+            fields = rest.split()
+            ticks = int(fields[11]) + int(fields[12])
+            found[name.replace(" (", " ")] = ticks / os.sysconf("SC_CLK_TCK")
+    return found
 
 
 class QemuGuest:
@@ -246,7 +260,31 @@ class QemuGuest:
         state = "is still running" if code is None else f"exited with {code}"
         serial = self.serial_log.decode(errors="replace").replace("\r", "")[-2000:]
         stderr = self.stderr if self._stderr_path.exists() else ""
-        return GuestError(cause, f"QEMU {state}; stderr: {stderr.strip()!r}\nserial: {serial!r}")
+        text = f"QEMU {state}; stderr: {stderr.strip()!r}\nserial: {serial!r}"
+        if code is None and hasattr(self, "monitor"):
+            text += f"\n{self._activity()}"
+        return GuestError(cause, text)
+
+    def _activity(self, seconds: float = 2.0) -> str:
+        """Return what the guest, QEMU and this machine did in an interval, to diagnose a hang."""
+        text = []
+        try:
+            before, registers = self.stats(), self.hmp("info registers")
+            used = process_seconds()
+            time.sleep(seconds)
+            changes = {k: v - before.get(k, 0) for k, v in self.stats().items()}
+            text.append(f"KVM in {seconds:g} s: { {k: v for k, v in changes.items() if v} }")
+            for report in (registers, self.hmp("info registers")):
+                text.append(" ".join(re.findall(r"[ER]IP=\S+|HLT=\d", report)))
+            interrupts = [*self.hmp("info pic").splitlines(), *self.hmp("info lapic").splitlines()]
+            text += [line for line in interrupts if line.strip() and "masked" not in line]
+            busy = {name: now - used.get(name, now) for name, now in process_seconds().items()}
+            most = sorted(busy.items(), key=lambda item: -item[1])[:5]
+            text.append(f"CPU seconds: { {name: round(value, 2) for name, value in most} }")
+            text.append(Path("/proc/loadavg").read_text() + Path("/proc/meminfo").read_text()[:90])
+        except (QmpError, OSError, ValueError) as error:
+            text.append(f"the rest is unknown: {error}")
+        return "\n".join(text).replace("\r", "")
 
     # The monitor.
 
