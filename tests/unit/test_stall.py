@@ -127,9 +127,9 @@ def test_thread_on_a_busy_cpu(
     cpu = {min(os.sched_getaffinity(0))}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", f"print(flush=True)\n{code}"], stdout=subprocess.PIPE
+            [sys.executable, "-c", f"print(flush=True)\n{program}"], stdout=subprocess.PIPE
         )
-        for code in (code, *[SPIN] * 4)
+        for program in (code, *[SPIN] * 4)
     ]
     try:
         for process in processes:
