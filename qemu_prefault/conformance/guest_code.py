@@ -46,6 +46,7 @@ VMRUN = bytes.fromhex("0f01d8") + _END
 COUNT_AND_OUT = bytes.fromhex("ff03") + _END + bytes.fromhex("ebfa")
 
 _PRESENT_RW_USER, _ACCESSED_DIRTY, _HUGE = 7, 0x60, 0x80
+_EPT_RWX, _EPT_WRITE_BACK = 7, 6 << 3
 
 
 def identity_tables(at: int, up_to: int) -> bytes:
@@ -57,42 +58,21 @@ def identity_tables(at: int, up_to: int) -> bytes:
     :param at: The guest address where the caller stores the tables.
     :param up_to: The number of bytes that the tables map, rounded up to a multiple of 512 GiB.
     """
+    return _tables(at, up_to, _PRESENT_RW_USER, _PRESENT_RW_USER | _ACCESSED_DIRTY | _HUGE)
+
+
+def identity_ept(at: int, up_to: int) -> bytes:
+    """Return 4-level identity EPT tables with 1 GiB pages (Intel SDM volume 3, section 30.3).
+
+    The parameters are those of :func:`identity_tables`.
+    """
+    return _tables(at, up_to, _EPT_RWX, _EPT_RWX | _EPT_WRITE_BACK | _HUGE)
+
+
+def _tables(at: int, up_to: int, entry: int, leaf: int) -> bytes:
     count = -(-up_to // (512 * GIB))
-    top = [at + PAGE_SIZE * (1 + n) | _PRESENT_RW_USER for n in range(count)]
+    top = [at + PAGE_SIZE * (1 + n) | entry for n in range(count)]
     tables = struct.pack("<512Q", *top, *[0] * (512 - count))
-    leaf = _PRESENT_RW_USER | _ACCESSED_DIRTY | _HUGE
     for n in range(count):
         tables += struct.pack("<512Q", *(((n * 512 + i) * GIB) | leaf for i in range(512)))
     return tables
-
-
-_VMCB_INTERCEPT_VMRUN = 1 << 0
-
-
-def vmcb(*, rip: int, cr3: int, nested_cr3: int | None) -> bytes:
-    """Return a VMCB (AMD APM volume 2, appendix B) for 64-bit code at ``rip``.
-
-    :param rip: The guest address of the first instruction.
-    :param cr3: The guest address of the page tables.
-    :param nested_cr3: The guest address of the nested page tables, or None to disable nested
-        paging.
-    """
-    page = bytearray(PAGE_SIZE)
-    struct.pack_into("<I", page, 0x010, _VMCB_INTERCEPT_VMRUN)
-    struct.pack_into("<I", page, 0x058, 1)  # ASID
-    if nested_cr3 is not None:
-        struct.pack_into("<Q", page, 0x090, 1)
-        struct.pack_into("<Q", page, 0x0B0, nested_cr3)
-    data, code = (0x10, 0xC93, 0xFFFFFFFF), (0x8, 0xA9B, 0xFFFFFFFF)
-    segments = [data, code, *[data] * 4]
-    for number, (selector, attributes, limit) in enumerate(segments):  # es cs ss ds fs gs
-        struct.pack_into("<HHIQ", page, 0x400 + 16 * number, selector, attributes, limit, 0)
-    struct.pack_into("<Q", page, 0x4D0, 1 << 12 | 1 << 10 | 1 << 8)  # EFER
-    struct.pack_into("<Q", page, 0x548, 1 << 5)  # CR4
-    struct.pack_into("<Q", page, 0x550, cr3)
-    struct.pack_into("<Q", page, 0x558, 1 << 31 | 1 << 16 | 1 << 5 | 1 << 4 | 1)  # CR0
-    struct.pack_into("<Q", page, 0x560, 0x400)  # DR7
-    struct.pack_into("<Q", page, 0x568, 0xFFFF0FF0)  # DR6
-    struct.pack_into("<Q", page, 0x570, 2)  # RFLAGS
-    struct.pack_into("<Q", page, 0x578, rip)
-    return bytes(page)

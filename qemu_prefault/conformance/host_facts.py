@@ -43,7 +43,7 @@ class HostFacts:
     smm: bool
     dirty_ring: bool
     gmem_flags: int
-    nested_svm: bool
+    nested: bool
     thp: bool
     hugepages: tuple[int, int]
     ksm: bool
@@ -101,7 +101,7 @@ def read_host_facts() -> HostFacts:
         smm=check(abi.CAP_X86_SMM) > 0,
         dirty_ring=check(abi.CAP_DIRTY_LOG_RING) > 0,
         gmem_flags=check(abi.CAP_GUEST_MEMFD_FLAGS),
-        nested_svm=is_on(parameter("kvm_amd", "nested")),
+        nested=any(is_on(parameter(module, "nested")) for module in ("kvm_amd", "kvm_intel")),
         thp="[never]" not in _text("/sys/kernel/mm/transparent_hugepage/enabled"),
         hugepages=(_free(2048), _free(1048576)),
         ksm=_text("/sys/kernel/mm/ksm/run") == "1",

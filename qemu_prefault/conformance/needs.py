@@ -88,5 +88,5 @@ def mappable_guest_memfd(host: HostFacts) -> str:
     return "" if host.gmem_flags & wanted == wanted else "this kernel cannot map a guest_memfd"
 
 
-def nested_svm(host: HostFacts) -> str:
-    return "" if host.nested_svm else "kvm_amd is not loaded, or its nested parameter is off"
+def nested_guests(host: HostFacts) -> str:
+    return "" if host.nested else "the nested parameter of kvm_amd or kvm_intel is off"

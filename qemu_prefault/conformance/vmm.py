@@ -26,8 +26,7 @@ from .expectations import error_name, expect, expect_equal
 from .memory import Memory, small
 
 SYSTEM_BYTES = 64 * PAGE_SIZE
-PROGRAMS, COUNTER, TABLES, VMCB, HOST_SAVE = 0x1000, 0x3000, 0x4000, 0x8000, 0x9000
-VMRUN_HOST_SAVE_MSR = 0xC0010117
+PROGRAMS, COUNTER, TABLES = 0x1000, 0x3000, 0x4000
 
 
 class IoctlRefused(Exception):
@@ -257,6 +256,10 @@ class KvmVcpu:
         struct.pack_into("<I", events, 20, struct.unpack_from("<I", events, 20)[0] | 8)
         events[24] = on
         ioctl(self.fd, abi.SET_VCPU_EVENTS, bytes(events))
+
+    def set_nested_state(self, state: bytes) -> None:
+        """Load a ``struct kvm_nested_state``, which includes its data."""
+        ioctl(self.fd, abi.SET_NESTED_STATE, state)
 
     def registers(self) -> dict[str, int]:
         data = bytearray(144)

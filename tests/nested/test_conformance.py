@@ -24,6 +24,7 @@ QUICK_MUTATION = ("mapping/4k", "mapping/memfd", "level/", "vcpu/never", "state/
 AREA_MARKS: dict[str, list[pytest.MarkDecorator]] = {
     "mapping": [pytest.mark.every_kernel, pytest.mark.ept],
     "dirty": [pytest.mark.ept],
+    "modes": [pytest.mark.ept],
     "slots": [pytest.mark.every_kernel],
     "paging": [pytest.mark.shadow_paging],
 }

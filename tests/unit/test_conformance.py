@@ -21,7 +21,7 @@ from qemu_prefault.errors import ExitStatus
 
 HOST = host_facts.HostFacts(
     kernel="1.2.3", capability=True, refusal=0, paging="NPT", tdp_mmu=True, ad_bits=True,
-    vm_types=1, quirks=0, smm=False, dirty_ring=False, gmem_flags=0, nested_svm=False, thp=True,
+    vm_types=1, quirks=0, smm=False, dirty_ring=False, gmem_flags=0, nested=False, thp=True,
     hugepages=(0, 0), ksm=False, root=False,
 )  # fmt: skip
 

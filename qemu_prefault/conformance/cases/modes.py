@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from ...units import PAGE_SIZE
-from .. import abi, guest_code, needs
+from .. import abi, needs, nested_guest
 from ..expectations import error_name, expect, expect_equal
 from ..memory import Memory, small
 from ..suite import case
-from ..vmm import COUNTER, HOST_SAVE, LONG64, TABLES, VMCB, VMRUN_HOST_SAVE_MSR, KvmVcpu, KvmVm
+from ..vmm import KvmVcpu, KvmVm
 from .common import GPA, PAGES, SLOT, Fixture, expect_reads, expect_writes, make_fixture
 
 _SMM = "mmu/mmu.c:kvm_calc_cpu_role(): role.smm; kvm_vcpu_memslots(): address space 1"
@@ -115,58 +115,39 @@ _NESTED = (
 _NESTED_SHADOW = "mmu/mmu.c:kvm_calc_tdp_mmu_root_page_role(): the root depends on role.guest_mode"
 
 
-def _in_guest_mode(npt: bool) -> tuple[Fixture, KvmVcpu]:
+def _in_guest_mode(nested_paging: bool) -> tuple[Fixture, KvmVcpu]:
     """Return a fixture whose vCPU runs a nested guest, and a vCPU outside guest mode.
 
-    :param npt: True if the nested guest uses nested NPT, False if it uses shadow paging.
+    :param nested_paging: Whether the nested guest uses nested paging, or else shadow paging.
     """
     vm = KvmVm()
     memory = small(PAGES * PAGE_SIZE)
     memory.write()
-    vcpu = vm.vcpu(mode=LONG64.with_efer(abi.EFER_SVME))
     outside = vm.vcpu()
     vm.slot(SLOT, GPA, memory)
     outside.warm()
-    vcpu.warm()
-    nested_cr3 = TABLES if npt else None
-    code = guest_code.vmcb(
-        rip=vm.program(guest_code.COUNT_AND_OUT), cr3=TABLES, nested_cr3=nested_cr3
-    )
-    vm.system.put(VMCB, code)
-    vcpu.set_msr(VMRUN_HOST_SAVE_MSR, HOST_SAVE)
-    vcpu.start_at(guest_code.VMRUN, rax=VMCB, rbx=COUNTER)
-    expect_equal(vcpu.run(), abi.EXIT_IO, "exit reason of the nested guest")
-    expect_equal(vcpu.stat("guest_mode"), 1, "guest_mode")
-    expect_equal(vm.counter, 1, "counter of the nested guest")
+    vcpu = nested_guest.create_vcpu(vm)
+    nested_guest.enter(vcpu, nested_paging=nested_paging)
     return Fixture(vm, vcpu, memory), outside
-
-
-def _goes_on(vcpu: KvmVcpu) -> None:
-    """Check that the nested guest still runs and increments its counter."""
-    before = vcpu.vm.counter
-    vcpu.start_at(guest_code.COUNT_AND_OUT, rbx=COUNTER)
-    expect_equal(vcpu.run(), abi.EXIT_IO, "exit reason of the nested guest")
-    expect_equal(vcpu.vm.counter, before + 1, "counter of the nested guest")
-    expect_equal(vcpu.stat("guest_mode"), 1, "guest_mode")
 
 
 @case(
     "modes/nested-npt",
-    "on a vCPU that runs a nested guest with nested NPT, the ioctl fails with EOPNOTSUPP and maps "
-    "no page",
+    "on a vCPU that runs a nested guest with nested paging, the ioctl fails with EOPNOTSUPP and "
+    "maps no page",
     _NESTED,
-    needs.nested_svm,
+    needs.nested_guests,
     needs.nested_paging,
     needs.capability,
 )
 def nested_npt() -> None:
-    fixture, _ = _in_guest_mode(npt=True)
+    fixture, _ = _in_guest_mode(nested_paging=True)
     before = fixture.vm.leaves()
     result = fixture.vcpu.prefault(GPA, fixture.size)
     expect_equal(error_name(result.error), "EOPNOTSUPP", "result of the ioctl")
     expect_equal(result.left, fixture.size, "bytes left")
     expect_equal(fixture.vm.leaves(), before, "leaves")
-    _goes_on(fixture.vcpu)
+    nested_guest.run_again(fixture.vcpu)
 
 
 @case(
@@ -174,17 +155,17 @@ def nested_npt() -> None:
     "the ioctl succeeds on a vCPU outside guest mode while another vCPU is in guest mode, and the "
     "nested guest continues to run",
     _NESTED,
-    needs.nested_svm,
+    needs.nested_guests,
     needs.nested_paging,
     mapping=True,
 )
 def nested_npt_another_vcpu() -> None:
-    fixture, outside = _in_guest_mode(npt=True)
+    fixture, outside = _in_guest_mode(nested_paging=True)
     before = fixture.vm.leaves()
     outside.prefault_all(GPA, fixture.size)
     expect_equal((fixture.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
     expect_reads(outside, fixture.memory, 0)
-    _goes_on(fixture.vcpu)
+    nested_guest.run_again(fixture.vcpu)
 
 
 @case(
@@ -192,18 +173,18 @@ def nested_npt_another_vcpu() -> None:
     "if L1 runs L2 with shadow paging and the vCPU is in guest mode, the ioctl fills only the "
     "tables that KVM uses for guest mode",
     _NESTED_SHADOW,
-    needs.nested_svm,
+    needs.nested_guests,
     needs.nested_paging,
     mapping=True,
 )
 def nested_shadow() -> None:
-    fixture, outside = _in_guest_mode(npt=False)
+    fixture, outside = _in_guest_mode(nested_paging=False)
     fixture.vcpu.warm()
     before = fixture.vm.leaves()
     fixture.vcpu.prefault_all(GPA, fixture.size)
     expect_equal((fixture.vm.leaves() - before).pages_4k, PAGES, "pages mapped")
     expect_reads(fixture.vcpu, fixture.memory, 0)
-    _goes_on(fixture.vcpu)
+    nested_guest.run_again(fixture.vcpu)
     taken = outside.faults_of(lambda: outside.read(GPA, PAGES))
     expect(
         taken >= PAGES / 8,
@@ -215,12 +196,12 @@ def nested_shadow() -> None:
     "modes/nested-shadow-not-covered",
     "a prefault outside guest mode does not map pages for a nested guest with shadow paging",
     _NESTED_SHADOW,
-    needs.nested_svm,
+    needs.nested_guests,
     needs.nested_paging,
     mapping=True,
 )
 def nested_shadow_not_covered() -> None:
-    fixture, outside = _in_guest_mode(npt=False)
+    fixture, outside = _in_guest_mode(nested_paging=False)
     outside.prefault_all(GPA, fixture.size)
     expect_reads(outside, fixture.memory, 0)
     fixture.vcpu.warm()
@@ -233,20 +214,20 @@ def nested_shadow_not_covered() -> None:
 
 @case(
     "modes/nested-slot-deleted",
-    "after a slot is deleted, a nested guest with nested NPT continues to run, and the ioctl "
+    "after a slot is deleted, a nested guest with nested paging continues to run, and the ioctl "
     "succeeds on another vCPU",
     "mmu/mmu.c:kvm_mmu_zap_all_fast()",
-    needs.nested_svm,
+    needs.nested_guests,
     needs.nested_paging,
     mapping=True,
 )
 def nested_slot_deleted() -> None:
-    fixture, outside = _in_guest_mode(npt=True)
+    fixture, outside = _in_guest_mode(nested_paging=True)
     other: Memory = small(PAGE_SIZE)
     fixture.vm.slot(2, 2 << 30, other)
     outside.prefault_all(GPA, fixture.size)
     fixture.vm.delete(2)
-    _goes_on(fixture.vcpu)
+    nested_guest.run_again(fixture.vcpu)
     outside.warm()
     outside.prefault_all(GPA, fixture.size)
     expect_reads(outside, fixture.memory, 0)
