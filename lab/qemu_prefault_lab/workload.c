@@ -13,6 +13,7 @@
  *   status              status passes=N bad=N running=0|1
  *   stop                stop passes=N bad=N longest=S
  *   echo WORD           echo word=WORD
+ *   clock               clock reads=N seconds=S        read CLOCK_MONOTONIC N times
  *   modules             modules ok=1                   load the drivers in /modules
  *   nest npt=0|1        nest ok=1                      start a nested guest (L3)
  *   nest-count          nest-count count=N running=0|1 exit=N    read the L3's counter
@@ -51,7 +52,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PAGE_BYTES = 4096, PAGE_WORDS = PAGE_BYTES / 8 };
+enum { PAGE_BYTES = 4096, PAGE_WORDS = PAGE_BYTES / 8, CLOCK_READS = 500000 };
 
 static int serial;
 static uint64_t *buffer;
@@ -291,6 +292,10 @@ static void command(char *line)
 		say("stop passes=%" PRIu64 " bad=%" PRIu64 " longest=%.6f", passes, bad, longest);
 	} else if (!strcmp(word, "echo") && first) {
 		say("echo word=%s", first);
+	} else if (!strcmp(word, "clock")) {
+		for (int i = 0; i < CLOCK_READS; i++)
+			now(CLOCK_MONOTONIC);
+		say("clock reads=%d seconds=%.6f", CLOCK_READS, now(CLOCK_MONOTONIC) - start);
 	} else if (!strcmp(word, "modules")) {
 		const char *error = load_modules("/modules", "");
 		if (error)
