@@ -214,9 +214,19 @@ static void *run_l3(void *unused)
 {
 	(void)unused;
 	setpriority(PRIO_PROCESS, 0, 10);
-	/* The L3's program causes no exits. Call KVM_RUN again only after a signal. */
-	while (ioctl(l3.vcpu, KVM_RUN, NULL) && errno == EINTR)
-		;
+	/*
+	 * The L3's program exits now and then. Spend half as long outside guest mode as in guest
+	 * mode, so that a stop of this guest can find the vCPU in both.
+	 */
+	for (;;) {
+		double entered = now(CLOCK_MONOTONIC);
+		int error = ioctl(l3.vcpu, KVM_RUN, NULL) ? errno : 0;
+		double left = now(CLOCK_MONOTONIC), until = left + (left - entered) / 2;
+		if (error ? error != EINTR : l3.run->exit_reason != KVM_EXIT_IO)
+			break;
+		while (now(CLOCK_MONOTONIC) < until)
+			;
+	}
 	l3.exit = l3.run->exit_reason;
 	atomic_store(&l3.running, false);
 	return NULL;
@@ -252,8 +262,13 @@ static int l3_set_registers(int kvm)
 
 static const char *start_l3(const char *parameters)
 {
-	/* 1: incq L3_COUNTER; jmp 1b */
-	static const uint8_t code[] = { 0x48, 0xff, 0x04, 0x25, 0x00, 0x40, 0x00, 0x00, 0xeb, 0xf6 };
+	static const uint8_t code[] = { /* 1: incq L3_COUNTER; testl $0xfffff, L3_COUNTER; jnz 1b */
+					0x48, 0xff, 0x04, 0x25, 0x00, 0x40, 0x00, 0x00, 0xf7, 0x04,
+					0x25, 0x00, 0x40, 0x00, 0x00, 0xff, 0xff, 0x0f, 0x00, 0x75,
+					0xeb,
+					/* out %al, $0x10; jmp 1b */
+					0xe6, 0x10, 0xeb, 0xe7
+	};
 	const char *error = load_modules("/kvm", parameters);
 	if (error)
 		return error;

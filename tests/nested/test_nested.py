@@ -37,7 +37,7 @@ pytestmark = pytest.mark.any_agent
 
 WORKLOAD_MIB = 32
 PAGES = WORKLOAD_MIB << 8  # the workload's pages, which the restored guest has not touched
-#: The maximum number of stops. About two of three stops find a vCPU in guest mode.
+#: The maximum number of stops. About two of three stops find a vCPU in guest mode (workload.c).
 STOP_ATTEMPTS = 200
 KILLS = 8
 
