@@ -244,6 +244,10 @@ class TestPatches:
         result = apicv.run(["/root/vmx_guest", "masked"], timeout=60)
         assert result.text == "delivered with IF=0: 0\n"
 
+    def test_faulting_virtual_interrupt_is_delivered_again(self, apicv: BochsLab) -> None:
+        result = apicv.run(["/root/vmx_guest", "faulting"], timeout=60)
+        assert result.text == "interrupts: 1, breakpoints: 1\n"
+
     def test_posted_interrupt_descriptor_needs_no_page(self, apicv: BochsLab) -> None:
         assert apicv.run(["/root/vmx_guest", "irqchip"], timeout=60).text == "output 42\n"
 

@@ -6,6 +6,8 @@
  * vmx_guest busy      a guest that runs a loop with IF=0 is interrupted by a signal
  * vmx_guest irqchip   a guest with an in-kernel APIC starts (needs kvm_intel.enable_apicv=1)
  * vmx_guest masked    an interrupt stays pending while IF=0 (needs kvm_intel.enable_apicv=1)
+ * vmx_guest faulting  an interrupt whose delivery causes an EPT violation is delivered again
+ *                     (needs kvm_intel.enable_apicv=1)
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -25,6 +27,7 @@
 #define HANDLER 0x2000
 #define FLAG 0x3000
 #define VECTOR 0x40
+#define BREAKPOINT 3
 #define PORT 0x10
 #define APIC_SVR 0xf0
 #define APIC_ENABLED 0x1ff
@@ -114,6 +117,23 @@ static int irqchip(void)
 	return value != 42;
 }
 
+static void set_handler(int vector, uint16_t address, const uint8_t *code, size_t length)
+{
+	memcpy(memory + address, code, length);
+	memcpy(memory + vector * 4, &address, sizeof(address));
+}
+
+static void send_interrupt(void)
+{
+	struct kvm_lapic_state apic;
+	must(!ioctl(vcpu, KVM_GET_LAPIC, &apic), "KVM_GET_LAPIC");
+	uint32_t enabled = APIC_ENABLED;
+	memcpy(apic.regs + APIC_SVR, &enabled, sizeof(enabled));
+	must(!ioctl(vcpu, KVM_SET_LAPIC, &apic), "KVM_SET_LAPIC");
+	struct kvm_msi msi = { .address_lo = 0xfee00000, .data = VECTOR };
+	must(ioctl(vm, KVM_SIGNAL_MSI, &msi) > 0, "KVM_SIGNAL_MSI");
+}
+
 static int masked(void)
 {
 	static const uint8_t code[] = { /* cli; mov $0x800000, %ecx */
@@ -125,21 +145,35 @@ static int masked(void)
 	};
 	static const uint8_t handler[] = { 0xc6, 0x06, 0x00, 0x30, 0x01, 0xcf }; /* FLAG = 1; iret */
 	create(1, code, sizeof(code));
-	memcpy(memory + HANDLER, handler, sizeof(handler));
-	uint16_t entry = HANDLER;
-	memcpy(memory + VECTOR * 4, &entry, sizeof(entry));
-
-	struct kvm_lapic_state apic;
-	must(!ioctl(vcpu, KVM_GET_LAPIC, &apic), "KVM_GET_LAPIC");
-	uint32_t enabled = APIC_ENABLED;
-	memcpy(apic.regs + APIC_SVR, &enabled, sizeof(enabled));
-	must(!ioctl(vcpu, KVM_SET_LAPIC, &apic), "KVM_SET_LAPIC");
-	struct kvm_msi msi = { .address_lo = 0xfee00000, .data = VECTOR };
-	must(ioctl(vm, KVM_SIGNAL_MSI, &msi) > 0, "KVM_SIGNAL_MSI");
+	set_handler(VECTOR, HANDLER, handler, sizeof(handler));
+	send_interrupt();
 
 	int delivered = output(PORT);
 	printf("delivered with IF=0: %d\n", delivered);
 	return delivered;
+}
+
+static int faulting(void)
+{
+	static const uint8_t code[] = { /* int3; mov $0xa000, %sp: a page without an EPT entry */
+					0xcc, 0xbc, 0x00, 0xa0,
+					/* sti; mov $0x800000, %ecx */
+					0xfb, 0x66, 0xb9, 0x00, 0x00, 0x80, 0x00,
+					/* 1: dec %ecx; jnz 1b */
+					0x66, 0x49, 0x75, 0xfc,
+					/* mov FLAG, %ax; out; mov %ah, %al; out */
+					0xa1, 0x00, 0x30, 0xe6, PORT, 0x88, 0xe0, 0xe6, PORT
+	};
+	static const uint8_t on_interrupt[] = { 0xfe, 0x06, 0x00, 0x30, 0xcf }; /* FLAG++; iret */
+	static const uint8_t on_breakpoint[] = { 0xfe, 0x06, 0x01, 0x30, 0xcf };
+	create(1, code, sizeof(code));
+	set_handler(VECTOR, HANDLER, on_interrupt, sizeof(on_interrupt));
+	set_handler(BREAKPOINT, HANDLER + 0x10, on_breakpoint, sizeof(on_breakpoint));
+	send_interrupt();
+
+	int interrupts = output(PORT), breakpoints = output(PORT);
+	printf("interrupts: %d, breakpoints: %d\n", interrupts, breakpoints);
+	return interrupts != 1 || breakpoints != 1;
 }
 
 int main(int argc, char **argv)
@@ -147,10 +181,12 @@ int main(int argc, char **argv)
 	const char *command = argc == 2 ? argv[1] : "";
 	if (!strcmp(command, "busy"))
 		return busy();
+	if (!strcmp(command, "faulting"))
+		return faulting();
 	if (!strcmp(command, "irqchip"))
 		return irqchip();
 	if (!strcmp(command, "masked"))
 		return masked();
-	fprintf(stderr, "usage: vmx_guest busy|irqchip|masked\n");
+	fprintf(stderr, "usage: vmx_guest busy|irqchip|masked|faulting\n");
 	return 2;
 }
