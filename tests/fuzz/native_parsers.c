@@ -77,7 +77,6 @@ static void parse_groups(const char *text, size_t size)
 	static const char *const names[] = { "cgroup", "mountinfo", NULL };
 	static const char *const controllers[] = { "memory", "hugetlb" };
 	static struct headroom_group group;
-	struct headroom_files files;
 
 	put_parts(text, size, names);
 	for (int i = 0; i < 2; i++) {
@@ -86,9 +85,10 @@ static void parse_groups(const char *text, size_t size)
 		if (!pf_headroom_find_group("cgroup", "mountinfo", controllers[i], &group))
 			continue;
 		do {
-			pf_headroom_open_group(&group, &files);
-			pf_headroom_group(&files, HEADROOM_UNLIMITED);
-			pf_headroom_close_group(&files);
+			int fd = pf_headroom_open_group(&group);
+
+			pf_headroom_group(fd, group.unified, HEADROOM_UNLIMITED);
+			close(fd);
 		} while (pf_headroom_parent(&group) && ++levels < 64);
 	}
 }
@@ -101,12 +101,12 @@ static void parse_group_files(const char *text, size_t size)
 		NULL
 	};
 	static struct headroom_group group = { .directory = ".", .unified = 1 };
-	struct headroom_files files;
+	int fd;
 
 	put_parts(text, size, names);
-	pf_headroom_open_group(&group, &files);
-	pf_headroom_group(&files, HEADROOM_UNLIMITED);
-	pf_headroom_close_group(&files);
+	fd = pf_headroom_open_group(&group);
+	pf_headroom_group(fd, group.unified, HEADROOM_UNLIMITED);
+	close(fd);
 	pf_headroom_hugetlb_group(directory, 1, 2 << 20);
 }
 

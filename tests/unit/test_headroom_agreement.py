@@ -172,10 +172,11 @@ def opened(path: str | Path) -> Iterator[int]:
 def memory_in_c(directory: Path, unified: bool, least: int = UNLIMITED) -> int | None:
     group = ffi.new("struct headroom_group *", {"unified": unified})
     group.directory = os.fsencode(directory)
-    files = ffi.new("struct headroom_files *")
-    lib.pf_headroom_open_group(group, files)
-    left = lib.pf_headroom_group(files, least)
-    lib.pf_headroom_close_group(files)
+    fd = lib.pf_headroom_open_group(group)
+    if fd < 0:
+        return None
+    left = lib.pf_headroom_group(fd, unified, least)
+    os.close(fd)
     return None if left == UNLIMITED else left
 
 

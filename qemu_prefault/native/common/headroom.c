@@ -269,72 +269,86 @@ int pf_headroom_parent(struct headroom_group *group)
 	return 1;
 }
 
-void pf_headroom_open_group(const struct headroom_group *group, struct headroom_files *files)
+static bool exists(int directory, const char *name)
+{
+	return !faccessat(directory, name, R_OK, 0);
+}
+
+int pf_headroom_open_group(const struct headroom_group *group)
 {
 	int directory = open(group->directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	const char *max = group->unified ? "memory.max" : "memory.limit_in_bytes";
 	const char *usage = group->unified ? "memory.current" : "memory.usage_in_bytes";
 
-	*files = (struct headroom_files){ -1, -1, -1, -1, -1, -1, group->unified };
-	if (directory < 0)
-		return;
-	files->max = openat(directory, max, O_RDONLY | O_CLOEXEC);
-	/*
-	 * If the usage exceeds memory.high, the kernel does not kill a process, but throttles the
-	 * thread that populates (mm/memcontrol.c, mem_cgroup_handle_over_high()).
-	 */
-	if (group->unified) {
-		files->high = openat(directory, "memory.high", O_RDONLY | O_CLOEXEC);
-	} else {
-		/* If this usage reaches its limit, the kernel cannot swap and kills a process. */
-		files->swap_max =
-			openat(directory, "memory.memsw.limit_in_bytes", O_RDONLY | O_CLOEXEC);
-		files->swap_usage =
-			openat(directory, "memory.memsw.usage_in_bytes", O_RDONLY | O_CLOEXEC);
+	if (directory >= 0 &&
+	    (!exists(directory, usage) ||
+	     (!exists(directory, max) && !(group->unified && exists(directory, "memory.high"))))) {
+		close(directory); /* the root cgroup has no limit files */
+		directory = -1;
 	}
-	files->usage = openat(directory, usage, O_RDONLY | O_CLOEXEC);
-	files->stat = openat(directory, "memory.stat", O_RDONLY | O_CLOEXEC);
-	close(directory);
-	if (files->usage < 0 || (files->max < 0 && files->high < 0))
-		pf_headroom_close_group(files); /* the root cgroup has no limit files */
+	return directory;
 }
 
-void pf_headroom_close_group(struct headroom_files *files)
+/* Open a file of a cgroup. Sets *denied if the file may exist. */
+static int open_file(int directory, const char *name, bool *denied)
 {
-	int32_t *const fds[] = { &files->max,  &files->high,	 &files->usage,
-				 &files->stat, &files->swap_max, &files->swap_usage };
+	int fd = openat(directory, name, O_RDONLY | O_CLOEXEC);
 
-	for (size_t i = 0; i < sizeof(fds) / sizeof(*fds); i++) {
-		if (*fds[i] >= 0)
-			close(*fds[i]);
-		*fds[i] = -1;
-	}
+	*denied |= fd < 0 && errno != ENOENT;
+	return fd;
 }
 
-static uint64_t least_left(const struct headroom_files *files, uint64_t reclaimable)
+/* Read a number as read_number_at(). Sets *denied if the file may exist and cannot be opened. */
+static bool read_limit(int directory, const char *name, uint64_t *number, bool *denied)
 {
-	const int32_t pairs[][2] = { { files->max, files->usage },
-				     { files->high, files->usage },
-				     { files->swap_max, files->swap_usage } };
+	int fd = open_file(directory, name, denied);
+	bool found = read_number(fd, number);
+
+	if (fd >= 0)
+		close(fd);
+	return found;
+}
+
+/*
+ * If the usage exceeds memory.high, the kernel does not kill a process, but throttles the thread
+ * that populates (mm/memcontrol.c, mem_cgroup_handle_over_high()). If the usage of memsw reaches its
+ * limit, the kernel cannot swap and kills a process.
+ */
+static uint64_t least_left(int directory, bool unified, uint64_t reclaimable, bool *denied)
+{
+	static const char *const pairs[2][2][2] = {
+		{ { "memory.limit_in_bytes", "memory.usage_in_bytes" },
+		  { "memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes" } },
+		{ { "memory.max", "memory.current" }, { "memory.high", "memory.current" } },
+	};
 	uint64_t least = HEADROOM_UNLIMITED, limit, usage;
 
-	for (size_t i = 0; i < sizeof(pairs) / sizeof(*pairs); i++)
-		if (read_number(pairs[i][0], &limit) && limit < NO_LIMIT &&
-		    read_number(pairs[i][1], &usage) && left_of(limit + reclaimable, usage) < least)
+	for (size_t i = 0; i < 2; i++)
+		if (read_limit(directory, pairs[unified][i][0], &limit, denied) &&
+		    limit < NO_LIMIT &&
+		    read_limit(directory, pairs[unified][i][1], &usage, denied) &&
+		    left_of(limit + reclaimable, usage) < least)
 			least = left_of(limit + reclaimable, usage);
 	return least;
 }
 
-uint64_t pf_headroom_group(const struct headroom_files *files, uint64_t least)
+uint64_t pf_headroom_group(int32_t directory_fd, int32_t unified, uint64_t least)
 {
-	uint64_t left = least_left(files, 0), reclaimable;
+	const char *key = unified ? "inactive_file" : "total_inactive_file";
+	bool denied = false;
+	uint64_t left = least_left(directory_fd, unified, 0, &denied), reclaimable;
 
 	/* Read memory.stat only if necessary. It is long, and can only increase the result. */
-	if (left >= least)
-		return least;
-	if (read_value(files->stat, files->unified ? "inactive_file" : "total_inactive_file",
-		       &reclaimable))
-		left = least_left(files, reclaimable);
+	if (!denied && left < least) {
+		int stat = open_file(directory_fd, "memory.stat", &denied);
+
+		if (read_value(stat, key, &reclaimable))
+			left = least_left(directory_fd, unified, reclaimable, &denied);
+		if (stat >= 0)
+			close(stat);
+	}
+	if (denied)
+		return 0;
 	return left < least ? left : least;
 }
 

@@ -21,13 +21,6 @@ struct headroom_group {
 	int32_t unified;      /* 1: cgroup v2; 0: v1 */
 };
 
-/* Open descriptors of a memory cgroup's files; -1 if the file does not exist. */
-struct headroom_files {
-	int32_t max, high, usage, stat;
-	int32_t swap_max, swap_usage; /* v1: of memory and swap together (memsw) */
-	int32_t unified;
-};
-
 /* Return MemAvailable, read from a descriptor for /proc/meminfo. */
 uint64_t pf_headroom_host(int32_t meminfo_fd);
 /*
@@ -54,14 +47,16 @@ int pf_headroom_sees_group(const char *cgroup_file, const char *mountinfo_file,
 /* Change group to its parent. Returns 0 if group is the root of its hierarchy. */
 int pf_headroom_parent(struct headroom_group *group);
 
-/* Open the files of a memory cgroup. All descriptors are -1 if the cgroup has no limit files. */
-void pf_headroom_open_group(const struct headroom_group *group, struct headroom_files *files);
-void pf_headroom_close_group(struct headroom_files *files);
+/*
+ * Open the directory of a memory cgroup. Returns a descriptor, or -1 if the cgroup has no limit
+ * files. A limit that is set later counts as well.
+ */
+int pf_headroom_open_group(const struct headroom_group *group);
 /*
  * Return the number of bytes that a memory cgroup still allows, but at most `least`. Inactive page
- * cache counts as available.
+ * cache counts as available. If a file of the cgroup cannot be opened any more, the result is 0.
  */
-uint64_t pf_headroom_group(const struct headroom_files *files, uint64_t least);
+uint64_t pf_headroom_group(int32_t directory_fd, int32_t unified, uint64_t least);
 
 /* Return the bytes that a hugetlb cgroup still allows. directory_fd is the cgroup's directory. */
 uint64_t pf_headroom_hugetlb_group(int32_t directory_fd, int32_t unified, uint64_t page_size);

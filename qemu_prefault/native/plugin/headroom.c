@@ -19,13 +19,13 @@ enum { CGROUP_LEVELS = 16, FILES_MAX = 64 };
 static int meminfo_fd = -1, overcommit_fd = -1, pools_fd = -1, nodes_fd = -1, min_free_fd = -1;
 static struct source_nodes nodes_with_memory;
 static bool several_nodes;
-static struct headroom_files memory_groups[CGROUP_LEVELS];
-static int memory_group_count;
-static struct {
+/* The directories of QEMU's cgroup and its ancestors: one descriptor for each level. */
+struct group {
 	int directory;
 	int unified;
-} hugetlb_groups[CGROUP_LEVELS];
-static int hugetlb_group_count;
+};
+static struct group memory_groups[CGROUP_LEVELS], hugetlb_groups[CGROUP_LEVELS];
+static int memory_group_count, hugetlb_group_count;
 static bool sees_memory_groups = true, sees_hugetlb_groups = true;
 
 uint64_t pf_headroom(void)
@@ -33,7 +33,8 @@ uint64_t pf_headroom(void)
 	uint64_t least = pf_headroom_host(meminfo_fd);
 
 	for (int i = 0; i < memory_group_count; i++)
-		least = pf_headroom_group(&memory_groups[i], least);
+		least = pf_headroom_group(memory_groups[i].directory, memory_groups[i].unified,
+					  least);
 	return least;
 }
 
@@ -272,11 +273,11 @@ static void open_nodes(void)
 static void open_memory_groups(struct headroom_group *group)
 {
 	do {
-		struct headroom_files *files = &memory_groups[memory_group_count];
+		int directory = pf_headroom_open_group(group);
 
-		pf_headroom_open_group(group, files);
-		if (files->usage >= 0)
-			memory_group_count++;
+		if (directory >= 0)
+			memory_groups[memory_group_count++] =
+				(struct group){ directory, group->unified };
 	} while (memory_group_count < CGROUP_LEVELS && pf_headroom_parent(group));
 }
 
@@ -299,15 +300,14 @@ static void open_hugetlb_groups(struct headroom_group *group)
 			close(directory);
 			continue;
 		}
-		hugetlb_groups[hugetlb_group_count].directory = directory;
-		hugetlb_groups[hugetlb_group_count++].unified = group->unified;
+		hugetlb_groups[hugetlb_group_count++] = (struct group){ directory, group->unified };
 	} while (hugetlb_group_count < CGROUP_LEVELS && pf_headroom_parent(group));
 }
 
 static void close_groups(void)
 {
 	while (memory_group_count)
-		pf_headroom_close_group(&memory_groups[--memory_group_count]);
+		close(memory_groups[--memory_group_count].directory);
 	while (hugetlb_group_count)
 		close(hugetlb_groups[--hugetlb_group_count].directory);
 }
@@ -316,6 +316,18 @@ static bool sees(const char *controller)
 {
 	return pf_headroom_sees_group("/proc/self/cgroup", "/proc/self/mountinfo",
 				      "/proc/self/ns/cgroup", controller);
+}
+
+void pf_headroom_close(void)
+{
+	int *const fds[] = { &meminfo_fd, &overcommit_fd, &pools_fd, &nodes_fd, &min_free_fd };
+
+	close_groups();
+	for (size_t i = 0; i < sizeof(fds) / sizeof(*fds); i++) {
+		if (*fds[i] >= 0)
+			close(*fds[i]);
+		*fds[i] = -1;
+	}
 }
 
 void pf_headroom_open(void)

@@ -14,6 +14,8 @@
  * called again after a fork.
  */
 void pf_headroom_open(void);
+/* Close these files, if the plugin does not prefault. */
+void pf_headroom_close(void);
 
 /* Return the bytes that MemAvailable and the limits of QEMU's cgroups still allow. */
 uint64_t pf_headroom(void);
