@@ -21,6 +21,10 @@ from .base import MAX_ERRNO
 
 #: The error code of the reply if another client's batch is running (native/plugin/errors.h).
 BUSY: Final = "busy"
+#: The error code of the reply if QEMU's limits do not allow a thread for the request.
+NO_THREAD: Final = "no-thread"
+#: Maximum length of the text about a limit, which contains the path of a cgroup.
+MAX_CLAUSE: Final = 1024
 #: Maximum length of a reply, in bytes. A reply to ``status`` has about 240 bytes for each memslot,
 #: and a reply to a batch of 4096 ranges has at most 120 KiB.
 MAX_BYTES: Final = 4 << 20
@@ -47,7 +51,7 @@ def parse_answer(line: bytes, pid: int) -> dict[str, Any]:
 
     :param line: The line, with or without its line feed.
     :param pid: QEMU's pid, for error messages.
-    :raises RefusedError: If the reply is an error with the code ``busy``.
+    :raises RefusedError: If the reply is an error with the code ``busy`` or ``no-thread``.
     :raises AgentError: If the reply is another error, is malformed, or exceeds a limit.
     """
     try:
@@ -75,6 +79,12 @@ def parse_answer(line: bytes, pid: int) -> dict[str, Any]:
             f"another qemu-prefault is working in QEMU (pid {pid})",
             "wait until the other qemu-prefault has finished, then run qemu-prefault again",
             code=Code.BUSY_AGENT,
+        )
+    if code == NO_THREAD:
+        raise RefusedError(
+            f"the plugin in QEMU (pid {pid}) refused the request: {repr(text[:MAX_CLAUSE])[1:-1]}",
+            "raise this limit of QEMU",
+            code=Code.NO_TASKS,
         )
     raise AgentError(f"the plugin refused the request: {quote(text)[1:-1]}", "report this error")
 

@@ -32,12 +32,14 @@ CONFIG = Path("/etc/qemu-prefault/libvirt.toml")
 
 
 #: AppArmor rule for the files that the plugin reads. These files show which pages are present,
-#: which memory must stay absent, and how much memory remains.
+#: which memory must stay absent, and how much memory and how many tasks remain.
 RULE_TEXT = """\
 # The files that the plugin reads inside QEMU. Installed by `qemu-prefault libvirt install`.
-  owner @{PROC}/@{pid}/{pagemap,smaps,cgroup,mountinfo,status,uid_map} r,
+  owner @{PROC}/@{pid}/{pagemap,smaps,cgroup,mountinfo,status,uid_map,statm,maps} r,
   owner @{PROC}/@{pid}/fd/ r,
-  @{PROC}/sys/{vm/min_free_kbytes,vm/overcommit_memory,kernel/overflowuid} r,
+  @{PROC}/{,loadavg} r,
+  @{PROC}/sys/vm/{min_free_kbytes,overcommit_memory,max_map_count} r,
+  @{PROC}/sys/kernel/{overflowuid,threads-max,pid_max} r,
   /sys/fs/cgroup/{,**} r,
   /sys/devices/system/node/{,**} r,
   /sys/kernel/mm/hugepages/{,**} r,

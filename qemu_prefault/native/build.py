@@ -24,7 +24,8 @@ ROOT = HERE.parent.parent
 FLAGS = runpy.run_path(str(HERE / "flags.py"))
 
 SOURCES = (
-    *("common/headroom.c", "common/memory_source.c", "common/pagemap.c", "conformance/vmm.c"),
+    *("common/headroom.c", "common/limits.c", "common/memory_source.c", "common/pagemap.c"),
+    "conformance/vmm.c",
     *("ptrace/tracee.c", "ptrace/filters.c", "ptrace/inject.c", "ptrace/run_gate.c"),
 )
 
@@ -69,6 +70,7 @@ def write_helper_header() -> None:
 #: and integer macros, because cffi parses them.
 SHARED_HEADERS = (
     "common/headroom.h",
+    "common/limits.h",
     "common/memory_source.h",
     "common/pagemap.h",
     "common/prefault_range.h",

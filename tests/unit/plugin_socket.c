@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "plugin/control_socket.h"
+#include "plugin/limits.h"
 #include "plugin/options.h"
 #include "plugin/state.h"
 
@@ -25,6 +26,7 @@ int main(int argc, char **argv)
 	strncpy(pf_options.socket, argv[1], sizeof(pf_options.socket) - 1);
 	pf_vcpus[0] = (struct vcpu){ .fd = -1 };
 	pf_vcpu_count = 1;
+	pf_limits_open();
 	pf_control_socket_start();
 	printf("%lu\n", (unsigned long)memory);
 	fflush(stdout);

@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import re
+import resource
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from qemu_prefault.agents.plugin import BUSY, Control
+from qemu_prefault.agents.plugin_protocol import NO_THREAD
 from qemu_prefault.errors import RefusedError
 from support.native import NATIVE, link_with_plugin
 
@@ -99,3 +101,28 @@ def test_valid_requests_have_no_code(server: Server) -> None:
     assert server.ask("status")["plugin"] == 1
     assert server.ask("populate resident") == {"ok": True}
     assert server.ask("work 0 4096") == {"ok": True}
+
+
+def limit_descriptors(server: Server, left: int) -> int:
+    """Limit the server's descriptors so that a client's connection leaves this number."""
+    limit = max(map(int, os.listdir(f"/proc/{server.pid}/fd"))) + 2 + left
+    _, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (limit, hard))
+    return limit
+
+
+def test_client_without_thread_gets_an_error(server: Server) -> None:
+    limit = limit_descriptors(server, 3)
+    answer = server.ask("status")
+    assert answer["code"] == NO_THREAD and NO_THREAD in CODES
+    assert f"RLIMIT_NOFILE (ulimit -n) is {limit}, of which" in answer["error"]
+
+    async def refused() -> None:
+        with pytest.raises(RefusedError) as caught:
+            async with Control.open(server.path, server.pid) as control:
+                await control.ask("status")
+        assert caught.value.code == "no-tasks" and str(limit) in caught.value.cause
+
+    asyncio.run(refused())
+    limit_descriptors(server, 4)
+    assert server.ask("status")["plugin"] == 1

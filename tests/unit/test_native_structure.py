@@ -18,14 +18,16 @@ NATIVE = Path(qemu_prefault.__file__).parent / "native"
 
 # The lowest layer is first. Each file may include and call only the files before it. plugin/state.h
 # describes each of the plugin's files.
-COMMON = ("common/headroom", "common/memory_source", "common/pagemap")
+COMMON = ("common/headroom", "common/limits", "common/memory_source", "common/pagemap")
 PLUGIN = tuple(
     f"plugin/{name}"
     for name in (
-        *("os", "options", "errors", "state", "event_log", "guest_ranges", "host_ranges"),
+        *("os", "options", "limits", "errors", "state", "event_log", "guest_ranges"),
+        "host_ranges",
         *("headroom", "quirk", "prefault_vcpu", "firmware", "queue", "memslots", "qemu_memory"),
         *("claims", "chunk", "guest_start", "prefault_thread", "vcpu"),
-        *("batch", "watchdog", "status", "commands", "control_socket", "vm", "got"),
+        *("batch", "watchdog", "status", "commands", "clients", "control_socket", "vm"),
+        "got",
         *("interpose", "main"),
     )
 )

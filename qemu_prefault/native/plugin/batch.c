@@ -4,7 +4,9 @@
 
 #include <errno.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -13,19 +15,20 @@
 #include "prefault_vcpu.h"
 #include "state.h"
 
-/* One thread's part of a batch, and the vCPU that the thread uses: a prefault vCPU, or a stopped one. */
+/* One part of a batch, and the vCPU that its thread uses: a prefault vCPU, or a stopped one. */
 struct batch_worker {
 	struct vcpu *vcpu;
 	struct worker_ranges assigned;
-	pthread_t thread;
-	pid_t tid;
-	bool borrowed; /* the vCPU is the guest's */
+	pthread_t thread; /* of the entry's number, which may process other entries */
+	pid_t tid;	  /* of the thread that processes this entry */
+	bool borrowed;	  /* the vCPU is the guest's */
 	bool in_flight, in_stage2;
 };
 
 static struct {
 	struct batch_worker *workers;
-	size_t count, running;
+	size_t count, running, threads;
+	atomic_size_t next; /* the first worker that no thread has taken */
 	uint64_t chunk_bytes, started, ended;
 	atomic_bool abort;
 } batch;
@@ -90,9 +93,8 @@ static int batch_goes_on(void *context)
 	return go_on;
 }
 
-static void *run_worker(void *context)
+static void run_worker(struct batch_worker *worker)
 {
-	struct batch_worker *worker = context;
 	struct vcpu *vcpu = worker->vcpu;
 	struct prefault_limits limits = { .stuck_ns = STUCK_NS };
 	const struct prefault_hooks hooks = { batch_goes_on, NULL, worker };
@@ -141,6 +143,16 @@ static void *run_worker(void *context)
 		batch.ended = prefault_now_ns();
 	pthread_cond_broadcast(&pf_changed);
 	pthread_mutex_unlock(&pf_lock);
+}
+
+/* Process workers until none is left. If QEMU's limits allow few threads, each does several. */
+static void *run_workers(void *unused)
+{
+	size_t number;
+
+	(void)unused;
+	while ((number = atomic_fetch_add(&batch.next, 1)) < batch.count)
+		run_worker(&batch.workers[number]);
 	return NULL;
 }
 
@@ -149,63 +161,106 @@ size_t pf_batch_worker_count(void)
 	return pf_vcpu_count;
 }
 
-static void change_worker_count(int change)
+/*
+ * Return how many threads QEMU's limits allow, at most `wanted`. If the result is 0, store a clause
+ * about the limit.
+ */
+static size_t allowed_threads(size_t wanted, char clause[PF_CLAUSE])
 {
-	pthread_mutex_lock(&pf_lock);
-	batch.count += (size_t)change;
-	batch.running += (size_t)change;
-	pthread_cond_broadcast(&pf_changed);
-	pthread_mutex_unlock(&pf_lock);
+	for (; wanted; wanted /= 2) {
+		const struct limits_need need = {
+			.tasks = (uint32_t)wanted,
+			.mappings = 2 * (uint32_t)wanted,
+			.bytes = wanted * PF_STACK,
+			.reserve = wanted > 1 ? LIMITS_RESERVE : LIMITS_RESERVE_REQUEST,
+		};
+
+		if (pf_limits_allow(&need, clause))
+			break;
+	}
+	return wanted;
 }
 
-enum request_error pf_batch_start(struct worker_ranges *assigned, size_t count,
-				  uint64_t chunk_bytes)
+/* Start a batch with these workers. Returns false if another batch is running. */
+static bool begin(struct batch_worker *workers, size_t count, uint64_t chunk_bytes)
 {
-	struct batch_worker *workers = calloc(count, sizeof(*workers));
-	enum request_error problem = REQUEST_OK;
-	sigset_t mask, before;
+	pthread_mutex_lock(&pf_lock);
+	bool is_free = !batch.workers;
 
-	if (!workers)
-		return REQUEST_NO_MEMORY;
+	if (is_free) {
+		batch.workers = workers;
+		batch.count = batch.running = count;
+		batch.threads = 0;
+		batch.chunk_bytes = chunk_bytes;
+		batch.started = prefault_now_ns();
+		atomic_store(&batch.next, 0);
+		atomic_store(&batch.abort, false);
+		pthread_cond_broadcast(&pf_changed);
+	}
+	pthread_mutex_unlock(&pf_lock);
+	return is_free;
+}
+
+/* pthread_create() allocates, so do not hold pf_lock. */
+static void start_threads(size_t count)
+{
+	sigset_t mask, before;
 
 	sigfillset(&mask);
 	/* pf_kick_thread() sends SIGUSR1. QEMU's handler does nothing in threads without a vCPU. */
 	sigdelset(&mask, SIGUSR1);
-	pthread_mutex_lock(&pf_lock);
-	if (batch.workers) {
-		pthread_mutex_unlock(&pf_lock);
-		free(workers);
-		return REQUEST_BUSY;
-	}
-	batch.workers = workers;
-	batch.count = batch.running = 0;
-	batch.chunk_bytes = chunk_bytes;
-	batch.started = prefault_now_ns();
-	atomic_store(&batch.abort, false);
-	pthread_mutex_unlock(&pf_lock);
 	pthread_sigmask(SIG_SETMASK, &mask, &before);
+	while (batch.threads < count) {
+		pthread_t *thread = &batch.workers[batch.threads].thread;
+
+		if (!pf_create_thread(thread, run_workers, NULL))
+			break;
+		pthread_setname_np(*thread, "prefault-batch");
+		batch.threads++;
+	}
+	int error = errno;
+
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	errno = error;
+}
+
+enum request_error pf_batch_start(struct worker_ranges *assigned, size_t count,
+				  uint64_t chunk_bytes, char clause[PF_CLAUSE])
+{
+	struct batch_worker *workers = calloc(count + 1, sizeof(*workers));
+	size_t used = 0, threads;
+
+	if (!workers)
+		return REQUEST_NO_MEMORY;
 	for (size_t i = 0; i < count; i++) {
-		struct batch_worker *worker = &workers[batch.count];
+		struct batch_worker *worker = &workers[used];
 
 		if (!assigned[i].count)
 			continue;
 		worker->vcpu = pf_prefault_vcpu(0) ? pf_prefault_vcpu(0) : &pf_vcpus[i];
 		worker->borrowed = worker->vcpu == &pf_vcpus[i];
 		worker->assigned = assigned[i];
-		change_worker_count(1);
-		/* pthread_create() allocates, so do not hold pf_lock. */
-		if (pthread_create(&worker->thread, NULL, run_worker, worker)) {
-			change_worker_count(-1);
-			problem = REQUEST_NO_THREAD;
-			atomic_store(&batch.abort, true);
-			break;
-		}
-		pthread_setname_np(worker->thread, "prefault-batch");
+		used++;
 	}
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
-	if (problem)
-		pf_batch_end();
-	return problem;
+	threads = allowed_threads(used, clause);
+	if (used && !threads) {
+		free(workers);
+		return REQUEST_NO_THREAD;
+	}
+	if (!begin(workers, used, chunk_bytes)) {
+		free(workers);
+		return REQUEST_BUSY;
+	}
+	start_threads(threads);
+	if (!used || batch.threads) /* one thread is enough for all workers */
+		return REQUEST_OK;
+	snprintf(clause, PF_CLAUSE, "it cannot start a thread: %s. Raise QEMU's limit on threads",
+		 strerror(errno));
+	pthread_mutex_lock(&pf_lock);
+	batch.running = 0;
+	pthread_mutex_unlock(&pf_lock);
+	pf_batch_end();
+	return REQUEST_NO_THREAD;
 }
 
 bool pf_batch_done(uint64_t *bytes, double *seconds)
@@ -232,7 +287,7 @@ void pf_batch_abort(void)
 
 void pf_batch_end(void)
 {
-	for (size_t i = 0; i < batch.count; i++)
+	for (size_t i = 0; i < batch.threads; i++)
 		pthread_join(batch.workers[i].thread, NULL);
 	pthread_mutex_lock(&pf_lock);
 	struct batch_worker *workers = batch.workers;

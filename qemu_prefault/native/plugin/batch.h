@@ -12,6 +12,7 @@
 
 #include "common/prefault_range.h"
 #include "errors.h"
+#include "limits.h"
 
 /* The ranges of one vCPU's worker. */
 struct worker_ranges {
@@ -25,11 +26,12 @@ void pf_batch_lend_vcpus(void);
 /* Return the number of workers, one per vCPU. */
 size_t pf_batch_worker_count(void);
 /*
- * Start a batch, with one thread per worker. After a successful start, wait until pf_batch_done()
- * returns true and call pf_batch_end().
+ * Start a batch, with one thread per worker, or with fewer if QEMU's limits require this. After a
+ * successful start, wait until pf_batch_done() returns true and call pf_batch_end(). If no thread can
+ * be started, the function stores a clause with the reason.
  */
 enum request_error pf_batch_start(struct worker_ranges *assigned, size_t count,
-				  uint64_t chunk_bytes);
+				  uint64_t chunk_bytes, char clause[PF_CLAUSE]);
 /*
  * Return whether the batch is done. Sets *bytes to the completed bytes, and *seconds to the
  * duration.

@@ -78,6 +78,17 @@ static void answer_error(FILE *out, enum request_error error)
 	fflush(out);
 }
 
+int pf_command_no_thread(char reply[PF_REPLY], const char *clause)
+{
+	char escaped[2 * PF_CLAUSE];
+
+	pf_json_escape(escaped, sizeof(escaped), clause);
+	return snprintf(reply, PF_REPLY,
+			"{\"error\":\"the plugin starts no thread for this request, because %s\","
+			"\"code\":\"no-thread\"}\n",
+			escaped);
+}
+
 static void follow(FILE *out)
 {
 	uint64_t sequence = pf_last_event();
@@ -176,6 +187,7 @@ static void handle_work_request(int fd, FILE *in, FILE *out, size_t count, uint6
 	struct prefault_range *ranges = calloc(count + 1, sizeof(*ranges));
 	struct worker_ranges *assigned = calloc(vcpus + 1, sizeof(*assigned));
 	size_t *where = calloc(count + 1, sizeof(*where));
+	char clause[PF_CLAUSE], reply[PF_REPLY];
 	enum request_error problem =
 		ranges && assigned && where ?
 			read_ranges(in, count, assigned, vcpus, ranges, where) :
@@ -184,8 +196,12 @@ static void handle_work_request(int fd, FILE *in, FILE *out, size_t count, uint6
 	if (!problem && (chunk_bytes < 4096 || chunk_bytes % 4096))
 		problem = REQUEST_BAD_CHUNK;
 	if (!problem)
-		problem = pf_batch_start(assigned, vcpus, chunk_bytes);
-	if (problem) {
+		problem = pf_batch_start(assigned, vcpus, chunk_bytes, clause);
+	if (problem == REQUEST_NO_THREAD) {
+		pf_command_no_thread(reply, clause);
+		fputs(reply, out);
+		fflush(out);
+	} else if (problem) {
 		answer_error(out, problem);
 	} else {
 		fprintf(out, "{\"ok\":true}\n");

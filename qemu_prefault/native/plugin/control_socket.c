@@ -18,21 +18,11 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#include "commands.h"
+#include "clients.h"
 #include "options.h"
 #include "os.h"
 
-enum {
-	MAX_CLIENTS = 16,
-	CLIENTS_FOR_ROOT = 4, /* if QEMU does not run as root, only root can use these */
-	BACKLOG = 128,	      /* connections that the control thread has not accepted yet */
-	SEND_SECONDS = 10,    /* a client that does not read its replies is disconnected */
-};
-
-/* Seconds after which a client that sends no request is disconnected. */
-#ifndef PF_IDLE_SECONDS
-#define PF_IDLE_SECONDS 300
-#endif
+enum { BACKLOG = 128 }; /* connections that the control thread has not accepted yet */
 
 /* The socket's file. A file is ours only if it has the device and the inode of this socket. */
 static struct {
@@ -47,45 +37,7 @@ static pid_t owner;
 static uid_t our_user;
 /* A user id that may belong to several users (see user_is_known()), or (uid_t)-1. */
 static uid_t ambiguous_user;
-static atomic_int clients, other_clients; /* all clients; clients that are not root */
 static struct sockaddr_un address = { .sun_family = AF_UNIX };
-
-struct client {
-	int fd;
-	bool root;
-};
-
-static void count_client(bool root, int change)
-{
-	atomic_fetch_add(&clients, change);
-	if (!root)
-		atomic_fetch_add(&other_clients, change);
-}
-
-static void *serve(void *argument)
-{
-	struct client client = *(struct client *)argument;
-	int fd = client.fd;
-	int duplicate = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-	FILE *in = fdopen(fd, "r"), *out = duplicate < 0 ? NULL : fdopen(duplicate, "w");
-	char line[256];
-
-	free(argument);
-	/* At the time limit, fgets() returns a part of a line. */
-	while (in && out && fgets(line, sizeof(line), in) && !ferror(in) &&
-	       pf_command_answer(fd, in, out, line))
-		;
-	if (in)
-		fclose(in);
-	else
-		close(fd);
-	if (out)
-		fclose(out);
-	else if (duplicate >= 0)
-		close(duplicate);
-	count_client(client.root, -1);
-	return NULL;
-}
 
 /* Return the number in a file of one number, or fallback. */
 static unsigned long read_number(const char *path, unsigned long fallback)
@@ -143,39 +95,6 @@ static bool welcome(int fd, bool *root)
 	return *root || peer.uid == our_user || peer.uid == geteuid();
 }
 
-/* The last places are for root, so that no other user can keep root from connecting. */
-static bool has_place(bool root)
-{
-	return atomic_load(&clients) < MAX_CLIENTS &&
-	       (root || atomic_load(&other_clients) < MAX_CLIENTS - CLIENTS_FOR_ROOT);
-}
-
-static bool serve_in_thread(int fd, bool root)
-{
-	const struct timeval idle = { .tv_sec = PF_IDLE_SECONDS },
-			     send = { .tv_sec = SEND_SECONDS };
-	struct client *client = malloc(sizeof(*client));
-	pthread_attr_t detached;
-	pthread_t thread;
-	bool started;
-
-	if (!client)
-		return false;
-	*client = (struct client){ .fd = fd, .root = root };
-	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &idle, sizeof(idle));
-	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &send, sizeof(send));
-	count_client(root, 1);
-	pthread_attr_init(&detached);
-	pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
-	started = !pthread_create(&thread, &detached, serve, client);
-	pthread_attr_destroy(&detached);
-	if (!started) {
-		count_client(root, -1);
-		free(client);
-	}
-	return started;
-}
-
 static void *listen_on(void *unused)
 {
 	(void)unused;
@@ -188,7 +107,7 @@ static void *listen_on(void *unused)
 				poll(NULL, 0, 100); /* too many open files: wait */
 			continue;
 		}
-		if (!welcome(fd, &root) || !has_place(root) || !serve_in_thread(fd, root))
+		if (!welcome(fd, &root) || !pf_client_serve(fd, root))
 			close(fd);
 	}
 	return NULL;
@@ -390,8 +309,18 @@ void pf_control_socket_start(void)
 	owner = getpid();
 	our_user = geteuid();
 	ambiguous_user = find_ambiguous_user();
-	atexit(remove_socket);
 	/* qemu-prefault finds the socket by the descriptor number in the thread's name. */
 	snprintf(name, sizeof(name), "prefault/%d", listener);
-	pf_start_thread(&thread, name, listen_on);
+	if (!pf_start_thread(&thread, name, listen_on)) {
+		fprintf(stderr,
+			"qemu-prefault: the plugin has no control socket, because it cannot start "
+			"a thread: %s. Raise QEMU's limit on threads\n",
+			strerror(errno));
+		remove_socket();
+		close(listener);
+		close(bound.directory);
+		listener = bound.directory = -1;
+		return;
+	}
+	atexit(remove_socket);
 }

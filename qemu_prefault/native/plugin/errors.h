@@ -11,7 +11,7 @@
 	X(BUSY, "busy", "another batch is running. Retry when it has ended")                     \
 	X(NO_MEMORY, "no-memory", "QEMU could not allocate memory for the request. Free memory") \
 	X(NO_THREAD, "no-thread",                                                                \
-	  "a worker thread could not be started. Raise QEMU's limit on threads")                 \
+	  "the plugin starts no thread for this request. Raise QEMU's limit on threads")         \
 	X(BAD_RANGE, "bad-range",                                                                \
 	  "a range must be WORKER KIND START SIZE, with page-aligned START and SIZE")            \
 	X(BAD_CHUNK, "bad-chunk", "CHUNK_BYTES must be a positive multiple of 4096")             \

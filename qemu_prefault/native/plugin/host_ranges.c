@@ -376,9 +376,15 @@ bool pf_ranges_next_resident(uint64_t *start, uint64_t end, uint64_t *length)
 	return true;
 }
 
+void pf_ranges_close(void)
+{
+	if (pagemap_fd >= 0)
+		close(pagemap_fd);
+	pagemap_fd = -1;
+}
+
 void pf_ranges_open(void)
 {
-	if (pagemap_fd >= 0) /* after a fork, this is the parent's address space */
-		close(pagemap_fd);
+	pf_ranges_close(); /* after a fork, this is the parent's address space */
 	pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 }

@@ -32,6 +32,8 @@ enum memory_fact {
  * called again after a fork.
  */
 void pf_ranges_open(void);
+/* Close these files, if the plugin does not prefault. */
+void pf_ranges_close(void);
 
 /* Read /proc/self/smaps to learn the mappings that QEMU created before it loaded the plugin. */
 void pf_ranges_learn(void);

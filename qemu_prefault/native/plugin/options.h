@@ -10,7 +10,7 @@ enum populate { POPULATE_AUTO, POPULATE_ALL, POPULATE_RESIDENT };
 enum vcpu_choice { VCPU_AUTO, VCPU_PREFAULT, VCPU_BORROW };
 
 /*
- * Changed by: options.c, main.c and vm.c, while QEMU has neither vCPUs nor memslots. Later, claims.c
+ * Changed by: options.c and main.c, while QEMU has neither vCPUs nor memslots. Later, claims.c
  * and commands.c change populate and keep, with pf_lock held.
  */
 struct plugin_options {

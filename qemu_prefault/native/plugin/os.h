@@ -24,7 +24,15 @@
 long pf_raw_ioctl(int fd, unsigned long request, void *argument);
 void *pf_raw_mmap(void *start, size_t size, int protection, int flags, int fd, off_t offset);
 
-/* Start a thread that blocks all signals. */
+/*
+ * The size of the plugin's stacks. The default is RLIMIT_STACK, usually 8 MiB, which would count
+ * against RLIMIT_AS, and which mlockall() would allocate.
+ */
+#define PF_STACK (MIB(1) / 2)
+
+/* Create a thread with a small stack. If this fails, set errno and return false. */
+bool pf_create_thread(pthread_t *thread, void *(*function)(void *), void *argument);
+/* Start a thread that blocks all signals. If this fails, set errno and return false. */
 bool pf_start_thread(pthread_t *thread, const char *name, void *(*function)(void *));
 
 /* Interrupt a system call of one of this process's threads. Does nothing if tid is 0. */
@@ -35,6 +43,10 @@ struct timespec pf_deadline_in(uint64_t ns);
 
 /* Return whether QEMU's command line contains the argument. */
 bool pf_has_argument(const char *wanted);
+/* Return whether an argument of QEMU contains the text. */
+bool pf_argument_contains(const char *text);
+/* Store the argument after an option of QEMU. Returns false if the option is absent. */
+bool pf_option_value(const char *option, char *value, size_t size);
 
 /*
  * Return whether a seccomp filter may make a system call fatal. QEMU's sandbox, systemd and
@@ -49,6 +61,9 @@ bool pf_has_seccomp_filter(void);
  * wait for an allocator lock, while another thread holds that lock and waits for pf_lock in a hook.
  */
 bool pf_grow(void **array, size_t *capacity, size_t count, size_t item);
+
+/* Copy a text, and escape it for a JSON string. Cuts the text if the result would not fit. */
+void pf_json_escape(char *out, size_t size, const char *text);
 
 /* Print to stderr without stdio, because stdio allocates and takes locks. */
 void pf_print_error(const char *format, ...) __attribute__((format(printf, 1, 2)));

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 #include "prefault_vcpu.h"
 
+#include <errno.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 
 #include "event_log.h"
+#include "limits.h"
 #include "options.h"
 
 #define MAX_CPUID_ENTRIES 256 /* KVM_MAX_CPUID_ENTRIES, arch/x86/include/asm/kvm_host.h */
@@ -24,9 +27,10 @@ static atomic_int created; /* vcpus[0] to vcpus[created - 1] have a descriptor *
 static atomic_int usable;  /* vcpus[0] to vcpus[usable - 1] can prefault */
 
 static bool encrypted;
-static unsigned long first_id; /* QEMU's limit of vCPU ids; 0: unknown */
-static unsigned int id_count;  /* ids from first_id that KVM accepts and QEMU cannot use */
-static unsigned long tsc_khz;  /* the last value that QEMU has set; 0: none */
+static char refused[PF_CLAUSE]; /* why the plugin creates none; "": not refused */
+static unsigned long first_id;	/* QEMU's limit of vCPU ids; 0: unknown */
+static unsigned int id_count;	/* ids from first_id that KVM accepts and QEMU cannot use */
+static unsigned long tsc_khz;	/* the last value that QEMU has set; 0: none */
 static struct {
 	struct kvm_cpuid2 head;
 	struct kvm_cpuid_entry2 entries[MAX_CPUID_ENTRIES];
@@ -38,7 +42,7 @@ long pf_prefault_vcpus_enable_cap(int vm_fd, struct kvm_enable_cap *cap)
 	uint64_t limit = cap->args[0];
 	unsigned int count = PREFAULT_VCPUS;
 
-	if (!limit || limit > MAX_ID || pf_options.vcpu == VCPU_BORROW || !pf_capable)
+	if (!limit || limit > MAX_ID || pf_options.vcpu == VCPU_BORROW || !pf_capable || refused[0])
 		return pf_raw_ioctl(vm_fd, KVM_ENABLE_CAP, cap);
 	if (limit + count - 1 > MAX_ID)
 		count = (unsigned int)(MAX_ID - limit + 1);
@@ -134,6 +138,28 @@ static bool enter_smm(int fd)
 	return !pf_raw_ioctl(fd, KVM_SET_VCPU_EVENTS, &events);
 }
 
+void pf_prefault_vcpus_refuse(const char *why)
+{
+	snprintf(refused, sizeof(refused), "%s", why);
+	pf_print_error("qemu-prefault: the plugin creates no prefault vCPUs, but uses the guest's "
+		       "vCPUs, because %s\n",
+		       why);
+}
+
+/* Store and print why KVM_CREATE_VCPU has failed, if a limit of QEMU is the reason. */
+static void refuse_for(int error)
+{
+	if (atomic_load(&created)) /* the first prefault vCPU exists */
+		return;
+	if (error == EMFILE)
+		pf_prefault_vcpus_refuse("QEMU has no free file descriptor. Raise RLIMIT_NOFILE "
+					 "(ulimit -n)");
+	else if (error == ENFILE)
+		pf_prefault_vcpus_refuse("the host has no free file descriptor. Raise fs.file-max");
+	else if (error == ENOMEM)
+		pf_prefault_vcpus_refuse("the kernel has no memory for a vCPU. Free memory");
+}
+
 /* Create one prefault vCPU. If a setting fails, the vCPU remains unused, as KVM cannot remove it. */
 static bool create(int number)
 {
@@ -141,8 +167,10 @@ static bool create(int number)
 	unsigned long id = first_id + (unsigned long)number;
 	int fd = (int)pf_raw_ioctl(pf_vm_fd, KVM_CREATE_VCPU, (void *)id);
 
-	if (fd < 0)
+	if (fd < 0) {
+		refuse_for(errno);
 		return false;
+	}
 	void *run = pf_raw_mmap(NULL, 4096, PROT_READ, MAP_SHARED, fd, 0);
 
 	*vcpu = (struct vcpu){
@@ -176,6 +204,8 @@ const char *pf_prefault_vcpus_missing(void)
 		return NULL;
 	if (pf_options.vcpu == VCPU_BORROW)
 		return "vcpu=borrow";
+	if (refused[0])
+		return refused;
 	if (!pf_capable)
 		return "this KVM has no KVM_PRE_FAULT_MEMORY";
 	if (encrypted)
@@ -187,14 +217,22 @@ const char *pf_prefault_vcpus_missing(void)
 
 void pf_prefault_vcpus_create(void)
 {
-	if (pf_capable && !encrypted && id_count && cpuid.head.nent && create(NORMAL) &&
-	    id_count > SMM && has_smm_slots())
+	const struct limits_need need = { .descriptors = PREFAULT_VCPUS,
+					  .mappings = PREFAULT_VCPUS,
+					  .reserve = LIMITS_RESERVE };
+	char clause[PF_CLAUSE];
+	bool wanted = pf_capable && !encrypted && id_count && cpuid.head.nent && !refused[0] &&
+		      pf_options.vcpu != VCPU_BORROW;
+
+	if (wanted && !pf_limits_allow(&need, clause))
+		pf_prefault_vcpus_refuse(clause);
+	else if (wanted && create(NORMAL) && id_count > SMM && has_smm_slots())
 		create(SMM);
 	const char *why = pf_prefault_vcpus_missing();
 
 	if (!why)
 		pf_log_event("prefault-vcpus", NULL, ",\"count\":%d", atomic_load(&usable));
-	else if (pf_options.vcpu == VCPU_PREFAULT)
+	else if (pf_options.vcpu == VCPU_PREFAULT && pf_capable && !refused[0])
 		pf_print_error("qemu-prefault: the plugin cannot create prefault vCPUs (%s), so it "
 			       "uses the guest's vCPUs\n",
 			       why);

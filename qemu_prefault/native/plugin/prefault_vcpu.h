@@ -39,6 +39,12 @@ void pf_prefault_vcpus_create(void);
 /* Return the prefault vCPU for an address space (0, or 1 for SMM), or NULL if it does not exist. */
 struct vcpu *pf_prefault_vcpu(unsigned int address_space);
 
+/*
+ * Create no prefault vCPUs. `why` is a clause whose subject is the plugin. The function prints a line
+ * to stderr. It does not allocate.
+ */
+void pf_prefault_vcpus_refuse(const char *why);
+
 /* Return why the plugin has not created a prefault vCPU, or NULL if it has created one. */
 const char *pf_prefault_vcpus_missing(void);
 

@@ -8,6 +8,7 @@
  *
  *   os               system calls, threads, time
  *   options          the user's options
+ *   limits           whether QEMU's limits allow more threads and descriptors
  *   errors           errors in replies to control socket requests
  *   state            this file
  *   event_log        events for the control socket and the log
@@ -29,6 +30,7 @@
  *   watchdog         the thread that interrupts vCPUs and stuck ioctls
  *   status           the control socket's status reply
  *   commands         the control socket's requests
+ *   clients          the control socket's clients
  *   control_socket   the socket itself
  *   vm               QEMU's VM, whose creation starts the plugin
  *   got              redirection of QEMU's global offset table

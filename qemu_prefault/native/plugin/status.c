@@ -6,6 +6,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "limits.h"
 #include "options.h"
 #include "prefault_vcpu.h"
 #include "queue.h"
@@ -67,10 +68,14 @@ static const char *slot_state(const struct memslot *slot)
 
 static void print_text(struct text *out, const char *name, const char *text)
 {
-	if (text)
-		add(out, ",\"%s\":\"%s\"", name, text);
-	else
+	char escaped[2 * PF_CLAUSE];
+
+	if (text) {
+		pf_json_escape(escaped, sizeof(escaped), text);
+		add(out, ",\"%s\":\"%s\"", name, escaped);
+	} else {
 		add(out, ",\"%s\":null", name);
+	}
 }
 
 static const char *json_bool(bool value)

@@ -3,6 +3,7 @@
 #include "vm.h"
 
 #include <dirent.h>
+#include <errno.h>
 #include <linux/kvm.h>
 #include <signal.h>
 #include <stdio.h>
@@ -14,12 +15,20 @@
 #include "control_socket.h"
 #include "headroom.h"
 #include "host_ranges.h"
+#include "limits.h"
 #include "options.h"
 #include "prefault_thread.h"
+#include "prefault_vcpu.h"
 #include "state.h"
 #include "watchdog.h"
 
 #define CAP_PRE_FAULT_MEMORY 236 /* Linux 6.11; the installed headers may predate it */
+
+enum {
+	FILES = 8,	       /* descriptors without those for the levels of cgroups */
+	LATER_DESCRIPTORS = 4, /* the control socket, its directory, two prefault vCPUs */
+	ARRAYS = 32,	       /* mappings of the plugin's arrays */
+};
 
 /*
  * The state that this process shares with its forks, until a fork executes another program.
@@ -32,6 +41,70 @@ static struct family {
 	atomic_int children; /* children that have started to run */
 	atomic_int youngest; /* pid of the last child, or 0 */
 } alone, *family = &alone;
+
+/* Return what must be left. QEMU has created no vCPU yet. Each needs a task and a descriptor. */
+static uint32_t reserve(void)
+{
+	char smp[256];
+
+	return LIMITS_RESERVE +
+	       (pf_option_value("-smp", smp, sizeof(smp)) ? pf_limits_vcpus(smp) : 1);
+}
+
+/* Return whether QEMU's limits allow the plugin's files and this number of its threads. */
+static bool has_room(unsigned int threads, char clause[PF_CLAUSE])
+{
+	const struct limits_need need = { .reserve = reserve(),
+					  .tasks = threads,
+					  .descriptors = FILES + LATER_DESCRIPTORS,
+					  .mappings = 2 * threads + ARRAYS,
+					  .bytes = threads * PF_STACK + MIB(2) };
+
+	return pf_limits_allow(&need, clause);
+}
+
+static bool report_shortage(const char *clause)
+{
+	fprintf(stderr, "qemu-prefault: the plugin does nothing, because %s\n", clause);
+	return false;
+}
+
+/* Store a clause about an error of pf_start_thread(). */
+static const char *no_thread(char clause[PF_CLAUSE])
+{
+	snprintf(clause, PF_CLAUSE, "it cannot start a thread: %s. Raise QEMU's limit on threads",
+		 strerror(errno));
+	return clause;
+}
+
+/* Start the threads that QEMU's limits allow. Returns false if the plugin must do nothing. */
+static bool start_within_limits(void)
+{
+	bool prefault = pf_capable && pf_options.vcpu != VCPU_BORROW;
+	unsigned int threads = pf_options.socket_off ? 1 : 2;
+	const struct limits_need later = { .descriptors = LATER_DESCRIPTORS, .reserve = reserve() };
+	char clause[PF_CLAUSE], fewer[PF_CLAUSE];
+
+	pf_limits_open();
+	if (!has_room(threads + prefault, clause)) {
+		if (!prefault || !has_room(threads, fewer))
+			return report_shortage(clause);
+		prefault = false;
+		pf_prefault_vcpus_refuse(clause);
+	}
+	pf_ranges_open();
+	pf_headroom_open();
+	if (!pf_limits_allow(&later, clause))
+		return report_shortage(clause);
+	if (!pf_watchdog_start())
+		return report_shortage(no_thread(clause));
+	/* Without this thread, the guest's vCPU threads process the queue. */
+	if (prefault && !pf_prefault_thread_start())
+		pf_prefault_vcpus_refuse(no_thread(clause));
+	if (!pf_options.socket_off)
+		pf_control_socket_start();
+	return true;
+}
 
 static void set_up(int fd)
 {
@@ -59,17 +132,14 @@ static void set_up(int fd)
 	 * ioctl reveals an incoming migration, so check the command line.
 	 */
 	pf_incoming = pf_has_argument("-incoming");
-	pf_ranges_open();
-	pf_headroom_open();
-	if (!pf_watchdog_start())
-		fprintf(stderr,
-			"qemu-prefault: the watchdog thread could not be started, so it cannot "
-			"interrupt a stuck prefault. Raise QEMU's limit on threads\n");
-	/* Without this thread, the guest's vCPU threads process the queue. */
-	if (pf_capable && pf_options.vcpu != VCPU_BORROW && !pf_prefault_thread_start())
-		pf_options.vcpu = VCPU_BORROW;
-	if (!pf_options.socket_off)
-		pf_control_socket_start();
+	if (start_within_limits())
+		return;
+	pf_limits_close();
+	pf_ranges_close();
+	pf_headroom_close();
+	pthread_mutex_lock(&pf_lock);
+	pf_capable = false;
+	pthread_mutex_unlock(&pf_lock);
 }
 
 void pf_vm_created(int fd)
@@ -92,6 +162,11 @@ void pf_vm_adopt(void)
 	const struct dirent *entry;
 	char target[64];
 
+	if (!directory)
+		fprintf(stderr,
+			"qemu-prefault: the plugin does nothing, because it cannot read "
+			"QEMU's descriptors: %s. Mount /proc, and raise RLIMIT_NOFILE (ulimit -n)\n",
+			strerror(errno));
 	while (directory && pf_vm_fd < 0 && (entry = readdir(directory))) {
 		ssize_t length =
 			/* NOLINTNEXTLINE(clang-analyzer-unix.StdCLibraryFunctions): it is open */
