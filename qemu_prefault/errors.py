@@ -182,8 +182,11 @@ class Code(enum.StrEnum):
     POSTCOPY = "postcopy"
     #: KVM is logging dirty pages.
     DIRTY_LOGGING = "dirty-logging"
-    #: QEMU is so close to a thread limit that helper threads could reach the limit.
+    #: QEMU is so close to a limit on threads, mappings or address space that helper threads could
+    #: reach the limit.
     NO_TASKS = "no-tasks"
+    #: QEMU's cgroup cannot be read, so its limits are unknown.
+    HIDDEN_CGROUP = "hidden-cgroup"
     #: The host does not have enough memory to populate the guest's RAM.
     NO_MEMORY = "no-memory"
 
@@ -228,6 +231,8 @@ class Code(enum.StrEnum):
     GUEST_MODE = "guest-mode"
     #: The caller has no permission to change a helper's scheduling, CPUs or cgroup.
     HELPER_PLACEMENT = "helper-placement"
+    #: A limit on QEMU's CPU time makes the run slower.
+    CPU_QUOTA = "cpu-quota"
     #: Helpers made no progress for more than 2 seconds.
     NO_PROGRESS = "no-progress"
     #: Some vCPUs could not be used.

@@ -20,6 +20,7 @@ from typing import Any
 
 from .._native import ffi, lib
 from ..errors import AgentError, Code, FailedError, GoneError, RefusedError, UnsupportedError
+from ..host.headroom import REMEDY_HIDDEN, hidden_cgroup
 from ..host.placement import (
     REAL_TIME,
     affinity,
@@ -31,7 +32,14 @@ from ..host.placement import (
 from ..host.proc_files import changed, gone, read_optional
 from ..host.procfs import CLOCK_NANOSLEEP, FUTEX, NANOSLEEP, Process, thread_map
 from ..host.ptrace_access import ptrace_denied
-from ..host.task_limits import RESERVE, parse_limits, strictest, task_limits
+from ..host.task_limits import (
+    HELPER_MAPPINGS,
+    RESERVE,
+    mapping_limits,
+    parse_limits,
+    strictest,
+    task_limits,
+)
 from .base import Limits, VcpuThread
 from .control_page import AREA_SIZE, CODE_SIZE, Helper, abandoned_areas, offset_of
 from .gadgets import find_gadgets, free_areas, prepare_exit_slot
@@ -52,28 +60,41 @@ def choose_threads(
     process: Process,
     threads: Sequence[VcpuThread],
     or_else: str = "use the plugin agent",
+    *,
+    force: bool = False,
 ) -> list[VcpuThread]:
     """Return the vCPUs that get a helper thread, or a plugin worker thread.
 
     The number of helpers is the number of CPUs that QEMU may use, but at least 2 and at most
     :data:`MAX_HELPERS`. The minimum is 2 because one vCPU may be unusable, for example while it
-    runs a nested guest. The number is smaller if the guest has fewer vCPUs, or if QEMU's task
-    limits allow fewer threads. The function spreads the helpers over the guest's NUMA nodes.
+    runs a nested guest. The number is smaller if the guest has fewer vCPUs, or if QEMU's limits on
+    tasks, mappings, memory or CPU time allow fewer threads. The function spreads the helpers over
+    the guest's NUMA nodes.
 
     :param or_else: The alternative to raising the limit, for the error message.
-    :raises RefusedError: If QEMU's limits allow too few additional threads (code ``no-tasks``).
+    :param force: Whether to start one helper if QEMU's pids cgroup cannot be read.
+    :raises RefusedError: If QEMU's limits allow too few additional threads (code ``no-tasks``), or
+        if QEMU's pids cgroup cannot be read (code ``hidden-cgroup``).
     """
     try:
         cpus = len(os.sched_getaffinity(process.pid))
     except ProcessLookupError:
         raise gone(process.pid) from None
     wanted = min(len(threads), max(cpus, 2), MAX_HELPERS)
+    if (hidden := hidden_cgroup(process, "pids")) is not None:
+        if not force:
+            raise RefusedError(
+                f"the number of threads that QEMU (pid {process.pid}) may start is unknown: "
+                f"{hidden}",
+                f"{REMEDY_HIDDEN}. To start one helper thread nevertheless, use --force",
+                code=Code.HIDDEN_CGROUP,
+            )
+        wanted = min(wanted, 1)
     count, limit = strictest(task_limits(process), wanted)
     if limit is not None and not count:
         raise RefusedError(
-            f"QEMU (pid {process.pid}) can start only {limit.left} more threads, "
-            f"because {limit.name} is {limit.detail}",
-            f"raise {limit.name}, or {or_else}",
+            limit.cause(process.pid),
+            f"{limit.remedy or f'raise {limit.name}'}, or {or_else}",
             code=Code.NO_TASKS,
         )
     nodes: dict[int | None, list[VcpuThread]] = {}
@@ -313,6 +334,14 @@ def _cannot_map(process: Process, what: str, error: int) -> AgentError:
     :param error: ENOMEM, or EAGAIN for the limit on locked memory (mm/mmap.c,
         ``mlock_future_ok()``).
     """
+    if error == errno.ENOMEM:
+        for limit in mapping_limits(process):
+            if limit.left <= HELPER_MAPPINGS:
+                return AgentError(
+                    f"{what} cannot map memory for a helper, because {limit.name} is "
+                    f"{limit.detail}",
+                    f"{limit.remedy}, or use the plugin agent\nQEMU is unharmed",
+                )
     limits = parse_limits(read_optional(f"{process.proc}/limits") or "")
     options = {
         "Max address space": ("--as", errno.ENOMEM),

@@ -30,18 +30,20 @@ class Selection:
     socket: Path | None = None
 
     def choose_threads(
-        self, process: Process, threads: Sequence[VcpuThread]
+        self, process: Process, threads: Sequence[VcpuThread], *, force: bool
     ) -> Sequence[VcpuThread]:
         """Return the vCPUs that the agent uses.
 
         The attach agent and the plugin start threads in QEMU, so they use only some of the vCPUs.
 
-        :raises RefusedError: If QEMU's task limits allow too few threads (code ``no-tasks``).
+        :param force: Whether to start one thread if QEMU's pids cgroup cannot be read.
+        :raises RefusedError: If QEMU's limits allow too few threads (code ``no-tasks``), or if
+            QEMU's pids cgroup cannot be read (code ``hidden-cgroup``).
         """
         if self.name == "qmp":
             return threads
         or_else = "start fewer threads in QEMU" if self.name == "plugin" else "use the plugin agent"
-        return choose_threads(process, threads, or_else)
+        return choose_threads(process, threads, or_else, force=force)
 
     def make(
         self,

@@ -88,7 +88,10 @@ _OPTIONS = (
         "until the call returns. Default: 32M.",
     ),
     click.option(
-        "--force", is_flag=True, help="Populate even if the host seems to have too little memory."
+        "--force",
+        is_flag=True,
+        help="Populate even if the host seems to have too little memory, or if QEMU's cgroups "
+        "cannot be read.",
     ),
     click.option(
         "--cont", is_flag=True, help="Resume the guest after the run, even if it was paused before."

@@ -254,7 +254,8 @@ class Executor:
     def _limits(self, target: Target, absent: int, *, forced: bool = False) -> list[Limit]:
         if not self._check_headroom and not forced:
             return []
-        return self._backings.memory_source(target.section).limits(absent, self._together)
+        limits = self._backings.memory_source(target.section).limits(absent, self._together)
+        return [limit for limit in limits if self._check_headroom or not limit.unknown]
 
     def _warn_if_short(self, queues: dict[Target, list[Range]], *, forced: bool = False) -> bool:
         """Record a warning for each memory limit that is too low to continue.

@@ -43,7 +43,8 @@ class Options:
     :ivar vcpus: The indexes of the vCPUs to use (``cpu-index`` in ``query-cpus-fast``). An empty
         tuple means all vCPUs.
     :ivar populate_only: Whether to fill QEMU's own page tables, but not the stage-2 tables.
-    :ivar force: Whether to populate even if the host seems to have too little memory.
+    :ivar force: Whether to populate even if the host seems to have too little memory, or if QEMU's
+        cgroups cannot be read.
     :ivar chunk_bytes: The maximum number of bytes to prefault with one system call. None means
         32 MiB.
     :ivar max_downtime: The maximum length of one pause of the guest, in seconds. None means no

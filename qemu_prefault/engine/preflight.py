@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from ..errors import Code, RefusedError, UnsupportedError
 from ..host import kvm
+from ..host.headroom import REMEDY_HIDDEN
 from ..host.pagemap import Pagemap
 from ..host.reservations import Reservation
 from ..qemu.memory_map import firmware_ahead, huge_alignment
@@ -188,6 +189,13 @@ def _check_limits(
         if not needed:
             continue
         for limit in sources[target].limits(needed, together):
+            if limit.unknown:
+                raise RefusedError(
+                    f"populating {format_size(needed)} could exceed the limit of {limit.name}, "
+                    f"which cannot be read: {limit.detail}",
+                    f"{REMEDY_HIDDEN}, or use --populate resident. To skip this check, use --force",
+                    code=Code.HIDDEN_CGROUP,
+                )
             needs[limit.key] = needs.get(limit.key, 0) + needed * limit.cost
             reserved = others.get(limit.key, 0)
             beside = f"; other runs have reserved {format_size(reserved)}" if reserved else ""

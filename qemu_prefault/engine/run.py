@@ -7,6 +7,7 @@
     check the guest's state                    preflight.check_vm_state
     choose the memory                          plan.select
     check the host's free memory               preflight.check_headroom
+    choose the vCPUs, check QEMU's limits      Selection.choose_threads
     populate while the guest runs              Executor.populate
     pause the guest                            Pauser.pause
     if all vCPUs are in guest mode, resume the guest and pause it again
@@ -29,6 +30,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from ..agents.base import VcpuThread
 from ..agents.select import Selection, select_agent
 from ..errors import AgentError, Code, CommandError
 from ..host.pagemap import Pagemap
@@ -103,6 +105,11 @@ async def prefault(
         absent = check_headroom(
             vm, targets, pagemap, options.force, None if options.dry_run else reservation
         )
+        threads = selection.choose_threads(
+            vm.process,
+            await vm.vcpu_threads(options.vcpus, not options.populate_only),
+            force=options.force,
+        )
         if options.dry_run:
             await _plan_only(vm, targets, absent, pagemap, tally)
         else:
@@ -110,6 +117,7 @@ async def prefault(
                 vm,
                 options,
                 selection,
+                threads,
                 targets,
                 pagemap,
                 tally,
@@ -142,6 +150,7 @@ async def _act(  # noqa: PLR0917
     vm: Vm,
     options: Options,
     selection: Selection,
+    threads: Sequence[VcpuThread],
     targets: tuple[Target, ...],
     pagemap: Pagemap,
     tally: RunTally,
@@ -150,9 +159,6 @@ async def _act(  # noqa: PLR0917
     on_ready: OnReady | None,
     on_progress: Progress,
 ) -> None:
-    threads = selection.choose_threads(
-        vm.process, await vm.vcpu_threads(options.vcpus, not options.populate_only)
-    )
     agent = selection.make(
         vm.process, vm.monitor, lambda: vm.state.sections, threads, options.chunk_bytes
     )

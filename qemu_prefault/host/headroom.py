@@ -16,13 +16,22 @@ from dataclasses import dataclass
 from typing import Final
 
 from . import proc_files
-from .proc_files import parse_number, read_file, read_optional
+from .bounded import list_bounded
+from .proc_files import parse_number, read_file, read_limited, read_optional
 from .procfs import Process
 
 OVERCOMMIT: Final = "/proc/sys/vm/overcommit_memory"
 OVERCOMMIT_NEVER: Final = 2  # include/uapi/linux/mman.h
 MEMINFO: Final = "/proc/meminfo"
 PATH_MAX: Final = 4096  # include/uapi/linux/limits.h
+#: The link of the initial cgroup namespace: PROC_CGROUP_INIT_INO (include/linux/proc_ns.h).
+INITIAL_CGROUP_NAMESPACE: Final = "cgroup:[4026531835]"
+#: The remedy if a cgroup cannot be read.
+REMEDY_HIDDEN: Final = (
+    "run qemu-prefault on the host, outside the container, or mount the host's cgroup file system "
+    "at /sys/fs/cgroup in the initial cgroup namespace (docker run --cgroupns host -v "
+    "/sys/fs/cgroup:/sys/fs/cgroup:ro)"
+)
 
 
 def parse_cgroups(text: str) -> dict[str, str]:
@@ -106,6 +115,8 @@ class Limit:
     :ivar cost: The bytes by which ``available`` decreases for each byte that is populated.
     :ivar device: The device number of the file system that sets the limit, or None. One file system
         can have several names.
+    :ivar unknown: Whether the limit cannot be read. ``available`` is then 0, and ``detail`` is the
+        reason.
     """
 
     name: str
@@ -114,6 +125,7 @@ class Limit:
     contended: bool = False
     cost: int = 1
     device: int | None = None
+    unknown: bool = False
 
     @property
     def key(self) -> str:
@@ -165,6 +177,68 @@ def cgroup_directories(
             for depth in range(len(parts), -1, -1)
         ]
     return []
+
+
+def hidden_cgroup(process: Process, controller: str) -> str | None:
+    """Return the reason why the limits of a process's cgroup cannot be read, or None.
+
+    The plugin applies a similar rule (native/common/headroom.c, ``pf_headroom_sees_group()``). A
+    process has no cgroup limit if the kernel lacks the controller, if no hierarchy contains the
+    controller, or if the process is in the root cgroup. In a cgroup namespace, the root of the
+    namespace is not the root cgroup, but its limits are readable if the hierarchy is mounted.
+
+    :param controller: The name of the controller, for example ``memory``.
+    """
+    try:
+        groups = parse_cgroups(read_limited(f"{process.proc}/cgroup"))
+    except (FileNotFoundError, ProcessLookupError):
+        groups = {}  # a kernel without cgroups, or the process has exited
+    except (OSError, ValueError) as error:
+        return f"/proc/{process.pid}/cgroup cannot be read: {error}"
+    path = groups.get(controller, groups.get(""))
+    in_root = path == "/" and _in_initial_namespace()
+    if path is None or in_root or not _has_controller(controller):
+        return None
+    mounts = parse_mountinfo(read_optional(f"{proc_files.PROC}/self/mountinfo") or "")
+    directories = cgroup_directories(groups, mounts, controller)
+    if directories:
+        return _hidden_directory(directories[0][0])
+    where = (
+        "outside this process's cgroup namespace"
+        if "/.." in path
+        else "not mounted in this process's mount namespace"
+    )
+    return f"QEMU's {controller} cgroup {path} is {where}"
+
+
+def _hidden_directory(directory: str) -> str | None:
+    """Return the reason why the limits in a cgroup's directory cannot be read, or None."""
+    try:
+        names = list_bounded(directory)
+    except OSError as error:
+        return f"{directory} cannot be read: {error.strerror}"
+    # Another file system can cover the mount of the hierarchy. Every cgroup has this file.
+    return None if "cgroup.procs" in names else f"{directory} is not a cgroup"
+
+
+def _has_controller(controller: str) -> bool:
+    """Return whether the kernel has a controller that is not disabled."""
+    table = read_optional(f"{proc_files.PROC}/cgroups")
+    for line in (table or "").split("\n"):  # proc_cgroupstats_show(), kernel/cgroup/cgroup-v1.c
+        words = line.split()
+        if len(words) == 4 and words[0] == controller:
+            return words[3] != "0"
+    # Since Linux 6.14, the table omits memory without CONFIG_MEMCG_V1 (commit af000ce85293). A
+    # kernel with CONFIG_MEMCG has /proc/kpagecgroup (fs/proc/page.c).
+    return controller == "memory" and os.path.exists(f"{proc_files.PROC}/kpagecgroup")
+
+
+def _in_initial_namespace() -> bool:
+    """Return whether this process is in the initial cgroup namespace."""
+    try:
+        return os.readlink(f"{proc_files.PROC}/self/ns/cgroup") == INITIAL_CGROUP_NAMESPACE
+    except OSError:
+        return False
 
 
 #: The files of a memory cgroup that contain a limit and the usage that the limit applies to.
@@ -299,6 +373,9 @@ def hugetlb_cgroup_limits(process: Process, page_size: int) -> list[Limit]:
 def _cgroup_limits(
     process: Process, controller: str, read: Callable[[str, bool], Limit | None]
 ) -> list[Limit]:
+    hidden = hidden_cgroup(process, controller)
+    if hidden is not None:
+        return [Limit(f"QEMU's {controller} cgroup", 0, hidden, unknown=True)]
     groups = parse_cgroups(read_optional(f"{process.proc}/cgroup") or "")
     mounts = parse_mountinfo(read_optional(f"{proc_files.PROC}/self/mountinfo") or "")
     limits = []

@@ -284,7 +284,11 @@ def _reason_not_to_populate(
         for limit in limits:
             available = max(0, limit.available - others.get(limit.key, 0))
             if absent * limit.cost > available:
-                return f"{limit.name} has only {available >> 20} MiB available"
+                return (
+                    f"the limit of {limit.name} cannot be read: {limit.detail}"
+                    if limit.unknown
+                    else f"{limit.name} has only {available >> 20} MiB available"
+                )
         reservation.reserve({limit.key: absent * limit.cost for limit in limits})
     return None
 

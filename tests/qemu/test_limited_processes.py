@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from qemu_prefault_lab.wait import wait_for
 from support.limits import cgroups, in_group
 from support.process import leftovers
 from support.qemu import QemuVm, StartQemu, start_vm
@@ -38,17 +40,44 @@ def used(vm: QemuVm, field: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
 @pytest.mark.parametrize(
     ("limit", "field", "option"),
     [(resource.RLIMIT_AS, "VmSize", "--as"), (resource.RLIMIT_DATA, "VmData", "--data")],
 )
-def test_qemus_limit_is_named(vm: QemuVm, limit: int, field: str, option: str) -> None:
+def test_last_address_space_is_left_to_qemu(
+    vm: QemuVm, limit: int, field: str, option: str, dry_run: bool
+) -> None:
+    """Check that helpers do not take the address space that QEMU's next threads need."""
     _, hard = resource.prlimit(vm.pid, limit)
-    resource.prlimit(vm.pid, limit, (used(vm, field) // 2, hard))  # QEMU can map nothing more
-    result = vm.prefault("--populate-only")
-    assert result.status == 1 and result.error["code"] == "agent"
+    resource.prlimit(vm.pid, limit, (used(vm, field) + (8 << 20), hard))
+    result = vm.prefault("--populate-only", *(["--dry-run"] if dry_run else []))
+    assert result.status == 5 and result.error["code"] == "no-tasks"
     assert f"prlimit --pid {vm.pid} {option}=unlimited" in result.error["remedy"]
     assert vm.qmp.status() == "running"
+    assert leftovers(vm.pid) == []
+
+
+def test_last_mappings_are_left_to_qemu(start_qemu: StartQemu, tmp_path: Path) -> None:
+    library = tmp_path / "map_hog.so"
+    source = Path(__file__).with_name("map_hog.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+    most = int(Path("/proc/sys/vm/max_map_count").read_text())
+    if most > 1 << 20:
+        pytest.skip(f"vm.max_map_count is {most}")
+    prefix = ["env", f"LD_PRELOAD={library}"]
+    vm = start_vm(start_qemu, tmp_path, "-m", "64M", prefix=prefix)
+    os.kill(vm.pid, signal.SIGUSR2)
+
+    def left() -> int:
+        return most - Path(f"/proc/{vm.pid}/maps").read_bytes().count(b"\n")
+
+    wait_for(lambda: left() < 100, "few mappings are left", 60)
+    result = vm.prefault("--populate-only")
+    assert result.status == 5 and result.error["code"] == "no-tasks"
+    assert f"because vm.max_map_count is {most}" in result.error["cause"]
+    assert vm.qmp.status() == "prelaunch"
+    vm.qmp.execute("object-add", qom_type="iothread", id="t0")
     assert leftovers(vm.pid) == []
 
 
@@ -63,14 +92,52 @@ def test_deadline_threads_are_named(vm: QemuVm) -> None:
     assert leftovers(vm.pid) == []
 
 
-def error_of(vm: QemuVm, prefix: Sequence[str]) -> dict[str, str]:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can create cgroups and namespaces")
+@pytest.mark.parametrize("namespace", ["cgroup", "mount"])
+@pytest.mark.parametrize("controller", ["memory", "pids"])
+def test_hidden_cgroup_is_refused(
+    start_qemu: StartQemu, tmp_path: Path, controller: str, namespace: str
+) -> None:
+    """Check that the tool does not rely on limits that it cannot read."""
+    with cgroups(controller, depth=2) as ((outer, inner), unified):
+        most = 48 << 20
+        if controller == "memory":
+            (inner / ("memory.max" if unified else "memory.limit_in_bytes")).write_text(str(most))
+        vm = start_vm(start_qemu, tmp_path, "-m", "64M", prefix=in_group(inner))
+        if controller == "pids":
+            used_tasks = int((inner / "pids.current").read_text())
+            (inner / "pids.max").write_text(str(used_tasks + 1))
+        own = outer.with_name(f"{outer.name}-tool")
+        own.mkdir()
+        mount = next(str(path) for path in outer.parents if path.is_mount())
+        hide = f"umount -l {mount} && "
+        if namespace == "cgroup":
+            kind = "cgroup2" if unified else f"cgroup -o {controller}"
+            hide += f"mount -t {kind} none {mount} && "
+        unshare = ["unshare", "--mount", *(["--cgroup"] if namespace == "cgroup" else [])]
+        prefix = [*in_group(own), *unshare, "sh", "-c", hide + 'exec "$@"', "sh"]
+        populate = "--populate=auto" if controller == "memory" else "--populate=resident"
+        try:
+            for more in ([populate], [populate, "--dry-run"]):
+                error = error_of(vm, prefix, *more, status=5, state="prelaunch")
+                assert error["code"] == "hidden-cgroup"
+                assert f"QEMU's {controller} cgroup " in error["cause"]
+                assert "--force" in error["remedy"]
+        finally:
+            vm.qemu.kill()
+            own.rmdir()
+
+
+def error_of(
+    vm: QemuVm, prefix: Sequence[str], *arguments: str, status: int = 1, state: str = "running"
+) -> dict[str, str]:
     """Run the tool with a prefix, and return its error."""
     tool = [sys.executable, "-m", "qemu_prefault", "--qmp", vm.qemu.qmp, "--json"]
-    command = [*prefix, *tool, "--populate-only"]
+    command = [*prefix, *tool, "--populate-only", *arguments]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1, (done.stdout, done.stderr)
+    assert done.returncode == status, (done.stdout, done.stderr)
     assert "Traceback" not in done.stderr
-    assert vm.qmp.status() == "running"
+    assert vm.qmp.status() == state
     assert leftovers(vm.pid) == []
     error: dict[str, str] = json.loads(done.stdout)["error"]
     return error

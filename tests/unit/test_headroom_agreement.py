@@ -472,6 +472,94 @@ def test_directories_of_this_process(tmp_path: Path) -> None:
     assert directories_in_c(tmp_path, cgroup, mountinfo) == in_python
 
 
+INITIAL, NESTED = headroom.INITIAL_CGROUP_NAMESPACE, "cgroup:[4026532000]"
+#: The name of a case, the text of /proc/PID/cgroup (None: absent), the text of mountinfo, the
+#: cgroup namespace, the reason in Python (None: the limits are readable), and whether the plugin
+#: can read the limits. In a cgroup namespace, the plugin does not rely on the namespace's root.
+HIDDEN = (
+    ("v2", "0::/vm\n", V2, INITIAL, None, True),
+    ("v1", "4:memory:/vm\n", V1.replace("/memory", ""), INITIAL, None, True),
+    ("root, not mounted", "0::/\n", "", INITIAL, None, True),
+    ("no cgroups", None, "", INITIAL, None, True),
+    ("not mounted", "0::/vm\n", "", INITIAL, "not mounted", False),
+    ("v1, only v2 is mounted", "4:memory:/vm\n0::/vm\n", V2, INITIAL, "not mounted", False),
+    ("outside the namespace", "0::/../vm\n", V2, NESTED, "outside", False),
+    ("v1 outside the namespace", "4:memory:/../../vm\n", V1, NESTED, "outside", False),
+    ("another container's", "0::/b\n", V2.replace(" / ", " /a "), INITIAL, "not mounted", False),
+    ("covered mount", "0::/covered\n", V2, INITIAL, "is not a cgroup", True),
+    ("missing directory", "0::/missing\n", V2, INITIAL, "No such file", False),
+    ("host's mount", "0::/../vm\n", V2.replace(" / ", " /.. "), NESTED, None, False),
+    ("root of a container", "0::/\n", V2, NESTED, None, False),
+    ("root of a container, not mounted", "0::/\n", "", NESTED, "not mounted", False),
+)
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "mountinfo", "namespace", "reason", "in_c"),
+    [case[1:] for case in HIDDEN],
+    ids=[case[0] for case in HIDDEN],
+)
+def test_hidden_cgroups(
+    *,
+    cgroup: str | None,
+    mountinfo: str,
+    namespace: str,
+    reason: str | None,
+    in_c: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    proc, groups = fake_proc(tmp_path, monkeypatch, cgroup, mountinfo, namespace)
+    for name in ("", "vm", "covered"):
+        write(groups / name, {} if name == "covered" else {"cgroup.procs": ""})
+    found = headroom.hidden_cgroup(Process(1, 0), "memory")
+    assert (found is None) == (reason is None)
+    assert reason is None or reason in str(found)
+    paths = (proc / "1/cgroup", proc / "self/mountinfo", proc / "self/ns/cgroup")
+    assert bool(lib.pf_headroom_sees_group(*map(os.fsencode, paths), b"memory")) == in_c
+
+
+def fake_proc(
+    scratch: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cgroup: str | None,
+    mountinfo: str,
+    namespace: str = INITIAL,
+) -> tuple[Path, Path]:
+    """Create a /proc with the process 1, and return it and the directory for cgroups."""
+    proc, groups = scratch / "proc", scratch / "cg"
+    for directory in (proc / "self/ns", proc / "1"):
+        directory.mkdir(parents=True)
+    (proc / "self/ns/cgroup").symlink_to(namespace)
+    write(proc / "self", {"mountinfo": mountinfo.replace("{cg}", str(groups))})
+    write(proc, {"cgroups": "#name hierarchy num_cgroups enabled\nmemory\t0\t9\t1\npids 0 9 0"})
+    if cgroup is not None:
+        (proc / "1/cgroup").write_text(cgroup)
+    monkeypatch.setattr("qemu_prefault.host.proc_files.PROC", str(proc))
+    return proc, groups
+
+
+def test_absent_controller_has_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proc, _ = fake_proc(tmp_path, monkeypatch, "0::/vm\n", "")
+    process = Process(1, 0)
+    assert headroom.hidden_cgroup(process, "memory")
+    assert headroom.hidden_cgroup(process, "pids") is None  # disabled
+    assert headroom.hidden_cgroup(process, "hugetlb") is None  # not in the kernel
+    (proc / "cgroups").write_text("pids 0 9 1\n")
+    assert headroom.hidden_cgroup(process, "memory") is None
+    (proc / "kpagecgroup").touch()  # CONFIG_MEMCG without CONFIG_MEMCG_V1
+    assert headroom.hidden_cgroup(process, "memory")
+
+
+def test_hidden_cgroup_leaves_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proc, _ = fake_proc(tmp_path, monkeypatch, "0::/../vm\n", V2, NESTED)
+    write(proc, {"meminfo": "MemAvailable: 1000 kB"})
+    host, group = headroom.memory_headroom(Process(1, 0))
+    assert (host.available, host.unknown) == (1000 << 10, False)
+    assert (group.available, group.unknown) == (0, True)
+    assert "outside" in group.detail
+
+
 def directories_in_c(scratch: Path, cgroup: str, mountinfo: str) -> list[tuple[str, bool]]:
     files = (scratch / "cgroup", scratch / "mountinfo")
     for file, text in zip(files, (cgroup, mountinfo), strict=True):

@@ -10,12 +10,16 @@ import pytest
 
 from qemu_prefault.agents import injector
 from qemu_prefault.agents.base import VcpuThread
+from qemu_prefault.agents.control_page import AREA_SIZE
 from qemu_prefault.errors import RefusedError
 from qemu_prefault.host.procfs import Process
 from qemu_prefault.host.task_limits import (
+    HELPER_BYTES,
     MIN_LEFT,
     RESERVE,
     TaskLimit,
+    address_limits,
+    mapping_limits,
     parse_limits,
     parse_pending,
     pids_limits,
@@ -115,6 +119,82 @@ def test_chosen_vcpus(
     threads = [VcpuThread(100 + i, -1, None, node, index=i) for i, node in enumerate(nodes)]
     chosen = injector.choose_threads(Process(os.getpid(), 0), threads)
     assert [thread.index for thread in chosen] == expected
+
+
+def test_hidden_pids_cgroup_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(injector, "task_limits", lambda process: [])
+    monkeypatch.setattr(injector, "hidden_cgroup", lambda process, controller: f"{controller}: no")
+    process = Process(os.getpid(), 0)
+    threads = [VcpuThread(100 + i, -1, None, index=i) for i in range(4)]
+    with pytest.raises(RefusedError, match="may start is unknown: pids: no") as caught:
+        injector.choose_threads(process, threads)
+    assert caught.value.code == "hidden-cgroup" and "--force" in caught.value.remedy
+    assert len(injector.choose_threads(process, threads, force=True)) == 1
+
+
+@pytest.mark.parametrize(
+    ("used", "expected"),
+    [(65530 - 13, 0), (65530 - 14, 1), (65530 - 259, 1), (65530 - 260, 2), (100, 8)],
+)
+def test_mappings_are_left(
+    used: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sys/vm").mkdir(parents=True)
+    (tmp_path / "sys/vm/max_map_count").write_text("65530\n")
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1/maps").write_text("7f00-7f01 r--p 0 00:00 0\n" * used)
+    monkeypatch.setattr("qemu_prefault.host.proc_files.PROC", str(tmp_path))
+    (limit,) = mapping_limits(Process(1, 0))
+    assert limit.helpers(8) == expected
+    assert (
+        f"only {65530 - used} more mappings, because vm.max_map_count is 65530, {used} in use"
+        in (limit.cause(1))
+    )
+    assert limit.remedy == "sysctl vm.max_map_count=131060"
+
+
+def test_missing_map_count_is_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qemu_prefault.host.proc_files.PROC", str(tmp_path))
+    assert mapping_limits(Process(1, 0)) == []
+
+
+STACK = 8 << 20
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [
+        (8240 << 10, 0),
+        (3 * STACK + HELPER_BYTES - 1, 0),
+        (3 * STACK + HELPER_BYTES, 1),
+        (RESERVE * STACK + 2 * HELPER_BYTES, 2),
+        (1 << 40, 8),
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "field", "option"),
+    [
+        ("Max address space", "VmSize", "as"),
+        ("Max data size", "VmData", "data"),
+        ("Max locked memory", "VmLck", "memlock"),
+    ],
+)
+def test_stacks_are_left(name: str, field: str, option: str, free: int, expected: int) -> None:
+    limits = {name: 100 + free, "Max stack size": STACK}
+    (limit,) = address_limits(limits, {field: 100}, 7, locks=True)
+    assert limit.helpers(8) == expected
+    assert f"{free >> 10} KiB" in limit.cause(7) and name in limit.cause(7)
+    assert f"prlimit --pid 7 --{option}=unlimited" in limit.remedy
+
+
+def test_locked_memory_is_limited_only_if_new_mappings_are_locked() -> None:
+    limits, status = {"Max locked memory": 65536}, {"VmLck": 0}
+    assert address_limits(limits, status, 7, locks=False) == []
+    assert len(address_limits(limits, status, 7, locks=True)) == 1
+
+
+def test_helper_fits_in_its_share() -> None:
+    assert AREA_SIZE <= HELPER_BYTES
 
 
 def test_too_few_tasks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
