@@ -119,6 +119,11 @@ class Limits:
     dead_man: float = 3.0
     #: Interval at which a helper's timer interrupts the helper's system calls.
     tick: float = 0.1
+    #: Time for which a helper rests after it has populated a chunk, in percent of the CPU time that
+    #: it has used.
+    rest_percent: int = 0
+    #: Maximum bytes that a helper populates before it rests.
+    rest_bytes: int = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)

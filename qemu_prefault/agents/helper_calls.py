@@ -35,6 +35,7 @@ CLONE_FLAGS = 0x3D0F00  # the flags of pthread_create(), see native/ptrace/injec
 SIG_SETMASK, TICK_SIGNAL = 2, 64
 PR_SET_NAME = 15
 CLOCK_MONOTONIC = 1
+CLOCK_THREAD_CPUTIME_ID = 3
 MADV_POPULATE_WRITE = 23
 CHUNK = 32 << 20
 TIMERS = frozenset({"timer_create", "timer_settime", "timer_delete"})
@@ -87,6 +88,7 @@ def required_calls(descriptors: Iterable[int], *, area: int, gadget: int) -> tup
         Call(Number.prctl, (PR_SET_NAME, control), inside),
         Call(Number.set_tid_address, (0,), inside),
         Call(Number.clock_gettime, (CLOCK_MONOTONIC, control), inside),
+        Call(Number.clock_gettime, (CLOCK_THREAD_CPUTIME_ID, control), inside),
         Call(Number.nanosleep, (control, 0), inside),
         Call(Number.madvise, (area, CHUNK, MADV_POPULATE_WRITE), inside),
     ]

@@ -20,6 +20,7 @@ from typing import Any
 
 from .._native import ffi, lib
 from ..errors import AgentError, Code, FailedError, GoneError, RefusedError, UnsupportedError
+from ..host.cpu_quota import cpu_quota
 from ..host.headroom import REMEDY_HIDDEN, hidden_cgroup
 from ..host.placement import (
     REAL_TIME,
@@ -81,6 +82,8 @@ def choose_threads(
     except ProcessLookupError:
         raise gone(process.pid) from None
     wanted = min(len(threads), max(cpus, 2), MAX_HELPERS)
+    if (quota := cpu_quota(process)) is not None:
+        wanted = min(wanted, quota.helpers)
     if (hidden := hidden_cgroup(process, "pids")) is not None:
         if not force:
             raise RefusedError(
@@ -312,6 +315,8 @@ class Injector:
                     "chunk_bytes": self._limits.chunk_bytes,
                     "stuck_ns": int(self._limits.stuck * 1e9),
                 },
+                "rest_bytes": self._limits.rest_bytes,
+                "rest_percent": self._limits.rest_percent,
                 "vcpu_fd": thread.fd,
                 "tool_pid": os.getpid()
                 if self.allowed.kill and same_pid_namespace(self._process)

@@ -28,10 +28,12 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from .._native import lib
 from ..errors import AgentError, Code, QemuPrefaultError
+from ..host.cpu_quota import CpuQuota, cpu_quota
 from ..host.procfs import Process
 from ..host.stall import STALL_SECONDS, IdleThreads, ProgressLimit, Stall, why_stalled
 from .base import BatchResult, Kind, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
@@ -70,6 +72,21 @@ READY_SECONDS = 5.0
 FAILED_SECONDS = 1.0
 #: Seconds to wait for the end of the run gate after other runs, if a helper has not exited.
 GATE_SECONDS = 1.0
+#: Maximum size of one ioctl in bytes if QEMU's CPU time is limited. The kernel can stop the helper
+#: in the ioctl until the next period.
+QUOTA_CHUNK = 2 << 20
+
+
+def within_quota(limits: Limits, quota: CpuQuota | None) -> Limits:
+    """Return the limits of helpers that use at most a part of QEMU's CPU time to populate."""
+    if quota is None or not quota.rest_percent:
+        return limits
+    return replace(
+        limits,
+        chunk_bytes=min(limits.chunk_bytes, QUOTA_CHUNK),
+        rest_percent=quota.rest_percent,
+        rest_bytes=min(limits.chunk_bytes, quota.chunk_bytes),
+    )
 
 
 class PtraceAgent:
@@ -117,6 +134,7 @@ class PtraceAgent:
         """
         # The kernel attaches tracees to a thread, and detaches them when the thread exits.
         # Therefore one thread makes all ptrace calls and then exits.
+        self.limits = within_quota(self.limits, cpu_quota(self.process))
         try:
             await self._wait_until_alone()
             with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ptrace") as executor:
@@ -221,10 +239,12 @@ class PtraceAgent:
             return False
         with self._note_failure():
             await self._gate.hold()
+        self._tell_all("rest_percent", 0)  # a rest would only make the pause longer
         return True
 
     async def release_vcpus(self) -> None:
         """See :meth:`.Agent.release_vcpus`."""
+        self._tell_all("rest_percent", self.limits.rest_percent)
         if self._gate is not None:
             await self._gate.release()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import Code, UnsupportedError
+from ..host.cpu_quota import cpu_quota
 from ..host.procfs import Process
 from ..qemu.memory_map import MemorySection
 from ..qemu.monitor import Monitor
@@ -44,6 +45,11 @@ class Selection:
             return threads
         or_else = "start fewer threads in QEMU" if self.name == "plugin" else "use the plugin agent"
         return choose_threads(process, threads, or_else, force=force)
+
+    def warnings(self, process: Process) -> dict[str, str]:
+        """Return a map from codes to warnings about the agent's threads in QEMU."""
+        quota = cpu_quota(process) if self.name == "attach" else None
+        return {Code.CPU_QUOTA: quota.warning()} if quota and quota.rest_percent else {}
 
     def make(
         self,

@@ -100,7 +100,7 @@ async def prefault(
     else:
         check_vm_state(vm.state, await vm.dirty_limit())
     targets = select(vm.state, options)
-    tally.warnings |= find_warnings(options, targets, vm.state)
+    tally.warnings |= find_warnings(options, targets, vm.state) | selection.warnings(vm.process)
     with Pagemap(vm.process) as pagemap, Reservation() as reservation:
         absent = check_headroom(
             vm, targets, pagemap, options.force, None if options.dry_run else reservation

@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from qemu_prefault.agents.qemu_process import helper_threads
+from qemu_prefault.host.proc_files import stat_fields
 from qemu_prefault_lab.wait import wait_for
+from support.limits import cgroups, in_group
 from support.process import leftovers, other_threads
 from support.qemu import QemuVm, StartQemu, start_tool, start_vm
 from support.tool import Result
@@ -152,3 +154,33 @@ def test_helper_leaves_the_vcpu_cgroup(
     assert seen and {helper.groups for helper in seen} == {wanted}
     assert Path(f"/proc/{vm.pid}/task/{vcpu}/cgroup").read_text() != wanted
     vm.qemu.kill()
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time of all threads of a process, including those that have exited."""
+    fields = stat_fields(Path(f"/proc/{pid}/stat").read_text())
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_helper_leaves_most_of_the_cpu_quota(start_qemu: StartQemu, tmp_path: Path) -> None:
+    """Check that QEMU's main loop still gets CPU time while a helper populates."""
+    with cgroups("cpu", depth=2) as ((outer, inner), unified):
+        vm = start_vm(start_qemu, tmp_path, "-m", "256M", "-smp", "4", prefix=in_group(inner))
+        files = {"cpu.max": "20000 100000"} if unified else {"cpu.cfs_quota_us": "20000"}
+        for name, text in files.items():
+            (outer / name).write_text(text)
+        dry = vm.prefault("--populate-only", "--dry-run")
+        assert [warning["code"] for warning in dry.report["warnings"]] == ["cpu-quota"]
+        before, most = cpu_seconds(vm.pid), 0
+        tool = start_tool(vm.qemu, "--populate-only")
+        while tool.running():
+            most = max(most, len(helper_threads(vm.pid)))
+            time.sleep(0.005)
+        result = tool.finish()
+        used = cpu_seconds(vm.pid) - before
+        vm.qemu.kill()
+    assert result.status == 0, result.stderr
+    assert [warning["code"] for warning in result.report["warnings"]] == ["cpu-quota"]
+    assert most == 1
+    # Without rests, this is 0.2.
+    assert used / result.report["seconds"]["populate"] < 0.12

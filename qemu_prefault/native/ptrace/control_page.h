@@ -30,6 +30,7 @@ struct prefault_control {
 	uint64_t dead_man_ns; /* exit if heartbeat does not change for this long */
 	uint64_t tick_ns;     /* the tick interrupts system calls at this interval; 0: no timers */
 	struct prefault_limits limits;
+	uint64_t rest_bytes; /* maximum size of a chunk that is populated before a rest */
 	int32_t vcpu_fd;
 	int32_t tool_pid; /* in QEMU's PID namespace; 0: the tool is not visible there */
 
@@ -39,6 +40,7 @@ struct prefault_control {
 	uint32_t abort;	  /* stop each batch after the current chunk */
 	uint32_t release; /* exit when idle */
 	uint32_t range_count;
+	uint32_t rest_percent; /* rest after populating, in percent of the CPU time; 0: never */
 
 	/* Written by the run gate. 1: another client has resumed the guest, so stop working. */
 	uint32_t vcpu_runs;

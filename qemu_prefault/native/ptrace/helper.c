@@ -25,6 +25,11 @@
 #define SIGNAL_HIGHEST 64 /* signals tried for the tick, from high to low */
 #define SIGNAL_LOWEST 40
 
+#define IDLE_NS 300000u /* interval at which an idle helper looks for a batch */
+#define IDLE_QUOTA_NS 5000000u
+#define REST_MOST_NS 1000000000ull
+#define REST_SLICE_NS 50000000ull /* interval at which a resting helper looks for an abort */
+
 struct helper_sigaction {
 	uint64_t handler, flags, restorer, mask;
 };
@@ -39,7 +44,9 @@ struct helper {
 	uint64_t heartbeat;
 	uint64_t heartbeat_at;
 	uint64_t looked_at;
+	uint64_t cpu_at;    /* the thread's CPU time at the last rest */
 	int32_t tick_timer; /* -1: none */
+	int32_t rests;	    /* whether to rest before each chunk */
 	int32_t tool_pid;   /* 0: not visible to QEMU */
 };
 
@@ -102,10 +109,53 @@ static int tool_lives(struct helper *helper)
 	return now - helper->heartbeat_at < control->dead_man_ns;
 }
 
+static void sleep_ns(uint64_t ns)
+{
+	struct {
+		int64_t seconds, nanoseconds;
+	} pause = { (int64_t)(ns / 1000000000u), (int64_t)(ns % 1000000000u) };
+
+	prefault_syscall3(__NR_nanosleep, (long)&pause, 0, 0);
+}
+
+static uint64_t cpu_time_ns(void)
+{
+	struct {
+		int64_t seconds, nanoseconds;
+	} used = { 0 };
+
+	prefault_syscall3(__NR_clock_gettime, CLOCK_THREAD_CPUTIME_ID, (long)&used, 0);
+	return (uint64_t)used.seconds * 1000000000u + (uint64_t)used.nanoseconds;
+}
+
+/*
+ * Rest in proportion to the CPU time since the last rest. If QEMU's threads have used up the CPU
+ * quota of their cgroup, the kernel stops all of them, including QEMU's main loop.
+ */
+static void rest(struct helper *helper)
+{
+	struct prefault_control *control = helper->control;
+	uint64_t used = cpu_time_ns(), start = prefault_now_ns(), now = start, length;
+
+	length = (used - helper->cpu_at) * load(&control->rest_percent) / 100;
+	helper->cpu_at = used;
+	if (length > REST_MOST_NS)
+		length = REST_MOST_NS;
+	while (now - start < length && load(&control->rest_percent) && !load(&control->abort) &&
+	       !load(&control->vcpu_runs) && tool_lives(helper)) {
+		uint64_t left = length - (now - start);
+
+		sleep_ns(left < REST_SLICE_NS ? left : REST_SLICE_NS);
+		now = prefault_now_ns();
+	}
+}
+
 static int batch_goes_on(void *context)
 {
 	struct helper *helper = context;
 
+	if (helper->rests)
+		rest(helper);
 	helper->control->chunk_started_ns = prefault_now_ns();
 	return !load(&helper->control->abort) && !load(&helper->control->vcpu_runs) &&
 	       tool_lives(helper);
@@ -122,11 +172,20 @@ static void run_batch(struct helper *helper)
 		count = PREFAULT_RANGES_MAX;
 	control->batch_started_ns = prefault_now_ns();
 	for (uint32_t i = 0; i < count; i++) {
-		prefault_run_range(&control->ranges[i], control->vcpu_fd, &control->limits, &hooks);
+		struct prefault_limits limits = { control->limits.chunk_bytes,
+						  control->limits.stuck_ns };
+
+		helper->rests = load(&control->rest_percent) &&
+				control->ranges[i].kind == PREFAULT_POPULATE;
+		if (helper->rests && limits.chunk_bytes > control->rest_bytes)
+			limits.chunk_bytes = control->rest_bytes;
+		prefault_run_range(&control->ranges[i], control->vcpu_fd, &limits, &hooks);
 		/* Only this vCPU is stuck. The tool retries the other ranges on another vCPU. */
 		if (control->ranges[i].error == PREFAULT_STUCK)
 			break;
 	}
+	if (!helper->rests)
+		helper->cpu_at = cpu_time_ns(); /* a batch without rests causes none later */
 	control->batch_finished_ns = prefault_now_ns();
 	__atomic_store_n(&control->batch_done, batch, __ATOMIC_RELEASE);
 }
@@ -201,9 +260,6 @@ static long prepare(struct helper *helper)
 
 __attribute__((noreturn, used)) void pf_helper_main(struct prefault_control *control)
 {
-	struct {
-		int64_t seconds, nanoseconds;
-	} pause = { 0, 300000 };
 	struct helper helper = { .control = control,
 				 .heartbeat_at = prefault_now_ns(),
 				 .tick_timer = -1,
@@ -217,7 +273,7 @@ __attribute__((noreturn, used)) void pf_helper_main(struct prefault_control *con
 		else if (load(&control->release))
 			break;
 		else
-			prefault_syscall3(__NR_nanosleep, (long)&pause, 0, 0);
+			sleep_ns(load(&control->rest_percent) ? IDLE_QUOTA_NS : IDLE_NS);
 	}
 	leave(&helper);
 }
