@@ -9,6 +9,7 @@ into exceptions.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import itertools
@@ -45,7 +46,7 @@ from .base import Limits, VcpuThread
 from .control_page import AREA_SIZE, CODE_SIZE, Helper, abandoned_areas, offset_of
 from .gadgets import find_gadgets, free_areas, prepare_exit_slot
 from .helper_calls import Allowed, call_with_retries, check_filters, is_changed, seize_denied
-from .qemu_process import exit_error, same_pid_namespace, stays_alive, target_of
+from .qemu_process import TRACED_SECONDS, exit_error, same_pid_namespace, stays_alive, target_of
 
 #: Maximum number of helpers per run.
 MAX_HELPERS = 8
@@ -125,6 +126,38 @@ def idle_threads(process: Process, threads: Sequence[VcpuThread]) -> Iterator[in
                     yield tid
             except OSError:  # the thread has exited
                 continue
+
+
+async def check_untraced(process: Process, threads: Sequence[VcpuThread]) -> None:
+    """Check that no other process traces the threads that a run would trace.
+
+    The check does not trace QEMU. Another qemu-prefault usually traces a thread for less than 1 ms,
+    so the function waits up to :data:`~.qemu_process.TRACED_SECONDS`.
+
+    :param threads: The vCPUs that get a helper thread.
+    :raises UnsupportedError: If another process traces one of the threads.
+    """
+    deadline = time.monotonic() + TRACED_SECONDS
+    while any(_is_traced(process, tid) for tid in _traced_in_a_run(process, threads)):
+        if time.monotonic() > deadline:
+            raise ptrace_denied(process)
+        await asyncio.sleep(0.02)
+
+
+def _traced_in_a_run(process: Process, threads: Sequence[VcpuThread]) -> list[int]:
+    """Return the thread that starts helpers, and the vCPUs that the run gate traces."""
+    vcpus = [thread.thread_id for thread in threads]
+    starter = next(idle_threads(process, threads), None)
+    if starter is None:
+        return vcpus or [process.pid]
+    return [starter, *(thread.thread_id for thread in threads if thread.fd >= 0)]
+
+
+def _is_traced(process: Process, tid: int) -> bool:
+    try:
+        return process.status(tid).tracer_pid != 0
+    except GoneError:
+        return False
 
 
 class Injector:

@@ -134,7 +134,10 @@ class PtraceAgent:
         """
         # The kernel attaches tracees to a thread, and detaches them when the thread exits.
         # Therefore one thread makes all ptrace calls and then exits.
-        self.limits = within_quota(self.limits, cpu_quota(self.process))
+        quota = cpu_quota(self.process)
+        self.limits = within_quota(self.limits, quota)
+        if quota is not None and quota.rest_percent:
+            self.warnings[Code.CPU_QUOTA] = quota.warning()
         try:
             await self._wait_until_alone()
             with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ptrace") as executor:

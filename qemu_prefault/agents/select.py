@@ -13,7 +13,7 @@ from ..host.procfs import Process
 from ..qemu.memory_map import MemorySection
 from ..qemu.monitor import Monitor
 from .base import Agent, Limits, VcpuThread
-from .injector import choose_threads
+from .injector import check_untraced, choose_threads
 from .plugin import PluginAgent, find_control_socket
 from .ptrace import PtraceAgent
 from .qmp import QmpAgent, offers_command
@@ -45,6 +45,14 @@ class Selection:
             return threads
         or_else = "start fewer threads in QEMU" if self.name == "plugin" else "use the plugin agent"
         return choose_threads(process, threads, or_else, force=force)
+
+    async def check_untraced(self, process: Process, threads: Sequence[VcpuThread]) -> None:
+        """Check that no other process traces QEMU, if the agent must trace it.
+
+        :raises UnsupportedError: If another process traces QEMU.
+        """
+        if self.name == "attach":
+            await check_untraced(process, threads)
 
     def warnings(self, process: Process) -> dict[str, str]:
         """Return a map from codes to warnings about the agent's threads in QEMU."""

@@ -10,8 +10,10 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..agents.base import VcpuThread
 from ..agents.gadgets import find_gadgets
 from ..agents.helper_calls import check_filters
+from ..agents.injector import check_untraced, choose_threads
 from ..agents.plugin import Control, find_control_socket
 from ..agents.qemu_process import open_memory
 from ..agents.qmp import offers_command
@@ -65,7 +67,7 @@ async def probe_process(pid: int) -> Findings:
     :raises GoneError: If the process does not exist.
     """
     process = Process.find(pid)
-    findings, status = _host(process)
+    findings, status = await _host(process)
     findings.append(await _plugin(process))
     findings.append(
         Finding(
@@ -77,7 +79,7 @@ async def probe_process(pid: int) -> Findings:
 
 async def probe(vm: Vm) -> Findings:
     """Check this host and a connected QEMU."""
-    findings, status = _host(vm.process)
+    findings, status = await _host(vm.process)
     findings.append(await _plugin(vm.process))
     state = vm.state
     findings.append(
@@ -176,8 +178,8 @@ def paging_finding() -> Finding | None:
     return Finding("paging", "ok", f"EPT with accessed/dirty bits; {logging}")
 
 
-def _host(process: Process) -> tuple[list[Finding], ExitStatus]:
-    """Check the kernel, KVM, and the permission to trace QEMU."""
+async def _host(process: Process) -> tuple[list[Finding], ExitStatus]:
+    """Check the kernel, KVM, and whether helpers can be started in QEMU."""
     status = ExitStatus.VERIFIED
     findings = [Finding("kernel", "ok", os.uname().release)]
     capability = kvm.pre_fault_capability(process)
@@ -197,6 +199,8 @@ def _host(process: Process) -> tuple[list[Finding], ExitStatus]:
         finally:
             os.close(memory)
         check_filters(process, [process.pid])
+        await check_untraced(process, [])
+        choose_threads(process, [VcpuThread(process.pid, -1, None)])
     except QemuPrefaultError as error:
         findings.append(Finding("attach", "no", error.cause, error.remedy))
         status = status or error.exit_status

@@ -111,6 +111,7 @@ async def prefault(
             force=options.force,
         )
         if options.dry_run:
+            await selection.check_untraced(vm.process, threads)
             await _plan_only(vm, targets, absent, pagemap, tally)
         else:
             await _act(

@@ -312,16 +312,20 @@ def test_other_tracer_is_named(
     elif traced == "other threads":
         threads = other_threads(vm.pid, vm.vcpu)
     tracers = [tracer_of(tid) for tid in threads]
-    result = vm.prefault("--populate-only")
+    results = [vm.prefault("--populate-only", *more) for more in (["--dry-run"], [])]
+    probed = {each["check"]: each for each in vm.command("probe").report["findings"]}
     assert vm.qmp.status() == "running"
     assert leftovers(vm.pid) == []
     if traced != "other threads":
-        assert result.status == 0
+        assert [result.status for result in results] == [0, 0]
+        assert probed["attach"]["verdict"] == probed["populate"]["verdict"] == "ok"
         return
-    assert result.status == 4
-    assert result.error["code"] == "ptrace-denied"
-    assert any(f"traced by process {pid} (python" in result.error["cause"] for pid in tracers)
-    assert any(f"kill {pid}" in result.error["remedy"] for pid in tracers)
+    assert probed["attach"]["verdict"] == probed["populate"]["verdict"] == "no"
+    for result in results:
+        assert result.status == 4
+        assert result.error["code"] == "ptrace-denied"
+        assert any(f"traced by process {pid} (python" in result.error["cause"] for pid in tracers)
+        assert any(f"kill {pid}" in result.error["remedy"] for pid in tracers)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")

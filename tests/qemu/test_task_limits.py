@@ -72,10 +72,15 @@ def leave(group: Path, count: int) -> None:
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_too_few_tasks_is_refused(vm: QemuVm, pids_group: Path, count: int) -> None:
     leave(pids_group, count)
-    result = vm.prefault("--populate-only")
-    assert result.status == 5, result.stderr
-    assert result.error["code"] == "no-tasks"
-    assert f"only {count} more threads, because pids.max of {pids_group}" in result.error["cause"]
+    reason = f"only {count} more threads, because pids.max of {pids_group}"
+    for more in ([], ["--dry-run"]):
+        result = vm.prefault("--populate-only", *more)
+        assert result.status == 5, result.stderr
+        assert result.error["code"] == "no-tasks"
+        assert reason in result.error["cause"]
+    probed = {each["check"]: each for each in vm.command("probe").report["findings"]}
+    for check in ("attach", "populate"):
+        assert probed[check]["verdict"] == "no" and reason in probed[check]["text"]
     assert vm.qmp.status() == "prelaunch"
 
 

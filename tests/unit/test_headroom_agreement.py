@@ -515,8 +515,9 @@ def test_hidden_cgroups(
     found = headroom.hidden_cgroup(Process(1, 0), "memory")
     assert (found is None) == (reason is None)
     assert reason is None or reason in str(found)
-    paths = (proc / "1/cgroup", proc / "self/mountinfo", proc / "self/ns/cgroup")
-    assert bool(lib.pf_headroom_sees_group(*map(os.fsencode, paths), b"memory")) == in_c
+    names = ("1/cgroup", "self/mountinfo", "self/ns/cgroup")
+    first, second, third = (os.fsencode(proc / name) for name in names)
+    assert bool(lib.pf_headroom_sees_group(first, second, third, b"memory")) == in_c
 
 
 def fake_proc(
