@@ -23,6 +23,7 @@ from .._native import ffi, lib
 from ..errors import AgentError, Code, FailedError, GoneError, RefusedError, UnsupportedError
 from ..host.cpu_quota import cpu_quota
 from ..host.headroom import REMEDY_HIDDEN, hidden_cgroup
+from ..host.kernel_log import exit_error
 from ..host.placement import (
     REAL_TIME,
     affinity,
@@ -46,7 +47,7 @@ from .base import Limits, VcpuThread
 from .control_page import AREA_SIZE, CODE_SIZE, Helper, abandoned_areas, offset_of
 from .gadgets import find_gadgets, free_areas, prepare_exit_slot
 from .helper_calls import Allowed, call_with_retries, check_filters, is_changed, seize_denied
-from .qemu_process import TRACED_SECONDS, exit_error, same_pid_namespace, stays_alive, target_of
+from .qemu_process import TRACED_SECONDS, same_pid_namespace, stays_alive, target_of
 
 #: Maximum number of helpers per run.
 MAX_HELPERS = 8

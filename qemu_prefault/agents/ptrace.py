@@ -34,6 +34,7 @@ from typing import Any, TypeVar
 from .._native import lib
 from ..errors import AgentError, Code, QemuPrefaultError
 from ..host.cpu_quota import CpuQuota, cpu_quota
+from ..host.kernel_log import exit_error
 from ..host.procfs import Process
 from ..host.stall import STALL_SECONDS, IdleThreads, ProgressLimit, Stall, why_stalled
 from .base import BatchResult, Kind, Limits, OrphanCleanup, Outcome, Range, VcpuThread, Worker
@@ -43,7 +44,6 @@ from .injector import START_SECONDS, Injector
 from .qemu_process import (
     HELPER_NAME,
     busy_error,
-    exit_error,
     helper_threads,
     lock_memory,
     open_memory,

@@ -9,7 +9,6 @@ import time
 from typing import Any
 
 from ..errors import Code, FailedError, QemuPrefaultError, RefusedError
-from ..host.kernel_log import cause_of_death
 from ..host.pin import has_exited
 from ..host.procfs import Process, thread_names
 from ..host.ptrace_access import ptrace_denied
@@ -161,20 +160,3 @@ class SeizeRetry:
         except QemuPrefaultError:
             return False
         return True
-
-
-def exit_error(process: Process, message: str) -> FailedError:
-    """Return the error for a QEMU process that has exited.
-
-    If the kernel log contains the reason for the exit, the message ends with the reason.
-
-    :param message: The message without the reason.
-    """
-    cause = cause_of_death(process)
-    return FailedError(
-        message + (f": {cause}" if cause else ""),
-        "see the kernel log (dmesg) for details"
-        if cause
-        else "see QEMU's log and the kernel log (dmesg) for the reason",
-        code=Code.QEMU_GONE,
-    )

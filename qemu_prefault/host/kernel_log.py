@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
+from ..errors import Code, FailedError
 from .proc_files import parse_number
 from .procfs import Process
 
@@ -46,6 +47,23 @@ def cause_of_death(process: Process) -> str | None:
     """
     since = process.start_time / os.sysconf("SC_CLK_TCK")
     return find_cause(read_log(), process.pid, since)
+
+
+def exit_error(process: Process, message: str) -> FailedError:
+    """Return the error for a QEMU process that has exited.
+
+    If the kernel log contains the reason for the exit, the message ends with the reason.
+
+    :param message: The message without the reason.
+    """
+    cause = cause_of_death(process)
+    return FailedError(
+        message + (f": {cause}" if cause else ""),
+        "see the kernel log (dmesg) for details"
+        if cause
+        else "see QEMU's log and the kernel log (dmesg) for the reason",
+        code=Code.QEMU_GONE,
+    )
 
 
 def find_cause(records: Iterable[str], pid: int, since: float) -> str | None:

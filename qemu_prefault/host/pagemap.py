@@ -10,6 +10,7 @@ time. Therefore memory use does not grow with the size of the guest.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import Self
 
 from .._native import ffi, lib
 from ..errors import FailedError
+from .kernel_log import exit_error
 from .procfs import Process
 from .ptrace_access import ptrace_denied
 
@@ -133,6 +135,8 @@ class Pagemap:
     def _check(self, result: int, start: int) -> None:
         if result < 0:
             self._process.check()
+            if result == -errno.ESRCH:  # the kernel has freed the memory of an exiting process
+                raise exit_error(self._process, f"QEMU (pid {self._process.pid}) has exited")
             raise FailedError(
                 f"qemu-prefault could not read QEMU's page map at {start:#x}: "
                 f"{os.strerror(-result)}",

@@ -345,6 +345,21 @@ def test_exited_process_is_named(child: tuple[subprocess.Popen[str], int]) -> No
         Pagemap(Process.find(process.pid))
 
 
+def test_process_without_memory_has_exited(
+    child: tuple[subprocess.Popen[str], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check the error while the kernel has freed the memory, but not the process."""
+    process, start = child
+    with Pagemap(Process.find(process.pid)) as pagemap:
+        process.kill()
+        process.wait()
+        monkeypatch.setattr(Process, "check", lambda self: None)
+        with pytest.raises(FailedError, match=f"{process.pid}\\) has exited") as caught:
+            if not pagemap.sums(start, 64 * MIB, True).present:
+                pytest.skip("PAGEMAP_SCAN of this kernel reports the memory as empty")
+    assert caught.value.code == "qemu-gone"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is not installed")
 def test_unreadable_pagemap_names_the_reason(

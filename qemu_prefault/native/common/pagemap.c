@@ -76,8 +76,8 @@ static long scan_entries(const struct scan *scan, uint64_t start, uint64_t end,
 		pages = READ_ENTRIES;
 	bytes = pread(scan->fd, entries, pages * sizeof(entries[0]),
 		      (off_t)(start / PAGE * sizeof(entries[0])));
-	if (bytes <= 0)
-		return bytes ? -errno : -EFAULT;
+	if (bytes <= 0) /* 0: the process has no memory any more (pagemap_read()) */
+		return bytes ? -errno : -ESRCH;
 	pages = (uint64_t)bytes / sizeof(entries[0]);
 	for (uint64_t i = 0; i < pages; i++) {
 		uint64_t at = start + i * PAGE;
