@@ -236,6 +236,9 @@ class MemorySection:
         return self.gpa + self.size
 
 
+#: The area that the chipset can make read-only (hw/pci-host/pam.c).
+PAM_START, PAM_END = 0xC0000, 0x100000
+
 _SKIP_TEXT: Final = {
     "rom": "ROM",
     "read-only": "RAM that the chipset has made read-only (PAM)",
@@ -400,8 +403,9 @@ def _skip_code(item: FlatRange, is_ram: bool, kvm: bool, device: MemoryDevice | 
     if item.kind != "ram":
         by_kind = {"romd": "rom-device", "ramd": "vfio-bar", "rom": "rom"}
         code = "read-only" if item.kind == "rom" and is_ram else by_kind[item.kind]
-        if code == "read-only" and device is not None:
-            code = "read-only-backend"
+        in_pam = item.start >= PAM_START and item.end <= PAM_END
+        if code == "read-only" and (device is not None or not in_pam):
+            code = "read-only-backend"  # readonly=on
     elif not is_ram:
         code = "device-memory"
     elif device is not None and device.kind == "sgx-epc":

@@ -226,6 +226,22 @@ def test_seabios_finishes(start_qemu: StartQemu) -> None:
     asyncio.run(main())
 
 
+def test_read_only_main_ram_is_named(start_qemu: StartQemu, tmp_path: Path) -> None:
+    file = tmp_path / "ram"
+    file.write_bytes(b"")
+    os.truncate(file, 64 * MIB)
+    backend = f"memory-backend-file,id=m,size=64M,mem-path={file},share=off,readonly=on"
+    qemu = start_qemu("-m", "64M", "-object", backend, "-machine", "pc,memory-backend=m")
+
+    async def main() -> None:
+        async with Monitor.connect(qemu.qmp) as monitor:
+            sections = (await read_vm_state(monitor)).sections
+            ram = {s.skip_code for s in sections if s.memdev == "m" and s.gpa >= MIB}
+            assert ram == {"read-only-backend"}
+
+    asyncio.run(main())
+
+
 def test_migration_status(start_qemu: StartQemu, tmp_path: Path) -> None:
     qemu = start_qemu("-m", "64M")
 

@@ -397,7 +397,7 @@ def build(
         ("(prio 0, nv-ram): m0 KVM", None),
         ("(prio 0, ram): /objects/m0 KVM", None),
         ("(prio 0, ram): m0", "no-memslot"),
-        ("(prio 0, rom): m0 KVM", "read-only"),
+        ("(prio 0, rom): m0 KVM", "read-only-backend"),
         ("(prio 0, rom): pc.bios KVM", "rom"),
         ("(prio 1, ram): vga.vram KVM", "device-memory"),
         ("(prio 1, ram): /devices/m0 KVM", "device-memory"),
@@ -410,6 +410,13 @@ def test_skip_codes(rest: str, code: str | None) -> None:
     (section,) = build(f"0000000000100000-00000000001fffff {rest}", kvm=True)
     assert section.skip_code == code
     assert (section.skipped is None) == (code is None)
+
+
+def test_read_only_ram_below_1_mib_is_pam() -> None:
+    (section,) = build("00000000000c0000-00000000000fffff (prio 1, rom): m0 @00000000000c0000 KVM")
+    assert section.skip_code == "read-only" and "PAM" in str(section.skipped)
+    (section,) = build("0000000000000000-000000000009ffff (prio 0, rom): m0 KVM")
+    assert section.skip_code == "read-only-backend"
 
 
 def test_io_is_not_a_section() -> None:
