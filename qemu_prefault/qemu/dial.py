@@ -12,7 +12,7 @@ import asyncio
 import enum
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Final, NoReturn
 
 from qemu.qmp import ConnectError
@@ -41,7 +41,9 @@ _REMEDY_BUSY: Final = (
     "-qmp unix:PATH,server=on,wait=off for qemu-prefault"
 )
 REMEDY_SILENT: Final = (
-    "check that the socket is a QMP monitor and not a guest agent, which sends no greeting\n"
+    "check that the socket is a QMP monitor without websocket=on and tls-creds, and not a guest "
+    "agent: these wait for the client, and qemu-prefault supports none of them. Start QEMU with a "
+    "second -qmp unix:PATH,server=on,wait=off if necessary\n"
     "check whether QEMU is stopped or frozen, is blocked in its main loop, or has reached its "
     "limit on open files (prlimit --pid PID --nofile, ls /proc/PID/fd)"
 )
@@ -130,6 +132,10 @@ def _connect_unix(path: str) -> socket.socket | None:
         sock.connect(path)
         return sock
     except FileNotFoundError as error:
+        if path.startswith("@"):
+            cause = f"{path} does not exist, and qemu-prefault does not support abstract sockets"
+            remedy = "start QEMU with a second -qmp unix:PATH,server=on,wait=off for qemu-prefault"
+            _fail(sock, InputError(cause, remedy), error)
         _fail(sock, InputError(f"the socket {path} does not exist", _REMEDY_ADDRESS), error)
     except PermissionError as error:
         remedy = "run qemu-prefault as root or as QEMU's user"
@@ -315,7 +321,7 @@ def _place(sock: socket.socket) -> _Place:
     Otherwise QEMU would have sent a greeting to this process.
     """
     if sock.family != socket.AF_UNIX:
-        return _Place.UNKNOWN
+        return _place_of_tcp(sock)
     try:
         name = os.fsencode(sock.getpeername())  # the path that the server bound
         states = _states_of(name)
@@ -328,6 +334,42 @@ def _place(sock: socket.socket) -> _Place:
     return _Place.BEHIND if b"03" in states else _Place.QUEUED
 
 
+def _place_of_tcp(sock: socket.socket) -> _Place:
+    """Return whether a server on this host has accepted a TCP connection.
+
+    /proc/net/tcp shows the server's end of a connection with the inode 0 until the server accepts
+    the connection (get_tcp4_sock(), net/ipv4/tcp_ipv4.c). QEMU does not accept a client while it
+    serves another one. If the server is on another host, the table does not show its end.
+    """
+    try:
+        ports = f"{sock.getpeername()[1]:04X}".encode(), f"{sock.getsockname()[1]:04X}".encode()
+        for name in ("tcp", "tcp6"):
+            for line in _lines_of(f"/proc/net/{name}", b":" + ports[1]):
+                row = line.split()
+                # "SLOT: ADDRESS:PORT ADDRESS:PORT STATE TX:RX TIMER:WHEN RETRIES UID TIMEOUT INODE"
+                ends = tuple(end.rpartition(b":")[2] for end in row[1:3])
+                if ends == ports and row[3] == b"01" and len(row) > 9 and row[9] != b"0":
+                    return _Place.ACCEPTED
+    except OSError:
+        pass
+    return _Place.UNKNOWN
+
+
+def _lines_of(table: str, name: bytes) -> Iterator[bytes]:
+    """Yield the lines of a table of sockets that contain ``name``.
+
+    :raises OSError: If the table cannot be read, or if it is larger than :data:`MAX_TABLE`.
+    """
+    left = MAX_TABLE
+    with open(table, "rb") as lines:
+        for line in lines:
+            left -= len(line)
+            if left < 0:
+                raise too_large(table, MAX_TABLE)
+            if name in line:
+                yield line
+
+
 def _states_of(name: bytes) -> set[bytes]:
     """Return the states of all sockets with this name in /proc/net/unix.
 
@@ -336,15 +378,10 @@ def _states_of(name: bytes) -> set[bytes]:
     :raises OSError: If the file cannot be read, or if it is larger than :data:`MAX_TABLE`.
     """
     states = set()
-    left = MAX_TABLE
-    with open("/proc/net/unix", "rb") as table:
-        for line in table:
-            left -= len(line)
-            if left < 0:
-                raise too_large("/proc/net/unix", MAX_TABLE)
-            row = line.split(None, 7) if name in line else ()
-            if len(row) == 8 and row[7].rstrip(b"\n") == name:
-                states.add(row[5])
+    for line in _lines_of("/proc/net/unix", name):
+        row = line.split(None, 7)
+        if len(row) == 8 and row[7].rstrip(b"\n") == name:
+            states.add(row[5])
     return states
 
 
@@ -354,7 +391,8 @@ def _silent(address: str, place: _Place) -> QemuPrefaultError:
     if place is _Place.UNKNOWN:  # on TCP, a busy monitor and a silent listener look the same
         return MonitorBusyError(
             f"{address} sends no greeting, probably because another QMP client uses this socket",
-            _REMEDY_BUSY,
+            f"{_REMEDY_BUSY}\na monitor with websocket=on or tls-creds also sends no greeting, and "
+            "qemu-prefault supports neither",
         )
     what = (
         "accepted the connection, but sent no QMP greeting"

@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,44 @@ def test_session(start_qemu: StartQemu, accel: str) -> None:
         assert not monitor.alive
         with pytest.raises(MonitorError):
             await monitor.execute("query-name")
+
+    run(main())
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_silent_tcp_socket_is_not_called_busy(start_qemu: StartQemu, busy: bool) -> None:
+    """Check that a websocket, which waits for its client, is not called a busy monitor."""
+    port = free_port()
+    options = f"host=127.0.0.1,port={port},server=on,wait=off,websocket={'off' if busy else 'on'}"
+    start_qemu("-m", "64M", "-chardev", f"socket,id=c,{options}", "-mon", "c,mode=control")
+
+    async def main() -> None:
+        error = MonitorBusyError if busy else MonitorError
+        with socket.create_connection(("127.0.0.1", port)) if busy else nullcontext() as other:
+            if other is not None:
+                other.recv(1, socket.MSG_PEEK)  # QEMU's greeting
+            with pytest.raises(error) as caught:
+                async with Monitor.connect(f"tcp:127.0.0.1:{port}"):
+                    pass
+        assert caught.value.code == ("monitor-busy" if busy else "monitor-silent")
+        assert busy or "websocket=on" in caught.value.remedy
+
+    run(main())
+
+
+def test_abstract_socket_is_not_supported(start_qemu: StartQemu, tmp_path: Path) -> None:
+    name = f"qemu-prefault-{os.getpid()}"
+    start_qemu("-m", "64M", "-qmp", f"unix:{name},server=on,wait=off,abstract=on")
+
+    async def main() -> None:
+        with pytest.raises(InputError, match="does not support abstract sockets"):
+            async with Monitor.connect(f"@{name}"):
+                pass
 
     run(main())
 
