@@ -207,6 +207,7 @@ ALLOWED = {
     ("host/memory_source.py", "open"),  # reads a page
     ("host/placement.py", "open"),  # writes
     ("host/reservations.py", "pread"),  # a constant size
+    ("host/task_limits.py", "open"),  # reads a page
 }
 #: Files of other areas: they read from sockets, files of root or QEMU's replies.
 OTHERS = {"agents/plugin.py", "agents/qmp.py"}
