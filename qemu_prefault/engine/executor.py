@@ -235,7 +235,7 @@ class Executor:
             budget = min(left, BATCH_BYTES * max(1, len(self.agent.workers)))
             limits = self._limits(target, left)
             for limit in limits:
-                budget = min(budget, (limit.per_batch - taken.get(limit.key, 0)) // limit.cost)
+                budget = limit.fitting(limit.per_batch - taken.get(limit.key, 0), budget)
             if left < page_size:  # another range may have allocated this huge page
                 budget = left
             elif budget < left:
@@ -247,7 +247,7 @@ class Executor:
                 queues[target] = []
                 continue
             for limit in limits:
-                taken[limit.key] = taken.get(limit.key, 0) + budget * limit.cost
+                taken[limit.key] = taken.get(limit.key, 0) + limit.need(budget)
             batch += [(target.section.node, item) for item in _take(queue, budget)]
         return batch, taken
 
@@ -267,13 +267,13 @@ class Executor:
         for target, queue in queues.items():
             left = sum(item.size for item in queue)
             for limit in self._limits(target, left, forced=forced):
-                if (
-                    limit.per_batch < min(left, HUGE_PAGE_SIZE) * limit.cost
-                    or limit.available < target.section.page_size
-                ):
+                if limit.per_batch < limit.need(
+                    min(left, HUGE_PAGE_SIZE)
+                ) or limit.available < limit.need(target.section.page_size):
+                    why = f"{limit.name} has too little memory left ({limit.detail})"
                     self._tally.warnings[Code.MEMORY_SHORT] = (
-                        f"populating ended early, because {limit.name} has too little memory left "
-                        f"({limit.detail}); the memory populated so far stays populated"
+                        f"populating ended early, because {limit.unknown or why}; the memory "
+                        "populated so far stays populated"
                     )
                     self._tally.of(target.section).note = f"populate: {limit.name} lacks memory"
                     short = True

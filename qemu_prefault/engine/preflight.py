@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from ..errors import Code, RefusedError, UnsupportedError
 from ..host import kvm
-from ..host.headroom import REMEDY_HIDDEN
+from ..host.headroom import REMEDY_HIDDEN, Limit
 from ..host.pagemap import Pagemap
 from ..host.reservations import Reservation
 from ..qemu.memory_map import firmware_ahead, huge_alignment
@@ -183,20 +183,20 @@ def _check_limits(
     :raises RefusedError: If a limit is too low.
     """
     needs: dict[str, int] = {}
+    # The bytes of each mapping that earlier targets populate, by limit. Several sections of guest
+    # RAM can share one mapping.
+    earlier: dict[tuple[str, int], int] = {}
     sources = {target: vm.memory_source(target.section) for target in absent}
     together = {sources[target].file for target in absent if target.may_populate}
     for target, needed in absent.items():
         if not needed:
             continue
         for limit in sources[target].limits(needed, together):
-            if limit.unknown:
-                raise RefusedError(
-                    f"populating {format_size(needed)} could exceed the limit of {limit.name}, "
-                    f"which cannot be read: {limit.detail}",
-                    f"{REMEDY_HIDDEN}, or use --populate resident. To skip this check, use --force",
-                    code=Code.HIDDEN_CGROUP,
-                )
-            needs[limit.key] = needs.get(limit.key, 0) + needed * limit.cost
+            _check_known(limit)
+            before = earlier.get((limit.key, sources[target].mapping.start), 0)
+            earlier[limit.key, sources[target].mapping.start] = before + needed
+            more = limit.need(before + needed) - limit.need(before)
+            needs[limit.key] = needs.get(limit.key, 0) + more
             reserved = others.get(limit.key, 0)
             beside = f"; other runs have reserved {format_size(reserved)}" if reserved else ""
             if needs[limit.key] + reserved > limit.available:
@@ -209,6 +209,20 @@ def _check_limits(
                     code=Code.NO_MEMORY,
                 )
     return needs
+
+
+def _check_known(limit: Limit) -> None:
+    if not limit.unknown:
+        return
+    if limit.device is None:
+        remedy, code = f"{REMEDY_HIDDEN}, or use --populate resident", Code.HIDDEN_CGROUP
+    else:
+        code = Code.NO_MEMORY
+        remedy = (
+            "run qemu-prefault as root on the host, outside of containers and PID namespaces, or "
+            "put the guest's RAM on a file system of its own"
+        )
+    raise RefusedError(limit.unknown, f"{remedy}. To skip this check, use --force", code=code)
 
 
 def find_warnings(options: Options, targets: Sequence[Target], state: VmState) -> dict[str, str]:

@@ -29,8 +29,9 @@ from ..errors import (
 from ..host import kvm
 from ..host.fds import kvm_fds, take_fd, vcpu_stats_link
 from ..host.identify import identify
+from ..host.mapped_file import is_disk_file, is_on_fuse
 from ..host.mappings import MemoryMapping, backing_of, mappings_of
-from ..host.memory_source import MemorySource, is_disk_file, is_on_fuse, task_nodes
+from ..host.memory_source import MemorySource, task_nodes
 from ..host.procfs import Process, thread_map
 from ..host.ptrace_access import ptrace_denied
 from ..qemu.dial import Dial

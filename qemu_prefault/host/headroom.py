@@ -112,20 +112,34 @@ class Limit:
     :ivar available: The number of bytes that can be populated before the limit is reached.
     :ivar detail: The values from which ``available`` was computed, for messages.
     :ivar contended: Whether other processes can allocate the same memory at any time.
-    :ivar cost: The bytes by which ``available`` decreases for each byte that is populated.
+    :ivar anonymous: Whether the limit counts each byte that is populated.
+    :ivar file_bytes: The maximum number of bytes of the mapped file that populating allocates in
+        addition, because a page fault in a private mapping allocates the file's page, too.
     :ivar device: The device number of the file system that sets the limit, or None. One file system
         can have several names.
-    :ivar unknown: Whether the limit cannot be read. ``available`` is then 0, and ``detail`` is the
-        reason.
+    :ivar unknown: Why the available memory is unknown, or an empty string. ``available`` is then 0.
     """
 
     name: str
     available: int
     detail: str
     contended: bool = False
-    cost: int = 1
+    anonymous: bool = True
+    file_bytes: int = 0
     device: int | None = None
-    unknown: bool = False
+    unknown: str = ""
+
+    def need(self, size: int) -> int:
+        """Return by how much ``available`` decreases at most if ``size`` bytes are populated."""
+        return (size if self.anonymous else 0) + min(size, self.file_bytes)
+
+    def fitting(self, available: int, most: int) -> int:
+        """Return the number of bytes, at most ``most``, that ``available`` bytes suffice for."""
+        if self.need(most) <= available:
+            return most
+        if not self.anonymous:
+            return available
+        return max(available // 2, available - self.file_bytes)
 
     @property
     def key(self) -> str:
@@ -375,7 +389,9 @@ def _cgroup_limits(
 ) -> list[Limit]:
     hidden = hidden_cgroup(process, controller)
     if hidden is not None:
-        return [Limit(f"QEMU's {controller} cgroup", 0, hidden, unknown=True)]
+        name = f"QEMU's {controller} cgroup"
+        why = f"the limit of {name} cannot be read: {hidden}"
+        return [Limit(name, 0, hidden, unknown=why)]
     groups = parse_cgroups(read_optional(f"{process.proc}/cgroup") or "")
     mounts = parse_mountinfo(read_optional(f"{proc_files.PROC}/self/mountinfo") or "")
     limits = []

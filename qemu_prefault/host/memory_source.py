@@ -16,7 +16,6 @@ processes' files, and of the huge pages that are reserved for their mappings.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from ..units import PAGE_SIZE
-from .bounded import limit_of, list_bounded, read_bounded
+from .bounded import limit_of, read_bounded
 from .headroom import (
     Limit,
     commit_limit,
@@ -34,17 +33,16 @@ from .headroom import (
     memory_headroom,
     parse_key_values,
 )
+from .mapped_file import copied_bytes, file_system_limit, is_in_memory
 from .mappings import MemoryMapping
 from .proc_files import lines_of, parse_number, parse_number_list, read_optional
 from .procfs import Process
-from .unwritten import FileId, unwritten_bytes
+from .unwritten import FileId
 
 NODES: Final = Path("/sys/devices/system/node")
 MIN_FREE: Final = Path("/proc/sys/vm/min_free_kbytes")
 #: CONFIG_NODES_SHIFT is 10 at most.
 MAX_NODES: Final = 1024
-#: File systems whose files exist only in memory, in pages of the base size.
-IN_MEMORY: Final = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +91,13 @@ class MemorySource:
             limits = memory_headroom(self.process)
             if nodes:
                 limits.append(node_limit(nodes))
-            copied = is_copied(self.process, self.mapping)
+            copied = copied_bytes(self.process, self.mapping)
             if copied:
-                limits = [replace(limit, cost=2) for limit in limits]
-            if copied or is_in_memory(self.process, self.mapping):
+                limits = [replace(limit, file_bytes=copied) for limit in limits]
+                limits += [
+                    replace(limit, anonymous=False, file_bytes=copied) for limit in commit_limit()
+                ]
+            elif is_in_memory(self.process, self.mapping):
                 limits += commit_limit()
         limits += file_system_limit(self.process, self.mapping, together)
         return limits
@@ -218,133 +219,3 @@ def source_of(process: Process, mapping: MemoryMapping) -> MemorySource:
     shown = "" if line is None else line[0].decode("utf-8", "surrogateescape")
     nodes, page_size = parse_numa_maps(shown, mapping.start)
     return MemorySource(process, mapping, page_size, nodes)
-
-
-# --- file systems ---
-
-
-def is_disk_file(process: Process, mapping: MemoryMapping) -> bool:
-    """Return whether a mapping is a shared file on a disk.
-
-    Files on tmpfs, ramfs, devtmpfs and hugetlbfs are not on a disk.
-    """
-    if not mapping.shared or mapping.inode == 0 or _is_internal(mapping):
-        return False
-    kind = _file_system(process, mapping)
-    if kind is not None:
-        return kind not in IN_MEMORY | {"hugetlbfs"}
-    return mapping.path.startswith("/") and not mapping.path.startswith("/dev/")
-
-
-def is_on_fuse(process: Process, mapping: MemoryMapping) -> bool:
-    """Return whether a file on FUSE is mapped. The server may never respond to a system call."""
-    kind = _file_system(process, mapping) if mapping.inode else None
-    return kind is not None and kind.startswith(("fuse", "virtiofs"))
-
-
-def is_in_memory(process: Process, mapping: MemoryMapping) -> bool:
-    """Return whether a mapping is a shared file that exists only in memory, such as a memfd."""
-    if not mapping.shared or mapping.inode == 0:
-        return False
-    if _is_internal(mapping):
-        return mapping.path.startswith("/memfd:")
-    return _file_system(process, mapping) in IN_MEMORY
-
-
-def is_copied(process: Process, mapping: MemoryMapping) -> bool:
-    """Return whether populating allocates both a file's page and a private copy.
-
-    This happens in a private mapping of a file that exists only in memory and has holes. The page
-    fault first allocates the file's page (mm/shmem.c, ``shmem_fault()``).
-    """
-    if mapping.shared or mapping.inode == 0:
-        return False
-    if not mapping.path.startswith("/memfd:") and (
-        _is_internal(mapping) or _file_system(process, mapping) not in IN_MEMORY
-    ):
-        return False
-    path = _reach(process, mapping)
-    try:
-        status = os.stat(path) if path else None
-    except OSError:
-        status = None
-    return status is None or status.st_blocks * 512 < status.st_size
-
-
-def _file_system(process: Process, mapping: MemoryMapping) -> str | None:
-    """Return a mapped file's file system type, or None if it is not mounted."""
-    major, minor = mapping.device
-    mounts = read_optional(f"{process.proc}/mountinfo") or ""
-    for line in lines_of(mounts):
-        before, dash, after = line.partition(" - ")
-        fields = before.split(" ")
-        if dash and len(fields) > 2 and fields[2] == f"{major}:{minor}":
-            return after.split(" ")[0]
-    return None
-
-
-def _is_internal(mapping: MemoryMapping) -> bool:
-    """Return whether the mapped file is on a kernel-internal mount.
-
-    For example, memfds are on such a mount.
-    """
-    return mapping.path.startswith(("/memfd:", "/dev/zero", "/SYSV", "/anon_hugepage"))
-
-
-def file_system_limit(
-    process: Process, mapping: MemoryMapping, together: AbstractSet[FileId] = frozenset()
-) -> list[Limit]:
-    """Return a list that contains the limit of a mapped file's file system.
-
-    The list is empty if populating allocates no pages of the file, or if the file system has no
-    size limit. It is also empty if this process cannot access the file. A memfd and shared
-    anonymous memory are on a kernel-internal mount, which has no size limit.
-
-    :param together: Other files that the caller populates. The limit does not subtract the
-        unwritten parts of these files.
-    """
-    if mapping.inode == 0 or _is_internal(mapping) or is_on_fuse(process, mapping):
-        return []
-    # The size of a hugetlbfs also limits private mappings (mm/hugetlb.c, subpools).
-    kind = _file_system(process, mapping)
-    allocates_file = mapping.shared or kind == "hugetlbfs"
-    if not allocates_file and not is_copied(process, mapping):
-        return []
-    path = _reach(process, mapping)
-    if path is None:
-        return []
-    try:
-        figures = os.statvfs(path)
-    except OSError:
-        return []
-    # Without size=, hugetlbfs reports -1 blocks if it has min_size=, and otherwise 0.
-    if figures.f_blocks <= 0:
-        return []
-    free = figures.f_bavail * figures.f_frsize
-    ours = {(mapping.device, mapping.inode), *together}
-    in_memory = kind in IN_MEMORY | {"hugetlbfs"}
-    promised = unwritten_bytes(process, mapping.device, ours, in_memory=in_memory)
-    place = os.path.dirname(mapping.path.removesuffix(" (deleted)")) or "/"
-    detail = f"{free} bytes are free, of which {promised} are committed to other files"
-    left = max(0, free - promised)
-    return [Limit(f"the file system of {place}", left, detail, device=os.makedev(*mapping.device))]
-
-
-def _reach(process: Process, mapping: MemoryMapping) -> str | None:
-    """Return a path at which this process can access the mapped file, or None."""
-    wanted = (mapping.inode, os.makedev(*mapping.device))
-    path = f"{process.proc}/map_files/{mapping.start:x}-{mapping.end:x}"
-    with contextlib.suppress(OSError):
-        if os.stat(path).st_ino == mapping.inode:
-            return path
-    # map_files needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE (proc_map_files_get_link(),
-    # fs/proc/base.c). The path in maps may name another file by now. QEMU keeps the file open, so
-    # search QEMU's descriptors.
-    with contextlib.suppress(OSError):
-        for number in list_bounded(f"{process.proc}/fd"):
-            path = f"{process.proc}/fd/{number}"
-            with contextlib.suppress(OSError):
-                status = os.stat(path)
-                if (status.st_ino, status.st_dev) == wanted:
-                    return path
-    return None

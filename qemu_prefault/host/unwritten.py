@@ -2,21 +2,22 @@
 """Add up the unwritten parts of the files in a file system.
 
 A process that has mapped such a file can allocate the unwritten parts without further checks. The
-sum is a lower bound. Other users can create any number of files, directories and processes, so the
-number of processes and of directory entries is limited. The limits do not depend on time, because
-on a slow host the search would then miss the files of other guests. Processes of root and of QEMU's
-own user come first, because other users cannot create these.
-
-A file that was deleted is visible only in the maps of the processes that have mapped it. The name
+search examines the directories of the file system. A file that was deleted is visible only in the
+maps and descriptors of the processes that use it (:mod:`qemu_prefault.host.used_files`). The name
 of a process does not show whether it is a guest, because ``-name process=`` changes QEMU's name.
-Therefore the search reads the maps of all processes if the files exist only in memory.
+Therefore the search examines all processes if the files exist only in memory.
+
+Other users can create any number of files, directories and processes, so the search is limited. A
+process can also be invisible, for example in another PID namespace. Therefore the search compares
+the number of files that it finds with the number that a tmpfs reports. If it finds too few, the
+unwritten parts of the other files are unknown.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import re
 import stat
 import time
 from collections.abc import Set as AbstractSet
@@ -24,156 +25,223 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..errors import UnsupportedError
-from . import proc_files
-from .bounded import read_bounded
+from .file_info import FileStatus
 from .headroom import unescape
 from .inside_root import open_in_mount, open_inside, reopened
 from .proc_files import lines_of, read_optional
 from .procfs import Process
+from .used_files import UsedFiles, sees_all_processes
 
 #: A mapped file: its device (major, minor) and its inode.
 FileId = tuple[tuple[int, int], int]
 #: Maximum number of directory entries to examine in a file system.
-MAX_ENTRIES: Final = 10_000
+MAX_ENTRIES: Final = 50_000
 #: Maximum depth of a directory to examine, below the root of the mount.
 MAX_DEPTH: Final = 32
 #: Maximum number of mount points of a file system to try.
 MAX_MOUNTS: Final = 16
-#: Maximum number of other users' processes to examine, and of processes of root and QEMU's user.
-MAX_PROCESSES: Final = 400
-MAX_TRUSTED: Final = 4000
-#: Maximum size of a process's maps to examine, in bytes. 1 MiB contains about 10,000 mappings.
-MAX_MAPS: Final = 1 << 20
 #: How long a result is reused: at least this time in seconds, and twice the search's duration.
 REUSE_SECONDS: Final = 1.0
+#: How often the search is repeated if it finds too few files, because other processes may create
+#: and delete files during the search.
+MAX_SEARCHES: Final = 3
+#: A tmpfs counts one inode for each KiB of extended attributes since Linux 6.6 (mm/shmem.c,
+#: BOGO_INODE_SIZE).
+_INODE_SIZE: Final = 1024
+#: The size of an attribute in addition to its name and value (fs/xattr.c, simple_xattr_space()).
+_ATTRIBUTE_SIZE: Final = 40
 
 
 @dataclass(frozen=True, slots=True)
-class _Result:
-    """The unwritten bytes of each file, and the monotonic time at which the result expires."""
+class Unwritten:
+    """The result of a search.
 
+    :ivar device: The device number of the file system (major, minor).
+    :ivar holes: The unwritten bytes of each file, by inode.
+    :ivar unseen: The number of files that the search did not find, or None if this is unknown.
+    """
+
+    device: tuple[int, int]
     holes: dict[int, int]
-    expires: float
+    unseen: int | None
+
+    def total(self, without: AbstractSet[FileId]) -> int:
+        """Return the sum of the unwritten bytes, except those of the files in ``without``."""
+        return sum(
+            hole for inode, hole in self.holes.items() if (self.device, inode) not in without
+        )
 
 
-_results: dict[tuple[int, tuple[int, int]], _Result] = {}
+#: The results that can be reused, with the monotonic time at which they expire.
+_results: dict[tuple[int, tuple[int, int]], tuple[Unwritten, float]] = {}
 
 
 class _Search:
     """The files of one file system that a search has found.
 
     :ivar holes: The unwritten bytes of each file, by inode.
+    :ivar count: The number of inodes that a tmpfs counts for these files. It counts a file with
+        several directory entries several times (mm/shmem.c, ``shmem_link()``).
+    :ivar complete: Whether no limit or permission has ended the search early.
+    :ivar attributes: Whether to count the extended attributes of the files.
     """
 
-    def __init__(self, device: tuple[int, int]) -> None:
+    def __init__(self, *, attributes: bool) -> None:
         self.holes: dict[int, int] = {}
-        self._device = os.makedev(*device)
+        self.count = 1  # the root directory
+        self.complete = True
+        self.attributes = attributes
+        self._attribute_bytes = 0
+        self._seen: set[int] = set()
         self._entries = MAX_ENTRIES
 
-    def take_entry(self) -> bool:
+    def take_entry(self, inode: int) -> bool:
         """Count one directory entry, and return whether the search may examine it."""
         self._entries -= 1
-        return self._entries >= 0
+        if self._entries < 0:
+            self.complete = False
+            return False
+        self.count += 1
+        self._seen.add(inode)
+        return True
 
-    def add(self, status: os.stat_result) -> None:
-        """Add a file, unless it belongs to another file system."""
-        if status.st_dev == self._device:
-            self.holes[status.st_ino] = max(0, status.st_size - status.st_blocks * 512)
+    def add_root(self, inode: int, *, whole: bool) -> None:
+        """Add the directory at which the search starts."""
+        self._seen.add(inode)
+        self.count += not whole
+
+    def add(self, status: FileStatus, path: str) -> None:
+        """Add a file that a directory contains.
+
+        :param path: A path at which the file can be opened.
+        """
+        if stat.S_ISREG(status.mode):
+            self.holes[status.inode] = status.hole
+        if self.attributes:
+            self._attribute_bytes += _attributes_of(path)
+
+    def add_used(self, inode: int, status: FileStatus, path: str) -> None:
+        """Add a file that a process uses, unless a directory contains it."""
+        if inode not in self._seen:
+            self._seen.add(inode)
+            self.count += 1 if stat.S_ISDIR(status.mode) else max(1, status.links)
+            self.add(status, path)
+
+    @property
+    def most(self) -> int:
+        """The largest number of inodes that the file system may count for these files."""
+        return self.count - (-self._attribute_bytes // _INODE_SIZE)  # rounded up
 
 
-def unwritten_bytes(
-    process: Process,
-    device: tuple[int, int],
-    without: AbstractSet[FileId],
-    *,
-    in_memory: bool = True,
-) -> int:
-    """Return the total size of the holes in the files of a file system.
+def _attributes_of(path: str) -> int:
+    """Return the bytes that a tmpfs counts for a file's extended attributes."""
+    size = 0
+    with contextlib.suppress(OSError):
+        for name in os.listxattr(path):
+            value = os.getxattr(path, name)
+            size += _ATTRIBUTE_SIZE + len(os.fsencode(name)) + len(value)
+    return size
 
-    :param process: A process in whose mount namespace the file system is mounted.
-    :param without: Files that do not count.
-    :param in_memory: Whether the files exist only in memory. On a disk, deleted files count only if
-        a process with QEMU's name has mapped them, because other programs map large sparse files.
+
+def _counts_attributes(path: str) -> bool:
+    """Return whether a tmpfs counts extended attributes as inodes.
+
+    The kernel does this since it supports user attributes on tmpfs (commit 2daf18a7884d).
+    """
+    try:
+        os.getxattr(path, "user.qemu-prefault")
+    except OSError as error:
+        return error.errno != errno.EOPNOTSUPP
+    return True
+
+
+def find_unwritten(
+    process: Process, device: tuple[int, int], counted: str | None = None, *, in_memory: bool = True
+) -> Unwritten:
+    """Return the holes in the files of a file system.
+
+    :param process: A process that uses the file system.
+    :param counted: A path of a file on a tmpfs, which counts its inodes. None for other file
+        systems: ``unseen`` is then 0.
+    :param in_memory: Whether the files may exist only in memory. On a disk, deleted files count
+        only if a process with QEMU's name has mapped them, because other programs map large sparse
+        files.
     """
     key = (process.pid, device)
-    result = _results.get(key)
-    if result is None or time.monotonic() > result.expires:
+    result, expires = _results.get(key, (None, 0.0))
+    if result is None or time.monotonic() > expires:
         began = time.monotonic()
-        holes = _find_holes(process, device, in_memory)
+        result = _search_until_complete(process, device, counted, in_memory)
         now = time.monotonic()
-        result = _Result(holes, now + max(REUSE_SECONDS, 2 * (now - began)))
-        _results[key] = result
-    return sum(hole for inode, hole in result.holes.items() if (device, inode) not in without)
+        _results[key] = result, now + max(REUSE_SECONDS, 2 * (now - began))
+    return result
 
 
-def _find_holes(process: Process, device: tuple[int, int], in_memory: bool) -> dict[int, int]:
-    """Return the unwritten bytes of each file that the search finds, by inode."""
-    search = _Search(device)
-    root = _open_root(process, device)
-    if root is not None:
+def _search_until_complete(
+    process: Process, device: tuple[int, int], counted: str | None, in_memory: bool
+) -> Unwritten:
+    for attempt in range(MAX_SEARCHES):
+        before = None if counted is None else _used_inodes(counted)
+        # Most files have no descriptor without a mapping, and no extended attributes.
+        thorough = attempt > 0
+        attributes = thorough and counted is not None and _counts_attributes(counted)
+        search = _Search(attributes=attributes)
+        _run(search, process, device, in_memory, thorough)
+        if counted is None:
+            return Unwritten(device, search.holes, 0)
+        after = _used_inodes(counted)
+        if before is not None and after is not None:
+            unseen: int | None = max(0, min(before, after) - search.most)
+        else:
+            unseen = 0 if search.complete and sees_all_processes() else None
+        if unseen == 0:
+            break
+    return Unwritten(device, search.holes, unseen)
+
+
+def _used_inodes(path: str) -> int | None:
+    """Return the number of inodes in a tmpfs, or None if it does not count them (nr_inodes=0)."""
+    try:
+        figures = os.statvfs(path)
+    except OSError:
+        return None
+    return figures.f_files - figures.f_ffree if figures.f_files else None
+
+
+def _run(
+    search: _Search, process: Process, device: tuple[int, int], in_memory: bool, thorough: bool
+) -> None:
+    root, whole = _open_root(process, device)
+    if root is None:
+        search.complete = False
+    else:
         try:
-            with contextlib.suppress(OSError):
-                _walk(root, search, 0)
+            search.add_root(os.fstat(root).st_ino, whole=whole)
+            _walk(root, search, 0)
+        except OSError:
+            search.complete = False
         finally:
             os.close(root)
-    left = {True: MAX_TRUSTED, False: MAX_PROCESSES}
-    for trusted, has_name, pid in _other_processes(process):
-        if (in_memory or has_name) and left[trusted] > 0:
-            left[trusted] -= _add_mapped_files(pid, device, search)
-    return search.holes
+    used = UsedFiles(process, device, named_only=not in_memory, descriptors=thorough)
+    for inode, status, path in used.files():
+        search.add_used(inode, status, path)
+    search.complete &= used.complete
 
 
-def _other_processes(process: Process) -> list[tuple[bool, bool, int]]:
-    """Return the other processes.
-
-    A process is a tuple of three items: whether it belongs to root or to QEMU's user, whether it
-    has a name of QEMU, and its pid. The processes of these users are first in the list. Among the
-    others, those with such a name are first.
-    """
-    found = []
-    trusted_users = {0, os.stat(process.proc).st_uid}
-    for entry in os.listdir(proc_files.PROC):
-        if not entry.isdecimal() or int(entry) == process.pid:
-            continue
-        with contextlib.suppress(OSError):
-            trusted = os.stat(f"{proc_files.PROC}/{entry}").st_uid in trusted_users
-            name = read_optional(f"{proc_files.PROC}/{entry}/comm") or ""
-            found.append((not trusted, "qemu" not in name and "kvm" not in name, int(entry)))
-    return [(not untrusted, not unnamed, pid) for untrusted, unnamed, pid in sorted(found)]
-
-
-def _add_mapped_files(pid: int, device: tuple[int, int], search: _Search) -> bool:
-    """Add each file of ``device`` that a process maps, also deleted files.
-
-    A private mapping of a file on tmpfs allocates the file's pages, too (mm/shmem.c,
-    ``shmem_fault()``).
-
-    :returns: Whether the process has mappings. Kernel threads have none.
-    """
-    areas = re.compile(
-        rb"^([0-9a-f]+-[0-9a-f]+) [r-][w-][x-][sp] [0-9a-f]+ %02x:%02x ([0-9]+) " % device,
-        re.MULTILINE,
-    )
-    try:
-        maps = read_bounded(f"{proc_files.PROC}/{pid}/maps", MAX_MAPS)
-    except OSError:
-        return True
-    for area in {match[2]: match[1] for match in areas.finditer(maps)}.values():
-        with contextlib.suppress(OSError):
-            search.add(os.stat(f"{proc_files.PROC}/{pid}/map_files/{area.decode()}"))
-    return bool(maps)
-
-
-def _open_root(process: Process, device: tuple[int, int]) -> int | None:
-    """Open the root directory of a file system, and return its descriptor, or None.
+def _open_root(process: Process, device: tuple[int, int]) -> tuple[int | None, bool]:
+    """Open the root directory of a file system.
 
     In QEMU's mount namespace, only a directory of the file system may be mounted. Then use a mount
     of this process, or else that directory.
+
+    :returns: The descriptor or None, and whether the directory is the root of the file system.
     """
     mine = Process.find(os.getpid())
-    whole = _open_mount(process, device, whole=True)
-    whole = _open_mount(mine, device, whole=True) if whole is None else whole
-    return _open_mount(process, device, whole=False) if whole is None else whole
+    for owner, whole in ((process, True), (mine, True), (process, False), (mine, False)):
+        found = _open_mount(owner, device, whole=whole)
+        if found is not None:
+            return found, whole
+    return None, False
 
 
 def _open_mount(process: Process, device: tuple[int, int], *, whole: bool) -> int | None:
@@ -200,24 +268,27 @@ def _open_mount(process: Process, device: tuple[int, int], *, whole: bool) -> in
 
 
 def _walk(directory: int, search: _Search, depth: int) -> None:
-    """Add each regular file in a directory and below it."""
+    """Add each file in a directory and below it."""
     with os.scandir(directory) as entries:
         for entry in entries:
-            if not search.take_entry():
+            if not search.take_entry(entry.inode()):
                 return
-            with contextlib.suppress(OSError):
-                if entry.is_file(follow_symlinks=False) or (
-                    depth < MAX_DEPTH and entry.is_dir(follow_symlinks=False)
-                ):
+            try:
+                is_directory = entry.is_dir(follow_symlinks=False)
+                if is_directory and depth >= MAX_DEPTH:
+                    search.complete = False
+                elif is_directory or search.attributes or entry.is_file(follow_symlinks=False):
                     _walk_entry(directory, entry.name, search, depth)
+            except OSError as error:
+                # EXDEV: a mount point. ENOENT: the file was deleted in the meantime.
+                search.complete &= error.errno in (errno.EXDEV, errno.ENOENT)
 
 
 def _walk_entry(directory: int, name: str, search: _Search, depth: int) -> None:
     with open_in_mount(directory, name) as found:
         status = os.fstat(found)
-        if stat.S_ISREG(status.st_mode):
-            search.add(status)
-        elif stat.S_ISDIR(status.st_mode):
+        search.add(FileStatus.of(status), reopened(found))
+        if stat.S_ISDIR(status.st_mode):
             below = os.open(reopened(found), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 _walk(below, search, depth + 1)

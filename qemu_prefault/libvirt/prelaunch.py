@@ -29,8 +29,9 @@ from ..errors import Code, RefusedError, UnsupportedError
 from ..host import kvm
 from ..host.fds import kvm_fds
 from ..host.kvm import debugfs_leaves
+from ..host.mapped_file import is_disk_file
 from ..host.mappings import MemoryMapping, backing_of
-from ..host.memory_source import MemorySource, is_disk_file, source_of
+from ..host.memory_source import MemorySource, source_of
 from ..host.pagemap import Pagemap
 from ..host.procfs import FUTEX, Process, thread_names
 from ..host.reservations import Reservation
@@ -283,13 +284,10 @@ def _reason_not_to_populate(
         limits = source.limits(absent)
         for limit in limits:
             available = max(0, limit.available - others.get(limit.key, 0))
-            if absent * limit.cost > available:
-                return (
-                    f"the limit of {limit.name} cannot be read: {limit.detail}"
-                    if limit.unknown
-                    else f"{limit.name} has only {available >> 20} MiB available"
-                )
-        reservation.reserve({limit.key: absent * limit.cost for limit in limits})
+            if limit.unknown or limit.need(absent) > available:
+                short = f"{limit.name} has only {available >> 20} MiB available"
+                return limit.unknown or short
+        reservation.reserve({limit.key: limit.need(absent) for limit in limits})
     return None
 
 

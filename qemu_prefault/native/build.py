@@ -26,6 +26,7 @@ FLAGS = runpy.run_path(str(HERE / "flags.py"))
 SOURCES = (
     *("common/headroom.c", "common/limits.c", "common/memory_source.c", "common/pagemap.c"),
     "conformance/vmm.c",
+    "host/file_info.c",
     *("ptrace/tracee.c", "ptrace/filters.c", "ptrace/inject.c", "ptrace/run_gate.c"),
 )
 
@@ -75,6 +76,7 @@ SHARED_HEADERS = (
     "common/pagemap.h",
     "common/prefault_range.h",
     "conformance/vmm.h",
+    "host/file_info.h",
     "ptrace/control_page.h",
     "ptrace/inject_result.h",
     "ptrace/target.h",

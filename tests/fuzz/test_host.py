@@ -21,6 +21,7 @@ from qemu_prefault.agents.ptrace import _seconds_left
 from qemu_prefault.agents.seccomp import BadFilterError, denied, parse_filters
 from qemu_prefault.host import (
     headroom,
+    mapped_file,
     mappings,
     memory_source,
     placement,
@@ -241,7 +242,7 @@ def read_everything() -> None:
     for mapping in process.maps()[:4]:
         source = source_of(process, mapping)
         source.limits(1 << 20)
-        memory_source.is_disk_file(process, mapping)
+        mapped_file.is_disk_file(process, mapping)
         MemorySource(process, mapping, 2 << 20, (1,), reserved=False).limits(1 << 20)
     node_limit(confining_nodes(process, (1,)))
     find_qemu("vm", "")

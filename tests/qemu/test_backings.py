@@ -75,6 +75,21 @@ class Host:
         self.place = self.stack.enter_context(ext4(self.place / "ext4", mib))
         self._promise(other)
 
+    def template(self) -> None:
+        """Write a file for guest RAM, except for its last MiB, and limit QEMU's memory.
+
+        The limit suffices for QEMU's copy of the file, but not for a second copy.
+        """
+        self.tmpfs(SIZE + 40)
+        file = self.place / "template"
+        file.write_bytes(bytes(SIZE * MIB))
+        write_again(file)
+        self.memory_group(SIZE + 72)
+
+    def overlay_on_tmpfs(self, mib: int) -> None:
+        self.tmpfs(mib)
+        self.overlay()
+
     def overlay(self) -> None:
         parts = [self.place / name for name in ("lower", "upper", "work")]
         for part in parts:
@@ -228,6 +243,13 @@ ROWS = (
     Row("memfd not sealed", backend("memfd", "seal=off"), POPULATED),
     Row("ramfs", file("share=on"), POPULATED, Host.ramfs),
     Row("overlay", file("share=on"), ABSENT, Host.overlay),
+    refused(
+        "overlay on a tmpfs, private",
+        file("share=off"),
+        lambda h: h.overlay_on_tmpfs(40),
+        ("the file system of", "a file system that contains files that QEMU cannot find"),
+        marks=QUICK,
+    ),
     # A file on a tmpfs.
     Row("tmpfs, fits exactly", file("share=on"), POPULATED, lambda h: h.tmpfs(SIZE)),
     Row("tmpfs private, fits exactly", file("share=off"), POPULATED, lambda h: h.tmpfs(SIZE)),
@@ -238,6 +260,13 @@ ROWS = (
         lambda h: h.tmpfs(SIZE, "nr_inodes=2"),
     ),
     Row("full tmpfs, preallocated", file("share=on,prealloc=on"), PRESENT, lambda h: h.tmpfs(SIZE)),
+    Row(
+        "tmpfs private, partly written",
+        backend("file", "mem-path=PLACE/template,share=off"),
+        POPULATED,
+        Host.template,
+        marks=QUICK,
+    ),
     Row("two files", two_files("a", "b"), POPULATED, lambda h: h.tmpfs(80), marks=QUICK),
     Row("two directories", two_files("a/ram", "b/ram"), POPULATED, lambda h: h.tmpfs(100)),
     refused("tmpfs", file("share=on"), lambda h: h.tmpfs(40), FILE_SYSTEM, marks=QUICK),
@@ -397,10 +426,18 @@ def host(tmp_path: Path) -> Iterator[Host]:
         yield Host(place, stack)
 
 
+def write_again(template: Path) -> None:
+    """Give the last MiB of the file back to the file system."""
+    os.truncate(template, (SIZE - 1) * MIB)
+    os.truncate(template, SIZE * MIB)
+
+
 def clear(place: Path) -> None:
     """Remove the guest's files, so that the next QEMU creates them again."""
     for path in place.rglob("*"):
-        if path.is_file() and path.name != "other":
+        if path.name == "template":
+            write_again(path)
+        elif path.is_file() and path.name != "other":
             path.unlink()
 
 

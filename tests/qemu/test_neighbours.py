@@ -8,10 +8,12 @@ host. Some tests use file systems whose servers do not respond.
 from __future__ import annotations
 
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ import pytest
 from qemu_prefault.agents.plugin import plugin_path
 from qemu_prefault.host import headroom, memory_source
 from support.hung_fuse import NAME, fuse
-from support.limits import MIB, cgroups, in_group, mounted, out_of_memory_kills, swap
+from support.limits import MIB, cgroups, huge_pages, in_group, mounted, out_of_memory_kills, swap
 from support.plugin import capable_prefix, wait_started
 from support.qemu import Qemu, QemuVm, StartQemu, kvm_usable, start_vm
 
@@ -86,6 +88,122 @@ def test_file_outside_qemus_mounts_is_found(vm_of: StartVm, tmpfs: Path, tmp_pat
     result = vm.prefault("--populate-only", "--dry-run")
     assert result.status == 5, result.stdout
     assert "committed to other files" in result.error["cause"]
+
+
+@pytest.mark.parametrize("options", ["share=off", "share=on"])
+def test_neighbour_of_a_chroot_is_found(
+    vm_of: StartVm, tmpfs: Path, tmp_path: Path, options: str
+) -> None:
+    vm_of(*ram(tmpfs, 64))
+    root = tmp_path / "root"
+    root.mkdir()
+    vm = vm_of(*ram(tmpfs, 150, options), "-chroot", str(root))
+    result = vm.prefault("--populate-only")
+    assert result.status == 5, result.stdout
+    assert f"the file system of {tmpfs} has only 136.0 MiB" in result.error["cause"]
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "hugetlbfs"])
+def test_shared_memory_of_a_chroot_is_populated(vm_of: StartVm, tmp_path: Path, kind: str) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    with ExitStack() as stack:
+        if kind == "hugetlbfs":
+            stack.enter_context(huge_pages(32))
+        place = stack.enter_context(mounted(kind, tmp_path / "ram", "size=64M"))
+        vm = vm_of(*ram(place, 64), "-chroot", str(root))
+        result = vm.prefault("--populate-only")
+        assert result.complete()["bytes"]["populated"] > 62 * MIB
+        vm.qemu.kill()
+
+
+def test_neighbour_on_an_unmounted_tmpfs_is_found(vm_of: StartVm, tmp_path: Path) -> None:
+    with mounted("tmpfs", tmp_path / "shm", "size=200M") as place:
+        vm_of(*ram(place / "neighbour", 64))
+        vm = vm_of(*ram(place, 150, "share=off"))
+        subprocess.run(["umount", "--lazy", place], check=True)
+        try:
+            result = vm.prefault("--populate-only")
+        finally:
+            subprocess.run(["mount", "-t", "tmpfs", "none", place], check=True)
+    assert result.status == 5, result.stdout
+    assert "not mounted here, has only 136.0 MiB" in result.error["cause"]
+
+
+@pytest.mark.parametrize("lower", ["same", "other"])
+def test_neighbour_on_an_overlay_is_found(
+    vm_of: StartVm, tmpfs: Path, tmp_path: Path, lower: str
+) -> None:
+    """Use an overlay whose upper layer is a tmpfs. Its lower layer may be another file system."""
+    parts = {"upper": tmpfs / "u", "work": tmpfs / "w", "lower": tmpfs / "l"}
+    if lower == "other":
+        parts["lower"] = tmp_path / "lower"
+    for part in parts.values():
+        part.mkdir()
+    layers = ",".join(f"{name}dir={part}" for name, part in parts.items())
+    with mounted("overlay", tmp_path / "overlay", layers) as overlay:
+        neighbour = vm_of(*ram(overlay / "neighbour", 64))
+        vm = vm_of(*ram(overlay / "ram", 150, "share=off"))
+        result = vm.prefault("--populate-only")
+        assert result.status == 5, result.stdout
+        assert "has only 136.0 MiB" in result.error["cause"]
+        for each in (vm, neighbour):
+            each.qemu.kill()
+
+
+def test_unseen_file_is_not_taken_for_free_memory(vm_of: StartVm, tmpfs: Path) -> None:
+    """Delete a file that only an unreceived message contains, so that no process shows it."""
+    vm = vm_of(*ram(tmpfs, 64))
+    fd = os.open(tmpfs / "hidden", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(fd, 180 * MIB)
+    (tmpfs / "hidden").unlink()
+    sender, receiver = socket.socketpair()
+    with sender, receiver:
+        socket.send_fds(sender, [b"x"], [fd])
+        os.close(fd)
+        result = vm.prefault("--populate-only")
+        assert result.status == 5 and result.error["code"] == "no-memory"
+        assert f"the file system of {tmpfs} may contain 1 file that" in result.error["cause"]
+        assert "on the host" in result.error["remedy"] and "--force" in result.error["remedy"]
+        assert vm.prefault("--populate-only", "--force", "--dry-run").status == 0
+    assert vm.prefault("--populate-only").status == 0
+
+
+def test_neighbour_of_another_user_is_not_overlooked(vm_of: StartVm, tmpfs: Path) -> None:
+    """Run the tool without the capabilities that show other users' processes."""
+    if shutil.which("setpriv") is None:
+        pytest.skip("setpriv is not installed")
+    capabilities = "-sys_ptrace,-sys_admin,-perfmon,-checkpoint_restore,-dac_override"
+    without = ["setpriv", "--bounding-set", capabilities, "--inh-caps", capabilities]
+    vm = vm_of(*ram(tmpfs, 150), prefix=without)
+    drop = "os.setgroups([]); os.setgid(65534); os.setuid(65534)"
+    program = f"import mmap, os, sys; fd = int(sys.argv[1]); {drop}; mmap.mmap(fd, 64 << 20); "
+    fd = os.open(tmpfs / "neighbour", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(fd, 64 * MIB)
+    (tmpfs / "neighbour").unlink()
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{program}print(flush=True); input()", str(fd)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=[fd],
+    ) as neighbour:
+        os.close(fd)
+        assert neighbour.stdout is not None and neighbour.stdout.readline()
+        tool = [sys.executable, "-m", "qemu_prefault", "--qmp", vm.qemu.qmp, "--populate-only"]
+        done = subprocess.run([*without, *tool], capture_output=True, text=True, check=False)
+        neighbour.kill()
+    assert done.returncode == 5, done.stderr
+    assert "1 file that qemu-prefault cannot find" in done.stderr
+
+
+def test_written_part_of_a_file_needs_no_space(vm_of: StartVm, tmpfs: Path) -> None:
+    template = tmpfs / "template"
+    template.write_bytes(bytes(119 * MIB))
+    os.truncate(template, 120 * MIB)
+    vm = vm_of(*ram(template, 120, "share=off"))
+    assert vm.prefault("--populate-only").status == 0
+    used = os.statvfs(tmpfs)
+    assert (used.f_blocks - used.f_bfree) * used.f_frsize <= 121 * MIB
 
 
 # --- a limit on memory and swap together ---

@@ -42,7 +42,10 @@ PTRACE = (
         "ptrace/helper_x86_64",
     ),
 )
-ORDER = (*HEADERS_ONLY, *COMMON, *PLUGIN, *PTRACE, "ptrace/helper", "conformance/vmm")
+ORDER = (
+    *(*HEADERS_ONLY, *COMMON, *PLUGIN, *PTRACE, "ptrace/helper"),
+    *("conformance/vmm", "host/file_info"),
+)
 
 #: The libc functions that the plugin interposes.
 INTERPOSED = frozenset({"ioctl", "madvise", "fallocate", "fallocate64", "mmap", "mmap64"})

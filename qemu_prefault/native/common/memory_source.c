@@ -186,6 +186,27 @@ uint64_t pf_source_hugetlb(int32_t pools_fd, int32_t nodes_fd, const struct sour
 
 /* --- file systems --- */
 
+int32_t pf_source_is_stacked(uint64_t type, uint64_t device)
+{
+	/* linux/magic.h has some of these numbers only in newer releases. */
+	static const uint32_t stored_elsewhere[] = {
+		0x9123683e, /* btrfs */
+		0xca451a4e, /* bcachefs */
+		0x2fc12fc1, /* ZFS */
+		0x6969,	    /* NFS */
+		0x01021997, /* 9p */
+		0x00c36400, /* Ceph */
+		0xff534d42, /* CIFS */
+		0xfe534d42, /* SMB2 */
+		0x65735546, /* FUSE */
+	};
+
+	for (size_t i = 0; i < sizeof(stored_elsewhere) / sizeof(*stored_elsewhere); i++)
+		if ((uint32_t)type == stored_elsewhere[i])
+			return 0;
+	return !major(device);
+}
+
 uint64_t pf_source_file_system(int32_t fd, uint64_t *inodes)
 {
 	struct statfs figures;

@@ -43,6 +43,15 @@ uint64_t pf_source_hugetlb(int32_t pools_fd, int32_t nodes_fd, const struct sour
 			   uint64_t page_size, uint64_t ours, uint64_t host);
 
 /*
+ * Return whether a file system may store its files on another file system, which may be a tmpfs.
+ * This applies to an overlay, for example, and to each unknown type without a block device.
+ *
+ * type is the type that statfs() reports, and not that of tmpfs, ramfs or hugetlbfs. The function
+ * returns 0 for FUSE, because a request to a FUSE server could block the guest.
+ */
+int32_t pf_source_is_stacked(uint64_t type, uint64_t device);
+
+/*
  * Return the free bytes of an open file's file system. Sets *inodes to the number of used inodes,
  * or to 0 if this number is unknown.
  */

@@ -258,11 +258,15 @@ static bool has_memory(const struct work_item *item)
 	for (size_t n = pf_headroom_sources(item->hva, item->size, sources); n; n--) {
 		const struct memory_source *source = &sources[n - 1];
 		uint64_t bytes = item->size > source->page_size ? item->size : source->page_size;
-		uint64_t need = bytes * source->cost;
+		uint64_t of_file = bytes < source->file_bytes ? bytes : source->file_bytes;
+		uint64_t need = bytes * source->cost + of_file;
+		uint64_t reserve = RESERVE * (source->cost + (of_file != 0));
+		uint64_t unallocated = pf_headroom_unallocated(source);
 		uint64_t ours = source->reserved ? UINT64_MAX : 0;
 
-		if (pf_headroom_left(source, ours, RESERVE * source->cost) < need &&
-		    pf_headroom_unallocated(source) && !is_allocated(item))
+		if (need > unallocated)
+			need = unallocated;
+		if (pf_headroom_left(source, ours, reserve) < need && !is_allocated(item))
 			return false;
 	}
 	return true;

@@ -87,6 +87,17 @@ static void populate_no_more(uint64_t wanted)
 			pf_queue_make_resident_only(&pf_memslots[i]);
 }
 
+/* Add the pages of a file that QEMU copies to the memory that the claims need. */
+static void add_copied(const struct claim *file)
+{
+	for (size_t i = 0; i < claim_count; i++) {
+		enum source_kind kind = claims[i].source.kind;
+
+		if (kind == SOURCE_HOST || kind == SOURCE_NODES || kind == SOURCE_COMMIT)
+			claims[i].wanted += file->wanted;
+	}
+}
+
 /*
  * Limit each file's claim to the bytes without a block, and add up the claims on files in one file
  * system.
@@ -98,6 +109,8 @@ static void merge_files(void)
 
 		if (claims[i].wanted > unallocated)
 			claims[i].wanted = unallocated;
+		if (claims[i].source.copied)
+			add_copied(&claims[i]);
 	}
 	for (size_t i = 0; i < claim_count; i++)
 		for (size_t j = 0; j < i; j++)

@@ -103,15 +103,21 @@ size_t pf_headroom_sources(uint64_t hva, uint64_t size, struct memory_source *so
 	struct memory_source file = { .kind = SOURCE_FILE_SYSTEM, .cost = 1 };
 	size_t count = 0;
 	bool allocates_file = !(facts & MEMORY_PRIVATE);
+	uint64_t unallocated;
 
 	source.confined = confining_nodes(hva, &source.nodes);
 	source.page_size = pf_ranges_huge_page_size(hva, size);
 	source.kind = source.page_size ? SOURCE_POOL : SOURCE_HOST;
 	file.fd = pf_ranges_file(hva, size, &file.device, &file.inode);
 	/* The fault allocates the file's page and its copy (mm/shmem.c, shmem_fault()). */
-	if (facts & MEMORY_COPIED && pf_headroom_unallocated(&file)) {
+	unallocated = facts & MEMORY_COPIED ? pf_headroom_unallocated(&file) : 0;
+	if (unallocated) {
 		allocates_file = true;
-		source.cost = 2;
+		file.copied = file.fd >= 0;
+		if (file.copied)
+			source.file_bytes = unallocated;
+		else /* the file is unknown */
+			source.cost = 2;
 	}
 	sources[count++] = source;
 	if (source.confined && !source.page_size) {
@@ -125,8 +131,11 @@ size_t pf_headroom_sources(uint64_t hva, uint64_t size, struct memory_source *so
 	if (source.page_size)
 		allocates_file = !source.reserved;
 	/* The kernel commits a page of a tmpfs file or a memfd when it allocates the page. */
-	if (allocates_file && file.fd >= 0 && !source.page_size && !(facts & MEMORY_DISK_FILE))
-		sources[count++] = (struct memory_source){ .kind = SOURCE_COMMIT, .cost = 1 };
+	if (allocates_file && file.fd >= 0 && !source.page_size &&
+	    (!(facts & MEMORY_DISK_FILE) || facts & MEMORY_STACKED))
+		sources[count++] = (struct memory_source){ .kind = SOURCE_COMMIT,
+							   .cost = !file.copied,
+							   .file_bytes = source.file_bytes };
 	if (allocates_file && file.fd >= 0)
 		sources[count++] = file;
 	return count;
@@ -241,7 +250,7 @@ uint64_t pf_headroom_unallocated(const struct memory_source *source)
 	struct stat status;
 	uint64_t allocated;
 
-	if (source->kind != SOURCE_FILE_SYSTEM || fstat(source->fd, &status))
+	if (source->kind != SOURCE_FILE_SYSTEM || source->fd < 0 || fstat(source->fd, &status))
 		return UINT64_MAX;
 	allocated = (uint64_t)status.st_blocks * 512;
 	return (uint64_t)status.st_size > allocated ? (uint64_t)status.st_size - allocated : 0;

@@ -32,14 +32,16 @@ enum source_kind {
 /* A source of the memory that populating a range allocates. */
 struct memory_source {
 	enum source_kind kind;
-	uint64_t page_size; /* of huge pages, or 0 */
-	bool reserved;	    /* absent huge pages are reserved for the range */
-	bool confined;	    /* the memory must come from nodes */
-	uint64_t cost;	    /* bytes allocated for each populated byte */
+	uint64_t page_size;  /* of huge pages, or 0 */
+	bool reserved;	     /* absent huge pages are reserved for the range */
+	bool confined;	     /* the memory must come from nodes */
+	uint64_t cost;	     /* bytes allocated for each populated byte */
+	uint64_t file_bytes; /* bytes of the mapped file that are allocated in addition, at most */
 	struct source_nodes nodes;
 	/* SOURCE_FILE_SYSTEM only: */
 	uint64_t device, inode; /* of the file */
 	int fd;			/* QEMU's descriptor for the file, owned by QEMU */
+	bool copied;		/* QEMU copies the file's pages */
 };
 
 /*

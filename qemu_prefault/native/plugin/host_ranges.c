@@ -15,6 +15,7 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
+#include "common/memory_source.h"
 #include "common/pagemap.h"
 #include "guest_ranges.h"
 #include "os.h"
@@ -73,9 +74,10 @@ static void intervals_cut(struct intervals *list, uint64_t start, uint64_t end)
 }
 
 /* Return the facts of a file mapping. */
-static unsigned int file_facts(unsigned long filesystem, bool shared)
+static unsigned int file_facts(unsigned long filesystem, dev_t device, bool shared)
 {
 	unsigned int facts = shared ? 0 : MEMORY_PRIVATE;
+	bool stacked = pf_source_is_stacked(filesystem, device);
 
 	switch (filesystem) {
 	case HUGETLBFS_MAGIC:
@@ -84,7 +86,8 @@ static unsigned int file_facts(unsigned long filesystem, bool shared)
 	case RAMFS_MAGIC:
 		return facts | (shared ? 0 : MEMORY_COPIED);
 	default:
-		return facts | (shared ? MEMORY_DISK_FILE : 0);
+		facts |= stacked ? MEMORY_STACKED : 0;
+		return facts | (shared ? MEMORY_DISK_FILE : stacked ? MEMORY_COPIED : 0);
 	}
 }
 
@@ -101,7 +104,7 @@ static bool has_flag(const char *line, const char *flag)
  */
 static void learn_descriptors(void)
 {
-	const unsigned int of_file = MEMORY_DISK_FILE | MEMORY_COPIED;
+	const unsigned int of_file = MEMORY_DISK_FILE | MEMORY_COPIED | MEMORY_STACKED;
 	DIR *directory = opendir("/proc/self/fd");
 	const struct dirent *entry;
 	struct stat status;
@@ -121,7 +124,7 @@ static void learn_descriptors(void)
 				continue;
 			item->fd = atoi(entry->d_name);
 			item->facts &= ~of_file;
-			item->facts |= file_facts((unsigned long)filesystem.f_type,
+			item->facts |= file_facts((unsigned long)filesystem.f_type, item->device,
 						  !(item->facts & MEMORY_PRIVATE));
 		}
 		pthread_mutex_unlock(&lists_lock);
@@ -157,7 +160,7 @@ void pf_ranges_learn(void)
 				statfs(line + path, &filesystem);
 			if (inode)
 				item.facts = file_facts((unsigned long)filesystem.f_type,
-							permissions[3] == 's');
+							item.device, permissions[3] == 's');
 		} else if (sscanf(line, "KernelPageSize: %llu kB", &kib) == 1) {
 			item.page_size = kib << 10;
 		} else if (!strncmp(line, "VmFlags:", 8) && permissions[1] == 'w') {
@@ -192,7 +195,8 @@ void pf_ranges_mapped(uint64_t start, uint64_t size, int fd, int flags)
 		item.device = status.st_dev;
 		item.inode = status.st_ino;
 		item.page_size = (uint64_t)filesystem.f_bsize; /* on hugetlbfs: the page size */
-		item.facts |= file_facts((unsigned long)filesystem.f_type, flags & MAP_SHARED);
+		item.facts |= file_facts((unsigned long)filesystem.f_type, item.device,
+					 flags & MAP_SHARED);
 	}
 	pthread_mutex_lock(&lists_lock);
 	intervals_cut(&mappings, item.start, item.end);

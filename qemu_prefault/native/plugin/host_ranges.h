@@ -24,7 +24,8 @@ enum memory_fact {
 	MEMORY_DISK_FILE = 4,  /* shared file on a disk: populating would write to it */
 	MEMORY_HUGETLB = 8,    /* allocated from the hugetlb pool */
 	MEMORY_PRIVATE = 16,   /* private mapping of a file */
-	MEMORY_COPIED = 32,    /* private mapping of a file that exists only in memory */
+	MEMORY_COPIED = 32,    /* private mapping of a file that may exist only in memory */
+	MEMORY_STACKED = 64,   /* the file may be stored on another file system, such as a tmpfs */
 };
 
 /*
