@@ -7,6 +7,7 @@
 #include "event_log.h"
 #include "headroom.h"
 #include "host_ranges.h"
+#include "messages.h"
 #include "options.h"
 #include "queue.h"
 #include "state.h"

@@ -6,6 +6,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "messages.h"
 #include "options.h"
 #include "state.h"
 

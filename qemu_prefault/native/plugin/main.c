@@ -16,6 +16,7 @@
 
 #include "guest_ranges.h"
 #include "interpose.h"
+#include "messages.h"
 #include "options.h"
 #include "qemu_memory.h"
 #include "vm.h"
@@ -77,6 +78,7 @@ __attribute__((destructor)) static void unloaded(void)
 {
 	if (is_qemu && !exit_status && pf_guest_ranges_exist())
 		report_no_kvm();
+	pf_messages_finish();
 }
 
 EXPORT int qemu_plugin_install(uint64_t id, const void *info, int argc, char **argv)

@@ -5,7 +5,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -185,19 +184,4 @@ void pf_json_escape(char *out, size_t size, const char *text)
 		out[at++] = *text >= ' ' && *text <= '~' ? *text : '?';
 	}
 	out[at] = '\0';
-}
-
-void pf_print_error(const char *format, ...)
-{
-	char text[1024];
-	va_list arguments;
-
-	va_start(arguments, format);
-	int length = vsnprintf(text, sizeof(text), format, arguments);
-
-	va_end(arguments);
-	if (length >= (int)sizeof(text))
-		length = sizeof(text) - 1;
-	if (length > 0 && write(STDERR_FILENO, text, (size_t)length) < 0)
-		return; /* stderr is closed */
 }

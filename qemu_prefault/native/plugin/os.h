@@ -65,7 +65,4 @@ bool pf_grow(void **array, size_t *capacity, size_t count, size_t item);
 /* Copy a text, and escape it for a JSON string. Cuts the text if the result would not fit. */
 void pf_json_escape(char *out, size_t size, const char *text);
 
-/* Print to stderr without stdio, because stdio allocates and takes locks. */
-void pf_print_error(const char *format, ...) __attribute__((format(printf, 1, 2)));
-
 #endif

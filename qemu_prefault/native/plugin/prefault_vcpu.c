@@ -8,6 +8,7 @@
 
 #include "event_log.h"
 #include "limits.h"
+#include "messages.h"
 #include "options.h"
 
 #define MAX_CPUID_ENTRIES 256 /* KVM_MAX_CPUID_ENTRIES, arch/x86/include/asm/kvm_host.h */

@@ -4,6 +4,7 @@
 #include <linux/kvm.h>
 
 #include "event_log.h"
+#include "messages.h"
 #include "options.h"
 #include "state.h"
 

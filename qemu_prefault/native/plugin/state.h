@@ -11,6 +11,7 @@
  *   limits           whether QEMU's limits allow more threads and descriptors
  *   errors           errors in replies to control socket requests
  *   state            this file
+ *   messages         lines on stderr
  *   event_log        events for the control socket and the log
  *   guest_ranges     memory and files that may belong to the guest
  *   host_ranges      facts about QEMU's memory

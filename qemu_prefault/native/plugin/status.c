@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "limits.h"
+#include "messages.h"
 #include "options.h"
 #include "prefault_vcpu.h"
 #include "queue.h"
@@ -91,7 +92,8 @@ static void describe(struct text *out)
 	    getpid(), pf_options.by_preload ? "preload" : "plugin", json_bool(pf_vm_fd >= 0),
 	    json_bool(pf_capable), json_bool(pf_options.keep && !pf_paused),
 	    pf_populate_names[pf_options.populate], pf_quirk_names[pf_quirk]);
-	add(out, ",\"booting\":%s", json_bool(pf_booting));
+	add(out, ",\"booting\":%s,\"lost_messages\":%llu", json_bool(pf_booting),
+	    (unsigned long long)pf_messages_lost());
 	print_text(out, "held", pf_queue_held_reason());
 	add(out, ",\"vcpus\":[");
 	for (size_t i = 0; i < pf_vcpu_count; i++)

@@ -4,6 +4,7 @@
 #include "batch.h"
 #include "common/prefault_loop.h"
 #include "event_log.h"
+#include "messages.h"
 #include "prefault_vcpu.h"
 #include "queue.h"
 #include "state.h"
@@ -45,6 +46,12 @@ static void *watchdog(void *unused)
 		uint64_t now = prefault_now_ns();
 		bool deferred = pf_queue_has_deferred();
 
+		if (pf_messages_need_writer()) {
+			pthread_mutex_unlock(&pf_lock);
+			pf_messages_start_writer();
+			pthread_mutex_lock(&pf_lock);
+			continue;
+		}
 		if (!(atomic_load(&pf_work_available) || (deferred && pf_guest_entered) ||
 		      pf_in_flight || pf_batch_running())) {
 			pthread_cond_wait(&pf_changed, &pf_lock);
