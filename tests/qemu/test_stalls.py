@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from support.process import leftovers
-from support.qemu import QemuVm, StartQemu, kvm_usable, start_tool, start_vm
+from support.qemu import StartQemu, kvm_usable, start_tool, start_vm
 from support.scheduling import scheduling
+from support.stalls import MeasuringGuest, make_disk, tsc_frequency
 
-SOURCE = Path(__file__).with_name("stall_guest.S")
 MIB = 1 << 20
 #: The maximum time in seconds by which the guest's longest stall may exceed the control's.
 STALL = 0.1
@@ -28,57 +26,11 @@ STALL = 0.1
 LOGGED = 0.01
 #: The time in milliseconds that the vCPU spins in each period of 3 ms, before the vCPU halts.
 SPIN = {"busy": 3, "half": 1, "idle": 0}
-LOG, ENTRIES = 0x8000, 0x8010
 
 pytestmark = [
     pytest.mark.skipif(not kvm_usable(), reason="/dev/kvm is not usable"),
     pytest.mark.skipif(shutil.which("cc") is None, reason="cc is not installed"),
 ]
-
-
-class MeasuringGuest:
-    """A guest that measures the intervals in which its vCPU does not run."""
-
-    def __init__(self, vm: QemuVm, frequency: float) -> None:
-        self.vm = vm
-        self.vcpu = vm.vcpu
-        self._frequency = frequency
-
-    def read(self, address: int, count: int) -> list[int]:
-        """Return ``count`` 64-bit values from the guest's physical memory."""
-        command = f"xp /{count}gx {address:#x}"
-        text = str(self.vm.qmp.execute("human-monitor-command", command_line=command))
-        return [int(word, 16) for line in text.splitlines() for word in line.split()[1:]]
-
-    def stalls(self, first: int = 0) -> list[float]:
-        """Return the logged intervals in seconds, starting at index ``first``."""
-        count = self.read(LOG, 1)[0] & 0xFFFFFFFF
-        values = self.read(ENTRIES + 8 * first, count - first) if count > first else []
-        return [value / self._frequency for value in values]
-
-    def wait_running(self) -> None:
-        """Wait until the guest updates its log."""
-        deadline = time.monotonic() + 30
-        before = self.read(LOG + 8, 1)
-        while before == [0] or self.read(LOG + 8, 1) == before:
-            assert time.monotonic() < deadline, "the guest does not run"
-            time.sleep(0.05)
-            before = before if before != [0] else self.read(LOG + 8, 1)
-
-
-@pytest.fixture
-def boot_sector(tmp_path: Path) -> Path:
-    path = tmp_path / "sector"
-    flags = ["-m16", "-nostdlib", "-static", "-Wl,--build-id=none,-Ttext=0x7c00,--oformat=binary"]
-    subprocess.run(["cc", *flags, SOURCE, "-o", path], check=True)
-    return path
-
-
-def tsc_frequency() -> float:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("cpu MHz"):
-            return float(line.split(":")[1]) * 1e6
-    pytest.skip("/proc/cpuinfo does not show the CPU's frequency")
 
 
 FULL = [(policy, "busy") for policy in ("other", "quota", "pinned")]
@@ -96,14 +48,10 @@ FULL += [(policy, "idle") for policy in ("other", "pinned", "rr")]
     ],
 )
 def test_running_guest_does_not_stall(
-    start_qemu: StartQemu, tmp_path: Path, boot_sector: Path, policy: str, load: str
+    start_qemu: StartQemu, tmp_path: Path, policy: str, load: str
 ) -> None:
     frequency = tsc_frequency()
-    disk = bytearray(boot_sector.read_bytes())
-    disk[4] = SPIN[load]
-    disk[8:12] = int(LOGGED * frequency).to_bytes(4, "little")
-    image = tmp_path / "disk"
-    image.write_bytes(disk)
+    image = make_disk(tmp_path, frequency, LOGGED, SPIN[load])
     drive = ("-drive", f"file={image},format=raw,if=ide,snapshot=on")
     every = os.sched_getaffinity(0)
     if len(every) < 2:

@@ -15,13 +15,14 @@ import qemu_prefault
 
 #: The directory of the installed package's C files.
 NATIVE = Path(qemu_prefault.__file__).parent / "native"
+CAPABLE = Path(__file__).with_name("capable_kvm.h")
 _FLAGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}")
 #: The sanitizers end the process if they detect an error.
 SANITIZE = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 def link_with_plugin(
-    source: Path,
+    source: Path | None,
     output: Path,
     *flags: str,
     parts: Sequence[str] = ("plugin/*.c", "common/*.c"),
@@ -38,5 +39,12 @@ def link_with_plugin(
     if os.environ.get("QEMU_PREFAULT_SANITIZE"):
         flags = (*SANITIZE, *flags)
     files = [path for part in parts for path in NATIVE.glob(part)]
-    subprocess.run(["cc", *_FLAGS, *flags, source, *files, "-o", output], check=True)
+    files += [source] if source else []
+    subprocess.run(["cc", *_FLAGS, *flags, *files, "-o", output], check=True)
     return output
+
+
+def build_capable_plugin(output: Path) -> Path:
+    """Build a plugin for which KVM seems to offer the ioctl, and return its path."""
+    flags = ("-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-include", CAPABLE)
+    return link_with_plugin(None, output, *map(str, flags))

@@ -22,7 +22,8 @@ COMMON = ("common/headroom", "common/limits", "common/memory_source", "common/pa
 PLUGIN = tuple(
     f"plugin/{name}"
     for name in (
-        *("os", "options", "limits", "errors", "state", "messages", "event_log", "guest_ranges"),
+        *("os", "pace", "options", "limits", "errors", "state", "messages", "event_log"),
+        "guest_ranges",
         *("host_ranges", "headroom", "quirk", "prefault_vcpu", "firmware", "queue", "memslots"),
         *("qemu_memory", "claims", "chunk", "guest_start", "prefault_thread", "vcpu"),
         *("batch", "watchdog", "status", "commands", "clients", "control_socket", "vm", "got"),

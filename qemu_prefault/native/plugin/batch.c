@@ -12,6 +12,7 @@
 
 #include "common/prefault_loop.h"
 #include "host_ranges.h"
+#include "pace.h"
 #include "prefault_vcpu.h"
 #include "state.h"
 
@@ -22,6 +23,7 @@ struct batch_worker {
 	pthread_t thread; /* of the entry's number, which may process other entries */
 	pid_t tid;	  /* of the thread that processes this entry */
 	bool borrowed;	  /* the vCPU is the guest's */
+	struct pace pace;
 	bool in_flight, in_stage2;
 };
 
@@ -70,6 +72,26 @@ static bool may_use(const struct batch_worker *worker)
 	return !pf_logs_to_ring() && (!worker->borrowed || atomic_load(&worker->vcpu->lent));
 }
 
+static bool guest_runs(void)
+{
+	for (size_t i = 0; i < pf_vcpu_count; i++)
+		if (atomic_load(&pf_vcpus[i].in_guest))
+			return true;
+	return false;
+}
+
+/* Wait until the guest has had its part of the CPU time. Call with pf_lock held. */
+static void rest(uint64_t until)
+{
+	uint64_t now;
+
+	while (guest_runs() && !atomic_load(&batch.abort) && (now = prefault_now_ns()) < until) {
+		struct timespec deadline = pf_deadline_in(until - now);
+
+		pthread_cond_timedwait(&pf_changed, &pf_lock, &deadline);
+	}
+}
+
 /* Called before each chunk. Waits while QEMU changes a memslot. */
 static int batch_goes_on(void *context)
 {
@@ -78,8 +100,11 @@ static int batch_goes_on(void *context)
 
 	pthread_mutex_lock(&pf_lock);
 	leave_ioctl(worker);
+	if (worker->pace.began)
+		rest(pf_pace_end(&worker->pace));
 	while (atomic_load(&pf_slot_changes))
 		pthread_cond_wait(&pf_changed, &pf_lock);
+	pf_pace_begin(&worker->pace, !guest_runs());
 	go_on = !atomic_load(&batch.abort) && !(worker->in_stage2 && !may_use(worker));
 	if (go_on) {
 		worker->in_flight = true;
@@ -101,6 +126,7 @@ static void run_worker(struct batch_worker *worker)
 	uint64_t mapped = 0, populated = 0;
 	bool stuck = false;
 
+	pf_pace_start(&worker->pace);
 	pthread_mutex_lock(&pf_lock);
 	worker->tid = (pid_t)syscall(SYS_gettid);
 	pthread_mutex_unlock(&pf_lock);

@@ -272,7 +272,7 @@ static bool has_memory(const struct work_item *item)
 	return true;
 }
 
-void pf_chunk_run(struct work_item item, struct run_ctx *ctx)
+uint64_t pf_chunk_run(struct work_item item, struct run_ctx *ctx)
 {
 	struct vcpu *self = ctx->vcpu;
 	struct prefault_range populate = { .start = item.hva,
@@ -327,4 +327,5 @@ void pf_chunk_run(struct work_item item, struct run_ctx *ctx)
 	}
 	if (item.stage2 && progress.done < item.size)
 		end_stage2(&item, self, &progress, slot);
+	return item.stage2 ? progress.done : item.size;
 }

@@ -18,10 +18,10 @@ struct run_ctx {
 };
 
 /*
- * Populate and prefault an item. Call with pf_lock held. The function releases pf_lock during
- * system calls.
+ * Populate and prefault an item. Returns the bytes that are completed. Call with pf_lock held. The
+ * function releases pf_lock during system calls.
  */
-void pf_chunk_run(struct work_item item, struct run_ctx *ctx);
+uint64_t pf_chunk_run(struct work_item item, struct run_ctx *ctx);
 
 /*
  * Report all chunks since the last call in one event. `started` is set if the guest has run.

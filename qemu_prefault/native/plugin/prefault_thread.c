@@ -11,6 +11,7 @@
 #include "common/prefault_loop.h"
 #include "firmware.h"
 #include "options.h"
+#include "pace.h"
 #include "prefault_vcpu.h"
 #include "queue.h"
 
@@ -21,9 +22,11 @@
  * value.
  */
 #define NICE 10
+#define PACED_CHUNK (MIB(1) / 4) /* as RUNNING_CHUNK, if the thread must end in time */
 
 static bool may_set_priority;
-static uint64_t rest_until; /* CLOCK_MONOTONIC, in ns; see pf_options.rate */
+static struct pace pace;
+static uint64_t rest_until; /* CLOCK_MONOTONIC, in ns; see pf_options.rate and pace.h */
 
 /* Return a prefault vCPU that is stuck, or NULL. */
 static struct vcpu *find_stuck(void)
@@ -52,16 +55,28 @@ bool pf_prefault_thread_boots(void)
 
 static void process(struct work_item item)
 {
+	uint64_t deadline = pf_pace_begin(&pace, pf_booting);
 	uint64_t began = prefault_now_ns();
 	bool started = pf_guest_entered;
 	struct run_ctx ctx = { .vcpu = pf_prefault_vcpu(item.slot >> 16),
 			       .chunk_bytes = started ? RUNNING_CHUNK : CHUNK };
 
+	if (started && deadline) {
+		ctx.deadline = deadline;
+		ctx.chunk_bytes = PACED_CHUNK;
+	}
 	ctx.vcpu->tid = (pid_t)syscall(SYS_gettid);
 	pf_prefault_vcpu_renew_root(ctx.vcpu, false);
-	pf_chunk_run(item, &ctx);
-	if (pf_options.rate && started)
-		rest_until = began + item.size * 1000 / pf_options.rate * 1000000;
+	uint64_t done = pf_chunk_run(item, &ctx);
+
+	if (started) {
+		rest_until = pf_pace_end(&pace);
+		if (pf_options.rate) {
+			uint64_t until = began + done * 1000 / pf_options.rate * 1000000;
+
+			rest_until = until > rest_until ? until : rest_until;
+		}
+	}
 	if (!atomic_load(&pf_work_available) && !atomic_load(&pf_vcpus_working))
 		pf_chunk_report(started);
 }
@@ -102,7 +117,8 @@ static void *thread(void *unused)
 	sigemptyset(&kick);
 	sigaddset(&kick, SIGUSR1); /* from pf_kick_thread() */
 	pthread_sigmask(SIG_UNBLOCK, &kick, NULL);
-	may_set_priority = !pf_has_seccomp_filter();
+	pf_pace_start(&pace);
+	may_set_priority = pace.may_set;
 	pthread_mutex_lock(&pf_lock);
 	for (;;) {
 		struct vcpu *stuck = find_stuck();
@@ -139,5 +155,6 @@ bool pf_prefault_thread_start(void)
 {
 	pthread_t started;
 
+	pf_pace_open();
 	return pf_start_thread(&started, "prefault-vcpu", thread);
 }

@@ -7,6 +7,7 @@
  * functions of files above it in this list (checked by tests/unit/test_native_structure.py):
  *
  *   os               system calls, threads, time
+ *   pace             the CPU time that the plugin's threads use
  *   options          the user's options
  *   limits           whether QEMU's limits allow more threads and descriptors
  *   errors           errors in replies to control socket requests

@@ -9,6 +9,7 @@
 #include "limits.h"
 #include "messages.h"
 #include "options.h"
+#include "pace.h"
 #include "prefault_vcpu.h"
 #include "queue.h"
 #include "state.h"
@@ -95,6 +96,7 @@ static void describe(struct text *out)
 	add(out, ",\"booting\":%s,\"lost_messages\":%llu", json_bool(pf_booting),
 	    (unsigned long long)pf_messages_lost());
 	print_text(out, "held", pf_queue_held_reason());
+	print_text(out, "slowed_by", pf_pace_reason());
 	add(out, ",\"vcpus\":[");
 	for (size_t i = 0; i < pf_vcpu_count; i++)
 		add(out, "%s{\"id\":%lu,\"fd\":%d,\"tid\":%d,\"running\":%s}", i ? "," : "",
