@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/kvm.h>
+#include <linux/userfaultfd.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -123,8 +124,13 @@ static int ioctl_hook(int fd, unsigned long request, void *argument)
 	case USERFAULT_REGISTER:
 	case USERFAULT_UNREGISTER:
 		result = pf_raw_ioctl(fd, request, argument);
-		if (!result)
-			pf_qemu_memory_userfault(request == USERFAULT_REGISTER);
+		if (!result && enter(&error)) {
+			const struct uffdio_register *range = argument;
+
+			pf_qemu_memory_userfault(
+				fd, (uint32_t)request == USERFAULT_REGISTER ? range->mode : 0);
+			leave(error);
+		}
 		return (int)result;
 	default:
 		return (int)pf_raw_ioctl(fd, request, argument);

@@ -19,6 +19,7 @@
 #include "messages.h"
 #include "options.h"
 #include "qemu_memory.h"
+#include "state.h"
 #include "vm.h"
 
 #define EXPORT __attribute__((visibility("default")))
@@ -92,7 +93,7 @@ EXPORT int qemu_plugin_install(uint64_t id, const void *info, int argc, char **a
 	if (pf_options.by_preload)
 		pf_options_take_environment();
 	for (int i = 0; i < argc; i++)
-		if (!pf_options_parse(argv[i]))
+		if (!(pf_vm_fd < 0 ? pf_options_parse : pf_options_parse_late)(argv[i]))
 			return -1;
 	if (!pf_options.by_preload) {
 		if (!pf_interpose_by_got()) {

@@ -134,6 +134,24 @@ bool pf_options_parse(const char *text)
 	return fine;
 }
 
+bool pf_options_parse_late(const char *text)
+{
+	const struct plugin_options before = pf_options;
+
+	if (!pf_options_parse(text))
+		return false;
+	if (pf_options.vcpu == before.vcpu && pf_options.socket_off == before.socket_off &&
+	    !strcmp(pf_options.socket, before.socket))
+		return true;
+	pf_options = before;
+	fprintf(stderr,
+		"qemu-prefault: the plugin was loaded before -plugin ...,%s, and the option no "
+		"longer has an effect. Give all options at one place: either to qemu-prefault run "
+		"-o, or to one -plugin option\n",
+		text);
+	return true;
+}
+
 void pf_options_take_environment(void)
 {
 	const char *text = getenv(VARIABLE);

@@ -33,6 +33,11 @@ extern const char *const pf_populate_names[3];
 /* Parse "key=value". If the option is invalid, print an error to stderr and return false. */
 bool pf_options_parse(const char *text);
 /*
+ * Parse an option after the plugin has started in this process, because it was loaded twice. If the
+ * option can no longer have an effect, print this to stderr and keep the value in use.
+ */
+bool pf_options_parse_late(const char *text);
+/*
  * Parse the comma-separated options in QEMU_PREFAULT_OPTIONS, and remove this variable, so that
  * QEMU's child processes do not inherit it.
  */

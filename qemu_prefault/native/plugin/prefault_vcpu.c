@@ -31,6 +31,7 @@ static bool encrypted;
 static char refused[PF_CLAUSE]; /* why the plugin creates none; "": not refused */
 static unsigned long first_id;	/* QEMU's limit of vCPU ids; 0: unknown */
 static unsigned int id_count;	/* ids from first_id that KVM accepts and QEMU cannot use */
+static const char *no_id = "QEMU has not limited its vCPU ids"; /* why id_count is 0 */
 static unsigned long tsc_khz;	/* the last value that QEMU has set; 0: none */
 static struct {
 	struct kvm_cpuid2 head;
@@ -43,8 +44,11 @@ long pf_prefault_vcpus_enable_cap(int vm_fd, struct kvm_enable_cap *cap)
 	uint64_t limit = cap->args[0];
 	unsigned int count = PREFAULT_VCPUS;
 
+	if (limit > MAX_ID)
+		no_id = "no vCPU id is free";
 	if (!limit || limit > MAX_ID || pf_options.vcpu == VCPU_BORROW || !pf_capable || refused[0])
 		return pf_raw_ioctl(vm_fd, KVM_ENABLE_CAP, cap);
+	no_id = "KVM accepts no vCPU id above QEMU's";
 	if (limit + count - 1 > MAX_ID)
 		count = (unsigned int)(MAX_ID - limit + 1);
 	raised.args[0] = limit + count;
@@ -211,8 +215,10 @@ const char *pf_prefault_vcpus_missing(void)
 		return "this KVM has no KVM_PRE_FAULT_MEMORY";
 	if (encrypted)
 		return "the guest's memory is encrypted";
+	if (!pf_vcpu_count)
+		return "the machine has no vCPU";
 	if (!id_count)
-		return "no vCPU id is free";
+		return no_id;
 	return pf_guest_started ? "KVM refused to create a vCPU" : "the guest has not started";
 }
 
@@ -231,12 +237,29 @@ void pf_prefault_vcpus_create(void)
 		create(SMM);
 	const char *why = pf_prefault_vcpus_missing();
 
-	if (!why)
+	if (!why) {
 		pf_log_event("prefault-vcpus", NULL, ",\"count\":%d", atomic_load(&usable));
-	else if (pf_options.vcpu == VCPU_PREFAULT && pf_capable && !refused[0])
+		return;
+	}
+	if (pf_options.vcpu == VCPU_PREFAULT && pf_capable && !refused[0])
 		pf_print_error("qemu-prefault: the plugin cannot create prefault vCPUs (%s), so it "
 			       "uses the guest's vCPUs\n",
 			       why);
+	if (pf_capable && (pf_options.background || pf_options.rate))
+		pf_print_error("qemu-prefault: %s no effect, because the plugin has no prefault "
+			       "vCPUs (%s). Remove this option or its cause\n",
+			       !pf_options.rate	      ? "start=background has" :
+			       !pf_options.background ? "rate=BYTES has" :
+							"start=background and rate=BYTES have",
+			       why);
+}
+
+void pf_prefault_vcpus_ignored_options(bool *start, bool *rate)
+{
+	bool missing = pf_guest_started && !atomic_load(&usable);
+
+	*start = missing && pf_options.background;
+	*rate = missing && pf_options.rate;
 }
 
 struct vcpu *pf_prefault_vcpu(unsigned int address_space)

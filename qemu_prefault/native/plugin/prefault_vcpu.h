@@ -48,6 +48,9 @@ void pf_prefault_vcpus_refuse(const char *why);
 /* Return why the plugin has not created a prefault vCPU, or NULL if it has created one. */
 const char *pf_prefault_vcpus_missing(void);
 
+/* Return whether start=background and rate=BYTES have no effect because of this. */
+void pf_prefault_vcpus_ignored_options(bool *start, bool *rate);
+
 /*
  * Give the vCPU a new root if KVM has dropped its root since the last call, or if `always` is set.
  * Before commit 20a6cff3b283 (v6.15), the prefault ioctl never ends on an obsolete root. Call with

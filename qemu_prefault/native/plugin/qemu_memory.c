@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 #include "qemu_memory.h"
 
+#include <linux/userfaultfd.h>
+#include <stddef.h>
+#include <sys/stat.h>
+
 #include "event_log.h"
 #include "guest_ranges.h"
 #include "host_ranges.h"
@@ -8,18 +12,87 @@
 #include "queue.h"
 #include "state.h"
 
-void pf_qemu_memory_userfault(bool registered)
-{
-	pthread_mutex_lock(&pf_lock);
-	const char *before = pf_queue_held_reason();
+/* A userfaultfd of QEMU. Since Linux 5.12, each has an inode of its own. */
+struct userfaultfd {
+	int fd;
+	dev_t device;
+	ino_t inode;
+	uint64_t modes; /* of all registrations */
+	size_t count;	/* registrations */
+};
 
-	pf_userfaults += registered ? 1 : -1;
-	if (pf_userfaults < 0)
-		pf_userfaults = 0;
+static struct userfaultfd *userfaultfds;
+static size_t userfaultfd_count, userfaultfd_capacity;
+
+static bool is_open(const struct userfaultfd *userfaultfd)
+{
+	struct stat status;
+
+	return !fstat(userfaultfd->fd, &status) && status.st_dev == userfaultfd->device &&
+	       status.st_ino == userfaultfd->inode;
+}
+
+/* Forget closed descriptors and those without a registration, and update the queue. */
+static void update_userfaults(void)
+{
+	const char *before = pf_queue_held_reason();
+	enum userfault use = USERFAULT_NONE;
+
+	for (size_t i = userfaultfd_count; i--;) {
+		if (!userfaultfds[i].count || !is_open(&userfaultfds[i]))
+			userfaultfds[i] = userfaultfds[--userfaultfd_count];
+		else if (userfaultfds[i].modes & ~UFFDIO_REGISTER_MODE_WP)
+			use = USERFAULT_POSTCOPY;
+		else if (use == USERFAULT_NONE)
+			use = USERFAULT_SNAPSHOT;
+	}
+	pf_userfault = use;
 	pf_queue_update();
-	if (before != pf_queue_held_reason())
-		pf_log_event(before ? "released" : "held", "userfaultfd", "%s", "");
+	if (before != pf_queue_held_reason()) {
+		pf_log_event(pf_queue_held_reason() ? "held" : "released", "userfaultfd", "%s", "");
+		pthread_cond_broadcast(&pf_changed);
+	}
+}
+
+static struct userfaultfd *find_userfaultfd(int fd)
+{
+	for (size_t i = 0; i < userfaultfd_count; i++)
+		if (userfaultfds[i].fd == fd)
+			return &userfaultfds[i];
+	return NULL;
+}
+
+void pf_qemu_memory_userfault(int fd, uint64_t modes)
+{
+	struct stat status;
+
+	pthread_mutex_lock(&pf_lock);
+	update_userfaults(); /* the number may belong to another descriptor now */
+	struct userfaultfd *found = find_userfaultfd(fd);
+
+	if (!modes && found) {
+		found->count--;
+	} else if (modes && found) {
+		found->count++;
+		found->modes |= modes;
+	} else if (modes && !fstat(fd, &status) &&
+		   pf_grow((void **)&userfaultfds, &userfaultfd_capacity, userfaultfd_count,
+			   sizeof(*userfaultfds))) {
+		userfaultfds[userfaultfd_count++] = (struct userfaultfd){ .fd = fd,
+									  .device = status.st_dev,
+									  .inode = status.st_ino,
+									  .modes = modes,
+									  .count = 1 };
+	}
+	update_userfaults();
+	pthread_cond_broadcast(&pf_changed); /* the watchdog checks the descriptors */
 	pthread_mutex_unlock(&pf_lock);
+}
+
+void pf_qemu_memory_check_userfaults(void)
+{
+	if (pf_userfault != USERFAULT_NONE)
+		update_userfaults();
 }
 
 void pf_qemu_memory_learn(void)

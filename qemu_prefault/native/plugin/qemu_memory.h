@@ -11,6 +11,13 @@ void pf_qemu_memory_mapped(uint64_t start, uint64_t size, int fd, int flags);
 void pf_qemu_memory_discarded(uint64_t start, uint64_t size);
 void pf_qemu_memory_file_discarded(int fd);
 void pf_qemu_memory_populated(uint64_t start, uint64_t size);
-void pf_qemu_memory_userfault(bool registered);
+/* Called after UFFDIO_REGISTER with its modes, and after UFFDIO_UNREGISTER with 0. */
+void pf_qemu_memory_userfault(int fd, uint64_t modes);
+/*
+ * Forget the registrations of userfaultfds that QEMU has closed. No hook reports this: QEMU tests
+ * whether it can take background snapshots by registering all memory, and then closes the
+ * descriptor (ram_write_tracking_compatible(), migration/ram.c). Call with pf_lock held.
+ */
+void pf_qemu_memory_check_userfaults(void);
 
 #endif

@@ -32,7 +32,9 @@ const char *pf_queue_held_reason(void)
 		return "paused";
 	if (pf_logs_to_ring())
 		return "dirty ring";
-	return pf_userfaults > 0 ? "postcopy" : NULL;
+	if (pf_userfault == USERFAULT_SNAPSHOT)
+		return "background snapshot";
+	return pf_userfault == USERFAULT_POSTCOPY ? "postcopy" : NULL;
 }
 
 void pf_queue_add(struct work_item item)

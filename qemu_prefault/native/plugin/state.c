@@ -13,7 +13,7 @@ enum quirk_state pf_quirk;
 const char *const pf_quirk_names[] = { "undecided", "absent", "kept", "vfio", "disabled" };
 
 bool pf_paused;
-int pf_userfaults;
+enum userfault pf_userfault;
 
 struct memslot *pf_memslots;
 size_t pf_memslot_count;

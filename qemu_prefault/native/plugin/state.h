@@ -121,7 +121,8 @@ extern const char *const pf_quirk_names[];
 extern bool pf_paused;
 
 /* Changed by: qemu_memory.c */
-extern int pf_userfaults;
+enum userfault { USERFAULT_NONE, USERFAULT_SNAPSHOT, USERFAULT_POSTCOPY };
+extern enum userfault pf_userfault; /* for what QEMU has registered memory with a userfaultfd */
 
 /* Changed by: memslots.c. queue.c and chunk.c record their work in the slots. */
 extern struct memslot *pf_memslots;

@@ -85,6 +85,16 @@ static const char *json_bool(bool value)
 	return value ? "true" : "false";
 }
 
+/* Print the options that have no effect. */
+static void print_ignored(struct text *out)
+{
+	bool start, rate;
+
+	pf_prefault_vcpus_ignored_options(&start, &rate);
+	add(out, ",\"ignored_options\":[%s%s%s]", start ? "\"start\"" : "",
+	    start && rate ? "," : "", rate ? "\"rate\"" : "");
+}
+
 static void describe(struct text *out)
 {
 	add(out,
@@ -110,6 +120,7 @@ static void describe(struct text *out)
 		    vcpu->fd, json_bool(space));
 	add(out, "]");
 	print_text(out, "no_prefault_vcpus", pf_prefault_vcpus_missing());
+	print_ignored(out);
 	add(out, ",\"slots\":[");
 	for (size_t i = 0; i < pf_memslot_count; i++) {
 		const struct memslot *slot = &pf_memslots[i];

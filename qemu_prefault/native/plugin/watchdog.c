@@ -6,6 +6,7 @@
 #include "event_log.h"
 #include "messages.h"
 #include "prefault_vcpu.h"
+#include "qemu_memory.h"
 #include "queue.h"
 #include "state.h"
 #include "vcpu.h"
@@ -52,8 +53,9 @@ static void *watchdog(void *unused)
 			pthread_mutex_lock(&pf_lock);
 			continue;
 		}
+		pf_qemu_memory_check_userfaults();
 		if (!(atomic_load(&pf_work_available) || (deferred && pf_guest_entered) ||
-		      pf_in_flight || pf_batch_running())) {
+		      pf_in_flight || pf_batch_running() || pf_userfault != USERFAULT_NONE)) {
 			pthread_cond_wait(&pf_changed, &pf_lock);
 			continue;
 		}
