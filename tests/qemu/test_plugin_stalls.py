@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,7 +74,8 @@ def limited(limit: str) -> Iterator[Limited]:
 
 def plug(guest: MeasuringGuest) -> None:
     execute = guest.vm.qmp.execute
-    execute("object-add", **{"qom-type": "memory-backend-ram", "id": "m", "size": DIMM})
+    backend: dict[str, Any] = {"qom-type": "memory-backend-ram", "id": "m", "size": DIMM}
+    execute("object-add", **backend)
     execute("device_add", driver="pc-dimm", id="d", memdev="m")
 
 

@@ -91,7 +91,7 @@ def set_capability(monitor: QmpClient, enabled: bool) -> None:
     capability = {"capability": "background-snapshot", "state": enabled}
     try:
         monitor.execute("migrate-set-capabilities", capabilities=[capability])
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         pytest.skip(f"this QEMU cannot take background snapshots: {error}")
 
 

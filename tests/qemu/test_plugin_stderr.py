@@ -7,6 +7,7 @@ import os
 import signal
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,8 @@ def test_full_stderr_does_not_stop_qemu(start_qemu: StartQemu, tmp_path: Path) -
     wait_started(qemu, control)
     monitor = QmpClient(qemu.qmp)
     fill_stderr(qemu.pid)
-    monitor.execute("object-add", **{"qom-type": "memory-backend-ram", "id": "m", "size": DIMM})
+    backend: dict[str, Any] = {"qom-type": "memory-backend-ram", "id": "m", "size": DIMM}
+    monitor.execute("object-add", **backend)
     monitor.execute("device_add", driver="pc-dimm", id="d", memdev="m")
     assert monitor.status() == "running"
     assert ask_status(control)["lost_messages"] == 0

@@ -41,7 +41,8 @@ def work(
     policy: int = os.SCHED_OTHER,
     *prefix: str,
 ) -> Piece:
-    command = [*prefix, program, group, str(ancestors), str(int(unified)), str(policy)]
+    numbers = (str(ancestors), str(int(unified)), str(policy))
+    command: list[str | Path] = [*prefix, program, group, *numbers]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 77:
         pytest.skip("this user cannot set a real-time policy")
@@ -51,7 +52,7 @@ def work(
 
 
 def limit(group: Path, quota: int, period: int, unified: bool) -> None:
-    """Write the files of a CPU cgroup, in microseconds. A quota of -1 is no limit."""
+    """Write the files of a CPU cgroup, in microseconds. -1 means unlimited."""
     if unified:
         (group / "cpu.max").write_text(f"{'max' if quota < 0 else quota} {period}\n")
     else:

@@ -82,7 +82,7 @@ static bool read_file(int level, const char *name, char *text, size_t size)
 	return length > 0;
 }
 
-/* Read the quota of one level in microseconds per period. Returns false if there is no limit. */
+/* Read the quota of one level in microseconds per period. Returns false if it is unlimited. */
 static bool read_quota(int level, long long *quota, long long *period)
 {
 	char text[64], *end;
