@@ -66,16 +66,30 @@ static bool read_file(int directory, const char *name, char *text, size_t size)
 	return length > 0;
 }
 
-/* Read a file that contains one number. Returns false if it contains "max". */
-static bool read_number(int directory, const char *name, uint64_t *number)
+/* Store the number in a text. Returns false if the text is "max" or not a number. */
+static bool parse_number(const char *text, uint64_t *number)
 {
-	char text[32], *end;
+	char *end;
 
-	if (!read_file(directory, name, text, sizeof(text)))
-		return false;
 	errno = 0;
 	*number = strtoull(text, &end, 10);
 	return *text >= '0' && *text <= '9' && (*end == '\n' || !*end) && !errno;
+}
+
+static bool read_number(int directory, const char *name, uint64_t *number)
+{
+	char text[32];
+
+	return read_file(directory, name, text, sizeof(text)) && parse_number(text, number);
+}
+
+static bool read_level_number(int directory, uint32_t level, const char *name, uint64_t *number)
+{
+	char text[32];
+
+	return directory >= 0 &&
+	       pf_headroom_read_level(directory, level, name, text, sizeof(text)) > 0 &&
+	       parse_number(text, number);
 }
 
 /* Return the start of the value in a line "KEY:\tVALUE" of /proc/PID/status, or NULL. */
@@ -90,23 +104,18 @@ static const char *status_value(const char *status, const char *key)
 
 static bool pids_fit(const struct limits_files *files, uint64_t need, struct answer *answer)
 {
-	char name[sizeof("../") * LEVELS_MAX + sizeof("pids.current")] = "";
 	struct headroom_group group = files->group;
 
-	for (size_t level = 0; level < LEVELS_MAX; level++) {
+	for (uint32_t level = 0; level < LEVELS_MAX; level++) {
 		char text[sizeof(group.directory) + sizeof("pids.max of ")];
 		struct limit limit = {
 			.unit = "tasks", .name = text, .need = need, .reserve = answer->reserve
 		};
 
-		for (size_t i = 0; i < level; i++)
-			memcpy(name + 3 * i, "../", 3);
-		strcpy(name + 3 * level, "pids.max");
-		bool limited = read_number(files->pids, name, &limit.most);
-
-		strcpy(name + 3 * level, "pids.current");
 		snprintf(text, sizeof(text), "pids.max of %s", group.directory);
-		if (limited && read_number(files->pids, name, &limit.used) && !fits(&limit, answer))
+		if (read_level_number(files->pids, level, "pids.max", &limit.most) &&
+		    read_level_number(files->pids, level, "pids.current", &limit.used) &&
+		    !fits(&limit, answer))
 			return false;
 		if (!pf_headroom_parent(&group))
 			break;

@@ -65,21 +65,10 @@ void pf_pace_start(struct pace *pace)
 	pace->may_set = !pf_has_seccomp_filter();
 }
 
-/* Read a file of an ancestor. One descriptor suffices, because ".." also works after chroot(2). */
 static bool read_file(int level, const char *name, char *text, size_t size)
 {
-	char path[3 * MOST_LEVELS + 32] = "";
-
-	for (int i = 0; i < level; i++)
-		memcpy(path + 3 * i, "../", sizeof("../"));
-	strcat(path, name);
-	int fd = openat(group.directory, path, O_RDONLY | O_CLOEXEC);
-	ssize_t length = fd < 0 ? -1 : read(fd, text, size - 1);
-
-	if (fd >= 0)
-		close(fd);
-	text[length > 0 ? length : 0] = '\0';
-	return length > 0;
+	return pf_headroom_read_level(group.directory, (uint32_t)level, name, text,
+				      (uint32_t)size) > 0;
 }
 
 /* Read the quota of one level in microseconds per period. Returns false if it is unlimited. */

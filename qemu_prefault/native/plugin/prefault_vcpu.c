@@ -32,7 +32,7 @@ static char refused[PF_CLAUSE]; /* why the plugin creates none; "": not refused 
 static unsigned long first_id;	/* QEMU's limit of vCPU ids; 0: unknown */
 static unsigned int id_count;	/* ids from first_id that KVM accepts and QEMU cannot use */
 static const char *no_id = "QEMU has not limited its vCPU ids"; /* why id_count is 0 */
-static unsigned long tsc_khz;	/* the last value that QEMU has set; 0: none */
+static unsigned long tsc_khz; /* the last value that QEMU has set; 0: none */
 static struct {
 	struct kvm_cpuid2 head;
 	struct kvm_cpuid_entry2 entries[MAX_CPUID_ENTRIES];

@@ -77,11 +77,18 @@ static const char *no_thread(char clause[PF_CLAUSE])
 	return clause;
 }
 
+static void use_guest_vcpus(const char *why)
+{
+	pthread_mutex_lock(&pf_lock);
+	pf_prefault_vcpus_refuse(why);
+	pthread_mutex_unlock(&pf_lock);
+}
+
 /* Start the threads that QEMU's limits allow. Returns false if the plugin must do nothing. */
 static bool start_within_limits(void)
 {
 	bool prefault = pf_capable && pf_options.vcpu != VCPU_BORROW;
-	unsigned int threads = pf_options.socket_off ? 1 : 2;
+	unsigned int threads = pf_options.socket_off ? 2 : 3; /* watchdog, messages, socket */
 	const struct limits_need later = { .descriptors = LATER_DESCRIPTORS, .reserve = reserve() };
 	char clause[PF_CLAUSE], fewer[PF_CLAUSE];
 
@@ -90,7 +97,7 @@ static bool start_within_limits(void)
 		if (!prefault || !has_room(threads, fewer))
 			return report_shortage(clause);
 		prefault = false;
-		pf_prefault_vcpus_refuse(clause);
+		use_guest_vcpus(clause);
 	}
 	pf_ranges_open();
 	pf_headroom_open();
@@ -100,7 +107,7 @@ static bool start_within_limits(void)
 		return report_shortage(no_thread(clause));
 	/* Without this thread, the guest's vCPU threads process the queue. */
 	if (prefault && !pf_prefault_thread_start())
-		pf_prefault_vcpus_refuse(no_thread(clause));
+		use_guest_vcpus(no_thread(clause));
 	if (!pf_options.socket_off)
 		pf_control_socket_start();
 	return true;
