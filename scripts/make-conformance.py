@@ -36,7 +36,7 @@ NPT_MODES = {
 }
 EPT_MODES = {
     "ept=1": (),
-    "ept=1 enable_apicv=1": ("--module-parameter", "kvm_intel.enable_apicv=1"),
+    "ept=1 enable_apicv=0": ("--module-parameter", "kvm_intel.enable_apicv=0"),
     "ept=1 pml=0": ("--module-parameter", "kvm_intel.pml=0"),
     "ept=1 eptad=0": ("--module-parameter", "kvm_intel.eptad=0"),
     "ept=1 nx_huge_pages=force": ("--module-parameter", "kvm.nx_huge_pages=force"),

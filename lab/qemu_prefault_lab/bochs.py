@@ -46,8 +46,6 @@ _BOOT_DISK: Final = "boot.img"
 _INSTRUCTIONS_PER_SECOND: Final = 200_000_000
 # CPUID tells Linux another frequency of the time-stamp counter than Bochs' timers have.
 _TSC_ARGUMENT: Final = f"tsc_early_khz={_INSTRUCTIONS_PER_SECOND // 1000}"
-# In Bochs, an L2 guest that runs nested guests oopses if L1's KVM uses APICv.
-_PARAMETERS: Final = ("kvm_intel.enable_apicv=0",)
 _BOCHSRC: Final = """\
 config_interface: textconfig
 display_library: nogui
@@ -178,7 +176,7 @@ class BochsLab(EmulatedMachine):
         if variant not in bochs_image.VARIANTS:
             names = ", ".join(bochs_image.VARIANTS)
             raise InputError(f"no lab variant {variant!r} in Bochs", f"choose from {names}")
-        parameters = [f"console=ttyS0,115200 {KERNEL_ARGS}", _TSC_ARGUMENT, *_PARAMETERS]
+        parameters = [f"console=ttyS0,115200 {KERNEL_ARGS}", _TSC_ARGUMENT]
         parameters.append(f"kvm_intel.ept={int(ept)}")
         if tdp_mmu is not None:
             parameters.append(f"kvm.tdp_mmu={'Y' if tdp_mmu else 'N'}")

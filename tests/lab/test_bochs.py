@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -227,29 +227,30 @@ def test_numa_is_refused() -> None:
         start_lab("ept", nodes_mib=(1024, 1024))
 
 
+RunGuest = Callable[[str], str]
+
+
+@pytest.fixture(scope="module")
+def run_guest(lab: BochsLab) -> RunGuest:
+    """Return a function that runs a small KVM guest and returns its output."""
+    lab.put(compile_static(VMX_GUEST), "/root/vmx_guest")
+    return lambda name: lab.run(["/root/vmx_guest", name], timeout=60).text
+
+
 class TestPatches:
     """What the patches in patches/bochs fix."""
 
-    @pytest.fixture(scope="class")
-    def apicv(self) -> Iterator[BochsLab]:
-        with BochsLab.start(kernel_args=["kvm_intel.enable_apicv=1"]) as lab:
-            lab.put(compile_static(VMX_GUEST), "/root/vmx_guest")
-            yield lab
+    def test_guest_without_interrupts_is_interrupted(self, run_guest: RunGuest) -> None:
+        assert run_guest("busy") == "interrupted 1\n"
 
-    def test_guest_without_interrupts_is_interrupted(self, lab: BochsLab) -> None:
-        lab.put(compile_static(VMX_GUEST), "/root/vmx_guest")
-        assert lab.run(["/root/vmx_guest", "busy"], timeout=60).text == "interrupted 1\n"
+    def test_masked_virtual_interrupt_stays_pending(self, run_guest: RunGuest) -> None:
+        assert run_guest("masked") == "delivered with IF=0: 0\n"
 
-    def test_masked_virtual_interrupt_stays_pending(self, apicv: BochsLab) -> None:
-        result = apicv.run(["/root/vmx_guest", "masked"], timeout=60)
-        assert result.text == "delivered with IF=0: 0\n"
+    def test_faulting_virtual_interrupt_is_delivered_again(self, run_guest: RunGuest) -> None:
+        assert run_guest("faulting") == "interrupts: 1, breakpoints: 1\n"
 
-    def test_faulting_virtual_interrupt_is_delivered_again(self, apicv: BochsLab) -> None:
-        result = apicv.run(["/root/vmx_guest", "faulting"], timeout=60)
-        assert result.text == "interrupts: 1, breakpoints: 1\n"
-
-    def test_posted_interrupt_descriptor_needs_no_page(self, apicv: BochsLab) -> None:
-        assert apicv.run(["/root/vmx_guest", "irqchip"], timeout=60).text == "output 42\n"
+    def test_posted_interrupt_descriptor_needs_no_page(self, run_guest: RunGuest) -> None:
+        assert run_guest("irqchip") == "output 42\n"
 
     @pytest.mark.full
     def test_memory_above_two_gibibytes(self, lab: BochsLab) -> None:

@@ -4,10 +4,10 @@
  * with a Bochs that lacks its patch:
  *
  * vmx_guest busy      a guest that runs a loop with IF=0 is interrupted by a signal
- * vmx_guest irqchip   a guest with an in-kernel APIC starts (needs kvm_intel.enable_apicv=1)
- * vmx_guest masked    an interrupt stays pending while IF=0 (needs kvm_intel.enable_apicv=1)
+ * vmx_guest irqchip   a guest with an in-kernel APIC starts (needs APICv)
+ * vmx_guest masked    an interrupt stays pending while IF=0 (needs APICv)
  * vmx_guest faulting  an interrupt whose delivery causes an EPT violation is delivered again
- *                     (needs kvm_intel.enable_apicv=1)
+ *                     (needs APICv)
  */
 #include <errno.h>
 #include <fcntl.h>
