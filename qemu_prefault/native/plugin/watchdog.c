@@ -4,6 +4,7 @@
 #include "batch.h"
 #include "common/prefault_loop.h"
 #include "event_log.h"
+#include "firmware.h"
 #include "messages.h"
 #include "prefault_vcpu.h"
 #include "qemu_memory.h"
@@ -12,12 +13,13 @@
 #include "vcpu.h"
 
 /*
- * Return after which time without slot changes the firmware has probably finished. With prefault
+ * Return after which time without slot changes the firmware has probably finished. The memslots show
+ * when SeaBIOS has finished, so the time matters only for other firmware. With UEFI and prefault
  * vCPUs, the thread would only repeat some work if the firmware still changed a slot.
  */
 static uint64_t quiet_ns(void)
 {
-	return pf_prefault_vcpu(0) ? QUIET_NS / 4 : QUIET_NS;
+	return pf_firmware_is_uefi() && pf_prefault_vcpu(0) ? QUIET_NS / 4 : QUIET_NS;
 }
 
 static void kick_stuck_prefault_vcpus(uint64_t now)
