@@ -147,8 +147,8 @@ REQUESTS = (
 
 #: The plugin's files that parse and process requests, and the files on which they depend.
 REQUEST_PARTS = (
-    *("batch", "commands", "event_log", "firmware", "guest_ranges", "host_ranges", "options"),
-    *("os", "prefault_vcpu", "queue", "quirk", "state", "status"),
+    *("batch", "commands", "event_log", "firmware", "guest_ranges", "host_ranges", "limits"),
+    *("messages", "options", "os", "pace", "prefault_vcpu", "queue", "quirk", "state", "status"),
 )
 
 

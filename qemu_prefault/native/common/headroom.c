@@ -269,24 +269,6 @@ int pf_headroom_parent(struct headroom_group *group)
 	return 1;
 }
 
-int32_t pf_headroom_read_level(int32_t directory, uint32_t level, const char *name, char *text,
-			       uint32_t size)
-{
-	char path[128];
-	size_t at = 0;
-
-	for (; level && at < sizeof(path) - 3; level--, at += 3)
-		memcpy(path + at, "../", 3);
-	snprintf(path + at, sizeof(path) - at, "%s", name);
-	int fd = openat(directory, path, O_RDONLY | O_CLOEXEC);
-	ssize_t length = fd < 0 ? -1 : read(fd, text, size - 1);
-
-	if (fd >= 0)
-		close(fd);
-	text[length > 0 ? length : 0] = '\0';
-	return (int32_t)length;
-}
-
 static bool exists(int directory, const char *name)
 {
 	return !faccessat(directory, name, R_OK, 0);

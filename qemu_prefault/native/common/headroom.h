@@ -48,14 +48,6 @@ int pf_headroom_sees_group(const char *cgroup_file, const char *mountinfo_file,
 int pf_headroom_parent(struct headroom_group *group);
 
 /*
- * Read the start of a file of a cgroup (level 0) or of its ancestor. Returns the number of bytes, or
- * -1. The text ends with a null byte. One descriptor suffices for all levels, because ".." also works
- * after chroot(2).
- */
-int32_t pf_headroom_read_level(int32_t directory, uint32_t level, const char *name, char *text,
-			       uint32_t size);
-
-/*
  * Open the directory of a memory cgroup. Returns a descriptor, or -1 if the cgroup has no limit
  * files. A limit that is set later counts as well.
  */

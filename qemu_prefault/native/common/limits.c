@@ -54,16 +54,28 @@ static bool fits(const struct limit *limit, struct answer *answer)
 	return false;
 }
 
-/* Read the start of a file. Returns false if the file is empty or not readable. */
-static bool read_file(int directory, const char *name, char *text, size_t size)
+int32_t pf_limits_read_level(int32_t directory, uint32_t level, const char *name, char *text,
+			     uint32_t size)
 {
-	int fd = directory < 0 ? -1 : openat(directory, name, O_RDONLY | O_CLOEXEC);
+	char path[128];
+	size_t at = 0;
+
+	for (; level && at < sizeof(path) - 3; level--, at += 3)
+		memcpy(path + at, "../", 3);
+	snprintf(path + at, sizeof(path) - at, "%s", name);
+	int fd = openat(directory, path, O_RDONLY | O_CLOEXEC);
 	ssize_t length = fd < 0 ? -1 : read(fd, text, size - 1);
 
 	if (fd >= 0)
 		close(fd);
 	text[length > 0 ? length : 0] = '\0';
-	return length > 0;
+	return (int32_t)length;
+}
+
+/* Read the start of a file. Returns false if the file is empty or not readable. */
+static bool read_file(int directory, const char *name, char *text, size_t size)
+{
+	return pf_limits_read_level(directory, 0, name, text, (uint32_t)size) > 0;
 }
 
 /* Store the number in a text. Returns false if the text is "max" or not a number. */
@@ -87,8 +99,7 @@ static bool read_level_number(int directory, uint32_t level, const char *name, u
 {
 	char text[32];
 
-	return directory >= 0 &&
-	       pf_headroom_read_level(directory, level, name, text, sizeof(text)) > 0 &&
+	return pf_limits_read_level(directory, level, name, text, sizeof(text)) > 0 &&
 	       parse_number(text, number);
 }
 

@@ -43,6 +43,13 @@ struct limits_need {
 /* Open the files of this process's limits. The arguments are the paths of the files in /proc. */
 void pf_limits_find(const char *proc, const char *cgroup_file, const char *mountinfo_file,
 		    struct limits_files *files);
+/*
+ * Read the start of a file of a cgroup (level 0) or of its ancestor. Returns the number of bytes, or
+ * -1. The text ends with a null byte. One descriptor suffices for all levels, because ".." also works
+ * after chroot(2).
+ */
+int32_t pf_limits_read_level(int32_t directory, uint32_t level, const char *name, char *text,
+			     uint32_t size);
 /* Return the largest number of vCPUs in the value of QEMU's -smp option. */
 uint32_t pf_limits_vcpus(const char *smp);
 /*

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "common/headroom.h"
+#include "common/limits.h"
 #include "common/prefault_loop.h"
 #include "os.h"
 
@@ -67,8 +68,8 @@ void pf_pace_start(struct pace *pace)
 
 static bool read_file(int level, const char *name, char *text, size_t size)
 {
-	return pf_headroom_read_level(group.directory, (uint32_t)level, name, text,
-				      (uint32_t)size) > 0;
+	return pf_limits_read_level(group.directory, (uint32_t)level, name, text, (uint32_t)size) >
+	       0;
 }
 
 /* Read the quota of one level in microseconds per period. Returns false if it is unlimited. */
