@@ -141,7 +141,8 @@ def test_disk_file_is_not_populated(vm_of: StartVm, tmp_path: Path) -> None:
     result = vm.prefault("--populate-only")
     assert result.status == 0 and result.warnings == {"resident-only"}
     assert (tmp_path / "ram").stat().st_blocks == 0
-    assert vm.prefault("--populate-only", "--populate", "all").status == 0
+    # Sparse files elsewhere on the disk may leave too little space for the check.
+    assert vm.prefault("--populate-only", "--populate", "all", "--force").status == 0
     assert (tmp_path / "ram").stat().st_blocks * 512 >= 63 * MIB
 
 

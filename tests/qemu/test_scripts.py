@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from support.limits import ext4
 from support.process import anonymous_bytes
 from support.qemu import MIB, QemuVm, StartQemu, kvm_usable, start_vm
 
@@ -110,11 +111,12 @@ def test_unsupported_guest_is_not_started(vm_of: StartVm) -> None:
 
 
 def test_partial_prefault_does_not_start_the_guest(vm_of: StartVm, tmp_path: Path) -> None:
-    memory = tmp_path / "memory"
-    backend = f"memory-backend-file,id=ram,size=128M,share=on,mem-path={memory}"
-    vm = vm_of("-m", "128M", "-machine", "pc,memory-backend=ram", "-object", backend)
-    os.truncate(memory, 96 * MIB)
-    done = run("prefault-and-cont", "--populate-only", "--populate", "all", vm.qemu.qmp)
+    with ext4(tmp_path / "disk", 160) as disk:
+        memory = disk / "memory"
+        backend = f"memory-backend-file,id=ram,size=128M,share=on,mem-path={memory}"
+        vm = vm_of("-m", "128M", "-machine", "pc,memory-backend=ram", "-object", backend)
+        os.truncate(memory, 96 * MIB)
+        done = run("prefault-and-cont", "--populate-only", "--populate", "all", vm.qemu.qmp)
     assert done.returncode == 3
     assert "PARTIAL: 32.0 MiB" in done.stdout
     assert "the guest was not started" in done.stderr
