@@ -13,8 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from . import proc_files
-from .headroom import cgroup_directories, parse_cgroups, parse_mountinfo
+from .headroom import directories_of
 from .proc_files import parse_number, read_optional
 from .procfs import Process
 
@@ -103,7 +102,5 @@ def cpu_quota(process: Process) -> CpuQuota | None:
     Helpers move to the cgroups of the main thread (:func:`.placement.leave_cgroups`). The limits of
     all ancestors also apply.
     """
-    groups = parse_cgroups(read_optional(f"{process.proc}/cgroup") or "")
-    mounts = parse_mountinfo(read_optional(f"{proc_files.PROC}/self/mountinfo") or "")
-    quotas = quotas_of(cgroup_directories(groups, mounts, "cpu"))
+    quotas = quotas_of(directories_of(process, "cpu"))
     return min(quotas, key=lambda quota: quota.cpus, default=None)

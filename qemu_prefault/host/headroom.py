@@ -193,6 +193,13 @@ def cgroup_directories(
     return []
 
 
+def directories_of(process: Process, controller: str) -> list[tuple[str, bool]]:
+    """Return the result of :func:`cgroup_directories` for a process, in this process's mounts."""
+    groups = parse_cgroups(read_optional(f"{process.proc}/cgroup") or "")
+    mounts = parse_mountinfo(read_optional(f"{proc_files.PROC}/self/mountinfo") or "")
+    return cgroup_directories(groups, mounts, controller)
+
+
 def hidden_cgroup(process: Process, controller: str) -> str | None:
     """Return the reason why the limits of a process's cgroup cannot be read, or None.
 
@@ -392,10 +399,8 @@ def _cgroup_limits(
         name = f"QEMU's {controller} cgroup"
         why = f"the limit of {name} cannot be read: {hidden}"
         return [Limit(name, 0, hidden, unknown=why)]
-    groups = parse_cgroups(read_optional(f"{process.proc}/cgroup") or "")
-    mounts = parse_mountinfo(read_optional(f"{proc_files.PROC}/self/mountinfo") or "")
     limits = []
-    for directory, unified in cgroup_directories(groups, mounts, controller):
+    for directory, unified in directories_of(process, controller):
         limit = read(directory, unified)
         if limit is not None:
             limits.append(limit)

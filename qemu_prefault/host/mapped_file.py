@@ -200,7 +200,8 @@ def file_system_limit(
     counted = path if kind is FileKind.MEMORY else None
     others = find_unwritten(process, mapping.device, counted, in_memory=kind is not FileKind.DISK)
     if others.unseen != 0:
-        return [Limit(name, 0, _unseen(name, others), device=device, unknown=_unseen(name, others))]
+        why = _unseen(name, others)
+        return [Limit(name, 0, why, device=device, unknown=why)]
     promised = others.total(ours)
     detail = f"{figures.available} bytes are free, of which {promised} are committed to other files"
     left = max(0, figures.available - promised)

@@ -134,18 +134,23 @@ static bool pids_fit(const struct limits_files *files, uint64_t need, struct ans
 	return true;
 }
 
-/*
- * Return whether the process is in the initial user namespace and has one of two capabilities. In
- * another user namespace, a capability does not exempt a process from limits.
- */
-static bool has_capability(const struct limits_files *files, int first, int second)
+/* In another user namespace, neither root nor a capability exempts a process from limits. */
+static bool in_initial_user_namespace(const struct limits_files *files)
 {
-	char link[64], status[4096];
+	char link[64];
 	ssize_t length = readlinkat(files->proc, "self/ns/user", link, sizeof(link) - 1);
-	const char *value;
 
 	link[length > 0 ? length : 0] = '\0';
-	if (strcmp(link, INITIAL_USER_NAMESPACE) ||
+	return !strcmp(link, INITIAL_USER_NAMESPACE);
+}
+
+/* Return whether one of two capabilities exempts the process from limits. */
+static bool has_capability(const struct limits_files *files, int first, int second)
+{
+	char status[4096];
+	const char *value;
+
+	if (!in_initial_user_namespace(files) ||
 	    !read_file(files->proc, "self/status", status, sizeof(status)))
 		return false;
 	value = status_value(status, "\nCapEff:");
@@ -154,11 +159,7 @@ static bool has_capability(const struct limits_files *files, int first, int seco
 
 static bool is_root_of_host(const struct limits_files *files)
 {
-	char link[64];
-	ssize_t length = readlinkat(files->proc, "self/ns/user", link, sizeof(link) - 1);
-
-	link[length > 0 ? length : 0] = '\0';
-	return getuid() == 0 && !strcmp(link, INITIAL_USER_NAMESPACE);
+	return getuid() == 0 && in_initial_user_namespace(files);
 }
 
 struct directory_entry { /* linux_dirent64 */
